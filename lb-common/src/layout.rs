@@ -1,0 +1,361 @@
+//! The exact bytes of map keys and values.
+//!
+//! # Invariants
+//!
+//! - Every type is `repr(C)` without implicit padding: the size equals the sum of its fields, checked at compile
+//!   time by [`map_type!`], so that each byte of a value is a byte that somebody wrote.
+//! - Numbers, not Rust enums: a byte from the kernel is decoded with a function that has an answer for every
+//!   value.
+//! - Addresses are octet arrays, ports are in host order, so that `bpftool map dump` prints `"port": 80`.
+//! - Field names are part of the public interface: scripts read them from `bpftool map dump pinned`.
+
+use crate::address::{Address, Octets4, Octets6};
+
+/// Declares a map key or value: `repr(C)`, `Copy`, and a compile-time proof that it has no padding.
+macro_rules! map_type {
+    ($(#[$meta:meta])* pub struct $name:ident { $($(#[$fmeta:meta])* pub $field:ident : $ty:ty,)+ }) => {
+        $(#[$meta])*
+        #[repr(C)]
+        #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+        pub struct $name { $($(#[$fmeta])* pub $field: $ty,)+ }
+
+        const _: () = assert!(
+            size_of::<$name>() == 0 $(+ size_of::<$ty>())+,
+            concat!(stringify!($name), " has implicit padding: add a reserved field")
+        );
+        // Map values start at 8-octet boundaries; a stricter alignment could not be kept.
+        const _: () = assert!(align_of::<$name>() <= 8);
+
+        // SAFETY: `repr(C)`, every field is itself `MapValue`-compatible (integers and octet arrays by
+        // construction of this module), and the assertion above rules out padding.
+        unsafe impl MapValue for $name {}
+    };
+}
+
+/// A type whose values are plain bytes: no padding, no invalid bit pattern, no pointer.
+///
+/// # Safety
+///
+/// Every bit pattern of `size_of::<Self>()` octets must be a valid value, and no octet may be padding.
+pub unsafe trait MapValue: Copy + 'static {}
+
+// SAFETY: an integer has no padding and no invalid bit pattern.
+unsafe impl MapValue for u32 {}
+// SAFETY: as above.
+unsafe impl MapValue for u64 {}
+
+/// An IP protocol number as kept in a key.
+///
+/// Not an enum: a map may hold what another version wrote.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Protocol(pub u8);
+
+impl Protocol {
+    /// `IPPROTO_TCP`. `IPPROTO_MPTCP` sockets count as TCP: on the wire they are.
+    pub const TCP: Self = Self(6);
+    /// `IPPROTO_UDP`. `IPPROTO_UDPLITE` sockets count as UDP.
+    pub const UDP: Self = Self(17);
+    /// `IPPROTO_SCTP`: known from Services, never served at a socket (semantics R3).
+    pub const SCTP: Self = Self(132);
+}
+
+map_type! {
+    /// Key of `services4`: an IPv4 frontend. 8 octets.
+    ///
+    /// A node-port frontend that is valid on every accepted node address has the address `0.0.0.0`.
+    pub struct FrontendKey4 {
+        /// Service address.
+        pub address: Octets4,
+        /// Service port, host order.
+        pub port: u16,
+        /// IP protocol number ([`Protocol`]).
+        pub protocol: u8,
+        /// Zero.
+        pub reserved: u8,
+    }
+}
+
+map_type! {
+    /// Key of `services6`: an IPv6 frontend. 20 octets.
+    ///
+    /// A node-port frontend that is valid on every accepted node address has the address `::`.
+    pub struct FrontendKey6 {
+        /// Service address.
+        pub address: Octets6,
+        /// Service port, host order.
+        pub port: u16,
+        /// IP protocol number ([`Protocol`]).
+        pub protocol: u8,
+        /// Zero.
+        pub reserved: u8,
+    }
+}
+
+map_type! {
+    /// Value of `services4` and `services6`: which entry of `frontends` describes this address. 4 octets.
+    ///
+    /// Never changed while the key exists. The kernel recycles a replaced or deleted hash element at once, also
+    /// under a reader that still holds it; so whatever changes lives in `frontends`, whose entries stay where
+    /// they are (docs/decisions/0001).
+    pub struct FrontendRef {
+        /// Index into `frontends`.
+        pub frontend_id: u32,
+    }
+}
+
+map_type! {
+    /// The endpoints of a frontend: `len` consecutive entries of the endpoint table from `offset` on. 8 octets.
+    ///
+    /// Read and written as one aligned 64-bit word: that store is the switch from an old set to a new one.
+    pub struct Run {
+        /// Index of the first entry in `endpoints4` or `endpoints6`.
+        pub offset: u32,
+        /// Number of entries; 0 means that the service has no usable endpoint.
+        pub len: u32,
+    }
+}
+
+impl Run {
+    /// A run without endpoints.
+    pub const EMPTY: Self = Self { offset: 0, len: 0 };
+
+    /// The run as the 64-bit word that is stored at once, in native byte order.
+    #[inline(always)]
+    #[must_use]
+    pub const fn to_word(self) -> u64 {
+        let [a, b, c, d] = self.offset.to_ne_bytes();
+        let [e, f, g, h] = self.len.to_ne_bytes();
+        u64::from_ne_bytes([a, b, c, d, e, f, g, h])
+    }
+
+    /// The inverse of [`Self::to_word`].
+    #[inline(always)]
+    #[must_use]
+    pub const fn from_word(word: u64) -> Self {
+        let [a, b, c, d, e, f, g, h] = word.to_ne_bytes();
+        Self { offset: u32::from_ne_bytes([a, b, c, d]), len: u32::from_ne_bytes([e, f, g, h]) }
+    }
+}
+
+map_type! {
+    /// Value of `frontends`: what a service address stands for. 24 octets, index = `frontend_id`.
+    ///
+    /// Memory-mapped: user space changes single words in place. `run` is one 64-bit word; the other fields are
+    /// one 32-bit word each and independent of one another.
+    pub struct Frontend {
+        /// The endpoints that a call may reach.
+        pub run: Run,
+        /// The service port this frontend belongs to: index into `service_stats`, scope of affinity.
+        pub service_id: u32,
+        /// Idle time-out of `sessionAffinity: ClientIP` in seconds; 0 = no affinity.
+        pub affinity_seconds: u32,
+        /// Bits of [`frontend_flags`].
+        pub flags: u32,
+        /// Zero.
+        pub reserved: u32,
+    }
+}
+
+/// Bits of [`Frontend::flags`].
+pub mod frontend_flags {
+    /// The frontend is a node port: its key has the wildcard address and it answers only on node addresses.
+    pub const NODE_PORT: u32 = 1;
+    /// `externalTrafficPolicy: Local`: the wildcard entry does not answer for the addresses of other nodes;
+    /// those have exact entries holding that node's endpoints (semantics R6).
+    pub const EXTERNAL_LOCAL: u32 = 1 << 1;
+    /// The traffic policy is Local and no endpoint is local, although the cluster has some: the refusal is of
+    /// the policy, not of the service (semantics R9, row 2). For counters and `explain`.
+    pub const NO_LOCAL_ENDPOINT: u32 = 1 << 2;
+}
+
+map_type! {
+    /// Value of `endpoints4`. 12 octets, at a stride of 16 in the memory-mapped array.
+    ///
+    /// Immutable while any frontend's run, or a program that read such a run, can refer to it.
+    pub struct Endpoint4 {
+        /// Endpoint address.
+        pub address: Octets4,
+        /// Endpoint port, host order.
+        pub port: u16,
+        /// Zero.
+        pub reserved: u16,
+        /// Identity of this address and port within its service port: index into `endpoint_stats` and `members`.
+        pub endpoint_id: u32,
+    }
+}
+
+map_type! {
+    /// Value of `endpoints6`. 24 octets.
+    ///
+    /// Immutable while any frontend's run, or a program that read such a run, can refer to it.
+    pub struct Endpoint6 {
+        /// Endpoint address.
+        pub address: Octets6,
+        /// Endpoint port, host order.
+        pub port: u16,
+        /// Zero.
+        pub reserved: u16,
+        /// Identity of this address and port within its service port: index into `endpoint_stats` and `members`.
+        pub endpoint_id: u32,
+    }
+}
+
+map_type! {
+    /// Key of `affinity`: who called which service port. 16 octets.
+    pub struct AffinityKey {
+        /// Cookie of the client's network namespace: the client identity at a socket (semantics R8).
+        pub client: u64,
+        /// The service port; all its frontends share one entry.
+        pub service_id: u32,
+        /// Zero.
+        pub reserved: u32,
+    }
+}
+
+map_type! {
+    /// Value of `affinity`. 16 octets.
+    pub struct Affinity {
+        /// Time of the last call, in seconds since boot without suspend (`CLOCK_MONOTONIC`).
+        pub last_used: u64,
+        /// The endpoint that this client uses. Counts only while the frontend's run holds it.
+        pub endpoint_id: u32,
+        /// Zero.
+        pub reserved: u32,
+    }
+}
+
+map_type! {
+    /// Key of `node_addrs`: an address of any node, IPv4 as `::ffff:a.b.c.d`. 16 octets.
+    pub struct NodeAddrKey {
+        /// The address.
+        pub address: Octets6,
+    }
+}
+
+map_type! {
+    /// Value of `node_addrs`.
+    pub struct NodeAddr {
+        /// 1 for an address of this node that accepts node ports, 0 for an address of another node.
+        pub own: u32,
+    }
+}
+
+map_type! {
+    /// Value of `service_stats`, index = service id: calls of one service port on this CPU. 24 octets.
+    pub struct ServiceStats {
+        /// `connect()` calls that were pointed at an endpoint.
+        pub connects: u64,
+        /// Calls of any kind that were refused for want of an endpoint.
+        pub refusals: u64,
+        /// Datagrams of unconnected sockets that were pointed at an endpoint.
+        pub datagrams: u64,
+    }
+}
+
+map_type! {
+    /// Value of `endpoint_stats`, index = endpoint id: calls to one endpoint on this CPU. 16 octets.
+    pub struct EndpointStats {
+        /// `connect()` calls that were pointed at this endpoint.
+        pub connects: u64,
+        /// Datagrams of unconnected sockets that were pointed at this endpoint.
+        pub datagrams: u64,
+    }
+}
+
+map_type! {
+    /// Value of `meta`, index 0: what the other pinned maps hold.
+    pub struct Meta {
+        /// [`crate::limits::LAYOUT_VERSION`] of the agent that made the maps.
+        pub layout_version: u32,
+        /// Entries of `services4` and of `services6`.
+        pub max_services: u32,
+        /// Entries of `endpoints4` and of `endpoints6`.
+        pub max_endpoints: u32,
+        /// Zero.
+        pub reserved: u32,
+    }
+}
+
+/// What differs between the two families in the layouts above.
+///
+/// Implemented for the octet arrays [`Octets4`] and [`Octets6`].
+pub trait FamilyLayout: Address {
+    /// The key type of this family's service table.
+    type Key: MapValue + Ord + core::fmt::Debug;
+    /// The value type of this family's endpoint table.
+    type Endpoint: MapValue + core::fmt::Debug;
+
+    /// Builds a key.
+    fn key(address: Self, port: u16, protocol: Protocol) -> Self::Key;
+    /// Takes a key apart.
+    fn key_parts(key: &Self::Key) -> (Self, u16, Protocol);
+    /// Builds an entry of the endpoint table.
+    fn entry(address: Self, port: u16, endpoint_id: u32) -> Self::Endpoint;
+    /// Takes an entry of the endpoint table apart: address, port, endpoint id.
+    fn entry_parts(entry: &Self::Endpoint) -> (Self, u16, u32);
+}
+
+macro_rules! family_layout {
+    ($octets:ty, $key:ident, $endpoint:ident) => {
+        impl FamilyLayout for $octets {
+            type Key = $key;
+            type Endpoint = $endpoint;
+
+            #[inline(always)]
+            fn key(address: Self, port: u16, protocol: Protocol) -> $key {
+                $key { address, port, protocol: protocol.0, reserved: 0 }
+            }
+
+            #[inline(always)]
+            fn key_parts(key: &$key) -> (Self, u16, Protocol) {
+                (key.address, key.port, Protocol(key.protocol))
+            }
+
+            #[inline(always)]
+            fn entry(address: Self, port: u16, endpoint_id: u32) -> $endpoint {
+                $endpoint { address, port, reserved: 0, endpoint_id }
+            }
+
+            #[inline(always)]
+            fn entry_parts(entry: &$endpoint) -> (Self, u16, u32) {
+                (entry.address, entry.port, entry.endpoint_id)
+            }
+        }
+    };
+}
+
+family_layout!(Octets4, FrontendKey4, Endpoint4);
+family_layout!(Octets6, FrontendKey6, Endpoint6);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_the_documented_ones() {
+        assert_eq!(size_of::<FrontendKey4>(), 8);
+        assert_eq!(size_of::<FrontendKey6>(), 20);
+        assert_eq!(size_of::<FrontendRef>(), 4);
+        assert_eq!(size_of::<Run>(), 8);
+        assert_eq!(size_of::<Frontend>(), 24);
+        assert_eq!(core::mem::offset_of!(Frontend, run), 0);
+        assert_eq!(size_of::<Endpoint4>(), 12);
+        assert_eq!(size_of::<Endpoint6>(), 24);
+        assert_eq!(size_of::<Meta>(), 16);
+    }
+
+    #[test]
+    fn a_run_survives_its_word() {
+        for run in [Run::EMPTY, Run { offset: 1, len: 2 }, Run { offset: u32::MAX, len: u32::MAX - 1 }] {
+            assert_eq!(Run::from_word(run.to_word()), run);
+        }
+    }
+
+    #[test]
+    fn the_protocol_is_part_of_the_key() {
+        let tcp = Octets4::key([10, 96, 0, 10], 53, Protocol::TCP);
+        let udp = Octets4::key([10, 96, 0, 10], 53, Protocol::UDP);
+        assert_ne!(tcp, udp);
+        assert_eq!(Octets4::key_parts(&udp), ([10, 96, 0, 10], 53, Protocol::UDP));
+    }
+}

@@ -1,0 +1,35 @@
+//! Map layouts and the load-balancing decision of socklb.
+//!
+//! # Purpose
+//!
+//! This crate is the contract between the BPF programs (`lb-ebpf`) and user space (`lb-userspace`):
+//!
+//! - [`layout`]: the exact bytes of every map key and value.
+//! - [`resolve`]: the one function that answers "where does this call go?". The BPF programs run it on kernel
+//!   maps, user space runs it on an image of the same tables.
+//! - [`limits`]: capacities that both sides must agree on.
+//!
+//! # Invariants
+//!
+//! - No dependencies, no allocation, no `std`: everything here compiles for the BPF target.
+//! - No implicit padding in any map type, checked at compile time.
+//! - Ports are host-order `u16` everywhere in this crate, addresses are octet arrays. Network-order integers
+//!   exist only at the edge of `lb-ebpf`, where the context is read.
+#![no_std]
+#![warn(unused_results)]
+#![expect(
+    clippy::inline_always,
+    reason = "a BPF function call costs a frame and hides value ranges from the verifier; kernels before 5.16 refuse \
+              more than 8 frames"
+)]
+
+#[cfg(test)]
+extern crate std;
+
+pub mod address;
+pub mod layout;
+pub mod limits;
+pub mod resolve;
+
+pub use address::{Address, Family};
+pub use resolve::{Tables, Verdict, resolve};

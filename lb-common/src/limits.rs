@@ -1,0 +1,29 @@
+//! Capacities and numbers that the BPF programs and user space must agree on.
+
+/// Version of the pinned layout, stored in the map `meta`.
+///
+/// Raise it with any change to a type in [`crate::layout`], to a map's type or flags, or to the meaning of a
+/// field. An agent that finds another version does not touch the pinned maps of that version.
+pub const LAYOUT_VERSION: u32 = 1;
+
+/// Default of `--max-services`: frontends per address family.
+///
+/// Twice Kubernetes' tested limit of 10,000 services with three ports each.
+pub const MAX_FRONTENDS: u32 = 65_536;
+
+/// Default of `--max-endpoints`: entries of the endpoint table per address family, over all runs.
+pub const MAX_ENDPOINTS: u32 = 262_144;
+
+/// Entries of the map `node_addrs`: 5,000 nodes with two addresses in each family, with room.
+pub const MAX_NODE_ADDRS: u32 = 32_768;
+
+/// Entries of the LRU map `affinity`: pairs of client network namespace and service port with affinity.
+pub const MAX_AFFINITY: u32 = 65_536;
+
+/// Default first and last node port (kube-apiserver's `--service-node-port-range`).
+pub const NODE_PORTS: (u16, u16) = (30_000, 32_767);
+
+/// Endpoints that a single run may hold.
+///
+/// Bounded by the endpoint table only; the constant exists so that arithmetic on offsets cannot overflow.
+pub const MAX_RUN: u32 = 1 << 24;

@@ -1,0 +1,292 @@
+//! The decision: where does a call to an address go?
+//!
+//! # Purpose
+//!
+//! [`resolve`] is written once and runs in two places: in the BPF programs on kernel maps, and in user space on
+//! an image of the same tables (simulator, `socklb explain`). Everything it needs from its surroundings, random
+//! numbers and time included, comes through [`Tables`].
+//!
+//! # Invariants
+//!
+//! - A destination that is not a frontend is never touched ([`Verdict::Pass`]).
+//! - A frontend without usable endpoints is refused, never passed on ([`Verdict::Refuse`]).
+//! - The endpoint of a [`Verdict::Redirect`] was in the frontend's run at one moment during the call.
+//! - No loop without a constant bound, no recursion, no panic: the kernel's verifier must accept it.
+
+use crate::{
+    address::{Address, Octets6},
+    layout::{Affinity, FamilyLayout, Frontend, Protocol, Run, frontend_flags},
+};
+
+/// The destination of a `connect()` or `sendto()`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Call<A> {
+    /// Destination address.
+    pub address: A,
+    /// Destination port, host order.
+    pub port: u16,
+    /// Protocol of the socket, with UDP-Lite already counted as UDP and MPTCP as TCP.
+    pub protocol: Protocol,
+}
+
+/// An endpoint chosen earlier for the same socket and service address, with its position at that time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Choice {
+    /// The chosen endpoint.
+    pub endpoint_id: u32,
+    /// Its position within the run when it was chosen: a hint that makes the common case one look-up.
+    pub index: u32,
+}
+
+/// Whose address a node-port call goes to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NodeAddress {
+    /// An address of this node that accepts node ports.
+    Own,
+    /// An address of another node of the cluster.
+    Other,
+}
+
+/// What [`resolve`] reads and remembers. One implementation is backed by kernel maps, one by an image.
+pub trait Tables {
+    /// The address family of these tables.
+    type Addr: FamilyLayout;
+
+    /// Looks a frontend up by its exact key.
+    fn frontend_id(&self, key: &<Self::Addr as FamilyLayout>::Key) -> Option<u32>;
+
+    /// Reads an entry of `frontends`. `run` must come from a single 64-bit read.
+    fn frontend(&self, frontend_id: u32) -> Option<Frontend>;
+
+    /// Reads an entry of the endpoint table.
+    fn endpoint(&self, index: u32) -> Option<<Self::Addr as FamilyLayout>::Endpoint>;
+
+    /// First and last port of the node-port range, inclusive.
+    fn node_ports(&self) -> (u16, u16);
+
+    /// Whether and whose node address this is. Asked only for a port in the node-port range whose exact look-up
+    /// missed.
+    fn node_address(&self, mapped: &Octets6) -> Option<NodeAddress>;
+
+    /// Whether node ports answer on loopback addresses for this caller: the switch is on and the caller lives in
+    /// the node's own network namespace. In a pod, loopback is the pod's own (semantics R2).
+    fn loopback_is_node(&self) -> bool;
+
+    /// The endpoint that this socket used last for this very service address, if it keeps such a record:
+    /// unconnected UDP sockets do, so that the datagrams of one flow stay together.
+    fn earlier_choice(&self) -> Option<Choice>;
+
+    /// A uniformly distributed 32-bit number.
+    fn random(&self) -> u32;
+
+    /// Seconds of a clock that never goes back; the origin is arbitrary.
+    fn now(&self) -> u64;
+
+    /// What is remembered of this caller (by network namespace, semantics R8) and service port.
+    fn affinity(&self, service_id: u32) -> Option<Affinity>;
+
+    /// Renews the idle timer of an entry that [`Self::affinity`] returned.
+    fn renew_affinity(&self, service_id: u32, now: u64);
+
+    /// Remembers a choice and returns the endpoint that stands: if `replaces` is `None` and another CPU was
+    /// faster, its choice stands, so that two concurrent first calls of one client agree.
+    fn remember_affinity(&self, service_id: u32, replaces: Option<Affinity>, new: Affinity) -> u32;
+}
+
+/// Where a call goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict<A> {
+    /// Not a service address: leave the call alone.
+    Pass,
+    /// A service address without a usable endpoint: fail with `ECONNREFUSED`.
+    Refuse {
+        /// The service port that refused.
+        service_id: u32,
+    },
+    /// A service address: go to this endpoint instead.
+    Redirect(Target<A>),
+}
+
+/// The endpoint of a [`Verdict::Redirect`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Target<A> {
+    /// Endpoint address.
+    pub address: A,
+    /// Endpoint port, host order.
+    pub port: u16,
+    /// Identity and position of the endpoint.
+    pub choice: Choice,
+    /// The frontend that matched.
+    pub frontend_id: u32,
+    /// The service port it belongs to.
+    pub service_id: u32,
+}
+
+/// Decides where a call goes.
+///
+/// Does not promise that the endpoint is alive, only that the tables listed it. With an unchanged run and no
+/// affinity each endpoint has the same probability, up to a bias below `len / 2^32`.
+#[inline(always)]
+pub fn resolve<T: Tables>(tables: &T, call: &Call<T::Addr>) -> Verdict<T::Addr> {
+    let Some((frontend_id, frontend)) = find_frontend(tables, call) else {
+        return Verdict::Pass;
+    };
+    let service_id = frontend.service_id;
+    let chosen = match choose(tables, &frontend) {
+        Some(chosen) => chosen,
+        None => return Verdict::Refuse { service_id },
+    };
+    let (index, entry) = chosen;
+    let (address, port, endpoint_id) = T::Addr::entry_parts(&entry);
+    Verdict::Redirect(Target { address, port, choice: Choice { endpoint_id, index }, frontend_id, service_id })
+}
+
+/// Finds the frontend that answers for a destination: by its exact address, else as a node port.
+///
+/// `None` means that no service claims this destination.
+#[inline(always)]
+pub fn find_frontend<T: Tables>(tables: &T, call: &Call<T::Addr>) -> Option<(u32, Frontend)> {
+    if let Some(id) = tables.frontend_id(&T::Addr::key(call.address, call.port, call.protocol)) {
+        let frontend = tables.frontend(id)?;
+        // The wildcard entry of a node port is found by its own key when a program calls 0.0.0.0 or ::, which
+        // Linux takes as loopback; then the rule for loopback decides.
+        if call.address.is_unspecified() && !tables.loopback_is_node() {
+            return None;
+        }
+        return Some((id, frontend));
+    }
+    find_node_port(tables, call)
+}
+
+/// The node-port half of [`find_frontend`]: the port is in the range and the address belongs to a node.
+#[inline(always)]
+fn find_node_port<T: Tables>(tables: &T, call: &Call<T::Addr>) -> Option<(u32, Frontend)> {
+    let (first, last) = tables.node_ports();
+    if call.port < first || call.port > last {
+        return None;
+    }
+    let node = if call.address.is_loopback() {
+        if !tables.loopback_is_node() {
+            return None;
+        }
+        NodeAddress::Own
+    } else {
+        tables.node_address(&call.address.to_mapped())?
+    };
+    let id = tables.frontend_id(&T::Addr::key(T::Addr::unspecified(), call.port, call.protocol))?;
+    let mut frontend = tables.frontend(id)?;
+    if node == NodeAddress::Other && frontend.flags & frontend_flags::EXTERNAL_LOCAL != 0 {
+        // With the policy Local a node answers with its own endpoints only. Nodes that have some are listed
+        // with their exact address, which was not found: this one has none (semantics R6, last rule).
+        frontend.run = Run::EMPTY;
+    }
+    Some((id, frontend))
+}
+
+/// Chooses an entry of the frontend's run: its position within the run and the entry itself.
+#[inline(always)]
+fn choose<T: Tables>(
+    tables: &T,
+    frontend: &Frontend,
+) -> Option<(u32, <T::Addr as FamilyLayout>::Endpoint)> {
+    let run = frontend.run;
+    if run.len == 0 {
+        return None;
+    }
+    if let Some(choice) = tables.earlier_choice()
+        && let Some(found) = find_choice(tables, run, choice)
+    {
+        return Some(found);
+    }
+    if frontend.affinity_seconds != 0 {
+        return choose_with_affinity(tables, frontend);
+    }
+    choose_at_random(tables, run)
+}
+
+#[inline(always)]
+fn choose_at_random<T: Tables>(
+    tables: &T,
+    run: Run,
+) -> Option<(u32, <T::Addr as FamilyLayout>::Endpoint)> {
+    // Scaling by multiplication: a division costs more in BPF, and its bias sits on the first entries.
+    let index = ((u64::from(tables.random()) * u64::from(run.len)) >> 32) as u32;
+    Some((index, tables.endpoint(run.offset.wrapping_add(index))?))
+}
+
+#[inline(always)]
+fn choose_with_affinity<T: Tables>(
+    tables: &T,
+    frontend: &Frontend,
+) -> Option<(u32, <T::Addr as FamilyLayout>::Endpoint)> {
+    let (run, service_id, now) = (frontend.run, frontend.service_id, tables.now());
+    let remembered = tables.affinity(service_id);
+    if let Some(affinity) = remembered
+        && now.wrapping_sub(affinity.last_used) < u64::from(frontend.affinity_seconds)
+        && let Some(found) = find_endpoint(tables, run, affinity.endpoint_id)
+    {
+        tables.renew_affinity(service_id, now);
+        return Some(found);
+    }
+    let (index, entry) = choose_at_random(tables, run)?;
+    let (_, _, endpoint_id) = T::Addr::entry_parts(&entry);
+    let new = Affinity { last_used: now, endpoint_id, reserved: 0 };
+    let standing = tables.remember_affinity(service_id, remembered, new);
+    if standing != endpoint_id
+        && let Some(found) = find_endpoint(tables, run, standing)
+    {
+        return Some(found);
+    }
+    Some((index, entry))
+}
+
+/// Finds an earlier choice in a run: where it was, else wherever it is now.
+#[inline(always)]
+fn find_choice<T: Tables>(
+    tables: &T,
+    run: Run,
+    choice: Choice,
+) -> Option<(u32, <T::Addr as FamilyLayout>::Endpoint)> {
+    if choice.index < run.len
+        && let Some(entry) = tables.endpoint(run.offset.wrapping_add(choice.index))
+        && T::Addr::entry_parts(&entry).2 == choice.endpoint_id
+    {
+        return Some((choice.index, entry));
+    }
+    find_endpoint(tables, run, choice.endpoint_id)
+}
+
+/// Finds an endpoint in a run by its id. A run is sorted by endpoint id, so that "is the remembered endpoint
+/// still in the set?" needs no map of its own.
+///
+/// Rejected: a hash map (service, endpoint) -> position. It costs one hash look-up more than this search does
+/// for a thousand endpoints, one update for each endpoint of a changed set, and can disagree with the run.
+#[inline(always)]
+pub fn find_endpoint<T: Tables>(
+    tables: &T,
+    run: Run,
+    endpoint_id: u32,
+) -> Option<(u32, <T::Addr as FamilyLayout>::Endpoint)> {
+    let (mut low, mut high) = (0, run.len);
+    // 2^24 = limits::MAX_RUN: that many halvings reach a single entry.
+    for _ in 0..=crate::limits::MAX_RUN.trailing_zeros() {
+        if low >= high {
+            return None;
+        }
+        let middle = low + (high - low) / 2;
+        let entry = tables.endpoint(run.offset.wrapping_add(middle))?;
+        let id = T::Addr::entry_parts(&entry).2;
+        if id == endpoint_id {
+            return Some((middle, entry));
+        }
+        if id < endpoint_id {
+            low = middle + 1;
+        } else {
+            high = middle;
+        }
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests;

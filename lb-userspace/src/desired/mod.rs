@@ -1,0 +1,117 @@
+//! What the tables should say: every rule of a service proxy, as plain functions.
+//!
+//! # Purpose
+//!
+//! [`service::frontends`] computes the frontends of one service from the service, its slices and the
+//! [`topology`]. [`Desired`] keeps the results of all services, decides which service owns a frontend address
+//! when several claim it, and names the addresses that a change touches.
+//!
+//! # Invariants
+//!
+//! - The result depends on the objects only, not on the order of events, the splitting of slices or restarts.
+//! - A frontend address has at most one owner, chosen by a fixed order (semantics R14).
+//!
+//! # Depends on
+//!
+//! `model`.
+
+pub mod claims;
+pub mod endpoints;
+pub mod service;
+pub mod topology;
+
+use std::{fmt, net::IpAddr, net::SocketAddr, ops::RangeInclusive, sync::Arc};
+
+pub use self::{claims::Desired, topology::Topology};
+use crate::model::{Cidr, Protocol, ServiceKey, TrafficPolicy};
+
+/// The address that a program calls. A node port has the unspecified address of its family.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct FrontendAddress {
+    /// Service address.
+    pub ip: IpAddr,
+    /// Service port.
+    pub port: u16,
+    /// Protocol.
+    pub protocol: Protocol,
+}
+
+impl fmt::Display for FrontendAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let protocol = match self.protocol {
+            Protocol::Tcp => "tcp",
+            Protocol::Udp => "udp",
+            Protocol::Sctp => "sctp",
+        };
+        write!(f, "{}/{protocol}", SocketAddr::new(self.ip, self.port))
+    }
+}
+
+/// Identity of a service port in one family (semantics R2): the scope of ids, counters and affinity.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct PortKey {
+    /// The service.
+    pub service: ServiceKey,
+    /// `ports[].name`
+    pub port_name: Arc<str>,
+    /// `ports[].protocol`
+    pub protocol: Protocol,
+    /// Whether this is the IPv6 half.
+    pub ipv6: bool,
+}
+
+/// Why an address is a frontend. The order is the one in which claims on one address win (semantics R14).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum FrontendKind {
+    /// `spec.clusterIPs`
+    ClusterIP,
+    /// `status.loadBalancer.ingress`
+    LoadBalancer,
+    /// `spec.externalIPs`
+    ExternalIP,
+    /// `spec.ports[].nodePort`
+    NodePort,
+}
+
+/// One frontend of one service port.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Frontend {
+    /// The address it answers on.
+    pub address: FrontendAddress,
+    /// Why.
+    pub kind: FrontendKind,
+    /// The traffic policy that applies to this kind of frontend.
+    pub policy: TrafficPolicy,
+    /// Bits of [`lb_common::layout::frontend_flags`].
+    pub flags: u32,
+    /// Idle time-out of the affinity in seconds; 0 = none.
+    pub affinity_seconds: u32,
+    /// The service port.
+    pub port: Arc<PortKey>,
+    /// The endpoints that a call may reach: sorted, without duplicates, of the address's family. Frontends of one
+    /// port with the same set share the allocation.
+    pub endpoints: Arc<[SocketAddr]>,
+}
+
+/// `--nodeport-addresses`
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum NodePortAddresses {
+    /// Every address of the node.
+    #[default]
+    All,
+    /// The node's primary address of each family, from its Node object.
+    Primary,
+    /// Addresses inside these networks; a family without a network falls back to all.
+    Within(Vec<Cidr>),
+}
+
+/// The settings that decide about frontends.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Settings {
+    /// Name of the own Node.
+    pub node_name: Arc<str>,
+    /// `--node-port-range`
+    pub node_ports: RangeInclusive<u16>,
+    /// `--nodeport-addresses`
+    pub node_port_addresses: NodePortAddresses,
+}

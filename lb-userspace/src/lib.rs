@@ -1,0 +1,7 @@
+//! socklb: the agent and its command line.
+//!
+//! The way of a change, each step using only what stands before it: `source`/`cluster` (I/O) → [`model`] →
+//! [`desired`] → [`tables`] → [`plan`] → `kernel` (I/O). `controller` drives it. See docs/ARCHITECTURE.md.
+
+pub mod desired;
+pub mod model;

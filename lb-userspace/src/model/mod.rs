@@ -1,0 +1,202 @@
+//! The cluster as the load balancer sees it: Services, EndpointSlices and Nodes, trimmed and checked.
+//!
+//! # Purpose
+//!
+//! [`ingest`] turns Kubernetes objects into the types here, with every default applied and every mangled part
+//! reported as an [`Issue`]; [`Store`] holds them. Nothing downstream sees a Kubernetes type.
+//!
+//! # Invariants
+//!
+//! - A value of a type here is well formed: ports are not 0, addresses are of the stated family, names are set.
+//! - An object that is partly wrong yields its good parts and issues, never an error (semantics R14).
+//! - No clock, no I/O, no hash-map order: equal objects give equal values.
+//!
+//! # Depends on
+//!
+//! `lb_common` and, in [`ingest`] only, `k8s_openapi`.
+
+pub mod address;
+pub mod ingest;
+pub mod issue;
+pub mod store;
+
+use std::{
+    collections::BTreeSet,
+    fmt,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    sync::Arc,
+};
+
+use serde::{Deserialize, Serialize};
+
+pub use self::{
+    issue::{Issue, IssueKind, ObjectKind, ObjectRef},
+    store::Store,
+};
+pub use lb_common::Family;
+
+/// Namespace and name of a Service.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct ServiceKey {
+    /// `metadata.namespace`
+    pub namespace: Arc<str>,
+    /// `metadata.name`
+    pub name: Arc<str>,
+}
+
+impl fmt::Display for ServiceKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.namespace, self.name)
+    }
+}
+
+/// Protocol of a Service port, as the API names it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "UPPERCASE")]
+pub enum Protocol {
+    /// Served.
+    Tcp,
+    /// Served.
+    Udp,
+    /// Known, reported, not served: a socket hook cannot (semantics R3).
+    Sctp,
+}
+
+/// `spec.type` of a Service that has addresses; `ExternalName` is not ingested.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum ServiceType {
+    /// The default.
+    ClusterIP,
+    /// With node ports.
+    NodePort,
+    /// With node ports (unless switched off) and addresses in the status.
+    LoadBalancer,
+}
+
+/// `internalTrafficPolicy` or `externalTrafficPolicy`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum TrafficPolicy {
+    /// All endpoints of the cluster.
+    #[default]
+    Cluster,
+    /// Endpoints of the node that receives the call.
+    Local,
+}
+
+/// One entry of `spec.ports`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ServicePort {
+    /// `name`, empty for a single unnamed port.
+    pub name: Arc<str>,
+    /// `protocol`
+    pub protocol: Protocol,
+    /// `port`, not 0
+    pub port: u16,
+    /// `nodePort`, not 0
+    pub node_port: Option<u16>,
+}
+
+/// An IP network, `address/prefix_len`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Cidr {
+    /// Network address, host bits zero.
+    pub address: IpAddr,
+    /// Number of leading bits that count.
+    pub prefix_len: u8,
+}
+
+/// A Service that may have frontends.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Service {
+    /// Namespace and name.
+    pub key: ServiceKey,
+    /// `metadata.creationTimestamp`, seconds since 1970; `None` sorts last. Older services win conflicts.
+    pub created: Option<i64>,
+    /// `spec.type`
+    pub service_type: ServiceType,
+    /// The cluster IP of each family, by the rule of semantics R2.
+    pub cluster_ipv4: Option<Ipv4Addr>,
+    /// As above.
+    pub cluster_ipv6: Option<Ipv6Addr>,
+    /// `spec.externalIPs`, valid ones.
+    pub external_ips: BTreeSet<IpAddr>,
+    /// `status.loadBalancer.ingress[].ip` with `ipMode` VIP or none.
+    pub load_balancer_ips: BTreeSet<IpAddr>,
+    /// `spec.loadBalancerSourceRanges`, valid ones.
+    pub source_ranges: BTreeSet<Cidr>,
+    /// `spec.internalTrafficPolicy`
+    pub internal_policy: TrafficPolicy,
+    /// `spec.externalTrafficPolicy`, where it counts (semantics R6).
+    pub external_policy: TrafficPolicy,
+    /// Idle time-out of `sessionAffinity: ClientIP` in seconds; `None` without affinity.
+    pub affinity_seconds: Option<u32>,
+    /// `spec.healthCheckNodePort`, only for type LoadBalancer with the external policy Local.
+    pub health_check_node_port: Option<u16>,
+    /// `spec.ports`, well-formed ones in the order of the object.
+    pub ports: Vec<ServicePort>,
+    /// Annotations whose key starts with `socklb.io/`.
+    pub annotations: Vec<(String, String)>,
+}
+
+/// One port of an EndpointSlice.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SlicePort {
+    /// `name`, empty for an unnamed port.
+    pub name: Arc<str>,
+    /// `protocol`
+    pub protocol: Protocol,
+    /// `port`, not 0
+    pub port: u16,
+}
+
+/// One endpoint of an EndpointSlice.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[expect(clippy::struct_excessive_bools, reason = "the API's three independent conditions")]
+pub struct SliceEndpoint {
+    /// `addresses[0]`, of the slice's family.
+    pub address: IpAddr,
+    /// `conditions.ready`; absent = true.
+    pub ready: bool,
+    /// `conditions.serving`; absent = true (kube-proxy's reading, semantics R5).
+    pub serving: bool,
+    /// `conditions.terminating`; absent = false.
+    pub terminating: bool,
+    /// `nodeName`
+    pub node: Option<Arc<str>>,
+    /// `zone`
+    pub zone: Option<Arc<str>>,
+    /// `hints.forZones[].name`
+    pub hint_zones: Vec<Arc<str>>,
+    /// `hints.forNodes[].name`
+    pub hint_nodes: Vec<Arc<str>>,
+}
+
+/// An EndpointSlice of address type IPv4 or IPv6 that belongs to a service.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Slice {
+    /// `metadata.name`; the namespace is the service's.
+    pub name: Arc<str>,
+    /// Label `kubernetes.io/service-name` in the slice's namespace.
+    pub service: ServiceKey,
+    /// `addressType`, `true` for IPv6. (serde has no `Family`.)
+    pub ipv6: bool,
+    /// Well-formed ports.
+    pub ports: Vec<SlicePort>,
+    /// Well-formed endpoints in the order of the object.
+    pub endpoints: Vec<SliceEndpoint>,
+    /// Annotation `endpoints.kubernetes.io/last-change-trigger-time`, nanoseconds since 1970.
+    pub trigger_time: Option<i128>,
+}
+
+/// A Node.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Node {
+    /// `metadata.name`
+    pub name: Arc<str>,
+    /// Label `topology.kubernetes.io/zone`
+    pub zone: Option<Arc<str>>,
+    /// `status.addresses` of type `InternalIP`, then those of type `ExternalIP`.
+    pub addresses: Vec<IpAddr>,
+    /// Deletion under way, or taint `ToBeDeletedByClusterAutoscaler` (semantics part 3, `/healthz`).
+    pub being_deleted: bool,
+}

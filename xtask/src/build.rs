@@ -1,0 +1,124 @@
+//! `cargo xtask build`: the BPF object, then the `socklb` binary that embeds it.
+
+use std::env::consts::ARCH;
+use std::ffi::OsStr;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+
+use crate::process::{self, step};
+use crate::setup::{self, Purpose};
+use crate::toolchain::BpfToolchain;
+use crate::workspace::Workspace;
+
+/// The BPF target that matches the host's byte order.
+pub(crate) const BPF_TARGET: &str =
+    if cfg!(target_endian = "big") { "bpfeb-unknown-none" } else { "bpfel-unknown-none" };
+
+/// The variable through which `lb-userspace/build.rs` learns which object to embed.
+pub(crate) const OBJECT_VARIABLE: &str = "SOCKLB_BPF_OBJECT";
+
+/// Compiler flags of the BPF build, one per entry.
+pub(crate) fn bpf_rustflags() -> Vec<String> {
+    vec![
+        // aya-ebpf picks the layout of pt_regs and friends by the architecture that the kernel runs on; the BPF
+        // target itself does not say.
+        format!("--cfg=bpf_target_arch=\"{ARCH}\""),
+        // BTF is made from debug info: without it maps have no types and verifier logs no source lines.
+        "-Cdebuginfo=2".to_owned(),
+        // bpf-linker writes .BTF and .BTF.ext only when told to.
+        "-Clink-arg=--btf".to_owned(),
+    ]
+}
+
+/// Adds what compiling `lb-ebpf` for the BPF target takes to a `cargo build` or `cargo clippy` command.
+pub(crate) fn add_bpf_arguments(command: &mut std::process::Command, workspace: &Workspace) {
+    command
+        .current_dir(&workspace.root)
+        .args(["--package", "lb-ebpf", "--target", BPF_TARGET, "-Zbuild-std=core"])
+        // A folder of its own: another rustc and other flags must not invalidate the host's results.
+        .arg("--target-dir")
+        .arg(workspace.target.join("bpf"))
+        .env("CARGO_ENCODED_RUSTFLAGS", bpf_rustflags().join("\u{1f}"));
+}
+
+/// Builds the BPF object and returns its path.
+///
+/// # Errors
+/// When the compiler or bpf-linker fails, or the object cannot be copied.
+pub(crate) fn bpf_object(workspace: &Workspace, toolchain: &BpfToolchain) -> Result<PathBuf> {
+    step(&format!("building the BPF object with {toolchain}"));
+    let mut build = toolchain.cargo("build");
+    build.arg("--release");
+    add_bpf_arguments(&mut build, workspace);
+    process::run(&mut build, "correct lb-ebpf, or check the toolchain with `cargo xtask setup`")?;
+    let built = workspace.target.join("bpf").join(BPF_TARGET).join("release/lb-ebpf");
+    let object = workspace.bpf_object();
+    copy_if_changed(&built, &object)?;
+    Ok(object)
+}
+
+/// Copies a file unless the destination holds the same bytes, because its time stamp makes cargo rebuild.
+fn copy_if_changed(from: &Path, to: &Path) -> Result<()> {
+    let new = fs::read(from).with_context(|| format!("no BPF object at {}: build again", from.display()))?;
+    if fs::read(to).is_ok_and(|old| old == new) {
+        return Ok(());
+    }
+    fs::write(to, new).with_context(|| format!("cannot write {}: check its owner and the disk", to.display()))
+}
+
+/// Builds the `socklb` binary around a BPF object and returns its path.
+///
+/// # Errors
+/// When cargo fails.
+pub(crate) fn socklb(workspace: &Workspace, object: &OsStr, release: bool) -> Result<PathBuf> {
+    step(if release { "building socklb (release)" } else { "building socklb (debug)" });
+    let mut build = process::cargo();
+    build.current_dir(&workspace.root).args(["build", "--package", "lb-userspace", "--bin", "socklb"]);
+    if release {
+        build.arg("--release");
+    }
+    build.env(OBJECT_VARIABLE, object);
+    process::run(&mut build, "correct the error above")?;
+    Ok(workspace.socklb(release))
+}
+
+/// Runs `cargo xtask build`.
+///
+/// # Errors
+/// When setting up or building fails.
+pub(crate) fn command(workspace: &Workspace, release: bool) -> Result<()> {
+    let toolchain = setup::ensure(&[Purpose::Build])?;
+    let object = bpf_object(workspace, &toolchain)?;
+    let binary = socklb(workspace, object.as_os_str(), release)?;
+    println!("{}", binary.display());
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_equal_file_keeps_its_time_stamp() {
+        let dir = std::env::temp_dir().join(format!("xtask-copy-{}", std::process::id()));
+        fs::create_dir_all(&dir).unwrap();
+        let (from, to) = (dir.join("from"), dir.join("to"));
+        fs::write(&from, b"one").unwrap();
+        copy_if_changed(&from, &to).unwrap();
+        let written = fs::metadata(&to).unwrap().modified().unwrap();
+        fs::write(&from, b"one").unwrap();
+        copy_if_changed(&from, &to).unwrap();
+        assert_eq!(fs::metadata(&to).unwrap().modified().unwrap(), written);
+        fs::write(&from, b"two").unwrap();
+        copy_if_changed(&from, &to).unwrap();
+        assert_eq!(fs::read(&to).unwrap(), b"two");
+        fs::remove_dir_all(&dir).unwrap();
+    }
+
+    #[test]
+    fn no_flag_holds_the_separator() {
+        assert!(bpf_rustflags().iter().all(|flag| !flag.contains('\u{1f}')));
+    }
+}

@@ -1,0 +1,78 @@
+//! The one runner of the workspace: everything that a developer or CI does is a command of `cargo xtask`.
+//!
+//! Progress goes to standard error, results to standard output. Each command looks first for what it needs, says
+//! what is missing and why, and installs only that.
+#![expect(clippy::print_stdout, reason = "a command-line tool reports its results on standard output")]
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+mod build;
+mod kernel_matrix;
+mod lint;
+mod process;
+mod run;
+mod setup;
+mod test;
+mod toolchain;
+mod workspace;
+
+use workspace::Workspace;
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", about = "Sets up, builds, runs and tests socklb")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Installs what building, running, testing and linting need and this machine lacks
+    Setup,
+    /// Builds the BPF object and the `socklb` binary around it
+    Build {
+        /// Builds `target/release/socklb` instead of `target/debug/socklb`
+        #[arg(long)]
+        release: bool,
+    },
+    /// Sets up, builds and runs: `socklb demo` without arguments, `socklb run ARGS` with arguments
+    Run {
+        /// Arguments of `socklb run`
+        #[arg(last = true, value_name = "ARGS")]
+        args: Vec<String>,
+    },
+    /// Sets up, builds and runs every test
+    Test {
+        /// Filters and options of the test executables
+        #[arg(last = true, value_name = "ARGS")]
+        args: Vec<String>,
+    },
+    /// Checks format, clippy on the host and on the BPF target, module borders and text rules
+    Lint,
+    /// Runs the kernel tests on other kernels, in QEMU
+    KernelMatrix(kernel_matrix::Options),
+}
+
+fn dispatch(command: Command) -> anyhow::Result<()> {
+    let workspace = Workspace::locate()?;
+    match command {
+        Command::Setup => setup::command(),
+        Command::Build { release } => build::command(&workspace, release),
+        Command::Run { args } => run::command(&workspace, &args),
+        Command::Test { args } => test::command(&workspace, &args),
+        Command::Lint => lint::command(&workspace),
+        Command::KernelMatrix(options) => kernel_matrix::command(&workspace, &options),
+    }
+}
+
+fn main() -> ExitCode {
+    match dispatch(Cli::parse().command) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,41 @@
+//! `cargo xtask run`: the shortest way from a checkout to a running `socklb`.
+
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+
+use anyhow::{Context, Result};
+
+use crate::process::{self, step};
+use crate::setup::{self, Purpose};
+use crate::workspace::Workspace;
+use crate::build;
+
+/// Runs `cargo xtask run`. Returns only when something failed before `socklb` took this process over.
+///
+/// # Errors
+/// When setting up or building fails, or `socklb` cannot be started.
+pub(crate) fn command(workspace: &Workspace, args: &[String]) -> Result<()> {
+    let toolchain = setup::ensure(&[Purpose::Build, Purpose::Run])?;
+    let object = build::bpf_object(workspace, &toolchain)?;
+    let binary = build::socklb(workspace, object.as_os_str(), true)?;
+    let mut socklb = if process::is_root() {
+        Command::new(&binary)
+    } else {
+        step("socklb loads BPF programs, which needs root: starting it with sudo");
+        let mut sudo = Command::new("sudo");
+        sudo.arg("--").arg(&binary);
+        sudo
+    };
+    if args.is_empty() {
+        socklb.arg("demo");
+    } else {
+        socklb.arg("run").args(args);
+    }
+    step(&format!("running {} {}", binary.display(), if args.is_empty() { "demo" } else { "run" }));
+    // In place of this process: signals, the terminal and the exit status are then socklb's own.
+    let error = socklb.exec();
+    Err(error).with_context(|| {
+        let remedy = if process::is_root() { "build again" } else { "install sudo or run as root" };
+        format!("cannot start {}; {remedy}", socklb.get_program().display())
+    })
+}

@@ -1,0 +1,56 @@
+//! Where the tree and its build results are.
+
+use std::env;
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+
+/// The folders that commands work in.
+pub(crate) struct Workspace {
+    /// The folder of the root `Cargo.toml`.
+    pub(crate) root: PathBuf,
+    /// Cargo's target folder.
+    pub(crate) target: PathBuf,
+}
+
+impl Workspace {
+    /// Finds the tree that this program was started from.
+    ///
+    /// # Errors
+    /// When there is no current folder or the program does not lie in a workspace.
+    pub(crate) fn locate() -> Result<Self> {
+        // Cargo sets the variable at run time as well; the compiled-in value would go stale when the tree moves.
+        let manifest_dir = env::var_os("CARGO_MANIFEST_DIR")
+            .map_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")), PathBuf::from);
+        let root = manifest_dir.parent().context("xtask must lie in a workspace: run it as `cargo xtask`")?;
+        let target = match env::var_os("CARGO_TARGET_DIR") {
+            Some(dir) => env::current_dir().context("no current folder: run this from the tree")?.join(dir),
+            None => root.join("target"),
+        };
+        Ok(Self { root: root.to_owned(), target })
+    }
+
+    /// The BPF object that `socklb` embeds.
+    pub(crate) fn bpf_object(&self) -> PathBuf {
+        self.target.join("bpf/socklb.bpf.o")
+    }
+
+    /// The `socklb` binary.
+    pub(crate) fn socklb(&self, release: bool) -> PathBuf {
+        self.target.join(if release { "release/socklb" } else { "debug/socklb" })
+    }
+}
+
+/// The folder that survives `cargo clean`: tools and downloads that are the same for every checkout.
+///
+/// # Errors
+/// When neither `XDG_CACHE_HOME` nor `HOME` is set.
+pub(crate) fn cache_dir() -> Result<PathBuf> {
+    let not_empty = |name| env::var_os(name).filter(|value: &OsString| !value.is_empty());
+    let base = match not_empty("XDG_CACHE_HOME") {
+        Some(dir) => PathBuf::from(dir),
+        None => Path::new(&not_empty("HOME").context("no cache folder: set HOME or XDG_CACHE_HOME")?).join(".cache"),
+    };
+    Ok(base.join("socklb"))
+}
