@@ -1,1 +1,30 @@
-fn main(){}
+//! Puts the compiled BPF object where `kernel::object` embeds it.
+//!
+//! `cargo xtask build` compiles the object and names it in `SOCKLB_BPF_OBJECT`. Without it, as with a plain
+//! `cargo check`, an empty stand-in is embedded that fails with a clear message when it is loaded; a release build
+//! refuses it.
+#![expect(clippy::print_stdout, reason = "cargo reads a build script's standard output")]
+
+use std::{env, fs, io, path::PathBuf};
+
+fn main() -> io::Result<()> {
+    println!("cargo::rerun-if-env-changed=SOCKLB_BPF_OBJECT");
+    let out = PathBuf::from(env::var_os("OUT_DIR").unwrap_or_default()).join("socklb.bpf.o");
+    match env::var_os("SOCKLB_BPF_OBJECT") {
+        Some(path) => {
+            let path = PathBuf::from(path);
+            println!("cargo::rerun-if-changed={}", path.display());
+            let object = fs::read(&path).map_err(|error| {
+                io::Error::new(error.kind(), format!("SOCKLB_BPF_OBJECT={}: {error}", path.display()))
+            })?;
+            fs::write(out, object)
+        }
+        None if env::var("PROFILE").is_ok_and(|profile| profile == "release") => {
+            println!(
+                "cargo::error=a release build of socklb needs the BPF object: use `cargo xtask build --release`"
+            );
+            Ok(())
+        }
+        None => fs::write(out, []),
+    }
+}

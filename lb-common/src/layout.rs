@@ -39,6 +39,8 @@ macro_rules! map_type {
 /// Every bit pattern of `size_of::<Self>()` octets must be a valid value, and no octet may be padding.
 pub unsafe trait MapValue: Copy + 'static {}
 
+// SAFETY: an array of plain bytes without gaps is plain bytes.
+unsafe impl<T: MapValue, const N: usize> MapValue for [T; N] {}
 // SAFETY: an integer has no padding and no invalid bit pattern.
 unsafe impl MapValue for u32 {}
 // SAFETY: as above.
@@ -219,6 +221,43 @@ map_type! {
         pub last_used: u64,
         /// The endpoint that this client uses. Counts only while the frontend's run holds it.
         pub endpoint_id: u32,
+        /// Zero.
+        pub reserved: u32,
+    }
+}
+
+/// Service addresses that one unconnected socket can use at the same time.
+pub const SOCKET_RECORDS: usize = 4;
+
+map_type! {
+    /// How one socket reached one service address. 48 octets.
+    ///
+    /// IPv4 addresses are kept as `::ffff:a.b.c.d`. An all-zero record is free: no frontend has port 0.
+    pub struct SocketRecord {
+        /// The address that the program called.
+        pub service_address: Octets6,
+        /// The address that the kernel's socket talks to.
+        pub endpoint_address: Octets6,
+        /// The port that the program called, host order.
+        pub service_port: u16,
+        /// The port that the kernel's socket talks to, host order.
+        pub endpoint_port: u16,
+        /// The endpoint, for the next datagram to the same service address.
+        pub endpoint_id: u32,
+        /// Its position in the run when it was chosen.
+        pub index: u32,
+        /// The service port, so that stale sockets can be found by service.
+        pub service_id: u32,
+    }
+}
+
+map_type! {
+    /// Value of `sockets`: what one socket remembers.
+    pub struct SocketRecords {
+        /// One record for each service address in use; a connected socket has exactly one.
+        pub records: [SocketRecord; SOCKET_RECORDS],
+        /// Where the next new record goes when all are taken.
+        pub next: u32,
         /// Zero.
         pub reserved: u32,
     }

@@ -2,6 +2,12 @@
 //!
 //! The way of a change, each step using only what stands before it: `source`/`cluster` (I/O) → [`model`] →
 //! [`desired`] → [`tables`] → [`plan`] → `kernel` (I/O). `controller` drives it. See docs/ARCHITECTURE.md.
+#![deny(unsafe_code)]
 
 pub mod desired;
+pub mod kernel;
 pub mod model;
+pub mod plan;
+pub mod sim;
+// pub mod source;
+pub mod tables;

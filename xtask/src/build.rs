@@ -49,10 +49,10 @@ pub(crate) fn add_bpf_arguments(command: &mut std::process::Command, workspace: 
 /// When the compiler or bpf-linker fails, or the object cannot be copied.
 pub(crate) fn bpf_object(workspace: &Workspace, toolchain: &BpfToolchain) -> Result<PathBuf> {
     step(&format!("building the BPF object with {toolchain}"));
-    let mut build = toolchain.cargo("build");
-    build.arg("--release");
-    add_bpf_arguments(&mut build, workspace);
-    process::run(&mut build, "correct lb-ebpf, or check the toolchain with `cargo xtask setup`")?;
+    let mut cargo = toolchain.cargo("build");
+    cargo.arg("--release");
+    add_bpf_arguments(&mut cargo, workspace);
+    process::run(&mut cargo, "correct lb-ebpf, or check the toolchain with `cargo xtask setup`")?;
     let built = workspace.target.join("bpf").join(BPF_TARGET).join("release/lb-ebpf");
     let object = workspace.bpf_object();
     copy_if_changed(&built, &object)?;

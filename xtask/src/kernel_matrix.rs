@@ -1,6 +1,361 @@
-//! x
-use anyhow::Result;
-use crate::workspace::Workspace;
-#[derive(clap::Args)]
-pub(crate) struct Options {}
-pub(crate) fn command(_w: &Workspace, _o: &Options) -> Result<()> { Ok(()) }
+//! `cargo xtask kernel-matrix`: the kernel tests on the kernels that users have, in QEMU.
+//!
+//! The guest is a Debian cloud kernel and an initramfs with one static init, the static test executable and four
+//! modules; it has no disk and no network device. Nothing is installed: kernels and QEMU are unpacked into the
+//! cache folder.
+
+use std::ffi::OsStr;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, bail};
+use clap::{Args, ValueEnum};
+use serde_json::{Value, json};
+
+use crate::build::{self, OBJECT_VARIABLE};
+use crate::process::{self, step};
+use crate::setup::{self, Purpose};
+use crate::workspace::{Workspace, cache_dir};
+
+mod archive;
+mod guest_kernel;
+mod initramfs;
+mod qemu;
+
+use guest_kernel::GuestKernel;
+use initramfs::Initramfs;
+use qemu::{Outcome, Qemu};
+
+/// What the kernel tests are compiled for; also the reason why the host must be of this kind.
+const TARGET: &str = "x86_64-unknown-linux-gnu";
+
+/// How long one kernel may take. Booting and loading take 12 s, and a hung guest does not end by itself.
+const LIMIT: Duration = Duration::from_secs(300);
+
+/// Lines of a guest's output that a failure shows.
+const SERIAL_TAIL: usize = 40;
+
+/// Folders of the tree that tests read at run time; the guest has them under the same path.
+const GUEST_FOLDERS: &[&str] = &["tests/scenarios", "manifests"];
+
+/// A kernel that the tests run on.
+struct Row {
+    name: &'static str,
+    /// The Debian release whose cloud kernel it is.
+    suite: &'static str,
+    /// False when its failure is only reported.
+    is_required: bool,
+}
+
+/// The kernels, oldest first. Add a row when a Debian release has a kernel that users have.
+const KERNELS: &[Row] = &[
+    Row { name: "5.10", suite: "bullseye", is_required: true },
+    Row { name: "6.1", suite: "bookworm", is_required: true },
+    Row { name: "6.12", suite: "trixie", is_required: true },
+    // Names and packaging move there, so a failure is news and not a fault of the change under test.
+    Row { name: "newest", suite: "sid", is_required: false },
+];
+
+/// Options of the command.
+#[derive(Args)]
+pub(crate) struct Options {
+    /// Kernels to run on: 5.10, 6.1, 6.12, newest; all when not given
+    #[arg(long, value_delimiter = ',', value_name = "NAME")]
+    kernel: Vec<String>,
+    /// What executes the guest
+    #[arg(long, value_enum, default_value_t = Accelerator::Tcg)]
+    accel: Accelerator,
+    /// Looks for newer kernels and QEMU in place of the cached ones
+    #[arg(long)]
+    refresh: bool,
+    /// Filters and options of the test executable
+    #[arg(last = true, value_name = "ARGS")]
+    args: Vec<String>,
+}
+
+/// What executes the guest. Never chosen by looking for `/dev/kvm`: nested hosts have one that fails later.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Accelerator {
+    /// Emulation; works everywhere
+    Tcg,
+    /// The processor's virtualization; needs a host where it works
+    Kvm,
+}
+
+/// How a kernel did.
+struct Report {
+    row: &'static Row,
+    release: String,
+    outcome: Outcome,
+    seconds: f64,
+}
+
+impl Report {
+    fn is_fatal(&self) -> bool {
+        self.row.is_required && !self.outcome.is_pass()
+    }
+
+    fn result(&self) -> String {
+        if self.outcome.is_pass() || self.row.is_required {
+            self.outcome.to_string()
+        } else {
+            format!("{} (allowed)", self.outcome)
+        }
+    }
+
+    fn json(&self) -> Value {
+        let tally = self.outcome.tally();
+        json!({
+            "kernel": self.row.name,
+            "release": self.release,
+            "suite": self.row.suite,
+            "required": self.row.is_required,
+            "passed": self.outcome.is_pass(),
+            "result": self.outcome.to_string(),
+            "tests_passed": tally.n_passed,
+            "tests_failed": tally.n_failed,
+            "tests_ignored": tally.n_ignored,
+            "seconds": self.seconds,
+        })
+    }
+}
+
+/// Picks the rows that the user asked for.
+fn choose(names: &[String]) -> Result<Vec<&'static Row>> {
+    if let Some(unknown) = names.iter().find(|name| KERNELS.iter().all(|row| row.name != name.as_str())) {
+        let known: Vec<&str> = KERNELS.iter().map(|row| row.name).collect();
+        bail!("no kernel {unknown:?} in the matrix: choose from {}", known.join(", "));
+    }
+    let is_chosen = |row: &&Row| names.is_empty() || names.iter().any(|name| name == row.name);
+    Ok(KERNELS.iter().filter(is_chosen).collect())
+}
+
+/// The static executables that go into the guest.
+struct GuestPrograms {
+    init: PathBuf,
+    test: PathBuf,
+    socklb: PathBuf,
+}
+
+/// Reads the executables from cargo's messages.
+fn guest_programs(messages: &str) -> Result<GuestPrograms> {
+    let artifacts: Vec<Value> = messages.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
+    let executable = |name: &str, is_test: bool| {
+        let artifact = artifacts.iter().find(|artifact| {
+            artifact["reason"] == "compiler-artifact"
+                && artifact["target"]["name"] == name
+                && artifact["profile"]["test"] == is_test
+                && artifact["executable"].is_string()
+        });
+        let path = artifact.and_then(|artifact| artifact["executable"].as_str()).map(PathBuf::from);
+        path.with_context(|| {
+            format!("cargo built no executable {name}: is it still a target of lb-tests or lb-userspace?")
+        })
+    };
+    Ok(GuestPrograms {
+        init: executable("vm-init", false)?,
+        test: executable("kernel", true)?,
+        socklb: executable("socklb", false)?,
+    })
+}
+
+fn build_guest_programs(workspace: &Workspace, object: &OsStr) -> Result<GuestPrograms> {
+    step("building the kernel tests, statically linked");
+    let cargo = |subcommand: &[&str]| {
+        let mut cargo = process::cargo();
+        cargo
+            .current_dir(&workspace.root)
+            .args(subcommand)
+            .args(["--message-format", "json-render-diagnostics", "--target", TARGET, "--target-dir"])
+            .arg(workspace.target.join("kernel-matrix"))
+            .env("RUSTFLAGS", "-Ctarget-feature=+crt-static")
+            .env(OBJECT_VARIABLE, object)
+            // The guest unpacks every byte under emulation.
+            .env("CARGO_PROFILE_DEV_DEBUG", "none")
+            .env("CARGO_PROFILE_DEV_STRIP", "symbols")
+            .env_remove("CARGO_ENCODED_RUSTFLAGS")
+            .stderr(Stdio::inherit());
+        process::capture(&mut cargo).context("the guest's programs were not built: correct the error above")
+    };
+    let mut messages = cargo(&["build", "--package", "lb-tests", "--package", "lb-userspace", "--bins"])?;
+    messages += &cargo(&["test", "--no-run", "--package", "lb-tests", "--test", "kernel"])?;
+    guest_programs(&messages)
+}
+
+fn read(file: &Path) -> Result<Vec<u8>> {
+    fs::read(file).with_context(|| format!("cannot read {}: run the command again", file.display()))
+}
+
+/// Adds the files below a folder under the same absolute path.
+fn add_folder(initramfs: &mut Initramfs, dir: &Path) -> Result<()> {
+    let entries =
+        fs::read_dir(dir).with_context(|| format!("cannot list {}: check its owner", dir.display()))?;
+    for entry in entries {
+        let path = entry.with_context(|| format!("cannot list {}: check the disk", dir.display()))?.path();
+        if path.is_dir() {
+            add_folder(initramfs, &path)?;
+        } else {
+            initramfs.file(&path, 0o644, &read(&path)?);
+        }
+    }
+    Ok(())
+}
+
+/// The part of the initramfs that is the same for every kernel.
+fn base_initramfs(workspace: &Workspace, programs: &GuestPrograms, args: &[String]) -> Result<Initramfs> {
+    let mut initramfs = Initramfs::default();
+    initramfs.console();
+    initramfs.file(Path::new("/init"), 0o755, &read(&programs.init)?);
+    initramfs.file(Path::new("/test"), 0o755, &read(&programs.test)?);
+    initramfs.file(Path::new("/socklb"), 0o755, &read(&programs.socklb)?);
+    let tests = workspace.root.join("tests");
+    for folder in GUEST_FOLDERS {
+        let folder = workspace.root.join(folder);
+        if folder.is_dir() {
+            add_folder(&mut initramfs, &folder)?;
+        }
+    }
+    initramfs.directory(&tests);
+    // In files and not on the kernel's command line, which has a length limit and no quoting for arguments.
+    let environment =
+        format!("CARGO_MANIFEST_DIR={}\nSOCKLB_BIN=/socklb\nRUST_BACKTRACE=1\n", tests.display());
+    initramfs.file(Path::new("/vm.env"), 0o644, environment.as_bytes());
+    initramfs.file(Path::new("/vm.args"), 0o644, args.join("\n").as_bytes());
+    Ok(initramfs)
+}
+
+/// Boots one kernel and judges what it printed.
+fn boot(kernel: &GuestKernel, qemu: &Qemu, base: &Initramfs, name: &str, work: &Path) -> Result<Outcome> {
+    let mut initramfs = base.clone();
+    for (file, module) in &kernel.modules {
+        initramfs.file(&Path::new("/modules").join(file), 0o644, module);
+    }
+    let image = work.join(format!("initramfs-{name}.cpio"));
+    fs::write(&image, initramfs.finish())
+        .with_context(|| format!("cannot write {}: check its owner and the disk", image.display()))?;
+    let log = work.join(format!("{name}.log"));
+    let outcome = qemu.boot(&kernel.vmlinuz, &image, &log, LIMIT)?;
+    if !outcome.is_pass() {
+        let text = fs::read_to_string(&log).unwrap_or_default();
+        let lines: Vec<&str> = text.lines().collect();
+        for line in lines.iter().skip(lines.len().saturating_sub(SERIAL_TAIL)) {
+            eprintln!("    | {line}");
+        }
+        eprintln!("    whole output: {}", log.display());
+    }
+    Ok(outcome)
+}
+
+/// Prints the table and writes the report.
+fn publish(reports: &[Report], file: &Path) -> Result<()> {
+    let width = reports.iter().map(|report| report.result().len()).max().unwrap_or(0).max("result".len());
+    println!(
+        "{:<8} {:<26} {:<width$} {:>12} {:>8}",
+        "kernel", "release", "result", "tests passed", "seconds"
+    );
+    for report in reports {
+        let (Report { row, release, seconds, .. }, tally) = (report, report.outcome.tally());
+        let result = report.result();
+        println!("{:<8} {release:<26} {result:<width$} {:>12} {seconds:>8.1}", row.name, tally.n_passed);
+    }
+    let json = Value::Array(reports.iter().map(Report::json).collect());
+    fs::write(file, format!("{json:#}\n"))
+        .with_context(|| format!("cannot write {}: check its owner and the disk", file.display()))
+}
+
+/// Runs `cargo xtask kernel-matrix`.
+///
+/// # Errors
+/// When setting up or building fails, or the tests fail on a required kernel.
+pub(crate) fn command(workspace: &Workspace, options: &Options) -> Result<()> {
+    let rows = choose(&options.kernel)?;
+    if !cfg!(target_arch = "x86_64") {
+        bail!(
+            "the kernel matrix needs an x86_64 host, because its kernels and tests are built for one: run it there"
+        );
+    }
+    let toolchain = setup::ensure(&[Purpose::Build, Purpose::KernelMatrix])?;
+    let cache = cache_dir()?.join("kernel-matrix");
+    let archive = archive::Archive::locate(&cache)?;
+    let qemu = Qemu::find(&archive, &cache, options.accel, options.refresh)?;
+    let kernels: Vec<_> = rows
+        .iter()
+        .map(|row| (*row, GuestKernel::fetch(&archive, &cache, row.suite, options.refresh)))
+        .collect();
+    let object = build::bpf_object(workspace, &toolchain)?;
+    let programs = build_guest_programs(workspace, object.as_os_str())?;
+    let base = base_initramfs(workspace, &programs, &options.args)?;
+    let work = workspace.target.join("kernel-matrix");
+
+    let mut reports = Vec::new();
+    for (row, kernel) in kernels {
+        let start = Instant::now();
+        let (release, outcome) = match kernel {
+            Ok(kernel) => {
+                step(&format!("running the kernel tests on {}", kernel.release));
+                let outcome = boot(&kernel, &qemu, &base, row.name, &work)?;
+                (kernel.release, outcome)
+            }
+            Err(error) => {
+                eprintln!("error: {error:#}");
+                ("-".to_owned(), Outcome::NotRun)
+            }
+        };
+        reports.push(Report { row, release, outcome, seconds: start.elapsed().as_secs_f64() });
+    }
+    publish(&reports, &workspace.target.join("kernel-matrix.json"))?;
+    let failed: Vec<&str> =
+        reports.iter().filter(|report| report.is_fatal()).map(|report| report.row.name).collect();
+    if failed.is_empty() {
+        Ok(())
+    } else {
+        Err(anyhow!("the kernel tests did not pass on {}: see the output above", failed.join(", ")))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::test::Tally;
+
+    #[test]
+    fn kernels_are_chosen_by_name() {
+        let names = |names: &[&str]| {
+            let names: Vec<String> = names.iter().map(|&name| name.to_owned()).collect();
+            choose(&names).map(|rows| rows.iter().map(|row| row.name).collect::<Vec<_>>())
+        };
+        assert_eq!(names(&[]).unwrap(), ["5.10", "6.1", "6.12", "newest"]);
+        assert_eq!(names(&["6.12", "5.10"]).unwrap(), ["5.10", "6.12"]);
+        assert!(names(&["4.19"]).is_err());
+    }
+
+    #[test]
+    fn executables_are_read_from_cargos_messages() {
+        let messages = concat!(
+            r#"{"reason":"compiler-artifact","target":{"name":"kernel"},"profile":{"test":false},"executable":null}"#,
+            "\n",
+            r#"{"reason":"compiler-artifact","target":{"name":"kernel"},"profile":{"test":true},"executable":"/t/kernel-1"}"#,
+            "\n",
+            r#"{"reason":"compiler-artifact","target":{"name":"vm-init"},"profile":{"test":false},"executable":"/t/vm-init"}"#,
+            "\n",
+            r#"{"reason":"compiler-artifact","target":{"name":"socklb"},"profile":{"test":false},"executable":"/t/socklb"}"#,
+            "\n",
+            r#"{"reason":"build-finished","success":true}"#,
+        );
+        let programs = guest_programs(messages).unwrap();
+        assert_eq!(programs.test, Path::new("/t/kernel-1"));
+        assert_eq!(programs.init, Path::new("/t/vm-init"));
+        assert!(guest_programs("{}").is_err());
+    }
+
+    #[test]
+    fn only_a_required_kernel_fails_the_command() {
+        let report = |row, outcome| Report { row, release: String::new(), outcome, seconds: 0.0 };
+        assert!(report(&KERNELS[0], Outcome::TimedOut).is_fatal());
+        assert!(!report(&KERNELS[0], Outcome::Passed(Tally::default())).is_fatal());
+        let newest = report(&KERNELS[3], Outcome::NotRun);
+        assert!(!newest.is_fatal() && newest.result().ends_with("(allowed)"));
+    }
+}

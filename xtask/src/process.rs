@@ -35,7 +35,8 @@ fn describe(command: &Command) -> String {
 /// # Errors
 /// When it cannot be started or does not exit with 0; `remedy` then ends the message.
 pub(crate) fn run(command: &mut Command, remedy: &str) -> Result<()> {
-    let status = command.status().with_context(|| format!("cannot start `{}`; {remedy}", describe(command)))?;
+    let status =
+        command.status().with_context(|| format!("cannot start `{}`; {remedy}", describe(command)))?;
     if !status.success() {
         bail!("`{}` ended with {status}; {remedy}", describe(command));
     }
@@ -76,7 +77,8 @@ pub(crate) fn run_logged(
     remedy: &str,
 ) -> Result<()> {
     if let Some(dir) = log.parent() {
-        fs::create_dir_all(dir).with_context(|| format!("cannot create {}: check its owner", dir.display()))?;
+        fs::create_dir_all(dir)
+            .with_context(|| format!("cannot create {}: check its owner", dir.display()))?;
     }
     let mut file = File::options()
         .create(true)
@@ -129,5 +131,8 @@ pub(crate) fn is_executable(file: &Path) -> bool {
 /// Read from `/proc` so that xtask needs no unsafe code and no crate for one system call.
 pub(crate) fn is_root() -> bool {
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
-    status.lines().find_map(|line| line.strip_prefix("Uid:")).is_some_and(|ids| ids.split_whitespace().nth(1) == Some("0"))
+    status
+        .lines()
+        .find_map(|line| line.strip_prefix("Uid:"))
+        .is_some_and(|ids| ids.split_whitespace().nth(1) == Some("0"))
 }

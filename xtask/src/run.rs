@@ -5,10 +5,10 @@ use std::process::Command;
 
 use anyhow::{Context, Result};
 
+use crate::build;
 use crate::process::{self, step};
 use crate::setup::{self, Purpose};
 use crate::workspace::Workspace;
-use crate::build;
 
 /// Runs `cargo xtask run`. Returns only when something failed before `socklb` took this process over.
 ///

@@ -119,7 +119,10 @@ fn missing_tools(purposes: &[Purpose], has_program: impl Fn(&str) -> bool) -> Ve
         }
         for &name in tool.packages {
             if packages.iter().all(|package| package.name != name) {
-                packages.push(Package { name: name.to_owned(), reason: format!("{}: {}", tool.program, tool.reason) });
+                packages.push(Package {
+                    name: name.to_owned(),
+                    reason: format!("{}: {}", tool.program, tool.reason),
+                });
             }
         }
     }
@@ -144,7 +147,9 @@ pub(crate) fn ensure(purposes: &[Purpose]) -> Result<BpfToolchain> {
     let (chosen, gaps) = toolchain::choose(&facts, with_clippy).map_err(|remedy| anyhow!(remedy))?;
     let mut packages = missing_tools(purposes, |program| find_program(program).is_some());
     packages.extend(
-        gaps.packages.iter().map(|(name, reason)| Package { name: name.clone(), reason: (*reason).to_owned() }),
+        gaps.packages
+            .iter()
+            .map(|(name, reason)| Package { name: name.clone(), reason: (*reason).to_owned() }),
     );
     let components = if with_clippy { missing_components() } else { Vec::new() };
     if packages.is_empty() && components.is_empty() && gaps == Gaps::default() {
@@ -201,7 +206,9 @@ fn verify(with_clippy: bool) -> Result<()> {
         );
     }
     if gaps.needs_linker {
-        bail!("{chosen} does not run after it was built: delete that folder and run `cargo xtask setup` again");
+        bail!(
+            "{chosen} does not run after it was built: delete that folder and run `cargo xtask setup` again"
+        );
     }
     Ok(())
 }
@@ -241,7 +248,9 @@ fn install_packages(packages: &[Package]) -> Result<()> {
     }
     let privilege = privilege();
     match privilege {
-        Privilege::None => bail!("installing packages needs root or sudo, and there is neither: as root run `{by_hand}`"),
+        Privilege::None => {
+            bail!("installing packages needs root or sudo, and there is neither: as root run `{by_hand}`")
+        }
         Privilege::Sudo => step("installing these packages needs root: using sudo for apt-get alone"),
         Privilege::Root => {}
     }
@@ -296,7 +305,12 @@ fn update_package_lists(privilege: Privilege, log: &Path, by_hand: &str) -> Resu
     let update = || {
         let mut apt = apt_get(privilege);
         apt.arg("update");
-        process::run_logged(&mut apt, log, |_| false, &format!("check the network, then as root run `{by_hand}`"))
+        process::run_logged(
+            &mut apt,
+            log,
+            |_| false,
+            &format!("check the network, then as root run `{by_hand}`"),
+        )
     };
     // The lock timeout does not cover the lock of the lists, so the wait for another apt is here.
     for _ in 0..3 {
@@ -336,9 +350,13 @@ fn install_linker() -> Result<()> {
         .env("CARGO_TARGET_DIR", &target)
         // Without it the build finds another LLVM or none.
         .env("LLVM_PREFIX", toolchain::llvm_prefix());
-    let result = process::run(&mut install, "check that crates.io answers and that the packages listed above are installed");
+    let result = process::run(
+        &mut install,
+        "check that crates.io answers and that the packages listed above are installed",
+    );
     if target.exists() {
-        fs::remove_dir_all(&target).with_context(|| format!("cannot delete {}: delete it", target.display()))?;
+        fs::remove_dir_all(&target)
+            .with_context(|| format!("cannot delete {}: delete it", target.display()))?;
     }
     result
 }
@@ -356,7 +374,10 @@ mod tests {
     use super::*;
 
     fn names(purposes: &[Purpose], present: &[&str]) -> Vec<String> {
-        missing_tools(purposes, |program| present.contains(&program)).into_iter().map(|package| package.name).collect()
+        missing_tools(purposes, |program| present.contains(&program))
+            .into_iter()
+            .map(|package| package.name)
+            .collect()
     }
 
     #[test]

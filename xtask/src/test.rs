@@ -1,4 +1,118 @@
-//! x
-use anyhow::Result;
+//! `cargo xtask test`: every test of the host crates, with the kernel tests among them.
+
+use std::env::consts::ARCH;
+use std::io::{BufRead, BufReader, Write};
+use std::process::Stdio;
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+
+use crate::build;
+use crate::process::{self, step};
+use crate::setup::{self, Purpose};
 use crate::workspace::Workspace;
-pub(crate) fn command(_w: &Workspace, _a: &[String]) -> Result<()> { Ok(()) }
+
+/// What libtest's closing lines add up to.
+#[expect(clippy::struct_field_names, reason = "counts are called `n_foos` in this tree")]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Tally {
+    pub(crate) n_passed: u64,
+    pub(crate) n_failed: u64,
+    pub(crate) n_ignored: u64,
+    /// Test executables and doc tests of crates that ran to their end.
+    pub(crate) n_suites: u64,
+}
+
+impl Tally {
+    /// Adds one line of output, if it closes a suite: `test result: ok. 3 passed; 0 failed; 1 ignored; ...`.
+    pub(crate) fn add_line(&mut self, line: &str) {
+        let Some(result) = line.trim().strip_prefix("test result: ") else { return };
+        self.n_suites += 1;
+        for part in result.split([';', '.']) {
+            let mut words = part.split_whitespace();
+            if let (Some(Ok(number)), Some(what)) = (words.next().map(str::parse::<u64>), words.next()) {
+                match what {
+                    "passed" => self.n_passed += number,
+                    "failed" => self.n_failed += number,
+                    "ignored" => self.n_ignored += number,
+                    _ => {}
+                }
+            }
+        }
+    }
+}
+
+/// The variable that makes cargo start test executables of this host through another program.
+fn runner_variable() -> String {
+    // glibc and musl hosts both keep to this pattern; xtask runs on Linux only.
+    let environment = if cfg!(target_env = "musl") { "MUSL" } else { "GNU" };
+    format!("CARGO_TARGET_{}_UNKNOWN_LINUX_{environment}_RUNNER", ARCH.to_uppercase())
+}
+
+/// Runs `cargo xtask test`.
+///
+/// # Errors
+/// When setting up or building fails, or a test fails.
+pub(crate) fn command(workspace: &Workspace, args: &[String]) -> Result<()> {
+    let start = Instant::now();
+    let toolchain = setup::ensure(&[Purpose::Build, Purpose::Run, Purpose::Test])?;
+    let object = build::bpf_object(workspace, &toolchain)?;
+    let binary = build::socklb(workspace, object.as_os_str(), false)?;
+
+    step("running the tests");
+    let mut test = process::cargo();
+    test.current_dir(&workspace.root)
+        .args(["test", "--no-fail-fast", "--"])
+        .args(args)
+        .env(build::OBJECT_VARIABLE, &object)
+        .env("SOCKLB_BIN", &binary)
+        // A test that this kernel could run must not be skipped.
+        .env("LB_TEST_STRICT", "1")
+        .stdout(Stdio::piped());
+    if !process::is_root() {
+        if process::find_program("sudo").is_none() {
+            bail!(
+                "kernel tests need root and there is no sudo: run `cargo xtask test` as root, or `cargo test` for the others"
+            );
+        }
+        step("kernel tests load BPF programs, which needs root: starting the test executables with sudo");
+        test.env(runner_variable(), "sudo -E");
+    }
+    let mut child = test.spawn().context("cannot start `cargo test`: is cargo installed?")?;
+    let mut tally = Tally::default();
+    if let Some(stdout) = child.stdout.take() {
+        let mut out = std::io::stdout().lock();
+        for line in BufReader::new(stdout).split(b'\n') {
+            let line = line.context("lost the output of `cargo test`: run it again")?;
+            out.write_all(&line).and_then(|()| out.write_all(b"\n")).context("standard output is closed")?;
+            tally.add_line(&String::from_utf8_lossy(&line));
+        }
+    }
+    let status = child.wait().context("lost `cargo test`: run it again")?;
+    let Tally { n_passed, n_failed, n_ignored, n_suites } = tally;
+    println!(
+        "xtask test: {}: {n_passed} passed, {n_failed} failed, {n_ignored} ignored in {n_suites} suites, {} s",
+        if status.success() { "ok" } else { "FAILED" },
+        start.elapsed().as_secs()
+    );
+    if !status.success() {
+        bail!("`cargo test` ended with {status}: correct the failures above");
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn closing_lines_add_up() {
+        let mut tally = Tally::default();
+        tally.add_line(
+            "test result: ok. 12 passed; 0 failed; 1 ignored; 0 measured; 0 filtered out; finished in 0.01s",
+        );
+        tally.add_line("test result: FAILED. 3 passed; 2 failed; 0 ignored; 0 measured; 4 filtered out; finished in 1.10s");
+        tally.add_line("test a::result ... ok");
+        assert_eq!(tally, Tally { n_passed: 15, n_failed: 2, n_ignored: 1, n_suites: 2 });
+    }
+}

@@ -62,7 +62,8 @@ impl BpfToolchain {
             }
             Self::Debian { linker } => {
                 // `cargo clippy` would look for cargo-clippy in rustup's folder first.
-                let mut command = Command::new(if subcommand == "clippy" { DEBIAN_CLIPPY } else { DEBIAN_CARGO });
+                let mut command =
+                    Command::new(if subcommand == "clippy" { DEBIAN_CLIPPY } else { DEBIAN_CARGO });
                 command.arg(subcommand);
                 command.env("CARGO", DEBIAN_CARGO).env("RUSTC_BOOTSTRAP", "1");
                 (command, linker)
@@ -107,6 +108,7 @@ pub(crate) enum Wanted {
 }
 
 /// What is installed, as far as the choice depends on it.
+#[expect(clippy::struct_excessive_bools, reason = "each is one independent observation, not a state")]
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Facts {
     /// From the variable `SOCKLB_BPF_TOOLCHAIN`.
@@ -151,7 +153,8 @@ pub(crate) struct Gaps {
 pub(crate) fn choose(facts: &Facts, with_clippy: bool) -> Result<(BpfToolchain, Gaps), String> {
     match (facts.wanted, facts.has_nightly_with_sources, &facts.linker_on_path) {
         (Wanted::Any | Wanted::Rustup, true, Some(linker)) => {
-            let gaps = Gaps { needs_nightly_clippy: with_clippy && !facts.has_nightly_clippy, ..Gaps::default() };
+            let gaps =
+                Gaps { needs_nightly_clippy: with_clippy && !facts.has_nightly_clippy, ..Gaps::default() };
             return Ok((BpfToolchain::Rustup { linker: linker.clone() }, gaps));
         }
         (Wanted::Rustup, false, _) => {
@@ -201,7 +204,9 @@ pub(crate) fn observe() -> Result<Facts> {
         Err(_) | Ok("") => Wanted::Any,
         Ok("rustup") => Wanted::Rustup,
         Ok("debian") => Wanted::Debian,
-        Ok(other) => anyhow::bail!("SOCKLB_BPF_TOOLCHAIN is {other:?}: set it to rustup or debian, or unset it"),
+        Ok(other) => {
+            anyhow::bail!("SOCKLB_BPF_TOOLCHAIN is {other:?}: set it to rustup or debian, or unset it")
+        }
     };
     let nightly_sysroot = if wanted == Wanted::Debian { None } else { nightly_sysroot() };
     let has_nightly_with_sources = nightly_sysroot
@@ -319,7 +324,15 @@ pub(crate) mod tests {
 
     #[test]
     fn a_bare_machine_needs_all_of_debians_pair() {
-        let expected = ["rustc-web", "cargo-web", "rust-web-src", "llvm-22-dev", "libpolly-22-dev", "libzstd-dev", "zlib1g-dev"];
+        let expected = [
+            "rustc-web",
+            "cargo-web",
+            "rust-web-src",
+            "llvm-22-dev",
+            "libpolly-22-dev",
+            "libzstd-dev",
+            "zlib1g-dev",
+        ];
         assert_eq!(packages(&bare(), false), expected);
         assert!(choose(&bare(), false).unwrap().1.needs_linker);
         assert!(packages(&bare(), true).contains(&"rust-web-clippy".to_owned()));

@@ -50,7 +50,8 @@ pub(crate) fn cache_dir() -> Result<PathBuf> {
     let not_empty = |name| env::var_os(name).filter(|value: &OsString| !value.is_empty());
     let base = match not_empty("XDG_CACHE_HOME") {
         Some(dir) => PathBuf::from(dir),
-        None => Path::new(&not_empty("HOME").context("no cache folder: set HOME or XDG_CACHE_HOME")?).join(".cache"),
+        None => Path::new(&not_empty("HOME").context("no cache folder: set HOME or XDG_CACHE_HOME")?)
+            .join(".cache"),
     };
     Ok(base.join("socklb"))
 }

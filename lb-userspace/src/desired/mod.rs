@@ -17,6 +17,7 @@
 
 pub mod claims;
 pub mod endpoints;
+pub mod health;
 pub mod service;
 pub mod topology;
 
@@ -86,6 +87,8 @@ pub struct Frontend {
     pub flags: u32,
     /// Idle time-out of the affinity in seconds; 0 = none.
     pub affinity_seconds: u32,
+    /// When the service was created, seconds since 1970: the older service wins an address that two claim.
+    pub created: Option<i64>,
     /// The service port.
     pub port: Arc<PortKey>,
     /// The endpoints that a call may reach: sorted, without duplicates, of the address's family. Frontends of one

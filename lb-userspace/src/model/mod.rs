@@ -31,7 +31,7 @@ use serde::{Deserialize, Serialize};
 
 pub use self::{
     issue::{Issue, IssueKind, ObjectKind, ObjectRef},
-    store::Store,
+    store::{Changes, Store},
 };
 pub use lb_common::Family;
 
@@ -50,6 +50,31 @@ impl fmt::Display for ServiceKey {
     }
 }
 
+impl ServiceKey {
+    /// Builds a key.
+    #[must_use]
+    pub fn new(namespace: &str, name: &str) -> Self {
+        Self { namespace: namespace.into(), name: name.into() }
+    }
+}
+
+/// Namespace and name of an EndpointSlice.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct SliceKey {
+    /// `metadata.namespace`
+    pub namespace: Arc<str>,
+    /// `metadata.name`
+    pub name: Arc<str>,
+}
+
+impl SliceKey {
+    /// Builds a key.
+    #[must_use]
+    pub fn new(namespace: &str, name: &str) -> Self {
+        Self { namespace: namespace.into(), name: name.into() }
+    }
+}
+
 /// Protocol of a Service port, as the API names it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "UPPERCASE")]
@@ -62,15 +87,36 @@ pub enum Protocol {
     Sctp,
 }
 
+impl fmt::Display for Protocol {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Tcp => "TCP",
+            Self::Udp => "UDP",
+            Self::Sctp => "SCTP",
+        })
+    }
+}
+
 /// `spec.type` of a Service that has addresses; `ExternalName` is not ingested.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum ServiceType {
     /// The default.
+    #[default]
     ClusterIP,
     /// With node ports.
     NodePort,
     /// With node ports (unless switched off) and addresses in the status.
     LoadBalancer,
+}
+
+impl fmt::Display for ServiceType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::ClusterIP => "ClusterIP",
+            Self::NodePort => "NodePort",
+            Self::LoadBalancer => "LoadBalancer",
+        })
+    }
 }
 
 /// `internalTrafficPolicy` or `externalTrafficPolicy`.
@@ -124,6 +170,9 @@ pub struct Service {
     pub load_balancer_ips: BTreeSet<IpAddr>,
     /// `spec.loadBalancerSourceRanges`, valid ones.
     pub source_ranges: BTreeSet<Cidr>,
+    /// Whether a range could not be read. It may have been meant for either family, so that a family without any
+    /// range is then limited to nobody instead of open to everybody.
+    pub has_unreadable_source_range: bool,
     /// `spec.internalTrafficPolicy`
     pub internal_policy: TrafficPolicy,
     /// `spec.externalTrafficPolicy`, where it counts (semantics R6).
@@ -151,7 +200,6 @@ pub struct SlicePort {
 
 /// One endpoint of an EndpointSlice.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[expect(clippy::struct_excessive_bools, reason = "the API's three independent conditions")]
 pub struct SliceEndpoint {
     /// `addresses[0]`, of the slice's family.
     pub address: IpAddr,
@@ -186,6 +234,31 @@ pub struct Slice {
     pub endpoints: Vec<SliceEndpoint>,
     /// Annotation `endpoints.kubernetes.io/last-change-trigger-time`, nanoseconds since 1970.
     pub trigger_time: Option<i128>,
+}
+
+impl Slice {
+    /// Namespace and name of the slice itself.
+    #[must_use]
+    pub fn key(&self) -> SliceKey {
+        SliceKey { namespace: self.service.namespace.clone(), name: self.name.clone() }
+    }
+
+    /// The family of its endpoints.
+    #[must_use]
+    pub const fn family(&self) -> Family {
+        if self.ipv6 { Family::V6 } else { Family::V4 }
+    }
+}
+
+impl Service {
+    /// The cluster IP of a family.
+    #[must_use]
+    pub fn cluster_ip(&self, family: Family) -> Option<IpAddr> {
+        match family {
+            Family::V4 => self.cluster_ipv4.map(IpAddr::V4),
+            Family::V6 => self.cluster_ipv6.map(IpAddr::V6),
+        }
+    }
 }
 
 /// A Node.

@@ -1,0 +1,65 @@
+//! Every map of the object. The static's name is the map's name and, below `--pin-path`, its pin.
+//!
+//! Sizes are defaults; the loader sets the real ones. docs/MAPS.md describes each for people.
+
+use aya_ebpf::{
+    bindings::BPF_F_MMAPABLE,
+    btf_maps::{Array, HashMap, LruHashMap, PerCpuArray, SkStorage},
+    macros::btf_map,
+};
+use lb_common::{
+    layout::{
+        Affinity, AffinityKey, Endpoint4, Endpoint6, EndpointStats, Frontend, FrontendKey4, FrontendKey6,
+        FrontendRef, Meta, NodeAddr, NodeAddrKey, ServiceStats, SocketRecords,
+    },
+    limits,
+};
+
+const MMAPABLE: usize = BPF_F_MMAPABLE as usize;
+const SERVICES: usize = limits::MAX_FRONTENDS as usize;
+const FRONTENDS: usize = 2 * SERVICES;
+const ENDPOINTS: usize = limits::MAX_ENDPOINTS as usize;
+
+/// Service address, port, protocol → entry of `frontends`.
+#[btf_map(name = "services4")]
+pub static SERVICES4: HashMap<FrontendKey4, FrontendRef, SERVICES> = HashMap::new();
+
+/// The same for IPv6.
+#[btf_map(name = "services6")]
+pub static SERVICES6: HashMap<FrontendKey6, FrontendRef, SERVICES> = HashMap::new();
+
+/// What each frontend stands for. User space switches a run with one 64-bit store.
+#[btf_map(name = "frontends")]
+pub static FRONTENDS_MAP: Array<Frontend, FRONTENDS, MMAPABLE> = Array::new();
+
+/// Runs of IPv4 endpoints.
+#[btf_map(name = "endpoints4")]
+pub static ENDPOINTS4: Array<Endpoint4, ENDPOINTS, MMAPABLE> = Array::new();
+
+/// Runs of IPv6 endpoints.
+#[btf_map(name = "endpoints6")]
+pub static ENDPOINTS6: Array<Endpoint6, ENDPOINTS, MMAPABLE> = Array::new();
+
+/// Addresses of nodes, for node ports.
+#[btf_map(name = "node_addrs")]
+pub static NODE_ADDRS: HashMap<NodeAddrKey, NodeAddr, { limits::MAX_NODE_ADDRS as usize }> = HashMap::new();
+
+/// What `sessionAffinity: ClientIP` remembers.
+#[btf_map(name = "affinity")]
+pub static AFFINITY: LruHashMap<AffinityKey, Affinity, { limits::MAX_AFFINITY as usize }> = LruHashMap::new();
+
+/// How each socket reached its services; dies with the socket.
+#[btf_map(name = "sockets")]
+pub static SOCKETS: SkStorage<SocketRecords> = SkStorage::new();
+
+/// Calls by service port.
+#[btf_map(name = "service_stats")]
+pub static SERVICE_STATS: PerCpuArray<ServiceStats, FRONTENDS> = PerCpuArray::new();
+
+/// Calls by endpoint.
+#[btf_map(name = "endpoint_stats")]
+pub static ENDPOINT_STATS: PerCpuArray<EndpointStats, ENDPOINTS> = PerCpuArray::new();
+
+/// Layout version and sizes of the other maps; written and read by user space only.
+#[btf_map(name = "meta")]
+pub static META: Array<Meta, 1> = Array::new();

@@ -1,0 +1,204 @@
+//! Which endpoints a service port has, and which of them a call may reach.
+//!
+//! # Purpose
+//!
+//! [`PortEndpoints`] is the union of all slices for one service port. [`PortEndpoints::judge`] applies the rules
+//! of `pkg/proxy/topology.go` to it; the sets that go to the tables and the explanation that `socklb explain`
+//! prints both come from that one function, so that they cannot disagree.
+//!
+//! # Invariants
+//!
+//! - The result does not depend on the number, the names or the order of the slices.
+//! - A set is sorted and has no duplicates: an unchanged set compares equal.
+//! - An endpoint is ready, or serving while it terminates, or never used (KEP-1669).
+
+use std::{collections::BTreeMap, fmt, net::SocketAddr, sync::Arc};
+
+use super::Topology;
+use crate::model::{Family, ServicePort, Slice, SliceEndpoint};
+
+/// Whom a set of endpoints is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scope<'a> {
+    /// Callers that may reach any node: topology hints count.
+    Cluster,
+    /// Callers that may reach one node's endpoints only (`Local` policy): hints do not count.
+    Node(&'a str),
+}
+
+/// The endpoints of one service port in one family, usable or not.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PortEndpoints<'a> {
+    known: BTreeMap<SocketAddr, &'a SliceEndpoint>,
+}
+
+/// Why an endpoint is not in a set.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum LeftOut {
+    /// It is not ready, and not an endpoint that serves while it terminates.
+    NotReady,
+    /// It serves while it terminates, and there are ready endpoints.
+    Terminating,
+    /// It terminates and serves no more.
+    NotServing,
+    /// The policy is Local, and it is on another node, or on none that is known.
+    OtherNode,
+    /// All ready endpoints have node hints, and its hints do not name this node.
+    HintedToOtherNodes,
+    /// All ready endpoints have zone hints, and its hints do not name this zone.
+    HintedToOtherZones,
+}
+
+impl fmt::Display for LeftOut {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::NotReady => "not ready",
+            Self::Terminating => "terminating, and others are ready",
+            Self::NotServing => "terminating and not serving",
+            Self::OtherNode => "on another node, and the policy is Local",
+            Self::HintedToOtherNodes => "hinted to other nodes",
+            Self::HintedToOtherZones => "hinted to other zones",
+        })
+    }
+}
+
+/// Which hints limit the cluster set.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Hints<'a> {
+    Ignored,
+    SameNode(&'a str),
+    SameZone(&'a str),
+}
+
+impl<'a> PortEndpoints<'a> {
+    /// Unites the slices of a service for one of its ports.
+    ///
+    /// A slice port matches by name and protocol; its number may differ from slice to slice. An address that
+    /// several slices hold counts once, with the entry that is most usable: upstream says only that an entry
+    /// that terminates never replaces one that does not, and this order keeps the result independent of the
+    /// order of the slices.
+    #[must_use]
+    pub fn new(port: &ServicePort, family: Family, slices: impl IntoIterator<Item = &'a Slice>) -> Self {
+        let mut known = BTreeMap::new();
+        for slice in slices.into_iter().filter(|slice| slice.family() == family) {
+            let matching = slice
+                .ports
+                .iter()
+                .filter(|candidate| candidate.name == port.name && candidate.protocol == port.protocol);
+            for slice_port in matching {
+                for endpoint in &slice.endpoints {
+                    known
+                        .entry(SocketAddr::new(endpoint.address, slice_port.port))
+                        .and_modify(|standing: &mut &SliceEndpoint| {
+                            if usability(endpoint) > usability(standing) {
+                                *standing = endpoint;
+                            }
+                        })
+                        .or_insert(endpoint);
+                }
+            }
+        }
+        Self { known }
+    }
+
+    /// Every known endpoint in the order of addresses, with the reason if it is not in the set for `scope`.
+    pub fn judge(
+        &self,
+        scope: Scope<'_>,
+        topology: &Topology,
+    ) -> impl Iterator<Item = (SocketAddr, &'a SliceEndpoint, Option<LeftOut>)> {
+        let hints = if scope == Scope::Cluster { self.hints(topology) } else { Hints::Ignored };
+        let first_choice =
+            |endpoint: &SliceEndpoint| endpoint.ready && is_in(scope, endpoint) && hints.admit(endpoint);
+        let any_first_choice = self.known.values().any(|endpoint| first_choice(endpoint));
+        self.known.iter().map(move |(address, endpoint)| {
+            let reason = if !is_in(scope, endpoint) {
+                Some(LeftOut::OtherNode)
+            } else if endpoint.ready {
+                // `hints` admit at least one ready endpoint, or they are ignored.
+                hints.refusal(endpoint)
+            } else if !endpoint.terminating {
+                Some(LeftOut::NotReady)
+            } else if !endpoint.serving {
+                Some(LeftOut::NotServing)
+            } else if any_first_choice {
+                Some(LeftOut::Terminating)
+            } else {
+                None
+            };
+            (*address, *endpoint, reason)
+        })
+    }
+
+    /// The endpoints that a call in `scope` may reach: the ready ones, else those that serve while they
+    /// terminate.
+    #[must_use]
+    pub fn set(&self, scope: Scope<'_>, topology: &Topology) -> Arc<[SocketAddr]> {
+        self.judge(scope, topology)
+            .filter(|(_, _, left_out)| left_out.is_none())
+            .map(|(address, ..)| address)
+            .collect()
+    }
+
+    /// The names of the nodes that have an endpoint, in order, each once.
+    #[must_use]
+    pub fn nodes(&self) -> Vec<&'a str> {
+        let mut nodes: Vec<_> = self.known.values().filter_map(|endpoint| endpoint.node.as_deref()).collect();
+        nodes.sort_unstable();
+        nodes.dedup();
+        nodes
+    }
+
+    /// `topologyModeFromHints` of `pkg/proxy/topology.go`: hints count only if every ready endpoint has one and
+    /// at least one names this node, or else this zone.
+    fn hints<'t>(&self, topology: &'t Topology) -> Hints<'t> {
+        let ready = || self.known.values().filter(|endpoint| endpoint.ready);
+        let limit = |hints: Hints<'t>, has_hint: fn(&SliceEndpoint) -> bool| {
+            let counts =
+                ready().all(|endpoint| has_hint(endpoint)) && ready().any(|endpoint| hints.admit(endpoint));
+            counts.then_some(hints)
+        };
+        limit(Hints::SameNode(topology.node_name()), |endpoint| !endpoint.hint_nodes.is_empty())
+            .or_else(|| limit(Hints::SameZone(topology.zone()?), |endpoint| !endpoint.hint_zones.is_empty()))
+            .unwrap_or(Hints::Ignored)
+    }
+}
+
+impl Hints<'_> {
+    fn admit(self, endpoint: &SliceEndpoint) -> bool {
+        self.refusal(endpoint).is_none()
+    }
+
+    fn refusal(self, endpoint: &SliceEndpoint) -> Option<LeftOut> {
+        match self {
+            Self::Ignored => None,
+            Self::SameNode(node) => (!endpoint.hint_nodes.iter().any(|hint| **hint == *node))
+                .then_some(LeftOut::HintedToOtherNodes),
+            Self::SameZone(zone) => (!endpoint.hint_zones.iter().any(|hint| **hint == *zone))
+                .then_some(LeftOut::HintedToOtherZones),
+        }
+    }
+}
+
+fn is_in(scope: Scope<'_>, endpoint: &SliceEndpoint) -> bool {
+    match scope {
+        Scope::Cluster => true,
+        Scope::Node(name) => endpoint.node.as_deref() == Some(name),
+    }
+}
+
+/// A total order on the entries of one address; the greatest one stands for the address.
+fn usability(endpoint: &SliceEndpoint) -> impl Ord {
+    (
+        !endpoint.terminating,
+        endpoint.ready,
+        endpoint.serving,
+        endpoint.node.as_deref(),
+        endpoint.zone.as_deref(),
+        endpoint.hint_nodes.as_slice(),
+        endpoint.hint_zones.as_slice(),
+    )
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,37 @@
+//! What a service's health-check node port answers (KEP-1669, `pkg/proxy/healthcheck/service_health.go`).
+
+use std::collections::BTreeSet;
+
+use crate::model::{Service, Slice};
+
+/// The number that load balancers read: distinct addresses of ready endpoints on this node, over all ports.
+///
+/// An endpoint that serves while it terminates does not count, although calls may still reach it: the balancer
+/// shall stop sending before the endpoint is gone.
+#[must_use]
+pub fn ready_local_endpoints<'a>(
+    service: &Service,
+    slices: impl IntoIterator<Item = &'a Slice>,
+    node_name: &str,
+) -> usize {
+    let mut addresses = BTreeSet::new();
+    for slice in slices {
+        let has_port = slice.ports.iter().any(|slice_port| {
+            let mut ports = service.ports.iter();
+            ports.any(|port| port.name == slice_port.name && port.protocol == slice_port.protocol)
+        });
+        if !has_port || service.cluster_ip(slice.family()).is_none() {
+            continue;
+        }
+        let ready = slice.endpoints.iter().filter(|endpoint| endpoint.ready);
+        addresses.extend(
+            ready
+                .filter(|endpoint| endpoint.node.as_deref() == Some(node_name))
+                .map(|endpoint| endpoint.address),
+        );
+    }
+    addresses.len()
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,231 @@
+//! The frontends of one service.
+//!
+//! # Purpose
+//!
+//! [`frontends`] decides, for each port and family, which addresses answer and with which endpoints
+//! (`pkg/proxy/serviceport.go`, `pkg/proxy/topology.go`), seen from a caller on this node: a socket hook never
+//! sees a call that arrives from elsewhere.
+//!
+//! # Invariants
+//!
+//! - A service has no two frontends at one address.
+//! - All frontends of a port that have the same endpoints share one allocation.
+
+use std::{collections::BTreeSet, net::IpAddr, net::SocketAddr, sync::Arc};
+
+use lb_common::layout::frontend_flags::{EXTERNAL_LOCAL, NO_LOCAL_ENDPOINT, NODE_PORT};
+
+use super::{
+    Frontend, FrontendAddress, FrontendKind, PortKey, Settings, Topology,
+    endpoints::{PortEndpoints, Scope},
+};
+use crate::model::{
+    Family, Issue, IssueKind, ObjectRef, Protocol, Service, ServicePort, Slice, TrafficPolicy, address,
+};
+
+/// Computes the frontends of a service, in the order of their addresses.
+///
+/// Per port and family with a cluster IP:
+///
+/// | frontend | policy Cluster | policy Local |
+/// | --- | --- | --- |
+/// | cluster IP (internal policy) | cluster set | this node's endpoints |
+/// | external IP, load-balancer IP (external policy) | cluster set | cluster set |
+/// | node port on this node's addresses (external policy) | cluster set | cluster set |
+/// | node port on another node's addresses (external policy) | cluster set | that node's endpoints |
+///
+/// With the external policy Local a caller inside the cluster is short-circuited to the cluster set, except
+/// where the call would travel to another node and be answered there.
+///
+/// **Node ports** have one frontend at the unspecified address; the hook asks for it when the port is in
+/// [`Settings::node_ports`] and the address belongs to a node. With the external policy Local it does not answer
+/// for other nodes: those that have endpoints get exact frontends. A node port *outside* the range is not asked
+/// for that way, so that it gets an exact frontend for every known node address, and an issue.
+///
+/// **`loadBalancerSourceRanges`** cannot be checked: the caller's address is not chosen before `connect()`. A
+/// load-balancer address with ranges that do not admit everybody therefore has no frontend: the call goes
+/// to the network as it is, where whatever enforces the ranges sees it, and an issue says so. Other kinds of
+/// frontends are not concerned by the ranges.
+#[must_use]
+pub fn frontends<'a>(
+    service: &Service,
+    slices: impl Iterator<Item = &'a Slice>,
+    topology: &Topology,
+    settings: &Settings,
+) -> (Vec<Frontend>, Vec<Issue>) {
+    let mut builder = Builder { service, topology, settings, frontends: Vec::new(), issues: BTreeSet::new() };
+    let slices: Vec<_> = slices.collect();
+    for family in [Family::V4, Family::V6] {
+        let Some(cluster_ip) = service.cluster_ip(family) else {
+            continue;
+        };
+        // A socket hook cannot serve SCTP; ingest has reported the port.
+        for port in service.ports.iter().filter(|port| port.protocol != Protocol::Sctp) {
+            builder.add_port(port, cluster_ip, &PortEndpoints::new(port, family, slices.iter().copied()));
+        }
+    }
+    builder.report_source_ranges();
+    builder.finish()
+}
+
+/// Whether callers of a load-balancer address are limited to some networks.
+fn is_limited(service: &Service, ip: IpAddr) -> bool {
+    let mut ranges =
+        service.source_ranges.iter().filter(|range| range.family() == address::family(ip)).peekable();
+    if ranges.peek().is_none() {
+        return service.has_unreadable_source_range;
+    }
+    ranges.all(|range| range.prefix_len != 0)
+}
+
+struct Builder<'a> {
+    service: &'a Service,
+    topology: &'a Topology,
+    settings: &'a Settings,
+    frontends: Vec<Frontend>,
+    issues: BTreeSet<IssueKind>,
+}
+
+/// What the frontends of one port have in common.
+struct Port<'a> {
+    key: Arc<PortKey>,
+    family: Family,
+    endpoints: &'a PortEndpoints<'a>,
+    cluster: Arc<[SocketAddr]>,
+}
+
+impl Builder<'_> {
+    fn add_port(&mut self, port: &ServicePort, cluster_ip: IpAddr, endpoints: &PortEndpoints<'_>) {
+        let family = address::family(cluster_ip);
+        let common = Port {
+            key: Arc::new(PortKey {
+                service: self.service.key.clone(),
+                port_name: port.name.clone(),
+                protocol: port.protocol,
+                ipv6: family == Family::V6,
+            }),
+            family,
+            endpoints,
+            cluster: endpoints.set(Scope::Cluster, self.topology),
+        };
+        self.add_cluster_ip(&common, cluster_ip, port.port);
+        let load_balancer_ips =
+            self.service.load_balancer_ips.iter().map(|ip| (*ip, FrontendKind::LoadBalancer));
+        let external_ips = self.service.external_ips.iter().map(|ip| (*ip, FrontendKind::ExternalIP));
+        for (ip, kind) in load_balancer_ips.chain(external_ips) {
+            let is_open = kind != FrontendKind::LoadBalancer || !is_limited(self.service, ip);
+            if address::family(ip) == family && is_open {
+                self.add(&common, kind, ip, port.port, common.cluster.clone(), 0);
+            }
+        }
+        if let Some(node_port) = port.node_port {
+            self.add_node_port(&common, node_port);
+        }
+    }
+
+    fn add_cluster_ip(&mut self, port: &Port<'_>, ip: IpAddr, number: u16) {
+        let (endpoints, flags) = match self.service.internal_policy {
+            TrafficPolicy::Cluster => (port.cluster.clone(), 0),
+            TrafficPolicy::Local => self.endpoints_of(port, self.topology.node_name()),
+        };
+        self.add(port, FrontendKind::ClusterIP, ip, number, endpoints, flags);
+    }
+
+    fn add_node_port(&mut self, port: &Port<'_>, number: u16) {
+        let is_local = self.service.external_policy == TrafficPolicy::Local;
+        let flags = if is_local { NODE_PORT | EXTERNAL_LOCAL } else { NODE_PORT };
+        let kind = FrontendKind::NodePort;
+        if self.settings.node_ports.contains(&number) {
+            self.add(port, kind, address::unspecified(port.family), number, port.cluster.clone(), flags);
+            if is_local {
+                for node in port.endpoints.nodes() {
+                    // A node without a usable endpoint needs no entry: the wildcard refuses for it.
+                    let (endpoints, _) = self.endpoints_of(port, node);
+                    if !endpoints.is_empty() {
+                        self.add_on_node(port, node, number, &endpoints, NODE_PORT);
+                    }
+                }
+            }
+            return;
+        }
+        self.issues.insert(IssueKind::NodePortOutsideRange {
+            port: number,
+            first: *self.settings.node_ports.start(),
+            last: *self.settings.node_ports.end(),
+        });
+        for ip in self.topology.own_addresses().iter().filter(|ip| address::family(**ip) == port.family) {
+            self.add(port, kind, *ip, number, port.cluster.clone(), flags);
+        }
+        for node in self.topology.other_nodes() {
+            let (endpoints, no_local) =
+                if is_local { self.endpoints_of(port, node) } else { (port.cluster.clone(), 0) };
+            self.add_on_node(port, node, number, &endpoints, NODE_PORT | no_local);
+        }
+    }
+
+    /// Adds exact frontends for a node port on another node's addresses.
+    fn add_on_node(&mut self, port: &Port<'_>, node: &str, number: u16, set: &Arc<[SocketAddr]>, flags: u32) {
+        for ip in self.topology.addresses_of(node).iter().filter(|ip| address::family(**ip) == port.family) {
+            self.add(port, FrontendKind::NodePort, *ip, number, set.clone(), flags);
+        }
+    }
+
+    /// The endpoints of one node, sharing the cluster set's allocation if equal, and the flag that says that
+    /// only the policy stands between the caller and an endpoint.
+    fn endpoints_of(&self, port: &Port<'_>, node: &str) -> (Arc<[SocketAddr]>, u32) {
+        let set = port.endpoints.set(Scope::Node(node), self.topology);
+        let flags = if set.is_empty() && !port.cluster.is_empty() { NO_LOCAL_ENDPOINT } else { 0 };
+        (if set == port.cluster { port.cluster.clone() } else { set }, flags)
+    }
+
+    fn add(
+        &mut self,
+        port: &Port<'_>,
+        kind: FrontendKind,
+        ip: IpAddr,
+        number: u16,
+        endpoints: Arc<[SocketAddr]>,
+        flags: u32,
+    ) {
+        self.frontends.push(Frontend {
+            address: FrontendAddress { ip, port: number, protocol: port.key.protocol },
+            kind,
+            policy: match kind {
+                FrontendKind::ClusterIP => self.service.internal_policy,
+                _ => self.service.external_policy,
+            },
+            flags,
+            affinity_seconds: self.service.affinity_seconds.unwrap_or(0),
+            created: self.service.created,
+            port: port.key.clone(),
+            endpoints,
+        });
+    }
+
+    fn report_source_ranges(&mut self) {
+        let served = |ip: &IpAddr| self.service.cluster_ip(address::family(*ip)).is_some();
+        let limited: Vec<_> = self
+            .service
+            .load_balancer_ips
+            .iter()
+            .filter(|ip| served(ip))
+            .copied()
+            .filter(|ip| is_limited(self.service, *ip))
+            .map(|ip| ip.to_string())
+            .collect();
+        if !limited.is_empty() {
+            self.issues.insert(IssueKind::SourceRanges { addresses: limited });
+        }
+    }
+
+    fn finish(mut self) -> (Vec<Frontend>, Vec<Issue>) {
+        // One address may be the external and the load-balancer address of a service; the kinds' order decides.
+        self.frontends.sort_by_key(|frontend| (frontend.address, frontend.kind));
+        self.frontends.dedup_by_key(|frontend| frontend.address);
+        let object = ObjectRef::from(&self.service.key);
+        (self.frontends, self.issues.into_iter().map(|kind| Issue::new(object.clone(), kind)).collect())
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,153 @@
+//! Where this node stands in the cluster: its zone, its addresses, and those of the other nodes.
+//!
+//! # Invariants
+//!
+//! - An address is this node's or another node's, never both: this node wins, then the node whose name sorts
+//!   first.
+//! - Loopback addresses are in neither set: the tables answer for them by a rule of their own
+//!   ([`lb_common::resolve::Tables::loopback_is_node`]).
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+    sync::Arc,
+};
+
+use super::{NodePortAddresses, Settings};
+use crate::model::{Family, Node, address};
+
+/// Everything outside a service that decides about its frontends.
+///
+/// Equal topologies give equal frontends, so that a change of a Node that leaves the topology equal needs no
+/// further work.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Topology {
+    node_name: Arc<str>,
+    zone: Option<Arc<str>>,
+    own: BTreeSet<IpAddr>,
+    others: BTreeMap<IpAddr, Arc<str>>,
+    addresses_of_others: BTreeMap<Arc<str>, Vec<IpAddr>>,
+}
+
+impl Topology {
+    /// Builds the topology of the node that `settings` names.
+    ///
+    /// `interfaces` are the addresses of the node's network interfaces at the moment; they and the addresses of
+    /// the Node object are what [`NodePortAddresses`] chooses from. The Node may be missing: then there is no
+    /// zone, and `Primary` accepts no address. The rules are those of `pkg/proxy/util/nodeport_addresses.go`;
+    /// they are applied to the other nodes too, which are taken to have the same settings.
+    #[must_use]
+    pub fn new<'a>(
+        nodes: impl IntoIterator<Item = &'a Node>,
+        settings: &Settings,
+        interfaces: &[IpAddr],
+    ) -> Self {
+        let (own_nodes, other_nodes): (Vec<_>, Vec<_>) =
+            nodes.into_iter().partition(|node| node.name == settings.node_name);
+        let own_node = own_nodes.first();
+        let listed = own_node.map_or(&[][..], |node| &node.addresses);
+        let own: BTreeSet<_> = accepted(&settings.node_port_addresses, listed, interfaces).collect();
+
+        let (mut others, mut addresses_of_others) = (BTreeMap::new(), BTreeMap::new());
+        // Sorted, so that the result does not depend on the order of the nodes.
+        let other_nodes: BTreeMap<_, _> = other_nodes.into_iter().map(|node| (&node.name, node)).collect();
+        for (name, node) in other_nodes {
+            let mut addresses = Vec::new();
+            for ip in accepted(&settings.node_port_addresses, &node.addresses, &[]) {
+                if !own.contains(&ip) && !others.contains_key(&ip) {
+                    others.insert(ip, name.clone());
+                    addresses.push(ip);
+                }
+            }
+            addresses_of_others.insert(name.clone(), addresses);
+        }
+        Self {
+            node_name: settings.node_name.clone(),
+            zone: own_node.and_then(|node| node.zone.clone()),
+            own,
+            others,
+            addresses_of_others,
+        }
+    }
+
+    /// Name of this node.
+    #[must_use]
+    pub fn node_name(&self) -> &str {
+        &self.node_name
+    }
+
+    /// Zone of this node.
+    #[must_use]
+    pub fn zone(&self) -> Option<&str> {
+        self.zone.as_deref()
+    }
+
+    /// This node's addresses that accept node ports.
+    #[must_use]
+    pub const fn own_addresses(&self) -> &BTreeSet<IpAddr> {
+        &self.own
+    }
+
+    /// The addresses of another node that accept node ports; empty for this node and for an unknown one.
+    #[must_use]
+    pub fn addresses_of(&self, other_node: &str) -> &[IpAddr] {
+        self.addresses_of_others.get(other_node).map_or(&[], Vec::as_slice)
+    }
+
+    /// Names of the other nodes, in order.
+    #[must_use]
+    pub fn other_nodes(&self) -> impl ExactSizeIterator<Item = &str> {
+        self.addresses_of_others.keys().map(|name| &**name)
+    }
+
+    /// The addresses of all other nodes, each with the node's name.
+    pub fn other_addresses(&self) -> impl Iterator<Item = (IpAddr, &str)> {
+        self.others.iter().map(|(ip, node)| (*ip, &**node))
+    }
+
+    /// All addresses on which node ports answer, with whether each is this node's: the table `node_addrs`.
+    #[must_use]
+    pub fn node_addresses(&self) -> BTreeMap<IpAddr, bool> {
+        let others = self.others.keys().map(|ip| (*ip, false));
+        others.chain(self.own.iter().map(|ip| (*ip, true))).collect()
+    }
+}
+
+/// The addresses of one node that accept node ports.
+///
+/// `listed` are the addresses of the Node object in order of preference. They count beside those of the
+/// interfaces, because a cloud's external address of a node is on no interface and yet reaches its node ports.
+fn accepted(
+    setting: &NodePortAddresses,
+    listed: &[IpAddr],
+    interfaces: &[IpAddr],
+) -> impl Iterator<Item = IpAddr> {
+    let all = || interfaces.iter().chain(listed).copied().filter(|ip| is_node_address(*ip));
+    let primary = |family| listed.iter().copied().find(move |ip| address::family(*ip) == family);
+    let accepted: Vec<IpAddr> = match setting {
+        NodePortAddresses::All => all().collect(),
+        NodePortAddresses::Primary => [Family::V4, Family::V6]
+            .into_iter()
+            .filter_map(primary)
+            .filter(|ip| is_node_address(*ip))
+            .collect(),
+        NodePortAddresses::Within(networks) => all()
+            .filter(|ip| {
+                let mut of_family =
+                    networks.iter().filter(|network| network.family() == address::family(*ip));
+                let no_network = of_family.clone().next().is_none();
+                no_network || of_family.any(|network| network.contains(*ip))
+            })
+            .collect(),
+    };
+    accepted.into_iter()
+}
+
+/// Whether an address can identify a node. A link-local IPv6 address cannot: it means another host on each link.
+fn is_node_address(ip: IpAddr) -> bool {
+    let is_link_local = matches!(ip, IpAddr::V6(v6) if v6.is_unicast_link_local());
+    !(ip.is_loopback() || ip.is_unspecified() || ip.is_multicast() || is_link_local)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,106 @@
+//! Waiting until no program reads what was freed.
+
+use std::{
+    io,
+    sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel},
+    thread,
+    time::Duration,
+};
+
+use super::syscall;
+
+/// How long to wait where the kernel offers no way to wait for a grace period. Programs of these hooks run for
+/// microseconds; a second covers one that was preempted.
+const WITHOUT_MEMBARRIER: Duration = Duration::from_secs(1);
+
+/// Waits for grace periods on a thread of its own, so that a sync does not.
+#[derive(Debug)]
+pub struct Grace {
+    requests: SyncSender<u64>,
+    /// The last request made, and the last one known to have passed.
+    asked: u64,
+    passed: u64,
+    answers: Receiver<u64>,
+}
+
+impl Grace {
+    /// Starts the thread. It ends when this value is dropped.
+    ///
+    /// # Errors
+    ///
+    /// If no thread can be started.
+    pub fn start(on_passed: impl Fn() + Send + 'static) -> io::Result<Self> {
+        let (requests, incoming) = sync_channel::<u64>(1);
+        let (done, answers) = sync_channel(64);
+        thread::Builder::new().name("grace".into()).spawn(move || {
+            while let Ok(mut request) = incoming.recv() {
+                // Requests that came while this thread was woken are covered by the same grace period.
+                while let Ok(later) = incoming.try_recv() {
+                    request = later;
+                }
+                if syscall::wait_for_grace_period().is_err() {
+                    thread::sleep(WITHOUT_MEMBARRIER);
+                }
+                if done.send(request).is_err() {
+                    return;
+                }
+                on_passed();
+            }
+        })?;
+        Ok(Self { requests, asked: 0, passed: 0, answers })
+    }
+
+    /// Asks for a grace period that begins now or later.
+    pub fn ask(&mut self) {
+        self.asked += 1;
+        match self.requests.try_send(self.asked) {
+            // A request is waiting that the thread has not taken yet: its grace period begins after now too, but
+            // it would answer for a smaller number. `poll` asks again.
+            Ok(()) | Err(TrySendError::Full(_)) => {}
+            Err(TrySendError::Disconnected(_)) => {}
+        }
+    }
+
+    /// Whether a grace period has passed since the last [`Self::ask`]. Does not block.
+    pub fn has_passed(&mut self) -> bool {
+        while let Ok(passed) = self.answers.try_recv() {
+            self.passed = passed;
+        }
+        if self.passed < self.asked {
+            let _full_means_one_is_waiting = self.requests.try_send(self.asked);
+        }
+        self.passed >= self.asked
+    }
+
+    /// Blocks until a grace period has passed since the last [`Self::ask`].
+    pub fn wait(&mut self) {
+        while !self.has_passed() {
+            match self.answers.recv() {
+                Ok(passed) => self.passed = passed,
+                // The thread is gone: wait here instead.
+                Err(_) => {
+                    if syscall::wait_for_grace_period().is_err() {
+                        thread::sleep(WITHOUT_MEMBARRIER);
+                    }
+                    self.passed = self.asked;
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_request_passes() {
+        let mut grace = Grace::start(|| {}).unwrap();
+        assert!(grace.has_passed(), "nothing was asked for");
+        for _ in 0..3 {
+            grace.ask();
+        }
+        grace.wait();
+        assert!(grace.has_passed());
+    }
+}

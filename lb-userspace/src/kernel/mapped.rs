@@ -1,0 +1,118 @@
+//! Arrays that user space writes through shared memory instead of system calls (`BPF_F_MMAPABLE`).
+#![expect(unsafe_code, reason = "memory shared with the kernel")]
+
+use std::{
+    marker::PhantomData,
+    num::NonZeroUsize,
+    os::fd::BorrowedFd,
+    ptr::NonNull,
+    sync::atomic::{AtomicU32, AtomicU64, Ordering},
+};
+
+use lb_common::layout::MapValue;
+use nix::{
+    errno::Errno,
+    sys::mman::{MapFlags, ProtFlags, mmap, munmap},
+};
+
+/// A BPF array of `T`, mapped into this process.
+///
+/// Programs read it at any time. An entry as a whole is written without any order between its bytes: write only
+/// entries that nothing refers to, and single words (`store_u64`, `store_u32`) of the others.
+#[derive(Debug)]
+pub struct Mapped<T> {
+    base: NonNull<u8>,
+    len: NonZeroUsize,
+    n_entries: u32,
+    entry: PhantomData<T>,
+}
+
+// SAFETY: the mapping is shared memory without thread affinity; all access is through the methods below.
+unsafe impl<T: MapValue + Send> Send for Mapped<T> {}
+
+impl<T: MapValue> Mapped<T> {
+    /// The kernel places array elements at multiples of eight octets.
+    const STRIDE: usize = size_of::<T>().next_multiple_of(8);
+
+    /// Maps an array map with `n_entries` entries of type `T`.
+    ///
+    /// # Errors
+    ///
+    /// The system call's; `EINVAL` for a map that is not mappable or has fewer entries.
+    pub fn new(map: BorrowedFd<'_>, n_entries: u32) -> Result<Self, Errno> {
+        let size = usize::try_from(n_entries).map_err(|_too_large| Errno::E2BIG)? * Self::STRIDE;
+        let len = NonZeroUsize::new(size).ok_or(Errno::EINVAL)?;
+        // SAFETY: no address is asked for, so no other mapping is touched.
+        let base =
+            unsafe { mmap(None, len, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, MapFlags::MAP_SHARED, map, 0)? };
+        Ok(Self { base: base.cast(), len, n_entries, entry: PhantomData })
+    }
+
+    /// Number of entries.
+    #[must_use]
+    pub fn n_entries(&self) -> u32 {
+        self.n_entries
+    }
+
+    fn at(&self, index: u32) -> Option<NonNull<T>> {
+        if index >= self.n_entries {
+            return None;
+        }
+        // SAFETY: below `n_entries`, so inside the mapping; 8-aligned, which `map_type!` guarantees to suffice.
+        Some(unsafe { self.base.add(index as usize * Self::STRIDE) }.cast())
+    }
+
+    /// Reads an entry; `None` outside of the array. An entry that is being written may come out torn.
+    #[must_use]
+    pub fn read(&self, index: u32) -> Option<T> {
+        // SAFETY: inside the mapping, aligned, and every bit pattern is a `T`.
+        self.at(index).map(|entry| unsafe { entry.as_ptr().read_volatile() })
+    }
+
+    /// Writes an entry that nothing refers to; `false` outside of the array.
+    #[must_use]
+    pub fn write(&mut self, index: u32, value: T) -> bool {
+        // SAFETY: inside the mapping and aligned.
+        self.at(index).map(|entry| unsafe { entry.as_ptr().write_volatile(value) }).is_some()
+    }
+
+    /// Stores one 64-bit word of an entry in use, after all earlier writes; `false` outside of the array.
+    ///
+    /// `word` is the index of the word within the entry.
+    #[must_use]
+    pub fn store_u64(&mut self, index: u32, word: usize, value: u64) -> bool {
+        self.word(index, word * 8, 8)
+            .map(|word| {
+                // SAFETY: inside the mapping and 8-aligned; the kernel's side reads it as one word.
+                unsafe { AtomicU64::from_ptr(word.cast().as_ptr()) }.store(value, Ordering::Release);
+            })
+            .is_some()
+    }
+
+    /// Stores one 32-bit word of an entry in use, after all earlier writes; `false` outside of the array.
+    ///
+    /// `word` is the index of the word within the entry.
+    #[must_use]
+    pub fn store_u32(&mut self, index: u32, word: usize, value: u32) -> bool {
+        self.word(index, word * 4, 4)
+            .map(|word| {
+                // SAFETY: inside the mapping and 4-aligned; the kernel's side reads it as one word.
+                unsafe { AtomicU32::from_ptr(word.cast().as_ptr()) }.store(value, Ordering::Release);
+            })
+            .is_some()
+    }
+
+    fn word(&self, index: u32, offset: usize, len: usize) -> Option<NonNull<u8>> {
+        let entry = self.at(index)?;
+        // SAFETY: within the entry, hence inside the mapping.
+        (offset + len <= size_of::<T>()).then(|| unsafe { entry.cast::<u8>().add(offset) })
+    }
+}
+
+impl<T> Drop for Mapped<T> {
+    fn drop(&mut self) {
+        // SAFETY: exactly what `new` mapped; no reference into it exists, since none is ever handed out.
+        let result = unsafe { munmap(self.base.cast(), self.len.get()) };
+        debug_assert!(result.is_ok(), "munmap of a whole mapping: {result:?}");
+    }
+}

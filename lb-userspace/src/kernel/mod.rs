@@ -1,0 +1,33 @@
+//! The kernel: the only module that knows aya, file descriptors of maps, and pins.
+//!
+//! # Purpose
+//!
+//! [`Kernel::open`] loads the programs, adopts or creates the pinned maps, and attaches or replaces the programs.
+//! [`Kernel::apply`] carries out a plan; [`Kernel::image`] reads back what the tables hold.
+//!
+//! # Invariants
+//!
+//! - Maps and links are pinned: ending the process changes nothing for programs and calls.
+//! - A program is replaced in its link, never detached and attached anew.
+//! - Unsafe code of user space is in [`mapped`], [`pod`] and [`syscall`] only.
+//!
+//! # Depends on
+//!
+//! `plan`, `tables`, `lb_common`, aya.
+
+pub mod cgroup;
+pub mod error;
+pub mod feature;
+pub mod grace;
+pub mod mapped;
+pub mod object;
+pub mod pins;
+mod pod;
+pub mod store;
+pub mod syscall;
+
+pub use self::{
+    error::KernelError,
+    feature::Features,
+    store::{Kernel, Options},
+};

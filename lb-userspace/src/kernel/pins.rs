@@ -1,0 +1,76 @@
+//! What is pinned, under which name.
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+use super::KernelError;
+
+/// Maps by the names of the object; each is pinned under its name.
+pub const MAPS: [&str; 11] = [
+    "services4",
+    "services6",
+    "frontends",
+    "endpoints4",
+    "endpoints6",
+    "node_addrs",
+    "affinity",
+    "sockets",
+    "service_stats",
+    "endpoint_stats",
+    "meta",
+];
+
+/// Programs by the names of the object; the link of each is pinned under its name.
+pub const PROGRAMS: [&str; 8] = [
+    "connect4",
+    "connect6",
+    "sendmsg4",
+    "sendmsg6",
+    "recvmsg4",
+    "recvmsg6",
+    "getpeername4",
+    "getpeername6",
+];
+
+/// Makes the directory for pins, if it is not there.
+///
+/// # Errors
+///
+/// [`KernelError::PinPath`] if it is not on a BPF file system.
+pub fn prepare(pin_path: &Path) -> Result<(), KernelError> {
+    let error = |source| KernelError::PinPath { path: pin_path.to_owned(), source };
+    fs::create_dir_all(pin_path).map_err(error)?;
+    let kind = nix::sys::statfs::statfs(pin_path).map_err(|errno| error(errno.into()))?.filesystem_type();
+    if kind == nix::sys::statfs::BPF_FS_MAGIC {
+        return Ok(());
+    }
+    // Leave no directory behind on a file system that cannot hold pins; it goes only if it is empty.
+    let _not_empty = fs::remove_dir(pin_path);
+    Err(error(io::Error::new(io::ErrorKind::InvalidInput, "not on a BPF file system")))
+}
+
+/// Removes the links, which detaches the programs, then the maps, then the directory. Returns what was removed.
+///
+/// Removes names that socklb gives and nothing else; a directory that holds something else stays.
+///
+/// # Errors
+///
+/// [`KernelError::NothingPinned`] if there was nothing, [`KernelError::Remove`] for the first pin that stays.
+pub fn remove(pin_path: &Path) -> Result<Vec<PathBuf>, KernelError> {
+    let mut removed = Vec::new();
+    for name in PROGRAMS.iter().chain(&MAPS) {
+        let path = pin_path.join(name);
+        match fs::remove_file(&path) {
+            Ok(()) => removed.push(path),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(source) => return Err(KernelError::Remove { path, source }),
+        }
+    }
+    let directory = fs::remove_dir(pin_path);
+    if removed.is_empty() && directory.is_err() {
+        return Err(KernelError::NothingPinned { path: pin_path.to_owned() });
+    }
+    Ok(removed)
+}

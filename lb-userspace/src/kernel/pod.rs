@@ -1,0 +1,12 @@
+//! aya's marker trait for the layouts of `lb_common`.
+
+use lb_common::layout::MapValue;
+
+/// A map key or value, as aya takes it. Exists because neither the trait nor the type is ours to connect.
+#[derive(Clone, Copy)]
+#[repr(transparent)]
+pub(super) struct Plain<T>(pub(super) T);
+
+// SAFETY: `MapValue` promises what `Pod` asks for: every bit pattern is valid and there is no padding.
+#[expect(unsafe_code, reason = "the promise is MapValue's, checked at compile time where each layout is declared")]
+unsafe impl<T: MapValue> aya::Pod for Plain<T> {}

@@ -1,0 +1,587 @@
+//! Loading, attaching, and carrying out plans.
+
+use std::{
+    collections::BTreeMap,
+    io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    os::fd::AsFd,
+    path::{Path, PathBuf},
+};
+
+use aya::{
+    Ebpf, EbpfLoader,
+    maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, PerCpuValues},
+    programs::{CgroupAttachMode, CgroupSockAddr, links::FdLink, links::PinnedLink},
+};
+use lb_common::{
+    address::{Address, Octets6, mapped_ipv4},
+    layout::{
+        self, Endpoint4, Endpoint6, EndpointStats, Frontend, FrontendKey4, FrontendKey6, FrontendRef, MapValue,
+        Meta, NodeAddr, NodeAddrKey, Run, ServiceStats,
+    },
+    limits,
+};
+
+use super::{
+    Features, KernelError, cgroup, grace::Grace, mapped::Mapped, object, pins, pod::Plain, syscall,
+};
+use crate::{
+    desired::FrontendAddress,
+    model::Protocol,
+    plan::{Capacity, Op, Plan},
+    sim::wire_protocol,
+    tables::{Entry, Image},
+};
+
+/// How to load and where to attach.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Directory on a BPF file system for maps and links.
+    pub pin_path: PathBuf,
+    /// The cgroup whose processes are served.
+    pub cgroup: PathBuf,
+    /// Sizes of the maps.
+    pub capacity: Capacity,
+    /// First and last node port.
+    pub node_ports: (u16, u16),
+    /// Whether node ports answer on loopback.
+    pub localhost_nodeports: bool,
+    /// Cookie of the node's network namespace; `None` means the initial one.
+    pub node_netns: Option<u64>,
+    /// What the kernel can do.
+    pub features: Features,
+    /// Whether the programs write diagnostic lines for [`Kernel::take_log`].
+    pub log: bool,
+}
+
+/// The maps, open for reading and writing.
+pub struct Maps {
+    services4: HashMap<MapData, Plain<FrontendKey4>, Plain<FrontendRef>>,
+    services6: HashMap<MapData, Plain<FrontendKey6>, Plain<FrontendRef>>,
+    node_addrs: HashMap<MapData, Plain<NodeAddrKey>, Plain<NodeAddr>>,
+    service_stats: PerCpuArray<MapData, Plain<ServiceStats>>,
+    endpoint_stats: PerCpuArray<MapData, Plain<EndpointStats>>,
+    frontends: Mapped<Frontend>,
+    endpoints4: Mapped<Endpoint4>,
+    endpoints6: Mapped<Endpoint6>,
+    meta: Meta,
+}
+
+/// The maps and programs of this node.
+pub struct Kernel {
+    maps: Maps,
+    grace: Grace,
+    /// Whether a hash element was freed that no grace period has covered yet.
+    unsettled: bool,
+    object: Ebpf,
+}
+
+impl Kernel {
+    /// Loads the programs, adopts the pinned maps or creates them, and attaches the programs or replaces the
+    /// attached ones.
+    ///
+    /// `on_grace` is called, on another thread, each time a grace period asked for by [`Self::ask_grace`] has
+    /// passed.
+    ///
+    /// # Errors
+    ///
+    /// See [`KernelError`]; nothing that was attached before is detached.
+    ///
+    /// # Kernel
+    ///
+    /// 5.10
+    pub fn open(options: &Options, on_grace: impl Fn() + Send + 'static) -> Result<Self, KernelError> {
+        let object = object::bytes()?;
+        let cgroup = cgroup::open(&options.cgroup)?;
+        pins::prepare(&options.pin_path)?;
+        check_pinned(&options.pin_path, options.capacity)?;
+        raise_memlock();
+        let mut object = load(object, options)?;
+        let maps = Maps::take(&mut object, options.capacity)?;
+        let grace = Grace::start(on_grace).map_err(KernelError::Thread)?;
+        let mut kernel = Self { maps, grace, unsettled: true, object };
+        kernel.grace.ask();
+        for name in pins::PROGRAMS {
+            kernel.attach(name, &cgroup, &options.pin_path.join(name))?;
+        }
+        Ok(kernel)
+    }
+
+    fn attach(&mut self, name: &'static str, cgroup: &std::fs::File, pin: &Path) -> Result<(), KernelError> {
+        let program: &mut CgroupSockAddr = self
+            .object
+            .program_mut(name)
+            .and_then(|program| program.try_into().ok())
+            .ok_or(KernelError::Missing { kind: "program", name })?;
+        let refused = |source| KernelError::Program { name, source: Box::new(source) };
+        program.load().map_err(refused)?;
+        let link_error = |source| KernelError::Link { name, source };
+        match syscall::open_pin(pin) {
+            Ok(link) => {
+                let fd = program.fd().map_err(refused)?;
+                syscall::replace_program(link.as_fd(), fd.as_fd()).map_err(link_error)
+            }
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(link_error(error)),
+            Err(_not_pinned) => {
+                // Links are always "multi": a flag for it makes bpf_link_create fail with EINVAL.
+                let id = program.attach(cgroup, CgroupAttachMode::default()).map_err(refused)?;
+                let link = program.take_link(id).map_err(refused)?;
+                let link: FdLink = link.try_into().map_err(|error| link_error(io::Error::other(error)))?;
+                let _pinned: PinnedLink =
+                    link.pin(pin).map_err(|error| link_error(io::Error::other(error)))?;
+                Ok(())
+            }
+        }
+    }
+
+    /// The instructions that the verifier walked through for each program.
+    ///
+    /// # Errors
+    ///
+    /// [`KernelError::Program`] if the kernel does not tell.
+    pub fn verified_instructions(&self) -> Result<BTreeMap<&'static str, u32>, KernelError> {
+        let mut counts = BTreeMap::new();
+        for name in pins::PROGRAMS {
+            let program = self.object.program(name).ok_or(KernelError::Missing { kind: "program", name })?;
+            let info = program.info().map_err(|source| KernelError::Program { name, source: Box::new(source) })?;
+            counts.insert(name, info.verified_instruction_count().unwrap_or_default());
+        }
+        Ok(counts)
+    }
+
+    /// Carries out a plan. Returns how many operations were done.
+    ///
+    /// Waits for a grace period first if the plan takes hash elements and some were freed a moment ago: the kernel
+    /// would reuse them at once, under programs that still read them (docs/decisions/0001).
+    ///
+    /// # Errors
+    ///
+    /// The first operation that fails ends the plan. The state in between is safe; read the image and plan again.
+    pub fn apply(&mut self, plan: &Plan) -> Result<usize, KernelError> {
+        if self.unsettled && plan.ops().iter().any(Op::takes_element) {
+            self.grace.wait();
+            self.unsettled = false;
+        }
+        let mut n_done = 0;
+        for op in plan.ops() {
+            self.maps.apply(op)?;
+            n_done += 1;
+        }
+        if plan.ops().iter().any(Op::frees) {
+            self.unsettled = true;
+            self.grace.ask();
+        }
+        Ok(n_done)
+    }
+
+    /// Whether a grace period has passed since the last plan that freed something.
+    pub fn is_settled(&mut self) -> bool {
+        let passed = self.grace.has_passed();
+        self.unsettled &= !passed;
+        passed
+    }
+
+    /// The maps, for reading.
+    #[must_use]
+    pub fn maps(&self) -> &Maps {
+        &self.maps
+    }
+
+    /// The object's ring buffer of diagnostic lines, once, if it was loaded with [`Options::log`].
+    ///
+    /// # Errors
+    ///
+    /// [`KernelError::Missing`] if the object has none.
+    pub fn take_log(&mut self) -> Result<aya_log::EbpfLogger<&'static dyn log::Log>, KernelError> {
+        aya_log::EbpfLogger::init(&mut self.object)
+            .map_err(|_no_ring| KernelError::Missing { kind: "map", name: "AYA_LOGS" })
+    }
+}
+
+/// Loads the object with all settings, adopting pinned maps.
+fn load(object: &[u8], options: &Options) -> Result<Ebpf, KernelError> {
+    let Options { capacity, node_ports, .. } = options;
+    let node_netns = options.node_netns.unwrap_or_default();
+    let (set_retval, log, localhost) =
+        (u8::from(options.features.set_retval), u8::from(options.log), u8::from(options.localhost_nodeports));
+    let mut loader = EbpfLoader::new();
+    let _: &mut EbpfLoader<'_> = loader
+        .override_global("HAS_SET_RETVAL", &set_retval, true)
+        .override_global("LOG", &log, true)
+        .override_global("NODE_PORT_FIRST", &node_ports.0, true)
+        .override_global("NODE_PORT_LAST", &node_ports.1, true)
+        .override_global("LOCALHOST_NODEPORTS", &localhost, true)
+        .override_global("NODE_NETNS", &node_netns, true)
+        .map_max_entries("services4", capacity.services)
+        .map_max_entries("services6", capacity.services)
+        .map_max_entries("frontends", n_frontends(*capacity))
+        .map_max_entries("service_stats", n_frontends(*capacity))
+        .map_max_entries("endpoints4", capacity.endpoints)
+        .map_max_entries("endpoints6", capacity.endpoints)
+        .map_max_entries("endpoint_stats", capacity.endpoints);
+    if !options.log {
+        // The ring buffer of aya-log must exist for the programs that name it; a page is the least.
+        loader.map_max_entries("AYA_LOGS", 4096);
+    }
+    for name in pins::MAPS {
+        loader.map_pin_path(name, options.pin_path.join(name));
+    }
+    Ok(loader.load(object)?)
+}
+
+/// Entries of `frontends`: those of both families.
+fn n_frontends(capacity: Capacity) -> u32 {
+    capacity.services.saturating_mul(2)
+}
+
+/// Lets BPF maps count against a limit that is not there (kernels before 5.11 charge them to the process).
+fn raise_memlock() {
+    use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
+    // Without CAP_SYS_RESOURCE this fails, and from 5.11 on it is not needed: loading tells.
+    let _not_needed_on_new_kernels = setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY);
+}
+
+/// Refuses pinned maps that this binary or these flags cannot go on with.
+fn check_pinned(pin_path: &Path, capacity: Capacity) -> Result<(), KernelError> {
+    let path = || pin_path.to_owned();
+    let Some(meta) = read_meta(pin_path)? else { return Ok(()) };
+    if meta == Meta::default() {
+        // Made by an agent that ended before it wrote anything.
+        return Ok(());
+    }
+    if meta.layout_version != limits::LAYOUT_VERSION {
+        return Err(KernelError::Layout { path: path(), found: meta.layout_version, ours: limits::LAYOUT_VERSION });
+    }
+    for (flag, found, asked) in [
+        ("--max-services", meta.max_services, capacity.services),
+        ("--max-endpoints", meta.max_endpoints, capacity.endpoints),
+    ] {
+        if found != asked {
+            return Err(KernelError::Size { path: path(), flag, found, asked });
+        }
+    }
+    Ok(())
+}
+
+/// The pinned `meta`, or `None` if nothing is pinned.
+fn read_meta(pin_path: &Path) -> Result<Option<Meta>, KernelError> {
+    let pin = pin_path.join("meta");
+    match std::fs::symlink_metadata(&pin) {
+        Ok(_exists) => {}
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(source) => return Err(KernelError::PinPath { path: pin_path.to_owned(), source }),
+    }
+    let array: Array<MapData, Plain<Meta>> = open_pinned(pin_path, "meta")?;
+    Ok(Some(array.get(&0, 0).map_err(|source| KernelError::map("meta", source))?.0))
+}
+
+/// Opens a pinned map as a typed one.
+fn open_pinned<T: TryFrom<Map, Error = MapError>>(pin_path: &Path, name: &'static str) -> Result<T, KernelError> {
+    let wrap = |source| KernelError::map(name, source);
+    let data = MapData::from_pin(pin_path.join(name)).map_err(wrap)?;
+    Map::from_map_data(data).and_then(T::try_from).map_err(wrap)
+}
+
+impl Maps {
+    /// Opens the pinned maps without loading or changing anything.
+    ///
+    /// # Errors
+    ///
+    /// [`KernelError::NothingPinned`], [`KernelError::Layout`], or a failing system call.
+    pub fn open(pin_path: &Path) -> Result<Self, KernelError> {
+        let nothing = || KernelError::NothingPinned { path: pin_path.to_owned() };
+        let meta = read_meta(pin_path)?.ok_or_else(nothing)?;
+        if meta == Meta::default() {
+            return Err(nothing());
+        }
+        if meta.layout_version != limits::LAYOUT_VERSION {
+            let (path, found) = (pin_path.to_owned(), meta.layout_version);
+            return Err(KernelError::Layout { path, found, ours: limits::LAYOUT_VERSION });
+        }
+        let capacity = Capacity { services: meta.max_services, endpoints: meta.max_endpoints };
+        let data = |name| {
+            MapData::from_pin(pin_path.join(name)).map_err(|source| KernelError::map(name, source))
+        };
+        Ok(Self {
+            services4: open_pinned(pin_path, "services4")?,
+            services6: open_pinned(pin_path, "services6")?,
+            node_addrs: open_pinned(pin_path, "node_addrs")?,
+            service_stats: open_pinned(pin_path, "service_stats")?,
+            endpoint_stats: open_pinned(pin_path, "endpoint_stats")?,
+            frontends: map_memory("frontends", &data("frontends")?, n_frontends(capacity))?,
+            endpoints4: map_memory("endpoints4", &data("endpoints4")?, capacity.endpoints)?,
+            endpoints6: map_memory("endpoints6", &data("endpoints6")?, capacity.endpoints)?,
+            meta,
+        })
+    }
+
+    /// Takes the maps out of a loaded object and writes `meta`.
+    fn take(object: &mut Ebpf, capacity: Capacity) -> Result<Self, KernelError> {
+        let meta = Meta {
+            layout_version: limits::LAYOUT_VERSION,
+            max_services: capacity.services,
+            max_endpoints: capacity.endpoints,
+            reserved: 0,
+        };
+        let mut pinned_meta: Array<MapData, Plain<Meta>> = take_map(object, "meta")?;
+        pinned_meta.set(0, Plain(meta), 0).map_err(|source| KernelError::map("meta", source))?;
+        Ok(Self {
+            services4: take_map(object, "services4")?,
+            services6: take_map(object, "services6")?,
+            node_addrs: take_map(object, "node_addrs")?,
+            service_stats: take_map(object, "service_stats")?,
+            endpoint_stats: take_map(object, "endpoint_stats")?,
+            frontends: map_memory("frontends", map_data(object, "frontends")?, n_frontends(capacity))?,
+            endpoints4: map_memory("endpoints4", map_data(object, "endpoints4")?, capacity.endpoints)?,
+            endpoints6: map_memory("endpoints6", map_data(object, "endpoints6")?, capacity.endpoints)?,
+            meta,
+        })
+    }
+
+    /// The sizes that the maps were made with.
+    #[must_use]
+    pub fn capacity(&self) -> Capacity {
+        Capacity { services: self.meta.max_services, endpoints: self.meta.max_endpoints }
+    }
+
+    /// Carries out one operation.
+    fn apply(&mut self, op: &Op) -> Result<(), KernelError> {
+        match op {
+            Op::WriteRun { ipv6, offset, entries } => self.write_run(*ipv6, *offset, entries),
+            Op::WriteFrontend { id, frontend } => in_range("frontends", *id, self.frontends.write(*id, *frontend)),
+            Op::SetFrontend { id, frontend } => {
+                // Words 0 and 1 are the run, which has its own operation.
+                let words = [(2, frontend.service_id), (3, frontend.affinity_seconds), (4, frontend.flags)];
+                let done = words.iter().all(|&(word, value)| self.frontends.store_u32(*id, word, value));
+                in_range("frontends", *id, done)
+            }
+            Op::SwitchRun { id, run } => {
+                in_range("frontends", *id, self.frontends.store_u64(*id, 0, run.to_word()))
+            }
+            Op::ResetService(id) => reset(&mut self.service_stats, "service_stats", *id),
+            Op::ResetEndpoints(ids) => {
+                ids.iter().try_for_each(|&id| reset(&mut self.endpoint_stats, "endpoint_stats", id))
+            }
+            Op::InsertNode { address, own } => self
+                .node_addrs
+                .insert(Plain(node_key(*address)), Plain(NodeAddr { own: u32::from(*own) }), 0)
+                .map_err(|source| KernelError::map("node_addrs", source)),
+            Op::DeleteNode(address) => {
+                gone_is_fine("node_addrs", self.node_addrs.remove(&Plain(node_key(*address))))
+            }
+            Op::InsertService { address, frontend_id } => {
+                let value = Plain(FrontendRef { frontend_id: *frontend_id });
+                match key(address) {
+                    Some(Key::V4(key)) => self
+                        .services4
+                        .insert(Plain(key), value, 0)
+                        .map_err(|source| KernelError::map("services4", source)),
+                    Some(Key::V6(key)) => self
+                        .services6
+                        .insert(Plain(key), value, 0)
+                        .map_err(|source| KernelError::map("services6", source)),
+                    None => Ok(()),
+                }
+            }
+            Op::DeleteService(address) => match key(address) {
+                Some(Key::V4(key)) => gone_is_fine("services4", self.services4.remove(&Plain(key))),
+                Some(Key::V6(key)) => gone_is_fine("services6", self.services6.remove(&Plain(key))),
+                None => Ok(()),
+            },
+            // What nothing refers to stays as it is until it is written anew.
+            Op::DropRun { .. } | Op::DropFrontend(_) => Ok(()),
+        }
+    }
+
+    fn write_run(&mut self, ipv6: bool, offset: u32, entries: &[Entry]) -> Result<(), KernelError> {
+        for (index, entry) in (offset..).zip(entries) {
+            let (port, endpoint_id) = (entry.address.port(), entry.endpoint_id);
+            let done = match entry.address.ip() {
+                IpAddr::V4(ip) if !ipv6 => self
+                    .endpoints4
+                    .write(index, Endpoint4 { address: ip.octets(), port, reserved: 0, endpoint_id }),
+                IpAddr::V6(ip) if ipv6 => self
+                    .endpoints6
+                    .write(index, Endpoint6 { address: ip.octets(), port, reserved: 0, endpoint_id }),
+                _ => false,
+            };
+            in_range(if ipv6 { "endpoints6" } else { "endpoints4" }, index, done)?;
+        }
+        Ok(())
+    }
+
+    /// Reads what the tables hold: every frontend that a call can find, and the runs they refer to.
+    ///
+    /// Not a snapshot: with an agent at work, entries read early may be older than entries read late.
+    ///
+    /// # Errors
+    ///
+    /// A failing system call.
+    pub fn image(&self) -> Result<Image, KernelError> {
+        let mut image = Image::default();
+        for item in self.services4.iter() {
+            let (Plain(key), Plain(value)) = item.map_err(|source| KernelError::map("services4", source))?;
+            self.read_frontend(&mut image, Ipv4Addr::from(key.address).into(), key.port, key.protocol, value);
+        }
+        for item in self.services6.iter() {
+            let (Plain(key), Plain(value)) = item.map_err(|source| KernelError::map("services6", source))?;
+            self.read_frontend(&mut image, Ipv6Addr::from(key.address).into(), key.port, key.protocol, value);
+        }
+        for item in self.node_addrs.iter() {
+            let (Plain(key), Plain(value)) = item.map_err(|source| KernelError::map("node_addrs", source))?;
+            image.node_addrs.insert(ip_of(&key.address), value.own != 0);
+        }
+        Ok(image)
+    }
+
+    fn read_frontend(&self, image: &mut Image, ip: IpAddr, port: u16, protocol: u8, value: FrontendRef) {
+        let protocol = match layout::Protocol(protocol) {
+            layout::Protocol::TCP => Protocol::Tcp,
+            layout::Protocol::UDP => Protocol::Udp,
+            // Nobody but a hand with bpftool writes another protocol; no call can match it.
+            _ => Protocol::Sctp,
+        };
+        image.services.insert(FrontendAddress { ip, port, protocol }, value.frontend_id);
+        let Some(frontend) = self.frontends.read(value.frontend_id) else { return };
+        image.frontends.insert(value.frontend_id, frontend);
+        let ipv6 = ip.is_ipv6();
+        if frontend.run.len > 0
+            && !image.runs(ipv6).contains_key(&frontend.run.offset)
+            && let Some(entries) = self.read_run(ipv6, frontend.run)
+        {
+            image.runs_mut(ipv6).insert(frontend.run.offset, entries.into());
+        }
+    }
+
+    fn read_run(&self, ipv6: bool, run: Run) -> Option<Vec<Entry>> {
+        let end = run.offset.checked_add(run.len)?;
+        if end > self.meta.max_endpoints {
+            return None;
+        }
+        (run.offset..end)
+            .map(|index| {
+                if ipv6 {
+                    let entry = self.endpoints6.read(index)?;
+                    let address = SocketAddr::new(Ipv6Addr::from(entry.address).into(), entry.port);
+                    Some(Entry { endpoint_id: entry.endpoint_id, address })
+                } else {
+                    let entry = self.endpoints4.read(index)?;
+                    let address = SocketAddr::new(Ipv4Addr::from(entry.address).into(), entry.port);
+                    Some(Entry { endpoint_id: entry.endpoint_id, address })
+                }
+            })
+            .collect()
+    }
+
+    /// The calls of a service port since it got its id, over all CPUs.
+    ///
+    /// # Errors
+    ///
+    /// A failing system call.
+    pub fn service_stats(&self, service_id: u32) -> Result<ServiceStats, KernelError> {
+        let per_cpu = self
+            .service_stats
+            .get(&service_id, 0)
+            .map_err(|source| KernelError::map("service_stats", source))?;
+        Ok(per_cpu.iter().fold(ServiceStats::default(), |sum, Plain(cpu)| ServiceStats {
+            connects: sum.connects.wrapping_add(cpu.connects),
+            refusals: sum.refusals.wrapping_add(cpu.refusals),
+            datagrams: sum.datagrams.wrapping_add(cpu.datagrams),
+        }))
+    }
+
+    /// The calls to an endpoint since it got its id, over all CPUs; zero for an id beyond the map, which is not
+    /// counted.
+    ///
+    /// # Errors
+    ///
+    /// A failing system call.
+    pub fn endpoint_stats(&self, endpoint_id: u32) -> Result<EndpointStats, KernelError> {
+        if endpoint_id >= self.meta.max_endpoints {
+            return Ok(EndpointStats::default());
+        }
+        let per_cpu = self
+            .endpoint_stats
+            .get(&endpoint_id, 0)
+            .map_err(|source| KernelError::map("endpoint_stats", source))?;
+        Ok(per_cpu.iter().fold(EndpointStats::default(), |sum, Plain(cpu)| EndpointStats {
+            connects: sum.connects.wrapping_add(cpu.connects),
+            datagrams: sum.datagrams.wrapping_add(cpu.datagrams),
+        }))
+    }
+}
+
+fn take_map<T: TryFrom<Map, Error = MapError>>(object: &mut Ebpf, name: &'static str) -> Result<T, KernelError> {
+    let map = object.take_map(name).ok_or(KernelError::Missing { kind: "map", name })?;
+    T::try_from(map).map_err(|source| KernelError::map(name, source))
+}
+
+fn map_data<'a>(object: &'a Ebpf, name: &'static str) -> Result<&'a MapData, KernelError> {
+    match object.map(name) {
+        Some(Map::Array(data)) => Ok(data),
+        _ => Err(KernelError::Missing { kind: "map", name }),
+    }
+}
+
+fn map_memory<T: MapValue>(name: &'static str, data: &MapData, n: u32) -> Result<Mapped<T>, KernelError> {
+    Mapped::new(data.fd().as_fd(), n).map_err(|source| KernelError::Mmap { name, source })
+}
+
+fn in_range(name: &'static str, index: u32, done: bool) -> Result<(), KernelError> {
+    if done { Ok(()) } else { Err(KernelError::OutOfRange { name, index }) }
+}
+
+/// An entry that somebody else deleted is as gone as it should be.
+fn gone_is_fine(name: &'static str, result: Result<(), MapError>) -> Result<(), KernelError> {
+    match result {
+        Err(MapError::KeyNotFound) => Ok(()),
+        Err(MapError::SyscallError(error)) if error.io_error.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other.map_err(|source| KernelError::map(name, source)),
+    }
+}
+
+fn reset<T: MapValue + Default>(
+    map: &mut PerCpuArray<MapData, Plain<T>>,
+    name: &'static str,
+    id: u32,
+) -> Result<(), KernelError> {
+    if id >= map.len() {
+        return Ok(());
+    }
+    let n_cpus = aya::util::nr_cpus().map_err(|(_path, error)| KernelError::Thread(error))?;
+    let zeroes = PerCpuValues::try_from(vec![Plain(T::default()); n_cpus]).map_err(KernelError::Thread)?;
+    map.set(id, zeroes, 0).map_err(|source| KernelError::map(name, source))
+}
+
+enum Key {
+    V4(FrontendKey4),
+    V6(FrontendKey6),
+}
+
+/// The key of a frontend; `None` for protocols that no hook serves.
+fn key(address: &FrontendAddress) -> Option<Key> {
+    let protocol = wire_protocol(address.protocol)?.0;
+    Some(match address.ip {
+        IpAddr::V4(ip) => {
+            Key::V4(FrontendKey4 { address: ip.octets(), port: address.port, protocol, reserved: 0 })
+        }
+        IpAddr::V6(ip) => {
+            Key::V6(FrontendKey6 { address: ip.octets(), port: address.port, protocol, reserved: 0 })
+        }
+    })
+}
+
+fn node_key(address: IpAddr) -> NodeAddrKey {
+    let address = match address {
+        IpAddr::V4(ip) => ip.octets().to_mapped(),
+        IpAddr::V6(ip) => ip.octets(),
+    };
+    NodeAddrKey { address }
+}
+
+fn ip_of(octets: &Octets6) -> IpAddr {
+    match mapped_ipv4(octets) {
+        Some(ip) => Ipv4Addr::from(ip).into(),
+        None => Ipv6Addr::from(*octets).into(),
+    }
+}

@@ -1,0 +1,48 @@
+use k8s_openapi::api::core::v1 as api;
+
+use super::{Report, TO_BE_DELETED, ZONE};
+use crate::model::{Issue, IssueKind, Node, ObjectRef, address};
+
+/// Ingests a Node.
+///
+/// Addresses of type `InternalIP` come before those of type `ExternalIP`, each in the order of the object, as
+/// `pkg/util/node/node.go` ranks them; host names are not resolved.
+#[must_use]
+pub fn node(object: &api::Node) -> (Option<Node>, Vec<Issue>) {
+    let metadata = &object.metadata;
+    let name = metadata.name.as_deref().unwrap_or_default();
+    let mut report = Report::new(ObjectRef::node(name));
+    if name.is_empty() {
+        report.add(IssueKind::NoName);
+        return (None, report.issues);
+    }
+    let mut addresses = Vec::new();
+    for wanted in ["InternalIP", "ExternalIP"] {
+        let listed =
+            object.status.as_ref().and_then(|status| status.addresses.as_deref()).unwrap_or_default();
+        for (index, address) in listed.iter().enumerate().filter(|(_, address)| address.type_ == wanted) {
+            let ip = match address::parse_ip(&address.address) {
+                Some(ip) if ip.is_unspecified() || ip.is_multicast() => None,
+                ip => ip,
+            };
+            match ip {
+                Some(ip) if addresses.contains(&ip) => {}
+                Some(ip) => addresses.push(ip),
+                None => report.add(IssueKind::InvalidAddress {
+                    field: format!("status.addresses[{index}].address"),
+                    value: address.address.clone(),
+                }),
+            }
+        }
+    }
+    let zone = metadata.labels.as_ref().and_then(|labels| labels.get(ZONE)).filter(|zone| !zone.is_empty());
+    let taints = object.spec.as_ref().and_then(|spec| spec.taints.as_deref()).unwrap_or_default();
+    let node = Node {
+        name: name.into(),
+        zone: zone.map(|zone| zone.as_str().into()),
+        addresses,
+        being_deleted: metadata.deletion_timestamp.is_some()
+            || taints.iter().any(|taint| taint.key == TO_BE_DELETED),
+    };
+    (Some(node), report.issues)
+}

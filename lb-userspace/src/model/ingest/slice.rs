@@ -1,0 +1,122 @@
+use k8s_openapi::{api::discovery::v1 as api, jiff::Timestamp};
+
+use super::{Report, SERVICE_NAME, TRIGGER_TIME, Texts, namespace};
+use crate::model::{
+    Family, Issue, IssueKind, ObjectRef, ServiceKey, Slice, SliceEndpoint, SlicePort, address,
+};
+
+/// Ingests an EndpointSlice (`pkg/proxy/endpointslicecache.go`).
+///
+/// `None` without an issue for a slice that names no Service or whose address type is FQDN. Does not look at the
+/// labels that [`super::is_selected`] judges.
+#[must_use]
+pub fn slice(object: &api::EndpointSlice) -> (Option<Slice>, Vec<Issue>) {
+    let metadata = &object.metadata;
+    let namespace = namespace(metadata.namespace.as_deref());
+    let name = metadata.name.as_deref().unwrap_or_default();
+    let mut report = Report::new(ObjectRef::slice(namespace, name));
+    if name.is_empty() {
+        report.add(IssueKind::NoName);
+        return (None, report.issues);
+    }
+    let service = metadata.labels.as_ref().and_then(|labels| labels.get(SERVICE_NAME));
+    let Some(service) = service.filter(|service| !service.is_empty()) else {
+        return (None, report.issues);
+    };
+    let family = match &*object.address_type {
+        "IPv4" => Family::V4,
+        "IPv6" => Family::V6,
+        "FQDN" => return (None, report.issues),
+        other => {
+            report.add(IssueKind::UnknownValue {
+                field: "addressType".to_owned(),
+                value: other.to_owned(),
+                used: "FQDN, which is not served".to_owned(),
+            });
+            return (None, report.issues);
+        }
+    };
+    let mut texts = Texts::default();
+    let trigger_time = metadata.annotations.as_ref().and_then(|annotations| annotations.get(TRIGGER_TIME));
+    let slice = Slice {
+        name: name.into(),
+        service: ServiceKey::new(namespace, service),
+        ipv6: family == Family::V6,
+        ports: ports(&mut report, &mut texts, object.ports.as_deref().unwrap_or_default()),
+        endpoints: endpoints(&mut report, &mut texts, family, &object.endpoints),
+        trigger_time: trigger_time
+            .and_then(|time| time.parse::<Timestamp>().ok())
+            .map(Timestamp::as_nanosecond),
+    };
+    (Some(slice), report.issues)
+}
+
+fn ports(report: &mut Report, texts: &mut Texts, ports: &[api::EndpointPort]) -> Vec<SlicePort> {
+    let mut good = Vec::with_capacity(ports.len());
+    for (index, port) in ports.iter().enumerate() {
+        let Some(name) = &port.name else {
+            report.add(IssueKind::NoPortName { field: format!("ports[{index}].name") });
+            continue;
+        };
+        let number = match port.port {
+            None | Some(0) => {
+                report.add(IssueKind::NoPortNumber { field: format!("ports[{index}].port") });
+                None
+            }
+            Some(number) => report.port(|| format!("ports[{index}].port"), number),
+        };
+        let protocol = report.protocol(|| format!("ports[{index}].protocol"), port.protocol.as_deref());
+        if let (Some(number), Some(protocol)) = (number, protocol) {
+            good.push(SlicePort { name: texts.share(name), protocol, port: number });
+        }
+    }
+    good
+}
+
+fn endpoints(
+    report: &mut Report,
+    texts: &mut Texts,
+    family: Family,
+    endpoints: &[api::Endpoint],
+) -> Vec<SliceEndpoint> {
+    let mut good = Vec::with_capacity(endpoints.len());
+    for (index, endpoint) in endpoints.iter().enumerate() {
+        // All addresses of an endpoint are the same backend; kube-proxy uses the first only.
+        let Some(text) = endpoint.addresses.first() else {
+            report.add(IssueKind::NoAddress { field: format!("endpoints[{index}].addresses") });
+            continue;
+        };
+        let field = || format!("endpoints[{index}].addresses[0]");
+        let Some(address) = address::parse_ip(text) else {
+            report.add(IssueKind::InvalidAddress { field: field(), value: text.clone() });
+            continue;
+        };
+        if address::family(address) != family {
+            let expected = address::family_name(family).to_owned();
+            report.add(IssueKind::WrongFamily { field: field(), value: text.clone(), expected });
+            continue;
+        }
+        // Loopback and link-local endpoints are refused by the API server too, but they mean something to the
+        // programs of a host that is served from manifests.
+        if address.is_unspecified() || address.is_multicast() {
+            let range = address::special_range(address).unwrap_or_default().to_owned();
+            report.add(IssueKind::SpecialAddress { field: field(), value: text.clone(), range });
+            continue;
+        }
+        let conditions = endpoint.conditions.as_ref();
+        let hints = endpoint.hints.as_ref();
+        let zones = hints.and_then(|hints| hints.for_zones.as_deref()).unwrap_or_default();
+        let nodes = hints.and_then(|hints| hints.for_nodes.as_deref()).unwrap_or_default();
+        good.push(SliceEndpoint {
+            address,
+            ready: conditions.and_then(|conditions| conditions.ready).unwrap_or(true),
+            serving: conditions.and_then(|conditions| conditions.serving).unwrap_or(true),
+            terminating: conditions.and_then(|conditions| conditions.terminating).unwrap_or(false),
+            node: texts.share_set(endpoint.node_name.as_deref()),
+            zone: texts.share_set(endpoint.zone.as_deref()),
+            hint_zones: zones.iter().map(|zone| texts.share(&zone.name)).collect(),
+            hint_nodes: nodes.iter().map(|node| texts.share(&node.name)).collect(),
+        });
+    }
+    good
+}

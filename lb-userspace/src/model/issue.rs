@@ -1,0 +1,408 @@
+//! What is wrong with an object, for the user to read; never fatal.
+//!
+//! # Invariants
+//!
+//! - An [`Issue`] names the object, the field, the cause and what is done instead, in one line.
+//! - Its serialised form has one `reason` per variant of [`IssueKind`]; scripts may match on it.
+
+use std::{fmt, sync::Arc};
+
+use serde::{Deserialize, Serialize};
+
+use super::{Protocol, ServiceKey};
+
+/// Something wrong with an object.
+///
+/// `Display` gives one line without a trailing full stop.
+///
+/// ```
+/// use lb_userspace::model::{Issue, IssueKind, ObjectRef};
+///
+/// let issue = Issue::new(
+///     ObjectRef::service("default", "web"),
+///     IssueKind::InvalidPort { field: "spec.ports[0].port".into(), value: 65_536 },
+/// );
+/// assert_eq!(
+///     issue.to_string(),
+///     "Service default/web: spec.ports[0].port: 65536 is not a port (1-65535); this port is left out"
+/// );
+/// ```
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Issue {
+    /// The object.
+    pub object: ObjectRef,
+    /// What is wrong and what is done instead.
+    #[serde(flatten)]
+    pub kind: IssueKind,
+    /// Where the object was read, `file:line`, if it came from a file.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source: Option<String>,
+}
+
+impl Issue {
+    /// An issue of an object without a known place.
+    #[must_use]
+    pub const fn new(object: ObjectRef, kind: IssueKind) -> Self {
+        Self { object, kind, source: None }
+    }
+}
+
+impl fmt::Display for Issue {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(source) = &self.source {
+            write!(f, "{source}: ")?;
+        }
+        write!(f, "{}: {}", self.object, self.kind)
+    }
+}
+
+/// The kind of an object that an issue is about.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum ObjectKind {
+    /// A Service.
+    Service,
+    /// An EndpointSlice.
+    EndpointSlice,
+    /// A Node.
+    Node,
+    /// A manifest file; its name is the path.
+    File,
+    /// Any other kind that a manifest may name.
+    #[serde(untagged)]
+    Other(Arc<str>),
+}
+
+impl fmt::Display for ObjectKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Service => "Service",
+            Self::EndpointSlice => "EndpointSlice",
+            Self::Node => "Node",
+            Self::File => "file",
+            Self::Other(kind) => kind,
+        })
+    }
+}
+
+/// Names an object, `Kind namespace/name`.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct ObjectRef {
+    /// Kind of the object.
+    pub kind: ObjectKind,
+    /// Namespace; empty for objects without one.
+    pub namespace: Arc<str>,
+    /// Name; empty if the object has none.
+    pub name: Arc<str>,
+}
+
+impl ObjectRef {
+    /// Names a Service.
+    #[must_use]
+    pub fn service(namespace: &str, name: &str) -> Self {
+        Self { kind: ObjectKind::Service, namespace: namespace.into(), name: name.into() }
+    }
+
+    /// Names an EndpointSlice.
+    #[must_use]
+    pub fn slice(namespace: &str, name: &str) -> Self {
+        Self { kind: ObjectKind::EndpointSlice, namespace: namespace.into(), name: name.into() }
+    }
+
+    /// Names a Node.
+    #[must_use]
+    pub fn node(name: &str) -> Self {
+        Self { kind: ObjectKind::Node, namespace: "".into(), name: name.into() }
+    }
+
+    /// Names a manifest file.
+    #[must_use]
+    pub fn file(path: &str) -> Self {
+        Self { kind: ObjectKind::File, namespace: "".into(), name: path.into() }
+    }
+}
+
+impl From<&ServiceKey> for ObjectRef {
+    fn from(key: &ServiceKey) -> Self {
+        Self { kind: ObjectKind::Service, namespace: key.namespace.clone(), name: key.name.clone() }
+    }
+}
+
+impl fmt::Display for ObjectRef {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let name = if self.name.is_empty() { "(without a name)" } else { &*self.name };
+        if self.namespace.is_empty() {
+            write!(f, "{} {name}", self.kind)
+        } else {
+            write!(f, "{} {}/{name}", self.kind, self.namespace)
+        }
+    }
+}
+
+/// What is wrong, and what is done instead.
+///
+/// `field` is the path of the field in the object, as `kubectl explain` spells it: `spec.ports[1].port`.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(tag = "reason")]
+#[non_exhaustive]
+pub enum IssueKind {
+    /// `metadata.name` is missing. The object is left out.
+    NoName,
+    /// The Service has no cluster IP and is not headless. It is left out.
+    NoClusterIp,
+    /// The Service has no usable port, so it has no frontend.
+    NoPorts,
+    /// A number is not a port. The port, or what the field stands for, is left out.
+    InvalidPort {
+        /// Path of the field.
+        field: String,
+        /// What it holds.
+        value: i64,
+    },
+    /// A slice port has no number, which means "all ports" to some consumers. The port is left out.
+    NoPortNumber {
+        /// Path of the field.
+        field: String,
+    },
+    /// A slice port has no name (the API server sets it to the empty text). The port is left out.
+    NoPortName {
+        /// Path of the field.
+        field: String,
+    },
+    /// Two ports of a Service have the same identity or the same number. The later one is left out.
+    DuplicatePort {
+        /// Path of the later field.
+        field: String,
+        /// What both hold.
+        value: String,
+    },
+    /// A port's protocol is none of TCP, UDP and SCTP. The port is left out.
+    UnknownProtocol {
+        /// Path of the field.
+        field: String,
+        /// What it holds.
+        value: String,
+    },
+    /// A port's protocol is legal and cannot be served at a socket.
+    NotServed {
+        /// Path of the port.
+        field: String,
+        /// Its protocol.
+        protocol: Protocol,
+    },
+    /// A text is not an IP address. The address is left out.
+    InvalidAddress {
+        /// Path of the field.
+        field: String,
+        /// What it holds.
+        value: String,
+    },
+    /// An address is not of the family that its place asks for. The address is left out.
+    WrongFamily {
+        /// Path of the field.
+        field: String,
+        /// What it holds.
+        value: String,
+        /// `IPv4` or `IPv6`.
+        expected: String,
+    },
+    /// An address lies in a range that has its own meaning and is never translated. The address is left out.
+    SpecialAddress {
+        /// Path of the field.
+        field: String,
+        /// What it holds.
+        value: String,
+        /// The range: unspecified, loopback, link-local or multicast.
+        range: String,
+    },
+    /// A text is not an IP network.
+    InvalidNetwork {
+        /// Path of the field.
+        field: String,
+        /// What it holds.
+        value: String,
+    },
+    /// A slice endpoint has no address. The endpoint is left out.
+    NoAddress {
+        /// Path of the field.
+        field: String,
+    },
+    /// A field holds something that its enumeration does not know.
+    UnknownValue {
+        /// Path of the field.
+        field: String,
+        /// What it holds.
+        value: String,
+        /// What it is taken for.
+        used: String,
+    },
+    /// A number is outside its range.
+    OutOfRange {
+        /// Path of the field.
+        field: String,
+        /// What it holds.
+        value: i64,
+        /// The range.
+        range: String,
+        /// What is used instead.
+        used: i64,
+    },
+    /// A field does not apply to this type of Service. It is ignored.
+    NotApplicable {
+        /// Path of the field.
+        field: String,
+        /// The Service type.
+        service_type: String,
+    },
+    /// The Service should answer health checks of its load balancer and has no port for it.
+    NoHealthCheckPort,
+    /// A node port lies outside `--node-port-range`.
+    NodePortOutsideRange {
+        /// The node port.
+        port: u16,
+        /// First port of the range.
+        first: u16,
+        /// Last port of the range.
+        last: u16,
+    },
+    /// `loadBalancerSourceRanges` limits these addresses. They are left to the network.
+    SourceRanges {
+        /// The load-balancer addresses concerned.
+        addresses: Vec<String>,
+    },
+    /// Another service owns this frontend address.
+    FrontendTaken {
+        /// `address:port/protocol`; the unspecified address stands for a node port.
+        address: String,
+        /// The service that owns it, `namespace/name`.
+        winner: String,
+    },
+    /// The tables have no room for all frontends. The service keeps what it had.
+    ServicesFull {
+        /// The table that is full.
+        map: String,
+        /// Its capacity, entries.
+        capacity: u32,
+        /// Entries that all services together need.
+        needed: u64,
+    },
+    /// The tables have no room for all endpoints. The service keeps what it had.
+    EndpointsFull {
+        /// The table that is full.
+        map: String,
+        /// Its capacity, entries.
+        capacity: u32,
+        /// Entries that this service needs.
+        needed: u64,
+    },
+    /// A manifest holds an object of a kind that plays no part in service proxying. It is ignored.
+    UnknownKind,
+    /// A manifest holds an object of a known kind in an API version that is not known. It is ignored.
+    UnknownVersion {
+        /// `apiVersion` as written.
+        version: String,
+        /// The known one.
+        expected: String,
+    },
+    /// Two manifests define the same object. The one whose file name sorts first counts.
+    DefinedTwice {
+        /// Where the object that counts was read.
+        winner: String,
+    },
+    /// A manifest cannot be read. Its last good objects stay in force.
+    BrokenFile {
+        /// The cause, in one line; names the field if an object did not decode.
+        cause: String,
+        /// Whether the file has good objects from before.
+        last_good: bool,
+    },
+}
+
+impl fmt::Display for IssueKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NoName => f.write_str("metadata.name: is missing; the object is left out"),
+            Self::NoClusterIp => {
+                f.write_str("spec.clusterIP: is empty, and only an API server can assign one; the service is left out")
+            }
+            Self::NoPorts => f.write_str("spec.ports: no usable port; the service has no frontend"),
+            Self::InvalidPort { field, value } => {
+                write!(f, "{field}: {value} is not a port (1-65535); this port is left out")
+            }
+            Self::NoPortNumber { field } => {
+                write!(f, "{field}: is missing or 0, and a range of all ports is not served; this port is left out")
+            }
+            Self::NoPortName { field } => write!(f, "{field}: is missing; this port is left out"),
+            Self::DuplicatePort { field, value } => {
+                write!(f, "{field}: an earlier port has {value} too; this port is left out")
+            }
+            Self::UnknownProtocol { field, value } => {
+                write!(f, "{field}: {value:?} is none of TCP, UDP and SCTP; this port is left out")
+            }
+            Self::NotServed { field, protocol } => {
+                write!(f, "{field}: {protocol} cannot be served at a socket; calls go to the network untranslated")
+            }
+            Self::InvalidAddress { field, value } => {
+                write!(f, "{field}: {value:?} is not an IP address; it is left out")
+            }
+            Self::WrongFamily { field, value, expected } => {
+                write!(f, "{field}: {value} is not an {expected} address; it is left out")
+            }
+            Self::SpecialAddress { field, value, range } => {
+                write!(f, "{field}: {value} is in the {range} range, which is never translated; it is left out")
+            }
+            Self::InvalidNetwork { field, value } => {
+                write!(f, "{field}: {value:?} is not an IP network (address/length); it admits nobody")
+            }
+            Self::NoAddress { field } => write!(f, "{field}: is empty; this endpoint is left out"),
+            Self::UnknownValue { field, value, used } => {
+                write!(f, "{field}: {value:?} is not known; it is taken for {used}")
+            }
+            Self::OutOfRange { field, value, range, used } => {
+                write!(f, "{field}: {value} is outside {range}; {used} is used")
+            }
+            Self::NotApplicable { field, service_type } => {
+                write!(f, "{field}: has no meaning for type {service_type}; it is ignored")
+            }
+            Self::NoHealthCheckPort => f.write_str(
+                "spec.healthCheckNodePort: is missing or 0 although externalTrafficPolicy is Local; health checks \
+                 are not answered",
+            ),
+            Self::NodePortOutsideRange { port, first, last } => write!(
+                f,
+                "node port {port} is outside --node-port-range {first}-{last}; it answers on the known node \
+                 addresses, not on loopback"
+            ),
+            Self::SourceRanges { addresses } => write!(
+                f,
+                "spec.loadBalancerSourceRanges: the caller's address is not known at a socket; calls to {} go to \
+                 the network untranslated",
+                addresses.join(", ")
+            ),
+            Self::FrontendTaken { address, winner } => {
+                write!(f, "{address} belongs to service {winner}; this service does not answer there")
+            }
+            Self::ServicesFull { map, capacity, needed } => write!(
+                f,
+                "map {map} is full ({capacity} entries, {needed} needed); raise --max-services; the service stays as \
+                 it was"
+            ),
+            Self::EndpointsFull { map, capacity, needed } => write!(
+                f,
+                "map {map} has no room ({capacity} entries, {needed} needed); raise --max-endpoints; the service \
+                 stays as it was"
+            ),
+            Self::UnknownKind => f.write_str("unknown kind; it is ignored"),
+            Self::UnknownVersion { version, expected } => {
+                write!(f, "apiVersion: {version:?} is not known, {expected} is; it is ignored")
+            }
+            Self::DefinedTwice { winner } => write!(f, "is already defined at {winner}; this one is ignored"),
+            Self::BrokenFile { cause, last_good: true } => {
+                write!(f, "{cause}; the objects read from it before stay in force")
+            }
+            Self::BrokenFile { cause, last_good: false } => write!(f, "{cause}; the file is left out"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

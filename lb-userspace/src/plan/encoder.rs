@@ -1,0 +1,490 @@
+//! From desired frontends to operations on tables.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
+
+use lb_common::{
+    layout::{Frontend, Run},
+    limits,
+};
+
+use super::{Op, Plan};
+use crate::{
+    desired::{self, FrontendAddress, PortKey},
+    tables::{Entry, Image, pool::Pool, space::Space},
+};
+
+/// Sizes of the maps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Capacity {
+    /// Entries of `services4` and of `services6`, each; `frontends` has twice as many.
+    pub services: u32,
+    /// Entries of `endpoints4` and of `endpoints6`, each, and of `endpoint_stats`.
+    pub endpoints: u32,
+}
+
+impl Default for Capacity {
+    fn default() -> Self {
+        Self { services: limits::MAX_FRONTENDS, endpoints: limits::MAX_ENDPOINTS }
+    }
+}
+
+/// A table has no room for a frontend, which then stays as it was.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Full {
+    /// No more frontends of this family (`--max-services`).
+    Services {
+        /// The capacity.
+        capacity: u32,
+    },
+    /// No gap for a run of this length (`--max-endpoints`).
+    Endpoints {
+        /// The capacity.
+        capacity: u32,
+        /// Entries that the new run takes. The old run keeps its own until the switch is done.
+        needed: u32,
+    },
+}
+
+/// A service port with at least one frontend in the tables.
+#[derive(Debug, Default)]
+struct Port {
+    /// `None` for a port read from the kernel that no desired frontend has claimed yet.
+    key: Option<Arc<PortKey>>,
+    n_frontends: u32,
+    /// Endpoint ids, and how many runs use each.
+    ids: BTreeMap<SocketAddr, (u32, u32)>,
+    /// Runs by their set of addresses, and how many frontends use each.
+    runs: BTreeMap<Arc<[SocketAddr]>, (Run, u32)>,
+}
+
+/// A frontend in the tables.
+#[derive(Debug)]
+struct Placed {
+    frontend_id: u32,
+    service_id: u32,
+    set: Arc<[SocketAddr]>,
+}
+
+/// Keeps the tables' target state and turns changes into operations.
+///
+/// Pure: it has no access to the kernel. Whoever carries out its plans must report grace periods with
+/// [`Self::settled`], or freed ids and places are never given out again.
+#[derive(Debug)]
+pub struct Encoder {
+    capacity: Capacity,
+    image: Image,
+    placed: BTreeMap<FrontendAddress, Placed>,
+    ports: BTreeMap<u32, Port>,
+    service_ids_by_port: BTreeMap<Arc<PortKey>, u32>,
+    /// Frontends of IPv4 and of IPv6.
+    n_services: [u32; 2],
+    frontend_ids: Pool,
+    service_ids: Pool,
+    endpoint_ids: Pool,
+    space: [Space; 2],
+    ops: Vec<Op>,
+}
+
+impl Encoder {
+    /// An encoder for empty tables.
+    #[must_use]
+    pub fn new(capacity: Capacity) -> Self {
+        Self::adopt(capacity, &Image::default())
+    }
+
+    /// An encoder that goes on from what the kernel holds, so that ids and places survive a restart and a frontend
+    /// that is still right costs no operation.
+    ///
+    /// Parts of `found` that no encoder would write (runs that overlap, are not sorted or hold addresses of another
+    /// family, ids in use twice) are left out of the image; an audit after the first plan repairs them.
+    #[must_use]
+    pub fn adopt(capacity: Capacity, found: &Image) -> Self {
+        let (runs, spaces) = sound_runs(capacity, found);
+        let sound = |ipv6: bool, run: Run| run.len == 0 || runs.contains(&(ipv6, run.offset, run.len));
+        let mut encoder = Self {
+            capacity,
+            image: Image { node_addrs: found.node_addrs.clone(), ..Image::default() },
+            placed: BTreeMap::new(),
+            ports: BTreeMap::new(),
+            service_ids_by_port: BTreeMap::new(),
+            n_services: [0; 2],
+            frontend_ids: Pool::new(0, &BTreeSet::new()),
+            service_ids: Pool::new(0, &BTreeSet::new()),
+            endpoint_ids: Pool::new(0, &BTreeSet::new()),
+            space: spaces,
+            ops: Vec::new(),
+        };
+        // A service id belongs to one port, hence to one family, and an endpoint id to one address of one port.
+        let mut family_of = BTreeMap::new();
+        let mut address_of = BTreeMap::new();
+        for (&address, &frontend_id) in &found.services {
+            let ipv6 = address.ip.is_ipv6();
+            let Some(&frontend) = found.frontends.get(&frontend_id) else { continue };
+            if encoder.image.frontends.contains_key(&frontend_id)
+                || frontend_id >= capacity.services.saturating_mul(2)
+                || frontend.service_id >= capacity.services.saturating_mul(2)
+                || *family_of.entry(frontend.service_id).or_insert(ipv6) != ipv6
+                || !sound(ipv6, frontend.run)
+            {
+                continue;
+            }
+            let entries = found.entries(ipv6, frontend.run).unwrap_or_default();
+            let owner = |entry: &Entry| (frontend.service_id, entry.address);
+            if entries.iter().any(|entry| address_of.get(&entry.endpoint_id).is_some_and(|&o| o != owner(entry))) {
+                continue;
+            }
+            address_of.extend(entries.iter().map(|entry| (entry.endpoint_id, owner(entry))));
+            encoder.adopt_frontend(address, frontend_id, frontend, entries);
+        }
+        encoder.frontend_ids =
+            Pool::new(capacity.services.saturating_mul(2), &encoder.image.frontends.keys().copied().collect());
+        encoder.service_ids =
+            Pool::new(capacity.services.saturating_mul(2), &encoder.ports.keys().copied().collect());
+        encoder.endpoint_ids =
+            Pool::new(capacity.endpoints.saturating_mul(2), &address_of.keys().copied().collect());
+        encoder
+    }
+
+    fn adopt_frontend(&mut self, address: FrontendAddress, id: u32, frontend: Frontend, entries: &[Entry]) {
+        let ipv6 = address.ip.is_ipv6();
+        let mut set: Vec<SocketAddr> = entries.iter().map(|entry| entry.address).collect();
+        set.sort_unstable();
+        let set: Arc<[SocketAddr]> = set.into();
+        let port = self.ports.entry(frontend.service_id).or_default();
+        port.n_frontends += 1;
+        let mut frontend = frontend;
+        if !set.is_empty() {
+            let (run, n_users) = port.runs.entry(Arc::clone(&set)).or_insert_with(|| {
+                for entry in entries {
+                    port.ids.entry(entry.address).or_insert((entry.endpoint_id, 0)).1 += 1;
+                }
+                self.image.runs_mut(ipv6).insert(frontend.run.offset, entries.into());
+                (frontend.run, 0)
+            });
+            *n_users += 1;
+            // Two runs with one content: a crash between two operations leaves that. One is enough.
+            if *run != frontend.run {
+                frontend.run = *run;
+                self.ops.push(Op::SwitchRun { id, run: *run });
+            }
+        }
+        self.image.frontends.insert(id, frontend);
+        self.image.services.insert(address, id);
+        self.placed.insert(address, Placed { frontend_id: id, service_id: frontend.service_id, set });
+        self.n_services[usize::from(ipv6)] += 1;
+    }
+
+    /// What the tables hold once all plans are carried out.
+    #[must_use]
+    pub fn image(&self) -> &Image {
+        &self.image
+    }
+
+    /// The addresses that have a frontend in the tables.
+    pub fn addresses(&self) -> impl Iterator<Item = &FrontendAddress> {
+        self.placed.keys()
+    }
+
+    /// The id of a service port and its endpoints' ids, if it has a frontend in the tables.
+    #[must_use]
+    pub fn service_id(&self, port: &PortKey) -> Option<u32> {
+        self.service_ids_by_port.get(port).copied()
+    }
+
+    /// Entries of the endpoint table of a family that are in use or held back.
+    #[must_use]
+    pub fn n_endpoints(&self, ipv6: bool) -> u32 {
+        self.capacity.endpoints - self.space[usize::from(ipv6)].n_free().min(self.capacity.endpoints)
+    }
+
+    /// Frontends of a family.
+    #[must_use]
+    pub fn n_services(&self, ipv6: bool) -> u32 {
+        self.n_services[usize::from(ipv6)]
+    }
+
+    /// Sets or removes the frontend of one address. Call it at most once for an address between two
+    /// [`Self::take_plan`].
+    ///
+    /// # Errors
+    ///
+    /// [`Full`] if there is no room. Then the address keeps what it had; other addresses are not affected. If
+    /// [`Self::holds_back`], it may succeed after the next grace period.
+    pub fn set(&mut self, address: FrontendAddress, desired: Option<&desired::Frontend>) -> Result<(), Full> {
+        match desired {
+            Some(desired) => self.place(address, desired),
+            None => {
+                self.remove(&address);
+                Ok(())
+            }
+        }
+    }
+
+    fn place(&mut self, address: FrontendAddress, desired: &desired::Frontend) -> Result<(), Full> {
+        let ipv6 = address.ip.is_ipv6();
+        let before = self.placed.get(&address).map(|placed| (placed.frontend_id, placed.service_id));
+        if before.is_none() && self.n_services[usize::from(ipv6)] >= self.capacity.services {
+            return Err(Full::Services { capacity: self.capacity.services });
+        }
+        let service_id = self.claim_service(&desired.port, before.map(|(_, service_id)| service_id))?;
+        let run = match self.use_run(service_id, ipv6, &desired.endpoints) {
+            Ok(run) => run,
+            Err(full) => {
+                self.release_unused_service(service_id);
+                return Err(full);
+            }
+        };
+        let frontend = Frontend {
+            run,
+            service_id,
+            affinity_seconds: desired.affinity_seconds,
+            flags: desired.flags,
+            reserved: 0,
+        };
+        if let Some((id, _)) = before {
+            self.change_frontend(id, frontend);
+        } else {
+            let Some(id) = self.frontend_ids.take() else {
+                self.release_run(service_id, ipv6, &desired.endpoints);
+                self.release_unused_service(service_id);
+                return Err(Full::Services { capacity: self.capacity.services });
+            };
+            self.ops.push(Op::WriteFrontend { id, frontend });
+            self.ops.push(Op::InsertService { address, frontend_id: id });
+            self.image.frontends.insert(id, frontend);
+            self.image.services.insert(address, id);
+            self.n_services[usize::from(ipv6)] += 1;
+        }
+        let frontend_id = self.image.services[&address];
+        if let Some(port) = self.ports.get_mut(&service_id) {
+            port.n_frontends += 1;
+        }
+        let set = Arc::clone(&desired.endpoints);
+        if let Some(old) = self.placed.insert(address, Placed { frontend_id, service_id, set }) {
+            self.release_run(old.service_id, ipv6, &old.set);
+            self.release_frontend_of(old.service_id);
+        }
+        Ok(())
+    }
+
+    fn change_frontend(&mut self, id: u32, frontend: Frontend) {
+        let Some(old) = self.image.frontends.insert(id, frontend) else { return };
+        if (Frontend { run: frontend.run, ..old }) != frontend {
+            self.ops.push(Op::SetFrontend { id, frontend });
+        }
+        if old.run != frontend.run {
+            self.ops.push(Op::SwitchRun { id, run: frontend.run });
+        }
+    }
+
+    fn remove(&mut self, address: &FrontendAddress) {
+        let Some(old) = self.placed.remove(address) else { return };
+        let ipv6 = address.ip.is_ipv6();
+        self.ops.push(Op::DeleteService(*address));
+        self.ops.push(Op::DropFrontend(old.frontend_id));
+        self.image.services.remove(address);
+        self.image.frontends.remove(&old.frontend_id);
+        self.n_services[usize::from(ipv6)] -= 1;
+        self.frontend_ids.free(old.frontend_id);
+        self.release_run(old.service_id, ipv6, &old.set);
+        self.release_frontend_of(old.service_id);
+    }
+
+    /// The id of a service port: the one it has, else the one that its address had before a restart, else a new one.
+    fn claim_service(&mut self, key: &Arc<PortKey>, adopted: Option<u32>) -> Result<u32, Full> {
+        if let Some(&id) = self.service_ids_by_port.get(key) {
+            return Ok(id);
+        }
+        let unclaimed =
+            adopted.and_then(|id| Some((id, self.ports.get_mut(&id).filter(|port| port.key.is_none())?)));
+        let id = if let Some((id, port)) = unclaimed {
+            port.key = Some(Arc::clone(key));
+            id
+        } else {
+            let id = self.service_ids.take().ok_or(Full::Services { capacity: self.capacity.services })?;
+            self.ops.push(Op::ResetService(id));
+            self.ports.insert(id, Port { key: Some(Arc::clone(key)), ..Port::default() });
+            id
+        };
+        self.service_ids_by_port.insert(Arc::clone(key), id);
+        Ok(id)
+    }
+
+    /// The run of a set of endpoints: one that the port has, else a new one.
+    fn use_run(&mut self, service_id: u32, ipv6: bool, set: &Arc<[SocketAddr]>) -> Result<Run, Full> {
+        if set.is_empty() {
+            return Ok(Run::EMPTY);
+        }
+        let capacity = self.capacity.endpoints;
+        let needed = u32::try_from(set.len()).unwrap_or(u32::MAX);
+        let full = Full::Endpoints { capacity, needed };
+        let Some(port) = self.ports.get_mut(&service_id) else { return Err(full) };
+        if let Some((run, n_users)) = port.runs.get_mut(set) {
+            *n_users += 1;
+            return Ok(*run);
+        }
+        if needed > limits::MAX_RUN {
+            return Err(full);
+        }
+        let offset = self.space[usize::from(ipv6)].take(needed).ok_or(full)?;
+        let mut fresh = Vec::new();
+        let mut entries = Vec::with_capacity(set.len());
+        for &address in set.iter() {
+            let known = port.ids.get(&address).map(|&(id, _)| id);
+            let Some(endpoint_id) = known.or_else(|| self.endpoint_ids.take()) else {
+                self.space[usize::from(ipv6)].free(offset, needed);
+                for (id, address) in fresh {
+                    self.endpoint_ids.free(id);
+                    port.ids.remove(&address);
+                }
+                return Err(full);
+            };
+            if known.is_none() {
+                fresh.push((endpoint_id, address));
+                port.ids.insert(address, (endpoint_id, 0));
+            }
+            entries.push(Entry { endpoint_id, address });
+        }
+        for address in set.iter() {
+            if let Some((_, n_runs)) = port.ids.get_mut(address) {
+                *n_runs += 1;
+            }
+        }
+        entries.sort_unstable();
+        let entries: Arc<[Entry]> = entries.into();
+        let run = Run { offset, len: needed };
+        port.runs.insert(Arc::clone(set), (run, 1));
+        if !fresh.is_empty() {
+            self.ops.push(Op::ResetEndpoints(fresh.into_iter().map(|(id, _)| id).collect()));
+        }
+        self.image.runs_mut(ipv6).insert(offset, Arc::clone(&entries));
+        self.ops.push(Op::WriteRun { ipv6, offset, entries });
+        Ok(run)
+    }
+
+    fn release_run(&mut self, service_id: u32, ipv6: bool, set: &Arc<[SocketAddr]>) {
+        let Some(port) = self.ports.get_mut(&service_id) else { return };
+        let Some((run, n_users)) = port.runs.get_mut(set) else { return };
+        *n_users -= 1;
+        if *n_users > 0 {
+            return;
+        }
+        let run = *run;
+        port.runs.remove(set);
+        for address in set.iter() {
+            if let Some((id, n_runs)) = port.ids.get_mut(address) {
+                *n_runs -= 1;
+                if *n_runs == 0 {
+                    self.endpoint_ids.free(*id);
+                    port.ids.remove(address);
+                }
+            }
+        }
+        self.space[usize::from(ipv6)].free(run.offset, run.len);
+        self.image.runs_mut(ipv6).remove(&run.offset);
+        self.ops.push(Op::DropRun { ipv6, offset: run.offset });
+    }
+
+    fn release_frontend_of(&mut self, service_id: u32) {
+        if let Some(port) = self.ports.get_mut(&service_id) {
+            port.n_frontends -= 1;
+        }
+        self.release_unused_service(service_id);
+    }
+
+    fn release_unused_service(&mut self, service_id: u32) {
+        if self.ports.get(&service_id).is_some_and(|port| port.n_frontends == 0)
+            && let Some(port) = self.ports.remove(&service_id)
+        {
+            if let Some(key) = port.key {
+                self.service_ids_by_port.remove(&key);
+            }
+            self.service_ids.free(service_id);
+        }
+    }
+
+    /// Sets the node addresses that node ports answer on: address → whether it is this node's.
+    pub fn set_node_addrs(&mut self, desired: &BTreeMap<IpAddr, bool>) {
+        for (&address, &own) in desired {
+            if self.image.node_addrs.insert(address, own) != Some(own) {
+                self.ops.push(Op::InsertNode { address, own });
+            }
+        }
+        let gone: Vec<IpAddr> =
+            self.image.node_addrs.keys().filter(|address| !desired.contains_key(address)).copied().collect();
+        for address in gone {
+            self.image.node_addrs.remove(&address);
+            self.ops.push(Op::DeleteNode(address));
+        }
+    }
+
+    /// The operations of all changes since the last call.
+    #[must_use]
+    pub fn take_plan(&mut self) -> Plan {
+        Plan::new(std::mem::take(&mut self.ops))
+    }
+
+    /// A grace period has passed since the last plan was carried out: nobody reads what was freed.
+    pub fn settled(&mut self) {
+        for pool in [&mut self.frontend_ids, &mut self.service_ids, &mut self.endpoint_ids] {
+            pool.settled();
+        }
+        for space in &mut self.space {
+            space.settled();
+        }
+    }
+
+    /// Whether something freed waits for a grace period.
+    #[must_use]
+    pub fn holds_back(&self) -> bool {
+        [&self.frontend_ids, &self.service_ids, &self.endpoint_ids].into_iter().any(Pool::holds_back)
+            || self.space.iter().any(Space::holds_back)
+    }
+}
+
+/// The runs that frontends refer to and that an encoder could have written, with the room that is left.
+fn sound_runs(capacity: Capacity, found: &Image) -> (BTreeSet<(bool, u32, u32)>, [Space; 2]) {
+    let mut sound = BTreeSet::new();
+    let spaces = [false, true].map(|ipv6| {
+        let mut taken = BTreeMap::new();
+        let referred: BTreeMap<u32, Run> = found
+            .services
+            .iter()
+            .filter(|(address, _)| address.ip.is_ipv6() == ipv6)
+            .filter_map(|(_, id)| found.frontends.get(id))
+            .filter(|frontend| frontend.run.len > 0)
+            .map(|frontend| (frontend.run.offset, frontend.run))
+            .collect();
+        let mut end = 0;
+        for run in referred.into_values() {
+            let is_sound = run.offset >= end
+                && run.offset.checked_add(run.len).is_some_and(|run_end| run_end <= capacity.endpoints)
+                && found.entries(ipv6, run).is_some_and(|entries| {
+                    entries.is_sorted_by(|a, b| a.endpoint_id < b.endpoint_id)
+                        && entries.iter().all(|entry| {
+                            entry.address.is_ipv6() == ipv6
+                                && entry.endpoint_id < capacity.endpoints.saturating_mul(2)
+                        })
+                        && entries.iter().map(|entry| entry.address).collect::<BTreeSet<_>>().len()
+                            == entries.len()
+                });
+            if is_sound {
+                end = run.offset + run.len;
+                taken.insert(run.offset, run.len);
+                sound.insert((ipv6, run.offset, run.len));
+            }
+        }
+        // The ranges were checked one by one: this cannot be refused, and an empty table is no harm if it were.
+        Space::new(capacity.endpoints, &taken)
+            .or_else(|| Space::new(capacity.endpoints, &BTreeMap::new()))
+            .unwrap_or_default()
+    });
+    (sound, spaces)
+}
+
+#[cfg(test)]
+mod tests;

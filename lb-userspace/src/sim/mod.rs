@@ -1,0 +1,243 @@
+//! Runs the programs' decision on an image, in user space.
+//!
+//! # Purpose
+//!
+//! `socklb explain` and the tests ask "where would this call go?" with the same function that the kernel runs,
+//! [`lb_common::resolve`], on an [`Image`] instead of kernel maps.
+//!
+//! # What this cannot prove
+//!
+//! The glue around the decision: context access, socket records, what the kernel does with the result. Tests run
+//! each scenario on the kernel too.
+//!
+//! # Depends on
+//!
+//! `tables`, `desired`, `model`.
+
+use std::{
+    cell::{Cell, RefCell},
+    collections::BTreeMap,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+};
+
+use lb_common::{
+    Tables, Verdict,
+    address::{Octets4, Octets6},
+    layout::{self, Affinity, FamilyLayout, Frontend},
+    resolve::{Call, Choice, NodeAddress},
+};
+
+use crate::{
+    desired::FrontendAddress,
+    model::Protocol,
+    tables::{Entry, Image},
+};
+
+/// Where the caller stands and what it brings along.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Caller {
+    /// Cookie of its network namespace: the client identity for affinity.
+    pub netns: u64,
+    /// Whether that is the node's own network namespace.
+    pub on_node: bool,
+    /// The endpoint that its socket used last for this address.
+    pub earlier: Option<Choice>,
+}
+
+impl Default for Caller {
+    fn default() -> Self {
+        Self { netns: 1, on_node: true, earlier: None }
+    }
+}
+
+/// Settings of the programs that the image does not hold.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Config {
+    /// First and last port of the node-port range.
+    pub node_ports: (u16, u16),
+    /// Whether node ports answer on loopback addresses of the node.
+    pub localhost_nodeports: bool,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self { node_ports: lb_common::limits::NODE_PORTS, localhost_nodeports: true }
+    }
+}
+
+/// A node as the programs see it, with an image in place of kernel maps.
+#[derive(Debug, Default)]
+pub struct Simulator {
+    /// The tables.
+    pub image: Image,
+    /// The settings.
+    pub config: Config,
+    affinity: RefCell<BTreeMap<(u64, u32), Affinity>>,
+}
+
+/// Where a call goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// Not a service address: the call goes where it says.
+    Untouched,
+    /// `ECONNREFUSED`.
+    Refused,
+    /// To an endpoint.
+    Endpoint(SocketAddr, Choice),
+}
+
+impl Simulator {
+    /// A simulator over an image, with nothing remembered.
+    #[must_use]
+    pub fn new(image: Image) -> Self {
+        Self { image, ..Self::default() }
+    }
+
+    /// Decides one call.
+    ///
+    /// `random` stands for the program's random number, `now` for its clock in seconds. An IPv4-mapped address is
+    /// an IPv4 call, as in the hooks.
+    pub fn call(&self, to: FrontendAddress, caller: Caller, random: u32, now: u64) -> Outcome {
+        let Some(protocol) = wire_protocol(to.protocol) else { return Outcome::Untouched };
+        let random = Cell::new(random);
+        let port = to.port;
+        match to.ip.to_canonical() {
+            IpAddr::V4(ip) => {
+                let tables = View::<Octets4> { simulator: self, caller, random, now, family: Default::default() };
+                outcome(lb_common::resolve(&tables, &Call { address: ip.octets(), port, protocol }))
+            }
+            IpAddr::V6(ip) => {
+                let tables = View::<Octets6> { simulator: self, caller, random, now, family: Default::default() };
+                outcome(lb_common::resolve(&tables, &Call { address: ip.octets(), port, protocol }))
+            }
+        }
+    }
+
+    /// The frontend that answers for an address, by the programs' own search.
+    #[must_use]
+    pub fn find_frontend(&self, to: FrontendAddress, caller: Caller) -> Option<(u32, Frontend)> {
+        let protocol = wire_protocol(to.protocol)?;
+        let (random, now, port) = (Cell::new(0), 0, to.port);
+        match to.ip.to_canonical() {
+            IpAddr::V4(ip) => {
+                let tables = View::<Octets4> { simulator: self, caller, random, now, family: Default::default() };
+                lb_common::resolve::find_frontend(&tables, &Call { address: ip.octets(), port, protocol })
+            }
+            IpAddr::V6(ip) => {
+                let tables = View::<Octets6> { simulator: self, caller, random, now, family: Default::default() };
+                lb_common::resolve::find_frontend(&tables, &Call { address: ip.octets(), port, protocol })
+            }
+        }
+    }
+}
+
+/// The protocol number in map keys; `None` for protocols that no hook serves.
+#[must_use]
+pub fn wire_protocol(protocol: Protocol) -> Option<layout::Protocol> {
+    match protocol {
+        Protocol::Tcp => Some(layout::Protocol::TCP),
+        Protocol::Udp => Some(layout::Protocol::UDP),
+        Protocol::Sctp => None,
+    }
+}
+
+fn outcome<A: Octets>(verdict: Verdict<A>) -> Outcome {
+    match verdict {
+        Verdict::Pass => Outcome::Untouched,
+        Verdict::Refuse { .. } => Outcome::Refused,
+        Verdict::Redirect(target) => {
+            Outcome::Endpoint(SocketAddr::new(target.address.ip(), target.port), target.choice)
+        }
+    }
+}
+
+/// Conversion between the programs' octets and user space's addresses.
+trait Octets: FamilyLayout {
+    fn ip(self) -> IpAddr;
+    fn from_ip(ip: IpAddr) -> Option<Self>;
+}
+
+impl Octets for Octets4 {
+    fn ip(self) -> IpAddr {
+        Ipv4Addr::from(self).into()
+    }
+    fn from_ip(ip: IpAddr) -> Option<Self> {
+        match ip {
+            IpAddr::V4(ip) => Some(ip.octets()),
+            IpAddr::V6(_) => None,
+        }
+    }
+}
+
+impl Octets for Octets6 {
+    fn ip(self) -> IpAddr {
+        Ipv6Addr::from(self).into()
+    }
+    fn from_ip(ip: IpAddr) -> Option<Self> {
+        match ip {
+            IpAddr::V4(_) => None,
+            IpAddr::V6(ip) => Some(ip.octets()),
+        }
+    }
+}
+
+/// One call's view of the simulator.
+struct View<'a, A> {
+    simulator: &'a Simulator,
+    caller: Caller,
+    random: Cell<u32>,
+    now: u64,
+    family: std::marker::PhantomData<A>,
+}
+
+impl<A: Octets> Tables for View<'_, A> {
+    type Addr = A;
+
+    fn frontend_id(&self, key: &A::Key) -> Option<u32> {
+        let (address, port, protocol) = A::key_parts(key);
+        let protocol = match protocol {
+            layout::Protocol::TCP => Protocol::Tcp,
+            layout::Protocol::UDP => Protocol::Udp,
+            _ => return None,
+        };
+        self.simulator.image.services.get(&FrontendAddress { ip: address.ip(), port, protocol }).copied()
+    }
+    fn frontend(&self, frontend_id: u32) -> Option<Frontend> {
+        self.simulator.image.frontends.get(&frontend_id).copied()
+    }
+    fn endpoint(&self, index: u32) -> Option<A::Endpoint> {
+        let Entry { endpoint_id, address } = self.simulator.image.entry(A::FAMILY == lb_common::Family::V6, index)?;
+        Some(A::entry(A::from_ip(address.ip())?, address.port(), endpoint_id))
+    }
+    fn node_ports(&self) -> (u16, u16) {
+        self.simulator.config.node_ports
+    }
+    fn node_address(&self, mapped: &Octets6) -> Option<NodeAddress> {
+        let ip = Ipv6Addr::from(*mapped).to_canonical();
+        self.simulator.image.node_addrs.get(&ip).map(|&own| if own { NodeAddress::Own } else { NodeAddress::Other })
+    }
+    fn loopback_is_node(&self) -> bool {
+        self.simulator.config.localhost_nodeports && self.caller.on_node
+    }
+    fn earlier_choice(&self) -> Option<Choice> {
+        self.caller.earlier
+    }
+    fn random(&self) -> u32 {
+        self.random.get()
+    }
+    fn now(&self) -> u64 {
+        self.now
+    }
+    fn affinity(&self, service_id: u32) -> Option<Affinity> {
+        self.simulator.affinity.borrow().get(&(self.caller.netns, service_id)).copied()
+    }
+    fn renew_affinity(&self, service_id: u32, now: u64) {
+        if let Some(affinity) = self.simulator.affinity.borrow_mut().get_mut(&(self.caller.netns, service_id)) {
+            affinity.last_used = now;
+        }
+    }
+    fn remember_affinity(&self, service_id: u32, _replaces: Option<Affinity>, new: Affinity) -> u32 {
+        self.simulator.affinity.borrow_mut().insert((self.caller.netns, service_id), new);
+        new.endpoint_id
+    }
+}

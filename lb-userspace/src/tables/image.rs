@@ -1,0 +1,69 @@
+//! What the tables hold, as a value.
+
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
+
+use lb_common::layout::{Frontend, Run};
+
+use crate::desired::FrontendAddress;
+
+/// One entry of an endpoint table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Entry {
+    /// Identity within the service port; entries of a run are sorted by it.
+    pub endpoint_id: u32,
+    /// Where calls go.
+    pub address: SocketAddr,
+}
+
+/// The endpoint table of one family: runs by offset.
+pub type Runs = BTreeMap<u32, Arc<[Entry]>>;
+
+/// Everything that decides about calls. Affinity, socket records and counters are not part of it: they belong to
+/// the programs.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Image {
+    /// `services4` and `services6`: frontend address → frontend id.
+    pub services: BTreeMap<FrontendAddress, u32>,
+    /// `frontends`, the entries in use.
+    pub frontends: BTreeMap<u32, Frontend>,
+    /// `endpoints4`, the runs in use.
+    pub runs4: Runs,
+    /// `endpoints6`, the runs in use.
+    pub runs6: Runs,
+    /// `node_addrs`: address → whether it is this node's.
+    pub node_addrs: BTreeMap<IpAddr, bool>,
+}
+
+impl Image {
+    /// The endpoint table of a family.
+    #[must_use]
+    pub fn runs(&self, ipv6: bool) -> &Runs {
+        if ipv6 { &self.runs6 } else { &self.runs4 }
+    }
+
+    /// The endpoint table of a family, for changes.
+    pub fn runs_mut(&mut self, ipv6: bool) -> &mut Runs {
+        if ipv6 { &mut self.runs6 } else { &mut self.runs4 }
+    }
+
+    /// The entries of a run; `None` if the table holds no such run, an empty slice for an empty run.
+    #[must_use]
+    pub fn entries(&self, ipv6: bool, run: Run) -> Option<&[Entry]> {
+        if run.len == 0 {
+            return Some(&[]);
+        }
+        let entries = self.runs(ipv6).get(&run.offset)?;
+        (u32::try_from(entries.len()) == Ok(run.len)).then_some(entries)
+    }
+
+    /// The entry at an index of a family's endpoint table.
+    #[must_use]
+    pub fn entry(&self, ipv6: bool, index: u32) -> Option<Entry> {
+        let (offset, entries) = self.runs(ipv6).range(..=index).next_back()?;
+        entries.get(usize::try_from(index - offset).ok()?).copied()
+    }
+}

@@ -1,0 +1,21 @@
+//! What the kernel's maps hold, as values, and how their ids and places are given out.
+//!
+//! # Purpose
+//!
+//! [`Image`] is what the tables hold: the target that plans lead to, what was read from the kernel, and what the
+//! simulator runs on. [`pool::Pool`] gives out ids, [`space::Space`] room for runs.
+//!
+//! # Invariants
+//!
+//! - A run is sorted by endpoint id, and its entries never change while any frontend refers to them.
+//! - What is freed is held back until a grace period has passed (docs/decisions/0001).
+//!
+//! # Depends on
+//!
+//! `desired`, `model`, `lb_common`.
+
+pub mod image;
+pub mod pool;
+pub mod space;
+
+pub use self::image::{Entry, Image};

@@ -1,0 +1,131 @@
+//! The first process of a virtual machine of `cargo xtask kernel-matrix`.
+//!
+//! Prepares what a test expects of a running system, runs `/test`, says how it ended and powers the machine off.
+//! What the caller wants comes in two files of the initramfs: `/vm.args` has one argument of `/test` in each line,
+//! `/vm.env` one `NAME=value` of its environment. Modules are in `/modules`, to be loaded in the order of their names.
+//!
+//! The caller reads the serial line: `INIT DONE rc=N` is the status of `/test`, `INIT FAILED: cause` means that it
+//! did not run. Linked statically, because the initramfs has no libraries.
+#![expect(clippy::print_stdout, reason = "standard output is the serial line that the caller reads")]
+
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitStatus};
+
+use anyhow::{Context, Result, bail};
+use nix::kmod::{ModuleInitFlags, finit_module};
+use nix::mount::{MsFlags, mount};
+use nix::sys::reboot::{RebootMode, reboot};
+use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
+use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, socket};
+use nix::sys::termios::tcdrain;
+
+/// Type and place of every file system, in the order of mounting.
+const MOUNTS: &[(&str, &str)] = &[
+    ("proc", "/proc"),
+    ("sysfs", "/sys"),
+    ("devtmpfs", "/dev"),
+    ("cgroup2", "/sys/fs/cgroup"),
+    ("bpf", "/sys/fs/bpf"),
+    ("tmpfs", "/tmp"),
+    ("tmpfs", "/run"),
+];
+
+fn mount_all() -> Result<()> {
+    for &(kind, place) in MOUNTS {
+        fs::create_dir_all(place).with_context(|| format!("cannot create {place}"))?;
+        mount(Some(kind), place, Some(kind), MsFlags::empty(), None::<&str>)
+            .with_context(|| format!("cannot mount {kind} on {place}"))?;
+    }
+    Ok(())
+}
+
+fn load_modules() -> Result<()> {
+    let dir = Path::new("/modules");
+    if !dir.exists() {
+        return Ok(());
+    }
+    let entries = fs::read_dir(dir).context("cannot list /modules")?;
+    let mut modules: Vec<PathBuf> =
+        entries.map(|entry| entry.map(|entry| entry.path())).collect::<io::Result<_>>()?;
+    modules.sort();
+    for path in modules {
+        let file = File::open(&path).with_context(|| format!("cannot open {}", path.display()))?;
+        finit_module(file, c"", ModuleInitFlags::empty())
+            .with_context(|| format!("cannot load {}", path.display()))?;
+    }
+    Ok(())
+}
+
+/// Sets the loopback device up, which is always the first of a network namespace.
+fn set_loopback_up() -> Result<()> {
+    const RTM_NEWLINK: u16 = 16;
+    const REQUEST_WITH_ACKNOWLEDGEMENT: u16 = 5;
+    const LOOPBACK_INDEX: i32 = 1;
+    const UP: u32 = 1;
+    const HEADER: usize = 16;
+    let mut message = Vec::new();
+    message.extend(32u32.to_ne_bytes()); // length of header and body
+    message.extend(RTM_NEWLINK.to_ne_bytes());
+    message.extend(REQUEST_WITH_ACKNOWLEDGEMENT.to_ne_bytes());
+    message.extend([0; 8]); // sequence number and port
+    message.extend([0; 4]); // family and device type
+    message.extend(LOOPBACK_INDEX.to_ne_bytes());
+    message.extend(UP.to_ne_bytes()); // flags
+    message.extend(UP.to_ne_bytes()); // which flags change
+    let netlink =
+        socket(AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::NetlinkRoute)
+            .context("cannot open a netlink socket")?;
+    send(netlink.as_raw_fd(), &message, MsgFlags::empty()).context("cannot send over netlink")?;
+    let mut answer = [0; 64];
+    let size =
+        recv(netlink.as_raw_fd(), &mut answer, MsgFlags::empty()).context("cannot receive over netlink")?;
+    match answer[..size].get(HEADER..HEADER + 4) {
+        Some(&[0, 0, 0, 0]) => Ok(()),
+        Some(&[a, b, c, d]) => Err(io::Error::from_raw_os_error(-i32::from_ne_bytes([a, b, c, d])))
+            .context("the kernel does not set the loopback device up"),
+        _ => bail!("the kernel's answer about the loopback device is too short"),
+    }
+}
+
+fn run_test() -> Result<ExitStatus> {
+    let args = fs::read_to_string("/vm.args").context("cannot read /vm.args")?;
+    let environment = fs::read_to_string("/vm.env").context("cannot read /vm.env")?;
+    let mut test = Command::new("/test");
+    test.args(args.lines()).envs(environment.lines().filter_map(|line| line.split_once('=')));
+    // As under cargo, where tests run in the folder of their crate.
+    if let Some(dir) = environment.lines().find_map(|line| line.strip_prefix("CARGO_MANIFEST_DIR=")) {
+        test.current_dir(dir);
+    }
+    test.status().context("cannot run /test")
+}
+
+fn run() -> Result<i32> {
+    mount_all()?;
+    // Kernels before 5.11 count BPF maps against this limit.
+    setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY)
+        .context("cannot raise RLIMIT_MEMLOCK")?;
+    load_modules()?;
+    set_loopback_up()?;
+    let status = run_test()?;
+    Ok(status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or_default()))
+}
+
+fn main() -> Result<()> {
+    if std::process::id() != 1 {
+        bail!(
+            "vm-init powers the machine off at its end: it runs as the first process of a virtual machine only"
+        );
+    }
+    match run() {
+        Ok(status) => println!("INIT DONE rc={status}"),
+        Err(error) => println!("INIT FAILED: {error:#}"),
+    }
+    // Nobody is left to tell, and the machine must go off in any case.
+    drop(io::stdout().flush());
+    drop(tcdrain(io::stdout()));
+    reboot(RebootMode::RB_POWER_OFF).map(|_| ()).context("cannot power off")
+}

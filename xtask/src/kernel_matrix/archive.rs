@@ -1,0 +1,233 @@
+//! Packages of other Debian releases, downloaded and unpacked but not installed.
+//!
+//! Each release gets package lists of its own in the cache folder, so that the system's apt never sees them. Needs
+//! no root.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+
+use crate::process;
+
+/// Signs every Debian release; from the package debian-archive-keyring, which every Debian has.
+const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
+
+/// The archive that this system's own apt uses.
+pub(super) struct Archive {
+    mirror: String,
+    /// The code name of the release that this system is.
+    pub(super) system: String,
+    dir: PathBuf,
+}
+
+impl Archive {
+    /// Reads the system's apt configuration.
+    ///
+    /// # Errors
+    /// When this system is not Debian or has no Debian archive configured.
+    pub(super) fn locate(cache: &Path) -> Result<Self> {
+        let os = fs::read_to_string("/etc/os-release").context("no /etc/os-release: run this on Debian")?;
+        let Some(system) = debian_release(&os) else {
+            bail!(
+                "kernels and QEMU for the matrix come from the Debian archive: run this on Debian 12 or newer"
+            );
+        };
+        let format = "$(RELEASE) $(COMPONENT) $(REPO_URI) $(ORIGIN)";
+        let mut targets = Command::new("apt-get");
+        targets.args(["indextargets", "--format", format, "Identifier: Packages"]);
+        let Some(mirror) = mirror(&process::capture(&mut targets)?, &system) else {
+            bail!(
+                "apt has no source for main of {system}: add the Debian archive to /etc/apt/sources.list.d"
+            );
+        };
+        Ok(Self { mirror, system, dir: cache.join("apt") })
+    }
+
+    /// Package lists of some releases with up-to-date content. `status` is the dpkg status to plan installs against.
+    ///
+    /// # Errors
+    /// When the lists cannot be fetched.
+    pub(super) fn lists(&self, releases: &[&str], status: Option<&Path>) -> Result<Lists> {
+        let dir = self.dir.join(releases.join("+"));
+        let create = |path: &Path| {
+            fs::create_dir_all(path)
+                .with_context(|| format!("cannot create {}: check its owner", path.display()))
+        };
+        create(&dir.join("lists/partial"))?;
+        create(&dir.join("cache/archives/partial"))?;
+        let source = |release| format!("deb [signed-by={KEYRING}] {} {release} main", self.mirror);
+        let sources: Vec<String> = releases.iter().map(source).collect();
+        let write = |name: &str, text: &str| {
+            let path = dir.join(name);
+            fs::write(&path, text)
+                .with_context(|| format!("cannot write {}: check its owner", path.display()))
+        };
+        write("sources.list", &format!("{}\n", sources.join("\n")))?;
+        write("status", "")?;
+        let status = status.map_or_else(|| dir.join("status"), Path::to_owned);
+        let lists = Lists { dir, status };
+        let mut update = lists.apt("apt-get");
+        update.arg("update");
+        let remedy = "check the network, and that the mirror in apt's sources has this release";
+        process::run_logged(&mut update, &lists.dir.join("apt.log"), |_| false, remedy)?;
+        Ok(lists)
+    }
+}
+
+/// Package lists of their own.
+pub(super) struct Lists {
+    dir: PathBuf,
+    status: PathBuf,
+}
+
+impl Lists {
+    /// An apt command that reads these lists and nothing of the system's, but for proxies and the like.
+    fn apt(&self, program: &str) -> Command {
+        let mut command = Command::new(program);
+        let mut set = |name: &str, value: &str| {
+            command.arg("-o").arg(format!("{name}={value}"));
+        };
+        let dir = self.dir.display();
+        set("Dir::State::Lists", &format!("{dir}/lists"));
+        set("Dir::State::Status", &self.status.display().to_string());
+        set("Dir::Cache", &format!("{dir}/cache"));
+        set("Dir::Etc::SourceList", &format!("{dir}/sources.list"));
+        set("Dir::Etc::SourceParts", "-");
+        set("Dir::Etc::Preferences", "-");
+        set("Dir::Etc::PreferencesParts", "-");
+        set("Acquire::Languages", "none");
+        // apt's own user cannot read a cache below root's home.
+        set("APT::Sandbox::User", "root");
+        command.arg("--quiet").env("LC_ALL", "C");
+        command
+    }
+
+    /// The packages that a package depends on.
+    ///
+    /// # Errors
+    /// When apt does not know the package.
+    pub(super) fn depends(&self, package: &str) -> Result<Vec<String>> {
+        let mut command = self.apt("apt-cache");
+        command.args(["depends", package]);
+        Ok(parse_depends(&process::capture(&mut command)?))
+    }
+
+    /// The packages that installing a package of a release would install.
+    ///
+    /// # Errors
+    /// When apt finds no solution.
+    pub(super) fn would_install(&self, package: &str, release: &str) -> Result<Vec<String>> {
+        let mut command = self.apt("apt-get");
+        command.args([
+            "--simulate",
+            "--no-install-recommends",
+            "--target-release",
+            release,
+            "install",
+            package,
+        ]);
+        Ok(parse_simulation(&process::capture(&mut command)?))
+    }
+
+    /// Downloads packages and unpacks them below `root`.
+    ///
+    /// # Errors
+    /// When a package cannot be fetched or unpacked.
+    pub(super) fn unpack(&self, packages: &[String], root: &Path) -> Result<()> {
+        let debs = self.dir.join("debs");
+        recreate(&debs)?;
+        recreate(root)?;
+        let mut download = self.apt("apt-get");
+        download.current_dir(&debs).arg("download").args(packages);
+        let remedy = "check the network, then run the command again with --refresh";
+        process::run_logged(&mut download, &self.dir.join("apt.log"), |_| false, remedy)?;
+        for entry in
+            fs::read_dir(&debs).context("cannot list the downloaded packages: run the command again")?
+        {
+            let deb = entry.context("cannot list the downloaded packages: check the disk")?.path();
+            process::capture(Command::new("dpkg-deb").arg("--extract").arg(deb).arg(root))?;
+        }
+        fs::remove_dir_all(&debs).with_context(|| format!("cannot delete {}: delete it", debs.display()))
+    }
+}
+
+/// Makes an empty folder.
+///
+/// # Errors
+/// When it cannot be emptied or made.
+pub(super) fn recreate(dir: &Path) -> Result<()> {
+    if dir.exists() {
+        fs::remove_dir_all(dir).with_context(|| format!("cannot delete {}: delete it", dir.display()))?;
+    }
+    fs::create_dir_all(dir).with_context(|| format!("cannot create {}: check its owner", dir.display()))
+}
+
+/// The code name in `/etc/os-release`, if the system is Debian.
+fn debian_release(os: &str) -> Option<String> {
+    let field =
+        |name| os.lines().find_map(|line| line.strip_prefix(name)).map(|value| value.trim_matches('"'));
+    (field("ID=") == Some("debian")).then(|| field("VERSION_CODENAME=").map(str::to_owned)).flatten()
+}
+
+/// The address of the Debian archive among the lines `RELEASE COMPONENT URI ORIGIN` that apt printed.
+fn mirror(targets: &str, system: &str) -> Option<String> {
+    let fields = targets.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
+    let of_system: Vec<_> = fields.filter(|f| f.len() >= 3 && f[0] == system && f[1] == "main").collect();
+    // Other vendors use Debian's code names too. The origin is known once the lists were fetched.
+    let by_origin = of_system.iter().find(|fields| fields.get(3) == Some(&"Debian"));
+    let by_name = || of_system.iter().find(|fields| fields[2].trim_end_matches('/').ends_with("/debian"));
+    by_origin.or_else(by_name).map(|fields| fields[2].to_owned())
+}
+
+fn parse_depends(text: &str) -> Vec<String> {
+    let packages = text.lines().filter_map(|line| line.trim_start().strip_prefix("Depends: "));
+    packages.map(|package| package.trim().to_owned()).collect()
+}
+
+fn parse_simulation(text: &str) -> Vec<String> {
+    let lines = text.lines().filter_map(|line| line.strip_prefix("Inst "));
+    // Name, version to be replaced in brackets if any, new version in parentheses.
+    let versions = |line: &str| {
+        let name = line.split_whitespace().next()?;
+        let version = line.split_once('(')?.1.split_whitespace().next()?;
+        Some(format!("{name}={version}"))
+    };
+    lines.filter_map(versions).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_debian_has_a_release() {
+        let debian = "PRETTY_NAME=\"Debian GNU/Linux 12 (bookworm)\"\nVERSION_CODENAME=bookworm\nID=debian\n";
+        assert_eq!(debian_release(debian).as_deref(), Some("bookworm"));
+        assert_eq!(debian_release("ID=ubuntu\nID_LIKE=debian\nVERSION_CODENAME=noble\n"), None);
+    }
+
+    #[test]
+    fn the_mirror_is_debians_own() {
+        let targets = "bookworm main http://other.example/apt/ Other\n\
+                       bookworm-updates main http://mirror.example/debian/ Debian\n\
+                       bookworm main http://mirror.example/debian/ Debian\n";
+        assert_eq!(mirror(targets, "bookworm").as_deref(), Some("http://mirror.example/debian/"));
+        let no_lists_yet =
+            "bookworm main http://other.example/apt/ \nbookworm main http://mirror.example/debian \n";
+        assert_eq!(mirror(no_lists_yet, "bookworm").as_deref(), Some("http://mirror.example/debian"));
+        assert_eq!(mirror("bookworm stable http://other.example/debian/ \n", "bookworm"), None);
+    }
+
+    #[test]
+    fn reads_what_apt_prints() {
+        let depends = "linux-image-cloud-amd64\n  Depends: linux-image-6.1.0-50-cloud-amd64\n  Suggests: x\n";
+        assert_eq!(parse_depends(depends), ["linux-image-6.1.0-50-cloud-amd64"]);
+        let simulation = "Remv qemu-utils [1:7.2]\n\
+                          Inst seabios (1.16.3-2~bpo12+1 Debian Backports:oldstable-backports [all])\n\
+                          Inst libx [1.0] (1.1 Debian:12.15/oldstable [amd64])\n\
+                          Conf seabios (1.16.3-2~bpo12+1 Debian Backports:oldstable-backports [all])\n";
+        assert_eq!(parse_simulation(simulation), ["seabios=1.16.3-2~bpo12+1", "libx=1.1"]);
+    }
+}

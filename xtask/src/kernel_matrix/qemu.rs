@@ -1,0 +1,296 @@
+//! Finds QEMU, boots a guest and judges what it printed.
+
+use std::fmt;
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+
+use super::Accelerator;
+use super::archive::{self, Archive};
+use crate::process::{self, find_program, step};
+use crate::test::Tally;
+
+const PROGRAM: &str = "qemu-system-x86_64";
+
+/// The oldest QEMU whose emulation is sound enough: 7.2 crashes every fourth guest of kernel 6.12 while it boots.
+const MIN_VERSION: (u32, u32, u32) = (10, 0, 2);
+
+/// What init prints last; see `vm-init` in lb-tests.
+const END_MARK: &str = "INIT DONE rc=";
+
+/// How a guest ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Outcome {
+    /// The tests ended with 0 and all closing lines say ok.
+    Passed(Tally),
+    /// The tests ended with another status.
+    Failed(Tally),
+    /// Init could not prepare the guest.
+    NotPrepared(String),
+    /// The kernel gave up.
+    Panicked(String),
+    /// The guest ended without init's last line.
+    Silent,
+    /// The guest did not end.
+    TimedOut,
+    /// There was no kernel to boot.
+    NotRun,
+}
+
+impl Outcome {
+    pub(super) fn is_pass(&self) -> bool {
+        matches!(self, Self::Passed(_))
+    }
+
+    pub(super) fn tally(&self) -> Tally {
+        match self {
+            Self::Passed(tally) | Self::Failed(tally) => *tally,
+            _ => Tally::default(),
+        }
+    }
+
+    /// Judges a guest by its serial line alone, because qemu exits with 0 also when the guest panics.
+    fn judge(serial: &str) -> Self {
+        let mut tally = Tally::default();
+        let mut panic = None;
+        for line in serial.lines() {
+            tally.add_line(line);
+            if let Some(status) = line.trim().strip_prefix(END_MARK) {
+                return match status {
+                    // A run that tested nothing shows nothing.
+                    "0" if tally.n_failed == 0 && tally.n_passed > 0 => Self::Passed(tally),
+                    _ => Self::Failed(tally),
+                };
+            }
+            if let Some((_, cause)) = line.split_once("INIT FAILED: ") {
+                return Self::NotPrepared(cause.trim().to_owned());
+            }
+            if panic.is_none()
+                && let Some(at) = line.find("Kernel panic - ")
+            {
+                panic = Some(line[at..].trim().to_owned());
+            }
+        }
+        panic.map_or(Self::Silent, Self::Panicked)
+    }
+}
+
+impl fmt::Display for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Passed(_) => f.write_str("passed"),
+            Self::Failed(Tally { n_failed: 0, n_passed: 0, .. }) => {
+                f.write_str("failed: no test ran to its end")
+            }
+            Self::Failed(tally) => write!(f, "failed: {} tests", tally.n_failed),
+            Self::NotPrepared(cause) | Self::Panicked(cause) => write!(f, "failed: {cause}"),
+            Self::Silent => f.write_str("failed: ended without a result"),
+            Self::TimedOut => f.write_str("failed: time limit"),
+            Self::NotRun => f.write_str("failed: no kernel"),
+        }
+    }
+}
+
+/// A QEMU that runs.
+pub(super) struct Qemu {
+    program: PathBuf,
+    /// The folder that it is unpacked into; `None` for an installed one.
+    root: Option<PathBuf>,
+    accelerator: Accelerator,
+}
+
+impl Qemu {
+    /// Takes the installed QEMU if it is new enough, else one from the cache, else one from the archive.
+    ///
+    /// It is unpacked and not installed, because installing the backport removes packages of the older QEMU.
+    ///
+    /// # Errors
+    /// When no QEMU can be had that is new enough.
+    pub(super) fn find(
+        archive: &Archive,
+        cache: &Path,
+        accelerator: Accelerator,
+        refresh: bool,
+    ) -> Result<Self> {
+        if let Some(program) = find_program(PROGRAM) {
+            let installed = Self { program, root: None, accelerator };
+            if installed.version().is_some_and(|version| version >= MIN_VERSION) {
+                return Ok(installed);
+            }
+        }
+        let root = cache.join("qemu");
+        let qemu =
+            Self { program: root.join("usr/bin").join(PROGRAM), root: Some(root.clone()), accelerator };
+        let is_usable = || qemu.version().is_some_and(|version| version >= MIN_VERSION);
+        if refresh || !is_usable() {
+            let (major, minor, patch) = MIN_VERSION;
+            step(&format!(
+                "unpacking QEMU into {} (the installed one is older than {major}.{minor}.{patch})",
+                root.display()
+            ));
+            let backports = format!("{}-backports", archive.system);
+            let updates = format!("{}-updates", archive.system);
+            // Against the system's status: what is installed is not unpacked again.
+            let status = Path::new("/var/lib/dpkg/status");
+            let lists = archive.lists(&[&archive.system, &updates, &backports], Some(status))?;
+            let packages = lists.would_install("qemu-system-x86", &backports)?;
+            let unpacked = cache.join("qemu.new");
+            lists.unpack(&packages, &unpacked)?;
+            archive::recreate(&root)?;
+            fs::rename(&unpacked, &root)
+                .with_context(|| format!("cannot replace {}: delete it", root.display()))?;
+        }
+        if !is_usable() {
+            let (major, minor, patch) = MIN_VERSION;
+            bail!(
+                "the QEMU in {} does not run or is older than {major}.{minor}.{patch}: install a newer qemu-system-x86",
+                root.display()
+            );
+        }
+        Ok(qemu)
+    }
+
+    /// A command that starts this QEMU.
+    fn command(&self) -> Command {
+        let mut command = Command::new(&self.program);
+        command.env_remove("LD_LIBRARY_PATH");
+        if let Some(root) = &self.root {
+            let library_dir = root.join("usr/lib/x86_64-linux-gnu");
+            command.env("LD_LIBRARY_PATH", library_dir);
+            // The firmware's folder, and where the links in it lead to.
+            for data in ["usr/share/qemu", "usr/share/seabios", "usr/lib/ipxe/qemu"] {
+                command.arg("-L").arg(root.join(data));
+            }
+        }
+        command
+    }
+
+    fn version(&self) -> Option<(u32, u32, u32)> {
+        parse_version(&process::capture(self.command().arg("--version")).ok()?)
+    }
+
+    /// Boots a kernel, writes what it prints to `log`, and judges it.
+    ///
+    /// # Errors
+    /// When qemu cannot be started or the log cannot be written.
+    pub(super) fn boot(
+        &self,
+        kernel: &Path,
+        initramfs: &Path,
+        log: &Path,
+        limit: Duration,
+    ) -> Result<Outcome> {
+        let (machine, cpu) = match self.accelerator {
+            Accelerator::Tcg => ("pc,accel=tcg", "max"),
+            Accelerator::Kvm => ("pc,accel=kvm", "host"),
+        };
+        let mut command = self.command();
+        command
+            .args(["-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio", "-no-reboot"])
+            .args(["-machine", machine, "-cpu", cpu, "-smp", "1", "-m", "768"])
+            .args(["-append", "console=ttyS0 quiet panic=-1", "-kernel"])
+            .arg(kernel)
+            .arg("-initrd")
+            .arg(initramfs)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped());
+        let mut file = File::create(log)
+            .with_context(|| format!("cannot write {}: check its owner and the disk", log.display()))?;
+        let mut child = command.spawn().context("cannot start qemu: run the command again with --refresh")?;
+        let stdout = child.stdout.take().context("qemu has no standard output")?;
+        let (sender, lines) = mpsc::channel();
+        // Reading blocks, so the time limit is kept by another thread than the one that reads.
+        let reader = thread::spawn(move || {
+            for line in BufReader::new(stdout).split(b'\n').map_while(Result::ok) {
+                if sender.send(String::from_utf8_lossy(&line).trim_end().to_owned()).is_err() {
+                    break;
+                }
+            }
+        });
+        let deadline = Instant::now() + limit;
+        let mut serial = String::new();
+        let mut is_late = false;
+        loop {
+            match lines.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+                Ok(line) => {
+                    writeln!(file, "{line}").context("cannot write the guest's log: check the disk")?;
+                    serial.push_str(&line);
+                    serial.push('\n');
+                    if line.trim().starts_with(END_MARK) {
+                        break;
+                    }
+                }
+                Err(RecvTimeoutError::Disconnected) => break,
+                Err(RecvTimeoutError::Timeout) => {
+                    is_late = true;
+                    break;
+                }
+            }
+        }
+        // After the last line the guest has nothing to lose, and a kernel may hang while it powers off.
+        child.kill().context("cannot end qemu: end it by hand")?;
+        child.wait().context("lost qemu")?;
+        drop(lines);
+        if reader.join().is_err() {
+            bail!("reading the guest's output failed: run the command again");
+        }
+        Ok(if is_late { Outcome::TimedOut } else { Outcome::judge(&serial) })
+    }
+}
+
+fn parse_version(text: &str) -> Option<(u32, u32, u32)> {
+    let version = text.split_whitespace().skip_while(|word| *word != "version").nth(1)?;
+    let mut numbers = version.split(|c: char| !c.is_ascii_digit()).map(str::parse);
+    Some((numbers.next()?.ok()?, numbers.next()?.ok()?, numbers.next()?.ok()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tally(n_passed: u64, n_failed: u64) -> Tally {
+        Tally { n_passed, n_failed, n_ignored: 0, n_suites: 1 }
+    }
+
+    #[test]
+    fn only_inits_last_line_is_a_pass() {
+        let closing = "test result: ok. 5 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; finished in 8.00s\r\n";
+        assert_eq!(Outcome::judge(&format!("{closing}INIT DONE rc=0\r\n")), Outcome::Passed(tally(5, 0)));
+        assert_eq!(Outcome::judge(closing), Outcome::Silent);
+        assert_eq!(Outcome::judge(&format!("{closing}INIT DONE rc=101\r\n")), Outcome::Failed(tally(5, 0)));
+        assert_eq!(Outcome::judge(""), Outcome::Silent);
+    }
+
+    #[test]
+    fn a_status_of_zero_without_tests_is_no_pass() {
+        assert!(!Outcome::judge("INIT DONE rc=0").is_pass());
+        let failed =
+            "test result: FAILED. 4 passed; 1 failed; 0 ignored; 0 measured; 0 filtered out\nINIT DONE rc=0";
+        assert_eq!(Outcome::judge(failed), Outcome::Failed(tally(4, 1)));
+    }
+
+    #[test]
+    fn a_dead_guest_says_why() {
+        let panic = "[    0.9] Kernel panic - not syncing: Attempted to kill init!";
+        assert_eq!(
+            Outcome::judge(panic).to_string(),
+            "failed: Kernel panic - not syncing: Attempted to kill init!"
+        );
+        let init = "INIT FAILED: cannot mount /proc: EPERM";
+        assert_eq!(Outcome::judge(init).to_string(), "failed: cannot mount /proc: EPERM");
+    }
+
+    #[test]
+    fn versions_are_compared_as_numbers() {
+        let debian = "QEMU emulator version 10.0.2 (Debian 1:10.0.2+ds-2+deb13u1~bpo12+1)\nCopyright";
+        assert_eq!(parse_version(debian), Some((10, 0, 2)));
+        assert!(parse_version("QEMU emulator version 7.2.22 (Debian)").unwrap() < MIN_VERSION);
+        assert_eq!(parse_version("no such program"), None);
+    }
+}

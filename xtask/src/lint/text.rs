@@ -1,0 +1,227 @@
+//! Rules on names and words, for the whole tree.
+
+use std::path::Path;
+
+use super::source::RustSource;
+use super::{TreeFile, Violation};
+
+/// What a rule looks for.
+enum Find {
+    /// A macro call in Rust code.
+    Macro(&'static str),
+    /// An attribute in Rust code.
+    Attribute(&'static str),
+    /// A word in any source but prose, outside tests.
+    Word(&'static str),
+    /// A word, joined by `_` to others or alone, in the name of a module's file or folder.
+    ModuleName(&'static str),
+}
+
+struct Rule {
+    find: Find,
+    reason: &'static str,
+}
+
+const UNFINISHED: &str = "unfinished code is not merged";
+const MACHINE_PATH: &str = "the path exists on one machine only: take it from an argument or the environment";
+const HOST: &str =
+    "where packages and images come from is the machine's choice: read it from its configuration";
+const NO_TOPIC: &str = "the name does not say what is inside, so everything ends up there: name the topic";
+
+/// The rules. The words are cut in two where this file would break its own rule.
+const RULES: &[Rule] = &[
+    Rule { find: Find::Macro("todo"), reason: UNFINISHED },
+    Rule { find: Find::Macro("unimplemented"), reason: UNFINISHED },
+    Rule { find: Find::Macro("dbg"), reason: "left over from a search for a fault" },
+    Rule {
+        find: Find::Attribute("ignore"),
+        reason: "a test that nobody runs proves nothing: run it, or let it ask for what it needs and skip with a reason",
+    },
+    Rule { find: Find::Word(concat!("/tm", "p/")), reason: MACHINE_PATH },
+    Rule { find: Find::Word(concat!("/wor", "k/")), reason: MACHINE_PATH },
+    Rule { find: Find::Word(concat!("/roo", "t/")), reason: MACHINE_PATH },
+    Rule { find: Find::Word(concat!("/hom", "e/")), reason: MACHINE_PATH },
+    Rule { find: Find::Word(concat!("deb.deb", "ian.org")), reason: HOST },
+    Rule { find: Find::Word(concat!("security.deb", "ian.org")), reason: HOST },
+    Rule { find: Find::Word(concat!("index.cra", "tes.io")), reason: HOST },
+    Rule { find: Find::Word(concat!("static.cra", "tes.io")), reason: HOST },
+    Rule { find: Find::Word(concat!("static.rust", "-lang.org")), reason: HOST },
+    Rule { find: Find::Word(concat!("doc", "ker.io")), reason: HOST },
+    Rule { find: Find::Word(concat!("gh", "cr.io")), reason: HOST },
+    Rule { find: Find::Word(concat!("qu", "ay.io")), reason: HOST },
+    Rule { find: Find::Word(concat!("registry", ".k8s.io")), reason: HOST },
+    Rule { find: Find::ModuleName("util"), reason: NO_TOPIC },
+    Rule { find: Find::ModuleName("utils"), reason: NO_TOPIC },
+    Rule { find: Find::ModuleName("helper"), reason: NO_TOPIC },
+    Rule { find: Find::ModuleName("helpers"), reason: NO_TOPIC },
+    Rule { find: Find::ModuleName("common"), reason: NO_TOPIC },
+    Rule { find: Find::ModuleName("manager"), reason: NO_TOPIC },
+];
+
+/// Applies every rule to every file.
+pub(super) fn check(files: &[TreeFile]) -> Vec<Violation> {
+    let mut violations = Vec::new();
+    for file in files {
+        let mut report = |line, rule: String, reason: &str| {
+            violations.push(Violation { file: file.path.clone(), line, rule, reason: reason.to_owned() });
+        };
+        let rust = if is_rust(&file.path) {
+            match RustSource::parse(&file.text) {
+                Ok(source) => Some(source),
+                Err(line) => {
+                    report(line, "not readable as Rust".to_owned(), "the other rules cannot be checked");
+                    None
+                }
+            }
+        } else {
+            None
+        };
+        for rule in RULES {
+            for (line, what) in matches(&rule.find, file, rust.as_ref()) {
+                report(line, what, rule.reason);
+            }
+        }
+        if file.path.ends_with("Cargo.toml") && file.text.contains("[package]") && !inherits_lints(&file.text)
+        {
+            report(
+                1,
+                "no `[lints] workspace = true`".to_owned(),
+                "the workspace's lint table does nothing without it",
+            );
+        }
+    }
+    violations.extend(changelog(files));
+    violations
+}
+
+fn matches(find: &Find, file: &TreeFile, rust: Option<&RustSource>) -> Vec<(usize, String)> {
+    match find {
+        Find::Macro(name) => {
+            let calls = rust.into_iter().flat_map(|source| &source.macros).filter(|call| call.name == *name);
+            calls.map(|call| (call.line, format!("`{name}!`"))).collect()
+        }
+        Find::Attribute(name) => {
+            let uses =
+                rust.into_iter().flat_map(|source| &source.attributes).filter(|mark| mark.name == *name);
+            uses.map(|mark| (mark.line, format!("`#[{name}]`"))).collect()
+        }
+        Find::Word(word) => {
+            if is_prose(&file.path) || is_test(&file.path) {
+                return Vec::new();
+            }
+            let lines = file.text.lines().zip(1..).filter(|(text, _)| text.contains(word));
+            let lines = lines.filter(|(_, line)| !rust.is_some_and(|source| source.is_test_line(*line)));
+            lines.map(|(_, line)| (line, format!("`{word}`"))).collect()
+        }
+        Find::ModuleName(word) => {
+            if !is_rust(&file.path) || !module_words(&file.path).any(|part| part == *word) {
+                return Vec::new();
+            }
+            vec![(1, format!("a module called `{word}`"))]
+        }
+    }
+}
+
+/// The words in the names of a file and its folders. A crate's own folder is not a module.
+fn module_words(path: &Path) -> impl Iterator<Item = String> {
+    let names: Vec<String> =
+        path.with_extension("").iter().skip(1).map(|name| name.to_string_lossy().into_owned()).collect();
+    names.into_iter().flat_map(|name| name.split('_').map(str::to_owned).collect::<Vec<_>>())
+}
+
+fn is_rust(path: &Path) -> bool {
+    path.extension().is_some_and(|extension| extension == "rs")
+}
+
+/// Prose may name a path or a host as an example; a lock file names where cargo found a crate.
+fn is_prose(path: &Path) -> bool {
+    path.extension().is_some_and(|extension| extension == "md" || extension == "lock")
+}
+
+fn is_test(path: &Path) -> bool {
+    path.iter().any(|part| part == "tests" || part == "tests.rs")
+}
+
+fn inherits_lints(manifest: &str) -> bool {
+    let mut lines = manifest.lines().map(str::trim).skip_while(|line| *line != "[lints]").skip(1);
+    lines.find(|line| !line.is_empty()).is_some_and(|line| line == "workspace = true")
+}
+
+fn changelog(files: &[TreeFile]) -> Option<Violation> {
+    let path = Path::new("CHANGELOG.md");
+    let text = files.iter().find(|file| file.path == path).map_or("", |file| file.text.as_str());
+    let is_heading = |line: &str| line.starts_with("## Unreleased") || line.starts_with("## [Unreleased]");
+    if text.lines().any(is_heading) {
+        return None;
+    }
+    Some(Violation {
+        file: path.to_owned(),
+        line: 1,
+        rule: "no section `## Unreleased`".to_owned(),
+        reason: "a user reads there what the next release changes".to_owned(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const CHANGELOG: (&str, &str) = ("CHANGELOG.md", "# Changelog\n\n## [Unreleased]\n");
+
+    fn rules(files: &[(&str, &str)]) -> Vec<String> {
+        let files: Vec<TreeFile> = files
+            .iter()
+            .map(|(path, text)| TreeFile { path: path.into(), text: (*text).to_owned() })
+            .collect();
+        check(&files).into_iter().map(|v| format!("{}:{}: {}", v.file.display(), v.line, v.rule)).collect()
+    }
+
+    #[track_caller]
+    fn passes(path: &str, text: &str) {
+        assert_eq!(rules(&[CHANGELOG, (path, text)]), [""; 0]);
+    }
+
+    #[track_caller]
+    fn fails(path: &str, text: &str, rule: &str) {
+        assert_eq!(rules(&[CHANGELOG, (path, text)]), [rule]);
+    }
+
+    #[test]
+    fn unfinished_code_is_found_but_not_in_strings_or_comments() {
+        fails("a/src/lib.rs", "fn f() {\n todo!()\n}", "a/src/lib.rs:2: `todo!`");
+        fails("a/src/lib.rs", "fn f() { std::unimplemented!(\"x\") }", "a/src/lib.rs:1: `unimplemented!`");
+        fails("a/tests/b.rs", "fn f() { dbg!(1) }", "a/tests/b.rs:1: `dbg!`");
+        fails("a/tests/b.rs", "#[test]\n#[ignore]\nfn f() {}", "a/tests/b.rs:2: `#[ignore]`");
+        passes("a/src/lib.rs", "// todo!() #[ignore]\nfn f() { g(\"dbg!\") }");
+    }
+
+    #[test]
+    fn machine_paths_are_for_tests_and_prose_only() {
+        fails("a/src/lib.rs", "const A: &str = \"/tmp/x\";", "a/src/lib.rs:1: `/tmp/`");
+        fails(".ci/run", "cd /root/x", ".ci/run:1: `/root/`");
+        fails("manifests/a.yaml", "image: ghcr.io/a/b", "manifests/a.yaml:1: `ghcr.io`");
+        passes("a/src/lib.rs", "#[cfg(test)]\nmod tests {\n const A: &str = \"/tmp/x\";\n}");
+        passes("tests/kernel/a.rs", "const A: &str = \"/tmp/x\";");
+        passes("docs/a.md", "cd /tmp/x");
+    }
+
+    #[test]
+    fn modules_are_named_by_topic() {
+        fails("a/src/utils.rs", "", "a/src/utils.rs:1: a module called `utils`");
+        fails("a/src/map_helpers/b.rs", "", "a/src/map_helpers/b.rs:1: a module called `helpers`");
+        passes("lb-common/src/lib.rs", "");
+    }
+
+    #[test]
+    fn every_crate_inherits_the_lints() {
+        passes("a/Cargo.toml", "[package]\nname = \"a\"\n[lints]\nworkspace = true\n");
+        passes("Cargo.toml", "[workspace]\n");
+        fails("a/Cargo.toml", "[package]\nname = \"a\"\n", "a/Cargo.toml:1: no `[lints] workspace = true`");
+    }
+
+    #[test]
+    fn the_changelog_has_room_for_the_next_release() {
+        assert_eq!(rules(&[("CHANGELOG.md", "## 0.1.0")]), ["CHANGELOG.md:1: no section `## Unreleased`"]);
+        assert_eq!(rules(&[]), ["CHANGELOG.md:1: no section `## Unreleased`"]);
+    }
+}
