@@ -3,7 +3,6 @@
 //! `cargo xtask build` compiles the object and names it in `SOCKLB_BPF_OBJECT`. Without it, as with a plain
 //! `cargo check`, an empty stand-in is embedded that fails with a clear message when it is loaded; a release build
 //! refuses it.
-#![expect(clippy::print_stdout, reason = "cargo reads a build script's standard output")]
 
 use std::{env, fs, io, path::PathBuf};
 

@@ -125,17 +125,20 @@ impl Run {
     #[inline(always)]
     #[must_use]
     pub const fn to_word(self) -> u64 {
-        let [a, b, c, d] = self.offset.to_ne_bytes();
-        let [e, f, g, h] = self.len.to_ne_bytes();
-        u64::from_ne_bytes([a, b, c, d, e, f, g, h])
+        let (offset, len) = (self.offset as u64, self.len as u64);
+        if cfg!(target_endian = "little") { len << 32 | offset } else { offset << 32 | len }
     }
 
     /// The inverse of [`Self::to_word`].
     #[inline(always)]
     #[must_use]
     pub const fn from_word(word: u64) -> Self {
-        let [a, b, c, d, e, f, g, h] = word.to_ne_bytes();
-        Self { offset: u32::from_ne_bytes([a, b, c, d]), len: u32::from_ne_bytes([e, f, g, h]) }
+        let (low, high) = (word as u32, (word >> 32) as u32);
+        if cfg!(target_endian = "little") {
+            Self { offset: low, len: high }
+        } else {
+            Self { offset: high, len: low }
+        }
     }
 }
 
@@ -302,7 +305,9 @@ map_type! {
 }
 
 map_type! {
-    /// Value of `meta`, index 0: what the other pinned maps hold.
+    /// Value of `meta`, index 0: what the other pinned maps hold, and the settings of the programs. 32 octets.
+    ///
+    /// `layout_version` stays the first field in all versions.
     pub struct Meta {
         /// [`crate::limits::LAYOUT_VERSION`] of the agent that made the maps.
         pub layout_version: u32,
@@ -310,6 +315,14 @@ map_type! {
         pub max_services: u32,
         /// Entries of `endpoints4` and of `endpoints6`.
         pub max_endpoints: u32,
+        /// 1 if node ports answer on loopback addresses of the node.
+        pub localhost_nodeports: u32,
+        /// Cookie of the node's network namespace; 0 means the initial one.
+        pub node_netns: u64,
+        /// First port of the node-port range.
+        pub node_port_first: u16,
+        /// Last port of the node-port range.
+        pub node_port_last: u16,
         /// Zero.
         pub reserved: u32,
     }
@@ -380,7 +393,7 @@ mod tests {
         assert_eq!(core::mem::offset_of!(Frontend, run), 0);
         assert_eq!(size_of::<Endpoint4>(), 12);
         assert_eq!(size_of::<Endpoint6>(), 24);
-        assert_eq!(size_of::<Meta>(), 16);
+        assert_eq!(size_of::<Meta>(), 32);
     }
 
     #[test]

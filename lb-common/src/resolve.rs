@@ -132,11 +132,9 @@ pub fn resolve<T: Tables>(tables: &T, call: &Call<T::Addr>) -> Verdict<T::Addr> 
         return Verdict::Pass;
     };
     let service_id = frontend.service_id;
-    let chosen = match choose(tables, &frontend) {
-        Some(chosen) => chosen,
-        None => return Verdict::Refuse { service_id },
+    let Some((index, entry)) = choose(tables, &frontend) else {
+        return Verdict::Refuse { service_id };
     };
-    let (index, entry) = chosen;
     let (address, port, endpoint_id) = T::Addr::entry_parts(&entry);
     Verdict::Redirect(Target { address, port, choice: Choice { endpoint_id, index }, frontend_id, service_id })
 }

@@ -4,10 +4,14 @@
 //! [`desired`] → [`tables`] → [`plan`] → `kernel` (I/O). `controller` drives it. See docs/ARCHITECTURE.md.
 #![deny(unsafe_code)]
 
+pub mod cli;
+pub mod controller;
 pub mod desired;
 pub mod kernel;
 pub mod model;
 pub mod plan;
 pub mod sim;
-// pub mod source;
+pub mod snapshot;
+pub mod source;
 pub mod tables;
+pub mod telemetry;

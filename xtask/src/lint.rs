@@ -64,6 +64,8 @@ fn check_tree(workspace: &Workspace) -> Result<()> {
     let mut violations = borders::check(&files);
     violations.extend(text::check(&files));
     violations.sort();
+    // Each leaf of a `use` tree is judged, so one line may break one rule many times.
+    violations.dedup();
     for Violation { file, line, rule, reason } in &violations {
         println!("{}:{line}: {rule} ({reason})", file.display());
     }

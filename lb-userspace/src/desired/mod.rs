@@ -23,6 +23,8 @@ pub mod topology;
 
 use std::{fmt, net::IpAddr, net::SocketAddr, ops::RangeInclusive, sync::Arc};
 
+use serde::{Deserialize, Serialize};
+
 pub use self::{claims::Desired, topology::Topology};
 use crate::model::{Cidr, Protocol, ServiceKey, TrafficPolicy};
 
@@ -97,7 +99,7 @@ pub struct Frontend {
 }
 
 /// `--nodeport-addresses`
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum NodePortAddresses {
     /// Every address of the node.
     #[default]

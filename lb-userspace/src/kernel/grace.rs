@@ -2,7 +2,7 @@
 
 use std::{
     io,
-    sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel},
+    sync::mpsc::{Receiver, SyncSender, sync_channel},
     thread,
     time::Duration,
 };
@@ -12,6 +12,13 @@ use super::syscall;
 /// How long to wait where the kernel offers no way to wait for a grace period. Programs of these hooks run for
 /// microseconds; a second covers one that was preempted.
 const WITHOUT_MEMBARRIER: Duration = Duration::from_secs(1);
+
+/// Blocks for one grace period.
+fn wait_here() {
+    if syscall::wait_for_grace_period().is_err() {
+        thread::sleep(WITHOUT_MEMBARRIER);
+    }
+}
 
 /// Waits for grace periods on a thread of its own, so that a sync does not.
 #[derive(Debug)]
@@ -38,9 +45,7 @@ impl Grace {
                 while let Ok(later) = incoming.try_recv() {
                     request = later;
                 }
-                if syscall::wait_for_grace_period().is_err() {
-                    thread::sleep(WITHOUT_MEMBARRIER);
-                }
+                wait_here();
                 if done.send(request).is_err() {
                     return;
                 }
@@ -53,12 +58,9 @@ impl Grace {
     /// Asks for a grace period that begins now or later.
     pub fn ask(&mut self) {
         self.asked += 1;
-        match self.requests.try_send(self.asked) {
-            // A request is waiting that the thread has not taken yet: its grace period begins after now too, but
-            // it would answer for a smaller number. `poll` asks again.
-            Ok(()) | Err(TrySendError::Full(_)) => {}
-            Err(TrySendError::Disconnected(_)) => {}
-        }
+        // If a request is waiting that the thread has not taken yet, this one does not fit: `has_passed` sends it
+        // again once that one is answered.
+        let _sent_or_later = self.requests.try_send(self.asked);
     }
 
     /// Whether a grace period has passed since the last [`Self::ask`]. Does not block.
@@ -67,7 +69,7 @@ impl Grace {
             self.passed = passed;
         }
         if self.passed < self.asked {
-            let _full_means_one_is_waiting = self.requests.try_send(self.asked);
+            let _sent_or_waiting = self.requests.try_send(self.asked);
         }
         self.passed >= self.asked
     }
@@ -75,15 +77,12 @@ impl Grace {
     /// Blocks until a grace period has passed since the last [`Self::ask`].
     pub fn wait(&mut self) {
         while !self.has_passed() {
-            match self.answers.recv() {
-                Ok(passed) => self.passed = passed,
+            if let Ok(passed) = self.answers.recv() {
+                self.passed = passed;
+            } else {
                 // The thread is gone: wait here instead.
-                Err(_) => {
-                    if syscall::wait_for_grace_period().is_err() {
-                        thread::sleep(WITHOUT_MEMBARRIER);
-                    }
-                    self.passed = self.asked;
-                }
+                wait_here();
+                self.passed = self.asked;
             }
         }
     }

@@ -97,7 +97,7 @@ impl Kernel {
         check_pinned(&options.pin_path, options.capacity)?;
         raise_memlock();
         let mut object = load(object, options)?;
-        let maps = Maps::take(&mut object, options.capacity)?;
+        let maps = Maps::take(&mut object, options)?;
         let grace = Grace::start(on_grace).map_err(KernelError::Thread)?;
         let mut kernel = Self { maps, grace, unsettled: true, object };
         kernel.grace.ask();
@@ -316,11 +316,16 @@ impl Maps {
     }
 
     /// Takes the maps out of a loaded object and writes `meta`.
-    fn take(object: &mut Ebpf, capacity: Capacity) -> Result<Self, KernelError> {
+    fn take(object: &mut Ebpf, options: &Options) -> Result<Self, KernelError> {
+        let capacity = options.capacity;
         let meta = Meta {
             layout_version: limits::LAYOUT_VERSION,
             max_services: capacity.services,
             max_endpoints: capacity.endpoints,
+            localhost_nodeports: options.localhost_nodeports.into(),
+            node_netns: options.node_netns.unwrap_or_default(),
+            node_port_first: options.node_ports.0,
+            node_port_last: options.node_ports.1,
             reserved: 0,
         };
         let mut pinned_meta: Array<MapData, Plain<Meta>> = take_map(object, "meta")?;
@@ -342,6 +347,12 @@ impl Maps {
     #[must_use]
     pub fn capacity(&self) -> Capacity {
         Capacity { services: self.meta.max_services, endpoints: self.meta.max_endpoints }
+    }
+
+    /// Layout version, sizes, and the settings that the programs were loaded with.
+    #[must_use]
+    pub fn meta(&self) -> &Meta {
+        &self.meta
     }
 
     /// Carries out one operation.
@@ -419,15 +430,15 @@ impl Maps {
     /// A failing system call.
     pub fn image(&self) -> Result<Image, KernelError> {
         let mut image = Image::default();
-        for item in self.services4.iter() {
+        for item in &self.services4 {
             let (Plain(key), Plain(value)) = item.map_err(|source| KernelError::map("services4", source))?;
             self.read_frontend(&mut image, Ipv4Addr::from(key.address).into(), key.port, key.protocol, value);
         }
-        for item in self.services6.iter() {
+        for item in &self.services6 {
             let (Plain(key), Plain(value)) = item.map_err(|source| KernelError::map("services6", source))?;
             self.read_frontend(&mut image, Ipv6Addr::from(key.address).into(), key.port, key.protocol, value);
         }
-        for item in self.node_addrs.iter() {
+        for item in &self.node_addrs {
             let (Plain(key), Plain(value)) = item.map_err(|source| KernelError::map("node_addrs", source))?;
             image.node_addrs.insert(ip_of(&key.address), value.own != 0);
         }

@@ -317,6 +317,31 @@ pub enum IssueKind {
     },
 }
 
+impl IssueKind {
+    /// Path of the field that the issue is about, if it is about one.
+    #[must_use]
+    pub fn field(&self) -> Option<&str> {
+        match self {
+            Self::NoPorts => Some("spec.ports"),
+            Self::InvalidPort { field, .. }
+            | Self::NoPortNumber { field }
+            | Self::NoPortName { field }
+            | Self::DuplicatePort { field, .. }
+            | Self::UnknownProtocol { field, .. }
+            | Self::NotServed { field, .. }
+            | Self::InvalidAddress { field, .. }
+            | Self::WrongFamily { field, .. }
+            | Self::SpecialAddress { field, .. }
+            | Self::InvalidNetwork { field, .. }
+            | Self::NoAddress { field }
+            | Self::UnknownValue { field, .. }
+            | Self::OutOfRange { field, .. }
+            | Self::NotApplicable { field, .. } => Some(field),
+            _ => None,
+        }
+    }
+}
+
 impl fmt::Display for IssueKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {

@@ -16,6 +16,8 @@
 //! `lb_common` and, in [`ingest`] only, `k8s_openapi`.
 
 pub mod address;
+#[cfg(test)]
+pub(crate) mod fixture;
 pub mod ingest;
 pub mod issue;
 pub mod store;

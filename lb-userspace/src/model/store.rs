@@ -13,7 +13,6 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    mem,
     sync::Arc,
 };
 
@@ -50,11 +49,11 @@ impl Changes {
 /// Services, slices and nodes, each in its latest version.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Store {
-    services: BTreeMap<ServiceKey, Service>,
-    slices: BTreeMap<ServiceKey, BTreeMap<Arc<str>, Slice>>,
+    services: BTreeMap<ServiceKey, Arc<Service>>,
+    slices: BTreeMap<ServiceKey, BTreeMap<Arc<str>, Arc<Slice>>>,
     /// The service that holds each slice: a deletion names only the slice, and its label may change.
     services_of_slices: BTreeMap<SliceKey, ServiceKey>,
-    nodes: BTreeMap<Arc<str>, Node>,
+    nodes: BTreeMap<Arc<str>, Arc<Node>>,
 }
 
 impl Store {
@@ -68,11 +67,11 @@ impl Store {
     ///
     /// `None` is also what an object gives that stopped being served, such as one that became headless.
     pub fn set_service(&mut self, key: &ServiceKey, service: Option<Service>) -> Changes {
-        if self.services.get(key) == service.as_ref() {
+        if self.services.get(key).map(Arc::as_ref) == service.as_ref() {
             return Changes::default();
         }
         match service {
-            Some(service) => drop(self.services.insert(key.clone(), service)),
+            Some(service) => drop(self.services.insert(key.clone(), service.into())),
             None => drop(self.services.remove(key)),
         }
         Changes::service(key.clone())
@@ -82,9 +81,97 @@ impl Store {
     ///
     /// A slice that differs in nothing but its trigger time is kept and affects no service.
     pub fn set_slice(&mut self, key: &SliceKey, slice: Option<Slice>) -> Changes {
+        self.set_shared_slice(key, slice.map(Arc::new))
+    }
+
+    /// Sets or, with `None`, removes a node.
+    pub fn set_node(&mut self, name: &str, node: Option<Node>) -> Changes {
+        if self.nodes.get(name).map(Arc::as_ref) == node.as_ref() {
+            return Changes::default();
+        }
+        match node {
+            Some(node) => drop(self.nodes.insert(name.into(), node.into())),
+            None => drop(self.nodes.remove(name)),
+        }
+        Changes { topology: true, ..Changes::default() }
+    }
+
+    /// Makes these the only services.
+    pub fn replace_services<T: Into<Arc<Service>>>(
+        &mut self,
+        services: impl IntoIterator<Item = T>,
+    ) -> Changes {
+        let services: BTreeMap<ServiceKey, Arc<Service>> =
+            services.into_iter().map(Into::into).map(|service| (service.key.clone(), service)).collect();
+        let removed = self.services.keys().filter(|key| !services.contains_key(*key));
+        let set = services.iter().filter(|(key, service)| self.services.get(key) != Some(service));
+        let changed = removed.chain(set.map(|(key, _)| key)).cloned().collect();
+        self.services = services;
+        Changes { services: changed, topology: false }
+    }
+
+    /// Makes these the only slices.
+    pub fn replace_slices<T: Into<Arc<Slice>>>(&mut self, slices: impl IntoIterator<Item = T>) -> Changes {
+        let slices: BTreeMap<SliceKey, Arc<Slice>> =
+            slices.into_iter().map(Into::into).map(|slice| (slice.key(), slice)).collect();
+        let removed: Vec<_> =
+            self.services_of_slices.keys().filter(|key| !slices.contains_key(*key)).cloned().collect();
         let mut changes = Changes::default();
-        let old_service = self.services_of_slices.get(key);
-        if let Some(old_service) = old_service
+        for key in removed {
+            changes.merge(self.set_shared_slice(&key, None));
+        }
+        for (key, slice) in slices {
+            changes.merge(self.set_shared_slice(&key, Some(slice)));
+        }
+        changes
+    }
+
+    /// Makes these the only nodes.
+    pub fn replace_nodes<T: Into<Arc<Node>>>(&mut self, nodes: impl IntoIterator<Item = T>) -> Changes {
+        let nodes: BTreeMap<Arc<str>, Arc<Node>> =
+            nodes.into_iter().map(Into::into).map(|node| (node.name.clone(), node)).collect();
+        let topology = nodes != self.nodes;
+        self.nodes = nodes;
+        Changes { topology, ..Changes::default() }
+    }
+
+    /// A service by its key.
+    #[must_use]
+    pub fn service(&self, key: &ServiceKey) -> Option<&Service> {
+        self.services.get(key).map(Arc::as_ref)
+    }
+
+    /// All services, in the order of their keys.
+    #[must_use]
+    pub fn services(&self) -> impl ExactSizeIterator<Item = &Service> {
+        self.services.values().map(Arc::as_ref)
+    }
+
+    /// The slices of a service, in the order of their names. The service itself may be absent.
+    pub fn slices_of(&self, key: &ServiceKey) -> impl Iterator<Item = &Slice> + Clone {
+        self.slices.get(key).into_iter().flat_map(BTreeMap::values).map(Arc::as_ref)
+    }
+
+    /// All slices, in the order of their services' keys.
+    pub fn slices(&self) -> impl Iterator<Item = &Slice> {
+        self.slices.values().flat_map(BTreeMap::values).map(Arc::as_ref)
+    }
+
+    /// A node by its name.
+    #[must_use]
+    pub fn node(&self, name: &str) -> Option<&Node> {
+        self.nodes.get(name).map(Arc::as_ref)
+    }
+
+    /// All nodes, in the order of their names.
+    #[must_use]
+    pub fn nodes(&self) -> impl ExactSizeIterator<Item = &Node> {
+        self.nodes.values().map(Arc::as_ref)
+    }
+
+    fn set_shared_slice(&mut self, key: &SliceKey, slice: Option<Arc<Slice>>) -> Changes {
+        let mut changes = Changes::default();
+        if let Some(old_service) = self.services_of_slices.get(key)
             && slice.as_ref().is_none_or(|slice| slice.service != *old_service)
         {
             let old_service = old_service.clone();
@@ -105,87 +192,6 @@ impl Store {
         }
         self.services_of_slices.insert(key.clone(), service);
         changes
-    }
-
-    /// Sets or, with `None`, removes a node.
-    pub fn set_node(&mut self, name: &str, node: Option<Node>) -> Changes {
-        if self.nodes.get(name) == node.as_ref() {
-            return Changes::default();
-        }
-        match node {
-            Some(node) => drop(self.nodes.insert(name.into(), node)),
-            None => drop(self.nodes.remove(name)),
-        }
-        Changes { topology: true, ..Changes::default() }
-    }
-
-    /// Makes these the only services.
-    pub fn replace_services(&mut self, services: impl IntoIterator<Item = Service>) -> Changes {
-        let services: BTreeMap<_, _> =
-            services.into_iter().map(|service| (service.key.clone(), service)).collect();
-        let old = mem::take(&mut self.services);
-        let removed = old.keys().filter(|key| !services.contains_key(*key));
-        let set = services.iter().filter(|(key, service)| old.get(key) != Some(service)).map(|(key, _)| key);
-        let changes = Changes { services: removed.chain(set).cloned().collect(), topology: false };
-        self.services = services;
-        changes
-    }
-
-    /// Makes these the only slices.
-    pub fn replace_slices(&mut self, slices: impl IntoIterator<Item = Slice>) -> Changes {
-        let slices: BTreeMap<_, _> = slices.into_iter().map(|slice| (slice.key(), slice)).collect();
-        let removed: Vec<_> =
-            self.services_of_slices.keys().filter(|key| !slices.contains_key(*key)).cloned().collect();
-        let mut changes = Changes::default();
-        for key in removed {
-            changes.merge(self.set_slice(&key, None));
-        }
-        for (key, slice) in slices {
-            changes.merge(self.set_slice(&key, Some(slice)));
-        }
-        changes
-    }
-
-    /// Makes these the only nodes.
-    pub fn replace_nodes(&mut self, nodes: impl IntoIterator<Item = Node>) -> Changes {
-        let nodes: BTreeMap<_, _> = nodes.into_iter().map(|node| (node.name.clone(), node)).collect();
-        let topology = nodes != self.nodes;
-        self.nodes = nodes;
-        Changes { topology, ..Changes::default() }
-    }
-
-    /// A service by its key.
-    #[must_use]
-    pub fn service(&self, key: &ServiceKey) -> Option<&Service> {
-        self.services.get(key)
-    }
-
-    /// All services, in the order of their keys.
-    #[must_use]
-    pub fn services(&self) -> impl ExactSizeIterator<Item = &Service> {
-        self.services.values()
-    }
-
-    /// The slices of a service, in the order of their names. The service itself may be absent.
-    pub fn slices_of(&self, key: &ServiceKey) -> impl Iterator<Item = &Slice> + Clone {
-        self.slices.get(key).into_iter().flat_map(BTreeMap::values)
-    }
-
-    /// All slices, in the order of their services' keys.
-    pub fn slices(&self) -> impl Iterator<Item = &Slice> {
-        self.slices.values().flat_map(BTreeMap::values)
-    }
-
-    /// A node by its name.
-    #[must_use]
-    pub fn node(&self, name: &str) -> Option<&Node> {
-        self.nodes.get(name)
-    }
-
-    /// All nodes, in the order of their names.
-    #[must_use]
-    pub fn nodes(&self) -> impl ExactSizeIterator<Item = &Node> {
-        self.nodes.values()
     }
 
     fn remove_slice(&mut self, service: &ServiceKey, key: &SliceKey) {

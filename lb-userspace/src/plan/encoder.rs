@@ -82,6 +82,8 @@ pub struct Encoder {
     service_ids_by_port: BTreeMap<Arc<PortKey>, u32>,
     /// Frontends of IPv4 and of IPv6.
     n_services: [u32; 2],
+    /// Frontends whose keys a plan deletes: they take up room until it is carried out, since a plan inserts first.
+    n_leaving: [u32; 2],
     frontend_ids: Pool,
     service_ids: Pool,
     endpoint_ids: Pool,
@@ -112,6 +114,7 @@ impl Encoder {
             ports: BTreeMap::new(),
             service_ids_by_port: BTreeMap::new(),
             n_services: [0; 2],
+            n_leaving: [0; 2],
             frontend_ids: Pool::new(0, &BTreeSet::new()),
             service_ids: Pool::new(0, &BTreeSet::new()),
             endpoint_ids: Pool::new(0, &BTreeSet::new()),
@@ -215,19 +218,18 @@ impl Encoder {
     /// [`Full`] if there is no room. Then the address keeps what it had; other addresses are not affected. If
     /// [`Self::holds_back`], it may succeed after the next grace period.
     pub fn set(&mut self, address: FrontendAddress, desired: Option<&desired::Frontend>) -> Result<(), Full> {
-        match desired {
-            Some(desired) => self.place(address, desired),
-            None => {
-                self.remove(&address);
-                Ok(())
-            }
+        if let Some(desired) = desired {
+            return self.place(address, desired);
         }
+        self.remove(&address);
+        Ok(())
     }
 
     fn place(&mut self, address: FrontendAddress, desired: &desired::Frontend) -> Result<(), Full> {
         let ipv6 = address.ip.is_ipv6();
         let before = self.placed.get(&address).map(|placed| (placed.frontend_id, placed.service_id));
-        if before.is_none() && self.n_services[usize::from(ipv6)] >= self.capacity.services {
+        let n_services = self.n_services[usize::from(ipv6)] + self.n_leaving[usize::from(ipv6)];
+        if before.is_none() && n_services >= self.capacity.services {
             return Err(Full::Services { capacity: self.capacity.services });
         }
         let service_id = self.claim_service(&desired.port, before.map(|(_, service_id)| service_id))?;
@@ -289,6 +291,7 @@ impl Encoder {
         self.image.services.remove(address);
         self.image.frontends.remove(&old.frontend_id);
         self.n_services[usize::from(ipv6)] -= 1;
+        self.n_leaving[usize::from(ipv6)] += 1;
         self.frontend_ids.free(old.frontend_id);
         self.release_run(old.service_id, ipv6, &old.set);
         self.release_frontend_of(old.service_id);
@@ -430,6 +433,7 @@ impl Encoder {
 
     /// A grace period has passed since the last plan was carried out: nobody reads what was freed.
     pub fn settled(&mut self) {
+        self.n_leaving = [0; 2];
         for pool in [&mut self.frontend_ids, &mut self.service_ids, &mut self.endpoint_ids] {
             pool.settled();
         }
@@ -443,6 +447,7 @@ impl Encoder {
     pub fn holds_back(&self) -> bool {
         [&self.frontend_ids, &self.service_ids, &self.endpoint_ids].into_iter().any(Pool::holds_back)
             || self.space.iter().any(Space::holds_back)
+            || self.n_leaving != [0; 2]
     }
 }
 

@@ -17,6 +17,7 @@
 use std::{
     cell::{Cell, RefCell},
     collections::BTreeMap,
+    marker::PhantomData,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
 };
 
@@ -103,11 +104,11 @@ impl Simulator {
         let port = to.port;
         match to.ip.to_canonical() {
             IpAddr::V4(ip) => {
-                let tables = View::<Octets4> { simulator: self, caller, random, now, family: Default::default() };
+                let tables = View::<Octets4> { simulator: self, caller, random, now, family: PhantomData };
                 outcome(lb_common::resolve(&tables, &Call { address: ip.octets(), port, protocol }))
             }
             IpAddr::V6(ip) => {
-                let tables = View::<Octets6> { simulator: self, caller, random, now, family: Default::default() };
+                let tables = View::<Octets6> { simulator: self, caller, random, now, family: PhantomData };
                 outcome(lb_common::resolve(&tables, &Call { address: ip.octets(), port, protocol }))
             }
         }
@@ -120,11 +121,11 @@ impl Simulator {
         let (random, now, port) = (Cell::new(0), 0, to.port);
         match to.ip.to_canonical() {
             IpAddr::V4(ip) => {
-                let tables = View::<Octets4> { simulator: self, caller, random, now, family: Default::default() };
+                let tables = View::<Octets4> { simulator: self, caller, random, now, family: PhantomData };
                 lb_common::resolve::find_frontend(&tables, &Call { address: ip.octets(), port, protocol })
             }
             IpAddr::V6(ip) => {
-                let tables = View::<Octets6> { simulator: self, caller, random, now, family: Default::default() };
+                let tables = View::<Octets6> { simulator: self, caller, random, now, family: PhantomData };
                 lb_common::resolve::find_frontend(&tables, &Call { address: ip.octets(), port, protocol })
             }
         }
@@ -187,7 +188,7 @@ struct View<'a, A> {
     caller: Caller,
     random: Cell<u32>,
     now: u64,
-    family: std::marker::PhantomData<A>,
+    family: PhantomData<A>,
 }
 
 impl<A: Octets> Tables for View<'_, A> {

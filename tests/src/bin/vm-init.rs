@@ -30,8 +30,6 @@ const MOUNTS: &[(&str, &str)] = &[
     ("devtmpfs", "/dev"),
     ("cgroup2", "/sys/fs/cgroup"),
     ("bpf", "/sys/fs/bpf"),
-    ("tmpfs", "/tmp"),
-    ("tmpfs", "/run"),
 ];
 
 fn mount_all() -> Result<()> {
@@ -39,6 +37,10 @@ fn mount_all() -> Result<()> {
         fs::create_dir_all(place).with_context(|| format!("cannot create {place}"))?;
         mount(Some(kind), place, Some(kind), MsFlags::empty(), None::<&str>)
             .with_context(|| format!("cannot mount {kind} on {place}"))?;
+    }
+    // No mounts of their own: the root is in memory already, and the tree of the tests may lie below them.
+    for place in ["/tmp", "/run"] {
+        fs::create_dir_all(place).with_context(|| format!("cannot create {place}"))?;
     }
     Ok(())
 }
@@ -125,7 +127,7 @@ fn main() -> Result<()> {
         Err(error) => println!("INIT FAILED: {error:#}"),
     }
     // Nobody is left to tell, and the machine must go off in any case.
-    drop(io::stdout().flush());
-    drop(tcdrain(io::stdout()));
+    io::stdout().flush().ok();
+    tcdrain(io::stdout()).ok();
     reboot(RebootMode::RB_POWER_OFF).map(|_| ()).context("cannot power off")
 }

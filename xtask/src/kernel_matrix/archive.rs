@@ -57,6 +57,7 @@ impl Archive {
         };
         create(&dir.join("lists/partial"))?;
         create(&dir.join("cache/archives/partial"))?;
+        create(&dir.join("empty"))?;
         let source = |release| format!("deb [signed-by={KEYRING}] {} {release} main", self.mirror);
         let sources: Vec<String> = releases.iter().map(source).collect();
         let write = |name: &str, text: &str| {
@@ -94,9 +95,9 @@ impl Lists {
         set("Dir::State::Status", &self.status.display().to_string());
         set("Dir::Cache", &format!("{dir}/cache"));
         set("Dir::Etc::SourceList", &format!("{dir}/sources.list"));
-        set("Dir::Etc::SourceParts", "-");
-        set("Dir::Etc::Preferences", "-");
-        set("Dir::Etc::PreferencesParts", "-");
+        set("Dir::Etc::SourceParts", &format!("{dir}/empty"));
+        set("Dir::Etc::Preferences", &format!("{dir}/preferences"));
+        set("Dir::Etc::PreferencesParts", &format!("{dir}/empty"));
         set("Acquire::Languages", "none");
         // apt's own user cannot read a cache below root's home.
         set("APT::Sandbox::User", "root");
@@ -131,11 +132,11 @@ impl Lists {
         Ok(parse_simulation(&process::capture(&mut command)?))
     }
 
-    /// Downloads packages and unpacks them below `root`.
+    /// Downloads packages, unpacks them below `root`, and deletes the lists, which are the larger part of the cache.
     ///
     /// # Errors
     /// When a package cannot be fetched or unpacked.
-    pub(super) fn unpack(&self, packages: &[String], root: &Path) -> Result<()> {
+    pub(super) fn unpack(self, packages: &[String], root: &Path) -> Result<()> {
         let debs = self.dir.join("debs");
         recreate(&debs)?;
         recreate(root)?;
@@ -149,7 +150,8 @@ impl Lists {
             let deb = entry.context("cannot list the downloaded packages: check the disk")?.path();
             process::capture(Command::new("dpkg-deb").arg("--extract").arg(deb).arg(root))?;
         }
-        fs::remove_dir_all(&debs).with_context(|| format!("cannot delete {}: delete it", debs.display()))
+        fs::remove_dir_all(&self.dir)
+            .with_context(|| format!("cannot delete {}: delete it", self.dir.display()))
     }
 }
 

@@ -37,7 +37,8 @@ impl GuestKernel {
         step(&format!("downloading the cloud kernel of Debian {suite}"));
         let unpacked = cache.join("kernels").join(format!("{suite}.unpacked"));
         let lists = archive.lists(&[suite], None)?;
-        lists.unpack(&kernel_packages(&lists)?, &unpacked)?;
+        let packages = kernel_packages(&lists)?;
+        lists.unpack(&packages, &unpacked)?;
         let reduced = cache.join("kernels").join(format!("{suite}.new"));
         reduce(&unpacked, &reduced)?;
         archive::recreate(&dir)?;

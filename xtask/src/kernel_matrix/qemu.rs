@@ -131,7 +131,7 @@ impl Qemu {
         if refresh || !is_usable() {
             let (major, minor, patch) = MIN_VERSION;
             step(&format!(
-                "unpacking QEMU into {} (the installed one is older than {major}.{minor}.{patch})",
+                "unpacking QEMU into {} (none is installed that is {major}.{minor}.{patch} or newer)",
                 root.display()
             ));
             let backports = format!("{}-backports", archive.system);
@@ -161,8 +161,8 @@ impl Qemu {
         let mut command = Command::new(&self.program);
         command.env_remove("LD_LIBRARY_PATH");
         if let Some(root) = &self.root {
-            let library_dir = root.join("usr/lib/x86_64-linux-gnu");
-            command.env("LD_LIBRARY_PATH", library_dir);
+            let libraries = ["usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu"].map(|dir| root.join(dir));
+            command.env("LD_LIBRARY_PATH", std::env::join_paths(libraries).unwrap_or_default());
             // The firmware's folder, and where the links in it lead to.
             for data in ["usr/share/qemu", "usr/share/seabios", "usr/lib/ipxe/qemu"] {
                 command.arg("-L").arg(root.join(data));

@@ -1,0 +1,120 @@
+//! Settings from flags, environment and file.
+//!
+//! A flag wins over its environment variable, that over the file named by `--config`, that over the default.
+
+use std::{fs, path::Path, time::Duration};
+
+use serde::de::DeserializeOwned;
+
+use crate::{desired::NodePortAddresses, model::Cidr};
+
+/// Default of `--pin-path`.
+pub const PIN_PATH: &str = "/sys/fs/bpf/socklb";
+/// Default of `--state-dir`.
+pub const STATE_DIR: &str = "/var/lib/socklb";
+
+/// A flag, variable or file that cannot be used as given.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct UsageError(pub String);
+
+/// Parses a settings file: YAML with the flags' names without dashes in front, such as `max-services: 1000`.
+///
+/// # Errors
+///
+/// [`UsageError`] that names file, line and key.
+pub fn read<T: DeserializeOwned>(path: &Path) -> Result<T, UsageError> {
+    let text =
+        fs::read_to_string(path).map_err(|error| UsageError(format!("--config {}: {error}", path.display())))?;
+    serde_saphyr::from_str(&text).map_err(|error| {
+        // The library shows an excerpt below the first line; one line is what this tool promises.
+        let message = error.to_string();
+        UsageError(format!("--config {}: {}", path.display(), message.lines().next().unwrap_or_default()))
+    })
+}
+
+/// Parses `FIRST-LAST`.
+///
+/// # Errors
+///
+/// A sentence about what is expected.
+pub fn node_port_range(text: &str) -> Result<(u16, u16), String> {
+    let parsed = text.split_once('-').and_then(|(first, last)| {
+        let range: (u16, u16) = (first.trim().parse().ok()?, last.trim().parse().ok()?);
+        (range.0 > 0 && range.0 <= range.1).then_some(range)
+    });
+    parsed.ok_or_else(|| "expected FIRST-LAST with ports from 1 to 65535, such as 30000-32767".to_owned())
+}
+
+/// Parses a comma-separated list of networks, or `primary`.
+///
+/// # Errors
+///
+/// A sentence about what is expected.
+pub fn node_port_addresses(text: &str) -> Result<NodePortAddresses, String> {
+    match text.trim() {
+        "" => Ok(NodePortAddresses::All),
+        "primary" => Ok(NodePortAddresses::Primary),
+        list => {
+            let parse = |item: &str| -> Result<Cidr, String> {
+                crate::model::address::parse_cidr(item.trim())
+                    .ok_or_else(|| format!("{item:?} is no network: expected ADDRESS/LENGTH, or the word primary"))
+            };
+            list.split(',').map(parse).collect::<Result<_, _>>().map(NodePortAddresses::Within)
+        }
+    }
+}
+
+/// Parses a duration such as `500ms`, `2s` or `1m`.
+///
+/// # Errors
+///
+/// A sentence about what is expected.
+pub fn duration(text: &str) -> Result<Duration, String> {
+    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits);
+    let number: u64 = number.parse().map_err(|_no_number| duration_hint())?;
+    match unit {
+        "ms" => Ok(Duration::from_millis(number)),
+        "s" => Ok(Duration::from_secs(number)),
+        "m" => number.checked_mul(60).map(Duration::from_secs).ok_or_else(duration_hint),
+        "" if number == 0 => Ok(Duration::ZERO),
+        _ => Err(duration_hint()),
+    }
+}
+
+fn duration_hint() -> String {
+    "expected a whole number with a unit: 500ms, 2s or 1m".to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn node_port_ranges() {
+        assert_eq!(node_port_range("30000-32767"), Ok((30000, 32767)));
+        for wrong in ["", "30000", "2-1", "0-5", "1-65536", "a-b"] {
+            assert!(node_port_range(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn durations() {
+        assert_eq!(duration("500ms"), Ok(Duration::from_millis(500)));
+        assert_eq!(duration("2m"), Ok(Duration::from_secs(120)));
+        assert_eq!(duration("0"), Ok(Duration::ZERO));
+        for wrong in ["", "5", "5h", "ms", "-1s", "99999999999999999999s", "18446744073709551615m"] {
+            assert!(duration(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn node_port_addresses_are_networks_or_a_word() {
+        assert_eq!(node_port_addresses(""), Ok(NodePortAddresses::All));
+        assert_eq!(node_port_addresses("primary"), Ok(NodePortAddresses::Primary));
+        let two = node_port_addresses("10.0.0.0/8, fd00::/8");
+        assert!(matches!(&two, Ok(NodePortAddresses::Within(list)) if list.len() == 2), "{two:?}");
+        assert!(node_port_addresses("10.0.0.0/33").is_err());
+    }
+}

@@ -1,0 +1,186 @@
+//! `socklb explain`: where would a call go now, and why?
+//!
+//! Pure. The frontend is found by the programs' own search on the tables that the kernel holds; the objects say
+//! which rule put each endpoint in or left it out.
+
+use std::{fmt::Write as _, net::SocketAddr};
+
+use serde::Serialize;
+
+use super::listing::kind_name;
+use crate::{
+    controller::State,
+    desired::{
+        self, FrontendAddress,
+        endpoints::{PortEndpoints, Scope},
+    },
+    model::{Family, TrafficPolicy},
+    sim::{Caller, Simulator},
+};
+
+/// The answer. Field names are a promise.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Explanation {
+    /// The call that was asked about, `address:port/protocol`.
+    pub call: String,
+    /// `untouched`, `refused` or `redirected`.
+    pub verdict: &'static str,
+    /// The frontend that answers, if any.
+    pub frontend: Option<FrontendPart>,
+    /// Every endpoint that a call may reach.
+    pub candidates: Vec<SocketAddr>,
+    /// Every known endpoint that it may not reach.
+    pub left_out: Vec<LeftOutPart>,
+    /// The rule that decided, in a sentence.
+    pub reason: String,
+}
+
+/// The frontend of an [`Explanation`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct FrontendPart {
+    /// Namespace of the Service; empty if no object is known.
+    pub namespace: String,
+    /// Name of the Service.
+    pub name: String,
+    /// Name of the Service port.
+    pub port_name: String,
+    /// `ClusterIP`, `NodePort`, `ExternalIP` or `LoadBalancer`.
+    pub kind: &'static str,
+    /// The traffic policy that applies.
+    pub policy: TrafficPolicy,
+    /// Idle time-out of the affinity; 0 without.
+    pub affinity_seconds: u32,
+}
+
+/// An endpoint that a call may not reach.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct LeftOutPart {
+    /// Its address.
+    pub endpoint: SocketAddr,
+    /// The rule.
+    pub reason: String,
+}
+
+/// Explains a call on the tables in `simulator`.
+#[must_use]
+pub fn explain(
+    simulator: &Simulator,
+    objects: Option<&State>,
+    to: FrontendAddress,
+    caller: Caller,
+) -> Explanation {
+    let call = to.to_string();
+    let Some((id, frontend)) = simulator.find_frontend(to, caller) else {
+        return Explanation {
+            call,
+            verdict: "untouched",
+            frontend: None,
+            candidates: Vec::new(),
+            left_out: Vec::new(),
+            reason: "no frontend has this address, port and protocol: the call goes where it says".to_owned(),
+        };
+    };
+    // The entry's own key: for a node port that is the wildcard address, not the one that was called.
+    let key = simulator.image.services.iter().find(|(_, frontend_id)| **frontend_id == id).map(|(key, _)| *key);
+    let owner =
+        objects.zip(key).and_then(|(state, key)| state.desired().owner(&key).map(|owner| (state, owner)));
+    let ipv6 = to.ip.to_canonical().is_ipv6();
+    let mut candidates: Vec<SocketAddr> = simulator
+        .image
+        .entries(ipv6, frontend.run)
+        .unwrap_or_default()
+        .iter()
+        .map(|entry| entry.address)
+        .collect();
+    candidates.sort_unstable();
+    let left_out = owner.map(|(state, owner)| left_out(state, owner, to, &candidates)).unwrap_or_default();
+    let reason = match (candidates.len(), frontend.affinity_seconds) {
+        (0, _) if left_out.is_empty() => "the service has no endpoint: ECONNREFUSED".to_owned(),
+        (0, _) => "no endpoint of the service may be used: ECONNREFUSED".to_owned(),
+        (1, _) => "the only usable endpoint".to_owned(),
+        (n, 0) => format!("one of {n}, each with the same probability"),
+        (n, seconds) => format!("one of {n}; a client keeps its endpoint until it is idle for {seconds} s"),
+    };
+    Explanation {
+        call,
+        verdict: if candidates.is_empty() { "refused" } else { "redirected" },
+        frontend: Some(FrontendPart {
+            namespace: owner.map(|(_, o)| o.port.service.namespace.to_string()).unwrap_or_default(),
+            name: owner.map(|(_, o)| o.port.service.name.to_string()).unwrap_or_default(),
+            port_name: owner.map(|(_, o)| o.port.port_name.to_string()).unwrap_or_default(),
+            kind: owner.map_or("", |(_, o)| kind_name(o.kind)),
+            policy: owner.map_or(TrafficPolicy::Cluster, |(_, o)| o.policy),
+            affinity_seconds: frontend.affinity_seconds,
+        }),
+        candidates,
+        left_out,
+        reason,
+    }
+}
+
+/// Every endpoint that the objects know and the tables do not offer, with the rule that left it out.
+fn left_out(
+    state: &State,
+    owner: &desired::Frontend,
+    to: FrontendAddress,
+    candidates: &[SocketAddr],
+) -> Vec<LeftOutPart> {
+    let Some(service) = state.store().service(&owner.port.service) else { return Vec::new() };
+    let Some(port) = service
+        .ports
+        .iter()
+        .find(|port| port.name == owner.port.port_name && port.protocol == owner.port.protocol)
+    else {
+        return Vec::new();
+    };
+    let family = if owner.port.ipv6 { Family::V6 } else { Family::V4 };
+    let scope = scope(state, owner, to);
+    PortEndpoints::new(port, family, state.store().slices_of(&service.key))
+        .judge(scope, state.topology())
+        .filter(|(endpoint, ..)| !candidates.contains(endpoint))
+        .map(|(endpoint, _, reason)| LeftOutPart {
+            endpoint,
+            reason: reason.map_or_else(
+                || "usable by the last known objects, but not in the kernel's tables".to_owned(),
+                |reason| reason.to_string(),
+            ),
+        })
+        .collect()
+}
+
+/// Whose endpoints the frontend holds.
+fn scope<'a>(state: &'a State, owner: &desired::Frontend, to: FrontendAddress) -> Scope<'a> {
+    let topology = state.topology();
+    match (owner.kind, owner.policy) {
+        (desired::FrontendKind::ClusterIP, TrafficPolicy::Local) => Scope::Node(topology.node_name()),
+        (desired::FrontendKind::NodePort, TrafficPolicy::Local) => topology
+            .other_addresses()
+            .find(|(address, _)| *address == to.ip)
+            .map_or(Scope::Cluster, |(_, node)| Scope::Node(node)),
+        _ => Scope::Cluster,
+    }
+}
+
+impl Explanation {
+    /// The explanation for people.
+    #[must_use]
+    pub fn text(&self) -> String {
+        let mut text = format!("{} -> {}: {}\n", self.call, self.verdict, self.reason);
+        if let Some(frontend) = &self.frontend {
+            let service = if frontend.name.is_empty() {
+                "of a service that no known object names".to_owned()
+            } else {
+                let port = if frontend.port_name.is_empty() { "" } else { ":" };
+                format!("of {}/{}{port}{}", frontend.namespace, frontend.name, frontend.port_name)
+            };
+            let _ = writeln!(text, "  frontend   {} {service}, policy {:?}", frontend.kind, frontend.policy);
+        }
+        for endpoint in &self.candidates {
+            let _ = writeln!(text, "  candidate  {endpoint}");
+        }
+        for left_out in &self.left_out {
+            let _ = writeln!(text, "  left out   {}  {}", left_out.endpoint, left_out.reason);
+        }
+        text
+    }
+}

@@ -1,0 +1,244 @@
+//! Frontends as people and scripts read them: the kernel's tables joined with the objects behind them.
+//!
+//! Pure. The types here are the public JSON; they are neither map types nor model types.
+
+use std::{
+    collections::BTreeMap,
+    fmt::Write as _,
+    net::{IpAddr, SocketAddr},
+};
+
+use lb_common::layout::EndpointStats;
+use serde::Serialize;
+
+use crate::{
+    controller::State,
+    desired::{
+        self, FrontendAddress, FrontendKind,
+        endpoints::{PortEndpoints, Scope},
+    },
+    model::{Family, Protocol, TrafficPolicy},
+    snapshot::Snapshot,
+    tables::Image,
+};
+
+/// One frontend. Field names are a promise.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct FrontendRow {
+    /// Namespace of the Service; empty if no object is known for this address.
+    pub namespace: String,
+    /// Name of the Service.
+    pub name: String,
+    /// Name of the Service port.
+    pub port_name: String,
+    /// `TCP`, `UDP` or `SCTP`.
+    pub protocol: Protocol,
+    /// `ClusterIP`, `NodePort`, `ExternalIP` or `LoadBalancer`; empty if no object is known.
+    pub kind: &'static str,
+    /// The address that programs call; the unspecified address stands for every node address.
+    pub address: IpAddr,
+    /// The port that programs call.
+    pub port: u16,
+    /// The traffic policy that applies.
+    pub policy: TrafficPolicy,
+    /// Idle time-out of the affinity; 0 without.
+    pub affinity_seconds: u32,
+    /// The endpoints that a call may reach.
+    pub endpoints: Vec<EndpointRow>,
+}
+
+/// One endpoint of a frontend. Field names are a promise.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[expect(clippy::struct_excessive_bools, reason = "the API's three independent conditions")]
+pub struct EndpointRow {
+    /// Its address.
+    pub address: IpAddr,
+    /// Its port.
+    pub port: u16,
+    /// The node it runs on, if known.
+    pub node: String,
+    /// Its zone, if known.
+    pub zone: String,
+    /// Condition `ready`.
+    pub ready: bool,
+    /// Condition `serving`.
+    pub serving: bool,
+    /// Condition `terminating`.
+    pub terminating: bool,
+    /// `connect()` calls and datagrams sent there on this node.
+    pub connections: u64,
+}
+
+/// Builds the state that a snapshot's objects ask for, without any kernel.
+#[must_use]
+pub fn state_of(snapshot: Snapshot) -> State {
+    let mut state =
+        State::new(snapshot.settings(), snapshot.interfaces.clone(), Default::default(), &Image::default());
+    state.change(|store| {
+        let mut changes = store.replace_nodes(snapshot.nodes);
+        changes.merge(store.replace_services(snapshot.services));
+        changes.merge(store.replace_slices(snapshot.slices));
+        changes
+    });
+    let _what_empty_tables_would_need = state.sync();
+    state
+}
+
+/// Lists every frontend that the tables hold, in the order of namespace, name, port, address.
+///
+/// `objects` name and describe them; a frontend that they do not know is listed by its address alone.
+#[must_use]
+pub fn list(
+    image: &Image,
+    objects: Option<&State>,
+    stats: &BTreeMap<u32, EndpointStats>,
+) -> Vec<FrontendRow> {
+    let mut rows: Vec<FrontendRow> =
+        image.services.iter().map(|(address, id)| row(image, *address, *id, objects, stats)).collect();
+    rows.sort_by(|a, b| {
+        let key = |row: &FrontendRow| (row.namespace.clone(), row.name.clone(), row.port_name.clone());
+        key(a).cmp(&key(b)).then_with(|| (a.address, a.port, a.protocol).cmp(&(b.address, b.port, b.protocol)))
+    });
+    rows
+}
+
+fn row(
+    image: &Image,
+    address: FrontendAddress,
+    id: u32,
+    objects: Option<&State>,
+    stats: &BTreeMap<u32, EndpointStats>,
+) -> FrontendRow {
+    let frontend = image.frontends.get(&id).copied().unwrap_or_default();
+    let owner = objects.and_then(|state| state.desired().owner(&address));
+    let described = objects.zip(owner).map(|(state, owner)| describe_endpoints(state, owner)).unwrap_or_default();
+    let entries = image.entries(address.ip.is_ipv6(), frontend.run).unwrap_or_default();
+    let mut endpoints: Vec<EndpointRow> = entries
+        .iter()
+        .map(|entry| {
+            let calls = stats.get(&entry.endpoint_id).copied().unwrap_or_default();
+            let known = described.get(&entry.address).cloned();
+            EndpointRow {
+                connections: calls.connects + calls.datagrams,
+                ..known.unwrap_or_else(|| undescribed(entry.address))
+            }
+        })
+        .collect();
+    endpoints.sort_by_key(|endpoint| (endpoint.address, endpoint.port));
+    let text = |part: fn(&desired::Frontend) -> String| owner.map(part).unwrap_or_default();
+    FrontendRow {
+        namespace: text(|owner| owner.port.service.namespace.to_string()),
+        name: text(|owner| owner.port.service.name.to_string()),
+        port_name: text(|owner| owner.port.port_name.to_string()),
+        protocol: address.protocol,
+        kind: owner.map_or("", |owner| kind_name(owner.kind)),
+        address: address.ip,
+        port: address.port,
+        policy: owner.map_or(TrafficPolicy::Cluster, |owner| owner.policy),
+        affinity_seconds: frontend.affinity_seconds,
+        endpoints,
+    }
+}
+
+/// The name of a kind of frontend in output.
+#[must_use]
+pub const fn kind_name(kind: FrontendKind) -> &'static str {
+    match kind {
+        FrontendKind::ClusterIP => "ClusterIP",
+        FrontendKind::LoadBalancer => "LoadBalancer",
+        FrontendKind::ExternalIP => "ExternalIP",
+        FrontendKind::NodePort => "NodePort",
+    }
+}
+
+/// What the objects say of an endpoint that they do not list: nothing but that the tables hold it.
+fn undescribed(address: SocketAddr) -> EndpointRow {
+    EndpointRow {
+        address: address.ip(),
+        port: address.port(),
+        node: String::new(),
+        zone: String::new(),
+        ready: true,
+        serving: true,
+        terminating: false,
+        connections: 0,
+    }
+}
+
+fn describe_endpoints(state: &State, owner: &desired::Frontend) -> BTreeMap<SocketAddr, EndpointRow> {
+    let Some(service) = state.store().service(&owner.port.service) else { return BTreeMap::new() };
+    let Some(port) = service
+        .ports
+        .iter()
+        .find(|port| port.name == owner.port.port_name && port.protocol == owner.port.protocol)
+    else {
+        return BTreeMap::new();
+    };
+    let family = if owner.port.ipv6 { Family::V6 } else { Family::V4 };
+    PortEndpoints::new(port, family, state.store().slices_of(&service.key))
+        .judge(Scope::Cluster, state.topology())
+        .map(|(address, endpoint, _left_out)| {
+            let text = |name: &Option<std::sync::Arc<str>>| name.as_deref().unwrap_or_default().to_owned();
+            let row = EndpointRow {
+                node: text(&endpoint.node),
+                zone: text(&endpoint.zone),
+                ready: endpoint.ready,
+                serving: endpoint.serving,
+                terminating: endpoint.terminating,
+                ..undescribed(address)
+            };
+            (address, row)
+        })
+        .collect()
+}
+
+/// The rows as a table for people.
+#[must_use]
+pub fn table(rows: &[FrontendRow]) -> String {
+    let header = ["SERVICE", "KIND", "ADDRESS", "POLICY", "ENDPOINTS"].map(str::to_owned);
+    let cells: Vec<[String; 5]> = std::iter::once(header).chain(rows.iter().map(cells)).collect();
+    let mut widths = [0; 5];
+    for row in &cells {
+        for (width, cell) in widths.iter_mut().zip(row) {
+            *width = cell.chars().count().max(*width);
+        }
+    }
+    cells.iter().fold(String::new(), |mut text, row| {
+        let line: Vec<String> = row.iter().zip(widths).map(|(cell, width)| format!("{cell:width$}")).collect();
+        let _infallible = writeln!(text, "{}", line.join("  ").trim_end());
+        text
+    })
+}
+
+/// Endpoints that a table shows before it counts the rest.
+const SHOWN_ENDPOINTS: usize = 2;
+
+fn cells(row: &FrontendRow) -> [String; 5] {
+    let service = match (row.name.is_empty(), row.port_name.is_empty()) {
+        (true, _) => "-".to_owned(),
+        (false, true) => format!("{}/{}", row.namespace, row.name),
+        (false, false) => format!("{}/{}:{}", row.namespace, row.name, row.port_name),
+    };
+    let kind = if row.kind.is_empty() { "-" } else { row.kind };
+    let address = FrontendAddress { ip: row.address, port: row.port, protocol: row.protocol };
+    let address = if row.address.is_unspecified() {
+        address.to_string().replacen(&SocketAddr::new(row.address, row.port).to_string(), &format!("*:{}", row.port), 1)
+    } else {
+        address.to_string()
+    };
+    let policy = match row.policy {
+        TrafficPolicy::Cluster => "Cluster",
+        TrafficPolicy::Local => "Local",
+    };
+    let mut endpoints: Vec<String> = row
+        .endpoints
+        .iter()
+        .take(SHOWN_ENDPOINTS)
+        .map(|endpoint| SocketAddr::new(endpoint.address, endpoint.port).to_string())
+        .collect();
+    if row.endpoints.len() > SHOWN_ENDPOINTS {
+        endpoints.push(format!("+{} more", row.endpoints.len() - SHOWN_ENDPOINTS));
+    }
+    let endpoints = if endpoints.is_empty() { "none: refused".to_owned() } else { endpoints.join(" ") };
+    [service, kind.to_owned(), address, policy.to_owned(), endpoints]
+}

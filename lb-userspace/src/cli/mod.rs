@@ -1,0 +1,73 @@
+//! The command line.
+
+pub mod config;
+pub mod demo;
+pub mod explain;
+pub mod inspect;
+pub mod listing;
+pub mod run;
+
+use std::{path::PathBuf, process::ExitCode};
+
+use clap::{Args, Parser, Subcommand};
+
+/// Socket-level service load balancer for Kubernetes.
+///
+/// Points connect() and sendto() on a service address straight at a healthy endpoint, inside the system call: no
+/// NAT, no conntrack, no work for packets.
+#[derive(Debug, Parser)]
+#[command(name = "socklb", version, max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run the agent.
+    Run(Box<run::RunArgs>),
+    /// See it work: backends, services and clients in namespaces of their own.
+    Demo(demo::Options),
+    /// List every frontend that the kernel holds, with its endpoints.
+    Services(inspect::ServicesArgs),
+    /// Say where a call would go now, and why.
+    Explain(inspect::ExplainArgs),
+    /// Detach the programs and delete the maps, and nothing else.
+    Cleanup(PinArgs),
+    #[command(hide = true)]
+    DemoClient(demo::ClientArgs),
+}
+
+/// Where pinned state is.
+#[derive(Clone, Debug, Args)]
+pub struct PinArgs {
+    /// Directory of the pinned maps and links, on a BPF file system.
+    #[arg(long, env = "SOCKLB_PIN_PATH", default_value = config::PIN_PATH, value_name = "DIR")]
+    pub pin_path: PathBuf,
+    /// Directory of the snapshot of objects.
+    #[arg(long, env = "SOCKLB_STATE_DIR", default_value = config::STATE_DIR, value_name = "DIR")]
+    pub state_dir: PathBuf,
+}
+
+/// Parses the command line and does what it says.
+///
+/// Exit status: 0 done or stopped by a signal, 1 failed, 2 wrong usage. An error is one line on standard error.
+#[must_use]
+pub fn main() -> ExitCode {
+    let result = match Cli::parse().command {
+        Command::Run(args) => run::run(&args),
+        Command::Demo(options) => demo::run(options),
+        Command::Services(args) => inspect::services(&args),
+        Command::Explain(args) => inspect::explain(&args),
+        Command::Cleanup(args) => inspect::cleanup(&args),
+        Command::DemoClient(args) => demo::client(args),
+    };
+    match result {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("socklb: {error:#}");
+            let is_usage = error.is::<config::UsageError>();
+            if is_usage { ExitCode::from(2) } else { ExitCode::FAILURE }
+        }
+    }
+}

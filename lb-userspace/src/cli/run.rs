@@ -1,0 +1,193 @@
+//! `socklb run`.
+
+use std::{path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
+
+use clap::Args;
+use serde::Deserialize;
+use tokio::{
+    runtime,
+    signal::unix::{SignalKind, signal},
+    sync::watch,
+};
+use tracing::info;
+
+use super::config::{self, UsageError};
+use crate::{
+    controller::run as agent,
+    desired::{NodePortAddresses, Settings},
+    kernel::{self, Features, cgroup, syscall},
+    plan::Capacity,
+    source::files,
+    telemetry::{self, LogFormat},
+};
+
+/// Flags of `socklb run`. Each may also come from the environment (`SOCKLB_MAX_SERVICES`) or from `--config`.
+#[derive(Debug, Args)]
+pub struct RunArgs {
+    /// Where Services, EndpointSlices and Nodes come from: file:PATH, a manifest file or a folder of them, watched.
+    #[arg(long, env = "SOCKLB_SOURCE", value_name = "SOURCE")]
+    source: Option<String>,
+    /// Settings file (YAML): the names of these flags as keys.
+    #[arg(long, env = "SOCKLB_CONFIG", value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Name of the own Node [default: $NODE_NAME, else the host name in lower case]
+    #[arg(long, env = "SOCKLB_NODE_NAME", value_name = "NAME")]
+    node_name: Option<String>,
+    /// Serve the processes of this cgroup v2 directory [default: the root of the hierarchy]
+    #[arg(long, env = "SOCKLB_CGROUP", value_name = "DIR")]
+    cgroup: Option<PathBuf>,
+    /// Directory of the pinned maps and links, on a BPF file system [default: /sys/fs/bpf/socklb]
+    #[arg(long, env = "SOCKLB_PIN_PATH", value_name = "DIR")]
+    pin_path: Option<PathBuf>,
+    /// Directory of the snapshot of objects [default: /var/lib/socklb]
+    #[arg(long, env = "SOCKLB_STATE_DIR", value_name = "DIR")]
+    state_dir: Option<PathBuf>,
+    /// Addresses on which node ports answer: networks separated by commas, or the word primary [default: all]
+    #[arg(long, env = "SOCKLB_NODEPORT_ADDRESSES", value_name = "LIST", value_parser = config::node_port_addresses)]
+    nodeport_addresses: Option<NodePortAddresses>,
+    /// Ports that may be node ports, as the API server has them [default: 30000-32767]
+    #[arg(long, env = "SOCKLB_NODE_PORT_RANGE", value_name = "RANGE", value_parser = config::node_port_range)]
+    node_port_range: Option<(u16, u16)>,
+    /// Whether node ports answer on loopback addresses of the node [default: true]
+    #[arg(long, env = "SOCKLB_LOCALHOST_NODEPORTS", value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    localhost_nodeports: Option<bool>,
+    /// Serve the Services labelled service.kubernetes.io/service-proxy-name=NAME, instead of those without the label.
+    #[arg(long, env = "SOCKLB_SERVICE_PROXY_NAME", value_name = "NAME")]
+    service_proxy_name: Option<String>,
+    /// Least time between two syncs; the first change after a pause is done at once [default: 0]
+    #[arg(long, env = "SOCKLB_MIN_SYNC_INTERVAL", value_name = "DURATION", value_parser = config::duration)]
+    min_sync_interval: Option<Duration>,
+    /// Frontends of each address family that fit into the tables [default: 65536]
+    #[arg(long, env = "SOCKLB_MAX_SERVICES", value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1 << 24))]
+    max_services: Option<u32>,
+    /// Endpoints of each address family that fit into the tables, over all runs [default: 262144]
+    #[arg(long, env = "SOCKLB_MAX_ENDPOINTS", value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1 << 24))]
+    max_endpoints: Option<u32>,
+    /// How log lines look [default: text]
+    #[arg(long, env = "SOCKLB_LOG_FORMAT", value_name = "FORMAT")]
+    log_format: Option<LogFormat>,
+    /// Log more; twice for everything, including a line for each decision of the programs.
+    #[arg(short, long, action = clap::ArgAction::Count)]
+    verbose: u8,
+}
+
+/// The keys of the settings file: the flags' names.
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
+struct FileConfig {
+    source: Option<String>,
+    node_name: Option<String>,
+    cgroup: Option<PathBuf>,
+    pin_path: Option<PathBuf>,
+    state_dir: Option<PathBuf>,
+    nodeport_addresses: Option<String>,
+    node_port_range: Option<String>,
+    localhost_nodeports: Option<bool>,
+    service_proxy_name: Option<String>,
+    min_sync_interval: Option<String>,
+    max_services: Option<u32>,
+    max_endpoints: Option<u32>,
+    log_format: Option<LogFormat>,
+}
+
+/// Parses a value of the settings file as its flag is parsed.
+fn from_file<T>(key: &str, text: Option<String>, parse: fn(&str) -> Result<T, String>) -> Result<Option<T>, UsageError> {
+    text.map(|text| parse(&text).map_err(|hint| UsageError(format!("--config: {key}: {text:?}: {hint}")))).transpose()
+}
+
+/// Runs the agent until SIGTERM or SIGINT.
+///
+/// # Errors
+///
+/// [`UsageError`] for settings that cannot be used; else what kept the agent from starting.
+pub fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
+    let file: FileConfig = args.config.as_deref().map(config::read).transpose()?.unwrap_or_default();
+    telemetry::start_log(args.log_format.or(file.log_format).unwrap_or_default(), args.verbose);
+
+    let Some(source) = args.source.clone().or(file.source) else {
+        return Err(UsageError("--source is missing: name a manifest file or folder with file:PATH".to_owned()).into());
+    };
+    let Some(path) = source.strip_prefix("file:") else {
+        return Err(UsageError(format!("--source {source}: expected file:PATH")).into());
+    };
+    let node_ports = args
+        .node_port_range
+        .or(from_file("node-port-range", file.node_port_range, config::node_port_range)?)
+        .unwrap_or(lb_common::limits::NODE_PORTS);
+    let addresses = from_file("nodeport-addresses", file.nodeport_addresses, config::node_port_addresses)?;
+    let settings = Settings {
+        node_name: node_name(args.node_name.clone().or(file.node_name))?,
+        node_ports: node_ports.0..=node_ports.1,
+        node_port_addresses: args.nodeport_addresses.clone().or(addresses).unwrap_or_default(),
+    };
+    let defaults = Capacity::default();
+    let in_map = |key: &str, value: Option<u32>| match value {
+        Some(value) if !(1..=1 << 24).contains(&value) => {
+            Err(UsageError(format!("--config: {key}: {value}: expected 1 to {}", 1 << 24)))
+        }
+        value => Ok(value),
+    };
+    let options = agent::Options {
+        kernel: kernel::Options {
+            pin_path: args.pin_path.clone().or(file.pin_path).unwrap_or_else(|| config::PIN_PATH.into()),
+            cgroup: match args.cgroup.clone().or(file.cgroup) {
+                Some(cgroup) => cgroup,
+                None => cgroup::find_root()?,
+            },
+            capacity: Capacity {
+                services: args
+                    .max_services
+                    .or(in_map("max-services", file.max_services)?)
+                    .unwrap_or(defaults.services),
+                endpoints: args
+                    .max_endpoints
+                    .or(in_map("max-endpoints", file.max_endpoints)?)
+                    .unwrap_or(defaults.endpoints),
+            },
+            node_ports,
+            localhost_nodeports: args.localhost_nodeports.or(file.localhost_nodeports).unwrap_or(true),
+            node_netns: syscall::netns_cookie(),
+            features: Features::probe(),
+            log: args.verbose >= 2,
+        },
+        state_dir: args.state_dir.clone().or(file.state_dir).unwrap_or_else(|| config::STATE_DIR.into()),
+        min_sync_interval: args
+            .min_sync_interval
+            .or(from_file("min-sync-interval", file.min_sync_interval, config::duration)?)
+            .unwrap_or_default(),
+    };
+    let service_proxy_name = args.service_proxy_name.clone().or(file.service_proxy_name);
+    let runtime = runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    runtime.block_on(async {
+        let stop = stop_signals()?;
+        let source = files::FileSource::open(path, service_proxy_name.as_deref())?;
+        agent::run(source, options, settings, stop).await?;
+        Ok(ExitCode::SUCCESS)
+    })
+}
+
+/// The name of the own Node: the setting, else `$NODE_NAME`, else the host name, trimmed and in lower case.
+fn node_name(setting: Option<String>) -> Result<Arc<str>, UsageError> {
+    let name = setting
+        .or_else(|| std::env::var("NODE_NAME").ok())
+        .or_else(|| nix::unistd::gethostname().ok().and_then(|name| name.into_string().ok()))
+        .map(|name| name.trim().to_lowercase())
+        .filter(|name| !name.is_empty());
+    name.map(Into::into).ok_or_else(|| UsageError("--node-name is missing and the host has no name".to_owned()))
+}
+
+/// A value that turns true with SIGTERM or SIGINT.
+fn stop_signals() -> std::io::Result<watch::Receiver<bool>> {
+    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    let (stop, stopped) = watch::channel(false);
+    // Ends with the process.
+    let _waiting = tokio::spawn(async move {
+        let name = tokio::select! {
+            _ = terminate.recv() => "SIGTERM",
+            _ = interrupt.recv() => "SIGINT",
+        };
+        info!(signal = name, "stopping");
+        let _receiver_gone = stop.send(true);
+    });
+    Ok(stopped)
+}

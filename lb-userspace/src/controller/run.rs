@@ -1,0 +1,223 @@
+//! The agent's loop: the one place that connects source, state, kernel and clock.
+
+use std::{
+    collections::BTreeSet,
+    net::IpAddr,
+    path::PathBuf,
+    time::Duration,
+};
+
+use tokio::{
+    sync::{mpsc, watch},
+    time::{self, Instant, MissedTickBehavior},
+};
+use tracing::{debug, error, info, warn};
+
+use super::State;
+use crate::{
+    kernel::{self, Kernel, KernelError},
+    snapshot,
+    source::Source,
+};
+
+/// How long to wait after a failed sync.
+const RETRY: Duration = Duration::from_secs(1);
+/// How often the node's own addresses are read: they decide where node ports answer.
+const INTERFACES: Duration = Duration::from_secs(5);
+/// How often the programs' diagnostic lines are passed on.
+const PROGRAM_LOG: Duration = Duration::from_millis(100);
+/// How long a change may wait before it is in the snapshot.
+const SNAPSHOT: Duration = Duration::from_secs(2);
+
+/// What the loop needs to know besides the state.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// How to load and where to attach.
+    pub kernel: kernel::Options,
+    /// Directory of the snapshot.
+    pub state_dir: PathBuf,
+    /// The least time between two syncs; the first change after a pause is done at once.
+    pub min_sync_interval: Duration,
+}
+
+/// Runs until `stop` turns true or the source ends.
+///
+/// Stopping changes nothing in the kernel: links and maps stay pinned.
+///
+/// # Errors
+///
+/// Only while starting, and by losing the source. Later errors are logged and retried.
+pub async fn run(
+    mut source: impl Source,
+    options: Options,
+    settings: crate::desired::Settings,
+    mut stop: watch::Receiver<bool>,
+) -> Result<(), KernelError> {
+    let (grace_passed, mut graces) = mpsc::channel(1);
+    let kernel = Kernel::open(&options.kernel, move || {
+        // A message that is waiting says the same.
+        let _full = grace_passed.try_send(());
+    })?;
+    let interfaces = interface_addresses();
+    let state = State::new(settings, interfaces, options.kernel.capacity, &kernel.maps().image()?);
+    info!(
+        cgroup = %options.kernel.cgroup.display(),
+        pins = %options.kernel.pin_path.display(),
+        source = source.describe(),
+        adopted = state.image().services.len(),
+        "attached"
+    );
+    let mut agent = Agent { state, kernel, options, reported: BTreeSet::new(), unsaved: false, has_synced: false };
+    agent.forward_program_log();
+    let mut interfaces = time::interval(INTERFACES);
+    let mut snapshots = time::interval(SNAPSHOT);
+    for interval in [&mut interfaces, &mut snapshots] {
+        interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    }
+    let (mut not_before, mut has_ended) = (Instant::now(), false);
+    loop {
+        let may_sync = source.is_complete() && agent.state.wants_sync();
+        tokio::select! {
+            biased;
+            _ = stop.wait_for(|stop| *stop) => break,
+            () = time::sleep_until(not_before), if may_sync => {
+                let pause = if agent.sync(&source) { agent.options.min_sync_interval } else { RETRY };
+                not_before = Instant::now() + pause;
+            }
+            more = source.changed(), if !has_ended => {
+                if !more {
+                    warn!("the source has ended: what is served stays as it is");
+                    has_ended = true;
+                    continue;
+                }
+                agent.state.change(|store| source.apply(store));
+                agent.report(&source);
+            }
+            Some(()) = graces.recv() => {
+                if agent.kernel.is_settled() {
+                    agent.state.settled();
+                }
+            }
+            _ = interfaces.tick() => agent.state.set_interfaces(interface_addresses()),
+            _ = snapshots.tick() => agent.save(),
+        }
+    }
+    agent.save();
+    info!("stopped; what is served stays as it is");
+    Ok(())
+}
+
+struct Agent {
+    state: State,
+    kernel: Kernel,
+    options: Options,
+    /// Issues that are in the log already.
+    reported: BTreeSet<String>,
+    /// Whether the snapshot is older than the store.
+    unsaved: bool,
+    has_synced: bool,
+}
+
+impl Agent {
+    /// Brings the kernel up to date. `false` if that failed and is to be tried again.
+    fn sync(&mut self, source: &impl Source) -> bool {
+        let started = Instant::now();
+        let plan = self.state.sync();
+        // A plan may wait for a grace period.
+        let result = tokio::task::block_in_place(|| self.kernel.apply(&plan));
+        self.unsaved = true;
+        match result {
+            Ok(0) if self.has_synced => {}
+            Ok(n_ops) => {
+                let n_frontends = self.state.image().services.len();
+                info!(n_ops, n_frontends, took = ?started.elapsed(), "synced");
+            }
+            Err(error) => {
+                error!(%error, "a sync failed: reading the tables and trying again");
+                self.start_over();
+                return false;
+            }
+        }
+        self.has_synced = true;
+        self.report(source);
+        true
+    }
+
+    fn start_over(&mut self) {
+        match self.kernel.maps().image() {
+            Ok(found) => self.state.adopt(self.options.kernel.capacity, &found),
+            Err(error) => error!(%error, "the tables cannot be read"),
+        }
+    }
+
+    /// Logs issues that are new, once each, and those that are gone.
+    fn report(&mut self, source: &impl Source) {
+        let issues = source.issues().into_iter().chain(self.state.issues());
+        let now: BTreeSet<String> = issues.map(|issue| issue.to_string()).collect();
+        for issue in now.difference(&self.reported) {
+            warn!("{issue}");
+        }
+        for issue in self.reported.difference(&now) {
+            info!("no longer: {issue}");
+        }
+        self.reported = now;
+    }
+
+    fn save(&mut self) {
+        if !std::mem::take(&mut self.unsaved) {
+            return;
+        }
+        let written = tokio::task::block_in_place(|| {
+            let (settings, interfaces) = (self.state.settings(), self.state.interfaces());
+            snapshot::write(&self.options.state_dir, settings, interfaces, self.state.store())
+        });
+        if let Err(error) = written {
+            warn!(%error, "the snapshot is not up to date");
+        }
+    }
+
+    /// Passes the programs' own diagnostic lines on to the log, if they write any.
+    fn forward_program_log(&mut self) {
+        if !self.options.kernel.log {
+            return;
+        }
+        match self.kernel.take_log() {
+            Ok(mut log) => {
+                // Ends with the process. A timer, since waiting for the ring buffer's descriptor is unsafe in tokio
+                // and these lines are for a person who watches.
+                let _forwarding = tokio::spawn(async move {
+                    let mut timer = time::interval(PROGRAM_LOG);
+                    loop {
+                        let _now = timer.tick().await;
+                        log.flush();
+                    }
+                });
+            }
+            Err(error) => warn!(%error, "the programs' own log is not available"),
+        }
+    }
+}
+
+/// The addresses of this network namespace's interfaces.
+///
+/// None if they cannot be read: node ports then answer on the addresses of the Node object.
+#[must_use]
+pub fn interface_addresses() -> Vec<IpAddr> {
+    let addresses = match nix::ifaddrs::getifaddrs() {
+        Ok(addresses) => addresses,
+        Err(error) => {
+            debug!(%error, "cannot read the interfaces' addresses");
+            return Vec::new();
+        }
+    };
+    let mut found: Vec<IpAddr> = addresses
+        .filter_map(|interface| {
+            let address = interface.address?;
+            let v4 = address.as_sockaddr_in().map(|address| IpAddr::V4(address.ip()));
+            v4.or_else(|| address.as_sockaddr_in6().map(|address| IpAddr::V6(address.ip())))
+        })
+        .collect();
+    found.sort_unstable();
+    found.dedup();
+    found
+}

@@ -1,0 +1,204 @@
+//! The agent as a value: what it knows, and what follows from it.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+};
+
+use crate::{
+    desired::{self, Desired, FrontendAddress, Settings, Topology},
+    model::{Issue, IssueKind, ObjectRef, ServiceKey, Store, store::Changes},
+    plan::{Capacity, Encoder, Full, Plan},
+    tables::Image,
+};
+
+/// Objects, what they ask for, and the tables that follow.
+#[derive(Debug)]
+pub struct State {
+    settings: Settings,
+    interfaces: Vec<IpAddr>,
+    store: Store,
+    topology: Topology,
+    desired: Desired,
+    encoder: Encoder,
+    /// What the next sync has to compute anew.
+    dirty: Changes,
+    /// Addresses that the tables had no room for.
+    refused: BTreeMap<FrontendAddress, Full>,
+    issues: BTreeMap<ServiceKey, Vec<Issue>>,
+    /// Until the first sync the tables may hold frontends of an earlier agent that nobody asks for any longer.
+    is_first_sync: bool,
+}
+
+impl State {
+    /// A state without objects, over tables that hold `found`.
+    ///
+    /// `interfaces` are the addresses of this node's interfaces.
+    #[must_use]
+    pub fn new(settings: Settings, interfaces: Vec<IpAddr>, capacity: Capacity, found: &Image) -> Self {
+        let store = Store::new();
+        let topology = Topology::new(store.nodes(), &settings, &interfaces);
+        Self {
+            settings,
+            interfaces,
+            store,
+            topology,
+            desired: Desired::new(),
+            encoder: Encoder::adopt(capacity, found),
+            dirty: Changes { topology: true, ..Changes::default() },
+            refused: BTreeMap::new(),
+            issues: BTreeMap::new(),
+            is_first_sync: true,
+        }
+    }
+
+    /// Changes the objects. The tables follow with the next [`Self::sync`].
+    pub fn change(&mut self, change: impl FnOnce(&mut Store) -> Changes) {
+        let changes = change(&mut self.store);
+        self.dirty.merge(changes);
+    }
+
+    /// Sets the addresses of this node's interfaces.
+    pub fn set_interfaces(&mut self, interfaces: Vec<IpAddr>) {
+        if self.interfaces != interfaces {
+            self.interfaces = interfaces;
+            self.dirty.topology = true;
+        }
+    }
+
+    /// Whether a sync may have something to do.
+    #[must_use]
+    pub fn wants_sync(&self) -> bool {
+        !self.dirty.is_empty() || (!self.refused.is_empty() && !self.encoder.holds_back())
+    }
+
+    /// Computes what follows from the changes since the last sync. Costs time in proportion to what they touch.
+    ///
+    /// The plan must be carried out before the next sync; if that fails, start over with [`Self::adopt`].
+    #[must_use]
+    pub fn sync(&mut self) -> Plan {
+        let dirty = std::mem::take(&mut self.dirty);
+        let mut services = dirty.services;
+        if dirty.topology {
+            let topology = Topology::new(self.store.nodes(), &self.settings, &self.interfaces);
+            if topology != self.topology || self.is_first_sync {
+                self.topology = topology;
+                self.encoder.set_node_addrs(&self.topology.node_addresses());
+                services.extend(self.store.services().map(|service| service.key.clone()));
+            }
+        }
+        let mut touched: BTreeSet<FrontendAddress> = self.refused.keys().copied().collect();
+        for key in services {
+            touched.append(&mut self.compute(&key));
+        }
+        if std::mem::take(&mut self.is_first_sync) {
+            touched.extend(self.encoder.addresses().copied());
+        }
+        for address in touched {
+            match self.encoder.set(address, self.desired.owner(&address)) {
+                Ok(()) => {
+                    self.refused.remove(&address);
+                }
+                Err(full) => {
+                    self.refused.insert(address, full);
+                }
+            }
+        }
+        self.encoder.take_plan()
+    }
+
+    /// Computes the frontends of one service and returns the addresses that are affected.
+    fn compute(&mut self, key: &ServiceKey) -> BTreeSet<FrontendAddress> {
+        let (frontends, issues) = self.store.service(key).map_or_else(Default::default, |service| {
+            let slices = self.store.slices_of(key);
+            desired::service::frontends(service, slices, &self.topology, &self.settings)
+        });
+        if issues.is_empty() {
+            self.issues.remove(key);
+        } else {
+            self.issues.insert(key.clone(), issues);
+        }
+        self.desired.set(key, frontends)
+    }
+
+    /// A grace period has passed since the last plan was carried out.
+    pub fn settled(&mut self) {
+        self.encoder.settled();
+    }
+
+    /// Whether [`Self::settled`] would make room.
+    #[must_use]
+    pub fn holds_back(&self) -> bool {
+        self.encoder.holds_back()
+    }
+
+    /// Goes on from what the tables really hold, after a plan failed half-way or an audit read them. The next sync
+    /// computes everything anew.
+    pub fn adopt(&mut self, capacity: Capacity, found: &Image) {
+        self.encoder = Encoder::adopt(capacity, found);
+        self.refused.clear();
+        self.is_first_sync = true;
+        self.dirty.topology = true;
+    }
+
+    /// What the tables hold once the last plan is carried out.
+    #[must_use]
+    pub fn image(&self) -> &Image {
+        self.encoder.image()
+    }
+
+    /// What the objects ask for.
+    #[must_use]
+    pub fn desired(&self) -> &Desired {
+        &self.desired
+    }
+
+    /// The objects.
+    #[must_use]
+    pub fn store(&self) -> &Store {
+        &self.store
+    }
+
+    /// The node's place in the cluster.
+    #[must_use]
+    pub fn topology(&self) -> &Topology {
+        &self.topology
+    }
+
+    /// The addresses of this node's interfaces.
+    #[must_use]
+    pub fn interfaces(&self) -> &[IpAddr] {
+        &self.interfaces
+    }
+
+    /// The settings.
+    #[must_use]
+    pub fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    /// What is wrong with services as a whole: rules that could not be followed, conflicts, lack of room. Issues of
+    /// single objects are reported where the objects are read.
+    pub fn issues(&self) -> impl Iterator<Item = Issue> {
+        let full = self.refused.iter().filter_map(|(address, full)| {
+            // While freed entries wait for a grace period, lack of room may be over in a moment.
+            let owner = self.desired.owner(address).filter(|_| !self.encoder.holds_back())?;
+            Some(Issue::new(ObjectRef::from(&owner.port.service), full_issue(address, full)))
+        });
+        self.issues.values().flatten().cloned().chain(self.desired.issues()).chain(full)
+    }
+}
+
+fn full_issue(address: &FrontendAddress, full: &Full) -> IssueKind {
+    let family = if address.ip.is_ipv6() { '6' } else { '4' };
+    match *full {
+        Full::Services { capacity } => IssueKind::ServicesFull {
+            map: format!("services{family}"),
+            capacity,
+            needed: u64::from(capacity) + 1,
+        },
+        Full::Endpoints { capacity, needed } => {
+            IssueKind::EndpointsFull { map: format!("endpoints{family}"), capacity, needed: needed.into() }
+        }
+    }
+}

@@ -1,0 +1,197 @@
+//! Reads a manifest file or folder, and says what is new.
+
+use std::{
+    collections::BTreeMap,
+    ffi::OsStr,
+    fs::{self, File, Metadata},
+    hash::{DefaultHasher, Hash, Hasher},
+    io::{self, Read},
+    mem,
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+use super::{Content, MAX_FILE_LEN, Snapshot};
+
+/// How long ago a file must have changed for its time stamps to tell its next change. Kernels before 6.13 step
+/// them by up to 10 ms, so that a file that is written twice in one step looks unchanged.
+const SETTLED: i64 = 1;
+
+/// Reads the same path again and again, comparing.
+#[derive(Debug)]
+pub(super) struct Reader {
+    path: PathBuf,
+    last: Reading,
+    /// The files of the last reading that found any answer.
+    files: BTreeMap<String, Known>,
+}
+
+/// How the last reading went.
+#[derive(Debug, PartialEq, Eq)]
+enum Reading {
+    /// There was none.
+    None,
+    /// Of a single file.
+    File,
+    /// Of a folder.
+    Folder,
+    /// The path could not be read; the cause.
+    Failed(String),
+}
+
+/// What was found last in a file.
+#[derive(Debug)]
+struct Known {
+    stamp: Option<Stamp>,
+    /// Of the text, or of the error. Two texts with one digest would hide an edit: at 64 bits, never in practice,
+    /// and the alternative is to hold every text.
+    digest: u64,
+}
+
+/// Changes whenever the file is written or replaced, if it is settled.
+#[derive(Debug, PartialEq, Eq)]
+struct Stamp {
+    device: u64,
+    inode: u64,
+    len: u64,
+    changed: (i64, i64),
+}
+
+impl Reader {
+    pub(super) const fn new(path: PathBuf) -> Self {
+        Self { path, last: Reading::None, files: BTreeMap::new() }
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Reads the path and compares with the reading before; `None` if nothing changed.
+    ///
+    /// With `trusts_stamps`, files whose time stamps are unchanged are not opened: with ten thousand of them this
+    /// saves most of the work of each edit.
+    pub(super) fn read(&mut self, trusts_stamps: bool) -> Option<Snapshot> {
+        let (reading, paths) = match self.list() {
+            Ok(listed) => listed,
+            Err(error) => {
+                let cause = error.to_string();
+                let reading = Reading::Failed(cause.clone());
+                let is_news = self.last != reading;
+                self.last = reading;
+                let path = self.path.display().to_string();
+                return is_news.then_some(Snapshot::Unreadable { path, cause });
+            }
+        };
+        let mut is_news = self.last != reading;
+        self.last = reading;
+        let mut before = mem::take(&mut self.files);
+        let mut contents = BTreeMap::new();
+        for (name, path) in paths {
+            let old = before.remove(&name);
+            let Some((known, content)) = read_file(&path, old.as_ref(), trusts_stamps) else {
+                before.extend(old.map(|old| (name, old)));
+                continue;
+            };
+            is_news |= content != Content::Unchanged;
+            contents.insert(name.clone(), content);
+            self.files.insert(name, known);
+        }
+        // What is left was there before and is gone.
+        is_news |= !before.is_empty();
+        is_news.then_some(Snapshot::Files(contents))
+    }
+
+    fn list(&self) -> io::Result<(Reading, Vec<(String, PathBuf)>)> {
+        match fs::metadata(&self.path) {
+            Ok(metadata) if metadata.is_dir() => {}
+            // A single file that is removed takes its objects along, as a file of a folder does.
+            Err(error) if error.kind() == io::ErrorKind::NotFound && self.last == Reading::File => {
+                return Ok((Reading::File, Vec::new()));
+            }
+            Err(error) => return Err(error),
+            Ok(_) => {
+                let name = self.path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+                return Ok((Reading::File, vec![(name, self.path.clone())]));
+            }
+        }
+        let mut paths = Vec::new();
+        for entry in fs::read_dir(&self.path)? {
+            let name = entry?.file_name();
+            if is_manifest(&name) {
+                paths.push((name.to_string_lossy().into_owned(), self.path.join(name)));
+            }
+        }
+        Ok((Reading::Folder, paths))
+    }
+}
+
+/// Whether a file of a folder is a manifest: not hidden, and with one of the known endings. This leaves out what
+/// editors put beside a file (`.web.yaml.swp`, `web.yaml~`, `#web.yaml#`).
+pub(super) fn is_manifest(name: &OsStr) -> bool {
+    let extension = Path::new(name).extension().unwrap_or_default();
+    let is_hidden = name.as_encoded_bytes().starts_with(b".");
+    !is_hidden && ["yaml", "yml", "json"].iter().any(|known| extension.eq_ignore_ascii_case(known))
+}
+
+/// Reads one file; `None` if there is none, or not a regular one.
+fn read_file(path: &Path, old: Option<&Known>, trusts_stamps: bool) -> Option<(Known, Content)> {
+    let metadata = match fs::metadata(path) {
+        Ok(metadata) if metadata.is_file() => Ok(metadata),
+        // Gone since the folder was listed, or the target of a dangling link; a folder, pipe or device.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return None,
+        Ok(_) => return None,
+        Err(error) => Err(error),
+    };
+    let stamp = metadata.as_ref().ok().and_then(Stamp::of);
+    if trusts_stamps
+        && stamp.is_some()
+        && let Some(old) = old.filter(|old| old.stamp == stamp)
+    {
+        return Some((Known { stamp, digest: old.digest }, Content::Unchanged));
+    }
+    let text = metadata.and_then(|metadata| read_text(path, &metadata)).map_err(|error| error.to_string());
+    let mut hasher = DefaultHasher::new();
+    text.hash(&mut hasher);
+    let known = Known { stamp, digest: hasher.finish() };
+    let content = if old.is_some_and(|old| old.digest == known.digest) {
+        Content::Unchanged
+    } else {
+        text.map_or_else(Content::Unreadable, Content::Text)
+    };
+    Some((known, content))
+}
+
+fn read_text(path: &Path, metadata: &Metadata) -> io::Result<String> {
+    let too_large = || io::Error::other(format!("is larger than {} MiB", MAX_FILE_LEN >> 20));
+    if metadata.len() > MAX_FILE_LEN {
+        return Err(too_large());
+    }
+    let mut text = Vec::new();
+    // One octet more: the file may have grown since.
+    File::open(path)?.take(MAX_FILE_LEN + 1).read_to_end(&mut text)?;
+    if text.len() as u64 > MAX_FILE_LEN {
+        return Err(too_large());
+    }
+    String::from_utf8(text).map_err(|error| {
+        io::Error::other(format!("is not UTF-8 text (octet {})", error.utf8_error().valid_up_to() + 1))
+    })
+}
+
+impl Stamp {
+    /// The stamp of a file, unless it changed so recently that the stamp cannot tell the next change.
+    fn of(metadata: &Metadata) -> Option<Self> {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).ok()?.as_secs();
+        let changed = (metadata.ctime(), metadata.ctime_nsec());
+        let is_settled = i64::try_from(now).ok()?.checked_sub(changed.0)? > SETTLED;
+        is_settled.then(|| Self {
+            device: metadata.dev(),
+            inode: metadata.ino(),
+            len: metadata.len(),
+            changed,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests;

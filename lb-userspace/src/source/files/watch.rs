@@ -1,0 +1,212 @@
+//! Watches a manifest file or folder.
+
+use std::{
+    fs, io,
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf, absolute},
+    sync::Arc,
+    time::Duration,
+};
+
+use notify::{
+    Event, EventKind, RecommendedWatcher, RecursiveMode, Watcher,
+    event::{AccessKind, AccessMode},
+};
+use tokio::{
+    sync::{Notify, mpsc},
+    task,
+    time::{Instant, timeout, timeout_at},
+};
+
+use super::{
+    Snapshot,
+    read::{Reader, is_manifest},
+};
+
+/// How long the folder must be quiet after a change before it is read. An editor's truncate, write and rename,
+/// or the many files of a copy, become one snapshot.
+const QUIET: Duration = Duration::from_millis(10);
+/// How long a folder that is never quiet is left unread.
+const MAX_UNQUIET: Duration = Duration::from_millis(200);
+/// How often everything is read without an event: for file systems that send none (NFS, some overlays), targets
+/// of symbolic links, and lost watches.
+const REREAD: Duration = Duration::from_secs(10);
+
+/// Why [`watch()`] cannot start. The caller tells the user and ends: a path is a setting.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// There is nothing at the path, or it cannot be looked at.
+    #[error("--source file:{}: cannot be read; give a manifest file or a folder of them", path.display())]
+    Path {
+        /// The path given.
+        path: PathBuf,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+    /// The path is neither a file nor a folder.
+    #[error("--source file:{}: is neither a file nor a folder", path.display())]
+    Kind {
+        /// The path given.
+        path: PathBuf,
+    },
+}
+
+/// Watches a manifest file, or a folder of files that end in `.yaml`, `.yml` or `.json`.
+///
+/// The first snapshot comes at once, then one after each change; a reading without a change gives none. Hidden
+/// files and folders inside the folder are left out; symbolic links are followed, so that a mounted `ConfigMap`
+/// works. Each snapshot is a complete reading: a change whose event is lost is seen ten seconds later at the latest.
+///
+/// The task ends when the receiver is dropped. A path that vanishes later is no error: it is watched again when it
+/// comes back.
+///
+/// # Errors
+///
+/// If there is nothing at the path at this moment, or neither a file nor a folder.
+///
+/// # Panics
+///
+/// Outside a tokio runtime.
+pub fn watch(path: impl AsRef<Path>) -> Result<mpsc::Receiver<Snapshot>, Error> {
+    let given = path.as_ref();
+    let failed = |source| Error::Path { path: given.to_owned(), source };
+    // Absolute, so that the paths of events can be compared with it.
+    let path = absolute(given).map_err(failed)?;
+    let metadata = fs::metadata(&path).map_err(failed)?;
+    if !metadata.is_dir() && !metadata.is_file() {
+        return Err(Error::Kind { path: given.to_owned() });
+    }
+    let (sender, receiver) = mpsc::channel(1);
+    task::spawn(run(Reader::new(path), sender));
+    Ok(receiver)
+}
+
+async fn run(mut reader: Reader, sender: mpsc::Sender<Snapshot>) {
+    let mut watches = Watches::new(reader.path());
+    // Whatever the watch may have missed is found by the readings that trust nothing.
+    let mut trusts_stamps = false;
+    loop {
+        // First the watch, then the reading: what changes in between is read again instead of missed.
+        watches.renew();
+        let reading = task::spawn_blocking(move || {
+            let snapshot = reader.read(trusts_stamps);
+            (reader, snapshot)
+        });
+        let Ok((returned, snapshot)) = reading.await else {
+            // The runtime is shutting down.
+            return;
+        };
+        reader = returned;
+        if let Some(snapshot) = snapshot
+            && sender.send(snapshot).await.is_err()
+        {
+            return;
+        }
+        tokio::select! {
+            () = sender.closed() => return,
+            woken = timeout(REREAD, quiet_after_change(&watches.changed)) => trusts_stamps = woken.is_ok(),
+        }
+    }
+}
+
+/// Waits for a change, then for the quiet after it.
+async fn quiet_after_change(changed: &Notify) {
+    changed.notified().await;
+    let deadline = Instant::now() + MAX_UNQUIET;
+    let unquiet = async { while timeout(QUIET, changed.notified()).await.is_ok() {} };
+    // Either way it is time to read.
+    let _ = timeout_at(deadline, unquiet).await;
+}
+
+/// The kernel's watches on the path.
+struct Watches {
+    path: PathBuf,
+    changed: Arc<Notify>,
+    /// Kept for its `Drop`, which ends the watches.
+    watcher: Option<RecommendedWatcher>,
+    /// Device and inode that are watched: a path can come to mean another folder.
+    identity: Option<(u64, u64)>,
+    has_warned: bool,
+}
+
+impl Watches {
+    fn new(path: &Path) -> Self {
+        Self {
+            path: path.to_owned(),
+            changed: Arc::default(),
+            watcher: None,
+            identity: None,
+            has_warned: false,
+        }
+    }
+
+    /// Watches what is at the path now. Without a watch (the user's inotify limit, a missing folder) the periodic
+    /// reading goes on alone.
+    fn renew(&mut self) {
+        let identity = fs::metadata(&self.path).ok().map(|metadata| (metadata.dev(), metadata.ino()));
+        if self.watcher.is_some() && identity == self.identity {
+            return;
+        }
+        self.identity = identity;
+        self.watcher = match self.start() {
+            Ok(watcher) => Some(watcher),
+            Err(error) => {
+                if !self.has_warned {
+                    let (path, seconds) = (self.path.display(), REREAD.as_secs());
+                    tracing::warn!(%path, %error, "cannot watch manifests; reading them every {seconds} s");
+                    self.has_warned = true;
+                }
+                None
+            }
+        };
+    }
+
+    fn start(&self) -> notify::Result<RecommendedWatcher> {
+        let (path, changed) = (self.path.clone(), Arc::clone(&self.changed));
+        let mut watcher = notify::recommended_watcher(move |event: notify::Result<Event>| {
+            // An error may stand for lost events.
+            if event.is_ok_and(|event| !concerns(&path, &event)) {
+                return;
+            }
+            changed.notify_one();
+        })?;
+        // The parent sees the path itself replaced, removed or created; it may be unreadable for us.
+        if let Some(parent) = self.path.parent()
+            && let Err(error) = watcher.watch(parent, RecursiveMode::NonRecursive)
+        {
+            tracing::debug!(path = %parent.display(), %error, "cannot watch the parent folder");
+        }
+        if self.identity.is_some() {
+            watcher.watch(&self.path, RecursiveMode::NonRecursive)?;
+        }
+        Ok(watcher)
+    }
+}
+
+/// Whether an event can mean that another reading gives another result.
+fn concerns(path: &Path, event: &Event) -> bool {
+    // Opening and reading a file are events too: our own readings would follow one another without end.
+    let is_read = match event.kind {
+        EventKind::Access(AccessKind::Close(AccessMode::Write)) => false,
+        EventKind::Access(_) => true,
+        _ => false,
+    };
+    // An event without a path says that the kernel's queue overflowed.
+    !is_read && (event.paths.is_empty() || event.paths.iter().any(|changed| is_inside(path, changed)))
+}
+
+/// Whether a changed path is the watched one, a manifest in it, or the link through which a mounted `ConfigMap`
+/// exchanges all its files at once (`..data`).
+fn is_inside(path: &Path, changed: &Path) -> bool {
+    if changed == path {
+        return true;
+    }
+    changed.parent() == Some(path)
+        && changed
+            .file_name()
+            .is_some_and(|name| is_manifest(name) || name.as_encoded_bytes().starts_with(b".."))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,39 @@
+//! Telling people what the agent does.
+
+use std::io::IsTerminal as _;
+
+use tracing_subscriber::{EnvFilter, fmt, layer::SubscriberExt, util::SubscriberInitExt};
+
+/// How log lines look.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    /// For people.
+    #[default]
+    Text,
+    /// One JSON object on each line.
+    Json,
+}
+
+/// Starts logging to standard error. `RUST_LOG` decides what is logged if it is set, else `verbosity`: 0 changes of
+/// state, 1 their details, 2 everything.
+///
+/// Does nothing if logging has been started before.
+pub fn start_log(format: LogFormat, verbosity: u8) {
+    let default = match verbosity {
+        0 => "info",
+        1 => "info,lb_userspace=debug,lb_ebpf=debug",
+        // aya tells each relocation at this level, which nobody who watches calls wants to read.
+        _ => "debug,lb_userspace=trace,aya=info,aya_obj=info",
+    };
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_unset| EnvFilter::new(default));
+    let registry = tracing_subscriber::registry().with(filter);
+    let started = match format {
+        LogFormat::Text => registry.with(fmt::layer()
+            .with_target(false)
+            .with_ansi(std::io::stderr().is_terminal())
+            .with_writer(std::io::stderr)).try_init(),
+        LogFormat::Json => registry.with(fmt::layer().json().with_writer(std::io::stderr)).try_init(),
+    };
+    debug_assert!(started.is_ok(), "logging is started once: {started:?}");
+}

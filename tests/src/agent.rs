@@ -1,0 +1,144 @@
+//! The agent in this process: state and kernel, without a source and without a clock.
+
+use std::{net::IpAddr, path::PathBuf, thread, time::Duration};
+
+use lb_userspace::{
+    controller::State,
+    desired::{NodePortAddresses, Settings},
+    kernel::{Features, Kernel, KernelError, Options},
+    plan::{Capacity, Plan},
+    tables::Image,
+};
+
+use crate::{cluster::Cluster, netns::NetNs, sandbox::Sandbox};
+
+/// Map sizes that suffice for most tests; the default ones take much longer to allocate.
+pub const SMALL: Capacity = Capacity { services: 256, endpoints: 2048 };
+
+/// The settings of a node called `node`.
+#[must_use]
+pub fn settings() -> Settings {
+    Settings {
+        node_name: "node".into(),
+        node_ports: lb_common::limits::NODE_PORTS.0..=lb_common::limits::NODE_PORTS.1,
+        node_port_addresses: NodePortAddresses::All,
+    }
+}
+
+/// Options for a sandbox, whose network namespace counts as the node's.
+#[must_use]
+pub fn options(sandbox: &Sandbox) -> Options {
+    Options {
+        pin_path: sandbox.pin_path(),
+        cgroup: sandbox.cgroup().path().to_owned(),
+        capacity: SMALL,
+        node_ports: lb_common::limits::NODE_PORTS,
+        localhost_nodeports: true,
+        node_netns: sandbox.netns().cookie(),
+        features: Features::probe(),
+        log: false,
+    }
+}
+
+/// State and kernel.
+pub struct Agent {
+    /// The state.
+    pub state: State,
+    /// The kernel.
+    pub kernel: Kernel,
+}
+
+impl Agent {
+    /// Starts with the usual settings and small maps.
+    ///
+    /// # Panics
+    ///
+    /// If the programs cannot be loaded and attached.
+    #[must_use]
+    pub fn start(sandbox: &Sandbox) -> Self {
+        Self::start_with(&options(sandbox), settings(), Vec::new()).unwrap_or_else(|error| panic!("{error}"))
+    }
+
+    /// Starts with given settings, over whatever is pinned.
+    ///
+    /// # Errors
+    ///
+    /// As [`Kernel::open`].
+    pub fn start_with(options: &Options, settings: Settings, interfaces: Vec<IpAddr>) -> Result<Self, KernelError> {
+        let kernel = Kernel::open(options, || {})?;
+        let found = kernel.maps().image()?;
+        let state = State::new(settings, interfaces, kernel.maps().capacity(), &found);
+        Ok(Self { state, kernel })
+    }
+
+    /// Computes and carries out a plan, as the agent's loop does.
+    ///
+    /// # Errors
+    ///
+    /// As [`Kernel::apply`].
+    pub fn try_sync(&mut self) -> Result<Plan, KernelError> {
+        if self.state.holds_back() && self.kernel.is_settled() {
+            self.state.settled();
+        }
+        let plan = self.state.sync();
+        self.kernel.apply(&plan)?;
+        Ok(plan)
+    }
+
+    /// As [`Self::try_sync`].
+    ///
+    /// # Panics
+    ///
+    /// If the plan fails.
+    pub fn sync(&mut self) -> Plan {
+        self.try_sync().unwrap_or_else(|error| panic!("{error}"))
+    }
+
+    /// Makes the tables follow a cluster.
+    ///
+    /// # Panics
+    ///
+    /// If the plan fails.
+    pub fn follow(&mut self, cluster: &Cluster) -> Plan {
+        cluster.feed(&mut self.state);
+        self.sync()
+    }
+
+    /// Waits until everything freed can be used again.
+    pub fn settle(&mut self) {
+        while self.state.holds_back() {
+            if self.kernel.is_settled() {
+                self.state.settled();
+            } else {
+                thread::sleep(Duration::from_millis(1));
+            }
+        }
+    }
+
+    /// What the kernel's tables hold.
+    ///
+    /// # Panics
+    ///
+    /// If they cannot be read.
+    #[must_use]
+    pub fn image(&self) -> Image {
+        self.kernel.maps().image().unwrap_or_else(|error| panic!("{error}"))
+    }
+
+    /// The pins of a sandbox's agent, whether they exist or not.
+    #[must_use]
+    pub fn pins(sandbox: &Sandbox) -> Vec<PathBuf> {
+        use lb_userspace::kernel::pins::{MAPS, PROGRAMS};
+        MAPS.iter().chain(&PROGRAMS).map(|name| sandbox.pin_path().join(name)).collect()
+    }
+}
+
+/// A namespace that is not the node's: a pod's.
+///
+/// # Panics
+///
+/// If it cannot be made.
+#[must_use]
+pub fn pod_namespace() -> NetNs {
+    NetNs::new().expect("a network namespace")
+}

@@ -1,0 +1,162 @@
+//! A cgroup for each test, though all tests are threads of one process.
+//!
+//! In a *threaded* cgroup v2 subtree each thread can be in a cgroup of its own, and a socket belongs to the cgroup
+//! of the thread that made it. So the whole process moves into `socklb-test-<pid>` below the root of the hierarchy
+//! while any test needs it, and each test gets a threaded child of that, which its thread enters. Programs
+//! attached to the child see calls on that test's sockets and on no others.
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+    process,
+    sync::{
+        Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU32, Ordering},
+    },
+    thread,
+    time::Duration,
+};
+
+use lb_userspace::kernel;
+use nix::{errno::Errno, sys::signal, unistd::Pid};
+
+const PREFIX: &str = "socklb-test-";
+
+/// The cgroup of the calling thread and of the threads and processes that it starts later.
+///
+/// Dropping it moves its threads out and removes it; processes that were started inside must have ended by then.
+#[derive(Debug)]
+pub struct ThreadCgroup {
+    path: PathBuf,
+}
+
+impl ThreadCgroup {
+    /// Makes a cgroup and moves the calling thread there.
+    ///
+    /// # Errors
+    ///
+    /// What the cgroup file system answers; `EACCES` or `EROFS` without the right to change it.
+    pub fn enter() -> io::Result<Self> {
+        static N_MADE: AtomicU32 = AtomicU32::new(0);
+        let parent = ProcessCgroup::join()?;
+        let cgroup = Self { path: parent.join(format!("thread-{}", N_MADE.fetch_add(1, Ordering::Relaxed))) };
+        fs::create_dir(&cgroup.path)?;
+        fs::write(cgroup.path.join("cgroup.type"), "threaded")?;
+        cgroup.admit_this_thread()?;
+        Ok(cgroup)
+    }
+
+    /// Where programs attach.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Moves the calling thread here.
+    ///
+    /// # Errors
+    ///
+    /// What the cgroup file system answers.
+    pub fn admit_this_thread(&self) -> io::Result<()> {
+        fs::write(self.path.join("cgroup.threads"), nix::unistd::gettid().to_string())
+    }
+}
+
+impl Drop for ThreadCgroup {
+    fn drop(&mut self) {
+        if let Some(parent) = self.path.parent() {
+            for tid in fs::read_to_string(self.path.join("cgroup.threads")).unwrap_or_default().lines() {
+                let _ended_meanwhile = fs::write(parent.join("cgroup.threads"), tid);
+            }
+        }
+        remove(&self.path);
+        ProcessCgroup::leave();
+    }
+}
+
+/// The cgroup that the test process is in while a test uses it.
+#[derive(Debug)]
+struct ProcessCgroup {
+    path: PathBuf,
+    origin: PathBuf,
+    n_users: usize,
+}
+
+static PROCESS: Mutex<Option<ProcessCgroup>> = Mutex::new(None);
+
+impl ProcessCgroup {
+    fn lock() -> MutexGuard<'static, Option<Self>> {
+        PROCESS.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Moves the process there, if it is not there yet, and returns the cgroup.
+    fn join() -> io::Result<PathBuf> {
+        let mut process = Self::lock();
+        if let Some(cgroup) = &mut *process {
+            cgroup.n_users += 1;
+            return Ok(cgroup.path.clone());
+        }
+        let root = kernel::cgroup::find_root().map_err(io::Error::other)?;
+        sweep(&root);
+        let origin = origin(&root)?;
+        let path = root.join(format!("{PREFIX}{}", process::id()));
+        fs::create_dir(&path)?;
+        let moved = fs::write(path.join("cgroup.procs"), process::id().to_string());
+        if let Err(error) = moved {
+            remove(&path);
+            return Err(error);
+        }
+        *process = Some(Self { path: path.clone(), origin, n_users: 1 });
+        Ok(path)
+    }
+
+    /// Moves the process back, if nobody else uses its cgroup.
+    fn leave() {
+        let mut process = Self::lock();
+        let Some(cgroup) = &mut *process else { return };
+        cgroup.n_users -= 1;
+        if cgroup.n_users == 0 {
+            let _origin_is_gone = fs::write(cgroup.origin.join("cgroup.procs"), process::id().to_string());
+            remove(&cgroup.path);
+            *process = None;
+        }
+    }
+}
+
+/// The cgroup v2 directory that this process is in.
+fn origin(root: &Path) -> io::Result<PathBuf> {
+    let cgroups = fs::read_to_string("/proc/self/cgroup")?;
+    let path = cgroups.lines().find_map(|line| line.strip_prefix("0::/"));
+    Ok(root.join(path.ok_or_else(|| io::Error::other("this process is in no cgroup v2"))?))
+}
+
+/// Removes a cgroup. The kernel counts a thread that has just ended for a moment longer.
+fn remove(path: &Path) {
+    for _ in 0..200 {
+        match fs::remove_dir(path) {
+            Err(error) if error.kind() == io::ErrorKind::ResourceBusy => {
+                thread::sleep(Duration::from_millis(10));
+            }
+            _ => return,
+        }
+    }
+}
+
+/// Removes what test processes left behind that were killed.
+fn sweep(root: &Path) {
+    for path in children(root) {
+        let pid = path.file_name().and_then(|name| name.to_str()?.strip_prefix(PREFIX)?.parse().ok());
+        if pid.is_some_and(|pid| signal::kill(Pid::from_raw(pid), None) == Err(Errno::ESRCH)) {
+            for child in children(&path) {
+                let _in_use = fs::remove_dir(child);
+            }
+            let _in_use = fs::remove_dir(path);
+        }
+    }
+}
+
+/// The cgroups below a cgroup.
+fn children(path: &Path) -> impl Iterator<Item = PathBuf> {
+    let entries = fs::read_dir(path).into_iter().flatten();
+    entries.filter_map(|entry| Some(entry.ok()?.path())).filter(|path| path.is_dir())
+}

@@ -1,0 +1,255 @@
+//! Calls, seen as a program sees them.
+
+use std::{
+    io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    os::fd::{AsRawFd, OwnedFd},
+};
+
+use nix::{
+    errno::Errno,
+    libc,
+    sys::{
+        socket::{
+            self, AddressFamily, MsgFlags, SockFlag, SockType, SockaddrStorage, setsockopt,
+            sockopt::{Linger, ReceiveTimeout, SendTimeout},
+        },
+        time::{TimeVal, TimeValLike},
+    },
+};
+use lb_userspace::model::Protocol;
+
+/// Seconds after which a call gives up that nobody answers. Only a failing test waits that long.
+const PATIENCE: i64 = 20;
+
+/// Through which kind of socket a call is made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Domain {
+    /// `AF_INET`
+    V4,
+    /// `AF_INET6` to an IPv6 address
+    V6,
+    /// `AF_INET6` to an IPv4 address, as Go and Java programs call by default: `::ffff:a.b.c.d`
+    Mapped,
+}
+
+impl Domain {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::V4, Self::V6, Self::Mapped];
+
+    /// The plain domain for calls to an address.
+    #[must_use]
+    pub const fn of(ip: IpAddr) -> Self {
+        if ip.is_ipv4() { Self::V4 } else { Self::V6 }
+    }
+
+    /// Loopback, for a server that a socket of this domain can reach.
+    #[must_use]
+    pub const fn loopback(self) -> IpAddr {
+        match self {
+            Self::V4 | Self::Mapped => IpAddr::V4(Ipv4Addr::LOCALHOST),
+            Self::V6 => IpAddr::V6(Ipv6Addr::LOCALHOST),
+        }
+    }
+
+    fn family(self) -> AddressFamily {
+        if self == Self::V4 { AddressFamily::Inet } else { AddressFamily::Inet6 }
+    }
+
+    /// The address as a socket of this domain takes it.
+    fn sockaddr(self, address: SocketAddr) -> SockaddrStorage {
+        match (self, address.ip()) {
+            (Self::Mapped, IpAddr::V4(ip)) => SocketAddr::new(ip.to_ipv6_mapped().into(), address.port()).into(),
+            _ => address.into(),
+        }
+    }
+
+    /// What the kernel says of an address.
+    ///
+    /// # Panics
+    ///
+    /// If a socket of this domain must not see such an address: one that is not mapped for [`Domain::Mapped`].
+    fn address(self, storage: &SockaddrStorage) -> SocketAddr {
+        let address = match (storage.as_sockaddr_in(), storage.as_sockaddr_in6()) {
+            (Some(v4), _) => SocketAddr::V4((*v4).into()),
+            (_, Some(v6)) => SocketAddr::V6((*v6).into()),
+            _ => panic!("an address that is neither IPv4 nor IPv6: {storage:?}"),
+        };
+        match (self, address.ip()) {
+            (Self::Mapped, IpAddr::V6(ip)) => {
+                let ip = ip.to_ipv4_mapped().unwrap_or_else(|| panic!("{ip} is not an IPv4-mapped address"));
+                SocketAddr::new(ip.into(), address.port())
+            }
+            (Self::V4, IpAddr::V4(_)) | (Self::V6, IpAddr::V6(_)) => address,
+            _ => panic!("a socket of {self:?} sees the address {address}"),
+        }
+    }
+}
+
+/// A socket, closed on drop. Addresses of [`Domain::Mapped`] are written and read as IPv4 addresses.
+#[derive(Debug)]
+pub struct Socket {
+    fd: OwnedFd,
+    domain: Domain,
+    protocol: Protocol,
+}
+
+impl Socket {
+    /// A TCP or UDP socket of the calling thread's network namespace and cgroup.
+    ///
+    /// # Panics
+    ///
+    /// If there is none to be had.
+    #[must_use]
+    pub fn new(domain: Domain, protocol: Protocol) -> Self {
+        let kind = if protocol == Protocol::Tcp { SockType::Stream } else { SockType::Datagram };
+        let fd = socket::socket(domain.family(), kind, SockFlag::SOCK_CLOEXEC, None).expect("a socket");
+        Self::from_fd(fd, domain, protocol)
+    }
+
+    /// A socket of another protocol, such as `IPPROTO_MPTCP`, that is used like one of `protocol`.
+    ///
+    /// # Errors
+    ///
+    /// `EPROTONOSUPPORT` if the kernel does not have it.
+    pub fn with_protocol_number(domain: Domain, protocol: Protocol, number: i32) -> io::Result<Self> {
+        let kind = if protocol == Protocol::Tcp { libc::SOCK_STREAM } else { libc::SOCK_DGRAM };
+        // SAFETY: takes three integers.
+        let fd = unsafe { libc::socket(domain.family() as i32, kind | libc::SOCK_CLOEXEC, number) };
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: a new file descriptor that nobody else knows.
+        let fd = unsafe { <OwnedFd as std::os::fd::FromRawFd>::from_raw_fd(fd) };
+        Ok(Self::from_fd(fd, domain, protocol))
+    }
+
+    fn from_fd(fd: OwnedFd, domain: Domain, protocol: Protocol) -> Self {
+        let patience = TimeVal::seconds(PATIENCE);
+        setsockopt(&fd, ReceiveTimeout, &patience).expect("a receive time-out");
+        setsockopt(&fd, SendTimeout, &patience).expect("a send time-out");
+        if protocol == Protocol::Tcp {
+            // Thousands of connections to one address must not exhaust the local ports by TIME_WAIT.
+            let at_once = libc::linger { l_onoff: 1, l_linger: 0 };
+            setsockopt(&fd, Linger, &at_once).expect("a linger time");
+        }
+        Self { fd, domain, protocol }
+    }
+
+    /// `connect()`
+    ///
+    /// # Errors
+    ///
+    /// The system call's.
+    pub fn connect(&self, to: SocketAddr) -> Result<(), Errno> {
+        socket::connect(self.fd.as_raw_fd(), &self.domain.sockaddr(to))
+    }
+
+    /// `connect()` with `AF_UNSPEC`: a datagram socket has no peer any longer.
+    ///
+    /// # Errors
+    ///
+    /// The system call's.
+    pub fn disconnect(&self) -> Result<(), Errno> {
+        let nowhere = libc::sockaddr {
+            sa_family: libc::sa_family_t::try_from(libc::AF_UNSPEC).expect("zero"),
+            sa_data: [0; 14],
+        };
+        let len = libc::socklen_t::try_from(size_of_val(&nowhere)).expect("sixteen");
+        // SAFETY: the kernel reads `len` octets of `nowhere`, which outlives the call.
+        Errno::result(unsafe { libc::connect(self.fd.as_raw_fd(), &raw const nowhere, len) }).map(drop)
+    }
+
+    /// `getpeername()`
+    ///
+    /// # Errors
+    ///
+    /// The system call's; `ENOTCONN` without a peer.
+    pub fn peer_name(&self) -> Result<SocketAddr, Errno> {
+        socket::getpeername::<SockaddrStorage>(self.fd.as_raw_fd()).map(|storage| self.domain.address(&storage))
+    }
+
+    /// `send()`
+    ///
+    /// # Errors
+    ///
+    /// The system call's.
+    pub fn send(&self, bytes: &[u8]) -> Result<(), Errno> {
+        socket::send(self.fd.as_raw_fd(), bytes, MsgFlags::MSG_NOSIGNAL).map(drop)
+    }
+
+    /// `sendto()`
+    ///
+    /// # Errors
+    ///
+    /// The system call's.
+    pub fn send_to(&self, bytes: &[u8], to: SocketAddr) -> Result<(), Errno> {
+        socket::sendto(self.fd.as_raw_fd(), bytes, &self.domain.sockaddr(to), MsgFlags::empty()).map(drop)
+    }
+
+    /// `recvfrom()`: one datagram and whom it seems to come from, or what a stream has, from its peer.
+    ///
+    /// # Errors
+    ///
+    /// The system call's; `EAGAIN` if nobody answers in time.
+    pub fn receive(&self) -> Result<(Vec<u8>, Option<SocketAddr>), Errno> {
+        let mut buffer = vec![0; 4096];
+        let (n, sender) = socket::recvfrom::<SockaddrStorage>(self.fd.as_raw_fd(), &mut buffer)?;
+        buffer.truncate(n);
+        let sender = if self.protocol == Protocol::Udp { sender } else { None };
+        Ok((buffer, sender.map(|storage| self.domain.address(&storage))))
+    }
+
+    /// Asks the peer of a connected socket who it is ([`crate::server::Servers`]).
+    ///
+    /// # Errors
+    ///
+    /// The failing system call's.
+    pub fn ask(&self) -> Result<Answer, Errno> {
+        if self.protocol == Protocol::Udp {
+            self.send(b"?")?;
+        }
+        let (bytes, sender) = self.receive()?;
+        Ok(Answer { server: server_in(&bytes), seen: sender })
+    }
+
+    /// Asks whoever answers at an address who it is, without connecting.
+    ///
+    /// # Errors
+    ///
+    /// The failing system call's.
+    pub fn ask_at(&self, to: SocketAddr) -> Result<Answer, Errno> {
+        self.send_to(b"?", to)?;
+        let (bytes, sender) = self.receive()?;
+        Ok(Answer { server: server_in(&bytes), seen: sender })
+    }
+}
+
+/// Who answered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Answer {
+    /// The server's own address.
+    pub server: SocketAddr,
+    /// The address that the datagram seems to come from.
+    pub seen: Option<SocketAddr>,
+}
+
+/// The address in the first line of a server's answer.
+fn server_in(answer: &[u8]) -> SocketAddr {
+    let text = String::from_utf8_lossy(answer);
+    let line = text.lines().next().unwrap_or_default();
+    line.parse().unwrap_or_else(|_| panic!("an answer that names no server: {text:?}"))
+}
+
+/// Connects to an address through a plain socket of its family and asks who answers there.
+///
+/// # Errors
+///
+/// The failing system call's: `ECONNREFUSED` for a service without endpoints, `ENETUNREACH` for an address that
+/// nobody has.
+pub fn call(to: SocketAddr, protocol: Protocol) -> Result<SocketAddr, Errno> {
+    let socket = Socket::new(Domain::of(to.ip()), protocol);
+    socket.connect(to)?;
+    Ok(socket.ask()?.server)
+}
+

@@ -1,0 +1,305 @@
+//! Kubernetes objects, made in code or read from YAML.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::{IpAddr, SocketAddr},
+};
+
+use anyhow::{Context as _, Result, bail};
+use k8s_openapi::{
+    api::{
+        core::v1::{Node, NodeAddress, NodeStatus, Service, ServicePort, ServiceSpec},
+        discovery::v1::{Endpoint, EndpointPort, EndpointSlice},
+    },
+    apimachinery::pkg::apis::meta::v1::ObjectMeta,
+};
+use lb_userspace::{
+    controller::State,
+    model::{Changes, Issue, Protocol, ServiceKey, Store, ingest},
+};
+use serde::Deserialize as _;
+
+/// The namespace of objects made here.
+pub const NAMESPACE: &str = "default";
+
+/// Namespace and name. A Node has an empty namespace.
+pub type Name = (String, String);
+
+/// An object that socklb watches.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Object {
+    /// A Service.
+    Service(Service),
+    /// An EndpointSlice.
+    Slice(EndpointSlice),
+    /// A Node.
+    Node(Node),
+}
+
+impl From<Service> for Object {
+    fn from(service: Service) -> Self {
+        Self::Service(service)
+    }
+}
+
+impl From<EndpointSlice> for Object {
+    fn from(slice: EndpointSlice) -> Self {
+        Self::Slice(slice)
+    }
+}
+
+impl From<Node> for Object {
+    fn from(node: Node) -> Self {
+        Self::Node(node)
+    }
+}
+
+/// Reads an object as the API has it.
+///
+/// # Errors
+///
+/// If it is of no kind that socklb watches, or not as the API defines it.
+pub fn object(value: &serde_json::Value) -> Result<Object> {
+    let kind = value["kind"].as_str().context("an object without `kind`")?;
+    let object = match kind {
+        "Service" => Service::deserialize(value).map(Object::Service),
+        "EndpointSlice" => EndpointSlice::deserialize(value).map(Object::Slice),
+        "Node" => Node::deserialize(value).map(Object::Node),
+        other => bail!("objects of kind {other} play no part"),
+    };
+    object.with_context(|| format!("{kind} {}", value["metadata"]["name"]))
+}
+
+/// What an API server holds.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Cluster {
+    /// Services.
+    pub services: BTreeMap<Name, Service>,
+    /// Slices.
+    pub slices: BTreeMap<Name, EndpointSlice>,
+    /// Nodes.
+    pub nodes: BTreeMap<Name, Node>,
+}
+
+fn name_of(metadata: &ObjectMeta) -> Name {
+    (metadata.namespace.clone().unwrap_or_default(), metadata.name.clone().unwrap_or_default())
+}
+
+impl Cluster {
+    /// Without objects.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Adds an object or replaces the one of its name.
+    pub fn set(&mut self, object: impl Into<Object>) {
+        match object.into() {
+            Object::Service(service) => drop(self.services.insert(name_of(&service.metadata), service)),
+            Object::Slice(slice) => drop(self.slices.insert(name_of(&slice.metadata), slice)),
+            Object::Node(node) => drop(self.nodes.insert(name_of(&node.metadata), node)),
+        }
+    }
+
+    /// Adds or replaces objects.
+    #[must_use]
+    pub fn with<T: Into<Object>>(mut self, objects: impl IntoIterator<Item = T>) -> Self {
+        objects.into_iter().for_each(|object| self.set(object));
+        self
+    }
+
+    /// Makes these the only endpoints of one port of a service.
+    pub fn set_endpoints(&mut self, port: &PortOf<'_>, endpoints: &[SocketAddr]) {
+        let prefix = port.slice_prefix();
+        self.slices.retain(|(_, name), _| !name.starts_with(&prefix));
+        slices(port, endpoints).into_iter().for_each(|slice| self.set(slice));
+    }
+
+    /// Puts the objects into a store as a re-list does: what is not named is gone. Returns what is wrong with them.
+    pub fn fill(&self, store: &mut Store) -> (Changes, Vec<Issue>) {
+        let mut issues = Vec::new();
+        let mut note = |found: Vec<Issue>| issues.extend(found);
+        let is_served = |metadata: &ObjectMeta| ingest::is_selected(metadata.labels.as_ref(), None);
+        let services: Vec<_> = self
+            .services
+            .values()
+            .filter(|service| is_served(&service.metadata))
+            .filter_map(|object| {
+                let (service, found) = ingest::service(object);
+                note(found);
+                service
+            })
+            .collect();
+        let mut changes = store.replace_services(services);
+        let slices: Vec<_> = self
+            .slices
+            .values()
+            .filter(|slice| is_served(&slice.metadata))
+            .filter_map(|object| {
+                let (slice, found) = ingest::slice(object);
+                note(found);
+                slice
+            })
+            .collect();
+        changes.merge(store.replace_slices(slices));
+        let nodes: Vec<_> = self
+            .nodes
+            .values()
+            .filter_map(|object| {
+                let (node, found) = ingest::node(object);
+                note(found);
+                node
+            })
+            .collect();
+        changes.merge(store.replace_nodes(nodes));
+        (changes, issues)
+    }
+
+    /// As [`Self::fill`], into an agent's state.
+    pub fn feed(&self, state: &mut State) -> Vec<Issue> {
+        let mut issues = Vec::new();
+        state.change(|store| {
+            let (changes, found) = self.fill(store);
+            issues = found;
+            changes
+        });
+        issues
+    }
+
+    /// Every address that an endpoint of any slice has, with its protocol.
+    #[must_use]
+    pub fn endpoint_addresses(&self) -> BTreeSet<(SocketAddr, Protocol)> {
+        let mut store = Store::new();
+        let (_all, _issues) = self.fill(&mut store);
+        let mut found = BTreeSet::new();
+        for slice in store.slices() {
+            for port in &slice.ports {
+                found.extend(
+                    slice.endpoints.iter().map(|e| (SocketAddr::new(e.address, port.port), port.protocol)),
+                );
+            }
+        }
+        found
+    }
+}
+
+/// Names a port of a service: what its slices refer to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PortOf<'a> {
+    /// Name of the service.
+    pub service: &'a str,
+    /// Name of the port.
+    pub name: &'a str,
+    /// Its protocol.
+    pub protocol: Protocol,
+}
+
+impl<'a> PortOf<'a> {
+    /// The unnamed TCP port of a service.
+    #[must_use]
+    pub const fn tcp(service: &'a str) -> Self {
+        Self { service, name: "", protocol: Protocol::Tcp }
+    }
+
+    /// The unnamed UDP port of a service.
+    #[must_use]
+    pub const fn udp(service: &'a str) -> Self {
+        Self { service, name: "", protocol: Protocol::Udp }
+    }
+
+    fn slice_prefix(&self) -> String {
+        format!("{}-{}-{}-", self.service, self.name, self.protocol)
+    }
+}
+
+fn metadata(namespace: &str, name: &str) -> ObjectMeta {
+    let namespace = (!namespace.is_empty()).then(|| namespace.to_owned());
+    ObjectMeta { name: Some(name.to_owned()), namespace, ..ObjectMeta::default() }
+}
+
+/// A Service of type `ClusterIP` with a cluster IP of one or of each family.
+#[must_use]
+pub fn service(name: &str, cluster_ips: &[IpAddr], ports: &[ServicePort]) -> Service {
+    let texts: Vec<String> = cluster_ips.iter().map(ToString::to_string).collect();
+    let families = cluster_ips.iter().map(|ip| if ip.is_ipv4() { "IPv4" } else { "IPv6" }.to_owned());
+    Service {
+        metadata: metadata(NAMESPACE, name),
+        spec: Some(ServiceSpec {
+            cluster_ip: texts.first().cloned(),
+            cluster_ips: Some(texts),
+            ip_families: Some(families.collect()),
+            ports: Some(ports.to_vec()),
+            ..ServiceSpec::default()
+        }),
+        ..Service::default()
+    }
+}
+
+/// Changes the `spec` of a Service.
+#[must_use]
+pub fn with_spec(mut service: Service, change: impl FnOnce(&mut ServiceSpec)) -> Service {
+    change(service.spec.get_or_insert_default());
+    service
+}
+
+/// A port of a Service; the name may be empty.
+#[must_use]
+pub fn port(name: &str, protocol: Protocol, number: u16) -> ServicePort {
+    ServicePort {
+        name: (!name.is_empty()).then(|| name.to_owned()),
+        protocol: Some(protocol.to_string()),
+        port: number.into(),
+        ..ServicePort::default()
+    }
+}
+
+/// Slices with these endpoints, all ready: one slice for each family and port number.
+#[must_use]
+pub fn slices(port: &PortOf<'_>, endpoints: &[SocketAddr]) -> Vec<EndpointSlice> {
+    let mut groups: BTreeMap<(bool, u16), Vec<Endpoint>> = BTreeMap::new();
+    for endpoint in endpoints {
+        groups
+            .entry((endpoint.is_ipv6(), endpoint.port()))
+            .or_default()
+            .push(Endpoint { addresses: vec![endpoint.ip().to_string()], ..Endpoint::default() });
+    }
+    groups
+        .into_iter()
+        .map(|((ipv6, number), endpoints)| {
+            let family = if ipv6 { "IPv6" } else { "IPv4" };
+            let mut metadata = metadata(NAMESPACE, &format!("{}{family}-{number}", port.slice_prefix()));
+            metadata.labels = Some([(ingest::SERVICE_NAME.to_owned(), port.service.to_owned())].into());
+            EndpointSlice {
+                metadata,
+                address_type: family.to_owned(),
+                ports: Some(vec![EndpointPort {
+                    name: Some(port.name.to_owned()),
+                    protocol: Some(port.protocol.to_string()),
+                    port: Some(number.into()),
+                    ..EndpointPort::default()
+                }]),
+                endpoints,
+            }
+        })
+        .collect()
+}
+
+/// A Node with addresses of type `InternalIP`.
+#[must_use]
+pub fn node(name: &str, addresses: &[IpAddr]) -> Node {
+    let addresses = addresses
+        .iter()
+        .map(|ip| NodeAddress { type_: "InternalIP".to_owned(), address: ip.to_string() })
+        .collect();
+    Node {
+        metadata: metadata("", name),
+        status: Some(NodeStatus { addresses: Some(addresses), ..NodeStatus::default() }),
+        ..Node::default()
+    }
+}
+
+/// Key of a Service made here.
+#[must_use]
+pub fn key(service: &str) -> ServiceKey {
+    ServiceKey::new(NAMESPACE, service)
+}

@@ -1,0 +1,118 @@
+//! Network namespaces without a way out: nothing that a test sends can leave what the test made.
+
+use std::{
+    fs::File,
+    io,
+    net::IpAddr,
+    os::fd::AsFd,
+    panic, thread,
+};
+
+use nix::sched::{CloneFlags, setns, unshare};
+
+use crate::netlink;
+
+/// A network namespace. It ends with the last thread, socket and [`NetNs`] in it.
+#[derive(Debug)]
+pub struct NetNs {
+    file: File,
+}
+
+impl NetNs {
+    /// Moves the calling thread to a new namespace, with the loopback device up and nothing else: no other device
+    /// and no route.
+    ///
+    /// # Errors
+    ///
+    /// `EPERM` without `CAP_SYS_ADMIN`.
+    pub fn enter_new() -> io::Result<Self> {
+        unshare(CloneFlags::CLONE_NEWNET)?;
+        netlink::set_up(netlink::LOOPBACK)?;
+        Self::current()
+    }
+
+    /// The namespace of the calling thread.
+    ///
+    /// # Errors
+    ///
+    /// If proc(5) is not mounted.
+    pub fn current() -> io::Result<Self> {
+        Ok(Self { file: File::open("/proc/thread-self/ns/net")? })
+    }
+
+    /// Makes a new namespace while the calling thread stays where it is.
+    ///
+    /// # Errors
+    ///
+    /// `EPERM` without `CAP_SYS_ADMIN`.
+    pub fn new() -> io::Result<Self> {
+        on_a_thread(Self::enter_new)
+    }
+
+    /// Runs something inside the namespace, on a thread of its own that is in the caller's cgroup.
+    ///
+    /// # Panics
+    ///
+    /// If it panics, or if the namespace cannot be entered.
+    pub fn run<R: Send>(&self, body: impl FnOnce() -> R + Send) -> R {
+        on_a_thread(|| {
+            setns(&self.file, CloneFlags::CLONE_NEWNET).expect("a namespace of ours can be entered");
+            body()
+        })
+    }
+
+    /// The cookie of the namespace, which programs see; `None` before kernel 5.14, which does not tell.
+    #[must_use]
+    pub fn cookie(&self) -> Option<u64> {
+        self.run(lb_userspace::kernel::syscall::netns_cookie)
+    }
+
+    /// Gives the loopback device of the namespace an address.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's answer.
+    pub fn add_address(&self, ip: IpAddr) -> io::Result<()> {
+        self.run(|| netlink::add_address(netlink::LOOPBACK, ip, host_prefix(ip)))
+    }
+
+    /// Joins this namespace to another by a pair of devices with one address at each end, of one network.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's answer: `EOPNOTSUPP` without the module `veth`.
+    pub fn join(&self, name: &str, here: &[IpAddr], other: &Self, other_name: &str, there: &[IpAddr]) -> io::Result<()> {
+        self.run(|| {
+            netlink::add_veth(name, other.file.as_fd(), other_name)?;
+            give_addresses(name, here)
+        })?;
+        other.run(|| give_addresses(other_name, there))
+    }
+}
+
+/// Gives a device addresses, each in a network of 256, and sets it up.
+fn give_addresses(name: &str, addresses: &[IpAddr]) -> io::Result<()> {
+    let device = netlink::device(name)?;
+    for &ip in addresses {
+        netlink::add_address(device, ip, host_prefix(ip) - 8)?;
+    }
+    netlink::set_up(device)
+}
+
+const fn host_prefix(ip: IpAddr) -> u8 {
+    if ip.is_ipv4() { 32 } else { 128 }
+}
+
+/// Lets processes of any group make ICMP sockets in the calling thread's namespace.
+///
+/// # Errors
+///
+/// If `/proc/sys` cannot be written.
+pub fn allow_ping() -> io::Result<()> {
+    std::fs::write("/proc/sys/net/ipv4/ping_group_range", "0 2147483647")
+}
+
+/// Runs something on a new thread and waits for it: namespaces and cgroups are a thread's own.
+pub(crate) fn on_a_thread<R: Send>(body: impl FnOnce() -> R + Send) -> R {
+    thread::scope(|scope| scope.spawn(body).join()).unwrap_or_else(|cause| panic::resume_unwind(cause))
+}

@@ -1,0 +1,110 @@
+//! Where a kernel test runs: a network without a way out, a BPF file system and a cgroup of its own.
+
+use std::{
+    io,
+    net::IpAddr,
+    path::{Path, PathBuf},
+};
+
+use nix::{
+    mount::{MntFlags, MsFlags, mount, umount2},
+    sched::{CloneFlags, unshare},
+};
+use tempfile::TempDir;
+
+use crate::{
+    cgroup::ThreadCgroup,
+    netns::{NetNs, on_a_thread},
+};
+
+/// The surroundings of one test. All of it ends with the test, also if that panics; what a killed process leaves
+/// behind is empty cgroups, which the next one removes.
+#[derive(Debug)]
+pub struct Sandbox {
+    netns: NetNs,
+    bpffs: BpfFs,
+    cgroup: ThreadCgroup,
+}
+
+impl Sandbox {
+    /// Runs a test inside a new sandbox, on a thread of its own.
+    ///
+    /// The test's thread, and all threads and processes that it starts, are in the sandbox's network namespace, mount
+    /// namespace and cgroup.
+    ///
+    /// # Panics
+    ///
+    /// If the test panics, or if there is no sandbox to be had: see [`crate::require`].
+    pub fn run<R: Send>(test: impl FnOnce(&Self) -> R + Send) -> R {
+        on_a_thread(|| {
+            let sandbox = Self::enter().expect("a sandbox needs root and a cgroup v2 hierarchy");
+            test(&sandbox)
+        })
+    }
+
+    /// Moves the calling thread to a new sandbox.
+    fn enter() -> io::Result<Self> {
+        let netns = NetNs::enter_new()?;
+        let bpffs = BpfFs::mount()?;
+        Ok(Self { netns, bpffs, cgroup: ThreadCgroup::enter()? })
+    }
+
+    /// The network namespace of the sandbox.
+    #[must_use]
+    pub fn netns(&self) -> &NetNs {
+        &self.netns
+    }
+
+    /// The cgroup of the sandbox, where programs attach.
+    #[must_use]
+    pub fn cgroup(&self) -> &ThreadCgroup {
+        &self.cgroup
+    }
+
+    /// A directory on the sandbox's BPF file system that does not exist yet.
+    #[must_use]
+    pub fn pin_path(&self) -> PathBuf {
+        self.bpffs().join("socklb")
+    }
+
+    /// The mount point of the sandbox's BPF file system.
+    #[must_use]
+    pub fn bpffs(&self) -> &Path {
+        self.bpffs.directory.path()
+    }
+
+    /// Makes addresses those of the sandbox's host: a server can listen there, and a call gets there.
+    ///
+    /// # Panics
+    ///
+    /// If the kernel refuses.
+    pub fn own(&self, addresses: impl IntoIterator<Item = IpAddr>) {
+        for ip in addresses {
+            self.netns.add_address(ip).unwrap_or_else(|error| panic!("{ip}: {error}"));
+        }
+    }
+}
+
+/// A BPF file system that only the thread which mounted it sees, and those that it starts.
+#[derive(Debug)]
+struct BpfFs {
+    directory: TempDir,
+}
+
+impl BpfFs {
+    fn mount() -> io::Result<Self> {
+        const NONE: Option<&str> = None;
+        unshare(CloneFlags::CLONE_NEWNS)?;
+        mount(NONE, "/", NONE, MsFlags::MS_REC | MsFlags::MS_PRIVATE, NONE)?;
+        let directory = tempfile::Builder::new().prefix("socklb-test-").tempdir()?;
+        mount(Some("bpf"), directory.path(), Some("bpf"), MsFlags::empty(), NONE)?;
+        Ok(Self { directory })
+    }
+}
+
+impl Drop for BpfFs {
+    fn drop(&mut self) {
+        // Its pins go with it, and with them the attachments.
+        let _namespace_ends_anyway = umount2(self.directory.path(), MntFlags::MNT_DETACH);
+    }
+}

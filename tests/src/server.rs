@@ -1,0 +1,190 @@
+//! Servers that say who they are.
+
+use std::{
+    io::{self, Read, Write},
+    net::{SocketAddr, TcpListener, TcpStream, UdpSocket},
+    os::{
+        fd::{AsFd, BorrowedFd},
+        unix::net::UnixStream,
+    },
+    thread::{self, JoinHandle},
+};
+
+use lb_userspace::model::Protocol;
+use nix::{
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::socket::{Backlog, listen},
+};
+
+/// Any number of servers on one thread, in the network namespace and cgroup of the thread that started them.
+///
+/// A TCP server sends its address and a newline to whom it accepts, then echoes. A UDP server answers each datagram
+/// with its address, a newline and the datagram. The address is the one that the caller really reached, so that a
+/// server on the unspecified address can stand for many. They stop when this value is dropped.
+#[derive(Debug)]
+pub struct Servers {
+    /// Closing it wakes the thread and ends it.
+    stop: Option<UnixStream>,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// What the thread waits for.
+enum Source {
+    Stop(UnixStream),
+    Listener(TcpListener),
+    Stream(TcpStream),
+    Datagrams(UdpSocket, SocketAddr),
+}
+
+impl Source {
+    fn fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Self::Stop(source) => source.as_fd(),
+            Self::Listener(source) => source.as_fd(),
+            Self::Stream(source) => source.as_fd(),
+            Self::Datagrams(source, _) => source.as_fd(),
+        }
+    }
+}
+
+/// What became of a source that was ready.
+enum Next {
+    Keep,
+    Add(Source),
+    Close,
+    Stop,
+}
+
+impl Servers {
+    /// Starts servers.
+    ///
+    /// # Panics
+    ///
+    /// If an address cannot be bound, or for a protocol that is neither TCP nor UDP.
+    #[must_use]
+    pub fn start(addresses: impl IntoIterator<Item = (SocketAddr, Protocol)>) -> Self {
+        let (stop, stopped) = UnixStream::pair().expect("a socket pair");
+        let mut sources = vec![Source::Stop(stopped)];
+        for (address, protocol) in addresses {
+            sources.push(bind(address, protocol).unwrap_or_else(|error| panic!("{address}/{protocol}: {error}")));
+        }
+        let thread =
+            thread::Builder::new().name("servers".into()).spawn(move || serve(sources)).expect("a thread");
+        Self { stop: Some(stop), thread: Some(thread) }
+    }
+
+    /// Starts TCP servers.
+    ///
+    /// # Panics
+    ///
+    /// If an address cannot be bound.
+    #[must_use]
+    pub fn tcp(addresses: impl IntoIterator<Item = SocketAddr>) -> Self {
+        Self::start(addresses.into_iter().map(|address| (address, Protocol::Tcp)))
+    }
+
+    /// Starts UDP servers.
+    ///
+    /// # Panics
+    ///
+    /// If an address cannot be bound.
+    #[must_use]
+    pub fn udp(addresses: impl IntoIterator<Item = SocketAddr>) -> Self {
+        Self::start(addresses.into_iter().map(|address| (address, Protocol::Udp)))
+    }
+}
+
+impl Drop for Servers {
+    fn drop(&mut self) {
+        drop(self.stop.take());
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+            && !thread::panicking()
+        {
+            panic!("the servers' thread panicked");
+        }
+    }
+}
+
+fn bind(address: SocketAddr, protocol: Protocol) -> io::Result<Source> {
+    match protocol {
+        Protocol::Tcp => {
+            let listener = TcpListener::bind(address)?;
+            // The standard library's backlog is too short for a test that opens thousands of connections.
+            listen(&listener, Backlog::MAXCONN)?;
+            listener.set_nonblocking(true)?;
+            Ok(Source::Listener(listener))
+        }
+        Protocol::Udp => {
+            let socket = UdpSocket::bind(address)?;
+            socket.set_nonblocking(true)?;
+            Ok(Source::Datagrams(socket, address))
+        }
+        Protocol::Sctp => Err(io::ErrorKind::Unsupported.into()),
+    }
+}
+
+fn serve(mut sources: Vec<Source>) {
+    loop {
+        let mut polled: Vec<PollFd<'_>> =
+            sources.iter().map(|source| PollFd::new(source.fd(), PollFlags::POLLIN)).collect();
+        if poll(&mut polled, PollTimeout::NONE).is_err() {
+            continue;
+        }
+        let ready: Vec<bool> = polled.iter().map(|fd| fd.any().unwrap_or(true)).collect();
+        let mut open = Vec::with_capacity(sources.len());
+        let mut added = Vec::new();
+        for (mut source, is_ready) in sources.into_iter().zip(ready) {
+            // A listener may have many callers waiting; the others are asked again after the next poll.
+            loop {
+                match if is_ready { step(&mut source) } else { Next::Keep } {
+                    Next::Add(new) => {
+                        added.push(new);
+                        continue;
+                    }
+                    Next::Keep => open.push(source),
+                    Next::Close => {}
+                    Next::Stop => return,
+                }
+                break;
+            }
+        }
+        open.append(&mut added);
+        sources = open;
+    }
+}
+
+fn step(source: &mut Source) -> Next {
+    match source {
+        Source::Stop(_) => Next::Stop,
+        Source::Listener(listener) => match listener.accept() {
+            Ok((stream, _)) => welcome(stream).map_or(Next::Keep, |stream| Next::Add(Source::Stream(stream))),
+            Err(_nobody_waits) => Next::Keep,
+        },
+        Source::Stream(stream) => {
+            let mut buffer = [0; 4096];
+            match stream.read(&mut buffer) {
+                Ok(n @ 1..) if stream.write_all(&buffer[..n]).is_ok() => Next::Keep,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => Next::Keep,
+                _ => Next::Close,
+            }
+        }
+        Source::Datagrams(socket, address) => {
+            let mut buffer = [0; 4096];
+            if let Ok((n, sender)) = socket.recv_from(&mut buffer) {
+                let answer = [address.to_string().as_bytes(), b"\n", &buffer[..n]].concat();
+                let _sender_is_gone = socket.send_to(&answer, sender);
+            }
+            Next::Keep
+        }
+    }
+}
+
+/// Tells a new caller whom it reached. A caller that is gone already is nobody's fault.
+fn welcome(mut stream: TcpStream) -> io::Result<TcpStream> {
+    let address = stream.local_addr()?;
+    let address = SocketAddr::new(address.ip().to_canonical(), address.port());
+    stream.set_nonblocking(true)?;
+    stream.write_all(format!("{address}\n").as_bytes())?;
+    Ok(stream)
+}
