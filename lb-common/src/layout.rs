@@ -229,14 +229,18 @@ map_type! {
     }
 }
 
-/// Service addresses that one unconnected socket can use at the same time.
-pub const SOCKET_RECORDS: usize = 4;
+/// Records that the storage of one socket holds, beside the one in its slot: service addresses that an unconnected
+/// socket can use at the same time. A power of two: the verifier bounds an index by a mask, not by a remainder.
+pub const SOCKET_RECORDS: usize = 16;
 
 map_type! {
-    /// How one socket reached one service address. 48 octets.
+    /// Value of `sockets`, and part of `socket_storage`: how one socket reached one service address. 64 octets, one
+    /// cache line.
     ///
-    /// IPv4 addresses are kept as `::ffff:a.b.c.d`. An all-zero record is free: no frontend has port 0.
+    /// IPv4 addresses are kept as `::ffff:a.b.c.d`. A record is free if its cookie is 0.
     pub struct SocketRecord {
+        /// Cookie of the socket that the record belongs to.
+        pub cookie: u64,
         /// The address that the program called.
         pub service_address: Octets6,
         /// The address that the kernel's socket talks to.
@@ -251,15 +255,17 @@ map_type! {
         pub index: u32,
         /// The service port, so that stale sockets can be found by service.
         pub service_id: u32,
+        /// Zero.
+        pub reserved: u64,
     }
 }
 
 map_type! {
-    /// Value of `sockets`: what one socket remembers.
+    /// Value of `socket_storage`: what does not fit into the socket's slot.
     pub struct SocketRecords {
-        /// One record for each service address in use; a connected socket has exactly one.
+        /// Records of service addresses that the slot does not hold.
         pub records: [SocketRecord; SOCKET_RECORDS],
-        /// Where the next new record goes when all are taken.
+        /// Where the next record goes when all are taken: the oldest makes room.
         pub next: u32,
         /// Zero.
         pub reserved: u32,
@@ -378,6 +384,14 @@ macro_rules! family_layout {
 
 family_layout!(Octets4, FrontendKey4, Endpoint4);
 family_layout!(Octets6, FrontendKey6, Endpoint6);
+
+/// The first field of `sockets` is compared and swapped on its own, and addresses are compared as 64-bit words.
+const _: () = assert!(
+    core::mem::offset_of!(SocketRecord, cookie) == 0
+        && core::mem::offset_of!(SocketRecord, service_address) % 8 == 0
+        && core::mem::offset_of!(SocketRecord, endpoint_address) % 8 == 0
+        && size_of::<SocketRecord>() == 64
+);
 
 #[cfg(test)]
 mod tests {

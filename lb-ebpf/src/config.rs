@@ -10,7 +10,7 @@ macro_rules! globals {
     ($($(#[$meta:meta])* static $name:ident: $ty:ty = $default:expr;)+) => {
         $($(#[$meta])*
         #[unsafe(no_mangle)]
-        pub static $name: Global<$ty> = Global::new($default);)+
+        pub(crate) static $name: Global<$ty> = Global::new($default);)+
     };
 }
 
@@ -31,6 +31,6 @@ globals! {
 
 /// A global that is a switch.
 #[inline(always)]
-pub fn is_on(switch: &Global<u8>) -> bool {
+pub(crate) fn is_on(switch: &Global<u8>) -> bool {
     switch.load() != 0
 }

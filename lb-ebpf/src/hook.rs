@@ -27,78 +27,78 @@ enum Kind {
 
 /// `connect()` on an `AF_INET` socket.
 #[inline(always)]
-pub fn connect4(ctx: &SockAddr<'_>) -> i32 {
-    forward4(ctx, Kind::Connect)
+pub(crate) fn connect4<const SLOTS: bool>(ctx: &SockAddr<'_>) -> i32 {
+    forward4::<SLOTS>(ctx, Kind::Connect)
 }
 
 /// `sendto()` on an `AF_INET` socket.
 #[inline(always)]
-pub fn sendmsg4(ctx: &SockAddr<'_>) -> i32 {
-    forward4(ctx, Kind::Send)
+pub(crate) fn sendmsg4<const SLOTS: bool>(ctx: &SockAddr<'_>) -> i32 {
+    forward4::<SLOTS>(ctx, Kind::Send)
 }
 
 /// `connect()` on an `AF_INET6` socket, also to an IPv4 peer.
 #[inline(always)]
-pub fn connect6(ctx: &SockAddr<'_>) -> i32 {
-    forward6(ctx, Kind::Connect)
+pub(crate) fn connect6<const SLOTS: bool>(ctx: &SockAddr<'_>) -> i32 {
+    forward6::<SLOTS>(ctx, Kind::Connect)
 }
 
 /// `sendto()` on an `AF_INET6` socket, also to an IPv4 peer.
 #[inline(always)]
-pub fn sendmsg6(ctx: &SockAddr<'_>) -> i32 {
-    forward6(ctx, Kind::Send)
+pub(crate) fn sendmsg6<const SLOTS: bool>(ctx: &SockAddr<'_>) -> i32 {
+    forward6::<SLOTS>(ctx, Kind::Send)
 }
 
 #[inline(always)]
-fn forward4(ctx: &SockAddr<'_>, kind: Kind) -> i32 {
+fn forward4<const SLOTS: bool>(ctx: &SockAddr<'_>, kind: Kind) -> i32 {
     let address = ctx.ipv4();
-    let verdict = decide4(ctx, kind, address);
-    finish(ctx, kind, address, verdict, |target| ctx.set_ipv4(target))
+    let verdict = decide4::<SLOTS>(ctx, kind, address);
+    finish::<_, SLOTS>(ctx, kind, address, verdict, |target| ctx.set_ipv4(target))
 }
 
 #[inline(always)]
-fn forward6(ctx: &SockAddr<'_>, kind: Kind) -> i32 {
+fn forward6<const SLOTS: bool>(ctx: &SockAddr<'_>, kind: Kind) -> i32 {
     let address = ctx.ipv6();
     // An IPv4-mapped destination is an IPv4 call: the same tables, the same records, written back as mapped.
     if let Some(address) = mapped_ipv4(&address) {
-        let verdict = decide4(ctx, kind, address);
-        finish(ctx, kind, address, verdict, |target| ctx.set_ipv6(target.to_mapped()))
+        let verdict = decide4::<SLOTS>(ctx, kind, address);
+        finish::<_, SLOTS>(ctx, kind, address, verdict, |target| ctx.set_ipv6(target.to_mapped()))
     } else {
-        let verdict = decide6(ctx, kind, address);
-        finish(ctx, kind, address, verdict, |target| ctx.set_ipv6(target))
+        let verdict = decide6::<SLOTS>(ctx, kind, address);
+        finish::<_, SLOTS>(ctx, kind, address, verdict, |target| ctx.set_ipv6(target))
     }
 }
 
 /// Runs the decision on the IPv4 tables.
 #[inline(always)]
-fn decide4(ctx: &SockAddr<'_>, kind: Kind, address: Octets4) -> Verdict<Octets4> {
+fn decide4<const SLOTS: bool>(ctx: &SockAddr<'_>, kind: Kind, address: Octets4) -> Verdict<Octets4> {
     let Some(protocol) = ctx.protocol() else { return Verdict::Pass };
     let port = ctx.port();
-    let earlier = earlier(ctx, kind, address, port);
+    let earlier = earlier::<_, SLOTS>(ctx, kind, address, port);
     resolve(&Kernel4 { ctx, earlier }, &Call { address, port, protocol })
 }
 
 /// Runs the decision on the IPv6 tables.
 #[inline(always)]
-fn decide6(ctx: &SockAddr<'_>, kind: Kind, address: Octets6) -> Verdict<Octets6> {
+fn decide6<const SLOTS: bool>(ctx: &SockAddr<'_>, kind: Kind, address: Octets6) -> Verdict<Octets6> {
     let Some(protocol) = ctx.protocol() else { return Verdict::Pass };
     let port = ctx.port();
-    let earlier = earlier(ctx, kind, address, port);
+    let earlier = earlier::<_, SLOTS>(ctx, kind, address, port);
     resolve(&Kernel6 { ctx, earlier }, &Call { address, port, protocol })
 }
 
 /// A `connect()` chooses anew; a datagram follows the one before it.
 #[inline(always)]
-fn earlier<A: Address>(ctx: &SockAddr<'_>, kind: Kind, address: A, port: u16) -> Option<Choice> {
+fn earlier<A: Address, const SLOTS: bool>(ctx: &SockAddr<'_>, kind: Kind, address: A, port: u16) -> Option<Choice> {
     match kind {
         Kind::Connect => None,
-        Kind::Send => record::earlier(ctx, &Peer { address: address.to_mapped(), port }),
+        Kind::Send => record::earlier::<SLOTS>(ctx, &Peer { address: address.to_mapped(), port }),
     }
 }
 
 /// Writes the verdict into the context, the socket's record and the counters.
 #[inline(always)]
-fn finish<A: Address>(
+fn finish<A: Address, const SLOTS: bool>(
     ctx: &SockAddr<'_>,
     kind: Kind,
     address: A,
@@ -110,8 +110,10 @@ fn finish<A: Address>(
     match verdict {
         Verdict::Pass => {
             match kind {
-                Kind::Connect => record::connected_elsewhere(ctx),
-                Kind::Send => record::sent_elsewhere(ctx, &called),
+                Kind::Connect => record::connected_elsewhere::<SLOTS>(ctx),
+                // A connected socket hears its peer only, so that its record is that of its `connect()`.
+                Kind::Send if ctx.is_connected() => {}
+                Kind::Send => record::sent_elsewhere::<SLOTS>(ctx, &called),
             }
             PROCEED
         }
@@ -122,6 +124,7 @@ fn finish<A: Address>(
         }
         Verdict::Redirect(target) => {
             let record = SocketRecord {
+                cookie: ctx.cookie(),
                 service_address: called.address,
                 endpoint_address: target.address.to_mapped(),
                 service_port: called.port,
@@ -129,10 +132,12 @@ fn finish<A: Address>(
                 endpoint_id: target.choice.endpoint_id,
                 index: target.choice.index,
                 service_id: target.service_id,
+                reserved: 0,
             };
             match kind {
-                Kind::Connect => record::connected(ctx, &record),
-                Kind::Send => record::sent(ctx, &called, &record),
+                Kind::Connect => record::connected::<SLOTS>(ctx, &record),
+                Kind::Send if ctx.is_connected() => {}
+                Kind::Send => record::sent::<SLOTS>(ctx, &called, &record),
             }
             count(kind, &target);
             log(ctx, target.service_id, target.choice.endpoint_id);
@@ -164,9 +169,9 @@ fn refuse<A: Address>(ctx: &SockAddr<'_>, set_address: impl FnOnce(A)) -> i32 {
 
 /// `recvmsg()` and `getpeername()` on an `AF_INET` socket: shows the service address for an endpoint's.
 #[inline(always)]
-pub fn restore4(ctx: &SockAddr<'_>) -> i32 {
+pub(crate) fn restore4<const SLOTS: bool>(ctx: &SockAddr<'_>) -> i32 {
     let peer = Peer { address: ctx.ipv4().to_mapped(), port: ctx.port() };
-    if let Some(service) = record::service_of(ctx, &peer) {
+    if let Some(service) = record::service_of::<SLOTS>(ctx, &peer) {
         ctx.set_ipv4(Octets4::from_mapped(&service.address));
         ctx.set_port(service.port);
     }
@@ -175,9 +180,9 @@ pub fn restore4(ctx: &SockAddr<'_>) -> i32 {
 
 /// `recvmsg()` and `getpeername()` on an `AF_INET6` socket.
 #[inline(always)]
-pub fn restore6(ctx: &SockAddr<'_>) -> i32 {
+pub(crate) fn restore6<const SLOTS: bool>(ctx: &SockAddr<'_>) -> i32 {
     let peer = Peer { address: ctx.ipv6(), port: ctx.port() };
-    if let Some(service) = record::service_of(ctx, &peer) {
+    if let Some(service) = record::service_of::<SLOTS>(ctx, &peer) {
         ctx.set_ipv6(service.address);
         ctx.set_port(service.port);
     }

@@ -10,7 +10,7 @@ use aya_ebpf::{
 use lb_common::{
     layout::{
         Affinity, AffinityKey, Endpoint4, Endpoint6, EndpointStats, Frontend, FrontendKey4, FrontendKey6,
-        FrontendRef, Meta, NodeAddr, NodeAddrKey, ServiceStats, SocketRecords,
+        FrontendRef, Meta, NodeAddr, NodeAddrKey, ServiceStats, SocketRecord, SocketRecords,
     },
     limits,
 };
@@ -22,44 +22,52 @@ const ENDPOINTS: usize = limits::MAX_ENDPOINTS as usize;
 
 /// Service address, port, protocol → entry of `frontends`.
 #[btf_map(name = "services4")]
-pub static SERVICES4: HashMap<FrontendKey4, FrontendRef, SERVICES> = HashMap::new();
+pub(crate) static SERVICES4: HashMap<FrontendKey4, FrontendRef, SERVICES> = HashMap::new();
 
 /// The same for IPv6.
 #[btf_map(name = "services6")]
-pub static SERVICES6: HashMap<FrontendKey6, FrontendRef, SERVICES> = HashMap::new();
+pub(crate) static SERVICES6: HashMap<FrontendKey6, FrontendRef, SERVICES> = HashMap::new();
 
 /// What each frontend stands for. User space switches a run with one 64-bit store.
 #[btf_map(name = "frontends")]
-pub static FRONTENDS_MAP: Array<Frontend, FRONTENDS, MMAPABLE> = Array::new();
+pub(crate) static FRONTENDS_MAP: Array<Frontend, FRONTENDS, MMAPABLE> = Array::new();
 
 /// Runs of IPv4 endpoints.
 #[btf_map(name = "endpoints4")]
-pub static ENDPOINTS4: Array<Endpoint4, ENDPOINTS, MMAPABLE> = Array::new();
+pub(crate) static ENDPOINTS4: Array<Endpoint4, ENDPOINTS, MMAPABLE> = Array::new();
 
 /// Runs of IPv6 endpoints.
 #[btf_map(name = "endpoints6")]
-pub static ENDPOINTS6: Array<Endpoint6, ENDPOINTS, MMAPABLE> = Array::new();
+pub(crate) static ENDPOINTS6: Array<Endpoint6, ENDPOINTS, MMAPABLE> = Array::new();
 
 /// Addresses of nodes, for node ports.
 #[btf_map(name = "node_addrs")]
-pub static NODE_ADDRS: HashMap<NodeAddrKey, NodeAddr, { limits::MAX_NODE_ADDRS as usize }> = HashMap::new();
+pub(crate) static NODE_ADDRS: HashMap<NodeAddrKey, NodeAddr, { limits::MAX_NODE_ADDRS as usize }> = HashMap::new();
 
 /// What `sessionAffinity: ClientIP` remembers.
 #[btf_map(name = "affinity")]
-pub static AFFINITY: LruHashMap<AffinityKey, Affinity, { limits::MAX_AFFINITY as usize }> = LruHashMap::new();
+pub(crate) static AFFINITY: LruHashMap<AffinityKey, Affinity, { limits::MAX_AFFINITY as usize }> = LruHashMap::new();
 
-/// How each socket reached its services; dies with the socket.
+/// How each socket reached its service: slots that sockets find by their cookie.
 #[btf_map(name = "sockets")]
-pub static SOCKETS: SkStorage<SocketRecords> = SkStorage::new();
+pub(crate) static SOCKETS: Array<SocketRecord, { limits::SOCKET_SLOTS as usize }, MMAPABLE> = Array::new();
+
+/// The same for what finds no slot there; dies with the socket.
+#[btf_map(name = "socket_storage")]
+pub(crate) static SOCKET_STORAGE: SkStorage<SocketRecords> = SkStorage::new();
+
+/// How often socket storage was made: while it is 0, nobody looks for any.
+#[btf_map(name = "socket_spills")]
+pub(crate) static SOCKET_SPILLS: Array<u64, 1> = Array::new();
 
 /// Calls by service port.
 #[btf_map(name = "service_stats")]
-pub static SERVICE_STATS: PerCpuArray<ServiceStats, FRONTENDS> = PerCpuArray::new();
+pub(crate) static SERVICE_STATS: PerCpuArray<ServiceStats, FRONTENDS> = PerCpuArray::new();
 
 /// Calls by endpoint.
 #[btf_map(name = "endpoint_stats")]
-pub static ENDPOINT_STATS: PerCpuArray<EndpointStats, ENDPOINTS> = PerCpuArray::new();
+pub(crate) static ENDPOINT_STATS: PerCpuArray<EndpointStats, ENDPOINTS> = PerCpuArray::new();
 
 /// Layout version and sizes of the other maps; written and read by user space only.
 #[btf_map(name = "meta")]
-pub static META: Array<Meta, 1> = Array::new();
+pub(crate) static META: Array<Meta, 1> = Array::new();

@@ -20,19 +20,19 @@ use crate::{
 };
 
 /// The tables of IPv4, for one call of one socket.
-pub struct Kernel4<'a> {
+pub(crate) struct Kernel4<'a> {
     /// The context of the call.
-    pub ctx: &'a SockAddr<'a>,
+    pub(crate) ctx: &'a SockAddr<'a>,
     /// What the socket remembers of this destination.
-    pub earlier: Option<Choice>,
+    pub(crate) earlier: Option<Choice>,
 }
 
 /// The tables of IPv6, for one call of one socket.
-pub struct Kernel6<'a> {
+pub(crate) struct Kernel6<'a> {
     /// The context of the call.
-    pub ctx: &'a SockAddr<'a>,
+    pub(crate) ctx: &'a SockAddr<'a>,
     /// What the socket remembers of this destination.
-    pub earlier: Option<Choice>,
+    pub(crate) earlier: Option<Choice>,
 }
 
 #[inline(always)]

@@ -128,8 +128,8 @@ impl Agent {
     /// The pins of a sandbox's agent, whether they exist or not.
     #[must_use]
     pub fn pins(sandbox: &Sandbox) -> Vec<PathBuf> {
-        use lb_userspace::kernel::pins::{MAPS, PROGRAMS};
-        MAPS.iter().chain(&PROGRAMS).map(|name| sandbox.pin_path().join(name)).collect()
+        use lb_userspace::kernel::pins::{HOOKS, MAPS};
+        MAPS.iter().chain(&HOOKS).map(|name| sandbox.pin_path().join(name)).collect()
     }
 }
 

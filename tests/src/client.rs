@@ -145,6 +145,27 @@ impl Socket {
         socket::connect(self.fd.as_raw_fd(), &self.domain.sockaddr(to))
     }
 
+    /// `bind()`
+    ///
+    /// # Errors
+    ///
+    /// The system call's.
+    pub fn bind(&self, address: SocketAddr) -> Result<(), Errno> {
+        socket::bind(self.fd.as_raw_fd(), &self.domain.sockaddr(address))
+    }
+
+    /// `getsockname()`
+    ///
+    /// # Errors
+    ///
+    /// The system call's.
+    pub fn local_address(&self) -> Result<SocketAddr, Errno> {
+        let storage = socket::getsockname::<SockaddrStorage>(self.fd.as_raw_fd())?;
+        let v4 = storage.as_sockaddr_in().map(|name| SocketAddr::V4((*name).into()));
+        let v6 = || storage.as_sockaddr_in6().map(|name| SocketAddr::V6((*name).into()));
+        v4.or_else(v6).map(|name| SocketAddr::new(name.ip().to_canonical(), name.port())).ok_or(Errno::EAFNOSUPPORT)
+    }
+
     /// `connect()` with `AF_UNSPEC`: a datagram socket has no peer any longer.
     ///
     /// # Errors

@@ -79,6 +79,8 @@ pub struct Cluster {
     pub slices: BTreeMap<Name, EndpointSlice>,
     /// Nodes.
     pub nodes: BTreeMap<Name, Node>,
+    /// `--service-proxy-name`
+    pub service_proxy_name: Option<String>,
 }
 
 fn name_of(metadata: &ObjectMeta) -> Name {
@@ -108,6 +110,12 @@ impl Cluster {
         self
     }
 
+    /// Adds a service with one unnamed port at one address and these endpoints.
+    pub fn serve(&mut self, name: &str, address: SocketAddr, protocol: Protocol, endpoints: &[SocketAddr]) {
+        self.set(service(name, &[address.ip()], &[port("", protocol, address.port())]));
+        self.set_endpoints(&PortOf { service: name, name: "", protocol }, endpoints);
+    }
+
     /// Makes these the only endpoints of one port of a service.
     pub fn set_endpoints(&mut self, port: &PortOf<'_>, endpoints: &[SocketAddr]) {
         let prefix = port.slice_prefix();
@@ -119,7 +127,8 @@ impl Cluster {
     pub fn fill(&self, store: &mut Store) -> (Changes, Vec<Issue>) {
         let mut issues = Vec::new();
         let mut note = |found: Vec<Issue>| issues.extend(found);
-        let is_served = |metadata: &ObjectMeta| ingest::is_selected(metadata.labels.as_ref(), None);
+        let proxy_name = self.service_proxy_name.as_deref();
+        let is_served = |metadata: &ObjectMeta| ingest::is_selected(metadata.labels.as_ref(), proxy_name);
         let services: Vec<_> = self
             .services
             .values()

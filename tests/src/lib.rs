@@ -5,6 +5,7 @@
 //! - [`sandbox`]: a network without a way out, a BPF file system and a cgroup for each test.
 //! - [`server`], [`client`]: who answered, and what a program sees of it.
 //! - [`cluster`]: Kubernetes objects; [`agent`]: from objects to the kernel, in process.
+//! - [`scenario`]: objects and expected flows, run by the simulator and by the kernel.
 //! - [`feature`]: what happens on a machine that lacks something.
 //!
 //! # Invariants
@@ -26,6 +27,7 @@ pub mod feature;
 pub mod netlink;
 pub mod netns;
 pub mod sandbox;
+pub mod scenario;
 pub mod server;
 
 pub use feature::{Feature, require};

@@ -114,5 +114,7 @@ pub fn allow_ping() -> io::Result<()> {
 
 /// Runs something on a new thread and waits for it: namespaces and cgroups are a thread's own.
 pub(crate) fn on_a_thread<R: Send>(body: impl FnOnce() -> R + Send) -> R {
-    thread::scope(|scope| scope.spawn(body).join()).unwrap_or_else(|cause| panic::resume_unwind(cause))
+    let name = thread::current().name().unwrap_or("test").to_owned();
+    thread::scope(|scope| thread::Builder::new().name(name).spawn_scoped(scope, body).expect("a thread").join())
+        .unwrap_or_else(|cause| panic::resume_unwind(cause))
 }

@@ -38,7 +38,7 @@ const LIMIT: Duration = Duration::from_secs(300);
 const SERIAL_TAIL: usize = 40;
 
 /// Folders of the tree that tests read at run time; the guest has them under the same path.
-const GUEST_FOLDERS: &[&str] = &["tests/scenarios", "manifests"];
+const GUEST_FOLDERS: &[&str] = &["tests/scenarios", "tests/kernel", "manifests"];
 
 /// A kernel that the tests run on.
 struct Row {
@@ -163,24 +163,22 @@ fn guest_programs(messages: &str) -> Result<GuestPrograms> {
 
 fn build_guest_programs(workspace: &Workspace, object: &OsStr) -> Result<GuestPrograms> {
     step("building the kernel tests, statically linked");
-    let cargo = |subcommand: &[&str]| {
-        let mut cargo = process::cargo();
-        cargo
-            .current_dir(&workspace.root)
-            .args(subcommand)
-            .args(["--message-format", "json-render-diagnostics", "--target", TARGET, "--target-dir"])
-            .arg(workspace.target.join("kernel-matrix"))
-            .env("RUSTFLAGS", "-Ctarget-feature=+crt-static")
-            .env(OBJECT_VARIABLE, object)
-            // The guest unpacks every byte under emulation.
-            .env("CARGO_PROFILE_DEV_DEBUG", "none")
-            .env("CARGO_PROFILE_DEV_STRIP", "symbols")
-            .env_remove("CARGO_ENCODED_RUSTFLAGS")
-            .stderr(Stdio::inherit());
-        process::capture(&mut cargo).context("the guest's programs were not built: correct the error above")
-    };
-    let mut messages = cargo(&["build", "--package", "lb-tests", "--package", "lb-userspace", "--bins"])?;
-    messages += &cargo(&["test", "--no-run", "--package", "lb-tests", "--test", "kernel"])?;
+    let mut cargo = process::cargo();
+    cargo
+        .current_dir(&workspace.root)
+        .args(["build", "--package", "lb-tests", "--package", "lb-userspace"])
+        .args(["--bin", "vm-init", "--bin", "socklb", "--test", "kernel"])
+        .args(["--message-format", "json-render-diagnostics", "--target", TARGET, "--target-dir"])
+        .arg(workspace.target.join("kernel-matrix"))
+        .env("RUSTFLAGS", "-Ctarget-feature=+crt-static")
+        .env(OBJECT_VARIABLE, object)
+        // The guest unpacks every byte under emulation.
+        .env("CARGO_PROFILE_DEV_DEBUG", "none")
+        .env("CARGO_PROFILE_DEV_STRIP", "symbols")
+        .env_remove("CARGO_ENCODED_RUSTFLAGS")
+        .stderr(Stdio::inherit());
+    let messages = process::capture(&mut cargo)
+        .context("the guest's programs were not built: correct the errors above")?;
     guest_programs(&messages)
 }
 

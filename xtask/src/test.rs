@@ -57,7 +57,16 @@ pub(crate) fn command(workspace: &Workspace, args: &[String]) -> Result<()> {
     let start = Instant::now();
     let toolchain = setup::ensure(&[Purpose::Build, Purpose::Run, Purpose::Test])?;
     let object = build::bpf_object(workspace, &toolchain)?;
-    let binary = build::socklb(workspace, object.as_os_str(), false)?;
+    step("building socklb and the tests");
+    let mut build = process::cargo();
+    // One command with all test targets, not `build::socklb` first: with other packages selected, cargo enables other
+    // features and compiles many crates a second time.
+    build
+        .current_dir(&workspace.root)
+        .args(["build", "--bins", "--tests"])
+        .env(build::OBJECT_VARIABLE, &object);
+    process::run(&mut build, "correct the errors above")?;
+    let binary = workspace.socklb(false);
 
     step("running the tests");
     let mut test = process::cargo();

@@ -140,12 +140,15 @@ impl<'a> PortEndpoints<'a> {
             .collect()
     }
 
-    /// The names of the nodes that have an endpoint, in order, each once.
+    /// The endpoints of each node that has some, so that the sets of all nodes cost one walk.
     #[must_use]
-    pub fn nodes(&self) -> Vec<&'a str> {
-        let mut nodes: Vec<_> = self.known.values().filter_map(|endpoint| endpoint.node.as_deref()).collect();
-        nodes.sort_unstable();
-        nodes.dedup();
+    pub fn by_node(&self) -> BTreeMap<&'a str, Self> {
+        let mut nodes = BTreeMap::<_, Self>::new();
+        for (address, endpoint) in &self.known {
+            if let Some(node) = endpoint.node.as_deref() {
+                nodes.entry(node).or_default().known.insert(*address, endpoint);
+            }
+        }
         nodes
     }
 

@@ -17,6 +17,8 @@
 
 pub mod claims;
 pub mod endpoints;
+#[cfg(test)]
+pub(crate) mod fixture;
 pub mod health;
 pub mod service;
 pub mod topology;

@@ -126,7 +126,7 @@ impl Builder<'_> {
     fn add_cluster_ip(&mut self, port: &Port<'_>, ip: IpAddr, number: u16) {
         let (endpoints, flags) = match self.service.internal_policy {
             TrafficPolicy::Cluster => (port.cluster.clone(), 0),
-            TrafficPolicy::Local => self.endpoints_of(port, self.topology.node_name()),
+            TrafficPolicy::Local => self.endpoints_of(port, port.endpoints, self.topology.node_name()),
         };
         self.add(port, FrontendKind::ClusterIP, ip, number, endpoints, flags);
     }
@@ -138,9 +138,9 @@ impl Builder<'_> {
         if self.settings.node_ports.contains(&number) {
             self.add(port, kind, address::unspecified(port.family), number, port.cluster.clone(), flags);
             if is_local {
-                for node in port.endpoints.nodes() {
+                for (node, known) in port.endpoints.by_node() {
                     // A node without a usable endpoint needs no entry: the wildcard refuses for it.
-                    let (endpoints, _) = self.endpoints_of(port, node);
+                    let (endpoints, _) = self.endpoints_of(port, &known, node);
                     if !endpoints.is_empty() {
                         self.add_on_node(port, node, number, &endpoints, NODE_PORT);
                     }
@@ -156,9 +156,13 @@ impl Builder<'_> {
         for ip in self.topology.own_addresses().iter().filter(|ip| address::family(**ip) == port.family) {
             self.add(port, kind, *ip, number, port.cluster.clone(), flags);
         }
+        let (nodes, none) = (port.endpoints.by_node(), PortEndpoints::default());
         for node in self.topology.other_nodes() {
-            let (endpoints, no_local) =
-                if is_local { self.endpoints_of(port, node) } else { (port.cluster.clone(), 0) };
+            let (endpoints, no_local) = if is_local {
+                self.endpoints_of(port, nodes.get(node).unwrap_or(&none), node)
+            } else {
+                (port.cluster.clone(), 0)
+            };
             self.add_on_node(port, node, number, &endpoints, NODE_PORT | no_local);
         }
     }
@@ -170,10 +174,15 @@ impl Builder<'_> {
         }
     }
 
-    /// The endpoints of one node, sharing the cluster set's allocation if equal, and the flag that says that
-    /// only the policy stands between the caller and an endpoint.
-    fn endpoints_of(&self, port: &Port<'_>, node: &str) -> (Arc<[SocketAddr]>, u32) {
-        let set = port.endpoints.set(Scope::Node(node), self.topology);
+    /// The endpoints of one node out of the known ones, sharing the cluster set's allocation if equal, and the flag
+    /// that says that only the policy stands between the caller and an endpoint.
+    fn endpoints_of(
+        &self,
+        port: &Port<'_>,
+        known: &PortEndpoints<'_>,
+        node: &str,
+    ) -> (Arc<[SocketAddr]>, u32) {
+        let set = known.set(Scope::Node(node), self.topology);
         let flags = if set.is_empty() && !port.cluster.is_empty() { NO_LOCAL_ENDPOINT } else { 0 };
         (if set == port.cluster { port.cluster.clone() } else { set }, flags)
     }

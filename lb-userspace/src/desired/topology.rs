@@ -146,7 +146,7 @@ fn accepted(
 /// Whether an address can identify a node. A link-local IPv6 address cannot: it means another host on each link.
 fn is_node_address(ip: IpAddr) -> bool {
     let is_link_local = matches!(ip, IpAddr::V6(v6) if v6.is_unicast_link_local());
-    !(ip.is_loopback() || ip.is_unspecified() || ip.is_multicast() || is_link_local)
+    !(ip.is_loopback() || ip.is_unspecified() || is_link_local)
 }
 
 #[cfg(test)]

@@ -8,7 +8,7 @@ use std::{
 use super::KernelError;
 
 /// Maps by the names of the object; each is pinned under its name.
-pub const MAPS: [&str; 11] = [
+pub const MAPS: [&str; 13] = [
     "services4",
     "services6",
     "frontends",
@@ -17,13 +17,18 @@ pub const MAPS: [&str; 11] = [
     "node_addrs",
     "affinity",
     "sockets",
+    "socket_storage",
+    "socket_spills",
     "service_stats",
     "endpoint_stats",
     "meta",
 ];
 
-/// Programs by the names of the object; the link of each is pinned under its name.
-pub const PROGRAMS: [&str; 8] = [
+/// Hooks in the order in which they are attached; the link of each is pinned under its name.
+///
+/// The one that gives up what the others take comes first: no socket may take a slot that nobody gives up.
+pub const HOOKS: [&str; 9] = [
+    "sock_release",
     "connect4",
     "connect6",
     "sendmsg4",
@@ -60,7 +65,7 @@ pub fn prepare(pin_path: &Path) -> Result<(), KernelError> {
 /// [`KernelError::NothingPinned`] if there was nothing, [`KernelError::Remove`] for the first pin that stays.
 pub fn remove(pin_path: &Path) -> Result<Vec<PathBuf>, KernelError> {
     let mut removed = Vec::new();
-    for name in PROGRAMS.iter().chain(&MAPS) {
+    for name in HOOKS.iter().chain(&MAPS) {
         let path = pin_path.join(name);
         match fs::remove_file(&path) {
             Ok(()) => removed.push(path),

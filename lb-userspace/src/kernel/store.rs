@@ -2,6 +2,7 @@
 
 use std::{
     collections::BTreeMap,
+    fs::File,
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     os::fd::AsFd,
@@ -11,7 +12,9 @@ use std::{
 use aya::{
     Ebpf, EbpfLoader,
     maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, PerCpuValues},
-    programs::{CgroupAttachMode, CgroupSockAddr, links::FdLink, links::PinnedLink},
+    programs::{CgroupAttachMode, Program,
+        links::{FdLink, LinkError, PinnedLink},
+    },
 };
 use lb_common::{
     address::{Address, Octets6, mapped_ipv4},
@@ -73,6 +76,7 @@ pub struct Kernel {
     grace: Grace,
     /// Whether a hash element was freed that no grace period has covered yet.
     unsettled: bool,
+    features: Features,
     object: Ebpf,
 }
 
@@ -99,50 +103,73 @@ impl Kernel {
         let mut object = load(object, options)?;
         let maps = Maps::take(&mut object, options)?;
         let grace = Grace::start(on_grace).map_err(KernelError::Thread)?;
-        let mut kernel = Self { maps, grace, unsettled: true, object };
+        let mut kernel = Self { maps, grace, unsettled: true, features: options.features, object };
         kernel.grace.ask();
-        for name in pins::PROGRAMS {
-            kernel.attach(name, &cgroup, &options.pin_path.join(name))?;
+        for hook in kernel.hooks() {
+            kernel.attach(hook, &cgroup, &options.pin_path.join(hook))?;
         }
         Ok(kernel)
     }
 
-    fn attach(&mut self, name: &'static str, cgroup: &std::fs::File, pin: &Path) -> Result<(), KernelError> {
-        let program: &mut CgroupSockAddr = self
-            .object
-            .program_mut(name)
-            .and_then(|program| program.try_into().ok())
-            .ok_or(KernelError::Missing { kind: "program", name })?;
-        let refused = |source| KernelError::Program { name, source: Box::new(source) };
-        program.load().map_err(refused)?;
-        let link_error = |source| KernelError::Link { name, source };
+    /// Loads the program of a hook and puts it into the hook's link.
+    fn attach(&mut self, hook: &'static str, cgroup: &File, pin: &Path) -> Result<(), KernelError> {
+        let name = self.program_of(hook);
+        let program = self.object.program_mut(&name).ok_or(KernelError::Missing { kind: "program", name: hook })?;
+        let refused = |source| KernelError::Program { name: hook, source: Box::new(source) };
+        let link_error = |source| KernelError::Link { name: hook, source };
+        match program {
+            Program::CgroupSockAddr(program) => program.load(),
+            Program::CgroupSock(program) => program.load(),
+            _ => return Err(KernelError::Missing { kind: "program", name: hook }),
+        }
+        .map_err(refused)?;
         match syscall::open_pin(pin) {
             Ok(link) => {
                 let fd = program.fd().map_err(refused)?;
-                syscall::replace_program(link.as_fd(), fd.as_fd()).map_err(link_error)
+                return syscall::replace_program(link.as_fd(), fd.as_fd()).map_err(link_error);
             }
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(link_error(error)),
-            Err(_not_pinned) => {
-                // Links are always "multi": a flag for it makes bpf_link_create fail with EINVAL.
-                let id = program.attach(cgroup, CgroupAttachMode::default()).map_err(refused)?;
-                let link = program.take_link(id).map_err(refused)?;
-                let link: FdLink = link.try_into().map_err(|error| link_error(io::Error::other(error)))?;
-                let _pinned: PinnedLink =
-                    link.pin(pin).map_err(|error| link_error(io::Error::other(error)))?;
-                Ok(())
-            }
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(link_error(error)),
+            Err(_not_pinned) => {}
         }
+        // Links are always "multi": a flag for it makes bpf_link_create fail with EINVAL.
+        let mode = CgroupAttachMode::default();
+        let link: Result<FdLink, LinkError> = match program {
+            Program::CgroupSockAddr(program) => {
+                let id = program.attach(cgroup, mode).map_err(refused)?;
+                program.take_link(id).map_err(refused)?.try_into()
+            }
+            Program::CgroupSock(program) => {
+                let id = program.attach(cgroup, mode).map_err(refused)?;
+                program.take_link(id).map_err(refused)?.try_into()
+            }
+            _ => return Err(KernelError::Missing { kind: "program", name: hook }),
+        };
+        let link = link.map_err(|error| link_error(io::Error::other(error)))?;
+        let _pinned: PinnedLink = link.pin(pin).map_err(|error| link_error(io::Error::other(error)))?;
+        Ok(())
     }
 
-    /// The instructions that the verifier walked through for each program.
+    /// The hooks that are attached, as far as this kernel needs them.
+    fn hooks(&self) -> impl Iterator<Item = &'static str> + use<> {
+        let slots = self.features.compare_and_swap;
+        pins::HOOKS.into_iter().filter(move |hook| slots || *hook != "sock_release")
+    }
+
+    /// The program for a hook: with slots, or with socket storage alone.
+    fn program_of(&self, hook: &str) -> String {
+        if self.features.compare_and_swap { hook.to_owned() } else { format!("{hook}_s") }
+    }
+
+    /// The instructions that the verifier walked through for the program of each hook.
     ///
     /// # Errors
     ///
     /// [`KernelError::Program`] if the kernel does not tell.
     pub fn verified_instructions(&self) -> Result<BTreeMap<&'static str, u32>, KernelError> {
         let mut counts = BTreeMap::new();
-        for name in pins::PROGRAMS {
-            let program = self.object.program(name).ok_or(KernelError::Missing { kind: "program", name })?;
+        for name in self.hooks() {
+            let missing = KernelError::Missing { kind: "program", name };
+            let program = self.object.program(&self.program_of(name)).ok_or(missing)?;
             let info = program.info().map_err(|source| KernelError::Program { name, source: Box::new(source) })?;
             counts.insert(name, info.verified_instruction_count().unwrap_or_default());
         }
@@ -156,22 +183,31 @@ impl Kernel {
     ///
     /// # Errors
     ///
-    /// The first operation that fails ends the plan. The state in between is safe; read the image and plan again.
+    /// [`KernelError::MapFull`] after everything else of the plan was done. Any other failing operation ends the
+    /// plan. The state in between is safe; read the image and plan again.
     pub fn apply(&mut self, plan: &Plan) -> Result<usize, KernelError> {
         if self.unsettled && plan.ops().iter().any(Op::takes_element) {
             self.grace.wait();
             self.unsettled = false;
         }
-        let mut n_done = 0;
+        let (mut n_done, mut full, mut result) = (0, None, Ok(()));
         for op in plan.ops() {
-            self.maps.apply(op)?;
-            n_done += 1;
+            match self.maps.apply(op) {
+                Ok(()) => n_done += 1,
+                // What has no room is missed by its own callers only; the rest of the plan serves the others.
+                Err(error @ KernelError::MapFull { .. }) => full = full.or(Some(error)),
+                Err(error) => {
+                    result = Err(error);
+                    break;
+                }
+            }
         }
         if plan.ops().iter().any(Op::frees) {
             self.unsettled = true;
             self.grace.ask();
         }
-        Ok(n_done)
+        result?;
+        full.map_or(Ok(n_done), Err)
     }
 
     /// Whether a grace period has passed since the last plan that freed something.

@@ -44,6 +44,61 @@ pub fn open_pin(path: &Path) -> io::Result<OwnedFd> {
     }
 }
 
+/// `BPF_PROG_LOAD` of `enum bpf_cmd`.
+const BPF_PROG_LOAD: libc::c_int = 5;
+
+/// Whether the kernel's verifier takes a program of a socket-address hook. `false` also if it refuses for another
+/// reason, such as a lack of privilege.
+///
+/// `instructions` are in the kernel's encoding, each as one word in native byte order.
+#[must_use]
+pub fn loads(instructions: &[u64]) -> bool {
+    /// The beginning of the anonymous struct for `BPF_PROG_LOAD` in `union bpf_attr`.
+    #[repr(C)]
+    struct ProgLoad {
+        prog_type: u32,
+        insn_cnt: u32,
+        insns: u64,
+        license: u64,
+        log_level: u32,
+        log_size: u32,
+        log_buf: u64,
+        kern_version: u32,
+        prog_flags: u32,
+        prog_name: [u8; 16],
+        prog_ifindex: u32,
+        expected_attach_type: u32,
+    }
+    /// `BPF_PROG_TYPE_CGROUP_SOCK_ADDR` of `enum bpf_prog_type`.
+    const CGROUP_SOCK_ADDR: u32 = 18;
+    /// `BPF_CGROUP_INET4_CONNECT` of `enum bpf_attach_type`.
+    const INET4_CONNECT: u32 = 10;
+    let Ok(insn_cnt) = u32::try_from(instructions.len()) else { return false };
+    let attr = ProgLoad {
+        prog_type: CGROUP_SOCK_ADDR,
+        insn_cnt,
+        insns: instructions.as_ptr() as u64,
+        license: c"Dual MIT/GPL".as_ptr() as u64,
+        log_level: 0,
+        log_size: 0,
+        log_buf: 0,
+        kern_version: 0,
+        prog_flags: 0,
+        prog_name: *b"socklb_probe\0\0\0\0",
+        prog_ifindex: 0,
+        expected_attach_type: INET4_CONNECT,
+    };
+    // SAFETY: bpf(2) reads `size_of` bytes from the pointer, the instructions and the licence; all outlive the call.
+    let fd = unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_LOAD, &raw const attr, size_of::<ProgLoad>()) };
+    let Ok(fd) = i32::try_from(fd) else { return false };
+    if fd < 0 {
+        return false;
+    }
+    // SAFETY: a new file descriptor that nobody else knows; dropping it unloads the program.
+    drop(unsafe { OwnedFd::from_raw_fd(fd) });
+    true
+}
+
 /// `BPF_LINK_UPDATE` of `enum bpf_cmd`.
 const BPF_LINK_UPDATE: libc::c_int = 29;
 

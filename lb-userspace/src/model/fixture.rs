@@ -69,11 +69,6 @@ pub(crate) fn slice(patch: &Value) -> Slice {
     slice.unwrap()
 }
 
-/// The slice `default/web-1` with these endpoints.
-pub(crate) fn slice_of(endpoints: &Value) -> Slice {
-    slice(&json!({"endpoints": endpoints}))
-}
-
 /// Ingests the Node `node-a`, with a patch.
 pub(crate) fn ingest_node(patch: &Value) -> (Option<Node>, Vec<Issue>) {
     let base = json!({"metadata": {"name": "node-a"}});

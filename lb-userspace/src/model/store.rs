@@ -36,8 +36,9 @@ impl Changes {
     }
 
     /// Adds what another change affects.
-    pub fn merge(&mut self, mut other: Self) {
-        self.services.append(&mut other.services);
+    pub fn merge(&mut self, other: Self) {
+        // Not `append`, which rebuilds the whole set even for one key.
+        self.services.extend(other.services);
         self.topology |= other.topology;
     }
 

@@ -68,7 +68,8 @@ impl Archive {
         write("sources.list", &format!("{}\n", sources.join("\n")))?;
         write("status", "")?;
         let status = status.map_or_else(|| dir.join("status"), Path::to_owned);
-        let lists = Lists { dir, status };
+        write("apt.conf", &configuration(&dir, &status))?;
+        let lists = Lists { dir };
         let mut update = lists.apt("apt-get");
         update.arg("update");
         let remedy = "check the network, and that the mirror in apt's sources has this release";
@@ -80,28 +81,14 @@ impl Archive {
 /// Package lists of their own.
 pub(super) struct Lists {
     dir: PathBuf,
-    status: PathBuf,
 }
 
 impl Lists {
     /// An apt command that reads these lists and nothing of the system's, but for proxies and the like.
     fn apt(&self, program: &str) -> Command {
         let mut command = Command::new(program);
-        let mut set = |name: &str, value: &str| {
-            command.arg("-o").arg(format!("{name}={value}"));
-        };
-        let dir = self.dir.display();
-        set("Dir::State::Lists", &format!("{dir}/lists"));
-        set("Dir::State::Status", &self.status.display().to_string());
-        set("Dir::Cache", &format!("{dir}/cache"));
-        set("Dir::Etc::SourceList", &format!("{dir}/sources.list"));
-        set("Dir::Etc::SourceParts", &format!("{dir}/empty"));
-        set("Dir::Etc::Preferences", &format!("{dir}/preferences"));
-        set("Dir::Etc::PreferencesParts", &format!("{dir}/empty"));
-        set("Acquire::Languages", "none");
-        // apt's own user cannot read a cache below root's home.
-        set("APT::Sandbox::User", "root");
-        command.arg("--quiet").env("LC_ALL", "C");
+        // Not the variable APT_CONFIG: what that names is read before the system's own files and loses to them.
+        command.arg("--config-file").arg(self.dir.join("apt.conf")).arg("--quiet").env("LC_ALL", "C");
         command
     }
 
@@ -153,6 +140,26 @@ impl Lists {
         fs::remove_dir_all(&self.dir)
             .with_context(|| format!("cannot delete {}: delete it", self.dir.display()))
     }
+}
+
+/// The apt configuration of package lists in `dir`.
+fn configuration(dir: &Path, status: &Path) -> String {
+    let (dir, status) = (dir.display(), status.display());
+    let settings = [
+        ("Dir::State::Lists", format!("{dir}/lists")),
+        ("Dir::State::Status", status.to_string()),
+        ("Dir::Cache", format!("{dir}/cache")),
+        ("Dir::Etc::SourceList", format!("{dir}/sources.list")),
+        ("Dir::Etc::SourceParts", format!("{dir}/empty")),
+        ("Dir::Etc::Preferences", format!("{dir}/preferences")),
+        ("Dir::Etc::PreferencesParts", format!("{dir}/empty")),
+        ("Acquire::Languages", "none".to_owned()),
+        // A mirror that is some weeks behind has kernels to test on too; signatures are checked all the same.
+        ("Acquire::Check-Valid-Until", "false".to_owned()),
+        // apt's own user cannot read a cache below root's home.
+        ("APT::Sandbox::User", "root".to_owned()),
+    ];
+    settings.iter().map(|(name, value)| [name, " \"", value, "\";\n"].concat()).collect()
 }
 
 /// Makes an empty folder.

@@ -24,40 +24,40 @@ const FILES: [(&str, &str); 3] = [
 ];
 
 /// Name of the Node.
-pub const NODE_NAME: &str = "demo-node";
+pub(super) const NODE_NAME: &str = "demo-node";
 
 /// The node's addresses.
-pub const NODE: [IpAddr; 2] =
+pub(super) const NODE: [IpAddr; 2] =
     [IpAddr::V4(Ipv4Addr::new(10, 10, 0, 1)), IpAddr::V6(Ipv6Addr::new(0xfd00, 0x10, 0x10, 0, 0, 0, 0, 1))];
 
 /// Where a pod's HTTP server listens.
-pub const HTTP_PORT: u16 = 8080;
+pub(super) const HTTP_PORT: u16 = 8080;
 /// Where a pod's UDP echo server listens.
-pub const ECHO_PORT: u16 = 5353;
+pub(super) const ECHO_PORT: u16 = 5353;
 /// Where the service `web-node` answers on the node's addresses.
 const NODE_PORT: u16 = 30080;
 
 /// A pod: a network namespace with servers in it.
 #[derive(Clone, Copy, Debug)]
-pub struct Pod {
+pub(super) struct Pod {
     /// Its name, which its servers answer with.
     pub name: &'static str,
-    /// Number of its subnets: 10.244.N.0/24 and fd00:10:244:N::/64.
+    /// Number of its subnets, `10.244.N.0/24` and `fd00:10:244:N::/64`.
     subnet: u8,
 }
 
 /// All pods.
-pub const PODS: [Pod; 3] =
+pub(super) const PODS: [Pod; 3] =
     [Pod { name: "pod-1", subnet: 1 }, Pod { name: "pod-2", subnet: 2 }, Pod { name: "pod-3", subnet: 3 }];
 
 impl Pod {
     /// Its addresses.
-    pub const fn addresses(self) -> [IpAddr; 2] {
+    pub(super) const fn addresses(self) -> [IpAddr; 2] {
         [IpAddr::V4(self.ipv4(10)), IpAddr::V6(self.ipv6(0x10))]
     }
 
     /// The node's addresses in its subnets.
-    pub const fn gateways(self) -> [IpAddr; 2] {
+    pub(super) const fn gateways(self) -> [IpAddr; 2] {
         [IpAddr::V4(self.ipv4(1)), IpAddr::V6(self.ipv6(1))]
     }
 
@@ -72,7 +72,7 @@ impl Pod {
 
 /// An address that a client calls.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Target {
+pub(super) struct Target {
     /// Name of the Service.
     pub service: &'static str,
     /// TCP or UDP.
@@ -101,19 +101,19 @@ const fn cluster_ip(ipv6: bool, last: (u8, u16)) -> IpAddr {
 }
 
 /// HTTP behind cluster IPs.
-pub const WEB: [Target; 2] = [
+pub(super) const WEB: [Target; 2] = [
     target("web", Protocol::Tcp, cluster_ip(false, (80, 0x80)), 80),
     target("web", Protocol::Tcp, cluster_ip(true, (80, 0x80)), 80),
 ];
 
 /// UDP behind cluster IPs.
-pub const ECHO: [Target; 2] = [
+pub(super) const ECHO: [Target; 2] = [
     target("echo", Protocol::Udp, cluster_ip(false, (53, 0x53)), 53),
     target("echo", Protocol::Udp, cluster_ip(true, (53, 0x53)), 53),
 ];
 
 /// HTTP behind a node port: on the node's addresses and on loopback.
-pub const WEB_NODE: [Target; 4] = [
+pub(super) const WEB_NODE: [Target; 4] = [
     target("web-node", Protocol::Tcp, NODE[0], NODE_PORT),
     target("web-node", Protocol::Tcp, NODE[1], NODE_PORT),
     target("web-node", Protocol::Tcp, IpAddr::V4(Ipv4Addr::LOCALHOST), NODE_PORT),
@@ -121,19 +121,21 @@ pub const WEB_NODE: [Target; 4] = [
 ];
 
 /// A service without endpoints.
-pub const IDLE: [Target; 2] = [
+pub(super) const IDLE: [Target; 2] = [
     target("idle", Protocol::Tcp, cluster_ip(false, (90, 0x90)), 80),
     target("idle", Protocol::Tcp, cluster_ip(true, (90, 0x90)), 80),
 ];
 
 /// Every frontend that the agent makes of the manifests, with how many endpoints it has while all pods live.
-pub fn frontends() -> impl Iterator<Item = (FrontendAddress, usize)> {
+pub(super) fn frontends() -> impl Iterator<Item = (FrontendAddress, usize)> {
     let frontend = |ip, port, protocol, n| (FrontendAddress { ip, port, protocol }, n);
-    let of = move |target: &Target, n| frontend(target.address.ip(), target.address.port(), target.protocol, n);
+    let of =
+        move |target: &Target, n| frontend(target.address.ip(), target.address.port(), target.protocol, n);
     let n_pods = PODS.len();
     let with_endpoints = WEB.iter().chain(&ECHO).map(move |target| of(target, n_pods));
     let without = IDLE.iter().map(move |target| of(target, 0));
-    let web_node = [false, true].map(|ipv6| frontend(cluster_ip(ipv6, (81, 0x81)), 80, Protocol::Tcp, n_pods));
+    let web_node =
+        [false, true].map(|ipv6| frontend(cluster_ip(ipv6, (81, 0x81)), 80, Protocol::Tcp, n_pods));
     // A node port has one frontend of each family, at the unspecified address.
     let node_port = [IpAddr::V4(Ipv4Addr::UNSPECIFIED), IpAddr::V6(Ipv6Addr::UNSPECIFIED)]
         .map(|ip| frontend(ip, NODE_PORT, Protocol::Tcp, n_pods));
@@ -141,13 +143,13 @@ pub fn frontends() -> impl Iterator<Item = (FrontendAddress, usize)> {
 }
 
 /// Writes the manifests into a folder.
-pub fn write(folder: &Path) -> io::Result<()> {
+pub(super) fn write(folder: &Path) -> io::Result<()> {
     FILES.iter().try_for_each(|(name, text)| fs::write(folder.join(name), text))
 }
 
 /// Writes into a folder that a pod answers no longer, the way a `ConfigMap` or a careful editor does: beside the
 /// file, then renamed over it.
-pub fn take_out(folder: &Path, pod: Pod) -> io::Result<()> {
+pub(super) fn take_out(folder: &Path, pod: Pod) -> io::Result<()> {
     let [.., (name, text)] = FILES;
     // Hidden, so that a reader of the folder does not take it for a manifest.
     let new = folder.join(format!(".{name}.new"));
@@ -194,7 +196,9 @@ mod tests {
             for object in parse(name, text, None).unwrap() {
                 assert_eq!(object.issues, [], "{name}");
                 let _changes = match object.body {
-                    Body::Service(service) => store.set_service(&service.key.clone(), Some(Arc::unwrap_or_clone(service))),
+                    Body::Service(service) => {
+                        store.set_service(&service.key.clone(), Some(Arc::unwrap_or_clone(service)))
+                    }
                     Body::Slice(slice) => store.set_slice(&slice.key(), Some(Arc::unwrap_or_clone(slice))),
                     Body::Node(node) => store.set_node(&node.name.clone(), Some(Arc::unwrap_or_clone(node))),
                     Body::Nothing => panic!("{name}: {object:?}"),
@@ -226,11 +230,15 @@ mod tests {
         let [.., (_, slices)] = FILES;
         let served = served(slices);
         let expected: BTreeMap<_, _> = frontends().collect();
-        assert_eq!(served.iter().map(|(address, set)| (*address, set.len())).collect::<BTreeMap<_, _>>(), expected);
+        assert_eq!(
+            served.iter().map(|(address, set)| (*address, set.len())).collect::<BTreeMap<_, _>>(),
+            expected
+        );
         for (address, endpoints) in served.iter().filter(|(_, endpoints)| !endpoints.is_empty()) {
             let port = if address.protocol == Protocol::Udp { ECHO_PORT } else { HTTP_PORT };
             let family = usize::from(address.ip.is_ipv6());
-            let pods: Vec<_> = PODS.iter().map(|pod| SocketAddr::new(pod.addresses()[family], port)).collect();
+            let pods: Vec<_> =
+                PODS.iter().map(|pod| SocketAddr::new(pod.addresses()[family], port)).collect();
             assert_eq!(*endpoints, pods, "{address:?}");
         }
     }

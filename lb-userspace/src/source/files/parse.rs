@@ -64,7 +64,7 @@ impl fmt::Display for ParseIssue {
 /// `file` is the name that issues carry. `service_proxy_name` selects objects by label, as a watch on an API
 /// server does.
 ///
-/// Memory and time are bounded: aliases expand to at most a million values, and nesting to 64 levels.
+/// Memory and time are bounded: aliases expand to at most a hundred thousand values, and nesting to 64 levels.
 ///
 /// # Errors
 ///
@@ -89,7 +89,9 @@ fn options() -> Options {
             // A document is no longer than a file; these only have to let a long list pass.
             max_nodes: 16_000_000,
             max_events: 64_000_000,
+            max_recorded_anchor_events: MAX_ALIASED,
         },
+        alias_limits: serde_saphyr::alias_limits! { max_total_replayed_events: MAX_ALIASED },
     }
 }
 
@@ -99,6 +101,9 @@ fn broken_text(error: &serde_saphyr::Error) -> ParseIssue {
     let text = error.render_with_formatter(&UserMessageFormatter);
     ParseIssue { line, cause: text.split_whitespace().collect::<Vec<_>>().join(" ") }
 }
+
+/// The most values that the aliases of a document may stand for.
+const MAX_ALIASED: usize = 100_000;
 
 /// The kinds that are read, with the API version that is known.
 const KNOWN: [(&str, &str); 3] =

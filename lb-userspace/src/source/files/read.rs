@@ -89,7 +89,7 @@ impl Reader {
         let mut contents = BTreeMap::new();
         for (name, path) in paths {
             let old = before.remove(&name);
-            let Some((known, content)) = read_file(&path, old.as_ref(), trusts_stamps) else {
+            let Some((known, content)) = read_file(&path, old.as_ref(), trusts_stamps, now()) else {
                 before.extend(old.map(|old| (name, old)));
                 continue;
             };
@@ -134,8 +134,8 @@ pub(super) fn is_manifest(name: &OsStr) -> bool {
     !is_hidden && ["yaml", "yml", "json"].iter().any(|known| extension.eq_ignore_ascii_case(known))
 }
 
-/// Reads one file; `None` if there is none, or not a regular one.
-fn read_file(path: &Path, old: Option<&Known>, trusts_stamps: bool) -> Option<(Known, Content)> {
+/// Reads one file at a time `now`; `None` if there is none, or not a regular one.
+fn read_file(path: &Path, old: Option<&Known>, trusts_stamps: bool, now: i64) -> Option<(Known, Content)> {
     let metadata = match fs::metadata(path) {
         Ok(metadata) if metadata.is_file() => Ok(metadata),
         // Gone since the folder was listed, or the target of a dangling link; a folder, pipe or device.
@@ -143,7 +143,7 @@ fn read_file(path: &Path, old: Option<&Known>, trusts_stamps: bool) -> Option<(K
         Ok(_) => return None,
         Err(error) => Err(error),
     };
-    let stamp = metadata.as_ref().ok().and_then(Stamp::of);
+    let stamp = metadata.as_ref().ok().and_then(|metadata| Stamp::of(metadata, now));
     if trusts_stamps
         && stamp.is_some()
         && let Some(old) = old.filter(|old| old.stamp == stamp)
@@ -178,17 +178,23 @@ fn read_text(path: &Path, metadata: &Metadata) -> io::Result<String> {
     })
 }
 
+/// Seconds since 1970. A wrong clock costs time only: the readings that trust no stamp find what others missed.
+fn now() -> i64 {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .ok()
+        .and_then(|elapsed| i64::try_from(elapsed.as_secs()).ok())
+        .unwrap_or_default()
+}
+
 impl Stamp {
     /// The stamp of a file, unless it changed so recently that the stamp cannot tell the next change.
-    fn of(metadata: &Metadata) -> Option<Self> {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).ok()?.as_secs();
-        let changed = (metadata.ctime(), metadata.ctime_nsec());
-        let is_settled = i64::try_from(now).ok()?.checked_sub(changed.0)? > SETTLED;
-        is_settled.then(|| Self {
+    fn of(metadata: &Metadata, now: i64) -> Option<Self> {
+        (now.saturating_sub(metadata.ctime()) > SETTLED).then(|| Self {
             device: metadata.dev(),
             inode: metadata.ino(),
             len: metadata.len(),
-            changed,
+            changed: (metadata.ctime(), metadata.ctime_nsec()),
         })
     }
 }

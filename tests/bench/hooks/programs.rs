@@ -1,0 +1,134 @@
+//! The programs that are measured.
+
+use std::{any::Any, fs::File, net::IpAddr, path::Path, sync::Arc};
+
+use anyhow::Context as _;
+use aya::{
+    Ebpf,
+    maps::HashMap,
+    programs::{CgroupAttachMode, CgroupSock, CgroupSockAddr},
+};
+use lb_common::layout::{Endpoint4, Frontend, FrontendKey4, Protocol};
+use lb_tests::Sandbox;
+use lb_userspace::{
+    desired::FrontendAddress,
+    kernel::{Features, Kernel, Options},
+    model,
+    plan::{Capacity, Plan, diff},
+    tables::{Entry, Image},
+};
+
+use crate::{SERVICES, Target, vip, work::Servers};
+
+/// Attaches programs to a cgroup; they stay while the result lives.
+pub(crate) type Attach = Box<dyn FnOnce(&Sandbox, &Path) -> anyhow::Result<Box<dyn Any>> + Send>;
+
+#[derive(Clone, Copy)]
+#[repr(transparent)]
+struct Plain<T>(T);
+// SAFETY: `repr(C)` types of lb_common whose padding is checked at compile time.
+unsafe impl aya::Pod for Plain<FrontendKey4> {}
+// SAFETY: as above.
+unsafe impl aya::Pod for Plain<Endpoint4> {}
+
+/// Connect and release programs of the bench object by target.
+const VARIANTS: [(&str, Option<&str>, Option<&str>); 10] = [
+    ("none", None, None),
+    ("empty", Some("empty_connect"), None),
+    ("empty+release", Some("empty_connect"), Some("empty_release")),
+    ("one look-up", Some("plain_connect"), None),
+    ("storage on hit", Some("storage_connect"), None),
+    ("storage for all", Some("storage_all_connect"), None),
+    ("hash+release", Some("hash_connect"), Some("hash_release")),
+    ("LRU", Some("lru_connect"), None),
+    ("per-CPU LRU", Some("per_cpu_lru_connect"), None),
+    ("slots+release", Some("slots_connect"), Some("slots_release")),
+];
+
+/// All targets, the product last.
+pub(crate) fn targets(object: &[u8], servers: &Servers) -> anyhow::Result<Vec<Target>> {
+    let object: Arc<[u8]> = object.into();
+    let endpoint = servers.udp;
+    let mut targets: Vec<Target> = VARIANTS
+        .into_iter()
+        .map(|(name, on_connect, on_release)| {
+            let object = Arc::clone(&object);
+            let attach: Attach = Box::new(move |_sandbox, cgroup| {
+                let mut programs = Ebpf::load(&object)?;
+                fill(&mut programs, endpoint)?;
+                let cgroup = File::open(cgroup)?;
+                if let Some(name) = on_connect {
+                    let program: &mut CgroupSockAddr = programs.program_mut(name).context(name)?.try_into()?;
+                    program.load()?;
+                    let _link = program.attach(&cgroup, CgroupAttachMode::default())?;
+                }
+                if let Some(name) = on_release {
+                    let program: &mut CgroupSock = programs.program_mut(name).context(name)?.try_into()?;
+                    program.load()?;
+                    let _link = program.attach(&cgroup, CgroupAttachMode::default())?;
+                }
+                Ok(Box::new(programs) as Box<dyn Any>)
+            });
+            Target { name, attach }
+        })
+        .collect();
+    let attach: Attach = Box::new(move |sandbox, cgroup| socklb(sandbox, cgroup, endpoint));
+    targets.push(Target { name: "socklb", attach });
+    Ok(targets)
+}
+
+/// Addresses of the services: the first is the one that is called.
+fn addresses() -> impl Iterator<Item = [u8; 4]> {
+    let first = match vip().ip() {
+        IpAddr::V4(ip) => u32::from(ip),
+        IpAddr::V6(_) => 0,
+    };
+    (first..first + SERVICES).map(u32::to_be_bytes)
+}
+
+fn fill(programs: &mut Ebpf, endpoint: std::net::SocketAddr) -> anyhow::Result<()> {
+    let map = programs.map_mut("bench_services").context("bench_services")?;
+    let mut services: HashMap<_, Plain<FrontendKey4>, Plain<Endpoint4>> = HashMap::try_from(map)?;
+    let IpAddr::V4(ip) = endpoint.ip() else { anyhow::bail!("an IPv4 endpoint is needed") };
+    let value = Endpoint4 { address: ip.octets(), port: endpoint.port(), reserved: 0, endpoint_id: 0 };
+    for address in addresses() {
+        for protocol in [Protocol::TCP.0, Protocol::UDP.0] {
+            let key = FrontendKey4 { address, port: vip().port(), protocol, reserved: 0 };
+            services.insert(Plain(key), Plain(value), 0)?;
+        }
+    }
+    Ok(())
+}
+
+/// The product, with all features on, ten endpoints to each service.
+fn socklb(sandbox: &Sandbox, cgroup: &Path, endpoint: std::net::SocketAddr) -> anyhow::Result<Box<dyn Any>> {
+    let options = Options {
+        pin_path: sandbox.pin_path(),
+        cgroup: cgroup.to_owned(),
+        capacity: Capacity::default(),
+        node_ports: lb_common::limits::NODE_PORTS,
+        localhost_nodeports: true,
+        node_netns: sandbox.netns().cookie(),
+        features: Features::probe(),
+        log: false,
+    };
+    let mut kernel = Kernel::open(&options, || {})?;
+    let mut image = Image::default();
+    let mut id = 0;
+    for address in addresses() {
+        for protocol in [model::Protocol::Tcp, model::Protocol::Udp] {
+            let offset = id * 10;
+            let entries: Vec<Entry> =
+                (offset..offset + 10).map(|endpoint_id| Entry { endpoint_id, address: endpoint }).collect();
+            image.runs4.insert(offset, entries.into());
+            let run = lb_common::layout::Run { offset, len: 10 };
+            image.frontends.insert(id, Frontend { run, service_id: id, ..Frontend::default() });
+            let ip = IpAddr::from(address);
+            image.services.insert(FrontendAddress { ip, port: vip().port(), protocol }, id);
+            id += 1;
+        }
+    }
+    let plan: Plan = diff(&Image::default(), &image);
+    let _n_ops = kernel.apply(&plan)?;
+    Ok(Box::new(kernel))
+}

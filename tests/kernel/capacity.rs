@@ -1,0 +1,145 @@
+//! Large sets, and tables without room.
+
+use std::{
+    collections::BTreeSet,
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+};
+
+use lb_tests::{
+    Feature, Sandbox,
+    agent::{self, Agent},
+    client::{Domain, call},
+    cluster::{self, Cluster},
+    require,
+    server::Servers,
+};
+use lb_userspace::{
+    kernel::{KernelError, Options},
+    model::{IssueKind, Protocol::Tcp},
+    plan::Capacity,
+};
+use nix::errno::Errno;
+
+use crate::calls::{addresses, service_address};
+
+/// Loopback addresses from 127.0.0.0 + `first` on, all of which one server on the unspecified address serves.
+fn loopback_endpoints(first: u32, n: u32) -> Vec<SocketAddr> {
+    let base = u32::from(Ipv4Addr::new(127, 1, 0, 0)) + first;
+    (base..base + n).map(|ip| SocketAddr::new(Ipv4Addr::from(ip).into(), 8080)).collect()
+}
+
+#[test]
+fn a_service_may_have_a_hundred_thousand_endpoints() {
+    const N: u32 = 100_000;
+    if !require(Feature::Programs) {
+        return;
+    }
+    Sandbox::run(|sandbox| {
+        let service = service_address(Domain::V4);
+        let _servers = Servers::tcp([SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), 8080)]);
+        let options = Options { capacity: Capacity::default(), ..agent::options(sandbox) };
+        let mut agent = Agent::start_with(&options, agent::settings(), Vec::new()).unwrap();
+        // The second set is twice as far as it is large, so that the sets differ in all endpoints; the third needs the
+        // room of the first.
+        for first in [0, 2 * N, 4 * N] {
+            let endpoints = loopback_endpoints(first, N);
+            let mut cluster = Cluster::new();
+            cluster.serve("large", service, Tcp, &endpoints);
+            agent.follow(&cluster);
+            assert_eq!(agent.state.issues().count(), 0);
+            let reached: BTreeSet<_> = (0..300).map(|_| call(service, Tcp).unwrap()).collect();
+            assert!(reached.iter().all(|server| endpoints.binary_search(server).is_ok()));
+            // Of 300 numbers out of 100,000, fewer than one in two hundred are equal to another on average.
+            assert!(reached.len() > 280, "only {} endpoints answered", reached.len());
+            agent.settle();
+        }
+    });
+}
+
+#[test]
+fn services_that_do_not_fit_do_not_disturb_the_others() {
+    if !require(Feature::Programs) {
+        return;
+    }
+    Sandbox::run(|sandbox| {
+        let [server] = addresses(Domain::V4, 8001);
+        let _servers = Servers::tcp([server]);
+        let capacity = Capacity { services: 4, endpoints: 64 };
+        let options = Options { capacity, ..agent::options(sandbox) };
+        let mut agent = Agent::start_with(&options, agent::settings(), Vec::new()).unwrap();
+        let address = |n: u8| SocketAddr::new(IpAddr::from([10, 96, 0, n]), 80);
+        let serve = |numbers: std::ops::RangeInclusive<u8>| {
+            let mut cluster = Cluster::new();
+            numbers.for_each(|n| cluster.serve(&format!("s{n}"), address(n), Tcp, &[server]));
+            cluster
+        };
+        let served = || -> Vec<u8> { (1..=8).filter(|n| call(address(*n), Tcp) == Ok(server)).collect() };
+        let untouched = || (1..=8).filter(|n| call(address(*n), Tcp) == Err(Errno::ENETUNREACH)).count();
+
+        agent.follow(&serve(1..=6));
+        assert_eq!(served(), [1, 2, 3, 4]);
+        assert_eq!(untouched(), 4);
+        let full = agent.state.issues().filter(|issue| matches!(issue.kind, IssueKind::ServicesFull { .. })).count();
+        assert_eq!(full, 2);
+
+        // Two go; their places are free after a grace period, and those who wait take them.
+        agent.follow(&serve(3..=6));
+        agent.settle();
+        agent.sync();
+        assert_eq!(served(), [3, 4, 5, 6]);
+        assert_eq!(agent.state.issues().count(), 0);
+    });
+}
+
+#[test]
+fn endpoints_that_do_not_fit_leave_the_service_as_it_was() {
+    if !require(Feature::Programs) {
+        return;
+    }
+    Sandbox::run(|sandbox| {
+        let service = service_address(Domain::V4);
+        let _servers = Servers::tcp([SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), 8080)]);
+        let capacity = Capacity { services: 4, endpoints: 8 };
+        let options = Options { capacity, ..agent::options(sandbox) };
+        let mut agent = Agent::start_with(&options, agent::settings(), Vec::new()).unwrap();
+        let follow = |agent: &mut Agent, endpoints: &[SocketAddr]| {
+            let mut cluster = Cluster::new();
+            cluster.serve("web", service, Tcp, endpoints);
+            agent.follow(&cluster);
+        };
+        let (small, large, medium) = (loopback_endpoints(0, 3), loopback_endpoints(10, 9), loopback_endpoints(20, 5));
+        follow(&mut agent, &small);
+        follow(&mut agent, &large);
+        assert!(small.contains(&call(service, Tcp).unwrap()));
+        let issues: Vec<_> = agent.state.issues().collect();
+        assert!(
+            matches!(&issues[..], [issue] if matches!(issue.kind, IssueKind::EndpointsFull { .. })),
+            "{issues:?}"
+        );
+        follow(&mut agent, &medium);
+        assert!(medium.contains(&call(service, Tcp).unwrap()));
+    });
+}
+
+/// More node addresses than the table holds: an error, but services work.
+#[test]
+fn too_many_node_addresses_cost_no_service() {
+    if !require(Feature::Programs) {
+        return;
+    }
+    Sandbox::run(|sandbox| {
+        let [server] = addresses(Domain::V4, 8001);
+        let _servers = Servers::tcp([server]);
+        let mut agent = Agent::start(sandbox);
+        let mut cluster = Cluster::new();
+        let n = lb_common::limits::MAX_NODE_ADDRS + 1;
+        let base = u32::from(Ipv4Addr::new(10, 200, 0, 0));
+        let nodes: Vec<IpAddr> = (base..base + n).map(|ip| Ipv4Addr::from(ip).into()).collect();
+        cluster.set(cluster::node("elsewhere", &nodes));
+        cluster.serve("web", service_address(Domain::V4), Tcp, &[server]);
+        cluster.feed(&mut agent.state);
+        let result = agent.try_sync();
+        assert!(matches!(result, Err(KernelError::MapFull { name: "node_addrs" })), "{result:?}");
+        assert_eq!(call(service_address(Domain::V4), Tcp), Ok(server));
+    });
+}

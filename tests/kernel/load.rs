@@ -1,0 +1,237 @@
+//! Calls while the tables change: none fails, none goes astray.
+
+use std::{
+    collections::BTreeMap,
+    fmt::Debug,
+    net::{IpAddr, SocketAddr},
+    ops::RangeInclusive,
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicUsize, Ordering::SeqCst},
+    },
+    thread,
+};
+
+use lb_tests::{
+    Feature, Sandbox,
+    agent::{self, Agent},
+    client::{Domain, Socket, call},
+    cluster::Cluster,
+    require,
+    server::Servers,
+};
+use lb_userspace::{
+    kernel::Options,
+    model::Protocol::{Tcp, Udp},
+    plan::Capacity,
+};
+use nix::errno::Errno;
+
+use crate::calls::{addresses, service_address};
+
+/// Threads that call.
+const N_CALLERS: usize = 8;
+
+/// The generations of the tables that a call may have seen: from the last that was complete when it began to the last
+/// that was begun when it ended.
+pub(crate) type Window = RangeInclusive<usize>;
+
+/// How much of what.
+pub(crate) struct Load {
+    /// Calls in all.
+    pub(crate) n_calls: usize,
+    /// Changes, spread evenly over the calls.
+    pub(crate) n_changes: usize,
+}
+
+impl Load {
+    /// Calls on eight threads while this thread changes the tables. Generation 0 is what they hold at the start;
+    /// `change(n)` makes generation n.
+    ///
+    /// Panics with the first call whose answer is not `allowed` for its window.
+    pub(crate) fn run<A: Debug + Clone + Send>(
+        &self,
+        mut change: impl FnMut(usize),
+        call: impl Fn(usize) -> A + Sync,
+        is_allowed: impl Fn(Window, A) -> bool + Sync,
+    ) {
+        let (begun, complete, n_done) = (AtomicUsize::new(0), AtomicUsize::new(0), AtomicUsize::new(0));
+        let failure: Mutex<Option<String>> = Mutex::new(None);
+        let has_failed = || failure.lock().unwrap_or_else(PoisonError::into_inner).is_some();
+        thread::scope(|scope| {
+            for thread in 0..N_CALLERS {
+                let (begun, complete, n_done) = (&begun, &complete, &n_done);
+                let (call, is_allowed, failure, has_failed) = (&call, &is_allowed, &failure, &has_failed);
+                scope.spawn(move || {
+                    for _ in 0..self.n_calls / N_CALLERS {
+                        let first = complete.load(SeqCst);
+                        let answer = call(thread);
+                        let window = first..=begun.load(SeqCst);
+                        if !is_allowed(window.clone(), answer.clone()) {
+                            let text = format!("generations {window:?} do not allow {answer:?}");
+                            *failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(text);
+                        }
+                        n_done.fetch_add(1, SeqCst);
+                        if has_failed() {
+                            return;
+                        }
+                    }
+                });
+            }
+            for generation in 1..=self.n_changes {
+                let due = generation * (self.n_calls / (self.n_changes + 1));
+                while n_done.load(SeqCst) < due && !has_failed() {
+                    thread::yield_now();
+                }
+                begun.store(generation, SeqCst);
+                change(generation);
+                complete.store(generation, SeqCst);
+            }
+        });
+        if let Some(failure) = failure.into_inner().unwrap_or_else(PoisonError::into_inner) {
+            panic!("{failure}");
+        }
+    }
+}
+
+/// The endpoints of a generation: three out of thirty, others each time.
+fn three_of(servers: &[SocketAddr], generation: usize) -> &[SocketAddr] {
+    let first = generation * 3 % servers.len();
+    &servers[first..first + 3]
+}
+
+/// Room for the runs of a thousand generations, whatever pace the grace periods keep.
+fn start(sandbox: &Sandbox) -> Agent {
+    let capacity = Capacity { services: 256, endpoints: 16_384 };
+    let options = Options { capacity, ..agent::options(sandbox) };
+    Agent::start_with(&options, agent::settings(), Vec::new()).unwrap()
+}
+
+/// Addresses of the sandbox's own. The kernel calls each of them from itself, so that the local address of a socket
+/// tells which endpoint it was pointed at.
+fn own_addresses(sandbox: &Sandbox, network: u8, n: u8) -> Vec<SocketAddr> {
+    let ips: Vec<IpAddr> = (1..=n).map(|host| IpAddr::from([10, 1, network, host])).collect();
+    sandbox.own(ips.iter().copied());
+    ips.into_iter().map(|ip| SocketAddr::new(ip, 53)).collect()
+}
+
+/// Connects a datagram socket and tells where it was pointed, without anybody's answer.
+fn target_of(service: SocketAddr) -> Result<IpAddr, Errno> {
+    let socket = Socket::new(Domain::of(service.ip()), Udp);
+    socket.connect(service)?;
+    Ok(socket.local_address()?.ip())
+}
+
+#[test]
+fn tcp_connects_follow_the_endpoints_through_a_thousand_changes() {
+    if !require(Feature::Programs) {
+        return;
+    }
+    Sandbox::run(|sandbox| {
+        let service = service_address(Domain::V4);
+        let servers: [SocketAddr; 30] = addresses(Domain::V4, 8001);
+        let _servers = Servers::tcp(servers);
+        let mut agent = start(sandbox);
+        let mut change = |generation| {
+            let mut cluster = Cluster::new();
+            cluster.serve("web", service, Tcp, three_of(&servers, generation));
+            agent.follow(&cluster);
+        };
+        change(0);
+        Load { n_calls: 10_000, n_changes: 1000 }.run(
+            change,
+            |_thread| call(service, Tcp),
+            |mut window, answer| {
+                answer.is_ok_and(|server| window.any(|generation| three_of(&servers, generation).contains(&server)))
+            },
+        );
+    });
+}
+
+#[test]
+fn udp_connects_follow_the_endpoints_through_a_thousand_changes() {
+    if !require(Feature::Programs) {
+        return;
+    }
+    Sandbox::run(|sandbox| {
+        let service = service_address(Domain::V4);
+        let servers = own_addresses(sandbox, 0, 30);
+        let mut agent = start(sandbox);
+        let mut change = |generation| {
+            let mut cluster = Cluster::new();
+            cluster.serve("dns", service, Udp, three_of(&servers, generation));
+            agent.follow(&cluster);
+        };
+        change(0);
+        Load { n_calls: 100_000, n_changes: 1000 }.run(
+            change,
+            |_thread| target_of(service),
+            |mut window, target| {
+                target.is_ok_and(|target| {
+                    window.any(|generation| three_of(&servers, generation).iter().any(|e| e.ip() == target))
+                })
+            },
+        );
+    });
+}
+
+/// Two services change in each plan and a third one comes and goes, so that ids, runs and keys are given out anew all
+/// the time. Nobody ever reaches an endpoint of another service.
+#[test]
+fn services_that_change_together_keep_apart() {
+    if !require(Feature::Programs) {
+        return;
+    }
+    Sandbox::run(|sandbox| {
+        let services = [1, 2, 3].map(|host| SocketAddr::new(IpAddr::from([10, 96, 0, host]), 53));
+        let servers = [0, 1, 2].map(|network| own_addresses(sandbox, network, 30));
+        let comes_and_goes = |service: usize, generation: usize| service == 2 && generation % 2 == 1;
+        let mut agent = start(sandbox);
+        let mut change = |generation| {
+            let mut cluster = Cluster::new();
+            for (n, (service, servers)) in services.iter().zip(&servers).enumerate() {
+                if !comes_and_goes(n, generation) {
+                    cluster.serve(&format!("service-{n}"), *service, Udp, three_of(servers, generation));
+                }
+            }
+            agent.follow(&cluster);
+        };
+        change(0);
+        Load { n_calls: 30_000, n_changes: 300 }.run(
+            change,
+            |thread| (thread % 3, target_of(services[thread % 3])),
+            |mut window, (n, target)| match target {
+                Ok(target) => window.any(|generation| {
+                    !comes_and_goes(n, generation)
+                        && three_of(&servers[n], generation).iter().any(|e| e.ip() == target)
+                }),
+                Err(Errno::ENETUNREACH) => window.any(|generation| comes_and_goes(n, generation)),
+                Err(_) => false,
+            },
+        );
+    });
+}
+
+#[test]
+fn calls_are_spread_evenly() {
+    if !require(Feature::Programs) {
+        return;
+    }
+    Sandbox::run(|sandbox| {
+        let service = service_address(Domain::V4);
+        let servers = own_addresses(sandbox, 0, 3);
+        let mut agent = Agent::start(sandbox);
+        let mut cluster = Cluster::new();
+        cluster.serve("dns", service, Udp, &servers);
+        agent.follow(&cluster);
+        let n_calls: u32 = 30_000;
+        let mut shares: BTreeMap<IpAddr, u32> = BTreeMap::new();
+        for _ in 0..n_calls {
+            *shares.entry(target_of(service).unwrap()).or_default() += 1;
+        }
+        // A tenth of a share is twelve standard deviations.
+        let share = n_calls / 3;
+        assert_eq!(shares.len(), 3, "{shares:?}");
+        assert!(shares.values().all(|n| n.abs_diff(share) < share / 10), "{shares:?}");
+    });
+}

@@ -1,0 +1,253 @@
+//! What a socket says of its peer: the service address that the program called, never the endpoint behind it.
+
+use std::net::SocketAddr;
+
+use lb_tests::{
+    Feature, Sandbox,
+    agent::Agent,
+    client::{Domain, Socket},
+    cluster::Cluster,
+    require,
+    server::Servers,
+};
+use lb_userspace::model::Protocol::{self, Tcp, Udp};
+use nix::errno::Errno;
+
+use crate::calls::{addresses, service_address};
+
+/// In one family: two services with one endpoint each, and a server that is no service.
+struct Scene {
+    service: SocketAddr,
+    endpoint: SocketAddr,
+    other_service: SocketAddr,
+    other_endpoint: SocketAddr,
+    plain: SocketAddr,
+}
+
+impl Scene {
+    fn new(domain: Domain) -> Self {
+        let [endpoint, other_endpoint, plain] = addresses(domain, 8001);
+        let service = service_address(domain);
+        Self { service, endpoint, other_service: SocketAddr::new(service.ip(), 53), other_endpoint, plain }
+    }
+}
+
+/// A sandbox with an agent and a scene in each family.
+fn with_scenes(protocol: Protocol, test: impl Fn(Domain, &Scene) + Sync) {
+    Sandbox::run(|sandbox| {
+        let mut cluster = Cluster::new();
+        let mut servers = Vec::new();
+        for domain in [Domain::V4, Domain::V6] {
+            let scene = Scene::new(domain);
+            servers.extend([scene.endpoint, scene.other_endpoint, scene.plain].map(|server| (server, protocol)));
+            cluster.serve(&format!("one-{domain:?}"), scene.service, protocol, &[scene.endpoint]);
+            cluster.serve(&format!("two-{domain:?}"), scene.other_service, protocol, &[scene.other_endpoint]);
+        }
+        let _servers = Servers::start(servers);
+        let mut agent = Agent::start(sandbox);
+        agent.follow(&cluster);
+        for domain in Domain::ALL {
+            test(domain, &Scene::new(domain));
+        }
+    });
+}
+
+fn connect_and_ask(socket: &Socket, to: SocketAddr, server: SocketAddr) {
+    socket.connect(to).unwrap();
+    assert_eq!(socket.peer_name(), Ok(to));
+    let answer = socket.ask().unwrap();
+    assert_eq!(answer.server, server);
+    if let Some(seen) = answer.seen {
+        assert_eq!(seen, to);
+    }
+    assert_eq!(socket.peer_name(), Ok(to), "after the answer");
+}
+
+fn ask_at(socket: &Socket, to: SocketAddr, server: SocketAddr) {
+    let answer = socket.ask_at(to).unwrap();
+    assert_eq!((answer.server, answer.seen), (server, Some(to)));
+}
+
+#[test]
+fn a_connected_socket_sees_the_service() {
+    if !require(Feature::Programs) {
+        return;
+    }
+    for protocol in [Tcp, Udp] {
+        with_scenes(protocol, |domain, scene| {
+            connect_and_ask(&Socket::new(domain, protocol), scene.service, scene.endpoint);
+        });
+    }
+}
+
+#[test]
+fn an_unconnected_socket_sees_the_service_that_it_asked() {
+    if !require(Feature::Programs) {
+        return;
+    }
+    with_scenes(Udp, |domain, scene| {
+        let socket = Socket::new(domain, Udp);
+        for _ in 0..3 {
+            ask_at(&socket, scene.service, scene.endpoint);
+            ask_at(&socket, scene.other_service, scene.other_endpoint);
+            ask_at(&socket, scene.plain, scene.plain);
+        }
+        assert_eq!(socket.peer_name(), Err(Errno::ENOTCONN));
+    });
+}
+
+/// A resolver asks two name servers at once and takes answers in any order.
+#[test]
+fn answers_of_two_services_are_told_apart() {
+    if !require(Feature::Programs) {
+        return;
+    }
+    with_scenes(Udp, |domain, scene| {
+        let socket = Socket::new(domain, Udp);
+        socket.send_to(b"?", scene.service).unwrap();
+        socket.send_to(b"?", scene.other_service).unwrap();
+        socket.send_to(b"?", scene.plain).unwrap();
+        let mut senders: Vec<_> = (0..3).map(|_| socket.receive().unwrap().1.unwrap()).collect();
+        senders.sort_unstable();
+        let mut called = vec![scene.service, scene.other_service, scene.plain];
+        called.sort_unstable();
+        assert_eq!(senders, called);
+    });
+}
+
+/// Two service addresses with one endpoint behind both, called one after the other through one socket.
+#[test]
+fn an_answer_is_from_the_service_asked_last() {
+    if !require(Feature::Programs) {
+        return;
+    }
+    Sandbox::run(|sandbox| {
+        let mut cluster = Cluster::new();
+        let scenes = [Domain::V4, Domain::V6].map(Scene::new);
+        let _servers = Servers::udp(scenes.iter().map(|scene| scene.endpoint));
+        for scene in &scenes {
+            cluster.serve(&format!("one-{}", scene.service.is_ipv6()), scene.service, Udp, &[scene.endpoint]);
+            cluster.serve(&format!("two-{}", scene.service.is_ipv6()), scene.other_service, Udp, &[scene.endpoint]);
+        }
+        let mut agent = Agent::start(sandbox);
+        agent.follow(&cluster);
+        for domain in Domain::ALL {
+            let Scene { service, endpoint, other_service, .. } = Scene::new(domain);
+            let socket = Socket::new(domain, Udp);
+            for to in [service, other_service, service, endpoint, other_service] {
+                ask_at(&socket, to, endpoint);
+            }
+        }
+    });
+}
+
+#[test]
+fn a_reconnected_socket_sees_its_new_peer() {
+    if !require(Feature::Programs) {
+        return;
+    }
+    with_scenes(Udp, |domain, scene| {
+        let socket = Socket::new(domain, Udp);
+        connect_and_ask(&socket, scene.service, scene.endpoint);
+        connect_and_ask(&socket, scene.other_service, scene.other_endpoint);
+        connect_and_ask(&socket, scene.plain, scene.plain);
+        connect_and_ask(&socket, scene.service, scene.endpoint);
+        // The endpoint behind the service, called by its own address, is no service.
+        connect_and_ask(&socket, scene.endpoint, scene.endpoint);
+    });
+}
+
+#[test]
+fn a_disconnected_socket_has_no_peer_and_can_call_again() {
+    if !require(Feature::Programs) {
+        return;
+    }
+    with_scenes(Udp, |domain, scene| {
+        let socket = Socket::new(domain, Udp);
+        connect_and_ask(&socket, scene.service, scene.endpoint);
+        socket.disconnect().unwrap();
+        assert_eq!(socket.peer_name(), Err(Errno::ENOTCONN));
+        ask_at(&socket, scene.endpoint, scene.endpoint);
+        ask_at(&socket, scene.service, scene.endpoint);
+        connect_and_ask(&socket, scene.other_service, scene.other_endpoint);
+        socket.disconnect().unwrap();
+        connect_and_ask(&socket, scene.plain, scene.plain);
+    });
+    with_scenes(Tcp, |domain, scene| {
+        let socket = Socket::new(domain, Tcp);
+        connect_and_ask(&socket, scene.service, scene.endpoint);
+        socket.disconnect().unwrap();
+        assert_eq!(socket.peer_name(), Err(Errno::ENOTCONN));
+        connect_and_ask(&socket, scene.plain, scene.plain);
+    });
+}
+
+/// More services than a socket has records for: each answer still comes from the service that was asked.
+#[test]
+fn a_socket_may_use_many_services() {
+    if !require(Feature::Programs) {
+        return;
+    }
+    let pairs = |domain| {
+        let endpoints: [SocketAddr; 9] = addresses(domain, 8001);
+        let ip = service_address(domain).ip();
+        endpoints.map(|endpoint| (SocketAddr::new(ip, endpoint.port() - 8000), endpoint))
+    };
+    Sandbox::run(|sandbox| {
+        let all = [pairs(Domain::V4), pairs(Domain::V6)].concat();
+        let _servers = Servers::udp(all.iter().map(|(_, endpoint)| *endpoint));
+        let mut cluster = Cluster::new();
+        for (service, endpoint) in &all {
+            cluster.serve(&format!("{}-{}", service.is_ipv6(), service.port()), *service, Udp, &[*endpoint]);
+        }
+        let mut agent = Agent::start(sandbox);
+        agent.follow(&cluster);
+        for domain in Domain::ALL {
+            let socket = Socket::new(domain, Udp);
+            for (service, endpoint) in [pairs(domain), pairs(domain)].concat() {
+                ask_at(&socket, service, endpoint);
+            }
+        }
+    });
+}
+
+/// A peer that calls the socket itself is seen as it is, whatever the socket asked before.
+#[test]
+fn a_stranger_is_seen_as_it_is() {
+    if !require(Feature::Programs) {
+        return;
+    }
+    with_scenes(Udp, |domain, scene| {
+        let socket = Socket::new(domain, Udp);
+        ask_at(&socket, scene.service, scene.endpoint);
+        let stranger = Socket::new(domain, Udp);
+        stranger.bind(SocketAddr::new(domain.loopback(), 9000)).unwrap();
+        let mine = SocketAddr::new(domain.loopback(), socket.local_address().unwrap().port());
+        stranger.send_to(b"hello", mine).unwrap();
+        let (bytes, sender) = socket.receive().unwrap();
+        assert_eq!((&*bytes, sender.map(|sender| sender.port())), (&b"hello"[..], Some(9000)));
+    });
+}
+
+/// A connected socket may send single datagrams elsewhere; it still hears and names its peer only.
+#[test]
+fn a_connected_socket_keeps_its_peer_when_it_sends_elsewhere() {
+    if !require(Feature::Programs) {
+        return;
+    }
+    with_scenes(Udp, |domain, scene| {
+        let socket = Socket::new(domain, Udp);
+        socket.connect(scene.service).unwrap();
+        for elsewhere in [scene.endpoint, scene.other_service, scene.plain, scene.service] {
+            for _ in 0..5 {
+                socket.send_to(b"!", elsewhere).unwrap();
+            }
+            assert_eq!(socket.peer_name(), Ok(scene.service), "after {elsewhere}");
+        }
+        // Ten answers are from the peer: those to the datagrams for itself, by either of its addresses.
+        for _ in 0..10 {
+            let (_, sender) = socket.receive().unwrap();
+            assert_eq!(sender, Some(scene.service));
+        }
+    });
+}

@@ -1,0 +1,135 @@
+//! A service without endpoints fails at once, and tells the program so.
+
+use std::net::SocketAddr;
+
+use lb_tests::{
+    Feature, Sandbox,
+    agent::{self, Agent},
+    client::{Domain, Socket},
+    cluster::Cluster,
+    require,
+    server::Servers,
+};
+use lb_userspace::{
+    kernel::Features,
+    model::Protocol::{Tcp, Udp},
+};
+use nix::errno::Errno;
+
+use crate::calls::{addresses, service_address};
+
+const REFUSED: Result<(), Errno> = Err(Errno::ECONNREFUSED);
+
+/// A sandbox with an agent and a service for both protocols in each family, all with the same endpoints.
+fn with_services(features: Features, test: impl FnOnce(&dyn Fn(&mut Agent, &[SocketAddr]), &mut Agent) + Send) {
+    Sandbox::run(|sandbox| {
+        let options = lb_userspace::kernel::Options { features, ..agent::options(sandbox) };
+        let mut agent = Agent::start_with(&options, agent::settings(), Vec::new()).unwrap();
+        let follow = |agent: &mut Agent, endpoints: &[SocketAddr]| {
+            let mut cluster = Cluster::new();
+            for domain in [Domain::V4, Domain::V6] {
+                for protocol in [Tcp, Udp] {
+                    let of_family: Vec<_> = endpoints
+                        .iter()
+                        .copied()
+                        .filter(|endpoint| endpoint.is_ipv6() == (domain == Domain::V6))
+                        .collect();
+                    cluster.serve(&format!("{domain:?}{protocol}"), service_address(domain), protocol, &of_family);
+                }
+            }
+            agent.follow(&cluster);
+        };
+        follow(&mut agent, &[]);
+        test(&follow, &mut agent);
+    });
+}
+
+#[test]
+fn a_service_without_endpoints_refuses() {
+    if !require(Feature::Programs) {
+        return;
+    }
+    let features = Features::probe();
+    with_services(features, |_follow, _agent| {
+        for domain in Domain::ALL {
+            let service = service_address(domain);
+            assert_eq!(Socket::new(domain, Tcp).connect(service), REFUSED, "{domain:?}");
+            if features.set_retval {
+                assert_eq!(Socket::new(domain, Udp).connect(service), REFUSED, "{domain:?}");
+                assert_eq!(Socket::new(domain, Udp).send_to(b"?", service), REFUSED, "{domain:?}");
+            }
+        }
+    });
+}
+
+/// On kernels before 5.18 programs cannot choose the error, so that the call is sent where nobody listens.
+#[test]
+fn without_set_retval_a_refusal_takes_another_way() {
+    if !require(Feature::Programs) {
+        return;
+    }
+    with_services(Features { set_retval: false, ..Features::probe() }, |_follow, _agent| {
+        for domain in Domain::ALL {
+            let service = service_address(domain);
+            assert_eq!(Socket::new(domain, Tcp).connect(service), REFUSED, "{domain:?}");
+            // A datagram socket connects, and learns with its first datagram or with the call after it.
+            let socket = Socket::new(domain, Udp);
+            let asked = socket.connect(service).and_then(|()| socket.ask());
+            assert!(matches!(asked, Err(Errno::ECONNREFUSED | Errno::EINVAL)), "{domain:?}: {asked:?}");
+            assert_eq!(Socket::new(domain, Udp).send_to(b"?", service), Err(Errno::EINVAL), "{domain:?}");
+        }
+    });
+}
+
+#[test]
+fn a_refusal_ends_with_the_first_endpoint_and_returns_with_the_last() {
+    if !require(Feature::Programs) {
+        return;
+    }
+    with_services(Features::probe(), |follow, agent| {
+        let endpoints = [addresses::<1>(Domain::V4, 8001), addresses(Domain::V6, 8001)].concat();
+        let _servers =
+            Servers::start(endpoints.iter().flat_map(|endpoint| [(*endpoint, Tcp), (*endpoint, Udp)]));
+        follow(agent, &endpoints);
+        let connected = Domain::ALL.map(|domain| {
+            [Tcp, Udp].map(|protocol| {
+                let socket = Socket::new(domain, protocol);
+                socket.connect(service_address(domain)).unwrap();
+                socket.ask().unwrap();
+                socket
+            })
+        });
+        follow(agent, &[]);
+        for domain in Domain::ALL {
+            assert_eq!(Socket::new(domain, Tcp).connect(service_address(domain)), REFUSED, "{domain:?}");
+        }
+        // What is connected stays so: nothing of it depends on the tables any longer.
+        for [tcp, udp] in &connected {
+            tcp.send(b"still here").unwrap();
+            assert_eq!(tcp.receive().unwrap().0, b"still here");
+            udp.ask().unwrap();
+        }
+    });
+}
+
+/// A program may try another address with the socket that was refused.
+#[test]
+fn a_refused_socket_can_call_again() {
+    if !require(Feature::Programs) {
+        return;
+    }
+    with_services(Features::probe(), |_follow, _agent| {
+        let servers = [addresses::<1>(Domain::V4, 8001), addresses(Domain::V6, 8001)].concat();
+        let _servers = Servers::start(servers.iter().flat_map(|server| [(*server, Tcp), (*server, Udp)]));
+        for domain in Domain::ALL {
+            let [server] = addresses(domain, 8001);
+            for protocol in [Tcp, Udp] {
+                let socket = Socket::new(domain, protocol);
+                let _refused_in_one_way_or_another = socket.connect(service_address(domain));
+                socket.connect(server).unwrap();
+                assert_eq!(socket.ask().unwrap().server, server);
+                assert_eq!(socket.peer_name(), Ok(server));
+            }
+        }
+    });
+}

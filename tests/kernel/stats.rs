@@ -1,0 +1,108 @@
+//! What the programs count.
+
+use std::net::SocketAddr;
+
+use lb_common::layout::ServiceStats;
+use lb_tests::{
+    Feature, Sandbox,
+    agent::Agent,
+    client::{Domain, Socket},
+    cluster::Cluster,
+    require,
+    server::Servers,
+};
+use lb_userspace::{
+    desired::FrontendAddress,
+    model::Protocol::{self, Tcp, Udp},
+};
+
+use crate::calls::{addresses, service_address};
+
+fn stats(agent: &Agent, service: SocketAddr, protocol: Protocol) -> ServiceStats {
+    let image = agent.image();
+    let address = FrontendAddress { ip: service.ip(), port: service.port(), protocol };
+    let id = image.frontends[&image.services[&address]].service_id;
+    agent.kernel.maps().service_stats(id).unwrap()
+}
+
+#[test]
+fn calls_are_counted_by_service_and_endpoint() {
+    if !require(Feature::Programs) {
+        return;
+    }
+    Sandbox::run(|sandbox| {
+        let service = service_address(Domain::V4);
+        let [server] = addresses(Domain::V4, 8001);
+        let _servers = Servers::start([(server, Tcp), (server, Udp)]);
+        let empty = SocketAddr::new(service.ip(), 81);
+        let mut cluster = Cluster::new();
+        cluster.serve("tcp", service, Tcp, &[server]);
+        cluster.serve("udp", service, Udp, &[server]);
+        cluster.serve("empty", empty, Tcp, &[]);
+        let mut agent = Agent::start(sandbox);
+        agent.follow(&cluster);
+
+        let udp = Socket::new(Domain::V4, Udp);
+        for _ in 0..7 {
+            Socket::new(Domain::V4, Tcp).connect(service).unwrap();
+            Socket::new(Domain::Mapped, Tcp).connect(service).unwrap();
+            udp.ask_at(service).unwrap();
+            assert!(Socket::new(Domain::V4, Tcp).connect(empty).is_err());
+            // Neither a call that is left alone nor the datagrams of a connected socket count.
+            Socket::new(Domain::V4, Tcp).connect(server).unwrap();
+        }
+        for domain in [Domain::V4, Domain::Mapped] {
+            let connected = Socket::new(domain, Udp);
+            connected.connect(service).unwrap();
+            connected.ask().unwrap();
+            connected.ask().unwrap();
+        }
+        assert_eq!(stats(&agent, service, Tcp), ServiceStats { connects: 14, refusals: 0, datagrams: 0 });
+        assert_eq!(stats(&agent, service, Udp), ServiceStats { connects: 2, refusals: 0, datagrams: 7 });
+        assert_eq!(stats(&agent, empty, Tcp), ServiceStats { connects: 0, refusals: 7, datagrams: 0 });
+
+        let image = agent.image();
+        let of_endpoints: Vec<(u64, u64)> = image
+            .runs4
+            .values()
+            .flat_map(|run| run.iter())
+            .map(|entry| agent.kernel.maps().endpoint_stats(entry.endpoint_id).unwrap())
+            .map(|stats| (stats.connects, stats.datagrams))
+            .collect();
+        assert_eq!(of_endpoints.len(), 2);
+        assert!(of_endpoints.contains(&(14, 0)) && of_endpoints.contains(&(2, 7)), "{of_endpoints:?}");
+    });
+}
+
+/// An id that is given out again starts from zero, and what was counted before survives everything else.
+#[test]
+fn counters_survive_restarts_and_belong_to_one_service() {
+    if !require(Feature::Programs) {
+        return;
+    }
+    Sandbox::run(|sandbox| {
+        let service = service_address(Domain::V4);
+        let servers: [SocketAddr; 2] = addresses(Domain::V4, 8001);
+        let _servers = Servers::tcp(servers);
+        let mut cluster = Cluster::new();
+        cluster.serve("web", service, Tcp, &servers[..1]);
+        let mut agent = Agent::start(sandbox);
+        agent.follow(&cluster);
+        Socket::new(Domain::V4, Tcp).connect(service).unwrap();
+        drop(agent);
+
+        let mut agent = Agent::start(sandbox);
+        agent.follow(&cluster);
+        cluster.serve("web", service, Tcp, &servers);
+        agent.follow(&cluster);
+        Socket::new(Domain::V4, Tcp).connect(service).unwrap();
+        assert_eq!(stats(&agent, service, Tcp).connects, 2);
+
+        agent.follow(&Cluster::new());
+        agent.settle();
+        let mut other = Cluster::new();
+        other.serve("other", service, Tcp, &servers);
+        agent.follow(&other);
+        assert_eq!(stats(&agent, service, Tcp).connects, 0);
+    });
+}

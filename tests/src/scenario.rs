@@ -1,0 +1,395 @@
+//! Scenarios: objects, and where calls go. `scenarios/README.md` describes the format.
+//!
+//! # Invariants
+//!
+//! - One runner, two executors: [`simulated`] on an image in memory, [`real`] on the kernel. A difference between
+//!   them is a fault of one of them.
+//! - A set of reached endpoints is compared as a whole: one that is missing is as wrong as one too many.
+
+pub mod real;
+pub mod simulated;
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt, fs,
+    net::SocketAddr,
+    path::PathBuf,
+    sync::Arc,
+};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use lb_userspace::{
+    cli::config::{node_port_addresses, node_port_range},
+    desired::{self, FrontendAddress},
+    model::Protocol,
+};
+use serde::Deserialize;
+
+use crate::cluster::{Cluster, object};
+
+/// One file.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Scenario {
+    /// The rule, in a sentence.
+    pub title: String,
+    /// The node on which calls are made.
+    #[serde(default)]
+    pub settings: Settings,
+    /// What the cluster holds at first.
+    #[serde(default)]
+    objects: Vec<serde_json::Value>,
+    /// What happens.
+    steps: Vec<Step>,
+}
+
+/// Settings of the agent; what is not given has the agent's default.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct Settings {
+    /// `--node-name`
+    pub node_name: String,
+    /// `--node-port-range`
+    pub node_port_range: String,
+    /// `--nodeport-addresses`
+    pub nodeport_addresses: String,
+    /// `--localhost-nodeports`
+    pub localhost_nodeports: bool,
+    /// `--service-proxy-name`
+    pub service_proxy_name: Option<String>,
+    /// Addresses of the node's interfaces.
+    pub interfaces: Vec<std::net::IpAddr>,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            node_name: "node".to_owned(),
+            node_port_range: "30000-32767".to_owned(),
+            nodeport_addresses: String::new(),
+            localhost_nodeports: true,
+            service_proxy_name: None,
+            interfaces: Vec::new(),
+        }
+    }
+}
+
+impl Settings {
+    fn node_ports(&self) -> Result<(u16, u16)> {
+        node_port_range(&self.node_port_range).map_err(anyhow::Error::msg)
+    }
+
+    fn desired(&self) -> Result<desired::Settings> {
+        let (first, last) = self.node_ports()?;
+        Ok(desired::Settings {
+            node_name: Arc::from(&*self.node_name),
+            node_ports: first..=last,
+            node_port_addresses: node_port_addresses(&self.nodeport_addresses).map_err(anyhow::Error::msg)?,
+        })
+    }
+}
+
+/// A change, if any, and calls after it.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+struct Step {
+    /// What the step shows.
+    title: String,
+    /// Objects that appear or are replaced.
+    set: Vec<serde_json::Value>,
+    /// Objects that go: `Service default/web`.
+    delete: Vec<String>,
+    /// Seconds that pass before the calls.
+    wait: u64,
+    /// Caller → destination → what comes of it.
+    calls: BTreeMap<String, BTreeMap<String, Expected>>,
+}
+
+/// What calls come to.
+#[derive(Clone, Debug, Deserialize, PartialEq, Eq)]
+#[serde(untagged)]
+enum Expected {
+    /// All of them to the same.
+    Word(Word),
+    /// Exactly these endpoints, each of them reached.
+    All(BTreeSet<SocketAddr>),
+    /// Always the same one of these endpoints.
+    One {
+        /// The candidates.
+        one_of: BTreeSet<SocketAddr>,
+        /// Whether it is the one of the same caller's earlier calls.
+        #[serde(default)]
+        kept: bool,
+    },
+}
+
+/// The word for an outcome that names no endpoint.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "lowercase")]
+enum Word {
+    Refused,
+    Untouched,
+}
+
+/// Where a call went.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Outcome {
+    /// Where it said.
+    Untouched,
+    /// Nowhere: `ECONNREFUSED`.
+    Refused,
+    /// To an endpoint.
+    Endpoint(SocketAddr),
+}
+
+impl fmt::Display for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Untouched => f.write_str("untouched"),
+            Self::Refused => f.write_str("refused"),
+            Self::Endpoint(address) => address.fmt(f),
+        }
+    }
+}
+
+/// The caller that stands for processes in the node's own network namespace. Every other name is a pod's.
+pub const NODE: &str = "node";
+
+/// What runs scenarios.
+pub trait Executor {
+    /// Makes the tables follow the cluster.
+    ///
+    /// # Errors
+    ///
+    /// If they do not.
+    fn follow(&mut self, cluster: &Cluster) -> Result<()>;
+
+    /// Calls often enough to see each of `n` endpoints, by every way that a program can call.
+    ///
+    /// # Errors
+    ///
+    /// If a call comes to something that is no [`Outcome`].
+    fn call(&mut self, caller: &str, to: FrontendAddress, n: usize) -> Result<BTreeSet<Outcome>>;
+
+    /// Lets time pass.
+    fn wait(&mut self, seconds: u64);
+}
+
+impl Scenario {
+    /// Reads a file of `tests/scenarios` by its name without `.yaml`.
+    ///
+    /// # Errors
+    ///
+    /// If it is not there or not in the format.
+    pub fn read(name: &str) -> Result<Self> {
+        let path = directory().join(format!("{name}.yaml"));
+        let text = fs::read_to_string(&path).with_context(|| path.display().to_string())?;
+        Self::parse(&text).with_context(|| path.display().to_string())
+    }
+
+    /// Reads the text of a scenario.
+    ///
+    /// # Errors
+    ///
+    /// If it is not in the format.
+    pub fn parse(text: &str) -> Result<Self> {
+        let scenario: Self = serde_saphyr::from_str(text)?;
+        ensure!(!scenario.steps.is_empty(), "no steps");
+        Ok(scenario)
+    }
+
+    /// Every address at which somebody has to answer for the outcomes to be told apart: endpoints of all objects, and
+    /// all destinations themselves.
+    ///
+    /// # Errors
+    ///
+    /// If an object or a destination cannot be read.
+    pub fn addresses(&self) -> Result<BTreeSet<(SocketAddr, Protocol)>> {
+        let mut addresses = BTreeSet::new();
+        for value in self.objects.iter().chain(self.steps.iter().flat_map(|step| &step.set)) {
+            addresses.extend(self.cluster().with([object(value)?]).endpoint_addresses());
+        }
+        for to in self.destinations()? {
+            addresses.insert((SocketAddr::new(to.ip, to.port), to.protocol));
+        }
+        Ok(addresses)
+    }
+
+    /// All destinations of calls.
+    ///
+    /// # Errors
+    ///
+    /// If one cannot be read.
+    pub fn destinations(&self) -> Result<BTreeSet<FrontendAddress>> {
+        let calls = self.steps.iter().flat_map(|step| step.calls.values());
+        calls.flat_map(BTreeMap::keys).map(|to| destination(to)).collect()
+    }
+
+    /// A cluster without objects.
+    fn cluster(&self) -> Cluster {
+        Cluster { service_proxy_name: self.settings.service_proxy_name.clone(), ..Cluster::new() }
+    }
+
+    /// Runs the scenario.
+    ///
+    /// # Errors
+    ///
+    /// With every call that came to something else than it should.
+    pub fn run(&self, executor: &mut impl Executor) -> Result<()> {
+        let mut cluster = self.cluster();
+        for value in &self.objects {
+            cluster.set(object(value)?);
+        }
+        let mut faults = Vec::new();
+        let mut chosen: BTreeMap<&str, SocketAddr> = BTreeMap::new();
+        for (number, step) in (1..).zip(&self.steps) {
+            let context = || format!("{}: step {number} {:?}", self.title, step.title);
+            for value in &step.set {
+                cluster.set(object(value).with_context(context)?);
+            }
+            for name in &step.delete {
+                delete(&mut cluster, name).with_context(context)?;
+            }
+            executor.follow(&cluster).with_context(context)?;
+            executor.wait(step.wait);
+            for (caller, calls) in &step.calls {
+                for (to, expected) in calls {
+                    let outcomes =
+                        executor.call(caller, destination(to)?, expected.n_endpoints()).with_context(context)?;
+                    let earlier = chosen.get(&**caller).copied();
+                    if !expected.is_met(&outcomes, earlier) {
+                        let got: Vec<_> = outcomes.iter().map(ToString::to_string).collect();
+                        let got = got.join(", ");
+                        faults.push(format!("{}: {caller} calls {to}: {expected:?}, but: {got}", context()));
+                    }
+                    if let (Expected::One { .. }, Some(Outcome::Endpoint(endpoint))) = (expected, outcomes.first()) {
+                        chosen.insert(caller, *endpoint);
+                    }
+                }
+            }
+        }
+        ensure!(faults.is_empty(), "{}", faults.join("\n"));
+        Ok(())
+    }
+}
+
+impl Expected {
+    fn n_endpoints(&self) -> usize {
+        match self {
+            Self::Word(_) => 1,
+            Self::All(endpoints) | Self::One { one_of: endpoints, .. } => endpoints.len().max(1),
+        }
+    }
+
+    fn is_met(&self, outcomes: &BTreeSet<Outcome>, earlier: Option<SocketAddr>) -> bool {
+        let is_only = |outcome: Outcome| outcomes.len() == 1 && outcomes.contains(&outcome);
+        match self {
+            Self::Word(Word::Refused) => is_only(Outcome::Refused),
+            Self::Word(Word::Untouched) => is_only(Outcome::Untouched),
+            Self::All(endpoints) => *outcomes == endpoints.iter().copied().map(Outcome::Endpoint).collect(),
+            Self::One { one_of, kept } => one_of
+                .iter()
+                .any(|endpoint| is_only(Outcome::Endpoint(*endpoint)) && (!kept || earlier == Some(*endpoint))),
+        }
+    }
+}
+
+fn delete(cluster: &mut Cluster, name: &str) -> Result<()> {
+    let (kind, name) = name.split_once(' ').context("`delete` takes `Kind namespace/name`")?;
+    let (namespace, name) = name.split_once('/').unwrap_or(("", name));
+    let name = (namespace.to_owned(), name.to_owned());
+    let was_there = match kind {
+        "Service" => cluster.services.remove(&name).is_some(),
+        "EndpointSlice" => cluster.slices.remove(&name).is_some(),
+        "Node" => cluster.nodes.remove(&name).is_some(),
+        _ => bail!("{kind:?} is no kind"),
+    };
+    ensure!(was_there, "there is no {kind} {}/{}", name.0, name.1);
+    Ok(())
+}
+
+/// Reads `ADDRESS:PORT/PROTOCOL`.
+fn destination(text: &str) -> Result<FrontendAddress> {
+    let (address, protocol) = text.split_once('/').with_context(|| format!("{text:?} has no protocol"))?;
+    let address: SocketAddr = address.parse().with_context(|| format!("{text:?} is no ADDRESS:PORT/PROTOCOL"))?;
+    let protocol = match protocol {
+        "tcp" => Protocol::Tcp,
+        "udp" => Protocol::Udp,
+        other => bail!("no calls are made with {other:?}"),
+    };
+    Ok(FrontendAddress { ip: address.ip(), port: address.port(), protocol })
+}
+
+/// The folder of the scenarios.
+#[must_use]
+pub fn directory() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("scenarios")
+}
+
+/// The names of all scenarios.
+///
+/// # Errors
+///
+/// If the folder cannot be read.
+pub fn names() -> Result<BTreeSet<String>> {
+    let directory = directory();
+    let entries = fs::read_dir(&directory).with_context(|| directory.display().to_string())?;
+    let mut names = BTreeSet::new();
+    for entry in entries {
+        let path = entry?.path();
+        if path.extension().is_some_and(|extension| extension == "yaml") {
+            names.extend(path.file_stem().and_then(|name| name.to_str()).map(ToOwned::to_owned));
+        }
+    }
+    Ok(names)
+}
+
+/// Makes a test of each scenario, and one that no file is without a test. `$run` takes the name of a scenario.
+#[macro_export]
+macro_rules! scenario_tests {
+    ($run:path) => {
+        $crate::scenario_tests! { $run:
+            affinity
+            affinity_switch
+            cluster_ip
+            cluster_ip_ipv6
+            contested_address
+            dual_stack
+            external_ips
+            external_policy_local
+            headless
+            internal_policy_local
+            load_balancer_ip_mode
+            load_balancer_source_ranges
+            mangled_objects
+            many_slices
+            multi_port
+            no_endpoints
+            node_port
+            node_port_addresses
+            node_port_loopback
+            node_port_other_range
+            port_rename
+            published_unready
+            same_port_both_protocols
+            service_proxy_name
+            service_types
+            terminating
+            topology_nodes
+            topology_zones
+            unready
+        }
+    };
+    ($run:path: $($name:ident)+) => {
+        $(#[test]
+        fn $name() {
+            $run(&stringify!($name).replace('_', "-"));
+        })+
+
+        #[test]
+        fn every_scenario_has_a_test() {
+            let tested = [$(stringify!($name)),+].map(|name| name.replace('_', "-"));
+            assert_eq!($crate::scenario::names().unwrap(), tested.into());
+        }
+    };
+}

@@ -1,0 +1,132 @@
+//! Scenarios on the running kernel.
+//!
+//! Every endpoint is made real in the network namespace of each caller, by an address on its loopback device and a
+//! server there. So is every destination: a call that is left alone reaches a server at the very address, and a
+//! refusal comes although somebody would answer.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::{IpAddr, SocketAddr},
+    thread,
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, ensure};
+use lb_userspace::{
+    desired::FrontendAddress,
+    kernel::{Features, Options},
+    model::Protocol,
+};
+use nix::errno::Errno;
+
+use super::{Executor, NODE, Outcome, Scenario};
+use crate::{
+    agent::{self, Agent},
+    client::{Domain, Socket},
+    cluster::Cluster,
+    netns::NetNs,
+    sandbox::Sandbox,
+    server::Servers,
+};
+
+/// An agent on the kernel, and the places where calls are made.
+pub struct Real {
+    agent: Agent,
+    addresses: BTreeSet<(SocketAddr, Protocol)>,
+    places: BTreeMap<String, Place>,
+    features: Features,
+}
+
+/// A network namespace in which all addresses of the scenario answer.
+struct Place {
+    netns: NetNs,
+    _servers: Servers,
+}
+
+impl Place {
+    fn new(netns: NetNs, addresses: &BTreeSet<(SocketAddr, Protocol)>) -> Result<Self> {
+        let ips: BTreeSet<IpAddr> = addresses.iter().map(|(address, _)| address.ip()).collect();
+        for ip in ips.into_iter().filter(|ip| !ip.is_loopback()) {
+            netns.add_address(ip).with_context(|| format!("cannot own {ip}"))?;
+        }
+        let servers = netns.run(|| Servers::start(addresses.iter().copied()));
+        Ok(Self { netns, _servers: servers })
+    }
+}
+
+impl Real {
+    /// An agent with the settings of a scenario.
+    ///
+    /// # Errors
+    ///
+    /// If the scenario cannot be read, or the programs cannot be loaded.
+    pub fn new(sandbox: &Sandbox, scenario: &Scenario) -> Result<Self> {
+        let settings = &scenario.settings;
+        let options = Options {
+            node_ports: settings.node_ports()?,
+            localhost_nodeports: settings.localhost_nodeports,
+            ..agent::options(sandbox)
+        };
+        let agent = Agent::start_with(&options, settings.desired()?, settings.interfaces.clone())?;
+        let addresses = scenario.addresses()?;
+        let node = Place::new(NetNs::current()?, &addresses)?;
+        let places = BTreeMap::from([(NODE.to_owned(), node)]);
+        Ok(Self { agent, addresses, places, features: options.features })
+    }
+}
+
+impl Executor for Real {
+    fn follow(&mut self, cluster: &Cluster) -> Result<()> {
+        self.agent.follow(cluster);
+        ensure!(self.agent.image() == *self.agent.state.image(), "the kernel does not hold the image");
+        Ok(())
+    }
+
+    fn call(&mut self, caller: &str, to: FrontendAddress, n: usize) -> Result<BTreeSet<Outcome>> {
+        if !self.places.contains_key(caller) {
+            self.places.insert(caller.to_owned(), Place::new(NetNs::new()?, &self.addresses)?);
+        }
+        let features = self.features;
+        // With n endpoints, one of them is missed once in more than a thousand million runs.
+        self.places[caller].netns.run(|| {
+            let ways = ways(to);
+            (0..24 * n).map(|i| outcome(ways[i % ways.len()], to, features)).collect()
+        })
+    }
+
+    fn wait(&mut self, seconds: u64) {
+        thread::sleep(Duration::from_secs(seconds));
+    }
+}
+
+/// How a program can call: the kind of socket, and whether it connects.
+type Way = (Domain, bool);
+
+fn ways(to: FrontendAddress) -> Vec<Way> {
+    let domains = if to.ip.is_ipv4() { vec![Domain::V4, Domain::Mapped] } else { vec![Domain::V6] };
+    let connects = if to.protocol == Protocol::Udp { vec![true, false] } else { vec![true] };
+    domains.iter().flat_map(|domain| connects.iter().map(|connects| (*domain, *connects))).collect()
+}
+
+fn outcome((domain, connects): Way, to: FrontendAddress, features: Features) -> Result<Outcome> {
+    let address = SocketAddr::new(to.ip, to.port);
+    let socket = Socket::new(domain, to.protocol);
+    let answer = if connects {
+        socket.connect(address).and_then(|()| socket.ask())
+    } else {
+        socket.ask_at(address)
+    };
+    match answer {
+        Ok(answer) if answer.server == address => Ok(Outcome::Untouched),
+        Ok(answer) => {
+            if let Some(seen) = answer.seen {
+                ensure!(seen == address, "an answer to a call of {address} is shown as from {seen}");
+            }
+            Ok(Outcome::Endpoint(answer.server))
+        }
+        Err(Errno::ECONNREFUSED) => Ok(Outcome::Refused),
+        // What a datagram gets on a kernel that lets no program choose the error.
+        Err(Errno::EINVAL) if !features.set_retval && to.protocol == Protocol::Udp => Ok(Outcome::Refused),
+        Err(error) => Err(error).with_context(|| format!("{domain:?}, connects: {connects}")),
+    }
+}
