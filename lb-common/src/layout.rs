@@ -229,12 +229,15 @@ map_type! {
     }
 }
 
+/// Slots that a socket may use, next to one another.
+pub const SLOT_WAYS: usize = 2;
+
 /// Records that the storage of one socket holds, beside the one in its slot: service addresses that an unconnected
 /// socket can use at the same time. A power of two: the verifier bounds an index by a mask, not by a remainder.
 pub const SOCKET_RECORDS: usize = 16;
 
 map_type! {
-    /// Value of `sockets`, and part of `socket_storage`: how one socket reached one service address. 64 octets, one
+    /// Part of `sockets` and of `socket_storage`: how one socket reached one service address. 64 octets, one
     /// cache line.
     ///
     /// IPv4 addresses are kept as `::ffff:a.b.c.d`. A record is free if its cookie is 0.
@@ -257,6 +260,14 @@ map_type! {
         pub service_id: u32,
         /// Zero.
         pub reserved: u64,
+    }
+}
+
+map_type! {
+    /// Value of `sockets`: the slots that a socket may use. 128 octets.
+    pub struct SocketSlots {
+        /// Each belongs to the socket whose cookie it holds.
+        pub records: [SocketRecord; SLOT_WAYS],
     }
 }
 
@@ -385,7 +396,7 @@ macro_rules! family_layout {
 family_layout!(Octets4, FrontendKey4, Endpoint4);
 family_layout!(Octets6, FrontendKey6, Endpoint6);
 
-/// The first field of `sockets` is compared and swapped on its own, and addresses are compared as 64-bit words.
+/// The cookie is compared and swapped on its own, and addresses are compared as 64-bit words.
 const _: () = assert!(
     core::mem::offset_of!(SocketRecord, cookie) == 0
         && core::mem::offset_of!(SocketRecord, service_address) % 8 == 0

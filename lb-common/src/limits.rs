@@ -20,13 +20,11 @@ pub const MAX_NODE_ADDRS: u32 = 32_768;
 /// Entries of the LRU map `affinity`: pairs of client network namespace and service port with affinity.
 pub const MAX_AFFINITY: u32 = 65_536;
 
-/// Entries of the map `sockets`, a power of two: 512 KiB, so that it stays in a core's second-level cache.
+/// Entries of the map `sockets`, a power of two, with two slots each: 512 KiB, so that it stays in a core's
+/// second-level cache.
 ///
 /// Not a limit: sockets that find no slot keep their record in socket storage, which costs half a microsecond more.
-pub const SOCKET_SLOTS: u32 = 8192;
-
-/// Slots that a socket may use, next to one another.
-pub const SLOT_WAYS: u32 = 2;
+pub const SOCKET_SETS: u32 = 4096;
 
 /// Default first and last node port (kube-apiserver's `--service-node-port-range`).
 pub const NODE_PORTS: (u16, u16) = (30_000, 32_767);

@@ -30,7 +30,7 @@ const PROCEED: i32 = 1;
 /// Sockets that the table variants have room for.
 const SOCKETS: usize = 65_536;
 /// Slots of the array: as many as the product has.
-const SLOTS_LEN: u32 = lb_common::limits::SOCKET_SLOTS;
+const SLOTS_LEN: u32 = 2 * lb_common::limits::SOCKET_SETS;
 const NO_COMMON_LRU: usize = BPF_F_NO_COMMON_LRU as usize;
 
 /// The frontends, each with its single endpoint.

@@ -12,7 +12,7 @@ use crate::{
     config::{self, is_on},
     ctx::{PROCEED, SockAddr},
     maps,
-    record::{self, Peer},
+    record::{Peer, Socket},
     tables::{Kernel4, Kernel6},
 };
 
@@ -52,98 +52,104 @@ pub(crate) fn sendmsg6<const SLOTS: bool>(ctx: &SockAddr<'_>) -> i32 {
 #[inline(always)]
 fn forward4<const SLOTS: bool>(ctx: &SockAddr<'_>, kind: Kind) -> i32 {
     let address = ctx.ipv4();
-    let verdict = decide4::<SLOTS>(ctx, kind, address);
-    finish::<_, SLOTS>(ctx, kind, address, verdict, |target| ctx.set_ipv4(target))
+    let mut call = Pending::<SLOTS>::new(ctx, kind, &address);
+    let verdict = call.decide4(address);
+    call.finish(verdict, |target| ctx.set_ipv4(target))
 }
 
 #[inline(always)]
 fn forward6<const SLOTS: bool>(ctx: &SockAddr<'_>, kind: Kind) -> i32 {
     let address = ctx.ipv6();
+    let mut call = Pending::<SLOTS>::new(ctx, kind, &address);
     // An IPv4-mapped destination is an IPv4 call: the same tables, the same records, written back as mapped.
     if let Some(address) = mapped_ipv4(&address) {
-        let verdict = decide4::<SLOTS>(ctx, kind, address);
-        finish::<_, SLOTS>(ctx, kind, address, verdict, |target| ctx.set_ipv6(target.to_mapped()))
+        let verdict = call.decide4(address);
+        call.finish(verdict, |target| ctx.set_ipv6(target.to_mapped()))
     } else {
-        let verdict = decide6::<SLOTS>(ctx, kind, address);
-        finish::<_, SLOTS>(ctx, kind, address, verdict, |target| ctx.set_ipv6(target))
+        let verdict = call.decide6(address);
+        call.finish(verdict, |target| ctx.set_ipv6(target))
     }
 }
 
-/// Runs the decision on the IPv4 tables.
-#[inline(always)]
-fn decide4<const SLOTS: bool>(ctx: &SockAddr<'_>, kind: Kind, address: Octets4) -> Verdict<Octets4> {
-    let Some(protocol) = ctx.protocol() else { return Verdict::Pass };
-    let port = ctx.port();
-    let earlier = earlier::<_, SLOTS>(ctx, kind, address, port);
-    resolve(&Kernel4 { ctx, earlier }, &Call { address, port, protocol })
-}
-
-/// Runs the decision on the IPv6 tables.
-#[inline(always)]
-fn decide6<const SLOTS: bool>(ctx: &SockAddr<'_>, kind: Kind, address: Octets6) -> Verdict<Octets6> {
-    let Some(protocol) = ctx.protocol() else { return Verdict::Pass };
-    let port = ctx.port();
-    let earlier = earlier::<_, SLOTS>(ctx, kind, address, port);
-    resolve(&Kernel6 { ctx, earlier }, &Call { address, port, protocol })
-}
-
-/// A `connect()` chooses anew; a datagram follows the one before it.
-#[inline(always)]
-fn earlier<A: Address, const SLOTS: bool>(ctx: &SockAddr<'_>, kind: Kind, address: A, port: u16) -> Option<Choice> {
-    match kind {
-        Kind::Connect => None,
-        Kind::Send => record::earlier::<SLOTS>(ctx, &Peer { address: address.to_mapped(), port }),
-    }
-}
-
-/// Writes the verdict into the context, the socket's record and the counters.
-#[inline(always)]
-fn finish<A: Address, const SLOTS: bool>(
-    ctx: &SockAddr<'_>,
+/// A call whose destination is to be decided.
+struct Pending<'a, const SLOTS: bool> {
+    ctx: &'a SockAddr<'a>,
     kind: Kind,
-    address: A,
-    verdict: Verdict<A>,
-    set_address: impl FnOnce(A),
-) -> i32 {
-    let port = ctx.port();
-    let called = Peer { address: address.to_mapped(), port };
-    match verdict {
-        Verdict::Pass => {
-            match kind {
-                Kind::Connect => record::connected_elsewhere::<SLOTS>(ctx),
-                // A connected socket hears its peer only, so that its record is that of its `connect()`.
-                Kind::Send if ctx.is_connected() => {}
-                Kind::Send => record::sent_elsewhere::<SLOTS>(ctx, &called),
-            }
-            PROCEED
+    called: Peer,
+    socket: Socket<'a, SLOTS>,
+}
+
+impl<'a, const SLOTS: bool> Pending<'a, SLOTS> {
+    #[inline(always)]
+    fn new<A: Address>(ctx: &'a SockAddr<'a>, kind: Kind, address: &A) -> Self {
+        Self { ctx, kind, called: Peer { address: address.to_mapped(), port: ctx.port() }, socket: Socket::of(ctx) }
+    }
+
+    /// Runs the decision on the IPv4 tables.
+    #[inline(always)]
+    fn decide4(&mut self, address: Octets4) -> Verdict<Octets4> {
+        let Some(protocol) = self.ctx.protocol() else { return Verdict::Pass };
+        let tables = Kernel4 { ctx: self.ctx, earlier: self.earlier() };
+        resolve(&tables, &Call { address, port: self.called.port, protocol })
+    }
+
+    /// Runs the decision on the IPv6 tables.
+    #[inline(always)]
+    fn decide6(&mut self, address: Octets6) -> Verdict<Octets6> {
+        let Some(protocol) = self.ctx.protocol() else { return Verdict::Pass };
+        let tables = Kernel6 { ctx: self.ctx, earlier: self.earlier() };
+        resolve(&tables, &Call { address, port: self.called.port, protocol })
+    }
+
+    /// A `connect()` chooses anew; a datagram follows the one before it.
+    #[inline(always)]
+    fn earlier(&mut self) -> Option<Choice> {
+        match self.kind {
+            Kind::Connect => None,
+            Kind::Send => self.socket.earlier(&self.called),
         }
-        Verdict::Refuse { service_id } => {
-            count_refusal(service_id);
-            log(ctx, service_id, u32::MAX);
-            refuse(ctx, set_address)
-        }
-        Verdict::Redirect(target) => {
-            let record = SocketRecord {
-                cookie: ctx.cookie(),
-                service_address: called.address,
-                endpoint_address: target.address.to_mapped(),
-                service_port: called.port,
-                endpoint_port: target.port,
-                endpoint_id: target.choice.endpoint_id,
-                index: target.choice.index,
-                service_id: target.service_id,
-                reserved: 0,
-            };
-            match kind {
-                Kind::Connect => record::connected::<SLOTS>(ctx, &record),
-                Kind::Send if ctx.is_connected() => {}
-                Kind::Send => record::sent::<SLOTS>(ctx, &called, &record),
+    }
+
+    /// Writes the verdict into the context, the socket's record and the counters.
+    #[inline(always)]
+    fn finish<A: Address>(&mut self, verdict: Verdict<A>, set_address: impl FnOnce(A)) -> i32 {
+        match verdict {
+            Verdict::Pass => {
+                match self.kind {
+                    Kind::Connect => self.socket.connected_elsewhere(),
+                    // A connected socket hears its peer only, so that its record is that of its `connect()`.
+                    Kind::Send if self.ctx.is_connected() => {}
+                    Kind::Send => self.socket.sent_elsewhere(&self.called),
+                }
+                PROCEED
             }
-            count(kind, &target);
-            log(ctx, target.service_id, target.choice.endpoint_id);
-            set_address(target.address);
-            ctx.set_port(target.port);
-            PROCEED
+            Verdict::Refuse { service_id } => {
+                count_refusal(service_id);
+                log(self.ctx, service_id, u32::MAX);
+                refuse(self.ctx, set_address)
+            }
+            Verdict::Redirect(target) => {
+                let record = SocketRecord {
+                    service_address: self.called.address,
+                    endpoint_address: target.address.to_mapped(),
+                    service_port: self.called.port,
+                    endpoint_port: target.port,
+                    endpoint_id: target.choice.endpoint_id,
+                    index: target.choice.index,
+                    service_id: target.service_id,
+                    ..SocketRecord::default()
+                };
+                match self.kind {
+                    Kind::Connect => self.socket.connected(&record),
+                    Kind::Send if self.ctx.is_connected() => {}
+                    Kind::Send => self.socket.sent(&self.called, &record),
+                }
+                count(self.kind, &target);
+                log(self.ctx, target.service_id, target.choice.endpoint_id);
+                set_address(target.address);
+                self.ctx.set_port(target.port);
+                PROCEED
+            }
         }
     }
 }
@@ -171,7 +177,7 @@ fn refuse<A: Address>(ctx: &SockAddr<'_>, set_address: impl FnOnce(A)) -> i32 {
 #[inline(always)]
 pub(crate) fn restore4<const SLOTS: bool>(ctx: &SockAddr<'_>) -> i32 {
     let peer = Peer { address: ctx.ipv4().to_mapped(), port: ctx.port() };
-    if let Some(service) = record::service_of::<SLOTS>(ctx, &peer) {
+    if let Some(service) = Socket::<SLOTS>::of(ctx).service_of(&peer) {
         ctx.set_ipv4(Octets4::from_mapped(&service.address));
         ctx.set_port(service.port);
     }
@@ -182,7 +188,7 @@ pub(crate) fn restore4<const SLOTS: bool>(ctx: &SockAddr<'_>) -> i32 {
 #[inline(always)]
 pub(crate) fn restore6<const SLOTS: bool>(ctx: &SockAddr<'_>) -> i32 {
     let peer = Peer { address: ctx.ipv6(), port: ctx.port() };
-    if let Some(service) = record::service_of::<SLOTS>(ctx, &peer) {
+    if let Some(service) = Socket::<SLOTS>::of(ctx).service_of(&peer) {
         ctx.set_ipv6(service.address);
         ctx.set_port(service.port);
     }

@@ -10,7 +10,7 @@ use aya_ebpf::{
 use lb_common::{
     layout::{
         Affinity, AffinityKey, Endpoint4, Endpoint6, EndpointStats, Frontend, FrontendKey4, FrontendKey6,
-        FrontendRef, Meta, NodeAddr, NodeAddrKey, ServiceStats, SocketRecord, SocketRecords,
+        FrontendRef, Meta, NodeAddr, NodeAddrKey, ServiceStats, SocketRecords, SocketSlots,
     },
     limits,
 };
@@ -50,7 +50,7 @@ pub(crate) static AFFINITY: LruHashMap<AffinityKey, Affinity, { limits::MAX_AFFI
 
 /// How each socket reached its service: slots that sockets find by their cookie.
 #[btf_map(name = "sockets")]
-pub(crate) static SOCKETS: Array<SocketRecord, { limits::SOCKET_SLOTS as usize }, MMAPABLE> = Array::new();
+pub(crate) static SOCKETS: Array<SocketSlots, { limits::SOCKET_SETS as usize }, MMAPABLE> = Array::new();
 
 /// The same for what finds no slot there; dies with the socket.
 #[btf_map(name = "socket_storage")]

@@ -11,14 +11,12 @@
 //! Neither evicts the record of another socket. The kernel holds the socket's lock in all hooks that come here
 //! (`BPF_CGROUP_RUN_SA_PROG_LOCK`; `inet_getname` locks by itself), so that a socket's own records have one reader or
 //! writer at a time; between sockets the cookie decides.
-//!
-//! `SLOTS` is whether slots are in use at all.
 
 use aya_ebpf::programs::SockContext;
 use lb_common::{
     address::Octets6,
-    layout::{SOCKET_RECORDS, SocketRecord, SocketRecords},
-    limits::{SLOT_WAYS, SOCKET_SLOTS},
+    layout::{SOCKET_RECORDS, SocketRecord, SocketRecords, SocketSlots},
+    limits::SOCKET_SETS,
     resolve::Choice,
 };
 
@@ -58,200 +56,212 @@ impl Peer {
     }
 }
 
+/// A socket and where its records may be, for the length of one call. `SLOTS` is whether slots are in use at all.
+pub(crate) struct Socket<'a, const SLOTS: bool> {
+    ctx: &'a SockAddr<'a>,
+    cookie: u64,
+    slots: Option<&'a mut SocketSlots>,
+}
+
 /// The slots that a socket with this cookie may own.
 #[inline(always)]
-fn slots(cookie: u64) -> [Option<*mut SocketRecord>; SLOT_WAYS as usize] {
-    const SETS: u32 = SOCKET_SLOTS / SLOT_WAYS;
+fn slots<'a>(cookie: u64) -> Option<&'a mut SocketSlots> {
     #[expect(clippy::cast_possible_truncation, reason = "the low bits are what is wanted")]
-    let first = (cookie as u32 & (SETS - 1)) * SLOT_WAYS;
-    [maps::SOCKETS.get_ptr_mut(first), maps::SOCKETS.get_ptr_mut(first + 1)]
+    let set = maps::SOCKETS.get_ptr_mut(cookie as u32 & (SOCKET_SETS - 1))?;
+    // SAFETY: a live array element. Other sockets use the same one, but of a slot that is not theirs they look at
+    // the cookie only, through `cookie_of`.
+    Some(unsafe { &mut *set })
 }
 
-/// The slot that belongs to a socket, if it has one.
+/// Reads the cookie of a slot that may belong to another socket.
 #[inline(always)]
-fn own_slot<'a>(cookie: u64) -> Option<&'a mut SocketRecord> {
-    for slot in slots(cookie) {
-        let slot = slot?;
-        // SAFETY: a live array element. Only its owner goes on beyond the cookie, which is one word.
-        unsafe {
-            if (&raw const (*slot).cookie).read_volatile() == cookie {
-                return Some(&mut *slot);
-            }
-        }
-    }
-    None
+fn cookie_of(slot: &SocketRecord) -> u64 {
+    // SAFETY: one aligned word. Volatile, since another CPU may write it.
+    unsafe { (&raw const slot.cookie).read_volatile() }
 }
 
-/// The slot that belongs to a socket, taking one if need be. `None` if others own all that it may have.
+/// Gives a slot up.
 #[inline(always)]
-fn own_or_take_slot<'a>(cookie: u64) -> Option<&'a mut SocketRecord> {
-    if let Some(slot) = own_slot(cookie) {
-        return Some(slot);
-    }
-    for slot in slots(cookie) {
-        let slot = slot?;
-        // SAFETY: as above. Nobody owns a slot with cookie 0, so taking it takes the whole record.
-        unsafe {
-            let owner = &raw mut (*slot).cookie;
-            if owner.read_volatile() == 0 && compare_and_swap(owner, 0, cookie) {
-                return Some(&mut *slot);
-            }
-        }
-    }
-    None
-}
-
-/// The socket's storage, if it has any. Asks nobody while no socket has: `socket_spills` counts them.
-#[inline(always)]
-fn storage<'a, const SLOTS: bool>(ctx: &SockAddr<'_>) -> Option<&'a mut SocketRecords> {
-    if SLOTS && *maps::SOCKET_SPILLS.get(0)? == 0 {
-        return None;
-    }
-    // SAFETY: the storage belongs to this socket, which is locked.
-    unsafe { maps::SOCKET_STORAGE.get_ptr_mut(ctx.aya()).as_mut() }
-}
-
-/// The socket's storage, made if need be. `None` only when the kernel is out of memory.
-#[inline(always)]
-fn storage_or_new<'a, const SLOTS: bool>(ctx: &SockAddr<'_>) -> Option<&'a mut SocketRecords> {
-    if let Some(storage) = storage::<SLOTS>(ctx) {
-        return Some(storage);
-    }
-    if SLOTS && let Some(spills) = maps::SOCKET_SPILLS.get_ptr_mut(0) {
-        // SAFETY: one word. Two CPUs at once may count one instead of two; it never goes back to 0.
-        unsafe { spills.write_volatile(spills.read_volatile() + 1) };
-    }
+fn give_up(slot: &mut SocketRecord) {
     // SAFETY: as above.
-    unsafe { maps::SOCKET_STORAGE.get_or_insert_ptr_mut(ctx.aya(), None).as_mut() }
+    unsafe { (&raw mut slot.cookie).write_volatile(0) };
 }
 
-/// The endpoint that this socket used last for a service address.
-#[inline(always)]
-pub(crate) fn earlier<const SLOTS: bool>(ctx: &SockAddr<'_>, service: &Peer) -> Option<Choice> {
-    let found = |record: &SocketRecord| Choice { endpoint_id: record.endpoint_id, index: record.index };
-    if SLOTS
-        && let Some(slot) = own_slot(ctx.cookie())
-        && service.is_service_of(slot)
-    {
-        return Some(found(slot));
+impl<'a, const SLOTS: bool> Socket<'a, SLOTS> {
+    /// The socket of a call.
+    #[inline(always)]
+    pub(crate) fn of(ctx: &'a SockAddr<'a>) -> Self {
+        let cookie = ctx.cookie();
+        Self { ctx, cookie, slots: if SLOTS { slots(cookie) } else { None } }
     }
-    let storage = storage::<SLOTS>(ctx)?;
-    for record in &storage.records {
-        if record.cookie != 0 && service.is_service_of(record) {
-            return Some(found(record));
+
+    /// The slot that belongs to the socket, if it has one.
+    #[inline(always)]
+    fn own_slot(&mut self) -> Option<&mut SocketRecord> {
+        let cookie = self.cookie;
+        self.slots.as_mut()?.records.iter_mut().find(|slot| cookie_of(slot) == cookie)
+    }
+
+    /// The slot that belongs to the socket, taking one if need be. `None` if others own all that it may have.
+    #[inline(always)]
+    fn own_or_take_slot(&mut self) -> Option<&mut SocketRecord> {
+        let cookie = self.cookie;
+        let [first, second] = &mut self.slots.as_mut()?.records;
+        // The one that is mine before one that is free: a socket has one slot at most.
+        if cookie_of(first) == cookie {
+            return Some(first);
+        }
+        if cookie_of(second) == cookie {
+            return Some(second);
+        }
+        if cookie_of(first) == 0 && compare_and_swap(&raw mut first.cookie, 0, cookie) {
+            return Some(first);
+        }
+        (cookie_of(second) == 0 && compare_and_swap(&raw mut second.cookie, 0, cookie)).then_some(second)
+    }
+
+    /// The socket's storage, if it has any. Asks nobody while no socket has: `socket_spills` counts them.
+    #[inline(always)]
+    fn storage(&self) -> Option<&'a mut SocketRecords> {
+        if SLOTS && *maps::SOCKET_SPILLS.get(0)? == 0 {
+            return None;
+        }
+        // SAFETY: the storage belongs to this socket, which is locked.
+        unsafe { maps::SOCKET_STORAGE.get_ptr_mut(self.ctx.aya()).as_mut() }
+    }
+
+    /// The socket's storage, made if need be. `None` only when the kernel is out of memory.
+    #[inline(always)]
+    fn storage_or_new(&self) -> Option<&'a mut SocketRecords> {
+        if let Some(storage) = self.storage() {
+            return Some(storage);
+        }
+        if SLOTS && let Some(spills) = maps::SOCKET_SPILLS.get_ptr_mut(0) {
+            // SAFETY: one word. Two CPUs at once may count one instead of two; it never goes back to 0.
+            unsafe { spills.write_volatile(spills.read_volatile() + 1) };
+        }
+        // SAFETY: as above.
+        unsafe { maps::SOCKET_STORAGE.get_or_insert_ptr_mut(self.ctx.aya(), None).as_mut() }
+    }
+
+    /// The endpoint that this socket used last for a service address.
+    #[inline(always)]
+    pub(crate) fn earlier(&mut self, service: &Peer) -> Option<Choice> {
+        let found = |record: &SocketRecord| Choice { endpoint_id: record.endpoint_id, index: record.index };
+        if let Some(slot) = self.own_slot()
+            && service.is_service_of(slot)
+        {
+            return Some(found(slot));
+        }
+        let storage = self.storage()?;
+        storage.records.iter().find(|record| record.cookie != 0 && service.is_service_of(record)).map(found)
+    }
+
+    /// Notes that the socket is connected to an endpoint; forgets all else.
+    #[inline(always)]
+    pub(crate) fn connected(&mut self, record: &SocketRecord) {
+        let record = SocketRecord { cookie: self.cookie, ..*record };
+        if let Some(slot) = self.own_or_take_slot() {
+            *slot = record;
+            self.forget_stored(|_| true);
+        } else if let Some(storage) = self.storage_or_new() {
+            forget(storage, |_| true);
+            storage.records[0] = record;
+            storage.next = 1;
         }
     }
-    None
-}
 
-/// Notes that the socket is connected to an endpoint; forgets all else.
-#[inline(always)]
-pub(crate) fn connected<const SLOTS: bool>(ctx: &SockAddr<'_>, record: &SocketRecord) {
-    if SLOTS && let Some(slot) = own_or_take_slot(record.cookie) {
-        *slot = *record;
-        if let Some(storage) = storage::<SLOTS>(ctx) {
-            forget_all(storage);
-        }
-    } else if let Some(storage) = storage_or_new::<SLOTS>(ctx) {
-        forget_all(storage);
-        storage.records[0] = *record;
-        storage.next = 1;
-    }
-}
-
-/// Notes that the socket sent a datagram to an endpoint; keeps what it knows of other services.
-///
-/// An answer from an endpoint that stands behind two services of the socket is taken for one from the service asked
-/// last.
-#[inline(always)]
-pub(crate) fn sent<const SLOTS: bool>(ctx: &SockAddr<'_>, service: &Peer, record: &SocketRecord) {
-    let answerer = Peer { address: record.endpoint_address, port: record.endpoint_port };
-    let is_replaced = |old: &SocketRecord| service.is_service_of(old) || answerer.is_endpoint_of(old);
-    if SLOTS {
-        let owned = own_slot(record.cookie);
-        let replaced = owned.as_deref().is_none_or(is_replaced);
-        let slot = if owned.is_some() { owned } else { own_or_take_slot(record.cookie) };
-        if replaced && let Some(slot) = slot {
-            *slot = *record;
-            if let Some(storage) = storage::<SLOTS>(ctx) {
-                forget_if(storage, is_replaced);
+    /// Notes that the socket sent a datagram to an endpoint; keeps what it knows of other services.
+    ///
+    /// An answer from an endpoint that stands behind two services of the socket is taken for one from the service
+    /// asked last.
+    #[inline(always)]
+    pub(crate) fn sent(&mut self, service: &Peer, record: &SocketRecord) {
+        let record = SocketRecord { cookie: self.cookie, ..*record };
+        let answerer = Peer { address: record.endpoint_address, port: record.endpoint_port };
+        let is_replaced = |old: &SocketRecord| service.is_service_of(old) || answerer.is_endpoint_of(old);
+        let had_slot = match self.own_slot() {
+            // The common case: one more datagram on the same way.
+            Some(slot) if slot.endpoint_id == record.endpoint_id && slot.index == record.index => {
+                if service.is_service_of(slot) && answerer.is_endpoint_of(slot) {
+                    return;
+                }
+                true
             }
+            slot => slot.is_some(),
+        };
+        if let Some(slot) = self.own_or_take_slot()
+            && (!had_slot || is_replaced(slot))
+        {
+            *slot = record;
+            self.forget_stored(is_replaced);
             return;
         }
-    }
-    let Some(storage) = storage_or_new::<SLOTS>(ctx) else { return };
-    forget_if(storage, is_replaced);
-    for old in &mut storage.records {
-        if old.cookie == 0 {
-            *old = *record;
-            return;
+        let Some(storage) = self.storage_or_new() else { return };
+        forget(storage, is_replaced);
+        let oldest = storage.next as usize % SOCKET_RECORDS;
+        if let Some(free) = storage.records.iter_mut().find(|old| old.cookie == 0) {
+            *free = record;
+        } else {
+            storage.records[oldest] = record;
+            storage.next = storage.next.wrapping_add(1);
         }
     }
-    let oldest = storage.next as usize % SOCKET_RECORDS;
-    storage.records[oldest] = *record;
-    storage.next = storage.next.wrapping_add(1);
-}
 
-/// Notes that the socket connected to a plain address.
-#[inline(always)]
-pub(crate) fn connected_elsewhere<const SLOTS: bool>(ctx: &SockAddr<'_>) {
-    if SLOTS && let Some(slot) = own_slot(ctx.cookie()) {
-        slot.cookie = 0;
+    /// Notes that the socket connected to a plain address.
+    #[inline(always)]
+    pub(crate) fn connected_elsewhere(&mut self) {
+        if let Some(slot) = self.own_slot() {
+            give_up(slot);
+        }
+        self.forget_stored(|_| true);
     }
-    if let Some(storage) = storage::<SLOTS>(ctx) {
-        forget_all(storage);
-    }
-}
 
-/// Notes that the socket sent a datagram to a plain address: an answer from there is from there.
-#[inline(always)]
-pub(crate) fn sent_elsewhere<const SLOTS: bool>(ctx: &SockAddr<'_>, peer: &Peer) {
-    if SLOTS
-        && let Some(slot) = own_slot(ctx.cookie())
-        && peer.is_endpoint_of(slot)
-    {
-        slot.cookie = 0;
+    /// Notes that the socket sent a datagram to a plain address: an answer from there is from there.
+    #[inline(always)]
+    pub(crate) fn sent_elsewhere(&mut self, peer: &Peer) {
+        if let Some(slot) = self.own_slot()
+            && peer.is_endpoint_of(slot)
+        {
+            give_up(slot);
+        }
+        self.forget_stored(|record| peer.is_endpoint_of(record));
     }
-    if let Some(storage) = storage::<SLOTS>(ctx) {
-        forget_if(storage, |record| peer.is_endpoint_of(record));
-    }
-}
 
-/// The service address behind which this socket knows a peer.
-#[inline(always)]
-pub(crate) fn service_of<const SLOTS: bool>(ctx: &SockAddr<'_>, peer: &Peer) -> Option<Peer> {
-    let found = |record: &SocketRecord| Peer { address: record.service_address, port: record.service_port };
-    if SLOTS
-        && let Some(slot) = own_slot(ctx.cookie())
-        && peer.is_endpoint_of(slot)
-    {
-        return Some(found(slot));
+    /// The service address behind which this socket knows a peer.
+    #[inline(always)]
+    pub(crate) fn service_of(&mut self, peer: &Peer) -> Option<Peer> {
+        let found = |record: &SocketRecord| Peer { address: record.service_address, port: record.service_port };
+        if let Some(slot) = self.own_slot()
+            && peer.is_endpoint_of(slot)
+        {
+            return Some(found(slot));
+        }
+        let storage = self.storage()?;
+        storage.records.iter().find(|record| record.cookie != 0 && peer.is_endpoint_of(record)).map(found)
     }
-    let storage = storage::<SLOTS>(ctx)?;
-    for record in &storage.records {
-        if record.cookie != 0 && peer.is_endpoint_of(record) {
-            return Some(found(record));
+
+    #[inline(always)]
+    fn forget_stored(&self, is_forgotten: impl Fn(&SocketRecord) -> bool) {
+        if let Some(storage) = self.storage() {
+            forget(storage, is_forgotten);
         }
     }
-    None
 }
 
 /// Gives up the slot of a socket that is being closed.
 #[inline(always)]
 pub(crate) fn released(ctx: &SockContext) {
-    if let Some(slot) = own_slot(sock_cookie(ctx)) {
-        // SAFETY: one aligned word of a live element, which belongs to this socket.
-        unsafe { (&raw mut slot.cookie).write_volatile(0) };
+    let cookie = sock_cookie(ctx);
+    if let Some(slots) = slots(cookie)
+        && let Some(slot) = slots.records.iter_mut().find(|slot| cookie_of(slot) == cookie)
+    {
+        give_up(slot);
     }
 }
 
 #[inline(always)]
-fn forget_all(storage: &mut SocketRecords) {
-    forget_if(storage, |_| true);
-}
-
-#[inline(always)]
-fn forget_if(storage: &mut SocketRecords, is_forgotten: impl Fn(&SocketRecord) -> bool) {
+fn forget(storage: &mut SocketRecords, is_forgotten: impl Fn(&SocketRecord) -> bool) {
     for record in &mut storage.records {
         if is_forgotten(record) {
             record.cookie = 0;

@@ -134,36 +134,41 @@ impl Builder<'_> {
     fn add_node_port(&mut self, port: &Port<'_>, number: u16) {
         let is_local = self.service.external_policy == TrafficPolicy::Local;
         let flags = if is_local { NODE_PORT | EXTERNAL_LOCAL } else { NODE_PORT };
-        let kind = FrontendKind::NodePort;
-        if self.settings.node_ports.contains(&number) {
-            self.add(port, kind, address::unspecified(port.family), number, port.cluster.clone(), flags);
-            if is_local {
-                for (node, known) in port.endpoints.by_node() {
-                    // A node without a usable endpoint needs no entry: the wildcard refuses for it.
-                    let (endpoints, _) = self.endpoints_of(port, &known, node);
-                    if !endpoints.is_empty() {
-                        self.add_on_node(port, node, number, &endpoints, NODE_PORT);
-                    }
-                }
-            }
+        if !self.settings.node_ports.contains(&number) {
+            self.add_node_port_outside_range(port, number, flags);
             return;
         }
-        self.issues.insert(IssueKind::NodePortOutsideRange {
-            port: number,
-            first: *self.settings.node_ports.start(),
-            last: *self.settings.node_ports.end(),
-        });
+        let wildcard = address::unspecified(port.family);
+        self.add(port, FrontendKind::NodePort, wildcard, number, port.cluster.clone(), flags);
+        if is_local {
+            for (node, known) in port.endpoints.by_node() {
+                // A node without a usable endpoint needs no entry: the wildcard refuses for it.
+                let (endpoints, _) = self.endpoints_of(port, &known, node);
+                if !endpoints.is_empty() {
+                    self.add_on_node(port, node, number, &endpoints, NODE_PORT);
+                }
+            }
+        }
+    }
+
+    /// Adds exact frontends on all known node addresses, since nothing asks for the wildcard at this number.
+    fn add_node_port_outside_range(&mut self, port: &Port<'_>, number: u16, flags: u32) {
+        let (first, last) = (*self.settings.node_ports.start(), *self.settings.node_ports.end());
+        self.issues.insert(IssueKind::NodePortOutsideRange { port: number, first, last });
         for ip in self.topology.own_addresses().iter().filter(|ip| address::family(**ip) == port.family) {
-            self.add(port, kind, *ip, number, port.cluster.clone(), flags);
+            self.add(port, FrontendKind::NodePort, *ip, number, port.cluster.clone(), flags);
         }
         let (nodes, none) = (port.endpoints.by_node(), PortEndpoints::default());
         for node in self.topology.other_nodes() {
-            let (endpoints, no_local) = if is_local {
-                self.endpoints_of(port, nodes.get(node).unwrap_or(&none), node)
-            } else {
-                (port.cluster.clone(), 0)
+            let (endpoints, flags) = match self.service.external_policy {
+                TrafficPolicy::Cluster => (port.cluster.clone(), NODE_PORT),
+                TrafficPolicy::Local => {
+                    let known = nodes.get(node).unwrap_or(&none);
+                    let (endpoints, no_local) = self.endpoints_of(port, known, node);
+                    (endpoints, NODE_PORT | no_local)
+                }
             };
-            self.add_on_node(port, node, number, &endpoints, NODE_PORT | no_local);
+            self.add_on_node(port, node, number, &endpoints, flags);
         }
     }
 

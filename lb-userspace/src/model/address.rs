@@ -52,7 +52,6 @@ pub fn parse_cidr(text: &str) -> Option<Cidr> {
     let prefix_len = match ip {
         // The mapped form counts 96 bits before the IPv4 address.
         IpAddr::V4(_) if address.contains(':') => length.checked_sub(96)?,
-        IpAddr::V4(_) if length > 32 => return None,
         IpAddr::V4(_) | IpAddr::V6(_) => length,
     };
     Cidr::new(ip, u8::try_from(prefix_len).ok()?)

@@ -11,6 +11,8 @@
 //! - An object that is partly wrong yields its good parts and issues, never an error (semantics R14).
 //! - No clock, no I/O, no hash-map order: equal objects give equal values.
 //!
+//! "semantics R1" and so on name the rules in docs/SEMANTICS.md.
+//!
 //! # Depends on
 //!
 //! `lb_common` and, in [`ingest`] only, `k8s_openapi`.
@@ -272,6 +274,7 @@ pub struct Node {
     pub zone: Option<Arc<str>>,
     /// `status.addresses` of type `InternalIP`, then those of type `ExternalIP`.
     pub addresses: Vec<IpAddr>,
-    /// Deletion under way, or taint `ToBeDeletedByClusterAutoscaler` (semantics part 3, `/healthz`).
+    /// Deletion under way, or taint `ToBeDeletedByClusterAutoscaler`: `/healthz` then tells load
+    /// balancers to stay away (`pkg/proxy/healthcheck/proxier_health.go`).
     pub being_deleted: bool,
 }

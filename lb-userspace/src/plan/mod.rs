@@ -101,6 +101,10 @@ pub enum Op {
 /// What a reference names is written before the reference ([`Phase::Write`] before [`Phase::Insert`] before
 /// [`Phase::Switch`]), and what ends is removed after all else. Exact node-port entries of other nodes are
 /// inserted before the flag that makes programs rely on them, and deleted after the flag is gone.
+///
+/// Within [`Phase::Insert`] the order is exact keys, node addresses, wildcard keys, and within [`Phase::Delete`] the
+/// reverse: a node port with the policy Local is refused for every other node's address that has no exact key, so
+/// that those keys must be there whenever a call can get that far.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Phase {
     /// Into places that nothing refers to yet.
@@ -127,6 +131,19 @@ impl Op {
             Self::SetFrontend { .. } | Self::SwitchRun { .. } => Phase::Switch,
             Self::DeleteService(_) | Self::DeleteNode(_) => Phase::Delete,
             Self::DropRun { .. } | Self::DropFrontend(_) => Phase::Drop,
+        }
+    }
+
+    /// The place within the phase: see [`Phase`].
+    fn rank(&self) -> u8 {
+        match self {
+            Self::InsertService { address, .. } if !address.ip.is_unspecified() => 0,
+            Self::InsertNode { .. } => 1,
+            Self::InsertService { .. } => 2,
+            Self::DeleteService(address) if address.ip.is_unspecified() => 0,
+            Self::DeleteNode(_) => 1,
+            Self::DeleteService(_) => 2,
+            _ => 0,
         }
     }
 
@@ -198,10 +215,10 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// Puts operations into the order of [`Phase`], keeping the order within each.
+    /// Puts operations into the order of [`Phase`].
     #[must_use]
     pub fn new(mut ops: Vec<Op>) -> Self {
-        ops.sort_by_key(Op::phase);
+        ops.sort_by_key(|op| (op.phase(), op.rank()));
         Self { ops }
     }
 

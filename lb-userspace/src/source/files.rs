@@ -3,7 +3,7 @@
 //! # Purpose
 //!
 //! Serves a host from a manifest file or a folder of them, without a cluster. [`watch()`] reads the texts whenever
-//! they change, [`parse`] turns one text into objects, [`FileSet`] holds the objects of all files.
+//! they change, [`parse()`] turns one text into objects, [`FileSet`] holds the objects of all files.
 //!
 //! A manifest is YAML or JSON, with any number of documents, and holds Services (`v1`), EndpointSlices
 //! (`discovery.k8s.io/v1`), Nodes (`v1`) and lists of these. What an API server would fill in and this program

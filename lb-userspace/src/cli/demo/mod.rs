@@ -178,7 +178,8 @@ impl<'a> Stage<'a> {
     async fn set(scenery: &'a Scenery, narrator: Narrator) -> Result<Self> {
         manifests::write(&scenery.manifests).context("cannot write the manifests")?;
         let mut backends = Vec::new();
-        for (pod, netns) in scenery.wire().await? {
+        let pods = scenery.wire().await.context("cannot wire the namespaces, which needs CAP_NET_ADMIN")?;
+        for (pod, netns) in pods {
             backends.push(Backend::start(pod, netns)?);
         }
         for address in backends.iter().flat_map(|backend| backend.pod.addresses()) {

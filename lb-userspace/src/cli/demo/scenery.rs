@@ -47,6 +47,8 @@ const BPF_FS: &str = "/sys/fs/bpf";
 /// Places that the demo may cover with a file system of its own, in order of preference. A new directory would be
 /// left behind by a `kill -9`, and cannot be made on a read-only root.
 const COVERED: [&str; 3] = ["/mnt", "/run", "/tmp"];
+/// How many names are tried for the cgroup.
+const MAX_NAMES: u32 = 100;
 /// How long to wait for the last process to leave the cgroup.
 const LEAVING: Duration = Duration::from_secs(2);
 
@@ -72,7 +74,8 @@ impl Scenery {
             .map_err(|errno| privileged(errno, "making a network namespace and a mount namespace"))?;
         // What is mounted from here on must not spread to the host, and the host's later mounts are no business of
         // the demo.
-        mount_at(None, Path::new("/"), MsFlags::MS_REC | MsFlags::MS_PRIVATE, None)?;
+        mount_at(None, Path::new("/"), MsFlags::MS_REC | MsFlags::MS_PRIVATE, None)
+            .context("in a chroot, its root must be a mount point")?;
         let temporary = env::temp_dir();
         let own = COVERED
             .iter()
@@ -252,16 +255,23 @@ pub(super) struct Cgroup {
 
 impl Cgroup {
     fn create(parent: &Path) -> Result<Self> {
-        let path = parent.join(format!("socklb-demo-{}", process::id()));
-        // The name of an earlier process with the same id that was killed; a cgroup in use stays.
-        let _not_there = fs::remove_dir(&path);
-        match fs::create_dir(&path) {
-            Ok(()) => Ok(Self { path, parent: parent.to_owned() }),
-            Err(error) if error.kind() == io::ErrorKind::ReadOnlyFilesystem => {
-                bail!("{} is read-only: in a container, start it with --privileged", parent.display())
+        let mut path = parent.join(format!("socklb-demo-{}", process::id()));
+        // The name may be taken: by a demo that was killed, or by one in a container, where ids are small.
+        for n in 2.. {
+            match fs::create_dir(&path) {
+                Ok(()) => break,
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists && n < MAX_NAMES => {
+                    path.set_file_name(format!("socklb-demo-{}-{n}", process::id()));
+                }
+                Err(error) if error.kind() == io::ErrorKind::ReadOnlyFilesystem => {
+                    bail!("{} is read-only: in a container, start it with --privileged", parent.display())
+                }
+                Err(error) => {
+                    return Err(error).with_context(|| format!("cannot make the cgroup {}", path.display()));
+                }
             }
-            Err(error) => Err(error).with_context(|| format!("cannot make the cgroup {}", path.display())),
         }
+        Ok(Self { path, parent: parent.to_owned() })
     }
 
     /// Its directory.

@@ -36,6 +36,27 @@ pub enum Snapshot {
 /// The objects of all manifests, and what is wrong with them.
 ///
 /// A plain value: [`super::watch()`] brings the texts.
+///
+/// ```
+/// use lb_userspace::{model::Store, source::files::{Content, FileSet, Snapshot}};
+///
+/// let text = "
+/// apiVersion: v1
+/// kind: Service
+/// metadata: {name: web}
+/// spec: {clusterIP: 10.96.0.10, ports: [{port: 80}, {name: admin, port: 0}]}
+/// ";
+/// let mut files = FileSet::new(None);
+/// files.update(Snapshot::Files([("web.yaml".into(), Content::Text(text.into()))].into()));
+///
+/// let mut store = Store::new();
+/// assert!(!files.apply(&mut store).is_empty());
+/// assert_eq!(store.services().len(), 1);
+/// assert_eq!(
+///     files.issues()[0].to_string(),
+///     "web.yaml:5: Service default/web: spec.ports[1].port: 0 is not a port (1-65535); this port is left out"
+/// );
+/// ```
 #[derive(Clone, Debug, Default)]
 pub struct FileSet {
     service_proxy_name: Option<String>,

@@ -84,20 +84,24 @@ pub fn watch(path: impl AsRef<Path>) -> Result<mpsc::Receiver<Snapshot>, Error> 
 
 async fn run(mut reader: Reader, sender: mpsc::Sender<Snapshot>) {
     let mut watches = Watches::new(reader.path());
-    // Whatever the watch may have missed is found by the readings that trust nothing.
-    let mut trusts_stamps = false;
+    let changed = Arc::clone(&watches.changed);
+    let mut next_full = Instant::now();
     loop {
-        // First the watch, then the reading: what changes in between is read again instead of missed.
-        watches.renew();
+        // A reading that trusts no time stamp finds what the watch and the stamps miss.
+        let trusts_stamps = Instant::now() < next_full;
+        if !trusts_stamps {
+            next_full = Instant::now() + REREAD;
+        }
         let reading = task::spawn_blocking(move || {
+            // First the watch, then the reading: what changes in between is read again instead of missed.
+            watches.renew();
             let snapshot = reader.read(trusts_stamps);
-            (reader, snapshot)
+            (watches, reader, snapshot)
         });
-        let Ok((returned, snapshot)) = reading.await else {
-            // The runtime is shutting down.
-            return;
-        };
-        reader = returned;
+        // Without a result the runtime is shutting down.
+        let Ok(done) = reading.await else { return };
+        let snapshot;
+        (watches, reader, snapshot) = done;
         if let Some(snapshot) = snapshot
             && sender.send(snapshot).await.is_err()
         {
@@ -105,7 +109,8 @@ async fn run(mut reader: Reader, sender: mpsc::Sender<Snapshot>) {
         }
         tokio::select! {
             () = sender.closed() => return,
-            woken = timeout(REREAD, quiet_after_change(&watches.changed)) => trusts_stamps = woken.is_ok(),
+            // Either way it is time to read.
+            _ = timeout_at(next_full, quiet_after_change(&changed)) => {}
         }
     }
 }
@@ -115,7 +120,7 @@ async fn quiet_after_change(changed: &Notify) {
     changed.notified().await;
     let deadline = Instant::now() + MAX_UNQUIET;
     let unquiet = async { while timeout(QUIET, changed.notified()).await.is_ok() {} };
-    // Either way it is time to read.
+    // Quiet or not, it is time to read.
     let _ = timeout_at(deadline, unquiet).await;
 }
 

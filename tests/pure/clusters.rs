@@ -1,0 +1,481 @@
+//! Random clusters, and what calls come to in them.
+
+use std::{
+    collections::BTreeSet,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    sync::Arc,
+};
+
+use k8s_openapi::{
+    api::{
+        core::v1::{
+            LoadBalancerIngress, LoadBalancerStatus, Node, NodeAddress, NodeStatus, Service, ServicePort, ServiceSpec,
+            ServiceStatus,
+        },
+        discovery::v1::{
+            Endpoint, EndpointConditions, EndpointHints, EndpointPort, EndpointSlice, ForNode, ForZone,
+        },
+    },
+    apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time},
+    jiff::Timestamp,
+};
+use lb_tests::cluster::{Cluster, NAMESPACE};
+use lb_userspace::{
+    controller::State,
+    desired::{FrontendAddress, NodePortAddresses, Settings},
+    model::{Protocol, ingest},
+    plan::Capacity,
+    sim::{Caller, Config, Simulator},
+    tables::Image,
+};
+use proptest::{collection::vec, option, prelude::*, sample::subsequence};
+
+/// Node ports of the random clusters: two in the range, one outside.
+const NODE_PORTS: [u16; 3] = [30_080, 30_081, 29_000];
+/// Names of nodes. The first one is this node's.
+const NODES: [&str; 3] = ["node", "other", "third"];
+const ZONES: [&str; 2] = ["a", "b"];
+
+/// A service. Small numbers stand for addresses, so that services claim the same ones now and then.
+#[derive(Clone, Debug)]
+pub(crate) struct RandomService {
+    families: Families,
+    cluster_ip: u8,
+    external_ips: Vec<u8>,
+    load_balancer_ip: Option<u8>,
+    ports: Vec<RandomPort>,
+    is_internal_local: bool,
+    is_external_local: bool,
+    affinity: Option<i32>,
+    created: i64,
+    endpoints: Vec<RandomEndpoint>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Families {
+    V4,
+    V6,
+    Both,
+}
+
+#[derive(Clone, Debug)]
+struct RandomPort {
+    name: &'static str,
+    protocol: Protocol,
+    number: u16,
+    node_port: Option<u16>,
+}
+
+#[derive(Clone, Debug)]
+struct RandomEndpoint {
+    number: u8,
+    node: Option<usize>,
+    /// Ready, serving, terminating.
+    conditions: (bool, bool, bool),
+    hint_nodes: Vec<&'static str>,
+    hint_zones: Vec<&'static str>,
+}
+
+#[derive(Clone, Debug)]
+struct RandomNode {
+    zone: Option<&'static str>,
+    addresses: Vec<u8>,
+}
+
+/// Everything that decides about frontends.
+#[derive(Clone, Debug)]
+pub(crate) struct RandomCluster {
+    services: [Option<RandomService>; 4],
+    nodes: [Option<RandomNode>; 3],
+    interfaces: Vec<u8>,
+}
+
+fn endpoint() -> BoxedStrategy<RandomEndpoint> {
+    let conditions = prop_oneof![
+        4 => Just((true, true, false)),
+        1 => Just((false, false, false)),
+        1 => Just((false, true, true)),
+        1 => Just((false, false, true)),
+    ];
+    let hints = || prop_oneof![
+        3 => Just((Vec::new(), Vec::new())),
+        2 => (subsequence(&NODES[..], 0..=2), subsequence(&ZONES[..], 1..=2)),
+    ];
+    (0u8..6, option::weighted(0.8, 0..NODES.len()), conditions, hints()).prop_map(
+        |(number, node, conditions, (hint_nodes, hint_zones))| RandomEndpoint {
+            number,
+            node,
+            conditions,
+            hint_nodes,
+            hint_zones,
+        },
+    )
+    .boxed()
+}
+
+fn service() -> BoxedStrategy<RandomService> {
+    let port = |name, protocol, number| {
+        (Just(name), Just(protocol), Just(number), option::of(prop::sample::select(&NODE_PORTS[..])))
+            .prop_map(|(name, protocol, number, node_port)| RandomPort { name, protocol, number, node_port })
+    };
+    let ports = (
+        option::weighted(0.8, port("a", Protocol::Tcp, 80)),
+        option::of(port("b", Protocol::Udp, 80)),
+        option::weighted(0.3, port("c", Protocol::Tcp, 81)),
+    )
+        .prop_map(|(a, b, c)| [a, b, c].into_iter().flatten().collect());
+    let families =
+        prop_oneof![3 => Just(Families::V4), 1 => Just(Families::V6), 2 => Just(Families::Both)];
+    let addresses = (families, 0u8..4, vec(0u8..2, 0..=2), option::weighted(0.3, 0u8..2));
+    let policies = (any::<bool>(), any::<bool>(), option::weighted(0.3, 1i32..100), 0i64..3);
+    (addresses, ports, policies, vec(endpoint(), 0..=5)).prop_map(
+        |(
+            (families, cluster_ip, external_ips, load_balancer_ip),
+            ports,
+            (is_internal_local, is_external_local, affinity, created),
+            endpoints,
+        )| RandomService {
+            families,
+            cluster_ip,
+            external_ips,
+            load_balancer_ip,
+            ports,
+            is_internal_local,
+            is_external_local,
+            affinity,
+            created,
+            endpoints,
+        },
+    )
+    .boxed()
+}
+
+fn node() -> BoxedStrategy<RandomNode> {
+    (option::of(prop::sample::select(&ZONES[..])), vec(0u8..4, 0..=2))
+        .prop_map(|(zone, addresses)| RandomNode { zone, addresses })
+        .boxed()
+}
+
+/// A random cluster. (Boxed like its parts: by value they are too large for the stack of a test.)
+pub(crate) fn cluster() -> BoxedStrategy<RandomCluster> {
+    let service = || option::weighted(0.8, service());
+    let node = || option::weighted(0.8, node());
+    ([service(), service(), service(), service()], [node(), node(), node()], vec(0u8..4, 0..=2))
+        .prop_map(|(services, nodes, interfaces)| RandomCluster { services, nodes, interfaces })
+        .boxed()
+}
+
+/// A cluster and what becomes of it: each later one differs in some objects only.
+pub(crate) fn history(n_changes: usize) -> impl Strategy<Value = Vec<RandomCluster>> {
+    let change = (cluster(), vec(any::<bool>(), 8));
+    (cluster(), vec(change, 1..=n_changes)).prop_map(|(first, changes)| {
+        let mut history = vec![first];
+        for (new, takes) in changes {
+            let mut next = history[history.len() - 1].clone();
+            for (n, service) in new.services.into_iter().enumerate() {
+                if takes[n] {
+                    next.services[n] = service;
+                }
+            }
+            for (n, node) in new.nodes.into_iter().enumerate() {
+                if takes[4 + n] {
+                    next.nodes[n] = node;
+                }
+            }
+            if takes[7] {
+                next.interfaces = new.interfaces;
+            }
+            history.push(next);
+        }
+        history
+    })
+}
+
+fn v4(network: u8, number: u8) -> IpAddr {
+    Ipv4Addr::new(10, network, 0, number).into()
+}
+
+fn v6(network: u8, number: u8) -> IpAddr {
+    Ipv6Addr::new(0xfd00, network.into(), 0, 0, 0, 0, 0, number.into()).into()
+}
+
+const SERVICE_NETWORK: u8 = 96;
+const EXTERNAL_NETWORK: u8 = 97;
+const NODE_NETWORK: u8 = 98;
+
+/// Endpoints of different services never share an address.
+fn endpoint_network(service: usize) -> u8 {
+    u8::try_from(service).unwrap()
+}
+
+impl Families {
+    fn ips(self, network: u8, number: u8) -> Vec<IpAddr> {
+        match self {
+            Self::V4 => vec![v4(network, number)],
+            Self::V6 => vec![v6(network, number)],
+            Self::Both => vec![v4(network, number), v6(network, number)],
+        }
+    }
+}
+
+impl RandomCluster {
+    /// The addresses of this node's interfaces.
+    pub(crate) fn interfaces(&self) -> Vec<IpAddr> {
+        self.interfaces.iter().flat_map(|number| Families::Both.ips(NODE_NETWORK, *number)).collect()
+    }
+
+    /// The objects.
+    pub(crate) fn objects(&self) -> Cluster {
+        let mut cluster = Cluster::new();
+        for (n, service) in self.services.iter().enumerate() {
+            if let Some(service) = service {
+                cluster.set(service.object(n));
+                service.slices(n).into_iter().for_each(|slice| cluster.set(slice));
+            }
+        }
+        for (name, node) in NODES.iter().zip(&self.nodes) {
+            if let Some(node) = node {
+                cluster.set(node.object(name));
+            }
+        }
+        cluster
+    }
+
+    /// Lets a state follow.
+    pub(crate) fn feed(&self, state: &mut State) {
+        self.objects().feed(state);
+        state.set_interfaces(self.interfaces());
+    }
+}
+
+fn named(namespace: &str, name: String) -> ObjectMeta {
+    let namespace = (!namespace.is_empty()).then(|| namespace.to_owned());
+    ObjectMeta { name: Some(name), namespace, ..ObjectMeta::default() }
+}
+
+impl RandomService {
+    fn object(&self, n: usize) -> Service {
+        let cluster_ips = self.families.ips(SERVICE_NETWORK, self.cluster_ip);
+        let texts: Vec<_> = cluster_ips.iter().map(ToString::to_string).collect();
+        let families = cluster_ips.iter().map(|ip| if ip.is_ipv4() { "IPv4" } else { "IPv6" }.to_owned());
+        let policy = |is_local| Some(if is_local { "Local" } else { "Cluster" }.to_owned());
+        let external = |number: &u8| Families::Both.ips(EXTERNAL_NETWORK, *number);
+        let spec = ServiceSpec {
+            type_: Some("LoadBalancer".to_owned()),
+            cluster_ip: texts.first().cloned(),
+            cluster_ips: Some(texts),
+            ip_families: Some(families.collect()),
+            external_ips: Some(self.external_ips.iter().flat_map(external).map(|ip| ip.to_string()).collect()),
+            internal_traffic_policy: policy(self.is_internal_local),
+            external_traffic_policy: policy(self.is_external_local),
+            session_affinity: self.affinity.map(|_seconds| "ClientIP".to_owned()),
+            session_affinity_config: self.affinity.map(|seconds| {
+                serde_json::from_value(serde_json::json!({"clientIP": {"timeoutSeconds": seconds}})).unwrap()
+            }),
+            ports: Some(self.ports.iter().map(RandomPort::object).collect()),
+            ..ServiceSpec::default()
+        };
+        let ingress = self.load_balancer_ip.iter().flat_map(external).map(|ip| LoadBalancerIngress {
+            ip: Some(ip.to_string()),
+            ..LoadBalancerIngress::default()
+        });
+        let created = Timestamp::from_second(1_700_000_000 + self.created).unwrap();
+        Service {
+            metadata: ObjectMeta {
+                creation_timestamp: Some(Time(created)),
+                ..named(NAMESPACE, format!("service-{n}"))
+            },
+            spec: Some(spec),
+            status: Some(ServiceStatus {
+                load_balancer: Some(LoadBalancerStatus { ingress: Some(ingress.collect()) }),
+                ..ServiceStatus::default()
+            }),
+        }
+    }
+
+    /// Endpoints with an even number in one slice, the others in another.
+    fn slices(&self, n: usize) -> Vec<EndpointSlice> {
+        let mut slices = Vec::new();
+        for (family, ip) in [("IPv4", v4 as fn(u8, u8) -> IpAddr), ("IPv6", v6)] {
+            for half in 0..2 {
+                let endpoints = self.endpoints.iter().filter(|endpoint| endpoint.number % 2 == half);
+                let ports = self.ports.iter().map(|port| EndpointPort {
+                    name: Some(port.name.to_owned()),
+                    protocol: Some(port.protocol.to_string()),
+                    port: Some(i32::from(port.number) + 8000),
+                    ..EndpointPort::default()
+                });
+                let mut metadata = named(NAMESPACE, format!("service-{n}-{family}-{half}"));
+                metadata.labels = Some([(ingest::SERVICE_NAME.to_owned(), format!("service-{n}"))].into());
+                slices.push(EndpointSlice {
+                    metadata,
+                    address_type: family.to_owned(),
+                    ports: Some(ports.collect()),
+                    endpoints: endpoints
+                        .map(|endpoint| endpoint.object(ip(endpoint_network(n), endpoint.number + 1)))
+                        .collect(),
+                });
+            }
+        }
+        slices
+    }
+}
+
+impl RandomPort {
+    fn object(&self) -> ServicePort {
+        ServicePort {
+            name: Some(self.name.to_owned()),
+            protocol: Some(self.protocol.to_string()),
+            port: self.number.into(),
+            node_port: self.node_port.map(Into::into),
+            ..ServicePort::default()
+        }
+    }
+}
+
+impl RandomEndpoint {
+    fn object(&self, ip: IpAddr) -> Endpoint {
+        let (ready, serving, terminating) = self.conditions;
+        let zones = self.hint_zones.iter().map(|name| ForZone { name: (*name).to_owned() });
+        let nodes = self.hint_nodes.iter().map(|name| ForNode { name: (*name).to_owned() });
+        Endpoint {
+            addresses: vec![ip.to_string()],
+            conditions: Some(EndpointConditions {
+                ready: Some(ready),
+                serving: Some(serving),
+                terminating: Some(terminating),
+            }),
+            hints: Some(EndpointHints { for_zones: Some(zones.collect()), for_nodes: Some(nodes.collect()) }),
+            node_name: self.node.map(|n| NODES[n].to_owned()),
+            ..Endpoint::default()
+        }
+    }
+}
+
+impl RandomNode {
+    fn object(&self, name: &str) -> Node {
+        let mut metadata = named("", name.to_owned());
+        metadata.labels = self.zone.map(|zone| [(ingest::ZONE.to_owned(), zone.to_owned())].into());
+        let addresses = self.addresses.iter().flat_map(|number| Families::Both.ips(NODE_NETWORK, *number));
+        let addresses =
+            addresses.map(|ip| NodeAddress { type_: "InternalIP".to_owned(), address: ip.to_string() });
+        Node {
+            metadata,
+            status: Some(NodeStatus { addresses: Some(addresses.collect()), ..NodeStatus::default() }),
+            ..Node::default()
+        }
+    }
+}
+
+/// The settings of the node.
+pub(crate) fn settings() -> Settings {
+    Settings {
+        node_name: Arc::from(NODES[0]),
+        node_ports: lb_common::limits::NODE_PORTS.0..=lb_common::limits::NODE_PORTS.1,
+        node_port_addresses: NodePortAddresses::All,
+    }
+}
+
+/// A state over tables.
+pub(crate) fn state(capacity: Capacity, found: &Image) -> State {
+    State::new(settings(), Vec::new(), capacity, found)
+}
+
+/// A call: to where, and whether from the node's own network namespace.
+pub(crate) type Call = (FrontendAddress, bool);
+
+/// Every call that could matter in any random cluster.
+pub(crate) fn calls() -> Vec<Call> {
+    let mut calls = Vec::new();
+    let mut add = |ip: IpAddr, ports: &[u16]| {
+        for &port in ports {
+            for protocol in [Protocol::Tcp, Protocol::Udp] {
+                for on_node in [true, false] {
+                    calls.push((FrontendAddress { ip, port, protocol }, on_node));
+                }
+            }
+        }
+    };
+    for (network, n_ips, ports) in
+        [(SERVICE_NETWORK, 4, &[80, 81][..]), (EXTERNAL_NETWORK, 2, &[80, 81]), (NODE_NETWORK, 4, &NODE_PORTS)]
+    {
+        for number in 0..n_ips {
+            add(v4(network, number), ports);
+            add(v6(network, number), ports);
+        }
+    }
+    for ip in [Ipv4Addr::LOCALHOST.into(), IpAddr::from(Ipv6Addr::LOCALHOST), Ipv4Addr::UNSPECIFIED.into()] {
+        add(ip, &NODE_PORTS);
+    }
+    calls
+}
+
+/// What a call can come to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Outcomes {
+    Untouched,
+    Refused,
+    Endpoints(BTreeSet<SocketAddr>),
+}
+
+/// What a call can come to, by the programs' own search over an image.
+pub(crate) fn outcomes(simulator: &Simulator, (to, on_node): Call) -> Outcomes {
+    let caller = Caller { on_node, ..Caller::default() };
+    let Some((_, frontend)) = simulator.find_frontend(to, caller) else { return Outcomes::Untouched };
+    let entries = simulator.image.entries(to.ip.is_ipv6(), frontend.run);
+    let entries = entries.unwrap_or_else(|| panic!("{to}: no run at {:?}", frontend.run));
+    if entries.is_empty() {
+        return Outcomes::Refused;
+    }
+    Outcomes::Endpoints(entries.iter().map(|entry| entry.address).collect())
+}
+
+/// A simulator over an image, with node ports on loopback.
+pub(crate) fn simulator(image: Image) -> Simulator {
+    let mut simulator = Simulator::new(image);
+    simulator.config = Config::default();
+    simulator
+}
+
+/// What calls may come to while a plan leads from one image to another.
+///
+/// A call sees the old or the new state of the frontends, and the old or the new state of the nodes' addresses: those
+/// are two facts. With both of them changing in one plan, a new node's address may meet a service that is about to go.
+pub(crate) struct Allowed {
+    of_states: Vec<Vec<Outcomes>>,
+}
+
+impl Allowed {
+    pub(crate) fn between(before: &Image, after: &Image, calls: &[Call]) -> Self {
+        let mixed = |frontends: &Image, nodes: &Image| {
+            let image = Image { node_addrs: nodes.node_addrs.clone(), ..frontends.clone() };
+            let simulator = simulator(image);
+            calls.iter().map(|call| outcomes(&simulator, *call)).collect()
+        };
+        let mut of_states = vec![mixed(before, before), mixed(after, after)];
+        if before.node_addrs != after.node_addrs {
+            of_states.extend([mixed(before, after), mixed(after, before)]);
+        }
+        Self { of_states }
+    }
+
+    /// Whether everything that a call can come to now is something that it may come to. `call` is its index.
+    pub(crate) fn admits(&self, call: usize, now: &Outcomes) -> bool {
+        match now {
+            Outcomes::Endpoints(endpoints) => endpoints.iter().all(|endpoint| self.admits_endpoint(call, endpoint)),
+            other => self.of_states.iter().any(|outcomes| outcomes[call] == *other),
+        }
+    }
+
+    /// Whether a call may reach an endpoint.
+    pub(crate) fn admits_endpoint(&self, call: usize, endpoint: &SocketAddr) -> bool {
+        let has = |outcomes: &Outcomes| matches!(outcomes, Outcomes::Endpoints(set) if set.contains(endpoint));
+        self.of_states.iter().any(|outcomes| has(&outcomes[call]))
+    }
+
+    /// What a call may come to, for a message.
+    pub(crate) fn describe(&self, call: usize) -> String {
+        let all: Vec<_> = self.of_states.iter().map(|outcomes| format!("{:?}", outcomes[call])).collect();
+        all.join(" or ")
+    }
+}

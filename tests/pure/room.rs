@@ -1,0 +1,109 @@
+//! Tables that are too small for what is asked.
+
+use std::collections::BTreeMap;
+
+use lb_userspace::{
+    desired::FrontendAddress,
+    model::IssueKind,
+    plan::Capacity,
+    tables::Image,
+};
+use proptest::prelude::*;
+
+use crate::clusters::{Allowed, calls, history, outcomes, simulator, state};
+
+/// The endpoints of each frontend in an image.
+fn sets(image: &Image) -> BTreeMap<FrontendAddress, Vec<std::net::SocketAddr>> {
+    let set = |address: &FrontendAddress, id: &u32| {
+        let run = image.frontends[id].run;
+        let mut set: Vec<_> =
+            image.entries(address.ip.is_ipv6(), run).unwrap().iter().map(|entry| entry.address).collect();
+        set.sort_unstable();
+        set
+    };
+    image.services.iter().map(|(address, id)| (*address, set(address, id))).collect()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 128, ..ProptestConfig::default() })]
+
+    /// Each frontend is either as desired, or reported and as it was before; prefixes are safe all the same; and once
+    /// freed places are free again, a frontend that has room gets in.
+    #[test]
+    fn what_does_not_fit_stays_as_it_was(
+        history in history(3),
+        services in 1u32..12,
+        endpoints in 1u32..24,
+        settles in prop::collection::vec(any::<bool>(), 4),
+    ) {
+        let capacity = Capacity { services, endpoints };
+        let calls = calls();
+        let mut state = state(capacity, &Image::default());
+        let mut image = Image::default();
+        for (cluster, settles) in history.iter().zip(settles) {
+            let old = sets(&image);
+            cluster.feed(&mut state);
+            for _round in 0..2 {
+                let plan = state.sync();
+                let allowed = Allowed::between(&image, state.image(), &calls);
+                for op in plan.ops() {
+                    op.apply(&mut image);
+                    let n_of = |ipv6| image.services.keys().filter(|address| address.ip.is_ipv6() == ipv6).count();
+                    prop_assert!(n_of(false) <= services as usize && n_of(true) <= services as usize, "{:?}", plan);
+                    let middle = simulator(image.clone());
+                    for (i, call) in calls.iter().enumerate() {
+                        let now = outcomes(&middle, *call);
+                        prop_assert!(allowed.admits(i, &now), "{:?}: {}, but {:?}", call, allowed.describe(i), now);
+                    }
+                }
+                prop_assert_eq!(&image, state.image());
+                let placed = sets(&image);
+                let mut n_missing = 0;
+                for desired in state.desired().iter() {
+                    let now = placed.get(&desired.address);
+                    if now.is_none_or(|set| **set != *desired.endpoints) {
+                        n_missing += 1;
+                        prop_assert_eq!(now, old.get(&desired.address), "{}", desired.address);
+                    }
+                }
+                for address in placed.keys() {
+                    prop_assert!(state.desired().owner(address).is_some(), "{address} is nobody's");
+                }
+                if state.holds_back() {
+                    if !settles {
+                        break;
+                    }
+                    state.settled();
+                } else {
+                    let n_reported = state.issues().filter(|issue| matches!(
+                        issue.kind,
+                        IssueKind::ServicesFull { .. } | IssueKind::EndpointsFull { .. }
+                    )).count();
+                    prop_assert_eq!(n_reported, n_missing);
+                }
+            }
+        }
+    }
+
+    /// With everything settled, a frontend is left out only if the table of its family is full, or has no gap for it.
+    #[test]
+    fn nothing_is_left_out_without_need(history in history(2), services in 1u32..12) {
+        let capacity = Capacity { services, endpoints: 10_000 };
+        let mut state = state(capacity, &Image::default());
+        for cluster in &history {
+            cluster.feed(&mut state);
+            // One plan frees, the next one fills; what is freed by a change of owner takes another round.
+            for _ in 0..3 {
+                let _plan = state.sync();
+                state.settled();
+            }
+            let placed = sets(state.image());
+            for ipv6 in [false, true] {
+                let of_family = |address: &&FrontendAddress| address.ip.is_ipv6() == ipv6;
+                let n_placed = placed.keys().filter(of_family).count();
+                let n_desired = state.desired().iter().filter(|f| of_family(&&f.address)).count();
+                prop_assert_eq!(n_placed, n_desired.min(services as usize));
+            }
+        }
+    }
+}
