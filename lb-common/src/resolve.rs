@@ -175,7 +175,11 @@ fn find_node_port<T: Tables>(tables: &T, call: &Call<T::Addr>) -> Option<(u32, F
     let mut frontend = tables.frontend(id)?;
     if node == NodeAddress::Other && frontend.flags & frontend_flags::EXTERNAL_LOCAL != 0 {
         // With the policy Local a node answers with its own endpoints only. Nodes that have some are listed
-        // with their exact address, which was not found: this one has none (semantics R6, last rule).
+        // with their exact address; one that is not has none (semantics R6, last rule). Asked once more: since
+        // the first look-up the address may have been listed and the policy changed, in this order.
+        if let Some(id) = tables.frontend_id(&T::Addr::key(call.address, call.port, call.protocol)) {
+            return Some((id, tables.frontend(id)?));
+        }
         frontend.run = Run::EMPTY;
     }
     Some((id, frontend))

@@ -1,1 +1,280 @@
-//! Later.
+//! Calls that take their time: the tables change between one look-up and the next.
+//!
+//! [`crate::prefixes`] looks at calls that run between two operations. A program runs while operations go on, so here
+//! each of its reads sees a later state than the one before it, and arrays keep what was written last, as in the kernel.
+
+use std::{
+    cell::{Cell, RefCell},
+    collections::BTreeMap,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+};
+
+use lb_common::{
+    Tables, Verdict,
+    address::{Octets4, Octets6},
+    layout::{self, Affinity, FamilyLayout, Frontend},
+    resolve::{Choice, NodeAddress},
+};
+use lb_userspace::{
+    desired::FrontendAddress,
+    model::Protocol,
+    plan::{Capacity, Op},
+    sim::wire_protocol,
+    tables::{Entry, Image},
+};
+use proptest::{collection::vec, prelude::*, sample::Index};
+
+use crate::clusters::{Allowed, Call, calls, history, state};
+
+/// The kernel's maps: what nothing refers to any longer is still there.
+#[derive(Clone, Debug, Default)]
+struct Memory {
+    services: BTreeMap<FrontendAddress, u32>,
+    frontends: BTreeMap<u32, Frontend>,
+    entries: BTreeMap<(bool, u32), Entry>,
+    node_addrs: BTreeMap<IpAddr, bool>,
+}
+
+impl Memory {
+    fn apply(&mut self, op: &Op) {
+        match op {
+            Op::WriteRun { ipv6, offset, entries } => {
+                self.entries.extend((*offset..).zip(entries.iter()).map(|(index, entry)| ((*ipv6, index), *entry)));
+            }
+            Op::WriteFrontend { id, frontend } => drop(self.frontends.insert(*id, *frontend)),
+            Op::SetFrontend { id, frontend } => {
+                let run = self.frontends[id].run;
+                self.frontends.insert(*id, Frontend { run, ..*frontend });
+            }
+            Op::SwitchRun { id, run } => self.frontends.get_mut(id).unwrap().run = *run,
+            Op::InsertService { address, frontend_id } => drop(self.services.insert(*address, *frontend_id)),
+            Op::DeleteService(address) => drop(self.services.remove(address)),
+            Op::InsertNode { address, own } => drop(self.node_addrs.insert(*address, *own)),
+            Op::DeleteNode(address) => drop(self.node_addrs.remove(address)),
+            Op::ResetService(_) | Op::ResetEndpoints(_) | Op::DropRun { .. } | Op::DropFrontend(_) => {}
+        }
+    }
+}
+
+/// One call's view: before each read some operations are carried out.
+struct Spanning<'a, A> {
+    memory: RefCell<Memory>,
+    ops: RefCell<&'a [Op]>,
+    /// How many operations go before each read, again and again.
+    pace: &'a [usize],
+    n_reads: Cell<usize>,
+    on_node: bool,
+    random: u32,
+    earlier: Option<Choice>,
+    affinity: Cell<Option<Affinity>>,
+    family: std::marker::PhantomData<A>,
+}
+
+impl<A> Spanning<'_, A> {
+    fn read<T>(&self, read: impl FnOnce(&Memory) -> T) -> T {
+        let n = self.pace[self.n_reads.get() % self.pace.len()];
+        self.n_reads.set(self.n_reads.get() + 1);
+        let mut ops = self.ops.borrow_mut();
+        let (now, later) = ops.split_at(n.min(ops.len()));
+        now.iter().for_each(|op| self.memory.borrow_mut().apply(op));
+        *ops = later;
+        read(&self.memory.borrow())
+    }
+}
+
+/// Conversion between the octets of a family and addresses.
+trait Octets: FamilyLayout {
+    fn ip(self) -> IpAddr;
+    fn of(ip: IpAddr) -> Self;
+}
+
+impl Octets for Octets4 {
+    fn ip(self) -> IpAddr {
+        Ipv4Addr::from(self).into()
+    }
+    fn of(ip: IpAddr) -> Self {
+        match ip {
+            IpAddr::V4(ip) => ip.octets(),
+            IpAddr::V6(ip) => panic!("{ip} among IPv4 endpoints"),
+        }
+    }
+}
+
+impl Octets for Octets6 {
+    fn ip(self) -> IpAddr {
+        Ipv6Addr::from(self).into()
+    }
+    fn of(ip: IpAddr) -> Self {
+        match ip {
+            IpAddr::V6(ip) => ip.octets(),
+            IpAddr::V4(ip) => panic!("{ip} among IPv6 endpoints"),
+        }
+    }
+}
+
+impl<A: Octets> Tables for Spanning<'_, A> {
+    type Addr = A;
+
+    fn frontend_id(&self, key: &A::Key) -> Option<u32> {
+        let (address, port, protocol) = A::key_parts(key);
+        let protocol = if protocol == layout::Protocol::TCP { Protocol::Tcp } else { Protocol::Udp };
+        self.read(|memory| memory.services.get(&FrontendAddress { ip: address.ip(), port, protocol }).copied())
+    }
+    fn frontend(&self, frontend_id: u32) -> Option<Frontend> {
+        // Word by word, the run first, as the programs do.
+        let run = self.read(|memory| memory.frontends.get(&frontend_id).map(|frontend| frontend.run))?;
+        let rest = self.read(|memory| memory.frontends[&frontend_id]);
+        Some(Frontend { run, ..rest })
+    }
+    fn endpoint(&self, index: u32) -> Option<A::Endpoint> {
+        let entry = self.read(|memory| memory.entries.get(&(A::FAMILY == lb_common::Family::V6, index)).copied())?;
+        Some(A::entry(A::of(entry.address.ip()), entry.address.port(), entry.endpoint_id))
+    }
+    fn node_ports(&self) -> (u16, u16) {
+        lb_common::limits::NODE_PORTS
+    }
+    fn node_address(&self, mapped: &Octets6) -> Option<NodeAddress> {
+        let ip = Ipv6Addr::from(*mapped).to_canonical();
+        let own = self.read(|memory| memory.node_addrs.get(&ip).copied())?;
+        Some(if own { NodeAddress::Own } else { NodeAddress::Other })
+    }
+    fn loopback_is_node(&self) -> bool {
+        self.on_node
+    }
+    fn earlier_choice(&self) -> Option<Choice> {
+        self.earlier
+    }
+    fn random(&self) -> u32 {
+        self.random
+    }
+    fn now(&self) -> u64 {
+        7
+    }
+    fn affinity(&self, _service_id: u32) -> Option<Affinity> {
+        self.affinity.get()
+    }
+    fn renew_affinity(&self, _service_id: u32, _now: u64) {}
+    fn remember_affinity(&self, _service_id: u32, _replaces: Option<Affinity>, new: Affinity) -> u32 {
+        self.affinity.set(Some(new));
+        new.endpoint_id
+    }
+}
+
+/// What came of a call.
+#[derive(Debug, PartialEq)]
+enum Came {
+    Untouched,
+    Refused,
+    To(SocketAddr),
+}
+
+/// A call in the middle of a plan.
+#[derive(Clone, Debug)]
+struct Moment {
+    call: Index,
+    /// Operations before the call begins.
+    start: Index,
+    pace: Vec<usize>,
+    random: u32,
+    /// The endpoint of an earlier call through the same socket, or of the same client.
+    earlier: Option<u32>,
+    affinity: Option<u32>,
+}
+
+fn moment() -> impl Strategy<Value = Moment> {
+    let pace = vec(prop_oneof![3 => Just(0usize), 1 => Just(1), 1 => Just(2), 1 => 3usize..30], 1..6);
+    (any::<Index>(), any::<Index>(), pace, any::<u32>(), prop::option::of(0u32..12), prop::option::of(0u32..12))
+        .prop_map(|(call, start, pace, random, earlier, affinity)| Moment {
+            call,
+            start,
+            pace,
+            random,
+            earlier,
+            affinity,
+        })
+}
+
+fn run<A: Octets>(memory: &Memory, ops: &[Op], (to, on_node): Call, moment: &Moment) -> Came {
+    let start = moment.start.index(ops.len() + 1);
+    let mut memory = memory.clone();
+    ops[..start].iter().for_each(|op| memory.apply(op));
+    let tables = Spanning::<A> {
+        memory: RefCell::new(memory),
+        ops: RefCell::new(&ops[start..]),
+        pace: &moment.pace,
+        n_reads: Cell::new(0),
+        on_node,
+        random: moment.random,
+        earlier: moment.earlier.map(|endpoint_id| Choice { endpoint_id, index: endpoint_id % 3 }),
+        affinity: Cell::new(moment.affinity.map(|endpoint_id| Affinity { last_used: 0, endpoint_id, reserved: 0 })),
+        family: std::marker::PhantomData,
+    };
+    let call = lb_common::resolve::Call {
+        address: A::of(to.ip),
+        port: to.port,
+        protocol: wire_protocol(to.protocol).unwrap(),
+    };
+    match lb_common::resolve(&tables, &call) {
+        Verdict::Pass => Came::Untouched,
+        Verdict::Refuse { .. } => Came::Refused,
+        Verdict::Redirect(target) => Came::To(SocketAddr::new(target.address.ip(), target.port)),
+    }
+}
+
+/// The wildcard frontend that answers for a node port, if the destination can be one.
+fn wildcard((to, on_node): Call) -> Call {
+    let ip = if to.ip.is_ipv4() { IpAddr::from(Ipv4Addr::LOCALHOST) } else { Ipv6Addr::LOCALHOST.into() };
+    (FrontendAddress { ip, ..to }, on_node)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 128, ..ProptestConfig::default() })]
+
+    /// However long a call takes, it comes to what it could come to before or can come to after; it is refused or left
+    /// alone only if one of the two states says so. An endpoint may also be one of the service's own node port: the
+    /// policy and the endpoints of a node port are two words in memory.
+    #[test]
+    fn a_call_that_spans_a_plan_sees_the_old_or_the_new_state(
+        history in history(3),
+        moments in vec(moment(), 400),
+    ) {
+        // A wildcard is looked at from the node, where loopback shows it.
+        let mut calls: Vec<Call> = calls().into_iter().filter(|(to, _)| !to.ip.is_unspecified()).collect();
+        let n_calls = calls.len();
+        calls.extend_from_within(..);
+        for call in &mut calls[n_calls..] {
+            *call = wildcard((call.0, true));
+        }
+        let mut state = state(Capacity::default(), &Image::default());
+        let (mut image, mut memory) = (Image::default(), Memory::default());
+        for cluster in &history {
+            cluster.feed(&mut state);
+            let plan = state.sync();
+            let allowed = Allowed::between(&image, state.image(), &calls);
+            for moment in &moments {
+                let n = moment.call.index(n_calls);
+                let call = calls[n];
+                let came = if call.0.ip.is_ipv4() {
+                    run::<Octets4>(&memory, plan.ops(), call, moment)
+                } else {
+                    run::<Octets6>(&memory, plan.ops(), call, moment)
+                };
+                let is_allowed = match &came {
+                    Came::Untouched => allowed.admits(n, &crate::clusters::Outcomes::Untouched),
+                    Came::Refused => allowed.admits(n, &crate::clusters::Outcomes::Refused),
+                    Came::To(endpoint) => {
+                        allowed.admits_endpoint(n, endpoint) || allowed.admits_endpoint(n + n_calls, endpoint)
+                    }
+                };
+                prop_assert!(
+                    is_allowed,
+                    "{}, on the node: {}: {}, but {came:?} at {moment:?} of {plan:#?}",
+                    call.0, call.1, allowed.describe(n),
+                );
+            }
+            plan.apply(&mut image);
+            plan.ops().iter().for_each(|op| memory.apply(op));
+            state.settled();
+        }
+    }
+}

@@ -79,7 +79,8 @@ proptest! {
                         issue.kind,
                         IssueKind::ServicesFull { .. } | IssueKind::EndpointsFull { .. }
                     )).count();
-                    prop_assert_eq!(n_reported, n_missing);
+                    // A frontend with the right endpoints may still be that of its former owner.
+                    prop_assert!(n_reported >= n_missing, "{n_reported} of {n_missing}");
                 }
             }
         }
@@ -92,10 +93,12 @@ proptest! {
         let mut state = state(capacity, &Image::default());
         for cluster in &history {
             cluster.feed(&mut state);
-            // One plan frees, the next one fills; what is freed by a change of owner takes another round.
-            for _ in 0..3 {
-                let _plan = state.sync();
+            // One plan frees, the next one fills, one service id at a time if there is no more.
+            let mut n_rounds = 0;
+            while !state.sync().is_empty() {
                 state.settled();
+                n_rounds += 1;
+                prop_assert!(n_rounds < 50, "no end of it");
             }
             let placed = sets(state.image());
             for ipv6 in [false, true] {

@@ -1,11 +1,12 @@
 //! Network namespaces without a way out: nothing that a test sends can leave what the test made.
 
 use std::{
-    fs::File,
+    fs::{self, File},
     io,
     net::IpAddr,
     os::fd::AsFd,
     panic, thread,
+    time::Duration,
 };
 
 use nix::sched::{CloneFlags, setns, unshare};
@@ -73,7 +74,10 @@ impl NetNs {
     ///
     /// The kernel's answer.
     pub fn add_address(&self, ip: IpAddr) -> io::Result<()> {
-        self.run(|| netlink::add_address(netlink::LOOPBACK, ip, host_prefix(ip)))
+        self.run(|| {
+            netlink::add_address(netlink::LOOPBACK, ip, host_prefix(ip))?;
+            wait_for_local_route(ip)
+        })
     }
 
     /// Joins this namespace to another by a pair of devices with one address at each end, of one network.
@@ -97,6 +101,29 @@ fn give_addresses(name: &str, addresses: &[IpAddr]) -> io::Result<()> {
         netlink::add_address(device, ip, host_prefix(ip) - 8)?;
     }
     netlink::set_up(device)
+}
+
+/// Waits until the kernel takes an IPv6 address for its own.
+///
+/// It answers the request for an address first and inserts the route from a work queue later. A datagram in between
+/// goes out to the loopback device and comes back as one for somebody else, without any error.
+fn wait_for_local_route(ip: IpAddr) -> io::Result<()> {
+    /// `RTF_LOCAL` in the flags of `/proc/net/ipv6_route`.
+    const LOCAL: u32 = 0x8000_0000;
+    let IpAddr::V6(ip) = ip else { return Ok(()) };
+    let destination: String = ip.octets().iter().map(|octet| format!("{octet:02x}")).collect();
+    for _ in 0..1000 {
+        let routes = fs::read_to_string("/proc/thread-self/net/ipv6_route")?;
+        let is_local = routes.lines().filter(|route| route.starts_with(&destination)).any(|route| {
+            let flags = route.split_whitespace().nth(8).and_then(|flags| u32::from_str_radix(flags, 16).ok());
+            flags.is_some_and(|flags| flags & LOCAL != 0)
+        });
+        if is_local {
+            return Ok(());
+        }
+        thread::sleep(Duration::from_millis(5));
+    }
+    Err(io::Error::new(io::ErrorKind::TimedOut, format!("{ip} does not become a local address")))
 }
 
 const fn host_prefix(ip: IpAddr) -> u8 {

@@ -89,7 +89,7 @@ impl State {
         }
         let mut touched: BTreeSet<FrontendAddress> = self.refused.keys().copied().collect();
         for key in services {
-            touched.append(&mut self.compute(&key));
+            touched.extend(self.compute(&key));
         }
         if std::mem::take(&mut self.is_first_sync) {
             touched.extend(self.encoder.addresses().copied());

@@ -1,5 +1,7 @@
 //! From desired frontends to operations on tables.
 
+mod adopt;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::{IpAddr, SocketAddr},
@@ -7,10 +9,11 @@ use std::{
 };
 
 use lb_common::{
-    layout::{Frontend, Run},
+    layout::{Frontend, Run, frontend_flags},
     limits,
 };
 
+use self::adopt::Leftovers;
 use super::{Op, Plan};
 use crate::{
     desired::{self, FrontendAddress, PortKey},
@@ -65,8 +68,11 @@ struct Port {
 #[derive(Debug)]
 struct Placed {
     frontend_id: u32,
-    service_id: u32,
-    set: Arc<[SocketAddr]>,
+    /// `None` for a frontend read from the kernel whose service id is not usable.
+    service_id: Option<u32>,
+    /// `None` for a frontend read from the kernel whose run is not its service port's: it counts as a frontend of
+    /// no port and as a user of no run.
+    set: Option<Arc<[SocketAddr]>>,
 }
 
 /// Keeps the tables' target state and turns changes into operations.
@@ -88,6 +94,7 @@ pub struct Encoder {
     service_ids: Pool,
     endpoint_ids: Pool,
     space: [Space; 2],
+    leftovers: Leftovers,
     ops: Vec<Op>,
 }
 
@@ -98,87 +105,23 @@ impl Encoder {
         Self::adopt(capacity, &Image::default())
     }
 
-    /// An encoder that goes on from what the kernel holds, so that ids and places survive a restart and a frontend
-    /// that is still right costs no operation.
-    ///
-    /// Parts of `found` that no encoder would write (runs that overlap, are not sorted or hold addresses of another
-    /// family, ids in use twice) are left out of the image; an audit after the first plan repairs them.
-    #[must_use]
-    pub fn adopt(capacity: Capacity, found: &Image) -> Self {
-        let (runs, spaces) = sound_runs(capacity, found);
-        let sound = |ipv6: bool, run: Run| run.len == 0 || runs.contains(&(ipv6, run.offset, run.len));
-        let mut encoder = Self {
+    fn empty(capacity: Capacity) -> Self {
+        let no_ids = || Pool::new(0, &BTreeSet::new());
+        Self {
             capacity,
-            image: Image { node_addrs: found.node_addrs.clone(), ..Image::default() },
+            image: Image::default(),
             placed: BTreeMap::new(),
             ports: BTreeMap::new(),
             service_ids_by_port: BTreeMap::new(),
             n_services: [0; 2],
             n_leaving: [0; 2],
-            frontend_ids: Pool::new(0, &BTreeSet::new()),
-            service_ids: Pool::new(0, &BTreeSet::new()),
-            endpoint_ids: Pool::new(0, &BTreeSet::new()),
-            space: spaces,
+            frontend_ids: no_ids(),
+            service_ids: no_ids(),
+            endpoint_ids: no_ids(),
+            space: [Space::default(), Space::default()],
+            leftovers: Leftovers::default(),
             ops: Vec::new(),
-        };
-        // A service id belongs to one port, hence to one family, and an endpoint id to one address of one port.
-        let mut family_of = BTreeMap::new();
-        let mut address_of = BTreeMap::new();
-        for (&address, &frontend_id) in &found.services {
-            let ipv6 = address.ip.is_ipv6();
-            let Some(&frontend) = found.frontends.get(&frontend_id) else { continue };
-            if encoder.image.frontends.contains_key(&frontend_id)
-                || frontend_id >= capacity.services.saturating_mul(2)
-                || frontend.service_id >= capacity.services.saturating_mul(2)
-                || *family_of.entry(frontend.service_id).or_insert(ipv6) != ipv6
-                || !sound(ipv6, frontend.run)
-            {
-                continue;
-            }
-            let entries = found.entries(ipv6, frontend.run).unwrap_or_default();
-            let owner = |entry: &Entry| (frontend.service_id, entry.address);
-            if entries.iter().any(|entry| address_of.get(&entry.endpoint_id).is_some_and(|&o| o != owner(entry))) {
-                continue;
-            }
-            address_of.extend(entries.iter().map(|entry| (entry.endpoint_id, owner(entry))));
-            encoder.adopt_frontend(address, frontend_id, frontend, entries);
         }
-        encoder.frontend_ids =
-            Pool::new(capacity.services.saturating_mul(2), &encoder.image.frontends.keys().copied().collect());
-        encoder.service_ids =
-            Pool::new(capacity.services.saturating_mul(2), &encoder.ports.keys().copied().collect());
-        encoder.endpoint_ids =
-            Pool::new(capacity.endpoints.saturating_mul(2), &address_of.keys().copied().collect());
-        encoder
-    }
-
-    fn adopt_frontend(&mut self, address: FrontendAddress, id: u32, frontend: Frontend, entries: &[Entry]) {
-        let ipv6 = address.ip.is_ipv6();
-        let mut set: Vec<SocketAddr> = entries.iter().map(|entry| entry.address).collect();
-        set.sort_unstable();
-        let set: Arc<[SocketAddr]> = set.into();
-        let port = self.ports.entry(frontend.service_id).or_default();
-        port.n_frontends += 1;
-        let mut frontend = frontend;
-        if !set.is_empty() {
-            let (run, n_users) = port.runs.entry(Arc::clone(&set)).or_insert_with(|| {
-                for entry in entries {
-                    port.ids.entry(entry.address).or_insert((entry.endpoint_id, 0)).1 += 1;
-                }
-                self.image.runs_mut(ipv6).insert(frontend.run.offset, entries.into());
-                (frontend.run, 0)
-            });
-            *n_users += 1;
-            // Two runs with one content: a crash between two operations leaves that. One is enough.
-            if *run != frontend.run {
-                frontend.run = *run;
-                self.ops.push(Op::SwitchRun { id, run: *run });
-            }
-        }
-        self.image.frontends.insert(id, frontend);
-        self.image.services.insert(address, id);
-        self.placed.insert(address, Placed { frontend_id: id, service_id: frontend.service_id, set });
-        self.n_services[usize::from(ipv6)] += 1;
     }
 
     /// What the tables hold once all plans are carried out.
@@ -187,9 +130,9 @@ impl Encoder {
         &self.image
     }
 
-    /// The addresses that have a frontend in the tables.
+    /// The addresses that have a frontend in the tables, in no order.
     pub fn addresses(&self) -> impl Iterator<Item = &FrontendAddress> {
-        self.placed.keys()
+        self.placed.keys().chain(&self.leftovers.keys)
     }
 
     /// The id of a service port and its endpoints' ids, if it has a frontend in the tables.
@@ -232,7 +175,7 @@ impl Encoder {
         if before.is_none() && n_services >= self.capacity.services {
             return Err(Full::Services { capacity: self.capacity.services });
         }
-        let service_id = self.claim_service(&desired.port, before.map(|(_, service_id)| service_id))?;
+        let service_id = self.claim_service(&desired.port, before.and_then(|(_, service_id)| service_id))?;
         let run = match self.use_run(service_id, ipv6, &desired.endpoints) {
             Ok(run) => run,
             Err(full) => {
@@ -265,21 +208,16 @@ impl Encoder {
         if let Some(port) = self.ports.get_mut(&service_id) {
             port.n_frontends += 1;
         }
-        let set = Arc::clone(&desired.endpoints);
-        if let Some(old) = self.placed.insert(address, Placed { frontend_id, service_id, set }) {
-            self.release_run(old.service_id, ipv6, &old.set);
-            self.release_frontend_of(old.service_id);
+        let set = Some(Arc::clone(&desired.endpoints));
+        if let Some(old) = self.placed.insert(address, Placed { frontend_id, service_id: Some(service_id), set }) {
+            self.release(&old, ipv6);
         }
         Ok(())
     }
 
     fn change_frontend(&mut self, id: u32, frontend: Frontend) {
-        let Some(old) = self.image.frontends.insert(id, frontend) else { return };
-        if (Frontend { run: frontend.run, ..old }) != frontend {
-            self.ops.push(Op::SetFrontend { id, frontend });
-        }
-        if old.run != frontend.run {
-            self.ops.push(Op::SwitchRun { id, run: frontend.run });
+        if let Some(old) = self.image.frontends.insert(id, frontend) {
+            self.ops.extend(changes(id, old, frontend));
         }
     }
 
@@ -293,8 +231,15 @@ impl Encoder {
         self.n_services[usize::from(ipv6)] -= 1;
         self.n_leaving[usize::from(ipv6)] += 1;
         self.frontend_ids.free(old.frontend_id);
-        self.release_run(old.service_id, ipv6, &old.set);
-        self.release_frontend_of(old.service_id);
+        self.release(&old, ipv6);
+    }
+
+    /// Ends what a frontend uses.
+    fn release(&mut self, old: &Placed, ipv6: bool) {
+        if let Placed { service_id: Some(service_id), set: Some(set), .. } = old {
+            self.release_run(*service_id, ipv6, set);
+            self.release_frontend_of(*service_id);
+        }
     }
 
     /// The id of a service port: the one it has, else the one that its address had before a restart, else a new one.
@@ -428,6 +373,7 @@ impl Encoder {
     /// The operations of all changes since the last call.
     #[must_use]
     pub fn take_plan(&mut self) -> Plan {
+        self.end_leftovers();
         Plan::new(std::mem::take(&mut self.ops))
     }
 
@@ -451,44 +397,17 @@ impl Encoder {
     }
 }
 
-/// The runs that frontends refer to and that an encoder could have written, with the room that is left.
-fn sound_runs(capacity: Capacity, found: &Image) -> (BTreeSet<(bool, u32, u32)>, [Space; 2]) {
-    let mut sound = BTreeSet::new();
-    let spaces = [false, true].map(|ipv6| {
-        let mut taken = BTreeMap::new();
-        let referred: BTreeMap<u32, Run> = found
-            .services
-            .iter()
-            .filter(|(address, _)| address.ip.is_ipv6() == ipv6)
-            .filter_map(|(_, id)| found.frontends.get(id))
-            .filter(|frontend| frontend.run.len > 0)
-            .map(|frontend| (frontend.run.offset, frontend.run))
-            .collect();
-        let mut end = 0;
-        for run in referred.into_values() {
-            let is_sound = run.offset >= end
-                && run.offset.checked_add(run.len).is_some_and(|run_end| run_end <= capacity.endpoints)
-                && found.entries(ipv6, run).is_some_and(|entries| {
-                    entries.is_sorted_by(|a, b| a.endpoint_id < b.endpoint_id)
-                        && entries.iter().all(|entry| {
-                            entry.address.is_ipv6() == ipv6
-                                && entry.endpoint_id < capacity.endpoints.saturating_mul(2)
-                        })
-                        && entries.iter().map(|entry| entry.address).collect::<BTreeSet<_>>().len()
-                            == entries.len()
-                });
-            if is_sound {
-                end = run.offset + run.len;
-                taken.insert(run.offset, run.len);
-                sound.insert((ipv6, run.offset, run.len));
-            }
-        }
-        // The ranges were checked one by one: this cannot be refused, and an empty table is no harm if it were.
-        Space::new(capacity.endpoints, &taken)
-            .or_else(|| Space::new(capacity.endpoints, &BTreeMap::new()))
-            .unwrap_or_default()
-    });
-    (sound, spaces)
+/// The operations that change an entry of `frontends` in use.
+///
+/// While the flag for the external policy Local is on, calls to other nodes do not look at the run. So it is on
+/// whenever the run is that of a frontend with the policy: set before the switch and cleared after it.
+pub(super) fn changes(id: u32, old: Frontend, new: Frontend) -> impl Iterator<Item = Op> {
+    let differs = Frontend { run: new.run, ..old } != new;
+    let set = differs.then_some(Op::SetFrontend { id, frontend: new });
+    let switch = (old.run != new.run).then_some(Op::SwitchRun { id, run: new.run });
+    let is_local = new.flags & frontend_flags::EXTERNAL_LOCAL != 0;
+    let (first, second) = if is_local { (set, switch) } else { (switch, set) };
+    first.into_iter().chain(second)
 }
 
 #[cfg(test)]

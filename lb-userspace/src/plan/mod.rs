@@ -264,14 +264,7 @@ pub fn diff(from: &Image, to: &Image) -> Plan {
     for (&id, &frontend) in &to.frontends {
         match from.frontends.get(&id) {
             None => ops.push(Op::WriteFrontend { id, frontend }),
-            Some(old) => {
-                if (Frontend { run: frontend.run, ..*old }) != frontend {
-                    ops.push(Op::SetFrontend { id, frontend });
-                }
-                if old.run != frontend.run {
-                    ops.push(Op::SwitchRun { id, run: frontend.run });
-                }
-            }
+            Some(&old) => ops.extend(encoder::changes(id, old, frontend)),
         }
     }
     ops.extend(from.frontends.keys().filter(|id| !to.frontends.contains_key(id)).map(|&id| Op::DropFrontend(id)));

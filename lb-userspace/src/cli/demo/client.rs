@@ -33,8 +33,10 @@ use nix::{
 };
 use serde::{Deserialize, Serialize};
 use tokio::{
-    io::{AsyncBufReadExt, AsyncReadExt, BufReader, Lines},
-    process::{Child, ChildStdout, Command},
+    io::{AsyncBufReadExt, AsyncReadExt, BufReader},
+    process::{Child, Command},
+    sync::mpsc,
+    task::JoinSet,
     time::timeout,
 };
 
@@ -372,7 +374,17 @@ impl Clients {
             .spawn()
             .context("cannot start a client")?;
         let stdout = process.stdout.take().context("a client has no output")?;
-        Ok(Client { process, reports: BufReader::new(stdout).lines() })
+        let (heard, reports) = mpsc::unbounded_channel();
+        let mut listener = JoinSet::new();
+        listener.spawn(async move {
+            let mut lines = BufReader::new(stdout).lines();
+            while let Ok(Some(line)) = lines.next_line().await {
+                if heard.send(line).is_err() {
+                    return;
+                }
+            }
+        });
+        Ok(Client { process, reports, _listener: listener })
     }
 }
 
@@ -385,19 +397,18 @@ pub(super) fn own_command(act: &str) -> Command {
     command
 }
 
-/// A running client.
+/// A running client. Its reports are taken from it as they come, so that it never waits for the demo.
 #[derive(Debug)]
 pub(super) struct Client {
     process: Child,
-    reports: Lines<BufReader<ChildStdout>>,
+    reports: mpsc::UnboundedReceiver<String>,
+    _listener: JoinSet<()>,
 }
 
 impl Client {
     /// The next call; `None` when there are no more.
     pub(super) async fn next(&mut self) -> Result<Option<Call>> {
-        let Some(line) = self.reports.next_line().await.context("cannot read a client's report")? else {
-            return Ok(None);
-        };
+        let Some(line) = self.reports.recv().await else { return Ok(None) };
         Ok(Some(serde_json::from_str(&line).with_context(|| format!("a client reported {line:?}"))?))
     }
 
@@ -412,13 +423,12 @@ impl Client {
 
     /// Ends the client. Returns what it reported and nobody heard.
     pub(super) async fn stop(mut self) -> Result<Vec<Call>> {
-        self.process.start_kill().context("cannot end a client")?;
+        self.process.kill().await.context("cannot end a client")?;
         let mut calls = Vec::new();
-        while let Some(line) = self.reports.next_line().await.context("cannot read a client's report")? {
+        while let Some(line) = self.reports.recv().await {
             // It may have been killed in the middle of the last line.
             calls.extend(serde_json::from_str::<Call>(&line).ok());
         }
-        self.process.wait().await.context("cannot wait for a client")?;
         Ok(calls)
     }
 

@@ -72,6 +72,8 @@ const N_STEADY: usize = 100;
 const UNNOTICED: Duration = Duration::from_millis(100);
 /// How long the wires may take until they carry.
 const WIRING: Duration = Duration::from_secs(5);
+/// How long a client that calls steadily may say nothing.
+const SILENCE: Duration = Duration::from_secs(5);
 /// Pause between two rounds of a demo that stays.
 const ROUND: Duration = Duration::from_secs(1);
 
@@ -361,7 +363,7 @@ impl<'a> Stage<'a> {
 /// Hears `n` more calls.
 async fn listen(client: &mut Client, calls: &mut Vec<Call>, n: usize) -> Result<()> {
     for _ in 0..n {
-        let call = timeout(WIRING, client.next()).await.context("a client has fallen silent")??;
+        let call = timeout(SILENCE, client.next()).await.context("a client has fallen silent")??;
         calls.push(call.context("a client has ended")?);
     }
     Ok(())

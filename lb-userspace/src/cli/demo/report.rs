@@ -388,7 +388,8 @@ impl ConnectTime {
 /// it, `connect()` returns some 80 us later. On a busy machine that is so for about half of the calls, and the
 /// median then falls on either side.
 fn quickest_us<'a>(calls: impl Iterator<Item = &'a Call>) -> Option<f64> {
-    calls.filter_map(|call| call.connect_ns).min().map(thousandths)
+    let answered = calls.filter(|call| matches!(call.outcome, Outcome::Answered { .. }));
+    answered.filter_map(|call| call.connect_ns).min().map(thousandths)
 }
 
 /// A thousandth of a number, with three places: microseconds as milliseconds, nanoseconds as microseconds.
@@ -467,9 +468,9 @@ pub(super) struct Failover {
     pub last_call_ms: Option<f64>,
     /// From the death until the rewrite.
     pub dead_ms: f64,
-    /// Calls that began before the pod died.
+    /// Calls that were over before the pod died.
     pub before: Tally,
-    /// Calls that began between its death and the switch.
+    /// Calls between its death and the switch.
     pub between: Tally,
     /// Calls that began after the switch.
     pub after: Tally,
@@ -479,9 +480,10 @@ impl Failover {
     /// Sorts calls by when they began.
     pub(super) fn of(pod: &'static str, target: Target, moments: Moments, calls: &[Call]) -> Self {
         let Moments { killed, rewritten, switched } = moments;
-        let tally = |range: std::ops::Range<u64>| {
-            Tally::of(target, How::Tcp, calls.iter().filter(|call| range.contains(&call.began)))
-        };
+        // A call that was under way when the pod died may have died with it.
+        let is_before = |call: &&Call| call.began.saturating_add(call.took) < killed;
+        let is_after = |call: &&Call| call.began >= switched;
+        let tally = |which: &dyn Fn(&&Call) -> bool| Tally::of(target, How::Tcp, calls.iter().filter(which));
         let has_chosen_it = |call: &&Call| match &call.outcome {
             Outcome::Answered { by, .. } => by == pod,
             // Nobody else refuses.
@@ -494,9 +496,9 @@ impl Failover {
             switch_ms: thousandths(switched.saturating_sub(rewritten)),
             last_call_ms: last.and_then(|last| last.checked_sub(rewritten)).map(thousandths),
             dead_ms: thousandths(rewritten.saturating_sub(killed)),
-            before: tally(0..killed),
-            between: tally(killed..switched),
-            after: tally(switched..u64::MAX),
+            before: tally(&is_before),
+            between: tally(&|call| !is_before(call) && !is_after(call)),
+            after: tally(&is_after),
         }
     }
 
@@ -636,6 +638,8 @@ mod tests {
         let moments = Moments { killed: 1000, rewritten: 51_000, switched: 64_300 };
         let steady = [
             answered(10, "pod-3", Some(web.address)),
+            // Under way when the pod dies.
+            failed(990, Errno::ECONNRESET),
             answered(20, "pod-1", Some(web.address)),
             failed(1500, Errno::ECONNREFUSED),
             answered(2000, "pod-2", Some(web.address)),
@@ -722,8 +726,9 @@ mod tests {
               idle has no endpoints: connect() to [fd00:10:96::90]:80 gives: Connection refused, after 0.03 ms
                                                           CALLS  pod-1  pod-2  pod-3  FAILED
               before                                          2      1      0      1       0
-              pod-3 is dead, but its endpoints say ready      3      0      1      0       2
+              pod-3 is dead, but its endpoints say ready      4      0      1      0       3
                                                                        2 failed: Connection refused
+                                                                       1 failed: Connection reset by peer
               the kernel's maps have changed                  2      1      1      0       0
               50 ms after the death the manifest says ready: false (written beside it, then renamed).
               13.3 ms later the kernel's maps have it.
@@ -794,12 +799,13 @@ mod tests {
                 "protocol": "TCP",
                 "address": "10.96.0.80:80",
                 "client": "connect()",
-                "calls": 3,
+                "calls": 4,
                 "answers": {
                   "pod-2": 1
                 },
                 "failures": {
-                  "Connection refused": 2
+                  "Connection refused": 2,
+                  "Connection reset by peer": 1
                 },
                 "peers": [
                   "10.96.0.80:80"
@@ -870,7 +876,6 @@ mod tests {
             web TCP 10.96.0.80:80 by connect(): the peer is the service address
             web TCP 10.96.0.80:80 by connect(): the peer is the service address
             10.96.0.90:80, which has no endpoints, is refused at once
-            10.96.0.80:80: no call failed before pod-3 died
             10.96.0.80:80: pod-3 answered before it died
             10.96.0.80:80: no call failed after the kernel's maps had changed
             10.96.0.80:80: after the kernel's maps had changed, pod-1 and pod-2 answered, nobody else

@@ -1,0 +1,251 @@
+//! Going on from what the kernel holds.
+//!
+//! # Invariants
+//!
+//! - Whatever a call can find is either adopted or ends with the first plan; until then neither its id nor its place
+//!   in the endpoint table is given out.
+//! - An agent that was killed between any two operations has left something that is adopted.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::SocketAddr,
+    sync::Arc,
+};
+
+use lb_common::layout::{Frontend, Run};
+
+use super::{Capacity, Encoder, Op, Placed};
+use crate::{
+    desired::FrontendAddress,
+    tables::{Entry, Image, pool::Pool, space::Space},
+};
+
+/// A run in one of the two endpoint tables.
+type RunAt = (bool, Run);
+
+/// What was found and cannot be kept. It ends with the first plan.
+#[derive(Debug, Default)]
+pub(super) struct Leftovers {
+    /// Keys that name no usable entry of `frontends`.
+    pub(super) keys: BTreeSet<FrontendAddress>,
+    /// Entries of `frontends` that only such keys name.
+    frontend_ids: BTreeSet<u32>,
+    /// Runs that nothing will refer to.
+    runs: Vec<RunAt>,
+}
+
+impl Encoder {
+    /// An encoder that goes on from what the kernel holds, so that ids and places survive a restart and a frontend
+    /// that is still right costs no operation.
+    ///
+    /// A frontend whose content no encoder would have completed (its run belongs to another service port, because the
+    /// agent was killed between two operations, or is damaged) keeps its entry and gets a new run with the first plan.
+    /// A key without an entry of its own is written anew or deleted by the first plan.
+    #[must_use]
+    pub fn adopt(capacity: Capacity, found: &Image) -> Self {
+        let max_ids = capacity.services.saturating_mul(2);
+        let mut encoder = Self::empty(capacity);
+        encoder.image.node_addrs.clone_from(&found.node_addrs);
+
+        let mut usable = BTreeMap::new();
+        for (&address, &id) in &found.services {
+            match found.frontends.get(&id) {
+                Some(&frontend) if id < max_ids && !usable.contains_key(&id) => {
+                    usable.insert(id, (address, frontend));
+                }
+                _ => {
+                    encoder.leftovers.keys.insert(address);
+                    encoder.leftovers.frontend_ids.insert(id);
+                    encoder.n_leaving[usize::from(address.ip.is_ipv6())] += 1;
+                }
+            }
+        }
+        encoder.leftovers.frontend_ids.retain(|id| !usable.contains_key(id));
+
+        let reserved = encoder.reserve_runs(usable.values());
+        let families = families(usable.values());
+        let belongs_to = |address: &FrontendAddress, service_id: u32| {
+            service_id < max_ids && families.get(&service_id) == Some(&address.ip.is_ipv6())
+        };
+        let owners = owners(found, usable.values(), &reserved, belongs_to);
+        for (&id, &(address, frontend)) in &usable {
+            let ipv6 = address.ip.is_ipv6();
+            let service_id = Some(frontend.service_id).filter(|id| belongs_to(&address, *id));
+            let owner = owners.get(&(ipv6, frontend.run.offset, frontend.run.len));
+            let is_sound = service_id.is_some() && (frontend.run.len == 0 || owner == service_id.as_ref());
+            let entries = found.entries(ipv6, frontend.run).filter(|_| is_sound);
+            encoder.adopt_frontend(address, id, frontend, service_id, entries);
+        }
+
+        for run in reserved {
+            // Adopted by no frontend: the next plan ends the last reference. Two runs with one content are such a
+            // case, and runs of another service port.
+            if !encoder.image.runs(run.0).contains_key(&run.1.offset) {
+                if let Some(entries) = found.entries(run.0, run.1) {
+                    encoder.image.runs_mut(run.0).insert(run.1.offset, entries.into());
+                }
+                encoder.leftovers.runs.push(run);
+            }
+        }
+        let frontend_ids = encoder.image.frontends.keys().chain(&encoder.leftovers.frontend_ids);
+        encoder.frontend_ids = Pool::new(max_ids, &frontend_ids.copied().collect());
+        encoder.service_ids = Pool::new(max_ids, &encoder.ports.keys().copied().collect());
+        let endpoint_ids = encoder.ports.values().flat_map(|port| port.ids.values()).map(|(id, _)| *id);
+        encoder.endpoint_ids = Pool::new(capacity.endpoints.saturating_mul(2), &endpoint_ids.collect());
+        encoder
+    }
+
+    /// Takes the room of all runs that frontends refer to out of the free space, as far as they do not overlap, which
+    /// no encoder's do.
+    fn reserve_runs<'a>(
+        &mut self,
+        frontends: impl Iterator<Item = &'a (FrontendAddress, Frontend)>,
+    ) -> Vec<RunAt> {
+        let referred: BTreeSet<(bool, u32, u32)> = frontends
+            .map(|(address, frontend)| (address.ip.is_ipv6(), frontend.run.offset, frontend.run.len))
+            .filter(|(_, _, len)| *len > 0)
+            .collect();
+        let mut taken = [BTreeMap::new(), BTreeMap::new()];
+        let mut ends = [0; 2];
+        let mut reserved = Vec::new();
+        for (ipv6, offset, len) in referred {
+            let family = usize::from(ipv6);
+            let end = offset.checked_add(len).filter(|end| *end <= self.capacity.endpoints);
+            if let Some(end) = end.filter(|_| offset >= ends[family]) {
+                ends[family] = end;
+                taken[family].insert(offset, len);
+                reserved.push((ipv6, Run { offset, len }));
+            }
+        }
+        // The ranges were checked one by one: none is refused, and an empty table is no harm if one were.
+        self.space = taken.map(|taken| Space::new(self.capacity.endpoints, &taken).unwrap_or_default());
+        reserved
+    }
+
+    fn adopt_frontend(
+        &mut self,
+        address: FrontendAddress,
+        id: u32,
+        mut frontend: Frontend,
+        service_id: Option<u32>,
+        entries: Option<&[Entry]>,
+    ) {
+        let ipv6 = address.ip.is_ipv6();
+        let mut placed = Placed { frontend_id: id, service_id, set: None };
+        if let (Some(entries), Some(service_id)) = (entries, service_id) {
+            let mut set: Vec<SocketAddr> = entries.iter().map(|entry| entry.address).collect();
+            set.sort_unstable();
+            let set: Arc<[SocketAddr]> = set.into();
+            let port = self.ports.entry(service_id).or_default();
+            port.n_frontends += 1;
+            if !set.is_empty() {
+                let (run, n_users) = port.runs.entry(Arc::clone(&set)).or_insert_with(|| {
+                    for entry in entries {
+                        port.ids.entry(entry.address).or_insert((entry.endpoint_id, 0)).1 += 1;
+                    }
+                    self.image.runs_mut(ipv6).insert(frontend.run.offset, entries.into());
+                    (frontend.run, 0)
+                });
+                *n_users += 1;
+                // Two runs with one content: a crash between two operations leaves that. One is enough.
+                if *run != frontend.run {
+                    frontend.run = *run;
+                    self.ops.push(Op::SwitchRun { id, run: *run });
+                }
+            }
+            placed.set = Some(set);
+        }
+        self.image.frontends.insert(id, frontend);
+        self.image.services.insert(address, id);
+        self.placed.insert(address, placed);
+        self.n_services[usize::from(ipv6)] += 1;
+    }
+
+    /// Ends what was found and not adopted, after all that is desired has been set.
+    pub(super) fn end_leftovers(&mut self) {
+        let Leftovers { keys, frontend_ids, runs } = std::mem::take(&mut self.leftovers);
+        for address in keys {
+            if !self.placed.contains_key(&address) {
+                self.ops.push(Op::DeleteService(address));
+            }
+        }
+        for id in frontend_ids {
+            self.frontend_ids.free(id);
+        }
+        for (ipv6, run) in runs {
+            // A frontend that had no room for its new run still has the old one.
+            let is_used = |placed: &Placed| {
+                placed.set.is_none() && self.image.frontends.get(&placed.frontend_id).is_some_and(|f| f.run == run)
+            };
+            if self.placed.iter().any(|(address, placed)| address.ip.is_ipv6() == ipv6 && is_used(placed)) {
+                self.leftovers.runs.push((ipv6, run));
+                continue;
+            }
+            self.image.runs_mut(ipv6).remove(&run.offset);
+            self.space[usize::from(ipv6)].free(run.offset, run.len);
+            self.ops.push(Op::DropRun { ipv6, offset: run.offset });
+        }
+    }
+}
+
+/// The family of each service id, which belongs to one port and hence to one family: that of most of its frontends.
+fn families<'a>(frontends: impl Iterator<Item = &'a (FrontendAddress, Frontend)>) -> BTreeMap<u32, bool> {
+    let mut votes: BTreeMap<u32, [usize; 2]> = BTreeMap::new();
+    for (address, frontend) in frontends {
+        votes.entry(frontend.service_id).or_default()[usize::from(address.ip.is_ipv6())] += 1;
+    }
+    votes.into_iter().map(|(service_id, [n_v4, n_v6])| (service_id, n_v6 > n_v4)).collect()
+}
+
+/// The service id that each run belongs to: that of most frontends which refer to it.
+///
+/// Left out are runs that no encoder writes: not sorted by endpoint id, with an address twice or of another family,
+/// or with an endpoint id that a run with more frontends gives to another address or service port.
+fn owners<'a>(
+    found: &Image,
+    frontends: impl Iterator<Item = &'a (FrontendAddress, Frontend)>,
+    reserved: &[RunAt],
+    belongs_to: impl Fn(&FrontendAddress, u32) -> bool,
+) -> BTreeMap<(bool, u32, u32), u32> {
+    let mut votes: BTreeMap<(bool, u32, u32), BTreeMap<u32, usize>> = BTreeMap::new();
+    for (address, frontend) in frontends.filter(|(address, frontend)| belongs_to(address, frontend.service_id)) {
+        let run = (address.ip.is_ipv6(), frontend.run.offset, frontend.run.len);
+        *votes.entry(run).or_default().entry(frontend.service_id).or_default() += 1;
+    }
+    let mut candidates: Vec<_> = reserved
+        .iter()
+        .filter_map(|&(ipv6, run)| {
+            let votes = votes.get(&(ipv6, run.offset, run.len))?;
+            let (&service_id, &n_votes) = votes.iter().max_by_key(|(id, n)| (**n, std::cmp::Reverse(**id)))?;
+            let entries = found.entries(ipv6, run).filter(|entries| is_sound(ipv6, entries))?;
+            Some((std::cmp::Reverse(n_votes), (ipv6, run.offset, run.len), service_id, entries))
+        })
+        .collect();
+    candidates.sort_unstable_by_key(|(n_votes, run, ..)| (*n_votes, *run));
+    let mut owner_of_id = BTreeMap::new();
+    let mut id_of_owner = BTreeMap::new();
+    let mut owners = BTreeMap::new();
+    for (_, run, service_id, entries) in candidates {
+        let is_consistent = entries.iter().all(|entry| {
+            let owner = (service_id, entry.address);
+            owner_of_id.get(&entry.endpoint_id).is_none_or(|other| *other == owner)
+                && id_of_owner.get(&owner).is_none_or(|other| *other == entry.endpoint_id)
+        });
+        if is_consistent {
+            for entry in entries {
+                owner_of_id.insert(entry.endpoint_id, (service_id, entry.address));
+                id_of_owner.insert((service_id, entry.address), entry.endpoint_id);
+            }
+            owners.insert(run, service_id);
+        }
+    }
+    owners
+}
+
+/// Whether an encoder could have written these entries.
+fn is_sound(ipv6: bool, entries: &[Entry]) -> bool {
+    let addresses: BTreeSet<SocketAddr> = entries.iter().map(|entry| entry.address).collect();
+    entries.is_sorted_by(|a, b| a.endpoint_id < b.endpoint_id)
+        && addresses.len() == entries.len()
+        && addresses.iter().all(|address| address.is_ipv6() == ipv6)
+}
