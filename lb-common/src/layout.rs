@@ -133,6 +133,7 @@ impl Run {
     #[inline(always)]
     #[must_use]
     pub const fn from_word(word: u64) -> Self {
+        #[expect(clippy::cast_possible_truncation, reason = "each half is taken on its own")]
         let (low, high) = (word as u32, (word >> 32) as u32);
         if cfg!(target_endian = "little") {
             Self { offset: low, len: high }

@@ -136,7 +136,13 @@ pub fn resolve<T: Tables>(tables: &T, call: &Call<T::Addr>) -> Verdict<T::Addr> 
         return Verdict::Refuse { service_id };
     };
     let (address, port, endpoint_id) = T::Addr::entry_parts(&entry);
-    Verdict::Redirect(Target { address, port, choice: Choice { endpoint_id, index }, frontend_id, service_id })
+    Verdict::Redirect(Target {
+        address,
+        port,
+        choice: Choice { endpoint_id, index },
+        frontend_id,
+        service_id,
+    })
 }
 
 /// Finds the frontend that answers for a destination: by its exact address, else as a node port.
@@ -187,10 +193,7 @@ fn find_node_port<T: Tables>(tables: &T, call: &Call<T::Addr>) -> Option<(u32, F
 
 /// Chooses an entry of the frontend's run: its position within the run and the entry itself.
 #[inline(always)]
-fn choose<T: Tables>(
-    tables: &T,
-    frontend: &Frontend,
-) -> Option<(u32, <T::Addr as FamilyLayout>::Endpoint)> {
+fn choose<T: Tables>(tables: &T, frontend: &Frontend) -> Option<(u32, <T::Addr as FamilyLayout>::Endpoint)> {
     let run = frontend.run;
     if run.len == 0 {
         return None;
@@ -207,10 +210,7 @@ fn choose<T: Tables>(
 }
 
 #[inline(always)]
-fn choose_at_random<T: Tables>(
-    tables: &T,
-    run: Run,
-) -> Option<(u32, <T::Addr as FamilyLayout>::Endpoint)> {
+fn choose_at_random<T: Tables>(tables: &T, run: Run) -> Option<(u32, <T::Addr as FamilyLayout>::Endpoint)> {
     // Scaling by multiplication: a division costs more in BPF, and its bias sits on the first entries.
     let index = ((u64::from(tables.random()) * u64::from(run.len)) >> 32) as u32;
     Some((index, tables.endpoint(run.offset.wrapping_add(index))?))

@@ -10,6 +10,7 @@
 #![cfg_attr(target_arch = "bpf", feature(core_intrinsics), expect(internal_features, reason = "see above"))]
 #![warn(unused_results)]
 #![expect(clippy::inline_always, reason = "as in the product's programs")]
+#![expect(clippy::needless_pass_by_value, reason = "the macros pass the context by value")]
 
 use core::ptr::addr_of;
 
@@ -59,7 +60,8 @@ fn look_up(raw: *mut bpf_sock_addr) -> Option<(Endpoint4, SocketRecord)> {
         )
     };
     #[expect(clippy::cast_possible_truncation, reason = "a port has 16 bits, a protocol of interest 8")]
-    let key = FrontendKey4 { address, port: u16::from_be(port as u16), protocol: protocol as u8, reserved: 0 };
+    let key =
+        FrontendKey4 { address, port: u16::from_be(port as u16), protocol: protocol as u8, reserved: 0 };
     // SAFETY: nobody writes the map while the bench runs.
     let endpoint = unsafe { SERVICES.get(key) }.copied()?;
     let record = SocketRecord {

@@ -1,7 +1,7 @@
 //! Raw access to the program's context. The only file that sees network byte order.
 //!
 //! Every access is a volatile read or write of one 32-bit field: the verifier takes only some widths at some
-//! offsets, and LLVM would otherwise merge neighbouring fields into one wide access ("invalid bpf_context
+//! offsets, and LLVM would otherwise merge neighbouring fields into one wide access ("invalid `bpf_context`
 //! access").
 
 use core::ptr::{addr_of, addr_of_mut};
@@ -157,14 +157,14 @@ impl<'a> SockAddr<'a> {
         // SAFETY: the helper takes the program's own context.
         unsafe { bpf_get_netns_cookie(self.ctx.as_ptr()) }
     }
+}
 
-    /// Makes the call fail with `ECONNREFUSED`. Kernel 5.18 (`bpf_set_retval`).
-    #[inline(always)]
-    pub(crate) fn refuse(&self) -> i32 {
-        // SAFETY: no preconditions; a failure leaves the default, EPERM.
-        let _unchanged_on_error = unsafe { bpf_set_retval(-ECONNREFUSED) };
-        REJECT
-    }
+/// Makes the call that the program runs for fail with `ECONNREFUSED`. Kernel 5.18 (`bpf_set_retval`).
+#[inline(always)]
+pub(crate) fn refuse_call() -> i32 {
+    // SAFETY: no preconditions; a failure leaves the default, EPERM.
+    let _unchanged_on_error = unsafe { bpf_set_retval(-ECONNREFUSED) };
+    REJECT
 }
 
 /// Cookie of the initial network namespace. Kernel 5.7.

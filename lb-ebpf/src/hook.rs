@@ -10,7 +10,7 @@ use lb_common::{
 
 use crate::{
     config::{self, is_on},
-    ctx::{PROCEED, SockAddr},
+    ctx::{PROCEED, SockAddr, refuse_call},
     maps,
     record::{Peer, Socket},
     tables::{Kernel4, Kernel6},
@@ -82,7 +82,12 @@ struct Pending<'a, const SLOTS: bool> {
 impl<'a, const SLOTS: bool> Pending<'a, SLOTS> {
     #[inline(always)]
     fn new<A: Address>(ctx: &'a SockAddr<'a>, kind: Kind, address: &A) -> Self {
-        Self { ctx, kind, called: Peer { address: address.to_mapped(), port: ctx.port() }, socket: Socket::of(ctx) }
+        Self {
+            ctx,
+            kind,
+            called: Peer { address: address.to_mapped(), port: ctx.port() },
+            socket: Socket::of(ctx),
+        }
     }
 
     /// Runs the decision on the IPv4 tables.
@@ -158,7 +163,7 @@ impl<'a, const SLOTS: bool> Pending<'a, SLOTS> {
 #[inline(always)]
 fn refuse<A: Address>(ctx: &SockAddr<'_>, set_address: impl FnOnce(A)) -> i32 {
     if is_on(&config::HAS_SET_RETVAL) {
-        return ctx.refuse();
+        return refuse_call();
     }
     // Port 0 of a loopback address cannot be bound, so the kernel itself answers: TCP with a reset, connected UDP
     // with port unreachable; a datagram to port 0 fails at once with EINVAL.
@@ -207,16 +212,18 @@ fn count_refusal(service_id: u32) {
 fn count<A>(kind: Kind, target: &Target<A>) {
     if let Some(stats) = maps::SERVICE_STATS.get_ptr_mut(target.service_id) {
         // SAFETY: as above.
+        let stats = unsafe { &mut *stats };
         match kind {
-            Kind::Connect => unsafe { (*stats).connects += 1 },
-            Kind::Send => unsafe { (*stats).datagrams += 1 },
+            Kind::Connect => stats.connects += 1,
+            Kind::Send => stats.datagrams += 1,
         }
     }
     if let Some(stats) = maps::ENDPOINT_STATS.get_ptr_mut(target.choice.endpoint_id) {
         // SAFETY: as above.
+        let stats = unsafe { &mut *stats };
         match kind {
-            Kind::Connect => unsafe { (*stats).connects += 1 },
-            Kind::Send => unsafe { (*stats).datagrams += 1 },
+            Kind::Connect => stats.connects += 1,
+            Kind::Send => stats.datagrams += 1,
         }
     }
 }

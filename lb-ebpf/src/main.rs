@@ -76,6 +76,7 @@ programs! {
 
 /// The last `close()` of a socket, of any protocol.
 #[cgroup_sock(sock_release)]
+#[expect(clippy::needless_pass_by_value, reason = "the macro passes the context by value")]
 fn sock_release(ctx: SockContext) -> i32 {
     record::released(&ctx);
     ctx::PROCEED

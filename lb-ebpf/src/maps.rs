@@ -42,11 +42,13 @@ pub(crate) static ENDPOINTS6: Array<Endpoint6, ENDPOINTS, MMAPABLE> = Array::new
 
 /// Addresses of nodes, for node ports.
 #[btf_map(name = "node_addrs")]
-pub(crate) static NODE_ADDRS: HashMap<NodeAddrKey, NodeAddr, { limits::MAX_NODE_ADDRS as usize }> = HashMap::new();
+pub(crate) static NODE_ADDRS: HashMap<NodeAddrKey, NodeAddr, { limits::MAX_NODE_ADDRS as usize }> =
+    HashMap::new();
 
 /// What `sessionAffinity: ClientIP` remembers.
 #[btf_map(name = "affinity")]
-pub(crate) static AFFINITY: LruHashMap<AffinityKey, Affinity, { limits::MAX_AFFINITY as usize }> = LruHashMap::new();
+pub(crate) static AFFINITY: LruHashMap<AffinityKey, Affinity, { limits::MAX_AFFINITY as usize }> =
+    LruHashMap::new();
 
 /// How each socket reached its service: slots that sockets find by their cookie.
 #[btf_map(name = "sockets")]

@@ -38,6 +38,7 @@ pub(crate) struct Peer {
 /// Compares addresses that lie at multiples of 8, as two words: byte by byte it is 32 loads and 16 branches.
 #[inline(always)]
 fn same(a: &Octets6, b: &Octets6) -> bool {
+    #[expect(clippy::cast_ptr_alignment, reason = "the alignment is what the caller promises")]
     let (a, b) = ((&raw const *a).cast::<[u64; 2]>(), (&raw const *b).cast::<[u64; 2]>());
     // SAFETY: `Peer` is 8-aligned with the address first, and `layout` asserts it for records.
     let (a, b) = unsafe { (*a, *b) };
@@ -231,7 +232,8 @@ impl<'a, const SLOTS: bool> Socket<'a, SLOTS> {
     /// The service address behind which this socket knows a peer.
     #[inline(always)]
     pub(crate) fn service_of(&mut self, peer: &Peer) -> Option<Peer> {
-        let found = |record: &SocketRecord| Peer { address: record.service_address, port: record.service_port };
+        let found =
+            |record: &SocketRecord| Peer { address: record.service_address, port: record.service_port };
         if let Some(slot) = self.own_slot()
             && peer.is_endpoint_of(slot)
         {

@@ -38,11 +38,13 @@ pub(crate) struct Kernel6<'a> {
 #[inline(always)]
 fn frontend(frontend_id: u32) -> Option<Frontend> {
     let entry = maps::FRONTENDS_MAP.get_ptr(frontend_id)?;
+    #[expect(clippy::cast_ptr_alignment, reason = "array elements are 8-aligned, and the run comes first")]
+    let run = entry.cast::<u64>();
     // SAFETY: the pointer is to a live array element, 8-aligned. User space changes words of it at any time,
     // hence volatile; the run is one word, so that offset and length belong together.
     unsafe {
         Some(Frontend {
-            run: Run::from_word(entry.cast::<u64>().read_volatile()),
+            run: Run::from_word(run.read_volatile()),
             service_id: (&raw const (*entry).service_id).read_volatile(),
             affinity_seconds: (&raw const (*entry).affinity_seconds).read_volatile(),
             flags: (&raw const (*entry).flags).read_volatile(),
@@ -55,7 +57,7 @@ fn frontend(frontend_id: u32) -> Option<Frontend> {
 fn node_address(mapped: &Octets6) -> Option<NodeAddress> {
     // SAFETY: a node address is copied out at once; the agent waits for a grace period between deleting an entry
     // and inserting another, so the element is not recycled under this read.
-    let found = unsafe { maps::NODE_ADDRS.get(&NodeAddrKey { address: *mapped })? };
+    let found = unsafe { maps::NODE_ADDRS.get(NodeAddrKey { address: *mapped })? };
     Some(if found.own == 0 { NodeAddress::Other } else { NodeAddress::Own })
 }
 
@@ -101,7 +103,7 @@ fn renew_affinity(key: &AffinityKey, now: u64) {
 #[inline(always)]
 fn remember_affinity(key: &AffinityKey, replaces: Option<Affinity>, new: Affinity) -> u32 {
     let flags = if replaces.is_none() { BPF_NOEXIST } else { BPF_ANY };
-    if maps::AFFINITY.insert(key, &new, flags.into()).is_ok() {
+    if maps::AFFINITY.insert(key, new, flags.into()).is_ok() {
         return new.endpoint_id;
     }
     // Another CPU was faster, or the kernel had no element to spare: then there is nothing to agree with.

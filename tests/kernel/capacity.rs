@@ -79,7 +79,8 @@ fn services_that_do_not_fit_do_not_disturb_the_others() {
         agent.follow(&serve(1..=6));
         assert_eq!(served(), [1, 2, 3, 4]);
         assert_eq!(untouched(), 4);
-        let full = agent.state.issues().filter(|issue| matches!(issue.kind, IssueKind::ServicesFull { .. })).count();
+        let full =
+            agent.state.issues().filter(|issue| matches!(issue.kind, IssueKind::ServicesFull { .. })).count();
         assert_eq!(full, 2);
 
         // Two go; their places are free after a grace period, and those who wait take them.
@@ -107,7 +108,8 @@ fn endpoints_that_do_not_fit_leave_the_service_as_it_was() {
             cluster.serve("web", service, Tcp, endpoints);
             agent.follow(&cluster);
         };
-        let (small, large, medium) = (loopback_endpoints(0, 3), loopback_endpoints(10, 9), loopback_endpoints(20, 5));
+        let (small, large, medium) =
+            (loopback_endpoints(0, 3), loopback_endpoints(10, 9), loopback_endpoints(20, 5));
         follow(&mut agent, &small);
         follow(&mut agent, &large);
         assert!(small.contains(&call(service, Tcp).unwrap()));

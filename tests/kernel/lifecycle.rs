@@ -203,7 +203,8 @@ fn pinned_maps_of_another_size_or_layout_are_refused() {
 
         let path = sandbox.pin_path().join("meta");
         let data = MapData::from_pin(path).unwrap();
-        let mut array: Array<_, [u32; size_of::<Meta>() / 4]> = Map::from_map_data(data).unwrap().try_into().unwrap();
+        let mut array: Array<_, [u32; size_of::<Meta>() / 4]> =
+            Map::from_map_data(data).unwrap().try_into().unwrap();
         let mut meta = array.get(&0, 0).unwrap();
         assert_eq!(meta[0], limits::LAYOUT_VERSION);
         let found = limits::LAYOUT_VERSION + 1;

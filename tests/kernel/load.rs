@@ -142,7 +142,9 @@ fn tcp_connects_follow_the_endpoints_through_a_thousand_changes() {
             change,
             |_thread| call(service, Tcp),
             |mut window, answer| {
-                answer.is_ok_and(|server| window.any(|generation| three_of(&servers, generation).contains(&server)))
+                answer.is_ok_and(|server| {
+                    window.any(|generation| three_of(&servers, generation).contains(&server))
+                })
             },
         );
     });

@@ -39,7 +39,8 @@ fn with_scenes(protocol: Protocol, test: impl Fn(Domain, &Scene) + Sync) {
         let mut servers = Vec::new();
         for domain in [Domain::V4, Domain::V6] {
             let scene = Scene::new(domain);
-            servers.extend([scene.endpoint, scene.other_endpoint, scene.plain].map(|server| (server, protocol)));
+            servers
+                .extend([scene.endpoint, scene.other_endpoint, scene.plain].map(|server| (server, protocol)));
             cluster.serve(&format!("one-{domain:?}"), scene.service, protocol, &[scene.endpoint]);
             cluster.serve(&format!("two-{domain:?}"), scene.other_service, protocol, &[scene.other_endpoint]);
         }
@@ -127,7 +128,12 @@ fn an_answer_is_from_the_service_asked_last() {
         let _servers = Servers::udp(scenes.iter().map(|scene| scene.endpoint));
         for scene in &scenes {
             cluster.serve(&format!("one-{}", scene.service.is_ipv6()), scene.service, Udp, &[scene.endpoint]);
-            cluster.serve(&format!("two-{}", scene.service.is_ipv6()), scene.other_service, Udp, &[scene.endpoint]);
+            cluster.serve(
+                &format!("two-{}", scene.service.is_ipv6()),
+                scene.other_service,
+                Udp,
+                &[scene.endpoint],
+            );
         }
         let mut agent = Agent::start(sandbox);
         agent.follow(&cluster);

@@ -21,7 +21,10 @@ use crate::calls::{addresses, service_address};
 const REFUSED: Result<(), Errno> = Err(Errno::ECONNREFUSED);
 
 /// A sandbox with an agent and a service for both protocols in each family, all with the same endpoints.
-fn with_services(features: Features, test: impl FnOnce(&dyn Fn(&mut Agent, &[SocketAddr]), &mut Agent) + Send) {
+fn with_services(
+    features: Features,
+    test: impl FnOnce(&dyn Fn(&mut Agent, &[SocketAddr]), &mut Agent) + Send,
+) {
     Sandbox::run(|sandbox| {
         let options = lb_userspace::kernel::Options { features, ..agent::options(sandbox) };
         let mut agent = Agent::start_with(&options, agent::settings(), Vec::new()).unwrap();
@@ -34,7 +37,12 @@ fn with_services(features: Features, test: impl FnOnce(&dyn Fn(&mut Agent, &[Soc
                         .copied()
                         .filter(|endpoint| endpoint.is_ipv6() == (domain == Domain::V6))
                         .collect();
-                    cluster.serve(&format!("{domain:?}{protocol}"), service_address(domain), protocol, &of_family);
+                    cluster.serve(
+                        &format!("{domain:?}{protocol}"),
+                        service_address(domain),
+                        protocol,
+                        &of_family,
+                    );
                 }
             }
             agent.follow(&cluster);

@@ -9,8 +9,8 @@ use std::{
 use k8s_openapi::{
     api::{
         core::v1::{
-            LoadBalancerIngress, LoadBalancerStatus, Node, NodeAddress, NodeStatus, Service, ServicePort, ServiceSpec,
-            ServiceStatus,
+            LoadBalancerIngress, LoadBalancerStatus, Node, NodeAddress, NodeStatus, Service, ServicePort,
+            ServiceSpec, ServiceStatus,
         },
         discovery::v1::{
             Endpoint, EndpointConditions, EndpointHints, EndpointPort, EndpointSlice, ForNode, ForZone,
@@ -97,20 +97,21 @@ fn endpoint() -> BoxedStrategy<RandomEndpoint> {
         1 => Just((false, true, true)),
         1 => Just((false, false, true)),
     ];
-    let hints = || prop_oneof![
-        3 => Just((Vec::new(), Vec::new())),
-        2 => (subsequence(&NODES[..], 0..=2), subsequence(&ZONES[..], 1..=2)),
-    ];
-    (0u8..6, option::weighted(0.8, 0..NODES.len()), conditions, hints()).prop_map(
-        |(number, node, conditions, (hint_nodes, hint_zones))| RandomEndpoint {
+    let hints = || {
+        prop_oneof![
+            3 => Just((Vec::new(), Vec::new())),
+            2 => (subsequence(&NODES[..], 0..=2), subsequence(&ZONES[..], 1..=2)),
+        ]
+    };
+    (0u8..6, option::weighted(0.8, 0..NODES.len()), conditions, hints())
+        .prop_map(|(number, node, conditions, (hint_nodes, hint_zones))| RandomEndpoint {
             number,
             node,
             conditions,
             hint_nodes,
             hint_zones,
-        },
-    )
-    .boxed()
+        })
+        .boxed()
 }
 
 fn service() -> BoxedStrategy<RandomService> {
@@ -124,30 +125,30 @@ fn service() -> BoxedStrategy<RandomService> {
         option::weighted(0.3, port("c", Protocol::Tcp, 81)),
     )
         .prop_map(|(a, b, c)| [a, b, c].into_iter().flatten().collect());
-    let families =
-        prop_oneof![3 => Just(Families::V4), 1 => Just(Families::V6), 2 => Just(Families::Both)];
+    let families = prop_oneof![3 => Just(Families::V4), 1 => Just(Families::V6), 2 => Just(Families::Both)];
     let addresses = (families, 0u8..4, vec(0u8..2, 0..=2), option::weighted(0.3, 0u8..2));
     let policies = (any::<bool>(), any::<bool>(), option::weighted(0.3, 1i32..100), 0i64..3);
-    (addresses, ports, policies, vec(endpoint(), 0..=5)).prop_map(
-        |(
-            (families, cluster_ip, external_ips, load_balancer_ip),
-            ports,
-            (is_internal_local, is_external_local, affinity, created),
-            endpoints,
-        )| RandomService {
-            families,
-            cluster_ip,
-            external_ips,
-            load_balancer_ip,
-            ports,
-            is_internal_local,
-            is_external_local,
-            affinity,
-            created,
-            endpoints,
-        },
-    )
-    .boxed()
+    (addresses, ports, policies, vec(endpoint(), 0..=5))
+        .prop_map(
+            |(
+                (families, cluster_ip, external_ips, load_balancer_ip),
+                ports,
+                (is_internal_local, is_external_local, affinity, created),
+                endpoints,
+            )| RandomService {
+                families,
+                cluster_ip,
+                external_ips,
+                load_balancer_ip,
+                ports,
+                is_internal_local,
+                is_external_local,
+                affinity,
+                created,
+                endpoints,
+            },
+        )
+        .boxed()
 }
 
 fn node() -> BoxedStrategy<RandomNode> {
@@ -265,7 +266,9 @@ impl RandomService {
             cluster_ip: texts.first().cloned(),
             cluster_ips: Some(texts),
             ip_families: Some(families.collect()),
-            external_ips: Some(self.external_ips.iter().flat_map(external).map(|ip| ip.to_string()).collect()),
+            external_ips: Some(
+                self.external_ips.iter().flat_map(external).map(|ip| ip.to_string()).collect(),
+            ),
             internal_traffic_policy: policy(self.is_internal_local),
             external_traffic_policy: policy(self.is_external_local),
             session_affinity: self.affinity.map(|_seconds| "ClientIP".to_owned()),
@@ -275,10 +278,11 @@ impl RandomService {
             ports: Some(self.ports.iter().map(RandomPort::object).collect()),
             ..ServiceSpec::default()
         };
-        let ingress = self.load_balancer_ip.iter().flat_map(external).map(|ip| LoadBalancerIngress {
-            ip: Some(ip.to_string()),
-            ..LoadBalancerIngress::default()
-        });
+        let ingress = self
+            .load_balancer_ip
+            .iter()
+            .flat_map(external)
+            .map(|ip| LoadBalancerIngress { ip: Some(ip.to_string()), ..LoadBalancerIngress::default() });
         let created = Timestamp::from_second(1_700_000_000 + self.created).unwrap();
         Service {
             metadata: ObjectMeta {
@@ -396,9 +400,11 @@ pub(crate) fn calls() -> Vec<Call> {
             }
         }
     };
-    for (network, n_ips, ports) in
-        [(SERVICE_NETWORK, 4, &[80, 81][..]), (EXTERNAL_NETWORK, 2, &[80, 81]), (NODE_NETWORK, 4, &NODE_PORTS)]
-    {
+    for (network, n_ips, ports) in [
+        (SERVICE_NETWORK, 4, &[80, 81][..]),
+        (EXTERNAL_NETWORK, 2, &[80, 81]),
+        (NODE_NETWORK, 4, &NODE_PORTS),
+    ] {
         for number in 0..n_ips {
             add(v4(network, number), ports);
             add(v6(network, number), ports);
@@ -462,14 +468,17 @@ impl Allowed {
     /// Whether everything that a call can come to now is something that it may come to. `call` is its index.
     pub(crate) fn admits(&self, call: usize, now: &Outcomes) -> bool {
         match now {
-            Outcomes::Endpoints(endpoints) => endpoints.iter().all(|endpoint| self.admits_endpoint(call, endpoint)),
+            Outcomes::Endpoints(endpoints) => {
+                endpoints.iter().all(|endpoint| self.admits_endpoint(call, endpoint))
+            }
             other => self.of_states.iter().any(|outcomes| outcomes[call] == *other),
         }
     }
 
     /// Whether a call may reach an endpoint.
     pub(crate) fn admits_endpoint(&self, call: usize, endpoint: &SocketAddr) -> bool {
-        let has = |outcomes: &Outcomes| matches!(outcomes, Outcomes::Endpoints(set) if set.contains(endpoint));
+        let has =
+            |outcomes: &Outcomes| matches!(outcomes, Outcomes::Endpoints(set) if set.contains(endpoint));
         self.of_states.iter().any(|outcomes| has(&outcomes[call]))
     }
 

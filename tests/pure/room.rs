@@ -2,12 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use lb_userspace::{
-    desired::FrontendAddress,
-    model::IssueKind,
-    plan::Capacity,
-    tables::Image,
-};
+use lb_userspace::{desired::FrontendAddress, model::IssueKind, plan::Capacity, tables::Image};
 use proptest::prelude::*;
 
 use crate::clusters::{Allowed, calls, history, outcomes, simulator, state};
@@ -93,12 +88,13 @@ proptest! {
         let mut state = state(capacity, &Image::default());
         for cluster in &history {
             cluster.feed(&mut state);
-            // One plan frees, the next one fills, one service id at a time if there is no more.
-            let mut n_rounds = 0;
-            while !state.sync().is_empty() {
+            // As the agent's loop does: one plan frees, the next one fills.
+            let mut n_syncs = 0;
+            while state.wants_sync() {
+                let _plan = state.sync();
                 state.settled();
-                n_rounds += 1;
-                prop_assert!(n_rounds < 50, "no end of it");
+                n_syncs += 1;
+                prop_assert!(n_syncs < 50, "no end of it");
             }
             let placed = sets(state.image());
             for ipv6 in [false, true] {

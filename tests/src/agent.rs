@@ -64,7 +64,11 @@ impl Agent {
     /// # Errors
     ///
     /// As [`Kernel::open`].
-    pub fn start_with(options: &Options, settings: Settings, interfaces: Vec<IpAddr>) -> Result<Self, KernelError> {
+    pub fn start_with(
+        options: &Options,
+        settings: Settings,
+        interfaces: Vec<IpAddr>,
+    ) -> Result<Self, KernelError> {
         let kernel = Kernel::open(options, || {})?;
         let found = kernel.maps().image()?;
         let state = State::new(settings, interfaces, kernel.maps().capacity(), &found);

@@ -6,6 +6,7 @@ use std::{
     os::fd::{AsRawFd, OwnedFd},
 };
 
+use lb_userspace::model::Protocol;
 use nix::{
     errno::Errno,
     libc,
@@ -17,7 +18,6 @@ use nix::{
         time::{TimeVal, TimeValLike},
     },
 };
-use lb_userspace::model::Protocol;
 
 /// Seconds after which a call gives up that nobody answers. Only a failing test waits that long.
 const PATIENCE: i64 = 20;
@@ -59,7 +59,9 @@ impl Domain {
     /// The address as a socket of this domain takes it.
     fn sockaddr(self, address: SocketAddr) -> SockaddrStorage {
         match (self, address.ip()) {
-            (Self::Mapped, IpAddr::V4(ip)) => SocketAddr::new(ip.to_ipv6_mapped().into(), address.port()).into(),
+            (Self::Mapped, IpAddr::V4(ip)) => {
+                SocketAddr::new(ip.to_ipv6_mapped().into(), address.port()).into()
+            }
             _ => address.into(),
         }
     }
@@ -163,7 +165,9 @@ impl Socket {
         let storage = socket::getsockname::<SockaddrStorage>(self.fd.as_raw_fd())?;
         let v4 = storage.as_sockaddr_in().map(|name| SocketAddr::V4((*name).into()));
         let v6 = || storage.as_sockaddr_in6().map(|name| SocketAddr::V6((*name).into()));
-        v4.or_else(v6).map(|name| SocketAddr::new(name.ip().to_canonical(), name.port())).ok_or(Errno::EAFNOSUPPORT)
+        v4.or_else(v6)
+            .map(|name| SocketAddr::new(name.ip().to_canonical(), name.port()))
+            .ok_or(Errno::EAFNOSUPPORT)
     }
 
     /// `connect()` with `AF_UNSPEC`: a datagram socket has no peer any longer.
@@ -187,7 +191,8 @@ impl Socket {
     ///
     /// The system call's; `ENOTCONN` without a peer.
     pub fn peer_name(&self) -> Result<SocketAddr, Errno> {
-        socket::getpeername::<SockaddrStorage>(self.fd.as_raw_fd()).map(|storage| self.domain.address(&storage))
+        socket::getpeername::<SockaddrStorage>(self.fd.as_raw_fd())
+            .map(|storage| self.domain.address(&storage))
     }
 
     /// `send()`
@@ -273,4 +278,3 @@ pub fn call(to: SocketAddr, protocol: Protocol) -> Result<SocketAddr, Errno> {
     socket.connect(to)?;
     Ok(socket.ask()?.server)
 }
-

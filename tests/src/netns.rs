@@ -85,7 +85,14 @@ impl NetNs {
     /// # Errors
     ///
     /// The kernel's answer: `EOPNOTSUPP` without the module `veth`.
-    pub fn join(&self, name: &str, here: &[IpAddr], other: &Self, other_name: &str, there: &[IpAddr]) -> io::Result<()> {
+    pub fn join(
+        &self,
+        name: &str,
+        here: &[IpAddr],
+        other: &Self,
+        other_name: &str,
+        there: &[IpAddr],
+    ) -> io::Result<()> {
         self.run(|| {
             netlink::add_veth(name, other.file.as_fd(), other_name)?;
             give_addresses(name, here)
@@ -142,6 +149,8 @@ pub fn allow_ping() -> io::Result<()> {
 /// Runs something on a new thread and waits for it: namespaces and cgroups are a thread's own.
 pub(crate) fn on_a_thread<R: Send>(body: impl FnOnce() -> R + Send) -> R {
     let name = thread::current().name().unwrap_or("test").to_owned();
-    thread::scope(|scope| thread::Builder::new().name(name).spawn_scoped(scope, body).expect("a thread").join())
-        .unwrap_or_else(|cause| panic::resume_unwind(cause))
+    thread::scope(|scope| {
+        thread::Builder::new().name(name).spawn_scoped(scope, body).expect("a thread").join()
+    })
+    .unwrap_or_else(|cause| panic::resume_unwind(cause))
 }

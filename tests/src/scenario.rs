@@ -254,15 +254,18 @@ impl Scenario {
             executor.wait(step.wait);
             for (caller, calls) in &step.calls {
                 for (to, expected) in calls {
-                    let outcomes =
-                        executor.call(caller, destination(to)?, expected.n_endpoints()).with_context(context)?;
+                    let outcomes = executor
+                        .call(caller, destination(to)?, expected.n_endpoints())
+                        .with_context(context)?;
                     let earlier = chosen.get(&**caller).copied();
                     if !expected.is_met(&outcomes, earlier) {
                         let got: Vec<_> = outcomes.iter().map(ToString::to_string).collect();
                         let got = got.join(", ");
                         faults.push(format!("{}: {caller} calls {to}: {expected:?}, but: {got}", context()));
                     }
-                    if let (Expected::One { .. }, Some(Outcome::Endpoint(endpoint))) = (expected, outcomes.first()) {
+                    if let (Expected::One { .. }, Some(Outcome::Endpoint(endpoint))) =
+                        (expected, outcomes.first())
+                    {
                         chosen.insert(caller, *endpoint);
                     }
                 }
@@ -287,9 +290,9 @@ impl Expected {
             Self::Word(Word::Refused) => is_only(Outcome::Refused),
             Self::Word(Word::Untouched) => is_only(Outcome::Untouched),
             Self::All(endpoints) => *outcomes == endpoints.iter().copied().map(Outcome::Endpoint).collect(),
-            Self::One { one_of, kept } => one_of
-                .iter()
-                .any(|endpoint| is_only(Outcome::Endpoint(*endpoint)) && (!kept || earlier == Some(*endpoint))),
+            Self::One { one_of, kept } => one_of.iter().any(|endpoint| {
+                is_only(Outcome::Endpoint(*endpoint)) && (!kept || earlier == Some(*endpoint))
+            }),
         }
     }
 }
@@ -311,7 +314,8 @@ fn delete(cluster: &mut Cluster, name: &str) -> Result<()> {
 /// Reads `ADDRESS:PORT/PROTOCOL`.
 fn destination(text: &str) -> Result<FrontendAddress> {
     let (address, protocol) = text.split_once('/').with_context(|| format!("{text:?} has no protocol"))?;
-    let address: SocketAddr = address.parse().with_context(|| format!("{text:?} is no ADDRESS:PORT/PROTOCOL"))?;
+    let address: SocketAddr =
+        address.parse().with_context(|| format!("{text:?} is no ADDRESS:PORT/PROTOCOL"))?;
     let protocol = match protocol {
         "tcp" => Protocol::Tcp,
         "udp" => Protocol::Udp,

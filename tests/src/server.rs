@@ -66,7 +66,9 @@ impl Servers {
         let (stop, stopped) = UnixStream::pair().expect("a socket pair");
         let mut sources = vec![Source::Stop(stopped)];
         for (address, protocol) in addresses {
-            sources.push(bind(address, protocol).unwrap_or_else(|error| panic!("{address}/{protocol}: {error}")));
+            sources.push(
+                bind(address, protocol).unwrap_or_else(|error| panic!("{address}/{protocol}: {error}")),
+            );
         }
         let thread =
             thread::Builder::new().name("servers".into()).spawn(move || serve(sources)).expect("a thread");

@@ -24,8 +24,8 @@ pub struct UsageError(pub String);
 ///
 /// [`UsageError`] that names file, line and key.
 pub fn read<T: DeserializeOwned>(path: &Path) -> Result<T, UsageError> {
-    let text =
-        fs::read_to_string(path).map_err(|error| UsageError(format!("--config {}: {error}", path.display())))?;
+    let text = fs::read_to_string(path)
+        .map_err(|error| UsageError(format!("--config {}: {error}", path.display())))?;
     serde_saphyr::from_str(&text).map_err(|error| {
         // The library shows an excerpt below the first line; one line is what this tool promises.
         let message = error.to_string();
@@ -57,8 +57,9 @@ pub fn node_port_addresses(text: &str) -> Result<NodePortAddresses, String> {
         "primary" => Ok(NodePortAddresses::Primary),
         list => {
             let parse = |item: &str| -> Result<Cidr, String> {
-                crate::model::address::parse_cidr(item.trim())
-                    .ok_or_else(|| format!("{item:?} is no network: expected ADDRESS/LENGTH, or the word primary"))
+                crate::model::address::parse_cidr(item.trim()).ok_or_else(|| {
+                    format!("{item:?} is no network: expected ADDRESS/LENGTH, or the word primary")
+                })
             };
             list.split(',').map(parse).collect::<Result<_, _>>().map(NodePortAddresses::Within)
         }

@@ -81,7 +81,8 @@ pub fn explain(
         };
     };
     // The entry's own key: for a node port that is the wildcard address, not the one that was called.
-    let key = simulator.image.services.iter().find(|(_, frontend_id)| **frontend_id == id).map(|(key, _)| *key);
+    let key =
+        simulator.image.services.iter().find(|(_, frontend_id)| **frontend_id == id).map(|(key, _)| *key);
     let owner =
         objects.zip(key).and_then(|(state, key)| state.desired().owner(&key).map(|owner| (state, owner)));
     let ipv6 = to.ip.to_canonical().is_ipv6();

@@ -2,12 +2,7 @@
 #![expect(clippy::print_stdout, reason = "the answer of a command goes to standard output")]
 
 use std::{
-    collections::BTreeMap,
-    net::SocketAddr,
-    os::fd::AsFd,
-    path::PathBuf,
-    process::ExitCode,
-    str::FromStr,
+    collections::BTreeMap, net::SocketAddr, os::fd::AsFd, path::PathBuf, process::ExitCode, str::FromStr,
 };
 
 use anyhow::Context as _;

@@ -18,6 +18,7 @@ use crate::{
         endpoints::{PortEndpoints, Scope},
     },
     model::{Family, Protocol, TrafficPolicy},
+    plan::Capacity,
     snapshot::Snapshot,
     tables::Image,
 };
@@ -49,7 +50,6 @@ pub struct FrontendRow {
 
 /// One endpoint of a frontend. Field names are a promise.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-#[expect(clippy::struct_excessive_bools, reason = "the API's three independent conditions")]
 pub struct EndpointRow {
     /// Its address.
     pub address: IpAddr,
@@ -73,7 +73,7 @@ pub struct EndpointRow {
 #[must_use]
 pub fn state_of(snapshot: Snapshot) -> State {
     let mut state =
-        State::new(snapshot.settings(), snapshot.interfaces.clone(), Default::default(), &Image::default());
+        State::new(snapshot.settings(), snapshot.interfaces.clone(), Capacity::default(), &Image::default());
     state.change(|store| {
         let mut changes = store.replace_nodes(snapshot.nodes);
         changes.merge(store.replace_services(snapshot.services));
@@ -97,7 +97,9 @@ pub fn list(
         image.services.iter().map(|(address, id)| row(image, *address, *id, objects, stats)).collect();
     rows.sort_by(|a, b| {
         let key = |row: &FrontendRow| (row.namespace.clone(), row.name.clone(), row.port_name.clone());
-        key(a).cmp(&key(b)).then_with(|| (a.address, a.port, a.protocol).cmp(&(b.address, b.port, b.protocol)))
+        key(a)
+            .cmp(&key(b))
+            .then_with(|| (a.address, a.port, a.protocol).cmp(&(b.address, b.port, b.protocol)))
     });
     rows
 }
@@ -111,7 +113,8 @@ fn row(
 ) -> FrontendRow {
     let frontend = image.frontends.get(&id).copied().unwrap_or_default();
     let owner = objects.and_then(|state| state.desired().owner(&address));
-    let described = objects.zip(owner).map(|(state, owner)| describe_endpoints(state, owner)).unwrap_or_default();
+    let described =
+        objects.zip(owner).map(|(state, owner)| describe_endpoints(state, owner)).unwrap_or_default();
     let entries = image.entries(address.ip.is_ipv6(), frontend.run).unwrap_or_default();
     let mut endpoints: Vec<EndpointRow> = entries
         .iter()
@@ -204,7 +207,8 @@ pub fn table(rows: &[FrontendRow]) -> String {
         }
     }
     cells.iter().fold(String::new(), |mut text, row| {
-        let line: Vec<String> = row.iter().zip(widths).map(|(cell, width)| format!("{cell:width$}")).collect();
+        let line: Vec<String> =
+            row.iter().zip(widths).map(|(cell, width)| format!("{cell:width$}")).collect();
         let _infallible = writeln!(text, "{}", line.join("  ").trim_end());
         text
     })
@@ -222,7 +226,11 @@ fn cells(row: &FrontendRow) -> [String; 5] {
     let kind = if row.kind.is_empty() { "-" } else { row.kind };
     let address = FrontendAddress { ip: row.address, port: row.port, protocol: row.protocol };
     let address = if row.address.is_unspecified() {
-        address.to_string().replacen(&SocketAddr::new(row.address, row.port).to_string(), &format!("*:{}", row.port), 1)
+        address.to_string().replacen(
+            &SocketAddr::new(row.address, row.port).to_string(),
+            &format!("*:{}", row.port),
+            1,
+        )
     } else {
         address.to_string()
     };

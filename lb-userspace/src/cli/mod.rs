@@ -1,4 +1,5 @@
 //! The command line.
+#![expect(clippy::doc_markdown, reason = "clap prints these as they are: help texts, not Markdown")]
 
 pub mod config;
 pub mod demo;

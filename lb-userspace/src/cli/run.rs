@@ -1,4 +1,9 @@
 //! `socklb run`.
+#![expect(
+    clippy::doc_markdown,
+    rustdoc::bare_urls,
+    reason = "clap prints these as they are: help texts, not Markdown"
+)]
 
 use std::{path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
 
@@ -91,8 +96,13 @@ struct FileConfig {
 }
 
 /// Parses a value of the settings file as its flag is parsed.
-fn from_file<T>(key: &str, text: Option<String>, parse: fn(&str) -> Result<T, String>) -> Result<Option<T>, UsageError> {
-    text.map(|text| parse(&text).map_err(|hint| UsageError(format!("--config: {key}: {text:?}: {hint}")))).transpose()
+fn from_file<T>(
+    key: &str,
+    text: Option<String>,
+    parse: fn(&str) -> Result<T, String>,
+) -> Result<Option<T>, UsageError> {
+    text.map(|text| parse(&text).map_err(|hint| UsageError(format!("--config: {key}: {text:?}: {hint}"))))
+        .transpose()
 }
 
 /// Runs the agent until SIGTERM or SIGINT.
@@ -105,7 +115,10 @@ pub fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
     telemetry::start_log(args.log_format.or(file.log_format).unwrap_or_default(), args.verbose);
 
     let Some(source) = args.source.clone().or(file.source) else {
-        return Err(UsageError("--source is missing: name a manifest file or folder with file:PATH".to_owned()).into());
+        return Err(UsageError(
+            "--source is missing: name a manifest file or folder with file:PATH".to_owned(),
+        )
+        .into());
     };
     let Some(path) = source.strip_prefix("file:") else {
         return Err(UsageError(format!("--source {source}: expected file:PATH")).into());
@@ -173,7 +186,8 @@ fn node_name(setting: Option<String>) -> Result<Arc<str>, UsageError> {
         .or_else(|| nix::unistd::gethostname().ok().and_then(|name| name.into_string().ok()))
         .map(|name| name.trim().to_lowercase())
         .filter(|name| !name.is_empty());
-    name.map(Into::into).ok_or_else(|| UsageError("--node-name is missing and the host has no name".to_owned()))
+    name.map(Into::into)
+        .ok_or_else(|| UsageError("--node-name is missing and the host has no name".to_owned()))
 }
 
 /// A value that turns true with SIGTERM or SIGINT.

@@ -1,11 +1,6 @@
 //! The agent's loop: the one place that connects source, state, kernel and clock.
 
-use std::{
-    collections::BTreeSet,
-    net::IpAddr,
-    path::PathBuf,
-    time::Duration,
-};
+use std::{collections::BTreeSet, net::IpAddr, path::PathBuf, time::Duration};
 
 use tokio::{
     sync::{mpsc, watch},
@@ -67,7 +62,8 @@ pub async fn run(
         adopted = state.image().services.len(),
         "attached"
     );
-    let mut agent = Agent { state, kernel, options, reported: BTreeSet::new(), unsaved: false, has_synced: false };
+    let mut agent =
+        Agent { state, kernel, options, reported: BTreeSet::new(), unsaved: false, has_synced: false };
     agent.forward_program_log();
     let mut interfaces = time::interval(INTERFACES);
     let mut snapshots = time::interval(SNAPSHOT);

@@ -25,6 +25,8 @@ pub struct State {
     dirty: Changes,
     /// Addresses that the tables had no room for.
     refused: BTreeMap<FrontendAddress, Full>,
+    /// Whether room was freed since the last sync that refused something.
+    has_new_room: bool,
     issues: BTreeMap<ServiceKey, Vec<Issue>>,
     /// Until the first sync the tables may hold frontends of an earlier agent that nobody asks for any longer.
     is_first_sync: bool,
@@ -47,6 +49,7 @@ impl State {
             encoder: Encoder::adopt(capacity, found),
             dirty: Changes { topology: true, ..Changes::default() },
             refused: BTreeMap::new(),
+            has_new_room: false,
             issues: BTreeMap::new(),
             is_first_sync: true,
         }
@@ -69,7 +72,7 @@ impl State {
     /// Whether a sync may have something to do.
     #[must_use]
     pub fn wants_sync(&self) -> bool {
-        !self.dirty.is_empty() || (!self.refused.is_empty() && !self.encoder.holds_back())
+        !self.dirty.is_empty() || (!self.refused.is_empty() && self.has_new_room)
     }
 
     /// Computes what follows from the changes since the last sync. Costs time in proportion to what they touch.
@@ -78,6 +81,7 @@ impl State {
     #[must_use]
     pub fn sync(&mut self) -> Plan {
         let dirty = std::mem::take(&mut self.dirty);
+        self.has_new_room = false;
         let mut services = dirty.services;
         if dirty.topology {
             let topology = Topology::new(self.store.nodes(), &self.settings, &self.interfaces);
@@ -123,6 +127,7 @@ impl State {
 
     /// A grace period has passed since the last plan was carried out.
     pub fn settled(&mut self) {
+        self.has_new_room |= self.encoder.holds_back();
         self.encoder.settled();
     }
 

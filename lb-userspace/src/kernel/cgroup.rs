@@ -15,7 +15,8 @@ use super::KernelError;
 ///
 /// [`KernelError::NoCgroup`] if none is mounted.
 pub fn find_root() -> Result<PathBuf, KernelError> {
-    let mountinfo = fs::read_to_string("/proc/self/mountinfo").map_err(|_unreadable| KernelError::NoCgroup)?;
+    let mountinfo =
+        fs::read_to_string("/proc/self/mountinfo").map_err(|_unreadable| KernelError::NoCgroup)?;
     root_in(&mountinfo).ok_or(KernelError::NoCgroup)
 }
 

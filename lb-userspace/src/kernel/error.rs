@@ -21,7 +21,9 @@ pub enum KernelError {
         what: String,
     },
     /// No cgroup v2 hierarchy is mounted.
-    #[error("no cgroup v2 hierarchy is mounted: `mount -t cgroup2 none /sys/fs/cgroup`, or name one with --cgroup")]
+    #[error(
+        "no cgroup v2 hierarchy is mounted: `mount -t cgroup2 none /sys/fs/cgroup`, or name one with --cgroup"
+    )]
     NoCgroup,
     /// The cgroup cannot be opened.
     #[error("--cgroup {}: {source}: name an existing cgroup v2 directory", path.display())]

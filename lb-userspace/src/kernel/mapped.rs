@@ -43,8 +43,9 @@ impl<T: MapValue> Mapped<T> {
         let size = usize::try_from(n_entries).map_err(|_too_large| Errno::E2BIG)? * Self::STRIDE;
         let len = NonZeroUsize::new(size).ok_or(Errno::EINVAL)?;
         // SAFETY: no address is asked for, so no other mapping is touched.
-        let base =
-            unsafe { mmap(None, len, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, MapFlags::MAP_SHARED, map, 0)? };
+        let base = unsafe {
+            mmap(None, len, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, MapFlags::MAP_SHARED, map, 0)?
+        };
         Ok(Self { base: base.cast(), len, n_entries, entry: PhantomData })
     }
 

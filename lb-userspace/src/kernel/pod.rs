@@ -7,6 +7,9 @@ use lb_common::layout::MapValue;
 #[repr(transparent)]
 pub(super) struct Plain<T>(pub(super) T);
 
+#[expect(
+    unsafe_code,
+    reason = "the promise is MapValue's, checked at compile time where each layout is declared"
+)]
 // SAFETY: `MapValue` promises what `Pod` asks for: every bit pattern is valid and there is no padding.
-#[expect(unsafe_code, reason = "the promise is MapValue's, checked at compile time where each layout is declared")]
 unsafe impl<T: MapValue> aya::Pod for Plain<T> {}

@@ -12,22 +12,21 @@ use std::{
 use aya::{
     Ebpf, EbpfLoader,
     maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, PerCpuValues},
-    programs::{CgroupAttachMode, Program,
+    programs::{
+        CgroupAttachMode, Program,
         links::{FdLink, LinkError, PinnedLink},
     },
 };
 use lb_common::{
     address::{Address, Octets6, mapped_ipv4},
     layout::{
-        self, Endpoint4, Endpoint6, EndpointStats, Frontend, FrontendKey4, FrontendKey6, FrontendRef, MapValue,
-        Meta, NodeAddr, NodeAddrKey, Run, ServiceStats,
+        self, Endpoint4, Endpoint6, EndpointStats, Frontend, FrontendKey4, FrontendKey6, FrontendRef,
+        MapValue, Meta, NodeAddr, NodeAddrKey, Run, ServiceStats,
     },
     limits,
 };
 
-use super::{
-    Features, KernelError, cgroup, grace::Grace, mapped::Mapped, object, pins, pod::Plain, syscall,
-};
+use super::{Features, KernelError, cgroup, grace::Grace, mapped::Mapped, object, pins, pod::Plain, syscall};
 use crate::{
     desired::FrontendAddress,
     model::Protocol,
@@ -114,7 +113,8 @@ impl Kernel {
     /// Loads the program of a hook and puts it into the hook's link.
     fn attach(&mut self, hook: &'static str, cgroup: &File, pin: &Path) -> Result<(), KernelError> {
         let name = self.program_of(hook);
-        let program = self.object.program_mut(&name).ok_or(KernelError::Missing { kind: "program", name: hook })?;
+        let program =
+            self.object.program_mut(&name).ok_or(KernelError::Missing { kind: "program", name: hook })?;
         let refused = |source| KernelError::Program { name: hook, source: Box::new(source) };
         let link_error = |source| KernelError::Link { name: hook, source };
         match program {
@@ -170,7 +170,8 @@ impl Kernel {
         for name in self.hooks() {
             let missing = KernelError::Missing { kind: "program", name };
             let program = self.object.program(&self.program_of(name)).ok_or(missing)?;
-            let info = program.info().map_err(|source| KernelError::Program { name, source: Box::new(source) })?;
+            let info =
+                program.info().map_err(|source| KernelError::Program { name, source: Box::new(source) })?;
             counts.insert(name, info.verified_instruction_count().unwrap_or_default());
         }
         Ok(counts)
@@ -286,7 +287,11 @@ fn check_pinned(pin_path: &Path, capacity: Capacity) -> Result<(), KernelError> 
         return Ok(());
     }
     if meta.layout_version != limits::LAYOUT_VERSION {
-        return Err(KernelError::Layout { path: path(), found: meta.layout_version, ours: limits::LAYOUT_VERSION });
+        return Err(KernelError::Layout {
+            path: path(),
+            found: meta.layout_version,
+            ours: limits::LAYOUT_VERSION,
+        });
     }
     for (flag, found, asked) in [
         ("--max-services", meta.max_services, capacity.services),
@@ -312,7 +317,10 @@ fn read_meta(pin_path: &Path) -> Result<Option<Meta>, KernelError> {
 }
 
 /// Opens a pinned map as a typed one.
-fn open_pinned<T: TryFrom<Map, Error = MapError>>(pin_path: &Path, name: &'static str) -> Result<T, KernelError> {
+fn open_pinned<T: TryFrom<Map, Error = MapError>>(
+    pin_path: &Path,
+    name: &'static str,
+) -> Result<T, KernelError> {
     let wrap = |source| KernelError::map(name, source);
     let data = MapData::from_pin(pin_path.join(name)).map_err(wrap)?;
     Map::from_map_data(data).and_then(T::try_from).map_err(wrap)
@@ -335,9 +343,8 @@ impl Maps {
             return Err(KernelError::Layout { path, found, ours: limits::LAYOUT_VERSION });
         }
         let capacity = Capacity { services: meta.max_services, endpoints: meta.max_endpoints };
-        let data = |name| {
-            MapData::from_pin(pin_path.join(name)).map_err(|source| KernelError::map(name, source))
-        };
+        let data =
+            |name| MapData::from_pin(pin_path.join(name)).map_err(|source| KernelError::map(name, source));
         Ok(Self {
             services4: open_pinned(pin_path, "services4")?,
             services6: open_pinned(pin_path, "services6")?,
@@ -395,7 +402,9 @@ impl Maps {
     fn apply(&mut self, op: &Op) -> Result<(), KernelError> {
         match op {
             Op::WriteRun { ipv6, offset, entries } => self.write_run(*ipv6, *offset, entries),
-            Op::WriteFrontend { id, frontend } => in_range("frontends", *id, self.frontends.write(*id, *frontend)),
+            Op::WriteFrontend { id, frontend } => {
+                in_range("frontends", *id, self.frontends.write(*id, *frontend))
+            }
             Op::SetFrontend { id, frontend } => {
                 // Words 0 and 1 are the run, which has its own operation.
                 let words = [(2, frontend.service_id), (3, frontend.affinity_seconds), (4, frontend.flags)];
@@ -558,7 +567,10 @@ impl Maps {
     }
 }
 
-fn take_map<T: TryFrom<Map, Error = MapError>>(object: &mut Ebpf, name: &'static str) -> Result<T, KernelError> {
+fn take_map<T: TryFrom<Map, Error = MapError>>(
+    object: &mut Ebpf,
+    name: &'static str,
+) -> Result<T, KernelError> {
     let map = object.take_map(name).ok_or(KernelError::Missing { kind: "map", name })?;
     T::try_from(map).map_err(|source| KernelError::map(name, source))
 }

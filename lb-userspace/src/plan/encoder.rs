@@ -175,11 +175,14 @@ impl Encoder {
         if before.is_none() && n_services >= self.capacity.services {
             return Err(Full::Services { capacity: self.capacity.services });
         }
-        let service_id = self.claim_service(&desired.port, before.and_then(|(_, service_id)| service_id))?;
+        let (service_id, is_new) =
+            self.claim_service(&desired.port, before.and_then(|(_, service_id)| service_id))?;
         let run = match self.use_run(service_id, ipv6, &desired.endpoints) {
             Ok(run) => run,
             Err(full) => {
-                self.release_unused_service(service_id);
+                if is_new {
+                    self.unclaim_service(service_id);
+                }
                 return Err(full);
             }
         };
@@ -209,7 +212,9 @@ impl Encoder {
             port.n_frontends += 1;
         }
         let set = Some(Arc::clone(&desired.endpoints));
-        if let Some(old) = self.placed.insert(address, Placed { frontend_id, service_id: Some(service_id), set }) {
+        if let Some(old) =
+            self.placed.insert(address, Placed { frontend_id, service_id: Some(service_id), set })
+        {
             self.release(&old, ipv6);
         }
         Ok(())
@@ -242,24 +247,35 @@ impl Encoder {
         }
     }
 
-    /// The id of a service port: the one it has, else the one that its address had before a restart, else a new one.
-    fn claim_service(&mut self, key: &Arc<PortKey>, adopted: Option<u32>) -> Result<u32, Full> {
+    /// The id of a service port: the one it has, else the one that its address had before a restart, else a new one,
+    /// and whether it is new.
+    fn claim_service(&mut self, key: &Arc<PortKey>, adopted: Option<u32>) -> Result<(u32, bool), Full> {
         if let Some(&id) = self.service_ids_by_port.get(key) {
-            return Ok(id);
+            return Ok((id, false));
         }
         let unclaimed =
             adopted.and_then(|id| Some((id, self.ports.get_mut(&id).filter(|port| port.key.is_none())?)));
-        let id = if let Some((id, port)) = unclaimed {
+        let (id, is_new) = if let Some((id, port)) = unclaimed {
             port.key = Some(Arc::clone(key));
-            id
+            (id, false)
         } else {
             let id = self.service_ids.take().ok_or(Full::Services { capacity: self.capacity.services })?;
             self.ops.push(Op::ResetService(id));
             self.ports.insert(id, Port { key: Some(Arc::clone(key)), ..Port::default() });
-            id
+            (id, true)
         };
         self.service_ids_by_port.insert(Arc::clone(key), id);
-        Ok(id)
+        Ok((id, is_new))
+    }
+
+    /// Undoes the last [`Self::claim_service`], whose id nothing has used.
+    fn unclaim_service(&mut self, id: u32) {
+        if let Some(key) = self.ports.remove(&id).and_then(|port| port.key) {
+            self.service_ids_by_port.remove(&key);
+        }
+        self.service_ids.give_back(id);
+        let reset = self.ops.pop();
+        debug_assert_eq!(reset, Some(Op::ResetService(id)));
     }
 
     /// The run of a set of endpoints: one that the port has, else a new one.
@@ -284,9 +300,9 @@ impl Encoder {
         for &address in set.iter() {
             let known = port.ids.get(&address).map(|&(id, _)| id);
             let Some(endpoint_id) = known.or_else(|| self.endpoint_ids.take()) else {
-                self.space[usize::from(ipv6)].free(offset, needed);
+                self.space[usize::from(ipv6)].give_back(offset, needed);
                 for (id, address) in fresh {
-                    self.endpoint_ids.free(id);
+                    self.endpoint_ids.give_back(id);
                     port.ids.remove(&address);
                 }
                 return Err(full);

@@ -124,9 +124,10 @@ impl Op {
     #[must_use]
     pub fn phase(&self) -> Phase {
         match self {
-            Self::WriteRun { .. } | Self::WriteFrontend { .. } | Self::ResetService(_) | Self::ResetEndpoints(_) => {
-                Phase::Write
-            }
+            Self::WriteRun { .. }
+            | Self::WriteFrontend { .. }
+            | Self::ResetService(_)
+            | Self::ResetEndpoints(_) => Phase::Write,
             Self::InsertNode { .. } | Self::InsertService { .. } => Phase::Insert,
             Self::SetFrontend { .. } | Self::SwitchRun { .. } => Phase::Switch,
             Self::DeleteService(_) | Self::DeleteNode(_) => Phase::Delete,
@@ -137,12 +138,9 @@ impl Op {
     /// The place within the phase: see [`Phase`].
     fn rank(&self) -> u8 {
         match self {
-            Self::InsertService { address, .. } if !address.ip.is_unspecified() => 0,
-            Self::InsertNode { .. } => 1,
-            Self::InsertService { .. } => 2,
-            Self::DeleteService(address) if address.ip.is_unspecified() => 0,
-            Self::DeleteNode(_) => 1,
-            Self::DeleteService(_) => 2,
+            Self::InsertService { address, .. } if address.ip.is_unspecified() => 2,
+            Self::DeleteService(address) if !address.ip.is_unspecified() => 2,
+            Self::InsertNode { .. } | Self::DeleteNode(_) => 1,
             _ => 0,
         }
     }
@@ -267,7 +265,9 @@ pub fn diff(from: &Image, to: &Image) -> Plan {
             Some(&old) => ops.extend(encoder::changes(id, old, frontend)),
         }
     }
-    ops.extend(from.frontends.keys().filter(|id| !to.frontends.contains_key(id)).map(|&id| Op::DropFrontend(id)));
+    ops.extend(
+        from.frontends.keys().filter(|id| !to.frontends.contains_key(id)).map(|&id| Op::DropFrontend(id)),
+    );
     for (&address, &frontend_id) in &to.services {
         if from.services.get(&address) != Some(&frontend_id) {
             ops.push(Op::InsertService { address, frontend_id });

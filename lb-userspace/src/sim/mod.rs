@@ -207,7 +207,8 @@ impl<A: Octets> Tables for View<'_, A> {
         self.simulator.image.frontends.get(&frontend_id).copied()
     }
     fn endpoint(&self, index: u32) -> Option<A::Endpoint> {
-        let Entry { endpoint_id, address } = self.simulator.image.entry(A::FAMILY == lb_common::Family::V6, index)?;
+        let Entry { endpoint_id, address } =
+            self.simulator.image.entry(A::FAMILY == lb_common::Family::V6, index)?;
         Some(A::entry(A::from_ip(address.ip())?, address.port(), endpoint_id))
     }
     fn node_ports(&self) -> (u16, u16) {
@@ -215,7 +216,11 @@ impl<A: Octets> Tables for View<'_, A> {
     }
     fn node_address(&self, mapped: &Octets6) -> Option<NodeAddress> {
         let ip = Ipv6Addr::from(*mapped).to_canonical();
-        self.simulator.image.node_addrs.get(&ip).map(|&own| if own { NodeAddress::Own } else { NodeAddress::Other })
+        self.simulator
+            .image
+            .node_addrs
+            .get(&ip)
+            .map(|&own| if own { NodeAddress::Own } else { NodeAddress::Other })
     }
     fn loopback_is_node(&self) -> bool {
         self.simulator.config.localhost_nodeports && self.caller.on_node
@@ -233,7 +238,8 @@ impl<A: Octets> Tables for View<'_, A> {
         self.simulator.affinity.borrow().get(&(self.caller.netns, service_id)).copied()
     }
     fn renew_affinity(&self, service_id: u32, now: u64) {
-        if let Some(affinity) = self.simulator.affinity.borrow_mut().get_mut(&(self.caller.netns, service_id)) {
+        if let Some(affinity) = self.simulator.affinity.borrow_mut().get_mut(&(self.caller.netns, service_id))
+        {
             affinity.last_used = now;
         }
     }
@@ -242,3 +248,6 @@ impl<A: Octets> Tables for View<'_, A> {
         new.endpoint_id
     }
 }
+
+#[cfg(test)]
+mod tests;

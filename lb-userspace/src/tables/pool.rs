@@ -45,6 +45,11 @@ impl Pool {
         self.held_back.push(id);
     }
 
+    /// Gives a number back that was taken and has not been used for anything.
+    pub fn give_back(&mut self, id: u32) {
+        self.free.push_front(id);
+    }
+
     /// Lets everything that was freed be given out again.
     pub fn settled(&mut self) {
         self.free.extend(self.held_back.drain(..));

@@ -50,22 +50,27 @@ impl Space {
         }
     }
 
+    /// Gives a range back that was taken and has not been used for anything.
+    pub fn give_back(&mut self, offset: u32, len: u32) {
+        let (mut start, mut total) = (offset, len);
+        if let Some((&before, &gap)) = self.by_offset.range(..offset).next_back()
+            && before + gap == offset
+        {
+            self.remove(before, gap);
+            start = before;
+            total += gap;
+        }
+        if let Some(&gap) = self.by_offset.get(&(offset + len)) {
+            self.remove(offset + len, gap);
+            total += gap;
+        }
+        self.insert(start, total);
+    }
+
     /// Lets everything that was freed be given out again.
     pub fn settled(&mut self) {
         for (offset, len) in std::mem::take(&mut self.held_back) {
-            let (mut start, mut total) = (offset, len);
-            if let Some((&before, &gap)) = self.by_offset.range(..offset).next_back()
-                && before + gap == offset
-            {
-                self.remove(before, gap);
-                start = before;
-                total += gap;
-            }
-            if let Some(&gap) = self.by_offset.get(&(offset + len)) {
-                self.remove(offset + len, gap);
-                total += gap;
-            }
-            self.insert(start, total);
+            self.give_back(offset, len);
         }
     }
 

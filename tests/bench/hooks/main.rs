@@ -33,7 +33,8 @@ struct Target {
 
 fn main() -> anyhow::Result<()> {
     let scale: usize = env::var("BENCH_SCALE").ok().and_then(|text| text.parse().ok()).unwrap_or(1);
-    let object = env::var("SOCKLB_BENCH_OBJECT").context("SOCKLB_BENCH_OBJECT must name the object lb-bench")?;
+    let object =
+        env::var("SOCKLB_BENCH_OBJECT").context("SOCKLB_BENCH_OBJECT must name the object lb-bench")?;
     let object = std::fs::read(&object).with_context(|| object.clone())?;
     Sandbox::run(|sandbox| {
         let servers = work::Servers::start()?;
@@ -55,7 +56,8 @@ fn main() -> anyhow::Result<()> {
                     }
                     Ok(())
                 });
-                let _ready = answers.recv().with_context(|| format!("{}: cannot be attached", target.name))?;
+                let _ready =
+                    answers.recv().with_context(|| format!("{}: cannot be attached", target.name))?;
                 workers.push((target.name, orders, answers));
             }
             for work in Work::ALL {
@@ -82,11 +84,17 @@ fn print(names: &[&str], results: &mut BTreeMap<(&str, usize), Vec<u64>>) {
     }
     println!();
     let mut quantile = |name: &str, work: Work, q: f64| -> i64 {
-        let Some((_, samples)) = results.iter_mut().find(|((n, w), _)| *n == name && *w == work as usize) else {
+        let Some((_, samples)) = results.iter_mut().find(|((n, w), _)| *n == name && *w == work as usize)
+        else {
             return 0;
         };
         samples.sort_unstable();
-        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, clippy::cast_precision_loss, reason = "an index")]
+        #[expect(
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            clippy::cast_precision_loss,
+            reason = "an index"
+        )]
         let index = ((samples.len() - 1) as f64 * q) as usize;
         samples[index].cast_signed()
     };

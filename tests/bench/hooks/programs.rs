@@ -58,7 +58,8 @@ pub(crate) fn targets(object: &[u8], servers: &Servers) -> anyhow::Result<Vec<Ta
                 fill(&mut programs, endpoint)?;
                 let cgroup = File::open(cgroup)?;
                 if let Some(name) = on_connect {
-                    let program: &mut CgroupSockAddr = programs.program_mut(name).context(name)?.try_into()?;
+                    let program: &mut CgroupSockAddr =
+                        programs.program_mut(name).context(name)?.try_into()?;
                     program.load()?;
                     let _link = program.attach(&cgroup, CgroupAttachMode::default())?;
                 }

@@ -8,9 +8,7 @@ use std::{
     time::Instant,
 };
 
-use nix::sys::socket::{
-    AddressFamily, MsgFlags, SockFlag, SockType, SockaddrIn, connect, sendto, socket,
-};
+use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, SockaddrIn, connect, sendto, socket};
 
 use crate::vip;
 
@@ -112,7 +110,12 @@ fn udp() -> nix::Result<OwnedFd> {
 
 impl Worker {
     pub(crate) fn new(servers: &Servers) -> io::Result<Self> {
-        Ok(Self { endpoint: sockaddr(servers.udp)?, service: sockaddr(vip())?, connected: udp()?, unconnected: udp()? })
+        Ok(Self {
+            endpoint: sockaddr(servers.udp)?,
+            service: sockaddr(vip())?,
+            connected: udp()?,
+            unconnected: udp()?,
+        })
     }
 
     /// Does the work and returns the time of each call in ns. Without a program on it, a service address is no place

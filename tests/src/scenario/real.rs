@@ -111,11 +111,8 @@ fn ways(to: FrontendAddress) -> Vec<Way> {
 fn outcome((domain, connects): Way, to: FrontendAddress, features: Features) -> Result<Outcome> {
     let address = SocketAddr::new(to.ip, to.port);
     let socket = Socket::new(domain, to.protocol);
-    let answer = if connects {
-        socket.connect(address).and_then(|()| socket.ask())
-    } else {
-        socket.ask_at(address)
-    };
+    let answer =
+        if connects { socket.connect(address).and_then(|()| socket.ask()) } else { socket.ask_at(address) };
     match answer {
         Ok(answer) if answer.server == address => Ok(Outcome::Untouched),
         Ok(answer) => {

@@ -175,7 +175,8 @@ impl Encoder {
         for (ipv6, run) in runs {
             // A frontend that had no room for its new run still has the old one.
             let is_used = |placed: &Placed| {
-                placed.set.is_none() && self.image.frontends.get(&placed.frontend_id).is_some_and(|f| f.run == run)
+                placed.set.is_none()
+                    && self.image.frontends.get(&placed.frontend_id).is_some_and(|f| f.run == run)
             };
             if self.placed.iter().any(|(address, placed)| address.ip.is_ipv6() == ipv6 && is_used(placed)) {
                 self.leftovers.runs.push((ipv6, run));
@@ -208,7 +209,9 @@ fn owners<'a>(
     belongs_to: impl Fn(&FrontendAddress, u32) -> bool,
 ) -> BTreeMap<(bool, u32, u32), u32> {
     let mut votes: BTreeMap<(bool, u32, u32), BTreeMap<u32, usize>> = BTreeMap::new();
-    for (address, frontend) in frontends.filter(|(address, frontend)| belongs_to(address, frontend.service_id)) {
+    for (address, frontend) in
+        frontends.filter(|(address, frontend)| belongs_to(address, frontend.service_id))
+    {
         let run = (address.ip.is_ipv6(), frontend.run.offset, frontend.run.len);
         *votes.entry(run).or_default().entry(frontend.service_id).or_default() += 1;
     }
@@ -216,7 +219,8 @@ fn owners<'a>(
         .iter()
         .filter_map(|&(ipv6, run)| {
             let votes = votes.get(&(ipv6, run.offset, run.len))?;
-            let (&service_id, &n_votes) = votes.iter().max_by_key(|(id, n)| (**n, std::cmp::Reverse(**id)))?;
+            let (&service_id, &n_votes) =
+                votes.iter().max_by_key(|(id, n)| (**n, std::cmp::Reverse(**id)))?;
             let entries = found.entries(ipv6, run).filter(|entries| is_sound(ipv6, entries))?;
             Some((std::cmp::Reverse(n_votes), (ipv6, run.offset, run.len), service_id, entries))
         })
