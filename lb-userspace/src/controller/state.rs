@@ -207,3 +207,71 @@ fn full_issue(address: &FrontendAddress, full: &Full) -> IssueKind {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{net::Ipv4Addr, sync::Arc};
+
+    use super::*;
+    use crate::{
+        desired::NodePortAddresses,
+        model::{Protocol, Service, ServicePort, ServiceType, TrafficPolicy},
+    };
+
+    fn state(services: u32) -> State {
+        let settings = Settings {
+            node_name: "node".into(),
+            node_ports: 30000..=32767,
+            node_port_addresses: NodePortAddresses::All,
+        };
+        let capacity = Capacity { services, endpoints: 16 };
+        State::new(settings, Vec::new(), capacity, &Image::default())
+    }
+
+    fn key(name: &str) -> ServiceKey {
+        ServiceKey { namespace: "default".into(), name: name.into() }
+    }
+
+    fn set(state: &mut State, name: &str, last: Option<u8>) {
+        let service = last.map(|last| Service {
+            key: key(name),
+            created: None,
+            service_type: ServiceType::ClusterIP,
+            cluster_ipv4: Some(Ipv4Addr::new(10, 96, 0, last)),
+            cluster_ipv6: None,
+            external_ips: BTreeSet::new(),
+            load_balancer_ips: BTreeSet::new(),
+            source_ranges: BTreeSet::new(),
+            has_unreadable_source_range: false,
+            internal_policy: TrafficPolicy::Cluster,
+            external_policy: TrafficPolicy::Cluster,
+            affinity_seconds: None,
+            health_check_node_port: None,
+            ports: vec![ServicePort { name: Arc::from(""), protocol: Protocol::Tcp, port: 80, node_port: None }],
+            annotations: Vec::new(),
+        });
+        state.change(|store| store.set_service(&key(name), service));
+    }
+
+    #[test]
+    fn a_full_table_names_the_service_and_is_tried_again_when_there_is_room() {
+        let mut state = state(1);
+        set(&mut state, "a", Some(1));
+        set(&mut state, "b", Some(2));
+        let _plan = state.sync();
+        assert_eq!(state.image().services.len(), 1);
+        let issues: Vec<String> = state.issues().map(|issue| issue.to_string()).collect();
+        assert!(issues.len() == 1 && issues[0].contains("default/b"), "{issues:?}");
+        assert!(!state.wants_sync(), "nothing changed: trying again would be in vain");
+
+        set(&mut state, "a", None);
+        let _plan = state.sync();
+        assert!(state.image().services.is_empty(), "the deleted key takes room until the grace period is over");
+        assert_eq!(state.issues().count(), 0, "and until then it is no issue");
+        state.settled();
+        assert!(state.wants_sync());
+        let _plan = state.sync();
+        assert_eq!(state.image().services.len(), 1);
+        assert!(!state.wants_sync());
+    }
+}
