@@ -65,6 +65,7 @@ map_type! {
     /// Key of `services4`: an IPv4 frontend. 8 octets.
     ///
     /// A node-port frontend that is valid on every accepted node address has the address `0.0.0.0`.
+    #[repr(align(4))]
     pub struct FrontendKey4 {
         /// Service address.
         pub address: Octets4,
@@ -81,6 +82,9 @@ map_type! {
     /// Key of `services6`: an IPv6 frontend. 20 octets.
     ///
     /// A node-port frontend that is valid on every accepted node address has the address `::`.
+    ///
+    /// Aligned so that the programs write the address as words: by octets it takes a function call.
+    #[repr(align(4))]
     pub struct FrontendKey6 {
         /// Service address.
         pub address: Octets6,

@@ -17,8 +17,6 @@ macro_rules! globals {
 globals! {
     /// 1 if the kernel has `bpf_set_retval` (5.18) and it does in this hook what it says.
     static HAS_SET_RETVAL: u8 = 0;
-    /// 1 to write a diagnostic line for each decision to the ring buffer of aya-log.
-    static LOG: u8 = 0;
     /// First port of the node-port range.
     static NODE_PORT_FIRST: u16 = limits::NODE_PORTS.0;
     /// Last port of the node-port range.
@@ -33,4 +31,38 @@ globals! {
 #[inline(always)]
 pub(crate) fn is_on(switch: &Global<u8>) -> bool {
     switch.load() != 0
+}
+
+/// What a global cannot switch, since it takes more than removing a dead branch: each hook has a program for each mode,
+/// and the loader takes one of them (docs/decisions/0003).
+pub(crate) trait Mode {
+    /// Whether records of sockets are kept in slots. Kernels before 5.12 refuse a compare-and-swap even where it can
+    /// never run.
+    const SLOTS: bool;
+    /// Whether a diagnostic line is written for each decision. aya-log's code is a function of its own, and in a program
+    /// with functions the verifier of kernels before 6.3 compares every number exactly: a search that takes it ten
+    /// thousand instructions without takes more than a million.
+    const LOG: bool;
+}
+
+/// The usual mode.
+pub(crate) struct Slots;
+/// For kernels without compare-and-swap.
+pub(crate) struct Storage;
+/// The usual mode, with diagnostics.
+pub(crate) struct Logged;
+
+impl Mode for Slots {
+    const SLOTS: bool = true;
+    const LOG: bool = false;
+}
+
+impl Mode for Storage {
+    const SLOTS: bool = false;
+    const LOG: bool = false;
+}
+
+impl Mode for Logged {
+    const SLOTS: bool = true;
+    const LOG: bool = true;
 }

@@ -9,7 +9,7 @@ use lb_common::{
 };
 
 use crate::{
-    config::{self, is_on},
+    config::{self, Mode, is_on},
     ctx::{PROCEED, SockAddr, refuse_call},
     maps,
     record::{Peer, Socket},
@@ -27,40 +27,40 @@ enum Kind {
 
 /// `connect()` on an `AF_INET` socket.
 #[inline(always)]
-pub(crate) fn connect4<const SLOTS: bool>(ctx: &SockAddr<'_>) -> i32 {
-    forward4::<SLOTS>(ctx, Kind::Connect)
+pub(crate) fn connect4<M: Mode>(ctx: &SockAddr<'_>) -> i32 {
+    forward4::<M>(ctx, Kind::Connect)
 }
 
 /// `sendto()` on an `AF_INET` socket.
 #[inline(always)]
-pub(crate) fn sendmsg4<const SLOTS: bool>(ctx: &SockAddr<'_>) -> i32 {
-    forward4::<SLOTS>(ctx, Kind::Send)
+pub(crate) fn sendmsg4<M: Mode>(ctx: &SockAddr<'_>) -> i32 {
+    forward4::<M>(ctx, Kind::Send)
 }
 
 /// `connect()` on an `AF_INET6` socket, also to an IPv4 peer.
 #[inline(always)]
-pub(crate) fn connect6<const SLOTS: bool>(ctx: &SockAddr<'_>) -> i32 {
-    forward6::<SLOTS>(ctx, Kind::Connect)
+pub(crate) fn connect6<M: Mode>(ctx: &SockAddr<'_>) -> i32 {
+    forward6::<M>(ctx, Kind::Connect)
 }
 
 /// `sendto()` on an `AF_INET6` socket, also to an IPv4 peer.
 #[inline(always)]
-pub(crate) fn sendmsg6<const SLOTS: bool>(ctx: &SockAddr<'_>) -> i32 {
-    forward6::<SLOTS>(ctx, Kind::Send)
+pub(crate) fn sendmsg6<M: Mode>(ctx: &SockAddr<'_>) -> i32 {
+    forward6::<M>(ctx, Kind::Send)
 }
 
 #[inline(always)]
-fn forward4<const SLOTS: bool>(ctx: &SockAddr<'_>, kind: Kind) -> i32 {
+fn forward4<M: Mode>(ctx: &SockAddr<'_>, kind: Kind) -> i32 {
     let address = ctx.ipv4();
-    let mut call = Pending::<SLOTS>::new(ctx, kind, &address);
+    let mut call = Pending::<M>::new(ctx, kind, &address);
     let verdict = call.decide4(address);
     call.finish(verdict, |target| ctx.set_ipv4(target))
 }
 
 #[inline(always)]
-fn forward6<const SLOTS: bool>(ctx: &SockAddr<'_>, kind: Kind) -> i32 {
+fn forward6<M: Mode>(ctx: &SockAddr<'_>, kind: Kind) -> i32 {
     let address = ctx.ipv6();
-    let mut call = Pending::<SLOTS>::new(ctx, kind, &address);
+    let mut call = Pending::<M>::new(ctx, kind, &address);
     // An IPv4-mapped destination is an IPv4 call: the same tables, the same records, written back as mapped.
     if let Some(address) = mapped_ipv4(&address) {
         let verdict = call.decide4(address);
@@ -72,14 +72,14 @@ fn forward6<const SLOTS: bool>(ctx: &SockAddr<'_>, kind: Kind) -> i32 {
 }
 
 /// A call whose destination is to be decided.
-struct Pending<'a, const SLOTS: bool> {
+struct Pending<'a, M> {
     ctx: &'a SockAddr<'a>,
     kind: Kind,
     called: Peer,
-    socket: Socket<'a, SLOTS>,
+    socket: Socket<'a, M>,
 }
 
-impl<'a, const SLOTS: bool> Pending<'a, SLOTS> {
+impl<'a, M: Mode> Pending<'a, M> {
     #[inline(always)]
     fn new<A: Address>(ctx: &'a SockAddr<'a>, kind: Kind, address: &A) -> Self {
         Self {
@@ -130,7 +130,7 @@ impl<'a, const SLOTS: bool> Pending<'a, SLOTS> {
             }
             Verdict::Refuse { service_id } => {
                 count_refusal(service_id);
-                log(self.ctx, service_id, u32::MAX);
+                log::<M>(self.ctx, service_id, u32::MAX);
                 refuse(self.ctx, set_address)
             }
             Verdict::Redirect(target) => {
@@ -150,7 +150,7 @@ impl<'a, const SLOTS: bool> Pending<'a, SLOTS> {
                     Kind::Send => self.socket.sent(&self.called, &record),
                 }
                 count(self.kind, &target);
-                log(self.ctx, target.service_id, target.choice.endpoint_id);
+                log::<M>(self.ctx, target.service_id, target.choice.endpoint_id);
                 set_address(target.address);
                 self.ctx.set_port(target.port);
                 PROCEED
@@ -180,9 +180,9 @@ fn refuse<A: Address>(ctx: &SockAddr<'_>, set_address: impl FnOnce(A)) -> i32 {
 
 /// `recvmsg()` and `getpeername()` on an `AF_INET` socket: shows the service address for an endpoint's.
 #[inline(always)]
-pub(crate) fn restore4<const SLOTS: bool>(ctx: &SockAddr<'_>) -> i32 {
+pub(crate) fn restore4<M: Mode>(ctx: &SockAddr<'_>) -> i32 {
     let peer = Peer { address: ctx.ipv4().to_mapped(), port: ctx.port() };
-    if let Some(service) = Socket::<SLOTS>::of(ctx).service_of(&peer) {
+    if let Some(service) = Socket::<M>::of(ctx).service_of(&peer) {
         ctx.set_ipv4(Octets4::from_mapped(&service.address));
         ctx.set_port(service.port);
     }
@@ -191,9 +191,9 @@ pub(crate) fn restore4<const SLOTS: bool>(ctx: &SockAddr<'_>) -> i32 {
 
 /// `recvmsg()` and `getpeername()` on an `AF_INET6` socket.
 #[inline(always)]
-pub(crate) fn restore6<const SLOTS: bool>(ctx: &SockAddr<'_>) -> i32 {
+pub(crate) fn restore6<M: Mode>(ctx: &SockAddr<'_>) -> i32 {
     let peer = Peer { address: ctx.ipv6(), port: ctx.port() };
-    if let Some(service) = Socket::<SLOTS>::of(ctx).service_of(&peer) {
+    if let Some(service) = Socket::<M>::of(ctx).service_of(&peer) {
         ctx.set_ipv6(service.address);
         ctx.set_port(service.port);
     }
@@ -228,10 +228,10 @@ fn count<A>(kind: Kind, target: &Target<A>) {
     }
 }
 
-/// One diagnostic line for a decision, if the global `LOG` was set at load time.
+/// One diagnostic line for a decision, in the programs that write any.
 #[inline(always)]
-fn log(ctx: &SockAddr<'_>, service_id: u32, endpoint_id: u32) {
-    if is_on(&config::LOG) {
+fn log<M: Mode>(ctx: &SockAddr<'_>, service_id: u32, endpoint_id: u32) {
+    if M::LOG {
         debug!(ctx.aya(), "port {} -> service {} endpoint {}", ctx.port(), service_id, endpoint_id);
     }
 }

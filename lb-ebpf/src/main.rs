@@ -36,42 +36,39 @@ use aya_ebpf::{
 
 use crate::ctx::SockAddr;
 
-/// Defines each program twice: one that keeps records in slots, and one, with `_s` behind its name, that keeps them in
-/// socket storage alone. Kernels before 5.12 refuse an object's program for a compare-and-swap even where it can
-/// never run, so a read-only global does not do; the loader takes the one or the other.
+/// Defines the programs of each hook, one for each [`config::Mode`].
 macro_rules! programs {
-    ($($(#[$meta:meta])* $hook:ident, $with_slots:ident, $with_storage:ident => $function:ident;)+) => {
-        $($(#[$meta])*
-        #[cgroup_sock_addr($hook)]
-        fn $with_slots(ctx: SockAddrContext) -> i32 {
-            hook::$function::<true>(&SockAddr::new(&ctx))
-        }
-
+    ($($(#[$meta:meta])* $hook:ident, $slots:ident, $storage:ident, $logged:ident => $function:ident;)+) => {
+        $(programs!(@one $(#[$meta])* $hook, $slots, Slots, $function);
+        programs!(@one $(#[$meta])* $hook, $storage, Storage, $function);
+        programs!(@one $(#[$meta])* $hook, $logged, Logged, $function);)+
+    };
+    (@one $(#[$meta:meta])* $hook:ident, $name:ident, $mode:ident, $function:ident) => {
         $(#[$meta])*
         #[cgroup_sock_addr($hook)]
-        fn $with_storage(ctx: SockAddrContext) -> i32 {
-            hook::$function::<false>(&SockAddr::new(&ctx))
-        })+
+        fn $name(ctx: SockAddrContext) -> i32 {
+            hook::$function::<config::$mode>(&SockAddr::new(&ctx))
+        }
     };
 }
 
 programs! {
     /// `connect()` on an `AF_INET` socket.
-    connect4, connect4, connect4_s => connect4;
+    connect4, connect4, connect4_s, connect4_l => connect4;
     /// `connect()` on an `AF_INET6` socket.
-    connect6, connect6, connect6_s => connect6;
+    connect6, connect6, connect6_s, connect6_l => connect6;
     /// `sendto()` and `sendmsg()` with an address on an `AF_INET` UDP socket.
-    sendmsg4, sendmsg4, sendmsg4_s => sendmsg4;
+    sendmsg4, sendmsg4, sendmsg4_s, sendmsg4_l => sendmsg4;
     /// `sendto()` and `sendmsg()` with an address on an `AF_INET6` UDP socket.
-    sendmsg6, sendmsg6, sendmsg6_s => sendmsg6;
+    sendmsg6, sendmsg6, sendmsg6_s, sendmsg6_l => sendmsg6;
     /// `recvfrom()` and `recvmsg()` that ask for the sender, on an `AF_INET` UDP socket.
-    recvmsg4, recvmsg4, recvmsg4_s => restore4;
+    recvmsg4, recvmsg4, recvmsg4_s, recvmsg4_l => restore4;
     /// `recvfrom()` and `recvmsg()` that ask for the sender, on an `AF_INET6` UDP socket.
-    recvmsg6, recvmsg6, recvmsg6_s => restore6;
+    recvmsg6, recvmsg6, recvmsg6_s, recvmsg6_l => restore6;
     /// `getpeername()` on an `AF_INET` socket.
-    getpeername4, getpeername4, getpeername4_s => restore4;
+    getpeername4, getpeername4, getpeername4_s, getpeername4_l => restore4;
     /// `getpeername()` on an `AF_INET6` socket.
-    getpeername6, getpeername6, getpeername6_s => restore6;
+    getpeername6, getpeername6, getpeername6_s, getpeername6_l => restore6;
 }
 
 /// The last `close()` of a socket, of any protocol.

@@ -12,6 +12,8 @@
 //! (`BPF_CGROUP_RUN_SA_PROG_LOCK`; `inet_getname` locks by itself), so that a socket's own records have one reader or
 //! writer at a time; between sockets the cookie decides.
 
+use core::marker::PhantomData;
+
 use aya_ebpf::programs::SockContext;
 use lb_common::{
     address::Octets6,
@@ -21,6 +23,7 @@ use lb_common::{
 };
 
 use crate::{
+    config::Mode,
     ctx::{SockAddr, compare_and_swap, sock_cookie},
     maps,
 };
@@ -57,11 +60,12 @@ impl Peer {
     }
 }
 
-/// A socket and where its records may be, for the length of one call. `SLOTS` is whether slots are in use at all.
-pub(crate) struct Socket<'a, const SLOTS: bool> {
+/// A socket and where its records may be, for the length of one call.
+pub(crate) struct Socket<'a, M> {
     ctx: &'a SockAddr<'a>,
     cookie: u64,
     slots: Option<&'a mut SocketSlots>,
+    mode: PhantomData<M>,
 }
 
 /// The slots that a socket with this cookie may own.
@@ -88,12 +92,12 @@ fn give_up(slot: &mut SocketRecord) {
     unsafe { (&raw mut slot.cookie).write_volatile(0) };
 }
 
-impl<'a, const SLOTS: bool> Socket<'a, SLOTS> {
+impl<'a, M: Mode> Socket<'a, M> {
     /// The socket of a call.
     #[inline(always)]
     pub(crate) fn of(ctx: &'a SockAddr<'a>) -> Self {
         let cookie = ctx.cookie();
-        Self { ctx, cookie, slots: if SLOTS { slots(cookie) } else { None } }
+        Self { ctx, cookie, slots: if M::SLOTS { slots(cookie) } else { None }, mode: PhantomData }
     }
 
     /// The slot that belongs to the socket, if it has one.
@@ -124,7 +128,7 @@ impl<'a, const SLOTS: bool> Socket<'a, SLOTS> {
     /// The socket's storage, if it has any. Asks nobody while no socket has: `socket_spills` counts them.
     #[inline(always)]
     fn storage(&self) -> Option<&'a mut SocketRecords> {
-        if SLOTS && *maps::SOCKET_SPILLS.get(0)? == 0 {
+        if M::SLOTS && *maps::SOCKET_SPILLS.get(0)? == 0 {
             return None;
         }
         // SAFETY: the storage belongs to this socket, which is locked.
@@ -137,7 +141,7 @@ impl<'a, const SLOTS: bool> Socket<'a, SLOTS> {
         if let Some(storage) = self.storage() {
             return Some(storage);
         }
-        if SLOTS && let Some(spills) = maps::SOCKET_SPILLS.get_ptr_mut(0) {
+        if M::SLOTS && let Some(spills) = maps::SOCKET_SPILLS.get_ptr_mut(0) {
             // SAFETY: one word. Two CPUs at once may count one instead of two; it never goes back to 0.
             unsafe { spills.write_volatile(spills.read_volatile() + 1) };
         }

@@ -76,6 +76,7 @@ pub struct Kernel {
     /// Whether a hash element was freed that no grace period has covered yet.
     unsettled: bool,
     features: Features,
+    log: bool,
     object: Ebpf,
 }
 
@@ -102,7 +103,7 @@ impl Kernel {
         let mut object = load(object, options)?;
         let maps = Maps::take(&mut object, options)?;
         let grace = Grace::start(on_grace).map_err(KernelError::Thread)?;
-        let mut kernel = Self { maps, grace, unsettled: true, features: options.features, object };
+        let mut kernel = Self { maps, grace, unsettled: true, features: options.features, log: options.log, object };
         kernel.grace.ask();
         for hook in kernel.hooks() {
             kernel.attach(hook, &cgroup, &options.pin_path.join(hook))?;
@@ -155,9 +156,16 @@ impl Kernel {
         pins::HOOKS.into_iter().filter(move |hook| slots || *hook != "sock_release")
     }
 
-    /// The program for a hook: with slots, or with socket storage alone.
+    /// The program for a hook: with slots, with socket storage alone, or with diagnostics.
     fn program_of(&self, hook: &str) -> String {
-        if self.features.compare_and_swap { hook.to_owned() } else { format!("{hook}_s") }
+        let mode = match (self.features.compare_and_swap, self.log) {
+            _ if hook == "sock_release" => "",
+            (true, false) => "",
+            (true, true) => "_l",
+            // There is none with diagnostics for these kernels.
+            (false, _) => "_s",
+        };
+        format!("{hook}{mode}")
     }
 
     /// The instructions that the verifier walked through for the program of each hook.
@@ -239,12 +247,11 @@ impl Kernel {
 fn load(object: &[u8], options: &Options) -> Result<Ebpf, KernelError> {
     let Options { capacity, node_ports, .. } = options;
     let node_netns = options.node_netns.unwrap_or_default();
-    let (set_retval, log, localhost) =
-        (u8::from(options.features.set_retval), u8::from(options.log), u8::from(options.localhost_nodeports));
+    let (set_retval, localhost) =
+        (u8::from(options.features.set_retval), u8::from(options.localhost_nodeports));
     let mut loader = EbpfLoader::new();
     let _: &mut EbpfLoader<'_> = loader
         .override_global("HAS_SET_RETVAL", &set_retval, true)
-        .override_global("LOG", &log, true)
         .override_global("NODE_PORT_FIRST", &node_ports.0, true)
         .override_global("NODE_PORT_LAST", &node_ports.1, true)
         .override_global("LOCALHOST_NODEPORTS", &localhost, true)
