@@ -141,7 +141,9 @@ impl<'a, M: Mode> Socket<'a, M> {
         if let Some(storage) = self.storage() {
             return Some(storage);
         }
-        if M::SLOTS && let Some(spills) = maps::SOCKET_SPILLS.get_ptr_mut(0) {
+        if M::SLOTS
+            && let Some(spills) = maps::SOCKET_SPILLS.get_ptr_mut(0)
+        {
             // SAFETY: one word. Two CPUs at once may count one instead of two; it never goes back to 0.
             unsafe { spills.write_volatile(spills.read_volatile() + 1) };
         }

@@ -27,6 +27,7 @@ pub type Name = (String, String);
 
 /// An object that socklb watches.
 #[derive(Clone, Debug, PartialEq)]
+#[expect(clippy::large_enum_variant, reason = "a test has few of them")]
 pub enum Object {
     /// A Service.
     Service(Service),
@@ -120,13 +121,15 @@ impl Cluster {
     pub fn set_endpoints(&mut self, port: &PortOf<'_>, endpoints: &[SocketAddr]) {
         let prefix = port.slice_prefix();
         self.slices.retain(|(_, name), _| !name.starts_with(&prefix));
-        slices(port, endpoints).into_iter().for_each(|slice| self.set(slice));
+        for slice in slices(port, endpoints) {
+            self.set(slice);
+        }
     }
 
     /// Puts the objects into a store as a re-list does: what is not named is gone. Returns what is wrong with them.
     pub fn fill(&self, store: &mut Store) -> (Changes, Vec<Issue>) {
         let mut issues = Vec::new();
-        let mut note = |found: Vec<Issue>| issues.extend(found);
+        let mut report = |found: Vec<Issue>| issues.extend(found);
         let proxy_name = self.service_proxy_name.as_deref();
         let is_served = |metadata: &ObjectMeta| ingest::is_selected(metadata.labels.as_ref(), proxy_name);
         let services: Vec<_> = self
@@ -135,7 +138,7 @@ impl Cluster {
             .filter(|service| is_served(&service.metadata))
             .filter_map(|object| {
                 let (service, found) = ingest::service(object);
-                note(found);
+                report(found);
                 service
             })
             .collect();
@@ -146,7 +149,7 @@ impl Cluster {
             .filter(|slice| is_served(&slice.metadata))
             .filter_map(|object| {
                 let (slice, found) = ingest::slice(object);
-                note(found);
+                report(found);
                 slice
             })
             .collect();
@@ -156,7 +159,7 @@ impl Cluster {
             .values()
             .filter_map(|object| {
                 let (node, found) = ingest::node(object);
-                note(found);
+                report(found);
                 node
             })
             .collect();

@@ -118,7 +118,7 @@ fn wait_for_local_route(ip: IpAddr) -> io::Result<()> {
     /// `RTF_LOCAL` in the flags of `/proc/net/ipv6_route`.
     const LOCAL: u32 = 0x8000_0000;
     let IpAddr::V6(ip) = ip else { return Ok(()) };
-    let destination: String = ip.octets().iter().map(|octet| format!("{octet:02x}")).collect();
+    let destination = format!("{:032x}", u128::from(ip));
     for _ in 0..1000 {
         let routes = fs::read_to_string("/proc/thread-self/net/ipv6_route")?;
         let is_local = routes.lines().filter(|route| route.starts_with(&destination)).any(|route| {

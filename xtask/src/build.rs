@@ -27,6 +27,9 @@ pub(crate) fn bpf_rustflags() -> Vec<String> {
         format!("--cfg=bpf_target_arch=\"{ARCH}\""),
         // BTF is made from debug info: without it maps have no types and verifier logs no source lines.
         "-Cdebuginfo=2".to_owned(),
+        // Compare-and-swap, which slots of sockets are taken with, is an instruction of the third version (kernel
+        // 5.12); programs that must load on older kernels do not contain it.
+        "-Ctarget-cpu=v3".to_owned(),
         // bpf-linker writes .BTF and .BTF.ext only when told to.
         "-Clink-arg=--btf".to_owned(),
     ]

@@ -8,6 +8,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+mod bench;
 mod build;
 mod kernel_matrix;
 mod lint;
@@ -51,6 +52,8 @@ enum Command {
     },
     /// Checks format, clippy on the host and on the BPF target, module borders and text rules
     Lint,
+    /// Measures what it costs, side by side in one run
+    Bench(bench::Options),
     /// Runs the kernel tests on other kernels, in QEMU
     KernelMatrix(kernel_matrix::Options),
 }
@@ -63,6 +66,7 @@ fn dispatch(command: Command) -> anyhow::Result<()> {
         Command::Run { args } => run::command(&workspace, &args),
         Command::Test { args } => test::command(&workspace, &args),
         Command::Lint => lint::command(&workspace),
+        Command::Bench(options) => bench::command(&workspace, &options),
         Command::KernelMatrix(options) => kernel_matrix::command(&workspace, &options),
     }
 }

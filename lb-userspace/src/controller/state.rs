@@ -247,7 +247,12 @@ mod tests {
             external_policy: TrafficPolicy::Cluster,
             affinity_seconds: None,
             health_check_node_port: None,
-            ports: vec![ServicePort { name: Arc::from(""), protocol: Protocol::Tcp, port: 80, node_port: None }],
+            ports: vec![ServicePort {
+                name: Arc::from(""),
+                protocol: Protocol::Tcp,
+                port: 80,
+                node_port: None,
+            }],
             annotations: Vec::new(),
         });
         state.change(|store| store.set_service(&key(name), service));
@@ -266,7 +271,10 @@ mod tests {
 
         set(&mut state, "a", None);
         let _plan = state.sync();
-        assert!(state.image().services.is_empty(), "the deleted key takes room until the grace period is over");
+        assert!(
+            state.image().services.is_empty(),
+            "the deleted key takes room until the grace period is over"
+        );
         assert_eq!(state.issues().count(), 0, "and until then it is no issue");
         state.settled();
         assert!(state.wants_sync());

@@ -103,7 +103,8 @@ impl Kernel {
         let mut object = load(object, options)?;
         let maps = Maps::take(&mut object, options)?;
         let grace = Grace::start(on_grace).map_err(KernelError::Thread)?;
-        let mut kernel = Self { maps, grace, unsettled: true, features: options.features, log: options.log, object };
+        let mut kernel =
+            Self { maps, grace, unsettled: true, features: options.features, log: options.log, object };
         kernel.grace.ask();
         for hook in kernel.hooks() {
             kernel.attach(hook, &cgroup, &options.pin_path.join(hook))?;

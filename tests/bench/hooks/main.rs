@@ -38,7 +38,7 @@ fn main() -> anyhow::Result<()> {
     let object = std::fs::read(&object).with_context(|| object.clone())?;
     Sandbox::run(|sandbox| {
         let servers = work::Servers::start()?;
-        let targets = programs::targets(&object, &servers)?;
+        let targets = programs::targets(&object, &servers);
         let mut results: BTreeMap<(&str, usize), Vec<u64>> = BTreeMap::new();
         thread::scope(|scope| -> anyhow::Result<()> {
             let mut workers = Vec::new();

@@ -46,7 +46,7 @@ const VARIANTS: [(&str, Option<&str>, Option<&str>); 10] = [
 ];
 
 /// All targets, the product last.
-pub(crate) fn targets(object: &[u8], servers: &Servers) -> anyhow::Result<Vec<Target>> {
+pub(crate) fn targets(object: &[u8], servers: &Servers) -> Vec<Target> {
     let object: Arc<[u8]> = object.into();
     let endpoint = servers.udp;
     let mut targets: Vec<Target> = VARIANTS
@@ -73,9 +73,12 @@ pub(crate) fn targets(object: &[u8], servers: &Servers) -> anyhow::Result<Vec<Ta
             Target { name, attach }
         })
         .collect();
+    if let Ok(path) = std::env::var("SOCKLB_PEER_OBJECT") {
+        targets.push(Target { name: "peer", attach: Box::new(move |_sandbox, cgroup| peer(&path, cgroup)) });
+    }
     let attach: Attach = Box::new(move |sandbox, cgroup| socklb(sandbox, cgroup, endpoint));
     targets.push(Target { name: "socklb", attach });
-    Ok(targets)
+    targets
 }
 
 /// Addresses of the services: the first is the one that is called.
@@ -132,4 +135,22 @@ fn socklb(sandbox: &Sandbox, cgroup: &Path, endpoint: std::net::SocketAddr) -> a
     let plan: Plan = diff(&Image::default(), &image);
     let _n_ops = kernel.apply(&plan)?;
     Ok(Box::new(kernel))
+}
+
+/// Another balancer's object: its first program for `connect()` on `AF_INET` sockets, with empty maps, so that its
+/// columns for hits show misses too.
+fn peer(path: &str, cgroup: &Path) -> anyhow::Result<Box<dyn Any>> {
+    let mut programs = Ebpf::load_file(path).with_context(|| path.to_owned())?;
+    let (name, program) = programs
+        .programs_mut()
+        .find_map(|(name, program)| {
+            let is_connect = name.contains("connect4") || name.contains("connect_v4");
+            let program: &mut CgroupSockAddr =
+                if is_connect { program.try_into().ok()? } else { return None };
+            Some((name.to_owned(), program))
+        })
+        .with_context(|| format!("{path}: no program for connect4"))?;
+    program.load().with_context(|| format!("{path}: {name}"))?;
+    let _link = program.attach(File::open(cgroup)?, CgroupAttachMode::default())?;
+    Ok(Box::new(programs))
 }

@@ -10,17 +10,16 @@
 
 use std::fs::{self, File};
 use std::io::{self, Write};
-use std::os::fd::AsRawFd;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus};
 
 use anyhow::{Context, Result, bail};
+use lb_tests::netlink;
 use nix::kmod::{ModuleInitFlags, finit_module};
 use nix::mount::{MsFlags, mount};
 use nix::sys::reboot::{RebootMode, reboot};
 use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
-use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, socket};
 use nix::sys::termios::tcdrain;
 
 /// Type and place of every file system, in the order of mounting.
@@ -62,37 +61,6 @@ fn load_modules() -> Result<()> {
     Ok(())
 }
 
-/// Sets the loopback device up, which is always the first of a network namespace.
-fn set_loopback_up() -> Result<()> {
-    const RTM_NEWLINK: u16 = 16;
-    const REQUEST_WITH_ACKNOWLEDGEMENT: u16 = 5;
-    const LOOPBACK_INDEX: i32 = 1;
-    const UP: u32 = 1;
-    const HEADER: usize = 16;
-    let mut message = Vec::new();
-    message.extend(32u32.to_ne_bytes()); // length of header and body
-    message.extend(RTM_NEWLINK.to_ne_bytes());
-    message.extend(REQUEST_WITH_ACKNOWLEDGEMENT.to_ne_bytes());
-    message.extend([0; 8]); // sequence number and port
-    message.extend([0; 4]); // family and device type
-    message.extend(LOOPBACK_INDEX.to_ne_bytes());
-    message.extend(UP.to_ne_bytes()); // flags
-    message.extend(UP.to_ne_bytes()); // which flags change
-    let netlink =
-        socket(AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::NetlinkRoute)
-            .context("cannot open a netlink socket")?;
-    send(netlink.as_raw_fd(), &message, MsgFlags::empty()).context("cannot send over netlink")?;
-    let mut answer = [0; 64];
-    let size =
-        recv(netlink.as_raw_fd(), &mut answer, MsgFlags::empty()).context("cannot receive over netlink")?;
-    match answer[..size].get(HEADER..HEADER + 4) {
-        Some(&[0, 0, 0, 0]) => Ok(()),
-        Some(&[a, b, c, d]) => Err(io::Error::from_raw_os_error(-i32::from_ne_bytes([a, b, c, d])))
-            .context("the kernel does not set the loopback device up"),
-        _ => bail!("the kernel's answer about the loopback device is too short"),
-    }
-}
-
 fn run_test() -> Result<ExitStatus> {
     let args = fs::read_to_string("/vm.args").context("cannot read /vm.args")?;
     let environment = fs::read_to_string("/vm.env").context("cannot read /vm.env")?;
@@ -111,7 +79,7 @@ fn run() -> Result<i32> {
     setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY)
         .context("cannot raise RLIMIT_MEMLOCK")?;
     load_modules()?;
-    set_loopback_up()?;
+    netlink::set_up(netlink::LOOPBACK).context("cannot set the loopback device up")?;
     let status = run_test()?;
     Ok(status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or_default()))
 }

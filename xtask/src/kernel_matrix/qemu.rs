@@ -4,7 +4,7 @@ use std::fmt;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -37,8 +37,8 @@ pub(super) enum Outcome {
     Panicked(String),
     /// The guest ended without init's last line.
     Silent,
-    /// The guest did not end.
-    TimedOut,
+    /// The guest did not end. The tests up to then are counted.
+    TimedOut(Tally),
     /// There was no kernel to boot.
     NotRun,
 }
@@ -50,7 +50,7 @@ impl Outcome {
 
     pub(super) fn tally(&self) -> Tally {
         match self {
-            Self::Passed(tally) | Self::Failed(tally) => *tally,
+            Self::Passed(tally) | Self::Failed(tally) | Self::TimedOut(tally) => *tally,
             _ => Tally::default(),
         }
     }
@@ -91,7 +91,7 @@ impl fmt::Display for Outcome {
             Self::Failed(tally) => write!(f, "failed: {} tests", tally.n_failed),
             Self::NotPrepared(cause) | Self::Panicked(cause) => write!(f, "failed: {cause}"),
             Self::Silent => f.write_str("failed: ended without a result"),
-            Self::TimedOut => f.write_str("failed: time limit"),
+            Self::TimedOut(_) => f.write_str("failed: time limit"),
             Self::NotRun => f.write_str("failed: no kernel"),
         }
     }
@@ -175,12 +175,13 @@ impl Qemu {
         parse_version(&process::capture(self.command().arg("--version")).ok()?)
     }
 
-    /// Boots a kernel, writes what it prints to `log`, and judges it.
+    /// Boots a kernel, writes what it prints to `log`, and judges it. Progress is shown under `name`.
     ///
     /// # Errors
     /// When qemu cannot be started or the log cannot be written.
     pub(super) fn boot(
         &self,
+        name: &str,
         kernel: &Path,
         initramfs: &Path,
         log: &Path,
@@ -202,8 +203,9 @@ impl Qemu {
             .stdout(Stdio::piped());
         let mut file = File::create(log)
             .with_context(|| format!("cannot write {}: check its owner and the disk", log.display()))?;
-        let mut child = command.spawn().context("cannot start qemu: run the command again with --refresh")?;
-        let stdout = child.stdout.take().context("qemu has no standard output")?;
+        let mut guest =
+            Guest(command.spawn().context("cannot start qemu: run the command again with --refresh")?);
+        let stdout = guest.0.stdout.take().context("qemu has no standard output")?;
         let (sender, lines) = mpsc::channel();
         // Reading blocks, so the time limit is kept by another thread than the one that reads.
         let reader = thread::spawn(move || {
@@ -220,6 +222,9 @@ impl Qemu {
             match lines.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
                 Ok(line) => {
                     writeln!(file, "{line}").context("cannot write the guest's log: check the disk")?;
+                    if is_test_line(&line) {
+                        eprintln!("    [{name}] {line}");
+                    }
                     serial.push_str(&line);
                     serial.push('\n');
                     if line.trim().starts_with(END_MARK) {
@@ -234,13 +239,40 @@ impl Qemu {
             }
         }
         // After the last line the guest has nothing to lose, and a kernel may hang while it powers off.
-        child.kill().context("cannot end qemu: end it by hand")?;
-        child.wait().context("lost qemu")?;
+        drop(guest);
         drop(lines);
         if reader.join().is_err() {
             bail!("reading the guest's output failed: run the command again");
         }
-        Ok(if is_late { Outcome::TimedOut } else { Outcome::judge(&serial) })
+        Ok(if is_late { Outcome::TimedOut(count_tests(&serial)) } else { Outcome::judge(&serial) })
+    }
+}
+
+/// A running qemu, which does not outlive this value.
+struct Guest(Child);
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        // Both fail only if it has ended already.
+        self.0.kill().ok();
+        self.0.wait().ok();
+    }
+}
+
+/// True for libtest's line about one test.
+fn is_test_line(line: &str) -> bool {
+    line.starts_with("test ")
+        && [" ... ok", " ... FAILED", " ... ignored"].iter().any(|end| line.ends_with(end))
+}
+
+/// Counts single tests, for a run that never came to its closing lines.
+fn count_tests(serial: &str) -> Tally {
+    let count = |end| serial.lines().filter(|line| is_test_line(line) && line.ends_with(end)).count() as u64;
+    Tally {
+        n_passed: count(" ... ok"),
+        n_failed: count(" ... FAILED"),
+        n_ignored: count(" ... ignored"),
+        n_suites: 0,
     }
 }
 
@@ -284,6 +316,12 @@ mod tests {
         );
         let init = "INIT FAILED: cannot mount /proc: EPERM";
         assert_eq!(Outcome::judge(init).to_string(), "failed: cannot mount /proc: EPERM");
+    }
+
+    #[test]
+    fn a_late_guest_keeps_what_it_did() {
+        let serial = "running 3 tests\ntest a::b ... ok\ntest a::c ... FAILED\ntest a::d ... oktober\n";
+        assert_eq!(count_tests(serial), Tally { n_passed: 1, n_failed: 1, n_ignored: 0, n_suites: 0 });
     }
 
     #[test]
