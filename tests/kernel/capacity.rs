@@ -68,26 +68,28 @@ fn services_that_do_not_fit_do_not_disturb_the_others() {
         let options = Options { capacity, ..agent::options(sandbox) };
         let mut agent = Agent::start_with(&options, agent::settings(), Vec::new()).unwrap();
         let address = |n: u8| SocketAddr::new(IpAddr::from([10, 96, 0, n]), 80);
-        let serve = |numbers: std::ops::RangeInclusive<u8>| {
+        let with = |numbers: std::ops::RangeInclusive<u8>| {
             let mut cluster = Cluster::new();
-            numbers.for_each(|n| cluster.serve(&format!("s{n}"), address(n), Tcp, &[server]));
+            for n in numbers {
+                cluster.serve(&format!("s{n}"), address(n), Tcp, &[server]);
+            }
             cluster
         };
-        let served = || -> Vec<u8> { (1..=8).filter(|n| call(address(*n), Tcp) == Ok(server)).collect() };
+        let reached = || -> Vec<u8> { (1..=8).filter(|n| call(address(*n), Tcp) == Ok(server)).collect() };
         let untouched = || (1..=8).filter(|n| call(address(*n), Tcp) == Err(Errno::ENETUNREACH)).count();
 
-        agent.follow(&serve(1..=6));
-        assert_eq!(served(), [1, 2, 3, 4]);
+        agent.follow(&with(1..=6));
+        assert_eq!(reached(), [1, 2, 3, 4]);
         assert_eq!(untouched(), 4);
         let full =
             agent.state.issues().filter(|issue| matches!(issue.kind, IssueKind::ServicesFull { .. })).count();
         assert_eq!(full, 2);
 
         // Two go; their places are free after a grace period, and those who wait take them.
-        agent.follow(&serve(3..=6));
+        agent.follow(&with(3..=6));
         agent.settle();
         agent.sync();
-        assert_eq!(served(), [3, 4, 5, 6]);
+        assert_eq!(reached(), [3, 4, 5, 6]);
         assert_eq!(agent.state.issues().count(), 0);
     });
 }

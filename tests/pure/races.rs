@@ -19,8 +19,7 @@ use lb_userspace::{
     desired::FrontendAddress,
     model::Protocol,
     plan::{Capacity, Op},
-    sim::wire_protocol,
-    tables::{Entry, Image},
+    tables::{Entry, Image, wire_protocol},
 };
 use proptest::{collection::vec, prelude::*, sample::Index};
 
@@ -77,7 +76,9 @@ impl<A> Spanning<'_, A> {
         self.n_reads.set(self.n_reads.get() + 1);
         let mut ops = self.ops.borrow_mut();
         let (now, later) = ops.split_at(n.min(ops.len()));
-        now.iter().for_each(|op| self.memory.borrow_mut().apply(op));
+        for op in now {
+            self.memory.borrow_mut().apply(op);
+        }
         *ops = later;
         read(&self.memory.borrow())
     }

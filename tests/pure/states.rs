@@ -13,6 +13,9 @@ use proptest::prelude::*;
 
 use crate::clusters::{calls, cluster, history, outcomes, settings, simulator, state};
 
+/// A change to a state.
+type Event = Box<dyn Fn(&mut State)>;
+
 /// What calls come to, which is all that matters of an image: ids and places may differ.
 fn meaning(image: &Image) -> Vec<crate::clusters::Outcomes> {
     let simulator = simulator(image.clone());
@@ -182,7 +185,7 @@ proptest! {
     ) {
         let (expected, _) = follow(std::slice::from_ref(&cluster), true);
         let objects = cluster.objects();
-        let mut events: Vec<Box<dyn Fn(&mut State)>> = vec![{
+        let mut events: Vec<Event> = vec![{
             let interfaces = cluster.interfaces();
             Box::new(move |state| state.set_interfaces(interfaces.clone()))
         }];

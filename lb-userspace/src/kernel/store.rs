@@ -31,8 +31,7 @@ use crate::{
     desired::FrontendAddress,
     model::Protocol,
     plan::{Capacity, Op, Plan},
-    sim::wire_protocol,
-    tables::{Entry, Image},
+    tables::{Entry, Image, wire_protocol},
 };
 
 /// How to load and where to attach.

@@ -31,7 +31,7 @@ use lb_common::{
 use crate::{
     desired::FrontendAddress,
     model::Protocol,
-    tables::{Entry, Image},
+    tables::{Entry, Image, wire_protocol},
 };
 
 /// Where the caller stands and what it brings along.
@@ -129,16 +129,6 @@ impl Simulator {
                 lb_common::resolve::find_frontend(&tables, &Call { address: ip.octets(), port, protocol })
             }
         }
-    }
-}
-
-/// The protocol number in map keys; `None` for protocols that no hook serves.
-#[must_use]
-pub fn wire_protocol(protocol: Protocol) -> Option<layout::Protocol> {
-    match protocol {
-        Protocol::Tcp => Some(layout::Protocol::TCP),
-        Protocol::Udp => Some(layout::Protocol::UDP),
-        Protocol::Sctp => None,
     }
 }
 

@@ -6,9 +6,9 @@ use std::{
     sync::Arc,
 };
 
-use lb_common::layout::{Frontend, Run};
+use lb_common::layout::{self, Frontend, Run};
 
-use crate::desired::FrontendAddress;
+use crate::{desired::FrontendAddress, model::Protocol};
 
 /// One entry of an endpoint table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -65,5 +65,15 @@ impl Image {
     pub fn entry(&self, ipv6: bool, index: u32) -> Option<Entry> {
         let (offset, entries) = self.runs(ipv6).range(..=index).next_back()?;
         entries.get(usize::try_from(index - offset).ok()?).copied()
+    }
+}
+
+/// The protocol number in map keys; `None` for protocols that no hook serves.
+#[must_use]
+pub fn wire_protocol(protocol: Protocol) -> Option<layout::Protocol> {
+    match protocol {
+        Protocol::Tcp => Some(layout::Protocol::TCP),
+        Protocol::Udp => Some(layout::Protocol::UDP),
+        Protocol::Sctp => None,
     }
 }

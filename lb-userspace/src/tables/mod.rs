@@ -18,4 +18,4 @@ pub mod image;
 pub mod pool;
 pub mod space;
 
-pub use self::image::{Entry, Image};
+pub use self::image::{Entry, Image, wire_protocol};
