@@ -20,7 +20,7 @@ fn resources(api_version: &str) -> Value {
     json!({"kind": "APIResourceList", "apiVersion": "v1", "groupVersion": api_version, "resources": resources})
 }
 
-/// The paths of one group as OpenAPI: kubectl looks up there whether the server checks fields itself.
+/// The paths of one group in the form of `OpenAPI`: kubectl looks up there whether the server checks fields itself.
 fn openapi(api_version: &str) -> Value {
     let (group, version) = api_version.rsplit_once('/').unwrap_or(("", api_version));
     let mut paths = Map::new();

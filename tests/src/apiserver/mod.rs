@@ -270,9 +270,14 @@ impl ApiServer {
         cluster.nodes.values().for_each(|node| self.apply(node.clone()));
     }
 
-    /// Deletes an object. `false` if there is none. A Node has an empty namespace.
-    pub fn delete(&self, kind: Kind, namespace: &str, name: &str) -> bool {
-        self.shared.change(|store| store.delete(kind, namespace, name)).is_ok()
+    /// Deletes an object. A Node has an empty namespace.
+    ///
+    /// # Panics
+    ///
+    /// If there is none.
+    pub fn delete(&self, kind: Kind, namespace: &str, name: &str) {
+        let deleted = self.shared.change(|store| store.delete(kind, namespace, name));
+        drop(deleted.unwrap_or_else(|refusal| panic!("{refusal:?}")));
     }
 
     /// All objects.
