@@ -156,11 +156,7 @@ fn churn_with_faults_ends_as_without() {
     server.set(&objects);
     let mut follower = Follower::start(&server);
     follower.until_like(&server);
-    let kept = FrontendAddress {
-        ip: service_address(0).ip(),
-        port: 80,
-        protocol: Tcp,
-    };
+    let kept = FrontendAddress { ip: service_address(0).ip(), port: 80, protocol: Tcp };
     let mut random = 1_u64;
     let mut next = |limit: u64| {
         // Numbers that differ and are the same in each run.
@@ -178,7 +174,9 @@ fn churn_with_faults_ends_as_without() {
                         objects.serve(&name, service_address(number), Tcp, &endpoints(number, 2));
                     }
                 }
-                1 => objects.set(cluster::node(&format!("node-{}", next(3)), &["192.0.2.9".parse().unwrap()])),
+                1 => {
+                    objects.set(cluster::node(&format!("node-{}", next(3)), &["192.0.2.9".parse().unwrap()]))
+                }
                 _ => objects.set_endpoints(&PortOf::tcp(&name), &endpoints(number, next(5))),
             }
         }

@@ -86,7 +86,9 @@ impl Follower {
         let mut expected = Store::new();
         let (_all, _issues) = cluster.fill(&mut expected);
         self.until("the store holds the server's objects", |follower| {
-            follower.source.is_complete() && *follower.state.store() == expected && !follower.state.wants_sync()
+            follower.source.is_complete()
+                && *follower.state.store() == expected
+                && !follower.state.wants_sync()
         });
         assert_eq!(self.image, *self.state.image());
         let mut scratch = State::new(agent::settings(), Vec::new(), Capacity::default(), &self.image);
@@ -115,12 +117,15 @@ pub(crate) fn cluster(n_services: usize) -> Cluster {
     for number in 0..n_services {
         cluster.serve(&format!("web-{number}"), service_address(number), Tcp, &endpoints(number, 3));
     }
-    cluster
-        .with([cluster::node("node", &["192.0.2.1".parse().unwrap()]), cluster::node("other", &["192.0.2.2".parse().unwrap()])])
+    cluster.with([
+        cluster::node("node", &["192.0.2.1".parse().unwrap()]),
+        cluster::node("other", &["192.0.2.2".parse().unwrap()]),
+    ])
 }
 
 /// Endpoints of the service of a number.
 pub(crate) fn endpoints(number: usize, n_endpoints: usize) -> Vec<SocketAddr> {
-    let address = |endpoint| format!("10.{}.{}.{}:8080", 1 + endpoint, number / 250, 1 + number % 250).parse().unwrap();
+    let address =
+        |endpoint| format!("10.{}.{}.{}:8080", 1 + endpoint, number / 250, 1 + number % 250).parse().unwrap();
     (0..n_endpoints).map(address).collect()
 }

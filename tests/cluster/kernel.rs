@@ -49,7 +49,8 @@ fn calls_follow_the_api_server() {
             let started = Instant::now();
             loop {
                 let moment = Duration::from_millis(5);
-                let changed = runtime.block_on(async { tokio::time::timeout(moment, source.changed()).await });
+                let changed =
+                    runtime.block_on(async { tokio::time::timeout(moment, source.changed()).await });
                 if changed.is_ok() {
                     agent.state.change(|store| source.apply(store));
                 }

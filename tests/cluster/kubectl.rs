@@ -62,7 +62,8 @@ fn kubectl_works_against_the_server() {
 
     let unchanged = run(&config, &["apply", "-f", file]);
     assert_eq!(unchanged, "service/web unchanged\nendpointslice.discovery.k8s.io/web-1 unchanged\n");
-    let allocated = run(&config, &["get", "svc", "web", "-o", "jsonpath={.spec.clusterIP} {.spec.ports[0].nodePort}"]);
+    let allocated =
+        run(&config, &["get", "svc", "web", "-o", "jsonpath={.spec.clusterIP} {.spec.ports[0].nodePort}"]);
     assert_eq!(allocated, "10.96.0.1 30000");
     fs::write(&manifest, MANIFEST.replace("10.1.0.1", "10.1.0.2")).unwrap();
     let changed = run(&config, &["apply", "-f", file]);

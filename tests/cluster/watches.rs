@@ -72,7 +72,8 @@ fn labels_take_services_away_and_bring_them_back() {
     follower.until_like(&server);
     let service = |labels: &[(&str, &str)]| -> Service {
         let mut service = objects.services.values().next().unwrap().clone();
-        let labels: BTreeMap<_, _> = labels.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
+        let labels: BTreeMap<_, _> =
+            labels.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
         service.metadata.labels = Some(labels);
         service
     };

@@ -26,14 +26,14 @@ use crate::{
 #[derive(Debug, Args)]
 pub struct RunArgs {
     /// Where Services, EndpointSlices and Nodes come from: kube, the API server (the default when a kubeconfig or a
-    /// pod's credentials are found), or file:PATH, a manifest file or a folder of them, watched.
+    /// pod's credentials are found), or "file:" and the path of a manifest file or of a folder of them, watched.
     #[arg(long, env = "SOCKLB_SOURCE", value_name = "SOURCE")]
     source: Option<String>,
     /// Kubeconfig for --source kube [default: $KUBECONFIG, else ~/.kube/config, else the pod's credentials]
     #[arg(long, env = "SOCKLB_KUBECONFIG", value_name = "FILE")]
     kubeconfig: Option<PathBuf>,
-    /// URL of the API server, in place of the one that belongs to the credentials. Where no other proxy serves the
-    /// ClusterIP of the API server, it must be given here or in the kubeconfig.
+    /// URL of the API server, in place of the one that belongs to the credentials. Needed in a pod where nothing else
+    /// serves the Service of the API server.
     #[arg(long, env = "SOCKLB_APISERVER", value_name = "URL")]
     apiserver: Option<String>,
     /// Settings file (YAML): the names of these flags as keys.
@@ -102,8 +102,13 @@ struct FileConfig {
 }
 
 /// Parses a value of the settings file as its flag is parsed.
-fn from_file<T>(key: &str, text: Option<String>, parse: fn(&str) -> Result<T, String>) -> Result<Option<T>, UsageError> {
-    text.map(|text| parse(&text).map_err(|hint| UsageError(format!("--config: {key}: {text:?}: {hint}")))).transpose()
+fn from_file<T>(
+    key: &str,
+    text: Option<String>,
+    parse: fn(&str) -> Result<T, String>,
+) -> Result<Option<T>, UsageError> {
+    text.map(|text| parse(&text).map_err(|hint| UsageError(format!("--config: {key}: {text:?}: {hint}"))))
+        .transpose()
 }
 
 /// Runs the agent until SIGTERM or SIGINT.
@@ -217,7 +222,8 @@ fn node_name(setting: Option<String>) -> Result<Arc<str>, UsageError> {
         .or_else(|| nix::unistd::gethostname().ok().and_then(|name| name.into_string().ok()))
         .map(|name| name.trim().to_lowercase())
         .filter(|name| !name.is_empty());
-    name.map(Into::into).ok_or_else(|| UsageError("--node-name is missing and the host has no name".to_owned()))
+    name.map(Into::into)
+        .ok_or_else(|| UsageError("--node-name is missing and the host has no name".to_owned()))
 }
 
 /// A value that turns true with SIGTERM or SIGINT.

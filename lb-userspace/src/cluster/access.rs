@@ -33,7 +33,9 @@ pub enum Error {
         source: Box<KubeconfigError>,
     },
     /// The kubeconfig that the environment names cannot be used.
-    #[error("the kubeconfig of $KUBECONFIG or ~/.kube/config cannot be used: {source}; mend it or name another with --kubeconfig")]
+    #[error(
+        "the kubeconfig of $KUBECONFIG or ~/.kube/config cannot be used: {source}; mend it or name another with --kubeconfig"
+    )]
     FoundKubeconfig {
         /// The cause.
         #[source]
@@ -47,7 +49,9 @@ pub enum Error {
         source: Box<dyn std::error::Error + Send + Sync>,
     },
     /// There is neither a kubeconfig nor a pod's credentials.
-    #[error("no kubeconfig and no pod's credentials are found; name one with --kubeconfig, or use --source file:PATH")]
+    #[error(
+        "no kubeconfig and no pod's credentials are found; name one with --kubeconfig, or use --source file:PATH"
+    )]
     Nothing,
     /// `--apiserver` is no address.
     #[error("--apiserver {given}: expected a URL such as https://10.0.0.1:6443")]
@@ -101,7 +105,8 @@ impl Access {
     async fn config(&self) -> Result<Config, Error> {
         let apiserver = self.apiserver.as_deref().map(url).transpose()?;
         let mut config = if let Some(path) = &self.kubeconfig {
-            let failed = |source: KubeconfigError| Error::Kubeconfig { path: path.clone(), source: source.into() };
+            let failed =
+                |source: KubeconfigError| Error::Kubeconfig { path: path.clone(), source: source.into() };
             let kubeconfig = Kubeconfig::read_from(path).map_err(failed)?;
             Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await.map_err(failed)?
         } else if kubeconfig_is_found() {
@@ -126,8 +131,18 @@ impl Access {
 fn url(given: &str) -> Result<http::Uri, Error> {
     let text = if given.contains("://") { given.to_owned() } else { format!("https://{given}") };
     let parsed: Option<http::Uri> = text.parse().ok();
+    // What is too large for a port is no fault to the parser.
+    let is_addressable = |url: &http::Uri| {
+        url.authority().is_some_and(|authority| {
+            authority.as_str().ends_with(authority.host()) || url.port_u16().is_some()
+        })
+    };
     parsed
-        .filter(|url| matches!(url.scheme_str(), Some("http" | "https")) && url.host().is_some_and(|host| !host.is_empty()))
+        .filter(is_addressable)
+        .filter(|url| {
+            matches!(url.scheme_str(), Some("http" | "https"))
+                && url.host().is_some_and(|host| !host.is_empty())
+        })
         .ok_or_else(|| Error::Apiserver { given: given.to_owned() })
 }
 

@@ -78,13 +78,7 @@ enum Position {
 enum Failure {
     /// The server says no.
     #[error("the server answers {code} {reason}: {message}")]
-    Refused {
-        code: u16,
-        reason: String,
-        message: String,
-        is_too_large: bool,
-        retry_after: Option<Duration>,
-    },
+    Refused { code: u16, reason: String, message: String, is_too_large: bool, retry_after: Option<Duration> },
     /// No connection, or it broke.
     #[error("{0}")]
     Connection(String),
@@ -159,9 +153,7 @@ pub(super) async fn follow<K: Kind>(follower: Follower) {
     loop {
         let mut progress = false;
         let result = match &position {
-            Position::Watch { version } => {
-                follower.watch::<K>(version.clone(), &mut progress).await
-            }
+            Position::Watch { version } => follower.watch::<K>(version.clone(), &mut progress).await,
             list => {
                 let version = match list {
                     Position::List { not_older_than } => not_older_than.as_str(),
@@ -346,13 +338,15 @@ impl Follower {
             .body(Body::empty())
             .map_err(|error| Failure::Form(error.to_string()))?;
         let limit = self.timing.answer;
-        let answer = timeout(limit, self.client.send(request)).await.map_err(|_elapsed| Failure::Silence(limit))?;
+        let answer =
+            timeout(limit, self.client.send(request)).await.map_err(|_elapsed| Failure::Silence(limit))?;
         let answer = answer.map_err(|error| Failure::connection(&error))?;
         if answer.status() == StatusCode::OK {
             return Ok(answer);
         }
         let code = answer.status().as_u16();
-        let seconds = answer.headers().get(RETRY_AFTER).and_then(|value| value.to_str().ok()?.trim().parse().ok());
+        let seconds =
+            answer.headers().get(RETRY_AFTER).and_then(|value| value.to_str().ok()?.trim().parse().ok());
         let mut lines = Lines::new(answer.into_body());
         while lines.read.len() < MAX_STATUS && lines.read_more(limit).await? {}
         // A proxy in between answers in its own words.
@@ -463,7 +457,12 @@ impl Follower {
     /// # Errors
     ///
     /// Only [`Failure::Stop`]: how far the watch came counts, however it ended.
-    async fn events<K: Kind>(&self, mut lines: Lines, mut version: String, progress: &mut bool) -> Result<Ended, Failure> {
+    async fn events<K: Kind>(
+        &self,
+        mut lines: Lines,
+        mut version: String,
+        progress: &mut bool,
+    ) -> Result<Ended, Failure> {
         let started = Instant::now();
         let failure = loop {
             let line = match lines.next(self.timing.idle).await {
@@ -473,8 +472,10 @@ impl Follower {
                 Err(failure) => break Some(failure),
             };
             let received = Instant::now();
-            let parsed: Result<(Event<'_>, Header), _> = serde_json::from_slice(line)
-                .and_then(|event: Event<'_>| serde_json::from_str(event.object.get()).map(|header| (event, header)));
+            let parsed: Result<(Event<'_>, Header), _> =
+                serde_json::from_slice(line).and_then(|event: Event<'_>| {
+                    serde_json::from_str(event.object.get()).map(|header| (event, header))
+                });
             let (event, header) = match parsed {
                 Ok(parsed) => parsed,
                 Err(error) => break Some(form(&error)),

@@ -20,10 +20,7 @@ pub(super) struct Trimmed<M> {
 #[derive(Debug)]
 pub(super) enum Change<M> {
     /// These are all objects.
-    All {
-        models: Vec<M>,
-        issues: Vec<Issue>,
-    },
+    All { models: Vec<M>, issues: Vec<Issue> },
     /// One object was set or deleted.
     One {
         trimmed: Trimmed<M>,

@@ -59,7 +59,11 @@ impl KubeSource {
     /// # Panics
     ///
     /// Outside a tokio runtime.
-    pub async fn open(access: &Access, service_proxy_name: Option<&str>, timing: Timing) -> Result<Self, Error> {
+    pub async fn open(
+        access: &Access,
+        service_proxy_name: Option<&str>,
+        timing: Timing,
+    ) -> Result<Self, Error> {
         let (client, server) = access.client().await?;
         let (sender, news) = mpsc::channel(QUEUE);
         let selector = ingest::label_selector(service_proxy_name);

@@ -129,7 +129,8 @@ mod tests {
         let (now, clock) = (Instant::now(), SystemTime::now());
         let mut latency = Latency::default();
         let triggered = Some(clock - Duration::from_millis(30));
-        latency.arrived(vec![Arrival { received: now, triggered }, Arrival { received: now, triggered: None }]);
+        latency
+            .arrived(vec![Arrival { received: now, triggered }, Arrival { received: now, triggered: None }]);
         let later = Duration::from_millis(4);
         assert_eq!(latency.applied(now + later, clock + later), (2, later));
         assert_eq!((latency.received.n_values(), latency.triggered.n_values()), (2, 1));

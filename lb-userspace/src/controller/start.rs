@@ -38,7 +38,9 @@ pub struct Start {
 pub fn basis(start: Start) -> Basis {
     match start {
         Start { is_complete: true, .. } => Basis::Source,
-        Start { waited, has_answered: false, has_adopted: false, .. } if waited >= PATIENCE => Basis::Snapshot,
+        Start { waited, has_answered: false, has_adopted: false, .. } if waited >= PATIENCE => {
+            Basis::Snapshot
+        }
         _ => Basis::Nothing,
     }
 }

@@ -15,7 +15,12 @@ use crate::cluster;
 const NODE_PORTS: std::ops::RangeInclusive<u64> = 30000..=32767;
 
 /// Checks an object and fills in what is left out. `old` is the object of its name, `others` all of its kind.
-pub(super) fn complete(kind: Kind, object: &mut Value, old: Option<&Value>, others: &Objects) -> Result<(), Refusal> {
+pub(super) fn complete(
+    kind: Kind,
+    object: &mut Value,
+    old: Option<&Value>,
+    others: &Objects,
+) -> Result<(), Refusal> {
     let Some(fields) = object.as_object_mut() else {
         return Err(Refusal::new(400, "BadRequest", "the body is no object"));
     };
@@ -66,7 +71,9 @@ fn service(object: &mut Value, old: Option<&Value>, others: &Objects) -> Result<
     default(spec, "type", "ClusterIP".into());
     default(spec, "sessionAffinity", "None".into());
     default(spec, "internalTrafficPolicy", "Cluster".into());
-    if spec["sessionAffinity"] == "ClientIP" && spec["sessionAffinityConfig"]["clientIP"]["timeoutSeconds"].is_null() {
+    if spec["sessionAffinity"] == "ClientIP"
+        && spec["sessionAffinityConfig"]["clientIP"]["timeoutSeconds"].is_null()
+    {
         spec["sessionAffinityConfig"] = json!({"clientIP": {"timeoutSeconds": 10800}});
     }
     for port in spec["ports"].as_array_mut().into_iter().flatten() {
@@ -111,7 +118,8 @@ fn cluster_ips(spec: &mut Value, old: Option<&Value>, others: &[&Arc<Value>]) {
             .iter()
             .map(|family| {
                 let is_ipv6 = family == "IPv6";
-                let free = (1..u16::MAX).map(|number| cluster_ip(is_ipv6, number)).find(|ip| !taken.contains(ip));
+                let free =
+                    (1..u16::MAX).map(|number| cluster_ip(is_ipv6, number)).find(|ip| !taken.contains(ip));
                 free.unwrap_or_default().into()
             })
             .collect();
@@ -122,9 +130,14 @@ fn cluster_ips(spec: &mut Value, old: Option<&Value>, others: &[&Arc<Value>]) {
     default(spec, "clusterIPs", json!([first]));
     if spec["clusterIP"] != "None" {
         let ips = spec["clusterIPs"].as_array().cloned().unwrap_or_default();
-        let family = |ip: &Value| if ip.as_str().is_some_and(|ip| ip.contains(':')) { "IPv6" } else { "IPv4" };
+        let family =
+            |ip: &Value| if ip.as_str().is_some_and(|ip| ip.contains(':')) { "IPv6" } else { "IPv4" };
         default(spec, "ipFamilies", ips.iter().map(family).collect());
-        default(spec, "ipFamilyPolicy", if ips.len() > 1 { "RequireDualStack" } else { "SingleStack" }.into());
+        default(
+            spec,
+            "ipFamilyPolicy",
+            if ips.len() > 1 { "RequireDualStack" } else { "SingleStack" }.into(),
+        );
     }
 }
 
@@ -151,14 +164,18 @@ fn node_ports(spec: &mut Value, old: Option<&Value>, others: &[&Arc<Value>]) -> 
     let Some(ports) = spec["ports"].as_array_mut() else { return Ok(()) };
     for port in ports.iter().filter(|port| port["nodePort"].as_u64().unwrap_or_default() != 0) {
         if taken.contains(&key(port)) {
-            let message = format!("spec.ports.nodePort: Invalid value: {}: provided port is already allocated", port["nodePort"]);
+            let message = format!(
+                "spec.ports.nodePort: Invalid value: {}: provided port is already allocated",
+                port["nodePort"]
+            );
             return Err(Refusal::new(422, "Invalid", message));
         }
     }
     taken.extend(ports.iter().map(key));
     for port in ports.iter_mut().filter(|port| needs && port["nodePort"].as_u64().unwrap_or_default() == 0) {
         let same = |other: &&Value| other["protocol"] == port["protocol"] && other["port"] == port["port"];
-        let kept = old.iter().find(same).and_then(|old| old["nodePort"].as_u64()).filter(|number| *number != 0);
+        let kept =
+            old.iter().find(same).and_then(|old| old["nodePort"].as_u64()).filter(|number| *number != 0);
         let free = || NODE_PORTS.clone().find(|number| !taken.contains(&(port["protocol"].clone(), *number)));
         if let Some(number) = kept.or_else(free) {
             port["nodePort"] = number.into();

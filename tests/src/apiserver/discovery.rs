@@ -25,7 +25,8 @@ fn openapi(api_version: &str) -> Value {
     let (group, version) = api_version.rsplit_once('/').unwrap_or(("", api_version));
     let mut paths = Map::new();
     for kind in Kind::ALL.into_iter().filter(|kind| kind.api_version() == api_version) {
-        let prefix = if group.is_empty() { format!("/api/{version}") } else { format!("/apis/{api_version}") };
+        let prefix =
+            if group.is_empty() { format!("/api/{version}") } else { format!("/apis/{api_version}") };
         let scope = if kind.is_namespaced() { "/namespaces/{namespace}" } else { "" };
         let operation = json!({
             "responses": {},

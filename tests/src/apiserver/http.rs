@@ -1,12 +1,6 @@
 //! Requests and answers.
 
-use std::{
-    collections::BTreeMap,
-    io,
-    net::TcpListener,
-    sync::Arc,
-    time::Duration,
-};
+use std::{collections::BTreeMap, io, net::TcpListener, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use http_body_util::BodyExt as _;
@@ -64,8 +58,10 @@ pub(super) async fn serve(listener: TcpListener, shared: Arc<Shared>) {
                 }
             });
             // A connection that breaks is the client's affair.
-            let _broken =
-                http1::Builder::new().timer(TokioTimer::new()).serve_connection(TokioIo::new(stream), service).await;
+            let _broken = http1::Builder::new()
+                .timer(TokioTimer::new())
+                .serve_connection(TokioIo::new(stream), service)
+                .await;
         });
     }
 }
@@ -112,7 +108,8 @@ impl Query {
         if text.is_empty() {
             return Ok(0);
         }
-        text.parse().map_err(|_not_a_number| Refusal::new(400, "BadRequest", format!("{key}: {text:?} is no number")))
+        text.parse()
+            .map_err(|_not_a_number| Refusal::new(400, "BadRequest", format!("{key}: {text:?} is no number")))
     }
 }
 
@@ -155,13 +152,18 @@ fn target(path: &str) -> Option<Target<'_>> {
         [plural, name, "status"] => (*plural, Some(*name), true),
         _ => return None,
     };
-    let kind = Kind::ALL.into_iter().find(|kind| kind.plural() == plural && kind.api_version() == api_version)?;
+    let kind =
+        Kind::ALL.into_iter().find(|kind| kind.plural() == plural && kind.api_version() == api_version)?;
     (namespace.is_none() || kind.is_namespaced()).then_some(Target { kind, namespace, name, is_status })
 }
 
 type Result<T, E = Refusal> = std::result::Result<T, E>;
 
-async fn answer(shared: &Arc<Shared>, connection: u64, request: Request<Incoming>) -> Result<Response<Answer>> {
+async fn answer(
+    shared: &Arc<Shared>,
+    connection: u64,
+    request: Request<Incoming>,
+) -> Result<Response<Answer>> {
     let (head, body) = request.into_parts();
     let path = percent_decode(head.uri.path());
     if matches!(&*path, "/healthz" | "/livez" | "/readyz") {
@@ -191,7 +193,8 @@ async fn answer(shared: &Arc<Shared>, connection: u64, request: Request<Incoming
     if !accepts.is_empty() && !accepts.contains("json") && !accepts.contains("*/*") {
         return Err(Refusal::new(406, "NotAcceptable", "only application/json is spoken here"));
     }
-    let content_type = head.headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
+    let content_type =
+        head.headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
     let body = match head.method {
         Method::POST | Method::PUT | Method::PATCH | Method::DELETE => {
             let body = body.collect().await;
@@ -234,18 +237,19 @@ async fn answer(shared: &Arc<Shared>, connection: u64, request: Request<Incoming
             place(&mut object, target)?;
             let old = lock(&shared.store).get(target.kind, namespace, name)?;
             keep_the_other_half(&mut object, &old, target);
-            write(shared, target.kind, object, &query, |_| Ok(())).map(|object| respond(200, Answer::json(&object)))
+            write(shared, target.kind, object, &query, |_| Ok(()))
+                .map(|object| respond(200, Answer::json(&object)))
         }
         (Method::PATCH, Some(name)) => {
             let is_apply = content_type.starts_with("application/apply-patch");
-            let patch = parse(&body, content_type)?;
+            let changes = parse(&body, content_type)?;
             let old = lock(&shared.store).get(target.kind, namespace, name);
             let old = match old {
                 Err(_missing) if is_apply => json!({"metadata": {"name": name}}),
                 old => (*old?).clone(),
             };
             let mut object = old.clone();
-            merge(&mut object, &patch);
+            merge(&mut object, &changes);
             place(&mut object, target)?;
             if is_apply {
                 // An apply is not bound to a version.
@@ -253,7 +257,8 @@ async fn answer(shared: &Arc<Shared>, connection: u64, request: Request<Incoming
             } else {
                 keep_the_other_half(&mut object, &old, target);
             }
-            write(shared, target.kind, object, &query, |_| Ok(())).map(|object| respond(200, Answer::json(&object)))
+            write(shared, target.kind, object, &query, |_| Ok(()))
+                .map(|object| respond(200, Answer::json(&object)))
         }
         (Method::DELETE, Some(name)) => {
             if !query.get("dryRun").is_empty() {
@@ -261,19 +266,32 @@ async fn answer(shared: &Arc<Shared>, connection: u64, request: Request<Incoming
                 return Ok(respond(200, Answer::json(&object)));
             }
             let object = shared.change(|store| store.delete(target.kind, namespace, name))?;
-            let details = json!({"name": name, "kind": target.kind.plural(), "uid": object["metadata"]["uid"]});
+            let details =
+                json!({"name": name, "kind": target.kind.plural(), "uid": object["metadata"]["uid"]});
             let status = json!({"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success", "details": details});
             Ok(respond(200, Answer::json(&status)))
         }
         (Method::DELETE, None) => {
-            let selector = Selector::parse(query.get("labelSelector"), query.get("fieldSelector"), target.namespace)?;
+            let selector =
+                Selector::parse(query.get("labelSelector"), query.get("fieldSelector"), target.namespace)?;
             let objects = lock(&shared.store).objects(target.kind);
-            for (namespace, name) in objects.iter().filter(|(_, object)| selector.matches(object)).map(|(name, _)| name) {
+            for (namespace, name) in
+                objects.iter().filter(|(_, object)| selector.matches(object)).map(|(name, _)| name)
+            {
                 let _gone = shared.change(|store| store.delete(target.kind, namespace, name));
             }
-            Ok(respond(200, Answer::json(&json!({"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success"}))))
+            Ok(respond(
+                200,
+                Answer::json(
+                    &json!({"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success"}),
+                ),
+            ))
         }
-        _ => Err(Refusal::new(405, "MethodNotAllowed", "the server does not allow this method on the requested resource")),
+        _ => Err(Refusal::new(
+            405,
+            "MethodNotAllowed",
+            "the server does not allow this method on the requested resource",
+        )),
     }
 }
 
@@ -300,7 +318,9 @@ fn place(object: &mut Value, target: Target<'_>) -> Result<()> {
         if found.is_null() {
             *found = wanted.into();
         } else if found != wanted {
-            let message = format!("the {field} of the object ({found}) does not match the one on the request ({wanted})");
+            let message = format!(
+                "the {field} of the object ({found}) does not match the one on the request ({wanted})"
+            );
             return Err(Refusal::new(400, "BadRequest", message));
         }
     }
@@ -350,7 +370,11 @@ fn write(
 ) -> Result<Arc<Value>> {
     let is_dry = !query.get("dryRun").is_empty();
     shared.change(|store| {
-        let namespace = object["metadata"]["namespace"].as_str().unwrap_or(if kind.is_namespaced() { "default" } else { "" });
+        let namespace = object["metadata"]["namespace"].as_str().unwrap_or(if kind.is_namespaced() {
+            "default"
+        } else {
+            ""
+        });
         let name = object["metadata"]["name"].as_str().unwrap_or_default();
         check(store.get(kind, namespace, name).is_ok().then_some(name))?;
         let prepared = store.prepare(kind, object)?;
@@ -377,7 +401,9 @@ fn list(shared: &Shared, target: Target<'_>, query: &Query) -> Result<Value> {
         refusal
     };
     let (version, after) = if let Some((version, name)) = token.split_once(' ') {
-        let version = version.parse().map_err(|_no_number| Refusal::new(400, "BadRequest", "continue: not a token of this server"))?;
+        let version = version
+            .parse()
+            .map_err(|_no_number| Refusal::new(400, "BadRequest", "continue: not a token of this server"))?;
         (version, name.split_once('/').map(|(namespace, name)| (namespace.to_owned(), name.to_owned())))
     } else if query.get("resourceVersionMatch") == "Exact" {
         (wanted, None)
@@ -407,11 +433,17 @@ fn list(shared: &Shared, target: Target<'_>, query: &Query) -> Result<Value> {
     Ok(json!({"kind": kind, "apiVersion": target.kind.api_version(), "metadata": metadata, "items": items}))
 }
 
-fn watch(shared: &Arc<Shared>, connection: u64, target: Target<'_>, query: &Query) -> Result<Response<Answer>> {
+fn watch(
+    shared: &Arc<Shared>,
+    connection: u64,
+    target: Target<'_>,
+    query: &Query,
+) -> Result<Response<Answer>> {
     let namespace = target.namespace;
     let selector = Selector::parse(query.get("labelSelector"), query.get("fieldSelector"), namespace)?;
     let (text, wanted) = (query.get("resourceVersion"), query.number("resourceVersion")?);
-    let (sends_initial, version_match) = (query.is_true("sendInitialEvents"), query.get("resourceVersionMatch"));
+    let (sends_initial, version_match) =
+        (query.is_true("sendInitialEvents"), query.get("resourceVersionMatch"));
     let faults = lock(&shared.faults).clone();
     let invalid = |message: &str| Err(Refusal::new(422, "Invalid", message));
     if (sends_initial || !version_match.is_empty()) && !faults.has_streaming_lists {
@@ -487,7 +519,8 @@ impl Watch {
     async fn bookmark(&mut self, version: u64, ends_initial: bool) -> Option<()> {
         let annotations = if ends_initial { json!({"k8s.io/initial-events-end": "true"}) } else { json!({}) };
         let metadata = json!({"resourceVersion": version.to_string(), "annotations": annotations, "creationTimestamp": null});
-        let object = json!({"kind": self.kind.name(), "apiVersion": self.kind.api_version(), "metadata": metadata});
+        let object =
+            json!({"kind": self.kind.name(), "apiVersion": self.kind.api_version(), "metadata": metadata});
         self.send("BOOKMARK", &object).await
     }
 
@@ -538,7 +571,8 @@ impl Watch {
     }
 
     async fn send_change(&mut self, change: &Change) -> Option<()> {
-        let is_selected = |object: &Option<Arc<Value>>| object.as_ref().is_some_and(|object| self.selector.matches(object));
+        let is_selected =
+            |object: &Option<Arc<Value>>| object.as_ref().is_some_and(|object| self.selector.matches(object));
         let (event, object) = match (is_selected(&change.old), is_selected(&change.new)) {
             (false, false) => return Some(()),
             (false, true) => ("ADDED", &change.new),

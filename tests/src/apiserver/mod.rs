@@ -31,8 +31,8 @@ use std::{
 use serde_json::Value;
 use tokio::sync::{oneshot, watch};
 
-pub use self::store::{Kind, Refusal};
 use self::store::{Change, Store};
+pub use self::store::{Kind, Refusal};
 use crate::cluster::{self, Cluster};
 
 /// What goes wrong at the moment. The default is nothing.
@@ -184,7 +184,8 @@ impl ApiServer {
         let shared = Arc::clone(&self.shared);
         let thread = thread::Builder::new().name("apiserver".to_owned()).spawn(move || {
             // The runtime ends with the thread, and with it every connection.
-            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+            let runtime =
+                tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
             runtime.block_on(async {
                 tokio::select! {
                     () = http::serve(listener, shared) => {}
@@ -247,7 +248,9 @@ impl ApiServer {
     /// If the object is refused.
     pub fn apply(&self, object: impl Into<cluster::Object>) {
         let (kind, object) = value(object.into());
-        self.shared.change(|store| store.upsert(kind, object)).unwrap_or_else(|refusal| panic!("{refusal:?}"));
+        self.shared
+            .change(|store| store.upsert(kind, object))
+            .unwrap_or_else(|refusal| panic!("{refusal:?}"));
     }
 
     /// Creates or replaces all objects of a cluster and deletes all others.

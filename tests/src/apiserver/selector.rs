@@ -47,7 +47,9 @@ fn parts(text: &str) -> Vec<&str> {
 fn equality(text: &str) -> Option<(&str, &str, bool)> {
     let (key, value, is_equal) = match text.split_once("!=") {
         Some((key, value)) => (key, value, false),
-        None => text.split_once('=').map(|(key, value)| (key, value.strip_prefix('=').unwrap_or(value), true))?,
+        None => {
+            text.split_once('=').map(|(key, value)| (key, value.strip_prefix('=').unwrap_or(value), true))?
+        }
     };
     Some((key.trim(), value.trim(), is_equal))
 }
@@ -92,7 +94,8 @@ impl Selector {
         let metadata = &object["metadata"];
         let labels = self.labels.iter().all(|(key, test)| {
             let value = metadata["labels"][key].as_str();
-            let is_in = |values: &[String]| value.is_some_and(|value| values.iter().any(|listed| listed == value));
+            let is_in =
+                |values: &[String]| value.is_some_and(|value| values.iter().any(|listed| listed == value));
             match test {
                 Test::Exists => value.is_some(),
                 Test::Absent => value.is_none(),
@@ -104,7 +107,8 @@ impl Selector {
             let field = path.trim_start_matches("metadata.");
             (metadata[field].as_str().unwrap_or_default() == value) == *is_equal
         });
-        let namespace = self.namespace.as_ref().is_none_or(|namespace| metadata["namespace"] == namespace.as_str());
+        let namespace =
+            self.namespace.as_ref().is_none_or(|namespace| metadata["namespace"] == namespace.as_str());
         labels && fields && namespace
     }
 }
@@ -117,7 +121,8 @@ mod tests {
 
     #[test]
     fn labels_and_fields_select() {
-        let object = json!({"metadata": {"name": "web", "namespace": "shop", "labels": {"a.io/b": "c", "empty": ""}}});
+        let object =
+            json!({"metadata": {"name": "web", "namespace": "shop", "labels": {"a.io/b": "c", "empty": ""}}});
         for (labels, fields, expected) in [
             ("", "", true),
             ("a.io/b", "", true),
@@ -137,7 +142,9 @@ mod tests {
             assert_eq!(selector.matches(&object), expected, "{labels:?} {fields:?}");
         }
         assert!(!Selector::parse("", "", Some("other")).unwrap().matches(&object));
-        for (labels, fields) in [("a in x", ""), ("a in (x", ""), ("a of (x)", ""), ("", "spec.x=1"), ("", "x")] {
+        for (labels, fields) in
+            [("a in x", ""), ("a in (x", ""), ("a of (x)", ""), ("", "spec.x=1"), ("", "x")]
+        {
             assert_eq!(Selector::parse(labels, fields, None).unwrap_err().code, 400, "{labels:?} {fields:?}");
         }
     }

@@ -214,7 +214,11 @@ impl Store {
         let wanted_version = object["metadata"]["resourceVersion"].as_str().unwrap_or_default().to_owned();
         defaults::complete(kind, &mut object, old.as_ref(), &self.objects(kind))?;
         let Some((_, name)) = name_of(&object) else {
-            return Err(Refusal::new(422, "Invalid", "metadata.name: Required value: name or generateName is required"));
+            return Err(Refusal::new(
+                422,
+                "Invalid",
+                "metadata.name: Required value: name or generateName is required",
+            ));
         };
         let metadata = &mut object["metadata"];
         if let Some(old) = &old {
@@ -236,7 +240,8 @@ impl Store {
             }
         } else {
             self.n_uids += 1;
-            let nanoseconds = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.subsec_nanos());
+            let nanoseconds =
+                SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.subsec_nanos());
             metadata["uid"] = format!("{nanoseconds:08x}-0000-4000-8000-{:012x}", self.n_uids).into();
             metadata["generation"] = 1.into();
             if metadata["creationTimestamp"].is_null() {
@@ -275,7 +280,13 @@ impl Store {
         let name = (namespace.to_owned(), name.to_owned());
         self.objects.entry(kind).or_default().remove(&name);
         self.version += 1;
-        self.log.push_back(Change { version: self.version, kind, name, old: Some(Arc::clone(&old)), new: None });
+        self.log.push_back(Change {
+            version: self.version,
+            kind,
+            name,
+            old: Some(Arc::clone(&old)),
+            new: None,
+        });
         Ok(old)
     }
 }
