@@ -24,7 +24,7 @@ const CONNECT: Duration = Duration::from_secs(10);
 #[non_exhaustive]
 pub enum Error {
     /// The file of `--kubeconfig` cannot be used.
-    #[error("--kubeconfig {}: cannot be used: {source}; give a file with which `kubectl --kubeconfig` works", path.display())]
+    #[error("--kubeconfig {}: cannot be used; give a file with which `kubectl --kubeconfig` works", path.display())]
     Kubeconfig {
         /// The file.
         path: PathBuf,
@@ -34,7 +34,7 @@ pub enum Error {
     },
     /// The kubeconfig that the environment names cannot be used.
     #[error(
-        "the kubeconfig of $KUBECONFIG or ~/.kube/config cannot be used: {source}; mend it or name another with --kubeconfig"
+        "the kubeconfig of $KUBECONFIG or ~/.kube/config cannot be used; mend it or name another with --kubeconfig"
     )]
     FoundKubeconfig {
         /// The cause.
@@ -42,7 +42,7 @@ pub enum Error {
         source: Box<KubeconfigError>,
     },
     /// The credentials of the pod cannot be used.
-    #[error("the credentials of this pod cannot be used: {source}; does it have a service account?")]
+    #[error("the credentials of this pod cannot be used; does it have a service account?")]
     InCluster {
         /// The cause.
         #[source]
@@ -60,7 +60,7 @@ pub enum Error {
         given: String,
     },
     /// The credentials do not make a client: a certificate or key that cannot be read.
-    #[error("the credentials for {server} cannot be used: {source}; does kubectl work with them?")]
+    #[error("the credentials for {server} cannot be used; does kubectl work with them?")]
     Client {
         /// The server's URL.
         server: String,
@@ -183,7 +183,7 @@ mod tests {
         let access = Access { kubeconfig: Some(path.clone()), apiserver: None };
         let says = async |cause: &str| {
             let Err(error) = access.client().await else { panic!("usable") };
-            let message = error.to_string();
+            let message = format!("{:#}", anyhow::Error::from(error));
             assert!(message.starts_with(&format!("--kubeconfig {}: ", path.display())), "{message}");
             assert!(message.contains(cause) && message.contains("kubectl"), "{message}");
         };
