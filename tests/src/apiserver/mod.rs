@@ -23,11 +23,15 @@ mod store;
 use std::{
     io,
     net::{Ipv4Addr, SocketAddr, TcpListener},
+    os::fd::{AsRawFd as _, OwnedFd},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     thread,
     time::Duration,
 };
 
+use nix::sys::socket::{
+    self, AddressFamily, SockFlag, SockType, SockaddrIn, SockaddrIn6, SockaddrStorage, sockopt,
+};
 use serde_json::Value;
 use tokio::sync::{oneshot, watch};
 
@@ -134,6 +138,21 @@ pub struct ApiServer {
     shared: Arc<Shared>,
     address: SocketAddr,
     running: Option<(oneshot::Sender<()>, thread::JoinHandle<()>)>,
+    /// Bound to the address and not listening: while the server is stopped, the kernel must not give the port to a
+    /// connection of somebody else.
+    _reserved: OwnedFd,
+}
+
+/// Binds a socket that lets a listener have its address.
+fn reserve(address: SocketAddr) -> io::Result<(OwnedFd, SocketAddr)> {
+    let family = if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
+    let fd = socket::socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+    socket::setsockopt(&fd, sockopt::ReuseAddr, &true)?;
+    socket::bind(fd.as_raw_fd(), &SockaddrStorage::from(address))?;
+    let bound: SockaddrStorage = socket::getsockname(fd.as_raw_fd())?;
+    let port =
+        bound.as_sockaddr_in().map(SockaddrIn::port).or(bound.as_sockaddr_in6().map(SockaddrIn6::port));
+    Ok((fd, SocketAddr::new(address.ip(), port.unwrap_or(address.port()))))
 }
 
 impl ApiServer {
@@ -153,6 +172,7 @@ impl ApiServer {
     ///
     /// If the address cannot be listened on.
     pub fn start_at(address: SocketAddr) -> io::Result<Self> {
+        let (reserved, address) = reserve(address)?;
         let store = Store::new();
         let shared = Shared {
             version: watch::Sender::new(store.version()),
@@ -162,7 +182,7 @@ impl ApiServer {
             signals: watch::Sender::new(Signals::default()),
             n_connections: Mutex::default(),
         };
-        let mut server = Self { shared: Arc::new(shared), address, running: None };
+        let mut server = Self { shared: Arc::new(shared), address, running: None, _reserved: reserved };
         server.resume()?;
         Ok(server)
     }
@@ -179,7 +199,6 @@ impl ApiServer {
         // The standard library lets a new listener take an address with connections in TIME_WAIT.
         let listener = TcpListener::bind(self.address)?;
         listener.set_nonblocking(true)?;
-        self.address = listener.local_addr()?;
         let (stop, stopped) = oneshot::channel();
         let shared = Arc::clone(&self.shared);
         let thread = thread::Builder::new().name("apiserver".to_owned()).spawn(move || {
