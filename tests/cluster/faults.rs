@@ -175,7 +175,7 @@ fn churn_with_faults_ends_as_without() {
                     }
                 }
                 1 => {
-                    objects.set(cluster::node(&format!("node-{}", next(3)), &["192.0.2.9".parse().unwrap()]))
+                    objects.set(cluster::node(&format!("node-{}", next(3)), &["192.0.2.9".parse().unwrap()]));
                 }
                 _ => objects.set_endpoints(&PortOf::tcp(&name), &endpoints(number, next(5))),
             }
