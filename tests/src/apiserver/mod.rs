@@ -147,8 +147,14 @@ pub struct ApiServer {
 fn reserve(address: SocketAddr) -> io::Result<(OwnedFd, SocketAddr)> {
     let family = if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
     let fd = socket::socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
-    socket::setsockopt(&fd, sockopt::ReuseAddr, &true)?;
-    socket::bind(fd.as_raw_fd(), &SockaddrStorage::from(address))?;
+    // Set before, it would make the kernel choose a port that another such socket has.
+    if address.port() == 0 {
+        socket::bind(fd.as_raw_fd(), &SockaddrStorage::from(address))?;
+        socket::setsockopt(&fd, sockopt::ReuseAddr, &true)?;
+    } else {
+        socket::setsockopt(&fd, sockopt::ReuseAddr, &true)?;
+        socket::bind(fd.as_raw_fd(), &SockaddrStorage::from(address))?;
+    }
     let bound: SockaddrStorage = socket::getsockname(fd.as_raw_fd())?;
     let port =
         bound.as_sockaddr_in().map(SockaddrIn::port).or(bound.as_sockaddr_in6().map(SockaddrIn6::port));
