@@ -5,6 +5,7 @@
 //! - [`sandbox`]: a network without a way out, a BPF file system and a cgroup for each test.
 //! - [`server`], [`client`]: who answered, and what a program sees of it.
 //! - [`cluster`]: Kubernetes objects; [`agent`]: from objects to the kernel, in process.
+//! - [`apiserver`]: an API server that holds such objects, and its faults.
 //! - [`scenario`]: objects and expected flows, run by the simulator and by the kernel.
 //! - [`feature`]: what happens on a machine that lacks something.
 //!
@@ -20,6 +21,7 @@
 )]
 
 pub mod agent;
+pub mod apiserver;
 pub mod cgroup;
 pub mod client;
 pub mod cluster;

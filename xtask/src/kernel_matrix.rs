@@ -5,7 +5,7 @@
 //! cache folder.
 
 use std::ffi::OsStr;
-use std::fs;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::sync::{Mutex, PoisonError};
@@ -236,6 +236,19 @@ fn base_initramfs(workspace: &Workspace, programs: &GuestPrograms, args: &[Strin
     Ok(initramfs)
 }
 
+/// Waits until no other run of this command works in a folder. The lock ends with the value.
+fn lock(dir: &Path, what: &str) -> Result<File> {
+    fs::create_dir_all(dir).with_context(|| format!("cannot create {}: check its owner", dir.display()))?;
+    let path = dir.join("lock");
+    let file =
+        File::create(&path).with_context(|| format!("cannot write {}: check its owner", path.display()))?;
+    if file.try_lock().is_err() {
+        step(&format!("another `cargo xtask kernel-matrix` {what}: waiting for it"));
+        file.lock().with_context(|| format!("cannot lock {}: check its file system", path.display()))?;
+    }
+    Ok(file)
+}
+
 /// Boots one kernel and judges what it printed.
 fn boot(kernel: &GuestKernel, qemu: &Qemu, base: &Initramfs, name: &str, work: &Path) -> Result<Outcome> {
     let mut initramfs = base.clone();
@@ -309,16 +322,19 @@ pub(crate) fn command(workspace: &Workspace, options: &Options) -> Result<()> {
     }
     let toolchain = setup::ensure(&[Purpose::Build, Purpose::KernelMatrix])?;
     let cache = cache_dir()?.join("kernel-matrix");
+    let work = workspace.target.join("kernel-matrix");
+    let downloads = lock(&cache, "is downloading")?;
     let archive = archive::Archive::locate(&cache)?;
     let qemu = Qemu::find(&archive, &cache, options.accel, options.refresh)?;
     let kernels: Vec<_> = rows
         .iter()
         .map(|row| (*row, GuestKernel::fetch(&archive, &cache, row.suite, options.refresh)))
         .collect();
+    drop(downloads);
+    let _only_one = lock(&work, "runs in this tree")?;
     let object = build::bpf_object(workspace, &toolchain)?;
     let programs = build_guest_programs(workspace, object.as_os_str())?;
     let base = base_initramfs(workspace, &programs, &options.args)?;
-    let work = workspace.target.join("kernel-matrix");
 
     let run = |(row, kernel): (&'static Row, Result<GuestKernel>)| {
         let start = Instant::now();

@@ -18,6 +18,7 @@ use tracing::info;
 
 use super::config::{self, UsageError};
 use crate::{
+    cluster::{Access, KubeSource, Timing},
     controller::run as agent,
     desired::{NodePortAddresses, Settings},
     kernel::{self, Features, cgroup, syscall},
@@ -29,9 +30,17 @@ use crate::{
 /// Flags of `socklb run`. Each may also come from the environment (`SOCKLB_MAX_SERVICES`) or from `--config`.
 #[derive(Debug, Args)]
 pub struct RunArgs {
-    /// Where Services, EndpointSlices and Nodes come from: file:PATH, a manifest file or a folder of them, watched.
+    /// Where Services, EndpointSlices and Nodes come from: kube, the API server (the default when a kubeconfig or a
+    /// pod's credentials are found), or "file:" and the path of a manifest file or of a folder of them, watched.
     #[arg(long, env = "SOCKLB_SOURCE", value_name = "SOURCE")]
     source: Option<String>,
+    /// Kubeconfig for --source kube [default: $KUBECONFIG, else ~/.kube/config, else the pod's credentials]
+    #[arg(long, env = "SOCKLB_KUBECONFIG", value_name = "FILE")]
+    kubeconfig: Option<PathBuf>,
+    /// URL of the API server, in place of the one that belongs to the credentials. Needed in a pod where nothing else
+    /// serves the Service of the API server.
+    #[arg(long, env = "SOCKLB_APISERVER", value_name = "URL")]
+    apiserver: Option<String>,
     /// Settings file (YAML): the names of these flags as keys.
     #[arg(long, env = "SOCKLB_CONFIG", value_name = "FILE")]
     config: Option<PathBuf>,
@@ -81,6 +90,8 @@ pub struct RunArgs {
 #[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
 struct FileConfig {
     source: Option<String>,
+    kubeconfig: Option<PathBuf>,
+    apiserver: Option<String>,
     node_name: Option<String>,
     cgroup: Option<PathBuf>,
     pin_path: Option<PathBuf>,
@@ -114,15 +125,11 @@ pub fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
     let file: FileConfig = args.config.as_deref().map(config::read).transpose()?.unwrap_or_default();
     telemetry::start_log(args.log_format.or(file.log_format).unwrap_or_default(), args.verbose);
 
-    let Some(source) = args.source.clone().or(file.source) else {
-        return Err(UsageError(
-            "--source is missing: name a manifest file or folder with file:PATH".to_owned(),
-        )
-        .into());
+    let access = Access {
+        kubeconfig: args.kubeconfig.clone().or(file.kubeconfig),
+        apiserver: args.apiserver.clone().or(file.apiserver),
     };
-    let Some(path) = source.strip_prefix("file:") else {
-        return Err(UsageError(format!("--source {source}: expected file:PATH")).into());
-    };
+    let origin = origin(args.source.as_deref().or(file.source.as_deref()), access)?;
     let node_ports = args
         .node_port_range
         .or(from_file("node-port-range", file.node_port_range, config::node_port_range)?)
@@ -173,10 +180,44 @@ pub fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
     let runtime = runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     runtime.block_on(async {
         let stop = stop_signals()?;
-        let source = files::FileSource::open(path, service_proxy_name.as_deref())?;
-        agent::run(source, options, settings, stop).await?;
+        let proxy_name = service_proxy_name.as_deref();
+        match origin {
+            Origin::Files(path) => {
+                let source = files::FileSource::open(path, proxy_name)?;
+                agent::run(source, options, settings, stop).await?;
+            }
+            Origin::Kube(access) => {
+                let source = KubeSource::open(&access, proxy_name, Timing::default()).await?;
+                agent::run(source, options, settings, stop).await?;
+            }
+        }
         Ok(ExitCode::SUCCESS)
     })
+}
+
+/// Where objects come from.
+#[derive(Debug, PartialEq, Eq)]
+enum Origin {
+    Files(PathBuf),
+    Kube(Access),
+}
+
+/// Reads `--source`.
+fn origin(source: Option<&str>, access: Access) -> Result<Origin, UsageError> {
+    let usage = |message: String| Err(UsageError(message));
+    match source {
+        Some("kube") => Ok(Origin::Kube(access)),
+        Some(other) => match other.strip_prefix("file:").filter(|path| !path.is_empty()) {
+            Some(path) => Ok(Origin::Files(path.into())),
+            None => usage(format!("--source {other}: expected kube or file:PATH")),
+        },
+        None if access.is_found() => Ok(Origin::Kube(access)),
+        None => usage(
+            "--source is missing, and no kubeconfig or pod's credentials are found: name a manifest file or folder \
+             with --source file:PATH, or a kubeconfig with --kubeconfig"
+                .to_owned(),
+        ),
+    }
 }
 
 /// The name of the own Node: the setting, else `$NODE_NAME`, else the host name, trimmed and in lower case.
@@ -204,4 +245,21 @@ fn stop_signals() -> std::io::Result<watch::Receiver<bool>> {
         let _receiver_gone = stop.send(true);
     });
     Ok(stopped)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sources() {
+        let access = || Access { kubeconfig: Some("config".into()), apiserver: None };
+        let read = |source: Option<&str>| origin(source, access());
+        assert!(matches!(read(Some("kube")), Ok(Origin::Kube(_))));
+        assert!(matches!(read(None), Ok(Origin::Kube(_))), "a kubeconfig is given");
+        assert!(matches!(read(Some("file:a/b")), Ok(Origin::Files(path)) if path.ends_with("a/b")));
+        for wrong in ["", "file:", "a/b", "kubernetes"] {
+            assert!(read(Some(wrong)).is_err(), "{wrong}");
+        }
+    }
 }

@@ -9,13 +9,15 @@
 //!
 //! - Level-triggered: a plan is computed from what is desired and what the tables hold, never from what an event
 //!   says. After any error the tables are read again.
-//! - No plan before every source has finished its first list.
+//! - No plan before every source has finished its first list; the one exception is [`start`].
 //!
 //! # Depends on
 //!
 //! Everything.
 
+pub mod latency;
 pub mod run;
+pub mod start;
 pub mod state;
 
-pub use self::state::State;
+pub use self::{latency::Latency, state::State};

@@ -1,6 +1,11 @@
 //! The agent's loop: the one place that connects source, state, kernel and clock.
 
-use std::{collections::BTreeSet, net::IpAddr, path::PathBuf, time::Duration};
+use std::{
+    collections::BTreeSet,
+    net::IpAddr,
+    path::PathBuf,
+    time::{Duration, SystemTime},
+};
 
 use tokio::{
     sync::{mpsc, watch},
@@ -8,10 +13,13 @@ use tokio::{
 };
 use tracing::{debug, error, info, warn};
 
-use super::State;
+use super::{
+    Latency, State,
+    start::{Basis, PATIENCE, Start, basis},
+};
 use crate::{
     kernel::{self, Kernel, KernelError},
-    snapshot,
+    snapshot::{self, Snapshot, SnapshotError},
     source::Source,
 };
 
@@ -62,17 +70,30 @@ pub async fn run(
         adopted = state.image().services.len(),
         "attached"
     );
-    let mut agent =
-        Agent { state, kernel, options, reported: BTreeSet::new(), unsaved: false, has_synced: false };
+    let has_adopted = !state.image().services.is_empty();
+    let mut agent = Agent {
+        state,
+        kernel,
+        options,
+        reported: BTreeSet::new(),
+        unsaved: false,
+        has_synced: false,
+        latency: Latency::default(),
+    };
     agent.forward_program_log();
     let mut interfaces = time::interval(INTERFACES);
     let mut snapshots = time::interval(SNAPSHOT);
     for interval in [&mut interfaces, &mut snapshots] {
         interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
     }
-    let (mut not_before, mut has_ended) = (Instant::now(), false);
+    let started = Instant::now();
+    let (mut not_before, mut has_ended) = (started, false);
+    // Whether the snapshot was tried, and whether the objects are its.
+    let (mut has_waited, mut serves_snapshot, mut has_answered) = (false, false, false);
     loop {
-        let may_sync = source.is_complete() && agent.state.wants_sync();
+        let is_complete = source.is_complete();
+        serves_snapshot &= !is_complete;
+        let may_sync = (is_complete || serves_snapshot) && agent.state.wants_sync();
         tokio::select! {
             biased;
             _ = stop.wait_for(|stop| *stop) => break,
@@ -80,13 +101,24 @@ pub async fn run(
                 let pause = if agent.sync(&source) { agent.options.min_sync_interval } else { RETRY };
                 not_before = Instant::now() + pause;
             }
+            () = time::sleep_until(started + PATIENCE), if !is_complete && !has_waited => {
+                has_waited = true;
+                let start = Start { is_complete, has_answered, waited: started.elapsed(), has_adopted };
+                serves_snapshot = basis(start) == Basis::Snapshot && agent.restore();
+                if has_adopted && !has_answered {
+                    warn!("the source does not answer: what was found goes on as it is");
+                }
+            }
             more = source.changed(), if !has_ended => {
                 if !more {
                     warn!("the source has ended: what is served stays as it is");
                     has_ended = true;
                     continue;
                 }
+                // Single events on top of the snapshot would be a state that never was.
+                (serves_snapshot, has_answered) = (false, true);
                 agent.state.change(|store| source.apply(store));
+                agent.latency.arrived(source.take_arrivals());
                 agent.report(&source);
             }
             Some(()) = graces.recv() => {
@@ -112,16 +144,44 @@ struct Agent {
     /// Whether the snapshot is older than the store.
     unsaved: bool,
     has_synced: bool,
+    latency: Latency,
 }
 
 impl Agent {
+    /// Takes over the objects of the snapshot. `false` if there is none that can be used.
+    fn restore(&mut self) -> bool {
+        let snapshot = match Snapshot::read(&self.options.state_dir) {
+            Ok(snapshot) => snapshot,
+            Err(SnapshotError::Missing { .. }) => {
+                warn!("the source does not answer, and there is no snapshot to serve");
+                return false;
+            }
+            Err(error) => {
+                warn!(%error, "the source does not answer, and the snapshot cannot be served");
+                return false;
+            }
+        };
+        warn!(
+            n_services = snapshot.services.len(),
+            "the source does not answer: serving the snapshot until it does"
+        );
+        self.state.change(|store| {
+            let mut changes = store.replace_services(snapshot.services);
+            changes.merge(store.replace_slices(snapshot.slices));
+            changes.merge(store.replace_nodes(snapshot.nodes));
+            changes
+        });
+        true
+    }
+
     /// Brings the kernel up to date. `false` if that failed and is to be tried again.
     fn sync(&mut self, source: &impl Source) -> bool {
         let started = Instant::now();
         let plan = self.state.sync();
         // A plan may wait for a grace period.
         let result = tokio::task::block_in_place(|| self.kernel.apply(&plan));
-        self.unsaved = true;
+        // A snapshot need not be written because it was read.
+        self.unsaved |= source.is_complete();
         match result {
             Ok(0) if self.has_synced => {}
             Ok(n_ops) => {
@@ -135,6 +195,16 @@ impl Agent {
             }
         }
         self.has_synced = true;
+        let (n_changes, longest) = self.latency.applied(Instant::now().into_std(), SystemTime::now());
+        if n_changes > 0 {
+            debug!(
+                n_changes,
+                ?longest,
+                received_p99 = ?self.latency.received.quantile(99),
+                triggered_p99 = ?self.latency.triggered.quantile(99),
+                "changes are in the kernel"
+            );
+        }
         self.report(source);
         true
     }

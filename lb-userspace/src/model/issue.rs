@@ -315,6 +315,11 @@ pub enum IssueKind {
         /// Whether the file has good objects from before.
         last_good: bool,
     },
+    /// The API server sent an object of another form than the API's. It is left out.
+    Unreadable {
+        /// The cause, in one line.
+        cause: String,
+    },
 }
 
 impl IssueKind {
@@ -425,6 +430,7 @@ impl fmt::Display for IssueKind {
                 write!(f, "{cause}; the objects read from it before stay in force")
             }
             Self::BrokenFile { cause, last_good: false } => write!(f, "{cause}; the file is left out"),
+            Self::Unreadable { cause } => write!(f, "{cause}; the object is left out"),
         }
     }
 }

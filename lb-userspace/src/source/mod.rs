@@ -2,7 +2,19 @@
 
 pub mod files;
 
+use std::time::{Instant, SystemTime};
+
 use crate::model::{Changes, Issue, Store};
+
+/// When a change came to be known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Arrival {
+    /// When the event arrived here.
+    pub received: Instant,
+    /// When the cluster saw what led to it, by the cluster's clock; `None` if that is not told, or if it was before
+    /// this agent started.
+    pub triggered: Option<SystemTime>,
+}
 
 /// Where objects come from.
 pub trait Source: Send {
@@ -22,4 +34,9 @@ pub trait Source: Send {
 
     /// Describes the source in a few words.
     fn describe(&self) -> String;
+
+    /// Takes the times of the changes that were applied since the last call, except those of whole lists.
+    fn take_arrivals(&mut self) -> Vec<Arrival> {
+        Vec::new()
+    }
 }

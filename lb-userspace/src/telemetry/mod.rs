@@ -21,8 +21,9 @@ pub enum LogFormat {
 /// Does nothing if logging has been started before.
 pub fn start_log(format: LogFormat, verbosity: u8) {
     let default = match verbosity {
-        0 => "info",
-        1 => "info,lb_userspace=debug,lb_ebpf=debug",
+        // Each failed request is an error to kube's client; `cluster` says once what it means.
+        0 => "info,kube_client=off",
+        1 => "info,kube_client=off,lb_userspace=debug,lb_ebpf=debug",
         // aya tells each relocation at this level, which nobody who watches calls wants to read.
         _ => "debug,lb_userspace=trace,aya=info,aya_obj=info",
     };

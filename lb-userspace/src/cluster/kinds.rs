@@ -1,0 +1,180 @@
+//! The kinds that are watched, and what is kept of an object.
+
+use k8s_openapi::api::{core::v1 as core, discovery::v1 as discovery};
+use serde::{Deserialize, de::DeserializeOwned};
+use serde_json::value::RawValue;
+use tokio::time::Instant;
+
+use crate::model::{Issue, IssueKind, Node, ObjectRef, Service, Slice, ingest};
+
+/// What is left of an object.
+#[derive(Debug)]
+pub(super) struct Trimmed<M> {
+    pub(super) object: ObjectRef,
+    /// `None` for an object that plays no part, and for one that is deleted.
+    pub(super) model: Option<M>,
+    pub(super) issues: Vec<Issue>,
+}
+
+/// A change of the objects of one kind.
+#[derive(Debug)]
+pub(super) enum Change<M> {
+    /// These are all objects.
+    All { models: Vec<M>, issues: Vec<Issue> },
+    /// One object was set or deleted.
+    One {
+        trimmed: Trimmed<M>,
+        /// When the event arrived.
+        received: Instant,
+    },
+}
+
+/// A change of the objects of some kind.
+#[derive(Debug)]
+pub(super) enum News {
+    Services(Change<Service>),
+    Slices(Change<Slice>),
+    Nodes(Change<Node>),
+}
+
+/// A kind of objects.
+pub(super) trait Kind: 'static {
+    /// As the API has it.
+    type Object: DeserializeOwned;
+    /// What is kept.
+    type Model: Send;
+
+    const PATH: &str;
+    /// For log lines.
+    const PLURAL: &str;
+    /// Whether labels decide which objects are served.
+    const IS_LABELLED: bool;
+
+    fn object(namespace: &str, name: &str) -> ObjectRef;
+    fn ingest(object: &Self::Object) -> (Option<Self::Model>, Vec<Issue>);
+    fn news(change: Change<Self::Model>) -> News;
+}
+
+pub(super) enum Services {}
+
+impl Kind for Services {
+    type Object = core::Service;
+    type Model = Service;
+
+    const PATH: &str = "/api/v1/services";
+    const PLURAL: &str = "services";
+    const IS_LABELLED: bool = true;
+
+    fn object(namespace: &str, name: &str) -> ObjectRef {
+        ObjectRef::service(namespace, name)
+    }
+
+    fn ingest(object: &core::Service) -> (Option<Service>, Vec<Issue>) {
+        ingest::service(object)
+    }
+
+    fn news(change: Change<Service>) -> News {
+        News::Services(change)
+    }
+}
+
+pub(super) enum Slices {}
+
+impl Kind for Slices {
+    type Object = discovery::EndpointSlice;
+    type Model = Slice;
+
+    const PATH: &str = "/apis/discovery.k8s.io/v1/endpointslices";
+    const PLURAL: &str = "endpointslices";
+    const IS_LABELLED: bool = true;
+
+    fn object(namespace: &str, name: &str) -> ObjectRef {
+        ObjectRef::slice(namespace, name)
+    }
+
+    fn ingest(object: &discovery::EndpointSlice) -> (Option<Slice>, Vec<Issue>) {
+        ingest::slice(object)
+    }
+
+    fn news(change: Change<Slice>) -> News {
+        News::Slices(change)
+    }
+}
+
+pub(super) enum Nodes {}
+
+impl Kind for Nodes {
+    type Object = core::Node;
+    type Model = Node;
+
+    const PATH: &str = "/api/v1/nodes";
+    const PLURAL: &str = "nodes";
+    const IS_LABELLED: bool = false;
+
+    fn object(_none: &str, name: &str) -> ObjectRef {
+        ObjectRef::node(name)
+    }
+
+    fn ingest(object: &core::Node) -> (Option<Node>, Vec<Issue>) {
+        ingest::node(object)
+    }
+
+    fn news(change: Change<Node>) -> News {
+        News::Nodes(change)
+    }
+}
+
+/// What every object has.
+#[derive(Debug, Deserialize)]
+pub(super) struct Header {
+    #[serde(default)]
+    pub(super) metadata: Metadata,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub(super) struct Metadata {
+    name: String,
+    namespace: Option<String>,
+    pub(super) resource_version: Option<String>,
+    pub(super) annotations: Option<std::collections::BTreeMap<String, String>>,
+}
+
+impl Header {
+    pub(super) fn object<K: Kind>(&self) -> ObjectRef {
+        K::object(self.metadata.namespace.as_deref().unwrap_or_default(), &self.metadata.name)
+    }
+}
+
+/// Reduces an object to what is kept of it.
+pub(super) fn trim<K: Kind>(header: &Header, text: &RawValue) -> Trimmed<K::Model> {
+    let object = header.object::<K>();
+    let (model, issues) = match serde_json::from_str::<K::Object>(text.get()) {
+        Ok(parsed) => K::ingest(&parsed),
+        // One object of another form must not keep the others from being served.
+        Err(error) => {
+            let cause = error.to_string();
+            (None, vec![Issue::new(object.clone(), IssueKind::Unreadable { cause })])
+        }
+    };
+    Trimmed { object, model, issues }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn raw(text: &str) -> Box<RawValue> {
+        RawValue::from_string(text.to_owned()).unwrap()
+    }
+
+    #[test]
+    fn an_object_of_another_form_is_an_issue() {
+        let text = raw(r#"{"metadata":{"name":"web","namespace":"shop"},"spec":{"ports":"none"}}"#);
+        let header: Header = serde_json::from_str(text.get()).unwrap();
+        let trimmed = trim::<Services>(&header, &text);
+        assert!(trimmed.model.is_none());
+        let [issue] = &trimmed.issues[..] else { panic!("{:?}", trimmed.issues) };
+        assert_eq!(issue.object, ObjectRef::service("shop", "web"));
+    }
+}

@@ -1,0 +1,196 @@
+//! The API server as a [`Source`].
+
+use std::collections::BTreeMap;
+
+use k8s_openapi::jiff::Timestamp;
+use tokio::{
+    sync::mpsc::{self, error::TryRecvError},
+    task::JoinSet,
+};
+
+use super::{
+    Access, Error, Timing,
+    follow::{Follower, follow},
+    kinds::{Change, News, Nodes, Services, Slices, Trimmed},
+};
+use crate::{
+    model::{Changes, Issue, ObjectKind, ObjectRef, ServiceKey, SliceKey, Store, ingest},
+    source::{Arrival, Source},
+};
+
+/// Events that wait for the agent's loop before the watches do.
+const QUEUE: usize = 1024;
+/// Events that are taken in at once: the loop must get to the kernel in between.
+const BATCH: usize = 16_384;
+
+/// Services, EndpointSlices and Nodes of an API server.
+#[derive(Debug)]
+pub struct KubeSource {
+    server: String,
+    news: mpsc::Receiver<News>,
+    /// Received, not applied yet.
+    pending: Vec<News>,
+    listed: Listed,
+    issues: BTreeMap<ObjectRef, Vec<Issue>>,
+    arrivals: Vec<Arrival>,
+    /// Changes that the cluster saw before are not late because of this agent.
+    started: Timestamp,
+    /// Ended on drop.
+    _watches: JoinSet<()>,
+}
+
+/// The kinds whose first list is applied.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Listed {
+    services: bool,
+    slices: bool,
+    nodes: bool,
+}
+
+impl KubeSource {
+    /// Starts watching. The service proxy name is the one of `--service-proxy-name`.
+    ///
+    /// Returns without having heard from the server: it may be away, and the watches ask until it answers.
+    ///
+    /// # Errors
+    ///
+    /// If there is no way to a server: see [`Error`].
+    ///
+    /// # Panics
+    ///
+    /// Outside a tokio runtime.
+    pub async fn open(
+        access: &Access,
+        service_proxy_name: Option<&str>,
+        timing: Timing,
+    ) -> Result<Self, Error> {
+        let (client, server) = access.client().await?;
+        let (sender, news) = mpsc::channel(QUEUE);
+        let selector = ingest::label_selector(service_proxy_name);
+        let follower = Follower { client, timing, selector, news: sender };
+        let mut watches = JoinSet::new();
+        watches.spawn(follow::<Services>(follower.clone()));
+        watches.spawn(follow::<Slices>(follower.clone()));
+        watches.spawn(follow::<Nodes>(follower));
+        Ok(Self {
+            server,
+            news,
+            pending: Vec::new(),
+            listed: Listed::default(),
+            issues: BTreeMap::new(),
+            arrivals: Vec::new(),
+            started: Timestamp::now(),
+            _watches: watches,
+        })
+    }
+
+    fn note(&mut self, object: ObjectRef, issues: Vec<Issue>) {
+        if issues.is_empty() {
+            self.issues.remove(&object);
+        } else {
+            self.issues.insert(object, issues);
+        }
+    }
+
+    fn note_all(&mut self, kind: &ObjectKind, issues: Vec<Issue>) {
+        self.issues.retain(|object, _| object.kind != *kind);
+        for issue in issues {
+            self.issues.entry(issue.object.clone()).or_default().push(issue);
+        }
+    }
+
+    /// The moment of the change behind a slice, if this agent could have seen it happen.
+    fn triggered(&self, trigger_time: Option<i128>) -> Option<Timestamp> {
+        Timestamp::from_nanosecond(trigger_time?).ok().filter(|triggered| *triggered >= self.started)
+    }
+
+    fn apply_one(&mut self, news: News, store: &mut Store) -> Changes {
+        match news {
+            News::Services(Change::All { models, issues }) => {
+                self.listed.services = true;
+                self.note_all(&ObjectKind::Service, issues);
+                store.replace_services(models)
+            }
+            News::Slices(Change::All { models, issues }) => {
+                self.listed.slices = true;
+                self.note_all(&ObjectKind::EndpointSlice, issues);
+                store.replace_slices(models)
+            }
+            News::Nodes(Change::All { models, issues }) => {
+                self.listed.nodes = true;
+                self.note_all(&ObjectKind::Node, issues);
+                store.replace_nodes(models)
+            }
+            News::Services(Change::One { trimmed: Trimmed { object, model, issues }, received }) => {
+                let key = ServiceKey { namespace: object.namespace.clone(), name: object.name.clone() };
+                let changes = store.set_service(&key, model);
+                self.arrived(&changes, Arrival { received: received.into_std(), triggered: None });
+                self.note(object, issues);
+                changes
+            }
+            News::Slices(Change::One { trimmed: Trimmed { object, model, issues }, received }) => {
+                let key = SliceKey { namespace: object.namespace.clone(), name: object.name.clone() };
+                let triggered = self.triggered(model.as_ref().and_then(|slice| slice.trigger_time));
+                let changes = store.set_slice(&key, model);
+                let triggered = triggered.map(Into::into);
+                self.arrived(&changes, Arrival { received: received.into_std(), triggered });
+                self.note(object, issues);
+                changes
+            }
+            News::Nodes(Change::One { trimmed: Trimmed { object, model, issues }, received }) => {
+                let changes = store.set_node(&object.name, model);
+                self.arrived(&changes, Arrival { received: received.into_std(), triggered: None });
+                self.note(object, issues);
+                changes
+            }
+        }
+    }
+
+    /// An event that changes nothing is not waited for by anybody.
+    fn arrived(&mut self, changes: &Changes, arrival: Arrival) {
+        if !changes.is_empty() {
+            self.arrivals.push(arrival);
+        }
+    }
+}
+
+impl Source for KubeSource {
+    async fn changed(&mut self) -> bool {
+        if self.pending.is_empty() {
+            let Some(news) = self.news.recv().await else { return false };
+            self.pending.push(news);
+        }
+        // What has arrived together is applied together.
+        while self.pending.len() < BATCH {
+            match self.news.try_recv() {
+                Ok(news) => self.pending.push(news),
+                Err(TryRecvError::Empty | TryRecvError::Disconnected) => break,
+            }
+        }
+        true
+    }
+
+    fn is_complete(&self) -> bool {
+        self.listed == Listed { services: true, slices: true, nodes: true }
+    }
+
+    fn apply(&mut self, store: &mut Store) -> Changes {
+        let mut changes = Changes::default();
+        for news in std::mem::take(&mut self.pending) {
+            changes.merge(self.apply_one(news, store));
+        }
+        changes
+    }
+
+    fn issues(&self) -> Vec<Issue> {
+        self.issues.values().flatten().cloned().collect()
+    }
+
+    fn describe(&self) -> String {
+        format!("kube {}", self.server)
+    }
+
+    fn take_arrivals(&mut self) -> Vec<Arrival> {
+        std::mem::take(&mut self.arrivals)
+    }
+}

@@ -1,0 +1,140 @@
+//! How long changes take to reach the kernel.
+
+use std::time::{Duration, Instant, SystemTime};
+
+use crate::source::Arrival;
+
+/// Number of buckets of a [`Histogram`]: from 1/16 ms doubling up to half an hour.
+pub const N_BUCKETS: usize = 26;
+/// Upper bound of the first bucket.
+const FIRST: Duration = Duration::from_nanos(62_500);
+
+/// Durations, counted in buckets whose bounds double.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Histogram {
+    counts: [u64; N_BUCKETS],
+    n_values: u64,
+    sum: Duration,
+}
+
+impl Histogram {
+    /// The upper bound of a bucket, which belongs to it. The last bucket holds what is longer, too.
+    #[must_use]
+    pub fn bound(index: usize) -> Duration {
+        FIRST * (1 << index.min(N_BUCKETS - 1))
+    }
+
+    /// Counts a duration.
+    pub fn record(&mut self, value: Duration) {
+        let index = (0..N_BUCKETS - 1).find(|index| value <= Self::bound(*index)).unwrap_or(N_BUCKETS - 1);
+        self.counts[index] += 1;
+        self.n_values += 1;
+        self.sum = self.sum.saturating_add(value);
+    }
+
+    /// How many durations each bucket holds, not counting the buckets before it.
+    #[must_use]
+    pub const fn counts(&self) -> &[u64; N_BUCKETS] {
+        &self.counts
+    }
+
+    /// Number of durations.
+    #[must_use]
+    pub const fn n_values(&self) -> u64 {
+        self.n_values
+    }
+
+    /// Sum of the durations.
+    #[must_use]
+    pub const fn sum(&self) -> Duration {
+        self.sum
+    }
+
+    /// A bound that this share of the durations does not exceed, at most twice as long as it need be; `None` without
+    /// any.
+    #[must_use]
+    pub fn quantile(&self, percent: u8) -> Option<Duration> {
+        let wanted = (self.n_values * u64::from(percent.min(100))).div_ceil(100).max(1);
+        let mut n_so_far = 0;
+        (0..N_BUCKETS).find_map(|index| {
+            n_so_far += self.counts[index];
+            (n_so_far >= wanted).then(|| Self::bound(index))
+        })
+    }
+}
+
+/// Times from a change to the moment when the kernel's tables follow it. First lists and re-lists do not count.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Latency {
+    /// From the arrival of the event.
+    pub received: Histogram,
+    /// From the change that the cluster saw, by its clock: Kubernetes' network programming latency. A clock that
+    /// differs from this node's falsifies it; what seems to be in the future counts as now.
+    pub triggered: Histogram,
+    /// Changes that no plan has carried out yet.
+    waiting: Vec<Arrival>,
+}
+
+impl Latency {
+    /// Adds changes that the next plan will carry out.
+    pub fn arrived(&mut self, arrivals: Vec<Arrival>) {
+        self.waiting.extend(arrivals);
+    }
+
+    /// All of them are carried out. Returns how many, and the longest time since an arrival.
+    pub fn applied(&mut self, now: Instant, clock: SystemTime) -> (usize, Duration) {
+        let n_changes = self.waiting.len();
+        let mut longest = Duration::ZERO;
+        for arrival in self.waiting.drain(..) {
+            let took = now.saturating_duration_since(arrival.received);
+            longest = longest.max(took);
+            self.received.record(took);
+            if let Some(triggered) = arrival.triggered {
+                self.triggered.record(clock.duration_since(triggered).unwrap_or_default());
+            }
+        }
+        (n_changes, longest)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn buckets_double() {
+        assert_eq!(Histogram::bound(0), Duration::from_nanos(62_500));
+        assert_eq!(Histogram::bound(4), Duration::from_millis(1));
+        assert!(Histogram::bound(N_BUCKETS - 1) > Duration::from_secs(1800));
+    }
+
+    #[test]
+    fn quantiles_are_bounds() {
+        let mut histogram = Histogram::default();
+        assert_eq!(histogram.quantile(50), None);
+        for _ in 0..99 {
+            histogram.record(Duration::from_micros(900));
+        }
+        histogram.record(Duration::from_secs(1));
+        assert_eq!(histogram.quantile(50), Some(Duration::from_millis(1)));
+        assert_eq!(histogram.quantile(99), Some(Duration::from_millis(1)));
+        assert_eq!(histogram.quantile(100), Some(Duration::from_millis(1024)));
+        assert_eq!((histogram.n_values(), histogram.sum()), (100, Duration::from_micros(1_089_100)));
+        histogram.record(Duration::MAX);
+        assert_eq!(histogram.counts()[N_BUCKETS - 1], 1);
+    }
+
+    #[test]
+    fn a_change_counts_when_it_is_carried_out() {
+        let (now, clock) = (Instant::now(), SystemTime::now());
+        let mut latency = Latency::default();
+        let triggered = Some(clock - Duration::from_millis(30));
+        latency
+            .arrived(vec![Arrival { received: now, triggered }, Arrival { received: now, triggered: None }]);
+        let later = Duration::from_millis(4);
+        assert_eq!(latency.applied(now + later, clock + later), (2, later));
+        assert_eq!((latency.received.n_values(), latency.triggered.n_values()), (2, 1));
+        assert_eq!(latency.triggered.sum(), Duration::from_millis(34));
+        assert_eq!(latency.applied(now, clock).0, 0);
+    }
+}

@@ -1,0 +1,131 @@
+//! The agent without a kernel: source, state, and an image in its place.
+
+use std::{
+    fs,
+    net::SocketAddr,
+    time::{Duration, Instant},
+};
+
+use lb_tests::{
+    agent,
+    apiserver::ApiServer,
+    cluster::{self, Cluster},
+};
+use lb_userspace::{
+    cluster::{Access, KubeSource, Timing},
+    controller::State,
+    model::{Protocol::Tcp, Store},
+    plan::Capacity,
+    source::Source,
+    tables::Image,
+};
+use tokio::runtime::Runtime;
+
+/// After how long a test fails that waits for something.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Times for tests: a half-open connection shows in a second.
+pub(crate) const TIMING: Timing = Timing {
+    answer: Duration::from_secs(1),
+    idle: Duration::from_secs(1),
+    watch: Duration::from_secs(290),
+    first_pause: Duration::from_millis(20),
+};
+
+/// Opens a source by a kubeconfig, as the agent does.
+pub(crate) fn open(runtime: &Runtime, server: &ApiServer) -> KubeSource {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("kubeconfig");
+    fs::write(&path, server.kubeconfig()).unwrap();
+    let access = Access { kubeconfig: Some(path), apiserver: None };
+    runtime.block_on(KubeSource::open(&access, None, TIMING)).unwrap()
+}
+
+/// Source, state and image.
+pub(crate) struct Follower {
+    runtime: Runtime,
+    pub(crate) source: KubeSource,
+    pub(crate) state: State,
+    pub(crate) image: Image,
+}
+
+impl Follower {
+    pub(crate) fn start(server: &ApiServer) -> Self {
+        let runtime = runtime();
+        let source = open(&runtime, server);
+        let image = Image::default();
+        let state = State::new(agent::settings(), Vec::new(), Capacity::default(), &image);
+        Self { runtime, source, state, image }
+    }
+
+    /// Takes in what there is, waiting for a moment. Syncs if the agent would.
+    pub(crate) fn step(&mut self) {
+        let moment = Duration::from_millis(5);
+        let source = &mut self.source;
+        let changed = self.runtime.block_on(async { tokio::time::timeout(moment, source.changed()).await });
+        if changed.is_ok() {
+            self.state.change(|store| source.apply(store));
+        }
+        if self.source.is_complete() && self.state.wants_sync() {
+            self.state.sync().apply(&mut self.image);
+            self.state.settled();
+        }
+    }
+
+    pub(crate) fn until(&mut self, what: &str, condition: impl Fn(&Self) -> bool) {
+        let end = Instant::now() + PATIENCE;
+        while !condition(self) {
+            assert!(Instant::now() < end, "never happened: {what}");
+            self.step();
+        }
+    }
+
+    /// Waits until everything is as computed from scratch from the server's objects.
+    pub(crate) fn until_like(&mut self, server: &ApiServer) {
+        let cluster = server.cluster();
+        let mut expected = Store::new();
+        let (_all, _issues) = cluster.fill(&mut expected);
+        self.until("the store holds the server's objects", |follower| {
+            follower.source.is_complete()
+                && *follower.state.store() == expected
+                && !follower.state.wants_sync()
+        });
+        assert_eq!(self.image, *self.state.image());
+        let mut scratch = State::new(agent::settings(), Vec::new(), Capacity::default(), &self.image);
+        cluster.feed(&mut scratch);
+        let plan = scratch.sync();
+        assert!(plan.is_empty(), "computed from scratch, {plan:?} would be missing");
+    }
+
+    pub(crate) fn n_frontends(&self) -> usize {
+        self.image.services.len()
+    }
+}
+
+pub(crate) fn runtime() -> Runtime {
+    tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap()
+}
+
+/// The address of the service of a number.
+pub(crate) fn service_address(number: usize) -> SocketAddr {
+    format!("10.96.{}.{}:80", 1 + number / 250, 1 + number % 250).parse().unwrap()
+}
+
+/// So many services with three endpoints each, and two nodes.
+pub(crate) fn cluster(n_services: usize) -> Cluster {
+    let mut cluster = Cluster::new();
+    for number in 0..n_services {
+        cluster.serve(&format!("web-{number}"), service_address(number), Tcp, &endpoints(number, 3));
+    }
+    cluster.with([
+        cluster::node("node", &["192.0.2.1".parse().unwrap()]),
+        cluster::node("other", &["192.0.2.2".parse().unwrap()]),
+    ])
+}
+
+/// Endpoints of the service of a number.
+pub(crate) fn endpoints(number: usize, n_endpoints: usize) -> Vec<SocketAddr> {
+    let address =
+        |endpoint| format!("10.{}.{}.{}:8080", 1 + endpoint, number / 250, 1 + number % 250).parse().unwrap();
+    (0..n_endpoints).map(address).collect()
+}

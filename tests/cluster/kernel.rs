@@ -1,0 +1,140 @@
+//! From the API server to the kernel.
+
+use std::{
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    path::Path,
+    thread,
+    time::{Duration, Instant},
+};
+
+use lb_tests::{
+    Feature, Sandbox,
+    agent::{self, Agent},
+    apiserver::{ApiServer, Kind},
+    client::call,
+    cluster::{Cluster, NAMESPACE, PortOf},
+    require,
+    server::Servers,
+};
+use lb_userspace::{
+    controller::run::{Options, run},
+    model::{Protocol::Tcp, Store},
+    snapshot::{self, Snapshot},
+    source::Source as _,
+};
+use nix::errno::Errno;
+use tokio::sync::watch;
+
+use crate::follower::{PATIENCE, open, runtime, service_address};
+
+/// A call goes where the server's objects say, soon after they say so, and the server's going away changes nothing.
+#[test]
+fn calls_follow_the_api_server() {
+    if !require(Feature::Programs) {
+        return;
+    }
+    Sandbox::run(|sandbox| {
+        let endpoints = [8001, 8002].map(|port| SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), port));
+        let _servers = Servers::tcp(endpoints);
+        let service = service_address(0);
+        let mut server = ApiServer::start();
+        let mut objects = Cluster::new();
+        objects.serve("web", service, Tcp, &endpoints[..1]);
+        server.set(&objects);
+
+        let runtime = runtime();
+        let mut source = open(&runtime, &server);
+        let mut agent = Agent::start(sandbox);
+        let mut until = |wanted: Result<SocketAddr, Errno>| {
+            let started = Instant::now();
+            loop {
+                let moment = Duration::from_millis(5);
+                let changed =
+                    runtime.block_on(async { tokio::time::timeout(moment, source.changed()).await });
+                if changed.is_ok() {
+                    agent.state.change(|store| source.apply(store));
+                }
+                if source.is_complete() && agent.state.wants_sync() {
+                    agent.sync();
+                }
+                if call(service, Tcp) == wanted {
+                    return started.elapsed();
+                }
+                assert!(started.elapsed() < PATIENCE, "{service} never gave {wanted:?}");
+            }
+        };
+        until(Ok(endpoints[0]));
+        objects.set_endpoints(&PortOf::tcp("web"), &endpoints[1..]);
+        server.set(&objects);
+        eprintln!("from the change to the first call that sees it: {:?}", until(Ok(endpoints[1])));
+        server.stop();
+        until(Ok(endpoints[1]));
+        objects.set_endpoints(&PortOf::tcp("web"), &[]);
+        server.set(&objects);
+        server.resume().unwrap();
+        until(Err(Errno::ECONNREFUSED));
+        server.delete(Kind::Service, NAMESPACE, "web");
+        until(Err(Errno::ENETUNREACH));
+    });
+}
+
+fn until(what: &str, condition: impl Fn() -> bool) {
+    let end = Instant::now() + PATIENCE;
+    while !condition() {
+        assert!(Instant::now() < end, "never happened: {what}");
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// Runs the whole agent while something happens.
+fn with_agent(sandbox: &Sandbox, server: &ApiServer, state_dir: &Path, body: impl FnOnce()) {
+    let (stop, stopped) = watch::channel(false);
+    thread::scope(|scope| {
+        let agent = scope.spawn(|| {
+            let runtime = runtime();
+            let options = Options {
+                kernel: agent::options(sandbox),
+                state_dir: state_dir.to_owned(),
+                min_sync_interval: Duration::ZERO,
+            };
+            let source = open(&runtime, server);
+            runtime.block_on(run(source, options, agent::settings(), stopped)).unwrap();
+        });
+        body();
+        stop.send(true).unwrap();
+        agent.join().unwrap();
+    });
+}
+
+/// A host that starts while the API server is away serves what it served last; the server's word replaces it.
+#[test]
+fn without_the_server_the_snapshot_is_served() {
+    if !require(Feature::Programs) {
+        return;
+    }
+    Sandbox::run(|sandbox| {
+        let endpoints = [8001, 8002].map(|port| SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), port));
+        let _servers = Servers::tcp(endpoints);
+        let (service, state_dir) = (service_address(0), tempfile::tempdir().unwrap());
+        let mut objects = Cluster::new();
+        objects.serve("web", service, Tcp, &endpoints[..1]);
+        let mut store = Store::new();
+        let (_all, _issues) = objects.fill(&mut store);
+        snapshot::write(state_dir.path(), &agent::settings(), &[], &store).unwrap();
+
+        let mut server = ApiServer::start();
+        server.stop();
+        with_agent(sandbox, &server, state_dir.path(), || {
+            until("the snapshot is served", || call(service, Tcp) == Ok(endpoints[0]));
+        });
+        objects.set_endpoints(&PortOf::tcp("web"), &endpoints[1..]);
+        server.set(&objects);
+        server.resume().unwrap();
+        with_agent(sandbox, &server, state_dir.path(), || {
+            until("the server's objects are served", || call(service, Tcp) == Ok(endpoints[1]));
+        });
+        let saved = Snapshot::read(state_dir.path()).unwrap();
+        assert_eq!(saved.slices.iter().map(|slice| slice.ports[0].port).collect::<Vec<_>>(), [8002]);
+        assert_eq!(saved.services.len(), 1);
+    });
+}

@@ -1,0 +1,8 @@
+//! The agent against an API server, and against everything that goes wrong with one.
+#![expect(clippy::unwrap_used, reason = "what fails here fails a test")]
+
+mod faults;
+mod follower;
+mod kernel;
+mod kubectl;
+mod watches;

@@ -1,0 +1,114 @@
+//! Lists and watches of a server that works.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use k8s_openapi::api::core::v1::Service;
+use lb_tests::{
+    apiserver::{ApiServer, Kind},
+    cluster::{self, PortOf},
+};
+use lb_userspace::{model::ingest, source::Source as _};
+
+use crate::follower::{Follower, cluster, endpoints};
+
+#[test]
+fn everything_is_listed_and_followed() {
+    let server = ApiServer::start();
+    let mut objects = cluster(40);
+    server.set(&objects);
+    let mut follower = Follower::start(&server);
+    follower.until_like(&server);
+    assert_eq!(follower.n_frontends(), 40);
+    for n_endpoints in [1, 4, 0, 2] {
+        objects.set_endpoints(&PortOf::tcp("web-7"), &endpoints(7, n_endpoints));
+        server.set(&objects);
+        follower.until_like(&server);
+    }
+    server.delete(Kind::Service, cluster::NAMESPACE, "web-7");
+    follower.until_like(&server);
+    assert_eq!(follower.n_frontends(), 39);
+    server.delete(Kind::Node, "", "other");
+    follower.until_like(&server);
+    assert_eq!(server.requests().lists, 3, "one list of each kind");
+}
+
+/// An older server refuses streaming lists; a list of many objects from there is whole, too.
+#[test]
+fn a_server_without_streaming_lists_is_listed() {
+    let mut server = ApiServer::start();
+    server.set_faults(|faults| faults.has_streaming_lists = false);
+    server.set(&cluster(600));
+    let mut follower = Follower::start(&server);
+    follower.until_like(&server);
+    assert_eq!(follower.n_frontends(), 600);
+    // A list of the latest state comes in pages.
+    server.restart_at_version(5000);
+    server.set(&cluster(550));
+    server.expire();
+    follower.until_like(&server);
+    assert_eq!(follower.n_frontends(), 550);
+}
+
+#[test]
+fn nothing_is_served_before_all_lists_are_complete() {
+    let server = ApiServer::start();
+    server.set(&cluster(3));
+    server.set_faults(|faults| faults.delay = Duration::from_millis(300));
+    let mut follower = Follower::start(&server);
+    for _ in 0..10 {
+        follower.step();
+        assert!(follower.source.is_complete() || follower.n_frontends() == 0);
+    }
+    follower.until_like(&server);
+}
+
+/// Toggling a label takes a service from the list and gives it back, without the service being deleted.
+#[test]
+fn labels_take_services_away_and_bring_them_back() {
+    let server = ApiServer::start();
+    let objects = cluster(2);
+    server.set(&objects);
+    let mut follower = Follower::start(&server);
+    follower.until_like(&server);
+    let service = |labels: &[(&str, &str)]| -> Service {
+        let mut service = objects.services.values().next().unwrap().clone();
+        let labels: BTreeMap<_, _> =
+            labels.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
+        service.metadata.labels = Some(labels);
+        service
+    };
+    for (labels, n_frontends) in [
+        (&[(ingest::SERVICE_PROXY_NAME, "other")][..], 1),
+        (&[], 2),
+        (&[(ingest::HEADLESS, "")], 1),
+        (&[("app", "web")], 2),
+    ] {
+        server.apply(service(labels));
+        follower.until_like(&server);
+        assert_eq!(follower.n_frontends(), n_frontends, "{labels:?}");
+    }
+}
+
+/// A change that an event brings is timed; those of a list are not.
+#[test]
+fn events_are_timed() {
+    let server = ApiServer::start();
+    let mut objects = cluster(2);
+    server.set(&objects);
+    let mut follower = Follower::start(&server);
+    follower.until_like(&server);
+    assert_eq!(follower.source.take_arrivals(), []);
+    objects.set_endpoints(&PortOf::tcp("web-1"), &endpoints(1, 2));
+    let mut slices = objects.slices.clone();
+    for slice in slices.values_mut() {
+        let annotations = slice.metadata.annotations.get_or_insert_default();
+        let now = k8s_openapi::jiff::Timestamp::now().to_string();
+        annotations.insert(ingest::TRIGGER_TIME.to_owned(), now);
+    }
+    objects.slices = slices;
+    server.set(&objects);
+    follower.until_like(&server);
+    let arrivals = follower.source.take_arrivals();
+    assert_eq!(arrivals.len(), 1, "the other slice has the same endpoints as before");
+    assert!(arrivals[0].triggered.is_some());
+}

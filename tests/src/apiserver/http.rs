@@ -1,0 +1,587 @@
+//! Requests and answers.
+
+use std::{collections::BTreeMap, io, net::TcpListener, sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use http_body_util::BodyExt as _;
+use hyper::{
+    Method, Request, Response, StatusCode,
+    body::Incoming,
+    header::{ACCEPT, CONTENT_TYPE, RETRY_AFTER},
+    server::conn::http1,
+    service::service_fn,
+};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use serde_json::{Value, json};
+use tokio::{
+    sync::mpsc,
+    time::{self, Instant},
+};
+
+use super::{
+    Shared, Signals,
+    body::Answer,
+    discovery, lock,
+    selector::Selector,
+    store::{Change, Kind, Refusal, name_of},
+};
+
+/// Whether a request on a frozen connection may go on: never.
+async fn wait_while_frozen(shared: &Shared, connection: u64) {
+    if shared.signals.borrow().frozen >= connection {
+        std::future::pending::<()>().await;
+    }
+}
+
+/// Serves connections until dropped.
+pub(super) async fn serve(listener: TcpListener, shared: Arc<Shared>) {
+    let Ok(listener) = tokio::net::TcpListener::from_std(listener) else { return };
+    loop {
+        let Ok((stream, _peer)) = listener.accept().await else { continue };
+        // Events are small; without this each waits for the acknowledgement of the one before.
+        let _as_it_is = stream.set_nodelay(true);
+        let connection = {
+            let mut n_connections = lock(&shared.n_connections);
+            *n_connections += 1;
+            *n_connections
+        };
+        let shared = Arc::clone(&shared);
+        // Ends with the runtime.
+        let _connection = tokio::spawn(async move {
+            let service = service_fn(move |request| {
+                let shared = Arc::clone(&shared);
+                async move {
+                    wait_while_frozen(&shared, connection).await;
+                    let answer = answer(&shared, connection, request).await;
+                    wait_while_frozen(&shared, connection).await;
+                    Ok::<_, io::Error>(answer.unwrap_or_else(|refusal| refused(&refusal)))
+                }
+            });
+            // A connection that breaks is the client's affair.
+            let _broken = http1::Builder::new()
+                .timer(TokioTimer::new())
+                .serve_connection(TokioIo::new(stream), service)
+                .await;
+        });
+    }
+}
+
+fn respond(code: u16, body: Answer) -> Response<Answer> {
+    let mut response = Response::new(body);
+    *response.status_mut() = StatusCode::from_u16(code).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+    response.headers_mut().insert(CONTENT_TYPE, hyper::header::HeaderValue::from_static("application/json"));
+    response
+}
+
+fn refused(refusal: &Refusal) -> Response<Answer> {
+    let mut response = respond(refusal.code, Answer::json(&refusal.status()));
+    if let Some(seconds) = refusal.retry_after {
+        response.headers_mut().insert(RETRY_AFTER, seconds.into());
+    }
+    response
+}
+
+/// The parameters of a request.
+#[derive(Debug)]
+struct Query(BTreeMap<String, String>);
+
+impl Query {
+    fn parse(text: &str) -> Self {
+        let decode = |text: &str| percent_decode(&text.replace('+', " "));
+        let pairs = text.split('&').filter(|pair| !pair.is_empty()).map(|pair| {
+            let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
+            (decode(key), decode(value))
+        });
+        Self(pairs.collect())
+    }
+
+    fn get(&self, key: &str) -> &str {
+        self.0.get(key).map(String::as_str).unwrap_or_default()
+    }
+
+    fn is_true(&self, key: &str) -> bool {
+        matches!(self.get(key), "true" | "1")
+    }
+
+    fn number(&self, key: &str) -> Result<u64, Refusal> {
+        let text = self.get(key);
+        if text.is_empty() {
+            return Ok(0);
+        }
+        text.parse()
+            .map_err(|_not_a_number| Refusal::new(400, "BadRequest", format!("{key}: {text:?} is no number")))
+    }
+}
+
+fn percent_decode(text: &str) -> String {
+    let mut octets = Vec::with_capacity(text.len());
+    let mut rest = text.as_bytes();
+    while let Some((&first, tail)) = rest.split_first() {
+        let escaped = (first == b'%')
+            .then(|| tail.get(..2).and_then(|two| std::str::from_utf8(two).ok()))
+            .flatten()
+            .and_then(|two| u8::from_str_radix(two, 16).ok());
+        octets.push(escaped.unwrap_or(first));
+        rest = if escaped.is_some() { &tail[2..] } else { tail };
+    }
+    String::from_utf8_lossy(&octets).into_owned()
+}
+
+/// What a path names.
+#[derive(Clone, Copy, Debug)]
+struct Target<'a> {
+    kind: Kind,
+    namespace: Option<&'a str>,
+    name: Option<&'a str>,
+    is_status: bool,
+}
+
+fn target(path: &str) -> Option<Target<'_>> {
+    let (api_version, rest) = match path.strip_prefix("/api/v1/") {
+        Some(rest) => ("v1", rest),
+        None => ("discovery.k8s.io/v1", path.strip_prefix("/apis/discovery.k8s.io/v1/")?),
+    };
+    let parts: Vec<&str> = rest.split('/').filter(|part| !part.is_empty()).collect();
+    let (namespace, parts) = match &parts[..] {
+        ["namespaces", namespace, parts @ ..] if !parts.is_empty() => (Some(*namespace), parts),
+        parts => (None, parts),
+    };
+    let (plural, name, is_status) = match parts {
+        [plural] => (*plural, None, false),
+        [plural, name] => (*plural, Some(*name), false),
+        [plural, name, "status"] => (*plural, Some(*name), true),
+        _ => return None,
+    };
+    let kind =
+        Kind::ALL.into_iter().find(|kind| kind.plural() == plural && kind.api_version() == api_version)?;
+    (namespace.is_none() || kind.is_namespaced()).then_some(Target { kind, namespace, name, is_status })
+}
+
+type Result<T, E = Refusal> = std::result::Result<T, E>;
+
+async fn answer(
+    shared: &Arc<Shared>,
+    connection: u64,
+    request: Request<Incoming>,
+) -> Result<Response<Answer>> {
+    let (head, body) = request.into_parts();
+    let path = percent_decode(head.uri.path());
+    if matches!(&*path, "/healthz" | "/livez" | "/readyz") {
+        return Ok(respond(200, Answer::Whole(Some(Bytes::from_static(b"ok")))));
+    }
+    if let Some(document) = discovery::document(path.trim_end_matches('/')) {
+        return Ok(respond(200, Answer::json(&document)));
+    }
+    let query = Query::parse(head.uri.query().unwrap_or_default());
+    let Some(target) = target(&path) else {
+        return Err(Refusal::new(404, "NotFound", "the server could not find the requested resource"));
+    };
+    {
+        let mut faults = lock(&shared.faults);
+        if faults.internal_errors > 0 {
+            faults.internal_errors -= 1;
+            return Err(Refusal::new(500, "InternalError", "an internal error, as asked for"));
+        }
+        if head.method == Method::GET && target.name.is_none() && faults.too_many_requests.0 > 0 {
+            faults.too_many_requests.0 -= 1;
+            let retry_after = Some(faults.too_many_requests.1);
+            let refusal = Refusal::new(429, "TooManyRequests", "too many requests, please try again later.");
+            return Err(Refusal { retry_after, ..refusal });
+        }
+    }
+    let accepts = head.headers.get(ACCEPT).and_then(|value| value.to_str().ok()).unwrap_or_default();
+    if !accepts.is_empty() && !accepts.contains("json") && !accepts.contains("*/*") {
+        return Err(Refusal::new(406, "NotAcceptable", "only application/json is spoken here"));
+    }
+    let content_type =
+        head.headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
+    let body = match head.method {
+        Method::POST | Method::PUT | Method::PATCH | Method::DELETE => {
+            let body = body.collect().await;
+            body.map_err(|error| Refusal::new(400, "BadRequest", error.to_string()))?.to_bytes()
+        }
+        _ => Bytes::new(),
+    };
+    let namespace = target.namespace.unwrap_or_default();
+    match (head.method, target.name) {
+        (Method::GET, None) if query.is_true("watch") => watch(shared, connection, target, &query),
+        (Method::GET, None) => {
+            lock(&shared.requests).lists += 1;
+            let delay = lock(&shared.faults).delay;
+            time::sleep(delay).await;
+            list(shared, target, &query).map(|list| respond(200, Answer::json(&list)))
+        }
+        (Method::GET, Some(name)) => {
+            let object = lock(&shared.store).get(target.kind, namespace, name)?;
+            Ok(respond(200, Answer::json(&object)))
+        }
+        (Method::POST, None) => {
+            let mut object = parse(&body, content_type)?;
+            place(&mut object, target)?;
+            let generate_name = object["metadata"]["generateName"].as_str().unwrap_or_default().to_owned();
+            if name_of(&object).is_none() && !generate_name.is_empty() {
+                let version = lock(&shared.store).version();
+                object["metadata"]["name"] = format!("{generate_name}{version:05x}").into();
+            }
+            write(shared, target.kind, object, &query, |store_has| match store_has {
+                Some(name) => {
+                    let message = format!("{} {name:?} already exists", target.kind.plural());
+                    Err(Refusal::new(409, "AlreadyExists", message))
+                }
+                None => Ok(()),
+            })
+            .map(|object| respond(201, Answer::json(&object)))
+        }
+        (Method::PUT, Some(name)) => {
+            let mut object = parse(&body, content_type)?;
+            place(&mut object, target)?;
+            let old = lock(&shared.store).get(target.kind, namespace, name)?;
+            keep_the_other_half(&mut object, &old, target);
+            write(shared, target.kind, object, &query, |_| Ok(()))
+                .map(|object| respond(200, Answer::json(&object)))
+        }
+        (Method::PATCH, Some(name)) => {
+            let is_apply = content_type.starts_with("application/apply-patch");
+            let changes = parse(&body, content_type)?;
+            let old = lock(&shared.store).get(target.kind, namespace, name);
+            let old = match old {
+                Err(_missing) if is_apply => json!({"metadata": {"name": name}}),
+                old => (*old?).clone(),
+            };
+            let mut object = old.clone();
+            merge(&mut object, &changes);
+            place(&mut object, target)?;
+            if is_apply {
+                // An apply is not bound to a version.
+                object["metadata"]["resourceVersion"] = Value::Null;
+            } else {
+                keep_the_other_half(&mut object, &old, target);
+            }
+            write(shared, target.kind, object, &query, |_| Ok(()))
+                .map(|object| respond(200, Answer::json(&object)))
+        }
+        (Method::DELETE, Some(name)) => {
+            if !query.get("dryRun").is_empty() {
+                let object = lock(&shared.store).get(target.kind, namespace, name)?;
+                return Ok(respond(200, Answer::json(&object)));
+            }
+            let object = shared.change(|store| store.delete(target.kind, namespace, name))?;
+            let details =
+                json!({"name": name, "kind": target.kind.plural(), "uid": object["metadata"]["uid"]});
+            let status = json!({"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success", "details": details});
+            Ok(respond(200, Answer::json(&status)))
+        }
+        (Method::DELETE, None) => {
+            let selector =
+                Selector::parse(query.get("labelSelector"), query.get("fieldSelector"), target.namespace)?;
+            let objects = lock(&shared.store).objects(target.kind);
+            for (namespace, name) in
+                objects.iter().filter(|(_, object)| selector.matches(object)).map(|(name, _)| name)
+            {
+                let _gone = shared.change(|store| store.delete(target.kind, namespace, name));
+            }
+            Ok(respond(
+                200,
+                Answer::json(
+                    &json!({"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success"}),
+                ),
+            ))
+        }
+        _ => Err(Refusal::new(
+            405,
+            "MethodNotAllowed",
+            "the server does not allow this method on the requested resource",
+        )),
+    }
+}
+
+fn parse(body: &[u8], content_type: &str) -> Result<Value> {
+    let parsed = if content_type.contains("yaml") {
+        let text = String::from_utf8_lossy(body);
+        serde_saphyr::from_str(&text).map_err(|error| error.to_string())
+    } else if content_type.contains("protobuf") || content_type.starts_with("application/json-patch") {
+        return Err(Refusal::new(415, "UnsupportedMediaType", format!("{content_type} is not spoken here")));
+    } else {
+        serde_json::from_slice(body).map_err(|error| error.to_string())
+    };
+    parsed.map_err(|cause| Refusal::new(400, "BadRequest", format!("the body cannot be read: {cause}")))
+}
+
+/// Gives an object the name and namespace of the path, or refuses if it has others.
+fn place(object: &mut Value, target: Target<'_>) -> Result<()> {
+    if !object["metadata"].is_object() {
+        return Err(Refusal::new(422, "Invalid", "metadata: Required value"));
+    }
+    for (field, wanted) in [("namespace", target.namespace), ("name", target.name)] {
+        let Some(wanted) = wanted else { continue };
+        let found = &mut object["metadata"][field];
+        if found.is_null() {
+            *found = wanted.into();
+        } else if found != wanted {
+            let message = format!(
+                "the {field} of the object ({found}) does not match the one on the request ({wanted})"
+            );
+            return Err(Refusal::new(400, "BadRequest", message));
+        }
+    }
+    Ok(())
+}
+
+/// A request for the status changes nothing else, and one for the object not the status.
+fn keep_the_other_half(object: &mut Value, old: &Value, target: Target<'_>) {
+    // The status of a Node is set by either, so that `kubectl apply` can make one in a test.
+    if target.is_status {
+        let status = object["status"].take();
+        let version = object["metadata"]["resourceVersion"].take();
+        *object = old.clone();
+        object["status"] = status;
+        object["metadata"]["resourceVersion"] = version;
+    } else if target.kind == Kind::Service {
+        object["status"] = old["status"].clone();
+    }
+}
+
+/// RFC 7386, leaving out the directives of a strategic merge.
+fn merge(object: &mut Value, patch: &Value) {
+    let Value::Object(patch) = patch else {
+        *object = patch.clone();
+        return;
+    };
+    if !object.is_object() {
+        *object = json!({});
+    }
+    for (key, value) in patch.iter().filter(|(key, _)| !key.starts_with('$')) {
+        if value.is_null() {
+            if let Some(fields) = object.as_object_mut() {
+                fields.remove(key);
+            }
+        } else {
+            merge(&mut object[key], value);
+        }
+    }
+}
+
+fn write(
+    shared: &Shared,
+    kind: Kind,
+    object: Value,
+    query: &Query,
+    check: impl FnOnce(Option<&str>) -> Result<()>,
+) -> Result<Arc<Value>> {
+    let is_dry = !query.get("dryRun").is_empty();
+    shared.change(|store| {
+        let namespace = object["metadata"]["namespace"].as_str().unwrap_or(if kind.is_namespaced() {
+            "default"
+        } else {
+            ""
+        });
+        let name = object["metadata"]["name"].as_str().unwrap_or_default();
+        check(store.get(kind, namespace, name).is_ok().then_some(name))?;
+        let prepared = store.prepare(kind, object)?;
+        Ok(if is_dry { Arc::new(prepared) } else { store.commit(kind, prepared) })
+    })
+}
+
+/// Refuses a version that the server has not reached yet.
+fn not_too_large(shared: &Shared, wanted: u64, current: u64) -> Result<()> {
+    if wanted > current {
+        lock(&shared.requests).too_large += 1;
+        return Err(Refusal::too_large(wanted, current));
+    }
+    Ok(())
+}
+
+fn list(shared: &Shared, target: Target<'_>, query: &Query) -> Result<Value> {
+    let selector = Selector::parse(query.get("labelSelector"), query.get("fieldSelector"), target.namespace)?;
+    let (wanted, limit) = (query.number("resourceVersion")?, query.number("limit")?);
+    let store = lock(&shared.store);
+    let token = query.get("continue");
+    let expired = |refusal| {
+        lock(&shared.requests).expired += 1;
+        refusal
+    };
+    let (version, after) = if let Some((version, name)) = token.split_once(' ') {
+        let version = version
+            .parse()
+            .map_err(|_no_number| Refusal::new(400, "BadRequest", "continue: not a token of this server"))?;
+        (version, name.split_once('/').map(|(namespace, name)| (namespace.to_owned(), name.to_owned())))
+    } else if query.get("resourceVersionMatch") == "Exact" {
+        (wanted, None)
+    } else {
+        not_too_large(shared, wanted, store.version())?;
+        (store.version(), None)
+    };
+    let objects = store.objects_at(target.kind, version).map_err(expired)?;
+    drop(store);
+    let mut items: Vec<_> = objects
+        .into_iter()
+        .filter(|(name, object)| after.as_ref().is_none_or(|after| name > after) && selector.matches(object))
+        .collect();
+    let mut metadata = json!({"resourceVersion": version.to_string()});
+    // A list from the cache, which version 0 asks for, is not cut into pages.
+    let is_paged = limit > 0 && query.get("resourceVersion") != "0";
+    let n_wanted = usize::try_from(limit).unwrap_or(usize::MAX);
+    if is_paged && items.len() > n_wanted {
+        metadata["remainingItemCount"] = (items.len() - n_wanted).into();
+        items.truncate(n_wanted);
+        if let Some(((namespace, name), _)) = items.last() {
+            metadata["continue"] = format!("{version} {namespace}/{name}").into();
+        }
+    }
+    let items: Vec<&Value> = items.iter().map(|(_, object)| &**object).collect();
+    let kind = format!("{}List", target.kind.name());
+    Ok(json!({"kind": kind, "apiVersion": target.kind.api_version(), "metadata": metadata, "items": items}))
+}
+
+fn watch(
+    shared: &Arc<Shared>,
+    connection: u64,
+    target: Target<'_>,
+    query: &Query,
+) -> Result<Response<Answer>> {
+    let namespace = target.namespace;
+    let selector = Selector::parse(query.get("labelSelector"), query.get("fieldSelector"), namespace)?;
+    let (text, wanted) = (query.get("resourceVersion"), query.number("resourceVersion")?);
+    let (sends_initial, version_match) =
+        (query.is_true("sendInitialEvents"), query.get("resourceVersionMatch"));
+    let faults = lock(&shared.faults).clone();
+    let invalid = |message: &str| Err(Refusal::new(422, "Invalid", message));
+    if (sends_initial || !version_match.is_empty()) && !faults.has_streaming_lists {
+        return invalid("resourceVersionMatch: Forbidden: resourceVersionMatch is forbidden for watch");
+    }
+    if sends_initial != (version_match == "NotOlderThan") {
+        return invalid("resourceVersionMatch: Forbidden: belongs to sendInitialEvents, as NotOlderThan");
+    }
+    let store = lock(&shared.store);
+    let is_synthetic = sends_initial || text.is_empty() || text == "0";
+    let initial = if is_synthetic { store.objects(target.kind) } else { BTreeMap::new() };
+    if sends_initial {
+        not_too_large(shared, wanted, store.version())?;
+    }
+    let version = if is_synthetic { store.version() } else { wanted };
+    let oldest = store.oldest();
+    drop(store);
+    {
+        let mut requests = lock(&shared.requests);
+        if sends_initial {
+            requests.lists += 1;
+        } else {
+            requests.watches += 1;
+        }
+    }
+    let seconds = query.number("timeoutSeconds")?;
+    let timeout = Duration::from_secs(if seconds == 0 { 3600 } else { seconds });
+    let (sender, chunks) = mpsc::channel(64);
+    let mut watch = Watch {
+        shared: Arc::clone(shared),
+        connection,
+        kind: target.kind,
+        selector,
+        sender,
+        wants_bookmarks: query.is_true("allowWatchBookmarks"),
+        started: *shared.signals.borrow(),
+    };
+    // Ends with the receiver or with the runtime.
+    let _watching = tokio::spawn(async move {
+        time::sleep(faults.delay).await;
+        let selector = watch.selector.clone();
+        for object in initial.values().filter(|object| selector.matches(object)) {
+            if watch.send("ADDED", object).await.is_none() {
+                return;
+            }
+        }
+        if sends_initial && watch.bookmark(version, true).await.is_none() {
+            return;
+        }
+        let _ended = time::timeout(timeout, watch.follow(version, oldest, faults.bookmark_interval)).await;
+    });
+    Ok(respond(200, Answer::Chunks(chunks)))
+}
+
+/// An open watch. Its methods return `None` when it has ended.
+struct Watch {
+    shared: Arc<Shared>,
+    connection: u64,
+    kind: Kind,
+    selector: Selector,
+    sender: mpsc::Sender<io::Result<Bytes>>,
+    wants_bookmarks: bool,
+    started: Signals,
+}
+
+impl Watch {
+    async fn send(&mut self, event: &str, object: &Value) -> Option<()> {
+        wait_while_frozen(&self.shared, self.connection).await;
+        let line = format!("{}\n", json!({"type": event, "object": object}));
+        self.sender.send(Ok(line.into())).await.ok()
+    }
+
+    async fn bookmark(&mut self, version: u64, ends_initial: bool) -> Option<()> {
+        let annotations = if ends_initial { json!({"k8s.io/initial-events-end": "true"}) } else { json!({}) };
+        let metadata = json!({"resourceVersion": version.to_string(), "annotations": annotations, "creationTimestamp": null});
+        let object =
+            json!({"kind": self.kind.name(), "apiVersion": self.kind.api_version(), "metadata": metadata});
+        self.send("BOOKMARK", &object).await
+    }
+
+    async fn gone(&mut self, version: u64, oldest: u64) -> Option<()> {
+        lock(&self.shared.requests).expired += 1;
+        let status = Refusal::expired(version, oldest).status();
+        self.send("ERROR", &status).await?;
+        None
+    }
+
+    /// Sends changes until the watch ends.
+    ///
+    /// A version that is not reached yet is waited for in silence, as a real server does.
+    async fn follow(&mut self, mut version: u64, oldest: u64, bookmark_interval: Duration) -> Option<()> {
+        let mut versions = self.shared.version.subscribe();
+        let mut signals = self.shared.signals.subscribe();
+        let mut next_bookmark = Instant::now() + bookmark_interval;
+        loop {
+            let now = *signals.borrow_and_update();
+            if now.cut != self.started.cut {
+                // In the middle of a chunk.
+                let _receiver_gone = self.sender.send(Ok(Bytes::from_static(b"{\"type\":\"ADD"))).await;
+                let _receiver_gone = self.sender.send(Err(io::ErrorKind::ConnectionAborted.into())).await;
+                return None;
+            }
+            if now.expire != self.started.expire {
+                return self.gone(version, oldest).await;
+            }
+            let current = *versions.borrow_and_update();
+            let Some(changes) = self.shared.changes_after(self.kind, version) else {
+                return self.gone(version, oldest).await;
+            };
+            for change in changes {
+                version = change.version;
+                self.send_change(&change).await?;
+            }
+            version = version.max(current);
+            tokio::select! {
+                _ = versions.changed() => {}
+                _ = signals.changed() => {}
+                () = self.sender.closed() => return None,
+                () = time::sleep_until(next_bookmark), if self.wants_bookmarks => {
+                    next_bookmark = Instant::now() + bookmark_interval;
+                    self.bookmark(current, false).await?;
+                }
+            }
+        }
+    }
+
+    async fn send_change(&mut self, change: &Change) -> Option<()> {
+        let is_selected =
+            |object: &Option<Arc<Value>>| object.as_ref().is_some_and(|object| self.selector.matches(object));
+        let (event, object) = match (is_selected(&change.old), is_selected(&change.new)) {
+            (false, false) => return Some(()),
+            (false, true) => ("ADDED", &change.new),
+            (true, true) => ("MODIFIED", &change.new),
+            // Also for an object that is there and no longer selected: in its last selected state.
+            (true, false) => ("DELETED", &change.old),
+        };
+        let mut object = object.as_deref()?.clone();
+        object["metadata"]["resourceVersion"] = change.version.to_string().into();
+        self.send(event, &object).await
+    }
+}

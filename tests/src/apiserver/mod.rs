@@ -1,0 +1,376 @@
+//! An API server for tests: Services, EndpointSlices and Nodes, and the faults that a real one shows.
+//!
+//! # Purpose
+//!
+//! Speaks enough of the Kubernetes API that kube-rs and kubectl work against it: list with pages, watch with
+//! bookmarks and streaming lists, selectors, create, update, patch, apply and delete. [`Faults`] makes it misbehave.
+//!
+//! Not promised: authentication, admission, other kinds, the checks of field values, strategic merges of lists (a
+//! list is replaced), and the timing of a real server.
+//!
+//! # Invariants
+//!
+//! - One counter numbers all changes of all kinds, as etcd does.
+//! - [`ApiServer::stop`] closes every connection; a start afterwards listens on the same address.
+
+mod body;
+mod defaults;
+mod discovery;
+mod http;
+mod selector;
+mod store;
+
+use std::{
+    io,
+    net::{Ipv4Addr, SocketAddr, TcpListener},
+    os::fd::{AsRawFd as _, OwnedFd},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    thread,
+    time::Duration,
+};
+
+use nix::sys::socket::{
+    self, AddressFamily, SockFlag, SockType, SockaddrIn, SockaddrIn6, SockaddrStorage, sockopt,
+};
+use serde_json::Value;
+use tokio::sync::{oneshot, watch};
+
+use self::store::{Change, Store};
+pub use self::store::{Kind, Refusal};
+use crate::cluster::{self, Cluster};
+
+/// What goes wrong at the moment. The default is nothing.
+#[derive(Clone, Debug)]
+pub struct Faults {
+    /// So many of the next lists and watches are refused with 429 and this many seconds in `Retry-After`.
+    pub too_many_requests: (u32, u32),
+    /// So many of the next requests fail with 500.
+    pub internal_errors: u32,
+    /// So many of the next events reach no watch, and nobody is told.
+    pub lost_events: u32,
+    /// How long an answer to a list or the first event of a watch waits.
+    pub delay: Duration,
+    /// Whether `sendInitialEvents` is known. Older servers refuse it.
+    pub has_streaming_lists: bool,
+    /// How often a watch that asked for bookmarks gets one.
+    pub bookmark_interval: Duration,
+}
+
+impl Default for Faults {
+    fn default() -> Self {
+        Self {
+            too_many_requests: (0, 0),
+            internal_errors: 0,
+            lost_events: 0,
+            delay: Duration::ZERO,
+            has_streaming_lists: true,
+            bookmark_interval: Duration::from_millis(200),
+        }
+    }
+}
+
+/// What a test may want to know of the requests so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Requests {
+    /// Lists, each page counted, streaming lists too.
+    pub lists: u64,
+    /// Watches without initial events.
+    pub watches: u64,
+    /// Answers with 410, in a status or in an event.
+    pub expired: u64,
+    /// Answers that the resource version is too large.
+    pub too_large: u64,
+}
+
+/// What ends watches that are open. Each number is raised to make it so.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Signals {
+    /// Watches end in the middle of a chunk.
+    cut: u64,
+    /// Watches end with an event of code 410.
+    expire: u64,
+    /// Connections up to this one say nothing any longer.
+    frozen: u64,
+}
+
+/// What all connections share.
+#[derive(Debug)]
+struct Shared {
+    store: Mutex<Store>,
+    faults: Mutex<Faults>,
+    requests: Mutex<Requests>,
+    /// The resource version, for those who wait for a change.
+    version: watch::Sender<u64>,
+    signals: watch::Sender<Signals>,
+    /// Number of the last connection.
+    n_connections: Mutex<u64>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // A test that panicked while it held the lock has failed already.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Shared {
+    fn change<R>(&self, change: impl FnOnce(&mut Store) -> R) -> R {
+        let mut store = lock(&self.store);
+        let result = change(&mut store);
+        self.version.send_replace(store.version());
+        result
+    }
+
+    /// The changes after a version that a watch of this kind sees, or `None` if they are forgotten.
+    fn changes_after(&self, kind: Kind, version: u64) -> Option<Vec<Change>> {
+        let changes = lock(&self.store).changes_after(kind, version)?;
+        if changes.is_empty() {
+            return Some(changes);
+        }
+        let mut faults = lock(&self.faults);
+        let n_lost = changes.len().min(faults.lost_events as usize);
+        faults.lost_events -= u32::try_from(n_lost).unwrap_or(u32::MAX);
+        Some(changes.into_iter().skip(n_lost).collect())
+    }
+}
+
+/// A running API server. It ends when dropped.
+#[derive(Debug)]
+pub struct ApiServer {
+    shared: Arc<Shared>,
+    address: SocketAddr,
+    running: Option<(oneshot::Sender<()>, thread::JoinHandle<()>)>,
+    /// Bound to the address and not listening: while the server is stopped, the kernel must not give the port to a
+    /// connection of somebody else.
+    _reserved: OwnedFd,
+}
+
+/// Binds a socket that lets a listener have its address.
+fn reserve(address: SocketAddr) -> io::Result<(OwnedFd, SocketAddr)> {
+    let family = if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
+    let fd = socket::socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+    // Set before, it would make the kernel choose a port that another such socket has.
+    if address.port() == 0 {
+        socket::bind(fd.as_raw_fd(), &SockaddrStorage::from(address))?;
+        socket::setsockopt(&fd, sockopt::ReuseAddr, &true)?;
+    } else {
+        socket::setsockopt(&fd, sockopt::ReuseAddr, &true)?;
+        socket::bind(fd.as_raw_fd(), &SockaddrStorage::from(address))?;
+    }
+    let bound: SockaddrStorage = socket::getsockname(fd.as_raw_fd())?;
+    let port =
+        bound.as_sockaddr_in().map(SockaddrIn::port).or(bound.as_sockaddr_in6().map(SockaddrIn6::port));
+    Ok((fd, SocketAddr::new(address.ip(), port.unwrap_or(address.port()))))
+}
+
+impl ApiServer {
+    /// Starts without objects on a free port of 127.0.0.1.
+    ///
+    /// # Panics
+    ///
+    /// If there is no port to be had.
+    #[must_use]
+    pub fn start() -> Self {
+        Self::start_at((Ipv4Addr::LOCALHOST, 0).into()).expect("a port")
+    }
+
+    /// Starts without objects.
+    ///
+    /// # Errors
+    ///
+    /// If the address cannot be listened on.
+    pub fn start_at(address: SocketAddr) -> io::Result<Self> {
+        let (reserved, address) = reserve(address)?;
+        let store = Store::new();
+        let shared = Shared {
+            version: watch::Sender::new(store.version()),
+            store: Mutex::new(store),
+            faults: Mutex::default(),
+            requests: Mutex::default(),
+            signals: watch::Sender::new(Signals::default()),
+            n_connections: Mutex::default(),
+        };
+        let mut server = Self { shared: Arc::new(shared), address, running: None, _reserved: reserved };
+        server.resume()?;
+        Ok(server)
+    }
+
+    /// Listens again after [`Self::stop`], on the same address.
+    ///
+    /// # Errors
+    ///
+    /// If somebody else has the address.
+    pub fn resume(&mut self) -> io::Result<()> {
+        if self.running.is_some() {
+            return Ok(());
+        }
+        // The standard library lets a new listener take an address with connections in TIME_WAIT.
+        let listener = TcpListener::bind(self.address)?;
+        listener.set_nonblocking(true)?;
+        let (stop, stopped) = oneshot::channel();
+        let shared = Arc::clone(&self.shared);
+        let thread = thread::Builder::new().name("apiserver".to_owned()).spawn(move || {
+            // The runtime ends with the thread, and with it every connection.
+            let runtime =
+                tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+            runtime.block_on(async {
+                tokio::select! {
+                    () = http::serve(listener, shared) => {}
+                    _ = stopped => {}
+                }
+            });
+        })?;
+        self.running = Some((stop, thread));
+        Ok(())
+    }
+
+    /// Closes all connections and stops listening. The objects stay.
+    pub fn stop(&mut self) {
+        if let Some((stop, thread)) = self.running.take() {
+            drop(stop);
+            let _has_panicked = thread.join();
+        }
+    }
+
+    /// Stops, and starts with the same objects under other resource versions, as after a restore from a backup:
+    /// they go on from `version`, and nothing is known of earlier changes.
+    ///
+    /// # Panics
+    ///
+    /// If somebody else took the port.
+    pub fn restart_at_version(&mut self, version: u64) {
+        self.stop();
+        self.shared.change(|store| store.renumber(version));
+        self.resume().expect("the port");
+    }
+
+    /// Where it listens.
+    #[must_use]
+    pub const fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// `http://ADDRESS`
+    #[must_use]
+    pub fn url(&self) -> String {
+        format!("http://{}", self.address)
+    }
+
+    /// A kubeconfig that leads here.
+    #[must_use]
+    pub fn kubeconfig(&self) -> String {
+        format!(
+            "apiVersion: v1\nkind: Config\ncurrent-context: test\n\
+             clusters: [{{name: test, cluster: {{server: '{}'}}}}]\n\
+             users: [{{name: test, user: {{}}}}]\n\
+             contexts: [{{name: test, context: {{cluster: test, user: test}}}}]\n",
+            self.url()
+        )
+    }
+
+    /// Creates an object or replaces the one of its name, as `kubectl apply` does.
+    ///
+    /// # Panics
+    ///
+    /// If the object is refused.
+    pub fn apply(&self, object: impl Into<cluster::Object>) {
+        let (kind, object) = value(object.into());
+        self.shared
+            .change(|store| store.upsert(kind, object))
+            .unwrap_or_else(|refusal| panic!("{refusal:?}"));
+    }
+
+    /// Creates or replaces all objects of a cluster and deletes all others.
+    ///
+    /// # Panics
+    ///
+    /// If an object is refused.
+    pub fn set(&self, cluster: &Cluster) {
+        let now = self.cluster();
+        let gone = |kind, now: Vec<cluster::Name>, wanted: Vec<cluster::Name>| {
+            for (namespace, name) in now.into_iter().filter(|name| !wanted.contains(name)) {
+                self.delete(kind, &namespace, &name);
+            }
+        };
+        gone(Kind::Service, now.services.into_keys().collect(), cluster.services.keys().cloned().collect());
+        gone(Kind::Slice, now.slices.into_keys().collect(), cluster.slices.keys().cloned().collect());
+        gone(Kind::Node, now.nodes.into_keys().collect(), cluster.nodes.keys().cloned().collect());
+        cluster.services.values().for_each(|service| self.apply(service.clone()));
+        cluster.slices.values().for_each(|slice| self.apply(slice.clone()));
+        cluster.nodes.values().for_each(|node| self.apply(node.clone()));
+    }
+
+    /// Deletes an object. A Node has an empty namespace.
+    ///
+    /// # Panics
+    ///
+    /// If there is none.
+    pub fn delete(&self, kind: Kind, namespace: &str, name: &str) {
+        let deleted = self.shared.change(|store| store.delete(kind, namespace, name));
+        drop(deleted.unwrap_or_else(|refusal| panic!("{refusal:?}")));
+    }
+
+    /// All objects.
+    ///
+    /// # Panics
+    ///
+    /// If an object is not as the API defines it, which the server would have refused.
+    #[must_use]
+    pub fn cluster(&self) -> Cluster {
+        let objects = lock(&self.shared.store).all();
+        Cluster::new().with(objects.iter().map(|object| cluster::object(object).expect("a checked object")))
+    }
+
+    /// The resource version of the last change.
+    #[must_use]
+    pub fn version(&self) -> u64 {
+        lock(&self.shared.store).version()
+    }
+
+    /// Changes what goes wrong.
+    pub fn set_faults(&self, change: impl FnOnce(&mut Faults)) {
+        change(&mut lock(&self.shared.faults));
+    }
+
+    /// Ends every open watch in the middle of a chunk.
+    pub fn cut_watches(&self) {
+        self.shared.signals.send_modify(|signals| signals.cut += 1);
+    }
+
+    /// Forgets all changes, as a compaction does, and ends every open watch with an event of code 410.
+    pub fn expire(&self) {
+        self.compact();
+        self.shared.signals.send_modify(|signals| signals.expire += 1);
+    }
+
+    /// Forgets all changes: who resumes a watch gets 410. Open watches go on.
+    pub fn compact(&self) {
+        lock(&self.shared.store).compact();
+    }
+
+    /// Leaves every open connection half-open: nothing is sent on it and nothing read, and it is not closed. New
+    /// connections work.
+    pub fn freeze(&self) {
+        let last = *lock(&self.shared.n_connections);
+        self.shared.signals.send_modify(|signals| signals.frozen = last);
+    }
+
+    /// The requests so far.
+    #[must_use]
+    pub fn requests(&self) -> Requests {
+        *lock(&self.shared.requests)
+    }
+}
+
+impl Drop for ApiServer {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+fn value(object: cluster::Object) -> (Kind, Value) {
+    let (kind, value) = match object {
+        cluster::Object::Service(service) => (Kind::Service, serde_json::to_value(service)),
+        cluster::Object::Slice(slice) => (Kind::Slice, serde_json::to_value(slice)),
+        cluster::Object::Node(node) => (Kind::Node, serde_json::to_value(node)),
+    };
+    (kind, value.expect("objects of the API are JSON"))
+}

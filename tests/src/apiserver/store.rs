@@ -1,0 +1,298 @@
+//! Objects and the changes that led to them.
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    sync::Arc,
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+use k8s_openapi::jiff::Timestamp;
+use serde_json::{Value, json};
+
+use super::defaults;
+
+/// A kind of objects that the server holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Kind {
+    /// `v1` Service
+    Service,
+    /// `discovery.k8s.io/v1` EndpointSlice
+    Slice,
+    /// `v1` Node
+    Node,
+}
+
+impl Kind {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Service, Self::Slice, Self::Node];
+
+    /// `apiVersion`
+    #[must_use]
+    pub const fn api_version(self) -> &'static str {
+        match self {
+            Self::Service | Self::Node => "v1",
+            Self::Slice => "discovery.k8s.io/v1",
+        }
+    }
+
+    /// `kind`
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Service => "Service",
+            Self::Slice => "EndpointSlice",
+            Self::Node => "Node",
+        }
+    }
+
+    /// The word in paths.
+    #[must_use]
+    pub const fn plural(self) -> &'static str {
+        match self {
+            Self::Service => "services",
+            Self::Slice => "endpointslices",
+            Self::Node => "nodes",
+        }
+    }
+
+    /// Whether its objects are in namespaces.
+    #[must_use]
+    pub const fn is_namespaced(self) -> bool {
+        !matches!(self, Self::Node)
+    }
+}
+
+/// A request that is answered with a `metav1.Status`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Refusal {
+    /// The status code.
+    pub code: u16,
+    /// The word that programs decide on.
+    pub reason: &'static str,
+    /// For people.
+    pub message: String,
+    /// `details.causes[0].reason`
+    pub cause: Option<&'static str>,
+    /// Header `Retry-After` and `details.retryAfterSeconds`
+    pub retry_after: Option<u32>,
+}
+
+impl Refusal {
+    pub(super) fn new(code: u16, reason: &'static str, message: impl Into<String>) -> Self {
+        Self { code, reason, message: message.into(), cause: None, retry_after: None }
+    }
+
+    pub(super) fn not_found(kind: Kind, name: &str) -> Self {
+        Self::new(404, "NotFound", format!("{} {name:?} not found", kind.plural()))
+    }
+
+    pub(super) fn expired(version: u64, oldest: u64) -> Self {
+        Self::new(410, "Expired", format!("too old resource version: {version} ({oldest})"))
+    }
+
+    pub(super) fn too_large(version: u64, current: u64) -> Self {
+        Self {
+            cause: Some("ResourceVersionTooLarge"),
+            retry_after: Some(1),
+            ..Self::new(504, "Timeout", format!("Too large resource version: {version}, current: {current}"))
+        }
+    }
+
+    /// The status as the API has it.
+    pub(super) fn status(&self) -> Value {
+        let mut details = json!({});
+        if let Some(cause) = self.cause {
+            details["causes"] = json!([{"reason": cause, "message": self.message}]);
+        }
+        if let Some(seconds) = self.retry_after {
+            details["retryAfterSeconds"] = seconds.into();
+        }
+        json!({
+            "kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure",
+            "message": self.message, "reason": self.reason, "details": details, "code": self.code,
+        })
+    }
+}
+
+/// Namespace and name; the namespace of a Node is empty.
+pub(super) type Name = (String, String);
+
+/// One change of one object.
+#[derive(Clone, Debug)]
+pub(super) struct Change {
+    pub(super) version: u64,
+    kind: Kind,
+    name: Name,
+    pub(super) old: Option<Arc<Value>>,
+    pub(super) new: Option<Arc<Value>>,
+}
+
+/// The objects of one kind at one version.
+pub(super) type Objects = BTreeMap<Name, Arc<Value>>;
+
+#[derive(Debug)]
+pub(super) struct Store {
+    version: u64,
+    objects: BTreeMap<Kind, Objects>,
+    /// All changes after `oldest`.
+    log: VecDeque<Change>,
+    oldest: u64,
+    n_uids: u64,
+}
+
+impl Store {
+    pub(super) fn new() -> Self {
+        // Not 0 and not 1: both mean something else in some requests.
+        Self { version: 100, objects: BTreeMap::new(), log: VecDeque::new(), oldest: 100, n_uids: 0 }
+    }
+
+    pub(super) const fn version(&self) -> u64 {
+        self.version
+    }
+
+    pub(super) fn objects(&self, kind: Kind) -> Objects {
+        self.objects.get(&kind).cloned().unwrap_or_default()
+    }
+
+    /// The objects as they were at a version.
+    pub(super) fn objects_at(&self, kind: Kind, version: u64) -> Result<Objects, Refusal> {
+        if version < self.oldest {
+            return Err(Refusal::expired(version, self.oldest));
+        }
+        let mut objects = self.objects(kind);
+        for change in self.log.iter().rev().take_while(|change| change.version > version) {
+            if change.kind == kind {
+                match &change.old {
+                    Some(old) => drop(objects.insert(change.name.clone(), Arc::clone(old))),
+                    None => drop(objects.remove(&change.name)),
+                }
+            }
+        }
+        Ok(objects)
+    }
+
+    pub(super) fn changes_after(&self, kind: Kind, version: u64) -> Option<Vec<Change>> {
+        if version < self.oldest {
+            return None;
+        }
+        let first = self.log.partition_point(|change| change.version <= version);
+        Some(self.log.range(first..).filter(|change| change.kind == kind).cloned().collect())
+    }
+
+    pub(super) const fn oldest(&self) -> u64 {
+        self.oldest
+    }
+
+    pub(super) fn all(&self) -> Vec<Arc<Value>> {
+        self.objects.values().flat_map(BTreeMap::values).cloned().collect()
+    }
+
+    pub(super) fn get(&self, kind: Kind, namespace: &str, name: &str) -> Result<Arc<Value>, Refusal> {
+        let found = self.objects.get(&kind).and_then(|objects| objects.get(&(namespace.into(), name.into())));
+        found.cloned().ok_or_else(|| Refusal::not_found(kind, name))
+    }
+
+    pub(super) fn compact(&mut self) {
+        self.log.clear();
+        self.oldest = self.version;
+    }
+
+    /// Goes on from another version, which may be smaller. Objects get it too.
+    pub(super) fn renumber(&mut self, version: u64) {
+        self.version = version;
+        self.compact();
+        for object in self.objects.values_mut().flat_map(BTreeMap::values_mut) {
+            Arc::make_mut(object)["metadata"]["resourceVersion"] = version.to_string().into();
+        }
+    }
+
+    /// Checks a new object and fills in what the server fills in, without storing it.
+    pub(super) fn prepare(&mut self, kind: Kind, mut object: Value) -> Result<Value, Refusal> {
+        let old = name_of(&object)
+            .and_then(|(namespace, name)| self.get(kind, &namespace, &name).ok())
+            .map(|old| (*old).clone());
+        let wanted_version = object["metadata"]["resourceVersion"].as_str().unwrap_or_default().to_owned();
+        defaults::complete(kind, &mut object, old.as_ref(), &self.objects(kind))?;
+        let Some((_, name)) = name_of(&object) else {
+            return Err(Refusal::new(
+                422,
+                "Invalid",
+                "metadata.name: Required value: name or generateName is required",
+            ));
+        };
+        let metadata = &mut object["metadata"];
+        if let Some(old) = &old {
+            if !wanted_version.is_empty() && old["metadata"]["resourceVersion"] != wanted_version.as_str() {
+                let message = format!(
+                    "Operation cannot be fulfilled on {} {name:?}: the object has been modified; please apply your \
+                     changes to the latest version and try again",
+                    kind.plural()
+                );
+                return Err(Refusal::new(409, "Conflict", message));
+            }
+            for field in ["uid", "creationTimestamp", "generation", "resourceVersion"] {
+                metadata[field] = old["metadata"][field].clone();
+            }
+            let differs = |field: &str| object.get(field) != old.get(field);
+            if ["spec", "endpoints", "ports"].into_iter().any(differs) {
+                let generation = old["metadata"]["generation"].as_u64().unwrap_or(1);
+                object["metadata"]["generation"] = (generation + 1).into();
+            }
+        } else {
+            self.n_uids += 1;
+            let nanoseconds =
+                SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.subsec_nanos());
+            metadata["uid"] = format!("{nanoseconds:08x}-0000-4000-8000-{:012x}", self.n_uids).into();
+            metadata["generation"] = 1.into();
+            if metadata["creationTimestamp"].is_null() {
+                let now = Timestamp::now().strftime("%Y-%m-%dT%H:%M:%SZ").to_string();
+                metadata["creationTimestamp"] = now.into();
+            }
+        }
+        Ok(object)
+    }
+
+    /// Stores what [`Self::prepare`] returned.
+    pub(super) fn commit(&mut self, kind: Kind, mut object: Value) -> Arc<Value> {
+        let name = name_of(&object).unwrap_or_default();
+        let objects = self.objects.entry(kind).or_default();
+        let old = objects.get(&name).cloned();
+        if let Some(old) = &old
+            && **old == object
+        {
+            return Arc::clone(old);
+        }
+        self.version += 1;
+        object["metadata"]["resourceVersion"] = self.version.to_string().into();
+        let object = Arc::new(object);
+        objects.insert(name.clone(), Arc::clone(&object));
+        self.log.push_back(Change { version: self.version, kind, name, old, new: Some(Arc::clone(&object)) });
+        object
+    }
+
+    pub(super) fn upsert(&mut self, kind: Kind, object: Value) -> Result<Arc<Value>, Refusal> {
+        let object = self.prepare(kind, object)?;
+        Ok(self.commit(kind, object))
+    }
+
+    pub(super) fn delete(&mut self, kind: Kind, namespace: &str, name: &str) -> Result<Arc<Value>, Refusal> {
+        let old = self.get(kind, namespace, name)?;
+        let name = (namespace.to_owned(), name.to_owned());
+        self.objects.entry(kind).or_default().remove(&name);
+        self.version += 1;
+        self.log.push_back(Change {
+            version: self.version,
+            kind,
+            name,
+            old: Some(Arc::clone(&old)),
+            new: None,
+        });
+        Ok(old)
+    }
+}
+
+/// Namespace and name of an object that has one.
+pub(super) fn name_of(object: &Value) -> Option<Name> {
+    let name = object["metadata"]["name"].as_str().filter(|name| !name.is_empty())?;
+    Some((object["metadata"]["namespace"].as_str().unwrap_or_default().to_owned(), name.to_owned()))
+}
