@@ -38,6 +38,22 @@ pub struct Choice {
     pub index: u32,
 }
 
+impl Choice {
+    /// Stands for "none": endpoint ids are given out from 0 and never reach it.
+    ///
+    /// The programs pass it around instead of an `Option`. LLVM loads the payload of an `Option` before it looks whether
+    /// there is one, and the verifier of kernels before 6.3 refuses to read stack that nothing was written to
+    /// ("invalid read from stack").
+    pub const NONE: Self = Self { endpoint_id: u32::MAX, index: u32::MAX };
+
+    /// The choice, if it is one.
+    #[inline(always)]
+    #[must_use]
+    pub fn some(self) -> Option<Self> {
+        if self.endpoint_id == u32::MAX { None } else { Some(self) }
+    }
+}
+
 /// Whose address a node-port call goes to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NodeAddress {

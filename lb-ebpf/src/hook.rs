@@ -108,9 +108,9 @@ impl<'a, M: Mode> Pending<'a, M> {
 
     /// A `connect()` chooses anew; a datagram follows the one before it.
     #[inline(always)]
-    fn earlier(&mut self) -> Option<Choice> {
+    fn earlier(&mut self) -> Choice {
         match self.kind {
-            Kind::Connect => None,
+            Kind::Connect => Choice::NONE,
             Kind::Send => self.socket.earlier(&self.called),
         }
     }

@@ -151,17 +151,21 @@ impl<'a, M: Mode> Socket<'a, M> {
         unsafe { maps::SOCKET_STORAGE.get_or_insert_ptr_mut(self.ctx.aya(), None).as_mut() }
     }
 
-    /// The endpoint that this socket used last for a service address.
+    /// The endpoint that this socket used last for a service address, or [`Choice::NONE`].
     #[inline(always)]
-    pub(crate) fn earlier(&mut self, service: &Peer) -> Option<Choice> {
+    pub(crate) fn earlier(&mut self, service: &Peer) -> Choice {
         let found = |record: &SocketRecord| Choice { endpoint_id: record.endpoint_id, index: record.index };
         if let Some(slot) = self.own_slot()
             && service.is_service_of(slot)
         {
-            return Some(found(slot));
+            return found(slot);
         }
-        let storage = self.storage()?;
-        storage.records.iter().find(|record| record.cookie != 0 && service.is_service_of(record)).map(found)
+        let Some(storage) = self.storage() else { return Choice::NONE };
+        storage
+            .records
+            .iter()
+            .find(|record| record.cookie != 0 && service.is_service_of(record))
+            .map_or(Choice::NONE, found)
     }
 
     /// Notes that the socket is connected to an endpoint; forgets all else.

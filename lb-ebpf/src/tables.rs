@@ -23,16 +23,16 @@ use crate::{
 pub(crate) struct Kernel4<'a> {
     /// The context of the call.
     pub(crate) ctx: &'a SockAddr<'a>,
-    /// What the socket remembers of this destination.
-    pub(crate) earlier: Option<Choice>,
+    /// What the socket remembers of this destination, or [`Choice::NONE`].
+    pub(crate) earlier: Choice,
 }
 
 /// The tables of IPv6, for one call of one socket.
 pub(crate) struct Kernel6<'a> {
     /// The context of the call.
     pub(crate) ctx: &'a SockAddr<'a>,
-    /// What the socket remembers of this destination.
-    pub(crate) earlier: Option<Choice>,
+    /// What the socket remembers of this destination, or [`Choice::NONE`].
+    pub(crate) earlier: Choice,
 }
 
 #[inline(always)]
@@ -143,7 +143,7 @@ macro_rules! kernel_tables {
             }
             #[inline(always)]
             fn earlier_choice(&self) -> Option<Choice> {
-                self.earlier
+                self.earlier.some()
             }
             #[inline(always)]
             fn random(&self) -> u32 {
