@@ -603,7 +603,7 @@ LOOK AROUND, while one call of each kind is made every second; Ctrl-C ends the d
 pub(super) const NEXT: &str = "\
 NEXT
   Your own services, from a file or folder of manifests:  socklb run --source file:PATH
-  A cluster's:  socklb run, with a kubeconfig; on every node:  kubectl apply -k manifests/base
+  The services of a cluster, from its API server:         socklb run --source kube --kubeconfig FILE
 ";
 
 #[cfg(test)]
