@@ -5,6 +5,7 @@ use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -37,6 +38,9 @@ fn describe(command: &Command) -> String {
 pub(crate) fn run(command: &mut Command, remedy: &str) -> Result<()> {
     let status =
         command.status().with_context(|| format!("cannot start `{}`; {remedy}", describe(command)))?;
+    if let Some(signal) = status.signal() {
+        bail!("`{}` was ended by signal {signal}; run it again", describe(command));
+    }
     if !status.success() {
         bail!("`{}` ended with {status}; {remedy}", describe(command));
     }
