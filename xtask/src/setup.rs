@@ -90,6 +90,12 @@ const TOOLS: &[Tool] = &[
         reason: "a client with a socket library that is not Rust's",
     },
     Tool {
+        program: "kubectl",
+        packages: &["kubernetes-client"],
+        purposes: &[Purpose::Test],
+        reason: "asks the tests' API server what it takes for one",
+    },
+    Tool {
         program: "xz",
         packages: &["xz-utils"],
         purposes: &[Purpose::KernelMatrix],
