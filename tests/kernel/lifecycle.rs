@@ -52,11 +52,11 @@ fn eventually(what: &str, condition: impl Fn() -> bool) {
 
 /// The ids of the programs that the pinned links run.
 fn program_ids(sandbox: &Sandbox) -> Vec<u32> {
-    let id = |name: &&str| {
+    let id = |name: &str| {
         let link = PinnedLink::from_pin(sandbox.pin_path().join(name)).unwrap();
         FdLink::from(link).info().unwrap().program_id()
     };
-    pins::HOOKS.iter().map(id).collect()
+    pins::hooks(lb_userspace::kernel::Features::probe()).map(id).collect()
 }
 
 #[test]

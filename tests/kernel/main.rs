@@ -3,6 +3,7 @@
 //! Each test has a sandbox of its own. The executable works as the only program of a virtual machine.
 #![expect(clippy::unwrap_used, reason = "a panic is how a test fails, in what a test calls too")]
 
+mod affinity;
 mod calls;
 mod capacity;
 mod lifecycle;
@@ -10,5 +11,6 @@ mod load;
 mod records;
 mod refusals;
 mod scenarios;
+mod slots;
 mod stats;
 mod verifier;

@@ -4,51 +4,70 @@ use std::net::SocketAddr;
 
 use lb_tests::{
     Feature, Sandbox,
-    agent::Agent,
+    agent::{self, Agent},
     client::{Domain, Socket},
     cluster::Cluster,
     require,
     server::Servers,
 };
-use lb_userspace::model::Protocol::{self, Tcp, Udp};
+use lb_userspace::{
+    kernel::pins,
+    model::Protocol::{self, Tcp, Udp},
+};
 use nix::errno::Errno;
 
 use crate::calls::{addresses, service_address};
 
 /// In one family: two services with one endpoint each, and a server that is no service.
-struct Scene {
-    service: SocketAddr,
-    endpoint: SocketAddr,
+#[derive(Clone, Copy)]
+pub(crate) struct Scene {
+    pub(crate) service: SocketAddr,
+    pub(crate) endpoint: SocketAddr,
     other_service: SocketAddr,
     other_endpoint: SocketAddr,
     plain: SocketAddr,
 }
 
 impl Scene {
-    fn new(domain: Domain) -> Self {
+    pub(crate) fn new(domain: Domain) -> Self {
         let [endpoint, other_endpoint, plain] = addresses(domain, 8001);
         let service = service_address(domain);
         Self { service, endpoint, other_service: SocketAddr::new(service.ip(), 53), other_endpoint, plain }
     }
 }
 
-/// A sandbox with an agent and a scene in each family.
+/// A sandbox with an agent and a scene in each family, once for each way to keep records.
 fn with_scenes(protocol: Protocol, test: impl Fn(Domain, &Scene) + Sync) {
-    Sandbox::run(|sandbox| {
-        let mut cluster = Cluster::new();
-        let mut servers = Vec::new();
-        for domain in [Domain::V4, Domain::V6] {
-            let scene = Scene::new(domain);
-            servers
-                .extend([scene.endpoint, scene.other_endpoint, scene.plain].map(|server| (server, protocol)));
-            cluster.serve(&format!("one-{domain:?}"), scene.service, protocol, &[scene.endpoint]);
-            cluster.serve(&format!("two-{domain:?}"), scene.other_service, protocol, &[scene.other_endpoint]);
-        }
-        let _servers = Servers::start(servers);
-        let mut agent = Agent::start(sandbox);
-        agent.follow(&cluster);
+    let (cluster, servers) = scenes(protocol);
+    with_agents(&cluster, &servers, || {
         for domain in Domain::ALL {
             test(domain, &Scene::new(domain));
+        }
+    });
+}
+
+/// The services and servers of a scene in each family.
+pub(crate) fn scenes(protocol: Protocol) -> (Cluster, Vec<(SocketAddr, Protocol)>) {
+    let mut cluster = Cluster::new();
+    let mut servers = Vec::new();
+    for domain in [Domain::V4, Domain::V6] {
+        let scene = Scene::new(domain);
+        servers.extend([scene.endpoint, scene.other_endpoint, scene.plain].map(|server| (server, protocol)));
+        cluster.serve(&format!("one-{domain:?}"), scene.service, protocol, &[scene.endpoint]);
+        cluster.serve(&format!("two-{domain:?}"), scene.other_service, protocol, &[scene.other_endpoint]);
+    }
+    (cluster, servers)
+}
+
+/// A sandbox with servers and an agent that follows a cluster, once for each way to keep records.
+fn with_agents(cluster: &Cluster, servers: &[(SocketAddr, Protocol)], test: impl Fn() + Sync) {
+    Sandbox::run(|sandbox| {
+        let _servers = Servers::start(servers.iter().copied());
+        for options in agent::modes(sandbox) {
+            let mut agent = Agent::start_with(&options, agent::settings(), Vec::new()).unwrap();
+            agent.follow(cluster);
+            test();
+            pins::remove(&sandbox.pin_path()).unwrap();
         }
     });
 }
@@ -122,21 +141,18 @@ fn an_answer_is_from_the_service_asked_last() {
     if !require(Feature::Programs) {
         return;
     }
-    Sandbox::run(|sandbox| {
-        let mut cluster = Cluster::new();
-        let scenes = [Domain::V4, Domain::V6].map(Scene::new);
-        let _servers = Servers::udp(scenes.iter().map(|scene| scene.endpoint));
-        for scene in &scenes {
-            cluster.serve(&format!("one-{}", scene.service.is_ipv6()), scene.service, Udp, &[scene.endpoint]);
-            cluster.serve(
-                &format!("two-{}", scene.service.is_ipv6()),
-                scene.other_service,
-                Udp,
-                &[scene.endpoint],
-            );
-        }
-        let mut agent = Agent::start(sandbox);
-        agent.follow(&cluster);
+    let mut cluster = Cluster::new();
+    let scenes = [Domain::V4, Domain::V6].map(Scene::new);
+    for scene in &scenes {
+        cluster.serve(&format!("one-{}", scene.service.is_ipv6()), scene.service, Udp, &[scene.endpoint]);
+        cluster.serve(
+            &format!("two-{}", scene.service.is_ipv6()),
+            scene.other_service,
+            Udp,
+            &[scene.endpoint],
+        );
+    }
+    with_agents(&cluster, &scenes.map(|scene| (scene.endpoint, Udp)), || {
         for domain in Domain::ALL {
             let Scene { service, endpoint, other_service, .. } = Scene::new(domain);
             let socket = Socket::new(domain, Udp);
@@ -195,19 +211,17 @@ fn a_socket_may_use_many_services() {
         return;
     }
     let pairs = |domain| {
-        let endpoints: [SocketAddr; 9] = addresses(domain, 8001);
+        let endpoints: [SocketAddr; 20] = addresses(domain, 8001);
         let ip = service_address(domain).ip();
         endpoints.map(|endpoint| (SocketAddr::new(ip, endpoint.port() - 8000), endpoint))
     };
-    Sandbox::run(|sandbox| {
-        let all = [pairs(Domain::V4), pairs(Domain::V6)].concat();
-        let _servers = Servers::udp(all.iter().map(|(_, endpoint)| *endpoint));
-        let mut cluster = Cluster::new();
-        for (service, endpoint) in &all {
-            cluster.serve(&format!("{}-{}", service.is_ipv6(), service.port()), *service, Udp, &[*endpoint]);
-        }
-        let mut agent = Agent::start(sandbox);
-        agent.follow(&cluster);
+    let all = [pairs(Domain::V4), pairs(Domain::V6)].concat();
+    let mut cluster = Cluster::new();
+    for (service, endpoint) in &all {
+        cluster.serve(&format!("{}-{}", service.is_ipv6(), service.port()), *service, Udp, &[*endpoint]);
+    }
+    let servers: Vec<_> = all.iter().map(|(_, endpoint)| (*endpoint, Udp)).collect();
+    with_agents(&cluster, &servers, || {
         for domain in Domain::ALL {
             let socket = Socket::new(domain, Udp);
             for (service, endpoint) in [pairs(domain), pairs(domain)].concat() {

@@ -5,12 +5,12 @@ use std::{net::IpAddr, path::PathBuf, thread, time::Duration};
 use lb_userspace::{
     controller::State,
     desired::{NodePortAddresses, Settings},
-    kernel::{Features, Kernel, KernelError, Options},
+    kernel::{Features, Kernel, KernelError, Options, pins},
     plan::{Capacity, Plan},
     tables::Image,
 };
 
-use crate::{cluster::Cluster, netns::NetNs, sandbox::Sandbox};
+use crate::{cluster::Cluster, sandbox::Sandbox};
 
 /// Map sizes that suffice for most tests; the default ones take much longer to allocate.
 pub const SMALL: Capacity = Capacity { services: 256, endpoints: 2048 };
@@ -129,20 +129,22 @@ impl Agent {
         self.kernel.maps().image().unwrap_or_else(|error| panic!("{error}"))
     }
 
-    /// The pins of a sandbox's agent, whether they exist or not.
+    /// The pins that an agent makes on this kernel, whether they exist or not.
     #[must_use]
     pub fn pins(sandbox: &Sandbox) -> Vec<PathBuf> {
-        use lb_userspace::kernel::pins::{HOOKS, MAPS};
-        MAPS.iter().chain(&HOOKS).map(|name| sandbox.pin_path().join(name)).collect()
+        let names = pins::MAPS.into_iter().chain(pins::hooks(Features::probe()));
+        names.map(|name| sandbox.pin_path().join(name)).collect()
     }
 }
 
-/// A namespace that is not the node's: a pod's.
-///
-/// # Panics
-///
-/// If it cannot be made.
+/// The options of a sandbox in every mode that this kernel's programs have: socket records in slots or in socket
+/// storage alone.
 #[must_use]
-pub fn pod_namespace() -> NetNs {
-    NetNs::new().expect("a network namespace")
+pub fn modes(sandbox: &Sandbox) -> Vec<Options> {
+    let options = options(sandbox);
+    let storage = Features { compare_and_swap: false, ..options.features };
+    if options.features == storage {
+        return vec![options];
+    }
+    vec![options.clone(), Options { features: storage, ..options }]
 }

@@ -5,7 +5,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::KernelError;
+use super::{Features, KernelError};
 
 /// Maps by the names of the object; each is pinned under its name.
 pub const MAPS: [&str; 13] = [
@@ -38,6 +38,11 @@ pub const HOOKS: [&str; 9] = [
     "getpeername4",
     "getpeername6",
 ];
+
+/// The hooks that are attached on a kernel: without compare-and-swap no socket takes a slot, and none is given up.
+pub fn hooks(features: Features) -> impl Iterator<Item = &'static str> {
+    HOOKS.into_iter().filter(move |hook| features.compare_and_swap || *hook != "sock_release")
+}
 
 /// Makes the directory for pins, if it is not there.
 ///

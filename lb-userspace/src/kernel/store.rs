@@ -105,7 +105,7 @@ impl Kernel {
         let mut kernel =
             Self { maps, grace, unsettled: true, features: options.features, log: options.log, object };
         kernel.grace.ask();
-        for hook in kernel.hooks() {
+        for hook in pins::hooks(options.features) {
             kernel.attach(hook, &cgroup, &options.pin_path.join(hook))?;
         }
         Ok(kernel)
@@ -150,12 +150,6 @@ impl Kernel {
         Ok(())
     }
 
-    /// The hooks that are attached, as far as this kernel needs them.
-    fn hooks(&self) -> impl Iterator<Item = &'static str> + use<> {
-        let slots = self.features.compare_and_swap;
-        pins::HOOKS.into_iter().filter(move |hook| slots || *hook != "sock_release")
-    }
-
     /// The program for a hook: with slots, with socket storage alone, or with diagnostics.
     fn program_of(&self, hook: &str) -> String {
         let mode = match (self.features.compare_and_swap, self.log) {
@@ -175,7 +169,7 @@ impl Kernel {
     /// [`KernelError::Program`] if the kernel does not tell.
     pub fn verified_instructions(&self) -> Result<BTreeMap<&'static str, u32>, KernelError> {
         let mut counts = BTreeMap::new();
-        for name in self.hooks() {
+        for name in pins::hooks(self.features) {
             let missing = KernelError::Missing { kind: "program", name };
             let program = self.object.program(&self.program_of(name)).ok_or(missing)?;
             let info =

@@ -1,0 +1,118 @@
+//! `sessionAffinity: ClientIP`: the parts that are the kernel's, clients and time.
+
+use std::{
+    collections::BTreeSet,
+    net::{IpAddr, SocketAddr},
+    thread,
+    time::Duration,
+};
+
+use k8s_openapi::api::core::v1::{ClientIPConfig, SessionAffinityConfig};
+use lb_tests::{
+    Feature, Sandbox,
+    agent::Agent,
+    client::{Domain, Socket},
+    cluster::{self, Cluster, PortOf},
+    netns::NetNs,
+    require,
+};
+use lb_userspace::model::Protocol::Udp;
+
+use crate::calls::service_address;
+
+/// Endpoints that every namespace of a test has as addresses of its own.
+fn endpoints() -> [IpAddr; 16] {
+    std::array::from_fn(|n| IpAddr::from([10, 1, 0, u8::try_from(n + 1).unwrap()]))
+}
+
+fn with_affinity(seconds: i32) -> Cluster {
+    let service = service_address(Domain::V4);
+    let object = cluster::service("dns", &[service.ip()], &[cluster::port("", Udp, service.port())]);
+    let object = cluster::with_spec(object, |spec| {
+        spec.session_affinity = Some("ClientIP".to_owned());
+        let client_ip = Some(ClientIPConfig { timeout_seconds: Some(seconds) });
+        spec.session_affinity_config = Some(SessionAffinityConfig { client_ip });
+    });
+    let mut cluster = Cluster::new().with([object]);
+    cluster.set_endpoints(&PortOf::udp("dns"), &endpoints().map(|ip| SocketAddr::new(ip, 53)));
+    cluster
+}
+
+/// Connects a datagram socket and tells to which of [`endpoints`].
+fn chosen() -> IpAddr {
+    let socket = Socket::new(Domain::V4, Udp);
+    socket.connect(service_address(Domain::V4)).unwrap();
+    socket.local_address().unwrap().ip()
+}
+
+#[test]
+fn clients_are_network_namespaces() {
+    if !require(Feature::Programs) {
+        return;
+    }
+    Sandbox::run(|sandbox| {
+        let mut agent = Agent::start(sandbox);
+        agent.follow(&with_affinity(86_400));
+        let pods: Vec<NetNs> = (0..12).map(|_| NetNs::new().unwrap()).collect();
+        let mut choices = Vec::new();
+        for pod in &pods {
+            for ip in endpoints() {
+                pod.add_address(ip).unwrap();
+            }
+            choices.push(pod.run(chosen));
+        }
+        for _ in 0..20 {
+            for (pod, choice) in pods.iter().zip(&choices) {
+                assert_eq!(pod.run(chosen), *choice);
+            }
+        }
+        // Twelve clients agree by chance once in 16^11 runs.
+        assert!(choices.iter().collect::<BTreeSet<_>>().len() > 1, "{choices:?}");
+    });
+}
+
+#[test]
+fn a_client_that_is_idle_too_long_chooses_anew() {
+    if !require(Feature::Programs) {
+        return;
+    }
+    Sandbox::run(|sandbox| {
+        sandbox.own(endpoints());
+        let mut agent = Agent::start(sandbox);
+        agent.follow(&with_affinity(1));
+        let first = chosen();
+        // Two seconds are more than one on any clock. The same endpoint is chosen again once in sixteen times.
+        let moved = (0..10).any(|_| {
+            thread::sleep(Duration::from_secs(2));
+            chosen() != first
+        });
+        assert!(moved);
+    });
+}
+
+#[test]
+fn a_client_that_calls_in_time_keeps_its_endpoint() {
+    if !require(Feature::Programs) {
+        return;
+    }
+    Sandbox::run(|sandbox| {
+        sandbox.own(endpoints());
+        let mut agent = Agent::start(sandbox);
+        agent.follow(&with_affinity(600));
+        let first = chosen();
+        for _ in 0..200 {
+            assert_eq!(chosen(), first);
+        }
+        // A change of the set that keeps the endpoint keeps the choice.
+        let mut cluster = with_affinity(600);
+        let other: IpAddr = endpoints().into_iter().find(|ip| *ip != first).unwrap();
+        cluster.set_endpoints(&PortOf::udp("dns"), &[first, other].map(|ip| SocketAddr::new(ip, 53)));
+        agent.follow(&cluster);
+        for _ in 0..50 {
+            assert_eq!(chosen(), first);
+        }
+        cluster.set_endpoints(&PortOf::udp("dns"), &[SocketAddr::new(other, 53)]);
+        agent.follow(&cluster);
+        assert_eq!(chosen(), other);
+    });
+}

@@ -1,0 +1,180 @@
+//! Where the records of sockets are kept, and that they come to an end.
+
+use aya::maps::{Array, Map, MapData};
+use lb_common::{
+    layout::{SLOT_WAYS, SocketRecord, SocketSlots},
+    limits::SOCKET_SETS,
+};
+use lb_tests::{
+    Feature, Sandbox,
+    agent::{self, Agent},
+    client::{Domain, Socket},
+    require,
+    server::Servers,
+};
+use lb_userspace::{
+    kernel::{Features, Options},
+    model::Protocol::{Tcp, Udp},
+};
+use nix::{
+    errno::Errno,
+    sys::resource::{Resource, getrlimit, setrlimit},
+};
+
+use crate::records::{Scene, scenes};
+
+/// A pinned array, its values as words.
+fn array<const WORDS: usize>(sandbox: &Sandbox, name: &str) -> Array<MapData, [u64; WORDS]> {
+    let data = MapData::from_pin(sandbox.pin_path().join(name)).unwrap();
+    Map::from_map_data(data).unwrap().try_into().unwrap()
+}
+
+/// Slots that belong to a socket.
+fn n_taken(sandbox: &Sandbox) -> usize {
+    const WORDS: usize = size_of::<SocketSlots>() / 8;
+    const COOKIE: usize = std::mem::offset_of!(SocketRecord, cookie) / 8;
+    let slots = array::<WORDS>(sandbox, "sockets");
+    let is_taken = |words: [u64; WORDS], way: usize| words[way * WORDS / SLOT_WAYS + COOKIE] != 0;
+    (0..slots.len())
+        .map(|set| slots.get(&set, 0).unwrap())
+        .map(|words| (0..SLOT_WAYS).filter(|way| is_taken(words, *way)).count())
+        .sum()
+}
+
+/// Sockets that found no slot, or needed more than one.
+fn n_spills(sandbox: &Sandbox) -> u64 {
+    array::<1>(sandbox, "socket_spills").get(&0, 0).unwrap()[0]
+}
+
+#[test]
+fn a_closed_socket_gives_its_slot_up() {
+    if !require(Feature::Programs) || !Features::probe().compare_and_swap {
+        return;
+    }
+    Sandbox::run(|sandbox| {
+        let servers = Domain::ALL.map(|domain| Scene::new(domain).endpoint);
+        let _servers =
+            Servers::start([servers[0], servers[1]].into_iter().flat_map(|s| [(s, Tcp), (s, Udp)]));
+        let mut agent = Agent::start(sandbox);
+        for protocol in [Tcp, Udp] {
+            agent.follow(&scenes(protocol).0);
+            let mut sockets = Vec::new();
+            for domain in Domain::ALL {
+                for _ in 0..20 {
+                    let socket = Socket::new(domain, protocol);
+                    socket.connect(Scene::new(domain).service).unwrap();
+                    sockets.push(socket);
+                }
+            }
+            assert_eq!(n_taken(sandbox), sockets.len());
+            // A socket that leaves its service gives it up too.
+            if protocol == Udp {
+                for (socket, domain) in sockets.iter().step_by(20).zip(Domain::ALL) {
+                    socket.connect(Scene::new(domain).endpoint).unwrap();
+                }
+                assert_eq!(n_taken(sandbox), sockets.len() - 3);
+            }
+            drop(sockets);
+            assert_eq!(n_taken(sandbox), 0);
+        }
+        assert_eq!(n_spills(sandbox), 0);
+    });
+}
+
+/// A call that fails later, or is made again and again, takes no second slot.
+#[test]
+fn a_socket_has_one_slot() {
+    if !require(Feature::Programs) || !Features::probe().compare_and_swap {
+        return;
+    }
+    Sandbox::run(|sandbox| {
+        let mut agent = Agent::start(sandbox);
+        agent.follow(&scenes(Udp).0);
+        let socket = Socket::new(Domain::V4, Udp);
+        for _ in 0..10 {
+            socket.connect(Scene::new(Domain::V4).service).unwrap();
+        }
+        assert_eq!((n_taken(sandbox), n_spills(sandbox)), (1, 0));
+
+        agent.follow(&scenes(Tcp).0);
+        let nobody_listens = Socket::new(Domain::V4, Tcp);
+        for _ in 0..10 {
+            assert_eq!(nobody_listens.connect(Scene::new(Domain::V4).service), Err(Errno::ECONNREFUSED));
+        }
+        assert_eq!((n_taken(sandbox), n_spills(sandbox)), (2, 0));
+        drop((socket, nobody_listens));
+        assert_eq!(n_taken(sandbox), 0);
+    });
+}
+
+/// More live sockets than slots: none loses its record, and none takes another one's.
+#[test]
+fn more_sockets_than_slots_keep_their_records() {
+    if !require(Feature::Programs) {
+        return;
+    }
+    Sandbox::run(|sandbox| {
+        let n_sockets = SOCKET_SETS as usize * SLOT_WAYS + 2000;
+        let (_, most) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+        let wanted = most.max(n_sockets as u64 + 1000);
+        setrlimit(Resource::RLIMIT_NOFILE, wanted, wanted).unwrap();
+        let scene = Scene::new(Domain::V4);
+        let _servers = Servers::udp([scene.endpoint]);
+        let mut agent = Agent::start(sandbox);
+        agent.follow(&scenes(Udp).0);
+        let mut sockets = Vec::with_capacity(n_sockets);
+        for _ in 0..n_sockets {
+            let socket = Socket::new(Domain::V4, Udp);
+            socket.connect(scene.service).unwrap();
+            sockets.push(socket);
+        }
+        if Features::probe().compare_and_swap {
+            assert!(n_spills(sandbox) >= 2000, "{} spills", n_spills(sandbox));
+        }
+        for socket in &sockets {
+            assert_eq!(socket.peer_name(), Ok(scene.service));
+        }
+        for socket in sockets.iter().rev().step_by(100) {
+            assert_eq!(socket.ask().unwrap().seen, Some(scene.service));
+        }
+        drop(sockets);
+        if Features::probe().compare_and_swap {
+            assert_eq!(n_taken(sandbox), 0);
+        }
+    });
+}
+
+/// A restart may come with other programs, as after an update; records stay what they are.
+#[test]
+fn records_survive_restarts() {
+    if !require(Feature::Programs) {
+        return;
+    }
+    Sandbox::run(|sandbox| {
+        let (cluster, servers) = scenes(Udp);
+        let _servers = Servers::start(servers);
+        let options = agent::options(sandbox);
+        let start = |options: &Options| {
+            Agent::start_with(options, agent::settings(), Vec::new()).unwrap().follow(&cluster);
+        };
+        start(&options);
+        let sockets = Domain::ALL.map(|domain| {
+            let connected = Socket::new(domain, Udp);
+            connected.connect(Scene::new(domain).service).unwrap();
+            let unconnected = Socket::new(domain, Udp);
+            unconnected.send_to(b"?", Scene::new(domain).service).unwrap();
+            (domain, connected, unconnected)
+        });
+        // Diagnostics are a program of their own.
+        for log in [options.features.compare_and_swap, false] {
+            start(&Options { log, ..options.clone() });
+            for (domain, connected, _) in &sockets {
+                assert_eq!(connected.peer_name(), Ok(Scene::new(*domain).service));
+                assert_eq!(connected.ask().unwrap().seen, Some(Scene::new(*domain).service));
+            }
+        }
+        for (domain, _, unconnected) in &sockets {
+            assert_eq!(unconnected.receive().unwrap().1, Some(Scene::new(*domain).service));
+        }
+    });
+}
