@@ -14,6 +14,8 @@ pub enum Feature {
     NetnsCookie,
     /// A program on `PATH`.
     Command(&'static str),
+    /// A variable of the environment that `cargo xtask test` sets.
+    Variable(&'static str),
 }
 
 impl Feature {
@@ -36,13 +38,16 @@ impl Feature {
                 let is_there = env::split_paths(&path).any(|directory| directory.join(name).is_file());
                 (!is_there).then(|| format!("the program {name}"))
             }
+            Self::Variable(name) => {
+                env::var_os(name).is_none().then(|| format!("{name}, which `cargo xtask test` sets"))
+            }
         }
     }
 
     /// Whether this machine could have it, so that missing it is a fault of the machine's set-up.
     fn is_possible(self) -> bool {
         match self {
-            Self::Programs | Self::Command(_) => true,
+            Self::Programs | Self::Command(_) | Self::Variable(_) => true,
             Self::NetnsCookie => kernel_version() >= (5, 14),
         }
     }

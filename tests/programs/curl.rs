@@ -1,0 +1,82 @@
+//! curl through a service.
+
+use std::collections::BTreeSet;
+
+use lb_tests::{Feature, Sandbox, require};
+
+use crate::{
+    process::{run, text},
+    town::{self, Town},
+};
+
+/// Fetches a page and says who is at the other end of the connection, as curl sees it.
+fn curl(urls: &[&str]) -> String {
+    let mut args =
+        vec!["--silent", "--show-error", "--max-time", "30", "--write-out", "%{remote_ip} %{remote_port}\n"];
+    args.extend(urls);
+    text("curl", &args)
+}
+
+fn with_town(n_pods: u8, test: impl FnOnce(&Sandbox, &Town) + Send) {
+    if require(Feature::Programs) && require(Feature::Command("curl")) {
+        Sandbox::run(|sandbox| test(sandbox, &Town::new(sandbox, n_pods)));
+    }
+}
+
+#[test]
+fn pages_come_from_every_pod() {
+    with_town(2, |sandbox, town| {
+        let mut agent = town.serve(sandbox);
+        for (family, service) in town::web().into_iter().enumerate() {
+            let url = format!("http://{service}/");
+            let fetched: BTreeSet<String> = (0..40).map(|_| curl(&[&url])).collect();
+            // The client's address is the node's on the way to the pod: nothing translates it.
+            let expected = town.pods.iter().map(|pod| {
+                let (server, client) = (pod.ips[family], pod.gateways[family]);
+                format!("{server} for {client}\n{} {}", service.ip(), service.port())
+            });
+            assert_eq!(fetched, expected.collect());
+        }
+        agent.follow(&town.cluster(1..2));
+        for _ in 0..10 {
+            let page = curl(&[&format!("http://{}/", town::web()[0])]);
+            assert!(page.starts_with(&town.pods[1].ips[0].to_string()), "{page}");
+        }
+    });
+}
+
+/// Several requests over one connection go to one pod.
+#[test]
+fn a_connection_stays_with_its_pod() {
+    with_town(2, |sandbox, town| {
+        let _agent = town.serve(sandbox);
+        let url = format!("http://{}/", town::web()[0]);
+        let pages = curl(&[&*url; 10]);
+        let servers: BTreeSet<&str> = pages.lines().filter(|line| line.contains(" for ")).collect();
+        assert_eq!(servers.len(), 1, "{pages}");
+    });
+}
+
+/// A pod that calls its own service may reach itself.
+#[test]
+fn a_pod_reaches_itself_through_its_service() {
+    with_town(1, |sandbox, town| {
+        let _agent = town.serve(sandbox);
+        let pod = &town.pods[0];
+        for (family, service) in town::web().into_iter().enumerate() {
+            let page = pod.netns.run(|| curl(&[&format!("http://{service}/")]));
+            let ip = pod.ips[family];
+            assert_eq!(page, format!("{ip} for {ip}\n{} {}", service.ip(), service.port()));
+        }
+    });
+}
+
+#[test]
+fn a_service_without_pods_is_refused_at_once() {
+    with_town(0, |sandbox, town| {
+        let _agent = town.serve(sandbox);
+        let output = run("curl", &["--silent", "--show-error", &format!("http://{}/", town::empty())]);
+        // "Failed to connect", not "time-out".
+        assert_eq!(output.status.code(), Some(7), "{output:?}");
+    });
+}

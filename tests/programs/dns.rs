@@ -1,0 +1,57 @@
+//! Name resolution through a service, by dig and by the C library. Both drop answers that come from somewhere else
+//! than they asked.
+
+use std::{collections::BTreeSet, fs};
+
+use lb_tests::{Feature, Sandbox, require};
+use nix::mount::{MsFlags, mount};
+
+use crate::{
+    process::text,
+    town::{self, Town},
+};
+
+#[test]
+fn dig_gets_answers_over_udp_and_tcp() {
+    if !require(Feature::Programs) || !require(Feature::Command("dig")) {
+        return;
+    }
+    Sandbox::run(|sandbox| {
+        let town = Town::new(sandbox, 2);
+        let _agent = town.serve(sandbox);
+        for (family, kind) in ["A", "AAAA"].into_iter().enumerate() {
+            let server = format!("@{}", town::dns()[family].ip());
+            for transport in ["+notcp", "+tcp"] {
+                let args = ["+short", "+time=10", "+tries=2", transport, &server, "example.test", kind];
+                let answers: BTreeSet<String> = (0..30).map(|_| text("dig", &args)).collect();
+                assert_eq!(
+                    answers,
+                    town.pods.iter().map(|pod| pod.ips[family].to_string()).collect(),
+                    "{args:?}"
+                );
+            }
+        }
+    });
+}
+
+/// The C library's resolver asks for both families at once through one connected socket.
+#[test]
+fn the_c_library_resolves_names() {
+    if !require(Feature::Programs) || !require(Feature::Command("getent")) {
+        return;
+    }
+    Sandbox::run(|sandbox| {
+        let town = Town::new(sandbox, 1);
+        let _agent = town.serve(sandbox);
+        // In the sandbox's own mount namespace: nobody else sees it.
+        let conf = tempfile::NamedTempFile::new().unwrap();
+        let target = fs::canonicalize("/etc/resolv.conf").unwrap();
+        mount(Some(conf.path()), &target, None::<&str>, MsFlags::MS_BIND, None::<&str>).unwrap();
+        for (family, database) in ["ahostsv4", "ahostsv6"].into_iter().enumerate() {
+            let nameserver = format!("nameserver {}\noptions timeout:10\n", town::dns()[family].ip());
+            fs::write(conf.path(), nameserver).unwrap();
+            let answer = text("getent", &[database, "example.test"]);
+            assert!(answer.starts_with(&format!("{} ", town.pods[0].ips[family])), "{answer}");
+        }
+    });
+}

@@ -1,0 +1,12 @@
+//! Ordinary programs through the hooks: what people run, unmodified and unaware.
+//!
+//! Backends live in network namespaces of their own, joined to the node's by veth pairs, as pods are.
+#![expect(clippy::unwrap_used, reason = "a panic is how a test fails, in what a test calls too")]
+
+mod asyncio;
+mod backend;
+mod curl;
+mod dns;
+mod process;
+mod socklb;
+mod town;

@@ -1,0 +1,231 @@
+//! The command `socklb`, as people run it.
+
+use std::{
+    collections::BTreeSet,
+    env, fs,
+    net::SocketAddr,
+    path::Path,
+    process::{Child, Command, Stdio},
+    thread,
+    time::Duration,
+};
+
+use lb_tests::{
+    Feature, Sandbox,
+    client::{Domain, Socket, call},
+    cluster::{Cluster, key},
+    require,
+};
+use lb_userspace::model::Protocol;
+use nix::{
+    errno::Errno,
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::{
+    process::{run, text},
+    town::{self, Town},
+};
+
+/// Where an agent in a sandbox keeps its things.
+struct Place {
+    binary: String,
+    manifests: TempDir,
+    state_dir: TempDir,
+    pin_path: String,
+    cgroup: String,
+}
+
+impl Place {
+    fn new(sandbox: &Sandbox, binary: String) -> Self {
+        Self {
+            binary,
+            manifests: tempfile::tempdir().unwrap(),
+            state_dir: tempfile::tempdir().unwrap(),
+            pin_path: sandbox.pin_path().to_str().unwrap().to_owned(),
+            cgroup: sandbox.cgroup().path().to_str().unwrap().to_owned(),
+        }
+    }
+
+    /// Replaces the manifests, in one step as editors do.
+    fn write(&self, cluster: &Cluster) {
+        let services = cluster.services.values().map(serde_json::to_string);
+        let slices = cluster.slices.values().map(serde_json::to_string);
+        let text: Vec<String> = services.chain(slices).map(Result::unwrap).collect();
+        let new = self.manifests.path().join(".new");
+        fs::write(&new, text.join("\n---\n")).unwrap();
+        fs::rename(new, self.manifests.path().join("cluster.yaml")).unwrap();
+    }
+
+    fn start(&self) -> Running {
+        let child = Command::new(&self.binary)
+            .args(["run", "--node-name", "node", "--cgroup", &self.cgroup, "--pin-path", &self.pin_path])
+            .arg("--state-dir")
+            .arg(self.state_dir.path())
+            .arg(format!("--source=file:{}", self.manifests.path().display()))
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        Running { child }
+    }
+
+    /// Arguments of a command that looks at the pinned state.
+    fn args<'a>(&'a self, command: &[&'a str]) -> Vec<&'a str> {
+        let places = ["--pin-path", &self.pin_path, "--state-dir", self.state_dir.path().to_str().unwrap()];
+        [command, &places[..]].concat()
+    }
+
+    /// Runs a command that prints JSON.
+    fn json(&self, command: &[&str]) -> Value {
+        serde_json::from_str(&text(&self.binary, &self.args(command))).unwrap()
+    }
+}
+
+/// An agent that is ended with this value.
+struct Running {
+    child: Child,
+}
+
+impl Running {
+    /// Ends the agent by a signal and returns its exit status.
+    fn end(mut self, signal: Signal) -> Option<i32> {
+        kill(Pid::from_raw(self.child.id().cast_signed()), signal).unwrap();
+        self.child.wait().unwrap().code()
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ended_already = self.child.kill();
+        let _ended_already = self.child.wait();
+    }
+}
+
+/// Waits until the agent has caught up.
+fn eventually(what: &str, condition: impl Fn() -> bool) {
+    for _ in 0..3000 {
+        if condition() {
+            return;
+        }
+        thread::sleep(Duration::from_millis(10));
+    }
+    panic!("never happened: {what}");
+}
+
+fn with_town(test: impl FnOnce(&Place, &Town) + Send) {
+    if !require(Feature::Programs)
+        || !require(Feature::Variable("SOCKLB_BIN"))
+        || !require(Feature::Command("curl"))
+    {
+        return;
+    }
+    let binary = env::var("SOCKLB_BIN").unwrap();
+    Sandbox::run(|sandbox| test(&Place::new(sandbox, binary), &Town::new(sandbox, 2)));
+}
+
+/// The pods that answer at the web service.
+fn servers(n_calls: usize) -> BTreeSet<String> {
+    let url = format!("http://{}/", town::web()[0]);
+    (0..n_calls)
+        .map(|_| text("curl", &["--silent", "--show-error", "--max-time", "30", &url]))
+        .map(|page| page.split(' ').next().unwrap_or_default().to_owned())
+        .collect()
+}
+
+/// Whether somebody accepts a connection to the service.
+fn is_up(service: SocketAddr) -> bool {
+    Socket::new(Domain::of(service.ip()), Protocol::Tcp).connect(service).is_ok()
+}
+
+#[test]
+fn the_agent_follows_manifests_and_survives_its_end() {
+    with_town(|place, town| {
+        let service = town::web()[0];
+        let ip = |pod: usize| town.pods[pod].ips[0].to_string();
+        place.write(&town.cluster(0..2));
+        let agent = place.start();
+        eventually("the service answers", || is_up(service));
+        assert_eq!(servers(40), BTreeSet::from([ip(0), ip(1)]));
+
+        place.write(&town.cluster(1..2));
+        eventually("one pod is left", || servers(20) == BTreeSet::from([ip(1)]));
+
+        assert_eq!(agent.end(Signal::SIGTERM), Some(0), "a stopped agent has done its work");
+        assert_eq!(servers(20), BTreeSet::from([ip(1)]), "nobody is needed to keep it up");
+
+        // Killed, started anew over changed manifests: what it missed is made up for.
+        let agent = place.start();
+        assert_eq!(agent.end(Signal::SIGKILL), None);
+        place.write(&town.cluster(0..1));
+        let _agent = place.start();
+        eventually("the other pod is back", || servers(20) == BTreeSet::from([ip(0)]));
+    });
+}
+
+#[test]
+fn commands_tell_what_the_kernel_holds() {
+    with_town(|place, town| {
+        place.write(&town.cluster(0..2));
+        let agent = place.start();
+        eventually("the service answers", || is_up(town::web()[0]));
+        assert_eq!(agent.end(Signal::SIGINT), Some(0));
+
+        let services = place.json(&["services", "-o", "json"]);
+        let web = services.as_array().unwrap().iter().find(|row| row["name"] == "web-v4").unwrap();
+        assert_eq!(
+            (&web["namespace"], &web["kind"], &web["protocol"]),
+            (&"default".into(), &"ClusterIP".into(), &"TCP".into())
+        );
+        assert_eq!((&web["address"], &web["port"]), (&"10.96.0.80".into(), &80.into()));
+        let endpoints: Vec<&str> =
+            web["endpoints"].as_array().unwrap().iter().map(|e| e["address"].as_str().unwrap()).collect();
+        assert_eq!(endpoints, ["10.244.1.2", "10.244.2.2"]);
+
+        let explain = |to: &str| place.json(&["explain", to, "-o", "json"]);
+        assert_eq!(explain("10.96.0.80:80/tcp")["verdict"], "redirected");
+        assert_eq!(explain("10.96.0.81:80")["verdict"], "refused");
+        assert_eq!(explain("10.96.0.80:80/udp")["verdict"], "untouched");
+        assert_eq!(explain("[fd00:96::53]:53/udp")["candidates"].as_array().unwrap().len(), 2);
+        assert_eq!(explain("10.96.0.80:80/tcp")["frontend"]["name"], *key("web-v4").name);
+    });
+}
+
+#[test]
+fn cleanup_takes_everything_away() {
+    with_town(|place, town| {
+        let service = town::web()[0];
+        place.write(&town.cluster(0..2));
+        let agent = place.start();
+        eventually("the service answers", || is_up(service));
+        assert_eq!(agent.end(Signal::SIGTERM), Some(0));
+
+        text(&place.binary, &place.args(&["cleanup"]));
+        eventually("calls are untouched", || call(service, Protocol::Tcp) == Err(Errno::ENETUNREACH));
+        assert!(!Path::new(&place.pin_path).exists());
+        assert_eq!(fs::read_dir(place.state_dir.path()).into_iter().flatten().count(), 0);
+
+        let nothing = run(&place.binary, &place.args(&["services"]));
+        assert_eq!(nothing.status.code(), Some(1));
+        let message = String::from_utf8_lossy(&nothing.stderr).into_owned();
+        assert_eq!(message.lines().count(), 1, "{message}");
+        assert!(message.contains("nothing is pinned"), "{message}");
+    });
+}
+
+#[test]
+fn wrong_usage_has_a_status_of_its_own() {
+    with_town(|place, _town| {
+        for args in [
+            &["run", "--source", "nonsense"][..],
+            &["run", "--max-services", "0"],
+            &["nonsense"],
+            &["explain", "x"],
+        ] {
+            let output = run(&place.binary, args);
+            assert_eq!(output.status.code(), Some(2), "{args:?}: {output:?}");
+        }
+    });
+}

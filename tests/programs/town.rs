@@ -1,0 +1,89 @@
+//! A node and pods: network namespaces joined by veth pairs, with routes to one another and to nowhere else.
+
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+
+use lb_tests::{Sandbox, agent::Agent, cluster::Cluster, netns::NetNs};
+use lb_userspace::model::Protocol;
+
+use crate::backend::{Dns, Http};
+
+/// Port of every pod's web server.
+const HTTP: u16 = 8080;
+/// Port of every pod's name server.
+const DNS: u16 = 1053;
+
+/// A pod that serves pages and answers name queries.
+pub(crate) struct Pod {
+    pub(crate) netns: NetNs,
+    /// Its addresses, one of each family.
+    pub(crate) ips: [IpAddr; 2],
+    /// The node's addresses on the way to it.
+    pub(crate) gateways: [IpAddr; 2],
+    _servers: (Http, Dns),
+}
+
+/// A sandbox's node with pods.
+pub(crate) struct Town {
+    pub(crate) pods: Vec<Pod>,
+}
+
+fn addresses(pod: u8, host: u8) -> [IpAddr; 2] {
+    let v6 = Ipv6Addr::new(0xfd00, 0x244, pod.into(), 0, 0, 0, 0, host.into());
+    [IpAddr::from([10, 244, pod, host]), v6.into()]
+}
+
+impl Town {
+    /// Makes pods of the sandbox's node.
+    pub(crate) fn new(sandbox: &Sandbox, n_pods: u8) -> Self {
+        let pods = (1..=n_pods).map(|n| {
+            let (gateways, ips) = (addresses(n, 1), addresses(n, 2));
+            let netns = NetNs::new().unwrap();
+            sandbox.netns().join(&format!("pod{n}"), &gateways, &netns, "eth0", &ips).unwrap();
+            let servers = netns.run(|| {
+                (
+                    Http::start(ips.map(|ip| SocketAddr::new(ip, HTTP))),
+                    Dns::start(ips.map(|ip| SocketAddr::new(ip, DNS))),
+                )
+            });
+            Pod { netns, ips, gateways, _servers: servers }
+        });
+        Self { pods: pods.collect() }
+    }
+
+    /// Starts an agent in the sandbox and gives it the services of this town, with all pods behind them.
+    pub(crate) fn serve(&self, sandbox: &Sandbox) -> Agent {
+        let mut agent = Agent::start(sandbox);
+        agent.follow(&self.cluster(0..self.pods.len()));
+        agent
+    }
+
+    /// The services of this town, with some of the pods behind them.
+    pub(crate) fn cluster(&self, pods: std::ops::Range<usize>) -> Cluster {
+        let mut cluster = Cluster::new();
+        for (n, family) in ["v4", "v6"].iter().enumerate() {
+            let endpoints = |port| -> Vec<SocketAddr> {
+                self.pods[pods.clone()].iter().map(|pod| SocketAddr::new(pod.ips[n], port)).collect()
+            };
+            cluster.serve(&format!("web-{family}"), web()[n], Protocol::Tcp, &endpoints(HTTP));
+            cluster.serve(&format!("dns-udp-{family}"), dns()[n], Protocol::Udp, &endpoints(DNS));
+            cluster.serve(&format!("dns-tcp-{family}"), dns()[n], Protocol::Tcp, &endpoints(DNS));
+        }
+        cluster.serve("empty", empty(), Protocol::Tcp, &[]);
+        cluster
+    }
+}
+
+/// The addresses of the web service.
+pub(crate) fn web() -> [SocketAddr; 2] {
+    ["10.96.0.80:80", "[fd00:96::80]:80"].map(|address| address.parse().unwrap())
+}
+
+/// The addresses of the name service.
+pub(crate) fn dns() -> [SocketAddr; 2] {
+    ["10.96.0.53:53", "[fd00:96::53]:53"].map(|address| address.parse().unwrap())
+}
+
+/// A service without endpoints.
+pub(crate) fn empty() -> SocketAddr {
+    "10.96.0.81:80".parse().unwrap()
+}
