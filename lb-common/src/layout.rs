@@ -53,7 +53,7 @@ unsafe impl MapValue for u64 {}
 pub struct Protocol(pub u8);
 
 impl Protocol {
-    /// `IPPROTO_TCP`. `IPPROTO_MPTCP` sockets count as TCP: on the wire they are.
+    /// `IPPROTO_TCP`.
     pub const TCP: Self = Self(6);
     /// `IPPROTO_UDP`. `IPPROTO_UDPLITE` sockets count as UDP.
     pub const UDP: Self = Self(17);

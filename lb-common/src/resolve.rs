@@ -25,7 +25,7 @@ pub struct Call<A> {
     pub address: A,
     /// Destination port, host order.
     pub port: u16,
-    /// Protocol of the socket, with UDP-Lite already counted as UDP and MPTCP as TCP.
+    /// Protocol of the socket, with UDP-Lite already counted as UDP.
     pub protocol: Protocol,
 }
 

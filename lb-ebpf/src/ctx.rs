@@ -28,8 +28,6 @@ const ECONNREFUSED: i32 = 111;
 
 // The numbers in map keys are the IP header's.
 const _: () = assert!(Protocol::TCP.0 == IpProto::Tcp as u8 && Protocol::UDP.0 == IpProto::Udp as u8);
-/// `IPPROTO_MPTCP`: a socket's protocol only, on the wire it is TCP. Above 255, so not among the header's numbers.
-const IPPROTO_MPTCP: u32 = 262;
 
 /// The context of a `BPF_PROG_TYPE_CGROUP_SOCK_ADDR` program.
 pub(crate) struct SockAddr<'a> {
@@ -51,11 +49,14 @@ impl<'a> SockAddr<'a> {
     }
 
     /// The protocol of the socket as tables know it, or `None` if no frontend can match it.
+    ///
+    /// Multipath TCP is not among them: Linux runs no connect hook for its sockets (seen up to 6.18), so that nothing is
+    /// recorded that a later hook could find.
     #[inline(always)]
     pub(crate) fn protocol(&self) -> Option<Protocol> {
         // SAFETY: `raw` is the context of the running program; the field is readable in all sock_addr hooks.
         let number = unsafe { addr_of!((*self.raw).protocol).read_volatile() };
-        if number == IpProto::Tcp as u32 || number == IPPROTO_MPTCP {
+        if number == IpProto::Tcp as u32 {
             Some(Protocol::TCP)
         } else if number == IpProto::Udp as u32 || number == IpProto::UdpLite as u32 {
             Some(Protocol::UDP)

@@ -202,7 +202,19 @@ fn cleanup_takes_everything_away() {
         eventually("the service answers", || is_up(service));
         assert_eq!(agent.end(Signal::SIGTERM), Some(0));
 
-        text(&place.binary, &place.args(&["cleanup"]));
+        // A reader that has enough, as of `socklb services | head -1`, ends nothing and breaks nothing.
+        for command in ["services", "cleanup"] {
+            let mut child = Command::new(&place.binary)
+                .args(place.args(&[command]))
+                .stdout(Stdio::piped())
+                .stderr(Stdio::piped())
+                .spawn()
+                .unwrap();
+            drop(child.stdout.take());
+            let output = child.wait_with_output().unwrap();
+            let message = String::from_utf8_lossy(&output.stderr);
+            assert!(output.status.success() && message.is_empty(), "{command}: {}: {message}", output.status);
+        }
         eventually("calls are untouched", || call(service, Protocol::Tcp) == Err(Errno::ENETUNREACH));
         assert!(!Path::new(&place.pin_path).exists());
         assert_eq!(fs::read_dir(place.state_dir.path()).into_iter().flatten().count(), 0);

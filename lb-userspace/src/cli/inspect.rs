@@ -1,5 +1,4 @@
 //! Commands that look at pinned state or remove it. None needs a running agent.
-#![expect(clippy::print_stdout, reason = "the answer of a command goes to standard output")]
 
 use std::{
     collections::BTreeMap, net::SocketAddr, os::fd::AsFd, path::PathBuf, process::ExitCode, str::FromStr,
@@ -122,9 +121,9 @@ impl Pinned {
 /// Prints in the way that was asked for.
 fn print(output: Output, value: &impl serde::Serialize, text: impl FnOnce() -> String) -> anyhow::Result<()> {
     match output {
-        Output::Table => print!("{}", text()),
-        Output::Json => println!("{}", serde_json::to_string_pretty(value)?),
-        Output::Yaml => print!("{}", serde_saphyr::to_string(value)?),
+        Output::Table => super::show(&text())?,
+        Output::Json => super::show(&format!("{}\n", serde_json::to_string_pretty(value)?))?,
+        Output::Yaml => super::show(&serde_saphyr::to_string(value)?)?,
     }
     Ok(())
 }
@@ -185,16 +184,16 @@ pub fn explain(args: &ExplainArgs) -> anyhow::Result<ExitCode> {
 ///
 /// If nothing is there, or something cannot be removed.
 pub fn cleanup(args: &PinArgs) -> anyhow::Result<ExitCode> {
-    for path in pins::remove(&args.pin_path)? {
-        println!("removed {}", path.display());
-    }
-    match std::fs::remove_file(args.state_dir.join(snapshot::FILE_NAME)) {
-        Ok(()) => println!("removed {}", args.state_dir.join(snapshot::FILE_NAME).display()),
+    let mut removed = pins::remove(&args.pin_path)?;
+    let path = args.state_dir.join(snapshot::FILE_NAME);
+    match std::fs::remove_file(&path) {
+        Ok(()) => removed.push(path),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-        Err(source) => {
-            return Err(SnapshotError::Io { path: args.state_dir.join(snapshot::FILE_NAME), source }.into());
-        }
+        Err(source) => return Err(SnapshotError::Io { path, source }.into()),
     }
+    // After the work: a reader that goes away does not stop it half-way.
+    let lines = removed.iter().map(|path| format!("removed {}\n", path.display()));
+    super::show(&lines.collect::<String>())?;
     Ok(ExitCode::SUCCESS)
 }
 

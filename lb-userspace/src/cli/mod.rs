@@ -8,8 +8,9 @@ pub mod inspect;
 pub mod listing;
 pub mod run;
 
-use std::{path::PathBuf, process::ExitCode};
+use std::{io::Write as _, path::PathBuf, process::ExitCode};
 
+use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand};
 
 /// Socket-level service load balancer for Kubernetes.
@@ -70,5 +71,21 @@ pub fn main() -> ExitCode {
             let is_usage = error.is::<config::UsageError>();
             if is_usage { ExitCode::from(2) } else { ExitCode::FAILURE }
         }
+    }
+}
+
+/// Writes text to standard output. A reader that went away, as of `socklb services | head`, has what it wanted and is no
+/// error; `print!` would panic.
+///
+/// # Errors
+///
+/// If standard output takes no more, as when a disk is full.
+fn show(text: &str) -> anyhow::Result<()> {
+    let mut out = std::io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
+            Err(error).context("standard output takes no more")
+        }
+        _ => Ok(()),
     }
 }
