@@ -8,6 +8,7 @@ mod calls;
 mod capacity;
 mod lifecycle;
 mod load;
+mod matrix;
 mod records;
 mod refusals;
 mod scenarios;

@@ -227,6 +227,41 @@ fn cleanup_takes_everything_away() {
     });
 }
 
+/// Another balancer is a program of somebody else's on the same hooks: here that of a second agent.
+#[test]
+fn check_tells_what_the_host_offers() {
+    with_town(|place, town| {
+        let check = |pin_path: &str, status: i32| -> Vec<Value> {
+            let args = ["check", "-o", "json", "--cgroup", &place.cgroup, "--pin-path", pin_path];
+            let output = run(&place.binary, &args);
+            assert_eq!(output.status.code(), Some(status), "{output:?}");
+            serde_json::from_slice(&output.stdout).unwrap()
+        };
+        let of = |findings: &[Value], what: &str| {
+            let found = findings.iter().find(|finding| finding["what"] == what).unwrap();
+            (found["status"].as_str().unwrap().to_owned(), found["found"].as_str().unwrap().to_owned())
+        };
+        place.write(&town.cluster(0..1));
+        let agent = place.start();
+        eventually("the service answers", || is_up(town::web()[0]));
+
+        let own = check(&place.pin_path, 0);
+        assert!(own.iter().all(|finding| finding["status"] != "missing"), "{own:?}");
+        assert_eq!(of(&own, "programs").0, "ok");
+        assert_eq!(of(&own, "other balancers").0, "ok");
+
+        let elsewhere = format!("{}/elsewhere", Path::new(&place.pin_path).parent().unwrap().display());
+        let (status, found) = of(&check(&elsewhere, 0), "other balancers");
+        assert_eq!(status, "note");
+        assert!(found.contains("connect4"), "{found}");
+        assert!(!Path::new(&elsewhere).exists(), "looking changes nothing");
+
+        let no_bpffs = check("/proc/socklb", 1);
+        assert_eq!(of(&no_bpffs, "BPF file system").0, "missing");
+        assert_eq!(agent.end(Signal::SIGTERM), Some(0));
+    });
+}
+
 #[test]
 fn wrong_usage_has_a_status_of_its_own() {
     with_town(|place, _town| {

@@ -119,7 +119,11 @@ impl Pinned {
 }
 
 /// Prints in the way that was asked for.
-fn print(output: Output, value: &impl serde::Serialize, text: impl FnOnce() -> String) -> anyhow::Result<()> {
+pub(super) fn print(
+    output: Output,
+    value: &impl serde::Serialize,
+    text: impl FnOnce() -> String,
+) -> anyhow::Result<()> {
     match output {
         Output::Table => super::show(&text())?,
         Output::Json => super::show(&format!("{}\n", serde_json::to_string_pretty(value)?))?,

@@ -1,6 +1,7 @@
 //! The command line.
 #![expect(clippy::doc_markdown, reason = "clap prints these as they are: help texts, not Markdown")]
 
+pub mod check;
 pub mod config;
 pub mod demo;
 pub mod explain;
@@ -34,6 +35,8 @@ enum Command {
     Services(inspect::ServicesArgs),
     /// Say where a call would go now, and why.
     Explain(inspect::ExplainArgs),
+    /// Say whether this host is able to run the agent, and what its kernel offers.
+    Check(check::CheckArgs),
     /// Detach the programs and delete the maps, and nothing else.
     Cleanup(PinArgs),
     #[command(hide = true)]
@@ -61,6 +64,7 @@ pub fn main() -> ExitCode {
         Command::Demo(options) => demo::run(options),
         Command::Services(args) => inspect::services(&args),
         Command::Explain(args) => inspect::explain(&args),
+        Command::Check(args) => check::check(&args),
         Command::Cleanup(args) => inspect::cleanup(&args),
         Command::DemoClient(args) => demo::client(args),
     };

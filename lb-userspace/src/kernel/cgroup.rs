@@ -20,6 +20,13 @@ pub fn find_root() -> Result<PathBuf, KernelError> {
     root_in(&mountinfo).ok_or(KernelError::NoCgroup)
 }
 
+/// Whether cgroup v1 hierarchies are mounted beside it. `false` if that cannot be read.
+#[must_use]
+pub fn is_beside_v1() -> bool {
+    let mountinfo = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    mountinfo.lines().any(|line| line.contains(" - cgroup "))
+}
+
 /// The mount point of the first cgroup2 mount in the text of a mountinfo file (proc(5)).
 fn root_in(mountinfo: &str) -> Option<PathBuf> {
     mountinfo.lines().find_map(|line| {

@@ -19,6 +19,7 @@ pub mod cgroup;
 pub mod error;
 pub mod feature;
 pub mod grace;
+pub mod host;
 pub mod mapped;
 pub mod object;
 pub mod pins;

@@ -50,14 +50,32 @@ pub fn hooks(features: Features) -> impl Iterator<Item = &'static str> {
 ///
 /// [`KernelError::PinPath`] if it is not on a BPF file system.
 pub fn prepare(pin_path: &Path) -> Result<(), KernelError> {
+    // Looked at before the directory is made: nothing is left behind on a file system that cannot hold pins.
+    check(pin_path)?;
+    fs::create_dir_all(pin_path).map_err(|source| KernelError::PinPath { path: pin_path.to_owned(), source })
+}
+
+/// Tells whether a directory for pins is on a BPF file system, or would be if it were made.
+///
+/// # Errors
+///
+/// As [`prepare`].
+pub fn check(pin_path: &Path) -> Result<(), KernelError> {
     let error = |source| KernelError::PinPath { path: pin_path.to_owned(), source };
-    fs::create_dir_all(pin_path).map_err(error)?;
-    let kind = nix::sys::statfs::statfs(pin_path).map_err(|errno| error(errno.into()))?.filesystem_type();
+    let mut existing = pin_path;
+    let kind = loop {
+        match nix::sys::statfs::statfs(existing) {
+            Ok(found) => break found.filesystem_type(),
+            Err(nix::errno::Errno::ENOENT) => match existing.parent() {
+                Some(parent) if parent != Path::new("") => existing = parent,
+                _ => return Err(error(io::ErrorKind::NotFound.into())),
+            },
+            Err(errno) => return Err(error(errno.into())),
+        }
+    };
     if kind == nix::sys::statfs::BPF_FS_MAGIC {
         return Ok(());
     }
-    // Leave no directory behind on a file system that cannot hold pins; it goes only if it is empty.
-    let _not_empty = fs::remove_dir(pin_path);
     Err(error(io::Error::new(io::ErrorKind::InvalidInput, "not on a BPF file system")))
 }
 

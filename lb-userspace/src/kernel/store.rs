@@ -99,7 +99,7 @@ impl Kernel {
         pins::prepare(&options.pin_path)?;
         check_pinned(&options.pin_path, options.capacity)?;
         raise_memlock();
-        let mut object = load(object, options)?;
+        let mut object = load(object, options, Some(&options.pin_path))?;
         let maps = Maps::take(&mut object, options)?;
         let grace = Grace::start(on_grace).map_err(KernelError::Thread)?;
         let mut kernel =
@@ -113,17 +113,10 @@ impl Kernel {
 
     /// Loads the program of a hook and puts it into the hook's link.
     fn attach(&mut self, hook: &'static str, cgroup: &File, pin: &Path) -> Result<(), KernelError> {
-        let name = self.program_of(hook);
-        let program =
-            self.object.program_mut(&name).ok_or(KernelError::Missing { kind: "program", name: hook })?;
+        let name = program_of(hook, self.features, self.log);
+        let program = load_program(&mut self.object, hook, &name)?;
         let refused = |source| KernelError::Program { name: hook, source: Box::new(source) };
         let link_error = |source| KernelError::Link { name: hook, source };
-        match program {
-            Program::CgroupSockAddr(program) => program.load(),
-            Program::CgroupSock(program) => program.load(),
-            _ => return Err(KernelError::Missing { kind: "program", name: hook }),
-        }
-        .map_err(refused)?;
         match syscall::open_pin(pin) {
             Ok(link) => {
                 let fd = program.fd().map_err(refused)?;
@@ -150,18 +143,6 @@ impl Kernel {
         Ok(())
     }
 
-    /// The program for a hook: with slots, with socket storage alone, or with diagnostics.
-    fn program_of(&self, hook: &str) -> String {
-        let mode = match (self.features.compare_and_swap, self.log) {
-            _ if hook == "sock_release" => "",
-            (true, false) => "",
-            (true, true) => "_l",
-            // There is none with diagnostics for these kernels.
-            (false, _) => "_s",
-        };
-        format!("{hook}{mode}")
-    }
-
     /// The instructions that the verifier walked through for the program of each hook.
     ///
     /// # Errors
@@ -171,7 +152,7 @@ impl Kernel {
         let mut counts = BTreeMap::new();
         for name in pins::hooks(self.features) {
             let missing = KernelError::Missing { kind: "program", name };
-            let program = self.object.program(&self.program_of(name)).ok_or(missing)?;
+            let program = self.object.program(&program_of(name, self.features, self.log)).ok_or(missing)?;
             let info =
                 program.info().map_err(|source| KernelError::Program { name, source: Box::new(source) })?;
             counts.insert(name, info.verified_instruction_count().unwrap_or_default());
@@ -237,8 +218,62 @@ impl Kernel {
     }
 }
 
-/// Loads the object with all settings, adopting pinned maps.
-fn load(object: &[u8], options: &Options) -> Result<Ebpf, KernelError> {
+/// Has the verifier judge the programs of every hook, and leaves nothing behind: nothing is attached or pinned, and maps
+/// are as small as they can be.
+///
+/// # Errors
+///
+/// As [`Kernel::open`]: what would keep the agent from loading them.
+pub fn try_programs(features: Features) -> Result<(), KernelError> {
+    raise_memlock();
+    let options = Options {
+        pin_path: PathBuf::new(),
+        cgroup: PathBuf::new(),
+        capacity: Capacity { services: 1, endpoints: 1 },
+        node_ports: limits::NODE_PORTS,
+        localhost_nodeports: true,
+        node_netns: None,
+        features,
+        log: false,
+    };
+    let mut object = load(object::bytes()?, &options, None)?;
+    for hook in pins::hooks(features) {
+        let _verified = load_program(&mut object, hook, &program_of(hook, features, false))?;
+    }
+    Ok(())
+}
+
+/// Loads the program of a hook.
+fn load_program<'a>(
+    object: &'a mut Ebpf,
+    hook: &'static str,
+    name: &str,
+) -> Result<&'a mut Program, KernelError> {
+    let missing = KernelError::Missing { kind: "program", name: hook };
+    let Some(program) = object.program_mut(name) else { return Err(missing) };
+    match program {
+        Program::CgroupSockAddr(program) => program.load(),
+        Program::CgroupSock(program) => program.load(),
+        _ => return Err(missing),
+    }
+    .map_err(|source| KernelError::Program { name: hook, source: Box::new(source) })?;
+    Ok(program)
+}
+
+/// The name of the program for a hook: with slots, with socket storage alone, or with diagnostics.
+fn program_of(hook: &str, features: Features, log: bool) -> String {
+    let mode = match (features.compare_and_swap, log) {
+        _ if hook == "sock_release" => "",
+        (true, false) => "",
+        (true, true) => "_l",
+        // There is none with diagnostics for these kernels.
+        (false, _) => "_s",
+    };
+    format!("{hook}{mode}")
+}
+
+/// Loads the object with all settings, adopting the maps pinned in a directory and pinning the others there.
+fn load(object: &[u8], options: &Options, pin_path: Option<&Path>) -> Result<Ebpf, KernelError> {
     let Options { capacity, node_ports, .. } = options;
     let node_netns = options.node_netns.unwrap_or_default();
     let (set_retval, localhost) =
@@ -261,8 +296,8 @@ fn load(object: &[u8], options: &Options) -> Result<Ebpf, KernelError> {
         // The ring buffer of aya-log must exist for the programs that name it; a page is the least.
         loader.map_max_entries("AYA_LOGS", 4096);
     }
-    for name in pins::MAPS {
-        loader.map_pin_path(name, options.pin_path.join(name));
+    for (name, pin_path) in pin_path.into_iter().flat_map(|path| pins::MAPS.map(|name| (name, path))) {
+        loader.map_pin_path(name, pin_path.join(name));
     }
     Ok(loader.load(object)?)
 }

@@ -132,6 +132,53 @@ pub fn replace_program(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Res
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
+/// `BPF_PROG_QUERY` of `enum bpf_cmd`.
+const BPF_PROG_QUERY: libc::c_int = 16;
+
+/// The ids of the programs that run for a hook of a cgroup, also those that its ancestors bring, in their order. At most
+/// 64, as many as the kernel attaches.
+///
+/// # Errors
+///
+/// The system call's; `EINVAL` for a hook that the kernel does not have.
+///
+/// # Kernel
+///
+/// 4.15
+pub fn programs_of(cgroup: BorrowedFd<'_>, attach_type: u32) -> io::Result<Vec<u32>> {
+    /// `query` of `union bpf_attr`, as far as kernel 5.10 knows it.
+    #[repr(C)]
+    struct ProgQuery {
+        target_fd: u32,
+        attach_type: u32,
+        query_flags: u32,
+        attach_flags: u32,
+        prog_ids: u64,
+        prog_cnt: u32,
+        reserved: u32,
+    }
+    /// `BPF_F_QUERY_EFFECTIVE`
+    const EFFECTIVE: u32 = 1;
+    let mut ids = [0u32; 64];
+    let mut attr = ProgQuery {
+        target_fd: cgroup.as_raw_fd().cast_unsigned(),
+        attach_type,
+        query_flags: EFFECTIVE,
+        attach_flags: 0,
+        prog_ids: ids.as_mut_ptr() as u64,
+        prog_cnt: 64,
+        reserved: 0,
+    };
+    // SAFETY: bpf(2) reads and writes `size_of` bytes at the pointer and writes at most `prog_cnt` ids; both outlive the
+    // call.
+    let result =
+        unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_QUERY, &raw mut attr, size_of::<ProgQuery>()) };
+    if result != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(ids.into_iter().take(attr.prog_cnt as usize).collect())
+}
+
 /// `MEMBARRIER_CMD_GLOBAL` of `enum membarrier_cmd`.
 const MEMBARRIER_CMD_GLOBAL: libc::c_int = 1;
 

@@ -1,0 +1,153 @@
+//! `socklb check`: is this host able to run it?
+
+use std::{fmt::Write as _, path::PathBuf, process::ExitCode};
+
+use clap::Args;
+use serde::Serialize;
+
+use super::{
+    PinArgs,
+    inspect::{Output, print},
+};
+use crate::kernel::{
+    KernelError, cgroup,
+    host::{self, Host},
+};
+
+/// Flags of `socklb check`.
+#[derive(Debug, Args)]
+pub struct CheckArgs {
+    /// The cgroup v2 directory that would be served [default: the root of the hierarchy]
+    #[arg(long, env = "SOCKLB_CGROUP", value_name = "DIR")]
+    cgroup: Option<PathBuf>,
+    /// How to print it.
+    #[arg(short, long, value_enum, default_value_t)]
+    output: Output,
+    #[command(flatten)]
+    pins: PinArgs,
+}
+
+/// What was found means this.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum Status {
+    /// As it should be.
+    Ok,
+    /// It works, but differently.
+    Note,
+    /// It does not work.
+    Missing,
+}
+
+/// One line of the answer.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+struct Finding {
+    what: &'static str,
+    status: Status,
+    /// What is there, or what is wrong and what to do about it.
+    found: String,
+}
+
+/// `socklb check`. Changes nothing on the host.
+///
+/// Exit status 1 if something is missing without which the agent does not start.
+///
+/// # Errors
+///
+/// If standard output takes no more.
+pub fn check(args: &CheckArgs) -> anyhow::Result<ExitCode> {
+    let host = host::look(args.cgroup.clone(), &args.pins.pin_path);
+    let findings = judge(&host, cgroup::is_beside_v1());
+    print(args.output, &findings, || table(&findings))?;
+    let is_able = findings.iter().all(|finding| finding.status != Status::Missing);
+    Ok(if is_able { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// Capabilities by number (`linux/capability.h`). Each is part of `CAP_SYS_ADMIN` too.
+const CAPABILITIES: [(&str, u32); 3] = [("CAP_BPF", 39), ("CAP_NET_ADMIN", 12), ("CAP_PERFMON", 38)];
+const CAP_SYS_ADMIN: u32 = 21;
+
+fn judge(host: &Host, is_beside_v1: bool) -> Vec<Finding> {
+    let finding = |what, status, found: String| Finding { what, status, found };
+    let judged = |what, result: Result<String, &KernelError>| match result {
+        Ok(found) => finding(what, Status::Ok, found),
+        Err(error) => finding(what, Status::Missing, error.to_string()),
+    };
+    let features = host.features;
+    let switch = |is_on: bool, what, with: &str, without: &str| {
+        let (status, text) = if is_on { (Status::Ok, with) } else { (Status::Note, without) };
+        finding(what, status, text.to_owned())
+    };
+    vec![
+        finding("kernel", Status::Ok, host.kernel.clone()),
+        judged(
+            "cgroup v2",
+            host.cgroup.as_ref().map(|path| {
+                format!("{}{}", path.display(), if is_beside_v1 { ", beside cgroup v1" } else { "" })
+            }),
+        ),
+        judged("BPF file system", host.pin_path.as_ref().map(|path| path.display().to_string())),
+        capabilities(host.capabilities),
+        judged(
+            "programs",
+            host.programs.as_ref().map(|()| "the kernel's verifier takes those of all hooks".to_owned()),
+        ),
+        switch(
+            features.set_retval,
+            "refusal",
+            "bpf_set_retval: connect() and sendto() fail with ECONNREFUSED",
+            "no bpf_set_retval (Linux 5.18): calls of a service without endpoints go where nobody listens; a datagram's \
+             sendto() fails with EINVAL",
+        ),
+        switch(
+            features.compare_and_swap,
+            "socket records",
+            "compare-and-swap: in slots, with socket storage for what finds none",
+            "no compare-and-swap (Linux 5.12): all in socket storage, which a new socket pays with about half a \
+             microsecond",
+        ),
+        match &host.neighbours {
+            Ok(others) if others.is_empty() => {
+                finding("other balancers", Status::Ok, "no other programs on the same hooks".to_owned())
+            }
+            Ok(others) => {
+                let list: Vec<String> =
+                    others.iter().map(|(name, hooks)| format!("{name} ({})", hooks.join(" "))).collect();
+                let advice = "programs on the same hooks run too, and may change a call before or after socklb: turn \
+                              off the other's socket load balancing";
+                finding("other balancers", Status::Note, format!("{}: {advice}", list.join(", ")))
+            }
+            Err(error) => finding("other balancers", Status::Note, format!("cannot be asked for: {error}")),
+        },
+    ]
+}
+
+fn capabilities(effective: u64) -> Finding {
+    let has = |bit: u32| effective & (1 << bit) != 0;
+    let (held, lacking): (Vec<_>, Vec<_>) =
+        CAPABILITIES.iter().partition(|(_, bit)| has(*bit) || has(CAP_SYS_ADMIN) && *bit != 12);
+    let names =
+        |list: Vec<&(&'static str, u32)>| list.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(" ");
+    let what = "capabilities";
+    if lacking.is_empty() {
+        return Finding { what, status: Status::Ok, found: names(held) };
+    }
+    let found = format!("lacks {}: run as root, or grant them", names(lacking));
+    Finding { what, status: Status::Missing, found }
+}
+
+fn table(findings: &[Finding]) -> String {
+    let width = findings.iter().map(|finding| finding.what.len()).max().unwrap_or_default();
+    findings.iter().fold(String::new(), |mut text, Finding { what, status, found }| {
+        let status = match status {
+            Status::Ok => "ok",
+            Status::Note => "note",
+            Status::Missing => "MISSING",
+        };
+        let _infallible = writeln!(text, "{status:<7}  {what:<width$}  {found}");
+        text
+    })
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,112 @@
+//! What this host offers, for `socklb check`.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs, io,
+    os::fd::AsFd,
+    path::{Path, PathBuf},
+};
+
+use aya::{maps::MapInfo, programs::loaded_programs};
+
+use super::{Features, KernelError, cgroup, pins, store, syscall};
+
+/// What was found. Nothing is changed by looking.
+#[derive(Debug)]
+pub struct Host {
+    /// Name and release of the kernel.
+    pub kernel: String,
+    /// The cgroup whose processes would be served.
+    pub cgroup: Result<PathBuf, KernelError>,
+    /// Whether the directory for pins is on a BPF file system, or could be made on one.
+    pub pin_path: Result<PathBuf, KernelError>,
+    /// Capabilities in effect, as bits (capabilities(7)).
+    pub capabilities: u64,
+    /// What the kernel can do.
+    pub features: Features,
+    /// Whether the verifier takes the programs.
+    pub programs: Result<(), KernelError>,
+    /// Programs on our hooks of the cgroup that are not ours, each with its hooks; or why nobody knows.
+    pub neighbours: io::Result<BTreeMap<String, Vec<&'static str>>>,
+}
+
+/// `enum bpf_attach_type` of the hooks that others may be attached to as well.
+const ATTACH_TYPES: [(&str, u32); 8] = [
+    ("connect4", 10),
+    ("connect6", 11),
+    ("sendmsg4", 14),
+    ("sendmsg6", 15),
+    ("recvmsg4", 19),
+    ("recvmsg6", 20),
+    ("getpeername4", 29),
+    ("getpeername6", 30),
+];
+
+/// Looks at the host. `cgroup` is the one to serve, or else the root of the hierarchy.
+#[must_use]
+pub fn look(cgroup: Option<PathBuf>, pin_path: &Path) -> Host {
+    let features = Features::probe();
+    let cgroup = cgroup.map_or_else(cgroup::find_root, Ok).and_then(|path| cgroup::open(&path).map(|_| path));
+    let neighbours = match &cgroup {
+        Ok(cgroup) => neighbours(cgroup, pin_path),
+        Err(_reported_already) => Ok(BTreeMap::new()),
+    };
+    Host {
+        kernel: kernel(),
+        cgroup,
+        pin_path: pins::check(pin_path).map(|()| pin_path.to_owned()),
+        capabilities: capabilities(),
+        features,
+        programs: store::try_programs(features),
+        neighbours,
+    }
+}
+
+fn kernel() -> String {
+    nix::sys::utsname::uname().map_or_else(
+        |errno| format!("unknown ({errno})"),
+        |uname| format!("{} {}", uname.sysname().to_string_lossy(), uname.release().to_string_lossy()),
+    )
+}
+
+/// Effective capabilities of this process; none if they cannot be read, so that what needs them is said.
+fn capabilities() -> u64 {
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+    mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or_default()
+}
+
+/// Programs on our hooks that use none of the maps pinned here.
+fn neighbours(cgroup: &Path, pin_path: &Path) -> io::Result<BTreeMap<String, Vec<&'static str>>> {
+    let directory = fs::File::open(cgroup)?;
+    let own_maps: BTreeSet<u32> = pins::MAPS
+        .iter()
+        .filter_map(|name| MapInfo::from_pin(pin_path.join(name)).ok())
+        .map(|info| info.id())
+        .collect();
+    let mut known = BTreeMap::new();
+    for program in loaded_programs() {
+        let program = program.map_err(io::Error::other)?;
+        // Before kernel 4.15 maps are not told; then nothing is taken for ours.
+        let maps = program.map_ids().ok().flatten().unwrap_or_default();
+        let is_own = maps.iter().any(|id| own_maps.contains(id));
+        let name = program.name_as_str().filter(|name| !name.is_empty()).map(str::to_owned);
+        let _ids_differ = known.insert(program.id(), (name, is_own));
+    }
+    let mut found: BTreeMap<String, Vec<&'static str>> = BTreeMap::new();
+    for (hook, attach_type) in ATTACH_TYPES {
+        let ids = match syscall::programs_of(directory.as_fd(), attach_type) {
+            Ok(ids) => ids,
+            // A hook that this kernel does not have; that is what the trial of the programs tells.
+            Err(error) if error.raw_os_error() == Some(nix::libc::EINVAL) => continue,
+            Err(error) => return Err(error),
+        };
+        for id in ids {
+            let (name, is_own) = known.get(&id).cloned().unwrap_or_default();
+            if !is_own {
+                found.entry(name.unwrap_or_else(|| format!("program {id}"))).or_default().push(hook);
+            }
+        }
+    }
+    Ok(found)
+}

@@ -1,0 +1,244 @@
+//! Every kind of socket against every kind of destination, in every family, with either home for records.
+
+use std::net::{IpAddr, SocketAddr};
+
+use k8s_openapi::api::core::v1::{ClientIPConfig, SessionAffinityConfig};
+use lb_tests::{
+    Feature, Sandbox,
+    agent::{self, Agent},
+    client::{Answer, Domain, Socket},
+    cluster::{self, Cluster, PortOf},
+    require,
+    server::Servers,
+};
+use lb_userspace::{
+    kernel::{Features, pins},
+    model::Protocol::{self, Tcp, Udp},
+};
+use nix::errno::Errno;
+
+use crate::calls::{addresses, assert_spread};
+
+const NODE_PORT: u16 = 30080;
+
+/// How a program calls.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Way {
+    /// `connect()` on a fresh socket.
+    Connects(Protocol),
+    /// `sendto()` on a fresh socket.
+    Sends,
+    /// `connect()` on a datagram socket that is connected to another service.
+    Reconnects,
+    /// A call with a socket that was connected to another service and then disconnected: TCP connects, UDP sends.
+    Disconnected(Protocol),
+}
+
+impl Way {
+    const ALL: [Self; 6] = [
+        Self::Connects(Tcp),
+        Self::Connects(Udp),
+        Self::Sends,
+        Self::Reconnects,
+        Self::Disconnected(Tcp),
+        Self::Disconnected(Udp),
+    ];
+
+    const fn protocol(self) -> Protocol {
+        match self {
+            Self::Connects(protocol) | Self::Disconnected(protocol) => protocol,
+            Self::Sends | Self::Reconnects => Udp,
+        }
+    }
+
+    const fn is_connected(self) -> bool {
+        !matches!(self, Self::Sends | Self::Disconnected(Udp))
+    }
+
+    /// Calls, and checks what the socket says of its peer in the course of it.
+    fn call(self, domain: Domain, to: SocketAddr) -> Result<Answer, Errno> {
+        let socket = Socket::new(domain, self.protocol());
+        if matches!(self, Self::Reconnects | Self::Disconnected(_)) {
+            let before = Destination::Other.address(domain);
+            socket.connect(before)?;
+            assert_eq!((socket.ask()?.server, socket.peer_name()), (other_endpoint(domain), Ok(before)));
+        }
+        if let Self::Disconnected(_) = self {
+            socket.disconnect()?;
+            assert_eq!(socket.peer_name(), Err(Errno::ENOTCONN));
+        }
+        if !self.is_connected() {
+            let answer = socket.ask_at(to)?;
+            assert_eq!((answer.seen, socket.peer_name()), (Some(to), Err(Errno::ENOTCONN)));
+            return Ok(answer);
+        }
+        socket.connect(to)?;
+        assert_eq!(socket.peer_name(), Ok(to), "before the first byte");
+        let answer = socket.ask()?;
+        assert!(answer.seen.is_none_or(|seen| seen == to), "{answer:?}");
+        assert_eq!(socket.peer_name(), Ok(to));
+        Ok(answer)
+    }
+}
+
+/// What a program calls.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Destination {
+    /// A cluster IP with two endpoints.
+    Service,
+    /// A server that is no service.
+    Server,
+    /// A cluster IP without endpoints.
+    Empty,
+    /// A cluster IP with two endpoints and session affinity.
+    Sticky,
+    /// A node port on an address of this node.
+    OwnNode,
+    /// A node port on an address of another node.
+    OtherNode,
+    /// A node port on loopback.
+    Loopback,
+    /// The service that a socket called before.
+    Other,
+}
+
+impl Destination {
+    const ALL: [Self; 7] = [
+        Self::Service,
+        Self::Server,
+        Self::Empty,
+        Self::Sticky,
+        Self::OwnNode,
+        Self::OtherNode,
+        Self::Loopback,
+    ];
+
+    fn address(self, domain: Domain) -> SocketAddr {
+        let is_v6 = domain == Domain::V6;
+        let cluster_ip = |host: u8| -> IpAddr {
+            let text = if is_v6 { format!("fd00:96::{host}") } else { format!("10.96.0.{host}") };
+            text.parse().unwrap()
+        };
+        match self {
+            Self::Service => SocketAddr::new(cluster_ip(1), 80),
+            Self::Empty => SocketAddr::new(cluster_ip(2), 80),
+            Self::Sticky => SocketAddr::new(cluster_ip(3), 80),
+            Self::Other => SocketAddr::new(cluster_ip(4), 80),
+            Self::Server => addresses::<1>(domain, 8010)[0],
+            Self::OwnNode => SocketAddr::new(node_addresses(1)[usize::from(is_v6)], NODE_PORT),
+            Self::OtherNode => SocketAddr::new(node_addresses(2)[usize::from(is_v6)], NODE_PORT),
+            Self::Loopback => SocketAddr::new(domain.loopback(), NODE_PORT),
+        }
+    }
+}
+
+fn node_addresses(host: u8) -> [IpAddr; 2] {
+    [IpAddr::from([10, 0, 0, host]), IpAddr::from([0xfd00, 0, 0, 0, 0, 0, 0, host.into()])]
+}
+
+fn endpoints(domain: Domain) -> [SocketAddr; 2] {
+    addresses(domain, 8001)
+}
+
+fn other_endpoint(domain: Domain) -> SocketAddr {
+    addresses::<1>(domain, 8005)[0]
+}
+
+/// All of it in both families and for both protocols.
+fn objects() -> Cluster {
+    let mut cluster = Cluster::new()
+        .with([cluster::node("node", &node_addresses(1)), cluster::node("other", &node_addresses(2))]);
+    for domain in [Domain::V4, Domain::V6] {
+        for protocol in [Tcp, Udp] {
+            let name = |what: &str| format!("{what}-{domain:?}-{protocol}").to_lowercase();
+            let mut serve = |what, destination: Destination, endpoints: &[SocketAddr]| {
+                cluster.serve(&name(what), destination.address(domain), protocol, endpoints);
+            };
+            serve("service", Destination::Service, &endpoints(domain));
+            serve("empty", Destination::Empty, &[]);
+            serve("other", Destination::Other, &[other_endpoint(domain)]);
+
+            let sticky = Destination::Sticky.address(domain);
+            let object =
+                cluster::service(&name("sticky"), &[sticky.ip()], &[cluster::port("", protocol, 80)]);
+            cluster.set(cluster::with_spec(object, |spec| {
+                spec.session_affinity = Some("ClientIP".to_owned());
+                let client_ip = Some(ClientIPConfig { timeout_seconds: Some(10_800) });
+                spec.session_affinity_config = Some(SessionAffinityConfig { client_ip });
+            }));
+
+            let ip = SocketAddr::new(sticky.ip(), 81).ip();
+            let mut port = cluster::port("", protocol, 81);
+            port.node_port = Some(NODE_PORT.into());
+            let object = cluster::service(&name("node-port"), &[ip], &[port]);
+            cluster.set(cluster::with_spec(object, |spec| spec.type_ = Some("NodePort".to_owned())));
+            for service in ["sticky", "node-port"] {
+                let port = PortOf { service: &name(service), name: "", protocol };
+                cluster.set_endpoints(&port, &endpoints(domain));
+            }
+        }
+    }
+    cluster
+}
+
+/// Whether a refusal looks as it should.
+fn is_refusal(way: Way, outcome: &Result<Answer, Errno>, features: Features) -> bool {
+    match outcome {
+        Err(Errno::ECONNREFUSED) => true,
+        // Before kernel 5.18 no program can choose the error of a datagram.
+        Err(Errno::EINVAL) => !features.set_retval && way.protocol() == Udp,
+        _ => false,
+    }
+}
+
+#[test]
+fn every_way_to_every_destination() {
+    if !require(Feature::Programs) {
+        return;
+    }
+    Sandbox::run(|sandbox| {
+        // The other node's address is this host's too, so that a call which is let through fails by its answer.
+        sandbox.own([node_addresses(1), node_addresses(2)].concat());
+        let servers = [Domain::V4, Domain::V6].into_iter().flat_map(|domain| {
+            let plain = Destination::Server.address(domain);
+            [endpoints(domain).to_vec(), vec![other_endpoint(domain), plain]].concat()
+        });
+        let _servers = Servers::start(servers.flat_map(|server| [(server, Tcp), (server, Udp)]));
+        for options in agent::modes(sandbox) {
+            let interfaces = node_addresses(1).to_vec();
+            let mut agent = Agent::start_with(&options, agent::settings(), interfaces).unwrap();
+            agent.follow(&objects());
+            for domain in Domain::ALL {
+                for destination in Destination::ALL {
+                    let to = destination.address(domain);
+                    let mut sticky = [None; 2];
+                    for way in Way::ALL {
+                        let place = format!("{domain:?}, {way:?}, {destination:?}, {:?}", options.features);
+                        let call = || way.call(domain, to).unwrap_or_else(|errno| panic!("{place}: {errno}"));
+                        match destination {
+                            Destination::Empty => {
+                                let outcome = way.call(domain, to);
+                                assert!(is_refusal(way, &outcome, options.features), "{place}: {outcome:?}");
+                            }
+                            Destination::Server => assert_eq!(call().server, to, "{place}"),
+                            Destination::Sticky => {
+                                // Sockets of all kinds of this namespace are one client.
+                                let kept = &mut sticky[usize::from(way.protocol() == Tcp)];
+                                for _ in 0..16 {
+                                    let server = call().server;
+                                    assert_eq!(*kept.get_or_insert(server), server, "{place}");
+                                }
+                                assert!(
+                                    kept.is_some_and(|server| endpoints(domain).contains(&server)),
+                                    "{place}"
+                                );
+                            }
+                            _ => assert_spread(&endpoints(domain), || call().server),
+                        }
+                    }
+                }
+            }
+            pins::remove(&sandbox.pin_path()).unwrap();
+        }
+    });
+}
