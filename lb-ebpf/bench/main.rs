@@ -99,6 +99,12 @@ fn empty_connect(_ctx: SockAddrContext) -> i32 {
     PROCEED
 }
 
+/// Does nothing for a datagram.
+#[cgroup_sock_addr(sendmsg4)]
+fn empty_sendmsg(_ctx: SockAddrContext) -> i32 {
+    PROCEED
+}
+
 /// Does nothing when a socket is closed.
 #[cgroup_sock(sock_release)]
 fn empty_release(_ctx: SockContext) -> i32 {
@@ -108,6 +114,15 @@ fn empty_release(_ctx: SockContext) -> i32 {
 /// One look-up and the rewrite; remembers nothing.
 #[cgroup_sock_addr(connect4)]
 fn plain_connect(ctx: SockAddrContext) -> i32 {
+    if let Some((endpoint, _)) = look_up(ctx.sock_addr) {
+        rewrite(ctx.sock_addr, &endpoint);
+    }
+    PROCEED
+}
+
+/// The same for a datagram.
+#[cgroup_sock_addr(sendmsg4)]
+fn plain_sendmsg(ctx: SockAddrContext) -> i32 {
     if let Some((endpoint, _)) = look_up(ctx.sock_addr) {
         rewrite(ctx.sock_addr, &endpoint);
     }

@@ -3,6 +3,7 @@
 use std::{
     collections::BTreeSet,
     env, fs,
+    io::Read as _,
     net::SocketAddr,
     path::Path,
     process::{Child, Command, Stdio},
@@ -91,9 +92,16 @@ struct Running {
 
 impl Running {
     /// Ends the agent by a signal and returns its exit status.
-    fn end(mut self, signal: Signal) -> Option<i32> {
+    fn end(self, signal: Signal) -> Option<i32> {
+        self.end_with_log(signal).0
+    }
+
+    /// The same, and what it wrote to standard error.
+    fn end_with_log(mut self, signal: Signal) -> (Option<i32>, String) {
         kill(Pid::from_raw(self.child.id().cast_signed()), signal).unwrap();
-        self.child.wait().unwrap().code()
+        let mut log = String::new();
+        self.child.stderr.take().unwrap().read_to_string(&mut log).unwrap();
+        (self.child.wait().unwrap().code(), log)
     }
 }
 
@@ -190,6 +198,66 @@ fn commands_tell_what_the_kernel_holds() {
         assert_eq!(explain("10.96.0.80:80/udp")["verdict"], "untouched");
         assert_eq!(explain("[fd00:96::53]:53/udp")["candidates"].as_array().unwrap().len(), 2);
         assert_eq!(explain("10.96.0.80:80/tcp")["frontend"]["name"], *key("web-v4").name);
+    });
+}
+
+/// Everything that may be wrong with a manifest, beside services that are right.
+const BAD_MANIFESTS: [(&str, &str); 7] = [
+    ("broken.yaml", "apiVersion: v1\nkind: Service\nmetadata: {name: broken\nspec: [\n"),
+    (
+        "kinds.yaml",
+        "apiVersion: apps/v1\nkind: Deployment\nmetadata: {name: web}\n---\nkind: Nonsense\napiVersion: v1\nmetadata: {name: x}\n",
+    ),
+    (
+        "no-ports.yaml",
+        "apiVersion: v1\nkind: Service\nmetadata: {name: no-ports}\nspec: {clusterIP: 10.96.1.1}\n",
+    ),
+    (
+        "zero.yaml",
+        "apiVersion: v1\nkind: Service\nmetadata: {name: zero}\nspec:\n  clusterIP: 10.96.1.2\n  ports: [{port: 0}]\n",
+    ),
+    (
+        "large.yaml",
+        "apiVersion: v1\nkind: Service\nmetadata: {name: large}\nspec:\n  clusterIP: 10.96.1.3\n  ports:\n  - port: 65536\n",
+    ),
+    (
+        "family.yaml",
+        "apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata:\n  name: family\n  labels: {kubernetes.io/service-name: empty}\n\
+         addressType: IPv4\nports: [{name: '', port: 80}]\nendpoints:\n- addresses: ['fd00::1']\n",
+    ),
+    (
+        "same.yaml",
+        "apiVersion: v1\nkind: Service\nmetadata: {name: zz-same}\nspec: {clusterIP: 10.96.0.80, ports: [{port: 80}]}\n",
+    ),
+];
+
+#[test]
+fn bad_manifests_are_named_and_the_rest_is_served() {
+    with_town(|place, town| {
+        place.write(&town.cluster(0..2));
+        for (name, text) in BAD_MANIFESTS {
+            fs::write(place.manifests.path().join(name), text).unwrap();
+        }
+        let agent = place.start();
+        eventually("the service answers", || is_up(town::web()[0]));
+        assert_eq!(servers(40).len(), 2);
+        assert!(is_up(town::web()[1]));
+        let (status, log) = agent.end_with_log(Signal::SIGTERM);
+        assert_eq!(status, Some(0), "{log}");
+        for wanted in [
+            // File, line, object and field of each.
+            &["broken.yaml:"][..],
+            &["kinds.yaml:", "Deployment"],
+            &["kinds.yaml:", "Nonsense"],
+            &["no-ports.yaml:", "default/no-ports", "ports"],
+            &["zero.yaml:", "default/zero", "ports[0].port"],
+            &["large.yaml:", "default/large", "ports[0].port", "65536"],
+            &["family.yaml:", "default/family", "endpoints[0].addresses", "fd00::1"],
+            &["default/zz-same", "10.96.0.80:80", "default/web-v4"],
+        ] {
+            let is_told = log.lines().any(|line| wanted.iter().all(|part| line.contains(part)));
+            assert!(is_told, "no line with {wanted:?} in\n{log}");
+        }
     });
 }
 

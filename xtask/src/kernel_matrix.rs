@@ -229,8 +229,11 @@ fn base_initramfs(workspace: &Workspace, programs: &GuestPrograms, args: &[Strin
     }
     initramfs.directory(&tests);
     // In files and not on the kernel's command line, which has a length limit and no quoting for arguments.
-    let environment =
-        format!("CARGO_MANIFEST_DIR={}\nSOCKLB_BIN=/socklb\nRUST_BACKTRACE=1\n", tests.display());
+    // Calls are what an emulated CPU is slowest at, and a million are made by `cargo xtask test`.
+    let environment = format!(
+        "CARGO_MANIFEST_DIR={}\nSOCKLB_BIN=/socklb\nRUST_BACKTRACE=1\nLB_TEST_CYCLES=20000\n",
+        tests.display()
+    );
     initramfs.file(Path::new("/vm.env"), 0o644, environment.as_bytes());
     initramfs.file(Path::new("/vm.args"), 0o644, args.join("\n").as_bytes());
     Ok(initramfs)
