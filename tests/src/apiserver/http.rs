@@ -169,6 +169,14 @@ async fn answer(
     if matches!(&*path, "/healthz" | "/livez" | "/readyz") {
         return Ok(respond(200, Answer::Whole(Some(Bytes::from_static(b"ok")))));
     }
+    if path == "/openapi/v2" {
+        // What kubectl before 1.27 validates with. It takes protobuf alone: no octets are a document without any schema,
+        // and objects without a schema are not validated. It cannot read the name of its own format as a media type.
+        let mut response = respond(200, Answer::Whole(Some(Bytes::new())));
+        let octets = hyper::header::HeaderValue::from_static("application/octet-stream");
+        response.headers_mut().insert(CONTENT_TYPE, octets);
+        return Ok(response);
+    }
     if let Some(document) = discovery::document(path.trim_end_matches('/')) {
         return Ok(respond(200, Answer::json(&document)));
     }
