@@ -12,6 +12,10 @@ use std::{collections::BTreeMap, env, net::SocketAddr, sync::mpsc, thread};
 
 use anyhow::Context as _;
 use lb_tests::{Sandbox, cgroup::ThreadCgroup};
+use nix::{
+    sched::{CpuSet, sched_setaffinity},
+    unistd::Pid,
+};
 
 use crate::work::Work;
 
@@ -47,6 +51,7 @@ fn main() -> anyhow::Result<()> {
                 let (outgoing, answers) = mpsc::channel();
                 let servers = &servers;
                 let _joined_by_scope = scope.spawn(move || -> anyhow::Result<()> {
+                    stay_on(0)?;
                     let cgroup = ThreadCgroup::enter()?;
                     let _attached = (target.attach)(sandbox, cgroup.path())?;
                     let mut worker = work::Worker::new(servers)?;
@@ -74,6 +79,14 @@ fn main() -> anyhow::Result<()> {
             Ok(())
         })
     })
+}
+
+/// Keeps the calling thread on one CPU, the same for all callers: two CPUs of one machine differ in what else they do and
+/// in what their caches hold.
+fn stay_on(cpu: usize) -> anyhow::Result<()> {
+    let mut cpus = CpuSet::new();
+    cpus.set(cpu)?;
+    sched_setaffinity(Pid::from_raw(0), &cpus).with_context(|| format!("cannot stay on CPU {cpu}"))
 }
 
 /// Prints medians as differences to the programs that do nothing, and the p99 of each.
