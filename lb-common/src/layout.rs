@@ -234,7 +234,7 @@ map_type! {
     }
 }
 
-/// Slots that a socket may use, next to one another.
+/// Slots that a socket may use.
 pub const SLOT_WAYS: usize = 2;
 
 /// Records that the storage of one socket holds, beside the one in its slot: service addresses that an unconnected
@@ -242,10 +242,11 @@ pub const SLOT_WAYS: usize = 2;
 pub const SOCKET_RECORDS: usize = 16;
 
 map_type! {
-    /// Part of `sockets` and of `socket_storage`: how one socket reached one service address. 64 octets, one
-    /// cache line.
+    /// Value of `sockets` and part of `socket_storage`: how one socket reached one service address. 64 octets, one cache
+    /// line.
     ///
-    /// IPv4 addresses are kept as `::ffff:a.b.c.d`. A record is free if its cookie is 0.
+    /// IPv4 addresses are kept as `::ffff:a.b.c.d`. In `sockets` a record counts while `socket_slots` names its socket as
+    /// the owner, in `socket_storage` while its cookie is not 0.
     pub struct SocketRecord {
         /// Cookie of the socket that the record belongs to.
         pub cookie: u64,
@@ -269,10 +270,16 @@ map_type! {
 }
 
 map_type! {
-    /// Value of `sockets`: the slots that a socket may use. 128 octets.
+    /// Value of `socket_slots`: whose the slots are that a socket may use. 32 octets, so that two sets share a cache line:
+    /// cookies are counted up, and a socket finds its line warm from the one before it. The records are elsewhere, since
+    /// most sockets never have one.
     pub struct SocketSlots {
-        /// Each belongs to the socket whose cookie it holds.
-        pub records: [SocketRecord; SLOT_WAYS],
+        /// Cookies of the owners; 0 is free. Slot `way` of set `i` is entry `i * SLOT_WAYS + way` of `sockets`.
+        pub owners: [u64; SLOT_WAYS],
+        /// How often a socket of this set was given socket storage. While it is 0, none of them looks for any.
+        pub spills: u64,
+        /// Zero.
+        pub reserved: u64,
     }
 }
 

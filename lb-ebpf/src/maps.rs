@@ -10,7 +10,8 @@ use aya_ebpf::{
 use lb_common::{
     layout::{
         Affinity, AffinityKey, Endpoint4, Endpoint6, EndpointStats, Frontend, FrontendKey4, FrontendKey6,
-        FrontendRef, Meta, NodeAddr, NodeAddrKey, ServiceStats, SocketRecords, SocketSlots,
+        FrontendRef, Meta, NodeAddr, NodeAddrKey, SLOT_WAYS, ServiceStats, SocketRecord, SocketRecords,
+        SocketSlots,
     },
     limits,
 };
@@ -18,6 +19,7 @@ use lb_common::{
 const MMAPABLE: usize = BPF_F_MMAPABLE as usize;
 const SERVICES: usize = limits::MAX_FRONTENDS as usize;
 const FRONTENDS: usize = 2 * SERVICES;
+const SLOTS: usize = limits::SOCKET_SETS as usize * SLOT_WAYS;
 const ENDPOINTS: usize = limits::MAX_ENDPOINTS as usize;
 
 /// Service address, port, protocol → entry of `frontends`.
@@ -50,17 +52,17 @@ pub(crate) static NODE_ADDRS: HashMap<NodeAddrKey, NodeAddr, { limits::MAX_NODE_
 pub(crate) static AFFINITY: LruHashMap<AffinityKey, Affinity, { limits::MAX_AFFINITY as usize }> =
     LruHashMap::new();
 
-/// How each socket reached its service: slots that sockets find by their cookie.
+/// Which socket has which slot; sockets find theirs by their cookie.
+#[btf_map(name = "socket_slots")]
+pub(crate) static SOCKET_SLOTS: Array<SocketSlots, { limits::SOCKET_SETS as usize }, MMAPABLE> = Array::new();
+
+/// How each socket reached its service: the records of the slots.
 #[btf_map(name = "sockets")]
-pub(crate) static SOCKETS: Array<SocketSlots, { limits::SOCKET_SETS as usize }, MMAPABLE> = Array::new();
+pub(crate) static SOCKETS: Array<SocketRecord, SLOTS, MMAPABLE> = Array::new();
 
 /// The same for what finds no slot there; dies with the socket.
 #[btf_map(name = "socket_storage")]
 pub(crate) static SOCKET_STORAGE: SkStorage<SocketRecords> = SkStorage::new();
-
-/// How often socket storage was made: while it is 0, nobody looks for any.
-#[btf_map(name = "socket_spills")]
-pub(crate) static SOCKET_SPILLS: Array<u64, 1> = Array::new();
 
 /// Calls by service port.
 #[btf_map(name = "service_stats")]

@@ -2,8 +2,8 @@
 //!
 //! A record lives in one of two homes (docs/decisions/0002 has the measurements):
 //!
-//! - a **slot** of the array `sockets`, found by the low bits of the socket's cookie, owned by the cookie in it, and
-//!   given up when the socket is closed. Ten times cheaper to take than
+//! - a **slot** of the array `sockets`, found by the low bits of the socket's cookie, owned by the socket whose cookie
+//!   `socket_slots` holds for it, and given up when the socket is closed. Ten times cheaper to take than
 //! - **socket storage**, for a socket whose slots belong to other live sockets, for the second and later services of
 //!   an unconnected socket, and for everything on kernels without compare-and-swap. The kernel frees it with the
 //!   socket.
@@ -17,7 +17,7 @@ use core::marker::PhantomData;
 use aya_ebpf::programs::SockContext;
 use lb_common::{
     address::Octets6,
-    layout::{SOCKET_RECORDS, SocketRecord, SocketRecords, SocketSlots},
+    layout::{SLOT_WAYS, SOCKET_RECORDS, SocketRecord, SocketRecords, SocketSlots},
     limits::SOCKET_SETS,
     resolve::Choice,
 };
@@ -64,32 +64,98 @@ impl Peer {
 pub(crate) struct Socket<'a, M> {
     ctx: &'a SockAddr<'a>,
     cookie: u64,
-    slots: Option<&'a mut SocketSlots>,
+    slots: Option<Slots>,
     mode: PhantomData<M>,
 }
 
-/// The slots that a socket with this cookie may own.
-#[inline(always)]
-fn slots<'a>(cookie: u64) -> Option<&'a mut SocketSlots> {
-    #[expect(clippy::cast_possible_truncation, reason = "the low bits are what is wanted")]
-    let set = maps::SOCKETS.get_ptr_mut(cookie as u32 & (SOCKET_SETS - 1))?;
-    // SAFETY: a live array element. Other sockets use the same one, but of a slot that is not theirs they look at
-    // the cookie only, through `cookie_of`.
-    Some(unsafe { &mut *set })
+/// The slots that a socket may own. Other sockets may own and change them at the same time, so that it is words that are
+/// read and written, never references.
+#[derive(Clone, Copy)]
+struct Slots {
+    set: u32,
+    slots: *mut SocketSlots,
 }
 
-/// Reads the cookie of a slot that may belong to another socket.
-#[inline(always)]
-fn cookie_of(slot: &SocketRecord) -> u64 {
-    // SAFETY: one aligned word. Volatile, since another CPU may write it.
-    unsafe { (&raw const slot.cookie).read_volatile() }
-}
+impl Slots {
+    #[inline(always)]
+    fn of(cookie: u64) -> Option<Self> {
+        #[expect(clippy::cast_possible_truncation, reason = "the low bits are what is wanted")]
+        let set = cookie as u32 & (SOCKET_SETS - 1);
+        Some(Self { set, slots: maps::SOCKET_SLOTS.get_ptr_mut(set)? })
+    }
 
-/// Gives a slot up.
-#[inline(always)]
-fn give_up(slot: &mut SocketRecord) {
-    // SAFETY: as above.
-    unsafe { (&raw mut slot.cookie).write_volatile(0) };
+    #[inline(always)]
+    fn owner(self, way: usize) -> *mut u64 {
+        // SAFETY: a live array element; callers pass 0 or 1.
+        unsafe { (&raw mut (*self.slots).owners).cast::<u64>().add(way) }
+    }
+
+    /// The slot of a socket, by its number in the set.
+    #[inline(always)]
+    fn way_of(self, cookie: u64) -> Option<usize> {
+        let is_owner = |way| {
+            // SAFETY: one aligned word. Volatile, since another CPU may write it.
+            unsafe { self.owner(way).read_volatile() == cookie }
+        };
+        if is_owner(0) {
+            Some(0)
+        } else if is_owner(1) {
+            Some(1)
+        } else {
+            None
+        }
+    }
+
+    /// The slot of a socket, taking one if need be. `None` if others own all.
+    #[inline(always)]
+    fn way_or_new(self, cookie: u64) -> Option<usize> {
+        // The one that is mine before one that is free: a socket has one slot at most.
+        if let Some(way) = self.way_of(cookie) {
+            return Some(way);
+        }
+        let take = |way| {
+            // SAFETY: as above.
+            let is_free = unsafe { self.owner(way).read_volatile() == 0 };
+            is_free && compare_and_swap(self.owner(way), 0, cookie)
+        };
+        if take(0) {
+            Some(0)
+        } else if take(1) {
+            Some(1)
+        } else {
+            None
+        }
+    }
+
+    /// The record of a slot. Only its owner may look at it.
+    #[inline(always)]
+    fn record<'a>(self, way: usize) -> Option<&'a mut SocketRecord> {
+        let record = maps::SOCKETS.get_ptr_mut(self.set * SLOT_WAYS as u32 + way as u32)?;
+        // SAFETY: a live array element that belongs to the caller's socket, which is locked.
+        Some(unsafe { &mut *record })
+    }
+
+    #[inline(always)]
+    fn give_up(self, way: usize) {
+        // SAFETY: one aligned word. Volatile, since another CPU may read it.
+        unsafe { self.owner(way).write_volatile(0) };
+    }
+
+    /// Whether a socket of this set may have storage.
+    #[inline(always)]
+    fn has_spilled(self) -> bool {
+        // SAFETY: as above.
+        unsafe { (&raw const (*self.slots).spills).read_volatile() != 0 }
+    }
+
+    #[inline(always)]
+    fn count_spill(self) {
+        // SAFETY: as above. Two CPUs at once may count one instead of two; it never goes back to 0.
+        unsafe {
+            let spills = &raw mut (*self.slots).spills;
+            spills.write_volatile(spills.read_volatile() + 1);
+        }
+    }
 }
 
 impl<'a, M: Mode> Socket<'a, M> {
@@ -97,38 +163,27 @@ impl<'a, M: Mode> Socket<'a, M> {
     #[inline(always)]
     pub(crate) fn of(ctx: &'a SockAddr<'a>) -> Self {
         let cookie = ctx.cookie();
-        Self { ctx, cookie, slots: if M::SLOTS { slots(cookie) } else { None }, mode: PhantomData }
+        Self { ctx, cookie, slots: if M::SLOTS { Slots::of(cookie) } else { None }, mode: PhantomData }
     }
 
-    /// The slot that belongs to the socket, if it has one.
+    /// The record in the socket's slot, if it has one.
     #[inline(always)]
-    fn own_slot(&mut self) -> Option<&mut SocketRecord> {
-        let cookie = self.cookie;
-        self.slots.as_mut()?.records.iter_mut().find(|slot| cookie_of(slot) == cookie)
+    fn own_record(&self) -> Option<&'a mut SocketRecord> {
+        let slots = self.slots?;
+        slots.record(slots.way_of(self.cookie)?)
     }
 
-    /// The slot that belongs to the socket, taking one if need be. `None` if others own all that it may have.
+    /// The record in the socket's slot, taking one if need be. `None` if others own all that it may have.
     #[inline(always)]
-    fn own_or_take_slot(&mut self) -> Option<&mut SocketRecord> {
-        let cookie = self.cookie;
-        let [first, second] = &mut self.slots.as_mut()?.records;
-        // The one that is mine before one that is free: a socket has one slot at most.
-        if cookie_of(first) == cookie {
-            return Some(first);
-        }
-        if cookie_of(second) == cookie {
-            return Some(second);
-        }
-        if cookie_of(first) == 0 && compare_and_swap(&raw mut first.cookie, 0, cookie) {
-            return Some(first);
-        }
-        (cookie_of(second) == 0 && compare_and_swap(&raw mut second.cookie, 0, cookie)).then_some(second)
+    fn own_or_new_record(&self) -> Option<&'a mut SocketRecord> {
+        let slots = self.slots?;
+        slots.record(slots.way_or_new(self.cookie)?)
     }
 
-    /// The socket's storage, if it has any. Asks nobody while no socket has: `socket_spills` counts them.
+    /// The socket's storage, if it has any.
     #[inline(always)]
     fn storage(&self) -> Option<&'a mut SocketRecords> {
-        if M::SLOTS && *maps::SOCKET_SPILLS.get(0)? == 0 {
+        if M::SLOTS && !self.slots?.has_spilled() {
             return None;
         }
         // SAFETY: the storage belongs to this socket, which is locked.
@@ -141,11 +196,8 @@ impl<'a, M: Mode> Socket<'a, M> {
         if let Some(storage) = self.storage() {
             return Some(storage);
         }
-        if M::SLOTS
-            && let Some(spills) = maps::SOCKET_SPILLS.get_ptr_mut(0)
-        {
-            // SAFETY: one word. Two CPUs at once may count one instead of two; it never goes back to 0.
-            unsafe { spills.write_volatile(spills.read_volatile() + 1) };
+        if let Some(slots) = self.slots {
+            slots.count_spill();
         }
         // SAFETY: as above.
         unsafe { maps::SOCKET_STORAGE.get_or_insert_ptr_mut(self.ctx.aya(), None).as_mut() }
@@ -153,9 +205,9 @@ impl<'a, M: Mode> Socket<'a, M> {
 
     /// The endpoint that this socket used last for a service address, or [`Choice::NONE`].
     #[inline(always)]
-    pub(crate) fn earlier(&mut self, service: &Peer) -> Choice {
+    pub(crate) fn earlier(&self, service: &Peer) -> Choice {
         let found = |record: &SocketRecord| Choice { endpoint_id: record.endpoint_id, index: record.index };
-        if let Some(slot) = self.own_slot()
+        if let Some(slot) = self.own_record()
             && service.is_service_of(slot)
         {
             return found(slot);
@@ -170,9 +222,9 @@ impl<'a, M: Mode> Socket<'a, M> {
 
     /// Notes that the socket is connected to an endpoint; forgets all else.
     #[inline(always)]
-    pub(crate) fn connected(&mut self, record: &SocketRecord) {
+    pub(crate) fn connected(&self, record: &SocketRecord) {
         let record = SocketRecord { cookie: self.cookie, ..*record };
-        if let Some(slot) = self.own_or_take_slot() {
+        if let Some(slot) = self.own_or_new_record() {
             *slot = record;
             self.forget_stored(|_| true);
         } else if let Some(storage) = self.storage_or_new() {
@@ -187,11 +239,11 @@ impl<'a, M: Mode> Socket<'a, M> {
     /// An answer from an endpoint that stands behind two services of the socket is taken for one from the service
     /// asked last.
     #[inline(always)]
-    pub(crate) fn sent(&mut self, service: &Peer, record: &SocketRecord) {
+    pub(crate) fn sent(&self, service: &Peer, record: &SocketRecord) {
         let record = SocketRecord { cookie: self.cookie, ..*record };
         let answerer = Peer { address: record.endpoint_address, port: record.endpoint_port };
         let is_replaced = |old: &SocketRecord| service.is_service_of(old) || answerer.is_endpoint_of(old);
-        let had_slot = match self.own_slot() {
+        let had_slot = match self.own_record() {
             // The common case: one more datagram on the same way.
             Some(slot) if slot.endpoint_id == record.endpoint_id && slot.index == record.index => {
                 if service.is_service_of(slot) && answerer.is_endpoint_of(slot) {
@@ -201,7 +253,7 @@ impl<'a, M: Mode> Socket<'a, M> {
             }
             slot => slot.is_some(),
         };
-        if let Some(slot) = self.own_or_take_slot()
+        if let Some(slot) = self.own_or_new_record()
             && (!had_slot || is_replaced(slot))
         {
             *slot = record;
@@ -221,30 +273,34 @@ impl<'a, M: Mode> Socket<'a, M> {
 
     /// Notes that the socket connected to a plain address.
     #[inline(always)]
-    pub(crate) fn connected_elsewhere(&mut self) {
-        if let Some(slot) = self.own_slot() {
-            give_up(slot);
+    pub(crate) fn connected_elsewhere(&self) {
+        if let Some(slots) = self.slots
+            && let Some(way) = slots.way_of(self.cookie)
+        {
+            slots.give_up(way);
         }
         self.forget_stored(|_| true);
     }
 
     /// Notes that the socket sent a datagram to a plain address: an answer from there is from there.
     #[inline(always)]
-    pub(crate) fn sent_elsewhere(&mut self, peer: &Peer) {
-        if let Some(slot) = self.own_slot()
-            && peer.is_endpoint_of(slot)
+    pub(crate) fn sent_elsewhere(&self, peer: &Peer) {
+        if let Some(slots) = self.slots
+            && let Some(way) = slots.way_of(self.cookie)
+            && let Some(record) = slots.record(way)
+            && peer.is_endpoint_of(record)
         {
-            give_up(slot);
+            slots.give_up(way);
         }
         self.forget_stored(|record| peer.is_endpoint_of(record));
     }
 
     /// The service address behind which this socket knows a peer.
     #[inline(always)]
-    pub(crate) fn service_of(&mut self, peer: &Peer) -> Option<Peer> {
+    pub(crate) fn service_of(&self, peer: &Peer) -> Option<Peer> {
         let found =
             |record: &SocketRecord| Peer { address: record.service_address, port: record.service_port };
-        if let Some(slot) = self.own_slot()
+        if let Some(slot) = self.own_record()
             && peer.is_endpoint_of(slot)
         {
             return Some(found(slot));
@@ -265,10 +321,10 @@ impl<'a, M: Mode> Socket<'a, M> {
 #[inline(always)]
 pub(crate) fn released(ctx: &SockContext) {
     let cookie = sock_cookie(ctx);
-    if let Some(slots) = slots(cookie)
-        && let Some(slot) = slots.records.iter_mut().find(|slot| cookie_of(slot) == cookie)
+    if let Some(slots) = Slots::of(cookie)
+        && let Some(way) = slots.way_of(cookie)
     {
-        give_up(slot);
+        slots.give_up(way);
     }
 }
 

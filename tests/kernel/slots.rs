@@ -4,7 +4,7 @@ use std::{fs, thread, time::Duration};
 
 use aya::maps::{Array, Map, MapData};
 use lb_common::{
-    layout::{SLOT_WAYS, SocketRecord, SocketSlots},
+    layout::{SLOT_WAYS, SocketSlots},
     limits::SOCKET_SETS,
 };
 use lb_tests::{
@@ -32,21 +32,22 @@ fn array<const WORDS: usize>(sandbox: &Sandbox, name: &str) -> Array<MapData, [u
     Map::from_map_data(data).unwrap().try_into().unwrap()
 }
 
+/// The map `socket_slots`.
+fn slots(sandbox: &Sandbox) -> Vec<[u64; 4]> {
+    const { assert!(size_of::<SocketSlots>() == 32) }
+    let slots = array::<4>(sandbox, "socket_slots");
+    (0..slots.len()).map(|set| slots.get(&set, 0).unwrap()).collect()
+}
+
 /// Slots that belong to a socket.
 fn n_taken(sandbox: &Sandbox) -> usize {
-    const WORDS: usize = size_of::<SocketSlots>() / 8;
-    const COOKIE: usize = std::mem::offset_of!(SocketRecord, cookie) / 8;
-    let slots = array::<WORDS>(sandbox, "sockets");
-    let is_taken = |words: [u64; WORDS], way: usize| words[way * WORDS / SLOT_WAYS + COOKIE] != 0;
-    (0..slots.len())
-        .map(|set| slots.get(&set, 0).unwrap())
-        .map(|words| (0..SLOT_WAYS).filter(|way| is_taken(words, *way)).count())
-        .sum()
+    slots(sandbox).iter().map(|slots| slots[..SLOT_WAYS].iter().filter(|owner| **owner != 0).count()).sum()
 }
 
 /// Sockets that found no slot, or needed more than one.
 fn n_spills(sandbox: &Sandbox) -> u64 {
-    array::<1>(sandbox, "socket_spills").get(&0, 0).unwrap()[0]
+    const SPILLS: usize = std::mem::offset_of!(SocketSlots, spills) / 8;
+    slots(sandbox).iter().map(|slots| slots[SPILLS]).sum()
 }
 
 #[test]
