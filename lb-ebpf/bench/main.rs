@@ -111,6 +111,19 @@ fn empty_release(_ctx: SockContext) -> i32 {
     PROCEED
 }
 
+/// Asks for the socket's cookie, which the kernel makes at the first time.
+#[cgroup_sock_addr(connect4)]
+fn cookie_connect(ctx: SockAddrContext) -> i32 {
+    // Never: cookies are counted up from 1. The compiler must not drop the call.
+    i32::from(cookie(&ctx) != u64::MAX)
+}
+
+/// The same when a socket is closed.
+#[cgroup_sock(sock_release)]
+fn cookie_release(ctx: SockContext) -> i32 {
+    i32::from(cookie(&ctx) != u64::MAX)
+}
+
 /// One look-up and the rewrite; remembers nothing.
 #[cgroup_sock_addr(connect4)]
 fn plain_connect(ctx: SockAddrContext) -> i32 {

@@ -25,6 +25,9 @@ enum Suite {
         /// A compiled object of another balancer, whose `connect4` program is measured too, with empty tables
         #[arg(long, value_name = "FILE")]
         peer: Option<PathBuf>,
+        /// Measures these targets only, and always the empty program: names separated by commas
+        #[arg(long, value_name = "NAMES", default_value = "")]
+        only: String,
         /// Divides the number of calls, for a quick look
         #[arg(long, value_name = "N", default_value_t = 1)]
         scale: u32,
@@ -38,7 +41,7 @@ enum Suite {
 pub(crate) fn command(workspace: &Workspace, options: &Options) -> Result<()> {
     let toolchain = setup::ensure(&[Purpose::Build, Purpose::Run])?;
     let object = build::bpf_object(workspace, &toolchain)?;
-    let Suite::Hooks { peer, scale } = &options.suite;
+    let Suite::Hooks { peer, only, scale } = &options.suite;
     step("building the bench");
     let mut cargo = process::cargo();
     cargo
@@ -52,7 +55,9 @@ pub(crate) fn command(workspace: &Workspace, options: &Options) -> Result<()> {
     } else {
         step("the bench attaches BPF programs, which needs root: starting it with sudo");
         let mut sudo = Command::new("sudo");
-        sudo.arg("--preserve-env=SOCKLB_BENCH_OBJECT,SOCKLB_PEER_OBJECT,BENCH_SCALE").arg("--").arg(binary);
+        sudo.arg("--preserve-env=SOCKLB_BENCH_OBJECT,SOCKLB_PEER_OBJECT,BENCH_SCALE,BENCH_ONLY")
+            .arg("--")
+            .arg(binary);
         sudo
     };
     bench
@@ -60,7 +65,8 @@ pub(crate) fn command(workspace: &Workspace, options: &Options) -> Result<()> {
             "SOCKLB_BENCH_OBJECT",
             workspace.target.join("bpf").join(build::BPF_TARGET).join("release/lb-bench"),
         )
-        .env("BENCH_SCALE", scale.to_string());
+        .env("BENCH_SCALE", scale.to_string())
+        .env("BENCH_ONLY", only);
     if let Some(peer) = peer {
         bench.env("SOCKLB_PEER_OBJECT", peer);
     }

@@ -33,10 +33,11 @@ unsafe impl aya::Pod for Plain<Endpoint4> {}
 
 /// Programs of the bench object by target. Those without a program for datagrams show in these columns what an address
 /// without a program costs; compare with `none` there.
-const VARIANTS: [(&str, &[&str]); 10] = [
+const VARIANTS: [(&str, &[&str]); 11] = [
     ("none", &[]),
     ("empty", &["empty_connect", "empty_sendmsg"]),
     ("empty+release", &["empty_connect", "empty_sendmsg", "empty_release"]),
+    ("cookie+release", &["cookie_connect", "empty_sendmsg", "cookie_release"]),
     ("one look-up", &["plain_connect", "plain_sendmsg"]),
     ("storage on hit", &["storage_connect"]),
     ("storage for all", &["storage_all_connect"]),
