@@ -85,50 +85,69 @@ pub struct Snapshot {
     pub nodes: Vec<Node>,
 }
 
-/// The same, as written: borrowed, since a cluster's objects are large.
-#[derive(Serialize)]
-struct Written<'a> {
-    node_name: &'a str,
+/// The same, to be written: shared with the store, since a cluster's objects are large. So it can be taken where time
+/// matters and written where it does not.
+#[derive(Clone, Debug, Serialize)]
+pub struct Contents {
+    node_name: Arc<str>,
     node_ports: (u16, u16),
-    node_port_addresses: &'a NodePortAddresses,
-    interfaces: &'a [IpAddr],
-    services: Vec<&'a Service>,
-    slices: Vec<&'a Slice>,
-    nodes: Vec<&'a Node>,
+    node_port_addresses: NodePortAddresses,
+    interfaces: Vec<IpAddr>,
+    services: Vec<Arc<Service>>,
+    slices: Vec<Arc<Slice>>,
+    nodes: Vec<Arc<Node>>,
 }
 
-/// Replaces the snapshot of a state directory, making the directory if needed.
-///
-/// `interfaces` are the addresses of the node's interfaces.
+impl Contents {
+    /// What there is now. Costs a reference count for each object.
+    ///
+    /// `interfaces` are the addresses of the node's interfaces.
+    #[must_use]
+    pub fn of(settings: &Settings, interfaces: &[IpAddr], store: &Store) -> Self {
+        Self {
+            node_name: Arc::clone(&settings.node_name),
+            node_ports: (*settings.node_ports.start(), *settings.node_ports.end()),
+            node_port_addresses: settings.node_port_addresses.clone(),
+            interfaces: interfaces.to_vec(),
+            services: store.shared_services().cloned().collect(),
+            slices: store.shared_slices().cloned().collect(),
+            nodes: store.shared_nodes().cloned().collect(),
+        }
+    }
+
+    /// Replaces the snapshot of a state directory, making the directory if needed.
+    ///
+    /// Not for two writers at a time: both would write the same new file.
+    ///
+    /// # Errors
+    ///
+    /// [`SnapshotError::Io`]; then the former snapshot is still there.
+    pub fn write(&self, state_dir: &Path) -> Result<(), SnapshotError> {
+        let (path, new) = (state_dir.join(FILE_NAME), state_dir.join(format!("{FILE_NAME}.new")));
+        let error = |source| SnapshotError::Io { path: path.clone(), source };
+        let body = serde_json::to_vec(self).map_err(|source| error(source.into()))?;
+        fs::create_dir_all(state_dir).map_err(error)?;
+        let mut file = File::create(&new).map_err(error)?;
+        file.write_all(header(&body).as_bytes())
+            .and_then(|()| file.write_all(&body))
+            .and_then(|()| file.sync_data())
+            .and_then(|()| fs::rename(&new, &path))
+            .map_err(error)
+    }
+}
+
+/// Writes what there is now, as [`Contents::write`] does.
 ///
 /// # Errors
 ///
-/// [`SnapshotError::Io`]; then the former snapshot is still there.
+/// As [`Contents::write`].
 pub fn write(
     state_dir: &Path,
     settings: &Settings,
     interfaces: &[IpAddr],
     store: &Store,
 ) -> Result<(), SnapshotError> {
-    let (path, new) = (state_dir.join(FILE_NAME), state_dir.join(format!("{FILE_NAME}.new")));
-    let error = |source| SnapshotError::Io { path: path.clone(), source };
-    let written = Written {
-        node_name: &settings.node_name,
-        node_ports: (*settings.node_ports.start(), *settings.node_ports.end()),
-        node_port_addresses: &settings.node_port_addresses,
-        interfaces,
-        services: store.services().collect(),
-        slices: store.slices().collect(),
-        nodes: store.nodes().collect(),
-    };
-    let body = serde_json::to_vec(&written).map_err(|source| error(source.into()))?;
-    fs::create_dir_all(state_dir).map_err(error)?;
-    let mut file = File::create(&new).map_err(error)?;
-    file.write_all(header(&body).as_bytes())
-        .and_then(|()| file.write_all(&body))
-        .and_then(|()| file.sync_data())
-        .and_then(|()| fs::rename(&new, &path))
-        .map_err(error)
+    Contents::of(settings, interfaces, store).write(state_dir)
 }
 
 impl Snapshot {

@@ -17,6 +17,7 @@
 
 pub mod latency;
 pub mod run;
+pub mod save;
 pub mod start;
 pub mod state;
 

@@ -2,6 +2,7 @@
 
 use std::{
     collections::BTreeSet,
+    fmt,
     net::IpAddr,
     path::PathBuf,
     time::{Duration, SystemTime},
@@ -9,17 +10,19 @@ use std::{
 
 use tokio::{
     sync::{mpsc, watch},
+    task::{JoinHandle, spawn_blocking},
     time::{self, Instant, MissedTickBehavior},
 };
 use tracing::{debug, error, info, warn};
 
 use super::{
     Latency, State,
+    save::Saving,
     start::{Basis, PATIENCE, Start, basis},
 };
 use crate::{
     kernel::{self, Kernel, KernelError},
-    snapshot::{self, Snapshot, SnapshotError},
+    snapshot::{Contents, Snapshot, SnapshotError},
     source::Source,
 };
 
@@ -76,7 +79,9 @@ pub async fn run(
         kernel,
         options,
         reported: BTreeSet::new(),
-        unsaved: false,
+        saving: Saving::default(),
+        writing: None,
+        save_problem: None,
         has_synced: false,
         latency: Latency::default(),
     };
@@ -127,12 +132,27 @@ pub async fn run(
                 }
             }
             _ = interfaces.tick() => agent.state.set_interfaces(interface_addresses()),
+            written = ended(&mut agent.writing), if agent.writing.is_some() => agent.saved(written),
             _ = snapshots.tick() => agent.save(),
         }
     }
-    agent.save();
+    agent.save_to_the_end().await;
     info!("stopped; what is served stays as it is");
     Ok(())
+}
+
+/// Work on a thread of its own.
+type Task<T, E> = JoinHandle<Result<T, E>>;
+
+/// Waits until a task is over, or for ever without one. Returns what went wrong.
+async fn ended<T, E: fmt::Display>(task: &mut Option<Task<T, E>>) -> Result<T, String> {
+    let Some(running) = task else { return std::future::pending().await };
+    let result = running.await;
+    *task = None;
+    match result {
+        Ok(result) => result.map_err(|error| error.to_string()),
+        Err(stopped) => Err(stopped.to_string()),
+    }
 }
 
 struct Agent {
@@ -141,8 +161,11 @@ struct Agent {
     options: Options,
     /// Issues that are in the log already.
     reported: BTreeSet<String>,
-    /// Whether the snapshot is older than the store.
-    unsaved: bool,
+    saving: Saving,
+    /// The snapshot that is being written.
+    writing: Option<Task<(), SnapshotError>>,
+    /// Why the last snapshot was not written, if it is in the log already.
+    save_problem: Option<String>,
     has_synced: bool,
     latency: Latency,
 }
@@ -181,7 +204,9 @@ impl Agent {
         // A plan may wait for a grace period.
         let result = tokio::task::block_in_place(|| self.kernel.apply(&plan));
         // A snapshot need not be written because it was read.
-        self.unsaved |= source.is_complete();
+        if source.is_complete() {
+            self.saving.changed();
+        }
         match result {
             Ok(0) if self.has_synced => {}
             Ok(n_ops) => {
@@ -229,16 +254,36 @@ impl Agent {
         self.reported = now;
     }
 
+    /// Begins to write the snapshot, if it is out of date. The loop goes on meanwhile: to write the objects of ten
+    /// thousand services takes longer than a change may wait.
     fn save(&mut self) {
-        if !std::mem::take(&mut self.unsaved) {
-            return;
+        if self.saving.begin() {
+            let contents = Contents::of(self.state.settings(), self.state.interfaces(), self.state.store());
+            let state_dir = self.options.state_dir.clone();
+            self.writing = Some(spawn_blocking(move || contents.write(&state_dir)));
         }
-        let written = tokio::task::block_in_place(|| {
-            let (settings, interfaces) = (self.state.settings(), self.state.interfaces());
-            snapshot::write(&self.options.state_dir, settings, interfaces, self.state.store())
-        });
-        if let Err(error) = written {
-            warn!(%error, "the snapshot is not up to date");
+    }
+
+    /// A snapshot was written, or was not for a reason.
+    fn saved(&mut self, written: Result<(), String>) {
+        self.saving.ended(written.is_ok());
+        let problem = written.err();
+        if let Some(error) = problem.as_ref().filter(|_| problem != self.save_problem) {
+            warn!(%error, "the snapshot is not up to date; trying again");
+        }
+        self.save_problem = problem;
+    }
+
+    /// Writes what is not written yet and waits for it.
+    async fn save_to_the_end(&mut self) {
+        if self.writing.is_some() {
+            let written = ended(&mut self.writing).await;
+            self.saved(written);
+        }
+        self.save();
+        if self.writing.is_some() {
+            let written = ended(&mut self.writing).await;
+            self.saved(written);
         }
     }
 

@@ -148,6 +148,12 @@ impl Store {
         self.services.values().map(Arc::as_ref)
     }
 
+    /// As [`Self::services`], for whoever keeps them.
+    #[must_use]
+    pub fn shared_services(&self) -> impl ExactSizeIterator<Item = &Arc<Service>> {
+        self.services.values()
+    }
+
     /// The slices of a service, in the order of their names. The service itself may be absent.
     pub fn slices_of(&self, key: &ServiceKey) -> impl Iterator<Item = &Slice> + Clone {
         self.slices.get(key).into_iter().flat_map(BTreeMap::values).map(Arc::as_ref)
@@ -156,6 +162,11 @@ impl Store {
     /// All slices, in the order of their services' keys.
     pub fn slices(&self) -> impl Iterator<Item = &Slice> {
         self.slices.values().flat_map(BTreeMap::values).map(Arc::as_ref)
+    }
+
+    /// As [`Self::slices`], for whoever keeps them.
+    pub fn shared_slices(&self) -> impl Iterator<Item = &Arc<Slice>> {
+        self.slices.values().flat_map(BTreeMap::values)
     }
 
     /// A node by its name.
@@ -168,6 +179,12 @@ impl Store {
     #[must_use]
     pub fn nodes(&self) -> impl ExactSizeIterator<Item = &Node> {
         self.nodes.values().map(Arc::as_ref)
+    }
+
+    /// As [`Self::nodes`], for whoever keeps them.
+    #[must_use]
+    pub fn shared_nodes(&self) -> impl ExactSizeIterator<Item = &Arc<Node>> {
+        self.nodes.values()
     }
 
     fn set_shared_slice(&mut self, key: &SliceKey, slice: Option<Arc<Slice>>) -> Changes {
