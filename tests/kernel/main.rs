@@ -4,6 +4,7 @@
 #![expect(clippy::unwrap_used, reason = "a panic is how a test fails, in what a test calls too")]
 
 mod affinity;
+mod audit;
 mod calls;
 mod capacity;
 mod lifecycle;

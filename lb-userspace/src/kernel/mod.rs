@@ -3,7 +3,8 @@
 //! # Purpose
 //!
 //! [`Kernel::open`] loads the programs, adopts or creates the pinned maps, and attaches or replaces the programs.
-//! [`Kernel::apply`] carries out a plan; [`Kernel::image`] reads back what the tables hold.
+//! [`Kernel::apply`] carries out a plan; [`store::Maps::image`] reads back what the tables hold;
+//! [`store::Maps::compare`] and [`Kernel::repair`] are the audit.
 //!
 //! # Invariants
 //!

@@ -1,5 +1,7 @@
 //! Loading, attaching, and carrying out plans.
 
+mod audit;
+
 use std::{
     collections::BTreeMap,
     fs::File,
@@ -26,6 +28,8 @@ use lb_common::{
     limits,
 };
 
+pub use self::audit::Findings;
+use self::audit::Stray;
 use super::{Features, KernelError, cgroup, grace::Grace, mapped::Mapped, object, pins, pod::Plain, syscall};
 use crate::{
     desired::FrontendAddress,
@@ -199,6 +203,12 @@ impl Kernel {
         let passed = self.grace.has_passed();
         self.unsettled &= !passed;
         passed
+    }
+
+    /// Waits until a grace period has passed since the last plan that freed something: then nobody reads it.
+    pub fn settle(&mut self) {
+        self.grace.wait();
+        self.unsettled = false;
     }
 
     /// The maps, for reading.
@@ -443,7 +453,12 @@ impl Maps {
             }
             Op::SetFrontend { id, frontend } => {
                 // Words 0 and 1 are the run, which has its own operation.
-                let words = [(2, frontend.service_id), (3, frontend.affinity_seconds), (4, frontend.flags)];
+                let words = [
+                    (2, frontend.service_id),
+                    (3, frontend.affinity_seconds),
+                    (4, frontend.flags),
+                    (5, frontend.reserved),
+                ];
                 let done = words.iter().all(|&(word, value)| self.frontends.store_u32(*id, word, value));
                 in_range("frontends", *id, done)
             }
@@ -510,33 +525,38 @@ impl Maps {
     ///
     /// A failing system call.
     pub fn image(&self) -> Result<Image, KernelError> {
-        let mut image = Image::default();
+        self.read().map(|(image, _strays)| image)
+    }
+
+    /// As [`Self::image`], and the keys that stand for no frontend.
+    fn read(&self) -> Result<(Image, Vec<Stray>), KernelError> {
+        let (mut image, mut strays) = (Image::default(), Vec::new());
         for item in &self.services4 {
             let (Plain(key), Plain(value)) = item.map_err(|source| KernelError::map("services4", source))?;
-            self.read_frontend(&mut image, Ipv4Addr::from(key.address).into(), key.port, key.protocol, value);
+            match address(Ipv4Addr::from(key.address).into(), key.port, key.protocol, key.reserved) {
+                Some(address) => self.read_frontend(&mut image, address, value),
+                None => strays.push(Stray::V4(key)),
+            }
         }
         for item in &self.services6 {
             let (Plain(key), Plain(value)) = item.map_err(|source| KernelError::map("services6", source))?;
-            self.read_frontend(&mut image, Ipv6Addr::from(key.address).into(), key.port, key.protocol, value);
+            match address(Ipv6Addr::from(key.address).into(), key.port, key.protocol, key.reserved) {
+                Some(address) => self.read_frontend(&mut image, address, value),
+                None => strays.push(Stray::V6(key)),
+            }
         }
         for item in &self.node_addrs {
             let (Plain(key), Plain(value)) = item.map_err(|source| KernelError::map("node_addrs", source))?;
             image.node_addrs.insert(ip_of(&key.address), value.own != 0);
         }
-        Ok(image)
+        Ok((image, strays))
     }
 
-    fn read_frontend(&self, image: &mut Image, ip: IpAddr, port: u16, protocol: u8, value: FrontendRef) {
-        let protocol = match layout::Protocol(protocol) {
-            layout::Protocol::TCP => Protocol::Tcp,
-            layout::Protocol::UDP => Protocol::Udp,
-            // Nobody but a hand with bpftool writes another protocol; no call can match it.
-            _ => Protocol::Sctp,
-        };
-        image.services.insert(FrontendAddress { ip, port, protocol }, value.frontend_id);
+    fn read_frontend(&self, image: &mut Image, address: FrontendAddress, value: FrontendRef) {
+        image.services.insert(address, value.frontend_id);
         let Some(frontend) = self.frontends.read(value.frontend_id) else { return };
         image.frontends.insert(value.frontend_id, frontend);
-        let ipv6 = ip.is_ipv6();
+        let ipv6 = address.ip.is_ipv6();
         if frontend.run.len > 0
             && !image.runs(ipv6).contains_key(&frontend.run.offset)
             && let Some(entries) = self.read_run(ipv6, frontend.run)
@@ -550,19 +570,7 @@ impl Maps {
         if end > self.meta.max_endpoints {
             return None;
         }
-        (run.offset..end)
-            .map(|index| {
-                if ipv6 {
-                    let entry = self.endpoints6.read(index)?;
-                    let address = SocketAddr::new(Ipv6Addr::from(entry.address).into(), entry.port);
-                    Some(Entry { endpoint_id: entry.endpoint_id, address })
-                } else {
-                    let entry = self.endpoints4.read(index)?;
-                    let address = SocketAddr::new(Ipv4Addr::from(entry.address).into(), entry.port);
-                    Some(Entry { endpoint_id: entry.endpoint_id, address })
-                }
-            })
-            .collect()
+        (run.offset..end).map(|index| self.read_entry(ipv6, index)).collect()
     }
 
     /// The calls of a service port since it got its id, over all CPUs.
@@ -646,6 +654,17 @@ fn reset<T: MapValue + Default>(
     let n_cpus = aya::util::nr_cpus().map_err(|(_path, error)| KernelError::Thread(error))?;
     let zeroes = PerCpuValues::try_from(vec![Plain(T::default()); n_cpus]).map_err(KernelError::Thread)?;
     map.set(id, zeroes, 0).map_err(|source| KernelError::map(name, source))
+}
+
+/// The frontend that a key stands for; `None` if no call can match it: nobody but a hand with bpftool writes such a
+/// key.
+fn address(ip: IpAddr, port: u16, protocol: u8, reserved: u8) -> Option<FrontendAddress> {
+    let protocol = match layout::Protocol(protocol) {
+        layout::Protocol::TCP => Protocol::Tcp,
+        layout::Protocol::UDP => Protocol::Udp,
+        _ => return None,
+    };
+    (reserved == 0).then_some(FrontendAddress { ip, port, protocol })
 }
 
 enum Key {

@@ -17,6 +17,7 @@
 //!
 //! `tables`, `desired`.
 
+pub mod audit;
 pub mod encoder;
 
 use std::{net::IpAddr, sync::Arc};

@@ -1,0 +1,143 @@
+//! Comparing the kernel's tables with what they should hold, and putting them right.
+
+use super::{
+    Entry, FrontendKey4, FrontendKey6, Image, IpAddr, Ipv4Addr, Ipv6Addr, Kernel, KernelError, Key, Maps,
+    Plain, SocketAddr, gone_is_fine, key, node_key,
+};
+use crate::plan::{
+    Op, Phase, Plan,
+    audit::{Faults, Suspects, faults, suspects},
+    diff,
+};
+
+/// A key that no agent writes and no call can match, such as one of another protocol. It takes room.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Stray {
+    V4(FrontendKey4),
+    V6(FrontendKey6),
+}
+
+impl Stray {
+    const fn map(self) -> &'static str {
+        match self {
+            Self::V4(_) => "services4",
+            Self::V6(_) => "services6",
+        }
+    }
+}
+
+/// What a comparison found. Not all of it is wrong: see [`Suspects`].
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Findings {
+    suspects: Suspects,
+    strays: Vec<Stray>,
+}
+
+impl Findings {
+    /// Whether everything is as it should be.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.suspects.is_empty() && self.strays.is_empty()
+    }
+}
+
+impl Maps {
+    /// Compares everything that decides about calls with an image. Takes its time: two system calls for each key.
+    ///
+    /// Meant for a thread of its own, while plans are carried out: what they change may be among the findings.
+    ///
+    /// # Errors
+    ///
+    /// A failing system call.
+    pub fn compare(&self, expected: &Image) -> Result<Findings, KernelError> {
+        let (found, strays) = self.read()?;
+        Ok(Findings { suspects: suspects(expected, &found), strays })
+    }
+
+    /// Reads the keys of suspects, and the entries and runs that `expected` has for them.
+    fn read_again(&self, suspects: &Suspects, expected: &Image) -> Result<Image, KernelError> {
+        let mut found = Image::default();
+        for address in &suspects.services {
+            let id = match key(address) {
+                Some(Key::V4(key)) => entry("services4", self.services4.get(&Plain(key), 0))?,
+                Some(Key::V6(key)) => entry("services6", self.services6.get(&Plain(key), 0))?,
+                None => None,
+            };
+            found.services.extend(id.map(|Plain(value)| (*address, value.frontend_id)));
+        }
+        for &id in expected.frontends.keys() {
+            found.frontends.extend(self.frontends.read(id).map(|frontend| (id, frontend)));
+        }
+        for ipv6 in [false, true] {
+            for (&offset, entries) in expected.runs(ipv6) {
+                let there: Option<Vec<Entry>> =
+                    (offset..).take(entries.len()).map(|index| self.read_entry(ipv6, index)).collect();
+                found.runs_mut(ipv6).extend(there.map(|there| (offset, there.into())));
+            }
+        }
+        for &address in &suspects.nodes {
+            let own = entry("node_addrs", self.node_addrs.get(&Plain(node_key(address)), 0))?;
+            found.node_addrs.extend(own.map(|Plain(value)| (address, value.own != 0)));
+        }
+        Ok(found)
+    }
+
+    /// Reads an entry of an endpoint table; `None` outside of it.
+    pub(super) fn read_entry(&self, ipv6: bool, index: u32) -> Option<Entry> {
+        let (ip, port, endpoint_id): (IpAddr, u16, u32) = if ipv6 {
+            let entry = self.endpoints6.read(index)?;
+            (Ipv6Addr::from(entry.address).into(), entry.port, entry.endpoint_id)
+        } else {
+            let entry = self.endpoints4.read(index)?;
+            (Ipv4Addr::from(entry.address).into(), entry.port, entry.endpoint_id)
+        };
+        Some(Entry { endpoint_id, address: SocketAddr::new(ip, port) })
+    }
+}
+
+impl Kernel {
+    /// Looks at findings again and repairs what differs from `expected`, which is what all plans carried out so far
+    /// have led to. Returns how many entries of each map were repaired.
+    ///
+    /// May wait for a grace period. An endpoint that somebody altered is overwritten where it is: a call in that moment
+    /// may read a part of it as it was, as any call before.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::apply`]: start over from what the tables hold.
+    pub fn repair(&mut self, expected: &Image, findings: &Findings) -> Result<Faults, KernelError> {
+        let expected = findings.suspects.part_of(expected);
+        let found = self.maps.read_again(&findings.suspects, &expected)?;
+        let plan = diff(&found, &expected);
+        let mut repaired = faults(plan.ops(), &found);
+        for &stray in &findings.strays {
+            let removed = match stray {
+                Stray::V4(key) => gone_is_fine(stray.map(), self.maps.services4.remove(&Plain(key))),
+                Stray::V6(key) => gone_is_fine(stray.map(), self.maps.services6.remove(&Plain(key))),
+            };
+            removed?;
+            *repaired.entry(stray.map()).or_default() += 1;
+        }
+        // What is foreign goes first, to make room for what is missing.
+        let (foreign, missing): (Vec<Op>, Vec<Op>) =
+            plan.ops().iter().cloned().partition(|op| op.phase() == Phase::Delete);
+        self.unsettled |= !findings.strays.is_empty();
+        self.apply(&Plan::new(foreign))?;
+        self.apply(&Plan::new(missing))?;
+        if !repaired.is_empty() {
+            // A key whose value was altered has a new element now, and its old one is free.
+            self.unsettled = true;
+            self.grace.ask();
+        }
+        Ok(repaired)
+    }
+}
+
+/// The value of a key, or `None` without one.
+fn entry<T>(name: &'static str, result: Result<T, aya::maps::MapError>) -> Result<Option<T>, KernelError> {
+    match result {
+        Ok(value) => Ok(Some(value)),
+        Err(aya::maps::MapError::KeyNotFound) => Ok(None),
+        Err(source) => Err(KernelError::map(name, source)),
+    }
+}

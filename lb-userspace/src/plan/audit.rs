@@ -1,0 +1,207 @@
+//! What an audit finds: where tables that were read differ from the image they should hold.
+//!
+//! # Purpose
+//!
+//! Tables are large and change while they are read. So an audit has two steps: [`suspects`] compares a slow reading
+//! with the image that was in force when it began; what differs is read again, together with the image of that
+//! moment, and only what differs then is a fault that [`faults`] counts and [`super::diff`] repairs.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+};
+
+use super::Op;
+use crate::{desired::FrontendAddress, tables::Image};
+
+/// What is to be read again. Not everything of it is wrong: a plan may have been carried out meanwhile.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Suspects {
+    /// Frontends whose key, entry or run differ.
+    pub services: BTreeSet<FrontendAddress>,
+    /// Node addresses.
+    pub nodes: BTreeSet<IpAddr>,
+}
+
+impl Suspects {
+    /// Whether nothing differs.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.services.is_empty() && self.nodes.is_empty()
+    }
+
+    /// The part of an image that is about them.
+    #[must_use]
+    pub fn part_of(&self, image: &Image) -> Image {
+        let mut part = Image::default();
+        for address in &self.services {
+            let Some(&id) = image.services.get(address) else { continue };
+            part.services.insert(*address, id);
+            let Some(&frontend) = image.frontends.get(&id) else { continue };
+            part.frontends.insert(id, frontend);
+            let ipv6 = address.ip.is_ipv6();
+            if let Some(entries) = image.runs(ipv6).get(&frontend.run.offset).filter(|_| frontend.run.len > 0)
+            {
+                part.runs_mut(ipv6).insert(frontend.run.offset, entries.clone());
+            }
+        }
+        let known = |address: &IpAddr| image.node_addrs.get(address).map(|own| (*address, *own));
+        part.node_addrs = self.nodes.iter().filter_map(known).collect();
+        part
+    }
+}
+
+/// Compares what the tables should hold with what was read.
+#[must_use]
+pub fn suspects(expected: &Image, found: &Image) -> Suspects {
+    let content = |image: &Image, address: &FrontendAddress, id: &u32| {
+        let frontend = *image.frontends.get(id)?;
+        Some((frontend, image.entries(address.ip.is_ipv6(), frontend.run).map(<[_]>::to_vec)))
+    };
+    let is_same = |address: &FrontendAddress, id: &u32| {
+        found.services.get(address) == Some(id)
+            && content(expected, address, id) == content(found, address, id)
+    };
+    let differing = expected.services.iter().filter(|(address, id)| !is_same(address, id));
+    let foreign = found.services.keys().filter(|address| !expected.services.contains_key(address));
+    let nodes =
+        expected.node_addrs.iter().filter(|(address, own)| found.node_addrs.get(address) != Some(own));
+    let foreign_nodes = found.node_addrs.keys().filter(|address| !expected.node_addrs.contains_key(address));
+    Suspects {
+        services: differing.map(|(address, _)| address).chain(foreign).copied().collect(),
+        nodes: nodes.map(|(address, _)| address).chain(foreign_nodes).copied().collect(),
+    }
+}
+
+/// Entries that were not as they should be, by map.
+pub type Faults = BTreeMap<&'static str, u64>;
+
+/// Counts the entries that the operations of a repair put right; `found` is what they start from.
+#[must_use]
+pub fn faults(repair: &[Op], found: &Image) -> Faults {
+    let mut faults = Faults::new();
+    let mut frontends = BTreeSet::new();
+    for op in repair {
+        let (map, n_entries) = match op {
+            Op::InsertService { address, .. } | Op::DeleteService(address) => {
+                (if address.ip.is_ipv6() { "services6" } else { "services4" }, 1)
+            }
+            Op::InsertNode { .. } | Op::DeleteNode(_) => ("node_addrs", 1),
+            Op::WriteFrontend { id, .. } | Op::SetFrontend { id, .. } | Op::SwitchRun { id, .. } => {
+                ("frontends", u64::from(frontends.insert(*id)))
+            }
+            Op::WriteRun { ipv6, offset, entries } => {
+                let there = found.runs(*ipv6).get(offset);
+                let n_same = there.map_or(0, |there| {
+                    there.iter().zip(entries.iter()).filter(|(there, entry)| there == entry).count()
+                });
+                (if *ipv6 { "endpoints6" } else { "endpoints4" }, (entries.len() - n_same) as u64)
+            }
+            Op::ResetService(_) | Op::ResetEndpoints(_) | Op::DropRun { .. } | Op::DropFrontend(_) => {
+                continue;
+            }
+        };
+        if n_entries > 0 {
+            *faults.entry(map).or_default() += n_entries;
+        }
+    }
+    faults
+}
+
+#[cfg(test)]
+mod tests {
+    use lb_common::layout::{Frontend, Run};
+
+    use super::*;
+    use crate::{model::Protocol, plan::diff, tables::Entry};
+
+    fn address(last: u8) -> FrontendAddress {
+        FrontendAddress { ip: IpAddr::from([10, 96, 0, last]), port: 80, protocol: Protocol::Tcp }
+    }
+
+    /// Two frontends with two endpoints each, and a node.
+    fn image() -> Image {
+        let mut image = Image::default();
+        for n in 0..2u8 {
+            let (id, offset) = (u32::from(n), 10 * u32::from(n));
+            image.services.insert(address(n), id);
+            let run = Run { offset, len: 2 };
+            image.frontends.insert(id, Frontend { run, service_id: id, ..Frontend::default() });
+            let entry = |last: u8| Entry {
+                endpoint_id: 2 * id + u32::from(last),
+                address: ([10, 244, n, last], 8080).into(),
+            };
+            image.runs4.insert(offset, [entry(0), entry(1)].into());
+        }
+        image.node_addrs.insert(IpAddr::from([192, 0, 2, 1]), true);
+        image
+    }
+
+    /// What was done, how, and how many entries of which maps that should be counted.
+    type Case = (&'static str, fn(&mut Image), &'static [(&'static str, u64)]);
+
+    #[test]
+    fn what_differs_is_suspected_repaired_and_counted() {
+        let expected = image();
+        let cases: [Case; 9] = [
+            ("nothing", |_| {}, &[]),
+            (
+                "a deleted key",
+                |image| assert!(image.services.remove(&address(0)).is_some()),
+                &[("services4", 1)],
+            ),
+            (
+                "an altered key",
+                |image| assert!(image.services.insert(address(0), 1).is_some()),
+                &[("services4", 1)],
+            ),
+            (
+                "a foreign key",
+                |image| assert!(image.services.insert(address(9), 1).is_none()),
+                &[("services4", 1)],
+            ),
+            (
+                "an altered entry",
+                |image| image.frontends.get_mut(&1).unwrap().affinity_seconds = 7,
+                &[("frontends", 1)],
+            ),
+            (
+                "an entry with two altered words counts once",
+                |image| {
+                    let frontend = image.frontends.get_mut(&1).unwrap();
+                    (frontend.flags, frontend.run) = (1, Run { offset: 0, len: 1 });
+                },
+                &[("frontends", 1)],
+            ),
+            (
+                "an altered endpoint",
+                |image| {
+                    let mut run = image.runs4[&10].to_vec();
+                    run[1].address.set_port(1);
+                    image.runs4.insert(10, run.into());
+                },
+                &[("endpoints4", 1)],
+            ),
+            ("a node that is gone", |image| image.node_addrs.clear(), &[("node_addrs", 1)]),
+            (
+                "a foreign node",
+                |image| assert!(image.node_addrs.insert(IpAddr::from([192, 0, 2, 2]), false).is_none()),
+                &[("node_addrs", 1)],
+            ),
+        ];
+        for (what, damage, counts) in cases {
+            let mut found = image();
+            damage(&mut found);
+            let suspects = suspects(&expected, &found);
+            assert_eq!(suspects.is_empty(), counts.is_empty(), "{what}");
+            let (wanted, mut part) = (suspects.part_of(&expected), suspects.part_of(&found));
+            // A second reading looks at the places of the entries that should be there, and at no others.
+            part.frontends = wanted.frontends.keys().map(|id| (*id, found.frontends[id])).collect();
+            part.runs4 = wanted.runs4.keys().map(|offset| (*offset, found.runs4[offset].clone())).collect();
+            let repair = diff(&part, &wanted);
+            assert_eq!(faults(repair.ops(), &part), counts.iter().copied().collect(), "{what}");
+            repair.apply(&mut found);
+            assert_eq!(found, expected, "{what}");
+        }
+    }
+}
