@@ -191,6 +191,9 @@ fn commands_tell_what_the_kernel_holds() {
         let endpoints: Vec<&str> =
             web["endpoints"].as_array().unwrap().iter().map(|e| e["address"].as_str().unwrap()).collect();
         assert_eq!(endpoints, ["10.244.1.2", "10.244.2.2"]);
+        let first = &web["endpoints"][0];
+        assert!(first["connections"].is_u64(), "{first}");
+        assert_eq!(first.get("failures"), Some(&Value::Null), "no hook learns what became of a call");
 
         let explain = |to: &str| place.json(&["explain", to, "-o", "json"]);
         assert_eq!(explain("10.96.0.80:80/tcp")["verdict"], "redirected");

@@ -67,6 +67,9 @@ pub struct EndpointRow {
     pub terminating: bool,
     /// `connect()` calls and datagrams sent there on this node.
     pub connections: u64,
+    /// How many of them came to nothing. Always `null`: a hook runs before the kernel connects, and nothing tells it
+    /// what became of that.
+    pub failures: Option<u64>,
 }
 
 /// Builds the state that a snapshot's objects ask for, without any kernel.
@@ -165,6 +168,7 @@ fn undescribed(address: SocketAddr) -> EndpointRow {
         serving: true,
         terminating: false,
         connections: 0,
+        failures: None,
     }
 }
 
