@@ -11,6 +11,7 @@ pub mod desired;
 pub mod kernel;
 pub mod model;
 pub mod plan;
+pub mod serve;
 pub mod sim;
 pub mod snapshot;
 pub mod source;

@@ -1,7 +1,8 @@
 //! From the API server to the kernel.
 
 use std::{
-    net::{IpAddr, Ipv4Addr, SocketAddr},
+    io::{Read as _, Write as _},
+    net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream},
     path::Path,
     thread,
     time::{Duration, Instant},
@@ -18,7 +19,8 @@ use lb_tests::{
 };
 use lb_userspace::{
     controller::run::{Options, run},
-    model::{Protocol::Tcp, Store},
+    model::{Protocol::Tcp, Store, ingest},
+    serve,
     snapshot::{self, Snapshot},
     source::Source as _,
 };
@@ -87,7 +89,13 @@ fn until(what: &str, condition: impl Fn() -> bool) {
 }
 
 /// Runs the whole agent while something happens.
-fn with_agent(sandbox: &Sandbox, server: &ApiServer, state_dir: &Path, body: impl FnOnce()) {
+fn with_agent(
+    sandbox: &Sandbox,
+    server: &ApiServer,
+    state_dir: &Path,
+    metrics: Option<SocketAddr>,
+    body: impl FnOnce(),
+) {
     let (stop, stopped) = watch::channel(false);
     thread::scope(|scope| {
         let agent = scope.spawn(|| {
@@ -96,6 +104,8 @@ fn with_agent(sandbox: &Sandbox, server: &ApiServer, state_dir: &Path, body: imp
                 kernel: agent::options(sandbox),
                 state_dir: state_dir.to_owned(),
                 min_sync_interval: Duration::ZERO,
+                audit_interval: Duration::from_millis(50),
+                http: serve::Options { metrics, ..serve::Options::default() },
             };
             let source = open(&runtime, server);
             runtime.block_on(run(source, options, agent::settings(), stopped)).unwrap();
@@ -124,17 +134,68 @@ fn without_the_server_the_snapshot_is_served() {
 
         let mut server = ApiServer::start();
         server.stop();
-        with_agent(sandbox, &server, state_dir.path(), || {
+        with_agent(sandbox, &server, state_dir.path(), None, || {
             until("the snapshot is served", || call(service, Tcp) == Ok(endpoints[0]));
         });
         objects.set_endpoints(&PortOf::tcp("web"), &endpoints[1..]);
         server.set(&objects);
         server.resume().unwrap();
-        with_agent(sandbox, &server, state_dir.path(), || {
+        with_agent(sandbox, &server, state_dir.path(), None, || {
             until("the server's objects are served", || call(service, Tcp) == Ok(endpoints[1]));
         });
         let saved = Snapshot::read(state_dir.path()).unwrap();
         assert_eq!(saved.slices.iter().map(|slice| slice.ports[0].port).collect::<Vec<_>>(), [8002]);
         assert_eq!(saved.services.len(), 1);
+    });
+}
+
+/// The lines of `/metrics`.
+fn scrape(address: SocketAddr) -> Vec<String> {
+    let mut stream = TcpStream::connect(address).unwrap();
+    stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: test\r\n\r\n").unwrap();
+    let mut text = String::new();
+    stream.read_to_string(&mut text).unwrap();
+    text.lines().map(str::to_owned).collect()
+}
+
+/// A change is timed from the event and from what its slice says; a first list is not.
+#[test]
+fn a_scrape_tells_of_changes_and_calls() {
+    if !require(Feature::Programs) {
+        return;
+    }
+    Sandbox::run(|sandbox| {
+        let endpoints = [8001, 8002].map(|port| SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), port));
+        let _servers = Servers::tcp(endpoints);
+        let (service, state_dir) = (service_address(0), tempfile::tempdir().unwrap());
+        let mut objects = Cluster::new();
+        objects.serve("web", service, Tcp, &endpoints[..1]);
+        let server = ApiServer::start();
+        server.set(&objects);
+        // A port that is free in the sandbox's network namespace, where nobody else is.
+        let metrics = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let has = |line: &str| scrape(metrics).iter().any(|found| found == line);
+        with_agent(sandbox, &server, state_dir.path(), Some(metrics), || {
+            until("the first list is served", || call(service, Tcp) == Ok(endpoints[0]));
+            assert!(has("socklb_source_complete 1"));
+            assert!(has("socklb_programming_duration_seconds_count 0"));
+            objects.set_endpoints(&PortOf::tcp("web"), &endpoints[1..]);
+            for slice in objects.slices.values_mut() {
+                let annotations = slice.metadata.annotations.get_or_insert_default();
+                let now = k8s_openapi::jiff::Timestamp::now().to_string();
+                annotations.insert(ingest::TRIGGER_TIME.to_owned(), now);
+            }
+            server.set(&objects);
+            until("the change is served", || call(service, Tcp) == Ok(endpoints[1]));
+            until("and counted", || has("kubeproxy_network_programming_duration_seconds_count 1"));
+            let labels = r#"namespace="default",service="web",port="80",protocol="TCP""#;
+            assert!(!has(&format!(r#"socklb_connections_total{{{labels},result="redirected"}} 0"#)));
+            assert!(has(&format!(r#"socklb_connections_total{{{labels},result="refused"}} 0"#)));
+            until("an audit has found nothing", || {
+                !has(r#"socklb_audits_total{result="clean"} 0"#)
+                    && has(r#"socklb_audits_total{result="repaired"} 0"#)
+            });
+        });
+        assert!(TcpListener::bind(metrics).is_ok(), "nobody listens once the agent has ended");
     });
 }

@@ -7,6 +7,7 @@ mod asyncio;
 mod backend;
 mod curl;
 mod dns;
+mod http;
 mod process;
 mod socklb;
 mod town;

@@ -3,10 +3,11 @@
 use std::{
     collections::BTreeSet,
     env, fs,
-    io::Read as _,
+    io::{BufRead as _, BufReader},
     net::SocketAddr,
     path::Path,
     process::{Child, Command, Stdio},
+    sync::{Arc, Mutex},
     thread,
     time::Duration,
 };
@@ -32,11 +33,11 @@ use crate::{
 };
 
 /// Where an agent in a sandbox keeps its things.
-struct Place {
-    binary: String,
+pub(crate) struct Place {
+    pub(crate) binary: String,
     manifests: TempDir,
     state_dir: TempDir,
-    pin_path: String,
+    pub(crate) pin_path: String,
     cgroup: String,
 }
 
@@ -52,25 +53,40 @@ impl Place {
     }
 
     /// Replaces the manifests, in one step as editors do.
-    fn write(&self, cluster: &Cluster) {
+    pub(crate) fn write(&self, cluster: &Cluster) {
         let services = cluster.services.values().map(serde_json::to_string);
         let slices = cluster.slices.values().map(serde_json::to_string);
-        let text: Vec<String> = services.chain(slices).map(Result::unwrap).collect();
+        let nodes = cluster.nodes.values().map(serde_json::to_string);
+        let text: Vec<String> = services.chain(slices).chain(nodes).map(Result::unwrap).collect();
         let new = self.manifests.path().join(".new");
         fs::write(&new, text.join("\n---\n")).unwrap();
         fs::rename(new, self.manifests.path().join("cluster.yaml")).unwrap();
     }
 
     fn start(&self) -> Running {
-        let child = Command::new(&self.binary)
+        self.start_with(&["--metrics-bind-address=", "--healthz-bind-address="])
+    }
+
+    /// Starts an agent with flags of the test's choice, which must say where it listens: a port of the host's is not the
+    /// test's to take.
+    pub(crate) fn start_with(&self, flags: &[&str]) -> Running {
+        let mut child = Command::new(&self.binary)
             .args(["run", "--node-name", "node", "--cgroup", &self.cgroup, "--pin-path", &self.pin_path])
             .arg("--state-dir")
             .arg(self.state_dir.path())
             .arg(format!("--source=file:{}", self.manifests.path().display()))
+            .args(flags)
             .stderr(Stdio::piped())
             .spawn()
             .unwrap();
-        Running { child }
+        let log = Arc::new(Mutex::new(Vec::new()));
+        let (stderr, lines) = (child.stderr.take().unwrap(), Arc::clone(&log));
+        let reader = thread::spawn(move || {
+            for line in BufReader::new(stderr).lines().map_while(Result::ok) {
+                lines.lock().unwrap().push(line);
+            }
+        });
+        Running { child, log, reader: Some(reader) }
     }
 
     /// Arguments of a command that looks at the pinned state.
@@ -86,22 +102,36 @@ impl Place {
 }
 
 /// An agent that is ended with this value.
-struct Running {
+pub(crate) struct Running {
     child: Child,
+    log: Arc<Mutex<Vec<String>>>,
+    reader: Option<thread::JoinHandle<()>>,
 }
 
 impl Running {
     /// Ends the agent by a signal and returns its exit status.
-    fn end(self, signal: Signal) -> Option<i32> {
-        self.end_with_log(signal).0
+    pub(crate) fn end(mut self, signal: Signal) -> Option<i32> {
+        kill(Pid::from_raw(self.child.id().cast_signed()), signal).unwrap();
+        self.child.wait().unwrap().code()
     }
 
-    /// The same, and what it wrote to standard error.
-    fn end_with_log(mut self, signal: Signal) -> (Option<i32>, String) {
+    /// The same, and what it said.
+    fn end_with_log(self, signal: Signal) -> (Option<i32>, Vec<String>) {
         kill(Pid::from_raw(self.child.id().cast_signed()), signal).unwrap();
-        let mut log = String::new();
-        self.child.stderr.take().unwrap().read_to_string(&mut log).unwrap();
-        (self.child.wait().unwrap().code(), log)
+        self.wait()
+    }
+
+    /// Waits until the agent ends by itself. Returns its exit status and what it said.
+    pub(crate) fn wait(mut self) -> (Option<i32>, Vec<String>) {
+        let code = self.child.wait().unwrap().code();
+        self.reader.take().unwrap().join().unwrap();
+        let log = std::mem::take(&mut *self.log.lock().unwrap());
+        (code, log)
+    }
+
+    /// What it has said so far.
+    pub(crate) fn log(&self) -> Vec<String> {
+        self.log.lock().unwrap().clone()
     }
 }
 
@@ -113,7 +143,7 @@ impl Drop for Running {
 }
 
 /// Waits until the agent has caught up.
-fn eventually(what: &str, condition: impl Fn() -> bool) {
+pub(crate) fn eventually(what: &str, condition: impl Fn() -> bool) {
     for _ in 0..3000 {
         if condition() {
             return;
@@ -123,7 +153,7 @@ fn eventually(what: &str, condition: impl Fn() -> bool) {
     panic!("never happened: {what}");
 }
 
-fn with_town(test: impl FnOnce(&Place, &Town) + Send) {
+pub(crate) fn with_town(test: impl FnOnce(&Place, &Town) + Send) {
     if !require(Feature::Programs)
         || !require(Feature::Variable("SOCKLB_BIN"))
         || !require(Feature::Command("curl"))
@@ -135,7 +165,7 @@ fn with_town(test: impl FnOnce(&Place, &Town) + Send) {
 }
 
 /// The pods that answer at the web service.
-fn servers(n_calls: usize) -> BTreeSet<String> {
+pub(crate) fn servers(n_calls: usize) -> BTreeSet<String> {
     let url = format!("http://{}/", town::web()[0]);
     (0..n_calls)
         .map(|_| text("curl", &["--silent", "--show-error", "--max-time", "30", &url]))
@@ -144,7 +174,7 @@ fn servers(n_calls: usize) -> BTreeSet<String> {
 }
 
 /// Whether somebody accepts a connection to the service.
-fn is_up(service: SocketAddr) -> bool {
+pub(crate) fn is_up(service: SocketAddr) -> bool {
     Socket::new(Domain::of(service.ip()), Protocol::Tcp).connect(service).is_ok()
 }
 
@@ -246,7 +276,7 @@ fn bad_manifests_are_named_and_the_rest_is_served() {
         assert_eq!(servers(40).len(), 2);
         assert!(is_up(town::web()[1]));
         let (status, log) = agent.end_with_log(Signal::SIGTERM);
-        assert_eq!(status, Some(0), "{log}");
+        assert_eq!(status, Some(0), "{log:#?}");
         for wanted in [
             // File, line, object and field of each.
             &["broken.yaml:"][..],
@@ -258,8 +288,8 @@ fn bad_manifests_are_named_and_the_rest_is_served() {
             &["family.yaml:", "default/family", "endpoints[0].addresses", "fd00::1"],
             &["default/zz-same", "10.96.0.80:80", "default/web-v4"],
         ] {
-            let is_told = log.lines().any(|line| wanted.iter().all(|part| line.contains(part)));
-            assert!(is_told, "no line with {wanted:?} in\n{log}");
+            let is_told = log.iter().any(|line| wanted.iter().all(|part| line.contains(part)));
+            assert!(is_told, "no line with {wanted:?} in {log:#?}");
         }
     });
 }

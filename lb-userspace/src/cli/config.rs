@@ -2,7 +2,12 @@
 //!
 //! A flag wins over its environment variable, that over the file named by `--config`, that over the default.
 
-use std::{fs, path::Path, time::Duration};
+use std::{
+    fs,
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    path::Path,
+    time::Duration,
+};
 
 use serde::de::DeserializeOwned;
 
@@ -12,6 +17,13 @@ use crate::{desired::NodePortAddresses, model::Cidr};
 pub const PIN_PATH: &str = "/sys/fs/bpf/socklb";
 /// Default of `--state-dir`.
 pub const STATE_DIR: &str = "/var/lib/socklb";
+
+/// Default of `--audit-interval`.
+pub const AUDIT_INTERVAL: Duration = Duration::from_secs(60);
+/// Default of `--metrics-bind-address`: kube-proxy's.
+pub const METRICS: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 10249);
+/// Default of `--healthz-bind-address`: kube-proxy's.
+pub const HEALTHZ: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), 10256);
 
 /// A flag, variable or file that cannot be used as given.
 #[derive(Debug, thiserror::Error)]
@@ -66,6 +78,25 @@ pub fn node_port_addresses(text: &str) -> Result<NodePortAddresses, String> {
     }
 }
 
+/// Parses `ADDRESS:PORT`, or nothing for no listener.
+///
+/// # Errors
+///
+/// A sentence about what is expected.
+pub fn bind_address(text: &str) -> Result<Listen, String> {
+    match text.trim() {
+        "" => Ok(Listen(None)),
+        text => text.parse().map(|address| Listen(Some(address))).map_err(|_no_address| {
+            "expected ADDRESS:PORT, such as 127.0.0.1:10249 or [::]:10256, or nothing for no listener"
+                .to_owned()
+        }),
+    }
+}
+
+/// Where to listen, if anywhere.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Listen(pub Option<SocketAddr>);
+
 /// Parses a duration such as `500ms`, `2s` or `1m`.
 ///
 /// # Errors
@@ -107,6 +138,15 @@ mod tests {
         assert_eq!(duration("0"), Ok(Duration::ZERO));
         for wrong in ["", "5", "5h", "ms", "-1s", "99999999999999999999s", "18446744073709551615m"] {
             assert!(duration(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn an_empty_address_is_no_listener() {
+        assert_eq!(bind_address(""), Ok(Listen(None)));
+        assert_eq!(bind_address("[::]:10256"), Ok(Listen(Some(([0u16; 8], 10256).into()))));
+        for wrong in ["10256", ":10256", "localhost:10256", "127.0.0.1", "127.0.0.1:65536"] {
+            assert!(bind_address(wrong).is_err(), "{wrong}");
         }
     }
 

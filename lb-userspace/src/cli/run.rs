@@ -5,7 +5,7 @@
     reason = "clap prints these as they are: help texts, not Markdown"
 )]
 
-use std::{path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
+use std::{net::SocketAddr, path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
 
 use clap::Args;
 use serde::Deserialize;
@@ -16,13 +16,14 @@ use tokio::{
 };
 use tracing::info;
 
-use super::config::{self, UsageError};
+use super::config::{self, Listen, UsageError};
 use crate::{
     cluster::{Access, KubeSource, Timing},
     controller::run as agent,
     desired::{NodePortAddresses, Settings},
     kernel::{self, Features, cgroup, syscall},
     plan::Capacity,
+    serve,
     source::files,
     telemetry::{self, LogFormat},
 };
@@ -71,6 +72,16 @@ pub struct RunArgs {
     /// Least time between two syncs; the first change after a pause is done at once [default: 0]
     #[arg(long, env = "SOCKLB_MIN_SYNC_INTERVAL", value_name = "DURATION", value_parser = config::duration)]
     min_sync_interval: Option<Duration>,
+    /// Time between two comparisons of the kernel's maps with what they should hold, which repair what somebody else
+    /// did to them; 0 for none [default: 60s]
+    #[arg(long, env = "SOCKLB_AUDIT_INTERVAL", value_name = "DURATION", value_parser = config::duration)]
+    audit_interval: Option<Duration>,
+    /// Where /metrics, /proxyMode, /healthz and /configz are answered; empty for nowhere [default: 127.0.0.1:10249]
+    #[arg(long, env = "SOCKLB_METRICS_BIND_ADDRESS", value_name = "ADDRESS", value_parser = config::bind_address)]
+    metrics_bind_address: Option<Listen>,
+    /// Where /healthz and /livez are answered; empty for nowhere [default: 0.0.0.0:10256]
+    #[arg(long, env = "SOCKLB_HEALTHZ_BIND_ADDRESS", value_name = "ADDRESS", value_parser = config::bind_address)]
+    healthz_bind_address: Option<Listen>,
     /// Frontends of each address family that fit into the tables [default: 65536]
     #[arg(long, env = "SOCKLB_MAX_SERVICES", value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1 << 24))]
     max_services: Option<u32>,
@@ -101,6 +112,9 @@ struct FileConfig {
     localhost_nodeports: Option<bool>,
     service_proxy_name: Option<String>,
     min_sync_interval: Option<String>,
+    audit_interval: Option<String>,
+    metrics_bind_address: Option<String>,
+    healthz_bind_address: Option<String>,
     max_services: Option<u32>,
     max_endpoints: Option<u32>,
     log_format: Option<LogFormat>,
@@ -147,7 +161,17 @@ pub fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
         }
         value => Ok(value),
     };
-    let options = agent::Options {
+    let listen = |flag: Option<Listen>, key: &str, text: Option<String>, default: SocketAddr| {
+        let Listen(address) = match flag {
+            Some(listen) => listen,
+            None => from_file(key, text, config::bind_address)?.unwrap_or(Listen(Some(default))),
+        };
+        Ok::<_, UsageError>(address)
+    };
+    let (metrics, healthz) = (file.metrics_bind_address, file.healthz_bind_address);
+    let metrics = listen(args.metrics_bind_address, "metrics-bind-address", metrics, config::METRICS)?;
+    let healthz = listen(args.healthz_bind_address, "healthz-bind-address", healthz, config::HEALTHZ)?;
+    let mut options = agent::Options {
         kernel: kernel::Options {
             pin_path: args.pin_path.clone().or(file.pin_path).unwrap_or_else(|| config::PIN_PATH.into()),
             cgroup: match args.cgroup.clone().or(file.cgroup) {
@@ -175,8 +199,14 @@ pub fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
             .min_sync_interval
             .or(from_file("min-sync-interval", file.min_sync_interval, config::duration)?)
             .unwrap_or_default(),
+        audit_interval: args
+            .audit_interval
+            .or(from_file("audit-interval", file.audit_interval, config::duration)?)
+            .unwrap_or(config::AUDIT_INTERVAL),
+        http: serve::Options { metrics, healthz, config: serde_json::Value::Null },
     };
     let service_proxy_name = args.service_proxy_name.clone().or(file.service_proxy_name);
+    options.http.config = in_force(&options, &settings, service_proxy_name.as_deref());
     let runtime = runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     runtime.block_on(async {
         let stop = stop_signals()?;
@@ -193,6 +223,42 @@ pub fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
         }
         Ok(ExitCode::SUCCESS)
     })
+}
+
+/// The settings in force, as `/configz` shows them: under the flags' names.
+fn in_force(
+    options: &agent::Options,
+    settings: &Settings,
+    service_proxy_name: Option<&str>,
+) -> serde_json::Value {
+    let agent::Options { kernel, http, .. } = options;
+    let address =
+        |address: Option<SocketAddr>| address.map(|address| address.to_string()).unwrap_or_default();
+    let addresses = match &settings.node_port_addresses {
+        NodePortAddresses::All => String::new(),
+        NodePortAddresses::Primary => "primary".to_owned(),
+        NodePortAddresses::Within(networks) => {
+            let networks =
+                networks.iter().map(|network| format!("{}/{}", network.address, network.prefix_len));
+            networks.collect::<Vec<_>>().join(",")
+        }
+    };
+    serde_json::json!({ "socklb": {
+        "node-name": *settings.node_name,
+        "cgroup": kernel.cgroup,
+        "pin-path": kernel.pin_path,
+        "state-dir": options.state_dir,
+        "nodeport-addresses": addresses,
+        "node-port-range": format!("{}-{}", kernel.node_ports.0, kernel.node_ports.1),
+        "localhost-nodeports": kernel.localhost_nodeports,
+        "service-proxy-name": service_proxy_name.unwrap_or_default(),
+        "min-sync-interval": format!("{}ms", options.min_sync_interval.as_millis()),
+        "audit-interval": format!("{}ms", options.audit_interval.as_millis()),
+        "metrics-bind-address": address(http.metrics),
+        "healthz-bind-address": address(http.healthz),
+        "max-services": kernel.capacity.services,
+        "max-endpoints": kernel.capacity.endpoints,
+    } })
 }
 
 /// Where objects come from.

@@ -81,17 +81,32 @@ impl Latency {
         self.waiting.extend(arrivals);
     }
 
-    /// All of them are carried out. Returns how many, and the longest time since an arrival.
-    pub fn applied(&mut self, now: Instant, clock: SystemTime) -> (usize, Duration) {
+    /// Changes that no plan has carried out yet.
+    #[must_use]
+    pub fn n_waiting(&self) -> usize {
+        self.waiting.len()
+    }
+
+    /// All of them are carried out. Returns how many, and the longest time since an arrival. `note` is told of each:
+    /// the time since it arrived, and the time since what led to it, if that is known.
+    pub fn applied(
+        &mut self,
+        now: Instant,
+        clock: SystemTime,
+        mut note: impl FnMut(Duration, Option<Duration>),
+    ) -> (usize, Duration) {
         let n_changes = self.waiting.len();
         let mut longest = Duration::ZERO;
         for arrival in self.waiting.drain(..) {
             let took = now.saturating_duration_since(arrival.received);
             longest = longest.max(took);
             self.received.record(took);
-            if let Some(triggered) = arrival.triggered {
-                self.triggered.record(clock.duration_since(triggered).unwrap_or_default());
+            let since_trigger =
+                arrival.triggered.map(|triggered| clock.duration_since(triggered).unwrap_or_default());
+            if let Some(since_trigger) = since_trigger {
+                self.triggered.record(since_trigger);
             }
+            note(took, since_trigger);
         }
         (n_changes, longest)
     }
@@ -128,13 +143,18 @@ mod tests {
     fn a_change_counts_when_it_is_carried_out() {
         let (now, clock) = (Instant::now(), SystemTime::now());
         let mut latency = Latency::default();
-        let triggered = Some(clock - Duration::from_millis(30));
-        latency
-            .arrived(vec![Arrival { received: now, triggered }, Arrival { received: now, triggered: None }]);
-        let later = Duration::from_millis(4);
-        assert_eq!(latency.applied(now + later, clock + later), (2, later));
-        assert_eq!((latency.received.n_values(), latency.triggered.n_values()), (2, 1));
-        assert_eq!(latency.triggered.sum(), Duration::from_millis(34));
-        assert_eq!(latency.applied(now, clock).0, 0);
+        let ms = Duration::from_millis;
+        let arrival = |triggered| Arrival { received: now, triggered };
+        let in_the_future = Some(clock + ms(9_000));
+        latency.arrived(vec![arrival(Some(clock - ms(30))), arrival(None), arrival(in_the_future)]);
+        assert_eq!(latency.n_waiting(), 3);
+        let mut noted = Vec::new();
+        let note = |since_arrival, since_trigger| noted.push((since_arrival, since_trigger));
+        assert_eq!(latency.applied(now + ms(4), clock + ms(4), note), (3, ms(4)));
+        assert_eq!(noted, [(ms(4), Some(ms(34))), (ms(4), None), (ms(4), Some(ms(0)))]);
+        assert_eq!((latency.received.n_values(), latency.triggered.n_values()), (3, 2));
+        assert_eq!(latency.triggered.sum(), ms(34));
+        assert_eq!(latency.n_waiting(), 0);
+        assert_eq!(latency.applied(now, clock, |_, _| panic!("nothing waits")).0, 0);
     }
 }

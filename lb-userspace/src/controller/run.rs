@@ -10,8 +10,8 @@ use std::{
 
 use tokio::{
     sync::{mpsc, watch},
-    task::{JoinHandle, spawn_blocking},
-    time::{self, Instant, MissedTickBehavior},
+    task::{JoinHandle, block_in_place, spawn_blocking},
+    time::{self, Instant, Interval, MissedTickBehavior},
 };
 use tracing::{debug, error, info, warn};
 
@@ -21,9 +21,20 @@ use super::{
     start::{Basis, PATIENCE, Start, basis},
 };
 use crate::{
-    kernel::{self, Kernel, KernelError},
+    desired::NodePortAddresses,
+    kernel::{
+        self, Kernel, KernelError,
+        store::{Findings, Maps},
+    },
+    model::Issue,
+    plan::audit::Faults,
+    serve::{
+        self, ListenError, Listeners, Question,
+        health_ports::{self, Wanted},
+    },
     snapshot::{Contents, Snapshot, SnapshotError},
     source::Source,
+    telemetry::{Metrics, health::Vitals, metrics::AuditEnd, scrape::View},
 };
 
 /// How long to wait after a failed sync.
@@ -35,6 +46,9 @@ const PROGRAM_LOG: Duration = Duration::from_millis(100);
 /// How long a change may wait before it is in the snapshot.
 const SNAPSHOT: Duration = Duration::from_secs(2);
 
+/// Questions of scrapes that wait for the loop before the scrapes do.
+const QUESTIONS: usize = 4;
+
 /// What the loop needs to know besides the state.
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -44,6 +58,22 @@ pub struct Options {
     pub state_dir: PathBuf,
     /// The least time between two syncs; the first change after a pause is done at once.
     pub min_sync_interval: Duration,
+    /// Time between two audits; zero for none.
+    pub audit_interval: Duration,
+    /// Where to answer over HTTP.
+    pub http: serve::Options,
+}
+
+/// Why the agent did not start, or cannot go on.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum RunError {
+    /// The kernel refused something.
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
+    /// An address cannot be listened on.
+    #[error(transparent)]
+    Listen(#[from] ListenError),
 }
 
 /// Runs until `stop` turns true or the source ends.
@@ -52,13 +82,15 @@ pub struct Options {
 ///
 /// # Errors
 ///
-/// Only while starting, and by losing the source. Later errors are logged and retried.
+/// Only while starting: see [`RunError`]. Later errors are logged and retried.
 pub async fn run(
     mut source: impl Source,
     options: Options,
     settings: crate::desired::Settings,
     mut stop: watch::Receiver<bool>,
-) -> Result<(), KernelError> {
+) -> Result<(), RunError> {
+    // Before anything is attached: an agent that ends for want of a port has changed nothing.
+    let listeners = Listeners::open(&options.http).await?;
     let (grace_passed, mut graces) = mpsc::channel(1);
     let kernel = Kernel::open(&options.kernel, move || {
         // A message that is waiting says the same.
@@ -74,31 +106,44 @@ pub async fn run(
         "attached"
     );
     let has_adopted = !state.image().services.is_empty();
+    let metrics = Metrics::new();
+    let (vitals, signs_of_life) = watch::channel(Vitals::new(Instant::now().into_std()));
+    let (asking, mut questions) = mpsc::channel::<Question>(QUESTIONS);
+    // Ends with this function.
+    let _serving = listeners.serve(&options.kernel.pin_path, &metrics, &signs_of_life, asking)?;
+    let (health_checks, wanted) = watch::channel(Wanted::default());
+    let (reporting, mut port_issues) = watch::channel(Vec::new());
+    let health_ports = tokio::spawn(health_ports::run(wanted, signs_of_life, reporting));
+    let Timers { mut interfaces, mut snapshots, mut audits } = Timers::start(options.audit_interval);
+    let started = Instant::now();
     let mut agent = Agent {
         state,
         kernel,
         options,
+        metrics,
+        vitals,
+        health_checks,
+        port_issues: port_issues.clone(),
         reported: BTreeSet::new(),
         saving: Saving::default(),
         writing: None,
         save_problem: None,
+        comparing: None,
         has_synced: false,
         latency: Latency::default(),
     };
     agent.forward_program_log();
-    let mut interfaces = time::interval(INTERFACES);
-    let mut snapshots = time::interval(SNAPSHOT);
-    for interval in [&mut interfaces, &mut snapshots] {
-        interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    }
-    let started = Instant::now();
-    let (mut not_before, mut has_ended) = (started, false);
+    let mut not_before = started;
+    // Whether more may come, and whether somebody reports issues of ports.
+    let (mut has_ended, mut has_ports) = (false, true);
     // Whether the snapshot was tried, and whether the objects are its.
     let (mut has_waited, mut serves_snapshot, mut has_answered) = (false, false, false);
     loop {
         let is_complete = source.is_complete();
         serves_snapshot &= !is_complete;
         let may_sync = (is_complete || serves_snapshot) && agent.state.wants_sync();
+        agent.metrics.source(is_complete, serves_snapshot);
+        agent.turn(may_sync);
         tokio::select! {
             biased;
             _ = stop.wait_for(|stop| *stop) => break,
@@ -122,23 +167,66 @@ pub async fn run(
                 }
                 // Single events on top of the snapshot would be a state that never was.
                 (serves_snapshot, has_answered) = (false, true);
-                agent.state.change(|store| source.apply(store));
-                agent.latency.arrived(source.take_arrivals());
-                agent.report(&source);
+                agent.take_in(&mut source);
             }
             Some(()) = graces.recv() => {
                 if agent.kernel.is_settled() {
                     agent.state.settled();
                 }
             }
-            _ = interfaces.tick() => agent.state.set_interfaces(interface_addresses()),
+            Some(question) = questions.recv() => {
+                // Whoever asked may have lost patience.
+                let _gone = question.send(agent.view());
+            }
+            changed = port_issues.changed(), if has_ports => {
+                has_ports = changed.is_ok();
+                agent.report(&source);
+            }
+            compared = ended(&mut agent.comparing), if agent.comparing.is_some() => agent.compared(compared),
             written = ended(&mut agent.writing), if agent.writing.is_some() => agent.saved(written),
+            _ = interfaces.tick() => agent.state.set_interfaces(interface_addresses()),
             _ = snapshots.tick() => agent.save(),
+            () = tick(&mut audits) => agent.compare(),
         }
     }
     agent.save_to_the_end().await;
+    drop(agent);
+    // Its ports are free when this returns; what it may have panicked about is over.
+    let _ended = health_ports.await;
     info!("stopped; what is served stays as it is");
     Ok(())
+}
+
+/// What the loop does by the clock.
+struct Timers {
+    interfaces: Interval,
+    snapshots: Interval,
+    /// `None` without audits.
+    audits: Option<Interval>,
+}
+
+impl Timers {
+    fn start(audit_interval: Duration) -> Self {
+        let mut timers = Self {
+            interfaces: time::interval(INTERFACES),
+            snapshots: time::interval(SNAPSHOT),
+            audits: (!audit_interval.is_zero())
+                .then(|| time::interval_at(Instant::now() + audit_interval, audit_interval)),
+        };
+        for interval in [&mut timers.interfaces, &mut timers.snapshots].into_iter().chain(&mut timers.audits)
+        {
+            interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        }
+        timers
+    }
+}
+
+/// The next tick; never, without an interval.
+async fn tick(interval: &mut Option<Interval>) {
+    match interval {
+        Some(interval) => drop(interval.tick().await),
+        None => std::future::pending().await,
+    }
 }
 
 /// Work on a thread of its own.
@@ -159,6 +247,11 @@ struct Agent {
     state: State,
     kernel: Kernel,
     options: Options,
+    metrics: Metrics,
+    vitals: watch::Sender<Vitals>,
+    health_checks: watch::Sender<Wanted>,
+    /// What the ports for health checks are in want of.
+    port_issues: watch::Receiver<Vec<Issue>>,
     /// Issues that are in the log already.
     reported: BTreeSet<String>,
     saving: Saving,
@@ -166,6 +259,8 @@ struct Agent {
     writing: Option<Task<(), SnapshotError>>,
     /// Why the last snapshot was not written, if it is in the log already.
     save_problem: Option<String>,
+    /// The comparison of an audit under way.
+    comparing: Option<Task<Findings, KernelError>>,
     has_synced: bool,
     latency: Latency,
 }
@@ -197,30 +292,71 @@ impl Agent {
         true
     }
 
+    /// Leaves a sign of life. `is_waiting`: whether a change waits to be carried out.
+    fn turn(&self, is_waiting: bool) {
+        self.vitals.send_modify(|vitals| {
+            vitals.turned = Instant::now().into_std();
+            if is_waiting && vitals.waiting_since.is_none() {
+                vitals.waiting_since = Some(vitals.turned);
+            }
+        });
+    }
+
+    /// Takes over what is new.
+    fn take_in(&mut self, source: &mut impl Source) {
+        self.state.change(|store| source.apply(store));
+        self.latency.arrived(source.take_arrivals());
+        self.metrics.waiting(self.latency.n_waiting());
+        if self.state.wants_sync() {
+            self.metrics.queued(SystemTime::now());
+        }
+        let node = self.state.store().node(&self.state.settings().node_name);
+        let is_node_eligible = node.is_none_or(|node| !node.being_deleted);
+        self.vitals.send_modify(|vitals| vitals.is_node_eligible = is_node_eligible);
+        self.report(source);
+    }
+
     /// Brings the kernel up to date. `false` if that failed and is to be tried again.
     fn sync(&mut self, source: &impl Source) -> bool {
         let started = Instant::now();
         let plan = self.state.sync();
         // A plan may wait for a grace period.
-        let result = tokio::task::block_in_place(|| self.kernel.apply(&plan));
+        let result = block_in_place(|| self.kernel.apply(&plan));
         // A snapshot need not be written because it was read.
         if source.is_complete() {
             self.saving.changed();
         }
-        match result {
-            Ok(0) if self.has_synced => {}
-            Ok(n_ops) => {
-                let n_frontends = self.state.image().services.len();
-                info!(n_ops, n_frontends, took = ?started.elapsed(), "synced");
-            }
+        let n_ops = match result {
+            Ok(n_ops) => n_ops,
             Err(error) => {
                 error!(%error, "a sync failed: reading the tables and trying again");
+                self.metrics.sync_failed();
                 self.start_over();
                 return false;
             }
+        };
+        if n_ops > 0 || !self.has_synced {
+            let n_frontends = self.state.image().services.len();
+            info!(n_ops, n_frontends, took = ?started.elapsed(), "synced");
         }
         self.has_synced = true;
-        let (n_changes, longest) = self.latency.applied(Instant::now().into_std(), SystemTime::now());
+        self.metrics.synced(started.elapsed(), n_ops, SystemTime::now());
+        self.note_latency();
+        self.vitals.send_modify(|vitals| {
+            (vitals.waiting_since, vitals.updated) = (None, Some(SystemTime::now()));
+        });
+        self.publish_health_checks();
+        self.report(source);
+        true
+    }
+
+    /// The changes that have arrived are in the kernel now.
+    fn note_latency(&mut self) {
+        let metrics = &self.metrics;
+        let note = |since_arrival, since_trigger| metrics.programmed(since_arrival, since_trigger);
+        let (now, clock) = (Instant::now().into_std(), SystemTime::now());
+        let (n_changes, longest) = self.latency.applied(now, clock, note);
+        metrics.waiting(0);
         if n_changes > 0 {
             debug!(
                 n_changes,
@@ -230,21 +366,95 @@ impl Agent {
                 "changes are in the kernel"
             );
         }
-        self.report(source);
-        true
+    }
+
+    /// Says which ports for health checks should be open.
+    fn publish_health_checks(&self) {
+        let addresses = match self.state.settings().node_port_addresses {
+            NodePortAddresses::All => None,
+            NodePortAddresses::Primary | NodePortAddresses::Within(_) => {
+                Some(self.state.topology().own_addresses().iter().copied().collect())
+            }
+        };
+        let wanted = Wanted { checks: self.state.health_checks().clone(), addresses };
+        self.health_checks.send_if_modified(|current| {
+            let differs = *current != wanted;
+            if differs {
+                *current = wanted;
+            }
+            differs
+        });
+    }
+
+    /// What a scrape needs of the state.
+    fn view(&self) -> View {
+        View {
+            ports: self.state.service_ids().map(|(key, id)| (key.clone(), id)).collect(),
+            services: self.state.store().shared_services().cloned().collect(),
+            maps: self.state.map_use().into(),
+        }
     }
 
     fn start_over(&mut self) {
+        // What the failed plan freed is free for the next one, so nobody may be reading it any longer.
+        block_in_place(|| self.kernel.settle());
         match self.kernel.maps().image() {
             Ok(found) => self.state.adopt(self.options.kernel.capacity, &found),
             Err(error) => error!(%error, "the tables cannot be read"),
         }
     }
 
+    /// Begins an audit: on a thread of its own, since to read full tables takes longer than a change may wait.
+    fn compare(&mut self) {
+        if self.comparing.is_some() || !self.state.knows_tables() {
+            return;
+        }
+        let (expected, pin_path) = (self.state.image().clone(), self.options.kernel.pin_path.clone());
+        self.comparing = Some(spawn_blocking(move || Maps::open(&pin_path)?.compare(&expected)));
+    }
+
+    /// Ends an audit: repairs what differs still, after the changes that were carried out meanwhile.
+    fn compared(&mut self, findings: Result<Findings, String>) {
+        let findings = match findings {
+            Ok(findings) => findings,
+            Err(error) => {
+                warn!(%error, "the kernel's maps cannot be compared with what they should hold");
+                return self.metrics.audited(AuditEnd::Error, &Faults::new());
+            }
+        };
+        if !self.state.knows_tables() {
+            // A sync has failed meanwhile: the next one puts everything right.
+            return;
+        }
+        let repaired = if findings.is_empty() {
+            Ok(Faults::new())
+        } else {
+            block_in_place(|| self.kernel.repair(self.state.image(), &findings))
+        };
+        match repaired {
+            Ok(repaired) if repaired.is_empty() => self.metrics.audited(AuditEnd::Clean, &repaired),
+            Ok(repaired) => {
+                let counts: Vec<String> = repaired.iter().map(|(map, n)| format!("{map} {n}")).collect();
+                warn!(
+                    entries = counts.join(", "),
+                    "an audit repaired what somebody else did to the kernel's maps"
+                );
+                self.metrics.audited(AuditEnd::Repaired, &repaired);
+            }
+            Err(error) => {
+                error!(%error, "an audit could not repair the tables: reading them and starting over");
+                self.metrics.audited(AuditEnd::Error, &Faults::new());
+                self.start_over();
+            }
+        }
+    }
+
     /// Logs issues that are new, once each, and those that are gone.
     fn report(&mut self, source: &impl Source) {
-        let issues = source.issues().into_iter().chain(self.state.issues());
+        let of_ports = self.port_issues.borrow().clone();
+        let issues = source.issues().into_iter().chain(self.state.issues()).chain(of_ports);
         let now: BTreeSet<String> = issues.map(|issue| issue.to_string()).collect();
+        self.metrics.issues(now.len());
         for issue in now.difference(&self.reported) {
             warn!("{issue}");
         }
@@ -267,6 +477,7 @@ impl Agent {
     /// A snapshot was written, or was not for a reason.
     fn saved(&mut self, written: Result<(), String>) {
         self.saving.ended(written.is_ok());
+        self.metrics.saved(written.is_ok(), SystemTime::now());
         let problem = written.err();
         if let Some(error) = problem.as_ref().filter(|_| problem != self.save_problem) {
             warn!(%error, "the snapshot is not up to date; trying again");

@@ -3,13 +3,20 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::IpAddr,
+    sync::Arc,
 };
 
+use lb_common::limits;
+
 use crate::{
-    desired::{self, Desired, FrontendAddress, Settings, Topology},
+    desired::{
+        self, Desired, FrontendAddress, PortKey, Settings, Topology,
+        health::{self, HealthCheck},
+    },
     model::{Issue, IssueKind, ObjectRef, ServiceKey, Store, store::Changes},
     plan::{Capacity, Encoder, Full, Plan},
     tables::Image,
+    telemetry::scrape::MapUse,
 };
 
 /// Objects, what they ask for, and the tables that follow.
@@ -28,6 +35,7 @@ pub struct State {
     /// Whether room was freed since the last sync that refused something.
     has_new_room: bool,
     issues: BTreeMap<ServiceKey, Vec<Issue>>,
+    health_checks: BTreeMap<ServiceKey, HealthCheck>,
     /// Until the first sync the tables may hold frontends of an earlier agent that nobody asks for any longer.
     is_first_sync: bool,
 }
@@ -51,6 +59,7 @@ impl State {
             refused: BTreeMap::new(),
             has_new_room: false,
             issues: BTreeMap::new(),
+            health_checks: BTreeMap::new(),
             is_first_sync: true,
         }
     }
@@ -113,6 +122,14 @@ impl State {
 
     /// Computes the frontends of one service and returns the addresses that are affected.
     fn compute(&mut self, key: &ServiceKey) -> BTreeSet<FrontendAddress> {
+        let check = self
+            .store
+            .service(key)
+            .and_then(|service| health::check(service, self.store.slices_of(key), self.topology.node_name()));
+        match check {
+            Some(check) => drop(self.health_checks.insert(key.clone(), check)),
+            None => drop(self.health_checks.remove(key)),
+        }
         let (frontends, issues) = self.store.service(key).map_or_else(Default::default, |service| {
             let slices = self.store.slices_of(key);
             desired::service::frontends(service, slices, &self.topology, &self.settings)
@@ -150,6 +167,41 @@ impl State {
     #[must_use]
     pub fn image(&self) -> &Image {
         self.encoder.image()
+    }
+
+    /// Whether [`Self::image`] is all that the tables hold, if the last plan was carried out. Before the first sync and
+    /// after [`Self::adopt`] they may hold more.
+    #[must_use]
+    pub fn knows_tables(&self) -> bool {
+        !self.is_first_sync
+    }
+
+    /// The service ports with frontends in the tables, each with the id of its counters.
+    pub fn service_ids(&self) -> impl Iterator<Item = (&Arc<PortKey>, u32)> {
+        self.encoder.service_ids()
+    }
+
+    /// How full the maps are.
+    #[must_use]
+    pub fn map_use(&self) -> [MapUse; 6] {
+        let Capacity { services, endpoints } = self.encoder.capacity();
+        let n_of = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
+        let (n_frontends, n_nodes) = (self.image().frontends.len(), self.image().node_addrs.len());
+        [
+            ("services4", self.encoder.n_services(false), services),
+            ("services6", self.encoder.n_services(true), services),
+            ("frontends", n_of(n_frontends), services.saturating_mul(2)),
+            ("endpoints4", self.encoder.n_endpoints(false), endpoints),
+            ("endpoints6", self.encoder.n_endpoints(true), endpoints),
+            ("node_addrs", n_of(n_nodes), limits::MAX_NODE_ADDRS),
+        ]
+        .map(|(map, n_entries, capacity)| MapUse { map, n_entries, capacity })
+    }
+
+    /// The health checks of services, as of the last sync.
+    #[must_use]
+    pub fn health_checks(&self) -> &BTreeMap<ServiceKey, HealthCheck> {
+        &self.health_checks
     }
 
     /// What the objects ask for.
@@ -210,7 +262,7 @@ fn full_issue(address: &FrontendAddress, full: &Full) -> IssueKind {
 
 #[cfg(test)]
 mod tests {
-    use std::{net::Ipv4Addr, sync::Arc};
+    use std::net::Ipv4Addr;
 
     use super::*;
     use crate::{

@@ -4,6 +4,26 @@ use std::collections::BTreeSet;
 
 use crate::model::{Service, Slice};
 
+/// What a health-check node port answers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HealthCheck {
+    /// The port.
+    pub port: u16,
+    /// See [`ready_local_endpoints`].
+    pub n_ready_local: usize,
+}
+
+/// The health check of a service; `None` if it has no port for it.
+#[must_use]
+pub fn check<'a>(
+    service: &Service,
+    slices: impl IntoIterator<Item = &'a Slice>,
+    node_name: &str,
+) -> Option<HealthCheck> {
+    let port = service.health_check_node_port?;
+    Some(HealthCheck { port, n_ready_local: ready_local_endpoints(service, slices, node_name) })
+}
+
 /// The number that load balancers read: distinct addresses of ready endpoints on this node, over all ports.
 ///
 /// An endpoint that serves while it terminates does not count, although calls may still reach it: the balancer

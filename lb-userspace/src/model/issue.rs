@@ -255,6 +255,13 @@ pub enum IssueKind {
     },
     /// The Service should answer health checks of its load balancer and has no port for it.
     NoHealthCheckPort,
+    /// The Service's port for health checks cannot be listened on. It is tried again.
+    HealthCheckPortTaken {
+        /// The port.
+        port: u16,
+        /// The cause, in one line.
+        cause: String,
+    },
     /// A node port lies outside `--node-port-range`.
     NodePortOutsideRange {
         /// The node port.
@@ -396,6 +403,11 @@ impl fmt::Display for IssueKind {
             Self::NoHealthCheckPort => f.write_str(
                 "spec.healthCheckNodePort: is missing or 0 although externalTrafficPolicy is Local; health checks \
                  are not answered",
+            ),
+            Self::HealthCheckPortTaken { port, cause } => write!(
+                f,
+                "health-check node port {port}: {cause}; load balancers get no answer there until it is free, which is \
+                 tried again"
             ),
             Self::NodePortOutsideRange { port, first, last } => write!(
                 f,

@@ -141,6 +141,17 @@ impl Encoder {
         self.service_ids_by_port.get(port).copied()
     }
 
+    /// The service ports that have a frontend in the tables, each with its id.
+    pub fn service_ids(&self) -> impl Iterator<Item = (&Arc<PortKey>, u32)> {
+        self.service_ids_by_port.iter().map(|(key, id)| (key, *id))
+    }
+
+    /// The sizes of the tables.
+    #[must_use]
+    pub fn capacity(&self) -> Capacity {
+        self.capacity
+    }
+
     /// Entries of the endpoint table of a family that are in use or held back.
     #[must_use]
     pub fn n_endpoints(&self, ipv6: bool) -> u32 {

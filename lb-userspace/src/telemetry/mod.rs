@@ -1,8 +1,23 @@
-//! Telling people what the agent does.
+//! Telling people and dashboards what the agent does.
+//!
+//! # Purpose
+//!
+//! Log lines; [`metrics`], which the agent keeps, and [`scrape`], which writes them down with what is read at that
+//! moment; [`health`], which judges the agent's signs of life.
+//!
+//! # Depends on
+//!
+//! `plan`, `desired`, `model`.
+
+pub mod health;
+pub mod metrics;
+pub mod scrape;
 
 use std::io::IsTerminal as _;
 
 use tracing_subscriber::{EnvFilter, fmt, layer::SubscriberExt, util::SubscriberInitExt};
+
+pub use self::metrics::Metrics;
 
 /// How log lines look.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum, serde::Deserialize)]

@@ -78,6 +78,11 @@ const MODULES: &[Module] = &[
         may_use: MayUse::Only(&["kernel", "plan", "tables", "desired", "model"]),
         reason: "telemetry reports and does not steer",
     },
+    Module {
+        name: "serve",
+        may_use: MayUse::Only(&["telemetry", "kernel", "desired", "model"]),
+        reason: "answers over HTTP are made from what telemetry holds, and steer nothing",
+    },
     Module { name: "controller", may_use: MayUse::All, reason: "the controller joins the modules" },
     Module { name: "cli", may_use: MayUse::All, reason: "the commands join the modules" },
 ];

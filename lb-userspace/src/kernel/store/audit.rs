@@ -121,7 +121,10 @@ impl Kernel {
         // What is foreign goes first, to make room for what is missing.
         let (foreign, missing): (Vec<Op>, Vec<Op>) =
             plan.ops().iter().cloned().partition(|op| op.phase() == Phase::Delete);
-        self.unsettled |= !findings.strays.is_empty();
+        if !findings.strays.is_empty() {
+            self.unsettled = true;
+            self.grace.ask();
+        }
         self.apply(&Plan::new(foreign))?;
         self.apply(&Plan::new(missing))?;
         if !repaired.is_empty() {

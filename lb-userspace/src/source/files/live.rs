@@ -1,13 +1,13 @@
 //! Manifests as a [`Source`].
 
-use std::path::Path;
+use std::{path::Path, time::Instant};
 
 use tokio::sync::mpsc;
 
 use super::{Error, FileSet, Snapshot, watch};
 use crate::{
     model::{Changes, Issue, Store},
-    source::Source,
+    source::{Arrival, Source},
 };
 
 /// A watched manifest file or folder.
@@ -17,6 +17,9 @@ pub struct FileSource {
     files: FileSet,
     snapshots: mpsc::Receiver<Snapshot>,
     is_complete: bool,
+    /// When the news came that are to be applied, but for the first, which are everything that there is.
+    received: Option<Instant>,
+    arrivals: Vec<Arrival>,
 }
 
 impl FileSource {
@@ -35,6 +38,8 @@ impl FileSource {
             files: FileSet::new(service_proxy_name),
             snapshots: watch(path)?,
             is_complete: false,
+            received: None,
+            arrivals: Vec::new(),
         })
     }
 }
@@ -43,6 +48,7 @@ impl Source for FileSource {
     async fn changed(&mut self) -> bool {
         let Some(snapshot) = self.snapshots.recv().await else { return false };
         self.files.update(snapshot);
+        self.received = self.is_complete.then(Instant::now);
         self.is_complete = true;
         true
     }
@@ -52,7 +58,12 @@ impl Source for FileSource {
     }
 
     fn apply(&mut self, store: &mut Store) -> Changes {
-        self.files.apply(store)
+        let changes = self.files.apply(store);
+        // News that change nothing are not waited for by anybody.
+        if let Some(received) = self.received.take().filter(|_| !changes.is_empty()) {
+            self.arrivals.push(Arrival { received, triggered: None });
+        }
+        changes
     }
 
     fn issues(&self) -> Vec<Issue> {
@@ -61,5 +72,9 @@ impl Source for FileSource {
 
     fn describe(&self) -> String {
         format!("file:{}", self.path)
+    }
+
+    fn take_arrivals(&mut self) -> Vec<Arrival> {
+        std::mem::take(&mut self.arrivals)
     }
 }

@@ -1,0 +1,151 @@
+//! What is answered over HTTP.
+//!
+//! # Purpose
+//!
+//! [`Listeners`] answers scrapes and health checks of the agent, [`health_ports`] those of single Services.
+//!
+//! # Invariants
+//!
+//! - Nobody who connects can hold up the agent or fill its memory: connections, header sizes and times are bounded, and
+//!   bodies of requests are not read.
+//! - What is asked of the agent's loop has an answer in bounded time, with or without the loop.
+//! - Nothing listens that was not asked for: an empty address is no listener.
+//!
+//! # Depends on
+//!
+//! `telemetry`, `kernel` for counters, `desired`, `model`.
+
+pub mod health_ports;
+pub mod http;
+pub mod pages;
+
+use std::{io, net::SocketAddr, path::Path, sync::Arc};
+
+use tokio::{
+    net::TcpListener,
+    sync::{mpsc, oneshot, watch},
+    task::JoinSet,
+};
+use tracing::info;
+
+use crate::{
+    kernel::{KernelError, store::Maps},
+    telemetry::{Metrics, health::Vitals, scrape::View},
+};
+
+/// Where to listen, and what to say of the settings.
+#[derive(Clone, Debug, Default)]
+pub struct Options {
+    /// `--metrics-bind-address`
+    pub metrics: Option<SocketAddr>,
+    /// `--healthz-bind-address`
+    pub healthz: Option<SocketAddr>,
+    /// What `/configz` says.
+    pub config: serde_json::Value,
+}
+
+/// A listener cannot be opened.
+#[derive(Debug, thiserror::Error)]
+#[error("{flag} {address}: {source}: {remedy}")]
+pub struct ListenError {
+    /// The flag that names the address.
+    pub flag: &'static str,
+    /// The address.
+    pub address: SocketAddr,
+    /// The cause.
+    pub source: io::Error,
+    /// What to do about it.
+    pub remedy: &'static str,
+}
+
+/// A question for what the agent knows at the moment.
+pub type Question = oneshot::Sender<View>;
+
+/// Open sockets that nobody answers yet.
+#[derive(Debug)]
+pub struct Listeners {
+    metrics: Option<TcpListener>,
+    healthz: Option<TcpListener>,
+    config: serde_json::Value,
+}
+
+impl Listeners {
+    /// Opens the sockets.
+    ///
+    /// # Errors
+    ///
+    /// [`ListenError`], for example if kube-proxy listens there.
+    pub async fn open(options: &Options) -> Result<Self, ListenError> {
+        Ok(Self {
+            metrics: listen("--metrics-bind-address", options.metrics).await?,
+            healthz: listen("--healthz-bind-address", options.healthz).await?,
+            config: options.config.clone(),
+        })
+    }
+
+    /// Answers until the value that is returned is dropped. Questions go to the agent's loop.
+    ///
+    /// # Errors
+    ///
+    /// If the pinned maps, whose counters `/metrics` reads, cannot be opened.
+    pub fn serve(
+        self,
+        pin_path: &Path,
+        metrics: &Metrics,
+        vitals: &watch::Receiver<Vitals>,
+        questions: mpsc::Sender<Question>,
+    ) -> Result<JoinSet<()>, KernelError> {
+        let mut serving = JoinSet::new();
+        if let Some(listener) = self.metrics {
+            let pages = pages::MetricsPages::new(
+                metrics.clone(),
+                Maps::open(pin_path)?,
+                questions,
+                self.config.to_string(),
+            );
+            serving.spawn(http::serve(listener, Arc::new(pages)));
+        }
+        if let Some(listener) = self.healthz {
+            let pages = pages::HealthPages { vitals: vitals.clone(), metrics: metrics.clone() };
+            serving.spawn(http::serve(listener, Arc::new(pages)));
+        }
+        Ok(serving)
+    }
+}
+
+async fn listen(flag: &'static str, address: Option<SocketAddr>) -> Result<Option<TcpListener>, ListenError> {
+    let Some(address) = address else { return Ok(None) };
+    let error = |source: io::Error| {
+        let remedy = match source.kind() {
+            io::ErrorKind::AddrInUse => {
+                "another program, such as kube-proxy or another agent, listens there: end it, or name another address, or \
+                 \"\" for none"
+            }
+            io::ErrorKind::AddrNotAvailable => "name an address of this host, or \"\" for none",
+            _ => "name another address, or \"\" for none",
+        };
+        ListenError { flag, address, source, remedy }
+    };
+    let listener = TcpListener::bind(address).await.map_err(error)?;
+    // The port may have been left to the kernel.
+    let address = listener.local_addr().map_err(error)?;
+    info!(%address, flag, "listening");
+    Ok(Some(listener))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn an_address_in_use_is_an_error_with_a_remedy_and_none_is_no_listener() {
+        let any: SocketAddr = ([127, 0, 0, 1], 0).into();
+        let taken = listen("--healthz-bind-address", Some(any)).await.unwrap().unwrap();
+        let address = taken.local_addr().unwrap();
+        let error = listen("--healthz-bind-address", Some(address)).await.unwrap_err().to_string();
+        for part in ["--healthz-bind-address", &address.to_string(), "in use", "kube-proxy", "\"\""] {
+            assert!(error.contains(part), "{part} is not in {error}");
+        }
+        assert!(listen("--healthz-bind-address", None).await.unwrap().is_none());
+    }
+}

@@ -1,0 +1,161 @@
+//! The pages of the agent's two listeners, by the paths of kube-proxy.
+
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant, SystemTime},
+};
+
+use hyper::{
+    StatusCode,
+    header::{HeaderValue, X_CONTENT_TYPE_OPTIONS},
+};
+use tokio::{
+    sync::{mpsc, oneshot, watch},
+    time,
+};
+use tracing::debug;
+
+use super::{
+    Question,
+    http::{Answer, Pages, answer, text},
+};
+use crate::{
+    kernel::store::Maps,
+    telemetry::{
+        Metrics,
+        health::Vitals,
+        scrape::{Calls, View, render},
+    },
+};
+
+/// How long the agent's loop is waited for. Without its answer a scrape holds what does not need it.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// What Prometheus asks for first.
+const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+/// A JSON answer that no browser takes for something else.
+pub(super) fn json(is_ok: bool, body: String) -> Answer {
+    let status = if is_ok { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    let mut answer = answer(status, "application/json", body);
+    answer.headers_mut().insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    answer
+}
+
+/// `/metrics`, `/proxyMode`, `/healthz`, `/configz`
+pub struct MetricsPages {
+    metrics: Metrics,
+    /// A handle of its own: counters are read here, not by the agent's loop. One scrape at a time.
+    maps: Arc<Mutex<Maps>>,
+    questions: mpsc::Sender<Question>,
+    config: String,
+}
+
+impl MetricsPages {
+    /// `config` is the JSON text of `/configz`.
+    #[must_use]
+    pub fn new(metrics: Metrics, maps: Maps, questions: mpsc::Sender<Question>, config: String) -> Self {
+        Self { metrics, maps: Arc::new(Mutex::new(maps)), questions, config }
+    }
+
+    /// What the agent knows, if its loop answers in time.
+    async fn view(&self) -> Option<View> {
+        let (question, answer) = oneshot::channel();
+        let asked = async {
+            self.questions.send(question).await.ok()?;
+            answer.await.ok()
+        };
+        time::timeout(PATIENCE, asked).await.ok().flatten()
+    }
+
+    async fn metrics(&self) -> Answer {
+        let view = self.view().await;
+        if view.is_none() {
+            debug!("the agent does not answer: this scrape has no counters of services");
+        }
+        let (metrics, maps) = (self.metrics.clone(), Arc::clone(&self.maps));
+        // A system call for each service port.
+        let rendered = tokio::task::spawn_blocking(move || {
+            let maps = maps.lock().unwrap_or_else(PoisonError::into_inner);
+            render(&metrics, view.as_ref(), |id| calls(&maps, id))
+        });
+        match rendered.await {
+            Ok(Ok(text)) => answer(StatusCode::OK, OPEN_METRICS, text),
+            _ => text(StatusCode::INTERNAL_SERVER_ERROR, "the metrics could not be written\n"),
+        }
+    }
+}
+
+/// The counters of a service port. One that cannot be read counts as nothing: the others are worth a scrape.
+fn calls(maps: &Maps, service_id: u32) -> Calls {
+    let stats = maps.service_stats(service_id).unwrap_or_else(|error| {
+        debug!(%error, service_id, "a counter cannot be read");
+        lb_common::layout::ServiceStats::default()
+    });
+    Calls { redirected: stats.connects, refused: stats.refusals, datagrams: stats.datagrams }
+}
+
+impl Pages for MetricsPages {
+    async fn get(&self, path: &str) -> Option<Answer> {
+        match path {
+            "/metrics" => Some(self.metrics().await),
+            "/proxyMode" => Some(text(StatusCode::OK, "socklb")),
+            "/healthz" => Some(text(StatusCode::OK, "ok")),
+            "/configz" => Some(json(true, self.config.clone())),
+            _ => None,
+        }
+    }
+}
+
+/// `/healthz` and `/livez`
+#[derive(Clone, Debug)]
+pub struct HealthPages {
+    /// The loop's signs of life.
+    pub vitals: watch::Receiver<Vitals>,
+    /// Where answers are counted.
+    pub metrics: Metrics,
+}
+
+impl Pages for HealthPages {
+    async fn get(&self, path: &str) -> Option<Answer> {
+        let health = self.vitals.borrow().judge(Instant::now(), SystemTime::now());
+        match path {
+            "/healthz" => {
+                self.metrics.answered_healthz(health.is_healthy());
+                Some(json(health.is_healthy(), health.healthz()))
+            }
+            "/livez" => {
+                self.metrics.answered_livez(health.is_alive);
+                Some(json(health.is_alive, health.livez()))
+            }
+            _ => None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn health_pages_answer_by_the_vitals() {
+        let now = Instant::now();
+        // Another machine's clock could be too near its start for this.
+        let Some(long_ago) = now.checked_sub(2 * crate::telemetry::health::PATIENCE) else { return };
+        let fresh = Vitals::new(now);
+        for (vitals, healthz, livez) in [
+            (fresh, 200, 200),
+            (Vitals { is_node_eligible: false, ..fresh }, 503, 200),
+            (Vitals { waiting_since: Some(long_ago), ..fresh }, 503, 503),
+        ] {
+            let (_sender, receiver) = watch::channel(vitals);
+            let pages = HealthPages { vitals: receiver, metrics: Metrics::new() };
+            for (path, status) in [("/healthz", healthz), ("/livez", livez)] {
+                let answer = pages.get(path).await.unwrap();
+                assert_eq!(answer.status(), status, "{path} {vitals:?}");
+                assert_eq!(answer.headers()["content-type"], "application/json");
+                assert_eq!(answer.headers()["x-content-type-options"], "nosniff");
+            }
+            assert!(pages.get("/").await.is_none());
+        }
+    }
+}

@@ -1,0 +1,143 @@
+//! Whether the agent does its work, in kube-proxy's meaning (`pkg/proxy/healthcheck/proxy_health.go`).
+
+use std::time::{Duration, Instant, SystemTime};
+
+use jiff::Timestamp;
+use serde::Serialize;
+
+/// How long a change may wait before the agent counts as stuck: twice kube-proxy's default `syncPeriod`.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Signs of life of the agent's loop.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Vitals {
+    /// When the oldest change came that the kernel does not follow yet. Later changes do not move it.
+    pub waiting_since: Option<Instant>,
+    /// When the kernel last was brought up to date.
+    pub updated: Option<SystemTime>,
+    /// When the loop last came round. It does so every few seconds without any change.
+    pub turned: Instant,
+    /// Whether traffic from outside should come to this node: it is not being deleted. `true` until told otherwise.
+    pub is_node_eligible: bool,
+}
+
+/// What is said of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Health {
+    /// Nothing has been waiting for too long.
+    pub is_alive: bool,
+    /// Whether traffic should come to this node.
+    pub is_node_eligible: bool,
+    /// The time of the answer if alive, else that of the last update.
+    pub updated: Option<SystemTime>,
+    /// The time of the answer.
+    pub now: SystemTime,
+}
+
+/// Body of an answer at `/healthz` and `/livez`.
+#[derive(Serialize)]
+struct Body {
+    #[serde(rename = "lastUpdated")]
+    updated: String,
+    #[serde(rename = "currentTime")]
+    now: String,
+    #[serde(rename = "nodeEligible", skip_serializing_if = "Option::is_none")]
+    is_node_eligible: Option<bool>,
+}
+
+impl Vitals {
+    /// Those of an agent that has just started.
+    #[must_use]
+    pub const fn new(now: Instant) -> Self {
+        Self { waiting_since: None, updated: None, turned: now, is_node_eligible: true }
+    }
+
+    /// Judges them. An agent that has nothing to carry out yet is alive.
+    #[must_use]
+    pub fn judge(&self, now: Instant, clock: SystemTime) -> Health {
+        let is_late = |since: Instant| now.saturating_duration_since(since) >= PATIENCE;
+        let is_alive = !self.waiting_since.is_some_and(is_late) && !is_late(self.turned);
+        Health {
+            is_alive,
+            is_node_eligible: self.is_node_eligible,
+            updated: if is_alive { Some(clock) } else { self.updated },
+            now: clock,
+        }
+    }
+}
+
+impl Health {
+    /// Whether load balancers should send traffic to this node: `/healthz`.
+    #[must_use]
+    pub const fn is_healthy(&self) -> bool {
+        self.is_alive && self.is_node_eligible
+    }
+
+    /// The body at `/healthz`.
+    #[must_use]
+    pub fn healthz(&self) -> String {
+        self.body(Some(self.is_node_eligible))
+    }
+
+    /// The body at `/livez`, which says nothing of the node.
+    #[must_use]
+    pub fn livez(&self) -> String {
+        self.body(None)
+    }
+
+    fn body(&self, is_node_eligible: Option<bool>) -> String {
+        // Years beyond what a time stamp holds are shown as none.
+        let show =
+            |time: SystemTime| Timestamp::try_from(time).map(|time| time.to_string()).unwrap_or_default();
+        let updated = self.updated.map(show).unwrap_or_default();
+        let body = Body { updated, now: show(self.now), is_node_eligible };
+        // Strings and a bool: there is nothing that JSON could not hold.
+        serde_json::to_string(&body).unwrap_or_default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_agent_is_alive_unless_something_waits_for_too_long() {
+        let start = Instant::now();
+        let updated = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000);
+        let clock = updated + Duration::from_secs(100);
+        let at = |seconds: u64| start + Duration::from_secs(seconds);
+        // When the oldest change came, when the loop last turned, whether the node may have traffic; at second 100.
+        for (what, waiting_since, turned, is_node_eligible, is_alive, is_healthy) in [
+            ("starting, or with nothing to do", None, 100, true, true, true),
+            ("a change waits", Some(41), 100, true, true, true),
+            ("a change waits for too long", Some(40), 100, true, false, false),
+            ("the loop stands still", None, 40, true, false, false),
+            ("the node is being deleted", None, 100, false, true, false),
+            ("the node is being deleted and nothing works", Some(0), 0, false, false, false),
+        ] {
+            let vitals = Vitals {
+                waiting_since: waiting_since.map(at),
+                updated: Some(updated),
+                turned: at(turned),
+                is_node_eligible,
+            };
+            let health = vitals.judge(at(100), clock);
+            assert_eq!((health.is_alive, health.is_healthy()), (is_alive, is_healthy), "{what}");
+            assert_eq!(health.updated, Some(if is_alive { clock } else { updated }), "{what}");
+        }
+    }
+
+    #[test]
+    fn bodies_are_those_of_kube_proxy() {
+        let now = SystemTime::UNIX_EPOCH + Duration::from_secs(1_700_000_000);
+        let health = Health { is_alive: true, is_node_eligible: false, updated: Some(now), now };
+        assert_eq!(
+            health.healthz(),
+            r#"{"lastUpdated":"2023-11-14T22:13:20Z","currentTime":"2023-11-14T22:13:20Z","nodeEligible":false}"#
+        );
+        assert_eq!(
+            health.livez(),
+            r#"{"lastUpdated":"2023-11-14T22:13:20Z","currentTime":"2023-11-14T22:13:20Z"}"#
+        );
+    }
+}

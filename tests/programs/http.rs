@@ -1,0 +1,250 @@
+//! What an agent answers over HTTP, fetched with curl.
+
+use std::collections::BTreeMap;
+
+use aya::maps::{HashMap, Map, MapData};
+use k8s_openapi::api::{
+    core::v1::Taint,
+    discovery::v1::{EndpointConditions, EndpointSlice},
+};
+use lb_tests::cluster::{self, Cluster, PortOf};
+use lb_userspace::model::Protocol::Tcp;
+use nix::sys::signal::Signal;
+use serde_json::{Value, json};
+
+use crate::{
+    process::text,
+    socklb::{Place, Running, eventually, is_up, servers, with_town},
+    town::{self, Town},
+};
+
+const LISTEN: [&str; 2] = ["--metrics-bind-address=127.0.0.1:0", "--healthz-bind-address=127.0.0.1:0"];
+
+/// The address that the agent listens on for a flag.
+fn address(agent: &Running, flag: &str) -> String {
+    let find = || {
+        let log = agent.log();
+        let line = log.iter().find(|line| line.contains("listening") && line.contains(flag))?;
+        let address = line.split("address=").nth(1)?;
+        Some(address.split_whitespace().next()?.to_owned())
+    };
+    eventually("the agent listens", || find().is_some());
+    find().unwrap()
+}
+
+/// Fetches a page: its status and its body.
+fn fetch(method: &str, url: &str) -> (u16, String) {
+    let args = [
+        "--silent",
+        "--show-error",
+        "--max-time",
+        "30",
+        "--request",
+        method,
+        "--write-out",
+        "\n%{http_code}",
+    ];
+    let output = text("curl", &[&args[..], &[url]].concat());
+    let (body, status) = output.rsplit_once('\n').unwrap();
+    (status.parse().unwrap(), body.to_owned())
+}
+
+/// One scrape: values as written, by name and labels.
+struct Scrape(BTreeMap<String, String>);
+
+impl Scrape {
+    fn of(address: &str) -> Self {
+        let (status, body) = fetch("GET", &format!("http://{address}/metrics"));
+        assert_eq!(status, 200, "{body}");
+        let lines = body.lines().filter(|line| !line.starts_with('#') && !line.is_empty());
+        let value = |line: &str| {
+            let (series, value) = line.rsplit_once(' ').unwrap();
+            (series.to_owned(), value.to_owned())
+        };
+        Self(lines.map(value).collect())
+    }
+
+    /// A whole number.
+    fn get(&self, series: &str) -> u64 {
+        let value = self.0.get(series).unwrap_or_else(|| panic!("{series} is not among {:#?}", self.0));
+        value.parse().unwrap_or_else(|error| panic!("{series} {value}: {error}"))
+    }
+
+    fn connections(&self, service: &str, result: &str) -> u64 {
+        self.get(&format!(
+            r#"socklb_connections_total{{namespace="default",service="{service}",port="80",protocol="TCP",result="{result}"}}"#
+        ))
+    }
+}
+
+/// Runs an agent with the services of a town.
+fn with_agent(flags: &[&str], test: impl FnOnce(&Place, &Town, &Running) + Send) {
+    with_town(|place, town| {
+        place.write(&town.cluster(0..2));
+        let agent = place.start_with(&[&LISTEN[..], flags].concat());
+        eventually("the service answers", || is_up(town::web()[0]));
+        test(place, town, &agent);
+        assert_eq!(agent.end(Signal::SIGTERM), Some(0));
+    });
+}
+
+#[test]
+fn a_scrape_tells_of_changes_calls_and_repairs() {
+    with_agent(&["--audit-interval=100ms"], |place, town, agent| {
+        let metrics = address(agent, "--metrics-bind-address");
+        let before = Scrape::of(&metrics);
+        servers(10);
+        assert!(!is_up(town::empty()));
+        let after = Scrape::of(&metrics);
+        let more = |service, result| after.connections(service, result) - before.connections(service, result);
+        assert_eq!((more("web-v4", "redirected"), more("web-v4", "refused")), (10, 0));
+        assert_eq!((more("empty", "redirected"), more("empty", "refused")), (0, 1));
+        assert_eq!(after.get("socklb_source_complete"), 1);
+        assert_eq!(after.get("socklb_serves_snapshot"), 0);
+        assert_eq!(after.get("socklb_sync_errors_total"), 0);
+        assert_eq!(after.get("socklb_changes_waiting"), 0);
+        assert_eq!(after.get("socklb_issues"), 0);
+        assert_eq!(after.get(r#"socklb_map_entries{map="services4"}"#), 4);
+        assert_eq!(after.get(r#"socklb_map_capacity{map="services4"}"#), 65_536);
+        assert_eq!(after.get("socklb_programming_duration_seconds_count"), 0, "a first list is no change");
+
+        // A change, seen from its arrival to the kernel. The scrape comes after what it tells of.
+        let syncs = "kubeproxy_sync_proxy_rules_duration_seconds_count";
+        place.write(&town.cluster(1..2));
+        eventually("the change is counted", || {
+            let scrape = Scrape::of(&metrics);
+            scrape.get("socklb_programming_duration_seconds_count") == 1
+                && scrape.get(syncs) > after.get(syncs)
+        });
+        let changed = Scrape::of(&metrics);
+        assert!(changed.get("socklb_sync_operations_total") > after.get("socklb_sync_operations_total"));
+        let last: f64 = changed.0["kubeproxy_sync_proxy_rules_last_timestamp_seconds"].parse().unwrap();
+        assert!(last > 1e9, "{last} is no time of today");
+
+        // Damage, and its end.
+        let data = MapData::from_pin(format!("{}/services4", place.pin_path)).unwrap();
+        let mut services4: HashMap<_, [u8; 8], [u8; 4]> =
+            Map::from_map_data(data).unwrap().try_into().unwrap();
+        let keys: Vec<_> = services4.keys().map(Result::unwrap).collect();
+        for key in &keys {
+            // An audit may be at work already.
+            let _there_again_or_not = services4.remove(key);
+        }
+        eventually("the audit has counted its repairs", || {
+            Scrape::of(&metrics).get(r#"socklb_audit_repairs_total{map="services4"}"#) == 4
+        });
+        assert!(is_up(town::web()[0]));
+        let repaired = Scrape::of(&metrics);
+        assert!(repaired.get(r#"socklb_audits_total{result="repaired"}"#) >= 1);
+        assert_eq!(repaired.get(r#"socklb_audits_total{result="error"}"#), 0);
+        assert_eq!(repaired.get(r#"socklb_audit_repairs_total{map="endpoints4"}"#), 0);
+        let lines = agent.log().iter().filter(|line| line.contains("an audit repaired")).count();
+        assert!((1..=4).contains(&lines), "a line for each audit that repaired: {lines}");
+    });
+}
+
+#[test]
+fn pages_are_those_of_kube_proxy() {
+    with_agent(&[], |place, _town, agent| {
+        let metrics = format!("http://{}", address(agent, "--metrics-bind-address"));
+        let healthz = format!("http://{}", address(agent, "--healthz-bind-address"));
+        let get = |url: &str| fetch("GET", url);
+        assert_eq!(get(&format!("{metrics}/proxyMode")), (200, "socklb".to_owned()));
+        assert_eq!(get(&format!("{metrics}/healthz")), (200, "ok".to_owned()));
+        let (status, config) = get(&format!("{metrics}/configz"));
+        let config: Value = serde_json::from_str(&config).unwrap();
+        assert_eq!((status, &config["socklb"]["node-name"]), (200, &json!("node")));
+        assert_eq!(config["socklb"]["pin-path"], *place.pin_path);
+
+        let (status, body) = get(&format!("{healthz}/healthz"));
+        let body: Value = serde_json::from_str(&body).unwrap();
+        assert_eq!((status, &body["nodeEligible"]), (200, &json!(true)));
+        assert!(body["lastUpdated"].is_string() && body["currentTime"].is_string(), "{body}");
+        let (status, body) = get(&format!("{healthz}/livez"));
+        assert_eq!((status, body.contains("nodeEligible")), (200, false));
+
+        for url in [format!("{metrics}/"), format!("{metrics}/livez"), format!("{healthz}/metrics")] {
+            assert_eq!(get(&url).0, 404, "{url}");
+        }
+        for method in ["POST", "PUT", "DELETE"] {
+            assert_eq!(fetch(method, &format!("{metrics}/metrics")).0, 405, "{method}");
+        }
+
+        // Another agent at the same address says what is wrong, and has changed nothing.
+        let taken = address(agent, "--healthz-bind-address");
+        let flag = format!("--healthz-bind-address={taken}");
+        let (code, log) = place.start_with(&["--metrics-bind-address=", &flag]).wait();
+        assert_eq!((code, log.len()), (Some(1), 1), "{log:?}");
+        for part in ["--healthz-bind-address", &taken, "in use", "kube-proxy", "\"\""] {
+            assert!(log[0].contains(part), "{part} is not in {log:?}");
+        }
+    });
+}
+
+#[test]
+fn a_node_that_is_being_deleted_asks_for_no_traffic() {
+    with_agent(&[], |place, town, agent| {
+        let healthz = format!("http://{}", address(agent, "--healthz-bind-address"));
+        let mut node = cluster::node("node", &[]);
+        node.spec.get_or_insert_default().taints = Some(vec![Taint {
+            key: "ToBeDeletedByClusterAutoscaler".to_owned(),
+            effect: "NoSchedule".to_owned(),
+            ..Taint::default()
+        }]);
+        place.write(&town.cluster(0..2).with([node]));
+        eventually("/healthz is 503", || fetch("GET", &format!("{healthz}/healthz")).0 == 503);
+        assert_eq!(fetch("GET", &format!("{healthz}/livez")).0, 200, "the agent itself is well");
+        place.write(&town.cluster(0..2));
+        eventually("/healthz is 200", || fetch("GET", &format!("{healthz}/healthz")).0 == 200);
+    });
+}
+
+/// A Service of type `LoadBalancer` with a port for health checks, and slices that place its endpoints on this node.
+fn load_balanced(mut cluster: Cluster, port: i32, conditions: &EndpointConditions) -> Cluster {
+    let address = "10.96.0.99:80".parse().unwrap();
+    cluster.serve("balanced", address, Tcp, &[]);
+    let service = cluster::with_spec(
+        cluster::service("balanced", &[address.ip()], &[cluster::port("", Tcp, 80)]),
+        |spec| {
+            spec.type_ = Some("LoadBalancer".to_owned());
+            spec.external_traffic_policy = Some("Local".to_owned());
+            spec.health_check_node_port = Some(port);
+        },
+    );
+    let of = PortOf { service: "balanced", name: "", protocol: Tcp };
+    let endpoints = ["10.244.1.2:8080", "10.244.2.2:8080"].map(|endpoint| endpoint.parse().unwrap());
+    let local = |mut slice: EndpointSlice| {
+        for endpoint in &mut slice.endpoints {
+            endpoint.node_name = Some("node".to_owned());
+            endpoint.conditions = Some(conditions.clone());
+        }
+        slice
+    };
+    cluster.with([service]).with(cluster::slices(&of, &endpoints).into_iter().map(local))
+}
+
+#[test]
+fn a_service_answers_the_health_checks_of_its_load_balancer() {
+    with_agent(&[], |place, town, _agent| {
+        let ready = EndpointConditions { ready: Some(true), ..EndpointConditions::default() };
+        let ending = EndpointConditions { ready: Some(false), serving: Some(true), terminating: Some(true) };
+        // The network namespace is the test's own, and so are its ports.
+        let is_closed = |port: u16| !is_up(([127, 0, 0, 1], port).into());
+        let check = |port: u16| {
+            let (status, body) = fetch("GET", &format!("http://127.0.0.1:{port}/healthz"));
+            (status, serde_json::from_str::<Value>(&body).unwrap()["localEndpoints"].clone())
+        };
+        let write = |port, conditions| place.write(&load_balanced(town.cluster(0..2), port, conditions));
+        assert!(is_closed(31_000));
+        write(31_000, &ready);
+        eventually("the port is open", || !is_closed(31_000));
+        assert_eq!(check(31_000), (200, json!(2)));
+        write(31_000, &ending);
+        eventually("endpoints that end do not count", || check(31_000) == (503, json!(0)));
+        write(31_001, &ready);
+        eventually("the port has moved", || is_closed(31_000) && !is_closed(31_001));
+        assert_eq!(check(31_001), (200, json!(2)));
+        place.write(&town.cluster(0..2));
+        eventually("the port is closed", || is_closed(31_001));
+    });
+}
