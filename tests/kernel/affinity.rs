@@ -3,6 +3,7 @@
 use std::{
     collections::BTreeSet,
     net::{IpAddr, SocketAddr},
+    sync::Barrier,
     thread,
     time::Duration,
 };
@@ -69,6 +70,66 @@ fn clients_are_network_namespaces() {
         // Twelve clients agree by chance once in 16^11 runs.
         assert!(choices.iter().collect::<BTreeSet<_>>().len() > 1, "{choices:?}");
     });
+}
+
+/// A client's first calls, on several CPUs at the same moment: each may find nothing remembered, but what is remembered
+/// from then on is one endpoint.
+#[test]
+fn first_calls_at_once_agree_from_the_next_call_on() {
+    const N_SERVICES: usize = 60;
+    const N_THREADS: usize = 8;
+    if !require(Feature::Programs) {
+        return;
+    }
+    Sandbox::run(|sandbox| {
+        sandbox.own(endpoints());
+        let mut cluster = Cluster::new();
+        for n in 0..N_SERVICES {
+            let mut service = with_affinity(86_400);
+            let (_, mut object) = service.services.pop_first().unwrap();
+            let name = format!("dns-{n}");
+            object.metadata.name = Some(name.clone());
+            let ip = address(n).ip().to_string();
+            cluster.set(cluster::with_spec(object, |spec| {
+                spec.cluster_ip = Some(ip.clone());
+                spec.cluster_ips = Some(vec![ip]);
+            }));
+            cluster.set_endpoints(&PortOf::udp(&name), &endpoints().map(|ip| SocketAddr::new(ip, 53)));
+        }
+        let mut agent = Agent::start(sandbox);
+        agent.follow(&cluster);
+        let barrier = Barrier::new(N_THREADS);
+        let call = |to: SocketAddr| {
+            let socket = Socket::new(Domain::V4, Udp);
+            socket.connect(to).unwrap();
+            socket.local_address().unwrap().ip()
+        };
+        let choices: Vec<Vec<IpAddr>> = thread::scope(|scope| {
+            let threads: Vec<_> = (0..N_THREADS)
+                .map(|_| {
+                    scope.spawn(|| {
+                        let one = |n| {
+                            barrier.wait();
+                            call(address(n));
+                            barrier.wait();
+                            call(address(n))
+                        };
+                        (0..N_SERVICES).map(one).collect()
+                    })
+                })
+                .collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+        });
+        for other in &choices[1..] {
+            assert_eq!(*other, choices[0]);
+        }
+        assert!(choices[0].iter().collect::<BTreeSet<_>>().len() > 1, "{choices:?}");
+    });
+}
+
+/// The address of one of many services.
+fn address(n: usize) -> SocketAddr {
+    SocketAddr::new(IpAddr::from([10, 96, 1, u8::try_from(n).unwrap()]), service_address(Domain::V4).port())
 }
 
 #[test]

@@ -204,6 +204,23 @@ fn a_disconnected_socket_has_no_peer_and_can_call_again() {
     });
 }
 
+/// What the kernel itself refuses changes nothing.
+#[test]
+fn a_call_with_a_short_address_changes_nothing() {
+    if !require(Feature::Programs) {
+        return;
+    }
+    with_scenes(Udp, |domain, scene| {
+        let socket = Socket::new(domain, Udp);
+        assert_eq!(socket.connect_short(scene.service), Err(Errno::EINVAL));
+        assert_eq!(socket.peer_name(), Err(Errno::ENOTCONN));
+        connect_and_ask(&socket, scene.service, scene.endpoint);
+        assert_eq!(socket.connect_short(scene.other_service), Err(Errno::EINVAL));
+        assert_eq!(socket.peer_name(), Ok(scene.service));
+        assert_eq!(socket.ask().unwrap().seen, Some(scene.service));
+    });
+}
+
 /// More services than a socket has records for: each answer still comes from the service that was asked.
 #[test]
 fn a_socket_may_use_many_services() {

@@ -8,6 +8,7 @@ mod backend;
 mod curl;
 mod dns;
 mod http;
+mod node;
 mod process;
 mod socklb;
 mod town;

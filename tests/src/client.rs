@@ -12,7 +12,8 @@ use nix::{
     libc,
     sys::{
         socket::{
-            self, AddressFamily, MsgFlags, SockFlag, SockType, SockaddrStorage, setsockopt,
+            self, AddressFamily, MsgFlags, SockFlag, SockType, SockaddrLike as _, SockaddrStorage,
+            setsockopt,
             sockopt::{Linger, ReceiveTimeout, SendTimeout},
         },
         time::{TimeVal, TimeValLike},
@@ -183,6 +184,19 @@ impl Socket {
         let len = libc::socklen_t::try_from(size_of_val(&nowhere)).expect("sixteen");
         // SAFETY: the kernel reads `len` octets of `nowhere`, which outlives the call.
         Errno::result(unsafe { libc::connect(self.fd.as_raw_fd(), &raw const nowhere, len) }).map(drop)
+    }
+
+    /// `connect()` with an address that is too short for its family.
+    ///
+    /// # Errors
+    ///
+    /// The system call's: `EINVAL`.
+    pub fn connect_short(&self, to: SocketAddr) -> Result<(), Errno> {
+        let address = self.domain.sockaddr(to);
+        // Family, port, and half of an IPv4 address.
+        let len = 6;
+        // SAFETY: the kernel reads six octets of `address`, which is longer and outlives the call.
+        Errno::result(unsafe { libc::connect(self.fd.as_raw_fd(), address.as_ptr().cast(), len) }).map(drop)
     }
 
     /// `getpeername()`

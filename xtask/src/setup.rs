@@ -90,6 +90,12 @@ const TOOLS: &[Tool] = &[
         reason: "a client with a socket library that is not Rust's",
     },
     Tool {
+        program: "node",
+        packages: &["nodejs"],
+        purposes: &[Purpose::Test],
+        reason: "a client that uses IPv6 sockets for IPv4 addresses",
+    },
+    Tool {
         program: "kubectl",
         packages: &["kubernetes-client"],
         purposes: &[Purpose::Test],

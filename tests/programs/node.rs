@@ -1,0 +1,87 @@
+//! Node.js: libuv's sockets, which send and receive on dual-stack sockets if asked to.
+
+use std::collections::BTreeSet;
+
+use lb_tests::{Feature, Sandbox, require};
+use serde_json::Value;
+
+use crate::{
+    process::text,
+    town::{self, Town},
+};
+
+/// Makes twenty calls of each kind at the same time and prints who answered and whom the program thinks it talked to.
+/// With an IPv4 service, half of the datagrams go through sockets of IPv6, to the IPv4-mapped address.
+const CLIENT: &str = r#"
+const http = require("http"), dgram = require("dgram");
+const [web, dns, port] = [process.argv[2], process.argv[3], Number(process.argv[4])];
+const v6 = dns.includes(":");
+// A query for the address of "a.": the family is that of the server.
+const query = Buffer.from([0x12, 0x34, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0, 1, 0x61, 0, 0, v6 ? 28 : 1, 0, 1]);
+
+const page = () => new Promise((resolve, reject) => {
+    const request = http.get({ host: web, port: 80, agent: false }, response => {
+        let text = "";
+        response.on("data", data => text += data);
+        response.on("end", () => resolve({ kind: "page", server: text.split(" ")[0], peer }));
+    });
+    let peer;
+    request.on("socket", socket => socket.on("connect", () => peer = socket.remoteAddress));
+    request.on("error", reject);
+});
+
+const ask = connected => mapped => new Promise((resolve, reject) => {
+    const to = mapped ? "::ffff:" + dns : dns;
+    const socket = dgram.createSocket(v6 || mapped ? "udp6" : "udp4");
+    socket.on("error", reject);
+    socket.on("message", (answer, from) => {
+        const last = answer.subarray(v6 ? -16 : -4);
+        const server = v6 ? last.toString("hex") : last.join(".");
+        const kind = connected ? "connected" : "unconnected";
+        resolve({ kind, server, peer: mapped ? from.address.replace("::ffff:", "") : from.address });
+        socket.close();
+    });
+    if (connected) socket.connect(port, to, () => socket.send(query));
+    else socket.send(query, port, to);
+});
+
+const calls = [...Array(20).keys()].flatMap(n => {
+    const mapped = !v6 && n % 2 == 1;
+    return [page(), ask(true)(mapped), ask(false)(mapped)];
+});
+Promise.all(calls).then(results => console.log(JSON.stringify(results)), error => { throw error; });
+setTimeout(() => { throw new Error("no answer within a minute"); }, 60000).unref();
+"#;
+
+#[test]
+fn sixty_calls_at_once() {
+    if !require(Feature::Programs) || !require(Feature::Command("node")) {
+        return;
+    }
+    Sandbox::run(|sandbox| {
+        let town = Town::new(sandbox, 2);
+        let _agent = town.serve(sandbox);
+        let script = tempfile::Builder::new().suffix(".js").tempfile().unwrap();
+        std::fs::write(script.path(), CLIENT).unwrap();
+        for (family, (web, dns)) in town::web().into_iter().zip(town::dns()).enumerate() {
+            let (web_ip, dns_ip) = (web.ip().to_string(), dns.ip().to_string());
+            let script = script.path().to_str().unwrap();
+            let printed = text("node", &[script, &web_ip, &dns_ip, &dns.port().to_string()]);
+            let calls: Vec<Value> = serde_json::from_str(&printed).unwrap();
+            for kind in ["page", "connected", "unconnected"] {
+                let of_kind = || calls.iter().filter(|call| call["kind"] == kind);
+                assert_eq!(of_kind().count(), 20);
+                let servers: BTreeSet<&str> =
+                    of_kind().map(|call| call["server"].as_str().unwrap()).collect();
+                assert_eq!(servers.len(), town.pods.len(), "{kind}: {printed}");
+                if family == 0 || kind == "page" {
+                    let pods: BTreeSet<String> =
+                        town.pods.iter().map(|pod| pod.ips[family].to_string()).collect();
+                    assert!(servers.iter().all(|server| pods.contains(*server)), "{kind}: {printed}");
+                }
+                let called = if kind == "page" { &web_ip } else { &dns_ip };
+                assert!(of_kind().all(|call| call["peer"] == **called), "{kind}: {printed}");
+            }
+        }
+    });
+}
