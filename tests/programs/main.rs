@@ -6,6 +6,7 @@
 mod asyncio;
 mod backend;
 mod curl;
+mod demo;
 mod dns;
 mod http;
 mod node;

@@ -1,0 +1,41 @@
+//! `socklb demo`, which checks itself every statement that it prints.
+
+use std::{env, fs, process::Command};
+
+use lb_tests::{Feature, require};
+use serde_json::Value;
+
+fn demo(args: &[&str]) -> Option<String> {
+    if !require(Feature::Programs)
+        || !require(Feature::Variable("SOCKLB_BIN"))
+        || !require(Feature::Command("curl"))
+    {
+        return None;
+    }
+    // Namespaces, cgroup and pins are the demo's own.
+    let output =
+        Command::new(env::var("SOCKLB_BIN").unwrap()).args(["demo", "--exit"]).args(args).output().unwrap();
+    let (out, error) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "{}\n{out}\n{error}", output.status);
+    Some(out.into_owned())
+}
+
+#[test]
+fn what_it_says_holds_and_nothing_stays_behind() {
+    let Some(text) = demo(&[]) else { return };
+    let last = text.lines().find(|line| line.contains("checks hold")).unwrap_or_default();
+    assert!(last.starts_with("All "), "{text}");
+    // Wide enough for a terminal, and no colours where there is none.
+    assert!(text.lines().all(|line| line.chars().count() <= 100), "{text}");
+    assert!(!text.contains('\u{1b}'), "{text}");
+    let cgroup = text.lines().find_map(|line| line.trim().strip_prefix("cgroup")).unwrap().trim();
+    assert!(!fs::exists(cgroup).unwrap(), "{cgroup} is still there");
+}
+
+#[test]
+fn it_says_the_same_to_programs() {
+    let Some(text) = demo(&["-o", "json"]) else { return };
+    let report: Value = serde_json::from_str(&text).unwrap();
+    assert_eq!(report["ok"], true, "{text}");
+    assert!(!report["checks"].as_array().unwrap().is_empty(), "{text}");
+}
