@@ -130,7 +130,9 @@ impl Slots {
     /// The record of a slot. Only its owner may look at it.
     #[inline(always)]
     fn record<'a>(self, way: usize) -> Option<&'a mut SocketRecord> {
-        let record = maps::SOCKETS.get_ptr_mut(self.set * SLOT_WAYS as u32 + way as u32)?;
+        #[expect(clippy::cast_possible_truncation, reason = "of two slots, number 0 or 1")]
+        let index = self.set * SLOT_WAYS as u32 + way as u32;
+        let record = maps::SOCKETS.get_ptr_mut(index)?;
         // SAFETY: a live array element that belongs to the caller's socket, which is locked.
         Some(unsafe { &mut *record })
     }

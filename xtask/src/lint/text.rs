@@ -91,6 +91,41 @@ pub(super) fn check(files: &[TreeFile]) -> Vec<Violation> {
         }
     }
     violations.extend(changelog(files));
+    violations.extend(unproved(files));
+    violations
+}
+
+/// The page whose rows end with the tests that prove them.
+const RULES_PAGE: &str = "docs/SEMANTICS.md";
+
+/// Rows of [`RULES_PAGE`] that name a test which is not there, as after a rename.
+fn unproved(files: &[TreeFile]) -> Vec<Violation> {
+    let is_function = |name: &str| {
+        let definition = format!("fn {name}(");
+        files.iter().filter(|file| is_rust(&file.path)).any(|file| file.text.contains(&definition))
+    };
+    let page = files.iter().filter(|file| file.path == Path::new(RULES_PAGE));
+    let rows = page.flat_map(|page| page.text.lines().zip(1..)).filter(|(row, _)| row.starts_with("| "));
+    let mut violations = Vec::new();
+    for (row, line) in rows {
+        let last = row.trim_end_matches([' ', '|']).rsplit(" | ").next().unwrap_or_default();
+        // Between backticks: a name, which a path, or a folder and a colon, may stand before.
+        for quoted in last.split('`').skip(1).step_by(2) {
+            let name = quoted.rsplit([' ', ':']).next().unwrap_or_default();
+            let is_crate_or_file =
+                !name.contains('_') || name.contains(['-', '/', '.']) || name.starts_with("lb_");
+            if !is_crate_or_file && !is_function(name) {
+                violations.push(Violation {
+                    file: RULES_PAGE.into(),
+                    line,
+                    rule: format!("no test `{name}`"),
+                    reason:
+                        "a rule counts as kept only while a test shows it: name the test as it is called now"
+                            .to_owned(),
+                });
+            }
+        }
+    }
     violations
 }
 
@@ -193,6 +228,16 @@ mod tests {
         fails("a/tests/b.rs", "fn f() { dbg!(1) }", "a/tests/b.rs:1: `dbg!`");
         fails("a/tests/b.rs", "#[test]\n#[ignore]\nfn f() {}", "a/tests/b.rs:2: `#[ignore]`");
         passes("a/src/lib.rs", "// todo!() #[ignore]\nfn f() { g(\"dbg!\") }");
+    }
+
+    #[test]
+    fn rules_name_tests_that_are_there() {
+        let test = ("a/src/tests.rs", "fn r1_labels() {}\n");
+        let page = "| rule | tests |\n| --- | --- |\n| One `is_so`. | `r1_labels`, `lb_common::resolve` `a::r1_labels`, `tests/x: r1_labels` |\n";
+        assert_eq!(rules(&[CHANGELOG, test, (RULES_PAGE, page)]), [""; 0]);
+        let renamed = ("a/src/tests.rs", "fn r1_other() {}\n");
+        let found = rules(&[CHANGELOG, renamed, (RULES_PAGE, page)]);
+        assert_eq!(found, ["docs/SEMANTICS.md:3: no test `r1_labels`"; 3]);
     }
 
     #[test]
