@@ -65,8 +65,8 @@ fn service(object: &mut Value, old: Option<&Value>, others: &Objects) -> Result<
     default(object, "spec", json!({}));
     default(object, "status", old.map_or_else(|| json!({"loadBalancer": {}}), |old| old["status"].clone()));
     let name = super::store::name_of(object);
-    let others: Vec<&Arc<Value>> =
-        others.iter().filter(|(other, _)| Some(*other) != name.as_ref()).map(|(_, other)| other).collect();
+    // Walked only where something has to be allocated: with many services a walk for each would never end.
+    let others = || others.iter().filter(|(other, _)| Some(*other) != name.as_ref()).map(|(_, other)| other);
     let spec = &mut object["spec"];
     default(spec, "type", "ClusterIP".into());
     default(spec, "sessionAffinity", "None".into());
@@ -91,7 +91,10 @@ fn service(object: &mut Value, old: Option<&Value>, others: &Objects) -> Result<
     node_ports(spec, old.map(|old| &old["spec"]), &others)
 }
 
-fn cluster_ips(spec: &mut Value, old: Option<&Value>, others: &[&Arc<Value>]) {
+fn cluster_ips<'a, I>(spec: &mut Value, old: Option<&Value>, others: &impl Fn() -> I)
+where
+    I: Iterator<Item = &'a Arc<Value>>,
+{
     let is_empty = |value: &Value| value.as_str().is_none_or(str::is_empty);
     if is_empty(&spec["clusterIP"]) {
         let given = spec["clusterIPs"][0].clone();
@@ -106,8 +109,7 @@ fn cluster_ips(spec: &mut Value, old: Option<&Value>, others: &[&Arc<Value>]) {
         }
     }
     if is_empty(&spec["clusterIP"]) {
-        let taken: BTreeSet<String> = others
-            .iter()
+        let taken: BTreeSet<String> = others()
             .flat_map(|other| other["spec"]["clusterIPs"].as_array().into_iter().flatten())
             .filter_map(|ip| ip.as_str().map(str::to_owned))
             .collect();
@@ -150,7 +152,10 @@ fn cluster_ip(is_ipv6: bool, number: u16) -> String {
     }
 }
 
-fn node_ports(spec: &mut Value, old: Option<&Value>, others: &[&Arc<Value>]) -> Result<(), Refusal> {
+fn node_ports<'a, I>(spec: &mut Value, old: Option<&Value>, others: &impl Fn() -> I) -> Result<(), Refusal>
+where
+    I: Iterator<Item = &'a Arc<Value>>,
+{
     let needs = match spec["type"].as_str() {
         Some("NodePort") => true,
         Some("LoadBalancer") => spec["allocateLoadBalancerNodePorts"] != false,
@@ -158,8 +163,11 @@ fn node_ports(spec: &mut Value, old: Option<&Value>, others: &[&Arc<Value>]) -> 
     };
     let key = |port: &Value| (port["protocol"].clone(), port["nodePort"].as_u64().unwrap_or_default());
     let ports_of = |spec: &Value| spec["ports"].as_array().cloned().unwrap_or_default();
+    if !needs && ports_of(spec).iter().all(|port| key(port).1 == 0) {
+        return Ok(());
+    }
     let mut taken: Vec<(Value, u64)> =
-        others.iter().flat_map(|other| ports_of(&other["spec"])).map(|port| key(&port)).collect();
+        others().flat_map(|other| ports_of(&other["spec"])).map(|port| key(&port)).collect();
     let old = old.map(ports_of).unwrap_or_default();
     let Some(ports) = spec["ports"].as_array_mut() else { return Ok(()) };
     for port in ports.iter().filter(|port| port["nodePort"].as_u64().unwrap_or_default() != 0) {

@@ -12,6 +12,7 @@ use hyper::{
     service::service_fn,
 };
 use hyper_util::rt::{TokioIo, TokioTimer};
+use serde::Serialize;
 use serde_json::{Value, json};
 use tokio::{
     sync::mpsc,
@@ -506,6 +507,18 @@ fn watch(
     Ok(respond(200, Answer::Chunks(chunks)))
 }
 
+/// An event as a line of a watch. The object is not copied: a first list has many.
+fn line(event: &str, object: &Value) -> Bytes {
+    #[derive(Serialize)]
+    struct Event<'a> {
+        r#type: &'a str,
+        object: &'a Value,
+    }
+    let mut line = serde_json::to_vec(&Event { r#type: event, object }).unwrap_or_default();
+    line.push(b'\n');
+    line.into()
+}
+
 /// An open watch. Its methods return `None` when it has ended.
 struct Watch {
     shared: Arc<Shared>,
@@ -520,8 +533,11 @@ struct Watch {
 impl Watch {
     async fn send(&mut self, event: &str, object: &Value) -> Option<()> {
         wait_while_frozen(&self.shared, self.connection).await;
-        let line = format!("{}\n", json!({"type": event, "object": object}));
-        self.sender.send(Ok(line.into())).await.ok()
+        self.send_line(line(event, object)).await
+    }
+
+    async fn send_line(&self, line: Bytes) -> Option<()> {
+        self.sender.send(Ok(line)).await.ok()
     }
 
     async fn bookmark(&mut self, version: u64, ends_initial: bool) -> Option<()> {
@@ -581,15 +597,19 @@ impl Watch {
     async fn send_change(&mut self, change: &Change) -> Option<()> {
         let is_selected =
             |object: &Option<Arc<Value>>| object.as_ref().is_some_and(|object| self.selector.matches(object));
-        let (event, object) = match (is_selected(&change.old), is_selected(&change.new)) {
+        let line = match (is_selected(&change.old), is_selected(&change.new)) {
             (false, false) => return Some(()),
-            (false, true) => ("ADDED", &change.new),
-            (true, true) => ("MODIFIED", &change.new),
+            (false, true) => line("ADDED", change.new.as_deref()?),
+            (true, true) => line("MODIFIED", change.new.as_deref()?),
             // Also for an object that is there and no longer selected: in its last selected state.
-            (true, false) => ("DELETED", &change.old),
+            (true, false) => {
+                let mut object = change.old.as_deref()?.clone();
+                object["metadata"]["resourceVersion"] = change.version.to_string().into();
+                line("DELETED", &object)
+            }
         };
-        let mut object = object.as_deref()?.clone();
-        object["metadata"]["resourceVersion"] = change.version.to_string().into();
-        self.send(event, &object).await
+        wait_while_frozen(&self.shared, self.connection).await;
+        self.shared.note_written(change);
+        self.send_line(line).await
     }
 }

@@ -21,12 +21,13 @@ mod selector;
 mod store;
 
 use std::{
+    collections::BTreeSet,
     io,
     net::{Ipv4Addr, SocketAddr, TcpListener},
     os::fd::{AsRawFd as _, OwnedFd},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc},
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use nix::sys::socket::{
@@ -82,6 +83,17 @@ pub struct Requests {
     pub too_large: u64,
 }
 
+/// A change that was written to a watch.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Written {
+    /// What changed.
+    pub kind: Kind,
+    /// Namespace and name.
+    pub name: cluster::Name,
+    /// When the event was handed to the connection.
+    pub at: Instant,
+}
+
 /// What ends watches that are open. Each number is raised to make it so.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Signals {
@@ -99,6 +111,8 @@ struct Shared {
     store: Mutex<Store>,
     faults: Mutex<Faults>,
     requests: Mutex<Requests>,
+    /// Who wants to know of events.
+    written: Mutex<Option<mpsc::Sender<Written>>>,
     /// The resource version, for those who wait for a change.
     version: watch::Sender<u64>,
     signals: watch::Sender<Signals>,
@@ -117,6 +131,14 @@ impl Shared {
         let result = change(&mut store);
         self.version.send_replace(store.version());
         result
+    }
+
+    /// Tells of a change that is about to be written.
+    fn note_written(&self, change: &Change) {
+        if let Some(written) = &*lock(&self.written) {
+            let (kind, name) = (change.kind, change.name.clone());
+            let _nobody_listens_now = written.send(Written { kind, name, at: Instant::now() });
+        }
     }
 
     /// The changes after a version that a watch of this kind sees, or `None` if they are forgotten.
@@ -185,6 +207,7 @@ impl ApiServer {
             store: Mutex::new(store),
             faults: Mutex::default(),
             requests: Mutex::default(),
+            written: Mutex::default(),
             signals: watch::Sender::new(Signals::default()),
             n_connections: Mutex::default(),
         };
@@ -285,7 +308,7 @@ impl ApiServer {
     /// If an object is refused.
     pub fn set(&self, cluster: &Cluster) {
         let now = self.cluster();
-        let gone = |kind, now: Vec<cluster::Name>, wanted: Vec<cluster::Name>| {
+        let gone = |kind, now: Vec<cluster::Name>, wanted: BTreeSet<cluster::Name>| {
             for (namespace, name) in now.into_iter().filter(|name| !wanted.contains(name)) {
                 self.delete(kind, &namespace, &name);
             }
@@ -351,6 +374,15 @@ impl ApiServer {
     pub fn freeze(&self) {
         let last = *lock(&self.shared.n_connections);
         self.shared.signals.send_modify(|signals| signals.frozen = last);
+    }
+
+    /// Tells from now on of each change that is written to a watch, not of initial events. Ends what an earlier call
+    /// returned.
+    #[must_use]
+    pub fn written(&self) -> mpsc::Receiver<Written> {
+        let (sender, receiver) = mpsc::channel();
+        *lock(&self.shared.written) = Some(sender);
+        receiver
     }
 
     /// The requests so far.

@@ -121,8 +121,8 @@ pub(super) type Name = (String, String);
 #[derive(Clone, Debug)]
 pub(super) struct Change {
     pub(super) version: u64,
-    kind: Kind,
-    name: Name,
+    pub(super) kind: Kind,
+    pub(super) name: Name,
     pub(super) old: Option<Arc<Value>>,
     pub(super) new: Option<Arc<Value>>,
 }
@@ -212,7 +212,9 @@ impl Store {
             .and_then(|(namespace, name)| self.get(kind, &namespace, &name).ok())
             .map(|old| (*old).clone());
         let wanted_version = object["metadata"]["resourceVersion"].as_str().unwrap_or_default().to_owned();
-        defaults::complete(kind, &mut object, old.as_ref(), &self.objects(kind))?;
+        let none = Objects::new();
+        let others = self.objects.get(&kind).unwrap_or(&none);
+        defaults::complete(kind, &mut object, old.as_ref(), others)?;
         let Some((_, name)) = name_of(&object) else {
             return Err(Refusal::new(
                 422,

@@ -1,0 +1,173 @@
+//! The agent's process.
+
+use std::{
+    collections::BTreeMap,
+    fs::{self, File},
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, bail};
+use lb_tests::{Sandbox, apiserver::ApiServer};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use tempfile::TempDir;
+
+use crate::{
+    Args,
+    tables::{LOOK, PATIENCE, Tables},
+};
+
+/// A running agent. Killed on drop.
+pub(crate) struct Agent {
+    child: Child,
+    pub(crate) started: Instant,
+    pin_path: PathBuf,
+    directory: TempDir,
+}
+
+/// Memory of the agent in MiB.
+pub(crate) struct Memory {
+    /// All that is resident, maps of the kernel included.
+    pub(crate) resident: f64,
+    /// What is the process's own: heap and stacks.
+    pub(crate) anonymous: f64,
+    /// Pages of BPF maps, which the kernel holds whether an agent runs or not.
+    pub(crate) maps: f64,
+    /// The most that was ever resident.
+    pub(crate) peak: f64,
+}
+
+impl Agent {
+    /// Starts the agent in a sandbox, as it is started on a node.
+    pub(crate) fn start(socklb: &Path, sandbox: &Sandbox, server: &ApiServer) -> anyhow::Result<Self> {
+        let directory = tempfile::tempdir()?;
+        let kubeconfig = directory.path().join("kubeconfig");
+        fs::write(&kubeconfig, server.kubeconfig())?;
+        let log = File::create(directory.path().join("log"))?;
+        let started = Instant::now();
+        let child = Command::new(socklb)
+            .args(["run", "--source", "kube", "--node-name", "node-0000", "--kubeconfig"])
+            .arg(&kubeconfig)
+            .arg("--cgroup")
+            .arg(sandbox.cgroup().path())
+            .arg("--pin-path")
+            .arg(sandbox.pin_path())
+            .arg("--state-dir")
+            .arg(directory.path().join("state"))
+            .stdin(Stdio::null())
+            .stderr(log)
+            .spawn()
+            .with_context(|| format!("{}: cannot be started", socklb.display()))?;
+        Ok(Self { child, started, pin_path: sandbox.pin_path(), directory })
+    }
+
+    /// Waits until the maps exist. Returns how long that took from the start.
+    pub(crate) fn tables(&self) -> anyhow::Result<(Tables, Duration)> {
+        loop {
+            match Tables::open(&self.pin_path) {
+                Ok(tables) => return Ok((tables, self.started.elapsed())),
+                Err(error) if self.started.elapsed() > PATIENCE => {
+                    return Err(error.context(self.last_words()));
+                }
+                Err(_not_yet) => thread::sleep(LOOK),
+            }
+        }
+    }
+
+    /// The end of the log.
+    pub(crate) fn last_words(&self) -> String {
+        let log = fs::read_to_string(self.directory.path().join("log")).unwrap_or_default();
+        let lines: Vec<&str> = log.lines().collect();
+        format!("the agent's log ends with:\n{}", lines[lines.len().saturating_sub(5)..].join("\n"))
+    }
+
+    fn proc(&self, file: &str) -> PathBuf {
+        PathBuf::from(format!("/proc/{}/{file}", self.child.id()))
+    }
+
+    /// What it occupies now.
+    pub(crate) fn memory(&self) -> anyhow::Result<Memory> {
+        let status = fs::read_to_string(self.proc("status"))?;
+        let status = kilobytes(&status);
+        let of = |key: &str| status.get(key).copied().unwrap_or_default();
+        let mut maps = 0.0;
+        let mut is_map = false;
+        for line in fs::read_to_string(self.proc("smaps"))?.lines() {
+            // The head of a mapping starts with its addresses, in lower case.
+            if !line.starts_with(|first: char| first.is_ascii_uppercase()) {
+                is_map = line.contains("bpf-map");
+            } else if is_map && let Some(resident) = kilobytes(line).get("Rss") {
+                maps += resident;
+            }
+        }
+        Ok(Memory { resident: of("VmRSS"), anonymous: of("RssAnon"), maps, peak: of("VmHWM") })
+    }
+
+    /// The CPU time of all its threads so far; what ended threads used is left out.
+    pub(crate) fn cpu_time(&self) -> anyhow::Result<Duration> {
+        let mut sum = Duration::ZERO;
+        for task in fs::read_dir(self.proc("task"))? {
+            let text = fs::read_to_string(task?.path().join("schedstat")).unwrap_or_default();
+            let nanoseconds = text.split_whitespace().next().and_then(|number| number.parse().ok());
+            sum += Duration::from_nanos(nanoseconds.unwrap_or_default());
+        }
+        Ok(sum)
+    }
+
+    /// The share of one core that it uses for some time from now.
+    pub(crate) fn cpu_share(&self, time: Duration) -> anyhow::Result<f64> {
+        // The snapshot and what follows the first sync.
+        thread::sleep(Duration::from_secs(3));
+        let (before, since) = (self.cpu_time()?, Instant::now());
+        thread::sleep(time);
+        Ok((self.cpu_time()? - before).as_secs_f64() / since.elapsed().as_secs_f64())
+    }
+
+    /// Ends it as a node does.
+    pub(crate) fn end(mut self) -> anyhow::Result<()> {
+        kill(Pid::from_raw(self.child.id().cast_signed()), Signal::SIGTERM)?;
+        let status = self.child.wait()?;
+        if !status.success() {
+            bail!("the agent ended with {status}; {}", self.last_words());
+        }
+        Ok(())
+    }
+
+    /// Ends it and removes what it left in the kernel, so that the next start is a cold one.
+    pub(crate) fn end_and_clean(self, args: &Args) -> anyhow::Result<()> {
+        let (pin_path, state_dir) = (self.pin_path.clone(), self.directory.path().join("state"));
+        self.end()?;
+        let output = Command::new(&args.socklb)
+            .args(["cleanup", "--pin-path"])
+            .arg(&pin_path)
+            .arg("--state-dir")
+            .arg(state_dir)
+            .output()?;
+        if !output.status.success() {
+            bail!("socklb cleanup: {}", String::from_utf8_lossy(&output.stderr));
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        let _ended_already = self.child.kill();
+        let _ended_already = self.child.wait();
+    }
+}
+
+/// Lines such as `VmRSS:   1024 kB`, in MiB.
+fn kilobytes(text: &str) -> BTreeMap<&str, f64> {
+    text.lines()
+        .filter_map(|line| {
+            let (key, value) = line.split_once(':')?;
+            Some((key, value.trim().strip_suffix("kB")?.trim().parse::<f64>().ok()? / 1024.0))
+        })
+        .collect()
+}

@@ -1,0 +1,167 @@
+//! The objects of a cluster, as its controllers write them.
+
+use std::{
+    fmt,
+    net::{IpAddr, Ipv4Addr},
+};
+
+use k8s_openapi::{
+    api::{
+        core::v1::{ObjectReference, Service},
+        discovery::v1::{Endpoint, EndpointConditions, EndpointPort, EndpointSlice},
+    },
+    apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference},
+};
+use lb_tests::cluster::{self, Cluster, NAMESPACE};
+use lb_userspace::model::{Protocol, ingest};
+
+/// The port of every service.
+pub(crate) const PORT: u16 = 80;
+/// The port of every endpoint.
+pub(crate) const TARGET_PORT: u16 = 8080;
+
+/// How many objects there are. Each service has one port and one slice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Size {
+    pub(crate) n_services: u32,
+    /// Endpoints of each service.
+    pub(crate) n_endpoints: u32,
+    pub(crate) n_nodes: u32,
+}
+
+impl fmt::Display for Size {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} services x {} endpoints, {} nodes", self.n_services, self.n_endpoints, self.n_nodes)
+    }
+}
+
+/// An endpoint of a slice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Pod {
+    pub(crate) ip: Ipv4Addr,
+    pub(crate) port: u16,
+    pub(crate) ready: bool,
+}
+
+impl Pod {
+    pub(crate) const fn ready(ip: Ipv4Addr) -> Self {
+        Self { ip, port: TARGET_PORT, ready: true }
+    }
+}
+
+/// The address of a number in a network.
+fn address(network: [u8; 4], number: u32) -> Ipv4Addr {
+    Ipv4Addr::from(u32::from_be_bytes(network) + number)
+}
+
+/// The cluster IP of a service.
+pub(crate) fn cluster_ip(service: u32) -> Ipv4Addr {
+    address([10, 96, 0, 1], service)
+}
+
+/// The address of a pod that replaces another.
+pub(crate) fn new_pod(number: u32) -> Ipv4Addr {
+    address([172, 16, 0, 1], number)
+}
+
+/// The name of a service. Its slice has the same one.
+pub(crate) fn name(service: u32) -> String {
+    format!("service-{service:05}")
+}
+
+/// The number in a name of [`name`].
+pub(crate) fn number(name: &str) -> Option<u32> {
+    name.strip_prefix("service-")?.parse().ok()
+}
+
+fn labels(service: &str) -> std::collections::BTreeMap<String, String> {
+    [("app.kubernetes.io/name", service), ("app.kubernetes.io/part-of", "shop"), ("tier", "backend")]
+        .map(|(key, value)| (key.to_owned(), value.to_owned()))
+        .into()
+}
+
+/// A Service of type ClusterIP.
+pub(crate) fn service(name: &str, ip: Ipv4Addr) -> Service {
+    let mut service =
+        cluster::service(name, &[IpAddr::V4(ip)], &[cluster::port("http", Protocol::Tcp, PORT)]);
+    service.metadata.labels = Some(labels(name));
+    cluster::with_spec(service, |spec| spec.selector = Some(labels(name)))
+}
+
+/// The slice of a service, with what the slice controller writes into it.
+pub(crate) fn slice(name: &str, pods: &[Pod]) -> EndpointSlice {
+    let mut labels = labels(name);
+    labels.insert(ingest::SERVICE_NAME.to_owned(), name.to_owned());
+    labels.insert(
+        "endpointslice.kubernetes.io/managed-by".to_owned(),
+        "endpointslice-controller.k8s.io".to_owned(),
+    );
+    let endpoints = pods.iter().map(|pod| {
+        let node = u32::from(pod.ip) % 1000;
+        Endpoint {
+            addresses: vec![pod.ip.to_string()],
+            conditions: Some(EndpointConditions {
+                ready: Some(pod.ready),
+                serving: Some(pod.ready),
+                terminating: Some(false),
+            }),
+            node_name: Some(format!("node-{node:04}")),
+            zone: Some(format!("zone-{}", node % 3)),
+            target_ref: Some(ObjectReference {
+                kind: Some("Pod".to_owned()),
+                namespace: Some(NAMESPACE.to_owned()),
+                name: Some(format!("{name}-7d9c8b6f5d-{:08x}", u32::from(pod.ip))),
+                uid: Some(format!("{:08x}-0000-4000-8000-000000000000", u32::from(pod.ip))),
+                ..ObjectReference::default()
+            }),
+            ..Endpoint::default()
+        }
+    });
+    EndpointSlice {
+        metadata: ObjectMeta {
+            name: Some(name.to_owned()),
+            namespace: Some(NAMESPACE.to_owned()),
+            labels: Some(labels),
+            annotations: Some([(ingest::TRIGGER_TIME.to_owned(), "2026-01-01T00:00:00Z".to_owned())].into()),
+            owner_references: Some(vec![OwnerReference {
+                api_version: "v1".to_owned(),
+                kind: "Service".to_owned(),
+                name: name.to_owned(),
+                uid: "00000000-0000-4000-8000-000000000000".to_owned(),
+                controller: Some(true),
+                block_owner_deletion: Some(true),
+            }]),
+            ..ObjectMeta::default()
+        },
+        address_type: "IPv4".to_owned(),
+        ports: Some(vec![EndpointPort {
+            name: Some("http".to_owned()),
+            protocol: Some("TCP".to_owned()),
+            port: Some(pods.first().map_or(TARGET_PORT, |pod| pod.port).into()),
+            ..EndpointPort::default()
+        }]),
+        endpoints: endpoints.collect(),
+    }
+}
+
+impl Size {
+    /// The first pods of a service.
+    pub(crate) fn pods(self, service: u32) -> Vec<Pod> {
+        let first = service * self.n_endpoints;
+        (first..first + self.n_endpoints).map(|number| Pod::ready(address([10, 128, 0, 1], number))).collect()
+    }
+
+    /// Everything.
+    pub(crate) fn cluster(self) -> Cluster {
+        let mut cluster = Cluster::new();
+        for number in 0..self.n_services {
+            let name = name(number);
+            cluster.set(service(&name, cluster_ip(number)));
+            cluster.set(slice(&name, &self.pods(number)));
+        }
+        let nodes = (0..self.n_nodes).map(|number| {
+            cluster::node(&format!("node-{number:04}"), &[address([10, 0, 0, 1], number).into()])
+        });
+        cluster.with(nodes)
+    }
+}

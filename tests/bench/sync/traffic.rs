@@ -1,0 +1,109 @@
+//! What a pod's readiness means for calls, and how soon.
+
+use std::{
+    net::{Ipv4Addr, SocketAddr},
+    sync::mpsc::Receiver,
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, bail};
+use hdrhistogram::Histogram;
+use lb_tests::{
+    apiserver::{ApiServer, Kind, Written},
+    client::call,
+    cluster::NAMESPACE,
+    server::Servers,
+};
+use lb_userspace::model::Protocol::Tcp;
+
+use crate::{
+    objects::{self, PORT, Pod},
+    report,
+    tables::PATIENCE,
+};
+
+const NAME: &str = "probe";
+const SERVICE: Ipv4Addr = Ipv4Addr::new(10, 111, 0, 1);
+/// Calls in a row that must reach another pod until one counts as left alone. Half of the calls would have met it.
+const N_ALONE: u32 = 40;
+
+/// Makes a pod ready and unready a few times while calls are made.
+///
+/// Returns how long it took from the moment at which the server wrote the event to the end of the first call that
+/// reached the pod, and to the beginning of the last call that did.
+pub(crate) fn flips(server: &ApiServer, n_flips: u32) -> anyhow::Result<(Histogram<u64>, Histogram<u64>)> {
+    let pods = [8001, 8002].map(|port| SocketAddr::from((Ipv4Addr::LOCALHOST, port)));
+    // Two pods of one slice have one port number, so each has a loopback address of its own.
+    let pods = [pods[0], SocketAddr::from((Ipv4Addr::new(127, 0, 0, 2), 8001))];
+    let _servers = Servers::tcp(pods);
+    let to = SocketAddr::from((SERVICE, PORT));
+    let written = server.written();
+    let set = |ready: [bool; 2]| -> anyhow::Result<Instant> {
+        written.try_iter().for_each(drop);
+        let pod = |index: usize, ready| match pods[index] {
+            SocketAddr::V4(pod) => Ok(Pod { ip: *pod.ip(), port: pod.port(), ready }),
+            SocketAddr::V6(_) => bail!("an IPv4 pod is needed"),
+        };
+        server.apply(objects::slice(NAME, &[pod(0, ready[0])?, pod(1, ready[1])?]));
+        written_at(&written)
+    };
+    server.apply(objects::service(NAME, SERVICE));
+    let _first = set([true, false])?;
+    until(to, pods[0])?;
+    let (mut taken, mut left) = (report::times(), report::times());
+    for _ in 0..n_flips {
+        let at = set([true, true])?;
+        until(to, pods[1])?;
+        report::record(&mut taken, at.elapsed());
+        thread::sleep(Duration::from_millis(5));
+        let at = set([true, false])?;
+        report::record(&mut left, last_call(to, pods[1])?.saturating_duration_since(at));
+        thread::sleep(Duration::from_millis(5));
+    }
+    server.delete(Kind::Slice, NAMESPACE, NAME);
+    server.delete(Kind::Service, NAMESPACE, NAME);
+    Ok((taken, left))
+}
+
+/// When the event of the slice was written.
+fn written_at(written: &Receiver<Written>) -> anyhow::Result<Instant> {
+    let end = Instant::now() + PATIENCE;
+    loop {
+        let left = end.saturating_duration_since(Instant::now());
+        let event = written.recv_timeout(left).context("no watch is open: has the agent ended?")?;
+        if event.kind == Kind::Slice && event.name.1 == NAME {
+            return Ok(event.at);
+        }
+    }
+}
+
+/// Calls until a pod answers.
+fn until(to: SocketAddr, pod: SocketAddr) -> anyhow::Result<()> {
+    let end = Instant::now() + PATIENCE;
+    while call(to, Tcp) != Ok(pod) {
+        if Instant::now() > end {
+            bail!("{to} never reaches {pod}");
+        }
+    }
+    Ok(())
+}
+
+/// Calls until a pod is left alone, and returns when the last call to it began.
+fn last_call(to: SocketAddr, pod: SocketAddr) -> anyhow::Result<Instant> {
+    let (mut last, mut n_alone) = (Instant::now(), 0);
+    let end = last + PATIENCE;
+    // Without such a call it is the moment before the first one, which is not after the event by more than that.
+    while n_alone < N_ALONE {
+        let began = Instant::now();
+        if began > end {
+            bail!("{to} goes on to reach {pod}");
+        }
+        let server = call(to, Tcp).with_context(|| format!("{to} has a ready pod"))?;
+        n_alone += 1;
+        if server == pod {
+            (last, n_alone) = (began, 0);
+        }
+    }
+    Ok(last)
+}
