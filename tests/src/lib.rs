@@ -6,6 +6,7 @@
 //! - [`server`], [`client`]: who answered, and what a program sees of it.
 //! - [`cluster`]: Kubernetes objects; [`agent`]: from objects to the kernel, in process.
 //! - [`apiserver`]: an API server that holds such objects, and its faults.
+//! - [`churn`]: changes and faults for a long time, with calls under way.
 //! - [`scenario`]: objects and expected flows, run by the simulator and by the kernel.
 //! - [`feature`]: what happens on a machine that lacks something.
 //!
@@ -23,6 +24,7 @@
 pub mod agent;
 pub mod apiserver;
 pub mod cgroup;
+pub mod churn;
 pub mod client;
 pub mod cluster;
 pub mod feature;

@@ -32,6 +32,15 @@ enum Suite {
         #[arg(long, value_name = "N", default_value_t = 1)]
         scale: u32,
     },
+    /// Changes of everything with faults of the API server and calls under way, for a long time
+    Churn {
+        /// Decides about objects and changes; a failure names it
+        #[arg(long, value_name = "N", default_value_t = 1)]
+        seed: u64,
+        /// For how long
+        #[arg(long, value_name = "N", default_value_t = 600)]
+        seconds: u64,
+    },
     /// From the API server's events to the kernel's maps, cold starts, memory and CPU of the agent, beside targets
     Sync {
         /// Small and short: shows that it works, not how fast it is
@@ -70,6 +79,13 @@ pub(crate) fn command(workspace: &Workspace, options: &Options) -> Result<()> {
             if let Some(peer) = peer {
                 bench.env("SOCKLB_PEER_OBJECT", peer);
             }
+            bench
+        }
+        Suite::Churn { seed, seconds } => {
+            build(workspace, &object, &["bench-churn", "socklb"])?;
+            let mut bench = start(workspace, "bench-churn");
+            bench.arg("--socklb").arg(workspace.socklb(true));
+            bench.arg(format!("--seed={seed}")).arg(format!("--seconds={seconds}"));
             bench
         }
         Suite::Sync { smoke, json, only, starts } => {

@@ -1,0 +1,19 @@
+//! Changes, faults and calls for a while. `cargo xtask bench churn` does it for as long as wanted.
+
+use lb_tests::{
+    Feature,
+    churn::{self, Options},
+    require,
+};
+
+/// The maps end as computed from scratch, and no call to a service that always had a ready endpoint failed.
+#[test]
+fn churn_with_faults_and_calls_ends_right() {
+    if !require(Feature::Programs) || !require(Feature::Variable("SOCKLB_BIN")) {
+        return;
+    }
+    let socklb = churn::agent_of_environment().unwrap();
+    let outcome = churn::run(&socklb, &Options::short(1)).unwrap_or_else(|error| panic!("{error:#}"));
+    eprintln!("{outcome}");
+    assert!(outcome.n_steady_calls > 0 && outcome.n_other_calls > 0 && outcome.n_changes > 0);
+}
