@@ -8,8 +8,8 @@ use std::{
 
 use lb_tests::{
     agent,
-    apiserver::ApiServer,
     cluster::{self, Cluster},
+    controlplane::Api,
 };
 use lb_userspace::{
     cluster::{Access, KubeSource, Timing},
@@ -33,7 +33,7 @@ pub(crate) const TIMING: Timing = Timing {
 };
 
 /// Opens a source by a kubeconfig, as the agent does.
-pub(crate) fn open(runtime: &Runtime, server: &ApiServer) -> KubeSource {
+pub(crate) fn open(runtime: &Runtime, server: &dyn Api) -> KubeSource {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("kubeconfig");
     fs::write(&path, server.kubeconfig()).unwrap();
@@ -50,7 +50,7 @@ pub(crate) struct Follower {
 }
 
 impl Follower {
-    pub(crate) fn start(server: &ApiServer) -> Self {
+    pub(crate) fn start(server: &dyn Api) -> Self {
         let runtime = runtime();
         let source = open(&runtime, server);
         let image = Image::default();
@@ -81,7 +81,7 @@ impl Follower {
     }
 
     /// Waits until everything is as computed from scratch from the server's objects.
-    pub(crate) fn until_like(&mut self, server: &ApiServer) {
+    pub(crate) fn until_like(&mut self, server: &dyn Api) {
         let cluster = server.cluster();
         let mut expected = Store::new();
         let (_all, _issues) = cluster.fill(&mut expected);

@@ -1,8 +1,7 @@
 //! Lists and watches of a server that works.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::time::Duration;
 
-use k8s_openapi::api::core::v1::Service;
 use lb_tests::{
     apiserver::{ApiServer, Kind},
     cluster::{self, PortOf},
@@ -60,33 +59,6 @@ fn nothing_is_served_before_all_lists_are_complete() {
         assert!(follower.source.is_complete() || follower.n_frontends() == 0);
     }
     follower.until_like(&server);
-}
-
-/// Toggling a label takes a service from the list and gives it back, without the service being deleted.
-#[test]
-fn labels_take_services_away_and_bring_them_back() {
-    let server = ApiServer::start();
-    let objects = cluster(2);
-    server.set(&objects);
-    let mut follower = Follower::start(&server);
-    follower.until_like(&server);
-    let service = |labels: &[(&str, &str)]| -> Service {
-        let mut service = objects.services.values().next().unwrap().clone();
-        let labels: BTreeMap<_, _> =
-            labels.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
-        service.metadata.labels = Some(labels);
-        service
-    };
-    for (labels, n_frontends) in [
-        (&[(ingest::SERVICE_PROXY_NAME, "other")][..], 1),
-        (&[], 2),
-        (&[(ingest::HEADLESS, "")], 1),
-        (&[("app", "web")], 2),
-    ] {
-        server.apply(service(labels));
-        follower.until_like(&server);
-        assert_eq!(follower.n_frontends(), n_frontends, "{labels:?}");
-    }
 }
 
 /// A change that an event brings is timed; those of a list are not.

@@ -6,6 +6,7 @@
 //! - [`server`], [`client`]: who answered, and what a program sees of it.
 //! - [`cluster`]: Kubernetes objects; [`agent`]: from objects to the kernel, in process.
 //! - [`apiserver`]: an API server that holds such objects, and its faults.
+//! - [`controlplane`]: a real one, where the environment names it.
 //! - [`churn`]: changes and faults for a long time, with calls under way.
 //! - [`scenario`]: objects and expected flows, run by the simulator and by the kernel.
 //! - [`feature`]: what happens on a machine that lacks something.
@@ -27,6 +28,7 @@ pub mod cgroup;
 pub mod churn;
 pub mod client;
 pub mod cluster;
+pub mod controlplane;
 pub mod feature;
 pub mod netlink;
 pub mod netns;

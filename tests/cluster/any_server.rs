@@ -1,0 +1,159 @@
+//! What holds with every API server: the one of the tests and, where `KUBEBUILDER_ASSETS` names one, a real one.
+
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    time::{Duration, Instant},
+};
+
+use k8s_openapi::api::core::v1::Service;
+use lb_tests::{
+    Feature, Sandbox,
+    agent::Agent,
+    apiserver::{ApiServer, Kind},
+    client::call,
+    cluster::{Cluster, NAMESPACE, PortOf},
+    controlplane::{Api, servers},
+    require,
+    server::Servers,
+};
+use lb_userspace::{
+    model::{Protocol::Tcp, ingest},
+    source::Source as _,
+};
+use nix::errno::Errno;
+
+use crate::follower::{Follower, PATIENCE, cluster, endpoints, open, runtime, service_address};
+
+/// Creates or replaces all objects of a cluster.
+fn apply(server: &dyn Api, cluster: &Cluster) {
+    cluster.services.values().for_each(|service| server.apply(service.clone().into()));
+    cluster.slices.values().for_each(|slice| server.apply(slice.clone().into()));
+    cluster.nodes.values().for_each(|node| server.apply(node.clone().into()));
+}
+
+/// Each service has one address and one port, that of the API server too.
+fn is_served(follower: &Follower, server: &dyn Api) {
+    assert_eq!(follower.n_frontends(), server.cluster().services.len());
+}
+
+#[test]
+fn objects_are_listed_and_followed() {
+    for server in servers() {
+        let server = &*server;
+        let mut objects = cluster(10);
+        apply(server, &objects);
+        let mut follower = Follower::start(server);
+        follower.until_like(server);
+        is_served(&follower, server);
+        for n_endpoints in [1, 4, 2] {
+            objects.set_endpoints(&PortOf::tcp("web-7"), &endpoints(7, n_endpoints));
+            for slice in objects
+                .slices
+                .values()
+                .filter(|slice| slice.metadata.name.as_deref().is_some_and(|name| name.starts_with("web-7")))
+            {
+                server.apply(slice.clone().into());
+            }
+            follower.until_like(server);
+        }
+        server.delete(Kind::Service, NAMESPACE, "web-7");
+        follower.until_like(server);
+        is_served(&follower, server);
+        server.delete(Kind::Node, "", "other");
+        follower.until_like(server);
+    }
+}
+
+/// Toggling a label takes a service from the list and gives it back, without the service being deleted.
+#[test]
+fn labels_take_services_away_and_bring_them_back() {
+    for server in servers() {
+        labels_of(&*server);
+    }
+}
+
+fn labels_of(server: &dyn Api) {
+    let objects = cluster(2);
+    apply(server, &objects);
+    let mut follower = Follower::start(server);
+    follower.until_like(server);
+    let n_others = server.cluster().services.len() - 2;
+    let service = |labels: &[(&str, &str)]| -> Service {
+        let mut service = objects.services.values().next().unwrap().clone();
+        let labels: BTreeMap<_, _> =
+            labels.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
+        service.metadata.labels = Some(labels);
+        service
+    };
+    for (labels, n_frontends) in [
+        (&[(ingest::SERVICE_PROXY_NAME, "other")][..], 1),
+        (&[], 2),
+        (&[(ingest::HEADLESS, "")], 1),
+        (&[("app", "web")], 2),
+    ] {
+        server.apply(service(labels).into());
+        follower.until_like(server);
+        assert_eq!(follower.n_frontends(), n_others + n_frontends, "{labels:?}");
+    }
+}
+
+/// A call goes where the server's objects say, soon after they say so.
+#[test]
+fn calls_follow_any_api_server() {
+    if !require(Feature::Programs) {
+        return;
+    }
+    // Each in a sandbox of its own: the servers must listen where the agent is.
+    Sandbox::run(|sandbox| calls_follow(sandbox, &ApiServer::start()));
+    Sandbox::run(|sandbox| servers().iter().skip(1).for_each(|server| calls_follow(sandbox, &**server)));
+}
+
+fn calls_follow(sandbox: &Sandbox, server: &dyn Api) {
+    // A real server refuses loopback addresses.
+    let pod = IpAddr::V4(Ipv4Addr::new(192, 0, 2, 11));
+    sandbox.own([pod]);
+    let pods = [8001, 8002].map(|port| SocketAddr::new(pod, port));
+    let _servers = Servers::tcp(pods);
+    let service = service_address(0);
+    let slice = |pods: &[SocketAddr]| {
+        // One slice in all states, so that none has to be deleted.
+        let mut slices = lb_tests::cluster::slices(&PortOf::tcp("web"), &pods[..1]);
+        slices[0].metadata.name = Some("web-1".to_owned());
+        slices.remove(0)
+    };
+    let mut objects = Cluster::new();
+    objects.serve("web", service, Tcp, &[]);
+    objects.set(slice(&pods[..1]));
+    apply(server, &objects);
+
+    let runtime = runtime();
+    let mut source = open(&runtime, server);
+    let mut agent = Agent::start(sandbox);
+    let mut until = |wanted: Result<SocketAddr, Errno>| {
+        let started = Instant::now();
+        loop {
+            let moment = Duration::from_millis(5);
+            let changed = runtime.block_on(async { tokio::time::timeout(moment, source.changed()).await });
+            if changed.is_ok() {
+                agent.state.change(|store| source.apply(store));
+            }
+            if source.is_complete() && agent.state.wants_sync() {
+                agent.sync();
+            }
+            if call(service, Tcp) == wanted {
+                return started.elapsed();
+            }
+            assert!(started.elapsed() < PATIENCE, "{service} never gave {wanted:?}");
+        }
+    };
+    until(Ok(pods[0]));
+    server.apply(slice(&pods[1..]).into());
+    eprintln!("from the change to the first call that sees it: {:?}", until(Ok(pods[1])));
+    let mut none = slice(&pods[1..]);
+    none.endpoints.clear();
+    server.apply(none.into());
+    until(Err(Errno::ECONNREFUSED));
+    server.delete(Kind::Service, NAMESPACE, "web");
+    until(Err(Errno::ENETUNREACH));
+}

@@ -1,0 +1,414 @@
+//! A real etcd and kube-apiserver, where the environment names them.
+//!
+//! # Purpose
+//!
+//! `KUBEBUILDER_ASSETS` names a folder with the programs `etcd` and `kube-apiserver`, as for controller-runtime's
+//! envtest. [`ControlPlane`] runs them, and the tests that need no faults of their server's making run against them as
+//! well as against [`ApiServer`]. No package of Debian, crates.io, `PyPI` or npm has a kube-apiserver, so without the
+//! variable these tests know the test server only.
+//!
+//! # Invariants
+//!
+//! - A variable that is set and does not lead to both programs is an error, not a skip.
+//! - Everything listens on 127.0.0.1 of the network namespace of the thread that starts it, and ends with the value.
+
+use std::{
+    env,
+    fs::{self, File},
+    io::{Read as _, Write as _},
+    net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream},
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, bail, ensure};
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::{
+    apiserver::{ApiServer, Kind},
+    cluster::{self, Cluster},
+};
+
+/// Names the folder of the programs.
+pub const ASSETS: &str = "KUBEBUILDER_ASSETS";
+/// For how long a program may start.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// Who the tests are to the server. It lets everybody do everything.
+const TOKEN: &str = "test";
+
+/// What a test needs of an API server, whichever it is.
+pub trait Api {
+    /// A kubeconfig that leads there.
+    fn kubeconfig(&self) -> String;
+
+    /// Creates an object or replaces the one of its name.
+    ///
+    /// # Panics
+    ///
+    /// If the object is refused.
+    fn apply(&self, object: cluster::Object);
+
+    /// Deletes an object. A Node has an empty namespace.
+    ///
+    /// # Panics
+    ///
+    /// If there is none.
+    fn delete(&self, kind: Kind, namespace: &str, name: &str);
+
+    /// All objects, also those that the server made itself.
+    ///
+    /// # Panics
+    ///
+    /// If the server does not answer.
+    fn cluster(&self) -> Cluster;
+}
+
+impl Api for ApiServer {
+    fn kubeconfig(&self) -> String {
+        self.kubeconfig()
+    }
+
+    fn apply(&self, object: cluster::Object) {
+        self.apply(object);
+    }
+
+    fn delete(&self, kind: Kind, namespace: &str, name: &str) {
+        self.delete(kind, namespace, name);
+    }
+
+    fn cluster(&self) -> Cluster {
+        self.cluster()
+    }
+}
+
+/// The test server and, if the environment names one, a real one.
+///
+/// # Panics
+///
+/// If the environment names one that does not start.
+#[must_use]
+pub fn servers() -> Vec<Box<dyn Api>> {
+    let assets = Assets::of_environment().unwrap_or_else(|error| panic!("{error:#}"));
+    let real = assets.map(|assets| ControlPlane::start(&assets).unwrap_or_else(|error| panic!("{error:#}")));
+    let mut servers: Vec<Box<dyn Api>> = vec![Box::new(ApiServer::start())];
+    servers.extend(real.map(|real| Box::new(real) as Box<dyn Api>));
+    servers
+}
+
+/// The programs of a control plane.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Assets {
+    etcd: PathBuf,
+    apiserver: PathBuf,
+}
+
+impl Assets {
+    /// Those of `KUBEBUILDER_ASSETS`; `None` if it is not set.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::in_directory`].
+    pub fn of_environment() -> anyhow::Result<Option<Self>> {
+        match env::var_os(ASSETS) {
+            Some(directory) if !directory.is_empty() => Self::in_directory(Path::new(&directory)).map(Some),
+            _ => Ok(None),
+        }
+    }
+
+    /// Those of a folder.
+    ///
+    /// # Errors
+    ///
+    /// If one of them is missing.
+    pub fn in_directory(directory: &Path) -> anyhow::Result<Self> {
+        let program = |name: &str| {
+            let path = directory.join(name);
+            ensure!(
+                path.is_file(),
+                "{ASSETS}: {} is missing; unset the variable or let it name a folder with etcd and kube-apiserver",
+                path.display()
+            );
+            Ok(path)
+        };
+        Ok(Self { etcd: program("etcd")?, apiserver: program("kube-apiserver")? })
+    }
+}
+
+/// A program that is killed on drop.
+#[derive(Debug)]
+struct Program {
+    name: &'static str,
+    child: Child,
+    log: PathBuf,
+}
+
+impl Program {
+    fn start(
+        name: &'static str,
+        binary: &Path,
+        directory: &Path,
+        arguments: &[String],
+    ) -> anyhow::Result<Self> {
+        let log = directory.join(format!("{name}.log"));
+        let output = File::create(&log)?;
+        let child = Command::new(binary)
+            .args(arguments)
+            .current_dir(directory)
+            .stdin(Stdio::null())
+            .stdout(output.try_clone()?)
+            .stderr(output)
+            .spawn()
+            .with_context(|| format!("{}: cannot be started", binary.display()))?;
+        Ok(Self { name, child, log })
+    }
+
+    /// Waits until it is ready.
+    fn until(&mut self, is_ready: impl Fn() -> bool) -> anyhow::Result<()> {
+        let end = Instant::now() + PATIENCE;
+        while !is_ready() {
+            if let Some(status) = self.child.try_wait()? {
+                bail!("{} ended with {status}: {}", self.name, self.last_words());
+            }
+            if Instant::now() > end {
+                bail!("{} is not ready after {PATIENCE:?}: {}", self.name, self.last_words());
+            }
+            thread::sleep(Duration::from_millis(100));
+        }
+        Ok(())
+    }
+
+    fn last_words(&self) -> String {
+        let log = fs::read_to_string(&self.log).unwrap_or_default();
+        let lines: Vec<&str> = log.lines().collect();
+        lines[lines.len().saturating_sub(5)..].join("\n")
+    }
+}
+
+impl Drop for Program {
+    fn drop(&mut self) {
+        let _ended_already = self.child.kill();
+        let _ended_already = self.child.wait();
+    }
+}
+
+/// An etcd of its own with nothing in it.
+#[derive(Debug)]
+pub struct Etcd {
+    address: SocketAddr,
+    _program: Program,
+    directory: TempDir,
+}
+
+impl Etcd {
+    /// Starts it and waits until it is healthy.
+    ///
+    /// # Errors
+    ///
+    /// If it does not become so; with the end of its log.
+    pub fn start(binary: &Path) -> anyhow::Result<Self> {
+        let directory = tempfile::tempdir()?;
+        let address = free_port()?;
+        let url = format!("http://{address}");
+        let arguments = [
+            "--name=test".to_owned(),
+            format!("--data-dir={}", directory.path().join("data").display()),
+            format!("--listen-client-urls={url}"),
+            format!("--advertise-client-urls={url}"),
+            // Nobody joins it.
+            "--listen-peer-urls=http://127.0.0.1:0".to_owned(),
+        ];
+        let mut program = Program::start("etcd", binary, directory.path(), &arguments)?;
+        program.until(|| get(address, "/health").is_some_and(|answer| answer.contains("true")))?;
+        Ok(Self { address, _program: program, directory })
+    }
+}
+
+/// A real API server over an etcd of its own.
+#[derive(Debug)]
+pub struct ControlPlane {
+    address: SocketAddr,
+    // Ends before what it stands on.
+    apiserver: Program,
+    etcd: Etcd,
+}
+
+impl ControlPlane {
+    /// Starts both and waits until the API server is ready and has made its own objects.
+    ///
+    /// # Errors
+    ///
+    /// If one of them ends or does not become ready; with the end of its log. Needs `kubectl` and `openssl`.
+    pub fn start(assets: &Assets) -> anyhow::Result<Self> {
+        let etcd = Etcd::start(&assets.etcd)?;
+        let directory = etcd.directory.path();
+        let (key, tokens) = (directory.join("service-accounts.key"), directory.join("tokens"));
+        // Tokens of service accounts play no part, but the server does not start without a key for them.
+        let made = Command::new("openssl")
+            .args(["genpkey", "-algorithm", "RSA", "-pkeyopt", "rsa_keygen_bits:2048", "-out"])
+            .arg(&key)
+            .output()
+            .context("openssl cannot be started: install it")?;
+        ensure!(made.status.success(), "openssl: {}", String::from_utf8_lossy(&made.stderr));
+        fs::write(&tokens, format!("{TOKEN},test,test,system:masters\n"))?;
+        let address = free_port()?;
+        let arguments = [
+            format!("--etcd-servers=http://{}", etcd.address),
+            format!("--cert-dir={}", directory.join("certificates").display()),
+            "--bind-address=127.0.0.1".to_owned(),
+            "--advertise-address=127.0.0.1".to_owned(),
+            format!("--secure-port={}", address.port()),
+            "--service-cluster-ip-range=10.96.0.0/12".to_owned(),
+            "--authorization-mode=AlwaysAllow".to_owned(),
+            format!("--token-auth-file={}", tokens.display()),
+            // There is no controller that would make the accounts.
+            "--disable-admission-plugins=ServiceAccount".to_owned(),
+            "--service-account-issuer=https://127.0.0.1".to_owned(),
+            format!("--service-account-key-file={}", key.display()),
+            format!("--service-account-signing-key-file={}", key.display()),
+        ];
+        let apiserver = Program::start("kube-apiserver", &assets.apiserver, directory, &arguments)?;
+        let mut server = Self { address, apiserver, etcd };
+        fs::write(server.config(), server.kubeconfig())?;
+        let config = server.config();
+        server.apiserver.until(|| {
+            let asks = [["get", "--raw", "/readyz"], ["get", "service", "kubernetes"]];
+            asks.iter().all(|ask| kubectl(&config, ask, None).is_ok())
+        })?;
+        Ok(server)
+    }
+
+    fn config(&self) -> PathBuf {
+        self.etcd.directory.path().join("kubeconfig")
+    }
+
+    fn kubectl(&self, arguments: &[&str], input: Option<&Value>) -> String {
+        kubectl(&self.config(), arguments, input).unwrap_or_else(|error| panic!("{error:#}"))
+    }
+}
+
+/// Runs kubectl and returns what it prints.
+fn kubectl(config: &Path, arguments: &[&str], input: Option<&Value>) -> anyhow::Result<String> {
+    let mut child = Command::new("kubectl")
+        .arg("--kubeconfig")
+        .arg(config)
+        .args(arguments)
+        .env("HOME", config.parent().unwrap_or(config))
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .context("kubectl cannot be started: install it")?;
+    if let (Some(mut stdin), Some(input)) = (child.stdin.take(), input) {
+        stdin.write_all(input.to_string().as_bytes())?;
+    }
+    let output = child.wait_with_output()?;
+    let error = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "kubectl {arguments:?}: {error}");
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+impl Api for ControlPlane {
+    fn kubeconfig(&self) -> String {
+        // The certificate is one that the server made for itself a moment ago.
+        format!(
+            "apiVersion: v1\nkind: Config\ncurrent-context: test\n\
+             clusters: [{{name: test, cluster: {{server: 'https://{}', insecure-skip-tls-verify: true}}}}]\n\
+             users: [{{name: test, user: {{token: {TOKEN}}}}}]\n\
+             contexts: [{{name: test, context: {{cluster: test, user: test}}}}]\n",
+            self.address
+        )
+    }
+
+    fn apply(&self, object: cluster::Object) {
+        let mut value = match &object {
+            cluster::Object::Service(service) => serde_json::to_value(service),
+            cluster::Object::Slice(slice) => serde_json::to_value(slice),
+            cluster::Object::Node(node) => serde_json::to_value(node),
+        }
+        .expect("objects of the API are JSON");
+        let kind = match object {
+            cluster::Object::Service(_) => Kind::Service,
+            cluster::Object::Slice(_) => Kind::Slice,
+            cluster::Object::Node(_) => Kind::Node,
+        };
+        value["apiVersion"] = kind.api_version().into();
+        value["kind"] = kind.name().into();
+        // As a whole, so that what an object no longer has is gone; a new one cannot be replaced.
+        let name = value["metadata"]["name"].as_str().unwrap_or_default().to_owned();
+        let namespace = value["metadata"]["namespace"].as_str().unwrap_or("default").to_owned();
+        let get = ["get", kind.plural(), &name, "-n", &namespace, "--ignore-not-found", "-o", "name"];
+        let action = if self.kubectl(&get, None).is_empty() { "create" } else { "replace" };
+        let _answer = self.kubectl(&[action, "-f", "-"], Some(&value));
+    }
+
+    fn delete(&self, kind: Kind, namespace: &str, name: &str) {
+        let namespace = if namespace.is_empty() { "default" } else { namespace };
+        let _answer = self.kubectl(&["delete", kind.plural(), name, "-n", namespace, "--wait=true"], None);
+    }
+
+    fn cluster(&self) -> Cluster {
+        let objects = Kind::ALL.into_iter().flat_map(|kind| {
+            let text = self.kubectl(&["get", kind.plural(), "--all-namespaces", "-o", "json"], None);
+            let mut list: Value = serde_json::from_str(&text).expect("kubectl prints JSON");
+            list["items"].as_array_mut().map(std::mem::take).unwrap_or_default()
+        });
+        Cluster::new().with(objects.map(|object| cluster::object(&object).expect("an object of the API")))
+    }
+}
+
+/// A port that nobody has at the moment.
+fn free_port() -> anyhow::Result<SocketAddr> {
+    Ok(TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?)
+}
+
+/// What is answered to a request without encryption, if anything is.
+fn get(address: SocketAddr, path: &str) -> Option<String> {
+    let mut stream = TcpStream::connect_timeout(&address, Duration::from_secs(1)).ok()?;
+    stream.set_read_timeout(Some(Duration::from_secs(1))).ok()?;
+    write!(stream, "GET {path} HTTP/1.0\r\n\r\n").ok()?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).ok()?;
+    Some(answer)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use super::*;
+
+    /// Writes a program that does what a script says.
+    fn script(directory: &Path, name: &str, text: &str) {
+        let path = directory.join(name);
+        fs::write(&path, format!("#!/bin/sh\n{text}\n")).unwrap();
+        fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
+    }
+
+    #[test]
+    fn programs_that_are_missing_are_named() {
+        let directory = tempfile::tempdir().unwrap();
+        let says = |part: &str| {
+            let error = Assets::in_directory(directory.path()).unwrap_err().to_string();
+            assert!(error.contains(part) && error.contains(ASSETS), "{error}");
+        };
+        says("/etcd is missing");
+        script(directory.path(), "etcd", "exit 0");
+        says("/kube-apiserver is missing");
+        script(directory.path(), "kube-apiserver", "exit 0");
+        let assets = Assets::in_directory(directory.path()).unwrap();
+        assert_eq!(assets.etcd, directory.path().join("etcd"));
+    }
+
+    #[test]
+    fn a_program_that_ends_says_why() {
+        let directory = tempfile::tempdir().unwrap();
+        script(directory.path(), "etcd", "echo out of luck >&2; exit 3");
+        script(directory.path(), "kube-apiserver", "exit 0");
+        let assets = Assets::in_directory(directory.path()).unwrap();
+        let error = ControlPlane::start(&assets).unwrap_err().to_string();
+        assert!(error.contains("etcd ended with exit status: 3") && error.contains("out of luck"), "{error}");
+    }
+}
