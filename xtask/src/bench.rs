@@ -128,6 +128,8 @@ fn start(workspace: &Workspace, program: &str) -> Command {
     }
     step("the bench attaches BPF programs, which needs root: starting it with sudo");
     let mut sudo = Command::new("sudo");
-    sudo.arg("--preserve-env=SOCKLB_BENCH_OBJECT,SOCKLB_PEER_OBJECT,BENCH_SCALE,BENCH_ONLY").arg("--").arg(binary);
+    sudo.arg("--preserve-env=SOCKLB_BENCH_OBJECT,SOCKLB_PEER_OBJECT,BENCH_SCALE,BENCH_ONLY")
+        .arg("--")
+        .arg(binary);
     sudo
 }

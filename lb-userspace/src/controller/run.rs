@@ -339,7 +339,9 @@ impl Agent {
             let n_frontends = self.state.image().services.len();
             info!(n_ops, n_frontends, took = ?started.elapsed(), "synced");
         }
-        self.has_synced = true;
+        if !std::mem::replace(&mut self.has_synced, true) {
+            kernel::syscall::return_free_memory();
+        }
         self.metrics.synced(started.elapsed(), n_ops, SystemTime::now());
         self.note_latency();
         self.vitals.send_modify(|vitals| {

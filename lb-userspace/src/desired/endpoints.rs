@@ -198,8 +198,8 @@ fn usability(endpoint: &SliceEndpoint) -> impl Ord {
         endpoint.serving,
         endpoint.node.as_deref(),
         endpoint.zone.as_deref(),
-        endpoint.hint_nodes.as_slice(),
-        endpoint.hint_zones.as_slice(),
+        &endpoint.hint_nodes,
+        &endpoint.hint_zones,
     )
 }
 

@@ -44,6 +44,26 @@ pub fn open_pin(path: &Path) -> io::Result<OwnedFd> {
     }
 }
 
+/// Lets large buffers be memory of their own, which is given back when they are freed.
+///
+/// By default the C library takes the first large buffer that is freed, here the text of the snapshot, for a sign that
+/// more will come, and keeps all later ones on the heap. Does nothing with another C library than glibc.
+pub fn keep_large_buffers_apart() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: takes two integers and changes where later allocations are made.
+    let _whether_it_was_set = unsafe { libc::mallopt(libc::M_MMAP_THRESHOLD, 128 << 10) };
+}
+
+/// Gives memory that was freed back to the kernel.
+///
+/// The C library keeps what it might need again. After a first list that is about as much as the objects themselves,
+/// and nothing needs it again. Does nothing with another C library than glibc.
+pub fn return_free_memory() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: takes an integer; allocations stay where they are.
+    let _whether_some_was_returned = unsafe { libc::malloc_trim(0) };
+}
+
 /// `BPF_PROG_LOAD` of `enum bpf_cmd`.
 const BPF_PROG_LOAD: libc::c_int = 5;
 

@@ -218,9 +218,9 @@ pub struct SliceEndpoint {
     /// `zone`
     pub zone: Option<Arc<str>>,
     /// `hints.forZones[].name`
-    pub hint_zones: Vec<Arc<str>>,
+    pub hint_zones: Box<[Arc<str>]>,
     /// `hints.forNodes[].name`
-    pub hint_nodes: Vec<Arc<str>>,
+    pub hint_nodes: Box<[Arc<str>]>,
 }
 
 /// An EndpointSlice of address type IPv4 or IPv6 that belongs to a service.

@@ -18,6 +18,41 @@ use std::{
 
 use super::{Node, Service, ServiceKey, Slice, SliceKey};
 
+/// Texts that many objects name: namespaces, nodes, zones, ports. Each is held once.
+#[derive(Clone, Debug, Default)]
+struct Texts {
+    known: BTreeSet<Arc<str>>,
+    /// How many were left when those that nobody names any longer were last forgotten.
+    n_kept: usize,
+}
+
+/// What is shared does not decide whether two stores hold the same.
+impl PartialEq for Texts {
+    fn eq(&self, _other: &Self) -> bool {
+        true
+    }
+}
+
+impl Eq for Texts {}
+
+impl Texts {
+    /// Below this, forgetting is not worth the walk.
+    const FEW: usize = 4096;
+
+    fn share(&mut self, text: &mut Arc<str>) {
+        if let Some(known) = self.known.get(text) {
+            *text = Arc::clone(known);
+            return;
+        }
+        // Only when there are twice as many as needed: a walk for each new text would never end.
+        if self.known.len() > Self::FEW.max(2 * self.n_kept) {
+            self.known.retain(|text| Arc::strong_count(text) > 1);
+            self.n_kept = self.known.len();
+        }
+        self.known.insert(Arc::clone(text));
+    }
+}
+
 /// What a change of the [`Store`] may affect.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[must_use = "a change that nobody computes never reaches the tables"]
@@ -51,10 +86,13 @@ impl Changes {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Store {
     services: BTreeMap<ServiceKey, Arc<Service>>,
-    slices: BTreeMap<ServiceKey, BTreeMap<Arc<str>, Arc<Slice>>>,
+    /// Those of a service in the order of their names. Nearly every service has one, for which a map would take
+    /// three hundred octets.
+    slices: BTreeMap<ServiceKey, Vec<Arc<Slice>>>,
     /// The service that holds each slice: a deletion names only the slice, and its label may change.
     services_of_slices: BTreeMap<SliceKey, ServiceKey>,
     nodes: BTreeMap<Arc<str>, Arc<Node>>,
+    texts: Texts,
 }
 
 impl Store {
@@ -72,7 +110,11 @@ impl Store {
             return Changes::default();
         }
         match service {
-            Some(service) => drop(self.services.insert(key.clone(), service.into())),
+            Some(mut service) => {
+                self.share_service(&mut service);
+                let key = if service.key == *key { service.key.clone() } else { key.clone() };
+                self.services.insert(key, service.into());
+            }
             None => drop(self.services.remove(key)),
         }
         Changes::service(key.clone())
@@ -82,7 +124,11 @@ impl Store {
     ///
     /// A slice that differs in nothing but its trigger time is kept and affects no service.
     pub fn set_slice(&mut self, key: &SliceKey, slice: Option<Slice>) -> Changes {
-        self.set_shared_slice(key, slice.map(Arc::new))
+        let slice = slice.map(|mut slice| {
+            self.share_slice(&mut slice);
+            Arc::new(slice)
+        });
+        self.set_shared_slice(key, slice)
     }
 
     /// Sets or, with `None`, removes a node.
@@ -102,8 +148,16 @@ impl Store {
         &mut self,
         services: impl IntoIterator<Item = T>,
     ) -> Changes {
-        let services: BTreeMap<ServiceKey, Arc<Service>> =
-            services.into_iter().map(Into::into).map(|service| (service.key.clone(), service)).collect();
+        let services: BTreeMap<ServiceKey, Arc<Service>> = services
+            .into_iter()
+            .map(|service| {
+                let mut service: Arc<Service> = service.into();
+                if let Some(service) = Arc::get_mut(&mut service) {
+                    self.share_service(service);
+                }
+                (service.key.clone(), service)
+            })
+            .collect();
         let removed = self.services.keys().filter(|key| !services.contains_key(*key));
         let set = services.iter().filter(|(key, service)| self.services.get(key) != Some(service));
         let changed = removed.chain(set.map(|(key, _)| key)).cloned().collect();
@@ -113,8 +167,16 @@ impl Store {
 
     /// Makes these the only slices.
     pub fn replace_slices<T: Into<Arc<Slice>>>(&mut self, slices: impl IntoIterator<Item = T>) -> Changes {
-        let slices: BTreeMap<SliceKey, Arc<Slice>> =
-            slices.into_iter().map(Into::into).map(|slice| (slice.key(), slice)).collect();
+        let slices: BTreeMap<SliceKey, Arc<Slice>> = slices
+            .into_iter()
+            .map(|slice| {
+                let mut slice: Arc<Slice> = slice.into();
+                if let Some(slice) = Arc::get_mut(&mut slice) {
+                    self.share_slice(slice);
+                }
+                (slice.key(), slice)
+            })
+            .collect();
         let removed: Vec<_> =
             self.services_of_slices.keys().filter(|key| !slices.contains_key(*key)).cloned().collect();
         let mut changes = Changes::default();
@@ -156,17 +218,17 @@ impl Store {
 
     /// The slices of a service, in the order of their names. The service itself may be absent.
     pub fn slices_of(&self, key: &ServiceKey) -> impl Iterator<Item = &Slice> + Clone {
-        self.slices.get(key).into_iter().flat_map(BTreeMap::values).map(Arc::as_ref)
+        self.slices.get(key).into_iter().flatten().map(Arc::as_ref)
     }
 
     /// All slices, in the order of their services' keys.
     pub fn slices(&self) -> impl Iterator<Item = &Slice> {
-        self.slices.values().flat_map(BTreeMap::values).map(Arc::as_ref)
+        self.slices.values().flatten().map(Arc::as_ref)
     }
 
     /// As [`Self::slices`], for whoever keeps them.
     pub fn shared_slices(&self) -> impl Iterator<Item = &Arc<Slice>> {
-        self.slices.values().flat_map(BTreeMap::values)
+        self.slices.values().flatten()
     }
 
     /// A node by its name.
@@ -187,6 +249,36 @@ impl Store {
         self.nodes.values()
     }
 
+    /// Lets a service name what others name by the same allocation.
+    fn share_service(&mut self, service: &mut Service) {
+        if let Some((known, _)) = self.slices.get_key_value(&service.key) {
+            service.key = known.clone();
+        }
+        self.texts.share(&mut service.key.namespace);
+        for port in &mut service.ports {
+            self.texts.share(&mut port.name);
+        }
+    }
+
+    /// As [`Self::share_service`]. Of 100,000 endpoints most name one of a thousand nodes.
+    fn share_slice(&mut self, slice: &mut Slice) {
+        if let Some((known, _)) = self.services.get_key_value(&slice.service) {
+            slice.service = known.clone();
+        } else if let Some((known, _)) = self.slices.get_key_value(&slice.service) {
+            slice.service = known.clone();
+        }
+        self.texts.share(&mut slice.service.namespace);
+        for port in &mut slice.ports {
+            self.texts.share(&mut port.name);
+        }
+        for endpoint in &mut slice.endpoints {
+            let names = [&mut endpoint.node, &mut endpoint.zone].into_iter().flatten();
+            for text in names.chain(&mut endpoint.hint_zones).chain(&mut endpoint.hint_nodes) {
+                self.texts.share(text);
+            }
+        }
+    }
+
     fn set_shared_slice(&mut self, key: &SliceKey, slice: Option<Arc<Slice>>) -> Changes {
         let mut changes = Changes::default();
         if let Some(old_service) = self.services_of_slices.get(key)
@@ -201,10 +293,17 @@ impl Store {
         };
         let service = slice.service.clone();
         let slices = self.slices.entry(service.clone()).or_default();
-        let is_same = slices.get(&key.name).is_some_and(|old| {
-            (old.ipv6, &old.ports, &old.endpoints) == (slice.ipv6, &slice.ports, &slice.endpoints)
-        });
-        slices.insert(key.name.clone(), slice);
+        let is_same = match slices.binary_search_by(|held| held.name.cmp(&key.name)) {
+            Ok(index) => {
+                let old = std::mem::replace(&mut slices[index], Arc::clone(&slice));
+                (old.ipv6, &old.ports, &old.endpoints) == (slice.ipv6, &slice.ports, &slice.endpoints)
+            }
+            Err(index) => {
+                slices.reserve_exact(1);
+                slices.insert(index, slice);
+                false
+            }
+        };
         if !is_same {
             changes.services.insert(service.clone());
         }
@@ -215,7 +314,7 @@ impl Store {
     fn remove_slice(&mut self, service: &ServiceKey, key: &SliceKey) {
         self.services_of_slices.remove(key);
         if let Some(slices) = self.slices.get_mut(service) {
-            slices.remove(&key.name);
+            slices.retain(|slice| slice.name != key.name);
             if slices.is_empty() {
                 self.slices.remove(service);
             }

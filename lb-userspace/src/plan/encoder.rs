@@ -59,9 +59,57 @@ struct Port {
     key: Option<Arc<PortKey>>,
     n_frontends: u32,
     /// Endpoint ids, and how many runs use each.
-    ids: BTreeMap<SocketAddr, (u32, u32)>,
+    ids: Table<Place, (u32, u32)>,
     /// Runs by their set of addresses, and how many frontends use each.
-    runs: BTreeMap<Arc<[SocketAddr]>, (Run, u32)>,
+    runs: Table<Arc<[SocketAddr]>, (Run, u32)>,
+}
+
+/// An address and port in less room: a `SocketAddr` has a flow label and a scope for IPv6.
+type Place = (IpAddr, u16);
+
+const fn place(address: &SocketAddr) -> Place {
+    (address.ip(), address.port())
+}
+
+/// A sorted list. Most ports have one run and ten endpoints, of which a B-tree would take several times the room.
+///
+/// An entry costs time in proportion to the length to add or remove, so those of a run go in and out together.
+#[derive(Debug)]
+struct Table<K, V>(Vec<(K, V)>);
+
+impl<K, V> Default for Table<K, V> {
+    fn default() -> Self {
+        Self(Vec::new())
+    }
+}
+
+impl<K: Ord, V> Table<K, V> {
+    fn position(&self, key: &K) -> Result<usize, usize> {
+        self.0.binary_search_by(|(known, _)| known.cmp(key))
+    }
+
+    fn get(&self, key: &K) -> Option<&V> {
+        self.position(key).ok().map(|index| &self.0[index].1)
+    }
+
+    fn get_mut(&mut self, key: &K) -> Option<&mut V> {
+        self.position(key).ok().map(|index| &mut self.0[index].1)
+    }
+
+    /// Adds entries whose keys are not there.
+    fn extend(&mut self, entries: impl ExactSizeIterator<Item = (K, V)>) {
+        self.0.reserve_exact(entries.len());
+        self.0.extend(entries);
+        // Nearly sorted already, which the standard library's sort takes advantage of.
+        self.0.sort_by(|(a, _), (b, _)| a.cmp(b));
+    }
+
+    fn retain(&mut self, is_kept: impl FnMut(&mut (K, V)) -> bool) {
+        self.0.retain_mut(is_kept);
+        if self.0.capacity() > 2 * self.0.len() {
+            self.0.shrink_to_fit();
+        }
+    }
 }
 
 /// A frontend in the tables.
@@ -309,30 +357,29 @@ impl Encoder {
         let mut fresh = Vec::new();
         let mut entries = Vec::with_capacity(set.len());
         for &address in set.iter() {
-            let known = port.ids.get(&address).map(|&(id, _)| id);
+            let known = port.ids.get(&place(&address)).map(|&(id, _)| id);
             let Some(endpoint_id) = known.or_else(|| self.endpoint_ids.take()) else {
                 self.space[usize::from(ipv6)].give_back(offset, needed);
-                for (id, address) in fresh {
+                for (id, _) in fresh {
                     self.endpoint_ids.give_back(id);
-                    port.ids.remove(&address);
                 }
                 return Err(full);
             };
             if known.is_none() {
                 fresh.push((endpoint_id, address));
-                port.ids.insert(address, (endpoint_id, 0));
             }
             entries.push(Entry { endpoint_id, address });
         }
+        port.ids.extend(fresh.iter().map(|(id, address)| (place(address), (*id, 0))));
         for address in set.iter() {
-            if let Some((_, n_runs)) = port.ids.get_mut(address) {
+            if let Some((_, n_runs)) = port.ids.get_mut(&place(address)) {
                 *n_runs += 1;
             }
         }
         entries.sort_unstable();
         let entries: Arc<[Entry]> = entries.into();
         let run = Run { offset, len: needed };
-        port.runs.insert(Arc::clone(set), (run, 1));
+        port.runs.extend([(Arc::clone(set), (run, 1))].into_iter());
         if !fresh.is_empty() {
             self.ops.push(Op::ResetEndpoints(fresh.into_iter().map(|(id, _)| id).collect()));
         }
@@ -349,16 +396,19 @@ impl Encoder {
             return;
         }
         let run = *run;
-        port.runs.remove(set);
+        port.runs.retain(|(_, (_, n_users))| *n_users > 0);
         for address in set.iter() {
-            if let Some((id, n_runs)) = port.ids.get_mut(address) {
+            if let Some((_, n_runs)) = port.ids.get_mut(&place(address)) {
                 *n_runs -= 1;
-                if *n_runs == 0 {
-                    self.endpoint_ids.free(*id);
-                    port.ids.remove(address);
-                }
             }
         }
+        let endpoint_ids = &mut self.endpoint_ids;
+        port.ids.retain(|(_, (id, n_runs))| {
+            if *n_runs == 0 {
+                endpoint_ids.free(*id);
+            }
+            *n_runs > 0
+        });
         self.space[usize::from(ipv6)].free(run.offset, run.len);
         self.image.runs_mut(ipv6).remove(&run.offset);
         self.ops.push(Op::DropRun { ipv6, offset: run.offset });

@@ -4,6 +4,7 @@
 //! tests, in this process. What is asked of the maps is asked of the pinned ones. A figure is never asserted: each is
 //! printed beside its target, with the load of the machine, and written as JSON if asked for.
 #![expect(clippy::print_stdout, reason = "the result goes to standard output")]
+#![expect(clippy::expect_used, reason = "a bench that cannot go on has failed")]
 
 mod agent;
 mod load;
@@ -121,8 +122,8 @@ fn usual(args: &Args, scale: &Scale, report: &mut Report, sync: bool, traffic: b
         let n_starts = if sync { scale.n_starts } else { 1 };
         let (agent, mut tables) = cold_starts(args, sandbox, &server, size, n_starts, 2.0, report)?;
         if sync {
-            report.memory("memory after start", &agent.memory()?, Some(60.0));
             report.share("CPU while idle", agent.cpu_share(scale.idle)?, Some(0.005));
+            report.memory("memory after start", &agent.memory()?, Some(60.0));
             let rate = load::Rate {
                 n_changing: scale.n_changing,
                 per_second: scale.changes_per_second,
@@ -175,8 +176,7 @@ fn cold_starts(
     let (mut times, mut attached) = (report::times(), report::times());
     for left in (0..n_starts).rev() {
         let agent = Agent::start(&args.socklb, sandbox, server)?;
-        let (tables, opened) = agent.tables()?;
-        let mut tables = tables;
+        let (mut tables, opened) = agent.tables()?;
         tables.until_right(size).with_context(|| agent.last_words())?;
         report::record(&mut times, agent.started.elapsed());
         report::record(&mut attached, opened);

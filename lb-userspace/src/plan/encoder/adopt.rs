@@ -14,7 +14,7 @@ use std::{
 
 use lb_common::layout::{Frontend, Run};
 
-use super::{Capacity, Encoder, Op, Placed};
+use super::{Capacity, Encoder, Op, Placed, place};
 use crate::{
     desired::FrontendAddress,
     tables::{Entry, Image, pool::Pool, space::Space},
@@ -90,7 +90,7 @@ impl Encoder {
         let frontend_ids = encoder.image.frontends.keys().chain(&encoder.leftovers.frontend_ids);
         encoder.frontend_ids = Pool::new(max_ids, &frontend_ids.copied().collect());
         encoder.service_ids = Pool::new(max_ids, &encoder.ports.keys().copied().collect());
-        let endpoint_ids = encoder.ports.values().flat_map(|port| port.ids.values()).map(|(id, _)| *id);
+        let endpoint_ids = encoder.ports.values().flat_map(|port| &port.ids.0).map(|(_, (id, _))| *id);
         encoder.endpoint_ids = Pool::new(capacity.endpoints.saturating_mul(2), &endpoint_ids.collect());
         encoder
     }
@@ -139,18 +139,29 @@ impl Encoder {
             let port = self.ports.entry(service_id).or_default();
             port.n_frontends += 1;
             if !set.is_empty() {
-                let (run, n_users) = port.runs.entry(Arc::clone(&set)).or_insert_with(|| {
+                let run = if let Some((run, n_users)) = port.runs.get_mut(&set) {
+                    *n_users += 1;
+                    *run
+                } else {
+                    let fresh: Vec<_> = entries
+                        .iter()
+                        .filter(|entry| port.ids.get(&place(&entry.address)).is_none())
+                        .map(|entry| (place(&entry.address), (entry.endpoint_id, 0)))
+                        .collect();
+                    port.ids.extend(fresh.into_iter());
                     for entry in entries {
-                        port.ids.entry(entry.address).or_insert((entry.endpoint_id, 0)).1 += 1;
+                        if let Some((_, n_runs)) = port.ids.get_mut(&place(&entry.address)) {
+                            *n_runs += 1;
+                        }
                     }
                     self.image.runs_mut(ipv6).insert(frontend.run.offset, entries.into());
-                    (frontend.run, 0)
-                });
-                *n_users += 1;
+                    port.runs.extend([(Arc::clone(&set), (frontend.run, 1))].into_iter());
+                    frontend.run
+                };
                 // Two runs with one content: a crash between two operations leaves that. One is enough.
-                if *run != frontend.run {
-                    frontend.run = *run;
-                    self.ops.push(Op::SwitchRun { id, run: *run });
+                if run != frontend.run {
+                    frontend.run = run;
+                    self.ops.push(Op::SwitchRun { id, run });
                 }
             }
             placed.set = Some(set);
