@@ -193,10 +193,10 @@ fn endpoint(service: usize, number: usize) -> SocketAddr {
 }
 
 /// The service that an endpoint belongs to.
-fn owner(endpoint: SocketAddr) -> Option<usize> {
+fn owner(endpoint: SocketAddr) -> usize {
     match endpoint.ip() {
-        IpAddr::V4(ip) => Some(usize::from(ip.octets()[2])),
-        IpAddr::V6(ip) => Some(usize::from(ip.segments()[6])),
+        IpAddr::V4(ip) => usize::from(ip.octets()[2]),
+        IpAddr::V6(ip) => usize::from(ip.segments()[6]),
     }
 }
 
@@ -493,7 +493,7 @@ fn calls(seed: u64, pause: Duration, stop: &AtomicBool, counts: [&AtomicU64; 3])
         let is_steady = service < N_STEADY;
         let _before = if is_steady { n_steady } else { n_others }.fetch_add(1, Ordering::Relaxed);
         match result {
-            Ok(server) if owner(server) == Some(service) => {}
+            Ok(server) if owner(server) == service => {}
             Ok(server) => {
                 bail!("a call to {} ({address}) reached {server}, of another service", name(service))
             }

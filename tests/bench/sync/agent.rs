@@ -125,7 +125,7 @@ impl Agent {
         thread::sleep(Duration::from_secs(3));
         let (before, since) = (self.cpu_time()?, Instant::now());
         thread::sleep(time);
-        Ok((self.cpu_time()? - before).as_secs_f64() / since.elapsed().as_secs_f64())
+        Ok(self.cpu_time()?.saturating_sub(before).as_secs_f64() / since.elapsed().as_secs_f64())
     }
 
     /// Ends it as a node does.

@@ -78,7 +78,7 @@ pub(crate) fn churn(
             thread::sleep(LOOK);
         }
     })?;
-    let share = (agent.cpu_time()? - cpu_before).as_secs_f64() / since.elapsed().as_secs_f64();
+    let share = agent.cpu_time()?.saturating_sub(cpu_before).as_secs_f64() / since.elapsed().as_secs_f64();
     // As it was, for whoever comes next.
     for service in 0..rate.n_changing {
         server.apply(objects::slice(&objects::name(service), &size.pods(service)));

@@ -22,6 +22,7 @@ pub(crate) const TARGET_PORT: u16 = 8080;
 
 /// How many objects there are. Each service has one port and one slice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(clippy::struct_field_names, reason = "counts are called `n_foos` in this tree")]
 pub(crate) struct Size {
     pub(crate) n_services: u32,
     /// Endpoints of each service.
