@@ -219,7 +219,16 @@ fn every_way_to_every_destination() {
                     for way in Way::ALL {
                         let place = format!("{domain:?}, {way:?}, {destination:?}, {:?}", options.features);
                         let call = || way.call(domain, to).unwrap_or_else(|errno| panic!("{place}: {errno}"));
+                        // Before kernel 5.14 no agent can tell its network namespace from the initial one, which the
+                        // sandbox is not: as in a pod, loopback is then not the node's, and nobody listens there.
+                        let is_pod = options.node_netns.is_none();
                         match destination {
+                            // Nobody tells a socket without a peer.
+                            Destination::Loopback if is_pod && !way.is_connected() => {}
+                            Destination::Loopback if is_pod => {
+                                let refused = way.call(domain, to).map(|answer| answer.server);
+                                assert_eq!(refused, Err(Errno::ECONNREFUSED), "{place}");
+                            }
                             Destination::Empty => {
                                 let outcome = way.call(domain, to);
                                 assert!(is_refusal(way, &outcome, options.features), "{place}: {outcome:?}");
