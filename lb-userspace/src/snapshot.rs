@@ -33,7 +33,7 @@ use crate::{
 pub const FILE_NAME: &str = "snapshot";
 
 /// Raise it with any change to what the file holds.
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
 
 /// The largest file that is read: an order of magnitude above a cluster of 5,000 services and 250,000 endpoints.
 const MAX_BYTES: u64 = 1 << 30;
@@ -243,7 +243,7 @@ mod tests {
         for (damage, reason) in [
             (good.replace("zone-1", "zone-2"), "do not match"),
             (good[..good.len() - 1].to_owned(), "do not match"),
-            (good.replace("format=1", "format=2"), "format 2"),
+            (good.replace(&format!("format={FORMAT}"), "format=0"), "format 0"),
             (String::new(), "not a snapshot"),
         ] {
             fs::write(&path, damage).unwrap();

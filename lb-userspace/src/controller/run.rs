@@ -335,11 +335,12 @@ impl Agent {
                 return false;
             }
         };
-        if n_ops > 0 || !self.has_synced {
-            let n_frontends = self.state.image().services.len();
-            info!(n_ops, n_frontends, took = ?started.elapsed(), "synced");
-        }
-        if !std::mem::replace(&mut self.has_synced, true) {
+        let (n_frontends, took) = (self.state.image().services.len(), started.elapsed());
+        if std::mem::replace(&mut self.has_synced, true) {
+            // Not a line for people each time: a cluster that rolls out changes endpoints hundreds of times a second.
+            debug!(n_ops, n_frontends, ?took, "synced");
+        } else {
+            info!(n_ops, n_frontends, ?took, "synced for the first time");
             kernel::syscall::return_free_memory();
         }
         self.metrics.synced(started.elapsed(), n_ops, SystemTime::now());

@@ -161,8 +161,10 @@ impl<'a> PortEndpoints<'a> {
                 ready().all(|endpoint| has_hint(endpoint)) && ready().any(|endpoint| hints.admit(endpoint));
             counts.then_some(hints)
         };
-        limit(Hints::SameNode(topology.node_name()), |endpoint| !endpoint.hint_nodes.is_empty())
-            .or_else(|| limit(Hints::SameZone(topology.zone()?), |endpoint| !endpoint.hint_zones.is_empty()))
+        limit(Hints::SameNode(topology.node_name()), |endpoint| !endpoint.hint_nodes().is_empty())
+            .or_else(|| {
+                limit(Hints::SameZone(topology.zone()?), |endpoint| !endpoint.hint_zones().is_empty())
+            })
             .unwrap_or(Hints::Ignored)
     }
 }
@@ -175,9 +177,9 @@ impl Hints<'_> {
     fn refusal(self, endpoint: &SliceEndpoint) -> Option<LeftOut> {
         match self {
             Self::Ignored => None,
-            Self::SameNode(node) => (!endpoint.hint_nodes.iter().any(|hint| **hint == *node))
+            Self::SameNode(node) => (!endpoint.hint_nodes().iter().any(|hint| **hint == *node))
                 .then_some(LeftOut::HintedToOtherNodes),
-            Self::SameZone(zone) => (!endpoint.hint_zones.iter().any(|hint| **hint == *zone))
+            Self::SameZone(zone) => (!endpoint.hint_zones().iter().any(|hint| **hint == *zone))
                 .then_some(LeftOut::HintedToOtherZones),
         }
     }
@@ -198,8 +200,8 @@ fn usability(endpoint: &SliceEndpoint) -> impl Ord {
         endpoint.serving,
         endpoint.node.as_deref(),
         endpoint.zone.as_deref(),
-        &endpoint.hint_nodes,
-        &endpoint.hint_zones,
+        endpoint.hint_nodes(),
+        endpoint.hint_zones(),
     )
 }
 

@@ -217,10 +217,31 @@ pub struct SliceEndpoint {
     pub node: Option<Arc<str>>,
     /// `zone`
     pub zone: Option<Arc<str>>,
-    /// `hints.forZones[].name`
-    pub hint_zones: Box<[Arc<str>]>,
-    /// `hints.forNodes[].name`
-    pub hint_nodes: Box<[Arc<str>]>,
+    /// `hints`; `None` if there is none of either kind, as in most clusters.
+    pub hints: Option<Box<EndpointHints>>,
+}
+
+/// For whom an endpoint is meant.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EndpointHints {
+    /// `forZones[].name`
+    pub zones: Box<[Arc<str>]>,
+    /// `forNodes[].name`
+    pub nodes: Box<[Arc<str>]>,
+}
+
+impl SliceEndpoint {
+    /// The zones of the hints.
+    #[must_use]
+    pub fn hint_zones(&self) -> &[Arc<str>] {
+        self.hints.as_ref().map_or(&[], |hints| &hints.zones)
+    }
+
+    /// The nodes of the hints.
+    #[must_use]
+    pub fn hint_nodes(&self) -> &[Arc<str>] {
+        self.hints.as_ref().map_or(&[], |hints| &hints.nodes)
+    }
 }
 
 /// An EndpointSlice of address type IPv4 or IPv6 that belongs to a service.

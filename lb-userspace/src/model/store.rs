@@ -273,7 +273,9 @@ impl Store {
         }
         for endpoint in &mut slice.endpoints {
             let names = [&mut endpoint.node, &mut endpoint.zone].into_iter().flatten();
-            for text in names.chain(&mut endpoint.hint_zones).chain(&mut endpoint.hint_nodes) {
+            let hints =
+                endpoint.hints.iter_mut().flat_map(|hints| hints.zones.iter_mut().chain(&mut hints.nodes));
+            for text in names.chain(hints) {
                 self.texts.share(text);
             }
         }

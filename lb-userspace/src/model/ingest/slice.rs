@@ -2,7 +2,7 @@ use k8s_openapi::{api::discovery::v1 as api, jiff::Timestamp};
 
 use super::{Report, SERVICE_NAME, TRIGGER_TIME, Texts, namespace};
 use crate::model::{
-    Family, Issue, IssueKind, ObjectRef, ServiceKey, Slice, SliceEndpoint, SlicePort, address,
+    EndpointHints, Family, Issue, IssueKind, ObjectRef, ServiceKey, Slice, SliceEndpoint, SlicePort, address,
 };
 
 /// Ingests an EndpointSlice (`pkg/proxy/endpointslicecache.go`).
@@ -114,9 +114,15 @@ fn endpoints(
             terminating: conditions.and_then(|conditions| conditions.terminating).unwrap_or(false),
             node: texts.share_set(endpoint.node_name.as_deref()),
             zone: texts.share_set(endpoint.zone.as_deref()),
-            hint_zones: zones.iter().map(|zone| texts.share(&zone.name)).collect(),
-            hint_nodes: nodes.iter().map(|node| texts.share(&node.name)).collect(),
+            hints: (!zones.is_empty() || !nodes.is_empty()).then(|| {
+                Box::new(EndpointHints {
+                    zones: zones.iter().map(|zone| texts.share(&zone.name)).collect(),
+                    nodes: nodes.iter().map(|node| texts.share(&node.name)).collect(),
+                })
+            }),
         });
     }
+    // What was left out, and the room that a growing list has, would be kept for each slice.
+    good.shrink_to_fit();
     good
 }

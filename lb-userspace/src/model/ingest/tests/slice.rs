@@ -128,8 +128,8 @@ fn r7_topology_of_endpoints() {
     let [first, second, third] = &slice.endpoints[..] else { panic!("{slice:?}") };
     assert_eq!(first.node.as_deref(), Some("node-a"));
     assert_eq!(first.zone.as_deref(), Some("a"));
-    assert_eq!(*first.hint_zones, ["a".into(), "b".into()]);
-    assert_eq!(*first.hint_nodes, ["node-a".into()]);
+    assert_eq!(*first.hint_zones(), ["a".into(), "b".into()]);
+    assert_eq!(*first.hint_nodes(), ["node-a".into()]);
     assert_eq!((&second.zone, &third.node), (&None, &None));
     // Equal texts of a slice share their memory.
     assert!(Arc::ptr_eq(first.node.as_ref().unwrap(), second.node.as_ref().unwrap()));
