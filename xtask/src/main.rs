@@ -10,6 +10,7 @@ use clap::{Parser, Subcommand};
 
 mod bench;
 mod build;
+mod fuzz;
 mod kernel_matrix;
 mod lint;
 mod process;
@@ -54,6 +55,8 @@ enum Command {
     Lint,
     /// Measures what it costs, side by side in one run
     Bench(bench::Options),
+    /// Looks for objects that make ingest, the tables or a plan fail
+    Fuzz(fuzz::Options),
     /// Runs the kernel tests on other kernels, in QEMU
     KernelMatrix(kernel_matrix::Options),
 }
@@ -67,6 +70,7 @@ fn dispatch(command: Command) -> anyhow::Result<()> {
         Command::Test { args } => test::command(&workspace, &args),
         Command::Lint => lint::command(&workspace),
         Command::Bench(options) => bench::command(&workspace, &options),
+        Command::Fuzz(options) => fuzz::command(&workspace, &options),
         Command::KernelMatrix(options) => kernel_matrix::command(&workspace, &options),
     }
 }

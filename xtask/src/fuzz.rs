@@ -1,0 +1,84 @@
+//! `cargo xtask fuzz`: inputs that nobody thought of, found by coverage.
+//!
+//! The targets have the layout of cargo-fuzz. This command runs them with the compiler that is there: it needs neither
+//! nightly nor cargo-fuzz, and goes without `AddressSanitizer`, which safe code gains little from.
+
+use std::env::consts::ARCH;
+use std::fs;
+use std::process::Command;
+
+use anyhow::{Context, Result};
+use clap::Args;
+
+use crate::build;
+use crate::process::{self, step};
+use crate::setup::{self, Purpose};
+use crate::workspace::Workspace;
+
+/// Arguments of `cargo xtask fuzz`.
+#[derive(Debug, Args)]
+pub(crate) struct Options {
+    /// For how long
+    #[arg(long, value_name = "N", default_value_t = 60)]
+    seconds: u64,
+    /// Arguments of libFuzzer, such as the file of an input that failed
+    #[arg(last = true, value_name = "ARGS")]
+    args: Vec<String>,
+}
+
+/// What makes the compiler count which edges an input takes, as libFuzzer wants it.
+const COVERAGE: [&str; 7] = [
+    "-Cpasses=sancov-module",
+    "-Cllvm-args=-sanitizer-coverage-level=4",
+    "-Cllvm-args=-sanitizer-coverage-inline-8bit-counters",
+    "-Cllvm-args=-sanitizer-coverage-pc-table",
+    "-Cllvm-args=-sanitizer-coverage-trace-compares",
+    "-Ccodegen-units=1",
+    "--cfg=fuzzing",
+];
+
+/// Runs `cargo xtask fuzz`.
+///
+/// # Errors
+/// When building fails, or an input makes the target panic.
+pub(crate) fn command(workspace: &Workspace, options: &Options) -> Result<()> {
+    let toolchain = setup::ensure(&[Purpose::Build])?;
+    let object = build::bpf_object(workspace, &toolchain)?;
+    let root = workspace.root.join("fuzz");
+    let target = workspace.target.join("fuzz");
+    let triple = format!("{ARCH}-unknown-linux-gnu");
+    step("making the first corpus from the scenarios");
+    let corpus = target.join("corpus/ingest");
+    let seeds = target.join("seeds/ingest");
+    let mut make_seeds = process::cargo();
+    make_seeds.current_dir(&workspace.root).args(["run", "--quiet", "--bin", "fuzz-seeds", "--"]);
+    make_seeds.arg(workspace.root.join("tests/scenarios")).arg(&seeds);
+    process::run(&mut make_seeds, "correct the errors above")?;
+    step("building the fuzz target");
+    let mut cargo = process::cargo();
+    cargo.current_dir(&root).args(["build", "--release", "--bin", "ingest", "--target-dir"]).arg(&target);
+    // With a named target the flags are not for build scripts and macros.
+    cargo.args(["--target", &triple]).env("CARGO_ENCODED_RUSTFLAGS", COVERAGE.join("\u{1f}"));
+    // The target calls no kernel, but no release build goes without it.
+    cargo.env(build::OBJECT_VARIABLE, &object);
+    process::run(&mut cargo, "correct the errors above; a C++ compiler is needed for libFuzzer")?;
+    let artifacts = target.join("artifacts/ingest");
+    for directory in [&corpus, &artifacts] {
+        fs::create_dir_all(directory)
+            .with_context(|| format!("cannot make {}: check its owner and the disk", directory.display()))?;
+    }
+    step(&format!("fuzzing for {} s", options.seconds));
+    let mut fuzz = Command::new(target.join(&triple).join("release/ingest"));
+    fuzz.arg(format!("-max_total_time={}", options.seconds))
+        .args(["-rss_limit_mb=2048", "-timeout=10", "-max_len=16384", "-print_final_stats=1"])
+        .arg(format!("-artifact_prefix={}/", artifacts.display()))
+        .args(&options.args);
+    if options.args.iter().all(|argument| argument.starts_with('-')) {
+        // What is found is kept in the first one.
+        fuzz.arg(&corpus).arg(&seeds);
+    }
+    process::run(
+        &mut fuzz,
+        "the input is in the file named above: `cargo xtask fuzz -- FILE` runs it again; make a test of it",
+    )
+}
