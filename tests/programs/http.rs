@@ -199,6 +199,32 @@ fn a_node_that_is_being_deleted_asks_for_no_traffic() {
     });
 }
 
+#[test]
+fn a_full_table_is_no_readiness() {
+    with_town(|place, town| {
+        let mut one = town.cluster(0..2);
+        one.services.retain(|(_, name), _| name == "web-v4");
+        place.write(&one);
+        let agent = place.start_with(&[&LISTEN[..], &["--max-services=1"]].concat());
+        let healthz = format!("http://{}/healthz", address(&agent, "--healthz-bind-address"));
+        eventually("/healthz is 200", || fetch("GET", &healthz).0 == 200);
+
+        place.write(&town.cluster(0..2));
+        eventually("/healthz is 503", || fetch("GET", &healthz).0 == 503);
+        assert!(fetch("GET", &healthz).1.contains(r#""frontendsWithoutRoom":"#));
+        assert!(is_up(town::web()[0]), "who has room is served");
+        assert_eq!(fetch("GET", &healthz.replace("healthz", "livez")).0, 200, "the agent itself is well");
+
+        place.write(&one);
+        eventually("/healthz is 200 again", || fetch("GET", &healthz).0 == 200);
+        let (status, log) = agent.end_with_log(Signal::SIGTERM);
+        assert_eq!(status, Some(0));
+        // The refused service, what there is no room in, and what to do about it.
+        let told = |line: &String| line.contains("default/dns-udp-v4") && line.contains("--max-services");
+        assert!(log.iter().any(told), "{log:#?}");
+    });
+}
+
 /// A Service of type `LoadBalancer` with a port for health checks, and slices that place its endpoints on this node.
 fn load_balanced(mut cluster: Cluster, port: i32, conditions: &EndpointConditions) -> Cluster {
     let address = "10.96.0.99:80".parse().unwrap();

@@ -116,7 +116,7 @@ impl Running {
     }
 
     /// The same, and what it said.
-    fn end_with_log(self, signal: Signal) -> (Option<i32>, Vec<String>) {
+    pub(crate) fn end_with_log(self, signal: Signal) -> (Option<i32>, Vec<String>) {
         kill(Pid::from_raw(self.child.id().cast_signed()), signal).unwrap();
         self.wait()
     }

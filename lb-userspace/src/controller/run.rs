@@ -345,8 +345,10 @@ impl Agent {
         }
         self.metrics.synced(started.elapsed(), n_ops, SystemTime::now());
         self.note_latency();
+        let n_refused = self.state.n_refused();
         self.vitals.send_modify(|vitals| {
             (vitals.waiting_since, vitals.updated) = (None, Some(SystemTime::now()));
+            vitals.n_refused = n_refused;
         });
         self.publish_health_checks();
         self.report(source);

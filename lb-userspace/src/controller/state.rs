@@ -78,6 +78,12 @@ impl State {
         }
     }
 
+    /// Frontends that the tables have no room for.
+    #[must_use]
+    pub fn n_refused(&self) -> usize {
+        self.refused.len()
+    }
+
     /// Whether a sync may have something to do.
     #[must_use]
     pub fn wants_sync(&self) -> bool {

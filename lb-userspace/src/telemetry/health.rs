@@ -19,6 +19,8 @@ pub struct Vitals {
     pub turned: Instant,
     /// Whether traffic from outside should come to this node: it is not being deleted. `true` until told otherwise.
     pub is_node_eligible: bool,
+    /// Frontends that the tables have no room for.
+    pub n_refused: usize,
 }
 
 /// What is said of it.
@@ -28,6 +30,8 @@ pub struct Health {
     pub is_alive: bool,
     /// Whether traffic should come to this node.
     pub is_node_eligible: bool,
+    /// Frontends that the tables have no room for.
+    pub n_refused: usize,
     /// The time of the answer if alive, else that of the last update.
     pub updated: Option<SystemTime>,
     /// The time of the answer.
@@ -43,13 +47,16 @@ struct Body {
     now: String,
     #[serde(rename = "nodeEligible", skip_serializing_if = "Option::is_none")]
     is_node_eligible: Option<bool>,
+    /// Not of kube-proxy, whose tables have no limit.
+    #[serde(rename = "frontendsWithoutRoom", skip_serializing_if = "Option::is_none")]
+    n_refused: Option<usize>,
 }
 
 impl Vitals {
     /// Those of an agent that has just started.
     #[must_use]
     pub const fn new(now: Instant) -> Self {
-        Self { waiting_since: None, updated: None, turned: now, is_node_eligible: true }
+        Self { waiting_since: None, updated: None, turned: now, is_node_eligible: true, n_refused: 0 }
     }
 
     /// Judges them. An agent that has nothing to carry out yet is alive.
@@ -60,6 +67,7 @@ impl Vitals {
         Health {
             is_alive,
             is_node_eligible: self.is_node_eligible,
+            n_refused: self.n_refused,
             updated: if is_alive { Some(clock) } else { self.updated },
             now: clock,
         }
@@ -67,30 +75,31 @@ impl Vitals {
 }
 
 impl Health {
-    /// Whether load balancers should send traffic to this node: `/healthz`.
+    /// Whether this node is ready, and load balancers should send traffic to it: `/healthz`. A node on which a Service
+    /// found no room in the tables is not, though what found room is served.
     #[must_use]
     pub const fn is_healthy(&self) -> bool {
-        self.is_alive && self.is_node_eligible
+        self.is_alive && self.is_node_eligible && self.n_refused == 0
     }
 
     /// The body at `/healthz`.
     #[must_use]
     pub fn healthz(&self) -> String {
-        self.body(Some(self.is_node_eligible))
+        self.body(Some(self.is_node_eligible), Some(self.n_refused).filter(|n| *n > 0))
     }
 
     /// The body at `/livez`, which says nothing of the node.
     #[must_use]
     pub fn livez(&self) -> String {
-        self.body(None)
+        self.body(None, None)
     }
 
-    fn body(&self, is_node_eligible: Option<bool>) -> String {
+    fn body(&self, is_node_eligible: Option<bool>, n_refused: Option<usize>) -> String {
         // Years beyond what a time stamp holds are shown as none.
         let show =
             |time: SystemTime| Timestamp::try_from(time).map(|time| time.to_string()).unwrap_or_default();
         let updated = self.updated.map(show).unwrap_or_default();
-        let body = Body { updated, now: show(self.now), is_node_eligible };
+        let body = Body { updated, now: show(self.now), is_node_eligible, n_refused };
         // Strings and a bool: there is nothing that JSON could not hold.
         serde_json::to_string(&body).unwrap_or_default()
     }
@@ -120,17 +129,21 @@ mod tests {
                 updated: Some(updated),
                 turned: at(turned),
                 is_node_eligible,
+                n_refused: 0,
             };
             let health = vitals.judge(at(100), clock);
             assert_eq!((health.is_alive, health.is_healthy()), (is_alive, is_healthy), "{what}");
             assert_eq!(health.updated, Some(if is_alive { clock } else { updated }), "{what}");
+            let full = Vitals { n_refused: 1, ..vitals }.judge(at(100), clock);
+            assert_eq!((full.is_alive, full.is_healthy()), (is_alive, false), "{what}, and no room");
         }
     }
 
     #[test]
     fn bodies_are_those_of_kube_proxy() {
         let now = SystemTime::UNIX_EPOCH + Duration::from_secs(1_700_000_000);
-        let health = Health { is_alive: true, is_node_eligible: false, updated: Some(now), now };
+        let health =
+            Health { is_alive: true, is_node_eligible: false, n_refused: 0, updated: Some(now), now };
         assert_eq!(
             health.healthz(),
             r#"{"lastUpdated":"2023-11-14T22:13:20Z","currentTime":"2023-11-14T22:13:20Z","nodeEligible":false}"#
@@ -138,6 +151,10 @@ mod tests {
         assert_eq!(
             health.livez(),
             r#"{"lastUpdated":"2023-11-14T22:13:20Z","currentTime":"2023-11-14T22:13:20Z"}"#
+        );
+        assert_eq!(
+            Health { n_refused: 3, ..health }.healthz(),
+            r#"{"lastUpdated":"2023-11-14T22:13:20Z","currentTime":"2023-11-14T22:13:20Z","nodeEligible":false,"frontendsWithoutRoom":3}"#
         );
     }
 }
