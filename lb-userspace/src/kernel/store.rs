@@ -288,6 +288,7 @@ fn load(object: &[u8], options: &Options, pin_path: Option<&Path>) -> Result<Ebp
     let node_netns = options.node_netns.unwrap_or_default();
     let (set_retval, localhost) =
         (u8::from(options.features.set_retval), u8::from(options.localhost_nodeports));
+    let n_cpus = aya::util::nr_cpus().map_err(|(_path, error)| KernelError::Thread(error))?;
     let mut loader = EbpfLoader::new();
     let _: &mut EbpfLoader<'_> = loader
         .override_global("HAS_SET_RETVAL", &set_retval, true)
@@ -298,10 +299,13 @@ fn load(object: &[u8], options: &Options, pin_path: Option<&Path>) -> Result<Ebp
         .map_max_entries("services4", capacity.services)
         .map_max_entries("services6", capacity.services)
         .map_max_entries("frontends", n_frontends(*capacity))
-        .map_max_entries("service_stats", n_frontends(*capacity))
+        .map_max_entries(
+            "service_stats",
+            n_counted(n_frontends(*capacity), size_of::<ServiceStats>(), n_cpus),
+        )
         .map_max_entries("endpoints4", capacity.endpoints)
         .map_max_entries("endpoints6", capacity.endpoints)
-        .map_max_entries("endpoint_stats", capacity.endpoints);
+        .map_max_entries("endpoint_stats", n_counted(capacity.endpoints, size_of::<EndpointStats>(), n_cpus));
     if !options.log {
         // The ring buffer of aya-log must exist for the programs that name it; a page is the least.
         loader.map_max_entries("AYA_LOGS", 4096);
@@ -315,6 +319,16 @@ fn load(object: &[u8], options: &Options, pin_path: Option<&Path>) -> Result<Ebp
 /// Entries of `frontends`: those of both families.
 fn n_frontends(capacity: Capacity) -> u32 {
     capacity.services.saturating_mul(2)
+}
+
+/// Most bytes that a map of counters takes, over all CPUs.
+const MOST_COUNTERS: usize = 64 << 20;
+
+/// Entries of a map of counters, which has a value for each possible CPU: so many as fit into [`MOST_COUNTERS`]. What has
+/// a higher id is served and not counted; ids are given out from 0.
+fn n_counted(wanted: u32, size: usize, n_cpus: usize) -> u32 {
+    let most = MOST_COUNTERS / size / n_cpus.max(1);
+    u32::try_from(most).map_or(wanted, |most| wanted.min(most))
 }
 
 /// Lets BPF maps count against a limit that is not there (kernels before 5.11 charge them to the process).
@@ -573,12 +587,16 @@ impl Maps {
         (run.offset..end).map(|index| self.read_entry(ipv6, index)).collect()
     }
 
-    /// The calls of a service port since it got its id, over all CPUs.
+    /// The calls of a service port since it got its id, over all CPUs; zero for an id beyond the map, which is not
+    /// counted.
     ///
     /// # Errors
     ///
     /// A failing system call.
     pub fn service_stats(&self, service_id: u32) -> Result<ServiceStats, KernelError> {
+        if service_id >= self.service_stats.len() {
+            return Ok(ServiceStats::default());
+        }
         let per_cpu = self
             .service_stats
             .get(&service_id, 0)
@@ -597,7 +615,7 @@ impl Maps {
     ///
     /// A failing system call.
     pub fn endpoint_stats(&self, endpoint_id: u32) -> Result<EndpointStats, KernelError> {
-        if endpoint_id >= self.meta.max_endpoints {
+        if endpoint_id >= self.endpoint_stats.len() {
             return Ok(EndpointStats::default());
         }
         let per_cpu = self
@@ -697,5 +715,26 @@ fn ip_of(octets: &Octets6) -> IpAddr {
     match mapped_ipv4(octets) {
         Some(ip) => Ipv4Addr::from(ip).into(),
         None => Ipv6Addr::from(*octets).into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counters_take_a_bounded_room() {
+        for (wanted, size, n_cpus, expected) in [
+            (262_144, 16, 1, 262_144),
+            (262_144, 16, 16, 262_144),
+            (262_144, 16, 32, 131_072),
+            (131_072, 24, 21, 131_072),
+            (131_072, 24, 22, 127_100),
+            (1 << 24, 16, 1024, 4096),
+            (1, 24, 1, 1),
+            (5, 16, 0, 5),
+        ] {
+            assert_eq!(n_counted(wanted, size, n_cpus), expected, "{wanted} of {size} on {n_cpus}");
+        }
     }
 }
