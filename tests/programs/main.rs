@@ -6,6 +6,7 @@
 mod asyncio;
 mod backend;
 mod curl;
+mod deployed;
 mod dns;
 mod http;
 mod process;
