@@ -10,8 +10,10 @@ use clap::{Parser, Subcommand};
 
 mod bench;
 mod build;
+mod image;
 mod kernel_matrix;
 mod lint;
+mod man;
 mod process;
 mod run;
 mod setup;
@@ -54,6 +56,14 @@ enum Command {
     Lint,
     /// Measures what it costs, side by side in one run
     Bench(bench::Options),
+    /// Writes a container image of `socklb` as an archive, without a container engine
+    Image(image::Options),
+    /// Writes the manual pages of `socklb` and its commands
+    Man {
+        /// The folder [default: target/man]
+        #[arg(value_name = "DIR")]
+        directory: Option<std::path::PathBuf>,
+    },
     /// Runs the kernel tests on other kernels, in QEMU
     KernelMatrix(kernel_matrix::Options),
 }
@@ -67,6 +77,8 @@ fn dispatch(command: Command) -> anyhow::Result<()> {
         Command::Test { args } => test::command(&workspace, &args),
         Command::Lint => lint::command(&workspace),
         Command::Bench(options) => bench::command(&workspace, &options),
+        Command::Image(options) => image::command(&workspace, &options),
+        Command::Man { directory } => man::command(&workspace, directory),
         Command::KernelMatrix(options) => kernel_matrix::command(&workspace, &options),
     }
 }
