@@ -7,6 +7,7 @@ mod asyncio;
 mod backend;
 mod curl;
 mod demo;
+mod deployed;
 mod dns;
 mod http;
 mod node;

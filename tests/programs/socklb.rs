@@ -38,7 +38,7 @@ pub(crate) struct Place {
     manifests: TempDir,
     state_dir: TempDir,
     pub(crate) pin_path: String,
-    cgroup: String,
+    pub(crate) cgroup: String,
 }
 
 impl Place {
@@ -70,9 +70,15 @@ impl Place {
     /// Starts an agent with flags of the test's choice, which must say where it listens: a port of the host's is not the
     /// test's to take.
     pub(crate) fn start_with(&self, flags: &[&str]) -> Running {
-        let mut child = Command::new(&self.binary)
-            .args(["run", "--node-name", "node", "--cgroup", &self.cgroup, "--pin-path", &self.pin_path])
-            .arg("--state-dir")
+        let places = ["--node-name", "node", "--cgroup", &self.cgroup, "--pin-path", &self.pin_path];
+        self.spawn(Command::new(&self.binary), &[&places, flags].concat())
+    }
+
+    /// Starts an agent by a command that ends with the binary. Where it attaches and pins is for the command or the flags
+    /// to say.
+    pub(crate) fn spawn(&self, mut command: Command, flags: &[&str]) -> Running {
+        let mut child = command
+            .args(["run", "--state-dir"])
             .arg(self.state_dir.path())
             .arg(format!("--source=file:{}", self.manifests.path().display()))
             .args(flags)
@@ -87,6 +93,11 @@ impl Place {
             }
         });
         Running { child, log, reader: Some(reader) }
+    }
+
+    /// Its `--state-dir`.
+    pub(crate) fn state_dir(&self) -> &Path {
+        self.state_dir.path()
     }
 
     /// Arguments of a command that looks at the pinned state.
@@ -127,6 +138,11 @@ impl Running {
         self.reader.take().unwrap().join().unwrap();
         let log = std::mem::take(&mut *self.log.lock().unwrap());
         (code, log)
+    }
+
+    /// Its process id.
+    pub(crate) fn id(&self) -> u32 {
+        self.child.id()
     }
 
     /// What it has said so far.
@@ -325,6 +341,84 @@ fn cleanup_takes_everything_away() {
         let message = String::from_utf8_lossy(&nothing.stderr).into_owned();
         assert_eq!(message.lines().count(), 1, "{message}");
         assert!(message.contains("nothing is pinned"), "{message}");
+    });
+}
+
+/// As an operator removes it from a cluster: first the programs, on each node, then the agents.
+#[test]
+fn cleanup_beside_an_agent_that_runs_is_for_good() {
+    with_town(|place, town| {
+        let service = town::web()[0];
+        place.write(&town.cluster(0..2));
+        let agent = place.start();
+        eventually("the service answers", || is_up(service));
+        text(&place.binary, &place.args(&["cleanup"]));
+        eventually("calls are untouched", || call(service, Protocol::Tcp) == Err(Errno::ENETUNREACH));
+        // Whatever the agent goes on to do, it attaches nothing anew.
+        place.write(&town.cluster(0..1));
+        assert_eq!(agent.end(Signal::SIGTERM), Some(0));
+        assert_eq!(call(service, Protocol::Tcp), Err(Errno::ENETUNREACH));
+        assert!(!Path::new(&place.pin_path).exists());
+    });
+}
+
+#[test]
+fn status_tells_of_an_agent_that_runs_and_of_one_that_does_not() {
+    with_town(|place, town| {
+        const FLAGS: [&str; 2] =
+            ["--metrics-bind-address=127.0.0.1:10249", "--healthz-bind-address=127.0.0.1:10256"];
+        let command = |flags: &[&str]| -> (Option<i32>, Value) {
+            let flags = if flags.is_empty() { &["--cgroup", &place.cgroup][..] } else { flags };
+            let args = [&["status", "-o", "json"][..], &FLAGS, flags].concat();
+            let output = run(&place.binary, &place.args(&args));
+            let parsed = serde_json::from_slice(&output.stdout);
+            (output.status.code(), parsed.unwrap_or_else(|error| panic!("{error}: {output:?}")))
+        };
+        let (code, nothing) = command(&[]);
+        assert_eq!((code, &nothing["agent"]["state"]), (Some(1), &"stopped".into()), "{nothing}");
+        assert!(nothing["pin_problem"].as_str().unwrap().contains("nothing is pinned"), "{nothing}");
+
+        let mut cluster = town.cluster(0..2);
+        // A second Service that claims an address is left out, and told of.
+        cluster.serve("zz-same", town::web()[0], Protocol::Tcp, &[]);
+        place.write(&cluster);
+        let agent = place.start_with(&FLAGS);
+        eventually("the service answers", || is_up(town::web()[0]));
+        eventually("the snapshot is written", || place.state_dir().join("snapshot").exists());
+        let (code, running) = command(&[]);
+        assert_eq!(code, Some(0), "{running}");
+        assert_eq!(
+            (&running["agent"]["state"], &running["agent"]["healthy"]),
+            (&"running".into(), &true.into())
+        );
+        let source = &running["source"];
+        assert!(source["source"].as_str().unwrap().starts_with("file:"), "{running}");
+        assert_eq!((&source["complete"], &source["changes_waiting"]), (&true.into(), &0.into()));
+        assert!(source["last_sync_age_seconds"].is_number() && source["last_event_age_seconds"].is_number());
+        for hook in running["hooks"].as_array().unwrap() {
+            assert!(matches!(hook["state"].as_str(), Some("attached" | "not needed")), "{hook}");
+            let is_there = hook["state"] == "not needed" || hook["cgroup"] == *place.cgroup;
+            assert!(is_there, "{hook}");
+        }
+        let map = |status: &Value, name: &str| {
+            let maps = status["maps"].as_array().unwrap();
+            maps.iter().find(|map| map["map"] == name).unwrap()["entries"].as_u64().unwrap()
+        };
+        assert_eq!((map(&running, "services4"), map(&running, "endpoints6")), (4, 6), "{running}");
+        assert_eq!(running["issues_of_agent"], 1, "{running}");
+        assert!(running["issues"].to_string().contains("zz-same"), "{running}");
+
+        assert_eq!(agent.end(Signal::SIGTERM), Some(0));
+        let (code, stopped) = command(&[]);
+        assert_eq!(
+            (code, &stopped["agent"]["state"]),
+            (Some(0), &"stopped".into()),
+            "what is pinned goes on"
+        );
+        assert_eq!((&stopped["source"], map(&stopped, "services4")), (&Value::Null, 4));
+        // In another cgroup the one that is served is not found; that is no failure.
+        let (code, elsewhere) = command(&["--cgroup", "/proc/self/fd"]);
+        assert_eq!((code, &elsewhere["hooks"][1]["cgroup"]), (Some(0), &Value::Null), "{elsewhere}");
     });
 }
 

@@ -11,8 +11,10 @@ use clap::{Parser, Subcommand};
 mod bench;
 mod build;
 mod fuzz;
+mod image;
 mod kernel_matrix;
 mod lint;
+mod man;
 mod process;
 mod run;
 mod setup;
@@ -57,6 +59,14 @@ enum Command {
     Bench(bench::Options),
     /// Looks for objects that make ingest, the tables or a plan fail
     Fuzz(fuzz::Options),
+    /// Writes a container image of `socklb` as an archive, without a container engine
+    Image(image::Options),
+    /// Writes the manual pages of `socklb` and its commands
+    Man {
+        /// The folder [default: target/man]
+        #[arg(value_name = "DIR")]
+        directory: Option<std::path::PathBuf>,
+    },
     /// Runs the kernel tests on other kernels, in QEMU
     KernelMatrix(kernel_matrix::Options),
 }
@@ -71,6 +81,8 @@ fn dispatch(command: Command) -> anyhow::Result<()> {
         Command::Lint => lint::command(&workspace),
         Command::Bench(options) => bench::command(&workspace, &options),
         Command::Fuzz(options) => fuzz::command(&workspace, &options),
+        Command::Image(options) => image::command(&workspace, &options),
+        Command::Man { directory } => man::command(&workspace, directory),
         Command::KernelMatrix(options) => kernel_matrix::command(&workspace, &options),
     }
 }

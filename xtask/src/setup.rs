@@ -28,6 +28,8 @@ pub(crate) enum Purpose {
     Lint,
     /// Run the kernel tests in virtual machines.
     KernelMatrix,
+    /// Make a container image.
+    Image,
 }
 
 /// A program that must be on `PATH`.
@@ -100,6 +102,30 @@ const TOOLS: &[Tool] = &[
         packages: &["kubernetes-client"],
         purposes: &[Purpose::Test],
         reason: "asks the tests' API server what it takes for one",
+    },
+    Tool {
+        program: "setpriv",
+        packages: &["util-linux"],
+        purposes: &[Purpose::Test],
+        reason: "runs an agent with the capabilities of the manifests",
+    },
+    Tool {
+        program: "mount",
+        packages: &["mount"],
+        purposes: &[Purpose::Test],
+        reason: "mounts for tests what the manifests mount",
+    },
+    Tool {
+        program: "ldd",
+        packages: &["libc-bin"],
+        purposes: &[Purpose::Test, Purpose::Image],
+        reason: "names the libraries of the container image",
+    },
+    Tool {
+        program: "strip",
+        packages: &["binutils"],
+        purposes: &[Purpose::Test, Purpose::Image],
+        reason: "takes the symbols out of the container image",
     },
     Tool {
         program: "xz",
@@ -399,7 +425,14 @@ mod tests {
     #[test]
     fn nothing_is_installed_for_programs_that_are_there() {
         let all: Vec<&str> = TOOLS.iter().map(|tool| tool.program).collect();
-        let purposes = [Purpose::Build, Purpose::Run, Purpose::Test, Purpose::Lint, Purpose::KernelMatrix];
+        let purposes = [
+            Purpose::Build,
+            Purpose::Run,
+            Purpose::Test,
+            Purpose::Lint,
+            Purpose::KernelMatrix,
+            Purpose::Image,
+        ];
         assert_eq!(names(&purposes, &all), [""; 0]);
     }
 

@@ -199,21 +199,26 @@ fn describe_endpoints(state: &State, owner: &desired::Frontend) -> BTreeMap<Sock
         .collect()
 }
 
+/// Columns that a terminal has at least. Names may be longer than that; endpoints are counted where they have no room.
+const COLUMNS: usize = 100;
+
 /// The rows as a table for people.
 #[must_use]
 pub fn table(rows: &[FrontendRow]) -> String {
-    let header = ["SERVICE", "KIND", "ADDRESS", "POLICY", "ENDPOINTS"].map(str::to_owned);
-    let cells: Vec<[String; 5]> = std::iter::once(header).chain(rows.iter().map(cells)).collect();
-    let mut widths = [0; 5];
+    let header = ["SERVICE", "KIND", "ADDRESS", "POLICY"].map(str::to_owned);
+    let cells: Vec<[String; 4]> = std::iter::once(header).chain(rows.iter().map(cells)).collect();
+    let mut widths = [0; 4];
     for row in &cells {
         for (width, cell) in widths.iter_mut().zip(row) {
             *width = cell.chars().count().max(*width);
         }
     }
-    cells.iter().fold(String::new(), |mut text, row| {
-        let line: Vec<String> =
-            row.iter().zip(widths).map(|(cell, width)| format!("{cell:width$}")).collect();
-        let _infallible = writeln!(text, "{}", line.join("  ").trim_end());
+    let room = COLUMNS.saturating_sub(widths.iter().map(|width| width + 2).sum());
+    let endpoints = rows.iter().map(|row| endpoints_cell(row, room));
+    let last = std::iter::once("ENDPOINTS".to_owned()).chain(endpoints);
+    cells.iter().zip(last).fold(String::new(), |mut text, (row, last)| {
+        let line: String = row.iter().zip(widths).map(|(cell, width)| format!("{cell:width$}  ")).collect();
+        let _infallible = writeln!(text, "{line}{last}");
         text
     })
 }
@@ -221,7 +226,27 @@ pub fn table(rows: &[FrontendRow]) -> String {
 /// Endpoints that a table shows before it counts the rest.
 const SHOWN_ENDPOINTS: usize = 2;
 
-fn cells(row: &FrontendRow) -> [String; 5] {
+/// The endpoints of a frontend, as many of them as have room; their number if none has.
+fn endpoints_cell(row: &FrontendRow, room: usize) -> String {
+    let n_all = row.endpoints.len();
+    if n_all == 0 {
+        return "none: refused".to_owned();
+    }
+    let listed = |n_shown: usize| {
+        let mut parts: Vec<String> = row.endpoints[..n_shown]
+            .iter()
+            .map(|endpoint| SocketAddr::new(endpoint.address, endpoint.port).to_string())
+            .collect();
+        if n_all > n_shown {
+            parts.push(format!("+{} more", n_all - n_shown));
+        }
+        parts.join(" ")
+    };
+    let fitting = (1..=SHOWN_ENDPOINTS.min(n_all)).rev().map(listed).find(|cell| cell.len() <= room);
+    fitting.unwrap_or_else(|| format!("{n_all} endpoints"))
+}
+
+fn cells(row: &FrontendRow) -> [String; 4] {
     let service = match (row.name.is_empty(), row.port_name.is_empty()) {
         (true, _) => "-".to_owned(),
         (false, true) => format!("{}/{}", row.namespace, row.name),
@@ -242,15 +267,8 @@ fn cells(row: &FrontendRow) -> [String; 5] {
         TrafficPolicy::Cluster => "Cluster",
         TrafficPolicy::Local => "Local",
     };
-    let mut endpoints: Vec<String> = row
-        .endpoints
-        .iter()
-        .take(SHOWN_ENDPOINTS)
-        .map(|endpoint| SocketAddr::new(endpoint.address, endpoint.port).to_string())
-        .collect();
-    if row.endpoints.len() > SHOWN_ENDPOINTS {
-        endpoints.push(format!("+{} more", row.endpoints.len() - SHOWN_ENDPOINTS));
-    }
-    let endpoints = if endpoints.is_empty() { "none: refused".to_owned() } else { endpoints.join(" ") };
-    [service, kind.to_owned(), address, policy.to_owned(), endpoints]
+    [service, kind.to_owned(), address, policy.to_owned()]
 }
+
+#[cfg(test)]
+mod tests;

@@ -2,17 +2,19 @@
 #![expect(clippy::doc_markdown, reason = "clap prints these as they are: help texts, not Markdown")]
 
 pub mod check;
+pub mod complete;
 pub mod config;
 pub mod demo;
 pub mod explain;
 pub mod inspect;
 pub mod listing;
 pub mod run;
+pub mod status;
 
 use std::{io::Write as _, path::PathBuf, process::ExitCode};
 
 use anyhow::Context as _;
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory as _, Parser, Subcommand};
 
 /// Socket-level service load balancer for Kubernetes.
 ///
@@ -37,8 +39,15 @@ enum Command {
     Explain(inspect::ExplainArgs),
     /// Say whether this host is able to run the agent, and what its kernel offers.
     Check(check::CheckArgs),
+    /// Say whether it is at work: agent, sources, maps, hooks, issues.
+    Status(status::StatusArgs),
     /// Detach the programs and delete the maps, and nothing else.
     Cleanup(PinArgs),
+    /// Print a completion script for a shell, to be sourced or put where the shell looks for them.
+    Completions(complete::CompletionsArgs),
+    /// Write the manual pages of all commands into a folder.
+    #[command(hide = true)]
+    Man(complete::ManArgs),
     #[command(hide = true)]
     DemoClient(demo::ClientArgs),
 }
@@ -65,6 +74,9 @@ pub fn main() -> ExitCode {
         Command::Services(args) => inspect::services(&args),
         Command::Explain(args) => inspect::explain(&args),
         Command::Check(args) => check::check(&args),
+        Command::Status(args) => status::status(&args),
+        Command::Completions(args) => complete::completions(&args, Cli::command()),
+        Command::Man(args) => complete::man(&args, Cli::command()),
         Command::Cleanup(args) => inspect::cleanup(&args),
         Command::DemoClient(args) => demo::client(args),
     };
@@ -93,3 +105,6 @@ fn show(text: &str) -> anyhow::Result<()> {
         _ => Ok(()),
     }
 }
+
+#[cfg(test)]
+mod tests;

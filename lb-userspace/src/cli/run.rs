@@ -206,7 +206,7 @@ pub fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
         http: serve::Options { metrics, healthz, config: serde_json::Value::Null },
     };
     let service_proxy_name = args.service_proxy_name.clone().or(file.service_proxy_name);
-    options.http.config = in_force(&options, &settings, service_proxy_name.as_deref());
+    options.http.config = in_force(&origin, &options, &settings, service_proxy_name.as_deref());
     syscall::keep_large_buffers_apart();
     let runtime = runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     runtime.block_on(async {
@@ -228,6 +228,7 @@ pub fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
 
 /// The settings in force, as `/configz` shows them: under the flags' names.
 fn in_force(
+    origin: &Origin,
     options: &agent::Options,
     settings: &Settings,
     service_proxy_name: Option<&str>,
@@ -244,7 +245,12 @@ fn in_force(
             networks.collect::<Vec<_>>().join(",")
         }
     };
+    let source = match origin {
+        Origin::Files(path) => format!("file:{}", path.display()),
+        Origin::Kube(_) => "kube".to_owned(),
+    };
     serde_json::json!({ "socklb": {
+        "source": source,
         "node-name": *settings.node_name,
         "cgroup": kernel.cgroup,
         "pin-path": kernel.pin_path,
@@ -327,6 +333,20 @@ mod tests {
         assert!(matches!(read(Some("file:a/b")), Ok(Origin::Files(path)) if path.ends_with("a/b")));
         for wrong in ["", "file:", "a/b", "kubernetes"] {
             assert!(read(Some(wrong)).is_err(), "{wrong}");
+        }
+    }
+
+    /// Every settings file that is installed somewhere is one that the agent reads.
+    #[test]
+    fn the_settings_files_of_the_manifests_are_read() {
+        let manifests = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../manifests");
+        for name in ["base", "overlays/kube-proxy-free", "overlays/beside-kube-proxy", "systemd"] {
+            let file: FileConfig = config::read(&manifests.join(name).join("socklb.yaml")).unwrap();
+            let source = if name == "systemd" { "file:/etc/socklb/manifests" } else { "kube" };
+            assert_eq!(file.source.as_deref(), Some(source), "{name}");
+            for address in [file.metrics_bind_address, file.healthz_bind_address] {
+                assert!(matches!(config::bind_address(&address.unwrap()), Ok(Listen(Some(_)))), "{name}");
+            }
         }
     }
 }

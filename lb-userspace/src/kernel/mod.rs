@@ -21,6 +21,7 @@ pub mod error;
 pub mod feature;
 pub mod grace;
 pub mod host;
+pub mod links;
 pub mod mapped;
 pub mod object;
 pub mod pins;

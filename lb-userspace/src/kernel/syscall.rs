@@ -152,6 +152,71 @@ pub fn replace_program(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Res
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
+/// What the kernel tells of a link to a cgroup.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CgroupLink {
+    /// The program in it.
+    pub program_id: u32,
+    /// The cgroup's id; 0 once the cgroup is gone.
+    pub cgroup_id: u64,
+    /// `enum bpf_attach_type`
+    pub attach_type: u32,
+}
+
+/// Asks what a link holds and where it is attached.
+///
+/// # Errors
+///
+/// The system call's; `InvalidData` for a link to something else than a cgroup.
+///
+/// # Kernel
+///
+/// 5.8
+pub fn cgroup_link(link: BorrowedFd<'_>) -> io::Result<CgroupLink> {
+    /// `BPF_OBJ_GET_INFO_BY_FD` of `enum bpf_cmd`.
+    const BPF_OBJ_GET_INFO_BY_FD: libc::c_int = 15;
+    /// `BPF_LINK_TYPE_CGROUP` of `enum bpf_link_type`.
+    const CGROUP: u32 = 3;
+    /// `info` of `union bpf_attr`.
+    #[repr(C)]
+    struct GetInfo {
+        bpf_fd: u32,
+        info_len: u32,
+        info: u64,
+    }
+    /// `struct bpf_link_info`, as far as it is about cgroups.
+    #[repr(C)]
+    #[derive(Default)]
+    struct LinkInfo {
+        link_type: u32,
+        id: u32,
+        prog_id: u32,
+        padding: u32,
+        cgroup_id: u64,
+        attach_type: u32,
+        padding_at_end: u32,
+    }
+    let mut info = LinkInfo::default();
+    let attr = GetInfo {
+        bpf_fd: link.as_raw_fd().cast_unsigned(),
+        info_len: u32::try_from(size_of::<LinkInfo>()).map_err(io::Error::other)?,
+        info: (&raw mut info) as u64,
+    };
+    // SAFETY: bpf(2) reads `size_of` bytes from the pointer and writes at most `info_len` bytes to `info`; both outlive
+    // the call.
+    let result = unsafe {
+        libc::syscall(libc::SYS_bpf, BPF_OBJ_GET_INFO_BY_FD, &raw const attr, size_of::<GetInfo>())
+    };
+    if result != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    if info.link_type != CGROUP {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "no link to a cgroup"));
+    }
+    let LinkInfo { prog_id: program_id, cgroup_id, attach_type, .. } = info;
+    Ok(CgroupLink { program_id, cgroup_id, attach_type })
+}
+
 /// `BPF_PROG_QUERY` of `enum bpf_cmd`.
 const BPF_PROG_QUERY: libc::c_int = 16;
 

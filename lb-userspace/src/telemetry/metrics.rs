@@ -65,7 +65,7 @@ impl Kind {
 
 macro_rules! definitions {
     ($($constant:ident: $kind:ident $name:literal [$($label:literal),*] $help:expr;)*) => {
-        $(pub(super) const $constant: Definition = Definition {
+        $(pub(crate) const $constant: Definition = Definition {
             name: $name,
             kind: Kind::$kind,
             labels: &[$($label),*],

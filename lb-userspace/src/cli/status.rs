@@ -1,0 +1,142 @@
+//! `socklb status`: is it at work, and what does the kernel hold?
+//!
+//! What is pinned and the snapshot are read here; an agent that runs is asked over HTTP. Each part is told without the
+//! others as far as it can be.
+
+mod ask;
+mod report;
+
+use std::{
+    net::SocketAddr,
+    path::PathBuf,
+    process::ExitCode,
+    time::{Duration, SystemTime},
+};
+
+use clap::Args;
+use serde::Deserialize;
+
+use self::report::{AgentPart, HookRow, MapRow, SnapshotPart, Status, issues};
+use super::{
+    PinArgs,
+    config::{self, Listen, UsageError},
+    inspect::{Output, print},
+    listing::state_of,
+};
+use crate::{
+    kernel::{KernelError, links, store::Maps},
+    snapshot::{self, Snapshot, SnapshotError},
+};
+
+/// Flags of `socklb status`. Where they are missing, the settings file of the agent says where it listens.
+#[derive(Debug, Args)]
+pub struct StatusArgs {
+    /// Settings file of the agent, which says where it listens.
+    #[arg(long, env = "SOCKLB_CONFIG", value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Where the agent answers /metrics; empty to not ask it [default: 127.0.0.1:10249]
+    #[arg(long, env = "SOCKLB_METRICS_BIND_ADDRESS", value_name = "ADDRESS", value_parser = config::bind_address)]
+    metrics_bind_address: Option<Listen>,
+    /// Where the agent answers /livez; empty to not ask it [default: 0.0.0.0:10256]
+    #[arg(long, env = "SOCKLB_HEALTHZ_BIND_ADDRESS", value_name = "ADDRESS", value_parser = config::bind_address)]
+    healthz_bind_address: Option<Listen>,
+    /// The cgroup v2 directory in which to look for the one that programs are attached to [default: the root]
+    #[arg(long, env = "SOCKLB_CGROUP", value_name = "DIR")]
+    cgroup: Option<PathBuf>,
+    /// How to print it.
+    #[arg(short, long, value_enum, default_value_t)]
+    output: Output,
+    #[command(flatten)]
+    pins: PinArgs,
+}
+
+/// The keys of the settings file that matter here.
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "kebab-case", default)]
+struct FileConfig {
+    metrics_bind_address: Option<String>,
+    healthz_bind_address: Option<String>,
+}
+
+/// `socklb status`. Changes nothing.
+///
+/// Exit status 1 if the programs are not attached to all hooks, since calls then go where they say. An agent that does
+/// not run is no failure: what is pinned goes on without one.
+///
+/// # Errors
+///
+/// [`UsageError`] for settings that cannot be used; else if standard output takes no more.
+pub fn status(args: &StatusArgs) -> anyhow::Result<ExitCode> {
+    let (metrics, healthz) = addresses(args)?;
+    let now = SystemTime::now();
+    let asked = ask::ask(metrics, healthz)?;
+    let snapshot = Snapshot::read(&args.pins.state_dir);
+    let (maps, problem) = match maps(args) {
+        Ok(maps) => (maps, None),
+        Err(error) => (Vec::new(), Some(error.to_string())),
+    };
+    let status = Status {
+        agent: AgentPart::new(&asked),
+        source: asked.source(now),
+        snapshot: snapshot_part(args, snapshot.as_ref(), now),
+        pin_path: args.pins.pin_path.clone(),
+        pin_problem: problem,
+        maps,
+        hooks: hooks(args),
+        n_issues: asked.n_issues(),
+        issues: snapshot.map(|snapshot| issues(&state_of(snapshot))).unwrap_or_default(),
+    };
+    print(args.output, &status, || status.text())?;
+    Ok(if status.is_attached() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// Where to ask: by flag, variable, settings file, default.
+fn addresses(args: &StatusArgs) -> Result<(Option<SocketAddr>, Option<SocketAddr>), UsageError> {
+    let file: FileConfig = args.config.as_deref().map(config::read).transpose()?.unwrap_or_default();
+    let choose = |flag: Option<Listen>, key: &str, text: Option<String>, default| {
+        let from_file = || {
+            let parsed = text.map(|text| config::bind_address(&text)).transpose();
+            parsed.map_err(|hint| UsageError(format!("--config: {key}: {hint}")))
+        };
+        let Listen(address) =
+            flag.map_or_else(from_file, |flag| Ok(Some(flag)))?.unwrap_or(Listen(Some(default)));
+        Ok::<_, UsageError>(address.map(ask::reachable))
+    };
+    Ok((
+        choose(
+            args.metrics_bind_address,
+            "metrics-bind-address",
+            file.metrics_bind_address,
+            config::METRICS,
+        )?,
+        choose(
+            args.healthz_bind_address,
+            "healthz-bind-address",
+            file.healthz_bind_address,
+            config::HEALTHZ,
+        )?,
+    ))
+}
+
+fn maps(args: &StatusArgs) -> Result<Vec<MapRow>, KernelError> {
+    let maps = Maps::open(&args.pins.pin_path)?;
+    Ok(MapRow::all(&maps.image()?, maps.capacity()))
+}
+
+fn hooks(args: &StatusArgs) -> Vec<HookRow> {
+    links::look(&args.pins.pin_path, args.cgroup.as_deref())
+        .into_iter()
+        .map(|(hook, link)| HookRow::new(hook, link))
+        .collect()
+}
+
+fn snapshot_part(
+    args: &StatusArgs,
+    snapshot: Result<&Snapshot, &SnapshotError>,
+    now: SystemTime,
+) -> SnapshotPart {
+    let path = args.pins.state_dir.join(snapshot::FILE_NAME);
+    let written = std::fs::metadata(&path).and_then(|data| data.modified()).ok();
+    let age = written.map(|written| now.duration_since(written).unwrap_or(Duration::ZERO));
+    SnapshotPart::new(path, age, snapshot)
+}

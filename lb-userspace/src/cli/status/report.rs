@@ -1,0 +1,326 @@
+//! The answer of `socklb status`. Pure. The types are the public JSON; names are a promise.
+
+use std::{collections::BTreeSet, fmt, path::PathBuf, time::Duration};
+
+use lb_common::limits;
+use serde::{Serialize, Serializer};
+
+use super::ask::{Answer, Asked};
+use crate::{
+    controller::State,
+    kernel::links::{Link, LinkProblem},
+    model::Issue,
+    plan::Capacity,
+    snapshot::{Snapshot, SnapshotError},
+    tables::Image,
+};
+
+/// Everything that is told.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub(super) struct Status {
+    pub(super) agent: AgentPart,
+    /// `null` if no agent answers at its metrics address.
+    pub(super) source: Option<SourcePart>,
+    pub(super) snapshot: SnapshotPart,
+    /// Where maps and links were looked for.
+    pub(super) pin_path: PathBuf,
+    /// Why the maps cannot be read, if they cannot.
+    pub(super) pin_problem: Option<String>,
+    pub(super) maps: Vec<MapRow>,
+    pub(super) hooks: Vec<HookRow>,
+    /// How many issues a running agent knows of; `null` if none answers.
+    #[serde(rename = "issues_of_agent")]
+    pub(super) n_issues: Option<u64>,
+    /// What is wrong with the objects of the snapshot. What an agent could not read at all is in its log only.
+    pub(super) issues: Vec<Issue>,
+}
+
+/// Whether an agent runs.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub(super) struct AgentPart {
+    /// `running`, `stuck` (it answers, but changes wait or its loop stands still), `stopped`, or `unknown`.
+    pub(super) state: &'static str,
+    /// Whether traffic from outside should come to the node: `/healthz`. `null` if nobody answers.
+    pub(super) healthy: Option<bool>,
+    /// Who answers what where, in a sentence.
+    pub(super) reason: String,
+}
+
+/// An age in seconds, told in JSON to a tenth.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct Age(pub(super) f64);
+
+impl Serialize for Age {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_f64((self.0 * 10.0).round() / 10.0)
+    }
+}
+
+impl fmt::Display for Age {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let seconds = self.0;
+        match seconds {
+            s if s < 120.0 => write!(f, "{s:.0} s"),
+            s if s < 2.0 * 3600.0 => write!(f, "{:.0} min", s / 60.0),
+            s if s < 2.0 * 86_400.0 => write!(f, "{:.0} h", s / 3600.0),
+            s => write!(f, "{:.0} days", s / 86_400.0),
+        }
+    }
+}
+
+/// What a running agent says of its source.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub(super) struct SourcePart {
+    /// `kube`, or `file:` and the path.
+    pub(super) source: String,
+    #[serde(rename = "complete")]
+    pub(super) is_complete: bool,
+    pub(super) serves_snapshot: bool,
+    /// Of the last change that asked for a sync; `null` before the first.
+    pub(super) last_event_age_seconds: Option<Age>,
+    /// Of the last sync that succeeded; `null` before the first.
+    pub(super) last_sync_age_seconds: Option<Age>,
+    pub(super) changes_waiting: u64,
+    pub(super) sync_errors: u64,
+}
+
+/// The objects on disk.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub(super) struct SnapshotPart {
+    pub(super) path: PathBuf,
+    /// `null` if there is none that can be read.
+    pub(super) age_seconds: Option<Age>,
+    pub(super) services: usize,
+    pub(super) endpoint_slices: usize,
+    pub(super) nodes: usize,
+    pub(super) problem: Option<String>,
+}
+
+/// How full a map is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub(super) struct MapRow {
+    pub(super) map: &'static str,
+    /// Entries that calls can find. What was freed a moment ago is not counted.
+    pub(super) entries: usize,
+    pub(super) capacity: u32,
+}
+
+/// One hook.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub(super) struct HookRow {
+    pub(super) hook: &'static str,
+    /// `attached`, `missing`, `detached` (its cgroup is gone), or `unknown`.
+    pub(super) state: &'static str,
+    /// The cgroup's directory, if it is found.
+    pub(super) cgroup: Option<PathBuf>,
+    pub(super) program_id: Option<u32>,
+    /// Why the state is what it is, unless that is clear.
+    pub(super) problem: Option<String>,
+}
+
+impl AgentPart {
+    pub(super) fn new(asked: &Asked) -> Self {
+        let is_ok = |answer: &Answer| matches!(answer, Ok((200, _)));
+        let says = |answer: &Answer| match answer {
+            Ok((status, _)) => status.to_string(),
+            Err(error) => error.clone(),
+        };
+        let healthy = asked.health.as_ref().and_then(|(_, _, healthz)| {
+            // An answer of another program says nothing of this one.
+            (asked.is_socklb() != Some(false))
+                .then(|| healthz.as_ref().ok().map(|(status, _)| *status == 200))
+                .flatten()
+        });
+        let (state, reason) = match (&asked.name, &asked.health) {
+            (None, None) => ("unknown", "no address to ask: see --metrics-bind-address".to_owned()),
+            (Some((address, Ok((_, name)))), _) if asked.is_socklb() == Some(false) => {
+                let name = name.lines().next().unwrap_or_default();
+                ("stopped", format!("another program answers at {address}: /proxyMode says {name:?}"))
+            }
+            (Some((address, Err(error))), _) => ("stopped", format!("{address}: {error}")),
+            (_, Some((address, livez, _))) if is_ok(livez) => {
+                ("running", format!("{address}: /livez says 200"))
+            }
+            (None, Some((address, livez @ Err(_), _))) => ("stopped", format!("{address}: {}", says(livez))),
+            (_, Some((address, livez, _))) => ("stuck", format!("{address}: /livez says {}", says(livez))),
+            (Some((address, _)), None) => ("running", format!("it answers at {address}")),
+        };
+        Self { state, healthy, reason }
+    }
+}
+
+impl SnapshotPart {
+    pub(super) fn new(
+        path: PathBuf,
+        age: Option<Duration>,
+        snapshot: Result<&Snapshot, &SnapshotError>,
+    ) -> Self {
+        let (services, endpoint_slices, nodes) = snapshot
+            .map(|found| (found.services.len(), found.slices.len(), found.nodes.len()))
+            .unwrap_or_default();
+        let problem = snapshot.err().map(ToString::to_string);
+        let age = age.filter(|_| problem.is_none()).map(|age| Age(age.as_secs_f64()));
+        Self { path, age_seconds: age, services, endpoint_slices, nodes, problem }
+    }
+}
+
+impl MapRow {
+    /// Those that can be full.
+    pub(super) fn all(image: &Image, capacity: Capacity) -> Vec<Self> {
+        let services = |ipv6| image.services.keys().filter(|address| address.ip.is_ipv6() == ipv6).count();
+        let endpoints = |ipv6| image.runs(ipv6).values().map(|run| run.len()).sum();
+        [
+            ("services4", services(false), capacity.services),
+            ("services6", services(true), capacity.services),
+            ("frontends", image.frontends.len(), capacity.services.saturating_mul(2)),
+            ("endpoints4", endpoints(false), capacity.endpoints),
+            ("endpoints6", endpoints(true), capacity.endpoints),
+            ("node_addrs", image.node_addrs.len(), limits::MAX_NODE_ADDRS),
+        ]
+        .map(|(map, entries, capacity)| Self { map, entries, capacity })
+        .into()
+    }
+}
+
+impl HookRow {
+    pub(super) fn new(hook: &'static str, link: Result<Link, LinkProblem>) -> Self {
+        match link {
+            Ok(Link { program_id, cgroup, is_effective }) => {
+                let problem = match (&cgroup, is_effective) {
+                    (None, _) => {
+                        Some("its cgroup is not below the directory that was searched: see --cgroup")
+                    }
+                    (Some(_), Some(false)) => {
+                        Some("the kernel does not list it among the programs of its cgroup")
+                    }
+                    (Some(_), _) => None,
+                };
+                let state = if is_effective == Some(false) { "detached" } else { "attached" };
+                Self {
+                    hook,
+                    state,
+                    cgroup,
+                    program_id: Some(program_id),
+                    problem: problem.map(str::to_owned),
+                }
+            }
+            Err(problem) => {
+                let state = match problem {
+                    LinkProblem::Missing | LinkProblem::NotNeeded => "missing",
+                    LinkProblem::Detached => "detached",
+                    LinkProblem::Io(_) => "unknown",
+                };
+                let is_fine = matches!(problem, LinkProblem::NotNeeded);
+                let state = if is_fine { "not needed" } else { state };
+                Self { hook, state, cgroup: None, program_id: None, problem: Some(problem.to_string()) }
+            }
+        }
+    }
+}
+
+/// What is wrong with the objects that a state was made from, sorted, each once.
+pub(super) fn issues(state: &State) -> Vec<Issue> {
+    state.issues().collect::<BTreeSet<_>>().into_iter().collect()
+}
+
+/// Issues that the table shows before it counts the rest.
+const SHOWN_ISSUES: usize = 20;
+
+impl Status {
+    /// Whether calls are served: every hook that this kernel needs has its program.
+    pub(super) fn is_attached(&self) -> bool {
+        self.hooks.iter().all(|hook| matches!(hook.state, "attached" | "not needed"))
+    }
+
+    /// For people.
+    pub(super) fn text(&self) -> String {
+        let mut lines = vec![
+            format!("agent     {}: {}", self.agent.state, self.agent.reason),
+            format!("source    {}", self.source_line()),
+            format!("snapshot  {}", self.snapshot_line()),
+            format!("pins      {}", self.pin_path.display()),
+        ];
+        if self.agent.healthy == Some(false) {
+            lines[0].push_str(", /healthz says that no traffic should come to this node");
+        }
+        if let Some(problem) = &self.pin_problem {
+            lines[3] = format!("pins      {problem}");
+        }
+        let mut text = lines.join("\n") + "\n";
+        if !self.maps.is_empty() {
+            text.push_str(&format!("\n{:<12}  {:>8}  {:>8}  {:>5}\n", "MAP", "ENTRIES", "ROOM FOR", "FULL"));
+            for MapRow { map, entries, capacity } in &self.maps {
+                let full =
+                    entries.saturating_mul(100) / usize::try_from(*capacity).unwrap_or(usize::MAX).max(1);
+                text.push_str(&format!("{map:<12}  {entries:>8}  {capacity:>8}  {full:>3} %\n"));
+            }
+        }
+        text.push_str(&self.hook_table());
+        text.push_str(&self.issue_list());
+        text
+    }
+
+    fn source_line(&self) -> String {
+        let Some(source) = &self.source else {
+            return "not known: no agent answers".to_owned();
+        };
+        let state = match (source.is_complete, source.serves_snapshot) {
+            (true, _) => "first lists complete",
+            (false, true) => "does not answer, the snapshot is served",
+            (false, false) => "first lists not complete, nothing is changed before",
+        };
+        let ago = |age: Option<Age>| age.map_or_else(|| "never".to_owned(), |age| format!("{age} ago"));
+        let mut line = format!("{}: {state}", source.source);
+        line.push_str(&format!("\n          last event {}", ago(source.last_event_age_seconds)));
+        line.push_str(&format!(", last sync {}", ago(source.last_sync_age_seconds)));
+        line.push_str(&format!(", {} changes waiting", source.changes_waiting));
+        if source.sync_errors > 0 {
+            line.push_str(&format!(", {} syncs failed", source.sync_errors));
+        }
+        line
+    }
+
+    fn snapshot_line(&self) -> String {
+        let SnapshotPart { path, age_seconds, services, endpoint_slices, nodes, problem } = &self.snapshot;
+        if let Some(problem) = problem {
+            return problem.clone();
+        }
+        let age = age_seconds.map_or_else(String::new, |age| format!(", {age} old"));
+        format!("{}: {services} services, {endpoint_slices} slices, {nodes} nodes{age}", path.display())
+    }
+
+    fn hook_table(&self) -> String {
+        let mut text = format!("\n{:<12}  {:<10}  {}\n", "HOOK", "STATE", "CGROUP");
+        for HookRow { hook, state, cgroup, problem, .. } in &self.hooks {
+            let place = cgroup.as_ref().map(|path| path.display().to_string());
+            let parts: Vec<String> = place.into_iter().chain(problem.clone()).collect();
+            let line = format!("{hook:<12}  {state:<10}  {}", parts.join(": "));
+            text.push_str(line.trim_end());
+            text.push('\n');
+        }
+        text
+    }
+
+    fn issue_list(&self) -> String {
+        let n_listed = self.issues.len();
+        let mut text = match self.n_issues {
+            _ if n_listed == 0 && self.n_issues.unwrap_or_default() == 0 => {
+                return "\nno issues\n".to_owned();
+            }
+            Some(n) if n > n_listed as u64 => {
+                format!("\nISSUES ({n_listed} of the objects' own; the agent knows of {n}, all in its log)\n")
+            }
+            _ => "\nISSUES\n".to_owned(),
+        };
+        for issue in self.issues.iter().take(SHOWN_ISSUES) {
+            text.push_str(&format!("  {issue}\n"));
+        }
+        if n_listed > SHOWN_ISSUES {
+            text.push_str(&format!("  and {} more: -o json lists all\n", n_listed - SHOWN_ISSUES));
+        }
+        text
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,235 @@
+use std::io;
+
+use expect_test::expect;
+use serde_json::json;
+
+use super::*;
+use crate::model::{IssueKind, ObjectRef};
+
+fn source() -> SourcePart {
+    SourcePart {
+        source: "kube".to_owned(),
+        is_complete: true,
+        serves_snapshot: false,
+        last_event_age_seconds: Some(Age(3.24)),
+        last_sync_age_seconds: Some(Age(3.2)),
+        changes_waiting: 0,
+        sync_errors: 0,
+    }
+}
+
+fn hook(hook: &'static str) -> HookRow {
+    let link = Link { program_id: 7, cgroup: Some("/sys/fs/cgroup".into()), is_effective: Some(true) };
+    HookRow::new(hook, Ok(link))
+}
+
+fn answers(address: &str, livez: Answer) -> Asked {
+    Asked {
+        name: Some(("127.0.0.1:10249".parse().unwrap(), Ok((200, "socklb".to_owned())))),
+        health: Some((address.parse().unwrap(), livez.clone(), livez)),
+        ..Asked::default()
+    }
+}
+
+fn well() -> Status {
+    Status {
+        agent: AgentPart::new(&answers("127.0.0.1:10256", Ok((200, String::new())))),
+        source: Some(source()),
+        snapshot: SnapshotPart {
+            path: "/var/lib/socklb/snapshot".into(),
+            age_seconds: Some(Age(7300.0)),
+            services: 12,
+            endpoint_slices: 14,
+            nodes: 3,
+            problem: None,
+        },
+        pin_path: "/sys/fs/bpf/socklb".into(),
+        pin_problem: None,
+        maps: vec![
+            MapRow { map: "services4", entries: 12, capacity: 65536 },
+            MapRow { map: "endpoints4", entries: 262_144, capacity: 262_144 },
+        ],
+        hooks: vec![hook("connect4"), hook("getpeername6")],
+        n_issues: Some(0),
+        issues: Vec::new(),
+    }
+}
+
+#[test]
+fn an_agent_at_work() {
+    assert!(well().is_attached());
+    expect![[r"
+        agent     running: 127.0.0.1:10256: /livez says 200
+        source    kube: first lists complete
+                  last event 3 s ago, last sync 3 s ago, 0 changes waiting
+        snapshot  /var/lib/socklb/snapshot: 12 services, 14 slices, 3 nodes, 2 h old
+        pins      /sys/fs/bpf/socklb
+
+        MAP            ENTRIES  ROOM FOR   FULL
+        services4           12     65536    0 %
+        endpoints4      262144    262144  100 %
+
+        HOOK          STATE       CGROUP
+        connect4      attached    /sys/fs/cgroup
+        getpeername6  attached    /sys/fs/cgroup
+
+        no issues
+    "]]
+    .assert_eq(&well().text());
+}
+
+#[test]
+fn nothing_at_all() {
+    let nobody = Err("Connection refused (os error 111)".to_owned());
+    let asked = Asked { name: Some(("127.0.0.1:10249".parse().unwrap(), nobody)), ..Asked::default() };
+    let status = Status {
+        agent: AgentPart::new(&asked),
+        source: None,
+        snapshot: SnapshotPart::new(
+            "/var/lib/socklb/snapshot".into(),
+            None,
+            Err(&SnapshotError::Missing { path: "/var/lib/socklb/snapshot".into() }),
+        ),
+        pin_problem: Some("/sys/fs/bpf/socklb: nothing is pinned".to_owned()),
+        maps: Vec::new(),
+        hooks: vec![
+            HookRow::new("sock_release", Err(LinkProblem::NotNeeded)),
+            HookRow::new("connect4", Err(LinkProblem::Missing)),
+            HookRow::new("connect6", Err(LinkProblem::Detached)),
+            HookRow::new("sendmsg4", Err(LinkProblem::Io(io::Error::other("no")))),
+        ],
+        n_issues: None,
+        ..well()
+    };
+    assert!(!status.is_attached());
+    expect![[r"
+        agent     stopped: 127.0.0.1:10249: Connection refused (os error 111)
+        source    not known: no agent answers
+        snapshot  /var/lib/socklb/snapshot: no snapshot: has an agent run with this --state-dir?
+        pins      /sys/fs/bpf/socklb: nothing is pinned
+
+        HOOK          STATE       CGROUP
+        sock_release  not needed  not used on this kernel
+        connect4      missing     nothing is pinned under this name
+        connect6      detached    its cgroup is gone: start the agent anew after `socklb cleanup`
+        sendmsg4      unknown     no
+
+        no issues
+    "]]
+    .assert_eq(&status.text());
+}
+
+#[test]
+fn what_is_wrong_is_said_first() {
+    let issue = |port: i64| {
+        let kind = IssueKind::InvalidPort { field: format!("spec.ports[{port}].port"), value: port };
+        Issue::new(ObjectRef::service("default", "web"), kind)
+    };
+    let status = Status {
+        agent: AgentPart::new(&answers("127.0.0.1:10256", Ok((503, String::new())))),
+        source: Some(SourcePart {
+            is_complete: false,
+            serves_snapshot: true,
+            last_event_age_seconds: None,
+            sync_errors: 2,
+            changes_waiting: 5,
+            ..source()
+        }),
+        n_issues: Some(40),
+        issues: (0..25).map(issue).collect(),
+        ..well()
+    };
+    let text = status.text();
+    assert!(text.starts_with("agent     stuck: 127.0.0.1:10256: /livez says 503, /healthz says"), "{text}");
+    for part in [
+        "does not answer, the snapshot is served",
+        "last event never, last sync 3 s ago, 5 changes waiting, 2 syncs failed",
+        "ISSUES (25 of the objects' own; the agent knows of 40, all in its log)",
+        "Service default/web: spec.ports[0].port",
+        "and 5 more: -o json lists all",
+    ] {
+        assert!(text.contains(part), "{part}\nis not in\n{text}");
+    }
+}
+
+#[test]
+fn who_answers_decides_what_the_agent_is() {
+    let at = |name: Option<Answer>, livez: Option<Answer>| {
+        let address = "127.0.0.1:1".parse().unwrap();
+        let asked = Asked {
+            name: name.map(|answer| (address, answer)),
+            health: livez.map(|answer| (address, answer.clone(), answer)),
+            ..Asked::default()
+        };
+        let AgentPart { state, healthy, .. } = AgentPart::new(&asked);
+        (state, healthy)
+    };
+    let ok = |text: &str| Some(Ok((200, text.to_owned())));
+    let refused = || Some(Err("refused".to_owned()));
+    for (name, livez, expected) in [
+        (None, None, ("unknown", None)),
+        (ok("socklb"), ok(""), ("running", Some(true))),
+        (ok("socklb"), None, ("running", None)),
+        (None, ok(""), ("running", Some(true))),
+        (None, refused(), ("stopped", None)),
+        (refused(), refused(), ("stopped", None)),
+        (ok("socklb"), refused(), ("stuck", None)),
+        (ok("iptables"), ok(""), ("stopped", None)),
+    ] {
+        assert_eq!(at(name.clone(), livez.clone()), expected, "{name:?} {livez:?}");
+    }
+}
+
+#[test]
+fn a_program_that_the_kernel_does_not_run_is_not_attached() {
+    let link = |is_effective, cgroup: Option<&str>| Link {
+        program_id: 1,
+        cgroup: cgroup.map(Into::into),
+        is_effective,
+    };
+    assert_eq!(HookRow::new("connect4", Ok(link(Some(false), Some("/a")))).state, "detached");
+    let unseen = HookRow::new("connect4", Ok(link(None, None)));
+    assert_eq!(unseen.state, "attached");
+    assert!(unseen.problem.unwrap().contains("--cgroup"));
+}
+
+/// Names that scripts hold on to.
+#[test]
+fn the_json_has_these_names() {
+    let mut status = serde_json::to_value(well()).unwrap();
+    status["hooks"].as_array_mut().unwrap().truncate(1);
+    status["maps"].as_array_mut().unwrap().truncate(1);
+    let expected = json!({
+        "agent": { "state": "running", "healthy": true, "reason": "127.0.0.1:10256: /livez says 200" },
+        "source": {
+            "source": "kube",
+            "complete": true,
+            "serves_snapshot": false,
+            "last_event_age_seconds": 3.2,
+            "last_sync_age_seconds": 3.2,
+            "changes_waiting": 0,
+            "sync_errors": 0,
+        },
+        "snapshot": {
+            "path": "/var/lib/socklb/snapshot",
+            "age_seconds": 7300.0,
+            "services": 12,
+            "endpoint_slices": 14,
+            "nodes": 3,
+            "problem": null,
+        },
+        "pin_path": "/sys/fs/bpf/socklb",
+        "pin_problem": null,
+        "maps": [{ "map": "services4", "entries": 12, "capacity": 65536 }],
+        "hooks": [{
+            "hook": "connect4",
+            "state": "attached",
+            "cgroup": "/sys/fs/cgroup",
+            "program_id": 7,
+            "problem": null,
+        }],
+        "issues_of_agent": 0,
+        "issues": [],
+    });
+    assert_eq!(status, expected);
+}

@@ -1,0 +1,78 @@
+//! The agent as the manifests deploy it: with their capabilities, behind mounts like theirs.
+
+use std::{fs, path::Path, process::Command};
+
+use serde_json::Value;
+
+use crate::{
+    process::text,
+    socklb::{eventually, is_up, with_town},
+    town,
+};
+
+/// In the sandbox's network namespace, which has nothing else.
+const METRICS: &str = "127.0.0.1:10249";
+
+/// The names after `add:` in the DaemonSet, as setpriv writes them.
+fn capabilities() -> String {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../manifests/base/daemonset.yaml");
+    let object: Value = serde_saphyr::from_str(&fs::read_to_string(path).unwrap()).unwrap();
+    let container = &object["spec"]["template"]["spec"]["containers"][0];
+    let names = container["securityContext"]["capabilities"]["add"].as_array().unwrap();
+    let names = names.iter().map(|name| format!("+{}", name.as_str().unwrap().to_lowercase()));
+    std::iter::once("-all".to_owned()).chain(names).collect::<Vec<_>>().join(",")
+}
+
+/// No capability but the DaemonSet's, none to be gained, a cgroup that can only be read, and a file system for pins that
+/// is mounted at a second place, as into a container.
+#[test]
+fn the_capabilities_and_mounts_of_the_daemon_set_are_enough() {
+    with_town(|place, town| {
+        place.write(&town.cluster(0..2));
+        let mounts = tempfile::tempdir().unwrap();
+        let (cgroup, pins) = (mounts.path().join("cgroup"), mounts.path().join("bpf"));
+        for directory in [&cgroup, &pins] {
+            fs::create_dir(directory).unwrap();
+        }
+        let bpffs = Path::new(&place.pin_path).parent().unwrap();
+        // The sandbox's mount namespace is the test's own.
+        for (from, to, options) in [(Path::new(&place.cgroup), &cgroup, "bind,ro"), (bpffs, &pins, "bind")] {
+            let (from, to) = (from.to_str().unwrap(), to.to_str().unwrap());
+            text("mount", &["--bind", "-o", options, from, to]);
+        }
+        let capabilities = capabilities();
+        let contained = || {
+            let mut command = Command::new("setpriv");
+            command
+                .args(["--bounding-set", &capabilities, "--inh-caps", &capabilities, "--no-new-privs"])
+                .args(["--clear-groups", "--", &place.binary])
+                .env("SOCKLB_CGROUP", &cgroup)
+                .env("SOCKLB_PIN_PATH", pins.join("socklb"))
+                .env("SOCKLB_STATE_DIR", place.state_dir())
+                .env("SOCKLB_METRICS_BIND_ADDRESS", METRICS)
+                .env("SOCKLB_HEALTHZ_BIND_ADDRESS", "")
+                .env("NODE_NAME", "node");
+            command
+        };
+        let agent = place.spawn(contained(), &[]);
+        eventually("the service answers", || is_up(town::web()[0]));
+        let status = fs::read_to_string(format!("/proc/{}/status", agent.id())).unwrap();
+        let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:")).unwrap().trim();
+        // CAP_NET_ADMIN 12, CAP_PERFMON 38, CAP_BPF 39.
+        assert_eq!(u64::from_str_radix(effective, 16), Ok((1 << 12) | (1 << 38) | (1 << 39)));
+        // What `kubectl exec` runs finds everything by the same variables.
+        let output = contained().args(["status", "-o", "json"]).output().unwrap();
+        let status: Value = serde_json::from_slice(&output.stdout).unwrap_or_else(|_| panic!("{output:?}"));
+        assert_eq!(status["agent"]["state"], "running", "{status}");
+        for hook in status["hooks"].as_array().unwrap() {
+            assert!(matches!(hook["state"].as_str(), Some("attached" | "not needed")), "{hook}");
+            assert_eq!(hook["cgroup"], cgroup.to_str().unwrap(), "{hook}");
+        }
+        assert!(output.status.success(), "{status}");
+        // Changes are followed, and nothing is in want of more.
+        place.write(&town.cluster(0..0));
+        eventually("the service refuses", || !is_up(town::web()[0]));
+        let log = agent.log();
+        assert!(!log.iter().any(|line| line.contains("ERROR") || line.contains("not permitted")), "{log:#?}");
+    });
+}
