@@ -110,11 +110,11 @@ fn libraries_are_read_from_ldd() {
 }
 
 /// Runs a program of the image with the image as its root, in a mount namespace of its own. The file system of the image
-/// is only read, as in the manifests.
+/// is only read, and pins are at the place of the manifests.
 fn run(root: &Path, args: &[&str]) -> std::process::Output {
     const MOUNTS: &str = "mount --bind \"$1\" \"$1\" && mount -o remount,bind,ro \"$1\" && \
                           for name in proc sys dev; do mount --rbind /$name \"$1/$name\" || exit; done && \
-                          mount -t tmpfs none \"$1/tmp\" && root=$1 && shift && exec chroot \"$root\" \"$@\"";
+                          mount -t tmpfs none \"$1/tmp\" && mount -t bpf none \"$1/host/bpf\" && root=$1 && shift && exec chroot \"$root\" \"$@\"";
     Command::new("unshare")
         .args(["--mount", "--propagation", "private", "sh", "-c", MOUNTS, "sh"])
         .arg(root)
@@ -149,7 +149,7 @@ fn the_binary_runs_with_the_image_as_its_root() {
 
     let version = run(&root, &["--version"]);
     assert_eq!(String::from_utf8_lossy(&version.stdout), concat!("socklb ", env!("CARGO_PKG_VERSION"), "\n"));
-    let check = run(&root, &["check"]);
+    let check = run(&root, &["check", "--pin-path", "/host/bpf/socklb"]);
     let said = String::from_utf8_lossy(&check.stdout).into_owned();
     assert!(check.status.success() && said.contains("the kernel's verifier takes"), "{said}{check:?}");
     // In namespaces and a cgroup of its own.
