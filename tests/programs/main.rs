@@ -10,4 +10,5 @@ mod dns;
 mod http;
 mod process;
 mod socklb;
+mod stale;
 mod town;
