@@ -15,5 +15,6 @@ pub mod serve;
 pub mod sim;
 pub mod snapshot;
 pub mod source;
+pub mod stale;
 pub mod tables;
 pub mod telemetry;

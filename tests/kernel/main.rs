@@ -14,5 +14,6 @@ mod records;
 mod refusals;
 mod scenarios;
 mod slots;
+mod stale;
 mod stats;
 mod verifier;

@@ -18,10 +18,11 @@ use crate::{
     town::{self, Town},
 };
 
-const LISTEN: [&str; 2] = ["--metrics-bind-address=127.0.0.1:0", "--healthz-bind-address=127.0.0.1:0"];
+pub(crate) const LISTEN: [&str; 2] =
+    ["--metrics-bind-address=127.0.0.1:0", "--healthz-bind-address=127.0.0.1:0"];
 
 /// The address that the agent listens on for a flag.
-fn address(agent: &Running, flag: &str) -> String {
+pub(crate) fn address(agent: &Running, flag: &str) -> String {
     let find = || {
         let log = agent.log();
         let line = log.iter().find(|line| line.contains("listening") && line.contains(flag))?;
@@ -50,10 +51,10 @@ fn fetch(method: &str, url: &str) -> (u16, String) {
 }
 
 /// One scrape: values as written, by name and labels.
-struct Scrape(BTreeMap<String, String>);
+pub(crate) struct Scrape(BTreeMap<String, String>);
 
 impl Scrape {
-    fn of(address: &str) -> Self {
+    pub(crate) fn of(address: &str) -> Self {
         let (status, body) = fetch("GET", &format!("http://{address}/metrics"));
         assert_eq!(status, 200, "{body}");
         let lines = body.lines().filter(|line| !line.starts_with('#') && !line.is_empty());
@@ -65,7 +66,7 @@ impl Scrape {
     }
 
     /// A whole number.
-    fn get(&self, series: &str) -> u64 {
+    pub(crate) fn get(&self, series: &str) -> u64 {
         let value = self.0.get(series).unwrap_or_else(|| panic!("{series} is not among {:#?}", self.0));
         value.parse().unwrap_or_else(|error| panic!("{series} {value}: {error}"))
     }

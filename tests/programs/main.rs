@@ -13,4 +13,5 @@ mod http;
 mod node;
 mod process;
 mod socklb;
+mod stale;
 mod town;

@@ -1,12 +1,18 @@
 //! The agent in this process: state and kernel, without a source and without a clock.
 
-use std::{net::IpAddr, path::PathBuf, thread, time::Duration};
+use std::{
+    net::IpAddr,
+    path::PathBuf,
+    thread,
+    time::{Duration, Instant},
+};
 
 use lb_userspace::{
-    controller::State,
+    controller::{State, sweep},
     desired::{NodePortAddresses, Settings},
-    kernel::{Features, Kernel, KernelError, Options, pins},
+    kernel::{Features, Kernel, KernelError, Options, pins, sockets},
     plan::{Capacity, Plan},
+    stale::{Known, Use},
     tables::Image,
 };
 
@@ -106,6 +112,28 @@ impl Agent {
     pub fn follow(&mut self, cluster: &Cluster) -> Plan {
         cluster.feed(&mut self.state);
         self.sync()
+    }
+
+    /// Looks once for sockets that stay with endpoints which no longer serve, and ends what is due at `now`, as the
+    /// agent's loop does. Returns the ways that the ended sockets went, one for each socket.
+    ///
+    /// # Panics
+    ///
+    /// If anything could not be looked at or ended.
+    pub fn sweep(&mut self, options: &Options, is_thorough: bool, now: Instant) -> Vec<Use> {
+        let table = sockets::SocketTable::open(&options.pin_path, options.features).expect("pinned maps");
+        let (used, is_complete) = (table.used(), table.is_complete());
+        let search = self.state.search_stale(Known { used: &used, is_complete }, is_thorough, now);
+        let Some(search) = search else { return Vec::new() };
+        let (pin_path, features) = (&options.pin_path, options.features);
+        let found = sockets::find(pin_path, features, &search.protocols, search.endpoints.as_ref());
+        let found = found.unwrap_or_else(|error| panic!("{error}"));
+        assert!(found.problem.is_none(), "{:?}", found.problem);
+        let standings = self.state.judge_stale(&search, &sweep::ways(&found.sockets), now);
+        let (due, _has_more) = sweep::due_now(found.sockets, &standings, now, sweep::BATCH);
+        let destroyed = sockets::destroy(pin_path, features, due).unwrap_or_else(|error| panic!("{error}"));
+        assert!(destroyed.problem.is_none(), "{:?}", destroyed.problem);
+        destroyed.sockets.iter().map(sweep::way).collect()
     }
 
     /// Waits until everything freed can be used again.

@@ -12,6 +12,8 @@ pub enum Feature {
     /// To learn the cookie of a network namespace (kernel 5.14), without which no program can be told that a test's
     /// namespace is the node's.
     NetnsCookie,
+    /// To end sockets of other programs: `CONFIG_INET_DIAG_DESTROY`.
+    SocketDestroy,
     /// A program on `PATH`.
     Command(&'static str),
     /// A variable of the environment that `cargo xtask test` sets.
@@ -33,6 +35,7 @@ impl Feature {
             Self::NetnsCookie => kernel::syscall::netns_cookie()
                 .is_none()
                 .then(|| "SO_NETNS_COOKIE, which came with kernel 5.14".to_owned()),
+            Self::SocketDestroy => kernel::sockets::check().err().map(|error| error.to_string()),
             Self::Command(name) => {
                 let path = env::var_os("PATH").unwrap_or_default();
                 let is_there = env::split_paths(&path).any(|directory| directory.join(name).is_file());
@@ -49,6 +52,8 @@ impl Feature {
         match self {
             Self::Programs | Self::Command(_) | Self::Variable(_) => true,
             Self::NetnsCookie => kernel_version() >= (5, 14),
+            // A matter of the kernel's configuration.
+            Self::SocketDestroy => kernel::sockets::check().err().is_none_or(|error| !error.is_final()),
         }
     }
 }

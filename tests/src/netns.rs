@@ -4,12 +4,17 @@ use std::{
     fs::{self, File},
     io,
     net::IpAddr,
-    os::fd::AsFd,
-    panic, thread,
+    os::fd::{AsFd, AsRawFd},
+    panic,
+    path::Path,
+    thread,
     time::Duration,
 };
 
-use nix::sched::{CloneFlags, setns, unshare};
+use nix::{
+    mount::{MsFlags, mount},
+    sched::{CloneFlags, setns, unshare},
+};
 
 use crate::netlink;
 
@@ -60,6 +65,18 @@ impl NetNs {
             setns(&self.file, CloneFlags::CLONE_NEWNET).expect("a namespace of ours can be entered");
             body()
         })
+    }
+
+    /// Makes a file stand for the namespace, as `ip netns add` does: this is how others than its processes find it. Only the
+    /// calling thread's mount namespace shows it.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's answer.
+    pub fn mount_at(&self, file: &Path) -> io::Result<()> {
+        drop(File::create(file)?);
+        let source = format!("/proc/thread-self/fd/{}", self.file.as_raw_fd());
+        Ok(mount(Some(source.as_str()), file, None::<&str>, MsFlags::MS_BIND, None::<&str>)?)
     }
 
     /// The cookie of the namespace, which programs see; `None` before kernel 5.14, which does not tell.

@@ -20,5 +20,6 @@ pub mod run;
 pub mod save;
 pub mod start;
 pub mod state;
+pub mod sweep;
 
 pub use self::{latency::Latency, state::State};

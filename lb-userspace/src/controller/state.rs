@@ -4,6 +4,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     net::IpAddr,
     sync::Arc,
+    time::Instant,
 };
 
 use lb_common::limits;
@@ -15,6 +16,7 @@ use crate::{
     },
     model::{Issue, IssueKind, ObjectRef, ServiceKey, Store, store::Changes},
     plan::{Capacity, Encoder, Full, Plan},
+    stale::{InForce, Known, Ledger, Search, Standing, Use},
     tables::Image,
     telemetry::scrape::MapUse,
 };
@@ -36,6 +38,7 @@ pub struct State {
     has_new_room: bool,
     issues: BTreeMap<ServiceKey, Vec<Issue>>,
     health_checks: BTreeMap<ServiceKey, HealthCheck>,
+    stale: Ledger,
     /// Until the first sync the tables may hold frontends of an earlier agent that nobody asks for any longer.
     is_first_sync: bool,
 }
@@ -60,6 +63,7 @@ impl State {
             has_new_room: false,
             issues: BTreeMap::new(),
             health_checks: BTreeMap::new(),
+            stale: Ledger::default(),
             is_first_sync: true,
         }
     }
@@ -145,7 +149,43 @@ impl State {
         } else {
             self.issues.insert(key.clone(), issues);
         }
-        self.desired.set(key, frontends)
+        let touched = self.desired.set(key, frontends);
+        let frontends = touched.iter().map(|address| (*address, self.desired.owner(address).is_some()));
+        self.stale.follow(key, self.store.service(key), frontends);
+        touched
+    }
+
+    /// The ledger of stale sockets, and what it judges by.
+    fn with_stale<T>(&mut self, judge: impl FnOnce(&mut Ledger, InForce<'_>) -> T) -> T {
+        let (refused, dirty, is_first_sync) = (&self.refused, &self.dirty.services, self.is_first_sync);
+        let is_behind = |frontend: &desired::Frontend| {
+            is_first_sync || refused.contains_key(&frontend.address) || dirty.contains(&frontend.port.service)
+        };
+        let in_force = InForce { desired: &self.desired, store: &self.store, is_behind: &is_behind };
+        judge(&mut self.stale, in_force)
+    }
+
+    /// Where to look for sockets that stay with endpoints which no longer serve: see [`Ledger::search`].
+    #[must_use]
+    pub fn search_stale(&mut self, known: Known<'_>, is_thorough: bool, now: Instant) -> Option<Search> {
+        self.with_stale(|ledger, in_force| ledger.search(known, is_thorough, now, in_force))
+    }
+
+    /// What becomes of the sockets that were found: see [`Ledger::judge`].
+    #[must_use]
+    pub fn judge_stale(
+        &mut self,
+        search: &Search,
+        found: &BTreeSet<Use>,
+        now: Instant,
+    ) -> BTreeMap<Use, Standing> {
+        self.with_stale(|ledger, in_force| ledger.judge(search, found, now, in_force))
+    }
+
+    /// When the next known sockets are to be ended: see [`Ledger::next_due`].
+    #[must_use]
+    pub fn next_stale(&mut self, now: Instant) -> Option<Instant> {
+        self.with_stale(|ledger, in_force| ledger.next_due(now, in_force))
     }
 
     /// A grace period has passed since the last plan was carried out.

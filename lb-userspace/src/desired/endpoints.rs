@@ -140,6 +140,18 @@ impl<'a> PortEndpoints<'a> {
             .collect()
     }
 
+    /// Whether a socket that is connected to an endpoint may stay so (semantics R10): the endpoint serves, whether calls
+    /// may reach it or not. While none of the port's endpoints serves, those that are still listed keep their sockets,
+    /// which would find nobody else.
+    #[must_use]
+    pub fn keeps_sockets(&self, address: &SocketAddr) -> bool {
+        // With `publishNotReadyAddresses` an endpoint is ready and may say that it does not serve: calls go there.
+        let serves = |endpoint: &SliceEndpoint| endpoint.ready || endpoint.serving;
+        self.known
+            .get(address)
+            .is_some_and(|endpoint| serves(endpoint) || !self.known.values().any(|other| serves(other)))
+    }
+
     /// The endpoints of each node that has some, so that the sets of all nodes cost one walk.
     #[must_use]
     pub fn by_node(&self) -> BTreeMap<&'a str, Self> {

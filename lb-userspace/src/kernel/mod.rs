@@ -4,7 +4,7 @@
 //!
 //! [`Kernel::open`] loads the programs, adopts or creates the pinned maps, and attaches or replaces the programs.
 //! [`Kernel::apply`] carries out a plan; [`store::Maps::image`] reads back what the tables hold;
-//! [`store::Maps::compare`] and [`Kernel::repair`] are the audit.
+//! [`store::Maps::compare`] and [`Kernel::repair`] are the audit. [`sockets`] finds and ends sockets on the whole host.
 //!
 //! # Invariants
 //!
@@ -14,18 +14,22 @@
 //!
 //! # Depends on
 //!
-//! `plan`, `tables`, `lb_common`, aya.
+//! `plan`, `tables`, `model`, `lb_common`, aya, netlink.
 
 pub mod cgroup;
+pub mod descriptors;
 pub mod error;
 pub mod feature;
 pub mod grace;
 pub mod host;
 pub mod links;
 pub mod mapped;
+pub mod netns;
 pub mod object;
 pub mod pins;
 mod pod;
+pub mod sock_diag;
+pub mod sockets;
 pub mod store;
 pub mod syscall;
 

@@ -18,6 +18,7 @@
 //! `lb_common` and, in [`ingest`] only, `k8s_openapi`.
 
 pub mod address;
+pub mod annotation;
 #[cfg(test)]
 pub(crate) mod fixture;
 pub mod ingest;
@@ -34,6 +35,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 pub use self::{
+    annotation::StaleConnections,
     issue::{Issue, IssueKind, ObjectKind, ObjectRef},
     store::{Changes, Store},
 };

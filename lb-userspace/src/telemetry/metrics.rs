@@ -22,7 +22,7 @@ use prometheus_client::{
     registry::{Metric, Registry},
 };
 
-use crate::plan::audit::Faults;
+use crate::{model::Protocol, plan::audit::Faults};
 
 /// A gauge with a fraction, such as a time.
 type Real = Gauge<f64, AtomicU64>;
@@ -115,6 +115,9 @@ definitions! {
         "Comparisons of the kernel's maps with what they should hold: result clean, repaired or error";
     AUDIT_REPAIRS: Counter "socklb_audit_repairs_total" ["map"]
         "Entries of the kernel's maps that somebody else had deleted, altered or added, and that an audit put right";
+    SOCKETS_DESTROYED: Counter "socklb_sockets_destroyed_total" ["protocol"]
+        "Connected sockets of this node's programs that were ended because their endpoint no longer serves them; the log names the \
+         Service";
     ISSUES: Gauge "socklb_issues" []
         "What is wrong with objects at the moment; each is in the log";
     SOURCE_COMPLETE: Gauge "socklb_source_complete" []
@@ -157,6 +160,7 @@ pub struct Metrics {
     sync_operations: Counter,
     audits: By,
     audit_repairs: By,
+    sockets_destroyed: By,
     issues: Gauge,
     source_complete: Gauge,
     serves_snapshot: Gauge,
@@ -216,6 +220,7 @@ impl Metrics {
             sync_operations: register(registry, &SYNC_OPERATIONS, Counter::default()),
             audits: register(registry, &AUDITS, By::default()),
             audit_repairs: register(registry, &AUDIT_REPAIRS, By::default()),
+            sockets_destroyed: register(registry, &SOCKETS_DESTROYED, By::default()),
             issues: register(registry, &ISSUES, Gauge::default()),
             source_complete: register(registry, &SOURCE_COMPLETE, Gauge::default()),
             serves_snapshot: register(registry, &SERVES_SNAPSHOT, Gauge::default()),
@@ -227,6 +232,9 @@ impl Metrics {
         // A counter that appears with its first value hides that value from a rate.
         for map in AUDITED {
             let _zero = metrics.audit_repairs.get_or_create(&[("map", map)]);
+        }
+        for protocol in [Protocol::Tcp, Protocol::Udp] {
+            let _zero = metrics.sockets_destroyed.get_or_create(&[("protocol", label(protocol))]);
         }
         for end in [AuditEnd::Clean, AuditEnd::Repaired, AuditEnd::Error] {
             let _zero = metrics.audits.get_or_create(&[("result", end.name())]);
@@ -282,6 +290,11 @@ impl Metrics {
         }
     }
 
+    /// Sockets of a protocol were ended.
+    pub fn destroyed(&self, protocol: Protocol, n_sockets: u64) {
+        self.sockets_destroyed.get_or_create(&[("protocol", label(protocol))]).inc_by(n_sockets);
+    }
+
     /// So much is wrong with objects.
     pub fn issues(&self, n_issues: usize) {
         self.issues.set(i64::try_from(n_issues).unwrap_or(i64::MAX));
@@ -320,6 +333,15 @@ impl AuditEnd {
             Self::Repaired => "repaired",
             Self::Error => "error",
         }
+    }
+}
+
+/// The protocol as other metrics show it.
+const fn label(protocol: Protocol) -> &'static str {
+    match protocol {
+        Protocol::Tcp => "TCP",
+        Protocol::Udp => "UDP",
+        Protocol::Sctp => "SCTP",
     }
 }
 

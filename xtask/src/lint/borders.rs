@@ -54,6 +54,11 @@ const MODULES: &[Module] = &[
         reason: "the simulator answers from an image, so it cannot see what only the kernel knows",
     },
     Module {
+        name: "stale",
+        may_use: MayUse::Only(&["desired", "model"]),
+        reason: "which sockets are stale follows from the objects; finding and ending them is the kernel's",
+    },
+    Module {
         name: "snapshot",
         may_use: MayUse::Only(&["desired", "model"]),
         reason: "the snapshot keeps objects and settings on disk, not what was made from them",
@@ -101,7 +106,7 @@ struct Ban {
 }
 
 /// The modules that are plain functions: a value in, a value and issues out.
-const PURE: &[&str] = &["model", "desired", "tables", "plan", "sim", "controller::state"];
+const PURE: &[&str] = &["model", "desired", "tables", "plan", "sim", "stale", "controller::state"];
 
 const IO_REASON: &str =
     "pure modules do no I/O, so that they run the same in tests, in the agent and in `socklb explain`";

@@ -8,7 +8,7 @@ use k8s_openapi::api::core::v1 as api;
 use super::{ANNOTATION_PREFIX, Report, namespace};
 use crate::model::{
     Cidr, Family, Issue, IssueKind, ObjectRef, Protocol, Service, ServiceKey, ServicePort, ServiceType,
-    TrafficPolicy, address,
+    TrafficPolicy, address, annotation::STALE_CONNECTIONS,
 };
 
 /// Idle time-out of client affinity when the object gives none, seconds (`pkg/apis/core/v1/defaults.go`).
@@ -89,7 +89,20 @@ pub fn service(object: &api::Service) -> (Option<Service>, Vec<Issue>) {
     if service.ports.is_empty() {
         report.add(IssueKind::NoPorts);
     }
+    report_annotation(&mut report, &service);
     (Some(service), report.issues)
+}
+
+/// Reports an annotation that cannot be read: the service is served as without it.
+fn report_annotation(report: &mut Report, service: &Service) {
+    let value = service.annotations.iter().find(|(key, _)| key == STALE_CONNECTIONS).map(|(_, value)| value);
+    if let Some(value) = value.filter(|_| service.stale_connections().is_none()) {
+        report.add(IssueKind::UnknownValue {
+            field: format!("metadata.annotations[{STALE_CONNECTIONS}]"),
+            value: value.clone(),
+            used: "absent (expected keep, reset or drain=DURATION, such as drain=30s)".to_owned(),
+        });
+    }
 }
 
 /// The cluster IP of each family, by the rule of `GetClusterIPByFamily` (`pkg/proxy/util/utils.go`): the index of

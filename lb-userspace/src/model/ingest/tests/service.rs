@@ -391,3 +391,19 @@ fn metadata_of_a_service() {
     assert_eq!(service.created, Some(1_767_323_045));
     assert_eq!(service.annotations, [("socklb.io/drain".to_owned(), "30s".to_owned())]);
 }
+
+#[test]
+fn r10_an_annotation_that_cannot_be_read_is_reported() {
+    for (value, expected, n_issues) in [
+        ("drain=30s", Some(crate::model::StaleConnections::Drain(std::time::Duration::from_secs(30))), 0),
+        ("never", None, 1),
+    ] {
+        let annotations = json!({"socklb.io/stale-connections": value});
+        let (service, issues) = ingest_service(&json!({"metadata": {"annotations": annotations}}));
+        assert_eq!(service.unwrap().stale_connections(), expected);
+        let texts = texts(&issues);
+        assert_eq!(texts.len(), n_issues, "{texts:?}");
+        let is_named = |text: &String| text.contains("socklb.io/stale-connections") && text.contains(value);
+        assert!(texts.iter().all(is_named), "{texts:?}");
+    }
+}

@@ -1,0 +1,269 @@
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use super::*;
+use crate::{
+    desired::{
+        fixture::{endpoint, settings, topology},
+        service::frontends,
+    },
+    model::fixture,
+};
+
+/// The Service `default/web` with a port of each protocol, number 53 at 10.0.0.1, and its slice; endpoints listen on port
+/// 1053.
+#[derive(Default)]
+struct Town {
+    ledger: Ledger,
+    desired: Desired,
+    store: Store,
+}
+
+fn key() -> ServiceKey {
+    ServiceKey::new("default", "web")
+}
+
+fn service(annotation: Option<&str>, patch: &Value) -> Service {
+    let ports = json!([
+        {"name": "udp", "protocol": "UDP", "port": 53, "nodePort": 30053},
+        {"name": "tcp", "protocol": "TCP", "port": 53, "nodePort": 30053},
+    ]);
+    let base = json!({
+        "metadata": {"annotations": {"socklb.io/stale-connections": annotation}},
+        "spec": {"type": "NodePort", "ports": ports},
+    });
+    fixture::service(&fixture::patched(base, patch))
+}
+
+impl Town {
+    /// With endpoints in the form of [`endpoint`].
+    fn new(annotation: Option<&str>, endpoints: &[&str]) -> Self {
+        let mut town = Self::default();
+        town.set(annotation, endpoints);
+        town
+    }
+
+    fn set(&mut self, annotation: Option<&str>, endpoints: &[&str]) {
+        self.set_objects(Some(service(annotation, &json!({}))), endpoints);
+    }
+
+    fn set_objects(&mut self, service: Option<Service>, endpoints: &[&str]) {
+        let endpoints: Vec<_> = endpoints.iter().map(|line| endpoint(line)).collect();
+        let port = |name: &str, protocol: &str| json!({"name": name, "protocol": protocol, "port": 1053});
+        let ports = [port("udp", "UDP"), port("tcp", "TCP")];
+        let slice = fixture::slice(&json!({"ports": ports, "endpoints": endpoints}));
+        let _changes = self.store.set_service(&key(), service);
+        let _changes = self.store.set_slice(&slice.key(), Some(slice));
+        let of_service = self.store.service(&key()).map_or_else(Vec::new, |service| {
+            frontends(service, self.store.slices_of(&key()), &topology(), &settings()).0
+        });
+        let touched = self.desired.set(&key(), of_service);
+        let desired = &self.desired;
+        let touched = touched.into_iter().map(|address| (address, desired.owner(&address).is_some()));
+        self.ledger.follow(&key(), self.store.service(&key()), touched);
+    }
+
+    fn with<T>(&mut self, ask: impl FnOnce(&mut Ledger, InForce<'_>) -> T) -> T {
+        let in_force = InForce { desired: &self.desired, store: &self.store, is_behind: &|_| false };
+        ask(&mut self.ledger, in_force)
+    }
+
+    /// Judges one use, found by a search everywhere.
+    fn judge(&mut self, used: Use, now: Instant) -> Standing {
+        let search = Search { protocols: [used.protocol].into(), endpoints: None };
+        self.with(|ledger, in_force| ledger.judge(&search, &[used].into(), now, in_force))[&used].clone()
+    }
+
+    fn search(&mut self, used: &[Use], is_complete: bool, is_thorough: bool, now: Instant) -> Option<Search> {
+        let used = used.iter().map(|used| (used.service, used.endpoint)).collect();
+        let known = Known { used: &used, is_complete };
+        self.with(|ledger, in_force| ledger.search(known, is_thorough, now, in_force))
+    }
+}
+
+fn used(protocol: Protocol, service: &str, endpoint: &str) -> Use {
+    Use { protocol, service: service.parse().unwrap(), endpoint: endpoint.parse().unwrap() }
+}
+
+/// A socket of `10.1.0.1`, an endpoint of 10.0.0.1:53.
+fn first(protocol: Protocol) -> Use {
+    used(protocol, "10.0.0.1:53", "10.1.0.1:1053")
+}
+
+fn ends(due: Instant) -> Standing {
+    Standing::Ends { service: Some(key()), due }
+}
+
+#[test]
+fn r10_sockets_stay_with_endpoints_that_serve() {
+    use Protocol::{Tcp, Udp};
+    use Standing::{Kept, Serves};
+    let now = Instant::now();
+    let gone = &["10.1.0.2 - rs"][..];
+    for (what, protocol, annotation, endpoints, expected) in [
+        ("it is ready", Udp, None, &["10.1.0.1 - rs"][..], Serves),
+        ("it terminates and serves", Udp, None, &["10.1.0.1 - st", "10.1.0.2 - rs"], Serves),
+        ("it serves and is not ready", Udp, None, &["10.1.0.1 - s", "10.1.0.2 - rs"], Serves),
+        ("it is on another node", Udp, None, &["10.1.0.1 node-b rs", "10.1.0.2 node-a rs"], Serves),
+        ("it is hinted elsewhere", Udp, None, &["10.1.0.1 - rs zone=b", "10.1.0.2 - rs zone=a"], Serves),
+        ("publishNotReadyAddresses", Udp, None, &["10.1.0.1 - r", "10.1.0.2 - rs"], Serves),
+        ("it does not serve, another does", Udp, None, &["10.1.0.1 - -", "10.1.0.2 - rs"], ends(now)),
+        ("it terminates, another serves", Udp, None, &["10.1.0.1 - t", "10.1.0.2 - rs"], ends(now)),
+        ("it does not serve, nor does another", Udp, None, &["10.1.0.1 - -", "10.1.0.2 - -"], Serves),
+        ("it is gone", Udp, None, gone, ends(now)),
+        ("it is gone and nobody serves", Udp, None, &["10.1.0.2 - -"], ends(now)),
+        ("all are gone", Udp, None, &[], ends(now)),
+        ("TCP stays", Tcp, None, gone, Kept),
+        ("TCP stays without endpoints", Tcp, None, &[], Kept),
+        ("keep", Udp, Some("keep"), gone, Kept),
+        ("keep", Tcp, Some("keep"), gone, Kept),
+        ("reset", Udp, Some("reset"), gone, ends(now)),
+        ("reset", Tcp, Some("reset"), gone, ends(now)),
+        ("reset while it serves", Tcp, Some("reset"), &["10.1.0.1 - st", "10.1.0.2 - rs"], Serves),
+        ("drain", Udp, Some("drain=30s"), gone, ends(now + Duration::from_secs(30))),
+        ("drain", Tcp, Some("drain=30s"), gone, ends(now + Duration::from_secs(30))),
+        ("drain at once", Tcp, Some("drain=0s"), gone, ends(now)),
+    ] {
+        let mut town = Town::new(annotation, endpoints);
+        assert_eq!(town.judge(first(protocol), now), expected, "{what}: {protocol}");
+    }
+}
+
+#[test]
+fn r10_the_policy_local_ends_no_socket() {
+    let now = Instant::now();
+    let local = json!({"spec": {"internalTrafficPolicy": "Local"}});
+    let mut town = Town::default();
+    town.set_objects(Some(service(None, &local)), &["10.1.0.1 node-b rs"]);
+    assert_eq!(town.judge(first(Protocol::Udp), now), Standing::Serves);
+}
+
+#[test]
+fn r10_a_drain_lasts_from_when_the_endpoint_was_seen_to_be_gone() {
+    let start = Instant::now();
+    let at = |seconds| start + Duration::from_secs(seconds);
+    let (drain, socket) = (Some("drain=30s"), first(Protocol::Tcp));
+    let (there, gone) = (&["10.1.0.1 - rs"][..], &["10.1.0.2 - rs"][..]);
+    let mut town = Town::new(drain, there);
+    for (second, endpoints, expected, next) in [
+        (0, there, Standing::Serves, None),
+        (10, gone, ends(at(40)), Some(at(40))),
+        (20, gone, ends(at(40)), Some(at(40))),
+        (40, gone, ends(at(40)), None),
+        // It came back in time, or nearly.
+        (50, there, Standing::Serves, None),
+        (60, gone, ends(at(90)), Some(at(90))),
+    ] {
+        town.set(drain, endpoints);
+        assert_eq!(town.judge(socket, at(second)), expected, "{second}");
+        assert_eq!(town.with(|ledger, in_force| ledger.next_due(at(second), in_force)), next, "{second}");
+    }
+    // Another annotation counts at once, from the same time on.
+    town.set(Some("drain=5s"), gone);
+    assert_eq!(town.judge(socket, at(61)), ends(at(65)));
+    town.set(Some("keep"), gone);
+    assert_eq!(town.judge(socket, at(61)), Standing::Kept);
+}
+
+#[test]
+fn r10_a_service_that_is_deleted_has_said_what_becomes_of_its_sockets() {
+    let now = Instant::now();
+    for (annotation, tcp, udp) in [
+        (None, Standing::Kept, ends(now)),
+        (Some("keep"), Standing::Kept, Standing::Kept),
+        (Some("reset"), ends(now), ends(now)),
+    ] {
+        let mut town = Town::new(annotation, &["10.1.0.1 - rs"]);
+        town.set_objects(None, &["10.1.0.1 - rs"]);
+        assert_eq!(town.judge(first(Protocol::Tcp), now), tcp, "{annotation:?}");
+        assert_eq!(town.judge(first(Protocol::Udp), now), udp, "{annotation:?}");
+        // Remembered while a socket uses it, through any number of searches.
+        for _ in 0..3 {
+            let _somewhere = town.search(&[first(Protocol::Udp)], true, false, now);
+            assert_eq!(town.judge(first(Protocol::Udp), now), udp, "{annotation:?}");
+        }
+        let _nowhere = town.search(&[], true, false, now);
+        assert!(town.ledger.gone.is_empty());
+    }
+    // One that an earlier agent served: nobody knows what it was.
+    let mut town = Town::default();
+    assert_eq!(town.judge(first(Protocol::Udp), now), Standing::Ends { service: None, due: now });
+    assert_eq!(town.judge(first(Protocol::Tcp), now), Standing::Kept);
+}
+
+#[test]
+fn r10_node_ports_are_frontends_on_every_node_address() {
+    let now = Instant::now();
+    let mut town = Town::new(None, &["10.1.0.2 - rs"]);
+    for node in ["192.168.0.1:30053", "192.168.0.2:30053", "127.0.0.1:30053"] {
+        assert_eq!(town.judge(used(Protocol::Udp, node, "10.1.0.1:1053"), now), ends(now), "{node}");
+        assert_eq!(town.judge(used(Protocol::Udp, node, "10.1.0.2:1053"), now), Standing::Serves, "{node}");
+    }
+}
+
+#[test]
+fn nothing_is_stale_before_the_tables_follow() {
+    let (now, socket) = (Instant::now(), first(Protocol::Udp));
+    let town = Town::new(None, &["10.1.0.2 - rs"]);
+    let in_force = InForce { desired: &town.desired, store: &town.store, is_behind: &|_| true };
+    let search = Search { protocols: [Protocol::Udp].into(), endpoints: None };
+    let mut ledger = town.ledger.clone();
+    let standings = ledger.judge(&search, &[socket].into(), now, in_force);
+    assert_eq!(standings[&socket], Standing::Serves);
+}
+
+#[test]
+fn sockets_are_looked_for_where_they_may_be_stale() {
+    use Protocol::{Tcp, Udp};
+    let now = Instant::now();
+    let (stale, fine) = (first(Udp), used(Udp, "10.0.0.1:53", "10.1.0.2:1053"));
+    let there = &["10.1.0.2 - rs"][..];
+    let everywhere = |protocols: &[Protocol]| {
+        Some(Search { protocols: protocols.iter().copied().collect(), endpoints: None })
+    };
+    let at_stale = |protocols: &[Protocol]| {
+        let endpoints = Some([stale.endpoint].into());
+        Some(Search { protocols: protocols.iter().copied().collect(), endpoints })
+    };
+    for (what, annotation, known, is_complete, is_thorough, expected) in [
+        ("nobody uses anything", None, &[][..], true, false, None),
+        ("nothing is stale", None, &[fine], true, false, None),
+        ("a stale one", None, &[fine, stale], true, false, at_stale(&[Udp])),
+        ("a stale one that is kept", Some("keep"), &[stale], true, false, None),
+        ("either protocol", Some("reset"), &[stale], true, false, at_stale(&[Tcp, Udp])),
+        ("a drain begins", Some("drain=30s"), &[stale], true, false, at_stale(&[Tcp, Udp])),
+        ("the first search", None, &[], true, true, everywhere(&[Udp])),
+        ("not all is known", None, &[fine], false, false, everywhere(&[Udp])),
+        ("not all is known, keep", Some("keep"), &[fine], false, false, everywhere(&[Udp])),
+        ("not all is known, reset", Some("reset"), &[fine], false, false, everywhere(&[Tcp, Udp])),
+    ] {
+        let mut town = Town::new(annotation, there);
+        assert_eq!(town.search(known, is_complete, is_thorough, now), expected, "{what}");
+    }
+    // A drain under way is looked for when it ends, not before.
+    let mut town = Town::new(Some("drain=30s"), there);
+    for protocol in [Tcp, Udp] {
+        let socket = first(protocol);
+        let search = Search { protocols: [protocol].into(), endpoints: None };
+        let _due = town.with(|ledger, in_force| ledger.judge(&search, &[socket].into(), now, in_force));
+    }
+    assert_eq!(town.search(&[stale], true, false, now), None);
+    assert_eq!(town.search(&[stale], true, false, now + Duration::from_secs(30)), at_stale(&[Tcp, Udp]));
+}
+
+/// A record does not say its protocol. Where a service has one of them, its sockets are not taken for the other's.
+#[test]
+fn a_frontend_of_one_protocol_tells_that_of_its_sockets() {
+    let now = Instant::now();
+    let ports = json!([{"name": "tcp", "protocol": "TCP", "port": 53}]);
+    let tcp_only = || service(None, &json!({"spec": {"ports": ports}}));
+    let mut town = Town::default();
+    town.set_objects(Some(tcp_only()), &["10.1.0.2 - rs"]);
+    assert_eq!(town.search(&[first(Protocol::Tcp)], true, false, now), None);
+    // It had another one, whose sockets may still be there.
+    let mut town = Town::new(None, &["10.1.0.2 - rs"]);
+    town.set_objects(Some(tcp_only()), &["10.1.0.2 - rs"]);
+    let search = town.search(&[first(Protocol::Udp)], true, false, now);
+    assert_eq!(search.map(|search| search.protocols), Some([Protocol::Udp].into()));
+}

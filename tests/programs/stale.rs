@@ -1,0 +1,86 @@
+//! Long-lived sockets of programs in other network namespaces, when the pod behind them goes.
+
+use std::process::{Child, Command};
+
+use lb_tests::{
+    Feature,
+    client::{Domain, Socket},
+    netns::NetNs,
+    require,
+};
+use lb_userspace::model::Protocol;
+use nix::errno::Errno;
+
+use crate::{
+    http::{LISTEN, Scrape, address},
+    socklb::{eventually, is_up, with_town},
+    town,
+};
+
+/// A process in a pod, by which the agent finds the pod's network namespace. It ends with this value.
+struct Process(Child);
+
+impl Process {
+    fn start(netns: &NetNs) -> Self {
+        Self(netns.run(|| Command::new("sleep").arg("1000").spawn().unwrap()))
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ended_already = self.0.kill();
+        let _ended_already = self.0.wait();
+    }
+}
+
+#[test]
+fn the_agent_ends_udp_sockets_whose_pod_is_gone() {
+    if !require(Feature::SocketDestroy) {
+        return;
+    }
+    with_town(|place, town| {
+        place.write(&town.cluster(0..1));
+        let agent = place.start_with(&LISTEN);
+        eventually("the service answers", || is_up(town::web()[0]));
+        let (service, pod) = (town::dns()[0], &town.pods[0]);
+        let _process = Process::start(&pod.netns);
+        let in_pod = pod.netns.run(|| Socket::new(Domain::V4, Protocol::Udp));
+        let on_node = Socket::new(Domain::Mapped, Protocol::Udp);
+        let tcp = Socket::new(Domain::V4, Protocol::Tcp);
+        for socket in [&in_pod, &on_node, &tcp] {
+            socket.connect(service).unwrap();
+            assert_eq!(socket.peer_name(), Ok(service));
+        }
+
+        place.write(&town.cluster(1..2));
+        // Blocks until then.
+        assert_eq!(in_pod.receive(), Err(Errno::ECONNABORTED));
+        assert_eq!(on_node.receive(), Err(Errno::ECONNABORTED));
+        assert_eq!(on_node.connect(service), Ok(()));
+        assert_eq!(tcp.peer_name(), Ok(service), "TCP is left alone");
+
+        let metrics = address(&agent, "--metrics-bind-address");
+        eventually("both are counted", || {
+            Scrape::of(&metrics).get(r#"socklb_sockets_destroyed_total{protocol="UDP"}"#) == 2
+        });
+        assert_eq!(Scrape::of(&metrics).get(r#"socklb_sockets_destroyed_total{protocol="TCP"}"#), 0);
+        let log = agent.log();
+        let told: Vec<&String> = log.iter().filter(|line| line.contains("ended sockets")).collect();
+        assert!(!told.is_empty() && told.len() <= 2, "{told:#?}");
+        assert!(
+            told.iter().all(|line| line.contains("default/dns-udp-v4") && line.contains("UDP")),
+            "{told:#?}"
+        );
+        assert!(!log.iter().any(|line| line.contains("connected sockets stay")), "{log:#?}");
+
+        // A change that asks for more.
+        let mut cluster = town.cluster(1..2);
+        let annotation = [("socklb.io/stale-connections".to_owned(), "reset".to_owned())];
+        for service in cluster.services.values_mut() {
+            service.metadata.annotations.get_or_insert_default().extend(annotation.clone());
+        }
+        place.write(&cluster);
+        assert_eq!(tcp.receive(), Err(Errno::ECONNABORTED));
+        assert_eq!(on_node.peer_name(), Ok(service), "it has moved to a pod that serves");
+    });
+}
