@@ -1,4 +1,4 @@
-//! The systemd unit: whether systemd would read it, and whether it grants what the DaemonSet grants.
+//! The systemd unit: whether systemd would read it, and whether it grants what the `DaemonSet` grants.
 
 use std::{collections::BTreeSet, env, fs, os::unix::fs::PermissionsExt as _, process::Command};
 

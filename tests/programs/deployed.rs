@@ -13,7 +13,7 @@ use crate::{
 /// In the sandbox's network namespace, which has nothing else.
 const METRICS: &str = "127.0.0.1:10249";
 
-/// The names after `add:` in the DaemonSet, as setpriv writes them.
+/// The names after `add:` in the `DaemonSet`, as setpriv writes them.
 fn capabilities() -> String {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../manifests/base/daemonset.yaml");
     let object: Value = serde_saphyr::from_str(&fs::read_to_string(path).unwrap()).unwrap();
@@ -23,7 +23,7 @@ fn capabilities() -> String {
     std::iter::once("-all".to_owned()).chain(names).collect::<Vec<_>>().join(",")
 }
 
-/// No capability but the DaemonSet's, none to be gained, a cgroup that can only be read, and a file system for pins that
+/// No capability but the `DaemonSet`'s, none to be gained, a cgroup that can only be read, and a file system for pins that
 /// is mounted at a second place, as into a container.
 #[test]
 fn the_capabilities_and_mounts_of_the_daemon_set_are_enough() {

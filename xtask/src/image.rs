@@ -7,6 +7,7 @@
 
 use std::collections::BTreeMap;
 use std::env::consts::ARCH;
+use std::fmt::Write as _;
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -180,7 +181,10 @@ fn compress(data: &[u8]) -> Result<Vec<u8>> {
 }
 
 fn sha256(data: &[u8]) -> String {
-    Sha256::digest(data).iter().map(|byte| format!("{byte:02x}")).collect()
+    Sha256::digest(data).iter().fold(String::new(), |mut text, byte| {
+        let _infallible = write!(text, "{byte:02x}");
+        text
+    })
 }
 
 /// What images call this machine's kind of processor.

@@ -217,8 +217,10 @@ pub fn table(rows: &[FrontendRow]) -> String {
     let endpoints = rows.iter().map(|row| endpoints_cell(row, room));
     let last = std::iter::once("ENDPOINTS".to_owned()).chain(endpoints);
     cells.iter().zip(last).fold(String::new(), |mut text, (row, last)| {
-        let line: String = row.iter().zip(widths).map(|(cell, width)| format!("{cell:width$}  ")).collect();
-        let _infallible = writeln!(text, "{line}{last}");
+        for (cell, width) in row.iter().zip(widths) {
+            let _infallible = write!(text, "{cell:width$}  ");
+        }
+        let _infallible = writeln!(text, "{last}");
         text
     })
 }

@@ -29,9 +29,9 @@ fn help_is_as_documented_and_fits_a_terminal() {
     for name in names {
         let command = root.find_subcommand_mut(&name).unwrap();
         let help = command.render_long_help();
-        text.push_str(&format!("$ socklb {name} --help\n{help}\n"));
+        text += &["$ socklb ", &name, " --help\n", &help.to_string(), "\n"].concat();
     }
-    let text: String = text.lines().map(|line| format!("{}\n", line.trim_end())).collect();
+    let text = text.lines().flat_map(|line| [line.trim_end(), "\n"]).collect::<String>();
     for line in text.lines() {
         assert!(line.chars().count() <= COLUMNS, "{line}");
     }

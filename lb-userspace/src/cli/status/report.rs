@@ -1,6 +1,11 @@
 //! The answer of `socklb status`. Pure. The types are the public JSON; names are a promise.
 
-use std::{collections::BTreeSet, fmt, path::PathBuf, time::Duration};
+use std::{
+    collections::BTreeSet,
+    fmt::{self, Write as _},
+    path::PathBuf,
+    time::Duration,
+};
 
 use lb_common::limits;
 use serde::{Serialize, Serializer};
@@ -234,7 +239,7 @@ impl Status {
 
     /// For people.
     pub(super) fn text(&self) -> String {
-        let mut lines = vec![
+        let mut lines = [
             format!("agent     {}: {}", self.agent.state, self.agent.reason),
             format!("source    {}", self.source_line()),
             format!("snapshot  {}", self.snapshot_line()),
@@ -248,11 +253,12 @@ impl Status {
         }
         let mut text = lines.join("\n") + "\n";
         if !self.maps.is_empty() {
-            text.push_str(&format!("\n{:<12}  {:>8}  {:>8}  {:>5}\n", "MAP", "ENTRIES", "ROOM FOR", "FULL"));
+            let _infallible =
+                writeln!(text, "\n{:<12}  {:>8}  {:>8}  {:>5}", "MAP", "ENTRIES", "ROOM FOR", "FULL");
             for MapRow { map, entries, capacity } in &self.maps {
                 let full =
                     entries.saturating_mul(100) / usize::try_from(*capacity).unwrap_or(usize::MAX).max(1);
-                text.push_str(&format!("{map:<12}  {entries:>8}  {capacity:>8}  {full:>3} %\n"));
+                let _infallible = writeln!(text, "{map:<12}  {entries:>8}  {capacity:>8}  {full:>3} %");
             }
         }
         text.push_str(&self.hook_table());
@@ -271,11 +277,11 @@ impl Status {
         };
         let ago = |age: Option<Age>| age.map_or_else(|| "never".to_owned(), |age| format!("{age} ago"));
         let mut line = format!("{}: {state}", source.source);
-        line.push_str(&format!("\n          last event {}", ago(source.last_event_age_seconds)));
-        line.push_str(&format!(", last sync {}", ago(source.last_sync_age_seconds)));
-        line.push_str(&format!(", {} changes waiting", source.changes_waiting));
+        let _infallible = write!(line, "\n          last event {}", ago(source.last_event_age_seconds));
+        let _infallible = write!(line, ", last sync {}", ago(source.last_sync_age_seconds));
+        let _infallible = write!(line, ", {} changes waiting", source.changes_waiting);
         if source.sync_errors > 0 {
-            line.push_str(&format!(", {} syncs failed", source.sync_errors));
+            let _infallible = write!(line, ", {} syncs failed", source.sync_errors);
         }
         line
     }
@@ -303,6 +309,9 @@ impl Status {
 
     fn issue_list(&self) -> String {
         let n_listed = self.issues.len();
+        if self.snapshot.problem.is_some() && self.n_issues.is_none() {
+            return "\nissues are not known\n".to_owned();
+        }
         let mut text = match self.n_issues {
             _ if n_listed == 0 && self.n_issues.unwrap_or_default() == 0 => {
                 return "\nno issues\n".to_owned();
@@ -313,10 +322,10 @@ impl Status {
             _ => "\nISSUES\n".to_owned(),
         };
         for issue in self.issues.iter().take(SHOWN_ISSUES) {
-            text.push_str(&format!("  {issue}\n"));
+            let _infallible = writeln!(text, "  {issue}");
         }
         if n_listed > SHOWN_ISSUES {
-            text.push_str(&format!("  and {} more: -o json lists all\n", n_listed - SHOWN_ISSUES));
+            let _infallible = writeln!(text, "  and {} more: -o json lists all", n_listed - SHOWN_ISSUES);
         }
         text
     }
