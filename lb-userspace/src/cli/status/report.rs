@@ -303,6 +303,9 @@ impl Status {
 
     fn issue_list(&self) -> String {
         let n_listed = self.issues.len();
+        if self.snapshot.problem.is_some() && self.n_issues.is_none() {
+            return "\nissues are not known\n".to_owned();
+        }
         let mut text = match self.n_issues {
             _ if n_listed == 0 && self.n_issues.unwrap_or_default() == 0 => {
                 return "\nno issues\n".to_owned();

@@ -114,7 +114,7 @@ fn nothing_at_all() {
         connect6      detached    its cgroup is gone: start the agent anew after `socklb cleanup`
         sendmsg4      unknown     no
 
-        no issues
+        issues are not known
     "]]
     .assert_eq(&status.text());
 }
