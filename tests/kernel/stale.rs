@@ -203,7 +203,9 @@ fn a_socket_is_ended_when_the_last_endpoint_goes() {
         for (scene, socket) in &sockets {
             assert_ended(socket);
             let refusal = socket.connect(scene.service).and_then(|()| socket.ask().map(drop));
-            assert_eq!(refusal, Err(Errno::ECONNREFUSED));
+            // Before kernel 5.18 no program can choose the error of a datagram.
+            let refused = if options.features.set_retval { Errno::ECONNREFUSED } else { Errno::EINVAL };
+            assert_eq!(refusal, Err(refused));
         }
     });
 }
