@@ -207,7 +207,7 @@ pub fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
     };
     let service_proxy_name = args.service_proxy_name.clone().or(file.service_proxy_name);
     options.http.config = in_force(&origin, &options, &settings, service_proxy_name.as_deref());
-    syscall::keep_large_buffers_apart();
+    syscall::keep_heap_small();
     let runtime = runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     runtime.block_on(async {
         let stop = stop_signals()?;

@@ -44,14 +44,17 @@ pub fn open_pin(path: &Path) -> io::Result<OwnedFd> {
     }
 }
 
-/// Lets large buffers be memory of their own, which is given back when they are freed.
+/// Has the C library keep the heap small, which costs it speed that nobody here needs. To be called before there are
+/// threads. Does nothing with another C library than glibc.
 ///
-/// By default the C library takes the first large buffer that is freed, here the text of the snapshot, for a sign that
-/// more will come, and keeps all later ones on the heap. Does nothing with another C library than glibc.
-pub fn keep_large_buffers_apart() {
+/// - Large buffers are memory of their own, which is given back when they are freed. By default the first one that is
+///   freed, here the text of the snapshot, is taken for a sign that more will come, and all later ones stay on the heap.
+/// - There is one heap, not one for each thread, each with gaps of its own: 6 MiB less at 100,000 endpoints.
+pub fn keep_heap_small() {
     #[cfg(target_env = "gnu")]
     // SAFETY: takes two integers and changes where later allocations are made.
-    let _whether_it_was_set = unsafe { libc::mallopt(libc::M_MMAP_THRESHOLD, 128 << 10) };
+    let _whether_they_were_set =
+        unsafe { (libc::mallopt(libc::M_MMAP_THRESHOLD, 128 << 10), libc::mallopt(libc::M_ARENA_MAX, 1)) };
 }
 
 /// Gives memory that was freed back to the kernel.
