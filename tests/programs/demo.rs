@@ -2,7 +2,7 @@
 
 use std::{env, fs, process::Command};
 
-use lb_tests::{Feature, require};
+use lb_tests::{Feature, cgroup::ThreadCgroup, require};
 use serde_json::Value;
 
 fn demo(args: &[&str]) -> Option<String> {
@@ -12,7 +12,8 @@ fn demo(args: &[&str]) -> Option<String> {
     {
         return None;
     }
-    // Namespaces, cgroup and pins are the demo's own.
+    // Namespaces, cgroup and pins are the demo's own. It starts from a cgroup of this test, which is not left behind.
+    let _cgroup = ThreadCgroup::enter().unwrap();
     let output =
         Command::new(env::var("SOCKLB_BIN").unwrap()).args(["demo", "--exit"]).args(args).output().unwrap();
     let (out, error) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
