@@ -1,8 +1,7 @@
 //! The agent's loop: the one place that connects source, state, kernel and clock.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
-    convert::Infallible,
+    collections::BTreeSet,
     fmt,
     net::IpAddr,
     path::PathBuf,
@@ -20,16 +19,14 @@ use super::{
     Latency, State,
     save::Saving,
     start::{Basis, PATIENCE, Start, basis},
-    sweep::{self, End, Sweeps},
 };
 use crate::{
     desired::NodePortAddresses,
     kernel::{
         self, Kernel, KernelError,
-        sockets::{self, Destroyed, Found, SocketError, SocketTable},
         store::{Findings, Maps},
     },
-    model::{Issue, ServiceKey},
+    model::Issue,
     plan::audit::Faults,
     serve::{
         self, ListenError, Listeners, Question,
@@ -37,9 +34,12 @@ use crate::{
     },
     snapshot::{Contents, Snapshot, SnapshotError},
     source::Source,
-    stale::{Known, Search, Standing, Use},
     telemetry::{Metrics, health::Vitals, metrics::AuditEnd, scrape::View},
 };
+
+mod stale;
+
+use self::stale::Sweep;
 
 /// How long to wait after a failed sync.
 const RETRY: Duration = Duration::from_secs(1);
@@ -122,7 +122,7 @@ pub async fn run(
     let started = Instant::now();
     let mut agent = Agent {
         state,
-        sweep: Sweep::new(SocketTable::open(&options.kernel.pin_path, options.kernel.features)?),
+        sweep: Sweep::new(options.kernel.clone())?,
         kernel,
         options,
         metrics,
@@ -164,7 +164,7 @@ pub async fn run(
                     warn!("the source does not answer: what was found goes on as it is");
                 }
             }
-            swept = agent.sweep.step() => agent.go_on_sweeping(swept),
+            swept = agent.sweep.step() => agent.sweep.go_on(swept, &mut agent.state, &agent.metrics),
             more = source.changed(), if !has_ended => {
                 if !more {
                     warn!("the source has ended: what is served stays as it is");
@@ -231,14 +231,6 @@ async fn tick(interval: &mut Option<Interval>) {
     }
 }
 
-/// Waits for a point in time; for ever without one.
-async fn until(time: Option<std::time::Instant>) {
-    match time {
-        Some(time) => time::sleep_until(time.into()).await,
-        None => std::future::pending().await,
-    }
-}
-
 /// Work on a thread of its own.
 type Task<T, E> = JoinHandle<Result<T, E>>;
 
@@ -250,54 +242,6 @@ async fn ended<T, E: fmt::Display>(task: &mut Option<Task<T, E>>) -> Result<T, S
     match result {
         Ok(result) => result.map_err(|error| error.to_string()),
         Err(stopped) => Err(stopped.to_string()),
-    }
-}
-
-/// The search for sockets that stay with endpoints which no longer serve.
-struct Sweep {
-    sockets: SocketTable,
-    timing: Sweeps,
-    /// Where is looked, and the looking.
-    search: Option<Search>,
-    finding: Option<Task<Result<Found, SocketError>, Infallible>>,
-    /// The sockets that are being ended, by the way that they go, and whether there are more.
-    ending: BTreeMap<Use, Option<ServiceKey>>,
-    has_more: bool,
-    destroying: Option<Task<Result<Destroyed, SocketError>, Infallible>>,
-    /// What is in the log already.
-    problem: Option<String>,
-    has_told_of_refused: bool,
-}
-
-/// What a sweep has come to.
-enum Step {
-    Due,
-    Found(Result<Result<Found, SocketError>, String>),
-    Destroyed(Result<Result<Destroyed, SocketError>, String>),
-}
-
-impl Sweep {
-    fn new(sockets: SocketTable) -> Self {
-        Self {
-            sockets,
-            timing: Sweeps::default(),
-            search: None,
-            finding: None,
-            ending: BTreeMap::new(),
-            has_more: false,
-            destroying: None,
-            problem: None,
-            has_told_of_refused: false,
-        }
-    }
-
-    /// Waits until there is something to do. Nothing is lost if the waiting is given up.
-    async fn step(&mut self) -> Step {
-        tokio::select! {
-            () = until(self.timing.due()) => Step::Due,
-            found = ended(&mut self.finding), if self.finding.is_some() => Step::Found(found),
-            destroyed = ended(&mut self.destroying), if self.destroying.is_some() => Step::Destroyed(destroyed),
-        }
     }
 }
 
@@ -402,7 +346,7 @@ impl Agent {
             info!(n_ops, n_frontends, ?took, "synced for the first time");
             kernel::syscall::return_free_memory();
         }
-        self.metrics.synced(started.elapsed(), n_ops, SystemTime::now());
+        self.metrics.synced(took, n_ops, SystemTime::now());
         self.note_latency();
         let n_refused = self.state.n_refused();
         self.vitals.send_modify(|vitals| {
@@ -412,7 +356,7 @@ impl Agent {
         self.publish_health_checks();
         self.report(source);
         // Now that the tables are right, a program whose socket is ended finds somebody else.
-        self.sweep.timing.changed(Instant::now().into_std());
+        self.sweep.changed();
         true
     }
 
@@ -442,11 +386,11 @@ impl Agent {
                 Some(self.state.topology().own_addresses().iter().copied().collect())
             }
         };
-        let wanted = Wanted { checks: self.state.health_checks().clone(), addresses };
-        self.health_checks.send_if_modified(|current| {
-            let differs = *current != wanted;
+        let checks = self.state.health_checks();
+        self.health_checks.send_if_modified(|wanted| {
+            let differs = wanted.checks != *checks || wanted.addresses != addresses;
             if differs {
-                *current = wanted;
+                *wanted = Wanted { checks: checks.clone(), addresses };
             }
             differs
         });
@@ -522,125 +466,6 @@ impl Agent {
         }
     }
 
-    fn go_on_sweeping(&mut self, step: Step) {
-        match step {
-            Step::Due => self.look_for_stale(),
-            Step::Found(found) => self.found_stale(found),
-            Step::Destroyed(destroyed) => self.destroyed_stale(destroyed),
-        }
-    }
-
-    /// Begins a sweep: looks for sockets that stay with endpoints which no longer serve, beside the loop.
-    fn look_for_stale(&mut self) {
-        let now = Instant::now().into_std();
-        let is_thorough = self.sweep.timing.begin(now);
-        let used = self.sweep.sockets.used();
-        let known = Known { used: &used, is_complete: self.sweep.sockets.is_complete() };
-        let Some(search) = self.state.search_stale(known, is_thorough, now) else {
-            let next = self.state.next_stale(now);
-            return self.end_sweep(End::Done(next));
-        };
-        let kernel::Options { pin_path, features, .. } = self.options.kernel.clone();
-        let Search { protocols, endpoints } = search.clone();
-        self.sweep.search = Some(search);
-        self.sweep.finding = Some(spawn_blocking(move || {
-            Ok(sockets::find(&pin_path, features, &protocols, endpoints.as_ref()))
-        }));
-    }
-
-    /// Judges what a sweep has found, and begins to end what is stale.
-    fn found_stale(&mut self, found: Result<Result<Found, SocketError>, String>) {
-        let found =
-            match found.map_err(|error| (error, false)).and_then(|found| found.map_err(|error| told(&error)))
-            {
-                Ok(found) => found,
-                Err((problem, is_final)) => return self.fail_sweep(problem, is_final),
-            };
-        if found.n_refused > 0 && !std::mem::replace(&mut self.sweep.has_told_of_refused, true) {
-            warn!(
-                n_refused = found.n_refused,
-                "network namespaces of other processes cannot be entered: their sockets stay with endpoints that are gone; it \
-                 takes CAP_SYS_ADMIN and CAP_SYS_PTRACE"
-            );
-        }
-        let Some(search) = self.sweep.search.take() else { return self.end_sweep(End::Failed) };
-        let now = Instant::now().into_std();
-        let standings = self.state.judge_stale(&search, &sweep::ways(&found.sockets), now);
-        let (due, has_more) = sweep::due_now(found.sockets, &standings, now, sweep::BATCH);
-        if let Some(problem) = found.problem {
-            let (problem, is_final) = told(&problem);
-            if due.is_empty() {
-                return self.fail_sweep(problem, is_final);
-            }
-            self.tell_problem(problem);
-        }
-        if due.is_empty() {
-            let next = self.state.next_stale(now);
-            return self.end_sweep(End::Done(next));
-        }
-        self.sweep.has_more = has_more;
-        self.sweep.ending = standings
-            .into_iter()
-            .filter_map(|(used, standing)| match standing {
-                Standing::Ends { service, .. } => Some((used, service)),
-                Standing::Serves | Standing::Kept => None,
-            })
-            .collect();
-        let kernel::Options { pin_path, features, .. } = self.options.kernel.clone();
-        self.sweep.destroying = Some(spawn_blocking(move || Ok(sockets::destroy(&pin_path, features, due))));
-    }
-
-    /// Tells what a sweep has ended.
-    fn destroyed_stale(&mut self, destroyed: Result<Result<Destroyed, SocketError>, String>) {
-        let ending = std::mem::take(&mut self.sweep.ending);
-        let Destroyed { sockets, problem } = match destroyed
-            .map_err(|error| (error, false))
-            .and_then(|destroyed| destroyed.map_err(|error| told(&error)))
-        {
-            Ok(destroyed) => destroyed,
-            Err((problem, is_final)) => return self.fail_sweep(problem, is_final),
-        };
-        let mut counts = BTreeMap::<_, u64>::new();
-        for used in sockets.iter().map(sweep::way) {
-            let service = ending.get(&used).cloned().flatten();
-            *counts.entry((service.ok_or(used.service), used.protocol)).or_default() += 1;
-        }
-        for ((service, protocol), n_sockets) in counts {
-            let service = match service {
-                Ok(key) => key.to_string(),
-                Err(address) => address.to_string(),
-            };
-            info!(service, %protocol, n_sockets, "ended sockets whose endpoint no longer serves them");
-            self.metrics.destroyed(protocol, n_sockets);
-        }
-        if let Some((problem, is_final)) = problem.as_ref().map(told) {
-            return self.fail_sweep(problem, is_final);
-        }
-        self.sweep.problem = None;
-        let next = self.state.next_stale(Instant::now().into_std());
-        self.end_sweep(if self.sweep.has_more { End::More } else { End::Done(next) });
-    }
-
-    fn end_sweep(&mut self, end: End) {
-        self.sweep.timing.ended(Instant::now().into_std(), end);
-    }
-
-    fn fail_sweep(&mut self, problem: String, is_final: bool) {
-        self.tell_problem(problem);
-        self.end_sweep(if is_final { End::Impossible } else { End::Failed });
-    }
-
-    /// Logs why sockets stay with endpoints that are gone, once.
-    fn tell_problem(&mut self, problem: String) {
-        if self.sweep.problem.as_ref() != Some(&problem) {
-            warn!(
-                %problem,
-                "connected sockets stay with endpoints that are gone until their programs connect anew"
-            );
-        }
-        self.sweep.problem = Some(problem);
-    }
-
     /// Logs issues that are new, once each, and those that are gone.
     fn report(&mut self, source: &impl Source) {
         let of_ports = self.port_issues.borrow().clone();
@@ -710,11 +535,6 @@ impl Agent {
             Err(error) => warn!(%error, "the programs' own log is not available"),
         }
     }
-}
-
-/// What to say of an error, and whether it will always be so.
-fn told(error: &SocketError) -> (String, bool) {
-    (error.to_string(), error.is_final())
 }
 
 /// The addresses of this network namespace's interfaces.

@@ -5,7 +5,9 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::KernelError;
+use super::{KernelError, mountinfo::mounts};
+
+const MOUNTINFO: &str = "/proc/self/mountinfo";
 
 /// Finds the root of the cgroup v2 hierarchy from `/proc/self/mountinfo`, also on hosts that mount v1 beside it.
 ///
@@ -15,33 +17,20 @@ use super::KernelError;
 ///
 /// [`KernelError::NoCgroup`] if none is mounted.
 pub fn find_root() -> Result<PathBuf, KernelError> {
-    let mountinfo =
-        fs::read_to_string("/proc/self/mountinfo").map_err(|_unreadable| KernelError::NoCgroup)?;
+    let mountinfo = fs::read(MOUNTINFO).map_err(|_unreadable| KernelError::NoCgroup)?;
     root_in(&mountinfo).ok_or(KernelError::NoCgroup)
 }
 
 /// Whether cgroup v1 hierarchies are mounted beside it. `false` if that cannot be read.
 #[must_use]
 pub fn is_beside_v1() -> bool {
-    let mountinfo = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-    mountinfo.lines().any(|line| line.contains(" - cgroup "))
+    let mountinfo = fs::read(MOUNTINFO).unwrap_or_default();
+    mounts(&mountinfo).any(|mount| mount.file_system == b"cgroup")
 }
 
-/// The mount point of the first cgroup2 mount in the text of a mountinfo file (proc(5)).
-fn root_in(mountinfo: &str) -> Option<PathBuf> {
-    mountinfo.lines().find_map(|line| {
-        let (before, after) = line.split_once(" - ")?;
-        let file_system = after.split(' ').next()?;
-        let mount_point = before.split(' ').nth(4)?;
-        (file_system == "cgroup2").then(|| PathBuf::from(unescape(mount_point)))
-    })
-}
-
-/// Undoes the octal escapes of mountinfo (space, tab, newline, backslash).
-fn unescape(text: &str) -> String {
-    [("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")]
-        .iter()
-        .fold(text.to_owned(), |text, (escape, plain)| text.replace(escape, plain))
+/// The mount point of the first cgroup2 mount in the text of a mountinfo file.
+fn root_in(mountinfo: &[u8]) -> Option<PathBuf> {
+    mounts(mountinfo).find(|mount| mount.file_system == b"cgroup2").map(|mount| mount.point)
 }
 
 /// Opens a cgroup directory for attaching.
@@ -67,16 +56,16 @@ mod tests {
     #[test]
     fn the_root_is_found_on_unified_and_hybrid_hosts() {
         let unified = "29 23 0:26 / /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup2 rw,nsdelegate\n";
-        assert_eq!(root_in(unified), Some("/sys/fs/cgroup".into()));
+        assert_eq!(root_in(unified.as_bytes()), Some("/sys/fs/cgroup".into()));
         let hybrid = "30 29 0:27 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu\n\
                       31 29 0:28 / /sys/fs/cgroup/unified rw master:1 shared:2 - cgroup2 cgroup2 rw\n";
-        assert_eq!(root_in(hybrid), Some("/sys/fs/cgroup/unified".into()));
+        assert_eq!(root_in(hybrid.as_bytes()), Some("/sys/fs/cgroup/unified".into()));
         let odd = "31 29 0:28 / /mnt/a\\040b rw - cgroup2 cgroup2 rw\n";
-        assert_eq!(root_in(odd), Some("/mnt/a b".into()));
+        assert_eq!(root_in(odd.as_bytes()), Some("/mnt/a b".into()));
     }
 
     #[test]
     fn without_cgroup_v2_there_is_none() {
-        assert_eq!(root_in("30 29 0:27 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu\nnonsense\n"), None);
+        assert_eq!(root_in(b"30 29 0:27 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu\nnonsense\n"), None);
     }
 }

@@ -24,6 +24,7 @@ pub mod grace;
 pub mod host;
 pub mod links;
 pub mod mapped;
+mod mountinfo;
 pub mod netns;
 pub mod object;
 pub mod pins;

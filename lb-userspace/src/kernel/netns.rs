@@ -4,11 +4,13 @@ use std::{
     collections::BTreeSet,
     fs::{self, File, Metadata},
     io,
-    os::unix::{ffi::OsStringExt as _, fs::MetadataExt as _},
+    os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
 };
 
 use nix::sched::{CloneFlags, setns};
+
+use super::mountinfo::mounts;
 
 /// A network namespace. It lives as long as this value.
 #[derive(Debug)]
@@ -80,28 +82,9 @@ fn add(namespaces: &mut Namespaces, known: &mut BTreeSet<(u64, u64)>, path: &Pat
     }
 }
 
-/// Where network namespaces are mounted, from the text of `/proc/PID/mountinfo` (proc(5)).
-fn mounted(mountinfo: &[u8]) -> Vec<PathBuf> {
-    let lines = mountinfo.split(|byte| *byte == b'\n');
-    let path = |line: &[u8]| -> Option<PathBuf> {
-        let mut fields = line.split(|byte| *byte == b' ');
-        let (root, point) = (fields.nth(3)?, fields.next()?);
-        root.starts_with(b"net:[").then(|| PathBuf::from(std::ffi::OsString::from_vec(unescape(point))))
-    };
-    lines.filter_map(path).collect()
-}
-
-/// Undoes the escapes of mountinfo: a backslash and three octal digits for blanks, line ends and backslashes.
-fn unescape(text: &[u8]) -> Vec<u8> {
-    let mut plain = Vec::with_capacity(text.len());
-    let mut rest = text;
-    while let Some((&first, after)) = rest.split_first() {
-        let digits = after.get(..3).and_then(|digits| std::str::from_utf8(digits).ok());
-        let byte = digits.and_then(|digits| u8::from_str_radix(digits, 8).ok()).filter(|_| first == b'\\');
-        plain.push(byte.unwrap_or(first));
-        rest = if byte.is_some() { &after[3..] } else { after };
-    }
-    plain
+/// Where network namespaces are mounted.
+fn mounted(mountinfo: &[u8]) -> impl Iterator<Item = PathBuf> {
+    mounts(mountinfo).filter(|mount| mount.root.starts_with(b"net:[")).map(|mount| mount.point)
 }
 
 #[cfg(test)]
@@ -116,7 +99,7 @@ mod tests {
             43 22 0:4 net:[4026532179] /run/docker/netns/d\\1 rw - nsfs nsfs rw\n\
             44\n\n";
         let paths: Vec<PathBuf> = ["/run/netns/a b", "/run/docker/netns/d\\1"].map(PathBuf::from).into();
-        assert_eq!(mounted(text), paths);
+        assert_eq!(mounted(text).collect::<Vec<_>>(), paths);
     }
 
     #[test]

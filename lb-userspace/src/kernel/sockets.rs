@@ -164,11 +164,6 @@ impl SocketTable {
         (self.records.read(index) == Some(record)).then_some(record)
     }
 
-    /// Whether the storage of a socket may have to be asked: it has no slot, and not all records are in slots.
-    fn may_be_stored(&self, socket: &Connected) -> bool {
-        !self.is_complete() && self.record_of(socket.cookie()).is_none()
-    }
-
     /// The service that a socket called to get to the peer that it has, by what the maps and the list of sockets say.
     fn service_of(&self, socket: &Connected) -> Option<SocketAddr> {
         let in_slot = self.record_of(socket.cookie()).map(|record| ways(&record));
@@ -307,6 +302,7 @@ pub fn find(
             .map_err(|source| SocketError::of_call("listing network namespaces", source))?;
         let mut found = Found { n_refused: namespaces.n_refused, ..Found::default() };
         let mut unnamed = Vec::new();
+        // Only then has the storage of a socket without a slot to be asked.
         let storage = (!table.is_complete()).then(|| table.storage.fd().as_fd());
         for namespace in namespaces.found {
             let Ok(()) = namespace.enter() else {
@@ -325,7 +321,10 @@ pub fn find(
                         let namespace = Arc::clone(&namespace);
                         if let Some(service) = table.service_of(&socket) {
                             found.sockets.push(ServiceSocket { namespace, socket, is_named: false, service });
-                        } else if protocol == Protocol::Udp && table.may_be_stored(&socket) {
+                        } else if protocol == Protocol::Udp
+                            && storage.is_some()
+                            && table.record_of(socket.cookie()).is_none()
+                        {
                             unnamed.push((namespace, socket));
                         }
                     }

@@ -1,0 +1,38 @@
+//! Mounts, from the text of `/proc/PID/mountinfo` (proc(5)).
+
+use std::{ffi::OsString, os::unix::ffi::OsStringExt as _, path::PathBuf};
+
+/// A mount, as far as it is looked at.
+#[derive(Debug)]
+pub(super) struct Mount<'a> {
+    /// What of the file system is mounted, escapes included.
+    pub(super) root: &'a [u8],
+    /// Where.
+    pub(super) point: PathBuf,
+    /// Type of the file system.
+    pub(super) file_system: &'a [u8],
+}
+
+/// The mounts in the text, in its order. Lines of another form are left out.
+pub(super) fn mounts(text: &[u8]) -> impl Iterator<Item = Mount<'_>> {
+    text.split(|byte| *byte == b'\n').filter_map(|line| {
+        let mut fields = line.split(|byte| *byte == b' ');
+        let (root, point) = (fields.nth(3)?, fields.next()?);
+        // Options and any number of optional fields, a dash, then the type.
+        let file_system = fields.skip_while(|field| *field != b"-").nth(1)?;
+        Some(Mount { root, point: PathBuf::from(OsString::from_vec(unescape(point))), file_system })
+    })
+}
+
+/// Undoes the escapes of mountinfo: a backslash and three octal digits for blanks, line ends and backslashes.
+fn unescape(text: &[u8]) -> Vec<u8> {
+    let mut plain = Vec::with_capacity(text.len());
+    let mut rest = text;
+    while let Some((&first, after)) = rest.split_first() {
+        let digits = after.get(..3).and_then(|digits| std::str::from_utf8(digits).ok());
+        let byte = digits.and_then(|digits| u8::from_str_radix(digits, 8).ok()).filter(|_| first == b'\\');
+        plain.push(byte.unwrap_or(first));
+        rest = if byte.is_some() { &after[3..] } else { after };
+    }
+    plain
+}
