@@ -25,7 +25,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    desired::{NodePortAddresses, Settings},
+    desired::{ExternalIps, NodePortAddresses, Settings},
     model::{Node, Service, Slice, Store},
 };
 
@@ -75,6 +75,9 @@ pub struct Snapshot {
     pub node_ports: (u16, u16),
     /// `--nodeport-addresses`
     pub node_port_addresses: NodePortAddresses,
+    /// `--external-ips`; older agents wrote none.
+    #[serde(default)]
+    pub external_ips: ExternalIps,
     /// Addresses of the node's interfaces.
     pub interfaces: Vec<IpAddr>,
     /// Services that have or may have frontends.
@@ -92,6 +95,7 @@ pub struct Contents {
     node_name: Arc<str>,
     node_ports: (u16, u16),
     node_port_addresses: NodePortAddresses,
+    external_ips: ExternalIps,
     interfaces: Vec<IpAddr>,
     services: Vec<Arc<Service>>,
     slices: Vec<Arc<Slice>>,
@@ -108,6 +112,7 @@ impl Contents {
             node_name: Arc::clone(&settings.node_name),
             node_ports: (*settings.node_ports.start(), *settings.node_ports.end()),
             node_port_addresses: settings.node_port_addresses.clone(),
+            external_ips: settings.external_ips,
             interfaces: interfaces.to_vec(),
             services: store.shared_services().cloned().collect(),
             slices: store.shared_slices().cloned().collect(),
@@ -158,6 +163,7 @@ impl Snapshot {
             node_name: Arc::clone(&self.node_name),
             node_ports: self.node_ports.0..=self.node_ports.1,
             node_port_addresses: self.node_port_addresses.clone(),
+            external_ips: self.external_ips,
         }
     }
 
@@ -212,6 +218,7 @@ mod tests {
             node_name: "node-a".into(),
             node_ports: 30000..=32767,
             node_port_addresses: NodePortAddresses::Primary,
+            external_ips: ExternalIps::Nodes,
         }
     }
 

@@ -1,7 +1,7 @@
 //! What goes wrong with an API server. At the end everything is as if nothing had.
 
 use std::{
-    thread,
+    fs, thread,
     time::{Duration, Instant},
 };
 
@@ -33,6 +33,44 @@ fn a_server_that_comes_later_is_waited_for() {
     assert!(!follower.source.is_complete());
     server.resume().unwrap();
     follower.until_like(&server);
+}
+
+/// A pod's token is replaced long before it ends, and so is a kubeconfig; nobody restarts the agent for it.
+#[test]
+fn credentials_that_are_replaced_are_used() {
+    let server = ApiServer::start();
+    server.set(&cluster(3));
+    let directory = tempfile::tempdir().unwrap();
+    let [token, kubeconfig] = ["token", "kubeconfig"].map(|name| directory.path().join(name));
+    let accept = |token: &str| {
+        server.set_faults(|faults| faults.token = Some(token.to_owned()));
+        server.cut_watches();
+    };
+    let in_file =
+        server.kubeconfig().replace("user: {}", &format!("user: {{tokenFile: {}}}", token.display()));
+    fs::write(&kubeconfig, in_file).unwrap();
+
+    fs::write(&token, "first").unwrap();
+    accept("first");
+    let mut follower = Follower::with_kubeconfig(&kubeconfig);
+    follower.until_like(&server);
+
+    // The server no longer takes it before the file has the next one.
+    accept("second");
+    server.delete(Kind::Service, NAMESPACE, "web-0");
+    for _ in 0..20 {
+        follower.step();
+    }
+    assert_eq!(follower.n_frontends(), 3, "what is served stays");
+    fs::write(&token, "second").unwrap();
+    follower.until_like(&server);
+
+    let in_line = server.kubeconfig().replace("user: {}", "user: {token: third}");
+    fs::write(&kubeconfig, in_line).unwrap();
+    accept("third");
+    server.delete(Kind::Service, NAMESPACE, "web-1");
+    follower.until_like(&server);
+    assert_eq!(follower.n_frontends(), 1);
 }
 
 #[test]

@@ -3,6 +3,7 @@
 use std::{
     fs,
     net::SocketAddr,
+    path::Path,
     time::{Duration, Instant},
 };
 
@@ -53,6 +54,18 @@ impl Follower {
     pub(crate) fn start(server: &dyn Api) -> Self {
         let runtime = runtime();
         let source = open(&runtime, server);
+        Self::of(runtime, source)
+    }
+
+    /// With a kubeconfig that stays.
+    pub(crate) fn with_kubeconfig(path: &Path) -> Self {
+        let runtime = runtime();
+        let access = Access { kubeconfig: Some(path.to_owned()), apiserver: None };
+        let source = runtime.block_on(KubeSource::open(&access, None, TIMING)).unwrap();
+        Self::of(runtime, source)
+    }
+
+    fn of(runtime: Runtime, source: KubeSource) -> Self {
         let image = Image::default();
         let state = State::new(agent::settings(), Vec::new(), Capacity::default(), &image);
         Self { runtime, source, state, image }

@@ -22,7 +22,7 @@ use k8s_openapi::{
 use lb_tests::cluster::{Cluster, NAMESPACE};
 use lb_userspace::{
     controller::State,
-    desired::{FrontendAddress, NodePortAddresses, Settings},
+    desired::{ExternalIps, FrontendAddress, NodePortAddresses, Settings},
     model::{Protocol, ingest},
     plan::Capacity,
     sim::{Caller, Config, Simulator},
@@ -377,6 +377,7 @@ pub(crate) fn settings() -> Settings {
         node_name: Arc::from(NODES[0]),
         node_ports: lb_common::limits::NODE_PORTS.0..=lb_common::limits::NODE_PORTS.1,
         node_port_addresses: NodePortAddresses::All,
+        external_ips: ExternalIps::Any,
     }
 }
 

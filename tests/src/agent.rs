@@ -9,7 +9,7 @@ use std::{
 
 use lb_userspace::{
     controller::{State, sweep},
-    desired::{NodePortAddresses, Settings},
+    desired::{ExternalIps, NodePortAddresses, Settings},
     kernel::{Features, Kernel, KernelError, Options, pins, sockets},
     plan::{Capacity, Plan},
     stale::{Known, Use},
@@ -28,6 +28,7 @@ pub fn settings() -> Settings {
         node_name: "node".into(),
         node_ports: lb_common::limits::NODE_PORTS.0..=lb_common::limits::NODE_PORTS.1,
         node_port_addresses: NodePortAddresses::All,
+        external_ips: ExternalIps::Any,
     }
 }
 

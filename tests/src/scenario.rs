@@ -19,7 +19,7 @@ use std::{
 
 use anyhow::{Context as _, Result, bail, ensure};
 use lb_userspace::{
-    cli::config::{node_port_addresses, node_port_range},
+    cli::config::{external_ips, node_port_addresses, node_port_range},
     desired::{self, FrontendAddress},
     model::Protocol,
 };
@@ -53,6 +53,8 @@ pub struct Settings {
     pub node_port_range: String,
     /// `--nodeport-addresses`
     pub nodeport_addresses: String,
+    /// `--external-ips`
+    pub external_ips: String,
     /// `--localhost-nodeports`
     pub localhost_nodeports: bool,
     /// `--service-proxy-name`
@@ -67,6 +69,7 @@ impl Default for Settings {
             node_name: "node".to_owned(),
             node_port_range: "30000-32767".to_owned(),
             nodeport_addresses: String::new(),
+            external_ips: "any".to_owned(),
             localhost_nodeports: true,
             service_proxy_name: None,
             interfaces: Vec::new(),
@@ -85,6 +88,7 @@ impl Settings {
             node_name: Arc::from(&*self.node_name),
             node_ports: first..=last,
             node_port_addresses: node_port_addresses(&self.nodeport_addresses).map_err(anyhow::Error::msg)?,
+            external_ips: external_ips(&self.external_ips).map_err(anyhow::Error::msg)?,
         })
     }
 }

@@ -11,7 +11,10 @@ use std::{
 
 use serde::de::DeserializeOwned;
 
-use crate::{desired::NodePortAddresses, model::Cidr};
+use crate::{
+    desired::{ExternalIps, NodePortAddresses},
+    model::Cidr,
+};
 
 /// Default of `--pin-path`.
 pub const PIN_PATH: &str = "/sys/fs/bpf/socklb";
@@ -78,6 +81,17 @@ pub fn node_port_addresses(text: &str) -> Result<NodePortAddresses, String> {
     }
 }
 
+/// Parses `any`, `nodes` or `none`.
+///
+/// # Errors
+///
+/// A sentence about what is expected.
+pub fn external_ips(text: &str) -> Result<ExternalIps, String> {
+    let all = [ExternalIps::Any, ExternalIps::Nodes, ExternalIps::None];
+    let named = all.into_iter().find(|setting| setting.to_string() == text.trim());
+    named.ok_or_else(|| "expected any, nodes or none".to_owned())
+}
+
 /// Parses `ADDRESS:PORT`, or nothing for no listener.
 ///
 /// # Errors
@@ -139,6 +153,14 @@ mod tests {
         for wrong in ["", "5", "5h", "ms", "-1s", "99999999999999999999s", "18446744073709551615m"] {
             assert!(duration(wrong).is_err(), "{wrong}");
         }
+    }
+
+    #[test]
+    fn external_ips_are_one_of_three_words() {
+        assert_eq!(external_ips("any"), Ok(ExternalIps::Any));
+        assert_eq!(external_ips("nodes "), Ok(ExternalIps::Nodes));
+        assert_eq!(external_ips("none"), Ok(ExternalIps::None));
+        assert!(external_ips("").is_err() && external_ips("all").is_err());
     }
 
     #[test]

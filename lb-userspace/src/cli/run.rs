@@ -20,7 +20,7 @@ use super::config::{self, Listen, UsageError};
 use crate::{
     cluster::{Access, KubeSource, Timing},
     controller::run as agent,
-    desired::{NodePortAddresses, Settings},
+    desired::{ExternalIps, NodePortAddresses, Settings},
     kernel::{self, Features, cgroup, syscall},
     plan::Capacity,
     serve,
@@ -60,6 +60,10 @@ pub struct RunArgs {
     /// Addresses on which node ports answer: networks separated by commas, or the word primary [default: all]
     #[arg(long, env = "SOCKLB_NODEPORT_ADDRESSES", value_name = "LIST", value_parser = config::node_port_addresses)]
     nodeport_addresses: Option<NodePortAddresses>,
+    /// Which addresses of spec.externalIPs answer: any, those of nodes, or none. Who may write a Service may name any
+    /// address there and gets this node's calls to it [default: any]
+    #[arg(long, env = "SOCKLB_EXTERNAL_IPS", value_name = "WHICH", value_parser = config::external_ips)]
+    external_ips: Option<ExternalIps>,
     /// Ports that may be node ports, as the API server has them [default: 30000-32767]
     #[arg(long, env = "SOCKLB_NODE_PORT_RANGE", value_name = "RANGE", value_parser = config::node_port_range)]
     node_port_range: Option<(u16, u16)>,
@@ -108,6 +112,7 @@ struct FileConfig {
     pin_path: Option<PathBuf>,
     state_dir: Option<PathBuf>,
     nodeport_addresses: Option<String>,
+    external_ips: Option<String>,
     node_port_range: Option<String>,
     localhost_nodeports: Option<bool>,
     service_proxy_name: Option<String>,
@@ -149,10 +154,12 @@ pub fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
         .or(from_file("node-port-range", file.node_port_range, config::node_port_range)?)
         .unwrap_or(lb_common::limits::NODE_PORTS);
     let addresses = from_file("nodeport-addresses", file.nodeport_addresses, config::node_port_addresses)?;
+    let external_ips = from_file("external-ips", file.external_ips, config::external_ips)?;
     let settings = Settings {
         node_name: node_name(args.node_name.clone().or(file.node_name))?,
         node_ports: node_ports.0..=node_ports.1,
         node_port_addresses: args.nodeport_addresses.clone().or(addresses).unwrap_or_default(),
+        external_ips: args.external_ips.or(external_ips).unwrap_or_default(),
     };
     let defaults = Capacity::default();
     let in_map = |key: &str, value: Option<u32>| match value {
@@ -256,6 +263,7 @@ fn in_force(
         "pin-path": kernel.pin_path,
         "state-dir": options.state_dir,
         "nodeport-addresses": addresses,
+        "external-ips": settings.external_ips,
         "node-port-range": format!("{}-{}", kernel.node_ports.0, kernel.node_ports.1),
         "localhost-nodeports": kernel.localhost_nodeports,
         "service-proxy-name": service_proxy_name.unwrap_or_default(),

@@ -14,6 +14,7 @@ use tokio::{
 use tracing::{debug, info, warn};
 
 use super::{
+    Access,
     backoff::{Backoff, random},
     kinds::{Change, Header, Kind, News, trim},
 };
@@ -55,6 +56,8 @@ impl Default for Timing {
 /// What the watches of all kinds need.
 #[derive(Clone)]
 pub(super) struct Follower {
+    /// The way to the server, to be taken anew when it leads nowhere.
+    pub(super) access: Access,
     pub(super) client: Client,
     pub(super) timing: Timing,
     /// Label selector, for the kinds that have one.
@@ -113,6 +116,11 @@ impl Failure {
         Self::Connection(text)
     }
 
+    /// Whether other credentials may help: certificates, too, are refused before the server can say so.
+    const fn is_about_access(&self) -> bool {
+        matches!(self, Self::Refused { code: 401, .. } | Self::Connection(_))
+    }
+
     /// Whether the server does not have, or not yet, or no longer, what follows the version that was asked for.
     fn is_about_version(&self) -> bool {
         match self {
@@ -144,7 +152,7 @@ const fn lacks_streaming(failure: &Failure) -> bool {
 }
 
 /// Keeps the receiver up to date with all objects of a kind, until it is gone.
-pub(super) async fn follow<K: Kind>(follower: Follower) {
+pub(super) async fn follow<K: Kind>(mut follower: Follower) {
     let mut backoff = Backoff::new(follower.timing.first_pause);
     let mut position = Position::List { not_older_than: "0".to_owned() };
     let mut has_streaming = true;
@@ -213,6 +221,9 @@ pub(super) async fn follow<K: Kind>(follower: Follower) {
         tokio::select! {
             () = sleep(pause) => {}
             () = follower.news.closed() => return,
+        }
+        if failure.is_about_access() {
+            follower.renew().await;
         }
     }
 }
@@ -329,6 +340,16 @@ impl Follower {
         }
         path.pop();
         path
+    }
+
+    /// Reads the credentials again. The client that there is reads a token's file about once a minute, and
+    /// certificates and passwords never.
+    async fn renew(&mut self) {
+        match self.access.client().await {
+            Ok((client, _server)) => self.client = client,
+            // The former ones may still do: a file that is being replaced is there again at the next try.
+            Err(error) => debug!(error = &error as &dyn std::error::Error, "the credentials cannot be read"),
+        }
     }
 
     /// Sends a request and waits for the head of the answer.

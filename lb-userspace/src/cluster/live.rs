@@ -67,7 +67,7 @@ impl KubeSource {
         let (client, server) = access.client().await?;
         let (sender, news) = mpsc::channel(QUEUE);
         let selector = ingest::label_selector(service_proxy_name);
-        let follower = Follower { client, timing, selector, news: sender };
+        let follower = Follower { access: access.clone(), client, timing, selector, news: sender };
         let mut watches = JoinSet::new();
         watches.spawn(follow::<Services>(follower.clone()));
         watches.spawn(follow::<Slices>(follower.clone()));

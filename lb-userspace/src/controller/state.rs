@@ -312,7 +312,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        desired::NodePortAddresses,
+        desired::{ExternalIps, NodePortAddresses},
         model::{Protocol, Service, ServicePort, ServiceType, TrafficPolicy},
     };
 
@@ -321,6 +321,7 @@ mod tests {
             node_name: "node".into(),
             node_ports: 30000..=32767,
             node_port_addresses: NodePortAddresses::All,
+            external_ips: ExternalIps::Any,
         };
         let capacity = Capacity { services, endpoints: 16 };
         State::new(settings, Vec::new(), capacity, &Image::default())

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use lb_common::layout::frontend_flags::{EXTERNAL_LOCAL, NO_LOCAL_ENDPOINT};
 use serde_json::{Value, json};
 
-use super::{Frontend, NodePortAddresses, Settings, Topology};
+use super::{ExternalIps, Frontend, NodePortAddresses, Settings, Topology};
 use crate::model::{Node, Slice, fixture};
 
 /// The settings of `node-a`, all else at its default.
@@ -14,6 +14,7 @@ pub(crate) fn settings() -> Settings {
         node_name: "node-a".into(),
         node_ports: 30_000..=32_767,
         node_port_addresses: NodePortAddresses::All,
+        external_ips: ExternalIps::Any,
     }
 }
 

@@ -112,6 +112,32 @@ pub enum NodePortAddresses {
     Within(Vec<Cidr>),
 }
 
+/// `--external-ips`: which addresses in `spec.externalIPs` answer.
+///
+/// Whoever may write a Service may name any address there, also that of a server elsewhere, and would get this node's
+/// calls to it (CVE-2020-8554). An API server can be told to refuse that; where it is not, the node can.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ExternalIps {
+    /// All, as kube-proxy does.
+    #[default]
+    Any,
+    /// Those of nodes, on which node ports answer too.
+    Nodes,
+    /// None.
+    None,
+}
+
+impl fmt::Display for ExternalIps {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Any => "any",
+            Self::Nodes => "nodes",
+            Self::None => "none",
+        })
+    }
+}
+
 /// The settings that decide about frontends.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Settings {
@@ -121,4 +147,6 @@ pub struct Settings {
     pub node_ports: RangeInclusive<u16>,
     /// `--nodeport-addresses`
     pub node_port_addresses: NodePortAddresses,
+    /// `--external-ips`
+    pub external_ips: ExternalIps,
 }

@@ -16,7 +16,7 @@ use std::{collections::BTreeSet, net::IpAddr, net::SocketAddr, sync::Arc};
 use lb_common::layout::frontend_flags::{EXTERNAL_LOCAL, NO_LOCAL_ENDPOINT, NODE_PORT};
 
 use super::{
-    Frontend, FrontendAddress, FrontendKind, PortKey, Settings, Topology,
+    ExternalIps, Frontend, FrontendAddress, FrontendKind, PortKey, Settings, Topology,
     endpoints::{PortEndpoints, Scope},
 };
 use crate::model::{
@@ -42,6 +42,9 @@ use crate::model::{
 /// for other nodes: those that have endpoints get exact frontends. A node port *outside* the range is not asked
 /// for that way, so that it gets an exact frontend for every known node address, and an issue.
 ///
+/// **External IPs** answer where [`Settings::external_ips`] lets them; the others are left to the network, and an issue says
+/// so.
+///
 /// **`loadBalancerSourceRanges`** cannot be checked: the caller's address is not chosen before `connect()`. A
 /// load-balancer address with ranges that do not admit everybody therefore has no frontend: the call goes
 /// to the network as it is, where whatever enforces the ranges sees it, and an issue says so. Other kinds of
@@ -65,6 +68,7 @@ pub fn frontends<'a>(
         }
     }
     builder.report_source_ranges();
+    builder.report_external_ips();
     builder.finish()
 }
 
@@ -113,13 +117,25 @@ impl Builder<'_> {
             self.service.load_balancer_ips.iter().map(|ip| (*ip, FrontendKind::LoadBalancer));
         let external_ips = self.service.external_ips.iter().map(|ip| (*ip, FrontendKind::ExternalIP));
         for (ip, kind) in load_balancer_ips.chain(external_ips) {
-            let is_open = kind != FrontendKind::LoadBalancer || !is_limited(self.service, ip);
+            let is_open = match kind {
+                FrontendKind::LoadBalancer => !is_limited(self.service, ip),
+                _ => self.is_admitted(ip),
+            };
             if address::family(ip) == family && is_open {
                 self.add(&common, kind, ip, port.port, common.cluster.clone(), 0);
             }
         }
         if let Some(node_port) = port.node_port {
             self.add_node_port(&common, node_port);
+        }
+    }
+
+    /// Whether [`Settings::external_ips`] lets an external IP answer.
+    fn is_admitted(&self, ip: IpAddr) -> bool {
+        match self.settings.external_ips {
+            ExternalIps::Any => true,
+            ExternalIps::Nodes => self.topology.is_node_address(ip),
+            ExternalIps::None => false,
         }
     }
 
@@ -229,6 +245,17 @@ impl Builder<'_> {
             .collect();
         if !limited.is_empty() {
             self.issues.insert(IssueKind::SourceRanges { addresses: limited });
+        }
+    }
+
+    fn report_external_ips(&mut self) {
+        let left_out =
+            |ip: &IpAddr| self.service.cluster_ip(address::family(*ip)).is_some() && !self.is_admitted(*ip);
+        let left_out: Vec<_> =
+            self.service.external_ips.iter().filter(|ip| left_out(ip)).map(ToString::to_string).collect();
+        if !left_out.is_empty() {
+            let setting = self.settings.external_ips.to_string();
+            self.issues.insert(IssueKind::ExternalIps { addresses: left_out, setting });
         }
     }
 

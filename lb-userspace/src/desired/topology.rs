@@ -105,6 +105,12 @@ impl Topology {
         self.others.iter().map(|(ip, node)| (*ip, &**node))
     }
 
+    /// Whether node ports answer on an address: it is this node's or another one's.
+    #[must_use]
+    pub fn is_node_address(&self, ip: IpAddr) -> bool {
+        self.own.contains(&ip) || self.others.contains_key(&ip)
+    }
+
     /// All addresses on which node ports answer, with whether each is this node's: the table `node_addrs`.
     #[must_use]
     pub fn node_addresses(&self) -> BTreeMap<IpAddr, bool> {

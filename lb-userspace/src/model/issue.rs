@@ -276,6 +276,13 @@ pub enum IssueKind {
         /// The load-balancer addresses concerned.
         addresses: Vec<String>,
     },
+    /// A setting keeps these addresses from answering. They are left to the network.
+    ExternalIps {
+        /// The external IPs concerned.
+        addresses: Vec<String>,
+        /// Value of `--external-ips`.
+        setting: String,
+    },
     /// Another service owns this frontend address.
     FrontendTaken {
         /// `address:port/protocol`; the unspecified address stands for a node port.
@@ -418,6 +425,11 @@ impl fmt::Display for IssueKind {
                 f,
                 "spec.loadBalancerSourceRanges: the caller's address is not known at a socket; calls to {} go to \
                  the network untranslated",
+                addresses.join(", ")
+            ),
+            Self::ExternalIps { addresses, setting } => write!(
+                f,
+                "spec.externalIPs: --external-ips={setting} leaves {} to the network",
                 addresses.join(", ")
             ),
             Self::FrontendTaken { address, winner } => {

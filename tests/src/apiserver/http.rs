@@ -7,7 +7,7 @@ use http_body_util::BodyExt as _;
 use hyper::{
     Method, Request, Response, StatusCode,
     body::Incoming,
-    header::{ACCEPT, CONTENT_TYPE, RETRY_AFTER},
+    header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, RETRY_AFTER},
     server::conn::http1,
     service::service_fn,
 };
@@ -187,6 +187,11 @@ async fn answer(
     };
     {
         let mut faults = lock(&shared.faults);
+        let bearer =
+            head.headers.get(AUTHORIZATION).and_then(|value| value.to_str().ok()?.strip_prefix("Bearer "));
+        if faults.token.as_deref().is_some_and(|token| bearer != Some(token)) {
+            return Err(Refusal::new(401, "Unauthorized", "Unauthorized"));
+        }
         if faults.internal_errors > 0 {
             faults.internal_errors -= 1;
             return Err(Refusal::new(500, "InternalError", "an internal error, as asked for"));

@@ -5,7 +5,7 @@
 //! Speaks enough of the Kubernetes API that kube-rs and kubectl work against it: list with pages, watch with
 //! bookmarks and streaming lists, selectors, create, update, patch, apply and delete. [`Faults`] makes it misbehave.
 //!
-//! Not promised: authentication, admission, other kinds, the checks of field values, strategic merges of lists (a
+//! Not promised: authentication but by one token, admission, other kinds, the checks of field values, strategic merges of lists (a
 //! list is replaced), and the timing of a real server.
 //!
 //! # Invariants
@@ -53,6 +53,8 @@ pub struct Faults {
     pub delay: Duration,
     /// Whether `sendInitialEvents` is known. Older servers refuse it.
     pub has_streaming_lists: bool,
+    /// The bearer token without which requests are refused with 401.
+    pub token: Option<String>,
     /// How often a watch that asked for bookmarks gets one.
     pub bookmark_interval: Duration,
 }
@@ -65,6 +67,7 @@ impl Default for Faults {
             lost_events: 0,
             delay: Duration::ZERO,
             has_streaming_lists: true,
+            token: None,
             bookmark_interval: Duration::from_millis(200),
         }
     }

@@ -183,7 +183,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        desired::{NodePortAddresses, Settings, Topology, service},
+        desired::{ExternalIps, NodePortAddresses, Settings, Topology, service},
         model::Store,
         source::files::{Body, parse},
     };
@@ -210,6 +210,7 @@ mod tests {
             node_name: Arc::from(NODE_NAME),
             node_ports: first..=last,
             node_port_addresses: NodePortAddresses::All,
+            external_ips: ExternalIps::Any,
         };
         let topology = Topology::new(store.nodes(), &settings, &[]);
         assert_eq!(topology.own_addresses().iter().copied().collect::<Vec<_>>(), NODE);

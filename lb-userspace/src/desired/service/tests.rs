@@ -389,6 +389,35 @@ fn r13_mirrored_slices() {
     );
 }
 
+/// R14: a setting decides which external IPs answer; what it leaves out is reported.
+#[test]
+fn r14_external_ips_by_setting() {
+    let (service, _) = fixture::ingest_service(
+        &json!({"spec": {"externalIPs": ["192.0.2.1", "192.168.0.1", "192.168.0.2", "2001:db8::1"]}}),
+    );
+    let (this_node, other_node, elsewhere) = ("192.168.0.1", "192.168.0.2", "192.0.2.1");
+    for (setting, answering, left_out) in [
+        (ExternalIps::Any, &[elsewhere, this_node, other_node][..], &[][..]),
+        (ExternalIps::Nodes, &[this_node, other_node], &[elsewhere]),
+        (ExternalIps::None, &[], &[elsewhere, this_node, other_node]),
+    ] {
+        let settings = Settings { external_ips: setting, ..settings() };
+        let (frontends, issues) = frontends(&service.clone().unwrap(), [].iter(), &topology(), &settings);
+        let external = frontends.iter().filter(|frontend| frontend.kind == FrontendKind::ExternalIP);
+        let found: Vec<_> = external.map(|frontend| frontend.address.ip.to_string()).collect();
+        assert_eq!(found, answering, "{setting}");
+        let expected: Vec<_> = Some(IssueKind::ExternalIps {
+            addresses: left_out.iter().map(ToString::to_string).collect(),
+            setting: setting.to_string(),
+        })
+        .filter(|_| !left_out.is_empty())
+        .into_iter()
+        .collect();
+        let kinds: Vec<_> = issues.into_iter().map(|issue| issue.kind).collect();
+        assert_eq!(kinds, expected, "{setting}");
+    }
+}
+
 /// R14: one address that is external and load-balancer address of one Service is one frontend, without an issue.
 #[test]
 fn r14_a_service_does_not_conflict_with_itself() {
