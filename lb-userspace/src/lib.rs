@@ -11,6 +11,7 @@ pub mod desired;
 pub mod kernel;
 pub mod model;
 pub mod plan;
+pub mod self_test;
 pub mod serve;
 pub mod sim;
 pub mod snapshot;

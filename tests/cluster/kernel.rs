@@ -96,15 +96,17 @@ fn with_agent(
     metrics: Option<SocketAddr>,
     body: impl FnOnce(),
 ) {
-    let (stop, stopped) = watch::channel(false);
     thread::scope(|scope| {
-        let agent = scope.spawn(|| {
+        // Dropped before the agent is waited for, so that it ends when the body panics as well.
+        let (stop, stopped) = watch::channel(false);
+        let agent = scope.spawn(move || {
             let runtime = runtime();
             let options = Options {
                 kernel: agent::options(sandbox),
                 state_dir: state_dir.to_owned(),
                 min_sync_interval: Duration::ZERO,
                 audit_interval: Duration::from_millis(50),
+                self_test_interval: Duration::ZERO,
                 http: serve::Options { metrics, ..serve::Options::default() },
             };
             let source = open(&runtime, server);

@@ -63,6 +63,7 @@ impl Load {
                 let (begun, complete, n_done) = (&begun, &complete, &n_done);
                 let (call, is_allowed, failure, has_failed) = (&call, &is_allowed, &failure, &has_failed);
                 scope.spawn(move || {
+                    let _panicked = Told(failure);
                     for _ in 0..self.n_calls / N_CALLERS {
                         let first = complete.load(SeqCst);
                         let answer = call(thread);
@@ -90,6 +91,17 @@ impl Load {
         });
         if let Some(failure) = failure.into_inner().unwrap_or_else(PoisonError::into_inner) {
             panic!("{failure}");
+        }
+    }
+}
+
+/// Tells the others that this thread panicked: they would wait for its calls.
+struct Told<'a>(&'a Mutex<Option<String>>);
+
+impl Drop for Told<'_> {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some("a caller panicked".to_owned());
         }
     }
 }

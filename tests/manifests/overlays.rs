@@ -144,7 +144,6 @@ fn what_the_agent_is_told_of_is_mounted() {
         let variables = agent.env.unwrap();
         for (variable, may_write) in [
             ("SOCKLB_CONFIG", false),
-            ("SOCKLB_CGROUP", false),
             ("SOCKLB_PIN_PATH", true),
             ("SOCKLB_STATE_DIR", true),
         ] {
@@ -156,6 +155,9 @@ fn what_the_agent_is_told_of_is_mounted() {
             assert_eq!(mount.read_only.unwrap_or_default(), !may_write, "{name}: {variable}");
         }
         assert!(variables.iter().any(|variable| variable.name == "NODE_NAME"), "{name}");
+        // Where the host's cgroups are among the mounts is for the agent to find.
+        let cgroup = mounts.iter().find(|mount| mount.name == "cgroup").unwrap();
+        assert_eq!(cgroup.read_only, Some(true), "{name}");
     });
 }
 

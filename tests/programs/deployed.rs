@@ -69,6 +69,10 @@ fn the_capabilities_and_mounts_of_the_daemon_set_are_enough() {
             assert_eq!(hook["cgroup"], cgroup.to_str().unwrap(), "{hook}");
         }
         assert!(output.status.success(), "{status}");
+        // From the agent's own cgroup: the one that is served can only be read.
+        let log = |text: &str| agent.log().iter().any(|line| line.contains(text));
+        eventually("the self-test is passed", || log("the self-test is passed"));
+        assert!(log("calls from the agent's own cgroup"), "{:#?}", agent.log());
         // Changes are followed, and nothing is in want of more.
         place.write(&town.cluster(0..0));
         eventually("the service refuses", || !is_up(town::web()[0]));

@@ -12,6 +12,7 @@ mod dns;
 mod http;
 mod node;
 mod process;
+mod self_test;
 mod socklb;
 mod stale;
 mod town;

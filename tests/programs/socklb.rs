@@ -64,7 +64,7 @@ impl Place {
     }
 
     fn start(&self) -> Running {
-        self.start_with(&["--metrics-bind-address=", "--healthz-bind-address="])
+        self.start_with(&["--metrics-bind-address=", "--healthz-bind-address=", "--self-test-interval=0"])
     }
 
     /// Starts an agent with flags of the test's choice, which must say where it listens: a port of the host's is not the
@@ -101,7 +101,7 @@ impl Place {
     }
 
     /// Arguments of a command that looks at the pinned state.
-    fn args<'a>(&'a self, command: &[&'a str]) -> Vec<&'a str> {
+    pub(crate) fn args<'a>(&'a self, command: &[&'a str]) -> Vec<&'a str> {
         let places = ["--pin-path", &self.pin_path, "--state-dir", self.state_dir.path().to_str().unwrap()];
         [command, &places[..]].concat()
     }

@@ -96,7 +96,7 @@ impl ProcessCgroup {
             cgroup.n_users += 1;
             return Ok(cgroup.path.clone());
         }
-        let root = kernel::cgroup::find_root().map_err(io::Error::other)?;
+        let root = kernel::cgroup::find_any().map_err(io::Error::other)?;
         sweep(&root);
         let origin = origin(&root)?;
         let path = root.join(format!("{PREFIX}{}", process::id()));

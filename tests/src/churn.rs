@@ -214,6 +214,8 @@ impl Process {
         let child = Command::new(socklb)
             .args(["run", "--source", "kube", "--node-name", "node", "--kubeconfig"])
             .arg(&kubeconfig)
+            // Without a service of its own: the maps are compared with the server's objects.
+            .args(["--self-test-interval", "0"])
             .args(["--max-services", "1024", "--max-endpoints", "4096", "--cgroup"])
             .arg(sandbox.cgroup().path())
             .arg("--pin-path")

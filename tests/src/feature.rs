@@ -28,7 +28,7 @@ impl Feature {
                 if !nix::unistd::geteuid().is_root() {
                     return Some("root".to_owned());
                 }
-                let cgroup = kernel::cgroup::find_root().err();
+                let cgroup = kernel::cgroup::find_any().err();
                 let object = kernel::object::bytes().err();
                 cgroup.or(object).map(|error| error.to_string())
             }

@@ -23,6 +23,8 @@ pub const STATE_DIR: &str = "/var/lib/socklb";
 
 /// Default of `--audit-interval`.
 pub const AUDIT_INTERVAL: Duration = Duration::from_secs(60);
+/// Default of `--self-test-interval`.
+pub const SELF_TEST_INTERVAL: Duration = Duration::from_secs(30);
 /// Default of `--metrics-bind-address`: kube-proxy's.
 pub const METRICS: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 10249);
 /// Default of `--healthz-bind-address`: kube-proxy's.

@@ -9,6 +9,7 @@ pub mod explain;
 pub mod inspect;
 pub mod listing;
 pub mod run;
+pub mod self_test;
 pub mod status;
 
 use std::{io::Write as _, path::PathBuf, process::ExitCode};
@@ -48,6 +49,9 @@ enum Command {
     /// Write the manual pages of all commands into a folder.
     #[command(hide = true)]
     Man(complete::ManArgs),
+    /// The calls of the agent's self-test.
+    #[command(hide = true)]
+    SelfTestCalls(self_test::CallsArgs),
     #[command(hide = true)]
     DemoClient(demo::ClientArgs),
 }
@@ -78,6 +82,7 @@ pub fn main() -> ExitCode {
         Command::Completions(args) => complete::completions(&args, Cli::command()),
         Command::Man(args) => complete::man(&args, Cli::command()),
         Command::Cleanup(args) => inspect::cleanup(&args),
+        Command::SelfTestCalls(args) => self_test::calls(&args),
         Command::DemoClient(args) => demo::client(args),
     };
     match result {

@@ -80,6 +80,10 @@ pub struct RunArgs {
     /// did to them; 0 for none [default: 60s]
     #[arg(long, env = "SOCKLB_AUDIT_INTERVAL", value_name = "DURATION", value_parser = config::duration)]
     audit_interval: Option<Duration>,
+    /// Time between two self-tests: a process of the agent's calls a Service of the agent's, and the node is ready only if
+    /// that works; 0 for none [default: 30s]
+    #[arg(long, env = "SOCKLB_SELF_TEST_INTERVAL", value_name = "DURATION", value_parser = config::duration)]
+    self_test_interval: Option<Duration>,
     /// Where /metrics, /proxyMode, /healthz and /configz are answered; empty for nowhere [default: 127.0.0.1:10249]
     #[arg(long, env = "SOCKLB_METRICS_BIND_ADDRESS", value_name = "ADDRESS", value_parser = config::bind_address)]
     metrics_bind_address: Option<Listen>,
@@ -118,6 +122,7 @@ struct FileConfig {
     service_proxy_name: Option<String>,
     min_sync_interval: Option<String>,
     audit_interval: Option<String>,
+    self_test_interval: Option<String>,
     metrics_bind_address: Option<String>,
     healthz_bind_address: Option<String>,
     max_services: Option<u32>,
@@ -210,6 +215,10 @@ pub fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
             .audit_interval
             .or(from_file("audit-interval", file.audit_interval, config::duration)?)
             .unwrap_or(config::AUDIT_INTERVAL),
+        self_test_interval: args
+            .self_test_interval
+            .or(from_file("self-test-interval", file.self_test_interval, config::duration)?)
+            .unwrap_or(config::SELF_TEST_INTERVAL),
         http: serve::Options { metrics, healthz, config: serde_json::Value::Null },
     };
     let service_proxy_name = args.service_proxy_name.clone().or(file.service_proxy_name);
@@ -269,6 +278,7 @@ fn in_force(
         "service-proxy-name": service_proxy_name.unwrap_or_default(),
         "min-sync-interval": format!("{}ms", options.min_sync_interval.as_millis()),
         "audit-interval": format!("{}ms", options.audit_interval.as_millis()),
+        "self-test-interval": format!("{}ms", options.self_test_interval.as_millis()),
         "metrics-bind-address": address(http.metrics),
         "healthz-bind-address": address(http.healthz),
         "max-services": kernel.capacity.services,

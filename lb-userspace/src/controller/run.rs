@@ -28,18 +28,25 @@ use crate::{
     },
     model::Issue,
     plan::audit::Faults,
+    self_test,
     serve::{
         self, ListenError, Listeners, Question,
         health_ports::{self, Wanted},
     },
     snapshot::{Contents, Snapshot, SnapshotError},
     source::Source,
-    telemetry::{Metrics, health::Vitals, metrics::AuditEnd, scrape::View},
+    telemetry::{
+        Metrics,
+        health::{SelfTest, Vitals},
+        metrics::AuditEnd,
+        scrape::View,
+    },
 };
 
+mod proof;
 mod stale;
 
-use self::stale::Sweep;
+use self::{proof::Proof, stale::Sweep};
 
 /// How long to wait after a failed sync.
 const RETRY: Duration = Duration::from_secs(1);
@@ -64,6 +71,8 @@ pub struct Options {
     pub min_sync_interval: Duration,
     /// Time between two audits; zero for none.
     pub audit_interval: Duration,
+    /// Time between two self-tests; zero for none.
+    pub self_test_interval: Duration,
     /// Where to answer over HTTP.
     pub http: serve::Options,
 }
@@ -78,6 +87,9 @@ pub enum RunError {
     /// An address cannot be listened on.
     #[error(transparent)]
     Listen(#[from] ListenError),
+    /// The self-test has no endpoint.
+    #[error("the self-test cannot listen on a loopback address: {0}; --self-test-interval=0 does without it")]
+    SelfTest(#[source] std::io::Error),
 }
 
 /// Runs until `stop` turns true or the source ends.
@@ -95,13 +107,16 @@ pub async fn run(
 ) -> Result<(), RunError> {
     // Before anything is attached: an agent that ends for want of a port has changed nothing.
     let listeners = Listeners::open(&options.http).await?;
+    let mut proof = Proof::start(options.self_test_interval, options.kernel.cgroup.clone())
+        .await
+        .map_err(RunError::SelfTest)?;
     let (grace_passed, mut graces) = mpsc::channel(1);
     let kernel = Kernel::open(&options.kernel, move || {
         // A message that is waiting says the same.
         let _full = grace_passed.try_send(());
     })?;
     let interfaces = interface_addresses();
-    let state = State::new(settings, interfaces, options.kernel.capacity, &kernel.maps().image()?);
+    let mut state = State::new(settings, interfaces, options.kernel.capacity, &kernel.maps().image()?);
     info!(
         cgroup = %options.kernel.cgroup.display(),
         pins = %options.kernel.pin_path.display(),
@@ -111,7 +126,13 @@ pub async fn run(
     );
     let has_adopted = !state.image().services.is_empty();
     let metrics = Metrics::new();
-    let (vitals, signs_of_life) = watch::channel(Vitals::new(Instant::now().into_std()));
+    let mut vitals = Vitals::new(Instant::now().into_std());
+    if let Some(proof) = &proof {
+        let (service, slices) = self_test::objects(proof.endpoints());
+        state.keep(service, slices);
+        vitals.self_test = SelfTest::Pending;
+    }
+    let (vitals, signs_of_life) = watch::channel(vitals);
     let (asking, mut questions) = mpsc::channel::<Question>(QUESTIONS);
     // Ends with this function.
     let _serving = listeners.serve(&options.kernel.pin_path, &metrics, &signs_of_life, asking)?;
@@ -175,6 +196,7 @@ pub async fn run(
                 (serves_snapshot, has_answered) = (false, true);
                 agent.take_in(&mut source);
             }
+            proven = next_proof(&mut proof), if agent.has_synced => agent.proven(proven),
             Some(()) = graces.recv() => agent.grace_passed(),
             Some(question) = questions.recv() => {
                 // Whoever asked may have lost patience.
@@ -220,6 +242,14 @@ impl Timers {
             interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
         }
         timers
+    }
+}
+
+/// What comes of the next self-test; never anything, without one.
+async fn next_proof(proof: &mut Option<Proof>) -> SelfTest {
+    match proof {
+        Some(proof) => proof.next().await,
+        None => std::future::pending().await,
     }
 }
 
@@ -394,6 +424,12 @@ impl Agent {
             }
             differs
         });
+    }
+
+    /// A self-test has ended.
+    fn proven(&self, self_test: SelfTest) {
+        self.metrics.self_tested(self_test == SelfTest::Passed);
+        self.vitals.send_modify(|vitals| vitals.self_test = self_test);
     }
 
     /// What a scrape needs of the state.

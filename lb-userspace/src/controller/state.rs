@@ -14,7 +14,7 @@ use crate::{
         self, Desired, FrontendAddress, PortKey, Settings, Topology,
         health::{self, HealthCheck},
     },
-    model::{Issue, IssueKind, ObjectRef, ServiceKey, Store, store::Changes},
+    model::{Issue, IssueKind, ObjectRef, Service, ServiceKey, Slice, Store, store::Changes},
     plan::{Capacity, Encoder, Full, Plan},
     stale::{InForce, Known, Ledger, Search, Standing, Use},
     tables::Image,
@@ -27,6 +27,8 @@ pub struct State {
     settings: Settings,
     interfaces: Vec<IpAddr>,
     store: Store,
+    /// The agent's own service, which no source brings or takes away.
+    kept: Option<(Service, Vec<Slice>)>,
     topology: Topology,
     desired: Desired,
     encoder: Encoder,
@@ -55,6 +57,7 @@ impl State {
             settings,
             interfaces,
             store,
+            kept: None,
             topology,
             desired: Desired::new(),
             encoder: Encoder::adopt(capacity, found),
@@ -68,10 +71,23 @@ impl State {
         }
     }
 
+    /// Keeps a service and its slices whatever the source says: the agent's own.
+    pub fn keep(&mut self, service: Service, slices: Vec<Slice>) {
+        self.kept = Some((service, slices));
+        self.change(|_store| Changes::default());
+    }
+
     /// Changes the objects. The tables follow with the next [`Self::sync`].
     pub fn change(&mut self, change: impl FnOnce(&mut Store) -> Changes) {
         let changes = change(&mut self.store);
         self.dirty.merge(changes);
+        // A list of all objects has removed them.
+        if let Some((service, slices)) = &self.kept {
+            self.dirty.merge(self.store.set_service(&service.key, Some(service.clone())));
+            for slice in slices {
+                self.dirty.merge(self.store.set_slice(&slice.key(), Some(slice.clone())));
+            }
+        }
     }
 
     /// Sets the addresses of this node's interfaces.

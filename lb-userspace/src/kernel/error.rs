@@ -25,6 +25,16 @@ pub enum KernelError {
         "no cgroup v2 hierarchy is mounted: `mount -t cgroup2 none /sys/fs/cgroup`, or name one with --cgroup"
     )]
     NoCgroup,
+    /// Only a part of the hierarchy is mounted: a container's own.
+    #[error(
+        "the cgroup v2 hierarchy at {} is this container's own, not the host's: programs attached there would see the calls of \
+         this container only. Mount the host's /sys/fs/cgroup into the container, at any place, or name a part of it with --cgroup",
+        path.display()
+    )]
+    OwnCgroup {
+        /// Where it is mounted.
+        path: PathBuf,
+    },
     /// The cgroup cannot be opened.
     #[error("--cgroup {}: {source}: name an existing cgroup v2 directory", path.display())]
     Cgroup {

@@ -43,7 +43,7 @@ pub enum LinkProblem {
 #[must_use]
 pub fn look(pin_path: &Path, below: Option<&Path>) -> Vec<(&'static str, Result<Link, LinkProblem>)> {
     let needed: Vec<&str> = pins::hooks(Features::probe()).collect();
-    let root = below.map(Path::to_owned).or_else(|| cgroup::find_root().ok());
+    let root = below.map(Path::to_owned).or_else(|| cgroup::find_root().or_else(|_| cgroup::find_any()).ok());
     let mut known: Option<(u64, Option<PathBuf>)> = None;
     let mut place = |id: u64| {
         // All are attached to one cgroup, as a rule.

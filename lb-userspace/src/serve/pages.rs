@@ -143,11 +143,11 @@ mod tests {
         let Some(long_ago) = now.checked_sub(2 * crate::telemetry::health::PATIENCE) else { return };
         let fresh = Vitals::new(now);
         for (vitals, healthz, livez) in [
-            (fresh, 200, 200),
-            (Vitals { is_node_eligible: false, ..fresh }, 503, 200),
+            (fresh.clone(), 200, 200),
+            (Vitals { is_node_eligible: false, ..fresh.clone() }, 503, 200),
             (Vitals { waiting_since: Some(long_ago), ..fresh }, 503, 503),
         ] {
-            let (_sender, receiver) = watch::channel(vitals);
+            let (_sender, receiver) = watch::channel(vitals.clone());
             let pages = HealthPages { vitals: receiver, metrics: Metrics::new() };
             for (path, status) in [("/healthz", healthz), ("/livez", livez)] {
                 let answer = pages.get(path).await.unwrap();

@@ -1,6 +1,9 @@
 //! Whether the agent does its work, in kube-proxy's meaning (`pkg/proxy/healthcheck/proxy_health.go`).
 
-use std::time::{Duration, Instant, SystemTime};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant, SystemTime},
+};
 
 use jiff::Timestamp;
 use serde::Serialize;
@@ -8,8 +11,22 @@ use serde::Serialize;
 /// How long a change may wait before the agent counts as stuck: twice kube-proxy's default `syncPeriod`.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
+/// Whether calls were seen to go where they should.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum SelfTest {
+    /// Nobody asks.
+    #[default]
+    Off,
+    /// Not tried yet.
+    Pending,
+    /// They do.
+    Passed,
+    /// They do not: what went wrong.
+    Failed(Arc<str>),
+}
+
 /// Signs of life of the agent's loop.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Vitals {
     /// When the oldest change came that the kernel does not follow yet. Later changes do not move it.
     pub waiting_since: Option<Instant>,
@@ -21,10 +38,12 @@ pub struct Vitals {
     pub is_node_eligible: bool,
     /// Frontends that the tables have no room for.
     pub n_refused: usize,
+    /// The last self-test.
+    pub self_test: SelfTest,
 }
 
 /// What is said of it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Health {
     /// Nothing has been waiting for too long.
     pub is_alive: bool,
@@ -32,6 +51,8 @@ pub struct Health {
     pub is_node_eligible: bool,
     /// Frontends that the tables have no room for.
     pub n_refused: usize,
+    /// The last self-test.
+    pub self_test: SelfTest,
     /// The time of the answer if alive, else that of the last update.
     pub updated: Option<SystemTime>,
     /// The time of the answer.
@@ -40,7 +61,7 @@ pub struct Health {
 
 /// Body of an answer at `/healthz` and `/livez`.
 #[derive(Serialize)]
-struct Body {
+struct Body<'a> {
     #[serde(rename = "lastUpdated")]
     updated: String,
     #[serde(rename = "currentTime")]
@@ -50,13 +71,23 @@ struct Body {
     /// Not of kube-proxy, whose tables have no limit.
     #[serde(rename = "frontendsWithoutRoom", skip_serializing_if = "Option::is_none")]
     n_refused: Option<usize>,
+    /// Not of kube-proxy, which believes what it has written.
+    #[serde(rename = "selfTest", skip_serializing_if = "Option::is_none")]
+    self_test: Option<&'a str>,
 }
 
 impl Vitals {
     /// Those of an agent that has just started.
     #[must_use]
     pub const fn new(now: Instant) -> Self {
-        Self { waiting_since: None, updated: None, turned: now, is_node_eligible: true, n_refused: 0 }
+        Self {
+            waiting_since: None,
+            updated: None,
+            turned: now,
+            is_node_eligible: true,
+            n_refused: 0,
+            self_test: SelfTest::Off,
+        }
     }
 
     /// Judges them. An agent that has nothing to carry out yet is alive.
@@ -68,6 +99,7 @@ impl Vitals {
             is_alive,
             is_node_eligible: self.is_node_eligible,
             n_refused: self.n_refused,
+            self_test: self.self_test.clone(),
             updated: if is_alive { Some(clock) } else { self.updated },
             now: clock,
         }
@@ -76,30 +108,42 @@ impl Vitals {
 
 impl Health {
     /// Whether this node is ready, and load balancers should send traffic to it: `/healthz`. A node on which a Service
-    /// found no room in the tables is not, though what found room is served.
+    /// found no room in the tables is not, though what found room is served; nor is one whose calls were not seen to go where
+    /// they should.
     #[must_use]
     pub const fn is_healthy(&self) -> bool {
-        self.is_alive && self.is_node_eligible && self.n_refused == 0
+        let is_proven = matches!(self.self_test, SelfTest::Off | SelfTest::Passed);
+        self.is_alive && self.is_node_eligible && self.n_refused == 0 && is_proven
     }
 
     /// The body at `/healthz`.
     #[must_use]
     pub fn healthz(&self) -> String {
-        self.body(Some(self.is_node_eligible), Some(self.n_refused).filter(|n| *n > 0))
+        let self_test = match &self.self_test {
+            SelfTest::Off | SelfTest::Passed => None,
+            SelfTest::Pending => Some("not tried yet"),
+            SelfTest::Failed(problem) => Some(&**problem),
+        };
+        self.body(Some(self.is_node_eligible), Some(self.n_refused).filter(|n| *n > 0), self_test)
     }
 
     /// The body at `/livez`, which says nothing of the node.
     #[must_use]
     pub fn livez(&self) -> String {
-        self.body(None, None)
+        self.body(None, None, None)
     }
 
-    fn body(&self, is_node_eligible: Option<bool>, n_refused: Option<usize>) -> String {
+    fn body(
+        &self,
+        is_node_eligible: Option<bool>,
+        n_refused: Option<usize>,
+        self_test: Option<&str>,
+    ) -> String {
         // Years beyond what a time stamp holds are shown as none.
         let show =
             |time: SystemTime| Timestamp::try_from(time).map(|time| time.to_string()).unwrap_or_default();
         let updated = self.updated.map(show).unwrap_or_default();
-        let body = Body { updated, now: show(self.now), is_node_eligible, n_refused };
+        let body = Body { updated, now: show(self.now), is_node_eligible, n_refused, self_test };
         // Strings and a bool: there is nothing that JSON could not hold.
         serde_json::to_string(&body).unwrap_or_default()
     }
@@ -129,21 +173,36 @@ mod tests {
                 updated: Some(updated),
                 turned: at(turned),
                 is_node_eligible,
-                n_refused: 0,
+                ..Vitals::new(start)
             };
             let health = vitals.judge(at(100), clock);
             assert_eq!((health.is_alive, health.is_healthy()), (is_alive, is_healthy), "{what}");
             assert_eq!(health.updated, Some(if is_alive { clock } else { updated }), "{what}");
-            let full = Vitals { n_refused: 1, ..vitals }.judge(at(100), clock);
+            let full = Vitals { n_refused: 1, ..vitals.clone() }.judge(at(100), clock);
             assert_eq!((full.is_alive, full.is_healthy()), (is_alive, false), "{what}, and no room");
+            for (self_test, is_proven) in [
+                (SelfTest::Pending, false),
+                (SelfTest::Passed, true),
+                (SelfTest::Failed("TCP over IPv4: connect: refused".into()), false),
+            ] {
+                let tested = Vitals { self_test: self_test.clone(), ..vitals.clone() }.judge(at(100), clock);
+                let expected = (is_alive, is_healthy && is_proven);
+                assert_eq!((tested.is_alive, tested.is_healthy()), expected, "{what}, and {self_test:?}");
+            }
         }
     }
 
     #[test]
     fn bodies_are_those_of_kube_proxy() {
         let now = SystemTime::UNIX_EPOCH + Duration::from_secs(1_700_000_000);
-        let health =
-            Health { is_alive: true, is_node_eligible: false, n_refused: 0, updated: Some(now), now };
+        let health = Health {
+            is_alive: true,
+            is_node_eligible: false,
+            n_refused: 0,
+            self_test: SelfTest::Passed,
+            updated: Some(now),
+            now,
+        };
         assert_eq!(
             health.healthz(),
             r#"{"lastUpdated":"2023-11-14T22:13:20Z","currentTime":"2023-11-14T22:13:20Z","nodeEligible":false}"#
@@ -152,6 +211,9 @@ mod tests {
             health.livez(),
             r#"{"lastUpdated":"2023-11-14T22:13:20Z","currentTime":"2023-11-14T22:13:20Z"}"#
         );
+        let failed =
+            Health { self_test: SelfTest::Failed("TCP: refused".into()), ..health.clone() }.healthz();
+        assert!(failed.ends_with(r#""nodeEligible":false,"selfTest":"TCP: refused"}"#), "{failed}");
         assert_eq!(
             Health { n_refused: 3, ..health }.healthz(),
             r#"{"lastUpdated":"2023-11-14T22:13:20Z","currentTime":"2023-11-14T22:13:20Z","nodeEligible":false,"frontendsWithoutRoom":3}"#

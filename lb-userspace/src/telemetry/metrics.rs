@@ -115,6 +115,9 @@ definitions! {
         "Comparisons of the kernel's maps with what they should hold: result clean, repaired or error";
     AUDIT_REPAIRS: Counter "socklb_audit_repairs_total" ["map"]
         "Entries of the kernel's maps that somebody else had deleted, altered or added, and that an audit put right";
+    SELF_TESTS: Counter "socklb_self_tests_total" ["result"]
+        "Calls of the agent's own Service by a process of its own, through the hooks and tables that serve everybody: result \
+         passed or failed";
     SOCKETS_DESTROYED: Counter "socklb_sockets_destroyed_total" ["protocol"]
         "Connected sockets of this node's programs that were ended because their endpoint no longer serves them; the log names the \
          Service";
@@ -129,6 +132,9 @@ definitions! {
     SNAPSHOT_ERRORS: Counter "socklb_snapshot_errors_total" []
         "Attempts to write the snapshot that failed";
 }
+
+const PASSED: &str = "passed";
+const FAILED: &str = "failed";
 
 /// The maps that an audit repairs.
 const AUDITED: [&str; 6] = ["services4", "services6", "frontends", "endpoints4", "endpoints6", "node_addrs"];
@@ -160,6 +166,7 @@ pub struct Metrics {
     sync_operations: Counter,
     audits: By,
     audit_repairs: By,
+    self_tests: By,
     sockets_destroyed: By,
     issues: Gauge,
     source_complete: Gauge,
@@ -220,6 +227,7 @@ impl Metrics {
             sync_operations: register(registry, &SYNC_OPERATIONS, Counter::default()),
             audits: register(registry, &AUDITS, By::default()),
             audit_repairs: register(registry, &AUDIT_REPAIRS, By::default()),
+            self_tests: register(registry, &SELF_TESTS, By::default()),
             sockets_destroyed: register(registry, &SOCKETS_DESTROYED, By::default()),
             issues: register(registry, &ISSUES, Gauge::default()),
             source_complete: register(registry, &SOURCE_COMPLETE, Gauge::default()),
@@ -235,6 +243,9 @@ impl Metrics {
         }
         for protocol in [Protocol::Tcp, Protocol::Udp] {
             let _zero = metrics.sockets_destroyed.get_or_create(&[("protocol", label(protocol))]);
+        }
+        for result in [PASSED, FAILED] {
+            let _zero = metrics.self_tests.get_or_create(&[("result", result)]);
         }
         for end in [AuditEnd::Clean, AuditEnd::Repaired, AuditEnd::Error] {
             let _zero = metrics.audits.get_or_create(&[("result", end.name())]);
@@ -280,6 +291,11 @@ impl Metrics {
         if let Some(since_trigger) = since_trigger {
             self.network_programming.observe(since_trigger.as_secs_f64());
         }
+    }
+
+    /// A self-test is over.
+    pub fn self_tested(&self, has_passed: bool) {
+        self.self_tests.get_or_create(&[("result", if has_passed { PASSED } else { FAILED })]).inc();
     }
 
     /// An audit is over.

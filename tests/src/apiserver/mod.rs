@@ -317,10 +317,11 @@ impl ApiServer {
             }
         };
         gone(Kind::Service, now.services.into_keys().collect(), cluster.services.keys().cloned().collect());
-        gone(Kind::Slice, now.slices.into_keys().collect(), cluster.slices.keys().cloned().collect());
         gone(Kind::Node, now.nodes.into_keys().collect(), cluster.nodes.keys().cloned().collect());
         cluster.services.values().for_each(|service| self.apply(service.clone()));
         cluster.slices.values().for_each(|slice| self.apply(slice.clone()));
+        // Afterwards, as the slices' controller does: a service that moves to another slice is never without one.
+        gone(Kind::Slice, now.slices.into_keys().collect(), cluster.slices.keys().cloned().collect());
         cluster.nodes.values().for_each(|node| self.apply(node.clone()));
     }
 

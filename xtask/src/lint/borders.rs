@@ -88,6 +88,11 @@ const MODULES: &[Module] = &[
         may_use: MayUse::Only(&["telemetry", "kernel", "desired", "model"]),
         reason: "answers over HTTP are made from what telemetry holds, and steer nothing",
     },
+    Module {
+        name: "self_test",
+        may_use: MayUse::Only(&["model"]),
+        reason: "the self-test calls as any program does, and knows nothing of what the agent believes",
+    },
     Module { name: "controller", may_use: MayUse::All, reason: "the controller joins the modules" },
     Module { name: "cli", may_use: MayUse::All, reason: "the commands join the modules" },
 ];

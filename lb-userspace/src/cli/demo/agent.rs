@@ -53,6 +53,8 @@ impl Agent {
         let arguments: Vec<String> = vec![
             "run".to_owned(),
             format!("--source={source}"),
+            // The demo shows its own services only, and tests more than this.
+            "--self-test-interval=0".to_owned(),
             format!("--node-name={}", manifests::NODE_NAME),
             format!("--cgroup={}", show(scenery.cgroup.path())),
             format!("--pin-path={}", show(&scenery.pins)),

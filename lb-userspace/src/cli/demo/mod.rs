@@ -110,7 +110,7 @@ pub fn run(options: Options) -> Result<ExitCode> {
         );
     }
     object::bytes()?;
-    let cgroup_root = cgroup::find_root()?;
+    let cgroup_root = cgroup::find_any()?;
     // Namespaces belong to a thread, and so does the death signal of a child: this one lives as long as the demo.
     let stage = thread::Builder::new()
         .name("demo".to_owned())

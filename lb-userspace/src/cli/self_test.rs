@@ -1,0 +1,29 @@
+//! `socklb self-test-calls`, which the agent runs.
+
+use std::{path::PathBuf, process::ExitCode};
+
+use clap::Args;
+
+use crate::{model::Family, self_test::calls::make};
+
+/// Flags of the hidden command.
+#[derive(Debug, Args)]
+pub struct CallsArgs {
+    /// The cgroup to enter first.
+    #[arg(long)]
+    cgroup: Option<PathBuf>,
+    /// Whether to call over IPv6 too.
+    #[arg(long)]
+    ipv6: bool,
+}
+
+/// Makes the calls and prints what came of them, as JSON.
+///
+/// # Errors
+///
+/// Standard output is closed.
+pub fn calls(args: &CallsArgs) -> anyhow::Result<ExitCode> {
+    let families = if args.ipv6 { &[Family::V4, Family::V6][..] } else { &[Family::V4] };
+    println!("{}", serde_json::to_string(&make(args.cgroup.as_ref(), families))?);
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,105 @@
+//! The endpoints of the self-test: they send back what they get.
+
+use std::{
+    io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    time::Duration,
+};
+
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::{TcpListener, TcpStream, UdpSocket},
+    task::JoinSet,
+    time::{sleep, timeout},
+};
+use tracing::debug;
+
+/// Most that is sent back at once: the self-test sends less. Thus an answer is never larger than what it answers, and no
+/// caller can make this agent send more than it sends itself.
+const MOST: usize = 64;
+/// For how long a connection is served.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// After a failed `accept()`: most failures last (out of descriptors).
+const PAUSE: Duration = Duration::from_millis(100);
+/// How often a port is chosen anew if UDP's twin of a TCP port is taken.
+const TRIES: usize = 16;
+
+/// An echo server for TCP and UDP on loopback addresses, until it is dropped.
+#[derive(Debug)]
+pub struct Echo {
+    addresses: Vec<SocketAddr>,
+    _servers: JoinSet<()>,
+}
+
+impl Echo {
+    /// Listens on a port of the kernel's choice, on the loopback address of each family that this host has.
+    ///
+    /// # Errors
+    ///
+    /// If IPv4 cannot be listened on.
+    ///
+    /// # Panics
+    ///
+    /// Outside a tokio runtime.
+    pub async fn start() -> io::Result<Self> {
+        let mut servers = JoinSet::new();
+        let mut addresses = vec![serve(Ipv4Addr::LOCALHOST.into(), &mut servers).await?];
+        match serve(Ipv6Addr::LOCALHOST.into(), &mut servers).await {
+            Ok(address) => addresses.push(address),
+            Err(error) => debug!(%error, "no IPv6 on the loopback interface: the self-test does without"),
+        }
+        Ok(Self { addresses, _servers: servers })
+    }
+
+    /// Where it listens: one address for each family.
+    #[must_use]
+    pub fn addresses(&self) -> &[SocketAddr] {
+        &self.addresses
+    }
+}
+
+async fn serve(ip: IpAddr, servers: &mut JoinSet<()>) -> io::Result<SocketAddr> {
+    let (listener, datagrams, address) = bind(ip).await?;
+    servers.spawn(async move {
+        loop {
+            match listener.accept().await {
+                // One after the other: there is one caller.
+                Ok((stream, _)) => drop(timeout(PATIENCE, answer(stream)).await),
+                Err(_) => sleep(PAUSE).await,
+            }
+        }
+    });
+    servers.spawn(async move {
+        let mut buffer = [0; MOST];
+        loop {
+            let sent = match datagrams.recv_from(&mut buffer).await {
+                Ok((length, from)) => datagrams.send_to(buffer.get(..length).unwrap_or_default(), from).await,
+                Err(error) => Err(error),
+            };
+            if sent.is_err() {
+                sleep(PAUSE).await;
+            }
+        }
+    });
+    Ok(address)
+}
+
+/// A TCP and a UDP socket at the same port.
+async fn bind(ip: IpAddr) -> io::Result<(TcpListener, UdpSocket, SocketAddr)> {
+    let mut problem = io::Error::from(io::ErrorKind::AddrInUse);
+    for _ in 0..TRIES {
+        let listener = TcpListener::bind((ip, 0)).await?;
+        let address = listener.local_addr()?;
+        match UdpSocket::bind(address).await {
+            Ok(datagrams) => return Ok((listener, datagrams, address)),
+            Err(error) => problem = error,
+        }
+    }
+    Err(problem)
+}
+
+async fn answer(mut stream: TcpStream) -> io::Result<()> {
+    let mut buffer = [0; MOST];
+    let length = stream.read(&mut buffer).await?;
+    stream.write_all(buffer.get(..length).unwrap_or_default()).await
+}

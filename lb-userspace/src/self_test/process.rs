@@ -1,0 +1,111 @@
+//! Starting the process that makes the calls, in a cgroup of its own.
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+    process::Stdio,
+    time::Duration,
+};
+
+use tokio::{process::Command, time::timeout};
+
+use super::calls::Report;
+
+/// Longer than all calls together may take.
+const PATIENCE: Duration = Duration::from_secs(20);
+/// Name of the cgroup, below the one that is served. Always the same: what an agent that was killed left is used and removed
+/// by the next.
+const NAME: &str = "socklb-self-test";
+
+/// From where the calls came.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Caller {
+    /// From a cgroup that was made for them.
+    FreshCgroup,
+    /// From the agent's own cgroup, since none could be made or entered, for this reason. The calls prove then that this
+    /// cgroup is served, and no other.
+    OwnCgroup(String),
+}
+
+/// What came of a self-test.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Outcome {
+    /// From where the calls came.
+    pub caller: Caller,
+    /// What went wrong; nothing, if the test is passed.
+    pub problems: Vec<String>,
+}
+
+/// Makes the calls once, below the cgroup that is served.
+///
+/// A problem of the test itself counts as one: what is not proven is not promised.
+pub async fn run(served: &Path, has_ipv6: bool) -> Outcome {
+    let fresh = Fresh::make(served);
+    let cgroup = fresh.as_ref().ok().map(|fresh| fresh.0.as_path());
+    let report = match timeout(PATIENCE, ask(cgroup, has_ipv6)).await {
+        Ok(Ok(report)) => report,
+        Ok(Err(error)) => {
+            let problem = format!("the process that makes the calls: {error}");
+            Report { stayed: None, problems: vec![problem] }
+        }
+        Err(_elapsed) => {
+            let problem = format!("the calls did not end within {} s", PATIENCE.as_secs());
+            Report { stayed: None, problems: vec![problem] }
+        }
+    };
+    let caller = match (&fresh, report.stayed) {
+        (Err(error), _) => Caller::OwnCgroup(error.to_string()),
+        (Ok(_), Some(why)) => Caller::OwnCgroup(why),
+        (Ok(_), None) => Caller::FreshCgroup,
+    };
+    Outcome { caller, problems: report.problems }
+}
+
+async fn ask(cgroup: Option<&Path>, has_ipv6: bool) -> io::Result<Report> {
+    // The running program, also if its file was replaced or is out of sight.
+    let mut command = Command::new("/proc/self/exe");
+    command
+        .arg0("socklb")
+        .arg("self-test-calls")
+        .stdin(Stdio::null())
+        .stderr(Stdio::piped())
+        .kill_on_drop(true);
+    if has_ipv6 {
+        command.arg("--ipv6");
+    }
+    if let Some(cgroup) = cgroup {
+        command.arg("--cgroup").arg(cgroup);
+    }
+    let output = command.output().await?;
+    serde_json::from_slice(&output.stdout).map_err(|_no_report| {
+        let said = String::from_utf8_lossy(&output.stderr);
+        io::Error::other(format!("{}: {}", output.status, said.lines().last().unwrap_or("it said nothing")))
+    })
+}
+
+/// A cgroup that is removed with this value, once it is empty.
+#[derive(Debug)]
+struct Fresh(PathBuf);
+
+impl Fresh {
+    fn make(parent: &Path) -> io::Result<Self> {
+        let cgroup = Self(parent.join(NAME));
+        match fs::create_dir(&cgroup.0) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+            _ => {}
+        }
+        // Below a threaded cgroup one is of no use until it is threaded as well.
+        let kind = cgroup.0.join("cgroup.type");
+        if fs::read_to_string(&kind)?.trim() == "domain invalid" {
+            fs::write(&kind, "threaded")?;
+        }
+        Ok(cgroup)
+    }
+}
+
+impl Drop for Fresh {
+    fn drop(&mut self) {
+        // A process that was killed may be in it for a moment more: then the next self-test removes it.
+        let _busy = fs::remove_dir(&self.0);
+    }
+}
