@@ -25,6 +25,12 @@ pub const MAX_AFFINITY: u32 = 65_536;
 /// Not a limit: sockets that find no slot keep their record in socket storage, which costs half a microsecond more.
 pub const SOCKET_SETS: u32 = 4096;
 
+/// Entries of the map `excluded`: cgroups that are left alone.
+pub const MAX_EXCLUDED: u32 = 4096;
+
+/// Levels of cgroups below the root that can be excluded, from 1 on: a pod's is at 2 to 5. A bit of a word for each.
+pub const CGROUP_LEVELS: u32 = 16;
+
 /// Default first and last node port (kube-apiserver's `--service-node-port-range`).
 pub const NODE_PORTS: (u16, u16) = (30_000, 32_767);
 

@@ -23,6 +23,8 @@ globals! {
     static NODE_PORT_LAST: u16 = limits::NODE_PORTS.1;
     /// 1 if node ports answer on loopback addresses of the node itself.
     static LOCALHOST_NODEPORTS: u8 = 1;
+    /// 1 if cgroups may be excluded: only then are they looked at.
+    static EXCLUDES: u8 = 0;
     /// Cookie of the node's network namespace; 0 means the initial one.
     static NODE_NETNS: u64 = 0;
 }

@@ -11,6 +11,7 @@ use lb_common::{
 use crate::{
     config::{self, Mode, is_on},
     ctx::{PROCEED, SockAddr, refuse_call},
+    exclude::is_excluded,
     maps,
     record::{Peer, Socket},
     tables::{Kernel4, Kernel6},
@@ -51,6 +52,9 @@ pub(crate) fn sendmsg6<M: Mode>(ctx: &SockAddr<'_>) -> i32 {
 
 #[inline(always)]
 fn forward4<M: Mode>(ctx: &SockAddr<'_>, kind: Kind) -> i32 {
+    if is_excluded() {
+        return PROCEED;
+    }
     let address = ctx.ipv4();
     let mut call = Pending::<M>::new(ctx, kind, &address);
     let verdict = call.decide4(address);
@@ -59,6 +63,9 @@ fn forward4<M: Mode>(ctx: &SockAddr<'_>, kind: Kind) -> i32 {
 
 #[inline(always)]
 fn forward6<M: Mode>(ctx: &SockAddr<'_>, kind: Kind) -> i32 {
+    if is_excluded() {
+        return PROCEED;
+    }
     let address = ctx.ipv6();
     let mut call = Pending::<M>::new(ctx, kind, &address);
     // An IPv4-mapped destination is an IPv4 call: the same tables, the same records, written back as mapped.

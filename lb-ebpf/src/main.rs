@@ -24,6 +24,7 @@
 
 mod config;
 mod ctx;
+mod exclude;
 mod hook;
 mod maps;
 mod record;

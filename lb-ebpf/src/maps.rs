@@ -64,6 +64,14 @@ pub(crate) static SOCKETS: Array<SocketRecord, SLOTS, MMAPABLE> = Array::new();
 #[btf_map(name = "socket_storage")]
 pub(crate) static SOCKET_STORAGE: SkStorage<SocketRecords> = SkStorage::new();
 
+/// Ids of cgroups whose calls are left alone, with all below them.
+#[btf_map(name = "excluded")]
+pub(crate) static EXCLUDED: HashMap<u64, u32, { limits::MAX_EXCLUDED as usize }> = HashMap::new();
+
+/// At which levels of the hierarchy these are: bit n for level n.
+#[btf_map(name = "excluded_levels")]
+pub(crate) static EXCLUDED_LEVELS: Array<u32, 1> = Array::new();
+
 /// Calls by service port.
 #[btf_map(name = "service_stats")]
 pub(crate) static SERVICE_STATS: PerCpuArray<ServiceStats, FRONTENDS> = PerCpuArray::new();

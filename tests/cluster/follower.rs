@@ -25,6 +25,9 @@ use tokio::runtime::Runtime;
 /// After how long a test fails that waits for something.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 
+/// The own node.
+pub(crate) const NODE: &str = "node";
+
 /// Times for tests: a half-open connection shows in a second.
 pub(crate) const TIMING: Timing = Timing {
     answer: Duration::from_secs(1),
@@ -39,7 +42,7 @@ pub(crate) fn open(runtime: &Runtime, server: &dyn Api) -> KubeSource {
     let path = directory.path().join("kubeconfig");
     fs::write(&path, server.kubeconfig()).unwrap();
     let access = Access { kubeconfig: Some(path), apiserver: None };
-    runtime.block_on(KubeSource::open(&access, None, TIMING)).unwrap()
+    runtime.block_on(KubeSource::open(&access, None, Some(NODE), TIMING)).unwrap()
 }
 
 /// Source, state and image.
@@ -61,7 +64,7 @@ impl Follower {
     pub(crate) fn with_kubeconfig(path: &Path) -> Self {
         let runtime = runtime();
         let access = Access { kubeconfig: Some(path.to_owned()), apiserver: None };
-        let source = runtime.block_on(KubeSource::open(&access, None, TIMING)).unwrap();
+        let source = runtime.block_on(KubeSource::open(&access, None, Some(NODE), TIMING)).unwrap();
         Self::of(runtime, source)
     }
 

@@ -107,6 +107,8 @@ fn with_agent(
                 min_sync_interval: Duration::ZERO,
                 audit_interval: Duration::from_millis(50),
                 self_test_interval: Duration::ZERO,
+                exclude_cgroups: Vec::new(),
+                exclude_pods: false,
                 http: serve::Options { metrics, ..serve::Options::default() },
             };
             let source = open(&runtime, server);

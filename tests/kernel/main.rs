@@ -7,6 +7,7 @@ mod affinity;
 mod audit;
 mod calls;
 mod capacity;
+mod exclusion;
 mod lifecycle;
 mod load;
 mod matrix;

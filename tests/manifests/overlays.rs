@@ -65,7 +65,7 @@ fn the_agent_may_read_what_it_serves_and_nothing_else() {
             })
             .collect();
         let read = BTreeSet::from(["list".to_owned(), "watch".to_owned()]);
-        let wanted = ["/nodes", "/services", "discovery.k8s.io/endpointslices"];
+        let wanted = ["/nodes", "/pods", "/services", "discovery.k8s.io/endpointslices"];
         assert_eq!(rules, wanted.map(|name| (name.to_owned(), read.clone())).into(), "{name}");
 
         let binding: ClusterRoleBinding = rendered.one("ClusterRoleBinding");
@@ -142,11 +142,9 @@ fn what_the_agent_is_told_of_is_mounted() {
         let mounts = agent.volume_mounts.unwrap();
         assert_eq!(mounts.iter().map(|mount| mount.name.clone()).collect::<BTreeSet<_>>(), volumes, "{name}");
         let variables = agent.env.unwrap();
-        for (variable, may_write) in [
-            ("SOCKLB_CONFIG", false),
-            ("SOCKLB_PIN_PATH", true),
-            ("SOCKLB_STATE_DIR", true),
-        ] {
+        for (variable, may_write) in
+            [("SOCKLB_CONFIG", false), ("SOCKLB_PIN_PATH", true), ("SOCKLB_STATE_DIR", true)]
+        {
             let path =
                 variables.iter().find(|found| found.name == variable).and_then(|found| found.value.clone());
             let path = path.unwrap_or_else(|| panic!("{name}: {variable}"));

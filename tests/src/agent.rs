@@ -43,6 +43,7 @@ pub fn options(sandbox: &Sandbox) -> Options {
         localhost_nodeports: true,
         node_netns: sandbox.netns().cookie(),
         features: Features::probe(),
+        excludes: false,
         log: false,
     }
 }

@@ -14,7 +14,7 @@ use crate::{
         self, FrontendAddress,
         endpoints::{PortEndpoints, Scope},
     },
-    model::{Family, TrafficPolicy},
+    model::{Family, Service, ServiceKey, TrafficPolicy, address},
     sim::{Caller, Simulator},
 };
 
@@ -77,7 +77,14 @@ pub fn explain(
             frontend: None,
             candidates: Vec::new(),
             left_out: Vec::new(),
-            reason: "no frontend has this address, port and protocol: the call goes where it says".to_owned(),
+            reason: match objects.and_then(|state| excluded(state, to)) {
+                Some(service) => {
+                    format!("service {service} is excluded by its annotation: the call goes where it says")
+                }
+                None => {
+                    "no frontend has this address, port and protocol: the call goes where it says".to_owned()
+                }
+            },
         };
     };
     // The entry's own key: for a node port that is the wildcard address, not the one that was called.
@@ -117,6 +124,22 @@ pub fn explain(
         left_out,
         reason,
     }
+}
+
+/// The excluded service that would answer at an address.
+fn excluded(state: &State, to: FrontendAddress) -> Option<&ServiceKey> {
+    let answers = |service: &&Service| {
+        let served = Service { annotations: Vec::new(), ..(*service).clone() };
+        let slices = state.store().slices_of(&service.key);
+        let (frontends, _issues) =
+            desired::service::frontends(&served, slices, state.topology(), state.settings());
+        let on_nodes = FrontendAddress { ip: address::unspecified(address::family(to.ip)), ..to };
+        let is_on_node = state.topology().is_node_address(to.ip);
+        frontends
+            .iter()
+            .any(|frontend| frontend.address == to || (is_on_node && frontend.address == on_nodes))
+    };
+    state.store().services().filter(|service| service.is_excluded()).find(answers).map(|service| &service.key)
 }
 
 /// Every endpoint that the objects know and the tables do not offer, with the rule that left it out.

@@ -90,6 +90,14 @@ pub struct RunArgs {
     /// Where /healthz and /livez are answered; empty for nowhere [default: 0.0.0.0:10256]
     #[arg(long, env = "SOCKLB_HEALTHZ_BIND_ADDRESS", value_name = "ADDRESS", value_parser = config::bind_address)]
     healthz_bind_address: Option<Listen>,
+    /// Leave the calls of the processes in this cgroup v2 directory alone, with all cgroups below it. Several are separated
+    /// by commas. One that is missing is excluded once it is there
+    #[arg(long, env = "SOCKLB_EXCLUDE_CGROUP", value_name = "DIR", value_delimiter = ',')]
+    exclude_cgroup: Vec<PathBuf>,
+    /// Leave the calls of Pods alone that are annotated socklb.io/exclude: "true". The agent then watches the Pods of
+    /// its node [default: false]
+    #[arg(long, env = "SOCKLB_EXCLUDE_PODS", value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    exclude_pods: Option<bool>,
     /// Frontends of each address family that fit into the tables [default: 65536]
     #[arg(long, env = "SOCKLB_MAX_SERVICES", value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1 << 24))]
     max_services: Option<u32>,
@@ -125,6 +133,8 @@ struct FileConfig {
     self_test_interval: Option<String>,
     metrics_bind_address: Option<String>,
     healthz_bind_address: Option<String>,
+    exclude_cgroup: Vec<PathBuf>,
+    exclude_pods: Option<bool>,
     max_services: Option<u32>,
     max_endpoints: Option<u32>,
     log_format: Option<LogFormat>,
@@ -183,6 +193,9 @@ pub fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
     let (metrics, healthz) = (file.metrics_bind_address, file.healthz_bind_address);
     let metrics = listen(args.metrics_bind_address, "metrics-bind-address", metrics, config::METRICS)?;
     let healthz = listen(args.healthz_bind_address, "healthz-bind-address", healthz, config::HEALTHZ)?;
+    let exclude_pods = args.exclude_pods.or(file.exclude_pods).unwrap_or(false);
+    let exclude_cgroups =
+        if args.exclude_cgroup.is_empty() { file.exclude_cgroup } else { args.exclude_cgroup.clone() };
     let mut options = agent::Options {
         kernel: kernel::Options {
             pin_path: args.pin_path.clone().or(file.pin_path).unwrap_or_else(|| config::PIN_PATH.into()),
@@ -204,6 +217,7 @@ pub fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
             localhost_nodeports: args.localhost_nodeports.or(file.localhost_nodeports).unwrap_or(true),
             node_netns: syscall::netns_cookie(),
             features: Features::probe(),
+            excludes: exclude_pods || !exclude_cgroups.is_empty(),
             log: args.verbose >= 2,
         },
         state_dir: args.state_dir.clone().or(file.state_dir).unwrap_or_else(|| config::STATE_DIR.into()),
@@ -219,6 +233,8 @@ pub fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
             .self_test_interval
             .or(from_file("self-test-interval", file.self_test_interval, config::duration)?)
             .unwrap_or(config::SELF_TEST_INTERVAL),
+        exclude_cgroups,
+        exclude_pods,
         http: serve::Options { metrics, healthz, config: serde_json::Value::Null },
     };
     let service_proxy_name = args.service_proxy_name.clone().or(file.service_proxy_name);
@@ -234,7 +250,9 @@ pub fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
                 agent::run(source, options, settings, stop).await?;
             }
             Origin::Kube(access) => {
-                let source = KubeSource::open(&access, proxy_name, Timing::default()).await?;
+                let pods_of = exclude_pods.then(|| Arc::clone(&settings.node_name));
+                let source =
+                    KubeSource::open(&access, proxy_name, pods_of.as_deref(), Timing::default()).await?;
                 agent::run(source, options, settings, stop).await?;
             }
         }
@@ -281,6 +299,8 @@ fn in_force(
         "self-test-interval": format!("{}ms", options.self_test_interval.as_millis()),
         "metrics-bind-address": address(http.metrics),
         "healthz-bind-address": address(http.healthz),
+        "exclude-cgroup": options.exclude_cgroups,
+        "exclude-pods": options.exclude_pods,
         "max-services": kernel.capacity.services,
         "max-endpoints": kernel.capacity.endpoints,
     } })

@@ -62,6 +62,8 @@ pub(super) struct Follower {
     pub(super) timing: Timing,
     /// Label selector, for the kinds that have one.
     pub(super) selector: String,
+    /// Field selector, for the kinds of which only the own node's objects are of interest.
+    pub(super) of_node: String,
     pub(super) news: mpsc::Sender<News>,
 }
 
@@ -232,7 +234,9 @@ pub(super) async fn follow<K: Kind>(mut follower: Follower) {
 const fn remedy(failure: &Failure) -> &'static str {
     match failure {
         Failure::Refused { code: 401, .. } => " (are the credentials out of date?)",
-        Failure::Refused { code: 403, .. } => " (grant list and watch on services, nodes and endpointslices)",
+        Failure::Refused { code: 403, .. } => {
+            " (grant list and watch on services, nodes and endpointslices, and on pods for --exclude-pods)"
+        }
         _ => "",
     }
 }
@@ -327,7 +331,8 @@ impl Follower {
     fn path<K: Kind>(&self, parameters: &[(&str, &str)]) -> String {
         let mut path = format!("{}?", K::PATH);
         let selector = K::IS_LABELLED.then_some(("labelSelector", &*self.selector));
-        for (key, value) in parameters.iter().copied().chain(selector) {
+        let of_node = K::IS_OF_NODE.then_some(("fieldSelector", &*self.of_node));
+        for (key, value) in parameters.iter().copied().chain(selector).chain(of_node) {
             let _never_fails = write!(path, "{key}=");
             for octet in value.bytes() {
                 if octet.is_ascii_alphanumeric() || b"-._~".contains(&octet) {

@@ -5,7 +5,7 @@ use serde::{Deserialize, de::DeserializeOwned};
 use serde_json::value::RawValue;
 use tokio::time::Instant;
 
-use crate::model::{Issue, IssueKind, Node, ObjectRef, Service, Slice, ingest};
+use crate::model::{Issue, IssueKind, Node, ObjectRef, Pod, Service, Slice, ingest};
 
 /// What is left of an object.
 #[derive(Debug)]
@@ -35,6 +35,7 @@ pub(super) enum News {
     Services(Change<Service>),
     Slices(Change<Slice>),
     Nodes(Change<Node>),
+    Pods(Change<Pod>),
 }
 
 /// A kind of objects.
@@ -49,6 +50,8 @@ pub(super) trait Kind: 'static {
     const PLURAL: &str;
     /// Whether labels decide which objects are served.
     const IS_LABELLED: bool;
+    /// Whether only those of the own node are of interest.
+    const IS_OF_NODE: bool = false;
 
     fn object(namespace: &str, name: &str) -> ObjectRef;
     fn ingest(object: &Self::Object) -> (Option<Self::Model>, Vec<Issue>);
@@ -121,6 +124,31 @@ impl Kind for Nodes {
 
     fn news(change: Change<Node>) -> News {
         News::Nodes(change)
+    }
+}
+
+/// Pods of the own node, as far as their calls are left alone.
+pub(super) enum Pods {}
+
+impl Kind for Pods {
+    type Object = core::Pod;
+    type Model = Pod;
+
+    const PATH: &str = "/api/v1/pods";
+    const PLURAL: &str = "pods";
+    const IS_LABELLED: bool = false;
+    const IS_OF_NODE: bool = true;
+
+    fn object(namespace: &str, name: &str) -> ObjectRef {
+        ObjectRef::pod(namespace, name)
+    }
+
+    fn ingest(object: &core::Pod) -> (Option<Pod>, Vec<Issue>) {
+        ingest::pod(object)
+    }
+
+    fn news(change: Change<Pod>) -> News {
+        News::Pods(change)
     }
 }
 

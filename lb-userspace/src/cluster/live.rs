@@ -1,6 +1,9 @@
 //! The API server as a [`Source`].
 
-use std::collections::BTreeMap;
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 use k8s_openapi::jiff::Timestamp;
 use tokio::{
@@ -11,10 +14,10 @@ use tokio::{
 use super::{
     Access, Error, Timing,
     follow::{Follower, follow},
-    kinds::{Change, News, Nodes, Services, Slices, Trimmed},
+    kinds::{Change, News, Nodes, Pods, Services, Slices, Trimmed},
 };
 use crate::{
-    model::{Changes, Issue, ObjectKind, ObjectRef, ServiceKey, SliceKey, Store, ingest},
+    model::{Changes, Issue, ObjectKind, ObjectRef, Pod, ServiceKey, SliceKey, Store, ingest},
     source::{Arrival, Source},
 };
 
@@ -31,6 +34,9 @@ pub struct KubeSource {
     /// Received, not applied yet.
     pending: Vec<News>,
     listed: Listed,
+    /// The pods to exclude by their names, and their UIDs once all are listed.
+    pods: BTreeMap<ObjectRef, Arc<str>>,
+    excluded: Option<BTreeSet<Arc<str>>>,
     issues: BTreeMap<ObjectRef, Vec<Issue>>,
     arrivals: Vec<Arrival>,
     /// Changes that the cluster saw before are not late because of this agent.
@@ -48,7 +54,7 @@ struct Listed {
 }
 
 impl KubeSource {
-    /// Starts watching. The service proxy name is the one of `--service-proxy-name`.
+    /// Starts watching. The service proxy name is the one of `--service-proxy-name`. Pods are watched if a node is named: its.
     ///
     /// Returns without having heard from the server: it may be away, and the watches ask until it answers.
     ///
@@ -62,21 +68,28 @@ impl KubeSource {
     pub async fn open(
         access: &Access,
         service_proxy_name: Option<&str>,
+        pods_of: Option<&str>,
         timing: Timing,
     ) -> Result<Self, Error> {
         let (client, server) = access.client().await?;
         let (sender, news) = mpsc::channel(QUEUE);
         let selector = ingest::label_selector(service_proxy_name);
-        let follower = Follower { access: access.clone(), client, timing, selector, news: sender };
+        let of_node = format!("spec.nodeName={}", pods_of.unwrap_or_default());
+        let follower = Follower { of_node, access: access.clone(), client, timing, selector, news: sender };
         let mut watches = JoinSet::new();
         watches.spawn(follow::<Services>(follower.clone()));
         watches.spawn(follow::<Slices>(follower.clone()));
+        if pods_of.is_some() {
+            watches.spawn(follow::<Pods>(follower.clone()));
+        }
         watches.spawn(follow::<Nodes>(follower));
         Ok(Self {
             server,
             news,
             pending: Vec::new(),
             listed: Listed::default(),
+            pods: BTreeMap::new(),
+            excluded: None,
             issues: BTreeMap::new(),
             arrivals: Vec::new(),
             started: Timestamp::now(),
@@ -121,6 +134,10 @@ impl KubeSource {
                 self.note_all(&ObjectKind::Node, issues);
                 store.replace_nodes(models)
             }
+            News::Pods(change) => {
+                self.follow_pods(change);
+                Changes::default()
+            }
             News::Services(Change::One { trimmed: Trimmed { object, model, issues }, received }) => {
                 let key = ServiceKey { namespace: object.namespace.clone(), name: object.name.clone() };
                 let changes = store.set_service(&key, model);
@@ -143,6 +160,28 @@ impl KubeSource {
                 self.note(object, issues);
                 changes
             }
+        }
+    }
+
+    /// Pods decide about callers, not about what the tables hold.
+    fn follow_pods(&mut self, change: Change<Pod>) {
+        match change {
+            Change::All { models, issues } => {
+                self.note_all(&ObjectKind::Pod, issues);
+                let named = |pod: Pod| (ObjectRef::pod(&pod.namespace, &pod.name), pod.uid);
+                self.pods = models.into_iter().map(named).collect();
+                self.excluded = Some(BTreeSet::new());
+            }
+            Change::One { trimmed: Trimmed { object, model, issues }, .. } => {
+                let _before = match model {
+                    Some(pod) => self.pods.insert(object.clone(), pod.uid),
+                    None => self.pods.remove(&object),
+                };
+                self.note(object, issues);
+            }
+        }
+        if let Some(excluded) = &mut self.excluded {
+            *excluded = self.pods.values().cloned().collect();
         }
     }
 
@@ -184,6 +223,10 @@ impl Source for KubeSource {
 
     fn issues(&self) -> Vec<Issue> {
         self.issues.values().flatten().cloned().collect()
+    }
+
+    fn excluded_pods(&self) -> Option<&BTreeSet<Arc<str>>> {
+        self.excluded.as_ref()
     }
 
     fn describe(&self) -> String {

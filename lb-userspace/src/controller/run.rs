@@ -43,10 +43,11 @@ use crate::{
     },
 };
 
+mod exclude;
 mod proof;
 mod stale;
 
-use self::{proof::Proof, stale::Sweep};
+use self::{exclude::Wanted as Excluded, proof::Proof, stale::Sweep};
 
 /// How long to wait after a failed sync.
 const RETRY: Duration = Duration::from_secs(1);
@@ -73,6 +74,10 @@ pub struct Options {
     pub audit_interval: Duration,
     /// Time between two self-tests; zero for none.
     pub self_test_interval: Duration,
+    /// Directories of cgroups whose calls are left alone. One that is missing is waited for.
+    pub exclude_cgroups: Vec<PathBuf>,
+    /// Whether the source says which pods' calls are left alone.
+    pub exclude_pods: bool,
     /// Where to answer over HTTP.
     pub http: serve::Options,
 }
@@ -139,6 +144,8 @@ pub async fn run(
     let (health_checks, wanted) = watch::channel(Wanted::default());
     let (reporting, mut port_issues) = watch::channel(Vec::new());
     let health_ports = tokio::spawn(health_ports::run(wanted, signs_of_life, reporting));
+    let (excluding, excluded) = watch::channel(Excluded::default());
+    let _excluding = exclude::start(&options, excluded)?;
     let Timers { mut interfaces, mut snapshots, mut audits } = Timers::start(options.audit_interval);
     let started = Instant::now();
     let mut agent = Agent {
@@ -149,6 +156,7 @@ pub async fn run(
         metrics,
         vitals,
         health_checks,
+        excluding,
         port_issues: port_issues.clone(),
         reported: BTreeSet::new(),
         saving: Saving::default(),
@@ -283,6 +291,8 @@ struct Agent {
     metrics: Metrics,
     vitals: watch::Sender<Vitals>,
     health_checks: watch::Sender<Wanted>,
+    /// The pods whose calls are left alone.
+    excluding: watch::Sender<Excluded>,
     /// What the ports for health checks are in want of.
     port_issues: watch::Receiver<Vec<Issue>>,
     /// Issues that are in the log already.
@@ -343,6 +353,7 @@ impl Agent {
         if self.state.wants_sync() {
             self.metrics.queued(SystemTime::now());
         }
+        self.excluding.send_if_modified(|wanted| wanted.follow(source.excluded_pods()));
         let node = self.state.store().node(&self.state.settings().node_name);
         let is_node_eligible = node.is_none_or(|node| !node.being_deleted);
         self.vitals.send_modify(|vitals| vitals.is_node_eligible = is_node_eligible);

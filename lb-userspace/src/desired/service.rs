@@ -42,6 +42,8 @@ use crate::model::{
 /// for other nodes: those that have endpoints get exact frontends. A node port *outside* the range is not asked
 /// for that way, so that it gets an exact frontend for every known node address, and an issue.
 ///
+/// **An excluded Service** (annotation `socklb.io/exclude`) has none: somebody else serves it.
+///
 /// **External IPs** answer where [`Settings::external_ips`] lets them; the others are left to the network, and an issue says
 /// so.
 ///
@@ -56,6 +58,9 @@ pub fn frontends<'a>(
     topology: &Topology,
     settings: &Settings,
 ) -> (Vec<Frontend>, Vec<Issue>) {
+    if service.is_excluded() {
+        return Default::default();
+    }
     let mut builder = Builder { service, topology, settings, frontends: Vec::new(), issues: BTreeSet::new() };
     let slices: Vec<_> = slices.collect();
     for family in [Family::V4, Family::V6] {

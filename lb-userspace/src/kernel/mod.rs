@@ -19,6 +19,7 @@
 pub mod cgroup;
 pub mod descriptors;
 pub mod error;
+pub mod exclusion;
 pub mod feature;
 pub mod grace;
 pub mod host;

@@ -8,7 +8,7 @@ use std::{
 use super::{Features, KernelError};
 
 /// Maps by the names of the object; each is pinned under its name.
-pub const MAPS: [&str; 13] = [
+pub const MAPS: [&str; 15] = [
     "services4",
     "services6",
     "frontends",
@@ -19,6 +19,8 @@ pub const MAPS: [&str; 13] = [
     "socket_slots",
     "sockets",
     "socket_storage",
+    "excluded",
+    "excluded_levels",
     "service_stats",
     "endpoint_stats",
     "meta",

@@ -55,6 +55,8 @@ pub struct Options {
     pub node_netns: Option<u64>,
     /// What the kernel can do.
     pub features: Features,
+    /// Whether cgroups may be excluded ([`super::exclusion`]). Without, the programs have no instruction for it.
+    pub excludes: bool,
     /// Whether the programs write diagnostic lines for [`Kernel::take_log`].
     pub log: bool,
 }
@@ -244,6 +246,8 @@ pub fn try_programs(features: Features) -> Result<(), KernelError> {
         localhost_nodeports: true,
         node_netns: None,
         features,
+        // The larger programs.
+        excludes: true,
         log: false,
     };
     let mut object = load(object::bytes()?, &options, None)?;
@@ -288,6 +292,7 @@ fn load(object: &[u8], options: &Options, pin_path: Option<&Path>) -> Result<Ebp
     let node_netns = options.node_netns.unwrap_or_default();
     let (set_retval, localhost) =
         (u8::from(options.features.set_retval), u8::from(options.localhost_nodeports));
+    let excludes = u8::from(options.excludes);
     let n_cpus = aya::util::nr_cpus().map_err(|(_path, error)| KernelError::Thread(error))?;
     let mut loader = EbpfLoader::new();
     let _: &mut EbpfLoader<'_> = loader
@@ -296,6 +301,7 @@ fn load(object: &[u8], options: &Options, pin_path: Option<&Path>) -> Result<Ebp
         .override_global("NODE_PORT_LAST", &node_ports.1, true)
         .override_global("LOCALHOST_NODEPORTS", &localhost, true)
         .override_global("NODE_NETNS", &node_netns, true)
+        .override_global("EXCLUDES", &excludes, true)
         .map_max_entries("services4", capacity.services)
         .map_max_entries("services6", capacity.services)
         .map_max_entries("frontends", n_frontends(*capacity))
@@ -377,7 +383,7 @@ fn read_meta(pin_path: &Path) -> Result<Option<Meta>, KernelError> {
 }
 
 /// Opens a pinned map as a typed one.
-fn open_pinned<T: TryFrom<Map, Error = MapError>>(
+pub(super) fn open_pinned<T: TryFrom<Map, Error = MapError>>(
     pin_path: &Path,
     name: &'static str,
 ) -> Result<T, KernelError> {

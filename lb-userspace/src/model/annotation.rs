@@ -9,6 +9,9 @@ use super::Service;
 /// What happens to connected sockets of a service whose endpoint no longer serves.
 pub const STALE_CONNECTIONS: &str = "socklb.io/stale-connections";
 
+/// Whether calls of a Service, or of a Pod, are left alone.
+pub const EXCLUDE: &str = "socklb.io/exclude";
+
 /// The longest drain time: a year, so that a point in time plus a drain time is one too.
 const MAX_DRAIN: Duration = Duration::from_secs(365 * 24 * 60 * 60);
 
@@ -56,12 +59,33 @@ fn duration(text: &str) -> Option<Duration> {
     (duration <= MAX_DRAIN).then_some(duration)
 }
 
+/// Reads the value of [`EXCLUDE`]; `None` if it is neither `true` nor `false`.
+#[must_use]
+pub fn excludes(text: &str) -> Option<bool> {
+    text.trim().parse().ok()
+}
+
 impl Service {
-    /// What its annotation says of stale connections; `None` without one that can be read.
+    /// Whether its annotation leaves calls of it to somebody else. Without one that can be read they are served.
+    #[must_use]
+    pub fn is_excluded(&self) -> bool {
+        self.annotation(EXCLUDE).and_then(excludes).unwrap_or(false)
+    }
+
+    /// The value of an annotation whose key starts with `socklb.io/`.
+    #[must_use]
+    pub fn annotation(&self, key: &str) -> Option<&str> {
+        self.annotations.iter().find(|(found, _)| found == key).map(|(_, value)| &**value)
+    }
+
+    /// What its annotation says of stale connections; `None` without one that can be read. Those of an excluded service are
+    /// nobody's to end.
     #[must_use]
     pub fn stale_connections(&self) -> Option<StaleConnections> {
-        let (_, value) = self.annotations.iter().find(|(key, _)| key == STALE_CONNECTIONS)?;
-        StaleConnections::parse(value)
+        if self.is_excluded() {
+            return Some(StaleConnections::Keep);
+        }
+        StaleConnections::parse(self.annotation(STALE_CONNECTIONS)?)
     }
 }
 

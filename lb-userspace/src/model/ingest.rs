@@ -17,6 +17,7 @@
 //! The types of `k8s_openapi`, which are known only here and where objects are fetched.
 
 mod node;
+mod pod;
 mod service;
 mod slice;
 
@@ -25,7 +26,7 @@ use std::{
     sync::Arc,
 };
 
-pub use self::{node::node, service::service, slice::slice};
+pub use self::{node::node, pod::pod, service::service, slice::slice};
 use super::{Issue, IssueKind, ObjectRef, Protocol};
 
 /// Label that hands a Service or slice to another proxy.

@@ -65,6 +65,8 @@ pub enum ObjectKind {
     EndpointSlice,
     /// A Node.
     Node,
+    /// A Pod.
+    Pod,
     /// A manifest file; its name is the path.
     File,
     /// Any other kind that a manifest may name.
@@ -78,6 +80,7 @@ impl fmt::Display for ObjectKind {
             Self::Service => "Service",
             Self::EndpointSlice => "EndpointSlice",
             Self::Node => "Node",
+            Self::Pod => "Pod",
             Self::File => "file",
             Self::Other(kind) => kind,
         })
@@ -112,6 +115,12 @@ impl ObjectRef {
     #[must_use]
     pub fn node(name: &str) -> Self {
         Self { kind: ObjectKind::Node, namespace: "".into(), name: name.into() }
+    }
+
+    /// Names a Pod.
+    #[must_use]
+    pub fn pod(namespace: &str, name: &str) -> Self {
+        Self { kind: ObjectKind::Pod, namespace: namespace.into(), name: name.into() }
     }
 
     /// Names a manifest file.

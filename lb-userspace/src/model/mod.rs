@@ -288,6 +288,17 @@ impl Service {
     }
 }
 
+/// A Pod whose calls are to be left alone.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Pod {
+    /// `metadata.namespace`
+    pub namespace: Arc<str>,
+    /// `metadata.name`
+    pub name: Arc<str>,
+    /// `metadata.uid`, which its cgroup is named after.
+    pub uid: Arc<str>,
+}
+
 /// A Node.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Node {

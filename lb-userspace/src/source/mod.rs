@@ -2,7 +2,11 @@
 
 pub mod files;
 
-use std::time::{Instant, SystemTime};
+use std::{
+    collections::BTreeSet,
+    sync::Arc,
+    time::{Instant, SystemTime},
+};
 
 use crate::model::{Changes, Issue, Store};
 
@@ -34,6 +38,11 @@ pub trait Source: Send {
 
     /// Describes the source in a few words.
     fn describe(&self) -> String;
+
+    /// The UIDs of this node's pods whose calls are to be left alone; `None` if that is not known, or not yet.
+    fn excluded_pods(&self) -> Option<&BTreeSet<Arc<str>>> {
+        None
+    }
 
     /// Takes the times of the changes that were applied since the last call, except those of whole lists.
     fn take_arrivals(&mut self) -> Vec<Arrival> {

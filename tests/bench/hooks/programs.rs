@@ -118,6 +118,7 @@ fn socklb(sandbox: &Sandbox, cgroup: &Path, endpoint: std::net::SocketAddr) -> a
         localhost_nodeports: true,
         node_netns: sandbox.netns().cookie(),
         features: Features::probe(),
+        excludes: false,
         log: false,
     };
     let mut kernel = Kernel::open(&options, || {})?;

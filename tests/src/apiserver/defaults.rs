@@ -6,6 +6,7 @@ use std::{
     sync::Arc,
 };
 
+use k8s_openapi::api::core::v1::Pod;
 use serde_json::{Value, json};
 
 use super::store::{Kind, Objects, Refusal};
@@ -41,7 +42,11 @@ pub(super) fn complete(
             metadata.remove("namespace");
         }
     }
-    cluster::object(object).map_err(|error| Refusal::new(400, "BadRequest", format!("{error:#}")))?;
+    let is_readable = match kind {
+        Kind::Pod => serde_json::from_value::<Pod>(object.clone()).map(drop).map_err(Into::into),
+        _ => cluster::object(object).map(drop),
+    };
+    is_readable.map_err(|error: anyhow::Error| Refusal::new(400, "BadRequest", format!("{error:#}")))?;
     match kind {
         Kind::Service => service(object, old, others),
         Kind::Slice => {
@@ -51,7 +56,7 @@ pub(super) fn complete(
             }
             Ok(())
         }
-        Kind::Node => Ok(()),
+        Kind::Node | Kind::Pod => Ok(()),
     }
 }
 

@@ -30,6 +30,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use k8s_openapi::api::core::v1::Pod;
 use nix::sys::socket::{
     self, AddressFamily, SockFlag, SockType, SockaddrIn, SockaddrIn6, SockaddrStorage, sockopt,
 };
@@ -302,6 +303,17 @@ impl ApiServer {
         self.shared
             .change(|store| store.upsert(kind, object))
             .unwrap_or_else(|refusal| panic!("{refusal:?}"));
+    }
+
+    /// Creates a Pod or replaces the one of its name.
+    ///
+    /// # Panics
+    ///
+    /// If it is refused.
+    pub fn apply_pod(&self, pod: &Pod) {
+        let object = serde_json::to_value(pod).expect("objects of the API are JSON");
+        let applied = self.shared.change(|store| store.upsert(Kind::Pod, object));
+        drop(applied.unwrap_or_else(|refusal| panic!("{refusal:?}")));
     }
 
     /// Creates or replaces all objects of a cluster and deletes all others.

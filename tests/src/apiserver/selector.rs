@@ -79,7 +79,9 @@ impl Selector {
         let field = |text: &str| {
             let (path, value, is_equal) = equality(text).ok_or_else(|| invalid(text))?;
             match path {
-                "metadata.name" | "metadata.namespace" => Ok((path.to_owned(), value.to_owned(), is_equal)),
+                "metadata.name" | "metadata.namespace" | "spec.nodeName" => {
+                    Ok((path.to_owned(), value.to_owned(), is_equal))
+                }
                 _ => Err(Refusal::new(400, "BadRequest", format!("field label not supported: {path}"))),
             }
         };
@@ -104,8 +106,8 @@ impl Selector {
             }
         });
         let fields = self.fields.iter().all(|(path, value, is_equal)| {
-            let field = path.trim_start_matches("metadata.");
-            (metadata[field].as_str().unwrap_or_default() == value) == *is_equal
+            let field = path.split('.').fold(object, |object, key| &object[key]);
+            (field.as_str().unwrap_or_default() == value) == *is_equal
         });
         let namespace =
             self.namespace.as_ref().is_none_or(|namespace| metadata["namespace"] == namespace.as_str());

@@ -20,17 +20,19 @@ pub enum Kind {
     Slice,
     /// `v1` Node
     Node,
+    /// `v1` Pod
+    Pod,
 }
 
 impl Kind {
     /// All of them.
-    pub const ALL: [Self; 3] = [Self::Service, Self::Slice, Self::Node];
+    pub const ALL: [Self; 4] = [Self::Service, Self::Slice, Self::Node, Self::Pod];
 
     /// `apiVersion`
     #[must_use]
     pub const fn api_version(self) -> &'static str {
         match self {
-            Self::Service | Self::Node => "v1",
+            Self::Service | Self::Node | Self::Pod => "v1",
             Self::Slice => "discovery.k8s.io/v1",
         }
     }
@@ -42,6 +44,7 @@ impl Kind {
             Self::Service => "Service",
             Self::Slice => "EndpointSlice",
             Self::Node => "Node",
+            Self::Pod => "Pod",
         }
     }
 
@@ -52,6 +55,7 @@ impl Kind {
             Self::Service => "services",
             Self::Slice => "endpointslices",
             Self::Node => "nodes",
+            Self::Pod => "pods",
         }
     }
 
@@ -183,8 +187,10 @@ impl Store {
         self.oldest
     }
 
+    /// The objects that a proxy follows: Pods decide about callers only.
     pub(super) fn all(&self) -> Vec<Arc<Value>> {
-        self.objects.values().flat_map(BTreeMap::values).cloned().collect()
+        let of_cluster = self.objects.iter().filter(|(kind, _)| **kind != Kind::Pod);
+        of_cluster.flat_map(|(_, objects)| objects.values()).cloned().collect()
     }
 
     pub(super) fn get(&self, kind: Kind, namespace: &str, name: &str) -> Result<Arc<Value>, Refusal> {

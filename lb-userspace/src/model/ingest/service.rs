@@ -8,7 +8,8 @@ use k8s_openapi::api::core::v1 as api;
 use super::{ANNOTATION_PREFIX, Report, namespace};
 use crate::model::{
     Cidr, Family, Issue, IssueKind, ObjectRef, Protocol, Service, ServiceKey, ServicePort, ServiceType,
-    TrafficPolicy, address, annotation::STALE_CONNECTIONS,
+    TrafficPolicy, address,
+    annotation::{self, EXCLUDE, STALE_CONNECTIONS, StaleConnections},
 };
 
 /// Idle time-out of client affinity when the object gives none, seconds (`pkg/apis/core/v1/defaults.go`).
@@ -89,19 +90,26 @@ pub fn service(object: &api::Service) -> (Option<Service>, Vec<Issue>) {
     if service.ports.is_empty() {
         report.add(IssueKind::NoPorts);
     }
-    report_annotation(&mut report, &service);
+    report_annotations(&mut report, &service);
     (Some(service), report.issues)
 }
 
-/// Reports an annotation that cannot be read: the service is served as without it.
-fn report_annotation(report: &mut Report, service: &Service) {
-    let value = service.annotations.iter().find(|(key, _)| key == STALE_CONNECTIONS).map(|(_, value)| value);
-    if let Some(value) = value.filter(|_| service.stale_connections().is_none()) {
-        report.add(IssueKind::UnknownValue {
-            field: format!("metadata.annotations[{STALE_CONNECTIONS}]"),
-            value: value.clone(),
-            used: "absent (expected keep, reset or drain=DURATION, such as drain=30s)".to_owned(),
-        });
+/// Reports annotations that cannot be read: the service is served as without them.
+fn report_annotations(report: &mut Report, service: &Service) {
+    let unread = |key, is_read: fn(&str) -> bool| service.annotation(key).filter(|value| !is_read(value));
+    let stale = unread(STALE_CONNECTIONS, |value| StaleConnections::parse(value).is_some());
+    let exclude = unread(EXCLUDE, |value| annotation::excludes(value).is_some());
+    for (key, value, expected) in [
+        (STALE_CONNECTIONS, stale, "keep, reset or drain=DURATION, such as drain=30s"),
+        (EXCLUDE, exclude, "true or false"),
+    ] {
+        if let Some(value) = value {
+            report.add(IssueKind::UnknownValue {
+                field: format!("metadata.annotations[{key}]"),
+                value: value.to_owned(),
+                used: format!("absent (expected {expected})"),
+            });
+        }
     }
 }
 

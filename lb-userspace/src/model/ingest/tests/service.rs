@@ -392,6 +392,31 @@ fn metadata_of_a_service() {
     assert_eq!(service.annotations, [("socklb.io/drain".to_owned(), "30s".to_owned())]);
 }
 
+/// Annotation `socklb.io/exclude`: an excluded service keeps its connections, whatever else it says.
+#[test]
+fn services_are_excluded_by_annotation() {
+    use crate::model::StaleConnections::{Keep, Reset};
+    for (value, is_excluded, stale, n_issues) in [
+        ("true", true, Keep, 0),
+        (" true ", true, Keep, 0),
+        ("false", false, Reset, 0),
+        ("yes", false, Reset, 1),
+        ("", false, Reset, 1),
+    ] {
+        let annotations = json!({"socklb.io/exclude": value, "socklb.io/stale-connections": "reset"});
+        let (service, issues) = ingest_service(&json!({"metadata": {"annotations": annotations}}));
+        let service = service.unwrap();
+        assert_eq!(
+            (service.is_excluded(), service.stale_connections()),
+            (is_excluded, Some(stale)),
+            "{value:?}"
+        );
+        let texts = texts(&issues);
+        assert_eq!(texts.len(), n_issues, "{texts:?}");
+        assert!(texts.iter().all(|text| text.contains("socklb.io/exclude")), "{texts:?}");
+    }
+}
+
 #[test]
 fn r10_an_annotation_that_cannot_be_read_is_reported() {
     for (value, expected, n_issues) in [

@@ -1,0 +1,27 @@
+use k8s_openapi::api::core::v1 as api;
+
+use super::{Report, namespace};
+use crate::model::{Issue, IssueKind, ObjectRef, Pod, annotation};
+
+/// Ingests a Pod whose calls are to be left alone; any other plays no part.
+#[must_use]
+pub fn pod(object: &api::Pod) -> (Option<Pod>, Vec<Issue>) {
+    let metadata = &object.metadata;
+    let (namespace, name) =
+        (namespace(metadata.namespace.as_deref()), metadata.name.as_deref().unwrap_or_default());
+    let mut report = Report::new(ObjectRef::pod(namespace, name));
+    let value = metadata.annotations.iter().flatten().find(|(key, _)| *key == annotation::EXCLUDE);
+    let Some((key, value)) = value else { return (None, report.issues) };
+    let excludes = annotation::excludes(value);
+    if excludes.is_none() {
+        report.add(IssueKind::UnknownValue {
+            field: format!("metadata.annotations[{key}]"),
+            value: value.clone(),
+            used: "absent (expected true or false)".to_owned(),
+        });
+    }
+    // A Pod that an API server has taken has a UID; its cgroup cannot be told without.
+    let uid = metadata.uid.as_deref().filter(|uid| !uid.is_empty() && excludes == Some(true));
+    let pod = uid.map(|uid| Pod { namespace: namespace.into(), name: name.into(), uid: uid.into() });
+    (pod, report.issues)
+}

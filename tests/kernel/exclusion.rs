@@ -1,0 +1,145 @@
+//! Callers that are left alone, by their cgroup.
+
+use std::{collections::BTreeSet, fs, net::SocketAddr, path::Path, thread};
+
+use lb_tests::{
+    Feature, Sandbox,
+    agent::{self, Agent},
+    client::{Domain, Socket, call},
+    cluster::Cluster,
+    require,
+    server::Servers,
+};
+use lb_userspace::{
+    kernel::{
+        Options, cgroup,
+        exclusion::{Exclusion, Place, place_of},
+    },
+    model::Protocol::{Tcp, Udp},
+};
+use nix::errno::Errno;
+
+use crate::calls::service_address;
+
+/// A service that nobody serves.
+fn empty_service() -> SocketAddr {
+    "10.96.0.2:80".parse().unwrap()
+}
+
+fn place(directory: &Path) -> Place {
+    place_of(&cgroup::find_any().unwrap(), directory).unwrap()
+}
+
+/// What comes of a call of each kind, from this thread.
+fn outcomes() -> Vec<Result<(), Errno>> {
+    let sent = |domain| Socket::new(domain, Udp).send_to(b"?", service_address(domain)).map(drop);
+    let mut outcomes = vec![call(empty_service(), Tcp).map(drop)];
+    for domain in Domain::ALL {
+        outcomes.extend([
+            Socket::new(domain, Tcp).connect(service_address(domain)),
+            Socket::new(domain, Udp).connect(service_address(domain)),
+            sent(domain),
+        ]);
+    }
+    outcomes
+}
+
+fn are_served() -> bool {
+    let (refused, others) = (Err(Errno::ECONNREFUSED), 1..);
+    let outcomes = outcomes();
+    outcomes[0] == refused && outcomes[others].iter().all(Result::is_ok)
+}
+
+/// The sandbox's network leads nowhere.
+fn are_left_alone() -> bool {
+    outcomes().iter().all(|outcome| *outcome == Err(Errno::ENETUNREACH))
+}
+
+/// Runs something on a thread in a cgroup below that of the sandbox.
+fn in_child<R: Send>(sandbox: &Sandbox, body: impl FnOnce(&Path) -> R + Send) -> R {
+    let child = sandbox.cgroup().path().join("child");
+    fs::create_dir(&child).unwrap();
+    fs::write(child.join("cgroup.type"), "threaded").unwrap();
+    let result = thread::scope(|scope| {
+        let thread = scope.spawn(|| {
+            fs::write(child.join("cgroup.threads"), nix::unistd::gettid().to_string()).unwrap();
+            body(&child)
+        });
+        thread.join()
+    });
+    let _busy_if_the_test_failed = fs::remove_dir(&child);
+    result.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+}
+
+fn with_agent(excludes: bool, test: impl Fn(&Sandbox, &mut Exclusion) + Send + Sync) {
+    if !require(Feature::Programs) {
+        return;
+    }
+    Sandbox::run(|sandbox| {
+        let (mut cluster, mut servers) = (Cluster::new(), Vec::new());
+        for domain in [Domain::V4, Domain::V6] {
+            for protocol in [Tcp, Udp] {
+                let endpoint = SocketAddr::new(domain.loopback(), 8001);
+                cluster.serve(
+                    &format!("{domain:?}-{protocol}"),
+                    service_address(domain),
+                    protocol,
+                    &[endpoint],
+                );
+                servers.push((endpoint, protocol));
+            }
+        }
+        cluster.serve("empty", empty_service(), Tcp, &[]);
+        let _servers = Servers::start(servers);
+        for options in agent::modes(sandbox) {
+            let options = Options { excludes, ..options };
+            let mut agent = Agent::start_with(&options, agent::settings(), Vec::new()).unwrap();
+            agent.follow(&cluster);
+            test(sandbox, &mut Exclusion::open(&options.pin_path).unwrap());
+        }
+    });
+}
+
+#[test]
+fn calls_from_an_excluded_cgroup_are_left_alone() {
+    with_agent(true, |sandbox, exclusion| {
+        assert!(are_served());
+        let own = place(sandbox.cgroup().path());
+        assert!(exclusion.set(&[own].into()).unwrap());
+        assert!(are_left_alone());
+        assert!(in_child(sandbox, |_| are_left_alone()), "and those from below it");
+        assert_eq!(exclusion.ids().unwrap(), BTreeSet::from([own.id]));
+
+        assert!(!exclusion.set(&[own].into()).unwrap(), "as it was");
+        // Another level, another cgroup: ours is served again.
+        let elsewhere = Place { id: own.id + 1_000_000, level: own.level + 1 };
+        assert!(exclusion.set(&[elsewhere].into()).unwrap());
+        assert!(are_served());
+        assert!(exclusion.set(&BTreeSet::new()).unwrap());
+        assert!(are_served());
+    });
+}
+
+#[test]
+fn the_cgroups_beside_and_above_an_excluded_one_are_served() {
+    with_agent(true, |sandbox, exclusion| {
+        let in_child_alone = in_child(sandbox, |child| {
+            assert!(are_served());
+            exclusion.set(&[place(child)].into()).unwrap();
+            are_left_alone()
+        });
+        assert!(in_child_alone);
+        assert!(are_served());
+        exclusion.set(&BTreeSet::new()).unwrap();
+    });
+}
+
+/// Their programs have no instruction for it.
+#[test]
+fn agents_that_exclude_nobody_do_not_look() {
+    with_agent(false, |sandbox, exclusion| {
+        exclusion.set(&[place(sandbox.cgroup().path())].into()).unwrap();
+        assert!(are_served());
+        exclusion.set(&BTreeSet::new()).unwrap();
+    });
+}

@@ -1,0 +1,75 @@
+//! Programs that opt out.
+
+use std::{fs, process::Command};
+
+use nix::sys::signal::Signal;
+
+use crate::{
+    http::LISTEN,
+    process::text,
+    socklb::{eventually, is_up, with_town},
+    town,
+};
+
+/// Runs curl in a cgroup, as a container runtime would. `false` if it reaches nobody.
+fn answers_from(cgroup: &str) -> bool {
+    let script =
+        "echo 0 > \"$0/cgroup.threads\" && exec curl --silent --max-time 5 --output /dev/null \"$1\"";
+    let url = format!("http://{}/", town::web()[0]);
+    Command::new("sh").args(["-c", script, cgroup, &url]).status().unwrap().success()
+}
+
+/// One cgroup is there from the start, the other comes later.
+#[test]
+fn processes_are_excluded_by_their_cgroup() {
+    with_town(|place, town| {
+        place.write(&town.cluster(0..2));
+        let [early, late] = ["early", "late"].map(|name| format!("{}/{name}", place.cgroup));
+        let make = |path: &str| {
+            fs::create_dir(path).unwrap();
+            fs::write(format!("{path}/cgroup.type"), "threaded").unwrap();
+        };
+        make(&early);
+        let flag = format!("--exclude-cgroup={early},{late}");
+        let agent = place.start_with(&[&LISTEN[..], &[&flag]].concat());
+        eventually("the service answers", || is_up(town::web()[0]));
+        eventually("the first cgroup is excluded", || !answers_from(&early));
+        let said = |what: &str| agent.log().iter().any(|line| line.contains(what) && line.contains(&late));
+        eventually("what is missing is said", || said("not excluded, until it is there"));
+        make(&late);
+        eventually("it is excluded once it is there", || !answers_from(&late));
+        assert!(said("is there now"), "{:#?}", agent.log());
+        assert!(is_up(town::web()[0]), "the others are served");
+
+        // What was excluded stays so while no agent runs, and ends with the next that excludes nobody.
+        assert_eq!(agent.end(Signal::SIGTERM), Some(0));
+        assert!(!answers_from(&early));
+        let agent = place.start_with(&LISTEN);
+        eventually("it is served again", || answers_from(&early));
+        drop(agent);
+        for path in [early, late] {
+            eventually("the cgroup is empty", || fs::remove_dir(&path).is_ok());
+        }
+    });
+}
+
+/// The reason is in the Service, and `explain` finds it there.
+#[test]
+fn an_excluded_service_is_explained() {
+    with_town(|place, town| {
+        let mut cluster = town.cluster(0..2);
+        let (_, service) = cluster.services.iter_mut().find(|((_, name), _)| name == "web-v4").unwrap();
+        let annotations = service.metadata.annotations.get_or_insert_default();
+        annotations.insert("socklb.io/exclude".to_owned(), "true".to_owned());
+        place.write(&cluster);
+        let _agent = place.start_with(&LISTEN);
+        let address = town::web()[0].to_string();
+        let explain = || text(&place.binary, &place.args(&["explain", &address]));
+        eventually("the snapshot is written", || place.state_dir().read_dir().unwrap().count() > 0);
+        eventually("the reason is named", || {
+            explain().contains("default/web-v4 is excluded by its annotation")
+        });
+        assert!(!is_up(town::web()[0]));
+        assert!(is_up(town::web()[1]), "the others are served");
+    });
+}
