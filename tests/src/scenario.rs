@@ -363,7 +363,10 @@ macro_rules! scenario_tests {
             cluster_ip_ipv6
             contested_address
             dual_stack
+            excluded_service
             external_ips
+            external_ips_of_nodes
+            external_ips_off
             external_policy_local
             headless
             internal_policy_local
