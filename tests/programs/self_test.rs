@@ -7,12 +7,17 @@ use serde_json::Value;
 
 use crate::{
     http::{LISTEN, Scrape, address, fetch},
-    process::text,
+    process::{run, text},
     socklb::{Running, eventually, is_up, with_town},
     town,
 };
 
 const OFTEN: &str = "--self-test-interval=100ms";
+
+/// What a program prints, however it ends.
+fn text_of_any(program: &str, args: &[&str]) -> String {
+    String::from_utf8(run(program, args).stdout).unwrap()
+}
 
 fn has_said(agent: &Running, what: &str) -> bool {
     agent.log().iter().any(|line| line.contains(what))
@@ -39,6 +44,18 @@ fn a_node_is_ready_once_calls_are_seen_to_work_and_for_as_long() {
             serde_json::from_str(&text(&place.binary, &place.args(&["services", "-o", "json"]))).unwrap();
         assert!(services.to_string().contains("self-test"), "{services}");
 
+        let status = || {
+            let asked = [
+                "status",
+                "--metrics-bind-address",
+                &metrics,
+                "--healthz-bind-address",
+                &health["http://".len()..],
+            ];
+            text_of_any(&place.binary, &place.args(&asked))
+        };
+        assert!(status().contains("self-test passed"), "{}", status());
+
         // What serves IPv4 connections is taken away behind the agent's back.
         fs::remove_file(Path::new(&place.pin_path).join("connect4")).unwrap();
         eventually("the node is no longer ready", || healthz().0 == 503);
@@ -54,6 +71,7 @@ fn a_node_is_ready_once_calls_are_seen_to_work_and_for_as_long() {
             "to start it anew would not be wrong, but no cure"
         );
         assert!(!is_up(town::web()[0]));
+        assert!(status().contains("self-test failed: TCP over IPv4"), "{}", status());
         assert!(has_said(&agent, "TCP over IPv4: connect"), "{:#?}", agent.log());
 
         // A new agent attaches what is missing.

@@ -106,6 +106,21 @@ fn judge(host: &Host, is_beside_v1: bool) -> Vec<Finding> {
             "no compare-and-swap (Linux 5.12): all in socket storage, which a new socket pays with about half a \
              microsecond",
         ),
+        match &host.sockets {
+            Ok(()) => finding(
+                "stale sockets",
+                Status::Ok,
+                "sockets whose endpoint is gone can be found and ended".to_owned(),
+            ),
+            // Calls are served without.
+            Err(error) => finding(
+                "stale sockets",
+                Status::Note,
+                format!(
+                    "{error}: connected sockets stay with endpoints that are gone until their programs connect anew"
+                ),
+            ),
+        },
         match &host.neighbours {
             Ok(others) if others.is_empty() => {
                 finding("other balancers", Status::Ok, "no other programs on the same hooks".to_owned())

@@ -7,6 +7,7 @@ mod ask;
 mod report;
 
 use std::{
+    collections::BTreeMap,
     net::SocketAddr,
     path::PathBuf,
     process::ExitCode,
@@ -24,7 +25,7 @@ use super::{
     listing::state_of,
 };
 use crate::{
-    kernel::{KernelError, links, store::Maps},
+    kernel::{KernelError, host, links, store::Maps},
     snapshot::{self, Snapshot, SnapshotError},
 };
 
@@ -75,14 +76,17 @@ pub fn status(args: &StatusArgs) -> anyhow::Result<ExitCode> {
         Ok(maps) => (maps, None),
         Err(error) => (Vec::new(), Some(error.to_string())),
     };
+    let hooks = hooks(args);
     let status = Status {
+        self_test: asked.self_test(),
         agent: AgentPart::new(&asked),
         source: asked.source(now),
         snapshot: snapshot_part(args, snapshot.as_ref(), now),
         pin_path: args.pins.pin_path.clone(),
         pin_problem: problem,
         maps,
-        hooks: hooks(args),
+        other_programs: other_programs(args, &hooks),
+        hooks,
         n_issues: asked.n_issues(),
         issues: snapshot.map(|snapshot| issues(&state_of(snapshot))).unwrap_or_default(),
     };
@@ -128,6 +132,13 @@ fn hooks(args: &StatusArgs) -> Vec<HookRow> {
         .into_iter()
         .map(|(hook, link)| HookRow::new(hook, link))
         .collect()
+}
+
+/// Those of others where ours are. None if that cannot be told: `socklb check` says why.
+fn other_programs(args: &StatusArgs, hooks: &[HookRow]) -> BTreeMap<String, Vec<&'static str>> {
+    let cgroup = hooks.iter().find_map(|hook| hook.cgroup.as_deref());
+    let found = cgroup.map(|cgroup| host::neighbours(cgroup, &args.pins.pin_path));
+    found.and_then(Result::ok).unwrap_or_default()
 }
 
 fn snapshot_part(

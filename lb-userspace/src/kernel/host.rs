@@ -9,7 +9,11 @@ use std::{
 
 use aya::{maps::MapInfo, programs::loaded_programs};
 
-use super::{Features, KernelError, cgroup, pins, store, syscall};
+use super::{
+    Features, KernelError, cgroup, pins,
+    sockets::{self, SocketError},
+    store, syscall,
+};
 
 /// What was found. Nothing is changed by looking.
 #[derive(Debug)]
@@ -26,6 +30,8 @@ pub struct Host {
     pub features: Features,
     /// Whether the verifier takes the programs.
     pub programs: Result<(), KernelError>,
+    /// Whether sockets of programs can be found and ended.
+    pub sockets: Result<(), SocketError>,
     /// Programs on our hooks of the cgroup that are not ours, each with its hooks; or why nobody knows.
     pub neighbours: io::Result<BTreeMap<String, Vec<&'static str>>>,
 }
@@ -58,6 +64,7 @@ pub fn look(cgroup: Option<PathBuf>, pin_path: &Path) -> Host {
         capabilities: capabilities(),
         features,
         programs: store::try_programs(features),
+        sockets: sockets::check(),
         neighbours,
     }
 }
@@ -76,8 +83,12 @@ fn capabilities() -> u64 {
     mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or_default()
 }
 
-/// Programs on our hooks that use none of the maps pinned here.
-fn neighbours(cgroup: &Path, pin_path: &Path) -> io::Result<BTreeMap<String, Vec<&'static str>>> {
+/// Programs on our hooks of a cgroup that use none of the maps pinned here, by name, each with its hooks.
+///
+/// # Errors
+///
+/// A failing system call: most often a capability is missing.
+pub fn neighbours(cgroup: &Path, pin_path: &Path) -> io::Result<BTreeMap<String, Vec<&'static str>>> {
     let directory = fs::File::open(cgroup)?;
     let own_maps: BTreeSet<u32> = pins::MAPS
         .iter()

@@ -15,6 +15,7 @@ fn able() -> Host {
         capabilities: ALL,
         features: Features { set_retval: true, compare_and_swap: true },
         programs: Ok(()),
+        sockets: Ok(()),
         neighbours: Ok(BTreeMap::new()),
     }
 }
@@ -29,6 +30,7 @@ fn a_host_that_has_everything() {
         ok       programs         the kernel's verifier takes those of all hooks
         ok       refusal          bpf_set_retval: connect() and sendto() fail with ECONNREFUSED
         ok       socket records   compare-and-swap: in slots, with socket storage for what finds none
+        ok       stale sockets    sockets whose endpoint is gone can be found and ended
         ok       other balancers  no other programs on the same hooks
     "]]
     .assert_eq(&table(&judge(&able(), false)));

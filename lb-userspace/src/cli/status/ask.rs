@@ -123,6 +123,20 @@ impl Asked {
         })
     }
 
+    /// What came of the agent's last self-test; `None` if it makes none, or nobody says.
+    pub(super) fn self_test(&self) -> Option<String> {
+        let interval = self.config["socklb"]["self-test-interval"].as_str()?;
+        let (_, _, healthz) = self.health.as_ref().filter(|_| interval != "0ms")?;
+        let (_, body) = healthz.as_ref().ok()?;
+        let body: Value = serde_json::from_str(body).ok()?;
+        // It says what is amiss only.
+        Some(
+            body["selfTest"]
+                .as_str()
+                .map_or_else(|| "passed".to_owned(), |problem| format!("failed: {problem}")),
+        )
+    }
+
     /// How many issues the agent knows of.
     pub(super) fn n_issues(&self) -> Option<u64> {
         value(&self.metrics, &ISSUES).map(whole)
@@ -144,6 +158,21 @@ mod tests {
         assert_eq!(value(text, &ISSUES), Some(3.0));
         assert_eq!(value("", &ISSUES), None);
         assert_eq!(value("socklb_issues x\n", &ISSUES), None);
+    }
+
+    #[test]
+    fn a_self_test_is_passed_unless_the_agent_says_otherwise() {
+        let asked = |interval: &str, body: &str| Asked {
+            health: Some((([127, 0, 0, 1], 1).into(), Ok((200, String::new())), Ok((200, body.to_owned())))),
+            config: serde_json::json!({"socklb": {"self-test-interval": interval}}),
+            ..Asked::default()
+        };
+        assert_eq!(asked("30000ms", "{}").self_test().as_deref(), Some("passed"));
+        let failed = asked("30000ms", r#"{"selfTest": "TCP over IPv4: connect: refused"}"#).self_test();
+        assert_eq!(failed.as_deref(), Some("failed: TCP over IPv4: connect: refused"));
+        assert_eq!(asked("0ms", "{}").self_test(), None);
+        assert_eq!(asked("30000ms", "busy").self_test(), None);
+        assert_eq!(Asked::default().self_test(), None);
     }
 
     #[test]

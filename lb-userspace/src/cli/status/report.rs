@@ -1,7 +1,7 @@
 //! The answer of `socklb status`. Pure. The types are the public JSON; names are a promise.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     fmt::{self, Write as _},
     path::PathBuf,
     time::Duration,
@@ -24,6 +24,8 @@ use crate::{
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub(super) struct Status {
     pub(super) agent: AgentPart,
+    /// `passed`, or what went wrong; `null` if no agent answers, or without self-tests.
+    pub(super) self_test: Option<String>,
     /// `null` if no agent answers at its metrics address.
     pub(super) source: Option<SourcePart>,
     pub(super) snapshot: SnapshotPart,
@@ -33,6 +35,8 @@ pub(super) struct Status {
     pub(super) pin_problem: Option<String>,
     pub(super) maps: Vec<MapRow>,
     pub(super) hooks: Vec<HookRow>,
+    /// Programs of others on the same hooks of the same cgroup, each with its hooks. They run too.
+    pub(super) other_programs: BTreeMap<String, Vec<&'static str>>,
     /// How many issues a running agent knows of; `null` if none answers.
     #[serde(rename = "issues_of_agent")]
     pub(super) n_issues: Option<u64>,
@@ -252,6 +256,9 @@ impl Status {
             lines[3] = format!("pins      {problem}");
         }
         let mut text = lines.join("\n") + "\n";
+        if let Some(self_test) = &self.self_test {
+            let _infallible = writeln!(text, "self-test {self_test}");
+        }
         if !self.maps.is_empty() {
             let _infallible =
                 writeln!(text, "\n{:<12}  {:>8}  {:>8}  {:>5}", "MAP", "ENTRIES", "ROOM FOR", "FULL");
@@ -262,6 +269,14 @@ impl Status {
             }
         }
         text.push_str(&self.hook_table());
+        if !self.other_programs.is_empty() {
+            text.push_str(
+                "\nOTHER PROGRAMS ON THE SAME HOOKS (they may change a call before or after socklb)\n",
+            );
+            for (name, hooks) in &self.other_programs {
+                let _infallible = writeln!(text, "  {name}: {}", hooks.join(" "));
+            }
+        }
         text.push_str(&self.issue_list());
         text
     }

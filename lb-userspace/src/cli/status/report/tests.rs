@@ -34,6 +34,7 @@ fn answers(address: &str, livez: Answer) -> Asked {
 fn well() -> Status {
     Status {
         agent: AgentPart::new(&answers("127.0.0.1:10256", Ok((200, String::new())))),
+        self_test: Some("passed".to_owned()),
         source: Some(source()),
         snapshot: SnapshotPart {
             path: "/var/lib/socklb/snapshot".into(),
@@ -50,6 +51,7 @@ fn well() -> Status {
             MapRow { map: "endpoints4", entries: 262_144, capacity: 262_144 },
         ],
         hooks: vec![hook("connect4"), hook("getpeername6")],
+        other_programs: BTreeMap::new(),
         n_issues: Some(0),
         issues: Vec::new(),
     }
@@ -64,6 +66,7 @@ fn an_agent_at_work() {
                   last event 3 s ago, last sync 3 s ago, 0 changes waiting
         snapshot  /var/lib/socklb/snapshot: 12 services, 14 slices, 3 nodes, 2 h old
         pins      /sys/fs/bpf/socklb
+        self-test passed
 
         MAP            ENTRIES  ROOM FOR   FULL
         services4           12     65536    0 %
@@ -84,6 +87,7 @@ fn nothing_at_all() {
     let asked = Asked { name: Some(("127.0.0.1:10249".parse().unwrap(), nobody)), ..Asked::default() };
     let status = Status {
         agent: AgentPart::new(&asked),
+        self_test: None,
         source: None,
         snapshot: SnapshotPart::new(
             "/var/lib/socklb/snapshot".into(),
@@ -127,6 +131,8 @@ fn what_is_wrong_is_said_first() {
     };
     let status = Status {
         agent: AgentPart::new(&answers("127.0.0.1:10256", Ok((503, String::new())))),
+        self_test: Some("failed: TCP over IPv4: connect: Connection refused (os error 111)".to_owned()),
+        other_programs: [("cil_sock4_connect".to_owned(), vec!["connect4"])].into(),
         source: Some(SourcePart {
             is_complete: false,
             serves_snapshot: true,
@@ -144,6 +150,8 @@ fn what_is_wrong_is_said_first() {
     for part in [
         "does not answer, the snapshot is served",
         "last event never, last sync 3 s ago, 5 changes waiting, 2 syncs failed",
+        "self-test failed: TCP over IPv4: connect: Connection refused",
+        "  cil_sock4_connect: connect4\n",
         "ISSUES (25 of the objects' own; the agent knows of 40, all in its log)",
         "Service default/web: spec.ports[0].port",
         "and 5 more: -o json lists all",
@@ -201,6 +209,7 @@ fn the_json_has_these_names() {
     status["maps"].as_array_mut().unwrap().truncate(1);
     let expected = json!({
         "agent": { "state": "running", "healthy": true, "reason": "127.0.0.1:10256: /livez says 200" },
+        "self_test": "passed",
         "source": {
             "source": "kube",
             "complete": true,
@@ -228,6 +237,7 @@ fn the_json_has_these_names() {
             "program_id": 7,
             "problem": null,
         }],
+        "other_programs": {},
         "issues_of_agent": 0,
         "issues": [],
     });
