@@ -192,21 +192,23 @@ fn bars_of(result: &ResultFile) -> (&'static str, &'static str, Vec<(String, f64
     }
 }
 
-/// The powers of ten around values, with some room.
-fn decades(values: impl Iterator<Item = f64> + Clone) -> (f64, f64) {
+/// The ends of a logarithmic axis for some values, with room above for what stands there.
+fn ends(values: impl Iterator<Item = f64> + Clone, room: f64) -> (f64, f64) {
     let low = values.clone().fold(f64::INFINITY, f64::min);
     let high = values.fold(0.0, f64::max);
-    (low / 1.6, high * 1.8)
+    (low / 1.6, high * room)
 }
 
 fn draw_lines(picture: &Lines) -> anyhow::Result<String> {
     let mut text = String::new();
     {
-        let area = canvas(&mut text, picture.title)?;
+        let area = canvas(&mut text, picture.title, SIZE.1)?;
         let points = || picture.of.iter().flat_map(|line| line.points.iter().copied());
-        let (x0, x1) = decades(points().map(|point| point.0).collect::<Vec<_>>().into_iter());
-        let (y0, y1) =
-            decades(points().map(|point| point.1).filter(|y| *y > 0.0).collect::<Vec<_>>().into_iter());
+        let (x0, x1) = ends(points().map(|point| point.0).collect::<Vec<_>>().into_iter(), 1.8);
+        let heights: Vec<f64> = points().map(|point| point.1).filter(|y| *y > 0.0).collect();
+        // The names of the lines are above them, whatever their range.
+        let (low, high) = ends(heights.iter().copied(), 1.0);
+        let (y0, y1) = (low, high * (high / low).powf(0.35));
         let mut chart = ChartBuilder::on(&area)
             .margin(14)
             .x_label_area_size(44)
@@ -251,16 +253,16 @@ fn draw_lines(picture: &Lines) -> anyhow::Result<String> {
 
 fn draw_bars(title: &str, bars: &[(String, f64)]) -> anyhow::Result<String> {
     const LEFT: i32 = 330;
+    const STEP: i32 = 32;
     let mut text = String::new();
     {
-        let area = canvas(&mut text, title)?;
-        let (width, height) = area.dim_in_pixel();
+        let n = u32::try_from(bars.len()).unwrap_or(u32::MAX);
+        let area = canvas(&mut text, title, n.saturating_mul(STEP.unsigned_abs()).saturating_add(60))?;
+        let (width, _height) = area.dim_in_pixel();
         let largest = bars.iter().map(|bar| bar.1).fold(f64::MIN_POSITIVE, f64::max);
         let room = f64::from(width) - f64::from(LEFT) - 90.0;
-        let n = u32::try_from(bars.len()).unwrap_or(u32::MAX).max(1);
-        let step = i32::try_from(height / n).unwrap_or(1).min(34);
         for ((name, value), index) in bars.iter().zip(0..) {
-            let (top, bottom) = (index * step + 10, (index + 1) * step + 2);
+            let (top, bottom) = (index * STEP + 10, (index + 1) * STEP + 2);
             #[expect(clippy::cast_possible_truncation, reason = "a share of the picture's width")]
             let right = LEFT + (value / largest * room) as i32;
             area.draw(&Rectangle::new([(LEFT, top), (right, bottom)], COLOURS[0].filled()))
@@ -277,8 +279,12 @@ fn draw_bars(title: &str, bars: &[(String, f64)]) -> anyhow::Result<String> {
 }
 
 /// An empty picture with a title.
-fn canvas<'a>(text: &'a mut String, title: &str) -> anyhow::Result<DrawingArea<SVGBackend<'a>, Shift>> {
-    let area = SVGBackend::with_string(text, SIZE).into_drawing_area();
+fn canvas<'a>(
+    text: &'a mut String,
+    title: &str,
+    height: u32,
+) -> anyhow::Result<DrawingArea<SVGBackend<'a>, Shift>> {
+    let area = SVGBackend::with_string(text, (SIZE.0, height)).into_drawing_area();
     area.fill(&WHITE).map_err(undrawn)?;
     area.titled(title, (FONT, 17)).map_err(undrawn)
 }

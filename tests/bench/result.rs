@@ -246,6 +246,9 @@ impl Run {
     pub(crate) fn start(suite: Suite, is_smoke: bool, commit: &str, rustc: &str) -> Self {
         let machine = Machine::observe();
         let mut versions = BTreeMap::from([("socklb".to_owned(), env!("CARGO_PKG_VERSION").to_owned())]);
+        // Unoptimised, the processes that are measured are slower; the programs in the kernel are the same.
+        let build = if cfg!(debug_assertions) { "debug" } else { "release" };
+        versions.insert("build".to_owned(), build.to_owned());
         if !rustc.is_empty() {
             versions.insert("rustc".to_owned(), rustc.to_owned());
         }

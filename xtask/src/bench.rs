@@ -60,7 +60,7 @@ enum What {
 /// Arguments of one suite.
 #[derive(Debug, Args)]
 struct Arguments {
-    /// `--smoke`, `--json FILE`, `--markdown FILE`, `--svg DIR`, and what the suite takes: see `--help` after `--`
+    /// `--smoke`, `--json FILE`, `--markdown FILE`, `--svg DIR`, and what the suite takes: `-- --help` lists it
     #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGS")]
     arguments: Vec<String>,
 }
@@ -202,4 +202,28 @@ fn start(workspace: &Workspace, program: &str) -> Command {
     let mut sudo = Command::new("sudo");
     sudo.arg("--").arg(binary);
     sudo
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Cli {
+        #[command(flatten)]
+        options: Options,
+    }
+
+    #[test]
+    fn what_a_suite_takes_reaches_it() {
+        for given in
+            [&["--smoke"][..], &["--json", "new.json", "--services", "1,5"], &["--smoke", "--svg", "x"], &[]]
+        {
+            let cli = Cli::try_parse_from(["bench", "path"].iter().chain(given)).unwrap();
+            let What::Path(Arguments { arguments }) = cli.options.what else { panic!("another suite") };
+            assert_eq!(arguments, given);
+        }
+    }
 }

@@ -32,7 +32,7 @@ use super::{
 /// After this time a client that does not answer is given up.
 const PATIENCE: Duration = Duration::from_secs(150);
 /// Service ports in one transaction of nft, for which see [`nftables::services`].
-const TRANSACTION: usize = 2000;
+const TRANSACTION: usize = 1000;
 
 /// Who leads calls to endpoints.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

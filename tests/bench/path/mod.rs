@@ -56,10 +56,10 @@ pub(crate) struct Options {
     #[arg(long, value_name = "N", default_value_t = 50)]
     rounds: u32,
     /// How often one endpoint changes, for the time that takes
-    #[arg(long, value_name = "N", default_value_t = 5)]
+    #[arg(long, value_name = "N", default_value_t = 3)]
     changes: u32,
     /// After how many seconds a tool that loads rules is ended
-    #[arg(long, value_name = "N", default_value_t = 120)]
+    #[arg(long, value_name = "N", default_value_t = 240)]
     patience: u64,
 }
 

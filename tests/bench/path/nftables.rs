@@ -140,7 +140,7 @@ fn service_rules(rules: &mut String, town: Town, port: ServicePort, endpoints: &
 /// All services, as one text for each transaction.
 ///
 /// Each rule with `numgen` has an anonymous set, and the kernel walks through all sets of a transaction for each of them: one
-/// transaction with everything takes minutes for 10,000 services. Smaller ones favour nftables.
+/// transaction with everything takes much longer than smaller ones, which therefore favour nftables.
 pub(crate) fn services(town: Town, n_in_transaction: usize) -> Vec<String> {
     let endpoints: Vec<u32> = (0..town.n_endpoints).collect();
     let ports: Vec<ServicePort> = town.ports().collect();

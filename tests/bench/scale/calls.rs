@@ -69,6 +69,7 @@ pub(super) fn measure(options: &Options, run: &mut Run) -> anyhow::Result<()> {
     let object = &object;
     let capacity = Capacity { services: options.max_services, endpoints: options.max_endpoints };
     let n_endpoints = options.endpoints;
+    let n_all_endpoints = options.services.iter().copied().max().unwrap_or_default() * n_endpoints;
     thread::scope(|scope| -> anyhow::Result<()> {
         let mut callers = Vec::new();
         // Without services comes the program that does nothing.
@@ -77,7 +78,8 @@ pub(super) fn measure(options: &Options, run: &mut Run) -> anyhow::Result<()> {
             let (outgoing, answers) = mpsc::channel();
             let _joined_by_scope = scope.spawn(move || {
                 Sandbox::run(|sandbox| {
-                    let answer = attach(sandbox, object, capacity, n_services, n_endpoints);
+                    let answer =
+                        attach(sandbox, object, capacity, (n_services, n_endpoints), n_all_endpoints);
                     let (_attached, mut caller) = match answer {
                         Ok(attached) => attached,
                         Err(error) => return drop(outgoing.send(Err(error))),
@@ -135,8 +137,8 @@ fn attach(
     sandbox: &Sandbox,
     object: &[u8],
     capacity: Capacity,
-    n_services: u32,
-    n_endpoints: u32,
+    (n_services, n_endpoints): (u32, u32),
+    n_all_endpoints: u32,
 ) -> anyhow::Result<(Attached, Caller)> {
     let (attached, program) = if n_services == 0 {
         (Attached::Empty { _programs: empty(object, sandbox.cgroup().path())? }, None)
@@ -150,7 +152,7 @@ fn attach(
     };
     stay_on(0)?;
     let socket = socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
-    Ok((attached, Caller { n_services, socket, program }))
+    Ok((attached, Caller { n_services, n_all_endpoints, socket, program }))
 }
 
 fn empty(object: &[u8], cgroup: &Path) -> anyhow::Result<Ebpf> {
@@ -164,6 +166,8 @@ fn empty(object: &[u8], cgroup: &Path) -> anyhow::Result<Ebpf> {
 
 struct Caller {
     n_services: u32,
+    /// Endpoints of the largest number of services.
+    n_all_endpoints: u32,
     socket: std::os::fd::OwnedFd,
     /// The program on `connect4`.
     program: Option<u32>,
@@ -177,15 +181,22 @@ impl Caller {
         }
     }
 
-    /// Where a call goes. Without services to an endpoint, since nobody would lead it there.
+    /// Where a call goes. Without services to an endpoint, since nobody would lead it there: by chance where the others go to
+    /// services by chance, so that what the kernel does for many addresses is in the floor.
     fn destination(&self, call: Call, state: &mut u64) -> SockaddrIn {
-        let number = random::below(state, self.n_services.max(1));
-        if self.n_services == 0 || call == Call::Miss {
-            return SockaddrIn::new(127, 0, 0, 1, 8080);
-        }
-        let number = if call == Call::OneService { self.n_services / 2 } else { number };
-        let [a, b, c, d] = (u32::from_be_bytes([10, 96, 0, 1]) + number).to_be_bytes();
-        SockaddrIn::new(a, b, c, d, 80)
+        let by_chance = matches!(call, Call::AnyService | Call::FreshSocket);
+        let (first, n_places, port) = if self.n_services == 0 || call == Call::Miss {
+            ([127, 0, 0, 1], self.n_all_endpoints, 8080)
+        } else {
+            ([10, 96, 0, 1], self.n_services, 80)
+        };
+        let number = match (by_chance, call) {
+            (true, _) => random::below(state, n_places.max(1)),
+            (false, Call::Miss) => 0,
+            (false, _) => self.n_services / 2,
+        };
+        let address = std::net::Ipv4Addr::from(u32::from_be_bytes(first) + number);
+        std::net::SocketAddrV4::new(address, port).into()
     }
 
     fn calls(&self, call: Call, mut seed: u64) -> anyhow::Result<Vec<f64>> {
