@@ -261,12 +261,11 @@ fn socklb(setup: Setup, sandbox: &Sandbox) -> anyhow::Result<(Kernel, Duration, 
 
 fn nft(setup: Setup) -> anyhow::Result<(Duration, Vec<Duration>)> {
     let parts = nftables::services(setup.town, TRANSACTION);
-    let mut left = setup.patience;
     let mut sum = Duration::ZERO;
     for rules in std::iter::once(&nftables::base()).chain(&parts) {
-        let taken = feed(&mut Command::new("nft"), &["-f", "-"], rules, left)?;
-        sum += taken;
-        left = left.saturating_sub(taken);
+        let left = setup.patience.saturating_sub(sum);
+        sum += feed(&mut Command::new("nft"), &["-f", "-"], rules, left)
+            .with_context(|| format!("of {} s all together", setup.patience.as_secs()))?;
     }
     let changes = change(setup, |service, is_back| {
         let rules = nftables::change(setup.town, service, is_back);
@@ -348,7 +347,7 @@ fn feed(tool: &mut Command, args: &[&str], rules: &str, patience: Duration) -> a
         if began.elapsed() > patience {
             child.kill()?;
             let _killed = child.wait()?;
-            bail!("{name} takes more than {} s to load the rules", patience.as_secs());
+            bail!("{name} does not end within {:.1} s", patience.as_secs_f64());
         }
         thread::sleep(pause);
     }
