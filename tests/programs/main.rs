@@ -5,6 +5,7 @@
 
 mod asyncio;
 mod backend;
+mod bench;
 mod curl;
 mod demo;
 mod deployed;

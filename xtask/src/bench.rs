@@ -3,35 +3,49 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use clap::{Args, Subcommand};
 
 use crate::build;
-use crate::process::{self, step};
+use crate::process::{self, find_program, step};
 use crate::setup::{self, Purpose};
 use crate::workspace::Workspace;
+
+/// Where the results are that the documents show.
+const RESULTS: &str = "docs/benchmarks";
 
 /// Arguments of `cargo xtask bench`.
 #[derive(Debug, Args)]
 pub(crate) struct Options {
     #[command(subcommand)]
-    suite: Suite,
+    what: What,
 }
 
 #[derive(Debug, Subcommand)]
-enum Suite {
+enum What {
     /// Cost of a call with each hook, beside an empty program, a plain look-up and other ways to keep records
-    Hooks {
-        /// A compiled object of another balancer, whose `connect4` program is measured too, with empty tables
-        #[arg(long, value_name = "FILE")]
-        peer: Option<PathBuf>,
-        /// Measures these targets only, and always the empty program: names separated by commas
-        #[arg(long, value_name = "NAMES", default_value = "")]
-        only: String,
-        /// Divides the number of calls, for a quick look
-        #[arg(long, value_name = "N", default_value_t = 1)]
-        scale: u32,
+    Hooks(Arguments),
+    /// From the API server's events to the kernel's maps, cold starts, memory and CPU of the agent
+    Sync(Arguments),
+    /// The same work to an endpoint itself and through socklb, nftables and iptables
+    Path(Arguments),
+    /// How costs grow with services and endpoints
+    Scale(Arguments),
+    /// All four suites, with results in docs/benchmarks, and the documents that show them
+    All {
+        /// Small and short, with results in a folder of the target folder: shows that it works
+        #[arg(long)]
+        smoke: bool,
     },
+    /// Judges two results of one suite; ends with 1 on a regression beyond 10 %
+    Compare {
+        #[arg(value_name = "OLD")]
+        old: PathBuf,
+        #[arg(value_name = "NEW")]
+        new: PathBuf,
+    },
+    /// Writes the plots and tables of the documents anew from docs/benchmarks, without measuring
+    Render,
     /// Changes of everything with faults of the API server and calls under way, for a long time
     Churn {
         /// Decides about objects and changes; a failure names it
@@ -41,70 +55,128 @@ enum Suite {
         #[arg(long, value_name = "N", default_value_t = 600)]
         seconds: u64,
     },
-    /// From the API server's events to the kernel's maps, cold starts, memory and CPU of the agent, beside targets
-    Sync {
-        /// Small and short: shows that it works, not how fast it is
-        #[arg(long)]
-        smoke: bool,
-        /// Writes the figures here, too
-        #[arg(long, value_name = "FILE")]
-        json: Option<PathBuf>,
-        /// Only the parts whose name holds this: sync, traffic, services, endpoints
-        #[arg(long, value_name = "PART")]
-        only: Option<String>,
-        /// How often cold starts are repeated
-        #[arg(long, value_name = "N", default_value_t = 3)]
-        starts: u32,
-    },
 }
 
-/// Runs `cargo xtask bench`. Needs root: it attaches programs, in namespaces and cgroups of its own.
+/// Arguments of one suite.
+#[derive(Debug, Args)]
+struct Arguments {
+    /// `--smoke`, `--json FILE`, `--markdown FILE`, `--svg DIR`, and what the suite takes: `-- --help` lists it
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGS")]
+    arguments: Vec<String>,
+}
+
+/// The suites in the order in which they run. `path` takes tools that nothing else needs.
+const SUITES: [(&str, &[Purpose]); 4] = [
+    ("hooks", &[Purpose::Build, Purpose::Run]),
+    ("sync", &[Purpose::Build, Purpose::Run]),
+    ("path", &[Purpose::Build, Purpose::Run, Purpose::BenchPath]),
+    ("scale", &[Purpose::Build, Purpose::Run]),
+];
+
+/// Runs `cargo xtask bench`. Suites need root: they attach programs, in namespaces and cgroups of their own.
 ///
 /// # Errors
-/// When setting up or building fails, or the bench does.
+/// When setting up or building fails, the bench does, or `compare` finds a regression.
 pub(crate) fn command(workspace: &Workspace, options: &Options) -> Result<()> {
-    let toolchain = setup::ensure(&[Purpose::Build, Purpose::Run])?;
-    let object = build::bpf_object(workspace, &toolchain)?;
-    let mut bench = match &options.suite {
-        Suite::Hooks { peer, only, scale } => {
-            build(workspace, &object, &["bench-hooks"])?;
-            let mut bench = start(workspace, "bench-hooks");
-            bench
-                .env(
-                    "SOCKLB_BENCH_OBJECT",
-                    workspace.target.join("bpf").join(build::BPF_TARGET).join("release/lb-bench"),
-                )
-                .env("BENCH_SCALE", scale.to_string())
-                .env("BENCH_ONLY", only);
-            if let Some(peer) = peer {
-                bench.env("SOCKLB_PEER_OBJECT", peer);
-            }
-            bench
+    match &options.what {
+        What::Hooks(arguments) => suites(workspace, &["hooks"], &[&arguments.arguments]),
+        What::Sync(arguments) => suites(workspace, &["sync"], &[&arguments.arguments]),
+        What::Path(arguments) => suites(workspace, &["path"], &[&arguments.arguments]),
+        What::Scale(arguments) => suites(workspace, &["scale"], &[&arguments.arguments]),
+        What::All { smoke } => all(workspace, *smoke),
+        What::Compare { old, new } => {
+            plain(workspace)?;
+            let mut bench = Command::new(workspace.target.join("release/bench"));
+            process::run(bench.arg("compare").arg(old).arg(new), "see the lines above")
         }
-        Suite::Churn { seed, seconds } => {
+        What::Render => {
+            plain(workspace)?;
+            render(workspace)
+        }
+        What::Churn { seed, seconds } => {
+            let toolchain = setup::ensure(&[Purpose::Build, Purpose::Run])?;
+            let object = build::bpf_object(workspace, &toolchain)?;
             build(workspace, &object, &["bench-churn", "socklb"])?;
             let mut bench = start(workspace, "bench-churn");
             bench.arg("--socklb").arg(workspace.socklb(true));
             bench.arg(format!("--seed={seed}")).arg(format!("--seconds={seconds}"));
-            bench
+            process::run(&mut bench, "see the message above")
         }
-        Suite::Sync { smoke, json, only, starts } => {
-            build(workspace, &object, &["bench-sync", "socklb"])?;
-            let mut bench = start(workspace, "bench-sync");
-            bench.arg("--socklb").arg(workspace.socklb(true)).arg(format!("--starts={starts}"));
-            if *smoke {
-                bench.arg("--smoke");
-            }
-            if let Some(json) = json {
-                bench.arg("--json").arg(json);
-            }
-            if let Some(only) = only {
-                bench.arg("--only").arg(only);
-            }
-            bench
+    }
+}
+
+/// Builds what needs neither root nor a kernel, which is the same program.
+fn plain(workspace: &Workspace) -> Result<()> {
+    let toolchain = setup::ensure(&[Purpose::Build])?;
+    let object = build::bpf_object(workspace, &toolchain)?;
+    build(workspace, &object, &["bench", "socklb"])
+}
+
+/// Runs suites one after the other, each with arguments.
+fn suites(workspace: &Workspace, names: &[&str], arguments: &[&[String]]) -> Result<()> {
+    let suites = || SUITES.iter().filter(|(name, _)| names.contains(name));
+    let purposes: Vec<Purpose> = suites().flat_map(|(_, purposes)| purposes.iter().copied()).collect();
+    let toolchain = setup::ensure(&purposes)?;
+    let object = build::bpf_object(workspace, &toolchain)?;
+    build(workspace, &object, &["bench", "socklb"])?;
+    let commit = commit(workspace);
+    let rustc = process::capture(Command::new("rustc").arg("--version")).unwrap_or_default();
+    for ((name, _), arguments) in suites().zip(arguments) {
+        step(&format!("measuring: {name}"));
+        let mut bench = start(workspace, "bench");
+        bench.arg(name).arg(format!("--commit={commit}")).arg(format!("--rustc={}", rustc.trim()));
+        if matches!(*name, "hooks" | "scale") {
+            bench.arg("--object").arg(bench_object(workspace));
         }
+        if matches!(*name, "sync" | "scale") {
+            bench.arg("--socklb").arg(workspace.socklb(true));
+        }
+        process::run(bench.args(*arguments), "see the message above")?;
+    }
+    Ok(())
+}
+
+/// Runs all suites and writes the documents.
+fn all(workspace: &Workspace, smoke: bool) -> Result<()> {
+    let directory = if smoke { workspace.target.join("bench-smoke") } else { workspace.root.join(RESULTS) };
+    std::fs::create_dir_all(&directory)
+        .with_context(|| format!("cannot create {}: check its owner", directory.display()))?;
+    let names = SUITES.map(|(name, _)| name);
+    let arguments = names.map(|name| {
+        let mut arguments =
+            vec!["--json".to_owned(), directory.join(name).with_extension("json").display().to_string()];
+        if smoke {
+            arguments.push("--smoke".to_owned());
+        }
+        arguments
+    });
+    suites(workspace, &names, &arguments.each_ref().map(Vec::as_slice))?;
+    if smoke { Ok(()) } else { render(workspace) }
+}
+
+fn render(workspace: &Workspace) -> Result<()> {
+    let mut bench = Command::new(workspace.target.join("release/bench"));
+    process::run(bench.arg("render").arg("--root").arg(&workspace.root), "see the message above")
+}
+
+/// The programs to compare with, which are built with those of the product.
+pub(crate) fn bench_object(workspace: &Workspace) -> PathBuf {
+    workspace.target.join("bpf").join(build::BPF_TARGET).join("release/lb-bench")
+}
+
+/// The commit of the tree, and whether files differ from it; `unknown` outside of a repository.
+///
+/// Results do not make a tree differ: a run of all suites writes one after the other.
+fn commit(workspace: &Workspace) -> String {
+    let git = |args: &[&str]| {
+        find_program("git")?;
+        process::capture(Command::new("git").current_dir(&workspace.root).args(args)).ok()
     };
-    process::run(&mut bench, "see the message above")
+    let Some(revision) = git(&["rev-parse", "--short=12", "HEAD"]) else { return "unknown".to_owned() };
+    let others = format!(":(exclude){RESULTS}");
+    let changed = git(&["status", "--porcelain", "--", ".", &others]).unwrap_or_default();
+    let suffix = if changed.trim().is_empty() { "" } else { "-dirty" };
+    format!("{}{suffix}", revision.trim())
 }
 
 /// Builds programs as they are released.
@@ -128,8 +200,30 @@ fn start(workspace: &Workspace, program: &str) -> Command {
     }
     step("the bench attaches BPF programs, which needs root: starting it with sudo");
     let mut sudo = Command::new("sudo");
-    sudo.arg("--preserve-env=SOCKLB_BENCH_OBJECT,SOCKLB_PEER_OBJECT,BENCH_SCALE,BENCH_ONLY")
-        .arg("--")
-        .arg(binary);
+    sudo.arg("--").arg(binary);
     sudo
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Cli {
+        #[command(flatten)]
+        options: Options,
+    }
+
+    #[test]
+    fn what_a_suite_takes_reaches_it() {
+        for given in
+            [&["--smoke"][..], &["--json", "new.json", "--services", "1,5"], &["--smoke", "--svg", "x"], &[]]
+        {
+            let cli = Cli::try_parse_from(["bench", "path"].iter().chain(given)).unwrap();
+            let What::Path(Arguments { arguments }) = cli.options.what else { panic!("another suite") };
+            assert_eq!(arguments, given);
+        }
+    }
 }

@@ -30,6 +30,8 @@ pub(crate) enum Purpose {
     KernelMatrix,
     /// Make a container image.
     Image,
+    /// Measure beside NAT rules.
+    BenchPath,
 }
 
 /// A program that must be on `PATH`.
@@ -126,6 +128,18 @@ const TOOLS: &[Tool] = &[
         packages: &["binutils"],
         purposes: &[Purpose::Test, Purpose::Image],
         reason: "takes the symbols out of the container image",
+    },
+    Tool {
+        program: "nft",
+        packages: &["nftables"],
+        purposes: &[Purpose::BenchPath],
+        reason: "loads rules as kube-proxy's nftables mode does, to measure beside them",
+    },
+    Tool {
+        program: "iptables-restore",
+        packages: &["iptables"],
+        purposes: &[Purpose::BenchPath],
+        reason: "loads rules as kube-proxy's iptables mode does, to measure beside them",
     },
     Tool {
         program: "xz",
@@ -432,6 +446,7 @@ mod tests {
             Purpose::Lint,
             Purpose::KernelMatrix,
             Purpose::Image,
+            Purpose::BenchPath,
         ];
         assert_eq!(names(&purposes, &all), [""; 0]);
     }

@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 
+use crate::bench;
 use crate::build;
 use crate::process::{self, step};
 use crate::setup::{self, Purpose};
@@ -75,6 +76,7 @@ pub(crate) fn command(workspace: &Workspace, args: &[String]) -> Result<()> {
         .args(args)
         .env(build::OBJECT_VARIABLE, &object)
         .env("SOCKLB_BIN", &binary)
+        .env("SOCKLB_BENCH_OBJECT", bench::bench_object(workspace))
         // A test that this kernel could run must not be skipped.
         .env("LB_TEST_STRICT", "1")
         .stdout(Stdio::piped());

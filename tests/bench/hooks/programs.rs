@@ -18,7 +18,7 @@ use lb_userspace::{
     tables::{Entry, Image},
 };
 
-use crate::{SERVICES, Target, vip, work::Servers};
+use super::{Target, vip, work::Servers};
 
 /// Attaches programs to a cgroup; they stay while the result lives.
 pub(crate) type Attach = Box<dyn FnOnce(&Sandbox, &Path) -> anyhow::Result<Box<dyn Any>> + Send>;
@@ -31,11 +31,14 @@ unsafe impl aya::Pod for Plain<FrontendKey4> {}
 // SAFETY: as above.
 unsafe impl aya::Pod for Plain<Endpoint4> {}
 
+/// The target that all others are compared with.
+pub(crate) const EMPTY: &str = "empty";
+
 /// Programs of the bench object by target. Those without a program for datagrams show in these columns what an address
 /// without a program costs; compare with `none` there.
 const VARIANTS: [(&str, &[&str]); 11] = [
     ("none", &[]),
-    ("empty", &["empty_connect", "empty_sendmsg"]),
+    (EMPTY, &["empty_connect", "empty_sendmsg"]),
     ("empty+release", &["empty_connect", "empty_sendmsg", "empty_release"]),
     ("cookie+release", &["cookie_connect", "empty_sendmsg", "cookie_release"]),
     ("one look-up", &["plain_connect", "plain_sendmsg"]),
@@ -48,7 +51,12 @@ const VARIANTS: [(&str, &[&str]); 11] = [
 ];
 
 /// All targets, the product last.
-pub(crate) fn targets(object: &[u8], servers: &Servers) -> Vec<Target> {
+pub(crate) fn targets(
+    object: &[u8],
+    servers: &Servers,
+    peer_object: Option<&Path>,
+    n_services: u32,
+) -> Vec<Target> {
     let object: Arc<[u8]> = object.into();
     let endpoint = servers.udp;
     let mut targets: Vec<Target> = VARIANTS
@@ -57,7 +65,7 @@ pub(crate) fn targets(object: &[u8], servers: &Servers) -> Vec<Target> {
             let object = Arc::clone(&object);
             let attach: Attach = Box::new(move |_sandbox, cgroup| {
                 let mut programs = Ebpf::load(&object)?;
-                fill(&mut programs, endpoint)?;
+                fill(&mut programs, endpoint, n_services)?;
                 let cgroup = File::open(cgroup)?;
                 for name in attached {
                     match programs.program_mut(name).context(*name)? {
@@ -77,29 +85,29 @@ pub(crate) fn targets(object: &[u8], servers: &Servers) -> Vec<Target> {
             Target { name, attach }
         })
         .collect();
-    if let Ok(path) = std::env::var("SOCKLB_PEER_OBJECT") {
+    if let Some(path) = peer_object.map(Path::to_owned) {
         targets.push(Target { name: "peer", attach: Box::new(move |_sandbox, cgroup| peer(&path, cgroup)) });
     }
-    let attach: Attach = Box::new(move |sandbox, cgroup| socklb(sandbox, cgroup, endpoint));
+    let attach: Attach = Box::new(move |sandbox, cgroup| socklb(sandbox, cgroup, endpoint, n_services));
     targets.push(Target { name: "socklb", attach });
     targets
 }
 
 /// Addresses of the services: the first is the one that is called.
-fn addresses() -> impl Iterator<Item = [u8; 4]> {
+fn addresses(n_services: u32) -> impl Iterator<Item = [u8; 4]> {
     let first = match vip().ip() {
         IpAddr::V4(ip) => u32::from(ip),
         IpAddr::V6(_) => 0,
     };
-    (first..first + SERVICES).map(u32::to_be_bytes)
+    (first..first + n_services).map(u32::to_be_bytes)
 }
 
-fn fill(programs: &mut Ebpf, endpoint: std::net::SocketAddr) -> anyhow::Result<()> {
+fn fill(programs: &mut Ebpf, endpoint: std::net::SocketAddr, n_services: u32) -> anyhow::Result<()> {
     let map = programs.map_mut("bench_services").context("bench_services")?;
     let mut services: HashMap<_, Plain<FrontendKey4>, Plain<Endpoint4>> = HashMap::try_from(map)?;
     let IpAddr::V4(ip) = endpoint.ip() else { anyhow::bail!("an IPv4 endpoint is needed") };
     let value = Endpoint4 { address: ip.octets(), port: endpoint.port(), reserved: 0, endpoint_id: 0 };
-    for address in addresses() {
+    for address in addresses(n_services) {
         for protocol in [Protocol::TCP.0, Protocol::UDP.0] {
             let key = FrontendKey4 { address, port: vip().port(), protocol, reserved: 0 };
             services.insert(Plain(key), Plain(value), 0)?;
@@ -109,7 +117,12 @@ fn fill(programs: &mut Ebpf, endpoint: std::net::SocketAddr) -> anyhow::Result<(
 }
 
 /// The product, with all features on, ten endpoints to each service.
-fn socklb(sandbox: &Sandbox, cgroup: &Path, endpoint: std::net::SocketAddr) -> anyhow::Result<Box<dyn Any>> {
+fn socklb(
+    sandbox: &Sandbox,
+    cgroup: &Path,
+    endpoint: std::net::SocketAddr,
+    n_services: u32,
+) -> anyhow::Result<Box<dyn Any>> {
     let options = Options {
         pin_path: sandbox.pin_path(),
         cgroup: cgroup.to_owned(),
@@ -124,7 +137,7 @@ fn socklb(sandbox: &Sandbox, cgroup: &Path, endpoint: std::net::SocketAddr) -> a
     let mut kernel = Kernel::open(&options, || {})?;
     let mut image = Image::default();
     let mut id = 0;
-    for address in addresses() {
+    for address in addresses(n_services) {
         for protocol in [model::Protocol::Tcp, model::Protocol::Udp] {
             let offset = id * 10;
             let entries: Vec<Entry> =
@@ -144,8 +157,9 @@ fn socklb(sandbox: &Sandbox, cgroup: &Path, endpoint: std::net::SocketAddr) -> a
 
 /// Another balancer's object: its first program for `connect()` on `AF_INET` sockets, with empty maps, so that its
 /// columns for hits show misses too.
-fn peer(path: &str, cgroup: &Path) -> anyhow::Result<Box<dyn Any>> {
-    let mut programs = Ebpf::load_file(path).with_context(|| path.to_owned())?;
+fn peer(path: &Path, cgroup: &Path) -> anyhow::Result<Box<dyn Any>> {
+    let place = path.display();
+    let mut programs = Ebpf::load_file(path).with_context(|| place.to_string())?;
     let (name, program) = programs
         .programs_mut()
         .find_map(|(name, program)| {
@@ -154,8 +168,8 @@ fn peer(path: &str, cgroup: &Path) -> anyhow::Result<Box<dyn Any>> {
                 if is_connect { program.try_into().ok()? } else { return None };
             Some((name.to_owned(), program))
         })
-        .with_context(|| format!("{path}: no program for connect4"))?;
-    program.load().with_context(|| format!("{path}: {name}"))?;
+        .with_context(|| format!("{place}: no program for connect4"))?;
+    program.load().with_context(|| format!("{place}: {name}"))?;
     let _link = program.attach(File::open(cgroup)?, CgroupAttachMode::default())?;
     Ok(Box::new(programs))
 }

@@ -10,7 +10,7 @@ use std::{
 
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, SockaddrIn, connect, sendto, socket};
 
-use crate::vip;
+use super::vip;
 
 /// What is done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

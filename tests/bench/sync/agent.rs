@@ -17,10 +17,7 @@ use nix::{
 };
 use tempfile::TempDir;
 
-use crate::{
-    Args,
-    tables::{LOOK, PATIENCE, Tables},
-};
+use super::tables::{LOOK, PATIENCE, Tables};
 
 /// A running agent. Killed on drop.
 pub(crate) struct Agent {
@@ -121,8 +118,6 @@ impl Agent {
 
     /// The share of one core that it uses for some time from now.
     pub(crate) fn cpu_share(&self, time: Duration) -> anyhow::Result<f64> {
-        // The snapshot and what follows the first sync.
-        thread::sleep(Duration::from_secs(3));
         let (before, since) = (self.cpu_time()?, Instant::now());
         thread::sleep(time);
         Ok(self.cpu_time()?.saturating_sub(before).as_secs_f64() / since.elapsed().as_secs_f64())
@@ -139,10 +134,10 @@ impl Agent {
     }
 
     /// Ends it and removes what it left in the kernel, so that the next start is a cold one.
-    pub(crate) fn end_and_clean(self, args: &Args) -> anyhow::Result<()> {
+    pub(crate) fn end_and_clean(self, socklb: &Path) -> anyhow::Result<()> {
         let (pin_path, state_dir) = (self.pin_path.clone(), self.directory.path().join("state"));
         self.end()?;
-        let output = Command::new(&args.socklb)
+        let output = Command::new(socklb)
             .args(["cleanup", "--pin-path"])
             .arg(&pin_path)
             .arg("--state-dir")

@@ -9,10 +9,9 @@ use std::{
 };
 
 use anyhow::bail;
-use hdrhistogram::Histogram;
 use lb_tests::apiserver::{ApiServer, Kind};
 
-use crate::{
+use super::{
     agent::Agent,
     objects::{self, Pod, Size},
     report,
@@ -38,12 +37,12 @@ pub(crate) fn churn(
     tables: &mut Tables,
     size: Size,
     rate: &Rate,
-) -> anyhow::Result<(Histogram<u64>, f64)> {
+) -> anyhow::Result<(report::Times, f64)> {
     // The default slack adds 50 microseconds to each sleep.
     nix::sys::prctl::set_timerslack(1)?;
     let written = server.written();
     let (announce, announced) = mpsc::channel::<(u32, Ipv4Addr)>();
-    let mut latencies = report::times();
+    let mut latencies = report::Times::new();
     let (cpu_before, since) = (agent.cpu_time()?, Instant::now());
     thread::scope(|scope| -> anyhow::Result<()> {
         let changing = scope.spawn(move || change(server, size, rate, &announce));

@@ -1,126 +1,68 @@
-//! Figures beside their targets.
+//! Figures as they come in.
 
-use std::{fs, path::Path, time::Duration};
+use std::time::Duration;
 
-use anyhow::Context as _;
-use hdrhistogram::Histogram;
-use serde_json::{Value, json};
+use super::agent::Memory;
+use crate::result::{Better, Key, Run, Unit};
 
-use crate::agent::Memory;
-
-/// Durations in nanoseconds, to three digits.
-pub(crate) fn times() -> Histogram<u64> {
-    // Three digits are allowed; nothing else can be wrong with it.
-    Histogram::new(3).expect("a histogram of three digits")
-}
+/// Durations in nanoseconds, in the order in which they were measured.
+pub(crate) type Times = Vec<f64>;
 
 /// Counts a duration.
-pub(crate) fn record(times: &mut Histogram<u64>, value: Duration) {
-    let nanoseconds = u64::try_from(value.as_nanos()).unwrap_or(u64::MAX);
-    // It grows as needed, so that only memory could lack.
-    times.record(nanoseconds).expect("room for a figure");
+pub(crate) fn record(times: &mut Times, value: Duration) {
+    times.push(value.as_secs_f64() * 1e9);
 }
 
 /// What was measured so far.
-pub(crate) struct Report {
+pub(crate) struct Report<'a> {
+    run: &'a mut Run,
     part: String,
-    figures: Vec<Value>,
+    n_services: Option<u32>,
 }
 
-fn load() -> String {
-    let text = fs::read_to_string("/proc/loadavg").unwrap_or_default();
-    text.split_whitespace().take(3).collect::<Vec<_>>().join(" ")
-}
-
-fn n_cpus() -> usize {
-    std::thread::available_parallelism().map_or(0, usize::from)
-}
-
-/// The target in words, and whether it is met.
-fn verdict(value: f64, target: f64, unit: &str) -> String {
-    format!("target {target} {unit}: {}", if value <= target { "met" } else { "MISSED" })
-}
-
-impl Report {
-    pub(crate) fn start() -> Self {
-        println!("{} CPUs, load {}", n_cpus(), load());
-        Self { part: String::new(), figures: Vec::new() }
+impl<'a> Report<'a> {
+    pub(crate) fn new(run: &'a mut Run) -> Self {
+        Self { run, part: String::new(), n_services: None }
     }
 
     /// Begins with another size.
-    pub(crate) fn part(&mut self, name: &str) {
-        println!("\n{name} (load {})", load());
+    pub(crate) fn part(&mut self, name: &str, n_services: Option<u32>) {
+        eprintln!("{name}");
         name.clone_into(&mut self.part);
+        self.n_services = n_services;
     }
 
-    fn add(&mut self, title: &str, mut figure: Value) {
-        figure["part"] = self.part.clone().into();
-        figure["title"] = title.into();
-        self.figures.push(figure);
+    fn key(&self, title: &str) -> Key {
+        Key { measure: title.to_owned(), target: self.part.clone(), n_services: self.n_services }
     }
 
-    /// A distribution, with targets in milliseconds for some quantiles.
-    pub(crate) fn times(&mut self, title: &str, times: &Histogram<u64>, targets: &[(f64, f64)]) {
-        let at = |quantile: f64| milliseconds(times.value_at_quantile(quantile));
-        let targets: Vec<String> = targets
-            .iter()
-            .map(|&(quantile, target)| {
-                let name = if quantile >= 1.0 { "max".to_owned() } else { format!("p{}", quantile * 100.0) };
-                format!("{name} {}", verdict(at(quantile), target, "ms"))
-            })
-            .collect();
-        println!(
-            "  {title}, ms: min {:.2}, p50 {:.2}, p90 {:.2}, p99 {:.2}, p99.9 {:.2}, max {:.2} (n {}) {}",
-            at(0.0),
-            at(0.5),
-            at(0.9),
-            at(0.99),
-            at(0.999),
-            at(1.0),
-            times.len(),
-            targets.join("; ")
-        );
-        let figure = json!({
-            "unit": "ms", "n": times.len(), "min": at(0.0), "p50": at(0.5), "p90": at(0.9), "p99": at(0.99),
-            "p99.9": at(0.999), "max": at(1.0), "targets": targets,
-        });
-        self.add(title, figure);
+    /// Durations. Neighbours in time make a block.
+    pub(crate) fn times(&mut self, title: &str, times: &Times) {
+        // Samples that are few are blocks of their own.
+        let blocks: Vec<Vec<f64>> = times.chunks((times.len() / 50).max(1)).map(<[f64]>::to_vec).collect();
+        self.run.series(self.key(title), Unit::Nanoseconds, Better::Lower, &blocks);
     }
 
-    /// A share of one core, or another plain number.
-    pub(crate) fn share(&mut self, title: &str, value: f64, target: Option<f64>) {
-        let verdict = target.map(|target| verdict(value, target, "of a core"));
-        println!("  {title}: {value:.4} {}", verdict.as_deref().unwrap_or_default());
-        self.add(title, json!({"value": value, "targets": verdict}));
+    /// A duration.
+    pub(crate) fn time(&mut self, title: &str, time: Duration) {
+        self.times(title, &vec![time.as_secs_f64() * 1e9]);
     }
 
-    /// Memory. The target is for what is resident without the pages of BPF maps, which stay when the agent ends.
-    pub(crate) fn memory(&mut self, title: &str, memory: &Memory, target: Option<f64>) {
+    /// A share of one core.
+    pub(crate) fn share(&mut self, title: &str, value: f64) {
+        self.run.figure(self.key(title), Unit::Ratio, Better::Lower, value);
+    }
+
+    /// Memory. What is resident holds the pages of BPF maps that the agent has mapped, which stay when it ends.
+    pub(crate) fn memory(&mut self, title: &str, memory: &Memory) {
         let Memory { resident, anonymous, maps, peak } = *memory;
-        let own = resident - maps;
-        let verdict = target.map(|target| format!("without BPF maps {}", verdict(own, target, "MiB")));
-        println!(
-            "  {title}, MiB: resident {resident:.1}, of that BPF maps {maps:.1}, without them {own:.1}, heap and \
-             stacks {anonymous:.1}; peak {peak:.1} {}",
-            verdict.as_deref().unwrap_or_default()
-        );
-        let figure = json!({
-            "unit": "MiB", "resident": resident, "maps": maps, "without_maps": own, "anonymous": anonymous,
-            "peak": peak, "targets": verdict,
-        });
-        self.add(title, figure);
+        for (what, value) in [
+            ("resident", resident),
+            ("resident without BPF maps", resident - maps),
+            ("heap and stacks", anonymous),
+            ("peak", peak),
+        ] {
+            self.run.figure(self.key(&format!("{title}: {what}")), Unit::Mebibytes, Better::Lower, value);
+        }
     }
-
-    /// Writes everything.
-    pub(crate) fn finish(self, path: Option<&Path>) -> anyhow::Result<()> {
-        let Some(path) = path else { return Ok(()) };
-        let document = json!({"cpus": n_cpus(), "load": load(), "figures": self.figures});
-        let text = serde_json::to_string_pretty(&document)?;
-        fs::write(path, text).with_context(|| format!("{}: cannot be written", path.display()))
-    }
-}
-
-#[expect(clippy::cast_precision_loss, reason = "three digits count")]
-fn milliseconds(nanoseconds: u64) -> f64 {
-    nanoseconds as f64 / 1e6
 }

@@ -16,7 +16,7 @@ use lb_common::{
 };
 use lb_userspace::kernel::mapped::Mapped;
 
-use crate::objects::{PORT, Pod, Size, cluster_ip};
+use super::objects::{PORT, Pod, Size, cluster_ip};
 
 /// Between two looks at the maps. A busy loop would take one of two cores from the agent.
 pub(crate) const LOOK: Duration = Duration::from_micros(50);

@@ -8,7 +8,6 @@ use std::{
 };
 
 use anyhow::{Context as _, bail};
-use hdrhistogram::Histogram;
 use lb_tests::{
     apiserver::{ApiServer, Kind, Written},
     client::call,
@@ -17,7 +16,7 @@ use lb_tests::{
 };
 use lb_userspace::model::Protocol::Tcp;
 
-use crate::{
+use super::{
     objects::{self, PORT, Pod},
     report,
     tables::PATIENCE,
@@ -32,7 +31,7 @@ const N_ALONE: u32 = 40;
 ///
 /// Returns how long it took from the moment at which the server wrote the event to the end of the first call that
 /// reached the pod, and to the beginning of the last call that did.
-pub(crate) fn flips(server: &ApiServer, n_flips: u32) -> anyhow::Result<(Histogram<u64>, Histogram<u64>)> {
+pub(crate) fn flips(server: &ApiServer, n_flips: u32) -> anyhow::Result<(report::Times, report::Times)> {
     let pods = [8001, 8002].map(|port| SocketAddr::from((Ipv4Addr::LOCALHOST, port)));
     // Two pods of one slice have one port number, so each has a loopback address of its own.
     let pods = [pods[0], SocketAddr::from((Ipv4Addr::new(127, 0, 0, 2), 8001))];
@@ -51,7 +50,7 @@ pub(crate) fn flips(server: &ApiServer, n_flips: u32) -> anyhow::Result<(Histogr
     server.apply(objects::service(NAME, SERVICE));
     let _first = set([true, false])?;
     until(to, pods[0])?;
-    let (mut taken, mut left) = (report::times(), report::times());
+    let (mut taken, mut left) = (report::Times::new(), report::Times::new());
     for _ in 0..n_flips {
         let at = set([true, true])?;
         until(to, pods[1])?;

@@ -1,0 +1,173 @@
+//! `cargo xtask bench`: what it costs, measured side by side, in one result format.
+//!
+//! # Purpose
+//!
+//! - [`hooks`], [`sync`], [`path`], [`scale`]: the suites. Each fills a [`result`].
+//! - [`quantile`], [`fit`], [`compare`], [`random`]: plain functions on numbers.
+//! - [`markdown`], [`plot`], [`pages`]: tables, pictures and the documents that show them, all from result files.
+//!
+//! # Invariants
+//!
+//! - Nothing is asserted about a time.
+//! - Everything runs in namespaces and cgroups that the bench made, none with a way out; all of it ends with the process.
+#![expect(clippy::print_stdout, reason = "the result goes to standard output")]
+
+mod compare;
+mod fit;
+mod hooks;
+mod machine;
+mod markdown;
+mod pages;
+mod path;
+mod plot;
+mod quantile;
+mod random;
+mod result;
+mod scale;
+mod sync;
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
+
+use anyhow::Context as _;
+use clap::{Args, Parser, Subcommand};
+
+use crate::result::{ResultFile, Run, Suite};
+
+/// Measures socklb.
+#[derive(Parser)]
+#[command(name = "bench")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Cost of a call with each hook
+    Hooks {
+        #[command(flatten)]
+        options: hooks::Options,
+        #[command(flatten)]
+        common: Common,
+    },
+    /// From the API server's events to the kernel's maps
+    Sync {
+        #[command(flatten)]
+        options: sync::Options,
+        #[command(flatten)]
+        common: Common,
+    },
+    /// The same work to an endpoint itself and through socklb, nftables and iptables
+    Path {
+        #[command(flatten)]
+        options: path::Options,
+        #[command(flatten)]
+        common: Common,
+    },
+    /// How costs grow with services and endpoints
+    Scale {
+        #[command(flatten)]
+        options: scale::Options,
+        #[command(flatten)]
+        common: Common,
+    },
+    /// Judges two results; ends with 1 on a regression
+    Compare {
+        #[arg(value_name = "OLD")]
+        old: PathBuf,
+        #[arg(value_name = "NEW")]
+        new: PathBuf,
+    },
+    /// Writes plots and tables of documents anew, from result files
+    Render {
+        /// The folder with the documents
+        #[arg(long, value_name = "DIR")]
+        root: PathBuf,
+    },
+    /// A client process of `path`
+    #[command(hide = true)]
+    Client(path::ClientArgs),
+    /// The server process of `path`
+    #[command(hide = true)]
+    Server,
+}
+
+/// What every suite can be told.
+#[derive(Args)]
+pub(crate) struct Common {
+    /// Small and short: shows that it works, not how fast it is
+    #[arg(long)]
+    smoke: bool,
+    /// Writes the result here
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Writes the tables here instead of printing them
+    #[arg(long, value_name = "FILE")]
+    markdown: Option<PathBuf>,
+    /// Writes the plots into this folder
+    #[arg(long, value_name = "DIR")]
+    svg: Option<PathBuf>,
+    /// The commit that is measured
+    #[arg(long, value_name = "REVISION", default_value = "unknown")]
+    commit: String,
+    /// The compiler that built this
+    #[arg(long, value_name = "VERSION", default_value = "")]
+    rustc: String,
+}
+
+impl Common {
+    /// Begins a result.
+    fn start(&self, suite: Suite) -> Run {
+        Run::start(suite, self.smoke, &self.commit, &self.rustc)
+    }
+
+    /// Hands a result over.
+    fn finish(&self, result: &ResultFile) -> anyhow::Result<()> {
+        if let Some(path) = &self.json {
+            result.write(path)?;
+        }
+        if let Some(directory) = &self.svg {
+            write_plots(directory, result)?;
+        }
+        let tables = markdown::suite(result);
+        if let Some(path) = &self.markdown {
+            fs::write(path, tables).with_context(|| format!("{}: cannot be written", path.display()))?;
+        } else {
+            println!("{tables}");
+        }
+        Ok(())
+    }
+}
+
+fn write_plots(directory: &Path, result: &ResultFile) -> anyhow::Result<()> {
+    fs::create_dir_all(directory).with_context(|| format!("{}: cannot be made", directory.display()))?;
+    for (name, picture) in plot::suite(result)? {
+        let path = directory.join(name);
+        fs::write(&path, picture).with_context(|| format!("{}: cannot be written", path.display()))?;
+    }
+    Ok(())
+}
+
+fn main() -> anyhow::Result<ExitCode> {
+    match Cli::parse().command {
+        Command::Hooks { options, common } => common.finish(&hooks::run(&options, &common)?)?,
+        Command::Sync { options, common } => common.finish(&sync::run(&options, &common)?)?,
+        Command::Path { options, common } => common.finish(&path::run(&options, &common)?)?,
+        Command::Scale { options, common } => common.finish(&scale::run(&options, &common)?)?,
+        Command::Client(args) => path::client(&args)?,
+        Command::Server => path::server()?,
+        Command::Render { root } => pages::render(&root)?,
+        Command::Compare { old, new } => {
+            let comparison = compare::compare(&ResultFile::read(&old)?, &ResultFile::read(&new)?)?;
+            print!("{}", comparison.text);
+            if comparison.n_regressions > 0 {
+                return Ok(ExitCode::FAILURE);
+            }
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,360 @@
+//! The result file: one format for all suites.
+//!
+//! # Invariants
+//!
+//! - A file holds all that the tables and plots of a suite show, so that they can be made again without measuring.
+//! - A series is known by its measure, target and size. Names are a promise: `bench compare` finds series of other runs by them.
+
+use std::{collections::BTreeMap, fmt, fs, path::Path};
+
+use anyhow::{Context as _, bail};
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    machine::Machine,
+    quantile::{QUANTILES, median, median_interval, quantile, rounded},
+};
+
+/// The version of the format.
+const FORMAT: u32 = 1;
+/// More blocks than this are joined, neighbours with each other: enough for intervals, and files stay readable.
+const MAX_BLOCKS: usize = 50;
+
+/// What is measured together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Suite {
+    /// What a call costs with each hook.
+    Hooks,
+    /// From the API server's events to the kernel's maps.
+    Sync,
+    /// The same work to an endpoint, through socklb, nftables and iptables.
+    Path,
+    /// How costs grow.
+    Scale,
+}
+
+impl Suite {
+    /// All of them, in the order in which they run.
+    pub(crate) const ALL: [Self; 4] = [Self::Hooks, Self::Sync, Self::Path, Self::Scale];
+
+    /// The name, which is also that of its files.
+    pub(crate) const fn name(self) -> &'static str {
+        match self {
+            Self::Hooks => "hooks",
+            Self::Sync => "sync",
+            Self::Path => "path",
+            Self::Scale => "scale",
+        }
+    }
+}
+
+/// What a series counts in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Unit {
+    /// Nanoseconds.
+    Nanoseconds,
+    /// Mebibytes.
+    Mebibytes,
+    /// Mebibytes in a second.
+    MebibytesPerSecond,
+    /// Pieces of work in a second.
+    PerSecond,
+    /// A plain number.
+    Count,
+    /// A share of one core, or another ratio.
+    Ratio,
+}
+
+/// Which way is better, for [`crate::compare`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Better {
+    Lower,
+    Higher,
+    /// Neither: it says how the measurement was.
+    Neither,
+}
+
+/// What a series is about.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub(crate) struct Key {
+    /// What was measured, in words.
+    pub(crate) measure: String,
+    /// Of what: a program, a competitor, a size in words.
+    pub(crate) target: String,
+    /// With how many services, where that varies.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) n_services: Option<u32>,
+}
+
+impl Key {
+    pub(crate) fn new(measure: &str, target: &str) -> Self {
+        Self { measure: measure.to_owned(), target: target.to_owned(), n_services: None }
+    }
+
+    pub(crate) fn at(self, n_services: u32) -> Self {
+        Self { n_services: Some(n_services), ..self }
+    }
+}
+
+impl fmt::Display for Key {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}, {}", self.measure, self.target)?;
+        self.n_services.map_or(Ok(()), |n| write!(f, ", {n} services"))
+    }
+}
+
+/// Samples of one kind.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Series {
+    #[serde(flatten)]
+    pub(crate) key: Key,
+    pub(crate) unit: Unit,
+    pub(crate) better: Better,
+    /// How many samples there were.
+    pub(crate) n: usize,
+    /// By the names of [`QUANTILES`].
+    pub(crate) quantiles: BTreeMap<String, f64>,
+    /// An interval that holds the true median with 95 %, from the medians of blocks: neighbouring samples are alike, so that
+    /// an interval from single samples would be too narrow. Missing below 6 blocks.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) median_interval: Option<[f64; 2]>,
+    /// The medians of blocks of samples, in the order of time. Blocks with the same index of two targets of one measure were
+    /// measured one after the other, where a suite says so.
+    pub(crate) blocks: Vec<f64>,
+}
+
+impl Series {
+    /// A series of blocks of samples in the order of time. `None` without any sample.
+    pub(crate) fn new(key: Key, unit: Unit, better: Better, blocks: &[Vec<f64>]) -> Option<Self> {
+        let filled: Vec<&Vec<f64>> = blocks.iter().filter(|block| !block.is_empty()).collect();
+        let mut sorted: Vec<f64> = filled.iter().copied().flatten().copied().collect();
+        sorted.sort_unstable_by(f64::total_cmp);
+        let quantiles = QUANTILES
+            .iter()
+            .map(|(name, q)| Some(((*name).to_owned(), rounded(quantile(&sorted, *q)?))))
+            .collect::<Option<_>>()?;
+        let medians: Vec<f64> = filled
+            .chunks(filled.len().div_ceil(MAX_BLOCKS))
+            .map(|chunk| median(&chunk.iter().copied().flatten().copied().collect::<Vec<f64>>()))
+            .map(rounded)
+            .collect();
+        Some(Self {
+            key,
+            unit,
+            better,
+            n: sorted.len(),
+            quantiles,
+            median_interval: median_interval(&medians),
+            blocks: medians,
+        })
+    }
+
+    /// A quantile by its name, and 0 for a name that is not in the file.
+    pub(crate) fn at(&self, quantile: &str) -> f64 {
+        self.quantiles.get(quantile).copied().unwrap_or_default()
+    }
+
+    pub(crate) fn median(&self) -> f64 {
+        self.at("p50")
+    }
+}
+
+/// Something that could not be measured here.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Unavailable {
+    pub(crate) target: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) n_services: Option<u32>,
+    pub(crate) reason: String,
+}
+
+/// A run of one suite.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct ResultFile {
+    pub(crate) format: u32,
+    pub(crate) suite: Suite,
+    /// Small and short: shows that the harness works, not how fast anything is.
+    pub(crate) is_smoke: bool,
+    /// The commit that was measured; ends with `-dirty` if files differed from it.
+    pub(crate) commit: String,
+    /// When the run began, UTC.
+    pub(crate) started: String,
+    /// How long it took.
+    pub(crate) seconds: f64,
+    pub(crate) machine: Machine,
+    /// Of the programs that took part.
+    pub(crate) versions: BTreeMap<String, String>,
+    /// What the run was asked for.
+    pub(crate) settings: BTreeMap<String, String>,
+    pub(crate) unavailable: Vec<Unavailable>,
+    pub(crate) series: Vec<Series>,
+}
+
+impl ResultFile {
+    /// Reads a file.
+    ///
+    /// # Errors
+    ///
+    /// If it cannot be read or is of another format.
+    pub(crate) fn read(path: &Path) -> anyhow::Result<Self> {
+        let text = fs::read_to_string(path).with_context(|| format!("{}: cannot be read", path.display()))?;
+        let file: Self = serde_json::from_str(&text)
+            .with_context(|| format!("{}: no result of `cargo xtask bench`", path.display()))?;
+        if file.format != FORMAT {
+            bail!("{}: format {}, this program reads {FORMAT}", path.display(), file.format);
+        }
+        Ok(file)
+    }
+
+    /// Writes the file, one series to a line, so that a difference between two can be read.
+    ///
+    /// # Errors
+    ///
+    /// If it cannot be written.
+    pub(crate) fn write(&self, path: &Path) -> anyhow::Result<()> {
+        let head = Self { series: Vec::new(), ..self.clone() };
+        let head = serde_json::to_string_pretty(&head)?;
+        let lines = self.series.iter().map(serde_json::to_string).collect::<Result<Vec<_>, _>>()?;
+        // Pretty-printed, an empty list at the end is `"series": []` and the closing brace.
+        let head = head.strip_suffix("]\n}").context("the list of series is the last field")?;
+        let text = format!("{head}\n    {}\n  ]\n}}\n", lines.join(",\n    "));
+        fs::write(path, text).with_context(|| format!("{}: cannot be written", path.display()))
+    }
+
+    /// The series of a key.
+    pub(crate) fn find(&self, key: &Key) -> Option<&Series> {
+        self.series.iter().find(|series| series.key == *key)
+    }
+
+    /// The series of a measure, in the order of the file.
+    pub(crate) fn of<'a>(&'a self, measure: &'a str) -> impl Iterator<Item = &'a Series> {
+        self.series.iter().filter(move |series| series.key.measure == measure)
+    }
+}
+
+/// A result under construction.
+pub(crate) struct Run {
+    started: std::time::Instant,
+    file: ResultFile,
+}
+
+impl Run {
+    /// Begins. `commit` and `rustc` come from whoever built this program.
+    pub(crate) fn start(suite: Suite, is_smoke: bool, commit: &str, rustc: &str) -> Self {
+        let machine = Machine::observe();
+        let mut versions = BTreeMap::from([("socklb".to_owned(), env!("CARGO_PKG_VERSION").to_owned())]);
+        // Unoptimised, the processes that are measured are slower; the programs in the kernel are the same.
+        let build = if cfg!(debug_assertions) { "debug" } else { "release" };
+        versions.insert("build".to_owned(), build.to_owned());
+        if !rustc.is_empty() {
+            versions.insert("rustc".to_owned(), rustc.to_owned());
+        }
+        let file = ResultFile {
+            format: FORMAT,
+            suite,
+            is_smoke,
+            commit: commit.to_owned(),
+            started: jiff::Timestamp::now().strftime("%Y-%m-%dT%H:%M:%SZ").to_string(),
+            seconds: 0.0,
+            machine,
+            versions,
+            settings: BTreeMap::new(),
+            unavailable: Vec::new(),
+            series: Vec::new(),
+        };
+        Self { started: std::time::Instant::now(), file }
+    }
+
+    pub(crate) fn setting(&mut self, name: &str, value: impl fmt::Display) {
+        self.file.settings.insert(name.to_owned(), value.to_string());
+    }
+
+    pub(crate) fn versions(&mut self, versions: BTreeMap<String, String>) {
+        self.file.versions.extend(versions);
+    }
+
+    pub(crate) fn unavailable(&mut self, target: &str, n_services: Option<u32>, reason: impl fmt::Display) {
+        let reason = reason.to_string();
+        eprintln!("{target}: not available: {reason}");
+        self.file.unavailable.push(Unavailable { target: target.to_owned(), n_services, reason });
+    }
+
+    /// Adds samples; nothing if there are none.
+    pub(crate) fn series(&mut self, key: Key, unit: Unit, better: Better, blocks: &[Vec<f64>]) {
+        self.file.series.extend(Series::new(key, unit, better, blocks));
+    }
+
+    /// Adds one figure.
+    pub(crate) fn figure(&mut self, key: Key, unit: Unit, better: Better, value: f64) {
+        self.series(key, unit, better, &[vec![value]]);
+    }
+
+    pub(crate) fn finish(mut self) -> ResultFile {
+        self.file.seconds = rounded(self.started.elapsed().as_secs_f64());
+        self.file.machine.load_after = crate::machine::load();
+        self.file
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    /// A file with given series, for tests of what reads files.
+    pub(crate) fn file(suite: Suite, series: Vec<Series>) -> ResultFile {
+        let mut file = Run::start(suite, false, "0000000", "").finish();
+        (file.seconds, file.started) = (1.5, "2026-01-01T00:00:00Z".to_owned());
+        file.series = series;
+        file
+    }
+
+    pub(crate) fn series(measure: &str, target: &str, n_services: u32, blocks: &[f64]) -> Series {
+        let key = Key::new(measure, target).at(n_services);
+        let blocks: Vec<Vec<f64>> = blocks.iter().map(|value| vec![*value]).collect();
+        Series::new(key, Unit::Nanoseconds, Better::Lower, &blocks).unwrap()
+    }
+
+    #[test]
+    fn what_is_written_is_read() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("result.json");
+        for n in [0, 1, 3] {
+            let all = (0..n).map(|n| series("connect", "socklb", n, &[1.0, 2.0, 3.0])).collect();
+            let written = file(Suite::Path, all);
+            written.write(&path).unwrap();
+            assert_eq!(ResultFile::read(&path).unwrap(), written, "{n} series");
+        }
+    }
+
+    #[test]
+    fn other_files_are_refused_with_their_name() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("result.json");
+        for text in ["", "{}", "[1]", "\0"] {
+            fs::write(&path, text).unwrap();
+            let error = format!("{:#}", ResultFile::read(&path).unwrap_err());
+            assert!(error.contains("result.json"), "{error}");
+        }
+        let newer = ResultFile { format: FORMAT + 1, ..file(Suite::Path, Vec::new()) };
+        newer.write(&path).unwrap();
+        assert!(ResultFile::read(&path).unwrap_err().to_string().contains("format 2"));
+    }
+
+    #[test]
+    fn many_blocks_are_joined_with_their_neighbours() {
+        let blocks: Vec<Vec<f64>> = (0..1000_u32).map(|block| vec![f64::from(block)]).collect();
+        let series = Series::new(Key::new("m", "t"), Unit::Count, Better::Neither, &blocks).unwrap();
+        assert_eq!((series.n, series.blocks.len()), (1000, MAX_BLOCKS));
+        assert!((series.blocks[0] - 9.5).abs() < 1e-9, "{}", series.blocks[0]);
+        assert!(series.median_interval.is_some());
+    }
+
+    #[test]
+    fn nothing_is_no_series() {
+        assert_eq!(Series::new(Key::new("m", "t"), Unit::Count, Better::Neither, &[]), None);
+        assert_eq!(Series::new(Key::new("m", "t"), Unit::Count, Better::Neither, &[Vec::new()]), None);
+    }
+}

@@ -1,0 +1,126 @@
+//! `bench --smoke`: the harness of the benches works. Nothing here looks at a time.
+
+use std::{collections::BTreeSet, env, fs, path::Path};
+
+use lb_tests::{Feature, require};
+use serde_json::Value;
+
+use crate::process::{run, text};
+
+/// Runs a suite, small and short, and returns its result.
+fn smoke(suite: &str, arguments: &[&str]) -> Value {
+    let directory = tempfile::tempdir().unwrap();
+    let file = |name: &str| directory.path().join(name).to_str().unwrap().to_owned();
+    let (json, tables) = (file("result.json"), file("tables.md"));
+    let fixed = [
+        suite,
+        "--smoke",
+        "--json",
+        &json,
+        "--markdown",
+        &tables,
+        "--svg",
+        directory.path().to_str().unwrap(),
+    ];
+    let _printed = text(bench(), &[&fixed[..], arguments].concat());
+    let result: Value = serde_json::from_str(&fs::read_to_string(&json).unwrap()).unwrap();
+    assert_eq!((&result["suite"], &result["is_smoke"]), (&suite.into(), &true.into()));
+    for series in result["series"].as_array().unwrap() {
+        let n = series["n"].as_u64().unwrap();
+        assert!(n > 0 && series["quantiles"]["p50"].is_number() && series["blocks"].is_array(), "{series}");
+    }
+    assert!(fs::read_to_string(&tables).unwrap().starts_with(&format!("# {suite}\n")));
+    // A result is the same as itself, whatever it says.
+    let comparison = text(bench(), &["compare", &json, &json]);
+    assert!(comparison.contains("0 regressions"), "{comparison}");
+    result
+}
+
+fn bench() -> &'static str {
+    env!("CARGO_BIN_EXE_bench")
+}
+
+fn can_run() -> bool {
+    require(Feature::Programs)
+        && require(Feature::Variable("SOCKLB_BENCH_OBJECT"))
+        && require(Feature::Variable("SOCKLB_BIN"))
+}
+
+fn names<'a>(result: &'a Value, field: &str) -> BTreeSet<&'a str> {
+    result["series"].as_array().unwrap().iter().filter_map(|series| series[field].as_str()).collect()
+}
+
+#[test]
+fn hooks() {
+    if !can_run() {
+        return;
+    }
+    let result = smoke("hooks", &["--object", &env::var("SOCKLB_BENCH_OBJECT").unwrap()]);
+    let targets = names(&result, "target");
+    assert!(targets.contains("socklb") && targets.contains("empty"), "{targets:?}");
+}
+
+#[test]
+fn sync() {
+    if !can_run() {
+        return;
+    }
+    let result = smoke("sync", &["--socklb", &env::var("SOCKLB_BIN").unwrap()]);
+    let measures = names(&result, "measure");
+    assert!(measures.contains("process start to maps that are right"), "{measures:?}");
+}
+
+#[test]
+fn scale() {
+    if !can_run() {
+        return;
+    }
+    let (object, socklb) = (env::var("SOCKLB_BENCH_OBJECT").unwrap(), env::var("SOCKLB_BIN").unwrap());
+    let result = smoke("scale", &["--object", &object, "--socklb", &socklb]);
+    let measures = names(&result, "measure");
+    for measure in ["maps", "re-connect, any service", "event to map, one change at a time"] {
+        assert!(measures.contains(measure), "{measures:?}");
+    }
+}
+
+/// A competitor is measured, or the result says why not.
+#[test]
+fn path() {
+    if !can_run() {
+        return;
+    }
+    let result = smoke("path", &[]);
+    let targets = names(&result, "target");
+    let missing: BTreeSet<&str> = result["unavailable"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .filter_map(|entry| entry["target"].as_str())
+        .collect();
+    for target in ["direct", "socklb", "nftables", "iptables"] {
+        assert!(targets.contains(target) || missing.contains(target), "{targets:?} {missing:?}");
+    }
+    assert!(targets.contains("direct") && targets.contains("socklb"), "{missing:?}");
+    // What the counters are there to show, and no time: without NAT there is nothing to track.
+    let tracked = |target: &str| {
+        let mut series = result["series"].as_array().unwrap().iter();
+        let found = series.find(|series| {
+            series["measure"] == "keep-alive request: packets tracked" && series["target"] == target
+        });
+        found.map(|series| series["quantiles"]["p50"].as_f64().unwrap())
+    };
+    assert_eq!((tracked("direct"), tracked("socklb")), (Some(0.0), Some(0.0)));
+    assert!(tracked("nftables").is_none_or(|packets| packets > 0.5), "{:?}", tracked("nftables"));
+}
+
+#[test]
+fn broken_files_are_named() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("broken.json");
+    fs::write(&path, "{").unwrap();
+    for file in [path.as_path(), Path::new("no-such-file.json")] {
+        let output = run(bench(), &["compare", file.to_str().unwrap(), file.to_str().unwrap()]);
+        let error = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(!output.status.success() && error.contains(file.to_str().unwrap()), "{error}");
+    }
+}
