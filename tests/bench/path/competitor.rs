@@ -234,6 +234,7 @@ fn socklb(setup: Setup, sandbox: &Sandbox) -> anyhow::Result<(Kernel, Duration, 
         localhost_nodeports: true,
         node_netns: sandbox.netns().cookie(),
         features: Features::probe(),
+        excludes: false,
         log: false,
     };
     let whole = image(town, None);

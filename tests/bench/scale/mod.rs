@@ -128,6 +128,7 @@ fn open(sandbox: &Sandbox, capacity: Capacity) -> anyhow::Result<Kernel> {
         localhost_nodeports: true,
         node_netns: sandbox.netns().cookie(),
         features: Features::probe(),
+        excludes: false,
         log: false,
     };
     Ok(Kernel::open(&options, || {})?)
