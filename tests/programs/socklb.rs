@@ -63,7 +63,7 @@ impl Place {
         fs::rename(new, self.manifests.path().join("cluster.yaml")).unwrap();
     }
 
-    fn start(&self) -> Running {
+    pub(crate) fn start(&self) -> Running {
         self.start_with(&["--metrics-bind-address=", "--healthz-bind-address="])
     }
 
@@ -101,7 +101,7 @@ impl Place {
     }
 
     /// Arguments of a command that looks at the pinned state.
-    fn args<'a>(&'a self, command: &[&'a str]) -> Vec<&'a str> {
+    pub(crate) fn args<'a>(&'a self, command: &[&'a str]) -> Vec<&'a str> {
         let places = ["--pin-path", &self.pin_path, "--state-dir", self.state_dir.path().to_str().unwrap()];
         [command, &places[..]].concat()
     }

@@ -9,7 +9,9 @@ pub mod explain;
 pub mod inspect;
 pub mod listing;
 pub mod run;
+mod sample;
 pub mod status;
+pub mod top;
 
 use std::{io::Write as _, path::PathBuf, process::ExitCode};
 
@@ -41,6 +43,15 @@ enum Command {
     Check(check::CheckArgs),
     /// Say whether it is at work: agent, sources, maps, hooks, issues.
     Status(status::StatusArgs),
+    /// Watch calls by service and endpoint: rates, refusals, open sockets.
+    ///
+    /// On a terminal, a table that is kept up to date; keys sort, filter and end it. Elsewhere, with --count, and as
+    /// JSON or YAML, one answer after the other: the first at once, with totals since each port is served and without
+    /// rates, which are made from two looks. Needs no running agent.
+    ///
+    /// SOCKETS counts open sockets that last called a service, as far as a map lists them: a socket that found its
+    /// places taken is not counted.
+    Top(top::TopArgs),
     /// Detach the programs and delete the maps, and nothing else.
     Cleanup(PinArgs),
     /// Print a completion script for a shell, to be sourced or put where the shell looks for them.
@@ -75,6 +86,7 @@ pub fn main() -> ExitCode {
         Command::Explain(args) => inspect::explain(&args),
         Command::Check(args) => check::check(&args),
         Command::Status(args) => status::status(&args),
+        Command::Top(args) => top::top(&args),
         Command::Completions(args) => complete::completions(&args, Cli::command()),
         Command::Man(args) => complete::man(&args, Cli::command()),
         Command::Cleanup(args) => inspect::cleanup(&args),
@@ -97,12 +109,16 @@ pub fn main() -> ExitCode {
 ///
 /// If standard output takes no more, as when a disk is full.
 fn show(text: &str) -> anyhow::Result<()> {
+    show_more(text).map(drop)
+}
+
+/// The same for a text that goes on: returns whether somebody still reads.
+fn show_more(text: &str) -> anyhow::Result<bool> {
     let mut out = std::io::stdout().lock();
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
-        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
-            Err(error).context("standard output takes no more")
-        }
-        _ => Ok(()),
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(false),
+        Err(error) => Err(error).context("standard output takes no more"),
     }
 }
 
