@@ -1,4 +1,4 @@
-//! `socklb top`, beside calls of programs.
+//! `socklb top` and `socklb monitor`, beside calls of programs.
 
 use std::{
     fs::File,
@@ -14,7 +14,8 @@ use lb_userspace::model::Protocol::{Tcp, Udp};
 use nix::{
     errno::Errno,
     pty::{OpenptyResult, Winsize, openpty},
-    sys::signal::Signal,
+    sys::signal::{Signal, kill},
+    unistd::Pid,
 };
 use serde_json::Value;
 
@@ -191,5 +192,74 @@ fn top_on_a_terminal_obeys_keys_and_leaves_it_as_it_was() {
         terminal.press("q");
         terminal.until("\u{1b}[?1049l");
         assert_eq!(terminal.child.wait().unwrap().code(), Some(0));
+    });
+}
+
+/// Reads a stream of JSON while calls are made.
+fn monitored(place: &Place, flags: &[&str], calls: impl FnOnce()) -> Vec<Value> {
+    let args = place.args(&[&["monitor", "-o", "json", "--interval", "10ms"], flags].concat());
+    let mut child = Command::new(&place.binary).args(args).stdout(Stdio::piped()).spawn().unwrap();
+    // What is there before the first look is not new: give it the time for one.
+    let lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    thread::scope(|scope| {
+        let reader = scope.spawn(|| {
+            lines.map(|line| serde_json::from_str(&line.unwrap()).unwrap()).collect::<Vec<Value>>()
+        });
+        thread::sleep(Duration::from_secs(2));
+        calls();
+        thread::sleep(Duration::from_millis(500));
+        kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGTERM).unwrap();
+        assert_eq!(child.wait().unwrap().code(), Some(0));
+        reader.join().unwrap()
+    })
+}
+
+#[test]
+fn monitor_shows_new_connections_and_counts_the_others() {
+    with_town(|place, town| {
+        serve(place, town);
+        let before = Socket::new(Domain::V4, Tcp);
+        before.connect(town::web()[0]).unwrap();
+        let mut held = Vec::new();
+        let lines = monitored(place, &[], || {
+            for (protocol, service) in [(Tcp, town::web()[0]), (Tcp, town::web()[1]), (Udp, town::dns()[0])] {
+                let socket = Socket::new(Domain::of(service.ip()), protocol);
+                socket.connect(service).unwrap();
+                held.push(socket);
+            }
+            // Gone before anybody looks, mostly.
+            for _ in 0..20 {
+                assert!(is_up(town::web()[0]));
+            }
+            assert_eq!(call(town::empty(), Tcp), Err(Errno::ECONNREFUSED));
+        });
+        let shown = |name: &str| -> Vec<&Value> {
+            lines.iter().filter(|line| line["event"] == "connection" && line["name"] == name).collect()
+        };
+        let web = shown("web-v4");
+        assert!(!web.is_empty() && web.len() <= 21, "{lines:#?}");
+        assert_eq!((&web[0]["service"], &web[0]["protocol"]), (&"10.96.0.80:80".into(), &"TCP".into()));
+        assert!(web[0]["endpoint"].as_str().unwrap().ends_with(":8080"), "{}", web[0]);
+        assert_eq!((shown("web-v6").len(), shown("dns-udp-v4").len(), shown("dns-tcp-v4").len()), (1, 1, 0));
+        let summary = lines.last().unwrap();
+        assert_eq!(summary["event"], "summary", "{summary}");
+        let n_shown = u64::try_from(lines.len() - 1).unwrap();
+        assert_eq!((number(summary, "connects"), number(summary, "refused")), (23, 1), "{summary}");
+        assert_eq!(
+            (number(summary, "shown"), number(summary, "unseen")),
+            (n_shown, 23 - n_shown),
+            "{summary}"
+        );
+
+        // Only what was asked for is shown and counted.
+        let lines = monitored(place, &["--service", "default/web-v6", "--protocol", "tcp"], || {
+            for service in town::web() {
+                let socket = Socket::new(Domain::of(service.ip()), Tcp);
+                socket.connect(service).unwrap();
+                held.push(socket);
+            }
+        });
+        assert_eq!(lines.len(), 2, "{lines:#?}");
+        assert_eq!((&lines[0]["name"], number(&lines[1], "connects")), (&"web-v6".into(), 1), "{lines:#?}");
     });
 }

@@ -8,6 +8,7 @@ pub mod demo;
 pub mod explain;
 pub mod inspect;
 pub mod listing;
+pub mod monitor;
 pub mod run;
 mod sample;
 pub mod status;
@@ -52,6 +53,16 @@ enum Command {
     /// SOCKETS counts open sockets that last called a service, as far as a map lists them: a socket that found its
     /// places taken is not counted.
     Top(top::TopArgs),
+    /// Watch connections as they are made: a sample.
+    ///
+    /// Looks at the records that sockets leave when a call is pointed at an endpoint, and prints those that are new:
+    /// when it was seen, the service, the address called, the endpoint and its node, the socket. The programs do
+    /// nothing for it, so that watching costs a call nothing.
+    ///
+    /// It is a sample: sockets that come and go between two looks are missed, and so are calls that are refused, further
+    /// datagrams on the same way, and sockets that found their places in the table taken. Lines with # (in JSON: event
+    /// summary), every ten seconds and at the end, tell how many calls the counters saw, and how many went by unseen.
+    Monitor(monitor::MonitorArgs),
     /// Detach the programs and delete the maps, and nothing else.
     Cleanup(PinArgs),
     /// Print a completion script for a shell, to be sourced or put where the shell looks for them.
@@ -87,6 +98,7 @@ pub fn main() -> ExitCode {
         Command::Check(args) => check::check(&args),
         Command::Status(args) => status::status(&args),
         Command::Top(args) => top::top(&args),
+        Command::Monitor(args) => monitor::monitor(&args),
         Command::Completions(args) => complete::completions(&args, Cli::command()),
         Command::Man(args) => complete::man(&args, Cli::command()),
         Command::Cleanup(args) => inspect::cleanup(&args),

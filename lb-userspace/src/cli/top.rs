@@ -40,7 +40,7 @@ use crate::kernel::{Features, KernelError};
 #[derive(Debug, Args)]
 pub struct TopArgs {
     /// Time between two looks, 100ms at least.
-    #[arg(long, default_value = "1s", value_name = "DURATION", value_parser = interval)]
+    #[arg(long, default_value = "1s", value_name = "DURATION", value_parser = |text: &str| interval(text, SHORTEST))]
     interval: Duration,
     /// End after this many answers; without, go on until Ctrl-C.
     #[arg(short = 'n', long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
@@ -69,9 +69,13 @@ const SHORTEST: Duration = Duration::from_millis(100);
 /// How soon a signal is noticed while keys are waited for.
 const SIGNALS: Duration = Duration::from_millis(100);
 
-fn interval(text: &str) -> Result<Duration, String> {
+/// Parses a time between two looks.
+pub(super) fn interval(text: &str, shortest: Duration) -> Result<Duration, String> {
     let interval = config::duration(text)?;
-    if interval < SHORTEST { Err("expected 100ms or more".to_owned()) } else { Ok(interval) }
+    if interval < shortest {
+        return Err(format!("expected {}ms or more", shortest.as_millis()));
+    }
+    Ok(interval)
 }
 
 /// Looks, and remembers the look before.
