@@ -9,12 +9,12 @@ use tokio::{
 };
 
 use super::{
-    Access, Error, Timing,
+    Access, Error, Timing, events,
     follow::{Follower, follow},
     kinds::{Change, News, Nodes, Services, Slices, Trimmed},
 };
 use crate::{
-    model::{Changes, Issue, ObjectKind, ObjectRef, ServiceKey, SliceKey, Store, ingest},
+    model::{Changes, Issue, ObjectKind, ObjectRef, ServiceKey, SliceKey, Store, ingest, notice::Telling},
     source::{Arrival, Source},
 };
 
@@ -33,10 +33,11 @@ pub struct KubeSource {
     listed: Listed,
     issues: BTreeMap<ObjectRef, Vec<Issue>>,
     arrivals: Vec<Arrival>,
+    notices: mpsc::Sender<Telling>,
     /// Changes that the cluster saw before are not late because of this agent.
     started: Timestamp,
-    /// Ended on drop.
-    _watches: JoinSet<()>,
+    /// Watches, and whoever tells notices. Ended on drop.
+    _tasks: JoinSet<()>,
 }
 
 /// The kinds whose first list is applied.
@@ -67,11 +68,13 @@ impl KubeSource {
         let (client, server) = access.client().await?;
         let (sender, news) = mpsc::channel(QUEUE);
         let selector = ingest::label_selector(service_proxy_name);
+        let (notices, untold) = mpsc::channel(events::QUEUE);
+        let mut tasks = JoinSet::new();
+        tasks.spawn(events::record(client.clone(), untold));
         let follower = Follower { client, timing, selector, news: sender };
-        let mut watches = JoinSet::new();
-        watches.spawn(follow::<Services>(follower.clone()));
-        watches.spawn(follow::<Slices>(follower.clone()));
-        watches.spawn(follow::<Nodes>(follower));
+        tasks.spawn(follow::<Services>(follower.clone()));
+        tasks.spawn(follow::<Slices>(follower.clone()));
+        tasks.spawn(follow::<Nodes>(follower));
         Ok(Self {
             server,
             news,
@@ -79,8 +82,9 @@ impl KubeSource {
             listed: Listed::default(),
             issues: BTreeMap::new(),
             arrivals: Vec::new(),
+            notices,
             started: Timestamp::now(),
-            _watches: watches,
+            _tasks: tasks,
         })
     }
 
@@ -192,5 +196,14 @@ impl Source for KubeSource {
 
     fn take_arrivals(&mut self) -> Vec<Arrival> {
         std::mem::take(&mut self.arrivals)
+    }
+
+    fn room_for_notices(&self) -> usize {
+        self.notices.capacity()
+    }
+
+    fn tell(&self, telling: Telling) {
+        // Whoever asked for room first loses nothing.
+        let _lost_if_full = self.notices.try_send(telling);
     }
 }

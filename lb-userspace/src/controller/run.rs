@@ -26,7 +26,10 @@ use crate::{
         self, Kernel, KernelError,
         store::{Findings, Maps},
     },
-    model::Issue,
+    model::{
+        Issue,
+        notice::{Ledger, NodeNews},
+    },
     plan::audit::Faults,
     serve::{
         self, ListenError, Listeners, Question,
@@ -120,6 +123,9 @@ pub async fn run(
     let health_ports = tokio::spawn(health_ports::run(wanted, signs_of_life, reporting));
     let Timers { mut interfaces, mut snapshots, mut audits } = Timers::start(options.audit_interval);
     let started = Instant::now();
+    let node_name = state.settings().node_name.clone();
+    let mut ledger = Ledger::new(node_name, started.into_std());
+    ledger.happened(&NodeNews::Attached);
     let mut agent = Agent {
         state,
         sweep: Sweep::new(options.kernel.clone())?,
@@ -130,6 +136,7 @@ pub async fn run(
         health_checks,
         port_issues: port_issues.clone(),
         reported: BTreeSet::new(),
+        ledger,
         saving: Saving::default(),
         writing: None,
         save_problem: None,
@@ -186,7 +193,11 @@ pub async fn run(
             }
             compared = ended(&mut agent.comparing), if agent.comparing.is_some() => agent.compared(compared),
             written = ended(&mut agent.writing), if agent.writing.is_some() => agent.saved(written),
-            _ = interfaces.tick() => agent.state.set_interfaces(interface_addresses()),
+            _ = interfaces.tick() => {
+                agent.state.set_interfaces(interface_addresses());
+                // What had to wait, or is to be told again.
+                agent.tell(&source);
+            }
             _ = snapshots.tick() => agent.save(),
             () = tick(&mut audits) => agent.compare(),
         }
@@ -257,6 +268,8 @@ struct Agent {
     port_issues: watch::Receiver<Vec<Issue>>,
     /// Issues that are in the log already.
     reported: BTreeSet<String>,
+    /// What the people behind the objects were told. News of a self-test belong here too.
+    ledger: Ledger,
     saving: Saving,
     /// The snapshot that is being written.
     writing: Option<Task<(), SnapshotError>>,
@@ -344,6 +357,7 @@ impl Agent {
             debug!(n_ops, n_frontends, ?took, "synced");
         } else {
             info!(n_ops, n_frontends, ?took, "synced for the first time");
+            self.ledger.happened(&NodeNews::Synced { n_frontends });
             kernel::syscall::return_free_memory();
         }
         self.metrics.synced(took, n_ops, SystemTime::now());
@@ -468,9 +482,7 @@ impl Agent {
 
     /// Logs issues that are new, once each, and those that are gone.
     fn report(&mut self, source: &impl Source) {
-        let of_ports = self.port_issues.borrow().clone();
-        let issues = source.issues().into_iter().chain(self.state.issues()).chain(of_ports);
-        let now: BTreeSet<String> = issues.map(|issue| issue.to_string()).collect();
+        let now: BTreeSet<String> = self.issues(source).into_iter().map(|issue| issue.to_string()).collect();
         self.metrics.issues(now.len());
         for issue in now.difference(&self.reported) {
             warn!("{issue}");
@@ -479,6 +491,24 @@ impl Agent {
             info!("no longer: {issue}");
         }
         self.reported = now;
+        self.tell(source);
+    }
+
+    /// Everything that is wrong at the moment.
+    fn issues(&self, source: &impl Source) -> Vec<Issue> {
+        let of_ports = self.port_issues.borrow().clone();
+        source.issues().into_iter().chain(self.state.issues()).chain(of_ports).collect()
+    }
+
+    /// Tells the people behind the objects what is new to them. Does not wait for anybody.
+    fn tell(&mut self, source: &impl Source) {
+        let room = source.room_for_notices();
+        if room == 0 {
+            return;
+        }
+        for telling in self.ledger.due(self.issues(source), room, Instant::now().into_std()) {
+            source.tell(telling);
+        }
     }
 
     /// Begins to write the snapshot, if it is out of date. The loop goes on meanwhile: to write the objects of ten
