@@ -224,8 +224,8 @@ fn events_tell_of_conflicts_and_of_the_agent() {
         let conflict = of("AddressConflict").remove(0);
         assert_eq!((&conflict["type"], &conflict["series"]), (&"Warning".into(), &Value::Null), "{conflict}");
         assert_eq!(conflict["reportingInstance"], "node", "{conflict}");
-        let note = conflict["note"].as_str().unwrap();
-        assert!(note.contains(&service.to_string()) && note.contains("default/"), "{note}");
+        let text = conflict["note"].as_str().unwrap();
+        assert!(text.contains(&service.to_string()) && text.contains("default/"), "{text}");
         let regarding = &conflict["regarding"];
         assert!(regarding["uid"].as_str().is_some_and(|uid| uid.len() == 36), "{regarding}");
         assert!(matches!(regarding["name"].as_str(), Some("a" | "b")), "{regarding}");

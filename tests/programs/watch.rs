@@ -130,11 +130,11 @@ impl Terminal {
     fn run(command: &mut Command) -> Self {
         let size = Winsize { ws_row: 30, ws_col: 100, ws_xpixel: 0, ws_ypixel: 0 };
         let OpenptyResult { master, slave } = openpty(Some(&size), None).unwrap();
-        let side = || Stdio::from(slave.try_clone().unwrap());
+        let end_of_program = || Stdio::from(slave.try_clone().unwrap());
         let child = command
             .env("TERM", "xterm-256color")
-            .stdin(side())
-            .stdout(side())
+            .stdin(end_of_program())
+            .stdout(end_of_program())
             .stderr(Stdio::null())
             .spawn()
             .unwrap();

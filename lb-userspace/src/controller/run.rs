@@ -123,10 +123,8 @@ pub async fn run(
     let health_ports = tokio::spawn(health_ports::run(wanted, signs_of_life, reporting));
     let Timers { mut interfaces, mut snapshots, mut audits } = Timers::start(options.audit_interval);
     let started = Instant::now();
-    let node_name = state.settings().node_name.clone();
-    let mut ledger = Ledger::new(node_name, started.into_std());
-    ledger.happened(&NodeNews::Attached);
     let mut agent = Agent {
+        ledger: Ledger::new(state.settings().node_name.clone(), started.into_std()),
         state,
         sweep: Sweep::new(options.kernel.clone())?,
         kernel,
@@ -136,7 +134,6 @@ pub async fn run(
         health_checks,
         port_issues: port_issues.clone(),
         reported: BTreeSet::new(),
-        ledger,
         saving: Saving::default(),
         writing: None,
         save_problem: None,
@@ -144,6 +141,7 @@ pub async fn run(
         has_synced: false,
         latency: Latency::default(),
     };
+    agent.ledger.happened(&NodeNews::Attached);
     agent.forward_program_log();
     let mut not_before = started;
     // Whether more may come, and whether somebody reports issues of ports.
@@ -193,11 +191,7 @@ pub async fn run(
             }
             compared = ended(&mut agent.comparing), if agent.comparing.is_some() => agent.compared(compared),
             written = ended(&mut agent.writing), if agent.writing.is_some() => agent.saved(written),
-            _ = interfaces.tick() => {
-                agent.state.set_interfaces(interface_addresses());
-                // What had to wait, or is to be told again.
-                agent.tell(&source);
-            }
+            _ = interfaces.tick() => agent.look_around(&source),
             _ = snapshots.tick() => agent.save(),
             () = tick(&mut audits) => agent.compare(),
         }
@@ -491,6 +485,12 @@ impl Agent {
             info!("no longer: {issue}");
         }
         self.reported = now;
+        self.tell(source);
+    }
+
+    /// Does what time alone asks for: addresses may have changed, and what had to wait may be told now.
+    fn look_around(&mut self, source: &impl Source) {
+        self.state.set_interfaces(interface_addresses());
         self.tell(source);
     }
 

@@ -96,21 +96,28 @@ impl Notice {
 
     /// What people who look at a Node are told of its agent.
     #[must_use]
-    pub fn of_node(node: &str, news: &NodeNews) -> Self {
-        let object = ObjectRef::node(node);
-        let (is_warning, reason, action, note) = match news {
-            NodeNews::Attached => {
-                (false, "Starting", "StartSocklb", "socklb has attached its programs".to_owned())
-            }
-            NodeNews::Synced { n_frontends } => {
-                let note = format!("socklb follows the cluster: the kernel holds {n_frontends} frontends");
-                (false, "Synced", "StartSocklb", note)
-            }
-            NodeNews::SelfTestFailed { problem } => {
-                (true, "SelfTestFailed", "SelfTest", format!("socklb: {problem}"))
-            }
+    pub fn of_node(name: &str, news: &NodeNews) -> Self {
+        let of = |is_warning, reason, action, note| Self {
+            object: ObjectRef::node(name),
+            is_warning,
+            reason,
+            action,
+            note,
         };
-        Self { object, is_warning, reason, action, note }
+        match news {
+            NodeNews::Attached => {
+                of(false, "Starting", "StartSocklb", "socklb has attached its programs".to_owned())
+            }
+            NodeNews::Synced { n_frontends } => of(
+                false,
+                "Synced",
+                "StartSocklb",
+                format!("socklb follows the cluster: the kernel holds {n_frontends} frontends"),
+            ),
+            NodeNews::SelfTestFailed { problem } => {
+                of(true, "SelfTestFailed", "SelfTest", format!("socklb: {problem}"))
+            }
+        }
     }
 }
 
