@@ -25,6 +25,7 @@ use lb_userspace::{
     source::Source as _,
 };
 use nix::errno::Errno;
+use serde_json::Value;
 use tokio::sync::watch;
 
 use crate::follower::{PATIENCE, open, runtime, service_address};
@@ -201,5 +202,48 @@ fn a_scrape_tells_of_changes_and_calls() {
             });
         });
         assert!(TcpListener::bind(metrics).is_ok(), "nobody listens once the agent has ended");
+    });
+}
+
+/// Who looks at a Service with kubectl is told what is wrong with it, once, and after a restart as the same Event.
+#[test]
+fn events_tell_of_conflicts_and_of_the_agent() {
+    if !require(Feature::Programs) {
+        return;
+    }
+    Sandbox::run(|sandbox| {
+        let (service, state_dir) = (service_address(0), tempfile::tempdir().unwrap());
+        let mut objects = Cluster::new();
+        objects.serve("a", service, Tcp, &[]);
+        objects.serve("b", service, Tcp, &[]);
+        let server = ApiServer::start();
+        server.set(&objects);
+        let of = |reason: &str| -> Vec<Value> {
+            server.events().into_iter().filter(|event| event["reason"] == reason).collect()
+        };
+        with_agent(sandbox, &server, state_dir.path(), None, || {
+            until("the conflict is told", || of("AddressConflict").len() == 1);
+            until("the first sync is told", || of("Synced").len() == 1);
+        });
+        let conflict = of("AddressConflict").remove(0);
+        assert_eq!((&conflict["type"], &conflict["series"]), (&"Warning".into(), &Value::Null), "{conflict}");
+        assert_eq!(conflict["reportingInstance"], "node", "{conflict}");
+        let text = conflict["note"].as_str().unwrap();
+        assert!(text.contains(&service.to_string()) && text.contains("default/"), "{text}");
+        let regarding = &conflict["regarding"];
+        assert!(regarding["uid"].as_str().is_some_and(|uid| uid.len() == 36), "{regarding}");
+        assert!(matches!(regarding["name"].as_str(), Some("a" | "b")), "{regarding}");
+        let starting = of("Starting").remove(0);
+        let node = &starting["regarding"];
+        assert_eq!(
+            (&node["kind"], &node["name"], &node["uid"]),
+            (&"Node".into(), &"node".into(), &"node".into())
+        );
+        assert_eq!(starting["metadata"]["namespace"], "default");
+
+        with_agent(sandbox, &server, state_dir.path(), None, || {
+            until("it is told again", || of("AddressConflict")[0]["series"]["count"] == 2);
+        });
+        assert_eq!((of("AddressConflict").len(), of("Starting").len()), (1, 1), "{:#?}", server.events());
     });
 }

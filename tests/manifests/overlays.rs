@@ -46,7 +46,7 @@ fn kubernetes_knows_every_field() {
 }
 
 #[test]
-fn the_agent_may_read_what_it_serves_and_nothing_else() {
+fn the_agent_may_read_what_it_serves_and_write_events_and_nothing_else() {
     for_each(|name, rendered| {
         let role: ClusterRole = rendered.one("ClusterRole");
         let rules: BTreeMap<String, BTreeSet<String>> = role
@@ -64,9 +64,16 @@ fn the_agent_may_read_what_it_serves_and_nothing_else() {
                 groups.iter().flat_map(of_group).collect::<Vec<_>>()
             })
             .collect();
-        let read = BTreeSet::from(["list".to_owned(), "watch".to_owned()]);
-        let wanted = ["/nodes", "/pods", "/services", "discovery.k8s.io/endpointslices"];
-        assert_eq!(rules, wanted.map(|name| (name.to_owned(), read.clone())).into(), "{name}");
+        let (read, write) = (["list", "watch"], ["create", "patch"]);
+        let wanted = [
+            ("/nodes", read),
+            ("/pods", read),
+            ("/services", read),
+            ("discovery.k8s.io/endpointslices", read),
+            ("events.k8s.io/events", write),
+        ];
+        let wanted = wanted.map(|(name, verbs)| (name.to_owned(), verbs.map(str::to_owned).into()));
+        assert_eq!(rules, wanted.into(), "{name}");
 
         let binding: ClusterRoleBinding = rendered.one("ClusterRoleBinding");
         let subject = &binding.subjects.unwrap()[0];

@@ -18,3 +18,4 @@ mod self_test;
 mod socklb;
 mod stale;
 mod town;
+mod watch;

@@ -63,7 +63,7 @@ impl Place {
         fs::rename(new, self.manifests.path().join("cluster.yaml")).unwrap();
     }
 
-    fn start(&self) -> Running {
+    pub(crate) fn start(&self) -> Running {
         self.start_with(&["--metrics-bind-address=", "--healthz-bind-address=", "--self-test-interval=0"])
     }
 

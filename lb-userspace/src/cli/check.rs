@@ -79,7 +79,8 @@ fn judge(host: &Host, is_beside_v1: bool) -> Vec<Finding> {
         finding(what, status, text.to_owned())
     };
     vec![
-        finding("kernel", Status::Ok, host.kernel.clone()),
+        kernel(&host.kernel),
+        btf(host.has_btf),
         judged(
             "cgroup v2",
             host.cgroup.as_ref().map(|path| {
@@ -135,6 +136,28 @@ fn judge(host: &Host, is_beside_v1: bool) -> Vec<Finding> {
             Err(error) => finding("other balancers", Status::Note, format!("cannot be asked for: {error}")),
         },
     ]
+}
+
+/// A note, not a fault: whether the programs are taken is tried, and distributions backport.
+fn kernel(release: &str) -> Finding {
+    let what = "kernel";
+    if KernelError::is_too_old(release) {
+        let found =
+            format!("{release}: older than Linux 5.10, which the programs are made for: take a newer one");
+        return Finding { what, status: Status::Note, found };
+    }
+    Finding { what, status: Status::Ok, found: release.to_owned() }
+}
+
+fn btf(has_btf: bool) -> Finding {
+    let (status, found) = if has_btf {
+        (Status::Ok, "the kernel tells its types")
+    } else {
+        let found = "no /sys/kernel/btf/vmlinux (CONFIG_DEBUG_INFO_BTF): the programs read no types of the kernel and need none; \
+                     other tools may";
+        (Status::Note, found)
+    };
+    Finding { what: "BTF", status, found: found.to_owned() }
 }
 
 fn capabilities(effective: u64) -> Finding {

@@ -249,27 +249,33 @@ fn endpoints_cell(row: &FrontendRow, room: usize) -> String {
 }
 
 fn cells(row: &FrontendRow) -> [String; 4] {
-    let service = match (row.name.is_empty(), row.port_name.is_empty()) {
-        (true, _) => "-".to_owned(),
-        (false, true) => format!("{}/{}", row.namespace, row.name),
-        (false, false) => format!("{}/{}:{}", row.namespace, row.name, row.port_name),
-    };
     let kind = if row.kind.is_empty() { "-" } else { row.kind };
     let address = FrontendAddress { ip: row.address, port: row.port, protocol: row.protocol };
-    let address = if row.address.is_unspecified() {
-        address.to_string().replacen(
-            &SocketAddr::new(row.address, row.port).to_string(),
-            &format!("*:{}", row.port),
-            1,
-        )
-    } else {
-        address.to_string()
-    };
     let policy = match row.policy {
         TrafficPolicy::Cluster => "Cluster",
         TrafficPolicy::Local => "Local",
     };
-    [service, kind.to_owned(), address, policy.to_owned()]
+    let service = service_text(&row.namespace, &row.name, &row.port_name);
+    [service, kind.to_owned(), address_text(address), policy.to_owned()]
+}
+
+/// A service port in tables: `namespace/name:port`, or a dash if no object is known.
+pub(super) fn service_text(namespace: &str, name: &str, port_name: &str) -> String {
+    match (name, port_name) {
+        ("", _) => "-".to_owned(),
+        (_, "") => format!("{namespace}/{name}"),
+        _ => format!("{namespace}/{name}:{port_name}"),
+    }
+}
+
+/// An address in tables, with a star for the one that stands for every node address.
+pub(super) fn address_text(address: FrontendAddress) -> String {
+    let text = address.to_string();
+    if !address.ip.is_unspecified() {
+        return text;
+    }
+    let numbers = SocketAddr::new(address.ip, address.port).to_string();
+    text.replacen(&numbers, &format!("*:{}", address.port), 1)
 }
 
 #[cfg(test)]

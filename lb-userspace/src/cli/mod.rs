@@ -8,9 +8,12 @@ pub mod demo;
 pub mod explain;
 pub mod inspect;
 pub mod listing;
+pub mod monitor;
 pub mod run;
+mod sample;
 pub mod self_test;
 pub mod status;
+pub mod top;
 
 use std::{io::Write as _, path::PathBuf, process::ExitCode};
 
@@ -42,6 +45,25 @@ enum Command {
     Check(check::CheckArgs),
     /// Say whether it is at work: agent, sources, maps, hooks, issues.
     Status(status::StatusArgs),
+    /// Watch calls by service and endpoint: rates, refusals, open sockets.
+    ///
+    /// On a terminal, a table that is kept up to date; keys sort, filter and end it. Elsewhere, with --count, and as
+    /// JSON or YAML, one answer after the other: the first at once, with totals since each port is served and without
+    /// rates, which are made from two looks. Needs no running agent.
+    ///
+    /// SOCKETS counts open sockets that last called a service, as far as a map lists them: a socket that found its
+    /// places taken is not counted.
+    Top(top::TopArgs),
+    /// Watch connections as they are made: a sample.
+    ///
+    /// Looks at the records that sockets leave when a call is pointed at an endpoint, and prints those that are new:
+    /// when it was seen, the service, the address called, the endpoint and its node, the socket. The programs do
+    /// nothing for it, so that watching costs a call nothing.
+    ///
+    /// It is a sample: sockets that come and go between two looks are missed, and so are calls that are refused, further
+    /// datagrams on the same way, and sockets that found their places in the table taken. Lines with # (in JSON: event
+    /// summary), every ten seconds and at the end, tell how many calls the counters saw, and how many went by unseen.
+    Monitor(monitor::MonitorArgs),
     /// Detach the programs and delete the maps, and nothing else.
     Cleanup(PinArgs),
     /// Print a completion script for a shell, to be sourced or put where the shell looks for them.
@@ -79,6 +101,8 @@ pub fn main() -> ExitCode {
         Command::Explain(args) => inspect::explain(&args),
         Command::Check(args) => check::check(&args),
         Command::Status(args) => status::status(&args),
+        Command::Top(args) => top::top(&args),
+        Command::Monitor(args) => monitor::monitor(&args),
         Command::Completions(args) => complete::completions(&args, Cli::command()),
         Command::Man(args) => complete::man(&args, Cli::command()),
         Command::Cleanup(args) => inspect::cleanup(&args),
@@ -102,12 +126,16 @@ pub fn main() -> ExitCode {
 ///
 /// If standard output takes no more, as when a disk is full.
 fn show(text: &str) -> anyhow::Result<()> {
+    show_more(text).map(drop)
+}
+
+/// The same for a text that goes on: returns whether somebody still reads.
+fn show_more(text: &str) -> anyhow::Result<bool> {
     let mut out = std::io::stdout().lock();
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
-        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
-            Err(error).context("standard output takes no more")
-        }
-        _ => Ok(()),
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(false),
+        Err(error) => Err(error).context("standard output takes no more"),
     }
 }
 

@@ -342,8 +342,8 @@ fn node_name(setting: Option<String>) -> Result<Arc<str>, UsageError> {
         .ok_or_else(|| UsageError("--node-name is missing and the host has no name".to_owned()))
 }
 
-/// A value that turns true with SIGTERM or SIGINT.
-fn stop_signals() -> std::io::Result<watch::Receiver<bool>> {
+/// A value that turns true with SIGTERM or SIGINT. To be called within a tokio runtime.
+pub(super) fn stop_signals() -> std::io::Result<watch::Receiver<bool>> {
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let (stop, stopped) = watch::channel(false);
     // Ends with the process.

@@ -12,12 +12,14 @@ use tokio::{
 };
 
 use super::{
-    Access, Error, Timing,
+    Access, Error, Timing, events,
     follow::{Follower, follow},
     kinds::{Change, News, Nodes, Pods, Services, Slices, Trimmed},
 };
 use crate::{
-    model::{Changes, Issue, ObjectKind, ObjectRef, Pod, ServiceKey, SliceKey, Store, ingest},
+    model::{
+        Changes, Issue, ObjectKind, ObjectRef, Pod, ServiceKey, SliceKey, Store, ingest, notice::Telling,
+    },
     source::{Arrival, Source},
 };
 
@@ -39,10 +41,11 @@ pub struct KubeSource {
     excluded: Option<BTreeSet<Arc<str>>>,
     issues: BTreeMap<ObjectRef, Vec<Issue>>,
     arrivals: Vec<Arrival>,
+    notices: mpsc::Sender<Telling>,
     /// Changes that the cluster saw before are not late because of this agent.
     started: Timestamp,
-    /// Ended on drop.
-    _watches: JoinSet<()>,
+    /// Watches, and whoever tells notices. Ended on drop.
+    _tasks: JoinSet<()>,
 }
 
 /// The kinds whose first list is applied.
@@ -74,15 +77,17 @@ impl KubeSource {
         let (client, server) = access.client().await?;
         let (sender, news) = mpsc::channel(QUEUE);
         let selector = ingest::label_selector(service_proxy_name);
+        let (notices, untold) = mpsc::channel(events::QUEUE);
+        let mut tasks = JoinSet::new();
+        tasks.spawn(events::record(client.clone(), untold));
         let of_node = format!("spec.nodeName={}", pods_of.unwrap_or_default());
-        let follower = Follower { of_node, access: access.clone(), client, timing, selector, news: sender };
-        let mut watches = JoinSet::new();
-        watches.spawn(follow::<Services>(follower.clone()));
-        watches.spawn(follow::<Slices>(follower.clone()));
+        let follower = Follower { access: access.clone(), client, timing, selector, of_node, news: sender };
+        tasks.spawn(follow::<Services>(follower.clone()));
+        tasks.spawn(follow::<Slices>(follower.clone()));
         if pods_of.is_some() {
-            watches.spawn(follow::<Pods>(follower.clone()));
+            tasks.spawn(follow::<Pods>(follower.clone()));
         }
-        watches.spawn(follow::<Nodes>(follower));
+        tasks.spawn(follow::<Nodes>(follower));
         Ok(Self {
             server,
             news,
@@ -92,8 +97,9 @@ impl KubeSource {
             excluded: None,
             issues: BTreeMap::new(),
             arrivals: Vec::new(),
+            notices,
             started: Timestamp::now(),
-            _watches: watches,
+            _tasks: tasks,
         })
     }
 
@@ -235,5 +241,14 @@ impl Source for KubeSource {
 
     fn take_arrivals(&mut self) -> Vec<Arrival> {
         std::mem::take(&mut self.arrivals)
+    }
+
+    fn room_for_notices(&self) -> usize {
+        self.notices.capacity()
+    }
+
+    fn tell(&self, telling: Telling) {
+        // Whoever asked for room first loses nothing.
+        let _lost_if_full = self.notices.try_send(telling);
     }
 }

@@ -24,6 +24,7 @@
 
 mod access;
 mod backoff;
+mod events;
 mod follow;
 mod kinds;
 mod live;

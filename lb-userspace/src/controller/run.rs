@@ -26,7 +26,10 @@ use crate::{
         self, Kernel, KernelError,
         store::{Findings, Maps},
     },
-    model::Issue,
+    model::{
+        Issue,
+        notice::{Ledger, NodeNews},
+    },
     plan::audit::Faults,
     self_test,
     serve::{
@@ -149,6 +152,7 @@ pub async fn run(
     let Timers { mut interfaces, mut snapshots, mut audits } = Timers::start(options.audit_interval);
     let started = Instant::now();
     let mut agent = Agent {
+        ledger: Ledger::new(state.settings().node_name.clone(), started.into_std()),
         state,
         sweep: Sweep::new(options.kernel.clone())?,
         kernel,
@@ -166,6 +170,7 @@ pub async fn run(
         has_synced: false,
         latency: Latency::default(),
     };
+    agent.ledger.happened(&NodeNews::Attached);
     agent.forward_program_log();
     let mut not_before = started;
     // Whether more may come, and whether somebody reports issues of ports.
@@ -216,7 +221,7 @@ pub async fn run(
             }
             compared = ended(&mut agent.comparing), if agent.comparing.is_some() => agent.compared(compared),
             written = ended(&mut agent.writing), if agent.writing.is_some() => agent.saved(written),
-            _ = interfaces.tick() => agent.state.set_interfaces(interface_addresses()),
+            _ = interfaces.tick() => agent.look_around(&source),
             _ = snapshots.tick() => agent.save(),
             () = tick(&mut audits) => agent.compare(),
         }
@@ -297,6 +302,8 @@ struct Agent {
     port_issues: watch::Receiver<Vec<Issue>>,
     /// Issues that are in the log already.
     reported: BTreeSet<String>,
+    /// What the people behind the objects were told. News of a self-test belong here too.
+    ledger: Ledger,
     saving: Saving,
     /// The snapshot that is being written.
     writing: Option<Task<(), SnapshotError>>,
@@ -385,6 +392,7 @@ impl Agent {
             debug!(n_ops, n_frontends, ?took, "synced");
         } else {
             info!(n_ops, n_frontends, ?took, "synced for the first time");
+            self.ledger.happened(&NodeNews::Synced { n_frontends });
             kernel::syscall::return_free_memory();
         }
         self.metrics.synced(took, n_ops, SystemTime::now());
@@ -515,9 +523,7 @@ impl Agent {
 
     /// Logs issues that are new, once each, and those that are gone.
     fn report(&mut self, source: &impl Source) {
-        let of_ports = self.port_issues.borrow().clone();
-        let issues = source.issues().into_iter().chain(self.state.issues()).chain(of_ports);
-        let now: BTreeSet<String> = issues.map(|issue| issue.to_string()).collect();
+        let now: BTreeSet<String> = self.issues(source).into_iter().map(|issue| issue.to_string()).collect();
         self.metrics.issues(now.len());
         for issue in now.difference(&self.reported) {
             warn!("{issue}");
@@ -526,6 +532,30 @@ impl Agent {
             info!("no longer: {issue}");
         }
         self.reported = now;
+        self.tell(source);
+    }
+
+    /// Does what time alone asks for: addresses may have changed, and what had to wait may be told now.
+    fn look_around(&mut self, source: &impl Source) {
+        self.state.set_interfaces(interface_addresses());
+        self.tell(source);
+    }
+
+    /// Everything that is wrong at the moment.
+    fn issues(&self, source: &impl Source) -> Vec<Issue> {
+        let of_ports = self.port_issues.borrow().clone();
+        source.issues().into_iter().chain(self.state.issues()).chain(of_ports).collect()
+    }
+
+    /// Tells the people behind the objects what is new to them. Does not wait for anybody.
+    fn tell(&mut self, source: &impl Source) {
+        let room = source.room_for_notices();
+        if room == 0 {
+            return;
+        }
+        for telling in self.ledger.due(self.issues(source), room, Instant::now().into_std()) {
+            source.tell(telling);
+        }
     }
 
     /// Begins to write the snapshot, if it is out of date. The loop goes on meanwhile: to write the objects of ten

@@ -1,6 +1,6 @@
 //! What can go wrong between user space and the kernel.
 
-use std::{io, path::PathBuf};
+use std::{error::Error, io, path::PathBuf};
 
 use aya::{EbpfError, maps::MapError, programs::ProgramError};
 
@@ -19,6 +19,14 @@ pub enum KernelError {
     NotPermitted {
         /// What was tried.
         what: String,
+    },
+    /// The kernel refused the programs and is older than those that can take them.
+    #[error("{release} is too old: socklb needs Linux 5.10 or later ({cause})")]
+    TooOld {
+        /// Name and release of the kernel.
+        release: String,
+        /// What it refused, in one line.
+        cause: String,
     },
     /// No cgroup v2 hierarchy is mounted.
     #[error(
@@ -87,7 +95,7 @@ pub enum KernelError {
     },
     /// Loading the object failed.
     #[error("cannot load the BPF object: {0}")]
-    Load(#[from] EbpfError),
+    Load(EbpfError),
     /// The object lacks something that this binary expects.
     #[error("the BPF object has no {kind} `{name}`: it does not belong to this binary")]
     Missing {
@@ -156,6 +164,40 @@ pub enum KernelError {
 }
 
 impl KernelError {
+    /// Wraps an error of loading the object by what it means for a newcomer. `release` is the kernel's name and release.
+    pub(super) fn load(source: EbpfError, release: &str) -> Self {
+        if is_refused(&source) {
+            return Self::NotPermitted { what: "loading the BPF object".to_owned() };
+        }
+        Self::Load(source).or_too_old(release)
+    }
+
+    /// The same for an error of one program.
+    pub(super) fn program(name: &'static str, source: ProgramError, release: &str) -> Self {
+        if is_refused(&source) {
+            return Self::NotPermitted { what: format!("loading program {name}") };
+        }
+        Self::Program { name, source: Box::new(source) }.or_too_old(release)
+    }
+
+    /// Whether a release, such as `Linux 5.10.0-32-amd64`, is older than Linux 5.10. One that cannot be read is not.
+    #[must_use]
+    pub fn is_too_old(release: &str) -> bool {
+        let numbers = release.split(' ').next_back().unwrap_or_default();
+        let mut numbers = numbers.split(['.', '-']).map_while(|number| number.parse::<u32>().ok());
+        matches!((numbers.next(), numbers.next()), (Some(major), Some(minor)) if (major, minor) < OLDEST)
+    }
+
+    /// Says of an old kernel that it is old. Only once it has refused something: distributions backport.
+    fn or_too_old(self, release: &str) -> Self {
+        if !Self::is_too_old(release) {
+            return self;
+        }
+        // The verifier's log may follow on other lines.
+        let cause = self.to_string().lines().next().unwrap_or_default().to_owned();
+        Self::TooOld { release: release.to_owned(), cause }
+    }
+
     /// Wraps a map's error by what it means for the caller.
     pub(super) fn map(name: &'static str, source: MapError) -> Self {
         match errno(&source) {
@@ -172,5 +214,70 @@ fn errno(error: &MapError) -> Option<i32> {
     match error {
         MapError::SyscallError(error) => error.io_error.raw_os_error(),
         _ => None,
+    }
+}
+
+/// Whether an error is the kernel's answer that this is not permitted, at any depth.
+fn is_refused(error: &(dyn Error + 'static)) -> bool {
+    let mut link = Some(error);
+    while let Some(error) = link {
+        let code = error.downcast_ref::<io::Error>().and_then(io::Error::raw_os_error);
+        if code == Some(nix::libc::EPERM) {
+            return true;
+        }
+        link = error.source();
+    }
+    false
+}
+
+/// The oldest kernel that takes the programs.
+const OLDEST: (u32, u32) = (5, 10);
+
+#[cfg(test)]
+mod tests {
+    use aya::sys::SyscallError;
+
+    use super::*;
+
+    fn answered(code: i32) -> ProgramError {
+        let io_error = io::Error::from_raw_os_error(code);
+        ProgramError::SyscallError(SyscallError { call: "bpf_prog_load", io_error })
+    }
+
+    #[test]
+    fn old_kernels_are_told_by_their_release() {
+        for (release, expected) in [
+            ("Linux 4.19.0-27-amd64", true),
+            ("Linux 5.9.16", true),
+            ("Linux 5.10.0-32-amd64", false),
+            ("Linux 6.1", false),
+            ("Linux 10.0.1", false),
+            ("unknown (ENOSYS)", false),
+            ("", false),
+        ] {
+            assert_eq!(KernelError::is_too_old(release), expected, "{release}");
+        }
+    }
+
+    /// What a newcomer reads who is not root, and one whose kernel is too old.
+    #[test]
+    fn what_the_kernel_refuses_comes_with_a_remedy() {
+        let says = |error: KernelError| error.to_string();
+        let (old, new) = ("Linux 4.19.0", "Linux 6.1.0");
+        let not_root =
+            "loading program connect4: not permitted: run as root, or with CAP_BPF and CAP_NET_ADMIN";
+        for release in [old, new] {
+            assert_eq!(says(KernelError::program("connect4", answered(nix::libc::EPERM), release)), not_root);
+        }
+        let load = || EbpfError::ProgramError(answered(nix::libc::EPERM));
+        assert!(says(KernelError::load(load(), new)).starts_with("loading the BPF object: not permitted"));
+        let too_old = says(KernelError::program("getpeername4", answered(nix::libc::EINVAL), old));
+        assert!(
+            too_old.starts_with("Linux 4.19.0 is too old: socklb needs Linux 5.10 or later"),
+            "{too_old}"
+        );
+        assert!(too_old.contains("getpeername4") && too_old.lines().count() == 1, "{too_old}");
+        let other = KernelError::program("getpeername4", answered(nix::libc::EINVAL), new);
+        assert!(matches!(other, KernelError::Program { .. }), "{other}");
     }
 }

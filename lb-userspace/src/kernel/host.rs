@@ -20,6 +20,8 @@ use super::{
 pub struct Host {
     /// Name and release of the kernel.
     pub kernel: String,
+    /// Whether the kernel tells its own types (BTF).
+    pub has_btf: bool,
     /// The cgroup whose processes would be served.
     pub cgroup: Result<PathBuf, KernelError>,
     /// Whether the directory for pins is on a BPF file system, or could be made on one.
@@ -59,6 +61,7 @@ pub fn look(cgroup: Option<PathBuf>, pin_path: &Path) -> Host {
     };
     Host {
         kernel: kernel(),
+        has_btf: Path::new("/sys/kernel/btf/vmlinux").exists(),
         cgroup,
         pin_path: pins::check(pin_path).map(|()| pin_path.to_owned()),
         capabilities: capabilities(),
@@ -69,7 +72,8 @@ pub fn look(cgroup: Option<PathBuf>, pin_path: &Path) -> Host {
     }
 }
 
-fn kernel() -> String {
+/// Name and release of the running kernel.
+pub(super) fn kernel() -> String {
     nix::sys::utsname::uname().map_or_else(
         |errno| format!("unknown ({errno})"),
         |uname| format!("{} {}", uname.sysname().to_string_lossy(), uname.release().to_string_lossy()),

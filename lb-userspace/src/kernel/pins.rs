@@ -54,7 +54,12 @@ pub fn hooks(features: Features) -> impl Iterator<Item = &'static str> {
 pub fn prepare(pin_path: &Path) -> Result<(), KernelError> {
     // Looked at before the directory is made: nothing is left behind on a file system that cannot hold pins.
     check(pin_path)?;
-    fs::create_dir_all(pin_path).map_err(|source| KernelError::PinPath { path: pin_path.to_owned(), source })
+    fs::create_dir_all(pin_path).map_err(|source| match source.kind() {
+        io::ErrorKind::PermissionDenied => {
+            KernelError::NotPermitted { what: format!("--pin-path {}", pin_path.display()) }
+        }
+        _ => KernelError::PinPath { path: pin_path.to_owned(), source },
+    })
 }
 
 /// Tells whether a directory for pins is on a BPF file system, or would be if it were made.

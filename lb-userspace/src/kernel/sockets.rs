@@ -146,6 +146,30 @@ impl SocketTable {
         used
     }
 
+    /// The records of sockets with a slot, by slot. A socket in the middle of a call may be missing.
+    ///
+    /// Not a snapshot: sockets come and go while they are read. Ids are those of the moment of the call; one may have been
+    /// given to another service since.
+    #[must_use]
+    pub fn records(&self) -> Vec<Record> {
+        let owners = (0..SOCKET_SETS).filter_map(|set| self.slots.read(set)).flat_map(|slots| slots.owners);
+        owners
+            .filter(|owner| *owner != 0)
+            .filter_map(|cookie| {
+                let record = self.record_of(cookie)?;
+                let (service, endpoint) = ways(&record);
+                let SocketRecord { service_id, endpoint_id, .. } = record;
+                Some(Record { cookie, service, endpoint, service_id, endpoint_id })
+            })
+            .collect()
+    }
+
+    /// Whether sockets have slots on this kernel. If not, [`Self::records`] and [`Self::used`] are empty.
+    #[must_use]
+    pub fn has_slots(&self) -> bool {
+        self.has_slots
+    }
+
     /// Whether all records are in slots: [`Self::used`] is then all that is used.
     #[must_use]
     pub fn is_complete(&self) -> bool {
@@ -174,6 +198,21 @@ impl SocketTable {
             .find(|(_, endpoint)| *endpoint == socket.peer())
             .map(|(service, _)| service)
     }
+}
+
+/// How a socket last reached a service: what its slot holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Record {
+    /// The socket, as `ss -e` shows it after `sk:`.
+    pub cookie: u64,
+    /// The address that the program called.
+    pub service: SocketAddr,
+    /// The endpoint that the call was pointed at.
+    pub endpoint: SocketAddr,
+    /// The service port, as in `service_stats`.
+    pub service_id: u32,
+    /// The endpoint, as in `endpoint_stats`.
+    pub endpoint_id: u32,
 }
 
 #[expect(clippy::cast_possible_truncation, reason = "two")]

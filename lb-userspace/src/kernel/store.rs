@@ -30,7 +30,9 @@ use lb_common::{
 
 pub use self::audit::Findings;
 use self::audit::Stray;
-use super::{Features, KernelError, cgroup, grace::Grace, mapped::Mapped, object, pins, pod::Plain, syscall};
+use super::{
+    Features, KernelError, cgroup, grace::Grace, host, mapped::Mapped, object, pins, pod::Plain, syscall,
+};
 use crate::{
     desired::FrontendAddress,
     model::Protocol,
@@ -270,7 +272,7 @@ fn load_program<'a>(
         Program::CgroupSock(program) => program.load(),
         _ => return Err(missing),
     }
-    .map_err(|source| KernelError::Program { name: hook, source: Box::new(source) })?;
+    .map_err(|source| KernelError::program(hook, source, &host::kernel()))?;
     Ok(program)
 }
 
@@ -319,7 +321,7 @@ fn load(object: &[u8], options: &Options, pin_path: Option<&Path>) -> Result<Ebp
     for (name, pin_path) in pin_path.into_iter().flat_map(|path| pins::MAPS.map(|name| (name, path))) {
         loader.map_pin_path(name, pin_path.join(name));
     }
-    Ok(loader.load(object)?)
+    loader.load(object).map_err(|source| KernelError::load(source, &host::kernel()))
 }
 
 /// Entries of `frontends`: those of both families.

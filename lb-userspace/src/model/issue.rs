@@ -57,7 +57,7 @@ impl fmt::Display for Issue {
 }
 
 /// The kind of an object that an issue is about.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum ObjectKind {
     /// A Service.
     Service,
@@ -88,7 +88,7 @@ impl fmt::Display for ObjectKind {
 }
 
 /// Names an object, `Kind namespace/name`.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct ObjectRef {
     /// Kind of the object.
     pub kind: ObjectKind,

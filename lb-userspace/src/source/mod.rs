@@ -8,7 +8,7 @@ use std::{
     time::{Instant, SystemTime},
 };
 
-use crate::model::{Changes, Issue, Store};
+use crate::model::{Changes, Issue, Store, notice::Telling};
 
 /// When a change came to be known.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,6 +43,14 @@ pub trait Source: Send {
     fn excluded_pods(&self) -> Option<&BTreeSet<Arc<str>>> {
         None
     }
+
+    /// How many notices can be told at the moment. None where there is nobody to tell: files have no readers that are known.
+    fn room_for_notices(&self) -> usize {
+        0
+    }
+
+    /// Tells the people behind the objects of something, without waiting. What has no room is lost.
+    fn tell(&self, _telling: Telling) {}
 
     /// Takes the times of the changes that were applied since the last call, except those of whole lists.
     fn take_arrivals(&mut self) -> Vec<Arrival> {

@@ -22,7 +22,7 @@ use tokio::{
 use super::{
     Shared, Signals,
     body::Answer,
-    discovery, lock,
+    discovery, events, lock,
     selector::Selector,
     store::{Change, Kind, Refusal, name_of},
 };
@@ -180,6 +180,13 @@ async fn answer(
     }
     if let Some(document) = discovery::document(path.trim_end_matches('/')) {
         return Ok(respond(200, Answer::json(&document)));
+    }
+    if let Some((namespace, name)) = events::target(&path) {
+        let body = body.collect().await;
+        let body = body.map_err(|error| Refusal::new(400, "BadRequest", error.to_string()))?.to_bytes();
+        let object = parse(&body, "application/json")?;
+        let (code, event) = lock(&shared.events).write(&head.method, namespace, name, object)?;
+        return Ok(respond(code, Answer::json(&event)));
     }
     let query = Query::parse(head.uri.query().unwrap_or_default());
     let Some(target) = target(&path) else {
@@ -356,7 +363,7 @@ fn keep_the_other_half(object: &mut Value, old: &Value, target: Target<'_>) {
 }
 
 /// RFC 7386, leaving out the directives of a strategic merge.
-fn merge(object: &mut Value, patch: &Value) {
+pub(super) fn merge(object: &mut Value, patch: &Value) {
     let Value::Object(patch) = patch else {
         *object = patch.clone();
         return;

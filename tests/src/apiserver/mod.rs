@@ -5,6 +5,8 @@
 //! Speaks enough of the Kubernetes API that kube-rs and kubectl work against it: list with pages, watch with
 //! bookmarks and streaming lists, selectors, create, update, patch, apply and delete. [`Faults`] makes it misbehave.
 //!
+//! Events can be created and patched, and are read with [`ApiServer::events`].
+//!
 //! Not promised: authentication but by one token, admission, other kinds, the checks of field values, strategic merges of lists (a
 //! list is replaced), and the timing of a real server.
 //!
@@ -16,6 +18,7 @@
 mod body;
 mod defaults;
 mod discovery;
+mod events;
 mod http;
 mod selector;
 mod store;
@@ -115,6 +118,8 @@ struct Shared {
     store: Mutex<Store>,
     faults: Mutex<Faults>,
     requests: Mutex<Requests>,
+    /// Events, which no watch sees.
+    events: Mutex<events::Events>,
     /// Who wants to know of events.
     written: Mutex<Option<mpsc::Sender<Written>>>,
     /// The resource version, for those who wait for a change.
@@ -211,6 +216,7 @@ impl ApiServer {
             store: Mutex::new(store),
             faults: Mutex::default(),
             requests: Mutex::default(),
+            events: Mutex::default(),
             written: Mutex::default(),
             signals: watch::Sender::new(Signals::default()),
             n_connections: Mutex::default(),
@@ -399,6 +405,12 @@ impl ApiServer {
         let (sender, receiver) = mpsc::channel();
         *lock(&self.shared.written) = Some(sender);
         receiver
+    }
+
+    /// The Events (`events.k8s.io/v1`) that were written, by name.
+    #[must_use]
+    pub fn events(&self) -> Vec<Value> {
+        lock(&self.shared.events).all()
     }
 
     /// The requests so far.

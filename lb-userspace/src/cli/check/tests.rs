@@ -10,6 +10,7 @@ const ALL: u64 = (1 << 39) | (1 << 12) | (1 << 38);
 fn able() -> Host {
     Host {
         kernel: "Linux 6.18.5".to_owned(),
+        has_btf: true,
         cgroup: Ok("/sys/fs/cgroup".into()),
         pin_path: Ok("/sys/fs/bpf/socklb".into()),
         capabilities: ALL,
@@ -24,6 +25,7 @@ fn able() -> Host {
 fn a_host_that_has_everything() {
     expect![[r"
         ok       kernel           Linux 6.18.5
+        ok       BTF              the kernel tells its types
         ok       cgroup v2        /sys/fs/cgroup
         ok       BPF file system  /sys/fs/bpf/socklb
         ok       capabilities     CAP_BPF CAP_NET_ADMIN CAP_PERFMON
@@ -42,7 +44,15 @@ fn an_old_kernel_is_a_note_not_a_fault() {
     let findings = judge(&host, true);
     assert!(findings.iter().all(|finding| finding.status != Status::Missing));
     assert_eq!(findings.iter().filter(|finding| finding.status == Status::Note).count(), 2);
-    assert_eq!(findings[1].found, "/sys/fs/cgroup, beside cgroup v1");
+    assert_eq!(findings[2].found, "/sys/fs/cgroup, beside cgroup v1");
+}
+
+#[test]
+fn a_kernel_that_is_too_old_or_has_no_btf_is_named() {
+    let findings = judge(&Host { kernel: "Linux 4.19.0".to_owned(), has_btf: false, ..able() }, false);
+    assert!(findings[..2].iter().all(|finding| finding.status == Status::Note));
+    assert!(findings[0].found.starts_with("Linux 4.19.0: older than Linux 5.10"), "{}", findings[0].found);
+    assert!(findings[1].found.contains("CONFIG_DEBUG_INFO_BTF"), "{}", findings[1].found);
 }
 
 #[test]

@@ -1,0 +1,283 @@
+//! Which sockets are new since the look before, and how many calls went by unseen.
+//!
+//! Pure: time is an argument. The types are the public JSON; field names are a promise.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::SocketAddr,
+};
+
+use lb_common::layout::ServiceStats;
+use serde::Serialize;
+
+use crate::{
+    cli::listing::{address_text, service_text},
+    desired::FrontendAddress,
+    kernel::sockets::Record,
+    model::Protocol,
+};
+
+/// One line of the stream.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(tag = "event", rename_all = "lowercase")]
+pub(super) enum Line {
+    /// A socket was pointed at an endpoint.
+    Connection(Connection),
+    /// What the counters say of a stretch of time.
+    Summary(Summary),
+}
+
+/// A socket that was found to use an endpoint.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub(super) struct Connection {
+    /// When it was seen, as RFC 3339 has it: up to one interval after the call.
+    pub(super) time: String,
+    /// Empty if no object is known for the address.
+    pub(super) namespace: String,
+    pub(super) name: String,
+    pub(super) port_name: String,
+    pub(super) protocol: Protocol,
+    /// The address that the program called.
+    pub(super) service: SocketAddr,
+    /// Where the call was pointed.
+    pub(super) endpoint: SocketAddr,
+    /// The node that the endpoint runs on, if known.
+    pub(super) node: String,
+    /// The socket's cookie, which `ss -e` shows in hex after `sk:`.
+    pub(super) cookie: u64,
+}
+
+/// How many calls there were, and how many of them were shown.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub(super) struct Summary {
+    /// `connect()` calls that were pointed at an endpoint.
+    pub(super) connects: u64,
+    /// Datagrams of unconnected sockets that were.
+    pub(super) datagrams: u64,
+    /// Calls that found no endpoint. They leave no socket to be seen.
+    pub(super) refused: u64,
+    /// Connections shown.
+    pub(super) shown: u64,
+    /// Connects and datagrams that no shown connection stands for.
+    pub(super) unseen: u64,
+}
+
+/// What the port behind an id is called.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Named {
+    pub(super) namespace: String,
+    pub(super) name: String,
+    pub(super) port_name: String,
+    pub(super) protocol: Protocol,
+}
+
+/// Which ports to show.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Filter {
+    /// Namespace and name.
+    pub(super) service: Option<(String, String)>,
+    pub(super) protocol: Option<Protocol>,
+}
+
+impl Filter {
+    /// Whether a port is wanted.
+    pub(super) fn takes(&self, port: &Named) -> bool {
+        let is_named =
+            |(namespace, name): &(String, String)| port.namespace == *namespace && port.name == *name;
+        self.service.as_ref().is_none_or(is_named)
+            && self.protocol.is_none_or(|protocol| protocol == port.protocol)
+    }
+}
+
+/// What the looks before have shown.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Seen {
+    /// `None` before the first look, which only tells what was there already.
+    records: Option<BTreeSet<Record>>,
+    /// `None` before the count begins.
+    counts: Option<BTreeMap<u32, ServiceStats>>,
+    n_shown: u64,
+}
+
+impl Seen {
+    /// The records that were not there at the look before. A socket that went elsewhere is new again; one whose call was
+    /// pointed at the same endpoint again is not.
+    pub(super) fn new_records(&mut self, records: Vec<Record>) -> Vec<Record> {
+        let now: BTreeSet<Record> = records.into_iter().collect();
+        let new = self.records.as_ref().map(|before| now.difference(before).copied().collect());
+        self.records = Some(now);
+        new.unwrap_or_default()
+    }
+
+    /// Notes that connections were shown.
+    pub(super) fn shown(&mut self, n_shown: u64) {
+        self.n_shown += n_shown;
+    }
+
+    /// What happened since the last call, by counters of the ids that are wanted. The first call begins the count.
+    pub(super) fn summary(&mut self, counts: BTreeMap<u32, ServiceStats>) -> Summary {
+        let before = self.counts.take();
+        let mut sum = Summary { shown: std::mem::take(&mut self.n_shown), ..Summary::default() };
+        for (id, now) in &counts {
+            let before = match &before {
+                // What was there before the count began is not counted; what came since is, as a whole.
+                None => *now,
+                Some(before) => before.get(id).copied().unwrap_or_default(),
+            };
+            // A counter that is smaller than before has started anew: its id was given out again.
+            let growth = |now: u64, before: u64| now.checked_sub(before).unwrap_or(now);
+            sum.connects += growth(now.connects, before.connects);
+            sum.datagrams += growth(now.datagrams, before.datagrams);
+            sum.refused += growth(now.refusals, before.refusals);
+        }
+        self.counts = Some(counts);
+        sum.unseen = (sum.connects + sum.datagrams).saturating_sub(sum.shown);
+        sum
+    }
+}
+
+impl Summary {
+    /// Whether there is anything to tell.
+    pub(super) fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+impl Connection {
+    /// As a line for people; `has_colour` on a terminal.
+    pub(super) fn text(&self, has_colour: bool) -> String {
+        let (bold, plain) = if has_colour { ("\u{1b}[1m", "\u{1b}[0m") } else { ("", "") };
+        let address =
+            FrontendAddress { ip: self.service.ip(), port: self.service.port(), protocol: self.protocol };
+        let node = if self.node.is_empty() { String::new() } else { format!(" on {}", self.node) };
+        format!(
+            "{}  {bold}{}{plain}  {} -> {}{node}  sk:{:x}",
+            self.time,
+            service_text(&self.namespace, &self.name, &self.port_name),
+            address_text(address),
+            self.endpoint,
+            self.cookie
+        )
+    }
+}
+
+impl Summary {
+    /// As a line for people; `has_colour` on a terminal.
+    pub(super) fn text(&self, has_colour: bool) -> String {
+        let (dim, plain) = if has_colour { ("\u{1b}[2m", "\u{1b}[0m") } else { ("", "") };
+        let Self { connects, datagrams, refused, shown, unseen } = self;
+        format!(
+            "{dim}# {connects} connects, {datagrams} datagrams, {refused} refused; {shown} shown, {unseen} unseen{plain}"
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use expect_test::expect;
+
+    use super::*;
+
+    fn record(cookie: u64, endpoint: &str) -> Record {
+        Record {
+            cookie,
+            service: "10.96.0.80:80".parse().unwrap(),
+            endpoint: endpoint.parse().unwrap(),
+            service_id: 3,
+            endpoint_id: 7,
+        }
+    }
+
+    #[test]
+    fn what_was_not_there_before_is_new() {
+        let (a, b, elsewhere) =
+            (record(1, "10.0.0.1:80"), record(2, "10.0.0.1:80"), record(1, "10.0.0.2:80"));
+        let mut seen = Seen::default();
+        for (what, records, expected) in [
+            ("what was there before the first look", vec![a], vec![]),
+            ("another socket", vec![a, b], vec![b]),
+            ("nothing happened", vec![a, b], vec![]),
+            ("one is closed, one went elsewhere", vec![elsewhere], vec![elsewhere]),
+            ("and back", vec![a], vec![a]),
+            ("all are closed", vec![], vec![]),
+        ] {
+            assert_eq!(seen.new_records(records), expected, "{what}");
+        }
+    }
+
+    #[test]
+    fn calls_that_went_by_unseen_are_counted() {
+        let stats = |connects, refusals, datagrams| ServiceStats { connects, refusals, datagrams };
+        let mut seen = Seen::default();
+        for (what, shown, counts, expected) in [
+            ("the beginning", 0, vec![(1, stats(100, 9, 9))], [0, 0, 0, 0, 0]),
+            ("nothing", 0, vec![(1, stats(100, 9, 9))], [0, 0, 0, 0, 0]),
+            ("some are seen", 2, vec![(1, stats(105, 10, 12))], [5, 3, 1, 2, 6]),
+            ("a new service", 0, vec![(1, stats(105, 10, 12)), (2, stats(4, 0, 0))], [4, 0, 0, 0, 4]),
+            ("an id that started anew", 1, vec![(1, stats(1, 0, 0)), (2, stats(4, 0, 0))], [1, 0, 0, 1, 0]),
+            // A socket without a call of its own: connected before, seen late.
+            ("more seen than called", 3, vec![(1, stats(1, 0, 0))], [0, 0, 0, 3, 0]),
+        ] {
+            seen.shown(shown);
+            let Summary { connects, datagrams, refused, shown, unseen } =
+                seen.summary(counts.into_iter().collect());
+            assert_eq!([connects, datagrams, refused, shown, unseen], expected, "{what}");
+        }
+    }
+
+    #[test]
+    fn a_filter_takes_ports_by_service_and_protocol() {
+        let port = Named {
+            namespace: "kube-system".into(),
+            name: "dns".into(),
+            port_name: "dns-tcp".into(),
+            protocol: Protocol::Tcp,
+        };
+        let dns = || Some(("kube-system".to_owned(), "dns".to_owned()));
+        let other = || Some(("default".to_owned(), "dns".to_owned()));
+        for (service, protocol, expected) in [
+            (None, None, true),
+            (dns(), None, true),
+            (dns(), Some(Protocol::Tcp), true),
+            (dns(), Some(Protocol::Udp), false),
+            (other(), None, false),
+            (None, Some(Protocol::Udp), false),
+        ] {
+            let filter = Filter { service, protocol };
+            assert_eq!(filter.takes(&port), expected, "{filter:?}");
+        }
+    }
+
+    #[test]
+    fn lines_are_as_people_and_programs_read_them() {
+        let connection = Connection {
+            time: "2026-01-02T03:04:05.678Z".into(),
+            namespace: "default".into(),
+            name: "web".into(),
+            port_name: "http".into(),
+            protocol: Protocol::Tcp,
+            service: "10.96.0.80:80".parse().unwrap(),
+            endpoint: "10.244.1.10:8080".parse().unwrap(),
+            node: "node-1".into(),
+            cookie: 0x1a_28d9,
+        };
+        let summary = Summary { connects: 5, datagrams: 3, refused: 1, shown: 2, unseen: 6 };
+        let unknown = Connection {
+            namespace: String::new(),
+            name: String::new(),
+            node: String::new(),
+            ..connection.clone()
+        };
+        let text = [connection.text(false), unknown.text(false), connection.text(true), summary.text(false)];
+        let json = [Line::Connection(connection), Line::Summary(summary)]
+            .map(|line| serde_json::to_string(&line).unwrap());
+        expect![[r#"
+            2026-01-02T03:04:05.678Z  default/web:http  10.96.0.80:80/tcp -> 10.244.1.10:8080 on node-1  sk:1a28d9
+            2026-01-02T03:04:05.678Z  -  10.96.0.80:80/tcp -> 10.244.1.10:8080  sk:1a28d9
+            2026-01-02T03:04:05.678Z  ESC[1mdefault/web:httpESC[0m  10.96.0.80:80/tcp -> 10.244.1.10:8080 on node-1  sk:1a28d9
+            # 5 connects, 3 datagrams, 1 refused; 2 shown, 6 unseen
+            {"event":"connection","time":"2026-01-02T03:04:05.678Z","namespace":"default","name":"web","port_name":"http","protocol":"TCP","service":"10.96.0.80:80","endpoint":"10.244.1.10:8080","node":"node-1","cookie":1714393}
+            {"event":"summary","connects":5,"datagrams":3,"refused":1,"shown":2,"unseen":6}"#]]
+        .assert_eq(&[&text[..], &json[..]].concat().join("\n").replace('\u{1b}', "ESC"));
+    }
+}

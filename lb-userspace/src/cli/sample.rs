@@ -1,0 +1,163 @@
+//! One look at the pinned maps, for commands that look again and again.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    path::{Path, PathBuf},
+    time::SystemTime,
+};
+
+use lb_common::layout::{EndpointStats, ServiceStats};
+
+use super::listing::state_of;
+use crate::{
+    controller::State,
+    desired::FrontendAddress,
+    kernel::{
+        Features, KernelError,
+        sockets::{Record, SocketTable},
+        store::Maps,
+    },
+    model::Protocol,
+    snapshot::{self, Snapshot},
+    tables::Image,
+};
+
+/// The objects that name what the maps hold: the snapshot, read again when it has been written again.
+pub(super) struct Objects {
+    state_dir: PathBuf,
+    /// Of the file that was read last.
+    modified: Option<SystemTime>,
+    state: Option<State>,
+    problem: Option<String>,
+}
+
+impl Objects {
+    /// Nothing is read yet.
+    pub(super) fn new(state_dir: &Path) -> Self {
+        Self { state_dir: state_dir.to_owned(), modified: None, state: None, problem: None }
+    }
+
+    /// The objects of the snapshot. `None` without one that can be read: what was read before may not hold any longer.
+    pub(super) fn now(&mut self) -> Option<&State> {
+        let path = self.state_dir.join(snapshot::FILE_NAME);
+        let modified = std::fs::metadata(path).and_then(|data| data.modified()).ok();
+        let is_known = modified.is_some() && modified == self.modified;
+        if !is_known {
+            self.modified = modified;
+            (self.state, self.problem) = match Snapshot::read(&self.state_dir) {
+                Ok(snapshot) => (Some(state_of(snapshot)), None),
+                Err(error) => (None, Some(format!("names are missing: {error}"))),
+            };
+        }
+        self.state.as_ref()
+    }
+
+    /// Why the last look found no objects.
+    pub(super) fn problem(&self) -> Option<&str> {
+        self.problem.as_deref()
+    }
+}
+
+/// What the maps hold at a moment, as far as that can be read while programs run.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Look {
+    pub(super) image: Image,
+    /// Counters by service id.
+    pub(super) services: BTreeMap<u32, ServiceStats>,
+    /// Counters by endpoint id.
+    pub(super) endpoints: BTreeMap<u32, EndpointStats>,
+    pub(super) sockets: Sockets,
+}
+
+/// The records of sockets.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Sockets {
+    /// `None` on a kernel where no map lists them.
+    pub(super) records: Option<Vec<Record>>,
+    /// Whether there are no others. A socket whose slots are taken has its record in a map that cannot be listed.
+    pub(super) is_complete: bool,
+}
+
+/// Looks once. The maps are opened anew each time, since `socklb cleanup` and a new agent may have replaced them.
+///
+/// # Errors
+///
+/// If nothing is pinned or it cannot be read.
+pub(super) fn look(pin_path: &Path, features: Features) -> Result<Look, KernelError> {
+    let maps = Maps::open(pin_path)?;
+    let image = maps.image()?;
+    let service_ids: BTreeSet<u32> = image.frontends.values().map(|frontend| frontend.service_id).collect();
+    let entries = || image.runs4.values().chain(image.runs6.values()).flat_map(|run| run.iter());
+    let endpoint_ids: BTreeSet<u32> = entries().map(|entry| entry.endpoint_id).collect();
+    let services = service_ids.into_iter().map(|id| Ok((id, maps.service_stats(id)?)));
+    let endpoints = endpoint_ids.into_iter().map(|id| Ok((id, maps.endpoint_stats(id)?)));
+    Ok(Look {
+        services: services.collect::<Result<_, KernelError>>()?,
+        endpoints: endpoints.collect::<Result<_, KernelError>>()?,
+        sockets: Sockets::read(&SocketTable::open(pin_path, features)?),
+        image,
+    })
+}
+
+impl Sockets {
+    /// Reads all slots.
+    pub(super) fn read(table: &SocketTable) -> Self {
+        Self { records: table.has_slots().then(|| table.records()), is_complete: table.is_complete() }
+    }
+}
+
+/// The frontend that a record's call found; `None` if the tables no longer hold it. The id alone would not tell: it may have
+/// been given to another service since the call.
+pub(super) fn frontend_of(image: &Image, record: &Record) -> Option<FrontendAddress> {
+    let any: IpAddr = match record.service {
+        SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+        SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+    };
+    let port = record.service.port();
+    // A node port has a record with the address called and a key without one.
+    let addresses = [record.service.ip(), any]
+        .into_iter()
+        .flat_map(|ip| [Protocol::Tcp, Protocol::Udp].map(|protocol| FrontendAddress { ip, port, protocol }));
+    let is_its = |address: &FrontendAddress| {
+        let frontend = image.services.get(address).and_then(|id| image.frontends.get(id));
+        frontend.is_some_and(|frontend| frontend.service_id == record.service_id)
+    };
+    addresses.into_iter().find(is_its)
+}
+
+#[cfg(test)]
+mod tests {
+    use lb_common::layout::Frontend;
+
+    use super::*;
+
+    #[test]
+    fn a_record_belongs_to_the_frontend_of_its_address_and_id() {
+        let address = |text: &str, protocol| {
+            let address: SocketAddr = text.parse().unwrap();
+            FrontendAddress { ip: address.ip(), port: address.port(), protocol }
+        };
+        let tcp = address("10.96.0.53:53", Protocol::Tcp);
+        let udp = address("10.96.0.53:53", Protocol::Udp);
+        let node_port = address("0.0.0.0:30080", Protocol::Tcp);
+        let mut image = Image::default();
+        for (id, address) in (0..).zip([tcp, udp, node_port]) {
+            image.services.insert(address, id);
+            image.frontends.insert(id, Frontend { service_id: 10 + id, ..Frontend::default() });
+        }
+        for (service, service_id, expected) in [
+            ("10.96.0.53:53", 10, Some(tcp)),
+            ("10.96.0.53:53", 11, Some(udp)),
+            ("192.0.2.1:30080", 12, Some(node_port)),
+            // Ids that were given to others since, and a frontend that is gone.
+            ("10.96.0.53:53", 12, None),
+            ("10.96.0.54:53", 10, None),
+            ("[fd00::1]:30080", 12, None),
+        ] {
+            let service = service.parse().unwrap();
+            let record = Record { cookie: 1, service, endpoint: service, service_id, endpoint_id: 0 };
+            assert_eq!(frontend_of(&image, &record), expected, "{record:?}");
+        }
+    }
+}

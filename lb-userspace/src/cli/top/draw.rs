@@ -1,0 +1,277 @@
+//! Drawing the table on a terminal.
+
+use ratatui::{
+    Frame,
+    layout::{Alignment, Constraint, Layout, Rect},
+    style::{Modifier, Style, Stylize as _},
+    text::{Line, Span},
+    widgets::{Cell, Row, Table},
+};
+
+use super::{
+    model::{HEADER, Report, Sort, endpoint_cells, port_cells},
+    view::{KEYS, View},
+};
+
+/// Draws what a report and a person's choice come to. `problem` is what is in the way at the moment.
+pub(super) fn draw(frame: &mut Frame<'_>, report: &Report, view: &View, problem: Option<&str>) {
+    let [head, note, table, keys] = Layout::vertical([
+        Constraint::Length(1),
+        Constraint::Length(1),
+        Constraint::Min(1),
+        Constraint::Length(1),
+    ])
+    .areas(frame.area());
+    frame.render_widget(Line::from(summary(report, view)).bold(), head);
+    frame.render_widget(remark(report, view, problem), note);
+    draw_table(frame, table, report, view);
+    frame.render_widget(Line::from(KEYS).dim(), keys);
+}
+
+fn summary(report: &Report, view: &View) -> String {
+    let rate = |of: fn(&super::model::PortRow) -> Option<f64>| {
+        let rates: Vec<f64> = report.services.iter().filter_map(of).collect();
+        if rates.is_empty() { "-".to_owned() } else { format!("{:.1}", rates.iter().sum::<f64>()) }
+    };
+    format!(
+        "{}  {} ports  {} calls/s  {} refused/s{}",
+        report.time,
+        report.services.len(),
+        rate(|row| row.calls_per_second),
+        rate(|row| row.refused_per_second),
+        if view.is_paused { "  PAUSED" } else { "" }
+    )
+}
+
+/// The second line: a problem, or what is typed, or what should be known.
+fn remark(report: &Report, view: &View, problem: Option<&str>) -> Line<'static> {
+    if view.is_typing {
+        return Line::from(format!("filter: {}_", view.filter));
+    }
+    if let Some(problem) = problem {
+        return Line::from(problem.to_owned()).red();
+    }
+    let mut parts = Vec::new();
+    if !view.filter.is_empty() {
+        parts.push(format!("filter: {} (Esc clears it)", view.filter));
+    }
+    if !report.sockets_complete {
+        parts.push("SOCKETS counts only those that a map lists".to_owned());
+    }
+    Line::from(parts.join("; "))
+}
+
+fn draw_table(frame: &mut Frame<'_>, area: Rect, report: &Report, view: &View) {
+    let sorted_by = match view.sort {
+        Sort::Name => 0,
+        Sort::Calls => 2,
+        Sort::Rate => 3,
+        Sort::Refused => 4,
+        Sort::Sockets => 5,
+    };
+    let header = HEADER.into_iter().enumerate().map(|(column, name)| {
+        let style = if column == sorted_by { Modifier::REVERSED } else { Modifier::BOLD };
+        aligned(column, Span::styled(name, Style::new().add_modifier(style)))
+    });
+    let mut lines: Vec<Row<'_>> = Vec::new();
+    for row in &report.services {
+        let is_refusing = row.refused_per_second.is_some_and(|rate| rate > 0.0);
+        let cells = port_cells(row).into_iter().enumerate().map(|(column, text)| {
+            let text = Span::raw(text);
+            aligned(column, if is_refusing && column == 4 { text.red() } else { text })
+        });
+        lines.push(Row::new(cells));
+        if view.has_endpoints {
+            lines.extend(row.endpoints.iter().map(|endpoint| {
+                let cells = endpoint_cells(endpoint).into_iter().enumerate();
+                Row::new(cells.map(|(column, text)| aligned(column, Span::raw(text)))).dim()
+            }));
+        }
+    }
+    // The last line stays on the screen, however far a person scrolls.
+    let first = view.scrolled.min(lines.len().saturating_sub(1));
+    let widths = [
+        Constraint::Fill(3),
+        Constraint::Fill(2),
+        Constraint::Length(10),
+        Constraint::Length(9),
+        Constraint::Length(9),
+        Constraint::Length(7),
+    ];
+    let table = Table::new(lines.drain(first..), widths).column_spacing(1).header(Row::new(header));
+    frame.render_widget(table, area);
+}
+
+/// Names to the left, numbers to the right.
+fn aligned(column: usize, text: Span<'_>) -> Cell<'_> {
+    let alignment = if column < 2 { Alignment::Left } else { Alignment::Right };
+    Cell::from(Line::from(text).alignment(alignment))
+}
+
+#[cfg(test)]
+mod tests {
+    use expect_test::{Expect, expect};
+    use ratatui::{Terminal, backend::TestBackend};
+
+    use super::*;
+    use crate::{
+        cli::top::model::{EndpointRow, PortRow},
+        model::Protocol,
+    };
+
+    fn report() -> Report {
+        let row = |name: &str, last: u8, calls, rate, refused: f64| PortRow {
+            namespace: "default".into(),
+            name: name.into(),
+            port_name: "http".into(),
+            protocol: Protocol::Tcp,
+            address: [10, 96, 0, last].into(),
+            port: 80,
+            calls,
+            calls_per_second: Some(rate),
+            refused: 40,
+            refused_per_second: Some(refused),
+            sockets: Some(u64::from(last)),
+            endpoints: (0..2)
+                .map(|n| EndpointRow {
+                    address: [10, 244, n, last].into(),
+                    port: 8080,
+                    node: format!("node-{n}"),
+                    calls: calls / 2,
+                    calls_per_second: Some(rate / 2.0),
+                    sockets: None,
+                })
+                .collect(),
+        };
+        let mut idle = row("idle", 90, 0, 0.0, 2.5);
+        idle.endpoints.clear();
+        Report {
+            time: "2026-01-02 03:04:05".into(),
+            seconds: Some(1.0),
+            sockets_complete: true,
+            services: vec![row("web", 80, 1_234_567, 321.0, 0.0), idle],
+        }
+    }
+
+    #[track_caller]
+    fn shows(report: &Report, view: &View, problem: Option<&str>, expected: &Expect) {
+        let mut terminal = Terminal::new(TestBackend::new(100, 9)).unwrap();
+        terminal.draw(|frame| draw(frame, report, view, problem)).unwrap();
+        let text = terminal.backend().to_string();
+        let lines = text.lines().flat_map(|line| [line.trim_matches('"').trim_end(), "\n"]);
+        expected.assert_eq(&lines.collect::<String>());
+    }
+
+    fn view() -> View {
+        View::new(Sort::Rate, "", true)
+    }
+
+    #[test]
+    fn services_with_their_endpoints() {
+        shows(
+            &report(),
+            &view(),
+            None,
+            &expect![[r"
+            2026-01-02 03:04:05  2 ports  321.0 calls/s  2.5 refused/s
+
+            SERVICE                              ADDRESS                       CALLS   CALLS/S   REFUSED SOCKETS
+            default/web:http                     10.96.0.80:80/tcp           1234567     321.0        40      80
+              node-0                             10.244.0.80:8080             617283     160.5                 -
+              node-1                             10.244.1.80:8080             617283     160.5                 -
+            default/idle:http                    10.96.0.90:80/tcp                 0       0.0        40      90
+
+            q quit  sort: n name c calls r rate x refused o sockets  / filter  e endpoints  space pause
+        "]],
+        );
+    }
+
+    #[test]
+    fn services_alone_and_paused() {
+        let view = View { has_endpoints: false, is_paused: true, ..view() };
+        shows(
+            &report(),
+            &view,
+            None,
+            &expect![[r"
+            2026-01-02 03:04:05  2 ports  321.0 calls/s  2.5 refused/s  PAUSED
+
+            SERVICE                              ADDRESS                       CALLS   CALLS/S   REFUSED SOCKETS
+            default/web:http                     10.96.0.80:80/tcp           1234567     321.0        40      80
+            default/idle:http                    10.96.0.90:80/tcp                 0       0.0        40      90
+
+
+
+            q quit  sort: n name c calls r rate x refused o sockets  / filter  e endpoints  space pause
+        "]],
+        );
+    }
+
+    #[test]
+    fn a_filter_that_is_typed_and_one_that_is_kept() {
+        let view = View { filter: "web".into(), is_typing: true, ..view() };
+        let report = Report { sockets_complete: false, services: Vec::new(), ..report() };
+        shows(
+            &report,
+            &view,
+            None,
+            &expect![[r"
+            2026-01-02 03:04:05  0 ports  - calls/s  - refused/s
+            filter: web_
+            SERVICE                              ADDRESS                       CALLS   CALLS/S   REFUSED SOCKETS
+
+
+
+
+
+            q quit  sort: n name c calls r rate x refused o sockets  / filter  e endpoints  space pause
+        "]],
+        );
+        let view = View { is_typing: false, ..view };
+        shows(
+            &report,
+            &view,
+            None,
+            &expect![[r"
+            2026-01-02 03:04:05  0 ports  - calls/s  - refused/s
+            filter: web (Esc clears it); SOCKETS counts only those that a map lists
+            SERVICE                              ADDRESS                       CALLS   CALLS/S   REFUSED SOCKETS
+
+
+
+
+
+            q quit  sort: n name c calls r rate x refused o sockets  / filter  e endpoints  space pause
+        "]],
+        );
+    }
+
+    #[test]
+    fn a_problem_and_a_table_scrolled_beyond_its_end() {
+        let view = View { scrolled: 100, ..view() };
+        shows(
+            &report(),
+            &view,
+            Some("nothing is pinned"),
+            &expect![[r"
+            2026-01-02 03:04:05  2 ports  321.0 calls/s  2.5 refused/s
+            nothing is pinned
+            SERVICE                              ADDRESS                       CALLS   CALLS/S   REFUSED SOCKETS
+            default/idle:http                    10.96.0.90:80/tcp                 0       0.0        40      90
+
+
+
+
+            q quit  sort: n name c calls r rate x refused o sockets  / filter  e endpoints  space pause
+        "]],
+        );
+    }
+
+    #[test]
+    fn any_size_is_drawn() {
+        for (width, height) in [(1, 1), (3, 2), (20, 5), (500, 200)] {
+            let mut terminal = Terminal::new(TestBackend::new(width, height)).unwrap();
+            terminal.draw(|frame| draw(frame, &report(), &view(), None)).unwrap();
+        }
+    }
+}

@@ -1,0 +1,385 @@
+//! What is shown: counters of the maps under the names of objects, and what they came to between two looks.
+//!
+//! Pure: time is an argument. The types are the public JSON; field names are a promise.
+
+use std::{
+    cmp::Reverse,
+    collections::BTreeMap,
+    fmt::Write as _,
+    net::{IpAddr, SocketAddr},
+    time::Duration,
+};
+
+use clap::ValueEnum;
+use serde::Serialize;
+
+use crate::{
+    cli::{
+        listing::{self, address_text, service_text},
+        sample::{Look, frontend_of},
+    },
+    controller::State,
+    desired::FrontendAddress,
+    model::Protocol,
+};
+
+/// One answer.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub(super) struct Report {
+    /// When it was read, as RFC 3339 has it.
+    pub(super) time: String,
+    /// Time since the look before, which rates are made from; `null` the first time.
+    pub(super) seconds: Option<f64>,
+    /// Whether `sockets` counts all; if not, it counts those whose records are in a map that can be listed.
+    pub(super) sockets_complete: bool,
+    pub(super) services: Vec<PortRow>,
+}
+
+/// One port of a Service in one family.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub(super) struct PortRow {
+    /// Empty if no object is known for it.
+    pub(super) namespace: String,
+    pub(super) name: String,
+    pub(super) port_name: String,
+    pub(super) protocol: Protocol,
+    /// Its first address: the cluster IP, if it has one.
+    pub(super) address: IpAddr,
+    pub(super) port: u16,
+    /// `connect()` calls and datagrams of unconnected sockets that were pointed at an endpoint, since the port is served.
+    pub(super) calls: u64,
+    /// `null` for what was not there at the look before.
+    pub(super) calls_per_second: Option<f64>,
+    /// Calls that found no endpoint.
+    pub(super) refused: u64,
+    pub(super) refused_per_second: Option<f64>,
+    /// Open sockets that last called this port; `null` on a kernel where no map lists them.
+    pub(super) sockets: Option<u64>,
+    pub(super) endpoints: Vec<EndpointRow>,
+}
+
+/// One endpoint of a port.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub(super) struct EndpointRow {
+    pub(super) address: IpAddr,
+    pub(super) port: u16,
+    /// The node it runs on, if known.
+    pub(super) node: String,
+    pub(super) calls: u64,
+    pub(super) calls_per_second: Option<f64>,
+    pub(super) sockets: Option<u64>,
+}
+
+/// What rows are sorted by. Numbers are sorted from the largest, equals by name.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub(super) enum Sort {
+    /// Namespace and name.
+    Name,
+    /// All calls.
+    Calls,
+    /// Calls per second.
+    #[default]
+    Rate,
+    /// Refused calls.
+    Refused,
+    /// Open sockets.
+    Sockets,
+}
+
+/// The counters of one look under what they belong to.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(super) struct Sample {
+    /// When it was taken, by a clock that does not jump.
+    at: Duration,
+    is_complete: bool,
+    /// By service id.
+    ports: BTreeMap<u32, Counted>,
+}
+
+/// One port of a Service and its counters.
+#[derive(Clone, Debug, PartialEq)]
+struct Counted {
+    namespace: String,
+    name: String,
+    port_name: String,
+    address: FrontendAddress,
+    calls: u64,
+    refused: u64,
+    sockets: Option<u64>,
+    /// By endpoint id.
+    endpoints: BTreeMap<u32, Endpoint>,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+struct Endpoint {
+    address: SocketAddr,
+    node: String,
+    calls: u64,
+    sockets: Option<u64>,
+}
+
+impl Counted {
+    /// Whether it is the same as another of the same id, and not the next one that was given the id.
+    fn is(&self, other: &Self) -> bool {
+        let identity = |port: &Self| (port.address.protocol, port.address.ip.is_ipv6());
+        let name = |port: &Self| (port.namespace.clone(), port.name.clone(), port.port_name.clone());
+        // Names come and go with the snapshot, the address with the Service.
+        let has_same_name = !self.name.is_empty() && name(self) == name(other);
+        identity(self) == identity(other) && (has_same_name || self.address == other.address)
+    }
+}
+
+/// Which of its addresses names a port best.
+fn rank(kind: &str) -> usize {
+    ["ClusterIP", "LoadBalancer", "ExternalIP", "NodePort"]
+        .iter()
+        .position(|known| *known == kind)
+        .unwrap_or(usize::MAX)
+}
+
+impl Sample {
+    /// Sorts a look by ports and endpoints. `at` is the time of the look.
+    pub(super) fn new(look: &Look, objects: Option<&State>, at: Duration) -> Self {
+        let (of_ports, of_endpoints) = sockets(look);
+        let count = |counts: &BTreeMap<u32, u64>, id: u32| {
+            look.sockets.records.is_some().then(|| counts.get(&id).copied().unwrap_or_default())
+        };
+        let mut rows = listing::list(&look.image, objects, &BTreeMap::new());
+        rows.sort_by_key(|row| (rank(row.kind), row.address.is_unspecified()));
+        let mut ports = BTreeMap::new();
+        for row in rows {
+            let address = FrontendAddress { ip: row.address, port: row.port, protocol: row.protocol };
+            let frontend = look.image.services.get(&address).and_then(|id| look.image.frontends.get(id));
+            let Some(frontend) = frontend else { continue };
+            let stats = look.services.get(&frontend.service_id).copied().unwrap_or_default();
+            let port = ports.entry(frontend.service_id).or_insert_with(|| Counted {
+                namespace: row.namespace.clone(),
+                name: row.name.clone(),
+                port_name: row.port_name.clone(),
+                address,
+                calls: stats.connects.saturating_add(stats.datagrams),
+                refused: stats.refusals,
+                sockets: count(&of_ports, frontend.service_id),
+                endpoints: BTreeMap::new(),
+            });
+            let nodes: BTreeMap<SocketAddr, &str> = row
+                .endpoints
+                .iter()
+                .map(|endpoint| (SocketAddr::new(endpoint.address, endpoint.port), &*endpoint.node))
+                .collect();
+            // Addresses of one port may have different endpoints: a policy is of one kind of address.
+            let entries = look.image.entries(address.ip.is_ipv6(), frontend.run).unwrap_or_default();
+            for entry in entries {
+                let stats = look.endpoints.get(&entry.endpoint_id).copied().unwrap_or_default();
+                port.endpoints.insert(
+                    entry.endpoint_id,
+                    Endpoint {
+                        address: entry.address,
+                        node: nodes.get(&entry.address).copied().unwrap_or_default().to_owned(),
+                        calls: stats.connects.saturating_add(stats.datagrams),
+                        sockets: count(&of_endpoints, entry.endpoint_id),
+                    },
+                );
+            }
+        }
+        Self { at, is_complete: look.sockets.is_complete, ports }
+    }
+
+    /// What is shown, sorted by name. `before` is an earlier look; `time` is when this one was taken, for people.
+    pub(super) fn report(&self, before: Option<&Self>, time: String) -> Report {
+        let seconds = before.map(|before| self.at.saturating_sub(before.at).as_secs_f64());
+        let rate = |earlier: Option<u64>, now: u64| per_second(earlier, now, seconds);
+        let mut services: Vec<PortRow> = self
+            .ports
+            .iter()
+            .map(|(id, port)| {
+                let earlier =
+                    before.and_then(|before| before.ports.get(id)).filter(|earlier| earlier.is(port));
+                let mut endpoints: Vec<EndpointRow> = port
+                    .endpoints
+                    .iter()
+                    .map(|(id, endpoint)| {
+                        let earlier = earlier
+                            .and_then(|earlier| earlier.endpoints.get(id))
+                            .filter(|earlier| earlier.address == endpoint.address);
+                        EndpointRow {
+                            address: endpoint.address.ip(),
+                            port: endpoint.address.port(),
+                            node: endpoint.node.clone(),
+                            calls: endpoint.calls,
+                            calls_per_second: rate(earlier.map(|earlier| earlier.calls), endpoint.calls),
+                            sockets: endpoint.sockets,
+                        }
+                    })
+                    .collect();
+                endpoints.sort_by_key(|endpoint| (endpoint.address, endpoint.port));
+                PortRow {
+                    namespace: port.namespace.clone(),
+                    name: port.name.clone(),
+                    port_name: port.port_name.clone(),
+                    protocol: port.address.protocol,
+                    address: port.address.ip,
+                    port: port.address.port,
+                    calls: port.calls,
+                    calls_per_second: rate(earlier.map(|earlier| earlier.calls), port.calls),
+                    refused: port.refused,
+                    refused_per_second: rate(earlier.map(|earlier| earlier.refused), port.refused),
+                    sockets: port.sockets,
+                    endpoints,
+                }
+            })
+            .collect();
+        services.sort_by_cached_key(PortRow::by_name);
+        let seconds = seconds.map(|seconds| (seconds * 1000.0).round() / 1000.0);
+        Report { time, seconds, sockets_complete: self.is_complete, services }
+    }
+}
+
+/// Open sockets by service id and by endpoint id.
+fn sockets(look: &Look) -> (BTreeMap<u32, u64>, BTreeMap<u32, u64>) {
+    let (mut of_ports, mut of_endpoints) = (BTreeMap::new(), BTreeMap::new());
+    let entries = look.image.runs4.values().chain(look.image.runs6.values()).flat_map(|run| run.iter());
+    let addresses: BTreeMap<u32, SocketAddr> =
+        entries.map(|entry| (entry.endpoint_id, entry.address)).collect();
+    for record in look.sockets.records.iter().flatten() {
+        // What is of a service or endpoint that is gone is nobody's.
+        if frontend_of(&look.image, record).is_none() {
+            continue;
+        }
+        *of_ports.entry(record.service_id).or_default() += 1;
+        if addresses.get(&record.endpoint_id) == Some(&record.endpoint) {
+            *of_endpoints.entry(record.endpoint_id).or_default() += 1;
+        }
+    }
+    (of_ports, of_endpoints)
+}
+
+/// How fast a counter grew, to a tenth.
+fn per_second(earlier: Option<u64>, now: u64, seconds: Option<f64>) -> Option<f64> {
+    let (earlier, seconds) = (earlier?, seconds.filter(|seconds| *seconds > 0.0)?);
+    // One that is smaller than before has started anew: its id was given out again.
+    let growth = now.checked_sub(earlier).unwrap_or(now);
+    #[expect(clippy::cast_precision_loss, reason = "beyond 2^53 calls a rate is told to fifteen digits")]
+    let growth = growth as f64;
+    Some((growth / seconds * 10.0).round() / 10.0)
+}
+
+impl PortRow {
+    fn by_name(&self) -> (String, String, String, IpAddr, u16, Protocol) {
+        let Self { namespace, name, port_name, address, port, protocol, .. } = self;
+        (namespace.clone(), name.clone(), port_name.clone(), *address, *port, *protocol)
+    }
+
+    /// `namespace/name:port`
+    pub(super) fn service(&self) -> String {
+        service_text(&self.namespace, &self.name, &self.port_name)
+    }
+
+    /// `address:port/protocol`
+    pub(super) fn address(&self) -> String {
+        address_text(FrontendAddress { ip: self.address, port: self.port, protocol: self.protocol })
+    }
+
+    /// Whether its name or address, or those of an endpoint, hold a text, in letters of any case.
+    fn holds(&self, text: &str) -> bool {
+        let texts = |endpoint: &EndpointRow| [endpoint.address(), endpoint.node.to_lowercase()];
+        [self.service().to_lowercase(), self.address()].iter().any(|own| own.contains(text))
+            || self.endpoints.iter().flat_map(texts).any(|of_endpoint| of_endpoint.contains(text))
+    }
+}
+
+impl EndpointRow {
+    /// `address:port`
+    pub(super) fn address(&self) -> String {
+        SocketAddr::new(self.address, self.port).to_string()
+    }
+}
+
+impl Report {
+    /// Leaves only what was asked for, and sorts it. An empty filter keeps everything.
+    pub(super) fn arrange(&mut self, namespace: Option<&str>, filter: &str, sort: Sort) {
+        let filter = filter.to_lowercase();
+        self.services.retain(|row| {
+            namespace.is_none_or(|namespace| row.namespace == namespace)
+                && (filter.is_empty() || row.holds(&filter))
+        });
+        let bits = |rate: Option<f64>| rate.map(f64::to_bits);
+        let rows = &mut self.services;
+        match sort {
+            Sort::Name => rows.sort_by_cached_key(PortRow::by_name),
+            Sort::Calls => rows.sort_by_cached_key(|row| (Reverse(row.calls), row.by_name())),
+            // Numbers that are not negative are ordered as their bits are.
+            Sort::Rate => {
+                rows.sort_by_cached_key(|row| (Reverse(bits(row.calls_per_second)), row.by_name()));
+            }
+            Sort::Refused => rows.sort_by_cached_key(|row| (Reverse(row.refused), row.by_name())),
+            Sort::Sockets => rows.sort_by_cached_key(|row| (Reverse(row.sockets), row.by_name())),
+        }
+    }
+
+    /// As lines for people, all endpoints included if `has_endpoints`.
+    pub(super) fn text(&self, has_endpoints: bool) -> String {
+        let mut lines = vec![HEADER.map(str::to_owned)];
+        for row in &self.services {
+            lines.push(port_cells(row));
+            if has_endpoints {
+                lines.extend(row.endpoints.iter().map(endpoint_cells));
+            }
+        }
+        let mut widths = [0; 6];
+        for line in &lines {
+            for (width, cell) in widths.iter_mut().zip(line) {
+                *width = cell.chars().count().max(*width);
+            }
+        }
+        let [service, address, calls, rate, refused, sockets] = widths;
+        lines.iter().fold(String::new(), |mut text, [a, b, c, d, e, f]| {
+            let _infallible = writeln!(
+                text,
+                "{a:service$}  {b:address$}  {c:>calls$}  {d:>rate$}  {e:>refused$}  {f:>sockets$}"
+            );
+            text
+        })
+    }
+}
+
+/// The columns.
+pub(super) const HEADER: [&str; 6] = ["SERVICE", "ADDRESS", "CALLS", "CALLS/S", "REFUSED", "SOCKETS"];
+
+/// A dash for what is not known.
+fn known(value: Option<impl ToString>) -> String {
+    value.map_or_else(|| "-".to_owned(), |value| value.to_string())
+}
+
+fn rate_text(rate: Option<f64>) -> String {
+    known(rate.map(|rate| format!("{rate:.1}")))
+}
+
+/// A port in the columns of [`HEADER`].
+pub(super) fn port_cells(row: &PortRow) -> [String; 6] {
+    [
+        row.service(),
+        row.address(),
+        row.calls.to_string(),
+        rate_text(row.calls_per_second),
+        row.refused.to_string(),
+        known(row.sockets),
+    ]
+}
+
+/// An endpoint in the columns of [`HEADER`].
+pub(super) fn endpoint_cells(row: &EndpointRow) -> [String; 6] {
+    let node = if row.node.is_empty() { "-" } else { &row.node };
+    [
+        format!("  {node}"),
+        row.address(),
+        row.calls.to_string(),
+        rate_text(row.calls_per_second),
+        // A call that is refused reaches no endpoint.
+        String::new(),
+        known(row.sockets),
+    ]
+}
+
+#[cfg(test)]
+mod tests;

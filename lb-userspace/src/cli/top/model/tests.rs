@@ -1,0 +1,225 @@
+use expect_test::expect;
+use lb_common::layout::{EndpointStats, Frontend, Run, ServiceStats};
+
+use super::*;
+use crate::{
+    cli::sample::Sockets,
+    kernel::sockets::Record,
+    tables::{Entry, Image},
+};
+
+fn address(text: &str, protocol: Protocol) -> FrontendAddress {
+    let address: SocketAddr = text.parse().unwrap();
+    FrontendAddress { ip: address.ip(), port: address.port(), protocol }
+}
+
+/// A service with two endpoints and a node port, one without any, and a socket of each kind.
+fn look() -> Look {
+    let mut image = Image::default();
+    let endpoints = ["10.244.1.10:8080", "10.244.2.10:8080"].map(|text| text.parse().unwrap());
+    let entries = (7..).zip(endpoints).map(|(endpoint_id, address)| Entry { endpoint_id, address });
+    image.runs4.insert(0, entries.collect());
+    let run = Run { offset: 0, len: 2 };
+    for (id, text, frontend) in [
+        (0, "10.96.0.80:80", Frontend { run, service_id: 3, ..Frontend::default() }),
+        (1, "0.0.0.0:30080", Frontend { run, service_id: 3, ..Frontend::default() }),
+        (2, "10.96.0.90:80", Frontend { run: Run::EMPTY, service_id: 4, ..Frontend::default() }),
+    ] {
+        image.services.insert(address(text, Protocol::Tcp), id);
+        image.frontends.insert(id, frontend);
+    }
+    let record = |service: &str, endpoint: &str, service_id, endpoint_id| Record {
+        cookie: 1,
+        service: service.parse().unwrap(),
+        endpoint: endpoint.parse().unwrap(),
+        service_id,
+        endpoint_id,
+    };
+    let records = vec![
+        record("10.96.0.80:80", "10.244.1.10:8080", 3, 7),
+        record("192.0.2.1:30080", "10.244.2.10:8080", 3, 8),
+        // Its endpoint is gone, its service is not.
+        record("10.96.0.80:80", "10.244.9.10:8080", 3, 7),
+        // Its service is gone.
+        record("10.96.0.99:80", "10.244.1.10:8080", 4, 7),
+    ];
+    Look {
+        image,
+        services: BTreeMap::from([
+            (3, ServiceStats { connects: 100, refusals: 0, datagrams: 20 }),
+            (4, ServiceStats { connects: 0, refusals: 5, datagrams: 0 }),
+        ]),
+        endpoints: BTreeMap::from([(7, EndpointStats { connects: 60, datagrams: 20 })]),
+        sockets: Sockets { records: Some(records), is_complete: true },
+    }
+}
+
+fn later(look: &Look) -> Look {
+    let mut later = look.clone();
+    later.services.insert(3, ServiceStats { connects: 150, refusals: 0, datagrams: 21 });
+    later.services.insert(4, ServiceStats { connects: 0, refusals: 15, datagrams: 0 });
+    later.endpoints.insert(8, EndpointStats { connects: 51, datagrams: 0 });
+    later
+}
+
+fn two_looks() -> Report {
+    let before = Sample::new(&look(), None, Duration::from_secs(10));
+    Sample::new(&later(&look()), None, Duration::from_secs(12)).report(Some(&before), String::new())
+}
+
+#[test]
+fn rates_are_made_from_two_looks() {
+    for (what, earlier, now, seconds, expected) in [
+        ("the first look", None, 7, None, None),
+        ("what was not there before", None, 7, Some(1.0), None),
+        ("nothing happened", Some(7), 7, Some(1.0), Some(0.0)),
+        ("growth", Some(7), 12, Some(2.0), Some(2.5)),
+        ("to a tenth", Some(0), 1, Some(3.0), Some(0.3)),
+        ("a counter that started anew", Some(100), 4, Some(2.0), Some(2.0)),
+        ("no time has passed", Some(1), 2, Some(0.0), None),
+        ("the largest", Some(0), u64::MAX, Some(1.0), Some(18_446_744_073_709_552_000.0)),
+    ] {
+        assert_eq!(per_second(earlier, now, seconds), expected, "{what}");
+    }
+}
+
+#[test]
+fn one_look_has_totals_and_no_rates() {
+    let report = Sample::new(&look(), None, Duration::ZERO).report(None, String::new());
+    expect![[r"
+        SERVICE  ADDRESS            CALLS  CALLS/S  REFUSED  SOCKETS
+        -        10.96.0.80:80/tcp    120        -        0        3
+          -      10.244.1.10:8080      80        -                 1
+          -      10.244.2.10:8080       0        -                 1
+        -        10.96.0.90:80/tcp      0        -        5        0
+    "]]
+    .assert_eq(&report.text(true));
+}
+
+#[test]
+fn two_looks_have_rates() {
+    expect![[r"
+        SERVICE  ADDRESS            CALLS  CALLS/S  REFUSED  SOCKETS
+        -        10.96.0.80:80/tcp    171     25.5        0        3
+          -      10.244.1.10:8080      80      0.0                 1
+          -      10.244.2.10:8080      51     25.5                 1
+        -        10.96.0.90:80/tcp      0      0.0       15        0
+    "]]
+    .assert_eq(&two_looks().text(true));
+}
+
+#[test]
+fn an_id_that_was_given_to_another_service_has_no_rate() {
+    let before = Sample::new(&look(), None, Duration::from_secs(10));
+    let mut image = look().image;
+    let id = image.services.remove(&address("10.96.0.90:80", Protocol::Tcp)).unwrap();
+    image.services.insert(address("10.96.0.91:81", Protocol::Tcp), id);
+    let now = Sample::new(&Look { image, ..look() }, None, Duration::from_secs(11));
+    let report = now.report(Some(&before), String::new());
+    let rates: Vec<_> = report.services.iter().map(|row| (row.port, row.calls_per_second)).collect();
+    assert_eq!(rates, [(80, Some(0.0)), (81, None)]);
+}
+
+#[test]
+fn sockets_are_unknown_where_no_map_lists_them() {
+    let look = Look { sockets: Sockets { records: None, is_complete: false }, ..look() };
+    let report = Sample::new(&look, None, Duration::ZERO).report(None, String::new());
+    assert!(report.services.iter().all(|row| row.sockets.is_none()));
+    assert!(report.services.iter().flat_map(|row| &row.endpoints).all(|row| row.sockets.is_none()));
+}
+
+fn port(name: &str, calls: u64, rate: Option<f64>, refused: u64, sockets: Option<u64>) -> PortRow {
+    PortRow {
+        namespace: "shop".into(),
+        name: name.into(),
+        port_name: String::new(),
+        protocol: Protocol::Udp,
+        address: IpAddr::from([10, 96, 0, 1]),
+        port: 53,
+        calls,
+        calls_per_second: rate,
+        refused,
+        refused_per_second: None,
+        sockets,
+        endpoints: vec![EndpointRow {
+            address: IpAddr::from([10, 244, 0, u8::try_from(calls).unwrap()]),
+            port: 1053,
+            node: format!("Node-{name}"),
+            calls,
+            calls_per_second: rate,
+            sockets,
+        }],
+    }
+}
+
+#[test]
+fn rows_are_sorted_and_filtered() {
+    let rows = [
+        port("a", 1, Some(0.0), 9, None),
+        port("b", 2, Some(9.5), 0, Some(0)),
+        port("c", 3, Some(10.0), 0, Some(4)),
+        port("d", 4, None, 0, Some(4)),
+    ];
+    let arranged = |namespace, filter: &str, sort| {
+        let mut report =
+            Report { time: String::new(), seconds: None, sockets_complete: true, services: rows.to_vec() };
+        report.arrange(namespace, filter, sort);
+        report.services.into_iter().map(|row| row.name).collect::<String>()
+    };
+    for (filter, sort, expected) in [
+        ("", Sort::Name, "abcd"),
+        ("", Sort::Calls, "dcba"),
+        ("", Sort::Rate, "cbad"),
+        ("", Sort::Refused, "abcd"),
+        ("", Sort::Sockets, "cdba"),
+        ("SHOP/C", Sort::Name, "c"),
+        ("node-b", Sort::Name, "b"),
+        ("10.244.0.4", Sort::Name, "d"),
+        ("/udp", Sort::Name, "abcd"),
+        ("nowhere", Sort::Name, ""),
+    ] {
+        assert_eq!(arranged(None, filter, sort), expected, "{filter:?} by {sort:?}");
+    }
+    assert_eq!(arranged(Some("shop"), "", Sort::Name), "abcd");
+    assert_eq!(arranged(Some("sho"), "", Sort::Name), "");
+}
+
+/// Field names are a promise.
+#[test]
+fn the_json_has_stable_names() {
+    let mut report = two_looks();
+    report.services.truncate(1);
+    report.services[0].endpoints.truncate(1);
+    expect![[r#"
+        {
+          "time": "",
+          "seconds": 2.0,
+          "sockets_complete": true,
+          "services": [
+            {
+              "namespace": "",
+              "name": "",
+              "port_name": "",
+              "protocol": "TCP",
+              "address": "10.96.0.80",
+              "port": 80,
+              "calls": 171,
+              "calls_per_second": 25.5,
+              "refused": 0,
+              "refused_per_second": 0.0,
+              "sockets": 3,
+              "endpoints": [
+                {
+                  "address": "10.244.1.10",
+                  "port": 8080,
+                  "node": "",
+                  "calls": 80,
+                  "calls_per_second": 0.0,
+                  "sockets": 1
+                }
+              ]
+            }
+          ]
+        }"#]]
+    .assert_eq(&serde_json::to_string_pretty(&report).unwrap());
+}

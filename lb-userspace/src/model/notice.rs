@@ -1,0 +1,313 @@
+//! What people who look at the objects should be told: an Event of Kubernetes each, where the objects come from an API server.
+//!
+//! Pure: which issue becomes a notice, and when a notice may be told again. Whoever sends them does neither.
+//!
+//! # Invariants
+//!
+//! - A notice that stands is told once, and again only after [`REPEAT`], with the number of times counted.
+//! - However many there are, [`BURST`] are told at once and one each [`REFILL`] from then on. What waits is told later, as long as
+//!   it still holds.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use super::{Issue, IssueKind, ObjectKind, ObjectRef};
+
+/// How long a notice is not told again. Events are kept for an hour by API servers.
+pub const REPEAT: Duration = Duration::from_secs(30 * 60);
+/// How long one that holds no longer is remembered, so that one that comes and goes is told as the same.
+pub const MEMORY: Duration = Duration::from_secs(60 * 60);
+/// Notices that are told at once, at most.
+pub const BURST: u32 = 25;
+/// Time until one more may be told.
+pub const REFILL: Duration = Duration::from_secs(10);
+
+/// Something worth telling about an object.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Notice {
+    /// A Service or the own Node.
+    pub object: ObjectRef,
+    /// Whether something is wrong.
+    pub is_warning: bool,
+    /// Why, as one word that scripts may match on.
+    pub reason: &'static str,
+    /// What the agent was doing, as one word.
+    pub action: &'static str,
+    /// For people.
+    pub note: String,
+}
+
+/// A notice that is to be told now.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Telling {
+    /// What is told.
+    pub notice: Notice,
+    /// How often it has been told, this time included.
+    pub n_times: u32,
+    /// The node of the agent that tells it.
+    pub node: Arc<str>,
+}
+
+/// What happened to the agent of a node.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum NodeNews {
+    /// The programs are attached.
+    Attached,
+    /// The kernel follows the first lists.
+    Synced {
+        /// Frontends that are served.
+        n_frontends: usize,
+    },
+    /// A test of itself that the agent made has failed.
+    SelfTestFailed {
+        /// What failed, in one line.
+        problem: String,
+    },
+}
+
+impl Notice {
+    /// What an issue tells people who look at the Service that it is about.
+    ///
+    /// `None` for an issue that is no Service's, and for what is left to others by design: protocols and addresses that no socket
+    /// hook can serve are as they should be wherever kube-proxy serves them.
+    #[must_use]
+    pub fn of_issue(issue: &Issue) -> Option<Self> {
+        let object = &issue.object;
+        if object.kind != ObjectKind::Service || object.name.is_empty() || object.namespace.is_empty() {
+            return None;
+        }
+        let (reason, action) = match &issue.kind {
+            IssueKind::ServicesFull { .. } | IssueKind::EndpointsFull { .. } => ("TableFull", "Sync"),
+            IssueKind::FrontendTaken { .. } => ("AddressConflict", "Sync"),
+            // kube-proxy's words.
+            IssueKind::HealthCheckPortTaken { .. } => ("FailedToStartServiceHealthcheck", "Listen"),
+            IssueKind::NotServed { .. }
+            | IssueKind::SourceRanges { .. }
+            | IssueKind::NodePortOutsideRange { .. }
+            | IssueKind::NotApplicable { .. } => return None,
+            _ => ("InvalidService", "Read"),
+        };
+        let (object, note) = (object.clone(), issue.kind.to_string());
+        Some(Self { object, is_warning: true, reason, action, note })
+    }
+
+    /// What people who look at a Node are told of its agent.
+    #[must_use]
+    pub fn of_node(name: &str, news: &NodeNews) -> Self {
+        let of = |is_warning, reason, action, note| Self {
+            object: ObjectRef::node(name),
+            is_warning,
+            reason,
+            action,
+            note,
+        };
+        match news {
+            NodeNews::Attached => {
+                of(false, "Starting", "StartSocklb", "socklb has attached its programs".to_owned())
+            }
+            NodeNews::Synced { n_frontends } => of(
+                false,
+                "Synced",
+                "StartSocklb",
+                format!("socklb follows the cluster: the kernel holds {n_frontends} frontends"),
+            ),
+            NodeNews::SelfTestFailed { problem } => {
+                of(true, "SelfTestFailed", "SelfTest", format!("socklb: {problem}"))
+            }
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Told {
+    n_times: u32,
+    last: Instant,
+    /// When it last held.
+    held: Instant,
+}
+
+/// What was told, and when.
+#[derive(Clone, Debug)]
+pub struct Ledger {
+    node: Arc<str>,
+    told: BTreeMap<Notice, Told>,
+    /// Node news that wait to be told, each once.
+    news: Vec<Notice>,
+    /// Notices that may be told at once, as of `counted`.
+    n_free: u32,
+    counted: Instant,
+}
+
+impl Ledger {
+    /// Nothing was told yet. `node` is the name of the own Node.
+    #[must_use]
+    pub fn new(node: Arc<str>, now: Instant) -> Self {
+        Self { node, told: BTreeMap::new(), news: Vec::new(), n_free: BURST, counted: now }
+    }
+
+    /// Notes something that happened once. It is told with the next call of [`Self::due`].
+    pub fn happened(&mut self, news: &NodeNews) {
+        self.news.push(Notice::of_node(&self.node, news));
+    }
+
+    /// What is to be told now, if these hold at the moment. `room` is how many can be taken.
+    pub fn due(
+        &mut self,
+        issues: impl IntoIterator<Item = Issue>,
+        room: usize,
+        now: Instant,
+    ) -> Vec<Telling> {
+        self.refill(now);
+        let holding: BTreeSet<Notice> =
+            issues.into_iter().filter_map(|issue| Notice::of_issue(&issue)).collect();
+        self.told.retain(|notice, told| {
+            if holding.contains(notice) {
+                told.held = now;
+            }
+            now.saturating_duration_since(told.held) < MEMORY
+        });
+        let mut due = Vec::new();
+        let news = std::mem::take(&mut self.news);
+        for notice in
+            news.into_iter().map(|notice| (notice, true)).chain(holding.into_iter().map(|n| (n, false)))
+        {
+            let (notice, is_news) = notice;
+            let told = self.told.get(&notice).copied();
+            let is_due =
+                is_news || told.is_none_or(|told| now.saturating_duration_since(told.last) >= REPEAT);
+            if !is_due {
+                continue;
+            }
+            if due.len() >= room || self.n_free == 0 {
+                if is_news {
+                    self.news.push(notice);
+                }
+                continue;
+            }
+            self.n_free -= 1;
+            let n_times = told.map_or(1, |told| told.n_times.saturating_add(1));
+            self.told.insert(notice.clone(), Told { n_times, last: now, held: now });
+            due.push(Telling { notice, n_times, node: Arc::clone(&self.node) });
+        }
+        due
+    }
+
+    fn refill(&mut self, now: Instant) {
+        let passed = now.saturating_duration_since(self.counted);
+        let n_more = passed.as_secs() / REFILL.as_secs();
+        self.n_free = u32::try_from(n_more).unwrap_or(u32::MAX).saturating_add(self.n_free).min(BURST);
+        // What is left of the time counts towards the next.
+        self.counted += Duration::from_secs(n_more * REFILL.as_secs());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn taken(name: &str) -> Issue {
+        let kind = IssueKind::FrontendTaken { address: "10.0.0.1:80/tcp".into(), winner: "a/b".into() };
+        Issue::new(ObjectRef::service("shop", name), kind)
+    }
+
+    fn ledger(now: Instant) -> Ledger {
+        Ledger::new("node".into(), now)
+    }
+
+    #[test]
+    fn issues_of_services_become_notices_and_others_do_not() {
+        let service = || ObjectRef::service("shop", "web");
+        let full = || IssueKind::ServicesFull { map: "services4".into(), capacity: 1, needed: 2 };
+        for (object, kind, expected) in [
+            (service(), full(), Some("TableFull")),
+            (
+                service(),
+                IssueKind::FrontendTaken { address: "x".into(), winner: "y".into() },
+                Some("AddressConflict"),
+            ),
+            (service(), IssueKind::NoPorts, Some("InvalidService")),
+            (service(), IssueKind::Unreadable { cause: "x".into() }, Some("InvalidService")),
+            (
+                service(),
+                IssueKind::HealthCheckPortTaken { port: 1, cause: "x".into() },
+                Some("FailedToStartServiceHealthcheck"),
+            ),
+            (service(), IssueKind::SourceRanges { addresses: Vec::new() }, None),
+            (service(), IssueKind::NodePortOutsideRange { port: 1, first: 2, last: 3 }, None),
+            (ObjectRef::service("shop", ""), IssueKind::NoName, None),
+            (ObjectRef::slice("shop", "web-1"), full(), None),
+            (ObjectRef::file("a.yaml"), full(), None),
+        ] {
+            let issue = Issue::new(object, kind);
+            let notice = Notice::of_issue(&issue);
+            assert_eq!(notice.as_ref().map(|notice| notice.reason), expected, "{issue}");
+            assert!(notice.is_none_or(|notice| notice.is_warning && !notice.note.contains("shop/web")));
+        }
+    }
+
+    #[test]
+    fn a_notice_is_told_once_until_it_is_time_again() {
+        let start = Instant::now();
+        let mut ledger = ledger(start);
+        // Seconds, whether it holds, and how often it has been told if it is told now.
+        for (at, holds, expected) in [
+            (0, false, None),
+            (1, true, Some(1)),
+            (2, true, None),
+            (1800, true, None),
+            (1801, true, Some(2)),
+            // Gone and back: the same, and not at once.
+            (1900, false, None),
+            (2000, true, None),
+            (3601, true, Some(3)),
+            // Forgotten.
+            (3700, false, None),
+            (7201, false, None),
+            (7202, true, Some(1)),
+        ] {
+            let issues = holds.then(|| taken("web"));
+            let due = ledger.due(issues, 10, start + Duration::from_secs(at));
+            assert_eq!(due.first().map(|telling| telling.n_times), expected, "at {at} s");
+        }
+    }
+
+    #[test]
+    fn many_notices_are_told_slowly_and_none_is_lost() {
+        let start = Instant::now();
+        let mut ledger = ledger(start);
+        let issues = || (0..40).map(|n| taken(&format!("web-{n}")));
+        let mut told = BTreeSet::new();
+        for (at, expected) in [(0, 25), (1, 0), (9, 0), (10, 1), (35, 2), (40, 1), (1000, 11), (1001, 0)] {
+            let due = ledger.due(issues(), 100, start + Duration::from_secs(at));
+            assert_eq!(due.len(), expected, "at {at} s");
+            told.extend(due.into_iter().map(|telling| telling.notice));
+        }
+        assert_eq!(told.len(), 40);
+    }
+
+    #[test]
+    fn what_has_no_room_waits() {
+        let start = Instant::now();
+        let mut ledger = ledger(start);
+        ledger.happened(&NodeNews::Attached);
+        assert_eq!(ledger.due([taken("web")], 0, start), []);
+        let one = ledger.due([taken("web")], 1, start);
+        assert_eq!(one[0].notice.reason, "Starting");
+        let rest = ledger.due([taken("web")], 10, start);
+        assert_eq!((rest.len(), rest[0].notice.reason, &*rest[0].node), (1, "AddressConflict", "node"));
+        assert_eq!(ledger.due([taken("web")], 10, start), []);
+    }
+
+    #[test]
+    fn a_node_hears_of_its_agent() {
+        let of = |news| Notice::of_node("node", &news);
+        let synced = of(NodeNews::Synced { n_frontends: 3 });
+        assert!(!synced.is_warning && synced.note.ends_with("3 frontends"), "{synced:?}");
+        let failed = of(NodeNews::SelfTestFailed { problem: "no answer".into() });
+        assert!(failed.is_warning && failed.note == "socklb: no answer", "{failed:?}");
+        assert_eq!(failed.object, ObjectRef::node("node"));
+    }
+}

@@ -1,0 +1,265 @@
+//! `socklb top` and `socklb monitor`, beside calls of programs.
+
+use std::{
+    fs::File,
+    io::{BufRead as _, BufReader, Read as _, Write as _},
+    process::{Child, Command, Stdio},
+    sync::mpsc,
+    thread,
+    time::{Duration, Instant},
+};
+
+use lb_tests::client::{Domain, Socket, call};
+use lb_userspace::model::Protocol::{Tcp, Udp};
+use nix::{
+    errno::Errno,
+    pty::{OpenptyResult, Winsize, openpty},
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use serde_json::Value;
+
+use crate::{
+    process::text,
+    socklb::{Place, eventually, is_up, with_town},
+    town::{self, Town},
+};
+
+/// Serves the town and ends the agent: what is looked at is pinned.
+fn serve(place: &Place, town: &Town) {
+    place.write(&town.cluster(0..2));
+    let agent = place.start();
+    eventually("the service answers", || is_up(town::web()[0]));
+    assert_eq!(agent.end(Signal::SIGTERM), Some(0));
+}
+
+/// One port of an answer of `top`.
+fn port(report: &Value, name: &str) -> Value {
+    let services = report["services"].as_array().unwrap();
+    services.iter().find(|row| row["name"] == name).unwrap_or_else(|| panic!("{name}: {report}")).clone()
+}
+
+fn number(row: &Value, field: &str) -> u64 {
+    row[field].as_u64().unwrap_or_else(|| panic!("{field}: {row}"))
+}
+
+#[test]
+fn top_counts_the_calls_and_sockets_of_programs() {
+    with_town(|place, town| {
+        serve(place, town);
+        let top = || -> Value {
+            let line = text(&place.binary, &place.args(&["top", "-n", "1", "-o", "json"]));
+            serde_json::from_str(&line).unwrap()
+        };
+        let before = top();
+        let held: Vec<Socket> = (0..3)
+            .map(|_| {
+                let socket = Socket::new(Domain::V4, Tcp);
+                socket.connect(town::web()[0]).unwrap();
+                socket
+            })
+            .collect();
+        for _ in 0..2 {
+            assert!(is_up(town::web()[0]));
+            assert_eq!(call(town::empty(), Tcp), Err(Errno::ECONNREFUSED));
+            Socket::new(Domain::V4, Udp).connect(town::dns()[0]).unwrap();
+        }
+        let after = top();
+        let growth = |name: &str, field: &str| {
+            number(&port(&after, name), field) - number(&port(&before, name), field)
+        };
+        assert_eq!(growth("web-v4", "calls"), 5);
+        assert_eq!(growth("web-v4", "refused"), 0);
+        assert_eq!((growth("empty", "calls"), growth("empty", "refused")), (0, 2));
+        assert_eq!((growth("dns-udp-v4", "calls"), growth("dns-tcp-v4", "calls")), (2, 0));
+        let web = port(&after, "web-v4");
+        let of_endpoints = |field: &str| -> u64 {
+            web["endpoints"].as_array().unwrap().iter().map(|endpoint| number(endpoint, field)).sum()
+        };
+        assert_eq!(of_endpoints("calls"), number(&web, "calls"), "{web}");
+        if after["sockets_complete"] == true {
+            assert_eq!((growth("web-v4", "sockets"), of_endpoints("sockets")), (3, 3), "{web}");
+        }
+        drop(held);
+        if after["sockets_complete"] == true {
+            assert_eq!(number(&port(&top(), "web-v4"), "sockets"), 0);
+        }
+
+        let table = text(&place.binary, &place.args(&["top", "-n", "1", "--filter", "web-v4"]));
+        let lines: Vec<&str> = table.lines().collect();
+        assert!(lines[1].starts_with("SERVICE") && lines[2].starts_with("default/web-v4"), "{table}");
+        assert_eq!(lines.len(), 5, "{table}");
+        assert!(!table.contains('\u{1b}') && lines.iter().all(|line| line.chars().count() <= 100), "{table}");
+    });
+}
+
+#[test]
+fn top_tells_rates_from_one_look_to_the_next() {
+    with_town(|place, town| {
+        serve(place, town);
+        let args = place.args(&["top", "-n", "2", "--interval", "1s", "-o", "json"]);
+        let mut child = Command::new(&place.binary).args(args).stdout(Stdio::piped()).spawn().unwrap();
+        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        let mut next = || -> Value { serde_json::from_str(&lines.next().unwrap().unwrap()).unwrap() };
+        let first = next();
+        assert_eq!(
+            (&first["seconds"], &port(&first, "web-v4")["calls_per_second"]),
+            (&Value::Null, &Value::Null)
+        );
+        for _ in 0..20 {
+            assert!(is_up(town::web()[0]));
+        }
+        let second = next();
+        let (web, seconds) = (port(&second, "web-v4"), second["seconds"].as_f64().unwrap());
+        assert_eq!(number(&web, "calls") - number(&port(&first, "web-v4"), "calls"), 20);
+        let rate = web["calls_per_second"].as_f64().unwrap();
+        assert!((rate - 20.0 / seconds).abs() < 0.2, "{rate} in {seconds} s");
+        assert!(child.wait().unwrap().success());
+    });
+}
+
+/// A program on a terminal of a test's own, and what it wrote there.
+struct Terminal {
+    child: Child,
+    keys: File,
+    shown: mpsc::Receiver<Vec<u8>>,
+    text: String,
+}
+
+impl Terminal {
+    fn run(command: &mut Command) -> Self {
+        let size = Winsize { ws_row: 30, ws_col: 100, ws_xpixel: 0, ws_ypixel: 0 };
+        let OpenptyResult { master, slave } = openpty(Some(&size), None).unwrap();
+        let end_of_program = || Stdio::from(slave.try_clone().unwrap());
+        let child = command
+            .env("TERM", "xterm-256color")
+            .stdin(end_of_program())
+            .stdout(end_of_program())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let (sender, shown) = mpsc::channel();
+        let mut screen = File::from(master.try_clone().unwrap());
+        let _ends_with_the_terminal = thread::spawn(move || {
+            let mut bytes = [0; 4096];
+            while let Ok(n @ 1..) = screen.read(&mut bytes) {
+                if sender.send(bytes[..n].to_vec()).is_err() {
+                    break;
+                }
+            }
+        });
+        Self { child, keys: File::from(master), shown, text: String::new() }
+    }
+
+    /// Waits until something was written since the last call.
+    fn until(&mut self, wanted: &str) {
+        let end = Instant::now() + Duration::from_secs(30);
+        while !self.text.contains(wanted) {
+            let left = end.saturating_duration_since(Instant::now());
+            let Ok(bytes) = self.shown.recv_timeout(left) else {
+                panic!("{wanted:?} was never shown: {:?}", self.text)
+            };
+            self.text += &String::from_utf8_lossy(&bytes);
+        }
+        self.text.clear();
+    }
+
+    fn press(&mut self, keys: &str) {
+        self.keys.write_all(keys.as_bytes()).unwrap();
+    }
+}
+
+impl Drop for Terminal {
+    fn drop(&mut self) {
+        let _ended_already = self.child.kill();
+        let _ended_already = self.child.wait();
+    }
+}
+
+#[test]
+fn top_on_a_terminal_obeys_keys_and_leaves_it_as_it_was() {
+    with_town(|place, town| {
+        serve(place, town);
+        let mut command = Command::new(&place.binary);
+        let mut terminal = Terminal::run(command.args(place.args(&["top", "--interval", "100ms"])));
+        // The alternate screen, and the table on it.
+        terminal.until("\u{1b}[?1049h");
+        terminal.until("default/web-v4");
+        terminal.press("/empty");
+        terminal.until("filter:");
+        terminal.press("\r ");
+        terminal.until("PAUSED");
+        terminal.press("q");
+        terminal.until("\u{1b}[?1049l");
+        assert_eq!(terminal.child.wait().unwrap().code(), Some(0));
+    });
+}
+
+/// Reads a stream of JSON while calls are made.
+fn monitored(place: &Place, flags: &[&str], calls: impl FnOnce()) -> Vec<Value> {
+    let args = place.args(&[&["monitor", "-o", "json", "--interval", "10ms"], flags].concat());
+    let mut child = Command::new(&place.binary).args(args).stdout(Stdio::piped()).spawn().unwrap();
+    // What is there before the first look is not new: give it the time for one.
+    let lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    thread::scope(|scope| {
+        let reader = scope.spawn(|| {
+            lines.map(|line| serde_json::from_str(&line.unwrap()).unwrap()).collect::<Vec<Value>>()
+        });
+        thread::sleep(Duration::from_secs(2));
+        calls();
+        thread::sleep(Duration::from_millis(500));
+        kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGTERM).unwrap();
+        assert_eq!(child.wait().unwrap().code(), Some(0));
+        reader.join().unwrap()
+    })
+}
+
+#[test]
+fn monitor_shows_new_connections_and_counts_the_others() {
+    with_town(|place, town| {
+        serve(place, town);
+        let before = Socket::new(Domain::V4, Tcp);
+        before.connect(town::web()[0]).unwrap();
+        let mut held = Vec::new();
+        let lines = monitored(place, &[], || {
+            for (protocol, service) in [(Tcp, town::web()[0]), (Tcp, town::web()[1]), (Udp, town::dns()[0])] {
+                let socket = Socket::new(Domain::of(service.ip()), protocol);
+                socket.connect(service).unwrap();
+                held.push(socket);
+            }
+            // Gone before anybody looks, mostly.
+            for _ in 0..20 {
+                assert!(is_up(town::web()[0]));
+            }
+            assert_eq!(call(town::empty(), Tcp), Err(Errno::ECONNREFUSED));
+        });
+        let shown = |name: &str| -> Vec<&Value> {
+            lines.iter().filter(|line| line["event"] == "connection" && line["name"] == name).collect()
+        };
+        let web = shown("web-v4");
+        assert!(!web.is_empty() && web.len() <= 21, "{lines:#?}");
+        assert_eq!((&web[0]["service"], &web[0]["protocol"]), (&"10.96.0.80:80".into(), &"TCP".into()));
+        assert!(web[0]["endpoint"].as_str().unwrap().ends_with(":8080"), "{}", web[0]);
+        assert_eq!((shown("web-v6").len(), shown("dns-udp-v4").len(), shown("dns-tcp-v4").len()), (1, 1, 0));
+        let summary = lines.last().unwrap();
+        assert_eq!(summary["event"], "summary", "{summary}");
+        let n_shown = u64::try_from(lines.len() - 1).unwrap();
+        assert_eq!((number(summary, "connects"), number(summary, "refused")), (23, 1), "{summary}");
+        assert_eq!(
+            (number(summary, "shown"), number(summary, "unseen")),
+            (n_shown, 23 - n_shown),
+            "{summary}"
+        );
+
+        // Only what was asked for is shown and counted.
+        let lines = monitored(place, &["--service", "default/web-v6", "--protocol", "tcp"], || {
+            for service in town::web() {
+                let socket = Socket::new(Domain::of(service.ip()), Tcp);
+                socket.connect(service).unwrap();
+                held.push(socket);
+            }
+        });
+        assert_eq!(lines.len(), 2, "{lines:#?}");
+        assert_eq!((&lines[0]["name"], number(&lines[1], "connects")), (&"web-v6".into(), 1), "{lines:#?}");
+    });
+}
