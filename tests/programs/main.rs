@@ -15,3 +15,4 @@ mod process;
 mod socklb;
 mod stale;
 mod town;
+mod turns;

@@ -101,7 +101,7 @@ impl Place {
     }
 
     /// Arguments of a command that looks at the pinned state.
-    fn args<'a>(&'a self, command: &[&'a str]) -> Vec<&'a str> {
+    pub(crate) fn args<'a>(&'a self, command: &[&'a str]) -> Vec<&'a str> {
         let places = ["--pin-path", &self.pin_path, "--state-dir", self.state_dir.path().to_str().unwrap()];
         [command, &places[..]].concat()
     }

@@ -19,6 +19,7 @@ use super::{
     Latency, State,
     save::Saving,
     start::{Basis, PATIENCE, Start, basis},
+    turn,
 };
 use crate::{
     desired::NodePortAddresses,
@@ -29,7 +30,7 @@ use crate::{
     model::Issue,
     plan::audit::Faults,
     serve::{
-        self, ListenError, Listeners, Question,
+        self, ListenError, Question,
         health_ports::{self, Wanted},
     },
     snapshot::{Contents, Snapshot, SnapshotError},
@@ -80,7 +81,7 @@ pub enum RunError {
     Listen(#[from] ListenError),
 }
 
-/// Runs until `stop` turns true or the source ends.
+/// Waits until no other agent has the same pins, then runs until `stop` turns true.
 ///
 /// Stopping changes nothing in the kernel: links and maps stay pinned.
 ///
@@ -94,7 +95,9 @@ pub async fn run(
     mut stop: watch::Receiver<bool>,
 ) -> Result<(), RunError> {
     // Before anything is attached: an agent that ends for want of a port has changed nothing.
-    let listeners = Listeners::open(&options.http).await?;
+    let turn = turn::wait_for_turn(&options.kernel.pin_path, &options.http, &mut stop).await?;
+    // The lock is given up last, with the ports free and nothing under way.
+    let Some((_lock, listeners)) = turn else { return Ok(()) };
     let (grace_passed, mut graces) = mpsc::channel(1);
     let kernel = Kernel::open(&options.kernel, move || {
         // A message that is waiting says the same.

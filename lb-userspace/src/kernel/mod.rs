@@ -23,6 +23,7 @@ pub mod feature;
 pub mod grace;
 pub mod host;
 pub mod links;
+pub mod lock;
 pub mod mapped;
 mod mountinfo;
 pub mod netns;

@@ -47,9 +47,39 @@ struct Body {
     now: String,
     #[serde(rename = "nodeEligible", skip_serializing_if = "Option::is_none")]
     is_node_eligible: Option<bool>,
+    /// Not of kube-proxy, which does not wait.
+    #[serde(rename = "waitsForOtherAgent", skip_serializing_if = "is_false")]
+    is_waiting: bool,
     /// Not of kube-proxy, whose tables have no limit.
     #[serde(rename = "frontendsWithoutRoom", skip_serializing_if = "Option::is_none")]
     n_refused: Option<usize>,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks so")]
+const fn is_false(value: &bool) -> bool {
+    !*value
+}
+
+/// The body of all answers of an agent that waits for another one to end.
+#[must_use]
+pub fn waiting(now: SystemTime) -> String {
+    write(&Body {
+        updated: String::new(),
+        now: show(now),
+        is_node_eligible: None,
+        is_waiting: true,
+        n_refused: None,
+    })
+}
+
+/// Years beyond what a time stamp holds are shown as none.
+fn show(time: SystemTime) -> String {
+    Timestamp::try_from(time).map(|time| time.to_string()).unwrap_or_default()
+}
+
+fn write(body: &Body) -> String {
+    // Strings and bools: there is nothing that JSON could not hold.
+    serde_json::to_string(body).unwrap_or_default()
 }
 
 impl Vitals {
@@ -95,13 +125,8 @@ impl Health {
     }
 
     fn body(&self, is_node_eligible: Option<bool>, n_refused: Option<usize>) -> String {
-        // Years beyond what a time stamp holds are shown as none.
-        let show =
-            |time: SystemTime| Timestamp::try_from(time).map(|time| time.to_string()).unwrap_or_default();
         let updated = self.updated.map(show).unwrap_or_default();
-        let body = Body { updated, now: show(self.now), is_node_eligible, n_refused };
-        // Strings and a bool: there is nothing that JSON could not hold.
-        serde_json::to_string(&body).unwrap_or_default()
+        write(&Body { updated, now: show(self.now), is_node_eligible, is_waiting: false, n_refused })
     }
 }
 
@@ -151,6 +176,10 @@ mod tests {
         assert_eq!(
             health.livez(),
             r#"{"lastUpdated":"2023-11-14T22:13:20Z","currentTime":"2023-11-14T22:13:20Z"}"#
+        );
+        assert_eq!(
+            waiting(now),
+            r#"{"lastUpdated":"","currentTime":"2023-11-14T22:13:20Z","waitsForOtherAgent":true}"#
         );
         assert_eq!(
             Health { n_refused: 3, ..health }.healthz(),
