@@ -112,12 +112,13 @@ pub async fn run(
         adopted = state.image().services.len(),
         "attached"
     );
-    let has_adopted = !state.image().services.is_empty();
+    // Maps that could not be read serve on, and are at least as new as the snapshot.
+    let has_adopted = kernel.is_staged() || !state.image().services.is_empty();
     let metrics = Metrics::new();
     let (vitals, signs_of_life) = watch::channel(Vitals::new(Instant::now().into_std()));
     let (asking, mut questions) = mpsc::channel::<Question>(QUESTIONS);
     // Ends with this function.
-    let _serving = listeners.serve(&options.kernel.pin_path, &metrics, &signs_of_life, asking)?;
+    let _serving = listeners.serve(&kernel.maps_path(), &metrics, &signs_of_life, asking)?;
     let (health_checks, wanted) = watch::channel(Wanted::default());
     let (reporting, mut port_issues) = watch::channel(Vec::new());
     let health_ports = tokio::spawn(health_ports::run(wanted, signs_of_life, reporting));
@@ -125,7 +126,7 @@ pub async fn run(
     let started = Instant::now();
     let mut agent = Agent {
         state,
-        sweep: Sweep::new(options.kernel.clone())?,
+        sweep: Sweep::new(&kernel.maps_path(), options.kernel.clone())?,
         kernel,
         options,
         metrics,
@@ -167,7 +168,8 @@ pub async fn run(
                     warn!("the source does not answer: what was found goes on as it is");
                 }
             }
-            swept = agent.sweep.step() => agent.sweep.go_on(swept, &mut agent.state, &agent.metrics),
+            // The sockets' records are in maps that cannot be read, or will be the same after the switch.
+            swept = agent.sweep.step(), if !agent.kernel.is_staged() => agent.sweep.go_on(swept, &mut agent.state, &agent.metrics),
             more = source.changed(), if !has_ended => {
                 if !more {
                     warn!("the source has ended: what is served stays as it is");

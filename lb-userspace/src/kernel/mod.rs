@@ -19,6 +19,7 @@
 pub mod cgroup;
 pub mod descriptors;
 pub mod error;
+mod fault;
 pub mod feature;
 pub mod grace;
 pub mod host;
