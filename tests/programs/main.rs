@@ -9,6 +9,7 @@ mod curl;
 mod demo;
 mod deployed;
 mod dns;
+mod faults;
 mod http;
 mod node;
 mod process;
