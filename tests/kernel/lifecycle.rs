@@ -4,6 +4,7 @@ use std::{
     collections::BTreeMap,
     fs,
     net::SocketAddr,
+    os::fd::AsFd as _,
     path::{Path, PathBuf},
     sync::atomic::{AtomicBool, Ordering},
     thread,
@@ -25,7 +26,7 @@ use lb_tests::{
 };
 use lb_userspace::{
     controller::State,
-    kernel::{Kernel, KernelError, Options, pins, store::Maps},
+    kernel::{Kernel, KernelError, Options, pins, store::Maps, syscall},
     model::Protocol::Tcp,
     plan::{Capacity, Plan},
     tables::Image,
@@ -114,9 +115,25 @@ fn only_own_pins_are_removed() {
         let _agent = Agent::start(sandbox);
         let foreign = sandbox.pin_path().join("theirs");
         fs::create_dir(&foreign).unwrap();
+        let map = syscall::open_pin(&sandbox.pin_path().join("meta")).unwrap();
+        let beside =
+            [sandbox.pin_path().join("their_map"), foreign.join("services4"), sandbox.bpffs().join("meta")];
+        for pin in &beside {
+            syscall::pin(map.as_fd(), pin).unwrap();
+        }
         let removed = pins::remove(&sandbox.pin_path()).unwrap();
         assert_eq!(removed.len(), Agent::pins(sandbox).len());
         assert!(foreign.is_dir());
+        for pin in &beside {
+            assert!(syscall::open_pin(pin).is_ok(), "{}", pin.display());
+        }
+        // What a version left that ended before it had everything is removed as well.
+        for name in ["services4", "connect4"] {
+            syscall::pin(map.as_fd(), &sandbox.pin_path().join(name)).unwrap();
+        }
+        fs::create_dir(sandbox.pin_path().join(pins::NEXT)).unwrap();
+        syscall::pin(map.as_fd(), &sandbox.pin_path().join(pins::NEXT).join("of_a_newer_layout")).unwrap();
+        assert_eq!(pins::remove(&sandbox.pin_path()).unwrap().len(), 3);
     });
 }
 

@@ -13,16 +13,17 @@ use crate::{
 };
 
 /// In the sandbox's network namespace, which has nothing else.
-const PORTS: [&str; 2] = ["--metrics-bind-address=127.0.0.1:10249", "--healthz-bind-address=127.0.0.1:10256"];
+pub(crate) const PORTS: [&str; 2] =
+    ["--metrics-bind-address=127.0.0.1:10249", "--healthz-bind-address=127.0.0.1:10256"];
 
 /// The status of a page, `000` if nobody answers.
-fn status_of(port: u16, page: &str) -> String {
+pub(crate) fn status_of(port: u16, page: &str) -> String {
     let url = format!("http://127.0.0.1:{port}/{page}");
     let output = run("curl", &["--silent", "--output", "/dev/null", "--write-out", "%{http_code}", &url]);
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
-fn says(agent: &Running, parts: &[&str]) -> bool {
+pub(crate) fn says(agent: &Running, parts: &[&str]) -> bool {
     agent.log().iter().any(|line| parts.iter().all(|part| line.contains(part)))
 }
 

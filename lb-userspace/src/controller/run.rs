@@ -25,6 +25,7 @@ use crate::{
     desired::NodePortAddresses,
     kernel::{
         self, Kernel, KernelError,
+        lock::Lock,
         store::{Findings, Maps},
     },
     model::Issue,
@@ -97,7 +98,7 @@ pub async fn run(
     // Before anything is attached: an agent that ends for want of a port has changed nothing.
     let turn = turn::wait_for_turn(&options.kernel.pin_path, &options.http, &mut stop).await?;
     // The lock is given up last, with the ports free and nothing under way.
-    let Some((_lock, listeners)) = turn else { return Ok(()) };
+    let Some((lock, listeners)) = turn else { return Ok(()) };
     let (grace_passed, mut graces) = mpsc::channel(1);
     let kernel = Kernel::open(&options.kernel, move || {
         // A message that is waiting says the same.
@@ -191,7 +192,10 @@ pub async fn run(
             }
             compared = ended(&mut agent.comparing), if agent.comparing.is_some() => agent.compared(compared),
             written = ended(&mut agent.writing), if agent.writing.is_some() => agent.saved(written),
-            _ = interfaces.tick() => agent.state.set_interfaces(interface_addresses()),
+            _ = interfaces.tick() => {
+                agent.state.set_interfaces(interface_addresses());
+                agent.look_for_pins(&lock);
+            }
             _ = snapshots.tick() => agent.save(),
             () = tick(&mut audits) => agent.compare(),
         }
@@ -298,6 +302,24 @@ impl Agent {
             changes
         });
         true
+    }
+
+    /// Says so if the pins are no longer where they were.
+    fn look_for_pins(&self, lock: &Lock) {
+        let is_lost = !lock.is_in_place();
+        let has_changed = self
+            .vitals
+            .send_if_modified(|vitals| std::mem::replace(&mut vitals.has_lost_pins, is_lost) != is_lost);
+        let pins = self.options.kernel.pin_path.display();
+        match (has_changed, is_lost) {
+            (true, true) => error!(
+                %pins,
+                "the pins are gone: removed by `socklb cleanup`, or the BPF file system is no longer mounted; what is still \
+                 attached ends with this agent, so restart it"
+            ),
+            (true, false) => info!(%pins, "the pins are back"),
+            (false, _) => {}
+        }
     }
 
     /// Leaves a sign of life. `is_waiting`: whether a change waits to be carried out.

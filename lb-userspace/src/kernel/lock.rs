@@ -24,7 +24,8 @@ use super::{KernelError, pins};
 #[derive(Debug)]
 pub struct Lock {
     pin_path: PathBuf,
-    inode: u64,
+    /// Device and number of its inode.
+    inode: (u64, u64),
     _directory: Flock<File>,
 }
 
@@ -48,24 +49,33 @@ impl Lock {
                 Err(source) if source.kind() == io::ErrorKind::NotFound => continue,
                 Err(source) => return Err(error(source)),
             };
-            let inode = directory.metadata().map_err(error)?.ino();
+            let inode = directory.metadata().map(|data| (data.dev(), data.ino())).map_err(error)?;
             let directory = match Flock::lock(directory, FlockArg::LockExclusiveNonblock) {
                 Ok(directory) => directory,
                 Err((_directory, Errno::EWOULDBLOCK)) => return Ok(None),
                 Err((_directory, errno)) => return Err(error(errno.into())),
             };
             // The former holder may have removed the directory: then others lock the new one.
-            if fs::metadata(pin_path).is_ok_and(|now| now.ino() == inode) {
+            if fs::metadata(pin_path).is_ok_and(|now| (now.dev(), now.ino()) == inode) {
                 return Ok(Some(Self { pin_path: pin_path.to_owned(), inode, _directory: directory }));
             }
         }
     }
 }
 
+impl Lock {
+    /// Whether the path leads to the directory still. It does not after `socklb cleanup`, or once the file system is no
+    /// longer mounted there; the lock itself keeps that alive, and what is pinned in it.
+    #[must_use]
+    pub fn is_in_place(&self) -> bool {
+        fs::metadata(&self.pin_path).is_ok_and(|now| (now.dev(), now.ino()) == self.inode)
+    }
+}
+
 impl Drop for Lock {
     fn drop(&mut self) {
         // After `socklb cleanup` the path may lead to another agent's directory.
-        if fs::metadata(&self.pin_path).is_ok_and(|now| now.ino() == self.inode) {
+        if self.is_in_place() {
             // Only an empty one can be removed: that of an agent which ended before it pinned anything.
             let _holds_pins = fs::remove_dir(&self.pin_path);
         }

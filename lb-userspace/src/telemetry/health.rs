@@ -21,6 +21,8 @@ pub struct Vitals {
     pub is_node_eligible: bool,
     /// Frontends that the tables have no room for.
     pub n_refused: usize,
+    /// Whether the agent's pins are no longer where they were: a restart would not find them.
+    pub has_lost_pins: bool,
 }
 
 /// What is said of it.
@@ -32,6 +34,8 @@ pub struct Health {
     pub is_node_eligible: bool,
     /// Frontends that the tables have no room for.
     pub n_refused: usize,
+    /// Whether the pins are gone.
+    pub has_lost_pins: bool,
     /// The time of the answer if alive, else that of the last update.
     pub updated: Option<SystemTime>,
     /// The time of the answer.
@@ -53,6 +57,9 @@ struct Body {
     /// Not of kube-proxy, whose tables have no limit.
     #[serde(rename = "frontendsWithoutRoom", skip_serializing_if = "Option::is_none")]
     n_refused: Option<usize>,
+    /// Not of kube-proxy, which has none.
+    #[serde(rename = "pinsLost", skip_serializing_if = "is_false")]
+    has_lost_pins: bool,
 }
 
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks so")]
@@ -69,6 +76,7 @@ pub fn waiting(now: SystemTime) -> String {
         is_node_eligible: None,
         is_waiting: true,
         n_refused: None,
+        has_lost_pins: false,
     })
 }
 
@@ -86,7 +94,14 @@ impl Vitals {
     /// Those of an agent that has just started.
     #[must_use]
     pub const fn new(now: Instant) -> Self {
-        Self { waiting_since: None, updated: None, turned: now, is_node_eligible: true, n_refused: 0 }
+        Self {
+            waiting_since: None,
+            updated: None,
+            turned: now,
+            is_node_eligible: true,
+            n_refused: 0,
+            has_lost_pins: false,
+        }
     }
 
     /// Judges them. An agent that has nothing to carry out yet is alive.
@@ -98,6 +113,7 @@ impl Vitals {
             is_alive,
             is_node_eligible: self.is_node_eligible,
             n_refused: self.n_refused,
+            has_lost_pins: self.has_lost_pins,
             updated: if is_alive { Some(clock) } else { self.updated },
             now: clock,
         }
@@ -106,27 +122,39 @@ impl Vitals {
 
 impl Health {
     /// Whether this node is ready, and load balancers should send traffic to it: `/healthz`. A node on which a Service
-    /// found no room in the tables is not, though what found room is served.
+    /// found no room in the tables is not, though what found room is served, nor one whose pins are gone.
     #[must_use]
     pub const fn is_healthy(&self) -> bool {
-        self.is_alive && self.is_node_eligible && self.n_refused == 0
+        self.is_alive && self.is_node_eligible && self.n_refused == 0 && !self.has_lost_pins
     }
 
     /// The body at `/healthz`.
     #[must_use]
     pub fn healthz(&self) -> String {
-        self.body(Some(self.is_node_eligible), Some(self.n_refused).filter(|n| *n > 0))
+        let n_refused = Some(self.n_refused).filter(|n| *n > 0);
+        write(&Body {
+            is_node_eligible: Some(self.is_node_eligible),
+            n_refused,
+            has_lost_pins: self.has_lost_pins,
+            ..self.body()
+        })
     }
 
     /// The body at `/livez`, which says nothing of the node.
     #[must_use]
     pub fn livez(&self) -> String {
-        self.body(None, None)
+        write(&self.body())
     }
 
-    fn body(&self, is_node_eligible: Option<bool>, n_refused: Option<usize>) -> String {
-        let updated = self.updated.map(show).unwrap_or_default();
-        write(&Body { updated, now: show(self.now), is_node_eligible, is_waiting: false, n_refused })
+    fn body(&self) -> Body {
+        Body {
+            updated: self.updated.map(show).unwrap_or_default(),
+            now: show(self.now),
+            is_node_eligible: None,
+            is_waiting: false,
+            n_refused: None,
+            has_lost_pins: false,
+        }
     }
 }
 
@@ -155,20 +183,29 @@ mod tests {
                 turned: at(turned),
                 is_node_eligible,
                 n_refused: 0,
+                has_lost_pins: false,
             };
             let health = vitals.judge(at(100), clock);
             assert_eq!((health.is_alive, health.is_healthy()), (is_alive, is_healthy), "{what}");
             assert_eq!(health.updated, Some(if is_alive { clock } else { updated }), "{what}");
             let full = Vitals { n_refused: 1, ..vitals }.judge(at(100), clock);
             assert_eq!((full.is_alive, full.is_healthy()), (is_alive, false), "{what}, and no room");
+            let lost = Vitals { has_lost_pins: true, ..vitals }.judge(at(100), clock);
+            assert_eq!((lost.is_alive, lost.is_healthy()), (is_alive, false), "{what}, and no pins");
         }
     }
 
     #[test]
     fn bodies_are_those_of_kube_proxy() {
         let now = SystemTime::UNIX_EPOCH + Duration::from_secs(1_700_000_000);
-        let health =
-            Health { is_alive: true, is_node_eligible: false, n_refused: 0, updated: Some(now), now };
+        let health = Health {
+            is_alive: true,
+            is_node_eligible: false,
+            n_refused: 0,
+            has_lost_pins: false,
+            updated: Some(now),
+            now,
+        };
         assert_eq!(
             health.healthz(),
             r#"{"lastUpdated":"2023-11-14T22:13:20Z","currentTime":"2023-11-14T22:13:20Z","nodeEligible":false}"#
