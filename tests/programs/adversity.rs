@@ -1,11 +1,12 @@
 //! What an agent does whose surroundings fail it: it says so, it is not ready where that matters, and serves on.
 
-use std::{fs, path::Path};
+use std::{fs, path::Path, process::Command};
 
 use nix::mount::{MntFlags, umount2};
 
 use crate::{
-    process::text,
+    deployed::capabilities,
+    process::{run, text},
     socklb::{eventually, is_up, with_town},
     town,
     turns::{PORTS, says, status_of},
@@ -75,6 +76,43 @@ fn a_state_directory_that_takes_nothing_is_named_once_and_harms_nothing() {
             eventually("the snapshot is written", || place.state_dir().join("snapshot").exists());
             assert_eq!(agent.end(nix::sys::signal::Signal::SIGTERM), Some(0));
             text("umount", &[state_dir]);
+        }
+    });
+}
+
+/// With any capability of the documented ones missing, an agent does not start, says so, and leaves nothing.
+#[test]
+fn an_agent_without_a_capability_names_what_it_may_not() {
+    with_town(|place, town| {
+        place.write(&town.cluster(0..2));
+        let all = capabilities();
+        for missing in ["+bpf", "+net_admin", "+perfmon"] {
+            let some: Vec<&str> = all.split(',').filter(|capability| *capability != missing).collect();
+            assert_eq!(some.len() + 1, all.split(',').count(), "{all}");
+            let some = some.join(",");
+            let mut command = Command::new("setpriv");
+            command
+                .args([
+                    "--bounding-set",
+                    &some,
+                    "--inh-caps",
+                    &some,
+                    "--no-new-privs",
+                    "--clear-groups",
+                    "--",
+                ])
+                .arg(&place.binary);
+            let places = ["--node-name", "node", "--cgroup", &place.cgroup, "--pin-path", &place.pin_path];
+            let (code, log) = place.spawn(command, &[&places, &PORTS[..]].concat()).wait();
+            assert_eq!(code, Some(1), "without {missing}: {log:#?}");
+            let last = log.last().unwrap();
+            assert!(
+                last.contains("ermitted") && !log.iter().any(|line| line.contains("panicked")),
+                "{log:#?}"
+            );
+            // What it had made before it was refused is no obstacle, and serves nobody.
+            assert!(!is_up(town::web()[0]));
+            let _removed_if_any = run(&place.binary, &place.args(&["cleanup"]));
         }
     });
 }

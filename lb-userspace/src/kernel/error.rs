@@ -15,7 +15,7 @@ pub enum KernelError {
     #[error("this socklb was built without its BPF programs: build it with `cargo xtask build`")]
     NoObject,
     /// Not enough privilege.
-    #[error("{what}: not permitted: run as root, or with CAP_BPF and CAP_NET_ADMIN")]
+    #[error("{what}: not permitted: run as root, or with CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON")]
     NotPermitted {
         /// What was tried.
         what: String,

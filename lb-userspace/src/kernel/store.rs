@@ -15,7 +15,7 @@ use aya::{
     Ebpf, EbpfLoader,
     maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, PerCpuValues},
     programs::{
-        CgroupAttachMode, Program,
+        CgroupAttachMode, Program, ProgramError,
         links::{FdLink, LinkError, PinnedLink},
     },
 };
@@ -32,7 +32,8 @@ use tracing::info;
 pub use self::audit::Findings;
 use self::audit::Stray;
 use super::{
-    Features, KernelError, cgroup, fault, grace::Grace, mapped::Mapped, object, pins, pod::Plain, syscall,
+    Features, KernelError, cgroup, fault, grace::Grace, host, mapped::Mapped, object, pins, pod::Plain,
+    syscall,
 };
 use crate::{
     desired::FrontendAddress,
@@ -366,8 +367,22 @@ fn load_program<'a>(
         Program::CgroupSock(program) => program.load(),
         _ => return Err(missing),
     }
-    .map_err(|source| KernelError::Program { name: hook, source: Box::new(source) })?;
+    .map_err(|source| match source {
+        // The verifier then refuses one program or another for what it would allow, and shows its whole log.
+        ProgramError::LoadError { io_error, .. }
+            if io_error.kind() == io::ErrorKind::PermissionDenied && !may_load_programs() =>
+        {
+            KernelError::NotPermitted { what: format!("program {hook}") }
+        }
+        source => KernelError::Program { name: hook, source: Box::new(source) },
+    })?;
     Ok(program)
+}
+
+/// Whether this process has `CAP_PERFMON`, or `CAP_SYS_ADMIN`, which it is a part of.
+fn may_load_programs() -> bool {
+    const PERFMON_OR_SYS_ADMIN: u64 = 1 << 38 | 1 << 21;
+    host::capabilities() & PERFMON_OR_SYS_ADMIN != 0
 }
 
 /// The name of the program for a hook: with slots, with socket storage alone, or with diagnostics.
