@@ -192,10 +192,7 @@ pub async fn run(
             }
             compared = ended(&mut agent.comparing), if agent.comparing.is_some() => agent.compared(compared),
             written = ended(&mut agent.writing), if agent.writing.is_some() => agent.saved(written),
-            _ = interfaces.tick() => {
-                agent.state.set_interfaces(interface_addresses());
-                agent.look_for_pins(&lock);
-            }
+            _ = interfaces.tick() => agent.look_around(&lock),
             _ = snapshots.tick() => agent.save(),
             () = tick(&mut audits) => agent.compare(),
         }
@@ -304,8 +301,9 @@ impl Agent {
         true
     }
 
-    /// Says so if the pins are no longer where they were.
-    fn look_for_pins(&self, lock: &Lock) {
+    /// Reads the node's own addresses, and says so if the pins are no longer where they were.
+    fn look_around(&mut self, lock: &Lock) {
+        self.state.set_interfaces(interface_addresses());
         let is_lost = !lock.is_in_place();
         let has_changed = self
             .vitals
