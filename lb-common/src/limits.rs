@@ -3,7 +3,7 @@
 /// Version of the pinned layout, stored in the map `meta`.
 ///
 /// Raise it with any change to a type in [`crate::layout`], to a map's type or flags, or to the meaning of a
-/// field. An agent that finds another version does not touch the pinned maps of that version.
+/// field. An agent that finds another version fills new maps beside the pinned ones and then replaces them.
 pub const LAYOUT_VERSION: u32 = 2;
 
 /// Default of `--max-services`: frontends per address family.

@@ -1,4 +1,4 @@
-//! Changes, faults and calls for a while. `cargo xtask bench churn` does it for as long as wanted.
+//! Changes, faults and calls for a while. `cargo xtask bench churn` and `cargo xtask chaos` do it for as long as wanted.
 
 use lb_tests::{
     Feature,
@@ -12,8 +12,22 @@ fn churn_with_faults_and_calls_ends_right() {
     if !require(Feature::Programs) || !require(Feature::Variable("SOCKLB_BIN")) {
         return;
     }
-    let socklb = churn::agent_of_environment().unwrap();
+    let socklb = churn::agent_of_environment();
     let outcome = churn::run(&socklb, &Options::short(1)).unwrap_or_else(|error| panic!("{error:#}"));
     eprintln!("{outcome}");
     assert!(outcome.n_steady_calls > 0 && outcome.n_other_calls > 0 && outcome.n_changes > 0);
+}
+
+/// The same while agents are killed, also in the middle of a plan, ended, and replaced by ones with other maps.
+#[test]
+#[cfg(feature = "fault-points")]
+fn chaos_with_calls_ends_right() {
+    if !require(Feature::Programs) || !require(Feature::Variable("SOCKLB_BIN")) {
+        return;
+    }
+    let socklb = churn::agent_of_environment();
+    let options = Options::chaos(1, 24, Duration::from_secs(15));
+    let outcome = churn::run(&socklb, &options).unwrap_or_else(|error| panic!("{error:#}"));
+    eprintln!("{outcome}");
+    assert!(outcome.n_steady_calls > 0 && outcome.events.n_kills > 0, "{outcome}");
 }

@@ -1,9 +1,12 @@
 //! Pins, detaching, restarts, and what is said when something is not as it should be.
 
 use std::{
+    collections::BTreeMap,
     fs,
     net::SocketAddr,
+    os::fd::AsFd as _,
     path::{Path, PathBuf},
+    sync::atomic::{AtomicBool, Ordering},
     thread,
     time::Duration,
 };
@@ -15,16 +18,18 @@ use aya::{
 use lb_common::{layout::Meta, limits};
 use lb_tests::{
     Feature, Sandbox,
-    agent::{self, Agent},
+    agent::{self, Agent, content},
     client::{Domain, Socket, call},
-    cluster::Cluster,
+    cluster::{Cluster, node},
     require,
     server::Servers,
 };
 use lb_userspace::{
-    kernel::{Kernel, KernelError, Options, pins, store::Maps},
+    controller::State,
+    kernel::{Kernel, KernelError, Options, pins, store::Maps, syscall},
     model::Protocol::Tcp,
-    plan::Capacity,
+    plan::{Capacity, Plan},
+    tables::Image,
 };
 use nix::errno::Errno;
 
@@ -66,12 +71,7 @@ fn maps_and_links_are_pinned_under_their_names() {
     }
     Sandbox::run(|sandbox| {
         let _agent = Agent::start(sandbox);
-        let mut found: Vec<PathBuf> =
-            fs::read_dir(sandbox.pin_path()).unwrap().map(|entry| entry.unwrap().path()).collect();
-        let mut wanted = Agent::pins(sandbox);
-        found.sort();
-        wanted.sort();
-        assert_eq!(found, wanted);
+        assert_eq!(pinned(sandbox), wanted_pins(sandbox));
     });
 }
 
@@ -115,9 +115,25 @@ fn only_own_pins_are_removed() {
         let _agent = Agent::start(sandbox);
         let foreign = sandbox.pin_path().join("theirs");
         fs::create_dir(&foreign).unwrap();
+        let map = syscall::open_pin(&sandbox.pin_path().join("meta")).unwrap();
+        let beside =
+            [sandbox.pin_path().join("their_map"), foreign.join("services4"), sandbox.bpffs().join("meta")];
+        for pin in &beside {
+            syscall::pin(map.as_fd(), pin).unwrap();
+        }
         let removed = pins::remove(&sandbox.pin_path()).unwrap();
         assert_eq!(removed.len(), Agent::pins(sandbox).len());
         assert!(foreign.is_dir());
+        for pin in &beside {
+            assert!(syscall::open_pin(pin).is_ok(), "{}", pin.display());
+        }
+        // What a version left that ended before it had everything is removed as well.
+        for name in ["services4", "connect4"] {
+            syscall::pin(map.as_fd(), &sandbox.pin_path().join(name)).unwrap();
+        }
+        fs::create_dir(sandbox.pin_path().join(pins::NEXT)).unwrap();
+        syscall::pin(map.as_fd(), &sandbox.pin_path().join(pins::NEXT).join("of_a_newer_layout")).unwrap();
+        assert_eq!(pins::remove(&sandbox.pin_path()).unwrap().len(), 3);
     });
 }
 
@@ -187,32 +203,275 @@ fn a_restart_fails_no_call() {
     });
 }
 
-/// What was made with other settings is not touched, and the message says which setting it is.
+/// An agent that ends after any operation of a plan for all tables is made up for by the next one; calls go right
+/// all the time. Nothing runs in an agent that is killed, so one that is dropped after so many operations stands for it.
 #[test]
-fn pinned_maps_of_another_size_or_layout_are_refused() {
+fn an_end_after_any_operation_is_made_up_for() {
     if !require(Feature::Programs) {
         return;
     }
     Sandbox::run(|sandbox| {
-        let options = agent::options(sandbox);
-        drop(Kernel::open(&options, || {}).unwrap());
-        let larger = Capacity { services: options.capacity.services + 1, ..options.capacity };
-        let error = open_error(&Options { capacity: larger, ..options.clone() });
-        assert!(matches!(error, KernelError::Size { flag: "--max-services", .. }), "{error:?}");
-        assert!(error.to_string().contains("--max-services 256, now 257 is asked for"), "{error}");
+        let families = [Domain::V4, Domain::V6];
+        let endpoints = families.map(|domain| addresses::<4>(domain, 8001));
+        let _servers = endpoints.map(Servers::tcp);
+        let state = |second: bool| {
+            let mut cluster = Cluster::new();
+            cluster.set(node("node", &["192.0.2.1".parse().unwrap()]));
+            cluster.set(node("other", &[if second { "192.0.2.3" } else { "192.0.2.2" }.parse().unwrap()]));
+            for (domain, endpoints) in families.into_iter().zip(endpoints) {
+                let mut address = service_address(domain);
+                cluster.serve(
+                    &format!("steady-{domain:?}"),
+                    address,
+                    Tcp,
+                    &endpoints[usize::from(second)..][..3],
+                );
+                address.set_port(if second { 1001 } else { 1002 });
+                cluster.serve(&format!("passing-{second}-{domain:?}"), address, Tcp, &endpoints);
+            }
+            cluster
+        };
+        let states = [state(false), state(true)];
+        Agent::start(sandbox).follow(&states[0]);
+        let stop = AtomicBool::new(false);
+        let n_ops = thread::scope(|scope| {
+            for (domain, endpoints) in families.into_iter().zip(endpoints) {
+                let stop = &stop;
+                scope.spawn(move || {
+                    while !stop.load(Ordering::Relaxed) {
+                        let server = call(service_address(domain), Tcp);
+                        assert!(
+                            server.is_ok_and(|server| endpoints.contains(&server)),
+                            "{domain:?}: {server:?}"
+                        );
+                        thread::sleep(Duration::from_millis(1));
+                    }
+                });
+            }
+            let _stops = StopOnDrop(&stop);
+            let mut agent = Agent::start(sandbox);
+            for n in 0.. {
+                agent.follow(&states[0]);
+                states[1].feed(&mut agent.state);
+                let plan = agent.state.sync();
+                let ops = plan.ops();
+                agent.kernel.apply(&Plan::new(ops[..n].to_vec())).unwrap();
+                agent = Agent::start(sandbox);
+                agent.follow(&states[1]);
+                let (there, scratch) = (agent.image(), scratch(&states[1]));
+                assert_eq!(&there, agent.state.image(), "after {n} of {ops:?}");
+                assert_eq!(content(&there).unwrap(), content(&scratch).unwrap(), "after {n} of {ops:?}");
+                assert_eq!(there.node_addrs, scratch.node_addrs);
+                if n == ops.len() {
+                    return n;
+                }
+            }
+            unreachable!("a plan has an end")
+        });
+        assert!(n_ops > 20, "{n_ops}");
+    });
+}
 
-        let path = sandbox.pin_path().join("meta");
-        let data = MapData::from_pin(path).unwrap();
-        let mut array: Array<_, [u32; size_of::<Meta>() / 4]> =
-            Map::from_map_data(data).unwrap().try_into().unwrap();
-        let mut meta = array.get(&0, 0).unwrap();
-        assert_eq!(meta[0], limits::LAYOUT_VERSION);
-        let found = limits::LAYOUT_VERSION + 1;
-        meta[0] = found;
-        array.set(0, meta, 0).unwrap();
-        let error = open_error(&options);
-        assert!(matches!(error, KernelError::Layout { found: other, .. } if other == found), "{error:?}");
-        assert!(matches!(Maps::open(&sandbox.pin_path()), Err(KernelError::Layout { .. })));
+/// The image that a cluster asks for, without a kernel.
+fn scratch(cluster: &Cluster) -> Image {
+    let mut state = State::new(agent::settings(), Vec::new(), agent::SMALL, &Image::default());
+    cluster.feed(&mut state);
+    let _plan = state.sync();
+    state.image().clone()
+}
+
+struct StopOnDrop<'a>(&'a AtomicBool);
+
+impl Drop for StopOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// The ids of the endpoints in an image.
+fn endpoint_ids(image: &Image) -> BTreeMap<SocketAddr, u32> {
+    let runs = [false, true].into_iter().flat_map(|ipv6| image.runs(ipv6).values());
+    runs.flat_map(|run| run.iter().map(|entry| (entry.address, entry.endpoint_id))).collect()
+}
+
+/// What the directory of the pins holds.
+fn pinned(sandbox: &Sandbox) -> Vec<PathBuf> {
+    let mut found: Vec<PathBuf> =
+        fs::read_dir(sandbox.pin_path()).unwrap().map(|entry| entry.unwrap().path()).collect();
+    found.sort();
+    found
+}
+
+fn wanted_pins(sandbox: &Sandbox) -> Vec<PathBuf> {
+    let mut wanted = Agent::pins(sandbox);
+    wanted.sort();
+    wanted
+}
+
+/// Other sizes are a matter of a restart: larger, smaller, and back, while eight threads connect. Ids, records, counters
+/// and affinity go on.
+#[test]
+fn other_sizes_fail_no_call_and_lose_nothing() {
+    if !require(Feature::Programs) {
+        return;
+    }
+    Sandbox::run(|sandbox| {
+        let service = service_address(Domain::V4);
+        let endpoints = addresses::<3>(Domain::V4, 8001);
+        let _servers = Servers::tcp(endpoints);
+        let cluster = cluster(&endpoints);
+        let options = agent::options(sandbox);
+        let mut first = Agent::start(sandbox);
+        first.follow(&cluster);
+        let ids = endpoint_ids(&first.image());
+        drop(first);
+        let connected = Socket::new(Domain::V4, Tcp);
+        connected.connect(service).unwrap();
+        let connects = |agent: &Agent| -> u64 {
+            let image = agent.image();
+            let service_id = image.frontends.values().next().unwrap().service_id;
+            agent.kernel.maps().service_stats(service_id).unwrap().connects
+        };
+        let before = connects(&Agent::start(sandbox));
+        assert!(before > 0);
+        let sizes = [(512, 4096), (512, 2048), (4, 16), (256, 16), (1 << 14, 1 << 15), (256, 2048)];
+        Load { n_calls: 4000, n_changes: 12 }.run(
+            |generation| {
+                let (services, endpoints) = sizes[generation % sizes.len()];
+                let capacity = Capacity { services, endpoints };
+                let options = Options { capacity, ..options.clone() };
+                let mut agent = Agent::start_with(&options, agent::settings(), Vec::new()).unwrap();
+                let plan = agent.follow(&cluster);
+                assert!(plan.is_empty(), "everything was taken over: {plan:?}");
+                assert!(!agent.kernel.is_staged());
+                assert_eq!(endpoint_ids(&agent.image()), ids);
+                assert_eq!(Maps::open(&sandbox.pin_path()).unwrap().capacity(), capacity);
+            },
+            |_thread| call(service, Tcp),
+            |_: Window, answer| answer.is_ok_and(|server| endpoints.contains(&server)),
+        );
+        assert_eq!(pinned(sandbox), wanted_pins(sandbox));
+        assert_eq!(connected.peer_name(), Ok(service), "its record is where it was");
+        let options = Options { capacity: Maps::open(&sandbox.pin_path()).unwrap().capacity(), ..options };
+        let agent = Agent::start_with(&options, agent::settings(), Vec::new()).unwrap();
+        assert!(connects(&agent) > before, "counters go on");
+    });
+}
+
+/// Until everything is known that is to be served, what was found serves on, and a smaller table loses nothing that fits.
+#[test]
+fn former_maps_serve_until_the_first_plan() {
+    if !require(Feature::Programs) {
+        return;
+    }
+    Sandbox::run(|sandbox| {
+        let service = service_address(Domain::V4);
+        let endpoints = addresses::<2>(Domain::V4, 8001);
+        let _servers = Servers::tcp(endpoints);
+        Agent::start(sandbox).follow(&cluster(&endpoints));
+        let programs = program_ids(sandbox);
+        for change in [set_layout as fn(&Sandbox, u32), |_, _| ()] {
+            change(sandbox, limits::LAYOUT_VERSION + 1);
+            let capacity = Capacity { services: 128, endpoints: 64 };
+            let options = Options { capacity, ..agent::options(sandbox) };
+            let agent = Agent::start_with(&options, agent::settings(), Vec::new()).unwrap();
+            assert!(agent.kernel.is_staged());
+            assert_eq!(program_ids(sandbox), programs);
+            assert!(call(service, Tcp).is_ok_and(|server| endpoints.contains(&server)));
+            drop(agent);
+            assert!(call(service, Tcp).is_ok(), "one that ends here has changed nothing");
+            set_layout(sandbox, limits::LAYOUT_VERSION);
+        }
+        assert!(Agent::start(sandbox).follow(&cluster(&endpoints)).is_empty());
+        assert_eq!(pinned(sandbox), wanted_pins(sandbox), "nor left anything");
+    });
+}
+
+/// Has the pinned maps be those of another version.
+fn set_layout(sandbox: &Sandbox, version: u32) {
+    let data = MapData::from_pin(sandbox.pin_path().join("meta")).unwrap();
+    let mut array: Array<_, [u32; size_of::<Meta>() / 4]> =
+        Map::from_map_data(data).unwrap().try_into().unwrap();
+    let mut meta = array.get(&0, 0).unwrap();
+    meta[0] = version;
+    array.set(0, meta, 0).unwrap();
+}
+
+/// Maps of a newer and of an older layout are replaced without a look at what they hold, while eight threads connect.
+#[test]
+fn another_layout_fails_no_call() {
+    if !require(Feature::Programs) {
+        return;
+    }
+    Sandbox::run(|sandbox| {
+        let service = service_address(Domain::V4);
+        let endpoints = addresses::<3>(Domain::V4, 8001);
+        let _servers = Servers::tcp(endpoints);
+        let cluster = cluster(&endpoints);
+        Agent::start(sandbox).follow(&cluster);
+        Load { n_calls: 4000, n_changes: 10 }.run(
+            |generation| {
+                let up = generation % 2 == 0;
+                set_layout(sandbox, if up { limits::LAYOUT_VERSION - 1 } else { limits::LAYOUT_VERSION + 1 });
+                assert!(matches!(Maps::open(&sandbox.pin_path()), Err(KernelError::Layout { .. })));
+                let mut agent = Agent::start(sandbox);
+                assert!(agent.kernel.is_staged());
+                assert!(!agent.follow(&cluster).is_empty(), "all of it is written anew");
+                assert_eq!(&agent.image(), agent.state.image());
+            },
+            |_thread| call(service, Tcp),
+            |_: Window, answer| answer.is_ok_and(|server| endpoints.contains(&server)),
+        );
+        assert_eq!(pinned(sandbox), wanted_pins(sandbox));
+    });
+}
+
+/// Whatever an agent left that ended while it changed the maps is carried on or forgotten by the next one, and is no
+/// obstacle to a removal.
+#[test]
+fn an_unfinished_change_of_maps_is_ended() {
+    if !require(Feature::Programs) {
+        return;
+    }
+    Sandbox::run(|sandbox| {
+        let service = service_address(Domain::V4);
+        let endpoints = addresses::<2>(Domain::V4, 8001);
+        let _servers = Servers::tcp(endpoints);
+        let cluster = cluster(&endpoints);
+        let larger = |add: u32| {
+            let capacity = Capacity { services: 256 + add, endpoints: 2048 };
+            Agent::start_with(&Options { capacity, ..agent::options(sandbox) }, agent::settings(), Vec::new())
+        };
+        Agent::start(sandbox).follow(&cluster);
+        // Filled, but not complete.
+        drop(larger(1).unwrap());
+        assert!(sandbox.pin_path().join(pins::NEXT).is_dir());
+        drop(Agent::start(sandbox));
+        assert_eq!(pinned(sandbox), wanted_pins(sandbox));
+        assert!(call(service, Tcp).is_ok());
+        // Complete, and nothing more.
+        drop(larger(2).unwrap());
+        pins::commit(&sandbox.pin_path()).unwrap();
+        // An agent with the former sizes makes another change of it, one with the new ones takes it over.
+        drop(Agent::start(sandbox));
+        assert!(call(service, Tcp).is_ok());
+        let mut agent = larger(2).unwrap();
+        assert!(!agent.kernel.is_staged());
+        assert!(agent.follow(&cluster).is_empty());
+        assert!(call(service, Tcp).is_ok());
+        assert_eq!(pinned(sandbox), wanted_pins(sandbox));
+        // In the middle of either, everything is removed.
+        for is_complete in [false, true] {
+            drop(agent);
+            drop(larger(3).unwrap());
+            if is_complete {
+                pins::commit(&sandbox.pin_path()).unwrap();
+            }
+            pins::remove(&sandbox.pin_path()).unwrap();
+            assert!(!sandbox.pin_path().exists());
+            agent = larger(2).unwrap();
+            agent.follow(&cluster);
+        }
     });
 }
 

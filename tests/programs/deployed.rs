@@ -14,7 +14,7 @@ use crate::{
 const METRICS: &str = "127.0.0.1:10249";
 
 /// The names after `add:` in the `DaemonSet`, as setpriv writes them.
-fn capabilities() -> String {
+pub(crate) fn capabilities() -> String {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../manifests/base/daemonset.yaml");
     let object: Value = serde_saphyr::from_str(&fs::read_to_string(path).unwrap()).unwrap();
     let container = &object["spec"]["template"]["spec"]["containers"][0];

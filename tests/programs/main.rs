@@ -3,6 +3,7 @@
 //! Backends live in network namespaces of their own, joined to the node's by veth pairs, as pods are.
 #![expect(clippy::unwrap_used, reason = "a panic is how a test fails, in what a test calls too")]
 
+mod adversity;
 mod asyncio;
 mod backend;
 mod bench;
@@ -11,6 +12,7 @@ mod demo;
 mod deployed;
 mod dns;
 mod exclusion;
+mod faults;
 mod http;
 mod node;
 mod process;
@@ -18,4 +20,5 @@ mod self_test;
 mod socklb;
 mod stale;
 mod town;
+mod turns;
 mod watch;

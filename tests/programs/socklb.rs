@@ -145,6 +145,22 @@ impl Running {
         self.child.id()
     }
 
+    /// Whether it has ended, which `wait` would tell without waiting.
+    #[cfg(feature = "fault-points")]
+    pub(crate) fn has_ended(&self) -> bool {
+        use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
+        let id = Id::Pid(Pid::from_raw(self.child.id().cast_signed()));
+        // Left to be waited for.
+        let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
+        !matches!(waitid(id, flags), Ok(WaitStatus::StillAlive))
+    }
+
+    /// Whether a line of its log holds this.
+    #[cfg(feature = "fault-points")]
+    pub(crate) fn has_said(&self, what: &str) -> bool {
+        self.log.lock().unwrap().iter().any(|line| line.contains(what))
+    }
+
     /// What it has said so far.
     pub(crate) fn log(&self) -> Vec<String> {
         self.log.lock().unwrap().clone()
@@ -167,6 +183,16 @@ pub(crate) fn eventually(what: &str, condition: impl Fn() -> bool) {
         thread::sleep(Duration::from_millis(10));
     }
     panic!("never happened: {what}");
+}
+
+/// An agent's places in a sandbox without backends.
+#[cfg(feature = "fault-points")]
+pub(crate) fn with_place(test: impl FnOnce(&Sandbox, &Place) + Send) {
+    if !require(Feature::Programs) || !require(Feature::Variable("SOCKLB_BIN")) {
+        return;
+    }
+    let binary = env::var("SOCKLB_BIN").unwrap();
+    Sandbox::run(|sandbox| test(sandbox, &Place::new(sandbox, binary)));
 }
 
 pub(crate) fn with_town(test: impl FnOnce(&Place, &Town) + Send) {

@@ -1,15 +1,17 @@
 //! The agent in this process: state and kernel, without a source and without a clock.
 
 use std::{
-    net::IpAddr,
+    collections::BTreeMap,
+    net::{IpAddr, SocketAddr},
     path::PathBuf,
     thread,
     time::{Duration, Instant},
 };
 
+use anyhow::Context as _;
 use lb_userspace::{
     controller::{State, sweep},
-    desired::{ExternalIps, NodePortAddresses, Settings},
+    desired::{ExternalIps, FrontendAddress, NodePortAddresses, Settings},
     kernel::{Features, Kernel, KernelError, Options, pins, sockets},
     plan::{Capacity, Plan},
     stale::{Known, Use},
@@ -177,4 +179,28 @@ pub fn modes(sandbox: &Sandbox) -> Vec<Options> {
         return vec![options];
     }
     vec![options.clone(), Options { features: storage, ..options }]
+}
+
+/// What a program can tell of an image: for each address the endpoints and the settings, and which addresses share a
+/// service port. Ids and places are the encoder's own.
+pub type Content = BTreeMap<FrontendAddress, (Vec<SocketAddr>, u32, u32, FrontendAddress)>;
+
+/// What a program can tell of an image.
+///
+/// # Errors
+///
+/// If a key leads nowhere.
+pub fn content(image: &Image) -> anyhow::Result<Content> {
+    let mut first_of_port: BTreeMap<u32, FrontendAddress> = BTreeMap::new();
+    let mut content = Content::new();
+    for (address, id) in &image.services {
+        let frontend = image.frontends.get(id).with_context(|| format!("{address}: no entry {id}"))?;
+        let entries = image.entries(address.ip.is_ipv6(), frontend.run);
+        let entries = entries.with_context(|| format!("{address}: no run {:?}", frontend.run))?;
+        let mut endpoints: Vec<SocketAddr> = entries.iter().map(|entry| entry.address).collect();
+        endpoints.sort_unstable();
+        let first = *first_of_port.entry(frontend.service_id).or_insert(*address);
+        content.insert(*address, (endpoints, frontend.flags, frontend.affinity_seconds, first));
+    }
+    Ok(content)
 }

@@ -2,49 +2,50 @@
 //!
 //! # Purpose
 //!
-//! [`run`] starts the real agent beside a test API server, changes objects at random, and makes faults meanwhile. Every
-//! call is checked when it is made, and at the end the kernel's maps are compared with what the server's objects
-//! ask for, computed from scratch.
+//! [`run`] starts the real agent beside a test API server, changes objects at random, and makes faults meanwhile: of the
+//! server and, if wanted, of the agent, which is killed and replaced. Every call is checked when it is made, and at the end
+//! the kernel's maps are compared with what the server's objects ask for, computed from scratch.
 //!
 //! # Invariants
 //!
 //! - Objects and their changes follow from the seed; when they happen, and what calls meet, does not.
-//! - Every endpoint accepts connections all the time. So a call to a service that always has a ready endpoint fails
+//! - Every endpoint answers all the time, over TCP and UDP. So a call to a service that always has a ready endpoint fails
 //!   only if the maps are wrong.
 //! - An endpoint address belongs to one service for good: a call that ends elsewhere met another service.
 
+mod life;
+
 use std::{
     collections::BTreeMap,
-    fmt,
-    fs::{self, File},
+    fmt, fs,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
-    path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
+    os::fd::AsFd as _,
+    path::PathBuf,
     sync::atomic::{AtomicBool, AtomicU64, Ordering},
     thread,
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, bail, ensure};
-use k8s_openapi::api::discovery::v1::EndpointConditions;
+use anyhow::{Context as _, anyhow, bail, ensure};
+use k8s_openapi::api::{
+    core::v1::ServicePort,
+    discovery::v1::{EndpointConditions, EndpointSlice},
+};
 use lb_userspace::{
     controller::{State, run::interface_addresses},
-    desired::FrontendAddress,
-    kernel::store::Maps,
-    model::Protocol::Tcp,
+    kernel::{Features, pins, sockets::SocketTable, store::Maps, syscall},
+    model::Protocol::{self, Tcp, Udp},
     tables::Image,
 };
-use nix::{
-    errno::Errno,
-    sys::signal::{Signal, kill},
-    unistd::Pid,
-};
-use tempfile::TempDir;
+use nix::errno::Errno;
 
+pub use self::life::Events;
+use self::life::Life;
 use crate::{
-    Sandbox, agent,
+    Sandbox,
+    agent::{self, Agent, content},
     apiserver::{ApiServer, Kind},
-    client::call,
+    client::{Answer, Domain, Socket, call},
     cluster::{self, NAMESPACE, PortOf},
     server::Servers,
 };
@@ -52,11 +53,15 @@ use crate::{
 /// Services that are there all the time and always have a ready endpoint. Every fourth is an IPv6 one.
 const N_STEADY: usize = 8;
 /// Services that come and go.
-const N_OTHERS: usize = 56;
+const N_OTHERS: usize = 48;
 /// Endpoints that a service may have.
 const N_ENDPOINTS: usize = 6;
+/// Their ports, TCP and UDP, each with endpoints of its own.
+const PORTS: [(&str, Protocol); 2] = [("t", Tcp), ("u", Udp)];
 /// Where every endpoint listens.
 const TARGET_PORT: u16 = 8080;
+/// The port that programs call.
+const SERVICE_PORT: u16 = 80;
 /// Threads that call.
 const N_CALLERS: u64 = 2;
 /// For how long the agent may be behind once nothing changes any longer. Its longest pause between two attempts is half
@@ -80,6 +85,8 @@ pub struct Options {
     pub restart: Duration,
     /// Between two calls of each caller.
     pub call: Duration,
+    /// How many agents are killed, ended and replaced; the time is over with the last.
+    pub n_events: u64,
 }
 
 impl Options {
@@ -94,7 +101,14 @@ impl Options {
             expire: Duration::from_secs(30),
             restart: Duration::from_secs(45),
             call: Duration::from_millis(1),
+            n_events: 0,
         }
+    }
+
+    /// The same with agents that are killed, ended and replaced, until the time is over or that has happened so often.
+    #[must_use]
+    pub const fn chaos(seed: u64, n_events: u64, time: Duration) -> Self {
+        Self { n_events, ..Self::long(seed, time) }
     }
 
     /// Every fault a few times within 20 seconds.
@@ -120,8 +134,13 @@ pub struct Outcome {
     pub n_other_calls: u64,
     /// See [`Self::n_other_calls`].
     pub n_other_failures: u64,
+    /// UDP answers that came from the endpoint and not, as it should seem, from the service: sockets lose their records
+    /// with a change of layout.
+    pub n_unmasked: u64,
     /// Cuts, compactions and restarts.
     pub n_faults: u64,
+    /// What became of agents.
+    pub events: Events,
     /// How long the agent took to catch up at the end.
     pub caught_up: Duration,
 }
@@ -130,13 +149,15 @@ impl fmt::Display for Outcome {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "{} changes, {} faults; {} calls to services with a ready endpoint, none failed; {} other calls, {} of \
-             them without an endpoint; the maps were right {:?} after the last change",
+            "{} changes, {} faults, {}; {} calls to services with a ready endpoint, none failed; {} other calls, {} of \
+             them without an endpoint; {} answers without a record; the maps were right {:?} after the last change",
             self.n_changes,
             self.n_faults,
+            self.events,
             self.n_steady_calls,
             self.n_other_calls,
             self.n_other_failures,
+            self.n_unmasked,
             self.caught_up
         )
     }
@@ -167,6 +188,17 @@ fn name(service: usize) -> String {
     format!("churn-{service:02}")
 }
 
+impl fmt::Display for Events {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { n_kills, n_faults, n_ends, n_upgrades, n_layouts, n_sizes } = self;
+        write!(
+            f,
+            "agents: {n_kills} killed, {n_faults} killed between two changes to the kernel, {n_ends} ended, {n_upgrades} \
+             replaced while another waited, {n_layouts} with another layout, {n_sizes} with other sizes"
+        )
+    }
+}
+
 fn octet(number: usize) -> u8 {
     u8::try_from(number).unwrap_or(u8::MAX)
 }
@@ -178,7 +210,7 @@ fn service_address(service: usize) -> SocketAddr {
     } else {
         IpAddr::from(Ipv4Addr::new(10, 96, 0, 1 + octet(service)))
     };
-    SocketAddr::new(ip, 80)
+    SocketAddr::new(ip, SERVICE_PORT)
 }
 
 /// An endpoint of a service.
@@ -200,57 +232,6 @@ fn owner(endpoint: SocketAddr) -> usize {
     }
 }
 
-/// The agent's process. Killed on drop.
-struct Process {
-    child: Child,
-    directory: TempDir,
-}
-
-impl Process {
-    fn start(socklb: &Path, sandbox: &Sandbox, server: &ApiServer) -> anyhow::Result<Self> {
-        let directory = tempfile::tempdir()?;
-        let kubeconfig = directory.path().join("kubeconfig");
-        fs::write(&kubeconfig, server.kubeconfig())?;
-        let child = Command::new(socklb)
-            .args(["run", "--source", "kube", "--node-name", "node", "--kubeconfig"])
-            .arg(&kubeconfig)
-            // Without a service of its own: the maps are compared with the server's objects.
-            .args(["--self-test-interval", "0"])
-            .args(["--max-services", "1024", "--max-endpoints", "4096", "--cgroup"])
-            .arg(sandbox.cgroup().path())
-            .arg("--pin-path")
-            .arg(sandbox.pin_path())
-            .arg("--state-dir")
-            .arg(directory.path().join("state"))
-            .stdin(Stdio::null())
-            .stderr(File::create(directory.path().join("log"))?)
-            .spawn()
-            .with_context(|| format!("{}: cannot be started", socklb.display()))?;
-        Ok(Self { child, directory })
-    }
-
-    /// The end of the log.
-    fn last_words(&self) -> String {
-        let log = fs::read_to_string(self.directory.path().join("log")).unwrap_or_default();
-        let lines: Vec<&str> = log.lines().collect();
-        format!("the agent's log ends with:\n{}", lines[lines.len().saturating_sub(20)..].join("\n"))
-    }
-
-    fn end(mut self) -> anyhow::Result<()> {
-        kill(Pid::from_raw(self.child.id().cast_signed()), Signal::SIGTERM)?;
-        let status = self.child.wait()?;
-        ensure!(status.success(), "the agent ended with {status}; {}", self.last_words());
-        Ok(())
-    }
-}
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        let _ended_already = self.child.kill();
-        let _ended_already = self.child.wait();
-    }
-}
-
 /// Changes objects in a sandbox of its own until the time is over, and returns what happened.
 ///
 /// # Errors
@@ -260,7 +241,7 @@ impl Drop for Process {
 /// # Panics
 ///
 /// If there is no sandbox to be had: see [`crate::require`].
-pub fn run(socklb: &Path, options: &Options) -> anyhow::Result<Outcome> {
+pub fn run(socklb: &[PathBuf], options: &Options) -> anyhow::Result<Outcome> {
     Sandbox::run(|sandbox| {
         let endpoints_of = |service| (0..N_ENDPOINTS).map(move |number| endpoint(service, number));
         let ipv6: Vec<SocketAddr> =
@@ -268,23 +249,25 @@ pub fn run(socklb: &Path, options: &Options) -> anyhow::Result<Outcome> {
         sandbox.own(ipv6.iter().map(SocketAddr::ip));
         // Every address in 127.0.0.0/8 is the host's, so that one server stands for all IPv4 endpoints.
         let ipv4 = SocketAddr::from((Ipv4Addr::UNSPECIFIED, TARGET_PORT));
-        let _servers = Servers::tcp(ipv6.into_iter().chain([ipv4]));
+        // Not for datagrams: such a server would not know which address it was called at.
+        let datagrams = (0..N_STEADY + N_OTHERS).flat_map(endpoints_of);
+        let servers = [Servers::tcp(ipv6.iter().copied().chain([ipv4])), Servers::udp(datagrams)];
         let mut server = ApiServer::start();
         let mut objects = Objects::new(options.seed);
         objects.create(&server);
-        let process = Process::start(socklb, sandbox, &server)?;
+        let mut life = Life::begin(socklb, sandbox, &server, options.seed)?;
         let mut outcome = Outcome::default();
         for service in 0..N_STEADY {
-            until(&process, "the first services answer", || call(service_address(service), Tcp).is_ok())?;
+            until(&life, "the first services answer", || call(service_address(service), Tcp).is_ok())?;
         }
-        let stop = AtomicBool::new(false);
-        let (n_steady, n_others, n_failures) = (AtomicU64::new(0), AtomicU64::new(0), AtomicU64::new(0));
+        let (stop, is_over) = (AtomicBool::new(false), AtomicBool::new(false));
+        let counts = Counts::default();
         thread::scope(|scope| -> anyhow::Result<()> {
             let callers: Vec<_> = (0..N_CALLERS)
                 .map(|number| {
-                    let (stop, counts) = (&stop, [&n_steady, &n_others, &n_failures]);
+                    let (stop, counts) = (&stop, &counts);
                     scope.spawn(move || {
-                        let result = calls(options.seed ^ number, options.call, stop, counts);
+                        let result = calls(options, number, stop, counts);
                         // The others need not go on.
                         if result.is_err() {
                             stop.store(true, Ordering::Relaxed);
@@ -293,37 +276,86 @@ pub fn run(socklb: &Path, options: &Options) -> anyhow::Result<Outcome> {
                     })
                 })
                 .collect();
-            let changed = changes(&mut server, &mut objects, options, &stop, &mut outcome);
+            let (life, is_over, stop) = (&mut life, &is_over, &stop);
+            let living = scope.spawn(move || {
+                let lived = life.go_on(options.n_events, stop);
+                if options.n_events > 0 {
+                    is_over.store(true, Ordering::Relaxed);
+                }
+                (life, lived)
+            });
+            let ends = [stop, is_over];
+            let changed = changes(&mut server, &mut objects, options, ends, &mut outcome);
+            // No more agents are killed when the time is over; those that call go on.
+            let is_failing = stop.swap(true, Ordering::Relaxed);
+            let (life, lived) = living.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+            stop.store(is_failing, Ordering::Relaxed);
             let last_change = Instant::now();
-            let caught_up = changed.and_then(|()| until_right(sandbox, &server, &process));
+            let caught_up = lived.and(changed).and_then(|()| until_right(sandbox, &server, life));
             outcome.caught_up = last_change.elapsed();
             stop.store(true, Ordering::Relaxed);
             for caller in callers {
                 match caller.join() {
-                    Ok(result) => result.with_context(|| process.last_words())?,
+                    Ok(result) => result.with_context(|| life.last_words())?,
                     Err(panic) => std::panic::resume_unwind(panic),
                 }
             }
             caught_up
         })
         .with_context(|| format!("seed {}", options.seed))?;
-        outcome.n_steady_calls = n_steady.into_inner();
-        outcome.n_other_calls = n_others.into_inner();
-        outcome.n_other_failures = n_failures.into_inner();
-        process.end()?;
+        drop(servers);
+        outcome.n_steady_calls = counts.n_steady.into_inner();
+        outcome.n_other_calls = counts.n_others.into_inner();
+        outcome.n_other_failures = counts.n_failures.into_inner();
+        outcome.n_unmasked = counts.n_unmasked.into_inner();
+        outcome.events = life.end()?;
+        nothing_is_left_over(sandbox).with_context(|| format!("seed {}", options.seed))?;
         Ok(outcome)
     })
 }
 
-fn until(process: &Process, what: &str, condition: impl Fn() -> bool) -> anyhow::Result<()> {
+/// Checks that there is what one agent leaves, and nothing more: pins, programs of hooks, records of sockets.
+fn nothing_is_left_over(sandbox: &Sandbox) -> anyhow::Result<()> {
+    let pin_path = sandbox.pin_path();
+    let mut found: Vec<PathBuf> =
+        fs::read_dir(&pin_path)?.map(|entry| entry.map(|entry| entry.path())).collect::<Result<_, _>>()?;
+    let mut wanted = Agent::pins(sandbox);
+    found.sort();
+    wanted.sort();
+    ensure!(found == wanted, "pinned are {found:?}");
+    let features = Features::probe();
+    let cgroup = fs::File::open(sandbox.cgroup().path())?;
+    for hook in pins::hooks(features) {
+        let link = syscall::cgroup_link(syscall::open_pin(&pin_path.join(hook))?.as_fd())?;
+        let programs = syscall::programs_of(cgroup.as_fd(), link.attach_type)?;
+        ensure!(programs == [link.program_id], "{hook} has the programs {programs:?}");
+    }
+    // Without a hook at their close (kernels before 5.12) sockets have no slots.
+    let records = SocketTable::open(&pin_path, features)?.used();
+    ensure!(records.is_empty(), "sockets that are closed have records: {records:?}");
+    Ok(())
+}
+
+fn until(life: &Life<'_>, what: &str, condition: impl Fn() -> bool) -> anyhow::Result<()> {
     let end = Instant::now() + PATIENCE;
     while !condition() {
         if Instant::now() > end {
-            bail!("never happened: {what}; {}", process.last_words());
+            bail!("never happened: {what}; {}", life.last_words());
         }
         thread::sleep(Duration::from_millis(10));
     }
     Ok(())
+}
+
+/// The ports of every service.
+fn ports() -> [ServicePort; 2] {
+    PORTS.map(|(name, protocol)| cluster::port(name, protocol, SERVICE_PORT))
+}
+
+/// The slices of a service, which has the same endpoints for each of its ports.
+fn slices(service: &str, endpoints: &[SocketAddr]) -> Vec<EndpointSlice> {
+    let of_port = |(name, protocol)| cluster::slices(&PortOf { service, name, protocol }, endpoints);
+    PORTS.into_iter().flat_map(of_port).collect()
 }
 
 /// What the server holds, and how it changes.
@@ -362,11 +394,7 @@ impl Objects {
 
     fn add(&mut self, server: &ApiServer, service: usize) {
         let address = service_address(service);
-        server.apply(cluster::service(
-            &name(service),
-            &[address.ip()],
-            &[cluster::port("", Tcp, address.port())],
-        ));
+        server.apply(cluster::service(&name(service), &[address.ip()], &ports()));
         let endpoints = self.endpoints(service);
         self.set(server, service, endpoints);
     }
@@ -377,7 +405,7 @@ impl Objects {
         // One slice, also without endpoints: its name must not depend on them.
         let of_one = [endpoint(service, 0)];
         let listed = if addresses.is_empty() { &of_one[..] } else { &addresses };
-        for mut slice in cluster::slices(&PortOf::tcp(&name), listed) {
+        for mut slice in slices(&name, listed) {
             slice.endpoints.truncate(addresses.len());
             for (endpoint, ready) in slice.endpoints.iter_mut().zip(endpoints.values()) {
                 endpoint.conditions =
@@ -398,7 +426,7 @@ impl Objects {
                 // The slices follow, or stay, as for a service that is made anew.
                 if self.random.below(2) == 0 {
                     let of_one = [endpoint(service, 0)];
-                    for slice in cluster::slices(&PortOf::tcp(&name(service)), &of_one) {
+                    for slice in slices(&name(service), &of_one) {
                         let slice = slice.metadata.name.unwrap_or_default();
                         server.delete(Kind::Slice, NAMESPACE, &slice);
                     }
@@ -412,9 +440,8 @@ impl Objects {
             }
             2 if is_there => {
                 let address = service_address(service);
-                let ports = [cluster::port("", Tcp, address.port())];
                 let affinity = self.random.below(2) == 0;
-                let service = cluster::service(&name(service), &[address.ip()], &ports);
+                let service = cluster::service(&name(service), &[address.ip()], &ports());
                 server.apply(cluster::with_spec(service, |spec| {
                     spec.type_ = Some(if affinity { "ClusterIP" } else { "NodePort" }.to_owned());
                     spec.session_affinity = Some(if affinity { "ClientIP" } else { "None" }.to_owned());
@@ -438,14 +465,15 @@ fn changes(
     server: &mut ApiServer,
     objects: &mut Objects,
     options: &Options,
-    stop: &AtomicBool,
+    ends: [&AtomicBool; 2],
     outcome: &mut Outcome,
 ) -> anyhow::Result<()> {
+    let is_over = || ends.iter().any(|end| end.load(Ordering::Relaxed));
     let started = Instant::now();
     let (mut cut, mut expire, mut restart) = (options.cut, options.expire, options.restart);
     let mut n_restarts = 0;
     let mut comes_back: Option<Duration> = None;
-    while started.elapsed() < options.time && !stop.load(Ordering::Relaxed) {
+    while started.elapsed() < options.time && !is_over() {
         let now = started.elapsed();
         objects.change(server);
         outcome.n_changes += 1;
@@ -483,58 +511,79 @@ fn changes(
     server.resume().context("the API server cannot come back")
 }
 
+/// What callers count.
+#[expect(clippy::struct_field_names, reason = "counts are called `n_foos` in this tree")]
+#[derive(Debug, Default)]
+struct Counts {
+    n_steady: AtomicU64,
+    n_others: AtomicU64,
+    n_failures: AtomicU64,
+    n_unmasked: AtomicU64,
+}
+
+/// How a program calls.
+#[derive(Clone, Copy, Debug)]
+enum Way {
+    /// A connection.
+    Tcp,
+    /// A datagram through a new socket.
+    Udp,
+    /// A datagram through a socket that is there all the time, as a resolver has.
+    LongLived,
+}
+
 /// Calls services until told to stop.
-fn calls(seed: u64, pause: Duration, stop: &AtomicBool, counts: [&AtomicU64; 3]) -> anyhow::Result<()> {
-    let [n_steady, n_others, n_failures] = counts;
-    let mut random = Random(seed.wrapping_mul(31).wrapping_add(7));
+fn calls(options: &Options, caller: u64, stop: &AtomicBool, counts: &Counts) -> anyhow::Result<()> {
+    let mut random = Random((options.seed ^ caller).wrapping_mul(31).wrapping_add(7));
+    let long_lived = [Domain::V4, Domain::V6].map(|domain| Socket::new(domain, Udp));
     while !stop.load(Ordering::Relaxed) {
         let service =
             if random.below(2) == 0 { random.below(N_STEADY) } else { N_STEADY + random.below(N_OTHERS) };
-        let address = service_address(service);
-        let result = call(address, Tcp);
+        let (address, name) = (service_address(service), name(service));
+        let way = [Way::Tcp, Way::Tcp, Way::Udp, Way::LongLived][random.below(4)];
+        let result = match way {
+            Way::Tcp => connect(address),
+            Way::Udp => Socket::new(Domain::of(address.ip()), Udp).ask_at(address),
+            Way::LongLived => long_lived[usize::from(address.is_ipv6())].ask_at(address),
+        };
         let is_steady = service < N_STEADY;
-        let _before = if is_steady { n_steady } else { n_others }.fetch_add(1, Ordering::Relaxed);
+        let _before =
+            if is_steady { &counts.n_steady } else { &counts.n_others }.fetch_add(1, Ordering::Relaxed);
         match result {
-            Ok(server) if owner(server) == service => {}
-            Ok(server) => {
-                bail!("a call to {} ({address}) reached {server}, of another service", name(service))
+            Ok(Answer { server, .. }) if owner(server) != service => {
+                bail!("a call to {name} ({address}, {way:?}) reached {server}, of another service")
+            }
+            Ok(Answer { seen: Some(seen), .. }) if seen == address => {}
+            Ok(Answer { server, seen: Some(seen) }) if seen == server && options.n_events > 0 => {
+                let _before = counts.n_unmasked.fetch_add(1, Ordering::Relaxed);
+            }
+            Ok(Answer { server, seen }) => {
+                bail!("a call to {name} ({address}, {way:?}) reached {server}, which seems to be {seen:?}")
             }
             // Without an endpoint, or without the service: nobody has its address here.
             Err(Errno::ECONNREFUSED | Errno::ENETUNREACH) if !is_steady => {
-                let _before = n_failures.fetch_add(1, Ordering::Relaxed);
+                let _before = counts.n_failures.fetch_add(1, Ordering::Relaxed);
             }
-            Err(error) => bail!("a call to {} ({address}) failed: {error}", name(service)),
+            Err(error) => bail!("a call to {name} ({address}, {way:?}) failed: {error}"),
         }
-        thread::sleep(pause);
+        thread::sleep(options.call);
     }
     Ok(())
 }
 
-/// What a program can tell of an image: for each address the endpoints and the settings, and which addresses share a
-/// service port. Ids and places are the encoder's own.
-type Content = BTreeMap<FrontendAddress, (Vec<SocketAddr>, u32, u32, FrontendAddress)>;
-
-fn content(image: &Image) -> anyhow::Result<Content> {
-    let mut first_of_port: BTreeMap<u32, FrontendAddress> = BTreeMap::new();
-    let mut content = Content::new();
-    for (address, id) in &image.services {
-        let frontend = image.frontends.get(id).with_context(|| format!("{address}: no entry {id}"))?;
-        let entries = image.entries(address.ip.is_ipv6(), frontend.run);
-        let entries = entries.with_context(|| format!("{address}: no run {:?}", frontend.run))?;
-        let mut endpoints: Vec<SocketAddr> = entries.iter().map(|entry| entry.address).collect();
-        endpoints.sort_unstable();
-        let first = *first_of_port.entry(frontend.service_id).or_insert(*address);
-        content.insert(*address, (endpoints, frontend.flags, frontend.affinity_seconds, first));
-    }
-    Ok(content)
+/// Connects, and asks who answers and who it seems to be.
+fn connect(to: SocketAddr) -> Result<Answer, Errno> {
+    let socket = Socket::new(Domain::of(to.ip()), Tcp);
+    socket.connect(to)?;
+    let seen = Some(socket.peer_name()?);
+    Ok(Answer { seen, ..socket.ask()? })
 }
 
 /// Waits until the kernel's maps hold what the server's objects ask for, computed from scratch.
-fn until_right(sandbox: &Sandbox, server: &ApiServer, process: &Process) -> anyhow::Result<()> {
+fn until_right(sandbox: &Sandbox, server: &ApiServer, life: &Life<'_>) -> anyhow::Result<()> {
     let cluster = server.cluster();
     let scratch = |found: &Image| {
-        let capacity = lb_userspace::plan::Capacity { services: 1024, endpoints: 4096 };
-        let mut state = State::new(agent::settings(), interface_addresses(), capacity, found);
+        let mut state = State::new(agent::settings(), interface_addresses(), life.capacity(), found);
         let _issues = cluster.feed(&mut state);
         let plan = state.sync();
         (state, plan)
@@ -543,12 +592,16 @@ fn until_right(sandbox: &Sandbox, server: &ApiServer, process: &Process) -> anyh
     let (wanted, wanted_nodes) = (content(wanted.image())?, wanted.image().node_addrs.clone());
     let end = Instant::now() + PATIENCE;
     loop {
-        let found = Maps::open(&sandbox.pin_path())?.image()?;
-        // While a run is switched, what is read may be of two states.
-        let now = content(&found);
-        let is_right = now.as_ref().is_ok_and(|now| *now == wanted) && found.node_addrs == wanted_nodes;
-        if is_right {
-            let (_state, plan) = scratch(&found);
+        // While a run is switched, what is read may be of two states; while maps are, there may be nothing to read.
+        let found = Maps::open(&sandbox.pin_path())
+            .and_then(|maps| Ok((maps.image()?, maps.capacity() == life.capacity())));
+        let now = found.as_ref().map_err(|error| anyhow!("{error}")).and_then(|(found, _)| content(found));
+        let is_right = now.as_ref().is_ok_and(|now| *now == wanted)
+            && found.as_ref().is_ok_and(|(found, fits)| found.node_addrs == wanted_nodes && *fits);
+        if let Ok((found, _)) = &found
+            && is_right
+        {
+            let (_state, plan) = scratch(found);
             ensure!(plan.is_empty(), "an agent that starts now would still do {plan:?}");
             return Ok(());
         }
@@ -557,7 +610,7 @@ fn until_right(sandbox: &Sandbox, server: &ApiServer, process: &Process) -> anyh
             let wrong: Vec<_> =
                 wanted.iter().filter(|(address, content)| now.get(address) != Some(content)).collect();
             let extra: Vec<_> = now.keys().filter(|address| !wanted.contains_key(address)).collect();
-            bail!("missing or wrong: {wrong:?}; too many: {extra:?}; {}", process.last_words());
+            bail!("missing or wrong: {wrong:?}; too many: {extra:?}; {}", life.last_words());
         }
         thread::sleep(Duration::from_millis(20));
     }
@@ -565,6 +618,6 @@ fn until_right(sandbox: &Sandbox, server: &ApiServer, process: &Process) -> anyh
 
 /// The agent that the environment names, which `cargo xtask test` sets.
 #[must_use]
-pub fn agent_of_environment() -> Option<PathBuf> {
-    std::env::var_os("SOCKLB_BIN").map(PathBuf::from)
+pub fn agent_of_environment() -> Vec<PathBuf> {
+    std::env::var_os("SOCKLB_BIN").map(PathBuf::from).into_iter().collect()
 }

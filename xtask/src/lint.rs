@@ -8,6 +8,7 @@ use anyhow::{Context, Result, bail};
 use crate::build;
 use crate::process::{self, step};
 use crate::setup::{self, Purpose};
+use crate::test::FEATURES;
 use crate::toolchain::BpfToolchain;
 use crate::workspace::Workspace;
 
@@ -90,7 +91,7 @@ fn clippy_host(workspace: &Workspace) -> Result<()> {
     let mut clippy = process::cargo();
     clippy
         .current_dir(&workspace.root)
-        .args(["clippy", "--all-targets", "--", "--deny", "warnings"])
+        .args(["clippy", "--all-targets", "--features", FEATURES, "--", "--deny", "warnings"])
         // The stub object is enough to read the sources, and no BPF build is then needed before them.
         .env_remove(build::OBJECT_VARIABLE);
     process::run(&mut clippy, "correct the lints above")

@@ -10,6 +10,7 @@ use clap::{Parser, Subcommand};
 
 mod bench;
 mod build;
+mod chaos;
 mod fuzz;
 mod image;
 mod kernel_matrix;
@@ -57,6 +58,8 @@ enum Command {
     Lint,
     /// Measures what it costs, side by side in one run
     Bench(bench::Options),
+    /// Kills, ends and replaces agents at random, under load, and checks every call and what is left
+    Chaos(chaos::Options),
     /// Looks for objects that make ingest, the tables or a plan fail
     Fuzz(fuzz::Options),
     /// Writes a container image of `socklb` as an archive, without a container engine
@@ -80,6 +83,7 @@ fn dispatch(command: Command) -> anyhow::Result<()> {
         Command::Test { args } => test::command(&workspace, &args),
         Command::Lint => lint::command(&workspace),
         Command::Bench(options) => bench::command(&workspace, &options),
+        Command::Chaos(options) => chaos::command(&workspace, &options),
         Command::Fuzz(options) => fuzz::command(&workspace, &options),
         Command::Image(options) => image::command(&workspace, &options),
         Command::Man { directory } => man::command(&workspace, directory),

@@ -43,6 +43,9 @@ impl Tally {
     }
 }
 
+/// Cargo features of the tests, and of the `socklb` that they run: one that can be told to kill itself.
+pub(crate) const FEATURES: &str = "lb-tests/fault-points";
+
 /// The variable that makes cargo start test executables of this host through another program.
 fn runner_variable() -> String {
     // glibc and musl hosts both keep to this pattern; xtask runs on Linux only.
@@ -64,7 +67,7 @@ pub(crate) fn command(workspace: &Workspace, args: &[String]) -> Result<()> {
     // features and compiles many crates a second time.
     build
         .current_dir(&workspace.root)
-        .args(["build", "--bins", "--tests"])
+        .args(["build", "--bins", "--tests", "--features", FEATURES])
         .env(build::OBJECT_VARIABLE, &object);
     process::run(&mut build, "correct the errors above")?;
     let binary = workspace.socklb(false);
@@ -72,7 +75,7 @@ pub(crate) fn command(workspace: &Workspace, args: &[String]) -> Result<()> {
     step("running the tests");
     let mut test = process::cargo();
     test.current_dir(&workspace.root)
-        .args(["test", "--no-fail-fast", "--"])
+        .args(["test", "--no-fail-fast", "--features", FEATURES, "--"])
         .args(args)
         .env(build::OBJECT_VARIABLE, &object)
         .env("SOCKLB_BIN", &binary)

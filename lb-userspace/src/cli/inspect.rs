@@ -19,7 +19,12 @@ use super::{
 use crate::{
     controller::State,
     desired::FrontendAddress,
-    kernel::{pins, store::Maps, syscall},
+    kernel::{
+        lock::{self, Lock},
+        pins,
+        store::Maps,
+        syscall,
+    },
     model::Protocol,
     sim::{Caller, Config, Simulator},
     snapshot::{self, Snapshot, SnapshotError},
@@ -188,7 +193,12 @@ pub fn explain(args: &ExplainArgs) -> anyhow::Result<ExitCode> {
 ///
 /// If nothing is there, or something cannot be removed.
 pub fn cleanup(args: &PinArgs) -> anyhow::Result<ExitCode> {
+    // Without the lock an agent is at work. It is not waited for: what it serves is taken away from under it, and it
+    // attaches nothing anew. With the lock none begins before everything is gone.
+    let lock = if args.pin_path.is_dir() { Lock::try_take(&args.pin_path)? } else { None };
+    let agent = (lock.is_none() && args.pin_path.is_dir()).then(|| lock::describe_holder(&args.pin_path));
     let mut removed = pins::remove(&args.pin_path)?;
+    drop(lock);
     let path = args.state_dir.join(snapshot::FILE_NAME);
     match std::fs::remove_file(&path) {
         Ok(()) => removed.push(path),
@@ -198,6 +208,9 @@ pub fn cleanup(args: &PinArgs) -> anyhow::Result<ExitCode> {
     // After the work: a reader that goes away does not stop it half-way.
     let lines = removed.iter().map(|path| format!("removed {}\n", path.display()));
     super::show(&lines.collect::<String>())?;
+    if let Some(agent) = agent {
+        eprintln!("socklb: the agent ({agent}) still runs and serves nothing any longer: end it");
+    }
     Ok(ExitCode::SUCCESS)
 }
 

@@ -16,6 +16,7 @@ use serde_json::{Value, json};
 use tokio::{sync::mpsc, time::timeout};
 use tracing::{debug, warn};
 
+use super::Access;
 use crate::model::{
     ObjectKind, ObjectRef,
     notice::{Notice, Telling},
@@ -55,10 +56,14 @@ enum TellError {
 }
 
 /// Tells the server of notices until nobody has more.
-pub(super) async fn record(client: Client, mut notices: mpsc::Receiver<Telling>) {
+pub(super) async fn record(access: Access, mut client: Client, mut notices: mpsc::Receiver<Telling>) {
     let mut problem = None;
     while let Some(telling) = notices.recv().await {
         let told = tell(&client, &telling).await;
+        if told.is_err() {
+            // As the watches do: the credentials may have been replaced.
+            client = access.client().await.map_or(client, |(client, _server)| client);
+        }
         let now = told.err().map(|error| error.to_string());
         // Once, until something else is the matter.
         if let Some(error) = now.as_ref().filter(|_| now != problem) {

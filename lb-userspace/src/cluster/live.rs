@@ -79,7 +79,7 @@ impl KubeSource {
         let selector = ingest::label_selector(service_proxy_name);
         let (notices, untold) = mpsc::channel(events::QUEUE);
         let mut tasks = JoinSet::new();
-        tasks.spawn(events::record(client.clone(), untold));
+        tasks.spawn(events::record(access.clone(), client.clone(), untold));
         let of_node = format!("spec.nodeName={}", pods_of.unwrap_or_default());
         let follower = Follower { access: access.clone(), client, timing, selector, of_node, news: sender };
         tasks.spawn(follow::<Services>(follower.clone()));

@@ -21,5 +21,6 @@ pub mod save;
 pub mod start;
 pub mod state;
 pub mod sweep;
+mod turn;
 
 pub use self::{latency::Latency, state::State};

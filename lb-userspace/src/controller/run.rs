@@ -19,11 +19,13 @@ use super::{
     Latency, State,
     save::Saving,
     start::{Basis, PATIENCE, Start, basis},
+    turn,
 };
 use crate::{
     desired::NodePortAddresses,
     kernel::{
         self, Kernel, KernelError,
+        lock::Lock,
         store::{Findings, Maps},
     },
     model::{
@@ -33,7 +35,7 @@ use crate::{
     plan::audit::Faults,
     self_test,
     serve::{
-        self, ListenError, Listeners, Question,
+        self, ListenError, Question,
         health_ports::{self, Wanted},
     },
     snapshot::{Contents, Snapshot, SnapshotError},
@@ -100,7 +102,7 @@ pub enum RunError {
     SelfTest(#[source] std::io::Error),
 }
 
-/// Runs until `stop` turns true or the source ends.
+/// Waits until no other agent has the same pins, then runs until `stop` turns true.
 ///
 /// Stopping changes nothing in the kernel: links and maps stay pinned.
 ///
@@ -114,7 +116,9 @@ pub async fn run(
     mut stop: watch::Receiver<bool>,
 ) -> Result<(), RunError> {
     // Before anything is attached: an agent that ends for want of a port has changed nothing.
-    let listeners = Listeners::open(&options.http).await?;
+    let turn = turn::wait_for_turn(&options.kernel.pin_path, &options.http, &mut stop).await?;
+    // The lock is given up last, with the ports free and nothing under way.
+    let Some((lock, listeners)) = turn else { return Ok(()) };
     let mut proof = Proof::start(options.self_test_interval, options.kernel.cgroup.clone())
         .await
         .map_err(RunError::SelfTest)?;
@@ -132,7 +136,8 @@ pub async fn run(
         adopted = state.image().services.len(),
         "attached"
     );
-    let has_adopted = !state.image().services.is_empty();
+    // Maps that could not be read serve on, and are at least as new as the snapshot.
+    let has_adopted = kernel.is_staged() || !state.image().services.is_empty();
     let metrics = Metrics::new();
     let mut vitals = Vitals::new(Instant::now().into_std());
     if let Some(proof) = &proof {
@@ -143,18 +148,18 @@ pub async fn run(
     let (vitals, signs_of_life) = watch::channel(vitals);
     let (asking, mut questions) = mpsc::channel::<Question>(QUESTIONS);
     // Ends with this function.
-    let _serving = listeners.serve(&options.kernel.pin_path, &metrics, &signs_of_life, asking)?;
+    let _serving = listeners.serve(&kernel.maps_path(), &metrics, &signs_of_life, asking)?;
     let (health_checks, wanted) = watch::channel(Wanted::default());
     let (reporting, mut port_issues) = watch::channel(Vec::new());
     let health_ports = tokio::spawn(health_ports::run(wanted, signs_of_life, reporting));
     let (excluding, excluded) = watch::channel(Excluded::default());
-    let _excluding = exclude::start(&options, excluded)?;
+    let _excluding = exclude::start(&kernel.maps_path(), &options, excluded)?;
     let Timers { mut interfaces, mut snapshots, mut audits } = Timers::start(options.audit_interval);
     let started = Instant::now();
     let mut agent = Agent {
         ledger: Ledger::new(state.settings().node_name.clone(), started.into_std()),
         state,
-        sweep: Sweep::new(options.kernel.clone())?,
+        sweep: Sweep::new(&kernel.maps_path(), options.kernel.clone())?,
         kernel,
         options,
         metrics,
@@ -198,7 +203,8 @@ pub async fn run(
                     warn!("the source does not answer: what was found goes on as it is");
                 }
             }
-            swept = agent.sweep.step() => agent.sweep.go_on(swept, &mut agent.state, &agent.metrics),
+            // The sockets' records are in maps that cannot be read, or will be the same after the switch.
+            swept = agent.sweep.step(), if !agent.kernel.is_staged() => agent.sweep.go_on(swept, &mut agent.state, &agent.metrics),
             more = source.changed(), if !has_ended => {
                 if !more {
                     warn!("the source has ended: what is served stays as it is");
@@ -221,7 +227,10 @@ pub async fn run(
             }
             compared = ended(&mut agent.comparing), if agent.comparing.is_some() => agent.compared(compared),
             written = ended(&mut agent.writing), if agent.writing.is_some() => agent.saved(written),
-            _ = interfaces.tick() => agent.look_around(&source),
+            _ = interfaces.tick() => {
+                agent.look_around(&lock);
+                agent.tell(&source);
+            }
             _ = snapshots.tick() => agent.save(),
             () = tick(&mut audits) => agent.compare(),
         }
@@ -342,6 +351,25 @@ impl Agent {
         true
     }
 
+    /// Reads the node's own addresses, and says so if the pins are no longer where they were.
+    fn look_around(&mut self, lock: &Lock) {
+        self.state.set_interfaces(interface_addresses());
+        let is_lost = !lock.is_in_place();
+        let has_changed = self
+            .vitals
+            .send_if_modified(|vitals| std::mem::replace(&mut vitals.has_lost_pins, is_lost) != is_lost);
+        let pins = self.options.kernel.pin_path.display();
+        match (has_changed, is_lost) {
+            (true, true) => error!(
+                %pins,
+                "the pins are gone: removed by `socklb cleanup`, or the BPF file system is no longer mounted; what is still \
+                 attached ends with this agent, so restart it"
+            ),
+            (true, false) => info!(%pins, "the pins are back"),
+            (false, _) => {}
+        }
+    }
+
     /// Leaves a sign of life. `is_waiting`: whether a change waits to be carried out.
     fn turn(&self, is_waiting: bool) {
         self.vitals.send_modify(|vitals| {
@@ -446,7 +474,11 @@ impl Agent {
     }
 
     /// A self-test has ended.
-    fn proven(&self, self_test: SelfTest) {
+    fn proven(&mut self, self_test: SelfTest) {
+        if let SelfTest::Failed(problem) = &self_test {
+            // Told with the next look around.
+            self.ledger.happened(&NodeNews::SelfTestFailed { problem: problem.to_string() });
+        }
         self.metrics.self_tested(self_test == SelfTest::Passed);
         self.vitals.send_modify(|vitals| vitals.self_test = self_test);
     }
@@ -532,12 +564,6 @@ impl Agent {
             info!("no longer: {issue}");
         }
         self.reported = now;
-        self.tell(source);
-    }
-
-    /// Does what time alone asks for: addresses may have changed, and what had to wait may be told now.
-    fn look_around(&mut self, source: &impl Source) {
-        self.state.set_interfaces(interface_addresses());
         self.tell(source);
     }
 

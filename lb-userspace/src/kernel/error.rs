@@ -15,7 +15,7 @@ pub enum KernelError {
     #[error("this socklb was built without its BPF programs: build it with `cargo xtask build`")]
     NoObject,
     /// Not enough privilege.
-    #[error("{what}: not permitted: run as root, or with CAP_BPF and CAP_NET_ADMIN")]
+    #[error("{what}: not permitted: run as root, or with CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON")]
     NotPermitted {
         /// What was tried.
         what: String,
@@ -67,7 +67,7 @@ pub enum KernelError {
     },
     /// The pinned maps have another layout.
     #[error(
-        "the maps under {} have layout {found}, this socklb has {ours}: use the socklb that made them, or `socklb cleanup` first",
+        "the maps under {} have layout {found}, this socklb has {ours}: use the socklb that made them, or start an agent of this one",
         path.display()
     )]
     Layout {
@@ -77,21 +77,6 @@ pub enum KernelError {
         found: u32,
         /// What this binary writes.
         ours: u32,
-    },
-    /// The pinned maps have other sizes than the flags ask for.
-    #[error(
-        "the maps under {} were made with {flag} {found}, now {asked} is asked for: keep the former value, or `socklb cleanup` first",
-        path.display()
-    )]
-    Size {
-        /// The directory.
-        path: PathBuf,
-        /// The flag that decides about it.
-        flag: &'static str,
-        /// The pinned size.
-        found: u32,
-        /// The size asked for.
-        asked: u32,
     },
     /// Loading the object failed.
     #[error("cannot load the BPF object: {0}")]
@@ -115,6 +100,14 @@ pub enum KernelError {
     /// A link could not be pinned, opened or updated.
     #[error("link {name}: {source}")]
     Link {
+        /// Its name.
+        name: &'static str,
+        /// The cause.
+        source: io::Error,
+    },
+    /// A map could not be opened or pinned at another place.
+    #[error("map {name}: cannot pin it: {source}")]
+    Pin {
         /// Its name.
         name: &'static str,
         /// The cause.
@@ -153,7 +146,7 @@ pub enum KernelError {
     /// The thread that waits for grace periods cannot be started.
     #[error("cannot start a thread: {0}")]
     Thread(io::Error),
-    /// A pin could not be removed.
+    /// A pin could not be removed or moved.
     #[error("{}: {source}", path.display())]
     Remove {
         /// The pin.

@@ -81,7 +81,7 @@ pub(super) fn kernel() -> String {
 }
 
 /// Effective capabilities of this process; none if they cannot be read, so that what needs them is said.
-fn capabilities() -> u64 {
+pub(super) fn capabilities() -> u64 {
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
     let mask = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
     mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or_default()

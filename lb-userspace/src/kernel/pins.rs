@@ -1,11 +1,13 @@
 //! What is pinned, under which name.
 
 use std::{
+    ffi::OsString,
     fs, io,
+    os::fd::AsFd as _,
     path::{Path, PathBuf},
 };
 
-use super::{Features, KernelError};
+use super::{Features, KernelError, fault, syscall};
 
 /// Maps by the names of the object; each is pinned under its name.
 pub const MAPS: [&str; 15] = [
@@ -26,6 +28,11 @@ pub const MAPS: [&str; 15] = [
     "meta",
 ];
 
+/// Maps that have one size for all settings: they stay the same when the others are made anew in other sizes. Without
+/// them, sockets would lose their records, clients their affinity, and excluded processes that they are.
+const SHARED: [&str; 6] =
+    ["affinity", "socket_slots", "sockets", "socket_storage", "excluded", "excluded_levels"];
+
 /// Hooks in the order in which they are attached; the link of each is pinned under its name.
 ///
 /// The one that gives up what the others take comes first: no socket may take a slot that nobody gives up.
@@ -45,6 +52,11 @@ pub const HOOKS: [&str; 9] = [
 pub fn hooks(features: Features) -> impl Iterator<Item = &'static str> {
     HOOKS.into_iter().filter(move |hook| features.compare_and_swap || *hook != "sock_release")
 }
+
+/// Directory below that of the pins, where maps of another size or layout are filled. They serve nobody.
+pub const NEXT: &str = "next";
+/// What [`NEXT`] is called once it is complete: its maps take the place of the others, whatever happens.
+pub const READY: &str = "ready";
 
 /// Makes the directory for pins, if it is not there.
 ///
@@ -86,6 +98,131 @@ pub fn check(pin_path: &Path) -> Result<(), KernelError> {
     Err(error(io::Error::new(io::ErrorKind::InvalidInput, "not on a BPF file system")))
 }
 
+/// Ends a change of maps that was under way when an agent ended: one that was complete is carried on, any other is
+/// forgotten.
+///
+/// # Errors
+///
+/// [`KernelError::Remove`] for a pin that cannot be moved or removed.
+pub fn recover(pin_path: &Path) -> Result<(), KernelError> {
+    discard(&pin_path.join(NEXT), &mut Vec::new())?;
+    promote(pin_path)
+}
+
+/// Makes an empty [`NEXT`], and returns where.
+///
+/// # Errors
+///
+/// [`KernelError::PinPath`] if it cannot be made, [`KernelError::Remove`] if a former one cannot be removed.
+pub fn stage(pin_path: &Path) -> Result<PathBuf, KernelError> {
+    let next = pin_path.join(NEXT);
+    discard(&next, &mut Vec::new())?;
+    fs::create_dir(&next).map_err(|source| KernelError::PinPath { path: next.clone(), source })?;
+    Ok(next)
+}
+
+/// Pins the maps that need not be made anew in a second directory, too.
+///
+/// # Errors
+///
+/// [`KernelError::Pin`] with the name of a map that cannot be pinned.
+pub fn share(pin_path: &Path, other: &Path) -> Result<(), KernelError> {
+    for name in SHARED {
+        let map = match syscall::open_pin(&pin_path.join(name)) {
+            // An older version did not have it: it is made anew.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            opened => opened,
+        };
+        let pinned = map.and_then(|map| syscall::pin(map.as_fd(), &other.join(name)));
+        pinned.map_err(|source| KernelError::Pin { name, source })?;
+    }
+    Ok(())
+}
+
+/// From here on, the maps in [`NEXT`] are the ones to go on with. Nothing is done if that was said before.
+///
+/// # Errors
+///
+/// [`KernelError::Remove`]; then nothing has changed.
+pub fn commit(pin_path: &Path) -> Result<(), KernelError> {
+    fault::point();
+    let next = pin_path.join(NEXT);
+    match fs::rename(&next, pin_path.join(READY)) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(KernelError::Remove { path: next, source: error })
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Moves each map of [`READY`] to its place, where it takes that of the former one. Nothing is done without that
+/// directory.
+///
+/// `meta` comes last: what is read in between is of the sizes that are found there, or is no image at all.
+///
+/// # Errors
+///
+/// [`KernelError::Remove`] for a pin that cannot be moved; the others have been, and it can be tried again.
+pub fn promote(pin_path: &Path) -> Result<(), KernelError> {
+    let ready = pin_path.join(READY);
+    let mut names = names(&ready)?;
+    names.sort_by_key(|name| name == "meta");
+    for name in names {
+        fault::point();
+        let path = ready.join(&name);
+        fs::rename(&path, pin_path.join(&name)).map_err(|source| KernelError::Remove { path, source })?;
+    }
+    fault::point();
+    discard(&ready, &mut Vec::new())
+}
+
+/// The names in a directory; none if it is not there.
+fn names(directory: &Path) -> Result<Vec<OsString>, KernelError> {
+    let error = |source| KernelError::PinPath { path: directory.to_owned(), source };
+    match fs::read_dir(directory) {
+        Ok(entries) => entries.map(|entry| entry.map(|entry| entry.file_name()).map_err(error)).collect(),
+        Err(missing) if missing.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+        Err(source) => Err(error(source)),
+    }
+}
+
+/// Removes a directory of ours with all that is pinned in it.
+fn discard(directory: &Path, removed: &mut Vec<PathBuf>) -> Result<(), KernelError> {
+    for name in names(directory)? {
+        remove_pin(directory.join(name), removed)?;
+    }
+    match fs::remove_dir(directory) {
+        Err(source) if source.kind() != io::ErrorKind::NotFound => {
+            Err(KernelError::Remove { path: directory.to_owned(), source })
+        }
+        _ => Ok(()),
+    }
+}
+
+fn remove_pin(path: PathBuf, removed: &mut Vec<PathBuf>) -> Result<(), KernelError> {
+    match fs::remove_file(&path) {
+        Ok(()) => removed.push(path),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(source) => return Err(KernelError::Remove { path, source }),
+    }
+    Ok(())
+}
+
+/// Whether any hook has its link.
+#[must_use]
+pub fn any_link(pin_path: &Path) -> bool {
+    HOOKS.iter().any(|hook| fs::symlink_metadata(pin_path.join(hook)).is_ok())
+}
+
+/// Removes the maps, which nothing must need any longer.
+///
+/// # Errors
+///
+/// [`KernelError::Remove`] for the first pin that stays.
+pub fn remove_maps(pin_path: &Path) -> Result<(), KernelError> {
+    MAPS.iter().try_for_each(|name| remove_pin(pin_path.join(name), &mut Vec::new()))
+}
+
 /// Removes the links, which detaches the programs, then the maps, then the directory. Returns what was removed.
 ///
 /// Removes names that socklb gives and nothing else; a directory that holds something else stays.
@@ -96,12 +233,10 @@ pub fn check(pin_path: &Path) -> Result<(), KernelError> {
 pub fn remove(pin_path: &Path) -> Result<Vec<PathBuf>, KernelError> {
     let mut removed = Vec::new();
     for name in HOOKS.iter().chain(&MAPS) {
-        let path = pin_path.join(name);
-        match fs::remove_file(&path) {
-            Ok(()) => removed.push(path),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(source) => return Err(KernelError::Remove { path, source }),
-        }
+        remove_pin(pin_path.join(name), &mut removed)?;
+    }
+    for name in [NEXT, READY] {
+        discard(&pin_path.join(name), &mut removed)?;
     }
     let directory = fs::remove_dir(pin_path);
     if removed.is_empty() && directory.is_err() {

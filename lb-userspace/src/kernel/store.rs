@@ -3,7 +3,7 @@
 mod audit;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs::File,
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
@@ -15,7 +15,7 @@ use aya::{
     Ebpf, EbpfLoader,
     maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, PerCpuValues},
     programs::{
-        CgroupAttachMode, Program,
+        CgroupAttachMode, Program, ProgramError,
         links::{FdLink, LinkError, PinnedLink},
     },
 };
@@ -27,16 +27,18 @@ use lb_common::{
     },
     limits,
 };
+use tracing::info;
 
 pub use self::audit::Findings;
 use self::audit::Stray;
 use super::{
-    Features, KernelError, cgroup, grace::Grace, host, mapped::Mapped, object, pins, pod::Plain, syscall,
+    Features, KernelError, cgroup, fault, grace::Grace, host, mapped::Mapped, object, pins, pod::Plain,
+    syscall,
 };
 use crate::{
     desired::FrontendAddress,
     model::Protocol,
-    plan::{Capacity, Op, Plan},
+    plan::{self, Capacity, Op, Plan},
     tables::{Entry, Image, wire_protocol},
 };
 
@@ -85,11 +87,31 @@ pub struct Kernel {
     features: Features,
     log: bool,
     object: Ebpf,
+    pin_path: PathBuf,
+    /// The cgroup to attach to, as long as other programs and maps than these serve.
+    staged: Option<File>,
+}
+
+/// What was found where the maps are to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Found {
+    /// Nothing that serves.
+    Nothing,
+    /// Maps to go on with.
+    Ours,
+    /// Maps of this layout in other sizes.
+    OtherSizes,
+    /// Maps that cannot be read: of this layout version, or of none that is known.
+    OtherLayout(Option<u32>),
 }
 
 impl Kernel {
     /// Loads the programs, adopts the pinned maps or creates them, and attaches the programs or replaces the
     /// attached ones.
+    ///
+    /// Maps of another layout or in other sizes are left to serve, with their programs. New ones are made beside them and
+    /// filled with what the old ones hold, if their layout is the same; [`Self::apply`] switches to them with its first
+    /// plan. See [`Self::is_staged`].
     ///
     /// `on_grace` is called, on another thread, each time a grace period asked for by [`Self::ask_grace`] has
     /// passed.
@@ -104,25 +126,99 @@ impl Kernel {
     pub fn open(options: &Options, on_grace: impl Fn() + Send + 'static) -> Result<Self, KernelError> {
         let object = object::bytes()?;
         let cgroup = cgroup::open(&options.cgroup)?;
-        pins::prepare(&options.pin_path)?;
-        check_pinned(&options.pin_path, options.capacity)?;
+        let pin_path = &options.pin_path;
+        pins::prepare(pin_path)?;
+        pins::recover(pin_path)?;
+        let found = look(pin_path, options.capacity)?;
+        let maps_path = match found {
+            Found::Ours => pin_path.clone(),
+            Found::Nothing => {
+                // An agent that ended before it wrote anything may have asked for other sizes.
+                pins::remove_maps(pin_path)?;
+                pin_path.clone()
+            }
+            Found::OtherSizes | Found::OtherLayout(_) => pins::stage(pin_path)?,
+        };
+        let is_staged = maps_path != *pin_path;
+        if found == Found::OtherSizes {
+            pins::share(pin_path, &maps_path)?;
+        }
         raise_memlock();
-        let mut object = load(object, options, Some(&options.pin_path))?;
-        let maps = Maps::take(&mut object, options)?;
+        let mut object = load(object, options, Some(&maps_path))?;
+        let mut maps = Maps::take(&mut object, options)?;
+        if is_staged {
+            info!(?found, "the maps have another layout or other sizes: new ones are filled beside them");
+        }
+        if found == Found::OtherSizes {
+            maps.fill_from(&Maps::open(pin_path)?)?;
+        }
         let grace = Grace::start(on_grace).map_err(KernelError::Thread)?;
-        let mut kernel =
-            Self { maps, grace, unsettled: true, features: options.features, log: options.log, object };
+        let mut kernel = Self {
+            maps,
+            grace,
+            unsettled: true,
+            features: options.features,
+            log: options.log,
+            object,
+            pin_path: pin_path.clone(),
+            staged: None,
+        };
         kernel.grace.ask();
         for hook in pins::hooks(options.features) {
-            kernel.attach(hook, &cgroup, &options.pin_path.join(hook))?;
+            // Also when they are attached later: what the verifier refuses is to be known now.
+            let name = program_of(hook, kernel.features, kernel.log);
+            let _verified = load_program(&mut kernel.object, hook, &name)?;
+        }
+        if is_staged {
+            kernel.staged = Some(cgroup);
+        } else {
+            kernel.attach_all(&cgroup)?;
         }
         Ok(kernel)
     }
 
-    /// Loads the program of a hook and puts it into the hook's link.
-    fn attach(&mut self, hook: &'static str, cgroup: &File, pin: &Path) -> Result<(), KernelError> {
+    /// Whether other programs and maps serve still: the pinned ones, which this agent cannot go on with. What is written
+    /// serves nobody before the first plan is carried out.
+    #[must_use]
+    pub const fn is_staged(&self) -> bool {
+        self.staged.is_some()
+    }
+
+    /// Where the maps are pinned now. After a first plan that ends [`Self::is_staged`] they are elsewhere.
+    #[must_use]
+    pub fn maps_path(&self) -> PathBuf {
+        if self.is_staged() { self.pin_path.join(pins::NEXT) } else { self.pin_path.clone() }
+    }
+
+    /// Has the programs of every hook run on these maps, which take the place of the pinned ones.
+    ///
+    /// Each step can be repeated, by this agent or the next one.
+    fn switch(&mut self) -> Result<(), KernelError> {
+        let Some(cgroup) = self.staged.take() else { return Ok(()) };
+        let switched = pins::commit(&self.pin_path)
+            .and_then(|()| self.attach_all(&cgroup))
+            .and_then(|()| pins::promote(&self.pin_path));
+        match &switched {
+            Ok(()) => info!("switched to the new maps"),
+            Err(_again) => self.staged = Some(cgroup),
+        }
+        switched
+    }
+
+    fn attach_all(&mut self, cgroup: &File) -> Result<(), KernelError> {
+        for hook in pins::hooks(self.features) {
+            fault::point();
+            self.attach(hook, cgroup)?;
+        }
+        Ok(())
+    }
+
+    /// Puts the loaded program of a hook into the hook's link.
+    fn attach(&mut self, hook: &'static str, cgroup: &File) -> Result<(), KernelError> {
+        let pin = &self.pin_path.join(hook);
+        let missing = KernelError::Missing { kind: "program", name: hook };
         let name = program_of(hook, self.features, self.log);
-        let program = load_program(&mut self.object, hook, &name)?;
+        let program = self.object.program_mut(&name).ok_or(missing)?;
         let refused = |source| KernelError::Program { name: hook, source: Box::new(source) };
         let link_error = |source| KernelError::Link { name: hook, source };
         match syscall::open_pin(pin) {
@@ -176,7 +272,7 @@ impl Kernel {
     /// # Errors
     ///
     /// [`KernelError::MapFull`] after everything else of the plan was done. Any other failing operation ends the
-    /// plan. The state in between is safe; read the image and plan again.
+    /// plan, and other maps that serve still go on doing so: see [`Self::is_staged`]. The state in between is safe; read the image and plan again.
     pub fn apply(&mut self, plan: &Plan) -> Result<usize, KernelError> {
         if self.unsettled && plan.ops().iter().any(Op::takes_element) {
             self.grace.wait();
@@ -184,6 +280,7 @@ impl Kernel {
         }
         let (mut n_done, mut full, mut result) = (0, None, Ok(()));
         for op in plan.ops() {
+            fault::point();
             match self.maps.apply(op) {
                 Ok(()) => n_done += 1,
                 // What has no room is missed by its own callers only; the rest of the plan serves the others.
@@ -199,6 +296,8 @@ impl Kernel {
             self.grace.ask();
         }
         result?;
+        // What has no room is no reason to stay with the former maps: it would have none after the next restart either.
+        self.switch()?;
         full.map_or(Ok(n_done), Err)
     }
 
@@ -272,8 +371,22 @@ fn load_program<'a>(
         Program::CgroupSock(program) => program.load(),
         _ => return Err(missing),
     }
-    .map_err(|source| KernelError::program(hook, source, &host::kernel()))?;
+    .map_err(|source| match source {
+        // The verifier then refuses one program or another for what it would allow, and shows its whole log.
+        ProgramError::LoadError { io_error, .. }
+            if io_error.kind() == io::ErrorKind::PermissionDenied && !may_load_programs() =>
+        {
+            KernelError::NotPermitted { what: format!("program {hook}") }
+        }
+        source => KernelError::program(hook, source, &host::kernel()),
+    })?;
     Ok(program)
+}
+
+/// Whether this process has `CAP_PERFMON`, or `CAP_SYS_ADMIN`, which it is a part of.
+fn may_load_programs() -> bool {
+    const PERFMON_OR_SYS_ADMIN: u64 = 1 << 38 | 1 << 21;
+    host::capabilities() & PERFMON_OR_SYS_ADMIN != 0
 }
 
 /// The name of the program for a hook: with slots, with socket storage alone, or with diagnostics.
@@ -346,30 +459,27 @@ fn raise_memlock() {
     let _not_needed_on_new_kernels = setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY);
 }
 
-/// Refuses pinned maps that this binary or these flags cannot go on with.
-fn check_pinned(pin_path: &Path, capacity: Capacity) -> Result<(), KernelError> {
-    let path = || pin_path.to_owned();
-    let Some(meta) = read_meta(pin_path)? else { return Ok(()) };
-    if meta == Meta::default() {
-        // Made by an agent that ended before it wrote anything.
-        return Ok(());
-    }
-    if meta.layout_version != limits::LAYOUT_VERSION {
-        return Err(KernelError::Layout {
-            path: path(),
-            found: meta.layout_version,
-            ours: limits::LAYOUT_VERSION,
-        });
-    }
-    for (flag, found, asked) in [
-        ("--max-services", meta.max_services, capacity.services),
-        ("--max-endpoints", meta.max_endpoints, capacity.endpoints),
-    ] {
-        if found != asked {
-            return Err(KernelError::Size { path: path(), flag, found, asked });
+/// Looks at what is pinned.
+fn look(pin_path: &Path, capacity: Capacity) -> Result<Found, KernelError> {
+    let meta = match read_meta(pin_path) {
+        // Of a layout in which `meta` has another size.
+        Err(KernelError::Map { source, .. })
+            if matches!(*source, MapError::InvalidKeySize { .. } | MapError::InvalidValueSize { .. }) =>
+        {
+            return Ok(Found::OtherLayout(None));
         }
-    }
-    Ok(())
+        meta => meta?.unwrap_or_default(),
+    };
+    Ok(if meta == Meta::default() {
+        // Made by an agent that ended before it wrote anything, unless somebody has damaged it.
+        if pins::any_link(pin_path) { Found::OtherLayout(None) } else { Found::Nothing }
+    } else if meta.layout_version != fault::layout_version() {
+        Found::OtherLayout(Some(meta.layout_version))
+    } else if (meta.max_services, meta.max_endpoints) == (capacity.services, capacity.endpoints) {
+        Found::Ours
+    } else {
+        Found::OtherSizes
+    })
 }
 
 /// The pinned `meta`, or `None` if nothing is pinned.
@@ -406,9 +516,9 @@ impl Maps {
         if meta == Meta::default() {
             return Err(nothing());
         }
-        if meta.layout_version != limits::LAYOUT_VERSION {
-            let (path, found) = (pin_path.to_owned(), meta.layout_version);
-            return Err(KernelError::Layout { path, found, ours: limits::LAYOUT_VERSION });
+        let ours = fault::layout_version();
+        if meta.layout_version != ours {
+            return Err(KernelError::Layout { path: pin_path.to_owned(), found: meta.layout_version, ours });
         }
         let capacity = Capacity { services: meta.max_services, endpoints: meta.max_endpoints };
         let data =
@@ -430,7 +540,7 @@ impl Maps {
     fn take(object: &mut Ebpf, options: &Options) -> Result<Self, KernelError> {
         let capacity = options.capacity;
         let meta = Meta {
-            layout_version: limits::LAYOUT_VERSION,
+            layout_version: fault::layout_version(),
             max_services: capacity.services,
             max_endpoints: capacity.endpoints,
             localhost_nodeports: options.localhost_nodeports.into(),
@@ -452,6 +562,23 @@ impl Maps {
             endpoints6: map_memory("endpoints6", map_data(object, "endpoints6")?, capacity.endpoints)?,
             meta,
         })
+    }
+
+    /// Fills new maps with what others of the same layout hold, as far as it fits: frontends, endpoints and nodes under
+    /// their ids, and counters.
+    fn fill_from(&mut self, former: &Self) -> Result<(), KernelError> {
+        let image = plan::transfer(&former.image()?, self.capacity());
+        for op in plan::diff(&Image::default(), &image).ops() {
+            fault::point();
+            self.apply(op)?;
+        }
+        let service_ids: BTreeSet<u32> =
+            image.frontends.values().map(|frontend| frontend.service_id).collect();
+        copy("service_stats", &former.service_stats, &mut self.service_stats, service_ids)?;
+        let runs = [false, true].into_iter().flat_map(|ipv6| image.runs(ipv6).values());
+        let endpoint_ids: BTreeSet<u32> =
+            runs.flat_map(|run| run.iter().map(|entry| entry.endpoint_id)).collect();
+        copy("endpoint_stats", &former.endpoint_stats, &mut self.endpoint_stats, endpoint_ids)
     }
 
     /// The sizes that the maps were made with.
@@ -667,6 +794,21 @@ fn gone_is_fine(name: &'static str, result: Result<(), MapError>) -> Result<(), 
         Err(MapError::SyscallError(error)) if error.io_error.kind() == io::ErrorKind::NotFound => Ok(()),
         other => other.map_err(|source| KernelError::map(name, source)),
     }
+}
+
+/// Copies counters, as far as both maps have them.
+fn copy<T: MapValue>(
+    name: &'static str,
+    from: &PerCpuArray<MapData, Plain<T>>,
+    to: &mut PerCpuArray<MapData, Plain<T>>,
+    ids: BTreeSet<u32>,
+) -> Result<(), KernelError> {
+    let wrap = |source| KernelError::map(name, source);
+    let n_counted = from.len().min(to.len());
+    for id in ids.into_iter().filter(|id| *id < n_counted) {
+        to.set(id, from.get(&id, 0).map_err(wrap)?, 0).map_err(wrap)?;
+    }
+    Ok(())
 }
 
 fn reset<T: MapValue + Default>(

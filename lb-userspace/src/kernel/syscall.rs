@@ -16,6 +16,14 @@ use nix::libc;
 /// `BPF_OBJ_GET` of `enum bpf_cmd`.
 const BPF_OBJ_GET: libc::c_int = 7;
 
+/// `BPF_OBJ_*` of `union bpf_attr`.
+#[repr(C)]
+struct ObjPath {
+    pathname: u64,
+    bpf_fd: u32,
+    file_flags: u32,
+}
+
 /// Opens a pinned map, program or link.
 ///
 /// # Errors
@@ -26,22 +34,35 @@ const BPF_OBJ_GET: libc::c_int = 7;
 ///
 /// 4.4
 pub fn open_pin(path: &Path) -> io::Result<OwnedFd> {
-    /// `BPF_OBJ_*` of `union bpf_attr`.
-    #[repr(C)]
-    struct ObjGet {
-        pathname: u64,
-        bpf_fd: u32,
-        file_flags: u32,
-    }
     let path = CString::new(path.as_os_str().as_bytes())?;
-    let attr = ObjGet { pathname: path.as_ptr() as u64, bpf_fd: 0, file_flags: 0 };
+    let attr = ObjPath { pathname: path.as_ptr() as u64, bpf_fd: 0, file_flags: 0 };
     // SAFETY: bpf(2) reads `size_of` bytes from the pointer and a string from `pathname`; both outlive the call.
-    let fd = unsafe { libc::syscall(libc::SYS_bpf, BPF_OBJ_GET, &raw const attr, size_of::<ObjGet>()) };
+    let fd = unsafe { libc::syscall(libc::SYS_bpf, BPF_OBJ_GET, &raw const attr, size_of::<ObjPath>()) };
     match i32::try_from(fd) {
         // SAFETY: a new file descriptor that nobody else knows.
         Ok(fd) if fd >= 0 => Ok(unsafe { OwnedFd::from_raw_fd(fd) }),
         _ => Err(io::Error::last_os_error()),
     }
+}
+
+/// Pins a map, program or link, also if it is pinned elsewhere.
+///
+/// # Errors
+///
+/// The system call's; `AlreadyExists` if something is there.
+///
+/// # Kernel
+///
+/// 4.4
+pub fn pin(object: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
+    /// `BPF_OBJ_PIN` of `enum bpf_cmd`.
+    const BPF_OBJ_PIN: libc::c_int = 6;
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    let attr =
+        ObjPath { pathname: path.as_ptr() as u64, bpf_fd: object.as_raw_fd().cast_unsigned(), file_flags: 0 };
+    // SAFETY: bpf(2) reads `size_of` bytes from the pointer and a string from `pathname`; both outlive the call.
+    let result = unsafe { libc::syscall(libc::SYS_bpf, BPF_OBJ_PIN, &raw const attr, size_of::<ObjPath>()) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 /// Has the C library keep the heap small, which costs it speed that nobody here needs. To be called before there are

@@ -86,6 +86,7 @@ impl Notice {
             IssueKind::HealthCheckPortTaken { .. } => ("FailedToStartServiceHealthcheck", "Listen"),
             IssueKind::NotServed { .. }
             | IssueKind::SourceRanges { .. }
+            | IssueKind::ExternalIps { .. }
             | IssueKind::NodePortOutsideRange { .. }
             | IssueKind::NotApplicable { .. } => return None,
             _ => ("InvalidService", "Read"),

@@ -19,12 +19,16 @@
 
 pub mod audit;
 pub mod encoder;
+mod transfer;
 
 use std::{net::IpAddr, sync::Arc};
 
 use lb_common::layout::{Frontend, Run};
 
-pub use self::encoder::{Capacity, Encoder, Full};
+pub use self::{
+    encoder::{Capacity, Encoder, Full},
+    transfer::transfer,
+};
 use crate::{
     desired::FrontendAddress,
     tables::{Entry, Image},

@@ -113,6 +113,15 @@ impl Listeners {
     }
 }
 
+/// Answers health checks of an agent that waits for another one to end: it is alive and not ready. `None` if nobody asked
+/// for such answers, or if the address is taken, as by the agent that is waited for.
+pub async fn answer_while_waiting(options: &Options) -> Option<JoinSet<()>> {
+    let listener = TcpListener::bind(options.healthz?).await.ok()?;
+    let mut serving = JoinSet::new();
+    serving.spawn(http::serve(listener, Arc::new(pages::WaitingPages)));
+    Some(serving)
+}
+
 async fn listen(flag: &'static str, address: Option<SocketAddr>) -> Result<Option<TcpListener>, ListenError> {
     let Some(address) = address else { return Ok(None) };
     let error = |source: io::Error| {

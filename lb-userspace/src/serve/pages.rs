@@ -23,7 +23,7 @@ use crate::{
     kernel::store::Maps,
     telemetry::{
         Metrics,
-        health::Vitals,
+        health::{self, Vitals},
         scrape::{Calls, View, render},
     },
 };
@@ -132,9 +132,32 @@ impl Pages for HealthPages {
     }
 }
 
+/// `/healthz` and `/livez` of an agent that waits for another one to end.
+#[derive(Clone, Copy, Debug)]
+pub struct WaitingPages;
+
+impl Pages for WaitingPages {
+    async fn get(&self, path: &str) -> Option<Answer> {
+        let is_ok = match path {
+            "/healthz" => false,
+            "/livez" => true,
+            _ => return None,
+        };
+        Some(json(is_ok, health::waiting(SystemTime::now())))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn an_agent_that_waits_is_alive_and_not_ready() {
+        for (path, status) in [("/healthz", 503), ("/livez", 200)] {
+            assert_eq!(WaitingPages.get(path).await.unwrap().status(), status, "{path}");
+        }
+        assert!(WaitingPages.get("/metrics").await.is_none());
+    }
 
     #[tokio::test]
     async fn health_pages_answer_by_the_vitals() {

@@ -40,6 +40,8 @@ pub struct Vitals {
     pub n_refused: usize,
     /// The last self-test.
     pub self_test: SelfTest,
+    /// Whether the agent's pins are no longer where they were: a restart would not find them.
+    pub has_lost_pins: bool,
 }
 
 /// What is said of it.
@@ -53,6 +55,8 @@ pub struct Health {
     pub n_refused: usize,
     /// The last self-test.
     pub self_test: SelfTest,
+    /// Whether the pins are gone.
+    pub has_lost_pins: bool,
     /// The time of the answer if alive, else that of the last update.
     pub updated: Option<SystemTime>,
     /// The time of the answer.
@@ -68,12 +72,47 @@ struct Body<'a> {
     now: String,
     #[serde(rename = "nodeEligible", skip_serializing_if = "Option::is_none")]
     is_node_eligible: Option<bool>,
+    /// Not of kube-proxy, which does not wait.
+    #[serde(rename = "waitsForOtherAgent", skip_serializing_if = "is_false")]
+    is_waiting: bool,
     /// Not of kube-proxy, whose tables have no limit.
     #[serde(rename = "frontendsWithoutRoom", skip_serializing_if = "Option::is_none")]
     n_refused: Option<usize>,
+    /// Not of kube-proxy, which has none.
+    #[serde(rename = "pinsLost", skip_serializing_if = "is_false")]
+    has_lost_pins: bool,
     /// Not of kube-proxy, which believes what it has written.
     #[serde(rename = "selfTest", skip_serializing_if = "Option::is_none")]
     self_test: Option<&'a str>,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks so")]
+const fn is_false(value: &bool) -> bool {
+    !*value
+}
+
+/// The body of all answers of an agent that waits for another one to end.
+#[must_use]
+pub fn waiting(now: SystemTime) -> String {
+    write(&Body {
+        updated: String::new(),
+        now: show(now),
+        is_node_eligible: None,
+        is_waiting: true,
+        n_refused: None,
+        has_lost_pins: false,
+        self_test: None,
+    })
+}
+
+/// Years beyond what a time stamp holds are shown as none.
+fn show(time: SystemTime) -> String {
+    Timestamp::try_from(time).map(|time| time.to_string()).unwrap_or_default()
+}
+
+fn write(body: &Body<'_>) -> String {
+    // Strings and bools: there is nothing that JSON could not hold.
+    serde_json::to_string(body).unwrap_or_default()
 }
 
 impl Vitals {
@@ -87,6 +126,7 @@ impl Vitals {
             is_node_eligible: true,
             n_refused: 0,
             self_test: SelfTest::Off,
+            has_lost_pins: false,
         }
     }
 
@@ -100,6 +140,7 @@ impl Vitals {
             is_node_eligible: self.is_node_eligible,
             n_refused: self.n_refused,
             self_test: self.self_test.clone(),
+            has_lost_pins: self.has_lost_pins,
             updated: if is_alive { Some(clock) } else { self.updated },
             now: clock,
         }
@@ -108,44 +149,48 @@ impl Vitals {
 
 impl Health {
     /// Whether this node is ready, and load balancers should send traffic to it: `/healthz`. A node on which a Service
-    /// found no room in the tables is not, though what found room is served; nor is one whose calls were not seen to go where
-    /// they should.
+    /// found no room in the tables is not, though what found room is served; nor is one whose pins are gone, or whose calls
+    /// were not seen to go where they should.
     #[must_use]
     pub const fn is_healthy(&self) -> bool {
         let is_proven = matches!(self.self_test, SelfTest::Off | SelfTest::Passed);
-        self.is_alive && self.is_node_eligible && self.n_refused == 0 && is_proven
+        self.is_alive && self.is_node_eligible && self.n_refused == 0 && !self.has_lost_pins && is_proven
     }
 
     /// The body at `/healthz`.
     #[must_use]
     pub fn healthz(&self) -> String {
+        let n_refused = Some(self.n_refused).filter(|n| *n > 0);
         let self_test = match &self.self_test {
             SelfTest::Off | SelfTest::Passed => None,
             SelfTest::Pending => Some("not tried yet"),
             SelfTest::Failed(problem) => Some(&**problem),
         };
-        self.body(Some(self.is_node_eligible), Some(self.n_refused).filter(|n| *n > 0), self_test)
+        write(&Body {
+            is_node_eligible: Some(self.is_node_eligible),
+            n_refused,
+            has_lost_pins: self.has_lost_pins,
+            self_test,
+            ..self.body()
+        })
     }
 
     /// The body at `/livez`, which says nothing of the node.
     #[must_use]
     pub fn livez(&self) -> String {
-        self.body(None, None, None)
+        write(&self.body())
     }
 
-    fn body(
-        &self,
-        is_node_eligible: Option<bool>,
-        n_refused: Option<usize>,
-        self_test: Option<&str>,
-    ) -> String {
-        // Years beyond what a time stamp holds are shown as none.
-        let show =
-            |time: SystemTime| Timestamp::try_from(time).map(|time| time.to_string()).unwrap_or_default();
-        let updated = self.updated.map(show).unwrap_or_default();
-        let body = Body { updated, now: show(self.now), is_node_eligible, n_refused, self_test };
-        // Strings and a bool: there is nothing that JSON could not hold.
-        serde_json::to_string(&body).unwrap_or_default()
+    fn body(&self) -> Body<'_> {
+        Body {
+            updated: self.updated.map(show).unwrap_or_default(),
+            now: show(self.now),
+            is_node_eligible: None,
+            is_waiting: false,
+            n_refused: None,
+            has_lost_pins: false,
+            self_test: None,
+        }
     }
 }
 
@@ -189,6 +234,8 @@ mod tests {
                 let expected = (is_alive, is_healthy && is_proven);
                 assert_eq!((tested.is_alive, tested.is_healthy()), expected, "{what}, and {self_test:?}");
             }
+            let lost = Vitals { has_lost_pins: true, ..vitals.clone() }.judge(at(100), clock);
+            assert_eq!((lost.is_alive, lost.is_healthy()), (is_alive, false), "{what}, and no pins");
         }
     }
 
@@ -200,6 +247,7 @@ mod tests {
             is_node_eligible: false,
             n_refused: 0,
             self_test: SelfTest::Passed,
+            has_lost_pins: false,
             updated: Some(now),
             now,
         };
@@ -214,6 +262,10 @@ mod tests {
         let failed =
             Health { self_test: SelfTest::Failed("TCP: refused".into()), ..health.clone() }.healthz();
         assert!(failed.ends_with(r#""nodeEligible":false,"selfTest":"TCP: refused"}"#), "{failed}");
+        assert_eq!(
+            waiting(now),
+            r#"{"lastUpdated":"","currentTime":"2023-11-14T22:13:20Z","waitsForOtherAgent":true}"#
+        );
         assert_eq!(
             Health { n_refused: 3, ..health }.healthz(),
             r#"{"lastUpdated":"2023-11-14T22:13:20Z","currentTime":"2023-11-14T22:13:20Z","nodeEligible":false,"frontendsWithoutRoom":3}"#

@@ -3,7 +3,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
 };
@@ -45,9 +45,13 @@ impl Wanted {
 /// # Errors
 ///
 /// If the maps cannot be opened.
-pub(super) fn start(options: &Options, wanted: watch::Receiver<Wanted>) -> Result<JoinSet<()>, RunError> {
+pub(super) fn start(
+    maps_path: &Path,
+    options: &Options,
+    wanted: watch::Receiver<Wanted>,
+) -> Result<JoinSet<()>, RunError> {
     let mut task = JoinSet::new();
-    let mut map = Exclusion::open(&options.kernel.pin_path)?;
+    let mut map = Exclusion::open(maps_path)?;
     if !options.kernel.excludes {
         // An earlier agent may have excluded some.
         let _changed = map.set(&BTreeSet::new())?;

@@ -2,7 +2,7 @@
 //!
 //! When to look is decided by [`Sweeps`], what becomes of a socket by [`crate::stale`]; here they meet the kernel.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, path::Path};
 
 use tokio::{
     task::{JoinHandle, spawn_blocking},
@@ -81,9 +81,9 @@ impl Sweep {
     /// # Errors
     ///
     /// If the maps that hold the sockets' records cannot be read.
-    pub(super) fn new(options: kernel::Options) -> Result<Self, KernelError> {
+    pub(super) fn new(maps_path: &Path, options: kernel::Options) -> Result<Self, KernelError> {
         Ok(Self {
-            sockets: SocketTable::open(&options.pin_path, options.features)?,
+            sockets: SocketTable::open(maps_path, options.features)?,
             options,
             timing: Sweeps::default(),
             phase: Phase::Resting,

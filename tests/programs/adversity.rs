@@ -1,0 +1,118 @@
+//! What an agent does whose surroundings fail it: it says so, it is not ready where that matters, and serves on.
+
+use std::{fs, path::Path, process::Command};
+
+use nix::mount::{MntFlags, umount2};
+
+use crate::{
+    deployed::capabilities,
+    process::{run, text},
+    socklb::{eventually, is_up, with_town},
+    town,
+    turns::{PORTS, says, status_of},
+};
+
+/// Whoever unmounts it takes the pins from the next agent, not from calls: this one keeps them alive.
+#[test]
+fn without_its_pins_an_agent_is_not_ready_and_serves_on() {
+    with_town(|place, town| {
+        let service = town::web()[0];
+        place.write(&town.cluster(0..2));
+        let agent = place.start_with(&PORTS);
+        eventually("it is ready", || is_up(service) && status_of(10256, "healthz") == "200");
+        let bpffs = Path::new(&place.pin_path).parent().unwrap();
+        // The sandbox's mount namespace is the test's own.
+        umount2(bpffs, MntFlags::MNT_DETACH).unwrap();
+        eventually("it says so", || says(&agent, &["ERROR", "pins are gone", "restart"]));
+        assert_eq!((status_of(10256, "healthz"), status_of(10256, "livez")), ("503".into(), "200".into()));
+        assert!(is_up(service), "what is attached stays so");
+        place.write(&town.cluster(0..0));
+        eventually("changes are followed", || !is_up(service));
+        let (code, log) = agent.end_with_log(nix::sys::signal::Signal::SIGTERM);
+        assert_eq!(code, Some(0), "{log:#?}");
+        assert!(!log.iter().any(|line| line.contains("panicked")), "{log:#?}");
+
+        // The next one cannot begin, and says what is missing.
+        let (code, log) = place.start_with(&PORTS).wait();
+        assert_eq!(code, Some(1), "{log:#?}");
+        assert!(log.iter().any(|line| line.contains("mount -t bpf")), "{log:#?}");
+    });
+}
+
+/// The snapshot is for a start without the source: without room for it, everything else goes on.
+#[test]
+fn a_state_directory_that_takes_nothing_is_named_once_and_harms_nothing() {
+    with_town(|place, town| {
+        let service = town::web()[0];
+        let state_dir = place.state_dir().to_str().unwrap();
+        for options in ["ro", "size=4k"] {
+            place.write(&town.cluster(0..2));
+            text("mount", &["-t", "tmpfs", "-o", options, "tmpfs", state_dir]);
+            if options != "ro" {
+                // Less than a page is left.
+                fs::write(place.state_dir().join("filler"), vec![0; 4096]).unwrap();
+            }
+            let agent = place.start_with(&PORTS);
+            let cause = if options == "ro" { "Read-only file system" } else { "No space left on device" };
+            eventually("it says so", || {
+                says(&agent, &["WARN", "snapshot is not up to date", state_dir, cause])
+            });
+            place.write(&town.cluster(0..0));
+            eventually("changes are followed", || !is_up(service));
+            place.write(&town.cluster(0..1));
+            eventually("changes are followed", || is_up(service));
+            assert_eq!(status_of(10256, "healthz"), "200", "{options}");
+            let n_lines =
+                agent.log().iter().filter(|line| line.contains("snapshot is not up to date")).count();
+            assert_eq!(n_lines, 1, "{options}");
+            // With room again, it is written.
+            if options == "ro" {
+                text("mount", &["-o", "remount,rw", state_dir]);
+            } else {
+                fs::remove_file(place.state_dir().join("filler")).unwrap();
+                text("mount", &["-o", "remount,size=1m", state_dir]);
+            }
+            place.write(&town.cluster(0..2));
+            eventually("the snapshot is written", || place.state_dir().join("snapshot").exists());
+            assert_eq!(agent.end(nix::sys::signal::Signal::SIGTERM), Some(0));
+            text("umount", &[state_dir]);
+        }
+    });
+}
+
+/// With any capability of the documented ones missing, an agent does not start, says so, and leaves nothing.
+#[test]
+fn an_agent_without_a_capability_names_what_it_may_not() {
+    with_town(|place, town| {
+        place.write(&town.cluster(0..2));
+        let all = capabilities();
+        for missing in ["+bpf", "+net_admin", "+perfmon"] {
+            let some: Vec<&str> = all.split(',').filter(|capability| *capability != missing).collect();
+            assert_eq!(some.len() + 1, all.split(',').count(), "{all}");
+            let some = some.join(",");
+            let mut command = Command::new("setpriv");
+            command
+                .args([
+                    "--bounding-set",
+                    &some,
+                    "--inh-caps",
+                    &some,
+                    "--no-new-privs",
+                    "--clear-groups",
+                    "--",
+                ])
+                .arg(&place.binary);
+            let places = ["--node-name", "node", "--cgroup", &place.cgroup, "--pin-path", &place.pin_path];
+            let (code, log) = place.spawn(command, &[&places, &PORTS[..]].concat()).wait();
+            assert_eq!(code, Some(1), "without {missing}: {log:#?}");
+            let last = log.last().unwrap();
+            assert!(
+                last.contains("ermitted") && !log.iter().any(|line| line.contains("panicked")),
+                "{log:#?}"
+            );
+            // What it had made before it was refused is no obstacle, and serves nobody.
+            assert!(!is_up(town::web()[0]));
+            let _removed_if_any = run(&place.binary, &place.args(&["cleanup"]));
+        }
+    });
+}

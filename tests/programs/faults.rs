@@ -1,0 +1,215 @@
+//! The agent is killed between two changes to the kernel, and the next one puts everything right.
+//!
+//! Each change takes two starts of the agent, so that a run takes one in [`STEP`]; `LB_FAULT_STEP=1` takes all. Every
+//! prefix of a plan is tried in process: `tests/kernel/lifecycle.rs`.
+#![cfg(feature = "fault-points")]
+
+use std::{
+    env,
+    net::{IpAddr, SocketAddr},
+    path::Path,
+    process::Command,
+    sync::atomic::{AtomicBool, AtomicU64, Ordering},
+    thread,
+    time::Duration,
+};
+
+use lb_tests::{
+    Sandbox, agent,
+    client::call,
+    cluster::{self, Cluster, PortOf},
+    server::Servers,
+};
+use lb_userspace::{
+    controller::{State, run::interface_addresses},
+    kernel::store::Maps,
+    model::Protocol::{Tcp, Udp},
+    plan::Capacity,
+    tables::Image,
+};
+use nix::sys::signal::Signal;
+
+use crate::socklb::{Place, eventually, with_place};
+
+/// Sizes of the maps: of the first state and, where the maps are changed too, of the second.
+const SIZES: [[&str; 2]; 2] =
+    [["--max-services=64", "--max-endpoints=256"], ["--max-services=32", "--max-endpoints=512"]];
+const QUIET: [&str; 2] = ["--metrics-bind-address=", "--healthz-bind-address="];
+
+/// One in so many changes has an agent killed before it; a prime, so that different kinds of them meet it.
+const STEP: usize = 11;
+
+fn endpoint(service: u8, number: u8, ipv6: bool) -> SocketAddr {
+    let ip = if ipv6 {
+        IpAddr::from([0xfd00, 0x244, 0, 0, 0, 0, service.into(), number.into()])
+    } else {
+        IpAddr::from([127, 1, service, number])
+    };
+    SocketAddr::new(ip, 8080)
+}
+
+fn address(service: u8, ipv6: bool) -> SocketAddr {
+    let ip = if ipv6 {
+        IpAddr::from([0xfd00, 0x96, 0, 0, 0, 0, 0, service.into()])
+    } else {
+        IpAddr::from([10, 96, 0, service])
+    };
+    SocketAddr::new(ip, 80)
+}
+
+/// Two states, from one of which to the other a plan touches every table: services of both families stay with other
+/// endpoints, come, go, and change their type; a node comes and one goes.
+fn state(second: bool) -> Cluster {
+    let mut cluster = Cluster::new();
+    cluster.set(cluster::node("node", &[IpAddr::from([192, 0, 2, 1])]));
+    cluster.set(cluster::node("other", &[IpAddr::from([192, 0, 2, if second { 3 } else { 2 }])]));
+    let numbers: &[u8] = if second { &[2, 3, 4] } else { &[1, 2] };
+    for ipv6 in [false, true] {
+        let family = if ipv6 { "v6" } else { "v4" };
+        let mut serve = |service: u8, node_port: bool| {
+            let name = format!("s{service}-{family}");
+            let endpoints: Vec<SocketAddr> = numbers.iter().map(|n| endpoint(service, *n, ipv6)).collect();
+            let address = address(service, ipv6);
+            let object = cluster::service(&name, &[address.ip()], &[cluster::port("", Tcp, address.port())]);
+            cluster.set(cluster::with_spec(object, |spec| {
+                if node_port {
+                    spec.type_ = Some("NodePort".to_owned());
+                    spec.ports
+                        .iter_mut()
+                        .flatten()
+                        .for_each(|port| port.node_port = Some(30_000 + i32::from(service)));
+                } else {
+                    spec.session_affinity = Some("ClientIP".to_owned());
+                }
+            }));
+            cluster.set_endpoints(&PortOf::tcp(&name), &endpoints);
+        };
+        serve(1, false);
+        serve(2, second);
+        serve(if second { 3 } else { 4 }, true);
+    }
+    cluster
+}
+
+/// Whether the maps hold what a state asks for, and an agent that starts now would have nothing to do.
+fn is_right(pin_path: &Path, cluster: &Cluster, sizes: usize) -> bool {
+    let capacity =
+        [(64, 256), (32, 512)].map(|(services, endpoints)| Capacity { services, endpoints })[sizes];
+    let Ok(found) = Maps::open(pin_path).and_then(|maps| maps.image()) else { return false };
+    let plan_from = |image: &Image| {
+        let mut state = State::new(agent::settings(), interface_addresses(), capacity, image);
+        let _issues = cluster.feed(&mut state);
+        let plan = state.sync();
+        (plan, state)
+    };
+    let (_plan, scratch) = plan_from(&Image::default());
+    let keys = |image: &Image| image.services.keys().copied().collect::<Vec<_>>();
+    plan_from(&found).0.is_empty()
+        && keys(&found) == keys(scratch.image())
+        && found.node_addrs == scratch.image().node_addrs
+}
+
+/// Kills agents on the way from one state to the other and back, before the first change to the kernel, before a later
+/// one, and so on until one comes to the end of its plan. Each time the next agent repairs what it finds.
+fn every_point(sandbox: &Sandbox, place: &Place, with_sizes: bool) -> usize {
+    let one_in = env::var("LB_FAULT_STEP").ok().and_then(|step| step.parse().ok()).unwrap_or(STEP).max(1);
+    let pin_path = Path::new(&place.pin_path);
+    let servers = [false, true].map(|ipv6| {
+        let all = (1..=4u8).flat_map(|service| (1..=4).map(move |number| endpoint(service, number, ipv6)));
+        let all: Vec<SocketAddr> = all.collect();
+        if ipv6 {
+            sandbox.own(all.iter().map(SocketAddr::ip));
+        }
+        Servers::start(all.into_iter().flat_map(|address| [(address, Tcp), (address, Udp)]))
+    });
+    let flags = |fault: Option<usize>, second: bool| {
+        let mut command = Command::new(&place.binary);
+        if let Some(at) = fault {
+            command.env("SOCKLB_FAULT_AT", at.to_string());
+        }
+        let sizes = &SIZES[usize::from(second && with_sizes)];
+        let places = ["--node-name", "node", "--cgroup", &place.cgroup, "--pin-path", &place.pin_path];
+        place.spawn(command, &[&places, &sizes[..], &QUIET].concat())
+    };
+    place.write(&state(false));
+    let first = flags(None, false);
+    eventually("the first state is there", || is_right(pin_path, &state(false), 0));
+    assert_eq!(first.end(Signal::SIGTERM), Some(0));
+
+    let (stop, n_calls) = (AtomicBool::new(false), AtomicU64::new(0));
+    let n_points = thread::scope(|scope| {
+        for caller in 0..2 {
+            let (stop, n_calls) = (&stop, &n_calls);
+            scope.spawn(move || {
+                while !stop.load(Ordering::Relaxed) {
+                    for service in [1, 2] {
+                        let to = address(service, caller == 1);
+                        let server = call(to, Tcp).unwrap_or_else(|error| panic!("{to}: {error}"));
+                        let is_its = (1..=4).any(|n| endpoint(service, n, caller == 1) == server);
+                        assert!(is_its, "{to} reached {server}");
+                        let _before = n_calls.fetch_add(1, Ordering::Relaxed);
+                        thread::sleep(Duration::from_millis(1));
+                    }
+                }
+            });
+        }
+        // Also if something panics: nobody waits for callers that go on.
+        let _stops = StopOnDrop(&stop);
+        let mut second = false;
+        for at in (1..).step_by(one_in) {
+            let mut has_survived = true;
+            // There and back, of which the first run of either has the larger plan.
+            for _way in 0..if at == 1 { 2 } else { 1 } {
+                second = !second;
+                let wanted = state(second);
+                place.write(&wanted);
+                let agent = flags(Some(at), second);
+                let sizes = usize::from(second && with_sizes);
+                // It dies before it has come to the end, or has come there.
+                eventually("the agent has died or is done", || {
+                    agent.has_ended() || (agent.has_said("synced") && is_right(pin_path, &wanted, sizes))
+                });
+                has_survived &= !agent.has_ended();
+                drop(agent);
+                let repairing = flags(None, second);
+                eventually("the next one has repaired it", || {
+                    repairing.has_said("synced") && is_right(pin_path, &wanted, sizes)
+                });
+                assert_eq!(repairing.end(Signal::SIGTERM), Some(0));
+            }
+            if has_survived {
+                return at;
+            }
+        }
+        unreachable!("a plan has an end")
+    });
+    drop(servers);
+    assert!(n_calls.into_inner() > 0);
+    n_points
+}
+
+struct StopOnDrop<'a>(&'a AtomicBool);
+
+impl Drop for StopOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+#[test]
+fn an_agent_killed_between_two_changes_is_made_up_for() {
+    with_place(|sandbox, place| {
+        let n_points = every_point(sandbox, place, false);
+        // The hooks' links, and a plan for all tables.
+        assert!(n_points > 30, "{n_points}");
+    });
+}
+
+/// The same with new maps in other sizes, which are filled, switched to and moved.
+#[test]
+fn an_agent_killed_while_it_replaces_the_maps_is_made_up_for() {
+    with_place(|sandbox, place| {
+        let n_points = every_point(sandbox, place, true);
+        assert!(n_points > 50, "{n_points}");
+    });
+}

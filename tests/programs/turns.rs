@@ -1,0 +1,109 @@
+//! Two agents for the same pins: one works, the other waits.
+
+use std::path::Path;
+
+use lb_tests::client::call;
+use lb_userspace::model::Protocol;
+use nix::{errno::Errno, sys::signal::Signal};
+
+use crate::{
+    process::{run, text},
+    socklb::{Running, eventually, is_up, with_town},
+    town,
+};
+
+/// In the sandbox's network namespace, which has nothing else.
+pub(crate) const PORTS: [&str; 2] =
+    ["--metrics-bind-address=127.0.0.1:10249", "--healthz-bind-address=127.0.0.1:10256"];
+
+/// The status of a page, `000` if nobody answers.
+pub(crate) fn status_of(port: u16, page: &str) -> String {
+    let url = format!("http://127.0.0.1:{port}/{page}");
+    let output = run("curl", &["--silent", "--output", "/dev/null", "--write-out", "%{http_code}", &url]);
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+pub(crate) fn says(agent: &Running, parts: &[&str]) -> bool {
+    agent.log().iter().any(|line| parts.iter().all(|part| line.contains(part)))
+}
+
+/// As in an update that starts the new agent before it ends the old one, with the same ports.
+#[test]
+fn the_second_agent_waits_for_the_first_and_takes_over() {
+    with_town(|place, town| {
+        let service = town::web()[0];
+        place.write(&town.cluster(0..2));
+        let first = place.start_with(&PORTS);
+        eventually("the service answers", || is_up(service));
+        let waits = format!("process {}", first.id());
+        let second = place.start_with(&PORTS);
+        eventually("the second says whom it waits for", || says(&second, &["waiting", &waits]));
+        assert_eq!(status_of(10256, "livez"), "200");
+        assert_eq!(status_of(10256, "healthz"), "200", "the first one's answer");
+
+        let third = place.start_with(&["--metrics-bind-address=", "--healthz-bind-address=127.0.0.1:10257"]);
+        eventually("the third answers", || status_of(10257, "livez") == "200");
+        assert_eq!(status_of(10257, "healthz"), "503", "it is not ready");
+        assert_eq!(third.end(Signal::SIGTERM), Some(0), "an agent that waits can be ended");
+        place.write(&town.cluster(0..0));
+        eventually("the first one follows", || !is_up(service));
+        place.write(&town.cluster(0..2));
+        eventually("the first one follows", || is_up(service));
+
+        assert_eq!(first.end(Signal::SIGTERM), Some(0));
+        assert!(is_up(service));
+        eventually("the second has taken over", || says(&second, &["taking over"]));
+        eventually("it listens", || {
+            status_of(10256, "healthz") == "200" && status_of(10249, "proxyMode") == "200"
+        });
+        place.write(&town.cluster(0..0));
+        eventually("it follows", || !is_up(service));
+
+        // One that is killed leaves no lock behind, and its ports are free a moment later.
+        let fourth = place.start_with(&PORTS);
+        eventually("the fourth waits", || says(&fourth, &["waiting"]));
+        assert_eq!(second.end(Signal::SIGKILL), None);
+        place.write(&town.cluster(0..1));
+        eventually("it follows", || is_up(service));
+        eventually("it listens", || status_of(10256, "healthz") == "200");
+        assert_eq!(fourth.end(Signal::SIGTERM), Some(0));
+    });
+}
+
+#[test]
+fn cleanup_beside_an_agent_names_it_and_the_next_one_starts_anew() {
+    with_town(|place, town| {
+        let service = town::web()[0];
+        place.write(&town.cluster(0..2));
+        let first = place.start_with(&["--metrics-bind-address=", "--healthz-bind-address="]);
+        eventually("the service answers", || is_up(service));
+        let output = run(&place.binary, &place.args(&["cleanup"]));
+        let message = String::from_utf8_lossy(&output.stderr);
+        assert!(
+            output.status.success() && message.contains(&format!("process {}", first.id())),
+            "{output:?}"
+        );
+        assert!(message.contains("end it"), "{message}");
+        eventually("calls are untouched", || call(service, Protocol::Tcp) == Err(Errno::ENETUNREACH));
+
+        // The first one has nothing that the second could be in the way of, and takes nothing of the second's with it.
+        let second = place.start_with(&["--metrics-bind-address=", "--healthz-bind-address="]);
+        eventually("the service answers again", || is_up(service));
+        assert_eq!(first.end(Signal::SIGTERM), Some(0));
+        assert!(is_up(service));
+        assert_eq!(second.end(Signal::SIGTERM), Some(0));
+        text(&place.binary, &place.args(&["cleanup"]));
+        assert!(!Path::new(&place.pin_path).exists());
+    });
+}
+
+/// What keeps an agent from starting leaves nothing behind.
+#[test]
+fn an_agent_without_its_port_leaves_no_directory() {
+    with_town(|place, _town| {
+        let _taken = std::net::TcpListener::bind("127.0.0.1:10249").unwrap();
+        let (code, log) = place.start_with(&PORTS).wait();
+        assert_eq!(code, Some(1), "{log:#?}");
+        assert!(!Path::new(&place.pin_path).exists());
+    });
+}

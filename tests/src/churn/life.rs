@@ -1,0 +1,298 @@
+//! The agent's processes: how they start, end, and follow one another.
+
+use std::{
+    fs::{self, File},
+    os::unix::process::ExitStatusExt as _,
+    path::{Path, PathBuf},
+    process::{Child, Command, ExitStatus, Stdio},
+    sync::atomic::{AtomicBool, Ordering},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, bail, ensure};
+use lb_common::limits::LAYOUT_VERSION;
+use lb_userspace::plan::Capacity;
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use tempfile::TempDir;
+
+use super::{PATIENCE, Random};
+use crate::{Sandbox, apiserver::ApiServer};
+
+/// Sizes that an agent may be started with. All of them have room for everything.
+const SIZES: [Capacity; 4] = [
+    Capacity { services: 1024, endpoints: 4096 },
+    Capacity { services: 2048, endpoints: 4096 },
+    Capacity { services: 512, endpoints: 2048 },
+    Capacity { services: 1024, endpoints: 8192 },
+];
+
+/// The binary that can be told to kill itself.
+const WITH_FAULT_POINTS: usize = 0;
+
+/// How long an agent may take to end that was told to, or that is to kill itself.
+const END: Duration = Duration::from_secs(20);
+
+/// How many agents ended how.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Events {
+    /// `SIGKILL` from outside, at any moment.
+    pub n_kills: u64,
+    /// `SIGKILL` between two changes to the kernel.
+    pub n_faults: u64,
+    /// `SIGTERM`.
+    pub n_ends: u64,
+    /// A new agent was started first, of another build, and waited for the end of the old one.
+    pub n_upgrades: u64,
+    /// Maps of another layout version.
+    pub n_layouts: u64,
+    /// Maps of other sizes.
+    pub n_sizes: u64,
+}
+
+/// How an agent is started.
+#[derive(Clone, Copy, Debug)]
+struct Start {
+    /// Which binary.
+    binary: usize,
+    capacity: Capacity,
+    layout_version: u32,
+    /// Before which change to the kernel it kills itself.
+    fault_at: Option<usize>,
+}
+
+/// One process. Killed on drop.
+struct Process {
+    child: Child,
+    log: PathBuf,
+}
+
+impl Process {
+    fn end(mut self, signal: Signal) -> anyhow::Result<()> {
+        kill(Pid::from_raw(self.child.id().cast_signed()), signal)?;
+        let status = self.wait(&AtomicBool::new(false))?;
+        // Before it has begun, a program ends by the signal itself.
+        let has_begun = fs::metadata(&self.log)?.len() > 0;
+        let is_expected = status.success()
+            || signal == Signal::SIGKILL
+            || (!has_begun && status.signal() == Some(signal as i32));
+        ensure!(is_expected, "the agent ended with {status}; {}", last_words(&self.log));
+        Ok(())
+    }
+
+    /// Waits until it has ended, or kills it when told to stop.
+    fn wait(&mut self, stop: &AtomicBool) -> anyhow::Result<ExitStatus> {
+        let end = Instant::now() + END;
+        loop {
+            if stop.load(Ordering::Relaxed) {
+                self.child.kill()?;
+            }
+            if let Some(status) = self.child.try_wait()? {
+                return Ok(status);
+            }
+            ensure!(Instant::now() < end, "the agent does not end; {}", last_words(&self.log));
+            thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    fn has_said(&self, what: &str) -> bool {
+        fs::read_to_string(&self.log).is_ok_and(|log| log.contains(what))
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ended_already = self.child.kill();
+        let _ended_already = self.child.wait();
+    }
+}
+
+/// The end of a log.
+fn last_words(log: &Path) -> String {
+    let text = fs::read_to_string(log).unwrap_or_default();
+    let lines: Vec<&str> = text.lines().collect();
+    format!("the agent's log ends with:\n{}", lines[lines.len().saturating_sub(20)..].join("\n"))
+}
+
+/// The agent of a node, one process after another.
+pub(super) struct Life<'a> {
+    sandbox: &'a Sandbox,
+    binaries: &'a [PathBuf],
+    directory: TempDir,
+    random: Random,
+    start: Start,
+    process: Option<Process>,
+    n_started: usize,
+    pub(super) events: Events,
+}
+
+impl<'a> Life<'a> {
+    /// Starts the first one.
+    pub(super) fn begin(
+        binaries: &'a [PathBuf],
+        sandbox: &'a Sandbox,
+        server: &ApiServer,
+        seed: u64,
+    ) -> anyhow::Result<Self> {
+        let directory = tempfile::tempdir()?;
+        fs::write(directory.path().join("kubeconfig"), server.kubeconfig())?;
+        let start = Start { binary: 0, capacity: SIZES[0], layout_version: LAYOUT_VERSION, fault_at: None };
+        let random = Random(seed ^ 0x6c69_6665);
+        let (events, n_started, process) = (Events::default(), 0, None);
+        let mut life = Self { sandbox, binaries, directory, random, start, process, n_started, events };
+        life.process = Some(life.spawn(life.start)?);
+        Ok(life)
+    }
+
+    fn spawn(&mut self, start: Start) -> anyhow::Result<Process> {
+        let binary = &self.binaries[start.binary % self.binaries.len()];
+        let directory = self.directory.path();
+        let log = directory.join(format!("log-{}", self.n_started));
+        self.n_started += 1;
+        let mut command = Command::new(binary);
+        command
+            .args(["run", "--source", "kube", "--node-name", "node", "--kubeconfig"])
+            .arg(directory.join("kubeconfig"))
+            // Without a service of its own: the maps are compared with the server's objects.
+            .args(["--self-test-interval", "0"])
+            .args(["--max-services", &start.capacity.services.to_string()])
+            .args(["--max-endpoints", &start.capacity.endpoints.to_string(), "--cgroup"])
+            .arg(self.sandbox.cgroup().path())
+            .arg("--pin-path")
+            .arg(self.sandbox.pin_path())
+            .arg("--state-dir")
+            .arg(directory.join("state"))
+            .stdin(Stdio::null())
+            .stderr(File::create(&log)?);
+        if start.layout_version != LAYOUT_VERSION {
+            command.env("SOCKLB_LAYOUT_VERSION", start.layout_version.to_string());
+        }
+        if let Some(at) = start.fault_at {
+            command.env("SOCKLB_FAULT_AT", at.to_string());
+        }
+        let child = command.spawn().with_context(|| format!("{}: cannot be started", binary.display()))?;
+        Ok(Process { child, log })
+    }
+
+    /// The log of the present process.
+    pub(super) fn log(&self) -> PathBuf {
+        self.directory.path().join(format!("log-{}", self.n_started.saturating_sub(1)))
+    }
+
+    /// Kills, ends and replaces agents, `n` times or until told to stop. The last one is of the layout that is no test's.
+    pub(super) fn go_on(&mut self, n: u64, stop: &AtomicBool) -> anyhow::Result<()> {
+        for _ in 0..n {
+            if stop.load(Ordering::Relaxed) {
+                break;
+            }
+            self.event(stop)?;
+            // Half of them come before the agent has done anything, or in the middle of its first plan.
+            if self.random.below(2) == 0 {
+                thread::sleep(Duration::from_millis(self.random.next() % 250));
+            } else {
+                self.until_at_work(stop)?;
+            }
+        }
+        if n > 0 {
+            self.replace(Start { layout_version: LAYOUT_VERSION, ..self.start }, Signal::SIGTERM)?;
+        }
+        Ok(())
+    }
+
+    fn event(&mut self, stop: &AtomicBool) -> anyhow::Result<()> {
+        let signal = if self.random.below(2) == 0 { Signal::SIGKILL } else { Signal::SIGTERM };
+        let mut next = self.start;
+        match self.random.below(8) {
+            0..2 => {
+                self.events.n_kills += 1;
+                return self.replace(next, Signal::SIGKILL);
+            }
+            2 => {
+                self.events.n_ends += 1;
+                return self.replace(next, Signal::SIGTERM);
+            }
+            3 => {
+                next.binary += 1;
+                self.events.n_upgrades += 1;
+                let new = self.spawn(next)?;
+                thread::sleep(Duration::from_millis(self.random.next() % 200));
+                if let Some(old) = self.process.replace(new) {
+                    old.end(signal)?;
+                }
+                self.start = next;
+                return Ok(());
+            }
+            4 => {
+                self.events.n_sizes += 1;
+                next.capacity = SIZES[self.random.below(SIZES.len())];
+            }
+            5 => {
+                self.events.n_layouts += 1;
+                next.binary = WITH_FAULT_POINTS;
+                next.layout_version =
+                    LAYOUT_VERSION - 1 + u32::try_from(self.random.below(3)).unwrap_or_default();
+            }
+            _ => {
+                self.events.n_faults += 1;
+                // While it attaches, or later.
+                let most = [20, 300][self.random.below(2)];
+                let at = 1 + self.random.below(most);
+                next.binary = WITH_FAULT_POINTS;
+                self.replace(Start { fault_at: Some(at), ..next }, signal)?;
+                // Changes go on, so that there will be so many.
+                if let Some(mut process) = self.process.take() {
+                    let status = process.wait(stop)?;
+                    ensure!(!status.success(), "an agent that was to kill itself ended with {status}");
+                }
+                self.process = Some(self.spawn(next)?);
+                return Ok(());
+            }
+        }
+        self.replace(next, signal)
+    }
+
+    /// Ends the process by a signal, then starts the next.
+    fn replace(&mut self, next: Start, signal: Signal) -> anyhow::Result<()> {
+        if let Some(process) = self.process.take() {
+            process.end(signal)?;
+        }
+        self.process = Some(self.spawn(next)?);
+        self.start = Start { fault_at: None, ..next };
+        Ok(())
+    }
+
+    fn until_at_work(&self, stop: &AtomicBool) -> anyhow::Result<()> {
+        let end = Instant::now() + PATIENCE;
+        while self.process.as_ref().is_some_and(|process| !process.has_said("synced for the first time")) {
+            if stop.load(Ordering::Relaxed) {
+                break;
+            }
+            if Instant::now() > end {
+                bail!("the agent does not begin; {}", last_words(&self.log()));
+            }
+            thread::sleep(Duration::from_millis(5));
+        }
+        Ok(())
+    }
+
+    /// The sizes of the maps now.
+    pub(super) fn capacity(&self) -> Capacity {
+        self.start.capacity
+    }
+
+    /// What the present process said last.
+    pub(super) fn last_words(&self) -> String {
+        last_words(&self.log())
+    }
+
+    /// Has the last process end well.
+    pub(super) fn end(mut self) -> anyhow::Result<Events> {
+        if let Some(process) = self.process.take() {
+            process.end(Signal::SIGTERM)?;
+        }
+        Ok(self.events)
+    }
+}
