@@ -26,7 +26,7 @@ fn chaos_with_calls_ends_right() {
         return;
     }
     let socklb = churn::agent_of_environment();
-    let options = Options::chaos(1, 24, Duration::from_secs(15));
+    let options = Options::chaos(1, 24, std::time::Duration::from_secs(15));
     let outcome = churn::run(&socklb, &options).unwrap_or_else(|error| panic!("{error:#}"));
     eprintln!("{outcome}");
     assert!(outcome.n_steady_calls > 0 && outcome.events.n_kills > 0, "{outcome}");

@@ -241,23 +241,31 @@ pub fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
     options.http.config = in_force(&origin, &options, &settings, service_proxy_name.as_deref());
     syscall::keep_heap_small();
     let runtime = runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-    runtime.block_on(async {
-        let stop = stop_signals()?;
-        let proxy_name = service_proxy_name.as_deref();
-        match origin {
-            Origin::Files(path) => {
-                let source = files::FileSource::open(path, proxy_name)?;
-                agent::run(source, options, settings, stop).await?;
-            }
-            Origin::Kube(access) => {
-                let pods_of = exclude_pods.then(|| Arc::clone(&settings.node_name));
-                let source =
-                    KubeSource::open(&access, proxy_name, pods_of.as_deref(), Timing::default()).await?;
-                agent::run(source, options, settings, stop).await?;
-            }
+    runtime.block_on(follow(origin, service_proxy_name.as_deref(), options, settings))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Runs the agent on its source.
+async fn follow(
+    origin: Origin,
+    service_proxy_name: Option<&str>,
+    options: agent::Options,
+    settings: Settings,
+) -> anyhow::Result<()> {
+    let stop = stop_signals()?;
+    match origin {
+        Origin::Files(path) => {
+            let source = files::FileSource::open(path, service_proxy_name)?;
+            agent::run(source, options, settings, stop).await?;
         }
-        Ok(ExitCode::SUCCESS)
-    })
+        Origin::Kube(access) => {
+            let pods_of = options.exclude_pods.then(|| Arc::clone(&settings.node_name));
+            let source =
+                KubeSource::open(&access, service_proxy_name, pods_of.as_deref(), Timing::default()).await?;
+            agent::run(source, options, settings, stop).await?;
+        }
+    }
+    Ok(())
 }
 
 /// The settings in force, as `/configz` shows them: under the flags' names.

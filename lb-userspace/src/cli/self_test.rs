@@ -1,6 +1,6 @@
 //! `socklb self-test-calls`, which the agent runs.
 
-use std::{path::PathBuf, process::ExitCode};
+use std::{io::Write as _, path::PathBuf, process::ExitCode};
 
 use clap::Args;
 
@@ -24,6 +24,7 @@ pub struct CallsArgs {
 /// Standard output is closed.
 pub fn calls(args: &CallsArgs) -> anyhow::Result<ExitCode> {
     let families = if args.ipv6 { &[Family::V4, Family::V6][..] } else { &[Family::V4] };
-    println!("{}", serde_json::to_string(&make(args.cgroup.as_ref(), families))?);
+    let report = serde_json::to_string(&make(args.cgroup.as_ref(), families))?;
+    writeln!(std::io::stdout(), "{report}")?;
     Ok(ExitCode::SUCCESS)
 }

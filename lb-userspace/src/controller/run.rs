@@ -10,7 +10,7 @@ use std::{
 
 use tokio::{
     sync::{mpsc, watch},
-    task::{JoinHandle, block_in_place, spawn_blocking},
+    task::{JoinHandle, JoinSet, block_in_place, spawn_blocking},
     time::{self, Instant, Interval, MissedTickBehavior},
 };
 use tracing::{debug, error, info, warn};
@@ -22,7 +22,7 @@ use super::{
     turn,
 };
 use crate::{
-    desired::NodePortAddresses,
+    desired::{NodePortAddresses, Settings},
     kernel::{
         self, Kernel, KernelError,
         lock::Lock,
@@ -35,7 +35,7 @@ use crate::{
     plan::audit::Faults,
     self_test,
     serve::{
-        self, ListenError, Question,
+        self, ListenError, Listeners, Question,
         health_ports::{self, Wanted},
     },
     snapshot::{Contents, Snapshot, SnapshotError},
@@ -112,7 +112,7 @@ pub enum RunError {
 pub async fn run(
     mut source: impl Source,
     options: Options,
-    settings: crate::desired::Settings,
+    settings: Settings,
     mut stop: watch::Receiver<bool>,
 ) -> Result<(), RunError> {
     // Before anything is attached: an agent that ends for want of a port has changed nothing.
@@ -122,60 +122,12 @@ pub async fn run(
     let mut proof = Proof::start(options.self_test_interval, options.kernel.cgroup.clone())
         .await
         .map_err(RunError::SelfTest)?;
-    let (grace_passed, mut graces) = mpsc::channel(1);
-    let kernel = Kernel::open(&options.kernel, move || {
-        // A message that is waiting says the same.
-        let _full = grace_passed.try_send(());
-    })?;
-    let interfaces = interface_addresses();
-    let mut state = State::new(settings, interfaces, options.kernel.capacity, &kernel.maps().image()?);
-    info!(
-        cgroup = %options.kernel.cgroup.display(),
-        pins = %options.kernel.pin_path.display(),
-        source = source.describe(),
-        adopted = state.image().services.len(),
-        "attached"
-    );
+    let (mut agent, beside) = Agent::attach(options, settings, &source, listeners, proof.as_ref())?;
+    let Beside { mut graces, mut questions, mut port_issues, health_ports, _serving, _excluding } = beside;
+    let Timers { mut interfaces, mut snapshots, mut audits } = Timers::start(agent.options.audit_interval);
     // Maps that could not be read serve on, and are at least as new as the snapshot.
-    let has_adopted = kernel.is_staged() || !state.image().services.is_empty();
-    let metrics = Metrics::new();
-    let mut vitals = Vitals::new(Instant::now().into_std());
-    if let Some(proof) = &proof {
-        let (service, slices) = self_test::objects(proof.endpoints());
-        state.keep(service, slices);
-        vitals.self_test = SelfTest::Pending;
-    }
-    let (vitals, signs_of_life) = watch::channel(vitals);
-    let (asking, mut questions) = mpsc::channel::<Question>(QUESTIONS);
-    // Ends with this function.
-    let _serving = listeners.serve(&kernel.maps_path(), &metrics, &signs_of_life, asking)?;
-    let (health_checks, wanted) = watch::channel(Wanted::default());
-    let (reporting, mut port_issues) = watch::channel(Vec::new());
-    let health_ports = tokio::spawn(health_ports::run(wanted, signs_of_life, reporting));
-    let (excluding, excluded) = watch::channel(Excluded::default());
-    let _excluding = exclude::start(&kernel.maps_path(), &options, excluded)?;
-    let Timers { mut interfaces, mut snapshots, mut audits } = Timers::start(options.audit_interval);
+    let has_adopted = agent.kernel.is_staged() || !agent.state.image().services.is_empty();
     let started = Instant::now();
-    let mut agent = Agent {
-        ledger: Ledger::new(state.settings().node_name.clone(), started.into_std()),
-        state,
-        sweep: Sweep::new(&kernel.maps_path(), options.kernel.clone())?,
-        kernel,
-        options,
-        metrics,
-        vitals,
-        health_checks,
-        excluding,
-        port_issues: port_issues.clone(),
-        reported: BTreeSet::new(),
-        saving: Saving::default(),
-        writing: None,
-        save_problem: None,
-        comparing: None,
-        has_synced: false,
-        latency: Latency::default(),
-    };
-    agent.ledger.happened(&NodeNews::Attached);
     agent.forward_program_log();
     let mut not_before = started;
     // Whether more may come, and whether somebody reports issues of ports.
@@ -324,7 +276,89 @@ struct Agent {
     latency: Latency,
 }
 
+/// What goes on beside the loop, and how it is heard. What is heard no more ends with this value.
+struct Beside {
+    /// Grace periods that have passed.
+    graces: mpsc::Receiver<()>,
+    /// Who wants to know of the state.
+    questions: mpsc::Receiver<Question>,
+    /// What the ports for health checks are in want of.
+    port_issues: watch::Receiver<Vec<Issue>>,
+    health_ports: JoinHandle<()>,
+    _serving: JoinSet<()>,
+    _excluding: JoinSet<()>,
+}
+
 impl Agent {
+    /// Loads and attaches the programs, takes over what is pinned, and starts what goes on beside the loop.
+    fn attach(
+        options: Options,
+        settings: Settings,
+        source: &impl Source,
+        listeners: Listeners,
+        proof: Option<&Proof>,
+    ) -> Result<(Self, Beside), RunError> {
+        let (grace_passed, graces) = mpsc::channel(1);
+        let kernel = Kernel::open(&options.kernel, move || {
+            // A message that is waiting says the same.
+            let _full = grace_passed.try_send(());
+        })?;
+        let (interfaces, capacity) = (interface_addresses(), options.kernel.capacity);
+        let mut state = State::new(settings, interfaces, capacity, &kernel.maps().image()?);
+        info!(
+            cgroup = %options.kernel.cgroup.display(),
+            pins = %options.kernel.pin_path.display(),
+            source = source.describe(),
+            adopted = state.image().services.len(),
+            "attached"
+        );
+        let metrics = Metrics::new();
+        let now = Instant::now().into_std();
+        let mut vitals = Vitals::new(now);
+        if let Some(proof) = proof {
+            let (service, slices) = self_test::objects(proof.endpoints());
+            state.keep(service, slices);
+            vitals.self_test = SelfTest::Pending;
+        }
+        let maps_path = kernel.maps_path();
+        let (vitals, signs_of_life) = watch::channel(vitals);
+        let (asking, questions) = mpsc::channel::<Question>(QUESTIONS);
+        let serving = listeners.serve(&maps_path, &metrics, &signs_of_life, asking)?;
+        let (health_checks, wanted) = watch::channel(Wanted::default());
+        let (reporting, port_issues) = watch::channel(Vec::new());
+        let health_ports = tokio::spawn(health_ports::run(wanted, signs_of_life, reporting));
+        let (excluding, excluded) = watch::channel(Excluded::default());
+        let beside = Beside {
+            graces,
+            questions,
+            port_issues: port_issues.clone(),
+            health_ports,
+            _serving: serving,
+            _excluding: exclude::start(&maps_path, &options, excluded)?,
+        };
+        let mut agent = Self {
+            ledger: Ledger::new(state.settings().node_name.clone(), now),
+            state,
+            sweep: Sweep::new(&maps_path, options.kernel.clone())?,
+            kernel,
+            options,
+            metrics,
+            vitals,
+            health_checks,
+            excluding,
+            port_issues,
+            reported: BTreeSet::new(),
+            saving: Saving::default(),
+            writing: None,
+            save_problem: None,
+            comparing: None,
+            has_synced: false,
+            latency: Latency::default(),
+        };
+        agent.ledger.happened(&NodeNews::Attached);
+        Ok((agent, beside))
+    }
+
     /// Takes over the objects of the snapshot. `false` if there is none that can be used.
     fn restore(&mut self) -> bool {
         let snapshot = match Snapshot::read(&self.options.state_dir) {

@@ -151,7 +151,11 @@ impl Ledger {
 
     /// Notes something that happened once. It is told with the next call of [`Self::due`].
     pub fn happened(&mut self, news: &NodeNews) {
-        self.news.push(Notice::of_node(&self.node, news));
+        let notice = Notice::of_node(&self.node, news);
+        // Where nobody can be told, the same may happen for ever.
+        if !self.news.contains(&notice) {
+            self.news.push(notice);
+        }
     }
 
     /// What is to be told now, if these hold at the moment. `room` is how many can be taken.
