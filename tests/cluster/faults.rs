@@ -11,7 +11,7 @@ use lb_tests::{
 };
 use lb_userspace::{desired::FrontendAddress, model::Protocol::Tcp, source::Source as _};
 
-use crate::follower::{Follower, cluster, endpoints, service_address};
+use crate::follower::{Follower, N_KINDS, cluster, endpoints, service_address};
 
 fn with_services(n_services: usize) -> (ApiServer, Follower) {
     let server = ApiServer::start();
@@ -183,7 +183,7 @@ fn a_half_open_connection_is_given_up() {
     server.freeze();
     server.delete(Kind::Service, NAMESPACE, "web-0");
     follower.until_like(&server);
-    assert_eq!(server.requests().lists, 3, "the watches go on where they were");
+    assert_eq!(server.requests().lists, N_KINDS, "the watches go on where they were");
 }
 
 /// Changes of all kinds, with faults of all kinds in between. A service that is always there is always served.

@@ -25,6 +25,9 @@ use tokio::runtime::Runtime;
 /// After how long a test fails that waits for something.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 
+/// Kinds that are watched: Services, EndpointSlices, Nodes, and the Pods of the own node.
+pub(crate) const N_KINDS: u64 = 4;
+
 /// The own node.
 pub(crate) const NODE: &str = "node";
 

@@ -12,7 +12,7 @@ use lb_tests::{
 };
 use lb_userspace::{model::ingest, source::Source as _};
 
-use crate::follower::{Follower, NODE, cluster, endpoints};
+use crate::follower::{Follower, N_KINDS, NODE, cluster, endpoints};
 
 #[test]
 fn everything_is_listed_and_followed() {
@@ -32,7 +32,7 @@ fn everything_is_listed_and_followed() {
     assert_eq!(follower.n_frontends(), 39);
     server.delete(Kind::Node, "", "other");
     follower.until_like(&server);
-    assert_eq!(server.requests().lists, 3, "one list of each kind");
+    assert_eq!(server.requests().lists, N_KINDS, "one list of each kind");
 }
 
 /// An older server refuses streaming lists; a list of many objects from there is whole, too.

@@ -34,7 +34,8 @@ use crate::socklb::{Place, eventually, with_place};
 /// Sizes of the maps: of the first state and, where the maps are changed too, of the second.
 const SIZES: [[&str; 2]; 2] =
     [["--max-services=64", "--max-endpoints=256"], ["--max-services=32", "--max-endpoints=512"]];
-const QUIET: [&str; 2] = ["--metrics-bind-address=", "--healthz-bind-address="];
+/// Without a service of its own: the maps are compared.
+const QUIET: [&str; 3] = ["--metrics-bind-address=", "--healthz-bind-address=", "--self-test-interval=0"];
 
 /// One in so many changes has an agent killed before it; a prime, so that different kinds of them meet it.
 const STEP: usize = 11;

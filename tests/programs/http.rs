@@ -1,6 +1,6 @@
 //! What an agent answers over HTTP, fetched with curl.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, process::Command};
 
 use aya::maps::{HashMap, Map, MapData};
 use k8s_openapi::api::{
@@ -172,10 +172,13 @@ fn pages_are_those_of_kube_proxy() {
             assert_eq!(fetch(method, &format!("{metrics}/metrics")).0, 405, "{method}");
         }
 
-        // Another agent at the same address says what is wrong, and has changed nothing.
+        // Another agent at the same address, with pins of its own, says what is wrong and has changed nothing.
         let taken = address(agent, "--healthz-bind-address");
-        let flag = format!("--healthz-bind-address={taken}");
-        let (code, log) = place.start_with(&["--metrics-bind-address=", &flag]).wait();
+        let flags = ["--metrics-bind-address=", &format!("--healthz-bind-address={taken}")];
+        let pins = format!("{}-of-another", place.pin_path);
+        let places = ["--node-name", "node", "--cgroup", &place.cgroup, "--pin-path", &pins];
+        let another = place.spawn(Command::new(&place.binary), &[&places[..], &flags].concat());
+        let (code, log) = another.wait();
         assert_eq!((code, log.len()), (Some(1), 1), "{log:?}");
         for part in ["--healthz-bind-address", &taken, "in use", "kube-proxy", "\"\""] {
             assert!(log[0].contains(part), "{part} is not in {log:?}");

@@ -411,6 +411,7 @@ fn status_tells_of_an_agent_that_runs_and_of_one_that_does_not() {
         let agent = place.start_with(&FLAGS);
         eventually("the service answers", || is_up(town::web()[0]));
         eventually("the snapshot is written", || place.state_dir().join("snapshot").exists());
+        eventually("the self-test is passed", || command(&[]).1["self_test"] == "passed");
         let (code, running) = command(&[]);
         assert_eq!(code, Some(0), "{running}");
         assert_eq!(
@@ -442,7 +443,7 @@ fn status_tells_of_an_agent_that_runs_and_of_one_that_does_not() {
             (Some(0), &"stopped".into()),
             "what is pinned goes on"
         );
-        assert_eq!((&stopped["source"], map(&stopped, "services4")), (&Value::Null, 4));
+        assert_eq!((&stopped["source"], map(&stopped, "services4")), (&Value::Null, 6));
         // In another cgroup the one that is served is not found; that is no failure.
         let (code, elsewhere) = command(&["--cgroup", "/proc/self/fd"]);
         assert_eq!((code, &elsewhere["hooks"][1]["cgroup"]), (Some(0), &Value::Null), "{elsewhere}");
