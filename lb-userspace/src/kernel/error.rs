@@ -257,8 +257,7 @@ mod tests {
     fn what_the_kernel_refuses_comes_with_a_remedy() {
         let says = |error: KernelError| error.to_string();
         let (old, new) = ("Linux 4.19.0", "Linux 6.1.0");
-        let not_root =
-            "loading program connect4: not permitted: run as root, or with CAP_BPF and CAP_NET_ADMIN";
+        let not_root = "loading program connect4: not permitted: run as root, or with CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON";
         for release in [old, new] {
             assert_eq!(says(KernelError::program("connect4", answered(nix::libc::EPERM), release)), not_root);
         }
