@@ -1,6 +1,6 @@
 //! Callers that are left alone, by their cgroup.
 
-use std::{collections::BTreeSet, fs, net::SocketAddr, path::Path, thread};
+use std::{collections::BTreeSet, fs, net::SocketAddr, path::Path, thread, time::Duration};
 
 use lb_tests::{
     Feature, Sandbox,
@@ -67,7 +67,13 @@ fn in_child<R: Send>(sandbox: &Sandbox, body: impl FnOnce(&Path) -> R + Send) ->
         });
         thread.join()
     });
-    let _busy_if_the_test_failed = fs::remove_dir(&child);
+    // A thread that has ended is there for a moment more.
+    for _ in 0..1000 {
+        if fs::remove_dir(&child).is_ok() {
+            break;
+        }
+        thread::sleep(Duration::from_millis(1));
+    }
     result.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
 }
 

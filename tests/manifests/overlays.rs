@@ -95,7 +95,7 @@ fn the_pod_is_no_more_privileged_than_its_work() {
         let security = agent(rendered).security_context.unwrap();
         let capabilities = security.capabilities.unwrap();
         assert_eq!(capabilities.drop.unwrap(), ["ALL"]);
-        assert_eq!(capabilities.add.unwrap(), ["BPF", "NET_ADMIN", "PERFMON"]);
+        assert_eq!(capabilities.add.unwrap(), ["BPF", "NET_ADMIN", "PERFMON", "SYS_ADMIN"]);
         assert_eq!(security.privileged, None);
         assert_eq!(security.read_only_root_filesystem, Some(true));
         assert_eq!(security.allow_privilege_escalation, Some(false));

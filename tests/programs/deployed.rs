@@ -2,6 +2,13 @@
 
 use std::{fs, path::Path, process::Command};
 
+use lb_tests::{
+    Feature,
+    client::{Domain, Socket},
+    require,
+};
+use lb_userspace::model::Protocol;
+use nix::errno::Errno;
 use serde_json::Value;
 
 use crate::{
@@ -41,6 +48,9 @@ fn the_capabilities_and_mounts_of_the_daemon_set_are_enough() {
             text("mount", &["--bind", "-o", options, from, to]);
         }
         let capabilities = capabilities();
+        // As container runtimes do it.
+        let (netns, in_pod) = (mounts.path().join("netns"), &town.pods[0].netns);
+        in_pod.mount_at(&netns).unwrap();
         let contained = || {
             let mut command = Command::new("setpriv");
             command
@@ -58,8 +68,8 @@ fn the_capabilities_and_mounts_of_the_daemon_set_are_enough() {
         eventually("the service answers", || is_up(town::web()[0]));
         let status = fs::read_to_string(format!("/proc/{}/status", agent.id())).unwrap();
         let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:")).unwrap().trim();
-        // CAP_NET_ADMIN 12, CAP_PERFMON 38, CAP_BPF 39.
-        assert_eq!(u64::from_str_radix(effective, 16), Ok((1 << 12) | (1 << 38) | (1 << 39)));
+        // CAP_NET_ADMIN 12, CAP_SYS_ADMIN 21, CAP_PERFMON 38, CAP_BPF 39.
+        assert_eq!(u64::from_str_radix(effective, 16), Ok((1 << 12) | (1 << 21) | (1 << 38) | (1 << 39)));
         // What `kubectl exec` runs finds everything by the same variables.
         let output = contained().args(["status", "-o", "json"]).output().unwrap();
         let status: Value = serde_json::from_slice(&output.stdout).unwrap_or_else(|_| panic!("{output:?}"));
@@ -73,9 +83,14 @@ fn the_capabilities_and_mounts_of_the_daemon_set_are_enough() {
         let log = |text: &str| agent.log().iter().any(|line| line.contains(text));
         eventually("the self-test is passed", || log("the self-test is passed"));
         assert!(log("calls from the agent's own cgroup"), "{:#?}", agent.log());
-        // Changes are followed, and nothing is in want of more.
+        // Changes are followed, a pod's socket is ended, and nothing is in want of more.
+        let socket = in_pod.run(|| Socket::new(Domain::V4, Protocol::Udp));
+        socket.connect(town::dns()[0]).unwrap();
         place.write(&town.cluster(0..0));
         eventually("the service refuses", || !is_up(town::web()[0]));
+        if require(Feature::SocketDestroy) {
+            assert_eq!(socket.receive(), Err(Errno::ECONNABORTED));
+        }
         let log = agent.log();
         assert!(!log.iter().any(|line| line.contains("ERROR") || line.contains("not permitted")), "{log:#?}");
     });

@@ -49,6 +49,7 @@ const FOLDERS: &[(&str, u32)] = &[
     ("host", 0o755),
     ("host/bpf", 0o755),
     ("host/cgroup", 0o755),
+    ("host/netns", 0o755),
     ("proc", 0o755),
     ("sys", 0o755),
     ("tmp", 0o1777),
