@@ -181,7 +181,7 @@ pub async fn run(
             written = ended(&mut agent.writing), if agent.writing.is_some() => agent.saved(written),
             _ = interfaces.tick() => {
                 agent.look_around(&lock);
-                agent.tell(&source);
+                agent.tell(&source, agent.issues(&source));
             }
             _ = snapshots.tick() => agent.save(),
             () = tick(&mut audits) => agent.compare(),
@@ -589,7 +589,8 @@ impl Agent {
 
     /// Logs issues that are new, once each, and those that are gone.
     fn report(&mut self, source: &impl Source) {
-        let now: BTreeSet<String> = self.issues(source).into_iter().map(|issue| issue.to_string()).collect();
+        let issues = self.issues(source);
+        let now: BTreeSet<String> = issues.iter().map(ToString::to_string).collect();
         self.metrics.issues(now.len());
         for issue in now.difference(&self.reported) {
             warn!("{issue}");
@@ -598,7 +599,7 @@ impl Agent {
             info!("no longer: {issue}");
         }
         self.reported = now;
-        self.tell(source);
+        self.tell(source, issues);
     }
 
     /// Everything that is wrong at the moment.
@@ -608,12 +609,12 @@ impl Agent {
     }
 
     /// Tells the people behind the objects what is new to them. Does not wait for anybody.
-    fn tell(&mut self, source: &impl Source) {
+    fn tell(&mut self, source: &impl Source, issues: Vec<Issue>) {
         let room = source.room_for_notices();
         if room == 0 {
             return;
         }
-        for telling in self.ledger.due(self.issues(source), room, Instant::now().into_std()) {
+        for telling in self.ledger.due(issues, room, Instant::now().into_std()) {
             source.tell(telling);
         }
     }

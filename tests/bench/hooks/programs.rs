@@ -9,10 +9,10 @@ use aya::{
     programs::{CgroupAttachMode, CgroupSockAddr, Program},
 };
 use lb_common::layout::{Endpoint4, Frontend, FrontendKey4, Protocol};
-use lb_tests::Sandbox;
+use lb_tests::{Sandbox, agent};
 use lb_userspace::{
     desired::FrontendAddress,
-    kernel::{Features, Kernel, Options},
+    kernel::{Kernel, Options},
     model,
     plan::{Capacity, Plan, diff},
     tables::{Entry, Image},
@@ -123,17 +123,8 @@ fn socklb(
     endpoint: std::net::SocketAddr,
     n_services: u32,
 ) -> anyhow::Result<Box<dyn Any>> {
-    let options = Options {
-        pin_path: sandbox.pin_path(),
-        cgroup: cgroup.to_owned(),
-        capacity: Capacity::default(),
-        node_ports: lb_common::limits::NODE_PORTS,
-        localhost_nodeports: true,
-        node_netns: sandbox.netns().cookie(),
-        features: Features::probe(),
-        excludes: false,
-        log: false,
-    };
+    let options =
+        Options { cgroup: cgroup.to_owned(), capacity: Capacity::default(), ..agent::options(sandbox) };
     let mut kernel = Kernel::open(&options, || {})?;
     let mut image = Image::default();
     let mut id = 0;

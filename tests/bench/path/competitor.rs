@@ -13,10 +13,10 @@ use std::{
 
 use anyhow::{Context as _, bail};
 use lb_common::layout::{Frontend, Run};
-use lb_tests::{Sandbox, netns::NetNs};
+use lb_tests::{Sandbox, agent, netns::NetNs};
 use lb_userspace::{
     desired::FrontendAddress,
-    kernel::{Features, Kernel, Options, links},
+    kernel::{Kernel, Options, links},
     model,
     plan::{Capacity, diff},
     tables::{Entry, Image},
@@ -223,19 +223,12 @@ fn socklb(setup: Setup, sandbox: &Sandbox) -> anyhow::Result<(Kernel, Duration, 
     let default = Capacity::default();
     let n_places = 2 * town.n_services * town.n_endpoints + town.n_endpoints + 1;
     let options = Options {
-        pin_path: sandbox.pin_path(),
-        cgroup: sandbox.cgroup().path().to_owned(),
         // The defaults, unless they are too small.
         capacity: Capacity {
             services: default.services.max(2 * town.n_services),
             endpoints: default.endpoints.max(n_places),
         },
-        node_ports: lb_common::limits::NODE_PORTS,
-        localhost_nodeports: true,
-        node_netns: sandbox.netns().cookie(),
-        features: Features::probe(),
-        excludes: false,
-        log: false,
+        ..agent::options(sandbox)
     };
     let whole = image(town, None);
     let plan = diff(&Image::default(), &whole);

@@ -11,10 +11,10 @@ use std::{fs, net::IpAddr, os::fd::AsRawFd as _, path::PathBuf, time::Duration};
 use anyhow::Context as _;
 use aya::maps::MapData;
 use clap::Args;
-use lb_tests::Sandbox;
+use lb_tests::{Sandbox, agent};
 use lb_userspace::{
     desired::FrontendAddress,
-    kernel::{Features, Kernel, Options as KernelOptions, pins},
+    kernel::{Kernel, Options as KernelOptions, pins},
     model::Protocol,
     plan::{Capacity, diff},
     tables::{Entry, Image},
@@ -120,17 +120,7 @@ pub(crate) fn run(options: &Options, common: &Common) -> anyhow::Result<ResultFi
 
 /// Programs and maps of a capacity in a sandbox.
 fn open(sandbox: &Sandbox, capacity: Capacity) -> anyhow::Result<Kernel> {
-    let options = KernelOptions {
-        pin_path: sandbox.pin_path(),
-        cgroup: sandbox.cgroup().path().to_owned(),
-        capacity,
-        node_ports: lb_common::limits::NODE_PORTS,
-        localhost_nodeports: true,
-        node_netns: sandbox.netns().cookie(),
-        features: Features::probe(),
-        excludes: false,
-        log: false,
-    };
+    let options = KernelOptions { capacity, ..agent::options(sandbox) };
     Ok(Kernel::open(&options, || {})?)
 }
 
