@@ -1,12 +1,15 @@
 //! What holds with every API server: the one of the tests and, where `KUBEBUILDER_ASSETS` names one, a real one.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     net::{IpAddr, Ipv4Addr, SocketAddr},
     time::{Duration, Instant},
 };
 
-use k8s_openapi::api::core::v1::Service;
+use k8s_openapi::{
+    api::core::v1::{Container, Pod, PodSpec, Service},
+    apimachinery::pkg::apis::meta::v1::ObjectMeta,
+};
 use lb_tests::{
     Feature, Sandbox,
     agent::Agent,
@@ -23,7 +26,7 @@ use lb_userspace::{
 };
 use nix::errno::Errno;
 
-use crate::follower::{Follower, PATIENCE, cluster, endpoints, open, runtime, service_address};
+use crate::follower::{Follower, NODE, PATIENCE, cluster, endpoints, open, runtime, service_address};
 
 /// Creates or replaces all objects of a cluster.
 fn apply(server: &dyn Api, cluster: &Cluster) {
@@ -156,4 +159,49 @@ fn calls_follow(sandbox: &Sandbox, server: &dyn Api) {
     until(Err(Errno::ECONNREFUSED));
     server.delete(Kind::Service, NAMESPACE, "web");
     until(Err(Errno::ENETUNREACH));
+}
+
+/// Pods of the own node whose annotation says so, for as long as it does.
+#[test]
+fn pods_to_exclude_are_followed() {
+    servers().iter().for_each(|server| pods_of(&**server));
+}
+
+fn pods_of(server: &dyn Api) {
+    apply(server, &cluster(1));
+    let pod = |name: &str, node: &str, exclude: &str| Pod {
+        metadata: ObjectMeta {
+            namespace: Some(NAMESPACE.to_owned()),
+            name: Some(name.to_owned()),
+            annotations: Some([("socklb.io/exclude".to_owned(), exclude.to_owned())].into()),
+            ..ObjectMeta::default()
+        },
+        spec: Some(PodSpec {
+            node_name: Some(node.to_owned()),
+            containers: vec![Container {
+                name: "main".to_owned(),
+                image: Some("none".to_owned()),
+                ..Container::default()
+            }],
+            ..PodSpec::default()
+        }),
+        ..Pod::default()
+    };
+    for pod in [pod("one", NODE, "true"), pod("two", NODE, "false"), pod("three", "other", "true")] {
+        server.apply_pod(&pod);
+    }
+    let mut follower = Follower::start(server);
+    let n_excluded = |follower: &Follower| follower.source.excluded_pods().map(BTreeSet::len);
+    assert_eq!(n_excluded(&follower), None, "nothing is known yet");
+    follower.until("one pod is excluded", |follower| n_excluded(follower) == Some(1));
+
+    server.apply_pod(&pod("two", NODE, "true"));
+    follower.until("both are", |follower| n_excluded(follower) == Some(2));
+    server.delete(Kind::Pod, NAMESPACE, "one");
+    server.apply_pod(&pod("two", NODE, "perhaps"));
+    follower.until("none is", |follower| n_excluded(follower) == Some(0));
+    follower.until("and why is said", |follower| {
+        follower.source.issues().iter().any(|issue| issue.to_string().contains("Pod default/two"))
+    });
+    follower.until_like(server);
 }

@@ -1,18 +1,14 @@
 //! Lists and watches of a server that works.
 
-use std::{collections::BTreeSet, time::Duration};
+use std::time::Duration;
 
-use k8s_openapi::{
-    api::core::v1::{Pod, PodSpec},
-    apimachinery::pkg::apis::meta::v1::ObjectMeta,
-};
 use lb_tests::{
     apiserver::{ApiServer, Kind},
-    cluster::{self, NAMESPACE, PortOf},
+    cluster::{self, PortOf},
 };
 use lb_userspace::{model::ingest, source::Source as _};
 
-use crate::follower::{Follower, N_KINDS, NODE, cluster, endpoints};
+use crate::follower::{Follower, N_KINDS, cluster, endpoints};
 
 #[test]
 fn everything_is_listed_and_followed() {
@@ -87,38 +83,4 @@ fn events_are_timed() {
     let arrivals = follower.source.take_arrivals();
     assert_eq!(arrivals.len(), 1, "the other slice has the same endpoints as before");
     assert!(arrivals[0].triggered.is_some());
-}
-
-/// Pods of the own node whose annotation says so, for as long as it does.
-#[test]
-fn pods_to_exclude_are_followed() {
-    let server = ApiServer::start();
-    server.set(&cluster(1));
-    let pod = |name: &str, node: &str, exclude: &str| Pod {
-        metadata: ObjectMeta {
-            namespace: Some(NAMESPACE.to_owned()),
-            name: Some(name.to_owned()),
-            annotations: Some([("socklb.io/exclude".to_owned(), exclude.to_owned())].into()),
-            ..ObjectMeta::default()
-        },
-        spec: Some(PodSpec { node_name: Some(node.to_owned()), ..PodSpec::default() }),
-        ..Pod::default()
-    };
-    for pod in [pod("one", NODE, "true"), pod("two", NODE, "false"), pod("three", "other", "true")] {
-        server.apply_pod(&pod);
-    }
-    let mut follower = Follower::start(&server);
-    let n_excluded = |follower: &Follower| follower.source.excluded_pods().map(BTreeSet::len);
-    assert_eq!(n_excluded(&follower), None, "nothing is known yet");
-    follower.until("one pod is excluded", |follower| n_excluded(follower) == Some(1));
-
-    server.apply_pod(&pod("two", NODE, "true"));
-    follower.until("both are", |follower| n_excluded(follower) == Some(2));
-    server.delete(Kind::Pod, NAMESPACE, "one");
-    server.apply_pod(&pod("two", NODE, "perhaps"));
-    follower.until("none is", |follower| n_excluded(follower) == Some(0));
-    follower.until("and why is said", |follower| {
-        follower.source.issues().iter().any(|issue| issue.to_string().contains("Pod default/two"))
-    });
-    follower.until_like(&server);
 }

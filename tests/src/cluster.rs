@@ -220,7 +220,8 @@ impl<'a> PortOf<'a> {
     }
 
     fn slice_prefix(&self) -> String {
-        format!("{}-{}-{}-", self.service, self.name, self.protocol)
+        // Names of slices are lower case.
+        format!("{}-{}-{}-", self.service, self.name, self.protocol).to_ascii_lowercase()
     }
 }
 
@@ -279,7 +280,10 @@ pub fn slices(port: &PortOf<'_>, endpoints: &[SocketAddr]) -> Vec<EndpointSlice>
         .into_iter()
         .map(|((ipv6, number), endpoints)| {
             let family = if ipv6 { "IPv6" } else { "IPv4" };
-            let mut metadata = metadata(NAMESPACE, &format!("{}{family}-{number}", port.slice_prefix()));
+            let mut metadata = metadata(
+                NAMESPACE,
+                &format!("{}{}-{number}", port.slice_prefix(), family.to_ascii_lowercase()),
+            );
             metadata.labels = Some([(ingest::SERVICE_NAME.to_owned(), port.service.to_owned())].into());
             EndpointSlice {
                 metadata,

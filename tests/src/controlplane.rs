@@ -24,6 +24,8 @@ use std::{
 };
 
 use anyhow::{Context as _, bail, ensure};
+use k8s_openapi::api::core::v1::Pod;
+use serde::Serialize;
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -51,6 +53,13 @@ pub trait Api {
     /// If the object is refused.
     fn apply(&self, object: cluster::Object);
 
+    /// Creates a Pod or replaces the one of its name.
+    ///
+    /// # Panics
+    ///
+    /// If the Pod is refused.
+    fn apply_pod(&self, pod: &Pod);
+
     /// Deletes an object. A Node has an empty namespace.
     ///
     /// # Panics
@@ -73,6 +82,10 @@ impl Api for ApiServer {
 
     fn apply(&self, object: cluster::Object) {
         self.apply(object);
+    }
+
+    fn apply_pod(&self, pod: &Pod) {
+        self.apply_pod(pod);
     }
 
     fn delete(&self, kind: Kind, namespace: &str, name: &str) {
@@ -323,17 +336,41 @@ impl Api for ControlPlane {
     }
 
     fn apply(&self, object: cluster::Object) {
-        let mut value = match &object {
-            cluster::Object::Service(service) => serde_json::to_value(service),
-            cluster::Object::Slice(slice) => serde_json::to_value(slice),
-            cluster::Object::Node(node) => serde_json::to_value(node),
+        match object {
+            cluster::Object::Service(service) => self.put(Kind::Service, &service),
+            cluster::Object::Slice(slice) => self.put(Kind::Slice, &slice),
+            cluster::Object::Node(node) => self.put(Kind::Node, &node),
         }
-        .expect("objects of the API are JSON");
-        let kind = match object {
-            cluster::Object::Service(_) => Kind::Service,
-            cluster::Object::Slice(_) => Kind::Slice,
-            cluster::Object::Node(_) => Kind::Node,
-        };
+    }
+
+    fn apply_pod(&self, pod: &Pod) {
+        self.put(Kind::Pod, pod);
+    }
+
+    fn delete(&self, kind: Kind, namespace: &str, name: &str) {
+        let namespace = if namespace.is_empty() { "default" } else { namespace };
+        let mut arguments = vec!["delete", kind.plural(), name, "-n", namespace, "--wait=true"];
+        if kind == Kind::Pod {
+            // No kubelet ends it.
+            arguments.extend(["--force", "--grace-period=0"]);
+        }
+        let _answer = self.kubectl(&arguments, None);
+    }
+
+    fn cluster(&self) -> Cluster {
+        let kinds = [Kind::Service, Kind::Slice, Kind::Node];
+        let objects = kinds.into_iter().flat_map(|kind| {
+            let text = self.kubectl(&["get", kind.plural(), "--all-namespaces", "-o", "json"], None);
+            let mut list: Value = serde_json::from_str(&text).expect("kubectl prints JSON");
+            list["items"].as_array_mut().map(std::mem::take).unwrap_or_default()
+        });
+        Cluster::new().with(objects.map(|object| cluster::object(&object).expect("an object of the API")))
+    }
+}
+
+impl ControlPlane {
+    fn put(&self, kind: Kind, object: &impl Serialize) {
+        let mut value = serde_json::to_value(object).expect("objects of the API are JSON");
         value["apiVersion"] = kind.api_version().into();
         value["kind"] = kind.name().into();
         // As a whole, so that what an object no longer has is gone; a new one cannot be replaced.
@@ -342,20 +379,6 @@ impl Api for ControlPlane {
         let get = ["get", kind.plural(), &name, "-n", &namespace, "--ignore-not-found", "-o", "name"];
         let action = if self.kubectl(&get, None).is_empty() { "create" } else { "replace" };
         let _answer = self.kubectl(&[action, "-f", "-"], Some(&value));
-    }
-
-    fn delete(&self, kind: Kind, namespace: &str, name: &str) {
-        let namespace = if namespace.is_empty() { "default" } else { namespace };
-        let _answer = self.kubectl(&["delete", kind.plural(), name, "-n", namespace, "--wait=true"], None);
-    }
-
-    fn cluster(&self) -> Cluster {
-        let objects = Kind::ALL.into_iter().flat_map(|kind| {
-            let text = self.kubectl(&["get", kind.plural(), "--all-namespaces", "-o", "json"], None);
-            let mut list: Value = serde_json::from_str(&text).expect("kubectl prints JSON");
-            list["items"].as_array_mut().map(std::mem::take).unwrap_or_default()
-        });
-        Cluster::new().with(objects.map(|object| cluster::object(&object).expect("an object of the API")))
     }
 }
 

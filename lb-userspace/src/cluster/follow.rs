@@ -2,7 +2,10 @@
 
 use std::{borrow::Cow, fmt::Write as _, time::Duration};
 
-use http::{Request, Response, StatusCode, header::RETRY_AFTER};
+use http::{
+    Request, Response, StatusCode,
+    header::{ACCEPT, RETRY_AFTER},
+};
 use http_body_util::BodyExt as _;
 use kube::{Client, client::Body};
 use serde::Deserialize;
@@ -329,22 +332,11 @@ fn is_older(version: &str, than: &str) -> bool {
 impl Follower {
     /// The path of a request. Values are encoded.
     fn path<K: Kind>(&self, parameters: &[(&str, &str)]) -> String {
-        let mut path = format!("{}?", K::PATH);
         let selector = K::IS_LABELLED.then_some(("labelSelector", &*self.selector));
         let of_node = K::IS_OF_NODE.then_some(("fieldSelector", &*self.of_node));
-        for (key, value) in parameters.iter().copied().chain(selector).chain(of_node) {
-            let _never_fails = write!(path, "{key}=");
-            for octet in value.bytes() {
-                if octet.is_ascii_alphanumeric() || b"-._~".contains(&octet) {
-                    path.push(octet.into());
-                } else {
-                    let _never_fails = write!(path, "%{octet:02X}");
-                }
-            }
-            path.push('&');
-        }
-        path.pop();
-        path
+        let mut query = form_urlencoded::Serializer::new(String::new());
+        query.extend_pairs(parameters).extend_pairs(selector).extend_pairs(of_node);
+        format!("{}?{}", K::PATH, query.finish())
     }
 
     /// Reads the credentials again. The client that there is reads a token's file about once a minute, and
@@ -358,9 +350,9 @@ impl Follower {
     }
 
     /// Sends a request and waits for the head of the answer.
-    async fn get(&self, path: &str) -> Result<Response<Body>, Failure> {
+    async fn get(&self, path: &str, accept: &str) -> Result<Response<Body>, Failure> {
         let request = Request::get(path)
-            .header("Accept", "application/json")
+            .header(ACCEPT, accept)
             .body(Body::empty())
             .map_err(|error| Failure::Form(error.to_string()))?;
         let limit = self.timing.answer;
@@ -400,7 +392,7 @@ impl Follower {
                 // Which version the pages are of is in the token.
                 parameters.push(("continue", &next));
             }
-            let answer = self.get(&self.path::<K>(&parameters)).await?;
+            let answer = self.get(&self.path::<K>(&parameters), K::ACCEPT_LIST).await?;
             let mut text = Lines::new(answer.into_body());
             while text.read_more(self.timing.answer).await? {}
             let page: Page<'_> = serde_json::from_slice(&text.read).map_err(|error| form(&error))?;
@@ -434,7 +426,7 @@ impl Follower {
             ("resourceVersion", version),
             ("timeoutSeconds", &seconds),
         ]);
-        let mut lines = Lines::new(self.get(&path).await?.into_body());
+        let mut lines = Lines::new(self.get(&path, K::ACCEPT).await?.into_body());
         let (mut models, mut issues) = (Vec::new(), Vec::new());
         loop {
             let Some(line) = lines.next(self.timing.answer).await? else {
@@ -474,7 +466,7 @@ impl Follower {
             ("resourceVersion", &version),
             ("timeoutSeconds", &seconds),
         ]);
-        let lines = Lines::new(self.get(&path).await?.into_body());
+        let lines = Lines::new(self.get(&path, K::ACCEPT).await?.into_body());
         self.events::<K>(lines, version, progress).await
     }
 

@@ -1,6 +1,9 @@
 //! The kinds that are watched, and what is kept of an object.
 
-use k8s_openapi::api::{core::v1 as core, discovery::v1 as discovery};
+use k8s_openapi::{
+    api::{core::v1 as core, discovery::v1 as discovery},
+    apimachinery::pkg::apis::meta::v1::ObjectMeta,
+};
 use serde::{Deserialize, de::DeserializeOwned};
 use serde_json::value::RawValue;
 use tokio::time::Instant;
@@ -52,6 +55,10 @@ pub(super) trait Kind: 'static {
     const IS_LABELLED: bool;
     /// Whether only those of the own node are of interest.
     const IS_OF_NODE: bool = false;
+    /// The forms in which objects are asked for, the best first.
+    const ACCEPT: &str = "application/json";
+    /// Those in which a list of them is asked for.
+    const ACCEPT_LIST: &str = Self::ACCEPT;
 
     fn object(namespace: &str, name: &str) -> ObjectRef;
     fn ingest(object: &Self::Object) -> (Option<Self::Model>, Vec<Issue>);
@@ -130,21 +137,31 @@ impl Kind for Nodes {
 /// Pods of the own node, as far as their calls are left alone.
 pub(super) enum Pods {}
 
+/// What is read of a Pod.
+#[derive(Debug, Deserialize)]
+pub(super) struct PodMetadata {
+    metadata: ObjectMeta,
+}
+
 impl Kind for Pods {
-    type Object = core::Pod;
+    type Object = PodMetadata;
     type Model = Pod;
 
     const PATH: &str = "/api/v1/pods";
     const PLURAL: &str = "pods";
     const IS_LABELLED: bool = false;
     const IS_OF_NODE: bool = true;
+    // The specification and the status of a Pod are many times its metadata, and change more often.
+    const ACCEPT: &str = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1,application/json";
+    const ACCEPT_LIST: &str =
+        "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1,application/json";
 
     fn object(namespace: &str, name: &str) -> ObjectRef {
         ObjectRef::pod(namespace, name)
     }
 
-    fn ingest(object: &core::Pod) -> (Option<Pod>, Vec<Issue>) {
-        ingest::pod(object)
+    fn ingest(object: &PodMetadata) -> (Option<Pod>, Vec<Issue>) {
+        ingest::pod(&object.metadata)
     }
 
     fn news(change: Change<Pod>) -> News {

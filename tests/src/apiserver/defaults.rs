@@ -42,6 +42,12 @@ pub(super) fn complete(
             metadata.remove("namespace");
         }
     }
+    let name = object["metadata"]["name"].as_str().unwrap_or_default();
+    if !is_subdomain(name) {
+        let message =
+            format!("metadata.name: Invalid value: {name:?}: a lowercase RFC 1123 subdomain is wanted");
+        return Err(Refusal::new(422, "Invalid", message));
+    }
     let is_readable = match kind {
         Kind::Pod => serde_json::from_value::<Pod>(object.clone()).map(drop).map_err(Into::into),
         _ => cluster::object(object).map(drop),
@@ -58,6 +64,16 @@ pub(super) fn complete(
         }
         Kind::Node | Kind::Pod => Ok(()),
     }
+}
+
+/// Whether a name is one that a server takes: a DNS subdomain of RFC 1123. It is stricter with some kinds.
+fn is_subdomain(name: &str) -> bool {
+    let is_plain = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit();
+    let is_label = |label: &str| {
+        let inner = label.trim_matches('-');
+        inner == label && !label.is_empty() && label.bytes().all(|byte| is_plain(byte) || byte == b'-')
+    };
+    name.len() <= 253 && name.split('.').all(is_label)
 }
 
 fn default(object: &mut Value, field: &str, value: Value) {

@@ -12,6 +12,7 @@ use hyper::{
     service::service_fn,
 };
 use hyper_util::rt::{TokioIo, TokioTimer};
+use percent_encoding::percent_decode_str;
 use serde::Serialize;
 use serde_json::{Value, json};
 use tokio::{
@@ -88,12 +89,7 @@ struct Query(BTreeMap<String, String>);
 
 impl Query {
     fn parse(text: &str) -> Self {
-        let decode = |text: &str| percent_decode(&text.replace('+', " "));
-        let pairs = text.split('&').filter(|pair| !pair.is_empty()).map(|pair| {
-            let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
-            (decode(key), decode(value))
-        });
-        Self(pairs.collect())
+        Self(form_urlencoded::parse(text.as_bytes()).into_owned().collect())
     }
 
     fn get(&self, key: &str) -> &str {
@@ -112,20 +108,6 @@ impl Query {
         text.parse()
             .map_err(|_not_a_number| Refusal::new(400, "BadRequest", format!("{key}: {text:?} is no number")))
     }
-}
-
-fn percent_decode(text: &str) -> String {
-    let mut octets = Vec::with_capacity(text.len());
-    let mut rest = text.as_bytes();
-    while let Some((&first, tail)) = rest.split_first() {
-        let escaped = (first == b'%')
-            .then(|| tail.get(..2).and_then(|two| std::str::from_utf8(two).ok()))
-            .flatten()
-            .and_then(|two| u8::from_str_radix(two, 16).ok());
-        octets.push(escaped.unwrap_or(first));
-        rest = if escaped.is_some() { &tail[2..] } else { tail };
-    }
-    String::from_utf8_lossy(&octets).into_owned()
 }
 
 /// What a path names.
@@ -166,7 +148,7 @@ async fn answer(
     request: Request<Incoming>,
 ) -> Result<Response<Answer>> {
     let (head, body) = request.into_parts();
-    let path = percent_decode(head.uri.path());
+    let path = percent_decode_str(head.uri.path()).decode_utf8_lossy();
     if matches!(&*path, "/healthz" | "/livez" | "/readyz") {
         return Ok(respond(200, Answer::Whole(Some(Bytes::from_static(b"ok")))));
     }

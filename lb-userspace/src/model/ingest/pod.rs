@@ -1,12 +1,11 @@
-use k8s_openapi::api::core::v1 as api;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 
 use super::{Report, namespace};
 use crate::model::{Issue, IssueKind, ObjectRef, Pod, annotation};
 
-/// Ingests a Pod whose calls are to be left alone; any other plays no part.
+/// Ingests the metadata of a Pod whose calls are to be left alone; any other Pod plays no part.
 #[must_use]
-pub fn pod(object: &api::Pod) -> (Option<Pod>, Vec<Issue>) {
-    let metadata = &object.metadata;
+pub fn pod(metadata: &ObjectMeta) -> (Option<Pod>, Vec<Issue>) {
     let (namespace, name) =
         (namespace(metadata.namespace.as_deref()), metadata.name.as_deref().unwrap_or_default());
     let mut report = Report::new(ObjectRef::pod(namespace, name));
