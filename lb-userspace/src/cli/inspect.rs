@@ -20,12 +20,14 @@ use crate::{
     controller::State,
     desired::FrontendAddress,
     kernel::{
+        cgroup,
         lock::{self, Lock},
         pins,
         store::Maps,
         syscall,
     },
     model::Protocol,
+    self_test,
     sim::{Caller, Config, Simulator},
     snapshot::{self, Snapshot, SnapshotError},
     tables::Image,
@@ -205,6 +207,8 @@ pub fn cleanup(args: &PinArgs) -> anyhow::Result<ExitCode> {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
         Err(source) => return Err(SnapshotError::Io { path, source }.into()),
     }
+    // An agent serves the root, unless it is told otherwise.
+    removed.extend(cgroup::find_any().ok().and_then(|root| self_test::remove_leftover(&root)));
     // After the work: a reader that goes away does not stop it half-way.
     let lines = removed.iter().map(|path| format!("removed {}\n", path.display()));
     super::show(&lines.collect::<String>())?;

@@ -28,7 +28,7 @@ use std::{
 
 pub use self::{
     echo::Echo,
-    process::{Caller, Outcome, run},
+    process::{Caller, Outcome, remove_leftover, run},
 };
 use crate::model::{
     Family, Protocol, Service, ServiceKey, ServicePort, ServiceType, Slice, SliceEndpoint, SlicePort,
