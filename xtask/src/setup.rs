@@ -130,6 +130,18 @@ const TOOLS: &[Tool] = &[
         reason: "takes the symbols out of the container image",
     },
     Tool {
+        program: "ctr",
+        packages: &["containerd"],
+        purposes: &[Purpose::Test],
+        reason: "runs the container image as a node does",
+    },
+    Tool {
+        program: "runc",
+        packages: &["runc"],
+        purposes: &[Purpose::Test],
+        reason: "starts containers for containerd",
+    },
+    Tool {
         program: "nft",
         packages: &["nftables"],
         purposes: &[Purpose::BenchPath],

@@ -1,5 +1,8 @@
 use std::env;
 use std::io::Read as _;
+use std::process::{Child, Output};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use flate2::read::GzDecoder;
 use serde_json::Value;
@@ -109,51 +112,113 @@ fn libraries_are_read_from_ldd() {
     assert!(libraries("\tlibx.so => not found\n").unwrap_err().to_string().starts_with("libx.so is not"));
 }
 
-/// Runs a program of the image with the image as its root, in a mount namespace of its own. The file system of the image
-/// is only read, and pins are at the place of the manifests.
-fn run(root: &Path, args: &[&str]) -> std::process::Output {
-    const MOUNTS: &str = "mount --bind \"$1\" \"$1\" && mount -o remount,bind,ro \"$1\" && \
-                          for name in proc sys dev; do mount --rbind /$name \"$1/$name\" || exit; done && \
-                          mount -t tmpfs none \"$1/tmp\" && mount -t bpf none \"$1/host/bpf\" && root=$1 && shift && exec chroot \"$root\" \"$@\"";
-    Command::new("unshare")
-        .args(["--mount", "--propagation", "private", "sh", "-c", MOUNTS, "sh"])
-        .arg(root)
-        .arg(format!("/{BINARY}"))
-        .args(args)
-        .env_clear()
-        .env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
-        .output()
-        .unwrap()
+/// A containerd of the test's own: its folders, its socket and the namespace of its mounts are nobody else's.
+struct Containerd {
+    daemon: Child,
+    directory: tempfile::TempDir,
+    /// What containerd calls a namespace: runc names the parents of its cgroups so.
+    namespace: String,
 }
 
-/// The image holds all that the binary needs: it runs where nothing else is.
+impl Containerd {
+    fn start() -> Self {
+        // Configuration is read before the mounts are made; the plug-ins left out want programs or devices of their own.
+        const START: &str = "mount -t bpf none \"$1/bpf\" && exec containerd --config \"$1/config.toml\"";
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().display().to_string();
+        let config = format!(
+            "version = 2\nroot = \"{path}/root\"\nstate = \"{path}/state\"\n\
+             disabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n\
+             [grpc]\naddress = \"{path}/socket\"\n[ttrpc]\naddress = \"{path}/ttrpc\"\n"
+        );
+        fs::write(directory.path().join("config.toml"), config).unwrap();
+        fs::create_dir(directory.path().join("bpf")).unwrap();
+        let log = fs::File::create(directory.path().join("log")).unwrap();
+        let daemon = Command::new("unshare")
+            .args(["--mount", "--propagation", "private", "sh", "-c", START, "sh", &path])
+            .stdout(log.try_clone().unwrap())
+            .stderr(log)
+            .spawn()
+            .unwrap();
+        let containerd = Self { daemon, directory, namespace: format!("socklb-test-{}", std::process::id()) };
+        let end = Instant::now() + Duration::from_secs(30);
+        while !containerd.ctr(&["version"]).status.success() {
+            let log = fs::read_to_string(containerd.directory.path().join("log")).unwrap();
+            assert!(Instant::now() < end, "containerd does not answer: {log}");
+            thread::sleep(Duration::from_millis(50));
+        }
+        containerd
+    }
+
+    fn ctr(&self, args: &[&str]) -> Output {
+        let mut ctr = Command::new("ctr");
+        ctr.arg("--address").arg(self.directory.path().join("socket"));
+        ctr.args(["--namespace", &self.namespace]).args(args).output().unwrap()
+    }
+
+    /// Runs socklb in a container whose root file system can only be read, and returns what it prints.
+    fn socklb(&self, how: &[&str], args: &[&str]) -> String {
+        let bpf =
+            format!("type=bind,src={}/bpf,dst=/host/bpf,options=rbind:rw", self.directory.path().display());
+        let mut all = vec!["run", "--rm", "--read-only", "--mount", &bpf];
+        all.extend(how.iter().copied().chain([NAME, "container", "/usr/local/bin/socklb"]));
+        all.extend(args);
+        let output = self.ctr(&all);
+        let said = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert!(output.status.success(), "{args:?}: {said}{}", String::from_utf8_lossy(&output.stderr));
+        said
+    }
+}
+
+impl Drop for Containerd {
+    fn drop(&mut self) {
+        let _none = self.ctr(&["tasks", "kill", "--signal", "SIGKILL", "container"]);
+        let pid = self.daemon.id().to_string();
+        let _ended_already = Command::new("kill").args(["-TERM", &pid]).status();
+        let _ended_already = self.daemon.wait();
+        // runc removes a container's cgroups, and leaves their parents: one in each hierarchy.
+        for hierarchy in fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten() {
+            let _none_there = fs::remove_dir(hierarchy.path().join(&self.namespace));
+        }
+        let _none_there = fs::remove_dir(Path::new("/sys/fs/cgroup").join(&self.namespace));
+    }
+}
+
+/// A container engine takes the archive, and the binary finds in the image all that it needs, under the restrictions and
+/// with the mounts of the manifests.
 #[test]
-fn the_binary_runs_with_the_image_as_its_root() {
+fn containerd_runs_the_image() {
     let Some(binary) = env::var_os("SOCKLB_BIN").filter(|_| process::is_root()) else {
         eprintln!("SKIPPED: it needs root, and SOCKLB_BIN, which `cargo xtask test` sets");
         return;
     };
-    let directory = tempfile::tempdir().unwrap();
-    let small = directory.path().join("stripped");
+    let containerd = Containerd::start();
+    let small = containerd.directory.path().join("stripped");
     stripped(Path::new(&binary), &small).unwrap();
     let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
     let archive = archive(&tree(workspace, &small).unwrap()).unwrap();
     assert!(archive.len() < MAX_BYTES, "{} bytes", archive.len());
+    let file = containerd.directory.path().join("image.tar");
+    fs::write(&file, archive).unwrap();
+    let imported = containerd.ctr(&["images", "import", file.to_str().unwrap()]);
+    assert!(imported.status.success(), "{imported:?}");
 
-    let root = directory.path().join("root");
-    fs::create_dir(&root).unwrap();
-    let layer = read(&archive);
-    let mut layer = tar::Archive::new(layer.as_slice());
-    layer.set_preserve_permissions(true);
-    layer.unpack(&root).unwrap();
-
-    let version = run(&root, &["--version"]);
-    assert_eq!(String::from_utf8_lossy(&version.stdout), concat!("socklb ", env!("CARGO_PKG_VERSION"), "\n"));
-    let check = run(&root, &["check", "--pin-path", "/host/bpf/socklb"]);
-    let said = String::from_utf8_lossy(&check.stdout).into_owned();
-    assert!(check.status.success() && said.contains("the kernel's verifier takes"), "{said}{check:?}");
+    assert_eq!(containerd.socklb(&[], &["--version"]), concat!("socklb ", env!("CARGO_PKG_VERSION"), "\n"));
+    // As the DaemonSet: these capabilities, the engine's own seccomp profile, the cgroups only to read.
+    let mut restricted =
+        vec!["--seccomp", "--mount", "type=bind,src=/sys/fs/cgroup,dst=/host/cgroup,options=rbind:ro"];
+    let rights = ["CAP_BPF", "CAP_NET_ADMIN", "CAP_PERFMON", "CAP_SYS_ADMIN"];
+    restricted.extend(rights.iter().flat_map(|right| ["--cap-add", right]));
+    let check = containerd.socklb(&restricted, &["check", "--pin-path", "/host/bpf/socklb"]);
+    assert!(check.contains("the kernel's verifier takes"), "{check}");
     // In namespaces and a cgroup of its own.
-    let demo = run(&root, &["demo", "--exit"]);
-    let said = String::from_utf8_lossy(&demo.stdout).into_owned();
-    assert!(demo.status.success() && said.contains("checks hold"), "{said}{demo:?}");
+    let free = [
+        "--privileged",
+        "--mount",
+        "type=bind,src=/sys/fs/cgroup,dst=/host/cgroup,options=rbind:rw",
+        "--mount",
+        "type=tmpfs,dst=/tmp",
+    ];
+    let demo = containerd.socklb(&free, &["demo", "--exit"]);
+    assert!(demo.contains("checks hold"), "{demo}");
 }
