@@ -118,7 +118,7 @@ impl Options {
             cut: Duration::from_secs(2),
             expire: Duration::from_secs(5),
             restart: Duration::from_secs(6),
-            ..Self::long(seed, Duration::from_secs(20))
+            ..Self::long(seed, Duration::from_secs(14))
         }
     }
 }

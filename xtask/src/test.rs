@@ -1,8 +1,10 @@
 //! `cargo xtask test`: every test of the host crates, with the kernel tests among them.
 
-use std::env::consts::ARCH;
+use std::env::{self, consts::ARCH};
 use std::io::{BufRead, BufReader, Write};
+use std::num::NonZero;
 use std::process::Stdio;
+use std::thread;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
@@ -46,6 +48,9 @@ impl Tally {
 /// Cargo features of the tests, and of the `socklb` that they run: one that can be told to kill itself.
 pub(crate) const FEATURES: &str = "lb-tests/fault-points";
 
+/// How many tests libtest runs at a time.
+const THREADS_VARIABLE: &str = "RUST_TEST_THREADS";
+
 /// The variable that makes cargo start test executables of this host through another program.
 fn runner_variable() -> String {
     // glibc and musl hosts both keep to this pattern; xtask runs on Linux only.
@@ -83,6 +88,11 @@ pub(crate) fn command(workspace: &Workspace, args: &[String]) -> Result<()> {
         // A test that this kernel could run must not be skipped.
         .env("LB_TEST_STRICT", "1")
         .stdout(Stdio::piped());
+    if env::var_os(THREADS_VARIABLE).is_none() {
+        // Most tests wait for timers and other processes: two on each processor keep it at work.
+        let n_processors = thread::available_parallelism().map_or(1, NonZero::get);
+        test.env(THREADS_VARIABLE, (2 * n_processors).to_string());
+    }
     if !process::is_root() {
         if process::find_program("sudo").is_none() {
             bail!(
