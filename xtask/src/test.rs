@@ -64,16 +64,16 @@ fn runner_variable() -> String {
 /// When setting up or building fails, or a test fails.
 pub(crate) fn command(workspace: &Workspace, args: &[String]) -> Result<()> {
     let start = Instant::now();
-    let toolchain = setup::ensure(&[Purpose::Build, Purpose::Run, Purpose::Test])?;
-    let object = build::bpf_object(workspace, &toolchain)?;
-    step("building socklb and the tests");
-    let mut build = process::cargo();
     // One command with all test targets, not `build::socklb` first: with other packages selected, cargo enables other
     // features and compiles many crates a second time.
-    build
-        .current_dir(&workspace.root)
-        .args(["build", "--bins", "--tests", "--features", FEATURES])
-        .env(build::OBJECT_VARIABLE, &object);
+    let arguments = ["--bins", "--tests", "--features", FEATURES];
+    let ahead = build::Ahead::begin(workspace, &arguments);
+    let toolchain = setup::ensure(&[Purpose::Build, Purpose::Run, Purpose::Test])?;
+    let object = build::bpf_object(workspace, &toolchain)?;
+    ahead.end();
+    step("building socklb and the tests");
+    let mut build = process::cargo();
+    build.current_dir(&workspace.root).arg("build").args(arguments).env(build::OBJECT_VARIABLE, &object);
     process::run(&mut build, "correct the errors above")?;
     let binary = workspace.socklb(false);
 
