@@ -7,7 +7,14 @@ mod affinity;
 mod audit;
 mod calls;
 mod capacity;
+#[path = "../pure/clusters.rs"]
+#[expect(
+    dead_code,
+    reason = "what becomes of a cluster, and what a call may come to meanwhile, is for the pure tests"
+)]
+mod clusters;
 mod exclusion;
+mod explain;
 mod lifecycle;
 mod load;
 mod matrix;

@@ -74,18 +74,14 @@ fn copy_if_changed(from: &Path, to: &Path) -> Result<()> {
 
 /// A build that compiles what does not embed the BPF object, while that is made.
 #[must_use = "it ends with the value"]
-pub(crate) struct Ahead(Option<Child>);
+struct Ahead(Option<Child>);
 
 impl Ahead {
-    /// Begins the build that these arguments of cargo stand for, if there is no object yet: on a fresh clone. Half of it
-    /// then takes no time of its own, since packages are downloaded and the object's compilers wait for one another.
-    ///
-    /// `lb-userspace/build.rs` fails for want of the object, and cargo goes on with what does not need it.
-    pub(crate) fn begin(workspace: &Workspace, arguments: &[&str]) -> Self {
+    fn begin(workspace: &Workspace, arguments: &[&str]) -> Self {
         if workspace.bpf_object().exists() {
             return Self(None);
         }
-        step("compiling dependencies meanwhile");
+        step("compiling dependencies of socklb meanwhile");
         let mut cargo = Command::new("nice");
         cargo.args(["-n", "10"]).arg(process::cargo().get_program()).current_dir(&workspace.root);
         cargo.arg("build").args(arguments).arg("--keep-going").env(OBJECT_VARIABLE, workspace.bpf_object());
@@ -94,7 +90,7 @@ impl Ahead {
     }
 
     /// Waits for its end.
-    pub(crate) fn end(mut self) {
+    fn end(mut self) {
         if let Some(mut build) = self.0.take() {
             let _wanted_to_fail = build.wait();
         }
@@ -119,15 +115,33 @@ fn socklb_arguments(release: bool) -> Vec<&'static str> {
     arguments
 }
 
+/// Installs what is missing and builds the BPF object. On a fresh clone it begins meanwhile the build that these arguments of
+/// cargo stand for, which embeds the object: half of it then takes no time of its own, since the object's compilers wait for one
+/// another. `lb-userspace/build.rs` fails for want of the object, and cargo goes on with what does not need it.
+///
+/// # Errors
+/// When setting up or building the object fails.
+pub(crate) fn object_before(
+    workspace: &Workspace,
+    purposes: &[Purpose],
+    arguments: &[&str],
+) -> Result<PathBuf> {
+    let mut ahead = None;
+    let toolchain =
+        setup::ensure_and_meanwhile(purposes, || ahead = Some(Ahead::begin(workspace, arguments)))?;
+    let object = bpf_object(workspace, &toolchain)?;
+    if let Some(ahead) = ahead {
+        ahead.end();
+    }
+    Ok(object)
+}
+
 /// Installs what is missing, builds the BPF object and then the `socklb` binary, and returns its path.
 ///
 /// # Errors
 /// When setting up or building fails.
 pub(crate) fn from_nothing(workspace: &Workspace, purposes: &[Purpose], release: bool) -> Result<PathBuf> {
-    let ahead = Ahead::begin(workspace, &socklb_arguments(release));
-    let toolchain = setup::ensure(purposes)?;
-    let object = bpf_object(workspace, &toolchain)?;
-    ahead.end();
+    let object = object_before(workspace, purposes, &socklb_arguments(release))?;
     socklb(workspace, object.as_os_str(), release)
 }
 

@@ -12,7 +12,7 @@ use anyhow::{Context, Result, bail};
 use crate::bench;
 use crate::build;
 use crate::process::{self, step};
-use crate::setup::{self, Purpose};
+use crate::setup::Purpose;
 use crate::workspace::Workspace;
 
 /// What libtest's closing lines add up to.
@@ -67,10 +67,7 @@ pub(crate) fn command(workspace: &Workspace, args: &[String]) -> Result<()> {
     // One command with all test targets, not `build::socklb` first: with other packages selected, cargo enables other
     // features and compiles many crates a second time.
     let arguments = ["--bins", "--tests", "--features", FEATURES];
-    let ahead = build::Ahead::begin(workspace, &arguments);
-    let toolchain = setup::ensure(&[Purpose::Build, Purpose::Run, Purpose::Test])?;
-    let object = build::bpf_object(workspace, &toolchain)?;
-    ahead.end();
+    let object = build::object_before(workspace, &[Purpose::Build, Purpose::Run, Purpose::Test], &arguments)?;
     step("building socklb and the tests");
     let mut build = process::cargo();
     build.current_dir(&workspace.root).arg("build").args(arguments).env(build::OBJECT_VARIABLE, &object);

@@ -90,7 +90,8 @@ pub(crate) struct Client {
 impl Client {
     /// Starts one in the namespaces and cgroup of the calling thread.
     fn start(town: Town, to_endpoint: bool, server: u32) -> anyhow::Result<Self> {
-        let mut child = Command::new(std::env::current_exe()?)
+        // Not by its path, which in a mount namespace of the thread's own may lead elsewhere.
+        let mut child = Command::new("/proc/self/exe")
             .arg("client")
             .arg(format!("--services={}", town.n_services))
             .arg(format!("--endpoints={}", town.n_endpoints))

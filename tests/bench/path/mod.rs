@@ -151,7 +151,7 @@ impl Server {
     fn start(netns: &NetNs) -> anyhow::Result<Self> {
         netns.run(|| {
             competitor::ip(&["route", "add", "local", POD_NETWORK, "dev", "lo"])?;
-            let child = Command::new(std::env::current_exe()?).arg("server").stdin(Stdio::piped()).spawn()?;
+            let child = Command::new("/proc/self/exe").arg("server").stdin(Stdio::piped()).spawn()?;
             Ok(Self(child))
         })
     }

@@ -173,8 +173,8 @@ impl Containerd {
 impl Drop for Containerd {
     fn drop(&mut self) {
         let _none = self.ctr(&["tasks", "kill", "--signal", "SIGKILL", "container"]);
-        let pid = self.daemon.id().to_string();
-        let _ended_already = Command::new("kill").args(["-TERM", &pid]).status();
+        // Its mounts go with its namespace.
+        let _ended_already = self.daemon.kill();
         let _ended_already = self.daemon.wait();
         // runc removes a container's cgroups, and leaves their parents: one in each hierarchy.
         for hierarchy in fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten() {

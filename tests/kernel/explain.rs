@@ -1,0 +1,139 @@
+//! `socklb explain` names the endpoints that calls reach: all of them, and no other.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+};
+
+use lb_tests::{
+    Feature, Sandbox,
+    agent::{self, Agent},
+    client::call,
+    netns::NetNs,
+    require,
+    server::Servers,
+};
+use lb_userspace::{
+    cli::explain::{Explanation, explain},
+    desired::FrontendAddress,
+    model::Protocol,
+    sim::Caller,
+};
+use nix::errno::Errno;
+use proptest::{
+    strategy::{Strategy as _, ValueTree as _},
+    test_runner::TestRunner,
+};
+
+use crate::clusters::{self, RandomCluster, calls, cluster};
+
+/// Destinations that are explained and called.
+const N_DESTINATIONS: usize = 10_000;
+/// Calls until every endpoint of a frontend is met. One of five is missed by as many once in 10^96 times.
+const MAX_CALLS: usize = 1000;
+
+/// Where somebody answers who is no endpoint: a call of a loopback address that no frontend has arrives there.
+fn reached_untouched(to: FrontendAddress) -> Option<SocketAddr> {
+    let ip = if to.ip == Ipv4Addr::UNSPECIFIED { IpAddr::V4(Ipv4Addr::LOCALHOST) } else { to.ip };
+    ip.is_loopback().then_some(SocketAddr::new(ip, to.port))
+}
+
+/// Calls until it is clear that what is reached is what was explained.
+fn check(to: FrontendAddress, explained: &Explanation) {
+    let call = || call(SocketAddr::new(to.ip, to.port), to.protocol);
+    let expected: BTreeSet<SocketAddr> = explained.candidates.iter().copied().collect();
+    match (explained.verdict, &explained.frontend) {
+        ("untouched", None) => {
+            assert_eq!(call(), reached_untouched(to).ok_or(Errno::ENETUNREACH), "{explained:?}");
+        }
+        ("refused", Some(_)) => assert_eq!(call(), Err(Errno::ECONNREFUSED), "{explained:?}"),
+        // This client keeps the endpoint that it has had.
+        ("redirected", Some(frontend)) if frontend.affinity_seconds > 0 => {
+            let first = call().unwrap_or_else(|errno| panic!("{errno}: {explained:?}"));
+            assert!(expected.contains(&first), "{first}: {explained:?}");
+            assert_eq!((call(), call()), (Ok(first), Ok(first)), "{explained:?}");
+        }
+        ("redirected", Some(_)) => {
+            let mut reached = BTreeSet::new();
+            for _ in 0..MAX_CALLS {
+                let endpoint = call().unwrap_or_else(|errno| panic!("{errno}: {explained:?}"));
+                assert!(expected.contains(&endpoint), "{endpoint}: {explained:?}");
+                reached.insert(endpoint);
+                if reached == expected {
+                    return;
+                }
+            }
+            panic!("reached {reached:?} only: {explained:?}");
+        }
+        other => panic!("{other:?}: {explained:?}"),
+    }
+}
+
+/// Everybody who can be reached in these clusters, and at loopback addresses.
+fn places(clusters: &[RandomCluster]) -> BTreeSet<SocketAddr> {
+    let mut places: BTreeSet<SocketAddr> =
+        calls().iter().filter_map(|(to, _)| reached_untouched(*to)).collect();
+    for slice in clusters.iter().flat_map(|cluster| cluster.objects().slices.into_values()) {
+        let ports = slice.ports.iter().flatten().filter_map(|port| port.port?.try_into().ok());
+        for port in ports {
+            let ips = slice.endpoints.iter().flat_map(|endpoint| &endpoint.addresses);
+            places.extend(ips.map(|ip| SocketAddr::new(ip.parse().unwrap(), port)));
+        }
+    }
+    places
+}
+
+/// A network namespace in which everybody is there.
+fn populate(netns: &NetNs, places: &BTreeSet<SocketAddr>) -> Servers {
+    let ips: BTreeSet<IpAddr> = places.iter().map(SocketAddr::ip).filter(|ip| !ip.is_loopback()).collect();
+    ips.into_iter().for_each(|ip| netns.add_address(ip).unwrap());
+    let both = |place: &SocketAddr| [(*place, Protocol::Tcp), (*place, Protocol::Udp)];
+    netns.run(|| Servers::start(places.iter().flat_map(both)))
+}
+
+#[test]
+fn what_is_explained_is_what_calls_reach() {
+    if !require(Feature::Programs) {
+        return;
+    }
+    let calls = calls();
+    let mut random = TestRunner::deterministic();
+    let clusters: Vec<RandomCluster> = (0..N_DESTINATIONS.div_ceil(calls.len()))
+        .map(|_| cluster().new_tree(&mut random).unwrap().current())
+        .collect();
+    let places = places(&clusters);
+    Sandbox::run(|sandbox| {
+        let (node, pod) = (sandbox.netns(), NetNs::new().unwrap());
+        let _servers = [populate(node, &places), populate(&pod, &places)];
+        let options = agent::options(sandbox);
+        let mut agent = Agent::start_with(&options, clusters::settings(), Vec::new()).unwrap();
+        let mut n_verdicts: BTreeMap<&str, usize> = BTreeMap::new();
+        for cluster in &clusters {
+            cluster.feed(&mut agent.state);
+            agent.settle();
+            agent.sync();
+            let simulator = clusters::simulator(agent.image());
+            for (netns, is_node) in [(node, true), (&pod, false)] {
+                let cookie = netns.cookie();
+                let caller = Caller {
+                    netns: cookie.unwrap_or_default(),
+                    // Before kernel 5.14 nobody can tell: then every caller is taken for the node's.
+                    on_node: cookie.is_none_or(|_| is_node),
+                    earlier: None,
+                };
+                let explained: Vec<(FrontendAddress, Explanation)> = calls
+                    .iter()
+                    .filter(|(_, on_node)| *on_node == is_node)
+                    .map(|(to, _)| (*to, explain(&simulator, Some(&agent.state), *to, caller)))
+                    .collect();
+                for (_, explained) in &explained {
+                    *n_verdicts.entry(explained.verdict).or_default() += 1;
+                }
+                netns.run(|| explained.iter().for_each(|(to, explained)| check(*to, explained)));
+            }
+        }
+        assert!(n_verdicts.values().sum::<usize>() >= N_DESTINATIONS, "{n_verdicts:?}");
+        let is_often = |verdict| n_verdicts.get(verdict).is_some_and(|&n| n > N_DESTINATIONS / 50);
+        assert!(["untouched", "refused", "redirected"].into_iter().all(is_often), "{n_verdicts:?}");
+    });
+}
