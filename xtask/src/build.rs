@@ -4,7 +4,6 @@ use std::env::consts::ARCH;
 use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
 
 use anyhow::{Context, Result};
 
@@ -37,7 +36,7 @@ pub(crate) fn bpf_rustflags() -> Vec<String> {
 }
 
 /// Adds what compiling `lb-ebpf` for the BPF target takes to a `cargo build` or `cargo clippy` command.
-pub(crate) fn add_bpf_arguments(command: &mut Command, workspace: &Workspace) {
+pub(crate) fn add_bpf_arguments(command: &mut std::process::Command, workspace: &Workspace) {
     command
         .current_dir(&workspace.root)
         .args(["--package", "lb-ebpf", "--target", BPF_TARGET, "-Zbuild-std=core"])
@@ -72,79 +71,6 @@ fn copy_if_changed(from: &Path, to: &Path) -> Result<()> {
     fs::write(to, new).with_context(|| format!("cannot write {}: check its owner and the disk", to.display()))
 }
 
-/// A build that compiles what does not embed the BPF object, while that is made.
-#[must_use = "it ends with the value"]
-struct Ahead(Option<Child>);
-
-impl Ahead {
-    fn begin(workspace: &Workspace, arguments: &[&str]) -> Self {
-        if workspace.bpf_object().exists() {
-            return Self(None);
-        }
-        step("compiling dependencies of socklb meanwhile");
-        let mut cargo = Command::new("nice");
-        cargo.args(["-n", "10"]).arg(process::cargo().get_program()).current_dir(&workspace.root);
-        cargo.arg("build").args(arguments).arg("--keep-going").env(OBJECT_VARIABLE, workspace.bpf_object());
-        // Nothing depends on it, not even on whether it can be started: what it leaves undone is done later, and said then.
-        Self(cargo.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().ok())
-    }
-
-    /// Waits for its end.
-    fn end(mut self) {
-        if let Some(mut build) = self.0.take() {
-            let _wanted_to_fail = build.wait();
-        }
-    }
-}
-
-impl Drop for Ahead {
-    fn drop(&mut self) {
-        if let Some(build) = &mut self.0 {
-            let _ended_already = build.kill();
-            let _ended_already = build.wait();
-        }
-    }
-}
-
-/// Arguments of the cargo command that builds the `socklb` binary.
-fn socklb_arguments(release: bool) -> Vec<&'static str> {
-    let mut arguments = vec!["--package", "lb-userspace", "--bin", "socklb"];
-    if release {
-        arguments.push("--release");
-    }
-    arguments
-}
-
-/// Installs what is missing and builds the BPF object. On a fresh clone it begins meanwhile the build that these arguments of
-/// cargo stand for, which embeds the object: half of it then takes no time of its own, since the object's compilers wait for one
-/// another. `lb-userspace/build.rs` fails for want of the object, and cargo goes on with what does not need it.
-///
-/// # Errors
-/// When setting up or building the object fails.
-pub(crate) fn object_before(
-    workspace: &Workspace,
-    purposes: &[Purpose],
-    arguments: &[&str],
-) -> Result<PathBuf> {
-    let mut ahead = None;
-    let toolchain =
-        setup::ensure_and_meanwhile(purposes, || ahead = Some(Ahead::begin(workspace, arguments)))?;
-    let object = bpf_object(workspace, &toolchain)?;
-    if let Some(ahead) = ahead {
-        ahead.end();
-    }
-    Ok(object)
-}
-
-/// Installs what is missing, builds the BPF object and then the `socklb` binary, and returns its path.
-///
-/// # Errors
-/// When setting up or building fails.
-pub(crate) fn from_nothing(workspace: &Workspace, purposes: &[Purpose], release: bool) -> Result<PathBuf> {
-    let object = object_before(workspace, purposes, &socklb_arguments(release))?;
-    socklb(workspace, object.as_os_str(), release)
-}
-
 /// Builds the `socklb` binary around a BPF object and returns its path.
 ///
 /// # Errors
@@ -152,7 +78,10 @@ pub(crate) fn from_nothing(workspace: &Workspace, purposes: &[Purpose], release:
 pub(crate) fn socklb(workspace: &Workspace, object: &OsStr, release: bool) -> Result<PathBuf> {
     step(if release { "building socklb (release)" } else { "building socklb (debug)" });
     let mut build = process::cargo();
-    build.current_dir(&workspace.root).arg("build").args(socklb_arguments(release));
+    build.current_dir(&workspace.root).args(["build", "--package", "lb-userspace", "--bin", "socklb"]);
+    if release {
+        build.arg("--release");
+    }
     build.env(OBJECT_VARIABLE, object);
     process::run(&mut build, "correct the error above")?;
     Ok(workspace.socklb(release))
@@ -163,7 +92,9 @@ pub(crate) fn socklb(workspace: &Workspace, object: &OsStr, release: bool) -> Re
 /// # Errors
 /// When setting up or building fails.
 pub(crate) fn command(workspace: &Workspace, release: bool) -> Result<()> {
-    let binary = from_nothing(workspace, &[Purpose::Build], release)?;
+    let toolchain = setup::ensure(&[Purpose::Build])?;
+    let object = bpf_object(workspace, &toolchain)?;
+    let binary = socklb(workspace, object.as_os_str(), release)?;
     println!("{}", binary.display());
     Ok(())
 }

@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 
 use crate::build;
 use crate::process::{self, step};
-use crate::setup::Purpose;
+use crate::setup::{self, Purpose};
 use crate::workspace::Workspace;
 
 /// Runs `cargo xtask run`. Returns only when something failed before `socklb` took this process over.
@@ -15,9 +15,11 @@ use crate::workspace::Workspace;
 /// # Errors
 /// When setting up or building fails, or `socklb` cannot be started.
 pub(crate) fn command(workspace: &Workspace, args: &[String]) -> Result<()> {
+    let toolchain = setup::ensure(&[Purpose::Build, Purpose::Run])?;
+    let object = build::bpf_object(workspace, &toolchain)?;
     // Optimising takes three times as long on a fresh machine, and shows in no call: calls are the kernel's work.
     let release = !args.is_empty();
-    let binary = build::from_nothing(workspace, &[Purpose::Build, Purpose::Run], release)?;
+    let binary = build::socklb(workspace, object.as_os_str(), release)?;
     let mut socklb = if process::is_root() {
         Command::new(&binary)
     } else {

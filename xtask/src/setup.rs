@@ -206,17 +206,6 @@ enum Privilege {
 /// # Errors
 /// When something cannot be installed; the message names the command to run instead.
 pub(crate) fn ensure(purposes: &[Purpose]) -> Result<BpfToolchain> {
-    ensure_and_meanwhile(purposes, || {})
-}
-
-/// As [`ensure`]. `has_packages` is called once nothing is left but what compilers make.
-///
-/// Not earlier: dpkg waits for the disk after each file, and so for all that others write. With a compiler beside it the
-/// packages took 150 s instead of 40 s.
-pub(crate) fn ensure_and_meanwhile(
-    purposes: &[Purpose],
-    has_packages: impl FnOnce(),
-) -> Result<BpfToolchain> {
     let with_clippy = purposes.contains(&Purpose::Lint);
     let facts = toolchain::observe()?;
     let (chosen, gaps) = toolchain::choose(&facts, with_clippy).map_err(|remedy| anyhow!(remedy))?;
@@ -229,7 +218,6 @@ pub(crate) fn ensure_and_meanwhile(
     let components = if with_clippy { missing_components() } else { Vec::new() };
     if packages.is_empty() && components.is_empty() && gaps == Gaps::default() {
         step(&format!("setup: nothing is missing ({chosen})"));
-        has_packages();
         return Ok(chosen);
     }
 
@@ -252,7 +240,6 @@ pub(crate) fn ensure_and_meanwhile(
     if !packages.is_empty() {
         install_packages(&packages)?;
     }
-    has_packages();
     if gaps.needs_linker {
         install_linker()?;
     }

@@ -12,7 +12,7 @@ use anyhow::{Context, Result, bail};
 use crate::bench;
 use crate::build;
 use crate::process::{self, step};
-use crate::setup::Purpose;
+use crate::setup::{self, Purpose};
 use crate::workspace::Workspace;
 
 /// What libtest's closing lines add up to.
@@ -64,13 +64,16 @@ fn runner_variable() -> String {
 /// When setting up or building fails, or a test fails.
 pub(crate) fn command(workspace: &Workspace, args: &[String]) -> Result<()> {
     let start = Instant::now();
-    // One command with all test targets, not `build::socklb` first: with other packages selected, cargo enables other
-    // features and compiles many crates a second time.
-    let arguments = ["--bins", "--tests", "--features", FEATURES];
-    let object = build::object_before(workspace, &[Purpose::Build, Purpose::Run, Purpose::Test], &arguments)?;
+    let toolchain = setup::ensure(&[Purpose::Build, Purpose::Run, Purpose::Test])?;
+    let object = build::bpf_object(workspace, &toolchain)?;
     step("building socklb and the tests");
     let mut build = process::cargo();
-    build.current_dir(&workspace.root).arg("build").args(arguments).env(build::OBJECT_VARIABLE, &object);
+    // One command with all test targets, not `build::socklb` first: with other packages selected, cargo enables other
+    // features and compiles many crates a second time.
+    build
+        .current_dir(&workspace.root)
+        .args(["build", "--bins", "--tests", "--features", FEATURES])
+        .env(build::OBJECT_VARIABLE, &object);
     process::run(&mut build, "correct the errors above")?;
     let binary = workspace.socklb(false);
 

@@ -1,5 +1,6 @@
-//! Rules as kube-proxy's iptables mode writes them (Kubernetes 1.34, `pkg/proxy/iptables/proxier.go`), for IPv4 cluster IPs, as
-//! input of `iptables-restore --noflush`.
+//! Rules as kube-proxy's iptables mode writes them (Kubernetes 1.36, `pkg/proxy/iptables/proxier.go`), for IPv4 cluster IPs, as
+//! input of `iptables-restore --noflush`; held against the tables of a running one. Left out are the empty chains that it watches
+//! for a flush by others, one rule against martian loopback packets, and a counter of dropped packets.
 //!
 //! The chains of table `filter` are there too, though they hold nothing for services with endpoints: new connections pass them.
 

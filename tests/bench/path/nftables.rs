@@ -1,4 +1,5 @@
-//! Rules as kube-proxy's nftables mode writes them (Kubernetes 1.34, `pkg/proxy/nftables/proxier.go`), for IPv4 cluster IPs.
+//! Rules as kube-proxy's nftables mode writes them (Kubernetes 1.36, `pkg/proxy/nftables/proxier.go`), for IPv4 cluster IPs; held
+//! against the table of a running one. Up to 1.34 each endpoint had a chain of its own, which takes longer to load and to pass.
 //!
 //! The table, its base chains, sets and maps are there with all their look-ups, also those that hold nothing here, since each
 //! new connection passes them. Names of chains have the length that kube-proxy's have.
@@ -14,6 +15,7 @@ pub(crate) fn base() -> String {
     let mut rules = format!("add table {TABLE} {{ comment \"rules for kube-proxy\" ; }}\n");
     let address = "ipv4_addr . inet_proto . inet_service : verdict";
     for (kind, name, of) in [
+        ("set", "hairpin-connections", "ipv4_addr . ipv4_addr . inet_proto . inet_service"),
         ("set", "cluster-ips", "ipv4_addr"),
         ("set", "nodeport-ips", "ipv4_addr"),
         ("map", "firewall-ips", address),
@@ -32,7 +34,6 @@ pub(crate) fn base() -> String {
         "filter-input { type filter hook input priority 0 ; }",
         "filter-output { type filter hook output priority 0 ; }",
         "firewall-check",
-        "mark-for-masquerade",
         "masquerading",
         "nat-output { type nat hook output priority -100 ; }",
         "nat-postrouting { type nat hook postrouting priority 100 ; }",
@@ -45,6 +46,8 @@ pub(crate) fn base() -> String {
         let _infallible = writeln!(rules, "add chain {TABLE} {chain}");
     }
     let drop_unallocated = format!("cluster-ips-check ip daddr {{ {SERVICE_NETWORK} }} drop");
+    let from_outside =
+        format!("services ip daddr @cluster-ips ip saddr != {POD_NETWORK} meta mark set meta mark or 0x4000");
     for rule in [
         "cluster-ips-check ip daddr @cluster-ips reject",
         &drop_unallocated,
@@ -57,15 +60,14 @@ pub(crate) fn base() -> String {
         "filter-output-pre-dnat ct state new jump firewall-check",
         "filter-output ct state new jump cluster-ips-check",
         "firewall-check ip daddr . meta l4proto . th dport vmap @firewall-ips",
-        "mark-for-masquerade mark set mark or 0x4000",
-        "masquerading mark and 0x4000 == 0 return",
-        "masquerading mark set mark xor 0x4000",
-        "masquerading masquerade fully-random",
+        "masquerading meta mark and 0x4000 != 0 meta mark set meta mark xor 0x4000 masquerade fully-random",
+        "masquerading ct status dnat ip saddr . ip daddr . meta l4proto . th dport @hairpin-connections masquerade fully-random",
         "nat-output jump services",
         "nat-postrouting jump masquerading",
         "nat-prerouting jump services",
         "nodeport-endpoints-check ip daddr @nodeport-ips meta l4proto . th dport vmap @no-endpoint-nodeports",
         "reject-chain reject",
+        &from_outside,
         "services ip daddr . meta l4proto . th dport vmap @service-ips",
         "services ip daddr @nodeport-ips meta l4proto . th dport vmap @service-nodeports",
         "service-endpoints-check ip daddr . meta l4proto . th dport vmap @no-endpoint-services",
@@ -88,52 +90,33 @@ fn service_chain(ServicePort { service, protocol }: ServicePort) -> String {
     format!("service-{}-shop/service-{service:05}/{name}/http", hash(service))
 }
 
-fn endpoint_chain(town: Town, port: ServicePort, endpoint: u32) -> String {
-    let ServicePort { service, protocol } = port;
-    let (ip, name) = (town.endpoint(service, endpoint), protocol.name());
-    let hash = hash(service ^ (endpoint << 24));
-    format!("endpoint-{hash}-shop/service-{service:05}/{name}/http__{ip}/{TARGET_PORT}")
-}
-
 /// One service port with some endpoints of its service.
 fn port(rules: &mut String, town: Town, port: ServicePort, endpoints: &[u32]) {
     let (chain, ip, name) = (service_chain(port), Town::service(port.service), port.protocol.name());
     let _infallible = writeln!(rules, "add chain {TABLE} {chain}");
-    for endpoint in endpoints {
-        endpoint_rules(rules, town, port, *endpoint);
-    }
     if port.protocol == Protocol::Tcp {
         let _infallible = writeln!(rules, "add element {TABLE} cluster-ips {{ {ip} }}");
     }
     let _infallible =
         writeln!(rules, "add element {TABLE} service-ips {{ {ip} . {name} . {PORT} : goto {chain} }}");
-    service_rules(rules, town, port, endpoints);
+    choice(rules, town, port, endpoints);
 }
 
-fn endpoint_rules(rules: &mut String, town: Town, port: ServicePort, endpoint: u32) {
-    let (chain, ip) = (endpoint_chain(town, port, endpoint), town.endpoint(port.service, endpoint));
-    let name = port.protocol.name();
-    let _infallible = write!(
-        rules,
-        "add chain {TABLE} {chain}\n\
-         add rule {TABLE} {chain} ip saddr {ip} jump mark-for-masquerade\n\
-         add rule {TABLE} {chain} meta l4proto {name} dnat to {ip}:{TARGET_PORT}\n"
-    );
-}
-
-fn service_rules(rules: &mut String, town: Town, port: ServicePort, endpoints: &[u32]) {
-    let (chain, ip) = (service_chain(port), Town::service(port.service));
+/// The rule that chooses among the endpoints.
+fn choice(rules: &mut String, town: Town, port: ServicePort, endpoints: &[u32]) {
+    let (chain, name) = (service_chain(port), port.protocol.name());
     let choices: Vec<String> = endpoints
         .iter()
         .enumerate()
-        .map(|(index, endpoint)| format!("{index} : goto {}", endpoint_chain(town, port, *endpoint)))
+        .map(|(index, &endpoint)| {
+            format!("{index} : {} . {TARGET_PORT}", town.endpoint(port.service, endpoint))
+        })
         .collect();
-    let _infallible = write!(
+    let _infallible = writeln!(
         rules,
-        "add rule {TABLE} {chain} ip daddr {ip} ip saddr != {POD_NETWORK} jump mark-for-masquerade\n\
-         add rule {TABLE} {chain} numgen random mod {} vmap {{ {} }}\n",
+        "add rule {TABLE} {chain} meta l4proto {name} dnat ip addr . port to numgen random mod {} map {{ {} }}",
         choices.len(),
-        choices.join(", ")
+        choices.join(" , ")
     );
 }
 
@@ -156,22 +139,13 @@ pub(crate) fn services(town: Town, n_in_transaction: usize) -> Vec<String> {
         .collect()
 }
 
-/// One endpoint of a service in place of another, and back with `is_back`. The chain of the old one stays for a while in
-/// kube-proxy too; here it is the next change that takes it away.
+/// One endpoint of a service in place of another, and back with `is_back`.
 pub(crate) fn change(town: Town, service: u32, is_back: bool) -> String {
     let port = ServicePort { service, protocol: Protocol::Tcp };
-    let spare = town.n_endpoints;
-    let (old, new) = if is_back { (spare, 0) } else { (0, spare) };
+    let new = if is_back { 0 } else { town.n_endpoints };
     let endpoints: Vec<u32> = std::iter::once(new).chain(1..town.n_endpoints).collect();
     let mut rules = format!("flush chain {TABLE} {}\n", service_chain(port));
-    if !is_back {
-        endpoint_rules(&mut rules, town, port, new);
-    }
-    service_rules(&mut rules, town, port, &endpoints);
-    if is_back {
-        let old = endpoint_chain(town, port, old);
-        let _infallible = write!(rules, "flush chain {TABLE} {old}\ndelete chain {TABLE} {old}\n");
-    }
+    choice(&mut rules, town, port, &endpoints);
     rules
 }
 
@@ -183,21 +157,13 @@ mod tests {
     fn one_service_with_two_endpoints() {
         let town = Town { n_services: 2, n_endpoints: 2 };
         let rules = services(town, 1).swap_remove(2);
-        let h = [hash(1), hash(1 ^ (1 << 24))];
+        let chain = service_chain(ServicePort { service: 1, protocol: Protocol::Tcp });
         let expected = format!(
-            "add chain ip kube-proxy service-{0}-shop/service-00001/tcp/http
-add chain ip kube-proxy endpoint-{0}-shop/service-00001/tcp/http__10.128.0.3/8080
-add rule ip kube-proxy endpoint-{0}-shop/service-00001/tcp/http__10.128.0.3/8080 ip saddr 10.128.0.3 jump mark-for-masquerade
-add rule ip kube-proxy endpoint-{0}-shop/service-00001/tcp/http__10.128.0.3/8080 meta l4proto tcp dnat to 10.128.0.3:8080
-add chain ip kube-proxy endpoint-{1}-shop/service-00001/tcp/http__10.128.0.4/8080
-add rule ip kube-proxy endpoint-{1}-shop/service-00001/tcp/http__10.128.0.4/8080 ip saddr 10.128.0.4 jump mark-for-masquerade
-add rule ip kube-proxy endpoint-{1}-shop/service-00001/tcp/http__10.128.0.4/8080 meta l4proto tcp dnat to 10.128.0.4:8080
+            "add chain ip kube-proxy {chain}
 add element ip kube-proxy cluster-ips {{ 10.96.0.2 }}
-add element ip kube-proxy service-ips {{ 10.96.0.2 . tcp . 80 : goto service-{0}-shop/service-00001/tcp/http }}
-add rule ip kube-proxy service-{0}-shop/service-00001/tcp/http ip daddr 10.96.0.2 ip saddr != 10.128.0.0/9 jump mark-for-masquerade
-add rule ip kube-proxy service-{0}-shop/service-00001/tcp/http numgen random mod 2 vmap {{ 0 : goto endpoint-{0}-shop/service-00001/tcp/http__10.128.0.3/8080, 1 : goto endpoint-{1}-shop/service-00001/tcp/http__10.128.0.4/8080 }}
-",
-            h[0], h[1]
+add element ip kube-proxy service-ips {{ 10.96.0.2 . tcp . 80 : goto {chain} }}
+add rule ip kube-proxy {chain} meta l4proto tcp dnat ip addr . port to numgen random mod 2 map {{ 0 : 10.128.0.3 . 8080 , 1 : 10.128.0.4 . 8080 }}
+"
         );
         assert_eq!(rules, expected);
     }
@@ -206,13 +172,9 @@ add rule ip kube-proxy service-{0}-shop/service-00001/tcp/http numgen random mod
     fn names_fit() {
         // The kernel takes 127 characters.
         let town = Town { n_services: 30_000, n_endpoints: 10 };
-        let port = ServicePort { service: 29_999, protocol: Protocol::Udp };
-        assert!(endpoint_chain(town, port, 10).len() < 128);
-        let all: std::collections::BTreeSet<_> = town
-            .ports()
-            .flat_map(|port| (0..11).map(move |endpoint| endpoint_chain(town, port, endpoint)))
-            .collect();
-        assert_eq!(all.len(), town.ports().count() * 11);
+        let all: std::collections::BTreeSet<_> = town.ports().map(service_chain).collect();
+        assert!(all.iter().all(|chain| chain.len() < 128));
+        assert_eq!(all.len(), town.ports().count());
     }
 
     #[test]
@@ -228,12 +190,11 @@ add rule ip kube-proxy service-{0}-shop/service-00001/tcp/http numgen random mod
     }
 
     #[test]
-    fn a_change_and_back_leave_the_same_chains() {
+    fn a_change_and_back_leave_the_same_rule() {
         let town = Town { n_services: 4, n_endpoints: 2 };
+        let rule = |text: &str| text.lines().last().unwrap().to_owned();
         let (there, back) = (change(town, 1, false), change(town, 1, true));
-        let made: Vec<&str> = there.lines().filter_map(|line| line.strip_prefix("add chain ")).collect();
-        let deleted: Vec<&str> = back.lines().filter_map(|line| line.strip_prefix("delete chain ")).collect();
-        assert_eq!(made, deleted);
-        assert!(!back.contains("add chain"));
+        let first = services(town, usize::MAX).swap_remove(0);
+        assert!(first.contains(&rule(&back)) && !first.contains(&rule(&there)), "{there}{back}");
     }
 }
