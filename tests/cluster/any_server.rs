@@ -164,7 +164,9 @@ fn calls_follow(sandbox: &Sandbox, server: &dyn Api) {
 /// Pods of the own node whose annotation says so, for as long as it does.
 #[test]
 fn pods_to_exclude_are_followed() {
-    servers().iter().for_each(|server| pods_of(&**server));
+    for server in servers() {
+        pods_of(&*server);
+    }
 }
 
 fn pods_of(server: &dyn Api) {

@@ -86,7 +86,9 @@ fn places(clusters: &[RandomCluster]) -> BTreeSet<SocketAddr> {
 /// A network namespace in which everybody is there.
 fn populate(netns: &NetNs, places: &BTreeSet<SocketAddr>) -> Servers {
     let ips: BTreeSet<IpAddr> = places.iter().map(SocketAddr::ip).filter(|ip| !ip.is_loopback()).collect();
-    ips.into_iter().for_each(|ip| netns.add_address(ip).unwrap());
+    for ip in ips {
+        netns.add_address(ip).unwrap();
+    }
     let both = |place: &SocketAddr| [(*place, Protocol::Tcp), (*place, Protocol::Udp)];
     netns.run(|| Servers::start(places.iter().flat_map(both)))
 }
