@@ -344,12 +344,13 @@ fn hooks(result: &ResultFile) -> String {
 }
 
 /// Measures with a quantile that has a target, and the target in ns.
-const SYNC_TARGETS: [(&str, &str, &str, f64); 7] = [
+const SYNC_TARGETS: [(&str, &str, &str, f64); 8] = [
     (sync::UNDER_LOAD, "", "p50", 2e6),
     (sync::UNDER_LOAD, "", "p99", 10e6),
     (sync::ONE_BY_ONE, "", "p99", 20e6),
     (sync::READY, "", "max", 50e6),
     (sync::UNREADY, "", "max", 50e6),
+    (sync::MOVED, "", "max", 100e6),
     (sync::COLD_START, "10000 services", "max", 2e9),
     (sync::COLD_START, "44000 services", "max", 10e9),
 ];

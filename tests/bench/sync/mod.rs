@@ -15,6 +15,7 @@ use std::{path::PathBuf, thread, time::Duration};
 use anyhow::Context as _;
 use clap::Args;
 use lb_tests::{Sandbox, apiserver::ApiServer};
+use lb_userspace::kernel::sockets;
 
 use self::{agent::Agent, objects::Size, report::Report, tables::Tables};
 use crate::{
@@ -28,6 +29,8 @@ pub(crate) const UNDER_LOAD: &str = "event to map, many changes at once";
 pub(crate) const ONE_BY_ONE: &str = "event to map, one change at a time";
 /// From the process's start until the maps are right.
 pub(crate) const COLD_START: &str = "process start to maps that are right";
+/// From the server's event that the pod of a connected UDP socket is gone to an answer from the pod in its place.
+pub(crate) const MOVED: &str = "event to the answer of another pod, connected UDP socket";
 /// From the server's event to the end of the first call that reaches a pod.
 pub(crate) const READY: &str = "event to the first call that reaches a ready pod";
 /// From the server's event to the beginning of the last call that reaches a pod.
@@ -194,6 +197,9 @@ fn usual(
             let (ready, unready) = traffic::flips(&server, scale.n_flips)?;
             report.times(READY, &ready);
             report.times(UNREADY, &unready);
+            if sockets::check().is_ok() {
+                report.times(MOVED, &traffic::moves(&server, scale.n_flips)?);
+            }
         }
         agent.end()
     })

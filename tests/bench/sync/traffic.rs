@@ -1,7 +1,9 @@
 //! What a pod's readiness means for calls, and how soon.
 
 use std::{
+    io,
     net::{Ipv4Addr, SocketAddr},
+    process::{Child, Command},
     sync::mpsc::Receiver,
     thread,
     time::{Duration, Instant},
@@ -10,11 +12,13 @@ use std::{
 use anyhow::{Context as _, bail};
 use lb_tests::{
     apiserver::{ApiServer, Kind, Written},
-    client::call,
-    cluster::NAMESPACE,
+    client::{Domain, Socket, call},
+    cluster::{self, NAMESPACE, PortOf},
+    netns::NetNs,
     server::Servers,
 };
-use lb_userspace::model::Protocol::Tcp;
+use lb_userspace::model::Protocol::{self, Tcp, Udp};
+use nix::errno::Errno;
 
 use super::{
     objects::{self, PORT, Pod},
@@ -24,6 +28,8 @@ use super::{
 
 const NAME: &str = "probe";
 const SERVICE: Ipv4Addr = Ipv4Addr::new(10, 111, 0, 1);
+const RESOLVER: &str = "resolver";
+const RESOLVER_SERVICE: Ipv4Addr = Ipv4Addr::new(10, 111, 0, 2);
 /// Calls in a row that must reach another pod until one counts as left alone. Half of the calls would have met it.
 const N_ALONE: u32 = 40;
 
@@ -45,15 +51,15 @@ pub(crate) fn flips(server: &ApiServer, n_flips: u32) -> anyhow::Result<(report:
             SocketAddr::V6(_) => bail!("an IPv4 pod is needed"),
         };
         server.apply(objects::slice(NAME, &[pod(0, ready[0])?, pod(1, ready[1])?]));
-        written_at(&written)
+        written_at(&written, NAME)
     };
     server.apply(objects::service(NAME, SERVICE));
     let _first = set([true, false])?;
-    until(to, pods[0])?;
+    until(to, Tcp, pods[0])?;
     let (mut taken, mut left) = (report::Times::new(), report::Times::new());
     for _ in 0..n_flips {
         let at = set([true, true])?;
-        until(to, pods[1])?;
+        until(to, Tcp, pods[1])?;
         report::record(&mut taken, at.elapsed());
         thread::sleep(Duration::from_millis(5));
         let at = set([true, false])?;
@@ -65,22 +71,82 @@ pub(crate) fn flips(server: &ApiServer, n_flips: u32) -> anyhow::Result<(report:
     Ok((taken, left))
 }
 
-/// When the event of the slice was written.
-fn written_at(written: &Receiver<Written>) -> anyhow::Result<Instant> {
+/// A process by which the agent finds a network namespace. It ends with this value.
+struct Resident(Child);
+
+impl Resident {
+    fn of(netns: &NetNs) -> io::Result<Self> {
+        netns.run(|| Command::new("sleep").arg("1000").spawn()).map(Self)
+    }
+}
+
+impl Drop for Resident {
+    fn drop(&mut self) {
+        let _ended_already = self.0.kill();
+        let _ended_already = self.0.wait();
+    }
+}
+
+/// Takes the pod of a connected UDP socket away a few times and puts another in its place, as a resolver meets it: in a network
+/// namespace that is not the agent's, waiting for an answer.
+///
+/// Returns how long it took from the moment at which the server wrote the event until the socket was ended, connected
+/// anew, and had an answer from the other pod.
+pub(crate) fn moves(server: &ApiServer, n_moves: u32) -> anyhow::Result<report::Times> {
+    let pods = [Ipv4Addr::LOCALHOST, Ipv4Addr::new(127, 0, 0, 2)].map(|ip| SocketAddr::from((ip, 8001)));
+    let to = SocketAddr::from((RESOLVER_SERVICE, PORT));
+    let netns = NetNs::new()?;
+    let (_servers, _resident) = (netns.run(|| Servers::udp(pods)), Resident::of(&netns)?);
+    let written = server.written();
+    let port = PortOf { service: RESOLVER, name: "", protocol: Udp };
+    let set = |pod: SocketAddr| -> anyhow::Result<Instant> {
+        written.try_iter().for_each(drop);
+        let mut slices = cluster::slices(&port, &[pod]);
+        slices[0].metadata.name = Some(RESOLVER.to_owned());
+        server.apply(slices.swap_remove(0));
+        written_at(&written, RESOLVER)
+    };
+    let ports = [cluster::port("", Udp, PORT)];
+    server.apply(cluster::service(RESOLVER, &[RESOLVER_SERVICE.into()], &ports));
+    let _first = set(pods[0])?;
+    netns.run(|| until(to, Udp, pods[0]))?;
+    let socket = netns.run(|| Socket::new(Domain::V4, Udp));
+    socket.connect(to)?;
+    let mut times = report::Times::new();
+    for pod in pods.into_iter().rev().cycle().take(usize::try_from(n_moves)?) {
+        let at = set(pod)?;
+        match socket.receive() {
+            Err(Errno::ECONNABORTED) => {}
+            other => bail!("{other:?} instead of the end of a socket whose pod is gone"),
+        }
+        socket.connect(to)?;
+        let answer = socket.ask()?.server;
+        report::record(&mut times, at.elapsed());
+        if answer != pod {
+            bail!("{answer} answers and not {pod}");
+        }
+    }
+    server.delete(Kind::Slice, NAMESPACE, RESOLVER);
+    server.delete(Kind::Service, NAMESPACE, RESOLVER);
+    Ok(times)
+}
+
+/// When the event of a slice was written.
+fn written_at(written: &Receiver<Written>, name: &str) -> anyhow::Result<Instant> {
     let end = Instant::now() + PATIENCE;
     loop {
         let left = end.saturating_duration_since(Instant::now());
         let event = written.recv_timeout(left).context("no watch is open: has the agent ended?")?;
-        if event.kind == Kind::Slice && event.name.1 == NAME {
+        if event.kind == Kind::Slice && event.name.1 == name {
             return Ok(event.at);
         }
     }
 }
 
 /// Calls until a pod answers.
-fn until(to: SocketAddr, pod: SocketAddr) -> anyhow::Result<()> {
+fn until(to: SocketAddr, protocol: Protocol, pod: SocketAddr) -> anyhow::Result<()> {
     let end = Instant::now() + PATIENCE;
-    while call(to, Tcp) != Ok(pod) {
+    while call(to, protocol) != Ok(pod) {
         if Instant::now() > end {
             bail!("{to} never reaches {pod}");
         }
