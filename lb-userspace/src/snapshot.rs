@@ -16,7 +16,7 @@
 
 use std::{
     fs::{self, File},
-    io::{self, BufRead, BufReader, Read, Write},
+    io::{self, BufRead, BufReader, BufWriter, Read, Write},
     net::IpAddr,
     path::{Path, PathBuf},
     sync::Arc,
@@ -130,14 +130,48 @@ impl Contents {
     pub fn write(&self, state_dir: &Path) -> Result<(), SnapshotError> {
         let (path, new) = (state_dir.join(FILE_NAME), state_dir.join(format!("{FILE_NAME}.new")));
         let error = |source| SnapshotError::Io { path: path.clone(), source };
-        let body = serde_json::to_vec(self).map_err(|source| error(source.into()))?;
+        let mut digest = BufWriter::new(Digest::default());
+        let header = self.serialize_into(&mut digest).map(|()| digest.get_ref().header()).map_err(error)?;
         fs::create_dir_all(state_dir).map_err(error)?;
-        let mut file = File::create(&new).map_err(error)?;
-        file.write_all(header(&body).as_bytes())
-            .and_then(|()| file.write_all(&body))
-            .and_then(|()| file.sync_data())
+        let mut file = BufWriter::new(File::create(&new).map_err(error)?);
+        file.write_all(header.as_bytes())
+            .and_then(|()| self.serialize_into(&mut file))
+            .and_then(|()| file.get_ref().sync_data())
             .and_then(|()| fs::rename(&new, &path))
             .map_err(error)
+    }
+
+    /// Twice for one snapshot: the first line tells of what follows. In memory it would be as large as all that the agent
+    /// keeps of the same objects.
+    fn serialize_into(&self, writer: &mut impl Write) -> io::Result<()> {
+        serde_json::to_writer(&mut *writer, self)?;
+        writer.flush()
+    }
+}
+
+/// The length and checksum of what is written.
+#[derive(Default)]
+struct Digest {
+    n_bytes: usize,
+    checksum: crc32fast::Hasher,
+}
+
+impl Digest {
+    fn header(&self) -> String {
+        let checksum = self.checksum.clone().finalize();
+        format!("socklb-snapshot format={FORMAT} bytes={} crc32={checksum:08x}\n", self.n_bytes)
+    }
+}
+
+impl Write for Digest {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.n_bytes += bytes.len();
+        self.checksum.update(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
     }
 }
 
@@ -189,7 +223,9 @@ impl Snapshot {
 }
 
 fn header(body: &[u8]) -> String {
-    format!("socklb-snapshot format={FORMAT} bytes={} crc32={:08x}\n", body.len(), crc32fast::hash(body))
+    let mut checksum = crc32fast::Hasher::new();
+    checksum.update(body);
+    Digest { n_bytes: body.len(), checksum }.header()
 }
 
 fn decode(found: &str, body: &[u8]) -> Result<Snapshot, String> {
