@@ -16,7 +16,7 @@ use lb_tests::{
     server::Servers,
 };
 use lb_userspace::{
-    kernel::{Features, Options, pins},
+    kernel::{Features, Options, pins, sockets::SocketTable},
     model::Protocol::{Tcp, Udp},
 };
 use nix::{
@@ -240,13 +240,16 @@ fn a_million_sockets_leave_nothing_behind() {
             // Socket storage is the kernel's to free: a tenth of the sockets shows whether it does.
             connect_and_close(if has_slots { n_cycles() } else { n_cycles() / 10 });
             // A program that looks through /proc, as monitoring does, keeps a socket open for a moment longer.
-            for _ in 0..100 {
+            for _ in 0..300 {
                 if n_taken(sandbox) == 0 {
                     break;
                 }
                 thread::sleep(Duration::from_millis(100));
             }
-            assert_eq!(n_taken(sandbox), 0);
+            if n_taken(sandbox) > 0 {
+                let table = SocketTable::open(&options.pin_path, options.features).unwrap();
+                panic!("{} slots are still taken: {:?}", n_taken(sandbox), table.records());
+            }
             if has_slots {
                 // Eight sockets at a time, of which three would have to meet in one of 4096 sets.
                 assert!(n_spills(sandbox) < 100, "{} spills", n_spills(sandbox));
