@@ -49,7 +49,7 @@ fn check(to: FrontendAddress, explained: &Explanation) {
         }
         ("refused", Some(_)) => {
             // Before kernel 5.18 a datagram socket learns it by another error.
-            let errno = call().expect_err("a refusal");
+            let errno = call().unwrap_err();
             let is_old = to.protocol == Protocol::Udp && !Features::probe().set_retval;
             assert!(
                 errno == Errno::ECONNREFUSED || (is_old && errno == Errno::EINVAL),
