@@ -1,11 +1,9 @@
 //! Long-lived sockets of programs in other network namespaces, when the pod behind them goes.
 
-use std::process::{Child, Command};
-
 use lb_tests::{
     Feature,
     client::{Domain, Socket},
-    netns::NetNs,
+    netns::Resident,
     require,
 };
 use lb_userspace::model::Protocol;
@@ -17,22 +15,6 @@ use crate::{
     town,
 };
 
-/// A process in a pod, by which the agent finds the pod's network namespace. It ends with this value.
-struct Process(Child);
-
-impl Process {
-    fn start(netns: &NetNs) -> Self {
-        Self(netns.run(|| Command::new("sleep").arg("1000").spawn().unwrap()))
-    }
-}
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        let _ended_already = self.0.kill();
-        let _ended_already = self.0.wait();
-    }
-}
-
 #[test]
 fn the_agent_ends_udp_sockets_whose_pod_is_gone() {
     if !require(Feature::SocketDestroy) {
@@ -43,7 +25,7 @@ fn the_agent_ends_udp_sockets_whose_pod_is_gone() {
         let agent = place.start_with(&LISTEN);
         eventually("the service answers", || is_up(town::web()[0]));
         let (service, pod) = (town::dns()[0], &town.pods[0]);
-        let _process = Process::start(&pod.netns);
+        let _process = Resident::of(&pod.netns).unwrap();
         let in_pod = pod.netns.run(|| Socket::new(Domain::V4, Protocol::Udp));
         let on_node = Socket::new(Domain::Mapped, Protocol::Udp);
         let tcp = Socket::new(Domain::V4, Protocol::Tcp);

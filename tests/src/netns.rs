@@ -7,6 +7,7 @@ use std::{
     os::fd::{AsFd, AsRawFd},
     panic,
     path::Path,
+    process::{Child, Command},
     thread,
     time::Duration,
 };
@@ -115,6 +116,28 @@ impl NetNs {
             give_addresses(name, here)
         })?;
         other.run(|| give_addresses(other_name, there))
+    }
+}
+
+/// A process in a network namespace, by which the agent finds it. It ends with this value.
+#[derive(Debug)]
+pub struct Resident(Child);
+
+impl Resident {
+    /// Starts one.
+    ///
+    /// # Errors
+    ///
+    /// If `sleep` cannot be started.
+    pub fn of(netns: &NetNs) -> io::Result<Self> {
+        netns.run(|| Command::new("sleep").arg("1000").spawn()).map(Self)
+    }
+}
+
+impl Drop for Resident {
+    fn drop(&mut self) {
+        let _ended_already = self.0.kill();
+        let _ended_already = self.0.wait();
     }
 }
 

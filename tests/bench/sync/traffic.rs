@@ -1,9 +1,7 @@
 //! What a pod's readiness means for calls, and how soon.
 
 use std::{
-    io,
     net::{Ipv4Addr, SocketAddr},
-    process::{Child, Command},
     sync::mpsc::Receiver,
     thread,
     time::{Duration, Instant},
@@ -14,7 +12,7 @@ use lb_tests::{
     apiserver::{ApiServer, Kind, Written},
     client::{Domain, Socket, call},
     cluster::{self, NAMESPACE, PortOf},
-    netns::NetNs,
+    netns::{NetNs, Resident},
     server::Servers,
 };
 use lb_userspace::model::Protocol::{self, Tcp, Udp};
@@ -69,22 +67,6 @@ pub(crate) fn flips(server: &ApiServer, n_flips: u32) -> anyhow::Result<(report:
     server.delete(Kind::Slice, NAMESPACE, NAME);
     server.delete(Kind::Service, NAMESPACE, NAME);
     Ok((taken, left))
-}
-
-/// A process by which the agent finds a network namespace. It ends with this value.
-struct Resident(Child);
-
-impl Resident {
-    fn of(netns: &NetNs) -> io::Result<Self> {
-        netns.run(|| Command::new("sleep").arg("1000").spawn()).map(Self)
-    }
-}
-
-impl Drop for Resident {
-    fn drop(&mut self) {
-        let _ended_already = self.0.kill();
-        let _ended_already = self.0.wait();
-    }
 }
 
 /// Takes the pod of a connected UDP socket away a few times and puts another in its place, as a resolver meets it: in a network

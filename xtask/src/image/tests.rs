@@ -122,7 +122,7 @@ struct Containerd {
 
 impl Containerd {
     fn start() -> Self {
-        // Configuration is read before the mounts are made; the plug-ins left out want programs or devices of their own.
+        // The plug-in left out would want a network for pods.
         const START: &str = "mount -t bpf none \"$1/bpf\" && exec containerd --config \"$1/config.toml\"";
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().display().to_string();
@@ -198,6 +198,7 @@ fn containerd_runs_the_image() {
     let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
     let archive = archive(&tree(workspace, &small).unwrap()).unwrap();
     assert!(archive.len() < MAX_BYTES, "{} bytes", archive.len());
+    let _layer = read(&archive);
     let file = containerd.directory.path().join("image.tar");
     fs::write(&file, archive).unwrap();
     let imported = containerd.ctr(&["images", "import", file.to_str().unwrap()]);
