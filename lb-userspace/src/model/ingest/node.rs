@@ -1,3 +1,5 @@
+use std::collections::BTreeSet;
+
 use k8s_openapi::api::core::v1 as api;
 
 use super::{Report, TO_BE_DELETED, ZONE};
@@ -16,7 +18,8 @@ pub fn node(object: &api::Node) -> (Option<Node>, Vec<Issue>) {
         report.add(IssueKind::NoName);
         return (None, report.issues);
     }
-    let mut addresses = Vec::new();
+    // An object may list tens of thousands: what was listed before is looked up, not searched for.
+    let (mut addresses, mut listed_before) = (Vec::new(), BTreeSet::new());
     for wanted in ["InternalIP", "ExternalIP"] {
         let listed =
             object.status.as_ref().and_then(|status| status.addresses.as_deref()).unwrap_or_default();
@@ -26,8 +29,8 @@ pub fn node(object: &api::Node) -> (Option<Node>, Vec<Issue>) {
                 ip => ip,
             };
             match ip {
-                Some(ip) if addresses.contains(&ip) => {}
-                Some(ip) => addresses.push(ip),
+                Some(ip) if listed_before.insert(ip) => addresses.push(ip),
+                Some(_) => {}
                 None => report.add(IssueKind::InvalidAddress {
                     field: format!("status.addresses[{index}].address"),
                     value: address.address.clone(),

@@ -270,6 +270,8 @@ fn health_check_node_port(
 
 fn ports(report: &mut Report, ports: &[api::ServicePort], service_type: ServiceType) -> Vec<ServicePort> {
     let mut good: Vec<ServicePort> = Vec::with_capacity(ports.len());
+    // An object may list tens of thousands: what was taken before is looked up, not searched for.
+    let (mut names, mut numbers, mut node_ports) = (BTreeSet::new(), BTreeSet::new(), BTreeSet::new());
     for (index, port) in ports.iter().enumerate() {
         let number = report.port(|| format!("spec.ports[{index}].port"), port.port);
         let protocol = report.protocol(|| format!("spec.ports[{index}].protocol"), port.protocol.as_deref());
@@ -277,23 +279,23 @@ fn ports(report: &mut Report, ports: &[api::ServicePort], service_type: ServiceT
             continue;
         };
         let name = port.name.as_deref().unwrap_or_default();
-        let mut earlier = good.iter().filter(|earlier| earlier.protocol == protocol);
-        if earlier.clone().any(|earlier| &*earlier.name == name) {
+        if names.contains(&(protocol, name)) {
             let field = format!("spec.ports[{index}].name");
             report
                 .add(IssueKind::DuplicatePort { field, value: format!("the name {name:?} for {protocol}") });
             continue;
         }
-        if earlier.any(|earlier| earlier.port == number) {
+        if !numbers.insert((protocol, number)) {
             let field = format!("spec.ports[{index}].port");
             report.add(IssueKind::DuplicatePort { field, value: format!("{protocol} {number}") });
             continue;
         }
+        names.insert((protocol, name));
         if protocol == Protocol::Sctp {
             report.add(IssueKind::NotServed { field: format!("spec.ports[{index}]"), protocol });
         }
         let node_port = node_port(report, index, port.node_port, service_type, |number| {
-            good.iter().any(|earlier| earlier.protocol == protocol && earlier.node_port == Some(number))
+            !node_ports.insert((protocol, number))
         });
         good.push(ServicePort { name: name.into(), protocol, port: number, node_port });
     }

@@ -432,3 +432,13 @@ fn r10_an_annotation_that_cannot_be_read_is_reported() {
         assert!(texts.iter().all(is_named), "{texts:?}");
     }
 }
+
+/// Every port that there is, each twice: an object is no reason to stall.
+#[test]
+fn a_service_may_list_every_port() {
+    let once = (1..=u16::MAX).map(|port| json!({"name": format!("p{port}"), "port": port, "nodePort": port}));
+    let ports: Vec<Value> = once.clone().chain(once).collect();
+    let (service, issues) = ingest_service(&json!({"spec": {"type": "NodePort", "ports": ports}}));
+    assert_eq!(service.unwrap().ports.len(), usize::from(u16::MAX));
+    assert_eq!(issues.len(), usize::from(u16::MAX));
+}
