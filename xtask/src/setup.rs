@@ -4,7 +4,9 @@
 
 use std::env;
 use std::fs;
-use std::path::Path;
+use std::io;
+use std::os::unix;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread;
 use std::time::Duration;
@@ -319,9 +321,9 @@ fn install_packages(packages: &[Package]) -> Result<()> {
         Privilege::Root => {}
     }
     let log = cache_dir()?.join("setup.log");
-    if packages.iter().any(|package| !has_candidate(&package.name)) {
+    if without_candidate(packages).is_some() {
         update_package_lists(privilege, &log, &by_hand)?;
-        if let Some(package) = packages.iter().find(|package| !has_candidate(&package.name)) {
+        if let Some(package) = without_candidate(packages) {
             bail!(
                 "apt knows no package {}: enable main, updates and security of this Debian release in apt's sources, \
                  or install what brings it by other means",
@@ -386,27 +388,57 @@ fn update_package_lists(privilege: Privilege, log: &Path, by_hand: &str) -> Resu
     update()
 }
 
-/// True when apt could install the package.
-fn has_candidate(package: &str) -> bool {
+/// The first package that apt could not install.
+fn without_candidate(packages: &[Package]) -> Option<&Package> {
     let mut policy = Command::new("apt-cache");
-    policy.env("LC_ALL", "C").args(["policy", package]);
-    process::capture(&mut policy).is_ok_and(|text| policy_has_candidate(&text))
+    policy.env("LC_ALL", "C").arg("policy").args(packages.iter().map(|package| &package.name));
+    let text = process::capture(&mut policy).unwrap_or_default();
+    packages.iter().find(|package| !policy_has_candidate(&text, &package.name))
 }
 
-fn policy_has_candidate(text: &str) -> bool {
+/// Reads `apt-cache policy`, which has a block for each package that it knows: the name, a colon, and indented lines.
+fn policy_has_candidate(text: &str, package: &str) -> bool {
     text.lines()
+        .skip_while(|line| line.strip_suffix(':') != Some(package))
+        .skip(1)
+        .take_while(|line| line.starts_with(' '))
         .find_map(|line| line.trim_start().strip_prefix("Candidate:"))
         .is_some_and(|version| version.trim() != "(none)")
+}
+
+/// Makes the folder that bpf-linker's build looks for LLVM in. The linker asks for `libLLVM.so`, a name that only the
+/// development packages have.
+fn llvm_prefix(root: &Path) -> Result<PathBuf> {
+    let Some(library) = toolchain::llvm_library() else {
+        bail!(
+            "there is no libLLVM {} in this machine's library folder, although rustc-web needs it: run `apt-get install \
+             --reinstall libllvm{}` as root",
+            toolchain::DEBIAN_LLVM,
+            toolchain::DEBIAN_LLVM
+        );
+    };
+    let prefix = root.join("llvm");
+    let (folder, link) = (prefix.join("lib"), prefix.join("lib/libLLVM.so"));
+    fs::create_dir_all(&folder)
+        .with_context(|| format!("cannot make {}: check its owner", folder.display()))?;
+    // One of an earlier build may lead to a file that is gone.
+    let made = match fs::remove_file(&link) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => unix::fs::symlink(&library, &link),
+    };
+    made.with_context(|| format!("cannot make {}: check the folder's owner", link.display()))?;
+    Ok(prefix)
 }
 
 fn install_linker() -> Result<()> {
     let version = toolchain::LINKER_VERSION;
     let root = toolchain::linker_root()?;
     let target = env::temp_dir().join(format!("bpf-linker-build-{}", std::process::id()));
+    let prefix = llvm_prefix(&root)?;
     step(&format!("building bpf-linker {version} (about a minute)"));
     // Its own release profile optimises across all crates, which takes longer to build than all links of a year save: the
     // work is done by LLVM, which comes compiled.
-    let quick = [("OPT_LEVEL", "1"), ("LTO", "off"), ("DEBUG", "false"), ("CODEGEN_UNITS", "16")];
+    let quick = [("OPT_LEVEL", "0"), ("LTO", "off"), ("DEBUG", "false"), ("CODEGEN_UNITS", "16")];
     let mut install = process::cargo();
     install
         .args(["install", "bpf-linker", "--version", version, "--locked", "--force", "--no-default-features"])
@@ -417,11 +449,9 @@ fn install_linker() -> Result<()> {
         .env("CARGO_TARGET_DIR", &target)
         .envs(quick.map(|(key, value)| (format!("CARGO_PROFILE_RELEASE_{key}"), value)))
         // Without it the build finds another LLVM or none.
-        .env("LLVM_PREFIX", toolchain::llvm_prefix());
-    let result = process::run(
-        &mut install,
-        "check that crates.io answers and that the packages listed above are installed",
-    );
+        .env("LLVM_PREFIX", prefix);
+    let result =
+        process::run(&mut install, "check that crates.io answers, then run `cargo xtask setup` again");
     if target.exists() {
         fs::remove_dir_all(&target)
             .with_context(|| format!("cannot delete {}: delete it", target.display()))?;
@@ -485,8 +515,11 @@ mod tests {
 
     #[test]
     fn reads_candidates() {
-        assert!(policy_has_candidate("curl:\n  Installed: (none)\n  Candidate: 7.88.1\n"));
-        assert!(!policy_has_candidate("curl:\n  Installed: (none)\n  Candidate: (none)\n"));
-        assert!(!policy_has_candidate(""));
+        let text = "curl:\n  Installed: (none)\n  Candidate: 7.88.1\n  Version table:\n     7.88.1 500\n\
+                    dig:\n  Installed: (none)\n  Candidate: (none)\n";
+        assert!(policy_has_candidate(text, "curl"));
+        assert!(!policy_has_candidate(text, "dig"));
+        assert!(!policy_has_candidate(text, "ip"));
+        assert!(!policy_has_candidate("", "curl"));
     }
 }

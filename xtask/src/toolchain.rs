@@ -7,6 +7,7 @@
 
 use std::env;
 use std::fmt;
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -91,9 +92,20 @@ pub(crate) fn linker_root() -> Result<PathBuf> {
     Ok(cache_dir()?.join(format!("bpf-linker-{LINKER_VERSION}")))
 }
 
-/// Where LLVM's libraries of Debian's packages are.
-pub(crate) fn llvm_prefix() -> PathBuf {
-    PathBuf::from(format!("/usr/lib/llvm-{DEBIAN_LLVM}"))
+/// The libLLVM that Debian's rustc is linked with, if it is installed.
+///
+/// bpf-linker is linked with the same file. It needs nothing else of LLVM: its bindings bring their declarations, so that
+/// `llvm-22-dev`, a gigabyte of headers and static libraries, is not asked for.
+pub(crate) fn llvm_library() -> Option<PathBuf> {
+    let multiarch = format!("/usr/lib/{}-linux-gnu", env::consts::ARCH);
+    let name = format!("libLLVM.so.{DEBIAN_LLVM}");
+    let mut files: Vec<_> = fs::read_dir(multiarch)
+        .ok()?
+        .filter_map(|entry| entry.ok().map(|entry| entry.path()))
+        .filter(|path| path.file_name().is_some_and(|file| file.to_string_lossy().starts_with(&name)))
+        .collect();
+    files.sort();
+    files.pop()
 }
 
 /// A toolchain that the user asks for instead of the first that works.
@@ -131,8 +143,6 @@ pub(crate) struct Facts {
     pub(crate) cached_linker: PathBuf,
     /// Setup's bpf-linker is there and runs.
     pub(crate) cached_linker_works: bool,
-    /// The packages that bpf-linker is built against are installed.
-    pub(crate) has_llvm_packages: bool,
 }
 
 /// What the chosen toolchain still lacks.
@@ -184,12 +194,6 @@ pub(crate) fn choose(facts: &Facts, with_clippy: bool) -> Result<(BpfToolchain, 
         need("rust-web-clippy", "lints lb-ebpf on the BPF target; must match rustc-web");
     }
     if !facts.cached_linker_works {
-        if !facts.has_llvm_packages {
-            need(&format!("llvm-{DEBIAN_LLVM}-dev"), "bpf-linker is built against it");
-            need(&format!("libpolly-{DEBIAN_LLVM}-dev"), "bpf-linker is built against it");
-            need("libzstd-dev", "bpf-linker is built against it");
-            need("zlib1g-dev", "bpf-linker is built against it");
-        }
         gaps.needs_linker = true;
     }
     Ok((BpfToolchain::Debian { linker: facts.cached_linker.clone() }, gaps))
@@ -213,8 +217,6 @@ pub(crate) fn observe() -> Result<Facts> {
         .as_ref()
         .is_some_and(|sysroot| sysroot.join("lib/rustlib/src/rust/library/core/src/lib.rs").exists());
     let cached_linker = linker_root()?.join("bin/bpf-linker");
-    let prefix = llvm_prefix();
-    let multiarch = PathBuf::from(format!("/usr/lib/{}-linux-gnu", env::consts::ARCH));
     Ok(Facts {
         wanted,
         has_nightly_with_sources,
@@ -226,10 +228,6 @@ pub(crate) fn observe() -> Result<Facts> {
         has_debian_clippy: Path::new(DEBIAN_CLIPPY).exists(),
         cached_linker_works: linker_works(&cached_linker),
         cached_linker,
-        has_llvm_packages: prefix.join("bin/llvm-config").exists()
-            && prefix.join("lib/libPolly.a").exists()
-            && multiarch.join("libzstd.so").exists()
-            && multiarch.join("libz.so").exists(),
     })
 }
 
@@ -279,7 +277,6 @@ pub(crate) mod tests {
             has_debian_clippy: false,
             cached_linker: PathBuf::from("/cache/bpf-linker"),
             cached_linker_works: false,
-            has_llvm_packages: false,
         }
     }
 
@@ -324,16 +321,7 @@ pub(crate) mod tests {
 
     #[test]
     fn a_bare_machine_needs_all_of_debians_pair() {
-        let expected = [
-            "rustc-web",
-            "cargo-web",
-            "rust-web-src",
-            "llvm-22-dev",
-            "libpolly-22-dev",
-            "libzstd-dev",
-            "zlib1g-dev",
-        ];
-        assert_eq!(packages(&bare(), false), expected);
+        assert_eq!(packages(&bare(), false), ["rustc-web", "cargo-web", "rust-web-src"]);
         assert!(choose(&bare(), false).unwrap().1.needs_linker);
         assert!(packages(&bare(), true).contains(&"rust-web-clippy".to_owned()));
     }
@@ -345,8 +333,8 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn a_broken_linker_is_rebuilt_from_packages_that_are_there() {
-        let facts = Facts { cached_linker_works: false, has_llvm_packages: true, ..complete() };
+    fn a_broken_linker_is_built_again() {
+        let facts = Facts { cached_linker_works: false, ..complete() };
         let (_, gaps) = choose(&facts, true).unwrap();
         assert_eq!(gaps, Gaps { needs_linker: true, ..Gaps::default() });
     }
