@@ -69,10 +69,10 @@ pub(crate) fn command(workspace: &Workspace, args: &[String]) -> Result<()> {
     step("building socklb and the tests");
     let mut build = process::cargo();
     // One command with all test targets, not `build::socklb` first: with other packages selected, cargo enables other
-    // features and compiles many crates a second time.
+    // features and compiles many crates a second time. Cargo adds the executables of lb-tests, which its tests start.
     build
         .current_dir(&workspace.root)
-        .args(["build", "--bins", "--tests", "--features", FEATURES])
+        .args(["build", "--tests", "--bin", "socklb", "--features", FEATURES])
         .env(build::OBJECT_VARIABLE, &object);
     process::run(&mut build, "correct the errors above")?;
     let binary = workspace.socklb(false);
