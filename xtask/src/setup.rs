@@ -242,8 +242,9 @@ pub(crate) fn ensure(purposes: &[Purpose]) -> Result<BpfToolchain> {
     if !packages.is_empty() {
         install_packages(&packages)?;
     }
-    if gaps.needs_linker {
-        install_linker()?;
+    let facts = verify_packages(with_clippy)?;
+    if let (true, Some(library)) = (gaps.needs_linker, &facts.llvm_library) {
+        install_linker(library)?;
     }
     if !components.is_empty() {
         let mut rustup = Command::new("rustup");
@@ -255,15 +256,14 @@ pub(crate) fn ensure(purposes: &[Purpose]) -> Result<BpfToolchain> {
         rustup.args(["component", "add", "--toolchain", "nightly", "clippy"]);
         process::run(&mut rustup, "choose a nightly that has clippy")?;
     }
-    verify(with_clippy)?;
     step("setup: complete");
     Ok(chosen)
 }
 
 /// Looks again after installing: an old package source may have delivered an old compiler.
-fn verify(with_clippy: bool) -> Result<()> {
-    let (chosen, gaps) =
-        toolchain::choose(&toolchain::observe()?, with_clippy).map_err(|remedy| anyhow!(remedy))?;
+fn verify_packages(with_clippy: bool) -> Result<toolchain::Facts> {
+    let facts = toolchain::observe()?;
+    let (_, gaps) = toolchain::choose(&facts, with_clippy).map_err(|remedy| anyhow!(remedy))?;
     if let Some((name, reason)) = gaps.packages.first() {
         bail!(
             "{name} was installed but is not usable ({reason}; LLVM {} is needed): enable the security archive of \
@@ -271,12 +271,7 @@ fn verify(with_clippy: bool) -> Result<()> {
             toolchain::DEBIAN_LLVM
         );
     }
-    if gaps.needs_linker {
-        bail!(
-            "{chosen} does not run after it was built: delete that folder and run `cargo xtask setup` again"
-        );
-    }
-    Ok(())
+    Ok(facts)
 }
 
 fn missing_components() -> Vec<&'static str> {
@@ -408,15 +403,7 @@ fn policy_has_candidate(text: &str, package: &str) -> bool {
 
 /// Makes the folder that bpf-linker's build looks for LLVM in. The linker asks for `libLLVM.so`, a name that only the
 /// development packages have.
-fn llvm_prefix(root: &Path) -> Result<PathBuf> {
-    let Some(library) = toolchain::llvm_library() else {
-        bail!(
-            "there is no libLLVM {} in this machine's library folder, although rustc-web needs it: run `apt-get install \
-             --reinstall libllvm{}` as root",
-            toolchain::DEBIAN_LLVM,
-            toolchain::DEBIAN_LLVM
-        );
-    };
+fn llvm_prefix(root: &Path, library: &Path) -> Result<PathBuf> {
     let prefix = root.join("llvm");
     let (folder, link) = (prefix.join("lib"), prefix.join("lib/libLLVM.so"));
     fs::create_dir_all(&folder)
@@ -424,17 +411,17 @@ fn llvm_prefix(root: &Path) -> Result<PathBuf> {
     // One of an earlier build may lead to a file that is gone.
     let made = match fs::remove_file(&link) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-        _ => unix::fs::symlink(&library, &link),
+        _ => unix::fs::symlink(library, &link),
     };
     made.with_context(|| format!("cannot make {}: check the folder's owner", link.display()))?;
     Ok(prefix)
 }
 
-fn install_linker() -> Result<()> {
+fn install_linker(library: &Path) -> Result<()> {
     let version = toolchain::LINKER_VERSION;
     let root = toolchain::linker_root()?;
     let target = env::temp_dir().join(format!("bpf-linker-build-{}", std::process::id()));
-    let prefix = llvm_prefix(&root)?;
+    let prefix = llvm_prefix(&root, library)?;
     step(&format!("building bpf-linker {version} (about a minute)"));
     // Its own release profile optimises across all crates, which takes longer to build than all links of a year save: the
     // work is done by LLVM, which comes compiled.
@@ -456,7 +443,16 @@ fn install_linker() -> Result<()> {
         fs::remove_dir_all(&target)
             .with_context(|| format!("cannot delete {}: delete it", target.display()))?;
     }
-    result
+    result?;
+    let linker = root.join("bin/bpf-linker");
+    if !toolchain::linker_works(&linker) {
+        bail!(
+            "{} does not run after it was built: delete {} and run `cargo xtask setup` again",
+            linker.display(),
+            root.display()
+        );
+    }
+    Ok(())
 }
 
 /// Runs `cargo xtask setup`.

@@ -92,11 +92,8 @@ pub(crate) fn linker_root() -> Result<PathBuf> {
     Ok(cache_dir()?.join(format!("bpf-linker-{LINKER_VERSION}")))
 }
 
-/// The libLLVM that Debian's rustc is linked with, if it is installed.
-///
-/// bpf-linker is linked with the same file. It needs nothing else of LLVM: its bindings bring their declarations, so that
-/// `llvm-22-dev`, a gigabyte of headers and static libraries, is not asked for.
-pub(crate) fn llvm_library() -> Option<PathBuf> {
+/// Where Debian's libLLVM is, if it is installed.
+fn llvm_library() -> Option<PathBuf> {
     let multiarch = format!("/usr/lib/{}-linux-gnu", env::consts::ARCH);
     let name = format!("libLLVM.so.{DEBIAN_LLVM}");
     let mut files: Vec<_> = fs::read_dir(multiarch)
@@ -143,6 +140,8 @@ pub(crate) struct Facts {
     pub(crate) cached_linker: PathBuf,
     /// Setup's bpf-linker is there and runs.
     pub(crate) cached_linker_works: bool,
+    /// The libLLVM that Debian's rustc is linked with, and that bpf-linker will be.
+    pub(crate) llvm_library: Option<PathBuf>,
 }
 
 /// What the chosen toolchain still lacks.
@@ -194,6 +193,12 @@ pub(crate) fn choose(facts: &Facts, with_clippy: bool) -> Result<(BpfToolchain, 
         need("rust-web-clippy", "lints lb-ebpf on the BPF target; must match rustc-web");
     }
     if !facts.cached_linker_works {
+        if facts.llvm_library.is_none() {
+            // Of LLVM it needs nothing else: its bindings bring their declarations, and `llvm-22-dev`, a gigabyte of
+            // headers and static libraries, is not asked for. Named although rustc-web brings it: where apt knows only
+            // a former rustc-web it knows no such package, and its lists are renewed.
+            need(&format!("libllvm{DEBIAN_LLVM}"), "bpf-linker is linked with it");
+        }
         gaps.needs_linker = true;
     }
     Ok((BpfToolchain::Debian { linker: facts.cached_linker.clone() }, gaps))
@@ -227,6 +232,7 @@ pub(crate) fn observe() -> Result<Facts> {
         has_debian_sources: Path::new(DEBIAN_CORE).exists(),
         has_debian_clippy: Path::new(DEBIAN_CLIPPY).exists(),
         cached_linker_works: linker_works(&cached_linker),
+        llvm_library: llvm_library(),
         cached_linker,
     })
 }
@@ -277,6 +283,7 @@ pub(crate) mod tests {
             has_debian_clippy: false,
             cached_linker: PathBuf::from("/cache/bpf-linker"),
             cached_linker_works: false,
+            llvm_library: None,
         }
     }
 
@@ -288,6 +295,7 @@ pub(crate) mod tests {
             has_debian_sources: true,
             has_debian_clippy: true,
             cached_linker_works: true,
+            llvm_library: Some(PathBuf::from("/lib/libLLVM.so.22.1")),
             ..bare()
         }
     }
@@ -321,7 +329,7 @@ pub(crate) mod tests {
 
     #[test]
     fn a_bare_machine_needs_all_of_debians_pair() {
-        assert_eq!(packages(&bare(), false), ["rustc-web", "cargo-web", "rust-web-src"]);
+        assert_eq!(packages(&bare(), false), ["rustc-web", "cargo-web", "rust-web-src", "libllvm22"]);
         assert!(choose(&bare(), false).unwrap().1.needs_linker);
         assert!(packages(&bare(), true).contains(&"rust-web-clippy".to_owned()));
     }
