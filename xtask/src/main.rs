@@ -15,7 +15,6 @@ mod fuzz;
 mod image;
 mod kernel_matrix;
 mod lint;
-mod man;
 mod process;
 mod run;
 mod setup;
@@ -64,12 +63,6 @@ enum Command {
     Fuzz(fuzz::Options),
     /// Writes a container image of `socklb` as an archive, without a container engine
     Image(image::Options),
-    /// Writes the manual pages of `socklb` and its commands
-    Man {
-        /// The folder [default: target/man]
-        #[arg(value_name = "DIR")]
-        directory: Option<std::path::PathBuf>,
-    },
     /// Runs the kernel tests on other kernels, in QEMU
     KernelMatrix(kernel_matrix::Options),
 }
@@ -86,7 +79,6 @@ fn dispatch(command: Command) -> anyhow::Result<()> {
         Command::Chaos(options) => chaos::command(&workspace, &options),
         Command::Fuzz(options) => fuzz::command(&workspace, &options),
         Command::Image(options) => image::command(&workspace, &options),
-        Command::Man { directory } => man::command(&workspace, directory),
         Command::KernelMatrix(options) => kernel_matrix::command(&workspace, &options),
     }
 }

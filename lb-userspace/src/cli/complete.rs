@@ -89,10 +89,12 @@ mod tests {
         let pages = pages(Cli::command()).unwrap();
         let names: Vec<&str> = pages.iter().map(|(name, _)| name.as_str()).collect();
         assert_eq!(names[0], "socklb.1");
-        for name in ["socklb-run.1", "socklb-status.1", "socklb-cleanup.1", "socklb-completions.1"] {
+        for name in
+            ["socklb-run.1", "socklb-status.1", "socklb-cleanup.1", "socklb-completions.1", "socklb-man.1"]
+        {
             assert!(names.contains(&name), "{name} is not among {names:?}");
         }
-        assert!(!names.iter().any(|name| name.contains("man") || name.contains("client")), "{names:?}");
+        assert!(!names.iter().any(|name| name.contains("client") || name.contains("calls")), "{names:?}");
         let (_, run) = pages.iter().find(|(name, _)| name == "socklb-run.1").unwrap();
         let run = String::from_utf8_lossy(run);
         assert!(run.contains(".TH socklb-run 1"), "{run}");

@@ -69,7 +69,6 @@ enum Command {
     /// Print a completion script for a shell, to be sourced or put where the shell looks for them.
     Completions(complete::CompletionsArgs),
     /// Write the manual pages of all commands into a folder.
-    #[command(hide = true)]
     Man(complete::ManArgs),
     /// The calls of the agent's self-test.
     #[command(hide = true)]
