@@ -46,7 +46,8 @@ impl Rendered {
 }
 
 /// What an API server of the version that k8s-openapi stands for would complain about with
-/// `fieldValidation: Strict`: a field that it does not know, or a value of another type.
+/// `fieldValidation: Strict`, as far as its published schemas say it: a field that it does not know, a value of another
+/// type, a field that is required and missing.
 pub(crate) fn complaints(object: &Value) -> Vec<String> {
     let kind = (object["apiVersion"].as_str().unwrap(), object["kind"].as_str().unwrap());
     let read = match kind {
@@ -61,7 +62,7 @@ pub(crate) fn complaints(object: &Value) -> Vec<String> {
         _ => return vec![format!("{kind:?}: no type to check it with")],
     };
     match read {
-        Ok(read) => lost(object, &read, &format!("{} {}", kind.1, object["metadata"]["name"])),
+        Ok(read) => differences(object, &read, &format!("{} {}", kind.1, object["metadata"]["name"])),
         Err(error) => vec![format!("{kind:?}: {error}")],
     }
 }
@@ -71,24 +72,31 @@ fn reread<T: DeserializeOwned + Serialize>(object: &Value) -> serde_json::Result
     serde_json::to_value(T::deserialize(object)?)
 }
 
-/// The fields that are in `given` and not in `read`.
-fn lost(given: &Value, read: &Value, path: &str) -> Vec<String> {
+/// Where an object as it was read is not as it was given. A type reads a required field that is missing as an empty one,
+/// and writes it, while it writes no optional one.
+fn differences(given: &Value, read: &Value, path: &str) -> Vec<String> {
     match (given, read) {
-        (Value::Object(given), Value::Object(read)) => given
-            .iter()
-            // An empty map or list means the same as none.
-            .filter(|(_, value)| !(value.is_null() || *value == &serde_json::json!({})))
-            .flat_map(|(key, value)| {
-                let path = format!("{path}.{key}");
-                match read.get(key) {
-                    Some(read) => lost(value, read, &path),
-                    None => vec![format!("{path}: no such field")],
-                }
-            })
-            .collect(),
+        (Value::Object(given), Value::Object(read)) => {
+            let missing = read
+                .keys()
+                .filter(|key| !given.contains_key(*key))
+                .map(|key| format!("{path}.{key}: required, and missing"));
+            let known = given
+                .iter()
+                // An empty map or list means the same as none.
+                .filter(|(_, value)| !(value.is_null() || *value == &serde_json::json!({})))
+                .flat_map(|(key, value)| {
+                    let path = format!("{path}.{key}");
+                    match read.get(key) {
+                        Some(read) => differences(value, read, &path),
+                        None => vec![format!("{path}: no such field")],
+                    }
+                });
+            missing.chain(known).collect()
+        }
         (Value::Array(given), Value::Array(read)) if given.len() == read.len() => {
             let items = given.iter().zip(read).enumerate();
-            items.flat_map(|(n, (given, read))| lost(given, read, &format!("{path}[{n}]"))).collect()
+            items.flat_map(|(n, (given, read))| differences(given, read, &format!("{path}[{n}]"))).collect()
         }
         _ if given == read => Vec::new(),
         _ => vec![format!("{path}: {given} is read as {read}")],
@@ -96,13 +104,15 @@ fn lost(given: &Value, read: &Value, path: &str) -> Vec<String> {
 }
 
 #[test]
-fn a_field_that_kubernetes_does_not_know_is_a_complaint() {
+fn unknown_missing_and_mistaken_fields_are_complaints() {
     let mut object = serde_json::json!({
         "apiVersion": "v1", "kind": "Service", "metadata": {"name": "a"}, "spec": {"ports": [{"port": 1}]},
     });
     assert_eq!(complaints(&object), [""; 0]);
     object["spec"]["ports"][0]["prot"] = 1.into();
     assert_eq!(complaints(&object), ["Service \"a\".spec.ports[0].prot: no such field"]);
+    object["spec"]["ports"][0] = serde_json::json!({"name": "b"});
+    assert_eq!(complaints(&object), ["Service \"a\".spec.ports[0].port: required, and missing"]);
     object["spec"]["ports"][0]["port"] = "x".into();
     assert_eq!(complaints(&object).len(), 1);
 }

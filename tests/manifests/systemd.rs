@@ -49,14 +49,16 @@ fn systemd_reads_the_unit() {
     assert!(wrong.iter().any(|line| line.contains("NoNewPrivilege")), "{wrong:?}");
 }
 
+/// And sight of the host's processes, which a pod of the `DaemonSet` does not see.
 #[test]
 fn the_unit_grants_what_the_daemon_set_grants() {
     let text = fs::read_to_string(folder().join("base/daemonset.yaml")).unwrap();
     let daemon_set: Value = serde_saphyr::from_str(&text).unwrap();
     let container = &daemon_set["spec"]["template"]["spec"]["containers"][0];
     let names = container["securityContext"]["capabilities"]["add"].as_array().unwrap();
-    let names: BTreeSet<String> =
+    let mut names: BTreeSet<String> =
         names.iter().map(|name| format!("CAP_{}", name.as_str().unwrap())).collect();
+    names.insert("CAP_SYS_PTRACE".to_owned());
     let unit = unit();
     let granted: BTreeSet<String> =
         value(&unit, "CapabilityBoundingSet").split(' ').map(str::to_owned).collect();
