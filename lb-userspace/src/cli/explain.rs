@@ -150,11 +150,7 @@ fn left_out(
     candidates: &[SocketAddr],
 ) -> Vec<LeftOutPart> {
     let Some(service) = state.store().service(&owner.port.service) else { return Vec::new() };
-    let Some(port) = service
-        .ports
-        .iter()
-        .find(|port| port.name == owner.port.port_name && port.protocol == owner.port.protocol)
-    else {
+    let Some(port) = service.port(&owner.port.port_name, owner.port.protocol) else {
         return Vec::new();
     };
     let family = if owner.port.ipv6 { Family::V6 } else { Family::V4 };

@@ -174,11 +174,7 @@ fn undescribed(address: SocketAddr) -> EndpointRow {
 
 fn describe_endpoints(state: &State, owner: &desired::Frontend) -> BTreeMap<SocketAddr, EndpointRow> {
     let Some(service) = state.store().service(&owner.port.service) else { return BTreeMap::new() };
-    let Some(port) = service
-        .ports
-        .iter()
-        .find(|port| port.name == owner.port.port_name && port.protocol == owner.port.protocol)
-    else {
+    let Some(port) = service.port(&owner.port.port_name, owner.port.protocol) else {
         return BTreeMap::new();
     };
     let family = if owner.port.ipv6 { Family::V6 } else { Family::V4 };

@@ -287,6 +287,12 @@ impl Service {
             Family::V6 => self.cluster_ipv6.map(IpAddr::V6),
         }
     }
+
+    /// The port of a name and protocol, of which there is one at most. Searches all: for many, make a map of them.
+    #[must_use]
+    pub fn port(&self, name: &str, protocol: Protocol) -> Option<&ServicePort> {
+        self.ports.iter().find(|port| &*port.name == name && port.protocol == protocol)
+    }
 }
 
 /// A Pod whose calls are to be left alone.

@@ -304,8 +304,8 @@ impl<'a> Judge<'a> {
     fn serves(&mut self, frontend: &'a Frontend, endpoint: &SocketAddr) -> bool {
         let (store, key) = (self.in_force.store, &*frontend.port);
         let endpoints = self.ports.entry(key).or_insert_with(|| {
-            let ports = store.service(&key.service).map_or(&[][..], |service| &service.ports);
-            let port = ports.iter().find(|port| port.name == key.port_name && port.protocol == key.protocol);
+            let port =
+                store.service(&key.service).and_then(|service| service.port(&key.port_name, key.protocol));
             port.map_or_else(PortEndpoints::default, |port| {
                 PortEndpoints::new(port, address::family(frontend.address.ip), store.slices_of(&key.service))
             })

@@ -11,7 +11,7 @@ use prometheus_client::{
 use super::metrics::{CONNECTIONS, DATAGRAMS, MAP_CAPACITY, MAP_ENTRIES, Metrics, register};
 use crate::{
     desired::PortKey,
-    model::{Service, ServiceKey},
+    model::{Protocol, Service, ServiceKey},
 };
 
 /// How full a map is.
@@ -102,18 +102,22 @@ fn of_the_moment(view: &View, calls: impl Fn(u32) -> Calls) -> Registry {
 
 /// The calls of each port by its labels.
 fn sums(view: &View, calls: impl Fn(u32) -> Calls) -> BTreeMap<PortLabels, Calls> {
-    let services: BTreeMap<&ServiceKey, &Service> =
-        view.services.iter().map(|service| (&service.key, &**service)).collect();
+    // A service may have tens of thousands of ports.
+    let numbers: BTreeMap<(&ServiceKey, &str, Protocol), u16> = view
+        .services
+        .iter()
+        .flat_map(|service| {
+            service.ports.iter().map(|port| ((&service.key, &*port.name, port.protocol), port.port))
+        })
+        .collect();
     let mut sums = BTreeMap::<PortLabels, Calls>::new();
     for (key, id) in &view.ports {
-        let ports = services.get(&key.service).map_or(&[][..], |service| &service.ports);
-        let known = ports.iter().find(|port| port.name == key.port_name && port.protocol == key.protocol);
         // A port that its service no longer has loses its frontends with the next sync.
-        let Some(port) = known else { continue };
+        let Some(number) = numbers.get(&(&key.service, &*key.port_name, key.protocol)) else { continue };
         let labels = [
             ("namespace", key.service.namespace.to_string()),
             ("service", key.service.name.to_string()),
-            ("port", port.port.to_string()),
+            ("port", number.to_string()),
             ("protocol", key.protocol.to_string()),
         ];
         let (sum, more) = (sums.entry(labels).or_default(), calls(*id));
@@ -130,7 +134,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        model::{Protocol, ServicePort, ServiceType, TrafficPolicy},
+        model::{ServicePort, ServiceType, TrafficPolicy},
         plan::audit::Faults,
         telemetry::metrics::{ALL, AuditEnd, Kind},
     };
