@@ -229,9 +229,9 @@ fn base_initramfs(workspace: &Workspace, programs: &GuestPrograms, args: &[Strin
     }
     initramfs.directory(&tests);
     // In files and not on the kernel's command line, which has a length limit and no quoting for arguments.
-    // Calls are what an emulated CPU is slowest at, and a million are made by `cargo xtask test`.
+    // Calls and starts of agents are what an emulated CPU is slowest at, and all are made by `cargo xtask test`.
     let environment = format!(
-        "CARGO_MANIFEST_DIR={}\nSOCKLB_BIN=/socklb\nRUST_BACKTRACE=1\nLB_TEST_CYCLES=20000\n",
+        "CARGO_MANIFEST_DIR={}\nSOCKLB_BIN=/socklb\nRUST_BACKTRACE=1\nLB_TEST_CYCLES=20000\nLB_FAULT_STEP=4\n",
         tests.display()
     );
     initramfs.file(Path::new("/vm.env"), 0o644, environment.as_bytes());
