@@ -2,7 +2,7 @@
 
 use std::{
     collections::BTreeMap,
-    fs,
+    env, fs,
     net::SocketAddr,
     os::fd::AsFd as _,
     path::{Path, PathBuf},
@@ -233,7 +233,7 @@ fn an_end_after_any_operation_is_made_up_for() {
             cluster
         };
         let states = [state(false), state(true)];
-        let step = std::env::var("LB_FAULT_STEP").ok().and_then(|step| step.parse().ok()).unwrap_or(1).max(1);
+        let one_in = env::var("LB_FAULT_STEP").ok().and_then(|step| step.parse().ok()).unwrap_or(1).max(1);
         Agent::start(sandbox).follow(&states[0]);
         let stop = AtomicBool::new(false);
         let n_ops = thread::scope(|scope| {
@@ -252,7 +252,7 @@ fn an_end_after_any_operation_is_made_up_for() {
             }
             let _stops = StopOnDrop(&stop);
             let mut agent = Agent::start(sandbox);
-            for n in (0..).step_by(step) {
+            for n in (0..).step_by(one_in) {
                 agent.follow(&states[0]);
                 states[1].feed(&mut agent.state);
                 let plan = agent.state.sync();
