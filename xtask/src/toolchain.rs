@@ -194,7 +194,7 @@ pub(crate) fn choose(facts: &Facts, with_clippy: bool) -> Result<(BpfToolchain, 
     }
     if !facts.cached_linker_works {
         if facts.llvm_library.is_none() {
-            // Of LLVM it needs nothing else: its bindings bring their declarations, and `llvm-22-dev`, a gigabyte of
+            // Of LLVM it needs nothing else: its bindings bring their declarations, and `llvm-22-dev`, 400 MiB of
             // headers and static libraries, is not asked for. Named although rustc-web brings it: where apt knows only
             // a former rustc-web it knows no such package, and its lists are renewed.
             need(&format!("libllvm{DEBIAN_LLVM}"), "bpf-linker is linked with it");
