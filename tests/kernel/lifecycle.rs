@@ -2,7 +2,7 @@
 
 use std::{
     collections::BTreeMap,
-    env, fs,
+    fs,
     net::SocketAddr,
     os::fd::AsFd as _,
     path::{Path, PathBuf},
@@ -21,7 +21,7 @@ use lb_tests::{
     agent::{self, Agent, content},
     client::{Domain, Socket, call},
     cluster::{Cluster, node},
-    require,
+    number, require,
     server::Servers,
 };
 use lb_userspace::{
@@ -233,7 +233,7 @@ fn an_end_after_any_operation_is_made_up_for() {
             cluster
         };
         let states = [state(false), state(true)];
-        let one_in = env::var("LB_FAULT_STEP").ok().and_then(|step| step.parse().ok()).unwrap_or(1).max(1);
+        let one_in = number("LB_FAULT_STEP", 1).max(1);
         Agent::start(sandbox).follow(&states[0]);
         let stop = AtomicBool::new(false);
         let n_ops = thread::scope(|scope| {

@@ -12,7 +12,7 @@ use lb_tests::{
     agent::{self, Agent},
     client::{Domain, Socket},
     cluster::Cluster,
-    require,
+    number, require,
     server::Servers,
 };
 use lb_userspace::{
@@ -185,7 +185,7 @@ fn records_survive_restarts() {
 
 /// Connect and close as often as this in all; fewer where a CPU is emulated.
 fn n_cycles() -> usize {
-    std::env::var("LB_TEST_CYCLES").ok().and_then(|text| text.parse().ok()).unwrap_or(1_000_000)
+    number("LB_TEST_CYCLES", 1_000_000)
 }
 
 /// The memory that the kernel charges for a socket's records and cannot take back by itself, in KiB.

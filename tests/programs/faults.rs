@@ -5,7 +5,6 @@
 #![cfg(feature = "fault-points")]
 
 use std::{
-    env,
     net::{IpAddr, SocketAddr},
     path::Path,
     process::Command,
@@ -18,6 +17,7 @@ use lb_tests::{
     Sandbox, agent,
     client::call,
     cluster::{self, Cluster, PortOf},
+    number,
     server::Servers,
 };
 use lb_userspace::{
@@ -113,7 +113,7 @@ fn is_right(pin_path: &Path, cluster: &Cluster, sizes: usize) -> bool {
 /// Kills agents on the way from one state to the other and back, before the first change to the kernel, before a later
 /// one, and so on until one comes to the end of its plan. Each time the next agent repairs what it finds.
 fn every_point(sandbox: &Sandbox, place: &Place, with_sizes: bool) -> usize {
-    let one_in = env::var("LB_FAULT_STEP").ok().and_then(|step| step.parse().ok()).unwrap_or(STEP).max(1);
+    let one_in = number("LB_FAULT_STEP", STEP).max(1);
     let pin_path = Path::new(&place.pin_path);
     let servers = [false, true].map(|ipv6| {
         let all = (1..=4u8).flat_map(|service| (1..=4).map(move |number| endpoint(service, number, ipv6)));

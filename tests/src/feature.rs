@@ -75,6 +75,12 @@ pub fn require(feature: Feature) -> bool {
     false
 }
 
+/// A number that the environment gives, for machines that are slower or have more time; `otherwise` if it gives none.
+#[must_use]
+pub fn number(variable: &str, otherwise: usize) -> usize {
+    env::var(variable).ok().and_then(|text| text.parse().ok()).unwrap_or(otherwise)
+}
+
 /// Major and minor version of the running kernel.
 ///
 /// # Panics

@@ -36,5 +36,5 @@ pub mod sandbox;
 pub mod scenario;
 pub mod server;
 
-pub use feature::{Feature, require};
+pub use feature::{Feature, number, require};
 pub use sandbox::Sandbox;

@@ -36,10 +36,7 @@ pub fn ready_local_endpoints<'a>(
 ) -> usize {
     let mut addresses = BTreeSet::new();
     for slice in slices {
-        let has_port = slice.ports.iter().any(|slice_port| {
-            let mut ports = service.ports.iter();
-            ports.any(|port| port.name == slice_port.name && port.protocol == slice_port.protocol)
-        });
+        let has_port = slice.ports.iter().any(|port| service.port(&port.name, port.protocol).is_some());
         if !has_port || service.cluster_ip(slice.family()).is_none() {
             continue;
         }
