@@ -358,7 +358,7 @@ fn cleanup_takes_everything_away() {
             let message = String::from_utf8_lossy(&output.stderr);
             assert!(output.status.success() && message.is_empty(), "{command}: {}: {message}", output.status);
         }
-        eventually("calls are untouched", || call(service, Protocol::Tcp) == Err(Errno::ENETUNREACH));
+        assert_eq!(call(service, Protocol::Tcp), Err(Errno::ENETUNREACH));
         assert!(!Path::new(&place.pin_path).exists());
         assert_eq!(fs::read_dir(place.state_dir.path()).into_iter().flatten().count(), 0);
 
@@ -379,7 +379,7 @@ fn cleanup_beside_an_agent_that_runs_is_for_good() {
         let agent = place.start();
         eventually("the service answers", || is_up(service));
         text(&place.binary, &place.args(&["cleanup"]));
-        eventually("calls are untouched", || call(service, Protocol::Tcp) == Err(Errno::ENETUNREACH));
+        assert_eq!(call(service, Protocol::Tcp), Err(Errno::ENETUNREACH));
         // Whatever the agent goes on to do, it attaches nothing anew.
         place.write(&town.cluster(0..1));
         assert_eq!(agent.end(Signal::SIGTERM), Some(0));

@@ -223,16 +223,26 @@ pub fn remove_maps(pin_path: &Path) -> Result<(), KernelError> {
     MAPS.iter().try_for_each(|name| remove_pin(pin_path.join(name), &mut Vec::new()))
 }
 
-/// Removes the links, which detaches the programs, then the maps, then the directory. Returns what was removed.
+/// Detaches the programs, removes the links, then the maps, then the directory. Returns what was removed.
 ///
-/// Removes names that socklb gives and nothing else; a directory that holds something else stays.
+/// Removes names that socklb gives and nothing else; a directory that holds something else stays. A call that begins when
+/// this has returned is not rewritten any longer, even beside an agent that runs.
 ///
 /// # Errors
 ///
 /// [`KernelError::NothingPinned`] if there was nothing, [`KernelError::Remove`] for the first pin that stays.
 pub fn remove(pin_path: &Path) -> Result<Vec<PathBuf>, KernelError> {
     let mut removed = Vec::new();
-    for name in HOOKS.iter().chain(&MAPS) {
+    for hook in HOOKS {
+        let path = pin_path.join(hook);
+        // A link whose last pin goes is detached by a work queue, milliseconds later, and not at all while an agent has it
+        // open. What cannot be opened or is no link has no program to detach: only its name is removed.
+        if let Ok(link) = syscall::open_pin(&path) {
+            let _no_link = syscall::detach(link.as_fd());
+        }
+        remove_pin(path, &mut removed)?;
+    }
+    for name in MAPS {
         remove_pin(pin_path.join(name), &mut removed)?;
     }
     for name in [NEXT, READY] {

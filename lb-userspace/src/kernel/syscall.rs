@@ -176,6 +176,32 @@ pub fn replace_program(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Res
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
+/// `BPF_LINK_DETACH` of `enum bpf_cmd`.
+const BPF_LINK_DETACH: libc::c_int = 34;
+
+/// Detaches the program of a link, whoever else has the link open or pinned. A call that begins afterwards does not run
+/// it. The link stays, with nothing to do.
+///
+/// # Errors
+///
+/// The system call's: `EINVAL` for what is no link.
+///
+/// # Kernel
+///
+/// 5.9
+pub fn detach(link: BorrowedFd<'_>) -> io::Result<()> {
+    /// `link_detach` of `union bpf_attr`.
+    #[repr(C)]
+    struct LinkDetach {
+        link_fd: u32,
+    }
+    let attr = LinkDetach { link_fd: link.as_raw_fd().cast_unsigned() };
+    // SAFETY: bpf(2) reads `size_of` bytes from the pointer, which outlives the call.
+    let result =
+        unsafe { libc::syscall(libc::SYS_bpf, BPF_LINK_DETACH, &raw const attr, size_of::<LinkDetach>()) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
 /// What the kernel tells of a link to a cgroup.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CgroupLink {
