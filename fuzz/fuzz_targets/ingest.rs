@@ -14,8 +14,8 @@ use k8s_openapi::api::{
 };
 use lb_userspace::{
     controller::State,
-    desired::{NodePortAddresses, Settings},
-    model::{Changes, Issue, ServiceKey, SliceKey, Store, ingest},
+    desired::{ExternalIps, NodePortAddresses, Settings},
+    model::{Changes, Issue, ServiceKey, Slice, SliceKey, Store, ingest},
     plan::Capacity,
     tables::Image,
 };
@@ -31,6 +31,7 @@ fn state() -> State {
         node_name: "node".into(),
         node_ports: 30_000..=32_767,
         node_port_addresses: NodePortAddresses::All,
+        external_ips: ExternalIps::Any,
     };
     // Small, so that lack of room is met too.
     let capacity = Capacity { services: 24, endpoints: 96 };
@@ -63,7 +64,7 @@ fn set(store: &mut Store, object: &Value, is_deleted: bool) -> Changes {
             let parsed = EndpointSlice::deserialize(object).ok().filter(|_| !is_deleted);
             let (slice, issues) = parsed.as_ref().map(ingest::slice).unwrap_or_default();
             judge(&issues);
-            let key = slice.as_ref().map_or_else(|| SliceKey::new(namespace, name), |slice| slice.key());
+            let key = slice.as_ref().map_or_else(|| SliceKey::new(namespace, name), Slice::key);
             store.set_slice(&key, slice)
         }
         Some("Node") => {

@@ -44,7 +44,6 @@ const COVERAGE: [&str; 7] = [
 pub(crate) fn command(workspace: &Workspace, options: &Options) -> Result<()> {
     let toolchain = setup::ensure(&[Purpose::Build])?;
     let object = build::bpf_object(workspace, &toolchain)?;
-    let root = workspace.root.join("fuzz");
     let target = workspace.target.join("fuzz");
     let triple = format!("{ARCH}-unknown-linux-gnu");
     step("making the first corpus from the scenarios");
@@ -56,7 +55,15 @@ pub(crate) fn command(workspace: &Workspace, options: &Options) -> Result<()> {
     process::run(&mut make_seeds, "correct the errors above")?;
     step("building the fuzz target");
     let mut cargo = process::cargo();
-    cargo.current_dir(&root).args(["build", "--release", "--bin", "ingest", "--target-dir"]).arg(&target);
+    cargo.current_dir(&workspace.root).args([
+        "build",
+        "--package",
+        "lb-fuzz",
+        "--profile",
+        "fuzz",
+        "--target-dir",
+    ]);
+    cargo.arg(&target);
     // With a named target the flags are not for build scripts and macros.
     cargo.args(["--target", &triple]).env("CARGO_ENCODED_RUSTFLAGS", COVERAGE.join("\u{1f}"));
     // The target calls no kernel, but no release build goes without it.
@@ -68,7 +75,7 @@ pub(crate) fn command(workspace: &Workspace, options: &Options) -> Result<()> {
             .with_context(|| format!("cannot make {}: check its owner and the disk", directory.display()))?;
     }
     step(&format!("fuzzing for {} s", options.seconds));
-    let mut fuzz = Command::new(target.join(&triple).join("release/ingest"));
+    let mut fuzz = Command::new(target.join(&triple).join("fuzz/ingest"));
     fuzz.arg(format!("-max_total_time={}", options.seconds))
         .args(["-rss_limit_mb=2048", "-timeout=10", "-max_len=16384", "-print_final_stats=1"])
         .arg(format!("-artifact_prefix={}/", artifacts.display()))
