@@ -107,7 +107,7 @@ fn a_scrape_tells_of_changes_calls_and_repairs() {
         assert_eq!(after.get("socklb_changes_waiting"), 0);
         assert_eq!(after.get("socklb_issues"), 0);
         assert_eq!(after.get(r#"socklb_map_entries{map="services4"}"#), 4);
-        assert_eq!(after.get(r#"socklb_map_capacity{map="services4"}"#), 65_536);
+        assert_eq!(after.get(r#"socklb_map_capacity{map="services4"}"#), 4_096);
         assert_eq!(after.get("socklb_programming_duration_seconds_count"), 0, "a first list is no change");
 
         // A change, seen from its arrival to the kernel. The scrape comes after what it tells of.
