@@ -43,7 +43,7 @@ fn with_services(protocols: &[Protocol], test: impl FnOnce(&mut Agent) + Send) {
         for domain in [Domain::V4, Domain::V6] {
             for protocol in protocols {
                 servers.extend(endpoints(domain).map(|endpoint| (endpoint, *protocol)));
-                let name = format!("{domain:?}-{protocol}");
+                let name = format!("{domain:?}-{protocol}").to_lowercase();
                 cluster.serve(&name, service_address(domain), *protocol, &endpoints(domain));
             }
         }
@@ -113,9 +113,9 @@ fn the_datagrams_of_a_socket_stay_together() {
             }
             let other = endpoints(domain).into_iter().find(|endpoint| *endpoint != first.server).unwrap();
             let mut cluster = Cluster::new();
-            cluster.serve("V4-UDP", service_address(Domain::V4), Udp, &endpoints(Domain::V4));
-            cluster.serve("V6-UDP", service_address(Domain::V6), Udp, &endpoints(Domain::V6));
-            let name = if service.is_ipv4() { "V4-UDP" } else { "V6-UDP" };
+            cluster.serve("v4-udp", service_address(Domain::V4), Udp, &endpoints(Domain::V4));
+            cluster.serve("v6-udp", service_address(Domain::V6), Udp, &endpoints(Domain::V6));
+            let name = if service.is_ipv4() { "v4-udp" } else { "v6-udp" };
             cluster.set_endpoints(&PortOf::udp(name), &[other]);
             agent.follow(&cluster);
             let moved = socket.ask_at(service).unwrap();

@@ -54,7 +54,7 @@ fn cluster(
     let mut cluster = Cluster::new();
     for domain in [Domain::V4, Domain::V6] {
         let scene = Scene::new(domain);
-        cluster.serve(&format!("{domain:?}"), scene.service, protocol, &endpoints(&scene));
+        cluster.serve(&format!("{domain:?}").to_lowercase(), scene.service, protocol, &endpoints(&scene));
     }
     if let Some(value) = annotation {
         for service in cluster.services.values_mut() {
@@ -380,7 +380,7 @@ fn sockets_of_a_service_that_did_not_fit_are_left_alone() {
         let n_endpoints = u16::try_from(agent::SMALL.endpoints).unwrap();
         let endpoints: Vec<SocketAddr> =
             (0..n_endpoints).map(|n| SocketAddr::new(scene.second.ip(), 10_000 + n)).collect();
-        too_many.set_endpoints(&PortOf::udp("V4"), &endpoints);
+        too_many.set_endpoints(&PortOf::udp("v4"), &endpoints);
         agent.follow(&too_many);
         assert_eq!(sweep(agent, options, Instant::now()), []);
         assert_stays(&socket, scene.first);

@@ -309,7 +309,7 @@ impl RandomService {
                     port: Some(i32::from(port.number) + 8000),
                     ..EndpointPort::default()
                 });
-                let mut metadata = named(NAMESPACE, format!("service-{n}-{family}-{half}"));
+                let mut metadata = named(NAMESPACE, format!("service-{n}-{family}-{half}").to_lowercase());
                 metadata.labels = Some([(ingest::SERVICE_NAME.to_owned(), format!("service-{n}"))].into());
                 slices.push(EndpointSlice {
                     metadata,

@@ -78,6 +78,23 @@ impl Report {
         self.issues.push(Issue::new(self.object.clone(), kind));
     }
 
+    /// Whether the object has a name, and both its name and its namespace are such as an API server takes. What has none
+    /// would stand in keys, labels of metrics and tables that people read.
+    fn is_named(&mut self) -> bool {
+        let ObjectRef { namespace, name, .. } = &self.object;
+        let wrong = if name.is_empty() {
+            IssueKind::NoName
+        } else if !is_subdomain(name) {
+            invalid_name("metadata.name", name, "the object")
+        } else if !namespace.is_empty() && !is_label(namespace) {
+            invalid_name("metadata.namespace", namespace, "the object")
+        } else {
+            return true;
+        };
+        self.add(wrong);
+        false
+    }
+
     /// Reads a port number; 0 is none.
     fn port(&mut self, field: impl FnOnce() -> String, value: i32) -> Option<u16> {
         let port = u16::try_from(value).ok().filter(|port| *port != 0);
@@ -112,6 +129,29 @@ impl Report {
         self.add(IssueKind::UnknownValue { field: field.to_owned(), value: value.to_owned(), used });
         default
     }
+}
+
+fn invalid_name(field: &str, value: &str, left_out: &str) -> IssueKind {
+    IssueKind::InvalidName { field: field.to_owned(), value: value.to_owned(), left_out: left_out.to_owned() }
+}
+
+/// Whether a text is a label of RFC 1123: the names of namespaces and ports
+/// (`staging/src/k8s.io/apimachinery/pkg/util/validation/validation.go`).
+fn is_label(text: &str) -> bool {
+    text.len() <= 63 && is_part_of_a_subdomain(text)
+}
+
+/// Whether a text is a subdomain of RFC 1123, of whose parts none is limited in length: the names of objects. The API is
+/// stricter with those of Services (`staging/src/k8s.io/apimachinery/pkg/util/validation/validation.go`).
+fn is_subdomain(text: &str) -> bool {
+    text.len() <= 253 && text.split('.').all(is_part_of_a_subdomain)
+}
+
+fn is_part_of_a_subdomain(text: &str) -> bool {
+    let is_plain = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit();
+    let ends = [text.bytes().next(), text.bytes().next_back()];
+    ends.iter().all(|end| end.is_some_and(is_plain))
+        && text.bytes().all(|byte| is_plain(byte) || byte == b'-')
 }
 
 /// Namespace of an object; the API server never leaves it empty.

@@ -2,10 +2,14 @@
 //!
 //! # Invariants
 //!
-//! - An [`Issue`] names the object, the field, the cause and what is done instead, in one line.
+//! - An [`Issue`] names the object, the field, the cause and what is done instead, in one line without control characters,
+//!   whatever the object holds.
 //! - Its serialised form has one `reason` per variant of [`IssueKind`]; scripts may match on it.
 
-use std::{fmt, sync::Arc};
+use std::{
+    fmt::{self, Write as _},
+    sync::Arc,
+};
 
 use serde::{Deserialize, Serialize};
 
@@ -50,9 +54,27 @@ impl Issue {
 impl fmt::Display for Issue {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if let Some(source) = &self.source {
-            write!(f, "{source}: ")?;
+            write!(Escaped(f), "{source}: ")?;
         }
         write!(f, "{}: {}", self.object, self.kind)
+    }
+}
+
+/// Writes control characters as escapes. A manifest holds what its author likes: a line end in a name would forge a line of
+/// the log, an escape sequence would be obeyed by the terminal that shows it.
+struct Escaped<'a, 'b>(&'a mut fmt::Formatter<'b>);
+
+impl fmt::Write for Escaped<'_, '_> {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        text.chars().try_for_each(|character| self.write_char(character))
+    }
+
+    fn write_char(&mut self, character: char) -> fmt::Result {
+        if character.is_control() {
+            write!(self.0, "{}", character.escape_default())
+        } else {
+            self.0.write_char(character)
+        }
     }
 }
 
@@ -138,6 +160,7 @@ impl From<&ServiceKey> for ObjectRef {
 
 impl fmt::Display for ObjectRef {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut f = Escaped(f);
         let name = if self.name.is_empty() { "(without a name)" } else { &*self.name };
         if self.namespace.is_empty() {
             write!(f, "{} {name}", self.kind)
@@ -156,6 +179,15 @@ impl fmt::Display for ObjectRef {
 pub enum IssueKind {
     /// `metadata.name` is missing. The object is left out.
     NoName,
+    /// A name is not one that an API server takes.
+    InvalidName {
+        /// Path of the field.
+        field: String,
+        /// What it holds.
+        value: String,
+        /// What is left out: the object or the port.
+        left_out: String,
+    },
     /// The Service has no cluster IP and is not headless. It is left out.
     NoClusterIp,
     /// The Service has no usable port, so it has no frontend.
@@ -351,7 +383,8 @@ impl IssueKind {
     pub fn field(&self) -> Option<&str> {
         match self {
             Self::NoPorts => Some("spec.ports"),
-            Self::InvalidPort { field, .. }
+            Self::InvalidName { field, .. }
+            | Self::InvalidPort { field, .. }
             | Self::NoPortNumber { field }
             | Self::NoPortName { field }
             | Self::DuplicatePort { field, .. }
@@ -372,8 +405,14 @@ impl IssueKind {
 
 impl fmt::Display for IssueKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut f = Escaped(f);
         match self {
             Self::NoName => f.write_str("metadata.name: is missing; the object is left out"),
+            Self::InvalidName { field, value, left_out } => write!(
+                f,
+                "{field}: {value:?} is not a name (lower-case letters, digits and hyphens, as in a host name); {left_out} is \
+                 left out"
+            ),
             Self::NoClusterIp => {
                 f.write_str("spec.clusterIP: is empty, and only an API server can assign one; the service is left out")
             }

@@ -14,8 +14,7 @@ pub fn node(object: &api::Node) -> (Option<Node>, Vec<Issue>) {
     let metadata = &object.metadata;
     let name = metadata.name.as_deref().unwrap_or_default();
     let mut report = Report::new(ObjectRef::node(name));
-    if name.is_empty() {
-        report.add(IssueKind::NoName);
+    if !report.is_named() {
         return (None, report.issues);
     }
     // An object may list tens of thousands: what was listed before is looked up, not searched for.

@@ -5,7 +5,7 @@ use std::{
 
 use k8s_openapi::api::core::v1 as api;
 
-use super::{ANNOTATION_PREFIX, Report, namespace};
+use super::{ANNOTATION_PREFIX, Report, invalid_name, is_label, namespace};
 use crate::model::{
     Cidr, Family, Issue, IssueKind, ObjectRef, Protocol, Service, ServiceKey, ServicePort, ServiceType,
     TrafficPolicy, address,
@@ -29,8 +29,7 @@ pub fn service(object: &api::Service) -> (Option<Service>, Vec<Issue>) {
         metadata.name.as_deref().unwrap_or_default(),
     );
     let mut report = Report::new(ObjectRef::from(&key));
-    if key.name.is_empty() {
-        report.add(IssueKind::NoName);
+    if !report.is_named() {
         return (None, report.issues);
     }
     let empty = api::ServiceSpec::default();
@@ -279,6 +278,10 @@ fn ports(report: &mut Report, ports: &[api::ServicePort], service_type: ServiceT
             continue;
         };
         let name = port.name.as_deref().unwrap_or_default();
+        if !name.is_empty() && !is_label(name) {
+            report.add(invalid_name(&format!("spec.ports[{index}].name"), name, "this port"));
+            continue;
+        }
         if names.contains(&(protocol, name)) {
             let field = format!("spec.ports[{index}].name");
             report

@@ -15,8 +15,7 @@ pub fn slice(object: &api::EndpointSlice) -> (Option<Slice>, Vec<Issue>) {
     let namespace = namespace(metadata.namespace.as_deref());
     let name = metadata.name.as_deref().unwrap_or_default();
     let mut report = Report::new(ObjectRef::slice(namespace, name));
-    if name.is_empty() {
-        report.add(IssueKind::NoName);
+    if !report.is_named() {
         return (None, report.issues);
     }
     let service = metadata.labels.as_ref().and_then(|labels| labels.get(SERVICE_NAME));

@@ -7,7 +7,7 @@ mod slice;
 use serde_json::{Value, json};
 
 use super::*;
-use crate::model::fixture::{ingest_node, node, texts};
+use crate::model::fixture::{ingest_node, ingest_service, ingest_slice, node, texts};
 
 fn labels(json: &Value) -> BTreeMap<String, String> {
     serde_json::from_value(json.clone()).unwrap()
@@ -49,6 +49,38 @@ fn r1_the_selector_for_the_api_server_says_the_same() {
         label_selector(Some("ours")),
         "service.kubernetes.io/service-proxy-name=ours,!service.kubernetes.io/headless"
     );
+}
+
+/// As `kubectl apply` would have it; what is read from files has met no API server.
+#[test]
+fn r14_names_are_those_that_an_api_server_takes() {
+    let ingest = |namespace: &str, name: &str| {
+        let patch = json!({"metadata": {"namespace": namespace, "name": name}});
+        let (service, mut issues) = ingest_service(&patch);
+        let (slice, of_slice) = ingest_slice(&patch);
+        assert_eq!(service.is_some(), slice.is_some(), "{patch}");
+        assert_eq!(texts(&issues), texts(&of_slice), "{patch}");
+        let (node, of_node) = ingest_node(&json!({"metadata": {"name": name}}));
+        assert_eq!(node.is_some(), of_node.is_empty(), "{patch}");
+        assert!(service.is_some() == issues.is_empty() && issues.len() <= 1, "{issues:?}");
+        issues.pop().map(|issue| issue.kind.to_string())
+    };
+    for name in ["a", "0", "web-1", "a--b", "web.example.org", &"a".repeat(253)] {
+        assert_eq!(ingest("default", name), None, "{name}");
+    }
+    for name in ["Web", "my_web", "-a", "a-", ".a", "a..b", "a/b", "a\nb", "a b", "\u{e4}", &"a".repeat(254)]
+    {
+        let expected = format!(
+            "metadata.name: {name:?} is not a name (lower-case letters, digits and hyphens, as in a host name); the \
+             object is left out"
+        );
+        assert_eq!(ingest("default", name), Some(expected));
+    }
+    assert_eq!(ingest(&"a".repeat(63), "web"), None);
+    for namespace in ["a.b", "A", "\u{1b}[2J", &"a".repeat(64)] {
+        let found = ingest(namespace, "web").unwrap();
+        assert!(found.starts_with(&format!("metadata.namespace: {namespace:?} is not a name")), "{found}");
+    }
 }
 
 /// R2: internal addresses come before external ones; R6: all of them are node addresses.

@@ -33,6 +33,22 @@ fn objects_are_named_as_kubectl_does() {
     }
 }
 
+/// A log and a terminal show what is written, and obey none of it.
+#[test]
+fn no_control_character_is_shown() {
+    let object = ObjectRef {
+        kind: ObjectKind::Other("A\rB".into()),
+        namespace: "\u{1b}[2J".into(),
+        name: "x\ny".into(),
+    };
+    let kind = IssueKind::BrokenFile { cause: "line\u{85}end, größer".into(), last_good: false };
+    let issue = Issue { source: Some("a\nb.yaml:1".into()), ..Issue::new(object, kind) };
+    assert_eq!(
+        issue.to_string(),
+        r"a\nb.yaml:1: A\rB \u{1b}[2J/x\ny: line\u{85}end, größer; the file is left out"
+    );
+}
+
 #[test]
 fn the_serialised_form_is_stable() {
     let issue = Issue::new(

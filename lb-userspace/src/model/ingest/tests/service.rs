@@ -279,6 +279,11 @@ fn r14_mangled_ports_are_left_out() {
             "spec.ports[1].name: an earlier port has the name \"good\" for TCP too; this port is left out",
         ),
         (
+            json!({"name": "a.b", "port": 81}),
+            "spec.ports[1].name: \"a.b\" is not a name (lower-case letters, digits and hyphens, as in a host name); this port is \
+             left out",
+        ),
+        (
             json!({"name": "other", "port": 80}),
             "spec.ports[1].port: an earlier port has TCP 80 too; this port is left out",
         ),
