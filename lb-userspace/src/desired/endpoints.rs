@@ -15,7 +15,7 @@
 use std::{collections::BTreeMap, fmt, net::SocketAddr, sync::Arc};
 
 use super::Topology;
-use crate::model::{Family, ServicePort, Slice, SliceEndpoint};
+use crate::model::{Family, Protocol, ServicePort, Slice, SliceEndpoint};
 
 /// Whom a set of endpoints is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,8 +70,46 @@ enum Hints<'a> {
     SameZone(&'a str),
 }
 
+/// The slices of one service in one family by the names of their ports, so that a service costs one walk over them however
+/// many ports it has.
+#[derive(Debug)]
+pub struct SlicePorts<'a>(BTreeMap<(&'a str, Protocol), Vec<PortOfSlice<'a>>>);
+
+/// A number, and the endpoints that it is a port of.
+type PortOfSlice<'a> = (u16, &'a [SliceEndpoint]);
+
+impl<'a> SlicePorts<'a> {
+    /// Sorts what the slices of `family` hold.
+    #[must_use]
+    pub fn new(family: Family, slices: impl IntoIterator<Item = &'a Slice>) -> Self {
+        let mut ports = BTreeMap::<_, Vec<_>>::new();
+        for slice in slices.into_iter().filter(|slice| slice.family() == family) {
+            for port in &slice.ports {
+                ports.entry((&*port.name, port.protocol)).or_default().push((port.port, &*slice.endpoints));
+            }
+        }
+        Self(ports)
+    }
+
+    /// How many entries the slices have for a port: at least as many as it has endpoints.
+    #[must_use]
+    pub fn n_entries(&self, port: &ServicePort) -> usize {
+        self.of(port).iter().map(|(_, endpoints)| endpoints.len()).sum()
+    }
+
+    /// [`PortEndpoints::new`] for one of the service's ports.
+    #[must_use]
+    pub fn endpoints_of<'s>(&'s self, port: &'s ServicePort) -> PortEndpoints<'s> {
+        PortEndpoints::unite(self.of(port).iter().copied())
+    }
+
+    fn of<'s>(&'s self, port: &'s ServicePort) -> &'s [PortOfSlice<'s>] {
+        self.0.get(&(&*port.name, port.protocol)).map_or(&[], Vec::as_slice)
+    }
+}
+
 impl<'a> PortEndpoints<'a> {
-    /// Unites the slices of a service for one of its ports.
+    /// Unites the slices of a service for one of its ports; for all of them see [`SlicePorts`].
     ///
     /// A slice port matches by name and protocol; its number may differ from slice to slice. An address that
     /// several slices hold counts once, with the entry that is most usable: upstream says only that an entry
@@ -79,23 +117,28 @@ impl<'a> PortEndpoints<'a> {
     /// order of the slices.
     #[must_use]
     pub fn new(port: &ServicePort, family: Family, slices: impl IntoIterator<Item = &'a Slice>) -> Self {
-        let mut known = BTreeMap::new();
-        for slice in slices.into_iter().filter(|slice| slice.family() == family) {
+        let slices = slices.into_iter().filter(|slice| slice.family() == family);
+        Self::unite(slices.flat_map(|slice| {
             let matching = slice
                 .ports
                 .iter()
                 .filter(|candidate| candidate.name == port.name && candidate.protocol == port.protocol);
-            for slice_port in matching {
-                for endpoint in &slice.endpoints {
-                    known
-                        .entry(SocketAddr::new(endpoint.address, slice_port.port))
-                        .and_modify(|standing: &mut &SliceEndpoint| {
-                            if usability(endpoint) > usability(standing) {
-                                *standing = endpoint;
-                            }
-                        })
-                        .or_insert(endpoint);
-                }
+            matching.map(|candidate| (candidate.port, &*slice.endpoints))
+        }))
+    }
+
+    fn unite(ports: impl Iterator<Item = PortOfSlice<'a>>) -> Self {
+        let mut known = BTreeMap::new();
+        for (port, endpoints) in ports {
+            for endpoint in endpoints {
+                known
+                    .entry(SocketAddr::new(endpoint.address, port))
+                    .and_modify(|standing: &mut &SliceEndpoint| {
+                        if usability(endpoint) > usability(standing) {
+                            *standing = endpoint;
+                        }
+                    })
+                    .or_insert(endpoint);
             }
         }
         Self { known }

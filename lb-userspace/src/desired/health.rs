@@ -34,9 +34,11 @@ pub fn ready_local_endpoints<'a>(
     slices: impl IntoIterator<Item = &'a Slice>,
     node_name: &str,
 ) -> usize {
+    // Looked up: an object may list tens of thousands.
+    let ports: BTreeSet<_> = service.ports.iter().map(|port| (&*port.name, port.protocol)).collect();
     let mut addresses = BTreeSet::new();
     for slice in slices {
-        let has_port = slice.ports.iter().any(|port| service.port(&port.name, port.protocol).is_some());
+        let has_port = slice.ports.iter().any(|port| ports.contains(&(&*port.name, port.protocol)));
         if !has_port || service.cluster_ip(slice.family()).is_none() {
             continue;
         }

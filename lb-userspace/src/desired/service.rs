@@ -17,11 +17,16 @@ use lb_common::layout::frontend_flags::{EXTERNAL_LOCAL, NO_LOCAL_ENDPOINT, NODE_
 
 use super::{
     ExternalIps, Frontend, FrontendAddress, FrontendKind, PortKey, Settings, Topology,
-    endpoints::{PortEndpoints, Scope},
+    endpoints::{PortEndpoints, Scope, SlicePorts},
 };
 use crate::model::{
     Family, Issue, IssueKind, ObjectRef, Protocol, Service, ServicePort, Slice, TrafficPolicy, address,
 };
+
+/// Entries of slices that all ports of a service may have in one family: four times the default table of endpoints. An
+/// object may list 20,000 ports and a slice 1,000 endpoints (`pkg/apis/discovery/validation/validation.go`): two objects of
+/// a megabyte would become sets of 640 MB before the tables refuse them.
+const MAX_ENTRIES: usize = 1 << 20;
 
 /// Computes the frontends of a service, in the order of their addresses.
 ///
@@ -51,8 +56,20 @@ use crate::model::{
 /// load-balancer address with ranges that do not admit everybody therefore has no frontend: the call goes
 /// to the network as it is, where whatever enforces the ranges sees it, and an issue says so. Other kinds of
 /// frontends are not concerned by the ranges.
+///
+/// **A port with which the service would have more than 1,048,576 endpoints** in a family is left out, and an issue says so.
 #[must_use]
 pub fn frontends<'a>(
+    service: &Service,
+    slices: impl Iterator<Item = &'a Slice>,
+    topology: &Topology,
+    settings: &Settings,
+) -> (Vec<Frontend>, Vec<Issue>) {
+    frontends_within(MAX_ENTRIES, service, slices, topology, settings)
+}
+
+fn frontends_within<'a>(
+    max_entries: usize,
     service: &Service,
     slices: impl Iterator<Item = &'a Slice>,
     topology: &Topology,
@@ -67,9 +84,20 @@ pub fn frontends<'a>(
         let Some(cluster_ip) = service.cluster_ip(family) else {
             continue;
         };
+        let slices = SlicePorts::new(family, slices.iter().copied());
+        let (mut n_entries, mut n_left_out) = (0, 0);
         // A socket hook cannot serve SCTP; ingest has reported the port.
         for port in service.ports.iter().filter(|port| port.protocol != Protocol::Sctp) {
-            builder.add_port(port, cluster_ip, &PortEndpoints::new(port, family, slices.iter().copied()));
+            let n_more = slices.n_entries(port);
+            if n_entries + n_more > max_entries {
+                n_left_out += 1;
+                continue;
+            }
+            n_entries += n_more;
+            builder.add_port(port, cluster_ip, &slices.endpoints_of(port));
+        }
+        if n_left_out > 0 {
+            builder.issues.insert(IssueKind::TooManyEndpoints { n_left_out, max: max_entries });
         }
     }
     builder.report_source_ranges();

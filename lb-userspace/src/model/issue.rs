@@ -349,6 +349,14 @@ pub enum IssueKind {
         /// Entries that this service needs.
         needed: u64,
     },
+    /// The ports of a service have more endpoints together than any table. Ports with which it would be too many are left
+    /// out.
+    TooManyEndpoints {
+        /// How many ports.
+        n_left_out: usize,
+        /// How many endpoints all ports may have in a family.
+        max: usize,
+    },
     /// A manifest holds an object of a kind that plays no part in service proxying. It is ignored.
     UnknownKind,
     /// A manifest holds an object of a known kind in an API version that is not known. It is ignored.
@@ -382,7 +390,7 @@ impl IssueKind {
     #[must_use]
     pub fn field(&self) -> Option<&str> {
         match self {
-            Self::NoPorts => Some("spec.ports"),
+            Self::NoPorts | Self::TooManyEndpoints { .. } => Some("spec.ports"),
             Self::InvalidName { field, .. }
             | Self::InvalidPort { field, .. }
             | Self::NoPortNumber { field }
@@ -408,11 +416,9 @@ impl fmt::Display for IssueKind {
         let mut f = Escaped(f);
         match self {
             Self::NoName => f.write_str("metadata.name: is missing; the object is left out"),
-            Self::InvalidName { field, value, left_out } => write!(
-                f,
-                "{field}: {value:?} is not a name (lower-case letters, digits and hyphens, as in a host name); {left_out} is \
-                 left out"
-            ),
+            Self::InvalidName { field, value, left_out } => {
+                write!(f, "{field}: {value:?} is not a name as of a host (a-z, 0-9, -); {left_out} is left out")
+            }
             Self::NoClusterIp => {
                 f.write_str("spec.clusterIP: is empty, and only an API server can assign one; the service is left out")
             }
@@ -493,6 +499,9 @@ impl fmt::Display for IssueKind {
                 "map {map} has no room ({capacity} entries, {needed} needed); raise --max-endpoints; the service \
                  stays as it was"
             ),
+            Self::TooManyEndpoints { n_left_out, max } => {
+                write!(f, "spec.ports: more than {max} endpoints in all; {n_left_out} ports are left out: split the service")
+            }
             Self::UnknownKind => f.write_str("unknown kind; it is ignored"),
             Self::UnknownVersion { version, expected } => {
                 write!(f, "apiVersion: {version:?} is not known, {expected} is; it is ignored")

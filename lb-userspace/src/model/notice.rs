@@ -80,7 +80,9 @@ impl Notice {
             return None;
         }
         let (reason, action) = match &issue.kind {
-            IssueKind::ServicesFull { .. } | IssueKind::EndpointsFull { .. } => ("TableFull", "Sync"),
+            IssueKind::ServicesFull { .. }
+            | IssueKind::EndpointsFull { .. }
+            | IssueKind::TooManyEndpoints { .. } => ("TableFull", "Sync"),
             IssueKind::FrontendTaken { .. } => ("AddressConflict", "Sync"),
             // kube-proxy's words.
             IssueKind::HealthCheckPortTaken { .. } => ("FailedToStartServiceHealthcheck", "Listen"),

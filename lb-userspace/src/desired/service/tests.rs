@@ -470,3 +470,30 @@ proptest! {
         );
     }
 }
+
+/// Two objects of a megabyte, as the API takes them, are no reason to stall.
+#[test]
+fn as_many_ports_as_an_object_holds() {
+    let ports = |numbered: fn(u16) -> Value| (1..=20_000).map(numbered).collect::<Vec<_>>();
+    let service =
+        fixture::service(&json!({"spec": {"ports": ports(|n| json!({"name": format!("p{n}"), "port": n}))}}));
+    let slice = fixture::slice(&json!({
+        "ports": ports(|n| json!({"name": format!("p{n}"), "port": n, "protocol": "TCP"})),
+        "endpoints": [{"addresses": ["10.1.0.1"]}, {"addresses": ["10.1.0.2"]}],
+    }));
+    let slices = || std::iter::once(&slice);
+    let (frontends, issues) = super::frontends(&service, slices(), &topology(), &settings());
+    assert_eq!(issues, []);
+    assert_eq!(frontends.len(), 20_000);
+    for frontend in &frontends {
+        let expected =
+            ["10.1.0.1", "10.1.0.2"].map(|ip| SocketAddr::new(ip.parse().unwrap(), frontend.address.port));
+        assert_eq!(*frontend.endpoints, expected);
+    }
+
+    let (frontends, issues) = frontends_within(5_000, &service, slices(), &topology(), &settings());
+    assert_eq!(frontends.len(), 2_500);
+    let texts: Vec<_> = issues.iter().map(ToString::to_string).collect();
+    let expected = "Service default/web: spec.ports: more than 5000 endpoints in all; 17500 ports are left out: split the service";
+    assert_eq!(texts, [expected]);
+}

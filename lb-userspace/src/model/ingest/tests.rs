@@ -71,8 +71,7 @@ fn r14_names_are_those_that_an_api_server_takes() {
     for name in ["Web", "my_web", "-a", "a-", ".a", "a..b", "a/b", "a\nb", "a b", "\u{e4}", &"a".repeat(254)]
     {
         let expected = format!(
-            "metadata.name: {name:?} is not a name (lower-case letters, digits and hyphens, as in a host name); the \
-             object is left out"
+            "metadata.name: {name:?} is not a name as of a host (a-z, 0-9, -); the object is left out"
         );
         assert_eq!(ingest("default", name), Some(expected));
     }

@@ -280,8 +280,7 @@ fn r14_mangled_ports_are_left_out() {
         ),
         (
             json!({"name": "a.b", "port": 81}),
-            "spec.ports[1].name: \"a.b\" is not a name (lower-case letters, digits and hyphens, as in a host name); this port is \
-             left out",
+            "spec.ports[1].name: \"a.b\" is not a name as of a host (a-z, 0-9, -); this port is left out",
         ),
         (
             json!({"name": "other", "port": 80}),
