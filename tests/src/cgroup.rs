@@ -137,7 +137,7 @@ fn origin(root: &Path) -> io::Result<PathBuf> {
 /// Removes a cgroup. The kernel counts a thread that has just ended for a moment longer.
 fn remove(path: &Path) {
     for _ in 0..200 {
-        match fs::remove_dir(path) {
+        match remove_tree(path) {
             Err(error) if error.kind() == io::ErrorKind::ResourceBusy => {
                 thread::sleep(Duration::from_millis(10));
             }
@@ -146,15 +146,20 @@ fn remove(path: &Path) {
     }
 }
 
+/// Removes a cgroup and those below it: an agent that is killed leaves that of its self-test.
+fn remove_tree(path: &Path) -> io::Result<()> {
+    for child in children(path) {
+        remove_tree(&child)?;
+    }
+    fs::remove_dir(path)
+}
+
 /// Removes what test processes left behind that were killed.
 fn sweep(root: &Path) {
     for path in children(root) {
         let pid = path.file_name().and_then(|name| name.to_str()?.strip_prefix(PREFIX)?.parse().ok());
         if pid.is_some_and(|pid| signal::kill(Pid::from_raw(pid), None) == Err(Errno::ESRCH)) {
-            for child in children(&path) {
-                let _in_use = fs::remove_dir(child);
-            }
-            let _in_use = fs::remove_dir(path);
+            let _in_use = remove_tree(&path);
         }
     }
 }
