@@ -43,7 +43,7 @@ fn with_services(protocols: &[Protocol], test: impl FnOnce(&mut Agent) + Send) {
         for domain in [Domain::V4, Domain::V6] {
             for protocol in protocols {
                 servers.extend(endpoints(domain).map(|endpoint| (endpoint, *protocol)));
-                let name = format!("{domain:?}-{protocol}").to_lowercase();
+                let name = format!("{domain:?}-{protocol}");
                 cluster.serve(&name, service_address(domain), *protocol, &endpoints(domain));
             }
         }

@@ -87,7 +87,7 @@ fn with_agent(excludes: bool, test: impl Fn(&Sandbox, &mut Exclusion) + Send + S
             for protocol in [Tcp, Udp] {
                 let endpoint = SocketAddr::new(domain.loopback(), 8001);
                 cluster.serve(
-                    &format!("{domain:?}-{protocol}").to_lowercase(),
+                    &format!("{domain:?}-{protocol}"),
                     service_address(domain),
                     protocol,
                     &[endpoint],

@@ -211,18 +211,13 @@ fn an_end_after_any_operation_is_made_up_for() {
             for (domain, endpoints) in families.into_iter().zip(endpoints) {
                 let mut address = service_address(domain);
                 cluster.serve(
-                    &format!("steady-{domain:?}").to_lowercase(),
+                    &format!("steady-{domain:?}"),
                     address,
                     Tcp,
                     &endpoints[usize::from(second)..][..3],
                 );
                 address.set_port(if second { 1001 } else { 1002 });
-                cluster.serve(
-                    &format!("passing-{second}-{domain:?}").to_lowercase(),
-                    address,
-                    Tcp,
-                    &endpoints,
-                );
+                cluster.serve(&format!("passing-{second}-{domain:?}"), address, Tcp, &endpoints);
             }
             cluster
         };

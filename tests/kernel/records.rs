@@ -53,13 +53,8 @@ pub(crate) fn scenes(protocol: Protocol) -> (Cluster, Vec<(SocketAddr, Protocol)
     for domain in [Domain::V4, Domain::V6] {
         let scene = Scene::new(domain);
         servers.extend([scene.endpoint, scene.other_endpoint, scene.plain].map(|server| (server, protocol)));
-        cluster.serve(&format!("one-{domain:?}").to_lowercase(), scene.service, protocol, &[scene.endpoint]);
-        cluster.serve(
-            &format!("two-{domain:?}").to_lowercase(),
-            scene.other_service,
-            protocol,
-            &[scene.other_endpoint],
-        );
+        cluster.serve(&format!("one-{domain:?}"), scene.service, protocol, &[scene.endpoint]);
+        cluster.serve(&format!("two-{domain:?}"), scene.other_service, protocol, &[scene.other_endpoint]);
     }
     (cluster, servers)
 }

@@ -38,7 +38,7 @@ fn with_services(
                         .filter(|endpoint| endpoint.is_ipv6() == (domain == Domain::V6))
                         .collect();
                     cluster.serve(
-                        &format!("{domain:?}{protocol}").to_lowercase(),
+                        &format!("{domain:?}{protocol}"),
                         service_address(domain),
                         protocol,
                         &of_family,

@@ -226,7 +226,7 @@ fn a_million_sockets_leave_nothing_behind() {
         for domain in [Domain::V4, Domain::V6] {
             let Scene { service, endpoint, .. } = Scene::new(domain);
             for protocol in [Tcp, Udp] {
-                let name = format!("{protocol}-{domain:?}").to_lowercase();
+                let name = format!("{protocol}-{domain:?}");
                 cluster.serve(&name, service, protocol, &[endpoint]);
                 servers.push((endpoint, protocol));
             }

@@ -54,7 +54,7 @@ fn cluster(
     let mut cluster = Cluster::new();
     for domain in [Domain::V4, Domain::V6] {
         let scene = Scene::new(domain);
-        cluster.serve(&format!("{domain:?}").to_lowercase(), scene.service, protocol, &endpoints(&scene));
+        cluster.serve(&format!("{domain:?}"), scene.service, protocol, &endpoints(&scene));
     }
     if let Some(value) = annotation {
         for service in cluster.services.values_mut() {

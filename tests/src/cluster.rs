@@ -111,10 +111,12 @@ impl Cluster {
         self
     }
 
-    /// Adds a service with one unnamed port at one address and these endpoints.
+    /// Adds a service with one unnamed port at one address and these endpoints. The name may be made of anything's `Debug`
+    /// form: the service has it in lower case.
     pub fn serve(&mut self, name: &str, address: SocketAddr, protocol: Protocol, endpoints: &[SocketAddr]) {
-        self.set(service(name, &[address.ip()], &[port("", protocol, address.port())]));
-        self.set_endpoints(&PortOf { service: name, name: "", protocol }, endpoints);
+        let name = name.to_lowercase();
+        self.set(service(&name, &[address.ip()], &[port("", protocol, address.port())]));
+        self.set_endpoints(&PortOf { service: &name, name: "", protocol }, endpoints);
     }
 
     /// Makes these the only endpoints of one port of a service.

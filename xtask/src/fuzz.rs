@@ -55,15 +55,8 @@ pub(crate) fn command(workspace: &Workspace, options: &Options) -> Result<()> {
     process::run(&mut make_seeds, "correct the errors above")?;
     step("building the fuzz target");
     let mut cargo = process::cargo();
-    cargo.current_dir(&workspace.root).args([
-        "build",
-        "--package",
-        "lb-fuzz",
-        "--profile",
-        "fuzz",
-        "--target-dir",
-    ]);
-    cargo.arg(&target);
+    cargo.current_dir(&workspace.root).args(["build", "--package", "lb-fuzz", "--profile", "fuzz"]);
+    cargo.arg("--target-dir").arg(&target);
     // With a named target the flags are not for build scripts and macros.
     cargo.args(["--target", &triple]).env("CARGO_ENCODED_RUSTFLAGS", COVERAGE.join("\u{1f}"));
     // The target calls no kernel, but no release build goes without it.

@@ -5,13 +5,33 @@ use std::{
     ffi::CString,
     io,
     os::{
-        fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
+        fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
         unix::ffi::OsStrExt,
     },
     path::Path,
 };
 
 use nix::libc;
+
+/// bpf(2). Returns 0 or a new file descriptor.
+///
+/// # Errors
+///
+/// The system call's.
+///
+/// # Safety
+///
+/// `attr` must begin as `union bpf_attr` does for `command`; each pointer in it must be valid for what the kernel reads or
+/// writes there.
+unsafe fn bpf<T>(command: libc::c_int, attr: &mut T) -> io::Result<RawFd> {
+    // SAFETY: the kernel reads and writes `size_of` bytes at the pointer, which outlives the call; for the pointers in
+    // `attr` the caller vouches.
+    let result = unsafe { libc::syscall(libc::SYS_bpf, command, &raw mut *attr, size_of::<T>()) };
+    match RawFd::try_from(result) {
+        Ok(result) if result >= 0 => Ok(result),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
 
 /// `BPF_OBJ_GET` of `enum bpf_cmd`.
 const BPF_OBJ_GET: libc::c_int = 7;
@@ -35,14 +55,11 @@ struct ObjPath {
 /// 4.4
 pub fn open_pin(path: &Path) -> io::Result<OwnedFd> {
     let path = CString::new(path.as_os_str().as_bytes())?;
-    let attr = ObjPath { pathname: path.as_ptr() as u64, bpf_fd: 0, file_flags: 0 };
-    // SAFETY: bpf(2) reads `size_of` bytes from the pointer and a string from `pathname`; both outlive the call.
-    let fd = unsafe { libc::syscall(libc::SYS_bpf, BPF_OBJ_GET, &raw const attr, size_of::<ObjPath>()) };
-    match i32::try_from(fd) {
-        // SAFETY: a new file descriptor that nobody else knows.
-        Ok(fd) if fd >= 0 => Ok(unsafe { OwnedFd::from_raw_fd(fd) }),
-        _ => Err(io::Error::last_os_error()),
-    }
+    let mut attr = ObjPath { pathname: path.as_ptr() as u64, bpf_fd: 0, file_flags: 0 };
+    // SAFETY: the kernel reads a string from `pathname`, which outlives the call.
+    let fd = unsafe { bpf(BPF_OBJ_GET, &mut attr) }?;
+    // SAFETY: a new file descriptor that nobody else knows.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 /// Pins a map, program or link, also if it is pinned elsewhere.
@@ -58,11 +75,10 @@ pub fn pin(object: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
     /// `BPF_OBJ_PIN` of `enum bpf_cmd`.
     const BPF_OBJ_PIN: libc::c_int = 6;
     let path = CString::new(path.as_os_str().as_bytes())?;
-    let attr =
+    let mut attr =
         ObjPath { pathname: path.as_ptr() as u64, bpf_fd: object.as_raw_fd().cast_unsigned(), file_flags: 0 };
-    // SAFETY: bpf(2) reads `size_of` bytes from the pointer and a string from `pathname`; both outlive the call.
-    let result = unsafe { libc::syscall(libc::SYS_bpf, BPF_OBJ_PIN, &raw const attr, size_of::<ObjPath>()) };
-    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    // SAFETY: the kernel reads a string from `pathname`, which outlives the call.
+    unsafe { bpf(BPF_OBJ_PIN, &mut attr) }.map(drop)
 }
 
 /// Has the C library keep the heap small, which costs it speed that nobody here needs. To be called before there are
@@ -118,7 +134,7 @@ pub fn loads(instructions: &[u64]) -> bool {
     /// `BPF_CGROUP_INET4_CONNECT` of `enum bpf_attach_type`.
     const INET4_CONNECT: u32 = 10;
     let Ok(insn_cnt) = u32::try_from(instructions.len()) else { return false };
-    let attr = ProgLoad {
+    let mut attr = ProgLoad {
         prog_type: CGROUP_SOCK_ADDR,
         insn_cnt,
         insns: instructions.as_ptr() as u64,
@@ -132,12 +148,8 @@ pub fn loads(instructions: &[u64]) -> bool {
         prog_ifindex: 0,
         expected_attach_type: INET4_CONNECT,
     };
-    // SAFETY: bpf(2) reads `size_of` bytes from the pointer, the instructions and the licence; all outlive the call.
-    let fd = unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_LOAD, &raw const attr, size_of::<ProgLoad>()) };
-    let Ok(fd) = i32::try_from(fd) else { return false };
-    if fd < 0 {
-        return false;
-    }
+    // SAFETY: the kernel reads the instructions and the licence, which outlive the call.
+    let Ok(fd) = (unsafe { bpf(BPF_PROG_LOAD, &mut attr) }) else { return false };
     // SAFETY: a new file descriptor that nobody else knows; dropping it unloads the program.
     drop(unsafe { OwnedFd::from_raw_fd(fd) });
     true
@@ -164,16 +176,14 @@ pub fn replace_program(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Res
         flags: u32,
         old_prog_fd: u32,
     }
-    let attr = LinkUpdate {
+    let mut attr = LinkUpdate {
         link_fd: link.as_raw_fd().cast_unsigned(),
         new_prog_fd: program.as_raw_fd().cast_unsigned(),
         flags: 0,
         old_prog_fd: 0,
     };
-    // SAFETY: bpf(2) reads `size_of` bytes from the pointer, which outlives the call.
-    let result =
-        unsafe { libc::syscall(libc::SYS_bpf, BPF_LINK_UPDATE, &raw const attr, size_of::<LinkUpdate>()) };
-    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    // SAFETY: there is no pointer in it.
+    unsafe { bpf(BPF_LINK_UPDATE, &mut attr) }.map(drop)
 }
 
 /// `BPF_LINK_DETACH` of `enum bpf_cmd`.
@@ -195,11 +205,9 @@ pub fn detach(link: BorrowedFd<'_>) -> io::Result<()> {
     struct LinkDetach {
         link_fd: u32,
     }
-    let attr = LinkDetach { link_fd: link.as_raw_fd().cast_unsigned() };
-    // SAFETY: bpf(2) reads `size_of` bytes from the pointer, which outlives the call.
-    let result =
-        unsafe { libc::syscall(libc::SYS_bpf, BPF_LINK_DETACH, &raw const attr, size_of::<LinkDetach>()) };
-    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    let mut attr = LinkDetach { link_fd: link.as_raw_fd().cast_unsigned() };
+    // SAFETY: there is no pointer in it.
+    unsafe { bpf(BPF_LINK_DETACH, &mut attr) }.map(drop)
 }
 
 /// What the kernel tells of a link to a cgroup.
@@ -247,19 +255,13 @@ pub fn cgroup_link(link: BorrowedFd<'_>) -> io::Result<CgroupLink> {
         padding_at_end: u32,
     }
     let mut info = LinkInfo::default();
-    let attr = GetInfo {
+    let mut attr = GetInfo {
         bpf_fd: link.as_raw_fd().cast_unsigned(),
         info_len: u32::try_from(size_of::<LinkInfo>()).map_err(io::Error::other)?,
         info: (&raw mut info) as u64,
     };
-    // SAFETY: bpf(2) reads `size_of` bytes from the pointer and writes at most `info_len` bytes to `info`; both outlive
-    // the call.
-    let result = unsafe {
-        libc::syscall(libc::SYS_bpf, BPF_OBJ_GET_INFO_BY_FD, &raw const attr, size_of::<GetInfo>())
-    };
-    if result != 0 {
-        return Err(io::Error::last_os_error());
-    }
+    // SAFETY: the kernel writes at most `info_len` bytes to `info`, which outlives the call.
+    unsafe { bpf(BPF_OBJ_GET_INFO_BY_FD, &mut attr) }?;
     if info.link_type != CGROUP {
         return Err(io::Error::new(io::ErrorKind::InvalidData, "no link to a cgroup"));
     }
@@ -304,13 +306,8 @@ pub fn programs_of(cgroup: BorrowedFd<'_>, attach_type: u32) -> io::Result<Vec<u
         prog_cnt: 64,
         reserved: 0,
     };
-    // SAFETY: bpf(2) reads and writes `size_of` bytes at the pointer and writes at most `prog_cnt` ids; both outlive the
-    // call.
-    let result =
-        unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_QUERY, &raw mut attr, size_of::<ProgQuery>()) };
-    if result != 0 {
-        return Err(io::Error::last_os_error());
-    }
+    // SAFETY: the kernel writes at most `prog_cnt` ids, for which there is room; they outlive the call.
+    unsafe { bpf(BPF_PROG_QUERY, &mut attr) }?;
     Ok(ids.into_iter().take(attr.prog_cnt as usize).collect())
 }
 
