@@ -189,7 +189,7 @@ map_type! {
         pub port: u16,
         /// Zero.
         pub reserved: u16,
-        /// Identity of this address and port within its service port: index into `endpoint_stats` and `members`.
+        /// Identity of this address and port within its service port: index into `endpoint_stats`.
         pub endpoint_id: u32,
     }
 }
@@ -205,7 +205,7 @@ map_type! {
         pub port: u16,
         /// Zero.
         pub reserved: u16,
-        /// Identity of this address and port within its service port: index into `endpoint_stats` and `members`.
+        /// Identity of this address and port within its service port: index into `endpoint_stats`.
         pub endpoint_id: u32,
     }
 }
@@ -237,19 +237,19 @@ map_type! {
 /// Slots that a socket may use.
 pub const SLOT_WAYS: usize = 2;
 
-/// Records that the storage of one socket holds, beside the one in its slot: service addresses that an unconnected
-/// socket can use at the same time. A power of two: the verifier bounds an index by a mask, not by a remainder.
+/// Records that the storage of one socket holds. A power of two: the verifier bounds an index by a mask, not by a
+/// remainder.
 pub const SOCKET_RECORDS: usize = 16;
 
 map_type! {
-    /// Value of `sockets` and part of `socket_storage`: how one socket reached one service address. 64 octets, one cache
-    /// line.
+    /// How one socket reaches one service address. 48 octets.
     ///
-    /// IPv4 addresses are kept as `::ffff:a.b.c.d`. In `sockets` a record counts while `socket_slots` names its socket as
-    /// the owner, in `socket_storage` while its cookie is not 0.
+    /// It answers two questions. "Which endpoint does this socket use for this service?": the record of that service
+    /// address. "To which service does a peer belong?": the record of that endpoint with [`record_flags::ANSWERS`].
+    ///
+    /// IPv4 addresses are kept as `::ffff:a.b.c.d`. A record with protocol 0 is unused.
+    #[repr(align(8))]
     pub struct SocketRecord {
-        /// Cookie of the socket that the record belongs to.
-        pub cookie: u64,
         /// The address that the program called.
         pub service_address: Octets6,
         /// The address that the kernel's socket talks to.
@@ -260,35 +260,70 @@ map_type! {
         pub endpoint_port: u16,
         /// The endpoint, for the next datagram to the same service address.
         pub endpoint_id: u32,
-        /// Its position in the run when it was chosen.
-        pub index: u32,
         /// The service port, so that stale sockets can be found by service.
         pub service_id: u32,
-        /// Zero.
-        pub reserved: u64,
+        /// Position of the endpoint in the run when it was chosen; 65,535 for any from there on.
+        pub index: u16,
+        /// IP protocol number ([`Protocol`]); 0 if the record is unused.
+        pub protocol: u8,
+        /// Bits of [`record_flags`].
+        pub flags: u8,
     }
 }
 
+/// Bits of [`SocketRecord::flags`].
+pub mod record_flags {
+    /// What comes from the endpoint is shown as coming from the service. Of several records with one endpoint, the one
+    /// called last has it; none has it once the endpoint's own address was called.
+    pub const ANSWERS: u8 = 1;
+}
+
 map_type! {
-    /// Value of `socket_slots`: whose the slots are that a socket may use. 32 octets, so that two sets share a cache line:
-    /// cookies are counted up, and a socket finds its line warm from the one before it. The records are elsewhere, since
-    /// most sockets never have one.
+    /// Value of `socket_slots`: whose the slots are that a socket may use. 16 octets, so that four sets share a cache line:
+    /// cookies are counted up, and a socket finds its line warm from the one before it.
     pub struct SocketSlots {
         /// Cookies of the owners; 0 is free. Slot `way` of set `i` is entry `i * SLOT_WAYS + way` of `sockets`.
         pub owners: [u64; SLOT_WAYS],
-        /// How often a socket of this set was given socket storage. While it is 0, none of them looks for any.
-        pub spills: u64,
-        /// Zero.
-        pub reserved: u64,
     }
 }
 
 map_type! {
-    /// Value of `socket_storage`: what does not fit into the socket's slot.
+    /// Value of `sockets`: the records in a socket's slot. 128 octets, two cache lines, of which a socket with one service
+    /// uses the first.
+    ///
+    /// There are two because a `connect()` can fail: the socket then keeps its former peer, and the record of that.
+    pub struct SocketEntry {
+        /// Cookie of the socket that wrote the records. They count while `socket_slots` names the same owner.
+        pub cookie: u64,
+        /// Bits of [`entry_flags`].
+        pub flags: u32,
+        /// Zero.
+        pub reserved: u32,
+        /// The first record.
+        pub first: SocketRecord,
+        /// The second record, if [`entry_flags::SECOND`] is set.
+        pub second: SocketRecord,
+        /// Zero.
+        pub reserved_at_end: [u64; 2],
+    }
+}
+
+/// Bits of [`SocketEntry::flags`].
+pub mod entry_flags {
+    /// The second record is used.
+    pub const SECOND: u32 = 1;
+    /// The socket has socket storage with more records.
+    pub const STORAGE: u32 = 1 << 1;
+}
+
+map_type! {
+    /// Value of `socket_storage`: records of a socket that has no slot, or that do not fit into its slot. 784 octets.
     pub struct SocketRecords {
-        /// Records of service addresses that the slot does not hold.
+        /// Cookie of the socket; 0 for a multipath TCP socket, whose subflows have storage of their own.
+        pub cookie: u64,
+        /// The records.
         pub records: [SocketRecord; SOCKET_RECORDS],
-        /// Where the next record goes when all are taken: the oldest makes room.
+        /// Where the next record goes when all are used: the oldest makes room.
         pub next: u32,
         /// Zero.
         pub reserved: u32,
@@ -408,12 +443,12 @@ macro_rules! family_layout {
 family_layout!(Octets4, FrontendKey4, Endpoint4);
 family_layout!(Octets6, FrontendKey6, Endpoint6);
 
-/// The cookie is compared and swapped on its own, and addresses are compared as 64-bit words.
+/// Addresses of records are compared as 64-bit words, and the first record of an entry shares a cache line with its cookie.
 const _: () = assert!(
-    core::mem::offset_of!(SocketRecord, cookie) == 0
-        && core::mem::offset_of!(SocketRecord, service_address) % 8 == 0
+    core::mem::offset_of!(SocketRecord, service_address) % 8 == 0
         && core::mem::offset_of!(SocketRecord, endpoint_address) % 8 == 0
-        && size_of::<SocketRecord>() == 64
+        && core::mem::offset_of!(SocketEntry, second) == 64
+        && size_of::<SocketEntry>() == 128
 );
 
 #[cfg(test)]
@@ -431,6 +466,9 @@ mod tests {
         assert_eq!(size_of::<Endpoint4>(), 12);
         assert_eq!(size_of::<Endpoint6>(), 24);
         assert_eq!(size_of::<Meta>(), 32);
+        assert_eq!(size_of::<SocketRecord>(), 48);
+        assert_eq!(size_of::<SocketEntry>(), 128);
+        assert_eq!(size_of::<SocketRecords>(), 784);
     }
 
     #[test]

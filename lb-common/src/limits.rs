@@ -4,7 +4,7 @@
 ///
 /// Raise it with any change to a type in [`crate::layout`], to a map's type or flags, or to the meaning of a
 /// field. An agent that finds another version fills new maps beside the pinned ones and then replaces them.
-pub const LAYOUT_VERSION: u32 = 2;
+pub const LAYOUT_VERSION: u32 = 3;
 
 /// Default of `--max-services`: frontends per address family.
 ///
@@ -20,7 +20,7 @@ pub const MAX_NODE_ADDRS: u32 = 32_768;
 /// Entries of the LRU map `affinity`: pairs of client network namespace and service port with affinity.
 pub const MAX_AFFINITY: u32 = 65_536;
 
-/// Entries of the map `socket_slots`, a power of two, with two slots each: 128 KiB of owners and 512 KiB of records.
+/// Entries of the map `socket_slots`, a power of two, with two slots each: 64 KiB of owners and 1 MiB of records.
 ///
 /// Not a limit: sockets that find no slot keep their record in socket storage, which costs half a microsecond more.
 pub const SOCKET_SETS: u32 = 4096;

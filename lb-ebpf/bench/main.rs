@@ -24,7 +24,7 @@ use aya_ebpf::{
 };
 use lb_common::{
     address::Address,
-    layout::{Endpoint4, FrontendKey4, SocketRecord},
+    layout::{Endpoint4, FrontendKey4, SocketEntry, SocketRecord},
 };
 
 const PROCEED: i32 = 1;
@@ -46,7 +46,7 @@ static LRU: LruHashMap<u64, SocketRecord, SOCKETS> = LruHashMap::new();
 #[btf_map(name = "bench_pcpu_lru")]
 static PER_CPU_LRU: LruHashMap<u64, SocketRecord, SOCKETS, NO_COMMON_LRU> = LruHashMap::new();
 #[btf_map(name = "bench_slots")]
-static SLOTS: Array<SocketRecord, { SLOTS_LEN as usize }> = Array::new();
+static SLOTS: Array<SocketEntry, { SLOTS_LEN as usize }> = Array::new();
 
 /// The destination's endpoint and the record that belongs to it, if it is a frontend.
 #[inline(always)]
@@ -65,15 +65,15 @@ fn look_up(raw: *mut bpf_sock_addr) -> Option<(Endpoint4, SocketRecord)> {
     // SAFETY: nobody writes the map while the bench runs.
     let endpoint = unsafe { SERVICES.get(key) }.copied()?;
     let record = SocketRecord {
-        cookie: 0,
         service_address: address.to_mapped(),
         endpoint_address: endpoint.address.to_mapped(),
         service_port: key.port,
         endpoint_port: endpoint.port,
         endpoint_id: endpoint.endpoint_id,
-        index: 0,
         service_id: 0,
-        reserved: 0,
+        index: 0,
+        protocol: key.protocol,
+        flags: 0,
     };
     Some((endpoint, record))
 }
@@ -216,7 +216,7 @@ fn slots_connect(ctx: SockAddrContext) -> i32 {
             && own(slot, cookie)
         {
             // SAFETY: the slot is this socket's.
-            unsafe { *slot = SocketRecord { cookie, ..record } };
+            unsafe { (*slot).first = record };
         } else if let Some(stored) =
             // SAFETY: the storage of this socket, which is locked.
             unsafe { STORAGE.get_or_insert_ptr_mut(&ctx, Some(&mut record)).as_mut() }
@@ -245,13 +245,13 @@ fn slots_release(ctx: SockContext) -> i32 {
 }
 
 #[inline(always)]
-fn slot(cookie: u64) -> Option<*mut SocketRecord> {
+fn slot(cookie: u64) -> Option<*mut SocketEntry> {
     #[expect(clippy::cast_possible_truncation, reason = "the low bits are what is wanted")]
     SLOTS.get_ptr_mut(cookie as u32 & (SLOTS_LEN - 1))
 }
 
 #[inline(always)]
-fn own(slot: *mut SocketRecord, cookie: u64) -> bool {
+fn own(slot: *mut SocketEntry, cookie: u64) -> bool {
     // SAFETY: as in `slots_release`.
     let owner = unsafe { &raw mut (*slot).cookie };
     // SAFETY: as above.

@@ -17,6 +17,21 @@ macro_rules! globals {
 globals! {
     /// 1 if the kernel has `bpf_set_retval` (5.18) and it does in this hook what it says.
     static HAS_SET_RETVAL: u8 = 0;
+    /// 1 if `bpf_skc_to_mptcp_sock` is there (5.19), and the offsets below are known.
+    static HAS_MPTCP: u8 = 0;
+    /// 1 if fields of the kernel's `struct sock` can be read: `bpf_probe_read_kernel` is there, and the offsets below are
+    /// known.
+    static HAS_SOCK_FIELDS: u8 = 0;
+    /// Offset of the socket in `struct bpf_sock_addr_kern`, the context as the kernel has it.
+    static CONTEXT_SOCK: u32 = 0;
+    /// Offset of `skc_cookie` in `struct sock`.
+    static SOCK_COOKIE: u32 = 0;
+    /// Offset of `skc_state` in `struct sock`.
+    static SOCK_STATE: u32 = 0;
+    /// Offset of the octet with `sk_kern_sock` in `struct sock`.
+    static SOCK_KERNEL: u32 = 0;
+    /// The bit of `sk_kern_sock` in it.
+    static SOCK_KERNEL_MASK: u8 = 0;
     /// First port of the node-port range.
     static NODE_PORT_FIRST: u16 = limits::NODE_PORTS.0;
     /// Last port of the node-port range.
@@ -38,8 +53,8 @@ pub(crate) fn is_on(switch: &Global<u8>) -> bool {
 /// What a global cannot switch, since it takes more than removing a dead branch: each hook has a program for each mode,
 /// and the loader takes one of them (docs/decisions/0003).
 pub(crate) trait Mode {
-    /// Whether records of sockets are kept in slots. Kernels before 5.12 refuse a compare-and-swap even where it can
-    /// never run.
+    /// Whether records of sockets are kept in slots, which takes compare-and-swap and [`HAS_SOCK_FIELDS`]. Kernels before
+    /// 5.12 refuse a compare-and-swap even where it can never run.
     const SLOTS: bool;
     /// Whether a diagnostic line is written for each decision. aya-log's code is a function of its own, and in a program
     /// with functions the verifier of kernels before 6.3 compares every number exactly: a search that takes it ten
@@ -49,7 +64,7 @@ pub(crate) trait Mode {
 
 /// The usual mode.
 pub(crate) struct Slots;
-/// For kernels without compare-and-swap.
+/// For kernels that lack what slots take.
 pub(crate) struct Storage;
 /// The usual mode, with diagnostics.
 pub(crate) struct Logged;

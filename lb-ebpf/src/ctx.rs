@@ -4,19 +4,24 @@
 //! offsets, and LLVM would otherwise merge neighbouring fields into one wide access ("invalid `bpf_context`
 //! access").
 
-use core::ptr::{addr_of, addr_of_mut};
+use core::ptr::{NonNull, addr_of, addr_of_mut};
 
 use aya_ebpf::{
     EbpfContext,
-    bindings::{bpf_sock, bpf_sock_addr},
-    helpers::generated::{bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_set_retval},
+    bindings::{BPF_SK_STORAGE_GET_F_CREATE, bpf_sock, bpf_sock_addr, mptcp_sock},
+    helpers::generated::{
+        bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_probe_read_kernel, bpf_set_retval,
+        bpf_sk_storage_get, bpf_skc_to_mptcp_sock,
+    },
     programs::{SockAddrContext, SockContext},
 };
 use lb_common::{
-    address::{Octets4, Octets6},
-    layout::Protocol,
+    address::{Address, Octets4, Octets6},
+    layout::{Protocol, SocketRecords},
 };
 use network_types::ip::IpProto;
+
+use crate::{config, maps};
 
 /// Return value of a program that lets the call proceed.
 pub(crate) const PROCEED: i32 = 1;
@@ -28,6 +33,26 @@ const ECONNREFUSED: i32 = 111;
 
 // The numbers in map keys are the IP header's.
 const _: () = assert!(Protocol::TCP.0 == IpProto::Tcp as u8 && Protocol::UDP.0 == IpProto::Udp as u8);
+
+/// `TCP_ESTABLISHED`, which is the state of a connected datagram socket too.
+const ESTABLISHED: u32 = 1;
+/// `IPPROTO_MPTCP`, which no octet holds.
+const MPTCP: u32 = 262;
+
+/// An address and port, IPv4 in mapped form.
+#[derive(Clone, Copy)]
+#[repr(C, align(8))]
+pub(crate) struct Peer {
+    /// Address.
+    pub(crate) address: Octets6,
+    /// Port, host order.
+    pub(crate) port: u16,
+}
+
+impl Peer {
+    /// Stands for "none": no endpoint has port 0. A sentinel, for the reason that `Choice::NONE` is one.
+    pub(crate) const NONE: Self = Self { address: [0; 16], port: 0 };
+}
 
 /// The context of a `BPF_PROG_TYPE_CGROUP_SOCK_ADDR` program.
 pub(crate) struct SockAddr<'a> {
@@ -48,14 +73,19 @@ impl<'a> SockAddr<'a> {
         self.ctx
     }
 
+    /// The IP protocol number of the socket.
+    #[inline(always)]
+    fn protocol_number(&self) -> u32 {
+        // SAFETY: `raw` is the context of the running program; the field is readable in all sock_addr hooks.
+        unsafe { addr_of!((*self.raw).protocol).read_volatile() }
+    }
+
     /// The protocol of the socket as tables know it, or `None` if no frontend can match it.
     ///
-    /// Multipath TCP is not among them: Linux runs no connect hook for its sockets (seen up to 6.18), so that nothing is
-    /// recorded that a later hook could find.
+    /// Multipath TCP is not among them: the kernel runs the connect hooks for its subflows, which are TCP sockets.
     #[inline(always)]
     pub(crate) fn protocol(&self) -> Option<Protocol> {
-        // SAFETY: `raw` is the context of the running program; the field is readable in all sock_addr hooks.
-        let number = unsafe { addr_of!((*self.raw).protocol).read_volatile() };
+        let number = self.protocol_number();
         if number == IpProto::Tcp as u32 {
             Some(Protocol::TCP)
         } else if number == IpProto::Udp as u32 || number == IpProto::UdpLite as u32 {
@@ -63,6 +93,12 @@ impl<'a> SockAddr<'a> {
         } else {
             None
         }
+    }
+
+    /// Whether the socket is a program's multipath TCP socket, not a subflow.
+    #[inline(always)]
+    pub(crate) fn is_mptcp(&self) -> bool {
+        self.protocol_number() == MPTCP
     }
 
     /// The port in the user's socket address, host order.
@@ -133,16 +169,84 @@ impl<'a> SockAddr<'a> {
         unsafe { (*self.raw).__bindgen_anon_1.sk }
     }
 
-    /// Whether the socket has a peer, as a connected UDP socket has.
-    ///
-    /// The kernel runs `sendmsg4` also for a plain `send()` on an `AF_INET6` socket that is connected to an
-    /// IPv4-mapped address (`udpv6_sendmsg`), with the peer as the destination: that is no call of its own.
+    /// The IPv4 peer of a connected datagram socket, or [`Peer::NONE`].
     #[inline(always)]
-    pub(crate) fn is_connected(&self) -> bool {
-        /// `TCP_ESTABLISHED`, which is the state of a connected datagram socket too.
-        const ESTABLISHED: u32 = 1;
+    pub(crate) fn peer4(&self) -> Peer {
+        if !self.is_connected() {
+            return Peer::NONE;
+        }
         // SAFETY: the verifier types the pointer as a full socket, never null.
+        let address = unsafe { addr_of!((*self.sock()).dst_ip4).read_volatile() }.to_ne_bytes();
+        Peer { address: address.to_mapped(), port: self.peer_port() }
+    }
+
+    /// The peer of a connected `AF_INET6` datagram socket, or [`Peer::NONE`].
+    #[inline(always)]
+    pub(crate) fn peer6(&self) -> Peer {
+        if !self.is_connected() {
+            return Peer::NONE;
+        }
+        // SAFETY: as above.
+        let words = unsafe {
+            [
+                addr_of!((*self.sock()).dst_ip6[0]).read_volatile(),
+                addr_of!((*self.sock()).dst_ip6[1]).read_volatile(),
+                addr_of!((*self.sock()).dst_ip6[2]).read_volatile(),
+                addr_of!((*self.sock()).dst_ip6[3]).read_volatile(),
+            ]
+        };
+        // SAFETY: both types are 16 plain octets.
+        Peer { address: unsafe { core::mem::transmute::<[u32; 4], Octets6>(words) }, port: self.peer_port() }
+    }
+
+    #[inline(always)]
+    fn is_connected(&self) -> bool {
+        // SAFETY: as above.
         unsafe { addr_of!((*self.sock()).state).read_volatile() == ESTABLISHED }
+    }
+
+    #[inline(always)]
+    fn peer_port(&self) -> u16 {
+        // SAFETY: as above. The field holds the port in network order.
+        u16::from_be(unsafe { addr_of!((*self.sock()).dst_port).read_volatile() })
+    }
+
+    /// The cookie that the socket has, or 0 if nothing has asked for one yet.
+    ///
+    /// [`Self::cookie`] gives a socket its cookie. A socket without one has no record, and costs no look-up in a table that
+    /// is cold. Only with [`config::Mode::SLOTS`].
+    #[inline(always)]
+    pub(crate) fn known_cookie(&self) -> u64 {
+        read_kernel(self.kernel_sock().wrapping_add(config::SOCK_COOKIE.load().into()))
+    }
+
+    /// Whether the kernel uses the socket for itself (`sk_kern_sock`), as NFS and the subflows of multipath TCP do. `false`
+    /// where [`config::HAS_SOCK_FIELDS`] is off.
+    ///
+    /// No `sock_release` program runs for such a socket (`inet_release`).
+    #[inline(always)]
+    pub(crate) fn is_kernel_socket(&self) -> bool {
+        if !config::is_on(&config::HAS_SOCK_FIELDS) {
+            return false;
+        }
+        let word: u8 = read_kernel(self.kernel_sock().wrapping_add(config::SOCK_KERNEL.load().into()));
+        word & config::SOCK_KERNEL_MASK.load() != 0
+    }
+
+    /// Address of the kernel's `struct sock`. The verifier forbids arithmetic on the pointer in the context.
+    #[inline(always)]
+    fn kernel_sock(&self) -> u64 {
+        read_kernel((self.ctx.as_ptr() as u64).wrapping_add(config::CONTEXT_SOCK.load().into()))
+    }
+
+    /// The multipath TCP socket that this socket is a subflow of. Kernel 5.19 (`bpf_skc_to_mptcp_sock`).
+    #[inline(always)]
+    pub(crate) fn multipath(&self) -> Option<Multipath> {
+        if !config::is_on(&config::HAS_MPTCP) {
+            return None;
+        }
+        // SAFETY: the helper takes any socket and returns null for another kind.
+        NonNull::new(unsafe { bpf_skc_to_mptcp_sock(self.sock().cast()) }).map(|socket| Multipath { socket })
     }
 
     /// Cookie of the socket, never 0 and never used twice. Kernel 4.12.
@@ -160,6 +264,55 @@ impl<'a> SockAddr<'a> {
     }
 }
 
+/// The multipath TCP socket of a subflow.
+#[derive(Clone, Copy)]
+pub(crate) struct Multipath {
+    // Without a niche for `None`, LLVM reads the pointer before it looks whether there is one.
+    socket: NonNull<mptcp_sock>,
+}
+
+impl Multipath {
+    /// Whether the connection stands. The subflows that are added then are the kernel's own: their addresses are no call.
+    #[inline(always)]
+    pub(crate) fn is_established(self) -> bool {
+        // SAFETY: a `struct mptcp_sock` begins with its `struct sock`; user space knows the field's offset from the
+        // kernel's BTF, and the verifier checks the access against it.
+        let state = unsafe {
+            self.socket.as_ptr().cast::<u8>().add(config::SOCK_STATE.load() as usize).read_volatile()
+        };
+        u32::from(state) == ESTABLISHED
+    }
+
+    /// The socket's storage, made if need be. Null only when the kernel is out of memory.
+    #[inline(always)]
+    pub(crate) fn storage_or_new(self) -> *mut SocketRecords {
+        let map = (&raw const maps::SOCKET_STORAGE).cast_mut().cast();
+        // SAFETY: a map of this object and a live socket.
+        unsafe {
+            bpf_sk_storage_get(
+                map,
+                self.socket.as_ptr().cast(),
+                core::ptr::null_mut(),
+                BPF_SK_STORAGE_GET_F_CREATE.into(),
+            )
+        }
+        .cast()
+    }
+}
+
+/// A value at an address of the kernel, or zero if it cannot be read. Kernel 5.8 in these programs
+/// (`bpf_probe_read_kernel`), unless lockdown forbids it.
+#[inline(always)]
+fn read_kernel<T: Default>(address: u64) -> T {
+    let mut value = T::default();
+    #[expect(clippy::cast_possible_truncation, reason = "a word")]
+    let size = size_of::<T>() as u32;
+    // SAFETY: the helper writes `size` octets, zeros if it cannot read.
+    let _zero_on_error =
+        unsafe { bpf_probe_read_kernel((&raw mut value).cast(), size, address as *const core::ffi::c_void) };
+    value
+}
+
 /// Makes the call that the program runs for fail with `ECONNREFUSED`. Kernel 5.18 (`bpf_set_retval`).
 #[inline(always)]
 pub(crate) fn refuse_call() -> i32 {
@@ -175,11 +328,11 @@ pub(crate) fn initial_netns_cookie() -> u64 {
     unsafe { bpf_get_netns_cookie(core::ptr::null_mut()) }
 }
 
-/// Cookie of a socket that is being closed. Kernel 5.9 (`BPF_CGROUP_INET_SOCK_RELEASE`).
+/// The cookie that a socket which is being closed has, or 0: see [`SockAddr::known_cookie`]. Kernel 5.9
+/// (`BPF_CGROUP_INET_SOCK_RELEASE`, whose context is the `struct sock` itself).
 #[inline(always)]
 pub(crate) fn sock_cookie(ctx: &SockContext) -> u64 {
-    // SAFETY: the helper takes the program's own context.
-    unsafe { bpf_get_socket_cookie(ctx.as_ptr()) }
+    read_kernel((ctx.as_ptr() as u64).wrapping_add(config::SOCK_COOKIE.load().into()))
 }
 
 /// Replaces a word if it has the expected value. Kernel 5.12.

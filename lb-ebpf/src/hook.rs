@@ -4,17 +4,17 @@ use aya_log_ebpf::debug;
 use lb_common::{
     Verdict,
     address::{Address, Octets4, Octets6, mapped_ipv4},
-    layout::SocketRecord,
+    layout::{SocketRecord, record_flags},
     resolve::{Call, Choice, Target, resolve},
 };
 
 use crate::{
     config::{self, Mode, is_on},
-    ctx::{PROCEED, SockAddr, refuse_call},
+    ctx::{Multipath, PROCEED, Peer, REJECT, SockAddr, refuse_call},
     exclude::is_excluded,
     maps,
-    record::{Peer, Socket},
-    tables::{Kernel4, Kernel6},
+    record::Socket,
+    tables::{Kernel4, Kernel6, Memory},
 };
 
 /// What kind of call a program handles.
@@ -56,9 +56,12 @@ fn forward4<M: Mode>(ctx: &SockAddr<'_>, kind: Kind) -> i32 {
         return PROCEED;
     }
     let address = ctx.ipv4();
-    let mut call = Pending::<M>::new(ctx, kind, &address);
-    let verdict = call.decide4(address);
-    call.finish(verdict, |target| ctx.set_ipv4(target))
+    let call = Pending::<M>::new(ctx, kind, &address, ctx.peer4());
+    if call.is_of_the_kernel() {
+        return PROCEED;
+    }
+    let decision = call.decide4(address);
+    call.finish(&decision, || ctx.set_ipv4(Octets4::from_mapped(&decision.address)))
 }
 
 #[inline(always)]
@@ -67,14 +70,61 @@ fn forward6<M: Mode>(ctx: &SockAddr<'_>, kind: Kind) -> i32 {
         return PROCEED;
     }
     let address = ctx.ipv6();
-    let mut call = Pending::<M>::new(ctx, kind, &address);
+    let call = Pending::<M>::new(ctx, kind, &address, ctx.peer6());
+    if call.is_of_the_kernel() {
+        return PROCEED;
+    }
     // An IPv4-mapped destination is an IPv4 call: the same tables, the same records, written back as mapped.
-    if let Some(address) = mapped_ipv4(&address) {
-        let verdict = call.decide4(address);
-        call.finish(verdict, |target| ctx.set_ipv6(target.to_mapped()))
-    } else {
-        let verdict = call.decide6(address);
-        call.finish(verdict, |target| ctx.set_ipv6(target))
+    let decision = match mapped_ipv4(&address) {
+        Some(address) => call.decide4(address),
+        None => call.decide6(address),
+    };
+    call.finish(&decision, || ctx.set_ipv6(decision.address))
+}
+
+/// A verdict of either family.
+///
+/// Every field has a value whatever the verdict is: of an enum, LLVM reads the payload before it looks which one it is, and
+/// the verifier refuses to read what nothing was written to.
+struct Decision {
+    kind: u32,
+    /// The endpoint's address; IPv4 in mapped form.
+    address: Octets6,
+    port: u16,
+    choice: Choice,
+    service_id: u32,
+}
+
+impl Decision {
+    const PASS: u32 = 0;
+    const REFUSE: u32 = 1;
+    const REDIRECT: u32 = 2;
+
+    #[inline(always)]
+    fn of<A: Address>(verdict: Verdict<A>) -> Self {
+        let pass = Self {
+            kind: Self::PASS,
+            address: Peer::NONE.address,
+            port: 0,
+            choice: Choice::NONE,
+            service_id: 0,
+        };
+        match verdict {
+            Verdict::Pass => pass,
+            Verdict::Refuse { service_id } => {
+                // For kernels on which a refusal is a call that leads nowhere: see `refuse`.
+                let mut address = Peer::NONE.address;
+                if A::FAMILY == lb_common::Family::V4 {
+                    address = [127, 0, 0, 1].to_mapped();
+                } else {
+                    address[15] = 1;
+                }
+                Self { kind: Self::REFUSE, address, service_id, ..pass }
+            }
+            Verdict::Redirect(Target { address, port, choice, service_id, .. }) => {
+                Self { kind: Self::REDIRECT, address: address.to_mapped(), port, choice, service_id }
+            }
+        }
     }
 }
 
@@ -83,113 +133,132 @@ struct Pending<'a, M> {
     ctx: &'a SockAddr<'a>,
     kind: Kind,
     called: Peer,
+    /// The peer that the socket has, or [`Peer::NONE`].
+    former: Peer,
     socket: Socket<'a, M>,
+}
+
+impl<M: Mode> Memory for Pending<'_, M> {
+    /// A `connect()` chooses anew; a datagram follows the one before it.
+    #[inline(always)]
+    fn earlier(&self) -> Choice {
+        match self.kind {
+            Kind::Connect => Choice::NONE,
+            Kind::Send => self.socket.earlier(&self.called, &self.former),
+        }
+    }
 }
 
 impl<'a, M: Mode> Pending<'a, M> {
     #[inline(always)]
-    fn new<A: Address>(ctx: &'a SockAddr<'a>, kind: Kind, address: &A) -> Self {
-        Self {
-            ctx,
-            kind,
-            called: Peer { address: address.to_mapped(), port: ctx.port() },
-            socket: Socket::of(ctx),
-        }
+    fn new<A: Address>(ctx: &'a SockAddr<'a>, kind: Kind, address: &A, former: Peer) -> Self {
+        let called = Peer { address: address.to_mapped(), port: ctx.port() };
+        Self { ctx, kind, called, former, socket: Socket::of(ctx) }
+    }
+
+    /// Whether the program named no destination: the kernel filled in the peer of a connected socket.
+    ///
+    /// It runs `sendmsg4` for a plain `send()` on an `AF_INET6` socket that is connected to an IPv4-mapped address
+    /// (`udpv6_sendmsg`).
+    #[inline(always)]
+    fn is_of_the_kernel(&self) -> bool {
+        self.kind == Kind::Send && self.former.is(&self.called)
     }
 
     /// Runs the decision on the IPv4 tables.
     #[inline(always)]
-    fn decide4(&mut self, address: Octets4) -> Verdict<Octets4> {
-        let Some(protocol) = self.ctx.protocol() else { return Verdict::Pass };
-        let tables = Kernel4 { ctx: self.ctx, earlier: self.earlier() };
-        resolve(&tables, &Call { address, port: self.called.port, protocol })
+    fn decide4(&self, address: Octets4) -> Decision {
+        let Some(protocol) = self.ctx.protocol() else { return Decision::of(Verdict::<Octets4>::Pass) };
+        let tables = Kernel4 { ctx: self.ctx, memory: self };
+        Decision::of(resolve(&tables, &Call { address, port: self.called.port, protocol }))
     }
 
     /// Runs the decision on the IPv6 tables.
     #[inline(always)]
-    fn decide6(&mut self, address: Octets6) -> Verdict<Octets6> {
-        let Some(protocol) = self.ctx.protocol() else { return Verdict::Pass };
-        let tables = Kernel6 { ctx: self.ctx, earlier: self.earlier() };
-        resolve(&tables, &Call { address, port: self.called.port, protocol })
+    fn decide6(&self, address: Octets6) -> Decision {
+        let Some(protocol) = self.ctx.protocol() else { return Decision::of(Verdict::<Octets6>::Pass) };
+        let tables = Kernel6 { ctx: self.ctx, memory: self };
+        Decision::of(resolve(&tables, &Call { address, port: self.called.port, protocol }))
     }
 
-    /// A `connect()` chooses anew; a datagram follows the one before it.
+    /// Writes the decision into the context, the socket's record and the counters.
     #[inline(always)]
-    fn earlier(&mut self) -> Choice {
+    fn finish(&self, decision: &Decision, set_address: impl FnOnce()) -> i32 {
+        if decision.kind == Decision::PASS {
+            // A connected socket hears its peer only, whatever it sends elsewhere.
+            if self.kind == Kind::Connect || self.former.port == 0 {
+                self.socket.calls_elsewhere(&self.called);
+            }
+            return PROCEED;
+        }
+        let multipath = self.multipath();
+        if multipath.is_some_and(Multipath::is_established) {
+            return PROCEED;
+        }
+        if decision.kind == Decision::REFUSE {
+            count_refusal(decision.service_id);
+            log::<M>(self.ctx, decision.service_id, u32::MAX);
+            if is_on(&config::HAS_SET_RETVAL) {
+                return refuse_call();
+            }
+            // NFS and the like keep the address that they passed, which the kernel lets programs change in place before 6.6
+            // (`kernel_connect`): they would call it for ever.
+            if self.ctx.is_kernel_socket() {
+                return REJECT;
+            }
+            // Port 0 of a loopback address cannot be bound, so the kernel itself answers: TCP with a reset, connected UDP
+            // with port unreachable; a datagram to port 0 fails at once with EINVAL.
+        } else {
+            self.note(decision, multipath);
+            count(self.kind, decision);
+            log::<M>(self.ctx, decision.service_id, decision.choice.endpoint_id);
+        }
+        set_address();
+        self.ctx.set_port(decision.port);
+        PROCEED
+    }
+
+    /// The multipath TCP socket whose subflow is to be connected.
+    #[inline(always)]
+    fn multipath(&self) -> Option<Multipath> {
+        if self.kind == Kind::Connect { self.ctx.multipath() } else { None }
+    }
+
+    #[inline(always)]
+    fn note(&self, decision: &Decision, multipath: Option<Multipath>) {
+        let Some(protocol) = self.ctx.protocol() else { return };
+        #[expect(clippy::cast_possible_truncation, reason = "bounded")]
+        let index = decision.choice.index.min(u16::MAX.into()) as u16;
+        let record = SocketRecord {
+            service_address: self.called.address,
+            endpoint_address: decision.address,
+            service_port: self.called.port,
+            endpoint_port: decision.port,
+            endpoint_id: decision.choice.endpoint_id,
+            service_id: decision.service_id,
+            index,
+            protocol: protocol.0,
+            flags: record_flags::ANSWERS,
+        };
         match self.kind {
-            Kind::Connect => Choice::NONE,
-            Kind::Send => self.socket.earlier(&self.called),
+            Kind::Connect => {
+                self.socket.connects(&record, &self.former);
+                if let Some(socket) = multipath {
+                    self.socket.connects_multipath(socket, &record);
+                }
+            }
+            Kind::Send if self.former.port != 0 => {}
+            Kind::Send => self.socket.sends(&record),
         }
     }
-
-    /// Writes the verdict into the context, the socket's record and the counters.
-    #[inline(always)]
-    fn finish<A: Address>(&mut self, verdict: Verdict<A>, set_address: impl FnOnce(A)) -> i32 {
-        match verdict {
-            Verdict::Pass => {
-                match self.kind {
-                    Kind::Connect => self.socket.connected_elsewhere(),
-                    // A connected socket hears its peer only, so that its record is that of its `connect()`.
-                    Kind::Send if self.ctx.is_connected() => {}
-                    Kind::Send => self.socket.sent_elsewhere(&self.called),
-                }
-                PROCEED
-            }
-            Verdict::Refuse { service_id } => {
-                count_refusal(service_id);
-                log::<M>(self.ctx, service_id, u32::MAX);
-                refuse(self.ctx, set_address)
-            }
-            Verdict::Redirect(target) => {
-                let record = SocketRecord {
-                    service_address: self.called.address,
-                    endpoint_address: target.address.to_mapped(),
-                    service_port: self.called.port,
-                    endpoint_port: target.port,
-                    endpoint_id: target.choice.endpoint_id,
-                    index: target.choice.index,
-                    service_id: target.service_id,
-                    ..SocketRecord::default()
-                };
-                match self.kind {
-                    Kind::Connect => self.socket.connected(&record),
-                    Kind::Send if self.ctx.is_connected() => {}
-                    Kind::Send => self.socket.sent(&self.called, &record),
-                }
-                count(self.kind, &target);
-                log::<M>(self.ctx, target.service_id, target.choice.endpoint_id);
-                set_address(target.address);
-                self.ctx.set_port(target.port);
-                PROCEED
-            }
-        }
-    }
-}
-
-/// Fails the call with `ECONNREFUSED`, or on kernels that cannot, sends it where nobody listens.
-#[inline(always)]
-fn refuse<A: Address>(ctx: &SockAddr<'_>, set_address: impl FnOnce(A)) -> i32 {
-    if is_on(&config::HAS_SET_RETVAL) {
-        return refuse_call();
-    }
-    // Port 0 of a loopback address cannot be bound, so the kernel itself answers: TCP with a reset, connected UDP
-    // with port unreachable; a datagram to port 0 fails at once with EINVAL.
-    let mut loopback = [0; 16];
-    if A::FAMILY == lb_common::Family::V4 {
-        loopback = [127, 0, 0, 1].to_mapped();
-    } else {
-        loopback[15] = 1;
-    }
-    set_address(A::from_mapped(&loopback));
-    ctx.set_port(0);
-    PROCEED
 }
 
 /// `recvmsg()` and `getpeername()` on an `AF_INET` socket: shows the service address for an endpoint's.
 #[inline(always)]
 pub(crate) fn restore4<M: Mode>(ctx: &SockAddr<'_>) -> i32 {
     let peer = Peer { address: ctx.ipv4().to_mapped(), port: ctx.port() };
-    if let Some(service) = Socket::<M>::of(ctx).service_of(&peer) {
+    let service = Socket::<M>::of(ctx).service_of(&peer);
+    if service.port != 0 {
         ctx.set_ipv4(Octets4::from_mapped(&service.address));
         ctx.set_port(service.port);
     }
@@ -200,7 +269,8 @@ pub(crate) fn restore4<M: Mode>(ctx: &SockAddr<'_>) -> i32 {
 #[inline(always)]
 pub(crate) fn restore6<M: Mode>(ctx: &SockAddr<'_>) -> i32 {
     let peer = Peer { address: ctx.ipv6(), port: ctx.port() };
-    if let Some(service) = Socket::<M>::of(ctx).service_of(&peer) {
+    let service = Socket::<M>::of(ctx).service_of(&peer);
+    if service.port != 0 {
         ctx.set_ipv6(service.address);
         ctx.set_port(service.port);
     }
@@ -216,8 +286,8 @@ fn count_refusal(service_id: u32) {
 }
 
 #[inline(always)]
-fn count<A>(kind: Kind, target: &Target<A>) {
-    if let Some(stats) = maps::SERVICE_STATS.get_ptr_mut(target.service_id) {
+fn count(kind: Kind, decision: &Decision) {
+    if let Some(stats) = maps::SERVICE_STATS.get_ptr_mut(decision.service_id) {
         // SAFETY: as above.
         let stats = unsafe { &mut *stats };
         match kind {
@@ -225,7 +295,7 @@ fn count<A>(kind: Kind, target: &Target<A>) {
             Kind::Send => stats.datagrams += 1,
         }
     }
-    if let Some(stats) = maps::ENDPOINT_STATS.get_ptr_mut(target.choice.endpoint_id) {
+    if let Some(stats) = maps::ENDPOINT_STATS.get_ptr_mut(decision.choice.endpoint_id) {
         // SAFETY: as above.
         let stats = unsafe { &mut *stats };
         match kind {

@@ -10,7 +10,7 @@ use aya_ebpf::{
 use lb_common::{
     layout::{
         Affinity, AffinityKey, Endpoint4, Endpoint6, EndpointStats, Frontend, FrontendKey4, FrontendKey6,
-        FrontendRef, Meta, NodeAddr, NodeAddrKey, SLOT_WAYS, ServiceStats, SocketRecord, SocketRecords,
+        FrontendRef, Meta, NodeAddr, NodeAddrKey, SLOT_WAYS, ServiceStats, SocketEntry, SocketRecords,
         SocketSlots,
     },
     limits,
@@ -58,9 +58,9 @@ pub(crate) static SOCKET_SLOTS: Array<SocketSlots, { limits::SOCKET_SETS as usiz
 
 /// How each socket reached its service: the records of the slots.
 #[btf_map(name = "sockets")]
-pub(crate) static SOCKETS: Array<SocketRecord, SLOTS, MMAPABLE> = Array::new();
+pub(crate) static SOCKETS: Array<SocketEntry, SLOTS, MMAPABLE> = Array::new();
 
-/// The same for what finds no slot there; dies with the socket.
+/// The same for sockets without a slot, and for what does not fit into one; freed with the socket.
 #[btf_map(name = "socket_storage")]
 pub(crate) static SOCKET_STORAGE: SkStorage<SocketRecords> = SkStorage::new();
 

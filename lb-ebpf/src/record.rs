@@ -4,67 +4,171 @@
 //!
 //! - a **slot** of the array `sockets`, found by the low bits of the socket's cookie, owned by the socket whose cookie
 //!   `socket_slots` holds for it, and given up when the socket is closed. Ten times cheaper to take than
-//! - **socket storage**, for a socket whose slots belong to other live sockets, for the second and later services of
-//!   an unconnected socket, and for everything on kernels without compare-and-swap. The kernel frees it with the
-//!   socket.
+//! - **socket storage**, for a socket whose slots belong to other live sockets, for the third and later services of an
+//!   unconnected socket, for sockets of the kernel, which are closed without a program, and for everything on kernels
+//!   that lack what slots take. The kernel frees it with the socket.
 //!
-//! Neither evicts the record of another socket. The kernel holds the socket's lock in all hooks that come here
+//! Neither evicts the record of another socket. A socket gets its cookie from these programs only with its first record: one
+//! without a cookie has none, and costs no look-up. The kernel holds the socket's lock in all hooks that come here
 //! (`BPF_CGROUP_RUN_SA_PROG_LOCK`; `inet_getname` locks by itself), so that a socket's own records have one reader or
 //! writer at a time; between sockets the cookie decides.
+//!
+//! A `connect()` is recorded before the kernel does it, and may fail. So it never replaces the record of the peer that
+//! the socket has: a record counts for a connected socket only if it names that peer.
 
-use core::marker::PhantomData;
+use core::{hint::black_box, marker::PhantomData};
 
 use aya_ebpf::programs::SockContext;
 use lb_common::{
     address::Octets6,
-    layout::{SLOT_WAYS, SOCKET_RECORDS, SocketRecord, SocketRecords, SocketSlots},
+    layout::{
+        SLOT_WAYS, SOCKET_RECORDS, SocketEntry, SocketRecord, SocketRecords, SocketSlots, entry_flags,
+        record_flags::ANSWERS,
+    },
     limits::SOCKET_SETS,
     resolve::Choice,
 };
 
 use crate::{
     config::Mode,
-    ctx::{SockAddr, compare_and_swap, sock_cookie},
+    ctx::{Multipath, Peer, SockAddr, compare_and_swap, sock_cookie},
     maps,
 };
 
-/// An address and port, IPv4 in mapped form.
-#[derive(Clone, Copy)]
-#[repr(C, align(8))]
-pub(crate) struct Peer {
-    /// Address.
-    pub(crate) address: Octets6,
-    /// Port, host order.
-    pub(crate) port: u16,
-}
-
-/// Compares addresses that lie at multiples of 8, as two words: byte by byte it is 32 loads and 16 branches.
+/// Zero if two addresses and ports are equal. Addresses lie at multiples of 8 and are compared as two words: byte by byte it
+/// is 32 loads and 16 branches.
 #[inline(always)]
-fn same(a: &Octets6, b: &Octets6) -> bool {
+fn difference(a: &Octets6, a_port: u16, b: &Octets6, b_port: u16) -> u64 {
     #[expect(clippy::cast_ptr_alignment, reason = "the alignment is what the caller promises")]
     let (a, b) = ((&raw const *a).cast::<[u64; 2]>(), (&raw const *b).cast::<[u64; 2]>());
     // SAFETY: `Peer` is 8-aligned with the address first, and `layout` asserts it for records.
     let (a, b) = unsafe { (*a, *b) };
-    a[0] == b[0] && a[1] == b[1]
+    (a[0] ^ b[0]) | (a[1] ^ b[1]) | u64::from(a_port ^ b_port)
+}
+
+/// 1 for zero, else 0, without a branch: in a loop over records the verifier follows each side of each branch.
+#[inline(always)]
+fn is_zero(number: u64) -> u64 {
+    // The compiler would make a branch of what it understands.
+    (black_box(number.wrapping_sub(1)) & !number) >> 63
 }
 
 impl Peer {
+    /// Whether both are the same address and port.
     #[inline(always)]
-    fn is_service_of(&self, record: &SocketRecord) -> bool {
-        record.service_port == self.port && same(&record.service_address, &self.address)
+    pub(crate) fn is(&self, other: &Self) -> bool {
+        difference(&self.address, self.port, &other.address, other.port) == 0
     }
 
+    /// Zero if it is the service of a record.
     #[inline(always)]
-    fn is_endpoint_of(&self, record: &SocketRecord) -> bool {
-        record.endpoint_port == self.port && same(&record.endpoint_address, &self.address)
+    fn from_service(&self, record: &SocketRecord) -> u64 {
+        difference(&self.address, self.port, &record.service_address, record.service_port)
     }
+
+    /// Zero if it is the endpoint of a record.
+    #[inline(always)]
+    fn from_endpoint(&self, record: &SocketRecord) -> u64 {
+        difference(&self.address, self.port, &record.endpoint_address, record.endpoint_port)
+    }
+}
+
+/// Zero if two records are of the same service.
+#[inline(always)]
+fn service_difference(a: &SocketRecord, b: &SocketRecord) -> u64 {
+    difference(&a.service_address, a.service_port, &b.service_address, b.service_port)
+}
+
+/// Zero if two records are of the same endpoint.
+#[inline(always)]
+fn endpoint_difference(a: &SocketRecord, b: &SocketRecord) -> u64 {
+    difference(&a.endpoint_address, a.endpoint_port, &b.endpoint_address, b.endpoint_port)
+}
+
+/// What comes from the endpoint of a new record is no longer shown as the service of an older one.
+#[inline(always)]
+fn yields(record: &mut SocketRecord, new: &SocketRecord) {
+    silence(record, endpoint_difference(record, new));
+}
+
+/// Notes a `connect()` in one of two records, and returns whether that is the second.
+///
+/// Not in that of the `former` peer, which the socket keeps if the call fails, unless it is the same flow.
+#[inline(always)]
+fn connect_in(
+    first: &mut SocketRecord,
+    second: &mut SocketRecord,
+    new: &SocketRecord,
+    former: &Peer,
+) -> bool {
+    if former.from_endpoint(first) != 0
+        || service_difference(first, new) | endpoint_difference(first, new) == 0
+    {
+        yields(second, new);
+        *first = *new;
+        false
+    } else {
+        yields(first, new);
+        *second = *new;
+        true
+    }
+}
+
+/// Notes a datagram in socket storage: in the record of its service, else in one that is unused, else in the oldest. Without
+/// `takes_place`, only that records of its endpoint yield to one elsewhere.
+#[inline(always)]
+fn send_in(storage: &mut SocketRecords, new: &SocketRecord, takes_place: bool) {
+    let (mut of_service, mut unused) = (NOWHERE, NOWHERE);
+    let (mut n, end) = (0, n_records());
+    while n < end {
+        let record = &mut storage.records[n % SOCKET_RECORDS];
+        yields(record, new);
+        select(&mut of_service, n, is_zero(service_difference(record, new)));
+        select(&mut unused, n, is_zero(record.protocol.into()));
+        n += 1;
+    }
+    if !takes_place {
+        return;
+    }
+    let place = if of_service != NOWHERE {
+        of_service
+    } else if unused != NOWHERE {
+        unused
+    } else {
+        let oldest = u64::from(storage.next);
+        storage.next = storage.next.wrapping_add(1);
+        oldest
+    };
+    storage.records[place as usize % SOCKET_RECORDS] = *new;
+}
+
+/// [`SOCKET_RECORDS`], which the compiler must not know: it would write out every iteration.
+#[inline(always)]
+fn n_records() -> usize {
+    let number = SOCKET_RECORDS;
+    // SAFETY: a live variable.
+    unsafe { (&raw const number).read_volatile() }
+}
+
+/// The index of no record.
+const NOWHERE: u64 = u64::MAX;
+
+/// Takes an index if `is_wanted` is 1, without a branch.
+#[inline(always)]
+fn select(index: &mut u64, new: usize, is_wanted: u64) {
+    let mask = black_box(is_wanted).wrapping_neg();
+    *index = (*index & !mask) | (new as u64 & mask);
+}
+
+/// What comes from the endpoint of a record is no longer shown as its service, if `difference` is zero.
+#[inline(always)]
+fn silence(record: &mut SocketRecord, difference: u64) {
+    record.flags &= !(is_zero(difference) as u8 * ANSWERS);
 }
 
 /// A socket and where its records may be, for the length of one call.
 pub(crate) struct Socket<'a, M> {
     ctx: &'a SockAddr<'a>,
-    cookie: u64,
-    slots: Option<Slots>,
     mode: PhantomData<M>,
 }
 
@@ -106,13 +210,9 @@ impl Slots {
         }
     }
 
-    /// The slot of a socket, taking one if need be. `None` if others own all.
+    /// Takes a free slot for a socket that has none. `None` if others own all.
     #[inline(always)]
-    fn way_or_new(self, cookie: u64) -> Option<usize> {
-        // The one that is mine before one that is free: a socket has one slot at most.
-        if let Some(way) = self.way_of(cookie) {
-            return Some(way);
-        }
+    fn take(self, cookie: u64) -> Option<usize> {
         let take = |way| {
             // SAFETY: as above.
             let is_free = unsafe { self.owner(way).read_volatile() == 0 };
@@ -127,14 +227,14 @@ impl Slots {
         }
     }
 
-    /// The record of a slot. Only its owner may look at it.
+    /// The records of a slot. Only its owner may look at them.
     #[inline(always)]
-    fn record<'a>(self, way: usize) -> Option<&'a mut SocketRecord> {
+    fn entry<'a>(self, way: usize) -> Option<&'a mut SocketEntry> {
         #[expect(clippy::cast_possible_truncation, reason = "of two slots, number 0 or 1")]
         let index = self.set * SLOT_WAYS as u32 + way as u32;
-        let record = maps::SOCKETS.get_ptr_mut(index)?;
+        let entry = maps::SOCKETS.get_ptr_mut(index)?;
         // SAFETY: a live array element that belongs to the caller's socket, which is locked.
-        Some(unsafe { &mut *record })
+        Some(unsafe { &mut *entry })
     }
 
     #[inline(always)]
@@ -142,52 +242,33 @@ impl Slots {
         // SAFETY: one aligned word. Volatile, since another CPU may read it.
         unsafe { self.owner(way).write_volatile(0) };
     }
-
-    /// Whether a socket of this set may have storage.
-    #[inline(always)]
-    fn has_spilled(self) -> bool {
-        // SAFETY: as above.
-        unsafe { (&raw const (*self.slots).spills).read_volatile() != 0 }
-    }
-
-    #[inline(always)]
-    fn count_spill(self) {
-        // SAFETY: as above. Two CPUs at once may count one instead of two; it never goes back to 0.
-        unsafe {
-            let spills = &raw mut (*self.slots).spills;
-            spills.write_volatile(spills.read_volatile() + 1);
-        }
-    }
 }
 
 impl<'a, M: Mode> Socket<'a, M> {
     /// The socket of a call.
     #[inline(always)]
     pub(crate) fn of(ctx: &'a SockAddr<'a>) -> Self {
-        let cookie = ctx.cookie();
-        Self { ctx, cookie, slots: if M::SLOTS { Slots::of(cookie) } else { None }, mode: PhantomData }
+        Self { ctx, mode: PhantomData }
     }
 
-    /// The record in the socket's slot, if it has one.
+    /// Whether the socket may have records, and its slot if it owns one.
     #[inline(always)]
-    fn own_record(&self) -> Option<&'a mut SocketRecord> {
-        let slots = self.slots?;
-        slots.record(slots.way_of(self.cookie)?)
-    }
-
-    /// The record in the socket's slot, taking one if need be. `None` if others own all that it may have.
-    #[inline(always)]
-    fn own_or_new_record(&self) -> Option<&'a mut SocketRecord> {
-        let slots = self.slots?;
-        slots.record(slots.way_or_new(self.cookie)?)
+    fn home(&self) -> (bool, Option<&'a mut SocketEntry>) {
+        if !M::SLOTS || self.ctx.is_mptcp() {
+            return (true, None);
+        }
+        match self.ctx.known_cookie() {
+            0 => (false, None),
+            cookie => {
+                let Some(slots) = Slots::of(cookie) else { return (false, None) };
+                (true, slots.way_of(cookie).and_then(|way| slots.entry(way)))
+            }
+        }
     }
 
     /// The socket's storage, if it has any.
     #[inline(always)]
     fn storage(&self) -> Option<&'a mut SocketRecords> {
-        if M::SLOTS && !self.slots?.has_spilled() {
-            return None;
-        }
         // SAFETY: the storage belongs to this socket, which is locked.
         unsafe { maps::SOCKET_STORAGE.get_ptr_mut(self.ctx.aya()).as_mut() }
     }
@@ -195,126 +276,175 @@ impl<'a, M: Mode> Socket<'a, M> {
     /// The socket's storage, made if need be. `None` only when the kernel is out of memory.
     #[inline(always)]
     fn storage_or_new(&self) -> Option<&'a mut SocketRecords> {
-        if let Some(storage) = self.storage() {
-            return Some(storage);
-        }
-        if let Some(slots) = self.slots {
-            slots.count_spill();
-        }
         // SAFETY: as above.
-        unsafe { maps::SOCKET_STORAGE.get_or_insert_ptr_mut(self.ctx.aya(), None).as_mut() }
+        let storage = unsafe { maps::SOCKET_STORAGE.get_or_insert_ptr_mut(self.ctx.aya(), None).as_mut() }?;
+        storage.cookie = self.ctx.cookie();
+        Some(storage)
     }
 
-    /// The endpoint that this socket used last for a service address, or [`Choice::NONE`].
+    /// Looks for a record whose `difference` from what is wanted is zero.
     #[inline(always)]
-    pub(crate) fn earlier(&self, service: &Peer) -> Choice {
-        let found = |record: &SocketRecord| Choice { endpoint_id: record.endpoint_id, index: record.index };
-        if let Some(slot) = self.own_record()
-            && service.is_service_of(slot)
-        {
-            return found(slot);
+    fn find<T>(
+        &self,
+        difference: impl Fn(&SocketRecord) -> u64,
+        none: T,
+        found: impl Fn(&SocketRecord) -> T,
+    ) -> T {
+        let (may_have_records, entry) = self.home();
+        if !may_have_records {
+            return none;
         }
-        let Some(storage) = self.storage() else { return Choice::NONE };
-        storage
-            .records
-            .iter()
-            .find(|record| record.cookie != 0 && service.is_service_of(record))
-            .map_or(Choice::NONE, found)
-    }
-
-    /// Notes that the socket is connected to an endpoint; forgets all else.
-    #[inline(always)]
-    pub(crate) fn connected(&self, record: &SocketRecord) {
-        let record = SocketRecord { cookie: self.cookie, ..*record };
-        if let Some(slot) = self.own_or_new_record() {
-            *slot = record;
-            self.forget_stored(|_| true);
-        } else if let Some(storage) = self.storage_or_new() {
-            forget(storage, |_| true);
-            storage.records[0] = record;
-            storage.next = 1;
-        }
-    }
-
-    /// Notes that the socket sent a datagram to an endpoint; keeps what it knows of other services.
-    ///
-    /// An answer from an endpoint that stands behind two services of the socket is taken for one from the service
-    /// asked last.
-    #[inline(always)]
-    pub(crate) fn sent(&self, service: &Peer, record: &SocketRecord) {
-        let record = SocketRecord { cookie: self.cookie, ..*record };
-        let answerer = Peer { address: record.endpoint_address, port: record.endpoint_port };
-        let is_replaced = |old: &SocketRecord| service.is_service_of(old) || answerer.is_endpoint_of(old);
-        let had_slot = match self.own_record() {
-            // The common case: one more datagram on the same way.
-            Some(slot) if slot.endpoint_id == record.endpoint_id && slot.index == record.index => {
-                if service.is_service_of(slot) && answerer.is_endpoint_of(slot) {
-                    return;
-                }
-                true
+        if let Some(entry) = entry {
+            if difference(&entry.first) == 0 {
+                return found(&entry.first);
             }
-            slot => slot.is_some(),
+            if entry.flags & entry_flags::SECOND != 0 && difference(&entry.second) == 0 {
+                return found(&entry.second);
+            }
+            if entry.flags & entry_flags::STORAGE == 0 {
+                return none;
+            }
+        }
+        let Some(storage) = self.storage() else { return none };
+        let mut index = NOWHERE;
+        let (mut n, end) = (0, n_records());
+        while n < end {
+            let record = &storage.records[n % SOCKET_RECORDS];
+            select(&mut index, n, is_zero(difference(record)) & !is_zero(record.protocol.into()));
+            n += 1;
+        }
+        if index == NOWHERE {
+            return none;
+        }
+        found(&storage.records[index as usize % SOCKET_RECORDS])
+    }
+
+    /// The endpoint that this socket uses for a service address, or [`Choice::NONE`]. A connected socket hears its peer
+    /// only, so that no other endpoint is its.
+    #[inline(always)]
+    pub(crate) fn earlier(&self, service: &Peer, former: &Peer) -> Choice {
+        let is_connected = !is_zero(former.port.into()) & 1;
+        let difference = |record: &SocketRecord| {
+            service.from_service(record) | former.from_endpoint(record) * is_connected
         };
-        if let Some(slot) = self.own_or_new_record()
-            && (!had_slot || is_replaced(slot))
-        {
-            *slot = record;
-            self.forget_stored(is_replaced);
+        self.find(difference, Choice::NONE, |record| Choice {
+            endpoint_id: record.endpoint_id,
+            index: record.index.into(),
+        })
+    }
+
+    /// The service address behind which this socket knows a peer, or [`Peer::NONE`].
+    #[inline(always)]
+    pub(crate) fn service_of(&self, peer: &Peer) -> Peer {
+        let difference =
+            |record: &SocketRecord| peer.from_endpoint(record) | u64::from(record.flags & ANSWERS ^ ANSWERS);
+        self.find(difference, Peer::NONE, |record| Peer {
+            address: record.service_address,
+            port: record.service_port,
+        })
+    }
+
+    /// Notes that the socket, whose peer is `former` or [`Peer::NONE`], is about to be connected to an endpoint.
+    #[inline(always)]
+    pub(crate) fn connects(&self, record: &SocketRecord, former: &Peer) {
+        if let Some((entry, is_new)) = self.entry_or_new(record) {
+            // An unused second record is garbage, and may be silenced.
+            if !is_new && connect_in(&mut entry.first, &mut entry.second, record, former) {
+                entry.flags |= entry_flags::SECOND;
+            }
+        } else if let Some(storage) = self.storage_or_new() {
+            let [first, second, ..] = &mut storage.records;
+            let _which = connect_in(first, second, record, former);
+        }
+    }
+
+    /// Notes that an unconnected socket sent a datagram to an endpoint; keeps what it knows of other services.
+    #[inline(always)]
+    pub(crate) fn sends(&self, record: &SocketRecord) {
+        let mut takes_place = true;
+        if let Some((entry, is_new)) = self.entry_or_new(record) {
+            let first = &mut entry.first;
+            let difference = service_difference(first, record) | endpoint_difference(first, record);
+            // The common case: one more datagram of the same flow.
+            if is_new || (difference == 0 && first.flags & ANSWERS != 0) {
+                return;
+            }
+            yields(first, record);
+            yields(&mut entry.second, record);
+            let has_second = entry.flags & entry_flags::SECOND != 0;
+            if service_difference(first, record) == 0 {
+                *first = *record;
+                takes_place = false;
+            } else if !has_second || service_difference(&entry.second, record) == 0 {
+                entry.second = *record;
+                entry.flags |= entry_flags::SECOND;
+                takes_place = false;
+            } else {
+                entry.flags |= entry_flags::STORAGE;
+            }
+            if entry.flags & entry_flags::STORAGE == 0 {
+                return;
+            }
+        }
+        if let Some(storage) = self.storage_or_new() {
+            send_in(storage, record, takes_place);
+        }
+    }
+
+    /// The records in the socket's slot and whether it was taken for this call, which is noted then. `None` if others own all
+    /// that the socket may have, or if nothing would give the slot up.
+    #[inline(always)]
+    fn entry_or_new(&self, record: &SocketRecord) -> Option<(&'a mut SocketEntry, bool)> {
+        if !M::SLOTS {
+            return None;
+        }
+        let cookie = self.ctx.cookie();
+        let slots = Slots::of(cookie)?;
+        // The one that is mine before one that is free: a socket has one slot at most.
+        if let Some(way) = slots.way_of(cookie) {
+            return Some((slots.entry(way)?, false));
+        }
+        // A socket that found no slot before goes on with its storage.
+        if self.ctx.is_kernel_socket() || self.storage().is_some() {
+            return None;
+        }
+        let entry = slots.entry(slots.take(cookie)?)?;
+        entry.first = *record;
+        entry.flags = 0;
+        entry.cookie = cookie;
+        Some((entry, true))
+    }
+
+    /// Notes the call for the multipath TCP socket too, which is the one that the program asks. It has one peer.
+    #[inline(always)]
+    pub(crate) fn connects_multipath(&self, socket: Multipath, record: &SocketRecord) {
+        // SAFETY: the storage of the subflow's connection, which is locked.
+        if let Some(storage) = unsafe { socket.storage_or_new().as_mut() } {
+            storage.records[0] = *record;
+        }
+    }
+
+    /// Notes that the socket called a plain address: an answer from there is from there.
+    #[inline(always)]
+    pub(crate) fn calls_elsewhere(&self, peer: &Peer) {
+        let silence = |record: &mut SocketRecord| silence(record, peer.from_endpoint(record));
+        let (may_have_records, entry) = self.home();
+        if !may_have_records {
             return;
         }
-        let Some(storage) = self.storage_or_new() else { return };
-        forget(storage, is_replaced);
-        let oldest = storage.next as usize % SOCKET_RECORDS;
-        if let Some(free) = storage.records.iter_mut().find(|old| old.cookie == 0) {
-            *free = record;
-        } else {
-            storage.records[oldest] = record;
-            storage.next = storage.next.wrapping_add(1);
+        if let Some(entry) = entry {
+            silence(&mut entry.first);
+            silence(&mut entry.second);
+            if entry.flags & entry_flags::STORAGE == 0 {
+                return;
+            }
         }
-    }
-
-    /// Notes that the socket connected to a plain address.
-    #[inline(always)]
-    pub(crate) fn connected_elsewhere(&self) {
-        if let Some(slots) = self.slots
-            && let Some(way) = slots.way_of(self.cookie)
-        {
-            slots.give_up(way);
-        }
-        self.forget_stored(|_| true);
-    }
-
-    /// Notes that the socket sent a datagram to a plain address: an answer from there is from there.
-    #[inline(always)]
-    pub(crate) fn sent_elsewhere(&self, peer: &Peer) {
-        if let Some(slots) = self.slots
-            && let Some(way) = slots.way_of(self.cookie)
-            && let Some(record) = slots.record(way)
-            && peer.is_endpoint_of(record)
-        {
-            slots.give_up(way);
-        }
-        self.forget_stored(|record| peer.is_endpoint_of(record));
-    }
-
-    /// The service address behind which this socket knows a peer.
-    #[inline(always)]
-    pub(crate) fn service_of(&self, peer: &Peer) -> Option<Peer> {
-        let found =
-            |record: &SocketRecord| Peer { address: record.service_address, port: record.service_port };
-        if let Some(slot) = self.own_record()
-            && peer.is_endpoint_of(slot)
-        {
-            return Some(found(slot));
-        }
-        let storage = self.storage()?;
-        storage.records.iter().find(|record| record.cookie != 0 && peer.is_endpoint_of(record)).map(found)
-    }
-
-    #[inline(always)]
-    fn forget_stored(&self, is_forgotten: impl Fn(&SocketRecord) -> bool) {
         if let Some(storage) = self.storage() {
-            forget(storage, is_forgotten);
+            let (mut n, end) = (0, n_records());
+            while n < end {
+                silence(&mut storage.records[n % SOCKET_RECORDS]);
+                n += 1;
+            }
         }
     }
 }
@@ -323,18 +453,10 @@ impl<'a, M: Mode> Socket<'a, M> {
 #[inline(always)]
 pub(crate) fn released(ctx: &SockContext) {
     let cookie = sock_cookie(ctx);
-    if let Some(slots) = Slots::of(cookie)
+    if cookie != 0
+        && let Some(slots) = Slots::of(cookie)
         && let Some(way) = slots.way_of(cookie)
     {
         slots.give_up(way);
-    }
-}
-
-#[inline(always)]
-fn forget(storage: &mut SocketRecords, is_forgotten: impl Fn(&SocketRecord) -> bool) {
-    for record in &mut storage.records {
-        if is_forgotten(record) {
-            record.cookie = 0;
-        }
     }
 }

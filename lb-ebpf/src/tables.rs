@@ -19,20 +19,26 @@ use crate::{
     maps,
 };
 
+/// Where tables learn what a socket remembers of the destination.
+pub(crate) trait Memory {
+    /// The endpoint that the socket uses for the destination, or [`Choice::NONE`].
+    fn earlier(&self) -> Choice;
+}
+
 /// The tables of IPv4, for one call of one socket.
-pub(crate) struct Kernel4<'a> {
+pub(crate) struct Kernel4<'a, E> {
     /// The context of the call.
     pub(crate) ctx: &'a SockAddr<'a>,
-    /// What the socket remembers of this destination, or [`Choice::NONE`].
-    pub(crate) earlier: Choice,
+    /// Asked only for a destination that is a frontend.
+    pub(crate) memory: &'a E,
 }
 
 /// The tables of IPv6, for one call of one socket.
-pub(crate) struct Kernel6<'a> {
+pub(crate) struct Kernel6<'a, E> {
     /// The context of the call.
     pub(crate) ctx: &'a SockAddr<'a>,
-    /// What the socket remembers of this destination, or [`Choice::NONE`].
-    pub(crate) earlier: Choice,
+    /// Asked only for a destination that is a frontend.
+    pub(crate) memory: &'a E,
 }
 
 #[inline(always)]
@@ -112,7 +118,7 @@ fn remember_affinity(key: &AffinityKey, replaces: Option<Affinity>, new: Affinit
 
 macro_rules! kernel_tables {
     ($tables:ident, $octets:ty, $key:ty, $entry:ty, $services:ident, $endpoints:ident) => {
-        impl Tables for $tables<'_> {
+        impl<E: Memory> Tables for $tables<'_, E> {
             type Addr = $octets;
 
             #[inline(always)]
@@ -143,7 +149,7 @@ macro_rules! kernel_tables {
             }
             #[inline(always)]
             fn earlier_choice(&self) -> Option<Choice> {
-                self.earlier.some()
+                self.memory.earlier().some()
             }
             #[inline(always)]
             fn random(&self) -> u32 {

@@ -25,7 +25,7 @@ pub(crate) struct Scene {
     pub(crate) endpoint: SocketAddr,
     other_service: SocketAddr,
     other_endpoint: SocketAddr,
-    plain: SocketAddr,
+    pub(crate) plain: SocketAddr,
 }
 
 impl Scene {

@@ -101,11 +101,11 @@ fn judge(host: &Host, is_beside_v1: bool) -> Vec<Finding> {
              sendto() fails with EINVAL",
         ),
         switch(
-            features.compare_and_swap,
+            features.has_slots(),
             "socket records",
-            "compare-and-swap: in slots, with socket storage for what finds none",
-            "no compare-and-swap (Linux 5.12): all in socket storage, which a new socket pays with about half a \
-             microsecond",
+            "in slots, with socket storage for what finds none",
+            "all in socket storage, which a new socket pays with about half a microsecond: slots take compare-and-swap \
+             (Linux 5.12), and programs that may read kernel memory (BTF, no lockdown)",
         ),
         match &host.sockets {
             Ok(()) => finding(

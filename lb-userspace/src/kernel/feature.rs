@@ -1,19 +1,64 @@
 //! What this kernel can do, found out by asking it.
 
+use std::sync::LazyLock;
+
 use aya::{
     programs::ProgramType,
     sys::{BpfHelper, is_helper_supported},
 };
 
-use super::syscall;
+use super::{btf::Btf, syscall};
 
 /// Features that decide which branches of the programs are alive.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Features {
     /// `bpf_set_retval`: a refused call fails with `ECONNREFUSED` itself (kernel 5.18).
     pub set_retval: bool,
-    /// Compare-and-swap: records of sockets are kept in slots instead of socket storage alone (kernel 5.12).
+    /// Compare-and-swap (kernel 5.12).
     pub compare_and_swap: bool,
+    /// Where programs read what the kernel knows of a socket; `None` if they cannot: without BTF, without
+    /// `bpf_probe_read_kernel` in these programs, or with kernel lockdown.
+    pub sock_fields: Option<SockFields>,
+    /// `bpf_skc_to_mptcp_sock`: the socket of a multipath TCP connection is known by its subflow (kernel 5.19).
+    pub mptcp: bool,
+}
+
+/// Offsets in octets, from the kernel's BTF.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SockFields {
+    /// The socket in `struct bpf_sock_addr_kern`.
+    pub context_sock: u32,
+    /// `skc_cookie` in `struct sock`.
+    pub cookie: u32,
+    /// `skc_state` in `struct sock`.
+    pub state: u32,
+    /// The octet with `sk_kern_sock` in `struct sock`.
+    pub kernel: u32,
+    /// The bit of `sk_kern_sock` in that octet.
+    pub kernel_mask: u8,
+}
+
+impl SockFields {
+    /// `None` for a kernel that has one of them elsewhere than where it is looked for.
+    fn of(btf: &Btf) -> Option<Self> {
+        let octet = |structure, field| {
+            let bit = btf.field(structure, field)?.bit;
+            bit.is_multiple_of(8).then_some(bit / 8)
+        };
+        let common = octet("sock", "__sk_common")?;
+        let kernel = btf.field("sock", "sk_kern_sock")?.bit;
+        Some(Self {
+            context_sock: octet("bpf_sock_addr_kern", "sk")?,
+            cookie: common + octet("sock_common", "skc_cookie")?,
+            state: common + octet("sock_common", "skc_state")?,
+            kernel: kernel / 8,
+            kernel_mask: if cfg!(target_endian = "little") {
+                1 << (kernel % 8)
+            } else {
+                0x80 >> (kernel % 8)
+            },
+        })
+    }
 }
 
 /// A program that swaps a word on its stack, as the kernel encodes instructions.
@@ -27,15 +72,32 @@ const COMPARE_AND_SWAP: [u64; 5] = [
 
 impl Features {
     /// Asks the kernel, by having its verifier judge a minimal program for each feature. Versions are not looked at:
-    /// distributions backport.
+    /// distributions backport. The first call in a process takes some milliseconds.
     ///
     /// A probe that fails for another reason counts as "not there".
     #[must_use]
     pub fn probe() -> Self {
+        static FEATURES: LazyLock<Features> = LazyLock::new(Features::ask);
+        *FEATURES
+    }
+
+    fn ask() -> Self {
+        let has = |program, helper| is_helper_supported(program, helper).unwrap_or(false);
+        let can_read = has(ProgramType::CgroupSockAddr, BpfHelper::BPF_FUNC_probe_read_kernel)
+            && has(ProgramType::CgroupSock, BpfHelper::BPF_FUNC_probe_read_kernel);
+        let sock_fields = Btf::of_kernel().ok().as_ref().and_then(SockFields::of);
         Self {
-            set_retval: is_helper_supported(ProgramType::CgroupSockAddr, BpfHelper::BPF_FUNC_set_retval)
-                .unwrap_or(false),
+            set_retval: has(ProgramType::CgroupSockAddr, BpfHelper::BPF_FUNC_set_retval),
             compare_and_swap: syscall::loads(&COMPARE_AND_SWAP),
+            sock_fields: sock_fields.filter(|_| can_read),
+            mptcp: sock_fields.is_some()
+                && has(ProgramType::CgroupSockAddr, BpfHelper::BPF_FUNC_skc_to_mptcp_sock),
         }
+    }
+
+    /// Whether records of sockets are kept in slots, and not in socket storage alone.
+    #[must_use]
+    pub const fn has_slots(&self) -> bool {
+        self.compare_and_swap && self.sock_fields.is_some()
     }
 }

@@ -16,6 +16,7 @@
 //!
 //! `plan`, `tables`, `model`, `lb_common`, aya, netlink.
 
+mod btf;
 pub mod cgroup;
 pub mod descriptors;
 pub mod error;
@@ -39,6 +40,6 @@ pub mod syscall;
 
 pub use self::{
     error::KernelError,
-    feature::Features,
+    feature::{Features, SockFields},
     store::{Kernel, Options},
 };

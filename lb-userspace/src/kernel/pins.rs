@@ -50,7 +50,7 @@ pub const HOOKS: [&str; 9] = [
 
 /// The hooks that are attached on a kernel: without compare-and-swap no socket takes a slot, and none is given up.
 pub fn hooks(features: Features) -> impl Iterator<Item = &'static str> {
-    HOOKS.into_iter().filter(move |hook| features.compare_and_swap || *hook != "sock_release")
+    HOOKS.into_iter().filter(move |hook| features.has_slots() || *hook != "sock_release")
 }
 
 /// Directory below that of the pins, where maps of another size or layout are filled. They serve nobody.

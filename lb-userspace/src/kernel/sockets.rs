@@ -26,7 +26,10 @@ use std::{
 use aya::maps::MapData;
 use lb_common::{
     address::Octets6,
-    layout::{SLOT_WAYS, SOCKET_RECORDS, SocketRecord, SocketSlots},
+    layout::{
+        SLOT_WAYS, SOCKET_RECORDS, SocketEntry, SocketRecord, SocketRecords, SocketSlots, entry_flags,
+        record_flags,
+    },
     limits::SOCKET_SETS,
 };
 
@@ -108,7 +111,7 @@ impl SocketError {
 #[derive(Debug)]
 pub struct SocketTable {
     slots: Mapped<SocketSlots>,
-    records: Mapped<SocketRecord>,
+    entries: Mapped<SocketEntry>,
     storage: MapData,
     /// Whether the programs use slots at all.
     has_slots: bool,
@@ -124,26 +127,20 @@ impl SocketTable {
         let data =
             |name| MapData::from_pin(pin_path.join(name)).map_err(|source| KernelError::map(name, source));
         let mmap = |name| move |source| KernelError::Mmap { name, source };
-        let (slots, records) = (data("socket_slots")?, data("sockets")?);
+        let (slots, entries) = (data("socket_slots")?, data("sockets")?);
         Ok(Self {
             slots: Mapped::new(slots.fd().as_fd(), SOCKET_SETS).map_err(mmap("socket_slots"))?,
-            records: Mapped::new(records.fd().as_fd(), SOCKET_SETS * WAYS).map_err(mmap("sockets"))?,
+            entries: Mapped::new(entries.fd().as_fd(), SOCKET_SETS * WAYS).map_err(mmap("sockets"))?,
             storage: data("socket_storage")?,
-            has_slots: features.compare_and_swap,
+            has_slots: features.has_slots(),
         })
     }
 
     /// The services and endpoints that sockets with a slot use: those of connected ones, of unconnected ones that sent
-    /// there last, and of ones that are no longer connected.
+    /// there, and of ones that are no longer connected.
     #[must_use]
     pub fn used(&self) -> BTreeSet<(SocketAddr, SocketAddr)> {
-        let mut used = BTreeSet::new();
-        for set in 0..SOCKET_SETS {
-            let Some(slots) = self.slots.read(set) else { continue };
-            let owners = slots.owners.into_iter().filter(|owner| *owner != 0);
-            used.extend(owners.filter_map(|cookie| Some(ways(&self.record_of(cookie)?))));
-        }
-        used
+        self.owners().flat_map(|cookie| self.records_of(cookie)).map(|record| flow(&record)).collect()
     }
 
     /// The records of sockets with a slot, by slot. A socket in the middle of a call may be missing.
@@ -152,16 +149,20 @@ impl SocketTable {
     /// given to another service since.
     #[must_use]
     pub fn records(&self) -> Vec<Record> {
-        let owners = (0..SOCKET_SETS).filter_map(|set| self.slots.read(set)).flat_map(|slots| slots.owners);
-        owners
-            .filter(|owner| *owner != 0)
-            .filter_map(|cookie| {
-                let record = self.record_of(cookie)?;
-                let (service, endpoint) = ways(&record);
+        let of_owner = |cookie| {
+            self.records_of(cookie).map(move |record| {
+                let (service, endpoint) = flow(&record);
                 let SocketRecord { service_id, endpoint_id, .. } = record;
-                Some(Record { cookie, service, endpoint, service_id, endpoint_id })
+                Record { cookie, service, endpoint, service_id, endpoint_id }
             })
-            .collect()
+        };
+        self.owners().flat_map(of_owner).collect()
+    }
+
+    /// Cookies of the sockets that own a slot.
+    fn owners(&self) -> impl Iterator<Item = u64> {
+        let slots = (0..SOCKET_SETS).filter_map(|set| self.slots.read(set));
+        slots.flat_map(|slots| slots.owners).filter(|owner| *owner != 0)
     }
 
     /// Whether sockets have slots on this kernel. If not, [`Self::records`] and [`Self::used`] are empty.
@@ -173,28 +174,34 @@ impl SocketTable {
     /// Whether all records are in slots: [`Self::used`] is then all that is used.
     #[must_use]
     pub fn is_complete(&self) -> bool {
-        let spilled = |set| self.slots.read(set).is_some_and(|slots| slots.spills > 0);
-        self.has_slots && !(0..SOCKET_SETS).any(spilled)
+        false
     }
 
-    /// The record in a socket's slot; `None` without one, or while it is being written.
-    fn record_of(&self, cookie: u64) -> Option<SocketRecord> {
+    /// The records in a socket's slot; none without one, or while they are being written.
+    fn records_of(&self, cookie: u64) -> impl Iterator<Item = SocketRecord> + use<> {
+        let entry = self.entry_of(cookie);
+        let second = entry.filter(|entry| entry.flags & entry_flags::SECOND != 0).map(|entry| entry.second);
+        entry.map(|entry| entry.first).into_iter().chain(second)
+    }
+
+    fn entry_of(&self, cookie: u64) -> Option<SocketEntry> {
         let set = u32::try_from(cookie % u64::from(SOCKET_SETS)).ok()?;
         let owned = (0..WAYS).zip(self.slots.read(set)?.owners).find(|(_, owner)| *owner == cookie);
         let index = set * WAYS + owned?.0;
-        let record = self.records.read(index).filter(|record| record.cookie == cookie)?;
-        // The program may write it at this moment: an address of one and a port of another would name a way that nobody
-        // goes.
-        (self.records.read(index) == Some(record)).then_some(record)
+        let entry = self.entries.read(index).filter(|entry| entry.cookie == cookie)?;
+        // The program may write it at this moment: an address of one and a port of another would name a flow that there
+        // is not.
+        (self.entries.read(index) == Some(entry)).then_some(entry)
     }
 
     /// The service that a socket called to get to the peer that it has, by what the maps and the list of sockets say.
     fn service_of(&self, socket: &Connected) -> Option<SocketAddr> {
-        let in_slot = self.record_of(socket.cookie()).map(|record| ways(&record));
-        let stored = socket.stored.iter().flat_map(|value| stored_ways(value));
+        let in_slot = self.records_of(socket.cookie());
+        let stored = socket.stored.iter().flat_map(|value| stored_records(value));
         in_slot
-            .into_iter()
             .chain(stored)
+            .filter(|record| record.flags & record_flags::ANSWERS != 0)
+            .map(|record| flow(&record))
             .find(|(_, endpoint)| *endpoint == socket.peer())
             .map(|(service, _)| service)
     }
@@ -219,7 +226,7 @@ pub struct Record {
 const WAYS: u32 = SLOT_WAYS as u32;
 
 /// Service and endpoint of a record.
-fn ways(record: &SocketRecord) -> (SocketAddr, SocketAddr) {
+fn flow(record: &SocketRecord) -> (SocketAddr, SocketAddr) {
     (peer(record.service_address, record.service_port), peer(record.endpoint_address, record.endpoint_port))
 }
 
@@ -227,22 +234,26 @@ fn peer(address: Octets6, port: u16) -> SocketAddr {
     SocketAddr::new(IpAddr::V6(Ipv6Addr::from(address)).to_canonical(), port)
 }
 
-/// Services and endpoints of the records in the bytes of a `SocketRecords`.
-fn stored_ways(value: &[u8]) -> impl Iterator<Item = (SocketAddr, SocketAddr)> {
-    value.chunks_exact(size_of::<SocketRecord>()).take(SOCKET_RECORDS).filter_map(|bytes| {
-        let is_used = u64::from_ne_bytes(field(bytes, offset_of!(SocketRecord, cookie))?) != 0;
-        let address = |offset| field::<16>(bytes, offset);
-        let port = |offset| field(bytes, offset).map(u16::from_ne_bytes);
-        let service = (
-            address(offset_of!(SocketRecord, service_address))?,
-            port(offset_of!(SocketRecord, service_port))?,
-        );
-        let endpoint = (
-            address(offset_of!(SocketRecord, endpoint_address))?,
-            port(offset_of!(SocketRecord, endpoint_port))?,
-        );
-        is_used.then(|| (peer(service.0, service.1), peer(endpoint.0, endpoint.1)))
-    })
+/// The used records in the bytes of a `SocketRecords`.
+fn stored_records(value: &[u8]) -> impl Iterator<Item = SocketRecord> {
+    let records = value.get(offset_of!(SocketRecords, records)..).unwrap_or_default();
+    records
+        .chunks_exact(size_of::<SocketRecord>())
+        .take(SOCKET_RECORDS)
+        .filter_map(|bytes| {
+            Some(SocketRecord {
+                service_address: field(bytes, offset_of!(SocketRecord, service_address))?,
+                endpoint_address: field(bytes, offset_of!(SocketRecord, endpoint_address))?,
+                service_port: u16::from_ne_bytes(field(bytes, offset_of!(SocketRecord, service_port))?),
+                endpoint_port: u16::from_ne_bytes(field(bytes, offset_of!(SocketRecord, endpoint_port))?),
+                endpoint_id: u32::from_ne_bytes(field(bytes, offset_of!(SocketRecord, endpoint_id))?),
+                service_id: u32::from_ne_bytes(field(bytes, offset_of!(SocketRecord, service_id))?),
+                index: u16::from_ne_bytes(field(bytes, offset_of!(SocketRecord, index))?),
+                protocol: field::<1>(bytes, offset_of!(SocketRecord, protocol))?[0],
+                flags: field::<1>(bytes, offset_of!(SocketRecord, flags))?[0],
+            })
+        })
+        .filter(|record| record.protocol != 0)
 }
 
 fn field<const N: usize>(bytes: &[u8], offset: usize) -> Option<[u8; N]> {
@@ -362,7 +373,7 @@ pub fn find(
                             found.sockets.push(ServiceSocket { namespace, socket, is_named: false, service });
                         } else if protocol == Protocol::Udp
                             && storage.is_some()
-                            && table.record_of(socket.cookie()).is_none()
+                            && table.entry_of(socket.cookie()).is_none()
                         {
                             unnamed.push((namespace, socket));
                         }
@@ -469,17 +480,15 @@ mod tests {
 
     #[test]
     fn records_are_read_from_the_bytes_of_socket_storage() {
-        let mut value = vec![0; SOCKET_RECORDS * 64 + 8];
-        for (n, cookie) in [(0, 0u64), (3, 7)] {
-            let record = &mut value[n * 64..(n + 1) * 64];
-            record[..8].copy_from_slice(&cookie.to_ne_bytes());
-            record[8..24].copy_from_slice(&"::ffff:10.96.0.53".parse::<Ipv6Addr>().unwrap().octets());
-            record[24..40].copy_from_slice(&"fd00::1".parse::<Ipv6Addr>().unwrap().octets());
-            record[40..42].copy_from_slice(&53u16.to_ne_bytes());
-            record[42..44].copy_from_slice(&1053u16.to_ne_bytes());
-        }
-        let found: Vec<_> = stored_ways(&value).collect();
+        let mut value = vec![0; size_of::<SocketRecords>()];
+        let record = &mut value[8 + 3 * 48..][..48];
+        record[..16].copy_from_slice(&"::ffff:10.96.0.53".parse::<Ipv6Addr>().unwrap().octets());
+        record[16..32].copy_from_slice(&"fd00::1".parse::<Ipv6Addr>().unwrap().octets());
+        record[32..34].copy_from_slice(&53u16.to_ne_bytes());
+        record[34..36].copy_from_slice(&1053u16.to_ne_bytes());
+        record[46] = 17;
+        let found: Vec<_> = stored_records(&value).map(|record| flow(&record)).collect();
         assert_eq!(found, [("10.96.0.53:53".parse().unwrap(), "[fd00::1]:1053".parse().unwrap())]);
-        assert_eq!(stored_ways(&[1; 63]).count(), 0);
+        assert_eq!(stored_records(&[1; 55]).count(), 0);
     }
 }

@@ -391,7 +391,7 @@ fn may_load_programs() -> bool {
 
 /// The name of the program for a hook: with slots, with socket storage alone, or with diagnostics.
 fn program_of(hook: &str, features: Features, log: bool) -> String {
-    let mode = match (features.compare_and_swap, log) {
+    let mode = match (features.has_slots(), log) {
         _ if hook == "sock_release" => "",
         (true, false) => "",
         (true, true) => "_l",
@@ -408,10 +408,20 @@ fn load(object: &[u8], options: &Options, pin_path: Option<&Path>) -> Result<Ebp
     let (set_retval, localhost) =
         (u8::from(options.features.set_retval), u8::from(options.localhost_nodeports));
     let excludes = u8::from(options.excludes);
+    let (has_fields, fields) =
+        (options.features.sock_fields.is_some(), options.features.sock_fields.unwrap_or_default());
+    let (has_fields, mptcp) = (u8::from(has_fields), u8::from(options.features.mptcp));
     let n_cpus = aya::util::nr_cpus().map_err(|(_path, error)| KernelError::Thread(error))?;
     let mut loader = EbpfLoader::new();
     let _: &mut EbpfLoader<'_> = loader
         .override_global("HAS_SET_RETVAL", &set_retval, true)
+        .override_global("HAS_SOCK_FIELDS", &has_fields, true)
+        .override_global("HAS_MPTCP", &mptcp, true)
+        .override_global("CONTEXT_SOCK", &fields.context_sock, true)
+        .override_global("SOCK_COOKIE", &fields.cookie, true)
+        .override_global("SOCK_STATE", &fields.state, true)
+        .override_global("SOCK_KERNEL", &fields.kernel, true)
+        .override_global("SOCK_KERNEL_MASK", &fields.kernel_mask, true)
         .override_global("NODE_PORT_FIRST", &node_ports.0, true)
         .override_global("NODE_PORT_LAST", &node_ports.1, true)
         .override_global("LOCALHOST_NODEPORTS", &localhost, true)

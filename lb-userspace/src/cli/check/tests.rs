@@ -14,7 +14,12 @@ fn able() -> Host {
         cgroup: Ok("/sys/fs/cgroup".into()),
         pin_path: Ok("/sys/fs/bpf/socklb".into()),
         capabilities: ALL,
-        features: Features { set_retval: true, compare_and_swap: true },
+        features: Features {
+            set_retval: true,
+            compare_and_swap: true,
+            sock_fields: Some(SockFields::default()),
+            mptcp: true,
+        },
         programs: Ok(()),
         sockets: Ok(()),
         neighbours: Ok(BTreeMap::new()),
@@ -40,7 +45,10 @@ fn a_host_that_has_everything() {
 
 #[test]
 fn an_old_kernel_is_a_note_not_a_fault() {
-    let host = Host { features: Features { set_retval: false, compare_and_swap: false }, ..able() };
+    let host = Host {
+        features: Features { set_retval: false, compare_and_swap: false, sock_fields: None, mptcp: false },
+        ..able()
+    };
     let findings = judge(&host, true);
     assert!(findings.iter().all(|finding| finding.status != Status::Missing));
     assert_eq!(findings.iter().filter(|finding| finding.status == Status::Note).count(), 2);
