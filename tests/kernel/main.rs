@@ -18,6 +18,7 @@ mod explain;
 mod lifecycle;
 mod load;
 mod matrix;
+mod multipath;
 mod records;
 mod refusals;
 mod scenarios;

@@ -288,3 +288,111 @@ fn a_connected_socket_keeps_its_peer_when_it_sends_elsewhere() {
         }
     });
 }
+
+/// The peer of an unconnected socket by its own address, and another service with the same endpoint: neither makes the
+/// socket change the endpoint that it uses for a service.
+#[test]
+fn a_socket_keeps_its_endpoint_whatever_else_it_asks() {
+    if !require(Feature::Programs) {
+        return;
+    }
+    let mut cluster = Cluster::new();
+    let mut servers = Vec::new();
+    for domain in [Domain::V4, Domain::V6] {
+        let endpoints: [SocketAddr; 16] = addresses(domain, 8001);
+        let Scene { service, other_service, .. } = Scene::new(domain);
+        cluster.serve(&format!("one-{domain:?}"), service, Udp, &endpoints);
+        cluster.serve(&format!("two-{domain:?}"), other_service, Udp, &endpoints);
+        servers.extend(endpoints.map(|endpoint| (endpoint, Udp)));
+    }
+    with_agents(&cluster, &servers, || {
+        for domain in Domain::ALL {
+            let Scene { service, other_service, .. } = Scene::new(domain);
+            let socket = Socket::new(domain, Udp);
+            let first = socket.ask_at(service).unwrap();
+            assert_eq!(first.seen, Some(service));
+            let other = socket.ask_at(other_service).unwrap();
+            for _ in 0..20 {
+                // An answer from the endpoint belongs to whom the socket asked last.
+                ask_at(&socket, first.server, first.server);
+                ask_at(&socket, service, first.server);
+                ask_at(&socket, other_service, other.server);
+                ask_at(&socket, other.server, other.server);
+                ask_at(&socket, service, first.server);
+            }
+        }
+    });
+}
+
+/// A `connect()` that the kernel refuses after the programs have run leaves a datagram socket its peer.
+#[test]
+fn a_failed_connect_leaves_the_peer_and_its_name() {
+    if !require(Feature::Programs) {
+        return;
+    }
+    // Addresses to which there is no route, behind a service and not.
+    let unreachable = |domain: Domain| -> SocketAddr {
+        let text = if domain == Domain::V6 { "[2001:db8::1]:9" } else { "192.0.2.1:9" };
+        text.parse().unwrap()
+    };
+    let mut cluster = Cluster::new();
+    let mut servers = Vec::new();
+    for domain in [Domain::V4, Domain::V6] {
+        let Scene { service, endpoint, other_service, .. } = Scene::new(domain);
+        cluster.serve(&format!("one-{domain:?}"), service, Udp, &[endpoint]);
+        cluster.serve(&format!("far-{domain:?}"), other_service, Udp, &[unreachable(domain)]);
+        servers.push((endpoint, Udp));
+    }
+    with_agents(&cluster, &servers, || {
+        for domain in Domain::ALL {
+            let Scene { service, endpoint, other_service, .. } = Scene::new(domain);
+            let socket = Socket::new(domain, Udp);
+            connect_and_ask(&socket, service, endpoint);
+            for failing in [other_service, unreachable(domain), other_service] {
+                assert_eq!(socket.connect(failing), Err(Errno::ENETUNREACH), "{domain:?}");
+                assert_eq!(socket.peer_name(), Ok(service), "{domain:?} after {failing}");
+                let answer = socket.ask().unwrap();
+                assert_eq!(
+                    (answer.server, answer.seen),
+                    (endpoint, Some(service)),
+                    "{domain:?} after {failing}"
+                );
+            }
+            // And with no peer before, there is none after.
+            let socket = Socket::new(domain, Udp);
+            assert_eq!(socket.connect(other_service), Err(Errno::ENETUNREACH));
+            assert_eq!(socket.peer_name(), Err(Errno::ENOTCONN));
+            connect_and_ask(&socket, service, endpoint);
+        }
+    });
+}
+
+/// `send()` names no destination: where the kernel asks with the peer's address, and that is a service's too, the answer is
+/// the one of the `connect()`.
+#[test]
+fn a_connected_socket_is_decided_once() {
+    if !require(Feature::Programs) {
+        return;
+    }
+    let mut cluster = Cluster::new();
+    let mut servers = Vec::new();
+    for domain in [Domain::V4, Domain::V6] {
+        let Scene { service, endpoint, other_endpoint, plain, .. } = Scene::new(domain);
+        cluster.serve(&format!("one-{domain:?}"), service, Udp, &[endpoint]);
+        // The endpoint's own address is an external IP or a node port of another service.
+        cluster.serve(&format!("two-{domain:?}"), endpoint, Udp, &[other_endpoint, plain]);
+        servers.extend([endpoint, other_endpoint, plain].map(|server| (server, Udp)));
+    }
+    with_agents(&cluster, &servers, || {
+        for domain in Domain::ALL {
+            let Scene { service, endpoint, .. } = Scene::new(domain);
+            let socket = Socket::new(domain, Udp);
+            socket.connect(service).unwrap();
+            for _ in 0..40 {
+                let answer = socket.ask().unwrap();
+                assert_eq!((answer.server, answer.seen), (endpoint, Some(service)), "{domain:?}");
+            }
+            assert_eq!(socket.peer_name(), Ok(service));
+        }
+    });
+}

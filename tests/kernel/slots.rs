@@ -33,7 +33,7 @@ fn array<const WORDS: usize>(sandbox: &Sandbox, name: &str) -> Array<MapData, [u
 }
 
 /// Slots that belong to a socket.
-fn n_taken(sandbox: &Sandbox) -> usize {
+pub(crate) fn n_taken(sandbox: &Sandbox) -> usize {
     const { assert!(size_of::<SocketSlots>() == 8 * SLOT_WAYS) }
     let slots = array::<SLOT_WAYS>(sandbox, "socket_slots");
     let owners = (0..slots.len()).flat_map(|set| slots.get(&set, 0).unwrap());

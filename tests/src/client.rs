@@ -3,13 +3,15 @@
 use std::{
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
-    os::fd::{AsRawFd, OwnedFd},
+    os::fd::{AsFd as _, AsRawFd, OwnedFd},
 };
 
 use lb_userspace::model::Protocol;
 use nix::{
     errno::Errno,
+    fcntl::{FcntlArg, OFlag, fcntl},
     libc,
+    poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::{
         socket::{
             self, AddressFamily, MsgFlags, SockFlag, SockType, SockaddrLike as _, SockaddrStorage,
@@ -127,6 +129,12 @@ impl Socket {
         Ok(Self::from_fd(fd, domain, protocol))
     }
 
+    /// Its descriptor.
+    #[must_use]
+    pub fn into_fd(self) -> OwnedFd {
+        self.fd
+    }
+
     fn from_fd(fd: OwnedFd, domain: Domain, protocol: Protocol) -> Self {
         let patience = TimeVal::seconds(PATIENCE);
         setsockopt(&fd, ReceiveTimeout, &patience).expect("a receive time-out");
@@ -146,6 +154,29 @@ impl Socket {
     /// The system call's.
     pub fn connect(&self, to: SocketAddr) -> Result<(), Errno> {
         socket::connect(self.fd.as_raw_fd(), &self.domain.sockaddr(to))
+    }
+
+    /// Whether calls return at once, with `EINPROGRESS` or `EAGAIN` where they would wait.
+    ///
+    /// # Panics
+    ///
+    /// If the descriptor has no flags.
+    pub fn set_nonblocking(&self, is_nonblocking: bool) {
+        let flags = fcntl(&self.fd, FcntlArg::F_GETFL).expect("the flags");
+        let mut flags = OFlag::from_bits_retain(flags);
+        flags.set(OFlag::O_NONBLOCK, is_nonblocking);
+        fcntl(&self.fd, FcntlArg::F_SETFL(flags)).expect("new flags");
+    }
+
+    /// Waits until a `connect()` that did not wait is over.
+    ///
+    /// # Panics
+    ///
+    /// If it is not in time.
+    pub fn wait_until_writable(&self) {
+        let mut waiting = [PollFd::new(self.fd.as_fd(), PollFlags::POLLOUT)];
+        let timeout = PollTimeout::try_from(PATIENCE * 1000).expect("milliseconds");
+        assert_eq!(poll(&mut waiting, timeout), Ok(1), "not connected in time");
     }
 
     /// `bind()`

@@ -16,6 +16,8 @@ use nix::{
     sys::socket::{Backlog, listen},
 };
 
+use crate::client::{Domain, Socket};
+
 /// Any number of servers on one thread, in the network namespace and cgroup of the thread that started them.
 ///
 /// A TCP server sends its address and a newline to whom it accepts, then echoes. A UDP server answers each datagram
@@ -63,13 +65,15 @@ impl Servers {
     /// If an address cannot be bound, or for a protocol that is neither TCP nor UDP.
     #[must_use]
     pub fn start(addresses: impl IntoIterator<Item = (SocketAddr, Protocol)>) -> Self {
+        let bound = addresses.into_iter().map(|(address, protocol)| {
+            bind(address, protocol).unwrap_or_else(|error| panic!("{address}/{protocol}: {error}"))
+        });
+        Self::serving(bound)
+    }
+
+    fn serving(bound: impl Iterator<Item = Source>) -> Self {
         let (stop, stopped) = UnixStream::pair().expect("a socket pair");
-        let mut sources = vec![Source::Stop(stopped)];
-        for (address, protocol) in addresses {
-            sources.push(
-                bind(address, protocol).unwrap_or_else(|error| panic!("{address}/{protocol}: {error}")),
-            );
-        }
+        let sources = std::iter::once(Source::Stop(stopped)).chain(bound).collect();
         let thread =
             thread::Builder::new().name("servers".into()).spawn(move || serve(sources)).expect("a thread");
         Self { stop: Some(stop), thread: Some(thread) }
@@ -83,6 +87,27 @@ impl Servers {
     #[must_use]
     pub fn tcp(addresses: impl IntoIterator<Item = SocketAddr>) -> Self {
         Self::start(addresses.into_iter().map(|address| (address, Protocol::Tcp)))
+    }
+
+    /// Starts TCP servers that speak multipath TCP with whoever does.
+    ///
+    /// # Panics
+    ///
+    /// If an address cannot be bound, or the kernel has no multipath TCP.
+    #[must_use]
+    pub fn multipath(addresses: impl IntoIterator<Item = SocketAddr>) -> Self {
+        let listeners = addresses.into_iter().map(|address| {
+            let socket = Socket::with_protocol_number(
+                Domain::of(address.ip()),
+                Protocol::Tcp,
+                nix::libc::IPPROTO_MPTCP,
+            );
+            let socket = socket.unwrap_or_else(|error| panic!("{address}: {error}"));
+            socket.bind(address).unwrap_or_else(|error| panic!("{address}: {error}"));
+            let listener = TcpListener::from(socket.into_fd());
+            listening(listener).unwrap_or_else(|error| panic!("{address}: {error}"))
+        });
+        Self::serving(listeners)
     }
 
     /// Starts UDP servers.
@@ -108,15 +133,16 @@ impl Drop for Servers {
     }
 }
 
+fn listening(listener: TcpListener) -> io::Result<Source> {
+    // The standard library's backlog is too short for a test that opens thousands of connections.
+    listen(&listener, Backlog::MAXCONN)?;
+    listener.set_nonblocking(true)?;
+    Ok(Source::Listener(listener))
+}
+
 fn bind(address: SocketAddr, protocol: Protocol) -> io::Result<Source> {
     match protocol {
-        Protocol::Tcp => {
-            let listener = TcpListener::bind(address)?;
-            // The standard library's backlog is too short for a test that opens thousands of connections.
-            listen(&listener, Backlog::MAXCONN)?;
-            listener.set_nonblocking(true)?;
-            Ok(Source::Listener(listener))
-        }
+        Protocol::Tcp => listening(TcpListener::bind(address)?),
         Protocol::Udp => {
             let socket = UdpSocket::bind(address)?;
             socket.set_nonblocking(true)?;

@@ -1,0 +1,150 @@
+//! Multipath TCP: the program has one socket, the kernel connects another, a subflow, by itself.
+
+use std::{
+    fs,
+    net::SocketAddr,
+    process::Command,
+    thread,
+    time::{Duration, Instant},
+};
+
+use lb_tests::{
+    Feature, Sandbox,
+    agent::{self, Agent},
+    client::{Domain, Socket},
+    cluster::Cluster,
+    require,
+    server::Servers,
+};
+use lb_userspace::{
+    kernel::{Features, Options, pins},
+    model::Protocol::Tcp,
+};
+use nix::{errno::Errno, libc};
+
+use crate::{
+    calls::addresses,
+    records::{Scene, scenes},
+    slots::n_taken,
+};
+
+fn multipath(domain: Domain) -> Option<Socket> {
+    Socket::with_protocol_number(domain, Tcp, libc::IPPROTO_MPTCP).ok()
+}
+
+/// Runs a test with an agent in each mode, if the kernel has multipath TCP.
+fn with_multipath(test: impl Fn(&Sandbox, &Options) + Send + Sync) {
+    if !require(Feature::Programs) || multipath(Domain::V4).is_none() {
+        return;
+    }
+    Sandbox::run(|sandbox| {
+        let (cluster, servers) = scenes(Tcp);
+        let _servers = Servers::start(servers);
+        for options in agent::modes(sandbox) {
+            Agent::start_with(&options, agent::settings(), Vec::new()).unwrap().follow(&cluster);
+            test(sandbox, &options);
+            pins::remove(&sandbox.pin_path()).unwrap();
+        }
+    });
+}
+
+/// The name of the peer that a kernel can show: before 5.19 a program cannot get from the subflow to the program's socket.
+fn expected_peer(service: SocketAddr, endpoint: SocketAddr) -> SocketAddr {
+    if Features::probe().mptcp { service } else { endpoint }
+}
+
+fn assert_served(socket: &Socket, scene: &Scene, what: &str) {
+    assert_eq!(socket.ask().unwrap().server, scene.endpoint, "{what}");
+    assert_eq!(socket.peer_name(), Ok(expected_peer(scene.service, scene.endpoint)), "{what}");
+}
+
+#[test]
+fn a_multipath_connection_is_served_and_sees_the_service() {
+    with_multipath(|_sandbox, _options| {
+        for domain in Domain::ALL {
+            let scene = Scene::new(domain);
+            let socket = multipath(domain).unwrap();
+            socket.connect(scene.service).unwrap();
+            assert_served(&socket, &scene, &format!("{domain:?}"));
+
+            let bound = multipath(domain).unwrap();
+            bound.bind(SocketAddr::new(domain.loopback(), 0)).unwrap();
+            bound.connect(scene.service).unwrap();
+            assert_served(&bound, &scene, &format!("{domain:?}, bound"));
+
+            let without_waiting = multipath(domain).unwrap();
+            without_waiting.set_nonblocking(true);
+            let begun = without_waiting.connect(scene.service);
+            assert!(matches!(begun, Ok(()) | Err(Errno::EINPROGRESS)), "{begun:?}");
+            without_waiting.wait_until_writable();
+            without_waiting.set_nonblocking(false);
+            assert_served(&without_waiting, &scene, &format!("{domain:?}, not blocking"));
+
+            let plain = multipath(domain).unwrap();
+            plain.connect(scene.plain).unwrap();
+            assert_eq!(plain.ask().unwrap().server, scene.plain);
+            assert_eq!(plain.peer_name(), Ok(scene.plain));
+        }
+    });
+}
+
+/// The kernel closes subflows without running a program, so that they must not own what only a program gives up.
+#[test]
+fn subflows_take_no_slots() {
+    with_multipath(|sandbox, _options| {
+        for domain in Domain::ALL {
+            let scene = Scene::new(domain);
+            let sockets: Vec<Socket> = (0..20)
+                .map(|_| {
+                    let socket = multipath(domain).unwrap();
+                    socket.connect(scene.service).unwrap();
+                    socket
+                })
+                .collect();
+            assert_eq!(n_taken(sandbox), 0, "{domain:?}");
+            drop(sockets);
+            assert_eq!(n_taken(sandbox), 0, "{domain:?}");
+        }
+    });
+}
+
+/// With a server that speaks it too, whose further subflows the kernel connects by itself: to the peer's address, which may be
+/// a service's.
+#[test]
+fn a_subflow_that_is_added_goes_where_the_kernel_wants() {
+    // The guests of the kernel matrix have no `ip`.
+    if Command::new("ip").args(["mptcp", "endpoint", "show"]).output().is_err() || !Features::probe().mptcp {
+        return;
+    }
+    with_multipath(|_sandbox, options| {
+        for arguments in [
+            "endpoint flush",
+            "limits set subflow 4 add_addr_accepted 4",
+            "endpoint add 127.0.0.9 dev lo subflow",
+        ] {
+            let done = Command::new("ip").arg("mptcp").args(arguments.split(' ')).status().unwrap();
+            assert!(done.success(), "ip mptcp {arguments}");
+        }
+        let scene = Scene::new(Domain::V4);
+        let [endpoint, other] = addresses(Domain::V4, 9001);
+        let _servers = Servers::multipath([endpoint, other]);
+        let mut cluster = Cluster::new();
+        cluster.serve("one", scene.service, Tcp, &[endpoint]);
+        // The endpoint's own address is another service's.
+        cluster.serve("two", endpoint, Tcp, &[other]);
+        Agent::start_with(options, agent::settings(), Vec::new()).unwrap().follow(&cluster);
+        let socket = multipath(Domain::V4).unwrap();
+        socket.connect(scene.service).unwrap();
+        assert_eq!(socket.ask().unwrap().server, endpoint);
+        let deadline = Instant::now() + Duration::from_secs(20);
+        // 127.0.0.9 to 127.0.0.1:9001, established, as `/proc/net/tcp` writes it on a little-endian machine.
+        let is_added = |line: &str| line.contains(" 0900007F:") && line.contains(" 0100007F:2329 01 ");
+        while !fs::read_to_string("/proc/thread-self/net/tcp").unwrap().lines().any(is_added) {
+            assert!(Instant::now() < deadline, "no further subflow to {endpoint}");
+            socket.send(b"more").unwrap();
+            let _echo = socket.receive().unwrap();
+            thread::sleep(Duration::from_millis(20));
+        }
+        assert_eq!(socket.peer_name(), Ok(expected_peer(scene.service, endpoint)));
+    });
+}
