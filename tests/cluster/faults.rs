@@ -1,7 +1,10 @@
 //! What goes wrong with an API server. At the end everything is as if nothing had.
 
 use std::{
-    fs, thread,
+    fs,
+    process::Command,
+    sync::atomic::{AtomicBool, Ordering},
+    thread,
     time::{Duration, Instant},
 };
 
@@ -239,4 +242,25 @@ fn churn_with_faults_ends_as_without() {
     }
     server.set_faults(|faults| (faults.internal_errors, faults.too_many_requests) = (0, (0, 0)));
     follower.until_like(&server);
+}
+
+/// A process that is being started has all descriptors of its parent until it is another program.
+#[test]
+fn a_server_comes_back_while_processes_are_started() {
+    let mut server = ApiServer::start();
+    let is_over = AtomicBool::new(false);
+    let resumed = thread::scope(|scope| {
+        let _starting = scope.spawn(|| {
+            while !is_over.load(Ordering::Relaxed) {
+                assert!(Command::new("true").status().unwrap().success());
+            }
+        });
+        let resumed = (0..300).try_for_each(|_| {
+            server.stop();
+            server.resume()
+        });
+        is_over.store(true, Ordering::Relaxed);
+        resumed
+    });
+    resumed.unwrap();
 }

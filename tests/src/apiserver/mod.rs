@@ -35,7 +35,8 @@ use std::{
 
 use k8s_openapi::api::core::v1::Pod;
 use nix::sys::socket::{
-    self, AddressFamily, SockFlag, SockType, SockaddrIn, SockaddrIn6, SockaddrStorage, sockopt,
+    self, AddressFamily, Backlog, Shutdown, SockFlag, SockType, SockaddrIn, SockaddrIn6, SockaddrStorage,
+    sockopt,
 };
 use serde_json::Value;
 use tokio::sync::{oneshot, watch};
@@ -168,28 +169,31 @@ impl Shared {
 pub struct ApiServer {
     shared: Arc<Shared>,
     address: SocketAddr,
+    /// One socket for the server's life: it listens, and while the server is stopped it is bound alone, so that the
+    /// kernel gives the port to no other.
+    socket: OwnedFd,
     running: Option<(oneshot::Sender<()>, thread::JoinHandle<()>)>,
-    /// Bound to the address and not listening: while the server is stopped, the kernel must not give the port to a
-    /// connection of somebody else.
-    _reserved: OwnedFd,
 }
 
-/// Binds a socket that lets a listener have its address.
-fn reserve(address: SocketAddr) -> io::Result<(OwnedFd, SocketAddr)> {
+/// Binds a socket to an address and says to which, if any port will do.
+///
+/// The socket keeps the port when it no longer listens. One does not whose port the kernel chose, so that is another.
+fn bind(address: SocketAddr) -> io::Result<(OwnedFd, SocketAddr)> {
     let family = if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
-    let fd = socket::socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
-    // Set before, it would make the kernel choose a port that another such socket has.
-    if address.port() == 0 {
-        socket::bind(fd.as_raw_fd(), &SockaddrStorage::from(address))?;
-        socket::setsockopt(&fd, sockopt::ReuseAddr, &true)?;
-    } else {
-        socket::setsockopt(&fd, sockopt::ReuseAddr, &true)?;
-        socket::bind(fd.as_raw_fd(), &SockaddrStorage::from(address))?;
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let fd = socket::socket(family, SockType::Stream, flags, None)?;
+    let is_chosen = address.port() == 0;
+    // Connections in TIME_WAIT do not matter. Where the kernel chooses, it would take the port of another such socket.
+    socket::setsockopt(&fd, sockopt::ReuseAddr, &!is_chosen)?;
+    socket::bind(fd.as_raw_fd(), &SockaddrStorage::from(address))?;
+    if !is_chosen {
+        return Ok((fd, address));
     }
+    socket::setsockopt(&fd, sockopt::ReuseAddr, &true)?;
     let bound: SockaddrStorage = socket::getsockname(fd.as_raw_fd())?;
     let port =
         bound.as_sockaddr_in().map(SockaddrIn::port).or(bound.as_sockaddr_in6().map(SockaddrIn6::port));
-    Ok((fd, SocketAddr::new(address.ip(), port.unwrap_or(address.port()))))
+    bind(SocketAddr::new(address.ip(), port.ok_or(io::ErrorKind::Unsupported)?))
 }
 
 impl ApiServer {
@@ -209,7 +213,7 @@ impl ApiServer {
     ///
     /// If the address cannot be listened on.
     pub fn start_at(address: SocketAddr) -> io::Result<Self> {
-        let (reserved, address) = reserve(address)?;
+        let (socket, address) = bind(address)?;
         let store = Store::new();
         let shared = Shared {
             version: watch::Sender::new(store.version()),
@@ -221,7 +225,7 @@ impl ApiServer {
             signals: watch::Sender::new(Signals::default()),
             n_connections: Mutex::default(),
         };
-        let mut server = Self { shared: Arc::new(shared), address, running: None, _reserved: reserved };
+        let mut server = Self { shared: Arc::new(shared), address, socket, running: None };
         server.resume()?;
         Ok(server)
     }
@@ -230,14 +234,15 @@ impl ApiServer {
     ///
     /// # Errors
     ///
-    /// If somebody else has the address.
+    /// The system calls'.
     pub fn resume(&mut self) -> io::Result<()> {
         if self.running.is_some() {
             return Ok(());
         }
-        // The standard library lets a new listener take an address with connections in TIME_WAIT.
-        let listener = TcpListener::bind(self.address)?;
-        listener.set_nonblocking(true)?;
+        // Connections of before may be in TIME_WAIT.
+        socket::setsockopt(&self.socket, sockopt::ReuseAddr, &true)?;
+        socket::listen(&self.socket, Backlog::MAXCONN)?;
+        let listener = TcpListener::from(self.socket.try_clone()?);
         let (stop, stopped) = oneshot::channel();
         let shared = Arc::clone(&self.shared);
         let thread = thread::Builder::new().name("apiserver".to_owned()).spawn(move || {
@@ -260,6 +265,9 @@ impl ApiServer {
         if let Some((stop, thread)) = self.running.take() {
             drop(stop);
             let _has_panicked = thread.join();
+            // To close it would not do: a process that is being started has its parent's descriptors.
+            let _listens_no_more = socket::shutdown(self.socket.as_raw_fd(), Shutdown::Both);
+            let _is_set = socket::setsockopt(&self.socket, sockopt::ReuseAddr, &false);
         }
     }
 
@@ -268,11 +276,11 @@ impl ApiServer {
     ///
     /// # Panics
     ///
-    /// If somebody else took the port.
+    /// If the kernel does not let it listen.
     pub fn restart_at_version(&mut self, version: u64) {
         self.stop();
         self.shared.change(|store| store.renumber(version));
-        self.resume().expect("the port");
+        self.resume().expect("a socket that listens");
     }
 
     /// Where it listens.
