@@ -84,9 +84,10 @@ fuzz_target!(|data: &[u8]| {
         let (is_deleted, text) = line.strip_prefix(b"-").map_or((false, line), |text| (true, text));
         let Ok(object) = serde_json::from_slice::<Value>(text) else { continue };
         state.change(|store| set(store, &object, is_deleted));
-        state.sync().apply(&mut image);
+        let plan = state.sync();
+        plan.apply(&mut image);
         assert_eq!(image, *state.image());
-        state.settled();
+        state.settled(plan.number());
     }
     let issues: Vec<Issue> = state.issues().collect();
     judge(&issues);

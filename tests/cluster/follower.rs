@@ -86,8 +86,9 @@ impl Follower {
             self.state.change(|store| source.apply(store));
         }
         if self.source.is_complete() && self.state.wants_sync() {
-            self.state.sync().apply(&mut self.image);
-            self.state.settled();
+            let plan = self.state.sync();
+            plan.apply(&mut self.image);
+            self.state.settled(plan.number());
         }
     }
 

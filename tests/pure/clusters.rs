@@ -1,7 +1,7 @@
 //! Random clusters, and what calls come to in them.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     sync::Arc,
 };
@@ -128,7 +128,8 @@ fn service() -> BoxedStrategy<RandomService> {
     let families = prop_oneof![3 => Just(Families::V4), 1 => Just(Families::V6), 2 => Just(Families::Both)];
     let addresses = (families, 0u8..4, vec(0u8..2, 0..=2), option::weighted(0.3, 0u8..2));
     let policies = (any::<bool>(), any::<bool>(), option::weighted(0.3, 1i32..100), 0i64..3);
-    (addresses, ports, policies, vec(endpoint(), 0..=5))
+    let endpoints = prop_oneof![1 => Just(Vec::new()), 4 => vec(endpoint(), 1..=5)];
+    (addresses, ports, policies, endpoints)
         .prop_map(
             |(
                 (families, cluster_ip, external_ips, load_balancer_ip),
@@ -166,9 +167,10 @@ pub(crate) fn cluster() -> BoxedStrategy<RandomCluster> {
         .boxed()
 }
 
-/// A cluster and what becomes of it: each later one differs in some objects only.
+/// A cluster and what becomes of it: each later one differs in some objects only, or in one.
 pub(crate) fn history(n_changes: usize) -> impl Strategy<Value = Vec<RandomCluster>> {
-    let change = (cluster(), vec(any::<bool>(), 8));
+    let one = (0..8usize).prop_map(|one| (0..8).map(|n| n == one).collect::<Vec<bool>>());
+    let change = (cluster(), prop_oneof![vec(any::<bool>(), 8), one]);
     (cluster(), vec(change, 1..=n_changes)).prop_map(|(first, changes)| {
         let mut history = vec![first];
         for (new, takes) in changes {
@@ -454,15 +456,18 @@ pub(crate) struct Allowed {
 
 impl Allowed {
     pub(crate) fn between(before: &Image, after: &Image, calls: &[Call]) -> Self {
-        let mixed = |frontends: &Image, nodes: &Image| {
-            let image = Image { node_addrs: nodes.node_addrs.clone(), ..frontends.clone() };
-            let simulator = simulator(image);
+        Self::among(&[before.clone(), after.clone()], calls)
+    }
+
+    /// The same over several plans.
+    pub(crate) fn among(images: &[Image], calls: &[Call]) -> Self {
+        let nodes: BTreeSet<&BTreeMap<IpAddr, bool>> = images.iter().map(|image| &image.node_addrs).collect();
+        let mixed = |frontends: &Image, nodes: &BTreeMap<IpAddr, bool>| {
+            let simulator = simulator(Image { node_addrs: nodes.clone(), ..frontends.clone() });
             calls.iter().map(|call| outcomes(&simulator, *call)).collect()
         };
-        let mut of_states = vec![mixed(before, before), mixed(after, after)];
-        if before.node_addrs != after.node_addrs {
-            of_states.extend([mixed(before, after), mixed(after, before)]);
-        }
+        let of_states =
+            images.iter().flat_map(|image| nodes.iter().map(move |nodes| mixed(image, nodes))).collect();
         Self { of_states }
     }
 

@@ -4,6 +4,7 @@
 mod clusters;
 mod prefixes;
 mod races;
+mod reuse;
 mod room;
 mod scenarios;
 mod states;

@@ -33,7 +33,7 @@ proptest! {
                 }
             }
             prop_assert_eq!(&image, state.image());
-            state.settled();
+            state.settled(plan.number());
         }
     }
 }

@@ -5,8 +5,9 @@
 
 use std::{
     cell::{Cell, RefCell},
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    sync::Arc,
 };
 
 use lb_common::{
@@ -16,9 +17,10 @@ use lb_common::{
     resolve::{Choice, NodeAddress},
 };
 use lb_userspace::{
-    desired::FrontendAddress,
+    controller::State,
+    desired::{FrontendAddress, PortKey},
     model::Protocol,
-    plan::{Capacity, Op},
+    plan::{Capacity, Op, Plan, Unsettled},
     tables::{Entry, Image, wire_protocol},
 };
 use proptest::{collection::vec, prelude::*, sample::Index};
@@ -243,18 +245,69 @@ fn wildcard((to, on_node): Call) -> Call {
     (FrontendAddress { ip, ..to }, on_node)
 }
 
+/// What calls meet that began after the last grace period: the programs of earlier ones have ended.
+#[derive(Default)]
+struct Window {
+    /// When it began.
+    memory: Memory,
+    /// The operations since.
+    ops: Vec<Op>,
+    /// At its begin and after each plan: what the tables hold, and what service ids stand for.
+    states: Vec<(Image, BTreeMap<u32, Arc<PortKey>>)>,
+}
+
+impl Window {
+    fn new(memory: Memory, state: &State) -> Self {
+        let mut window = Self { memory, ..Self::default() };
+        window.note(state);
+        window
+    }
+
+    fn note(&mut self, state: &State) {
+        let ports = state.service_ids().map(|(port, id)| (id, Arc::clone(port)));
+        self.states.push((state.image().clone(), ports.collect()));
+    }
+
+    fn carry_out(&mut self, plan: &Plan, state: &State) {
+        self.ops.extend(plan.ops().iter().cloned());
+        self.note(state);
+    }
+
+    /// A grace period passes.
+    fn pass(&mut self) {
+        for op in std::mem::take(&mut self.ops) {
+            self.memory.apply(&op);
+        }
+        self.states.drain(..self.states.len() - 1);
+    }
+
+    fn images(&self) -> Vec<Image> {
+        self.states.iter().map(|(image, _)| image.clone()).collect()
+    }
+
+    /// The service ids that stand for more than one service port in the course of it: a call that asked for the one counts
+    /// for the other, and may take its client's endpoint.
+    fn ambiguous_ids(&self) -> BTreeSet<u32> {
+        let ids: BTreeSet<_> = self.states.iter().flat_map(|(_, ports)| ports).collect();
+        let mut seen = BTreeSet::new();
+        ids.into_iter().map(|(id, _port)| *id).filter(|id| !seen.insert(*id)).collect()
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 128, ..ProptestConfig::default() })]
 
-    /// However long a call takes, it comes to what it could come to before or can come to after; it is refused or left
-    /// alone only if one of the two states says so.
+    /// However long a call takes, also over several plans, it comes to what it could come to in one of the states that it has
+    /// seen; it is refused or left alone only if one of them says so; and no service id stands for two services meanwhile. It may
+    /// take until the next grace period, which comes when the agent waits for it, or at any time.
     ///
     /// A call to a node port of another node may also come to what the node port comes to on this node: the policy and
     /// the endpoints of a node port are two words in memory.
     #[test]
     fn a_call_that_spans_a_plan_sees_the_old_or_the_new_state(
-        history in history(3),
-        moments in vec(moment(), 400),
+        history in history(5),
+        moments in vec(moment(), 150),
+        graces in vec(any::<bool>(), 6),
     ) {
         // A wildcard is looked at from the node, where loopback shows it.
         let mut calls: Vec<Call> = calls().into_iter().filter(|(to, _)| !to.ip.is_unspecified()).collect();
@@ -264,18 +317,28 @@ proptest! {
             *call = wildcard((call.0, true));
         }
         let mut state = state(Capacity::default(), &Image::default());
-        let (mut image, mut memory) = (Image::default(), Memory::default());
-        for cluster in &history {
+        let mut window = Window::new(Memory::default(), &state);
+        let mut unsettled = Unsettled::Anything;
+        for (cluster, passes) in history.iter().zip(graces) {
             cluster.feed(&mut state);
             let plan = state.sync();
-            let allowed = Allowed::between(&image, state.image(), &calls);
+            if unsettled.must_wait(&plan) {
+                unsettled = Unsettled::Nothing;
+                window.pass();
+            }
+            window.carry_out(&plan, &state);
+            if plan.frees() && unsettled == Unsettled::Nothing {
+                unsettled = Unsettled::Elements;
+            }
+            prop_assert_eq!(window.ambiguous_ids(), BTreeSet::new(), "{:#?}", window.states);
+            let allowed = Allowed::among(&window.images(), &calls);
             for moment in &moments {
                 let n = moment.call.index(n_calls);
                 let call = calls[n];
                 let came = if call.0.ip.is_ipv4() {
-                    run::<Octets4>(&memory, plan.ops(), call, moment)
+                    run::<Octets4>(&window.memory, &window.ops, call, moment)
                 } else {
-                    run::<Octets6>(&memory, plan.ops(), call, moment)
+                    run::<Octets6>(&window.memory, &window.ops, call, moment)
                 };
                 let is_allowed = match &came {
                     Came::Untouched => allowed.admits(n, &Outcomes::Untouched),
@@ -286,13 +349,15 @@ proptest! {
                 };
                 prop_assert!(
                     is_allowed,
-                    "{}, on the node: {}: {}, but {came:?} at {moment:?} of {plan:#?}",
-                    call.0, call.1, allowed.describe(n),
+                    "{}, on the node: {}: {}, but {came:?} at {moment:?} of {:#?}",
+                    call.0, call.1, allowed.describe(n), window.ops,
                 );
             }
-            plan.apply(&mut image);
-            plan.ops().iter().for_each(|op| memory.apply(op));
-            state.settled();
+            if passes {
+                unsettled = Unsettled::Nothing;
+                state.settled(plan.number());
+                window.pass();
+            }
         }
     }
 }

@@ -68,7 +68,7 @@ proptest! {
                     if !settles {
                         break;
                     }
-                    state.settled();
+                    state.settled(plan.number());
                 } else {
                     let n_reported = state.issues().filter(|issue| matches!(
                         issue.kind,
@@ -91,8 +91,8 @@ proptest! {
             // As the agent's loop does: one plan frees, the next one fills.
             let mut n_syncs = 0;
             while state.wants_sync() {
-                let _plan = state.sync();
-                state.settled();
+                let plan = state.sync();
+                state.settled(plan.number());
                 n_syncs += 1;
                 prop_assert!(n_syncs < 50, "no end of it");
             }

@@ -28,9 +28,10 @@ fn follow(history: &[crate::clusters::RandomCluster], settles: bool) -> (State, 
     let mut image = Image::default();
     for cluster in history {
         cluster.feed(&mut state);
-        state.sync().apply(&mut image);
+        let plan = state.sync();
+        plan.apply(&mut image);
         if settles {
-            state.settled();
+            state.settled(plan.number());
         }
     }
     (state, image)
@@ -162,13 +163,14 @@ proptest! {
         let last = &history[history.len() - 1];
         let mut restarted = crate::clusters::state(Capacity::default(), &image);
         last.feed(&mut restarted);
-        restarted.sync().apply(&mut image);
+        let plan = restarted.sync();
+        plan.apply(&mut image);
         // Runs that overlapped are nobody's.
         read_back(&mut image);
         prop_assert_eq!(&image, restarted.image());
         prop_assert_eq!(meaning(&image), meaning(state.image()));
         prop_assert_eq!(image.services.len(), state.image().services.len());
-        restarted.settled();
+        restarted.settled(plan.number());
 
         let mut again = crate::clusters::state(Capacity::default(), &image);
         last.feed(&mut again);

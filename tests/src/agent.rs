@@ -4,8 +4,7 @@ use std::{
     collections::BTreeMap,
     net::{IpAddr, SocketAddr},
     path::PathBuf,
-    thread,
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use anyhow::Context as _;
@@ -91,9 +90,7 @@ impl Agent {
     ///
     /// As [`Kernel::apply`].
     pub fn try_sync(&mut self) -> Result<Plan, KernelError> {
-        if self.state.holds_back() && self.kernel.is_settled() {
-            self.state.settled();
-        }
+        self.state.settled(self.kernel.settled());
         let plan = self.state.sync();
         self.kernel.apply(&plan)?;
         Ok(plan)
@@ -143,11 +140,8 @@ impl Agent {
     /// Waits until everything freed can be used again.
     pub fn settle(&mut self) {
         while self.state.holds_back() {
-            if self.kernel.is_settled() {
-                self.state.settled();
-            } else {
-                thread::sleep(Duration::from_millis(1));
-            }
+            self.kernel.settle();
+            self.state.settled(self.kernel.settled());
         }
     }
 

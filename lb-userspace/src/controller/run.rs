@@ -582,9 +582,7 @@ impl Agent {
 
     /// A grace period has passed, perhaps the last one that was asked for.
     fn grace_passed(&mut self) {
-        if self.kernel.is_settled() {
-            self.state.settled();
-        }
+        self.state.settled(self.kernel.settled());
     }
 
     /// Logs issues that are new, once each, and those that are gone.

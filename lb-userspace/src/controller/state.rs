@@ -204,22 +204,22 @@ impl State {
         self.with_stale(|ledger, in_force| ledger.next_due(now, in_force))
     }
 
-    /// A grace period has passed since the last plan was carried out.
-    pub fn settled(&mut self) {
+    /// A grace period has passed since the plan of this number was carried out ([`Plan::number`]).
+    pub fn settled(&mut self, plan: u64) {
         self.has_new_room |= self.encoder.holds_back();
-        self.encoder.settled();
+        self.encoder.settled(plan);
     }
 
-    /// Whether [`Self::settled`] would make room.
+    /// Whether something freed waits for a grace period.
     #[must_use]
     pub fn holds_back(&self) -> bool {
         self.encoder.holds_back()
     }
 
-    /// Goes on from what the tables really hold, after a plan failed half-way or an audit read them. The next sync
-    /// computes everything anew.
+    /// Goes on from what the tables really hold, after a plan failed half-way and a grace period has passed since. The next
+    /// sync computes everything anew.
     pub fn adopt(&mut self, capacity: Capacity, found: &Image) {
-        self.encoder = Encoder::adopt(capacity, found);
+        self.encoder.start_over(capacity, found);
         self.refused.clear();
         self.is_first_sync = true;
         self.dirty.topology = true;
@@ -385,13 +385,13 @@ mod tests {
         assert!(!state.wants_sync(), "nothing changed: trying again would be in vain");
 
         set(&mut state, "a", None);
-        let _plan = state.sync();
+        let plan = state.sync();
         assert!(
             state.image().services.is_empty(),
             "the deleted key takes room until the grace period is over"
         );
         assert_eq!(state.issues().count(), 0, "and until then it is no issue");
-        state.settled();
+        state.settled(plan.number());
         assert!(state.wants_sync());
         let _plan = state.sync();
         assert_eq!(state.image().services.len(), 1);

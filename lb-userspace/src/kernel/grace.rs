@@ -55,28 +55,29 @@ impl Grace {
         Ok(Self { requests, asked: 0, passed: 0, answers })
     }
 
-    /// Asks for a grace period that begins now or later.
-    pub fn ask(&mut self) {
+    /// Asks for a grace period that begins now or later. Returns the number that [`Self::passed`] comes to with it.
+    pub fn ask(&mut self) -> u64 {
         self.asked += 1;
-        // If a request is waiting that the thread has not taken yet, this one does not fit: `has_passed` sends it
-        // again once that one is answered.
+        // If a request is waiting that the thread has not taken yet, this one does not fit: `passed` sends it again once
+        // that one is answered.
         let _sent_or_later = self.requests.try_send(self.asked);
+        self.asked
     }
 
-    /// Whether a grace period has passed since the last [`Self::ask`]. Does not block.
-    pub fn has_passed(&mut self) -> bool {
+    /// The number of the last [`Self::ask`] since which a grace period has passed. Does not block.
+    pub fn passed(&mut self) -> u64 {
         while let Ok(passed) = self.answers.try_recv() {
             self.passed = passed;
         }
         if self.passed < self.asked {
             let _sent_or_waiting = self.requests.try_send(self.asked);
         }
-        self.passed >= self.asked
+        self.passed
     }
 
     /// Blocks until a grace period has passed since the last [`Self::ask`].
     pub fn wait(&mut self) {
-        while !self.has_passed() {
+        while self.passed() < self.asked {
             if let Ok(passed) = self.answers.recv() {
                 self.passed = passed;
             } else {
@@ -95,11 +96,11 @@ mod tests {
     #[test]
     fn a_request_passes() {
         let mut grace = Grace::start(|| {}).unwrap();
-        assert!(grace.has_passed(), "nothing was asked for");
-        for _ in 0..3 {
-            grace.ask();
+        assert_eq!(grace.passed(), 0, "nothing was asked for");
+        for number in 1..=3 {
+            assert_eq!(grace.ask(), number);
         }
         grace.wait();
-        assert!(grace.has_passed());
+        assert_eq!(grace.passed(), 3);
     }
 }

@@ -3,7 +3,7 @@
 mod audit;
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     fs::File,
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
@@ -38,7 +38,7 @@ use super::{
 use crate::{
     desired::FrontendAddress,
     model::Protocol,
-    plan::{self, Capacity, Op, Plan},
+    plan::{self, Capacity, Op, Plan, Unsettled},
     tables::{Entry, Image, wire_protocol},
 };
 
@@ -82,8 +82,12 @@ pub struct Maps {
 pub struct Kernel {
     maps: Maps,
     grace: Grace,
-    /// Whether a hash element was freed that no grace period has covered yet.
-    unsettled: bool,
+    unsettled: Unsettled,
+    /// What was asked of `grace`, with the number of the last plan before.
+    asked: VecDeque<(u64, u64)>,
+    /// The number of the last plan, and of the last one since which a grace period has passed.
+    carried_out: u64,
+    settled: u64,
     features: Features,
     log: bool,
     object: Ebpf,
@@ -113,8 +117,7 @@ impl Kernel {
     /// filled with what the old ones hold, if their layout is the same; [`Self::apply`] switches to them with its first
     /// plan. See [`Self::is_staged`].
     ///
-    /// `on_grace` is called, on another thread, each time a grace period asked for by [`Self::ask_grace`] has
-    /// passed.
+    /// `on_grace` is called, on another thread, each time a grace period has passed: see [`Self::settled`].
     ///
     /// # Errors
     ///
@@ -156,14 +159,17 @@ impl Kernel {
         let mut kernel = Self {
             maps,
             grace,
-            unsettled: true,
+            unsettled: Unsettled::Anything,
+            asked: VecDeque::new(),
+            carried_out: 0,
+            settled: 0,
             features: options.features,
             log: options.log,
             object,
             pin_path: pin_path.clone(),
             staged: None,
         };
-        kernel.grace.ask();
+        kernel.ask_grace();
         for hook in pins::hooks(options.features) {
             // Also when they are attached later: what the verifier refuses is to be known now.
             let name = program_of(hook, kernel.features, kernel.log);
@@ -266,17 +272,17 @@ impl Kernel {
 
     /// Carries out a plan. Returns how many operations were done.
     ///
-    /// Waits for a grace period first if the plan takes hash elements and some were freed a moment ago: the kernel
-    /// would reuse them at once, under programs that still read them (docs/decisions/0001).
+    /// Waits for a grace period first if the plan may write over what a program still reads (docs/decisions/0001): the
+    /// first plan, since an agent before this one may have freed anything a moment ago, and one that takes hash elements
+    /// when some were freed, since the kernel reuses them at once.
     ///
     /// # Errors
     ///
     /// [`KernelError::MapFull`] after everything else of the plan was done. Any other failing operation ends the
     /// plan, and other maps that serve still go on doing so: see [`Self::is_staged`]. The state in between is safe; read the image and plan again.
     pub fn apply(&mut self, plan: &Plan) -> Result<usize, KernelError> {
-        if self.unsettled && plan.ops().iter().any(Op::takes_element) {
-            self.grace.wait();
-            self.unsettled = false;
+        if self.unsettled.must_wait(plan) {
+            self.settle();
         }
         let (mut n_done, mut full, mut result) = (0, None, Ok(()));
         for op in plan.ops() {
@@ -291,9 +297,9 @@ impl Kernel {
                 }
             }
         }
-        if plan.ops().iter().any(Op::frees) {
-            self.unsettled = true;
-            self.grace.ask();
+        self.carried_out = self.carried_out.max(plan.number());
+        if plan.frees() {
+            self.freed();
         }
         result?;
         // What has no room is no reason to stay with the former maps: it would have none after the next restart either.
@@ -301,17 +307,36 @@ impl Kernel {
         full.map_or(Ok(n_done), Err)
     }
 
-    /// Whether a grace period has passed since the last plan that freed something.
-    pub fn is_settled(&mut self) -> bool {
-        let passed = self.grace.has_passed();
-        self.unsettled &= !passed;
-        passed
+    /// Something was freed that programs may still read.
+    fn freed(&mut self) {
+        if self.unsettled == Unsettled::Nothing {
+            self.unsettled = Unsettled::Elements;
+        }
+        self.ask_grace();
+    }
+
+    fn ask_grace(&mut self) {
+        self.asked.push_back((self.grace.ask(), self.carried_out));
+    }
+
+    /// The number of a plan since which a grace period has passed: nobody reads what it and those before it freed. Later
+    /// plans may have freed more, for which a grace period is under way.
+    pub fn settled(&mut self) -> u64 {
+        let passed = self.grace.passed();
+        while let Some(&(_, plan)) = self.asked.front().filter(|(asked, _)| *asked <= passed) {
+            let _passed = self.asked.pop_front();
+            self.settled = plan;
+        }
+        if self.asked.is_empty() {
+            self.unsettled = Unsettled::Nothing;
+        }
+        self.settled
     }
 
     /// Waits until a grace period has passed since the last plan that freed something: then nobody reads it.
     pub fn settle(&mut self) {
         self.grace.wait();
-        self.unsettled = false;
+        let _plan = self.settled();
     }
 
     /// The maps, for reading.

@@ -3,7 +3,7 @@
 mod adopt;
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     net::{IpAddr, SocketAddr},
     sync::Arc,
 };
@@ -123,6 +123,20 @@ struct Placed {
     set: Option<Arc<[SocketAddr]>>,
 }
 
+/// What a plan frees. Programs that run while it is carried out may go on reading it.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Freed {
+    frontend_ids: Vec<u32>,
+    service_ids: Vec<u32>,
+    endpoint_ids: Vec<u32>,
+    /// Parts of the endpoint table of each family.
+    runs: [Vec<Run>; 2],
+    /// How many keys of frontends of each family: they take up room until the plan is carried out, since it inserts first.
+    n_keys: [u32; 2],
+    /// How many elements of `node_addrs`, also those that get another value.
+    n_nodes: u32,
+}
+
 /// Keeps the tables' target state and turns changes into operations.
 ///
 /// Pure: it has no access to the kernel. Whoever carries out its plans must report grace periods with
@@ -136,7 +150,7 @@ pub struct Encoder {
     service_ids_by_port: BTreeMap<Arc<PortKey>, u32>,
     /// Frontends of IPv4 and of IPv6.
     n_services: [u32; 2],
-    /// Frontends whose keys a plan deletes: they take up room until it is carried out, since a plan inserts first.
+    /// Keys that are in the tables still and belong to no frontend: of leftovers, and of `freed` and `held_back`.
     n_leaving: [u32; 2],
     frontend_ids: Pool,
     service_ids: Pool,
@@ -144,6 +158,11 @@ pub struct Encoder {
     space: [Space; 2],
     leftovers: Leftovers,
     ops: Vec<Op>,
+    /// By the operations that are in no plan yet.
+    freed: Freed,
+    /// By plans, with their numbers, since which no grace period has passed.
+    held_back: VecDeque<(u64, Freed)>,
+    n_plans: u64,
 }
 
 impl Encoder {
@@ -169,7 +188,15 @@ impl Encoder {
             space: [Space::default(), Space::default()],
             leftovers: Leftovers::default(),
             ops: Vec::new(),
+            freed: Freed::default(),
+            held_back: VecDeque::new(),
+            n_plans: 0,
         }
+    }
+
+    /// As [`Self::adopt`], once a grace period has passed since the last plan. Plans are numbered on.
+    pub fn start_over(&mut self, capacity: Capacity, found: &Image) {
+        *self = Self { n_plans: self.n_plans, ..Self::adopt(capacity, found) };
     }
 
     /// What the tables hold once all plans are carried out.
@@ -294,7 +321,8 @@ impl Encoder {
         self.image.frontends.remove(&old.frontend_id);
         self.n_services[usize::from(ipv6)] -= 1;
         self.n_leaving[usize::from(ipv6)] += 1;
-        self.frontend_ids.free(old.frontend_id);
+        self.freed.n_keys[usize::from(ipv6)] += 1;
+        self.freed.frontend_ids.push(old.frontend_id);
         self.release(&old, ipv6);
     }
 
@@ -359,7 +387,7 @@ impl Encoder {
         for &address in set.iter() {
             let known = port.ids.get(&place(&address)).map(|&(id, _)| id);
             let Some(endpoint_id) = known.or_else(|| self.endpoint_ids.take()) else {
-                self.space[usize::from(ipv6)].give_back(offset, needed);
+                self.space[usize::from(ipv6)].free(offset, needed);
                 for (id, _) in fresh {
                     self.endpoint_ids.give_back(id);
                 }
@@ -402,14 +430,14 @@ impl Encoder {
                 *n_runs -= 1;
             }
         }
-        let endpoint_ids = &mut self.endpoint_ids;
+        let endpoint_ids = &mut self.freed.endpoint_ids;
         port.ids.retain(|(_, (id, n_runs))| {
             if *n_runs == 0 {
-                endpoint_ids.free(*id);
+                endpoint_ids.push(*id);
             }
             *n_runs > 0
         });
-        self.space[usize::from(ipv6)].free(run.offset, run.len);
+        self.freed.runs[usize::from(ipv6)].push(run);
         self.image.runs_mut(ipv6).remove(&run.offset);
         self.ops.push(Op::DropRun { ipv6, offset: run.offset });
     }
@@ -428,15 +456,17 @@ impl Encoder {
             if let Some(key) = port.key {
                 self.service_ids_by_port.remove(&key);
             }
-            self.service_ids.free(service_id);
+            self.freed.service_ids.push(service_id);
         }
     }
 
     /// Sets the node addresses that node ports answer on: address → whether it is this node's.
     pub fn set_node_addrs(&mut self, desired: &BTreeMap<IpAddr, bool>) {
         for (&address, &own) in desired {
-            if self.image.node_addrs.insert(address, own) != Some(own) {
+            let old = self.image.node_addrs.insert(address, own);
+            if old != Some(own) {
                 self.ops.push(Op::InsertNode { address, own });
+                self.freed.n_nodes += u32::from(old.is_some());
             }
         }
         let gone: Vec<IpAddr> =
@@ -444,6 +474,7 @@ impl Encoder {
         for address in gone {
             self.image.node_addrs.remove(&address);
             self.ops.push(Op::DeleteNode(address));
+            self.freed.n_nodes += 1;
         }
     }
 
@@ -451,26 +482,34 @@ impl Encoder {
     #[must_use]
     pub fn take_plan(&mut self) -> Plan {
         self.end_leftovers();
-        Plan::new(std::mem::take(&mut self.ops))
+        self.n_plans += 1;
+        let (freed, ops) = (std::mem::take(&mut self.freed), std::mem::take(&mut self.ops));
+        let frees = freed != Freed::default();
+        if frees {
+            self.held_back.push_back((self.n_plans, freed));
+        }
+        Plan::ordered(self.n_plans, ops, frees)
     }
 
-    /// A grace period has passed since the last plan was carried out: nobody reads what was freed.
-    pub fn settled(&mut self) {
-        self.n_leaving = [0; 2];
-        for pool in [&mut self.frontend_ids, &mut self.service_ids, &mut self.endpoint_ids] {
-            pool.settled();
-        }
-        for space in &mut self.space {
-            space.settled();
+    /// A grace period has passed since the plan of this number was carried out: what it and those before it freed is free.
+    pub fn settled(&mut self, plan: u64) {
+        while self.held_back.front().is_some_and(|(number, _)| *number <= plan)
+            && let Some((_, freed)) = self.held_back.pop_front()
+        {
+            self.frontend_ids.free(freed.frontend_ids);
+            self.service_ids.free(freed.service_ids);
+            self.endpoint_ids.free(freed.endpoint_ids);
+            for (family, runs) in freed.runs.into_iter().enumerate() {
+                self.n_leaving[family] -= freed.n_keys[family];
+                runs.into_iter().for_each(|run| self.space[family].free(run.offset, run.len));
+            }
         }
     }
 
     /// Whether something freed waits for a grace period.
     #[must_use]
     pub fn holds_back(&self) -> bool {
-        [&self.frontend_ids, &self.service_ids, &self.endpoint_ids].into_iter().any(Pool::holds_back)
-            || self.space.iter().any(Space::holds_back)
-            || self.n_leaving != [0; 2]
+        !self.held_back.is_empty()
     }
 }
 

@@ -156,19 +156,6 @@ impl Op {
         matches!(self, Self::InsertService { .. } | Self::InsertNode { .. })
     }
 
-    /// Whether something is freed that a running program may still read.
-    #[must_use]
-    pub fn frees(&self) -> bool {
-        matches!(
-            self,
-            Self::DeleteService(_)
-                | Self::DeleteNode(_)
-                | Self::InsertNode { .. }
-                | Self::DropRun { .. }
-                | Self::DropFrontend(_)
-        )
-    }
-
     /// Does to an image what the operation does to the kernel.
     pub fn apply(&self, image: &mut Image) {
         match self {
@@ -214,15 +201,35 @@ impl Op {
 /// Operations in the order in which they are done.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Plan {
+    number: u64,
     ops: Vec<Op>,
+    frees: bool,
 }
 
 impl Plan {
     /// Puts operations into the order of [`Phase`].
-    #[must_use]
-    pub fn new(mut ops: Vec<Op>) -> Self {
+    fn ordered(number: u64, mut ops: Vec<Op>, frees: bool) -> Self {
         ops.sort_by_key(|op| (op.phase(), op.rank()));
-        Self { ops }
+        Self { number, ops, frees }
+    }
+
+    /// Some of the operations, in their order.
+    #[must_use]
+    pub fn part(&self, is_in: impl Fn(usize, &Op) -> bool) -> Self {
+        let ops = self.ops.iter().enumerate().filter(|(index, op)| is_in(*index, op));
+        Self { ops: ops.map(|(_, op)| op.clone()).collect(), ..*self }
+    }
+
+    /// An encoder numbers its plans from 1; [`diff`]'s have 0.
+    #[must_use]
+    pub fn number(&self) -> u64 {
+        self.number
+    }
+
+    /// Whether it frees anything that a running program may still read, be it an id, a place or an element of a hash map.
+    #[must_use]
+    pub fn frees(&self) -> bool {
+        self.frees
     }
 
     /// The operations.
@@ -241,6 +248,29 @@ impl Plan {
     pub fn apply(&self, image: &mut Image) {
         for op in &self.ops {
             op.apply(image);
+        }
+    }
+}
+
+/// What may still be read of that which an encoder does not hold back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unsettled {
+    /// Nothing: a grace period has passed.
+    Nothing,
+    /// Elements of hash maps, which the kernel gives out again at once.
+    Elements,
+    /// Anything: an agent that has ended may have freed it a moment ago.
+    Anything,
+}
+
+impl Unsettled {
+    /// Whether a plan has to wait for a grace period, since it might write over what is still read.
+    #[must_use]
+    pub fn must_wait(self, plan: &Plan) -> bool {
+        match self {
+            Self::Nothing => false,
+            Self::Elements => plan.ops.iter().any(Op::takes_element),
+            Self::Anything => !plan.is_empty(),
         }
     }
 }
@@ -285,5 +315,11 @@ pub fn diff(from: &Image, to: &Image) -> Plan {
         }
     }
     ops.extend(from.node_addrs.keys().filter(|a| !to.node_addrs.contains_key(a)).map(|&a| Op::DeleteNode(a)));
-    Plan::new(ops)
+    // Where a key had another value, its element is replaced.
+    let frees = ops.iter().any(|op| match op {
+        Op::InsertService { address, .. } => from.services.contains_key(address),
+        Op::InsertNode { address, .. } => from.node_addrs.contains_key(address),
+        op => op.phase() >= Phase::Delete,
+    });
+    Plan::ordered(0, ops, frees)
 }

@@ -8,7 +8,7 @@
 //! # Invariants
 //!
 //! - A run is sorted by endpoint id, and its entries never change while any frontend refers to them.
-//! - What is freed is held back until a grace period has passed (docs/decisions/0001).
+//! - What is freed here, nothing reads: the encoder has held it back for a grace period (docs/decisions/0001).
 //!
 //! # Depends on
 //!

@@ -1,11 +1,11 @@
-//! Ids that are not given out again while anything may still read them.
+//! Ids.
 
 use std::collections::{BTreeSet, VecDeque};
 
 /// Gives out numbers from 0 to `capacity - 1`.
 ///
-/// A freed number is held back until [`Pool::settled`] and then queues behind all that were freed before, so that
-/// what still names it (a counter, an affinity entry) has the longest time to be forgotten.
+/// A freed number queues behind all that were freed before, so that what still names it (a counter, an affinity entry) has
+/// the longest time to be forgotten. Whoever frees it has waited for a grace period.
 #[derive(Clone, Debug)]
 pub struct Pool {
     capacity: u32,
@@ -13,7 +13,6 @@ pub struct Pool {
     fresh: u32,
     /// Below `fresh`, never given out either: gaps between adopted numbers.
     free: VecDeque<u32>,
-    held_back: Vec<u32>,
 }
 
 impl Pool {
@@ -24,10 +23,10 @@ impl Pool {
     pub fn new(capacity: u32, taken: &BTreeSet<u32>) -> Self {
         let fresh = taken.range(..capacity).next_back().map_or(0, |highest| highest + 1);
         let free = (0..fresh).filter(|id| !taken.contains(id)).collect();
-        Self { capacity, fresh, free, held_back: Vec::new() }
+        Self { capacity, fresh, free }
     }
 
-    /// Takes a number, or `None` if none is free now. Some may become free by [`Self::settled`].
+    /// Takes a number, or `None` if none is free now.
     pub fn take(&mut self) -> Option<u32> {
         // Fresh numbers last: the maps behind them are touched page by page, so low numbers keep them small.
         if let Some(id) = self.free.pop_front() {
@@ -40,25 +39,14 @@ impl Pool {
         Some(self.fresh - 1)
     }
 
-    /// Gives a number back, to be held until [`Self::settled`].
-    pub fn free(&mut self, id: u32) {
-        self.held_back.push(id);
+    /// Gives numbers back that nothing reads.
+    pub fn free(&mut self, ids: impl IntoIterator<Item = u32>) {
+        self.free.extend(ids);
     }
 
     /// Gives a number back that was taken and has not been used for anything.
     pub fn give_back(&mut self, id: u32) {
         self.free.push_front(id);
-    }
-
-    /// Lets everything that was freed be given out again.
-    pub fn settled(&mut self) {
-        self.free.extend(self.held_back.drain(..));
-    }
-
-    /// Whether [`Self::settled`] would make something free.
-    #[must_use]
-    pub fn holds_back(&self) -> bool {
-        !self.held_back.is_empty()
     }
 }
 
@@ -67,13 +55,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_freed_number_waits_for_the_grace_period() {
-        let mut pool = Pool::new(2, &BTreeSet::new());
-        assert_eq!((pool.take(), pool.take(), pool.take()), (Some(0), Some(1), None));
-        pool.free(0);
-        assert_eq!(pool.take(), None);
-        pool.settled();
-        assert_eq!((pool.take(), pool.take()), (Some(0), None));
+    fn a_freed_number_waits_for_those_before_it() {
+        let mut pool = Pool::new(3, &BTreeSet::new());
+        assert_eq!([pool.take(), pool.take(), pool.take(), pool.take()], [Some(0), Some(1), Some(2), None]);
+        pool.free([1, 0]);
+        pool.give_back(2);
+        assert_eq!([pool.take(), pool.take(), pool.take(), pool.take()], [Some(2), Some(1), Some(0), None]);
     }
 
     #[test]

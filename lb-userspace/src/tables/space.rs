@@ -4,15 +4,13 @@ use std::collections::{BTreeMap, BTreeSet};
 
 /// Gives out non-overlapping ranges of a table with `capacity` entries.
 ///
-/// Best fit, lowest offset first. A freed range is held back until [`Space::settled`], since a program may still
-/// read it.
+/// Best fit, lowest offset first. Whoever frees a range that was in use has waited for a grace period.
 #[derive(Clone, Debug, Default)]
 pub struct Space {
     /// Free ranges by offset. No two of them touch.
     by_offset: BTreeMap<u32, u32>,
     /// The same as (length, offset), to find the smallest that fits.
     by_len: BTreeSet<(u32, u32)>,
-    held_back: Vec<(u32, u32)>,
 }
 
 impl Space {
@@ -22,7 +20,7 @@ impl Space {
     /// allocator, and nothing can be trusted.
     #[must_use]
     pub fn new(capacity: u32, taken: &BTreeMap<u32, u32>) -> Option<Self> {
-        let mut space = Self { by_offset: BTreeMap::new(), by_len: BTreeSet::new(), held_back: Vec::new() };
+        let mut space = Self { by_offset: BTreeMap::new(), by_len: BTreeSet::new() };
         let mut end = 0;
         for (&offset, &len) in taken {
             space.insert(end, offset.checked_sub(end)?);
@@ -43,15 +41,8 @@ impl Space {
         Some(offset)
     }
 
-    /// Gives a range back, to be held until [`Self::settled`].
+    /// Gives a range back.
     pub fn free(&mut self, offset: u32, len: u32) {
-        if len > 0 {
-            self.held_back.push((offset, len));
-        }
-    }
-
-    /// Gives a range back that was taken and has not been used for anything.
-    pub fn give_back(&mut self, offset: u32, len: u32) {
         let (mut start, mut total) = (offset, len);
         if let Some((&before, &gap)) = self.by_offset.range(..offset).next_back()
             && before + gap == offset
@@ -65,19 +56,6 @@ impl Space {
             total += gap;
         }
         self.insert(start, total);
-    }
-
-    /// Lets everything that was freed be given out again.
-    pub fn settled(&mut self) {
-        for (offset, len) in std::mem::take(&mut self.held_back) {
-            self.give_back(offset, len);
-        }
-    }
-
-    /// Whether [`Self::settled`] would make something free.
-    #[must_use]
-    pub fn holds_back(&self) -> bool {
-        !self.held_back.is_empty()
     }
 
     /// Entries that are free now.
@@ -106,13 +84,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_freed_range_waits_for_the_grace_period() {
+    fn a_freed_range_joins_its_neighbours() {
         let mut space = Space::new(8, &BTreeMap::new()).unwrap();
         assert_eq!((space.take(5), space.take(3), space.take(1)), (Some(0), Some(5), None));
         space.free(0, 5);
-        assert_eq!(space.take(1), None);
-        space.settled();
-        assert_eq!(space.take(5), Some(0));
+        space.free(5, 3);
+        assert_eq!(space.take(8), Some(0));
     }
 
     #[test]
@@ -125,14 +102,13 @@ mod tests {
     proptest! {
         /// Whatever is taken and freed: ranges in use never overlap, and in the end all is one gap again.
         #[test]
-        fn ranges_never_overlap(steps in prop::collection::vec((1u32..20, any::<prop::sample::Index>(), 0u8..4), 0..200)) {
+        fn ranges_never_overlap(steps in prop::collection::vec((1u32..20, any::<prop::sample::Index>(), 0u8..3), 0..200)) {
             let mut space = Space::new(256, &BTreeMap::new()).unwrap();
             let mut used: Vec<(u32, u32)> = Vec::new();
-            let mut held: Vec<(u32, u32)> = Vec::new();
             for (len, which, action) in steps {
                 match action {
                     0 | 1 => if let Some(offset) = space.take(len) {
-                        for &(o, l) in used.iter().chain(&held) {
+                        for &(o, l) in &used {
                             prop_assert!(offset + len <= o || o + l <= offset, "{offset}+{len} overlaps {o}+{l}");
                         }
                         prop_assert!(offset + len <= 256);
@@ -141,13 +117,11 @@ mod tests {
                     2 if !used.is_empty() => {
                         let (offset, len) = used.swap_remove(which.index(used.len()));
                         space.free(offset, len);
-                        held.push((offset, len));
                     }
-                    _ => { space.settled(); held.clear(); }
+                    _ => {}
                 }
             }
             for (offset, len) in used { space.free(offset, len); }
-            space.settled();
             prop_assert_eq!(space.take(256), Some(0));
         }
     }

@@ -54,7 +54,7 @@ impl Executor for Simulated {
         let plan = self.state.sync();
         plan.apply(&mut self.simulator.image);
         ensure!(self.simulator.image == *self.state.image(), "the plan does not lead to the image");
-        self.state.settled();
+        self.state.settled(plan.number());
         let (settings, interfaces) = (self.settings.clone(), self.interfaces.clone());
         let mut restarted = State::new(settings, interfaces, Capacity::default(), &self.simulator.image);
         cluster.feed(&mut restarted);

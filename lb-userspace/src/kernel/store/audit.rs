@@ -5,7 +5,7 @@ use super::{
     Plain, SocketAddr, gone_is_fine, key, node_key,
 };
 use crate::plan::{
-    Op, Phase, Plan,
+    Phase,
     audit::{Faults, Suspects, faults, suspects},
     diff,
 };
@@ -118,20 +118,12 @@ impl Kernel {
             removed?;
             *repaired.entry(stray.map()).or_default() += 1;
         }
-        // What is foreign goes first, to make room for what is missing.
-        let (foreign, missing): (Vec<Op>, Vec<Op>) =
-            plan.ops().iter().cloned().partition(|op| op.phase() == Phase::Delete);
         if !findings.strays.is_empty() {
-            self.unsettled = true;
-            self.grace.ask();
+            self.freed();
         }
-        self.apply(&Plan::new(foreign))?;
-        self.apply(&Plan::new(missing))?;
-        if !repaired.is_empty() {
-            // A key whose value was altered has a new element now, and its old one is free.
-            self.unsettled = true;
-            self.grace.ask();
-        }
+        // What is foreign goes first, to make room for what is missing.
+        self.apply(&plan.part(|_, op| op.phase() == Phase::Delete))?;
+        self.apply(&plan.part(|_, op| op.phase() != Phase::Delete))?;
         Ok(repaired)
     }
 }

@@ -176,13 +176,13 @@ impl Encoder {
     pub(super) fn end_leftovers(&mut self) {
         let Leftovers { keys, frontend_ids, runs } = std::mem::take(&mut self.leftovers);
         for address in keys {
+            // One that a frontend has now was given another value, and with it another element of the map.
+            self.freed.n_keys[usize::from(address.ip.is_ipv6())] += 1;
             if !self.placed.contains_key(&address) {
                 self.ops.push(Op::DeleteService(address));
             }
         }
-        for id in frontend_ids {
-            self.frontend_ids.free(id);
-        }
+        self.freed.frontend_ids.extend(frontend_ids);
         for (ipv6, run) in runs {
             // A frontend that had no room for its new run still has the old one.
             let is_used = |placed: &Placed| {
@@ -194,7 +194,7 @@ impl Encoder {
                 continue;
             }
             self.image.runs_mut(ipv6).remove(&run.offset);
-            self.space[usize::from(ipv6)].free(run.offset, run.len);
+            self.freed.runs[usize::from(ipv6)].push(run);
             self.ops.push(Op::DropRun { ipv6, offset: run.offset });
         }
     }

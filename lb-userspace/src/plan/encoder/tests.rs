@@ -164,15 +164,54 @@ fn what_is_freed_waits_for_a_grace_period() {
     let (one, two) = (address("10.96.0.1", 80), address("10.96.0.2", 80));
     let four = ["10.1.0.1", "10.1.0.2", "10.1.0.3", "10.1.0.4"];
     set(&mut encoder, &[frontend("one", "", one, &four)]);
-    remove(&mut encoder, one);
-    assert!(encoder.holds_back());
+    let plan = remove(&mut encoder, one);
+    assert!(plan.frees() && encoder.holds_back());
     let large = frontend("two", "", two, &four);
     assert_eq!(encoder.set(two, Some(&large)), Err(Full::Endpoints { capacity: 4, needed: 4 }));
     assert!(encoder.take_plan().is_empty(), "a refusal leaves nothing behind");
-    encoder.settled();
+    encoder.settled(plan.number() - 1);
+    assert!(encoder.holds_back());
+    encoder.settled(plan.number());
     assert!(!encoder.holds_back());
     set(&mut encoder, &[large]);
     assert_eq!(encoder.image().services[&two], 0, "ids are used again before fresh ones");
+}
+
+/// Whether a plan frees something is nothing that its operations tell.
+#[test]
+fn plans_say_whether_they_free_something() {
+    let (one, two) = (address("10.96.0.1", 80), address("10.96.0.2", 80));
+    let ip: IpAddr = "10.0.0.1".parse().unwrap();
+    let web = |at, endpoints: &[&str]| frontend("web", "", at, endpoints);
+    // What is there, what is done, and whether that frees anything.
+    type Case<'a> = (&'a str, &'a [desired::Frontend], &'a dyn Fn(&mut Encoder), bool);
+    let set = |frontend: desired::Frontend| {
+        move |encoder: &mut Encoder| {
+            encoder.set(frontend.address, Some(&frontend)).unwrap();
+        }
+    };
+    let cases: [Case<'_>; 9] = [
+        ("nothing", &[web(one, &[])], &set(web(one, &[])), false),
+        ("a new frontend", &[], &set(web(one, &["10.1.0.1"])), false),
+        ("an address more", &[web(one, &["10.1.0.1"])], &set(web(two, &["10.1.0.1"])), false),
+        ("endpoints", &[web(one, &[])], &set(web(one, &["10.1.0.1"])), false),
+        ("a flag", &[web(one, &[])], &set(desired::Frontend { flags: NODE_PORT, ..web(one, &[]) }), false),
+        ("an end", &[web(one, &[])], &|encoder| encoder.set(one, None).unwrap(), true),
+        ("other endpoints", &[web(one, &["10.1.0.1"])], &set(web(one, &["10.1.0.2"])), true),
+        ("another owner, without endpoints", &[web(one, &[])], &set(frontend("shop", "", one, &[])), true),
+        ("a node", &[], &|encoder| encoder.set_node_addrs(&[(ip, true)].into()), false),
+    ];
+    for (what, before, change, frees) in cases {
+        let mut encoder = Encoder::new(ROOM);
+        self::set(&mut encoder, before);
+        change(&mut encoder);
+        assert_eq!(encoder.take_plan().frees(), frees, "{what}");
+    }
+    let mut encoder = Encoder::new(ROOM);
+    for (nodes, frees) in [(vec![(ip, true)], false), (vec![(ip, false)], true), (vec![], true)] {
+        encoder.set_node_addrs(&nodes.clone().into_iter().collect());
+        assert_eq!(encoder.take_plan().frees(), frees, "{nodes:?}");
+    }
 }
 
 /// A plan inserts before it deletes, so that a key which goes takes up room until the plan is carried out.
@@ -185,8 +224,8 @@ fn a_key_that_goes_makes_room_with_the_next_plan() {
     let next = frontend("two", "", two, &[]);
     assert_eq!(encoder.set(two, Some(&next)), Err(Full::Services { capacity: 1 }));
     encoder.set(v6, Some(&frontend("two", "", v6, &[]))).unwrap();
-    let _plan = encoder.take_plan();
-    encoder.settled();
+    let plan = encoder.take_plan();
+    encoder.settled(plan.number());
     encoder.set(two, Some(&next)).unwrap();
 }
 

@@ -1,0 +1,143 @@
+//! What was freed is not given out again while a program may still read it.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
+
+use lb_userspace::{
+    desired::{Frontend, FrontendAddress, FrontendKind, PortKey},
+    model::{Protocol, ServiceKey, TrafficPolicy},
+    plan::{Capacity, Encoder, Plan, Unsettled},
+};
+use proptest::{collection::vec, prelude::*, sample::subsequence};
+
+/// One change: the number of an address, and of the service that has it with which endpoints.
+type Step = (u8, Option<(u8, Vec<u8>)>);
+
+fn step() -> impl Strategy<Value = Step> {
+    let endpoints = prop_oneof![1 => Just(Vec::new()), 1 => subsequence(vec![1u8, 2, 3], 1..=2)];
+    (0u8..3, prop::option::weighted(0.7, (0u8..3, endpoints)))
+}
+
+fn frontend(address: FrontendAddress, service: u8, endpoints: &[u8]) -> Frontend {
+    let endpoints = endpoints.iter().map(|last| SocketAddr::from(([10, 244, service, *last], 8080)));
+    Frontend {
+        address,
+        kind: FrontendKind::ClusterIP,
+        policy: TrafficPolicy::Cluster,
+        flags: 0,
+        affinity_seconds: 0,
+        created: None,
+        port: Arc::new(PortKey {
+            service: ServiceKey { namespace: "default".into(), name: format!("service-{service}").into() },
+            port_name: "".into(),
+            protocol: Protocol::Tcp,
+            ipv6: false,
+        }),
+        endpoints: endpoints.collect(),
+    }
+}
+
+/// What each id and place stands for.
+type Meanings = BTreeSet<(&'static str, u32, String)>;
+
+fn meanings(encoder: &Encoder) -> Meanings {
+    let image = encoder.image();
+    let services = encoder.service_ids().map(|(port, id)| ("service", id, format!("{port:?}")));
+    let frontends = image.services.iter().map(|(address, id)| ("frontend", *id, address.to_string()));
+    // An entry names its endpoint's id, which belongs to one service port; their addresses differ here.
+    let entries = image.runs4.iter().flat_map(|(offset, entries)| {
+        (*offset..).zip(entries.iter()).flat_map(|(index, entry)| {
+            [
+                ("entry", index, format!("{entry:?}")),
+                ("endpoint", entry.endpoint_id, entry.address.to_string()),
+            ]
+        })
+    });
+    services.chain(frontends).chain(entries).collect()
+}
+
+/// What happens after a step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum After {
+    Nothing,
+    /// A grace period passes.
+    Grace,
+    /// The agent ends, and another one goes on.
+    Restart,
+}
+
+const CAPACITY: Capacity = Capacity { services: 4, endpoints: 16 };
+
+/// An agent and a kernel.
+struct Model {
+    encoder: Encoder,
+    desired: BTreeMap<FrontendAddress, Option<Frontend>>,
+    unsettled: Unsettled,
+    /// What a call may have read that began after the last grace period.
+    seen: Meanings,
+}
+
+impl Model {
+    fn sync(&mut self) -> Result<Plan, TestCaseError> {
+        let before = meanings(&self.encoder);
+        for (address, frontend) in &self.desired {
+            let _full = self.encoder.set(*address, frontend.as_ref());
+        }
+        let plan = self.encoder.take_plan();
+        if self.unsettled.must_wait(&plan) {
+            (self.unsettled, self.seen) = (Unsettled::Nothing, before);
+        }
+        self.seen.extend(meanings(&self.encoder));
+        let mut first = BTreeMap::new();
+        for (kind, id, meaning) in &self.seen {
+            let first = first.entry((kind, id)).or_insert(meaning);
+            prop_assert_eq!(*first, meaning, "{} {}", kind, id);
+        }
+        if plan.frees() && self.unsettled == Unsettled::Nothing {
+            self.unsettled = Unsettled::Elements;
+        }
+        Ok(plan)
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 2000, ..ProptestConfig::default() })]
+
+    /// Between two grace periods no id and no place stands for two things: a call that has read it would meet the other.
+    #[test]
+    fn nothing_is_given_out_twice_between_two_grace_periods(
+        steps in vec((step(), prop::sample::select(&[After::Nothing, After::Grace, After::Restart][..])), 1..12),
+    ) {
+        let mut model = Model {
+            encoder: Encoder::new(CAPACITY),
+            desired: BTreeMap::new(),
+            unsettled: Unsettled::Anything,
+            seen: Meanings::new(),
+        };
+        for ((address, wanted), after) in steps {
+            let ip = IpAddr::from([10, 96, 0, address]);
+            let address = FrontendAddress { ip, port: 80, protocol: Protocol::Tcp };
+            let wanted = wanted.map(|(service, endpoints)| frontend(address, service, &endpoints));
+            model.desired.insert(address, wanted);
+            let plan = model.sync()?;
+            match after {
+                After::Grace => {
+                    model.encoder.settled(plan.number());
+                    (model.unsettled, model.seen) = (Unsettled::Nothing, meanings(&model.encoder));
+                }
+                After::Restart => {
+                    model.encoder = Encoder::adopt(CAPACITY, model.encoder.image());
+                    model.unsettled = Unsettled::Anything;
+                    // An id goes on with whoever has its address by now: the tables hold no names.
+                    let _plan = model.sync()?;
+                }
+                // What frees nothing needs no grace period.
+                After::Nothing if !model.encoder.holds_back() => model.encoder.settled(plan.number()),
+                After::Nothing => {}
+            }
+        }
+    }
+}
