@@ -15,6 +15,7 @@ mod capacity;
 mod clusters;
 mod exclusion;
 mod explain;
+mod grace;
 mod lifecycle;
 mod load;
 mod matrix;

@@ -1,28 +1,34 @@
 //! Waiting until no program reads what was freed.
 
 use std::{
-    io,
-    sync::mpsc::{Receiver, SyncSender, sync_channel},
+    fmt, io,
+    sync::{
+        Arc,
+        mpsc::{Receiver, SyncSender, sync_channel},
+    },
     thread,
     time::Duration,
 };
 
-use super::syscall;
+use tracing::error;
 
-/// How long to wait where the kernel offers no way to wait for a grace period. Programs of these hooks run for
-/// microseconds; a second covers one that was preempted.
-const WITHOUT_MEMBARRIER: Duration = Duration::from_secs(1);
+/// How long until a wait is tried again that the kernel has refused.
+const RETRY: Duration = Duration::from_secs(1);
 
 /// Blocks for one grace period.
-fn wait_here() {
-    if syscall::wait_for_grace_period().is_err() {
-        thread::sleep(WITHOUT_MEMBARRIER);
+type Wait = dyn Fn() -> io::Result<()> + Send + Sync;
+
+/// Waits as long as it takes: what was not waited for must not be reused.
+fn wait_here(wait: &Wait) {
+    while let Err(error) = wait() {
+        error!(%error, "the kernel does not wait for a grace period: nothing that was freed is reused until it does");
+        thread::sleep(RETRY);
     }
 }
 
 /// Waits for grace periods on a thread of its own, so that a sync does not.
-#[derive(Debug)]
 pub struct Grace {
+    wait: Arc<Wait>,
     requests: SyncSender<u64>,
     /// The last request made, and the last one known to have passed.
     asked: u64,
@@ -30,29 +36,46 @@ pub struct Grace {
     answers: Receiver<u64>,
 }
 
+impl fmt::Debug for Grace {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Grace")
+            .field("asked", &self.asked)
+            .field("passed", &self.passed)
+            .finish_non_exhaustive()
+    }
+}
+
 impl Grace {
     /// Starts the thread. It ends when this value is dropped.
+    ///
+    /// `wait` blocks for one grace period: [`super::syscall::MapOfMaps::wait_for_grace_period`]. `on_passed` is called each
+    /// time one has passed.
     ///
     /// # Errors
     ///
     /// If no thread can be started.
-    pub fn start(on_passed: impl Fn() + Send + 'static) -> io::Result<Self> {
+    pub fn start(
+        wait: impl Fn() -> io::Result<()> + Send + Sync + 'static,
+        on_passed: impl Fn() + Send + 'static,
+    ) -> io::Result<Self> {
+        let wait: Arc<Wait> = Arc::new(wait);
         let (requests, incoming) = sync_channel::<u64>(1);
         let (done, answers) = sync_channel(64);
+        let waits = Arc::clone(&wait);
         thread::Builder::new().name("grace".into()).spawn(move || {
             while let Ok(mut request) = incoming.recv() {
                 // Requests that came while this thread was woken are covered by the same grace period.
                 while let Ok(later) = incoming.try_recv() {
                     request = later;
                 }
-                wait_here();
+                wait_here(&*waits);
                 if done.send(request).is_err() {
                     return;
                 }
                 on_passed();
             }
         })?;
-        Ok(Self { requests, asked: 0, passed: 0, answers })
+        Ok(Self { wait, requests, asked: 0, passed: 0, answers })
     }
 
     /// Asks for a grace period that begins now or later. Returns the number that [`Self::passed`] comes to with it.
@@ -82,7 +105,7 @@ impl Grace {
                 self.passed = passed;
             } else {
                 // The thread is gone: wait here instead.
-                wait_here();
+                wait_here(&*self.wait);
                 self.passed = self.asked;
             }
         }
@@ -91,16 +114,39 @@ impl Grace {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Mutex;
+
     use super::*;
 
     #[test]
-    fn a_request_passes() {
-        let mut grace = Grace::start(|| {}).unwrap();
+    fn a_request_passes_with_a_grace_period_that_begins_after_it() {
+        // Each grace period ends when it is let.
+        let (begun, begins) = sync_channel(0);
+        let (ending, ends) = sync_channel::<io::Result<()>>(0);
+        let ends = Mutex::new(ends);
+        let wait = move || {
+            begun.send(()).unwrap();
+            ends.lock().unwrap().recv().unwrap()
+        };
+        let (on_passed, all_passed) = sync_channel(8);
+        let mut grace = Grace::start(wait, move || on_passed.send(()).unwrap()).unwrap();
+        let end = |grace: &mut Grace| {
+            ending.send(Ok(())).unwrap();
+            all_passed.recv().unwrap();
+            grace.passed()
+        };
         assert_eq!(grace.passed(), 0, "nothing was asked for");
-        for number in 1..=3 {
-            assert_eq!(grace.ask(), number);
-        }
-        grace.wait();
-        assert_eq!(grace.passed(), 3);
+        assert_eq!(grace.ask(), 1);
+        begins.recv().unwrap();
+        assert_eq!((grace.ask(), grace.ask()), (2, 3), "the one under way is not theirs");
+        assert_eq!(end(&mut grace), 1);
+        begins.recv().unwrap();
+        // The second request did fit, the third one did not and was sent again.
+        assert_eq!(end(&mut grace), 2);
+        begins.recv().unwrap();
+        ending.send(Err(io::ErrorKind::OutOfMemory.into())).unwrap();
+        assert_eq!(grace.passed(), 2, "a refusal is no grace period");
+        begins.recv().unwrap();
+        assert_eq!(end(&mut grace), 3);
     }
 }

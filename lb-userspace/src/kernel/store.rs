@@ -18,6 +18,7 @@ use aya::{
         CgroupAttachMode, Program, ProgramError,
         links::{FdLink, LinkError, PinnedLink},
     },
+    sys::SyscallError,
 };
 use lb_common::{
     address::{Address, Octets6, mapped_ipv4},
@@ -155,7 +156,11 @@ impl Kernel {
         if found == Found::OtherSizes {
             maps.fill_from(&Maps::open(pin_path)?)?;
         }
-        let grace = Grace::start(on_grace).map_err(KernelError::Thread)?;
+        let not_made = |io_error| MapError::SyscallError(SyscallError { call: "bpf_map_create", io_error });
+        let periods =
+            syscall::MapOfMaps::new().map_err(|source| KernelError::map("socklb_grace", not_made(source)))?;
+        let grace = Grace::start(move || periods.wait_for_grace_period(), on_grace);
+        let grace = grace.map_err(KernelError::Thread)?;
         let mut kernel = Self {
             maps,
             grace,

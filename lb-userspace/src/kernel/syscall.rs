@@ -1,11 +1,11 @@
 //! System calls that aya and nix do not offer.
-#![expect(unsafe_code, reason = "raw bpf(2) and membarrier(2)")]
+#![expect(unsafe_code, reason = "raw bpf(2)")]
 
 use std::{
     ffi::CString,
     io,
     os::{
-        fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
+        fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
         unix::ffi::OsStrExt,
     },
     path::Path,
@@ -311,21 +311,100 @@ pub fn programs_of(cgroup: BorrowedFd<'_>, attach_type: u32) -> io::Result<Vec<u
     Ok(ids.into_iter().take(attr.prog_cnt as usize).collect())
 }
 
-/// `MEMBARRIER_CMD_GLOBAL` of `enum membarrier_cmd`.
-const MEMBARRIER_CMD_GLOBAL: libc::c_int = 1;
+/// A map of maps, whose only use is that a change of it waits for an RCU grace period.
+#[derive(Debug)]
+pub struct MapOfMaps {
+    outer: OwnedFd,
+    inner: OwnedFd,
+}
 
-/// Waits until every program that was running on any CPU has ended.
-///
-/// `MEMBARRIER_CMD_GLOBAL` is `synchronize_rcu()`, and cgroup programs run inside an RCU read-side section. Takes
-/// some tens of milliseconds.
-///
-/// # Errors
-///
-/// The system call's: `EINVAL` on a kernel with `nohz_full` CPUs, `ENOSYS` without `CONFIG_MEMBARRIER`.
-pub fn wait_for_grace_period() -> io::Result<()> {
-    // SAFETY: takes two integers.
-    let result = unsafe { libc::syscall(libc::SYS_membarrier, MEMBARRIER_CMD_GLOBAL, 0) };
-    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+impl MapOfMaps {
+    /// Makes one with a single element, pinned nowhere.
+    ///
+    /// # Errors
+    ///
+    /// The system call's.
+    ///
+    /// # Kernel
+    ///
+    /// 4.12
+    pub fn new() -> io::Result<Self> {
+        /// `BPF_MAP_TYPE_ARRAY` and `BPF_MAP_TYPE_ARRAY_OF_MAPS` of `enum bpf_map_type`.
+        const ARRAY: u32 = 2;
+        const ARRAY_OF_MAPS: u32 = 12;
+        let inner = create_array(ARRAY, None)?;
+        Ok(Self { outer: create_array(ARRAY_OF_MAPS, Some(inner.as_fd()))?, inner })
+    }
+
+    /// Waits until every program that was running on any CPU has ended, but for those that may sleep.
+    ///
+    /// Programs of cgroup hooks run inside an RCU read-side section. The kernel calls `synchronize_rcu()` before it returns from
+    /// a change to a map of maps (`maybe_wait_bpf_programs()`), however many CPUs there are and whether or not one is
+    /// `nohz_full`; `membarrier(MEMBARRIER_CMD_GLOBAL)` does so only with two CPUs online and without `nohz_full`. Takes some
+    /// tens of milliseconds.
+    ///
+    /// # Errors
+    ///
+    /// The system call's.
+    ///
+    /// # Kernel
+    ///
+    /// 5.10: waits on every kernel that takes the programs.
+    pub fn wait_for_grace_period(&self) -> io::Result<()> {
+        /// `BPF_MAP_UPDATE_ELEM` of `enum bpf_cmd`.
+        const BPF_MAP_UPDATE_ELEM: libc::c_int = 2;
+        /// `BPF_MAP_*_ELEM` of `union bpf_attr`.
+        #[repr(C)]
+        struct Elem {
+            map_fd: u32,
+            padding: u32,
+            key: u64,
+            value: u64,
+            flags: u64,
+        }
+        let (key, value) = (0u32, self.inner.as_raw_fd().cast_unsigned());
+        let mut attr = Elem {
+            map_fd: self.outer.as_raw_fd().cast_unsigned(),
+            padding: 0,
+            key: (&raw const key) as u64,
+            value: (&raw const value) as u64,
+            flags: 0,
+        };
+        // SAFETY: the kernel reads a key and a value of four bytes each, which outlive the call.
+        unsafe { bpf(BPF_MAP_UPDATE_ELEM, &mut attr) }.map(drop)
+    }
+}
+
+/// Makes an array map of one element of four bytes.
+fn create_array(map_type: u32, inner: Option<BorrowedFd<'_>>) -> io::Result<OwnedFd> {
+    /// `BPF_MAP_CREATE` of `enum bpf_cmd`.
+    const BPF_MAP_CREATE: libc::c_int = 0;
+    /// The beginning of the anonymous struct for `BPF_MAP_CREATE` in `union bpf_attr`.
+    #[repr(C)]
+    struct MapCreate {
+        map_type: u32,
+        key_size: u32,
+        value_size: u32,
+        max_entries: u32,
+        map_flags: u32,
+        inner_map_fd: u32,
+        numa_node: u32,
+        map_name: [u8; 16],
+    }
+    let mut attr = MapCreate {
+        map_type,
+        key_size: 4,
+        value_size: 4,
+        max_entries: 1,
+        map_flags: 0,
+        inner_map_fd: inner.map_or(0, |fd| fd.as_raw_fd().cast_unsigned()),
+        numa_node: 0,
+        map_name: *b"socklb_grace\0\0\0\0",
+    };
+    // SAFETY: there is no pointer in it.
+    let fd = unsafe { bpf(BPF_MAP_CREATE, &mut attr) }?;
+    // SAFETY: a new file descriptor that nobody else knows.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 /// Cookie of the network namespace that the calling thread is in, or `None` if the kernel cannot tell.

@@ -1,0 +1,196 @@
+//! Waiting until no program reads what was freed.
+#![expect(unsafe_code, reason = "bpf(2) for a program that takes its time, and the scheduling of threads")]
+
+use std::{
+    fs, io,
+    os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd, RawFd},
+    sync::{
+        atomic::{AtomicBool, Ordering},
+        mpsc::channel,
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use lb_tests::{Feature, require};
+use lb_userspace::kernel::syscall::MapOfMaps;
+use nix::{
+    libc,
+    sched::{CpuSet, sched_getaffinity, sched_setaffinity},
+    unistd::Pid,
+};
+
+/// What a run of the program takes most of its time for: calls of `bpf_ktime_get_ns()`.
+const N_STEPS: i32 = 2000;
+
+/// Commands of `enum bpf_cmd`.
+#[derive(Clone, Copy)]
+#[repr(i32)]
+enum Command {
+    MapCreate = 0,
+    MapLookup = 1,
+    ProgLoad = 5,
+    TestRun = 10,
+}
+
+/// bpf(2) with an attribute of 64-bit words, as `union bpf_attr` is on a 64-bit machine.
+fn bpf(command: Command, attr: &mut [u64]) -> io::Result<RawFd> {
+    // SAFETY: the kernel reads and writes as many bytes as there are. The pointers among the words are the callers', who keep
+    // what they lead to.
+    let result =
+        unsafe { libc::syscall(libc::SYS_bpf, command as libc::c_int, attr.as_mut_ptr(), size_of_val(attr)) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(RawFd::try_from(result).unwrap()) }
+}
+
+/// Two 32-bit fields in one word.
+fn pair(low: u32, high: u32) -> u64 {
+    u64::from(low) | u64::from(high) << 32
+}
+
+fn owned(fd: RawFd) -> OwnedFd {
+    // SAFETY: a new file descriptor that nobody else knows.
+    unsafe { OwnedFd::from_raw_fd(fd) }
+}
+
+fn number(fd: &OwnedFd) -> u32 {
+    fd.as_raw_fd().cast_unsigned()
+}
+
+/// A program that counts when it starts and when it ends, in an RCU read-side section as those of cgroup hooks.
+struct Slow {
+    counts: OwnedFd,
+    program: OwnedFd,
+}
+
+impl Slow {
+    fn load() -> Self {
+        // An array of one element of 16 bytes: how often it has started, how often it has ended.
+        let counts = owned(bpf(Command::MapCreate, &mut [pair(2, 4), pair(16, 1), 0, 0, 0]).unwrap());
+        // Opcode, destination, source, offset, immediate: see `Documentation/bpf/standardization/instruction-set.rst`.
+        let insn = |code: u8, dst: u8, src: u8, offset: i16, imm: i32| {
+            let head = u64::from(code) | u64::from(dst | src << 4) << 8;
+            head | u64::from(offset.cast_unsigned()) << 16 | u64::from(imm.cast_unsigned()) << 32
+        };
+        const LOAD_ADDRESS: u8 = 0x18;
+        const MAP_VALUE: u8 = 2;
+        const MOVE: u8 = 0xb7;
+        const ADD: u8 = 0x07;
+        const ATOMIC_ADD: u8 = 0xdb;
+        const CALL: u8 = 0x85;
+        const JUMP_IF_LESS: u8 = 0xa5;
+        const EXIT: u8 = 0x95;
+        const KTIME_GET_NS: i32 = 5;
+        let instructions = [
+            insn(LOAD_ADDRESS, 6, MAP_VALUE, 0, counts.as_raw_fd()),
+            0,
+            insn(MOVE, 1, 0, 0, 1),
+            insn(ATOMIC_ADD, 6, 1, 0, 0),
+            insn(MOVE, 7, 0, 0, 0),
+            insn(CALL, 0, 0, 0, KTIME_GET_NS),
+            insn(ADD, 7, 0, 0, 1),
+            insn(JUMP_IF_LESS, 7, 0, -3, N_STEPS),
+            insn(MOVE, 1, 0, 0, 1),
+            insn(ATOMIC_ADD, 6, 1, 8, 0),
+            insn(MOVE, 0, 0, 0, 0),
+            insn(EXIT, 0, 0, 0, 0),
+        ];
+        const SOCKET_FILTER: u32 = 1;
+        let n = u32::try_from(instructions.len()).unwrap();
+        let (code, license) = (instructions.as_ptr() as u64, c"Dual MIT/GPL".as_ptr() as u64);
+        let program = bpf(Command::ProgLoad, &mut [pair(SOCKET_FILTER, n), code, license, 0, 0, 0, 0, 0, 0]);
+        Self { counts, program: owned(program.unwrap()) }
+    }
+
+    fn run(&self) {
+        let data = [0u8; 64];
+        let mut attr = [pair(number(&self.program), 0), pair(64, 0), data.as_ptr() as u64, 0, 0];
+        bpf(Command::TestRun, &mut attr).unwrap();
+    }
+
+    /// How often it has started and ended.
+    fn counts(&self) -> [u64; 2] {
+        let (key, mut value) = (0u32, [0u64; 2]);
+        let (key, place) = ((&raw const key) as u64, value.as_mut_ptr() as u64);
+        bpf(Command::MapLookup, &mut [pair(number(&self.counts), 0), key, place, 0]).unwrap();
+        value
+    }
+}
+
+fn stay_on(cpu: usize) {
+    let mut set = CpuSet::new();
+    set.set(cpu).unwrap();
+    sched_setaffinity(Pid::from_raw(0), &set).unwrap();
+}
+
+/// Has this thread go first whenever it has something to do, as far as the machine lets it.
+fn go_first() {
+    let parameter = libc::sched_param { sched_priority: 1 };
+    // SAFETY: the kernel reads the parameter, which outlives the call.
+    let _may_be_forbidden = unsafe { libc::sched_setscheduler(0, libc::SCHED_FIFO, &raw const parameter) };
+}
+
+/// Whether a program in the kernel may be interrupted for another thread.
+fn is_preemptible() -> bool {
+    let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
+    read("/proc/version").contains("PREEMPT_DYNAMIC") && read("/proc/cmdline").contains("preempt=full")
+}
+
+/// Has a program run again and again on one CPU, and waits on another or the same one. Returns in how many of the waits a
+/// program was running when they began.
+fn wait_beside_programs(reader: usize, waiter: usize, n_waits: usize) -> usize {
+    let slow = Slow::load();
+    let maps = MapOfMaps::new().unwrap();
+    let is_over = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let (ready, is_ready) = channel();
+        let slow = &slow;
+        let _running = scope.spawn({
+            let is_over = &is_over;
+            move || {
+                stay_on(reader);
+                ready.send(()).unwrap();
+                while !is_over.load(Ordering::Relaxed) {
+                    slow.run();
+                }
+            }
+        });
+        let waiting = scope.spawn(move || {
+            is_ready.recv().unwrap();
+            stay_on(waiter);
+            go_first();
+            let mut n_beside = 0;
+            for n in 0..n_waits {
+                thread::sleep(Duration::from_micros(500 + 70 * u64::try_from(n % 16).unwrap()));
+                let [started, ended] = slow.counts();
+                maps.wait_for_grace_period().unwrap();
+                assert!(slow.counts()[1] >= started, "wait {n}: one of {started} programs has not ended");
+                n_beside += usize::from(started > ended);
+            }
+            n_beside
+        });
+        let waited = waiting.join();
+        is_over.store(true, Ordering::Relaxed);
+        waited.unwrap()
+    })
+}
+
+/// The kernel's shortcut for one CPU does not hold where programs are preempted.
+#[test]
+fn after_a_grace_period_every_program_has_ended() {
+    if !require(Feature::Programs) {
+        return;
+    }
+    let allowed = sched_getaffinity(Pid::from_raw(0)).unwrap();
+    let cpus: Vec<usize> = (0..CpuSet::count()).filter(|cpu| allowed.is_set(*cpu).unwrap()).collect();
+    let (first, last) = (cpus[0], cpus[cpus.len() - 1]);
+    let began = Instant::now();
+    let on_one = wait_beside_programs(first, first, 40);
+    println!("on one CPU: {on_one} of 40 waits beside a program, {:?}", began.elapsed());
+    assert!(on_one > 0 || !is_preemptible(), "no program was interrupted: nothing is shown");
+    if first == last {
+        return println!("on two CPUs: not tried, since there is one");
+    }
+    let on_two = wait_beside_programs(last, first, 40);
+    println!("on two CPUs: {on_two} of 40 waits beside a program, {:?}", began.elapsed());
+    assert!(on_two > 0, "no program was running: nothing is shown");
+}
