@@ -17,6 +17,10 @@ pub const MAX_ENDPOINTS: u32 = 262_144;
 /// Entries of the map `node_addrs`: 5,000 nodes with two addresses in each family, with room.
 pub const MAX_NODE_ADDRS: u32 = 32_768;
 
+/// Addresses that count of one Node: several times what clouds list. A Node is written by its own kubelet, which is not to
+/// take the room of others.
+pub const MAX_ADDRS_PER_NODE: usize = 64;
+
 /// Entries of the LRU map `affinity`: pairs of client network namespace and service port with affinity.
 pub const MAX_AFFINITY: u32 = 65_536;
 

@@ -19,7 +19,7 @@ use lb_tests::{
 };
 use lb_userspace::{
     desired::FrontendAddress,
-    kernel::store::{Findings, Maps},
+    kernel::store::{Findings, Maps, Repaired},
     model::Protocol::{Tcp, Udp},
     plan::audit::Faults,
     tables::Image,
@@ -71,7 +71,7 @@ fn compare(sandbox: &Sandbox, agent: &Agent) -> Findings {
 /// An audit, as the agent's loop does it.
 fn audit(sandbox: &Sandbox, agent: &mut Agent) -> Faults {
     let findings = compare(sandbox, agent);
-    agent.kernel.repair(agent.state.image(), &findings).unwrap()
+    agent.kernel.repair(agent.state.image(), &findings).unwrap().faults
 }
 
 /// What the servers and addresses of these tests are.
@@ -284,11 +284,23 @@ fn changes_under_way_are_no_faults() {
             agent.follow(&cluster);
             let findings = Maps::open(&sandbox.pin_path()).unwrap().compare(&old).unwrap();
             assert_eq!(findings.is_empty(), old == *agent.state.image());
-            assert_eq!(agent.kernel.repair(agent.state.image(), &findings).unwrap(), Faults::new());
+            assert_eq!(agent.kernel.repair(agent.state.image(), &findings).unwrap(), Repaired::default());
             assert_eq!(agent.image(), *agent.state.image());
             assert_eq!(call(scene.web, Tcp), Ok(endpoints[0]));
         }
     });
+}
+
+/// Fills a map with keys that no agent has inserted. Returns how many it took.
+fn fill<K: Pod, V: Pod>(map: &mut HashMap<MapData, K, V>, value: V, key: impl Fn(u32) -> K) -> u64 {
+    let n_foreign = (0..).find(|n| map.insert(key(*n), value, 0).is_err()).unwrap();
+    assert!(n_foreign > 100, "{n_foreign} foreign keys fit");
+    n_foreign.into()
+}
+
+/// A key of a port that no service of these tests has.
+fn foreign4(scene: &Scene, n: u32) -> [u8; 8] {
+    key4(SocketAddr::new(scene.web.ip(), u16::try_from(1000 + n).unwrap()), 6)
 }
 
 /// Foreign keys that fill the table give room to those that are missing.
@@ -298,17 +310,49 @@ fn a_table_filled_by_a_stranger_is_repaired() {
         let image = agent.image();
         let mut services4 = hash::<[u8; 8], [u8; 4]>(sandbox, "services4");
         services4.remove(&key4(scene.web, 6)).unwrap();
-        let mut n_foreign = 0;
-        for port in 1000.. {
-            let foreign = key4(SocketAddr::new(scene.web.ip(), port), 6);
-            if services4.insert(foreign, 0u32.to_ne_bytes(), 0).is_err() {
-                break;
-            }
-            n_foreign += 1;
-        }
-        assert!(n_foreign > 100, "{n_foreign} foreign keys fit");
+        let n_foreign = fill(&mut services4, 0u32.to_ne_bytes(), |n| foreign4(scene, n));
         assert_eq!(audit(sandbox, agent), Faults::from([("services4", n_foreign + 1)]));
         assert_eq!(agent.image(), image);
         scene.assert_served("after");
+    });
+}
+
+/// What is new then waits for the next audit, and nothing else does.
+#[test]
+fn a_table_filled_by_a_stranger_keeps_out_what_is_new_alone() {
+    with_agent(|sandbox, agent, scene| {
+        let node = |n: u32| [n.to_ne_bytes(); 4].concat().try_into().unwrap();
+        let mut services4 = hash::<[u8; 8], [u8; 4]>(sandbox, "services4");
+        let mut node_addrs = hash::<[u8; 16], [u8; 4]>(sandbox, "node_addrs");
+        let n_foreign = [
+            fill(&mut services4, 0u32.to_ne_bytes(), |n| foreign4(scene, n)),
+            fill(&mut node_addrs, 1u32.to_ne_bytes(), node),
+        ];
+        let mut cluster = scene.cluster();
+        let new = SocketAddr::new(scene.web.ip(), 82);
+        cluster.serve("new", new, Tcp, &scene.servers[..1]);
+        cluster.serve("other", scene.other, Tcp, &scene.servers[..1]);
+        cluster.set(cluster::node("new-node", &[IpAddr::from([192, 0, 2, 10])]));
+        agent.follow(&cluster);
+        assert_eq!(call(new, Tcp), Err(Errno::ENETUNREACH));
+        assert_eq!(call(scene.other, Tcp), Ok(scene.servers[0]), "changes are followed");
+        assert_eq!(call(scene.web6, Tcp), Ok(scene.server6));
+        let issues: Vec<String> = agent.state.issues().map(|issue| issue.to_string()).collect();
+        assert!(
+            issues.len() == 2
+                && issues[0].starts_with("Service default/new: map services4 is full")
+                && issues[1].starts_with("Node new-node: map node_addrs is full"),
+            "{issues:?}"
+        );
+        assert_eq!(agent.state.n_refused(), 2);
+
+        let findings = compare(sandbox, agent);
+        let Repaired { faults, no_room } = agent.kernel.repair(agent.state.image(), &findings).unwrap();
+        let counts = [("services4", n_foreign[0] + 1), ("node_addrs", n_foreign[1] + 1)];
+        assert_eq!((faults, no_room.is_empty()), (Faults::from(counts), true));
+        agent.state.found(no_room);
+        assert_eq!((agent.state.n_refused(), agent.state.issues().count()), (0, 0));
+        assert_eq!(call(new, Tcp), Ok(scene.servers[0]));
+        assert_eq!(agent.image(), *agent.state.image());
     });
 }

@@ -5,6 +5,7 @@ use std::{
     net::{IpAddr, Ipv4Addr, SocketAddr},
 };
 
+use lb_common::limits::{MAX_ADDRS_PER_NODE, MAX_NODE_ADDRS};
 use lb_tests::{
     Feature, Sandbox,
     agent::{self, Agent},
@@ -14,7 +15,7 @@ use lb_tests::{
     server::Servers,
 };
 use lb_userspace::{
-    kernel::{KernelError, Options},
+    kernel::Options,
     model::{IssueKind, Protocol::Tcp},
     plan::Capacity,
 };
@@ -125,25 +126,51 @@ fn endpoints_that_do_not_fit_leave_the_service_as_it_was() {
     });
 }
 
-/// More node addresses than the table holds: an error, but services work.
+/// Whatever Nodes list, each has its share of the table, and services are served.
 #[test]
 fn too_many_node_addresses_cost_no_service() {
     if !require(Feature::Programs) {
         return;
     }
     Sandbox::run(|sandbox| {
-        let [server] = addresses(Domain::V4, 8001);
-        let _servers = Servers::tcp([server]);
+        let servers = addresses::<2>(Domain::V4, 8001);
+        let _servers = Servers::tcp(servers);
         let mut agent = Agent::start(sandbox);
-        let mut cluster = Cluster::new();
-        let n = lb_common::limits::MAX_NODE_ADDRS + 1;
         let base = u32::from(Ipv4Addr::new(10, 200, 0, 0));
-        let nodes: Vec<IpAddr> = (base..base + n).map(|ip| Ipv4Addr::from(ip).into()).collect();
-        cluster.set(cluster::node("elsewhere", &nodes));
-        cluster.serve("web", service_address(Domain::V4), Tcp, &[server]);
-        cluster.feed(&mut agent.state);
-        let result = agent.try_sync();
-        assert!(matches!(result, Err(KernelError::MapFull { name: "node_addrs" })), "{result:?}");
-        assert_eq!(call(service_address(Domain::V4), Tcp), Ok(server));
+        let node = |name: &str, first: u32, n: u32| {
+            let first = base + first;
+            let addresses: Vec<IpAddr> = (first..first + n).map(|ip| Ipv4Addr::from(ip).into()).collect();
+            cluster::node(name, &addresses)
+        };
+        let mut cluster = Cluster::new();
+        cluster.set(node("hostile", 0, MAX_NODE_ADDRS + 1));
+        cluster.serve("web", service_address(Domain::V4), Tcp, &servers[..1]);
+        let issues = cluster.feed(&mut agent.state);
+        assert!(
+            matches!(&issues[..], [issue] if matches!(issue.kind, IssueKind::TooManyAddresses { .. })),
+            "{issues:?}"
+        );
+        agent.sync();
+        assert_eq!(agent.image().node_addrs.len(), MAX_ADDRS_PER_NODE);
+        assert_eq!(call(service_address(Domain::V4), Tcp), Ok(servers[0]));
+
+        // Many that list as much as they may. Some addresses go for others, which wait for the room.
+        let n_each = u32::try_from(MAX_ADDRS_PER_NODE).unwrap();
+        for (n, server) in [(MAX_NODE_ADDRS / n_each, servers[1]), (MAX_NODE_ADDRS / n_each + 8, servers[0])]
+        {
+            (0..n).for_each(|n| cluster.set(node(&format!("node-{n}"), n * n_each, n_each)));
+            cluster.serve("web", service_address(Domain::V4), Tcp, &[server]);
+            cluster.feed(&mut agent.state);
+            while agent.state.wants_sync() {
+                agent.sync();
+                agent.settle();
+                assert_eq!(call(service_address(Domain::V4), Tcp), Ok(server));
+            }
+            assert_eq!(agent.state.n_refused(), 0);
+            assert_eq!(agent.image(), *agent.state.image());
+        }
+        assert_eq!(agent.image().node_addrs.len(), MAX_NODE_ADDRS as usize);
+        let left_out = agent.state.issues().filter(|issue| matches!(issue.kind, IssueKind::NodesFull { .. }));
+        assert!(left_out.count() >= 8);
     });
 }

@@ -28,7 +28,7 @@ use lb_userspace::{
     controller::State,
     kernel::{Kernel, KernelError, Options, pins, store::Maps, syscall},
     model::Protocol::Tcp,
-    plan::{Capacity, Plan},
+    plan::Capacity,
     tables::Image,
 };
 use nix::errno::Errno;

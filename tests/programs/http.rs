@@ -1,12 +1,17 @@
 //! What an agent answers over HTTP, fetched with curl.
 
-use std::{collections::BTreeMap, process::Command};
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    process::Command,
+};
 
 use aya::maps::{HashMap, Map, MapData};
 use k8s_openapi::api::{
     core::v1::Taint,
     discovery::v1::{EndpointConditions, EndpointSlice},
 };
+use lb_common::limits::MAX_NODE_ADDRS;
 use lb_tests::cluster::{self, Cluster, PortOf};
 use lb_userspace::model::Protocol::Tcp;
 use nix::sys::signal::Signal;
@@ -227,6 +232,55 @@ fn a_full_table_is_no_readiness() {
         // The refused service, what there is no room in, and what to do about it.
         let told = |line: &String| line.contains("default/dns-udp-v4") && line.contains("--max-services");
         assert!(log.iter().any(told), "{log:#?}");
+    });
+}
+
+/// A Node with more addresses than all Nodes may have, and a stranger who fills the tables: who has room is served, changes are
+/// followed, and no probe ends the agent.
+#[test]
+fn a_hostile_node_and_a_stranger_end_no_agent() {
+    with_agent(&[], |place, town, agent| {
+        let metrics = address(agent, "--metrics-bind-address");
+        let healthz = format!("http://{}/healthz", address(agent, "--healthz-bind-address"));
+        let status = |page: &str| fetch("GET", &healthz.replace("healthz", page)).0;
+        let said = |what: &str| agent.log().iter().filter(|line| line.contains(what)).count();
+
+        let first = u32::from(Ipv4Addr::new(10, 200, 0, 0));
+        let addresses = (first..first + MAX_NODE_ADDRS + 1).map(|ip| Ipv4Addr::from(ip).into());
+        let hostile = cluster::node("hostile", &addresses.collect::<Vec<IpAddr>>());
+        place.write(&town.cluster(0..2).with([hostile]));
+        eventually("the Node is named", || said("Node hostile: status.addresses: more than 64") == 1);
+        let nodes = || Scrape::of(&metrics).get(r#"socklb_map_entries{map="node_addrs"}"#);
+        eventually("some of its addresses are taken", || nodes() >= 64);
+        assert!(nodes() < 128, "{}", nodes());
+        assert_eq!((status("livez"), status("healthz")), (200, 200));
+
+        // No audit is due for a minute but that which a full table asks for.
+        let data = MapData::from_pin(format!("{}/services4", place.pin_path)).unwrap();
+        let mut services4: HashMap<_, [u8; 8], [u8; 4]> =
+            Map::from_map_data(data).unwrap().try_into().unwrap();
+        let n_foreign = (0..65_535u16).find(|n| {
+            let [low, high] = n.to_ne_bytes();
+            services4.insert([10, 96, 200, 1, low, high, 6, 0], [0; 4], 0).is_err()
+        });
+        let web = town::web()[0];
+        let new = SocketAddr::new(web.ip(), 8080);
+        let mut changed = town.cluster(0..1);
+        changed.serve("new", new, Tcp, &[SocketAddr::new(town.pods[0].ips[0], town::HTTP)]);
+        place.write(&changed);
+        eventually("a stranger's entries make room", || is_up(new));
+        assert!(is_up(web));
+        eventually("nothing is missing", || status("healthz") == 200);
+        assert_eq!(status("livez"), 200);
+        assert_eq!(
+            said("Service default/new: map services4 is full"),
+            2,
+            "once when it holds, once when it is over"
+        );
+        let scrape = Scrape::of(&metrics);
+        assert_eq!(scrape.get("socklb_sync_errors_total"), 0);
+        let repaired = scrape.get(r#"socklb_audit_repairs_total{map="services4"}"#);
+        assert_eq!(repaired, u64::from(n_foreign.unwrap()) + 1);
     });
 }
 

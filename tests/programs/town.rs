@@ -8,7 +8,7 @@ use lb_userspace::model::Protocol;
 use crate::backend::{Dns, Http};
 
 /// Port of every pod's web server.
-const HTTP: u16 = 8080;
+pub(crate) const HTTP: u16 = 8080;
 /// Port of every pod's name server.
 const DNS: u16 = 1053;
 

@@ -92,7 +92,8 @@ impl Agent {
     pub fn try_sync(&mut self) -> Result<Plan, KernelError> {
         self.state.settled(self.kernel.settled());
         let plan = self.state.sync();
-        self.kernel.apply(&plan)?;
+        let done = self.kernel.apply(&plan)?;
+        self.state.miss(done.no_room);
         Ok(plan)
     }
 

@@ -26,7 +26,7 @@ use crate::{
     kernel::{
         self, Kernel, KernelError,
         lock::Lock,
-        store::{Findings, Maps},
+        store::{Findings, Maps, Repaired},
     },
     model::{
         Issue,
@@ -177,7 +177,7 @@ pub async fn run(
                 has_ports = changed.is_ok();
                 agent.report(&source);
             }
-            compared = ended(&mut agent.comparing), if agent.comparing.is_some() => agent.compared(compared),
+            compared = ended(&mut agent.comparing), if agent.comparing.is_some() => agent.compared(&source, compared),
             written = ended(&mut agent.writing), if agent.writing.is_some() => agent.saved(written),
             _ = interfaces.tick() => {
                 agent.look_around(&lock);
@@ -439,8 +439,8 @@ impl Agent {
         if source.is_complete() {
             self.saving.changed();
         }
-        let n_ops = match result {
-            Ok(n_ops) => n_ops,
+        let kernel::store::Done { n_ops, no_room } = match result {
+            Ok(done) => done,
             Err(error) => {
                 error!(%error, "a sync failed: reading the tables and trying again");
                 self.metrics.sync_failed();
@@ -457,6 +457,7 @@ impl Agent {
             self.ledger.happened(&NodeNews::Synced { n_frontends });
             kernel::syscall::return_free_memory();
         }
+        self.state.miss(no_room);
         self.metrics.synced(took, n_ops, SystemTime::now());
         self.note_latency();
         let n_refused = self.state.n_refused();
@@ -468,6 +469,9 @@ impl Agent {
         self.report(source);
         // Now that the tables are right, a program whose socket is ended finds somebody else.
         self.sweep.changed();
+        if !self.state.missing().is_empty() {
+            self.compare();
+        }
         true
     }
 
@@ -545,8 +549,8 @@ impl Agent {
     }
 
     /// Ends an audit: repairs what differs still, after the changes that were carried out meanwhile.
-    fn compared(&mut self, findings: Result<Findings, String>) {
-        let findings = match findings {
+    fn compared(&mut self, source: &impl Source, findings: Result<Findings, String>) {
+        let mut findings = match findings {
             Ok(findings) => findings,
             Err(error) => {
                 warn!(%error, "the kernel's maps cannot be compared with what they should hold");
@@ -557,11 +561,19 @@ impl Agent {
             // A sync has failed meanwhile: the next one puts everything right.
             return;
         }
+        findings.suspect(self.state.missing());
         let repaired = if findings.is_empty() {
-            Ok(Faults::new())
+            Ok(Repaired::default())
         } else {
             block_in_place(|| self.kernel.repair(self.state.image(), &findings))
         };
+        let repaired = repaired.map(|Repaired { faults, no_room }| {
+            self.state.found(no_room);
+            faults
+        });
+        let n_refused = self.state.n_refused();
+        self.vitals.send_modify(|vitals| vitals.n_refused = n_refused);
+        self.report(source);
         match repaired {
             Ok(repaired) if repaired.is_empty() => self.metrics.audited(AuditEnd::Clean, &repaired),
             Ok(repaired) => {

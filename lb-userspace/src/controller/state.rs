@@ -15,7 +15,7 @@ use crate::{
         health::{self, HealthCheck},
     },
     model::{Issue, IssueKind, ObjectRef, Service, ServiceKey, Slice, Store, store::Changes},
-    plan::{Capacity, Encoder, Full, Plan},
+    plan::{Capacity, Encoder, Full, Plan, audit::Suspects},
     stale::{InForce, Known, Ledger, Search, Standing, Use},
     tables::Image,
     telemetry::scrape::MapUse,
@@ -36,6 +36,10 @@ pub struct State {
     dirty: Changes,
     /// Addresses that the tables had no room for.
     refused: BTreeMap<FrontendAddress, Full>,
+    /// How many node addresses wait for room.
+    n_nodes_waiting: usize,
+    /// What the kernel had no room for although the tables have: see [`Self::missing`].
+    missing: Suspects,
     /// Whether room was freed since the last sync that refused something.
     has_new_room: bool,
     issues: BTreeMap<ServiceKey, Vec<Issue>>,
@@ -63,6 +67,8 @@ impl State {
             encoder: Encoder::adopt(capacity, found),
             dirty: Changes { topology: true, ..Changes::default() },
             refused: BTreeMap::new(),
+            n_nodes_waiting: 0,
+            missing: Suspects::default(),
             has_new_room: false,
             issues: BTreeMap::new(),
             health_checks: BTreeMap::new(),
@@ -98,16 +104,35 @@ impl State {
         }
     }
 
-    /// Frontends that the tables have no room for.
+    /// Frontends and node addresses that the tables have no room for.
     #[must_use]
     pub fn n_refused(&self) -> usize {
-        self.refused.len()
+        self.refused.len() + self.n_nodes_waiting + self.missing.services.len() + self.missing.nodes.len()
+    }
+
+    /// Keys that [`Self::image`] has and the kernel does not: entries of a stranger fill the map. Audits remove those and
+    /// insert the keys.
+    #[must_use]
+    pub fn missing(&self) -> &Suspects {
+        &self.missing
+    }
+
+    /// The kernel had no room for these keys of the last plan.
+    pub fn miss(&mut self, keys: Suspects) {
+        self.missing.extend(keys);
+        self.missing.retain_in(self.encoder.image());
+    }
+
+    /// An audit has inserted all that was missing but these.
+    pub fn found(&mut self, missing: Suspects) {
+        self.missing = missing;
     }
 
     /// Whether a sync may have something to do.
     #[must_use]
     pub fn wants_sync(&self) -> bool {
-        !self.dirty.is_empty() || (!self.refused.is_empty() && self.has_new_room)
+        let is_waiting = !self.refused.is_empty() || self.n_nodes_waiting > 0;
+        !self.dirty.is_empty() || (is_waiting && self.has_new_room)
     }
 
     /// Computes what follows from the changes since the last sync. Costs time in proportion to what they touch.
@@ -122,9 +147,12 @@ impl State {
             let topology = Topology::new(self.store.nodes(), &self.settings, &self.interfaces);
             if topology != self.topology || self.is_first_sync {
                 self.topology = topology;
-                self.encoder.set_node_addrs(&self.topology.node_addresses());
+                self.n_nodes_waiting = self.encoder.set_node_addrs(&self.topology.node_addresses());
                 services.extend(self.store.services().map(|service| service.key.clone()));
             }
+        }
+        if self.n_nodes_waiting > 0 {
+            self.n_nodes_waiting = self.encoder.set_node_addrs(&self.topology.node_addresses());
         }
         let mut touched: BTreeSet<FrontendAddress> = self.refused.keys().copied().collect();
         for key in services {
@@ -221,6 +249,7 @@ impl State {
     pub fn adopt(&mut self, capacity: Capacity, found: &Image) {
         self.encoder.start_over(capacity, found);
         self.refused.clear();
+        self.missing = Suspects::default();
         self.is_first_sync = true;
         self.dirty.topology = true;
     }
@@ -304,8 +333,25 @@ impl State {
             let owner = self.desired.owner(address).filter(|_| !self.encoder.holds_back())?;
             Some(Issue::new(ObjectRef::from(&owner.port.service), full_issue(address, full)))
         });
-        self.issues.values().flatten().cloned().chain(self.desired.issues()).chain(full)
+        let missing = self.missing.services.iter().filter_map(|address| {
+            let owner = self.desired.owner(address)?;
+            let map = if address.ip.is_ipv6() { "services6" } else { "services4" };
+            Some(Issue::new(ObjectRef::from(&owner.port.service), no_room(map, address)))
+        });
+        let missing_nodes = self.missing.nodes.iter().filter_map(|ip| {
+            Some(Issue::new(ObjectRef::node(self.topology.node_of(*ip)?), no_room("node_addrs", ip)))
+        });
+        let nodes = self.topology.left_out().map(|(node, n_left_out)| {
+            let (map, capacity) = ("node_addrs".to_owned(), limits::MAX_NODE_ADDRS);
+            Issue::new(ObjectRef::node(node), IssueKind::NodesFull { map, capacity, n_left_out })
+        });
+        let of_objects = self.issues.values().flatten().cloned().chain(self.desired.issues());
+        of_objects.chain(full).chain(missing).chain(missing_nodes).chain(nodes)
     }
+}
+
+fn no_room(map: &str, left_out: &impl ToString) -> IssueKind {
+    IssueKind::TableFull { map: map.to_owned(), left_out: left_out.to_string() }
 }
 
 fn full_issue(address: &FrontendAddress, full: &Full) -> IssueKind {

@@ -4,6 +4,8 @@
 //!
 //! - An address is this node's or another node's, never both: this node wins, then the node whose name sorts
 //!   first.
+//! - There are no more than [`MAX_NODE_ADDRS`]: this node's first, then the first of each other node, the second of each, and
+//!   so on.
 //! - Loopback addresses are in neither set: the tables answer for them by a rule of their own
 //!   ([`lb_common::resolve::Tables::loopback_is_node`]).
 
@@ -12,6 +14,8 @@ use std::{
     net::IpAddr,
     sync::Arc,
 };
+
+use lb_common::limits::MAX_NODE_ADDRS;
 
 use super::{NodePortAddresses, Settings};
 use crate::model::{Family, Node, address};
@@ -27,6 +31,8 @@ pub struct Topology {
     own: BTreeSet<IpAddr>,
     others: BTreeMap<IpAddr, Arc<str>>,
     addresses_of_others: BTreeMap<Arc<str>, Vec<IpAddr>>,
+    /// Nodes with addresses for which there is no room, and how many.
+    left_out: BTreeMap<Arc<str>, usize>,
 }
 
 impl Topology {
@@ -46,7 +52,15 @@ impl Topology {
             nodes.into_iter().partition(|node| node.name == settings.node_name);
         let own_node = own_nodes.first();
         let listed = own_node.map_or(&[][..], |node| &node.addresses);
-        let own: BTreeSet<_> = accepted(&settings.node_port_addresses, listed, interfaces).collect();
+        let mut left_out = BTreeMap::new();
+        let mut own = BTreeSet::new();
+        for ip in accepted(&settings.node_port_addresses, listed, interfaces) {
+            if own.len() < MAX_NODE_ADDRS as usize || own.contains(&ip) {
+                own.insert(ip);
+            } else {
+                *left_out.entry(settings.node_name.clone()).or_default() += 1;
+            }
+        }
 
         let (mut others, mut addresses_of_others) = (BTreeMap::new(), BTreeMap::new());
         // Sorted, so that the result does not depend on the order of the nodes.
@@ -61,13 +75,35 @@ impl Topology {
             }
             addresses_of_others.insert(name.clone(), addresses);
         }
+        let wanted: Vec<usize> = addresses_of_others.values().map(Vec::len).collect();
+        let shares = shares(&wanted, MAX_NODE_ADDRS as usize - own.len());
+        for ((name, addresses), share) in addresses_of_others.iter_mut().zip(shares) {
+            let without_room = addresses.split_off(share);
+            if !without_room.is_empty() {
+                left_out.insert(name.clone(), without_room.len());
+            }
+            without_room.iter().for_each(|ip| drop(others.remove(ip)));
+        }
         Self {
             node_name: settings.node_name.clone(),
             zone: own_node.and_then(|node| node.zone.clone()),
             own,
             others,
             addresses_of_others,
+            left_out,
         }
+    }
+
+    /// The nodes with addresses for which `node_addrs` has no room, and how many. Node ports do not answer on these.
+    pub fn left_out(&self) -> impl Iterator<Item = (&str, usize)> {
+        self.left_out.iter().map(|(node, n)| (&**node, *n))
+    }
+
+    /// The node that has an address on which node ports answer.
+    #[must_use]
+    pub fn node_of(&self, ip: IpAddr) -> Option<&str> {
+        let other = || self.others.get(&ip).map(|node| &**node);
+        if self.own.contains(&ip) { Some(&self.node_name) } else { other() }
     }
 
     /// Name of this node.
@@ -117,6 +153,25 @@ impl Topology {
         let others = self.others.keys().map(|ip| (*ip, false));
         others.chain(self.own.iter().map(|ip| (*ip, true))).collect()
     }
+}
+
+/// Shares room among those who want some: in turns, so that nobody goes without as long as there is one for each.
+fn shares(wanted: &[usize], room: usize) -> Vec<usize> {
+    let n_within = |most: usize| wanted.iter().map(|n| *n.min(&most)).sum::<usize>();
+    let highest = wanted.iter().copied().max().unwrap_or_default();
+    // The most that all can have alike; a few more have one more.
+    let (mut all, mut too_many) = (0, highest + 1);
+    while too_many - all > 1 {
+        let middle = all.midpoint(too_many);
+        if n_within(middle) <= room { all = middle } else { too_many = middle }
+    }
+    let mut rest = room - n_within(all);
+    let share = |n: &usize| {
+        let has_more = *n > all && rest > 0;
+        rest -= usize::from(has_more);
+        all.min(*n) + usize::from(has_more)
+    };
+    wanted.iter().map(share).collect()
 }
 
 /// The addresses of one node that accept node ports.

@@ -6,8 +6,7 @@ use aya::{EbpfError, maps::MapError, programs::ProgramError};
 
 /// An operation on the kernel failed.
 ///
-/// The display names cause and remedy in one line. [`KernelError::MapFull`] leaves the rest of a plan worth
-/// carrying out; after any other error read the image again and plan anew.
+/// The display names cause and remedy in one line.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum KernelError {
@@ -130,7 +129,7 @@ pub enum KernelError {
         source: nix::errno::Errno,
     },
     /// A hash map has no room.
-    #[error("map {name} is full")]
+    #[error("map {name} is full: what found no room is left out")]
     MapFull {
         /// Its name.
         name: &'static str,

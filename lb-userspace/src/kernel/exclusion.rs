@@ -71,23 +71,28 @@ impl Exclusion {
     ///
     /// # Errors
     ///
-    /// A failing system call; `E2BIG` for more than [`limits::MAX_EXCLUDED`].
+    /// A failing system call; [`KernelError::MapFull`] for more than [`limits::MAX_EXCLUDED`], after the oldest were excluded.
     pub fn set(&mut self, wanted: &BTreeSet<Place>) -> Result<bool, KernelError> {
         let failed = |source| KernelError::map("excluded", source);
         let (found, mask) = (self.ids()?, self.mask()?);
         let wanted_mask = wanted.iter().fold(0, |mask, place| mask | 1 << place.level);
-        let ids: BTreeSet<u64> = wanted.iter().map(|place| place.id).collect();
+        let most = limits::MAX_EXCLUDED as usize;
+        let ids: BTreeSet<u64> = wanted.iter().take(most).map(|place| place.id).collect();
         let (gone, new): (Vec<u64>, Vec<u64>) =
             (found.difference(&ids).copied().collect(), ids.difference(&found).copied().collect());
         // The levels first and last: what is excluded before and after is so in between.
         self.set_mask(mask | wanted_mask)?;
-        for id in &new {
-            self.excluded.insert(id, 1, 0).map_err(failed)?;
-        }
+        // What goes makes room, also if somebody else has put it there.
         for id in &gone {
             self.excluded.remove(id).map_err(failed)?;
         }
+        for id in &new {
+            self.excluded.insert(id, 1, 0).map_err(failed)?;
+        }
         self.set_mask(wanted_mask)?;
+        if wanted.len() > most {
+            return Err(KernelError::MapFull { name: "excluded" });
+        }
         Ok(!new.is_empty() || !gone.is_empty())
     }
 

@@ -30,8 +30,8 @@ use lb_common::{
 };
 use tracing::info;
 
-pub use self::audit::Findings;
 use self::audit::Stray;
+pub use self::audit::{Findings, Repaired};
 use super::{
     Features, KernelError, cgroup, fault, grace::Grace, host, mapped::Mapped, object, pins, pod::Plain,
     syscall,
@@ -39,7 +39,7 @@ use super::{
 use crate::{
     desired::FrontendAddress,
     model::Protocol,
-    plan::{self, Capacity, Op, Plan, Unsettled},
+    plan::{self, Capacity, Op, Plan, Unsettled, audit::Suspects},
     tables::{Entry, Image, wire_protocol},
 };
 
@@ -77,6 +77,16 @@ pub struct Maps {
     endpoints4: Mapped<Endpoint4>,
     endpoints6: Mapped<Endpoint6>,
     meta: Meta,
+}
+
+/// What carrying out a plan came to.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Done {
+    /// Operations.
+    pub n_ops: usize,
+    /// Keys for which a map had no room: it is full of entries that are not the agent's. An audit removes those, and
+    /// [`Kernel::repair`] inserts these.
+    pub no_room: Suspects,
 }
 
 /// The maps and programs of this node.
@@ -275,7 +285,7 @@ impl Kernel {
         Ok(counts)
     }
 
-    /// Carries out a plan. Returns how many operations were done.
+    /// Carries out a plan. What finds no room in a map is missed by its own callers only: the rest is done.
     ///
     /// Waits for a grace period first if the plan may write over what a program still reads (docs/decisions/0001): the
     /// first plan, since an agent before this one may have freed anything a moment ago, and one that takes hash elements
@@ -283,19 +293,18 @@ impl Kernel {
     ///
     /// # Errors
     ///
-    /// [`KernelError::MapFull`] after everything else of the plan was done. Any other failing operation ends the
-    /// plan, and other maps that serve still go on doing so: see [`Self::is_staged`]. The state in between is safe; read the image and plan again.
-    pub fn apply(&mut self, plan: &Plan) -> Result<usize, KernelError> {
+    /// A failing operation ends the plan, and other maps that serve still go on doing so: see [`Self::is_staged`]. The
+    /// state in between is safe; read the image and plan again.
+    pub fn apply(&mut self, plan: &Plan) -> Result<Done, KernelError> {
         if self.unsettled.must_wait(plan) {
             self.settle();
         }
-        let (mut n_done, mut full, mut result) = (0, None, Ok(()));
+        let (mut done, mut result) = (Done::default(), Ok(()));
         for op in plan.ops() {
             fault::point();
             match self.maps.apply(op) {
-                Ok(()) => n_done += 1,
-                // What has no room is missed by its own callers only; the rest of the plan serves the others.
-                Err(error @ KernelError::MapFull { .. }) => full = full.or(Some(error)),
+                Ok(()) => done.n_ops += 1,
+                Err(KernelError::MapFull { .. }) if done.no_room.insert_key_of(op) => {}
                 Err(error) => {
                     result = Err(error);
                     break;
@@ -309,7 +318,7 @@ impl Kernel {
         result?;
         // What has no room is no reason to stay with the former maps: it would have none after the next restart either.
         self.switch()?;
-        full.map_or(Ok(n_done), Err)
+        Ok(done)
     }
 
     /// Something was freed that programs may still read.

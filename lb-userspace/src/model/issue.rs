@@ -357,6 +357,29 @@ pub enum IssueKind {
         /// How many endpoints all ports may have in a family.
         max: usize,
     },
+    /// A Node lists more addresses than count of one Node. Later ones are left out.
+    TooManyAddresses {
+        /// How many are left out.
+        n_left_out: usize,
+        /// How many count.
+        max: usize,
+    },
+    /// The Nodes of the cluster have more addresses than a table holds. Every Node keeps its first ones.
+    NodesFull {
+        /// The table that is full.
+        map: String,
+        /// Its capacity, entries.
+        capacity: u32,
+        /// Addresses of this Node that are left out.
+        n_left_out: usize,
+    },
+    /// A table has no room for this object although the agent has not filled it.
+    TableFull {
+        /// The table that is full.
+        map: String,
+        /// What is not served for now.
+        left_out: String,
+    },
     /// A manifest holds an object of a kind that plays no part in service proxying. It is ignored.
     UnknownKind,
     /// A manifest holds an object of a known kind in an API version that is not known. It is ignored.
@@ -391,6 +414,7 @@ impl IssueKind {
     pub fn field(&self) -> Option<&str> {
         match self {
             Self::NoPorts | Self::TooManyEndpoints { .. } => Some("spec.ports"),
+            Self::TooManyAddresses { .. } | Self::NodesFull { .. } => Some("status.addresses"),
             Self::InvalidName { field, .. }
             | Self::InvalidPort { field, .. }
             | Self::NoPortNumber { field }
@@ -502,6 +526,21 @@ impl fmt::Display for IssueKind {
             Self::TooManyEndpoints { n_left_out, max } => {
                 write!(f, "spec.ports: more than {max} endpoints in all; {n_left_out} ports are left out: split the service")
             }
+            Self::TooManyAddresses { n_left_out, max } => write!(
+                f,
+                "status.addresses: more than {max}; node ports do not answer on the last {n_left_out}: have the kubelet or \
+                 the cloud's controller list fewer"
+            ),
+            Self::NodesFull { map, capacity, n_left_out } => write!(
+                f,
+                "status.addresses: map {map} is full ({capacity} entries for all Nodes); node ports do not answer on the last \
+                 {n_left_out}: --nodeport-addresses takes fewer"
+            ),
+            Self::TableFull { map, left_out } => write!(
+                f,
+                "map {map} is full of entries that are not the agent's; {left_out} is left to the network until an audit has \
+                 removed them: find who else writes below --pin-path"
+            ),
             Self::UnknownKind => f.write_str("unknown kind; it is ignored"),
             Self::UnknownVersion { version, expected } => {
                 write!(f, "apiVersion: {version:?} is not known, {expected} is; it is ignored")

@@ -82,7 +82,10 @@ impl Notice {
         let (reason, action) = match &issue.kind {
             IssueKind::ServicesFull { .. }
             | IssueKind::EndpointsFull { .. }
-            | IssueKind::TooManyEndpoints { .. } => ("TableFull", "Sync"),
+            | IssueKind::TooManyEndpoints { .. }
+            | IssueKind::TooManyAddresses { .. }
+            | IssueKind::NodesFull { .. }
+            | IssueKind::TableFull { .. } => ("TableFull", "Sync"),
             IssueKind::FrontendTaken { .. } => ("AddressConflict", "Sync"),
             // kube-proxy's words.
             IssueKind::HealthCheckPortTaken { .. } => ("FailedToStartServiceHealthcheck", "Listen"),

@@ -30,6 +30,38 @@ impl Suspects {
         self.services.is_empty() && self.nodes.is_empty()
     }
 
+    /// Adds others.
+    pub fn extend(&mut self, others: Self) {
+        self.services.extend(others.services);
+        self.nodes.extend(others.nodes);
+    }
+
+    /// Adds the key that an operation inserts. `false` if it inserts none.
+    pub fn insert_key_of(&mut self, op: &Op) -> bool {
+        match op {
+            Op::InsertService { address, .. } => drop(self.services.insert(*address)),
+            Op::InsertNode { address, .. } => drop(self.nodes.insert(*address)),
+            _ => return false,
+        }
+        true
+    }
+
+    /// Whether the key that an operation inserts is among them.
+    #[must_use]
+    pub fn has_key_of(&self, op: &Op) -> bool {
+        match op {
+            Op::InsertService { address, .. } => self.services.contains(address),
+            Op::InsertNode { address, .. } => self.nodes.contains(address),
+            _ => false,
+        }
+    }
+
+    /// Leaves out what an image does not have.
+    pub fn retain_in(&mut self, image: &Image) {
+        self.services.retain(|address| image.services.contains_key(address));
+        self.nodes.retain(|address| image.node_addrs.contains_key(address));
+    }
+
     /// The part of an image that is about them.
     #[must_use]
     pub fn part_of(&self, image: &Image) -> Image {

@@ -133,8 +133,10 @@ struct Freed {
     runs: [Vec<Run>; 2],
     /// How many keys of frontends of each family: they take up room until the plan is carried out, since it inserts first.
     n_keys: [u32; 2],
-    /// How many elements of `node_addrs`, also those that get another value.
+    /// The same of keys of `node_addrs`.
     n_nodes: u32,
+    /// Whether a key of `node_addrs` gets another value, and with it another element.
+    has_replaced: bool,
 }
 
 /// Keeps the tables' target state and turns changes into operations.
@@ -152,6 +154,8 @@ pub struct Encoder {
     n_services: [u32; 2],
     /// Keys that are in the tables still and belong to no frontend: of leftovers, and of `freed` and `held_back`.
     n_leaving: [u32; 2],
+    /// The same of keys of `node_addrs`.
+    n_nodes_leaving: u32,
     frontend_ids: Pool,
     service_ids: Pool,
     endpoint_ids: Pool,
@@ -182,6 +186,7 @@ impl Encoder {
             service_ids_by_port: BTreeMap::new(),
             n_services: [0; 2],
             n_leaving: [0; 2],
+            n_nodes_leaving: 0,
             frontend_ids: no_ids(),
             service_ids: no_ids(),
             endpoint_ids: no_ids(),
@@ -460,22 +465,35 @@ impl Encoder {
         }
     }
 
-    /// Sets the node addresses that node ports answer on: address → whether it is this node's.
-    pub fn set_node_addrs(&mut self, desired: &BTreeMap<IpAddr, bool>) {
-        for (&address, &own) in desired {
-            let old = self.image.node_addrs.insert(address, own);
-            if old != Some(own) {
-                self.ops.push(Op::InsertNode { address, own });
-                self.freed.n_nodes += u32::from(old.is_some());
-            }
-        }
+    /// Sets the node addresses that node ports answer on: address → whether it is this node's. Returns how many of them
+    /// find no room. If [`Self::holds_back`], they may after the next grace period.
+    pub fn set_node_addrs(&mut self, desired: &BTreeMap<IpAddr, bool>) -> usize {
+        let known = &mut self.image.node_addrs;
         let gone: Vec<IpAddr> =
-            self.image.node_addrs.keys().filter(|address| !desired.contains_key(address)).copied().collect();
+            known.keys().filter(|address| !desired.contains_key(address)).copied().collect();
         for address in gone {
-            self.image.node_addrs.remove(&address);
+            known.remove(&address);
             self.ops.push(Op::DeleteNode(address));
             self.freed.n_nodes += 1;
+            self.n_nodes_leaving += 1;
         }
+        let mut n_refused = 0;
+        let own_first =
+            [true, false].into_iter().flat_map(|own| desired.iter().filter(move |node| *node.1 == own));
+        for (&address, &own) in own_first {
+            match known.get(&address) {
+                Some(&old) if old == own => continue,
+                Some(_) => self.freed.has_replaced = true,
+                None if known.len() + self.n_nodes_leaving as usize >= limits::MAX_NODE_ADDRS as usize => {
+                    n_refused += 1;
+                    continue;
+                }
+                None => {}
+            }
+            known.insert(address, own);
+            self.ops.push(Op::InsertNode { address, own });
+        }
+        n_refused
     }
 
     /// The operations of all changes since the last call.
@@ -499,6 +517,7 @@ impl Encoder {
             self.frontend_ids.free(freed.frontend_ids);
             self.service_ids.free(freed.service_ids);
             self.endpoint_ids.free(freed.endpoint_ids);
+            self.n_nodes_leaving -= freed.n_nodes;
             for (family, runs) in freed.runs.into_iter().enumerate() {
                 self.n_leaving[family] -= freed.n_keys[family];
                 runs.into_iter().for_each(|run| self.space[family].free(run.offset, run.len));

@@ -1,3 +1,5 @@
+use std::net::Ipv4Addr;
+
 use super::*;
 use crate::{
     desired::fixture::{ip, nodes, settings, topology},
@@ -132,4 +134,44 @@ fn a_node_that_is_about_to_go_changes_no_topology() {
     assert_eq!(Topology::new(&nodes, &settings(), &[]), before);
     nodes[0].zone = Some("z".into());
     assert_ne!(Topology::new(&nodes, &settings(), &[]), before);
+}
+
+#[test]
+fn room_is_shared_in_turns() {
+    for (wanted, room, expected) in [
+        (&[][..], 5, &[][..]),
+        (&[3, 1, 2], 6, &[3, 1, 2]),
+        (&[3, 1, 2], 100, &[3, 1, 2]),
+        (&[3, 1, 2], 5, &[2, 1, 2]),
+        (&[9, 1, 9], 10, &[5, 1, 4]),
+        (&[9, 9, 9], 2, &[1, 1, 0]),
+        (&[9, 0, 9], 0, &[0, 0, 0]),
+        (&[40_000, 2, 2], 32_768, &[32_764, 2, 2]),
+    ] {
+        assert_eq!(shares(wanted, room), expected, "{wanted:?} {room}");
+    }
+}
+
+/// Whatever other Nodes list, each keeps its first addresses, and this one all of its own.
+#[test]
+fn r6_more_addresses_than_there_is_room_for() {
+    let (n_nodes, n_each) = (600u32, 64u32);
+    let mut nodes = nodes();
+    let base = nodes[1].clone();
+    nodes.extend((0..n_nodes).map(|n| Node {
+        name: format!("node-x{n}").into(),
+        addresses: (0..n_each).map(|k| Ipv4Addr::from(0x0a00_0000 + n * n_each + k).into()).collect(),
+        ..base.clone()
+    }));
+    let topology = Topology::new(&nodes, &settings(), &[]);
+    assert_eq!(topology.node_addresses().len(), MAX_NODE_ADDRS as usize);
+    assert_eq!(*topology.own_addresses(), ips(&["192.168.0.1", "fd01::1"]));
+    assert!(OTHERS.iter().all(|other| topology.is_node_address(ip(other))));
+    let n_left_out: usize = topology.left_out().map(|(_, n)| n).sum();
+    assert_eq!(n_left_out, (n_nodes * n_each) as usize + 2 + OTHERS.len() - MAX_NODE_ADDRS as usize);
+    for (node, n) in topology.left_out() {
+        let there = topology.addresses_of(node);
+        assert_eq!((there.len() + n, there.len().abs_diff(55) <= 1), (n_each as usize, true), "{node}");
+        assert!(there.iter().all(|ip| topology.node_of(*ip) == Some(node)), "{node}");
+    }
 }

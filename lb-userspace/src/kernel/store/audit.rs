@@ -1,8 +1,8 @@
 //! Comparing the kernel's tables with what they should hold, and putting them right.
 
 use super::{
-    Entry, FrontendKey4, FrontendKey6, Image, IpAddr, Ipv4Addr, Ipv6Addr, Kernel, KernelError, Key, Maps,
-    Plain, SocketAddr, gone_is_fine, key, node_key,
+    Done, Entry, FrontendKey4, FrontendKey6, Image, IpAddr, Ipv4Addr, Ipv6Addr, Kernel, KernelError, Key,
+    Maps, Plain, SocketAddr, gone_is_fine, key, node_key,
 };
 use crate::plan::{
     Phase,
@@ -34,11 +34,25 @@ pub struct Findings {
 }
 
 impl Findings {
+    /// Adds keys that are known to be missing.
+    pub fn suspect(&mut self, missing: &Suspects) {
+        self.suspects.extend(missing.clone());
+    }
+
     /// Whether everything is as it should be.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.suspects.is_empty() && self.strays.is_empty()
     }
+}
+
+/// What a repair came to.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Repaired {
+    /// How many entries of each map were repaired.
+    pub faults: Faults,
+    /// Keys that are still missing: somebody has filled the map again.
+    pub no_room: Suspects,
 }
 
 impl Maps {
@@ -97,7 +111,7 @@ impl Maps {
 
 impl Kernel {
     /// Looks at findings again and repairs what differs from `expected`, which is what all plans carried out so far
-    /// have led to. Returns how many entries of each map were repaired.
+    /// have led to.
     ///
     /// May wait for a grace period. An endpoint that somebody altered is overwritten where it is: a call in that moment
     /// may read a part of it as it was, as any call before.
@@ -105,26 +119,30 @@ impl Kernel {
     /// # Errors
     ///
     /// As [`Self::apply`]: start over from what the tables hold.
-    pub fn repair(&mut self, expected: &Image, findings: &Findings) -> Result<Faults, KernelError> {
+    pub fn repair(&mut self, expected: &Image, findings: &Findings) -> Result<Repaired, KernelError> {
         let expected = findings.suspects.part_of(expected);
         let found = self.maps.read_again(&findings.suspects, &expected)?;
         let plan = diff(&found, &expected);
-        let mut repaired = faults(plan.ops(), &found);
+        let mut removed_strays = Faults::new();
         for &stray in &findings.strays {
             let removed = match stray {
                 Stray::V4(key) => gone_is_fine(stray.map(), self.maps.services4.remove(&Plain(key))),
                 Stray::V6(key) => gone_is_fine(stray.map(), self.maps.services6.remove(&Plain(key))),
             };
             removed?;
-            *repaired.entry(stray.map()).or_default() += 1;
+            *removed_strays.entry(stray.map()).or_default() += 1;
         }
         if !findings.strays.is_empty() {
             self.freed();
         }
         // What is foreign goes first, to make room for what is missing.
         self.apply(&plan.part(|_, op| op.phase() == Phase::Delete))?;
-        self.apply(&plan.part(|_, op| op.phase() != Phase::Delete))?;
-        Ok(repaired)
+        let Done { no_room, .. } = self.apply(&plan.part(|_, op| op.phase() != Phase::Delete))?;
+        let mut faults = faults(plan.part(|_, op| !no_room.has_key_of(op)).ops(), &found);
+        for (map, n) in removed_strays {
+            *faults.entry(map).or_default() += n;
+        }
+        Ok(Repaired { faults, no_room })
     }
 }
 

@@ -1,6 +1,7 @@
 use std::collections::BTreeSet;
 
 use k8s_openapi::api::core::v1 as api;
+use lb_common::limits::MAX_ADDRS_PER_NODE;
 
 use super::{Report, TO_BE_DELETED, ZONE};
 use crate::model::{Issue, IssueKind, Node, ObjectRef, address};
@@ -8,7 +9,7 @@ use crate::model::{Issue, IssueKind, Node, ObjectRef, address};
 /// Ingests a Node.
 ///
 /// Addresses of type `InternalIP` come before those of type `ExternalIP`, each in the order of the object, as
-/// `pkg/util/node/node.go` ranks them; host names are not resolved.
+/// `pkg/util/node/node.go` ranks them; host names are not resolved. Only the first [`MAX_ADDRS_PER_NODE`] count.
 #[must_use]
 pub fn node(object: &api::Node) -> (Option<Node>, Vec<Issue>) {
     let metadata = &object.metadata;
@@ -36,6 +37,11 @@ pub fn node(object: &api::Node) -> (Option<Node>, Vec<Issue>) {
                 }),
             }
         }
+    }
+    let n_left_out = addresses.len().saturating_sub(MAX_ADDRS_PER_NODE);
+    if n_left_out > 0 {
+        addresses.truncate(MAX_ADDRS_PER_NODE);
+        report.add(IssueKind::TooManyAddresses { n_left_out, max: MAX_ADDRS_PER_NODE });
     }
     let zone = metadata.labels.as_ref().and_then(|labels| labels.get(ZONE)).filter(|zone| !zone.is_empty());
     let taints = object.spec.as_ref().and_then(|spec| spec.taints.as_deref()).unwrap_or_default();

@@ -105,6 +105,25 @@ fn r2_node_addresses() {
     );
 }
 
+/// A Node is written by its kubelet, which may be anybody's by now.
+#[test]
+fn r14_a_node_has_so_many_addresses_and_no_more() {
+    for (n, n_left_out) in [(64, 0), (65, 1), (40_000, 39_936)] {
+        let address =
+            |n: u32| json!({"type": "InternalIP", "address": std::net::Ipv4Addr::from(0x0a00_0000 + n)});
+        let addresses: Vec<_> = (0..n).map(address).collect();
+        let (node, issues) =
+            ingest_node(&json!({"metadata": {"name": "node"}, "status": {"addresses": addresses}}));
+        let addresses = node.unwrap().addresses;
+        assert_eq!((addresses.len(), addresses[0].to_string()), (64, "10.0.0.0".to_owned()));
+        let expected = format!(
+            "status.addresses: more than 64; node ports do not answer on the last {n_left_out}: have the kubelet or the \
+             cloud's controller list fewer"
+        );
+        assert_eq!(texts(&issues), if n_left_out > 0 { vec![expected] } else { Vec::new() });
+    }
+}
+
 #[test]
 fn zone_and_deletion_of_a_node() {
     assert_eq!(node("node-a", "a", &[]).zone.as_deref(), Some("a"));

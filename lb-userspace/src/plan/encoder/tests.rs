@@ -190,7 +190,7 @@ fn plans_say_whether_they_free_something() {
             encoder.set(frontend.address, Some(&frontend)).unwrap();
         }
     };
-    let cases: [Case<'_>; 9] = [
+    let cases: [Case<'_>; 8] = [
         ("nothing", &[web(one, &[])], &set(web(one, &[])), false),
         ("a new frontend", &[], &set(web(one, &["10.1.0.1"])), false),
         ("an address more", &[web(one, &["10.1.0.1"])], &set(web(two, &["10.1.0.1"])), false),
@@ -199,7 +199,6 @@ fn plans_say_whether_they_free_something() {
         ("an end", &[web(one, &[])], &|encoder| encoder.set(one, None).unwrap(), true),
         ("other endpoints", &[web(one, &["10.1.0.1"])], &set(web(one, &["10.1.0.2"])), true),
         ("another owner, without endpoints", &[web(one, &[])], &set(frontend("shop", "", one, &[])), true),
-        ("a node", &[], &|encoder| encoder.set_node_addrs(&[(ip, true)].into()), false),
     ];
     for (what, before, change, frees) in cases {
         let mut encoder = Encoder::new(ROOM);
@@ -209,7 +208,7 @@ fn plans_say_whether_they_free_something() {
     }
     let mut encoder = Encoder::new(ROOM);
     for (nodes, frees) in [(vec![(ip, true)], false), (vec![(ip, false)], true), (vec![], true)] {
-        encoder.set_node_addrs(&nodes.clone().into_iter().collect());
+        assert_eq!(encoder.set_node_addrs(&nodes.clone().into_iter().collect()), 0);
         assert_eq!(encoder.take_plan().frees(), frees, "{nodes:?}");
     }
 }
@@ -278,9 +277,9 @@ fn the_flag_for_the_policy_local_is_on_whenever_the_run_is_of_that_policy() {
 fn node_addresses_are_inserted_changed_and_deleted() {
     let mut encoder = Encoder::new(ROOM);
     let ip = |text: &str| text.parse::<IpAddr>().unwrap();
-    encoder.set_node_addrs(&[(ip("10.0.0.1"), true), (ip("10.0.0.2"), false)].into());
+    assert_eq!(encoder.set_node_addrs(&[(ip("10.0.0.1"), true), (ip("10.0.0.2"), false)].into()), 0);
     assert_eq!(encoder.take_plan().ops().len(), 2);
-    encoder.set_node_addrs(&[(ip("10.0.0.2"), true), (ip("10.0.0.3"), false)].into());
+    assert_eq!(encoder.set_node_addrs(&[(ip("10.0.0.2"), true), (ip("10.0.0.3"), false)].into()), 0);
     assert_eq!(
         encoder.take_plan().ops(),
         [
@@ -289,6 +288,29 @@ fn node_addresses_are_inserted_changed_and_deleted() {
             Op::DeleteNode(ip("10.0.0.1")),
         ]
     );
+}
+
+/// Also of addresses that go: a plan inserts before it deletes.
+#[test]
+fn node_addresses_wait_for_room_and_the_own_ones_come_first() {
+    let all = |first: u32, n: u32| -> BTreeMap<IpAddr, bool> {
+        (first..first + n).map(|ip| (std::net::Ipv4Addr::from(ip).into(), false)).collect()
+    };
+    let mut encoder = Encoder::new(ROOM);
+    assert_eq!(encoder.set_node_addrs(&all(0, limits::MAX_NODE_ADDRS)), 0);
+    let _plan = encoder.take_plan();
+    let mut next = all(2, limits::MAX_NODE_ADDRS - 1);
+    let own = IpAddr::from([255, 0, 0, 1]);
+    next.insert(own, true);
+    assert_eq!(encoder.set_node_addrs(&next), 2);
+    let plan = encoder.take_plan();
+    assert_eq!(phases(&plan), [Phase::Delete; 2]);
+    assert_eq!(encoder.set_node_addrs(&next), 2, "the plan is not carried out yet");
+    encoder.settled(plan.number());
+    next.extend(all(u32::MAX / 2, 2));
+    assert_eq!(encoder.set_node_addrs(&next), 2);
+    assert!(encoder.image().node_addrs.contains_key(&own));
+    assert_eq!(encoder.image().node_addrs.len(), limits::MAX_NODE_ADDRS as usize);
 }
 
 #[test]
