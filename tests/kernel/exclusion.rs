@@ -2,6 +2,7 @@
 
 use std::{collections::BTreeSet, fs, net::SocketAddr, path::Path, thread, time::Duration};
 
+use lb_common::limits;
 use lb_tests::{
     Feature, Sandbox,
     agent::{self, Agent},
@@ -12,7 +13,7 @@ use lb_tests::{
 };
 use lb_userspace::{
     kernel::{
-        Options, cgroup,
+        KernelError, Options, cgroup,
         exclusion::{Exclusion, Place, place_of},
     },
     model::Protocol::{Tcp, Udp},
@@ -147,5 +148,29 @@ fn agents_that_exclude_nobody_do_not_look() {
         exclusion.set(&[place(sandbox.cgroup().path())].into()).unwrap();
         assert!(are_served());
         exclusion.set(&BTreeSet::new()).unwrap();
+    });
+}
+
+/// By more cgroups than there is room for, or by a stranger.
+#[test]
+fn a_full_map_keeps_the_oldest_and_loses_strangers() {
+    with_agent(true, |sandbox, exclusion| {
+        let most = u64::from(limits::MAX_EXCLUDED);
+        let places = |ids: std::ops::Range<u64>| -> BTreeSet<Place> {
+            ids.map(|id| Place { id: 1_000_000_000 + id, level: 3 }).collect()
+        };
+        let ids = |places: BTreeSet<Place>| places.iter().map(|place| place.id).collect::<BTreeSet<u64>>();
+        let full = exclusion.set(&places(0..most + 1));
+        assert!(matches!(full, Err(KernelError::MapFull { name: "excluded" })), "{full:?}");
+        assert_eq!(exclusion.ids().unwrap(), ids(places(0..most)));
+
+        // None of these is wanted, as if a stranger had filled the map.
+        let wanted = in_child(sandbox, |directory| {
+            let wanted = BTreeSet::from([place(directory)]);
+            assert!(exclusion.set(&wanted).unwrap());
+            assert!(are_left_alone());
+            wanted
+        });
+        assert_eq!(exclusion.ids().unwrap(), ids(wanted));
     });
 }
