@@ -142,7 +142,7 @@ fn socklb(
         }
     }
     let plan: Plan = diff(&Image::default(), &image);
-    let _n_ops = kernel.apply(&plan)?;
+    let _done = kernel.apply(&plan)?;
     Ok(Box::new(kernel))
 }
 

@@ -237,7 +237,7 @@ fn socklb(setup: Setup, sandbox: &Sandbox) -> anyhow::Result<(Kernel, Duration, 
     let mut kernel = Kernel::open(&options, || {})?;
     let loading = began.elapsed();
     let began = Instant::now();
-    let _n_ops = kernel.apply(&plan)?;
+    let _done = kernel.apply(&plan)?;
     let programming = began.elapsed();
     let mut changes = Vec::new();
     for change in 0..setup.n_changes {
@@ -245,7 +245,7 @@ fn socklb(setup: Setup, sandbox: &Sandbox) -> anyhow::Result<(Kernel, Duration, 
         for (from, to) in [(&whole, &other), (&other, &whole)] {
             let plan = diff(from, to);
             let began = Instant::now();
-            let _n_ops = kernel.apply(&plan)?;
+            let _done = kernel.apply(&plan)?;
             changes.push(began.elapsed());
             // The agent waits before it uses freed places anew, and nobody waits for that.
             kernel.settle();

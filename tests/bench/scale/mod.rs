@@ -151,7 +151,7 @@ fn image(n_services: u32, n_endpoints: u32) -> Image {
 
 /// Fills the tables.
 fn fill(kernel: &mut Kernel, n_services: u32, n_endpoints: u32) -> anyhow::Result<()> {
-    let _n_ops = kernel.apply(&diff(&Image::default(), &image(n_services, n_endpoints)))?;
+    let _done = kernel.apply(&diff(&Image::default(), &image(n_services, n_endpoints)))?;
     Ok(())
 }
 
