@@ -293,7 +293,7 @@ fn changes_under_way_are_no_faults() {
 
 /// Fills a map with keys that no agent has inserted. Returns how many it took.
 fn fill<K: Pod, V: Pod>(map: &mut HashMap<MapData, K, V>, value: V, key: impl Fn(u32) -> K) -> u64 {
-    let n_foreign = (0..).find(|n| map.insert(key(*n), value, 0).is_err()).unwrap();
+    let n_foreign = (0..=u32::MAX).find(|n| map.insert(key(*n), value, 0).is_err()).unwrap();
     assert!(n_foreign > 100, "{n_foreign} foreign keys fit");
     n_foreign.into()
 }

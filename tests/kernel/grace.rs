@@ -65,39 +65,45 @@ struct Slow {
     program: OwnedFd,
 }
 
+/// Opcode, destination and source registers, offset, immediate: see the kernel's
+/// `Documentation/bpf/standardization/instruction-set.rst`.
+fn insn(code: u8, dst: u8, src: u8, offset: i16, imm: i32) -> u64 {
+    let head = u64::from(code) | u64::from(dst | src << 4) << 8;
+    head | u64::from(offset.cast_unsigned()) << 16 | u64::from(imm.cast_unsigned()) << 32
+}
+
+fn instructions(counts: &OwnedFd) -> [u64; 12] {
+    const LOAD_ADDRESS: u8 = 0x18;
+    const MAP_VALUE: u8 = 2;
+    const MOVE: u8 = 0xb7;
+    const ADD: u8 = 0x07;
+    const ATOMIC_ADD: u8 = 0xdb;
+    const CALL: u8 = 0x85;
+    const JUMP_IF_LESS: u8 = 0xa5;
+    const EXIT: u8 = 0x95;
+    const KTIME_GET_NS: i32 = 5;
+    [
+        insn(LOAD_ADDRESS, 6, MAP_VALUE, 0, counts.as_raw_fd()),
+        0,
+        insn(MOVE, 1, 0, 0, 1),
+        insn(ATOMIC_ADD, 6, 1, 0, 0),
+        insn(MOVE, 7, 0, 0, 0),
+        insn(CALL, 0, 0, 0, KTIME_GET_NS),
+        insn(ADD, 7, 0, 0, 1),
+        insn(JUMP_IF_LESS, 7, 0, -3, N_STEPS),
+        insn(MOVE, 1, 0, 0, 1),
+        insn(ATOMIC_ADD, 6, 1, 8, 0),
+        insn(MOVE, 0, 0, 0, 0),
+        insn(EXIT, 0, 0, 0, 0),
+    ]
+}
+
 impl Slow {
     fn load() -> Self {
+        const SOCKET_FILTER: u32 = 1;
         // An array of one element of 16 bytes: how often it has started, how often it has ended.
         let counts = owned(bpf(Command::MapCreate, &mut [pair(2, 4), pair(16, 1), 0, 0, 0]).unwrap());
-        // Opcode, destination, source, offset, immediate: see `Documentation/bpf/standardization/instruction-set.rst`.
-        let insn = |code: u8, dst: u8, src: u8, offset: i16, imm: i32| {
-            let head = u64::from(code) | u64::from(dst | src << 4) << 8;
-            head | u64::from(offset.cast_unsigned()) << 16 | u64::from(imm.cast_unsigned()) << 32
-        };
-        const LOAD_ADDRESS: u8 = 0x18;
-        const MAP_VALUE: u8 = 2;
-        const MOVE: u8 = 0xb7;
-        const ADD: u8 = 0x07;
-        const ATOMIC_ADD: u8 = 0xdb;
-        const CALL: u8 = 0x85;
-        const JUMP_IF_LESS: u8 = 0xa5;
-        const EXIT: u8 = 0x95;
-        const KTIME_GET_NS: i32 = 5;
-        let instructions = [
-            insn(LOAD_ADDRESS, 6, MAP_VALUE, 0, counts.as_raw_fd()),
-            0,
-            insn(MOVE, 1, 0, 0, 1),
-            insn(ATOMIC_ADD, 6, 1, 0, 0),
-            insn(MOVE, 7, 0, 0, 0),
-            insn(CALL, 0, 0, 0, KTIME_GET_NS),
-            insn(ADD, 7, 0, 0, 1),
-            insn(JUMP_IF_LESS, 7, 0, -3, N_STEPS),
-            insn(MOVE, 1, 0, 0, 1),
-            insn(ATOMIC_ADD, 6, 1, 8, 0),
-            insn(MOVE, 0, 0, 0, 0),
-            insn(EXIT, 0, 0, 0, 0),
-        ];
-        const SOCKET_FILTER: u32 = 1;
+        let instructions = instructions(&counts);
         let n = u32::try_from(instructions.len()).unwrap();
         let (code, license) = (instructions.as_ptr() as u64, c"Dual MIT/GPL".as_ptr() as u64);
         let program = bpf(Command::ProgLoad, &mut [pair(SOCKET_FILTER, n), code, license, 0, 0, 0, 0, 0, 0]);
@@ -175,12 +181,12 @@ fn wait_beside_programs(reader: usize, waiter: usize, n_beside: usize) {
                 n_found += usize::from(started > ended);
                 assert!(began.elapsed() < PATIENCE, "{n_found} of {n_waits} waits were beside a program");
             }
-            println!("{n_found} of {n_waits} waits were beside a program, {:?}", began.elapsed());
+            eprintln!("{n_found} of {n_waits} waits were beside a program, {:?}", began.elapsed());
         });
-        let waited = waiting.join();
+        let end = waiting.join();
         is_over.store(true, Ordering::Relaxed);
-        waited.unwrap();
-    })
+        end.unwrap();
+    });
 }
 
 /// The kernel's shortcut for one CPU does not hold where programs are preempted.
@@ -192,10 +198,10 @@ fn after_a_grace_period_every_program_has_ended() {
     let allowed = sched_getaffinity(Pid::from_raw(0)).unwrap();
     let cpus: Vec<usize> = (0..CpuSet::count()).filter(|cpu| allowed.is_set(*cpu).unwrap()).collect();
     let (first, last) = (cpus[0], cpus[cpus.len() - 1]);
-    print!("on one CPU: ");
+    eprint!("on one CPU: ");
     wait_beside_programs(first, first, if is_preemptible() { 5 } else { 0 });
     if first != last {
-        print!("on two CPUs: ");
+        eprint!("on two CPUs: ");
         wait_beside_programs(last, first, 5);
     }
 }

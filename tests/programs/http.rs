@@ -246,7 +246,7 @@ fn a_hostile_node_and_a_stranger_end_no_agent() {
         let said = |what: &str| agent.log().iter().filter(|line| line.contains(what)).count();
 
         let first = u32::from(Ipv4Addr::new(10, 200, 0, 0));
-        let addresses = (first..first + MAX_NODE_ADDRS + 1).map(|ip| Ipv4Addr::from(ip).into());
+        let addresses = (first..=first + MAX_NODE_ADDRS).map(|ip| Ipv4Addr::from(ip).into());
         let hostile = cluster::node("hostile", &addresses.collect::<Vec<IpAddr>>());
         place.write(&town.cluster(0..2).with([hostile]));
         eventually("the Node is named", || said("Node hostile: status.addresses: more than 64") == 1);

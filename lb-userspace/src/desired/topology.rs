@@ -82,7 +82,9 @@ impl Topology {
             if !without_room.is_empty() {
                 left_out.insert(name.clone(), without_room.len());
             }
-            without_room.iter().for_each(|ip| drop(others.remove(ip)));
+            for ip in without_room {
+                others.remove(&ip);
+            }
         }
         Self {
             node_name: settings.node_name.clone(),

@@ -435,6 +435,46 @@ impl IssueKind {
     }
 }
 
+impl IssueKind {
+    /// What is said of those that are about room in a table; nothing of others.
+    fn fmt_no_room(&self, f: &mut impl fmt::Write) -> fmt::Result {
+        match self {
+            Self::ServicesFull { map, capacity, needed } => write!(
+                f,
+                "map {map} is full ({capacity} entries, {needed} needed); raise --max-services; the service stays as \
+                 it was"
+            ),
+            Self::EndpointsFull { map, capacity, needed } => write!(
+                f,
+                "map {map} has no room ({capacity} entries, {needed} needed); raise --max-endpoints; the service \
+                 stays as it was"
+            ),
+            Self::TooManyEndpoints { n_left_out, max } => {
+                write!(
+                    f,
+                    "spec.ports: more than {max} endpoints in all; {n_left_out} ports are left out: split the service"
+                )
+            }
+            Self::TooManyAddresses { n_left_out, max } => write!(
+                f,
+                "status.addresses: more than {max}; node ports do not answer on the last {n_left_out}: have the kubelet or \
+                 the cloud's controller list fewer"
+            ),
+            Self::NodesFull { map, capacity, n_left_out } => write!(
+                f,
+                "status.addresses: map {map} is full ({capacity} entries for all Nodes); node ports do not answer on the last \
+                 {n_left_out}: --nodeport-addresses takes fewer"
+            ),
+            Self::TableFull { map, left_out } => write!(
+                f,
+                "map {map} is full of entries that are not the agent's; {left_out} is left to the network until an audit has \
+                 removed them: find who else writes below --pin-path"
+            ),
+            _ => Ok(()),
+        }
+    }
+}
+
 impl fmt::Display for IssueKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut f = Escaped(f);
@@ -513,34 +553,12 @@ impl fmt::Display for IssueKind {
             Self::FrontendTaken { address, winner } => {
                 write!(f, "{address} belongs to service {winner}; this service does not answer there")
             }
-            Self::ServicesFull { map, capacity, needed } => write!(
-                f,
-                "map {map} is full ({capacity} entries, {needed} needed); raise --max-services; the service stays as \
-                 it was"
-            ),
-            Self::EndpointsFull { map, capacity, needed } => write!(
-                f,
-                "map {map} has no room ({capacity} entries, {needed} needed); raise --max-endpoints; the service \
-                 stays as it was"
-            ),
-            Self::TooManyEndpoints { n_left_out, max } => {
-                write!(f, "spec.ports: more than {max} endpoints in all; {n_left_out} ports are left out: split the service")
-            }
-            Self::TooManyAddresses { n_left_out, max } => write!(
-                f,
-                "status.addresses: more than {max}; node ports do not answer on the last {n_left_out}: have the kubelet or \
-                 the cloud's controller list fewer"
-            ),
-            Self::NodesFull { map, capacity, n_left_out } => write!(
-                f,
-                "status.addresses: map {map} is full ({capacity} entries for all Nodes); node ports do not answer on the last \
-                 {n_left_out}: --nodeport-addresses takes fewer"
-            ),
-            Self::TableFull { map, left_out } => write!(
-                f,
-                "map {map} is full of entries that are not the agent's; {left_out} is left to the network until an audit has \
-                 removed them: find who else writes below --pin-path"
-            ),
+            Self::ServicesFull { .. }
+            | Self::EndpointsFull { .. }
+            | Self::TooManyEndpoints { .. }
+            | Self::TooManyAddresses { .. }
+            | Self::NodesFull { .. }
+            | Self::TableFull { .. } => self.fmt_no_room(&mut f),
             Self::UnknownKind => f.write_str("unknown kind; it is ignored"),
             Self::UnknownVersion { version, expected } => {
                 write!(f, "apiVersion: {version:?} is not known, {expected} is; it is ignored")

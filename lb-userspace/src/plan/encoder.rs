@@ -501,12 +501,11 @@ impl Encoder {
     pub fn take_plan(&mut self) -> Plan {
         self.end_leftovers();
         self.n_plans += 1;
-        let (freed, ops) = (std::mem::take(&mut self.freed), std::mem::take(&mut self.ops));
-        let frees = freed != Freed::default();
+        let frees = self.freed != Freed::default();
         if frees {
-            self.held_back.push_back((self.n_plans, freed));
+            self.held_back.push_back((self.n_plans, std::mem::take(&mut self.freed)));
         }
-        Plan::ordered(self.n_plans, ops, frees)
+        Plan::ordered(self.n_plans, std::mem::take(&mut self.ops), frees)
     }
 
     /// A grace period has passed since the plan of this number was carried out: what it and those before it freed is free.
@@ -520,7 +519,9 @@ impl Encoder {
             self.n_nodes_leaving -= freed.n_nodes;
             for (family, runs) in freed.runs.into_iter().enumerate() {
                 self.n_leaving[family] -= freed.n_keys[family];
-                runs.into_iter().for_each(|run| self.space[family].free(run.offset, run.len));
+                for run in runs {
+                    self.space[family].free(run.offset, run.len);
+                }
             }
         }
     }

@@ -177,14 +177,15 @@ fn what_is_freed_waits_for_a_grace_period() {
     assert_eq!(encoder.image().services[&two], 0, "ids are used again before fresh ones");
 }
 
+/// What is there, what is done, and whether that frees anything.
+type Case<'a> = (&'a str, &'a [desired::Frontend], &'a dyn Fn(&mut Encoder), bool);
+
 /// Whether a plan frees something is nothing that its operations tell.
 #[test]
 fn plans_say_whether_they_free_something() {
     let (one, two) = (address("10.96.0.1", 80), address("10.96.0.2", 80));
     let ip: IpAddr = "10.0.0.1".parse().unwrap();
     let web = |at, endpoints: &[&str]| frontend("web", "", at, endpoints);
-    // What is there, what is done, and whether that frees anything.
-    type Case<'a> = (&'a str, &'a [desired::Frontend], &'a dyn Fn(&mut Encoder), bool);
     let set = |frontend: desired::Frontend| {
         move |encoder: &mut Encoder| {
             encoder.set(frontend.address, Some(&frontend)).unwrap();
