@@ -83,8 +83,9 @@ fn judge(host: &Host, is_beside_v1: bool) -> Vec<Finding> {
         btf(host.has_btf),
         judged(
             "cgroup v2",
-            host.cgroup.as_ref().map(|path| {
-                format!("{}{}", path.display(), if is_beside_v1 { ", beside cgroup v1" } else { "" })
+            host.cgroup.as_ref().map(|(path, extent)| {
+                let beside = if is_beside_v1 { ", beside cgroup v1" } else { "" };
+                format!("{}{beside}: {extent}", path.display())
             }),
         ),
         judged("BPF file system", host.pin_path.as_ref().map(|path| path.display().to_string())),

@@ -208,7 +208,7 @@ pub fn cleanup(args: &PinArgs) -> anyhow::Result<ExitCode> {
         Err(source) => return Err(SnapshotError::Io { path, source }.into()),
     }
     // An agent serves the root, unless it is told otherwise.
-    removed.extend(cgroup::find_any().ok().and_then(|root| self_test::remove_leftover(&root)));
+    removed.extend(cgroup::find_widest().ok().and_then(|root| self_test::remove_leftover(&root)));
     // After the work: a reader that goes away does not stop it half-way.
     let lines = removed.iter().map(|path| format!("removed {}\n", path.display()));
     super::show(&lines.collect::<String>())?;

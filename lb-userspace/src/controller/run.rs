@@ -307,6 +307,7 @@ impl Agent {
         let mut state = State::new(settings, interfaces, capacity, &kernel.maps().image()?);
         info!(
             cgroup = %options.kernel.cgroup.display(),
+            covers = %kernel::cgroup::extent(&options.kernel.cgroup),
             pins = %options.kernel.pin_path.display(),
             source = source.describe(),
             adopted = state.image().services.len(),

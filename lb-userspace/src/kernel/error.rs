@@ -32,10 +32,10 @@ pub enum KernelError {
         "no cgroup v2 hierarchy is mounted: `mount -t cgroup2 none /sys/fs/cgroup`, or name one with --cgroup"
     )]
     NoCgroup,
-    /// Only a part of the hierarchy is mounted: a container's own.
+    /// Nothing above the own cgroup is in sight: all that is mounted is a container's own.
     #[error(
-        "the cgroup v2 hierarchy at {} is this container's own, not the host's: programs attached there would see the calls of \
-         this container only. Mount the host's /sys/fs/cgroup into the container, at any place, or name a part of it with --cgroup",
+        "the cgroup v2 hierarchy at {} is this container's own, not its node's: programs attached there would see the calls of \
+         this container only. Mount the node's /sys/fs/cgroup into the container, at any place, or name a part of it with --cgroup",
         path.display()
     )]
     OwnCgroup {

@@ -10,7 +10,9 @@ use std::{
 use aya::{maps::MapInfo, programs::loaded_programs};
 
 use super::{
-    Features, KernelError, cgroup, pins,
+    Features, KernelError,
+    cgroup::{self, Extent},
+    pins,
     sockets::{self, SocketError},
     store, syscall,
 };
@@ -22,8 +24,8 @@ pub struct Host {
     pub kernel: String,
     /// Whether the kernel tells its own types (BTF).
     pub has_btf: bool,
-    /// The cgroup whose processes would be served.
-    pub cgroup: Result<PathBuf, KernelError>,
+    /// The cgroup whose processes would be served, and whose these are.
+    pub cgroup: Result<(PathBuf, Extent), KernelError>,
     /// Whether the directory for pins is on a BPF file system, or could be made on one.
     pub pin_path: Result<PathBuf, KernelError>,
     /// Capabilities in effect, as bits (capabilities(7)).
@@ -54,9 +56,13 @@ const ATTACH_TYPES: [(&str, u32); 8] = [
 #[must_use]
 pub fn look(cgroup: Option<PathBuf>, pin_path: &Path) -> Host {
     let features = Features::probe();
-    let cgroup = cgroup.map_or_else(cgroup::find_root, Ok).and_then(|path| cgroup::open(&path).map(|_| path));
+    let cgroup = cgroup.map_or_else(cgroup::find_root, Ok).and_then(|path| {
+        let _is_one = cgroup::open(&path)?;
+        let extent = cgroup::extent(&path);
+        Ok((path, extent))
+    });
     let neighbours = match &cgroup {
-        Ok(cgroup) => neighbours(cgroup, pin_path),
+        Ok((cgroup, _)) => neighbours(cgroup, pin_path),
         Err(_reported_already) => Ok(BTreeMap::new()),
     };
     Host {

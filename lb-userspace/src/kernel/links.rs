@@ -2,14 +2,11 @@
 
 use std::{
     fs, io,
-    os::{fd::AsFd as _, unix::fs::MetadataExt as _},
+    os::fd::AsFd as _,
     path::{Path, PathBuf},
 };
 
 use super::{Features, cgroup, pins, syscall};
-
-/// The largest number of directories that are looked at for a cgroup: an order of magnitude above a full node.
-const MAX_DIRECTORIES: usize = 100_000;
 
 /// A link that is attached.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -43,12 +40,15 @@ pub enum LinkProblem {
 #[must_use]
 pub fn look(pin_path: &Path, below: Option<&Path>) -> Vec<(&'static str, Result<Link, LinkProblem>)> {
     let needed: Vec<&str> = pins::hooks(Features::probe()).collect();
-    let root = below.map(Path::to_owned).or_else(|| cgroup::find_root().or_else(|_| cgroup::find_any()).ok());
+    let root = below.map(Path::to_owned).or_else(|| cgroup::find_widest().ok());
     let mut known: Option<(u64, Option<PathBuf>)> = None;
     let mut place = |id: u64| {
         // All are attached to one cgroup, as a rule.
         if known.as_ref().is_none_or(|(known, _)| *known != id) {
-            known = Some((id, root.as_deref().and_then(|root| directory_of(id, root))));
+            known = Some((
+                id,
+                root.as_deref().and_then(|root| cgroup::directories_of(&[id].into(), root).remove(&id)),
+            ));
         }
         known.as_ref().and_then(|(_, path)| path.clone())
     };
@@ -86,41 +86,9 @@ fn look_at(pin: &Path, place: &mut impl FnMut(u64) -> Option<PathBuf>) -> Result
     Ok(Link { program_id: info.program_id, cgroup, is_effective })
 }
 
-/// The directory of a cgroup by its id, which is its inode number. Level by level: the root is the usual place.
-fn directory_of(id: u64, root: &Path) -> Option<PathBuf> {
-    let (mut level, mut n_seen) = (vec![root.to_owned()], 0);
-    while !level.is_empty() && n_seen < MAX_DIRECTORIES {
-        n_seen += level.len();
-        if let Some(found) = level.iter().find(|path| fs::metadata(path).is_ok_and(|data| data.ino() == id)) {
-            return Some(found.clone());
-        }
-        level = level.iter().filter_map(|path| fs::read_dir(path).ok()).flat_map(directories).collect();
-    }
-    None
-}
-
-fn directories(entries: fs::ReadDir) -> Vec<PathBuf> {
-    let is_directory = |entry: &fs::DirEntry| entry.file_type().is_ok_and(|kind| kind.is_dir());
-    entries.flatten().filter(is_directory).map(|entry| entry.path()).collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_directory_is_found_by_its_inode() {
-        let root = tempfile::tempdir().unwrap();
-        let deep = root.path().join("a/b/c");
-        fs::create_dir_all(&deep).unwrap();
-        fs::create_dir(root.path().join("d")).unwrap();
-        for path in [root.path(), &deep] {
-            let id = fs::metadata(path).unwrap().ino();
-            assert_eq!(directory_of(id, root.path()).as_deref(), Some(path));
-        }
-        assert_eq!(directory_of(0, root.path()), None);
-        assert_eq!(directory_of(0, Path::new("/nonexistent")), None);
-    }
 
     #[test]
     fn what_is_not_pinned_is_missing() {

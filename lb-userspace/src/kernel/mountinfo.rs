@@ -5,6 +5,8 @@ use std::{ffi::OsString, os::unix::ffi::OsStringExt as _, path::PathBuf};
 /// A mount, as far as it is looked at.
 #[derive(Debug)]
 pub(super) struct Mount<'a> {
+    /// The kernel's number for it, as in `/proc/PID/fdinfo`.
+    pub(super) id: u32,
     /// What of the file system is mounted, escapes included.
     pub(super) root: &'a [u8],
     /// Where.
@@ -17,15 +19,16 @@ pub(super) struct Mount<'a> {
 pub(super) fn mounts(text: &[u8]) -> impl Iterator<Item = Mount<'_>> {
     text.split(|byte| *byte == b'\n').filter_map(|line| {
         let mut fields = line.split(|byte| *byte == b' ');
-        let (root, point) = (fields.nth(3)?, fields.next()?);
+        let id = std::str::from_utf8(fields.next()?).ok()?.parse().ok()?;
+        let (root, point) = (fields.nth(2)?, fields.next()?);
         // Options and any number of optional fields, a dash, then the type.
         let file_system = fields.skip_while(|field| *field != b"-").nth(1)?;
-        Some(Mount { root, point: PathBuf::from(OsString::from_vec(unescape(point))), file_system })
+        Some(Mount { id, root, point: PathBuf::from(OsString::from_vec(unescape(point))), file_system })
     })
 }
 
 /// Undoes the escapes of mountinfo: a backslash and three octal digits for blanks, line ends and backslashes.
-fn unescape(text: &[u8]) -> Vec<u8> {
+pub(super) fn unescape(text: &[u8]) -> Vec<u8> {
     let mut plain = Vec::with_capacity(text.len());
     let mut rest = text;
     while let Some((&first, after)) = rest.split_first() {

@@ -3,7 +3,7 @@ use std::{collections::BTreeMap, io};
 use expect_test::expect;
 
 use super::*;
-use crate::kernel::Features;
+use crate::kernel::{Features, cgroup::Extent};
 
 const ALL: u64 = (1 << 39) | (1 << 12) | (1 << 38);
 
@@ -11,7 +11,7 @@ fn able() -> Host {
     Host {
         kernel: "Linux 6.18.5".to_owned(),
         has_btf: true,
-        cgroup: Ok("/sys/fs/cgroup".into()),
+        cgroup: Ok(("/sys/fs/cgroup".into(), Extent::Host)),
         pin_path: Ok("/sys/fs/bpf/socklb".into()),
         capabilities: ALL,
         features: Features {
@@ -31,7 +31,7 @@ fn a_host_that_has_everything() {
     expect![[r"
         ok       kernel           Linux 6.18.5
         ok       BTF              the kernel tells its types
-        ok       cgroup v2        /sys/fs/cgroup
+        ok       cgroup v2        /sys/fs/cgroup: all processes of this host
         ok       BPF file system  /sys/fs/bpf/socklb
         ok       capabilities     CAP_BPF CAP_NET_ADMIN CAP_PERFMON
         ok       programs         the kernel's verifier takes those of all hooks
@@ -52,7 +52,19 @@ fn an_old_kernel_is_a_note_not_a_fault() {
     let findings = judge(&host, true);
     assert!(findings.iter().all(|finding| finding.status != Status::Missing));
     assert_eq!(findings.iter().filter(|finding| finding.status == Status::Note).count(), 2);
-    assert_eq!(findings[2].found, "/sys/fs/cgroup, beside cgroup v1");
+    assert_eq!(findings[2].found, "/sys/fs/cgroup, beside cgroup v1: all processes of this host");
+}
+
+#[test]
+fn what_is_covered_is_said() {
+    for (extent, expected) in [
+        (Extent::Host, "/c: all processes of this host"),
+        (Extent::Node, "/c: all processes of this node, which is itself a container"),
+        (Extent::Cgroup, "/c: the processes of this cgroup only"),
+    ] {
+        let host = Host { cgroup: Ok(("/c".into(), extent)), ..able() };
+        assert_eq!(judge(&host, false)[2].found, expected);
+    }
 }
 
 #[test]
