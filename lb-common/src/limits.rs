@@ -32,7 +32,8 @@ pub const SOCKET_SETS: u32 = 4096;
 /// Entries of the map `excluded`: cgroups that are left alone.
 pub const MAX_EXCLUDED: u32 = 4096;
 
-/// Levels of cgroups below the root that can be excluded, from 1 on: a pod's is at 2 to 5. A bit of a word for each.
+/// Levels of cgroups below the machine's root that can be excluded, from 1 on: a pod's is at 2 to 5, on a node of kind two
+/// deeper. A bit of a word for each.
 pub const CGROUP_LEVELS: u32 = 16;
 
 /// Default first and last node port (kube-apiserver's `--service-node-port-range`).

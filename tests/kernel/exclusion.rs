@@ -13,12 +13,17 @@ use lb_tests::{
 };
 use lb_userspace::{
     kernel::{
-        KernelError, Options, cgroup,
-        exclusion::{Exclusion, Place, place_of},
+        KernelError, Options,
+        cgroup::{self, Extent},
+        exclusion::{Exclusion, Hierarchy, Place},
     },
     model::Protocol::{Tcp, Udp},
 };
-use nix::errno::Errno;
+use nix::{
+    errno::Errno,
+    mount::{MntFlags, MsFlags, mount, umount2},
+    sched::{CloneFlags, unshare},
+};
 
 use crate::calls::service_address;
 
@@ -28,7 +33,7 @@ fn empty_service() -> SocketAddr {
 }
 
 fn place(directory: &Path) -> Place {
-    place_of(&cgroup::find_any().unwrap(), directory).unwrap()
+    Hierarchy::find().unwrap().place_of(directory).unwrap()
 }
 
 /// What comes of a call of each kind, from this thread.
@@ -56,9 +61,9 @@ fn are_left_alone() -> bool {
     outcomes().iter().all(|outcome| *outcome == Err(Errno::ENETUNREACH))
 }
 
-/// Runs something on a thread in a cgroup below that of the sandbox.
-fn in_child<R: Send>(sandbox: &Sandbox, body: impl FnOnce(&Path) -> R + Send) -> R {
-    let child = sandbox.cgroup().path().join("child");
+/// Runs something on a thread in a cgroup below another.
+fn in_child<R: Send>(parent: &Path, body: impl FnOnce(&Path) -> R + Send) -> R {
+    let child = parent.join("child");
     fs::create_dir(&child).unwrap();
     fs::write(child.join("cgroup.type"), "threaded").unwrap();
     let result = thread::scope(|scope| {
@@ -114,7 +119,7 @@ fn calls_from_an_excluded_cgroup_are_left_alone() {
         let own = place(sandbox.cgroup().path());
         assert!(exclusion.set(&[own].into()).unwrap());
         assert!(are_left_alone());
-        assert!(in_child(sandbox, |_| are_left_alone()), "and those from below it");
+        assert!(in_child(sandbox.cgroup().path(), |_| are_left_alone()), "and those from below it");
         assert_eq!(exclusion.ids().unwrap(), BTreeSet::from([own.id]));
 
         assert!(!exclusion.set(&[own].into()).unwrap(), "as it was");
@@ -130,13 +135,63 @@ fn calls_from_an_excluded_cgroup_are_left_alone() {
 #[test]
 fn the_cgroups_beside_and_above_an_excluded_one_are_served() {
     with_agent(true, |sandbox, exclusion| {
-        let in_child_alone = in_child(sandbox, |child| {
+        let in_child_alone = in_child(sandbox.cgroup().path(), |child| {
             assert!(are_served());
             exclusion.set(&[place(child)].into()).unwrap();
             are_left_alone()
         });
         assert!(in_child_alone);
         assert!(are_served());
+        exclusion.set(&BTreeSet::new()).unwrap();
+    });
+}
+
+/// Runs something in a cgroup namespace that begins at the calling thread's cgroup, with this part of the hierarchy as the only one
+/// in sight, as on a node that is a container. It is given where that is mounted.
+fn in_container<R>(body: impl FnOnce(&Path) -> R) -> R {
+    const NONE: Option<&str> = None;
+    unshare(CloneFlags::CLONE_NEWCGROUP | CloneFlags::CLONE_NEWNS).unwrap();
+    let node = tempfile::tempdir().unwrap();
+    while let Ok(mounted) = cgroup::find_any() {
+        umount2(&mounted, MntFlags::MNT_DETACH).unwrap();
+    }
+    mount(Some("none"), node.path(), Some("cgroup2"), MsFlags::empty(), NONE).unwrap();
+    let result = body(node.path());
+    umount2(node.path(), MntFlags::MNT_DETACH).unwrap();
+    result
+}
+
+/// A node's own view has no machine's root in it, from which programs count levels.
+#[test]
+fn exclusion_holds_three_cgroup_namespaces_deep() {
+    with_agent(true, |sandbox, exclusion| {
+        let from_the_machines_root = place(sandbox.cgroup().path()).level;
+        in_child(sandbox.cgroup().path(), |_| {
+            in_container(|node| {
+                in_child(node, |_| {
+                    in_container(|node| {
+                        in_child(node, |_| {
+                            in_container(|node| {
+                                assert!(matches!(cgroup::find_root(), Err(KernelError::OwnCgroup { .. })));
+                                let (pod, level) = in_child(node, |pod| {
+                                    assert_eq!(cgroup::find_root().unwrap(), node);
+                                    assert_eq!(cgroup::extent(node), Extent::Node);
+                                    assert_eq!(cgroup::extent(pod), Extent::Cgroup);
+                                    assert!(are_served());
+                                    let place = place(pod);
+                                    assert_eq!(Hierarchy::find().unwrap().own_place().unwrap(), place);
+                                    assert!(exclusion.set(&[place].into()).unwrap());
+                                    assert!(are_left_alone());
+                                    (place.id, place.level)
+                                });
+                                assert_eq!(level, from_the_machines_root + 4);
+                                assert!(are_served(), "the cgroup above {pod}");
+                            });
+                        });
+                    });
+                });
+            });
+        });
         exclusion.set(&BTreeSet::new()).unwrap();
     });
 }

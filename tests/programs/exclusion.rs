@@ -12,7 +12,7 @@ use crate::{
 };
 
 /// Runs curl in a cgroup, as a container runtime would. `false` if it reaches nobody.
-fn answers_from(cgroup: &str) -> bool {
+pub(crate) fn answers_from(cgroup: &str) -> bool {
     let script =
         "echo 0 > \"$0/cgroup.threads\" && exec curl --silent --max-time 5 --output /dev/null \"$1\"";
     let url = format!("http://{}/", town::web()[0]);
@@ -39,6 +39,9 @@ fn processes_are_excluded_by_their_cgroup() {
         make(&late);
         eventually("it is excluded once it is there", || !answers_from(&late));
         eventually("that is said", || said("is there now"));
+        assert!(agent.has_said("no call has shown that they are left alone"), "{:#?}", agent.log());
+        let status = || text(&place.binary, &place.args(&["status"]));
+        eventually("both are listed", || [&early, &late].iter().all(|path| status().contains(*path)));
         assert!(is_up(town::web()[0]), "the others are served");
 
         // What was excluded stays so while no agent runs, and ends with the next that excludes nobody.
@@ -48,6 +51,43 @@ fn processes_are_excluded_by_their_cgroup() {
         eventually("it is served again", || answers_from(&early));
         drop(agent);
         for path in [early, late] {
+            eventually("the cgroup is empty", || fs::remove_dir(&path).is_ok());
+        }
+    });
+}
+
+/// An agent above serves what the one below leaves alone: that a cgroup is excluded is not said before a call has shown it.
+#[test]
+fn an_exclusion_that_a_call_disproves_is_not_claimed() {
+    with_town(|place, town| {
+        place.write(&town.cluster(0..2));
+        let often = "--self-test-interval=200ms";
+        let above = place.start_with(&[LISTEN[0], LISTEN[1], often]);
+        eventually("the agent above is at work", || above.has_said("the self-test is passed"));
+        let (served, excluded) = (format!("{}/below", place.cgroup), format!("{}/below/batch", place.cgroup));
+        for path in [&served, &excluded] {
+            fs::create_dir(path).unwrap();
+            fs::write(format!("{path}/cgroup.type"), "threaded").unwrap();
+        }
+        let flag = format!("--exclude-cgroup={excluded}");
+        let mut command = Command::new(&place.binary);
+        command.env("SOCKLB_PIN_PATH", format!("{}-below", place.pin_path)).env("SOCKLB_CGROUP", &served);
+        let below = place.spawn(command, &[LISTEN[0], LISTEN[1], often, "--node-name=node", &flag]);
+        eventually("the agent below is at work", || below.has_said("the self-test is passed"));
+        eventually("it doubts", || {
+            let log = below.log();
+            let doubt = log.iter().find(|line| line.contains("no call has shown that they are left alone"));
+            doubt.is_some_and(|line| line.contains(&excluded) && line.contains("served all the same"))
+        });
+        assert!(!below.has_said("calls from these cgroups are left alone"), "{:#?}", below.log());
+
+        drop(above);
+        text(&place.binary, &place.args(&["cleanup"]));
+        eventually("a call shows it once nothing above serves it", || {
+            below.has_said("calls from these cgroups are left alone")
+        });
+        drop(below);
+        for path in [excluded, served] {
             eventually("the cgroup is empty", || fs::remove_dir(&path).is_ok());
         }
     });

@@ -4,7 +4,10 @@ use std::{io::Write as _, path::PathBuf, process::ExitCode};
 
 use clap::Args;
 
-use crate::{model::Family, self_test::calls::make};
+use crate::{
+    model::Family,
+    self_test::calls::{make, make_excluded},
+};
 
 /// Flags of the hidden command.
 #[derive(Debug, Args)]
@@ -15,6 +18,9 @@ pub struct CallsArgs {
     /// Whether to call over IPv6 too.
     #[arg(long)]
     ipv6: bool,
+    /// Whether this cgroup is excluded, so that a call is to be left alone.
+    #[arg(long)]
+    excluded: bool,
 }
 
 /// Makes the calls and prints what came of them, as JSON.
@@ -24,7 +30,8 @@ pub struct CallsArgs {
 /// Standard output is closed.
 pub fn calls(args: &CallsArgs) -> anyhow::Result<ExitCode> {
     let families = if args.ipv6 { &[Family::V4, Family::V6][..] } else { &[Family::V4] };
-    let report = serde_json::to_string(&make(args.cgroup.as_ref(), families))?;
-    writeln!(std::io::stdout(), "{report}")?;
+    let cgroup = args.cgroup.as_ref();
+    let report = if args.excluded { make_excluded(cgroup) } else { make(cgroup, families) };
+    writeln!(std::io::stdout(), "{}", serde_json::to_string(&report)?)?;
     Ok(ExitCode::SUCCESS)
 }

@@ -17,7 +17,7 @@ use std::{
 use clap::Args;
 use serde::Deserialize;
 
-use self::report::{AgentPart, HookRow, MapRow, SnapshotPart, Status, issues};
+use self::report::{AgentPart, ExcludedRow, HookRow, MapRow, SnapshotPart, Status, issues};
 use super::{
     PinArgs,
     config::{self, Listen, UsageError},
@@ -25,7 +25,12 @@ use super::{
     listing::state_of,
 };
 use crate::{
-    kernel::{KernelError, host, links, store::Maps},
+    kernel::{
+        KernelError, cgroup,
+        exclusion::{Exclusion, uid_of},
+        host, links,
+        store::Maps,
+    },
     snapshot::{self, Snapshot, SnapshotError},
 };
 
@@ -85,6 +90,8 @@ pub fn status(args: &StatusArgs) -> anyhow::Result<ExitCode> {
         pin_path: args.pins.pin_path.clone(),
         pin_problem: problem,
         maps,
+        covers: hooks.iter().find_map(|hook| hook.cgroup.as_deref()).map(cgroup::extent),
+        excluded_cgroups: excluded_cgroups(args),
         other_programs: other_programs(args, &hooks),
         hooks,
         n_issues: asked.n_issues(),
@@ -132,6 +139,18 @@ fn hooks(args: &StatusArgs) -> Vec<HookRow> {
         .into_iter()
         .map(|(hook, link)| HookRow::new(hook, link))
         .collect()
+}
+
+/// What the programs leave alone. Nothing if the maps cannot be read, which is told already.
+fn excluded_cgroups(args: &StatusArgs) -> Vec<ExcludedRow> {
+    let ids = Exclusion::open(&args.pins.pin_path).and_then(|map| map.ids()).unwrap_or_default();
+    let root = cgroup::find_widest().ok().filter(|_| !ids.is_empty());
+    let mut directories = root.map(|root| cgroup::directories_of(&ids, &root)).unwrap_or_default();
+    let rows = ids.into_iter().map(|id| {
+        let cgroup = directories.remove(&id);
+        ExcludedRow { pod_uid: cgroup.as_deref().and_then(uid_of), cgroup, id }
+    });
+    rows.collect()
 }
 
 /// Those of others where ours are. None if that cannot be told: `socklb check` says why.

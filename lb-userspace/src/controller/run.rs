@@ -327,7 +327,7 @@ impl Agent {
         let serving = listeners.serve(&maps_path, &metrics, &signs_of_life, asking)?;
         let (health_checks, wanted) = watch::channel(Wanted::default());
         let (reporting, port_issues) = watch::channel(Vec::new());
-        let health_ports = tokio::spawn(health_ports::run(wanted, signs_of_life, reporting));
+        let health_ports = tokio::spawn(health_ports::run(wanted, signs_of_life.clone(), reporting));
         let (excluding, excluded) = watch::channel(Excluded::default());
         let beside = Beside {
             graces,
@@ -335,7 +335,7 @@ impl Agent {
             port_issues: port_issues.clone(),
             health_ports,
             _serving: serving,
-            _excluding: exclude::start(&maps_path, &options, excluded)?,
+            _excluding: exclude::start(&maps_path, &options, excluded, signs_of_life)?,
         };
         let mut agent = Self {
             ledger: Ledger::new(state.settings().node_name.clone(), now),

@@ -2,11 +2,12 @@
 //!
 //! # Purpose
 //!
-//! [`Exclusion`] writes the maps `excluded` and `excluded_levels`; [`place_of`] and [`pods`] find what to write. The programs look
-//! at them only if they were loaded with [`super::Options::excludes`].
+//! [`Exclusion`] writes the maps `excluded` and `excluded_levels`; [`Hierarchy`] finds what to write. The programs look at them only
+//! if they were loaded with [`super::Options::excludes`].
 //!
 //! # Invariants
 //!
+//! - Levels are counted from the machine's root, as the programs count them, also where only a part of the hierarchy is in sight.
 //! - A level is in the mask for as long as a cgroup at that level is in the map.
 
 use std::{
@@ -20,7 +21,7 @@ use std::{
 use aya::maps::{Array, HashMap, MapData};
 use lb_common::limits;
 
-use super::{KernelError, store::open_pinned};
+use super::{KernelError, cgroup, store::open_pinned, syscall};
 
 /// Most directories that are looked at for pods: an order of magnitude above a full node.
 const MAX_DIRECTORIES: usize = 20_000;
@@ -32,7 +33,7 @@ const MAX_DEPTH: usize = 6;
 pub struct Place {
     /// Its id: the inode number of its directory.
     pub id: u64,
-    /// Levels below the root of the hierarchy: 1 for a child of it.
+    /// Levels below the machine's root: 1 for a child of it.
     pub level: u32,
 }
 
@@ -105,70 +106,125 @@ impl Exclusion {
     }
 }
 
-/// The place of a cgroup's directory below the root of the hierarchy.
-///
-/// # Errors
-///
-/// `NotFound` if there is no such directory; `InvalidInput` if it is not below the root, is the root itself, or is deeper
-/// than programs look.
-pub fn place_of(root: &Path, directory: &Path) -> io::Result<Place> {
-    let invalid = |what: String| io::Error::new(io::ErrorKind::InvalidInput, what);
-    let (root, directory) = (fs::canonicalize(root)?, fs::canonicalize(directory)?);
-    let below = directory
-        .strip_prefix(&root)
-        .map_err(|_elsewhere| invalid(format!("not a cgroup below {}", root.display())))?;
-    let level = u32::try_from(below.components().count()).unwrap_or(u32::MAX);
-    if level == 0 {
-        return Err(invalid("the root of all cgroups: nothing would be served".to_owned()));
-    }
-    if level >= limits::CGROUP_LEVELS {
-        return Err(invalid(format!("more than {} levels deep", limits::CGROUP_LEVELS - 1)));
-    }
-    Ok(Place { id: fs::metadata(&directory)?.ino(), level })
+/// The hierarchy as far as it is in sight.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Hierarchy {
+    root: PathBuf,
+    /// Of the root, below the machine's.
+    level: u32,
 }
 
-/// The cgroups of pods, by the pods' UIDs. A pod without processes on this host has none.
-///
-/// By the names that the kubelet gives them: `pod` and the UID, with `-` or, below systemd, `_` between its parts. What cannot be
-/// read is passed over: cgroups come and go.
-#[must_use]
-pub fn pods(root: &Path, uids: &BTreeSet<Arc<str>>) -> BTreeMap<Arc<str>, Vec<Place>> {
-    let mut found = BTreeMap::<Arc<str>, Vec<Place>>::new();
-    if uids.is_empty() {
-        return found;
+impl Hierarchy {
+    /// Finds the topmost hierarchy in sight, or else a part of it, and asks the kernel at which level it begins.
+    ///
+    /// # Errors
+    ///
+    /// [`KernelError::NoCgroup`] if none is mounted, [`KernelError::Level`] if the kernel does not tell the level.
+    ///
+    /// # Kernel
+    ///
+    /// 5.10
+    pub fn find() -> Result<Self, KernelError> {
+        let root = cgroup::find_widest()?;
+        let elsewhere = || io::Error::other("this process is not below it");
+        let level = fs::metadata(&root).and_then(|data| match data.ino() {
+            // Also on kernels without trace events.
+            cgroup::ROOT_INODE => Ok(0),
+            id => syscall::level_of(id)?.ok_or_else(elsewhere),
+        });
+        match level {
+            Ok(level) => Ok(Self { root, level }),
+            Err(source) => Err(KernelError::Level { path: root, source }),
+        }
     }
-    let (mut level, mut n_seen) = (vec![root.to_owned()], 0);
-    for _ in 0..MAX_DEPTH {
-        let mut next = Vec::new();
-        for directory in level.iter().flat_map(|parent| children(parent)) {
-            n_seen += 1;
-            match uid_in(&directory, uids) {
-                // What is below it is excluded with it.
-                Some(uid) => found.entry(Arc::clone(uid)).or_default().extend(place_of(root, &directory)),
-                None => next.push(directory),
+
+    /// Where it is mounted.
+    #[must_use]
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// The place of the cgroup that the calling thread is in.
+    ///
+    /// # Errors
+    ///
+    /// `NotFound` if it is not in sight; `InvalidInput` as [`Self::place_of`], and if there are cgroups below it.
+    pub fn own_place(&self) -> io::Result<Place> {
+        let not_found = || io::Error::new(io::ErrorKind::NotFound, "the agent's own cgroup is not in sight");
+        let id = fs::metadata(cgroup::find_own().ok_or_else(not_found)?)?.ino();
+        let directory = cgroup::directories_of(&[id].into(), &self.root).remove(&id).ok_or_else(not_found)?;
+        if !cgroup::children(&directory).is_empty() {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "there are cgroups below the agent's own",
+            ));
+        }
+        self.place_of(&directory)
+    }
+
+    /// The place of a cgroup's directory.
+    ///
+    /// # Errors
+    ///
+    /// `NotFound` if there is no such directory; `InvalidInput` if it is not below the root, is the root itself, or is deeper
+    /// than programs look.
+    pub fn place_of(&self, directory: &Path) -> io::Result<Place> {
+        let invalid = |what: String| io::Error::new(io::ErrorKind::InvalidInput, what);
+        let (root, directory) = (fs::canonicalize(&self.root)?, fs::canonicalize(directory)?);
+        let below = directory
+            .strip_prefix(&root)
+            .map_err(|_elsewhere| invalid(format!("not a cgroup below {}", root.display())))?;
+        let n_below = u32::try_from(below.components().count()).unwrap_or(u32::MAX);
+        if n_below == 0 {
+            return Err(invalid("the root of all cgroups: nothing would be served".to_owned()));
+        }
+        let level = self.level.saturating_add(n_below);
+        if level >= limits::CGROUP_LEVELS {
+            let deepest = limits::CGROUP_LEVELS - 1;
+            return Err(invalid(format!("{level} levels below the machine's root, more than {deepest}")));
+        }
+        Ok(Place { id: fs::metadata(&directory)?.ino(), level })
+    }
+
+    /// The cgroups of pods, by the pods' UIDs. A pod without processes on this host has none.
+    ///
+    /// By the names that the kubelet gives them: `pod` and the UID, with `-` or, below systemd, `_` between its parts. What cannot
+    /// be read is passed over: cgroups come and go.
+    #[must_use]
+    pub fn pods(&self, uids: &BTreeSet<Arc<str>>) -> BTreeMap<Place, PathBuf> {
+        let mut found = BTreeMap::new();
+        if uids.is_empty() {
+            return found;
+        }
+        let (mut level, mut n_seen) = (vec![self.root.clone()], 0);
+        for _ in 0..MAX_DEPTH {
+            let mut next = Vec::new();
+            for directory in level.iter().flat_map(|parent| cgroup::children(parent)) {
+                n_seen += 1;
+                if uid_of(&directory).is_some_and(|uid| uids.contains(uid.as_str())) {
+                    // What is below it is excluded with it.
+                    found.extend(self.place_of(&directory).map(|place| (place, directory)));
+                } else {
+                    next.push(directory);
+                }
             }
+            if n_seen > MAX_DIRECTORIES {
+                break;
+            }
+            level = next;
         }
-        if n_seen > MAX_DIRECTORIES {
-            break;
-        }
-        level = next;
+        found
     }
-    found
 }
 
-/// Which of these UIDs a directory is named after.
-fn uid_in<'a>(directory: &Path, uids: &'a BTreeSet<Arc<str>>) -> Option<&'a Arc<str>> {
+/// The UID of the pod that a directory is named after, if it is. Those of static pods are numbers without `-`.
+#[must_use]
+pub fn uid_of(directory: &Path) -> Option<String> {
     let name = directory.file_name()?.to_str()?;
     let name = name.strip_suffix(".slice").unwrap_or(name);
-    let uid = name.rsplit_once("pod").map(|(_, uid)| uid.replace('_', "-"))?;
-    uids.get(uid.as_str())
-}
-
-/// The directories in a directory.
-fn children(directory: &Path) -> Vec<PathBuf> {
-    let entries = fs::read_dir(directory).into_iter().flatten().flatten();
-    let is_directory = |entry: &fs::DirEntry| entry.file_type().is_ok_and(|kind| kind.is_dir());
-    entries.filter(is_directory).map(|entry| entry.path()).collect()
+    let uid = name.rsplit_once("pod")?.1.replace('_', "-");
+    let is_uid = uid.len() >= 32 && uid.bytes().all(|byte| byte.is_ascii_hexdigit() || byte == b'-');
+    is_uid.then_some(uid)
 }
 
 #[cfg(test)]
@@ -176,22 +232,25 @@ mod tests {
     use super::*;
 
     #[test]
-    fn places_are_counted_from_the_root() {
+    fn places_are_counted_from_the_machines_root() {
         let root = tempfile::tempdir().unwrap();
         let deep = root.path().join("a/b");
         fs::create_dir_all(&deep).unwrap();
         let id = fs::metadata(&deep).unwrap().ino();
-        assert_eq!(place_of(root.path(), &deep).unwrap(), Place { id, level: 2 });
+        let hierarchy = |level| Hierarchy { root: root.path().to_owned(), level };
+        assert_eq!(hierarchy(0).place_of(&deep).unwrap(), Place { id, level: 2 });
+        assert_eq!(hierarchy(3).place_of(&deep).unwrap(), Place { id, level: 5 });
         let deepest = deep.join("c/d/e/f/g/h/i/j/k/l/m/n/o");
         fs::create_dir_all(deepest.join("p")).unwrap();
-        assert_eq!(place_of(root.path(), &deepest).unwrap().level, 15);
-        for (directory, cause) in [
-            (root.path().join("none"), "No such file"),
-            (root.path().to_owned(), "nothing would be served"),
-            (root.path().join(".."), "not a cgroup below"),
-            (deepest.join("p"), "levels deep"),
+        assert_eq!(hierarchy(0).place_of(&deepest).unwrap().level, 15);
+        for (level, directory, cause) in [
+            (0, root.path().join("none"), "No such file"),
+            (0, root.path().to_owned(), "nothing would be served"),
+            (0, root.path().join(".."), "not a cgroup below"),
+            (0, deepest.join("p"), "16 levels below"),
+            (1, deepest, "16 levels below"),
         ] {
-            let error = place_of(root.path(), &directory).unwrap_err().to_string();
+            let error = hierarchy(level).place_of(&directory).unwrap_err().to_string();
             assert!(error.contains(cause), "{}: {error}", directory.display());
         }
     }
@@ -211,11 +270,10 @@ mod tests {
             fs::create_dir_all(root.path().join(directory.replace("UID", &name))).unwrap();
         }
         let wanted: BTreeSet<Arc<str>> = [1, 2, 3, 5].map(uid).into();
-        let found = pods(root.path(), &wanted);
-        let levels: Vec<(Arc<str>, Vec<u32>)> = found
-            .into_iter()
-            .map(|(uid, places)| (uid, places.into_iter().map(|place| place.level).collect()))
-            .collect();
-        assert_eq!(levels, [(uid(1), vec![3]), (uid(2), vec![3]), (uid(3), vec![3])]);
+        let found = Hierarchy { root: root.path().to_owned(), level: 2 }.pods(&wanted);
+        let found: BTreeSet<(Option<String>, u32)> =
+            found.into_iter().map(|(place, path)| (uid_of(&path), place.level)).collect();
+        assert_eq!(found, BTreeSet::from([1, 2, 3].map(|number| (Some(uid(number).to_string()), 5))));
+        assert_eq!(uid_of(Path::new("/libpod-1.scope")), None);
     }
 }

@@ -40,6 +40,25 @@ pub fn make(cgroup: Option<&PathBuf>, families: &[Family]) -> Report {
     Report { stayed, problems: problems.collect() }
 }
 
+/// Enters a cgroup, if one is given, and makes a call that is to be left alone, since the cgroup that it is made from is excluded. No
+/// call is made if the cgroup cannot be entered.
+///
+/// It is left alone if it goes where it says: to an address at which only the tables have an endpoint. A program of this host that
+/// listens on port 7 of all addresses makes it look served.
+#[must_use]
+pub fn make_excluded(cgroup: Option<&PathBuf>) -> Report {
+    if let Some(error) = cgroup.and_then(|cgroup| enter(cgroup).err()) {
+        return Report { stayed: Some(error.to_string()), problems: Vec::new() };
+    }
+    let problem =
+        match open(Way::Tcp, Family::V4).map(|socket| socket.connect(&service_address(Family::V4).into())) {
+            Ok(Err(error)) if error.kind() == io::ErrorKind::ConnectionRefused => None,
+            Ok(Ok(())) => Some("a call was served all the same".to_owned()),
+            Ok(Err(error)) | Err(error) => Some(format!("a call that should be refused: {error}")),
+        };
+    Report { stayed: None, problems: problem.into_iter().collect() }
+}
+
 /// Moves this process.
 fn enter(cgroup: &Path) -> io::Result<()> {
     fs::write(cgroup.join("cgroup.procs"), "0")

@@ -28,7 +28,7 @@ use std::{
 
 pub use self::{
     echo::Echo,
-    process::{Caller, Outcome, remove_leftover, run},
+    process::{Caller, Exempt, Outcome, remove_leftover, run, run_below_excluded, run_excluded},
 };
 use crate::model::{
     Family, Protocol, Service, ServiceKey, ServicePort, ServiceType, Slice, SliceEndpoint, SlicePort,

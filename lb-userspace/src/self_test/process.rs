@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use tokio::{process::Command, time::timeout};
+use tokio::{process::Command, sync::Mutex, time::timeout};
 
 use super::calls::Report;
 
@@ -37,23 +37,27 @@ pub struct Outcome {
     pub problems: Vec<String>,
 }
 
+/// What came of a call from an excluded cgroup.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Exempt {
+    /// It was left alone.
+    LeftAlone,
+    /// It was not, or went wrong in another way.
+    Failed(String),
+    /// There was none, for this reason.
+    NotMade(String),
+}
+
 /// Makes the calls once, below the cgroup that is served.
 ///
 /// A problem of the test itself counts as one: what is not proven is not promised.
 pub async fn run(served: &Path, has_ipv6: bool) -> Outcome {
+    let _turn = TURN.lock().await;
     let fresh = Fresh::make(served);
     let cgroup = fresh.as_ref().ok().map(|fresh| fresh.0.as_path());
-    let report = match timeout(PATIENCE, ask(cgroup, has_ipv6)).await {
-        Ok(Ok(report)) => report,
-        Ok(Err(error)) => {
-            let problem = format!("the process that makes the calls: {error}");
-            Report { stayed: None, problems: vec![problem] }
-        }
-        Err(_elapsed) => {
-            let problem = format!("the calls did not end within {} s", PATIENCE.as_secs());
-            Report { stayed: None, problems: vec![problem] }
-        }
-    };
+    let report = ask(cgroup, has_ipv6.then_some("--ipv6"))
+        .await
+        .unwrap_or_else(|problem| Report { stayed: None, problems: vec![problem] });
     let caller = match (&fresh, report.stayed) {
         (Err(error), _) => Caller::OwnCgroup(error.to_string()),
         (Ok(_), Some(why)) => Caller::OwnCgroup(why),
@@ -62,25 +66,59 @@ pub async fn run(served: &Path, has_ipv6: bool) -> Outcome {
     Outcome { caller, problems: report.problems }
 }
 
-async fn ask(cgroup: Option<&Path>, has_ipv6: bool) -> io::Result<Report> {
+/// Makes a call from a fresh cgroup below an excluded one.
+///
+/// It means something only while calls from elsewhere are seen to work.
+pub async fn run_below_excluded(excluded: &Path) -> Exempt {
+    match Fresh::make(excluded) {
+        Ok(fresh) => exempt(Some(&fresh.0)).await,
+        Err(error) => Exempt::NotMade(error.to_string()),
+    }
+}
+
+/// Makes a call from this process's own cgroup, which is excluded for as long as `exclude`'s answer lives. No self-test runs
+/// meanwhile.
+pub async fn run_excluded<E>(exclude: impl FnOnce() -> Result<E, String>) -> Exempt {
+    let _turn = TURN.lock().await;
+    match exclude() {
+        Ok(_excluded) => exempt(None).await,
+        Err(problem) => Exempt::NotMade(problem),
+    }
+}
+
+/// One of those that depend on whether the own cgroup is excluded.
+static TURN: Mutex<()> = Mutex::const_new(());
+
+async fn exempt(cgroup: Option<&Path>) -> Exempt {
+    match ask(cgroup, Some("--excluded")).await {
+        Ok(Report { stayed: Some(why), .. }) | Err(why) => Exempt::NotMade(why),
+        Ok(Report { problems, .. }) if problems.is_empty() => Exempt::LeftAlone,
+        Ok(Report { problems, .. }) => Exempt::Failed(problems.join("; ")),
+    }
+}
+
+/// Has a process make calls from a cgroup, or from this process's own. Returns what the process says, or why it says nothing.
+async fn ask(cgroup: Option<&Path>, flag: Option<&str>) -> Result<Report, String> {
     // The running program, also if its file was replaced or is out of sight.
     let mut command = Command::new("/proc/self/exe");
     command
         .arg0("socklb")
         .arg("self-test-calls")
+        .args(flag)
         .stdin(Stdio::null())
         .stderr(Stdio::piped())
         .kill_on_drop(true);
-    if has_ipv6 {
-        command.arg("--ipv6");
-    }
     if let Some(cgroup) = cgroup {
         command.arg("--cgroup").arg(cgroup);
     }
-    let output = command.output().await?;
+    let failed = |problem: String| format!("the process that makes the calls: {problem}");
+    let output = match timeout(PATIENCE, command.output()).await {
+        Ok(output) => output.map_err(|error| failed(error.to_string()))?,
+        Err(_elapsed) => return Err(format!("the calls did not end within {} s", PATIENCE.as_secs())),
+    };
     serde_json::from_slice(&output.stdout).map_err(|_no_report| {
         let said = String::from_utf8_lossy(&output.stderr);
-        io::Error::other(format!("{}: {}", output.status, said.lines().last().unwrap_or("it said nothing")))
+        failed(format!("{}: {}", output.status, said.lines().last().unwrap_or("it said nothing")))
     })
 }
 

@@ -13,7 +13,10 @@ use serde::{Serialize, Serializer};
 use super::ask::{Answer, Asked};
 use crate::{
     controller::State,
-    kernel::links::{Link, LinkProblem},
+    kernel::{
+        cgroup::Extent,
+        links::{Link, LinkProblem},
+    },
     model::Issue,
     plan::Capacity,
     snapshot::{Snapshot, SnapshotError},
@@ -35,6 +38,10 @@ pub(super) struct Status {
     pub(super) pin_problem: Option<String>,
     pub(super) maps: Vec<MapRow>,
     pub(super) hooks: Vec<HookRow>,
+    /// Whose calls the hooks meet: `host`, `node` (one that is a container) or `cgroup`; `null` if their cgroup is not found.
+    pub(super) covers: Option<Extent>,
+    /// Whose calls are left alone.
+    pub(super) excluded_cgroups: Vec<ExcludedRow>,
     /// Programs of others on the same hooks of the same cgroup, each with its hooks. They run too.
     pub(super) other_programs: BTreeMap<String, Vec<&'static str>>,
     /// How many issues a running agent knows of; `null` if none answers.
@@ -125,6 +132,16 @@ pub(super) struct HookRow {
     pub(super) program_id: Option<u32>,
     /// Why the state is what it is, unless that is clear.
     pub(super) problem: Option<String>,
+}
+
+/// A cgroup that is excluded, with all below it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub(super) struct ExcludedRow {
+    /// Its directory; `null` if it is not found, most often since it was removed a moment ago.
+    pub(super) cgroup: Option<PathBuf>,
+    pub(super) id: u64,
+    /// The pod whose cgroup it is, by the name that the kubelet gave it.
+    pub(super) pod_uid: Option<String>,
 }
 
 impl AgentPart {
@@ -256,6 +273,9 @@ impl Status {
             lines[3] = format!("pins      {problem}");
         }
         let mut text = lines.join("\n") + "\n";
+        if let Some(covers) = &self.covers {
+            let _infallible = writeln!(text, "covers    {covers}");
+        }
         if let Some(self_test) = &self.self_test {
             let _infallible = writeln!(text, "self-test {self_test}");
         }
@@ -269,6 +289,7 @@ impl Status {
             }
         }
         text.push_str(&self.hook_table());
+        text.push_str(&self.excluded_list());
         if !self.other_programs.is_empty() {
             text.push_str(
                 "\nOTHER PROGRAMS ON THE SAME HOOKS (they may change a call before or after socklb)\n",
@@ -318,6 +339,21 @@ impl Status {
             let line = format!("{hook:<12}  {state:<10}  {}", parts.join(": "));
             text.push_str(line.trim_end());
             text.push('\n');
+        }
+        text
+    }
+
+    fn excluded_list(&self) -> String {
+        let mut text = String::new();
+        if !self.excluded_cgroups.is_empty() {
+            text.push_str("\nEXCLUDED CGROUPS (calls from there are left alone)\n");
+        }
+        for ExcludedRow { cgroup, id, pod_uid } in &self.excluded_cgroups {
+            let place = cgroup
+                .as_ref()
+                .map_or_else(|| format!("not found: id {id}"), |path| path.display().to_string());
+            let pod = pod_uid.as_ref().map_or_else(String::new, |uid| format!(" (pod {uid})"));
+            let _infallible = writeln!(text, "  {place}{pod}");
         }
         text
     }

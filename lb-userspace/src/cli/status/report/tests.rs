@@ -51,6 +51,8 @@ fn well() -> Status {
             MapRow { map: "endpoints4", entries: 262_144, capacity: 262_144 },
         ],
         hooks: vec![hook("connect4"), hook("getpeername6")],
+        covers: Some(Extent::Host),
+        excluded_cgroups: Vec::new(),
         other_programs: BTreeMap::new(),
         n_issues: Some(0),
         issues: Vec::new(),
@@ -66,6 +68,7 @@ fn an_agent_at_work() {
                   last event 3 s ago, last sync 3 s ago, 0 changes waiting
         snapshot  /var/lib/socklb/snapshot: 12 services, 14 slices, 3 nodes, 2 h old
         pins      /sys/fs/bpf/socklb
+        covers    all processes of this host
         self-test passed
 
         MAP            ENTRIES  ROOM FOR   FULL
@@ -201,6 +204,37 @@ fn a_program_that_the_kernel_does_not_run_is_not_attached() {
     assert!(unseen.problem.unwrap().contains("--cgroup"));
 }
 
+#[test]
+fn excluded_cgroups_are_listed_with_their_pods() {
+    let row = |cgroup: Option<&str>, id, pod_uid: Option<&str>| ExcludedRow {
+        cgroup: cgroup.map(Into::into),
+        id,
+        pod_uid: pod_uid.map(str::to_owned),
+    };
+    let rows = vec![
+        row(Some("/sys/fs/cgroup/batch"), 7, None),
+        row(Some("/sys/fs/cgroup/kubepods/pod0a-1b"), 8, Some("0a-1b")),
+        row(None, 9, None),
+    ];
+    let status = Status { excluded_cgroups: rows, covers: Some(Extent::Node), ..well() };
+    assert!(status.text().contains("\ncovers    all processes of this node, which is itself a container\n"));
+    expect![[r"
+
+        EXCLUDED CGROUPS (calls from there are left alone)
+          /sys/fs/cgroup/batch
+          /sys/fs/cgroup/kubepods/pod0a-1b (pod 0a-1b)
+          not found: id 9
+    "]]
+    .assert_eq(&status.excluded_list());
+    let json = serde_json::to_value(&status).unwrap();
+    assert_eq!(json["covers"], "node");
+    assert_eq!(
+        json["excluded_cgroups"][1],
+        json!({ "cgroup": "/sys/fs/cgroup/kubepods/pod0a-1b", "id": 8, "pod_uid": "0a-1b" })
+    );
+    assert_eq!(well().excluded_list(), "");
+}
+
 /// Names that scripts hold on to.
 #[test]
 fn the_json_has_these_names() {
@@ -237,6 +271,8 @@ fn the_json_has_these_names() {
             "program_id": 7,
             "problem": null,
         }],
+        "covers": "host",
+        "excluded_cgroups": [],
         "other_programs": {},
         "issues_of_agent": 0,
         "issues": [],
