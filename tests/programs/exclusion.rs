@@ -39,7 +39,7 @@ fn processes_are_excluded_by_their_cgroup() {
         make(&late);
         eventually("it is excluded once it is there", || !answers_from(&late));
         eventually("that is said", || said("is there now"));
-        assert!(agent.has_said("no call has shown that they are left alone"), "{:#?}", agent.log());
+        assert!(agent.has_said("no call has shown that its calls are left alone"), "{:#?}", agent.log());
         let status = || text(&place.binary, &place.args(&["status"]));
         eventually("both are listed", || [&early, &late].iter().all(|path| status().contains(*path)));
         assert!(is_up(town::web()[0]), "the others are served");
@@ -76,7 +76,8 @@ fn an_exclusion_that_a_call_disproves_is_not_claimed() {
         eventually("the agent below is at work", || below.has_said("the self-test is passed"));
         eventually("it doubts", || {
             let log = below.log();
-            let doubt = log.iter().find(|line| line.contains("no call has shown that they are left alone"));
+            let doubt =
+                log.iter().find(|line| line.contains("no call has shown that its calls are left alone"));
             doubt.is_some_and(|line| line.contains(&excluded) && line.contains("served all the same"))
         });
         assert!(!below.has_said("calls from these cgroups are left alone"), "{:#?}", below.log());

@@ -14,6 +14,8 @@ use super::calls::Report;
 
 /// Longer than all calls together may take.
 const PATIENCE: Duration = Duration::from_secs(20);
+/// The same for a call from an excluded cgroup, which may be frozen: others wait to be excluded meanwhile.
+const EXEMPT_PATIENCE: Duration = Duration::from_secs(5);
 /// Name of the cgroup, below the one that is served. Always the same: what an agent that was killed left is used and removed
 /// by the next.
 const NAME: &str = "socklb-self-test";
@@ -55,7 +57,7 @@ pub async fn run(served: &Path, has_ipv6: bool) -> Outcome {
     let _turn = TURN.lock().await;
     let fresh = Fresh::make(served);
     let cgroup = fresh.as_ref().ok().map(|fresh| fresh.0.as_path());
-    let report = ask(cgroup, has_ipv6.then_some("--ipv6"))
+    let report = ask(cgroup, has_ipv6.then_some("--ipv6"), PATIENCE)
         .await
         .unwrap_or_else(|problem| Report { stayed: None, problems: vec![problem] });
     let caller = match (&fresh, report.stayed) {
@@ -90,7 +92,7 @@ pub async fn run_excluded<E>(exclude: impl FnOnce() -> Result<E, String>) -> Exe
 static TURN: Mutex<()> = Mutex::const_new(());
 
 async fn exempt(cgroup: Option<&Path>) -> Exempt {
-    match ask(cgroup, Some("--excluded")).await {
+    match ask(cgroup, Some("--excluded"), EXEMPT_PATIENCE).await {
         Ok(Report { stayed: Some(why), .. }) | Err(why) => Exempt::NotMade(why),
         Ok(Report { problems, .. }) if problems.is_empty() => Exempt::LeftAlone,
         Ok(Report { problems, .. }) => Exempt::Failed(problems.join("; ")),
@@ -98,7 +100,7 @@ async fn exempt(cgroup: Option<&Path>) -> Exempt {
 }
 
 /// Has a process make calls from a cgroup, or from this process's own. Returns what the process says, or why it says nothing.
-async fn ask(cgroup: Option<&Path>, flag: Option<&str>) -> Result<Report, String> {
+async fn ask(cgroup: Option<&Path>, flag: Option<&str>, patience: Duration) -> Result<Report, String> {
     // The running program, also if its file was replaced or is out of sight.
     let mut command = Command::new("/proc/self/exe");
     command
@@ -112,9 +114,9 @@ async fn ask(cgroup: Option<&Path>, flag: Option<&str>) -> Result<Report, String
         command.arg("--cgroup").arg(cgroup);
     }
     let failed = |problem: String| format!("the process that makes the calls: {problem}");
-    let output = match timeout(PATIENCE, command.output()).await {
+    let output = match timeout(patience, command.output()).await {
         Ok(output) => output.map_err(|error| failed(error.to_string()))?,
-        Err(_elapsed) => return Err(format!("the calls did not end within {} s", PATIENCE.as_secs())),
+        Err(_elapsed) => return Err(format!("the calls did not end within {} s", patience.as_secs())),
     };
     serde_json::from_slice(&output.stdout).map_err(|_no_report| {
         let said = String::from_utf8_lossy(&output.stderr);

@@ -10,7 +10,7 @@ use std::{
 
 use tokio::{
     sync::watch,
-    task::{JoinSet, spawn_blocking},
+    task::{JoinSet, block_in_place, spawn_blocking},
     time::{Instant, MissedTickBehavior, interval},
 };
 use tracing::{info, warn};
@@ -28,7 +28,7 @@ use crate::{
 /// How often the cgroups are looked through, since they come and go: a pod's is made some time after the pod is known, and one
 /// that was removed and made again has another id.
 const INTERVAL: Duration = Duration::from_secs(1);
-/// The time to the next calls if those made have not shown that a cgroup is excluded.
+/// The time to the next call if one has not shown that a cgroup is excluded.
 const RETRY: Duration = Duration::from_secs(10);
 
 /// The UIDs of the pods to exclude; `None` until that is known: what an earlier agent excluded stays so.
@@ -73,8 +73,7 @@ pub(super) fn start(
         problems: BTreeMap::new(),
         failed: None,
         vitals,
-        proof_due: Instant::now(),
-        doubt: None,
+        is_proven_by_own_cgroup: false,
     };
     let _aborted_on_drop = task.spawn(follow(follower, wanted));
     Ok(task)
@@ -94,15 +93,17 @@ struct Follower {
     failed: Option<String>,
     /// A call that is left alone proves something only while others are seen to be served.
     vitals: watch::Receiver<Vitals>,
-    proof_due: Instant,
-    /// What keeps calls from proving it, if it is in the log already.
-    doubt: Option<String>,
+    /// Whether a call from the agent's own cgroup was left alone: what programs, tables and the counting of levels come to.
+    is_proven_by_own_cgroup: bool,
 }
 
+/// A cgroup that is excluded.
 struct Excluded {
     directory: PathBuf,
-    /// Whether a call has shown that it is.
-    is_proven: bool,
+    /// When a call is next to show that it is; `None` once one has.
+    proof_due: Option<Instant>,
+    /// Why none has, if it is in the log already.
+    doubt: Option<String>,
 }
 
 async fn follow(mut follower: Follower, mut wanted: watch::Receiver<Wanted>) {
@@ -157,83 +158,84 @@ impl Follower {
     }
 
     fn write(&mut self, places: BTreeMap<Place, PathBuf>) {
-        let changed = self.map.set(&places.keys().copied().collect());
-        match changed {
-            Ok(_) => {
-                let before = std::mem::take(&mut self.excluded);
-                let was_proven = |place| before.get(&place).is_some_and(|before| before.is_proven);
-                let excluded = places
-                    .into_iter()
-                    .map(|(place, directory)| (place, Excluded { directory, is_proven: was_proven(place) }));
-                self.excluded = excluded.collect();
-                if self.excluded.keys().any(|place| !before.contains_key(place)) {
-                    self.proof_due = Instant::now();
-                }
-                self.failed = None;
-            }
-            Err(error) => self.tell_failure(&error),
+        if let Err(error) = self.map.set(&places.keys().copied().collect()) {
+            return self.tell_failure(&error);
         }
+        self.failed = None;
+        let mut before = std::mem::take(&mut self.excluded);
+        let now = Some(Instant::now());
+        let excluded = places.into_iter().map(|(place, directory)| {
+            let new = || Excluded { directory, proof_due: now, doubt: None };
+            (place, before.remove(&place).unwrap_or_else(new))
+        });
+        self.excluded = excluded.collect();
     }
 
-    /// Lets a call prove of each cgroup that is new that it is excluded, and says so.
+    /// Has calls show of the cgroups that are new that they are excluded, one after the other for as long as the next look can wait,
+    /// and says so.
     async fn prove(&mut self) {
-        let new = self.excluded.iter().filter(|(_, excluded)| !excluded.is_proven);
-        let new: Vec<(Place, PathBuf)> =
-            new.map(|(place, excluded)| (*place, excluded.directory.clone())).collect();
-        if new.is_empty() || Instant::now() < self.proof_due {
+        let started = Instant::now();
+        let is_due = |excluded: &Excluded| excluded.proof_due.is_some_and(|due| due <= started);
+        let due = self.excluded.iter().filter(|(_, excluded)| is_due(excluded));
+        let due: Vec<Place> = due.map(|(place, _)| *place).collect();
+        let self_test = self.vitals.borrow().self_test.clone();
+        if matches!(self_test, SelfTest::Pending | SelfTest::Failed(_)) {
             return;
         }
-        let self_test = self.vitals.borrow().self_test.clone();
-        match self_test {
-            SelfTest::Passed => {}
-            SelfTest::Pending | SelfTest::Failed(_) => return,
-            SelfTest::Off => {
-                return self.tell_doubt("--self-test-interval=0 turns such calls off".to_owned());
+        let mut n_proven = 0usize;
+        for place in due {
+            if started.elapsed() >= INTERVAL {
+                break;
             }
-        }
-        let (mut n_proven, mut by_own, mut doubt) = (0usize, None, None);
-        for (place, directory) in new {
-            let mut outcome = self_test::run_below_excluded(&directory).await;
-            if let Exempt::NotMade(why) = outcome {
-                // The same programs, tables and counting of levels: once for all of them.
-                let own = match by_own.take() {
-                    Some(known) => known,
-                    None => self.prove_by_own_cgroup(why).await,
-                };
-                outcome = by_own.insert(own).clone();
-            }
-            match (outcome, self.excluded.get_mut(&place)) {
-                (Exempt::LeftAlone, Some(excluded)) => (n_proven, excluded.is_proven) = (n_proven + 1, true),
-                (Exempt::Failed(why) | Exempt::NotMade(why), _) => {
-                    doubt = Some(format!("{}: {why}", directory.display()));
-                }
-                (Exempt::LeftAlone, None) => {}
+            let Some(directory) = self.excluded.get(&place).map(|excluded| excluded.directory.clone()) else {
+                continue;
+            };
+            let outcome = match &self_test {
+                SelfTest::Off => Exempt::NotMade("--self-test-interval=0 turns such calls off".to_owned()),
+                _ => match self_test::run_below_excluded(&directory).await {
+                    Exempt::NotMade(why) => self.prove_by_own_cgroup(&why).await,
+                    made => made,
+                },
+            };
+            let Some(excluded) = self.excluded.get_mut(&place) else { continue };
+            match outcome {
+                Exempt::LeftAlone => (n_proven, excluded.proof_due) = (n_proven + 1, None),
+                Exempt::Failed(why) | Exempt::NotMade(why) => excluded.tell_doubt(why),
             }
         }
         if n_proven > 0 {
             info!(n_cgroups = n_proven, "calls from these cgroups are left alone");
         }
-        match doubt {
-            Some(doubt) => self.tell_doubt(doubt),
-            None => self.doubt = None,
-        }
     }
 
     /// Excludes the agent's own cgroup for as long as a call takes: where no other can be entered, since the hierarchy is mounted
-    /// to be read only. What else the agent connects to meanwhile goes where it says.
-    async fn prove_by_own_cgroup(&mut self, why_not_below: String) -> Exempt {
-        let Some(Ok(own)) = self.hierarchy.as_ref().map(Hierarchy::own_place) else {
-            return Exempt::NotMade(why_not_below);
+    /// to be read only. What else the agent connects to meanwhile goes where it says. Once is enough.
+    async fn prove_by_own_cgroup(&mut self, why_not_below: &str) -> Exempt {
+        if self.is_proven_by_own_cgroup {
+            return Exempt::LeftAlone;
+        }
+        let not_made =
+            |why: String| Exempt::NotMade(format!("{why_not_below}; from the agent's own cgroup: {why}"));
+        let own = match block_in_place(|| self.hierarchy.as_ref().map(Hierarchy::own_place)) {
+            Some(Ok(own)) => own,
+            Some(Err(error)) => return not_made(error.to_string()),
+            None => return Exempt::NotMade(why_not_below.to_owned()),
         };
         let usual: BTreeSet<Place> = self.excluded.keys().copied().collect();
         let map = &mut self.map;
-        self_test::run_excluded(|| {
+        let exclude = || {
             let moment = Moment { map, usual };
             let with_own = moment.usual.iter().copied().chain([own]).collect();
             moment.map.set(&with_own).map_err(|error| error.to_string())?;
             Ok(moment)
-        })
-        .await
+        };
+        match self_test::run_excluded(exclude).await {
+            Exempt::NotMade(why) => not_made(why),
+            outcome => {
+                self.is_proven_by_own_cgroup = outcome == Exempt::LeftAlone;
+                outcome
+            }
+        }
     }
 
     /// Says once what keeps a cgroup from being excluded.
@@ -251,15 +253,18 @@ impl Follower {
         }
         self.failed = Some(problem);
     }
+}
 
+impl Excluded {
     /// Says once why it is not known whether calls are left alone, and has it tried again.
     fn tell_doubt(&mut self, problem: String) {
-        self.proof_due = Instant::now() + RETRY;
+        self.proof_due = Some(Instant::now() + RETRY);
         if self.doubt.as_ref() != Some(&problem) {
             warn!(
+                cgroup = %self.directory.display(),
                 %problem,
-                "cgroups are excluded, but no call has shown that they are left alone: let the agent write to the cgroup hierarchy, \
-                 or run in a cgroup of its own; `socklb check` names other programs on the same hooks"
+                "a cgroup is excluded, but no call has shown that its calls are left alone: let the agent write to the cgroup \
+                 hierarchy, or run in a cgroup of its own; `socklb check` names other programs on the same hooks"
             );
         }
         self.doubt = Some(problem);
