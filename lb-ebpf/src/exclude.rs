@@ -10,7 +10,7 @@ use crate::{
 
 /// Whether the caller's cgroup or one above it is excluded. Nothing, if no agent excludes anybody.
 ///
-/// By its ancestors at the levels where excluded cgroups are, as a rule one: a program cannot walk up, and a look-up of the
+/// By its ancestors at the levels where excluded cgroups may be, as a rule one: a program cannot walk up, and a look-up of the
 /// caller's own cgroup would need all cgroups below an excluded one listed, also those that are made the next moment.
 ///
 /// Asked first of all. To ask only once a frontend was found would spare the calls that are for no service a look-up, but only where
@@ -31,6 +31,9 @@ pub(crate) fn is_excluded() -> bool {
         if levels & (1 << level) != 0 {
             // SAFETY: no preconditions; 0 for a level deeper than the caller's, which is no cgroup's id.
             let ancestor = unsafe { bpf_get_current_ancestor_cgroup_id(level.cast_signed()) };
+            if ancestor == 0 {
+                return false;
+            }
             // SAFETY: the value is not looked at.
             if unsafe { maps::EXCLUDED.get(ancestor) }.is_some() {
                 return true;

@@ -68,7 +68,7 @@ pub(crate) static SOCKET_STORAGE: SkStorage<SocketRecords> = SkStorage::new();
 #[btf_map(name = "excluded")]
 pub(crate) static EXCLUDED: HashMap<u64, u32, { limits::MAX_EXCLUDED as usize }> = HashMap::new();
 
-/// At which levels below the machine's root these are: bit n for level n.
+/// At which levels below the machine's root these may be: bit n for level n.
 #[btf_map(name = "excluded_levels")]
 pub(crate) static EXCLUDED_LEVELS: Array<u32, 1> = Array::new();
 

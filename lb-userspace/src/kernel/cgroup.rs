@@ -25,7 +25,7 @@ const MOUNTINFO: &str = "/proc/thread-self/mountinfo";
 const OWN_CGROUPS: &str = "/proc/thread-self/cgroup";
 
 /// Inode number of the root of the hierarchy, wherever it is mounted: kernfs numbers from here (`kernfs_create_root`).
-pub(super) const ROOT_INODE: u64 = 1;
+const ROOT_INODE: u64 = 1;
 
 /// The largest number of directories that are looked at for a cgroup: an order of magnitude above a full node.
 const MAX_DIRECTORIES: usize = 100_000;

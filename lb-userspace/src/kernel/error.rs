@@ -42,18 +42,6 @@ pub enum KernelError {
         /// Where it is mounted.
         path: PathBuf,
     },
-    /// The kernel does not tell where in the machine's hierarchy a mounted part of it begins.
-    #[error(
-        "no cgroup can be excluded: at which level of the machine's hierarchy {} is, the kernel does not tell: {source}: it takes \
-         Linux 5.10, CAP_BPF and CAP_PERFMON. The annotation socklb.io/exclude of Services works without",
-        path.display()
-    )]
-    Level {
-        /// Where it is mounted.
-        path: PathBuf,
-        /// The cause.
-        source: io::Error,
-    },
     /// The cgroup cannot be opened.
     #[error("--cgroup {}: {source}: name an existing cgroup v2 directory", path.display())]
     Cgroup {

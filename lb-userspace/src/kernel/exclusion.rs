@@ -7,8 +7,9 @@
 //!
 //! # Invariants
 //!
-//! - Levels are counted from the machine's root, as the programs count them, also where only a part of the hierarchy is in sight.
-//! - A level is in the mask for as long as a cgroup at that level is in the map.
+//! - Levels are counted from the machine's root, as the programs count them. Where only a part of the hierarchy is in sight, a cgroup
+//!   may be at any level from the least that is possible.
+//! - A level is in the mask for as long as a cgroup that may be at that level is in the map.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -21,7 +22,11 @@ use std::{
 use aya::maps::{Array, HashMap, MapData};
 use lb_common::limits;
 
-use super::{KernelError, cgroup, store::open_pinned, syscall};
+use super::{
+    KernelError,
+    cgroup::{self, Extent},
+    store::open_pinned,
+};
 
 /// Most directories that are looked at for pods: an order of magnitude above a full node.
 const MAX_DIRECTORIES: usize = 20_000;
@@ -33,8 +38,8 @@ const MAX_DEPTH: usize = 6;
 pub struct Place {
     /// Its id: the inode number of its directory.
     pub id: u64,
-    /// Levels below the machine's root: 1 for a child of it.
-    pub level: u32,
+    /// Where it may be, counted from the machine's root: bit n for n levels below it.
+    pub levels: u32,
 }
 
 /// The maps of excluded cgroups.
@@ -76,7 +81,7 @@ impl Exclusion {
     pub fn set(&mut self, wanted: &BTreeSet<Place>) -> Result<bool, KernelError> {
         let failed = |source| KernelError::map("excluded", source);
         let (found, mask) = (self.ids()?, self.mask()?);
-        let wanted_mask = wanted.iter().fold(0, |mask, place| mask | 1 << place.level);
+        let wanted_mask = wanted.iter().fold(0, |mask, place| mask | place.levels);
         let most = limits::MAX_EXCLUDED as usize;
         let ids: BTreeSet<u64> = wanted.iter().take(most).map(|place| place.id).collect();
         let (gone, new): (Vec<u64>, Vec<u64>) =
@@ -110,32 +115,20 @@ impl Exclusion {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Hierarchy {
     root: PathBuf,
-    /// Of the root, below the machine's.
-    level: u32,
+    /// Whether it begins at the machine's root.
+    is_whole: bool,
 }
 
 impl Hierarchy {
-    /// Finds the topmost hierarchy in sight, or else a part of it, and asks the kernel at which level it begins.
+    /// Finds the topmost hierarchy in sight, or else a part of it.
     ///
     /// # Errors
     ///
-    /// [`KernelError::NoCgroup`] if none is mounted, [`KernelError::Level`] if the kernel does not tell the level.
-    ///
-    /// # Kernel
-    ///
-    /// 5.10
+    /// [`KernelError::NoCgroup`] if none is mounted.
     pub fn find() -> Result<Self, KernelError> {
         let root = cgroup::find_widest()?;
-        let elsewhere = || io::Error::other("this process is not below it");
-        let level = fs::metadata(&root).and_then(|data| match data.ino() {
-            // Also on kernels without trace events.
-            cgroup::ROOT_INODE => Ok(0),
-            id => syscall::level_of(id)?.ok_or_else(elsewhere),
-        });
-        match level {
-            Ok(level) => Ok(Self { root, level }),
-            Err(source) => Err(KernelError::Level { path: root, source }),
-        }
+        let is_whole = cgroup::extent(&root) == Extent::Host;
+        Ok(Self { root, is_whole })
     }
 
     /// Where it is mounted.
@@ -178,12 +171,15 @@ impl Hierarchy {
         if n_below == 0 {
             return Err(invalid("the root of all cgroups: nothing would be served".to_owned()));
         }
-        let level = self.level.saturating_add(n_below);
-        if level >= limits::CGROUP_LEVELS {
+        // Where only a part is in sight, nothing says how far below the machine's root it begins: one level at least.
+        let least = if self.is_whole { n_below } else { n_below.saturating_add(1) };
+        if least >= limits::CGROUP_LEVELS {
             let deepest = limits::CGROUP_LEVELS - 1;
-            return Err(invalid(format!("{level} levels below the machine's root, more than {deepest}")));
+            return Err(invalid(format!("{least} levels below the machine's root, more than {deepest}")));
         }
-        Ok(Place { id: fs::metadata(&directory)?.ino(), level })
+        let all_from_there = (u32::MAX << least) & ((1 << limits::CGROUP_LEVELS) - 1);
+        let levels = if self.is_whole { 1 << least } else { all_from_there };
+        Ok(Place { id: fs::metadata(&directory)?.ino(), levels })
     }
 
     /// The cgroups of pods, by the pods' UIDs. A pod without processes on this host has none.
@@ -237,20 +233,21 @@ mod tests {
         let deep = root.path().join("a/b");
         fs::create_dir_all(&deep).unwrap();
         let id = fs::metadata(&deep).unwrap().ino();
-        let hierarchy = |level| Hierarchy { root: root.path().to_owned(), level };
-        assert_eq!(hierarchy(0).place_of(&deep).unwrap(), Place { id, level: 2 });
-        assert_eq!(hierarchy(3).place_of(&deep).unwrap(), Place { id, level: 5 });
+        let hierarchy = |is_whole| Hierarchy { root: root.path().to_owned(), is_whole };
+        assert_eq!(hierarchy(true).place_of(&deep).unwrap(), Place { id, levels: 1 << 2 });
+        // At the third level or deeper.
+        assert_eq!(hierarchy(false).place_of(&deep).unwrap(), Place { id, levels: 0xfff8 });
         let deepest = deep.join("c/d/e/f/g/h/i/j/k/l/m/n/o");
         fs::create_dir_all(deepest.join("p")).unwrap();
-        assert_eq!(hierarchy(0).place_of(&deepest).unwrap().level, 15);
-        for (level, directory, cause) in [
-            (0, root.path().join("none"), "No such file"),
-            (0, root.path().to_owned(), "nothing would be served"),
-            (0, root.path().join(".."), "not a cgroup below"),
-            (0, deepest.join("p"), "16 levels below"),
-            (1, deepest, "16 levels below"),
+        assert_eq!(hierarchy(true).place_of(&deepest).unwrap().levels, 1 << 15);
+        for (is_whole, directory, cause) in [
+            (true, root.path().join("none"), "No such file"),
+            (true, root.path().to_owned(), "nothing would be served"),
+            (true, root.path().join(".."), "not a cgroup below"),
+            (true, deepest.join("p"), "16 levels below"),
+            (false, deepest, "16 levels below"),
         ] {
-            let error = hierarchy(level).place_of(&directory).unwrap_err().to_string();
+            let error = hierarchy(is_whole).place_of(&directory).unwrap_err().to_string();
             assert!(error.contains(cause), "{}: {error}", directory.display());
         }
     }
@@ -270,10 +267,10 @@ mod tests {
             fs::create_dir_all(root.path().join(directory.replace("UID", &name))).unwrap();
         }
         let wanted: BTreeSet<Arc<str>> = [1, 2, 3, 5].map(uid).into();
-        let found = Hierarchy { root: root.path().to_owned(), level: 2 }.pods(&wanted);
+        let found = Hierarchy { root: root.path().to_owned(), is_whole: true }.pods(&wanted);
         let found: BTreeSet<(Option<String>, u32)> =
-            found.into_iter().map(|(place, path)| (uid_of(&path), place.level)).collect();
-        assert_eq!(found, BTreeSet::from([1, 2, 3].map(|number| (Some(uid(number).to_string()), 5))));
+            found.into_iter().map(|(place, path)| (uid_of(&path), place.levels)).collect();
+        assert_eq!(found, BTreeSet::from([1, 2, 3].map(|number| (Some(uid(number).to_string()), 1 << 3))));
         assert_eq!(uid_of(Path::new("/libpod-1.scope")), None);
     }
 }

@@ -107,10 +107,12 @@ pub fn return_free_memory() {
 /// `BPF_PROG_LOAD` of `enum bpf_cmd`.
 const BPF_PROG_LOAD: libc::c_int = 5;
 
-/// Loads a program without maps. It is unloaded once nothing refers to it.
+/// Whether the kernel's verifier takes a program of a socket-address hook. `false` also if it refuses for another
+/// reason, such as a lack of privilege.
 ///
 /// `instructions` are in the kernel's encoding, each as one word in native byte order.
-fn load(prog_type: u32, expected_attach_type: u32, instructions: &[u64]) -> io::Result<OwnedFd> {
+#[must_use]
+pub fn loads(instructions: &[u64]) -> bool {
     /// The beginning of the anonymous struct for `BPF_PROG_LOAD` in `union bpf_attr`.
     #[repr(C)]
     struct ProgLoad {
@@ -127,9 +129,14 @@ fn load(prog_type: u32, expected_attach_type: u32, instructions: &[u64]) -> io::
         prog_ifindex: u32,
         expected_attach_type: u32,
     }
+    /// `BPF_PROG_TYPE_CGROUP_SOCK_ADDR` of `enum bpf_prog_type`.
+    const CGROUP_SOCK_ADDR: u32 = 18;
+    /// `BPF_CGROUP_INET4_CONNECT` of `enum bpf_attach_type`.
+    const INET4_CONNECT: u32 = 10;
+    let Ok(insn_cnt) = u32::try_from(instructions.len()) else { return false };
     let mut attr = ProgLoad {
-        prog_type,
-        insn_cnt: u32::try_from(instructions.len()).map_err(io::Error::other)?,
+        prog_type: CGROUP_SOCK_ADDR,
+        insn_cnt,
         insns: instructions.as_ptr() as u64,
         license: c"Dual MIT/GPL".as_ptr() as u64,
         log_level: 0,
@@ -139,88 +146,13 @@ fn load(prog_type: u32, expected_attach_type: u32, instructions: &[u64]) -> io::
         prog_flags: 0,
         prog_name: *b"socklb_probe\0\0\0\0",
         prog_ifindex: 0,
-        expected_attach_type,
+        expected_attach_type: INET4_CONNECT,
     };
     // SAFETY: the kernel reads the instructions and the licence, which outlive the call.
-    let fd = unsafe { bpf(BPF_PROG_LOAD, &mut attr) }?;
-    // SAFETY: a new file descriptor that nothing else knows.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
-}
-
-/// Whether the kernel's verifier takes a program of a socket-address hook. `false` also if it refuses for another
-/// reason, such as a lack of privilege.
-///
-/// `instructions` are in the kernel's encoding, each as one word in native byte order.
-#[must_use]
-pub fn loads(instructions: &[u64]) -> bool {
-    /// `BPF_PROG_TYPE_CGROUP_SOCK_ADDR` of `enum bpf_prog_type`.
-    const CGROUP_SOCK_ADDR: u32 = 18;
-    /// `BPF_CGROUP_INET4_CONNECT` of `enum bpf_attach_type`.
-    const INET4_CONNECT: u32 = 10;
-    load(CGROUP_SOCK_ADDR, INET4_CONNECT, instructions).is_ok()
-}
-
-/// `BPF_PROG_TEST_RUN` of `enum bpf_cmd`.
-const BPF_PROG_TEST_RUN: libc::c_int = 10;
-
-/// Levels that [`level_of`] looks at.
-const LEVELS: u64 = 64;
-
-/// At which level of the machine's hierarchy a cgroup is that the calling thread is in or below: 0 for the machine's root, whatever
-/// of the hierarchy is mounted. `None` if it is none of the thread's first 64 ancestors.
-///
-/// A program that runs for the caller asks: nothing that user space can read counts from the machine's root.
-///
-/// # Errors
-///
-/// The system calls': `EPERM` without the capabilities BPF and PERFMON, `EINVAL` on a kernel that cannot tell.
-///
-/// # Kernel
-///
-/// 5.10 (`BPF_PROG_TEST_RUN` of raw tracepoints, `bpf_get_current_ancestor_cgroup_id` in them)
-pub fn level_of(cgroup_id: u64) -> io::Result<Option<u32>> {
-    /// `BPF_PROG_TYPE_RAW_TRACEPOINT` of `enum bpf_prog_type`.
-    const RAW_TRACEPOINT: u32 = 17;
-    /// `test` of `union bpf_attr`, as far as kernel 5.10 knows it.
-    #[repr(C)]
-    #[derive(Default)]
-    struct TestRun {
-        prog_fd: u32,
-        retval: u32,
-        data_size_in: u32,
-        data_size_out: u32,
-        data_in: u64,
-        data_out: u64,
-        repeat: u32,
-        duration: u32,
-        ctx_size_in: u32,
-        ctx_size_out: u32,
-        ctx_in: u64,
-        ctx_out: u64,
-        flags: u32,
-        cpu: u32,
-    }
-    let [low, high] = [cgroup_id << 32, cgroup_id & !0xffff_ffff];
-    let program = load(
-        RAW_TRACEPOINT,
-        0,
-        &[
-            low | 0x0718, // r7 = cgroup_id, in two words
-            high,
-            0x0000_0000_0000_06b7,        // r6 = 0
-            0x0000_0000_0000_61bf,        // r1 = r6
-            0x0000_007b_0000_0085,        // r0 = bpf_get_current_ancestor_cgroup_id(r1)
-            0x0000_0000_0002_701d,        // if r0 == r7 goto +2
-            0x0000_0001_0000_0607,        // r6 += 1
-            (LEVELS << 32) | 0xfffb_06a5, // if r6 < LEVELS goto -5
-            0x0000_0000_0000_60bf,        // r0 = r6
-            0x0000_0000_0000_0095,        // exit
-        ],
-    )?;
-    let mut attr = TestRun { prog_fd: program.as_raw_fd().cast_unsigned(), ..TestRun::default() };
-    // SAFETY: there is no pointer in it.
-    let _zero = unsafe { bpf(BPF_PROG_TEST_RUN, &mut attr) }?;
-    Ok((u64::from(attr.retval) < LEVELS).then_some(attr.retval))
+    let Ok(fd) = (unsafe { bpf(BPF_PROG_LOAD, &mut attr) }) else { return false };
+    // SAFETY: a new file descriptor that nobody else knows; dropping it unloads the program.
+    drop(unsafe { OwnedFd::from_raw_fd(fd) });
+    true
 }
 
 /// `BPF_LINK_UPDATE` of `enum bpf_cmd`.
