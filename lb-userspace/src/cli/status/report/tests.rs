@@ -99,6 +99,7 @@ fn nothing_at_all() {
         ),
         pin_problem: Some("/sys/fs/bpf/socklb: nothing is pinned".to_owned()),
         maps: Vec::new(),
+        covers: None,
         hooks: vec![
             HookRow::new("sock_release", Err(LinkProblem::NotNeeded)),
             HookRow::new("connect4", Err(LinkProblem::Missing)),
