@@ -369,11 +369,11 @@ map_type! {
 }
 
 map_type! {
-    /// Value of `meta`, index 0: what the other pinned maps hold, and the settings of the programs. 32 octets.
+    /// Value of `meta`, index 0: sizes of the image, and the settings of the programs. 32 octets.
     ///
     /// `layout_version` stays the first field in all versions.
     pub struct Meta {
-        /// [`crate::limits::LAYOUT_VERSION`] of the agent that made the maps.
+        /// Number of this value's own layout. Up to 2 it stood for the layout of all maps.
         pub layout_version: u32,
         /// Entries of `services4` and of `services6`.
         pub max_services: u32,
@@ -387,6 +387,20 @@ map_type! {
         pub node_port_first: u16,
         /// Last port of the node-port range.
         pub node_port_last: u16,
+        /// Zero.
+        pub reserved: u32,
+    }
+}
+
+map_type! {
+    /// Value of `layouts`, whose key is the kernel's id of a map: which layout that map has. 16 octets.
+    ///
+    /// By id, and not by name: what a name leads to is replaced, a map stays what it is.
+    pub struct MapIdentity {
+        /// [`crate::maps::MapSpec::fingerprint`]
+        pub fingerprint: u64,
+        /// [`crate::maps::MapSpec::layout`], for people.
+        pub layout: u32,
         /// Zero.
         pub reserved: u32,
     }
@@ -469,6 +483,7 @@ mod tests {
         assert_eq!(size_of::<SocketRecord>(), 48);
         assert_eq!(size_of::<SocketEntry>(), 128);
         assert_eq!(size_of::<SocketRecords>(), 784);
+        assert_eq!(size_of::<MapIdentity>(), 16);
     }
 
     #[test]

@@ -8,6 +8,7 @@
 //! - [`resolve`]: the one function that answers "where does this call go?". The BPF programs run it on kernel
 //!   maps, user space runs it on an image of the same tables.
 //! - [`limits`]: capacities that both sides must agree on.
+//! - [`maps`], [`hooks`]: what there is of either, each in one table.
 //!
 //! # Invariants
 //!
@@ -27,8 +28,10 @@
 extern crate std;
 
 pub mod address;
+pub mod hooks;
 pub mod layout;
 pub mod limits;
+pub mod maps;
 pub mod resolve;
 
 pub use address::{Address, Family};

@@ -1,11 +1,5 @@
 //! Capacities and numbers that the BPF programs and user space must agree on.
 
-/// Version of the pinned layout, stored in the map `meta`.
-///
-/// Raise it with any change to a type in [`crate::layout`], to a map's type or flags, or to the meaning of a
-/// field. An agent that finds another version fills new maps beside the pinned ones and then replaces them.
-pub const LAYOUT_VERSION: u32 = 3;
-
 /// Default of `--max-services`: frontends per address family.
 ///
 /// Twice Kubernetes' tested limit of 10,000 services with three ports each.
@@ -31,6 +25,9 @@ pub const SOCKET_SETS: u32 = 4096;
 
 /// Entries of the map `excluded`: cgroups that are left alone.
 pub const MAX_EXCLUDED: u32 = 4096;
+
+/// Entries of the map `layouts`: the maps of a few versions, since it forgets those that are pinned nowhere.
+pub const MAX_IDENTITIES: u32 = 256;
 
 /// Levels of cgroups below the machine's root that can be excluded, from 1 on: a pod's is at 2 to 5, on a node of kind two
 /// deeper. A bit of a word for each.

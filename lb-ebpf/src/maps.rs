@@ -1,6 +1,7 @@
 //! Every map of the object. The static's name is the map's name and, below `--pin-path`, its pin.
 //!
-//! Sizes are defaults; the loader sets the real ones. docs/MAPS.md describes each for people.
+//! Each has a row in `lb_common::maps`, which the loader compares with what is declared here. Sizes are defaults; the loader sets
+//! the real ones. docs/MAPS.md describes each for people.
 
 use aya_ebpf::{
     bindings::BPF_F_MMAPABLE,
@@ -10,8 +11,8 @@ use aya_ebpf::{
 use lb_common::{
     layout::{
         Affinity, AffinityKey, Endpoint4, Endpoint6, EndpointStats, Frontend, FrontendKey4, FrontendKey6,
-        FrontendRef, Meta, NodeAddr, NodeAddrKey, SLOT_WAYS, ServiceStats, SocketEntry, SocketRecords,
-        SocketSlots,
+        FrontendRef, MapIdentity, Meta, NodeAddr, NodeAddrKey, SLOT_WAYS, ServiceStats, SocketEntry,
+        SocketRecords, SocketSlots,
     },
     limits,
 };
@@ -80,6 +81,10 @@ pub(crate) static SERVICE_STATS: PerCpuArray<ServiceStats, FRONTENDS> = PerCpuAr
 #[btf_map(name = "endpoint_stats")]
 pub(crate) static ENDPOINT_STATS: PerCpuArray<EndpointStats, ENDPOINTS> = PerCpuArray::new();
 
-/// Layout version and sizes of the other maps; written and read by user space only.
+/// Sizes of the image and settings of the programs; written and read by user space only.
 #[btf_map(name = "meta")]
 pub(crate) static META: Array<Meta, 1> = Array::new();
+
+/// Which layout each map has, by its id; written and read by user space only.
+#[btf_map(name = "layouts")]
+pub(crate) static LAYOUTS: HashMap<u32, MapIdentity, { limits::MAX_IDENTITIES as usize }> = HashMap::new();

@@ -12,26 +12,39 @@ use std::{
 };
 
 use aya::{
-    maps::{Array, Map, MapData},
-    programs::links::{FdLink, PinnedLink},
+    Ebpf, EbpfLoader,
+    maps::{HashMap, Map, MapData, MapInfo},
+    programs::{
+        CgroupSockAddr,
+        links::{FdLink, PinnedLink},
+    },
 };
-use lb_common::{layout::Meta, limits};
+use lb_common::maps::{self, MAPS, Role, Size};
 use lb_tests::{
     Feature, Sandbox,
     agent::{self, Agent, content},
     client::{Domain, Socket, call},
-    cluster::{Cluster, node},
+    cluster::{self, Cluster, node},
     number, require,
     server::Servers,
 };
 use lb_userspace::{
     controller::State,
-    kernel::{Kernel, KernelError, Options, pins, store::Maps, syscall},
+    kernel::{
+        Features, Kernel, KernelError, Options,
+        lock::Lock,
+        object, pins,
+        store::{Maps, Pins},
+        syscall,
+    },
     model::Protocol::Tcp,
     plan::Capacity,
     tables::Image,
 };
-use nix::errno::Errno;
+use nix::{
+    errno::Errno,
+    sys::resource::{RLIM_INFINITY, Resource, setrlimit},
+};
 
 use crate::{
     calls::{addresses, service_address},
@@ -50,7 +63,7 @@ fn program_ids(sandbox: &Sandbox) -> Vec<u32> {
         let link = PinnedLink::from_pin(sandbox.pin_path().join(name)).unwrap();
         FdLink::from(link).info().unwrap().program_id()
     };
-    pins::hooks(lb_userspace::kernel::Features::probe()).map(id).collect()
+    pins::hooks(Features::probe()).map(|hook| id(hook.name)).collect()
 }
 
 #[test]
@@ -362,8 +375,10 @@ fn former_maps_serve_until_the_first_plan() {
         let _servers = Servers::tcp(endpoints);
         Agent::start(sandbox).follow(&cluster(&endpoints));
         let programs = program_ids(sandbox);
-        for change in [set_layout as fn(&Sandbox, u32), |_, _| ()] {
-            change(sandbox, limits::LAYOUT_VERSION + 1);
+        for others in [&["frontends"][..], &[]] {
+            for name in others {
+                change_layout(sandbox, name);
+            }
             let capacity = Capacity { services: 128, endpoints: 64 };
             let options = Options { capacity, ..agent::options(sandbox) };
             let agent = Agent::start_with(&options, agent::settings(), Vec::new()).unwrap();
@@ -372,24 +387,44 @@ fn former_maps_serve_until_the_first_plan() {
             assert!(call(service, Tcp).is_ok_and(|server| endpoints.contains(&server)));
             drop(agent);
             assert!(call(service, Tcp).is_ok(), "one that ends here has changed nothing");
-            set_layout(sandbox, limits::LAYOUT_VERSION);
+            for name in others {
+                change_layout(sandbox, name);
+            }
         }
         assert!(Agent::start(sandbox).follow(&cluster(&endpoints)).is_empty());
         assert_eq!(pinned(sandbox), wanted_pins(sandbox), "nor left anything");
     });
 }
 
-/// Has the pinned maps be those of another version.
-fn set_layout(sandbox: &Sandbox, version: u32) {
-    let data = MapData::from_pin(sandbox.pin_path().join("meta")).unwrap();
-    let mut array: Array<_, [u32; size_of::<Meta>() / 4]> =
-        Map::from_map_data(data).unwrap().try_into().unwrap();
-    let mut meta = array.get(&0, 0).unwrap();
-    meta[0] = version;
-    array.set(0, meta, 0).unwrap();
+/// The map that says which layout each map has, by id.
+fn layouts(sandbox: &Sandbox) -> HashMap<MapData, u32, [u8; 16]> {
+    let data = MapData::from_pin(sandbox.pin_path().join(maps::LAYOUTS)).unwrap();
+    Map::from_map_data(data).unwrap().try_into().unwrap()
 }
 
-/// Maps of a newer and of an older layout are replaced without a look at what they hold, while eight threads connect.
+fn map_id(sandbox: &Sandbox, name: &str) -> u32 {
+    MapInfo::from_pin(sandbox.pin_path().join(name)).unwrap().id()
+}
+
+fn map_ids(sandbox: &Sandbox) -> BTreeMap<&'static str, u32> {
+    MAPS.iter().map(|map| (map.name, map_id(sandbox, map.name))).collect()
+}
+
+/// Has a pinned map be of another layout, or of the former one again.
+fn change_layout(sandbox: &Sandbox, name: &str) {
+    let (mut layouts, id) = (layouts(sandbox), map_id(sandbox, name));
+    let mut identity = layouts.get(&id, 0).unwrap();
+    identity[0] ^= 0xff;
+    layouts.insert(id, identity, 0).unwrap();
+}
+
+/// Has a map be one that no version before had.
+fn forget(sandbox: &Sandbox, name: &str) {
+    layouts(sandbox).remove(&map_id(sandbox, name)).unwrap();
+    fs::remove_file(sandbox.pin_path().join(name)).unwrap();
+}
+
+/// Tables of other layouts are replaced without a look at what they hold, while eight threads connect.
 #[test]
 fn another_layout_fails_no_call() {
     if !require(Feature::Programs) {
@@ -401,11 +436,19 @@ fn another_layout_fails_no_call() {
         let _servers = Servers::tcp(endpoints);
         let cluster = cluster(&endpoints);
         Agent::start(sandbox).follow(&cluster);
+        let of_image: Vec<&str> =
+            MAPS.iter().filter(|map| map.role == Role::Image).map(|map| map.name).collect();
         Load { n_calls: 4000, n_changes: 10 }.run(
             |generation| {
-                let up = generation % 2 == 0;
-                set_layout(sandbox, if up { limits::LAYOUT_VERSION - 1 } else { limits::LAYOUT_VERSION + 1 });
-                assert!(matches!(Maps::open(&sandbox.pin_path()), Err(KernelError::Layout { .. })));
+                let name = of_image[generation % of_image.len()];
+                if generation % 3 == 0 {
+                    // Removed by hand, while no agent runs to put it back.
+                    fs::remove_file(sandbox.pin_path().join(name)).unwrap();
+                    assert!(matches!(Maps::open(&sandbox.pin_path()), Err(KernelError::NotPinned { .. })));
+                } else {
+                    change_layout(sandbox, name);
+                    assert!(matches!(Maps::open(&sandbox.pin_path()), Err(KernelError::Layout { .. })));
+                }
                 let mut agent = Agent::start(sandbox);
                 assert!(agent.kernel.is_staged());
                 assert!(!agent.follow(&cluster).is_empty(), "all of it is written anew");
@@ -415,6 +458,213 @@ fn another_layout_fails_no_call() {
             |_: Window, answer| answer.is_ok_and(|server| endpoints.contains(&server)),
         );
         assert_eq!(pinned(sandbox), wanted_pins(sandbox));
+    });
+}
+
+/// Does something to a pinned map.
+type Change = fn(&Sandbox, &str);
+
+/// What a service with affinity, its clients and its counters lose when single maps are made anew, while eight threads
+/// connect: nothing, but for what the map itself holds.
+#[test]
+fn a_map_beside_the_image_is_made_anew_alone() {
+    if !require(Feature::Programs) {
+        return;
+    }
+    Sandbox::run(|sandbox| {
+        let service = service_address(Domain::V4);
+        let endpoints = addresses::<8>(Domain::V4, 8001);
+        let _servers = Servers::tcp(endpoints);
+        let mut cluster = cluster(&endpoints);
+        let object = cluster.services.values().next().unwrap().clone();
+        cluster.set(cluster::with_spec(object, |spec| spec.session_affinity = Some("ClientIP".to_owned())));
+        let mut agent = Agent::start(sandbox);
+        agent.follow(&cluster);
+        let image = agent.image();
+        let connects = |agent: &Agent| {
+            let service_id = image.frontends.values().next().unwrap().service_id;
+            agent.kernel.maps().service_stats(service_id).unwrap().connects
+        };
+        let connected = Socket::new(Domain::V4, Tcp);
+        connected.connect(service).unwrap();
+        let mut chosen = call(service, Tcp).unwrap();
+        let mut n_before = connects(&agent);
+        assert!(n_before > 0);
+        drop(agent);
+
+        let changes: [(&str, Change); 8] = [
+            ("affinity", change_layout),
+            ("excluded", forget),
+            ("excluded_levels", |sandbox, name| fs::remove_file(sandbox.pin_path().join(name)).unwrap()),
+            ("service_stats", change_layout),
+            ("endpoint_stats", forget),
+            ("meta", change_layout),
+            ("sockets", change_layout),
+            ("socket_storage", forget),
+        ];
+        Load { n_calls: 2000, n_changes: changes.len() }.run(
+            |generation| {
+                if generation == 0 {
+                    return;
+                }
+                let (name, change) = changes[generation - 1];
+                let before = map_ids(sandbox);
+                change(sandbox, name);
+                let mut agent = Agent::start(sandbox);
+                assert!(!agent.kernel.is_staged(), "{name}");
+                assert_eq!(agent.image(), image, "{name}: ids stay");
+                let after = map_ids(sandbox);
+                let replaced: Vec<&str> =
+                    after.keys().copied().filter(|name| before[name] != after[name]).collect();
+                assert_eq!(replaced, [name], "nothing else is made anew");
+                if name == "affinity" {
+                    chosen = call(service, Tcp).unwrap();
+                }
+                assert_eq!(call(service, Tcp), Ok(chosen), "{name}: the client stays");
+                if name == "service_stats" {
+                    n_before = 0;
+                }
+                assert!(connects(&agent) > n_before, "{name}: counters go on");
+                n_before = connects(&agent);
+                if name != "sockets" && changes[..generation].iter().all(|(name, _)| *name != "sockets") {
+                    assert_eq!(connected.peer_name(), Ok(service), "{name}: its record is where it was");
+                }
+                assert!(agent.follow(&cluster).is_empty(), "{name}");
+                assert_eq!(pinned(sandbox), wanted_pins(sandbox), "{name}");
+            },
+            |_thread| call(service, Tcp),
+            |_: Window, answer| answer.is_ok_and(|server| endpoints.contains(&server)),
+        );
+    });
+}
+
+/// One version for all maps is what an agent before wrote into `meta`, and it knew no `layouts`. Its maps serve until
+/// the first plan; back in its place, it does the same with these.
+#[test]
+fn maps_of_an_agent_without_layouts_are_replaced() {
+    if !require(Feature::Programs) {
+        return;
+    }
+    Sandbox::run(|sandbox| {
+        let service = service_address(Domain::V4);
+        let endpoints = addresses::<2>(Domain::V4, 8001);
+        let _servers = Servers::tcp(endpoints);
+        Agent::start(sandbox).follow(&cluster(&endpoints));
+        assert_ne!(maps::find("meta").unwrap().layout, 2, "the version before has another one there");
+        fs::remove_file(sandbox.pin_path().join(maps::LAYOUTS)).unwrap();
+        let before = map_ids_but_layouts(sandbox);
+        let mut agent = Agent::start(sandbox);
+        assert!(agent.kernel.is_staged());
+        assert_eq!(map_ids_but_layouts(sandbox), before);
+        assert!(call(service, Tcp).is_ok_and(|server| endpoints.contains(&server)));
+        agent.follow(&cluster(&endpoints));
+        assert!(call(service, Tcp).is_ok_and(|server| endpoints.contains(&server)));
+        let after = map_ids_but_layouts(sandbox);
+        assert!(after.iter().all(|(name, id)| before[name] != *id), "all are new: {after:?}");
+        assert_eq!(pinned(sandbox), wanted_pins(sandbox));
+    });
+}
+
+fn map_ids_but_layouts(sandbox: &Sandbox) -> BTreeMap<&'static str, u32> {
+    let others = MAPS.iter().filter(|map| map.name != maps::LAYOUTS);
+    others.map(|map| (map.name, map_id(sandbox, map.name))).collect()
+}
+
+/// A map under a name that this version does not know stays, and so does what is written down of its layout; what is said of
+/// maps that are gone is forgotten.
+#[test]
+fn maps_of_a_newer_version_are_left_alone() {
+    if !require(Feature::Programs) {
+        return;
+    }
+    Sandbox::run(|sandbox| {
+        drop(Agent::start(sandbox));
+        let newer = sandbox.pin_path().join("of_a_newer_one");
+        let id = map_id(sandbox, "affinity");
+        fs::rename(sandbox.pin_path().join("affinity"), &newer).unwrap();
+        let gone = map_id(sandbox, "excluded");
+        fs::remove_file(sandbox.pin_path().join("excluded")).unwrap();
+        drop(Agent::start(sandbox));
+        assert_eq!(map_id(sandbox, "of_a_newer_one"), id);
+        assert!(layouts(sandbox).get(&id, 0).is_ok(), "a newer version goes on with it");
+        assert!(layouts(sandbox).get(&gone, 0).is_err());
+        assert_eq!(layouts(sandbox).keys().count(), MAPS.len() + 1);
+    });
+}
+
+/// The object's programs over maps of their own: they know no service.
+pub(crate) fn load_object() -> Ebpf {
+    // Kernels before 5.11 charge maps to the process.
+    setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY).unwrap();
+    let mut loader = EbpfLoader::new();
+    for map in MAPS.iter().filter(|map| !matches!(map.size, Size::Fixed(_))) {
+        loader.map_max_entries(map.name, 1);
+    }
+    loader.load(object::bytes().unwrap()).unwrap()
+}
+
+/// What only an earlier version pins is removed by its name, and its program no longer runs beside the present ones.
+#[test]
+fn maps_and_links_of_earlier_versions_are_removed() {
+    if !require(Feature::Programs) {
+        return;
+    }
+    Sandbox::run(|sandbox| {
+        let pin = |name: &str| sandbox.pin_path().join(name);
+        drop(Agent::start(sandbox));
+        fs::rename(pin("connect4"), pin("old_hook")).unwrap();
+        fs::rename(pin("excluded"), pin("old_map")).unwrap();
+        drop(Agent::start(sandbox));
+        let programs = || {
+            let cgroup = fs::File::open(sandbox.cgroup().path()).unwrap();
+            let link = syscall::cgroup_link(syscall::open_pin(&pin("connect4")).unwrap().as_fd()).unwrap();
+            syscall::attached_to(cgroup.as_fd(), link.attach_type).unwrap().programs
+        };
+        assert_eq!(programs().len(), 2, "what an agent does not know, it leaves alone");
+        let removed = pins::remove_former(&sandbox.pin_path(), &["old_map", "none"], &["old_hook"]).unwrap();
+        assert_eq!(removed, [pin("old_hook"), pin("old_map")]);
+        assert_eq!(programs().len(), 1);
+        assert_eq!(pinned(sandbox), wanted_pins(sandbox));
+    });
+}
+
+/// The tables of maps and hooks are what the object declares and the kernel has.
+#[test]
+fn maps_and_hooks_are_as_the_tables_say() {
+    if !require(Feature::Programs) {
+        return;
+    }
+    let object = load_object();
+    let mut names: Vec<&str> =
+        object.maps().map(|(name, _)| name).filter(|name| !matches!(*name, ".rodata" | "AYA_LOGS")).collect();
+    names.sort_unstable();
+    let mut wanted: Vec<&str> = MAPS.iter().map(|map| map.name).collect();
+    wanted.sort_unstable();
+    assert_eq!(names, wanted);
+    Sandbox::run(|sandbox| {
+        let _agent = Agent::start(sandbox);
+        let sizing = maps::Sizing { services: 256, endpoints: 2048, n_cpus: aya::util::nr_cpus().unwrap() };
+        for map in MAPS {
+            let info = MapInfo::from_pin(sandbox.pin_path().join(map.name)).unwrap();
+            let found = (
+                info.map_type().unwrap() as u32,
+                info.key_size(),
+                info.value_size(),
+                info.map_flags(),
+                info.max_entries(),
+            );
+            let wanted = (map.kind as u32, map.key_size, map.value_size, map.flags, map.max_entries(&sizing));
+            assert_eq!(found, wanted, "{}", map.name);
+        }
+        for hook in pins::hooks(Features::probe()) {
+            let link = syscall::open_pin(&sandbox.pin_path().join(hook.name)).unwrap();
+            assert_eq!(
+                syscall::cgroup_link(link.as_fd()).unwrap().attach_type,
+                hook.attach_type,
+                "{}",
+                hook.name
+            );
+        }
     });
 }
 
@@ -465,6 +715,138 @@ fn an_unfinished_change_of_maps_is_ended() {
             agent.follow(&cluster);
         }
     });
+}
+
+/// Whatever is taken away is told by its name, and put back from what the agent holds. Without a pin it serves on: the agent has the
+/// link and the map open.
+#[test]
+fn pins_that_are_removed_or_replaced_are_put_back() {
+    if !require(Feature::Programs) {
+        return;
+    }
+    Sandbox::run(|sandbox| {
+        let service = service_address(Domain::V4);
+        let endpoints = addresses::<2>(Domain::V4, 8001);
+        let _servers = Servers::tcp(endpoints);
+        let mut agent = Agent::start(sandbox);
+        agent.follow(&cluster(&endpoints));
+        let lock = Lock::try_take(&sandbox.pin_path()).unwrap().unwrap();
+        let maps = map_ids(sandbox);
+        for name in pins::names(Features::probe()) {
+            let pin = sandbox.pin_path().join(name);
+            let other = sandbox.pin_path().join(if name == "meta" { "affinity" } else { "meta" });
+            // Removed, and replaced by something else.
+            for is_replaced in [false, true] {
+                assert_eq!(agent.kernel.pins(&lock), Pins::InPlace, "{name}");
+                fs::remove_file(&pin).unwrap();
+                if is_replaced {
+                    syscall::pin(syscall::open_pin(&other).unwrap().as_fd(), &pin).unwrap();
+                }
+                assert_eq!(agent.kernel.pins(&lock), Pins::Lost(vec![name]));
+                assert!(call(service, Tcp).is_ok(), "{name}");
+                let (restored, result) = agent.kernel.restore_pins(&lock);
+                result.unwrap();
+                assert_eq!(restored, [name]);
+                assert!(call(service, Tcp).is_ok(), "{name}");
+            }
+        }
+        assert_eq!(map_ids(sandbox), maps, "the same maps as before");
+        assert_eq!(pinned(sandbox), wanted_pins(sandbox));
+    });
+}
+
+/// A hook whose program is detached, or is another one, gets its own again.
+#[test]
+fn programs_that_are_detached_or_replaced_are_put_back() {
+    if !require(Feature::Programs) {
+        return;
+    }
+    Sandbox::run(|sandbox| {
+        let service = service_address(Domain::V4);
+        let endpoints = addresses::<2>(Domain::V4, 8001);
+        let _servers = Servers::tcp(endpoints);
+        let mut agent = Agent::start(sandbox);
+        agent.follow(&cluster(&endpoints));
+        let lock = Lock::try_take(&sandbox.pin_path()).unwrap().unwrap();
+        let programs = program_ids(sandbox);
+        let link = |hook: &str| syscall::open_pin(&sandbox.pin_path().join(hook)).unwrap();
+        for hook in pins::hooks(Features::probe()) {
+            syscall::detach(link(hook.name).as_fd()).unwrap();
+            assert_eq!(agent.kernel.pins(&lock), Pins::Lost(vec![hook.name]));
+            assert_eq!(call(service, Tcp).is_ok(), hook.name != "connect4", "{}", hook.name);
+            let (restored, result) = agent.kernel.restore_pins(&lock);
+            result.unwrap();
+            assert_eq!((restored, agent.kernel.pins(&lock)), (vec![hook.name], Pins::InPlace));
+            assert!(call(service, Tcp).is_ok(), "{}", hook.name);
+        }
+        assert_eq!(program_ids(sandbox), programs);
+
+        // The same program over other maps: it knows no service.
+        let mut other = load_object();
+        let name = if Features::probe().compare_and_swap { "connect4" } else { "connect4_s" };
+        let program: &mut CgroupSockAddr = other.program_mut(name).unwrap().try_into().unwrap();
+        program.load().unwrap();
+        syscall::replace_program(link("connect4").as_fd(), program.fd().unwrap().as_fd()).unwrap();
+        assert_eq!(call(service, Tcp), Err(Errno::ENETUNREACH));
+        assert_eq!(agent.kernel.pins(&lock), Pins::Lost(vec!["connect4"]));
+        agent.kernel.restore_pins(&lock).1.unwrap();
+        assert_eq!(program_ids(sandbox), programs);
+        assert!(call(service, Tcp).is_ok());
+
+        // With all of them gone, somebody wanted it so.
+        pins::remove(&sandbox.pin_path()).unwrap();
+        assert_eq!(agent.kernel.pins(&lock), Pins::Gone);
+        fs::create_dir(sandbox.pin_path()).unwrap();
+        assert_eq!(agent.kernel.pins(&lock), Pins::Gone, "the directory is another one");
+        assert!(agent.kernel.restore_pins(&lock).0.is_empty());
+        assert_eq!(call(service, Tcp), Err(Errno::ENETUNREACH));
+        assert_eq!(pinned(sandbox), Vec::<PathBuf>::new());
+    });
+}
+
+/// A link that was detached while no agent ran, or that leads to another cgroup, is no obstacle for the next start.
+#[test]
+fn links_of_no_use_are_made_anew_at_the_start() {
+    if !require(Feature::Programs) {
+        return;
+    }
+    Sandbox::run(|sandbox| {
+        let service = service_address(Domain::V4);
+        let endpoints = addresses::<2>(Domain::V4, 8001);
+        let _servers = Servers::tcp(endpoints);
+        let mut agent = Agent::start(sandbox);
+        agent.follow(&cluster(&endpoints));
+        drop(agent);
+        syscall::detach(syscall::open_pin(&sandbox.pin_path().join("connect4")).unwrap().as_fd()).unwrap();
+        assert_eq!(call(service, Tcp), Err(Errno::ENETUNREACH));
+        drop(Agent::start(sandbox));
+        assert!(call(service, Tcp).is_ok());
+        // From below this test's cgroup, and back.
+        let below = Below::make(sandbox);
+        let elsewhere = Options { cgroup: below.0.clone(), ..agent::options(sandbox) };
+        drop(Agent::start_with(&elsewhere, agent::settings(), Vec::new()).unwrap());
+        assert_eq!(call(service, Tcp), Err(Errno::ENETUNREACH), "this process is no longer served");
+        drop(Agent::start(sandbox));
+        assert!(call(service, Tcp).is_ok());
+        assert_eq!(pinned(sandbox), wanted_pins(sandbox));
+    });
+}
+
+/// A cgroup below that of the sandbox, removed on drop.
+struct Below(PathBuf);
+
+impl Below {
+    fn make(sandbox: &Sandbox) -> Self {
+        let path = sandbox.cgroup().path().join("below");
+        fs::create_dir(&path).unwrap();
+        Self(path)
+    }
+}
+
+impl Drop for Below {
+    fn drop(&mut self) {
+        let _removed_with_the_sandbox = fs::remove_dir(&self.0);
+    }
 }
 
 fn open_error(options: &Options) -> KernelError {

@@ -110,9 +110,19 @@ fn is_right(pin_path: &Path, cluster: &Cluster, sizes: usize) -> bool {
         && found.node_addrs == scratch.image().node_addrs
 }
 
+/// What the second state has other than objects.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Other {
+    Nothing,
+    /// Sizes of the maps.
+    Sizes,
+    /// Layouts of maps beside the image.
+    Layouts,
+}
+
 /// Kills agents on the way from one state to the other and back, before the first change to the kernel, before a later
 /// one, and so on until one comes to the end of its plan. Each time the next agent repairs what it finds.
-fn every_point(sandbox: &Sandbox, place: &Place, with_sizes: bool) -> usize {
+fn every_point(sandbox: &Sandbox, place: &Place, other: Other) -> usize {
     let one_in = number("LB_FAULT_STEP", STEP).max(1);
     let pin_path = Path::new(&place.pin_path);
     let servers = [false, true].map(|ipv6| {
@@ -128,7 +138,10 @@ fn every_point(sandbox: &Sandbox, place: &Place, with_sizes: bool) -> usize {
         if let Some(at) = fault {
             command.env("SOCKLB_FAULT_AT", at.to_string());
         }
-        let sizes = &SIZES[usize::from(second && with_sizes)];
+        if second && other == Other::Layouts {
+            command.env("SOCKLB_LAYOUT", "affinity:90,sockets:90,excluded:91");
+        }
+        let sizes = &SIZES[usize::from(second && other == Other::Sizes)];
         let places = ["--node-name", "node", "--cgroup", &place.cgroup, "--pin-path", &place.pin_path];
         place.spawn(command, &[&places, &sizes[..], &QUIET].concat())
     };
@@ -165,7 +178,7 @@ fn every_point(sandbox: &Sandbox, place: &Place, with_sizes: bool) -> usize {
                 let wanted = state(second);
                 place.write(&wanted);
                 let agent = flags(Some(at), second);
-                let sizes = usize::from(second && with_sizes);
+                let sizes = usize::from(second && other == Other::Sizes);
                 // It dies before it has come to the end, or has come there.
                 eventually("the agent has died or is done", || {
                     agent.has_ended() || (agent.has_said("synced") && is_right(pin_path, &wanted, sizes))
@@ -200,7 +213,7 @@ impl Drop for StopOnDrop<'_> {
 #[test]
 fn an_agent_killed_between_two_changes_is_made_up_for() {
     with_place(|sandbox, place| {
-        let n_points = every_point(sandbox, place, false);
+        let n_points = every_point(sandbox, place, Other::Nothing);
         // The hooks' links, and a plan for all tables.
         assert!(n_points > 30, "{n_points}");
     });
@@ -210,7 +223,16 @@ fn an_agent_killed_between_two_changes_is_made_up_for() {
 #[test]
 fn an_agent_killed_while_it_replaces_the_maps_is_made_up_for() {
     with_place(|sandbox, place| {
-        let n_points = every_point(sandbox, place, true);
+        let n_points = every_point(sandbox, place, Other::Sizes);
+        assert!(n_points > 50, "{n_points}");
+    });
+}
+
+/// The same with some maps made anew beside the others, which go on.
+#[test]
+fn an_agent_killed_while_it_makes_some_maps_anew_is_made_up_for() {
+    with_place(|sandbox, place| {
+        let n_points = every_point(sandbox, place, Other::Layouts);
         assert!(n_points > 50, "{n_points}");
     });
 }

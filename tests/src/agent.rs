@@ -159,8 +159,7 @@ impl Agent {
     /// The pins that an agent makes on this kernel, whether they exist or not.
     #[must_use]
     pub fn pins(sandbox: &Sandbox) -> Vec<PathBuf> {
-        let names = pins::MAPS.into_iter().chain(pins::hooks(Features::probe()));
-        names.map(|name| sandbox.pin_path().join(name)).collect()
+        pins::names(Features::probe()).map(|name| sandbox.pin_path().join(name)).collect()
     }
 }
 

@@ -194,7 +194,7 @@ impl fmt::Display for Events {
         write!(
             f,
             "agents: {n_kills} killed, {n_faults} killed between two changes to the kernel, {n_ends} ended, {n_upgrades} \
-             replaced while another waited, {n_layouts} with another layout, {n_sizes} with other sizes"
+             replaced while another waited, {n_layouts} with maps of another layout, {n_sizes} with other sizes"
         )
     }
 }
@@ -326,9 +326,9 @@ fn nothing_is_left_over(sandbox: &Sandbox) -> anyhow::Result<()> {
     let features = Features::probe();
     let cgroup = fs::File::open(sandbox.cgroup().path())?;
     for hook in pins::hooks(features) {
-        let link = syscall::cgroup_link(syscall::open_pin(&pin_path.join(hook))?.as_fd())?;
+        let link = syscall::cgroup_link(syscall::open_pin(&pin_path.join(hook.name))?.as_fd())?;
         let programs = syscall::programs_of(cgroup.as_fd(), link.attach_type)?;
-        ensure!(programs == [link.program_id], "{hook} has the programs {programs:?}");
+        ensure!(programs == [link.program_id], "{} has the programs {programs:?}", hook.name);
     }
     // Without a hook at their close (kernels before 5.12) sockets have no slots.
     let records = SocketTable::open(&pin_path, features)?.used();

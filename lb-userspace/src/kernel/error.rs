@@ -4,6 +4,8 @@ use std::{error::Error, io, path::PathBuf};
 
 use aya::{EbpfError, maps::MapError, programs::ProgramError};
 
+use super::exclusive;
+
 /// An operation on the kernel failed.
 ///
 /// The display names cause and remedy in one line.
@@ -64,18 +66,53 @@ pub enum KernelError {
         /// The directory.
         path: PathBuf,
     },
-    /// The pinned maps have another layout.
-    #[error(
-        "the maps under {} have layout {found}, this socklb has {ours}: use the socklb that made them, or start an agent of this one",
-        path.display()
-    )]
-    Layout {
+    /// A map is not there, though others are.
+    #[error("map {name} is not pinned under {}: an agent pins it again within its --audit-interval, or when it starts", path.display())]
+    NotPinned {
+        /// Its name.
+        name: &'static str,
         /// The directory.
         path: PathBuf,
-        /// What is pinned.
-        found: u32,
-        /// What this binary writes.
+    },
+    /// A pinned map has another layout.
+    #[error(
+        "map {name} under {} has {}, this socklb has layout {ours}: use the socklb that made it, or start an agent of this one",
+        path.display(),
+        found.map_or_else(|| "no layout that is known".to_owned(), |found| format!("layout {found}"))
+    )]
+    Layout {
+        /// The map.
+        name: &'static str,
+        /// The directory.
+        path: PathBuf,
+        /// What is pinned, if that was written down.
+        found: Option<u32>,
+        /// What this binary makes.
         ours: u32,
+    },
+    /// The sizes of the pinned maps are not those of one image.
+    #[error("the maps under {} have different sizes: if an agent is replacing them, try again in a moment; else start one", path.display())]
+    Mixed {
+        /// The directory.
+        path: PathBuf,
+    },
+    /// Another program has a hook for itself.
+    #[error(
+        "hook {hook} of {}: {}",
+        cgroup.display(),
+        by.as_ref().map_or_else(
+            || "a program is attached without `multi` to a cgroup above, which cannot be seen from here: look on the host with \
+                `bpftool cgroup tree`, and detach it or have it attached with BPF_F_ALLOW_MULTI".to_owned(),
+            exclusive::Exclusive::to_string
+        )
+    )]
+    Exclusive {
+        /// The hook.
+        hook: &'static str,
+        /// The cgroup that was to be served.
+        cgroup: PathBuf,
+        /// The program, if its cgroup can be seen.
+        by: Option<exclusive::Exclusive>,
     },
     /// Loading the object failed.
     #[error("cannot load the BPF object: {0}")]

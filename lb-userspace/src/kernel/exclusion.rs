@@ -25,7 +25,7 @@ use lb_common::limits;
 use super::{
     KernelError,
     cgroup::{self, Extent},
-    store::open_pinned,
+    layouts::open_pinned,
 };
 
 /// Most directories that are looked at for pods: an order of magnitude above a full node.

@@ -1,5 +1,7 @@
 //! Points at which a test has the agent killed. Without the feature `fault-points`, as in every release, there are none.
 
+use lb_common::maps::MapSpec;
+
 /// A point between two changes to the kernel. The process kills itself at the one whose number, from 1, is in the variable
 /// `SOCKLB_FAULT_AT`.
 #[cfg(feature = "fault-points")]
@@ -26,16 +28,18 @@ pub(super) fn point() {
 #[cfg(not(feature = "fault-points"))]
 pub(super) const fn point() {}
 
-/// The layout version that the variable `SOCKLB_LAYOUT_VERSION` has this agent write, for a test of what an agent does
-/// that finds another one's maps.
+/// The layout number of a map. The variable `SOCKLB_LAYOUT`, such as `sockets:7,frontends:9`, gives this agent other ones, for a
+/// test of what an agent does that finds another one's maps.
 #[cfg(feature = "fault-points")]
-pub(super) fn layout_version() -> u32 {
-    let version = std::env::var("SOCKLB_LAYOUT_VERSION").ok().and_then(|version| version.parse().ok());
-    version.unwrap_or(lb_common::limits::LAYOUT_VERSION)
+pub(super) fn layout(map: &MapSpec) -> u32 {
+    let others = std::env::var("SOCKLB_LAYOUT").unwrap_or_default();
+    let other =
+        others.split(',').filter_map(|other| other.split_once(':')).find(|(name, _)| *name == map.name);
+    other.and_then(|(_, layout)| layout.parse().ok()).unwrap_or(map.layout)
 }
 
-/// The layout version.
+/// The layout number of a map.
 #[cfg(not(feature = "fault-points"))]
-pub(super) const fn layout_version() -> u32 {
-    lb_common::limits::LAYOUT_VERSION
+pub(super) const fn layout(map: &MapSpec) -> u32 {
+    map.layout
 }

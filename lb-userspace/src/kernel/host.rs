@@ -8,6 +8,7 @@ use std::{
 };
 
 use aya::{maps::MapInfo, programs::loaded_programs};
+use lb_common::{hooks::HOOKS, maps::MAPS};
 
 use super::{
     Features, KernelError,
@@ -39,18 +40,6 @@ pub struct Host {
     /// Programs on our hooks of the cgroup that are not ours, each with its hooks; or why nobody knows.
     pub neighbours: io::Result<BTreeMap<String, Vec<&'static str>>>,
 }
-
-/// `enum bpf_attach_type` of the hooks that others may be attached to as well.
-const ATTACH_TYPES: [(&str, u32); 8] = [
-    ("connect4", 10),
-    ("connect6", 11),
-    ("sendmsg4", 14),
-    ("sendmsg6", 15),
-    ("recvmsg4", 19),
-    ("recvmsg6", 20),
-    ("getpeername4", 29),
-    ("getpeername6", 30),
-];
 
 /// Looks at the host. `cgroup` is the one to serve, or else the root of the hierarchy.
 #[must_use]
@@ -100,9 +89,9 @@ pub(super) fn capabilities() -> u64 {
 /// A failing system call: most often a capability is missing.
 pub fn neighbours(cgroup: &Path, pin_path: &Path) -> io::Result<BTreeMap<String, Vec<&'static str>>> {
     let directory = fs::File::open(cgroup)?;
-    let own_maps: BTreeSet<u32> = pins::MAPS
+    let own_maps: BTreeSet<u32> = MAPS
         .iter()
-        .filter_map(|name| MapInfo::from_pin(pin_path.join(name)).ok())
+        .filter_map(|map| MapInfo::from_pin(pin_path.join(map.name)).ok())
         .map(|info| info.id())
         .collect();
     let mut known = BTreeMap::new();
@@ -115,8 +104,8 @@ pub fn neighbours(cgroup: &Path, pin_path: &Path) -> io::Result<BTreeMap<String,
         let _ids_differ = known.insert(program.id(), (name, is_own));
     }
     let mut found: BTreeMap<String, Vec<&'static str>> = BTreeMap::new();
-    for (hook, attach_type) in ATTACH_TYPES {
-        let ids = match syscall::programs_of(directory.as_fd(), attach_type) {
+    for hook in HOOKS {
+        let ids = match syscall::programs_of(directory.as_fd(), hook.attach_type) {
             Ok(ids) => ids,
             // A hook that this kernel does not have; that is what the trial of the programs tells.
             Err(error) if error.raw_os_error() == Some(nix::libc::EINVAL) => continue,
@@ -125,7 +114,7 @@ pub fn neighbours(cgroup: &Path, pin_path: &Path) -> io::Result<BTreeMap<String,
         for id in ids {
             let (name, is_own) = known.get(&id).cloned().unwrap_or_default();
             if !is_own {
-                found.entry(name.unwrap_or_else(|| format!("program {id}"))).or_default().push(hook);
+                found.entry(name.unwrap_or_else(|| format!("program {id}"))).or_default().push(hook.name);
             }
         }
     }

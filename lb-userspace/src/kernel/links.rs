@@ -6,6 +6,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use lb_common::hooks::HOOKS;
+
 use super::{Features, cgroup, pins, syscall};
 
 /// A link that is attached.
@@ -28,8 +30,10 @@ pub enum LinkProblem {
     /// There is no such pin, and this kernel needs none (docs/MAPS.md).
     #[error("not used on this kernel")]
     NotNeeded,
-    /// Its cgroup was removed, which detaches for good.
-    #[error("its cgroup is gone: start the agent anew after `socklb cleanup`")]
+    /// It was detached, or its cgroup removed, which is for good.
+    #[error(
+        "it was detached, or its cgroup is gone: an agent attaches anew at its next audit, or when it starts"
+    )]
     Detached,
     /// The kernel does not tell.
     #[error("{0}")]
@@ -39,7 +43,7 @@ pub enum LinkProblem {
 /// Looks at the link of each hook. Its cgroup is looked for in `below`, or else in the whole hierarchy.
 #[must_use]
 pub fn look(pin_path: &Path, below: Option<&Path>) -> Vec<(&'static str, Result<Link, LinkProblem>)> {
-    let needed: Vec<&str> = pins::hooks(Features::probe()).collect();
+    let needed: Vec<&str> = pins::hooks(Features::probe()).map(|hook| hook.name).collect();
     let root = below.map(Path::to_owned).or_else(|| cgroup::find_widest().ok());
     let mut known: Option<(u64, Option<PathBuf>)> = None;
     let mut place = |id: u64| {
@@ -52,8 +56,9 @@ pub fn look(pin_path: &Path, below: Option<&Path>) -> Vec<(&'static str, Result<
         }
         known.as_ref().and_then(|(_, path)| path.clone())
     };
-    pins::HOOKS
-        .into_iter()
+    HOOKS
+        .iter()
+        .map(|hook| hook.name)
         .map(|hook| {
             let link = look_at(&pin_path.join(hook), &mut place);
             let is_needed = needed.contains(&hook);
@@ -94,7 +99,7 @@ mod tests {
     fn what_is_not_pinned_is_missing() {
         let nothing = tempfile::tempdir().unwrap();
         let found = look(nothing.path(), None);
-        assert_eq!(found.len(), pins::HOOKS.len());
+        assert_eq!(found.len(), HOOKS.len());
         for (hook, link) in found {
             assert!(matches!(link, Err(LinkProblem::Missing | LinkProblem::NotNeeded)), "{hook}");
         }

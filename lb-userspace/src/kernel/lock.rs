@@ -82,6 +82,30 @@ impl Drop for Lock {
     }
 }
 
+/// Keeps whoever removes all pins and an agent that restores some apart. Ends with this value, or with the process.
+#[derive(Debug)]
+pub(super) struct Change {
+    _above: Flock<File>,
+}
+
+impl Change {
+    /// Waits until it is alone. `None` if the directory above the pins cannot be locked.
+    pub(super) fn begin(pin_path: &Path) -> Option<Self> {
+        Self::take(pin_path, FlockArg::LockExclusive)
+    }
+
+    /// `None` if another process is at it.
+    pub(super) fn try_begin(pin_path: &Path) -> Option<Self> {
+        Self::take(pin_path, FlockArg::LockExclusiveNonblock)
+    }
+
+    /// The lock of the directory above: that of the pins may be an agent's for as long as it runs.
+    fn take(pin_path: &Path, how: FlockArg) -> Option<Self> {
+        let above = File::open(pin_path.parent()?).ok()?;
+        Flock::lock(above, how).ok().map(|above| Self { _above: above })
+    }
+}
+
 /// Names the process that holds the lock, by its number in this PID namespace if it has one here.
 #[must_use]
 pub fn describe_holder(pin_path: &Path) -> String {

@@ -10,21 +10,25 @@
 //!
 //! - Maps and links are pinned: ending the process changes nothing for programs and calls.
 //! - A program is replaced in its link, never detached and attached anew.
+//! - What maps and hooks there are comes from `lb_common::maps` and `lb_common::hooks`.
 //! - Unsafe code of user space is in [`mapped`], [`pod`] and [`syscall`] only.
 //!
 //! # Depends on
 //!
 //! `plan`, `tables`, `model`, `lb_common`, aya, netlink.
 
+mod attach;
 mod btf;
 pub mod cgroup;
 pub mod descriptors;
 pub mod error;
 pub mod exclusion;
+pub mod exclusive;
 mod fault;
 pub mod feature;
 pub mod grace;
 pub mod host;
+mod layouts;
 pub mod links;
 pub mod lock;
 pub mod mapped;
@@ -37,6 +41,7 @@ pub mod sock_diag;
 pub mod sockets;
 pub mod store;
 pub mod syscall;
+mod takeover;
 
 pub use self::{
     error::KernelError,

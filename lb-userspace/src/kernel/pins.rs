@@ -3,54 +3,28 @@
 use std::{
     ffi::OsString,
     fs, io,
-    os::fd::AsFd as _,
+    os::fd::{AsFd as _, BorrowedFd},
     path::{Path, PathBuf},
 };
 
-use super::{Features, KernelError, fault, syscall};
+use lb_common::{
+    hooks::{self, HOOKS, HookSpec, Needs},
+    maps::{self, MAPS},
+};
 
-/// Maps by the names of the object; each is pinned under its name.
-pub const MAPS: [&str; 15] = [
-    "services4",
-    "services6",
-    "frontends",
-    "endpoints4",
-    "endpoints6",
-    "node_addrs",
-    "affinity",
-    "socket_slots",
-    "sockets",
-    "socket_storage",
-    "excluded",
-    "excluded_levels",
-    "service_stats",
-    "endpoint_stats",
-    "meta",
-];
+use super::{Features, KernelError, fault, lock, syscall};
 
-/// Maps that have one size for all settings: they stay the same when the others are made anew in other sizes. Without
-/// them, sockets would lose their records, clients their affinity, and excluded processes that they are.
-const SHARED: [&str; 6] =
-    ["affinity", "socket_slots", "sockets", "socket_storage", "excluded", "excluded_levels"];
+/// The hooks that are attached on a kernel, in their order.
+pub fn hooks(features: Features) -> impl Iterator<Item = &'static HookSpec> {
+    HOOKS.iter().filter(move |hook| match hook.needs {
+        Needs::Nothing => true,
+        Needs::Slots => features.has_slots(),
+    })
+}
 
-/// Hooks in the order in which they are attached; the link of each is pinned under its name.
-///
-/// The one that gives up what the others take comes first: no socket may take a slot that nobody gives up.
-pub const HOOKS: [&str; 9] = [
-    "sock_release",
-    "connect4",
-    "connect6",
-    "sendmsg4",
-    "sendmsg6",
-    "recvmsg4",
-    "recvmsg6",
-    "getpeername4",
-    "getpeername6",
-];
-
-/// The hooks that are attached on a kernel: without compare-and-swap no socket takes a slot, and none is given up.
-pub fn hooks(features: Features) -> impl Iterator<Item = &'static str> {
-    HOOKS.into_iter().filter(move |hook| features.has_slots() || *hook != "sock_release")
+/// The names that an agent pins on a kernel: maps, then links.
+pub fn names(features: Features) -> impl Iterator<Item = &'static str> {
+    MAPS.iter().map(|map| map.name).chain(hooks(features).map(|hook| hook.name))
 }
 
 /// Directory below that of the pins, where maps of another size or layout are filled. They serve nobody.
@@ -105,7 +79,7 @@ pub fn check(pin_path: &Path) -> Result<(), KernelError> {
 ///
 /// [`KernelError::Remove`] for a pin that cannot be moved or removed.
 pub fn recover(pin_path: &Path) -> Result<(), KernelError> {
-    discard(&pin_path.join(NEXT), &mut Vec::new())?;
+    forget(pin_path)?;
     promote(pin_path)
 }
 
@@ -115,28 +89,34 @@ pub fn recover(pin_path: &Path) -> Result<(), KernelError> {
 ///
 /// [`KernelError::PinPath`] if it cannot be made, [`KernelError::Remove`] if a former one cannot be removed.
 pub fn stage(pin_path: &Path) -> Result<PathBuf, KernelError> {
+    forget(pin_path)?;
     let next = pin_path.join(NEXT);
-    discard(&next, &mut Vec::new())?;
     fs::create_dir(&next).map_err(|source| KernelError::PinPath { path: next.clone(), source })?;
     Ok(next)
 }
 
-/// Pins the maps that need not be made anew in a second directory, too.
+/// Pins maps that go on as they are in a second directory, too.
 ///
 /// # Errors
 ///
 /// [`KernelError::Pin`] with the name of a map that cannot be pinned.
-pub fn share(pin_path: &Path, other: &Path) -> Result<(), KernelError> {
-    for name in SHARED {
-        let map = match syscall::open_pin(&pin_path.join(name)) {
-            // An older version did not have it: it is made anew.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
-            opened => opened,
-        };
+pub fn share(pin_path: &Path, other: &Path, names: &[&'static str]) -> Result<(), KernelError> {
+    for &name in names {
+        fault::point();
+        let map = syscall::open_pin(&pin_path.join(name));
         let pinned = map.and_then(|map| syscall::pin(map.as_fd(), &other.join(name)));
         pinned.map_err(|source| KernelError::Pin { name, source })?;
     }
     Ok(())
+}
+
+/// Forgets an unfinished [`NEXT`].
+///
+/// # Errors
+///
+/// [`KernelError::Remove`] for a pin that cannot be removed.
+pub fn forget(pin_path: &Path) -> Result<(), KernelError> {
+    discard(&pin_path.join(NEXT), &mut Vec::new())
 }
 
 /// From here on, the maps in [`NEXT`] are the ones to go on with. Nothing is done if that was said before.
@@ -165,7 +145,7 @@ pub fn commit(pin_path: &Path) -> Result<(), KernelError> {
 /// [`KernelError::Remove`] for a pin that cannot be moved; the others have been, and it can be tried again.
 pub fn promote(pin_path: &Path) -> Result<(), KernelError> {
     let ready = pin_path.join(READY);
-    let mut names = names(&ready)?;
+    let mut names = entries(&ready)?;
     names.sort_by_key(|name| name == "meta");
     for name in names {
         fault::point();
@@ -177,7 +157,7 @@ pub fn promote(pin_path: &Path) -> Result<(), KernelError> {
 }
 
 /// The names in a directory; none if it is not there.
-fn names(directory: &Path) -> Result<Vec<OsString>, KernelError> {
+fn entries(directory: &Path) -> Result<Vec<OsString>, KernelError> {
     let error = |source| KernelError::PinPath { path: directory.to_owned(), source };
     match fs::read_dir(directory) {
         Ok(entries) => entries.map(|entry| entry.map(|entry| entry.file_name()).map_err(error)).collect(),
@@ -188,7 +168,7 @@ fn names(directory: &Path) -> Result<Vec<OsString>, KernelError> {
 
 /// Removes a directory of ours with all that is pinned in it.
 fn discard(directory: &Path, removed: &mut Vec<PathBuf>) -> Result<(), KernelError> {
-    for name in names(directory)? {
+    for name in entries(directory)? {
         remove_pin(directory.join(name), removed)?;
     }
     match fs::remove_dir(directory) {
@@ -197,6 +177,16 @@ fn discard(directory: &Path, removed: &mut Vec<PathBuf>) -> Result<(), KernelErr
         }
         _ => Ok(()),
     }
+}
+
+/// Pins a map where it should be, in the place of whatever is there.
+///
+/// # Errors
+///
+/// [`KernelError::Pin`]
+pub(super) fn replace(path: &Path, map: BorrowedFd<'_>, name: &'static str) -> Result<(), KernelError> {
+    remove_pin(path.to_owned(), &mut Vec::new())?;
+    syscall::pin(map, path).map_err(|source| KernelError::Pin { name, source })
 }
 
 fn remove_pin(path: PathBuf, removed: &mut Vec<PathBuf>) -> Result<(), KernelError> {
@@ -208,19 +198,31 @@ fn remove_pin(path: PathBuf, removed: &mut Vec<PathBuf>) -> Result<(), KernelErr
     Ok(())
 }
 
-/// Whether any hook has its link.
-#[must_use]
-pub fn any_link(pin_path: &Path) -> bool {
-    HOOKS.iter().any(|hook| fs::symlink_metadata(pin_path.join(hook)).is_ok())
-}
-
-/// Removes the maps, which nothing must need any longer.
+/// Removes pins of maps and links that only earlier versions have, by their names. Their programs are detached. Returns what was removed.
 ///
 /// # Errors
 ///
 /// [`KernelError::Remove`] for the first pin that stays.
-pub fn remove_maps(pin_path: &Path) -> Result<(), KernelError> {
-    MAPS.iter().try_for_each(|name| remove_pin(pin_path.join(name), &mut Vec::new()))
+pub fn remove_former(pin_path: &Path, maps: &[&str], links: &[&str]) -> Result<Vec<PathBuf>, KernelError> {
+    let mut removed = Vec::new();
+    for name in links {
+        remove_link(pin_path.join(name), &mut removed)?;
+    }
+    for name in maps {
+        remove_pin(pin_path.join(name), &mut removed)?;
+    }
+    Ok(removed)
+}
+
+/// Detaches a link and removes its pin.
+///
+/// A link whose last pin goes is detached by a work queue, milliseconds later, and not at all while an agent has it open. What
+/// cannot be opened or is no link has no program to detach: only its name is removed.
+fn remove_link(path: PathBuf, removed: &mut Vec<PathBuf>) -> Result<(), KernelError> {
+    if let Ok(link) = syscall::open_pin(&path) {
+        let _no_link = syscall::detach(link.as_fd());
+    }
+    remove_pin(path, removed)
 }
 
 /// Detaches the programs, removes the links, then the maps, then the directory. Returns what was removed.
@@ -232,19 +234,16 @@ pub fn remove_maps(pin_path: &Path) -> Result<(), KernelError> {
 ///
 /// [`KernelError::NothingPinned`] if there was nothing, [`KernelError::Remove`] for the first pin that stays.
 pub fn remove(pin_path: &Path) -> Result<Vec<PathBuf>, KernelError> {
+    // An agent that restores pins does so before or after, when the directory is gone.
+    let _alone = lock::Change::begin(pin_path);
     let mut removed = Vec::new();
-    for hook in HOOKS {
-        let path = pin_path.join(hook);
-        // A link whose last pin goes is detached by a work queue, milliseconds later, and not at all while an agent has it
-        // open. What cannot be opened or is no link has no program to detach: only its name is removed.
-        if let Ok(link) = syscall::open_pin(&path) {
-            let _no_link = syscall::detach(link.as_fd());
-        }
-        remove_pin(path, &mut removed)?;
+    for name in HOOKS.iter().map(|hook| hook.name) {
+        remove_link(pin_path.join(name), &mut removed)?;
     }
-    for name in MAPS {
+    for name in MAPS.iter().map(|map| map.name) {
         remove_pin(pin_path.join(name), &mut removed)?;
     }
+    removed.extend(remove_former(pin_path, maps::FORMER, hooks::FORMER)?);
     for name in [NEXT, READY] {
         discard(&pin_path.join(name), &mut removed)?;
     }

@@ -35,6 +35,7 @@ use lb_common::{
 
 use super::{
     Features, KernelError, descriptors,
+    layouts::Directory,
     mapped::Mapped,
     netns::{self, Namespace},
     sock_diag::{Connected, SockDiag},
@@ -124,8 +125,8 @@ impl SocketTable {
     ///
     /// A failing system call.
     pub fn open(pin_path: &Path, features: Features) -> Result<Self, KernelError> {
-        let data =
-            |name| MapData::from_pin(pin_path.join(name)).map_err(|source| KernelError::map(name, source));
+        let directory = Directory::open(pin_path)?;
+        let data = |name| directory.map(name).map(|(map, _shape)| map);
         let mmap = |name| move |source| KernelError::Mmap { name, source };
         let (slots, entries) = (data("socket_slots")?, data("sockets")?);
         Ok(Self {

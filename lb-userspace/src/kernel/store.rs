@@ -14,27 +14,36 @@ use std::{
 use aya::{
     Ebpf, EbpfLoader,
     maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, PerCpuValues},
-    programs::{
-        CgroupAttachMode, Program, ProgramError,
-        links::{FdLink, LinkError, PinnedLink},
-    },
+    programs::{Program, ProgramError},
     sys::SyscallError,
 };
 use lb_common::{
     address::{Address, Octets6, mapped_ipv4},
+    hooks::{self, HookSpec},
     layout::{
         self, Endpoint4, Endpoint6, EndpointStats, Frontend, FrontendKey4, FrontendKey6, FrontendRef,
         MapValue, Meta, NodeAddr, NodeAddrKey, Run, ServiceStats,
     },
     limits,
+    maps::{self, MAPS, Size, Sizing},
 };
-use tracing::info;
+use tracing::{info, warn};
 
 use self::audit::Stray;
 pub use self::audit::{Findings, Repaired};
 use super::{
-    Features, KernelError, cgroup, fault, grace::Grace, host, mapped::Mapped, object, pins, pod::Plain,
+    Features, KernelError,
+    attach::{Hook, Hooks},
+    cgroup, fault,
+    grace::Grace,
+    host,
+    layouts::{self, Directory, Held},
+    lock::{Change, Lock},
+    mapped::Mapped,
+    object, pins,
+    pod::Plain,
     syscall,
+    takeover::{self, Takeover},
 };
 use crate::{
     desired::FrontendAddress,
@@ -76,6 +85,7 @@ pub struct Maps {
     frontends: Mapped<Frontend>,
     endpoints4: Mapped<Endpoint4>,
     endpoints6: Mapped<Endpoint6>,
+    capacity: Capacity,
     meta: Meta,
 }
 
@@ -103,36 +113,37 @@ pub struct Kernel {
     log: bool,
     object: Ebpf,
     pin_path: PathBuf,
-    /// The cgroup to attach to, as long as other programs and maps than these serve.
-    staged: Option<File>,
+    /// The maps that the programs use.
+    held: Vec<Held>,
+    hooks: Hooks,
+    /// Whether other programs and maps than these serve.
+    is_staged: bool,
 }
 
-/// What was found where the maps are to be.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Found {
-    /// Nothing that serves.
-    Nothing,
-    /// Maps to go on with.
-    Ours,
-    /// Maps of this layout in other sizes.
-    OtherSizes,
-    /// Maps that cannot be read: of this layout version, or of none that is known.
-    OtherLayout(Option<u32>),
+/// How the pins of an agent are.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Pins {
+    /// As they should be.
+    InPlace,
+    /// These are not: a pin was removed or replaced, or a link was detached or given another program.
+    Lost(Vec<&'static str>),
+    /// Nothing of them is left where they were.
+    Gone,
 }
 
 impl Kernel {
-    /// Loads the programs, adopts the pinned maps or creates them, and attaches the programs or replaces the
+    /// Loads the programs, takes over the pinned maps or makes them, and attaches the programs or replaces the
     /// attached ones.
     ///
-    /// Maps of another layout or in other sizes are left to serve, with their programs. New ones are made beside them and
-    /// filled with what the old ones hold, if their layout is the same; [`Self::apply`] switches to them with its first
-    /// plan. See [`Self::is_staged`].
+    /// A map of another layout or in another size is made anew, and the others go on. If it is a part of the image, all maps of
+    /// the image are made anew and filled with what the old ones hold, if their layout is the same; the old ones are left to
+    /// serve, with their programs, until [`Self::apply`] switches with its first plan. See [`Self::is_staged`].
     ///
     /// `on_grace` is called, on another thread, each time a grace period has passed: see [`Self::settled`].
     ///
     /// # Errors
     ///
-    /// See [`KernelError`]; nothing that was attached before is detached.
+    /// See [`KernelError`]; what was attached and pinned before is so still, and nothing else.
     ///
     /// # Kernel
     ///
@@ -143,29 +154,51 @@ impl Kernel {
         let pin_path = &options.pin_path;
         pins::prepare(pin_path)?;
         pins::recover(pin_path)?;
-        let found = look(pin_path, options.capacity)?;
-        let maps_path = match found {
-            Found::Ours => pin_path.clone(),
-            Found::Nothing => {
-                // An agent that ended before it wrote anything may have asked for other sizes.
-                pins::remove_maps(pin_path)?;
-                pin_path.clone()
-            }
-            Found::OtherSizes | Found::OtherLayout(_) => pins::stage(pin_path)?,
-        };
-        let is_staged = maps_path != *pin_path;
-        if found == Found::OtherSizes {
-            pins::share(pin_path, &maps_path)?;
+        let kernel = Self::begin(options, object, cgroup, on_grace);
+        if kernel.is_err() {
+            // The maps that were made for programs which do not run.
+            let _next_start_does = pins::forget(pin_path);
         }
+        kernel
+    }
+
+    fn begin(
+        options: &Options,
+        object: &[u8],
+        cgroup: File,
+        on_grace: impl Fn() + Send + 'static,
+    ) -> Result<Self, KernelError> {
+        let pin_path = &options.pin_path;
+        let former = Directory::open(pin_path)?;
+        let takeover = Takeover::of(&former.survey(&sizing(options.capacity)?)?);
+        let maps_path = if takeover.made.is_empty() {
+            pin_path.clone()
+        } else {
+            let next = pins::stage(pin_path)?;
+            pins::share(pin_path, &next, &takeover.kept)?;
+            if takeover.waits() {
+                info!(
+                    image = ?takeover.image,
+                    maps = takeover.made.join(" "),
+                    "maps have another layout or other sizes: new ones are filled beside them"
+                );
+            } else if !takeover.kept.is_empty() {
+                info!(maps = takeover.made.join(" "), "these maps are made anew, the others go on");
+            }
+            next
+        };
         raise_memlock();
         let mut object = load(object, options, Some(&maps_path))?;
+        let mut directory = Directory::open(&maps_path)?;
+        let held = directory.record()?;
         let mut maps = Maps::take(&mut object, options)?;
-        if is_staged {
-            info!(?found, "the maps have another layout or other sizes: new ones are filled beside them");
+        maps.fill_from(&former, &directory, &takeover)?;
+        let mut programs = Vec::new();
+        for hook in pins::hooks(options.features) {
+            // Also when they are attached later: what the verifier refuses is to be known now.
+            programs.push(load_program(&mut object, hook, &program_of(hook, options.features, options.log))?);
         }
-        if found == Found::OtherSizes {
-            maps.fill_from(&Maps::open(pin_path)?)?;
-        }
+        let hooks = Hooks::new(pin_path, cgroup, &options.cgroup, programs)?;
         let not_made = |io_error| MapError::SyscallError(SyscallError { call: "bpf_map_create", io_error });
         let periods =
             syscall::MapOfMaps::new().map_err(|source| KernelError::map("socklb_grace", not_made(source)))?;
@@ -182,90 +215,88 @@ impl Kernel {
             log: options.log,
             object,
             pin_path: pin_path.clone(),
-            staged: None,
+            held,
+            hooks,
+            is_staged: takeover.waits(),
         };
         kernel.ask_grace();
-        for hook in pins::hooks(options.features) {
-            // Also when they are attached later: what the verifier refuses is to be known now.
-            let name = program_of(hook, kernel.features, kernel.log);
-            let _verified = load_program(&mut kernel.object, hook, &name)?;
-        }
-        if is_staged {
-            kernel.staged = Some(cgroup);
-        } else {
-            kernel.attach_all(&cgroup)?;
+        if !kernel.is_staged {
+            kernel.switch()?;
         }
         Ok(kernel)
     }
 
-    /// Whether other programs and maps serve still: the pinned ones, which this agent cannot go on with. What is written
-    /// serves nobody before the first plan is carried out.
+    /// Whether other programs and maps serve still: the pinned ones, whose image this agent cannot go on with. What is
+    /// written serves nobody before the first plan is carried out.
     #[must_use]
     pub const fn is_staged(&self) -> bool {
-        self.staged.is_some()
+        self.is_staged
     }
 
     /// Where the maps are pinned now. After a first plan that ends [`Self::is_staged`] they are elsewhere.
     #[must_use]
     pub fn maps_path(&self) -> PathBuf {
-        if self.is_staged() { self.pin_path.join(pins::NEXT) } else { self.pin_path.clone() }
+        if self.is_staged { self.pin_path.join(pins::NEXT) } else { self.pin_path.clone() }
     }
 
     /// Has the programs of every hook run on these maps, which take the place of the pinned ones.
     ///
     /// Each step can be repeated, by this agent or the next one.
     fn switch(&mut self) -> Result<(), KernelError> {
-        let Some(cgroup) = self.staged.take() else { return Ok(()) };
-        let switched = pins::commit(&self.pin_path)
-            .and_then(|()| self.attach_all(&cgroup))
-            .and_then(|()| pins::promote(&self.pin_path));
-        match &switched {
-            Ok(()) => info!("switched to the new maps"),
-            Err(_again) => self.staged = Some(cgroup),
+        // What is refused is refused before anything has changed.
+        let made = self.hooks.make_missing()?;
+        pins::commit(&self.pin_path)?;
+        self.hooks.install(made)?;
+        pins::promote(&self.pin_path)?;
+        let _removed = pins::remove_former(&self.pin_path, maps::FORMER, hooks::FORMER)?;
+        if std::mem::take(&mut self.is_staged) {
+            info!("switched to the new maps");
         }
-        switched
+        let forgotten = Directory::open(&self.pin_path).and_then(|mut directory| directory.forget_unpinned());
+        if let Err(error) = forgotten {
+            warn!(%error, "the layouts of maps that are gone are still written down; the next start tries again");
+        }
+        Ok(())
     }
 
-    fn attach_all(&mut self, cgroup: &File) -> Result<(), KernelError> {
-        for hook in pins::hooks(self.features) {
+    /// Looks at the pins, which others may have removed or replaced, and at what the links run. `lock` is that of their directory.
+    #[must_use]
+    pub fn pins(&self, lock: &Lock) -> Pins {
+        let is_there = |name: &str| std::fs::symlink_metadata(self.pin_path.join(name)).is_ok();
+        if !lock.is_in_place() || !pins::names(self.features).any(is_there) {
+            return Pins::Gone;
+        }
+        if self.is_staged {
+            // The pinned ones are another agent's.
+            return Pins::InPlace;
+        }
+        let is_lost = |held: &&Held| layouts::pinned_id(&self.pin_path.join(held.name)) != Some(held.id);
+        let maps = self.held.iter().filter(is_lost).map(|held| held.name);
+        let lost: Vec<&str> = maps.chain(self.hooks.lost()).collect();
+        if lost.is_empty() { Pins::InPlace } else { Pins::Lost(lost) }
+    }
+
+    /// Puts right what [`Self::pins`] tells, from the maps and programs that this agent holds. Returns the names; with an error,
+    /// others may be lost still.
+    ///
+    /// Does nothing once everything is gone: that was a removal, by `socklb cleanup` or by hand.
+    pub fn restore_pins(&mut self, lock: &Lock) -> (Vec<&'static str>, Result<(), KernelError>) {
+        let (mut restored, mut result) = (Vec::new(), Ok(()));
+        // Not in the middle of a removal.
+        let Some(_alone) = Change::try_begin(&self.pin_path) else { return (restored, result) };
+        let Pins::Lost(lost) = self.pins(lock) else { return (restored, result) };
+        for name in lost {
             fault::point();
-            self.attach(hook, cgroup)?;
+            let done = match self.held.iter().find(|held| held.name == name) {
+                Some(held) => pins::replace(&self.pin_path.join(name), held.fd.as_fd(), name),
+                None => self.hooks.restore(name),
+            };
+            match done {
+                Ok(()) => restored.push(name),
+                Err(error) => result = Err(error),
+            }
         }
-        Ok(())
-    }
-
-    /// Puts the loaded program of a hook into the hook's link.
-    fn attach(&mut self, hook: &'static str, cgroup: &File) -> Result<(), KernelError> {
-        let pin = &self.pin_path.join(hook);
-        let missing = KernelError::Missing { kind: "program", name: hook };
-        let name = program_of(hook, self.features, self.log);
-        let program = self.object.program_mut(&name).ok_or(missing)?;
-        let refused = |source| KernelError::Program { name: hook, source: Box::new(source) };
-        let link_error = |source| KernelError::Link { name: hook, source };
-        match syscall::open_pin(pin) {
-            Ok(link) => {
-                let fd = program.fd().map_err(refused)?;
-                return syscall::replace_program(link.as_fd(), fd.as_fd()).map_err(link_error);
-            }
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(link_error(error)),
-            Err(_not_pinned) => {}
-        }
-        // Links are always "multi": a flag for it makes bpf_link_create fail with EINVAL.
-        let mode = CgroupAttachMode::default();
-        let link: Result<FdLink, LinkError> = match program {
-            Program::CgroupSockAddr(program) => {
-                let id = program.attach(cgroup, mode).map_err(refused)?;
-                program.take_link(id).map_err(refused)?.try_into()
-            }
-            Program::CgroupSock(program) => {
-                let id = program.attach(cgroup, mode).map_err(refused)?;
-                program.take_link(id).map_err(refused)?.try_into()
-            }
-            _ => return Err(KernelError::Missing { kind: "program", name: hook }),
-        };
-        let link = link.map_err(|error| link_error(io::Error::other(error)))?;
-        let _pinned: PinnedLink = link.pin(pin).map_err(|error| link_error(io::Error::other(error)))?;
-        Ok(())
+        (restored, result)
     }
 
     /// The instructions that the verifier walked through for the program of each hook.
@@ -275,9 +306,10 @@ impl Kernel {
     /// [`KernelError::Program`] if the kernel does not tell.
     pub fn verified_instructions(&self) -> Result<BTreeMap<&'static str, u32>, KernelError> {
         let mut counts = BTreeMap::new();
-        for name in pins::hooks(self.features) {
+        for hook in pins::hooks(self.features) {
+            let name = hook.name;
             let missing = KernelError::Missing { kind: "program", name };
-            let program = self.object.program(&program_of(name, self.features, self.log)).ok_or(missing)?;
+            let program = self.object.program(&program_of(hook, self.features, self.log)).ok_or(missing)?;
             let info =
                 program.info().map_err(|source| KernelError::Program { name, source: Box::new(source) })?;
             counts.insert(name, info.verified_instruction_count().unwrap_or_default());
@@ -317,7 +349,9 @@ impl Kernel {
         }
         result?;
         // What has no room is no reason to stay with the former maps: it would have none after the next restart either.
-        self.switch()?;
+        if self.is_staged {
+            self.switch()?;
+        }
         Ok(done)
     }
 
@@ -398,12 +432,8 @@ pub fn try_programs(features: Features) -> Result<(), KernelError> {
 }
 
 /// Loads the program of a hook.
-fn load_program<'a>(
-    object: &'a mut Ebpf,
-    hook: &'static str,
-    name: &str,
-) -> Result<&'a mut Program, KernelError> {
-    let missing = KernelError::Missing { kind: "program", name: hook };
+fn load_program(object: &mut Ebpf, hook: &'static HookSpec, name: &str) -> Result<Hook, KernelError> {
+    let missing = KernelError::Missing { kind: "program", name: hook.name };
     let Some(program) = object.program_mut(name) else { return Err(missing) };
     match program {
         Program::CgroupSockAddr(program) => program.load(),
@@ -415,11 +445,17 @@ fn load_program<'a>(
         ProgramError::LoadError { io_error, .. }
             if io_error.kind() == io::ErrorKind::PermissionDenied && !may_load_programs() =>
         {
-            KernelError::NotPermitted { what: format!("program {hook}") }
+            KernelError::NotPermitted { what: format!("program {}", hook.name) }
         }
-        source => KernelError::program(hook, source, &host::kernel()),
+        source => KernelError::program(hook.name, source, &host::kernel()),
     })?;
-    Ok(program)
+    let refused = |source| KernelError::Program { name: hook.name, source: Box::new(source) };
+    let fd = program.fd().map_err(refused)?.as_fd().try_clone_to_owned();
+    Ok(Hook {
+        spec: hook,
+        program: fd.map_err(|source| KernelError::Link { name: hook.name, source })?,
+        program_id: program.info().map_err(refused)?.id(),
+    })
 }
 
 /// Whether this process has `CAP_PERFMON`, or `CAP_SYS_ADMIN`, which it is a part of.
@@ -429,15 +465,21 @@ fn may_load_programs() -> bool {
 }
 
 /// The name of the program for a hook: with slots, with socket storage alone, or with diagnostics.
-fn program_of(hook: &str, features: Features, log: bool) -> String {
+fn program_of(hook: &HookSpec, features: Features, log: bool) -> String {
     let mode = match (features.has_slots(), log) {
-        _ if hook == "sock_release" => "",
+        _ if !hook.has_modes => "",
         (true, false) => "",
         (true, true) => "_l",
         // There is none with diagnostics for these kernels.
         (false, _) => "_s",
     };
-    format!("{hook}{mode}")
+    format!("{}{mode}", hook.name)
+}
+
+/// What the sizes of the maps follow from.
+fn sizing(Capacity { services, endpoints }: Capacity) -> Result<Sizing, KernelError> {
+    let n_cpus = aya::util::nr_cpus().map_err(|(_path, error)| KernelError::Thread(error))?;
+    Ok(Sizing { services, endpoints, n_cpus })
 }
 
 /// Loads the object with all settings, adopting the maps pinned in a directory and pinning the others there.
@@ -450,7 +492,7 @@ fn load(object: &[u8], options: &Options, pin_path: Option<&Path>) -> Result<Ebp
     let (has_fields, fields) =
         (options.features.sock_fields.is_some(), options.features.sock_fields.unwrap_or_default());
     let (has_fields, mptcp) = (u8::from(has_fields), u8::from(options.features.mptcp));
-    let n_cpus = aya::util::nr_cpus().map_err(|(_path, error)| KernelError::Thread(error))?;
+    let sizing = sizing(*capacity)?;
     let mut loader = EbpfLoader::new();
     let _: &mut EbpfLoader<'_> = loader
         .override_global("HAS_SET_RETVAL", &set_retval, true)
@@ -465,40 +507,20 @@ fn load(object: &[u8], options: &Options, pin_path: Option<&Path>) -> Result<Ebp
         .override_global("NODE_PORT_LAST", &node_ports.1, true)
         .override_global("LOCALHOST_NODEPORTS", &localhost, true)
         .override_global("NODE_NETNS", &node_netns, true)
-        .override_global("EXCLUDES", &excludes, true)
-        .map_max_entries("services4", capacity.services)
-        .map_max_entries("services6", capacity.services)
-        .map_max_entries("frontends", n_frontends(*capacity))
-        .map_max_entries(
-            "service_stats",
-            n_counted(n_frontends(*capacity), size_of::<ServiceStats>(), n_cpus),
-        )
-        .map_max_entries("endpoints4", capacity.endpoints)
-        .map_max_entries("endpoints6", capacity.endpoints)
-        .map_max_entries("endpoint_stats", n_counted(capacity.endpoints, size_of::<EndpointStats>(), n_cpus));
+        .override_global("EXCLUDES", &excludes, true);
+    for map in MAPS {
+        if !matches!(map.size, Size::Fixed(_)) {
+            loader.map_max_entries(map.name, map.max_entries(&sizing));
+        }
+        if let Some(pin_path) = pin_path {
+            loader.map_pin_path(map.name, pin_path.join(map.name));
+        }
+    }
     if !options.log {
         // The ring buffer of aya-log must exist for the programs that name it; a page is the least.
         loader.map_max_entries("AYA_LOGS", 4096);
     }
-    for (name, pin_path) in pin_path.into_iter().flat_map(|path| pins::MAPS.map(|name| (name, path))) {
-        loader.map_pin_path(name, pin_path.join(name));
-    }
     loader.load(object).map_err(|source| KernelError::load(source, &host::kernel()))
-}
-
-/// Entries of `frontends`: those of both families.
-fn n_frontends(capacity: Capacity) -> u32 {
-    capacity.services.saturating_mul(2)
-}
-
-/// Most bytes that a map of counters takes, over all CPUs.
-const MOST_COUNTERS: usize = 64 << 20;
-
-/// Entries of a map of counters, which has a value for each possible CPU: so many as fit into [`MOST_COUNTERS`]. What has
-/// a higher id is served and not counted; ids are given out from 0.
-fn n_counted(wanted: u32, size: usize, n_cpus: usize) -> u32 {
-    let most = MOST_COUNTERS / size / n_cpus.max(1);
-    u32::try_from(most).map_or(wanted, |most| wanted.min(most))
 }
 
 /// Lets BPF maps count against a limit that is not there (kernels before 5.11 charge them to the process).
@@ -508,79 +530,49 @@ fn raise_memlock() {
     let _not_needed_on_new_kernels = setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY);
 }
 
-/// Looks at what is pinned.
-fn look(pin_path: &Path, capacity: Capacity) -> Result<Found, KernelError> {
-    let meta = match read_meta(pin_path) {
-        // Of a layout in which `meta` has another size.
-        Err(KernelError::Map { source, .. })
-            if matches!(*source, MapError::InvalidKeySize { .. } | MapError::InvalidValueSize { .. }) =>
-        {
-            return Ok(Found::OtherLayout(None));
-        }
-        meta => meta?.unwrap_or_default(),
-    };
-    Ok(if meta == Meta::default() {
-        // Made by an agent that ended before it wrote anything, unless somebody has damaged it.
-        if pins::any_link(pin_path) { Found::OtherLayout(None) } else { Found::Nothing }
-    } else if meta.layout_version != fault::layout_version() {
-        Found::OtherLayout(Some(meta.layout_version))
-    } else if (meta.max_services, meta.max_endpoints) == (capacity.services, capacity.endpoints) {
-        Found::Ours
-    } else {
-        Found::OtherSizes
-    })
-}
-
-/// The pinned `meta`, or `None` if nothing is pinned.
-fn read_meta(pin_path: &Path) -> Result<Option<Meta>, KernelError> {
-    let pin = pin_path.join("meta");
-    match std::fs::symlink_metadata(&pin) {
-        Ok(_exists) => {}
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(source) => return Err(KernelError::PinPath { path: pin_path.to_owned(), source }),
-    }
-    let array: Array<MapData, Plain<Meta>> = open_pinned(pin_path, "meta")?;
-    Ok(Some(array.get(&0, 0).map_err(|source| KernelError::map("meta", source))?.0))
-}
-
-/// Opens a pinned map as a typed one.
-pub(super) fn open_pinned<T: TryFrom<Map, Error = MapError>>(
-    pin_path: &Path,
-    name: &'static str,
-) -> Result<T, KernelError> {
-    let wrap = |source| KernelError::map(name, source);
-    let data = MapData::from_pin(pin_path.join(name)).map_err(wrap)?;
-    Map::from_map_data(data).and_then(T::try_from).map_err(wrap)
-}
-
 impl Maps {
     /// Opens the pinned maps without loading or changing anything.
     ///
     /// # Errors
     ///
-    /// [`KernelError::NothingPinned`], [`KernelError::Layout`], or a failing system call.
+    /// [`KernelError::NothingPinned`], [`KernelError::NotPinned`], [`KernelError::Layout`], [`KernelError::Mixed`], or a failing
+    /// system call.
     pub fn open(pin_path: &Path) -> Result<Self, KernelError> {
-        let nothing = || KernelError::NothingPinned { path: pin_path.to_owned() };
-        let meta = read_meta(pin_path)?.ok_or_else(nothing)?;
-        if meta == Meta::default() {
-            return Err(nothing());
+        let directory = Directory::open(pin_path)?;
+        Self::open_each(|_name| &directory).map_err(|error| match error {
+            KernelError::NotPinned { .. } if !MAPS.iter().any(|map| pin_path.join(map.name).exists()) => {
+                KernelError::NothingPinned { path: pin_path.to_owned() }
+            }
+            error => error,
+        })
+    }
+
+    /// Opens each map in a directory of its own.
+    fn open_each<'a>(place: impl Fn(&'static str) -> &'a Directory) -> Result<Self, KernelError> {
+        let (meta, _): (Array<MapData, Plain<Meta>>, _) = place("meta").typed("meta")?;
+        let Plain(meta) = meta.get(&0, 0).map_err(|source| KernelError::map("meta", source))?;
+        let (services4, shape4) = place("services4").typed("services4")?;
+        let (services6, shape6) = place("services6").typed("services6")?;
+        let (frontends, frontends_shape) = place("frontends").map("frontends")?;
+        let (endpoints4, endpoints4_shape) = place("endpoints4").map("endpoints4")?;
+        let (endpoints6, endpoints6_shape) = place("endpoints6").map("endpoints6")?;
+        let capacity = Capacity { services: shape4.max_entries, endpoints: endpoints4_shape.max_entries };
+        let of_one_image = shape6.max_entries == capacity.services
+            && frontends_shape.max_entries == capacity.services.saturating_mul(2)
+            && endpoints6_shape.max_entries == capacity.endpoints;
+        if !of_one_image {
+            return Err(KernelError::Mixed { path: place("services4").path().to_owned() });
         }
-        let ours = fault::layout_version();
-        if meta.layout_version != ours {
-            return Err(KernelError::Layout { path: pin_path.to_owned(), found: meta.layout_version, ours });
-        }
-        let capacity = Capacity { services: meta.max_services, endpoints: meta.max_endpoints };
-        let data =
-            |name| MapData::from_pin(pin_path.join(name)).map_err(|source| KernelError::map(name, source));
         Ok(Self {
-            services4: open_pinned(pin_path, "services4")?,
-            services6: open_pinned(pin_path, "services6")?,
-            node_addrs: open_pinned(pin_path, "node_addrs")?,
-            service_stats: open_pinned(pin_path, "service_stats")?,
-            endpoint_stats: open_pinned(pin_path, "endpoint_stats")?,
-            frontends: map_memory("frontends", &data("frontends")?, n_frontends(capacity))?,
-            endpoints4: map_memory("endpoints4", &data("endpoints4")?, capacity.endpoints)?,
-            endpoints6: map_memory("endpoints6", &data("endpoints6")?, capacity.endpoints)?,
+            services4,
+            services6,
+            node_addrs: place("node_addrs").typed("node_addrs")?.0,
+            service_stats: place("service_stats").typed("service_stats")?.0,
+            endpoint_stats: place("endpoint_stats").typed("endpoint_stats")?.0,
+            frontends: map_memory("frontends", &frontends)?,
+            endpoints4: map_memory("endpoints4", &endpoints4)?,
+            endpoints6: map_memory("endpoints6", &endpoints6)?,
+            capacity,
             meta,
         })
     }
@@ -589,7 +581,7 @@ impl Maps {
     fn take(object: &mut Ebpf, options: &Options) -> Result<Self, KernelError> {
         let capacity = options.capacity;
         let meta = Meta {
-            layout_version: fault::layout_version(),
+            layout_version: maps::find("meta").map_or(0, fault::layout),
             max_services: capacity.services,
             max_endpoints: capacity.endpoints,
             localhost_nodeports: options.localhost_nodeports.into(),
@@ -606,37 +598,51 @@ impl Maps {
             node_addrs: take_map(object, "node_addrs")?,
             service_stats: take_map(object, "service_stats")?,
             endpoint_stats: take_map(object, "endpoint_stats")?,
-            frontends: map_memory("frontends", map_data(object, "frontends")?, n_frontends(capacity))?,
-            endpoints4: map_memory("endpoints4", map_data(object, "endpoints4")?, capacity.endpoints)?,
-            endpoints6: map_memory("endpoints6", map_data(object, "endpoints6")?, capacity.endpoints)?,
+            frontends: map_memory("frontends", map_data(object, "frontends")?)?,
+            endpoints4: map_memory("endpoints4", map_data(object, "endpoints4")?)?,
+            endpoints6: map_memory("endpoints6", map_data(object, "endpoints6")?)?,
+            capacity,
             meta,
         })
     }
 
-    /// Fills new maps with what others of the same layout hold, as far as it fits: frontends, endpoints and nodes under
-    /// their ids, and counters.
-    fn fill_from(&mut self, former: &Self) -> Result<(), KernelError> {
-        let image = plan::transfer(&former.image()?, self.capacity());
-        for op in plan::diff(&Image::default(), &image).ops() {
-            fault::point();
-            self.apply(op)?;
+    /// Fills maps that were made in the place of others of the same layout with what those hold, as far as it fits: frontends,
+    /// endpoints and nodes under their ids, and counters.
+    fn fill_from(
+        &mut self,
+        former: &Directory,
+        made: &Directory,
+        takeover: &Takeover,
+    ) -> Result<(), KernelError> {
+        if takeover.image == takeover::Image::Moves {
+            // A map that no version before had is empty in the new place.
+            let place = |name| if takeover.known.contains(&name) { former } else { made };
+            let image = plan::transfer(&Self::open_each(place)?.image()?, self.capacity);
+            for op in plan::diff(&Image::default(), &image).ops() {
+                fault::point();
+                self.apply(op)?;
+            }
         }
-        let service_ids: BTreeSet<u32> =
-            image.frontends.values().map(|frontend| frontend.service_id).collect();
-        copy("service_stats", &former.service_stats, &mut self.service_stats, service_ids)?;
-        let runs = [false, true].into_iter().flat_map(|ipv6| image.runs(ipv6).values());
-        let endpoint_ids: BTreeSet<u32> =
-            runs.flat_map(|run| run.iter().map(|entry| entry.endpoint_id)).collect();
-        copy("endpoint_stats", &former.endpoint_stats, &mut self.endpoint_stats, endpoint_ids)
+        if takeover.refills("service_stats") {
+            let ids = self.image()?.frontends.values().map(|frontend| frontend.service_id).collect();
+            copy("service_stats", &former.typed("service_stats")?.0, &mut self.service_stats, ids)?;
+        }
+        if takeover.refills("endpoint_stats") {
+            let image = self.image()?;
+            let runs = [false, true].into_iter().flat_map(|ipv6| image.runs(ipv6).values());
+            let ids = runs.flat_map(|run| run.iter().map(|entry| entry.endpoint_id)).collect();
+            copy("endpoint_stats", &former.typed("endpoint_stats")?.0, &mut self.endpoint_stats, ids)?;
+        }
+        Ok(())
     }
 
     /// The sizes that the maps were made with.
     #[must_use]
     pub fn capacity(&self) -> Capacity {
-        Capacity { services: self.meta.max_services, endpoints: self.meta.max_endpoints }
+        self.capacity
     }
 
-    /// Layout version, sizes, and the settings that the programs were loaded with.
+    /// The settings that the programs were loaded with.
     #[must_use]
     pub fn meta(&self) -> &Meta {
         &self.meta
@@ -765,7 +771,7 @@ impl Maps {
 
     fn read_run(&self, ipv6: bool, run: Run) -> Option<Vec<Entry>> {
         let end = run.offset.checked_add(run.len)?;
-        if end > self.meta.max_endpoints {
+        if end > self.capacity.endpoints {
             return None;
         }
         (run.offset..end).map(|index| self.read_entry(ipv6, index)).collect()
@@ -828,8 +834,9 @@ fn map_data<'a>(object: &'a Ebpf, name: &'static str) -> Result<&'a MapData, Ker
     }
 }
 
-fn map_memory<T: MapValue>(name: &'static str, data: &MapData, n: u32) -> Result<Mapped<T>, KernelError> {
-    Mapped::new(data.fd().as_fd(), n).map_err(|source| KernelError::Mmap { name, source })
+fn map_memory<T: MapValue>(name: &'static str, map: &MapData) -> Result<Mapped<T>, KernelError> {
+    let n = map.info().map_err(|source| KernelError::map(name, source))?.max_entries();
+    Mapped::new(map.fd().as_fd(), n).map_err(|source| KernelError::Mmap { name, source })
 }
 
 fn in_range(name: &'static str, index: u32, done: bool) -> Result<(), KernelError> {
@@ -914,26 +921,5 @@ fn ip_of(octets: &Octets6) -> IpAddr {
     match mapped_ipv4(octets) {
         Some(ip) => Ipv4Addr::from(ip).into(),
         None => Ipv6Addr::from(*octets).into(),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn counters_take_a_bounded_room() {
-        for (wanted, size, n_cpus, expected) in [
-            (262_144, 16, 1, 262_144),
-            (262_144, 16, 16, 262_144),
-            (262_144, 16, 32, 131_072),
-            (131_072, 24, 21, 131_072),
-            (131_072, 24, 22, 127_100),
-            (1 << 24, 16, 1024, 4096),
-            (1, 24, 1, 1),
-            (5, 16, 0, 5),
-        ] {
-            assert_eq!(n_counted(wanted, size, n_cpus), expected, "{wanted} of {size} on {n_cpus}");
-        }
     }
 }

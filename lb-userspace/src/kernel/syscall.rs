@@ -155,6 +155,39 @@ pub fn loads(instructions: &[u64]) -> bool {
     true
 }
 
+/// Attaches a program to a hook of a cgroup, beside others. It stays attached as long as the link is open or pinned.
+///
+/// # Errors
+///
+/// The system call's: `EPERM` without `CAP_NET_ADMIN`, or if another program has the hook for itself.
+///
+/// # Kernel
+///
+/// 5.7
+pub fn attach(cgroup: BorrowedFd<'_>, program: BorrowedFd<'_>, attach_type: u32) -> io::Result<OwnedFd> {
+    /// `BPF_LINK_CREATE` of `enum bpf_cmd`.
+    const BPF_LINK_CREATE: libc::c_int = 28;
+    /// `link_create` of `union bpf_attr`.
+    #[repr(C)]
+    struct LinkCreate {
+        prog_fd: u32,
+        target_fd: u32,
+        attach_type: u32,
+        /// Links are always "multi": a flag for it is `EINVAL`.
+        flags: u32,
+    }
+    let mut attr = LinkCreate {
+        prog_fd: program.as_raw_fd().cast_unsigned(),
+        target_fd: cgroup.as_raw_fd().cast_unsigned(),
+        attach_type,
+        flags: 0,
+    };
+    // SAFETY: there is no pointer in it.
+    let fd = unsafe { bpf(BPF_LINK_CREATE, &mut attr) }?;
+    // SAFETY: a new file descriptor that nobody else knows.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
 /// `BPF_LINK_UPDATE` of `enum bpf_cmd`.
 const BPF_LINK_UPDATE: libc::c_int = 29;
 
@@ -213,9 +246,11 @@ pub fn detach(link: BorrowedFd<'_>) -> io::Result<()> {
 /// What the kernel tells of a link to a cgroup.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CgroupLink {
+    /// The kernel's id of the link.
+    pub id: u32,
     /// The program in it.
     pub program_id: u32,
-    /// The cgroup's id; 0 once the cgroup is gone.
+    /// The cgroup's id; 0 once the link is detached, or the cgroup gone.
     pub cgroup_id: u64,
     /// `enum bpf_attach_type`
     pub attach_type: u32,
@@ -265,8 +300,8 @@ pub fn cgroup_link(link: BorrowedFd<'_>) -> io::Result<CgroupLink> {
     if info.link_type != CGROUP {
         return Err(io::Error::new(io::ErrorKind::InvalidData, "no link to a cgroup"));
     }
-    let LinkInfo { prog_id: program_id, cgroup_id, attach_type, .. } = info;
-    Ok(CgroupLink { program_id, cgroup_id, attach_type })
+    let LinkInfo { id, prog_id: program_id, cgroup_id, attach_type, .. } = info;
+    Ok(CgroupLink { id, program_id, cgroup_id, attach_type })
 }
 
 /// `BPF_PROG_QUERY` of `enum bpf_cmd`.
@@ -283,6 +318,34 @@ const BPF_PROG_QUERY: libc::c_int = 16;
 ///
 /// 4.15
 pub fn programs_of(cgroup: BorrowedFd<'_>, attach_type: u32) -> io::Result<Vec<u32>> {
+    /// `BPF_F_QUERY_EFFECTIVE`
+    const EFFECTIVE: u32 = 1;
+    query(cgroup, attach_type, EFFECTIVE).map(|attached| attached.programs)
+}
+
+/// What is attached to a hook of one cgroup.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Attached {
+    /// Flags that all of them were attached with (`BPF_F_ALLOW_*`).
+    pub flags: u32,
+    /// The ids of the programs.
+    pub programs: Vec<u32>,
+}
+
+/// What is attached to a hook of this very cgroup, without its ancestors. At most 64 programs.
+///
+/// # Errors
+///
+/// As [`programs_of`].
+///
+/// # Kernel
+///
+/// 4.15
+pub fn attached_to(cgroup: BorrowedFd<'_>, attach_type: u32) -> io::Result<Attached> {
+    query(cgroup, attach_type, 0)
+}
+
+fn query(cgroup: BorrowedFd<'_>, attach_type: u32, query_flags: u32) -> io::Result<Attached> {
     /// `query` of `union bpf_attr`, as far as kernel 5.10 knows it.
     #[repr(C)]
     struct ProgQuery {
@@ -294,13 +357,11 @@ pub fn programs_of(cgroup: BorrowedFd<'_>, attach_type: u32) -> io::Result<Vec<u
         prog_cnt: u32,
         reserved: u32,
     }
-    /// `BPF_F_QUERY_EFFECTIVE`
-    const EFFECTIVE: u32 = 1;
     let mut ids = [0u32; 64];
     let mut attr = ProgQuery {
         target_fd: cgroup.as_raw_fd().cast_unsigned(),
         attach_type,
-        query_flags: EFFECTIVE,
+        query_flags,
         attach_flags: 0,
         prog_ids: ids.as_mut_ptr() as u64,
         prog_cnt: 64,
@@ -308,7 +369,8 @@ pub fn programs_of(cgroup: BorrowedFd<'_>, attach_type: u32) -> io::Result<Vec<u
     };
     // SAFETY: the kernel writes at most `prog_cnt` ids, for which there is room; they outlive the call.
     unsafe { bpf(BPF_PROG_QUERY, &mut attr) }?;
-    Ok(ids.into_iter().take(attr.prog_cnt as usize).collect())
+    let programs = ids.into_iter().take(attr.prog_cnt as usize).collect();
+    Ok(Attached { flags: attr.attach_flags, programs })
 }
 
 /// A map of maps, whose only use is that a change of it waits for an RCU grace period.

@@ -14,7 +14,7 @@ use clap::Args;
 use lb_tests::{Sandbox, agent};
 use lb_userspace::{
     desired::FrontendAddress,
-    kernel::{Kernel, Options as KernelOptions, pins},
+    kernel::{Kernel, Options as KernelOptions},
     model::Protocol,
     plan::{Capacity, diff},
     tables::{Entry, Image},
@@ -162,7 +162,7 @@ fn memory(options: &Options, run: &mut Run) -> anyhow::Result<()> {
         let bytes = Sandbox::run(|sandbox| {
             let _kernel = open(sandbox, capacity)?;
             let mut sum = 0;
-            for name in pins::MAPS {
+            for name in lb_common::maps::MAPS.iter().map(|map| map.name) {
                 let map =
                     MapData::from_pin(sandbox.pin_path().join(name)).with_context(|| name.to_owned())?;
                 sum += locked(map.fd().as_fd().as_raw_fd())?;

@@ -11,7 +11,6 @@ use std::{
 };
 
 use anyhow::{Context as _, bail, ensure};
-use lb_common::limits::LAYOUT_VERSION;
 use lb_userspace::plan::Capacity;
 use nix::{
     sys::signal::{Signal, kill},
@@ -28,6 +27,16 @@ const SIZES: [Capacity; 4] = [
     Capacity { services: 2048, endpoints: 4096 },
     Capacity { services: 512, endpoints: 2048 },
     Capacity { services: 1024, endpoints: 8192 },
+];
+
+/// Layouts of maps that an agent may be started with: none but its own, of maps beside the image, of maps of it.
+const LAYOUTS: [&str; 6] = [
+    "",
+    "sockets:90",
+    "affinity:90,socket_storage:90",
+    "excluded:91",
+    "frontends:90",
+    "services4:91,meta:91",
 ];
 
 /// The binary that can be told to kill itself.
@@ -47,7 +56,7 @@ pub struct Events {
     pub n_ends: u64,
     /// A new agent was started first, of another build, and waited for the end of the old one.
     pub n_upgrades: u64,
-    /// Maps of another layout version.
+    /// Maps of another layout.
     pub n_layouts: u64,
     /// Maps of other sizes.
     pub n_sizes: u64,
@@ -59,7 +68,8 @@ struct Start {
     /// Which binary.
     binary: usize,
     capacity: Capacity,
-    layout_version: u32,
+    /// Layout numbers of maps, as `SOCKLB_LAYOUT` takes them.
+    layout: &'static str,
     /// Before which change to the kernel it kills itself.
     fault_at: Option<usize>,
 }
@@ -139,7 +149,7 @@ impl<'a> Life<'a> {
     ) -> anyhow::Result<Self> {
         let directory = tempfile::tempdir()?;
         fs::write(directory.path().join("kubeconfig"), server.kubeconfig())?;
-        let start = Start { binary: 0, capacity: SIZES[0], layout_version: LAYOUT_VERSION, fault_at: None };
+        let start = Start { binary: 0, capacity: SIZES[0], layout: "", fault_at: None };
         let random = Random(seed ^ 0x6c69_6665);
         let (events, n_started, process) = (Events::default(), 0, None);
         let mut life = Self { sandbox, binaries, directory, random, start, process, n_started, events };
@@ -167,8 +177,8 @@ impl<'a> Life<'a> {
             .arg(directory.join("state"))
             .stdin(Stdio::null())
             .stderr(File::create(&log)?);
-        if start.layout_version != LAYOUT_VERSION {
-            command.env("SOCKLB_LAYOUT_VERSION", start.layout_version.to_string());
+        if !start.layout.is_empty() {
+            command.env("SOCKLB_LAYOUT", start.layout);
         }
         if let Some(at) = start.fault_at {
             command.env("SOCKLB_FAULT_AT", at.to_string());
@@ -197,7 +207,7 @@ impl<'a> Life<'a> {
             }
         }
         if n > 0 {
-            self.replace(Start { layout_version: LAYOUT_VERSION, ..self.start }, Signal::SIGTERM)?;
+            self.replace(Start { layout: "", ..self.start }, Signal::SIGTERM)?;
         }
         Ok(())
     }
@@ -232,8 +242,7 @@ impl<'a> Life<'a> {
             5 => {
                 self.events.n_layouts += 1;
                 next.binary = WITH_FAULT_POINTS;
-                next.layout_version =
-                    LAYOUT_VERSION - 1 + u32::try_from(self.random.below(3)).unwrap_or_default();
+                next.layout = LAYOUTS[self.random.below(LAYOUTS.len())];
             }
             _ => {
                 self.events.n_faults += 1;
