@@ -1,7 +1,12 @@
 //! What an agent does whose surroundings fail it: it says so, it is not ready where that matters, and serves on.
 
-use std::{fs, path::Path, process::Command};
+use std::{fs, os::fd::AsFd as _, path::Path, process::Command};
 
+use lb_common::maps::MAPS;
+use lb_userspace::kernel::{
+    Features, pins,
+    syscall::{detach, open_pin},
+};
 use nix::mount::{MntFlags, umount2};
 
 use crate::{
@@ -36,6 +41,55 @@ fn without_its_pins_an_agent_is_not_ready_and_serves_on() {
         let (code, log) = place.start_with(&PORTS).wait();
         assert_eq!(code, Some(1), "{log:#?}");
         assert!(log.iter().any(|line| line.contains("mount -t bpf")), "{log:#?}");
+    });
+}
+
+/// A pin that is removed by hand, or a program that is detached: the agent is not ready until its next audit has put everything back.
+#[test]
+fn what_is_removed_comes_back_within_the_audits_interval() {
+    with_town(|place, town| {
+        let service = town::web()[0];
+        place.write(&town.cluster(0..2));
+        let agent =
+            place.start_with(&[&PORTS[..], &["--audit-interval=15s", "--self-test-interval=2s"]].concat());
+        eventually("it is ready", || is_up(service) && status_of(10256, "healthz") == "200");
+        let pin = |name: &str| Path::new(&place.pin_path).join(name);
+        let page =
+            |port: u16, page: &str| text("curl", &["--silent", &format!("http://127.0.0.1:{port}/{page}")]);
+        let has_counted = |name: &str, n: u32| {
+            page(10249, "metrics").contains(&format!("socklb_pin_repairs_total{{pin=\"{name}\"}} {n}\n"))
+        };
+        let hooks: Vec<&str> = pins::hooks(Features::probe()).map(|hook| hook.name).collect();
+        let maps: Vec<&str> = MAPS.iter().map(|map| map.name).collect();
+        for (round, (what, names, is_detached)) in
+            [("links", &hooks, false), ("maps", &maps, false), ("programs", &hooks, true)]
+                .into_iter()
+                .enumerate()
+        {
+            for name in names {
+                if is_detached {
+                    detach(open_pin(&pin(name)).unwrap().as_fd()).unwrap();
+                } else {
+                    fs::remove_file(pin(name)).unwrap();
+                }
+            }
+            assert_eq!(is_up(service), !is_detached, "{what}: pins are there for the time without an agent");
+            eventually("it is not ready", || page(10256, "healthz").contains(r#""pinsLost":true"#));
+            assert_eq!(
+                (status_of(10256, "healthz"), status_of(10256, "livez")),
+                ("503".into(), "200".into())
+            );
+            assert!(says(&agent, &["WARN", "next audit puts them right", names[0]]), "{what}");
+            eventually("everything is back", || status_of(10256, "healthz") == "200");
+            assert!(is_up(service), "{what}");
+            let n_links = u32::try_from(round / 2 + 1).unwrap();
+            assert!(names.iter().all(|name| pin(name).exists() && has_counted(name, n_links)), "{what}");
+            assert!(says(&agent, &["WARN", "an audit put back", names[0]]), "{what}");
+        }
+        let n_lines = agent.log().iter().filter(|line| line.contains("an audit put back")).count();
+        assert_eq!(n_lines, 3, "one for each: {:#?}", agent.log());
+        assert_eq!(agent.end(nix::sys::signal::Signal::SIGTERM), Some(0));
+        assert!(is_up(service), "what was put back is pinned");
     });
 }
 

@@ -379,15 +379,34 @@ fn cleanup_beside_an_agent_that_runs_is_for_good() {
     with_town(|place, town| {
         let service = town::web()[0];
         place.write(&town.cluster(0..2));
-        let agent = place.start();
-        eventually("the service answers", || is_up(service));
-        text(&place.binary, &place.args(&["cleanup"]));
-        assert_eq!(call(service, Protocol::Tcp), Err(Errno::ENETUNREACH));
-        // Whatever the agent goes on to do, it attaches nothing anew.
-        place.write(&town.cluster(0..1));
-        assert_eq!(agent.end(Signal::SIGTERM), Some(0));
-        assert_eq!(call(service, Protocol::Tcp), Err(Errno::ENETUNREACH));
-        assert!(!Path::new(&place.pin_path).exists());
+        // Somebody else's directory among the pins keeps that of the pins.
+        for keeps_directory in [false, true] {
+            let agent = place.start_with(&[
+                "--metrics-bind-address=",
+                "--healthz-bind-address=",
+                "--self-test-interval=0",
+                "--audit-interval=200ms",
+            ]);
+            eventually("the service answers", || is_up(service));
+            let theirs = Path::new(&place.pin_path).join("theirs");
+            if keeps_directory {
+                fs::create_dir(&theirs).unwrap();
+            }
+            text(&place.binary, &place.args(&["cleanup"]));
+            assert_eq!(call(service, Protocol::Tcp), Err(Errno::ENETUNREACH));
+            // Whatever the agent goes on to do, also in its audits, it attaches nothing anew.
+            place.write(&town.cluster(0..1));
+            thread::sleep(Duration::from_secs(1));
+            assert_eq!(call(service, Protocol::Tcp), Err(Errno::ENETUNREACH));
+            assert_eq!(agent.end(Signal::SIGTERM), Some(0));
+            assert_eq!(call(service, Protocol::Tcp), Err(Errno::ENETUNREACH));
+            assert_eq!(Path::new(&place.pin_path).exists(), keeps_directory);
+            if keeps_directory {
+                assert_eq!(fs::read_dir(&place.pin_path).unwrap().count(), 1);
+                fs::remove_dir(&theirs).unwrap();
+            }
+            place.write(&town.cluster(0..2));
+        }
     });
 }
 

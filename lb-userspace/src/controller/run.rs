@@ -26,7 +26,7 @@ use crate::{
     kernel::{
         self, Kernel, KernelError,
         lock::Lock,
-        store::{Findings, Maps, Repaired},
+        store::{Findings, Maps, Pins, Repaired},
     },
     model::{
         Issue,
@@ -184,7 +184,10 @@ pub async fn run(
                 agent.tell(&source, agent.issues(&source));
             }
             _ = snapshots.tick() => agent.save(),
-            () = tick(&mut audits) => agent.compare(),
+            () = tick(&mut audits) => {
+                agent.restore_pins(&lock);
+                agent.compare();
+            }
         }
     }
     agent.save_to_the_end().await;
@@ -274,6 +277,8 @@ struct Agent {
     comparing: Option<Task<Findings, KernelError>>,
     has_synced: bool,
     latency: Latency,
+    /// How the pins were at the last look.
+    pins: Pins,
 }
 
 /// What goes on beside the loop, and how it is heard. What is heard no more ends with this value.
@@ -355,6 +360,7 @@ impl Agent {
             comparing: None,
             has_synced: false,
             latency: Latency::default(),
+            pins: Pins::InPlace,
         };
         agent.ledger.happened(&NodeNews::Attached);
         Ok((agent, beside))
@@ -386,23 +392,53 @@ impl Agent {
         true
     }
 
-    /// Reads the node's own addresses, and says so if the pins are no longer where they were.
+    /// Reads the node's own addresses, and looks at the pins.
     fn look_around(&mut self, lock: &Lock) {
         self.state.set_interfaces(interface_addresses());
-        let is_lost = !lock.is_in_place();
-        let has_changed = self
-            .vitals
-            .send_if_modified(|vitals| std::mem::replace(&mut vitals.has_lost_pins, is_lost) != is_lost);
-        let pins = self.options.kernel.pin_path.display();
-        match (has_changed, is_lost) {
-            (true, true) => error!(
-                %pins,
+        self.look_at_pins(lock);
+    }
+
+    /// Says so if the pins are not as they should be, and not ready.
+    fn look_at_pins(&mut self, lock: &Lock) {
+        let now = self.kernel.pins(lock);
+        self.vitals.send_if_modified(|vitals| {
+            let has_lost_pins = now != Pins::InPlace;
+            std::mem::replace(&mut vitals.has_lost_pins, has_lost_pins) != has_lost_pins
+        });
+        let pin_path = self.options.kernel.pin_path.display();
+        match &now {
+            _ if now == self.pins => {}
+            Pins::InPlace => info!(pins = %pin_path, "the pins are back"),
+            Pins::Lost(names) => warn!(
+                pins = %pin_path,
+                names = names.join(" "),
+                "pins were removed or replaced, or programs detached, by somebody else: the next audit puts them right"
+            ),
+            Pins::Gone => error!(
+                pins = %pin_path,
                 "the pins are gone: removed by `socklb cleanup`, or the BPF file system is no longer mounted; what is still \
                  attached ends with this agent, so restart it"
             ),
-            (true, false) => info!(%pins, "the pins are back"),
-            (false, _) => {}
         }
+        self.pins = now;
+    }
+
+    /// Puts back what others have taken away: pins, and programs of hooks.
+    fn restore_pins(&mut self, lock: &Lock) {
+        let (restored, result) = block_in_place(|| self.kernel.restore_pins(lock));
+        for name in &restored {
+            self.metrics.restored(name);
+        }
+        if !restored.is_empty() {
+            warn!(
+                names = restored.join(" "),
+                "an audit put back pins and programs that somebody else had taken away"
+            );
+        }
+        if let Err(error) = result {
+            error!(%error, "an audit could not put back what somebody else has taken away");
+        }
+        self.look_at_pins(lock);
     }
 
     /// Leaves a sign of life. `is_waiting`: whether a change waits to be carried out.

@@ -12,6 +12,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use lb_common::{hooks::HOOKS, maps::MAPS};
 use prometheus_client::{
     metrics::{
         counter::Counter,
@@ -115,6 +116,9 @@ definitions! {
         "Comparisons of the kernel's maps with what they should hold: result clean, repaired or error";
     AUDIT_REPAIRS: Counter "socklb_audit_repairs_total" ["map"]
         "Entries of the kernel's maps that somebody else had deleted, altered or added, and that an audit put right";
+    PIN_REPAIRS: Counter "socklb_pin_repairs_total" ["pin"]
+        "Pins of maps and hooks that somebody else had removed or replaced, and hooks whose program was detached or replaced, that an \
+         audit put right";
     SELF_TESTS: Counter "socklb_self_tests_total" ["result"]
         "Calls of the agent's own Service by a process of its own, through the hooks and tables that serve everybody: result \
          passed or failed";
@@ -166,6 +170,7 @@ pub struct Metrics {
     sync_operations: Counter,
     audits: By,
     audit_repairs: By,
+    pin_repairs: By,
     self_tests: By,
     sockets_destroyed: By,
     issues: Gauge,
@@ -227,6 +232,7 @@ impl Metrics {
             sync_operations: register(registry, &SYNC_OPERATIONS, Counter::default()),
             audits: register(registry, &AUDITS, By::default()),
             audit_repairs: register(registry, &AUDIT_REPAIRS, By::default()),
+            pin_repairs: register(registry, &PIN_REPAIRS, By::default()),
             self_tests: register(registry, &SELF_TESTS, By::default()),
             sockets_destroyed: register(registry, &SOCKETS_DESTROYED, By::default()),
             issues: register(registry, &ISSUES, Gauge::default()),
@@ -240,6 +246,9 @@ impl Metrics {
         // A counter that appears with its first value hides that value from a rate.
         for map in AUDITED {
             let _zero = metrics.audit_repairs.get_or_create(&[("map", map)]);
+        }
+        for pin in MAPS.iter().map(|map| map.name).chain(HOOKS.iter().map(|hook| hook.name)) {
+            let _zero = metrics.pin_repairs.get_or_create(&[("pin", pin)]);
         }
         for protocol in [Protocol::Tcp, Protocol::Udp] {
             let _zero = metrics.sockets_destroyed.get_or_create(&[("protocol", label(protocol))]);
@@ -304,6 +313,11 @@ impl Metrics {
         for (&map, &n_entries) in repaired {
             self.audit_repairs.get_or_create(&[("map", map)]).inc_by(n_entries);
         }
+    }
+
+    /// A pin, or the program of a hook, was put back.
+    pub fn restored(&self, pin: &'static str) {
+        self.pin_repairs.get_or_create(&[("pin", pin)]).inc();
     }
 
     /// Sockets of a protocol were ended.
