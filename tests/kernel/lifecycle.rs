@@ -594,8 +594,8 @@ fn maps_of_a_newer_version_are_left_alone() {
 
 /// The object's programs over maps of their own: they know no service.
 pub(crate) fn load_object() -> Ebpf {
-    // Kernels before 5.11 charge maps to the process.
-    setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY).unwrap();
+    // Kernels before 5.11 charge maps to the process; on others it is not needed, and may not be permitted.
+    let _not_needed = setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY);
     let mut loader = EbpfLoader::new();
     for map in MAPS.iter().filter(|map| !matches!(map.size, Size::Fixed(_))) {
         loader.map_max_entries(map.name, 1);

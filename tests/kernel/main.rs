@@ -14,6 +14,7 @@ mod capacity;
 )]
 mod clusters;
 mod exclusion;
+mod exclusive;
 mod explain;
 mod grace;
 mod lifecycle;

@@ -1,6 +1,6 @@
 //! `socklb check`: is this host able to run it?
 
-use std::{fmt::Write as _, path::PathBuf, process::ExitCode};
+use std::{collections::BTreeMap, fmt::Write as _, path::PathBuf, process::ExitCode};
 
 use clap::Args;
 use serde::Serialize;
@@ -123,20 +123,54 @@ fn judge(host: &Host, is_beside_v1: bool) -> Vec<Finding> {
                 ),
             ),
         },
-        match &host.neighbours {
-            Ok(others) if others.is_empty() => {
-                finding("other balancers", Status::Ok, "no other programs on the same hooks".to_owned())
-            }
-            Ok(others) => {
-                let list: Vec<String> =
-                    others.iter().map(|(name, hooks)| format!("{name} ({})", hooks.join(" "))).collect();
-                let advice = "programs on the same hooks run too, and may change a call before or after socklb: turn \
-                              off the other's socket load balancing";
-                finding("other balancers", Status::Note, format!("{}: {advice}", list.join(", ")))
-            }
-            Err(error) => finding("other balancers", Status::Note, format!("cannot be asked for: {error}")),
-        },
+        attaching(host),
+        neighbours(host),
     ]
+}
+
+fn attaching(host: &Host) -> Finding {
+    let (status, found) = match &host.exclusives {
+        Ok(none) if none.is_empty() => (Status::Ok, "no other program has a hook for itself".to_owned()),
+        Ok(exclusives) => {
+            let mut by_program = BTreeMap::<String, Vec<&str>>::new();
+            for (hook, exclusive) in exclusives {
+                by_program.entry(exclusive.to_string()).or_default().push(hook);
+            }
+            let list: Vec<String> =
+                by_program.iter().map(|(program, hooks)| format!("{}: {program}", hooks.join(" "))).collect();
+            (Status::Missing, format!("the agent cannot attach {}", list.join("; ")))
+        }
+        Err(error) => (Status::Note, format!("cannot be asked for: {error}")),
+    };
+    Finding { what: "attaching", status, found }
+}
+
+/// Programs that would run beside ours.
+fn neighbours(host: &Host) -> Finding {
+    let refused: Vec<&str> = host.exclusives.iter().flatten().map(|(hook, _)| *hook).collect();
+    let (status, found) = match &host.neighbours {
+        Ok(others) => {
+            let beside = |hooks: &[&'static str]| {
+                let hooks = hooks.iter().copied().filter(|hook| !refused.contains(hook));
+                hooks.collect::<Vec<_>>().join(" ")
+            };
+            let list: Vec<String> = others
+                .iter()
+                .map(|(name, hooks)| (name, beside(hooks)))
+                .filter(|(_, hooks)| !hooks.is_empty())
+                .map(|(name, hooks)| format!("{name} ({hooks})"))
+                .collect();
+            let advice = "programs on the same hooks run too, and may change a call before or after socklb: turn \
+                          off the other's socket load balancing";
+            if list.is_empty() {
+                (Status::Ok, "no programs that run beside it on the same hooks".to_owned())
+            } else {
+                (Status::Note, format!("{}: {advice}", list.join(", ")))
+            }
+        }
+        Err(error) => (Status::Note, format!("cannot be asked for: {error}")),
+    };
+    Finding { what: "other balancers", status, found }
 }
 
 /// A note, not a fault: whether the programs are taken is tried, and distributions backport.

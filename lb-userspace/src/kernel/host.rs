@@ -3,7 +3,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs, io,
-    os::fd::AsFd,
+    os::{fd::AsFd, unix::fs::MetadataExt as _},
     path::{Path, PathBuf},
 };
 
@@ -13,6 +13,7 @@ use lb_common::{hooks::HOOKS, maps::MAPS};
 use super::{
     Features, KernelError,
     cgroup::{self, Extent},
+    exclusive::{self, Exclusive},
     pins,
     sockets::{self, SocketError},
     store, syscall,
@@ -39,6 +40,8 @@ pub struct Host {
     pub sockets: Result<(), SocketError>,
     /// Programs on our hooks of the cgroup that are not ours, each with its hooks; or why nobody knows.
     pub neighbours: io::Result<BTreeMap<String, Vec<&'static str>>>,
+    /// Programs of others that keep ours from being attached, each with its hook; or why that is not known.
+    pub exclusives: io::Result<Vec<(&'static str, Exclusive)>>,
 }
 
 /// Looks at the host. `cgroup` is the one to serve, or else the root of the hierarchy.
@@ -54,6 +57,10 @@ pub fn look(cgroup: Option<PathBuf>, pin_path: &Path) -> Host {
         Ok((cgroup, _)) => neighbours(cgroup, pin_path),
         Err(_reported_already) => Ok(BTreeMap::new()),
     };
+    let exclusives = match &cgroup {
+        Ok((cgroup, _)) => exclusives(cgroup, pin_path, features),
+        Err(_reported_already) => Ok(Vec::new()),
+    };
     Host {
         kernel: kernel(),
         has_btf: Path::new("/sys/kernel/btf/vmlinux").exists(),
@@ -64,6 +71,7 @@ pub fn look(cgroup: Option<PathBuf>, pin_path: &Path) -> Host {
         programs: store::try_programs(features),
         sockets: sockets::check(),
         neighbours,
+        exclusives,
     }
 }
 
@@ -80,6 +88,30 @@ pub(super) fn capabilities() -> u64 {
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
     let mask = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
     mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or_default()
+}
+
+/// What keeps a hook from being attached, of the hooks that have no link of ours yet.
+fn exclusives(
+    path: &Path,
+    pin_path: &Path,
+    features: Features,
+) -> io::Result<Vec<(&'static str, Exclusive)>> {
+    let id = fs::metadata(path)?.ino();
+    let mut found = Vec::new();
+    for hook in pins::hooks(features) {
+        let link =
+            syscall::open_pin(&pin_path.join(hook.name)).and_then(|link| syscall::cgroup_link(link.as_fd()));
+        if link.is_ok_and(|link| link.cgroup_id == id) {
+            continue;
+        }
+        match exclusive::find(hook, path) {
+            Ok(by) => found.extend(by.map(|by| (hook.name, by))),
+            // A hook that this kernel does not have; that is what the trial of the programs tells.
+            Err(error) if error.raw_os_error() == Some(nix::libc::EINVAL) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(found)
 }
 
 /// Programs on our hooks of a cgroup that use none of the maps pinned here, by name, each with its hooks.

@@ -3,7 +3,7 @@ use std::{collections::BTreeMap, io};
 use expect_test::expect;
 
 use super::*;
-use crate::kernel::{Features, cgroup::Extent};
+use crate::kernel::{Features, cgroup::Extent, exclusive::Exclusive, feature::SockFields};
 
 const ALL: u64 = (1 << 39) | (1 << 12) | (1 << 38);
 
@@ -23,6 +23,7 @@ fn able() -> Host {
         programs: Ok(()),
         sockets: Ok(()),
         neighbours: Ok(BTreeMap::new()),
+        exclusives: Ok(Vec::new()),
     }
 }
 
@@ -38,7 +39,8 @@ fn a_host_that_has_everything() {
         ok       refusal          bpf_set_retval: connect() and sendto() fail with ECONNREFUSED
         ok       socket records   compare-and-swap: in slots, with socket storage for what finds none
         ok       stale sockets    sockets whose endpoint is gone can be found and ended
-        ok       other balancers  no other programs on the same hooks
+        ok       attaching        no other program has a hook for itself
+        ok       other balancers  no programs that run beside it on the same hooks
     "]]
     .assert_eq(&table(&judge(&able(), false)));
 }
@@ -117,4 +119,21 @@ fn another_balancer_is_named_with_its_hooks() {
     let last = findings.last().unwrap();
     assert_eq!(last.status, Status::Note);
     assert!(last.found.starts_with("cil_sock4_conne (connect4 sendmsg4): "), "{}", last.found);
+}
+
+/// Nobody runs beside a program that has the hook for itself.
+#[test]
+fn a_program_that_refuses_others_is_named_with_the_remedy() {
+    let by = Exclusive { program: "guard (id 7)".to_owned(), cgroup: "/sys/fs/cgroup".into(), flags: "none" };
+    let host = Host {
+        neighbours: Ok(BTreeMap::from([("guard".to_owned(), vec!["connect4", "connect6", "sendmsg4"])])),
+        exclusives: Ok(vec![("connect4", by.clone()), ("connect6", by)]),
+        ..able()
+    };
+    let findings = judge(&host, false);
+    let [.., attaching, beside] = &findings[..] else { panic!("{findings:?}") };
+    assert_eq!(attaching.status, Status::Missing);
+    expect![[r#"the agent cannot attach connect4 connect6: program guard (id 7) is attached to /sys/fs/cgroup with the flags "none", so that none goes beside it: have it attached with "multi" (BPF_F_ALLOW_MULTI), detach it (`bpftool cgroup detach`), or serve another cgroup (--cgroup)"#]]
+        .assert_eq(&attaching.found);
+    assert!(beside.found.starts_with("guard (sendmsg4): "), "{}", beside.found);
 }

@@ -1,0 +1,213 @@
+//! Programs of others that are attached so that none goes beside them.
+
+use std::{
+    fs,
+    net::SocketAddr,
+    os::fd::{AsFd, AsRawFd},
+    path::{Path, PathBuf},
+};
+
+use aya::{
+    Ebpf,
+    maps::MapInfo,
+    programs::{CgroupSockAddr, Program},
+};
+use lb_common::{
+    hooks::{HOOKS, HookSpec},
+    maps::LAYOUTS,
+};
+use lb_tests::{
+    Feature, Sandbox,
+    agent::{self, Agent},
+    client::{Domain, call},
+    cluster::Cluster,
+    require,
+    server::Servers,
+};
+use lb_userspace::{
+    kernel::{Features, Kernel, KernelError, Options, host, pins, syscall},
+    model::Protocol::Tcp,
+};
+use nix::{errno::Errno, libc};
+
+use crate::{
+    calls::{addresses, service_address},
+    lifecycle::load_object,
+};
+
+/// `BPF_F_ALLOW_*`; nothing is "none goes beside it, and none below it".
+const NONE: u32 = 0;
+const OVERRIDE: u32 = 1;
+const MULTI: u32 = 2;
+
+fn hook(name: &str) -> &'static HookSpec {
+    HOOKS.iter().find(|hook| hook.name == name).unwrap()
+}
+
+/// Somebody else, with programs of ours.
+struct Stranger(Ebpf);
+
+impl Stranger {
+    /// Attaches its program as `bpftool cgroup attach` does. It stays as long as the cgroup. Returns its id.
+    fn attach(&mut self, cgroup: &Path, hook: &HookSpec, flags: u32) -> u32 {
+        let storage = !Features::probe().compare_and_swap && hook.has_modes;
+        let name = if storage { format!("{}_s", hook.name) } else { hook.name.to_owned() };
+        let program = self.0.program_mut(&name).unwrap();
+        if let Program::CgroupSockAddr(program) = program {
+            let program: &mut CgroupSockAddr = program;
+            if program.fd().is_err() {
+                program.load().unwrap();
+            }
+        }
+        let id = program.info().unwrap().id();
+        let cgroup = fs::File::open(cgroup).unwrap();
+        attach(
+            cgroup.as_fd().as_raw_fd(),
+            program.fd().unwrap().as_fd().as_raw_fd(),
+            hook.attach_type,
+            flags,
+        );
+        id
+    }
+}
+
+fn attach(target_fd: i32, attach_bpf_fd: i32, attach_type: u32, attach_flags: u32) {
+    /// `BPF_PROG_ATTACH` of `enum bpf_cmd`.
+    const BPF_PROG_ATTACH: libc::c_int = 8;
+    #[repr(C)]
+    struct ProgAttach {
+        target_fd: i32,
+        attach_bpf_fd: i32,
+        attach_type: u32,
+        attach_flags: u32,
+        replace_bpf_fd: u32,
+    }
+    let attr = ProgAttach { target_fd, attach_bpf_fd, attach_type, attach_flags, replace_bpf_fd: 0 };
+    // SAFETY: the kernel reads `size_of` bytes of integers at the pointer, which outlives the call.
+    #[expect(unsafe_code, reason = "the old way to attach, which links have replaced")]
+    let result =
+        unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_ATTACH, &raw const attr, size_of::<ProgAttach>()) };
+    Errno::result(result).unwrap();
+}
+
+/// A cgroup below that of the sandbox, with what is attached to it.
+struct Below(PathBuf);
+
+impl Below {
+    fn make(parent: &Path, name: &str) -> Self {
+        let path = parent.join(name);
+        fs::create_dir(&path).unwrap();
+        Self(path)
+    }
+}
+
+impl Drop for Below {
+    fn drop(&mut self) {
+        let _the_sandbox_tries_again = fs::remove_dir(&self.0);
+    }
+}
+
+fn open(options: &Options) -> Result<(), KernelError> {
+    Kernel::open(options, || {}).map(drop)
+}
+
+/// The programs that are attached to any of our hooks of a cgroup.
+fn attached(cgroup: &Path) -> Vec<u32> {
+    let cgroup = fs::File::open(cgroup).unwrap();
+    let of = |hook: &HookSpec| syscall::attached_to(cgroup.as_fd(), hook.attach_type).unwrap().programs;
+    pins::hooks(Features::probe()).flat_map(of).collect()
+}
+
+/// At the cgroup itself and above it, at the first hook and at the last: the program, its cgroup and the remedy are named, and
+/// everything is as before.
+#[test]
+fn a_program_that_refuses_others_is_named_and_nothing_is_left() {
+    if !require(Feature::Programs) {
+        return;
+    }
+    Sandbox::run(|sandbox| {
+        let mut stranger = Stranger(load_object());
+        for (n, (is_above, name, flags, says)) in [
+            (false, "connect4", NONE, Some("none")),
+            (false, "getpeername6", OVERRIDE, Some("override")),
+            (false, "connect4", MULTI, None),
+            (true, "getpeername6", NONE, Some("none")),
+            (true, "connect4", OVERRIDE, None),
+            (true, "connect4", MULTI, None),
+        ]
+        .into_iter()
+        .enumerate()
+        {
+            let what = format!("{name} with {flags}, above: {is_above}");
+            let above = Below::make(sandbox.cgroup().path(), &format!("above-{n}"));
+            let below = Below::make(&above.0, "below");
+            let options = Options { cgroup: below.0.clone(), ..agent::options(sandbox) };
+            let holder = if is_above { &above.0 } else { &below.0 };
+            let id = stranger.attach(holder, hook(name), flags);
+            let before = attached(&below.0);
+            let exclusives = host::look(Some(below.0.clone()), &options.pin_path).exclusives.unwrap();
+            let result = open(&options);
+            let Some(says) = says else {
+                result.unwrap_or_else(|error| panic!("{what}: {error}"));
+                assert!(exclusives.is_empty(), "{what}: {exclusives:?}");
+                pins::remove(&options.pin_path).unwrap();
+                continue;
+            };
+            let error = result.unwrap_err();
+            assert!(matches!(error, KernelError::Exclusive { .. }), "{what}: {error:?}");
+            let error = error.to_string();
+            for part in [
+                name,
+                &format!("id {id}"),
+                &format!("{says:?}"),
+                "BPF_F_ALLOW_MULTI",
+                &holder.to_string_lossy(),
+            ] {
+                assert!(error.contains(part), "{what}: no {part} in {error}");
+            }
+            assert_eq!(error.lines().count(), 1, "{error}");
+            let [(hook, exclusive)] = &exclusives[..] else { panic!("{what}: {exclusives:?}") };
+            assert_eq!((*hook, &exclusive.cgroup, exclusive.flags), (name, holder, says), "{what}");
+            assert_eq!(attached(&below.0), before, "{what}: what was attached before it was refused is gone");
+            assert_eq!(fs::read_dir(&options.pin_path).unwrap().count(), 0, "{what}: no pins");
+        }
+    });
+}
+
+/// What served before serves on, with its maps, links and programs, when a later start is refused a hook.
+#[test]
+fn a_start_that_is_refused_a_hook_changes_nothing() {
+    if !require(Feature::Programs) {
+        return;
+    }
+    Sandbox::run(|sandbox| {
+        let service = service_address(Domain::V4);
+        let endpoints = addresses::<2>(Domain::V4, 8001);
+        let _servers = Servers::tcp(endpoints);
+        let mut cluster = Cluster::new();
+        cluster.serve("web", service, Tcp, &endpoints as &[SocketAddr]);
+        Agent::start(sandbox).follow(&cluster);
+        // A hook without its link, as one that a new version adds, and a map that has to be made anew.
+        let lost = sandbox.pin_path().join("getpeername6");
+        syscall::detach(syscall::open_pin(&lost).unwrap().as_fd()).unwrap();
+        fs::remove_file(&lost).unwrap();
+        let mut stranger = Stranger(load_object());
+        let _id = stranger.attach(sandbox.cgroup().path(), hook("getpeername6"), NONE);
+        fs::remove_file(sandbox.pin_path().join("affinity")).unwrap();
+        let pinned = || {
+            let mut ids: Vec<(String, Option<u32>)> = fs::read_dir(sandbox.pin_path())
+                .unwrap()
+                .map(|entry| entry.unwrap().path())
+                .map(|path| (path.display().to_string(), MapInfo::from_pin(&path).ok().map(|info| info.id())))
+                .collect();
+            ids.sort();
+            ids
+        };
+        let before = (pinned(), attached(sandbox.cgroup().path()));
+        let error = open(&agent::options(sandbox)).unwrap_err();
+        assert!(matches!(error, KernelError::Exclusive { hook: "getpeername6", .. }), "{error}");
+        assert_eq!((pinned(), attached(sandbox.cgroup().path())), before);
+        assert!(sandbox.pin_path().join(LAYOUTS).exists());
+        assert!(call(service, Tcp).is_ok_and(|server| endpoints.contains(&server)));
+    });
+}
