@@ -212,7 +212,7 @@ fn a_full_map_keeps_the_oldest_and_loses_strangers() {
     with_agent(true, |sandbox, exclusion| {
         let most = u64::from(limits::MAX_EXCLUDED);
         let places = |ids: std::ops::Range<u64>| -> BTreeSet<Place> {
-            ids.map(|id| Place { id: 1_000_000_000 + id, level: 3 }).collect()
+            ids.map(|id| Place { id: 1_000_000_000 + id, levels: 1 << 3 }).collect()
         };
         let ids = |places: BTreeSet<Place>| places.iter().map(|place| place.id).collect::<BTreeSet<u64>>();
         let full = exclusion.set(&places(0..most + 1));
@@ -220,7 +220,7 @@ fn a_full_map_keeps_the_oldest_and_loses_strangers() {
         assert_eq!(exclusion.ids().unwrap(), ids(places(0..most)));
 
         // None of these is wanted, as if a stranger had filled the map.
-        let wanted = in_child(sandbox, |directory| {
+        let wanted = in_child(sandbox.cgroup().path(), |directory| {
             let wanted = BTreeSet::from([place(directory)]);
             assert!(exclusion.set(&wanted).unwrap());
             assert!(are_left_alone());
