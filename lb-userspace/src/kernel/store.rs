@@ -86,6 +86,7 @@ pub struct Maps {
     endpoints4: Mapped<Endpoint4>,
     endpoints6: Mapped<Endpoint6>,
     capacity: Capacity,
+    pinned_meta: Array<MapData, Plain<Meta>>,
     meta: Meta,
 }
 
@@ -245,6 +246,7 @@ impl Kernel {
     fn switch(&mut self) -> Result<(), KernelError> {
         // What is refused is refused before anything has changed.
         let made = self.hooks.make_missing()?;
+        self.maps.write_meta()?;
         pins::commit(&self.pin_path)?;
         self.hooks.install(made)?;
         pins::promote(&self.pin_path)?;
@@ -549,8 +551,8 @@ impl Maps {
 
     /// Opens each map in a directory of its own.
     fn open_each<'a>(place: impl Fn(&'static str) -> &'a Directory) -> Result<Self, KernelError> {
-        let (meta, _): (Array<MapData, Plain<Meta>>, _) = place("meta").typed("meta")?;
-        let Plain(meta) = meta.get(&0, 0).map_err(|source| KernelError::map("meta", source))?;
+        let (pinned_meta, _): (Array<MapData, Plain<Meta>>, _) = place("meta").typed("meta")?;
+        let Plain(meta) = pinned_meta.get(&0, 0).map_err(|source| KernelError::map("meta", source))?;
         let (services4, shape4) = place("services4").typed("services4")?;
         let (services6, shape6) = place("services6").typed("services6")?;
         let (frontends, frontends_shape) = place("frontends").map("frontends")?;
@@ -573,11 +575,12 @@ impl Maps {
             endpoints4: map_memory("endpoints4", &endpoints4)?,
             endpoints6: map_memory("endpoints6", &endpoints6)?,
             capacity,
+            pinned_meta,
             meta,
         })
     }
 
-    /// Takes the maps out of a loaded object and writes `meta`.
+    /// Takes the maps out of a loaded object.
     fn take(object: &mut Ebpf, options: &Options) -> Result<Self, KernelError> {
         let capacity = options.capacity;
         let meta = Meta {
@@ -590,8 +593,6 @@ impl Maps {
             node_port_last: options.node_ports.1,
             reserved: 0,
         };
-        let mut pinned_meta: Array<MapData, Plain<Meta>> = take_map(object, "meta")?;
-        pinned_meta.set(0, Plain(meta), 0).map_err(|source| KernelError::map("meta", source))?;
         Ok(Self {
             services4: take_map(object, "services4")?,
             services6: take_map(object, "services6")?,
@@ -602,8 +603,14 @@ impl Maps {
             endpoints4: map_memory("endpoints4", map_data(object, "endpoints4")?)?,
             endpoints6: map_memory("endpoints6", map_data(object, "endpoints6")?)?,
             capacity,
+            pinned_meta: take_map(object, "meta")?,
             meta,
         })
+    }
+
+    /// Says how the programs that run from now on were loaded.
+    fn write_meta(&mut self) -> Result<(), KernelError> {
+        self.pinned_meta.set(0, Plain(self.meta), 0).map_err(|source| KernelError::map("meta", source))
     }
 
     /// Fills maps that were made in the place of others of the same layout with what those hold, as far as it fits: frontends,
