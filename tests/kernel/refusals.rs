@@ -120,6 +120,27 @@ fn a_refusal_ends_with_the_first_endpoint_and_returns_with_the_last() {
     });
 }
 
+/// A client of the kernel, as NFS is, must not keep an address that it did not ask for. The subflow of a multipath TCP socket is
+/// such a client.
+#[test]
+fn without_set_retval_a_refusal_leaves_the_kernels_clients_their_address() {
+    if !require(Feature::Programs) {
+        return;
+    }
+    let features = Features { set_retval: false, ..Features::probe() };
+    if features.sock_fields.is_none() {
+        // The programs cannot tell them from others.
+        return;
+    }
+    with_services(features, |_follow, _agent| {
+        for domain in Domain::ALL {
+            // Not every kernel has it.
+            let Ok(socket) = Socket::with_protocol_number(domain, Tcp, nix::libc::IPPROTO_MPTCP) else { return };
+            assert_eq!(socket.connect(service_address(domain)), Err(Errno::EPERM), "{domain:?}");
+        }
+    });
+}
+
 /// A program may try another address with the socket that was refused.
 #[test]
 fn a_refused_socket_can_call_again() {

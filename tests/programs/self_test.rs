@@ -1,8 +1,8 @@
 //! The agent proves what it claims: calls through the real hooks, and what is said when they go astray.
 
-use std::{fs, path::Path};
+use std::{fs, os::fd::AsFd as _, path::Path};
 
-use lb_userspace::kernel::cgroup;
+use lb_userspace::kernel::{cgroup, syscall};
 use serde_json::Value;
 
 use crate::{
@@ -57,7 +57,8 @@ fn a_node_is_ready_once_calls_are_seen_to_work_and_for_as_long() {
         assert!(status().contains("self-test passed"), "{}", status());
 
         // What serves IPv4 connections is taken away behind the agent's back.
-        fs::remove_file(Path::new(&place.pin_path).join("connect4")).unwrap();
+        let link = syscall::open_pin(&Path::new(&place.pin_path).join("connect4")).unwrap();
+        syscall::detach(link.as_fd()).unwrap();
         eventually("the node is no longer ready", || healthz().0 == 503);
         let body: Value = serde_json::from_str(&healthz().1).unwrap();
         let said = body["selfTest"].as_str().unwrap();
