@@ -4,7 +4,7 @@ use aya_log_ebpf::debug;
 use lb_common::{
     Verdict,
     address::{Address, Octets4, Octets6, mapped_ipv4},
-    layout::{SocketRecord, record_flags},
+    layout::{Protocol, SocketRecord, record_flags},
     resolve::{Call, Choice, Target, resolve},
 };
 
@@ -221,7 +221,8 @@ impl<'a, M: Mode> Pending<'a, M> {
     /// The multipath TCP socket whose subflow is to be connected.
     #[inline(always)]
     fn multipath(&self) -> Option<Multipath> {
-        if self.kind == Kind::Connect { self.ctx.multipath() } else { None }
+        let is_tcp = self.ctx.protocol() == Some(Protocol::TCP);
+        if self.kind == Kind::Connect && is_tcp { self.ctx.multipath() } else { None }
     }
 
     #[inline(always)]
