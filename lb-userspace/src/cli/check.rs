@@ -10,7 +10,7 @@ use super::{
     inspect::{Output, print},
 };
 use crate::kernel::{
-    KernelError, cgroup,
+    Features, KernelError, cgroup,
     host::{self, Host},
 };
 
@@ -108,6 +108,7 @@ fn judge(host: &Host, is_beside_v1: bool) -> Vec<Finding> {
             "all in socket storage, which a new socket pays with about half a microsecond: slots take compare-and-swap \
              (Linux 5.12), and programs that may read kernel memory (BTF, no lockdown)",
         ),
+        kernel_clients(&host.kernel, features),
         match &host.sockets {
             Ok(()) => finding(
                 "stale sockets",
@@ -184,12 +185,38 @@ fn kernel(release: &str) -> Finding {
     Finding { what, status: Status::Ok, found: release.to_owned() }
 }
 
+/// Mounts of NFS and SMB, whose `connect()` is the kernel's own. By the release, since nothing that a program can ask for shows
+/// the fixes: docs/OPERATIONS.md has them.
+fn kernel_clients(release: &str, features: Features) -> Finding {
+    let mut notes = Vec::new();
+    if KernelError::is_older(release, (6, 6)) {
+        notes.push(
+            "older than Linux 6.6: unless the distribution has the fixes, a mount by a service address keeps the address of \
+             the endpoint that it was pointed at, and hangs when that is gone",
+        );
+    }
+    if !features.set_retval {
+        notes.push(if features.sock_fields.is_some() {
+            "no bpf_set_retval: without endpoints a mount fails with EPERM, and tries the service address again"
+        } else {
+            "no bpf_set_retval, and the kernel's sockets are not told apart: without endpoints a mount is pointed at port 0 \
+             of loopback, where an older kernel leaves it"
+        });
+    }
+    let what = "NFS and SMB";
+    if notes.is_empty() {
+        let found = "a mount keeps the service address, and finds another endpoint when it connects anew".to_owned();
+        return Finding { what, status: Status::Ok, found };
+    }
+    Finding { what, status: Status::Note, found: notes.join("; ") }
+}
+
 fn btf(has_btf: bool) -> Finding {
     let (status, found) = if has_btf {
         (Status::Ok, "the kernel tells its types")
     } else {
-        let found = "no /sys/kernel/btf/vmlinux (CONFIG_DEBUG_INFO_BTF): the programs read no types of the kernel and need none; \
-                     other tools may";
+        let found = "no /sys/kernel/btf/vmlinux (CONFIG_DEBUG_INFO_BTF): records of sockets are kept in socket storage, and \
+                     getpeername() of multipath TCP shows the endpoint";
         (Status::Note, found)
     };
     Finding { what: "BTF", status, found: found.to_owned() }

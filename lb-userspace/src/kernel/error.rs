@@ -212,9 +212,15 @@ impl KernelError {
     /// Whether a release, such as `Linux 5.10.0-32-amd64`, is older than Linux 5.10. One that cannot be read is not.
     #[must_use]
     pub fn is_too_old(release: &str) -> bool {
+        Self::is_older(release, OLDEST)
+    }
+
+    /// Whether a release is older than a version, major and minor. One that cannot be read is not.
+    #[must_use]
+    pub fn is_older(release: &str, than: (u32, u32)) -> bool {
         let numbers = release.split(' ').next_back().unwrap_or_default();
         let mut numbers = numbers.split(['.', '-']).map_while(|number| number.parse::<u32>().ok());
-        matches!((numbers.next(), numbers.next()), (Some(major), Some(minor)) if (major, minor) < OLDEST)
+        matches!((numbers.next(), numbers.next()), (Some(major), Some(minor)) if (major, minor) < than)
     }
 
     /// Says of an old kernel that it is old. Only once it has refused something: distributions backport.

@@ -38,6 +38,7 @@ fn a_host_that_has_everything() {
         ok       programs         the kernel's verifier takes those of all hooks
         ok       refusal          bpf_set_retval: connect() and sendto() fail with ECONNREFUSED
         ok       socket records   in slots, with socket storage for what finds none
+        ok       NFS and SMB      a mount keeps the service address, and finds another endpoint when it connects anew
         ok       stale sockets    sockets whose endpoint is gone can be found and ended
         ok       attaching        no other program has a hook for itself
         ok       other balancers  no programs that run beside it on the same hooks
@@ -53,8 +54,34 @@ fn an_old_kernel_is_a_note_not_a_fault() {
     };
     let findings = judge(&host, true);
     assert!(findings.iter().all(|finding| finding.status != Status::Missing));
-    assert_eq!(findings.iter().filter(|finding| finding.status == Status::Note).count(), 2);
+    assert_eq!(findings.iter().filter(|finding| finding.status == Status::Note).count(), 3);
     assert_eq!(findings[2].found, "/sys/fs/cgroup, beside cgroup v1: all processes of this host");
+}
+
+/// Of what an old kernel does to mounts by service addresses, the release and the helpers are all that can be seen.
+#[test]
+fn mounts_by_service_addresses_are_noted() {
+    let with = Features { set_retval: true, ..able().features };
+    let without = Features { set_retval: false, ..with };
+    let blind = Features { sock_fields: None, ..without };
+    for (release, features, expected) in [
+        ("Linux 6.6.0", with, [false; 3]),
+        ("Linux 7.2.13+deb14-cloud-amd64", with, [false; 3]),
+        ("Linux 6.5.7", with, [true, false, false]),
+        ("Linux 6.1.0-50-cloud-amd64", with, [true, false, false]),
+        ("Linux 5.10.0-32-amd64", without, [true, true, false]),
+        ("Linux 5.10.0-32-amd64", blind, [true, false, true]),
+        ("of another kind", with, [false; 3]),
+    ] {
+        let Finding { status, found, .. } = kernel_clients(release, features);
+        assert_eq!(
+            ["older than Linux 6.6", "fails with EPERM", "port 0 of loopback"].map(|words| found.contains(words)),
+            expected,
+            "{release}: {found}"
+        );
+        let expected_status = if expected == [false; 3] { Status::Ok } else { Status::Note };
+        assert_eq!(status, expected_status, "{release}: {found}");
+    }
 }
 
 #[test]
@@ -94,14 +121,14 @@ fn what_is_missing_comes_with_a_remedy() {
         .filter(|finding| finding.status == Status::Missing)
         .map(|finding| format!("{}: {}", finding.what, finding.found))
         .collect();
-    expect![[r"
+    expect![[r#"
         [
             "cgroup v2: no cgroup v2 hierarchy is mounted: `mount -t cgroup2 none /sys/fs/cgroup`, or name one with --cgroup",
             "BPF file system: --pin-path /run/socklb: not on a BPF file system: it must be a directory on a BPF file system (`mount -t bpf bpf /sys/fs/bpf`)",
             "capabilities: lacks CAP_BPF CAP_PERFMON: run as root, or grant them",
             "programs: this socklb was built without its BPF programs: build it with `cargo xtask build`",
         ]
-    "]]
+    "#]]
     .assert_debug_eq(&missing);
 }
 
@@ -133,7 +160,7 @@ fn a_program_that_refuses_others_is_named_with_the_remedy() {
     let findings = judge(&host, false);
     let [.., attaching, beside] = &findings[..] else { panic!("{findings:?}") };
     assert_eq!(attaching.status, Status::Missing);
-    expect![[r"the agent cannot attach connect4 connect6: program guard (id 7) is attached to /sys/fs/cgroup with the flags "none", so that none goes beside it: have it attached with "multi" (BPF_F_ALLOW_MULTI), detach it (`bpftool cgroup detach`), or serve another cgroup (--cgroup)"#]]
+    expect![[r#"the agent cannot attach connect4 connect6: program guard (id 7) is attached to /sys/fs/cgroup with the flags "none", so that none goes beside it: have it attached with "multi" (BPF_F_ALLOW_MULTI), detach it (`bpftool cgroup detach`), or serve another cgroup (--cgroup)"#]]
         .assert_eq(&attaching.found);
     assert!(beside.found.starts_with("guard (sendmsg4): "), "{}", beside.found);
 }
