@@ -189,8 +189,7 @@ fn other_protocols_are_not_touched() {
     });
 }
 
-/// UDP-Lite is UDP to a service, where the kernel asks: its `connect()` runs no hook, nor does that of a multipath
-/// TCP socket.
+/// UDP-Lite is UDP to a service, where the kernel asks: its `connect()` runs no hook.
 #[test]
 fn udp_lite_datagrams_are_served() {
     if !require(Feature::Programs) {

@@ -205,7 +205,8 @@ fn kernel_clients(release: &str, features: Features) -> Finding {
     }
     let what = "NFS and SMB";
     if notes.is_empty() {
-        let found = "a mount keeps the service address, and finds another endpoint when it connects anew".to_owned();
+        let found =
+            "a mount keeps the service address, and finds another endpoint when it connects anew".to_owned();
         return Finding { what, status: Status::Ok, found };
     }
     Finding { what, status: Status::Note, found: notes.join("; ") }

@@ -75,7 +75,8 @@ fn mounts_by_service_addresses_are_noted() {
     ] {
         let Finding { status, found, .. } = kernel_clients(release, features);
         assert_eq!(
-            ["older than Linux 6.6", "fails with EPERM", "port 0 of loopback"].map(|words| found.contains(words)),
+            ["older than Linux 6.6", "fails with EPERM", "port 0 of loopback"]
+                .map(|words| found.contains(words)),
             expected,
             "{release}: {found}"
         );
