@@ -11,6 +11,8 @@ pub(super) const PATH: &str = "/sys/kernel/btf/vmlinux";
 const MAGIC: u16 = 0xeb9f;
 /// `BTF_KIND_STRUCT`
 const STRUCT: u32 = 4;
+/// `BTF_KIND_FUNC`
+const FUNCTION: u32 = 12;
 
 /// Types of a kernel, in BTF's binary form.
 pub(super) struct Btf {
@@ -23,6 +25,15 @@ pub(super) struct Btf {
 pub(super) struct Field {
     /// Where it begins.
     pub(super) bit: u32,
+}
+
+/// `struct btf_type`, which is 12 octets: name, info, and size or type.
+struct Type {
+    at: usize,
+    name: u32,
+    kind: u32,
+    n_members: usize,
+    has_bitfields: bool,
 }
 
 impl Btf {
@@ -52,25 +63,36 @@ impl Btf {
 
     /// Finds a field that is a direct member of a structure.
     pub(super) fn field(&self, structure: &str, field: &str) -> Option<Field> {
-        let mut at = 0;
-        while let Some((name, info, size)) = header(&self.types, at) {
-            let (n_members, kind, has_bitfields) = (info & 0xffff, info >> 24 & 0x1f, info >> 31 != 0);
-            let _size_of_struct = size;
-            if kind == STRUCT && self.is_named(name, structure) {
-                let found = (0..usize::try_from(n_members).ok()?).find_map(|n| {
-                    let member = at + 12 + n * 12;
-                    let is_wanted = self.is_named(word(&self.types, member)?, field);
-                    let offset = word(&self.types, member + 8)?;
-                    is_wanted
-                        .then_some(Field { bit: if has_bitfields { offset & 0xff_ffff } else { offset } })
-                });
-                if found.is_some() {
-                    return found;
-                }
-            }
-            at += 12 + len_behind_header(kind, usize::try_from(n_members).ok()?)?;
-        }
-        None
+        let structures = self.types().filter(|found| found.kind == STRUCT);
+        structures.filter(|found| self.is_named(found.name, structure)).find_map(|found| {
+            (0..found.n_members).find_map(|n| {
+                let member = found.at + 12 + n * 12;
+                let is_wanted = self.is_named(word(&self.types, member)?, field);
+                let offset = word(&self.types, member + 8)?;
+                let bit = if found.has_bitfields { offset & 0xff_ffff } else { offset };
+                is_wanted.then_some(Field { bit })
+            })
+        })
+    }
+
+    /// The id of a function's type, by which a program names what it attaches to.
+    pub(super) fn function(&self, name: &str) -> Option<u32> {
+        // Ids count from 1: 0 is `void`, which is not listed.
+        let mut types = (1..).zip(self.types());
+        types.find(|(_, found)| found.kind == FUNCTION && self.is_named(found.name, name)).map(|(id, _)| id)
+    }
+
+    /// The types in the order of their ids, up to one of a kind that is not known.
+    fn types(&self) -> impl Iterator<Item = Type> {
+        let mut next = Some(0);
+        std::iter::from_fn(move || {
+            let at = next?;
+            let (name, info) = (word(&self.types, at)?, word(&self.types, at + 4)?);
+            let n_members = usize::try_from(info & 0xffff).ok()?;
+            let found = Type { at, name, kind: info >> 24 & 0x1f, n_members, has_bitfields: info >> 31 != 0 };
+            next = len_behind_header(found.kind, n_members).map(|len| at + 12 + len);
+            Some(found)
+        })
     }
 
     fn is_named(&self, offset: u32, name: &str) -> bool {
@@ -83,11 +105,6 @@ impl Btf {
 
 fn word(data: &[u8], at: usize) -> Option<u32> {
     Some(u32::from_ne_bytes(data.get(at..at.checked_add(4)?)?.try_into().ok()?))
-}
-
-/// `struct btf_type`: name, info, and size or type.
-fn header(types: &[u8], at: usize) -> Option<(u32, u32, u32)> {
-    Some((word(types, at)?, word(types, at + 4)?, word(types, at + 8)?))
 }
 
 /// Octets that follow a type's header, by its kind and its number of members; `None` for a kind that is not known.
@@ -111,9 +128,9 @@ fn len_behind_header(kind: u32, n_members: usize) -> Option<usize> {
 mod tests {
     use super::*;
 
-    /// An integer, `struct a { int x; }`, and `struct b { int x; int flag:1 (at bit 33); }`.
+    /// An integer, `struct a { int x; }`, `struct b { int x; int flag:1 (at bit 33); }`, and a function `f`.
     fn example() -> Vec<u8> {
-        let strings = b"\0int\0a\0x\0b\0flag\0";
+        let strings = b"\0int\0a\0x\0b\0flag\0f\0";
         let name = |wanted: &str| {
             let text = String::from_utf8(strings.to_vec()).unwrap();
             u32::try_from(text.find(&format!("\0{wanted}\0")).unwrap() + 1).unwrap()
@@ -125,7 +142,8 @@ mod tests {
             &[name("x"), 1, 0],
             &[name("b"), 1 << 31 | STRUCT << 24 | 2, 8],
             &[name("x"), 1, 0],
-            &[name("flag"), 1, 1 << 24 | 33],
+            &[name("flag"), 1, 1 << 24 | 0x21],
+            &[name("f"), FUNCTION << 24, 0],
         ]
         .concat();
         let types: Vec<u8> = words.iter().flat_map(|word| word.to_ne_bytes()).collect();
@@ -153,6 +171,7 @@ mod tests {
         ] {
             assert_eq!(btf.field(structure, field), bit.map(|bit| Field { bit }), "{structure}.{field}");
         }
+        assert_eq!(["f", "a", "g"].map(|name| btf.function(name)), [Some(4), None, None]);
     }
 
     #[test]
@@ -161,6 +180,7 @@ mod tests {
         for len in 0..whole.len() {
             if let Some(btf) = Btf::parse(&whole[..len]) {
                 assert_eq!(btf.field("b", "flag"), None, "{len}");
+                assert_eq!(btf.function("f"), None, "{len}");
             }
         }
         assert!(Btf::parse(b"\x7fELF").is_none());

@@ -107,14 +107,12 @@ pub fn return_free_memory() {
 /// `BPF_PROG_LOAD` of `enum bpf_cmd`.
 const BPF_PROG_LOAD: libc::c_int = 5;
 
-/// Whether the kernel's verifier takes a program of a socket-address hook. `false` also if it refuses for another
-/// reason, such as a lack of privilege.
-///
-/// `instructions` are in the kernel's encoding, each as one word in native byte order.
-#[must_use]
-pub fn loads(instructions: &[u64]) -> bool {
+/// Has the kernel verify a program. `instructions` are in the kernel's encoding, each as one word in native byte order;
+/// `target` is the BTF id of what a program of a tracing type attaches to, else 0.
+fn load(program_type: u32, attach_type: u32, target: u32, instructions: &[u64]) -> io::Result<OwnedFd> {
     /// The beginning of the anonymous struct for `BPF_PROG_LOAD` in `union bpf_attr`.
     #[repr(C)]
+    #[derive(Default)]
     struct ProgLoad {
         prog_type: u32,
         insn_cnt: u32,
@@ -128,31 +126,124 @@ pub fn loads(instructions: &[u64]) -> bool {
         prog_name: [u8; 16],
         prog_ifindex: u32,
         expected_attach_type: u32,
+        prog_btf_fd: u32,
+        func_info_rec_size: u32,
+        func_info: u64,
+        func_info_cnt: u32,
+        line_info_rec_size: u32,
+        line_info: u64,
+        line_info_cnt: u32,
+        attach_btf_id: u32,
     }
+    let mut attr = ProgLoad {
+        prog_type: program_type,
+        insn_cnt: u32::try_from(instructions.len()).map_err(io::Error::other)?,
+        insns: instructions.as_ptr() as u64,
+        license: c"Dual MIT/GPL".as_ptr() as u64,
+        prog_name: *b"socklb\0\0\0\0\0\0\0\0\0\0",
+        expected_attach_type: attach_type,
+        attach_btf_id: target,
+        ..ProgLoad::default()
+    };
+    // SAFETY: the kernel reads the instructions and the licence, which outlive the call.
+    let fd = unsafe { bpf(BPF_PROG_LOAD, &mut attr) }?;
+    // SAFETY: a new file descriptor that nobody else knows.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Whether the kernel's verifier takes a program of a socket-address hook. `false` also if it refuses for another
+/// reason, such as a lack of privilege. `instructions` as the kernel encodes them, in native byte order.
+#[must_use]
+pub fn loads(instructions: &[u64]) -> bool {
     /// `BPF_PROG_TYPE_CGROUP_SOCK_ADDR` of `enum bpf_prog_type`.
     const CGROUP_SOCK_ADDR: u32 = 18;
     /// `BPF_CGROUP_INET4_CONNECT` of `enum bpf_attach_type`.
     const INET4_CONNECT: u32 = 10;
-    let Ok(insn_cnt) = u32::try_from(instructions.len()) else { return false };
-    let mut attr = ProgLoad {
-        prog_type: CGROUP_SOCK_ADDR,
-        insn_cnt,
-        insns: instructions.as_ptr() as u64,
-        license: c"Dual MIT/GPL".as_ptr() as u64,
-        log_level: 0,
-        log_size: 0,
-        log_buf: 0,
-        kern_version: 0,
-        prog_flags: 0,
-        prog_name: *b"socklb_probe\0\0\0\0",
-        prog_ifindex: 0,
-        expected_attach_type: INET4_CONNECT,
+    load(CGROUP_SOCK_ADDR, INET4_CONNECT, 0, instructions).is_ok()
+}
+
+/// `BPF_TRACE_ITER` of `enum bpf_attach_type`.
+const BPF_TRACE_ITER: u32 = 28;
+
+/// Loads the program of a BPF iterator. `target` is the BTF id of the kernel's function `bpf_iter_...`, `instructions` are as
+/// the kernel encodes them, in native byte order.
+///
+/// # Errors
+///
+/// The system call's: `EPERM` without `CAP_BPF` and `CAP_PERFMON`.
+///
+/// # Kernel
+///
+/// 5.8
+pub fn load_iterator(target: u32, instructions: &[u64]) -> io::Result<OwnedFd> {
+    /// `BPF_PROG_TYPE_TRACING` of `enum bpf_prog_type`.
+    const TRACING: u32 = 26;
+    load(TRACING, BPF_TRACE_ITER, target, instructions)
+}
+
+/// Links an iterator's program to the map whose elements it is to run for.
+///
+/// # Errors
+///
+/// The system call's: `EINVAL` for a map of another type.
+///
+/// # Kernel
+///
+/// 5.9
+pub fn link_iterator(program: BorrowedFd<'_>, map: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    /// `BPF_LINK_CREATE` of `enum bpf_cmd`.
+    const BPF_LINK_CREATE: libc::c_int = 28;
+    /// `link_create` of `union bpf_attr`, as far as it is about iterators.
+    #[repr(C)]
+    struct LinkCreate {
+        prog_fd: u32,
+        target_fd: u32,
+        attach_type: u32,
+        flags: u32,
+        iter_info: u64,
+        iter_info_len: u32,
+        padding: u32,
+    }
+    // `map` of `union bpf_iter_link_info`.
+    let map_fd = map.as_raw_fd().cast_unsigned();
+    let mut attr = LinkCreate {
+        prog_fd: program.as_raw_fd().cast_unsigned(),
+        target_fd: 0,
+        attach_type: BPF_TRACE_ITER,
+        flags: 0,
+        iter_info: (&raw const map_fd) as u64,
+        iter_info_len: 4,
+        padding: 0,
     };
-    // SAFETY: the kernel reads the instructions and the licence, which outlive the call.
-    let Ok(fd) = (unsafe { bpf(BPF_PROG_LOAD, &mut attr) }) else { return false };
-    // SAFETY: a new file descriptor that nobody else knows; dropping it unloads the program.
-    drop(unsafe { OwnedFd::from_raw_fd(fd) });
-    true
+    // SAFETY: the kernel reads four octets from `iter_info`, which outlives the call.
+    let fd = unsafe { bpf(BPF_LINK_CREATE, &mut attr) }?;
+    // SAFETY: a new file descriptor that nobody else knows.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Begins to iterate: what the program writes is read from the descriptor returned. The link must live as long.
+///
+/// # Errors
+///
+/// The system call's.
+///
+/// # Kernel
+///
+/// 5.8
+pub fn iterate(link: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    /// `BPF_ITER_CREATE` of `enum bpf_cmd`.
+    const BPF_ITER_CREATE: libc::c_int = 33;
+    /// `iter_create` of `union bpf_attr`.
+    #[repr(C)]
+    struct IterCreate {
+        link_fd: u32,
+        flags: u32,
+    }
+    let mut attr = IterCreate { link_fd: link.as_raw_fd().cast_unsigned(), flags: 0 };
+    // SAFETY: there is no pointer in it.
+    let fd = unsafe { bpf(BPF_ITER_CREATE, &mut attr) }?;
+    // SAFETY: a new file descriptor that nobody else knows.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 /// Attaches a program to a hook of a cgroup, beside others. It stays attached as long as the link is open or pinned.
