@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeSet,
     fs::{self, File, Metadata},
-    io,
+    io, iter,
     os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
 };
@@ -23,7 +23,7 @@ pub struct Namespace {
 pub struct Namespaces {
     /// Each once; first that of the calling thread.
     pub found: Vec<Namespace>,
-    /// Processes and mounts whose namespace cannot be opened.
+    /// Processes and mounts whose namespace cannot be opened, but for processes that are in one of the others.
     pub n_refused: usize,
 }
 
@@ -48,23 +48,43 @@ impl Namespace {
 ///
 /// If proc(5) is not mounted.
 pub fn of_this_host() -> io::Result<Namespaces> {
-    let mut namespaces = Namespaces::default();
-    let mut known = BTreeSet::new();
-    add(&mut namespaces, &mut known, Path::new("/proc/thread-self/ns/net"));
-    for entry in fs::read_dir("/proc")? {
-        let Ok(entry) = entry else { continue };
-        if entry.file_name().to_str().is_some_and(|name| name.bytes().all(|byte| byte.is_ascii_digit())) {
-            add(&mut namespaces, &mut known, &entry.path().join("ns/net"));
+    let (mut found, mut known, mut tables, mut refused) =
+        (Vec::new(), BTreeSet::new(), BTreeSet::new(), Vec::new());
+    let is_process = |entry: &fs::DirEntry| {
+        entry.file_name().to_str().is_some_and(|name| name.bytes().all(|byte| byte.is_ascii_digit()))
+    };
+    let processes = fs::read_dir("/proc")?.flatten().filter(is_process).map(|entry| entry.path());
+    for process in iter::once(PathBuf::from("/proc/thread-self")).chain(processes) {
+        match open(&mut known, &process.join("ns/net")) {
+            Ok(Some(namespace)) => {
+                found.push(namespace);
+                tables.extend(device_table(&process));
+            }
+            Ok(None) => {}
+            Err(_refused) => refused.push(process),
         }
     }
+    // One that must not be looked into may well be in a namespace that is known; one that has ended meanwhile answers alike
+    // (`proc_ns_get_link`).
+    let is_elsewhere =
+        |process: &PathBuf| device_table(process).map_or(process.exists(), |table| !tables.contains(&table));
+    let mut n_refused = refused.into_iter().filter(is_elsewhere).count();
     for path in mounted(&fs::read("/proc/thread-self/mountinfo")?) {
-        add(&mut namespaces, &mut known, &path);
+        match open(&mut known, &path) {
+            Ok(namespace) => found.extend(namespace),
+            Err(_refused) => n_refused += 1,
+        }
     }
-    Ok(namespaces)
+    Ok(Namespaces { found, n_refused })
 }
 
-/// Adds the namespace behind a path, if it is a new one.
-fn add(namespaces: &mut Namespaces, known: &mut BTreeSet<(u64, u64)>, path: &Path) {
+/// The inode of a process's table of network devices: each network namespace has its own, and no right is needed to see it.
+fn device_table(process: &Path) -> Option<u64> {
+    fs::metadata(process.join("net/dev")).ok().map(|data| data.ino())
+}
+
+/// Opens the namespace behind a path; `None` if it is known or there is none.
+fn open(known: &mut BTreeSet<(u64, u64)>, path: &Path) -> io::Result<Option<Namespace>> {
     let identity = |metadata: &Metadata| (metadata.dev(), metadata.ino());
     let opened = fs::metadata(path).and_then(|metadata| {
         if known.contains(&identity(&metadata)) {
@@ -75,10 +95,9 @@ fn add(namespaces: &mut Namespaces, known: &mut BTreeSet<(u64, u64)>, path: &Pat
         Ok(known.insert(identity(&file.metadata()?)).then_some(Namespace { file }))
     });
     match opened {
-        Ok(namespace) => namespaces.found.extend(namespace),
         // The process has ended, or is one without a namespace: a zombie.
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-        Err(_refused) => namespaces.n_refused += 1,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        opened => opened,
     }
 }
 
@@ -110,5 +129,13 @@ mod tests {
         let found: Vec<_> = namespaces.found.iter().map(|namespace| identity(&namespace.file)).collect();
         assert_eq!(found[0], identity(&File::open("/proc/thread-self/ns/net").unwrap()));
         assert_eq!(found.iter().collect::<BTreeSet<_>>().len(), found.len());
+    }
+
+    #[test]
+    fn a_device_table_tells_a_namespace() {
+        let own = device_table(Path::new("/proc/self"));
+        assert!(own.is_some());
+        assert_eq!(own, device_table(Path::new("/proc/thread-self")));
+        assert_eq!(device_table(Path::new("/proc/nobody")), None);
     }
 }
