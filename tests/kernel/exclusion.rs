@@ -32,7 +32,7 @@ fn empty_service() -> SocketAddr {
     "10.96.0.2:80".parse().unwrap()
 }
 
-fn place(directory: &Path) -> Place {
+pub(crate) fn place(directory: &Path) -> Place {
     Hierarchy::find().unwrap().place_of(directory).unwrap()
 }
 
@@ -62,7 +62,7 @@ fn are_left_alone() -> bool {
 }
 
 /// Runs something on a thread in a cgroup below another.
-fn in_child<R: Send>(parent: &Path, body: impl FnOnce(&Path) -> R + Send) -> R {
+pub(crate) fn in_child<R: Send>(parent: &Path, body: impl FnOnce(&Path) -> R + Send) -> R {
     let child = parent.join("child");
     fs::create_dir(&child).unwrap();
     fs::write(child.join("cgroup.type"), "threaded").unwrap();

@@ -1,6 +1,11 @@
 //! Where the records of sockets are kept, and that they come to an end.
 
-use std::{fs, thread, time::Duration};
+use std::{
+    fs,
+    os::fd::AsFd as _,
+    thread,
+    time::{Duration, Instant},
+};
 
 use aya::maps::{Array, Map, MapData};
 use lb_common::{
@@ -16,7 +21,12 @@ use lb_tests::{
     server::Servers,
 };
 use lb_userspace::{
-    kernel::{Features, Options, pins, sockets::SocketTable},
+    controller::sweep::Reclaim,
+    kernel::{
+        Features, Options, pins,
+        sockets::{self, SocketTable},
+        syscall,
+    },
     model::Protocol::{Tcp, Udp},
 };
 use nix::{
@@ -38,6 +48,15 @@ pub(crate) fn n_taken(sandbox: &Sandbox) -> usize {
     let slots = array::<SLOT_WAYS>(sandbox, "socket_slots");
     let owners = (0..slots.len()).flat_map(|set| slots.get(&set, 0).unwrap());
     owners.filter(|owner| *owner != 0).count()
+}
+
+/// Gives all slots to sockets that are not there.
+pub(crate) fn fill(options: &Options) {
+    let data = MapData::from_pin(options.pin_path.join("socket_slots")).unwrap();
+    let mut slots: Array<MapData, [u64; SLOT_WAYS]> = Map::from_map_data(data).unwrap().try_into().unwrap();
+    for set in 0..slots.len() {
+        slots.set(set, [u64::MAX; SLOT_WAYS], 0).unwrap();
+    }
 }
 
 #[test]
@@ -153,6 +172,62 @@ fn more_sockets_than_slots_keep_their_records() {
     });
 }
 
+/// The hook that gives slots up is away for a while, in which sockets are closed.
+#[test]
+fn slots_of_sockets_that_are_gone_are_taken_back() {
+    if !require(Feature::Programs) || !Features::probe().has_slots() {
+        return;
+    }
+    Sandbox::run(|sandbox| {
+        let (cluster, servers) = scenes(Udp);
+        let _servers = Servers::start(servers);
+        let start = || {
+            let mut agent = Agent::start(sandbox);
+            agent.follow(&cluster);
+            agent
+        };
+        let scene = Scene::new(Domain::V4);
+        let (agent, connected, unconnected) =
+            (start(), Socket::new(Domain::V4, Udp), Socket::new(Domain::V6, Udp));
+        connected.connect(scene.service).unwrap();
+        let _answer = unconnected.ask_at(Scene::new(Domain::V6).service).unwrap();
+        let release = sandbox.pin_path().join("sock_release");
+        syscall::detach(syscall::open_pin(&release).unwrap().as_fd()).unwrap();
+        fs::remove_file(&release).unwrap();
+        drop(agent);
+        let n_slots = SOCKET_SETS as usize * SLOT_WAYS;
+        while n_taken(sandbox) <= n_slots / 2 {
+            for _ in 0..1000 {
+                Socket::new(Domain::V4, Udp).connect(scene.service).unwrap();
+            }
+        }
+        let _agent = start();
+        let n_before = n_taken(sandbox);
+        Socket::new(Domain::V4, Udp).connect(scene.service).unwrap();
+        assert_eq!(n_taken(sandbox), n_before, "slots are given up again");
+
+        let mut table = SocketTable::open(&sandbox.pin_path()).unwrap();
+        let (mut reclaim, start) = (Reclaim::default(), Instant::now());
+        for (second, is_due, expected) in [(0, true, n_before), (10, false, n_before), (20, true, 2)] {
+            let now = start + Duration::from_secs(second);
+            assert_eq!(reclaim.wants_look(table.n_owned(), now), is_due, "{second}");
+            if is_due {
+                let owners = sockets::owners(&sandbox.pin_path()).unwrap();
+                let owners = owners.expect("all namespaces of this machine can be entered");
+                assert_eq!(owners.listed.len(), 2);
+                let _n_freed = table.free(&reclaim.looked(owners, now));
+            }
+            assert_eq!(n_taken(sandbox), expected, "{second}");
+        }
+        assert!(!reclaim.wants_look(table.n_owned(), start + Duration::from_secs(60)));
+        assert_eq!(connected.ask().unwrap().seen, Some(scene.service));
+        assert_eq!(
+            unconnected.ask_at(Scene::new(Domain::V6).service).unwrap().server,
+            Scene::new(Domain::V6).endpoint
+        );
+    });
+}
+
 /// A restart may come with other programs, as after an update; records stay what they are.
 #[test]
 fn records_survive_restarts() {
@@ -252,7 +327,7 @@ fn a_million_sockets_leave_nothing_behind() {
                 thread::sleep(Duration::from_millis(100));
             }
             if n_taken(sandbox) > 0 {
-                let table = SocketTable::open(&options.pin_path, options.features).unwrap();
+                let table = SocketTable::open(&options.pin_path).unwrap();
                 panic!("{} slots are still taken: {:?}", n_taken(sandbox), table.records());
             }
             if !has_slots {

@@ -3,7 +3,9 @@
 //! The programs are in a network namespace of their own, a pod's; the agent is in that of the sandbox.
 
 use std::{
-    net::SocketAddr,
+    collections::BTreeSet,
+    fs,
+    net::{IpAddr, SocketAddr},
     time::{Duration, Instant},
 };
 
@@ -11,20 +13,24 @@ use lb_tests::{
     Feature, Sandbox,
     agent::{self, Agent},
     client::{Domain, Socket},
-    cluster::{Cluster, PortOf},
+    cluster::{self, Cluster, PortOf},
     netns::NetNs,
     require,
     server::Servers,
 };
 use lb_userspace::{
-    kernel::{Options, pins},
+    kernel::{Options, exclusion::Exclusion, pins},
     model::Protocol::{self, Tcp, Udp},
-    stale::Use,
+    stale::{Search, Use},
 };
-use nix::errno::Errno;
+use nix::{errno::Errno, libc};
 use tempfile::TempDir;
 
-use crate::calls::{addresses, service_address};
+use crate::{
+    calls::{addresses, service_address},
+    exclusion::{in_child, place},
+    slots,
+};
 
 /// What a domain's program calls, and who may answer. Servers listen in the pod itself.
 #[derive(Clone, Copy)]
@@ -41,7 +47,7 @@ impl Scene {
     }
 
     fn way(&self, protocol: Protocol) -> Use {
-        Use { protocol, service: self.service, endpoint: self.first }
+        Use { protocol, service: Some(self.service), endpoint: self.first }
     }
 }
 
@@ -170,7 +176,7 @@ fn all_ways(protocol: Protocol) -> Vec<Use> {
 }
 
 fn sweep(agent: &mut Agent, options: &Options, now: Instant) -> Vec<Use> {
-    let mut ended = agent.sweep(options, false, now);
+    let mut ended = agent.sweep(options, now);
     ended.sort();
     ended
 }
@@ -326,7 +332,7 @@ fn sockets_that_are_older_than_the_agent_are_ended() {
             drop(former);
             let mut agent = start();
             agent.follow(&cluster(Udp, None, second_only));
-            let mut ended = agent.sweep(&options, true, Instant::now());
+            let mut ended = agent.sweep(&options, Instant::now());
             ended.sort();
             assert_eq!(ended, all_ways(Udp));
             assert_all_ended(&sockets);
@@ -384,5 +390,241 @@ fn sockets_of_a_service_that_did_not_fit_are_left_alone() {
         agent.follow(&too_many);
         assert_eq!(sweep(agent, options, Instant::now()), []);
         assert_stays(&socket, scene.first);
+    });
+}
+
+/// A socket with more services than a slot holds has some in socket storage. Searches stay as narrow as they were.
+#[test]
+fn an_overflow_makes_no_search_wider() {
+    let others = ["10.96.0.1:1001", "10.96.0.1:1002", "10.96.0.1:1003", "10.96.0.1:1004"];
+    let others = others.map(|address| address.parse::<SocketAddr>().unwrap());
+    let with_others = |endpoints: fn(&Scene) -> Vec<SocketAddr>| {
+        let mut cluster = cluster(Udp, None, endpoints);
+        for (address, name) in others.iter().zip(["a", "b", "c", "d"]) {
+            cluster.serve(name, *address, Udp, &[Scene::new(Domain::V4).second]);
+        }
+        cluster
+    };
+    with_pods(&with_others(first_only), |pod, agent, options| {
+        let now = Instant::now();
+        let many = pod.socket(Domain::V4, Udp);
+        for other in others {
+            let answer = many.ask_at(other).unwrap();
+            assert_eq!((answer.server, answer.seen), (Scene::new(Domain::V4).second, Some(other)));
+        }
+        let sockets = pod.all_connected(Udp);
+        assert_eq!(agent.search(options, now), None, "nothing is stale");
+        agent.follow(&with_others(second_only));
+        let endpoints = [Domain::V4, Domain::V6].map(|domain| Scene::new(domain).first);
+        let search =
+            Search { protocols: [Udp].into(), endpoints: endpoints.into(), addresses: Some(BTreeSet::new()) };
+        assert_eq!(agent.search(options, now), Some(search));
+        assert_eq!(sweep(agent, options, now), all_ways(Udp));
+        assert_all_ended(&sockets);
+        assert_eq!(sweep(agent, options, now), [], "they are not connected");
+        assert_eq!(agent.search(options, now), None, "and not looked for any longer");
+        assert_eq!(many.ask_at(others[0]).unwrap().server, Scene::new(Domain::V4).second);
+    });
+}
+
+/// Other sockets own all slots, so that these have their records in socket storage. The agent sees that without a look into
+/// any process.
+#[test]
+fn sockets_that_found_no_slot_are_ended_like_others() {
+    with_pods(&cluster(Udp, None, first_only), |pod, agent, options| {
+        slots::fill(options);
+        let sockets = pod.all_connected(Udp);
+        agent.follow(&cluster(Udp, None, second_only));
+        assert_eq!(sweep(agent, options, Instant::now()), all_ways(Udp));
+        assert_all_ended(&sockets);
+    });
+}
+
+/// The kernel has a TCP socket for each subflow, whose record says where it went.
+#[test]
+fn a_multipath_connection_is_ended_by_its_subflow() {
+    let multipath = |domain| Socket::with_protocol_number(domain, Tcp, libc::IPPROTO_MPTCP);
+    if multipath(Domain::V4).is_err() {
+        return;
+    }
+    with_pods(&cluster(Tcp, Some("reset"), first_only), |pod, agent, options| {
+        let sockets = Domain::ALL.map(|domain| {
+            let (scene, socket) = (Scene::new(domain), pod.netns.run(|| multipath(domain).unwrap()));
+            connect(&socket, scene.service, scene.first);
+            (scene, socket)
+        });
+        let now = Instant::now();
+        assert_eq!(sweep(agent, options, now), []);
+        agent.follow(&cluster(Tcp, Some("reset"), second_only));
+        assert_eq!(sweep(agent, options, now), all_ways(Tcp));
+        for (_, socket) in &sockets {
+            assert_eq!(socket.receive(), Err(Errno::ECONNABORTED));
+            assert_eq!(socket.send(b"?"), Err(Errno::EPIPE));
+            assert_eq!(socket.peer_name(), Err(Errno::ENOTCONN));
+        }
+        // With a server that speaks it too.
+        let server = addresses::<1>(Domain::V4, 9001)[0];
+        let _servers = pod.netns.run(|| Servers::multipath([server]));
+        let service = SocketAddr::new(service_address(Domain::V4).ip(), 81);
+        let mut with_server = cluster(Tcp, Some("reset"), second_only);
+        with_server.serve("other", service, Tcp, &[server]);
+        agent.follow(&with_server);
+        let socket = pod.netns.run(|| multipath(Domain::V4).unwrap());
+        connect(&socket, service, server);
+        let mut without = cluster(Tcp, Some("reset"), second_only);
+        without.serve("other", service, Tcp, &[Scene::new(Domain::V4).second]);
+        for service in without.services.values_mut() {
+            let annotations = service.metadata.annotations.get_or_insert_default();
+            annotations.insert("socklb.io/stale-connections".to_owned(), "reset".to_owned());
+        }
+        agent.follow(&without);
+        let way = Use { protocol: Tcp, service: Some(service), endpoint: server };
+        let is_short = pod.netns.run(|| fs::write("/proc/sys/net/mptcp/close_timeout", "1")).is_ok();
+        assert_eq!(sweep(agent, options, now), [way]);
+        // Elsewhere it takes a minute.
+        if is_short {
+            assert_eq!(socket.receive(), Err(Errno::ENOTCONN));
+        }
+    });
+}
+
+/// What programs called before there was a Service: an address of it in each family, and a node port. A mute server is there.
+fn early_addresses(domain: Domain) -> [SocketAddr; 2] {
+    let node = node_addresses()[usize::from(domain == Domain::V6)];
+    [service_address(domain), SocketAddr::new(node, 30053)]
+}
+
+fn node_addresses() -> [IpAddr; 2] {
+    ["192.0.2.1", "fd00:2::1"].map(|ip| ip.parse().unwrap())
+}
+
+fn with_node_ports(annotation: Option<&str>) -> Cluster {
+    let mut cluster = cluster(Udp, annotation, first_only);
+    cluster.set(cluster::node("node", &node_addresses()));
+    for service in cluster.services.values_mut() {
+        *service = cluster::with_spec(service.clone(), |spec| {
+            spec.type_ = Some("NodePort".to_owned());
+            for port in spec.ports.iter_mut().flatten() {
+                port.node_port = Some(30053);
+            }
+        });
+    }
+    cluster
+}
+
+/// A pod where the early addresses lead to somebody who never answers.
+fn pod_with_mute_servers() -> (Pod, Vec<Socket>) {
+    let pod = Pod::new();
+    let mute = [Domain::V4, Domain::V6].into_iter().flat_map(|domain| {
+        early_addresses(domain).map(|address| {
+            pod.netns.add_address(address.ip()).unwrap();
+            let socket = pod.socket(domain, Udp);
+            socket.bind(address).unwrap();
+            socket
+        })
+    });
+    let mute = mute.collect();
+    (pod, mute)
+}
+
+/// Connects to all early addresses, and asks in vain.
+fn early_sockets(pod: &Pod) -> Vec<(Scene, SocketAddr, Socket)> {
+    let sockets = Domain::ALL.into_iter().flat_map(|domain| {
+        early_addresses(domain).map(|address| {
+            let socket = pod.socket(domain, Udp);
+            socket.connect(address).unwrap();
+            socket.set_nonblocking(true);
+            for _ in 0..12 {
+                socket.send(b"?").unwrap();
+                assert_eq!(socket.receive(), Err(Errno::EAGAIN), "nobody answers");
+            }
+            socket.set_nonblocking(false);
+            (Scene::new(domain), address, socket)
+        })
+    });
+    sockets.collect()
+}
+
+fn early_ways() -> Vec<Use> {
+    let addresses = Domain::ALL.into_iter().flat_map(early_addresses);
+    let mut ways: Vec<Use> =
+        addresses.map(|endpoint| Use { protocol: Udp, service: None, endpoint }).collect();
+    ways.sort();
+    ways
+}
+
+fn assert_moved(sockets: &[(Scene, SocketAddr, Socket)]) {
+    for (scene, address, socket) in sockets {
+        assert_ended(socket);
+        connect(socket, *address, scene.first);
+    }
+}
+
+/// After the time in which an agent finds out who is excluded.
+const SETTLED: Duration = Duration::from_secs(6);
+
+#[test]
+fn a_udp_socket_that_is_older_than_its_service_is_served() {
+    for annotation in [None, Some("keep")] {
+        with_pods(&Cluster::new(), |_pod, agent, options| {
+            let (pod, _mute) = pod_with_mute_servers();
+            let (now, sockets) = (Instant::now(), early_sockets(&pod));
+            assert_eq!(sweep(agent, options, now), []);
+            assert_eq!(sweep(agent, options, now + SETTLED), [], "there is no service");
+            agent.follow(&with_node_ports(annotation));
+            let ended = sweep(agent, options, now + SETTLED);
+            if annotation.is_some() {
+                assert_eq!(ended, []);
+                assert!(sockets.iter().all(|(_, address, socket)| socket.peer_name() == Ok(*address)));
+                return;
+            }
+            assert_eq!(ended, early_ways());
+            assert_moved(&sockets);
+            for _ in 0..3 {
+                assert_eq!(sweep(agent, options, now + 2 * SETTLED), [], "once is enough");
+            }
+            assert!(sockets.iter().all(|(scene, _, socket)| socket.ask().unwrap().server == scene.first));
+        });
+    }
+}
+
+/// The agent ends before it has ended them: the next one takes the frontends over.
+#[test]
+fn a_udp_socket_that_is_older_than_its_service_is_not_missed_by_a_restart() {
+    with_pods(&Cluster::new(), |_pod, agent, options| {
+        let (pod, _mute) = pod_with_mute_servers();
+        let (now, sockets) = (Instant::now(), early_sockets(&pod));
+        agent.follow(&with_node_ports(None));
+        for ended in [early_ways(), Vec::new()] {
+            let mut next = Agent::start_with(options, agent::settings(), Vec::new()).unwrap();
+            next.follow(&with_node_ports(None));
+            assert_eq!(sweep(&mut next, options, now), []);
+            assert_eq!(sweep(&mut next, options, now + SETTLED), ended);
+            if !ended.is_empty() {
+                assert_moved(&sockets);
+            }
+        }
+    });
+}
+
+#[test]
+fn udp_sockets_whose_calls_are_not_served_are_left_alone() {
+    with_pods(&Cluster::new(), |_pod, agent, options| {
+        let (pod, _mute) = pod_with_mute_servers();
+        let (now, served) = (Instant::now(), early_sockets(&pod));
+        assert_eq!(sweep(agent, options, now), []);
+        assert_eq!(sweep(agent, options, now + SETTLED), []);
+        in_child(&options.cgroup, |directory| {
+            let excluded = early_sockets(&pod);
+            let mut exclusion = Exclusion::open(&options.pin_path).unwrap();
+            exclusion.set(&[place(directory)].into()).unwrap();
+            agent.follow(&with_node_ports(None));
+            // Of an agent whose programs are attached to this cgroup only.
+            let part = Options { cgroup: directory.to_owned(), ..options.clone() };
+            assert_eq!(sweep(agent, &part, now + SETTLED), []);
+            assert_eq!(sweep(agent, options, now + SETTLED), early_ways());
+            assert!(excluded.iter().all(|(_, address, socket)| socket.peer_name() == Ok(*address)));
+        });
+        assert_moved(&served);
     });
 }

@@ -16,6 +16,39 @@ use crate::{
 };
 
 #[test]
+fn a_udp_socket_that_is_older_than_its_service_is_served() {
+    if !require(Feature::SocketDestroy) {
+        return;
+    }
+    with_town(|place, town| {
+        let mut without = town.cluster(0..1);
+        without.services.retain(|_, service| service.metadata.name.as_deref() != Some("dns-udp-v4"));
+        place.write(&without);
+        let agent = place.start_with(&LISTEN);
+        eventually("the service answers", || is_up(town::web()[0]));
+        let (service, pod) = (town::dns()[0], &town.pods[0]);
+        let _process = Resident::of(&pod.netns).unwrap();
+        // So that there is a route.
+        pod.netns.add_address(service.ip()).unwrap();
+        let early = pod.netns.run(|| Socket::new(Domain::V4, Protocol::Udp));
+        early.connect(service).unwrap();
+        place.write(&town.cluster(0..1));
+        // Blocks until then.
+        assert_eq!(early.receive(), Err(Errno::ECONNABORTED));
+        early.connect(service).unwrap();
+        let metrics = address(&agent, "--metrics-bind-address");
+        let n_ended = || Scrape::of(&metrics).get(r#"socklb_sockets_destroyed_total{protocol="UDP"}"#);
+        eventually("it is counted", || n_ended() == 1);
+        let log = agent.log();
+        let told = |line: &&String| {
+            line.contains("before the address was a service's") && line.contains("default/dns-udp-v4")
+        };
+        assert_eq!(log.iter().filter(told).count(), 1, "{log:#?}");
+        assert_eq!(early.peer_name(), Ok(service));
+    });
+}
+
+#[test]
 fn the_agent_ends_udp_sockets_whose_pod_is_gone() {
     if !require(Feature::SocketDestroy) {
         return;
@@ -63,6 +96,6 @@ fn the_agent_ends_udp_sockets_whose_pod_is_gone() {
         }
         place.write(&cluster);
         assert_eq!(tcp.receive(), Err(Errno::ECONNABORTED));
-        assert_eq!(on_node.peer_name(), Ok(service), "it has moved to a pod that serves");
+        assert_eq!(on_node.peer_name(), Ok(service), "it has moved to a pod that serves: {:#?}", agent.log());
     });
 }

@@ -13,7 +13,7 @@ use lb_userspace::{
     desired::{ExternalIps, FrontendAddress, NodePortAddresses, Settings},
     kernel::{Features, Kernel, KernelError, Options, pins, sockets},
     plan::{Capacity, Plan},
-    stale::{Known, Use},
+    stale::{Search, Use},
     tables::Image,
 };
 
@@ -122,20 +122,33 @@ impl Agent {
     /// # Panics
     ///
     /// If anything could not be looked at or ended.
-    pub fn sweep(&mut self, options: &Options, is_thorough: bool, now: Instant) -> Vec<Use> {
-        let table = sockets::SocketTable::open(&options.pin_path, options.features).expect("pinned maps");
-        let (used, is_complete) = (table.used(), table.is_complete());
-        let search = self.state.search_stale(Known { used: &used, is_complete }, is_thorough, now);
-        let Some(search) = search else { return Vec::new() };
-        let (pin_path, features) = (&options.pin_path, options.features);
-        let found = sockets::find(pin_path, features, &search.protocols, search.endpoints.as_ref());
-        let found = found.unwrap_or_else(|error| panic!("{error}"));
+    pub fn sweep(&mut self, options: &Options, now: Instant) -> Vec<Use> {
+        let Some(search) = self.search(options, now) else { return Vec::new() };
+        let Search { protocols, endpoints, addresses } = search.clone();
+        let wanted = sockets::Wanted { protocols, endpoints, addresses };
+        let (pin_path, cgroup) = (&options.pin_path, &options.cgroup);
+        let found = sockets::find(pin_path, cgroup, &wanted).unwrap_or_else(|error| panic!("{error}"));
         assert!(found.problem.is_none(), "{:?}", found.problem);
         let standings = self.state.judge_stale(&search, &sweep::ways(&found.sockets), now);
-        let (due, _has_more) = sweep::due_now(found.sockets, &standings, now, sweep::BATCH);
-        let destroyed = sockets::destroy(pin_path, features, due).unwrap_or_else(|error| panic!("{error}"));
+        let (due, has_more) = sweep::due_now(found.sockets, &standings, now, sweep::BATCH);
+        if !has_more {
+            self.state.searched_stale(&search, now);
+        }
+        let destroyed = sockets::destroy(pin_path, due).unwrap_or_else(|error| panic!("{error}"));
         assert!(destroyed.problem.is_none(), "{:?}", destroyed.problem);
         destroyed.sockets.iter().map(sweep::way).collect()
+    }
+
+    /// Where a sweep at `now` would look. It counts as one.
+    ///
+    /// # Panics
+    ///
+    /// If the records of sockets cannot be read.
+    pub fn search(&mut self, options: &Options, now: Instant) -> Option<Search> {
+        self.state.begin_stale();
+        let table = sockets::SocketTable::open(&options.pin_path).expect("pinned maps");
+        let records = table.answering().unwrap_or_else(|error| panic!("{error}"));
+        self.state.search_stale(&sweep::used(&records), now)
     }
 
     /// Waits until everything freed can be used again.

@@ -51,8 +51,7 @@ enum Command {
     /// JSON or YAML, one answer after the other: the first at once, with totals since each port is served and without
     /// rates, which are made from two looks. Needs no running agent.
     ///
-    /// SOCKETS counts open sockets that last called a service, as far as a map lists them: a socket that found its
-    /// places taken is not counted.
+    /// SOCKETS counts open sockets that last called a service. It takes the capabilities BPF and PERFMON to list them.
     Top(top::TopArgs),
     /// Watch connections as they are made: a sample.
     ///
@@ -60,9 +59,9 @@ enum Command {
     /// when it was seen, the service, the address called, the endpoint and its node, the socket. The programs do
     /// nothing for it, so that watching costs a call nothing.
     ///
-    /// It is a sample: sockets that come and go between two looks are missed, and so are calls that are refused, further
-    /// datagrams on the same way, and sockets that found their places in the table taken. Lines with # (in JSON: event
-    /// summary), every ten seconds and at the end, tell how many calls the counters saw, and how many went by unseen.
+    /// It is a sample: sockets that come and go between two looks are missed, and so are calls that are refused and further
+    /// datagrams on the same way. Lines with # (in JSON: event summary), every ten seconds and at the end, tell how many
+    /// calls the counters saw, and how many went by unseen.
     Monitor(monitor::MonitorArgs),
     /// Detach the programs and delete the maps, and nothing else.
     Cleanup(PinArgs),

@@ -23,7 +23,7 @@ use self::stream::{Connection, Filter, Line, Named, Seen, Summary};
 use super::{
     PinArgs, listing,
     run::stop_signals,
-    sample::{Objects, Sockets, frontend_of},
+    sample::{Objects, frontend_of},
     show_more,
     top::interval,
 };
@@ -31,7 +31,6 @@ use crate::{
     controller::State,
     desired::FrontendAddress,
     kernel::{
-        Features,
         sockets::{Record, SocketTable},
         store::Maps,
     },
@@ -161,7 +160,7 @@ struct Monitor<'a> {
 ///
 /// # Errors
 ///
-/// If nothing is pinned or it cannot be read, if this kernel keeps no list of sockets, or standard output takes no more.
+/// If nothing is pinned or it cannot be read, if this kernel does not list sockets, or standard output takes no more.
 pub fn monitor(args: &MonitorArgs) -> anyhow::Result<ExitCode> {
     let runtime = runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
     let stop = {
@@ -169,12 +168,7 @@ pub fn monitor(args: &MonitorArgs) -> anyhow::Result<ExitCode> {
         stop_signals()?
     };
     let maps = Maps::open(&args.pins.pin_path)?;
-    let table = SocketTable::open(&args.pins.pin_path, Features::probe())?;
-    anyhow::ensure!(
-        table.has_slots(),
-        "this kernel keeps what is known of a socket with the socket (before Linux 5.12), where nobody can list it: \
-         `socklb top` shows the counters"
-    );
+    let table = SocketTable::open(&args.pins.pin_path)?;
     let protocol = args.protocol.map(|protocol| match protocol {
         Transport::Tcp => Protocol::Tcp,
         Transport::Udp => Protocol::Udp,
@@ -234,8 +228,7 @@ impl Monitor<'_> {
 
     /// Shows the sockets that are new. `false` once nobody reads any more.
     fn look(&mut self) -> anyhow::Result<bool> {
-        let records = Sockets::read(&self.table).records.unwrap_or_default();
-        let new = self.seen.new_records(records);
+        let new = self.seen.new_records(self.table.records()?);
         // A call of a service that has come since the tables were read.
         if new.iter().any(|record| self.names.port(record).is_none()) {
             self.read_tables()?;

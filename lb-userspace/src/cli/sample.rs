@@ -14,11 +14,10 @@ use crate::{
     controller::State,
     desired::FrontendAddress,
     kernel::{
-        Features, KernelError,
+        KernelError,
         sockets::{Record, SocketTable},
         store::Maps,
     },
-    model::Protocol,
     snapshot::{self, Snapshot},
     tables::Image,
 };
@@ -67,16 +66,8 @@ pub(super) struct Look {
     pub(super) services: BTreeMap<u32, ServiceStats>,
     /// Counters by endpoint id.
     pub(super) endpoints: BTreeMap<u32, EndpointStats>,
-    pub(super) sockets: Sockets,
-}
-
-/// The records of sockets.
-#[derive(Clone, Debug, Default)]
-pub(super) struct Sockets {
-    /// `None` on a kernel where no map lists them.
+    /// The records of sockets; `None` where they cannot be listed: without BTF, or without the right to it.
     pub(super) records: Option<Vec<Record>>,
-    /// Whether there are no others. A socket whose slots are taken has its record in a map that cannot be listed.
-    pub(super) is_complete: bool,
 }
 
 /// Looks once. The maps are opened anew each time, since `socklb cleanup` and a new agent may have replaced them.
@@ -84,7 +75,7 @@ pub(super) struct Sockets {
 /// # Errors
 ///
 /// If nothing is pinned or it cannot be read.
-pub(super) fn look(pin_path: &Path, features: Features) -> Result<Look, KernelError> {
+pub(super) fn look(pin_path: &Path) -> Result<Look, KernelError> {
     let maps = Maps::open(pin_path)?;
     let image = maps.image()?;
     let service_ids: BTreeSet<u32> = image.frontends.values().map(|frontend| frontend.service_id).collect();
@@ -95,16 +86,9 @@ pub(super) fn look(pin_path: &Path, features: Features) -> Result<Look, KernelEr
     Ok(Look {
         services: services.collect::<Result<_, KernelError>>()?,
         endpoints: endpoints.collect::<Result<_, KernelError>>()?,
-        sockets: Sockets::read(&SocketTable::open(pin_path, features)?),
+        records: SocketTable::open(pin_path).and_then(|table| table.records()).ok(),
         image,
     })
-}
-
-impl Sockets {
-    /// Reads all slots.
-    pub(super) fn read(table: &SocketTable) -> Self {
-        Self { records: table.has_slots().then(|| table.records()), is_complete: table.is_complete() }
-    }
 }
 
 /// The frontend that a record's call found; `None` if the tables no longer hold it. The id alone would not tell: it may have
@@ -114,11 +98,9 @@ pub(super) fn frontend_of(image: &Image, record: &Record) -> Option<FrontendAddr
         SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
         SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
     };
-    let port = record.service.port();
+    let (port, protocol) = (record.service.port(), record.protocol);
     // A node port has a record with the address called and a key without one.
-    let addresses = [record.service.ip(), any]
-        .into_iter()
-        .flat_map(|ip| [Protocol::Tcp, Protocol::Udp].map(|protocol| FrontendAddress { ip, port, protocol }));
+    let addresses = [record.service.ip(), any].map(|ip| FrontendAddress { ip, port, protocol });
     let is_its = |address: &FrontendAddress| {
         let frontend = image.services.get(address).and_then(|id| image.frontends.get(id));
         frontend.is_some_and(|frontend| frontend.service_id == record.service_id)
@@ -131,6 +113,7 @@ mod tests {
     use lb_common::layout::Frontend;
 
     use super::*;
+    use crate::model::Protocol;
 
     #[test]
     fn a_record_belongs_to_the_frontend_of_its_address_and_id() {
@@ -146,17 +129,19 @@ mod tests {
             image.services.insert(address, id);
             image.frontends.insert(id, Frontend { service_id: 10 + id, ..Frontend::default() });
         }
-        for (service, service_id, expected) in [
-            ("10.96.0.53:53", 10, Some(tcp)),
-            ("10.96.0.53:53", 11, Some(udp)),
-            ("192.0.2.1:30080", 12, Some(node_port)),
+        for (protocol, service, service_id, expected) in [
+            (Protocol::Tcp, "10.96.0.53:53", 10, Some(tcp)),
+            (Protocol::Udp, "10.96.0.53:53", 11, Some(udp)),
+            (Protocol::Tcp, "192.0.2.1:30080", 12, Some(node_port)),
             // Ids that were given to others since, and a frontend that is gone.
-            ("10.96.0.53:53", 12, None),
-            ("10.96.0.54:53", 10, None),
-            ("[fd00::1]:30080", 12, None),
+            (Protocol::Tcp, "10.96.0.53:53", 12, None),
+            (Protocol::Udp, "10.96.0.53:53", 10, None),
+            (Protocol::Tcp, "10.96.0.54:53", 10, None),
+            (Protocol::Tcp, "[fd00::1]:30080", 12, None),
         ] {
             let service = service.parse().unwrap();
-            let record = Record { cookie: 1, service, endpoint: service, service_id, endpoint_id: 0 };
+            let record =
+                Record { cookie: 1, protocol, service, endpoint: service, service_id, endpoint_id: 0 };
             assert_eq!(frontend_of(&image, &record), expected, "{record:?}");
         }
     }

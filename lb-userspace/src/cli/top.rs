@@ -34,7 +34,7 @@ use super::{
     sample::{Objects, look},
     show_more,
 };
-use crate::kernel::{Features, KernelError};
+use crate::kernel::KernelError;
 
 /// Flags of `socklb top`.
 #[derive(Debug, Args)]
@@ -81,7 +81,6 @@ pub(super) fn interval(text: &str, shortest: Duration) -> Result<Duration, Strin
 /// Looks, and remembers the look before.
 struct Watcher<'a> {
     args: &'a TopArgs,
-    features: Features,
     objects: Objects,
     started: Instant,
     last: Option<Sample>,
@@ -90,7 +89,7 @@ struct Watcher<'a> {
 impl Watcher<'_> {
     /// What there is now, with rates since the last call. Not arranged.
     fn report(&mut self) -> Result<Report, KernelError> {
-        let look = look(&self.args.pins.pin_path, self.features)?;
+        let look = look(&self.args.pins.pin_path)?;
         let sample = Sample::new(&look, self.objects.now(), self.started.elapsed());
         // Whole seconds, as clocks on a wall.
         let time = Timestamp::try_from(SystemTime::now()).unwrap_or_default();
@@ -114,8 +113,7 @@ pub fn top(args: &TopArgs) -> anyhow::Result<ExitCode> {
         stop_signals()?
     };
     let objects = Objects::new(&args.pins.state_dir);
-    let mut watcher =
-        Watcher { args, features: Features::probe(), objects, started: Instant::now(), last: None };
+    let mut watcher = Watcher { args, objects, started: Instant::now(), last: None };
     let first = watcher.report()?;
     if args.output == Output::Table && args.count.is_none() && std::io::stdout().is_terminal() {
         let mut terminal = ratatui::try_init().context("the terminal cannot be used: try --count 1")?;

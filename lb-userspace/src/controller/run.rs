@@ -345,7 +345,7 @@ impl Agent {
         let mut agent = Self {
             ledger: Ledger::new(state.settings().node_name.clone(), now),
             state,
-            sweep: Sweep::new(&maps_path, options.kernel.clone())?,
+            sweep: Sweep::new(options.kernel.clone()),
             kernel,
             options,
             metrics,

@@ -16,7 +16,7 @@ use crate::{
     },
     model::{Issue, IssueKind, ObjectRef, Service, ServiceKey, Slice, Store, store::Changes},
     plan::{Capacity, Encoder, Full, Plan, audit::Suspects},
-    stale::{InForce, Known, Ledger, Search, Standing, Use},
+    stale::{InForce, Ledger, Search, Standing, Use, Used},
     tables::Image,
     telemetry::scrape::MapUse,
 };
@@ -125,6 +125,9 @@ impl State {
 
     /// An audit has inserted all that was missing but these.
     pub fn found(&mut self, missing: Suspects) {
+        for address in self.missing.services.difference(&missing.services) {
+            self.stale.appeared(address);
+        }
         self.missing = missing;
     }
 
@@ -162,9 +165,14 @@ impl State {
             touched.extend(self.encoder.addresses().copied());
         }
         for address in touched {
-            match self.encoder.set(address, self.desired.owner(&address)) {
+            let (owner, was_there) =
+                (self.desired.owner(&address), self.encoder.image().services.contains_key(&address));
+            match self.encoder.set(address, owner) {
                 Ok(()) => {
                     self.refused.remove(&address);
+                    if owner.is_some() && !was_there {
+                        self.stale.appeared(&address);
+                    }
                 }
                 Err(full) => {
                     self.refused.insert(address, full);
@@ -202,17 +210,36 @@ impl State {
     /// The ledger of stale sockets, and what it judges by.
     fn with_stale<T>(&mut self, judge: impl FnOnce(&mut Ledger, InForce<'_>) -> T) -> T {
         let (refused, dirty, is_first_sync) = (&self.refused, &self.dirty.services, self.is_first_sync);
+        let missing = &self.missing.services;
         let is_behind = |frontend: &desired::Frontend| {
-            is_first_sync || refused.contains_key(&frontend.address) || dirty.contains(&frontend.port.service)
+            let address = &frontend.address;
+            let has_no_room = refused.contains_key(address) || missing.contains(address);
+            is_first_sync || has_no_room || dirty.contains(&frontend.port.service)
         };
-        let in_force = InForce { desired: &self.desired, store: &self.store, is_behind: &is_behind };
+        let is_node_address = |ip| self.topology.is_node_address(ip);
+        let in_force = InForce {
+            desired: &self.desired,
+            store: &self.store,
+            is_behind: &is_behind,
+            is_node_address: &is_node_address,
+        };
         judge(&mut self.stale, in_force)
     }
 
-    /// Where to look for sockets that stay with endpoints which no longer serve: see [`Ledger::search`].
+    /// A search for stale sockets begins: see [`Ledger::begin`].
+    pub fn begin_stale(&mut self) {
+        self.stale.begin();
+    }
+
+    /// Where to look for stale sockets: see [`Ledger::search`].
     #[must_use]
-    pub fn search_stale(&mut self, known: Known<'_>, is_thorough: bool, now: Instant) -> Option<Search> {
-        self.with_stale(|ledger, in_force| ledger.search(known, is_thorough, now, in_force))
+    pub fn search_stale(&mut self, used: &Used, now: Instant) -> Option<Search> {
+        self.with_stale(|ledger, in_force| ledger.search(used, now, in_force))
+    }
+
+    /// What is due of a search is being ended: see [`Ledger::searched`].
+    pub fn searched_stale(&mut self, search: &Search, now: Instant) {
+        self.stale.searched(search, now);
     }
 
     /// What becomes of the sockets that were found: see [`Ledger::judge`].

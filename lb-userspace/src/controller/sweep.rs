@@ -1,13 +1,16 @@
-//! When sockets are looked for that stay with endpoints which no longer serve, and how many of them are ended at a time.
+//! When sockets are looked for that stay with endpoints which no longer serve, how many of them are ended at a time, and which slots
+//! of sockets that are gone are taken back.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
     time::{Duration, Instant},
 };
 
+use lb_common::{layout::SLOT_WAYS, limits::SOCKET_SETS};
+
 use crate::{
-    kernel::sockets::ServiceSocket,
-    stale::{Standing, Use},
+    kernel::sockets::{FoundSocket, Owners, Record},
+    stale::{Standing, Use, Used},
 };
 
 /// The least time between two sweeps, so that many changes in a row are one. A program whose endpoint goes while others change
@@ -21,14 +24,18 @@ const REST: u32 = 9;
 /// The most sockets that are ended in one sweep, thus some five thousand in a second: their programs all connect anew.
 pub const BATCH: usize = 256;
 
+/// The least time between two looks for the sockets that own slots: each lists all sockets of the host.
+const LOOK: Duration = Duration::from_secs(20);
+/// Only with more owners than this is it worth a look. A socket that finds no slot keeps its record in socket storage, which
+/// costs it half a microsecond.
+const MANY_OWNERS: usize = SOCKET_SETS as usize * SLOT_WAYS / 2;
+
 /// The timing of sweeps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Sweeps {
     state: State,
     /// Whether a change came that no sweep has seen.
     is_outdated: bool,
-    /// Whether some sweep has looked everywhere since the agent started.
-    was_thorough: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,7 +68,7 @@ pub enum End {
 
 impl Default for Sweeps {
     fn default() -> Self {
-        Self { state: State::New, is_outdated: false, was_thorough: false }
+        Self { state: State::New, is_outdated: false }
     }
 }
 
@@ -85,18 +92,15 @@ impl Sweeps {
         }
     }
 
-    /// A sweep begins. Returns whether it has to look everywhere: nobody knows what went on before the agent started.
-    #[must_use]
-    pub fn begin(&mut self, now: Instant) -> bool {
+    /// A sweep begins.
+    pub fn begin(&mut self, now: Instant) {
         self.state = State::Running { since: now };
         self.is_outdated = false;
-        !self.was_thorough
     }
 
     /// The sweep is over.
     pub fn ended(&mut self, now: Instant, end: End) {
         let State::Running { since } = self.state else { return };
-        self.was_thorough |= matches!(end, End::Done(_));
         if end == End::Impossible {
             self.state = State::Off;
             return;
@@ -114,18 +118,50 @@ impl Sweeps {
     }
 }
 
+/// Which slots are taken back, since their sockets are gone. `sock_release` gives a slot up with its socket, but not while it is
+/// detached.
+///
+/// A slot is taken back when two looks in a row miss its socket. That is wrong if the socket is open where no look gets to, in
+/// a network namespace that is not known: it would lose its record. Sockets that come there are seen as owners that are missing from
+/// the beginning, and as long as there are such, nothing is taken back; neither is it while the hook is detached still.
+#[derive(Clone, Debug, Default)]
+pub struct Reclaim {
+    looked: Option<(Instant, Owners)>,
+}
+
+impl Reclaim {
+    /// Whether to look for the sockets that own slots.
+    #[must_use]
+    pub fn wants_look(&self, n_owned: usize, now: Instant) -> bool {
+        let is_due = |(at, _): &(Instant, Owners)| now.saturating_duration_since(*at) >= LOOK;
+        n_owned > MANY_OWNERS && self.looked.as_ref().is_none_or(is_due)
+    }
+
+    /// Takes what a look has found. Returns whose slots are to be taken back.
+    #[must_use]
+    pub fn looked(&mut self, owners: Owners, now: Instant) -> BTreeSet<u64> {
+        let now_unlisted = owners.unlisted.clone();
+        let Some((_, former)) = self.looked.replace((now, owners)) else { return BTreeSet::new() };
+        let is_known = |cookie: &u64| former.unlisted.contains(cookie) || former.listed.contains(cookie);
+        if !now_unlisted.iter().all(is_known) {
+            return BTreeSet::new();
+        }
+        now_unlisted.intersection(&former.unlisted).copied().collect()
+    }
+}
+
 /// The sockets to end now, at most `limit`, with the way that each goes, and whether there are more.
 ///
 /// `standings` has one for each way that the sockets go.
 #[must_use]
 pub fn due_now(
-    sockets: Vec<ServiceSocket>,
+    sockets: Vec<FoundSocket>,
     standings: &BTreeMap<Use, Standing>,
     now: Instant,
     limit: usize,
-) -> (Vec<ServiceSocket>, bool) {
-    let is_due = |socket: &ServiceSocket| matches!(standings.get(&way(socket)), Some(Standing::Ends { due, .. }) if *due <= now);
-    let mut due: Vec<ServiceSocket> = sockets.into_iter().filter(is_due).collect();
+) -> (Vec<FoundSocket>, bool) {
+    let is_due = |socket: &FoundSocket| matches!(standings.get(&way(socket)), Some(Standing::Ends { due, .. }) if *due <= now);
+    let mut due: Vec<FoundSocket> = sockets.into_iter().filter(is_due).collect();
     let has_more = due.len() > limit;
     due.truncate(limit);
     (due, has_more)
@@ -133,14 +169,24 @@ pub fn due_now(
 
 /// The way that a socket goes.
 #[must_use]
-pub fn way(socket: &ServiceSocket) -> Use {
-    Use { protocol: socket.protocol(), service: socket.service, endpoint: socket.endpoint() }
+pub fn way(socket: &FoundSocket) -> Use {
+    Use { protocol: socket.protocol(), service: socket.service, endpoint: socket.peer() }
 }
 
 /// The ways that sockets go.
 #[must_use]
-pub fn ways(sockets: &[ServiceSocket]) -> BTreeSet<Use> {
+pub fn ways(sockets: &[FoundSocket]) -> BTreeSet<Use> {
     sockets.iter().map(way).collect()
+}
+
+/// The ways that records tell of.
+#[must_use]
+pub fn used(records: &[Record]) -> Used {
+    let mut used = Used::new();
+    for &Record { cookie, protocol, service, endpoint, .. } in records {
+        used.entry(Use { protocol, service: Some(service), endpoint }).or_default().insert(cookie);
+    }
+    used
 }
 
 #[cfg(test)]
@@ -153,8 +199,8 @@ mod tests {
         Changed(u64),
         /// When the next sweep is due, in milliseconds; `None` for not at all.
         Due(Option<u64>),
-        /// Begins at this second, and whether everywhere is looked.
-        Begin(u64, bool),
+        /// Begins at this second.
+        Begin(u64),
         /// Ends at this second; without more, the next is due at the given one.
         Done(u64, Option<u64>),
         More(u64),
@@ -169,31 +215,18 @@ mod tests {
         let at = |seconds| start + Duration::from_secs(seconds);
         for (what, steps) in [
             ("nothing before the first change", &[Due(None)][..]),
-            ("the first looks everywhere", &[Changed(0), Due(Some(0)), Begin(0, true), Due(None)]),
-            ("then after a while", &[Changed(0), Begin(0, true), Done(0, None), Due(Some(10_000))]),
-            (
-                "then only where something may be stale",
-                &[Changed(0), Begin(0, true), Done(0, None), Begin(10, false), Done(10, None)],
-            ),
-            ("after a change soon", &[Changed(0), Begin(0, true), Done(0, None), Changed(0), Due(Some(50))]),
-            ("a change meanwhile", &[Changed(0), Begin(0, true), Changed(0), Done(0, None), Due(Some(50))]),
-            (
-                "a long one leaves time",
-                &[Changed(0), Begin(0, true), Changed(0), Done(1, None), Due(Some(10_000))],
-            ),
-            ("the end of a drain", &[Changed(0), Begin(0, true), Done(0, Some(3)), Due(Some(3000))]),
-            ("a drain that ends late", &[Changed(0), Begin(0, true), Done(0, Some(30)), Due(Some(10_000))]),
-            (
-                "more than one sweep ends",
-                &[Changed(0), Begin(0, true), More(0), Due(Some(50)), Begin(1, true)],
-            ),
-            (
-                "a failure is tried again",
-                &[Changed(0), Begin(0, true), Failed(0), Due(Some(10_000)), Begin(10, true)],
-            ),
+            ("then at once", &[Changed(0), Due(Some(0)), Begin(0), Due(None)]),
+            ("then after a while", &[Changed(0), Begin(0), Done(0, None), Due(Some(10_000))]),
+            ("after a change soon", &[Changed(0), Begin(0), Done(0, None), Changed(0), Due(Some(50))]),
+            ("a change meanwhile", &[Changed(0), Begin(0), Changed(0), Done(0, None), Due(Some(50))]),
+            ("a long one leaves time", &[Changed(0), Begin(0), Changed(0), Done(1, None), Due(Some(10_000))]),
+            ("the end of a drain", &[Changed(0), Begin(0), Done(0, Some(3)), Due(Some(3000))]),
+            ("a drain that ends late", &[Changed(0), Begin(0), Done(0, Some(30)), Due(Some(10_000))]),
+            ("more than one sweep ends", &[Changed(0), Begin(0), More(0), Due(Some(50)), Begin(1)]),
+            ("a failure is tried again", &[Changed(0), Begin(0), Failed(0), Due(Some(10_000)), Begin(10)]),
             (
                 "a kernel that cannot",
-                &[Changed(0), Begin(0, true), Impossible(0), Due(None), Changed(1), Due(None)],
+                &[Changed(0), Begin(0), Impossible(0), Due(None), Changed(1), Due(None)],
             ),
         ] {
             let mut sweeps = Sweeps::default();
@@ -204,9 +237,7 @@ mod tests {
                         let due = sweeps.due().map(|due| due.saturating_duration_since(start));
                         assert_eq!(due, expected.map(Duration::from_millis), "{what}: step {n}");
                     }
-                    Begin(second, expected) => {
-                        assert_eq!(sweeps.begin(at(second)), expected, "{what}: step {n}");
-                    }
+                    Begin(second) => sweeps.begin(at(second)),
                     Done(second, next) => sweeps.ended(at(second), End::Done(next.map(at))),
                     More(second) => sweeps.ended(at(second), End::More),
                     Failed(second) => sweeps.ended(at(second), End::Failed),
@@ -214,5 +245,37 @@ mod tests {
                 }
             }
         }
+    }
+
+    fn owners(listed: &[u64], unlisted: &[u64]) -> Owners {
+        Owners { listed: listed.iter().copied().collect(), unlisted: unlisted.iter().copied().collect() }
+    }
+
+    #[test]
+    fn slots_are_taken_back_whose_sockets_two_looks_miss() {
+        for (what, first, second, expected) in [
+            ("all are there", owners(&[1, 2], &[]), owners(&[1, 2], &[]), &[][..]),
+            ("two are gone", owners(&[1], &[2, 3]), owners(&[1], &[2, 3]), &[2, 3]),
+            ("one was about to be closed", owners(&[1, 2], &[3]), owners(&[1], &[2, 3]), &[3]),
+            ("one was missed", owners(&[1], &[2, 3]), owners(&[1, 2], &[3]), &[3]),
+            ("one gave its slot up", owners(&[1], &[2, 3]), owners(&[1], &[3]), &[3]),
+            ("one came and is listed", owners(&[1], &[2]), owners(&[1, 4], &[2]), &[2]),
+            ("one came where no look gets to", owners(&[1], &[2]), owners(&[1], &[2, 4]), &[]),
+        ] {
+            let (mut reclaim, start) = (Reclaim::default(), Instant::now());
+            assert_eq!(reclaim.looked(first, start), BTreeSet::new(), "{what}: the first look");
+            let expected: BTreeSet<u64> = expected.iter().copied().collect();
+            assert_eq!(reclaim.looked(second, start + LOOK), expected, "{what}");
+        }
+    }
+
+    #[test]
+    fn owners_are_looked_for_when_there_are_many_and_not_all_the_time() {
+        let (mut reclaim, start) = (Reclaim::default(), Instant::now());
+        assert!(!reclaim.wants_look(MANY_OWNERS, start), "half of the slots are free");
+        assert!(reclaim.wants_look(MANY_OWNERS + 1, start));
+        let _none = reclaim.looked(owners(&[], &[1]), start);
+        assert!(!reclaim.wants_look(MANY_OWNERS + 1, start + LOOK / 2));
+        assert!(reclaim.wants_look(MANY_OWNERS + 1, start + LOOK));
     }
 }

@@ -149,6 +149,15 @@ pub enum KernelError {
         /// The cause.
         source: io::Error,
     },
+    /// What sockets have in storage cannot be listed.
+    #[error(
+        "map socket_storage: cannot list it: {source}: this takes CAP_BPF and CAP_PERFMON, and a kernel with \
+         CONFIG_DEBUG_INFO_BTF"
+    )]
+    List {
+        /// The cause.
+        source: io::Error,
+    },
     /// A map operation failed.
     #[error("map {name}: {source}")]
     Map {

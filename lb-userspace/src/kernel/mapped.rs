@@ -103,6 +103,18 @@ impl<T: MapValue> Mapped<T> {
             .is_some()
     }
 
+    /// Replaces one 64-bit word of an entry in use if it has the expected value, and returns whether it had.
+    ///
+    /// `word` is the index of the word within the entry.
+    #[must_use]
+    pub fn replace_u64(&mut self, index: u32, word: usize, expected: u64, value: u64) -> bool {
+        self.word(index, word * 8, 8).is_some_and(|word| {
+            // SAFETY: inside the mapping and 8-aligned; the kernel's side reads and swaps it as one word.
+            let word = unsafe { AtomicU64::from_ptr(word.cast().as_ptr()) };
+            word.compare_exchange(expected, value, Ordering::AcqRel, Ordering::Relaxed).is_ok()
+        })
+    }
+
     fn word(&self, index: u32, offset: usize, len: usize) -> Option<NonNull<u8>> {
         let entry = self.at(index)?;
         // SAFETY: within the entry, hence inside the mapping.

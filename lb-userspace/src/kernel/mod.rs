@@ -20,7 +20,6 @@
 mod attach;
 mod btf;
 pub mod cgroup;
-pub mod descriptors;
 pub mod error;
 pub mod exclusion;
 pub mod exclusive;
@@ -37,8 +36,10 @@ pub mod netns;
 pub mod object;
 pub mod pins;
 mod pod;
+mod served;
 pub mod sock_diag;
 pub mod sockets;
+mod storage;
 pub mod store;
 pub mod syscall;
 mod takeover;

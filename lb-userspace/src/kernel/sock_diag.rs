@@ -4,17 +4,16 @@ use std::{
     collections::BTreeSet,
     io,
     net::{IpAddr, SocketAddr},
-    os::fd::{AsRawFd as _, BorrowedFd},
 };
 
 use netlink_packet_core::{
     DefaultNla, Emitable as _, NLA_TYPE_MASK, NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkBuffer,
-    NetlinkHeader, NetlinkMessage, NetlinkPayload, NetlinkSerializable, Nla as _, NlasIterator,
+    NetlinkHeader, NetlinkMessage, NetlinkPayload, NetlinkSerializable, Nla as _,
 };
 use netlink_packet_sock_diag::{
     SockDiagDestroy, SockDiagMessage,
     constants::{AF_INET, AF_INET6, IPPROTO_TCP, IPPROTO_UDP},
-    inet::{ExtensionFlags, InetRequest, SocketId, StateFlags, nlas::Nla},
+    inet::{ExtensionFlags, InetRequest, InetResponse, SocketId, StateFlags, nlas::Nla},
 };
 use netlink_sys::{Socket, SocketAddr as NetlinkAddr, protocols::NETLINK_SOCK_DIAG};
 
@@ -22,16 +21,10 @@ use crate::model::Protocol;
 
 /// `INET_DIAG_REQ_BYTECODE` of `linux/inet_diag.h`.
 const REQ_BYTECODE: u16 = 1;
-/// `INET_DIAG_REQ_SK_BPF_STORAGES`
-const REQ_SK_BPF_STORAGES: u16 = 2;
-/// `INET_DIAG_SK_BPF_STORAGES`
-const SK_BPF_STORAGES: u16 = 20;
-/// `SK_DIAG_BPF_STORAGE_REQ_MAP_FD` of `linux/sock_diag.h`.
-const STORAGE_REQ_MAP_FD: u16 = 1;
-/// `SK_DIAG_BPF_STORAGE`
-const STORAGE: u16 = 1;
-/// `SK_DIAG_BPF_STORAGE_MAP_VALUE`
-const STORAGE_MAP_VALUE: u16 = 3;
+/// `INET_DIAG_CGROUP_ID`
+const CGROUP_ID: u16 = 21;
+/// `IPPROTO_UDPLITE`
+const UDP_LITE: u8 = 136;
 
 /// The most addresses that a filter names. A jump in it reaches 64 KiB, which is twice as much.
 const MAX_FILTERED: usize = 1024;
@@ -42,24 +35,20 @@ pub struct Connected {
     protocol: Protocol,
     family: u8,
     id: SocketId,
-    inode: u32,
-    /// The value of each socket storage that was asked for.
-    pub stored: Vec<Vec<u8>>,
+    cgroup: Option<u64>,
 }
 
 impl Connected {
     /// The socket's cookie, never used twice while the host runs.
     #[must_use]
     pub fn cookie(&self) -> u64 {
-        // The kernel sends the low word first, each in the host's order.
-        let (words, _none) = self.id.cookie.as_chunks::<4>();
-        words.iter().rev().fold(0, |cookie, word| cookie << 32 | u64::from(u32::from_ne_bytes(*word)))
+        cookie_of(&self.id)
     }
 
-    /// Inode of the socket, by which descriptors are known.
+    /// Id of the cgroup v2 that the socket was made in; `None` if the kernel does not tell (before 5.9).
     #[must_use]
-    pub fn inode(&self) -> u32 {
-        self.inode
+    pub fn cgroup(&self) -> Option<u64> {
+        self.cgroup
     }
 
     /// Protocol of the socket.
@@ -115,59 +104,88 @@ impl SockDiag {
         Ok(Self { socket })
     }
 
-    /// Lists the connected sockets of a protocol, only those connected to one of `peers` if that is given. With `storage`, a
-    /// map of type `BPF_MAP_TYPE_SK_STORAGE`, each TCP socket comes with its value; the kernel does not tell that of UDP sockets
-    /// (`inet_sk_diag_fill` of Linux 6.18 returns before).
+    /// Lists the connected sockets of a protocol, only those connected to one of `peers` if that is given. A peer with the
+    /// unspecified address stands for all of its family with that port.
     ///
-    /// Not a snapshot: sockets that connect or close meanwhile may be listed or not.
+    /// With very many peers all are listed. Not a snapshot: sockets that connect or close meanwhile may be listed or not.
     ///
     /// # Errors
     ///
-    /// `ENOENT` on a kernel without `CONFIG_INET_UDP_DIAG` or `CONFIG_INET_TCP_DIAG`, `EPERM` for `storage` without
-    /// `CAP_BPF`.
+    /// `ENOENT` on a kernel without `CONFIG_INET_UDP_DIAG` or `CONFIG_INET_TCP_DIAG`.
     ///
     /// # Kernel
     ///
-    /// 4.9, with `storage` 5.7
+    /// 4.9
     pub fn connected(
         &mut self,
         protocol: Protocol,
         peers: Option<&BTreeSet<SocketAddr>>,
-        storage: Option<BorrowedFd<'_>>,
     ) -> io::Result<Vec<Connected>> {
-        let mut attributes = Vec::new();
-        if let Some(peers) = peers.filter(|peers| peers.len() <= MAX_FILTERED) {
-            attributes.push(DefaultNla::new(REQ_BYTECODE, filter(peers)));
-        }
-        if let Some(map) = storage {
-            let fd = DefaultNla::new(STORAGE_REQ_MAP_FD, map.as_raw_fd().to_ne_bytes().to_vec());
-            let mut nested = vec![0; fd.buffer_len()];
-            fd.emit(&mut nested);
-            attributes.push(DefaultNla::new(REQ_SK_BPF_STORAGES, nested));
-        }
+        let filter = peers.filter(|peers| peers.len() <= MAX_FILTERED);
+        let attributes = filter.map(|peers| DefaultNla::new(REQ_BYTECODE, filter_of(peers)));
         let mut found = Vec::new();
+        self.list(number(protocol)?, &states(protocol), attributes.as_slice(), |response| {
+            let header = &response.header;
+            let cgroup = response.nlas.iter().find_map(cgroup_of);
+            found.push(Connected { protocol, family: header.family, id: header.socket_id.clone(), cgroup });
+        })?;
+        Ok(found)
+    }
+
+    /// The cookies of all sockets of TCP, UDP and UDP-Lite, connected or not.
+    ///
+    /// Missing are sockets without a port: those that were never used or bound, and those of TCP whose connection is over or
+    /// failed. Not a snapshot.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::connected`].
+    ///
+    /// # Kernel
+    ///
+    /// 4.9
+    pub fn cookies(&mut self) -> io::Result<BTreeSet<u64>> {
+        let mut found = BTreeSet::new();
+        for number in [IPPROTO_TCP, IPPROTO_UDP, UDP_LITE] {
+            let listed = self.list(number, &StateFlags::all(), &[], |response| {
+                let _new = found.insert(cookie_of(&response.header.socket_id));
+            });
+            match listed {
+                // A kernel that has no UDP-Lite.
+                Err(error) if number == UDP_LITE && error.kind() == io::ErrorKind::NotFound => {}
+                listed => listed?,
+            }
+        }
+        Ok(found)
+    }
+
+    /// Lists sockets of both families.
+    fn list(
+        &mut self,
+        protocol: u8,
+        states: &StateFlags,
+        attributes: &[DefaultNla],
+        mut each: impl FnMut(&InetResponse),
+    ) -> io::Result<()> {
         for family in [AF_INET, AF_INET6] {
             let request = Request {
                 request: InetRequest {
                     family,
-                    protocol: number(protocol)?,
+                    protocol,
                     extensions: ExtensionFlags::empty(),
-                    states: states(protocol),
+                    states: states.clone(),
                     socket_id: if family == AF_INET { SocketId::new_v4() } else { SocketId::new_v6() },
                 },
-                attributes: attributes.clone(),
+                attributes: attributes.to_vec(),
             };
             self.send(request, NLM_F_REQUEST | NLM_F_DUMP)?;
             self.answers(|message| {
                 if let SockDiagMessage::InetResponse(response) = message {
-                    let stored = response.nlas.iter().flat_map(stored).collect();
-                    let header = response.header;
-                    let (family, id, inode) = (header.family, header.socket_id, header.inode);
-                    found.push(Connected { protocol, family, id, inode, stored });
+                    each(&response);
                 }
             })?;
         }
-        Ok(found)
+        Ok(())
     }
 
     /// Ends a connected socket: its program gets `ECONNABORTED` from a call that waits or, for UDP, from the next `recv()`.
@@ -205,7 +223,7 @@ impl SockDiag {
     /// can end them: listing tells.
     pub fn can_destroy(&mut self, protocol: Protocol) -> io::Result<bool> {
         let id = SocketId::new_v4();
-        let nobody = Connected { protocol, family: AF_INET, id, inode: 0, stored: Vec::new() };
+        let nobody = Connected { protocol, family: AF_INET, id, cgroup: None };
         match self.destroy(&nobody) {
             Err(error) if error.raw_os_error() == Some(nix::libc::EOPNOTSUPP) => Ok(false),
             other => other.map(|_found| true),
@@ -275,29 +293,29 @@ fn states(protocol: Protocol) -> StateFlags {
     }
 }
 
-/// The values in the attribute for socket storage.
-fn stored(attribute: &Nla) -> Vec<Vec<u8>> {
-    let Nla::Other(attribute) = attribute else { return Vec::new() };
-    if attribute.kind() & NLA_TYPE_MASK != SK_BPF_STORAGES {
-        return Vec::new();
+fn cookie_of(id: &SocketId) -> u64 {
+    // The kernel sends the low word first, each in the host's order.
+    let (words, _none) = id.cookie.as_chunks::<4>();
+    words.iter().rev().fold(0, |cookie, word| cookie << 32 | u64::from(u32::from_ne_bytes(*word)))
+}
+
+/// The id in the attribute for a socket's cgroup.
+fn cgroup_of(attribute: &Nla) -> Option<u64> {
+    let Nla::Other(attribute) = attribute else { return None };
+    let mut bytes = [0; 8];
+    if attribute.kind() & NLA_TYPE_MASK != CGROUP_ID || attribute.value_len() != bytes.len() {
+        return None;
     }
-    let mut bytes = vec![0; attribute.value_len()];
     attribute.emit_value(&mut bytes);
-    let storages = NlasIterator::new(&bytes).filter_map(Result::ok);
-    let mut values = Vec::new();
-    for storage in storages.filter(|storage| storage.kind() & NLA_TYPE_MASK == STORAGE) {
-        let parts = NlasIterator::new(storage.value()).filter_map(Result::ok);
-        let value = parts.filter(|part| part.kind() & NLA_TYPE_MASK == STORAGE_MAP_VALUE);
-        values.extend(value.map(|part| part.value().to_vec()));
-    }
-    values
+    Some(u64::from_ne_bytes(bytes))
 }
 
 /// A program for the kernel's filter of sockets that lets those pass that are connected to one of `peers`
-/// (`inet_diag_bc_op` of `linux/inet_diag.h`). An IPv4 address matches its mapped form, too.
+/// (`inet_diag_bc_op` of `linux/inet_diag.h`). An IPv4 address matches its mapped form, too, and the unspecified address any of its
+/// family.
 ///
 /// For each address a comparison, which goes on to a jump behind the end if it holds, and else over it.
-fn filter(peers: &BTreeSet<SocketAddr>) -> Vec<u8> {
+fn filter_of(peers: &BTreeSet<SocketAddr>) -> Vec<u8> {
     /// `INET_DIAG_BC_JMP`
     const JUMP: u8 = 1;
     /// `INET_DIAG_BC_D_COND`
@@ -310,6 +328,7 @@ fn filter(peers: &BTreeSet<SocketAddr>) -> Vec<u8> {
             IpAddr::V4(ip) => (AF_INET, 32, ip.octets().to_vec()),
             IpAddr::V6(ip) => (AF_INET6, 128, ip.octets().to_vec()),
         };
+        let prefix = if peer.ip().is_unspecified() { 0 } else { prefix };
         // The operation, family, length of the prefix, two spare octets, port in the host's order, address.
         let len: u8 = if peer.is_ipv4() { 4 + 8 + 4 } else { 4 + 8 + 16 };
         let mut step = vec![PEER_IS, len];
@@ -345,7 +364,11 @@ mod tests {
                     IpAddr::V4(ip) => ip.octets().to_vec(),
                     IpAddr::V6(ip) => ip.octets().to_vec(),
                 };
-                port == i32::from(peer.port()) && op[12..12 + usize::from(op[5]) / 8] == octets
+                let n_compared = usize::from(op[5]) / 8;
+                let is_of_family = op[4] == if peer.is_ipv4() { AF_INET } else { AF_INET6 };
+                port == i32::from(peer.port())
+                    && is_of_family
+                    && op[12..12 + n_compared] == octets[..n_compared]
             };
             at += if holds { usize::from(op[1]) } else { no };
         }
@@ -359,7 +382,7 @@ mod tests {
         let others = ["10.1.0.1:54", "10.1.0.4:53", "[fd00::2]:53", "[fd00::1]:5353"]
             .map(|peer| peer.parse().unwrap());
         for n in 1..=peers.len() {
-            let program = filter(&peers[..n].iter().copied().collect());
+            let program = filter_of(&peers[..n].iter().copied().collect());
             for (i, peer) in peers.iter().enumerate() {
                 assert_eq!(passes(&program, *peer), i < n, "{peer} of the first {n}");
             }
@@ -368,11 +391,27 @@ mod tests {
     }
 
     #[test]
+    fn the_unspecified_address_stands_for_all_of_its_family() {
+        let peer = |text: &str| text.parse::<SocketAddr>().unwrap();
+        let program = filter_of(&["0.0.0.0:30053", "[::]:30054", "10.1.0.1:53"].map(peer).into());
+        for (text, expected) in [
+            ("192.0.2.1:30053", true),
+            ("192.0.2.1:30054", false),
+            ("[fd00::1]:30054", true),
+            ("[fd00::1]:30053", false),
+            ("10.1.0.1:53", true),
+            ("10.1.0.2:53", false),
+        ] {
+            assert_eq!(passes(&program, peer(text)), expected, "{text}");
+        }
+    }
+
+    #[test]
     fn the_longest_filter_is_within_reach_of_a_jump() {
         let ip = IpAddr::from([0xfd00, 0, 0, 0, 0, 0, 0, 1]);
         let peer = |n: usize| SocketAddr::new(ip, u16::try_from(1 + n).unwrap());
         let peers: BTreeSet<SocketAddr> = (0..MAX_FILTERED).map(peer).collect();
-        let program = filter(&peers);
+        let program = filter_of(&peers);
         assert!(u16::try_from(program.len() + 4).is_ok());
         assert!(passes(&program, peer(0)) && passes(&program, peer(MAX_FILTERED - 1)));
         assert!(!passes(&program, peer(MAX_FILTERED)));

@@ -3,8 +3,9 @@
 //! # Purpose
 //!
 //! A connected socket goes on talking to the endpoint that its `connect()` found, whatever the tables say later. TCP notices a
-//! dead peer; a resolver's UDP socket sends to nobody for hours. [`Ledger`] judges what sockets are seen to use (semantics
-//! R10): which of them are to be ended, and when. Finding and ending them is the work of `kernel::sockets`.
+//! dead peer; a resolver's UDP socket sends to a dead address for hours. So does one that was connected to the address of a Service
+//! before that was there. [`Ledger`] judges what sockets are seen to use (semantics R10): which of them are to be ended, and
+//! when. Finding and ending them is the work of `kernel::sockets`.
 //!
 //! # Invariants
 //!
@@ -12,6 +13,8 @@
 //!   restart, a missed event or a failed attempt leaves nothing behind.
 //! - Nothing is stale before the tables are right: services that wait for a sync, or that the tables had no room for,
 //!   are left alone.
+//! - A search costs in proportion to what may be stale. Only once after the start it goes through all UDP sockets: an address may
+//!   have become a frontend while no agent ran.
 //!
 //! # Depends on
 //!
@@ -19,8 +22,8 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::SocketAddr,
-    time::Instant,
+    net::{IpAddr, SocketAddr},
+    time::{Duration, Instant},
 };
 
 use crate::{
@@ -33,11 +36,15 @@ use crate::{
 pub struct Use {
     /// Protocol of the socket.
     pub protocol: Protocol,
-    /// The address that the program called; a node port with the node's address.
-    pub service: SocketAddr,
+    /// The address that the program called; a node port with the node's address. `None` if it called the address that the socket is
+    /// connected to, which was no frontend at that time.
+    pub service: Option<SocketAddr>,
     /// The address that the socket is connected to.
     pub endpoint: SocketAddr,
 }
+
+/// How sockets are connected, each with the cookies of those that are.
+pub type Used = BTreeMap<Use, BTreeSet<u64>>;
 
 /// What is in force.
 #[derive(Clone, Copy)]
@@ -48,6 +55,8 @@ pub struct InForce<'a> {
     pub store: &'a Store,
     /// Whether the tables do not follow yet what the objects say of this frontend.
     pub is_behind: &'a dyn Fn(&Frontend) -> bool,
+    /// Whether node ports answer on an address.
+    pub is_node_address: &'a dyn Fn(IpAddr) -> bool,
 }
 
 /// What becomes of the sockets of a [`Use`].
@@ -69,19 +78,13 @@ pub enum Standing {
 /// Where to look for stale sockets.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Search {
-    /// Sockets of these protocols.
+    /// Sockets of services, of these protocols,
     pub protocols: BTreeSet<Protocol>,
-    /// Sockets that are connected to one of these; `None` for all.
-    pub endpoints: Option<BTreeSet<SocketAddr>>,
-}
-
-/// What is known of all sockets before they are looked for.
-#[derive(Clone, Copy, Debug)]
-pub struct Known<'a> {
-    /// Services and endpoints that the sockets in the table use, of whichever protocol.
-    pub used: &'a BTreeSet<(SocketAddr, SocketAddr)>,
-    /// Whether these are all.
-    pub is_complete: bool,
+    /// that are connected to one of these.
+    pub endpoints: BTreeSet<SocketAddr>,
+    /// UDP sockets that are connected to one of these without a service; `None` for all such. A node port has the unspecified
+    /// address.
+    pub addresses: Option<BTreeSet<SocketAddr>>,
 }
 
 /// A frontend that is no longer there.
@@ -103,7 +106,28 @@ pub struct Ledger {
     since: BTreeMap<Use, Instant>,
     /// Number of the search under way or of the last one.
     pass: u64,
+    /// What the search under way goes for.
+    sought: BTreeSet<(Use, u64)>,
+    /// How many searches went for a socket, and when the last did.
+    tried: BTreeMap<(Use, u64), (u8, Instant)>,
+    /// UDP addresses that have become frontends, and how many more searches go for sockets that are connected to them.
+    appeared: BTreeMap<SocketAddr, u8>,
+    /// When the first search was.
+    first: Option<Instant>,
+    /// Whether a search went for sockets that are connected to any frontend. What appeared before this agent is not known.
+    was_everywhere: bool,
 }
+
+/// Searches in a row for a socket that is stale by its record, and for those that are connected to a new frontend. The second finds
+/// the one whose `connect()` was between hook and kernel; what it does not find is not connected.
+const SEARCHES: u8 = 2;
+
+/// The time to the next search for what was not found: it may have been in a network namespace that was not known.
+const RETRY: Duration = Duration::from_secs(60);
+
+/// From the first search on, the time until sockets without a service are looked for: meanwhile the agent finds the cgroups that
+/// are excluded.
+const SETTLING: Duration = Duration::from_secs(5);
 
 /// What holds where no annotation says otherwise: TCP notices for itself, UDP never does.
 const fn policy_of(protocol: Protocol, annotation: Option<StaleConnections>) -> StaleConnections {
@@ -144,40 +168,66 @@ impl Ledger {
         }
     }
 
-    /// Begins a search: says where to look, or `None` if nothing can be stale.
-    ///
-    /// Looks everywhere if `is_thorough`, or if it is not known which sockets there are.
-    #[must_use]
-    pub fn search(
-        &mut self,
-        known: Known<'_>,
-        is_thorough: bool,
-        now: Instant,
-        in_force: InForce<'_>,
-    ) -> Option<Search> {
-        self.pass += 1;
-        if is_thorough || !known.is_complete {
-            return Some(Search { protocols: self.ended_protocols(), endpoints: None });
+    /// An address has become a frontend in the tables.
+    pub fn appeared(&mut self, address: &FrontendAddress) {
+        if address.protocol == Protocol::Udp {
+            self.appeared.insert(SocketAddr::new(address.ip, address.port), SEARCHES);
         }
-        let is_used = |used: &Use| known.used.contains(&(used.service, used.endpoint));
-        self.since.retain(|used, _| is_used(used));
-        self.forget_gone(known.used.iter().flat_map(|(service, _)| {
-            [Protocol::Tcp, Protocol::Udp].into_iter().flat_map(|protocol| candidates(protocol, *service))
-        }));
+    }
+
+    /// Begins a search, before it is read what the sockets use.
+    pub fn begin(&mut self) {
+        self.pass += 1;
+    }
+
+    /// Says where to look, or `None` if nothing can be stale.
+    #[must_use]
+    pub fn search(&mut self, used: &Used, now: Instant, in_force: InForce<'_>) -> Option<Search> {
+        self.since.retain(|since, _| used.contains_key(since));
+        let services = used.keys().filter_map(|used| Some((used.protocol, used.service?)));
+        self.forget_gone(services.flat_map(|(protocol, service)| candidates(protocol, service)));
         let mut judge = Judge::new(self, in_force);
-        let (mut protocols, mut endpoints) = (BTreeSet::new(), BTreeSet::new());
-        for &(service, endpoint) in known.used {
-            for protocol in judge.possible_protocols(service) {
-                let used = Use { protocol, service, endpoint };
-                if matches!(judge.standing(&used, now), Standing::Ends { due, .. } if due <= now)
-                    || judge.has_new_deadline(&used)
-                {
-                    protocols.insert(protocol);
-                    endpoints.insert(endpoint);
-                }
+        let (mut protocols, mut endpoints, mut due) = (BTreeSet::new(), BTreeSet::new(), BTreeSet::new());
+        for (used, cookies) in used {
+            let is_due = matches!(judge.standing(used, now), Standing::Ends { due, .. } if due <= now);
+            if is_due {
+                due.extend(cookies.iter().map(|cookie| (*used, *cookie)));
+            }
+            if judge.has_new_deadline(used)
+                || is_due && cookies.iter().any(|cookie| !judge.is_tried(used, *cookie, now))
+            {
+                protocols.insert(used.protocol);
+                endpoints.insert(used.endpoint);
             }
         }
-        (!endpoints.is_empty()).then_some(Search { protocols, endpoints: Some(endpoints) })
+        self.tried.retain(|socket, _| due.contains(socket));
+        due.retain(|(used, _)| endpoints.contains(&used.endpoint));
+        self.sought = due;
+        let has_settled = now >= *self.first.get_or_insert(now) + SETTLING;
+        let addresses = match (has_settled, self.was_everywhere) {
+            (false, _) => Some(BTreeSet::new()),
+            (true, false) => None,
+            (true, true) => Some(self.appeared.keys().copied().collect()),
+        };
+        let is_any =
+            !endpoints.is_empty() || addresses.as_ref().is_none_or(|addresses| !addresses.is_empty());
+        is_any.then_some(Search { protocols, endpoints, addresses })
+    }
+
+    /// A search was carried out, and what is due of it is being ended.
+    pub fn searched(&mut self, search: &Search, now: Instant) {
+        for socket in std::mem::take(&mut self.sought) {
+            let (n_tries, _) = self.tried.get(&socket).copied().unwrap_or((0, now));
+            self.tried.insert(socket, (n_tries.saturating_add(1), now));
+        }
+        let Some(addresses) = &search.addresses else {
+            self.was_everywhere = true;
+            return;
+        };
+        self.appeared.retain(|address, n_left| {
+            *n_left -= u8::from(addresses.contains(address));
+            *n_left > 0
+        });
     }
 
     /// Judges what a search has found.
@@ -189,21 +239,17 @@ impl Ledger {
         now: Instant,
         in_force: InForce<'_>,
     ) -> BTreeMap<Use, Standing> {
-        if search.endpoints.is_none() {
-            self.forget_gone(found.iter().flat_map(|used| candidates(used.protocol, used.service)));
-        }
         let mut judge = Judge::new(self, in_force);
         let standings: BTreeMap<Use, Standing> =
             found.iter().map(|used| (*used, judge.standing(used, now))).collect();
         let is_covered = |used: &Use| {
-            search.protocols.contains(&used.protocol)
-                && search.endpoints.as_ref().is_none_or(|endpoints| endpoints.contains(&used.endpoint))
+            search.protocols.contains(&used.protocol) && search.endpoints.contains(&used.endpoint)
         };
         self.since.retain(|used, _| found.contains(used) || !is_covered(used));
         for (used, standing) in &standings {
             if *standing == Standing::Serves {
                 self.since.remove(used);
-            } else {
+            } else if used.service.is_some() {
                 self.since.entry(*used).or_insert(now);
             }
         }
@@ -219,15 +265,6 @@ impl Ledger {
             Standing::Serves | Standing::Kept => None,
         });
         dues.min()
-    }
-
-    /// The protocols of which some socket may have to be ended.
-    fn ended_protocols(&self) -> BTreeSet<Protocol> {
-        let of_gone = self.gone.values().filter_map(|gone| gone.policy);
-        let asked = self.policies.values().copied().chain(of_gone);
-        let is_any_ended = asked.into_iter().any(|policy| policy != StaleConnections::Keep);
-        let tcp = is_any_ended.then_some(Protocol::Tcp);
-        [Protocol::Udp].into_iter().chain(tcp).collect()
     }
 
     /// Forgets frontends that nobody uses. Those that went since the search began may have sockets that it did not see.
@@ -260,20 +297,16 @@ impl<'a> Judge<'a> {
         candidates(protocol, service).iter().find_map(|address| self.ledger.gone.get(address))
     }
 
-    /// A record does not say its protocol: that of the frontends that are or were there, else either.
-    fn possible_protocols(&self, service: SocketAddr) -> impl Iterator<Item = Protocol> + use<> {
-        let both = [Protocol::Tcp, Protocol::Udp];
-        let known = both.map(|protocol| {
-            self.owner(protocol, service).is_some() || self.gone(protocol, service).is_some()
-        });
-        let is_unknown = known == [false; 2];
-        both.into_iter().zip(known).filter(move |(_, is_known)| *is_known || is_unknown).map(|(p, _)| p)
-    }
-
     /// Whether a time is to run that does not yet.
     fn has_new_deadline(&mut self, used: &Use) -> bool {
         !self.ledger.since.contains_key(used)
             && matches!(self.policy(used), Some((_, StaleConnections::Drain(_))))
+    }
+
+    /// Whether enough searches went for a socket that is due.
+    fn is_tried(&self, used: &Use, cookie: u64, now: Instant) -> bool {
+        let tried = self.ledger.tried.get(&(*used, cookie));
+        tried.is_some_and(|(n_tries, last)| *n_tries >= SEARCHES && now < *last + RETRY)
     }
 
     fn standing(&mut self, used: &Use, now: Instant) -> Standing {
@@ -281,22 +314,36 @@ impl<'a> Judge<'a> {
         let since = self.ledger.since.get(used).copied().unwrap_or(now);
         let due = match policy {
             StaleConnections::Keep => None,
-            StaleConnections::Reset => Some(since),
-            StaleConnections::Drain(time) => since.checked_add(time),
+            // There is nothing to drain where nothing ever served.
+            StaleConnections::Drain(time) if used.service.is_some() => since.checked_add(time),
+            StaleConnections::Reset | StaleConnections::Drain(_) => Some(since),
         };
         due.map_or(Standing::Kept, |due| Standing::Ends { service: service.cloned(), due })
     }
 
-    /// Whose policy applies to a use whose endpoint no longer serves; `None` for one that does.
+    /// Whose policy applies to a use whose endpoint no longer serves, or is a frontend itself; `None` for any other.
     fn policy(&mut self, used: &Use) -> Option<(Option<&'a ServiceKey>, StaleConnections)> {
-        let Some(frontend) = self.owner(used.protocol, used.service) else {
-            let gone = self.gone(used.protocol, used.service);
-            let annotation = gone.and_then(|gone| gone.policy);
-            return Some((gone.map(|gone| &gone.service), policy_of(used.protocol, annotation)));
+        let owner = self.owner(used.protocol, used.service.unwrap_or(used.endpoint));
+        let frontend = match (used.service, owner) {
+            (None, frontend) => {
+                let answers = |frontend: &&Frontend| {
+                    !frontend.address.ip.is_unspecified()
+                        || (self.in_force.is_node_address)(used.endpoint.ip())
+                };
+                frontend.filter(answers).filter(|frontend| !(self.in_force.is_behind)(frontend))?
+            }
+            (Some(service), None) => {
+                let gone = self.gone(used.protocol, service);
+                let annotation = gone.and_then(|gone| gone.policy);
+                return Some((gone.map(|gone| &gone.service), policy_of(used.protocol, annotation)));
+            }
+            (Some(_), Some(frontend)) => {
+                if (self.in_force.is_behind)(frontend) || self.serves(frontend, &used.endpoint) {
+                    return None;
+                }
+                frontend
+            }
         };
-        if (self.in_force.is_behind)(frontend) || self.serves(frontend, &used.endpoint) {
-            return None;
-        }
         let key = &frontend.port.service;
         Some((Some(key), policy_of(used.protocol, self.ledger.policies.get(key).copied())))
     }

@@ -65,25 +65,40 @@ impl Town {
     }
 
     fn with<T>(&mut self, ask: impl FnOnce(&mut Ledger, InForce<'_>) -> T) -> T {
-        let in_force = InForce { desired: &self.desired, store: &self.store, is_behind: &|_| false };
+        let is_node_address = |ip| ip == IpAddr::from([192, 168, 0, 1]);
+        let in_force = InForce {
+            desired: &self.desired,
+            store: &self.store,
+            is_behind: &|_| false,
+            is_node_address: &is_node_address,
+        };
         ask(&mut self.ledger, in_force)
     }
 
-    /// Judges one use, found by a search everywhere.
+    /// Judges one use, found by a search.
     fn judge(&mut self, used: Use, now: Instant) -> Standing {
-        let search = Search { protocols: [used.protocol].into(), endpoints: None };
+        let search = search_of(&used);
         self.with(|ledger, in_force| ledger.judge(&search, &[used].into(), now, in_force))[&used].clone()
     }
 
-    fn search(&mut self, used: &[Use], is_complete: bool, is_thorough: bool, now: Instant) -> Option<Search> {
-        let used = used.iter().map(|used| (used.service, used.endpoint)).collect();
-        let known = Known { used: &used, is_complete };
-        self.with(|ledger, in_force| ledger.search(known, is_thorough, now, in_force))
+    fn search(&mut self, used: &[Use], now: Instant) -> Option<Search> {
+        self.ledger.begin();
+        let used = used.iter().map(|used| (*used, [1].into())).collect();
+        self.with(|ledger, in_force| ledger.search(&used, now, in_force))
+    }
+}
+
+/// The search that finds a use.
+fn search_of(used: &Use) -> Search {
+    Search {
+        protocols: [used.protocol].into(),
+        endpoints: [used.endpoint].into(),
+        addresses: Some([used.endpoint].into()),
     }
 }
 
 fn used(protocol: Protocol, service: &str, endpoint: &str) -> Use {
-    Use { protocol, service: service.parse().unwrap(), endpoint: endpoint.parse().unwrap() }
+    Use { protocol, service: Some(service.parse().unwrap()), endpoint: endpoint.parse().unwrap() }
 }
 
 /// A socket of `10.1.0.1`, an endpoint of 10.0.0.1:53.
@@ -180,10 +195,10 @@ fn r10_a_service_that_is_deleted_has_said_what_becomes_of_its_sockets() {
         assert_eq!(town.judge(first(Protocol::Udp), now), udp, "{annotation:?}");
         // Remembered while a socket uses it, through any number of searches.
         for _ in 0..3 {
-            let _somewhere = town.search(&[first(Protocol::Udp)], true, false, now);
+            let _somewhere = town.search(&[first(Protocol::Udp)], now);
             assert_eq!(town.judge(first(Protocol::Udp), now), udp, "{annotation:?}");
         }
-        let _nowhere = town.search(&[], true, false, now);
+        let _nowhere = town.search(&[], now);
         assert!(town.ledger.gone.is_empty());
     }
     // One that an earlier agent served: nobody knows what it was.
@@ -206,11 +221,18 @@ fn r10_node_ports_are_frontends_on_every_node_address() {
 fn nothing_is_stale_before_the_tables_follow() {
     let (now, socket) = (Instant::now(), first(Protocol::Udp));
     let town = Town::new(None, &["10.1.0.2 - rs"]);
-    let in_force = InForce { desired: &town.desired, store: &town.store, is_behind: &|_| true };
-    let search = Search { protocols: [Protocol::Udp].into(), endpoints: None };
+    let in_force = InForce {
+        desired: &town.desired,
+        store: &town.store,
+        is_behind: &|_| true,
+        is_node_address: &|_| true,
+    };
+    let plain = Use { service: None, endpoint: "10.0.0.1:53".parse().unwrap(), ..socket };
     let mut ledger = town.ledger.clone();
-    let standings = ledger.judge(&search, &[socket].into(), now, in_force);
-    assert_eq!(standings[&socket], Standing::Serves);
+    for used in [socket, plain] {
+        let standings = ledger.judge(&search_of(&used), &[used].into(), now, in_force);
+        assert_eq!(standings[&used], Standing::Serves, "{used:?}");
+    }
 }
 
 #[test]
@@ -218,52 +240,118 @@ fn sockets_are_looked_for_where_they_may_be_stale() {
     use Protocol::{Tcp, Udp};
     let now = Instant::now();
     let (stale, fine) = (first(Udp), used(Udp, "10.0.0.1:53", "10.1.0.2:1053"));
+    let tcp = first(Tcp);
     let there = &["10.1.0.2 - rs"][..];
-    let everywhere = |protocols: &[Protocol]| {
-        Some(Search { protocols: protocols.iter().copied().collect(), endpoints: None })
-    };
     let at_stale = |protocols: &[Protocol]| {
-        let endpoints = Some([stale.endpoint].into());
-        Some(Search { protocols: protocols.iter().copied().collect(), endpoints })
+        let (protocols, endpoints) = (protocols.iter().copied().collect(), [stale.endpoint].into());
+        Some(Search { protocols, endpoints, addresses: Some(BTreeSet::new()) })
     };
-    for (what, annotation, known, is_complete, is_thorough, expected) in [
-        ("nobody uses anything", None, &[][..], true, false, None),
-        ("nothing is stale", None, &[fine], true, false, None),
-        ("a stale one", None, &[fine, stale], true, false, at_stale(&[Udp])),
-        ("a stale one that is kept", Some("keep"), &[stale], true, false, None),
-        ("either protocol", Some("reset"), &[stale], true, false, at_stale(&[Tcp, Udp])),
-        ("a drain begins", Some("drain=30s"), &[stale], true, false, at_stale(&[Tcp, Udp])),
-        ("the first search", None, &[], true, true, everywhere(&[Udp])),
-        ("not all is known", None, &[fine], false, false, everywhere(&[Udp])),
-        ("not all is known, keep", Some("keep"), &[fine], false, false, everywhere(&[Udp])),
-        ("not all is known, reset", Some("reset"), &[fine], false, false, everywhere(&[Tcp, Udp])),
+    for (what, annotation, known, expected) in [
+        ("nobody uses anything", None, &[][..], None),
+        ("nothing is stale", None, &[fine], None),
+        ("a stale one", None, &[fine, stale], at_stale(&[Udp])),
+        ("a stale one that is kept", Some("keep"), &[stale], None),
+        ("TCP is kept", None, &[tcp], None),
+        ("both protocols", Some("reset"), &[stale, tcp], at_stale(&[Tcp, Udp])),
+        ("a drain begins", Some("drain=30s"), &[stale], at_stale(&[Udp])),
     ] {
         let mut town = Town::new(annotation, there);
-        assert_eq!(town.search(known, is_complete, is_thorough, now), expected, "{what}");
+        assert_eq!(town.search(known, now), expected, "{what}");
     }
     // A drain under way is looked for when it ends, not before.
     let mut town = Town::new(Some("drain=30s"), there);
-    for protocol in [Tcp, Udp] {
-        let socket = first(protocol);
-        let search = Search { protocols: [protocol].into(), endpoints: None };
-        let _due = town.with(|ledger, in_force| ledger.judge(&search, &[socket].into(), now, in_force));
-    }
-    assert_eq!(town.search(&[stale], true, false, now), None);
-    assert_eq!(town.search(&[stale], true, false, now + Duration::from_secs(30)), at_stale(&[Tcp, Udp]));
+    let _due = town.judge(stale, now);
+    assert_eq!(town.search(&[stale], now), None);
+    let at_the_end = town.search(&[stale], now + Duration::from_secs(30)).unwrap();
+    assert_eq!(at_the_end.endpoints, [stale.endpoint].into());
 }
 
-/// A record does not say its protocol. Where a service has one of them, its sockets are not taken for the other's.
+/// A socket that is disconnected, or was ended and never used again, keeps its record.
 #[test]
-fn a_frontend_of_one_protocol_tells_that_of_its_sockets() {
+fn what_two_searches_do_not_find_is_let_be_for_a_minute() {
+    let start = Instant::now();
+    let (gone, there) = (&["10.1.0.2 - rs"][..], &["10.1.0.1 - rs"][..]);
+    let socket = first(Protocol::Udp);
+    let mut town = Town::new(None, gone);
+    for (what, second, endpoints, cookies, is_sought) in [
+        ("the first", 0, gone, &[1][..], true),
+        ("the second", 1, gone, &[1], true),
+        ("in vain", 2, gone, &[1], false),
+        ("another socket goes the same way", 2, gone, &[1, 2], true),
+        ("again", 3, gone, &[1, 2], true),
+        ("in vain", 4, gone, &[1, 2], false),
+        ("a minute later", 64, gone, &[1, 2], true),
+        ("in vain", 65, gone, &[1, 2], false),
+        ("the endpoint is back", 66, there, &[1, 2], false),
+        ("and gone again", 67, gone, &[1, 2], true),
+    ] {
+        town.set(None, endpoints);
+        town.ledger.begin();
+        let used: Used = [(socket, cookies.iter().copied().collect())].into();
+        // That sockets without a service are looked for too is another matter.
+        town.ledger.first = Some(start + Duration::from_secs(second));
+        let now = start + Duration::from_secs(second);
+        let search = town.with(|ledger, in_force| ledger.search(&used, now, in_force));
+        assert_eq!(search.is_some(), is_sought, "{second}: {what}");
+        if let Some(search) = search {
+            town.ledger.searched(&search, now);
+        }
+    }
+}
+
+#[test]
+fn r10_sockets_are_ended_that_were_connected_before_the_address_was_a_frontend() {
     let now = Instant::now();
-    let ports = json!([{"name": "tcp", "protocol": "TCP", "port": 53}]);
-    let tcp_only = || service(None, &json!({"spec": {"ports": ports}}));
-    let mut town = Town::default();
-    town.set_objects(Some(tcp_only()), &["10.1.0.2 - rs"]);
-    assert_eq!(town.search(&[first(Protocol::Tcp)], true, false, now), None);
-    // It had another one, whose sockets may still be there.
-    let mut town = Town::new(None, &["10.1.0.2 - rs"]);
-    town.set_objects(Some(tcp_only()), &["10.1.0.2 - rs"]);
-    let search = town.search(&[first(Protocol::Udp)], true, false, now);
-    assert_eq!(search.map(|search| search.protocols), Some([Protocol::Udp].into()));
+    for (what, protocol, annotation, peer, expected) in [
+        ("a cluster IP", Protocol::Udp, None, "10.0.0.1:53", ends(now)),
+        ("a node port of this node", Protocol::Udp, None, "192.168.0.1:30053", ends(now)),
+        ("its port elsewhere", Protocol::Udp, None, "192.168.0.2:30053", Standing::Serves),
+        ("no frontend", Protocol::Udp, None, "10.0.0.1:54", Standing::Serves),
+        ("keep", Protocol::Udp, Some("keep"), "10.0.0.1:53", Standing::Kept),
+        ("nothing to drain", Protocol::Udp, Some("drain=30s"), "10.0.0.1:53", ends(now)),
+        ("TCP", Protocol::Tcp, None, "10.0.0.1:53", Standing::Kept),
+    ] {
+        let mut town = Town::new(annotation, &["10.1.0.1 - rs"]);
+        let plain = Use { protocol, service: None, endpoint: peer.parse().unwrap() };
+        assert_eq!(town.judge(plain, now), expected, "{what}");
+        assert_eq!(town.with(|ledger, in_force| ledger.next_due(now, in_force)), None, "{what}");
+    }
+}
+
+/// Whether a search goes for sockets without a service: nowhere, everywhere, or at one address.
+#[test]
+fn new_frontends_are_looked_for_twice_and_all_of_them_once() {
+    let start = Instant::now();
+    let at = |seconds| start + Duration::from_secs(seconds);
+    let address = |text: &str| {
+        let address: SocketAddr = text.parse().unwrap();
+        FrontendAddress { ip: address.ip(), port: address.port(), protocol: Protocol::Udp }
+    };
+    let (new, node_port) = (address("10.0.0.1:53"), address("0.0.0.0:30053"));
+    let tcp = FrontendAddress { protocol: Protocol::Tcp, ..address("10.0.0.1:80") };
+    let only = |address: FrontendAddress| Some(Some([SocketAddr::new(address.ip, address.port)].into()));
+    let mut town = Town::new(None, &["10.1.0.1 - rs"]);
+    for (what, second, appears, is_done, expected) in [
+        ("excluded cgroups are being found", 0, Some(new), true, None),
+        ("what was there before", 5, None, false, Some(None)),
+        ("it failed, or there was more", 6, None, true, Some(None)),
+        ("what appeared at the beginning", 7, None, true, only(new)),
+        ("again", 8, None, true, only(new)),
+        ("nothing is new", 9, None, true, None),
+        ("TCP", 10, Some(tcp), true, None),
+        ("a node port", 11, Some(node_port), false, only(node_port)),
+        ("it failed", 12, None, true, only(node_port)),
+        ("again", 13, None, true, only(node_port)),
+        ("nothing is new", 14, None, true, None),
+    ] {
+        if let Some(address) = appears {
+            town.ledger.appeared(&address);
+        }
+        let search = town.search(&[], at(second));
+        let addresses: Option<Option<BTreeSet<SocketAddr>>> = search.clone().map(|search| search.addresses);
+        assert_eq!(addresses, expected, "{second}: {what}");
+        if let Some(search) = search.filter(|_| is_done) {
+            town.ledger.searched(&search, at(second));
+        }
+    }
 }

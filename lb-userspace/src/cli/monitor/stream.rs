@@ -181,6 +181,7 @@ mod tests {
     fn record(cookie: u64, endpoint: &str) -> Record {
         Record {
             cookie,
+            protocol: Protocol::Tcp,
             service: "10.96.0.80:80".parse().unwrap(),
             endpoint: endpoint.parse().unwrap(),
             service_id: 3,

@@ -56,7 +56,7 @@ fn remark(report: &Report, view: &View, problem: Option<&str>) -> Line<'static> 
         parts.push(format!("filter: {} (Esc clears it)", view.filter));
     }
     if !report.sockets_complete {
-        parts.push("SOCKETS counts only those that a map lists".to_owned());
+        parts.push("sockets cannot be listed: CAP_PERFMON or the kernel's BTF is missing".to_owned());
     }
     Line::from(parts.join("; "))
 }
@@ -234,7 +234,7 @@ mod tests {
             None,
             &expect![[r"
             2026-01-02 03:04:05  0 ports  - calls/s  - refused/s
-            filter: web (Esc clears it); SOCKETS counts only those that a map lists
+            filter: web (Esc clears it); sockets cannot be listed: CAP_PERFMON or the kernel's BTF is missing
             SERVICE                              ADDRESS                       CALLS   CALLS/S   REFUSED SOCKETS
 
 

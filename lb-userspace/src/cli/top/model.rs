@@ -30,7 +30,7 @@ pub(super) struct Report {
     pub(super) time: String,
     /// Time since the look before, which rates are made from; `null` the first time.
     pub(super) seconds: Option<f64>,
-    /// Whether `sockets` counts all; if not, it counts those whose records are in a map that can be listed.
+    /// Whether sockets could be counted.
     pub(super) sockets_complete: bool,
     pub(super) services: Vec<PortRow>,
 }
@@ -53,7 +53,7 @@ pub(super) struct PortRow {
     /// Calls that found no endpoint.
     pub(super) refused: u64,
     pub(super) refused_per_second: Option<f64>,
-    /// Open sockets that last called this port; `null` on a kernel where no map lists them.
+    /// Open sockets that last called this port; `null` where they cannot be listed.
     pub(super) sockets: Option<u64>,
     pub(super) endpoints: Vec<EndpointRow>,
 }
@@ -142,7 +142,7 @@ impl Sample {
     pub(super) fn new(look: &Look, objects: Option<&State>, at: Duration) -> Self {
         let (of_ports, of_endpoints) = sockets(look);
         let count = |counts: &BTreeMap<u32, u64>, id: u32| {
-            look.sockets.records.is_some().then(|| counts.get(&id).copied().unwrap_or_default())
+            look.records.is_some().then(|| counts.get(&id).copied().unwrap_or_default())
         };
         let mut rows = listing::list(&look.image, objects, &BTreeMap::new());
         rows.sort_by_key(|row| (rank(row.kind), row.address.is_unspecified()));
@@ -182,7 +182,7 @@ impl Sample {
                 );
             }
         }
-        Self { at, is_complete: look.sockets.is_complete, ports }
+        Self { at, is_complete: look.records.is_some(), ports }
     }
 
     /// What is shown, sorted by name. `before` is an earlier look; `time` is when this one was taken, for people.
@@ -241,7 +241,7 @@ fn sockets(look: &Look) -> (BTreeMap<u32, u64>, BTreeMap<u32, u64>) {
     let entries = look.image.runs4.values().chain(look.image.runs6.values()).flat_map(|run| run.iter());
     let addresses: BTreeMap<u32, SocketAddr> =
         entries.map(|entry| (entry.endpoint_id, entry.address)).collect();
-    for record in look.sockets.records.iter().flatten() {
+    for record in look.records.iter().flatten() {
         // What is of a service or endpoint that is gone is nobody's.
         if frontend_of(&look.image, record).is_none() {
             continue;

@@ -13,22 +13,22 @@ use tracing::{info, warn};
 use crate::{
     controller::{
         State,
-        sweep::{self, End, Sweeps},
+        sweep::{self, End, Reclaim, Sweeps},
     },
     kernel::{
-        self, KernelError,
-        sockets::{self, Destroyed, Found, SocketError, SocketTable},
+        self,
+        sockets::{self, Destroyed, Found, SocketError, SocketTable, Wanted},
     },
     model::ServiceKey,
-    stale::{Known, Search, Standing, Use},
+    stale::{Search, Standing, Use, Used},
     telemetry::Metrics,
 };
 
 /// The sweeps of an agent.
 pub(super) struct Sweep {
     options: kernel::Options,
-    sockets: SocketTable,
     timing: Sweeps,
+    reclaim: Reclaim,
     phase: Phase,
     /// What is in the log already.
     problem: Option<String>,
@@ -39,6 +39,8 @@ pub(super) struct Sweep {
 enum Phase {
     /// None is under way.
     Resting,
+    /// The records of sockets are being read.
+    Looking { task: JoinHandle<Result<Looked, SocketError>> },
     /// Sockets are being looked for.
     Finding { search: Search, task: JoinHandle<Result<Found, SocketError>> },
     /// Sockets are being ended; of which service, by the way that they go, and whether there are more.
@@ -53,8 +55,29 @@ enum Phase {
 pub(super) enum Step {
     /// It is time for the next.
     Due,
+    Looked(Result<Looked, Problem>),
     Found(Result<Found, Problem>),
     Destroyed(Result<Destroyed, Problem>),
+}
+
+/// What the records say.
+pub(super) struct Looked {
+    used: Used,
+    reclaim: Reclaim,
+    n_reclaimed: usize,
+}
+
+/// Reads the records of all sockets, and takes slots back that are lost.
+fn look(pin_path: &Path, mut reclaim: Reclaim) -> Result<Looked, SocketError> {
+    let mut table = SocketTable::open(pin_path)?;
+    let (used, now) = (sweep::used(&table.answering()?), Instant::now().into_std());
+    let mut n_reclaimed = 0;
+    if reclaim.wants_look(table.n_owned(), now)
+        && let Some(owners) = sockets::owners(pin_path)?
+    {
+        n_reclaimed = table.free(&reclaim.looked(owners, now));
+    }
+    Ok(Looked { used, reclaim, n_reclaimed })
 }
 
 /// What to say of an error, and whether it will always be so.
@@ -78,18 +101,15 @@ async fn joined<T>(task: &mut JoinHandle<Result<T, SocketError>>) -> Result<T, P
 }
 
 impl Sweep {
-    /// # Errors
-    ///
-    /// If the maps that hold the sockets' records cannot be read.
-    pub(super) fn new(maps_path: &Path, options: kernel::Options) -> Result<Self, KernelError> {
-        Ok(Self {
-            sockets: SocketTable::open(maps_path, options.features)?,
+    pub(super) fn new(options: kernel::Options) -> Self {
+        Self {
             options,
             timing: Sweeps::default(),
+            reclaim: Reclaim::default(),
             phase: Phase::Resting,
             problem: None,
             has_told_of_refused: false,
-        })
+        }
     }
 
     /// The tables follow a change.
@@ -100,6 +120,7 @@ impl Sweep {
     /// Waits until there is something to do, which [`Self::go_on`] takes. Nothing is lost if the waiting is given up.
     pub(super) async fn step(&mut self) -> Step {
         match (&mut self.phase, self.timing.due()) {
+            (Phase::Looking { task }, _) => Step::Looked(joined(task).await),
             (Phase::Finding { task, .. }, _) => Step::Found(joined(task).await),
             (Phase::Destroying { task, .. }, _) => Step::Destroyed(joined(task).await),
             (Phase::Resting, Some(due)) => {
@@ -112,6 +133,7 @@ impl Sweep {
 
     pub(super) fn go_on(&mut self, step: Step, state: &mut State, metrics: &Metrics) {
         let end = match (std::mem::replace(&mut self.phase, Phase::Resting), step) {
+            (Phase::Looking { .. }, Step::Looked(looked)) => looked.map(|looked| self.search(looked, state)),
             (Phase::Finding { search, .. }, Step::Found(found)) => {
                 found.and_then(|found| self.judge(&search, found, state))
             }
@@ -119,7 +141,10 @@ impl Sweep {
                 destroyed.and_then(|destroyed| self.tell(destroyed, &services, has_more, state, metrics))
             }
             // A step belongs to its phase; whatever is amiss, the next sweep sees everything again.
-            _ => Ok(self.look(state)),
+            _ => {
+                self.look(state);
+                Ok(None)
+            }
         };
         let end = match end {
             Ok(Some(end)) => end,
@@ -132,18 +157,34 @@ impl Sweep {
         self.timing.ended(Instant::now().into_std(), end);
     }
 
-    /// Begins a sweep. Returns its end if there is nothing to look for.
-    fn look(&mut self, state: &mut State) -> Option<End> {
+    /// Begins a sweep.
+    fn look(&mut self, state: &mut State) {
+        self.timing.begin(Instant::now().into_std());
+        state.begin_stale();
+        // If it fails, looks begin anew.
+        let reclaim = std::mem::take(&mut self.reclaim);
+        let pin_path = self.options.pin_path.clone();
+        self.phase = Phase::Looking { task: spawn_blocking(move || look(&pin_path, reclaim)) };
+    }
+
+    /// Begins to look for sockets. Returns the end of the sweep if there is nothing to look for.
+    fn search(&mut self, looked: Looked, state: &mut State) -> Option<End> {
+        let Looked { used, reclaim, n_reclaimed } = looked;
+        self.reclaim = reclaim;
+        if n_reclaimed > 0 {
+            info!(
+                n_slots = n_reclaimed,
+                "took back slots of sockets that were closed while sock_release was detached"
+            );
+        }
         let now = Instant::now().into_std();
-        let is_thorough = self.timing.begin(now);
-        let used = self.sockets.used();
-        let known = Known { used: &used, is_complete: self.sockets.is_complete() };
-        let Some(search) = state.search_stale(known, is_thorough, now) else {
+        let Some(search) = state.search_stale(&used, now) else {
             return Some(End::Done(state.next_stale(now)));
         };
-        let kernel::Options { pin_path, features, .. } = self.options.clone();
-        let Search { protocols, endpoints } = search.clone();
-        let task = spawn_blocking(move || sockets::find(&pin_path, features, &protocols, endpoints.as_ref()));
+        let kernel::Options { pin_path, cgroup, .. } = self.options.clone();
+        let Search { protocols, endpoints, addresses } = search.clone();
+        let wanted = Wanted { protocols, endpoints, addresses };
+        let task = spawn_blocking(move || sockets::find(&pin_path, &cgroup, &wanted));
         self.phase = Phase::Finding { search, task };
         None
     }
@@ -160,6 +201,9 @@ impl Sweep {
         let now = Instant::now().into_std();
         let standings = state.judge_stale(search, &sweep::ways(&found.sockets), now);
         let (due, has_more) = sweep::due_now(found.sockets, &standings, now, sweep::BATCH);
+        if !has_more {
+            state.searched_stale(search, now);
+        }
         if let Some(problem) = found.problem.map(Problem::from) {
             if due.is_empty() {
                 return Err(problem);
@@ -176,8 +220,8 @@ impl Sweep {
                 Standing::Serves | Standing::Kept => None,
             })
             .collect();
-        let kernel::Options { pin_path, features, .. } = self.options.clone();
-        let task = spawn_blocking(move || sockets::destroy(&pin_path, features, due));
+        let pin_path = self.options.pin_path.clone();
+        let task = spawn_blocking(move || sockets::destroy(&pin_path, due));
         self.phase = Phase::Destroying { services, has_more, task };
         Ok(None)
     }
@@ -194,14 +238,19 @@ impl Sweep {
         let mut counts = BTreeMap::<_, u64>::new();
         for used in destroyed.sockets.iter().map(sweep::way) {
             let service = services.get(&used).cloned().flatten();
-            *counts.entry((service.ok_or(used.service), used.protocol)).or_default() += 1;
+            let (called, is_new) = (used.service.unwrap_or(used.endpoint), used.service.is_none());
+            *counts.entry((service.ok_or(called), used.protocol, is_new)).or_default() += 1;
         }
-        for ((service, protocol), n_sockets) in counts {
+        for ((service, protocol, is_new), n_sockets) in counts {
             let service = match service {
                 Ok(key) => key.to_string(),
                 Err(address) => address.to_string(),
             };
-            info!(service, %protocol, n_sockets, "ended sockets whose endpoint no longer serves them");
+            if is_new {
+                info!(service, %protocol, n_sockets, "ended sockets that were connected before the address was a service's");
+            } else {
+                info!(service, %protocol, n_sockets, "ended sockets whose endpoint no longer serves them");
+            }
             metrics.destroyed(protocol, n_sockets);
         }
         if let Some(problem) = destroyed.problem {

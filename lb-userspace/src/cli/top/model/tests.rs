@@ -3,7 +3,6 @@ use lb_common::layout::{EndpointStats, Frontend, Run, ServiceStats};
 
 use super::*;
 use crate::{
-    cli::sample::Sockets,
     kernel::sockets::Record,
     tables::{Entry, Image},
 };
@@ -30,6 +29,7 @@ fn look() -> Look {
     }
     let record = |service: &str, endpoint: &str, service_id, endpoint_id| Record {
         cookie: 1,
+        protocol: Protocol::Tcp,
         service: service.parse().unwrap(),
         endpoint: endpoint.parse().unwrap(),
         service_id,
@@ -50,7 +50,7 @@ fn look() -> Look {
             (4, ServiceStats { connects: 0, refusals: 5, datagrams: 0 }),
         ]),
         endpoints: BTreeMap::from([(7, EndpointStats { connects: 60, datagrams: 20 })]),
-        sockets: Sockets { records: Some(records), is_complete: true },
+        records: Some(records),
     }
 }
 
@@ -121,8 +121,8 @@ fn an_id_that_was_given_to_another_service_has_no_rate() {
 }
 
 #[test]
-fn sockets_are_unknown_where_no_map_lists_them() {
-    let look = Look { sockets: Sockets { records: None, is_complete: false }, ..look() };
+fn sockets_are_unknown_where_they_cannot_be_listed() {
+    let look = Look { records: None, ..look() };
     let report = Sample::new(&look, None, Duration::ZERO).report(None, String::new());
     assert!(report.services.iter().all(|row| row.sockets.is_none()));
     assert!(report.services.iter().flat_map(|row| &row.endpoints).all(|row| row.sockets.is_none()));

@@ -1,0 +1,210 @@
+//! Listing socket storage, which no system call does: a BPF iterator runs a program for each element of the map.
+//!
+//! The program writes what is used of an element and nothing else: a listing comes in pieces of 32 KiB, and for each the kernel walks
+//! again through the elements before (`bpf_sk_storage_map_seq_find_next`). It is a few instructions that are made here, since aya
+//! loads a program of an object with all maps of that object, and `socklb top` has no use for those.
+
+use std::{
+    fs::File,
+    io::{self, Read as _},
+    mem::offset_of,
+    os::fd::{AsFd as _, BorrowedFd, OwnedFd},
+    sync::LazyLock,
+};
+
+use lb_common::layout::{SOCKET_RECORDS, SocketRecord, SocketRecords};
+
+use super::{btf::Btf, syscall};
+
+/// What the program writes for a record: the cookie of the socket, and the record.
+const ENTRY: usize = size_of::<u64>() + size_of::<SocketRecord>();
+
+/// Most reads without any output: each runs the program for a million elements.
+const MOST_EMPTY_READS: usize = 100;
+
+/// The listing of a map of type `BPF_MAP_TYPE_SK_STORAGE` whose values are [`SocketRecords`].
+#[derive(Debug)]
+pub(super) struct StorageList {
+    link: OwnedFd,
+}
+
+impl StorageList {
+    /// Makes ready to list a map.
+    ///
+    /// # Errors
+    ///
+    /// As [`load`].
+    pub(super) fn open(map: BorrowedFd<'_>) -> io::Result<Self> {
+        Ok(Self { link: syscall::link_iterator(load()?.as_fd(), map)? })
+    }
+
+    /// The used records of all sockets on the host, each with its socket's cookie. Those of a multipath TCP socket, which has no
+    /// cookie of ours, are left out: its subflows have the same.
+    ///
+    /// Not a snapshot: a record that is being written may come out torn, and one of a socket may be missing or come twice when
+    /// others open or close meanwhile.
+    ///
+    /// # Errors
+    ///
+    /// A failing system call.
+    pub(super) fn read(&self) -> io::Result<Vec<(u64, SocketRecord)>> {
+        let mut file = File::from(syscall::iterate(self.link.as_fd())?);
+        let (mut bytes, mut piece, mut n_empty) = (Vec::new(), vec![0; 32 << 10], 0);
+        loop {
+            match file.read(&mut piece) {
+                Ok(0) => break,
+                Ok(n) => bytes.extend_from_slice(piece.get(..n).unwrap_or_default()),
+                // The program had nothing to write for a million elements.
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock && n_empty < MOST_EMPTY_READS => {
+                    n_empty += 1;
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(entries(&bytes).collect())
+    }
+}
+
+/// Has the kernel verify the program.
+///
+/// # Errors
+///
+/// `EPERM` without `CAP_BPF` and `CAP_PERFMON`; `NotFound` and `Unsupported` for a kernel without BTF or without the iterator.
+///
+/// # Kernel
+///
+/// 5.9, with `CONFIG_DEBUG_INFO_BTF`
+pub(super) fn load() -> io::Result<OwnedFd> {
+    /// BTF id of the function that stands for the iterator. The kernel's types are megabytes: they are read once.
+    static TARGET: LazyLock<Result<u32, io::ErrorKind>> = LazyLock::new(|| {
+        let btf = Btf::of_kernel().map_err(|error| error.kind())?;
+        btf.function("bpf_iter_bpf_sk_storage_map").ok_or(io::ErrorKind::Unsupported)
+    });
+    syscall::load_iterator((*TARGET)?, &program())
+}
+
+/// The program: writes the cookie and the record for each used record of an element.
+fn program() -> Vec<u64> {
+    /// Fields of `struct bpf_iter__bpf_sk_storage_map`, the context: `meta`, whose first field is `seq`, and `value`.
+    const META: usize = 0;
+    const VALUE: usize = 24;
+    /// `BPF_FUNC_seq_write`
+    const SEQ_WRITE: usize = 127;
+    const MOVE: u8 = 0xbf;
+    const MOVE_CONSTANT: u8 = 0xb7;
+    const ADD_CONSTANT: u8 = 0x07;
+    const LOAD_WORD: u8 = 0x79;
+    const LOAD_OCTET: u8 = 0x71;
+    const JUMP_IF_ZERO: u8 = 0x15;
+    const CALL: u8 = 0x85;
+    const EXIT: u8 = 0x95;
+    let write = |offset: usize, len: usize| {
+        [
+            instruction(MOVE, 1, 9, 0, 0),
+            instruction(MOVE, 2, 7, 0, 0),
+            instruction(ADD_CONSTANT, 2, 0, 0, offset),
+            instruction(MOVE_CONSTANT, 3, 0, 0, len),
+            instruction(CALL, 0, 0, 0, SEQ_WRITE),
+        ]
+    };
+    let records = (0..SOCKET_RECORDS).flat_map(|n| {
+        let at = offset_of!(SocketRecords, records) + n * size_of::<SocketRecord>();
+        let writes = [
+            write(offset_of!(SocketRecords, cookie), size_of::<u64>()),
+            write(at, size_of::<SocketRecord>()),
+        ];
+        let used = [
+            instruction(LOAD_OCTET, 1, 7, at + offset_of!(SocketRecord, protocol), 0),
+            instruction(JUMP_IF_ZERO, 1, 0, writes.as_flattened().len(), 0),
+        ];
+        used.into_iter().chain(writes.into_iter().flatten())
+    });
+    let records: Vec<u64> = records.collect();
+    let with_cookie = [
+        instruction(LOAD_WORD, 1, 7, offset_of!(SocketRecords, cookie), 0),
+        instruction(JUMP_IF_ZERO, 1, 0, 2 + records.len(), 0),
+        instruction(LOAD_WORD, 1, 6, META, 0),
+        instruction(LOAD_WORD, 9, 1, 0, 0),
+    ];
+    // At the end of a listing it runs once more, without an element.
+    let with_value = [
+        instruction(MOVE, 6, 1, 0, 0),
+        instruction(LOAD_WORD, 7, 6, VALUE, 0),
+        instruction(JUMP_IF_ZERO, 7, 0, with_cookie.len() + records.len(), 0),
+    ];
+    let end = [instruction(MOVE_CONSTANT, 0, 0, 0, 0), instruction(EXIT, 0, 0, 0, 0)];
+    [&with_value[..], &with_cookie, &records, &end].concat()
+}
+
+/// `struct bpf_insn`. Offsets and constants are all small and positive.
+fn instruction(code: u8, target: u8, source: u8, offset: usize, constant: usize) -> u64 {
+    let registers = if cfg!(target_endian = "little") { source << 4 | target } else { target << 4 | source };
+    let offset = i16::try_from(offset).unwrap_or_default().to_ne_bytes();
+    let [a, b, c, d] = i32::try_from(constant).unwrap_or_default().to_ne_bytes();
+    u64::from_ne_bytes([code, registers, offset[0], offset[1], a, b, c, d])
+}
+
+/// What the program has written.
+fn entries(bytes: &[u8]) -> impl Iterator<Item = (u64, SocketRecord)> {
+    bytes.chunks_exact(ENTRY).filter_map(|entry| {
+        let (cookie, bytes) = entry.split_first_chunk()?;
+        let record = SocketRecord {
+            service_address: field(bytes, offset_of!(SocketRecord, service_address))?,
+            endpoint_address: field(bytes, offset_of!(SocketRecord, endpoint_address))?,
+            service_port: u16::from_ne_bytes(field(bytes, offset_of!(SocketRecord, service_port))?),
+            endpoint_port: u16::from_ne_bytes(field(bytes, offset_of!(SocketRecord, endpoint_port))?),
+            endpoint_id: u32::from_ne_bytes(field(bytes, offset_of!(SocketRecord, endpoint_id))?),
+            service_id: u32::from_ne_bytes(field(bytes, offset_of!(SocketRecord, service_id))?),
+            index: u16::from_ne_bytes(field(bytes, offset_of!(SocketRecord, index))?),
+            protocol: field::<1>(bytes, offset_of!(SocketRecord, protocol))?[0],
+            flags: field::<1>(bytes, offset_of!(SocketRecord, flags))?[0],
+        };
+        Some((u64::from_ne_bytes(*cookie), record))
+    })
+}
+
+fn field<const N: usize>(bytes: &[u8], offset: usize) -> Option<[u8; N]> {
+    bytes.get(offset..offset + N)?.try_into().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn records_are_read_from_what_the_program_writes() {
+        let record = SocketRecord {
+            service_address: [1; 16],
+            endpoint_address: [2; 16],
+            service_port: 53,
+            endpoint_port: 1053,
+            endpoint_id: 3,
+            service_id: 4,
+            index: 5,
+            protocol: 17,
+            flags: 1,
+        };
+        let mut bytes = 4711u64.to_ne_bytes().to_vec();
+        bytes.extend([1; 16]);
+        bytes.extend([2; 16]);
+        bytes.extend([53u16, 1053].map(u16::to_ne_bytes).as_flattened());
+        bytes.extend([3u32, 4].map(u32::to_ne_bytes).as_flattened());
+        bytes.extend(5u16.to_ne_bytes());
+        bytes.extend([17, 1]);
+        assert_eq!(entries(&bytes.repeat(2)).collect::<Vec<_>>(), [(4711, record), (4711, record)]);
+        assert_eq!(entries(&bytes[1..]).count(), 0);
+    }
+
+    /// Each jump leads to the next record or to the end, whatever the sizes of the layout.
+    #[test]
+    fn jumps_stay_inside_of_the_program() {
+        let program = program();
+        for (at, word) in program.iter().enumerate() {
+            let bytes = word.to_ne_bytes();
+            if bytes[0] == 0x15 {
+                let target = at + 1 + usize::try_from(i16::from_ne_bytes([bytes[2], bytes[3]])).unwrap();
+                assert!(target + 2 <= program.len(), "{at} -> {target} of {}", program.len());
+            }
+        }
+    }
+}
