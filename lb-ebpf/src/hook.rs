@@ -245,7 +245,7 @@ impl<'a, M: Mode> Pending<'a, M> {
             Kind::Connect => {
                 self.socket.connects(&record, &self.former);
                 if let Some(socket) = multipath {
-                    self.socket.connects_multipath(socket, &record);
+                    Socket::<M>::connects_multipath(socket, &record);
                 }
             }
             Kind::Send if self.former.port != 0 => {}

@@ -62,13 +62,13 @@ impl Peer {
 
     /// Zero if it is the service of a record.
     #[inline(always)]
-    fn from_service(&self, record: &SocketRecord) -> u64 {
+    fn difference_to_service_of(&self, record: &SocketRecord) -> u64 {
         difference(&self.address, self.port, &record.service_address, record.service_port)
     }
 
     /// Zero if it is the endpoint of a record.
     #[inline(always)]
-    fn from_endpoint(&self, record: &SocketRecord) -> u64 {
+    fn difference_to_endpoint_of(&self, record: &SocketRecord) -> u64 {
         difference(&self.address, self.port, &record.endpoint_address, record.endpoint_port)
     }
 }
@@ -101,7 +101,7 @@ fn connect_in(
     new: &SocketRecord,
     former: &Peer,
 ) -> bool {
-    if former.from_endpoint(first) != 0
+    if former.difference_to_endpoint_of(first) != 0
         || service_difference(first, new) | endpoint_difference(first, new) == 0
     {
         yields(second, new);
@@ -139,7 +139,7 @@ fn send_in(storage: &mut SocketRecords, new: &SocketRecord, takes_place: bool) {
         storage.next = storage.next.wrapping_add(1);
         oldest
     };
-    storage.records[place as usize % SOCKET_RECORDS] = *new;
+    storage.records[index(place)] = *new;
 }
 
 /// [`SOCKET_RECORDS`], which the compiler must not know: it would write out every iteration.
@@ -153,6 +153,13 @@ fn n_records() -> usize {
 /// The index of no record.
 const NOWHERE: u64 = u64::MAX;
 
+/// An index as the verifier takes it.
+#[inline(always)]
+#[expect(clippy::cast_possible_truncation, reason = "of sixteen")]
+fn index(place: u64) -> usize {
+    place as usize % SOCKET_RECORDS
+}
+
 /// Takes an index if `is_wanted` is 1, without a branch.
 #[inline(always)]
 fn select(index: &mut u64, new: usize, is_wanted: u64) {
@@ -163,7 +170,9 @@ fn select(index: &mut u64, new: usize, is_wanted: u64) {
 /// What comes from the endpoint of a record is no longer shown as its service, if `difference` is zero.
 #[inline(always)]
 fn silence(record: &mut SocketRecord, difference: u64) {
-    record.flags &= !(is_zero(difference) as u8 * ANSWERS);
+    #[expect(clippy::cast_possible_truncation, reason = "0 or 1")]
+    let is_same = is_zero(difference) as u8;
+    record.flags &= !(is_same * ANSWERS);
 }
 
 /// A socket and where its records may be, for the length of one call.
@@ -306,17 +315,17 @@ impl<'a, M: Mode> Socket<'a, M> {
             }
         }
         let Some(storage) = self.storage() else { return none };
-        let mut index = NOWHERE;
+        let mut place = NOWHERE;
         let (mut n, end) = (0, n_records());
         while n < end {
             let record = &storage.records[n % SOCKET_RECORDS];
-            select(&mut index, n, is_zero(difference(record)) & !is_zero(record.protocol.into()));
+            select(&mut place, n, is_zero(difference(record)) & !is_zero(record.protocol.into()));
             n += 1;
         }
-        if index == NOWHERE {
+        if place == NOWHERE {
             return none;
         }
-        found(&storage.records[index as usize % SOCKET_RECORDS])
+        found(&storage.records[index(place)])
     }
 
     /// The endpoint that this socket uses for a service address, or [`Choice::NONE`]. A connected socket hears its peer
@@ -325,7 +334,8 @@ impl<'a, M: Mode> Socket<'a, M> {
     pub(crate) fn earlier(&self, service: &Peer, former: &Peer) -> Choice {
         let is_connected = !is_zero(former.port.into()) & 1;
         let difference = |record: &SocketRecord| {
-            service.from_service(record) | former.from_endpoint(record) * is_connected
+            service.difference_to_service_of(record)
+                | (former.difference_to_endpoint_of(record) * is_connected)
         };
         self.find(difference, Choice::NONE, |record| Choice {
             endpoint_id: record.endpoint_id,
@@ -336,8 +346,9 @@ impl<'a, M: Mode> Socket<'a, M> {
     /// The service address behind which this socket knows a peer, or [`Peer::NONE`].
     #[inline(always)]
     pub(crate) fn service_of(&self, peer: &Peer) -> Peer {
-        let difference =
-            |record: &SocketRecord| peer.from_endpoint(record) | u64::from(record.flags & ANSWERS ^ ANSWERS);
+        let difference = |record: &SocketRecord| {
+            peer.difference_to_endpoint_of(record) | u64::from(record.flags & ANSWERS ^ ANSWERS)
+        };
         self.find(difference, Peer::NONE, |record| Peer {
             address: record.service_address,
             port: record.service_port,
@@ -417,7 +428,7 @@ impl<'a, M: Mode> Socket<'a, M> {
 
     /// Notes the call for the multipath TCP socket too, which is the one that the program asks. It has one peer.
     #[inline(always)]
-    pub(crate) fn connects_multipath(&self, socket: Multipath, record: &SocketRecord) {
+    pub(crate) fn connects_multipath(socket: Multipath, record: &SocketRecord) {
         // SAFETY: the storage of the subflow's connection, which is locked.
         if let Some(storage) = unsafe { socket.storage_or_new().as_mut() } {
             storage.records[0] = *record;
@@ -427,7 +438,7 @@ impl<'a, M: Mode> Socket<'a, M> {
     /// Notes that the socket called a plain address: an answer from there is from there.
     #[inline(always)]
     pub(crate) fn calls_elsewhere(&self, peer: &Peer) {
-        let silence = |record: &mut SocketRecord| silence(record, peer.from_endpoint(record));
+        let silence = |record: &mut SocketRecord| silence(record, peer.difference_to_endpoint_of(record));
         let (may_have_records, entry) = self.home();
         if !may_have_records {
             return;

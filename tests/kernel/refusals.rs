@@ -135,7 +135,9 @@ fn without_set_retval_a_refusal_leaves_the_kernels_clients_their_address() {
     with_services(features, |_follow, _agent| {
         for domain in Domain::ALL {
             // Not every kernel has it.
-            let Ok(socket) = Socket::with_protocol_number(domain, Tcp, nix::libc::IPPROTO_MPTCP) else { return };
+            let Ok(socket) = Socket::with_protocol_number(domain, Tcp, nix::libc::IPPROTO_MPTCP) else {
+                return;
+            };
             assert_eq!(socket.connect(service_address(domain)), Err(Errno::EPERM), "{domain:?}");
         }
     });
