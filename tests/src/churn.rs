@@ -330,9 +330,17 @@ fn nothing_is_left_over(sandbox: &Sandbox) -> anyhow::Result<()> {
         let programs = syscall::programs_of(cgroup.as_fd(), link.attach_type)?;
         ensure!(programs == [link.program_id], "{} has the programs {programs:?}", hook.name);
     }
-    let records = SocketTable::open(&pin_path)?.records()?;
-    ensure!(records.is_empty(), "sockets that are closed have records: {records:?}");
-    Ok(())
+    let table = SocketTable::open(&pin_path)?;
+    let end = Instant::now() + PATIENCE;
+    loop {
+        let records = table.records()?;
+        if records.is_empty() {
+            return Ok(());
+        }
+        // The kernel frees socket storage some time after the close.
+        ensure!(Instant::now() < end, "sockets that are closed have records: {records:?}");
+        thread::sleep(Duration::from_millis(10));
+    }
 }
 
 fn until(life: &Life<'_>, what: &str, condition: impl Fn() -> bool) -> anyhow::Result<()> {

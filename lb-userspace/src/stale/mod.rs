@@ -187,22 +187,21 @@ impl Ledger {
         let services = used.keys().filter_map(|used| Some((used.protocol, used.service?)));
         self.forget_gone(services.flat_map(|(protocol, service)| candidates(protocol, service)));
         let mut judge = Judge::new(self, in_force);
-        let (mut protocols, mut endpoints, mut due) = (BTreeSet::new(), BTreeSet::new(), BTreeSet::new());
+        let (mut protocols, mut endpoints, mut wanted) = (BTreeSet::new(), BTreeSet::new(), BTreeSet::new());
         for (used, cookies) in used {
             let is_due = matches!(judge.standing(used, now), Standing::Ends { due, .. } if due <= now);
-            if is_due {
-                due.extend(cookies.iter().map(|cookie| (*used, *cookie)));
+            if !is_due && !judge.has_new_deadline(used) {
+                continue;
             }
-            if judge.has_new_deadline(used)
-                || is_due && cookies.iter().any(|cookie| !judge.is_tried(used, *cookie, now))
-            {
+            wanted.extend(cookies.iter().map(|cookie| (*used, *cookie)));
+            if cookies.iter().any(|cookie| !judge.is_tried(used, *cookie, now)) {
                 protocols.insert(used.protocol);
                 endpoints.insert(used.endpoint);
             }
         }
-        self.tried.retain(|socket, _| due.contains(socket));
-        due.retain(|(used, _)| endpoints.contains(&used.endpoint));
-        self.sought = due;
+        self.tried.retain(|socket, _| wanted.contains(socket));
+        wanted.retain(|(used, _)| endpoints.contains(&used.endpoint));
+        self.sought = wanted;
         let has_settled = now >= *self.first.get_or_insert(now) + SETTLING;
         let addresses = match (has_settled, self.was_everywhere) {
             (false, _) => Some(BTreeSet::new()),
@@ -303,7 +302,7 @@ impl<'a> Judge<'a> {
             && matches!(self.policy(used), Some((_, StaleConnections::Drain(_))))
     }
 
-    /// Whether enough searches went for a socket that is due.
+    /// Whether enough searches went for a socket.
     fn is_tried(&self, used: &Use, cookie: u64, now: Instant) -> bool {
         let tried = self.ledger.tried.get(&(*used, cookie));
         tried.is_some_and(|(n_tries, last)| *n_tries >= SEARCHES && now < *last + RETRY)

@@ -264,6 +264,13 @@ fn sockets_are_looked_for_where_they_may_be_stale() {
     assert_eq!(town.search(&[stale], now), None);
     let at_the_end = town.search(&[stale], now + Duration::from_secs(30)).unwrap();
     assert_eq!(at_the_end.endpoints, [stale.endpoint].into());
+    // One that would begin if there were a connected socket.
+    let mut town = Town::new(Some("drain=30s"), there);
+    for expected in [true, true, false] {
+        let search = town.search(&[stale], now);
+        assert_eq!(search.is_some(), expected);
+        search.inspect(|search| town.ledger.searched(search, now));
+    }
 }
 
 /// A socket that is disconnected, or was ended and never used again, keeps its record.
