@@ -147,7 +147,11 @@ fn remove(path: &Path) {
 }
 
 /// Removes a cgroup and those below it: an agent that is killed leaves that of its self-test.
-fn remove_tree(path: &Path) -> io::Result<()> {
+///
+/// # Errors
+///
+/// `EBUSY` while a process is in one of them.
+pub fn remove_tree(path: &Path) -> io::Result<()> {
     for child in children(path) {
         // A child that stays keeps its parent; one that went meanwhile does not.
         let _stays_or_is_gone = remove_tree(&child);

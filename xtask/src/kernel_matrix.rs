@@ -39,7 +39,7 @@ const OPTIMIZED: &[&str] = &["aya", "aya-obj", "object"];
 
 /// How long one kernel may take. Booting takes 4 s, but under emulation the verifier needs seconds for each of the
 /// many loads; a hung guest does not end by itself.
-const LIMIT: Duration = Duration::from_secs(20 * 60);
+const LIMIT: Duration = Duration::from_secs(27 * 60);
 
 /// Lines of a guest's output that a failure shows.
 const SERIAL_TAIL: usize = 40;
