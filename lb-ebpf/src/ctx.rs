@@ -36,6 +36,8 @@ const _: () = assert!(Protocol::TCP.0 == IpProto::Tcp as u8 && Protocol::UDP.0 =
 
 /// `TCP_ESTABLISHED`, which is the state of a connected datagram socket too.
 const ESTABLISHED: u32 = 1;
+/// `AF_INET6`
+const AF_INET6: u32 = 10;
 /// `IPPROTO_MPTCP`, which no octet holds.
 const MPTCP: u32 = 262;
 
@@ -169,13 +171,19 @@ impl<'a> SockAddr<'a> {
         unsafe { (*self.raw).__bindgen_anon_1.sk }
     }
 
-    /// The IPv4 peer of a connected datagram socket, or [`Peer::NONE`].
+    /// The peer of a connected datagram socket of a hook for `AF_INET`, or [`Peer::NONE`].
+    ///
+    /// It is the address in the call that makes it one: an `AF_INET6` socket takes `sockaddr_in` too.
     #[inline(always)]
     pub(crate) fn peer4(&self) -> Peer {
         if !self.is_connected() {
             return Peer::NONE;
         }
         // SAFETY: the verifier types the pointer as a full socket, never null.
+        if unsafe { addr_of!((*self.sock()).family).read_volatile() } == AF_INET6 {
+            return self.peer6();
+        }
+        // SAFETY: as above.
         let address = unsafe { addr_of!((*self.sock()).dst_ip4).read_volatile() }.to_ne_bytes();
         Peer { address: address.to_mapped(), port: self.peer_port() }
     }
@@ -283,20 +291,23 @@ impl Multipath {
         u32::from(state) == ESTABLISHED
     }
 
+    /// The socket's storage, or null.
+    #[inline(always)]
+    pub(crate) fn storage(self) -> *mut SocketRecords {
+        self.storage_get(0)
+    }
+
     /// The socket's storage, made if need be. Null only when the kernel is out of memory.
     #[inline(always)]
     pub(crate) fn storage_or_new(self) -> *mut SocketRecords {
+        self.storage_get(BPF_SK_STORAGE_GET_F_CREATE.into())
+    }
+
+    #[inline(always)]
+    fn storage_get(self, flags: u64) -> *mut SocketRecords {
         let map = (&raw const maps::SOCKET_STORAGE).cast_mut().cast();
         // SAFETY: a map of this object and a live socket.
-        unsafe {
-            bpf_sk_storage_get(
-                map,
-                self.socket.as_ptr().cast(),
-                core::ptr::null_mut(),
-                BPF_SK_STORAGE_GET_F_CREATE.into(),
-            )
-        }
-        .cast()
+        unsafe { bpf_sk_storage_get(map, self.socket.as_ptr().cast(), core::ptr::null_mut(), flags) }.cast()
     }
 }
 

@@ -189,6 +189,11 @@ impl<'a, M: Mode> Pending<'a, M> {
             if self.kind == Kind::Connect || self.former.port == 0 {
                 self.socket.calls_elsewhere(&self.called);
             }
+            if let Some(socket) = self.multipath()
+                && !socket.is_established()
+            {
+                Socket::<M>::connects_multipath_elsewhere(socket, &self.called);
+            }
             return PROCEED;
         }
         let multipath = self.multipath();
@@ -243,13 +248,13 @@ impl<'a, M: Mode> Pending<'a, M> {
         };
         match self.kind {
             Kind::Connect => {
-                self.socket.connects(&record, &self.former);
+                self.socket.calls(&record, Some(&self.former));
                 if let Some(socket) = multipath {
                     Socket::<M>::connects_multipath(socket, &record);
                 }
             }
             Kind::Send if self.former.port != 0 => {}
-            Kind::Send => self.socket.sends(&record),
+            Kind::Send => self.socket.calls(&record, None),
         }
     }
 }

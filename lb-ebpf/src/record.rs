@@ -14,7 +14,8 @@
 //! writer at a time; between sockets the cookie decides.
 //!
 //! A `connect()` is recorded before the kernel does it, and may fail. So it never replaces the record of the peer that
-//! the socket has: a record counts for a connected socket only if it names that peer.
+//! the socket has, nor that of a service which an unconnected one waits for: a record counts for a connected socket only if it
+//! names that peer.
 
 use core::{hint::black_box, marker::PhantomData};
 
@@ -22,8 +23,8 @@ use aya_ebpf::programs::SockContext;
 use lb_common::{
     address::Octets6,
     layout::{
-        SLOT_WAYS, SOCKET_RECORDS, SocketEntry, SocketRecord, SocketRecords, SocketSlots, entry_flags,
-        record_flags::ANSWERS,
+        Protocol, SLOT_WAYS, SOCKET_RECORDS, SocketEntry, SocketRecord, SocketRecords, SocketSlots,
+        entry_flags, record_flags::ANSWERS,
     },
     limits::SOCKET_SETS,
     resolve::Choice,
@@ -85,62 +86,102 @@ fn endpoint_difference(a: &SocketRecord, b: &SocketRecord) -> u64 {
     difference(&a.endpoint_address, a.endpoint_port, &b.endpoint_address, b.endpoint_port)
 }
 
-/// What comes from the endpoint of a new record is no longer shown as the service of an older one.
-#[inline(always)]
-fn yields(record: &mut SocketRecord, new: &SocketRecord) {
-    silence(record, endpoint_difference(record, new));
+/// A call that is to be noted, and what must not be lost by it. Its answers are 1 or 0, for [`is_zero`]'s reason.
+struct New<'a> {
+    record: &'a SocketRecord,
+    /// For a `connect()`, the peer that the socket keeps if it fails, or [`Peer::NONE`].
+    former: Option<&'a Peer>,
 }
 
-/// Notes a `connect()` in one of two records, and returns whether that is the second.
-///
-/// Not in that of the `former` peer, which the socket keeps if the call fails, unless it is the same flow.
-#[inline(always)]
-fn connect_in(
-    first: &mut SocketRecord,
-    second: &mut SocketRecord,
-    new: &SocketRecord,
-    former: &Peer,
-) -> bool {
-    if former.difference_to_endpoint_of(first) != 0
-        || service_difference(first, new) | endpoint_difference(first, new) == 0
-    {
-        yields(second, new);
-        *first = *new;
-        false
-    } else {
-        yields(first, new);
-        *second = *new;
-        true
+impl New<'_> {
+    /// Whether a record names the peer that the socket has.
+    #[inline(always)]
+    fn is_former(&self, record: &SocketRecord) -> u64 {
+        self.former.map_or(0, |former| {
+            is_zero(former.difference_to_endpoint_of(record) | u64::from(record.flags & ANSWERS ^ ANSWERS))
+        })
+    }
+
+    /// Whether it takes the place of a record: of its service, and for a `connect()`, which may fail, of its endpoint too.
+    #[inline(always)]
+    fn replaces(&self, record: &SocketRecord) -> u64 {
+        let difference = service_difference(record, self.record);
+        if self.former.is_none() {
+            return is_zero(difference);
+        }
+        is_zero(difference | endpoint_difference(record, self.record))
+    }
+
+    /// What comes from its endpoint is no longer shown as the service of an older record.
+    #[inline(always)]
+    fn silences(&self, record: &mut SocketRecord) {
+        silence(record, endpoint_difference(record, self.record));
+    }
+
+    /// Notes it in one of the two records of a slot. Returns 1 if it did not fit and socket storage has to take it.
+    #[inline(always)]
+    fn note_in_slot(&self, entry: &mut SocketEntry) -> u64 {
+        // An unused second record is garbage, and may be silenced.
+        self.silences(&mut entry.first);
+        self.silences(&mut entry.second);
+        let is_connected = self.former.map_or(0, |former| is_zero(former.port.into()) ^ 1);
+        let has_second = u64::from(entry.flags & entry_flags::SECOND);
+        let fits_first = self.replaces(&entry.first);
+        let fits_second = (has_second ^ 1) | self.replaces(&entry.second) | self.is_former(&entry.first);
+        let is_second = (fits_first ^ 1) & fits_second;
+        // A connected socket waits for no other service.
+        let overflows = (fits_first | fits_second | is_connected) ^ 1;
+        #[expect(clippy::cast_possible_truncation, reason = "0 or 1")]
+        let (second, storage) = (is_second as u32, overflows as u32);
+        entry.flags |= (second * entry_flags::SECOND) | (storage * entry_flags::STORAGE);
+        if overflows == 0 {
+            // SAFETY: `layout` asserts that the second record follows the first.
+            unsafe { *(&raw mut entry.first).add(index(is_second) & 1) = *self.record };
+        }
+        overflows
+    }
+
+    /// Notes it in socket storage. If it `is_elsewhere`, only that records of its endpoint yield to one there.
+    ///
+    /// The first two records are for `connect()`, so that it makes no other one go. A datagram takes the record of its
+    /// service, else one that is unused, else the oldest.
+    #[inline(always)]
+    fn note_in_storage(&self, storage: &mut SocketRecords, is_elsewhere: bool) {
+        let (mut of_service, mut unused) = (NOWHERE, NOWHERE);
+        self.silences(&mut storage.records[0]);
+        self.silences(&mut storage.records[1]);
+        let (mut n, end) = (CONNECT_RECORDS, n_records());
+        while n < end {
+            let record = &mut storage.records[n % SOCKET_RECORDS];
+            self.silences(record);
+            if self.former.is_none() {
+                select(&mut of_service, n, self.replaces(record));
+                select(&mut unused, n, is_zero(record.protocol.into()));
+            }
+            n += 1;
+        }
+        if is_elsewhere {
+            return;
+        }
+        let place = if self.former.is_some() {
+            self.is_former(&storage.records[0])
+        } else if of_service != NOWHERE {
+            of_service
+        } else if unused != NOWHERE {
+            unused
+        } else {
+            let next = storage.next;
+            storage.next = next.wrapping_add(1);
+            // Those of 0 and 1 are for `connect()`: 2 and 3 have two turns.
+            let is_of_connect = is_zero(u64::from(next) % SOCKET_RECORDS as u64 / CONNECT_RECORDS as u64);
+            u64::from(next) | (is_of_connect * CONNECT_RECORDS as u64)
+        };
+        storage.records[index(place)] = *self.record;
     }
 }
 
-/// Notes a datagram in socket storage: in the record of its service, else in one that is unused, else in the oldest. Without
-/// `takes_place`, only that records of its endpoint yield to one elsewhere.
-#[inline(always)]
-fn send_in(storage: &mut SocketRecords, new: &SocketRecord, takes_place: bool) {
-    let (mut of_service, mut unused) = (NOWHERE, NOWHERE);
-    let (mut n, end) = (0, n_records());
-    while n < end {
-        let record = &mut storage.records[n % SOCKET_RECORDS];
-        yields(record, new);
-        select(&mut of_service, n, is_zero(service_difference(record, new)));
-        select(&mut unused, n, is_zero(record.protocol.into()));
-        n += 1;
-    }
-    if !takes_place {
-        return;
-    }
-    let place = if of_service != NOWHERE {
-        of_service
-    } else if unused != NOWHERE {
-        unused
-    } else {
-        let oldest = u64::from(storage.next);
-        storage.next = storage.next.wrapping_add(1);
-        oldest
-    };
-    storage.records[index(place)] = *new;
-}
+/// The records in socket storage that are for `connect()`, at the front.
+const CONNECT_RECORDS: usize = 2;
 
 /// [`SOCKET_RECORDS`], which the compiler must not know: it would write out every iteration.
 #[inline(always)]
@@ -355,57 +396,39 @@ impl<'a, M: Mode> Socket<'a, M> {
         })
     }
 
-    /// Notes that the socket, whose peer is `former` or [`Peer::NONE`], is about to be connected to an endpoint.
+    /// Notes a call that leads to an endpoint, and keeps what the socket knows of other services. Of a `connect()` also the record
+    /// of the peer that the socket has, `former` or [`Peer::NONE`].
     #[inline(always)]
-    pub(crate) fn connects(&self, record: &SocketRecord, former: &Peer) {
-        if let Some((entry, is_new)) = self.entry_or_new(record) {
-            // An unused second record is garbage, and may be silenced.
-            if !is_new && connect_in(&mut entry.first, &mut entry.second, record, former) {
-                entry.flags |= entry_flags::SECOND;
-            }
-        } else if let Some(storage) = self.storage_or_new() {
-            let [first, second, ..] = &mut storage.records;
-            let _which = connect_in(first, second, record, former);
-        }
-    }
-
-    /// Notes that an unconnected socket sent a datagram to an endpoint; keeps what it knows of other services.
-    #[inline(always)]
-    pub(crate) fn sends(&self, record: &SocketRecord) {
-        let mut takes_place = true;
-        if let Some((entry, is_new)) = self.entry_or_new(record) {
+    pub(crate) fn calls(&self, record: &SocketRecord, former: Option<&Peer>) {
+        let new = New { record, former };
+        // Only its peer talks to a TCP socket.
+        let is_stream = record.protocol == Protocol::TCP.0;
+        let mut is_elsewhere = false;
+        if let Some((entry, is_new)) = self.entry_or_new() {
             let first = &mut entry.first;
             let difference = service_difference(first, record) | endpoint_difference(first, record);
-            // The common case: one more datagram of the same flow.
-            if is_new || (difference == 0 && first.flags & ANSWERS != 0) {
+            // The common case: one more datagram of the same flow. Its endpoint may have got another id meanwhile.
+            if is_new || is_stream || (difference == 0 && first.flags & ANSWERS != 0) {
+                *first = *record;
                 return;
             }
-            yields(first, record);
-            yields(&mut entry.second, record);
-            let has_second = entry.flags & entry_flags::SECOND != 0;
-            if service_difference(first, record) == 0 {
-                *first = *record;
-                takes_place = false;
-            } else if !has_second || service_difference(&entry.second, record) == 0 {
-                entry.second = *record;
-                entry.flags |= entry_flags::SECOND;
-                takes_place = false;
-            } else {
-                entry.flags |= entry_flags::STORAGE;
-            }
+            is_elsewhere = new.note_in_slot(entry) == 0;
             if entry.flags & entry_flags::STORAGE == 0 {
                 return;
             }
         }
-        if let Some(storage) = self.storage_or_new() {
-            send_in(storage, record, takes_place);
+        let Some(storage) = self.storage_or_new() else { return };
+        if is_stream {
+            storage.records[0] = *record;
+        } else {
+            new.note_in_storage(storage, is_elsewhere);
         }
     }
 
-    /// The records in the socket's slot and whether it was taken for this call, which is noted then. `None` if others own all
-    /// that the socket may have, or if nothing would give the slot up.
+    /// The records in the socket's slot, and whether it was taken for this call, which is to be noted first then. `None` if others
+    /// own all that the socket may have, or if nothing would give the slot up.
     #[inline(always)]
-    fn entry_or_new(&self, record: &SocketRecord) -> Option<(&'a mut SocketEntry, bool)> {
+    fn entry_or_new(&self) -> Option<(&'a mut SocketEntry, bool)> {
         if !M::SLOTS {
             return None;
         }
@@ -420,7 +443,6 @@ impl<'a, M: Mode> Socket<'a, M> {
             return None;
         }
         let entry = slots.entry(slots.take(cookie)?)?;
-        entry.first = *record;
         entry.flags = 0;
         entry.cookie = cookie;
         Some((entry, true))
@@ -432,6 +454,16 @@ impl<'a, M: Mode> Socket<'a, M> {
         // SAFETY: the storage of the subflow's connection, which is locked.
         if let Some(storage) = unsafe { socket.storage_or_new().as_mut() } {
             storage.records[0] = *record;
+        }
+    }
+
+    /// As [`Self::calls_elsewhere`], for the multipath TCP socket.
+    #[inline(always)]
+    pub(crate) fn connects_multipath_elsewhere(socket: Multipath, peer: &Peer) {
+        // SAFETY: as above.
+        if let Some(storage) = unsafe { socket.storage().as_mut() } {
+            let record = &mut storage.records[0];
+            silence(record, peer.difference_to_endpoint_of(record));
         }
     }
 

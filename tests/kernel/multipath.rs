@@ -88,6 +88,24 @@ fn a_multipath_connection_is_served_and_sees_the_service() {
     });
 }
 
+/// A socket that is connected anew, to the endpoint itself, shows no service.
+#[test]
+fn a_reconnected_multipath_socket_sees_its_new_peer() {
+    with_multipath(|_sandbox, _options| {
+        for domain in Domain::ALL {
+            let scene = Scene::new(domain);
+            let socket = multipath(domain).unwrap();
+            for to in [scene.service, scene.endpoint, scene.service, scene.plain] {
+                socket.connect(to).unwrap();
+                let peer = if to == scene.service { expected_peer(to, scene.endpoint) } else { to };
+                assert_eq!(socket.peer_name(), Ok(peer), "{domain:?}");
+                let _answer = socket.ask().unwrap();
+                socket.disconnect().unwrap();
+            }
+        }
+    });
+}
+
 /// The kernel closes subflows without running a program, so that they must not own what only a program gives up.
 #[test]
 fn subflows_take_no_slots() {

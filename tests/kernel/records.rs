@@ -15,6 +15,12 @@ use lb_userspace::{
     model::Protocol::{self, Tcp, Udp},
 };
 use nix::errno::Errno;
+use proptest::{
+    collection::vec,
+    prelude::*,
+    sample,
+    test_runner::{Config, RngAlgorithm, TestRng, TestRunner},
+};
 
 use crate::calls::{addresses, service_address};
 
@@ -324,17 +330,18 @@ fn a_socket_keeps_its_endpoint_whatever_else_it_asks() {
     });
 }
 
+/// An address to which there is no route.
+fn unreachable(domain: Domain) -> SocketAddr {
+    let text = if domain == Domain::V6 { "[2001:db8::1]:9" } else { "192.0.2.1:9" };
+    text.parse().unwrap()
+}
+
 /// A `connect()` that the kernel refuses after the programs have run leaves a datagram socket its peer.
 #[test]
 fn a_failed_connect_leaves_the_peer_and_its_name() {
     if !require(Feature::Programs) {
         return;
     }
-    // Addresses to which there is no route, behind a service and not.
-    let unreachable = |domain: Domain| -> SocketAddr {
-        let text = if domain == Domain::V6 { "[2001:db8::1]:9" } else { "192.0.2.1:9" };
-        text.parse().unwrap()
-    };
     let mut cluster = Cluster::new();
     let mut servers = Vec::new();
     for domain in [Domain::V4, Domain::V6] {
@@ -394,5 +401,417 @@ fn a_connected_socket_is_decided_once() {
             }
             assert_eq!(socket.peer_name(), Ok(service));
         }
+    });
+}
+
+/// In each family: sixteen endpoints of one service, another service with an endpoint of its own,
+/// one that is out of reach, and one that is so by half.
+fn many_and_far() -> (Cluster, Vec<(SocketAddr, Protocol)>) {
+    let mut cluster = Cluster::new();
+    let mut servers = Vec::new();
+    for domain in [Domain::V4, Domain::V6] {
+        let endpoints: [SocketAddr; 16] = addresses(domain, 8001);
+        let [lone] = addresses(domain, 9001);
+        cluster.serve(&format!("many-{domain:?}"), Scene::new(domain).service, Udp, &endpoints);
+        cluster.serve(&format!("lone-{domain:?}"), Scene::new(domain).other_service, Udp, &[lone]);
+        cluster.serve(&format!("far-{domain:?}"), far(domain), Udp, &[unreachable(domain)]);
+        cluster.serve(&format!("half-{domain:?}"), half(domain), Udp, &[lone, unreachable(domain)]);
+        servers.extend(endpoints.map(|endpoint| (endpoint, Udp)));
+        servers.push((lone, Udp));
+    }
+    (cluster, servers)
+}
+
+/// The service of which one endpoint of two is out of reach.
+fn half(domain: Domain) -> SocketAddr {
+    SocketAddr::new(service_address(domain).ip(), 2)
+}
+
+/// The service that is out of reach.
+fn far(domain: Domain) -> SocketAddr {
+    SocketAddr::new(service_address(domain).ip(), 9)
+}
+
+/// A socket that waits for answers still knows whom it asked, and where, when a `connect()` has failed meanwhile.
+#[test]
+fn a_failed_connect_loses_nothing_of_an_unconnected_socket() {
+    if !require(Feature::Programs) {
+        return;
+    }
+    let (cluster, servers) = many_and_far();
+    with_agents(&cluster, &servers, || {
+        for domain in Domain::ALL {
+            let Scene { service, other_service, .. } = Scene::new(domain);
+            let socket = Socket::new(domain, Udp);
+            let first = socket.ask_at(service).unwrap().server;
+            for called in [service, other_service] {
+                for _ in 0..10 {
+                    socket.send_to(b"?", called).unwrap();
+                    assert_eq!(socket.connect(far(domain)), Err(Errno::ENETUNREACH));
+                    assert_eq!(socket.receive().unwrap().1, Some(called), "{domain:?}");
+                    assert_eq!(socket.peer_name(), Err(Errno::ENOTCONN));
+                    ask_at(&socket, service, first);
+                }
+            }
+            // Also if it was to the same service, and to another of its endpoints.
+            let socket = loop {
+                let socket = Socket::new(domain, Udp);
+                if socket.send_to(b"?", half(domain)).is_ok() {
+                    break socket;
+                }
+            };
+            while socket.connect(half(domain)).is_ok() {
+                socket.disconnect().unwrap();
+            }
+            assert_eq!(socket.receive().unwrap().1, Some(half(domain)), "{domain:?}");
+            for _ in 0..10 {
+                assert_eq!(socket.ask_at(half(domain)).unwrap().seen, Some(half(domain)), "{domain:?}");
+            }
+        }
+    });
+}
+
+/// Answers that have come before a `connect()` are read after it, and are from the services that were asked.
+#[test]
+fn answers_before_a_connect_are_from_whom_was_asked() {
+    if !require(Feature::Programs) {
+        return;
+    }
+    with_scenes(Udp, |domain, scene| {
+        let socket = Socket::new(domain, Udp);
+        socket.bind(SocketAddr::new(domain.loopback(), 0)).unwrap();
+        socket.send_to(b"?", scene.service).unwrap();
+        socket.wait_until_readable();
+        connect_and_ask_behind(&socket, scene.other_service, scene.other_endpoint, scene.service);
+    });
+}
+
+/// Connects, and reads an answer of a service that was asked before and then one of the peer.
+fn connect_and_ask_behind(socket: &Socket, to: SocketAddr, server: SocketAddr, asked: SocketAddr) {
+    socket.connect(to).unwrap();
+    assert_eq!(socket.receive().unwrap().1, Some(asked));
+    assert_eq!(socket.peer_name(), Ok(to));
+    let answer = socket.ask().unwrap();
+    assert_eq!((answer.server, answer.seen), (server, Some(to)));
+}
+
+/// A socket whose `connect()` fails again and again keeps the record of its peer, also where all are used.
+#[test]
+fn many_failed_connects_leave_the_peer_and_its_name() {
+    if !require(Feature::Programs) {
+        return;
+    }
+    let far: Vec<_> = (0..40).collect();
+    let far_of = |domain, n: u16| SocketAddr::new(service_address(domain).ip(), 1000 + n);
+    let (mut cluster, servers) = many_and_far();
+    for domain in [Domain::V4, Domain::V6] {
+        for n in &far {
+            let endpoint = SocketAddr::new(unreachable(domain).ip(), 1000 + n);
+            cluster.serve(&format!("far-{domain:?}-{n}"), far_of(domain, *n), Udp, &[endpoint]);
+        }
+    }
+    with_agents(&cluster, &servers, || {
+        for domain in Domain::ALL {
+            let Scene { service, other_service, .. } = Scene::new(domain);
+            for asked_before in [false, true] {
+                let socket = Socket::new(domain, Udp);
+                if asked_before {
+                    let _answer = socket.ask_at(service).unwrap();
+                }
+                socket.connect(other_service).unwrap();
+                for n in &far {
+                    assert_eq!(socket.connect(far_of(domain, *n)), Err(Errno::ENETUNREACH));
+                    assert_eq!(socket.peer_name(), Ok(other_service), "{domain:?} after {n}");
+                }
+                assert_eq!(socket.ask().unwrap().seen, Some(other_service));
+            }
+        }
+    });
+}
+
+/// An `AF_INET6` socket takes `sockaddr_in` too: the hooks of the other family see what it is connected to all the same.
+#[test]
+fn a_call_in_the_form_of_the_other_family_leaves_the_peer() {
+    if !require(Feature::Programs) {
+        return;
+    }
+    let (cluster, servers) = many_and_far();
+    with_agents(&cluster, &servers, || {
+        let service = Scene::new(Domain::V6).service;
+        let other_service = Scene::new(Domain::V4).other_service;
+        let socket = Socket::new(Domain::V6, Udp);
+        socket.connect(service).unwrap();
+        assert_eq!(socket.connect_as(Domain::V4, far(Domain::V4)), Err(Errno::ENETUNREACH));
+        assert_eq!(socket.peer_name(), Ok(service));
+        assert_eq!(socket.ask().unwrap().seen, Some(service));
+
+        // A datagram elsewhere is no business of a connected socket's records.
+        socket.send_to_as(Domain::V4, b"?", other_service).unwrap();
+        assert_eq!(socket.ask().unwrap().seen, Some(service));
+
+        let mapped = Socket::new(Domain::Mapped, Udp);
+        mapped.connect_as(Domain::V4, other_service).unwrap();
+        assert_eq!(mapped.peer_name(), Ok(other_service));
+        assert_eq!(mapped.ask().unwrap().seen, Some(other_service));
+        mapped.send_to_as(Domain::V4, b"?", other_service).unwrap();
+        assert_eq!(mapped.receive().unwrap().1, Some(other_service));
+    });
+}
+
+/// Of several services with one endpoint, it is the last one that a socket is connected to, however many it asked before.
+#[test]
+fn a_connected_socket_sees_the_last_of_services_with_one_endpoint() {
+    if !require(Feature::Programs) {
+        return;
+    }
+    let called = |domain| (1..=6_u16).map(move |n| SocketAddr::new(service_address(domain).ip(), n));
+    let mut cluster = Cluster::new();
+    let mut servers = Vec::new();
+    for domain in [Domain::V4, Domain::V6] {
+        let endpoints: [SocketAddr; 3] = addresses(domain, 8001);
+        for (n, service) in called(domain).enumerate() {
+            cluster.serve(&format!("{domain:?}-{n}"), service, Udp, &[endpoints[n % 3]]);
+        }
+        servers.extend(endpoints.map(|endpoint| (endpoint, Udp)));
+    }
+    with_agents(&cluster, &servers, || {
+        for domain in Domain::ALL {
+            for last in called(domain) {
+                let socket = Socket::new(domain, Udp);
+                for service in called(domain) {
+                    assert_eq!(socket.ask_at(service).unwrap().seen, Some(service));
+                }
+                socket.connect(last).unwrap();
+                assert_eq!(socket.peer_name(), Ok(last), "{domain:?}");
+                assert_eq!(socket.ask().unwrap().seen, Some(last), "{domain:?}");
+                socket.disconnect().unwrap();
+                for service in called(domain) {
+                    assert_eq!(socket.ask_at(service).unwrap().seen, Some(service));
+                }
+            }
+        }
+    });
+}
+
+/// A connected socket that sends to its own service, by `sendto()`, reaches its peer.
+#[test]
+fn a_connected_socket_reaches_its_peer_by_the_service_too() {
+    if !require(Feature::Programs) {
+        return;
+    }
+    let (cluster, servers) = many_and_far();
+    with_agents(&cluster, &servers, || {
+        for domain in Domain::ALL {
+            let Scene { service, other_service, .. } = Scene::new(domain);
+            let socket = Socket::new(domain, Udp);
+            socket.connect(other_service).unwrap();
+            for _ in 0..4 {
+                socket.connect(service).unwrap();
+                let peer = socket.ask().unwrap().server;
+                for _ in 0..10 {
+                    assert_eq!(socket.connect(far(domain)), Err(Errno::ENETUNREACH));
+                    ask_at(&socket, service, peer);
+                }
+            }
+        }
+    });
+}
+
+/// An endpoint that goes and comes back is another one to the tables. A socket that reaches it by chance stays with it.
+#[test]
+fn datagrams_stay_together_also_at_an_endpoint_that_came_back() {
+    if !require(Feature::Programs) {
+        return;
+    }
+    Sandbox::run(|sandbox| {
+        let service = service_address(Domain::V4);
+        let endpoints: [SocketAddr; 2] = addresses(Domain::V4, 8001);
+        let _servers = Servers::udp(endpoints);
+        let cluster = |endpoints: &[SocketAddr]| {
+            let mut cluster = Cluster::new();
+            cluster.serve("one", service, Udp, endpoints);
+            cluster
+        };
+        for options in agent::modes(sandbox) {
+            let mut agent = Agent::start_with(&options, agent::settings(), Vec::new()).unwrap();
+            agent.follow(&cluster(&endpoints));
+            // Half of them come to the endpoint where they were.
+            let sockets: [Socket; 16] = std::array::from_fn(|_| Socket::new(Domain::V4, Udp));
+            for socket in &sockets {
+                let _answer = socket.ask_at(service).unwrap();
+            }
+            agent.follow(&cluster(&[]));
+            agent.follow(&cluster(&endpoints));
+            for socket in &sockets {
+                let first = socket.ask_at(service).unwrap();
+                for _ in 0..10 {
+                    assert_eq!(socket.ask_at(service).unwrap(), first);
+                }
+            }
+            pins::remove(&sandbox.pin_path()).unwrap();
+        }
+    });
+}
+
+/// `IPV6_ADDRFORM` makes an IPv4 socket of one that is connected to an IPv4 service.
+#[test]
+fn a_socket_that_changes_its_family_sees_the_service() {
+    if !require(Feature::Programs) {
+        return;
+    }
+    for protocol in [Tcp, Udp] {
+        with_scenes(protocol, |domain, scene| {
+            if domain != Domain::Mapped {
+                return;
+            }
+            let socket = Socket::new(domain, protocol);
+            connect_and_ask(&socket, scene.service, scene.endpoint);
+            let socket = socket.into_v4().unwrap();
+            assert_eq!(socket.peer_name(), Ok(scene.service));
+            if protocol == Udp {
+                assert_eq!(socket.ask().unwrap().seen, Some(scene.service));
+                connect_and_ask(&socket, scene.other_service, scene.other_endpoint);
+                connect_and_ask(&socket, scene.endpoint, scene.endpoint);
+            }
+        });
+    }
+}
+
+/// It does not matter whether a socket is older than the agent, nor whether something asked for its cookie before.
+#[test]
+fn older_sockets_see_the_service_too() {
+    if !require(Feature::Programs) {
+        return;
+    }
+    Sandbox::run(|sandbox| {
+        let (cluster, servers) = scenes(Udp);
+        let _servers = Servers::start(servers);
+        for options in agent::modes(sandbox) {
+            let sockets = Domain::ALL.map(|domain| {
+                let scene = Scene::new(domain);
+                let [fresh, asking, connected] = [(); 3].map(|()| Socket::new(domain, Udp));
+                ask_at(&asking, scene.plain, scene.plain);
+                assert_ne!(asking.cookie(), 0);
+                connect_and_ask(&connected, scene.endpoint, scene.endpoint);
+                (domain, scene, [fresh, asking, connected])
+            });
+            Agent::start_with(&options, agent::settings(), Vec::new()).unwrap().follow(&cluster);
+            for (domain, scene, [fresh, asking, connected]) in &sockets {
+                assert_eq!(connected.peer_name(), Ok(scene.endpoint), "{domain:?}");
+                assert_eq!(connected.ask().unwrap().seen, Some(scene.endpoint), "{domain:?}");
+                ask_at(asking, scene.plain, scene.plain);
+                for socket in [fresh, asking] {
+                    ask_at(socket, scene.service, scene.endpoint);
+                    ask_at(socket, scene.endpoint, scene.endpoint);
+                }
+                for socket in [fresh, asking, connected] {
+                    connect_and_ask(socket, scene.other_service, scene.other_endpoint);
+                    connect_and_ask(socket, scene.service, scene.endpoint);
+                }
+            }
+            pins::remove(&sandbox.pin_path()).unwrap();
+        }
+    });
+}
+
+/// What a program does with its socket; numbers are of [`targets`].
+#[derive(Clone, Copy, Debug)]
+enum Step {
+    Connect(usize),
+    Disconnect,
+    /// A `connect()` to an address out of reach: through a service or not.
+    Fail(bool),
+    /// A datagram, a `connect()` that fails, and the answer; only while the socket has no peer.
+    SendAndFail(usize),
+    /// A datagram and its answer, to an address only while the socket has no peer.
+    Ask(usize),
+}
+
+/// In a domain: six services, two with each of three endpoints, and these endpoints.
+fn targets(domain: Domain) -> [SocketAddr; 9] {
+    let ip = service_address(domain).ip();
+    let endpoints: [SocketAddr; 3] = addresses(domain, 8001);
+    std::array::from_fn(|n| {
+        if n < 6 { SocketAddr::new(ip, 101 + u16::try_from(n).unwrap()) } else { endpoints[n - 6] }
+    })
+}
+
+/// Carries steps out. The peer is the one of the last `connect()` that did not fail, and an answer is from whom was asked.
+fn walk(domain: Domain, steps: &[Step]) {
+    let targets = targets(domain);
+    let socket = Socket::new(domain, Udp);
+    let mut peer = Err(Errno::ENOTCONN);
+    // After a failed `connect()` a connected IPv4 socket still sends one datagram to its peer, and later ones to the address that
+    // failed: Linux takes it from what that call left in the flow (`udp_sendmsg`).
+    let mut n_asks = usize::MAX;
+    let fail = |to| assert_eq!(socket.connect(to), Err(Errno::ENETUNREACH));
+    for (n, step) in steps.iter().enumerate() {
+        match *step {
+            Step::Connect(to) => {
+                socket.connect(targets[to]).unwrap();
+                (peer, n_asks) = (Ok(targets[to]), usize::MAX);
+            }
+            Step::Disconnect => {
+                socket.disconnect().unwrap();
+                peer = Err(Errno::ENOTCONN);
+            }
+            Step::Fail(is_service) => {
+                fail(if is_service { far(domain) } else { unreachable(domain) });
+                n_asks = 1;
+            }
+            Step::SendAndFail(to) if peer.is_err() => {
+                socket.send_to(b"?", targets[to]).unwrap();
+                fail(far(domain));
+                assert_eq!(socket.receive().unwrap().1, Some(targets[to]), "{domain:?}, step {n}");
+            }
+            Step::Ask(to) if peer.is_err() => {
+                assert_eq!(
+                    socket.ask_at(targets[to]).unwrap().seen,
+                    Some(targets[to]),
+                    "{domain:?}, step {n}"
+                );
+            }
+            Step::SendAndFail(_) | Step::Ask(_) if n_asks == 0 => {}
+            Step::SendAndFail(_) | Step::Ask(_) => {
+                n_asks -= 1;
+                assert_eq!(socket.ask().unwrap().seen, peer.ok(), "{domain:?}, step {n}");
+            }
+        }
+        assert_eq!(socket.peer_name(), peer, "{domain:?}, step {n}");
+    }
+}
+
+#[test]
+fn any_order_of_calls_shows_whom_was_called() {
+    if !require(Feature::Programs) {
+        return;
+    }
+    let (mut cluster, mut servers) = (Cluster::new(), Vec::new());
+    for domain in [Domain::V4, Domain::V6] {
+        let targets = targets(domain);
+        for n in 0..6 {
+            cluster.serve(&format!("{domain:?}-{n}"), targets[n], Udp, &[targets[6 + n % 3]]);
+        }
+        cluster.serve(&format!("far-{domain:?}"), far(domain), Udp, &[unreachable(domain)]);
+        servers.extend(targets[6..].iter().map(|endpoint| (*endpoint, Udp)));
+    }
+    let step = prop_oneof![
+        (0..9_usize).prop_map(Step::Connect),
+        Just(Step::Disconnect),
+        any::<bool>().prop_map(Step::Fail),
+        (0..9_usize).prop_map(Step::SendAndFail),
+        (0..9_usize).prop_map(Step::Ask),
+    ];
+    let steps = (sample::select(&Domain::ALL[..]), vec(step, 1..60));
+    with_agents(&cluster, &servers, || {
+        let config = Config { cases: 200, failure_persistence: None, ..Config::default() };
+        let result = TestRunner::new_with_rng(config, TestRng::deterministic_rng(RngAlgorithm::ChaCha)).run(
+            &steps,
+            |(domain, steps)| {
+                walk(domain, &steps);
+                Ok(())
+            },
+        );
+        result.unwrap_or_else(|error| panic!("{error}"));
     });
 }

@@ -3,7 +3,7 @@
 use std::{
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
-    os::fd::{AsFd as _, AsRawFd, OwnedFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd as _, OwnedFd},
 };
 
 use lb_userspace::model::Protocol;
@@ -91,12 +91,33 @@ impl Domain {
     }
 }
 
+/// A socket of any kind, by the numbers of socket(2).
+///
+/// # Errors
+///
+/// The system call's: `EAFNOSUPPORT`, `EPROTONOSUPPORT` or `ESOCKTNOSUPPORT` if the kernel does not have it.
+pub fn open(family: i32, kind: i32, protocol: i32) -> io::Result<OwnedFd> {
+    // SAFETY: takes three integers.
+    let fd = unsafe { libc::socket(family, kind | libc::SOCK_CLOEXEC, protocol) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: a new file descriptor that nothing else knows.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
 /// A socket, closed on drop. Addresses of [`Domain::Mapped`] are written and read as IPv4 addresses.
 #[derive(Debug)]
 pub struct Socket {
     fd: OwnedFd,
     domain: Domain,
     protocol: Protocol,
+}
+
+impl AsFd for Socket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
 }
 
 impl Socket {
@@ -119,14 +140,17 @@ impl Socket {
     /// `EPROTONOSUPPORT` if the kernel does not have it.
     pub fn with_protocol_number(domain: Domain, protocol: Protocol, number: i32) -> io::Result<Self> {
         let kind = if protocol == Protocol::Tcp { libc::SOCK_STREAM } else { libc::SOCK_DGRAM };
-        // SAFETY: takes three integers.
-        let fd = unsafe { libc::socket(domain.family() as i32, kind | libc::SOCK_CLOEXEC, number) };
-        if fd < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        // SAFETY: a new file descriptor that nobody else knows.
-        let fd = unsafe { <OwnedFd as std::os::fd::FromRawFd>::from_raw_fd(fd) };
-        Ok(Self::from_fd(fd, domain, protocol))
+        Ok(Self::from_fd(open(domain.family() as i32, kind, number)?, domain, protocol))
+    }
+
+    /// The same socket by another descriptor (`dup()`).
+    ///
+    /// # Panics
+    ///
+    /// If the process has too many.
+    #[must_use]
+    pub fn duplicate(&self) -> Self {
+        Self { fd: self.fd.try_clone().expect("a descriptor"), ..*self }
     }
 
     /// Its descriptor.
@@ -135,7 +159,13 @@ impl Socket {
         self.fd
     }
 
-    fn from_fd(fd: OwnedFd, domain: Domain, protocol: Protocol) -> Self {
+    /// A socket that another process or thread has opened.
+    ///
+    /// # Panics
+    ///
+    /// If it takes no time-outs.
+    #[must_use]
+    pub fn from_fd(fd: OwnedFd, domain: Domain, protocol: Protocol) -> Self {
         let patience = TimeVal::seconds(PATIENCE);
         setsockopt(&fd, ReceiveTimeout, &patience).expect("a receive time-out");
         setsockopt(&fd, SendTimeout, &patience).expect("a send time-out");
@@ -156,6 +186,68 @@ impl Socket {
         socket::connect(self.fd.as_raw_fd(), &self.domain.sockaddr(to))
     }
 
+    /// `connect()` with the address as sockets of another domain take it: an `AF_INET6` socket takes `sockaddr_in` too.
+    ///
+    /// # Errors
+    ///
+    /// The system call's.
+    pub fn connect_as(&self, domain: Domain, to: SocketAddr) -> Result<(), Errno> {
+        socket::connect(self.fd.as_raw_fd(), &domain.sockaddr(to))
+    }
+
+    /// `sendto()` with the address as sockets of another domain take it.
+    ///
+    /// # Errors
+    ///
+    /// The system call's.
+    pub fn send_to_as(&self, domain: Domain, bytes: &[u8], to: SocketAddr) -> Result<(), Errno> {
+        socket::sendto(self.fd.as_raw_fd(), bytes, &domain.sockaddr(to), MsgFlags::empty()).map(drop)
+    }
+
+    /// Makes an `AF_INET6` socket that is connected to an IPv4 address an `AF_INET` one (`IPV6_ADDRFORM`).
+    ///
+    /// # Errors
+    ///
+    /// The system call's.
+    pub fn into_v4(self) -> Result<Self, Errno> {
+        let family = libc::AF_INET;
+        let len = libc::socklen_t::try_from(size_of_val(&family)).expect("four");
+        // SAFETY: the kernel reads `len` octets of `family`, which outlives the call.
+        Errno::result(unsafe {
+            libc::setsockopt(
+                self.fd.as_raw_fd(),
+                libc::IPPROTO_IPV6,
+                libc::IPV6_ADDRFORM,
+                (&raw const family).cast(),
+                len,
+            )
+        })?;
+        Ok(Self { domain: Domain::V4, ..self })
+    }
+
+    /// The socket's cookie, which it gets if it has none (`SO_COOKIE`).
+    ///
+    /// # Panics
+    ///
+    /// If the kernel does not tell.
+    #[must_use]
+    pub fn cookie(&self) -> u64 {
+        let mut cookie = 0_u64;
+        let mut len = libc::socklen_t::try_from(size_of_val(&cookie)).expect("eight");
+        // SAFETY: the kernel writes at most `len` octets to `cookie`.
+        let result = unsafe {
+            libc::getsockopt(
+                self.fd.as_raw_fd(),
+                libc::SOL_SOCKET,
+                libc::SO_COOKIE,
+                (&raw mut cookie).cast(),
+                &raw mut len,
+            )
+        };
+        assert_eq!(result, 0, "SO_COOKIE");
+        cookie
+    }
+
     /// Whether calls return at once, with `EINPROGRESS` or `EAGAIN` where they would wait.
     ///
     /// # Panics
@@ -174,9 +266,22 @@ impl Socket {
     ///
     /// If it is not in time.
     pub fn wait_until_writable(&self) {
-        let mut waiting = [PollFd::new(self.fd.as_fd(), PollFlags::POLLOUT)];
+        self.wait(PollFlags::POLLOUT);
+    }
+
+    /// Waits until something has come.
+    ///
+    /// # Panics
+    ///
+    /// If nothing does in time.
+    pub fn wait_until_readable(&self) {
+        self.wait(PollFlags::POLLIN);
+    }
+
+    fn wait(&self, until: PollFlags) {
+        let mut waiting = [PollFd::new(self.fd.as_fd(), until)];
         let timeout = PollTimeout::try_from(PATIENCE * 1000).expect("milliseconds");
-        assert_eq!(poll(&mut waiting, timeout), Ok(1), "not connected in time");
+        assert_eq!(poll(&mut waiting, timeout), Ok(1), "{until:?} in time");
     }
 
     /// `bind()`
