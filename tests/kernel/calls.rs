@@ -8,11 +8,11 @@ use lb_tests::{
     cgroup::ThreadCgroup,
     client::{Domain, Socket, call},
     cluster::{Cluster, PortOf},
-    netns, require,
+    require,
     server::Servers,
 };
 use lb_userspace::model::Protocol::{self, Tcp, Udp};
-use nix::{errno::Errno, libc};
+use nix::errno::Errno;
 
 /// The service address that tests of a domain call.
 pub(crate) fn service_address(domain: Domain) -> SocketAddr {
@@ -170,37 +170,6 @@ fn a_server_that_is_no_service_is_reached_as_it_is() {
             }
             let answer = Socket::new(domain, Udp).ask_at(other_server).unwrap();
             assert_eq!((answer.server, answer.seen), (other_server, Some(other_server)));
-        }
-    });
-}
-
-/// ICMP sockets run the same hooks as UDP sockets; their "port" means nothing.
-#[test]
-fn other_protocols_are_not_touched() {
-    if !require(Feature::Programs) {
-        return;
-    }
-    with_services(&[Udp], |_agent| {
-        netns::allow_ping().unwrap();
-        let service = service_address(Domain::V4);
-        let ping = Socket::with_protocol_number(Domain::V4, Udp, libc::IPPROTO_ICMP).unwrap();
-        assert_eq!(ping.connect(service), Err(Errno::ENETUNREACH));
-        assert_eq!(ping.send_to(&[8, 0, 0, 0, 0, 0, 0, 0], service), Err(Errno::ENETUNREACH));
-    });
-}
-
-/// UDP-Lite is UDP to a service, where the kernel asks: its `connect()` runs no hook.
-#[test]
-fn udp_lite_datagrams_are_served() {
-    if !require(Feature::Programs) {
-        return;
-    }
-    with_services(&[Udp], |_agent| {
-        for domain in Domain::ALL {
-            // Not every kernel has it.
-            let Ok(socket) = Socket::with_protocol_number(domain, Udp, libc::IPPROTO_UDPLITE) else { return };
-            // Nobody listens for UDP-Lite; what counts is that the datagram has a way to go.
-            assert_eq!(socket.send_to(b"?", service_address(domain)), Ok(()));
         }
     });
 }

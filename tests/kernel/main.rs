@@ -17,6 +17,7 @@ mod exclusion;
 mod exclusive;
 mod explain;
 mod grace;
+mod kinds;
 mod lifecycle;
 mod load;
 mod matrix;

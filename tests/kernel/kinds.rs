@@ -1,0 +1,380 @@
+//! Every kind of socket there is, and what becomes of its calls to service addresses.
+
+use std::{
+    io::Write as _,
+    net::{IpAddr, SocketAddr},
+    os::fd::{AsFd as _, AsRawFd as _, FromRawFd as _, OwnedFd},
+};
+
+use lb_tests::{
+    Feature, Sandbox,
+    agent::{self, Agent},
+    client::{Domain, open},
+    cluster::Cluster,
+    netns, require,
+};
+use lb_userspace::{
+    kernel::{Features, pins},
+    model::Protocol::{Tcp, Udp},
+};
+use nix::{
+    errno::Errno,
+    libc,
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::{
+        socket::{
+            self, Backlog, MsgFlags, SockaddrStorage, setsockopt,
+            sockopt::{Ipv6V6Only, ReceiveTimeout, ReuseAddr, SendTimeout},
+        },
+        time::{TimeVal, TimeValLike as _},
+    },
+};
+
+use crate::{calls::service_address, records::Scene};
+
+use Expected::{LeftAlone, Served};
+
+/// What the documents say of a call to a service address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Expected {
+    /// It reaches an endpoint, or is refused if there is none.
+    Served,
+    /// It comes to what it comes to without an agent.
+    LeftAlone,
+}
+
+/// A kind of socket, by the numbers of socket(2). Families of the Internet have one protocol number each.
+struct Kind {
+    name: &'static str,
+    families: &'static [i32],
+    kind: i32,
+    protocols: [i32; 2],
+    /// What becomes of `connect()`, of `sendto()` without flags, and of `sendto()` with `MSG_FASTOPEN`.
+    expected: [Expected; 3],
+}
+
+const INTERNET: &[i32] = &[libc::AF_INET, libc::AF_INET6];
+/// `IPPROTO_DCCP` and its type of socket.
+const DCCP: (i32, i32) = (libc::IPPROTO_DCCP, libc::SOCK_DCCP);
+
+const fn internet(name: &'static str, kind: i32, protocol: i32, expected: [Expected; 3]) -> Kind {
+    Kind { name, families: INTERNET, kind, protocols: [protocol, protocol], expected }
+}
+
+const fn other(name: &'static str, families: &'static [i32], kind: i32, protocol: i32) -> Kind {
+    Kind { name, families, kind, protocols: [protocol, protocol], expected: [LeftAlone; 3] }
+}
+
+const KINDS: &[Kind] = &[
+    internet("TCP", libc::SOCK_STREAM, libc::IPPROTO_TCP, [Served, LeftAlone, Served]),
+    internet("multipath TCP", libc::SOCK_STREAM, libc::IPPROTO_MPTCP, [Served, LeftAlone, Served]),
+    internet("UDP", libc::SOCK_DGRAM, libc::IPPROTO_UDP, [Served, Served, Served]),
+    // The kernel asks for its datagrams only.
+    internet("UDP-Lite", libc::SOCK_DGRAM, libc::IPPROTO_UDPLITE, [LeftAlone, Served, Served]),
+    internet("SCTP, one to one", libc::SOCK_STREAM, libc::IPPROTO_SCTP, [LeftAlone; 3]),
+    internet("SCTP, one to many", libc::SOCK_SEQPACKET, libc::IPPROTO_SCTP, [LeftAlone; 3]),
+    internet("DCCP", DCCP.1, DCCP.0, [LeftAlone; 3]),
+    internet("raw, with headers", libc::SOCK_RAW, libc::IPPROTO_RAW, [LeftAlone; 3]),
+    internet("raw UDP", libc::SOCK_RAW, libc::IPPROTO_UDP, [LeftAlone; 3]),
+    internet("raw TCP", libc::SOCK_RAW, libc::IPPROTO_TCP, [LeftAlone; 3]),
+    Kind {
+        name: "ping",
+        families: INTERNET,
+        kind: libc::SOCK_DGRAM,
+        protocols: [libc::IPPROTO_ICMP, libc::IPPROTO_ICMPV6],
+        expected: [LeftAlone; 3],
+    },
+    other("packet", &[libc::AF_PACKET], libc::SOCK_RAW, 0),
+    other("packet, without headers", &[libc::AF_PACKET], libc::SOCK_DGRAM, 0),
+    other("unix stream", &[libc::AF_UNIX], libc::SOCK_STREAM, 0),
+    other("unix datagram", &[libc::AF_UNIX], libc::SOCK_DGRAM, 0),
+    other("unix sequence", &[libc::AF_UNIX], libc::SOCK_SEQPACKET, 0),
+    other("netlink", &[libc::AF_NETLINK], libc::SOCK_RAW, libc::NETLINK_ROUTE),
+    other("vsock stream", &[libc::AF_VSOCK], libc::SOCK_STREAM, 0),
+    other("vsock datagram", &[libc::AF_VSOCK], libc::SOCK_DGRAM, 0),
+    other("XDP", &[libc::AF_XDP], libc::SOCK_RAW, 0),
+];
+
+/// How a service address is written for a socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Form {
+    V4,
+    V6,
+    Mapped,
+}
+
+impl Form {
+    const ALL: [Self; 3] = [Self::V4, Self::V6, Self::Mapped];
+
+    /// The family of addresses behind it.
+    fn domain(self) -> Domain {
+        if self == Self::V6 { Domain::V6 } else { Domain::V4 }
+    }
+
+    fn sockaddr(self, address: SocketAddr) -> SockaddrStorage {
+        match address.ip() {
+            IpAddr::V4(ip) if self == Self::Mapped => {
+                SocketAddr::new(ip.to_ipv6_mapped().into(), address.port()).into()
+            }
+            _ => address.into(),
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Call {
+    Connect,
+    Send,
+    FastOpen,
+}
+
+impl Call {
+    const ALL: [Self; 3] = [Self::Connect, Self::Send, Self::FastOpen];
+}
+
+/// One cell of the table: a kind in a family, called in a form.
+#[derive(Clone, Copy)]
+struct Cell {
+    kind: &'static Kind,
+    family: i32,
+    form: Form,
+    call: Call,
+}
+
+impl Cell {
+    /// All of the table. A socket of the Internet's families takes what is an address to it, and an `AF_INET6` socket
+    /// `sockaddr_in` too; another takes none of them, and is called with all.
+    fn all() -> impl Iterator<Item = Self> {
+        KINDS.iter().flat_map(|kind| {
+            kind.families.iter().flat_map(move |&family| {
+                Form::ALL.into_iter().flat_map(move |form| {
+                    Call::ALL.into_iter().map(move |call| Self { kind, family, form, call })
+                })
+            })
+        })
+    }
+
+    fn open(&self) -> Option<OwnedFd> {
+        let protocol = self.kind.protocols[usize::from(self.family == libc::AF_INET6)];
+        let socket = open(self.family, self.kind.kind, protocol).ok()?;
+        // No call may wait for ever; those to endpoints are at an end long before.
+        for_all_sockets(&socket);
+        Some(socket)
+    }
+
+    fn is_stream(&self) -> bool {
+        self.kind.kind == libc::SOCK_STREAM
+    }
+
+    /// What the table says. An address that is none to the socket is refused by the kernel, before or after it has asked.
+    fn expected(&self) -> Expected {
+        let is_address = match self.form {
+            Form::V4 => self.family == libc::AF_INET || !self.is_stream(),
+            Form::V6 | Form::Mapped => self.family == libc::AF_INET6,
+        };
+        if is_address { self.kind.expected[self.call as usize] } else { LeftAlone }
+    }
+
+    fn payload(&self) -> [u8; 48] {
+        let mut payload = [0; 48];
+        payload[0] = match (self.kind.protocols[0], self.family) {
+            // An IP header with nothing in it but its version and length; the kernel fills in the rest.
+            (libc::IPPROTO_RAW, libc::AF_INET) => 0x45,
+            (libc::IPPROTO_RAW, _) => 0x60,
+            // Echo requests.
+            (libc::IPPROTO_ICMP, libc::AF_INET) => 8,
+            _ => 128,
+        };
+        payload
+    }
+
+    fn call(&self, socket: &OwnedFd, to: SocketAddr) -> Result<(), Errno> {
+        let to = self.form.sockaddr(to);
+        match self.call {
+            Call::Connect => socket::connect(socket.as_raw_fd(), &to),
+            Call::Send | Call::FastOpen => {
+                let mut flags = MsgFlags::MSG_NOSIGNAL;
+                if matches!(self.call, Call::FastOpen) {
+                    flags |= MsgFlags::from_bits_retain(libc::MSG_FASTOPEN);
+                }
+                socket::sendto(socket.as_raw_fd(), &self.payload(), &to, flags).map(drop)
+            }
+        }
+    }
+
+    /// What a program sees of a call through a new socket: its result, and the peer's name afterwards. `None` without such a
+    /// socket.
+    fn outcome(&self, to: SocketAddr) -> Option<(Result<(), Errno>, Result<SockaddrStorage, Errno>)> {
+        let socket = self.open()?;
+        let result = self.call(&socket, to);
+        Some((result, socket::getpeername(socket.as_raw_fd())))
+    }
+
+    /// A server of the same kind at an endpoint.
+    fn server(&self, endpoint: SocketAddr) -> OwnedFd {
+        let family = if endpoint.is_ipv6() { libc::AF_INET6 } else { libc::AF_INET };
+        let server = Self { family, ..*self }.open().unwrap();
+        // Connections of the test before have not been forgotten yet.
+        setsockopt(&server, ReuseAddr, &true).unwrap();
+        if endpoint.is_ipv6() {
+            setsockopt(&server, Ipv6V6Only, &true).unwrap();
+        }
+        socket::bind(server.as_raw_fd(), &SockaddrStorage::from(endpoint)).unwrap();
+        if self.is_stream() {
+            socket::listen(&server, Backlog::new(8).unwrap()).unwrap();
+        }
+        server
+    }
+
+    /// Calls a service, and asserts that an endpoint hears of it and answers, and that the program sees the service.
+    fn assert_served(&self, service: SocketAddr, endpoint: SocketAddr) {
+        let what = self.to_string();
+        let server = self.server(endpoint);
+        let client = self.open().unwrap();
+        assert_eq!(self.call(&client, service), Ok(()), "{what}");
+        let mut buffer = [0; 256];
+        if !self.is_stream() && matches!(self.call, Call::Connect) {
+            assert_eq!(socket::send(client.as_raw_fd(), b"?", MsgFlags::empty()), Ok(1), "{what}");
+        }
+        wait_for(&server, &what);
+        // Closed last: a connection that is reset has no peer.
+        let mut accepted = None;
+        if self.is_stream() {
+            let stream = socket::accept(server.as_raw_fd()).unwrap();
+            // SAFETY: a new file descriptor that nothing else knows.
+            #[expect(unsafe_code, reason = "accept(2) in nix returns a number")]
+            let stream = unsafe { OwnedFd::from_raw_fd(stream) };
+            let _n = socket::send(stream.as_raw_fd(), b"!", MsgFlags::MSG_NOSIGNAL).unwrap();
+            accepted = Some(stream);
+            wait_for(&client, &what);
+            assert_eq!(socket::recv(client.as_raw_fd(), &mut buffer, MsgFlags::empty()), Ok(1), "{what}");
+        } else {
+            let (_, sender) = socket::recvfrom::<SockaddrStorage>(server.as_raw_fd(), &mut buffer).unwrap();
+            let _n = socket::sendto(server.as_raw_fd(), b"!", &sender.unwrap(), MsgFlags::empty()).unwrap();
+            wait_for(&client, &what);
+            let (_, sender) = socket::recvfrom::<SockaddrStorage>(client.as_raw_fd(), &mut buffer).unwrap();
+            assert_eq!(sender, Some(self.name(service)), "{what}");
+        }
+        let is_connected = self.is_stream() || matches!(self.call, Call::Connect);
+        let shown = if self.kind.protocols[0] == libc::IPPROTO_MPTCP && !Features::probe().mptcp {
+            endpoint
+        } else {
+            service
+        };
+        let expected = if is_connected { Ok(self.name(shown)) } else { Err(Errno::ENOTCONN) };
+        assert_eq!(socket::getpeername(client.as_raw_fd()), expected, "{what}");
+        drop(accepted);
+    }
+
+    /// An address as the kernel shows it to the socket.
+    fn name(&self, address: SocketAddr) -> SockaddrStorage {
+        let form = if self.family == libc::AF_INET6 { Form::Mapped } else { Form::V4 };
+        form.sockaddr(address)
+    }
+
+    /// Calls a service without endpoints, and asserts that it is refused.
+    fn assert_refused(&self, service: SocketAddr, features: Features) {
+        let (result, _) = self.outcome(service).unwrap();
+        let expected = match self.call {
+            // On kernels before 5.18 the call is sent where nothing listens.
+            Call::Connect if !features.set_retval && !self.is_stream() => Ok(()),
+            Call::Send | Call::FastOpen if !features.set_retval && !self.is_stream() => Err(Errno::EINVAL),
+            _ => Err(Errno::ECONNREFUSED),
+        };
+        assert_eq!(result, expected, "{self}, without endpoints");
+    }
+}
+
+impl std::fmt::Display for Cell {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} (family {}), {:?} to {:?}", self.kind.name, self.family, self.call, self.form)
+    }
+}
+
+fn for_all_sockets(socket: &OwnedFd) {
+    let patience = TimeVal::seconds(20);
+    setsockopt(socket, ReceiveTimeout, &patience).unwrap();
+    setsockopt(socket, SendTimeout, &patience).unwrap();
+}
+
+fn wait_for(socket: &OwnedFd, what: &str) {
+    let mut waiting = [PollFd::new(socket.as_fd(), PollFlags::POLLIN)];
+    assert_eq!(poll(&mut waiting, PollTimeout::from(20_000_u16)), Ok(1), "{what}: nothing comes");
+}
+
+/// Why a kernel lacks a kind of socket, on standard error, past the capture of libtest.
+fn report_missing() {
+    for kind in KINDS {
+        for (family, protocol) in kind.families.iter().zip(kind.protocols) {
+            if let Err(error) = open(*family, kind.kind, protocol) {
+                let _nothing_reads =
+                    writeln!(std::io::stderr(), "NOT THERE: {} (family {family}): {error}", kind.name);
+            }
+        }
+    }
+}
+
+#[test]
+fn every_kind_of_socket_does_what_the_documents_say() {
+    if !require(Feature::Programs) {
+        return;
+    }
+    Sandbox::run(|sandbox| {
+        netns::allow_ping().unwrap();
+        report_missing();
+        let mut cluster = Cluster::new();
+        for domain in [Domain::V4, Domain::V6] {
+            let Scene { endpoint, .. } = Scene::new(domain);
+            for protocol in [Tcp, Udp] {
+                cluster.serve(
+                    &format!("{domain:?}-{protocol}"),
+                    service_address(domain),
+                    protocol,
+                    &[endpoint],
+                );
+                cluster.serve(
+                    &format!("{domain:?}-{protocol}-none"),
+                    without_endpoints(domain),
+                    protocol,
+                    &[],
+                );
+            }
+        }
+        let targets = |cell: &Cell| {
+            let domain = cell.form.domain();
+            [service_address(domain), without_endpoints(domain), Scene::new(domain).plain]
+        };
+        // There is no way to a service address but through the agent: what is left alone fails.
+        let before: Vec<_> = Cell::all()
+            .filter(|cell| cell.open().is_some())
+            .map(|cell| (cell, targets(&cell).map(|to| cell.outcome(to).unwrap())))
+            .collect();
+        for options in agent::modes(sandbox) {
+            Agent::start_with(&options, agent::settings(), Vec::new()).unwrap().follow(&cluster);
+            for (cell, outcomes) in &before {
+                let [service, refused, plain] = targets(cell);
+                // Fast open through multipath TCP came with 6.2.
+                let is_there = outcomes[2].0 != Err(Errno::EOPNOTSUPP);
+                match cell.expected() {
+                    Served if is_there => {
+                        assert!(outcomes[0].0.is_err(), "{cell}, without an agent");
+                        cell.assert_served(service, Scene::new(cell.form.domain()).endpoint);
+                        cell.assert_refused(refused, options.features);
+                        assert_eq!(cell.outcome(plain).unwrap(), outcomes[2], "{cell}, to a plain address");
+                    }
+                    Served | LeftAlone => {
+                        for (to, outcome) in targets(cell).into_iter().zip(outcomes) {
+                            assert_eq!(cell.outcome(to).unwrap(), *outcome, "{cell}, to {to}");
+                        }
+                        assert!(outcomes[0].0.is_err(), "{cell}, without an agent");
+                    }
+                }
+            }
+            pins::remove(&sandbox.pin_path()).unwrap();
+        }
+    });
+}
+
+fn without_endpoints(domain: Domain) -> SocketAddr {
+    SocketAddr::new(service_address(domain).ip(), 9)
+}
