@@ -1,8 +1,15 @@
 //! Where the records of sockets are kept, and that they come to an end.
 
 use std::{
-    fs,
-    os::fd::AsFd as _,
+    env, fs,
+    io::{IoSlice, IoSliceMut},
+    net::SocketAddr,
+    os::{
+        fd::{AsFd as _, AsRawFd, BorrowedFd, RawFd},
+        unix::net::UnixDatagram,
+    },
+    panic::{self, AssertUnwindSafe},
+    process::Command,
     thread,
     time::{Duration, Instant},
 };
@@ -31,7 +38,14 @@ use lb_userspace::{
 };
 use nix::{
     errno::Errno,
-    sys::resource::{Resource, getrlimit, setrlimit},
+    libc,
+    sys::{
+        resource::{Resource, getrlimit, setrlimit},
+        signal::{Signal, kill},
+        socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg},
+        wait::{WaitStatus, waitpid},
+    },
+    unistd::{ForkResult, Pid, close, fork},
 };
 
 use crate::records::{Scene, scenes};
@@ -275,29 +289,199 @@ fn unreclaimable_kib() -> u64 {
     line.trim().trim_end_matches(" kB").parse().unwrap()
 }
 
-/// Calls from eight threads, each socket used once and closed: TCP and UDP, connected and not, in all families.
-fn connect_and_close(n_cycles: usize) {
+/// The variable that tells a process to open as many sockets and close them.
+const CYCLES_OF_THIS_PROCESS: &str = "LB_TEST_SOCKET_CYCLES";
+
+/// Opens and closes sockets in a process of its own: forks of this one would hold sockets of other tests.
+fn open_and_close_elsewhere(n_cycles: usize) {
+    let output = Command::new(env::current_exe().unwrap())
+        .args(["--exact", "slots::a_million_sockets_leave_nothing_behind", "--nocapture"])
+        .env(CYCLES_OF_THIS_PROCESS, n_cycles.to_string())
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success() && said.contains("1 passed"), "{output:?}");
+}
+
+/// Calls from eight threads, each socket used once and closed: TCP, multipath TCP and UDP, connected, not, and again, in all
+/// families; and in all ways in which a socket comes to its end.
+fn open_and_close(n_cycles: usize) {
     const N_THREADS: usize = 8;
+    // Before there are threads, whose sockets they would hold.
+    let heirs: Vec<Heir> = (0..N_THREADS).map(|_| Heir::start()).collect();
     thread::scope(|scope| {
-        for number in 0..N_THREADS {
+        for (number, heir) in heirs.into_iter().enumerate() {
             let _joined_by_the_scope = scope.spawn(move || {
                 for cycle in 0..n_cycles / N_THREADS {
                     let domain = Domain::ALL[(number + cycle) % 3];
-                    let service = Scene::new(domain).service;
-                    match cycle % 16 {
-                        // A TCP connection costs ten times as much as all else.
-                        0 => Socket::new(domain, Tcp).connect(service).unwrap(),
-                        1..4 => Socket::new(domain, Udp).send_to(b"?", service).unwrap(),
-                        _ => Socket::new(domain, Udp).connect(service).unwrap(),
+                    end(called(domain, cycle), cycle, &heir);
+                    if cycle % 2000 == 1000 {
+                        kill_an_owner(domain);
                     }
                 }
             });
         }
     });
+    // A socket in an unreachable cycle is the kernel's to find, when another one of the kind is closed.
+    drop(UnixDatagram::pair().unwrap());
+}
+
+/// A socket that has called a service.
+fn called(domain: Domain, cycle: usize) -> Socket {
+    let Scene { service, plain, .. } = Scene::new(domain);
+    // A TCP connection costs ten times as much as all else.
+    let (protocol, number) = match cycle % 64 {
+        0 => (Tcp, libc::IPPROTO_MPTCP),
+        16 | 32 | 48 => (Tcp, 0),
+        _ => (Udp, 0),
+    };
+    // Not every kernel has multipath TCP.
+    let socket = Socket::with_protocol_number(domain, protocol, number);
+    let socket = socket.unwrap_or_else(|_| Socket::new(domain, protocol));
+    match cycle % 16 {
+        1..4 => socket.send_to(b"?", service).unwrap(),
+        4 => {
+            socket.connect(plain).unwrap();
+            socket.connect(service).unwrap();
+        }
+        5 => {
+            socket.connect(service).unwrap();
+            socket.connect(plain).unwrap();
+        }
+        6 => {
+            socket.connect(service).unwrap();
+            socket.disconnect().unwrap();
+            socket.send_to(b"?", service).unwrap();
+        }
+        7 => {
+            // More services than a slot has records.
+            for port in [SocketAddr::new(service.ip(), 53), SocketAddr::new(service.ip(), 54), service] {
+                socket.send_to(b"?", port).unwrap();
+            }
+        }
+        _ => socket.connect(service).unwrap(),
+    }
+    socket
+}
+
+/// Closes a socket, in one of the ways in which it can come about.
+fn end(socket: Socket, cycle: usize, heir: &Heir) {
+    match cycle % 1000 {
+        rest if rest % 20 == 1 => {
+            let copy = socket.duplicate();
+            drop(socket);
+            drop(copy);
+        }
+        rest if rest % 50 == 2 => heir.give(&socket),
+        // On the way when nothing is left that could receive it.
+        rest if rest % 100 == 3 => {
+            let (from, _to) = UnixDatagram::pair().unwrap();
+            pass(&from, &[socket.as_fd()]);
+        }
+        // In the queue of a socket that is in its own queue: nothing but the kernel's garbage collector finds it.
+        rest if rest % 250 == 4 => {
+            let (from, to) = UnixDatagram::pair().unwrap();
+            pass(&from, &[socket.as_fd(), to.as_fd()]);
+        }
+        // A child has it for longer.
+        500 | 501 => {
+            let (mine, its) = UnixDatagram::pair().unwrap();
+            let child = in_a_child(|| {
+                let _n = its.recv(&mut [0]);
+            });
+            drop(socket);
+            assert_eq!(mine.send(b"!").unwrap(), 1);
+            assert!(matches!(waitpid(child, None), Ok(WaitStatus::Exited(_, 0))));
+        }
+        _ => drop(socket),
+    }
+}
+
+/// Sends descriptors.
+fn pass(from: &UnixDatagram, descriptors: &[BorrowedFd<'_>]) {
+    let descriptors: Vec<RawFd> = descriptors.iter().map(AsRawFd::as_raw_fd).collect();
+    let rights = [ControlMessage::ScmRights(&descriptors)];
+    let sent = sendmsg::<()>(from.as_raw_fd(), &[IoSlice::new(b"!")], &rights, MsgFlags::empty(), None);
+    assert_eq!(sent, Ok(1));
+}
+
+/// Runs something in a child process, which ends with it.
+fn in_a_child(body: impl FnOnce()) -> Pid {
+    // SAFETY: the C library makes allocation possible in the child, which takes no other lock.
+    match unsafe { fork() }.unwrap() {
+        ForkResult::Parent { child } => child,
+        ForkResult::Child => {
+            let ended = panic::catch_unwind(AssertUnwindSafe(body));
+            // SAFETY: ends the process; what this thread stands on is the parent's to drop.
+            unsafe { libc::_exit(i32::from(ended.is_err())) }
+        }
+    }
+}
+
+/// A process that owns sockets is killed.
+fn kill_an_owner(domain: Domain) {
+    let (mine, its) = UnixDatagram::pair().unwrap();
+    let child = in_a_child(|| {
+        let sockets: Vec<Socket> = (0..64).map(|cycle| called(domain, cycle)).collect();
+        let _n = its.send(b"!");
+        // Until it is killed.
+        let _n = its.recv(&mut [0]);
+        drop(sockets);
+    });
+    assert_eq!(mine.recv(&mut [0]).unwrap(), 1);
+    kill(child, Signal::SIGKILL).unwrap();
+    assert!(matches!(waitpid(child, None), Ok(WaitStatus::Signaled(_, Signal::SIGKILL, _))));
+}
+
+/// A process that is given sockets, and closes them.
+struct Heir {
+    to: UnixDatagram,
+    process: Pid,
+}
+
+impl Heir {
+    fn start() -> Self {
+        let (to, from) = UnixDatagram::pair().unwrap();
+        let process = in_a_child(|| {
+            let mut space = nix::cmsg_space!(RawFd);
+            loop {
+                let mut octet = [0];
+                let mut octets = [IoSliceMut::new(&mut octet)];
+                let received =
+                    recvmsg::<()>(from.as_raw_fd(), &mut octets, Some(&mut space), MsgFlags::empty())
+                        .unwrap();
+                for message in received.cmsgs().unwrap() {
+                    if let ControlMessageOwned::ScmRights(descriptors) = message {
+                        for descriptor in descriptors {
+                            close(descriptor).unwrap();
+                        }
+                    }
+                }
+            }
+        });
+        Self { to, process }
+    }
+
+    /// Gives it a socket, which is closed here first or there.
+    fn give(&self, socket: &Socket) {
+        pass(&self.to, &[socket.as_fd()]);
+    }
+}
+
+impl Drop for Heir {
+    fn drop(&mut self) {
+        // What it has not received yet goes with it.
+        kill(self.process, Signal::SIGKILL).unwrap();
+        let _status = waitpid(self.process, None).unwrap();
+    }
 }
 
 #[test]
 fn a_million_sockets_leave_nothing_behind() {
+    if let Some(n_cycles) = env::var_os(CYCLES_OF_THIS_PROCESS) {
+        open_and_close(n_cycles.to_str().unwrap().parse().unwrap());
+        return;
+    }
     if !require(Feature::Programs) {
         return;
     }
@@ -310,6 +494,10 @@ fn a_million_sockets_leave_nothing_behind() {
                 cluster.serve(&name, service, protocol, &[endpoint]);
                 servers.push((endpoint, protocol));
             }
+            for port in [53, 54] {
+                let service = SocketAddr::new(service.ip(), port);
+                cluster.serve(&format!("{port}-{domain:?}"), service, Udp, &[endpoint]);
+            }
         }
         let _servers = Servers::start(servers);
         for options in agent::modes(sandbox) {
@@ -318,7 +506,7 @@ fn a_million_sockets_leave_nothing_behind() {
             let has_slots = options.features.has_slots();
             let before = unreclaimable_kib();
             // Socket storage is the kernel's to free: a tenth of the sockets shows whether it does.
-            connect_and_close(if has_slots { n_cycles() } else { n_cycles() / 10 });
+            open_and_close_elsewhere(if has_slots { n_cycles() } else { n_cycles() / 10 });
             // A program that looks through /proc, as monitoring does, keeps a socket open for a moment longer.
             for _ in 0..300 {
                 if n_taken(sandbox) == 0 {
