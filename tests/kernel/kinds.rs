@@ -47,7 +47,7 @@ enum Expected {
 struct Kind {
     name: &'static str,
     families: &'static [i32],
-    kind: i32,
+    socket_type: i32,
     protocols: [i32; 2],
     /// What becomes of `connect()`, of `sendto()` without flags, and of `sendto()` with `MSG_FASTOPEN`.
     expected: [Expected; 3],
@@ -57,12 +57,12 @@ const INTERNET: &[i32] = &[libc::AF_INET, libc::AF_INET6];
 /// `IPPROTO_DCCP` and its type of socket.
 const DCCP: (i32, i32) = (libc::IPPROTO_DCCP, libc::SOCK_DCCP);
 
-const fn internet(name: &'static str, kind: i32, protocol: i32, expected: [Expected; 3]) -> Kind {
-    Kind { name, families: INTERNET, kind, protocols: [protocol, protocol], expected }
+const fn internet(name: &'static str, socket_type: i32, protocol: i32, expected: [Expected; 3]) -> Kind {
+    Kind { name, families: INTERNET, socket_type, protocols: [protocol, protocol], expected }
 }
 
-const fn other(name: &'static str, families: &'static [i32], kind: i32, protocol: i32) -> Kind {
-    Kind { name, families, kind, protocols: [protocol, protocol], expected: [LeftAlone; 3] }
+const fn other(name: &'static str, families: &'static [i32], socket_type: i32, protocol: i32) -> Kind {
+    Kind { name, families, socket_type, protocols: [protocol, protocol], expected: [LeftAlone; 3] }
 }
 
 const KINDS: &[Kind] = &[
@@ -80,7 +80,7 @@ const KINDS: &[Kind] = &[
     Kind {
         name: "ping",
         families: INTERNET,
-        kind: libc::SOCK_DGRAM,
+        socket_type: libc::SOCK_DGRAM,
         protocols: [libc::IPPROTO_ICMP, libc::IPPROTO_ICMPV6],
         expected: [LeftAlone; 3],
     },
@@ -156,14 +156,14 @@ impl Cell {
 
     fn open(&self) -> Option<OwnedFd> {
         let protocol = self.kind.protocols[usize::from(self.family == libc::AF_INET6)];
-        let socket = open(self.family, self.kind.kind, protocol).ok()?;
+        let socket = open(self.family, self.kind.socket_type, protocol).ok()?;
         // No call may wait for ever; those to endpoints are at an end long before.
         for_all_sockets(&socket);
         Some(socket)
     }
 
     fn is_stream(&self) -> bool {
-        self.kind.kind == libc::SOCK_STREAM
+        self.kind.socket_type == libc::SOCK_STREAM
     }
 
     /// What the table says. An address that is none to the socket is refused by the kernel, before or after it has asked.
@@ -306,7 +306,7 @@ fn wait_for(socket: &OwnedFd, what: &str) {
 fn report_missing() {
     for kind in KINDS {
         for (family, protocol) in kind.families.iter().zip(kind.protocols) {
-            if let Err(error) = open(*family, kind.kind, protocol) {
+            if let Err(error) = open(*family, kind.socket_type, protocol) {
                 let _nothing_reads =
                     writeln!(std::io::stderr(), "NOT THERE: {} (family {family}): {error}", kind.name);
             }
