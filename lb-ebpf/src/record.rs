@@ -143,8 +143,8 @@ impl New<'_> {
 
     /// Notes it in socket storage. If it `is_elsewhere`, only that records of its endpoint yield to one there.
     ///
-    /// The first two records are for `connect()`, so that it makes no other one go. A datagram takes the record of its
-    /// service, else one that is unused, else the oldest.
+    /// The first two records are for a `connect()` that finds none of its own, so that it makes no other one go. A datagram takes
+    /// the record of its service, else one that is unused, else the oldest.
     #[inline(always)]
     fn note_in_storage(&self, storage: &mut SocketRecords, is_elsewhere: bool) {
         let (mut of_service, mut unused) = (NOWHERE, NOWHERE);
@@ -154,8 +154,8 @@ impl New<'_> {
         while n < end {
             let record = &mut storage.records[n % SOCKET_RECORDS];
             self.silences(record);
+            select(&mut of_service, n, self.replaces(record));
             if self.former.is_none() {
-                select(&mut of_service, n, self.replaces(record));
                 select(&mut unused, n, is_zero(record.protocol.into()));
             }
             n += 1;
@@ -163,10 +163,10 @@ impl New<'_> {
         if is_elsewhere {
             return;
         }
-        let place = if self.former.is_some() {
-            self.is_former(&storage.records[0])
-        } else if of_service != NOWHERE {
+        let place = if of_service != NOWHERE {
             of_service
+        } else if self.former.is_some() {
+            self.is_former(&storage.records[0])
         } else if unused != NOWHERE {
             unused
         } else {

@@ -4,6 +4,8 @@ use std::{
     io::Write as _,
     net::{IpAddr, SocketAddr},
     os::fd::{AsFd as _, AsRawFd as _, FromRawFd as _, OwnedFd},
+    thread,
+    time::{Duration, Instant},
 };
 
 use lb_tests::{
@@ -214,12 +216,16 @@ impl Cell {
     fn server(&self, endpoint: SocketAddr) -> OwnedFd {
         let family = if endpoint.is_ipv6() { libc::AF_INET6 } else { libc::AF_INET };
         let server = Self { family, ..*self }.open().unwrap();
-        // Connections of the test before have not been forgotten yet.
+        // Connections of the test before have not been forgotten yet, and multipath TCP still closes its listener.
         setsockopt(&server, ReuseAddr, &true).unwrap();
         if endpoint.is_ipv6() {
             setsockopt(&server, Ipv6V6Only, &true).unwrap();
         }
-        socket::bind(server.as_raw_fd(), &SockaddrStorage::from(endpoint)).unwrap();
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while let Err(error) = socket::bind(server.as_raw_fd(), &SockaddrStorage::from(endpoint)) {
+            assert!(error == Errno::EADDRINUSE && Instant::now() < deadline, "{self}: {error}");
+            thread::sleep(Duration::from_millis(10));
+        }
         if self.is_stream() {
             socket::listen(&server, Backlog::new(8).unwrap()).unwrap();
         }

@@ -460,6 +460,7 @@ fn a_failed_connect_loses_nothing_of_an_unconnected_socket() {
                     break socket;
                 }
             };
+            socket.wait_until_readable();
             while socket.connect(half(domain)).is_ok() {
                 socket.disconnect().unwrap();
             }
