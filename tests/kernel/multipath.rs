@@ -34,7 +34,7 @@ fn multipath(domain: Domain) -> Option<Socket> {
 
 /// Runs a test with an agent in each mode, if the kernel has multipath TCP.
 fn with_multipath(test: impl Fn(&Sandbox, &Options) + Send + Sync) {
-    if !require(Feature::Programs) || multipath(Domain::V4).is_none() {
+    if !require(Feature::Programs) || !require(Feature::Multipath) {
         return;
     }
     Sandbox::run(|sandbox| {

@@ -124,20 +124,14 @@ fn a_refusal_ends_with_the_first_endpoint_and_returns_with_the_last() {
 /// such a client.
 #[test]
 fn without_set_retval_a_refusal_leaves_the_kernels_clients_their_address() {
-    if !require(Feature::Programs) {
+    let needed = [Feature::Programs, Feature::Multipath, Feature::SockFields];
+    if !needed.into_iter().all(require) {
         return;
     }
     let features = Features { set_retval: false, ..Features::probe() };
-    if features.sock_fields.is_none() {
-        // The programs cannot tell them from others.
-        return;
-    }
     with_services(features, |_follow, _agent| {
         for domain in Domain::ALL {
-            // Not every kernel has it.
-            let Ok(socket) = Socket::with_protocol_number(domain, Tcp, nix::libc::IPPROTO_MPTCP) else {
-                return;
-            };
+            let socket = Socket::with_protocol_number(domain, Tcp, nix::libc::IPPROTO_MPTCP).unwrap();
             assert_eq!(socket.connect(service_address(domain)), Err(Errno::EPERM), "{domain:?}");
         }
     });

@@ -2,7 +2,9 @@
 
 use std::{env, io::Write as _};
 
-use lb_userspace::kernel;
+use lb_userspace::{kernel, model::Protocol};
+
+use crate::client::{Domain, Socket};
 
 /// Something that a test cannot do without.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -14,6 +16,10 @@ pub enum Feature {
     NetnsCookie,
     /// To end sockets of other programs: `CONFIG_INET_DIAG_DESTROY`.
     SocketDestroy,
+    /// Multipath TCP sockets: `CONFIG_MPTCP`.
+    Multipath,
+    /// What programs need to know a socket of the kernel from a program's.
+    SockFields,
     /// A program on `PATH`.
     Command(&'static str),
     /// A variable of the environment that `cargo xtask test` sets.
@@ -36,6 +42,14 @@ impl Feature {
                 .is_none()
                 .then(|| "SO_NETNS_COOKIE, which came with kernel 5.14".to_owned()),
             Self::SocketDestroy => kernel::sockets::check().err().map(|error| error.to_string()),
+            Self::Multipath => {
+                let socket =
+                    Socket::with_protocol_number(Domain::V4, Protocol::Tcp, nix::libc::IPPROTO_MPTCP);
+                socket.err().map(|error| format!("multipath TCP sockets: {error}"))
+            }
+            Self::SockFields => kernel::Features::probe().sock_fields.is_none().then(|| {
+                "programs that may read the kernel's sockets (BTF, bpf_probe_read_kernel)".to_owned()
+            }),
             Self::Command(name) => {
                 let path = env::var_os("PATH").unwrap_or_default();
                 let is_there = env::split_paths(&path).any(|directory| directory.join(name).is_file());
@@ -53,6 +67,8 @@ impl Feature {
             Self::Programs | Self::Command(_) | Self::Variable(_) => true,
             Self::NetnsCookie => kernel_version() >= (5, 14),
             // A matter of the kernel's configuration.
+            Self::Multipath => false,
+            Self::SockFields => kernel_version() >= (5, 12),
             Self::SocketDestroy => kernel::sockets::check().err().is_none_or(|error| !error.is_final()),
         }
     }
