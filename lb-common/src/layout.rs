@@ -462,7 +462,6 @@ const _: () = assert!(
     core::mem::offset_of!(SocketRecord, service_address) % 8 == 0
         && core::mem::offset_of!(SocketRecord, endpoint_address) % 8 == 0
         && core::mem::offset_of!(SocketEntry, second) == 64
-        && core::mem::offset_of!(SocketEntry, first) == 64 - size_of::<SocketRecord>()
         && size_of::<SocketEntry>() == 128
 );
 

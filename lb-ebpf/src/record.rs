@@ -134,9 +134,10 @@ impl New<'_> {
         #[expect(clippy::cast_possible_truncation, reason = "0 or 1")]
         let (second, storage) = (is_second as u32, overflows as u32);
         entry.flags |= (second * entry_flags::SECOND) | (storage * entry_flags::STORAGE);
-        if overflows == 0 {
-            // SAFETY: `layout` asserts that the second record follows the first.
-            unsafe { *(&raw mut entry.first).add(index(is_second) & 1) = *self.record };
+        if is_second != 0 {
+            entry.second = *self.record;
+        } else if overflows == 0 {
+            entry.first = *self.record;
         }
         overflows
     }
