@@ -40,7 +40,6 @@ use nix::{
     errno::Errno,
     libc,
     sys::{
-        resource::{Resource, getrlimit, setrlimit},
         signal::{Signal, kill},
         socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg},
         wait::{WaitStatus, waitpid},
@@ -157,9 +156,6 @@ fn more_sockets_than_slots_keep_their_records() {
     }
     Sandbox::run(|sandbox| {
         let n_sockets = SOCKET_SETS as usize * SLOT_WAYS + 2000;
-        let (_, most) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
-        let wanted = most.max(n_sockets as u64 + 1000);
-        setrlimit(Resource::RLIMIT_NOFILE, wanted, wanted).unwrap();
         let scene = Scene::new(Domain::V4);
         let _servers = Servers::udp([scene.endpoint]);
         let mut agent = Agent::start(sandbox);

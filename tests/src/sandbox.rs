@@ -9,6 +9,7 @@ use std::{
 use nix::{
     mount::{MntFlags, MsFlags, mount, umount2},
     sched::{CloneFlags, unshare},
+    sys::resource::{Resource, getrlimit, setrlimit},
 };
 use tempfile::TempDir;
 
@@ -16,6 +17,10 @@ use crate::{
     cgroup::ThreadCgroup,
     netns::{NetNs, on_a_thread},
 };
+
+/// Descriptors that the process of a test may have. All tests of one process share them: clients, and servers that
+/// are slow to close what their clients closed.
+const N_DESCRIPTORS: u64 = 1 << 16;
 
 /// The surroundings of one test. All of it ends with the test, also if that panics; what a killed process leaves
 /// behind is empty cgroups, which the next one removes.
@@ -44,6 +49,11 @@ impl Sandbox {
 
     /// Moves the calling thread to a new sandbox.
     fn enter() -> io::Result<Self> {
+        let (_, most) = getrlimit(Resource::RLIMIT_NOFILE)?;
+        let wanted = most.max(N_DESCRIPTORS);
+        // Without CAP_SYS_RESOURCE the hard limit stays.
+        setrlimit(Resource::RLIMIT_NOFILE, wanted, wanted)
+            .or_else(|_| setrlimit(Resource::RLIMIT_NOFILE, most, most))?;
         let netns = NetNs::enter_new()?;
         let bpffs = BpfFs::mount()?;
         Ok(Self { netns, bpffs, cgroup: ThreadCgroup::enter()? })
