@@ -250,7 +250,7 @@ impl<'a> SockAddr<'a> {
     /// The multipath TCP socket that this socket is a subflow of. Kernel 5.19 (`bpf_skc_to_mptcp_sock`).
     #[inline(always)]
     pub(crate) fn multipath(&self) -> Option<Multipath> {
-        if !config::is_on(&config::HAS_MPTCP) {
+        if !config::is_on(&config::HAS_MPTCP) || self.protocol_number() != IpProto::Tcp as u32 {
             return None;
         }
         // SAFETY: the helper takes any socket and returns null for another kind.

@@ -4,7 +4,7 @@ use aya_log_ebpf::debug;
 use lb_common::{
     Verdict,
     address::{Address, Octets4, Octets6, mapped_ipv4},
-    layout::{Protocol, SocketRecord, record_flags},
+    layout::{SocketRecord, record_flags},
     resolve::{Call, Choice, Target, resolve},
 };
 
@@ -112,7 +112,7 @@ impl Decision {
         match verdict {
             Verdict::Pass => pass,
             Verdict::Refuse { service_id } => {
-                // For kernels on which a refusal is a call that leads nowhere: see `refuse`.
+                // For kernels on which a refusal is a call that leads nowhere: see `Pending::finish`.
                 let mut address = Peer::NONE.address;
                 if A::FAMILY == lb_common::Family::V4 {
                     address = [127, 0, 0, 1].to_mapped();
@@ -226,8 +226,7 @@ impl<'a, M: Mode> Pending<'a, M> {
     /// The multipath TCP socket whose subflow is to be connected.
     #[inline(always)]
     fn multipath(&self) -> Option<Multipath> {
-        let is_tcp = self.ctx.protocol() == Some(Protocol::TCP);
-        if self.kind == Kind::Connect && is_tcp { self.ctx.multipath() } else { None }
+        if self.kind == Kind::Connect { self.ctx.multipath() } else { None }
     }
 
     #[inline(always)]
