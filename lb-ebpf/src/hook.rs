@@ -10,7 +10,7 @@ use lb_common::{
 
 use crate::{
     config::{self, Mode, is_on},
-    ctx::{Multipath, PROCEED, Peer, REJECT, SockAddr, refuse_call},
+    ctx::{ECONNREFUSED, EHOSTUNREACH, Multipath, PROCEED, Peer, REJECT, SockAddr, fail_call},
     exclude::is_excluded,
     maps,
     record::Socket,
@@ -99,6 +99,7 @@ impl Decision {
     const PASS: u32 = 0;
     const REFUSE: u32 = 1;
     const REDIRECT: u32 = 2;
+    const UNREACHABLE: u32 = 3;
 
     #[inline(always)]
     fn of<A: Address>(verdict: Verdict<A>) -> Self {
@@ -111,6 +112,9 @@ impl Decision {
         };
         match verdict {
             Verdict::Pass => pass,
+            // Without a way to choose the error the call is left to the network, as any other.
+            Verdict::Unreachable if !is_on(&config::HAS_SET_RETVAL) => pass,
+            Verdict::Unreachable => Self { kind: Self::UNREACHABLE, ..pass },
             Verdict::Refuse { service_id } => {
                 // For kernels on which a refusal is a call that leads nowhere: see `Pending::finish`.
                 let mut address = Peer::NONE.address;
@@ -200,11 +204,14 @@ impl<'a, M: Mode> Pending<'a, M> {
         if multipath.is_some_and(Multipath::is_established) {
             return PROCEED;
         }
+        if decision.kind == Decision::UNREACHABLE {
+            return fail_call(EHOSTUNREACH);
+        }
         if decision.kind == Decision::REFUSE {
             count_refusal(decision.service_id);
             log::<M>(self.ctx, decision.service_id, u32::MAX);
             if is_on(&config::HAS_SET_RETVAL) {
-                return refuse_call();
+                return fail_call(ECONNREFUSED);
             }
             // NFS and the like keep the address that they passed, which the kernel lets programs change in place before 6.6
             // (`kernel_connect`): they would call it for ever.

@@ -198,6 +198,8 @@ impl Snapshot {
             node_ports: self.node_ports.0..=self.node_ports.1,
             node_port_addresses: self.node_port_addresses.clone(),
             external_ips: self.external_ips,
+            // The tables say what comes of them.
+            service_cidrs: Vec::new(),
         }
     }
 
@@ -255,6 +257,7 @@ mod tests {
             node_ports: 30000..=32767,
             node_port_addresses: NodePortAddresses::Primary,
             external_ips: ExternalIps::Nodes,
+            service_cidrs: Vec::new(),
         }
     }
 

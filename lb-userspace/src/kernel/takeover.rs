@@ -97,7 +97,8 @@ mod tests {
     #[test]
     fn only_what_changed_is_made_anew() {
         use Standing::{Foreign, Lost, New, OtherSize, Same};
-        let image = ["services4", "services6", "frontends", "endpoints4", "endpoints6", "node_addrs"];
+        let image: Vec<&str> =
+            MAPS.iter().filter(|map| map.role == Role::Image).map(|map| map.name).collect();
         let with_image = |more: &[&'static str]| [&image[..], more].concat();
         let all: Vec<&str> = MAPS.iter().map(|map| map.name).collect();
         let ids: Vec<&str> = MAPS

@@ -373,6 +373,15 @@ pub enum IssueKind {
         /// Addresses of this Node that are left out.
         n_left_out: usize,
     },
+    /// The Services of the cluster have more cluster IPs than a table holds. Each is served all the same.
+    ClusterIpsFull {
+        /// The table that is full.
+        map: String,
+        /// Its capacity, entries.
+        capacity: u32,
+        /// The address without room.
+        address: String,
+    },
     /// A table has no room for this object although the agent has not filled it.
     TableFull {
         /// The table that is full.
@@ -464,6 +473,11 @@ impl IssueKind {
                 f,
                 "status.addresses: map {map} is full ({capacity} entries for all Nodes); node ports do not answer on the last \
                  {n_left_out}: --nodeport-addresses takes fewer"
+            ),
+            Self::ClusterIpsFull { map, capacity, address } => write!(
+                f,
+                "map {map} is full ({capacity} entries) and {address} has no room; it is served, but no call to an undefined \
+                 port or an unallocated address fails at once: set no --service-cidr"
             ),
             Self::TableFull { map, left_out } => write!(
                 f,
@@ -558,6 +572,7 @@ impl fmt::Display for IssueKind {
             | Self::TooManyEndpoints { .. }
             | Self::TooManyAddresses { .. }
             | Self::NodesFull { .. }
+            | Self::ClusterIpsFull { .. }
             | Self::TableFull { .. } => self.fmt_no_room(&mut f),
             Self::UnknownKind => f.write_str("unknown kind; it is ignored"),
             Self::UnknownVersion { version, expected } => {

@@ -85,6 +85,7 @@ impl Notice {
             | IssueKind::TooManyEndpoints { .. }
             | IssueKind::TooManyAddresses { .. }
             | IssueKind::NodesFull { .. }
+            | IssueKind::ClusterIpsFull { .. }
             | IssueKind::TableFull { .. } => ("TableFull", "Sync"),
             IssueKind::FrontendTaken { .. } => ("AddressConflict", "Sync"),
             // kube-proxy's words.

@@ -115,10 +115,10 @@ definitions! {
     AUDITS: Counter "socklb_audits_total" ["result"]
         "Comparisons of the kernel's maps with what they should hold: result clean, repaired or error";
     AUDIT_REPAIRS: Counter "socklb_audit_repairs_total" ["map"]
-        "Entries of the kernel's maps that somebody else had deleted, altered or added, and that an audit put right";
+        "Entries of the kernel's maps that others deleted, altered or added, and that an audit repaired";
     PIN_REPAIRS: Counter "socklb_pin_repairs_total" ["pin"]
-        "Pins of maps and hooks that somebody else had removed or replaced, and hooks whose program was detached or replaced, that an \
-         audit put right";
+        "Pins of maps and hooks that others removed or replaced, and hooks whose program was detached or replaced, that an \
+         audit repaired";
     SELF_TESTS: Counter "socklb_self_tests_total" ["result"]
         "Calls of the agent's own Service by a process of its own, through the hooks and tables that serve everybody: result \
          passed or failed";
@@ -141,7 +141,16 @@ const PASSED: &str = "passed";
 const FAILED: &str = "failed";
 
 /// The maps that an audit repairs.
-const AUDITED: [&str; 6] = ["services4", "services6", "frontends", "endpoints4", "endpoints6", "node_addrs"];
+const AUDITED: [&str; 8] = [
+    "services4",
+    "services6",
+    "frontends",
+    "endpoints4",
+    "endpoints6",
+    "node_addrs",
+    "cluster_ips",
+    "service_cidrs",
+];
 
 /// How an audit ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
