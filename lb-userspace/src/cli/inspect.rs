@@ -29,7 +29,7 @@ use crate::{
     model::Protocol,
     self_test,
     sim::{Caller, Config, Simulator},
-    snapshot::{self, Snapshot, SnapshotError},
+    snapshot::{self, Snapshot},
     tables::Image,
 };
 
@@ -201,12 +201,7 @@ pub fn cleanup(args: &PinArgs) -> anyhow::Result<ExitCode> {
     let agent = (lock.is_none() && args.pin_path.is_dir()).then(|| lock::describe_holder(&args.pin_path));
     let mut removed = pins::remove(&args.pin_path)?;
     drop(lock);
-    let path = args.state_dir.join(snapshot::FILE_NAME);
-    match std::fs::remove_file(&path) {
-        Ok(()) => removed.push(path),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-        Err(source) => return Err(SnapshotError::Io { path, source }.into()),
-    }
+    removed.extend(snapshot::remove(&args.state_dir)?);
     // An agent serves the root, unless it is told otherwise.
     removed.extend(cgroup::find_widest().ok().and_then(|root| self_test::remove_leftover(&root)));
     // After the work: a reader that goes away does not stop it half-way.

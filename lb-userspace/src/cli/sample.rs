@@ -39,8 +39,7 @@ impl Objects {
 
     /// The objects of the snapshot. `None` without one that can be read: what was read before may not hold any longer.
     pub(super) fn now(&mut self) -> Option<&State> {
-        let path = self.state_dir.join(snapshot::FILE_NAME);
-        let modified = std::fs::metadata(path).and_then(|data| data.modified()).ok();
+        let modified = snapshot::modified(&self.state_dir);
         let is_known = modified.is_some() && modified == self.modified;
         if !is_known {
             self.modified = modified;

@@ -5,6 +5,7 @@ use std::{
     fmt,
     net::IpAddr,
     path::PathBuf,
+    sync::{Arc, Mutex, PoisonError},
     time::{Duration, SystemTime},
 };
 
@@ -38,7 +39,7 @@ use crate::{
         self, ListenError, Listeners, Question,
         health_ports::{self, Wanted},
     },
-    snapshot::{Contents, Snapshot, SnapshotError},
+    snapshot::{Found, Snapshot, SnapshotError, Writer, Written},
     source::Source,
     telemetry::{
         Metrics,
@@ -150,7 +151,7 @@ pub async fn run(
             () = time::sleep_until(started + PATIENCE), if !is_complete && !has_waited => {
                 has_waited = true;
                 let start = Start { is_complete, has_answered, waited: started.elapsed(), has_adopted };
-                serves_snapshot = basis(start) == Basis::Snapshot && agent.restore();
+                serves_snapshot = basis(start) == Basis::Snapshot && agent.restore().await;
                 if has_adopted && !has_answered {
                     warn!("the source does not answer: what was found goes on as it is");
                 }
@@ -269,8 +270,9 @@ struct Agent {
     /// What the people behind the objects were told. News of a self-test belong here too.
     ledger: Ledger,
     saving: Saving,
-    /// The snapshot that is being written.
-    writing: Option<Task<(), SnapshotError>>,
+    /// Who writes the snapshot, and what is being written.
+    writer: Arc<Mutex<Writer>>,
+    writing: Option<Task<Written, SnapshotError>>,
     /// Why the last snapshot was not written, if it is in the log already.
     save_problem: Option<String>,
     /// The comparison of an audit under way.
@@ -342,6 +344,7 @@ impl Agent {
             _serving: serving,
             _excluding: exclude::start(&maps_path, &options, excluded, signs_of_life)?,
         };
+        let writer = Arc::new(Mutex::new(Writer::new(&options.state_dir)));
         let mut agent = Self {
             ledger: Ledger::new(state.settings().node_name.clone(), now),
             state,
@@ -354,7 +357,8 @@ impl Agent {
             excluding,
             port_issues,
             reported: BTreeSet::new(),
-            saving: Saving::default(),
+            saving: Saving::new(now),
+            writer,
             writing: None,
             save_problem: None,
             comparing: None,
@@ -367,9 +371,11 @@ impl Agent {
     }
 
     /// Takes over the objects of the snapshot. `false` if there is none that can be used.
-    fn restore(&mut self) -> bool {
-        let snapshot = match Snapshot::read(&self.options.state_dir) {
-            Ok(snapshot) => snapshot,
+    async fn restore(&mut self) -> bool {
+        let state_dir = self.options.state_dir.clone();
+        let Ok(found) = spawn_blocking(move || Found::read(&state_dir)).await else { return false };
+        let Found { snapshot, n_lost, .. } = match found {
+            Ok(found) => found,
             Err(SnapshotError::Missing { .. }) => {
                 warn!("the source does not answer, and there is no snapshot to serve");
                 return false;
@@ -383,6 +389,9 @@ impl Agent {
             n_services = snapshot.services.len(),
             "the source does not answer: serving the snapshot until it does"
         );
+        if n_lost > 0 {
+            warn!(n_lost, "the end of the snapshot's journal is cut short or altered: the last changes are missing");
+        }
         self.state.change(|store| {
             let mut changes = store.replace_services(snapshot.services);
             changes.merge(store.replace_slices(snapshot.slices));
@@ -669,20 +678,30 @@ impl Agent {
     /// Begins to write the snapshot, if it is out of date. The loop goes on meanwhile: to write the objects of ten
     /// thousand services takes longer than a change may wait.
     fn save(&mut self) {
-        if self.saving.begin() {
-            let contents = Contents::of(self.state.settings(), self.state.interfaces(), self.state.store());
-            let state_dir = self.options.state_dir.clone();
-            self.writing = Some(spawn_blocking(move || contents.write(&state_dir)));
+        if self.saving.begin(Instant::now().into_std()) {
+            self.write();
         }
     }
 
+    fn write(&mut self) {
+        let snapshot = Snapshot::of(self.state.settings(), self.state.interfaces(), self.state.store());
+        let writer = Arc::clone(&self.writer);
+        self.writing = Some(spawn_blocking(move || {
+            // Nobody else has it: a panic in it has ended the task that did.
+            writer.lock().unwrap_or_else(PoisonError::into_inner).write(snapshot)
+        }));
+    }
+
     /// A snapshot was written, or was not for a reason.
-    fn saved(&mut self, written: Result<(), String>) {
-        self.saving.ended(written.is_ok());
-        self.metrics.saved(written.is_ok(), SystemTime::now());
+    fn saved(&mut self, written: Result<Written, String>) {
+        let (now, n_bytes) = (Instant::now().into_std(), written.as_ref().ok().map(|written| written.n_bytes));
+        self.saving.ended(written.as_ref().ok().map(|written| written.n_changed), now);
+        self.metrics.saved(n_bytes, SystemTime::now());
         let problem = written.err();
-        if let Some(error) = problem.as_ref().filter(|_| problem != self.save_problem) {
-            warn!(%error, "the snapshot is not up to date; trying again");
+        match &problem {
+            _ if problem == self.save_problem => {}
+            Some(error) => warn!(%error, "the snapshot is not up to date; trying again"),
+            None => info!("the snapshot is up to date again"),
         }
         self.save_problem = problem;
     }
@@ -693,8 +712,8 @@ impl Agent {
             let written = ended(&mut self.writing).await;
             self.saved(written);
         }
-        self.save();
-        if self.writing.is_some() {
+        if self.saving.begin_last() {
+            self.write();
             let written = ended(&mut self.writing).await;
             self.saved(written);
         }

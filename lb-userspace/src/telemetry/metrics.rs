@@ -135,6 +135,8 @@ definitions! {
         "When the snapshot was last written, in seconds since 1970; 0 before the first time";
     SNAPSHOT_ERRORS: Counter "socklb_snapshot_errors_total" []
         "Attempts to write the snapshot that failed";
+    SNAPSHOT_BYTES: Counter "socklb_snapshot_written_bytes_total" []
+        "Octets written to the snapshot and its journal";
 }
 
 const PASSED: &str = "passed";
@@ -187,6 +189,7 @@ pub struct Metrics {
     serves_snapshot: Gauge,
     snapshot_last: Real,
     snapshot_errors: Counter,
+    snapshot_bytes: Counter,
 }
 
 impl Default for Metrics {
@@ -249,6 +252,7 @@ impl Metrics {
             serves_snapshot: register(registry, &SERVES_SNAPSHOT, Gauge::default()),
             snapshot_last: register(registry, &SNAPSHOT_LAST, Real::default()),
             snapshot_errors: register(registry, &SNAPSHOT_ERRORS, Counter::default()),
+            snapshot_bytes: register(registry, &SNAPSHOT_BYTES, Counter::default()),
             registry: Arc::default(),
         };
         metrics.registry = Arc::new(std::mem::take(registry));
@@ -345,10 +349,11 @@ impl Metrics {
         self.serves_snapshot.set(serves_snapshot.into());
     }
 
-    /// The snapshot was written, or not.
-    pub fn saved(&self, is_written: bool, clock: SystemTime) {
-        if is_written {
+    /// The snapshot was written, with so many octets, or not.
+    pub fn saved(&self, n_bytes: Option<u64>, clock: SystemTime) {
+        if let Some(n_bytes) = n_bytes {
             self.snapshot_last.set(seconds_since_1970(clock));
+            self.snapshot_bytes.inc_by(n_bytes);
         } else {
             self.snapshot_errors.inc();
         }
