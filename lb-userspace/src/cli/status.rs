@@ -166,6 +166,7 @@ fn snapshot_part(
     now: SystemTime,
 ) -> SnapshotPart {
     let path = args.pins.state_dir.join(snapshot::FILE_NAME);
-    let age = snapshot::modified(&args.pins.state_dir).map(|written| now.duration_since(written).unwrap_or(Duration::ZERO));
+    let age = snapshot::modified(&args.pins.state_dir)
+        .map(|written| now.duration_since(written).unwrap_or(Duration::ZERO));
     SnapshotPart::new(path, age, snapshot)
 }

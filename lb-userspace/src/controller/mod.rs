@@ -15,6 +15,7 @@
 //!
 //! Everything.
 
+pub mod issues;
 pub mod latency;
 pub mod run;
 pub mod save;

@@ -44,7 +44,7 @@ use super::{
     object, pins,
     pod::Plain,
     syscall,
-    takeover::{self, Takeover},
+    takeover::{self, Takeover, TooSmall},
 };
 use crate::{
     desired::FrontendAddress,
@@ -122,6 +122,7 @@ pub struct Kernel {
     hooks: Hooks,
     /// Whether other programs and maps than these serve.
     is_staged: bool,
+    too_small: Vec<TooSmall>,
 }
 
 /// How the pins of an agent are.
@@ -141,7 +142,8 @@ impl Kernel {
     ///
     /// A map of another layout or in another size is made anew, and the others go on. If it is a part of the image, all maps of
     /// the image are made anew and filled with what the old ones hold, if their layout is the same; the old ones are left to
-    /// serve, with their programs, until [`Self::apply`] switches with its first plan. See [`Self::is_staged`].
+    /// serve, with their programs, until [`Self::apply`] switches with its first plan. See [`Self::is_staged`]. Sizes that do not
+    /// hold what is served are not taken: see [`Self::too_small`].
     ///
     /// `on_grace` is called, on another thread, each time a grace period has passed: see [`Self::settled`].
     ///
@@ -174,7 +176,16 @@ impl Kernel {
     ) -> Result<Self, KernelError> {
         let pin_path = &options.pin_path;
         let former = Directory::open(pin_path)?;
-        let takeover = Takeover::of(&former.survey(&sizing(options.capacity)?)?);
+        let mut takeover = Takeover::of(&former.survey(&sizing(options.capacity)?)?);
+        let (mut capacity, mut too_small) = (options.capacity, Vec::new());
+        // Maps that cannot be opened are told of below, when they are to be moved.
+        if takeover.image == takeover::Image::Moves
+            && let Ok(found) = Maps::open_each(|_| &former)
+        {
+            (capacity, too_small) = takeover::sizes(options.capacity, found.capacity, &found.image()?);
+            takeover = Takeover::of(&former.survey(&sizing(capacity)?)?);
+        }
+        let options = &Options { capacity, ..options.clone() };
         let maps_path = if takeover.made.is_empty() {
             pin_path.clone()
         } else {
@@ -222,6 +233,7 @@ impl Kernel {
             held,
             hooks,
             is_staged: takeover.waits(),
+            too_small,
         };
         kernel.ask_grace();
         if !kernel.is_staged {
@@ -235,6 +247,12 @@ impl Kernel {
     #[must_use]
     pub const fn is_staged(&self) -> bool {
         self.is_staged
+    }
+
+    /// The sizes that were asked for and are not used, since what was served when this agent started would not fit.
+    #[must_use]
+    pub fn too_small(&self) -> &[TooSmall] {
+        &self.too_small
     }
 
     /// Where the maps are pinned now. After a first plan that ends [`Self::is_staged`] they are elsewhere.

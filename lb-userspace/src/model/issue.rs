@@ -410,6 +410,22 @@ pub enum IssueKind {
         /// Whether the file has good objects from before.
         last_good: bool,
     },
+    /// The agent of this Node was given a size with which maps could not hold what is served. They stay as they were.
+    SizeRefused {
+        /// The setting.
+        setting: String,
+        /// Its value, entries.
+        wanted: u32,
+        /// Entries that are served.
+        served: u32,
+        /// The size that is used instead, entries.
+        used: u32,
+    },
+    /// The agent of this Node cannot write its snapshot. It is tried again.
+    SnapshotNotWritten {
+        /// The cause, in one line; names the file.
+        cause: String,
+    },
     /// The API server sent an object of another form than the API's. It is left out.
     Unreadable {
         /// The cause, in one line.
@@ -583,6 +599,16 @@ impl fmt::Display for IssueKind {
                 write!(f, "{cause}; the objects read from it before stay in force")
             }
             Self::BrokenFile { cause, last_good: false } => write!(f, "{cause}; the file is left out"),
+            Self::SizeRefused { setting, wanted, served, used } => write!(
+                f,
+                "--{setting}={wanted} is too small for what is served, which takes {served}; {used} is used as before: set it to \
+                 {served} or more, with room, and restart the agent"
+            ),
+            Self::SnapshotNotWritten { cause } => write!(
+                f,
+                "the snapshot is not up to date: {cause}; a start without the API server would serve older objects, or none, \
+                 until it is written, which is tried again"
+            ),
             Self::Unreadable { cause } => write!(f, "{cause}; the object is left out"),
         }
     }

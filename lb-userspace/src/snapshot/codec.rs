@@ -51,7 +51,8 @@ fn crc32(parts: &[&[u8]]) -> u32 {
 
 /// Up to the first line end, which is included.
 pub(super) fn first_line(bytes: &[u8]) -> &[u8] {
-    let len = bytes.iter().take(MAX_HEADER_LEN as usize).position(|octet| *octet == b'\n').map_or(0, |at| at + 1);
+    let len =
+        bytes.iter().take(MAX_HEADER_LEN as usize).position(|octet| *octet == b'\n').map_or(0, |at| at + 1);
     &bytes[..len]
 }
 

@@ -9,9 +9,10 @@ use std::{
 use proptest::{collection::vec, prelude::*};
 
 use super::*;
-use crate::{controller::save::Saving, model::{
-    Protocol, ServiceKey, ServicePort, ServiceType, SliceEndpoint, SlicePort, TrafficPolicy,
-}};
+use crate::{
+    controller::save::Saving,
+    model::{Protocol, ServiceKey, ServicePort, ServiceType, SliceEndpoint, SlicePort, TrafficPolicy},
+};
 
 /// Ends the writer's steps: see [`Files::step`](super::writer).
 #[derive(Debug, Default)]
@@ -70,10 +71,13 @@ fn scatter(n: u64) -> u64 {
 /// A slice as in a cluster of a thousand nodes. `version` changes one endpoint, `seed` all.
 fn slice(service: u32, n_endpoints: u64, seed: u64, version: u64) -> Slice {
     let endpoint = |n: u64| {
-        let random = scatter(u64::from(service) << 32 ^ n << 24 ^ seed << 40 ^ if n == 0 { version } else { 0 });
+        let random =
+            scatter(u64::from(service) << 32 ^ n << 24 ^ seed << 40 ^ if n == 0 { version } else { 0 });
         let node = random % 1000;
         SliceEndpoint {
-            address: IpAddr::V4(Ipv4Addr::from(0x0a80_0000 | (node as u32) << 8 | (random >> 32) as u32 & 0xff)),
+            address: IpAddr::V4(Ipv4Addr::from(
+                0x0a80_0000 | (node as u32) << 8 | (random >> 32) as u32 & 0xff,
+            )),
             ready: true,
             serving: true,
             terminating: false,

@@ -182,7 +182,10 @@ impl Files {
     }
 
     /// Before each change to a file: a test ends it here.
-    #[cfg_attr(not(test), expect(clippy::unused_self, clippy::unnecessary_wraps, reason = "only tests have faults"))]
+    #[cfg_attr(
+        not(test),
+        expect(clippy::unused_self, clippy::unnecessary_wraps, reason = "only tests have faults")
+    )]
     fn step(&mut self) -> io::Result<()> {
         #[cfg(test)]
         self.fault.step()?;
