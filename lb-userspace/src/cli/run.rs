@@ -18,7 +18,7 @@ use tracing::info;
 
 use super::config::{self, Listen, ServiceCidrs, UsageError};
 use crate::{
-    cluster::{Access, KubeSource, Timing},
+    cluster::{self, Access, KubeSource, Timing},
     controller::run as agent,
     desired::{ExternalIps, NodePortAddresses, Settings},
     kernel::{self, Features, cgroup, syscall},
@@ -267,9 +267,14 @@ async fn follow(
             agent::run(source, options, settings, stop).await?;
         }
         Origin::Kube(access) => {
-            let pods_of = options.exclude_pods.then(|| Arc::clone(&settings.node_name));
-            let source =
-                KubeSource::open(&access, service_proxy_name, pods_of.as_deref(), Timing::default()).await?;
+            let node_name = Arc::clone(&settings.node_name);
+            let wanted = cluster::Wanted {
+                service_proxy_name,
+                node_name: &node_name,
+                other_nodes: true,
+                pods: options.exclude_pods,
+            };
+            let source = KubeSource::open(&access, wanted, Timing::default()).await?;
             agent::run(source, options, settings, stop).await?;
         }
     }
