@@ -40,9 +40,10 @@ use crate::{
         health_ports::{self, Wanted},
     },
     snapshot::{Found, Snapshot, SnapshotError, Writer, Written},
-    source::Source,
+    source::{Contact, Source},
     telemetry::{
         Metrics,
+        away::{Away, Serves},
         health::{SelfTest, Vitals},
         metrics::AuditEnd,
         scrape::View,
@@ -125,7 +126,9 @@ pub async fn run(
         .map_err(RunError::SelfTest)?;
     // Loading the programs takes a while.
     let (mut agent, beside) =
-        block_in_place(|| Agent::attach(options, settings, &source, listeners, proof.as_ref()))?;
+        block_in_place(|| Agent::attach(options, settings, &source, listeners, proof.as_mut()))?;
+    // Whether the self-test's calls reach this agent by what an earlier one has left, before anything is written.
+    let is_provable = proof.as_ref().is_some_and(Proof::is_found);
     let Beside { mut graces, mut questions, mut port_issues, health_ports, _serving, _excluding } = beside;
     let Timers { mut interfaces, mut snapshots, mut audits } = Timers::start(agent.options.audit_interval);
     // Maps that could not be read serve on, and are at least as new as the snapshot.
@@ -143,6 +146,8 @@ pub async fn run(
         let may_sync = (is_complete || serves_snapshot) && agent.state.wants_sync();
         agent.metrics.source(is_complete, serves_snapshot);
         agent.turn(may_sync);
+        let found = if has_adopted { Serves::Found } else { Serves::Nothing };
+        agent.show_source(&source, if serves_snapshot { Serves::Snapshot } else { found });
         tokio::select! {
             biased;
             _ = stop.wait_for(|stop| *stop) => break,
@@ -155,7 +160,11 @@ pub async fn run(
                 let start = Start { is_complete, has_answered, waited: started.elapsed(), has_adopted };
                 serves_snapshot = basis(start) == Basis::Snapshot && agent.restore().await;
                 if has_adopted && !has_answered {
-                    warn!("the source does not answer: what was found goes on as it is");
+                    warn!(
+                        n_frontends = agent.state.image().services.len(),
+                        "no complete lists yet: {}; what was found in the kernel is served as it is",
+                        problem(&source)
+                    );
                 }
             }
             // The sockets' records are in maps that cannot be read, or will be the same after the switch.
@@ -170,11 +179,11 @@ pub async fn run(
                 (serves_snapshot, has_answered) = (false, true);
                 agent.take_in(&mut source);
             }
-            proven = next_proof(&mut proof), if agent.has_synced => agent.proven(proven),
+            proven = next_proof(&mut proof), if agent.has_synced || is_provable => agent.proven(proven),
             Some(()) = graces.recv() => agent.grace_passed(),
             Some(question) = questions.recv() => {
                 // Whoever asked may have lost patience.
-                let _gone = question.send(agent.view());
+                let _gone = question.send(agent.view(&source));
             }
             changed = port_issues.changed(), if has_ports => {
                 has_ports = changed.is_ok();
@@ -224,6 +233,12 @@ impl Timers {
         }
         timers
     }
+}
+
+/// What keeps a source from having said everything.
+fn problem(source: &impl Source) -> Arc<str> {
+    let outage = source.contact().and_then(Contact::outage);
+    outage.map_or_else(|| format!("{} has not answered", source.describe()).into(), |outage| outage.problem)
 }
 
 /// What comes of the next self-test; never anything, without one.
@@ -306,7 +321,7 @@ impl Agent {
         settings: Settings,
         source: &impl Source,
         listeners: Listeners,
-        proof: Option<&Proof>,
+        proof: Option<&mut Proof>,
     ) -> Result<(Self, Beside), RunError> {
         let (grace_passed, graces) = mpsc::channel(1);
         let kernel = Kernel::open(&options.kernel, move || {
@@ -327,6 +342,7 @@ impl Agent {
         let now = Instant::now().into_std();
         let mut vitals = Vitals::new(now);
         if let Some(proof) = proof {
+            proof.take_over(state.image());
             let (service, slices) = self_test::objects(proof.endpoints());
             state.keep(service, slices);
             vitals.self_test = SelfTest::Pending;
@@ -467,6 +483,21 @@ impl Agent {
         });
     }
 
+    /// Says what is served if the source is away, and that it is.
+    fn show_source(&self, source: &impl Source, before_complete: Serves) {
+        let outage = source.contact().and_then(Contact::outage);
+        let is_complete = source.is_complete();
+        let away = (!is_complete || outage.is_some()).then_some(Away {
+            serves: if is_complete { Serves::LastKnown } else { before_complete },
+            outage,
+        });
+        self.vitals.send_if_modified(|vitals| {
+            let differs = vitals.away != away;
+            vitals.away = away;
+            differs
+        });
+    }
+
     /// Takes over what is new.
     fn take_in(&mut self, source: &mut impl Source) {
         self.state.change(|store| source.apply(store));
@@ -578,8 +609,11 @@ impl Agent {
     }
 
     /// What a scrape needs of the state.
-    fn view(&self) -> View {
+    fn view(&self, source: &impl Source) -> View {
+        let contact = source.contact();
         View {
+            answer_ages: contact.map(|contact| contact.ages(Instant::now().into_std())).unwrap_or_default(),
+            source_failures: contact.map(Contact::failures).unwrap_or_default(),
             ports: self.state.service_ids().map(|(key, id)| (key.clone(), id)).collect(),
             services: self.state.store().shared_services().cloned().collect(),
             maps: self.state.map_use().into(),
