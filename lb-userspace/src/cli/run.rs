@@ -75,6 +75,11 @@ pub struct RunArgs {
     /// Whether node ports answer on loopback addresses of the node [default: true]
     #[arg(long, env = "SOCKLB_LOCALHOST_NODEPORTS", value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
     localhost_nodeports: Option<bool>,
+    /// Watch the Nodes of others too, so that calls to their node ports are served here. They change every few minutes each:
+    /// on large clusters that is most of what the API server sends. Else such calls go over the network, and what serves node
+    /// ports on that node answers [default: false]
+    #[arg(long, env = "SOCKLB_NODE_PORTS_OF_OTHER_NODES", value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    node_ports_of_other_nodes: Option<bool>,
     /// Serve the Services labelled service.kubernetes.io/service-proxy-name=NAME, instead of those without the label.
     #[arg(long, env = "SOCKLB_SERVICE_PROXY_NAME", value_name = "NAME")]
     service_proxy_name: Option<String>,
@@ -133,6 +138,7 @@ struct FileConfig {
     service_cidr: Option<String>,
     node_port_range: Option<String>,
     localhost_nodeports: Option<bool>,
+    node_ports_of_other_nodes: Option<bool>,
     service_proxy_name: Option<String>,
     min_sync_interval: Option<String>,
     audit_interval: Option<String>,
@@ -246,10 +252,12 @@ pub fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
         http: serve::Options { metrics, healthz, config: serde_json::Value::Null },
     };
     let service_proxy_name = args.service_proxy_name.clone().or(file.service_proxy_name);
+    let other_nodes = args.node_ports_of_other_nodes.or(file.node_ports_of_other_nodes).unwrap_or(false);
     options.http.config = in_force(&origin, &options, &settings, service_proxy_name.as_deref());
+    options.http.config["socklb"]["node-ports-of-other-nodes"] = other_nodes.into();
     syscall::keep_heap_small();
     let runtime = runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-    runtime.block_on(follow(origin, service_proxy_name.as_deref(), options, settings))?;
+    runtime.block_on(follow(origin, service_proxy_name.as_deref(), other_nodes, options, settings))?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -257,6 +265,7 @@ pub fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
 async fn follow(
     origin: Origin,
     service_proxy_name: Option<&str>,
+    other_nodes: bool,
     options: agent::Options,
     settings: Settings,
 ) -> anyhow::Result<()> {
@@ -271,7 +280,7 @@ async fn follow(
             let wanted = cluster::Wanted {
                 service_proxy_name,
                 node_name: &node_name,
-                other_nodes: true,
+                other_nodes,
                 pods: options.exclude_pods,
             };
             let source = KubeSource::open(&access, wanted, Timing::default()).await?;
