@@ -5,7 +5,13 @@
     reason = "clap prints these as they are: help texts, not Markdown"
 )]
 
-use std::{net::SocketAddr, path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
+use std::{
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    process::ExitCode,
+    sync::Arc,
+    time::Duration,
+};
 
 use clap::Args;
 use serde::Deserialize;
@@ -24,8 +30,9 @@ use crate::{
     kernel::{self, Features, cgroup, syscall},
     model::Cidr,
     plan::Capacity,
-    serve,
-    source::files,
+    self_test, serve,
+    snapshot::Snapshot,
+    source::files::{self, Body},
     telemetry::{self, LogFormat},
 };
 
@@ -272,7 +279,8 @@ async fn follow(
     let stop = stop_signals()?;
     match origin {
         Origin::Files(path) => {
-            let source = files::FileSource::open(path, service_proxy_name)?;
+            let state_dir = options.state_dir.clone();
+            let source = files::FileSource::open(path, service_proxy_name, move || last_good(&state_dir))?;
             agent::run(source, options, settings, stop).await?;
         }
         Origin::Kube(access) => {
@@ -288,6 +296,17 @@ async fn follow(
         }
     }
     Ok(())
+}
+
+/// The objects that an agent served last, but for its own.
+fn last_good(state_dir: &Path) -> Vec<Body> {
+    let Ok(Snapshot { services, slices, nodes, .. }) = Snapshot::read(state_dir) else { return Vec::new() };
+    let (own, _) = self_test::objects(&[]);
+    let services = services.into_iter().filter(|service| service.key != own.key);
+    let slices = slices.into_iter().filter(|slice| slice.service != own.key);
+    let services = services.map(|service| Body::Service(service.into()));
+    let slices = slices.map(|slice| Body::Slice(slice.into()));
+    services.chain(slices).chain(nodes.into_iter().map(|node| Body::Node(node.into()))).collect()
 }
 
 /// The settings in force, as `/configz` shows them: under the flags' names.
