@@ -2,7 +2,6 @@
 
 use std::{
     fmt,
-    net::IpAddr,
     path::PathBuf,
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, SystemTime},
@@ -50,15 +49,16 @@ use crate::{
     },
 };
 
+mod addresses;
 mod exclude;
 mod proof;
 mod stale;
 
-use self::{exclude::Wanted as Excluded, proof::Proof, stale::Sweep};
+use self::{addresses::Addresses, exclude::Wanted as Excluded, proof::Proof, stale::Sweep};
 
 /// How long to wait after a failed sync.
 const RETRY: Duration = Duration::from_secs(1);
-/// How often the node's own addresses are read: they decide where node ports answer.
+/// How often the pins are looked at, and the node's own addresses if nothing tells of their changes.
 const INTERFACES: Duration = Duration::from_secs(5);
 /// How often the programs' diagnostic lines are passed on.
 const PROGRAM_LOG: Duration = Duration::from_millis(100);
@@ -191,6 +191,7 @@ pub async fn run(
             }
             compared = ended(&mut agent.comparing), if agent.comparing.is_some() => agent.compared(&source, compared),
             written = ended(&mut agent.writing), if agent.writing.is_some() => agent.saved(&source, written),
+            () = agent.addresses.changed() => agent.read_addresses(),
             _ = interfaces.tick() => {
                 agent.look_around(&lock);
                 agent.report(&source);
@@ -273,6 +274,7 @@ async fn ended<T, E: fmt::Display>(task: &mut Option<Task<T, E>>) -> Result<T, S
 
 struct Agent {
     state: State,
+    addresses: Addresses,
     kernel: Kernel,
     sweep: Sweep,
     options: Options,
@@ -328,8 +330,9 @@ impl Agent {
             // A message that is waiting says the same.
             let _full = grace_passed.try_send(());
         })?;
-        let (interfaces, capacity) = (interface_addresses(), kernel.maps().capacity());
-        let mut state = State::new(settings, interfaces, capacity, &kernel.maps().image()?);
+        let mut addresses = Addresses::start();
+        let capacity = kernel.maps().capacity();
+        let mut state = State::new(settings, addresses.read(), capacity, &kernel.maps().image()?);
         info!(
             cgroup = %options.kernel.cgroup.display(),
             covers = %kernel::cgroup::extent(&options.kernel.cgroup),
@@ -368,6 +371,7 @@ impl Agent {
         let mut agent = Self {
             ledger: Ledger::new(state.settings().node_name.clone(), now),
             state,
+            addresses,
             sweep: Sweep::new(options.kernel.clone()),
             kernel,
             options,
@@ -424,10 +428,17 @@ impl Agent {
         true
     }
 
-    /// Reads the node's own addresses, and looks at the pins.
+    /// Looks at the pins, and reads the node's own addresses if that is due.
     fn look_around(&mut self, lock: &Lock) {
-        self.state.set_interfaces(interface_addresses());
+        if self.addresses.is_due() {
+            self.read_addresses();
+        }
         self.look_at_pins(lock);
+    }
+
+    /// Reads the node's own addresses: they decide where node ports answer.
+    fn read_addresses(&mut self) {
+        self.state.set_interfaces(self.addresses.read());
     }
 
     /// Says so if the pins are not as they should be, and not ready.
@@ -793,28 +804,4 @@ impl Agent {
             Err(error) => warn!(%error, "the programs' own log is not available"),
         }
     }
-}
-
-/// The addresses of this network namespace's interfaces.
-///
-/// None if they cannot be read: node ports then answer on the addresses of the Node object.
-#[must_use]
-pub fn interface_addresses() -> Vec<IpAddr> {
-    let addresses = match nix::ifaddrs::getifaddrs() {
-        Ok(addresses) => addresses,
-        Err(error) => {
-            debug!(%error, "cannot read the interfaces' addresses");
-            return Vec::new();
-        }
-    };
-    let mut found: Vec<IpAddr> = addresses
-        .filter_map(|interface| {
-            let address = interface.address?;
-            let v4 = address.as_sockaddr_in().map(|address| IpAddr::V4(address.ip()));
-            v4.or_else(|| address.as_sockaddr_in6().map(|address| IpAddr::V6(address.ip())))
-        })
-        .collect();
-    found.sort_unstable();
-    found.dedup();
-    found
 }
