@@ -595,9 +595,7 @@ impl Agent {
     fn publish_health_checks(&self) {
         let addresses = match self.state.settings().node_port_addresses {
             NodePortAddresses::All => None,
-            NodePortAddresses::Primary | NodePortAddresses::Within(_) => {
-                Some(self.state.topology().own_addresses().iter().copied().collect())
-            }
+            _ => Some(self.state.topology().own_addresses().iter().copied().collect()),
         };
         let checks = self.state.health_checks();
         self.health_checks.send_if_modified(|wanted| {

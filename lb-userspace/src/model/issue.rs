@@ -324,6 +324,11 @@ pub enum IssueKind {
         /// Value of `--external-ips`.
         setting: String,
     },
+    /// The cluster IP is an address of an interface of the node. Calls to it stay with the node.
+    OnThisNode {
+        /// The cluster IP.
+        address: String,
+    },
     /// Another service owns this frontend address.
     FrontendTaken {
         /// `address:port/protocol`; the unspecified address stands for a node port.
@@ -592,6 +597,11 @@ impl fmt::Display for IssueKind {
                 f,
                 "spec.externalIPs: --external-ips={setting} leaves {} to the network",
                 addresses.join(", ")
+            ),
+            Self::OnThisNode { address } => write!(
+                f,
+                "spec.clusterIPs: {address} is an address of an interface of this node, as NodeLocal DNSCache makes it; calls to it \
+                 stay with the node"
             ),
             Self::FrontendTaken { address, winner } => {
                 write!(f, "{address} belongs to service {winner}; this service does not answer there")
