@@ -134,8 +134,9 @@ fn gather(folder: &Path) -> Vec<Value> {
             || (change["kind"].clone(), change["metadata"]["name"].clone()),
             |target| (target.kind.into(), target.name.into()),
         );
-        let mut found =
-            objects.iter_mut().filter(|object| (&object["kind"], &object["metadata"]["name"]) == (&target.0, &target.1));
+        let mut found = objects
+            .iter_mut()
+            .filter(|object| (&object["kind"], &object["metadata"]["name"]) == (&target.0, &target.1));
         let object = found.next().unwrap_or_else(|| panic!("nothing to patch: {target:?}"));
         match change {
             Value::Array(operations) => operations.iter().for_each(|operation| operate(object, operation)),
@@ -167,7 +168,9 @@ fn merge(object: &mut Value, change: &Value) {
                 merge(object.entry(key.as_str()).or_insert(Value::Null), value);
             }
         }
-        (Value::Array(object), Value::Array(change)) if change.iter().all(|item| item["name"].is_string()) => {
+        (Value::Array(object), Value::Array(change))
+            if change.iter().all(|item| item["name"].is_string()) =>
+        {
             for (n, item) in change.iter().enumerate() {
                 match object.iter_mut().find(|known| known["name"] == item["name"]) {
                     Some(known) => merge(known, item),

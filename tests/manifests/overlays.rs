@@ -1,11 +1,15 @@
 //! The overlays as a whole: read by Kubernetes, at one with themselves, and no wider than the agent needs.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    process::Command,
+};
 
 use k8s_openapi::{
     api::{
         apps::v1::DaemonSet,
-        core::v1::{Container, Probe, Service},
+        core::v1::{Container, EnvVar, Probe, Service},
         rbac::v1::{ClusterRole, ClusterRoleBinding},
     },
     apimachinery::pkg::util::intstr::IntOrString,
@@ -13,7 +17,10 @@ use k8s_openapi::{
 use lb_tests::{Feature, require};
 use serde_json::Value;
 
-use crate::rendered::{Rendered, complaints};
+use crate::{
+    kustomize,
+    rendered::{Rendered, complaints, folder},
+};
 
 const OVERLAYS: [&str; 4] =
     ["base", "overlays/kube-proxy-free", "overlays/beside-kube-proxy", "overlays/kind"];
@@ -174,17 +181,12 @@ fn the_image_is_the_one_that_is_built() {
 /// Without kube-proxy nothing serves the Service of the API server while the agent starts.
 #[test]
 fn in_place_of_kube_proxy_the_api_server_is_named() {
-    if require(Feature::Command("kubectl")) {
-        let settings = Rendered::of("overlays/kube-proxy-free").settings();
-        assert!(settings["apiserver"].as_str().unwrap().starts_with("https://"), "{settings}");
-    }
+    let settings = Rendered::of("overlays/kube-proxy-free").settings();
+    assert!(settings["apiserver"].as_str().unwrap().starts_with("https://"), "{settings}");
 }
 
 #[test]
 fn the_service_monitor_finds_the_agents() {
-    if !require(Feature::Command("kubectl")) {
-        return;
-    }
     let (monitoring, base) = (Rendered::of("monitoring"), Rendered::of("base"));
     let (service, agents): (Service, DaemonSet) = (monitoring.one("Service"), base.one("DaemonSet"));
     let spec = service.spec.unwrap();
@@ -197,4 +199,62 @@ fn the_service_monitor_finds_the_agents() {
     assert!(wanted.iter().all(|(key, value)| has.get(key) == Some(value)), "{wanted:?}");
     let port = &spec.ports.unwrap()[0];
     assert_eq!(monitor["spec"]["endpoints"][0]["port"], Value::from(port.name.clone()));
+}
+
+/// Current kubectl warns of nothing, and makes of the manifests what these tests do. That of Debian 12 (1.20) cannot read them.
+#[test]
+fn kubectl_renders_the_same_without_a_warning() {
+    if !require(Feature::Command("kubectl")) {
+        return;
+    }
+    let version = Command::new("kubectl").args(["version", "--client", "--output", "json"]).output().unwrap();
+    let version: Value = serde_json::from_slice(&version.stdout).unwrap();
+    if version["kustomizeVersion"].is_null() {
+        // Before 1.24 it does not tell. Those from 1.21 on do the same.
+        return;
+    }
+    for name in OVERLAYS.into_iter().chain(["monitoring"]) {
+        let (ours, theirs) = (Rendered::of(name), Rendered::by_kubectl(&folder().join(name)));
+        assert_eq!(without_hashes(ours), without_hashes(theirs), "{name}");
+    }
+}
+
+/// The objects by kind and name, with the same suffix of every generated name.
+fn without_hashes(rendered: Rendered) -> BTreeMap<(String, String), Value> {
+    let text = |value: &Value| value.as_str().unwrap().to_owned();
+    let hashed = rendered.0.iter().filter(|object| object["kind"] == "ConfigMap");
+    let hashed: Vec<String> = hashed.map(|object| text(&object["metadata"]["name"])).collect();
+    let objects = rendered.0.iter().map(|object| {
+        let mut json = object.to_string();
+        for name in &hashed {
+            // `socklb-h7m4g9b2k5`
+            if let Some((name_of, hash)) = name.rsplit_once('-').filter(|(_, hash)| hash.len() == 10) {
+                json = json.replace(&format!("{name_of}-{hash}"), name_of);
+            }
+        }
+        let object: Value = serde_json::from_str(&json).unwrap();
+        ((text(&object["kind"]), text(&object["metadata"]["name"])), object)
+    });
+    objects.collect()
+}
+
+/// What OPERATIONS.md shows gives each node a setting of its own: Kubernetes puts in the names of variables that stand before.
+#[test]
+fn a_setting_of_each_node_stands_where_it_works() {
+    let page = fs::read_to_string(folder().join("../docs/OPERATIONS.md")).unwrap();
+    let example = page.split("```yaml\n").find(|block| block.contains("$(NODE_NAME)")).unwrap();
+    let example = example.split("```").next().unwrap();
+    let base = folder().join("overlays/beside-kube-proxy");
+    let text = example.replace("../socklb/manifests/overlays/beside-kube-proxy", base.to_str().unwrap());
+    assert_ne!(text, example);
+    let temp = tempfile::tempdir().unwrap();
+    fs::write(temp.path().join("kustomization.yaml"), text).unwrap();
+    let variables = agent(&Rendered(kustomize::render(temp.path()))).env.unwrap();
+    let place = |wanted: &dyn Fn(&EnvVar) -> bool| variables.iter().position(wanted).unwrap();
+    let uses =
+        |variable: &EnvVar| variable.value.as_ref().is_some_and(|value| value.contains("$(NODE_NAME)"));
+    let (name, user) = (place(&|variable| variable.name == "NODE_NAME"), place(&uses));
+    assert!(name < user, "{variables:#?}");
+    // A patch in the form of an object would put its variables before this one.
+    assert_eq!(name, 0);
 }

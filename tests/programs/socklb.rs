@@ -80,8 +80,8 @@ impl Place {
         let mut child = command
             .args(["run", "--state-dir"])
             .arg(self.state_dir.path())
-            .arg(format!("--source=file:{}", self.manifests.path().display()))
             .args(flags)
+            .env("SOCKLB_SOURCE", format!("file:{}", self.manifests.path().display()))
             // The kernel allocates per-CPU counters one by one: a fifth of this suite's time at the default sizes. Flags win.
             .env("SOCKLB_MAX_SERVICES", "4096")
             .env("SOCKLB_MAX_ENDPOINTS", "16384")

@@ -1,6 +1,6 @@
 //! Manifests as a [`Source`].
 
-use std::{path::Path, time::Instant};
+use std::{collections::BTreeSet, path::Path, time::Instant};
 
 use tokio::{
     task::{JoinHandle, spawn_blocking},
@@ -25,8 +25,8 @@ pub struct FileSource {
     last_good: Option<LastGood>,
     /// The reading of it.
     expecting: Option<JoinHandle<Vec<Body>>>,
-    /// Whether a reading was asked for that has not come yet.
-    has_asked: bool,
+    /// When to read which files again although nothing happens, until that is asked for.
+    look: Option<(Instant, BTreeSet<String>)>,
     is_complete: bool,
     /// When the news came that are to be applied, but for the first, which are everything that there is.
     received: Option<Instant>,
@@ -57,7 +57,7 @@ impl FileSource {
             watch: watch(path)?,
             last_good: Some(Box::new(last_good)),
             expecting: None,
-            has_asked: false,
+            look: None,
             is_complete: false,
             received: None,
             arrivals: Vec::new(),
@@ -67,18 +67,13 @@ impl FileSource {
     /// Waits until there is something to look at, and asks for readings meanwhile. `None` when no more will come.
     async fn next_reading(&mut self) -> Option<Reading> {
         loop {
-            let look = self.files.next_look().filter(|_| !self.has_asked);
-            let due = look.as_ref().map(|(due, _)| (*due).into());
+            let due = self.look.as_ref().map(|(due, _)| (*due).into());
             tokio::select! {
-                reading = self.watch.readings.recv() => {
-                    self.has_asked = false;
-                    return reading;
-                }
+                reading = self.watch.readings.recv() => return reading,
                 () = sleep_until(due.unwrap_or_else(tokio::time::Instant::now)), if due.is_some() => {
-                    if let Some((_, files)) = look {
+                    if let Some((_, files)) = self.look.take() {
                         self.watch.ask(files);
                     }
-                    self.has_asked = true;
                 }
             }
         }
@@ -99,6 +94,7 @@ impl Source for FileSource {
         loop {
             let Some((snapshot, now)) = self.next_reading().await else { return false };
             let is_news = self.files.update(snapshot, now);
+            self.look = self.files.next_look();
             for gone in self.files.take_gone() {
                 info!("{gone}");
             }

@@ -173,7 +173,8 @@ impl FileSet {
         {
             missed.touch(now);
         }
-        let is_settled = self.settle(now);
+        // Where nothing can be read, nothing is known to be gone.
+        let is_settled = self.unreadable.is_none() && self.settle(now);
         self.forget_moved();
         is_read || is_settled || was_late != self.late()
     }
@@ -253,7 +254,7 @@ impl FileSet {
     /// When the files are to be read again although nothing happens, and which of them.
     #[must_use]
     pub fn next_look(&self) -> Option<(Instant, BTreeSet<String>)> {
-        let now = self.now?;
+        let now = self.now.filter(|_| self.unreadable.is_none())?;
         let looks = self.files.iter().filter_map(|(name, file)| Some((file.next_look(now)?, Some(name))));
         let missed = self.missed.as_ref().filter(|_| !self.has_unknown());
         let looks: Vec<_> =

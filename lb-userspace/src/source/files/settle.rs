@@ -201,6 +201,9 @@ impl File {
             known.iter().map(|known| (&known.object.object, &known.object.body)).collect();
         let held = names(&self.text);
         let is_closed = self.state == State::Closed;
+        if !is_same_file {
+            self.in_goes = None;
+        }
         if is_closed && is_same_file && body_of.keys().any(|name| !held.contains(name)) {
             self.in_goes.get_or_insert(now);
         }
