@@ -14,6 +14,7 @@ mod dns;
 mod exclusion;
 mod faults;
 mod http;
+mod knowledge;
 mod nested;
 mod node;
 mod process;

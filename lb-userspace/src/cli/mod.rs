@@ -1,6 +1,7 @@
 //! The command line.
 #![expect(clippy::doc_markdown, reason = "clap prints these as they are: help texts, not Markdown")]
 
+mod agent;
 pub mod check;
 pub mod complete;
 pub mod config;
@@ -9,6 +10,7 @@ pub mod explain;
 pub mod inspect;
 pub mod listing;
 pub mod monitor;
+mod objects;
 pub mod run;
 mod sample;
 pub mod self_test;
@@ -82,7 +84,7 @@ pub struct PinArgs {
     /// Directory of the pinned maps and links, on a BPF file system.
     #[arg(long, env = "SOCKLB_PIN_PATH", default_value = config::PIN_PATH, value_name = "DIR")]
     pub pin_path: PathBuf,
-    /// Directory of the snapshot of objects.
+    /// Directory of the snapshot of objects, and of the socket at which the agent answers commands.
     #[arg(long, env = "SOCKLB_STATE_DIR", default_value = config::STATE_DIR, value_name = "DIR")]
     pub state_dir: PathBuf,
 }

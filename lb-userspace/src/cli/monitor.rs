@@ -21,15 +21,10 @@ use tokio::{runtime, sync::watch, time};
 
 use self::stream::{Connection, Filter, Line, Named, Seen, Summary};
 use super::{
-    PinArgs, listing,
-    run::stop_signals,
-    sample::{Objects, frontend_of},
-    show_more,
-    top::interval,
+    PinArgs, listing, objects::Objects, run::stop_signals, sample::frontend_of, show_more, top::interval,
 };
 use crate::{
     controller::State,
-    desired::FrontendAddress,
     kernel::{
         sockets::{Record, SocketTable},
         store::Maps,
@@ -108,8 +103,7 @@ impl Names {
     fn new(image: Image, objects: Option<&State>) -> Self {
         let (mut ports, mut nodes) = (BTreeMap::new(), BTreeMap::new());
         for row in listing::list(&image, objects, &BTreeMap::new()) {
-            let address = FrontendAddress { ip: row.address, port: row.port, protocol: row.protocol };
-            let frontend = image.services.get(&address).and_then(|id| image.frontends.get(id));
+            let frontend = image.services.get(&row.frontend()).and_then(|id| image.frontends.get(id));
             let Some(frontend) = frontend else { continue };
             for endpoint in row.endpoints {
                 nodes.insert(SocketAddr::new(endpoint.address, endpoint.port), endpoint.node);

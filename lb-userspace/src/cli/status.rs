@@ -75,18 +75,24 @@ struct FileConfig {
 pub fn status(args: &StatusArgs) -> anyhow::Result<ExitCode> {
     let (metrics, healthz) = addresses(args)?;
     let now = SystemTime::now();
-    let asked = ask::ask(metrics, healthz)?;
+    let asked = ask::ask(&args.pins.state_dir, metrics, healthz)?;
     let snapshot = Snapshot::read(&args.pins.state_dir);
     let (maps, problem) = match maps(args) {
         Ok(maps) => (maps, None),
         Err(error) => (Vec::new(), Some(error.to_string())),
     };
     let hooks = hooks(args);
+    let (known, unknown) = match asked.known.clone() {
+        Some(Ok(known)) => (Some(known), None),
+        Some(Err(error)) => (None, Some(error)),
+        None => (None, None),
+    };
+    let save_problem = known.as_ref().and_then(|known| known.save_problem.clone());
     let status = Status {
         self_test: asked.self_test(),
         agent: AgentPart::new(&asked),
         source: asked.source(now),
-        snapshot: snapshot_part(args, snapshot.as_ref(), now),
+        snapshot: snapshot_part(args, snapshot.as_ref(), now, save_problem),
         pin_path: args.pins.pin_path.clone(),
         pin_problem: problem,
         maps,
@@ -94,8 +100,12 @@ pub fn status(args: &StatusArgs) -> anyhow::Result<ExitCode> {
         excluded_cgroups: excluded_cgroups(args),
         other_programs: other_programs(args, &hooks),
         hooks,
-        n_issues: asked.n_issues(),
-        issues: snapshot.map(|snapshot| issues(&state_of(snapshot))).unwrap_or_default(),
+        n_issues: known.as_ref().map(|known| known.issues.len()),
+        issues_problem: unknown.filter(|_| asked.is_socklb() == Some(true)),
+        issues: match known {
+            Some(known) => known.issues,
+            None => snapshot.map(|snapshot| issues(&state_of(snapshot))).unwrap_or_default(),
+        },
     };
     print(args.output, &status, || status.text())?;
     Ok(if status.is_attached() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
@@ -164,9 +174,10 @@ fn snapshot_part(
     args: &StatusArgs,
     snapshot: Result<&Snapshot, &SnapshotError>,
     now: SystemTime,
+    write_problem: Option<String>,
 ) -> SnapshotPart {
     let path = args.pins.state_dir.join(snapshot::FILE_NAME);
     let written = std::fs::metadata(&path).and_then(|data| data.modified()).ok();
     let age = written.map(|written| now.duration_since(written).unwrap_or(Duration::ZERO));
-    SnapshotPart::new(path, age, snapshot)
+    SnapshotPart::new(path, age, snapshot, write_problem)
 }

@@ -15,6 +15,7 @@
 //!
 //! Everything.
 
+pub mod known;
 pub mod latency;
 pub mod run;
 pub mod save;

@@ -2,7 +2,8 @@
 //!
 //! # Purpose
 //!
-//! [`Listeners`] answers scrapes and health checks of the agent, [`health_ports`] those of single Services.
+//! [`Listeners`] answers scrapes and health checks of the agent, [`agent_socket`] what commands on the same host ask,
+//! [`health_ports`] health checks of single Services.
 //!
 //! # Invariants
 //!
@@ -15,8 +16,10 @@
 //!
 //! `telemetry`, `kernel` for counters, `desired`, `model`.
 
+pub mod agent_socket;
 pub mod health_ports;
 pub mod http;
+pub mod known;
 pub mod pages;
 
 use std::{io, net::SocketAddr, path::Path, sync::Arc};
@@ -28,6 +31,11 @@ use tokio::{
 };
 use tracing::info;
 
+use self::{
+    agent_socket::AgentPages,
+    known::{Known, Which},
+    pages::{HealthPages, MetricsPages},
+};
 use crate::{
     kernel::{KernelError, store::Maps},
     telemetry::{Metrics, health::Vitals, scrape::View},
@@ -58,8 +66,25 @@ pub struct ListenError {
     pub remedy: &'static str,
 }
 
-/// A question for what the agent knows at the moment.
-pub type Question = oneshot::Sender<View>;
+/// A question for what the agent knows at the moment, with the way for the answer.
+#[derive(Debug)]
+pub enum Question {
+    /// A scrape's.
+    View(oneshot::Sender<View>),
+    /// A command's.
+    Known(Which, oneshot::Sender<Known>),
+}
+
+/// What the agent's loop lets others see.
+#[derive(Clone, Debug)]
+pub struct Insight {
+    /// Its signs of life.
+    pub vitals: watch::Receiver<Vitals>,
+    /// How often it brought the kernel up to date.
+    pub changes: watch::Receiver<u64>,
+    /// Where it hears questions.
+    pub questions: mpsc::Sender<Question>,
+}
 
 /// Open sockets that nobody answers yet.
 #[derive(Debug)]
@@ -83,7 +108,8 @@ impl Listeners {
         })
     }
 
-    /// Answers until the value that is returned is dropped. Questions go to the agent's loop.
+    /// Answers until the value that is returned is dropped, also at the socket in `state_dir`. Questions go to the agent's
+    /// loop.
     ///
     /// # Errors
     ///
@@ -91,24 +117,24 @@ impl Listeners {
     pub fn serve(
         self,
         pin_path: &Path,
+        state_dir: &Path,
         metrics: &Metrics,
-        vitals: &watch::Receiver<Vitals>,
-        questions: mpsc::Sender<Question>,
+        insight: Insight,
     ) -> Result<JoinSet<()>, KernelError> {
+        let Insight { vitals, changes, questions } = insight;
         let mut serving = JoinSet::new();
+        let config = self.config.to_string();
+        let pages = MetricsPages::new(metrics.clone(), Maps::open(pin_path)?, questions.clone(), config);
+        let pages = Arc::new(pages);
+        let health = HealthPages { vitals, metrics: metrics.clone() };
         if let Some(listener) = self.metrics {
-            let pages = pages::MetricsPages::new(
-                metrics.clone(),
-                Maps::open(pin_path)?,
-                questions,
-                self.config.to_string(),
-            );
-            serving.spawn(http::serve(listener, Arc::new(pages)));
+            serving.spawn(http::serve(listener, Arc::clone(&pages)));
         }
         if let Some(listener) = self.healthz {
-            let pages = pages::HealthPages { vitals: vitals.clone(), metrics: metrics.clone() };
-            serving.spawn(http::serve(listener, Arc::new(pages)));
+            serving.spawn(http::serve(listener, Arc::new(health.clone())));
         }
+        let pages = Arc::new(AgentPages::new(pages, health, questions, changes));
+        serving.spawn(agent_socket::serve(state_dir.to_owned(), pages));
         Ok(serving)
     }
 }

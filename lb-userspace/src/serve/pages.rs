@@ -6,7 +6,7 @@ use std::{
 };
 
 use hyper::{
-    StatusCode,
+    StatusCode, Uri,
     header::{HeaderValue, X_CONTENT_TYPE_OPTIONS},
 };
 use tokio::{
@@ -61,7 +61,7 @@ impl MetricsPages {
     async fn view(&self) -> Option<View> {
         let (question, answer) = oneshot::channel();
         let asked = async {
-            self.questions.send(question).await.ok()?;
+            self.questions.send(Question::View(question)).await.ok()?;
             answer.await.ok()
         };
         time::timeout(PATIENCE, asked).await.ok().flatten()
@@ -95,8 +95,8 @@ fn calls(maps: &Maps, service_id: u32) -> Calls {
 }
 
 impl Pages for MetricsPages {
-    async fn get(&self, path: &str) -> Option<Answer> {
-        match path {
+    async fn get(&self, uri: &Uri) -> Option<Answer> {
+        match uri.path() {
             "/metrics" => Some(self.metrics().await),
             "/proxyMode" => Some(text(StatusCode::OK, "socklb")),
             "/healthz" => Some(text(StatusCode::OK, "ok")),
@@ -116,9 +116,9 @@ pub struct HealthPages {
 }
 
 impl Pages for HealthPages {
-    async fn get(&self, path: &str) -> Option<Answer> {
+    async fn get(&self, uri: &Uri) -> Option<Answer> {
         let health = self.vitals.borrow().judge(Instant::now(), SystemTime::now());
-        match path {
+        match uri.path() {
             "/healthz" => {
                 self.metrics.answered_healthz(health.is_healthy());
                 Some(json(health.is_healthy(), health.healthz()))
@@ -137,8 +137,8 @@ impl Pages for HealthPages {
 pub struct WaitingPages;
 
 impl Pages for WaitingPages {
-    async fn get(&self, path: &str) -> Option<Answer> {
-        let is_ok = match path {
+    async fn get(&self, uri: &Uri) -> Option<Answer> {
+        let is_ok = match uri.path() {
             "/healthz" => false,
             "/livez" => true,
             _ => return None,
@@ -154,9 +154,9 @@ mod tests {
     #[tokio::test]
     async fn an_agent_that_waits_is_alive_and_not_ready() {
         for (path, status) in [("/healthz", 503), ("/livez", 200)] {
-            assert_eq!(WaitingPages.get(path).await.unwrap().status(), status, "{path}");
+            assert_eq!(WaitingPages.get(&Uri::from_static(path)).await.unwrap().status(), status, "{path}");
         }
-        assert!(WaitingPages.get("/metrics").await.is_none());
+        assert!(WaitingPages.get(&Uri::from_static("/metrics")).await.is_none());
     }
 
     #[tokio::test]
@@ -173,12 +173,12 @@ mod tests {
             let (_sender, receiver) = watch::channel(vitals.clone());
             let pages = HealthPages { vitals: receiver, metrics: Metrics::new() };
             for (path, status) in [("/healthz", healthz), ("/livez", livez)] {
-                let answer = pages.get(path).await.unwrap();
+                let answer = pages.get(&Uri::from_static(path)).await.unwrap();
                 assert_eq!(answer.status(), status, "{path} {vitals:?}");
                 assert_eq!(answer.headers()["content-type"], "application/json");
                 assert_eq!(answer.headers()["x-content-type-options"], "nosniff");
             }
-            assert!(pages.get("/").await.is_none());
+            assert!(pages.get(&Uri::from_static("/")).await.is_none());
         }
     }
 }

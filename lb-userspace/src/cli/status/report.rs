@@ -44,11 +44,13 @@ pub(super) struct Status {
     pub(super) excluded_cgroups: Vec<ExcludedRow>,
     /// Programs of others on the same hooks of the same cgroup, each with its hooks. They run too.
     pub(super) other_programs: BTreeMap<String, Vec<&'static str>>,
-    /// How many issues a running agent knows of; `null` if none answers.
+    /// How many issues a running agent knows of; `null` if none says.
     #[serde(rename = "issues_of_agent")]
-    pub(super) n_issues: Option<u64>,
-    /// What is wrong with the objects of the snapshot. What an agent could not read at all is in its log only.
+    pub(super) n_issues: Option<usize>,
+    /// All issues that a running agent knows of. Without one, what is wrong with the objects of the snapshot.
     pub(super) issues: Vec<Issue>,
+    /// Why a running agent does not say what it knows.
+    pub(super) issues_problem: Option<String>,
 }
 
 /// Whether an agent runs.
@@ -60,6 +62,8 @@ pub(super) struct AgentPart {
     pub(super) healthy: Option<bool>,
     /// Who answers what where, in a sentence.
     pub(super) reason: String,
+    /// Why it is not healthy, as it says.
+    pub(super) not_ready: Vec<String>,
 }
 
 /// An age in seconds, told in JSON to a tenth.
@@ -110,6 +114,8 @@ pub(super) struct SnapshotPart {
     pub(super) endpoint_slices: usize,
     pub(super) nodes: usize,
     pub(super) problem: Option<String>,
+    /// Why a running agent could not write it the last time.
+    pub(super) write_problem: Option<String>,
 }
 
 /// How full a map is.
@@ -171,7 +177,8 @@ impl AgentPart {
             (_, Some((address, livez, _))) => ("stuck", format!("{address}: /livez says {}", says(livez))),
             (Some((address, _)), None) => ("running", format!("it answers at {address}")),
         };
-        Self { state, healthy, reason }
+        let not_ready = if healthy == Some(false) { asked.not_ready() } else { Vec::new() };
+        Self { state, healthy, reason, not_ready }
     }
 }
 
@@ -180,13 +187,14 @@ impl SnapshotPart {
         path: PathBuf,
         age: Option<Duration>,
         snapshot: Result<&Snapshot, &SnapshotError>,
+        write_problem: Option<String>,
     ) -> Self {
         let (services, endpoint_slices, nodes) = snapshot
             .map(|found| (found.services.len(), found.slices.len(), found.nodes.len()))
             .unwrap_or_default();
         let problem = snapshot.err().map(ToString::to_string);
         let age = age.filter(|_| problem.is_none()).map(|age| Age(age.as_secs_f64()));
-        Self { path, age_seconds: age, services, endpoint_slices, nodes, problem }
+        Self { path, age_seconds: age, services, endpoint_slices, nodes, problem, write_problem }
     }
 }
 
@@ -258,6 +266,11 @@ impl Status {
         self.hooks.iter().all(|hook| matches!(hook.state, "attached" | "not needed"))
     }
 
+    /// Whether an agent runs and no call meets its programs, as after `socklb cleanup`.
+    fn is_in_vain(&self) -> bool {
+        self.agent.state == "running" && self.hooks.iter().all(|hook| hook.state != "attached")
+    }
+
     /// For people.
     pub(super) fn text(&self) -> String {
         let mut lines = [
@@ -266,8 +279,15 @@ impl Status {
             format!("snapshot  {}", self.snapshot_line()),
             format!("pins      {}", self.pin_path.display()),
         ];
+        let not_ready = &self.agent.not_ready;
         if self.agent.healthy == Some(false) {
             lines[0].push_str(", /healthz says that no traffic should come to this node");
+        }
+        lines[0].extend(not_ready.iter().map(|reason| format!("\n          not ready: {reason}")));
+        if self.is_in_vain() {
+            lines[0].push_str(
+                "\n          it serves no calls: its programs are not attached, see HOOK; restart it",
+            );
         }
         if let Some(problem) = &self.pin_problem {
             lines[3] = format!("pins      {problem}");
@@ -277,7 +297,8 @@ impl Status {
             let _infallible = writeln!(text, "covers    {covers}");
         }
         if let Some(self_test) = &self.self_test {
-            let _infallible = writeln!(text, "self-test {self_test}");
+            let before = if self.is_in_vain() { ", before the programs were detached" } else { "" };
+            let _infallible = writeln!(text, "self-test {self_test}{before}");
         }
         if !self.maps.is_empty() {
             let _infallible =
@@ -323,12 +344,16 @@ impl Status {
     }
 
     fn snapshot_line(&self) -> String {
-        let SnapshotPart { path, age_seconds, services, endpoint_slices, nodes, problem } = &self.snapshot;
-        if let Some(problem) = problem {
-            return problem.clone();
+        let part = &self.snapshot;
+        let SnapshotPart { path, age_seconds, services, endpoint_slices, nodes, .. } = part;
+        let mut line = part.problem.clone().unwrap_or_else(|| {
+            let age = age_seconds.map_or_else(String::new, |age| format!(", {age} old"));
+            format!("{}: {services} services, {endpoint_slices} slices, {nodes} nodes{age}", path.display())
+        });
+        if let Some(problem) = &part.write_problem {
+            let _infallible = write!(line, "\n          the last write failed: {problem}");
         }
-        let age = age_seconds.map_or_else(String::new, |age| format!(", {age} old"));
-        format!("{}: {services} services, {endpoint_slices} slices, {nodes} nodes{age}", path.display())
+        line
     }
 
     fn hook_table(&self) -> String {
@@ -359,24 +384,24 @@ impl Status {
     }
 
     fn issue_list(&self) -> String {
-        let n_listed = self.issues.len();
-        if self.snapshot.problem.is_some() && self.n_issues.is_none() {
-            return "\nissues are not known\n".to_owned();
-        }
-        let mut text = match self.n_issues {
-            _ if n_listed == 0 && self.n_issues.unwrap_or_default() == 0 => {
-                return "\nno issues\n".to_owned();
+        let mut text = String::new();
+        let title = match (self.n_issues, &self.issues_problem) {
+            (Some(0), _) => return "\nno issues\n".to_owned(),
+            (Some(n), _) => format!("ISSUES ({n})"),
+            (None, _) if self.snapshot.problem.is_some() => "issues are not known".to_owned(),
+            (None, Some(problem)) => {
+                format!("ISSUES ({} of the snapshot's objects: {problem})", self.issues.len())
             }
-            Some(n) if n > n_listed as u64 => {
-                format!("\nISSUES ({n_listed} of the objects' own; the agent knows of {n}, all in its log)\n")
-            }
-            _ => "\nISSUES\n".to_owned(),
+            (None, None) if self.issues.is_empty() => "no issues of the snapshot's objects".to_owned(),
+            (None, None) => format!("ISSUES ({} of the snapshot's objects)", self.issues.len()),
         };
+        let _infallible = writeln!(text, "\n{title}");
         for issue in self.issues.iter().take(SHOWN_ISSUES) {
             let _infallible = writeln!(text, "  {issue}");
         }
-        if n_listed > SHOWN_ISSUES {
-            let _infallible = writeln!(text, "  and {} more: -o json lists all", n_listed - SHOWN_ISSUES);
+        let n_more = self.issues.len().saturating_sub(SHOWN_ISSUES);
+        if n_more > 0 {
+            let _infallible = writeln!(text, "  and {n_more} more: -o json lists all");
         }
         text
     }

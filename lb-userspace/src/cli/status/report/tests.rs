@@ -4,7 +4,10 @@ use expect_test::expect;
 use serde_json::json;
 
 use super::*;
-use crate::model::{IssueKind, ObjectRef};
+use crate::{
+    cli::agent::Place,
+    model::{IssueKind, ObjectRef},
+};
 
 fn source() -> SourcePart {
     SourcePart {
@@ -23,10 +26,14 @@ fn hook(hook: &'static str) -> HookRow {
     HookRow::new(hook, Ok(link))
 }
 
-fn answers(address: &str, livez: Answer) -> Asked {
+fn tcp(address: &str) -> Place {
+    Place::Tcp(address.parse().unwrap())
+}
+
+fn answers(place: &str, livez: Answer) -> Asked {
     Asked {
-        name: Some(("127.0.0.1:10249".parse().unwrap(), Ok((200, "socklb".to_owned())))),
-        health: Some((address.parse().unwrap(), livez.clone(), livez)),
+        name: Some((tcp("127.0.0.1:10249"), Ok((200, "socklb".to_owned())))),
+        health: Some((tcp(place), livez.clone(), livez)),
         ..Asked::default()
     }
 }
@@ -43,6 +50,7 @@ fn well() -> Status {
             endpoint_slices: 14,
             nodes: 3,
             problem: None,
+            write_problem: None,
         },
         pin_path: "/sys/fs/bpf/socklb".into(),
         pin_problem: None,
@@ -56,6 +64,7 @@ fn well() -> Status {
         other_programs: BTreeMap::new(),
         n_issues: Some(0),
         issues: Vec::new(),
+        issues_problem: None,
     }
 }
 
@@ -87,7 +96,7 @@ fn an_agent_at_work() {
 #[test]
 fn nothing_at_all() {
     let nobody = Err("Connection refused (os error 111)".to_owned());
-    let asked = Asked { name: Some(("127.0.0.1:10249".parse().unwrap(), nobody)), ..Asked::default() };
+    let asked = Asked { name: Some((tcp("127.0.0.1:10249"), nobody)), ..Asked::default() };
     let status = Status {
         agent: AgentPart::new(&asked),
         self_test: None,
@@ -96,6 +105,7 @@ fn nothing_at_all() {
             "/var/lib/socklb/snapshot".into(),
             None,
             Err(&SnapshotError::Missing { path: "/var/lib/socklb/snapshot".into() }),
+            None,
         ),
         pin_problem: Some("/sys/fs/bpf/socklb: nothing is pinned".to_owned()),
         maps: Vec::new(),
@@ -145,7 +155,7 @@ fn what_is_wrong_is_said_first() {
             changes_waiting: 5,
             ..source()
         }),
-        n_issues: Some(40),
+        n_issues: Some(25),
         issues: (0..25).map(issue).collect(),
         ..well()
     };
@@ -156,7 +166,7 @@ fn what_is_wrong_is_said_first() {
         "last event never, last sync 3 s ago, 5 changes waiting, 2 syncs failed",
         "self-test failed: TCP over IPv4: connect: Connection refused",
         "  cil_sock4_connect: connect4\n",
-        "ISSUES (25 of the objects' own; the agent knows of 40, all in its log)",
+        "ISSUES (25)\n",
         "Service default/web: spec.ports[0].port",
         "and 5 more: -o json lists all",
     ] {
@@ -167,10 +177,10 @@ fn what_is_wrong_is_said_first() {
 #[test]
 fn who_answers_decides_what_the_agent_is() {
     let at = |name: Option<Answer>, livez: Option<Answer>| {
-        let address = "127.0.0.1:1".parse().unwrap();
+        let place = || tcp("127.0.0.1:1");
         let asked = Asked {
-            name: name.map(|answer| (address, answer)),
-            health: livez.map(|answer| (address, answer.clone(), answer)),
+            name: name.map(|answer| (place(), answer)),
+            health: livez.map(|answer| (place(), answer.clone(), answer)),
             ..Asked::default()
         };
         let AgentPart { state, healthy, .. } = AgentPart::new(&asked);
@@ -243,7 +253,12 @@ fn the_json_has_these_names() {
     status["hooks"].as_array_mut().unwrap().truncate(1);
     status["maps"].as_array_mut().unwrap().truncate(1);
     let expected = json!({
-        "agent": { "state": "running", "healthy": true, "reason": "127.0.0.1:10256: /livez says 200" },
+        "agent": {
+            "state": "running",
+            "healthy": true,
+            "reason": "127.0.0.1:10256: /livez says 200",
+            "not_ready": [],
+        },
         "self_test": "passed",
         "source": {
             "source": "kube",
@@ -261,6 +276,7 @@ fn the_json_has_these_names() {
             "endpoint_slices": 14,
             "nodes": 3,
             "problem": null,
+            "write_problem": null,
         },
         "pin_path": "/sys/fs/bpf/socklb",
         "pin_problem": null,
@@ -277,6 +293,7 @@ fn the_json_has_these_names() {
         "other_programs": {},
         "issues_of_agent": 0,
         "issues": [],
+        "issues_problem": null,
     });
     assert_eq!(status, expected);
 }
