@@ -353,7 +353,53 @@ pub fn cleanup(args: &PinArgs) -> anyhow::Result<ExitCode> {
     let lines = removed.iter().map(|path| format!("removed {}\n", path.display()));
     super::show(&lines.collect::<String>())?;
     if let Some(agent) = agent {
-        eprintln!("socklb: the agent ({agent}) still runs and serves nothing any longer: end it");
+        let name = |variable: &str| std::env::var(variable).ok().filter(|name| !name.is_empty());
+        eprintln!(
+            "socklb: {}",
+            still_runs(&agent, name("POD_NAME").as_deref(), name("NODE_NAME").as_deref())
+        );
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// What to do about an agent that `cleanup` found at work. In a pod its number is 1 for every agent: pod and node tell which.
+fn still_runs(holder: &str, pod: Option<&str>, node: Option<&str>) -> String {
+    let pod = pod.map(|pod| format!(", pod {pod}")).unwrap_or_default();
+    let place = node.map(|node| format!("{pod} on node {node}")).unwrap_or(pod);
+    let remedy = if place.is_empty() {
+        "end it, or restart it to serve again"
+    } else {
+        "remove the DaemonSet, or delete the pod for one that serves again"
+    };
+    format!("the agent ({holder}{place}) still runs and serves no calls: {remedy}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_agent_in_a_pod_is_named_by_pod_and_node() {
+        for (pod, node, expected) in [
+            (
+                None,
+                None,
+                "the agent (process 7) still runs and serves no calls: end it, or restart it to serve again",
+            ),
+            (
+                None,
+                Some("node-a"),
+                "the agent (process 7 on node node-a) still runs and serves no calls: remove the DaemonSet, or delete the \
+                 pod for one that serves again",
+            ),
+            (
+                Some("socklb-x2x4z"),
+                Some("node-a"),
+                "the agent (process 7, pod socklb-x2x4z on node node-a) still runs and serves no calls: remove the \
+                 DaemonSet, or delete the pod for one that serves again",
+            ),
+        ] {
+            assert_eq!(still_runs("process 7", pod, node), expected);
+        }
+    }
 }

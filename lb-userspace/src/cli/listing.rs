@@ -37,7 +37,7 @@ pub struct FrontendRow {
     pub protocol: Protocol,
     /// `ClusterIP`, `NodePort`, `ExternalIP` or `LoadBalancer`; empty if no object is known.
     pub kind: &'static str,
-    /// The address that programs call; the unspecified address stands for every node address.
+    /// The address that programs call; the unspecified address of a family stands for every node address of it.
     pub address: IpAddr,
     /// The port that programs call.
     pub port: u16,
@@ -309,7 +309,7 @@ fn cells(row: &FrontendRow) -> [String; 4] {
         TrafficPolicy::Local => "Local",
     };
     let service = service_text(&row.namespace, &row.name, &row.port_name);
-    [service, kind.to_owned(), address_text(row.frontend()), policy.to_owned()]
+    [service, kind.to_owned(), row.frontend().to_string(), policy.to_owned()]
 }
 
 /// A service port in tables: `namespace/name:port`, or a dash if no object is known.
@@ -319,16 +319,6 @@ pub(super) fn service_text(namespace: &str, name: &str, port_name: &str) -> Stri
         (_, "") => format!("{namespace}/{name}"),
         _ => format!("{namespace}/{name}:{port_name}"),
     }
-}
-
-/// An address in tables, with a star for the one that stands for every node address.
-pub(super) fn address_text(address: FrontendAddress) -> String {
-    let text = address.to_string();
-    if !address.ip.is_unspecified() {
-        return text;
-    }
-    let numbers = SocketAddr::new(address.ip, address.port).to_string();
-    text.replacen(&numbers, &format!("*:{}", address.port), 1)
 }
 
 #[cfg(test)]

@@ -22,6 +22,8 @@ use std::{io::Write as _, path::PathBuf, process::ExitCode};
 use anyhow::Context as _;
 use clap::{Args, CommandFactory as _, Parser, Subcommand};
 
+use crate::kernel::chain;
+
 /// Socket-level service load balancer for Kubernetes.
 ///
 /// Points connect() and sendto() on a service address straight at a healthy endpoint, inside the system call: no
@@ -63,7 +65,7 @@ enum Command {
     ///
     /// It is a sample: sockets that come and go between two looks are missed, and so are calls that are refused and further
     /// datagrams on the same way. Lines with # (in JSON: event summary), every ten seconds and at the end, tell how many
-    /// calls the counters saw, and how many went by unseen.
+    /// calls the counters saw, and how many went by unseen. The first of them say what the columns are.
     Monitor(monitor::MonitorArgs),
     /// Detach the programs and delete the maps, and nothing else.
     Cleanup(PinArgs),
@@ -112,7 +114,7 @@ pub fn main() -> ExitCode {
     match result {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("socklb: {error:#}");
+            eprintln!("socklb: {}", chain(error.as_ref()));
             let is_usage = error.is::<config::UsageError>();
             if is_usage { ExitCode::from(2) } else { ExitCode::FAILURE }
         }
@@ -135,7 +137,7 @@ fn show_more(text: &str) -> anyhow::Result<bool> {
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
         Ok(()) => Ok(true),
         Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(false),
-        Err(error) => Err(error).context("standard output takes no more"),
+        Err(error) => Err(error).context("cannot write to standard output"),
     }
 }
 

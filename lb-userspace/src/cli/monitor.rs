@@ -19,7 +19,7 @@ use jiff::Timestamp;
 use lb_common::layout::ServiceStats;
 use tokio::{runtime, sync::watch, time};
 
-use self::stream::{Connection, Filter, Line, Named, Seen, Summary};
+use self::stream::{Connection, Filter, Line, Named, Seen, Summary, header};
 use super::{
     PinArgs, listing, objects::Objects, run::stop_signals, sample::frontend_of, show_more, top::interval,
 };
@@ -181,6 +181,11 @@ pub fn monitor(args: &MonitorArgs) -> anyhow::Result<ExitCode> {
     monitor.read_tables()?;
     if let Some(problem) = monitor.objects.problem() {
         eprintln!("socklb: {problem}");
+    }
+    if args.output == Format::Text
+        && !show_more(&(header(args.interval, SUMMARY, monitor.has_colour) + "\n"))?
+    {
+        return Ok(ExitCode::SUCCESS);
     }
     let _begins_the_count = (monitor.seen.summary(monitor.counts()?), monitor.look()?);
     runtime.block_on(monitor.run(stop))?;

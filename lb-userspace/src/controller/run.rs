@@ -36,7 +36,7 @@ use crate::{
     plan::audit::Faults,
     self_test,
     serve::{
-        self, Insight, ListenError, Listeners, Question,
+        self, Asker, Insight, ListenError, Listeners, Question,
         health_ports::{self, Wanted},
         known::Known,
     },
@@ -332,7 +332,8 @@ impl Agent {
         let (vitals, signs_of_life) = watch::channel(vitals);
         let (asking, questions) = mpsc::channel::<Question>(QUESTIONS);
         let (changes, following) = watch::channel(0);
-        let insight = Insight { vitals: signs_of_life.clone(), changes: following, questions: asking };
+        let insight =
+            Insight { vitals: signs_of_life.clone(), changes: following, asker: Asker::new(asking) };
         let serving = listeners.serve(&maps_path, &options.state_dir, &metrics, insight)?;
         let (health_checks, wanted) = watch::channel(Wanted::default());
         let (reporting, port_issues) = watch::channel(Vec::new());

@@ -20,7 +20,7 @@ use std::{
     },
     path::{Path, PathBuf},
     sync::Arc,
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use hyper::{
@@ -36,13 +36,13 @@ use nix::{
 use socket2::{Domain, SockAddr, Socket, Type};
 use tokio::{
     net::{UnixListener, UnixStream},
-    sync::{Semaphore, mpsc, oneshot, watch},
+    sync::{Semaphore, watch},
     time::{self, Instant},
 };
 use tracing::{debug, info, warn};
 
 use super::{
-    Question,
+    Asker, PATIENCE, Question,
     http::{self, Accept, Answer, Pages, answer, large_json, text},
     known::{Known, Which},
     pages::{HealthPages, MetricsPages},
@@ -61,8 +61,6 @@ const RETRY: Duration = Duration::from_millis(500);
 const SETTLE: Duration = Duration::from_secs(5);
 /// How often the agent looks whether its socket is still there.
 const LOOK: Duration = Duration::from_secs(5);
-/// How long the agent's loop is waited for.
-const PATIENCE: Duration = Duration::from_secs(2);
 /// How long a request for the next change waits.
 const WAIT: Duration = Duration::from_secs(20);
 /// The least time between two looks of such a request: it asks the loop each time.
@@ -224,9 +222,11 @@ pub(super) async fn serve(state_dir: PathBuf, pages: Arc<AgentPages>) {
 pub(super) struct AgentPages {
     pub(super) metrics: Arc<MetricsPages>,
     pub(super) health: HealthPages,
-    pub(super) questions: mpsc::Sender<Question>,
+    pub(super) asker: Asker,
     /// How often the kernel was brought up to date.
     pub(super) changes: watch::Receiver<u64>,
+    /// Tells this agent from the next, whose process may have the same number: in a container that is 1.
+    started: Duration,
     large: Arc<Semaphore>,
 }
 
@@ -234,20 +234,17 @@ impl AgentPages {
     pub(super) fn new(
         metrics: Arc<MetricsPages>,
         health: HealthPages,
-        questions: mpsc::Sender<Question>,
+        asker: Asker,
         changes: watch::Receiver<u64>,
     ) -> Self {
-        Self { metrics, health, questions, changes, large: Arc::new(Semaphore::new(LARGE)) }
+        let started = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        let large = Arc::new(Semaphore::new(LARGE));
+        Self { metrics, health, asker, changes, started, large }
     }
 
     /// What the agent knows, if its loop answers in time.
     async fn ask(&self, which: Which) -> Option<Known> {
-        let (answer, known) = oneshot::channel();
-        let asked = async {
-            self.questions.send(Question::Known(which, answer)).await.ok()?;
-            known.await.ok()
-        };
-        let known = time::timeout(PATIENCE, asked).await.ok().flatten();
+        let known = self.asker.ask(|answer| Question::Known(which, answer)).await;
         known.map(|mut known| {
             if let Which::At(address) = which {
                 known.keep_issues_at(address);
@@ -271,8 +268,7 @@ impl AgentPages {
 
     /// All objects, written as they are sent.
     async fn all(&self, after: Option<&str>) -> Answer {
-        // Of this process: counted from anew by the next one.
-        let tag = format!("{}-{}", std::process::id(), *self.changes.borrow());
+        let tag = format!("{}-{}", self.started.as_nanos(), *self.changes.borrow());
         if after == Some(&tag) {
             return text(StatusCode::NOT_MODIFIED, "");
         }

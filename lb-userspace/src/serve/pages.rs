@@ -2,21 +2,18 @@
 
 use std::{
     sync::{Arc, Mutex, PoisonError},
-    time::{Duration, Instant, SystemTime},
+    time::{Instant, SystemTime},
 };
 
 use hyper::{
     StatusCode, Uri,
     header::{HeaderValue, X_CONTENT_TYPE_OPTIONS},
 };
-use tokio::{
-    sync::{mpsc, oneshot, watch},
-    time,
-};
+use tokio::sync::watch;
 use tracing::debug;
 
 use super::{
-    Question,
+    Asker, Question,
     http::{Answer, Pages, answer, text},
 };
 use crate::{
@@ -24,12 +21,10 @@ use crate::{
     telemetry::{
         Metrics,
         health::{self, Vitals},
-        scrape::{Calls, View, render},
+        scrape::{Calls, render},
     },
 };
 
-/// How long the agent's loop is waited for. Without its answer a scrape holds what does not need it.
-const PATIENCE: Duration = Duration::from_secs(2);
 /// What Prometheus asks for first.
 const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
@@ -46,29 +41,20 @@ pub struct MetricsPages {
     metrics: Metrics,
     /// A handle of its own: counters are read here, not by the agent's loop. One scrape at a time.
     maps: Arc<Mutex<Maps>>,
-    questions: mpsc::Sender<Question>,
+    asker: Asker,
     config: String,
 }
 
 impl MetricsPages {
     /// `config` is the JSON text of `/configz`.
     #[must_use]
-    pub fn new(metrics: Metrics, maps: Maps, questions: mpsc::Sender<Question>, config: String) -> Self {
-        Self { metrics, maps: Arc::new(Mutex::new(maps)), questions, config }
-    }
-
-    /// What the agent knows, if its loop answers in time.
-    async fn view(&self) -> Option<View> {
-        let (question, answer) = oneshot::channel();
-        let asked = async {
-            self.questions.send(Question::View(question)).await.ok()?;
-            answer.await.ok()
-        };
-        time::timeout(PATIENCE, asked).await.ok().flatten()
+    pub fn new(metrics: Metrics, maps: Maps, asker: Asker, config: String) -> Self {
+        Self { metrics, maps: Arc::new(Mutex::new(maps)), asker, config }
     }
 
     async fn metrics(&self) -> Answer {
-        let view = self.view().await;
+        // Without an answer a scrape holds what does not need it.
+        let view = self.asker.ask(Question::View).await;
         if view.is_none() {
             debug!("the agent does not answer: this scrape has no counters of services");
         }

@@ -60,8 +60,10 @@ pub(super) fn ask(
     metrics: Option<SocketAddr>,
     healthz: Option<SocketAddr>,
 ) -> anyhow::Result<Asked> {
-    let runtime =
-        runtime::Builder::new_current_thread().enable_all().build().context("no thread to ask from")?;
+    let runtime = runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("cannot start a runtime to ask the agent")?;
     let mut asked = runtime.block_on(async {
         let socket = Place::socket(state_dir);
         let at_socket = ask_at(Some(&socket), Some(&socket)).await;
@@ -132,9 +134,7 @@ impl Asked {
     /// What came of the agent's last self-test; `None` if it makes none, or nobody says.
     pub(super) fn self_test(&self) -> Option<String> {
         let interval = self.config["socklb"]["self-test-interval"].as_str()?;
-        let (_, _, healthz) = self.health.as_ref().filter(|_| interval != "0ms")?;
-        let (_, body) = healthz.as_ref().ok()?;
-        let body: Value = serde_json::from_str(body).ok()?;
+        let body = self.healthz().filter(|_| interval != "0ms")?;
         // It says what is amiss only.
         Some(match body["selfTest"].as_str() {
             None => "passed".to_owned(),
@@ -145,10 +145,15 @@ impl Asked {
 
     /// Why the agent says that it is not ready.
     pub(super) fn not_ready(&self) -> Vec<String> {
-        let body = self.health.as_ref().and_then(|(_, _, healthz)| healthz.as_ref().ok());
-        let body: Option<Value> = body.and_then(|(_, body)| serde_json::from_str(body).ok());
+        let body = self.healthz();
         let reasons = body.as_ref().and_then(|body| body["notReady"].as_array()).into_iter().flatten();
         reasons.filter_map(|reason| reason.as_str().map(str::to_owned)).collect()
+    }
+
+    /// The body at `/healthz`.
+    pub(super) fn healthz(&self) -> Option<Value> {
+        let (_, _, healthz) = self.health.as_ref()?;
+        serde_json::from_str(&healthz.as_ref().ok()?.1).ok()
     }
 }
 

@@ -9,6 +9,7 @@ use std::{
 
 use lb_common::limits;
 use serde::{Serialize, Serializer};
+use serde_json::Value;
 
 use super::ask::{Answer, Asked};
 use crate::{
@@ -17,7 +18,7 @@ use crate::{
         cgroup::Extent,
         links::{Link, LinkProblem},
     },
-    model::Issue,
+    model::{Issue, IssueKind},
     plan::Capacity,
     snapshot::{Snapshot, SnapshotError},
     tables::Image,
@@ -49,6 +50,8 @@ pub(super) struct Status {
     pub(super) n_issues: Option<usize>,
     /// All issues that a running agent knows of. Without one, what is wrong with the objects of the snapshot.
     pub(super) issues: Vec<Issue>,
+    /// What is served from an older state than the objects have, and why.
+    pub(super) outdated: Vec<String>,
     /// Why a running agent does not say what it knows.
     pub(super) issues_problem: Option<String>,
 }
@@ -164,7 +167,11 @@ impl AgentPart {
                 .flatten()
         });
         let (state, reason) = match (&asked.name, &asked.health) {
-            (None, None) => ("unknown", "no address to ask: see --metrics-bind-address".to_owned()),
+            (None, None) => {
+                let unheard = asked.known.as_ref().and_then(|known| known.as_ref().err());
+                let unheard = unheard.map(|error| format!("{error}, and ")).unwrap_or_default();
+                ("unknown", format!("{unheard}no other address to ask: see --metrics-bind-address"))
+            }
             (Some((address, Ok((_, name)))), _) if asked.is_socklb() == Some(false) => {
                 let name = name.lines().next().unwrap_or_default();
                 ("stopped", format!("another program answers at {address}: /proxyMode says {name:?}"))
@@ -257,6 +264,38 @@ pub(super) fn issues(state: &State) -> Vec<Issue> {
     state.issues().collect::<BTreeSet<_>>().into_iter().collect()
 }
 
+/// What is served from an older state, by what the agent says at `/healthz`, its metrics and its issues.
+pub(super) fn outdated(
+    source: Option<&SourcePart>,
+    healthz: Option<&Value>,
+    issues: &[Issue],
+) -> Vec<String> {
+    let away = healthz.map(|body| &body["source"]).filter(|away| away.is_object());
+    let of_source = match away {
+        Some(away) => {
+            let served = match away["serves"].as_str() {
+                Some("last-known") => "what the source said last",
+                Some("found") => "what an earlier agent left in the kernel",
+                Some("snapshot") => "the snapshot",
+                Some("nothing") => "nothing",
+                _ => "an older state",
+            };
+            let part = |key: &str, before: &str| away[key].as_str().map(|text| format!("{before}{text}"));
+            let since = part("since", ", since ").unwrap_or_default();
+            let problem =
+                part("problem", ": ").unwrap_or_else(|| ": its first lists are not complete".to_owned());
+            Some(format!("the source is away{since}{problem}; {served} is served"))
+        }
+        None if source.is_some_and(|source| source.serves_snapshot) => {
+            Some("the source does not answer; the snapshot is served".to_owned())
+        }
+        None => None,
+    };
+    let of_files =
+        issues.iter().filter(|issue| matches!(issue.kind, IssueKind::BrokenFile { last_good: true, .. }));
+    of_source.into_iter().chain(of_files.map(ToString::to_string)).collect()
+}
+
 /// Issues that the table shows before it counts the rest.
 const SHOWN_ISSUES: usize = 20;
 
@@ -292,7 +331,8 @@ impl Status {
         if let Some(problem) = &self.pin_problem {
             lines[3] = format!("pins      {problem}");
         }
-        let mut text = lines.join("\n") + "\n";
+        let outdated = self.outdated.iter().map(|what| format!("outdated  {what}"));
+        let mut text = lines.into_iter().chain(outdated).collect::<Vec<_>>().join("\n") + "\n";
         if let Some(covers) = &self.covers {
             let _infallible = writeln!(text, "covers    {covers}");
         }

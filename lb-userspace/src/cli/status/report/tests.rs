@@ -64,6 +64,7 @@ fn well() -> Status {
         other_programs: BTreeMap::new(),
         n_issues: Some(0),
         issues: Vec::new(),
+        outdated: Vec::new(),
         issues_problem: None,
     }
 }
@@ -171,6 +172,110 @@ fn what_is_wrong_is_said_first() {
         "and 5 more: -o json lists all",
     ] {
         assert!(text.contains(part), "{part}\nis not in\n{text}");
+    }
+}
+
+/// The agent goes on after `socklb cleanup`, and what it said last of its self-test is no longer so.
+#[test]
+fn an_agent_whose_programs_are_detached_serves_no_calls() {
+    let status = Status {
+        hooks: vec![HookRow::new("connect4", Err(LinkProblem::Missing))],
+        pin_problem: Some("nothing is pinned under /sys/fs/bpf/socklb".to_owned()),
+        maps: Vec::new(),
+        covers: None,
+        ..well()
+    };
+    expect![[r"
+        agent     running: 127.0.0.1:10256: /livez says 200
+                  it serves no calls: its programs are not attached, see HOOK; restart it
+        source    kube: first lists complete
+                  last event 3 s ago, last sync 3 s ago, 0 changes waiting
+        snapshot  /var/lib/socklb/snapshot: 12 services, 14 slices, 3 nodes, 2 h old
+        pins      nothing is pinned under /sys/fs/bpf/socklb
+        self-test passed, before the programs were detached
+
+        HOOK          STATE       CGROUP
+        connect4      missing     nothing is pinned under this name
+
+        no issues
+    "]]
+    .assert_eq(&status.text());
+}
+
+#[test]
+fn who_does_not_get_traffic_is_told_why() {
+    let body =
+        r#"{"notReady":["the Node is being deleted","self-test not run yet: it waits for the first sync"]}"#;
+    let mut asked = answers("127.0.0.1:10256", Ok((200, String::new())));
+    asked.health = asked.health.map(|(place, livez, _)| (place, livez, Ok((503, body.to_owned()))));
+    let full_disk = Some("/var/lib/socklb/snapshot: No space left on device (os error 28)".to_owned());
+    let missing = SnapshotError::Missing { path: "/var/lib/socklb/snapshot".into() };
+    let status = Status {
+        agent: AgentPart::new(&asked),
+        snapshot: SnapshotPart::new("/var/lib/socklb/snapshot".into(), None, Err(&missing), full_disk),
+        outdated: vec![
+            "the source is away, since 2026-01-01T00:00:00Z: refused; the snapshot is served".to_owned(),
+        ],
+        ..well()
+    };
+    let text = status.text();
+    let head: Vec<&str> = text.lines().take(9).collect();
+    expect![[r"
+        agent     running: 127.0.0.1:10256: /livez says 200, /healthz says that no traffic should come to this node
+                  not ready: the Node is being deleted
+                  not ready: self-test not run yet: it waits for the first sync
+        source    kube: first lists complete
+                  last event 3 s ago, last sync 3 s ago, 0 changes waiting
+        snapshot  /var/lib/socklb/snapshot: no snapshot: has an agent run with this --state-dir?
+                  the last write failed: /var/lib/socklb/snapshot: No space left on device (os error 28)
+        pins      /sys/fs/bpf/socklb
+        outdated  the source is away, since 2026-01-01T00:00:00Z: refused; the snapshot is served
+    "]]
+    .assert_eq(&(head.join("\n") + "\n"));
+}
+
+#[test]
+fn what_is_older_than_the_source_is_told() {
+    let broken = |last_good| {
+        let kind = serde_json::from_value(json!({
+            "reason": "BrokenFile", "cause": "line 2: bad", "last_good": last_good, "since": "2026-01-01T00:00:00Z",
+        }));
+        Issue::new(ObjectRef::file("a.yaml"), kind.unwrap())
+    };
+    let away = |source: Value| json!({ "lastUpdated": "", "source": source });
+    let snapshot = SourcePart { serves_snapshot: true, ..source() };
+    for (source, healthz, issues, expected) in [
+        (Some(source()), None, vec![], None),
+        (Some(source()), Some(json!({})), vec![broken(false)], None),
+        (
+            Some(source()),
+            None,
+            vec![broken(true)],
+            Some("file a.yaml: line 2: bad; the objects read from it before"),
+        ),
+        (Some(snapshot), None, vec![], Some("the source does not answer; the snapshot is served")),
+        (
+            None,
+            Some(away(
+                json!({"serves": "last-known", "since": "2026-01-01T00:00:00Z", "problem": "refused"}),
+            )),
+            vec![],
+            Some(
+                "the source is away, since 2026-01-01T00:00:00Z: refused; what the source said last is served",
+            ),
+        ),
+        (
+            None,
+            Some(away(json!({"serves": "found"}))),
+            vec![],
+            Some(
+                "the source is away: its first lists are not complete; what an earlier agent left in the kernel is served",
+            ),
+        ),
+    ] {
+        let found = outdated(source.as_ref(), healthz.as_ref(), &issues);
+        assert_eq!(found.len(), usize::from(expected.is_some()), "{found:?}");
+        assert!(found.iter().all(|found| found.starts_with(expected.unwrap())), "{found:?}");
     }
 }
 
@@ -293,6 +398,7 @@ fn the_json_has_these_names() {
         "other_programs": {},
         "issues_of_agent": 0,
         "issues": [],
+        "outdated": [],
         "issues_problem": null,
     });
     assert_eq!(status, expected);
