@@ -32,6 +32,7 @@ fn state() -> State {
         node_ports: 30_000..=32_767,
         node_port_addresses: NodePortAddresses::All,
         external_ips: ExternalIps::Any,
+        service_cidrs: Vec::new(),
     };
     // Small, so that lack of room is met too.
     let capacity = Capacity { services: 24, endpoints: 96 };

@@ -28,6 +28,9 @@ pub trait Address: Copy + Eq {
     /// Whether the address is all zero: `0.0.0.0` or `::`, which Linux treats as loopback in `connect()`.
     fn is_unspecified(&self) -> bool;
 
+    /// Whether the address is in a network: equal to its address in the bits of its mask.
+    fn is_within(&self, network: &Self, mask: &Self) -> bool;
+
     /// The address in the 16-octet form that family-independent maps use: IPv6 as it is, IPv4 as
     /// `::ffff:a.b.c.d`.
     fn to_mapped(&self) -> Octets6;
@@ -62,6 +65,11 @@ impl Address for Octets4 {
     }
 
     #[inline(always)]
+    fn is_within(&self, network: &Self, mask: &Self) -> bool {
+        u32::from_ne_bytes(*self) & u32::from_ne_bytes(*mask) == u32::from_ne_bytes(*network)
+    }
+
+    #[inline(always)]
     fn to_mapped(&self) -> Octets6 {
         let prefix = u32::from_ne_bytes([0, 0, 0xff, 0xff]);
         octets([0, 0, prefix, u32::from_ne_bytes(*self)])
@@ -89,6 +97,11 @@ impl Address for Octets6 {
     #[inline(always)]
     fn is_unspecified(&self) -> bool {
         u128::from_ne_bytes(*self) == 0
+    }
+
+    #[inline(always)]
+    fn is_within(&self, network: &Self, mask: &Self) -> bool {
+        u128::from_ne_bytes(*self) & u128::from_ne_bytes(*mask) == u128::from_ne_bytes(*network)
     }
 
     #[inline(always)]

@@ -9,7 +9,10 @@
 //! - Addresses are octet arrays, ports are in host order, so that `bpftool map dump` prints `"port": 80`.
 //! - Field names are part of the public interface: scripts read them from `bpftool map dump pinned`.
 
-use crate::address::{Address, Octets4, Octets6};
+use crate::{
+    address::{Address, Octets4, Octets6},
+    limits::MAX_SERVICE_CIDRS,
+};
 
 /// Declares a map key or value: `repr(C)`, `Copy`, and a compile-time proof that it has no padding.
 macro_rules! map_type {
@@ -176,6 +179,8 @@ pub mod frontend_flags {
     /// The traffic policy is Local and no endpoint is local, although the cluster has some: the refusal is of
     /// the policy, not of the service (semantics R9, row 2). For counters and `explain`.
     pub const NO_LOCAL_ENDPOINT: u32 = 1 << 2;
+    /// No Service has the address, which is one of a service network. In no table: [`crate::resolve`] makes it up.
+    pub const UNALLOCATED: u32 = 1 << 3;
 }
 
 map_type! {
@@ -331,8 +336,8 @@ map_type! {
 }
 
 map_type! {
-    /// Key of `node_addrs`: an address of any node, IPv4 as `::ffff:a.b.c.d`. 16 octets.
-    pub struct NodeAddrKey {
+    /// Key of `node_addrs` and `cluster_ips`: an address, IPv4 as `::ffff:a.b.c.d`. 16 octets.
+    pub struct AddressKey {
         /// The address.
         pub address: Octets6,
     }
@@ -343,6 +348,51 @@ map_type! {
     pub struct NodeAddr {
         /// 1 for an address of this node that accepts node ports, 0 for an address of another node.
         pub own: u32,
+    }
+}
+
+map_type! {
+    /// Value of `cluster_ips`.
+    pub struct ClusterIp {
+        /// 1 if a call to a port that the Service does not have is refused, 0 if it is left alone.
+        pub served: u32,
+    }
+}
+
+map_type! {
+    /// An IPv4 network. 8 octets.
+    pub struct Network4 {
+        /// The address, without the bits of hosts.
+        pub address: Octets4,
+        /// The bits that count, as a netmask.
+        pub mask: Octets4,
+    }
+}
+
+map_type! {
+    /// An IPv6 network. 32 octets.
+    pub struct Network6 {
+        /// The address, without the bits of hosts.
+        pub address: Octets6,
+        /// The bits that count, as a netmask.
+        pub mask: Octets6,
+    }
+}
+
+map_type! {
+    /// Value of `service_cidrs`, index 0: the networks that cluster IPs come from. 328 octets.
+    ///
+    /// A network does not change while its number is in force: both numbers are 0 for a grace period first.
+    #[repr(align(8))]
+    pub struct ServiceCidrs {
+        /// How many of `v4` are in force.
+        pub n_v4: u32,
+        /// How many of `v6` are in force.
+        pub n_v6: u32,
+        /// IPv4.
+        pub v4: [Network4; MAX_SERVICE_CIDRS],
+        /// IPv6.
+        pub v6: [Network6; MAX_SERVICE_CIDRS],
     }
 }
 
@@ -484,6 +534,7 @@ mod tests {
         assert_eq!(size_of::<SocketEntry>(), 128);
         assert_eq!(size_of::<SocketRecords>(), 784);
         assert_eq!(size_of::<MapIdentity>(), 16);
+        assert_eq!(size_of::<ServiceCidrs>(), 328);
     }
 
     #[test]

@@ -15,6 +15,13 @@ pub const MAX_NODE_ADDRS: u32 = 32_768;
 /// take the room of others.
 pub const MAX_ADDRS_PER_NODE: usize = 64;
 
+/// Entries of the map `cluster_ips`: twice Kubernetes' tested limit of 10,000 services in both families, with room. Memory is
+/// taken for those that are used.
+pub const MAX_CLUSTER_IPS: u32 = 65_536;
+
+/// Networks of cluster IPs in each family. A cluster has one, and a few more while it moves from one to another.
+pub const MAX_SERVICE_CIDRS: usize = 8;
+
 /// Entries of the LRU map `affinity`: pairs of client network namespace and service port with affinity.
 pub const MAX_AFFINITY: u32 = 65_536;
 

@@ -9,9 +9,9 @@
 
 use crate::{
     layout::{
-        Affinity, AffinityKey, Endpoint4, Endpoint6, EndpointStats, Frontend, FrontendKey4, FrontendKey6,
-        FrontendRef, MapIdentity, Meta, NodeAddr, NodeAddrKey, SLOT_WAYS, ServiceStats, SocketEntry,
-        SocketRecords, SocketSlots,
+        AddressKey, Affinity, AffinityKey, ClusterIp, Endpoint4, Endpoint6, EndpointStats, Frontend,
+        FrontendKey4, FrontendKey6, FrontendRef, MapIdentity, Meta, NodeAddr, SLOT_WAYS, ServiceCidrs,
+        ServiceStats, SocketEntry, SocketRecords, SocketSlots,
     },
     limits,
 };
@@ -120,7 +120,9 @@ maps! {
     frontends: Array[u32 => Frontend], MMAPABLE, Size::Frontends, Image, layout 1;
     endpoints4: Array[u32 => Endpoint4], MMAPABLE, Size::Endpoints, Image, layout 1;
     endpoints6: Array[u32 => Endpoint6], MMAPABLE, Size::Endpoints, Image, layout 1;
-    node_addrs: Hash[NodeAddrKey => NodeAddr], 0, Size::Fixed(limits::MAX_NODE_ADDRS), Image, layout 1;
+    node_addrs: Hash[AddressKey => NodeAddr], 0, Size::Fixed(limits::MAX_NODE_ADDRS), Image, layout 1;
+    cluster_ips: Hash[AddressKey => ClusterIp], NO_PREALLOC, Size::Fixed(limits::MAX_CLUSTER_IPS), Image, layout 1;
+    service_cidrs: Array[u32 => ServiceCidrs], MMAPABLE, Size::Fixed(1), Image, layout 1;
     affinity: LruHash[AffinityKey => Affinity], 0, Size::Fixed(limits::MAX_AFFINITY), Ids, layout 1;
     socket_slots: Array[u32 => SocketSlots], MMAPABLE, Size::Fixed(limits::SOCKET_SETS), Ids, layout 1;
     sockets: Array[u32 => SocketEntry], MMAPABLE, Size::Fixed(SLOTS), Ids, layout 1;

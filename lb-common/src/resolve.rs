@@ -9,7 +9,8 @@
 //! # Invariants
 //!
 //! - A destination that is not a frontend is never touched ([`Verdict::Pass`]).
-//! - A frontend without usable endpoints is refused, never passed on ([`Verdict::Refuse`]).
+//! - A frontend without usable endpoints is refused, never passed on ([`Verdict::Refuse`]). So is a port that a cluster IP does
+//!   not have, and an address of a service network that no Service has is unreachable ([`Verdict::Unreachable`]).
 //! - The endpoint of a [`Verdict::Redirect`] was in the frontend's run at one moment during the call.
 //! - No loop without a constant bound, no recursion, no panic: the kernel's verifier must accept it.
 
@@ -84,6 +85,13 @@ pub trait Tables {
     /// missed.
     fn node_address(&self, mapped: &Octets6) -> Option<NodeAddress>;
 
+    /// Whether an address is in a network that cluster IPs come from. Asked only for what no frontend answers for.
+    fn is_in_service_network(&self, address: &Self::Addr) -> bool;
+
+    /// Whether a call to a port that the Service of this cluster IP does not have is refused; `None` if no Service has the
+    /// address.
+    fn cluster_ip(&self, mapped: &Octets6) -> Option<bool>;
+
     /// Whether node ports answer on loopback addresses for this caller: the switch is on and the caller lives in
     /// the node's own network namespace. In a pod, loopback is the pod's own (semantics R2).
     fn loopback_is_node(&self) -> bool;
@@ -109,6 +117,9 @@ pub trait Tables {
     fn remember_affinity(&self, service_id: u32, replaces: Option<Affinity>, new: Affinity) -> u32;
 }
 
+/// Stands for "no service port": ids are given out from 0 and never reach it.
+pub const NO_SERVICE: u32 = u32::MAX;
+
 /// Where a call goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict<A> {
@@ -116,9 +127,11 @@ pub enum Verdict<A> {
     Pass,
     /// A service address without a usable endpoint: fail with `ECONNREFUSED`.
     Refuse {
-        /// The service port that refused.
+        /// The service port that refused; [`NO_SERVICE`] if the Service has no such port.
         service_id: u32,
     },
+    /// An address of a service network that no Service has: fail with `EHOSTUNREACH`.
+    Unreachable,
     /// A service address: go to this endpoint instead.
     Redirect(Target<A>),
 }
@@ -144,12 +157,14 @@ pub struct Target<A> {
 /// affinity each endpoint has the same probability, up to a bias below `len / 2^32`.
 #[inline(always)]
 pub fn resolve<T: Tables>(tables: &T, call: &Call<T::Addr>) -> Verdict<T::Addr> {
-    let Some((frontend_id, frontend)) = find_frontend(tables, call) else {
+    let found = find_frontend(tables, call).or_else(|| find_in_service_network(tables, call));
+    let Some((frontend_id, frontend)) = found else {
         return Verdict::Pass;
     };
     let service_id = frontend.service_id;
     let Some((index, entry)) = choose(tables, &frontend) else {
-        return Verdict::Refuse { service_id };
+        let is_unallocated = frontend.flags & frontend_flags::UNALLOCATED != 0;
+        return if is_unallocated { Verdict::Unreachable } else { Verdict::Refuse { service_id } };
     };
     let (address, port, endpoint_id) = T::Addr::entry_parts(&entry);
     Verdict::Redirect(Target {
@@ -205,6 +220,27 @@ fn find_node_port<T: Tables>(tables: &T, call: &Call<T::Addr>) -> Option<(u32, F
         frontend.run = Run::EMPTY;
     }
     Some((id, frontend))
+}
+
+/// What stands for a destination in a service network that is no frontend: `pkg/proxy/nftables`, chain `cluster-ips-check`.
+///
+/// `None` if it is to be left alone.
+#[inline(always)]
+fn find_in_service_network<T: Tables>(tables: &T, call: &Call<T::Addr>) -> Option<(u32, Frontend)> {
+    if !tables.is_in_service_network(&call.address) {
+        return None;
+    }
+    let flags = match tables.cluster_ip(&call.address.to_mapped()) {
+        Some(false) => return None,
+        // Asked once more: since the first look-up a Service may have been created, its frontends first.
+        Some(true) => match tables.frontend_id(&T::Addr::key(call.address, call.port, call.protocol)) {
+            Some(id) => return Some((id, tables.frontend(id)?)),
+            None => 0,
+        },
+        None => frontend_flags::UNALLOCATED,
+    };
+    let (run, service_id) = (Run::EMPTY, NO_SERVICE);
+    Some((NO_SERVICE, Frontend { run, service_id, affinity_seconds: 0, flags, reserved: 0 }))
 }
 
 /// Chooses an entry of the frontend's run: its position within the run and the entry itself.

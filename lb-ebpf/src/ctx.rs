@@ -28,8 +28,10 @@ pub(crate) const PROCEED: i32 = 1;
 /// Return value of a program that rejects the call: `EPERM` unless another value was set.
 pub(crate) const REJECT: i32 = 0;
 
-/// `ECONNREFUSED`, which is 111 on every architecture that Kubernetes runs on.
-const ECONNREFUSED: i32 = 111;
+/// `ECONNREFUSED`; the number is the same on every architecture that Kubernetes runs on.
+pub(crate) const ECONNREFUSED: i32 = 111;
+/// `EHOSTUNREACH`; likewise.
+pub(crate) const EHOSTUNREACH: i32 = 113;
 
 // The numbers in map keys are the IP header's.
 const _: () = assert!(Protocol::TCP.0 == IpProto::Tcp as u8 && Protocol::UDP.0 == IpProto::Udp as u8);
@@ -250,7 +252,7 @@ impl<'a> SockAddr<'a> {
     /// The multipath TCP socket that this socket is a subflow of. Kernel 5.19 (`bpf_skc_to_mptcp_sock`).
     #[inline(always)]
     pub(crate) fn multipath(&self) -> Option<Multipath> {
-        if !config::is_on(&config::HAS_MPTCP) {
+        if !config::is_on(&config::HAS_MPTCP) || self.protocol_number() != IpProto::Tcp as u32 {
             return None;
         }
         // SAFETY: the helper takes any socket and returns null for another kind.
@@ -324,11 +326,11 @@ fn read_kernel<T: Default>(address: u64) -> T {
     value
 }
 
-/// Makes the call that the program runs for fail with `ECONNREFUSED`. Kernel 5.18 (`bpf_set_retval`).
+/// Makes the call that the program runs for fail with an error number. Kernel 5.18 (`bpf_set_retval`).
 #[inline(always)]
-pub(crate) fn refuse_call() -> i32 {
+pub(crate) fn fail_call(errno: i32) -> i32 {
     // SAFETY: no preconditions; a failure leaves the default, EPERM.
-    let _unchanged_on_error = unsafe { bpf_set_retval(-ECONNREFUSED) };
+    let _unchanged_on_error = unsafe { bpf_set_retval(-errno) };
     REJECT
 }
 

@@ -4,13 +4,13 @@ use aya_log_ebpf::debug;
 use lb_common::{
     Verdict,
     address::{Address, Octets4, Octets6, mapped_ipv4},
-    layout::{Protocol, SocketRecord, record_flags},
+    layout::{SocketRecord, record_flags},
     resolve::{Call, Choice, Target, resolve},
 };
 
 use crate::{
     config::{self, Mode, is_on},
-    ctx::{Multipath, PROCEED, Peer, REJECT, SockAddr, refuse_call},
+    ctx::{ECONNREFUSED, EHOSTUNREACH, Multipath, PROCEED, Peer, REJECT, SockAddr, fail_call},
     exclude::is_excluded,
     maps,
     record::Socket,
@@ -99,6 +99,7 @@ impl Decision {
     const PASS: u32 = 0;
     const REFUSE: u32 = 1;
     const REDIRECT: u32 = 2;
+    const UNREACHABLE: u32 = 3;
 
     #[inline(always)]
     fn of<A: Address>(verdict: Verdict<A>) -> Self {
@@ -111,8 +112,11 @@ impl Decision {
         };
         match verdict {
             Verdict::Pass => pass,
+            // Without a way to choose the error the call is left to the network, as any other.
+            Verdict::Unreachable if !is_on(&config::HAS_SET_RETVAL) => pass,
+            Verdict::Unreachable => Self { kind: Self::UNREACHABLE, ..pass },
             Verdict::Refuse { service_id } => {
-                // For kernels on which a refusal is a call that leads nowhere: see `refuse`.
+                // For kernels on which a refusal is a call that leads nowhere: see `Pending::finish`.
                 let mut address = Peer::NONE.address;
                 if A::FAMILY == lb_common::Family::V4 {
                     address = [127, 0, 0, 1].to_mapped();
@@ -200,11 +204,14 @@ impl<'a, M: Mode> Pending<'a, M> {
         if multipath.is_some_and(Multipath::is_established) {
             return PROCEED;
         }
+        if decision.kind == Decision::UNREACHABLE {
+            return fail_call(EHOSTUNREACH);
+        }
         if decision.kind == Decision::REFUSE {
             count_refusal(decision.service_id);
             log::<M>(self.ctx, decision.service_id, u32::MAX);
             if is_on(&config::HAS_SET_RETVAL) {
-                return refuse_call();
+                return fail_call(ECONNREFUSED);
             }
             // NFS and the like keep the address that they passed, which the kernel lets programs change in place before 6.6
             // (`kernel_connect`): they would call it for ever.
@@ -226,8 +233,7 @@ impl<'a, M: Mode> Pending<'a, M> {
     /// The multipath TCP socket whose subflow is to be connected.
     #[inline(always)]
     fn multipath(&self) -> Option<Multipath> {
-        let is_tcp = self.ctx.protocol() == Some(Protocol::TCP);
-        if self.kind == Kind::Connect && is_tcp { self.ctx.multipath() } else { None }
+        if self.kind == Kind::Connect { self.ctx.multipath() } else { None }
     }
 
     #[inline(always)]

@@ -4,15 +4,15 @@
 //! the real ones. docs/MAPS.md describes each for people.
 
 use aya_ebpf::{
-    bindings::BPF_F_MMAPABLE,
+    bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC},
     btf_maps::{Array, HashMap, LruHashMap, PerCpuArray, SkStorage},
     macros::btf_map,
 };
 use lb_common::{
     layout::{
-        Affinity, AffinityKey, Endpoint4, Endpoint6, EndpointStats, Frontend, FrontendKey4, FrontendKey6,
-        FrontendRef, MapIdentity, Meta, NodeAddr, NodeAddrKey, SLOT_WAYS, ServiceStats, SocketEntry,
-        SocketRecords, SocketSlots,
+        AddressKey, Affinity, AffinityKey, ClusterIp, Endpoint4, Endpoint6, EndpointStats, Frontend,
+        FrontendKey4, FrontendKey6, FrontendRef, MapIdentity, Meta, NodeAddr, SLOT_WAYS, ServiceCidrs,
+        ServiceStats, SocketEntry, SocketRecords, SocketSlots,
     },
     limits,
 };
@@ -45,8 +45,21 @@ pub(crate) static ENDPOINTS6: Array<Endpoint6, ENDPOINTS, MMAPABLE> = Array::new
 
 /// Addresses of nodes, for node ports.
 #[btf_map(name = "node_addrs")]
-pub(crate) static NODE_ADDRS: HashMap<NodeAddrKey, NodeAddr, { limits::MAX_NODE_ADDRS as usize }> =
+pub(crate) static NODE_ADDRS: HashMap<AddressKey, NodeAddr, { limits::MAX_NODE_ADDRS as usize }> =
     HashMap::new();
+
+/// Cluster IPs, for ports that their Services do not have.
+#[btf_map(name = "cluster_ips")]
+pub(crate) static CLUSTER_IPS: HashMap<
+    AddressKey,
+    ClusterIp,
+    { limits::MAX_CLUSTER_IPS as usize },
+    { BPF_F_NO_PREALLOC as usize },
+> = HashMap::new();
+
+/// Where cluster IPs come from.
+#[btf_map(name = "service_cidrs")]
+pub(crate) static SERVICE_CIDRS: Array<ServiceCidrs, 1, MMAPABLE> = Array::new();
 
 /// What `sessionAffinity: ClientIP` remembers.
 #[btf_map(name = "affinity")]

@@ -17,7 +17,11 @@
 //! the socket has, nor that of a service which an unconnected one waits for: a record counts for a connected socket only if it
 //! names that peer.
 
-use core::{hint::black_box, marker::PhantomData};
+use core::{
+    hint::black_box,
+    marker::PhantomData,
+    sync::atomic::{Ordering, compiler_fence},
+};
 
 use aya_ebpf::programs::SockContext;
 use lb_common::{
@@ -184,7 +188,8 @@ impl New<'_> {
 /// The records in socket storage that are for `connect()`, at the front.
 const CONNECT_RECORDS: usize = 2;
 
-/// [`SOCKET_RECORDS`], which the compiler must not know: it would write out every iteration.
+/// [`SOCKET_RECORDS`], which the compiler must not know: it would write out every iteration. Each loop is written
+/// out: of a closure LLVM makes a BPF function, which the verifier refuses.
 #[inline(always)]
 fn n_records() -> usize {
     let number = SOCKET_RECORDS;
@@ -405,12 +410,17 @@ impl<'a, M: Mode> Socket<'a, M> {
         // Only its peer talks to a TCP socket.
         let is_stream = record.protocol == Protocol::TCP.0;
         let mut is_elsewhere = false;
-        if let Some((entry, is_new)) = self.entry_or_new() {
+        if let Some((entry, new_owner)) = self.entry_or_new() {
             let first = &mut entry.first;
             let difference = service_difference(first, record) | endpoint_difference(first, record);
             // The common case: one more datagram of the same flow. Its endpoint may have got another id meanwhile.
-            if is_new || is_stream || (difference == 0 && first.flags & ANSWERS != 0) {
+            if new_owner != 0 || is_stream || (difference == 0 && first.flags & ANSWERS != 0) {
                 *first = *record;
+                if new_owner != 0 {
+                    // The agent takes the records for those of the cookie that it finds beside them.
+                    compiler_fence(Ordering::Release);
+                    entry.cookie = new_owner;
+                }
                 return;
             }
             is_elsewhere = new.note_in_slot(entry) == 0;
@@ -426,10 +436,11 @@ impl<'a, M: Mode> Socket<'a, M> {
         }
     }
 
-    /// The records in the socket's slot, and whether it was taken for this call, which is to be noted first then. `None` if others
-    /// own all that the socket may have, or if nothing would give the slot up.
+    /// The records in the socket's slot, and its cookie if the slot was taken for this call, else 0. A new owner notes the call in
+    /// the first record, and then its cookie. `None` if others own all that the socket may have, or if nothing would give the
+    /// slot up.
     #[inline(always)]
-    fn entry_or_new(&self) -> Option<(&'a mut SocketEntry, bool)> {
+    fn entry_or_new(&self) -> Option<(&'a mut SocketEntry, u64)> {
         if !M::SLOTS {
             return None;
         }
@@ -437,7 +448,7 @@ impl<'a, M: Mode> Socket<'a, M> {
         let slots = Slots::of(cookie)?;
         // The one that is mine before one that is free: a socket has one slot at most.
         if let Some(way) = slots.way_of(cookie) {
-            return Some((slots.entry(way)?, false));
+            return Some((slots.entry(way)?, 0));
         }
         // A socket that found no slot before goes on with its storage.
         if self.ctx.is_kernel_socket() || self.storage().is_some() {
@@ -445,8 +456,7 @@ impl<'a, M: Mode> Socket<'a, M> {
         }
         let entry = slots.entry(slots.take(cookie)?)?;
         entry.flags = 0;
-        entry.cookie = cookie;
-        Some((entry, true))
+        Some((entry, cookie))
     }
 
     /// Notes the call for the multipath TCP socket too, which is the one that the program asks. It has one peer.

@@ -6,10 +6,11 @@ use aya_ebpf::{
 };
 use lb_common::{
     Tables,
-    address::{Octets4, Octets6},
+    address::{Address, Octets4, Octets6},
     layout::{
-        Affinity, AffinityKey, Endpoint4, Endpoint6, Frontend, FrontendKey4, FrontendKey6, NodeAddrKey, Run,
+        AddressKey, Affinity, AffinityKey, Endpoint4, Endpoint6, Frontend, FrontendKey4, FrontendKey6, Run,
     },
+    limits::MAX_SERVICE_CIDRS,
     resolve::{Choice, NodeAddress},
 };
 
@@ -63,8 +64,15 @@ fn frontend(frontend_id: u32) -> Option<Frontend> {
 fn node_address(mapped: &Octets6) -> Option<NodeAddress> {
     // SAFETY: a node address is copied out at once; the agent waits for a grace period between deleting an entry
     // and inserting another, so the element is not recycled under this read.
-    let found = unsafe { maps::NODE_ADDRS.get(NodeAddrKey { address: *mapped })? };
+    let found = unsafe { maps::NODE_ADDRS.get(AddressKey { address: *mapped })? };
     Some(if found.own == 0 { NodeAddress::Other } else { NodeAddress::Own })
+}
+
+#[inline(always)]
+fn cluster_ip(mapped: &Octets6) -> Option<bool> {
+    // SAFETY: as above.
+    let found = unsafe { maps::CLUSTER_IPS.get(AddressKey { address: *mapped })? };
+    Some(found.served != 0)
 }
 
 #[inline(always)]
@@ -117,7 +125,7 @@ fn remember_affinity(key: &AffinityKey, replaces: Option<Affinity>, new: Affinit
 }
 
 macro_rules! kernel_tables {
-    ($tables:ident, $octets:ty, $key:ty, $entry:ty, $services:ident, $endpoints:ident) => {
+    ($tables:ident, $octets:ty, $key:ty, $entry:ty, $services:ident, $endpoints:ident, $number:ident, $networks:ident) => {
         impl<E: Memory> Tables for $tables<'_, E> {
             type Addr = $octets;
 
@@ -142,6 +150,27 @@ macro_rules! kernel_tables {
             #[inline(always)]
             fn node_address(&self, mapped: &Octets6) -> Option<NodeAddress> {
                 node_address(mapped)
+            }
+            #[inline(always)]
+            fn is_in_service_network(&self, address: &$octets) -> bool {
+                let Some(networks) = maps::SERVICE_CIDRS.get_ptr(0) else { return false };
+                // SAFETY: a live array element. The agent changes the number at any time, hence volatile, and networks
+                // only while the number is 0.
+                let number = unsafe { (&raw const (*networks).$number).read_volatile() };
+                let mut n = 0;
+                while n < MAX_SERVICE_CIDRS && n < number as usize {
+                    // SAFETY: as above.
+                    let network = unsafe { &(*networks).$networks[n] };
+                    if address.is_within(&network.address, &network.mask) {
+                        return true;
+                    }
+                    n += 1;
+                }
+                false
+            }
+            #[inline(always)]
+            fn cluster_ip(&self, mapped: &Octets6) -> Option<bool> {
+                cluster_ip(mapped)
             }
             #[inline(always)]
             fn loopback_is_node(&self) -> bool {
@@ -176,5 +205,5 @@ macro_rules! kernel_tables {
     };
 }
 
-kernel_tables!(Kernel4, Octets4, FrontendKey4, Endpoint4, SERVICES4, ENDPOINTS4);
-kernel_tables!(Kernel6, Octets6, FrontendKey6, Endpoint6, SERVICES6, ENDPOINTS6);
+kernel_tables!(Kernel4, Octets4, FrontendKey4, Endpoint4, SERVICES4, ENDPOINTS4, n_v4, v4);
+kernel_tables!(Kernel6, Octets6, FrontendKey6, Endpoint6, SERVICES6, ENDPOINTS6, n_v6, v6);

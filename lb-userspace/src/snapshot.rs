@@ -5,25 +5,40 @@
 //! The pinned maps hold addresses and ids; the snapshot holds the objects behind them. Commands read it to name
 //! services and to explain decisions without a running agent, and an agent whose source does not answer serves it.
 //!
+//! Two files: [`FILE_NAME`] has all objects and is rewritten rarely; [`JOURNAL`] has what changed since, one record for each
+//! writing. [`Snapshot::read`] folds the one over the other.
+//!
 //! # Invariants
 //!
-//! - Written to a new file and renamed: a reader sees the former or the new one.
-//! - A first line with format version, length and checksum: what was cut short or altered is refused, with a message.
+//! - A snapshot and a new journal are written to a new file and renamed: a reader sees the former or the new one.
+//! - Format version, length and checksum stand before the snapshot and before each record. A snapshot that was cut short or
+//!   altered is refused, with a message; a journal is read up to its first record that was.
+//! - A journal names the snapshot that it continues. One that continues another is not read.
 //!
 //! # Depends on
 //!
 //! `model`, `desired`.
 
+mod changes;
+mod codec;
+mod writer;
+
 use std::{
     fs::{self, File},
-    io::{self, BufRead, BufReader, BufWriter, Read, Write},
+    io::{self, Read},
     net::IpAddr,
     path::{Path, PathBuf},
     sync::Arc,
+    time::SystemTime,
 };
 
 use serde::{Deserialize, Serialize};
 
+pub use self::writer::{Writer, Written};
+use self::{
+    changes::Changes,
+    codec::{Journal, SnapshotHeader},
+};
 use crate::{
     desired::{ExternalIps, NodePortAddresses, Settings},
     model::{Node, Service, Slice, Store},
@@ -32,11 +47,15 @@ use crate::{
 /// Name of the snapshot within `--state-dir`.
 pub const FILE_NAME: &str = "snapshot";
 
-/// Raise it with any change to what the file holds.
-const FORMAT: u32 = 2;
+/// Name of the journal within `--state-dir`.
+pub const JOURNAL: &str = "journal";
 
-/// The largest file that is read: an order of magnitude above a cluster of 5,000 services and 250,000 endpoints.
+/// The largest file that is read, also once it is unpacked: an order of magnitude above a cluster of 5,000 services and 250,000
+/// endpoints.
 const MAX_BYTES: u64 = 1 << 30;
+
+/// How often a reader begins anew because an agent has replaced the files meanwhile.
+const MAX_TRIES: u32 = 5;
 
 /// Why a snapshot cannot be used or written.
 #[derive(Debug, thiserror::Error)]
@@ -66,8 +85,12 @@ pub enum SnapshotError {
     },
 }
 
-/// The objects and settings that an agent served, as read.
-#[derive(Clone, Debug, PartialEq, Deserialize)]
+/// The objects and settings that an agent serves.
+///
+/// Objects are shared with the store that they come from, since those of a cluster are large. So a snapshot can be taken where
+/// time matters and written where it does not. Services and Nodes are in the order of their names, slices in that of their
+/// services.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Snapshot {
     /// `--node-name`
     pub node_name: Arc<str>,
@@ -81,28 +104,14 @@ pub struct Snapshot {
     /// Addresses of the node's interfaces.
     pub interfaces: Vec<IpAddr>,
     /// Services that have or may have frontends.
-    pub services: Vec<Service>,
+    pub services: Vec<Arc<Service>>,
     /// Their slices.
-    pub slices: Vec<Slice>,
+    pub slices: Vec<Arc<Slice>>,
     /// All nodes.
-    pub nodes: Vec<Node>,
+    pub nodes: Vec<Arc<Node>>,
 }
 
-/// The same, to be written: shared with the store, since a cluster's objects are large. So it can be taken where time
-/// matters and written where it does not.
-#[derive(Clone, Debug, Serialize)]
-pub struct Contents {
-    node_name: Arc<str>,
-    node_ports: (u16, u16),
-    node_port_addresses: NodePortAddresses,
-    external_ips: ExternalIps,
-    interfaces: Vec<IpAddr>,
-    services: Vec<Arc<Service>>,
-    slices: Vec<Arc<Slice>>,
-    nodes: Vec<Arc<Node>>,
-}
-
-impl Contents {
+impl Snapshot {
     /// What there is now. Costs a reference count for each object.
     ///
     /// `interfaces` are the addresses of the node's interfaces.
@@ -114,82 +123,20 @@ impl Contents {
             node_port_addresses: settings.node_port_addresses.clone(),
             external_ips: settings.external_ips,
             interfaces: interfaces.to_vec(),
+            ..Self::default()
+        }
+        .with_objects_of(store)
+    }
+
+    fn with_objects_of(self, store: &Store) -> Self {
+        Self {
             services: store.shared_services().cloned().collect(),
             slices: store.shared_slices().cloned().collect(),
             nodes: store.shared_nodes().cloned().collect(),
+            ..self
         }
     }
 
-    /// Replaces the snapshot of a state directory, making the directory if needed.
-    ///
-    /// Not for two writers at a time: both would write the same new file.
-    ///
-    /// # Errors
-    ///
-    /// [`SnapshotError::Io`]; then the former snapshot is still there.
-    pub fn write(&self, state_dir: &Path) -> Result<(), SnapshotError> {
-        let (path, new) = (state_dir.join(FILE_NAME), state_dir.join(format!("{FILE_NAME}.new")));
-        let error = |source| SnapshotError::Io { path: path.clone(), source };
-        let mut digest = BufWriter::new(Digest::default());
-        let header = self.serialize_into(&mut digest).map(|()| digest.get_ref().header()).map_err(error)?;
-        fs::create_dir_all(state_dir).map_err(error)?;
-        let mut file = BufWriter::new(File::create(&new).map_err(error)?);
-        file.write_all(header.as_bytes())
-            .and_then(|()| self.serialize_into(&mut file))
-            .and_then(|()| file.get_ref().sync_data())
-            .and_then(|()| fs::rename(&new, &path))
-            .map_err(error)
-    }
-
-    /// Twice for one snapshot: the first line tells of what follows. In memory it would be as large as all that the agent
-    /// keeps of the same objects.
-    fn serialize_into(&self, writer: &mut impl Write) -> io::Result<()> {
-        serde_json::to_writer(&mut *writer, self)?;
-        writer.flush()
-    }
-}
-
-/// The length and checksum of what is written.
-#[derive(Default)]
-struct Digest {
-    n_bytes: usize,
-    checksum: crc32fast::Hasher,
-}
-
-impl Digest {
-    fn header(&self) -> String {
-        let checksum = self.checksum.clone().finalize();
-        format!("socklb-snapshot format={FORMAT} bytes={} crc32={checksum:08x}\n", self.n_bytes)
-    }
-}
-
-impl Write for Digest {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.n_bytes += bytes.len();
-        self.checksum.update(bytes);
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-/// Writes what there is now, as [`Contents::write`] does.
-///
-/// # Errors
-///
-/// As [`Contents::write`].
-pub fn write(
-    state_dir: &Path,
-    settings: &Settings,
-    interfaces: &[IpAddr],
-    store: &Store,
-) -> Result<(), SnapshotError> {
-    Contents::of(settings, interfaces, store).write(state_dir)
-}
-
-impl Snapshot {
     /// The settings that decide about frontends.
     #[must_use]
     pub fn settings(&self) -> Settings {
@@ -198,100 +145,136 @@ impl Snapshot {
             node_ports: self.node_ports.0..=self.node_ports.1,
             node_port_addresses: self.node_port_addresses.clone(),
             external_ips: self.external_ips,
+            // The tables say what comes of them.
+            service_cidrs: Vec::new(),
         }
     }
 
-    /// Reads the snapshot of a state directory.
+    /// Reads the snapshot of a state directory, with the changes in the journal.
+    ///
+    /// Also while an agent writes it: then it is one of those that the agent wrote while this was read.
     ///
     /// # Errors
     ///
-    /// See [`SnapshotError`].
+    /// See [`SnapshotError`]. A journal that cannot be read to its end is no error: see [`Found::n_lost`].
+    pub fn read(state_dir: &Path) -> Result<Self, SnapshotError> {
+        Found::read(state_dir).map(|found| found.snapshot)
+    }
+}
+
+/// What is on disk.
+#[derive(Debug)]
+pub struct Found {
+    /// The objects and settings.
+    pub snapshot: Snapshot,
+    /// How many octets at the journal's end were left out, because they are cut short or altered. While an agent writes they may
+    /// be a record that is not complete yet.
+    pub n_lost: u64,
+    /// What the journal names the snapshot by; `None` in a format without a journal.
+    generation: Option<u64>,
+    /// Octets of the snapshot.
+    snapshot_len: u64,
+    /// Octets of the journal up to the end of the last good record; 0 without one.
+    journal_len: u64,
+}
+
+impl Found {
+    /// As [`Snapshot::read`].
+    ///
+    /// # Errors
+    ///
+    /// As [`Snapshot::read`].
     pub fn read(state_dir: &Path) -> Result<Self, SnapshotError> {
         let path = state_dir.join(FILE_NAME);
-        let file = File::open(&path).map_err(|source| match source.kind() {
+        let io_error = |source: io::Error| match source.kind() {
             io::ErrorKind::NotFound => SnapshotError::Missing { path: path.clone() },
             _ => SnapshotError::Io { path: path.clone(), source },
-        })?;
-        let mut reader = BufReader::new(file).take(MAX_BYTES);
-        let (mut header, mut body) = (String::new(), Vec::new());
-        reader
-            .read_line(&mut header)
-            .and_then(|_| reader.read_to_end(&mut body))
-            .map_err(|source| SnapshotError::Io { path: path.clone(), source })?;
-        decode(&header, &body).map_err(|problem| SnapshotError::Corrupt { path, problem })
+        };
+        let corrupt = |problem| SnapshotError::Corrupt { path: path.clone(), problem };
+        let mut n_tries = 0;
+        loop {
+            let bytes = read_file(&path).map_err(io_error)?;
+            let (header, body) = SnapshotHeader::parse(&bytes).map_err(corrupt)?;
+            let journal_path = state_dir.join(JOURNAL);
+            let journal = match read_file(&journal_path) {
+                Ok(journal) => journal,
+                Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
+                Err(source) => return Err(SnapshotError::Io { path: journal_path, source }),
+            };
+            let journal = header.generation.and_then(|generation| Journal::parse(&journal, generation));
+            if journal.is_none() {
+                // Of another snapshot: perhaps of one that has taken the place of what was read.
+                n_tries += 1;
+                if n_tries < MAX_TRIES && read_header(&path).map_err(io_error)? != codec::first_line(&bytes) {
+                    continue;
+                }
+            }
+            let snapshot = header.decode(body).map_err(corrupt)?;
+            let (snapshot, n_good) = fold(snapshot, journal.as_ref().map_or(&[][..], Journal::records));
+            let (journal_len, n_lost) = journal.map_or((0, 0), |journal| journal.split(n_good));
+            let snapshot_len = bytes.len() as u64;
+            return Ok(Self { snapshot, n_lost, generation: header.generation, snapshot_len, journal_len });
+        }
     }
 }
 
-fn header(body: &[u8]) -> String {
-    let mut checksum = crc32fast::Hasher::new();
-    checksum.update(body);
-    Digest { n_bytes: body.len(), checksum }.header()
+/// Adds changes, up to the first that cannot be read. Returns how many were added.
+fn fold(base: Snapshot, records: &[&[u8]]) -> (Snapshot, usize) {
+    if records.is_empty() {
+        return (base, 0);
+    }
+    let mut store = Store::new();
+    let Snapshot { services, slices, nodes, .. } = &base;
+    let _all = store.replace_services(services.iter().cloned());
+    let _all = store.replace_slices(slices.iter().cloned());
+    let _all = store.replace_nodes(nodes.iter().cloned());
+    let (mut rest, mut n_good) = (base, 0);
+    for record in records {
+        let Ok(changes) = codec::unpack::<Changes>(record) else { break };
+        rest = changes.apply(&mut store);
+        n_good += 1;
+    }
+    (rest.with_objects_of(&store), n_good)
 }
 
-fn decode(found: &str, body: &[u8]) -> Result<Snapshot, String> {
-    let Some(format) = found
-        .strip_prefix("socklb-snapshot format=")
-        .and_then(|rest| rest.split(' ').next())
-        .and_then(|format| format.parse::<u32>().ok())
-    else {
-        return Err("not a snapshot".to_owned());
-    };
-    if format != FORMAT {
-        return Err(format!("format {format}, this socklb reads {FORMAT}"));
+fn read_file(path: &Path) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    File::open(path)?.take(MAX_BYTES).read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
+/// The first line of a snapshot.
+fn read_header(path: &Path) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    File::open(path)?.take(codec::MAX_HEADER_LEN).read_to_end(&mut bytes)?;
+    Ok(codec::first_line(&bytes).to_vec())
+}
+
+/// When the snapshot or its journal was last written; `None` if there is neither or that cannot be told.
+#[must_use]
+pub fn modified(state_dir: &Path) -> Option<SystemTime> {
+    let of = |name| fs::metadata(state_dir.join(name)).and_then(|data| data.modified()).ok();
+    of(FILE_NAME).max(of(JOURNAL))
+}
+
+/// Removes the files of a snapshot. Returns those that were there.
+///
+/// # Errors
+///
+/// [`SnapshotError::Io`] for the first that cannot be removed.
+pub fn remove(state_dir: &Path) -> Result<Vec<PathBuf>, SnapshotError> {
+    let mut removed = Vec::new();
+    // The snapshot first: without it, no journal is read.
+    for name in [FILE_NAME, JOURNAL].into_iter().chain(writer::NEW) {
+        let path = state_dir.join(name);
+        match fs::remove_file(&path) {
+            Ok(()) => removed.push(path),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(source) => return Err(SnapshotError::Io { path, source }),
+        }
     }
-    if found != header(body) {
-        return Err(format!("{} bytes do not match the first line", body.len()));
-    }
-    serde_json::from_slice(body).map_err(|error| error.to_string())
+    Ok(removed)
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn settings() -> Settings {
-        Settings {
-            node_name: "node-a".into(),
-            node_ports: 30000..=32767,
-            node_port_addresses: NodePortAddresses::Primary,
-            external_ips: ExternalIps::Nodes,
-        }
-    }
-
-    fn write_sample(state_dir: &Path) {
-        let mut store = Store::new();
-        let node = Node { name: "node-a".into(), zone: Some("zone-1".into()), ..Node::default() };
-        let _changes = store.set_node("node-a", Some(node));
-        write(state_dir, &settings(), &["192.168.0.1".parse().unwrap()], &store).unwrap();
-    }
-
-    #[test]
-    fn what_is_written_is_read() {
-        let directory = tempfile::tempdir().unwrap();
-        let state_dir = directory.path().join("made/on/demand");
-        write_sample(&state_dir);
-        let read = Snapshot::read(&state_dir).unwrap();
-        assert_eq!(read.settings(), settings());
-        assert_eq!(read.interfaces, ["192.168.0.1".parse::<IpAddr>().unwrap()]);
-        assert_eq!(read.nodes[0].zone.as_deref(), Some("zone-1"));
-    }
-
-    #[test]
-    fn damage_is_refused_with_a_reason() {
-        let directory = tempfile::tempdir().unwrap();
-        assert!(matches!(Snapshot::read(directory.path()), Err(SnapshotError::Missing { .. })));
-        write_sample(directory.path());
-        let path = directory.path().join(FILE_NAME);
-        let good = fs::read_to_string(&path).unwrap();
-        for (damage, reason) in [
-            (good.replace("zone-1", "zone-2"), "do not match"),
-            (good[..good.len() - 1].to_owned(), "do not match"),
-            (good.replace(&format!("format={FORMAT}"), "format=0"), "format 0"),
-            (String::new(), "not a snapshot"),
-        ] {
-            fs::write(&path, damage).unwrap();
-            let error = Snapshot::read(directory.path()).unwrap_err().to_string();
-            assert!(error.contains(reason), "{error}");
-        }
-    }
-}
+mod tests;

@@ -12,7 +12,11 @@ use lb_tests::{
     apiserver::{ApiServer, Kind},
     cluster::{self, NAMESPACE, PortOf},
 };
-use lb_userspace::{desired::FrontendAddress, model::Protocol::Tcp, source::Source as _};
+use lb_userspace::{
+    desired::FrontendAddress,
+    model::{Protocol::Tcp, ingest},
+    source::Source as _,
+};
 
 use crate::follower::{Follower, N_KINDS, cluster, endpoints, service_address};
 
@@ -22,6 +26,15 @@ fn with_services(n_services: usize) -> (ApiServer, Follower) {
     let mut follower = Follower::start(&server);
     follower.until_like(&server);
     (server, follower)
+}
+
+/// The name of a slice of a service.
+fn first_slice_of(objects: &cluster::Cluster, service: &str) -> String {
+    let is_of = |slice: &&k8s_openapi::api::discovery::v1::EndpointSlice| {
+        let labels = slice.metadata.labels.as_ref();
+        labels.is_some_and(|labels| labels.get(ingest::SERVICE_NAME).is_some_and(|name| name == service))
+    };
+    objects.slices.values().find(is_of).and_then(|slice| slice.metadata.name.clone()).unwrap()
 }
 
 #[test]
@@ -87,6 +100,7 @@ fn a_cut_watch_is_resumed_without_a_list() {
     }
     assert_eq!(follower.n_frontends(), 0);
     assert_eq!(server.requests().lists, lists);
+    assert!(server.requests().confirmations >= 5, "the server says that it has what follows");
 }
 
 #[test]
@@ -122,6 +136,83 @@ fn an_expired_watch_leads_to_a_list_that_removes() {
     follower.until_like(&server);
     assert_eq!(follower.n_frontends(), 3);
     follower.until("the watches of all three kinds have ended", |_| server.requests().expired >= 3);
+}
+
+/// What changes while a server sends the objects of its cache comes before the end of a streaming list.
+#[test]
+fn changes_before_the_end_of_a_list_count() {
+    let server = ApiServer::start();
+    let mut objects = cluster(20);
+    server.set(&objects);
+    let before = server.version();
+    server.delete(Kind::Service, NAMESPACE, "web-3");
+    server.delete(Kind::Service, NAMESPACE, "web-5");
+    objects.set_endpoints(&PortOf::tcp("web-7"), &endpoints(7, 1));
+    objects.serve("web-20", service_address(20), Tcp, &endpoints(20, 2));
+    let (key, others) = ((NAMESPACE.to_owned(), "web-3".to_owned()), cluster::NAMESPACE);
+    objects.services.remove(&key);
+    // web-5 is there again, and the other node gone.
+    server.set(&objects);
+    server.delete(Kind::Node, "", "other");
+    server.delete(Kind::Slice, others, &first_slice_of(&objects, "web-9"));
+    server.set_faults(|faults| faults.changes_in_lists = server.version() - before);
+
+    let mut follower = Follower::start(&server);
+    follower.until_like(&server);
+    assert_eq!(follower.n_frontends(), 20);
+    let sent = server.requests().changes_in_lists;
+    assert!(sent >= 7, "{sent} changes were sent in lists");
+
+    // The same in a list that is not the first.
+    server.freeze();
+    server.delete(Kind::Service, NAMESPACE, "web-7");
+    follower.until_like(&server);
+    assert!(server.requests().changes_in_lists > sent);
+}
+
+/// A watch that the server ends in its time goes on where it was.
+#[test]
+fn a_watch_that_ends_in_time_costs_no_list() {
+    let server = ApiServer::start();
+    server.set(&cluster(3));
+    let mut follower = Follower::with_watches_of(&server, Duration::from_secs(1));
+    follower.until("each watch was asked for several times", |_| server.requests().watches >= 3 * N_KINDS);
+    follower.until_like(&server);
+    let requests = server.requests();
+    assert_eq!((requests.lists, requests.confirmations), (N_KINDS, 0));
+}
+
+/// Each outage is known while it lasts, with the server and the reason, and over when the server answers again.
+#[test]
+fn an_outage_is_known() {
+    let (mut server, mut follower) = with_services(3);
+    let contact = follower.source.contact().unwrap().clone();
+    for _ in 0..2 {
+        server.stop();
+        let problem = format!("API server {}: connection refused", server.url());
+        follower.until("it is away", |_| contact.outage().is_some_and(|outage| *outage.problem == problem));
+        let since = Instant::now();
+        while since.elapsed() < Duration::from_millis(500) {
+            follower.step();
+        }
+        assert!(contact.ages(Instant::now()).iter().all(|(_, age)| *age >= Duration::from_millis(500)));
+        server.resume().unwrap();
+        follower.until("it is back", |_| contact.outage().is_none());
+    }
+    // A token that is not taken is no silence.
+    server.set_faults(|faults| faults.token = Some("other".to_owned()));
+    server.cut_watches();
+    follower.until("it refuses", |_| contact.outage().is_some());
+    let problem = contact.outage().unwrap().problem.to_string();
+    assert!(
+        problem.contains(&server.url()) && problem.contains("401") && problem.contains("token"),
+        "{problem}"
+    );
+    server.set_faults(|faults| faults.token = None);
+    follower.until("all is well", |_| contact.outage().is_none());
+    let failures = contact.failures();
+    let n = |reason| failures.iter().find(|(name, _)| *name == reason).map(|(_, n)| *n).unwrap();
+    assert!(n("connection") >= N_KINDS && n("unauthorized") >= 1, "{failures:?}");
 }
 
 /// The tables are never emptier than they should be while a list is under way, however long it takes.
@@ -160,9 +251,47 @@ fn internal_errors_are_asked_again() {
     follower.until_like(&server);
 }
 
-/// After a restore from a backup versions are smaller: the server is silent about changes until it has caught up.
+/// After a restore from a backup the server is silent about a version that it has not reached, and nothing need change.
 #[test]
-fn a_server_that_goes_back_is_listed_anew() {
+fn a_server_that_goes_back_is_believed() {
+    for has_streaming_lists in [true, false] {
+        for (is_away_for_long, n_changes) in [(false, 0), (true, 0), (true, 60)] {
+            let mut server = ApiServer::start();
+            server.set_faults(|faults| faults.has_streaming_lists = has_streaming_lists);
+            let mut objects = cluster(5);
+            server.set(&objects);
+            let backup = server.version();
+            let mut follower = Follower::start(&server);
+            server.delete(Kind::Service, NAMESPACE, "web-3");
+            objects.set_endpoints(&PortOf::tcp("web-1"), &endpoints(100, 2));
+            server.set(&objects.clone().with([cluster::node("node", &["192.0.2.77".parse().unwrap()])]));
+            server.delete(Kind::Service, NAMESPACE, "web-4");
+            follower.until_like(&server);
+            let known = server.version();
+
+            server.stop();
+            if is_away_for_long {
+                follower.until("the watches find it away", |follower| {
+                    follower.source.contact().unwrap().outage().is_some()
+                });
+            }
+            server.restore(backup);
+            for n_endpoints in 0..n_changes {
+                // Until versions of before mean something else.
+                objects.set_endpoints(&PortOf::tcp("web-2"), &endpoints(2, 1 + n_endpoints % 2));
+                objects.slices.values().for_each(|slice| server.apply(slice.clone()));
+            }
+            assert_eq!(server.version() > known, n_changes > 0);
+            server.resume().unwrap();
+            follower.until_like(&server);
+            server.delete(Kind::Service, NAMESPACE, "web-4");
+            follower.until_like(&server);
+        }
+    }
+}
+
+#[test]
+fn a_server_with_other_versions_is_listed_anew() {
     for version in [10, 1_000_000] {
         for has_streaming_lists in [true, false] {
             let server = ApiServer::start();
@@ -186,7 +315,9 @@ fn a_half_open_connection_is_given_up() {
     server.freeze();
     server.delete(Kind::Service, NAMESPACE, "web-0");
     follower.until_like(&server);
-    assert_eq!(server.requests().lists, N_KINDS, "the watches go on where they were");
+    follower.until("each kind is listed", |_| server.requests().lists >= 2 * N_KINDS);
+    thread::sleep(Duration::from_millis(1500));
+    assert_eq!(server.requests().lists, 2 * N_KINDS, "once for one silence");
 }
 
 /// Changes of all kinds, with faults of all kinds in between. A service that is always there is always served.
@@ -222,7 +353,7 @@ fn churn_with_faults_ends_as_without() {
             }
         }
         server.set(&objects);
-        match next(9) {
+        match next(10) {
             0 | 1 => server.cut_watches(),
             2 => server.expire(),
             3 => server.set_faults(|faults| faults.internal_errors = 2),
@@ -233,6 +364,7 @@ fn churn_with_faults_ends_as_without() {
             }
             6 => server.compact(),
             7 => server.restart_at_version(100 + 10_000 * (round % 3)),
+            8 => server.set_faults(|faults| faults.changes_in_lists = round % 20),
             _ => {}
         }
         for _ in 0..5 {

@@ -13,7 +13,7 @@ use lb_tests::{
     controlplane::Api,
 };
 use lb_userspace::{
-    cluster::{Access, KubeSource, Timing},
+    cluster::{Access, KubeSource, Timing, Wanted},
     controller::State,
     model::{Protocol::Tcp, Store},
     plan::Capacity,
@@ -39,13 +39,21 @@ pub(crate) const TIMING: Timing = Timing {
     first_pause: Duration::from_millis(20),
 };
 
+/// Everything.
+const WANTED: Wanted<'_> =
+    Wanted { service_proxy_name: None, node_name: NODE, other_nodes: true, pods: true };
+
 /// Opens a source by a kubeconfig, as the agent does.
 pub(crate) fn open(runtime: &Runtime, server: &dyn Api) -> KubeSource {
+    open_with(runtime, server, WANTED, TIMING)
+}
+
+fn open_with(runtime: &Runtime, server: &dyn Api, wanted: Wanted<'_>, timing: Timing) -> KubeSource {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("kubeconfig");
     fs::write(&path, server.kubeconfig()).unwrap();
     let access = Access { kubeconfig: Some(path), apiserver: None };
-    runtime.block_on(KubeSource::open(&access, None, Some(NODE), TIMING)).unwrap()
+    runtime.block_on(KubeSource::open(&access, wanted, timing)).unwrap()
 }
 
 /// Source, state and image.
@@ -63,11 +71,26 @@ impl Follower {
         Self::of(runtime, source)
     }
 
+    /// As the agent does by default.
+    pub(crate) fn of_own_node(server: &dyn Api) -> Self {
+        let runtime = runtime();
+        let source =
+            open_with(&runtime, server, Wanted { other_nodes: false, pods: false, ..WANTED }, TIMING);
+        Self::of(runtime, source)
+    }
+
+    /// With watches that last so long, or up to twice as long.
+    pub(crate) fn with_watches_of(server: &dyn Api, watch: Duration) -> Self {
+        let runtime = runtime();
+        let source = open_with(&runtime, server, WANTED, Timing { watch, ..TIMING });
+        Self::of(runtime, source)
+    }
+
     /// With a kubeconfig that stays.
     pub(crate) fn with_kubeconfig(path: &Path) -> Self {
         let runtime = runtime();
         let access = Access { kubeconfig: Some(path.to_owned()), apiserver: None };
-        let source = runtime.block_on(KubeSource::open(&access, None, Some(NODE), TIMING)).unwrap();
+        let source = runtime.block_on(KubeSource::open(&access, WANTED, TIMING)).unwrap();
         Self::of(runtime, source)
     }
 

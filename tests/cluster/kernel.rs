@@ -21,7 +21,7 @@ use lb_userspace::{
     controller::run::{Options, run},
     model::{Protocol::Tcp, Store, ingest},
     serve,
-    snapshot::{self, Snapshot},
+    snapshot::{Snapshot, Writer},
     source::Source as _,
 };
 use nix::errno::Errno;
@@ -132,10 +132,14 @@ fn without_the_server_the_snapshot_is_served() {
         let _servers = Servers::tcp(endpoints);
         let (service, state_dir) = (service_address(0), tempfile::tempdir().unwrap());
         let mut objects = Cluster::new();
-        objects.serve("web", service, Tcp, &endpoints[..1]);
-        let mut store = Store::new();
-        let (_all, _issues) = objects.fill(&mut store);
-        snapshot::write(state_dir.path(), &agent::settings(), &[], &store).unwrap();
+        let mut writer = Writer::new(state_dir.path());
+        // First as it was before, then with a change, which is in the journal.
+        for served in [&[], &endpoints[..1]] {
+            objects.serve("web", service, Tcp, served);
+            let mut store = Store::new();
+            let (_all, _issues) = objects.fill(&mut store);
+            writer.write(Snapshot::of(&agent::settings(), &[], &store)).unwrap();
+        }
 
         let mut server = ApiServer::start();
         server.stop();

@@ -8,7 +8,7 @@ use lb_tests::{
 };
 use lb_userspace::{model::ingest, source::Source as _};
 
-use crate::follower::{Follower, N_KINDS, cluster, endpoints};
+use crate::follower::{Follower, N_KINDS, NODE, cluster, endpoints};
 
 #[test]
 fn everything_is_listed_and_followed() {
@@ -29,6 +29,29 @@ fn everything_is_listed_and_followed() {
     server.delete(Kind::Node, "", "other");
     follower.until_like(&server);
     assert_eq!(server.requests().lists, N_KINDS, "one list of each kind");
+}
+
+/// The Nodes of others are many, large, and change all the time.
+#[test]
+fn only_the_own_node_is_read() {
+    let server = ApiServer::start();
+    let mut objects = cluster(3);
+    let mut large = cluster::node("other-1", &["192.0.2.3".parse().unwrap()]);
+    large.metadata.annotations = Some([("example.com/images".to_owned(), "x".repeat(20_000))].into());
+    objects.set(large.clone());
+    server.set(&objects);
+    let mut follower = Follower::of_own_node(&server);
+    follower.until("all is served", |follower| follower.n_frontends() == 3);
+    let nodes = |follower: &Follower| -> Vec<String> {
+        follower.state.store().nodes().map(|node| node.name.to_string()).collect()
+    };
+    assert_eq!(nodes(&follower), [NODE]);
+    large.metadata.labels = Some([("changed".to_owned(), "yes".to_owned())].into());
+    server.apply(large);
+    server.delete(Kind::Node, "", NODE);
+    follower.until("the own node is followed", |follower| nodes(follower).is_empty());
+    let octets = server.requests().octets;
+    assert!(octets < 20_000, "{octets} octets were read");
 }
 
 /// An older server refuses streaming lists; a list of many objects from there is whole, too.

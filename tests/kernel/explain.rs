@@ -47,7 +47,16 @@ fn check(to: FrontendAddress, explained: &Explanation) {
         ("untouched", None) => {
             assert_eq!(call(), reached_untouched(to).ok_or(Errno::ENETUNREACH), "{explained:?}");
         }
-        ("refused", Some(_)) => {
+        ("unreachable", None) => {
+            let is_old = !Features::probe().set_retval;
+            let expected = if is_old {
+                reached_untouched(to).ok_or(Errno::ENETUNREACH)
+            } else {
+                Err(Errno::EHOSTUNREACH)
+            };
+            assert_eq!(call(), expected, "{explained:?}");
+        }
+        ("refused", _) => {
             // Before kernel 5.18 a datagram socket learns it by another error.
             let errno = call().unwrap_err();
             let is_old = to.protocol == Protocol::Udp && !Features::probe().set_retval;
@@ -141,6 +150,9 @@ fn what_is_explained_is_what_calls_reach() {
         }
         assert!(n_verdicts.values().sum::<usize>() >= N_DESTINATIONS, "{n_verdicts:?}");
         let is_often = |verdict| n_verdicts.get(verdict).is_some_and(|&n| n > N_DESTINATIONS / 50);
-        assert!(["untouched", "refused", "redirected"].into_iter().all(is_often), "{n_verdicts:?}");
+        assert!(
+            ["untouched", "refused", "unreachable", "redirected"].into_iter().all(is_often),
+            "{n_verdicts:?}"
+        );
     });
 }

@@ -363,6 +363,49 @@ fn other_sizes_fail_no_call_and_lose_nothing() {
     });
 }
 
+/// Sizes that would take away what is served are not taken: the maps stay, and who asked is told.
+#[test]
+fn sizes_that_are_too_small_leave_the_maps_as_they_are() {
+    if !require(Feature::Programs) {
+        return;
+    }
+    Sandbox::run(|sandbox| {
+        let endpoints = addresses::<3>(Domain::V4, 8001);
+        let _servers = Servers::tcp(endpoints);
+        let services: Vec<SocketAddr> = (0..5).map(|n| SocketAddr::from(([10, 96, 7, n], 80))).collect();
+        let mut cluster = Cluster::new();
+        for (n, service) in services.iter().enumerate() {
+            cluster.serve(&format!("web-{n}"), *service, Tcp, &endpoints);
+        }
+        let options = agent::options(sandbox);
+        Agent::start(sandbox).follow(&cluster);
+        let (maps, former) = (map_ids(sandbox), options.capacity);
+        let all_answer = || services.iter().all(|service| call(*service, Tcp).is_ok());
+        for (services, endpoints, used, refused) in [
+            (4, former.endpoints, former, vec![("max-services", 4, 5)]),
+            (former.services, 14, former, vec![("max-endpoints", 14, 15)]),
+            (1, 1, former, vec![("max-services", 1, 5), ("max-endpoints", 1, 15)]),
+            // The one that fits is taken.
+            (4, 15, Capacity { endpoints: 15, ..former }, vec![("max-services", 4, 5)]),
+            (5, 15, Capacity { services: 5, endpoints: 15 }, vec![]),
+        ] {
+            let capacity = Capacity { services, endpoints };
+            let options = Options { capacity, ..options.clone() };
+            let mut agent = Agent::start_with(&options, agent::settings(), Vec::new()).unwrap();
+            let told: Vec<_> = agent.kernel.too_small().iter().collect();
+            let expected: Vec<_> = told.iter().map(|size| (size.setting, size.wanted, size.n_served)).collect();
+            assert_eq!(expected, refused, "{capacity:?}");
+            assert!(all_answer(), "{capacity:?}");
+            let plan = agent.follow(&cluster);
+            assert!(plan.is_empty(), "{capacity:?}: {plan:?}");
+            assert!(all_answer(), "{capacity:?}");
+            assert_eq!(Maps::open(&sandbox.pin_path()).unwrap().capacity(), used);
+            assert_eq!(map_ids(sandbox) == maps, used == former, "{capacity:?}");
+            assert_eq!(pinned(sandbox), wanted_pins(sandbox));
+        }
+    });
+}
+
 /// Until everything is known that is to be served, what was found serves on, and a smaller table loses nothing that fits.
 #[test]
 fn former_maps_serve_until_the_first_plan() {

@@ -129,9 +129,33 @@ fn a_state_directory_that_takes_nothing_is_named_once_and_harms_nothing() {
             }
             place.write(&town.cluster(0..2));
             eventually("the snapshot is written", || place.state_dir().join("snapshot").exists());
+            eventually("it says so", || says(&agent, &["INFO", "no longer", "snapshot is not up to date"]));
             assert_eq!(agent.end(nix::sys::signal::Signal::SIGTERM), Some(0));
             text("umount", &[state_dir]);
         }
+    });
+}
+
+/// A setting with which maps could not hold what is served is refused by name, with both numbers, and takes nothing away.
+#[test]
+fn a_size_that_is_too_small_is_named_and_harms_nothing() {
+    with_town(|place, town| {
+        let service = town::web()[0];
+        place.write(&town.cluster(0..2));
+        let agent = place.start_with(&PORTS);
+        eventually("it is ready", || is_up(service) && status_of(10256, "healthz") == "200");
+        assert_eq!(agent.end(nix::sys::signal::Signal::SIGTERM), Some(0));
+        let agent = place.start_with(&[&PORTS[..], &["--max-services=1"]].concat());
+        eventually("it says so", || {
+            says(&agent, &["WARN", "--max-services=1 is too small", "65536 is used as before", "restart the agent"])
+        });
+        eventually("it is ready", || status_of(10256, "healthz") == "200");
+        let body = text("curl", &["--silent", "http://127.0.0.1:10256/healthz"]);
+        assert!(body.contains(r#""sizesRefused":["max-services=1: "#), "{body}");
+        assert!(is_up(service));
+        place.write(&town.cluster(0..0));
+        eventually("changes are followed", || !is_up(service));
+        assert_eq!(agent.end(nix::sys::signal::Signal::SIGTERM), Some(0));
     });
 }
 

@@ -25,7 +25,7 @@ use lb_userspace::{
     desired::{ExternalIps, FrontendAddress, NodePortAddresses, Settings},
     model::{Protocol, ingest},
     plan::Capacity,
-    sim::{Caller, Config, Simulator},
+    sim::{Caller, Config, Outcome, Simulator},
     tables::Image,
 };
 use proptest::{collection::vec, option, prelude::*, sample::subsequence};
@@ -380,6 +380,7 @@ pub(crate) fn settings() -> Settings {
         node_ports: lb_common::limits::NODE_PORTS.0..=lb_common::limits::NODE_PORTS.1,
         node_port_addresses: NodePortAddresses::All,
         external_ips: ExternalIps::Any,
+        service_cidrs: vec!["10.96.0.0/24".parse().unwrap(), "fd00:60::/112".parse().unwrap()],
     }
 }
 
@@ -424,13 +425,21 @@ pub(crate) fn calls() -> Vec<Call> {
 pub(crate) enum Outcomes {
     Untouched,
     Refused,
+    Unreachable,
     Endpoints(BTreeSet<SocketAddr>),
 }
 
 /// What a call can come to, by the programs' own search over an image.
 pub(crate) fn outcomes(simulator: &Simulator, (to, on_node): Call) -> Outcomes {
     let caller = Caller { on_node, ..Caller::default() };
-    let Some((_, frontend)) = simulator.find_frontend(to, caller) else { return Outcomes::Untouched };
+    let Some((_, frontend)) = simulator.find_frontend(to, caller) else {
+        return match simulator.call(to, caller, 0, 0) {
+            Outcome::Untouched => Outcomes::Untouched,
+            Outcome::Refused => Outcomes::Refused,
+            Outcome::Unreachable => Outcomes::Unreachable,
+            Outcome::Endpoint(endpoint, _) => panic!("{to} reaches {endpoint} without a frontend"),
+        };
+    };
     let entries = simulator.image.entries(to.ip.is_ipv6(), frontend.run);
     let entries = entries.unwrap_or_else(|| panic!("{to}: no run at {:?}", frontend.run));
     if entries.is_empty() {

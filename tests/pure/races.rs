@@ -19,9 +19,9 @@ use lb_common::{
 use lb_userspace::{
     controller::State,
     desired::{FrontendAddress, PortKey},
-    model::Protocol,
+    model::{Cidr, Protocol},
     plan::{Capacity, Op, Plan, Unsettled},
-    tables::{Entry, Image, wire_protocol},
+    tables::{AddressTable, Entry, Image, wire_protocol},
 };
 use proptest::{collection::vec, prelude::*, sample::Index};
 
@@ -34,9 +34,18 @@ struct Memory {
     frontends: BTreeMap<u32, Frontend>,
     entries: BTreeMap<(bool, u32), Entry>,
     node_addrs: BTreeMap<IpAddr, bool>,
+    cluster_ips: BTreeMap<IpAddr, bool>,
+    service_cidrs: Vec<Cidr>,
 }
 
 impl Memory {
+    fn addresses_mut(&mut self, table: AddressTable) -> &mut BTreeMap<IpAddr, bool> {
+        match table {
+            AddressTable::Nodes => &mut self.node_addrs,
+            AddressTable::ClusterIps => &mut self.cluster_ips,
+        }
+    }
+
     fn apply(&mut self, op: &Op) {
         match op {
             Op::WriteRun { ipv6, offset, entries } => {
@@ -51,8 +60,13 @@ impl Memory {
             Op::SwitchRun { id, run } => self.frontends.get_mut(id).unwrap().run = *run,
             Op::InsertService { address, frontend_id } => drop(self.services.insert(*address, *frontend_id)),
             Op::DeleteService(address) => drop(self.services.remove(address)),
-            Op::InsertNode { address, own } => drop(self.node_addrs.insert(*address, *own)),
-            Op::DeleteNode(address) => drop(self.node_addrs.remove(address)),
+            Op::InsertAddress { table, address, flag } => {
+                self.addresses_mut(*table).insert(*address, *flag);
+            }
+            Op::DeleteAddress(table, address) => {
+                self.addresses_mut(*table).remove(address);
+            }
+            Op::SetServiceCidrs(networks) => self.service_cidrs = networks.to_vec(),
             Op::ResetService(_) | Op::ResetEndpoints(_) | Op::DropRun { .. } | Op::DropFrontend(_) => {}
         }
     }
@@ -145,6 +159,13 @@ impl<A: Octets> Tables for Spanning<'_, A> {
         let own = self.read(|memory| memory.node_addrs.get(&ip).copied())?;
         Some(if own { NodeAddress::Own } else { NodeAddress::Other })
     }
+    fn is_in_service_network(&self, address: &A) -> bool {
+        self.read(|memory| memory.service_cidrs.iter().any(|network| network.contains(address.ip())))
+    }
+    fn cluster_ip(&self, mapped: &Octets6) -> Option<bool> {
+        let ip = Ipv6Addr::from(*mapped).to_canonical();
+        self.read(|memory| memory.cluster_ips.get(&ip).copied())
+    }
     fn loopback_is_node(&self) -> bool {
         self.on_node
     }
@@ -172,6 +193,7 @@ impl<A: Octets> Tables for Spanning<'_, A> {
 enum Came {
     Untouched,
     Refused,
+    Unreachable,
     To(SocketAddr),
 }
 
@@ -235,6 +257,7 @@ fn run<A: Octets>(memory: &Memory, ops: &[Op], (to, on_node): Call, moment: &Mom
     match lb_common::resolve(&tables, &call) {
         Verdict::Pass => Came::Untouched,
         Verdict::Refuse { .. } => Came::Refused,
+        Verdict::Unreachable => Came::Unreachable,
         Verdict::Redirect(target) => Came::To(SocketAddr::new(target.address.ip(), target.port)),
     }
 }
@@ -342,6 +365,7 @@ proptest! {
                 };
                 let is_allowed = match &came {
                     Came::Untouched => allowed.admits(n, &Outcomes::Untouched),
+                    Came::Unreachable => allowed.admits(n, &Outcomes::Unreachable),
                     Came::Refused => [n, n + n_calls].iter().any(|n| allowed.admits(*n, &Outcomes::Refused)),
                     Came::To(endpoint) => {
                         [n, n + n_calls].iter().any(|n| allowed.admits_endpoint(*n, endpoint))

@@ -19,7 +19,7 @@ use std::{
 
 use anyhow::{Context as _, Result, bail, ensure};
 use lb_userspace::{
-    cli::config::{external_ips, node_port_addresses, node_port_range},
+    cli::config::{external_ips, node_port_addresses, node_port_range, service_cidrs},
     desired::{self, FrontendAddress},
     model::Protocol,
 };
@@ -55,6 +55,8 @@ pub struct Settings {
     pub nodeport_addresses: String,
     /// `--external-ips`
     pub external_ips: String,
+    /// `--service-cidr`
+    pub service_cidr: String,
     /// `--localhost-nodeports`
     pub localhost_nodeports: bool,
     /// `--service-proxy-name`
@@ -70,6 +72,7 @@ impl Default for Settings {
             node_port_range: "30000-32767".to_owned(),
             nodeport_addresses: String::new(),
             external_ips: "any".to_owned(),
+            service_cidr: String::new(),
             localhost_nodeports: true,
             service_proxy_name: None,
             interfaces: Vec::new(),
@@ -89,6 +92,7 @@ impl Settings {
             node_ports: first..=last,
             node_port_addresses: node_port_addresses(&self.nodeport_addresses).map_err(anyhow::Error::msg)?,
             external_ips: external_ips(&self.external_ips).map_err(anyhow::Error::msg)?,
+            service_cidrs: service_cidrs(&self.service_cidr).map_err(anyhow::Error::msg)?.0,
         })
     }
 }
@@ -132,6 +136,7 @@ enum Expected {
 #[serde(rename_all = "lowercase")]
 enum Word {
     Refused,
+    Unreachable,
     Untouched,
 }
 
@@ -142,6 +147,8 @@ pub enum Outcome {
     Untouched,
     /// Nowhere: `ECONNREFUSED`.
     Refused,
+    /// Nowhere: `EHOSTUNREACH`.
+    Unreachable,
     /// To an endpoint.
     Endpoint(SocketAddr),
 }
@@ -151,6 +158,7 @@ impl fmt::Display for Outcome {
         match self {
             Self::Untouched => f.write_str("untouched"),
             Self::Refused => f.write_str("refused"),
+            Self::Unreachable => f.write_str("unreachable"),
             Self::Endpoint(address) => address.fmt(f),
         }
     }
@@ -174,6 +182,11 @@ pub trait Executor {
     ///
     /// If a call comes to something that is no [`Outcome`].
     fn call(&mut self, caller: &str, to: FrontendAddress, n: usize) -> Result<BTreeSet<Outcome>>;
+
+    /// Whether a call to an unallocated address goes where it says, since programs cannot choose its error.
+    fn leaves_unreachable_calls_alone(&self) -> bool {
+        false
+    }
 
     /// Lets time pass.
     fn wait(&mut self, seconds: u64);
@@ -258,6 +271,9 @@ impl Scenario {
             executor.wait(step.wait);
             for (caller, calls) in &step.calls {
                 for (to, expected) in calls {
+                    let is_left_alone = *expected == Expected::Word(Word::Unreachable)
+                        && executor.leaves_unreachable_calls_alone();
+                    let expected = if is_left_alone { &Expected::Word(Word::Untouched) } else { expected };
                     let outcomes = executor
                         .call(caller, destination(to)?, expected.n_endpoints())
                         .with_context(context)?;
@@ -292,6 +308,7 @@ impl Expected {
         let is_only = |outcome: Outcome| outcomes.len() == 1 && outcomes.contains(&outcome);
         match self {
             Self::Word(Word::Refused) => is_only(Outcome::Refused),
+            Self::Word(Word::Unreachable) => is_only(Outcome::Unreachable),
             Self::Word(Word::Untouched) => is_only(Outcome::Untouched),
             Self::All(endpoints) => *outcomes == endpoints.iter().copied().map(Outcome::Endpoint).collect(),
             Self::One { one_of, kept } => one_of.iter().any(|endpoint| {
@@ -388,6 +405,7 @@ macro_rules! scenario_tests {
             terminating
             topology_nodes
             topology_zones
+            undefined_ports
             unready
         }
     };

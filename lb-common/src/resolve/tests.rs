@@ -20,6 +20,11 @@ struct Fake {
     frontends: Vec<Frontend>,
     endpoints: Vec<Endpoint4>,
     nodes: BTreeMap<Octets6, NodeAddress>,
+    networks: Vec<(Octets4, Octets4)>,
+    cluster_ips: BTreeMap<Octets6, bool>,
+    /// A frontend that another CPU inserts between the look-up that misses and the one of the cluster IP.
+    created: Cell<Option<(FrontendKey4, u32)>>,
+    late: RefCell<BTreeMap<FrontendKey4, u32>>,
     loopback_is_node: bool,
     earlier: Option<Choice>,
     random: Cell<u32>,
@@ -58,7 +63,7 @@ impl Fake {
     fn reached(&self, address: Octets4, port: u16) -> Option<u32> {
         match self.call(address, port, Protocol::TCP) {
             Verdict::Redirect(target) => Some(target.choice.endpoint_id),
-            Verdict::Pass | Verdict::Refuse { .. } => None,
+            Verdict::Pass | Verdict::Refuse { .. } | Verdict::Unreachable => None,
         }
     }
 }
@@ -67,7 +72,7 @@ impl Tables for Fake {
     type Addr = Octets4;
 
     fn frontend_id(&self, key: &FrontendKey4) -> Option<u32> {
-        self.services.get(key).copied()
+        self.services.get(key).or(self.late.borrow().get(key)).copied()
     }
     fn frontend(&self, id: u32) -> Option<Frontend> {
         self.frontends.get(id as usize).copied()
@@ -80,6 +85,15 @@ impl Tables for Fake {
     }
     fn node_address(&self, mapped: &Octets6) -> Option<NodeAddress> {
         self.nodes.get(mapped).copied()
+    }
+    fn is_in_service_network(&self, address: &Octets4) -> bool {
+        self.networks.iter().any(|(network, mask)| address.is_within(network, mask))
+    }
+    fn cluster_ip(&self, mapped: &Octets6) -> Option<bool> {
+        if let Some((key, id)) = self.created.take() {
+            let _none = self.late.borrow_mut().insert(key, id);
+        }
+        self.cluster_ips.get(mapped).copied()
     }
     fn loopback_is_node(&self) -> bool {
         self.loopback_is_node
@@ -123,6 +137,48 @@ fn an_unknown_destination_passes() {
     ] {
         assert_eq!(tables.call(address, port, protocol), Verdict::Pass, "{address:?}:{port} {protocol:?}");
     }
+}
+
+/// kube-proxy's nftables mode rejects the one and drops the other (`cluster-ips-check`).
+#[test]
+fn what_is_no_frontend_of_a_service_network_fails_at_once() {
+    const LEFT_ALONE: Octets4 = [10, 96, 0, 12];
+    let mut tables = Fake::default();
+    let _ = tables.serve(VIP, 80, Protocol::TCP, &[1]);
+    tables.cluster_ips = [(VIP.to_mapped(), true), (LEFT_ALONE.to_mapped(), false)].into();
+    let (undefined, unallocated) = (Verdict::Refuse { service_id: NO_SERVICE }, Verdict::Unreachable);
+    let calls = [
+        (VIP, 81, Protocol::TCP, undefined),
+        (VIP, 80, Protocol::UDP, undefined),
+        (VIP, 30_080, Protocol::TCP, undefined),
+        (LEFT_ALONE, 80, Protocol::TCP, Verdict::Pass),
+        ([10, 96, 0, 11], 80, Protocol::TCP, unallocated),
+        ([10, 111, 255, 255], 53, Protocol::UDP, unallocated),
+        ([10, 112, 0, 0], 53, Protocol::UDP, Verdict::Pass),
+        ([10, 95, 255, 255], 80, Protocol::TCP, Verdict::Pass),
+        ([0, 0, 0, 0], 80, Protocol::TCP, Verdict::Pass),
+    ];
+    for (address, port, protocol, _) in calls {
+        assert_eq!(tables.call(address, port, protocol), Verdict::Pass, "without a network");
+    }
+    tables.networks = vec![([10, 96, 0, 0], [255, 240, 0, 0])];
+    for (address, port, protocol, expected) in calls {
+        assert_eq!(tables.call(address, port, protocol), expected, "{address:?}:{port} {protocol:?}");
+    }
+    assert_eq!(tables.reached(VIP, 80), Some(1));
+}
+
+/// The frontends of a new Service are there before its cluster IP is.
+#[test]
+fn a_service_that_is_created_during_a_call_does_not_refuse_it() {
+    let mut tables = Fake::default();
+    let _ = tables.serve(VIP, 80, Protocol::TCP, &[1]);
+    let key = Octets4::key(VIP, 80, Protocol::TCP);
+    let id = tables.services.remove(&key).unwrap();
+    tables.networks = vec![([10, 96, 0, 0], [255, 240, 0, 0])];
+    tables.cluster_ips = [(VIP.to_mapped(), true)].into();
+    tables.created.set(Some((key, id)));
+    assert_eq!(tables.reached(VIP, 80), Some(1));
 }
 
 #[test]
@@ -325,6 +381,7 @@ proptest! {
         match tables.call(VIP, u16::try_from(n).unwrap(), Protocol::TCP) {
             Verdict::Pass => prop_assert!(false, "a known frontend passed"),
             Verdict::Refuse { .. } => prop_assert!(sets[n].is_empty()),
+            Verdict::Unreachable => prop_assert!(false, "a known frontend is unreachable"),
             Verdict::Redirect(target) => {
                 prop_assert!(sets[n].contains(&target.choice.endpoint_id));
                 prop_assert_eq!(target.frontend_id as usize, n);

@@ -9,10 +9,11 @@ use std::{
     time::Duration,
 };
 
+use lb_common::limits::MAX_SERVICE_CIDRS;
 use serde::de::DeserializeOwned;
 
 use crate::{
-    desired::{ExternalIps, NodePortAddresses},
+    desired::{ExternalIps, NodePortAddresses, cluster_ips::merged},
     model::Cidr,
 };
 
@@ -92,6 +93,38 @@ pub fn node_port_addresses(text: &str) -> Result<NodePortAddresses, String> {
             list.split(',').map(parse).collect::<Result<_, _>>().map(NodePortAddresses::Within)
         }
     }
+}
+
+/// The networks of `--service-cidr`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ServiceCidrs(pub Vec<Cidr>);
+
+/// Parses a comma-separated list of networks that cluster IPs come from.
+///
+/// A network that is larger than any API server takes is refused: calls to everything in it would fail.
+///
+/// # Errors
+///
+/// A sentence about what is expected.
+pub fn service_cidrs(text: &str) -> Result<ServiceCidrs, String> {
+    let parse = |item: &str| -> Result<Cidr, String> {
+        let network = crate::model::address::parse_cidr(item.trim()).ok_or_else(|| {
+            format!("{item:?} is no network: expected ADDRESS/LENGTH, such as 10.96.0.0/12")
+        })?;
+        let shortest = if network.address.is_ipv4() { 8 } else { 48 };
+        if network.prefix_len < shortest {
+            return Err(format!(
+                "{item:?} is too large for service addresses: expected /{shortest} or longer"
+            ));
+        }
+        Ok(network)
+    };
+    let items = text.split(',').filter(|item| !item.trim().is_empty());
+    let (networks, n_left_out) = merged(items.map(parse).collect::<Result<Vec<_>, _>>()?);
+    if n_left_out > 0 {
+        return Err(format!("expected at most {MAX_SERVICE_CIDRS} networks of each family"));
+    }
+    Ok(ServiceCidrs(networks))
 }
 
 /// Parses `any`, `nodes` or `none`.
@@ -196,6 +229,20 @@ mod tests {
         assert_eq!(external_ips("nodes "), Ok(ExternalIps::Nodes));
         assert_eq!(external_ips("none"), Ok(ExternalIps::None));
         assert!(external_ips("").is_err() && external_ips("all").is_err());
+    }
+
+    #[test]
+    fn service_cidrs_are_networks_of_a_sensible_size() {
+        assert_eq!(service_cidrs(""), Ok(ServiceCidrs::default()));
+        let parsed = service_cidrs("fd00:10:96::/112, 10.96.0.0/12,10.96.0.0/16").unwrap().0;
+        assert_eq!(
+            parsed.iter().map(ToString::to_string).collect::<Vec<_>>(),
+            ["10.96.0.0/12", "fd00:10:96::/112"]
+        );
+        let many = (0..9).map(|n| format!("10.{n}.0.0/16")).collect::<Vec<_>>().join(",");
+        for wrong in ["10.96.0.0", "0.0.0.0/0", "10.0.0.0/7", "fd00::/47", "a,b", &many] {
+            assert!(service_cidrs(wrong).is_err(), "{wrong}");
+        }
     }
 
     #[test]

@@ -15,7 +15,7 @@ use crate::{
         endpoints::{PortEndpoints, Scope},
     },
     model::{Family, Issue, Service, ServiceKey, TrafficPolicy, address},
-    sim::{Caller, Simulator},
+    sim::{Caller, Outcome, Simulator},
 };
 
 /// The answer. Field names are a promise.
@@ -23,7 +23,7 @@ use crate::{
 pub struct Explanation {
     /// The call that was asked about, `address:port/protocol`.
     pub call: String,
-    /// `untouched`, `refused` or `redirected`.
+    /// `untouched`, `refused`, `unreachable` or `redirected`.
     pub verdict: &'static str,
     /// The frontend that answers, if any.
     pub frontend: Option<FrontendPart>,
@@ -73,20 +73,14 @@ pub fn explain(
 ) -> Explanation {
     let call = to.to_string();
     let Some((id, frontend)) = simulator.find_frontend(to, caller) else {
+        let (verdict, reason) = without_frontend(simulator, objects, to, caller);
         return Explanation {
             call,
-            verdict: "untouched",
+            verdict,
             frontend: None,
             candidates: Vec::new(),
             left_out: Vec::new(),
-            reason: match objects.and_then(|state| excluded(state, to)) {
-                Some(service) => {
-                    format!("service {service} is excluded by its annotation: the call goes where it says")
-                }
-                None => {
-                    "no frontend has this address, port and protocol: the call goes where it says".to_owned()
-                }
-            },
+            reason,
             issues: Vec::new(),
         };
     };
@@ -127,6 +121,38 @@ pub fn explain(
         left_out,
         reason,
         issues: Vec::new(),
+    }
+}
+
+/// Verdict and reason for a destination that is no frontend.
+fn without_frontend(
+    simulator: &Simulator,
+    objects: Option<&State>,
+    to: FrontendAddress,
+    caller: Caller,
+) -> (&'static str, String) {
+    let ip = to.ip.to_canonical();
+    match simulator.call(to, caller, 0, 0) {
+        Outcome::Refused => {
+            let service = objects.and_then(|state| {
+                state.store().services().find(|service| service.cluster_ip(address::family(ip)) == Some(ip))
+            });
+            let owner =
+                service.map_or("its service".to_owned(), |service| format!("service {}", service.key));
+            ("refused", format!("{ip} is the cluster IP of {owner}, which has no such port: ECONNREFUSED"))
+        }
+        Outcome::Unreachable => {
+            let network = simulator.image.service_cidrs.iter().find(|network| network.contains(ip));
+            let network = network.map(ToString::to_string).unwrap_or_default();
+            ("unreachable", format!("no service has {ip}, an address of the network {network}: EHOSTUNREACH"))
+        }
+        Outcome::Untouched | Outcome::Endpoint(..) => {
+            let reason = match objects.and_then(|state| excluded(state, to)) {
+                Some(service) => format!("service {service} is excluded by its annotation"),
+                None => "no frontend has this address, port and protocol".to_owned(),
+            };
+            ("untouched", format!("{reason}: the call goes where it says"))
+        }
     }
 }
 

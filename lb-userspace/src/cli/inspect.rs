@@ -37,7 +37,7 @@ use crate::{
     self_test,
     serve::{agent_socket, known::Which},
     sim::{Caller, Config, Simulator},
-    snapshot::{self, SnapshotError},
+    snapshot,
     tables::{Entry, Image},
 };
 
@@ -340,12 +340,7 @@ pub fn cleanup(args: &PinArgs) -> anyhow::Result<ExitCode> {
     let agent = (lock.is_none() && args.pin_path.is_dir()).then(|| lock::describe_holder(&args.pin_path));
     let mut removed = pins::remove(&args.pin_path)?;
     drop(lock);
-    let path = args.state_dir.join(snapshot::FILE_NAME);
-    match std::fs::remove_file(&path) {
-        Ok(()) => removed.push(path),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-        Err(source) => return Err(SnapshotError::Io { path, source }.into()),
-    }
+    removed.extend(snapshot::remove(&args.state_dir)?);
     removed.extend(agent_socket::remove_leftover(&args.state_dir));
     // An agent serves the root, unless it is told otherwise.
     removed.extend(cgroup::find_widest().ok().and_then(|root| self_test::remove_leftover(&root)));

@@ -60,7 +60,7 @@ impl Objects {
             Err(error) => error.to_string(),
         };
         self.tag = None;
-        let modified = modified(&self.state_dir);
+        let modified = snapshot::modified(&self.state_dir);
         if modified.is_none() || modified != self.modified {
             self.modified = modified;
             (self.state, self.problem) = match Snapshot::read(&self.state_dir) {
@@ -123,7 +123,7 @@ impl At {
                 let all = state.issues().collect();
                 let mut known = Known { issues: all, ..known(&state, Which::At(address)) };
                 known.keep_issues_at(address);
-                let notice = Some(from_snapshot(reason, modified(state_dir)));
+                let notice = Some(from_snapshot(reason, snapshot::modified(state_dir)));
                 Self { state: Some(state), issues: known.issues, notice, tag: None }
             }
             Err(error) => {
@@ -132,11 +132,6 @@ impl At {
             }
         }
     }
-}
-
-/// When the snapshot was written.
-fn modified(state_dir: &Path) -> Option<SystemTime> {
-    std::fs::metadata(state_dir.join(snapshot::FILE_NAME)).and_then(|data| data.modified()).ok()
 }
 
 fn from_snapshot(reason: &str, modified: Option<SystemTime>) -> String {

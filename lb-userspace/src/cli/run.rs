@@ -16,12 +16,13 @@ use tokio::{
 };
 use tracing::info;
 
-use super::config::{self, Listen, UsageError};
+use super::config::{self, Listen, ServiceCidrs, UsageError};
 use crate::{
-    cluster::{Access, KubeSource, Timing},
+    cluster::{self, Access, KubeSource, Timing},
     controller::run as agent,
     desired::{ExternalIps, NodePortAddresses, Settings},
     kernel::{self, Features, cgroup, syscall},
+    model::Cidr,
     plan::Capacity,
     serve,
     source::files,
@@ -64,6 +65,10 @@ pub struct RunArgs {
     /// address there and gets this node's calls to it [default: any]
     #[arg(long, env = "SOCKLB_EXTERNAL_IPS", value_name = "WHICH", value_parser = config::external_ips)]
     external_ips: Option<ExternalIps>,
+    /// Networks that cluster IPs come from, separated by commas, where the API has no ServiceCIDR objects. A call to a port
+    /// that a cluster IP does not have is refused, one to an address there that no Service has is unreachable [default: none]
+    #[arg(long, env = "SOCKLB_SERVICE_CIDR", value_name = "LIST", value_parser = config::service_cidrs)]
+    service_cidr: Option<ServiceCidrs>,
     /// Ports that may be node ports, as the API server has them [default: 30000-32767]
     #[arg(long, env = "SOCKLB_NODE_PORT_RANGE", value_name = "RANGE", value_parser = config::node_port_range)]
     node_port_range: Option<(u16, u16)>,
@@ -125,6 +130,7 @@ struct FileConfig {
     state_dir: Option<PathBuf>,
     nodeport_addresses: Option<String>,
     external_ips: Option<String>,
+    service_cidr: Option<String>,
     node_port_range: Option<String>,
     localhost_nodeports: Option<bool>,
     service_proxy_name: Option<String>,
@@ -170,11 +176,13 @@ pub fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
         .unwrap_or(lb_common::limits::NODE_PORTS);
     let addresses = from_file("nodeport-addresses", file.nodeport_addresses, config::node_port_addresses)?;
     let external_ips = from_file("external-ips", file.external_ips, config::external_ips)?;
+    let service_cidrs = from_file("service-cidr", file.service_cidr, config::service_cidrs)?;
     let settings = Settings {
         node_name: node_name(args.node_name.clone().or(file.node_name))?,
         node_ports: node_ports.0..=node_ports.1,
         node_port_addresses: args.nodeport_addresses.clone().or(addresses).unwrap_or_default(),
         external_ips: args.external_ips.or(external_ips).unwrap_or_default(),
+        service_cidrs: args.service_cidr.clone().or(service_cidrs).unwrap_or_default().0,
     };
     let defaults = Capacity::default();
     let in_map = |key: &str, value: Option<u32>| match value {
@@ -259,9 +267,14 @@ async fn follow(
             agent::run(source, options, settings, stop).await?;
         }
         Origin::Kube(access) => {
-            let pods_of = options.exclude_pods.then(|| Arc::clone(&settings.node_name));
-            let source =
-                KubeSource::open(&access, service_proxy_name, pods_of.as_deref(), Timing::default()).await?;
+            let node_name = Arc::clone(&settings.node_name);
+            let wanted = cluster::Wanted {
+                service_proxy_name,
+                node_name: &node_name,
+                other_nodes: true,
+                pods: options.exclude_pods,
+            };
+            let source = KubeSource::open(&access, wanted, Timing::default()).await?;
             agent::run(source, options, settings, stop).await?;
         }
     }
@@ -278,14 +291,11 @@ fn in_force(
     let agent::Options { kernel, http, .. } = options;
     let address =
         |address: Option<SocketAddr>| address.map(|address| address.to_string()).unwrap_or_default();
+    let list = |networks: &[Cidr]| networks.iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
     let addresses = match &settings.node_port_addresses {
         NodePortAddresses::All => String::new(),
         NodePortAddresses::Primary => "primary".to_owned(),
-        NodePortAddresses::Within(networks) => {
-            let networks =
-                networks.iter().map(|network| format!("{}/{}", network.address, network.prefix_len));
-            networks.collect::<Vec<_>>().join(",")
-        }
+        NodePortAddresses::Within(networks) => list(networks),
     };
     let source = match origin {
         Origin::Files(path) => format!("file:{}", path.display()),
@@ -299,6 +309,7 @@ fn in_force(
         "state-dir": options.state_dir,
         "nodeport-addresses": addresses,
         "external-ips": settings.external_ips,
+        "service-cidr": list(&settings.service_cidrs),
         "node-port-range": format!("{}-{}", kernel.node_ports.0, kernel.node_ports.1),
         "localhost-nodeports": kernel.localhost_nodeports,
         "service-proxy-name": service_proxy_name.unwrap_or_default(),

@@ -100,6 +100,7 @@ pub fn status(args: &StatusArgs) -> anyhow::Result<ExitCode> {
         agent: AgentPart::new(&asked),
         source,
         outdated,
+        refused_sizes: asked.refused_sizes(),
         snapshot: snapshot_part(args, snapshot.as_ref(), now, save_problem),
         pin_path: args.pins.pin_path.clone(),
         pin_problem: problem,
@@ -189,7 +190,7 @@ fn snapshot_part(
     write_problem: Option<String>,
 ) -> SnapshotPart {
     let path = args.pins.state_dir.join(snapshot::FILE_NAME);
-    let written = std::fs::metadata(&path).and_then(|data| data.modified()).ok();
-    let age = written.map(|written| now.duration_since(written).unwrap_or(Duration::ZERO));
+    let age = snapshot::modified(&args.pins.state_dir)
+        .map(|written| now.duration_since(written).unwrap_or(Duration::ZERO));
     SnapshotPart::new(path, age, snapshot, write_problem)
 }

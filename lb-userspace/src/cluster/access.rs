@@ -127,6 +127,27 @@ impl Access {
     }
 }
 
+/// What is behind an error of a connection, in the words of whoever met it first.
+///
+/// What stands above in the chain says only through which layers it came: "client error (Connect): tcp connect error".
+pub(super) fn cause(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut root = error;
+    while let Some(cause) = root.source() {
+        root = cause;
+    }
+    if let Some(error) = root.downcast_ref::<std::io::Error>()
+        && error.raw_os_error().is_some()
+    {
+        // Without the number.
+        let text = error.to_string();
+        return text.split(" (os error").next().unwrap_or_default().to_lowercase();
+    }
+    if root.is::<tokio::time::error::Elapsed>() {
+        return format!("no connection within {} s", CONNECT.as_secs());
+    }
+    root.to_string()
+}
+
 /// Reads `--apiserver`: a URL, or host and port.
 fn url(given: &str) -> Result<http::Uri, Error> {
     let text = if given.contains("://") { given.to_owned() } else { format!("https://{given}") };

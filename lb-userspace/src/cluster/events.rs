@@ -6,6 +6,7 @@
 
 use std::{
     hash::{DefaultHasher, Hash as _, Hasher as _},
+    sync::Arc,
     time::{Duration, SystemTime},
 };
 
@@ -14,9 +15,9 @@ use k8s_openapi::jiff::Timestamp;
 use kube::{Client, client::Body};
 use serde_json::{Value, json};
 use tokio::{sync::mpsc, time::timeout};
-use tracing::{debug, warn};
+use tracing::{debug, info, warn};
 
-use super::Access;
+use super::{Access, access::cause};
 use crate::model::{
     ObjectKind, ObjectRef,
     notice::{Notice, Telling},
@@ -36,27 +37,43 @@ const LONGEST_NAME: usize = 230;
 /// Why something was not told.
 #[derive(Debug, thiserror::Error)]
 enum TellError {
+    /// The server does not know who asks.
+    #[error("401 Unauthorized (are the credentials out of date? the token or certificate is not accepted)")]
+    Unauthorized,
     /// The server does not take Events from this account.
     #[error(
-        "the API server refuses Events: {code}: the ClusterRole needs create and patch of events.k8s.io/events"
+        "403 Forbidden (grant create and patch on events.k8s.io/events, and list on services: \
+         manifests/base/clusterrole.yaml)"
     )]
-    Forbidden {
-        /// The status code.
-        code: u16,
-    },
+    Forbidden,
     /// The server answered something else.
-    #[error("the API server answers an Event with {code}")]
+    #[error("{code}")]
     Refused {
         /// The status code.
-        code: u16,
+        code: StatusCode,
     },
-    /// The server did not answer, or nobody could read what it answered.
+    /// The server did not answer, or what it answered could not be read.
     #[error("{0}")]
     Unanswered(String),
 }
 
-/// Tells the server of notices until nobody has more.
-pub(super) async fn record(access: Access, mut client: Client, mut notices: mpsc::Receiver<Telling>) {
+impl TellError {
+    const fn of(code: StatusCode) -> Self {
+        match code {
+            StatusCode::UNAUTHORIZED => Self::Unauthorized,
+            StatusCode::FORBIDDEN => Self::Forbidden,
+            code => Self::Refused { code },
+        }
+    }
+}
+
+/// Tells the server of notices until there are no more.
+pub(super) async fn record(
+    access: Access,
+    mut client: Client,
+    server: Arc<str>,
+    mut notices: mpsc::Receiver<Telling>,
+) {
     let mut problem = None;
     while let Some(telling) = notices.recv().await {
         let told = tell(&client, &telling).await;
@@ -65,9 +82,13 @@ pub(super) async fn record(access: Access, mut client: Client, mut notices: mpsc
             client = access.client().await.map_or(client, |(client, _server)| client);
         }
         let now = told.err().map(|error| error.to_string());
-        // Once, until something else is the matter.
-        if let Some(error) = now.as_ref().filter(|_| now != problem) {
-            warn!(%error, "Events are not told; everything else goes on");
+        match &now {
+            _ if now == problem => {}
+            // Once, until something else is the matter.
+            Some(error) => {
+                warn!("API server {server}: Events are not taken: {error}; everything else goes on");
+            }
+            None => info!("API server {server}: Events are taken again"),
         }
         problem = now;
     }
@@ -99,8 +120,7 @@ async fn tell(client: &Client, telling: &Telling) -> Result<(), TellError> {
     };
     match code {
         code if code.is_success() => Ok(()),
-        StatusCode::FORBIDDEN | StatusCode::UNAUTHORIZED => Err(TellError::Forbidden { code: code.as_u16() }),
-        code => Err(TellError::Refused { code: code.as_u16() }),
+        code => Err(TellError::of(code)),
     }
 }
 
@@ -115,7 +135,10 @@ async fn uid(client: &Client, object: &ObjectRef) -> Result<Option<String>, Tell
         "/api/v1/namespaces/{}/services?fieldSelector=metadata.name%3D{}",
         object.namespace, object.name
     );
-    let (_code, list) = send(client, "GET", path, "application/json", &Value::Null).await?;
+    let (code, list) = send(client, "GET", path, "application/json", &Value::Null).await?;
+    if !code.is_success() {
+        return Err(TellError::of(code));
+    }
     Ok(list["items"][0]["metadata"]["uid"].as_str().map(str::to_owned))
 }
 
@@ -161,8 +184,8 @@ async fn send(
     content_type: &str,
     body: &Value,
 ) -> Result<(StatusCode, Value), TellError> {
-    fn unanswered(error: &dyn std::fmt::Display) -> TellError {
-        TellError::Unanswered(error.to_string())
+    fn unanswered(error: &(dyn std::error::Error + 'static)) -> TellError {
+        TellError::Unanswered(cause(error))
     }
     let text = if body.is_null() { Vec::new() } else { body.to_string().into_bytes() };
     let request = http::Request::builder()

@@ -1,6 +1,6 @@
 //! One kind of objects: list, watch, and what to do when either fails.
 
-use std::{borrow::Cow, fmt::Write as _, time::Duration};
+use std::{borrow::Cow, sync::Arc, time::Duration};
 
 use http::{
     Request, Response, StatusCode,
@@ -11,25 +11,31 @@ use kube::{Client, client::Body};
 use serde::Deserialize;
 use serde_json::value::RawValue;
 use tokio::{
-    sync::mpsc,
+    sync::{Notify, mpsc},
     time::{Instant, sleep, timeout},
 };
 use tracing::{debug, info, warn};
 
 use super::{
     Access,
+    access::cause,
     backoff::{Backoff, random},
-    kinds::{Change, Header, Kind, News, trim},
+    fold::Fold,
+    kinds::{Change, Header, Kind, News, Trimmed, trim},
 };
+use crate::source::Contact;
 
 /// Objects on one page of a list, where the server cuts it into pages.
-const PAGE: u32 = 500;
+const PAGE: &str = "500";
 /// A watch that ends sooner without an event is not worth asking for again at once.
 const SHORT_WATCH: Duration = Duration::from_secs(1);
 /// The largest part of an answer that is looked at for the cause of a refusal.
 const MAX_STATUS: usize = 64 << 10;
 /// The annotation of the bookmark after the last object of a streaming list.
 const INITIAL_EVENTS_END: &str = "k8s.io/initial-events-end";
+/// The words by which failures are counted: those of [`Failure::reason`].
+pub(super) const REASONS: [&str; 8] =
+    ["connection", "silence", "unauthorized", "forbidden", "throttled", "server_error", "expired", "other"];
 
 /// How long to wait for what.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,9 +43,10 @@ pub struct Timing {
     /// For the head of an answer, and for each further part of a list.
     pub answer: Duration,
     /// For the next event of a watch. A server sends a bookmark about once a minute; without any event for longer
-    /// the connection may be half-open, and the watch goes on over a new one.
+    /// the connection may be half-open, or the server may have gone back: everything is listed.
     pub idle: Duration,
-    /// How long a watch lasts before the server ends it.
+    /// How long a watch lasts at least before the server ends it. It is up to twice as long, by chance, so that the
+    /// agents of all nodes do not come back at the same moment.
     pub watch: Duration,
     /// The first pause after a failure.
     pub first_pause: Duration,
@@ -50,7 +57,7 @@ impl Default for Timing {
         Self {
             answer: Duration::from_secs(30),
             idle: Duration::from_secs(75),
-            watch: Duration::from_secs(290),
+            watch: Duration::from_secs(300),
             first_pause: Duration::from_millis(800),
         }
     }
@@ -62,11 +69,16 @@ pub(super) struct Follower {
     /// The way to the server, to be taken anew when it leads nowhere.
     pub(super) access: Access,
     pub(super) client: Client,
+    /// The server's URL, for log lines.
+    pub(super) server: Arc<str>,
     pub(super) timing: Timing,
     /// Label selector, for the kinds that have one.
     pub(super) selector: String,
-    /// Field selector, for the kinds of which only the own node's objects are of interest.
-    pub(super) of_node: String,
+    /// Field selector; empty for all objects.
+    pub(super) fields: String,
+    pub(super) contact: Contact,
+    /// Raised when the server answers again: whoever pauses asks at once.
+    pub(super) recovered: Arc<Notify>,
     pub(super) news: mpsc::Sender<News>,
 }
 
@@ -75,8 +87,11 @@ pub(super) struct Follower {
 enum Position {
     /// List the objects, in a state not older than this version. "0" is any state.
     List { not_older_than: String },
-    /// List the objects in their latest state: the server knows nothing of the version that we have.
+    /// List the objects in their latest state: whatever version the server is at.
     ListLatest,
+    /// Find out whether the server has reached this version, then watch. A server that was restored from a backup may not have:
+    /// it would be silent until it has.
+    Confirm { version: String },
     /// Watch what follows this version.
     Watch { version: String },
 }
@@ -85,7 +100,7 @@ enum Position {
 #[derive(Debug, thiserror::Error)]
 enum Failure {
     /// The server says no.
-    #[error("the server answers {code} {reason}: {message}")]
+    #[error("{code} {reason}: {message}{}", remedy(*.code))]
     Refused { code: u16, reason: String, message: String, is_too_large: bool, retry_after: Option<Duration> },
     /// No connection, or it broke.
     #[error("{0}")]
@@ -96,58 +111,76 @@ enum Failure {
     /// The answer is not what it should be.
     #[error("the answer cannot be read: {0}")]
     Form(String),
-    /// The version that the server is at is older than ours: it was restored from a backup.
-    #[error("the server went back to version {found} from {known}")]
-    WentBack { known: String, found: String },
-    /// A watch was ended before it brought anything.
-    #[error("the watch ended at once")]
-    Short,
-    /// Nobody listens any longer.
+    /// The server ended a watch before its time, as it does when it stops.
+    #[error("the watch ended early")]
+    Early,
+    /// The agent stops.
     #[error("the agent stops")]
     Stop,
 }
 
 impl Failure {
-    fn connection(error: &dyn std::error::Error) -> Self {
-        let mut text = error.to_string();
-        let mut cause = error.source();
-        while let Some(error) = cause {
-            let more = error.to_string();
-            if !text.contains(&more) {
-                let _never_fails = write!(text, ": {more}");
-            }
-            cause = error.source();
-        }
-        Self::Connection(text)
-    }
-
     /// Whether other credentials may help: certificates, too, are refused before the server can say so.
     const fn is_about_access(&self) -> bool {
         matches!(self, Self::Refused { code: 401, .. } | Self::Connection(_))
     }
 
     /// Whether the server does not have, or not yet, or no longer, what follows the version that was asked for.
-    fn is_about_version(&self) -> bool {
+    const fn is_about_version(&self) -> bool {
+        matches!(self, Self::Refused { code: 410, .. } | Self::Refused { is_too_large: true, .. })
+    }
+
+    /// Whether there is nothing to be heard of the server.
+    const fn is_absence(&self) -> bool {
+        matches!(self, Self::Connection(_) | Self::Silence(_) | Self::Early)
+    }
+
+    /// A word of [`REASONS`].
+    const fn reason(&self) -> &'static str {
         match self {
-            Self::Refused { code, is_too_large, .. } => *code == 410 || *is_too_large,
-            Self::WentBack { .. } => true,
-            _ => false,
+            Self::Connection(_) | Self::Early => "connection",
+            Self::Silence(_) => "silence",
+            Self::Refused { .. } if self.is_about_version() => "expired",
+            Self::Refused { code: 401, .. } => "unauthorized",
+            Self::Refused { code: 403, .. } => "forbidden",
+            Self::Refused { code: 429, .. } => "throttled",
+            Self::Refused { code: 500.., .. } => "server_error",
+            Self::Refused { .. } | Self::Form(_) | Self::Stop => "other",
         }
     }
 }
 
-/// Goes on after a failure. Returns from where, and whether at once.
-fn after(failure: &Failure, position: &Position) -> (Position, bool) {
-    match position {
-        _ if !failure.is_about_version() => (position.clone(), false),
-        // A state not older than what was seen will do, and spares etcd; if the server has none, the next step asks
-        // for the latest.
-        Position::Watch { version } if !matches!(failure, Failure::WentBack { .. }) => {
-            (Position::List { not_older_than: version.clone() }, true)
+/// What the user can do about a refusal.
+const fn remedy(code: u16) -> &'static str {
+    match code {
+        401 => " (are the credentials out of date? the token or certificate is not accepted)",
+        403 => {
+            " (grant list and watch on services, nodes and endpointslices, and on pods for --exclude-pods: manifests/base/clusterrole.yaml)"
         }
-        Position::Watch { .. } | Position::List { .. } => (Position::ListLatest, true),
-        // The latest state has no version that could be wrong.
-        Position::ListLatest => (Position::ListLatest, false),
+        _ => "",
+    }
+}
+
+/// From where to go on after a failure. `is_watching` if a watch had begun.
+///
+/// A version of before may be in the future of a server that was restored from a backup, and a watch from there brings nothing.
+/// So it is used again only if the server was there all the time, and says that it has reached it. After an outage even that
+/// proves nothing: the restored server may have made as many changes meanwhile, other ones.
+fn after(failure: &Failure, position: &Position, is_watching: bool) -> Position {
+    match position {
+        Position::List { .. } if failure.is_about_version() => Position::ListLatest,
+        Position::List { .. } | Position::ListLatest => position.clone(),
+        Position::Watch { version } | Position::Confirm { version } => match failure {
+            Failure::Refused { is_too_large: true, .. } => Position::ListLatest,
+            // A state not older than what was seen will do, and spares etcd.
+            Failure::Refused { code: 410, .. } => Position::List { not_older_than: version.clone() },
+            // It is there, and busy enough.
+            Failure::Refused { code: 429, .. } => Position::Confirm { version: version.clone() },
+            Failure::Connection(_) | Failure::Early | Failure::Refused { .. } if is_watching => {
+                Position::Confirm { version: version.clone() }
+            }
+            _ => Position::ListLatest,
+        },
     }
 }
 
@@ -159,39 +192,30 @@ const fn lacks_streaming(failure: &Failure) -> bool {
 /// Keeps the receiver up to date with all objects of a kind, until it is gone.
 pub(super) async fn follow<K: Kind>(mut follower: Follower) {
     let mut backoff = Backoff::new(follower.timing.first_pause);
-    let mut position = Position::List { not_older_than: "0".to_owned() };
+    let mut position = Position::ListLatest;
     let mut has_streaming = true;
-    // What is said of a failure is said once, until something works again.
-    let mut is_failing = false;
     loop {
         let mut progress = false;
         let result = match &position {
             Position::Watch { version } => follower.watch::<K>(version.clone(), &mut progress).await,
-            list => {
-                let version = match list {
-                    Position::List { not_older_than } => not_older_than.as_str(),
-                    _ => "",
+            Position::Confirm { version } => follower.confirm::<K>(version).await.map(Ended::at),
+            Position::List { not_older_than } if has_streaming => {
+                follower.stream::<K>(not_older_than, &mut progress).await
+            }
+            Position::ListLatest if has_streaming => follower.stream::<K>("", &mut progress).await,
+            Position::List { not_older_than } => follower.list::<K>(not_older_than).await.map(Ended::at),
+            Position::ListLatest => follower.list::<K>("").await.map(Ended::at),
+        };
+        let (failure, is_watching) = match result {
+            Ok(Ended { version, failure }) => {
+                position = Position::Watch { version };
+                let Some(failure) = failure else {
+                    backoff.reset();
+                    continue;
                 };
-                if has_streaming {
-                    follower.stream::<K>(version, &mut progress).await
-                } else {
-                    follower.list::<K>(version).await.map(|version| Ended { version, failure: None })
-                }
+                (failure, true)
             }
-        };
-        let (failure, reached) = match result {
-            Ok(Ended { version, failure }) => (failure, Some(version)),
-            Err(failure) => (Some(failure), None),
-        };
-        if let Some(version) = reached {
-            position = Position::Watch { version };
-        }
-        let Some(failure) = failure else {
-            if std::mem::take(&mut is_failing) {
-                info!(objects = K::PLURAL, "the API server answers again");
-            }
-            backoff.reset();
-            continue;
+            Err(failure) => (failure, false),
         };
         if matches!(failure, Failure::Stop) {
             return;
@@ -199,32 +223,31 @@ pub(super) async fn follow<K: Kind>(mut follower: Follower) {
         if progress {
             backoff.reset();
         }
-        let is_list = !matches!(position, Position::Watch { .. });
+        let is_list = matches!(position, Position::List { .. } | Position::ListLatest);
         if is_list && has_streaming && lacks_streaming(&failure) {
             debug!(objects = K::PLURAL, %failure, "no streaming lists: using lists");
             has_streaming = false;
+            // As client-go's: any state will do for the first list, and spares etcd.
+            position = Position::List { not_older_than: "0".to_owned() };
             continue;
         }
-        let (next, at_once) = after(&failure, &position);
+        let next = after(&failure, &position, is_watching);
+        follower.tell::<K>(&failure, is_watching);
+        debug!(objects = K::PLURAL, %failure, ?position, ?next, "going on");
+        // What the server says of a version is followed at once, but for the latest, which has none that could be wrong. So is a
+        // watch that brought something and broke: the server was there.
+        let at_once = (failure.is_about_version() && next != position) || (progress && failure.is_absence());
         position = next;
-        // A watch that brought something and broke is resumed at once: the server is there.
-        if at_once || (progress && matches!(failure, Failure::Connection(_) | Failure::Silence(_))) {
-            debug!(objects = K::PLURAL, %failure, ?position, "going on");
+        if at_once {
             continue;
         }
         let wanted = match &failure {
             Failure::Refused { retry_after, .. } => *retry_after,
             _ => None,
         };
-        let pause = backoff.pause(wanted, random());
-        if matches!(failure, Failure::Short) || std::mem::replace(&mut is_failing, true) {
-            debug!(objects = K::PLURAL, %failure, ?pause, "trying again");
-        } else {
-            let remedy = remedy(&failure);
-            warn!(objects = K::PLURAL, "the API server: {failure}{remedy}; what is served stays as it is");
-        }
         tokio::select! {
-            () = sleep(pause) => {}
+            () = sleep(backoff.pause(wanted, random())) => {}
+            () = follower.recovered.notified(), if failure.is_absence() => {}
             () = follower.news.closed() => return,
         }
         if failure.is_about_access() {
@@ -233,22 +256,17 @@ pub(super) async fn follow<K: Kind>(mut follower: Follower) {
     }
 }
 
-/// What the user can do about a failure.
-const fn remedy(failure: &Failure) -> &'static str {
-    match failure {
-        Failure::Refused { code: 401, .. } => " (are the credentials out of date?)",
-        Failure::Refused { code: 403, .. } => {
-            " (grant list and watch on services, nodes and endpointslices, and on pods for --exclude-pods)"
-        }
-        _ => "",
-    }
-}
-
 /// How far a watch came.
 #[derive(Debug)]
 struct Ended {
     version: String,
     failure: Option<Failure>,
+}
+
+impl Ended {
+    const fn at(version: String) -> Self {
+        Self { version, failure: None }
+    }
 }
 
 /// One line of a watch.
@@ -318,24 +336,13 @@ fn form(error: &serde_json::Error) -> Failure {
     Failure::Form(error.to_string())
 }
 
-/// Whether a version is older than another.
-///
-/// The API long called versions opaque; since Kubernetes 1.35 they are numbers that can be compared. Of what is no
-/// number nothing is said.
-fn is_older(version: &str, than: &str) -> bool {
-    match (version.parse::<u128>(), than.parse::<u128>()) {
-        (Ok(version), Ok(than)) => version < than,
-        _ => false,
-    }
-}
-
 impl Follower {
     /// The path of a request. Values are encoded.
     fn path<K: Kind>(&self, parameters: &[(&str, &str)]) -> String {
         let selector = K::IS_LABELLED.then_some(("labelSelector", &*self.selector));
-        let of_node = K::IS_OF_NODE.then_some(("fieldSelector", &*self.of_node));
+        let fields = (!self.fields.is_empty()).then_some(("fieldSelector", &*self.fields));
         let mut query = form_urlencoded::Serializer::new(String::new());
-        query.extend_pairs(parameters).extend_pairs(selector).extend_pairs(of_node);
+        query.extend_pairs(parameters).extend_pairs(selector).extend_pairs(fields);
         format!("{}?{}", K::PATH, query.finish())
     }
 
@@ -343,9 +350,37 @@ impl Follower {
     /// certificates and passwords never.
     async fn renew(&mut self) {
         match self.access.client().await {
-            Ok((client, _server)) => self.client = client,
+            Ok((client, _same_server)) => self.client = client,
             // The former ones may still do: a file that is being replaced is there again at the next try.
             Err(error) => debug!(error = &error as &dyn std::error::Error, "the credentials cannot be read"),
+        }
+    }
+
+    /// The server has answered what was asked.
+    fn answered<K: Kind>(&self) {
+        if let Some(lasted) = self.contact.answered(K::PLURAL, Instant::now().into_std()) {
+            let lasted = Duration::from_millis(u64::try_from(lasted.as_millis()).unwrap_or(u64::MAX));
+            info!("API server {} answers again, after {lasted:?}", self.server);
+            self.recovered.notify_waiters();
+        }
+    }
+
+    /// Notes a failure, and says so once in an outage.
+    fn tell<K: Kind>(&self, failure: &Failure, is_watching: bool) {
+        // The next attempt shows whether that is an outage.
+        let is_usual = failure.is_about_version()
+            || (is_watching && !matches!(failure, Failure::Silence(_) | Failure::Form(_)));
+        if is_usual {
+            return self.contact.broke(failure.reason());
+        }
+        let now = Instant::now().into_std();
+        let since = match failure {
+            Failure::Silence(_) => self.contact.last_answer(K::PLURAL).unwrap_or(now),
+            _ => now,
+        };
+        let problem = format!("API server {}: {failure}", self.server);
+        if self.contact.failed(K::PLURAL, failure.reason(), &problem, since) {
+            warn!(objects = K::PLURAL, "{problem}; what is served stays as it is until it answers");
         }
     }
 
@@ -358,7 +393,7 @@ impl Follower {
         let limit = self.timing.answer;
         let answer =
             timeout(limit, self.client.send(request)).await.map_err(|_elapsed| Failure::Silence(limit))?;
-        let answer = answer.map_err(|error| Failure::connection(&error))?;
+        let answer = answer.map_err(|error| Failure::Connection(cause(&error)))?;
         if answer.status() == StatusCode::OK {
             return Ok(answer);
         }
@@ -378,19 +413,17 @@ impl Follower {
 
     /// Lists all objects, page by page.
     async fn list<K: Kind>(&self, version: &str) -> Result<String, Failure> {
-        let page_size = PAGE.to_string();
         let (mut models, mut issues) = (Vec::new(), Vec::new());
         let mut next = String::new();
         loop {
-            let mut parameters = vec![("limit", &*page_size)];
-            if next.is_empty() {
-                parameters.push(("resourceVersion", version));
-                if !version.is_empty() {
-                    parameters.push(("resourceVersionMatch", "NotOlderThan"));
-                }
-            } else {
+            let mut parameters = vec![("limit", PAGE), ("resourceVersion", version)];
+            if !version.is_empty() {
+                // Whole, from the server's cache: for pages it would ask etcd. It knows none of version 0 either.
+                parameters = vec![("resourceVersion", version), ("resourceVersionMatch", "NotOlderThan")];
+            }
+            if !next.is_empty() {
                 // Which version the pages are of is in the token.
-                parameters.push(("continue", &next));
+                parameters = vec![("limit", PAGE), ("continue", &next)];
             }
             let answer = self.get(&self.path::<K>(&parameters), K::ACCEPT_LIST).await?;
             let mut text = Lines::new(answer.into_body());
@@ -411,13 +444,34 @@ impl Follower {
                 return Err(Failure::Form("a list without a version".to_owned()));
             }
             self.send(K::news(Change::All { models, issues })).await?;
+            self.answered::<K>();
             return Ok(version);
         }
     }
 
+    /// Asks whether the server has reached a version, for the price of one object. Refused if not.
+    async fn confirm<K: Kind>(&self, version: &str) -> Result<String, Failure> {
+        let path = self.path::<K>(&[
+            ("limit", "1"),
+            ("resourceVersion", version),
+            ("resourceVersionMatch", "NotOlderThan"),
+        ]);
+        let mut text = Lines::new(self.get(&path, K::ACCEPT_LIST).await?.into_body());
+        while text.read_more(self.timing.answer).await? {}
+        self.answered::<K>();
+        Ok(version.to_owned())
+    }
+
+    /// For how long the server is asked to watch: the API has whole seconds.
+    fn watch_time(&self) -> Duration {
+        let least = self.timing.watch.as_secs().max(1);
+        Duration::from_secs(least + random() % least)
+    }
+
     /// Lists all objects as events, and goes on watching: no text of all objects is ever in memory.
     async fn stream<K: Kind>(&self, version: &str, progress: &mut bool) -> Result<Ended, Failure> {
-        let seconds = self.timing.watch.as_secs().max(1).to_string();
+        let time = self.watch_time();
+        let (seconds, end) = (time.as_secs().to_string(), Instant::now() + time);
         let path = self.path::<K>(&[
             ("watch", "true"),
             ("allowWatchBookmarks", "true"),
@@ -427,7 +481,7 @@ impl Follower {
             ("timeoutSeconds", &seconds),
         ]);
         let mut lines = Lines::new(self.get(&path, K::ACCEPT).await?.into_body());
-        let (mut models, mut issues) = (Vec::new(), Vec::new());
+        let mut fold = Fold::new();
         loop {
             let Some(line) = lines.next(self.timing.answer).await? else {
                 return Err(Failure::Connection("the list ended before its end".to_owned()));
@@ -438,18 +492,16 @@ impl Follower {
             }
             let header: Header = serde_json::from_str(event.object.get()).map_err(|error| form(&error))?;
             match &*event.kind {
-                "ADDED" | "MODIFIED" => {
-                    let trimmed = trim::<K>(&header, event.object);
-                    models.extend(trimmed.model);
-                    issues.extend(trimmed.issues);
-                }
+                "ADDED" | "MODIFIED" => fold.set(trim::<K>(&header, event.object)),
+                "DELETED" => fold.delete(&header.object::<K>()),
                 "BOOKMARK" => {
-                    let annotations = header.metadata.annotations.unwrap_or_default();
-                    if annotations.contains_key(INITIAL_EVENTS_END) {
-                        let version = header.metadata.resource_version.unwrap_or_default();
+                    if header.has_annotation(INITIAL_EVENTS_END) {
+                        let Some(version) = header.version() else { return Err(no_version()) };
+                        let (models, issues) = fold.end();
                         self.send(K::news(Change::All { models, issues })).await?;
                         *progress = true;
-                        return self.events::<K>(lines, version, progress).await;
+                        self.answered::<K>();
+                        return self.events::<K>(lines, version, end, progress).await;
                     }
                 }
                 other => debug!(objects = K::PLURAL, event = other, "not expected in a list"),
@@ -459,7 +511,8 @@ impl Follower {
 
     /// Watches what follows a version.
     async fn watch<K: Kind>(&self, version: String, progress: &mut bool) -> Result<Ended, Failure> {
-        let seconds = self.timing.watch.as_secs().max(1).to_string();
+        let time = self.watch_time();
+        let (seconds, end) = (time.as_secs().to_string(), Instant::now() + time);
         let path = self.path::<K>(&[
             ("watch", "true"),
             ("allowWatchBookmarks", "true"),
@@ -467,10 +520,11 @@ impl Follower {
             ("timeoutSeconds", &seconds),
         ]);
         let lines = Lines::new(self.get(&path, K::ACCEPT).await?.into_body());
-        self.events::<K>(lines, version, progress).await
+        self.answered::<K>();
+        self.events::<K>(lines, version, end, progress).await
     }
 
-    /// Passes events on until the watch ends.
+    /// Passes events on until the watch ends, which the server should do at `end`.
     ///
     /// # Errors
     ///
@@ -479,13 +533,15 @@ impl Follower {
         &self,
         mut lines: Lines,
         mut version: String,
+        end: Instant,
         progress: &mut bool,
     ) -> Result<Ended, Failure> {
         let started = Instant::now();
         let failure = loop {
             let line = match lines.next(self.timing.idle).await {
                 Ok(Some(line)) => line,
-                Ok(None) if !*progress && started.elapsed() < SHORT_WATCH => break Some(Failure::Short),
+                // Its clock may be a little fast, and counts whole seconds.
+                Ok(None) if Instant::now() + SHORT_WATCH < end => break Some(Failure::Early),
                 Ok(None) => break None,
                 Err(failure) => break Some(failure),
             };
@@ -501,19 +557,11 @@ impl Follower {
             if event.kind == "ERROR" {
                 break Some(error_event(event.object));
             }
-            let Some(new) = header.metadata.resource_version.clone().filter(|new| !new.is_empty()) else {
-                break Some(Failure::Form("an event without a version".to_owned()));
-            };
-            // A server that went back keeps silent about changes until it has caught up; its bookmarks tell.
-            if is_older(&new, &version) {
-                break Some(Failure::WentBack { known: version.clone(), found: new });
-            }
+            let Some(new) = header.version() else { break Some(no_version()) };
+            self.answered::<K>();
             let news = match &*event.kind {
                 "ADDED" | "MODIFIED" => Some(trim::<K>(&header, event.object)),
-                "DELETED" => {
-                    let object = header.object::<K>();
-                    Some(super::kinds::Trimmed { object, model: None, issues: Vec::new() })
-                }
+                "DELETED" => Some(Trimmed { object: header.object::<K>(), model: None, issues: Vec::new() }),
                 _ => None,
             };
             if let Some(trimmed) = news {
@@ -526,6 +574,10 @@ impl Follower {
         *progress |= started.elapsed() >= SHORT_WATCH;
         Ok(Ended { version, failure })
     }
+}
+
+fn no_version() -> Failure {
+    Failure::Form("an event without a version".to_owned())
 }
 
 fn error_event(object: &RawValue) -> Failure {
@@ -559,7 +611,7 @@ impl Lines {
                 }
                 Ok(true)
             }
-            Some(Err(error)) => Err(Failure::connection(&error)),
+            Some(Err(error)) => Err(Failure::Connection(cause(&error))),
             None => Ok(false),
         }
     }
@@ -603,28 +655,42 @@ mod tests {
     }
 
     #[test]
-    fn a_version_that_the_server_lacks_leads_to_a_list() {
-        let went_back = Failure::WentBack { known: "7".to_owned(), found: "5".to_owned() };
-        for (failure, position, next, at_once) in [
-            (refused(410, false), at("7"), not_older_than("7"), true),
-            (refused(504, true), at("7"), not_older_than("7"), true),
-            (went_back, at("7"), Position::ListLatest, true),
-            (refused(504, true), not_older_than("7"), Position::ListLatest, true),
-            (refused(410, false), not_older_than("7"), Position::ListLatest, true),
-            (refused(410, false), Position::ListLatest, Position::ListLatest, false),
-            (refused(504, false), at("7"), at("7"), false),
-            (refused(429, false), not_older_than("0"), not_older_than("0"), false),
-            (Failure::Connection(String::new()), at("7"), at("7"), false),
+    fn what_follows_a_failure() {
+        let confirm = || Position::Confirm { version: "7".to_owned() };
+        let latest = || Position::ListLatest;
+        let (lost, silence) = (|| Failure::Connection(String::new()), Failure::Silence(Duration::ZERO));
+        for (what, failure, position, is_watching, next) in [
+            ("forgotten", refused(410, false), at("7"), true, not_older_than("7")),
+            ("forgotten meanwhile", refused(410, false), confirm(), false, not_older_than("7")),
+            ("gone back", refused(504, true), confirm(), false, latest()),
+            ("gone back, with others", refused(504, true), not_older_than("7"), false, latest()),
+            ("forgotten by all", refused(410, false), not_older_than("7"), false, latest()),
+            ("no page any more", refused(410, false), latest(), false, latest()),
+            ("broken", lost(), at("7"), true, confirm()),
+            ("ended by a server that stops", Failure::Early, at("7"), true, confirm()),
+            ("an error in a watch", refused(500, false), at("7"), true, confirm()),
+            ("silent", silence, at("7"), true, latest()),
+            ("unreadable", Failure::Form(String::new()), at("7"), true, latest()),
+            ("away", lost(), at("7"), false, latest()),
+            ("away after it broke", lost(), confirm(), false, latest()),
+            ("not ready", refused(503, false), confirm(), false, latest()),
+            ("busy", refused(429, false), at("7"), false, confirm()),
+            ("away from the start", lost(), latest(), false, latest()),
+            ("busy from the start", refused(429, false), not_older_than("0"), false, not_older_than("0")),
         ] {
-            assert_eq!(after(&failure, &position), (next, at_once), "{failure:?} {position:?}");
+            assert_eq!(after(&failure, &position, is_watching), next, "{what}");
         }
     }
 
     #[test]
-    fn versions_are_compared_as_numbers_or_not_at_all() {
-        assert!(is_older("9", "10"));
-        assert!(!is_older("10", "10") && !is_older("11", "10"));
-        assert!(!is_older("a", "b") && !is_older("", "10"));
+    fn failures_are_counted_by_known_reasons() {
+        let codes = (300..600).map(|code| refused(code, false));
+        let others = [Failure::Connection(String::new()), Failure::Early, Failure::Form(String::new())];
+        for failure in codes.chain(others).chain([Failure::Silence(Duration::ZERO), refused(504, true)]) {
+            assert!(REASONS.contains(&failure.reason()), "{failure:?}");
+        }
+        assert_eq!(refused(504, true).reason(), "expired");
+        assert_eq!(refused(504, false).reason(), "server_error");
     }
 
     #[tokio::test]

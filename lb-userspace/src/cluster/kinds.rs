@@ -53,8 +53,6 @@ pub(super) trait Kind: 'static {
     const PLURAL: &str;
     /// Whether labels decide which objects are served.
     const IS_LABELLED: bool;
-    /// Whether only those of the own node are of interest.
-    const IS_OF_NODE: bool = false;
     /// The forms in which objects are asked for, the best first.
     const ACCEPT: &str = "application/json";
     /// Those in which a list of them is asked for.
@@ -150,7 +148,6 @@ impl Kind for Pods {
     const PATH: &str = "/api/v1/pods";
     const PLURAL: &str = "pods";
     const IS_LABELLED: bool = false;
-    const IS_OF_NODE: bool = true;
     // The specification and the status of a Pod are many times its metadata, and change more often.
     const ACCEPT: &str = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1,application/json";
     const ACCEPT_LIST: &str =
@@ -173,19 +170,27 @@ impl Kind for Pods {
 #[derive(Debug, Deserialize)]
 pub(super) struct Header {
     #[serde(default)]
-    pub(super) metadata: Metadata,
+    metadata: Metadata,
 }
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
-pub(super) struct Metadata {
+struct Metadata {
     name: String,
     namespace: Option<String>,
-    pub(super) resource_version: Option<String>,
-    pub(super) annotations: Option<std::collections::BTreeMap<String, String>>,
+    resource_version: Option<String>,
+    annotations: Option<std::collections::BTreeMap<String, String>>,
 }
 
 impl Header {
+    pub(super) fn has_annotation(&self, key: &str) -> bool {
+        self.metadata.annotations.as_ref().is_some_and(|annotations| annotations.contains_key(key))
+    }
+
+    pub(super) fn version(&self) -> Option<String> {
+        self.metadata.resource_version.clone().filter(|version| !version.is_empty())
+    }
+
     pub(super) fn object<K: Kind>(&self) -> ObjectRef {
         K::object(self.metadata.namespace.as_deref().unwrap_or_default(), &self.metadata.name)
     }

@@ -7,20 +7,24 @@ use std::{
 
 use k8s_openapi::jiff::Timestamp;
 use tokio::{
-    sync::mpsc::{self, error::TryRecvError},
+    sync::{
+        Notify,
+        mpsc::{self, error::TryRecvError},
+    },
     task::JoinSet,
+    time::Instant,
 };
 
 use super::{
     Access, Error, Timing, events,
-    follow::{Follower, follow},
-    kinds::{Change, News, Nodes, Pods, Services, Slices, Trimmed},
+    follow::{Follower, REASONS, follow},
+    kinds::{Change, Kind as _, News, Nodes, Pods, Services, Slices, Trimmed},
 };
 use crate::{
     model::{
         Changes, Issue, ObjectKind, ObjectRef, Pod, ServiceKey, SliceKey, Store, ingest, notice::Telling,
     },
-    source::{Arrival, Source},
+    source::{Arrival, Contact, Source},
 };
 
 /// Events that wait for the agent's loop before the watches do.
@@ -28,10 +32,24 @@ const QUEUE: usize = 1024;
 /// Events that are taken in at once: the loop must get to the kernel in between.
 const BATCH: usize = 16_384;
 
+/// Which objects are wanted of an API server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Wanted<'a> {
+    /// `--service-proxy-name`
+    pub service_proxy_name: Option<&'a str>,
+    /// The own node.
+    pub node_name: &'a str,
+    /// Whether the Nodes of others are followed too: `--node-ports-of-other-nodes`.
+    pub other_nodes: bool,
+    /// Whether the own node's Pods are: `--exclude-pods`.
+    pub pods: bool,
+}
+
 /// Services, EndpointSlices and Nodes of an API server.
 #[derive(Debug)]
 pub struct KubeSource {
-    server: String,
+    server: Arc<str>,
+    contact: Contact,
     news: mpsc::Receiver<News>,
     /// Received, not applied yet.
     pending: Vec<News>,
@@ -57,7 +75,7 @@ struct Listed {
 }
 
 impl KubeSource {
-    /// Starts watching. The service proxy name is the one of `--service-proxy-name`. Pods are watched if a node is named: its.
+    /// Starts watching.
     ///
     /// Returns without having heard from the server: it may be away, and the watches ask until it answers.
     ///
@@ -68,28 +86,40 @@ impl KubeSource {
     /// # Panics
     ///
     /// Outside a tokio runtime.
-    pub async fn open(
-        access: &Access,
-        service_proxy_name: Option<&str>,
-        pods_of: Option<&str>,
-        timing: Timing,
-    ) -> Result<Self, Error> {
+    pub async fn open(access: &Access, wanted: Wanted<'_>, timing: Timing) -> Result<Self, Error> {
         let (client, server) = access.client().await?;
+        let server = Arc::<str>::from(server);
         let (sender, news) = mpsc::channel(QUEUE);
-        let selector = ingest::label_selector(service_proxy_name);
         let (notices, untold) = mpsc::channel(events::QUEUE);
         let mut tasks = JoinSet::new();
-        tasks.spawn(events::record(access.clone(), client.clone(), untold));
-        let of_node = format!("spec.nodeName={}", pods_of.unwrap_or_default());
-        let follower = Follower { access: access.clone(), client, timing, selector, of_node, news: sender };
+        tasks.spawn(events::record(access.clone(), client.clone(), Arc::clone(&server), untold));
+        let kinds = [Services::PLURAL, Slices::PLURAL, Nodes::PLURAL]
+            .into_iter()
+            .chain(wanted.pods.then_some(Pods::PLURAL));
+        let contact = Contact::new(kinds, REASONS, Instant::now().into_std());
+        let follower = Follower {
+            access: access.clone(),
+            client,
+            server: Arc::clone(&server),
+            timing,
+            selector: ingest::label_selector(wanted.service_proxy_name),
+            fields: String::new(),
+            contact: contact.clone(),
+            recovered: Arc::new(Notify::new()),
+            news: sender,
+        };
         tasks.spawn(follow::<Services>(follower.clone()));
         tasks.spawn(follow::<Slices>(follower.clone()));
-        if pods_of.is_some() {
-            tasks.spawn(follow::<Pods>(follower.clone()));
+        let of =
+            |field: &str| Follower { fields: format!("{field}={}", wanted.node_name), ..follower.clone() };
+        if wanted.pods {
+            tasks.spawn(follow::<Pods>(of("spec.nodeName")));
         }
-        tasks.spawn(follow::<Nodes>(follower));
+        let own_node = of("metadata.name");
+        tasks.spawn(follow::<Nodes>(if wanted.other_nodes { follower } else { own_node }));
         Ok(Self {
             server,
+            contact,
             news,
             pending: Vec::new(),
             listed: Listed::default(),
@@ -237,6 +267,10 @@ impl Source for KubeSource {
 
     fn describe(&self) -> String {
         format!("kube {}", self.server)
+    }
+
+    fn contact(&self) -> Option<&Contact> {
+        Some(&self.contact)
     }
 
     fn take_arrivals(&mut self) -> Vec<Arrival> {

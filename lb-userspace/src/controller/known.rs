@@ -24,6 +24,8 @@ pub fn known(state: &State, which: Which) -> Known {
         nodes: Vec::new(),
         former: Vec::new(),
         tables: Vec::new(),
+        cluster_ip: None,
+        networks: Vec::new(),
         issues: Vec::new(),
         save_problem: None,
     };
@@ -47,6 +49,8 @@ pub fn known(state: &State, which: Which) -> Known {
             }
             known.nodes = store.shared_nodes().cloned().collect();
             known.former = former(state, |key| keys.contains(key));
+            known.cluster_ip = state.image().cluster_ips.get(&to.ip.to_canonical()).copied();
+            known.networks.clone_from(&state.image().service_cidrs);
             known.tables = addresses.into_iter().filter_map(|address| held(state, address)).collect();
         }
     }
@@ -110,6 +114,7 @@ mod tests {
             node_ports: 30000..=32767,
             node_port_addresses: NodePortAddresses::All,
             external_ips: ExternalIps::Any,
+            service_cidrs: Vec::new(),
         };
         State::new(settings, vec!["192.0.2.1".parse().unwrap()], Capacity::default(), &Image::default())
     }

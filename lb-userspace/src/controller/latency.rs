@@ -71,23 +71,30 @@ pub struct Latency {
     /// From the change that the cluster saw, by its clock: Kubernetes' network programming latency. A clock that
     /// differs from this node's falsifies it; what seems to be in the future counts as now.
     pub triggered: Histogram,
-    /// Changes that no plan has carried out yet.
+    /// Changes that no plan has carried out yet, the first [`MAX_TIMED`].
     waiting: Vec<Arrival>,
+    /// How many more there are.
+    n_untimed: usize,
 }
 
+/// How many changes are timed of those that one plan carries out. Without a bound, syncs that fail would fill the memory.
+pub const MAX_TIMED: usize = 16_384;
+
 impl Latency {
-    /// Adds changes that the next plan will carry out.
-    pub fn arrived(&mut self, arrivals: Vec<Arrival>) {
+    /// Adds changes that the next plan will carry out. Beyond [`MAX_TIMED`] they are only counted: the earliest wait longest.
+    pub fn arrived(&mut self, mut arrivals: Vec<Arrival>) {
+        let n_timed = arrivals.len().min(MAX_TIMED - self.waiting.len());
+        self.n_untimed += arrivals.drain(n_timed..).len();
         self.waiting.extend(arrivals);
     }
 
     /// Changes that no plan has carried out yet.
     #[must_use]
     pub fn n_waiting(&self) -> usize {
-        self.waiting.len()
+        self.waiting.len() + self.n_untimed
     }
 
-    /// All of them are carried out. Returns how many, and the longest time since an arrival. `note` is told of each:
+    /// All of them are carried out. Returns how many, and the longest time since an arrival. `note` is told of each that is timed:
     /// the time since it arrived, and the time since what led to it, if that is known.
     pub fn applied(
         &mut self,
@@ -95,7 +102,8 @@ impl Latency {
         clock: SystemTime,
         mut note: impl FnMut(Duration, Option<Duration>),
     ) -> (usize, Duration) {
-        let n_changes = self.waiting.len();
+        let n_changes = self.n_waiting();
+        self.n_untimed = 0;
         let mut longest = Duration::ZERO;
         for arrival in self.waiting.drain(..) {
             let took = now.saturating_duration_since(arrival.received);
@@ -156,5 +164,20 @@ mod tests {
         assert_eq!(latency.triggered.sum(), ms(34));
         assert_eq!(latency.n_waiting(), 0);
         assert_eq!(latency.applied(now, clock, |_, _| panic!("nothing waits")).0, 0);
+    }
+    #[test]
+    fn changes_that_wait_for_long_take_no_more_memory() {
+        let (now, clock) = (Instant::now(), SystemTime::now());
+        let mut latency = Latency::default();
+        for n in 0..100 {
+            let received = now + Duration::from_millis(n);
+            latency.arrived(vec![Arrival { received, triggered: None }; 1000]);
+            assert!(latency.waiting.len() <= MAX_TIMED);
+        }
+        assert_eq!(latency.n_waiting(), 100_000);
+        let mut n_noted = 0;
+        let ended = latency.applied(now + Duration::from_secs(1), clock, |_, _| n_noted += 1);
+        assert_eq!((ended, n_noted), ((100_000, Duration::from_secs(1)), MAX_TIMED));
+        assert_eq!(latency.n_waiting(), 0);
     }
 }

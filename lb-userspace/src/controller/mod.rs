@@ -15,6 +15,7 @@
 //!
 //! Everything.
 
+pub mod issues;
 pub mod known;
 pub mod latency;
 pub mod run;

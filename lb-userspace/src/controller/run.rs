@@ -1,10 +1,10 @@
 //! The agent's loop: the one place that connects source, state, kernel and clock.
 
 use std::{
-    collections::BTreeSet,
     fmt,
     net::IpAddr,
     path::PathBuf,
+    sync::{Arc, Mutex, PoisonError},
     time::{Duration, SystemTime},
 };
 
@@ -17,6 +17,7 @@ use tracing::{debug, error, info, warn};
 
 use super::{
     Latency, State,
+    issues::{News, Reported},
     known::known,
     save::Saving,
     start::{Basis, PATIENCE, Start, basis},
@@ -30,7 +31,7 @@ use crate::{
         store::{Findings, Maps, Pins, Repaired},
     },
     model::{
-        Issue,
+        Issue, IssueKind, ObjectRef,
         notice::{Ledger, NodeNews},
     },
     plan::audit::Faults,
@@ -40,7 +41,7 @@ use crate::{
         health_ports::{self, Wanted},
         known::Known,
     },
-    snapshot::{Contents, Snapshot, SnapshotError},
+    snapshot::{Found, Snapshot, SnapshotError, Writer, Written},
     source::Source,
     telemetry::{
         Metrics,
@@ -124,7 +125,9 @@ pub async fn run(
     let mut proof = Proof::start(options.self_test_interval, options.kernel.cgroup.clone())
         .await
         .map_err(RunError::SelfTest)?;
-    let (mut agent, beside) = Agent::attach(options, settings, &source, listeners, proof.as_ref())?;
+    // Loading the programs takes a while.
+    let (mut agent, beside) =
+        block_in_place(|| Agent::attach(options, settings, &source, listeners, proof.as_ref()))?;
     let Beside { mut graces, mut questions, mut port_issues, health_ports, _serving, _excluding } = beside;
     let Timers { mut interfaces, mut snapshots, mut audits } = Timers::start(agent.options.audit_interval);
     // Maps that could not be read serve on, and are at least as new as the snapshot.
@@ -154,7 +157,7 @@ pub async fn run(
             () = time::sleep_until(started + PATIENCE), if !is_complete && !has_waited => {
                 has_waited = true;
                 let start = Start { is_complete, has_answered, waited: started.elapsed(), has_adopted };
-                serves_snapshot = basis(start) == Basis::Snapshot && agent.restore();
+                serves_snapshot = basis(start) == Basis::Snapshot && agent.restore().await;
                 if has_adopted && !has_answered {
                     warn!("the source does not answer: what was found goes on as it is");
                 }
@@ -178,10 +181,11 @@ pub async fn run(
                 agent.report(&source);
             }
             compared = ended(&mut agent.comparing), if agent.comparing.is_some() => agent.compared(&source, compared),
-            written = ended(&mut agent.writing), if agent.writing.is_some() => agent.saved(written),
+            written = ended(&mut agent.writing), if agent.writing.is_some() => agent.saved(&source, written),
             _ = interfaces.tick() => {
                 agent.look_around(&lock);
-                agent.tell(&source, agent.issues(&source));
+                agent.report(&source);
+                agent.tell(&source);
             }
             _ = snapshots.tick() => agent.save(),
             () = tick(&mut audits) => {
@@ -190,7 +194,7 @@ pub async fn run(
             }
         }
     }
-    agent.save_to_the_end().await;
+    agent.save_to_the_end(&source).await;
     drop(agent);
     // Its ports are free when this returns; what it may have panicked about is over.
     let _ended = health_ports.await;
@@ -267,13 +271,14 @@ struct Agent {
     /// What the ports for health checks are in want of.
     port_issues: watch::Receiver<Vec<Issue>>,
     /// Issues that are in the log already.
-    reported: BTreeSet<String>,
+    reported: Reported,
     /// What the people behind the objects were told. News of a self-test belong here too.
     ledger: Ledger,
     saving: Saving,
-    /// The snapshot that is being written.
-    writing: Option<Task<(), SnapshotError>>,
-    /// Why the last snapshot was not written, if it is in the log already.
+    /// Who writes the snapshot, and what is being written.
+    writer: Arc<Mutex<Writer>>,
+    writing: Option<Task<Written, SnapshotError>>,
+    /// Why the last snapshot was not written.
     save_problem: Option<String>,
     /// The comparison of an audit under way.
     comparing: Option<Task<Findings, KernelError>>,
@@ -310,7 +315,7 @@ impl Agent {
             // A message that is waiting says the same.
             let _full = grace_passed.try_send(());
         })?;
-        let (interfaces, capacity) = (interface_addresses(), options.kernel.capacity);
+        let (interfaces, capacity) = (interface_addresses(), kernel.maps().capacity());
         let mut state = State::new(settings, interfaces, capacity, &kernel.maps().image()?);
         info!(
             cgroup = %options.kernel.cgroup.display(),
@@ -328,6 +333,7 @@ impl Agent {
             state.keep(service, slices);
             vitals.self_test = SelfTest::Pending;
         }
+        vitals.refused_sizes = kernel.too_small().iter().map(ToString::to_string).collect();
         let maps_path = kernel.maps_path();
         let (vitals, signs_of_life) = watch::channel(vitals);
         let (asking, questions) = mpsc::channel::<Question>(QUESTIONS);
@@ -347,6 +353,7 @@ impl Agent {
             _serving: serving,
             _excluding: exclude::start(&maps_path, &options, excluded, signs_of_life)?,
         };
+        let writer = Arc::new(Mutex::new(Writer::new(&options.state_dir)));
         let mut agent = Self {
             ledger: Ledger::new(state.settings().node_name.clone(), now),
             state,
@@ -359,8 +366,9 @@ impl Agent {
             health_checks,
             excluding,
             port_issues,
-            reported: BTreeSet::new(),
-            saving: Saving::default(),
+            reported: Reported::default(),
+            saving: Saving::new(now),
+            writer,
             writing: None,
             save_problem: None,
             comparing: None,
@@ -373,9 +381,11 @@ impl Agent {
     }
 
     /// Takes over the objects of the snapshot. `false` if there is none that can be used.
-    fn restore(&mut self) -> bool {
-        let snapshot = match Snapshot::read(&self.options.state_dir) {
-            Ok(snapshot) => snapshot,
+    async fn restore(&mut self) -> bool {
+        let state_dir = self.options.state_dir.clone();
+        let Ok(found) = spawn_blocking(move || Found::read(&state_dir)).await else { return false };
+        let Found { snapshot, n_lost, .. } = match found {
+            Ok(found) => found,
             Err(SnapshotError::Missing { .. }) => {
                 warn!("the source does not answer, and there is no snapshot to serve");
                 return false;
@@ -389,6 +399,12 @@ impl Agent {
             n_services = snapshot.services.len(),
             "the source does not answer: serving the snapshot until it does"
         );
+        if n_lost > 0 {
+            warn!(
+                n_lost,
+                "the end of the snapshot's journal is cut short or altered: the last changes are missing"
+            );
+        }
         self.state.change(|store| {
             let mut changes = store.replace_services(snapshot.services);
             changes.merge(store.replace_slices(snapshot.slices));
@@ -469,7 +485,10 @@ impl Agent {
         let node = self.state.store().node(&self.state.settings().node_name);
         let is_node_eligible = node.is_none_or(|node| !node.being_deleted);
         self.vitals.send_modify(|vitals| vitals.is_node_eligible = is_node_eligible);
-        self.report(source);
+        // A sync reports what it comes to.
+        if !(source.is_complete() && self.state.wants_sync()) {
+            self.report(source);
+        }
     }
 
     /// Brings the kernel up to date. `false` if that failed and is to be tried again.
@@ -595,7 +614,7 @@ impl Agent {
         // What the failed plan freed is free for the next one, so nobody may be reading it any longer.
         block_in_place(|| self.kernel.settle());
         match self.kernel.maps().image() {
-            Ok(found) => self.state.adopt(self.options.kernel.capacity, &found),
+            Ok(found) => self.state.adopt(self.kernel.maps().capacity(), &found),
             Err(error) => error!(%error, "the tables cannot be read"),
         }
     }
@@ -658,34 +677,46 @@ impl Agent {
         self.state.settled(self.kernel.settled());
     }
 
-    /// Logs issues that are new, once each, and those that are gone.
+    /// Logs issues that are new, once each, and those that are gone. Tells people of those that are new.
     fn report(&mut self, source: &impl Source) {
         let issues = self.issues(source);
-        let now: BTreeSet<String> = issues.iter().map(ToString::to_string).collect();
-        self.metrics.issues(now.len());
-        for issue in now.difference(&self.reported) {
+        let News { new, gone, n_more } = self.reported.follow(issues);
+        self.metrics.issues(self.reported.len());
+        for issue in &new {
             warn!("{issue}");
         }
-        for issue in self.reported.difference(&now) {
+        for issue in gone {
             info!("no longer: {issue}");
         }
-        self.reported = now;
-        self.tell(source, issues);
+        if n_more > 0 {
+            warn!(n_more, "more issues have come or gone than are logged at once: `socklb status` lists those that hold");
+        }
+        if !new.is_empty() || self.ledger.has_news() {
+            self.tell(source);
+        }
     }
 
     /// Everything that is wrong at the moment.
     fn issues(&self, source: &impl Source) -> Vec<Issue> {
         let of_ports = self.port_issues.borrow().clone();
-        source.issues().into_iter().chain(self.state.issues()).chain(of_ports).collect()
+        let own = self.save_problem.clone().map(|cause| IssueKind::SnapshotNotWritten { cause });
+        let of_node = |kind| Issue::new(ObjectRef::node(&self.state.settings().node_name), kind);
+        source
+            .issues()
+            .into_iter()
+            .chain(self.state.issues())
+            .chain(of_ports)
+            .chain(own.map(of_node))
+            .collect()
     }
 
-    /// Tells the people behind the objects what is new to them. Does not wait for anybody.
-    fn tell(&mut self, source: &impl Source, issues: Vec<Issue>) {
+    /// Tells the people behind the objects what is new to them or has been for long. Does not wait for anybody.
+    fn tell(&mut self, source: &impl Source) {
         let room = source.room_for_notices();
         if room == 0 {
             return;
         }
-        for telling in self.ledger.due(issues, room, Instant::now().into_std()) {
+        for telling in self.ledger.due(self.issues(source), room, Instant::now().into_std()) {
             source.tell(telling);
         }
     }
@@ -693,34 +724,42 @@ impl Agent {
     /// Begins to write the snapshot, if it is out of date. The loop goes on meanwhile: to write the objects of ten
     /// thousand services takes longer than a change may wait.
     fn save(&mut self) {
-        if self.saving.begin() {
-            let contents = Contents::of(self.state.settings(), self.state.interfaces(), self.state.store());
-            let state_dir = self.options.state_dir.clone();
-            self.writing = Some(spawn_blocking(move || contents.write(&state_dir)));
+        if self.saving.begin(Instant::now().into_std()) {
+            self.write();
         }
+    }
+
+    fn write(&mut self) {
+        let snapshot = Snapshot::of(self.state.settings(), self.state.interfaces(), self.state.store());
+        let writer = Arc::clone(&self.writer);
+        self.writing = Some(spawn_blocking(move || {
+            // Nobody else has it: a panic in it has ended the task that did.
+            writer.lock().unwrap_or_else(PoisonError::into_inner).write(snapshot)
+        }));
     }
 
     /// A snapshot was written, or was not for a reason.
-    fn saved(&mut self, written: Result<(), String>) {
-        self.saving.ended(written.is_ok());
-        self.metrics.saved(written.is_ok(), SystemTime::now());
+    fn saved(&mut self, source: &impl Source, written: Result<Written, String>) {
+        let (n_bytes, n_changed) =
+            written.as_ref().map(|written| (written.n_bytes, written.n_changed)).ok().unzip();
+        self.saving.ended(n_changed, Instant::now().into_std());
+        self.metrics.saved(n_bytes, SystemTime::now());
         let problem = written.err();
-        if let Some(error) = problem.as_ref().filter(|_| problem != self.save_problem) {
-            warn!(%error, "the snapshot is not up to date; trying again");
+        if problem != std::mem::replace(&mut self.save_problem, problem.clone()) {
+            self.report(source);
         }
-        self.save_problem = problem;
     }
 
     /// Writes what is not written yet and waits for it.
-    async fn save_to_the_end(&mut self) {
+    async fn save_to_the_end(&mut self, source: &impl Source) {
         if self.writing.is_some() {
             let written = ended(&mut self.writing).await;
-            self.saved(written);
+            self.saved(source, written);
         }
-        self.save();
-        if self.writing.is_some() {
+        if self.saving.begin_last() {
+            self.write();
             let written = ended(&mut self.writing).await;
-            self.saved(written);
+            self.saved(source, written);
         }
     }
 

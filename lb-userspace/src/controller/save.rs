@@ -1,17 +1,44 @@
-//! When the snapshot is written: beside the loop, one at a time.
+//! When the snapshot is written: beside the loop, one at a time, and not more than a disk should bear.
+
+use std::time::{Duration, Instant};
+
+/// Octets of changes that are written in a minute, on average. Snapshots add half as much (`snapshot::Writer`): 1.8 MB together.
+const PER_MINUTE: i64 = 1_200_000;
+/// Octets of changes that may be written at once after a pause.
+const BURST: i64 = 1_000_000;
+/// The longest time from a failure to the next try. The first is after a second, and it doubles.
+const MAX_PAUSE: Duration = Duration::from_secs(60);
 
 /// What is to be done about the snapshot on disk.
 ///
-/// A snapshot is written by a task of its own, while changes go on arriving. It holds what there was when its writing
-/// began.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+/// It is written by a task of its own, while changes go on arriving. Then it holds what there was when its writing began.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Saving {
-    /// Whether something changed that neither the file nor the writing under way holds.
+    /// Whether something changed that neither the disk nor the writing under way holds.
     is_outdated: bool,
     is_writing: bool,
+    /// Octets that may be written, as of `counted`. Less than none after a large writing.
+    credit: i64,
+    counted: Instant,
+    /// How often in a row it failed, and when it may be tried again.
+    n_failures: u32,
+    not_before: Instant,
 }
 
 impl Saving {
+    /// Nothing has changed yet.
+    #[must_use]
+    pub const fn new(now: Instant) -> Self {
+        Self {
+            is_outdated: false,
+            is_writing: false,
+            credit: BURST,
+            counted: now,
+            n_failures: 0,
+            not_before: now,
+        }
+    }
+
     /// The objects or settings changed.
     pub fn changed(&mut self) {
         self.is_outdated = true;
@@ -19,20 +46,43 @@ impl Saving {
 
     /// Whether to write what there is now. If so, say so with [`Self::ended`] when that is over.
     ///
-    /// `false` while another one is being written: two would race for the file.
+    /// `false` while another one is being written, since two would race for the files; while what was written lately is too
+    /// much; and for a while after a failure.
     #[must_use]
-    pub fn begin(&mut self) -> bool {
+    pub fn begin(&mut self, now: Instant) -> bool {
+        self.refill(now);
+        now >= self.not_before && self.credit > 0 && self.begin_last()
+    }
+
+    /// As [`Self::begin`], for the last time: there is no later.
+    #[must_use]
+    pub fn begin_last(&mut self) -> bool {
         let begins = self.is_outdated && !self.is_writing;
         if begins {
-            *self = Self { is_outdated: false, is_writing: true };
+            (self.is_outdated, self.is_writing) = (false, true);
         }
         begins
     }
 
-    /// The writing is over. What was not written is tried again.
-    pub fn ended(&mut self, is_written: bool) {
+    /// The writing is over: changes of so many octets are on disk. With `None`, what was not written is tried again.
+    pub fn ended(&mut self, n_changed: Option<u64>, now: Instant) {
         self.is_writing = false;
-        self.is_outdated |= !is_written;
+        if let Some(n_changed) = n_changed {
+            self.n_failures = 0;
+            self.credit = self.credit.saturating_sub_unsigned(n_changed);
+        } else {
+            self.is_outdated = true;
+            let pause = Duration::from_secs(1).saturating_mul(1 << self.n_failures.min(6));
+            self.not_before = now + pause.min(MAX_PAUSE);
+            self.n_failures += 1;
+        }
+    }
+
+    fn refill(&mut self, now: Instant) {
+        let passed = now.saturating_duration_since(self.counted).as_millis();
+        let earned = i64::try_from(passed).unwrap_or(i64::MAX).saturating_mul(PER_MINUTE / 60_000);
+        self.credit = self.credit.saturating_add(earned).min(BURST);
+        self.counted = now;
     }
 }
 
@@ -45,34 +95,115 @@ mod tests {
         Changed,
         /// A moment to write, and whether that is done.
         Begin(bool),
-        Written,
+        /// The same, and there is no other moment.
+        Last(bool),
+        Written(u64),
         Failed,
+        /// Milliseconds pass.
+        Wait(u64),
     }
 
     #[test]
     fn every_change_is_written_in_the_end_by_one_writer_at_a_time() {
-        use Step::{Begin, Changed, Failed, Written};
+        use Step::{Begin, Changed, Failed, Last, Wait, Written};
         for (what, steps) in [
-            ("nothing to write", &[Begin(false)][..]),
-            ("a change", &[Changed, Begin(true), Written, Begin(false)]),
-            ("changes are written together", &[Changed, Changed, Begin(true), Written, Begin(false)]),
-            ("one at a time", &[Changed, Begin(true), Begin(false), Written]),
-            ("a change while writing", &[Changed, Begin(true), Changed, Begin(false), Written, Begin(true)]),
-            ("a failure", &[Changed, Begin(true), Failed, Begin(true), Written, Begin(false)]),
+            ("nothing to write", &[Begin(false), Last(false)][..]),
+            ("a change", &[Changed, Begin(true), Written(1), Begin(false)]),
+            ("changes are written together", &[Changed, Changed, Begin(true), Written(1), Begin(false)]),
+            ("one at a time", &[Changed, Begin(true), Begin(false), Last(false), Written(1)]),
             (
-                "a change and a failure",
-                &[Changed, Begin(true), Changed, Failed, Begin(true), Written, Begin(false)],
+                "a change while writing",
+                &[Changed, Begin(true), Changed, Begin(false), Written(1), Begin(true)],
+            ),
+            ("a failure", &[Changed, Begin(true), Failed, Begin(false), Wait(1000), Begin(true), Written(1)]),
+            ("a change and a failure", &[Changed, Begin(true), Changed, Failed, Wait(1000), Begin(true)]),
+            (
+                "a second failure",
+                &[
+                    Changed,
+                    Begin(true),
+                    Failed,
+                    Wait(1000),
+                    Begin(true),
+                    Failed,
+                    Wait(1999),
+                    Begin(false),
+                    Wait(1),
+                    Begin(true),
+                    Written(1),
+                    Changed,
+                    Begin(true),
+                    Failed,
+                    Wait(1000),
+                    Begin(true),
+                ],
+            ),
+            ("a failure at the end", &[Changed, Begin(true), Failed, Last(true), Written(1), Last(false)]),
+            (
+                "as much as there may be at once",
+                &[
+                    Changed,
+                    Begin(true),
+                    Written(999_999),
+                    Changed,
+                    Begin(true),
+                    Written(1),
+                    Changed,
+                    Begin(false),
+                    Wait(1),
+                    Begin(true),
+                ],
+            ),
+            (
+                "too much waits",
+                &[
+                    Changed,
+                    Begin(true),
+                    Written(2_200_000),
+                    Changed,
+                    Wait(60_000),
+                    Begin(false),
+                    Wait(1),
+                    Begin(true),
+                ],
+            ),
+            (
+                "nothing is saved up beyond a burst",
+                &[
+                    Wait(3_600_000),
+                    Changed,
+                    Begin(true),
+                    Written(1_000_000),
+                    Changed,
+                    Begin(false),
+                    Last(true),
+                ],
             ),
         ] {
-            let mut saving = Saving::default();
+            let mut now = Instant::now();
+            let mut saving = Saving::new(now);
             for (n, step) in steps.iter().enumerate() {
                 match *step {
                     Changed => saving.changed(),
-                    Begin(expected) => assert_eq!(saving.begin(), expected, "{what}: step {n}"),
-                    Written => saving.ended(true),
-                    Failed => saving.ended(false),
+                    Begin(expected) => assert_eq!(saving.begin(now), expected, "{what}: step {n}"),
+                    Last(expected) => assert_eq!(saving.begin_last(), expected, "{what}: step {n}"),
+                    Written(n_changed) => saving.ended(Some(n_changed), now),
+                    Failed => saving.ended(None, now),
+                    Wait(ms) => now += Duration::from_millis(ms),
                 }
             }
+        }
+    }
+
+    #[test]
+    fn a_failure_for_long_is_tried_again_each_minute() {
+        let mut now = Instant::now();
+        let mut saving = Saving::new(now);
+        for _ in 0..100 {
+            saving.changed();
+            assert!(saving.begin(now));
+            saving.ended(None, now);
+            now += MAX_PAUSE;
         }
     }
 }

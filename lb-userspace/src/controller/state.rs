@@ -11,13 +11,13 @@ use lb_common::limits;
 
 use crate::{
     desired::{
-        self, Desired, FrontendAddress, PortKey, Settings, Topology,
+        self, ClusterIps, Desired, FrontendAddress, PortKey, Settings, Topology, cluster_ips,
         health::{self, HealthCheck},
     },
-    model::{Issue, IssueKind, ObjectRef, Service, ServiceKey, Slice, Store, store::Changes},
+    model::{Issue, IssueKind, ObjectRef, Protocol, Service, ServiceKey, Slice, Store, store::Changes},
     plan::{Capacity, Encoder, Full, Plan, audit::Suspects},
     stale::{InForce, Ledger, Search, Standing, Use, Used},
-    tables::Image,
+    tables::{AddressTable, Image},
     telemetry::scrape::MapUse,
 };
 
@@ -38,6 +38,13 @@ pub struct State {
     refused: BTreeMap<FrontendAddress, Full>,
     /// How many node addresses wait for room.
     n_nodes_waiting: usize,
+    cluster_ips: ClusterIps,
+    /// Addresses whose flag in `cluster_ips` may change with the next sync.
+    touched_ips: BTreeSet<IpAddr>,
+    /// Cluster IPs that wait for room. Meanwhile no network is in force: they would be taken for unallocated ones.
+    ips_waiting: BTreeSet<IpAddr>,
+    /// Whether networks wait for others to be out of force.
+    are_cidrs_waiting: bool,
     /// What the kernel had no room for although the tables have: see [`Self::missing`].
     missing: Suspects,
     /// Whether room was freed since the last sync that refused something.
@@ -68,6 +75,10 @@ impl State {
             dirty: Changes { topology: true, ..Changes::default() },
             refused: BTreeMap::new(),
             n_nodes_waiting: 0,
+            cluster_ips: ClusterIps::default(),
+            touched_ips: BTreeSet::new(),
+            ips_waiting: BTreeSet::new(),
+            are_cidrs_waiting: false,
             missing: Suspects::default(),
             has_new_room: false,
             issues: BTreeMap::new(),
@@ -107,7 +118,8 @@ impl State {
     /// Frontends and node addresses that the tables have no room for.
     #[must_use]
     pub fn n_refused(&self) -> usize {
-        self.refused.len() + self.n_nodes_waiting + self.missing.services.len() + self.missing.nodes.len()
+        let n_missing = self.missing.services.len() + self.missing.addresses.len();
+        self.refused.len() + self.n_nodes_waiting + self.ips_waiting.len() + n_missing
     }
 
     /// Keys that [`Self::image`] has and the kernel does not: entries of a stranger fill the map. Audits remove those and
@@ -119,6 +131,7 @@ impl State {
 
     /// The kernel had no room for these keys of the last plan.
     pub fn miss(&mut self, keys: Suspects) {
+        self.touch(&keys);
         self.missing.extend(keys);
         self.missing.retain_in(self.encoder.image());
     }
@@ -128,14 +141,25 @@ impl State {
         for address in self.missing.services.difference(&missing.services) {
             self.stale.appeared(address);
         }
-        self.missing = missing;
+        let former = std::mem::replace(&mut self.missing, missing);
+        self.touch(&former);
+    }
+
+    /// What depends on whether these keys are in the tables is to be computed anew.
+    fn touch(&mut self, keys: &Suspects) {
+        let ips = keys.services.iter().map(|address| address.ip);
+        self.touched_ips.extend(ips.chain(keys.addresses.iter().map(|(_, ip)| *ip)));
     }
 
     /// Whether a sync may have something to do.
     #[must_use]
     pub fn wants_sync(&self) -> bool {
-        let is_waiting = !self.refused.is_empty() || self.n_nodes_waiting > 0;
-        !self.dirty.is_empty() || (is_waiting && self.has_new_room)
+        let is_waiting = !self.refused.is_empty()
+            || self.n_nodes_waiting > 0
+            || !self.ips_waiting.is_empty()
+            || self.are_cidrs_waiting;
+        let is_dirty = !self.dirty.is_empty() || !self.touched_ips.is_empty();
+        is_dirty || (is_waiting && self.has_new_room)
     }
 
     /// The services whose objects changed since the last sync.
@@ -158,11 +182,15 @@ impl State {
         let mut services = dirty.services;
         if dirty.topology {
             let topology = Topology::new(self.store.nodes(), &self.settings, &self.interfaces);
-            if topology != self.topology || self.is_first_sync {
+            let networks = cluster_ips::merged(self.settings.service_cidrs.iter().copied()).0;
+            if topology != self.topology || networks != self.cluster_ips.networks() || self.is_first_sync {
+                self.touched_ips.extend(self.cluster_ips.iter());
+                self.cluster_ips.set_networks(networks);
                 self.topology = topology;
                 self.n_nodes_waiting = self.encoder.set_node_addrs(&self.topology.node_addresses());
                 services.extend(self.store.services().map(|service| service.key.clone()));
             }
+            self.touched_ips.extend(self.cluster_ips.set_local(&self.interfaces));
         }
         if self.n_nodes_waiting > 0 {
             self.n_nodes_waiting = self.encoder.set_node_addrs(&self.topology.node_addresses());
@@ -173,7 +201,10 @@ impl State {
         }
         if std::mem::take(&mut self.is_first_sync) {
             touched.extend(self.encoder.addresses().copied());
+            self.touched_ips.extend(self.cluster_ips.iter());
+            self.touched_ips.extend(self.encoder.image().cluster_ips.keys());
         }
+        self.touched_ips.extend(touched.iter().map(|address| address.ip));
         for address in touched {
             let (owner, was_there) =
                 (self.desired.owner(&address), self.encoder.image().services.contains_key(&address));
@@ -189,7 +220,33 @@ impl State {
                 }
             }
         }
+        self.set_cluster_ips();
         self.encoder.take_plan()
+    }
+
+    /// Sets what becomes of calls to undefined ports and unallocated addresses.
+    fn set_cluster_ips(&mut self) {
+        let mut ips = std::mem::take(&mut self.touched_ips);
+        ips.append(&mut self.ips_waiting);
+        for ip in ips {
+            // What has no room is left to the network, and not refused.
+            let flag = self.cluster_ips.flag(ip).map(|is_served| is_served && !self.has_no_room(ip));
+            if !self.encoder.set_address(AddressTable::ClusterIps, ip, flag) {
+                self.ips_waiting.insert(ip);
+            }
+        }
+        let is_missing = |(table, _): &(AddressTable, IpAddr)| *table == AddressTable::ClusterIps;
+        let are_all_there = self.ips_waiting.is_empty() && !self.missing.addresses.iter().any(is_missing);
+        let networks = if are_all_there { self.cluster_ips.networks() } else { &[] };
+        self.are_cidrs_waiting = !self.encoder.set_service_cidrs(networks);
+    }
+
+    /// Whether a frontend of an address is not in the tables, for want of room.
+    fn has_no_room(&self, ip: IpAddr) -> bool {
+        let all = FrontendAddress { ip, port: 0, protocol: Protocol::Tcp }..;
+        let is_of_ip = |address: &FrontendAddress| address.ip == ip;
+        self.refused.range(all.clone()).next().is_some_and(|(address, _)| is_of_ip(address))
+            || self.missing.services.range(all).next().is_some_and(is_of_ip)
     }
 
     /// Computes the frontends of one service and returns the addresses that are affected.
@@ -211,6 +268,7 @@ impl State {
         } else {
             self.issues.insert(key.clone(), issues);
         }
+        self.touched_ips.extend(self.cluster_ips.set(key, self.store.service(key)));
         let touched = self.desired.set(key, frontends);
         let frontends = touched.iter().map(|address| (*address, self.desired.owner(address).is_some()));
         self.stale.follow(key, self.store.service(key), frontends);
@@ -311,17 +369,20 @@ impl State {
 
     /// How full the maps are.
     #[must_use]
-    pub fn map_use(&self) -> [MapUse; 6] {
+    pub fn map_use(&self) -> [MapUse; 7] {
         let Capacity { services, endpoints } = self.encoder.capacity();
         let n_of = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
-        let (n_frontends, n_nodes) = (self.image().frontends.len(), self.image().node_addrs.len());
+        let n_frontends = self.image().frontends.len();
+        let addresses =
+            |table: AddressTable| (table.map(), n_of(self.image().addresses(table).len()), table.capacity());
         [
             ("services4", self.encoder.n_services(false), services),
             ("services6", self.encoder.n_services(true), services),
             ("frontends", n_of(n_frontends), services.saturating_mul(2)),
             ("endpoints4", self.encoder.n_endpoints(false), endpoints),
             ("endpoints6", self.encoder.n_endpoints(true), endpoints),
-            ("node_addrs", n_of(n_nodes), limits::MAX_NODE_ADDRS),
+            addresses(AddressTable::Nodes),
+            addresses(AddressTable::ClusterIps),
         ]
         .map(|(map, n_entries, capacity)| MapUse { map, n_entries, capacity })
     }
@@ -375,15 +436,25 @@ impl State {
             let map = if address.ip.is_ipv6() { "services6" } else { "services4" };
             Some(Issue::new(ObjectRef::from(&owner.port.service), no_room(map, address)))
         });
-        let missing_nodes = self.missing.nodes.iter().filter_map(|ip| {
-            Some(Issue::new(ObjectRef::node(self.topology.node_of(*ip)?), no_room("node_addrs", ip)))
+        let addresses = self.missing.addresses.iter().filter_map(|(table, ip)| {
+            let object = match table {
+                AddressTable::Nodes => ObjectRef::node(self.topology.node_of(*ip)?),
+                AddressTable::ClusterIps => ObjectRef::from(self.cluster_ips.service_of(*ip)?),
+            };
+            Some(Issue::new(object, no_room(table.map(), ip)))
+        });
+        let cluster_ips = self.ips_waiting.iter().filter_map(|ip| {
+            let table = AddressTable::ClusterIps;
+            let service = self.cluster_ips.service_of(*ip).filter(|_| !self.encoder.holds_back())?;
+            let (map, capacity, address) = (table.map().to_owned(), table.capacity(), ip.to_string());
+            Some(Issue::new(ObjectRef::from(service), IssueKind::ClusterIpsFull { map, capacity, address }))
         });
         let nodes = self.topology.left_out().map(|(node, n_left_out)| {
             let (map, capacity) = ("node_addrs".to_owned(), limits::MAX_NODE_ADDRS);
             Issue::new(ObjectRef::node(node), IssueKind::NodesFull { map, capacity, n_left_out })
         });
         let of_objects = self.issues.values().flatten().cloned().chain(self.desired.issues());
-        of_objects.chain(full).chain(missing).chain(missing_nodes).chain(nodes)
+        of_objects.chain(full).chain(missing).chain(addresses).chain(cluster_ips).chain(nodes)
     }
 }
 
@@ -412,18 +483,28 @@ mod tests {
     use super::*;
     use crate::{
         desired::{ExternalIps, NodePortAddresses},
-        model::{Protocol, Service, ServicePort, ServiceType, TrafficPolicy},
+        model::{Cidr, Protocol, Service, ServicePort, ServiceType, TrafficPolicy},
     };
 
     fn state(services: u32) -> State {
+        state_over(services, &Image::default())
+    }
+
+    fn state_over(services: u32, found: &Image) -> State {
         let settings = Settings {
             node_name: "node".into(),
             node_ports: 30000..=32767,
             node_port_addresses: NodePortAddresses::All,
             external_ips: ExternalIps::Any,
+            service_cidrs: vec![network()],
         };
         let capacity = Capacity { services, endpoints: 16 };
-        State::new(settings, Vec::new(), capacity, &Image::default())
+        State::new(settings, Vec::new(), capacity, found)
+    }
+
+    /// Where cluster IPs come from.
+    fn network() -> Cidr {
+        "10.96.0.0/16".parse().unwrap()
     }
 
     fn key(name: &str) -> ServiceKey {
@@ -479,5 +560,52 @@ mod tests {
         let _plan = state.sync();
         assert_eq!(state.image().services.len(), 1);
         assert!(!state.wants_sync());
+    }
+
+    /// Something else may serve it: kube-proxy, beside which an undefined port is refused all the same.
+    #[test]
+    fn what_has_no_room_is_left_to_the_network() {
+        let (a, b) = ([10, 96, 0, 1].into(), [10, 96, 0, 2].into());
+        let mut state = state(1);
+        set(&mut state, "a", Some(1));
+        set(&mut state, "b", Some(2));
+        let plan = state.sync();
+        assert_eq!(state.image().cluster_ips, [(a, true), (b, false)].into());
+        state.settled(plan.number());
+        set(&mut state, "a", None);
+        let plan = state.sync();
+        state.settled(plan.number());
+        let _plan = state.sync();
+        assert_eq!(state.image().cluster_ips, [(b, true)].into());
+
+        let mut keys = Suspects::default();
+        keys.services.insert(FrontendAddress { ip: b, port: 80, protocol: Protocol::Tcp });
+        state.miss(keys);
+        assert!(state.wants_sync());
+        let _plan = state.sync();
+        assert_eq!(state.image().cluster_ips, [(b, false)].into());
+        state.found(Suspects::default());
+        assert!(state.wants_sync());
+        let _plan = state.sync();
+        assert_eq!(state.image().cluster_ips, [(b, true)].into());
+    }
+
+    /// Else a Service whose address has no room would be taken for one that does not exist.
+    #[test]
+    fn no_network_is_in_force_while_a_cluster_ip_has_no_room() {
+        let former = (0..limits::MAX_CLUSTER_IPS).map(|n| (Ipv4Addr::from(n).into(), true)).collect();
+        let found = Image { cluster_ips: former, service_cidrs: vec![network()], ..Image::default() };
+        let mut state = state_over(8, &found);
+        set(&mut state, "a", Some(1));
+        let plan = state.sync();
+        assert!(state.image().service_cidrs.is_empty() && state.image().cluster_ips.is_empty());
+        assert_eq!(state.n_refused(), 1);
+        assert!(!state.wants_sync());
+        state.settled(plan.number());
+        assert!(state.wants_sync());
+        let _plan = state.sync();
+        assert_eq!(state.image().cluster_ips.len(), 1);
+        assert_eq!(state.image().service_cidrs, [network()]);
+        assert_eq!((state.n_refused(), state.issues().count()), (0, 0));
     }
 }

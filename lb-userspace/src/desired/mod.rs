@@ -16,6 +16,7 @@
 //! `model`.
 
 pub mod claims;
+pub mod cluster_ips;
 pub mod endpoints;
 #[cfg(test)]
 pub(crate) mod fixture;
@@ -27,7 +28,7 @@ use std::{fmt, net::IpAddr, net::SocketAddr, ops::RangeInclusive, str::FromStr, 
 
 use serde::{Deserialize, Serialize};
 
-pub use self::{claims::Desired, topology::Topology};
+pub use self::{claims::Desired, cluster_ips::ClusterIps, topology::Topology};
 use crate::model::{Cidr, Protocol, ServiceKey, TrafficPolicy};
 
 /// The address that a program calls. A node port has the unspecified address of its family.
@@ -167,4 +168,6 @@ pub struct Settings {
     pub node_port_addresses: NodePortAddresses,
     /// `--external-ips`
     pub external_ips: ExternalIps,
+    /// `--service-cidr`: where cluster IPs come from, beside what the API says.
+    pub service_cidrs: Vec<Cidr>,
 }

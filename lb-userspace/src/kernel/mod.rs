@@ -48,4 +48,5 @@ pub use self::{
     error::{KernelError, chain},
     feature::{Features, SockFields},
     store::{Kernel, Options},
+    takeover::TooSmall,
 };

@@ -21,8 +21,9 @@ use lb_common::{
     address::{Address, Octets6, mapped_ipv4},
     hooks::{self, HookSpec},
     layout::{
-        self, Endpoint4, Endpoint6, EndpointStats, Frontend, FrontendKey4, FrontendKey6, FrontendRef,
-        MapValue, Meta, NodeAddr, NodeAddrKey, Run, ServiceStats,
+        self, AddressKey, ClusterIp, Endpoint4, Endpoint6, EndpointStats, Frontend, FrontendKey4,
+        FrontendKey6, FrontendRef, MapValue, Meta, Network4, Network6, NodeAddr, Run, ServiceCidrs,
+        ServiceStats,
     },
     limits,
     maps::{self, MAPS, Size, Sizing},
@@ -43,13 +44,13 @@ use super::{
     object, pins,
     pod::Plain,
     syscall,
-    takeover::{self, Takeover},
+    takeover::{self, Takeover, TooSmall},
 };
 use crate::{
     desired::FrontendAddress,
-    model::Protocol,
+    model::{Cidr, Protocol},
     plan::{self, Capacity, Op, Plan, Unsettled, audit::Suspects},
-    tables::{Entry, Image, wire_protocol},
+    tables::{AddressTable, Entry, Image, wire_protocol},
 };
 
 /// How to load and where to attach.
@@ -79,7 +80,9 @@ pub struct Options {
 pub struct Maps {
     services4: HashMap<MapData, Plain<FrontendKey4>, Plain<FrontendRef>>,
     services6: HashMap<MapData, Plain<FrontendKey6>, Plain<FrontendRef>>,
-    node_addrs: HashMap<MapData, Plain<NodeAddrKey>, Plain<NodeAddr>>,
+    node_addrs: HashMap<MapData, Plain<AddressKey>, Plain<NodeAddr>>,
+    cluster_ips: HashMap<MapData, Plain<AddressKey>, Plain<ClusterIp>>,
+    service_cidrs: Mapped<ServiceCidrs>,
     service_stats: PerCpuArray<MapData, Plain<ServiceStats>>,
     endpoint_stats: PerCpuArray<MapData, Plain<EndpointStats>>,
     frontends: Mapped<Frontend>,
@@ -119,6 +122,7 @@ pub struct Kernel {
     hooks: Hooks,
     /// Whether other programs and maps than these serve.
     is_staged: bool,
+    too_small: Vec<TooSmall>,
 }
 
 /// How the pins of an agent are.
@@ -138,7 +142,8 @@ impl Kernel {
     ///
     /// A map of another layout or in another size is made anew, and the others go on. If it is a part of the image, all maps of
     /// the image are made anew and filled with what the old ones hold, if their layout is the same; the old ones are left to
-    /// serve, with their programs, until [`Self::apply`] switches with its first plan. See [`Self::is_staged`].
+    /// serve, with their programs, until [`Self::apply`] switches with its first plan. See [`Self::is_staged`]. Sizes that do not
+    /// hold what is served are not taken: see [`Self::too_small`].
     ///
     /// `on_grace` is called, on another thread, each time a grace period has passed: see [`Self::settled`].
     ///
@@ -171,7 +176,16 @@ impl Kernel {
     ) -> Result<Self, KernelError> {
         let pin_path = &options.pin_path;
         let former = Directory::open(pin_path)?;
-        let takeover = Takeover::of(&former.survey(&sizing(options.capacity)?)?);
+        let mut takeover = Takeover::of(&former.survey(&sizing(options.capacity)?)?);
+        let (mut capacity, mut too_small) = (options.capacity, Vec::new());
+        // Maps that cannot be opened are told of below, when they are to be moved.
+        if takeover.image == takeover::Image::Moves
+            && let Ok(found) = Maps::open_each(|_| &former)
+        {
+            (capacity, too_small) = takeover::sizes(options.capacity, found.capacity, &found.image()?);
+            takeover = Takeover::of(&former.survey(&sizing(capacity)?)?);
+        }
+        let options = &Options { capacity, ..options.clone() };
         let maps_path = if takeover.made.is_empty() {
             pin_path.clone()
         } else {
@@ -219,6 +233,7 @@ impl Kernel {
             held,
             hooks,
             is_staged: takeover.waits(),
+            too_small,
         };
         kernel.ask_grace();
         if !kernel.is_staged {
@@ -232,6 +247,12 @@ impl Kernel {
     #[must_use]
     pub const fn is_staged(&self) -> bool {
         self.is_staged
+    }
+
+    /// The sizes that were asked for and are not used, since what was served when this agent started would not fit.
+    #[must_use]
+    pub fn too_small(&self) -> &[TooSmall] {
+        &self.too_small
     }
 
     /// Where the maps are pinned now. After a first plan that ends [`Self::is_staged`] they are elsewhere.
@@ -569,6 +590,8 @@ impl Maps {
             services4,
             services6,
             node_addrs: place("node_addrs").typed("node_addrs")?.0,
+            cluster_ips: place("cluster_ips").typed("cluster_ips")?.0,
+            service_cidrs: map_memory("service_cidrs", &place("service_cidrs").map("service_cidrs")?.0)?,
             service_stats: place("service_stats").typed("service_stats")?.0,
             endpoint_stats: place("endpoint_stats").typed("endpoint_stats")?.0,
             frontends: map_memory("frontends", &frontends)?,
@@ -597,6 +620,8 @@ impl Maps {
             services4: take_map(object, "services4")?,
             services6: take_map(object, "services6")?,
             node_addrs: take_map(object, "node_addrs")?,
+            cluster_ips: take_map(object, "cluster_ips")?,
+            service_cidrs: map_memory("service_cidrs", map_data(object, "service_cidrs")?)?,
             service_stats: take_map(object, "service_stats")?,
             endpoint_stats: take_map(object, "endpoint_stats")?,
             frontends: map_memory("frontends", map_data(object, "frontends")?)?,
@@ -680,13 +705,25 @@ impl Maps {
             Op::ResetEndpoints(ids) => {
                 ids.iter().try_for_each(|&id| reset(&mut self.endpoint_stats, "endpoint_stats", id))
             }
-            Op::InsertNode { address, own } => self
-                .node_addrs
-                .insert(Plain(node_key(*address)), Plain(NodeAddr { own: u32::from(*own) }), 0)
-                .map_err(|source| KernelError::map("node_addrs", source)),
-            Op::DeleteNode(address) => {
-                gone_is_fine("node_addrs", self.node_addrs.remove(&Plain(node_key(*address))))
+            Op::InsertAddress { table, address, flag } => {
+                let (key, flag) = (Plain(address_key(*address)), u32::from(*flag));
+                let inserted = match table {
+                    AddressTable::Nodes => self.node_addrs.insert(key, Plain(NodeAddr { own: flag }), 0),
+                    AddressTable::ClusterIps => {
+                        self.cluster_ips.insert(key, Plain(ClusterIp { served: flag }), 0)
+                    }
+                };
+                inserted.map_err(|source| KernelError::map(table.map(), source))
             }
+            Op::DeleteAddress(table, address) => {
+                let key = Plain(address_key(*address));
+                let removed = match table {
+                    AddressTable::Nodes => self.node_addrs.remove(&key),
+                    AddressTable::ClusterIps => self.cluster_ips.remove(&key),
+                };
+                gone_is_fine(table.map(), removed)
+            }
+            Op::SetServiceCidrs(networks) => self.write_service_cidrs(networks),
             Op::InsertService { address, frontend_id } => {
                 let value = Plain(FrontendRef { frontend_id: *frontend_id });
                 match key(address) {
@@ -709,6 +746,16 @@ impl Maps {
             // What nothing refers to stays as it is until it is written anew.
             Op::DropRun { .. } | Op::DropFrontend(_) => Ok(()),
         }
+    }
+
+    /// Writes the networks while none is in force, then puts them into force.
+    fn write_service_cidrs(&mut self, networks: &[Cidr]) -> Result<(), KernelError> {
+        let cidrs = service_cidrs(networks);
+        let hidden = ServiceCidrs { n_v4: 0, n_v6: 0, ..cidrs };
+        let done = (networks.is_empty() || self.service_cidrs.write(0, hidden))
+            && self.service_cidrs.store_u32(0, 0, cidrs.n_v4)
+            && self.service_cidrs.store_u32(0, 1, cidrs.n_v6);
+        in_range("service_cidrs", 0, done)
     }
 
     fn write_run(&mut self, ipv6: bool, offset: u32, entries: &[Entry]) -> Result<(), KernelError> {
@@ -760,7 +807,17 @@ impl Maps {
             let (Plain(key), Plain(value)) = item.map_err(|source| KernelError::map("node_addrs", source))?;
             image.node_addrs.insert(ip_of(&key.address), value.own != 0);
         }
+        for item in &self.cluster_ips {
+            let (Plain(key), Plain(value)) =
+                item.map_err(|source| KernelError::map("cluster_ips", source))?;
+            image.cluster_ips.insert(ip_of(&key.address), value.served != 0);
+        }
+        image.service_cidrs = self.read_service_cidrs();
         Ok((image, strays))
+    }
+
+    fn read_service_cidrs(&self) -> Vec<Cidr> {
+        self.service_cidrs.read(0).as_ref().map(networks).unwrap_or_default()
     }
 
     fn read_frontend(&self, image: &mut Image, address: FrontendAddress, value: FrontendRef) {
@@ -916,12 +973,57 @@ fn key(address: &FrontendAddress) -> Option<Key> {
     })
 }
 
-fn node_key(address: IpAddr) -> NodeAddrKey {
+fn address_key(address: IpAddr) -> AddressKey {
     let address = match address {
         IpAddr::V4(ip) => ip.octets().to_mapped(),
         IpAddr::V6(ip) => ip.octets(),
     };
-    NodeAddrKey { address }
+    AddressKey { address }
+}
+
+/// Networks as the programs read them; `Encoder` has seen to it that they fit.
+fn service_cidrs(networks: &[Cidr]) -> ServiceCidrs {
+    let mut cidrs = ServiceCidrs::default();
+    for network in networks {
+        match (network.address, network.mask()) {
+            (IpAddr::V4(address), IpAddr::V4(mask)) => {
+                if let Some(place) = cidrs.v4.get_mut(cidrs.n_v4 as usize) {
+                    *place = Network4 { address: address.octets(), mask: mask.octets() };
+                    cidrs.n_v4 += 1;
+                }
+            }
+            (IpAddr::V6(address), IpAddr::V6(mask)) => {
+                if let Some(place) = cidrs.v6.get_mut(cidrs.n_v6 as usize) {
+                    *place = Network6 { address: address.octets(), mask: mask.octets() };
+                    cidrs.n_v6 += 1;
+                }
+            }
+            _ => {}
+        }
+    }
+    cidrs
+}
+
+/// The networks that are in force, IPv4 first. What no agent writes is read as 0.0.0.0/0, which no setting allows.
+fn networks(cidrs: &ServiceCidrs) -> Vec<Cidr> {
+    let prefix_len = |mask: &[u8]| {
+        let n_ones: u32 = mask.iter().map(|octet| octet.count_ones()).sum();
+        u8::try_from(n_ones).unwrap_or(u8::MAX)
+    };
+    let v4 = cidrs.v4.iter().take(cidrs.n_v4 as usize).map(|network| Cidr {
+        address: Ipv4Addr::from(network.address).into(),
+        prefix_len: prefix_len(&network.mask),
+    });
+    let v6 = cidrs.v6.iter().take(cidrs.n_v6 as usize).map(|network| Cidr {
+        address: Ipv6Addr::from(network.address).into(),
+        prefix_len: prefix_len(&network.mask),
+    });
+    let found: Vec<Cidr> = v4.chain(v6).collect();
+    let written = service_cidrs(&found);
+    let is_same = (written.n_v4, written.n_v6) == (cidrs.n_v4, cidrs.n_v6)
+        && written.v4.iter().zip(&cidrs.v4).take(written.n_v4 as usize).all(|(a, b)| a == b)
+        && written.v6.iter().zip(&cidrs.v6).take(written.n_v6 as usize).all(|(a, b)| a == b);
+    if is_same { found } else { vec![Cidr { address: Ipv4Addr::UNSPECIFIED.into(), prefix_len: 0 }] }
 }
 
 fn ip_of(octets: &Octets6) -> IpAddr {

@@ -13,7 +13,7 @@ use std::{
 
 use nix::libc;
 
-/// bpf(2). Returns 0 or a new file descriptor.
+/// bpf(2). Returns 0 or a new file descriptor: see [`bpf_new`].
 ///
 /// # Errors
 ///
@@ -31,6 +31,22 @@ unsafe fn bpf<T>(command: libc::c_int, attr: &mut T) -> io::Result<RawFd> {
         Ok(result) if result >= 0 => Ok(result),
         _ => Err(io::Error::last_os_error()),
     }
+}
+
+/// bpf(2), for a command that makes a file descriptor.
+///
+/// # Errors
+///
+/// The system call's.
+///
+/// # Safety
+///
+/// As [`bpf`]; `command` must be one that returns a descriptor.
+unsafe fn bpf_new<T>(command: libc::c_int, attr: &mut T) -> io::Result<OwnedFd> {
+    // SAFETY: the caller vouches for `attr`.
+    let fd = unsafe { bpf(command, attr) }?;
+    // SAFETY: new, so that nothing else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 /// `BPF_OBJ_GET` of `enum bpf_cmd`.
@@ -57,9 +73,7 @@ pub fn open_pin(path: &Path) -> io::Result<OwnedFd> {
     let path = CString::new(path.as_os_str().as_bytes())?;
     let mut attr = ObjPath { pathname: path.as_ptr() as u64, bpf_fd: 0, file_flags: 0 };
     // SAFETY: the kernel reads a string from `pathname`, which outlives the call.
-    let fd = unsafe { bpf(BPF_OBJ_GET, &mut attr) }?;
-    // SAFETY: a new file descriptor that nobody else knows.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+    unsafe { bpf_new(BPF_OBJ_GET, &mut attr) }
 }
 
 /// Pins a map, program or link, also if it is pinned elsewhere.
@@ -146,9 +160,7 @@ fn load(program_type: u32, attach_type: u32, target: u32, instructions: &[u64]) 
         ..ProgLoad::default()
     };
     // SAFETY: the kernel reads the instructions and the licence, which outlive the call.
-    let fd = unsafe { bpf(BPF_PROG_LOAD, &mut attr) }?;
-    // SAFETY: a new file descriptor that nobody else knows.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+    unsafe { bpf_new(BPF_PROG_LOAD, &mut attr) }
 }
 
 /// Whether the kernel's verifier takes a program of a socket-address hook. `false` also if it refuses for another
@@ -181,6 +193,9 @@ pub fn load_iterator(target: u32, instructions: &[u64]) -> io::Result<OwnedFd> {
     load(TRACING, BPF_TRACE_ITER, target, instructions)
 }
 
+/// `BPF_LINK_CREATE` of `enum bpf_cmd`.
+const BPF_LINK_CREATE: libc::c_int = 28;
+
 /// Links an iterator's program to the map whose elements it is to run for.
 ///
 /// # Errors
@@ -191,8 +206,6 @@ pub fn load_iterator(target: u32, instructions: &[u64]) -> io::Result<OwnedFd> {
 ///
 /// 5.9
 pub fn link_iterator(program: BorrowedFd<'_>, map: BorrowedFd<'_>) -> io::Result<OwnedFd> {
-    /// `BPF_LINK_CREATE` of `enum bpf_cmd`.
-    const BPF_LINK_CREATE: libc::c_int = 28;
     /// `link_create` of `union bpf_attr`, as far as it is about iterators.
     #[repr(C)]
     struct LinkCreate {
@@ -216,9 +229,7 @@ pub fn link_iterator(program: BorrowedFd<'_>, map: BorrowedFd<'_>) -> io::Result
         padding: 0,
     };
     // SAFETY: the kernel reads four octets from `iter_info`, which outlives the call.
-    let fd = unsafe { bpf(BPF_LINK_CREATE, &mut attr) }?;
-    // SAFETY: a new file descriptor that nobody else knows.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+    unsafe { bpf_new(BPF_LINK_CREATE, &mut attr) }
 }
 
 /// Begins to iterate: what the program writes is read from the descriptor returned. The link must live as long.
@@ -241,9 +252,7 @@ pub fn iterate(link: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     }
     let mut attr = IterCreate { link_fd: link.as_raw_fd().cast_unsigned(), flags: 0 };
     // SAFETY: there is no pointer in it.
-    let fd = unsafe { bpf(BPF_ITER_CREATE, &mut attr) }?;
-    // SAFETY: a new file descriptor that nobody else knows.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+    unsafe { bpf_new(BPF_ITER_CREATE, &mut attr) }
 }
 
 /// Attaches a program to a hook of a cgroup, beside others. It stays attached as long as the link is open or pinned.
@@ -256,8 +265,6 @@ pub fn iterate(link: BorrowedFd<'_>) -> io::Result<OwnedFd> {
 ///
 /// 5.7
 pub fn attach(cgroup: BorrowedFd<'_>, program: BorrowedFd<'_>, attach_type: u32) -> io::Result<OwnedFd> {
-    /// `BPF_LINK_CREATE` of `enum bpf_cmd`.
-    const BPF_LINK_CREATE: libc::c_int = 28;
     /// `link_create` of `union bpf_attr`.
     #[repr(C)]
     struct LinkCreate {
@@ -274,9 +281,7 @@ pub fn attach(cgroup: BorrowedFd<'_>, program: BorrowedFd<'_>, attach_type: u32)
         flags: 0,
     };
     // SAFETY: there is no pointer in it.
-    let fd = unsafe { bpf(BPF_LINK_CREATE, &mut attr) }?;
-    // SAFETY: a new file descriptor that nobody else knows.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+    unsafe { bpf_new(BPF_LINK_CREATE, &mut attr) }
 }
 
 /// `BPF_LINK_UPDATE` of `enum bpf_cmd`.
@@ -555,9 +560,7 @@ fn create_array(map_type: u32, inner: Option<BorrowedFd<'_>>) -> io::Result<Owne
         map_name: *b"socklb_grace\0\0\0\0",
     };
     // SAFETY: there is no pointer in it.
-    let fd = unsafe { bpf(BPF_MAP_CREATE, &mut attr) }?;
-    // SAFETY: a new file descriptor that nobody else knows.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+    unsafe { bpf_new(BPF_MAP_CREATE, &mut attr) }
 }
 
 /// Cookie of the network namespace that the calling thread is in, or `None` if the kernel cannot tell.

@@ -1,6 +1,10 @@
 //! What becomes of each pinned map when an agent starts. Pure.
 
+use std::{collections::BTreeSet, fmt};
+
 use lb_common::maps::{MapSpec, Role};
+
+use crate::{plan::Capacity, tables};
 
 /// What is pinned under the name of a map, seen from an agent that starts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -88,16 +92,102 @@ impl Takeover {
     }
 }
 
+/// A size that was asked for and is not used: what is served would not fit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TooSmall {
+    /// The setting.
+    pub setting: &'static str,
+    /// Its value: entries for each family.
+    pub wanted: u32,
+    /// Entries that are served, of the family that has more.
+    pub n_served: u32,
+    /// The size that is used: that of the maps that were found.
+    pub used: u32,
+}
+
+impl fmt::Display for TooSmall {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}={}: {} are served", self.setting, self.wanted, self.n_served)
+    }
+}
+
+/// The sizes for maps that are to hold what others serve. Each is the one that is wanted or, if that is too small, the one found.
+pub(super) fn sizes(wanted: Capacity, found: Capacity, served: &tables::Image) -> (Capacity, Vec<TooSmall>) {
+    let n_services = |ipv6| served.services.keys().filter(|address| address.ip.is_ipv6() == ipv6).count();
+    // Frontends may share a run.
+    let n_endpoints = |ipv6| {
+        let frontends = served.services.iter().filter(|(address, _)| address.ip.is_ipv6() == ipv6);
+        let runs = frontends.filter_map(|(_, id)| served.frontends.get(id)).map(|frontend| frontend.run);
+        let runs: BTreeSet<(u32, u32)> = runs.map(|run| (run.offset, run.len)).collect();
+        runs.into_iter().map(|(_, len)| len as usize).sum::<usize>()
+    };
+    let mut too_small = Vec::new();
+    let mut choose = |setting, wanted, found, n_served: usize| {
+        let n_served = u32::try_from(n_served).unwrap_or(u32::MAX);
+        // What is there already may be more than fits only if it is damaged, which the first plan repairs.
+        if n_served <= wanted || found <= wanted {
+            return wanted;
+        }
+        too_small.push(TooSmall { setting, wanted, n_served, used: found });
+        found
+    };
+    let most = |n: &dyn Fn(bool) -> usize| n(false).max(n(true));
+    let capacity = Capacity {
+        services: choose("max-services", wanted.services, found.services, most(&n_services)),
+        endpoints: choose("max-endpoints", wanted.endpoints, found.endpoints, most(&n_endpoints)),
+    };
+    (capacity, too_small)
+}
+
 #[cfg(test)]
 mod tests {
-    use lb_common::maps::MAPS;
+    use std::net::{Ipv4Addr, Ipv6Addr};
+
+    use lb_common::{
+        layout::{Frontend, Run},
+        maps::MAPS,
+    };
 
     use super::*;
+    use crate::{desired::FrontendAddress, model::Protocol};
+
+    #[test]
+    fn sizes_that_do_not_hold_what_is_served_are_refused() {
+        let mut served = tables::Image::default();
+        // Four services of IPv4, two of which share a run, and two of IPv6: ten endpoints and six.
+        for (n, ipv6, offset, len) in
+            [(1, false, 0, 4), (2, false, 4, 6), (3, false, 4, 6), (4, false, 0, 0), (5, true, 0, 3), (6, true, 3, 3)]
+        {
+            let ip = if ipv6 { Ipv6Addr::from(u128::from(n)).into() } else { Ipv4Addr::from(n).into() };
+            served.services.insert(FrontendAddress { ip, port: 80, protocol: Protocol::Tcp }, n);
+            served.frontends.insert(n, Frontend { run: Run { offset, len }, ..Frontend::default() });
+        }
+        let found = Capacity { services: 100, endpoints: 200 };
+        for (wanted, expected, refused) in [
+            ((100, 200), (100, 200), vec![]),
+            ((4, 10), (4, 10), vec![]),
+            ((1000, 2000), (1000, 2000), vec![]),
+            ((3, 2000), (100, 2000), vec![("max-services", 3, 4, 100)]),
+            ((4, 9), (4, 200), vec![("max-endpoints", 9, 10, 200)]),
+            ((1, 1), (100, 200), vec![("max-services", 1, 4, 100), ("max-endpoints", 1, 10, 200)]),
+        ] {
+            let wanted = Capacity { services: wanted.0, endpoints: wanted.1 };
+            let (capacity, too_small) = sizes(wanted, found, &served);
+            assert_eq!((capacity.services, capacity.endpoints), expected, "{wanted:?}");
+            let refused: Vec<TooSmall> = refused
+                .into_iter()
+                .map(|(setting, wanted, n_served, used)| TooSmall { setting, wanted, n_served, used })
+                .collect();
+            assert_eq!(too_small, refused, "{wanted:?}");
+        }
+        assert_eq!(sizes(Capacity { services: 1, endpoints: 1 }, found, &tables::Image::default()).1, []);
+    }
 
     #[test]
     fn only_what_changed_is_made_anew() {
         use Standing::{Foreign, Lost, New, OtherSize, Same};
-        let image = ["services4", "services6", "frontends", "endpoints4", "endpoints6", "node_addrs"];
+        let image: Vec<&str> =
+            MAPS.iter().filter(|map| map.role == Role::Image).map(|map| map.name).collect();
         let with_image = |more: &[&'static str]| [&image[..], more].concat();
         let all: Vec<&str> = MAPS.iter().map(|map| map.name).collect();
         let ids: Vec<&str> = MAPS

@@ -120,6 +120,15 @@ impl Cidr {
         Some(Self { address, prefix_len })
     }
 
+    /// The netmask.
+    #[must_use]
+    pub fn mask(&self) -> IpAddr {
+        match self.address {
+            IpAddr::V4(_) => Ipv4Addr::from_bits(mask4(self.prefix_len).unwrap_or(u32::MAX)).into(),
+            IpAddr::V6(_) => Ipv6Addr::from_bits(mask6(self.prefix_len).unwrap_or(u128::MAX)).into(),
+        }
+    }
+
     /// The family of the network.
     #[must_use]
     pub const fn family(&self) -> Family {

@@ -373,6 +373,15 @@ pub enum IssueKind {
         /// Addresses of this Node that are left out.
         n_left_out: usize,
     },
+    /// The Services of the cluster have more cluster IPs than a table holds. Each is served all the same.
+    ClusterIpsFull {
+        /// The table that is full.
+        map: String,
+        /// Its capacity, entries.
+        capacity: u32,
+        /// The address without room.
+        address: String,
+    },
     /// A table has no room for this object although the agent has not filled it.
     TableFull {
         /// The table that is full.
@@ -400,6 +409,22 @@ pub enum IssueKind {
         cause: String,
         /// Whether the file has good objects from before.
         last_good: bool,
+    },
+    /// The agent of this Node was given a size with which maps could not hold what is served. They stay as they were.
+    SizeRefused {
+        /// The setting.
+        setting: String,
+        /// Its value, entries.
+        wanted: u32,
+        /// Entries that are served.
+        served: u32,
+        /// The size that is used instead, entries.
+        used: u32,
+    },
+    /// The agent of this Node cannot write its snapshot. It is tried again.
+    SnapshotNotWritten {
+        /// The cause, in one line; names the file.
+        cause: String,
     },
     /// The API server sent an object of another form than the API's. It is left out.
     Unreadable {
@@ -464,6 +489,11 @@ impl IssueKind {
                 f,
                 "status.addresses: map {map} is full ({capacity} entries for all Nodes); node ports do not answer on the last \
                  {n_left_out}: --nodeport-addresses takes fewer"
+            ),
+            Self::ClusterIpsFull { map, capacity, address } => write!(
+                f,
+                "map {map} is full ({capacity} entries) and {address} has no room; it is served, but no call to an undefined \
+                 port or an unallocated address fails at once: set no --service-cidr"
             ),
             Self::TableFull { map, left_out } => write!(
                 f,
@@ -558,6 +588,7 @@ impl fmt::Display for IssueKind {
             | Self::TooManyEndpoints { .. }
             | Self::TooManyAddresses { .. }
             | Self::NodesFull { .. }
+            | Self::ClusterIpsFull { .. }
             | Self::TableFull { .. } => self.fmt_no_room(&mut f),
             Self::UnknownKind => f.write_str("unknown kind; it is ignored"),
             Self::UnknownVersion { version, expected } => {
@@ -568,6 +599,16 @@ impl fmt::Display for IssueKind {
                 write!(f, "{cause}; the objects read from it before stay in force")
             }
             Self::BrokenFile { cause, last_good: false } => write!(f, "{cause}; the file is left out"),
+            Self::SizeRefused { setting, wanted, served, used } => write!(
+                f,
+                "--{setting}={wanted} is too small for what is served, which takes {served}; {used} is used as before: set it to \
+                 {served} or more, with room, and restart the agent"
+            ),
+            Self::SnapshotNotWritten { cause } => write!(
+                f,
+                "the snapshot is not up to date: {cause}; a start without the API server would serve older objects, or none, \
+                 until it is written, which is tried again"
+            ),
             Self::Unreadable { cause } => write!(f, "{cause}; the object is left out"),
         }
     }

@@ -22,6 +22,8 @@ pub const REPEAT: Duration = Duration::from_secs(30 * 60);
 pub const MEMORY: Duration = Duration::from_secs(60 * 60);
 /// Notices that are told at once, at most.
 pub const BURST: u32 = 25;
+/// News of the node that wait to be told, at most. The oldest are forgotten first.
+const MAX_NEWS: usize = 32;
 /// Time until one more may be told.
 pub const REFILL: Duration = Duration::from_secs(10);
 
@@ -85,6 +87,7 @@ impl Notice {
             | IssueKind::TooManyEndpoints { .. }
             | IssueKind::TooManyAddresses { .. }
             | IssueKind::NodesFull { .. }
+            | IssueKind::ClusterIpsFull { .. }
             | IssueKind::TableFull { .. } => ("TableFull", "Sync"),
             IssueKind::FrontendTaken { .. } => ("AddressConflict", "Sync"),
             // kube-proxy's words.
@@ -157,10 +160,19 @@ impl Ledger {
     /// Notes something that happened once. It is told with the next call of [`Self::due`].
     pub fn happened(&mut self, news: &NodeNews) {
         let notice = Notice::of_node(&self.node, news);
-        // Where nobody can be told, the same may happen for ever.
+        // Where there is never room, as with a source of files, things go on happening.
         if !self.news.contains(&notice) {
+            if self.news.len() == MAX_NEWS {
+                self.news.remove(0);
+            }
             self.news.push(notice);
         }
+    }
+
+    /// Whether something waits to be told.
+    #[must_use]
+    pub fn has_news(&self) -> bool {
+        !self.news.is_empty()
     }
 
     /// What is to be told now, if these hold at the moment. `room` is how many can be taken.
@@ -309,6 +321,18 @@ mod tests {
         let rest = ledger.due([taken("web")], 10, start);
         assert_eq!((rest.len(), rest[0].notice.reason, &*rest[0].node), (1, "AddressConflict", "node"));
         assert_eq!(ledger.due([taken("web")], 10, start), []);
+    }
+
+    #[test]
+    fn news_that_never_find_room_are_forgotten_in_the_end() {
+        let start = Instant::now();
+        let mut ledger = ledger(start);
+        for n in 0..1000 {
+            ledger.happened(&NodeNews::SelfTestFailed { problem: format!("{n}") });
+        }
+        let told = ledger.due([], 2000, start);
+        assert_eq!(told.len(), BURST as usize);
+        assert_eq!((told[0].notice.note.as_str(), ledger.has_news()), ("socklb: 968", true));
     }
 
     #[test]

@@ -12,35 +12,41 @@ use std::{
 };
 
 use super::Op;
-use crate::{desired::FrontendAddress, tables::Image};
+use crate::{
+    desired::FrontendAddress,
+    tables::{AddressTable, Image},
+};
 
 /// What is to be read again. Not everything of it is wrong: a plan may have been carried out meanwhile.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Suspects {
     /// Frontends whose key, entry or run differ.
     pub services: BTreeSet<FrontendAddress>,
-    /// Node addresses.
-    pub nodes: BTreeSet<IpAddr>,
+    /// Addresses, by table.
+    pub addresses: BTreeSet<(AddressTable, IpAddr)>,
+    /// Whether the networks of cluster IPs differ.
+    pub service_cidrs: bool,
 }
 
 impl Suspects {
     /// Whether nothing differs.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.services.is_empty() && self.nodes.is_empty()
+        self.services.is_empty() && self.addresses.is_empty() && !self.service_cidrs
     }
 
     /// Adds others.
     pub fn extend(&mut self, others: Self) {
         self.services.extend(others.services);
-        self.nodes.extend(others.nodes);
+        self.addresses.extend(others.addresses);
+        self.service_cidrs |= others.service_cidrs;
     }
 
     /// Adds the key that an operation inserts. `false` if it inserts none.
     pub fn insert_key_of(&mut self, op: &Op) -> bool {
         match op {
             Op::InsertService { address, .. } => drop(self.services.insert(*address)),
-            Op::InsertNode { address, .. } => drop(self.nodes.insert(*address)),
+            Op::InsertAddress { table, address, .. } => drop(self.addresses.insert((*table, *address))),
             _ => return false,
         }
         true
@@ -51,7 +57,7 @@ impl Suspects {
     pub fn has_key_of(&self, op: &Op) -> bool {
         match op {
             Op::InsertService { address, .. } => self.services.contains(address),
-            Op::InsertNode { address, .. } => self.nodes.contains(address),
+            Op::InsertAddress { table, address, .. } => self.addresses.contains(&(*table, *address)),
             _ => false,
         }
     }
@@ -59,7 +65,7 @@ impl Suspects {
     /// Leaves out what an image does not have.
     pub fn retain_in(&mut self, image: &Image) {
         self.services.retain(|address| image.services.contains_key(address));
-        self.nodes.retain(|address| image.node_addrs.contains_key(address));
+        self.addresses.retain(|(table, address)| image.addresses(*table).contains_key(address));
     }
 
     /// The part of an image that is about them.
@@ -77,8 +83,13 @@ impl Suspects {
                 part.runs_mut(ipv6).insert(frontend.run.offset, entries.clone());
             }
         }
-        let known = |address: &IpAddr| image.node_addrs.get(address).map(|own| (*address, *own));
-        part.node_addrs = self.nodes.iter().filter_map(known).collect();
+        for (table, address) in &self.addresses {
+            let flag = image.addresses(*table).get(address);
+            part.addresses_mut(*table).extend(flag.map(|flag| (*address, *flag)));
+        }
+        if self.service_cidrs {
+            part.service_cidrs.clone_from(&image.service_cidrs);
+        }
         part
     }
 }
@@ -96,12 +107,16 @@ pub fn suspects(expected: &Image, found: &Image) -> Suspects {
     };
     let differing = expected.services.iter().filter(|(address, id)| !is_same(address, id));
     let foreign = found.services.keys().filter(|address| !expected.services.contains_key(address));
-    let nodes =
-        expected.node_addrs.iter().filter(|(address, own)| found.node_addrs.get(address) != Some(own));
-    let foreign_nodes = found.node_addrs.keys().filter(|address| !expected.node_addrs.contains_key(address));
+    let addresses = AddressTable::ALL.into_iter().flat_map(|table| {
+        let (there, wanted) = (found.addresses(table), expected.addresses(table));
+        let differing = wanted.iter().filter(|(address, flag)| there.get(address) != Some(flag));
+        let foreign = there.keys().filter(|address| !wanted.contains_key(address));
+        differing.map(|(address, _)| address).chain(foreign).map(move |address| (table, *address))
+    });
     Suspects {
         services: differing.map(|(address, _)| address).chain(foreign).copied().collect(),
-        nodes: nodes.map(|(address, _)| address).chain(foreign_nodes).copied().collect(),
+        addresses: addresses.collect(),
+        service_cidrs: expected.service_cidrs != found.service_cidrs,
     }
 }
 
@@ -118,7 +133,8 @@ pub fn faults(repair: &[Op], found: &Image) -> Faults {
             Op::InsertService { address, .. } | Op::DeleteService(address) => {
                 (if address.ip.is_ipv6() { "services6" } else { "services4" }, 1)
             }
-            Op::InsertNode { .. } | Op::DeleteNode(_) => ("node_addrs", 1),
+            Op::InsertAddress { table, .. } | Op::DeleteAddress(table, _) => (table.map(), 1),
+            Op::SetServiceCidrs(_) => ("service_cidrs", 1),
             Op::WriteFrontend { id, .. } | Op::SetFrontend { id, .. } | Op::SwitchRun { id, .. } => {
                 ("frontends", u64::from(frontends.insert(*id)))
             }
@@ -166,6 +182,8 @@ mod tests {
             image.runs4.insert(offset, [entry(0), entry(1)].into());
         }
         image.node_addrs.insert(IpAddr::from([192, 0, 2, 1]), true);
+        image.cluster_ips.insert(address(0).ip, true);
+        image.service_cidrs = vec!["10.96.0.0/12".parse().unwrap()];
         image
     }
 
@@ -175,7 +193,7 @@ mod tests {
     #[test]
     fn what_differs_is_suspected_repaired_and_counted() {
         let expected = image();
-        let cases: [Case; 9] = [
+        let cases: [Case; 12] = [
             ("nothing", |_| {}, &[]),
             (
                 "a deleted key",
@@ -220,6 +238,13 @@ mod tests {
                 |image| assert!(image.node_addrs.insert(IpAddr::from([192, 0, 2, 2]), false).is_none()),
                 &[("node_addrs", 1)],
             ),
+            (
+                "an altered and a foreign cluster IP",
+                |image| image.cluster_ips = [(address(0).ip, false), (address(9).ip, true)].into(),
+                &[("cluster_ips", 2)],
+            ),
+            ("a cluster IP that is gone", |image| image.cluster_ips.clear(), &[("cluster_ips", 1)]),
+            ("no networks", |image| image.service_cidrs.clear(), &[("service_cidrs", 1)]),
         ];
         for (what, damage, counts) in cases {
             let mut found = image();

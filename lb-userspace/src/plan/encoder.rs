@@ -17,7 +17,7 @@ use self::adopt::Leftovers;
 use super::{Op, Plan};
 use crate::{
     desired::{self, FrontendAddress, PortKey},
-    tables::{Entry, Image, pool::Pool, space::Space},
+    tables::{AddressTable, Cidr, Entry, Image, pool::Pool, space::Space},
 };
 
 /// Sizes of the maps.
@@ -133,10 +133,12 @@ struct Freed {
     runs: [Vec<Run>; 2],
     /// How many keys of frontends of each family: they take up room until the plan is carried out, since it inserts first.
     n_keys: [u32; 2],
-    /// The same of keys of `node_addrs`.
-    n_nodes: u32,
-    /// Whether a key of `node_addrs` gets another value, and with it another element.
+    /// The same of addresses, by [`AddressTable`].
+    n_addresses: [usize; 2],
+    /// Whether an address gets another flag, and with it another element.
     has_replaced: bool,
+    /// Whether networks are in force no more.
+    service_cidrs: bool,
 }
 
 /// Keeps the tables' target state and turns changes into operations.
@@ -154,8 +156,10 @@ pub struct Encoder {
     n_services: [u32; 2],
     /// Keys that are in the tables still and belong to no frontend: of leftovers, and of `freed` and `held_back`.
     n_leaving: [u32; 2],
-    /// The same of keys of `node_addrs`.
-    n_nodes_leaving: u32,
+    /// The same of addresses, by [`AddressTable`].
+    n_addresses_leaving: [usize; 2],
+    /// Whether a program may still read networks that are in force no more.
+    is_reading_cidrs: bool,
     frontend_ids: Pool,
     service_ids: Pool,
     endpoint_ids: Pool,
@@ -186,7 +190,8 @@ impl Encoder {
             service_ids_by_port: BTreeMap::new(),
             n_services: [0; 2],
             n_leaving: [0; 2],
-            n_nodes_leaving: 0,
+            n_addresses_leaving: [0; 2],
+            is_reading_cidrs: false,
             frontend_ids: no_ids(),
             service_ids: no_ids(),
             endpoint_ids: no_ids(),
@@ -468,32 +473,61 @@ impl Encoder {
     /// Sets the node addresses that node ports answer on: address → whether it is this node's. Returns how many of them
     /// find no room. If [`Self::holds_back`], they may after the next grace period.
     pub fn set_node_addrs(&mut self, desired: &BTreeMap<IpAddr, bool>) -> usize {
-        let known = &mut self.image.node_addrs;
-        let gone: Vec<IpAddr> =
-            known.keys().filter(|address| !desired.contains_key(address)).copied().collect();
+        let known = self.image.node_addrs.keys();
+        let gone: Vec<IpAddr> = known.filter(|address| !desired.contains_key(address)).copied().collect();
         for address in gone {
-            known.remove(&address);
-            self.ops.push(Op::DeleteNode(address));
-            self.freed.n_nodes += 1;
-            self.n_nodes_leaving += 1;
+            let _has_room = self.set_address(AddressTable::Nodes, address, None);
         }
-        let mut n_refused = 0;
         let own_first =
             [true, false].into_iter().flat_map(|own| desired.iter().filter(move |node| *node.1 == own));
-        for (&address, &own) in own_first {
-            match known.get(&address) {
-                Some(&old) if old == own => continue,
-                Some(_) => self.freed.has_replaced = true,
-                None if known.len() + self.n_nodes_leaving as usize >= limits::MAX_NODE_ADDRS as usize => {
-                    n_refused += 1;
-                    continue;
-                }
-                None => {}
+        let has_room =
+            own_first.map(|(&address, &own)| self.set_address(AddressTable::Nodes, address, Some(own)));
+        has_room.filter(|has_room| !has_room).count()
+    }
+
+    /// Sets or removes the flag of an address. Call it at most once for an address between two [`Self::take_plan`]. Returns
+    /// `false` if it finds no room; if [`Self::holds_back`], it may after the next grace period.
+    #[must_use]
+    pub fn set_address(&mut self, table: AddressTable, address: IpAddr, flag: Option<bool>) -> bool {
+        let n_leaving = &mut self.n_addresses_leaving[table as usize];
+        let known = self.image.addresses_mut(table);
+        let Some(flag) = flag else {
+            if known.remove(&address).is_some() {
+                self.ops.push(Op::DeleteAddress(table, address));
+                self.freed.n_addresses[table as usize] += 1;
+                *n_leaving += 1;
             }
-            known.insert(address, own);
-            self.ops.push(Op::InsertNode { address, own });
+            return true;
+        };
+        match known.get(&address) {
+            Some(&old) if old == flag => return true,
+            Some(_) => self.freed.has_replaced = true,
+            None if known.len() + *n_leaving >= table.capacity() as usize => return false,
+            None => {}
         }
-        n_refused
+        known.insert(address, flag);
+        self.ops.push(Op::InsertAddress { table, address, flag });
+        true
+    }
+
+    /// Sets the networks that cluster IPs come from. Returns `false` if others have to be out of force for a grace period
+    /// first: a program reads a network in several steps. Call it at most once between two [`Self::take_plan`].
+    #[must_use]
+    pub fn set_service_cidrs(&mut self, desired: &[Cidr]) -> bool {
+        let next = if self.image.service_cidrs == desired {
+            return true;
+        } else if self.image.service_cidrs.is_empty() {
+            if self.is_reading_cidrs {
+                return false;
+            }
+            desired
+        } else {
+            (self.freed.service_cidrs, self.is_reading_cidrs) = (true, true);
+            &[]
+        };
+        self.image.service_cidrs = next.to_vec();
+        self.ops.push(Op::SetServiceCidrs(next.into()));
+        next == desired
     }
 
     /// The operations of all changes since the last call.
@@ -516,7 +550,10 @@ impl Encoder {
             self.frontend_ids.free(freed.frontend_ids);
             self.service_ids.free(freed.service_ids);
             self.endpoint_ids.free(freed.endpoint_ids);
-            self.n_nodes_leaving -= freed.n_nodes;
+            for table in AddressTable::ALL {
+                self.n_addresses_leaving[table as usize] -= freed.n_addresses[table as usize];
+            }
+            self.is_reading_cidrs &= !freed.service_cidrs;
             for (family, runs) in freed.runs.into_iter().enumerate() {
                 self.n_leaving[family] -= freed.n_keys[family];
                 for run in runs {

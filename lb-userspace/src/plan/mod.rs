@@ -31,7 +31,7 @@ pub use self::{
 };
 use crate::{
     desired::FrontendAddress,
-    tables::{Entry, Image},
+    tables::{AddressTable, Cidr, Entry, Image},
 };
 
 /// One operation.
@@ -57,12 +57,14 @@ pub enum Op {
     ResetService(u32),
     /// Sets the counters of endpoints to zero, before their ids are used anew.
     ResetEndpoints(Arc<[u32]>),
-    /// Tells programs about a node address.
-    InsertNode {
+    /// Inserts an address, or gives it another flag.
+    InsertAddress {
+        /// The table.
+        table: AddressTable,
         /// The address.
         address: IpAddr,
-        /// Whether it is this node's.
-        own: bool,
+        /// What the table says of it.
+        flag: bool,
     },
     /// Lets calls find a frontend.
     InsertService {
@@ -87,8 +89,10 @@ pub enum Op {
     },
     /// Lets calls no longer find a frontend.
     DeleteService(FrontendAddress),
-    /// Forgets a node address.
-    DeleteNode(IpAddr),
+    /// Removes an address from a table.
+    DeleteAddress(AddressTable, IpAddr),
+    /// Puts networks into force where there are none, or none where there are some.
+    SetServiceCidrs(Arc<[Cidr]>),
     /// Records that a run is no longer part of the image. No effect on the kernel: the entries stay as they are
     /// until the space is given out again.
     DropRun {
@@ -107,9 +111,9 @@ pub enum Op {
 /// [`Phase::Switch`]), and what ends is removed after all else. Exact node-port entries of other nodes are
 /// inserted before the flag that makes programs rely on them, and deleted after the flag is gone.
 ///
-/// Within [`Phase::Insert`] the order is exact keys, node addresses, wildcard keys, and within [`Phase::Delete`] the
-/// reverse: a node port with the policy Local is refused for every other node's address that has no exact key, so
-/// that those keys must be there whenever a call can get that far.
+/// Within [`Phase::Insert`] the order is exact keys, addresses, wildcard keys, and within [`Phase::Delete`] the
+/// reverse: a node port with the policy Local is refused for every other node's address that has no exact key, and a cluster
+/// IP for every port that has none, so that those keys must be there whenever a call can get that far.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Phase {
     /// Into places that nothing refers to yet.
@@ -133,9 +137,9 @@ impl Op {
             | Self::WriteFrontend { .. }
             | Self::ResetService(_)
             | Self::ResetEndpoints(_) => Phase::Write,
-            Self::InsertNode { .. } | Self::InsertService { .. } => Phase::Insert,
-            Self::SetFrontend { .. } | Self::SwitchRun { .. } => Phase::Switch,
-            Self::DeleteService(_) | Self::DeleteNode(_) => Phase::Delete,
+            Self::InsertAddress { .. } | Self::InsertService { .. } => Phase::Insert,
+            Self::SetFrontend { .. } | Self::SwitchRun { .. } | Self::SetServiceCidrs(_) => Phase::Switch,
+            Self::DeleteService(_) | Self::DeleteAddress(..) => Phase::Delete,
             Self::DropRun { .. } | Self::DropFrontend(_) => Phase::Drop,
         }
     }
@@ -145,7 +149,7 @@ impl Op {
         match self {
             Self::InsertService { address, .. } if address.ip.is_unspecified() => 2,
             Self::DeleteService(address) if !address.ip.is_unspecified() => 2,
-            Self::InsertNode { .. } | Self::DeleteNode(_) => 1,
+            Self::InsertAddress { .. } | Self::DeleteAddress(..) => 1,
             _ => 0,
         }
     }
@@ -153,7 +157,7 @@ impl Op {
     /// Whether the kernel takes a hash element for it, possibly one that was freed a moment ago.
     #[must_use]
     pub fn takes_element(&self) -> bool {
-        matches!(self, Self::InsertService { .. } | Self::InsertNode { .. })
+        matches!(self, Self::InsertService { .. } | Self::InsertAddress { .. })
     }
 
     /// Does to an image what the operation does to the kernel.
@@ -166,8 +170,8 @@ impl Op {
                 image.frontends.insert(*id, *frontend);
             }
             Self::ResetService(_) | Self::ResetEndpoints(_) => {}
-            Self::InsertNode { address, own } => {
-                image.node_addrs.insert(*address, *own);
+            Self::InsertAddress { table, address, flag } => {
+                image.addresses_mut(*table).insert(*address, *flag);
             }
             Self::InsertService { address, frontend_id } => {
                 image.services.insert(*address, *frontend_id);
@@ -185,9 +189,10 @@ impl Op {
             Self::DeleteService(address) => {
                 image.services.remove(address);
             }
-            Self::DeleteNode(address) => {
-                image.node_addrs.remove(address);
+            Self::DeleteAddress(table, address) => {
+                image.addresses_mut(*table).remove(address);
             }
+            Self::SetServiceCidrs(networks) => image.service_cidrs = networks.to_vec(),
             Self::DropRun { ipv6, offset } => {
                 image.runs_mut(*ipv6).remove(offset);
             }
@@ -309,16 +314,20 @@ pub fn diff(from: &Image, to: &Image) -> Plan {
         }
     }
     ops.extend(from.services.keys().filter(|a| !to.services.contains_key(a)).map(|&a| Op::DeleteService(a)));
-    for (&address, &own) in &to.node_addrs {
-        if from.node_addrs.get(&address) != Some(&own) {
-            ops.push(Op::InsertNode { address, own });
-        }
+    for table in AddressTable::ALL {
+        let (there, wanted) = (from.addresses(table), to.addresses(table));
+        let differing = wanted.iter().filter(|(address, flag)| there.get(address) != Some(flag));
+        ops.extend(differing.map(|(&address, &flag)| Op::InsertAddress { table, address, flag }));
+        let foreign = there.keys().filter(|address| !wanted.contains_key(address));
+        ops.extend(foreign.map(|&address| Op::DeleteAddress(table, address)));
     }
-    ops.extend(from.node_addrs.keys().filter(|a| !to.node_addrs.contains_key(a)).map(|&a| Op::DeleteNode(a)));
+    if from.service_cidrs != to.service_cidrs {
+        ops.push(Op::SetServiceCidrs(to.service_cidrs.as_slice().into()));
+    }
     // Where a key had another value, its element is replaced.
     let frees = ops.iter().any(|op| match op {
         Op::InsertService { address, .. } => from.services.contains_key(address),
-        Op::InsertNode { address, .. } => from.node_addrs.contains_key(address),
+        Op::InsertAddress { table, address, .. } => from.addresses(*table).contains_key(address),
         op => op.phase() >= Phase::Delete,
     });
     Plan::ordered(0, ops, frees)

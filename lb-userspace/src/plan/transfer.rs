@@ -15,7 +15,12 @@ use crate::tables::Image;
 pub fn transfer(found: &Image, capacity: Capacity) -> Image {
     let max_ids = capacity.services.saturating_mul(2);
     let max_endpoint_ids = capacity.endpoints.saturating_mul(2);
-    let mut image = Image { node_addrs: found.node_addrs.clone(), ..Image::default() };
+    let mut image = Image {
+        node_addrs: found.node_addrs.clone(),
+        cluster_ips: found.cluster_ips.clone(),
+        service_cidrs: found.service_cidrs.clone(),
+        ..Image::default()
+    };
     let mut placed: BTreeMap<(bool, u32, u32), Run> = BTreeMap::new();
     let (mut ends, mut n_services) = ([0u32; 2], [0u32; 2]);
     let mut indices: BTreeSet<u32> = BTreeSet::new();

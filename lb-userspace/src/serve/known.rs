@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     desired::{Frontend, FrontendAddress, Settings},
-    model::{Issue, Node, ObjectKind, Service, ServiceKey, Slice},
+    model::{Cidr, Issue, Node, ObjectKind, Service, ServiceKey, Slice},
 };
 
 /// Which objects are asked for.
@@ -46,6 +46,10 @@ pub struct Known {
     pub former: Vec<(ServiceKey, Vec<Frontend>)>,
     /// For one address: the frontends that its calls may find, each with its endpoints in the maps.
     pub tables: Vec<(FrontendAddress, Vec<SocketAddr>)>,
+    /// For one address: whether the tables have it as a cluster IP, and whether undefined ports of it are refused there.
+    pub cluster_ip: Option<bool>,
+    /// For one address: the networks of the tables within which an address that no Service has is unreachable.
+    pub networks: Vec<Cidr>,
     /// What is wrong, sorted. For one address: what concerns it.
     pub issues: Vec<Issue>,
     /// Why the last snapshot was not written.

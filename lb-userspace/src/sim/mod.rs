@@ -83,6 +83,8 @@ pub enum Outcome {
     Untouched,
     /// `ECONNREFUSED`.
     Refused,
+    /// `EHOSTUNREACH`, or untouched on kernels before 5.18.
+    Unreachable,
     /// To an endpoint.
     Endpoint(SocketAddr, Choice),
 }
@@ -136,6 +138,7 @@ fn outcome<A: Octets>(verdict: Verdict<A>) -> Outcome {
     match verdict {
         Verdict::Pass => Outcome::Untouched,
         Verdict::Refuse { .. } => Outcome::Refused,
+        Verdict::Unreachable => Outcome::Unreachable,
         Verdict::Redirect(target) => {
             Outcome::Endpoint(SocketAddr::new(target.address.ip(), target.port), target.choice)
         }
@@ -211,6 +214,13 @@ impl<A: Octets> Tables for View<'_, A> {
             .node_addrs
             .get(&ip)
             .map(|&own| if own { NodeAddress::Own } else { NodeAddress::Other })
+    }
+    fn is_in_service_network(&self, address: &A) -> bool {
+        let ip = address.ip();
+        self.simulator.image.service_cidrs.iter().any(|network| network.contains(ip))
+    }
+    fn cluster_ip(&self, mapped: &Octets6) -> Option<bool> {
+        self.simulator.image.cluster_ips.get(&Ipv6Addr::from(*mapped).to_canonical()).copied()
     }
     fn loopback_is_node(&self) -> bool {
         self.simulator.config.localhost_nodeports && self.caller.on_node

@@ -1,5 +1,6 @@
 //! Where objects come from.
 
+mod contact;
 pub mod files;
 
 use std::{
@@ -8,6 +9,7 @@ use std::{
     time::{Instant, SystemTime},
 };
 
+pub use self::contact::{Contact, Outage};
 use crate::model::{Changes, Issue, Store, notice::Telling};
 
 /// When a change came to be known.
@@ -41,6 +43,11 @@ pub trait Source: Send {
 
     /// The UIDs of this node's pods whose calls are to be left alone; `None` if that is not known, or not yet.
     fn excluded_pods(&self) -> Option<&BTreeSet<Arc<str>>> {
+        None
+    }
+
+    /// Whether it is in touch; `None` for a source that cannot be away.
+    fn contact(&self) -> Option<&Contact> {
         None
     }
 

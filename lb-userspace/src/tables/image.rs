@@ -6,9 +6,15 @@ use std::{
     sync::Arc,
 };
 
-use lb_common::layout::{self, Frontend, Run};
+use lb_common::{
+    layout::{self, Frontend, Run},
+    limits,
+};
 
-use crate::{desired::FrontendAddress, model::Protocol};
+use crate::{
+    desired::FrontendAddress,
+    model::{Cidr, Protocol},
+};
 
 /// One entry of an endpoint table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -36,9 +42,62 @@ pub struct Image {
     pub runs6: Runs,
     /// `node_addrs`: address → whether it is this node's.
     pub node_addrs: BTreeMap<IpAddr, bool>,
+    /// `cluster_ips`: address → whether a port that its Service does not have is refused.
+    pub cluster_ips: BTreeMap<IpAddr, bool>,
+    /// `service_cidrs`: the networks that cluster IPs come from, at most [`limits::MAX_SERVICE_CIDRS`] of each family.
+    pub service_cidrs: Vec<Cidr>,
+}
+
+/// A table of addresses, each with a flag.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum AddressTable {
+    /// `node_addrs`
+    Nodes,
+    /// `cluster_ips`
+    ClusterIps,
+}
+
+impl AddressTable {
+    /// All.
+    pub const ALL: [Self; 2] = [Self::Nodes, Self::ClusterIps];
+
+    /// The name of the map.
+    #[must_use]
+    pub const fn map(self) -> &'static str {
+        match self {
+            Self::Nodes => "node_addrs",
+            Self::ClusterIps => "cluster_ips",
+        }
+    }
+
+    /// How many entries the map has room for.
+    #[must_use]
+    pub const fn capacity(self) -> u32 {
+        match self {
+            Self::Nodes => limits::MAX_NODE_ADDRS,
+            Self::ClusterIps => limits::MAX_CLUSTER_IPS,
+        }
+    }
 }
 
 impl Image {
+    /// A table of addresses.
+    #[must_use]
+    pub fn addresses(&self, table: AddressTable) -> &BTreeMap<IpAddr, bool> {
+        match table {
+            AddressTable::Nodes => &self.node_addrs,
+            AddressTable::ClusterIps => &self.cluster_ips,
+        }
+    }
+
+    /// A table of addresses, for changes.
+    pub fn addresses_mut(&mut self, table: AddressTable) -> &mut BTreeMap<IpAddr, bool> {
+        match table {
+            AddressTable::Nodes => &mut self.node_addrs,
+            AddressTable::ClusterIps => &mut self.cluster_ips,
+        }
+    }
+
     /// The endpoint table of a family.
     #[must_use]
     pub fn runs(&self, ipv6: bool) -> &Runs {

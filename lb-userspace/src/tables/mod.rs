@@ -18,4 +18,5 @@ pub mod image;
 pub mod pool;
 pub mod space;
 
-pub use self::image::{Entry, Image, wire_protocol};
+pub use self::image::{AddressTable, Entry, Image, wire_protocol};
+pub use crate::model::Cidr;

@@ -45,6 +45,8 @@ pub struct Vitals {
     pub self_test: SelfTest,
     /// Whether the agent's pins are no longer where they were: a restart would not find them.
     pub has_lost_pins: bool,
+    /// Sizes of maps that were asked for and are too small for what is served, so that those from before serve.
+    pub refused_sizes: Arc<[String]>,
 }
 
 /// What is said of it.
@@ -60,6 +62,8 @@ pub struct Health {
     pub self_test: SelfTest,
     /// Whether the pins are gone.
     pub has_lost_pins: bool,
+    /// Sizes that were too small.
+    pub refused_sizes: Arc<[String]>,
     /// The time of the answer if alive, else that of the last update.
     pub updated: Option<SystemTime>,
     /// The time of the answer.
@@ -84,6 +88,9 @@ struct Body<'a> {
     /// Not of kube-proxy, which has none.
     #[serde(rename = "pinsLost", skip_serializing_if = "is_false")]
     has_lost_pins: bool,
+    /// Not of kube-proxy, whose tables have no size.
+    #[serde(rename = "sizesRefused", skip_serializing_if = "<[String]>::is_empty")]
+    refused_sizes: &'a [String],
     /// Not of kube-proxy, which believes what it has written.
     #[serde(rename = "selfTest", skip_serializing_if = "Option::is_none")]
     self_test: Option<&'a str>,
@@ -107,6 +114,7 @@ pub fn waiting(now: SystemTime) -> String {
         is_waiting: true,
         n_refused: None,
         has_lost_pins: false,
+        refused_sizes: &[],
         self_test: None,
         not_ready: &["it waits for another agent with the same pins to end".to_owned()],
     })
@@ -125,7 +133,7 @@ fn write(body: &Body<'_>) -> String {
 impl Vitals {
     /// Those of an agent that has just started.
     #[must_use]
-    pub const fn new(now: Instant) -> Self {
+    pub fn new(now: Instant) -> Self {
         Self {
             waiting_since: None,
             updated: None,
@@ -134,6 +142,7 @@ impl Vitals {
             n_refused: 0,
             self_test: SelfTest::Off,
             has_lost_pins: false,
+            refused_sizes: Arc::default(),
         }
     }
 
@@ -148,6 +157,7 @@ impl Vitals {
             n_refused: self.n_refused,
             self_test: self.self_test.clone(),
             has_lost_pins: self.has_lost_pins,
+            refused_sizes: Arc::clone(&self.refused_sizes),
             updated: if is_alive { Some(clock) } else { self.updated },
             now: clock,
         }
@@ -204,6 +214,7 @@ impl Health {
             is_node_eligible: Some(self.is_node_eligible),
             n_refused,
             has_lost_pins: self.has_lost_pins,
+            refused_sizes: &self.refused_sizes,
             self_test,
             not_ready: &self.not_ready(),
             ..self.body()
@@ -224,6 +235,7 @@ impl Health {
             is_waiting: false,
             n_refused: None,
             has_lost_pins: false,
+            refused_sizes: &[],
             self_test: None,
             not_ready: &[],
         }
@@ -284,6 +296,7 @@ mod tests {
             n_refused: 0,
             self_test: SelfTest::Passed,
             has_lost_pins: false,
+            refused_sizes: Arc::default(),
             updated: Some(now),
             now,
         };
@@ -303,6 +316,11 @@ mod tests {
             waiting(now),
             r#"{"lastUpdated":"","currentTime":"2023-11-14T22:13:20Z","waitsForOtherAgent":true,"notReady":["it waits for another agent with the same pins to end"]}"#
         );
+        let refused_sizes = ["max-services=20: 123 are served".to_owned()].into();
+        let refused = Health { is_node_eligible: true, refused_sizes, ..health.clone() };
+        assert!(refused.is_healthy(), "what is served is served");
+        let body = refused.healthz();
+        assert!(body.ends_with(r#""sizesRefused":["max-services=20: 123 are served"]}"#), "{body}");
         let full = Health { n_refused: 3, is_node_eligible: true, ..health }.healthz();
         let end = r#""nodeEligible":true,"frontendsWithoutRoom":3,"notReady":["3 frontends have no room in the maps: raise --max-services or --max-endpoints"]}"#;
         assert!(full.ends_with(end), "{full}");

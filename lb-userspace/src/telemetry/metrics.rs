@@ -115,10 +115,10 @@ definitions! {
     AUDITS: Counter "socklb_audits_total" ["result"]
         "Comparisons of the kernel's maps with what they should hold: result clean, repaired or error";
     AUDIT_REPAIRS: Counter "socklb_audit_repairs_total" ["map"]
-        "Entries of the kernel's maps that somebody else had deleted, altered or added, and that an audit put right";
+        "Entries of the kernel's maps that others deleted, altered or added, and that an audit repaired";
     PIN_REPAIRS: Counter "socklb_pin_repairs_total" ["pin"]
-        "Pins of maps and hooks that somebody else had removed or replaced, and hooks whose program was detached or replaced, that an \
-         audit put right";
+        "Pins of maps and hooks that others removed or replaced, and hooks whose program was detached or replaced, that an \
+         audit repaired";
     SELF_TESTS: Counter "socklb_self_tests_total" ["result"]
         "Calls of the agent's own Service by a process of its own, through the hooks and tables that serve everybody: result \
          passed or failed";
@@ -135,13 +135,24 @@ definitions! {
         "When the snapshot was last written, in seconds since 1970; 0 before the first time";
     SNAPSHOT_ERRORS: Counter "socklb_snapshot_errors_total" []
         "Attempts to write the snapshot that failed";
+    SNAPSHOT_BYTES: Counter "socklb_snapshot_written_bytes_total" []
+        "Octets written to the snapshot and its journal";
 }
 
 const PASSED: &str = "passed";
 const FAILED: &str = "failed";
 
 /// The maps that an audit repairs.
-const AUDITED: [&str; 6] = ["services4", "services6", "frontends", "endpoints4", "endpoints6", "node_addrs"];
+const AUDITED: [&str; 8] = [
+    "services4",
+    "services6",
+    "frontends",
+    "endpoints4",
+    "endpoints6",
+    "node_addrs",
+    "cluster_ips",
+    "service_cidrs",
+];
 
 /// How an audit ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -178,6 +189,7 @@ pub struct Metrics {
     serves_snapshot: Gauge,
     snapshot_last: Real,
     snapshot_errors: Counter,
+    snapshot_bytes: Counter,
 }
 
 impl Default for Metrics {
@@ -240,6 +252,7 @@ impl Metrics {
             serves_snapshot: register(registry, &SERVES_SNAPSHOT, Gauge::default()),
             snapshot_last: register(registry, &SNAPSHOT_LAST, Real::default()),
             snapshot_errors: register(registry, &SNAPSHOT_ERRORS, Counter::default()),
+            snapshot_bytes: register(registry, &SNAPSHOT_BYTES, Counter::default()),
             registry: Arc::default(),
         };
         metrics.registry = Arc::new(std::mem::take(registry));
@@ -336,10 +349,11 @@ impl Metrics {
         self.serves_snapshot.set(serves_snapshot.into());
     }
 
-    /// The snapshot was written, or not.
-    pub fn saved(&self, is_written: bool, clock: SystemTime) {
-        if is_written {
+    /// The snapshot was written, with so many octets, or not.
+    pub fn saved(&self, n_bytes: Option<u64>, clock: SystemTime) {
+        if let Some(n_bytes) = n_bytes {
             self.snapshot_last.set(seconds_since_1970(clock));
+            self.snapshot_bytes.inc_by(n_bytes);
         } else {
             self.snapshot_errors.inc();
         }

@@ -1,6 +1,12 @@
 //! Requests and answers.
 
-use std::{collections::BTreeMap, io, net::TcpListener, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, VecDeque},
+    io,
+    net::TcpListener,
+    sync::Arc,
+    time::Duration,
+};
 
 use bytes::Bytes;
 use http_body_util::BodyExt as _;
@@ -23,9 +29,10 @@ use tokio::{
 use super::{
     Shared, Signals,
     body::Answer,
+    count::Counted,
     discovery, events, lock,
     selector::Selector,
-    store::{Change, Kind, Refusal, name_of},
+    store::{Change, Kind, Objects, Refusal, name_of},
 };
 
 /// Whether a request on a frozen connection may go on: never.
@@ -48,6 +55,7 @@ pub(super) async fn serve(listener: TcpListener, shared: Arc<Shared>) {
             *n_connections
         };
         let shared = Arc::clone(&shared);
+        let counted = Counted { stream, n_octets: Arc::clone(&shared.n_octets) };
         // Ends with the runtime.
         let _connection = tokio::spawn(async move {
             let service = service_fn(move |request| {
@@ -62,7 +70,7 @@ pub(super) async fn serve(listener: TcpListener, shared: Arc<Shared>) {
             // A connection that breaks is the client's affair.
             let _broken = http1::Builder::new()
                 .timer(TokioTimer::new())
-                .serve_connection(TokioIo::new(stream), service)
+                .serve_connection(TokioIo::new(counted), service)
                 .await;
         });
     }
@@ -209,7 +217,12 @@ async fn answer(
     match (head.method, target.name) {
         (Method::GET, None) if query.is_true("watch") => watch(shared, connection, target, &query),
         (Method::GET, None) => {
-            lock(&shared.requests).lists += 1;
+            {
+                let mut requests = lock(&shared.requests);
+                let count =
+                    if query.get("limit") == "1" { &mut requests.confirmations } else { &mut requests.lists };
+                *count += 1;
+            }
             let delay = lock(&shared.faults).delay;
             time::sleep(delay).await;
             list(shared, target, &query).map(|list| respond(200, Answer::json(&list)))
@@ -457,7 +470,14 @@ fn watch(
     }
     let store = lock(&shared.store);
     let is_synthetic = sends_initial || text.is_empty() || text == "0";
-    let initial = if is_synthetic { store.objects(target.kind) } else { BTreeMap::new() };
+    let begin = store.version().saturating_sub(faults.changes_in_lists).max(store.oldest());
+    let (initial, changes) = if sends_initial {
+        (store.objects_at(target.kind, begin)?, store.changes_after(target.kind, begin).unwrap_or_default())
+    } else if is_synthetic {
+        (store.objects(target.kind), Vec::new())
+    } else {
+        (BTreeMap::new(), Vec::new())
+    };
     if sends_initial {
         not_too_large(shared, wanted, store.version())?;
     }
@@ -487,11 +507,8 @@ fn watch(
     // Ends with the receiver or with the runtime.
     let _watching = tokio::spawn(async move {
         time::sleep(faults.delay).await;
-        let selector = watch.selector.clone();
-        for object in initial.values().filter(|object| selector.matches(object)) {
-            if watch.send("ADDED", object).await.is_none() {
-                return;
-            }
+        if watch.send_all(&initial, changes).await.is_none() {
+            return;
         }
         if sends_initial && watch.bookmark(version, true).await.is_none() {
             return;
@@ -532,6 +549,34 @@ impl Watch {
 
     async fn send_line(&self, line: Bytes) -> Option<()> {
         self.sender.send(Ok(line)).await.ok()
+    }
+
+    /// Sends objects in the order of their names, and the changes that follow as soon as the object of each was sent.
+    async fn send_all(&mut self, objects: &Objects, changes: Vec<Change>) -> Option<()> {
+        let mut changes = VecDeque::from(changes);
+        for (name, object) in objects {
+            if self.selector.matches(object) {
+                self.send("ADDED", object).await?;
+            }
+            let is_sent = |change: &Change| change.name <= *name || !objects.contains_key(&change.name);
+            while changes.front().is_some_and(is_sent) {
+                if let Some(change) = changes.pop_front() {
+                    self.send_in_list(&change).await?;
+                }
+            }
+        }
+        for change in changes {
+            self.send_in_list(&change).await?;
+        }
+        Some(())
+    }
+
+    async fn send_in_list(&self, change: &Change) -> Option<()> {
+        if let Some(line) = self.line_of(change) {
+            lock(&self.shared.requests).changes_in_lists += 1;
+            self.send_line(line).await?;
+        }
+        Some(())
     }
 
     async fn bookmark(&mut self, version: u64, ends_initial: bool) -> Option<()> {
@@ -582,26 +627,34 @@ impl Watch {
                 () = self.sender.closed() => return None,
                 () = time::sleep_until(next_bookmark), if self.wants_bookmarks => {
                     next_bookmark = Instant::now() + bookmark_interval;
-                    self.bookmark(current, false).await?;
+                    // Kubernetes 1.36 sends none of a version that is not reached.
+                    if current >= version {
+                        self.bookmark(current, false).await?;
+                    }
                 }
             }
         }
     }
 
-    async fn send_change(&mut self, change: &Change) -> Option<()> {
+    /// The event of a change; `None` if the selectors leave it out.
+    fn line_of(&self, change: &Change) -> Option<Bytes> {
         let is_selected =
             |object: &Option<Arc<Value>>| object.as_ref().is_some_and(|object| self.selector.matches(object));
-        let line = match (is_selected(&change.old), is_selected(&change.new)) {
-            (false, false) => return Some(()),
-            (false, true) => line("ADDED", change.new.as_deref()?),
-            (true, true) => line("MODIFIED", change.new.as_deref()?),
+        match (is_selected(&change.old), is_selected(&change.new)) {
+            (false, false) => None,
+            (false, true) => Some(line("ADDED", change.new.as_deref()?)),
+            (true, true) => Some(line("MODIFIED", change.new.as_deref()?)),
             // Also for an object that is there and no longer selected: in its last selected state.
             (true, false) => {
                 let mut object = change.old.as_deref()?.clone();
                 object["metadata"]["resourceVersion"] = change.version.to_string().into();
-                line("DELETED", &object)
+                Some(line("DELETED", &object))
             }
-        };
+        }
+    }
+
+    async fn send_change(&mut self, change: &Change) -> Option<()> {
+        let Some(line) = self.line_of(change) else { return Some(()) };
         wait_while_frozen(&self.shared, self.connection).await;
         self.shared.note_written(change);
         self.send_line(line).await

@@ -16,6 +16,7 @@
 //! - [`ApiServer::stop`] closes every connection; a start afterwards listens on the same address.
 
 mod body;
+mod count;
 mod defaults;
 mod discovery;
 mod events;
@@ -28,7 +29,11 @@ use std::{
     io,
     net::{Ipv4Addr, SocketAddr, TcpListener},
     os::fd::{AsRawFd as _, OwnedFd},
-    sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+        mpsc,
+    },
     thread,
     time::{Duration, Instant},
 };
@@ -58,6 +63,8 @@ pub struct Faults {
     pub delay: Duration,
     /// Whether `sendInitialEvents` is known. Older servers refuse it.
     pub has_streaming_lists: bool,
+    /// Streaming lists begin with the state so many changes ago, and those changes come before the end of the list.
+    pub changes_in_lists: u64,
     /// The bearer token without which requests are refused with 401.
     pub token: Option<String>,
     /// How often a watch that asked for bookmarks gets one.
@@ -72,6 +79,7 @@ impl Default for Faults {
             lost_events: 0,
             delay: Duration::ZERO,
             has_streaming_lists: true,
+            changes_in_lists: 0,
             token: None,
             bookmark_interval: Duration::from_millis(200),
         }
@@ -81,10 +89,16 @@ impl Default for Faults {
 /// What a test may want to know of the requests so far.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Requests {
-    /// Lists, each page counted, streaming lists too.
+    /// Lists, each page counted, streaming lists too, [`Self::confirmations`] not.
     pub lists: u64,
+    /// Lists of at most one object, which ask whether a version is reached.
+    pub confirmations: u64,
     /// Watches without initial events.
     pub watches: u64,
+    /// Changes that were sent before the end of a streaming list.
+    pub changes_in_lists: u64,
+    /// Octets that were written to connections, with heads of answers.
+    pub octets: u64,
     /// Answers with 410, in a status or in an event.
     pub expired: u64,
     /// Answers that the resource version is too large.
@@ -128,6 +142,8 @@ struct Shared {
     signals: watch::Sender<Signals>,
     /// Number of the last connection.
     n_connections: Mutex<u64>,
+    /// Octets written to connections.
+    n_octets: Arc<AtomicU64>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -224,6 +240,7 @@ impl ApiServer {
             written: Mutex::default(),
             signals: watch::Sender::new(Signals::default()),
             n_connections: Mutex::default(),
+            n_octets: Arc::default(),
         };
         let mut server = Self { shared: Arc::new(shared), address, socket, running: None };
         server.resume()?;
@@ -281,6 +298,16 @@ impl ApiServer {
         self.stop();
         self.shared.change(|store| store.renumber(version));
         self.resume().expect("a socket that listens");
+    }
+
+    /// Has the objects and the version of before, as after a restore of etcd from a backup, for which the server is stopped.
+    /// Changes that follow get the numbers of those that are lost.
+    ///
+    /// # Panics
+    ///
+    /// If that state is forgotten.
+    pub fn restore(&self, version: u64) {
+        self.shared.change(|store| store.restore(version)).unwrap_or_else(|refusal| panic!("{refusal:?}"));
     }
 
     /// Where it listens.
@@ -424,7 +451,8 @@ impl ApiServer {
     /// The requests so far.
     #[must_use]
     pub fn requests(&self) -> Requests {
-        *lock(&self.shared.requests)
+        let octets = self.shared.n_octets.load(Ordering::Relaxed);
+        Requests { octets, ..*lock(&self.shared.requests) }
     }
 }
 

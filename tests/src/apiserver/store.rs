@@ -203,6 +203,17 @@ impl Store {
         self.oldest = self.version;
     }
 
+    /// Goes back to an older state, with its version: what follows is another history with the same numbers.
+    pub(super) fn restore(&mut self, version: u64) -> Result<(), Refusal> {
+        for kind in Kind::ALL {
+            let objects = self.objects_at(kind, version)?;
+            let _after = self.objects.insert(kind, objects);
+        }
+        self.version = version;
+        self.compact();
+        Ok(())
+    }
+
     /// Goes on from another version, which may be smaller. Objects get it too.
     pub(super) fn renumber(&mut self, version: u64) {
         self.version = version;

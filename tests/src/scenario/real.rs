@@ -94,6 +94,10 @@ impl Executor for Real {
         })
     }
 
+    fn leaves_unreachable_calls_alone(&self) -> bool {
+        !self.features.set_retval
+    }
+
     fn wait(&mut self, seconds: u64) {
         thread::sleep(Duration::from_secs(seconds));
     }
@@ -122,6 +126,7 @@ fn outcome((domain, connects): Way, to: FrontendAddress, features: Features) -> 
             Ok(Outcome::Endpoint(answer.server))
         }
         Err(Errno::ECONNREFUSED) => Ok(Outcome::Refused),
+        Err(Errno::EHOSTUNREACH) => Ok(Outcome::Unreachable),
         // What a datagram gets on a kernel that lets no program choose the error.
         Err(Errno::EINVAL) if !features.set_retval && to.protocol == Protocol::Udp => Ok(Outcome::Refused),
         Err(error) => Err(error).with_context(|| format!("{domain:?}, connects: {connects}")),

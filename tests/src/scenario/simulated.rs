@@ -74,6 +74,7 @@ impl Executor for Simulated {
             .map(|random| match self.simulator.call(to, caller, random, self.now) {
                 sim::Outcome::Untouched => Outcome::Untouched,
                 sim::Outcome::Refused => Outcome::Refused,
+                sim::Outcome::Unreachable => Outcome::Unreachable,
                 sim::Outcome::Endpoint(address, _) => Outcome::Endpoint(address),
             })
             .collect())

@@ -122,14 +122,14 @@ fn what_is_missing_comes_with_a_remedy() {
         .filter(|finding| finding.status == Status::Missing)
         .map(|finding| format!("{}: {}", finding.what, finding.found))
         .collect();
-    expect![[r"
+    expect![[r#"
         [
             "cgroup v2: no cgroup v2 hierarchy is mounted: `mount -t cgroup2 none /sys/fs/cgroup`, or name one with --cgroup",
             "BPF file system: --pin-path /run/socklb: not on a BPF file system: it must be a directory on a BPF file system (`mount -t bpf bpf /sys/fs/bpf`)",
             "capabilities: lacks CAP_BPF CAP_PERFMON: run as root, or grant them",
             "programs: this socklb was built without its BPF programs: build it with `cargo xtask build`",
         ]
-    "]]
+    "#]]
     .assert_debug_eq(&missing);
 }
 
@@ -161,7 +161,7 @@ fn a_program_that_refuses_others_is_named_with_the_remedy() {
     let findings = judge(&host, false);
     let [.., attaching, beside] = &findings[..] else { panic!("{findings:?}") };
     assert_eq!(attaching.status, Status::Missing);
-    expect![[r"the agent cannot attach connect4 connect6: program guard (id 7) is attached to /sys/fs/cgroup with the flags "none", so that none goes beside it: have it attached with "multi" (BPF_F_ALLOW_MULTI), detach it (`bpftool cgroup detach`), or serve another cgroup (--cgroup)"]]
+    expect![[r#"the agent cannot attach connect4 connect6: program guard (id 7) is attached to /sys/fs/cgroup with the flags "none", so that none goes beside it: have it attached with "multi" (BPF_F_ALLOW_MULTI), detach it (`bpftool cgroup detach`), or serve another cgroup (--cgroup)"#]]
         .assert_eq(&attaching.found);
     assert!(beside.found.starts_with("guard (sendmsg4): "), "{}", beside.found);
 }

@@ -211,6 +211,7 @@ mod tests {
             node_ports: first..=last,
             node_port_addresses: NodePortAddresses::All,
             external_ips: ExternalIps::Any,
+            service_cidrs: Vec::new(),
         };
         let topology = Topology::new(store.nodes(), &settings, &[]);
         assert_eq!(topology.own_addresses().iter().copied().collect::<Vec<_>>(), NODE);

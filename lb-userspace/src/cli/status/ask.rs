@@ -145,9 +145,19 @@ impl Asked {
 
     /// Why the agent says that it is not ready.
     pub(super) fn not_ready(&self) -> Vec<String> {
+        self.listed("notReady")
+    }
+
+    /// The sizes of maps that the agent was given and did not take.
+    pub(super) fn refused_sizes(&self) -> Vec<String> {
+        self.listed("sizesRefused")
+    }
+
+    /// The texts of a list at `/healthz`.
+    fn listed(&self, key: &str) -> Vec<String> {
         let body = self.healthz();
-        let reasons = body.as_ref().and_then(|body| body["notReady"].as_array()).into_iter().flatten();
-        reasons.filter_map(|reason| reason.as_str().map(str::to_owned)).collect()
+        let texts = body.as_ref().and_then(|body| body[key].as_array()).into_iter().flatten();
+        texts.filter_map(|text| text.as_str().map(str::to_owned)).collect()
     }
 
     /// The body at `/healthz`.

@@ -50,6 +50,8 @@ pub(super) struct Status {
     pub(super) n_issues: Option<usize>,
     /// All issues that a running agent knows of. Without one, what is wrong with the objects of the snapshot.
     pub(super) issues: Vec<Issue>,
+    /// Sizes of maps that a running agent refused, and why.
+    pub(super) refused_sizes: Vec<String>,
     /// What is served from an older state than the objects have, and why.
     pub(super) outdated: Vec<String>,
     /// Why a running agent does not say what it knows.
@@ -331,8 +333,9 @@ impl Status {
         if let Some(problem) = &self.pin_problem {
             lines[3] = format!("pins      {problem}");
         }
+        let refused = self.refused_sizes.iter().map(|size| format!("refused   {size}"));
         let outdated = self.outdated.iter().map(|what| format!("outdated  {what}"));
-        let mut text = lines.into_iter().chain(outdated).collect::<Vec<_>>().join("\n") + "\n";
+        let mut text = lines.into_iter().chain(refused).chain(outdated).collect::<Vec<_>>().join("\n") + "\n";
         if let Some(covers) = &self.covers {
             let _infallible = writeln!(text, "covers    {covers}");
         }

@@ -2,13 +2,14 @@
 
 use super::{
     Done, Entry, FrontendKey4, FrontendKey6, Image, IpAddr, Ipv4Addr, Ipv6Addr, Kernel, KernelError, Key,
-    Maps, Plain, SocketAddr, gone_is_fine, key, node_key,
+    Maps, Plain, SocketAddr, address_key, gone_is_fine, key,
 };
 use crate::plan::{
     Phase,
     audit::{Faults, Suspects, faults, suspects},
     diff,
 };
+use crate::tables::AddressTable;
 
 /// A key that no agent writes and no call can match, such as one of another protocol. It takes room.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -89,9 +90,20 @@ impl Maps {
                 found.runs_mut(ipv6).extend(there.map(|there| (offset, there.into())));
             }
         }
-        for &address in &suspects.nodes {
-            let own = entry("node_addrs", self.node_addrs.get(&Plain(node_key(address)), 0))?;
-            found.node_addrs.extend(own.map(|Plain(value)| (address, value.own != 0)));
+        for &(table, address) in &suspects.addresses {
+            let key = Plain(address_key(address));
+            let flag = match table {
+                AddressTable::Nodes => {
+                    entry(table.map(), self.node_addrs.get(&key, 0))?.map(|Plain(value)| value.own != 0)
+                }
+                AddressTable::ClusterIps => {
+                    entry(table.map(), self.cluster_ips.get(&key, 0))?.map(|Plain(value)| value.served != 0)
+                }
+            };
+            found.addresses_mut(table).extend(flag.map(|flag| (address, flag)));
+        }
+        if suspects.service_cidrs {
+            found.service_cidrs = self.read_service_cidrs();
         }
         Ok(found)
     }

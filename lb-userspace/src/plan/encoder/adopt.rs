@@ -46,6 +46,8 @@ impl Encoder {
         let max_ids = capacity.services.saturating_mul(2);
         let mut encoder = Self::empty(capacity);
         encoder.image.node_addrs.clone_from(&found.node_addrs);
+        encoder.image.cluster_ips.clone_from(&found.cluster_ips);
+        encoder.image.service_cidrs.clone_from(&found.service_cidrs);
 
         let mut usable = BTreeMap::new();
         for (&address, &id) in &found.services {

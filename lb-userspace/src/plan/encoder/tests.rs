@@ -5,6 +5,7 @@ use crate::{
     desired::FrontendKind,
     model::{Protocol, ServiceKey, TrafficPolicy},
     plan::Phase,
+    tables::AddressTable::{ClusterIps, Nodes},
 };
 
 const ROOM: Capacity = Capacity { services: 8, endpoints: 16 };
@@ -284,9 +285,9 @@ fn node_addresses_are_inserted_changed_and_deleted() {
     assert_eq!(
         encoder.take_plan().ops(),
         [
-            Op::InsertNode { address: ip("10.0.0.2"), own: true },
-            Op::InsertNode { address: ip("10.0.0.3"), own: false },
-            Op::DeleteNode(ip("10.0.0.1")),
+            Op::InsertAddress { table: Nodes, address: ip("10.0.0.2"), flag: true },
+            Op::InsertAddress { table: Nodes, address: ip("10.0.0.3"), flag: false },
+            Op::DeleteAddress(Nodes, ip("10.0.0.1")),
         ]
     );
 }
@@ -312,6 +313,51 @@ fn node_addresses_wait_for_room_and_the_own_ones_come_first() {
     assert_eq!(encoder.set_node_addrs(&next), 2);
     assert!(encoder.image().node_addrs.contains_key(&own));
     assert_eq!(encoder.image().node_addrs.len(), limits::MAX_NODE_ADDRS as usize);
+}
+
+/// The programs read a network in several steps: a change of one that is in force could pair its address with another's mask.
+#[test]
+fn networks_are_out_of_force_for_a_grace_period_before_others_are() {
+    let cidrs = |text: &str| vec![text.parse::<Cidr>().unwrap()];
+    let (old, new) = (cidrs("10.96.0.0/12"), cidrs("fd00:10:96::/112"));
+    let set = |cidrs: &[Cidr]| [Op::SetServiceCidrs(cidrs.into())];
+    let mut encoder = Encoder::new(ROOM);
+    assert!(encoder.set_service_cidrs(&[]));
+    assert!(encoder.take_plan().is_empty());
+    assert!(encoder.set_service_cidrs(&old));
+    assert_eq!(encoder.take_plan().ops(), set(&old));
+    assert!(encoder.set_service_cidrs(&old));
+    assert!(encoder.take_plan().is_empty());
+
+    assert!(!encoder.set_service_cidrs(&new));
+    let plan = encoder.take_plan();
+    assert_eq!(plan.ops(), set(&[]));
+    assert!(plan.frees());
+    assert!(!encoder.set_service_cidrs(&old), "not even the same ones: they would be written anew");
+    assert!(encoder.take_plan().is_empty());
+    encoder.settled(plan.number());
+    assert!(encoder.set_service_cidrs(&new));
+    assert_eq!(encoder.take_plan().ops(), set(&new));
+}
+
+/// A port of a cluster IP is refused only where its frontend would be found.
+#[test]
+fn a_cluster_ip_comes_after_its_frontends_and_goes_before_them() {
+    let mut encoder = Encoder::new(ROOM);
+    let frontend = frontend("web", "http", address("10.96.0.1", 80), &["10.0.0.1"]);
+    let ip = frontend.address.ip;
+    assert!(encoder.set_address(ClusterIps, ip, Some(true)));
+    encoder.set(frontend.address, Some(&frontend)).unwrap();
+    let place = |plan: &Plan, is_wanted: fn(&Op) -> bool| plan.ops().iter().position(is_wanted).unwrap();
+    let plan = encoder.take_plan();
+    let key = place(&plan, |op| matches!(op, Op::InsertService { .. }));
+    assert!(key < place(&plan, |op| matches!(op, Op::InsertAddress { .. })));
+
+    assert!(encoder.set_address(ClusterIps, ip, None));
+    encoder.set(frontend.address, None).unwrap();
+    let plan = encoder.take_plan();
+    let key = place(&plan, |op| matches!(op, Op::DeleteService(_)));
+    assert!(key > place(&plan, |op| matches!(op, Op::DeleteAddress(..))));
 }
 
 #[test]

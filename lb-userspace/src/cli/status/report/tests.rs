@@ -65,6 +65,7 @@ fn well() -> Status {
         n_issues: Some(0),
         issues: Vec::new(),
         outdated: Vec::new(),
+        refused_sizes: Vec::new(),
         issues_problem: None,
     }
 }
@@ -219,7 +220,7 @@ fn who_does_not_get_traffic_is_told_why() {
         ..well()
     };
     let text = status.text();
-    let head: Vec<&str> = text.lines().take(9).collect();
+    let head: Vec<&str> = text.lines().take(10).collect();
     expect![[r"
         agent     running: 127.0.0.1:10256: /livez says 200, /healthz says that no traffic should come to this node
                   not ready: the Node is being deleted
@@ -229,6 +230,7 @@ fn who_does_not_get_traffic_is_told_why() {
         snapshot  /var/lib/socklb/snapshot: no snapshot: has an agent run with this --state-dir?
                   the last write failed: /var/lib/socklb/snapshot: No space left on device (os error 28)
         pins      /sys/fs/bpf/socklb
+        refused   max-services=20: 123 are served
         outdated  the source is away, since 2026-01-01T00:00:00Z: refused; the snapshot is served
     "]]
     .assert_eq(&(head.join("\n") + "\n"));
@@ -399,6 +401,7 @@ fn the_json_has_these_names() {
         "issues_of_agent": 0,
         "issues": [],
         "outdated": [],
+        "refused_sizes": [],
         "issues_problem": null,
     });
     assert_eq!(status, expected);

@@ -1,0 +1,162 @@
+//! Whether a source that can be away is in touch.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
+
+/// A time in which a source did not answer, or refused.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Outage {
+    /// When it began.
+    pub since: Instant,
+    /// What is the matter: the source, and what became of the last attempt.
+    pub problem: Arc<str>,
+}
+
+/// What is known of one kind of objects.
+#[derive(Clone, Debug, Default)]
+struct Kind {
+    answered: Option<Instant>,
+    /// What went wrong since.
+    problem: Option<Arc<str>>,
+}
+
+#[derive(Debug)]
+struct Known {
+    started: Instant,
+    kinds: BTreeMap<&'static str, Kind>,
+    failures: BTreeMap<&'static str, u64>,
+    outage: Option<Outage>,
+    /// The reasons of this outage that were told.
+    told: BTreeSet<&'static str>,
+}
+
+/// When a source last answered, by kind of objects, and what is the matter if it does not. Clones share it.
+///
+/// An outage begins with the first kind that fails and ends when all kinds are answered.
+#[derive(Clone, Debug)]
+pub struct Contact(Arc<Mutex<Known>>);
+
+impl Contact {
+    /// Nothing is known of these kinds. Failures of these reasons are counted from 0 on.
+    #[must_use]
+    pub fn new(
+        kinds: impl IntoIterator<Item = &'static str>,
+        reasons: impl IntoIterator<Item = &'static str>,
+        now: Instant,
+    ) -> Self {
+        Self(Arc::new(Mutex::new(Known {
+            started: now,
+            kinds: kinds.into_iter().map(|kind| (kind, Kind::default())).collect(),
+            failures: reasons.into_iter().map(|reason| (reason, 0)).collect(),
+            outage: None,
+            told: BTreeSet::new(),
+        })))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Known> {
+        // Each change is complete when it can panic no more.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A kind was answered. Returns how long the outage lasted that ends with this.
+    #[must_use]
+    pub fn answered(&self, kind: &'static str, now: Instant) -> Option<Duration> {
+        let mut known = self.lock();
+        *known.kinds.entry(kind).or_default() = Kind { answered: Some(now), problem: None };
+        let problem = known.kinds.values().find_map(|kind| kind.problem.clone());
+        if let Some(problem) = problem {
+            if let Some(outage) = &mut known.outage {
+                outage.problem = problem;
+            }
+            return None;
+        }
+        known.told.clear();
+        known.outage.take().map(|outage| now.saturating_duration_since(outage.since))
+    }
+
+    /// A kind was not answered, since some time. `true` if this is news: the first failure of this reason in an outage.
+    #[must_use]
+    pub fn failed(&self, kind: &'static str, reason: &'static str, problem: &str, since: Instant) -> bool {
+        let mut known = self.lock();
+        *known.failures.entry(reason).or_default() += 1;
+        let problem = Arc::<str>::from(problem);
+        known.kinds.entry(kind).or_default().problem = Some(Arc::clone(&problem));
+        let since = known.outage.as_ref().map_or(since, |outage| outage.since.min(since));
+        known.outage = Some(Outage { since, problem });
+        known.told.insert(reason)
+    }
+
+    /// Counts what is no outage: a connection that broke, a version that the source no longer has.
+    pub fn broke(&self, reason: &'static str) {
+        *self.lock().failures.entry(reason).or_default() += 1;
+    }
+
+    /// When a kind was last answered.
+    #[must_use]
+    pub fn last_answer(&self, kind: &str) -> Option<Instant> {
+        self.lock().kinds.get(kind)?.answered
+    }
+
+    /// The outage that lasts.
+    #[must_use]
+    pub fn outage(&self) -> Option<Outage> {
+        self.lock().outage.clone()
+    }
+
+    /// The time since the last answer by kind; since the start, before the first.
+    #[must_use]
+    pub fn ages(&self, now: Instant) -> Vec<(&'static str, Duration)> {
+        let known = self.lock();
+        let age = |kind: &Kind| now.saturating_duration_since(kind.answered.unwrap_or(known.started));
+        known.kinds.iter().map(|(name, kind)| (*name, age(kind))).collect()
+    }
+
+    /// Failures so far by reason.
+    #[must_use]
+    pub fn failures(&self) -> Vec<(&'static str, u64)> {
+        self.lock().failures.iter().map(|(reason, n)| (*reason, *n)).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_outage_begins_once_and_ends_when_all_kinds_are_answered() {
+        let start = Instant::now();
+        let at = |seconds| start + Duration::from_secs(seconds);
+        let contact = Contact::new(["services", "nodes"], ["connection", "forbidden"], start);
+        assert_eq!(contact.answered("services", at(1)), None);
+        assert_eq!(contact.outage(), None);
+        for round in 0..2 {
+            // A second outage within a minute is told like the first.
+            let since = 10 + 20 * round;
+            assert!(contact.failed("services", "connection", "refused", at(since)));
+            assert!(!contact.failed("nodes", "connection", "refused", at(since + 1)));
+            assert!(contact.failed("nodes", "forbidden", "403", at(since + 2)), "another reason is news");
+            let outage = Outage { since: at(since), problem: "403".into() };
+            assert_eq!(contact.outage(), Some(outage));
+            assert_eq!(contact.answered("nodes", at(since + 3)), None, "services still fail");
+            assert_eq!(contact.outage().unwrap().problem, "refused".into());
+            assert_eq!(contact.answered("services", at(since + 4)), Some(Duration::from_secs(4)));
+            assert_eq!(contact.outage(), None);
+        }
+        assert_eq!(contact.failures(), [("connection", 4), ("forbidden", 2)]);
+    }
+
+    #[test]
+    fn ages_count_from_the_last_answer_or_from_the_start() {
+        let start = Instant::now();
+        let contact = Contact::new(["services", "nodes"], ["connection"], start);
+        let _began = contact.answered("nodes", start + Duration::from_secs(3));
+        contact.broke("connection");
+        let ages = [("nodes", Duration::from_secs(2)), ("services", Duration::from_secs(5))];
+        assert_eq!(contact.ages(start + Duration::from_secs(5)), ages);
+        assert_eq!(contact.failures(), [("connection", 1)]);
+        assert_eq!(contact.outage(), None);
+    }
+}
