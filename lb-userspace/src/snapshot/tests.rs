@@ -36,9 +36,9 @@ fn settings() -> Settings {
     Settings {
         node_name: "node-a".into(),
         node_ports: 30000..=32767,
+        node_port_addresses: NodePortAddresses::Primary,
         external_ips: ExternalIps::Nodes,
         service_cidrs: Vec::new(),
-        external_ips: ExternalIps::Nodes,
     }
 }
 
