@@ -7,4 +7,5 @@ mod faults;
 mod follower;
 mod kernel;
 mod kubectl;
+mod outage;
 mod watches;

@@ -13,6 +13,8 @@ use k8s_openapi::api::{
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::Value;
 
+use crate::kustomize;
+
 /// The folder of the manifests.
 pub(crate) fn folder() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../manifests")
@@ -24,9 +26,18 @@ pub(crate) struct Rendered(pub(crate) Vec<Value>);
 impl Rendered {
     /// Renders a folder below `manifests`.
     pub(crate) fn of(name: &str) -> Self {
-        let output = Command::new("kubectl").arg("kustomize").arg(folder().join(name)).output().unwrap();
+        Self(kustomize::render(&folder().join(name)))
+    }
+
+    /// As kubectl does it. It must not warn of anything.
+    pub(crate) fn by_kubectl(folder: &Path) -> Self {
+        let output = Command::new("kubectl").arg("kustomize").arg(folder).output().unwrap();
         let error = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success(), "kubectl kustomize {name}: {error}");
+        assert!(
+            output.status.success() && error.is_empty(),
+            "kubectl kustomize {}: {error}",
+            folder.display()
+        );
         Self(serde_saphyr::from_multiple(&String::from_utf8(output.stdout).unwrap()).unwrap())
     }
 

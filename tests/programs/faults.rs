@@ -21,8 +21,8 @@ use lb_tests::{
     server::Servers,
 };
 use lb_userspace::{
-    controller::{State, run::interface_addresses},
-    kernel::store::Maps,
+    controller::State,
+    kernel::{addresses, store::Maps},
     model::Protocol::{Tcp, Udp},
     plan::Capacity,
     tables::Image,
@@ -98,7 +98,7 @@ fn is_right(pin_path: &Path, cluster: &Cluster, sizes: usize) -> bool {
         [(64, 256), (32, 512)].map(|(services, endpoints)| Capacity { services, endpoints })[sizes];
     let Ok(found) = Maps::open(pin_path).and_then(|maps| maps.image()) else { return false };
     let plan_from = |image: &Image| {
-        let mut state = State::new(agent::settings(), interface_addresses(), capacity, image);
+        let mut state = State::new(agent::settings(), addresses::read(), capacity, image);
         let _issues = cluster.feed(&mut state);
         let plan = state.sync();
         (plan, state)

@@ -3,6 +3,7 @@
 //! Backends live in network namespaces of their own, joined to the node's by veth pairs, as pods are.
 #![expect(clippy::unwrap_used, reason = "a panic is how a test fails, in what a test calls too")]
 
+mod addresses;
 mod adversity;
 mod asyncio;
 mod backend;
@@ -15,6 +16,7 @@ mod exclusion;
 mod faults;
 mod http;
 mod knowledge;
+mod manifests;
 mod nested;
 mod node;
 mod process;

@@ -98,6 +98,11 @@ impl Place {
         Running { child, log, reader: Some(reader) }
     }
 
+    /// The folder that is its source.
+    pub(crate) fn manifests(&self) -> &Path {
+        self.manifests.path()
+    }
+
     /// Its `--state-dir`.
     pub(crate) fn state_dir(&self) -> &Path {
         self.state_dir.path()

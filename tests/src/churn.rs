@@ -32,8 +32,8 @@ use k8s_openapi::api::{
     discovery::v1::{EndpointConditions, EndpointSlice},
 };
 use lb_userspace::{
-    controller::{State, run::interface_addresses},
-    kernel::{Features, pins, sockets::SocketTable, store::Maps, syscall},
+    controller::State,
+    kernel::{Features, addresses, pins, sockets::SocketTable, store::Maps, syscall},
     model::Protocol::{self, Tcp, Udp},
     tables::Image,
 };
@@ -590,7 +590,7 @@ fn connect(to: SocketAddr) -> Result<Answer, Errno> {
 fn until_right(sandbox: &Sandbox, server: &ApiServer, life: &Life<'_>) -> anyhow::Result<()> {
     let cluster = server.cluster();
     let scratch = |found: &Image| {
-        let mut state = State::new(agent::settings(), interface_addresses(), life.capacity(), found);
+        let mut state = State::new(agent::settings(), addresses::read(), life.capacity(), found);
         let _issues = cluster.feed(&mut state);
         let plan = state.sync();
         (state, plan)

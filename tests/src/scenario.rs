@@ -90,7 +90,9 @@ impl Settings {
         Ok(desired::Settings {
             node_name: Arc::from(&*self.node_name),
             node_ports: first..=last,
-            node_port_addresses: node_port_addresses(&self.nodeport_addresses).map_err(anyhow::Error::msg)?,
+            node_port_addresses: node_port_addresses(&self.nodeport_addresses)
+                .map_err(anyhow::Error::msg)?
+                .addresses,
             external_ips: external_ips(&self.external_ips).map_err(anyhow::Error::msg)?,
             service_cidrs: service_cidrs(&self.service_cidr).map_err(anyhow::Error::msg)?.0,
         })

@@ -96,6 +96,18 @@ const TOOLS: &[Tool] = &[
         reason: "a client with a socket library that is not Rust's",
     },
     Tool {
+        program: "rsync",
+        packages: &["rsync"],
+        purposes: &[Purpose::Test],
+        reason: "changes manifests as people do",
+    },
+    Tool {
+        program: "git",
+        packages: &["git"],
+        purposes: &[Purpose::Test],
+        reason: "changes manifests as people do",
+    },
+    Tool {
         program: "node",
         packages: &["nodejs"],
         purposes: &[Purpose::Test],

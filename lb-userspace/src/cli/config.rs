@@ -3,7 +3,7 @@
 //! A flag wins over its environment variable, that over the file named by `--config`, that over the default.
 
 use std::{
-    fs,
+    fmt, fs,
     net::{IpAddr, Ipv4Addr, SocketAddr},
     path::Path,
     time::Duration,
@@ -75,24 +75,58 @@ pub fn node_port_range(text: &str) -> Result<(u16, u16), String> {
     parsed.ok_or_else(|| "expected FIRST-LAST with ports from 1 to 65535, such as 30000-32767".to_owned())
 }
 
-/// Parses a comma-separated list of networks, or `primary`.
+/// `--nodeport-addresses` as it is written.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct NodePortList {
+    /// The addresses of the node.
+    pub addresses: NodePortAddresses,
+    /// Whether loopback is named.
+    pub localhost: bool,
+}
+
+impl fmt::Display for NodePortList {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (word, networks): (_, &[Cidr]) = match &self.addresses {
+            NodePortAddresses::All => (self.localhost.then_some("all"), &[]),
+            NodePortAddresses::Primary => (Some("primary"), &[]),
+            NodePortAddresses::Within(networks) => (None, networks),
+            NodePortAddresses::Listed { primary, networks } => (primary.then_some("primary"), networks),
+        };
+        let words = self.localhost.then_some("localhost").into_iter().chain(word).map(str::to_owned);
+        let networks = networks.iter().map(|network| format!("{}/{}", network.address, network.prefix_len));
+        f.write_str(&words.chain(networks).collect::<Vec<_>>().join(","))
+    }
+}
+
+/// Parses a comma-separated list of networks and of the words `all`, `primary` and `localhost`.
 ///
 /// # Errors
 ///
 /// A sentence about what is expected.
-pub fn node_port_addresses(text: &str) -> Result<NodePortAddresses, String> {
-    match text.trim() {
-        "" => Ok(NodePortAddresses::All),
-        "primary" => Ok(NodePortAddresses::Primary),
-        list => {
-            let parse = |item: &str| -> Result<Cidr, String> {
-                crate::model::address::parse_cidr(item.trim()).ok_or_else(|| {
-                    format!("{item:?} is no network: expected ADDRESS/LENGTH, or the word primary")
-                })
-            };
-            list.split(',').map(parse).collect::<Result<_, _>>().map(NodePortAddresses::Within)
+pub fn node_port_addresses(text: &str) -> Result<NodePortList, String> {
+    if text.trim().is_empty() {
+        return Ok(NodePortList::default());
+    }
+    let (mut all, mut primary, mut localhost, mut networks) = (false, false, false, Vec::new());
+    for item in text.split(',').map(str::trim) {
+        match item {
+            "all" => all = true,
+            "primary" => primary = true,
+            "localhost" => localhost = true,
+            item => networks.push(crate::model::address::parse_cidr(item).ok_or_else(|| {
+                format!(
+                    "{item:?} is no network: expected ADDRESS/LENGTH, or the words all, primary, localhost"
+                )
+            })?),
         }
     }
+    let addresses = match (all, primary, localhost) {
+        (true, ..) => NodePortAddresses::All,
+        (false, false, false) => NodePortAddresses::Within(networks),
+        (false, true, _) if networks.is_empty() => NodePortAddresses::Primary,
+        (false, ..) => NodePortAddresses::Listed { primary, networks },
+    };
+    Ok(NodePortList { addresses, localhost })
 }
 
 /// The networks of `--service-cidr`.
@@ -255,11 +289,38 @@ mod tests {
     }
 
     #[test]
-    fn node_port_addresses_are_networks_or_a_word() {
-        assert_eq!(node_port_addresses(""), Ok(NodePortAddresses::All));
-        assert_eq!(node_port_addresses("primary"), Ok(NodePortAddresses::Primary));
-        let two = node_port_addresses("10.0.0.0/8, fd00::/8");
-        assert!(matches!(&two, Ok(NodePortAddresses::Within(list)) if list.len() == 2), "{two:?}");
-        assert!(node_port_addresses("10.0.0.0/33").is_err());
+    fn node_port_addresses_are_networks_and_words() {
+        use NodePortAddresses::{All, Listed, Primary, Within};
+        let networks = || vec!["10.0.0.0/8".parse().unwrap(), "fd00::/8".parse().unwrap()];
+        for (text, addresses, localhost, shown) in [
+            ("", All, false, ""),
+            (" all ", All, false, ""),
+            ("primary", Primary, false, "primary"),
+            ("10.0.0.0/8, fd00::/8", Within(networks()), false, "10.0.0.0/8,fd00::/8"),
+            ("localhost", Listed { primary: false, networks: vec![] }, true, "localhost"),
+            ("all,localhost", All, true, "localhost,all"),
+            ("10.0.0.0/8,all", All, false, ""),
+            ("primary,localhost", Primary, true, "localhost,primary"),
+            (
+                "10.0.0.0/8,primary,fd00::/8",
+                Listed { primary: true, networks: networks() },
+                false,
+                "primary,10.0.0.0/8,fd00::/8",
+            ),
+            (
+                "localhost,10.0.0.0/8,fd00::/8",
+                Listed { primary: false, networks: networks() },
+                true,
+                "localhost,10.0.0.0/8,fd00::/8",
+            ),
+        ] {
+            let list = node_port_addresses(text).unwrap();
+            assert_eq!((&list.addresses, list.localhost), (&addresses, localhost), "{text}");
+            assert_eq!(list.to_string(), shown, "{text}");
+            assert_eq!(node_port_addresses(shown), Ok(list), "what is shown is understood");
+        }
+        for wrong in ["10.0.0.0/33", "primary,", "Primary", "primary 10.0.0.0/8", "loopback"] {
+            assert!(node_port_addresses(wrong).is_err(), "{wrong}");
+        }
     }
 }

@@ -5,7 +5,13 @@
     reason = "clap prints these as they are: help texts, not Markdown"
 )]
 
-use std::{net::SocketAddr, path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
+use std::{
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    process::ExitCode,
+    sync::Arc,
+    time::Duration,
+};
 
 use clap::Args;
 use serde::Deserialize;
@@ -16,16 +22,17 @@ use tokio::{
 };
 use tracing::info;
 
-use super::config::{self, Listen, ServiceCidrs, UsageError};
+use super::config::{self, Listen, NodePortList, ServiceCidrs, UsageError};
 use crate::{
     cluster::{self, Access, KubeSource, Timing},
     controller::run as agent,
-    desired::{ExternalIps, NodePortAddresses, Settings},
+    desired::{ExternalIps, Settings},
     kernel::{self, Features, cgroup, syscall},
     model::Cidr,
     plan::Capacity,
-    serve,
-    source::files,
+    self_test, serve,
+    snapshot::Snapshot,
+    source::files::{self, Body},
     telemetry::{self, LogFormat},
 };
 
@@ -58,9 +65,10 @@ pub struct RunArgs {
     /// Directory of the snapshot of objects, and of the socket at which commands are answered [default: /var/lib/socklb]
     #[arg(long, env = "SOCKLB_STATE_DIR", value_name = "DIR")]
     state_dir: Option<PathBuf>,
-    /// Addresses on which node ports answer: networks separated by commas, or the word primary [default: all]
+    /// Addresses on which node ports answer, separated by commas: networks, and the words all, primary (of the Node object) and
+    /// localhost [default: all, and localhost unless --localhost-nodeports is false]
     #[arg(long, env = "SOCKLB_NODEPORT_ADDRESSES", value_name = "LIST", value_parser = config::node_port_addresses)]
-    nodeport_addresses: Option<NodePortAddresses>,
+    nodeport_addresses: Option<NodePortList>,
     /// Which addresses of spec.externalIPs answer: any, those of nodes, or none. Who may write a Service may name any
     /// address there and gets this node's calls to it [default: any]
     #[arg(long, env = "SOCKLB_EXTERNAL_IPS", value_name = "WHICH", value_parser = config::external_ips)]
@@ -75,6 +83,11 @@ pub struct RunArgs {
     /// Whether node ports answer on loopback addresses of the node [default: true]
     #[arg(long, env = "SOCKLB_LOCALHOST_NODEPORTS", value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
     localhost_nodeports: Option<bool>,
+    /// Watch the Nodes of others too, so that calls to their node ports are served here. They change every few minutes each:
+    /// on large clusters that is most of what the API server sends. Else such calls go over the network, and what serves node
+    /// ports on that node answers [default: false]
+    #[arg(long, env = "SOCKLB_NODE_PORTS_OF_OTHER_NODES", value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    node_ports_of_other_nodes: Option<bool>,
     /// Serve the Services labelled service.kubernetes.io/service-proxy-name=NAME, instead of those without the label.
     #[arg(long, env = "SOCKLB_SERVICE_PROXY_NAME", value_name = "NAME")]
     service_proxy_name: Option<String>,
@@ -133,6 +146,7 @@ struct FileConfig {
     service_cidr: Option<String>,
     node_port_range: Option<String>,
     localhost_nodeports: Option<bool>,
+    node_ports_of_other_nodes: Option<bool>,
     service_proxy_name: Option<String>,
     min_sync_interval: Option<String>,
     audit_interval: Option<String>,
@@ -175,12 +189,21 @@ pub fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
         .or(from_file("node-port-range", file.node_port_range, config::node_port_range)?)
         .unwrap_or(lb_common::limits::NODE_PORTS);
     let addresses = from_file("nodeport-addresses", file.nodeport_addresses, config::node_port_addresses)?;
+    let node_port_list = args.nodeport_addresses.clone().or(addresses).unwrap_or_default();
+    let localhost_nodeports = args.localhost_nodeports.or(file.localhost_nodeports);
+    if node_port_list.localhost && localhost_nodeports == Some(false) {
+        return Err(UsageError(
+            "--nodeport-addresses names localhost, which --localhost-nodeports=false excludes: drop one of them"
+                .to_owned(),
+        )
+        .into());
+    }
     let external_ips = from_file("external-ips", file.external_ips, config::external_ips)?;
     let service_cidrs = from_file("service-cidr", file.service_cidr, config::service_cidrs)?;
     let settings = Settings {
         node_name: node_name(args.node_name.clone().or(file.node_name))?,
         node_ports: node_ports.0..=node_ports.1,
-        node_port_addresses: args.nodeport_addresses.clone().or(addresses).unwrap_or_default(),
+        node_port_addresses: node_port_list.addresses.clone(),
         external_ips: args.external_ips.or(external_ips).unwrap_or_default(),
         service_cidrs: args.service_cidr.clone().or(service_cidrs).unwrap_or_default().0,
     };
@@ -222,7 +245,7 @@ pub fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
                     .unwrap_or(defaults.endpoints),
             },
             node_ports,
-            localhost_nodeports: args.localhost_nodeports.or(file.localhost_nodeports).unwrap_or(true),
+            localhost_nodeports: localhost_nodeports.unwrap_or(true),
             node_netns: syscall::netns_cookie(),
             features: Features::probe(),
             excludes: exclude_pods || !exclude_cgroups.is_empty(),
@@ -246,10 +269,13 @@ pub fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
         http: serve::Options { metrics, healthz, config: serde_json::Value::Null },
     };
     let service_proxy_name = args.service_proxy_name.clone().or(file.service_proxy_name);
-    options.http.config = in_force(&origin, &options, &settings, service_proxy_name.as_deref());
+    let other_nodes = args.node_ports_of_other_nodes.or(file.node_ports_of_other_nodes).unwrap_or(false);
+    options.http.config =
+        in_force(&origin, &options, &settings, &node_port_list, service_proxy_name.as_deref());
+    options.http.config["socklb"]["node-ports-of-other-nodes"] = other_nodes.into();
     syscall::keep_heap_small();
     let runtime = runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-    runtime.block_on(follow(origin, service_proxy_name.as_deref(), options, settings))?;
+    runtime.block_on(follow(origin, service_proxy_name.as_deref(), other_nodes, options, settings))?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -257,13 +283,15 @@ pub fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
 async fn follow(
     origin: Origin,
     service_proxy_name: Option<&str>,
+    other_nodes: bool,
     options: agent::Options,
     settings: Settings,
 ) -> anyhow::Result<()> {
     let stop = stop_signals()?;
     match origin {
         Origin::Files(path) => {
-            let source = files::FileSource::open(path, service_proxy_name)?;
+            let state_dir = options.state_dir.clone();
+            let source = files::FileSource::open(path, service_proxy_name, move || last_good(&state_dir))?;
             agent::run(source, options, settings, stop).await?;
         }
         Origin::Kube(access) => {
@@ -271,7 +299,7 @@ async fn follow(
             let wanted = cluster::Wanted {
                 service_proxy_name,
                 node_name: &node_name,
-                other_nodes: true,
+                other_nodes,
                 pods: options.exclude_pods,
             };
             let source = KubeSource::open(&access, wanted, Timing::default()).await?;
@@ -281,22 +309,29 @@ async fn follow(
     Ok(())
 }
 
+/// The objects that an agent served last, but for its own.
+fn last_good(state_dir: &Path) -> Vec<Body> {
+    let Ok(Snapshot { services, slices, nodes, .. }) = Snapshot::read(state_dir) else { return Vec::new() };
+    let (own, _) = self_test::objects(&[]);
+    let services = services.into_iter().filter(|service| service.key != own.key);
+    let slices = slices.into_iter().filter(|slice| slice.service != own.key);
+    let services = services.map(|service| Body::Service(service.into()));
+    let slices = slices.map(|slice| Body::Slice(slice.into()));
+    services.chain(slices).chain(nodes.into_iter().map(|node| Body::Node(node.into()))).collect()
+}
+
 /// The settings in force, as `/configz` shows them: under the flags' names.
 fn in_force(
     origin: &Origin,
     options: &agent::Options,
     settings: &Settings,
+    node_port_list: &NodePortList,
     service_proxy_name: Option<&str>,
 ) -> serde_json::Value {
     let agent::Options { kernel, http, .. } = options;
     let address =
         |address: Option<SocketAddr>| address.map(|address| address.to_string()).unwrap_or_default();
     let list = |networks: &[Cidr]| networks.iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
-    let addresses = match &settings.node_port_addresses {
-        NodePortAddresses::All => String::new(),
-        NodePortAddresses::Primary => "primary".to_owned(),
-        NodePortAddresses::Within(networks) => list(networks),
-    };
     let source = match origin {
         Origin::Files(path) => format!("file:{}", path.display()),
         Origin::Kube(_) => "kube".to_owned(),
@@ -307,7 +342,7 @@ fn in_force(
         "cgroup": kernel.cgroup,
         "pin-path": kernel.pin_path,
         "state-dir": options.state_dir,
-        "nodeport-addresses": addresses,
+        "nodeport-addresses": node_port_list.to_string(),
         "external-ips": settings.external_ips,
         "service-cidr": list(&settings.service_cidrs),
         "node-port-range": format!("{}-{}", kernel.node_ports.0, kernel.node_ports.1),

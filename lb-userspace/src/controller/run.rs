@@ -2,7 +2,6 @@
 
 use std::{
     fmt,
-    net::IpAddr,
     path::PathBuf,
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, SystemTime},
@@ -42,24 +41,26 @@ use crate::{
         known::Known,
     },
     snapshot::{Found, Snapshot, SnapshotError, Writer, Written},
-    source::Source,
+    source::{Contact, Source},
     telemetry::{
         Metrics,
+        away::{Away, Serves},
         health::{SelfTest, Vitals},
         metrics::AuditEnd,
         scrape::View,
     },
 };
 
+mod addresses;
 mod exclude;
 mod proof;
 mod stale;
 
-use self::{exclude::Wanted as Excluded, proof::Proof, stale::Sweep};
+use self::{addresses::Addresses, exclude::Wanted as Excluded, proof::Proof, stale::Sweep};
 
 /// How long to wait after a failed sync.
 const RETRY: Duration = Duration::from_secs(1);
-/// How often the node's own addresses are read: they decide where node ports answer.
+/// How often the pins are looked at, and the node's own addresses if nothing tells of their changes.
 const INTERFACES: Duration = Duration::from_secs(5);
 /// How often the programs' diagnostic lines are passed on.
 const PROGRAM_LOG: Duration = Duration::from_millis(100);
@@ -127,7 +128,9 @@ pub async fn run(
         .map_err(RunError::SelfTest)?;
     // Loading the programs takes a while.
     let (mut agent, beside) =
-        block_in_place(|| Agent::attach(options, settings, &source, listeners, proof.as_ref()))?;
+        block_in_place(|| Agent::attach(options, settings, &source, listeners, proof.as_mut()))?;
+    // Whether the self-test's calls reach this agent by what an earlier one has left, before anything is written.
+    let is_provable = proof.as_ref().is_some_and(Proof::is_found);
     let Beside { mut graces, mut questions, mut port_issues, health_ports, _serving, _excluding } = beside;
     let Timers { mut interfaces, mut snapshots, mut audits } = Timers::start(agent.options.audit_interval);
     // Maps that could not be read serve on, and are at least as new as the snapshot.
@@ -145,6 +148,8 @@ pub async fn run(
         let may_sync = (is_complete || serves_snapshot) && agent.state.wants_sync();
         agent.metrics.source(is_complete, serves_snapshot);
         agent.turn(may_sync);
+        let found = if has_adopted { Serves::Found } else { Serves::Nothing };
+        agent.show_source(&source, if serves_snapshot { Serves::Snapshot } else { found });
         tokio::select! {
             biased;
             _ = stop.wait_for(|stop| *stop) => break,
@@ -159,7 +164,11 @@ pub async fn run(
                 let start = Start { is_complete, has_answered, waited: started.elapsed(), has_adopted };
                 serves_snapshot = basis(start) == Basis::Snapshot && agent.restore().await;
                 if has_adopted && !has_answered {
-                    warn!("the source does not answer: what was found goes on as it is");
+                    warn!(
+                        n_frontends = agent.state.image().services.len(),
+                        "no complete lists yet: {}; what was found in the kernel is served as it is",
+                        problem(&source)
+                    );
                 }
             }
             // The sockets' records are in maps that cannot be read, or will be the same after the switch.
@@ -174,7 +183,7 @@ pub async fn run(
                 (serves_snapshot, has_answered) = (false, true);
                 agent.take_in(&mut source);
             }
-            proven = next_proof(&mut proof), if agent.has_synced => agent.proven(proven),
+            proven = next_proof(&mut proof), if agent.has_synced || is_provable => agent.proven(proven),
             Some(()) = graces.recv() => agent.grace_passed(),
             changed = port_issues.changed(), if has_ports => {
                 has_ports = changed.is_ok();
@@ -182,6 +191,7 @@ pub async fn run(
             }
             compared = ended(&mut agent.comparing), if agent.comparing.is_some() => agent.compared(&source, compared),
             written = ended(&mut agent.writing), if agent.writing.is_some() => agent.saved(&source, written),
+            () = agent.addresses.changed() => agent.read_addresses(),
             _ = interfaces.tick() => {
                 agent.look_around(&lock);
                 agent.report(&source);
@@ -226,6 +236,12 @@ impl Timers {
     }
 }
 
+/// What keeps a source from having said everything.
+fn problem(source: &impl Source) -> Arc<str> {
+    let outage = source.contact().and_then(Contact::outage);
+    outage.map_or_else(|| format!("{} has not answered", source.describe()).into(), |outage| outage.problem)
+}
+
 /// What comes of the next self-test; never anything, without one.
 async fn next_proof(proof: &mut Option<Proof>) -> SelfTest {
     match proof {
@@ -258,6 +274,7 @@ async fn ended<T, E: fmt::Display>(task: &mut Option<Task<T, E>>) -> Result<T, S
 
 struct Agent {
     state: State,
+    addresses: Addresses,
     kernel: Kernel,
     sweep: Sweep,
     options: Options,
@@ -308,15 +325,16 @@ impl Agent {
         settings: Settings,
         source: &impl Source,
         listeners: Listeners,
-        proof: Option<&Proof>,
+        proof: Option<&mut Proof>,
     ) -> Result<(Self, Beside), RunError> {
         let (grace_passed, graces) = mpsc::channel(1);
         let kernel = Kernel::open(&options.kernel, move || {
             // A message that is waiting says the same.
             let _full = grace_passed.try_send(());
         })?;
-        let (interfaces, capacity) = (interface_addresses(), kernel.maps().capacity());
-        let mut state = State::new(settings, interfaces, capacity, &kernel.maps().image()?);
+        let mut addresses = Addresses::start();
+        let capacity = kernel.maps().capacity();
+        let mut state = State::new(settings, addresses.read(), capacity, &kernel.maps().image()?);
         info!(
             cgroup = %options.kernel.cgroup.display(),
             covers = %kernel::cgroup::extent(&options.kernel.cgroup),
@@ -329,6 +347,7 @@ impl Agent {
         let now = Instant::now().into_std();
         let mut vitals = Vitals::new(now);
         if let Some(proof) = proof {
+            proof.take_over(state.image());
             let (service, slices) = self_test::objects(proof.endpoints());
             state.keep(service, slices);
             vitals.self_test = SelfTest::Pending;
@@ -357,6 +376,7 @@ impl Agent {
         let mut agent = Self {
             ledger: Ledger::new(state.settings().node_name.clone(), now),
             state,
+            addresses,
             sweep: Sweep::new(options.kernel.clone()),
             kernel,
             options,
@@ -414,10 +434,17 @@ impl Agent {
         true
     }
 
-    /// Reads the node's own addresses, and looks at the pins.
+    /// Looks at the pins, and reads the node's own addresses if that is due.
     fn look_around(&mut self, lock: &Lock) {
-        self.state.set_interfaces(interface_addresses());
+        if self.addresses.is_due() {
+            self.read_addresses();
+        }
         self.look_at_pins(lock);
+    }
+
+    /// Reads the node's own addresses: they decide where node ports answer.
+    fn read_addresses(&mut self) {
+        self.state.set_interfaces(self.addresses.read());
     }
 
     /// Says so if the pins are not as they should be, and not ready.
@@ -470,6 +497,21 @@ impl Agent {
             if is_waiting && vitals.waiting_since.is_none() {
                 vitals.waiting_since = Some(vitals.turned);
             }
+        });
+    }
+
+    /// Says what is served if the source is away, and that it is.
+    fn show_source(&self, source: &impl Source, before_complete: Serves) {
+        let outage = source.contact().and_then(Contact::outage);
+        let is_complete = source.is_complete();
+        let away = (!is_complete || outage.is_some()).then_some(Away {
+            serves: if is_complete { Serves::LastKnown } else { before_complete },
+            outage,
+        });
+        self.vitals.send_if_modified(|vitals| {
+            let differs = vitals.away != away;
+            vitals.away = away;
+            differs
         });
     }
 
@@ -560,9 +602,7 @@ impl Agent {
     fn publish_health_checks(&self) {
         let addresses = match self.state.settings().node_port_addresses {
             NodePortAddresses::All => None,
-            NodePortAddresses::Primary | NodePortAddresses::Within(_) => {
-                Some(self.state.topology().own_addresses().iter().copied().collect())
-            }
+            _ => Some(self.state.topology().own_addresses().iter().copied().collect()),
         };
         let checks = self.state.health_checks();
         self.health_checks.send_if_modified(|wanted| {
@@ -588,7 +628,7 @@ impl Agent {
     fn answer(&self, source: &impl Source, question: Question) {
         // Whoever asked may have lost patience.
         match question {
-            Question::View(answer) => drop(answer.send(self.view())),
+            Question::View(answer) => drop(answer.send(self.view(source))),
             Question::Known(which, answer) => {
                 let known = Known {
                     has_synced: self.has_synced,
@@ -602,8 +642,11 @@ impl Agent {
     }
 
     /// What a scrape needs of the state.
-    fn view(&self) -> View {
+    fn view(&self, source: &impl Source) -> View {
+        let contact = source.contact();
         View {
+            answer_ages: contact.map(|contact| contact.ages(Instant::now().into_std())).unwrap_or_default(),
+            source_failures: contact.map(Contact::failures).unwrap_or_default(),
             ports: self.state.service_ids().map(|(key, id)| (key.clone(), id)).collect(),
             services: self.state.store().shared_services().cloned().collect(),
             maps: self.state.map_use().into(),
@@ -689,7 +732,10 @@ impl Agent {
             info!("no longer: {issue}");
         }
         if n_more > 0 {
-            warn!(n_more, "more issues have come or gone than are logged at once: `socklb status` lists those that hold");
+            warn!(
+                n_more,
+                "more issues have come or gone than are logged at once: `socklb status` lists those that hold"
+            );
         }
         if !new.is_empty() || self.ledger.has_news() {
             self.tell(source);
@@ -783,28 +829,4 @@ impl Agent {
             Err(error) => warn!(%error, "the programs' own log is not available"),
         }
     }
-}
-
-/// The addresses of this network namespace's interfaces.
-///
-/// None if they cannot be read: node ports then answer on the addresses of the Node object.
-#[must_use]
-pub fn interface_addresses() -> Vec<IpAddr> {
-    let addresses = match nix::ifaddrs::getifaddrs() {
-        Ok(addresses) => addresses,
-        Err(error) => {
-            debug!(%error, "cannot read the interfaces' addresses");
-            return Vec::new();
-        }
-    };
-    let mut found: Vec<IpAddr> = addresses
-        .filter_map(|interface| {
-            let address = interface.address?;
-            let v4 = address.as_sockaddr_in().map(|address| IpAddr::V4(address.ip()));
-            v4.or_else(|| address.as_sockaddr_in6().map(|address| IpAddr::V6(address.ip())))
-        })
-        .collect();
-    found.sort_unstable();
-    found.dedup();
-    found
 }

@@ -129,6 +129,13 @@ pub enum NodePortAddresses {
     Primary,
     /// Addresses inside these networks; a family without a network falls back to all.
     Within(Vec<Cidr>),
+    /// What a list with words names, and nothing else: KEP-6032.
+    Listed {
+        /// Whether the primary addresses are among it.
+        primary: bool,
+        /// Addresses inside these networks are.
+        networks: Vec<Cidr>,
+    },
 }
 
 /// `--external-ips`: which addresses in `spec.externalIPs` answer.

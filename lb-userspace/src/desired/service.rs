@@ -49,6 +49,9 @@ const MAX_ENTRIES: usize = 1 << 20;
 ///
 /// **An excluded Service** (annotation `socklb.io/exclude`) has none: somebody else serves it.
 ///
+/// **A cluster IP that is an address of one of this node's interfaces** stays with the node: whoever has put it there wants to
+/// answer himself, as NodeLocal DNSCache does. An issue says so. Its other addresses are served.
+///
 /// **External IPs** answer where [`Settings::external_ips`] lets them; the others are left to the network, and an issue says
 /// so.
 ///
@@ -145,7 +148,11 @@ impl Builder<'_> {
             endpoints,
             cluster: endpoints.set(Scope::Cluster, self.topology),
         };
-        self.add_cluster_ip(&common, cluster_ip, port.port);
+        if self.topology.is_on_interface(cluster_ip) {
+            self.issues.insert(IssueKind::OnThisNode { address: cluster_ip.to_string() });
+        } else {
+            self.add_cluster_ip(&common, cluster_ip, port.port);
+        }
         let load_balancer_ips =
             self.service.load_balancer_ips.iter().map(|ip| (*ip, FrontendKind::LoadBalancer));
         let external_ips = self.service.external_ips.iter().map(|ip| (*ip, FrontendKind::ExternalIP));

@@ -29,6 +29,7 @@ pub struct Topology {
     node_name: Arc<str>,
     zone: Option<Arc<str>>,
     own: BTreeSet<IpAddr>,
+    interfaces: BTreeSet<IpAddr>,
     others: BTreeMap<IpAddr, Arc<str>>,
     addresses_of_others: BTreeMap<Arc<str>, Vec<IpAddr>>,
     /// Nodes with addresses for which there is no room, and how many.
@@ -90,6 +91,7 @@ impl Topology {
             node_name: settings.node_name.clone(),
             zone: own_node.and_then(|node| node.zone.clone()),
             own,
+            interfaces: interfaces.iter().copied().filter(|ip| is_node_address(*ip)).collect(),
             others,
             addresses_of_others,
             left_out,
@@ -124,6 +126,12 @@ impl Topology {
     #[must_use]
     pub const fn own_addresses(&self) -> &BTreeSet<IpAddr> {
         &self.own
+    }
+
+    /// Whether an interface of this node has this address, so that a program of the node may answer there.
+    #[must_use]
+    pub fn is_on_interface(&self, ip: IpAddr) -> bool {
+        self.interfaces.contains(&ip)
     }
 
     /// The addresses of another node that accept node ports; empty for this node and for an unknown one.
@@ -186,14 +194,16 @@ fn accepted(
     interfaces: &[IpAddr],
 ) -> impl Iterator<Item = IpAddr> {
     let all = || interfaces.iter().chain(listed).copied().filter(|ip| is_node_address(*ip));
-    let primary = |family| listed.iter().copied().find(move |ip| address::family(*ip) == family);
+    let primary_of = |family| listed.iter().copied().find(move |ip| address::family(*ip) == family);
+    let primary =
+        || [Family::V4, Family::V6].into_iter().filter_map(primary_of).filter(|ip| is_node_address(*ip));
     let accepted: Vec<IpAddr> = match setting {
         NodePortAddresses::All => all().collect(),
-        NodePortAddresses::Primary => [Family::V4, Family::V6]
-            .into_iter()
-            .filter_map(primary)
-            .filter(|ip| is_node_address(*ip))
-            .collect(),
+        NodePortAddresses::Primary => primary().collect(),
+        NodePortAddresses::Listed { primary: has_primary, networks } => {
+            let within = all().filter(|ip| networks.iter().any(|network| network.contains(*ip)));
+            primary().filter(|_| *has_primary).chain(within).collect()
+        }
         NodePortAddresses::Within(networks) => all()
             .filter(|ip| {
                 let mut of_family =

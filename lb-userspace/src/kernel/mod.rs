@@ -17,6 +17,7 @@
 //!
 //! `plan`, `tables`, `model`, `lb_common`, aya, netlink.
 
+pub mod addresses;
 mod attach;
 mod btf;
 pub mod cgroup;

@@ -324,6 +324,11 @@ pub enum IssueKind {
         /// Value of `--external-ips`.
         setting: String,
     },
+    /// The cluster IP is an address of an interface of the node. Calls to it stay with the node.
+    OnThisNode {
+        /// The cluster IP.
+        address: String,
+    },
     /// Another service owns this frontend address.
     FrontendTaken {
         /// `address:port/protocol`; the unspecified address stands for a node port.
@@ -407,8 +412,15 @@ pub enum IssueKind {
     BrokenFile {
         /// The cause, in one line; names the field if an object did not decode.
         cause: String,
-        /// Whether the file has good objects from before.
+        /// Whether objects from before are served.
         last_good: bool,
+        /// Since when it cannot be read, as RFC 3339 has it.
+        since: String,
+    },
+    /// A program has a manifest open for writing for long. What it lacks, and its last document, are served as they were before.
+    BeingWritten {
+        /// Since when, as RFC 3339 has it.
+        since: String,
     },
     /// The agent of this Node was given a size with which maps could not hold what is served. They stay as they were.
     SizeRefused {
@@ -434,6 +446,12 @@ pub enum IssueKind {
 }
 
 impl IssueKind {
+    /// Whether something is served from an older state than the one that its issue is about.
+    #[must_use]
+    pub const fn is_outdated(&self) -> bool {
+        matches!(self, Self::BrokenFile { last_good: true, .. } | Self::BeingWritten { .. })
+    }
+
     /// Path of the field that the issue is about, if it is about one.
     #[must_use]
     pub fn field(&self) -> Option<&str> {
@@ -580,6 +598,11 @@ impl fmt::Display for IssueKind {
                 "spec.externalIPs: --external-ips={setting} leaves {} to the network",
                 addresses.join(", ")
             ),
+            Self::OnThisNode { address } => write!(
+                f,
+                "spec.clusterIPs: {address} is an address of an interface of this node, as NodeLocal DNSCache makes it; calls to it \
+                 stay with the node"
+            ),
             Self::FrontendTaken { address, winner } => {
                 write!(f, "{address} belongs to service {winner}; this service does not answer there")
             }
@@ -595,10 +618,15 @@ impl fmt::Display for IssueKind {
                 write!(f, "apiVersion: {version:?} is not known, {expected} is; it is ignored")
             }
             Self::DefinedTwice { winner } => write!(f, "is already defined at {winner}; this one is ignored"),
-            Self::BrokenFile { cause, last_good: true } => {
-                write!(f, "{cause}; the objects read from it before stay in force")
+            Self::BrokenFile { cause, last_good: true, since } => {
+                write!(f, "{cause}; the objects read from it before stay in force (since {since})")
             }
-            Self::BrokenFile { cause, last_good: false } => write!(f, "{cause}; the file is left out"),
+            Self::BrokenFile { cause, last_good: false, .. } => write!(f, "{cause}; the file is left out"),
+            Self::BeingWritten { since } => write!(
+                f,
+                "a program has it open for writing since {since}; what it lacks, and its last document, stay in force as they \
+                 were before: let the program close it"
+            ),
             Self::SizeRefused { setting, wanted, served, used } => write!(
                 f,
                 "--{setting}={wanted} is too small for what is served, which takes {served}; {used} is used as before: set it to \

@@ -95,6 +95,7 @@ impl Notice {
             IssueKind::NotServed { .. }
             | IssueKind::SourceRanges { .. }
             | IssueKind::ExternalIps { .. }
+            | IssueKind::OnThisNode { .. }
             | IssueKind::NodePortOutsideRange { .. }
             | IssueKind::NotApplicable { .. } => return None,
             _ => ("InvalidService", "Read"),

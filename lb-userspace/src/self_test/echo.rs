@@ -6,6 +6,7 @@ use std::{
     time::Duration,
 };
 
+use socket2::{Domain, Socket, Type};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::{TcpListener, TcpStream, UdpSocket},
@@ -21,6 +22,8 @@ const MOST: usize = 64;
 const PATIENCE: Duration = Duration::from_secs(2);
 /// After a failed `accept()`: most failures last (out of descriptors).
 const PAUSE: Duration = Duration::from_millis(100);
+/// Connections that wait to be accepted: there is one caller.
+const BACKLOG: i32 = 16;
 /// How often a port is chosen anew if UDP's twin of a TCP port is taken.
 const TRIES: usize = 16;
 
@@ -51,6 +54,32 @@ impl Echo {
         Ok(Self { addresses, _servers: servers })
     }
 
+    /// Listens at other addresses instead: those of an echo server that has ended.
+    ///
+    /// # Errors
+    ///
+    /// If one cannot be listened on; nothing has changed then.
+    ///
+    /// # Panics
+    ///
+    /// Outside a tokio runtime.
+    pub fn move_to(&mut self, addresses: &[SocketAddr]) -> io::Result<()> {
+        let mut servers = JoinSet::new();
+        for address in addresses {
+            // The earlier one's connections may be in TIME_WAIT, which tokio's listeners pass over as well.
+            let socket = Socket::new(Domain::for_address(*address), Type::STREAM, None)?;
+            socket.set_reuse_address(true)?;
+            socket.set_nonblocking(true)?;
+            socket.bind(&(*address).into())?;
+            socket.listen(BACKLOG)?;
+            let datagrams = std::net::UdpSocket::bind(address)?;
+            datagrams.set_nonblocking(true)?;
+            spawn(TcpListener::from_std(socket.into())?, UdpSocket::from_std(datagrams)?, &mut servers);
+        }
+        *self = Self { addresses: addresses.to_vec(), _servers: servers };
+        Ok(())
+    }
+
     /// Where it listens: one address for each family.
     #[must_use]
     pub fn addresses(&self) -> &[SocketAddr] {
@@ -60,6 +89,11 @@ impl Echo {
 
 async fn serve(ip: IpAddr, servers: &mut JoinSet<()>) -> io::Result<SocketAddr> {
     let (listener, datagrams, address) = bind(ip).await?;
+    spawn(listener, datagrams, servers);
+    Ok(address)
+}
+
+fn spawn(listener: TcpListener, datagrams: UdpSocket, servers: &mut JoinSet<()>) {
     servers.spawn(async move {
         loop {
             match listener.accept().await {
@@ -81,7 +115,6 @@ async fn serve(ip: IpAddr, servers: &mut JoinSet<()>) -> io::Result<SocketAddr> 
             }
         }
     });
-    Ok(address)
 }
 
 /// A TCP and a UDP socket at the same port.

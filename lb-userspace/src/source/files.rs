@@ -12,8 +12,9 @@
 //! # Invariants
 //!
 //! - A file that cannot be read keeps the objects that it last gave; the other files go on.
-//! - A file that is removed takes its objects along.
-//! - The result depends on the texts only. Of two definitions of one object the one in the file whose name
+//! - A file that is removed takes its objects along. Neither a file that is being written nor one that is away for a moment takes
+//!   any: `settle` has the rules.
+//! - In the end the result depends on the texts only. Of two definitions of one object the one in the file whose name
 //!   sorts first counts.
 //! - Every issue names file and line.
 //!
@@ -22,18 +23,21 @@
 //! `model`; `tokio` and `notify` in [`watch()`] only.
 
 mod defaults;
+mod lease;
 mod live;
 mod parse;
 mod read;
 mod set;
+mod settle;
 mod tree;
 mod watch;
 
 pub use self::{
     live::FileSource,
     parse::{Body, Object, ParseIssue, parse},
-    set::{Content, FileSet, Snapshot},
-    watch::{Error, watch},
+    set::{Content, FileSet, Gone, Seen, Snapshot},
+    settle::{Inode, Moment, SETTLE, VANISH},
+    watch::{Error, Reading, Watch, watch},
 };
 
 /// The largest manifest that is read, octets.

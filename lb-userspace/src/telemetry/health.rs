@@ -8,6 +8,8 @@ use std::{
 use jiff::Timestamp;
 use serde::Serialize;
 
+use super::away::{Away, Shown};
+
 /// How long a change may wait before the agent counts as stuck: twice kube-proxy's default `syncPeriod`.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -47,6 +49,8 @@ pub struct Vitals {
     pub has_lost_pins: bool,
     /// Sizes of maps that were asked for and are too small for what is served, so that those from before serve.
     pub refused_sizes: Arc<[String]>,
+    /// A source that has not said everything yet, or does not answer. What is served is ready all the same.
+    pub away: Option<Away>,
 }
 
 /// What is said of it.
@@ -64,6 +68,8 @@ pub struct Health {
     pub has_lost_pins: bool,
     /// Sizes that were too small.
     pub refused_sizes: Arc<[String]>,
+    /// A source that is away, and what is served.
+    pub away: Option<Shown>,
     /// The time of the answer if alive, else that of the last update.
     pub updated: Option<SystemTime>,
     /// The time of the answer.
@@ -94,6 +100,9 @@ struct Body<'a> {
     /// Not of kube-proxy, which believes what it has written.
     #[serde(rename = "selfTest", skip_serializing_if = "Option::is_none")]
     self_test: Option<&'a str>,
+    /// Not of kube-proxy, which shows no outage.
+    #[serde(rename = "source", skip_serializing_if = "Option::is_none")]
+    away: Option<&'a Shown>,
     /// Not of kube-proxy: why the answer is 503, for people.
     #[serde(rename = "notReady", skip_serializing_if = "<[String]>::is_empty")]
     not_ready: &'a [String],
@@ -116,6 +125,7 @@ pub fn waiting(now: SystemTime) -> String {
         has_lost_pins: false,
         refused_sizes: &[],
         self_test: None,
+        away: None,
         not_ready: &["it waits for another agent with the same pins to end".to_owned()],
     })
 }
@@ -143,6 +153,7 @@ impl Vitals {
             self_test: SelfTest::Off,
             has_lost_pins: false,
             refused_sizes: Arc::default(),
+            away: None,
         }
     }
 
@@ -158,6 +169,7 @@ impl Vitals {
             self_test: self.self_test.clone(),
             has_lost_pins: self.has_lost_pins,
             refused_sizes: Arc::clone(&self.refused_sizes),
+            away: self.away.as_ref().map(|away| away.show(now, clock)),
             updated: if is_alive { Some(clock) } else { self.updated },
             now: clock,
         }
@@ -216,6 +228,7 @@ impl Health {
             has_lost_pins: self.has_lost_pins,
             refused_sizes: &self.refused_sizes,
             self_test,
+            away: self.away.as_ref(),
             not_ready: &self.not_ready(),
             ..self.body()
         })
@@ -237,6 +250,7 @@ impl Health {
             has_lost_pins: false,
             refused_sizes: &[],
             self_test: None,
+            away: None,
             not_ready: &[],
         }
     }
@@ -297,6 +311,7 @@ mod tests {
             self_test: SelfTest::Passed,
             has_lost_pins: false,
             refused_sizes: Arc::default(),
+            away: None,
             updated: Some(now),
             now,
         };

@@ -26,7 +26,7 @@ use prometheus_client::{
 use crate::{model::Protocol, plan::audit::Faults};
 
 /// A gauge with a fraction, such as a time.
-type Real = Gauge<f64, AtomicU64>;
+pub(super) type Real = Gauge<f64, AtomicU64>;
 /// A counter for each value of one label.
 type By = Family<[(&'static str, &'static str); 1], Counter>;
 
@@ -131,6 +131,12 @@ definitions! {
         "1 once the first lists of Services, EndpointSlices and Nodes are complete, else 0: nothing is changed before";
     SERVES_SNAPSHOT: Gauge "socklb_serves_snapshot" []
         "1 while the last objects known are served because the source does not answer, else 0";
+    SOURCE_ANSWER_AGE: Gauge "socklb_source_answer_age_seconds" ["kind"]
+        "Time since the API server last answered about a kind of objects, or since the start before the first time. A server that \
+         works sends something about once a minute; above 75 the agent asks anew";
+    SOURCE_FAILURES: Counter "socklb_source_failures_total" ["reason"]
+        "What went wrong between the API server and the agent: reason connection, silence, unauthorized (401), forbidden (403), \
+         throttled (429), server_error (5xx), expired (a version that the server no longer has, or not yet) or other";
     SNAPSHOT_LAST: Gauge "socklb_snapshot_last_timestamp_seconds" []
         "When the snapshot was last written, in seconds since 1970; 0 before the first time";
     SNAPSHOT_ERRORS: Counter "socklb_snapshot_errors_total" []

@@ -3,12 +3,13 @@
 //! # Purpose
 //!
 //! Log lines; [`metrics`], which the agent keeps, and [`scrape`], which writes them down with what is read at that
-//! moment; [`health`], which judges the agent's signs of life.
+//! moment; [`health`], which judges the agent's signs of life, with [`away`], what is served while the source is.
 //!
 //! # Depends on
 //!
-//! `plan`, `desired`, `model`.
+//! `source`, `plan`, `desired`, `model`.
 
+pub mod away;
 pub mod health;
 pub mod metrics;
 pub mod scrape;

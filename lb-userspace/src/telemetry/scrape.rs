@@ -1,6 +1,6 @@
 //! One answer of `/metrics`: the values kept while the agent runs, and those that are read when somebody asks.
 
-use std::{collections::BTreeMap, fmt, sync::Arc};
+use std::{collections::BTreeMap, fmt, sync::Arc, time::Duration};
 
 use prometheus_client::{
     encoding::text::{encode_eof, encode_registry},
@@ -8,7 +8,10 @@ use prometheus_client::{
     registry::Registry,
 };
 
-use super::metrics::{CONNECTIONS, DATAGRAMS, MAP_CAPACITY, MAP_ENTRIES, Metrics, register};
+use super::metrics::{
+    CONNECTIONS, DATAGRAMS, MAP_CAPACITY, MAP_ENTRIES, Metrics, Real, SOURCE_ANSWER_AGE, SOURCE_FAILURES,
+    register,
+};
 use crate::{
     desired::PortKey,
     model::{Protocol, Service, ServiceKey},
@@ -34,6 +37,10 @@ pub struct View {
     pub services: Vec<Arc<Service>>,
     /// The maps that can be full.
     pub maps: Vec<MapUse>,
+    /// The time since the source last answered, by kind of objects. Empty for a source that cannot be away.
+    pub answer_ages: Vec<(&'static str, Duration)>,
+    /// What went wrong with the source, by reason.
+    pub source_failures: Vec<(&'static str, u64)>,
 }
 
 /// The calls of one service port, of both families.
@@ -90,6 +97,14 @@ fn of_the_moment(view: &View, calls: impl Fn(u32) -> Calls) -> Registry {
             connections.get_or_create(&labels).inc_by(n_calls);
         }
         datagrams.get_or_create(&labels).inc_by(calls.datagrams);
+    }
+    let ages = register(&mut registry, &SOURCE_ANSWER_AGE, Family::<[(&str, &str); 1], Real>::default());
+    for (kind, age) in &view.answer_ages {
+        ages.get_or_create(&[("kind", *kind)]).set(age.as_secs_f64());
+    }
+    let failures = register(&mut registry, &SOURCE_FAILURES, Family::<[(&str, &str); 1], Counter>::default());
+    for (reason, n_failures) in &view.source_failures {
+        failures.get_or_create(&[("reason", *reason)]).inc_by(*n_failures);
     }
     let entries = register(&mut registry, &MAP_ENTRIES, Family::<[(&str, &str); 1], Gauge>::default());
     let capacity = register(&mut registry, &MAP_CAPACITY, Family::<[(&str, &str); 1], Gauge>::default());
@@ -172,6 +187,8 @@ mod tests {
             ],
             services: vec![Arc::new(service)],
             maps: vec![MapUse { map: "services4", n_entries: 3, capacity: 256 }],
+            answer_ages: vec![("nodes", Duration::from_millis(1500))],
+            source_failures: vec![("connection", 2)],
         }
     }
 
@@ -191,6 +208,8 @@ mod tests {
             r#"socklb_connections_total{namespace="default",service="dns",port="53",protocol="UDP",result="redirected"} 12"#,
             r#"socklb_datagrams_total{namespace="default",service="dns",port="53",protocol="UDP"} 2"#,
             r#"socklb_map_entries{map="services4"} 3"#,
+            r#"socklb_source_answer_age_seconds{kind="nodes"} 1.5"#,
+            r#"socklb_source_failures_total{reason="connection"} 2"#,
             r#"socklb_map_capacity{map="services4"} 256"#,
             r#"socklb_audit_repairs_total{map="services4"} 2"#,
             r#"socklb_audit_repairs_total{map="endpoints6"} 0"#,

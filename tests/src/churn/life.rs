@@ -175,6 +175,8 @@ impl<'a> Life<'a> {
             .arg(self.sandbox.pin_path())
             .arg("--state-dir")
             .arg(directory.join("state"))
+            // By the environment: a build of before knows no such flag, and has no other way.
+            .env("SOCKLB_NODE_PORTS_OF_OTHER_NODES", "true")
             .stdin(Stdio::null())
             .stderr(File::create(&log)?);
         if !start.layout.is_empty() {

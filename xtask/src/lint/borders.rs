@@ -80,7 +80,7 @@ const MODULES: &[Module] = &[
     },
     Module {
         name: "telemetry",
-        may_use: MayUse::Only(&["kernel", "plan", "tables", "desired", "model"]),
+        may_use: MayUse::Only(&["kernel", "source", "plan", "tables", "desired", "model"]),
         reason: "telemetry reports and does not steer",
     },
     Module {

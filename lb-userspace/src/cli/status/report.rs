@@ -18,7 +18,7 @@ use crate::{
         cgroup::Extent,
         links::{Link, LinkProblem},
     },
-    model::{Issue, IssueKind},
+    model::Issue,
     plan::Capacity,
     snapshot::{Snapshot, SnapshotError},
     tables::Image,
@@ -293,8 +293,7 @@ pub(super) fn outdated(
         }
         None => None,
     };
-    let of_files =
-        issues.iter().filter(|issue| matches!(issue.kind, IssueKind::BrokenFile { last_good: true, .. }));
+    let of_files = issues.iter().filter(|issue| issue.kind.is_outdated());
     of_source.into_iter().chain(of_files.map(ToString::to_string)).collect()
 }
 

@@ -6,15 +6,33 @@ use tokio::{
     task::{JoinError, JoinHandle},
     time::{Instant, sleep_until},
 };
-use tracing::{error, info, warn};
+use tracing::{debug, error, info, warn};
 
 use crate::{
+    desired::FrontendAddress,
+    model::{Family, Protocol, address},
     self_test::{self, Caller, Echo, Outcome},
+    tables::Image,
     telemetry::health::SelfTest,
 };
 
 /// The time to the next test after one that failed, if that is sooner than usual: what is repaired should show soon.
 const RETRY: Duration = Duration::from_secs(5);
+
+/// Where the tables lead for the self-test's service in a family, if that is one endpoint for TCP and UDP.
+fn endpoint(found: &Image, family: Family) -> Option<SocketAddr> {
+    let service = self_test::service_address(family);
+    let leads_to = |protocol| {
+        let key = FrontendAddress { ip: service.ip(), port: service.port(), protocol };
+        let frontend = found.frontends.get(found.services.get(&key)?)?;
+        match found.entries(service.is_ipv6(), frontend.run)? {
+            [only] => Some(only.address),
+            _ => None,
+        }
+    };
+    // Whoever has written the tables: this agent listens on loopback addresses only.
+    leads_to(Protocol::Tcp).filter(|tcp| tcp.ip().is_loopback() && leads_to(Protocol::Udp) == Some(*tcp))
+}
 
 /// The self-tests of an agent.
 pub(super) struct Proof {
@@ -25,6 +43,8 @@ pub(super) struct Proof {
     task: Option<JoinHandle<Outcome>>,
     /// What is in the log already.
     told: Option<Outcome>,
+    /// Whether the tables lead to the endpoints without having been written.
+    is_found: bool,
 }
 
 impl Proof {
@@ -38,12 +58,40 @@ impl Proof {
             return Ok(None);
         }
         let echo = Echo::start().await?;
-        Ok(Some(Self { interval, cgroup, echo, due: Instant::now(), task: None, told: None }))
+        Ok(Some(Self {
+            interval,
+            cgroup,
+            echo,
+            due: Instant::now(),
+            task: None,
+            told: None,
+            is_found: false,
+        }))
     }
 
     /// Where the endpoints listen.
     pub(super) fn endpoints(&self) -> &[SocketAddr] {
         self.echo.addresses()
+    }
+
+    /// Has the endpoints listen where an earlier agent's did, if the tables that it left lead there. So this agent is found to work
+    /// while the source is away, with nothing written.
+    pub(super) fn take_over(&mut self, found: &Image) {
+        let addresses = self.echo.addresses().iter();
+        let wanted: Option<Vec<SocketAddr>> =
+            addresses.map(|address| endpoint(found, address::family(address.ip()))).collect();
+        self.is_found = wanted.is_some_and(|wanted| match self.echo.move_to(&wanted) {
+            Ok(()) => true,
+            Err(error) => {
+                debug!(%error, "the endpoints of the earlier agent's self-test are taken");
+                false
+            }
+        });
+    }
+
+    /// Whether the tables lead to the endpoints, so that a test need not wait for a sync.
+    pub(super) const fn is_found(&self) -> bool {
+        self.is_found
     }
 
     /// Waits for the end of the next test. Nothing is lost if the waiting is given up.

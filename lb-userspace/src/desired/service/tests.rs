@@ -3,7 +3,7 @@ use serde_json::{Value, json};
 
 use super::*;
 use crate::{
-    desired::fixture::{endpoint, line, lines, nodes, settings, slice, topology, topology_of},
+    desired::fixture::{endpoint, ip, line, lines, nodes, settings, slice, topology, topology_of},
     model::fixture::{self, service},
 };
 
@@ -22,6 +22,34 @@ fn two_ready() -> [Slice; 1] {
 fn dual_stack() -> [Slice; 2] {
     let v6 = json!({"metadata": {"name": "web-6"}, "addressType": "IPv6", "endpoints": [endpoint("fd00::a node-a rs")]});
     [slice(&["10.1.0.1 node-a rs"]), fixture::slice(&v6)]
+}
+
+/// R2: a cluster IP that is an address of an interface of this node stays with the node; the other addresses are served.
+#[test]
+fn r2_a_cluster_ip_on_an_interface() {
+    let service = service(&json!({"spec": {
+        "clusterIP": "10.0.0.1", "clusterIPs": ["10.0.0.1", "fd00::1"], "ipFamilies": ["IPv4", "IPv6"],
+        "externalIPs": ["192.0.2.1"],
+    }}));
+    let found = |interfaces: &[&str]| {
+        let interfaces: Vec<_> = interfaces.iter().map(|text| ip(text)).collect();
+        let topology = Topology::new(&nodes(), &settings(), &interfaces);
+        let (frontends, issues) = frontends(&service, dual_stack().iter(), &topology, &settings());
+        (lines(&frontends), issues.iter().map(ToString::to_string).collect::<Vec<_>>())
+    };
+    let (all, none) = found(&["10.0.0.2"]);
+    assert_eq!((all.len(), none.len()), (3, 0), "{all:?}");
+    let (left, issues) = found(&["10.0.0.1"]);
+    assert_eq!(left, all[1..], "{all:?}");
+    assert_eq!(
+        issues,
+        [
+            "Service default/web: spec.clusterIPs: 10.0.0.1 is an address of an interface of this node, as NodeLocal DNSCache \
+          makes it; calls to it stay with the node"
+        ]
+    );
+    let (left, issues) = found(&["10.0.0.1", "fd00::1"]);
+    assert_eq!((left.len(), issues.len()), (1, 2), "{left:?}");
 }
 
 /// R2: every kind of frontend; R3: the protocol is part of the address.

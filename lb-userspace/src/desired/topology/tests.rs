@@ -77,6 +77,38 @@ fn r2_addresses_within_networks() {
     );
 }
 
+/// R2: a list with words holds what it names, without a fallback.
+#[test]
+fn r2_addresses_of_a_list_with_words() {
+    let listed = |primary, texts: &[&str]| {
+        let networks = texts.iter().map(|text| text.parse().unwrap()).collect();
+        NodePortAddresses::Listed { primary, networks }
+    };
+    let interfaces = ["192.168.0.1", "172.17.0.1", "2001:db8::1"];
+    check(listed(false, &[]), &interfaces, &[], &[]);
+    check(
+        listed(true, &["172.16.0.0/12"]),
+        &interfaces,
+        &["192.168.0.1", "172.17.0.1", "fd01::1"],
+        &["192.168.0.2", "fd01::2", "192.168.0.3", "fd01::3"],
+    );
+    check(listed(false, &["172.16.0.0/12"]), &interfaces, &["172.17.0.1"], &[]);
+}
+
+/// R2: interfaces that mean this node, whatever node ports answer on.
+#[test]
+fn r2_addresses_of_interfaces() {
+    let settings = Settings { node_port_addresses: NodePortAddresses::Primary, ..settings() };
+    let interfaces = ["10.96.0.10", "127.0.0.1", "::1", "fe80::1"].map(ip);
+    let topology = Topology::new(&nodes(), &settings, &interfaces);
+    let is_on_interface = |text: &str| topology.is_on_interface(ip(text));
+    assert!(is_on_interface("10.96.0.10"));
+    // Of the Node object only, and of every node's loopback.
+    for other in ["192.168.0.1", "127.0.0.1", "::1", "fe80::1", "10.96.0.11"] {
+        assert!(!is_on_interface(other), "{other}");
+    }
+}
+
 /// R6: every node address is known, as ours or another's.
 #[test]
 fn r6_addresses_of_all_nodes() {

@@ -41,7 +41,11 @@ fn no_control_character_is_shown() {
         namespace: "\u{1b}[2J".into(),
         name: "x\ny".into(),
     };
-    let kind = IssueKind::BrokenFile { cause: "line\u{85}end, größer".into(), last_good: false };
+    let kind = IssueKind::BrokenFile {
+        cause: "line\u{85}end, größer".into(),
+        last_good: false,
+        since: String::new(),
+    };
     let issue = Issue { source: Some("a\nb.yaml:1".into()), ..Issue::new(object, kind) };
     assert_eq!(
         issue.to_string(),

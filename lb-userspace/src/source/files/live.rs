@@ -2,20 +2,31 @@
 
 use std::{path::Path, time::Instant};
 
-use tokio::sync::mpsc;
+use tokio::{
+    task::{JoinHandle, spawn_blocking},
+    time::sleep_until,
+};
+use tracing::info;
 
-use super::{Error, FileSet, Snapshot, watch};
+use super::{Body, Error, FileSet, Moment, Reading, Watch, watch};
 use crate::{
     model::{Changes, Issue, Store},
     source::{Arrival, Source},
 };
 
+/// What an agent served last: how to read it, which may take time.
+type LastGood = Box<dyn FnOnce() -> Vec<Body> + Send>;
+
 /// A watched manifest file or folder.
-#[derive(Debug)]
 pub struct FileSource {
     path: String,
     files: FileSet,
-    snapshots: mpsc::Receiver<Snapshot>,
+    watch: Watch,
+    last_good: Option<LastGood>,
+    /// The reading of it.
+    expecting: Option<JoinHandle<Vec<Body>>>,
+    /// Whether a reading was asked for that has not come yet.
+    has_asked: bool,
     is_complete: bool,
     /// When the news came that are to be applied, but for the first, which are everything that there is.
     received: Option<Instant>,
@@ -25,6 +36,9 @@ pub struct FileSource {
 impl FileSource {
     /// Starts watching. The service proxy name is the one of `--service-proxy-name`.
     ///
+    /// `last_good` reads what an agent served last. It is called once, on a thread for such work, before the first reading
+    /// counts: an object that no manifest has may be in one that is broken or being written.
+    ///
     /// # Errors
     ///
     /// As [`watch()`].
@@ -32,25 +46,68 @@ impl FileSource {
     /// # Panics
     ///
     /// Outside a tokio runtime.
-    pub fn open(path: impl AsRef<Path>, service_proxy_name: Option<&str>) -> Result<Self, Error> {
+    pub fn open(
+        path: impl AsRef<Path>,
+        service_proxy_name: Option<&str>,
+        last_good: impl FnOnce() -> Vec<Body> + Send + 'static,
+    ) -> Result<Self, Error> {
         Ok(Self {
             path: path.as_ref().display().to_string(),
             files: FileSet::new(service_proxy_name),
-            snapshots: watch(path)?,
+            watch: watch(path)?,
+            last_good: Some(Box::new(last_good)),
+            expecting: None,
+            has_asked: false,
             is_complete: false,
             received: None,
             arrivals: Vec::new(),
         })
     }
+
+    /// Waits until there is something to look at, and asks for readings meanwhile. `None` when no more will come.
+    async fn next_reading(&mut self) -> Option<Reading> {
+        loop {
+            let look = self.files.next_look().filter(|_| !self.has_asked);
+            let due = look.as_ref().map(|(due, _)| (*due).into());
+            tokio::select! {
+                reading = self.watch.readings.recv() => {
+                    self.has_asked = false;
+                    return reading;
+                }
+                () = sleep_until(due.unwrap_or_else(tokio::time::Instant::now)), if due.is_some() => {
+                    if let Some((_, files)) = look {
+                        self.watch.ask(files);
+                    }
+                    self.has_asked = true;
+                }
+            }
+        }
+    }
 }
 
 impl Source for FileSource {
     async fn changed(&mut self) -> bool {
-        let Some(snapshot) = self.snapshots.recv().await else { return false };
-        self.files.update(snapshot);
-        self.received = self.is_complete.then(Instant::now);
-        self.is_complete = true;
-        true
+        // Not sooner: the agent may have waited for another to end, which served on.
+        if let Some(last_good) = self.last_good.take() {
+            self.expecting = Some(spawn_blocking(last_good));
+        }
+        if let Some(expecting) = &mut self.expecting {
+            let objects = expecting.await.unwrap_or_default();
+            self.expecting = None;
+            self.files.expect(objects, Moment::now());
+        }
+        loop {
+            let Some((snapshot, now)) = self.next_reading().await else { return false };
+            let is_news = self.files.update(snapshot, now);
+            for gone in self.files.take_gone() {
+                info!("{gone}");
+            }
+            if is_news || !self.is_complete {
+                self.received = self.is_complete.then(Instant::now);
+                self.is_complete = true;
+                return true;
+            }
+        }
     }
 
     fn is_complete(&self) -> bool {

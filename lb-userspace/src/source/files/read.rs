@@ -1,7 +1,7 @@
 //! Reads a manifest file or folder, and says what is new.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     ffi::OsStr,
     fs::{self, File, Metadata},
     hash::{DefaultHasher, Hash, Hasher},
@@ -12,7 +12,7 @@ use std::{
     time::{SystemTime, UNIX_EPOCH},
 };
 
-use super::{Content, MAX_FILE_LEN, Snapshot};
+use super::{Content, Inode, MAX_FILE_LEN, Seen, Snapshot, lease};
 
 /// How long ago a file must have changed for its time stamps to tell its next change. Kernels before 6.13 step
 /// them by up to 10 ms, so that a file that is written twice in one step looks unchanged.
@@ -41,16 +41,18 @@ enum Reading {
 }
 
 /// What was found last in a file.
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Known {
     stamp: Option<Stamp>,
     /// Of the text, or of the error. Two texts with one digest would hide an edit: at 64 bits, never in practice,
     /// and the alternative is to hold every text.
     digest: u64,
+    is_open: bool,
+    inode: Inode,
 }
 
 /// Changes whenever the file is written or replaced, if it is settled.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Stamp {
     device: u64,
     inode: u64,
@@ -67,11 +69,11 @@ impl Reader {
         &self.path
     }
 
-    /// Reads the path and compares with the reading before; `None` if nothing changed.
+    /// Reads the path and compares with the reading before; `None` if nothing changed and nothing was `asked` for.
     ///
     /// With `trusts_stamps`, files whose time stamps are unchanged are not opened: with ten thousand of them this
-    /// saves most of the work of each edit.
-    pub(super) fn read(&mut self, trusts_stamps: bool) -> Option<Snapshot> {
+    /// saves most of the work of each edit. Those that are asked for are, and those that a program was writing.
+    pub(super) fn read(&mut self, trusts_stamps: bool, asked: Option<&BTreeSet<String>>) -> Option<Snapshot> {
         let (reading, paths) = match self.list() {
             Ok(listed) => listed,
             Err(error) => {
@@ -83,18 +85,19 @@ impl Reader {
                 return is_news.then_some(Snapshot::Unreadable { path, cause });
             }
         };
-        let mut is_news = self.last != reading;
+        let mut is_news = self.last != reading || asked.is_some();
         self.last = reading;
         let mut before = mem::take(&mut self.files);
         let mut contents = BTreeMap::new();
         for (name, path) in paths {
             let old = before.remove(&name);
+            let trusts_stamps = trusts_stamps && !asked.is_some_and(|asked| asked.contains(&name));
             let Some((known, content)) = read_file(&path, old.as_ref(), trusts_stamps, now()) else {
                 before.extend(old.map(|old| (name, old)));
                 continue;
             };
-            is_news |= content != Content::Unchanged;
-            contents.insert(name.clone(), content);
+            is_news |= content != Content::Unchanged || old.is_none_or(|old| old.is_open != known.is_open);
+            contents.insert(name.clone(), Seen { content, is_open: known.is_open, inode: known.inode });
             self.files.insert(name, known);
         }
         // What is left was there before and is gone.
@@ -146,14 +149,21 @@ fn read_file(path: &Path, old: Option<&Known>, trusts_stamps: bool, now: i64) ->
     let stamp = metadata.as_ref().ok().and_then(|metadata| Stamp::of(metadata, now));
     if trusts_stamps
         && stamp.is_some()
-        && let Some(old) = old.filter(|old| old.stamp == stamp)
+        && let Some(old) = old.filter(|old| old.stamp == stamp && !old.is_open)
     {
-        return Some((Known { stamp, digest: old.digest }, Content::Unchanged));
+        return Some((Known { stamp, ..*old }, Content::Unchanged));
     }
-    let text = metadata.and_then(|metadata| read_text(path, &metadata)).map_err(|error| error.to_string());
+    let inode = metadata.as_ref().map(|metadata| (metadata.dev(), metadata.ino())).unwrap_or_default();
+    let read = metadata.and_then(|metadata| read_text(path, metadata.len()));
+    let (text, is_open) = match read {
+        // Removed a moment ago.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return None,
+        Err(error) => (Err(error.to_string()), false),
+        Ok((text, is_open)) => (text.map_err(|error| error.to_string()), is_open),
+    };
     let mut hasher = DefaultHasher::new();
     text.hash(&mut hasher);
-    let known = Known { stamp, digest: hasher.finish() };
+    let known = Known { stamp, digest: hasher.finish(), is_open, inode };
     let content = if old.is_some_and(|old| old.digest == known.digest) {
         Content::Unchanged
     } else {
@@ -162,20 +172,24 @@ fn read_file(path: &Path, old: Option<&Known>, trusts_stamps: bool, now: i64) ->
     Some((known, content))
 }
 
-fn read_text(path: &Path, metadata: &Metadata) -> io::Result<String> {
+/// Reads a text and says whether a program is writing it. If none is, it is a text that some program has left, to its end.
+fn read_text(path: &Path, len: u64) -> io::Result<(io::Result<String>, bool)> {
     let too_large = || io::Error::other(format!("is larger than {} MiB", MAX_FILE_LEN >> 20));
-    if metadata.len() > MAX_FILE_LEN {
+    if len > MAX_FILE_LEN {
         return Err(too_large());
     }
+    let file = File::open(path)?;
+    let is_open = lease::is_being_written(&file);
     let mut text = Vec::new();
     // One octet more: the file may have grown since.
-    File::open(path)?.take(MAX_FILE_LEN + 1).read_to_end(&mut text)?;
+    file.take(MAX_FILE_LEN + 1).read_to_end(&mut text)?;
     if text.len() as u64 > MAX_FILE_LEN {
         return Err(too_large());
     }
-    String::from_utf8(text).map_err(|error| {
+    let text = String::from_utf8(text).map_err(|error| {
         io::Error::other(format!("is not UTF-8 text (octet {})", error.utf8_error().valid_up_to() + 1))
-    })
+    });
+    Ok((text, is_open))
 }
 
 /// Seconds since 1970. A wrong clock costs time only: the readings that trust no stamp find what others missed.

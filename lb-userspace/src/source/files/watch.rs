@@ -1,6 +1,7 @@
 //! Watches a manifest file or folder.
 
 use std::{
+    collections::BTreeSet,
     fs, io,
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf, absolute},
@@ -19,7 +20,7 @@ use tokio::{
 };
 
 use super::{
-    Snapshot,
+    Moment, Snapshot,
     read::{Reader, is_manifest},
 };
 
@@ -52,11 +53,31 @@ pub enum Error {
     },
 }
 
+/// What was found at a path, and when it began to be read.
+pub type Reading = (Snapshot, Moment);
+
+/// A path that is watched. Ends with this value.
+#[derive(Debug)]
+pub struct Watch {
+    /// One for each change, and one for each that was asked for.
+    pub readings: mpsc::Receiver<Reading>,
+    asking: mpsc::Sender<BTreeSet<String>>,
+}
+
+impl Watch {
+    /// Asks for a reading although nothing has changed. `files` are opened, whatever their time stamps say.
+    pub fn ask(&self, files: BTreeSet<String>) {
+        // One that is asked for already comes later than now too, but may be of other files: those are asked for again.
+        let _full = self.asking.try_send(files);
+    }
+}
+
 /// Watches a manifest file, or a folder of files that end in `.yaml`, `.yml` or `.json`.
 ///
-/// The first snapshot comes at once, then one after each change; a reading without a change gives none. Hidden
+/// The first reading comes at once, then one after each change, and after a program has closed a file; one without a change
+/// gives none. Hidden
 /// files and folders inside the folder are left out; symbolic links are followed, so that a mounted `ConfigMap`
-/// works. Each snapshot is a complete reading: a change whose event is lost is seen ten seconds later at the latest.
+/// works. Each reading is a complete one: a change whose event is lost is seen ten seconds later at the latest.
 ///
 /// The task ends when the receiver is dropped. A path that vanishes later is no error: it is watched again when it
 /// comes back.
@@ -68,7 +89,7 @@ pub enum Error {
 /// # Panics
 ///
 /// Outside a tokio runtime.
-pub fn watch(path: impl AsRef<Path>) -> Result<mpsc::Receiver<Snapshot>, Error> {
+pub fn watch(path: impl AsRef<Path>) -> Result<Watch, Error> {
     let given = path.as_ref();
     let failed = |source| Error::Path { path: given.to_owned(), source };
     // Absolute, so that the paths of events can be compared with it.
@@ -77,41 +98,49 @@ pub fn watch(path: impl AsRef<Path>) -> Result<mpsc::Receiver<Snapshot>, Error> 
     if !metadata.is_dir() && !metadata.is_file() {
         return Err(Error::Kind { path: given.to_owned() });
     }
-    let (sender, receiver) = mpsc::channel(1);
-    task::spawn(run(Reader::new(path), sender));
-    Ok(receiver)
+    let (sender, readings) = mpsc::channel(1);
+    let (asking, asked) = mpsc::channel(1);
+    task::spawn(run(Reader::new(path), sender, asked));
+    Ok(Watch { readings, asking })
 }
 
-async fn run(mut reader: Reader, sender: mpsc::Sender<Snapshot>) {
+async fn run(
+    mut reader: Reader,
+    sender: mpsc::Sender<Reading>,
+    mut asking: mpsc::Receiver<BTreeSet<String>>,
+) {
     let mut watches = Watches::new(reader.path());
     let changed = Arc::clone(&watches.changed);
     let mut next_full = Instant::now();
+    let mut asked = None;
     loop {
         // A reading that trusts no time stamp finds what the watch and the stamps miss.
         let trusts_stamps = Instant::now() < next_full;
         if !trusts_stamps {
             next_full = Instant::now() + REREAD;
         }
-        let reading = task::spawn_blocking(move || {
+        let done = task::spawn_blocking(move || {
             // First the watch, then the reading: what changes in between is read again instead of missed.
             watches.renew();
-            let snapshot = reader.read(trusts_stamps);
-            (watches, reader, snapshot)
+            let now = Moment::now();
+            let snapshot = reader.read(trusts_stamps, asked.as_ref());
+            (watches, reader, snapshot.map(|snapshot| (snapshot, now)))
         });
         // Without a result the runtime is shutting down.
-        let Ok(done) = reading.await else { return };
-        let snapshot;
-        (watches, reader, snapshot) = done;
-        if let Some(snapshot) = snapshot
-            && sender.send(snapshot).await.is_err()
+        let Ok(done) = done.await else { return };
+        let reading;
+        (watches, reader, reading) = done;
+        if let Some(reading) = reading
+            && sender.send(reading).await.is_err()
         {
             return;
         }
-        tokio::select! {
+        asked = tokio::select! {
             () = sender.closed() => return,
+            Some(files) = asking.recv() => Some(files),
             // Either way it is time to read.
-            _ = timeout_at(next_full, quiet_after_change(&changed)) => {}
-        }
+            _ = timeout_at(next_full, quiet_after_change(&changed)) => None,
+        };
     }
 }
 

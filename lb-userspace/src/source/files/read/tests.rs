@@ -1,4 +1,7 @@
-use std::os::unix::fs::{PermissionsExt, symlink};
+use std::{
+    io::Write as _,
+    os::unix::fs::{PermissionsExt, symlink},
+};
 
 use nix::{sys::stat::Mode, unistd::mkfifo};
 use tempfile::TempDir;
@@ -14,8 +17,10 @@ fn folder() -> (TempDir, Reader) {
 /// The names and contents of a snapshot; `=` stands for unchanged.
 fn found(snapshot: Option<Snapshot>) -> Option<Vec<String>> {
     let Snapshot::Files(files) = snapshot? else { panic!("unreadable") };
-    let line = |(name, content): (String, Content)| match content {
+    let line = |(name, seen): (String, Seen)| match seen.content {
+        Content::Unchanged if seen.is_open => format!("{name} = open"),
         Content::Unchanged => format!("{name} ="),
+        Content::Text(text) if seen.is_open => format!("{name} {text} open"),
         Content::Text(text) => format!("{name} {text}"),
         Content::Unreadable(cause) => format!("{name} ! {cause}"),
     };
@@ -49,24 +54,24 @@ fn only_manifests_are_read() {
 fn a_reading_tells_what_is_new() {
     let (folder, mut reader) = folder();
     // An empty folder is news, once: the first list is complete.
-    assert_eq!(found(reader.read(true)), Some(vec![]));
-    assert_eq!(found(reader.read(true)), None);
+    assert_eq!(found(reader.read(true, None)), Some(vec![]));
+    assert_eq!(found(reader.read(true, None)), None);
 
     fs::write(folder.path().join("a.yaml"), "1").unwrap();
     fs::write(folder.path().join("b.txt"), "1").unwrap();
-    assert_eq!(found(reader.read(true)), Some(vec!["a.yaml 1".to_owned()]));
-    assert_eq!(found(reader.read(false)), None);
+    assert_eq!(found(reader.read(true, None)), Some(vec!["a.yaml 1".to_owned()]));
+    assert_eq!(found(reader.read(false, None)), None);
 
     // As long, and within one step of the time stamps.
     fs::write(folder.path().join("a.yaml"), "2").unwrap();
     fs::write(folder.path().join("c.yaml"), "3").unwrap();
-    assert_eq!(found(reader.read(true)), Some(vec!["a.yaml 2".to_owned(), "c.yaml 3".to_owned()]));
+    assert_eq!(found(reader.read(true, None)), Some(vec!["a.yaml 2".to_owned(), "c.yaml 3".to_owned()]));
 
     fs::rename(folder.path().join("c.yaml"), folder.path().join("a.yaml")).unwrap();
-    assert_eq!(found(reader.read(true)), Some(vec!["a.yaml 3".to_owned()]));
+    assert_eq!(found(reader.read(true, None)), Some(vec!["a.yaml 3".to_owned()]));
     fs::remove_file(folder.path().join("a.yaml")).unwrap();
-    assert_eq!(found(reader.read(true)), Some(vec![]));
-    assert_eq!(found(reader.read(true)), None);
+    assert_eq!(found(reader.read(true, None)), Some(vec![]));
+    assert_eq!(found(reader.read(true, None)), None);
 }
 
 #[test]
@@ -79,13 +84,13 @@ fn files_that_are_no_text_are_told() {
     symlink("nowhere", folder.path().join("d.yaml")).unwrap();
     mkfifo(&folder.path().join("e.yaml"), Mode::S_IRUSR).unwrap();
     assert_eq!(
-        found(reader.read(true)),
+        found(reader.read(true, None)),
         Some(vec![
             "a.yaml ! is not UTF-8 text (octet 3)".to_owned(),
             "b.yaml ! is larger than 64 MiB".to_owned()
         ])
     );
-    assert_eq!(found(reader.read(true)), None);
+    assert_eq!(found(reader.read(true, None)), None);
 }
 
 /// A mounted `ConfigMap`: the files are links through `..data`, which is exchanged as a whole.
@@ -98,10 +103,10 @@ fn symbolic_links_are_followed() {
     }
     symlink("..1", folder.path().join("..data")).unwrap();
     symlink("..data/a.yaml", folder.path().join("a.yaml")).unwrap();
-    assert_eq!(found(reader.read(true)), Some(vec!["a.yaml one".to_owned()]));
+    assert_eq!(found(reader.read(true, None)), Some(vec!["a.yaml one".to_owned()]));
     symlink("..2", folder.path().join("..tmp")).unwrap();
     fs::rename(folder.path().join("..tmp"), folder.path().join("..data")).unwrap();
-    assert_eq!(found(reader.read(true)), Some(vec!["a.yaml two".to_owned()]));
+    assert_eq!(found(reader.read(true, None)), Some(vec!["a.yaml two".to_owned()]));
 }
 
 #[test]
@@ -111,23 +116,23 @@ fn a_folder_that_vanishes_is_unreadable_and_a_file_is_removed() {
     fs::write(&path, "1").unwrap();
     let mut single = Reader::new(path.clone());
     // The ending of a file that is named does not matter.
-    assert_eq!(found(single.read(true)), Some(vec!["web.conf 1".to_owned()]));
-    assert_eq!(found(reader.read(true)), Some(vec![]));
+    assert_eq!(found(single.read(true, None)), Some(vec!["web.conf 1".to_owned()]));
+    assert_eq!(found(reader.read(true, None)), Some(vec![]));
 
     fs::remove_file(&path).unwrap();
-    assert_eq!(found(single.read(true)), Some(vec![]));
-    assert_eq!(found(single.read(true)), None);
+    assert_eq!(found(single.read(true, None)), Some(vec![]));
+    assert_eq!(found(single.read(true, None)), None);
     fs::write(&path, "1").unwrap();
-    assert_eq!(found(single.read(true)), Some(vec!["web.conf 1".to_owned()]));
+    assert_eq!(found(single.read(true, None)), Some(vec!["web.conf 1".to_owned()]));
 
     let moved = folder.path().with_extension("moved");
     fs::rename(folder.path(), &moved).unwrap();
-    let Some(Snapshot::Unreadable { cause, .. }) = reader.read(true) else { panic!() };
+    let Some(Snapshot::Unreadable { cause, .. }) = reader.read(true, None) else { panic!() };
     assert!(cause.contains("No such file"), "{cause}");
-    assert_eq!(reader.read(true), None);
+    assert_eq!(reader.read(true, None), None);
     fs::write(moved.join("a.yaml"), "1").unwrap();
     fs::rename(&moved, folder.path()).unwrap();
-    assert_eq!(found(reader.read(true)), Some(vec!["a.yaml 1".to_owned()]));
+    assert_eq!(found(reader.read(true, None)), Some(vec!["a.yaml 1".to_owned()]));
 }
 
 #[test]
@@ -138,9 +143,10 @@ fn settled_files_are_not_opened_again() {
     let written = fs::metadata(&path).unwrap().ctime();
     let read = |old: &Known, trusts_stamps, now| read_file(&path, Some(old), trusts_stamps, now).unwrap();
     // The digest is none of the file's: who reads the text finds a change.
-    let (fresh, _) = read(&Known { stamp: None, digest: 7 }, true, written + 1);
+    let unread = Known { stamp: None, digest: 7, is_open: false, inode: (0, 0) };
+    let (fresh, _) = read(&unread, true, written + 1);
     assert_eq!(fresh.stamp, None);
-    let (settled, _) = read(&Known { stamp: None, digest: 7 }, true, written + 2);
+    let (settled, _) = read(&unread, true, written + 2);
     assert!(settled.stamp.is_some());
 
     let changed = Content::Text("1".to_owned());
@@ -151,4 +157,23 @@ fn settled_files_are_not_opened_again() {
     fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
     let touched = fs::metadata(&path).unwrap().ctime();
     assert_eq!(read(&other, true, touched + 2).1, changed);
+}
+
+/// A program that has a file open is told of, and so is that it has closed it, although the text is as it was.
+#[test]
+fn files_that_are_being_written_are_told() {
+    let (folder, mut reader) = folder();
+    let path = folder.path().join("a.yaml");
+    let mut writer = File::create(&path).unwrap();
+    assert_eq!(found(reader.read(true, None)), Some(vec!["a.yaml  open".to_owned()]));
+    assert_eq!(found(reader.read(true, None)), None);
+    writer.write_all(b"1").unwrap();
+    assert_eq!(found(reader.read(true, None)), Some(vec!["a.yaml 1 open".to_owned()]));
+    drop(writer);
+    assert_eq!(found(reader.read(true, None)), Some(vec!["a.yaml =".to_owned()]));
+    // Who asks gets an answer, and of the files in question a look inside.
+    assert_eq!(found(reader.read(true, Some(&BTreeSet::new()))), Some(vec!["a.yaml =".to_owned()]));
+    let _writer = fs::OpenOptions::new().append(true).open(&path).unwrap();
+    let asked = BTreeSet::from(["a.yaml".to_owned()]);
+    assert_eq!(found(reader.read(true, Some(&asked))), Some(vec!["a.yaml = open".to_owned()]));
 }

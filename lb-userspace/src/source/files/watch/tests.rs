@@ -9,16 +9,16 @@ use crate::source::files::Content;
 const SOON: Duration = Duration::from_secs(8);
 
 /// Waits until a snapshot holds exactly these files, where the texts of unchanged ones are known from before.
-async fn expect(snapshots: &mut mpsc::Receiver<Snapshot>, expected: &[(&str, &str)]) {
+async fn expect(watch: &mut Watch, expected: &[(&str, &str)]) {
     let mut known = std::collections::BTreeMap::new();
     let expected: std::collections::BTreeMap<_, _> =
         expected.iter().map(|(name, text)| ((*name).to_owned(), (*text).to_owned())).collect();
     let found = timeout(SOON, async {
-        while let Some(snapshot) = snapshots.recv().await {
+        while let Some((snapshot, _)) = watch.readings.recv().await {
             let Snapshot::Files(files) = snapshot else { continue };
             known.retain(|name, _| files.contains_key(name));
-            for (name, content) in files {
-                match content {
+            for (name, seen) in files {
+                match seen.content {
                     Content::Text(text) => drop(known.insert(name, text)),
                     Content::Unchanged => {
                         let text = expected.get(&name).cloned().unwrap_or_default();
@@ -126,7 +126,7 @@ async fn a_folder_that_vanishes_and_comes_back_is_watched_again() {
     let mut snapshots = watch(&path).unwrap();
     expect(&mut snapshots, &[]).await;
     fs::rename(&path, &away).unwrap();
-    let unreadable = timeout(SOON, snapshots.recv()).await.unwrap().unwrap();
+    let (unreadable, _) = timeout(SOON, snapshots.readings.recv()).await.unwrap().unwrap();
     assert!(matches!(unreadable, Snapshot::Unreadable { .. }), "{unreadable:?}");
     fs::rename(&away, &path).unwrap();
     expect(&mut snapshots, &[]).await;
@@ -143,7 +143,34 @@ async fn without_a_change_there_is_no_snapshot() {
     // A reading opens the files: if that counted as a change, readings would follow one another without end.
     assert_eq!(fs::read_to_string(path.join("a.yaml")).unwrap(), "1");
     fs::write(path.join(".hidden.yaml"), "1").unwrap();
-    assert!(timeout(Duration::from_millis(500), snapshots.recv()).await.is_err());
+    assert!(timeout(Duration::from_millis(500), snapshots.readings.recv()).await.is_err());
+    // But for who asks.
+    snapshots.ask(std::collections::BTreeSet::new());
+    let reading = timeout(SOON, snapshots.readings.recv()).await.unwrap().unwrap();
+    assert!(matches!(reading, (Snapshot::Files(files), _) if files["a.yaml"].content == Content::Unchanged));
+}
+
+/// That a program has closed a file is an event, and news.
+#[tokio::test]
+async fn a_writer_that_is_done_is_told_of() {
+    use std::io::Write as _;
+    let (_folder, path) = folder();
+    let mut snapshots = watch(&path).unwrap();
+    let mut writer = fs::File::create(path.join("a.yaml")).unwrap();
+    writer.write_all(b"1").unwrap();
+    let mut is_open = async |wanted| {
+        let found = async {
+            while let Some((Snapshot::Files(files), _)) = snapshots.readings.recv().await {
+                if files.get("a.yaml").is_some_and(|seen| seen.is_open == wanted) {
+                    return;
+                }
+            }
+        };
+        timeout(SOON, found).await.unwrap();
+    };
+    is_open(true).await;
+    drop(writer);
+    is_open(false).await;
 }
 
 #[tokio::test]

@@ -1,0 +1,187 @@
+//! As much of kustomize as the overlays use, so that they can be checked where kubectl is older than they need (1.21): that of
+//! Debian 12 is. A field that is not known here is an error, as those are that current kubectl warns about.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+#[derive(Default)]
+struct Kustomization {
+    api_version: String,
+    kind: String,
+    namespace: Option<String>,
+    resources: Vec<PathBuf>,
+    config_map_generator: Vec<Generator>,
+    generator_options: Value,
+    patches: Vec<Patch>,
+    images: Vec<Image>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct Generator {
+    name: String,
+    behavior: Option<String>,
+    files: Vec<PathBuf>,
+    #[serde(default)]
+    options: Value,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Patch {
+    path: Option<PathBuf>,
+    patch: Option<String>,
+    /// Of a list of operations only.
+    target: Option<Target>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Target {
+    kind: String,
+    name: String,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct Image {
+    name: String,
+    new_tag: String,
+}
+
+/// What names in objects of a kustomization stand for once they are generated.
+fn suffix(name: &str) -> String {
+    format!("{name}-0000000000")
+}
+
+/// The objects of a kustomization.
+pub(crate) fn render(folder: &Path) -> Vec<Value> {
+    let mut objects = gather(folder);
+    let generated: Vec<String> = objects
+        .iter()
+        .filter(|object| object["kind"] == "ConfigMap" && object["metadata"]["annotations"]["hashed"] == true)
+        .map(|object| object["metadata"]["name"].as_str().unwrap().to_owned())
+        .collect();
+    for object in &mut objects {
+        if let Some(annotations) = object["metadata"]["annotations"].as_object_mut()
+            && annotations.remove("hashed").is_some_and(|hashed| hashed == true)
+        {
+            object["metadata"]["name"] = suffix(object["metadata"]["name"].as_str().unwrap()).into();
+        }
+        if object["metadata"]["annotations"] == json!({}) {
+            object["metadata"].as_object_mut().unwrap().remove("annotations");
+        }
+        if object["kind"] == "DaemonSet" {
+            for volume in object["spec"]["template"]["spec"]["volumes"].as_array_mut().unwrap() {
+                if let Some(name) = volume.pointer_mut("/configMap/name")
+                    && generated.iter().any(|generated| name == generated)
+                {
+                    *name = suffix(name.as_str().unwrap()).into();
+                }
+            }
+        }
+    }
+    objects
+}
+
+fn gather(folder: &Path) -> Vec<Value> {
+    let read = |path: &Path| {
+        fs::read_to_string(folder.join(path)).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+    };
+    let this: Kustomization = serde_saphyr::from_str(&read(Path::new("kustomization.yaml")))
+        .unwrap_or_else(|error| panic!("{}: {error}", folder.display()));
+    assert_eq!(this.api_version, "kustomize.config.k8s.io/v1beta1");
+    assert_eq!(this.kind, "Kustomization");
+    let mut objects: Vec<Value> = Vec::new();
+    for path in &this.resources {
+        if folder.join(path).is_dir() {
+            objects.extend(gather(&folder.join(path)));
+        } else {
+            objects.extend(serde_saphyr::from_multiple::<Value>(&read(path)).unwrap());
+        }
+    }
+    for generator in &this.config_map_generator {
+        let name_of = |path: &Path| path.file_name().unwrap().to_str().unwrap().to_owned();
+        let data: serde_json::Map<_, _> =
+            generator.files.iter().map(|path| (name_of(path), read(path).into())).collect();
+        let is_hashed = !(generator.options["disableNameSuffixHash"] == true
+            || this.generator_options["disableNameSuffixHash"] == true);
+        let mut metadata = json!({ "name": generator.name, "annotations": { "hashed": is_hashed } });
+        if let Some(labels) = generator.options.get("labels") {
+            metadata["labels"] = labels.clone();
+        }
+        let map = json!({ "apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": data });
+        let is_same = |object: &&mut Value| {
+            object["kind"] == "ConfigMap" && object["metadata"]["name"] == generator.name.as_str()
+        };
+        match (generator.behavior.as_deref(), objects.iter_mut().find(is_same)) {
+            (None, None) => objects.push(map),
+            (Some("replace"), Some(found)) => found["data"] = map["data"].clone(),
+            (behavior, _) => panic!("{}: {behavior:?}", generator.name),
+        }
+    }
+    for patch in this.patches {
+        let text = patch.path.map_or_else(|| patch.patch.clone().unwrap(), |path| read(&path));
+        let change: Value = serde_saphyr::from_str(&text).unwrap();
+        let target = patch.target.map_or_else(
+            || (change["kind"].clone(), change["metadata"]["name"].clone()),
+            |target| (target.kind.into(), target.name.into()),
+        );
+        let mut found =
+            objects.iter_mut().filter(|object| (&object["kind"], &object["metadata"]["name"]) == (&target.0, &target.1));
+        let object = found.next().unwrap_or_else(|| panic!("nothing to patch: {target:?}"));
+        match change {
+            Value::Array(operations) => operations.iter().for_each(|operation| operate(object, operation)),
+            change => merge(object, &change),
+        }
+    }
+    for object in &mut objects {
+        let is_clusters = object["kind"].as_str().unwrap().starts_with("Cluster");
+        if let Some(namespace) = this.namespace.as_deref().filter(|_| !is_clusters) {
+            object["metadata"]["namespace"] = namespace.into();
+        }
+        if let Some(containers) = object.pointer_mut("/spec/template/spec/containers") {
+            for container in containers.as_array_mut().unwrap() {
+                let found = this.images.iter().find(|image| container["image"] == image.name.as_str());
+                if let Some(Image { name, new_tag }) = found {
+                    container["image"] = format!("{name}:{new_tag}").into();
+                }
+            }
+        }
+    }
+    objects
+}
+
+/// A patch of the kind "strategic merge": lists whose items have names are merged by these, and new items come first.
+fn merge(object: &mut Value, change: &Value) {
+    match (object, change) {
+        (Value::Object(object), Value::Object(change)) => {
+            for (key, value) in change {
+                merge(object.entry(key.as_str()).or_insert(Value::Null), value);
+            }
+        }
+        (Value::Array(object), Value::Array(change)) if change.iter().all(|item| item["name"].is_string()) => {
+            for (n, item) in change.iter().enumerate() {
+                match object.iter_mut().find(|known| known["name"] == item["name"]) {
+                    Some(known) => merge(known, item),
+                    None => object.insert(n, item.clone()),
+                }
+            }
+        }
+        (object, change) => *object = change.clone(),
+    }
+}
+
+/// An operation of a JSON patch: the only one that documents show.
+fn operate(object: &mut Value, operation: &Value) {
+    assert_eq!(operation["op"], "add");
+    let path = operation["path"].as_str().unwrap().strip_suffix("/-").unwrap();
+    object.pointer_mut(path).unwrap().as_array_mut().unwrap().push(operation["value"].clone());
+}

@@ -1,0 +1,120 @@
+//! Addresses that interfaces of the node get and lose while an agent runs.
+
+use std::{
+    net::{SocketAddr, TcpListener, UdpSocket},
+    time::Instant,
+};
+
+use lb_tests::{
+    client::{Domain, Socket, call},
+    cluster::{Cluster, service, with_spec},
+};
+use lb_userspace::model::Protocol::{Tcp, Udp};
+use nix::{errno::Errno, sys::signal::Signal};
+
+use crate::{
+    process::text,
+    socklb::{eventually, is_up, with_town},
+    town::{self, Town},
+};
+
+const NODE_PORT: u16 = 30_080;
+
+/// The town's services, with a node port for the web service.
+fn with_node_port(town: &Town) -> Cluster {
+    let mut cluster = town.cluster(0..2);
+    let web =
+        cluster.services.values().find(|web| web.metadata.name.as_deref() == Some("web-v4")).unwrap().clone();
+    cluster.set(with_spec(web, |spec| {
+        spec.type_ = Some("NodePort".to_owned());
+        spec.ports.iter_mut().flatten().for_each(|port| port.node_port = Some(NODE_PORT.into()));
+    }));
+    cluster
+}
+
+fn ip(arguments: &str) {
+    text("ip", &arguments.split(' ').collect::<Vec<_>>());
+}
+
+/// Interfaces are read once a minute. What happens sooner comes from the kernel's messages.
+#[test]
+fn node_ports_answer_on_a_new_address_at_once() {
+    with_town(|place, town| {
+        place.write(&with_node_port(town));
+        let _agent = place.start();
+        eventually("the service answers", || is_up(town::web()[0]));
+        let started = Instant::now();
+        let mut longest = std::time::Duration::ZERO;
+        for n in 1..=10 {
+            let virtual_ip: SocketAddr = format!("192.0.2.{n}:{NODE_PORT}").parse().unwrap();
+            ip(&format!("address add {}/32 dev lo", virtual_ip.ip()));
+            let added = Instant::now();
+            eventually("node ports answer on it", || is_up(virtual_ip));
+            longest = longest.max(added.elapsed());
+            ip(&format!("address del {}/32 dev lo", virtual_ip.ip()));
+            eventually("node ports do not answer on it", || call(virtual_ip, Tcp) == Err(Errno::ENETUNREACH));
+        }
+        println!("an address is served for node ports after {longest:?} at most");
+        assert!(
+            started.elapsed().as_secs() < 60,
+            "they may have been read by the clock: {:?}",
+            started.elapsed()
+        );
+    });
+}
+
+/// As NodeLocal DNSCache does it: a program of the node answers at a service address, on an interface.
+#[test]
+fn a_service_address_on_an_interface_is_the_nodes_for_as_long_as_it_is_there() {
+    with_town(|place, town| {
+        place.write(&town.cluster(0..2));
+        let agent = place.start();
+        let [web, dns] = [town::web()[0], town::dns()[0]];
+        eventually("the service answers", || is_up(web));
+        let explain = || text(&place.binary, &place.args(&["explain", &format!("{dns}/udp")]));
+        let ask = || {
+            let socket = Socket::new(Domain::V4, Udp);
+            socket.connect(dns).unwrap();
+            socket
+        };
+
+        ip(&format!("address add {}/32 dev lo", dns.ip()));
+        let cache = UdpSocket::bind(dns).unwrap();
+        cache.set_nonblocking(true).unwrap();
+        let is_asked = || {
+            ask().send(b"a").unwrap();
+            let mut bytes = [0; 1];
+            cache.recv(&mut bytes).is_ok()
+        };
+        eventually("the node's program is asked", is_asked);
+        let listener = TcpListener::bind(dns).unwrap();
+        Socket::new(Domain::V4, Tcp).connect(dns).unwrap();
+        listener.accept().unwrap();
+        assert!(is_up(web), "others are served");
+        let issue = "10.96.0.53 is an address of an interface of this node";
+        eventually("the log says so", || agent.log().iter().any(|line| line.contains(issue)));
+        // Commands that read the snapshot are two seconds behind.
+        eventually("explain says so", || explain().contains(issue));
+
+        ip(&format!("address del {}/32 dev lo", dns.ip()));
+        drop((listener, cache));
+        eventually("it is served again", || ask().peer_name() == Ok(dns) && is_up(dns));
+        let (_, log) = agent.end_with_log(Signal::SIGTERM);
+        assert!(log.iter().any(|line| line.contains("no longer") && line.contains(issue)), "{log:#?}");
+    });
+}
+
+/// kube-proxy's mode IPVS leaves all service addresses on an interface of its own.
+#[test]
+fn what_kube_proxy_keeps_on_its_own_interface_is_served() {
+    with_town(|place, town| {
+        let web = town::web()[0];
+        ip("link add kube-ipvs0 type veth peer name kube-ipvs1");
+        ip(&format!("address add {}/32 dev kube-ipvs0", web.ip()));
+        place.write(&with_node_port(town));
+        let _agent = place.start();
+        eventually("the service answers", || is_up(web));
+        let at_node_port = SocketAddr::new(web.ip(), NODE_PORT);
+        assert!(!is_up(at_node_port), "it is no address of the node");
+    });
+}

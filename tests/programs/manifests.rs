@@ -1,0 +1,268 @@
+//! Manifests under the hands of the programs that people change files with.
+
+use std::{
+    fs,
+    path::Path,
+    process::Command,
+    sync::{
+        Mutex,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use lb_tests::{
+    Feature,
+    client::{Domain, Socket, call},
+    require,
+};
+use lb_userspace::model::Protocol::{Tcp, Udp};
+use nix::{errno::Errno, sys::signal::Signal};
+
+use crate::{
+    socklb::{Place, Running, eventually, is_up, with_town},
+    town::{self, Town},
+};
+
+/// A program, and how it brings `$F` in the folder `$DIR` from the version `$OLD` to the version `$N`, of which `$NEW` is a copy
+/// outside, and `$HALF` the octet in the middle, `$CUT` the start of the last document. `$TMP` is for its own things.
+const WAYS: [(&str, &str); 20] = [
+    ("cp over", "cp $NEW $F"),
+    ("cp --remove-destination", "cp --remove-destination $NEW $F"),
+    ("mv over", "cp $NEW $DIR/.new; mv $DIR/.new $F"),
+    ("sed -i", "sed -i \"s/only-$OLD/only-$N/; s/10[.]96[.]9[.]$OLD$/10.96.9.$N/; s/10[.]96[.]10[.]$OLD$/10.96.10.$N/\" $F"),
+    ("rsync", "rsync $NEW $F"),
+    ("rsync --inplace", "rsync --inplace $NEW $F"),
+    ("vim with a backup", "mv $F $F~; sleep 0.1; cat $NEW > $F; rm $F~"),
+    ("emptied, and written at once", "cat $NEW > $F"),
+    ("emptied, and written later", "> $F; sleep 0.5; cat $NEW > $F"),
+    ("emptied by truncate, and written later", "truncate --size 0 $F; sleep 0.5; cat $NEW > $F"),
+    ("cut off by truncate, and written later", "truncate --size $HALF $F; sleep 0.5; cat $NEW > $F"),
+    ("written in pieces", "{ sleep 0.4; head -c $HALF $NEW; sleep 0.4; tail -c +$((HALF + 1)) $NEW; } > $F"),
+    ("written in pieces, for longer than a file is waited for", "{ head -c $CUT $NEW; sleep 3; tail -c +$((CUT + 1)) $NEW; } > $F"),
+    ("written in goes", "head -c $CUT $NEW > $F; sleep 0.5; tail -c +$((CUT + 1)) $NEW >> $F"),
+    ("written octet by octet", "python3 -c \"import sys; [sys.stdout.buffer.raw.write(bytes([o])) for o in open('$NEW', 'rb').read()]\" > $F"),
+    ("moved away and replaced", "mv $F $DIR/web.away; sleep 0.5; cp $NEW $F; rm $DIR/web.away"),
+    ("removed and made anew", "rm $F; sleep 0.5; cp $NEW $F"),
+    ("moved to another name, edited, and moved back", "mv $F $DIR/a.yaml; sleep 0.2; cp $NEW $DIR/a.yaml; sleep 0.2; mv $DIR/a.yaml $F"),
+    (
+        "git checkout",
+        "git init --quiet $TMP; cd $TMP; export GIT_AUTHOR_NAME=a GIT_AUTHOR_EMAIL=a GIT_COMMITTER_NAME=a GIT_COMMITTER_EMAIL=a
+         cp $F web.yaml; git add .; git commit --quiet -m 1; git tag old; cp $NEW web.yaml; git commit --quiet -am 2; git tag new
+         export GIT_WORK_TREE=$DIR GIT_DIR=$TMP/.git; git reset --quiet old; git checkout --quiet new",
+    ),
+    (
+        "a mounted ConfigMap",
+        "cd $DIR; mkdir ..1 ..2; cp $F ..1; cp $NEW ..2/web.yaml; ln -s ..1 ..data; ln -s ..data/web.yaml .link; mv -T .link $F
+         sleep 0.5; ln -s ..2 ..data_tmp; mv -T ..data_tmp ..data; rm -r ..1",
+    ),
+];
+
+/// Services whose calls must go on, one that differs between versions, and one of each version alone. The last document is one
+/// whose endpoints could be cut off.
+fn manifest(town: &Town, version: usize) -> String {
+    let service = |name: &str, ip: &str, protocol: &str, port: u16| {
+        format!(
+            "apiVersion: v1\nkind: Service\nmetadata:\n  name: {name}\nspec:\n  ports:\n  - port: {port}\n    protocol: {protocol}\n  \
+             clusterIP: {ip}\n"
+        )
+    };
+    let slice = |name: &str, protocol: &str, port: u16| {
+        let endpoints: Vec<String> =
+            town.pods.iter().map(|pod| format!("- addresses:\n  - {}\n", pod.ips[0])).collect();
+        format!(
+            "apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata:\n  name: {name}-1\n  labels:\n    \
+             kubernetes.io/service-name: {name}\naddressType: IPv4\nports:\n- name: ''\n  port: {port}\n  protocol: \
+             {protocol}\nendpoints:\n{}",
+            endpoints.concat()
+        )
+    };
+    [
+        service("marker", &format!("10.96.9.{version}"), "TCP", 80),
+        service("dns", "10.96.0.53", "UDP", 53),
+        slice("dns", "UDP", 1053),
+        service(&format!("only-{version}"), &format!("10.96.10.{version}"), "TCP", 80),
+        service("web", "10.96.0.80", "TCP", 80),
+        slice("web", "TCP", town::HTTP),
+    ]
+    .join("---\n")
+}
+
+/// Ends what waits for it, also when a test fails.
+struct Over<'a>(&'a AtomicBool);
+
+impl Drop for Over<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Relaxed);
+    }
+}
+
+/// Calls while the file goes from one version to the next. Returns what went wrong.
+fn change(file: &Path, town: &Town, version: usize, way: &str) -> Vec<String> {
+    let folder = file.parent().unwrap();
+    let temp = tempfile::tempdir().unwrap();
+    let new = temp.path().join("new");
+    let text = manifest(town, version);
+    fs::write(&new, &text).unwrap();
+    let own = temp.path().join("own");
+    fs::create_dir(&own).unwrap();
+    let socket = Socket::new(Domain::V4, Udp);
+    socket.connect(town::dns()[0]).unwrap();
+    socket.set_nonblocking(true);
+    let (is_over, wrong) = (AtomicBool::new(false), Mutex::new(Vec::new()));
+    let at = |version: usize, third: u8| format!("10.96.{third}.{version}:80").parse().unwrap();
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            let started = Instant::now();
+            while !is_over.load(Relaxed) {
+                if let Err(error) = Socket::new(Domain::V4, Tcp).connect(town::web()[0]) {
+                    wrong.lock().unwrap().push(format!("web: {error} after {:?}", started.elapsed()));
+                }
+                match socket.receive() {
+                    Err(Errno::EAGAIN) => {}
+                    other => {
+                        wrong.lock().unwrap().push(format!("dns: {other:?} after {:?}", started.elapsed()))
+                    }
+                }
+                // The pods' servers begin a thread for each connection.
+                thread::sleep(Duration::from_millis(5));
+            }
+        });
+        let _ends_the_calls = Over(&is_over);
+        let status = Command::new("sh")
+            .args(["-ec", way])
+            .env("F", file)
+            .env("DIR", folder)
+            .env("NEW", &new)
+            .env("TMP", &own)
+            .env("OLD", (version - 1).to_string())
+            .env("N", version.to_string())
+            .env("HALF", (text.len() / 2).to_string())
+            .env("CUT", text.rfind("---\n").unwrap().to_string())
+            .status()
+            .unwrap();
+        assert!(status.success(), "{way}: {status}");
+        eventually("the new version is served", || {
+            call(at(version, 9), Tcp) == Err(Errno::ECONNREFUSED)
+                && call(at(version, 10), Tcp) == Err(Errno::ECONNREFUSED)
+        });
+        eventually("the old version is not", || {
+            call(at(version - 1, 9), Tcp) == Err(Errno::ENETUNREACH)
+                && call(at(version - 1, 10), Tcp) == Err(Errno::ENETUNREACH)
+        });
+    });
+    assert_eq!(socket.peer_name(), Ok(town::dns()[0]));
+    wrong.into_inner().unwrap()
+}
+
+/// An agent whose manifest is version 0.
+fn serve(place: &Place, town: &Town) -> Running {
+    fs::write(place.manifests().join("web.yaml"), manifest(town, 0)).unwrap();
+    let agent = place.start();
+    eventually("the service answers", || is_up(town::web()[0]));
+    agent
+}
+
+#[test]
+fn no_service_is_gone_while_its_manifest_is_changed_in_any_way() {
+    if !["rsync", "git", "python3"].into_iter().all(|program| require(Feature::Command(program))) {
+        return;
+    }
+    with_town(|place, town| {
+        let agent = serve(place, town);
+        let mut wrong = Vec::new();
+        for (version, (name, way)) in (1..).zip(WAYS) {
+            let found = change(&place.manifests().join("web.yaml"), town, version, way);
+            wrong.extend(found.first().map(|first| format!("{name}: {} times, first {first}", found.len())));
+        }
+        assert!(wrong.is_empty(), "{wrong:#?}");
+        let (_, log) = agent.end_with_log(Signal::SIGTERM);
+        for version in 0..WAYS.len() {
+            let gone = format!(
+                "Service default/only-{version} is served no more: file web.yaml was written without"
+            );
+            assert_eq!(log.iter().filter(|line| line.contains(&gone)).count(), 1, "{version}: {log:#?}");
+        }
+        let n_gone = log.iter().filter(|line| line.contains("served no more")).count();
+        assert_eq!(n_gone, WAYS.len(), "{log:#?}");
+    });
+}
+
+/// The same for a manifest that is the whole source.
+#[test]
+fn no_service_is_gone_while_a_single_manifest_is_changed() {
+    with_town(|place, town| {
+        let file = place.manifests().join("web.yaml");
+        fs::write(&file, manifest(town, 0)).unwrap();
+        let source = format!("--source=file:{}", file.display());
+        let _agent = place.start_with(&[
+            "--metrics-bind-address=",
+            "--healthz-bind-address=",
+            "--self-test-interval=0",
+            &source,
+        ]);
+        eventually("the service answers", || is_up(town::web()[0]));
+        let names =
+            ["mv over", "emptied, and written later", "moved away and replaced", "removed and made anew"];
+        let ways = WAYS.iter().filter(|(name, _)| names.contains(name));
+        for (version, (name, way)) in (1..).zip(ways) {
+            assert_eq!(change(&file, town, version, way), Vec::<String>::new(), "{name}");
+        }
+    });
+}
+
+/// A file that is removed takes its services along, soon, and says so.
+#[test]
+fn a_manifest_that_is_removed_takes_its_services_along() {
+    with_town(|place, town| {
+        let agent = serve(place, town);
+        fs::remove_file(place.manifests().join("web.yaml")).unwrap();
+        eventually("nothing answers", || call(town::web()[0], Tcp) == Err(Errno::ENETUNREACH));
+        let (_, log) = agent.end_with_log(Signal::SIGTERM);
+        let gone: Vec<&String> = log.iter().filter(|line| line.contains("served no more")).collect();
+        assert_eq!(gone.len(), 1, "{log:#?}");
+        for part in
+            ["EndpointSlice default/web-1", "Service default/web", "file web.yaml was removed or renamed"]
+        {
+            assert!(gone[0].contains(part), "{}", gone[0]);
+        }
+    });
+}
+
+/// What is broken when an agent starts is served as it was when one ran last, also after a reboot.
+#[test]
+fn a_manifest_that_is_broken_at_the_start_is_served_as_it_was() {
+    with_town(|place, town| {
+        let agent = serve(place, town);
+        let snapshot = place.state_dir().join("snapshot");
+        eventually("the snapshot is written", || snapshot.exists());
+        assert_eq!(agent.end(Signal::SIGTERM), Some(0));
+        let cleanup = ["--pin-path", &place.pin_path];
+        let kept = place.state_dir().with_extension("kept");
+        fs::rename(place.state_dir(), &kept).unwrap();
+        // The tables are empty, as after a reboot.
+        crate::process::text(&place.binary, &[&["cleanup"], &cleanup[..]].concat());
+        fs::rename(&kept, place.state_dir()).unwrap();
+        let file = place.manifests().join("web.yaml");
+        fs::write(&file, format!("{}---\nkind: [", manifest(town, 1))).unwrap();
+        fs::write(place.manifests().join("good.yaml"), manifest(town, 0).split("---\n").next().unwrap())
+            .unwrap();
+
+        let agent = place.start();
+        eventually("the service answers", || is_up(town::web()[0]));
+        // Longer than anything is waited for.
+        thread::sleep(Duration::from_secs(4));
+        assert!(is_up(town::web()[0]));
+        let log = agent.log();
+        let told =
+            log.iter().filter(|line| line.contains("web.yaml") && line.contains("stay in force (since"));
+        assert_eq!(told.count(), 1, "{log:#?}");
+        fs::write(&file, manifest(town, 2)).unwrap();
+        eventually("the repaired one is served", || {
+            call("10.96.10.2:80".parse().unwrap(), Tcp) == Err(Errno::ECONNREFUSED)
+                && call("10.96.10.0:80".parse().unwrap(), Tcp) == Err(Errno::ENETUNREACH)
+        });
+        assert!(is_up(town::web()[0]));
+    });
+}
