@@ -393,7 +393,8 @@ fn sizes_that_are_too_small_leave_the_maps_as_they_are() {
             let options = Options { capacity, ..options.clone() };
             let mut agent = Agent::start_with(&options, agent::settings(), Vec::new()).unwrap();
             let told: Vec<_> = agent.kernel.too_small().iter().collect();
-            let expected: Vec<_> = told.iter().map(|size| (size.setting, size.wanted, size.n_served)).collect();
+            let expected: Vec<_> =
+                told.iter().map(|size| (size.setting, size.wanted, size.n_served)).collect();
             assert_eq!(expected, refused, "{capacity:?}");
             assert!(all_answer(), "{capacity:?}");
             let plan = agent.follow(&cluster);

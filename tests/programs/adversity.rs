@@ -147,7 +147,10 @@ fn a_size_that_is_too_small_is_named_and_harms_nothing() {
         assert_eq!(agent.end(nix::sys::signal::Signal::SIGTERM), Some(0));
         let agent = place.start_with(&[&PORTS[..], &["--max-services=1"]].concat());
         eventually("it says so", || {
-            says(&agent, &["WARN", "--max-services=1 is too small", "65536 is used as before", "restart the agent"])
+            says(
+                &agent,
+                &["WARN", "--max-services=1 is too small", "65536 is used as before", "restart the agent"],
+            )
         });
         eventually("it is ready", || status_of(10256, "healthz") == "200");
         let body = text("curl", &["--silent", "http://127.0.0.1:10256/healthz"]);

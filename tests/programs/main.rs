@@ -15,6 +15,7 @@ mod dns;
 mod exclusion;
 mod faults;
 mod http;
+mod knowledge;
 mod manifests;
 mod nested;
 mod node;

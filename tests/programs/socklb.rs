@@ -325,8 +325,19 @@ fn bad_manifests_are_named_and_the_rest_is_served() {
         eventually("the service answers", || is_up(town::web()[0]));
         assert_eq!(servers(40).len(), 2);
         assert!(is_up(town::web()[1]));
-        let (status, log) = agent.end_with_log(Signal::SIGTERM);
-        assert_eq!(status, Some(0), "{log:#?}");
+        let status = run(&place.binary, &place.args(&["status", "-o", "json", "--cgroup", &place.cgroup]));
+        let status: Value = serde_json::from_slice(&status.stdout).unwrap();
+        let explained = text(&place.binary, &place.args(&["explain", "10.96.0.80:80"]));
+        let taken =
+            "  issue      Service default/zz-same: 10.96.0.80:80/tcp belongs to service default/web-v4";
+        assert!(explained.contains(taken), "{explained}");
+        let explained = text(&place.binary, &place.args(&["explain", "10.96.1.3:80"]));
+        assert!(explained.contains("default/large: spec.ports[0].port: 65536 is not a port"), "{explained}");
+        let (code, log) = agent.end_with_log(Signal::SIGTERM);
+        assert_eq!(code, Some(0), "{log:#?}");
+        // One of each that is named below.
+        assert_eq!(status["issues_of_agent"], status["issues"].as_array().unwrap().len(), "{status}");
+        let listed = status["issues"].as_array().unwrap();
         for wanted in [
             // File, line, object and field of each.
             &["broken.yaml:"][..],
@@ -340,6 +351,10 @@ fn bad_manifests_are_named_and_the_rest_is_served() {
         ] {
             let is_told = log.iter().any(|line| wanted.iter().all(|part| line.contains(part)));
             assert!(is_told, "no line with {wanted:?} in {log:#?}");
+            let issues = listed.iter().map(Value::to_string);
+            let parts = || wanted.iter().flat_map(|part| part.split(['/', ':']));
+            let is_listed = issues.into_iter().any(|issue| parts().all(|part| issue.contains(part)));
+            assert!(is_listed, "no issue with {wanted:?} in {listed:#?}");
         }
     });
 }
@@ -364,7 +379,10 @@ fn cleanup_takes_everything_away() {
             drop(child.stdout.take());
             let output = child.wait_with_output().unwrap();
             let message = String::from_utf8_lossy(&output.stderr);
-            assert!(output.status.success() && message.is_empty(), "{command}: {}: {message}", output.status);
+            // Without an agent, names are the snapshot's.
+            let is_said =
+                message.is_empty() || (command == "services" && message.contains("from the snapshot"));
+            assert!(output.status.success() && is_said, "{command}: {}: {message}", output.status);
         }
         assert_eq!(call(service, Protocol::Tcp), Err(Errno::ENETUNREACH));
         assert!(!Path::new(&place.pin_path).exists());
@@ -399,6 +417,9 @@ fn cleanup_beside_an_agent_that_runs_is_for_good() {
             }
             text(&place.binary, &place.args(&["cleanup"]));
             assert_eq!(call(service, Protocol::Tcp), Err(Errno::ENETUNREACH));
+            let status = run(&place.binary, &place.args(&["status", "--cgroup", &place.cgroup]));
+            let told = String::from_utf8_lossy(&status.stdout).into_owned();
+            assert!(status.status.code() == Some(1) && told.contains("it serves no calls"), "{told}");
             // Whatever the agent goes on to do, also in its audits, it attaches nothing anew.
             place.write(&town.cluster(0..1));
             thread::sleep(Duration::from_secs(1));

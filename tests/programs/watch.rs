@@ -214,6 +214,30 @@ fn monitored(place: &Place, flags: &[&str], calls: impl FnOnce()) -> Vec<Value> 
     })
 }
 
+/// Long before there is a connection or a summary.
+#[test]
+fn monitor_says_at_once_what_it_shows() {
+    with_town(|place, town| {
+        serve(place, town);
+        let mut child = Command::new(&place.binary)
+            .args(place.args(&["monitor"]))
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let started = Instant::now();
+        let lines = BufReader::new(child.stdout.take().unwrap()).lines().take(2);
+        let lines: Vec<String> = lines.map(Result::unwrap).collect();
+        assert!(started.elapsed() < Duration::from_secs(8), "before the first summary");
+        assert!(lines[0].starts_with("# time  service  address called -> endpoint"), "{lines:?}");
+        assert!(
+            lines[1].contains("every 100ms (--interval)") && lines[1].contains("socklb top"),
+            "{lines:?}"
+        );
+        kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGTERM).unwrap();
+        assert_eq!(child.wait().unwrap().code(), Some(0));
+    });
+}
+
 #[test]
 fn monitor_shows_new_connections_and_counts_the_others() {
     with_town(|place, town| {

@@ -92,13 +92,13 @@ fn judge(host: &Host, is_beside_v1: bool) -> Vec<Finding> {
         capabilities(host.capabilities),
         judged(
             "programs",
-            host.programs.as_ref().map(|()| "the kernel's verifier takes those of all hooks".to_owned()),
+            host.programs.as_ref().map(|()| "the kernel accepts those of all hooks".to_owned()),
         ),
         switch(
             features.set_retval,
             "refusal",
             "bpf_set_retval: connect() and sendto() fail with ECONNREFUSED",
-            "no bpf_set_retval (Linux 5.18): calls of a service without endpoints go where nobody listens; a datagram's \
+            "no bpf_set_retval (Linux 5.18): calls of a service without endpoints go to a closed port of loopback; a datagram's \
              sendto() fails with EINVAL",
         ),
         switch(
@@ -141,7 +141,7 @@ fn attaching(host: &Host) -> Finding {
                 by_program.iter().map(|(program, hooks)| format!("{}: {program}", hooks.join(" "))).collect();
             (Status::Missing, format!("the agent cannot attach {}", list.join("; ")))
         }
-        Err(error) => (Status::Note, format!("cannot be asked for: {error}")),
+        Err(error) => (Status::Note, format!("cannot be listed: {error}")),
     };
     Finding { what: "attaching", status, found }
 }
@@ -169,7 +169,7 @@ fn neighbours(host: &Host) -> Finding {
                 (Status::Note, format!("{}: {advice}", list.join(", ")))
             }
         }
-        Err(error) => (Status::Note, format!("cannot be asked for: {error}")),
+        Err(error) => (Status::Note, format!("cannot be listed: {error}")),
     };
     Finding { what: "other balancers", status, found }
 }
@@ -214,7 +214,7 @@ fn kernel_clients(release: &str, features: Features) -> Finding {
 
 fn btf(has_btf: bool) -> Finding {
     let (status, found) = if has_btf {
-        (Status::Ok, "the kernel tells its types")
+        (Status::Ok, "the kernel describes its types in /sys/kernel/btf/vmlinux")
     } else {
         let found = "no /sys/kernel/btf/vmlinux (CONFIG_DEBUG_INFO_BTF): records of sockets are kept in socket storage, and \
                      getpeername() of multipath TCP shows the endpoint";

@@ -44,10 +44,21 @@ pub struct UsageError(pub String);
 pub fn read<T: DeserializeOwned>(path: &Path) -> Result<T, UsageError> {
     let text = fs::read_to_string(path)
         .map_err(|error| UsageError(format!("--config {}: {error}", path.display())))?;
-    serde_saphyr::from_str(&text).map_err(|error| {
+    parse(&text).map_err(|problem| UsageError(format!("--config {}: {problem}", path.display())))
+}
+
+fn parse<T: DeserializeOwned>(text: &str) -> Result<T, String> {
+    serde_saphyr::from_str(text).map_err(|error| {
         // The library shows an excerpt below the first line; one line is what this tool promises.
         let message = error.to_string();
-        UsageError(format!("--config {}: {}", path.display(), message.lines().next().unwrap_or_default()))
+        let message = message.lines().next().unwrap_or_default();
+        // It names the line only. The key is found by reading the same again without lines.
+        let tree = serde_saphyr::from_str::<serde_json::Value>(text).ok();
+        let key = tree.and_then(|tree| serde_path_to_error::deserialize::<_, T>(tree).err());
+        match key.map(|error| error.path().to_string()) {
+            Some(key) if key != "." && !message.contains(&key) => format!("{key}: {message}"),
+            _ => message.to_owned(),
+        }
     })
 }
 
@@ -211,6 +222,28 @@ mod tests {
         assert_eq!(node_port_range("30000-32767"), Ok((30000, 32767)));
         for wrong in ["", "30000", "2-1", "0-5", "1-65536", "a-b"] {
             assert!(node_port_range(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn what_is_wrong_in_a_file_is_named_by_key_and_line() {
+        #[derive(Debug, serde::Deserialize)]
+        #[serde(rename_all = "kebab-case", deny_unknown_fields)]
+        #[expect(dead_code, reason = "never read into")]
+        struct File {
+            max_services: Option<u32>,
+            exclude_cgroup: Vec<String>,
+        }
+        for (text, parts) in [
+            ("exclude-cgroup: []\nmax-services: many\n", &["max-services: ", "line 2"][..]),
+            ("exclude-cgroup: []\nmax-services: -1\n", &["max-services: ", "line 2"]),
+            ("max-services: 1\nexclude-cgroup: 5\n", &["exclude-cgroup: ", "line 2"]),
+            ("max-servces: 1\n", &["max-servces", "line 1"]),
+            ("max-services: [\n", &["line "]),
+        ] {
+            let problem = parse::<File>(text).unwrap_err();
+            assert!(parts.iter().all(|part| problem.contains(part)), "{text:?}: {problem}");
+            assert_eq!(problem.lines().count(), 1, "{problem}");
         }
     }
 

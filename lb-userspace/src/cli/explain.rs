@@ -7,14 +7,14 @@ use std::{fmt::Write as _, net::SocketAddr};
 
 use serde::Serialize;
 
-use super::listing::kind_name;
+use super::listing::{kind_name, service_text};
 use crate::{
     controller::State,
     desired::{
         self, FrontendAddress,
         endpoints::{PortEndpoints, Scope},
     },
-    model::{Family, Service, ServiceKey, TrafficPolicy, address},
+    model::{Family, Issue, Service, ServiceKey, TrafficPolicy, address},
     sim::{Caller, Outcome, Simulator},
 };
 
@@ -33,6 +33,8 @@ pub struct Explanation {
     pub left_out: Vec<LeftOutPart>,
     /// The rule that decided, in a sentence.
     pub reason: String,
+    /// What is wrong with the objects of this address and of its service. Left to whoever has the objects.
+    pub issues: Vec<Issue>,
 }
 
 /// The frontend of an [`Explanation`].
@@ -79,6 +81,7 @@ pub fn explain(
             candidates: Vec::new(),
             left_out: Vec::new(),
             reason,
+            issues: Vec::new(),
         };
     };
     // The entry's own key: for a node port that is the wildcard address, not the one that was called.
@@ -117,6 +120,7 @@ pub fn explain(
         candidates,
         left_out,
         reason,
+        issues: Vec::new(),
     }
 }
 
@@ -207,19 +211,24 @@ fn scope<'a>(state: &'a State, owner: &desired::Frontend, to: FrontendAddress) -
     }
 }
 
+impl FrontendPart {
+    /// The Service port, for people.
+    fn service(&self) -> String {
+        if self.name.is_empty() {
+            return "of a service that no known object names".to_owned();
+        }
+        format!("of {}", service_text(&self.namespace, &self.name, &self.port_name))
+    }
+}
+
 impl Explanation {
     /// The explanation for people.
     #[must_use]
     pub fn text(&self) -> String {
         let mut text = format!("{} -> {}: {}\n", self.call, self.verdict, self.reason);
         if let Some(frontend) = &self.frontend {
-            let service = if frontend.name.is_empty() {
-                "of a service that no known object names".to_owned()
-            } else {
-                let port = if frontend.port_name.is_empty() { "" } else { ":" };
-                format!("of {}/{}{port}{}", frontend.namespace, frontend.name, frontend.port_name)
-            };
-            let _ = writeln!(text, "  frontend   {} {service}, policy {:?}", frontend.kind, frontend.policy);
+            let (kind, service, policy) = (frontend.kind, frontend.service(), frontend.policy);
+            let _ = writeln!(text, "  frontend   {kind} {service}, policy {policy:?}");
         }
         for endpoint in &self.candidates {
             let _ = writeln!(text, "  candidate  {endpoint}");
@@ -227,6 +236,28 @@ impl Explanation {
         for left_out in &self.left_out {
             let _ = writeln!(text, "  left out   {}  {}", left_out.endpoint, left_out.reason);
         }
+        for issue in &self.issues {
+            let _ = writeln!(text, "  issue      {issue}");
+        }
         text
+    }
+
+    /// The same in one line, without its end.
+    #[must_use]
+    pub fn line(&self) -> String {
+        let mut line = format!("{} -> {}: {}", self.call, self.verdict, self.reason);
+        if let Some(frontend) = &self.frontend {
+            let _ = write!(line, "; {} {}", frontend.kind, frontend.service());
+        }
+        for endpoint in &self.candidates {
+            let _ = write!(line, "; candidate {endpoint}");
+        }
+        for left_out in &self.left_out {
+            let _ = write!(line, "; left out {} ({})", left_out.endpoint, left_out.reason);
+        }
+        for issue in &self.issues {
+            let _ = write!(line, "; issue: {issue}");
+        }
+        line
     }
 }

@@ -1,23 +1,31 @@
-//! Commands that look at pinned state or remove it. None needs a running agent.
+//! Commands that look at pinned state or remove it. None but `explain --watch` needs a running agent.
 
 use std::{
-    collections::BTreeMap, net::SocketAddr, os::fd::AsFd, path::PathBuf, process::ExitCode, str::FromStr,
+    collections::{BTreeMap, BTreeSet},
+    os::fd::AsFd,
+    path::PathBuf,
+    process::ExitCode,
+    thread,
+    time::{Duration, SystemTime},
 };
 
 use anyhow::Context as _;
 use clap::{Args, ValueEnum};
+use jiff::Timestamp;
 use lb_common::layout::EndpointStats;
 use nix::sched::{CloneFlags, setns};
+use serde::Serialize;
 use tracing::debug;
 
 use super::{
     PinArgs,
+    agent::{Agent, AskError},
     config::UsageError,
-    explain::explain as explain_call,
-    listing::{self, list, table},
+    explain::{Explanation, explain as explain_call},
+    listing::{self, FrontendRow, list, table},
+    objects::{At, Objects},
 };
 use crate::{
-    controller::State,
     desired::FrontendAddress,
     kernel::{
         cgroup,
@@ -26,11 +34,11 @@ use crate::{
         store::Maps,
         syscall,
     },
-    model::Protocol,
     self_test,
+    serve::{agent_socket, known::Which},
     sim::{Caller, Config, Simulator},
-    snapshot::{self, Snapshot},
-    tables::Image,
+    snapshot,
+    tables::{Entry, Image},
 };
 
 /// How an answer is printed.
@@ -62,67 +70,21 @@ pub struct ServicesArgs {
 #[derive(Debug, Args)]
 pub struct ExplainArgs {
     /// ADDRESS:PORT, with /tcp (the default) or /udp behind it; IPv6 as [ADDRESS]:PORT.
-    call: Call,
+    call: FrontendAddress,
     /// Ask for a program in this network namespace, such as /run/netns/NAME [default: the own one]
     #[arg(long, value_name = "PATH", conflicts_with = "pid")]
     netns: Option<PathBuf>,
     /// Ask for a program in the network namespace of this process.
     #[arg(long)]
     pid: Option<u32>,
+    /// Go on, and print the answer again whenever it changes: a line each, with the time. Takes an agent at work.
+    #[arg(short, long)]
+    watch: bool,
     /// How to print it.
     #[arg(short, long, value_enum, default_value_t)]
     output: Output,
     #[command(flatten)]
     pins: PinArgs,
-}
-
-/// A destination as typed.
-#[derive(Clone, Copy, Debug)]
-struct Call(FrontendAddress);
-
-impl FromStr for Call {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let (address, protocol) = match text.rsplit_once('/') {
-            None | Some((_, "tcp")) => (text.trim_end_matches("/tcp"), Protocol::Tcp),
-            Some((address, "udp")) => (address, Protocol::Udp),
-            Some((_, other)) => return Err(format!("{other:?}: expected tcp or udp")),
-        };
-        let address: SocketAddr = address
-            .parse()
-            .map_err(|_hint| "expected ADDRESS:PORT, such as 10.96.0.1:443 or [fd00::1]:53/udp".to_owned())?;
-        Ok(Self(FrontendAddress { ip: address.ip(), port: address.port(), protocol }))
-    }
-}
-
-/// What commands look at: the kernel's tables, and the objects behind them as far as they are known.
-struct Pinned {
-    maps: Maps,
-    image: Image,
-    objects: Option<State>,
-    config: Config,
-}
-
-impl Pinned {
-    fn open(pins: &PinArgs) -> anyhow::Result<Self> {
-        let maps = Maps::open(&pins.pin_path)?;
-        let image = maps.image()?;
-        let snapshot = match Snapshot::read(&pins.state_dir) {
-            Ok(snapshot) => Some(snapshot),
-            Err(error) => {
-                // Without it the tables are shown all the same, only without names.
-                eprintln!("socklb: names are missing: {error}");
-                None
-            }
-        };
-        let meta = maps.meta();
-        let config = Config {
-            node_ports: (meta.node_port_first, meta.node_port_last),
-            localhost_nodeports: meta.localhost_nodeports != 0,
-        };
-        Ok(Self { maps, image, objects: snapshot.map(listing::state_of), config })
-    }
 }
 
 /// Prints in the way that was asked for.
@@ -139,19 +101,34 @@ pub(super) fn print(
     Ok(())
 }
 
+/// How long to wait before an agent that has ended is asked again.
+const RETRY: Duration = Duration::from_secs(1);
+/// How often what changed while it was read is looked at again.
+const ROUNDS: usize = 5;
+/// Rows of `services` that are looked at again, at most. More than these do not change in the time of a look.
+const MAX_ROWS: usize = 256;
+
 /// `socklb services`
 ///
 /// # Errors
 ///
 /// If nothing is pinned or it cannot be read.
 pub fn services(args: &ServicesArgs) -> anyhow::Result<ExitCode> {
-    let pinned = Pinned::open(&args.pins)?;
-    let mut stats: BTreeMap<u32, EndpointStats> = BTreeMap::new();
-    let runs = pinned.image.runs4.values().chain(pinned.image.runs6.values());
-    for entry in runs.flat_map(|entries| entries.iter()) {
-        stats.insert(entry.endpoint_id, pinned.maps.endpoint_stats(entry.endpoint_id)?);
+    let maps = Maps::open(&args.pins.pin_path)?;
+    let mut objects = Objects::new(&args.pins.state_dir);
+    let _known = objects.now();
+    // After the objects: what is shown of the kernel is never older than the question.
+    let image = maps.image()?;
+    let entries = image.runs4.values().chain(image.runs6.values()).flat_map(|run| run.iter());
+    let mut rows = list(&image, objects.state(), &stats(&maps, entries)?);
+    if let Some(state) = objects.state().filter(|_| objects.notice().is_none()) {
+        let changed = rows.iter().filter(|row| !listing::is_described(row, state));
+        let changed = changed.map(FrontendRow::frontend).take(MAX_ROWS).collect();
+        look_again(&mut rows, changed, &maps, &Agent::new(&args.pins.state_dir))?;
     }
-    let mut rows = list(&pinned.image, pinned.objects.as_ref(), &stats);
+    if let Some(notice) = objects.notice() {
+        eprintln!("socklb: {notice}");
+    }
     if let Some(namespace) = &args.namespace {
         rows.retain(|row| row.namespace == *namespace);
     }
@@ -159,14 +136,178 @@ pub fn services(args: &ServicesArgs) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// The counters of endpoints.
+fn stats<'a>(
+    maps: &Maps,
+    entries: impl Iterator<Item = &'a Entry>,
+) -> anyhow::Result<BTreeMap<u32, EndpointStats>> {
+    entries.map(|entry| Ok((entry.endpoint_id, maps.endpoint_stats(entry.endpoint_id)?))).collect()
+}
+
+/// Reads these rows again with the objects of their services, which take no time to hear. Rows of frontends that are gone
+/// are removed.
+fn look_again(
+    rows: &mut Vec<FrontendRow>,
+    mut changed: BTreeSet<FrontendAddress>,
+    maps: &Maps,
+    agent: &Agent,
+) -> anyhow::Result<()> {
+    for _ in 0..ROUNDS {
+        let heard: Result<Vec<_>, _> =
+            changed.iter().map(|address| Ok((*address, agent.ask(Which::At(*address), None)?))).collect();
+        // An agent that ends meanwhile leaves the rows as they are.
+        let Ok(heard) = heard.map_err(|error: AskError| debug!(%error, "rows are not looked at again"))
+        else {
+            break;
+        };
+        if heard.is_empty() {
+            break;
+        }
+        let image = maps.image()?;
+        rows.retain(|row| !changed.contains(&row.frontend()));
+        changed.clear();
+        for (address, answer) in heard {
+            let state = answer.map(|tagged| listing::state_of_known(tagged.known));
+            let counters = stats(maps, image.entries_at(address).iter())?;
+            let Some(row) = listing::find(&image, address, state.as_ref(), &counters) else { continue };
+            if state.is_none_or(|state| !listing::is_described(&row, &state)) {
+                changed.insert(address);
+            }
+            rows.push(row);
+        }
+    }
+    listing::sort(rows);
+    Ok(())
+}
+
+/// A question of `socklb explain`.
+struct Asked<'a> {
+    args: &'a ExplainArgs,
+    agent: Agent,
+}
+
+/// An answer to it.
+struct Answered {
+    explanation: Explanation,
+    /// Why the names may be out of date, or are missing.
+    notice: Option<String>,
+    /// Of what the agent said; `None` if no agent did.
+    tag: Option<String>,
+}
+
+impl Asked<'_> {
+    /// The answer of this moment.
+    fn now(&self) -> anyhow::Result<Answered> {
+        let (state_dir, call) = (&self.args.pins.state_dir, self.args.call);
+        let mut at = At::now(&self.agent, state_dir, call);
+        let (maps, mut image) = read(&self.args.pins)?;
+        for _ in 0..ROUNDS {
+            if at.tag.is_none() {
+                break;
+            }
+            let now = At::now(&self.agent, state_dir, call);
+            let is_same = now.tag == at.tag;
+            at = now;
+            if is_same {
+                break;
+            }
+            // The tables may have followed what the agent says now.
+            image = maps.image()?;
+        }
+        let meta = maps.meta();
+        let own = syscall::netns_cookie();
+        debug!(?own, node = meta.node_netns, "network namespaces");
+        // Before kernel 5.14 the cookie cannot be read: then the caller is taken to be on the node.
+        let caller = Caller {
+            netns: own.unwrap_or_default(),
+            on_node: own.is_none_or(|own| meta.node_netns == 0 || own == meta.node_netns),
+            earlier: None,
+        };
+        let mut simulator = Simulator::new(image);
+        simulator.config = Config {
+            node_ports: (meta.node_port_first, meta.node_port_last),
+            localhost_nodeports: meta.localhost_nodeports != 0,
+        };
+        let At { state, issues, notice, tag } = at;
+        let explanation = Explanation { issues, ..explain_call(&simulator, state.as_ref(), call, caller) };
+        Ok(Answered { explanation, notice, tag })
+    }
+
+    /// Prints the answer, and again whenever it changes. The agent says when; the kernel is not looked at in between.
+    fn watch(&self) -> anyhow::Result<()> {
+        let Answered { mut explanation, notice, mut tag } = self.now()?;
+        if let Some(notice) = notice {
+            anyhow::bail!("--watch takes an agent at work: {notice}");
+        }
+        if !self.show(&explanation)? {
+            return Ok(());
+        }
+        // Why there is no answer for the moment, if that is on standard error already.
+        let mut problem: Option<String> = None;
+        loop {
+            let now = match self.agent.wait(self.args.call, tag.as_deref()) {
+                Ok(None) => continue,
+                Ok(Some(_)) => self.now().map_err(|error| format!("{error:#}")),
+                Err(error) => Err(error.to_string()),
+            };
+            // An agent that starts answers before it has synced, and may be replacing its maps.
+            match now.and_then(|now| now.notice.clone().map_or(Ok(now), Err)) {
+                Ok(now) => {
+                    if problem.take().is_some() {
+                        eprintln!("socklb: the agent answers again");
+                    }
+                    tag = now.tag;
+                    if now.explanation != explanation {
+                        explanation = now.explanation;
+                        if !self.show(&explanation)? {
+                            return Ok(());
+                        }
+                    }
+                }
+                Err(error) => {
+                    if problem.is_none() {
+                        eprintln!("socklb: {error}; what is in the kernel goes on; waiting for the agent");
+                    }
+                    problem = Some(error);
+                    tag = None;
+                    thread::sleep(RETRY);
+                }
+            }
+        }
+    }
+
+    /// Prints one answer of a watch. `false` once nobody reads any more.
+    fn show(&self, explanation: &Explanation) -> anyhow::Result<bool> {
+        let now = Timestamp::try_from(SystemTime::now()).unwrap_or_default();
+        let time = now.strftime("%Y-%m-%dT%H:%M:%S.%3fZ").to_string();
+        super::show_more(&match self.args.output {
+            Output::Table => format!("{time} {}\n", explanation.line()),
+            Output::Json => format!("{}\n", serde_json::to_string(&Timed { time, explanation })?),
+            Output::Yaml => format!("---\n{}", serde_saphyr::to_string(&Timed { time, explanation })?),
+        })
+    }
+}
+
+/// One answer of a watch, with its time as RFC 3339 has it.
+#[derive(Serialize)]
+struct Timed<'a> {
+    time: String,
+    #[serde(flatten)]
+    explanation: &'a Explanation,
+}
+
+fn read(pins: &PinArgs) -> anyhow::Result<(Maps, Image)> {
+    let maps = Maps::open(&pins.pin_path)?;
+    let image = maps.image()?;
+    Ok((maps, image))
+}
+
 /// `socklb explain`
 ///
 /// # Errors
 ///
-/// If nothing is pinned, it cannot be read, or the network namespace does not exist.
+/// If nothing is pinned, it cannot be read, or the network namespace does not exist; with `--watch` also without an agent.
 pub fn explain(args: &ExplainArgs) -> anyhow::Result<ExitCode> {
-    let pinned = Pinned::open(&args.pins)?;
-    let node = pinned.maps.meta().node_netns;
     let netns = args.netns.clone().or_else(|| args.pid.map(|pid| format!("/proc/{pid}/ns/net").into()));
     if let Some(path) = netns {
         let file = std::fs::File::open(&path)
@@ -174,17 +315,15 @@ pub fn explain(args: &ExplainArgs) -> anyhow::Result<ExitCode> {
         setns(file.as_fd(), CloneFlags::CLONE_NEWNET)
             .map_err(|errno| UsageError(format!("{}: {errno}: name a network namespace", path.display())))?;
     }
-    let own = syscall::netns_cookie();
-    debug!(?own, node, "network namespaces");
-    // Before kernel 5.14 the cookie cannot be read: then the caller is taken to be on the node.
-    let caller = Caller {
-        netns: own.unwrap_or_default(),
-        on_node: own.is_none_or(|own| node == 0 || own == node),
-        earlier: None,
-    };
-    let mut simulator = Simulator::new(pinned.image);
-    simulator.config = pinned.config;
-    let explanation = explain_call(&simulator, pinned.objects.as_ref(), args.call.0, caller);
+    let asked = Asked { args, agent: Agent::new(&args.pins.state_dir) };
+    if args.watch {
+        asked.watch()?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let Answered { explanation, notice, .. } = asked.now()?;
+    if let Some(notice) = notice {
+        eprintln!("socklb: {notice}");
+    }
     print(args.output, &explanation, || explanation.text())?;
     Ok(ExitCode::SUCCESS)
 }
@@ -202,15 +341,32 @@ pub fn cleanup(args: &PinArgs) -> anyhow::Result<ExitCode> {
     let mut removed = pins::remove(&args.pin_path)?;
     drop(lock);
     removed.extend(snapshot::remove(&args.state_dir)?);
+    removed.extend(agent_socket::remove_leftover(&args.state_dir));
     // An agent serves the root, unless it is told otherwise.
     removed.extend(cgroup::find_widest().ok().and_then(|root| self_test::remove_leftover(&root)));
     // After the work: a reader that goes away does not stop it half-way.
     let lines = removed.iter().map(|path| format!("removed {}\n", path.display()));
     super::show(&lines.collect::<String>())?;
     if let Some(agent) = agent {
-        eprintln!("socklb: the agent ({agent}) still runs and serves nothing any longer: end it");
+        let name = |variable: &str| std::env::var(variable).ok().filter(|name| !name.is_empty());
+        eprintln!(
+            "socklb: {}",
+            still_runs(&agent, name("POD_NAME").as_deref(), name("NODE_NAME").as_deref())
+        );
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// What to do about an agent that `cleanup` found at work. In a pod its number is 1 for every agent: pod and node tell which.
+fn still_runs(holder: &str, pod: Option<&str>, node: Option<&str>) -> String {
+    let pod = pod.map(|pod| format!(", pod {pod}")).unwrap_or_default();
+    let place = node.map(|node| format!("{pod} on node {node}")).unwrap_or(pod);
+    let remedy = if place.is_empty() {
+        "end it, or restart it to serve again"
+    } else {
+        "remove the DaemonSet, or delete the pod for one that serves again"
+    };
+    format!("the agent ({holder}{place}) still runs and serves no calls: {remedy}")
 }
 
 #[cfg(test)]
@@ -218,13 +374,27 @@ mod tests {
     use super::*;
 
     #[test]
-    fn destinations_are_typed_as_people_write_them() {
-        let parse = |text: &str| text.parse::<Call>().map(|Call(call)| call.to_string());
-        assert_eq!(parse("10.96.0.1:443"), Ok("10.96.0.1:443/tcp".into()));
-        assert_eq!(parse("10.96.0.1:443/tcp"), Ok("10.96.0.1:443/tcp".into()));
-        assert_eq!(parse("[fd00::1]:53/udp"), Ok("[fd00::1]:53/udp".into()));
-        for wrong in ["", "10.96.0.1", "10.96.0.1:443/icmp", "fd00::1:53", "10.96.0.1:65536"] {
-            assert!(parse(wrong).is_err(), "{wrong}");
+    fn an_agent_in_a_pod_is_named_by_pod_and_node() {
+        for (pod, node, expected) in [
+            (
+                None,
+                None,
+                "the agent (process 7) still runs and serves no calls: end it, or restart it to serve again",
+            ),
+            (
+                None,
+                Some("node-a"),
+                "the agent (process 7 on node node-a) still runs and serves no calls: remove the DaemonSet, or delete the \
+                 pod for one that serves again",
+            ),
+            (
+                Some("socklb-x2x4z"),
+                Some("node-a"),
+                "the agent (process 7, pod socklb-x2x4z on node node-a) still runs and serves no calls: remove the \
+                 DaemonSet, or delete the pod for one that serves again",
+            ),
+        ] {
+            assert_eq!(still_runs("process 7", pod, node), expected);
         }
     }
 }

@@ -14,11 +14,12 @@ use serde::Serialize;
 use crate::{
     controller::State,
     desired::{
-        self, FrontendAddress, FrontendKind,
+        self, FrontendAddress, FrontendKind, Settings,
         endpoints::{PortEndpoints, Scope},
     },
-    model::{Family, Protocol, TrafficPolicy},
+    model::{Family, Protocol, Store, TrafficPolicy, store::Changes},
     plan::Capacity,
+    serve::known::Known,
     snapshot::Snapshot,
     tables::Image,
 };
@@ -36,7 +37,7 @@ pub struct FrontendRow {
     pub protocol: Protocol,
     /// `ClusterIP`, `NodePort`, `ExternalIP` or `LoadBalancer`; empty if no object is known.
     pub kind: &'static str,
-    /// The address that programs call; the unspecified address stands for every node address.
+    /// The address that programs call; the unspecified address of a family stands for every node address of it.
     pub address: IpAddr,
     /// The port that programs call.
     pub port: u16,
@@ -46,6 +47,14 @@ pub struct FrontendRow {
     pub affinity_seconds: u32,
     /// The endpoints that a call may reach.
     pub endpoints: Vec<EndpointRow>,
+}
+
+impl FrontendRow {
+    /// The key in the tables.
+    #[must_use]
+    pub const fn frontend(&self) -> FrontendAddress {
+        FrontendAddress { ip: self.address, port: self.port, protocol: self.protocol }
+    }
 }
 
 /// One endpoint of a frontend. Field names are a promise.
@@ -75,16 +84,60 @@ pub struct EndpointRow {
 /// Builds the state that a snapshot's objects ask for, without any kernel.
 #[must_use]
 pub fn state_of(snapshot: Snapshot) -> State {
-    let mut state =
-        State::new(snapshot.settings(), snapshot.interfaces.clone(), Capacity::default(), &Image::default());
-    state.change(|store| {
+    let (settings, interfaces) = (snapshot.settings(), snapshot.interfaces.clone());
+    state(settings, interfaces, |store| {
         let mut changes = store.replace_nodes(snapshot.nodes);
         changes.merge(store.replace_services(snapshot.services));
         changes.merge(store.replace_slices(snapshot.slices));
         changes
+    })
+}
+
+/// Builds the state that an agent's objects ask for. Its frontends are those that the kernel follows, its objects the
+/// latest.
+#[must_use]
+pub fn state_of_known(known: Known) -> State {
+    let mut state = state(known.settings, known.interfaces, |store| {
+        let mut changes = store.replace_nodes(known.nodes);
+        changes.merge(store.replace_services(known.services));
+        changes.merge(store.replace_slices(known.slices));
+        changes
     });
+    for (key, frontends) in known.former {
+        state.recall(&key, frontends);
+    }
+    state
+}
+
+fn state(settings: Settings, interfaces: Vec<IpAddr>, fill: impl FnOnce(&mut Store) -> Changes) -> State {
+    let mut state = State::new(settings, interfaces, Capacity::default(), &Image::default());
+    state.change(fill);
     let _what_empty_tables_would_need = state.sync();
     state
+}
+
+/// Whether the objects tell of everything in a row: the service, and each of its endpoints. If not, they are of another
+/// moment than the tables.
+#[must_use]
+pub fn is_described(row: &FrontendRow, state: &State) -> bool {
+    state.desired().owner(&row.frontend()).is_some_and(|owner| {
+        let described = describe_endpoints(state, owner);
+        row.endpoints
+            .iter()
+            .all(|endpoint| described.contains_key(&SocketAddr::new(endpoint.address, endpoint.port)))
+    })
+}
+
+/// The row of one frontend; `None` if the tables do not hold it.
+#[must_use]
+pub fn find(
+    image: &Image,
+    address: FrontendAddress,
+    objects: Option<&State>,
+    stats: &BTreeMap<u32, EndpointStats>,
+) -> Option<FrontendRow> {
+    let id = image.services.get(&address)?;
+    Some(row(image, address, *id, objects, stats))
 }
 
 /// Lists every frontend that the tables hold, in the order of namespace, name, port, address.
@@ -98,13 +151,18 @@ pub fn list(
 ) -> Vec<FrontendRow> {
     let mut rows: Vec<FrontendRow> =
         image.services.iter().map(|(address, id)| row(image, *address, *id, objects, stats)).collect();
+    sort(&mut rows);
+    rows
+}
+
+/// Brings rows into the order of [`list`].
+pub fn sort(rows: &mut [FrontendRow]) {
     rows.sort_by(|a, b| {
         let key = |row: &FrontendRow| (row.namespace.clone(), row.name.clone(), row.port_name.clone());
         key(a)
             .cmp(&key(b))
             .then_with(|| (a.address, a.port, a.protocol).cmp(&(b.address, b.port, b.protocol)))
     });
-    rows
 }
 
 fn row(
@@ -246,13 +304,12 @@ fn endpoints_cell(row: &FrontendRow, room: usize) -> String {
 
 fn cells(row: &FrontendRow) -> [String; 4] {
     let kind = if row.kind.is_empty() { "-" } else { row.kind };
-    let address = FrontendAddress { ip: row.address, port: row.port, protocol: row.protocol };
     let policy = match row.policy {
         TrafficPolicy::Cluster => "Cluster",
         TrafficPolicy::Local => "Local",
     };
     let service = service_text(&row.namespace, &row.name, &row.port_name);
-    [service, kind.to_owned(), address_text(address), policy.to_owned()]
+    [service, kind.to_owned(), row.frontend().to_string(), policy.to_owned()]
 }
 
 /// A service port in tables: `namespace/name:port`, or a dash if no object is known.
@@ -262,16 +319,6 @@ pub(super) fn service_text(namespace: &str, name: &str, port_name: &str) -> Stri
         (_, "") => format!("{namespace}/{name}"),
         _ => format!("{namespace}/{name}:{port_name}"),
     }
-}
-
-/// An address in tables, with a star for the one that stands for every node address.
-pub(super) fn address_text(address: FrontendAddress) -> String {
-    let text = address.to_string();
-    if !address.ip.is_unspecified() {
-        return text;
-    }
-    let numbers = SocketAddr::new(address.ip, address.port).to_string();
-    text.replacen(&numbers, &format!("*:{}", address.port), 1)
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! The command line.
 #![expect(clippy::doc_markdown, reason = "clap prints these as they are: help texts, not Markdown")]
 
+mod agent;
 pub mod check;
 pub mod complete;
 pub mod config;
@@ -9,6 +10,7 @@ pub mod explain;
 pub mod inspect;
 pub mod listing;
 pub mod monitor;
+mod objects;
 pub mod run;
 mod sample;
 pub mod self_test;
@@ -19,6 +21,8 @@ use std::{io::Write as _, path::PathBuf, process::ExitCode};
 
 use anyhow::Context as _;
 use clap::{Args, CommandFactory as _, Parser, Subcommand};
+
+use crate::kernel::chain;
 
 /// Socket-level service load balancer for Kubernetes.
 ///
@@ -61,7 +65,7 @@ enum Command {
     ///
     /// It is a sample: sockets that come and go between two looks are missed, and so are calls that are refused and further
     /// datagrams on the same way. Lines with # (in JSON: event summary), every ten seconds and at the end, tell how many
-    /// calls the counters saw, and how many went by unseen.
+    /// calls the counters saw, and how many went by unseen. The first of them say what the columns are.
     Monitor(monitor::MonitorArgs),
     /// Detach the programs and delete the maps, and nothing else.
     Cleanup(PinArgs),
@@ -82,7 +86,7 @@ pub struct PinArgs {
     /// Directory of the pinned maps and links, on a BPF file system.
     #[arg(long, env = "SOCKLB_PIN_PATH", default_value = config::PIN_PATH, value_name = "DIR")]
     pub pin_path: PathBuf,
-    /// Directory of the snapshot of objects.
+    /// Directory of the snapshot of objects, and of the socket at which the agent answers commands.
     #[arg(long, env = "SOCKLB_STATE_DIR", default_value = config::STATE_DIR, value_name = "DIR")]
     pub state_dir: PathBuf,
 }
@@ -110,7 +114,7 @@ pub fn main() -> ExitCode {
     match result {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("socklb: {error:#}");
+            eprintln!("socklb: {}", chain(error.as_ref()));
             let is_usage = error.is::<config::UsageError>();
             if is_usage { ExitCode::from(2) } else { ExitCode::FAILURE }
         }
@@ -133,7 +137,7 @@ fn show_more(text: &str) -> anyhow::Result<bool> {
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
         Ok(()) => Ok(true),
         Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(false),
-        Err(error) => Err(error).context("standard output takes no more"),
+        Err(error) => Err(error).context("cannot write to standard output"),
     }
 }
 

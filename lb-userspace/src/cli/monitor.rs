@@ -19,17 +19,12 @@ use jiff::Timestamp;
 use lb_common::layout::ServiceStats;
 use tokio::{runtime, sync::watch, time};
 
-use self::stream::{Connection, Filter, Line, Named, Seen, Summary};
+use self::stream::{Connection, Filter, Line, Named, Seen, Summary, header};
 use super::{
-    PinArgs, listing,
-    run::stop_signals,
-    sample::{Objects, frontend_of},
-    show_more,
-    top::interval,
+    PinArgs, listing, objects::Objects, run::stop_signals, sample::frontend_of, show_more, top::interval,
 };
 use crate::{
     controller::State,
-    desired::FrontendAddress,
     kernel::{
         sockets::{Record, SocketTable},
         store::Maps,
@@ -108,8 +103,7 @@ impl Names {
     fn new(image: Image, objects: Option<&State>) -> Self {
         let (mut ports, mut nodes) = (BTreeMap::new(), BTreeMap::new());
         for row in listing::list(&image, objects, &BTreeMap::new()) {
-            let address = FrontendAddress { ip: row.address, port: row.port, protocol: row.protocol };
-            let frontend = image.services.get(&address).and_then(|id| image.frontends.get(id));
+            let frontend = image.services.get(&row.frontend()).and_then(|id| image.frontends.get(id));
             let Some(frontend) = frontend else { continue };
             for endpoint in row.endpoints {
                 nodes.insert(SocketAddr::new(endpoint.address, endpoint.port), endpoint.node);
@@ -187,6 +181,11 @@ pub fn monitor(args: &MonitorArgs) -> anyhow::Result<ExitCode> {
     monitor.read_tables()?;
     if let Some(problem) = monitor.objects.problem() {
         eprintln!("socklb: {problem}");
+    }
+    if args.output == Format::Text
+        && !show_more(&(header(args.interval, SUMMARY, monitor.has_colour) + "\n"))?
+    {
+        return Ok(ExitCode::SUCCESS);
     }
     let _begins_the_count = (monitor.seen.summary(monitor.counts()?), monitor.look()?);
     runtime.block_on(monitor.run(stop))?;

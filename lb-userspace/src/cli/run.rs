@@ -62,7 +62,7 @@ pub struct RunArgs {
     /// Directory of the pinned maps and links, on a BPF file system [default: /sys/fs/bpf/socklb]
     #[arg(long, env = "SOCKLB_PIN_PATH", value_name = "DIR")]
     pin_path: Option<PathBuf>,
-    /// Directory of the snapshot of objects [default: /var/lib/socklb]
+    /// Directory of the snapshot of objects, and of the socket at which commands are answered [default: /var/lib/socklb]
     #[arg(long, env = "SOCKLB_STATE_DIR", value_name = "DIR")]
     state_dir: Option<PathBuf>,
     /// Addresses on which node ports answer, separated by commas: networks, and the words all, primary (of the Node object) and

@@ -3,59 +3,20 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
-    path::{Path, PathBuf},
-    time::SystemTime,
+    path::Path,
 };
 
 use lb_common::layout::{EndpointStats, ServiceStats};
 
-use super::listing::state_of;
 use crate::{
-    controller::State,
     desired::FrontendAddress,
     kernel::{
         KernelError,
         sockets::{Record, SocketTable},
         store::Maps,
     },
-    snapshot::{self, Snapshot},
     tables::Image,
 };
-
-/// The objects that name what the maps hold: the snapshot, read again when it has been written again.
-pub(super) struct Objects {
-    state_dir: PathBuf,
-    /// Of the file that was read last.
-    modified: Option<SystemTime>,
-    state: Option<State>,
-    problem: Option<String>,
-}
-
-impl Objects {
-    /// Nothing is read yet.
-    pub(super) fn new(state_dir: &Path) -> Self {
-        Self { state_dir: state_dir.to_owned(), modified: None, state: None, problem: None }
-    }
-
-    /// The objects of the snapshot. `None` without one that can be read: what was read before may not hold any longer.
-    pub(super) fn now(&mut self) -> Option<&State> {
-        let modified = snapshot::modified(&self.state_dir);
-        let is_known = modified.is_some() && modified == self.modified;
-        if !is_known {
-            self.modified = modified;
-            (self.state, self.problem) = match Snapshot::read(&self.state_dir) {
-                Ok(snapshot) => (Some(state_of(snapshot)), None),
-                Err(error) => (None, Some(format!("names are missing: {error}"))),
-            };
-        }
-        self.state.as_ref()
-    }
-
-    /// Why the last look found no objects.
-    pub(super) fn problem(&self) -> Option<&str> {
-        self.problem.as_deref()
-    }
-}
 
 /// What the maps hold at a moment, as far as that can be read while programs run.
 #[derive(Clone, Debug, Default)]

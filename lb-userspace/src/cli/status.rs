@@ -17,7 +17,7 @@ use std::{
 use clap::Args;
 use serde::Deserialize;
 
-use self::report::{AgentPart, ExcludedRow, HookRow, MapRow, SnapshotPart, Status, issues};
+use self::report::{AgentPart, ExcludedRow, HookRow, MapRow, SnapshotPart, Status, issues, outdated};
 use super::{
     PinArgs,
     config::{self, Listen, UsageError},
@@ -56,6 +56,9 @@ pub struct StatusArgs {
     pins: PinArgs,
 }
 
+/// Exit status while something is served from an older state.
+const OUTDATED: u8 = 3;
+
 /// The keys of the settings file that matter here.
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "kebab-case", default)]
@@ -66,8 +69,9 @@ struct FileConfig {
 
 /// `socklb status`. Changes nothing.
 ///
-/// Exit status 1 if the programs are not attached to all hooks, since calls then go where they say. An agent that does
-/// not run is no failure: what is pinned goes on without one.
+/// Exit status 1 if the programs are not attached to all hooks, since calls then go where they say; 3 if they are and a running
+/// agent serves an older state than its source has. An agent that does not run is no failure: what is pinned goes on without
+/// one.
 ///
 /// # Errors
 ///
@@ -75,18 +79,29 @@ struct FileConfig {
 pub fn status(args: &StatusArgs) -> anyhow::Result<ExitCode> {
     let (metrics, healthz) = addresses(args)?;
     let now = SystemTime::now();
-    let asked = ask::ask(metrics, healthz)?;
+    let asked = ask::ask(&args.pins.state_dir, metrics, healthz)?;
     let snapshot = Snapshot::read(&args.pins.state_dir);
     let (maps, problem) = match maps(args) {
         Ok(maps) => (maps, None),
         Err(error) => (Vec::new(), Some(error.to_string())),
     };
     let hooks = hooks(args);
+    let (known, unknown) = match asked.known.clone() {
+        Some(Ok(known)) => (Some(known), None),
+        Some(Err(error)) => (None, Some(error)),
+        None => (None, None),
+    };
+    let source = asked.source(now);
+    let listed = known.as_ref().map_or(&[][..], |known| &known.issues);
+    let outdated = outdated(source.as_ref(), asked.healthz().as_ref(), listed);
+    let save_problem = known.as_ref().and_then(|known| known.save_problem.clone());
     let status = Status {
         self_test: asked.self_test(),
         agent: AgentPart::new(&asked),
-        source: asked.source(now),
-        snapshot: snapshot_part(args, snapshot.as_ref(), now),
+        source,
+        outdated,
+        refused_sizes: asked.refused_sizes(),
+        snapshot: snapshot_part(args, snapshot.as_ref(), now, save_problem),
         pin_path: args.pins.pin_path.clone(),
         pin_problem: problem,
         maps,
@@ -94,11 +109,19 @@ pub fn status(args: &StatusArgs) -> anyhow::Result<ExitCode> {
         excluded_cgroups: excluded_cgroups(args),
         other_programs: other_programs(args, &hooks),
         hooks,
-        n_issues: asked.n_issues(),
-        issues: snapshot.map(|snapshot| issues(&state_of(snapshot))).unwrap_or_default(),
+        n_issues: known.as_ref().map(|known| known.issues.len()),
+        issues_problem: unknown.filter(|_| asked.is_socklb() == Some(true)),
+        issues: match known {
+            Some(known) => known.issues,
+            None => snapshot.map(|snapshot| issues(&state_of(snapshot))).unwrap_or_default(),
+        },
     };
     print(args.output, &status, || status.text())?;
-    Ok(if status.is_attached() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    Ok(match (status.is_attached(), status.outdated.is_empty()) {
+        (false, _) => ExitCode::FAILURE,
+        (true, false) => ExitCode::from(OUTDATED),
+        (true, true) => ExitCode::SUCCESS,
+    })
 }
 
 /// Where to ask: by flag, variable, settings file, default.
@@ -164,9 +187,10 @@ fn snapshot_part(
     args: &StatusArgs,
     snapshot: Result<&Snapshot, &SnapshotError>,
     now: SystemTime,
+    write_problem: Option<String>,
 ) -> SnapshotPart {
     let path = args.pins.state_dir.join(snapshot::FILE_NAME);
     let age = snapshot::modified(&args.pins.state_dir)
         .map(|written| now.duration_since(written).unwrap_or(Duration::ZERO));
-    SnapshotPart::new(path, age, snapshot)
+    SnapshotPart::new(path, age, snapshot, write_problem)
 }

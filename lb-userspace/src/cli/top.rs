@@ -27,13 +27,7 @@ use self::{
     model::{Report, Sample, Sort},
     view::{Outcome, View},
 };
-use super::{
-    PinArgs, config,
-    inspect::Output,
-    run::stop_signals,
-    sample::{Objects, look},
-    show_more,
-};
+use super::{PinArgs, config, inspect::Output, objects::Objects, run::stop_signals, sample::look, show_more};
 use crate::kernel::KernelError;
 
 /// Flags of `socklb top`.

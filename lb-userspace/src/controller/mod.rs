@@ -16,6 +16,7 @@
 //! Everything.
 
 pub mod issues;
+pub mod known;
 pub mod latency;
 pub mod run;
 pub mod save;

@@ -17,6 +17,7 @@ use tracing::{debug, error, info, warn};
 use super::{
     Latency, State,
     issues::{News, Reported},
+    known::known,
     save::Saving,
     start::{Basis, PATIENCE, Start, basis},
     turn,
@@ -35,8 +36,9 @@ use crate::{
     plan::audit::Faults,
     self_test,
     serve::{
-        self, ListenError, Listeners, Question,
+        self, Asker, Insight, ListenError, Listeners, Question,
         health_ports::{self, Wanted},
+        known::Known,
     },
     snapshot::{Found, Snapshot, SnapshotError, Writer, Written},
     source::{Contact, Source},
@@ -155,6 +157,8 @@ pub async fn run(
                 let pause = if agent.sync(&source) { agent.options.min_sync_interval } else { RETRY };
                 not_before = Instant::now() + pause;
             }
+            // After a sync and before more changes: the objects are those that the tables follow.
+            Some(question) = questions.recv() => agent.answer(&source, question),
             () = time::sleep_until(started + PATIENCE), if !is_complete && !has_waited => {
                 has_waited = true;
                 let start = Start { is_complete, has_answered, waited: started.elapsed(), has_adopted };
@@ -181,10 +185,6 @@ pub async fn run(
             }
             proven = next_proof(&mut proof), if agent.has_synced || is_provable => agent.proven(proven),
             Some(()) = graces.recv() => agent.grace_passed(),
-            Some(question) = questions.recv() => {
-                // Whoever asked may have lost patience.
-                let _gone = question.send(agent.view(&source));
-            }
             changed = port_issues.changed(), if has_ports => {
                 has_ports = changed.is_ok();
                 agent.report(&source);
@@ -280,6 +280,8 @@ struct Agent {
     options: Options,
     metrics: Metrics,
     vitals: watch::Sender<Vitals>,
+    /// How often the kernel was brought up to date.
+    changes: watch::Sender<u64>,
     health_checks: watch::Sender<Wanted>,
     /// The pods whose calls are left alone.
     excluding: watch::Sender<Excluded>,
@@ -354,7 +356,10 @@ impl Agent {
         let maps_path = kernel.maps_path();
         let (vitals, signs_of_life) = watch::channel(vitals);
         let (asking, questions) = mpsc::channel::<Question>(QUESTIONS);
-        let serving = listeners.serve(&maps_path, &metrics, &signs_of_life, asking)?;
+        let (changes, following) = watch::channel(0);
+        let insight =
+            Insight { vitals: signs_of_life.clone(), changes: following, asker: Asker::new(asking) };
+        let serving = listeners.serve(&maps_path, &options.state_dir, &metrics, insight)?;
         let (health_checks, wanted) = watch::channel(Wanted::default());
         let (reporting, port_issues) = watch::channel(Vec::new());
         let health_ports = tokio::spawn(health_ports::run(wanted, signs_of_life.clone(), reporting));
@@ -377,6 +382,7 @@ impl Agent {
             options,
             metrics,
             vitals,
+            changes,
             health_checks,
             excluding,
             port_issues,
@@ -556,6 +562,7 @@ impl Agent {
             kernel::syscall::return_free_memory();
         }
         self.state.miss(no_room);
+        self.changes.send_modify(|n_syncs| *n_syncs = n_syncs.wrapping_add(1));
         self.metrics.synced(took, n_ops, SystemTime::now());
         self.note_latency();
         let n_refused = self.state.n_refused();
@@ -615,6 +622,23 @@ impl Agent {
         }
         self.metrics.self_tested(self_test == SelfTest::Passed);
         self.vitals.send_modify(|vitals| vitals.self_test = self_test);
+    }
+
+    /// Answers what somebody beside the loop asks. Costs a few references: whoever asked does the work.
+    fn answer(&self, source: &impl Source, question: Question) {
+        // Whoever asked may have lost patience.
+        match question {
+            Question::View(answer) => drop(answer.send(self.view(source))),
+            Question::Known(which, answer) => {
+                let known = Known {
+                    has_synced: self.has_synced,
+                    issues: self.issues(source),
+                    save_problem: self.save_problem.clone(),
+                    ..known(&self.state, which)
+                };
+                drop(answer.send(known));
+            }
+        }
     }
 
     /// What a scrape needs of the state.
@@ -708,7 +732,10 @@ impl Agent {
             info!("no longer: {issue}");
         }
         if n_more > 0 {
-            warn!(n_more, "more issues have come or gone than are logged at once: `socklb status` lists those that hold");
+            warn!(
+                n_more,
+                "more issues have come or gone than are logged at once: `socklb status` lists those that hold"
+            );
         }
         if !new.is_empty() || self.ledger.has_news() {
             self.tell(source);

@@ -162,6 +162,16 @@ impl State {
         is_dirty || (is_waiting && self.has_new_room)
     }
 
+    /// The services whose objects changed since the last sync.
+    pub fn changed_services(&self) -> impl Iterator<Item = &ServiceKey> {
+        self.dirty.services.iter()
+    }
+
+    /// Takes these for the frontends of a service as of the last sync, whatever its object asks for now.
+    pub fn recall(&mut self, key: &ServiceKey, frontends: Vec<desired::Frontend>) {
+        let _touched = self.desired.set(key, frontends);
+    }
+
     /// Computes what follows from the changes since the last sync. Costs time in proportion to what they touch.
     ///
     /// The plan must be carried out before the next sync; if that fails, start over with [`Self::adopt`].

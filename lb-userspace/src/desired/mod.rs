@@ -24,7 +24,7 @@ pub mod health;
 pub mod service;
 pub mod topology;
 
-use std::{fmt, net::IpAddr, net::SocketAddr, ops::RangeInclusive, sync::Arc};
+use std::{fmt, net::IpAddr, net::SocketAddr, ops::RangeInclusive, str::FromStr, sync::Arc};
 
 use serde::{Deserialize, Serialize};
 
@@ -32,7 +32,7 @@ pub use self::{claims::Desired, cluster_ips::ClusterIps, topology::Topology};
 use crate::model::{Cidr, Protocol, ServiceKey, TrafficPolicy};
 
 /// The address that a program calls. A node port has the unspecified address of its family.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct FrontendAddress {
     /// Service address.
     pub ip: IpAddr,
@@ -53,8 +53,26 @@ impl fmt::Display for FrontendAddress {
     }
 }
 
+impl FromStr for FrontendAddress {
+    type Err = String;
+
+    /// Reads `ADDRESS:PORT`, with `/tcp` or `/udp` behind it; TCP without. The other protocols are not served.
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (address, protocol) = match text.rsplit_once('/') {
+            None => (text, Protocol::Tcp),
+            Some((address, "tcp")) => (address, Protocol::Tcp),
+            Some((address, "udp")) => (address, Protocol::Udp),
+            Some((_, other)) => return Err(format!("{other:?}: expected tcp or udp")),
+        };
+        let address: SocketAddr = address
+            .parse()
+            .map_err(|_hint| "expected ADDRESS:PORT, such as 10.96.0.1:443 or [fd00::1]:53/udp".to_owned())?;
+        Ok(Self { ip: address.ip(), port: address.port(), protocol })
+    }
+}
+
 /// Identity of a service port in one family (semantics R2): the scope of ids, counters and affinity.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct PortKey {
     /// The service.
     pub service: ServiceKey,
@@ -67,7 +85,7 @@ pub struct PortKey {
 }
 
 /// Why an address is a frontend. The order is the one in which claims on one address win (semantics R14).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum FrontendKind {
     /// `spec.clusterIPs`
     ClusterIP,
@@ -80,7 +98,7 @@ pub enum FrontendKind {
 }
 
 /// One frontend of one service port.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Frontend {
     /// The address it answers on.
     pub address: FrontendAddress,
@@ -147,7 +165,7 @@ impl fmt::Display for ExternalIps {
 }
 
 /// The settings that decide about frontends.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Settings {
     /// Name of the own Node.
     pub node_name: Arc<str>,

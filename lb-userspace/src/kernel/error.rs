@@ -115,7 +115,7 @@ pub enum KernelError {
         by: Option<exclusive::Exclusive>,
     },
     /// Loading the object failed.
-    #[error("cannot load the BPF object: {0}")]
+    #[error("cannot load the BPF object: {}", chain(.0))]
     Load(EbpfError),
     /// The object lacks something that this binary expects.
     #[error("the BPF object has no {kind} `{name}`: it does not belong to this binary")]
@@ -126,7 +126,7 @@ pub enum KernelError {
         name: &'static str,
     },
     /// A program was not accepted or not attached.
-    #[error("program {name}: {source}")]
+    #[error("program {name}: {}", chain(source))]
     Program {
         /// Its name.
         name: &'static str,
@@ -142,7 +142,7 @@ pub enum KernelError {
         source: io::Error,
     },
     /// A map could not be opened or pinned at another place.
-    #[error("map {name}: cannot pin it: {source}")]
+    #[error("map {name}: cannot open or pin it: {source}")]
     Pin {
         /// Its name.
         name: &'static str,
@@ -159,12 +159,12 @@ pub enum KernelError {
         source: io::Error,
     },
     /// A map operation failed.
-    #[error("map {name}: {source}")]
+    #[error("map {name}: {}", map_reason(cause))]
     Map {
         /// Its name.
         name: &'static str,
-        /// The cause.
-        source: Box<MapError>,
+        /// The cause, which the message names with what it means.
+        cause: Box<MapError>,
     },
     /// A map could not be mapped into memory.
     #[error("map {name}: cannot map it into memory: {source}")]
@@ -248,8 +248,35 @@ impl KernelError {
             // A full hash map answers E2BIG; ENOSPC is what some kernels' preallocated maps answer.
             Some(nix::libc::E2BIG | nix::libc::ENOSPC) => Self::MapFull { name },
             Some(nix::libc::EPERM) => Self::NotPermitted { what: format!("map {name}") },
-            _ => Self::Map { name, source: Box::new(source) },
+            _ => Self::Map { name, cause: Box::new(source) },
         }
+    }
+}
+
+/// An error and its causes in one line, each once: some name their cause themselves.
+#[must_use]
+pub fn chain(error: &(dyn Error + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut link = error.source();
+    while let Some(cause) = link {
+        let said = cause.to_string();
+        if !text.contains(&said) {
+            text = format!("{text}: {said}");
+        }
+        link = cause.source();
+    }
+    text
+}
+
+/// What a map's error means.
+fn map_reason(error: &MapError) -> String {
+    match error {
+        MapError::SyscallError(error)
+            if error.call == "BPF_OBJ_GET" && error.io_error.kind() == io::ErrorKind::NotFound =>
+        {
+            "its pin is missing: restart the agent, which pins it again".to_owned()
+        }
+        error => chain(error),
     }
 }
 
@@ -300,6 +327,39 @@ mod tests {
             ("", false),
         ] {
             assert_eq!(KernelError::is_too_old(release), expected, "{release}");
+        }
+    }
+
+    #[test]
+    fn causes_are_named_once_and_a_missing_pin_has_a_remedy() {
+        let map = |call, code| {
+            let io_error = io::Error::from_raw_os_error(code);
+            KernelError::map("services4", MapError::SyscallError(SyscallError { call, io_error }))
+        };
+        for (error, expected) in [
+            (
+                map("BPF_OBJ_GET", nix::libc::ENOENT),
+                "map services4: its pin is missing: restart the agent, which pins it again",
+            ),
+            (
+                map("BPF_OBJ_GET", nix::libc::EACCES),
+                "map services4: `BPF_OBJ_GET` failed: Permission denied (os error 13)",
+            ),
+            (
+                map("bpf_map_lookup_elem", nix::libc::EBADF),
+                "map services4: `bpf_map_lookup_elem` failed: Bad file descriptor (os error 9)",
+            ),
+            (
+                KernelError::Link {
+                    name: "connect4",
+                    source: io::Error::from_raw_os_error(nix::libc::EBUSY),
+                },
+                "link connect4: Device or resource busy (os error 16)",
+            ),
+        ] {
+            assert_eq!(error.to_string(), expected);
+            // As commands print it, with all causes.
+            assert_eq!(chain(&error), expected);
         }
     }
 

@@ -46,7 +46,7 @@ pub mod syscall;
 mod takeover;
 
 pub use self::{
-    error::KernelError,
+    error::{KernelError, chain},
     feature::{Features, SockFields},
     store::{Kernel, Options},
     takeover::TooSmall,

@@ -155,9 +155,14 @@ mod tests {
     fn sizes_that_do_not_hold_what_is_served_are_refused() {
         let mut served = tables::Image::default();
         // Four services of IPv4, two of which share a run, and two of IPv6: ten endpoints and six.
-        for (n, ipv6, offset, len) in
-            [(1, false, 0, 4), (2, false, 4, 6), (3, false, 4, 6), (4, false, 0, 0), (5, true, 0, 3), (6, true, 3, 3)]
-        {
+        for (n, ipv6, offset, len) in [
+            (1, false, 0, 4),
+            (2, false, 4, 6),
+            (3, false, 4, 6),
+            (4, false, 0, 0),
+            (5, true, 0, 3),
+            (6, true, 3, 3),
+        ] {
             let ip = if ipv6 { Ipv6Addr::from(u128::from(n)).into() } else { Ipv4Addr::from(n).into() };
             served.services.insert(FrontendAddress { ip, port: 80, protocol: Protocol::Tcp }, n);
             served.frontends.insert(n, Frontend { run: Run { offset, len }, ..Frontend::default() });

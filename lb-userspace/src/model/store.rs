@@ -204,6 +204,12 @@ impl Store {
         self.services.get(key).map(Arc::as_ref)
     }
 
+    /// As [`Self::service`], for whoever keeps it.
+    #[must_use]
+    pub fn shared_service(&self, key: &ServiceKey) -> Option<&Arc<Service>> {
+        self.services.get(key)
+    }
+
     /// All services, in the order of their keys.
     #[must_use]
     pub fn services(&self) -> impl ExactSizeIterator<Item = &Service> {
@@ -218,7 +224,12 @@ impl Store {
 
     /// The slices of a service, in the order of their names. The service itself may be absent.
     pub fn slices_of(&self, key: &ServiceKey) -> impl Iterator<Item = &Slice> + Clone {
-        self.slices.get(key).into_iter().flatten().map(Arc::as_ref)
+        self.shared_slices_of(key).map(Arc::as_ref)
+    }
+
+    /// As [`Self::slices_of`], for whoever keeps them.
+    pub fn shared_slices_of(&self, key: &ServiceKey) -> impl Iterator<Item = &Arc<Slice>> + Clone {
+        self.slices.get(key).into_iter().flatten()
     }
 
     /// All slices, in the order of their services' keys.

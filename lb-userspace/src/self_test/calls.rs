@@ -32,7 +32,7 @@ pub struct Report {
 /// Enters a cgroup, if one is given, and makes all calls. A cgroup that cannot be entered is no problem of the calls.
 #[must_use]
 pub fn make(cgroup: Option<&PathBuf>, families: &[Family]) -> Report {
-    let stayed = cgroup.and_then(|cgroup| enter(cgroup).err()).map(|error| error.to_string());
+    let stayed = cgroup.and_then(|cgroup| enter(cgroup).err());
     let ways = families.iter().flat_map(|family| WAYS.map(|way| (way, *family)));
     let problems = ways.filter_map(|(way, family)| {
         call(way, family).err().map(|problem| format!("{way} over {}: {problem}", Name(family)))
@@ -48,7 +48,7 @@ pub fn make(cgroup: Option<&PathBuf>, families: &[Family]) -> Report {
 #[must_use]
 pub fn make_excluded(cgroup: Option<&PathBuf>) -> Report {
     if let Some(error) = cgroup.and_then(|cgroup| enter(cgroup).err()) {
-        return Report { stayed: Some(error.to_string()), problems: Vec::new() };
+        return Report { stayed: Some(error), problems: Vec::new() };
     }
     let problem =
         match open(Way::Tcp, Family::V4).map(|socket| socket.connect(&service_address(Family::V4).into())) {
@@ -60,8 +60,9 @@ pub fn make_excluded(cgroup: Option<&PathBuf>) -> Report {
 }
 
 /// Moves this process.
-fn enter(cgroup: &Path) -> io::Result<()> {
-    fs::write(cgroup.join("cgroup.procs"), "0")
+fn enter(cgroup: &Path) -> Result<(), String> {
+    let procs = cgroup.join("cgroup.procs");
+    fs::write(&procs, "0").map_err(|error| format!("{}: {error}", procs.display()))
 }
 
 /// How a program can call.
@@ -106,7 +107,7 @@ enum Problem {
     /// The endpoint shows where the service should.
     #[error("{step} names {found} in place of {expected}")]
     Peer { step: &'static str, found: SocketAddr, expected: SocketAddr },
-    #[error("the answer is not what was sent")]
+    #[error("the answer is not what was sent: another program answers in place of the agent's endpoint")]
     Answer,
 }
 

@@ -61,7 +61,7 @@ pub async fn run(served: &Path, has_ipv6: bool) -> Outcome {
         .await
         .unwrap_or_else(|problem| Report { stayed: None, problems: vec![problem] });
     let caller = match (&fresh, report.stayed) {
-        (Err(error), _) => Caller::OwnCgroup(error.to_string()),
+        (Err(error), _) => Caller::OwnCgroup(error.clone()),
         (Ok(_), Some(why)) => Caller::OwnCgroup(why),
         (Ok(_), None) => Caller::FreshCgroup,
     };
@@ -74,7 +74,7 @@ pub async fn run(served: &Path, has_ipv6: bool) -> Outcome {
 pub async fn run_below_excluded(excluded: &Path) -> Exempt {
     match Fresh::make(excluded) {
         Ok(fresh) => exempt(Some(&fresh.0)).await,
-        Err(error) => Exempt::NotMade(error.to_string()),
+        Err(error) => Exempt::NotMade(error),
     }
 }
 
@@ -137,17 +137,22 @@ pub fn remove_leftover(served: &Path) -> Option<PathBuf> {
 }
 
 impl Fresh {
-    fn make(parent: &Path) -> io::Result<Self> {
+    /// Makes it, or says what could not be made or written.
+    fn make(parent: &Path) -> Result<Self, String> {
+        let error = |path: &Path, error: &io::Error| format!("{}: {error}", path.display());
         let cgroup = Self(parent.join(NAME));
         match fs::create_dir(&cgroup.0) {
-            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+            Err(cause) if cause.kind() != io::ErrorKind::AlreadyExists => {
+                return Err(error(&cgroup.0, &cause));
+            }
             _ => {}
         }
         // Below a threaded cgroup one is of no use until it is threaded as well.
         let kind = cgroup.0.join("cgroup.type");
-        if fs::read_to_string(&kind)?.trim() == "domain invalid" {
-            fs::write(&kind, "threaded")?;
-        }
+        let threaded = fs::read_to_string(&kind).and_then(|found| {
+            if found.trim() == "domain invalid" { fs::write(&kind, "threaded") } else { Ok(()) }
+        });
+        threaded.map_err(|cause| error(&kind, &cause))?;
         Ok(cgroup)
     }
 }

@@ -11,7 +11,7 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use hyper::header::HeaderValue;
+use hyper::{Uri, header::HeaderValue};
 use serde::Serialize;
 use tokio::{net::TcpListener, sync::watch, task::JoinHandle, time};
 use tracing::info;
@@ -182,7 +182,7 @@ struct Name<'a> {
 }
 
 impl Pages for ServicePages {
-    async fn get(&self, _path: &str) -> Option<Answer> {
+    async fn get(&self, _uri: &Uri) -> Option<Answer> {
         let is_alive = self.vitals.borrow().judge(Instant::now(), SystemTime::now()).is_alive;
         let n_ready_local = self.n_ready_local.load(Ordering::Relaxed);
         let body = Body {
@@ -232,7 +232,7 @@ mod tests {
                 n_ready_local: Arc::new(AtomicUsize::new(n_ready_local)),
                 vitals,
             };
-            let answer = pages.get("/anything").await.unwrap();
+            let answer = pages.get(&Uri::from_static("/anything")).await.unwrap();
             assert_eq!(
                 answer.status(),
                 if waiting_since.is_some() || n_ready_local == 0 { 503 } else { status }

@@ -1,20 +1,33 @@
 //! A small HTTP server for small answers, with bounds on everything that a client decides about.
 
-use std::{convert::Infallible, sync::Arc, time::Duration};
+use std::{
+    convert::Infallible,
+    io::{self, Write},
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
 
-use http_body_util::Full;
+use http_body_util::{Either, Full};
 use hyper::{
-    Method, Request, Response, StatusCode,
-    body::{Bytes, Incoming},
+    Method, Request, Response, StatusCode, Uri,
+    body::{Body, Bytes, Frame, Incoming},
     header::{ALLOW, CONTENT_TYPE, HeaderValue},
     server::conn::http1,
     service::service_fn,
 };
 use hyper_util::rt::{TokioIo, TokioTimer};
-use tokio::{net::TcpListener, sync::Semaphore, task::JoinSet, time};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::TcpListener,
+    sync::{Semaphore, mpsc},
+    task::JoinSet,
+    time,
+};
 use tracing::debug;
 
-/// Connections that are served at a time; others wait in the kernel's queue.
+/// Connections of a listener that are served at a time; others wait in the kernel's queue.
 const MAX_CONNECTIONS: usize = 64;
 /// Most bytes of a request's line and headers: the least that hyper offers.
 const MAX_HEAD: usize = 8192;
@@ -27,19 +40,91 @@ const WHOLE: Duration = Duration::from_secs(30);
 /// Pause after a connection could not be accepted, as when descriptors run out.
 const PAUSE: Duration = Duration::from_millis(100);
 
+/// Octets of a large answer that are made before the client has read them: this many chunks of this size.
+const CHUNKS: usize = 2;
+const CHUNK: usize = 64 << 10;
+
 /// An answer.
-pub type Answer = Response<Full<Bytes>>;
+pub type Answer = Response<Either<Full<Bytes>, Chunks>>;
 
 /// What a server answers.
 pub trait Pages: Send + Sync + 'static {
-    /// Answers a GET request for a path. `None` if there is no such page.
-    fn get(&self, path: &str) -> impl Future<Output = Option<Answer>> + Send;
+    /// Answers a GET request for a path with its query. `None` if there is no such page.
+    fn get(&self, uri: &Uri) -> impl Future<Output = Option<Answer>> + Send;
+}
+
+/// Where connections come from.
+pub trait Accept: Send {
+    /// A connection.
+    type Stream: AsyncRead + AsyncWrite + Unpin + Send + 'static;
+
+    /// The next connection that may be served.
+    fn next(&self) -> impl Future<Output = io::Result<Self::Stream>> + Send;
+}
+
+impl Accept for TcpListener {
+    type Stream = tokio::net::TcpStream;
+
+    async fn next(&self) -> io::Result<Self::Stream> {
+        self.accept().await.map(|(stream, _address)| stream)
+    }
+}
+
+/// A body that is made while it is sent, so that no more than a few chunks of it are in memory.
+#[derive(Debug)]
+pub struct Chunks(mpsc::Receiver<Bytes>);
+
+impl Body for Chunks {
+    type Data = Bytes;
+    type Error = Infallible;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        self.0.poll_recv(context).map(|chunk| chunk.map(|chunk| Ok(Frame::data(chunk))))
+    }
+}
+
+/// Writes the body of an answer. Waits for the client, so it belongs on a thread that may block; fails once the client
+/// has gone or its time is over.
+#[derive(Debug)]
+pub struct ChunkWriter {
+    chunks: mpsc::Sender<Bytes>,
+    pending: Vec<u8>,
+}
+
+impl Write for ChunkWriter {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.pending.extend_from_slice(bytes);
+        if self.pending.len() >= CHUNK {
+            self.flush()?;
+        }
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        let chunk = std::mem::take(&mut self.pending);
+        if chunk.is_empty() {
+            return Ok(());
+        }
+        self.chunks.blocking_send(chunk.into()).map_err(|_gone| io::ErrorKind::BrokenPipe.into())
+    }
+}
+
+/// A large answer in JSON, and where its body is to be written. It ends when the writer is dropped.
+#[must_use]
+pub fn large_json() -> (Answer, ChunkWriter) {
+    let (chunks, receiver) = mpsc::channel(CHUNKS);
+    let mut answer = Response::new(Either::Right(Chunks(receiver)));
+    answer.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    (answer, ChunkWriter { chunks, pending: Vec::with_capacity(CHUNK) })
 }
 
 /// Builds an answer.
 #[must_use]
 pub fn answer(status: StatusCode, content_type: &'static str, body: impl Into<Bytes>) -> Answer {
-    let mut answer = Response::new(Full::new(body.into()));
+    let mut answer = Response::new(Either::Left(Full::new(body.into())));
     *answer.status_mut() = status;
     answer.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
     answer
@@ -53,14 +138,14 @@ pub fn text(status: StatusCode, body: impl Into<Bytes>) -> Answer {
 
 /// Serves a listener until the future is dropped. One request to a connection: whoever asks here asks seldom, and an
 /// idle connection would take a place from others.
-pub async fn serve(listener: TcpListener, pages: Arc<impl Pages>) {
+pub async fn serve(listener: impl Accept, pages: Arc<impl Pages>) {
     let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     let mut connections = JoinSet::new();
     // The semaphore is never closed.
     while let Ok(place) = Arc::clone(&places).acquire_owned().await {
         while connections.try_join_next().is_some() {}
-        let stream = match listener.accept().await {
-            Ok((stream, _address)) => stream,
+        let stream = match listener.next().await {
+            Ok(stream) => stream,
             Err(error) => {
                 debug!(%error, "a connection cannot be accepted");
                 time::sleep(PAUSE).await;
@@ -71,7 +156,7 @@ pub async fn serve(listener: TcpListener, pages: Arc<impl Pages>) {
         connections.spawn(async move {
             let service = service_fn(move |request: Request<Incoming>| {
                 let pages = Arc::clone(&pages);
-                async move { Ok::<_, Infallible>(respond(&*pages, request.method(), request.uri().path()).await) }
+                async move { Ok::<_, Infallible>(respond(&*pages, request.method(), request.uri()).await) }
             });
             let connection = http1::Builder::new()
                 .timer(TokioTimer::new())
@@ -88,13 +173,13 @@ pub async fn serve(listener: TcpListener, pages: Arc<impl Pages>) {
 }
 
 /// The answer to a request: 405 for a method that changes something, 404 for a page that is not there.
-async fn respond(pages: &impl Pages, method: &Method, path: &str) -> Answer {
+async fn respond(pages: &impl Pages, method: &Method, uri: &Uri) -> Answer {
     if !matches!(*method, Method::GET | Method::HEAD) {
         let mut refusal = text(StatusCode::METHOD_NOT_ALLOWED, "method not allowed\n");
         refusal.headers_mut().insert(ALLOW, HeaderValue::from_static("GET, HEAD"));
         return refusal;
     }
-    let found = pages.get(path).await;
+    let found = pages.get(uri).await;
     found.unwrap_or_else(|| text(StatusCode::NOT_FOUND, "not found\n"))
 }
 
@@ -110,8 +195,8 @@ pub(super) mod tests {
     struct One;
 
     impl Pages for One {
-        async fn get(&self, path: &str) -> Option<Answer> {
-            (path == "/one").then(|| text(StatusCode::OK, "1\n"))
+        async fn get(&self, uri: &Uri) -> Option<Answer> {
+            (uri.path() == "/one").then(|| text(StatusCode::OK, "1\n"))
         }
     }
 

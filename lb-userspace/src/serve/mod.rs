@@ -2,7 +2,8 @@
 //!
 //! # Purpose
 //!
-//! [`Listeners`] answers scrapes and health checks of the agent, [`health_ports`] those of single Services.
+//! [`Listeners`] answers scrapes and health checks of the agent, [`agent_socket`] what commands on the same host ask,
+//! [`health_ports`] health checks of single Services.
 //!
 //! # Invariants
 //!
@@ -15,19 +16,27 @@
 //!
 //! `telemetry`, `kernel` for counters, `desired`, `model`.
 
+pub mod agent_socket;
 pub mod health_ports;
 pub mod http;
+pub mod known;
 pub mod pages;
 
-use std::{io, net::SocketAddr, path::Path, sync::Arc};
+use std::{io, net::SocketAddr, path::Path, sync::Arc, time::Duration};
 
 use tokio::{
     net::TcpListener,
-    sync::{mpsc, oneshot, watch},
+    sync::{Mutex, mpsc, oneshot, watch},
     task::JoinSet,
+    time::{self, Instant},
 };
 use tracing::info;
 
+use self::{
+    agent_socket::AgentPages,
+    known::{Known, Which},
+    pages::{HealthPages, MetricsPages},
+};
 use crate::{
     kernel::{KernelError, store::Maps},
     telemetry::{Metrics, health::Vitals, scrape::View},
@@ -58,8 +67,66 @@ pub struct ListenError {
     pub remedy: &'static str,
 }
 
-/// A question for what the agent knows at the moment.
-pub type Question = oneshot::Sender<View>;
+/// A question for what the agent knows at the moment, with the way for the answer.
+#[derive(Debug)]
+pub enum Question {
+    /// A scrape's.
+    View(oneshot::Sender<View>),
+    /// A command's.
+    Known(Which, oneshot::Sender<Known>),
+}
+
+/// How long the agent's loop is waited for.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// The time between an answer and the next question: as long as the answer took, within these. The loop answers before it takes
+/// in changes, and must not be kept from them by whoever asks without end.
+const PAUSE: [Duration; 2] = [Duration::from_millis(1), Duration::from_millis(10)];
+
+/// Asks the agent's loop, one question at a time.
+#[derive(Clone, Debug)]
+pub struct Asker {
+    questions: mpsc::Sender<Question>,
+    turn: Arc<Mutex<()>>,
+}
+
+impl Asker {
+    /// Asks where the loop hears questions.
+    #[must_use]
+    pub fn new(questions: mpsc::Sender<Question>) -> Self {
+        Self { questions, turn: Arc::default() }
+    }
+
+    /// What the loop answers, if it does in time.
+    async fn ask<T>(&self, question: impl FnOnce(oneshot::Sender<T>) -> Question) -> Option<T> {
+        let asked = async {
+            let turn = Arc::clone(&self.turn).lock_owned().await;
+            let (answer, answered) = oneshot::channel();
+            let asked = Instant::now();
+            self.questions.send(question(answer)).await.ok()?;
+            let answered = answered.await.ok();
+            let [least, most] = PAUSE;
+            let pause = asked.elapsed().clamp(least, most);
+            // The answer does not wait for that.
+            let _pausing = tokio::spawn(async move {
+                time::sleep(pause).await;
+                drop(turn);
+            });
+            answered
+        };
+        time::timeout(PATIENCE, asked).await.ok().flatten()
+    }
+}
+
+/// What the agent's loop lets others see.
+#[derive(Clone, Debug)]
+pub struct Insight {
+    /// Its signs of life.
+    pub vitals: watch::Receiver<Vitals>,
+    /// How often it brought the kernel up to date.
+    pub changes: watch::Receiver<u64>,
+    /// Where it hears questions.
+    pub asker: Asker,
+}
 
 /// Open sockets that nobody answers yet.
 #[derive(Debug)]
@@ -83,7 +150,8 @@ impl Listeners {
         })
     }
 
-    /// Answers until the value that is returned is dropped. Questions go to the agent's loop.
+    /// Answers until the value that is returned is dropped, also at the socket in `state_dir`. Questions go to the agent's
+    /// loop.
     ///
     /// # Errors
     ///
@@ -91,24 +159,24 @@ impl Listeners {
     pub fn serve(
         self,
         pin_path: &Path,
+        state_dir: &Path,
         metrics: &Metrics,
-        vitals: &watch::Receiver<Vitals>,
-        questions: mpsc::Sender<Question>,
+        insight: Insight,
     ) -> Result<JoinSet<()>, KernelError> {
+        let Insight { vitals, changes, asker } = insight;
         let mut serving = JoinSet::new();
+        let config = self.config.to_string();
+        let pages = MetricsPages::new(metrics.clone(), Maps::open(pin_path)?, asker.clone(), config);
+        let pages = Arc::new(pages);
+        let health = HealthPages { vitals, metrics: metrics.clone() };
         if let Some(listener) = self.metrics {
-            let pages = pages::MetricsPages::new(
-                metrics.clone(),
-                Maps::open(pin_path)?,
-                questions,
-                self.config.to_string(),
-            );
-            serving.spawn(http::serve(listener, Arc::new(pages)));
+            serving.spawn(http::serve(listener, Arc::clone(&pages)));
         }
         if let Some(listener) = self.healthz {
-            let pages = pages::HealthPages { vitals: vitals.clone(), metrics: metrics.clone() };
-            serving.spawn(http::serve(listener, Arc::new(pages)));
+            serving.spawn(http::serve(listener, Arc::new(health.clone())));
         }
+        let pages = Arc::new(AgentPages::new(pages, health, asker, changes));
+        serving.spawn(agent_socket::serve(state_dir.to_owned(), pages));
         Ok(serving)
     }
 }
@@ -145,6 +213,41 @@ async fn listen(flag: &'static str, address: Option<SocketAddr>) -> Result<Optio
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// However many ask without end, the loop has time for changes between two answers.
+    #[tokio::test]
+    async fn questions_leave_the_loop_time() {
+        let (questions, mut heard) = mpsc::channel(4);
+        let asker = Asker::new(questions);
+        let mut asking = JoinSet::new();
+        for _ in 0..64 {
+            let asker = asker.clone();
+            asking.spawn(async move {
+                loop {
+                    let _answer = asker.ask(Question::View).await;
+                }
+            });
+        }
+        let (started, mut n_heard) = (Instant::now(), 0);
+        while started.elapsed() < Duration::from_millis(200) {
+            if let Some(Question::View(answer)) = heard.recv().await {
+                n_heard += 1;
+                let _gone = answer.send(View::default());
+            }
+        }
+        let most = started.elapsed().as_millis() / PAUSE[0].as_millis() + 1;
+        assert!(n_heard > 1 && n_heard <= most, "{n_heard} questions, {most} at most");
+    }
+
+    #[tokio::test]
+    async fn a_loop_that_is_gone_or_loses_a_question_is_not_waited_for() {
+        let (questions, mut heard) = mpsc::channel(4);
+        let asker = Asker::new(questions);
+        let losing = tokio::spawn(async move { drop(heard.recv().await) });
+        assert_eq!(asker.ask(Question::View).await, None);
+        losing.await.unwrap();
+        assert_eq!(asker.ask(Question::View).await, None);
+    }
 
     #[tokio::test]
     async fn an_address_in_use_is_an_error_with_a_remedy_and_none_is_no_listener() {

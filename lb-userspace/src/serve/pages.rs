@@ -2,21 +2,18 @@
 
 use std::{
     sync::{Arc, Mutex, PoisonError},
-    time::{Duration, Instant, SystemTime},
+    time::{Instant, SystemTime},
 };
 
 use hyper::{
-    StatusCode,
+    StatusCode, Uri,
     header::{HeaderValue, X_CONTENT_TYPE_OPTIONS},
 };
-use tokio::{
-    sync::{mpsc, oneshot, watch},
-    time,
-};
+use tokio::sync::watch;
 use tracing::debug;
 
 use super::{
-    Question,
+    Asker, Question,
     http::{Answer, Pages, answer, text},
 };
 use crate::{
@@ -24,12 +21,10 @@ use crate::{
     telemetry::{
         Metrics,
         health::{self, Vitals},
-        scrape::{Calls, View, render},
+        scrape::{Calls, render},
     },
 };
 
-/// How long the agent's loop is waited for. Without its answer a scrape holds what does not need it.
-const PATIENCE: Duration = Duration::from_secs(2);
 /// What Prometheus asks for first.
 const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
@@ -46,29 +41,20 @@ pub struct MetricsPages {
     metrics: Metrics,
     /// A handle of its own: counters are read here, not by the agent's loop. One scrape at a time.
     maps: Arc<Mutex<Maps>>,
-    questions: mpsc::Sender<Question>,
+    asker: Asker,
     config: String,
 }
 
 impl MetricsPages {
     /// `config` is the JSON text of `/configz`.
     #[must_use]
-    pub fn new(metrics: Metrics, maps: Maps, questions: mpsc::Sender<Question>, config: String) -> Self {
-        Self { metrics, maps: Arc::new(Mutex::new(maps)), questions, config }
-    }
-
-    /// What the agent knows, if its loop answers in time.
-    async fn view(&self) -> Option<View> {
-        let (question, answer) = oneshot::channel();
-        let asked = async {
-            self.questions.send(question).await.ok()?;
-            answer.await.ok()
-        };
-        time::timeout(PATIENCE, asked).await.ok().flatten()
+    pub fn new(metrics: Metrics, maps: Maps, asker: Asker, config: String) -> Self {
+        Self { metrics, maps: Arc::new(Mutex::new(maps)), asker, config }
     }
 
     async fn metrics(&self) -> Answer {
-        let view = self.view().await;
+        // Without an answer a scrape holds what does not need it.
+        let view = self.asker.ask(Question::View).await;
         if view.is_none() {
             debug!("the agent does not answer: this scrape has no counters of services");
         }
@@ -95,8 +81,8 @@ fn calls(maps: &Maps, service_id: u32) -> Calls {
 }
 
 impl Pages for MetricsPages {
-    async fn get(&self, path: &str) -> Option<Answer> {
-        match path {
+    async fn get(&self, uri: &Uri) -> Option<Answer> {
+        match uri.path() {
             "/metrics" => Some(self.metrics().await),
             "/proxyMode" => Some(text(StatusCode::OK, "socklb")),
             "/healthz" => Some(text(StatusCode::OK, "ok")),
@@ -116,9 +102,9 @@ pub struct HealthPages {
 }
 
 impl Pages for HealthPages {
-    async fn get(&self, path: &str) -> Option<Answer> {
+    async fn get(&self, uri: &Uri) -> Option<Answer> {
         let health = self.vitals.borrow().judge(Instant::now(), SystemTime::now());
-        match path {
+        match uri.path() {
             "/healthz" => {
                 self.metrics.answered_healthz(health.is_healthy());
                 Some(json(health.is_healthy(), health.healthz()))
@@ -137,8 +123,8 @@ impl Pages for HealthPages {
 pub struct WaitingPages;
 
 impl Pages for WaitingPages {
-    async fn get(&self, path: &str) -> Option<Answer> {
-        let is_ok = match path {
+    async fn get(&self, uri: &Uri) -> Option<Answer> {
+        let is_ok = match uri.path() {
             "/healthz" => false,
             "/livez" => true,
             _ => return None,
@@ -154,9 +140,9 @@ mod tests {
     #[tokio::test]
     async fn an_agent_that_waits_is_alive_and_not_ready() {
         for (path, status) in [("/healthz", 503), ("/livez", 200)] {
-            assert_eq!(WaitingPages.get(path).await.unwrap().status(), status, "{path}");
+            assert_eq!(WaitingPages.get(&Uri::from_static(path)).await.unwrap().status(), status, "{path}");
         }
-        assert!(WaitingPages.get("/metrics").await.is_none());
+        assert!(WaitingPages.get(&Uri::from_static("/metrics")).await.is_none());
     }
 
     #[tokio::test]
@@ -173,12 +159,12 @@ mod tests {
             let (_sender, receiver) = watch::channel(vitals.clone());
             let pages = HealthPages { vitals: receiver, metrics: Metrics::new() };
             for (path, status) in [("/healthz", healthz), ("/livez", livez)] {
-                let answer = pages.get(path).await.unwrap();
+                let answer = pages.get(&Uri::from_static(path)).await.unwrap();
                 assert_eq!(answer.status(), status, "{path} {vitals:?}");
                 assert_eq!(answer.headers()["content-type"], "application/json");
                 assert_eq!(answer.headers()["x-content-type-options"], "nosniff");
             }
-            assert!(pages.get("/").await.is_none());
+            assert!(pages.get(&Uri::from_static("/")).await.is_none());
         }
     }
 }

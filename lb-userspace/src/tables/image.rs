@@ -109,6 +109,13 @@ impl Image {
         if ipv6 { &mut self.runs6 } else { &mut self.runs4 }
     }
 
+    /// The endpoints of the frontend at an address; none without a frontend.
+    #[must_use]
+    pub fn entries_at(&self, address: FrontendAddress) -> &[Entry] {
+        let frontend = self.services.get(&address).and_then(|id| self.frontends.get(id));
+        frontend.and_then(|frontend| self.entries(address.ip.is_ipv6(), frontend.run)).unwrap_or_default()
+    }
+
     /// The entries of a run; `None` if the table holds no such run, an empty slice for an empty run.
     #[must_use]
     pub fn entries(&self, ipv6: bool, run: Run) -> Option<&[Entry]> {

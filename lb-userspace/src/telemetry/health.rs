@@ -13,6 +13,9 @@ use super::away::{Away, Shown};
 /// How long a change may wait before the agent counts as stuck: twice kube-proxy's default `syncPeriod`.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
+/// What is said of a self-test that has not been run.
+pub const NOT_RUN: &str = "not run yet: it waits for the first sync";
+
 /// Whether calls were seen to go where they should.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum SelfTest {
@@ -100,6 +103,9 @@ struct Body<'a> {
     /// Not of kube-proxy, which shows no outage.
     #[serde(rename = "source", skip_serializing_if = "Option::is_none")]
     away: Option<&'a Shown>,
+    /// Not of kube-proxy: why the answer is 503, for people.
+    #[serde(rename = "notReady", skip_serializing_if = "<[String]>::is_empty")]
+    not_ready: &'a [String],
 }
 
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks so")]
@@ -120,6 +126,7 @@ pub fn waiting(now: SystemTime) -> String {
         refused_sizes: &[],
         self_test: None,
         away: None,
+        not_ready: &["it waits for another agent with the same pins to end".to_owned()],
     })
 }
 
@@ -174,9 +181,36 @@ impl Health {
     /// found no room in the tables is not, though what found room is served; nor is one whose pins are gone, or whose calls
     /// were not seen to go where they should.
     #[must_use]
-    pub const fn is_healthy(&self) -> bool {
-        let is_proven = matches!(self.self_test, SelfTest::Off | SelfTest::Passed);
-        self.is_alive && self.is_node_eligible && self.n_refused == 0 && !self.has_lost_pins && is_proven
+    pub fn is_healthy(&self) -> bool {
+        self.not_ready().is_empty()
+    }
+
+    /// Why it is not, each in a few words.
+    #[must_use]
+    pub fn not_ready(&self) -> Vec<String> {
+        let is_stuck = (!self.is_alive).then(|| {
+            format!(
+                "the agent is stuck: a change has waited for {} s or its loop stands still",
+                PATIENCE.as_secs()
+            )
+        });
+        let is_leaving = (!self.is_node_eligible).then(|| "the Node is being deleted".to_owned());
+        let is_full = (self.n_refused > 0).then(|| {
+            format!(
+                "{} frontends have no room in the maps: raise --max-services or --max-endpoints",
+                self.n_refused
+            )
+        });
+        let has_lost_pins = self.has_lost_pins.then(|| {
+            "pins were removed or replaced: the next audit restores them, or after `socklb cleanup` a restart of the agent"
+                .to_owned()
+        });
+        let is_unproven = match &self.self_test {
+            SelfTest::Off | SelfTest::Passed => None,
+            SelfTest::Pending => Some(format!("self-test {NOT_RUN}")),
+            SelfTest::Failed(problem) => Some(format!("self-test failed: {problem}")),
+        };
+        [is_stuck, is_leaving, is_full, has_lost_pins, is_unproven].into_iter().flatten().collect()
     }
 
     /// The body at `/healthz`.
@@ -185,7 +219,7 @@ impl Health {
         let n_refused = Some(self.n_refused).filter(|n| *n > 0);
         let self_test = match &self.self_test {
             SelfTest::Off | SelfTest::Passed => None,
-            SelfTest::Pending => Some("not tried yet"),
+            SelfTest::Pending => Some(NOT_RUN),
             SelfTest::Failed(problem) => Some(&**problem),
         };
         write(&Body {
@@ -195,6 +229,7 @@ impl Health {
             refused_sizes: &self.refused_sizes,
             self_test,
             away: self.away.as_ref(),
+            not_ready: &self.not_ready(),
             ..self.body()
         })
     }
@@ -216,6 +251,7 @@ impl Health {
             refused_sizes: &[],
             self_test: None,
             away: None,
+            not_ready: &[],
         }
     }
 }
@@ -281,7 +317,7 @@ mod tests {
         };
         assert_eq!(
             health.healthz(),
-            r#"{"lastUpdated":"2023-11-14T22:13:20Z","currentTime":"2023-11-14T22:13:20Z","nodeEligible":false}"#
+            r#"{"lastUpdated":"2023-11-14T22:13:20Z","currentTime":"2023-11-14T22:13:20Z","nodeEligible":false,"notReady":["the Node is being deleted"]}"#
         );
         assert_eq!(
             health.livez(),
@@ -289,19 +325,46 @@ mod tests {
         );
         let failed =
             Health { self_test: SelfTest::Failed("TCP: refused".into()), ..health.clone() }.healthz();
-        assert!(failed.ends_with(r#""nodeEligible":false,"selfTest":"TCP: refused"}"#), "{failed}");
+        let end = r#""selfTest":"TCP: refused","notReady":["the Node is being deleted","self-test failed: TCP: refused"]}"#;
+        assert!(failed.ends_with(end), "{failed}");
         assert_eq!(
             waiting(now),
-            r#"{"lastUpdated":"","currentTime":"2023-11-14T22:13:20Z","waitsForOtherAgent":true}"#
+            r#"{"lastUpdated":"","currentTime":"2023-11-14T22:13:20Z","waitsForOtherAgent":true,"notReady":["it waits for another agent with the same pins to end"]}"#
         );
         let refused_sizes = ["max-services=20: 123 are served".to_owned()].into();
         let refused = Health { is_node_eligible: true, refused_sizes, ..health.clone() };
         assert!(refused.is_healthy(), "what is served is served");
         let body = refused.healthz();
         assert!(body.ends_with(r#""sizesRefused":["max-services=20: 123 are served"]}"#), "{body}");
-        assert_eq!(
-            Health { n_refused: 3, ..health }.healthz(),
-            r#"{"lastUpdated":"2023-11-14T22:13:20Z","currentTime":"2023-11-14T22:13:20Z","nodeEligible":false,"frontendsWithoutRoom":3}"#
-        );
+        let full = Health { n_refused: 3, is_node_eligible: true, ..health }.healthz();
+        let end = r#""nodeEligible":true,"frontendsWithoutRoom":3,"notReady":["3 frontends have no room in the maps: raise --max-services or --max-endpoints"]}"#;
+        assert!(full.ends_with(end), "{full}");
+    }
+
+    #[test]
+    fn what_is_not_ready_has_a_reason() {
+        let start = Instant::now();
+        let ready = Vitals::new(start);
+        for (vitals, after, reasons) in [
+            (ready.clone(), 0, &[][..]),
+            (Vitals { self_test: SelfTest::Passed, ..ready.clone() }, 0, &[]),
+            (
+                Vitals { self_test: SelfTest::Pending, ..ready.clone() },
+                0,
+                &["self-test not run yet: it waits for the first sync"],
+            ),
+            (ready.clone(), 60, &["the agent is stuck"]),
+            (Vitals { has_lost_pins: true, ..ready.clone() }, 0, &["pins were removed"]),
+            (
+                Vitals { n_refused: 2, is_node_eligible: false, ..ready },
+                0,
+                &["the Node is being", "2 frontends have"],
+            ),
+        ] {
+            let health = vitals.judge(start + Duration::from_secs(after), SystemTime::UNIX_EPOCH);
+            let found = health.not_ready();
+            assert_eq!((found.len(), health.is_healthy()), (reasons.len(), reasons.is_empty()), "{found:?}");
+            assert!(found.iter().zip(reasons).all(|(found, start)| found.starts_with(start)), "{found:?}");
+        }
     }
 }

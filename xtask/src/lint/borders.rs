@@ -86,7 +86,7 @@ const MODULES: &[Module] = &[
     Module {
         name: "serve",
         may_use: MayUse::Only(&["telemetry", "kernel", "desired", "model"]),
-        reason: "answers over HTTP are made from what telemetry holds, and steer nothing",
+        reason: "answers over HTTP are made from what telemetry and the model hold, and steer nothing",
     },
     Module {
         name: "self_test",

@@ -31,11 +31,11 @@ fn able() -> Host {
 fn a_host_that_has_everything() {
     expect![[r"
         ok       kernel           Linux 6.18.5
-        ok       BTF              the kernel tells its types
+        ok       BTF              the kernel describes its types in /sys/kernel/btf/vmlinux
         ok       cgroup v2        /sys/fs/cgroup: all processes of this host
         ok       BPF file system  /sys/fs/bpf/socklb
         ok       capabilities     CAP_BPF CAP_NET_ADMIN CAP_PERFMON
-        ok       programs         the kernel's verifier takes those of all hooks
+        ok       programs         the kernel accepts those of all hooks
         ok       refusal          bpf_set_retval: connect() and sendto() fail with ECONNREFUSED
         ok       socket records   in slots, with socket storage for what finds none
         ok       NFS and SMB      a mount keeps the service address, and finds another endpoint when it connects anew

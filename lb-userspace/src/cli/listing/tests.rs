@@ -25,13 +25,15 @@ fn as_many_endpoints_are_shown_as_have_room() {
         row("web", "10.96.0.80:80", &["10.244.1.10:8080", "10.244.2.10:8080", "10.244.3.10:8080"]),
         row("web", "[fd00:10:96::80]:80", &["[fd00:10:244:1::10]:8080", "[fd00:10:244:2::10]:8080"]),
         row("", "0.0.0.0:30080", &["10.244.1.10:8080"]),
+        row("", "[::]:30080", &["[fd00:10:244:1::10]:8080"]),
     ];
     expect![[r"
         SERVICE            KIND       ADDRESS                  POLICY   ENDPOINTS
         default/idle:http  ClusterIP  10.96.0.90:80/tcp        Cluster  none: refused
         default/web:http   ClusterIP  10.96.0.80:80/tcp        Cluster  10.244.1.10:8080 +2 more
         default/web:http   ClusterIP  [fd00:10:96::80]:80/tcp  Cluster  [fd00:10:244:1::10]:8080 +1 more
-        -                  -          *:30080/tcp              Cluster  10.244.1.10:8080
+        -                  -          0.0.0.0:30080/tcp        Cluster  10.244.1.10:8080
+        -                  -          [::]:30080/tcp           Cluster  [fd00:10:244:1::10]:8080
     "]]
     .assert_eq(&table(&rows));
 }

@@ -5,17 +5,13 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::SocketAddr,
+    time::Duration,
 };
 
 use lb_common::layout::ServiceStats;
 use serde::Serialize;
 
-use crate::{
-    cli::listing::{address_text, service_text},
-    desired::FrontendAddress,
-    kernel::sockets::Record,
-    model::Protocol,
-};
+use crate::{cli::listing::service_text, desired::FrontendAddress, kernel::sockets::Record, model::Protocol};
 
 /// One line of the stream.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -154,11 +150,20 @@ impl Connection {
             "{}  {bold}{}{plain}  {} -> {}{node}  sk:{:x}",
             self.time,
             service_text(&self.namespace, &self.name, &self.port_name),
-            address_text(address),
+            address,
             self.endpoint,
             self.cookie
         )
     }
+}
+
+/// What stands in the lines for people, and what comes when. `has_colour` on a terminal.
+pub(super) fn header(interval: Duration, summary: Duration, has_colour: bool) -> String {
+    let (dim, plain) = if has_colour { ("\u{1b}[2m", "\u{1b}[0m") } else { ("", "") };
+    format!(
+        "{dim}# time  service  address called -> endpoint on its node  sk: cookie of the socket{plain}\n\
+         {dim}# new sockets every {interval:?} (--interval), a summary every {summary:?}; `socklb top` shows all calls{plain}"
+    )
 }
 
 impl Summary {

@@ -1,27 +1,28 @@
-//! Asking a running agent over HTTP.
+//! Asking a running agent over HTTP: at its socket, and where it listens on TCP if it does not answer there.
 
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
-    time::{Duration, SystemTime},
+    path::Path,
+    time::SystemTime,
 };
 
 use anyhow::Context as _;
-use http_body_util::{BodyExt as _, Empty, Limited};
-use hyper::{Request, body::Bytes, client::conn::http1, header::HOST};
-use hyper_util::rt::TokioIo;
 use serde_json::Value;
-use tokio::{net::TcpStream, runtime, time};
+use tokio::runtime;
 
 use super::report::{Age, SourcePart};
-use crate::telemetry::metrics::{
-    CHANGES_WAITING, Definition, ISSUES, SERVES_SNAPSHOT, SOURCE_COMPLETE, SYNC_ERRORS, SYNC_LAST,
-    SYNC_LAST_QUEUED,
+use crate::{
+    cli::agent::{self, Agent, PATIENCE, Place},
+    serve::known::{Known, Which},
+    telemetry::{
+        health::NOT_RUN,
+        metrics::{
+            CHANGES_WAITING, Definition, SERVES_SNAPSHOT, SOURCE_COMPLETE, SYNC_ERRORS, SYNC_LAST,
+            SYNC_LAST_QUEUED,
+        },
+    },
 };
 
-/// How long to wait for one answer. The agent itself gives its loop less.
-const PATIENCE: Duration = Duration::from_secs(5);
-/// The largest answer that is read: the metrics of a large cluster.
-const MAX_BYTES: usize = 64 << 20;
 /// What `/proxyMode` says.
 const OWN_NAME: &str = "socklb";
 
@@ -32,9 +33,11 @@ pub(super) type Answer = Result<(u16, String), String>;
 #[derive(Clone, Debug, Default)]
 pub(super) struct Asked {
     /// Where metrics were asked for, and `/proxyMode` there.
-    pub(super) name: Option<(SocketAddr, Answer)>,
+    pub(super) name: Option<(Place, Answer)>,
     /// Where the health was asked for, `/livez` and `/healthz` there.
-    pub(super) health: Option<(SocketAddr, Answer, Answer)>,
+    pub(super) health: Option<(Place, Answer, Answer)>,
+    /// What the agent at the socket knows, without objects; or why it is not known.
+    pub(super) known: Option<Result<Known, String>>,
     /// `/metrics`, if it is socklb that answers.
     pub(super) metrics: String,
     /// `/configz`, likewise.
@@ -51,45 +54,50 @@ pub(super) fn reachable(listening: SocketAddr) -> SocketAddr {
     SocketAddr::new(ip, listening.port())
 }
 
-/// Asks whoever listens at the addresses. What is not answered is told in the result.
-pub(super) fn ask(metrics: Option<SocketAddr>, healthz: Option<SocketAddr>) -> anyhow::Result<Asked> {
-    let runtime =
-        runtime::Builder::new_current_thread().enable_all().build().context("no thread to ask from")?;
-    runtime.block_on(async {
-        let mut asked = Asked::default();
-        if let Some(address) = metrics {
-            let name = get(address, "/proxyMode").await;
-            if matches!(&name, Ok((200, name)) if name == OWN_NAME) {
-                asked.metrics = get(address, "/metrics").await.map(|(_, text)| text).unwrap_or_default();
-                let config = get(address, "/configz").await.map(|(_, text)| text).unwrap_or_default();
-                asked.config = serde_json::from_str(&config).unwrap_or_default();
-            }
-            asked.name = Some((address, name));
+/// Asks the agent of a state directory, else whoever listens at the addresses. What is not answered is told in the result.
+pub(super) fn ask(
+    state_dir: &Path,
+    metrics: Option<SocketAddr>,
+    healthz: Option<SocketAddr>,
+) -> anyhow::Result<Asked> {
+    let runtime = runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("cannot start a runtime to ask the agent")?;
+    let mut asked = runtime.block_on(async {
+        let socket = Place::socket(state_dir);
+        let at_socket = ask_at(Some(&socket), Some(&socket)).await;
+        if at_socket.is_socklb() == Some(true) {
+            return at_socket;
         }
-        if let Some(address) = healthz {
-            asked.health = Some((address, get(address, "/livez").await, get(address, "/healthz").await));
-        }
-        Ok(asked)
-    })
+        ask_at(metrics.map(Place::Tcp).as_ref(), healthz.map(Place::Tcp).as_ref()).await
+    });
+    let known = Agent::new(state_dir).ask(Which::Issues, None).map_err(|error| error.to_string());
+    asked.known = Some(known.and_then(|tagged| tagged.map(|tagged| tagged.known).ok_or_else(String::new)));
+    Ok(asked)
 }
 
-/// One request on a connection of its own.
-async fn get(address: SocketAddr, path: &str) -> Answer {
-    let exchange = async {
-        let stream = TcpStream::connect(address).await.map_err(|error| error.to_string())?;
-        let (mut sender, connection) =
-            http1::handshake(TokioIo::new(stream)).await.map_err(|error| error.to_string())?;
-        let connection = tokio::spawn(connection);
-        let request = Request::get(path).header(HOST, address.to_string()).body(Empty::<Bytes>::new());
-        let request = request.map_err(|error| error.to_string())?;
-        let response = sender.send_request(request).await.map_err(|error| error.to_string())?;
-        let status = response.status().as_u16();
-        let body = Limited::new(response.into_body(), MAX_BYTES).collect().await;
-        connection.abort();
-        let body = body.map_err(|error| error.to_string())?.to_bytes();
-        Ok((status, String::from_utf8_lossy(&body).into_owned()))
-    };
-    time::timeout(PATIENCE, exchange).await.unwrap_or_else(|_late| Err("no answer in time".to_owned()))
+async fn ask_at(metrics: Option<&Place>, healthz: Option<&Place>) -> Asked {
+    let mut asked = Asked::default();
+    if let Some(place) = metrics {
+        let name = get(place, "/proxyMode").await;
+        if matches!(&name, Ok((200, name)) if name == OWN_NAME) {
+            asked.metrics = get(place, "/metrics").await.map(|(_, text)| text).unwrap_or_default();
+            let config = get(place, "/configz").await.map(|(_, text)| text).unwrap_or_default();
+            asked.config = serde_json::from_str(&config).unwrap_or_default();
+        }
+        asked.name = Some((place.clone(), name));
+    }
+    if let Some(place) = healthz {
+        asked.health = Some((place.clone(), get(place, "/livez").await, get(place, "/healthz").await));
+    }
+    asked
+}
+
+/// What is said at a place.
+async fn get(place: &Place, page: &str) -> Answer {
+    let response = agent::get(place, page, PATIENCE).await.map_err(|error| error.to_string())?;
+    Ok((response.status, String::from_utf8_lossy(&response.body).into_owned()))
 }
 
 /// The value of a metric without labels in the text of `/metrics`.
@@ -126,20 +134,36 @@ impl Asked {
     /// What came of the agent's last self-test; `None` if it makes none, or nobody says.
     pub(super) fn self_test(&self) -> Option<String> {
         let interval = self.config["socklb"]["self-test-interval"].as_str()?;
-        let (_, _, healthz) = self.health.as_ref().filter(|_| interval != "0ms")?;
-        let (_, body) = healthz.as_ref().ok()?;
-        let body: Value = serde_json::from_str(body).ok()?;
+        let body = self.healthz().filter(|_| interval != "0ms")?;
         // It says what is amiss only.
-        Some(
-            body["selfTest"]
-                .as_str()
-                .map_or_else(|| "passed".to_owned(), |problem| format!("failed: {problem}")),
-        )
+        Some(match body["selfTest"].as_str() {
+            None => "passed".to_owned(),
+            Some(NOT_RUN) => NOT_RUN.to_owned(),
+            Some(problem) => format!("failed: {problem}"),
+        })
     }
 
-    /// How many issues the agent knows of.
-    pub(super) fn n_issues(&self) -> Option<u64> {
-        value(&self.metrics, &ISSUES).map(whole)
+    /// Why the agent says that it is not ready.
+    pub(super) fn not_ready(&self) -> Vec<String> {
+        self.listed("notReady")
+    }
+
+    /// The sizes of maps that the agent was given and did not take.
+    pub(super) fn refused_sizes(&self) -> Vec<String> {
+        self.listed("sizesRefused")
+    }
+
+    /// The texts of a list at `/healthz`.
+    fn listed(&self, key: &str) -> Vec<String> {
+        let body = self.healthz();
+        let texts = body.as_ref().and_then(|body| body[key].as_array()).into_iter().flatten();
+        texts.filter_map(|text| text.as_str().map(str::to_owned)).collect()
+    }
+
+    /// The body at `/healthz`.
+    pub(super) fn healthz(&self) -> Option<Value> {
+        let (_, _, healthz) = self.health.as_ref()?;
+        serde_json::from_str(&healthz.as_ref().ok()?.1).ok()
     }
 }
 
@@ -154,22 +178,31 @@ mod tests {
 
     #[test]
     fn values_are_found_by_their_whole_name() {
-        let text = "# HELP socklb_issues x\nsocklb_issues_total 9\nsocklb_issues{a=\"b\"} 8\nsocklb_issues 3\n# EOF\n";
-        assert_eq!(value(text, &ISSUES), Some(3.0));
-        assert_eq!(value("", &ISSUES), None);
-        assert_eq!(value("socklb_issues x\n", &ISSUES), None);
+        let text = "# HELP NAME x\nNAME_total 9\nNAME{a=\"b\"} 8\nNAME 3\n# EOF\n"
+            .replace("NAME", CHANGES_WAITING.name);
+        assert_eq!(value(&text, &CHANGES_WAITING), Some(3.0));
+        assert_eq!(value("", &CHANGES_WAITING), None);
+        assert_eq!(value(&format!("{} x\n", CHANGES_WAITING.name), &CHANGES_WAITING), None);
     }
 
     #[test]
     fn a_self_test_is_passed_unless_the_agent_says_otherwise() {
         let asked = |interval: &str, body: &str| Asked {
-            health: Some((([127, 0, 0, 1], 1).into(), Ok((200, String::new())), Ok((200, body.to_owned())))),
+            health: Some((
+                Place::Tcp(([127, 0, 0, 1], 1).into()),
+                Ok((200, String::new())),
+                Ok((200, body.to_owned())),
+            )),
             config: serde_json::json!({"socklb": {"self-test-interval": interval}}),
             ..Asked::default()
         };
         assert_eq!(asked("30000ms", "{}").self_test().as_deref(), Some("passed"));
         let failed = asked("30000ms", r#"{"selfTest": "TCP over IPv4: connect: refused"}"#).self_test();
         assert_eq!(failed.as_deref(), Some("failed: TCP over IPv4: connect: refused"));
+        let body = format!(r#"{{"selfTest": "{NOT_RUN}", "notReady": ["self-test {NOT_RUN}"]}}"#);
+        let pending = asked("30000ms", &body);
+        assert_eq!(pending.self_test().as_deref(), Some(NOT_RUN));
+        assert_eq!(pending.not_ready(), [format!("self-test {NOT_RUN}")]);
         assert_eq!(asked("0ms", "{}").self_test(), None);
         assert_eq!(asked("30000ms", "busy").self_test(), None);
         assert_eq!(Asked::default().self_test(), None);
@@ -187,9 +220,11 @@ mod tests {
     #[test]
     fn whoever_does_not_answer_is_told() {
         let nobody = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-        let asked = ask(Some(nobody), Some(nobody)).unwrap();
+        let state_dir = tempfile::tempdir().unwrap();
+        let asked = ask(state_dir.path(), Some(nobody), Some(nobody)).unwrap();
+        assert!(asked.known.as_ref().unwrap().as_ref().unwrap_err().contains("no agent answers"));
         assert_eq!(asked.is_socklb(), Some(false));
         assert!(asked.name.unwrap().1.unwrap_err().contains("refused"));
-        assert!(ask(None, None).unwrap().is_socklb().is_none());
+        assert!(ask(state_dir.path(), None, None).unwrap().is_socklb().is_none());
     }
 }

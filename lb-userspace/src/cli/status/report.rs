@@ -9,6 +9,7 @@ use std::{
 
 use lb_common::limits;
 use serde::{Serialize, Serializer};
+use serde_json::Value;
 
 use super::ask::{Answer, Asked};
 use crate::{
@@ -44,11 +45,17 @@ pub(super) struct Status {
     pub(super) excluded_cgroups: Vec<ExcludedRow>,
     /// Programs of others on the same hooks of the same cgroup, each with its hooks. They run too.
     pub(super) other_programs: BTreeMap<String, Vec<&'static str>>,
-    /// How many issues a running agent knows of; `null` if none answers.
+    /// How many issues a running agent knows of; `null` if none says.
     #[serde(rename = "issues_of_agent")]
-    pub(super) n_issues: Option<u64>,
-    /// What is wrong with the objects of the snapshot. What an agent could not read at all is in its log only.
+    pub(super) n_issues: Option<usize>,
+    /// All issues that a running agent knows of. Without one, what is wrong with the objects of the snapshot.
     pub(super) issues: Vec<Issue>,
+    /// Sizes of maps that a running agent refused, and why.
+    pub(super) refused_sizes: Vec<String>,
+    /// What is served from an older state than the objects have, and why.
+    pub(super) outdated: Vec<String>,
+    /// Why a running agent does not say what it knows.
+    pub(super) issues_problem: Option<String>,
 }
 
 /// Whether an agent runs.
@@ -60,6 +67,8 @@ pub(super) struct AgentPart {
     pub(super) healthy: Option<bool>,
     /// Who answers what where, in a sentence.
     pub(super) reason: String,
+    /// Why it is not healthy, as it says.
+    pub(super) not_ready: Vec<String>,
 }
 
 /// An age in seconds, told in JSON to a tenth.
@@ -110,6 +119,8 @@ pub(super) struct SnapshotPart {
     pub(super) endpoint_slices: usize,
     pub(super) nodes: usize,
     pub(super) problem: Option<String>,
+    /// Why a running agent could not write it the last time.
+    pub(super) write_problem: Option<String>,
 }
 
 /// How full a map is.
@@ -158,7 +169,11 @@ impl AgentPart {
                 .flatten()
         });
         let (state, reason) = match (&asked.name, &asked.health) {
-            (None, None) => ("unknown", "no address to ask: see --metrics-bind-address".to_owned()),
+            (None, None) => {
+                let unheard = asked.known.as_ref().and_then(|known| known.as_ref().err());
+                let unheard = unheard.map(|error| format!("{error}, and ")).unwrap_or_default();
+                ("unknown", format!("{unheard}no other address to ask: see --metrics-bind-address"))
+            }
             (Some((address, Ok((_, name)))), _) if asked.is_socklb() == Some(false) => {
                 let name = name.lines().next().unwrap_or_default();
                 ("stopped", format!("another program answers at {address}: /proxyMode says {name:?}"))
@@ -171,7 +186,8 @@ impl AgentPart {
             (_, Some((address, livez, _))) => ("stuck", format!("{address}: /livez says {}", says(livez))),
             (Some((address, _)), None) => ("running", format!("it answers at {address}")),
         };
-        Self { state, healthy, reason }
+        let not_ready = if healthy == Some(false) { asked.not_ready() } else { Vec::new() };
+        Self { state, healthy, reason, not_ready }
     }
 }
 
@@ -180,13 +196,14 @@ impl SnapshotPart {
         path: PathBuf,
         age: Option<Duration>,
         snapshot: Result<&Snapshot, &SnapshotError>,
+        write_problem: Option<String>,
     ) -> Self {
         let (services, endpoint_slices, nodes) = snapshot
             .map(|found| (found.services.len(), found.slices.len(), found.nodes.len()))
             .unwrap_or_default();
         let problem = snapshot.err().map(ToString::to_string);
         let age = age.filter(|_| problem.is_none()).map(|age| Age(age.as_secs_f64()));
-        Self { path, age_seconds: age, services, endpoint_slices, nodes, problem }
+        Self { path, age_seconds: age, services, endpoint_slices, nodes, problem, write_problem }
     }
 }
 
@@ -249,6 +266,37 @@ pub(super) fn issues(state: &State) -> Vec<Issue> {
     state.issues().collect::<BTreeSet<_>>().into_iter().collect()
 }
 
+/// What is served from an older state, by what the agent says at `/healthz`, its metrics and its issues.
+pub(super) fn outdated(
+    source: Option<&SourcePart>,
+    healthz: Option<&Value>,
+    issues: &[Issue],
+) -> Vec<String> {
+    let away = healthz.map(|body| &body["source"]).filter(|away| away.is_object());
+    let of_source = match away {
+        Some(away) => {
+            let served = match away["serves"].as_str() {
+                Some("last-known") => "what the source said last",
+                Some("found") => "what an earlier agent left in the kernel",
+                Some("snapshot") => "the snapshot",
+                Some("nothing") => "nothing",
+                _ => "an older state",
+            };
+            let part = |key: &str, before: &str| away[key].as_str().map(|text| format!("{before}{text}"));
+            let since = part("since", ", since ").unwrap_or_default();
+            let problem =
+                part("problem", ": ").unwrap_or_else(|| ": its first lists are not complete".to_owned());
+            Some(format!("the source is away{since}{problem}; {served} is served"))
+        }
+        None if source.is_some_and(|source| source.serves_snapshot) => {
+            Some("the source does not answer; the snapshot is served".to_owned())
+        }
+        None => None,
+    };
+    let of_files = issues.iter().filter(|issue| issue.kind.is_outdated());
+    of_source.into_iter().chain(of_files.map(ToString::to_string)).collect()
+}
+
 /// Issues that the table shows before it counts the rest.
 const SHOWN_ISSUES: usize = 20;
 
@@ -256,6 +304,11 @@ impl Status {
     /// Whether calls are served: every hook that this kernel needs has its program.
     pub(super) fn is_attached(&self) -> bool {
         self.hooks.iter().all(|hook| matches!(hook.state, "attached" | "not needed"))
+    }
+
+    /// Whether an agent runs and no call meets its programs, as after `socklb cleanup`.
+    fn is_in_vain(&self) -> bool {
+        self.agent.state == "running" && self.hooks.iter().all(|hook| hook.state != "attached")
     }
 
     /// For people.
@@ -266,18 +319,28 @@ impl Status {
             format!("snapshot  {}", self.snapshot_line()),
             format!("pins      {}", self.pin_path.display()),
         ];
+        let not_ready = &self.agent.not_ready;
         if self.agent.healthy == Some(false) {
             lines[0].push_str(", /healthz says that no traffic should come to this node");
+        }
+        lines[0].extend(not_ready.iter().map(|reason| format!("\n          not ready: {reason}")));
+        if self.is_in_vain() {
+            lines[0].push_str(
+                "\n          it serves no calls: its programs are not attached, see HOOK; restart it",
+            );
         }
         if let Some(problem) = &self.pin_problem {
             lines[3] = format!("pins      {problem}");
         }
-        let mut text = lines.join("\n") + "\n";
+        let refused = self.refused_sizes.iter().map(|size| format!("refused   {size}"));
+        let outdated = self.outdated.iter().map(|what| format!("outdated  {what}"));
+        let mut text = lines.into_iter().chain(refused).chain(outdated).collect::<Vec<_>>().join("\n") + "\n";
         if let Some(covers) = &self.covers {
             let _infallible = writeln!(text, "covers    {covers}");
         }
         if let Some(self_test) = &self.self_test {
-            let _infallible = writeln!(text, "self-test {self_test}");
+            let before = if self.is_in_vain() { ", before the programs were detached" } else { "" };
+            let _infallible = writeln!(text, "self-test {self_test}{before}");
         }
         if !self.maps.is_empty() {
             let _infallible =
@@ -323,12 +386,16 @@ impl Status {
     }
 
     fn snapshot_line(&self) -> String {
-        let SnapshotPart { path, age_seconds, services, endpoint_slices, nodes, problem } = &self.snapshot;
-        if let Some(problem) = problem {
-            return problem.clone();
+        let part = &self.snapshot;
+        let SnapshotPart { path, age_seconds, services, endpoint_slices, nodes, .. } = part;
+        let mut line = part.problem.clone().unwrap_or_else(|| {
+            let age = age_seconds.map_or_else(String::new, |age| format!(", {age} old"));
+            format!("{}: {services} services, {endpoint_slices} slices, {nodes} nodes{age}", path.display())
+        });
+        if let Some(problem) = &part.write_problem {
+            let _infallible = write!(line, "\n          the last write failed: {problem}");
         }
-        let age = age_seconds.map_or_else(String::new, |age| format!(", {age} old"));
-        format!("{}: {services} services, {endpoint_slices} slices, {nodes} nodes{age}", path.display())
+        line
     }
 
     fn hook_table(&self) -> String {
@@ -359,24 +426,24 @@ impl Status {
     }
 
     fn issue_list(&self) -> String {
-        let n_listed = self.issues.len();
-        if self.snapshot.problem.is_some() && self.n_issues.is_none() {
-            return "\nissues are not known\n".to_owned();
-        }
-        let mut text = match self.n_issues {
-            _ if n_listed == 0 && self.n_issues.unwrap_or_default() == 0 => {
-                return "\nno issues\n".to_owned();
+        let mut text = String::new();
+        let title = match (self.n_issues, &self.issues_problem) {
+            (Some(0), _) => return "\nno issues\n".to_owned(),
+            (Some(n), _) => format!("ISSUES ({n})"),
+            (None, _) if self.snapshot.problem.is_some() => "issues are not known".to_owned(),
+            (None, Some(problem)) => {
+                format!("ISSUES ({} of the snapshot's objects: {problem})", self.issues.len())
             }
-            Some(n) if n > n_listed as u64 => {
-                format!("\nISSUES ({n_listed} of the objects' own; the agent knows of {n}, all in its log)\n")
-            }
-            _ => "\nISSUES\n".to_owned(),
+            (None, None) if self.issues.is_empty() => "no issues of the snapshot's objects".to_owned(),
+            (None, None) => format!("ISSUES ({} of the snapshot's objects)", self.issues.len()),
         };
+        let _infallible = writeln!(text, "\n{title}");
         for issue in self.issues.iter().take(SHOWN_ISSUES) {
             let _infallible = writeln!(text, "  {issue}");
         }
-        if n_listed > SHOWN_ISSUES {
-            let _infallible = writeln!(text, "  and {} more: -o json lists all", n_listed - SHOWN_ISSUES);
+        let n_more = self.issues.len().saturating_sub(SHOWN_ISSUES);
+        if n_more > 0 {
+            let _infallible = writeln!(text, "  and {n_more} more: -o json lists all");
         }
         text
     }

@@ -15,7 +15,7 @@ use serde::Serialize;
 
 use crate::{
     cli::{
-        listing::{self, address_text, service_text},
+        listing::{self, service_text},
         sample::{Look, frontend_of},
     },
     controller::State,
@@ -277,7 +277,7 @@ impl PortRow {
 
     /// `address:port/protocol`
     pub(super) fn address(&self) -> String {
-        address_text(FrontendAddress { ip: self.address, port: self.port, protocol: self.protocol })
+        FrontendAddress { ip: self.address, port: self.port, protocol: self.protocol }.to_string()
     }
 
     /// Whether its name or address, or those of an endpoint, hold a text, in letters of any case.

@@ -3,7 +3,7 @@ use serde_json::{Value, json};
 
 use super::*;
 use crate::{
-    desired::fixture::{endpoint, line, lines, nodes, settings, slice, topology, topology_of},
+    desired::fixture::{endpoint, ip, line, lines, nodes, settings, slice, topology, topology_of},
     model::fixture::{self, service},
 };
 

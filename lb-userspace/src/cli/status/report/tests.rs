@@ -4,7 +4,10 @@ use expect_test::expect;
 use serde_json::json;
 
 use super::*;
-use crate::model::{IssueKind, ObjectRef};
+use crate::{
+    cli::agent::Place,
+    model::{IssueKind, ObjectRef},
+};
 
 fn source() -> SourcePart {
     SourcePart {
@@ -23,10 +26,14 @@ fn hook(hook: &'static str) -> HookRow {
     HookRow::new(hook, Ok(link))
 }
 
-fn answers(address: &str, livez: Answer) -> Asked {
+fn tcp(address: &str) -> Place {
+    Place::Tcp(address.parse().unwrap())
+}
+
+fn answers(place: &str, livez: Answer) -> Asked {
     Asked {
-        name: Some(("127.0.0.1:10249".parse().unwrap(), Ok((200, "socklb".to_owned())))),
-        health: Some((address.parse().unwrap(), livez.clone(), livez)),
+        name: Some((tcp("127.0.0.1:10249"), Ok((200, "socklb".to_owned())))),
+        health: Some((tcp(place), livez.clone(), livez)),
         ..Asked::default()
     }
 }
@@ -43,6 +50,7 @@ fn well() -> Status {
             endpoint_slices: 14,
             nodes: 3,
             problem: None,
+            write_problem: None,
         },
         pin_path: "/sys/fs/bpf/socklb".into(),
         pin_problem: None,
@@ -56,6 +64,9 @@ fn well() -> Status {
         other_programs: BTreeMap::new(),
         n_issues: Some(0),
         issues: Vec::new(),
+        outdated: Vec::new(),
+        refused_sizes: Vec::new(),
+        issues_problem: None,
     }
 }
 
@@ -87,7 +98,7 @@ fn an_agent_at_work() {
 #[test]
 fn nothing_at_all() {
     let nobody = Err("Connection refused (os error 111)".to_owned());
-    let asked = Asked { name: Some(("127.0.0.1:10249".parse().unwrap(), nobody)), ..Asked::default() };
+    let asked = Asked { name: Some((tcp("127.0.0.1:10249"), nobody)), ..Asked::default() };
     let status = Status {
         agent: AgentPart::new(&asked),
         self_test: None,
@@ -96,6 +107,7 @@ fn nothing_at_all() {
             "/var/lib/socklb/snapshot".into(),
             None,
             Err(&SnapshotError::Missing { path: "/var/lib/socklb/snapshot".into() }),
+            None,
         ),
         pin_problem: Some("/sys/fs/bpf/socklb: nothing is pinned".to_owned()),
         maps: Vec::new(),
@@ -145,7 +157,7 @@ fn what_is_wrong_is_said_first() {
             changes_waiting: 5,
             ..source()
         }),
-        n_issues: Some(40),
+        n_issues: Some(25),
         issues: (0..25).map(issue).collect(),
         ..well()
     };
@@ -156,7 +168,7 @@ fn what_is_wrong_is_said_first() {
         "last event never, last sync 3 s ago, 5 changes waiting, 2 syncs failed",
         "self-test failed: TCP over IPv4: connect: Connection refused",
         "  cil_sock4_connect: connect4\n",
-        "ISSUES (25 of the objects' own; the agent knows of 40, all in its log)",
+        "ISSUES (25)\n",
         "Service default/web: spec.ports[0].port",
         "and 5 more: -o json lists all",
     ] {
@@ -164,13 +176,118 @@ fn what_is_wrong_is_said_first() {
     }
 }
 
+/// The agent goes on after `socklb cleanup`, and what it said last of its self-test is no longer so.
+#[test]
+fn an_agent_whose_programs_are_detached_serves_no_calls() {
+    let status = Status {
+        hooks: vec![HookRow::new("connect4", Err(LinkProblem::Missing))],
+        pin_problem: Some("nothing is pinned under /sys/fs/bpf/socklb".to_owned()),
+        maps: Vec::new(),
+        covers: None,
+        ..well()
+    };
+    expect![[r"
+        agent     running: 127.0.0.1:10256: /livez says 200
+                  it serves no calls: its programs are not attached, see HOOK; restart it
+        source    kube: first lists complete
+                  last event 3 s ago, last sync 3 s ago, 0 changes waiting
+        snapshot  /var/lib/socklb/snapshot: 12 services, 14 slices, 3 nodes, 2 h old
+        pins      nothing is pinned under /sys/fs/bpf/socklb
+        self-test passed, before the programs were detached
+
+        HOOK          STATE       CGROUP
+        connect4      missing     nothing is pinned under this name
+
+        no issues
+    "]]
+    .assert_eq(&status.text());
+}
+
+#[test]
+fn who_does_not_get_traffic_is_told_why() {
+    let body =
+        r#"{"notReady":["the Node is being deleted","self-test not run yet: it waits for the first sync"]}"#;
+    let mut asked = answers("127.0.0.1:10256", Ok((200, String::new())));
+    asked.health = asked.health.map(|(place, livez, _)| (place, livez, Ok((503, body.to_owned()))));
+    let full_disk = Some("/var/lib/socklb/snapshot: No space left on device (os error 28)".to_owned());
+    let missing = SnapshotError::Missing { path: "/var/lib/socklb/snapshot".into() };
+    let status = Status {
+        agent: AgentPart::new(&asked),
+        snapshot: SnapshotPart::new("/var/lib/socklb/snapshot".into(), None, Err(&missing), full_disk),
+        outdated: vec![
+            "the source is away, since 2026-01-01T00:00:00Z: refused; the snapshot is served".to_owned(),
+        ],
+        ..well()
+    };
+    let text = status.text();
+    let head: Vec<&str> = text.lines().take(10).collect();
+    expect![[r"
+        agent     running: 127.0.0.1:10256: /livez says 200, /healthz says that no traffic should come to this node
+                  not ready: the Node is being deleted
+                  not ready: self-test not run yet: it waits for the first sync
+        source    kube: first lists complete
+                  last event 3 s ago, last sync 3 s ago, 0 changes waiting
+        snapshot  /var/lib/socklb/snapshot: no snapshot: has an agent run with this --state-dir?
+                  the last write failed: /var/lib/socklb/snapshot: No space left on device (os error 28)
+        pins      /sys/fs/bpf/socklb
+        refused   max-services=20: 123 are served
+        outdated  the source is away, since 2026-01-01T00:00:00Z: refused; the snapshot is served
+    "]]
+    .assert_eq(&(head.join("\n") + "\n"));
+}
+
+#[test]
+fn what_is_older_than_the_source_is_told() {
+    let broken = |last_good| {
+        let kind = serde_json::from_value(json!({
+            "reason": "BrokenFile", "cause": "line 2: bad", "last_good": last_good, "since": "2026-01-01T00:00:00Z",
+        }));
+        Issue::new(ObjectRef::file("a.yaml"), kind.unwrap())
+    };
+    let away = |source: Value| json!({ "lastUpdated": "", "source": source });
+    let snapshot = SourcePart { serves_snapshot: true, ..source() };
+    for (source, healthz, issues, expected) in [
+        (Some(source()), None, vec![], None),
+        (Some(source()), Some(json!({})), vec![broken(false)], None),
+        (
+            Some(source()),
+            None,
+            vec![broken(true)],
+            Some("file a.yaml: line 2: bad; the objects read from it before"),
+        ),
+        (Some(snapshot), None, vec![], Some("the source does not answer; the snapshot is served")),
+        (
+            None,
+            Some(away(
+                json!({"serves": "last-known", "since": "2026-01-01T00:00:00Z", "problem": "refused"}),
+            )),
+            vec![],
+            Some(
+                "the source is away, since 2026-01-01T00:00:00Z: refused; what the source said last is served",
+            ),
+        ),
+        (
+            None,
+            Some(away(json!({"serves": "found"}))),
+            vec![],
+            Some(
+                "the source is away: its first lists are not complete; what an earlier agent left in the kernel is served",
+            ),
+        ),
+    ] {
+        let found = outdated(source.as_ref(), healthz.as_ref(), &issues);
+        assert_eq!(found.len(), usize::from(expected.is_some()), "{found:?}");
+        assert!(found.iter().all(|found| found.starts_with(expected.unwrap())), "{found:?}");
+    }
+}
+
 #[test]
 fn who_answers_decides_what_the_agent_is() {
     let at = |name: Option<Answer>, livez: Option<Answer>| {
-        let address = "127.0.0.1:1".parse().unwrap();
+        let place = || tcp("127.0.0.1:1");
         let asked = Asked {
-            name: name.map(|answer| (address, answer)),
-            health: livez.map(|answer| (address, answer.clone(), answer)),
+            name: name.map(|answer| (place(), answer)),
+            health: livez.map(|answer| (place(), answer.clone(), answer)),
             ..Asked::default()
         };
         let AgentPart { state, healthy, .. } = AgentPart::new(&asked);
@@ -243,7 +360,12 @@ fn the_json_has_these_names() {
     status["hooks"].as_array_mut().unwrap().truncate(1);
     status["maps"].as_array_mut().unwrap().truncate(1);
     let expected = json!({
-        "agent": { "state": "running", "healthy": true, "reason": "127.0.0.1:10256: /livez says 200" },
+        "agent": {
+            "state": "running",
+            "healthy": true,
+            "reason": "127.0.0.1:10256: /livez says 200",
+            "not_ready": [],
+        },
         "self_test": "passed",
         "source": {
             "source": "kube",
@@ -261,6 +383,7 @@ fn the_json_has_these_names() {
             "endpoint_slices": 14,
             "nodes": 3,
             "problem": null,
+            "write_problem": null,
         },
         "pin_path": "/sys/fs/bpf/socklb",
         "pin_problem": null,
@@ -277,6 +400,9 @@ fn the_json_has_these_names() {
         "other_programs": {},
         "issues_of_agent": 0,
         "issues": [],
+        "outdated": [],
+        "refused_sizes": [],
+        "issues_problem": null,
     });
     assert_eq!(status, expected);
 }

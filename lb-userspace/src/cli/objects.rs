@@ -1,0 +1,141 @@
+//! The objects that name what the maps hold: an agent's at work, else those of the snapshot.
+
+use std::{
+    path::{Path, PathBuf},
+    time::{Duration, SystemTime},
+};
+
+use super::{
+    agent::{Agent, Tagged},
+    listing::{state_of, state_of_known},
+};
+use crate::{
+    controller::{State, known::known},
+    desired::FrontendAddress,
+    model::Issue,
+    serve::known::{Known, Which},
+    snapshot::{self, Snapshot},
+};
+
+/// An agent that has not read its source once knows less than the snapshot.
+const NOT_SYNCED: &str = "the agent has not read all of its source yet";
+
+/// All objects, asked for again at each look.
+pub(super) struct Objects {
+    agent: Agent,
+    state_dir: PathBuf,
+    /// Of the agent's answer that was read last.
+    tag: Option<String>,
+    /// Of the snapshot that was read last.
+    modified: Option<SystemTime>,
+    state: Option<State>,
+    problem: Option<String>,
+    notice: Option<String>,
+}
+
+impl Objects {
+    /// Nothing is read yet.
+    pub(super) fn new(state_dir: &Path) -> Self {
+        Self {
+            agent: Agent::new(state_dir),
+            state_dir: state_dir.to_owned(),
+            tag: None,
+            modified: None,
+            state: None,
+            problem: None,
+            notice: None,
+        }
+    }
+
+    /// The objects of this moment. `None` if there are none that can be read: what was read before may be out of date.
+    pub(super) fn now(&mut self) -> Option<&State> {
+        let reason = match self.agent.ask(Which::All, self.tag.as_deref()) {
+            Ok(None) => return self.state.as_ref(),
+            Ok(Some(Tagged { known, tag })) if known.has_synced => {
+                (self.state, self.tag, self.modified) = (Some(state_of_known(known)), tag, None);
+                (self.problem, self.notice) = (None, None);
+                return self.state.as_ref();
+            }
+            Ok(Some(_)) => NOT_SYNCED.to_owned(),
+            Err(error) => error.to_string(),
+        };
+        self.tag = None;
+        let modified = snapshot::modified(&self.state_dir);
+        if modified.is_none() || modified != self.modified {
+            self.modified = modified;
+            (self.state, self.problem) = match Snapshot::read(&self.state_dir) {
+                Ok(snapshot) => (Some(state_of(snapshot)), None),
+                Err(error) => (None, Some(format!("names are missing: {reason}, and {error}"))),
+            };
+        }
+        self.notice = self.state.is_some().then(|| from_snapshot(&reason, modified));
+        self.state.as_ref()
+    }
+
+    /// The objects of the last look.
+    pub(super) fn state(&self) -> Option<&State> {
+        self.state.as_ref()
+    }
+
+    /// Why the last look found no objects.
+    pub(super) fn problem(&self) -> Option<&str> {
+        self.problem.as_deref()
+    }
+
+    /// Why the objects of the last look may be out of date, or are missing.
+    pub(super) fn notice(&self) -> Option<&str> {
+        self.problem.as_deref().or(self.notice.as_deref())
+    }
+}
+
+/// What is known about one address.
+pub(super) struct At {
+    /// The objects, if there are any.
+    pub(super) state: Option<State>,
+    /// What is wrong with them.
+    pub(super) issues: Vec<Issue>,
+    /// Why they may be out of date, or are missing.
+    pub(super) notice: Option<String>,
+    /// Of the agent's answer; `None` if they are the snapshot's.
+    pub(super) tag: Option<String>,
+}
+
+impl At {
+    /// What an agent says, or the snapshot.
+    pub(super) fn now(agent: &Agent, state_dir: &Path, address: FrontendAddress) -> Self {
+        match agent.ask(Which::At(address), None) {
+            Ok(Some(tagged)) if tagged.known.has_synced => Self::heard(tagged),
+            Ok(_) => Self::read(state_dir, address, NOT_SYNCED),
+            Err(error) => Self::read(state_dir, address, &error.to_string()),
+        }
+    }
+
+    /// What an agent says.
+    pub(super) fn heard(Tagged { mut known, tag }: Tagged) -> Self {
+        let issues = std::mem::take(&mut known.issues);
+        Self { state: Some(state_of_known(known)), issues, notice: None, tag }
+    }
+
+    /// What the snapshot says, since no agent does.
+    fn read(state_dir: &Path, address: FrontendAddress, reason: &str) -> Self {
+        match Snapshot::read(state_dir).map(state_of) {
+            Ok(state) => {
+                let all = state.issues().collect();
+                let mut known = Known { issues: all, ..known(&state, Which::At(address)) };
+                known.keep_issues_at(address);
+                let notice = Some(from_snapshot(reason, snapshot::modified(state_dir)));
+                Self { state: Some(state), issues: known.issues, notice, tag: None }
+            }
+            Err(error) => {
+                let notice = Some(format!("names are missing: {reason}, and {error}"));
+                Self { state: None, issues: Vec::new(), notice, tag: None }
+            }
+        }
+    }
+}
+
+fn from_snapshot(reason: &str, modified: Option<SystemTime>) -> String {
+    let age = modified.map(|time| SystemTime::now().duration_since(time).unwrap_or(Duration::ZERO));
+    let age = age.map_or_else(String::new, |age| format!(", {} s old", age.as_secs()));
+    format!("{reason}: names are from the snapshot{age}")
+}

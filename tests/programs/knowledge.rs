@@ -1,0 +1,245 @@
+//! What commands hear from an agent at work, through its socket.
+
+use std::{
+    io::{BufRead as _, BufReader},
+    net::{IpAddr, SocketAddr},
+    os::unix::fs::MetadataExt as _,
+    path::Path,
+    process::{Child, Command, Stdio},
+    sync::{
+        atomic::{AtomicBool, Ordering},
+        mpsc,
+    },
+    thread,
+    time::Duration,
+};
+
+use lb_tests::cluster::Cluster;
+use lb_userspace::{desired::FrontendAddress, kernel::store::Maps, model::Protocol};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use serde_json::Value;
+
+use crate::{
+    process::run,
+    socklb::{Place, eventually, is_up, with_town},
+    town,
+};
+
+/// An address of many services, one after the other.
+const MOVING: &str = "10.96.7.7:80/tcp";
+
+/// A cluster whose n-th state has the moving address at the n-th service with the n-th endpoint, beside a hundred services
+/// whose endpoints all change too.
+fn state(n: u8) -> Cluster {
+    let mut cluster = Cluster::new();
+    let address = |ip: [u8; 4], port| SocketAddr::new(IpAddr::from(ip), port);
+    cluster.serve(
+        &format!("moving-{n}"),
+        address([10, 96, 7, 7], 80),
+        Protocol::Tcp,
+        &[address([10, 244, 9, n], 8080)],
+    );
+    for other in 0..100 {
+        let endpoint = address([10, 244, n % 2, other], 8080);
+        cluster.serve(&format!("other-{other}"), address([10, 96, 8, other], 80), Protocol::Tcp, &[endpoint]);
+    }
+    cluster
+}
+
+/// Which of these states the kernel's maps hold.
+fn held(place: &Place) -> Option<u8> {
+    let image = Maps::open(Path::new(&place.pin_path)).ok()?.image().ok()?;
+    let moving: FrontendAddress = MOVING.parse().unwrap();
+    match image.entries_at(moving).first()?.address.ip() {
+        IpAddr::V4(ip) => Some(ip.octets()[3]),
+        IpAddr::V6(_) => None,
+    }
+}
+
+/// Runs a command that prints JSON and nothing else.
+fn ask(place: &Place, command: &[&str]) -> Value {
+    let output = run(&place.binary, &place.args(command));
+    let message = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && message.is_empty(), "{command:?}: {}: {message}", output.status);
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+/// The number of a name or address.
+fn number(text: &Value, before: &str) -> u8 {
+    let text = text.as_str().unwrap();
+    text.strip_prefix(before).unwrap_or_else(|| panic!("{text:?} instead of {before}N")).parse().unwrap()
+}
+
+/// Whatever the maps hold when a command starts, its answer is of that state or a later one: never of a service that no object
+/// names, nor of the one before.
+#[test]
+fn answers_are_never_older_than_the_maps() {
+    with_town(|place, _town| {
+        place.write(&state(0));
+        let agent = place.start();
+        eventually("the first state is in the maps", || held(place) == Some(0));
+        let is_over = AtomicBool::new(false);
+        thread::scope(|scope| {
+            let changes = scope.spawn(|| {
+                for n in (1..=255).cycle() {
+                    if is_over.load(Ordering::Relaxed) {
+                        return;
+                    }
+                    place.write(&state(n));
+                    thread::sleep(Duration::from_millis(200));
+                }
+            });
+            let is_older = |before: u8, n: u8| n.wrapping_sub(before) > 127;
+            for _ in 0..20 {
+                let before = held(place).unwrap();
+                let services = ask(place, &["services", "-o", "json"]);
+                let rows = services.as_array().unwrap();
+                assert!(rows.iter().all(|row| row["name"] != ""), "{services}");
+                let row = rows.iter().find(|row| row["address"] == "10.96.7.7").unwrap();
+                let (name, endpoint) =
+                    (number(&row["name"], "moving-"), number(&row["endpoints"][0]["address"], "10.244.9."));
+                assert!(!is_older(before, name) && !is_older(before, endpoint), "{before}: {row}");
+
+                let before = held(place).unwrap();
+                let explained = ask(place, &["explain", MOVING, "-o", "json"]);
+                let name = number(&explained["frontend"]["name"], "moving-");
+                let endpoint = explained["candidates"][0].as_str().unwrap().trim_end_matches(":8080").into();
+                let endpoint = number(&endpoint, "10.244.9.");
+                assert!(!is_older(before, name) && !is_older(before, endpoint), "{before}: {explained}");
+            }
+            is_over.store(true, Ordering::Relaxed);
+            changes.join().unwrap();
+        });
+        assert_eq!(agent.end(Signal::SIGTERM), Some(0));
+    });
+}
+
+/// The lines of a command that goes on, as they come.
+struct Lines {
+    child: Child,
+    lines: mpsc::Receiver<String>,
+}
+
+impl Lines {
+    fn start(place: &Place, command: &[&str]) -> Self {
+        let mut child =
+            Command::new(&place.binary).args(place.args(command)).stdout(Stdio::piped()).spawn().unwrap();
+        let (sender, lines) = mpsc::channel();
+        let stdout = child.stdout.take().unwrap();
+        thread::spawn(move || {
+            BufReader::new(stdout).lines().map_while(Result::ok).try_for_each(|line| sender.send(line))
+        });
+        Self { child, lines }
+    }
+
+    fn next(&self) -> String {
+        self.lines.recv_timeout(Duration::from_secs(30)).unwrap()
+    }
+
+    /// Nothing comes for a while.
+    fn is_silent(&self) -> bool {
+        self.lines.recv_timeout(Duration::from_millis(500)).is_err()
+    }
+}
+
+impl Drop for Lines {
+    fn drop(&mut self) {
+        let _ended_already = kill(Pid::from_raw(self.child.id().cast_signed()), Signal::SIGKILL);
+        let _ended_already = self.child.wait();
+    }
+}
+
+#[test]
+fn explain_goes_on_with_every_change() {
+    with_town(|place, _town| {
+        place.write(&state(0));
+        let agent = place.start();
+        eventually("the first state is in the maps", || held(place) == Some(0));
+        let lines = Lines::start(place, &["explain", MOVING, "--watch"]);
+        let json = Lines::start(place, &["explain", MOVING, "--watch", "-o", "json"]);
+        let first = lines.next();
+        assert!(first.contains(&format!(" {MOVING} -> redirected: ")), "{first}");
+        assert!(
+            first.contains("of default/moving-0") && first.contains("candidate 10.244.9.0:8080"),
+            "{first}"
+        );
+        let first: Value = serde_json::from_str(&json.next()).unwrap();
+        assert!(first["time"].is_string() && first["verdict"] == "redirected", "{first}");
+
+        // What concerns other services is no change.
+        let mut others = state(1);
+        others.services.retain(|(_, name), _| name.starts_with("other"));
+        others.slices.retain(|(_, name), _| name.starts_with("other"));
+        let moving = state(0);
+        for (name, service) in moving.services.into_iter().filter(|((_, name), _)| name.starts_with("moving"))
+        {
+            others.services.insert(name, service);
+        }
+        for (name, slice) in moving.slices.into_iter().filter(|((_, name), _)| name.starts_with("moving")) {
+            others.slices.insert(name, slice);
+        }
+        place.write(&others);
+        assert!(lines.is_silent());
+
+        for n in [1, 2] {
+            place.write(&state(n));
+            let line = lines.next();
+            assert!(line.contains(&format!("of default/moving-{n}")), "{line}");
+            assert!(line.contains(&format!("candidate 10.244.9.{n}:8080")), "{line}");
+            let answer: Value = serde_json::from_str(&json.next()).unwrap();
+            assert_eq!(answer["frontend"]["name"], format!("moving-{n}"));
+        }
+
+        // Killed and started anew over another state: what was missed is told.
+        assert_eq!(agent.end(Signal::SIGKILL), None);
+        place.write(&state(3));
+        let agent = place.start();
+        let line = lines.next();
+        assert!(line.contains("of default/moving-3"), "{line}");
+        assert!(lines.is_silent());
+        assert_eq!(agent.end(Signal::SIGTERM), Some(0));
+
+        let output = run(&place.binary, &place.args(&["explain", MOVING, "--watch"]));
+        let message = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{message}");
+        assert!(message.contains("--watch takes an agent at work: no agent answers at"), "{message}");
+    });
+}
+
+#[test]
+fn the_socket_is_roots_and_outlives_no_agent() {
+    with_town(|place, town| {
+        place.write(&town.cluster(0..2));
+        let socket = place.state_dir().join("agent.sock");
+        let start = || {
+            let agent = place.start();
+            eventually("the service answers", || is_up(town::web()[0]));
+            eventually("commands are answered", || {
+                let output = run(&place.binary, &place.args(&["services"]));
+                output.status.success() && output.stderr.is_empty()
+            });
+            agent
+        };
+        let agent = start();
+        assert_eq!(std::fs::metadata(&socket).unwrap().mode() & 0o777, 0o600);
+        // What a killed agent leaves is replaced by the next.
+        assert_eq!(agent.end(Signal::SIGKILL), None);
+        assert!(socket.exists());
+        let agent = start();
+        assert_eq!(agent.end(Signal::SIGTERM), Some(0));
+        assert!(!socket.exists());
+
+        // Without an agent the snapshot has the names, and the command says so.
+        let output = run(&place.binary, &place.args(&["services", "-o", "json"]));
+        let message = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{message}");
+        assert!(
+            message.contains("no agent answers") && message.contains("names are from the snapshot"),
+            "{message}"
+        );
+        assert!(String::from_utf8_lossy(&output.stdout).contains("web-v4"));
+    });
+}
