@@ -33,6 +33,8 @@ const SHORT_WATCH: Duration = Duration::from_secs(1);
 const MAX_STATUS: usize = 64 << 10;
 /// The annotation of the bookmark after the last object of a streaming list.
 const INITIAL_EVENTS_END: &str = "k8s.io/initial-events-end";
+/// Selects no object: names have no capital letters.
+const NONE: &str = "metadata.name=NONE";
 /// The words by which failures are counted: those of [`Failure::reason`].
 pub(super) const REASONS: [&str; 8] =
     ["connection", "silence", "unauthorized", "forbidden", "throttled", "server_error", "expired", "other"];
@@ -337,10 +339,11 @@ fn form(error: &serde_json::Error) -> Failure {
 }
 
 impl Follower {
-    /// The path of a request. Values are encoded.
+    /// The path of a request. Values are encoded. A field selector among the parameters takes the place of the kind's.
     fn path<K: Kind>(&self, parameters: &[(&str, &str)]) -> String {
         let selector = K::IS_LABELLED.then_some(("labelSelector", &*self.selector));
-        let fields = (!self.fields.is_empty()).then_some(("fieldSelector", &*self.fields));
+        let has_fields = parameters.iter().any(|(name, _)| *name == "fieldSelector");
+        let fields = (!has_fields && !self.fields.is_empty()).then_some(("fieldSelector", &*self.fields));
         let mut query = form_urlencoded::Serializer::new(String::new());
         query.extend_pairs(parameters).extend_pairs(selector).extend_pairs(fields);
         format!("{}?{}", K::PATH, query.finish())
@@ -449,10 +452,10 @@ impl Follower {
         }
     }
 
-    /// Asks whether the server has reached a version, for the price of one object. Refused if not.
+    /// Asks whether the server has reached a version, by a list of no object from its cache. Refused if not.
     async fn confirm<K: Kind>(&self, version: &str) -> Result<String, Failure> {
         let path = self.path::<K>(&[
-            ("limit", "1"),
+            ("fieldSelector", NONE),
             ("resourceVersion", version),
             ("resourceVersionMatch", "NotOlderThan"),
         ]);

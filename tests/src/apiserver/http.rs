@@ -219,8 +219,8 @@ async fn answer(
         (Method::GET, None) => {
             {
                 let mut requests = lock(&shared.requests);
-                let count =
-                    if query.get("limit") == "1" { &mut requests.confirmations } else { &mut requests.lists };
+                let is_for_none = query.get("fieldSelector") == "metadata.name=NONE";
+                let count = if is_for_none { &mut requests.confirmations } else { &mut requests.lists };
                 *count += 1;
             }
             let delay = lock(&shared.faults).delay;

@@ -91,7 +91,7 @@ impl Default for Faults {
 pub struct Requests {
     /// Lists, each page counted, streaming lists too, [`Self::confirmations`] not.
     pub lists: u64,
-    /// Lists of at most one object, which ask whether a version is reached.
+    /// Lists of an object of no possible name, which ask whether a version is reached.
     pub confirmations: u64,
     /// Watches without initial events.
     pub watches: u64,
