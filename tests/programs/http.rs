@@ -21,6 +21,7 @@ use crate::{
     process::text,
     socklb::{Place, Running, eventually, is_up, servers, with_town},
     town::{self, Town},
+    turns,
 };
 
 /// On ports of the kernel's choice, and without the agent's own service: entries of the maps are counted.
@@ -188,6 +189,25 @@ fn pages_are_those_of_kube_proxy() {
         for part in ["--healthz-bind-address", &taken, "in use", "kube-proxy", "\"\""] {
             assert!(log[0].contains(part), "{part} is not in {log:?}");
         }
+    });
+}
+
+/// A kubelet's probe waits for a second, and Linux takes longer than that to verify the programs on a busy node.
+#[test]
+fn probes_are_answered_while_the_programs_are_loaded() {
+    with_town(|place, town| {
+        place.write(&town.cluster(0..2));
+        let agent = place.start_with(&[&turns::PORTS[..], &["--self-test-interval=0"]].concat());
+        let health: SocketAddr = (Ipv4Addr::LOCALHOST, 10256).into();
+        eventually("the agent listens", || is_up(health));
+        let get = |page: &str| fetch("GET", &format!("http://{health}/{page}"));
+        let (status, body) = get("healthz");
+        assert_eq!(status, 503, "{body}");
+        assert!(body.contains("the programs are being loaded"), "{body}");
+        assert_eq!(get("livez").0, 200);
+        eventually("it is ready", || get("healthz").0 == 200);
+        eventually("the service answers", || is_up(town::web()[0]));
+        assert_eq!(agent.end(Signal::SIGTERM), Some(0));
     });
 }
 

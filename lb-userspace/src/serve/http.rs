@@ -192,6 +192,15 @@ pub(super) mod tests {
 
     use super::*;
 
+    /// What a server answers for a page, with the head.
+    pub(crate) async fn get(server: std::net::SocketAddr, path: &str) -> String {
+        let mut stream = TcpStream::connect(server).await.unwrap();
+        stream.write_all(format!("GET {path} HTTP/1.1\r\nHost: x\r\n\r\n").as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
+        answer
+    }
+
     struct One;
 
     impl Pages for One {

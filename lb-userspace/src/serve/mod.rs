@@ -22,7 +22,13 @@ pub mod http;
 pub mod known;
 pub mod pages;
 
-use std::{io, net::SocketAddr, path::Path, sync::Arc, time::Duration};
+use std::{
+    io,
+    net::SocketAddr,
+    path::Path,
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
 
 use tokio::{
     net::TcpListener,
@@ -128,56 +134,68 @@ pub struct Insight {
     pub asker: Asker,
 }
 
-/// Open sockets that nobody answers yet.
-#[derive(Debug)]
+/// Open sockets. Until [`Self::serve`] the answer there is that the agent starts: a client that waited for the programs to be
+/// loaded, such as a kubelet's probe, would give up before.
 pub struct Listeners {
-    metrics: Option<TcpListener>,
-    healthz: Option<TcpListener>,
+    metrics: Arc<OnceLock<Arc<MetricsPages>>>,
+    healthz: Arc<OnceLock<Arc<HealthPages>>>,
     config: serde_json::Value,
+    serving: JoinSet<()>,
 }
 
 impl Listeners {
-    /// Opens the sockets.
+    /// Opens the sockets and begins to answer: `/livez` with 200, the other pages with 503.
     ///
     /// # Errors
     ///
     /// [`ListenError`], for example if kube-proxy listens there.
+    ///
+    /// # Panics
+    ///
+    /// Outside a tokio runtime.
     pub async fn open(options: &Options) -> Result<Self, ListenError> {
-        Ok(Self {
-            metrics: listen("--metrics-bind-address", options.metrics).await?,
-            healthz: listen("--healthz-bind-address", options.healthz).await?,
+        let metrics = listen("--metrics-bind-address", options.metrics).await?;
+        let healthz = listen("--healthz-bind-address", options.healthz).await?;
+        let mut listeners = Self {
+            metrics: Arc::default(),
+            healthz: Arc::default(),
             config: options.config.clone(),
-        })
+            serving: JoinSet::new(),
+        };
+        if let Some(listener) = metrics {
+            let pages = pages::FromStart::new(Arc::clone(&listeners.metrics));
+            listeners.serving.spawn(http::serve(listener, Arc::new(pages)));
+        }
+        if let Some(listener) = healthz {
+            let pages = pages::FromStart::new(Arc::clone(&listeners.healthz));
+            listeners.serving.spawn(http::serve(listener, Arc::new(pages)));
+        }
+        Ok(listeners)
     }
 
-    /// Answers until the value that is returned is dropped, also at the socket in `state_dir`. Questions go to the agent's
-    /// loop.
+    /// Answers as an agent that has started, until the value that is returned is dropped, also at the socket in `state_dir`.
+    /// Questions go to the agent's loop.
     ///
     /// # Errors
     ///
     /// If the pinned maps, whose counters `/metrics` reads, cannot be opened.
     pub fn serve(
-        self,
+        mut self,
         pin_path: &Path,
         state_dir: &Path,
         metrics: &Metrics,
         insight: Insight,
     ) -> Result<JoinSet<()>, KernelError> {
         let Insight { vitals, changes, asker } = insight;
-        let mut serving = JoinSet::new();
         let config = self.config.to_string();
         let pages = MetricsPages::new(metrics.clone(), Maps::open(pin_path)?, asker.clone(), config);
         let pages = Arc::new(pages);
         let health = HealthPages { vitals, metrics: metrics.clone() };
-        if let Some(listener) = self.metrics {
-            serving.spawn(http::serve(listener, Arc::clone(&pages)));
-        }
-        if let Some(listener) = self.healthz {
-            serving.spawn(http::serve(listener, Arc::new(health.clone())));
-        }
+        let _first = self.metrics.set(Arc::clone(&pages));
+        let _first = self.healthz.set(Arc::new(health.clone()));
         let pages = Arc::new(AgentPages::new(pages, health, asker, changes));
-        serving.spawn(agent_socket::serve(state_dir.to_owned(), pages));
-        Ok(serving)
+        self.serving.spawn(agent_socket::serve(state_dir.to_owned(), pages));
+        Ok(self.serving)
     }
 }
 
@@ -212,6 +230,10 @@ async fn listen(flag: &'static str, address: Option<SocketAddr>) -> Result<Optio
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
+    use tokio::time;
+
     use super::*;
 
     /// However many ask without end, the loop has time for changes between two answers.
@@ -259,5 +281,27 @@ mod tests {
             assert!(error.contains(part), "{part} is not in {error}");
         }
         assert!(listen("--healthz-bind-address", None).await.unwrap().is_none());
+    }
+
+    /// A kubelet's probe waits for a second, and the programs may take longer to load.
+    #[tokio::test]
+    async fn pages_answer_from_the_first_moment() {
+        let address = || {
+            let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+            free.local_addr().unwrap()
+        };
+        let options = Options { metrics: Some(address()), healthz: Some(address()), ..Options::default() };
+        let _listeners = Listeners::open(&options).await.unwrap();
+        for (address, path, status) in [
+            (options.healthz, "/livez", "200"),
+            (options.healthz, "/healthz", "503"),
+            (options.metrics, "/metrics", "503"),
+            (options.metrics, "/healthz", "503"),
+        ] {
+            let request = http::tests::get(address.unwrap(), path);
+            let answer = time::timeout(Duration::from_secs(10), request).await.expect("an answer");
+            assert!(answer.starts_with(&format!("HTTP/1.1 {status} ")), "{path}: {answer}");
+            assert!(answer.contains("programs"), "{path} has no reason: {answer}");
+        }
     }
 }

@@ -1,7 +1,7 @@
 //! The pages of the agent's two listeners, by the paths of kube-proxy.
 
 use std::{
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, OnceLock, PoisonError},
     time::{Instant, SystemTime},
 };
 
@@ -130,6 +130,31 @@ impl Pages for WaitingPages {
             _ => return None,
         };
         Some(json(is_ok, health::waiting(SystemTime::now())))
+    }
+}
+
+/// Pages that an agent has once it has started, and until then the answer that it starts.
+pub struct FromStart<P> {
+    pages: Arc<OnceLock<Arc<P>>>,
+    since: Instant,
+}
+
+impl<P> FromStart<P> {
+    /// An agent that starts now. Who asks is answered from `pages` from the moment on that they are set.
+    #[must_use]
+    pub fn new(pages: Arc<OnceLock<Arc<P>>>) -> Self {
+        Self { pages, since: Instant::now() }
+    }
+}
+
+impl<P: Pages> Pages for FromStart<P> {
+    async fn get(&self, uri: &Uri) -> Option<Answer> {
+        if let Some(pages) = self.pages.get() {
+            return pages.get(uri).await;
+        }
+        // An agent that does not get beyond its start is to be restarted.
+        let is_alive = self.since.elapsed() < health::PATIENCE;
+        Some(json(uri.path() == "/livez" && is_alive, health::starting(SystemTime::now())))
     }
 }
 

@@ -116,18 +116,33 @@ const fn is_false(value: &bool) -> bool {
 /// The body of all answers of an agent that waits for another one to end.
 #[must_use]
 pub fn waiting(now: SystemTime) -> String {
-    write(&Body {
-        updated: String::new(),
-        now: show(now),
-        is_node_eligible: None,
-        is_waiting: true,
-        n_refused: None,
-        has_lost_pins: false,
-        refused_sizes: &[],
-        self_test: None,
-        away: None,
-        not_ready: &["it waits for another agent with the same pins to end".to_owned()],
-    })
+    let not_ready = ["it waits for another agent with the same pins to end".to_owned()];
+    write(&Body { is_waiting: true, not_ready: &not_ready, ..Body::empty(now) })
+}
+
+/// The body of all answers of an agent whose programs are not attached yet.
+#[must_use]
+pub fn starting(now: SystemTime) -> String {
+    let not_ready = ["the programs are being loaded".to_owned()];
+    write(&Body { not_ready: &not_ready, ..Body::empty(now) })
+}
+
+impl Body<'_> {
+    /// Says nothing but the time.
+    fn empty(now: SystemTime) -> Self {
+        Self {
+            updated: String::new(),
+            now: show(now),
+            is_node_eligible: None,
+            is_waiting: false,
+            n_refused: None,
+            has_lost_pins: false,
+            refused_sizes: &[],
+            self_test: None,
+            away: None,
+            not_ready: &[],
+        }
+    }
 }
 
 /// Years beyond what a time stamp holds are shown as none.
@@ -241,18 +256,7 @@ impl Health {
     }
 
     fn body(&self) -> Body<'_> {
-        Body {
-            updated: self.updated.map(show).unwrap_or_default(),
-            now: show(self.now),
-            is_node_eligible: None,
-            is_waiting: false,
-            n_refused: None,
-            has_lost_pins: false,
-            refused_sizes: &[],
-            self_test: None,
-            away: None,
-            not_ready: &[],
-        }
+        Body { updated: self.updated.map(show).unwrap_or_default(), ..Body::empty(self.now) }
     }
 }
 
@@ -330,6 +334,10 @@ mod tests {
         assert_eq!(
             waiting(now),
             r#"{"lastUpdated":"","currentTime":"2023-11-14T22:13:20Z","waitsForOtherAgent":true,"notReady":["it waits for another agent with the same pins to end"]}"#
+        );
+        assert_eq!(
+            starting(now),
+            r#"{"lastUpdated":"","currentTime":"2023-11-14T22:13:20Z","notReady":["the programs are being loaded"]}"#
         );
         let refused_sizes = ["max-services=20: 123 are served".to_owned()].into();
         let refused = Health { is_node_eligible: true, refused_sizes, ..health.clone() };

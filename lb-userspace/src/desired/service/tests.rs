@@ -32,7 +32,7 @@ fn r2_a_cluster_ip_on_an_interface() {
         "externalIPs": ["192.0.2.1"],
     }}));
     let found = |interfaces: &[&str]| {
-        let interfaces: Vec<_> = interfaces.iter().map(|text| text.parse().unwrap()).collect();
+        let interfaces: Vec<_> = interfaces.iter().map(|text| ip(text)).collect();
         let topology = Topology::new(&nodes(), &settings(), &interfaces);
         let (frontends, issues) = frontends(&service, dual_stack().iter(), &topology, &settings());
         (lines(&frontends), issues.iter().map(ToString::to_string).collect::<Vec<_>>())
