@@ -397,7 +397,7 @@ map_type! {
 }
 
 map_type! {
-    /// Value of `service_stats`, index = service id: calls of one service port on this CPU. 24 octets.
+    /// Value of `service_stats`, index = CPU x ids + service id: calls of one service port on a CPU. 24 octets.
     pub struct ServiceStats {
         /// `connect()` calls that were pointed at an endpoint.
         pub connects: u64,
@@ -409,7 +409,7 @@ map_type! {
 }
 
 map_type! {
-    /// Value of `endpoint_stats`, index = endpoint id: calls to one endpoint on this CPU. 16 octets.
+    /// Value of `endpoint_stats`, index = CPU x ids + endpoint id: calls to one endpoint on a CPU. 16 octets.
     pub struct EndpointStats {
         /// `connect()` calls that were pointed at this endpoint.
         pub connects: u64,

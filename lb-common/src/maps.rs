@@ -24,8 +24,6 @@ pub enum Kind {
     Hash = 1,
     /// `BPF_MAP_TYPE_ARRAY`
     Array = 2,
-    /// `BPF_MAP_TYPE_PERCPU_ARRAY`
-    PerCpuArray = 6,
     /// `BPF_MAP_TYPE_LRU_HASH`
     LruHash = 9,
     /// `BPF_MAP_TYPE_SK_STORAGE`
@@ -43,9 +41,9 @@ pub enum Size {
     Frontends,
     /// `--max-endpoints`, which counts for each family.
     Endpoints,
-    /// Counters of services: as [`Self::Frontends`], as far as [`MOST_COUNTERS`] allows.
+    /// Counters of services: as [`Self::Frontends`] for each CPU, as far as [`MOST_COUNTERS`] allows.
     ServiceCounters,
-    /// Counters of endpoints: as [`Self::Endpoints`], as far as [`MOST_COUNTERS`] allows.
+    /// Counters of endpoints: as [`Self::Endpoints`] for each CPU, as far as [`MOST_COUNTERS`] allows.
     EndpointCounters,
 }
 
@@ -73,7 +71,7 @@ pub struct MapSpec {
     pub kind: Kind,
     /// Octets of a key.
     pub key_size: u32,
-    /// Octets of a value, on each CPU if there is one for each.
+    /// Octets of a value.
     pub value_size: u32,
     /// Flags that it is made with (`BPF_F_*`).
     pub flags: u32,
@@ -129,8 +127,8 @@ maps! {
     socket_storage: SkStorage[i32 => SocketRecords], NO_PREALLOC, Size::Fixed(0), Ids, layout 1;
     excluded: Hash[u64 => u32], 0, Size::Fixed(limits::MAX_EXCLUDED), Independent, layout 1;
     excluded_levels: Array[u32 => u32], 0, Size::Fixed(1), Independent, layout 1;
-    service_stats: PerCpuArray[u32 => ServiceStats], 0, Size::ServiceCounters, Counters, layout 1;
-    endpoint_stats: PerCpuArray[u32 => EndpointStats], 0, Size::EndpointCounters, Counters, layout 1;
+    service_stats: Array[u32 => ServiceStats], MMAPABLE, Size::ServiceCounters, Counters, layout 1;
+    endpoint_stats: Array[u32 => EndpointStats], MMAPABLE, Size::EndpointCounters, Counters, layout 1;
     // An agent that knows one version for all maps reads this one's layout there: 1 and 2 were its own.
     meta: Array[u32 => Meta], 0, Size::Fixed(1), Meta, layout 3;
     layouts: Hash[u32 => MapIdentity], 0, Size::Fixed(limits::MAX_IDENTITIES), Independent, layout 1;
@@ -159,8 +157,8 @@ pub struct Sizing {
     pub services: u32,
     /// `--max-endpoints`
     pub endpoints: u32,
-    /// Possible CPUs.
-    pub n_cpus: usize,
+    /// Possible CPUs; 1 at least.
+    pub n_cpus: u32,
 }
 
 impl MapSpec {
@@ -180,11 +178,13 @@ impl MapSpec {
         }
     }
 
-    const fn counters(&self, wanted: u32, n_cpus: usize) -> u32 {
+    /// A multiple of the number of CPUs.
+    const fn counters(&self, wanted: u32, n_cpus: u32) -> u32 {
         let n_cpus = if n_cpus == 0 { 1 } else { n_cpus as u64 };
-        let most = MOST_COUNTERS / self.value_size as u64 / n_cpus;
+        let (wanted, most) = (wanted as u64, MOST_COUNTERS / self.value_size as u64 / n_cpus);
         #[expect(clippy::cast_possible_truncation, reason = "at most MOST_COUNTERS")]
-        if most < wanted as u64 { most as u32 } else { wanted }
+        let n_entries = (n_cpus * if most < wanted { most } else { wanted }) as u32;
+        n_entries
     }
 
     /// What identifies the layout: FNV-1a over name, type, sizes of key and value, flags and layout number. The number of
@@ -274,11 +274,11 @@ mod tests {
     fn counters_take_a_bounded_room() {
         for (name, services, endpoints, n_cpus, expected) in [
             ("endpoint_stats", 1, 262_144, 1, 262_144),
-            ("endpoint_stats", 1, 262_144, 16, 262_144),
-            ("endpoint_stats", 1, 262_144, 32, 131_072),
-            ("service_stats", 65_536, 1, 21, 131_072),
-            ("service_stats", 65_536, 1, 22, 127_100),
-            ("endpoint_stats", 1, 1 << 24, 1024, 4096),
+            ("endpoint_stats", 1, 262_144, 16, 16 * 262_144),
+            ("endpoint_stats", 1, 262_144, 32, 32 * 131_072),
+            ("service_stats", 65_536, 1, 21, 21 * 131_072),
+            ("service_stats", 65_536, 1, 22, 22 * 127_100),
+            ("endpoint_stats", 1, 1 << 24, 1024, 1024 * 4096),
             ("endpoint_stats", 1, 5, 0, 5),
             ("services6", 7, 9, 2, 7),
             ("frontends", 7, 9, 2, 14),

@@ -40,6 +40,10 @@ globals! {
     static LOCALHOST_NODEPORTS: u8 = 1;
     /// 1 if cgroups may be excluded: only then are they looked at.
     static EXCLUDES: u8 = 0;
+    /// Ids that `service_stats` has counters for, on each CPU.
+    static COUNTED_SERVICES: u32 = 0;
+    /// Ids that `endpoint_stats` has counters for, on each CPU.
+    static COUNTED_ENDPOINTS: u32 = 0;
     /// Cookie of the node's network namespace; 0 means the initial one.
     static NODE_NETNS: u64 = 0;
 }

@@ -1,10 +1,11 @@
 //! What each hook does: read the call, decide, write the result back.
 
+use aya_ebpf::{Global, helpers::bpf_get_smp_processor_id};
 use aya_log_ebpf::debug;
 use lb_common::{
     Verdict,
     address::{Address, Octets4, Octets6, mapped_ipv4},
-    layout::{SocketRecord, record_flags},
+    layout::{EndpointStats, ServiceStats, SocketRecord, record_flags},
     resolve::{Call, Choice, Target, resolve},
 };
 
@@ -289,9 +290,31 @@ pub(crate) fn restore6<M: Mode>(ctx: &SockAddr<'_>) -> i32 {
     PROCEED
 }
 
+/// Where this CPU's counters of an id are; nowhere for an id without any.
+#[inline(always)]
+fn place(n_counted: &Global<u32>, id: u32) -> Option<u32> {
+    let n_counted = n_counted.load();
+    if id >= n_counted {
+        return None;
+    }
+    // SAFETY: the helper takes no arguments and reads no memory of the program's.
+    let cpu = unsafe { bpf_get_smp_processor_id() };
+    Some(cpu * n_counted + id)
+}
+
+#[inline(always)]
+fn service_stats(id: u32) -> Option<*mut ServiceStats> {
+    maps::SERVICE_STATS.get_ptr_mut(place(&config::COUNTED_SERVICES, id)?)
+}
+
+#[inline(always)]
+fn endpoint_stats(id: u32) -> Option<*mut EndpointStats> {
+    maps::ENDPOINT_STATS.get_ptr_mut(place(&config::COUNTED_ENDPOINTS, id)?)
+}
+
 #[inline(always)]
 fn count_refusal(service_id: u32) {
-    if let Some(stats) = maps::SERVICE_STATS.get_ptr_mut(service_id) {
+    if let Some(stats) = service_stats(service_id) {
         // SAFETY: this CPU's element. A program that is preempted in between may lose a count, nothing else.
         unsafe { (*stats).refusals += 1 };
     }
@@ -299,7 +322,7 @@ fn count_refusal(service_id: u32) {
 
 #[inline(always)]
 fn count(kind: Kind, decision: &Decision) {
-    if let Some(stats) = maps::SERVICE_STATS.get_ptr_mut(decision.service_id) {
+    if let Some(stats) = service_stats(decision.service_id) {
         // SAFETY: as above.
         let stats = unsafe { &mut *stats };
         match kind {
@@ -307,7 +330,7 @@ fn count(kind: Kind, decision: &Decision) {
             Kind::Send => stats.datagrams += 1,
         }
     }
-    if let Some(stats) = maps::ENDPOINT_STATS.get_ptr_mut(decision.choice.endpoint_id) {
+    if let Some(stats) = endpoint_stats(decision.choice.endpoint_id) {
         // SAFETY: as above.
         let stats = unsafe { &mut *stats };
         match kind {

@@ -5,7 +5,7 @@
 
 use aya_ebpf::{
     bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC},
-    btf_maps::{Array, HashMap, LruHashMap, PerCpuArray, SkStorage},
+    btf_maps::{Array, HashMap, LruHashMap, SkStorage},
     macros::btf_map,
 };
 use lb_common::{
@@ -86,13 +86,13 @@ pub(crate) static EXCLUDED: HashMap<u64, u32, { limits::MAX_EXCLUDED as usize }>
 #[btf_map(name = "excluded_levels")]
 pub(crate) static EXCLUDED_LEVELS: Array<u32, 1> = Array::new();
 
-/// Calls by service port.
+/// Calls by CPU and service port.
 #[btf_map(name = "service_stats")]
-pub(crate) static SERVICE_STATS: PerCpuArray<ServiceStats, FRONTENDS> = PerCpuArray::new();
+pub(crate) static SERVICE_STATS: Array<ServiceStats, FRONTENDS, MMAPABLE> = Array::new();
 
-/// Calls by endpoint.
+/// Calls by CPU and endpoint.
 #[btf_map(name = "endpoint_stats")]
-pub(crate) static ENDPOINT_STATS: PerCpuArray<EndpointStats, ENDPOINTS> = PerCpuArray::new();
+pub(crate) static ENDPOINT_STATS: Array<EndpointStats, ENDPOINTS, MMAPABLE> = Array::new();
 
 /// Sizes of the image and settings of the programs; written and read by user space only.
 #[btf_map(name = "meta")]

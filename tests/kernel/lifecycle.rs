@@ -335,7 +335,7 @@ fn other_sizes_fail_no_call_and_lose_nothing() {
         let connects = |agent: &Agent| -> u64 {
             let image = agent.image();
             let service_id = image.frontends.values().next().unwrap().service_id;
-            agent.kernel.maps().service_stats(service_id).unwrap().connects
+            agent.kernel.maps().service_stats(service_id).connects
         };
         let before = connects(&Agent::start(sandbox));
         assert!(before > 0);
@@ -527,7 +527,7 @@ fn a_map_beside_the_image_is_made_anew_alone() {
         let image = agent.image();
         let connects = |agent: &Agent| {
             let service_id = image.frontends.values().next().unwrap().service_id;
-            agent.kernel.maps().service_stats(service_id).unwrap().connects
+            agent.kernel.maps().service_stats(service_id).connects
         };
         let connected = Socket::new(Domain::V4, Tcp);
         connected.connect(service).unwrap();
@@ -687,7 +687,11 @@ fn maps_and_hooks_are_as_the_tables_say() {
     assert_eq!(names, wanted);
     Sandbox::run(|sandbox| {
         let _agent = Agent::start(sandbox);
-        let sizing = maps::Sizing { services: 256, endpoints: 2048, n_cpus: aya::util::nr_cpus().unwrap() };
+        let sizing = maps::Sizing {
+            services: 256,
+            endpoints: 2048,
+            n_cpus: aya::util::nr_cpus().unwrap().try_into().unwrap(),
+        };
         for map in MAPS {
             let info = MapInfo::from_pin(sandbox.pin_path().join(map.name)).unwrap();
             let found = (

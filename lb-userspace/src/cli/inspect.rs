@@ -120,7 +120,7 @@ pub fn services(args: &ServicesArgs) -> anyhow::Result<ExitCode> {
     // After the objects: what is shown of the kernel is never older than the question.
     let image = maps.image()?;
     let entries = image.runs4.values().chain(image.runs6.values()).flat_map(|run| run.iter());
-    let mut rows = list(&image, objects.state(), &stats(&maps, entries)?);
+    let mut rows = list(&image, objects.state(), &stats(&maps, entries));
     if let Some(state) = objects.state().filter(|_| objects.notice().is_none()) {
         let changed = rows.iter().filter(|row| !listing::is_described(row, state));
         let changed = changed.map(FrontendRow::frontend).take(MAX_ROWS).collect();
@@ -137,11 +137,8 @@ pub fn services(args: &ServicesArgs) -> anyhow::Result<ExitCode> {
 }
 
 /// The counters of endpoints.
-fn stats<'a>(
-    maps: &Maps,
-    entries: impl Iterator<Item = &'a Entry>,
-) -> anyhow::Result<BTreeMap<u32, EndpointStats>> {
-    entries.map(|entry| Ok((entry.endpoint_id, maps.endpoint_stats(entry.endpoint_id)?))).collect()
+fn stats<'a>(maps: &Maps, entries: impl Iterator<Item = &'a Entry>) -> BTreeMap<u32, EndpointStats> {
+    entries.map(|entry| (entry.endpoint_id, maps.endpoint_stats(entry.endpoint_id))).collect()
 }
 
 /// Reads these rows again with the objects of their services, which take no time to hear. Rows of frontends that are gone
@@ -168,7 +165,7 @@ fn look_again(
         changed.clear();
         for (address, answer) in heard {
             let state = answer.map(|tagged| listing::state_of_known(tagged.known));
-            let counters = stats(maps, image.entries_at(address).iter())?;
+            let counters = stats(maps, image.entries_at(address).iter());
             let Some(row) = listing::find(&image, address, state.as_ref(), &counters) else { continue };
             if state.is_none_or(|state| !listing::is_described(&row, &state)) {
                 changed.insert(address);

@@ -187,7 +187,7 @@ pub fn monitor(args: &MonitorArgs) -> anyhow::Result<ExitCode> {
     {
         return Ok(ExitCode::SUCCESS);
     }
-    let _begins_the_count = (monitor.seen.summary(monitor.counts()?), monitor.look()?);
+    let _begins_the_count = (monitor.seen.summary(monitor.counts()), monitor.look()?);
     runtime.block_on(monitor.run(stop))?;
     Ok(ExitCode::SUCCESS)
 }
@@ -256,7 +256,7 @@ impl Monitor<'_> {
 
     /// Tells what was not shown. `false` once nobody reads any more.
     fn summarize(&mut self) -> anyhow::Result<bool> {
-        let counts = self.counts()?;
+        let counts = self.counts();
         let summary: Summary = self.seen.summary(counts);
         if summary.is_empty() {
             return Ok(true);
@@ -276,9 +276,9 @@ impl Monitor<'_> {
     }
 
     /// The counters of the ports that are shown.
-    fn counts(&self) -> anyhow::Result<BTreeMap<u32, ServiceStats>> {
+    fn counts(&self) -> BTreeMap<u32, ServiceStats> {
         let wanted = self.names.ports.iter().filter(|(_, port)| self.filter.takes(port));
-        wanted.map(|(id, _)| Ok((*id, self.maps.service_stats(*id)?))).collect()
+        wanted.map(|(id, _)| (*id, self.maps.service_stats(*id))).collect()
     }
 }
 

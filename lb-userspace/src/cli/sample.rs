@@ -41,11 +41,9 @@ pub(super) fn look(pin_path: &Path) -> Result<Look, KernelError> {
     let service_ids: BTreeSet<u32> = image.frontends.values().map(|frontend| frontend.service_id).collect();
     let entries = || image.runs4.values().chain(image.runs6.values()).flat_map(|run| run.iter());
     let endpoint_ids: BTreeSet<u32> = entries().map(|entry| entry.endpoint_id).collect();
-    let services = service_ids.into_iter().map(|id| Ok((id, maps.service_stats(id)?)));
-    let endpoints = endpoint_ids.into_iter().map(|id| Ok((id, maps.endpoint_stats(id)?)));
     Ok(Look {
-        services: services.collect::<Result<_, KernelError>>()?,
-        endpoints: endpoints.collect::<Result<_, KernelError>>()?,
+        services: service_ids.into_iter().map(|id| (id, maps.service_stats(id))).collect(),
+        endpoints: endpoint_ids.into_iter().map(|id| (id, maps.endpoint_stats(id))).collect(),
         records: SocketTable::open(pin_path).and_then(|table| table.records()).ok(),
         image,
     })

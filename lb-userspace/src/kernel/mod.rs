@@ -21,6 +21,7 @@ pub mod addresses;
 mod attach;
 mod btf;
 pub mod cgroup;
+mod counters;
 pub mod error;
 pub mod exclusion;
 pub mod exclusive;

@@ -3,7 +3,7 @@
 mod audit;
 
 use std::{
-    collections::{BTreeMap, BTreeSet, VecDeque},
+    collections::{BTreeMap, VecDeque},
     fs::File,
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
@@ -13,7 +13,7 @@ use std::{
 
 use aya::{
     Ebpf, EbpfLoader,
-    maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, PerCpuValues},
+    maps::{Array, HashMap, Map, MapData, MapError},
     programs::{Program, ProgramError},
     sys::SyscallError,
 };
@@ -35,7 +35,9 @@ pub use self::audit::{Findings, Repaired};
 use super::{
     Features, KernelError,
     attach::{Hook, Hooks},
-    cgroup, fault,
+    cgroup,
+    counters::{self, Counters},
+    fault,
     grace::Grace,
     host,
     layouts::{self, Directory, Held},
@@ -83,8 +85,8 @@ pub struct Maps {
     node_addrs: HashMap<MapData, Plain<AddressKey>, Plain<NodeAddr>>,
     cluster_ips: HashMap<MapData, Plain<AddressKey>, Plain<ClusterIp>>,
     service_cidrs: Mapped<ServiceCidrs>,
-    service_stats: PerCpuArray<MapData, Plain<ServiceStats>>,
-    endpoint_stats: PerCpuArray<MapData, Plain<EndpointStats>>,
+    service_stats: Counters<ServiceStats>,
+    endpoint_stats: Counters<EndpointStats>,
     frontends: Mapped<Frontend>,
     endpoints4: Mapped<Endpoint4>,
     endpoints6: Mapped<Endpoint6>,
@@ -501,8 +503,7 @@ fn program_of(hook: &HookSpec, features: Features, log: bool) -> String {
 
 /// What the sizes of the maps follow from.
 fn sizing(Capacity { services, endpoints }: Capacity) -> Result<Sizing, KernelError> {
-    let n_cpus = aya::util::nr_cpus().map_err(|(_path, error)| KernelError::Thread(error))?;
-    Ok(Sizing { services, endpoints, n_cpus })
+    Ok(Sizing { services, endpoints, n_cpus: counters::n_cpus()? })
 }
 
 /// Loads the object with all settings, adopting the maps pinned in a directory and pinning the others there.
@@ -516,6 +517,8 @@ fn load(object: &[u8], options: &Options, pin_path: Option<&Path>) -> Result<Ebp
         (options.features.sock_fields.is_some(), options.features.sock_fields.unwrap_or_default());
     let (has_fields, mptcp) = (u8::from(has_fields), u8::from(options.features.mptcp));
     let sizing = sizing(*capacity)?;
+    let n_counted = |name| maps::find(name).map_or(0, |map| map.max_entries(&sizing) / sizing.n_cpus);
+    let (services, endpoints) = (n_counted("service_stats"), n_counted("endpoint_stats"));
     let mut loader = EbpfLoader::new();
     let _: &mut EbpfLoader<'_> = loader
         .override_global("HAS_SET_RETVAL", &set_retval, true)
@@ -529,6 +532,8 @@ fn load(object: &[u8], options: &Options, pin_path: Option<&Path>) -> Result<Ebp
         .override_global("NODE_PORT_FIRST", &node_ports.0, true)
         .override_global("NODE_PORT_LAST", &node_ports.1, true)
         .override_global("LOCALHOST_NODEPORTS", &localhost, true)
+        .override_global("COUNTED_SERVICES", &services, true)
+        .override_global("COUNTED_ENDPOINTS", &endpoints, true)
         .override_global("NODE_NETNS", &node_netns, true)
         .override_global("EXCLUDES", &excludes, true);
     for map in MAPS {
@@ -592,8 +597,11 @@ impl Maps {
             node_addrs: place("node_addrs").typed("node_addrs")?.0,
             cluster_ips: place("cluster_ips").typed("cluster_ips")?.0,
             service_cidrs: map_memory("service_cidrs", &place("service_cidrs").map("service_cidrs")?.0)?,
-            service_stats: place("service_stats").typed("service_stats")?.0,
-            endpoint_stats: place("endpoint_stats").typed("endpoint_stats")?.0,
+            service_stats: map_counters("service_stats", &place("service_stats").map("service_stats")?.0)?,
+            endpoint_stats: map_counters(
+                "endpoint_stats",
+                &place("endpoint_stats").map("endpoint_stats")?.0,
+            )?,
             frontends: map_memory("frontends", &frontends)?,
             endpoints4: map_memory("endpoints4", &endpoints4)?,
             endpoints6: map_memory("endpoints6", &endpoints6)?,
@@ -622,8 +630,8 @@ impl Maps {
             node_addrs: take_map(object, "node_addrs")?,
             cluster_ips: take_map(object, "cluster_ips")?,
             service_cidrs: map_memory("service_cidrs", map_data(object, "service_cidrs")?)?,
-            service_stats: take_map(object, "service_stats")?,
-            endpoint_stats: take_map(object, "endpoint_stats")?,
+            service_stats: map_counters("service_stats", map_data(object, "service_stats")?)?,
+            endpoint_stats: map_counters("endpoint_stats", map_data(object, "endpoint_stats")?)?,
             frontends: map_memory("frontends", map_data(object, "frontends")?)?,
             endpoints4: map_memory("endpoints4", map_data(object, "endpoints4")?)?,
             endpoints6: map_memory("endpoints6", map_data(object, "endpoints6")?)?,
@@ -656,14 +664,18 @@ impl Maps {
             }
         }
         if takeover.refills("service_stats") {
-            let ids = self.image()?.frontends.values().map(|frontend| frontend.service_id).collect();
-            copy("service_stats", &former.typed("service_stats")?.0, &mut self.service_stats, ids)?;
+            let former = map_counters("service_stats", &former.map("service_stats")?.0)?;
+            for frontend in self.image()?.frontends.values() {
+                self.service_stats.go_on_from(&former, frontend.service_id);
+            }
         }
         if takeover.refills("endpoint_stats") {
+            let former = map_counters("endpoint_stats", &former.map("endpoint_stats")?.0)?;
             let image = self.image()?;
             let runs = [false, true].into_iter().flat_map(|ipv6| image.runs(ipv6).values());
-            let ids = runs.flat_map(|run| run.iter().map(|entry| entry.endpoint_id)).collect();
-            copy("endpoint_stats", &former.typed("endpoint_stats")?.0, &mut self.endpoint_stats, ids)?;
+            for entry in runs.flat_map(|run| run.iter()) {
+                self.endpoint_stats.go_on_from(&former, entry.endpoint_id);
+            }
         }
         Ok(())
     }
@@ -701,9 +713,13 @@ impl Maps {
             Op::SwitchRun { id, run } => {
                 in_range("frontends", *id, self.frontends.store_u64(*id, 0, run.to_word()))
             }
-            Op::ResetService(id) => reset(&mut self.service_stats, "service_stats", *id),
+            Op::ResetService(id) => {
+                self.service_stats.reset(*id);
+                Ok(())
+            }
             Op::ResetEndpoints(ids) => {
-                ids.iter().try_for_each(|&id| reset(&mut self.endpoint_stats, "endpoint_stats", id))
+                ids.iter().for_each(|id| self.endpoint_stats.reset(*id));
+                Ok(())
             }
             Op::InsertAddress { table, address, flag } => {
                 let (key, flag) = (Plain(address_key(*address)), u32::from(*flag));
@@ -843,43 +859,23 @@ impl Maps {
 
     /// The calls of a service port since it got its id, over all CPUs; zero for an id beyond the map, which is not
     /// counted.
-    ///
-    /// # Errors
-    ///
-    /// A failing system call.
-    pub fn service_stats(&self, service_id: u32) -> Result<ServiceStats, KernelError> {
-        if service_id >= self.service_stats.len() {
-            return Ok(ServiceStats::default());
-        }
-        let per_cpu = self
-            .service_stats
-            .get(&service_id, 0)
-            .map_err(|source| KernelError::map("service_stats", source))?;
-        Ok(per_cpu.iter().fold(ServiceStats::default(), |sum, Plain(cpu)| ServiceStats {
+    #[must_use]
+    pub fn service_stats(&self, service_id: u32) -> ServiceStats {
+        self.service_stats.read(service_id).fold(ServiceStats::default(), |sum, cpu| ServiceStats {
             connects: sum.connects.wrapping_add(cpu.connects),
             refusals: sum.refusals.wrapping_add(cpu.refusals),
             datagrams: sum.datagrams.wrapping_add(cpu.datagrams),
-        }))
+        })
     }
 
     /// The calls to an endpoint since it got its id, over all CPUs; zero for an id beyond the map, which is not
     /// counted.
-    ///
-    /// # Errors
-    ///
-    /// A failing system call.
-    pub fn endpoint_stats(&self, endpoint_id: u32) -> Result<EndpointStats, KernelError> {
-        if endpoint_id >= self.endpoint_stats.len() {
-            return Ok(EndpointStats::default());
-        }
-        let per_cpu = self
-            .endpoint_stats
-            .get(&endpoint_id, 0)
-            .map_err(|source| KernelError::map("endpoint_stats", source))?;
-        Ok(per_cpu.iter().fold(EndpointStats::default(), |sum, Plain(cpu)| EndpointStats {
+    #[must_use]
+    pub fn endpoint_stats(&self, endpoint_id: u32) -> EndpointStats {
+        self.endpoint_stats.read(endpoint_id).fold(EndpointStats::default(), |sum, cpu| EndpointStats {
             connects: sum.connects.wrapping_add(cpu.connects),
             datagrams: sum.datagrams.wrapping_add(cpu.datagrams),
-        }))
+        })
     }
 }
 
@@ -903,6 +899,14 @@ fn map_memory<T: MapValue>(name: &'static str, map: &MapData) -> Result<Mapped<T
     Mapped::new(map.fd().as_fd(), n).map_err(|source| KernelError::Mmap { name, source })
 }
 
+fn map_counters<T: MapValue + Default>(
+    name: &'static str,
+    map: &MapData,
+) -> Result<Counters<T>, KernelError> {
+    let n = map.info().map_err(|source| KernelError::map(name, source))?.max_entries();
+    Counters::new(name, map.fd().as_fd(), n)
+}
+
 fn in_range(name: &'static str, index: u32, done: bool) -> Result<(), KernelError> {
     if done { Ok(()) } else { Err(KernelError::OutOfRange { name, index }) }
 }
@@ -914,34 +918,6 @@ fn gone_is_fine(name: &'static str, result: Result<(), MapError>) -> Result<(), 
         Err(MapError::SyscallError(error)) if error.io_error.kind() == io::ErrorKind::NotFound => Ok(()),
         other => other.map_err(|source| KernelError::map(name, source)),
     }
-}
-
-/// Copies counters, as far as both maps have them.
-fn copy<T: MapValue>(
-    name: &'static str,
-    from: &PerCpuArray<MapData, Plain<T>>,
-    to: &mut PerCpuArray<MapData, Plain<T>>,
-    ids: BTreeSet<u32>,
-) -> Result<(), KernelError> {
-    let wrap = |source| KernelError::map(name, source);
-    let n_counted = from.len().min(to.len());
-    for id in ids.into_iter().filter(|id| *id < n_counted) {
-        to.set(id, from.get(&id, 0).map_err(wrap)?, 0).map_err(wrap)?;
-    }
-    Ok(())
-}
-
-fn reset<T: MapValue + Default>(
-    map: &mut PerCpuArray<MapData, Plain<T>>,
-    name: &'static str,
-    id: u32,
-) -> Result<(), KernelError> {
-    if id >= map.len() {
-        return Ok(());
-    }
-    let n_cpus = aya::util::nr_cpus().map_err(|(_path, error)| KernelError::Thread(error))?;
-    let zeroes = PerCpuValues::try_from(vec![Plain(T::default()); n_cpus]).map_err(KernelError::Thread)?;
-    map.set(id, zeroes, 0).map_err(|source| KernelError::map(name, source))
 }
 
 /// The frontend that a key stands for; `None` if no call can match it: nobody but a hand with bpftool writes such a

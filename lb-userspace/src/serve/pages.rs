@@ -59,7 +59,7 @@ impl MetricsPages {
             debug!("the agent does not answer: this scrape has no counters of services");
         }
         let (metrics, maps) = (self.metrics.clone(), Arc::clone(&self.maps));
-        // A system call for each service port.
+        // Long for many service ports.
         let rendered = tokio::task::spawn_blocking(move || {
             let maps = maps.lock().unwrap_or_else(PoisonError::into_inner);
             render(&metrics, view.as_ref(), |id| calls(&maps, id))
@@ -71,12 +71,9 @@ impl MetricsPages {
     }
 }
 
-/// The counters of a service port. One that cannot be read counts as nothing: the others are worth a scrape.
+/// The counters of a service port.
 fn calls(maps: &Maps, service_id: u32) -> Calls {
-    let stats = maps.service_stats(service_id).unwrap_or_else(|error| {
-        debug!(%error, service_id, "a counter cannot be read");
-        lb_common::layout::ServiceStats::default()
-    });
+    let stats = maps.service_stats(service_id);
     Calls { redirected: stats.connects, refused: stats.refusals, datagrams: stats.datagrams }
 }
 
