@@ -157,7 +157,7 @@ pub struct Sizing {
     pub services: u32,
     /// `--max-endpoints`
     pub endpoints: u32,
-    /// Possible CPUs; 1 at least.
+    /// CPUs that there may be, with the gaps in their numbers; 1 at least.
     pub n_cpus: u32,
 }
 

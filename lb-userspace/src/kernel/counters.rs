@@ -3,7 +3,7 @@
 //! Each possible CPU has counters of its own, behind those of the CPU before it. A per-CPU array would be the same, but the
 //! kernel allocates its values one by one: a third of a second of system time at the default sizes, against two milliseconds.
 
-use std::{io, os::fd::BorrowedFd};
+use std::{fs, io, os::fd::BorrowedFd};
 
 use lb_common::layout::MapValue;
 
@@ -20,7 +20,7 @@ impl<T: MapValue + Default> Counters<T> {
     ///
     /// # Errors
     ///
-    /// [`KernelError::Mmap`], or [`KernelError::Thread`] without the number of CPUs.
+    /// [`KernelError::Mmap`], or [`KernelError::Cpus`].
     pub(super) fn new(name: &'static str, map: BorrowedFd<'_>, n_entries: u32) -> Result<Self, KernelError> {
         let n_ids = n_entries / n_cpus()?;
         let values = Mapped::new(map, n_entries).map_err(|source| KernelError::Mmap { name, source })?;
@@ -53,12 +53,38 @@ impl<T: MapValue + Default> Counters<T> {
     }
 }
 
-/// Possible CPUs.
+/// CPUs that there may be, counted from 0 without gaps: programs find their counters by the number of their CPU.
 ///
 /// # Errors
 ///
-/// [`KernelError::Thread`] if the kernel does not tell.
+/// [`KernelError::Cpus`] if the kernel does not tell.
 pub(super) fn n_cpus() -> Result<u32, KernelError> {
-    let n_cpus = aya::util::nr_cpus().map_err(|(_path, error)| KernelError::Thread(error))?;
-    u32::try_from(n_cpus.max(1)).map_err(|_too_many| KernelError::Thread(io::ErrorKind::OutOfMemory.into()))
+    let possible = fs::read_to_string("/sys/devices/system/cpu/possible").map_err(KernelError::Cpus)?;
+    above(&possible).ok_or_else(|| KernelError::Cpus(io::ErrorKind::InvalidData.into()))
+}
+
+/// One more than the highest number of an ascending list such as `0-3,8`.
+fn above(list: &str) -> Option<u32> {
+    list.trim_end().rsplit([',', '-']).next()?.parse::<u32>().ok()?.checked_add(1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cpus_are_counted_with_the_gaps_between_them() {
+        for (list, n_cpus) in [
+            ("0\n", Some(1)),
+            ("0-1\n", Some(2)),
+            ("0,2-3", Some(4)),
+            ("0-3,8", Some(9)),
+            ("", None),
+            ("0-\n", None),
+            ("4294967295", None),
+        ] {
+            assert_eq!(above(list), n_cpus, "{list:?}");
+        }
+        assert!(n_cpus().is_ok_and(|n| n > 0));
+    }
 }

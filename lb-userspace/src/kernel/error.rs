@@ -188,6 +188,11 @@ pub enum KernelError {
         /// The entry.
         index: u32,
     },
+    /// The kernel does not tell which CPUs there may be.
+    #[error(
+        "/sys/devices/system/cpu/possible: {0}: the maps of counters follow from it; mount /sys, read-only is enough"
+    )]
+    Cpus(io::Error),
     /// The thread that waits for grace periods cannot be started.
     #[error("cannot start a thread: {0}")]
     Thread(io::Error),
