@@ -246,7 +246,7 @@ fn read_file(path: &Path) -> io::Result<Vec<u8>> {
 /// The first line of a snapshot.
 fn read_header(path: &Path) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
-    File::open(path)?.take(codec::MAX_HEADER_LEN).read_to_end(&mut bytes)?;
+    File::open(path)?.take(codec::MAX_HEADER_LEN as u64).read_to_end(&mut bytes)?;
     Ok(codec::first_line(&bytes).to_vec())
 }
 

@@ -31,6 +31,8 @@ const PAGE: &str = "500";
 const SHORT_WATCH: Duration = Duration::from_secs(1);
 /// The largest part of an answer that is looked at for the cause of a refusal.
 const MAX_STATUS: usize = 64 << 10;
+/// The largest event of a watch: etcd holds objects of 1.5 MiB.
+const MAX_EVENT: usize = 32 << 20;
 /// The annotation of the bookmark after the last object of a streaming list.
 const INITIAL_EVENTS_END: &str = "k8s.io/initial-events-end";
 /// Selects no object: names have no capital letters.
@@ -633,6 +635,9 @@ impl Lines {
             }
             self.read.drain(..self.n_returned);
             (self.n_returned, self.n_searched) = (0, self.read.len());
+            if self.read.len() > MAX_EVENT {
+                return Err(Failure::Form(format!("an event is larger than {} MiB", MAX_EVENT >> 20)));
+            }
             if !self.read_more(limit).await? {
                 return Ok(None);
             }
@@ -703,5 +708,7 @@ mod tests {
         assert_eq!(lines.next(second).await.unwrap(), Some(&b"one"[..]));
         assert_eq!(lines.next(second).await.unwrap(), Some(&b"two"[..]));
         assert_eq!(lines.next(second).await.unwrap(), None);
+        let mut endless = Lines::new(Body::from(vec![b'x'; MAX_EVENT + 1]));
+        assert!(matches!(endless.next(second).await, Err(Failure::Form(_))));
     }
 }

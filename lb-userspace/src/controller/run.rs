@@ -745,15 +745,21 @@ impl Agent {
     /// Everything that is wrong at the moment.
     fn issues(&self, source: &impl Source) -> Vec<Issue> {
         let of_ports = self.port_issues.borrow().clone();
-        let own = self.save_problem.clone().map(|cause| IssueKind::SnapshotNotWritten { cause });
-        let of_node = |kind| Issue::new(ObjectRef::node(&self.state.settings().node_name), kind);
-        source
-            .issues()
-            .into_iter()
-            .chain(self.state.issues())
-            .chain(of_ports)
-            .chain(own.map(of_node))
-            .collect()
+        let of_objects = source.issues().into_iter().chain(self.state.issues());
+        of_objects.chain(of_ports).chain(self.own_issues()).collect()
+    }
+
+    /// What this agent itself is in want of.
+    fn own_issues(&self) -> impl Iterator<Item = Issue> {
+        let not_saved = self.save_problem.clone().map(|cause| IssueKind::SnapshotNotWritten { cause });
+        let refused = self.kernel.too_small().iter().map(|size| IssueKind::SizeRefused {
+            setting: size.setting.to_owned(),
+            wanted: size.wanted,
+            served: size.n_served,
+            used: size.used,
+        });
+        let node = ObjectRef::node(&self.state.settings().node_name);
+        refused.chain(not_saved).map(move |kind| Issue::new(node.clone(), kind))
     }
 
     /// Tells the people behind the objects what is new to them or has been for long. Does not wait for anybody.

@@ -521,6 +521,23 @@ impl IssueKind {
             _ => Ok(()),
         }
     }
+
+    /// What is said of those that are about the agent itself; nothing of others.
+    fn fmt_of_agent(&self, f: &mut impl fmt::Write) -> fmt::Result {
+        match self {
+            Self::SizeRefused { setting, wanted, served, used } => write!(
+                f,
+                "--{setting}={wanted} is too small for what is served, which takes {served}; {used} is used as before: set it to \
+                 {served} or more, with room, and restart the agent"
+            ),
+            Self::SnapshotNotWritten { cause } => write!(
+                f,
+                "the snapshot is not up to date: {cause}; a start without the API server would serve older objects, or none, \
+                 until it is written, which is tried again"
+            ),
+            _ => Ok(()),
+        }
+    }
 }
 
 impl fmt::Display for IssueKind {
@@ -627,16 +644,7 @@ impl fmt::Display for IssueKind {
                 "a program has it open for writing since {since}; what it lacks, and its last document, stay in force as they \
                  were before: let the program close it"
             ),
-            Self::SizeRefused { setting, wanted, served, used } => write!(
-                f,
-                "--{setting}={wanted} is too small for what is served, which takes {served}; {used} is used as before: set it to \
-                 {served} or more, with room, and restart the agent"
-            ),
-            Self::SnapshotNotWritten { cause } => write!(
-                f,
-                "the snapshot is not up to date: {cause}; a start without the API server would serve older objects, or none, \
-                 until it is written, which is tried again"
-            ),
+            Self::SizeRefused { .. } | Self::SnapshotNotWritten { .. } => self.fmt_of_agent(&mut f),
             Self::Unreadable { cause } => write!(f, "{cause}; the object is left out"),
         }
     }

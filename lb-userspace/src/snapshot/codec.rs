@@ -23,7 +23,7 @@ const FORMAT: u32 = 3;
 const PLAIN: u32 = 2;
 
 /// No first line is longer.
-pub(super) const MAX_HEADER_LEN: u64 = 200;
+pub(super) const MAX_HEADER_LEN: usize = 200;
 
 /// Octets of a record before its content.
 const RECORD_HEADER_LEN: usize = 8;
@@ -45,14 +45,15 @@ pub(super) fn unpack<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, String> {
 
 fn crc32(parts: &[&[u8]]) -> u32 {
     let mut checksum = crc32fast::Hasher::new();
-    parts.iter().for_each(|part| checksum.update(part));
+    for part in parts {
+        checksum.update(part);
+    }
     checksum.finalize()
 }
 
 /// Up to the first line end, which is included.
 pub(super) fn first_line(bytes: &[u8]) -> &[u8] {
-    let len =
-        bytes.iter().take(MAX_HEADER_LEN as usize).position(|octet| *octet == b'\n').map_or(0, |at| at + 1);
+    let len = bytes.iter().take(MAX_HEADER_LEN).position(|octet| *octet == b'\n').map_or(0, |at| at + 1);
     &bytes[..len]
 }
 

@@ -42,12 +42,16 @@ fn settings() -> Settings {
     }
 }
 
-fn service(n: u32) -> Service {
+fn ipv4(number: u64) -> Ipv4Addr {
+    u32::try_from(number).unwrap().into()
+}
+
+fn service(n: u64) -> Service {
     Service {
         key: ServiceKey::new("shop", &format!("web-{n}")),
-        created: Some(1_700_000_000 + i64::from(n)),
+        created: Some(1_700_000_000 + n.cast_signed()),
         service_type: ServiceType::ClusterIP,
-        cluster_ipv4: Some(Ipv4Addr::from(0x0a60_0000 + n)),
+        cluster_ipv4: Some(ipv4(0x0a60_0000 + n)),
         cluster_ipv6: None,
         external_ips: BTreeSet::new(),
         load_balancer_ips: BTreeSet::new(),
@@ -70,15 +74,12 @@ fn scatter(n: u64) -> u64 {
 }
 
 /// A slice as in a cluster of a thousand nodes. `version` changes one endpoint, `seed` all.
-fn slice(service: u32, n_endpoints: u64, seed: u64, version: u64) -> Slice {
+fn slice(service: u64, n_endpoints: u64, seed: u64, version: u64) -> Slice {
     let endpoint = |n: u64| {
-        let random =
-            scatter(u64::from(service) << 32 ^ n << 24 ^ seed << 40 ^ if n == 0 { version } else { 0 });
+        let random = scatter(service << 32 ^ n << 24 ^ seed << 40 ^ if n == 0 { version } else { 0 });
         let node = random % 1000;
         SliceEndpoint {
-            address: IpAddr::V4(Ipv4Addr::from(
-                0x0a80_0000 | (node as u32) << 8 | (random >> 32) as u32 & 0xff,
-            )),
+            address: ipv4(0x0a80_0000 | node << 8 | random >> 32 & 0xff).into(),
             ready: true,
             serving: true,
             terminating: false,
@@ -87,7 +88,7 @@ fn slice(service: u32, n_endpoints: u64, seed: u64, version: u64) -> Slice {
             hints: None,
         }
     };
-    let suffix = scatter(service.into()) & 0xf_ffff;
+    let suffix = scatter(service) & 0xf_ffff;
     Slice {
         name: format!("web-{service}-{suffix:05x}").into(),
         service: ServiceKey::new("shop", &format!("web-{service}")),
@@ -99,11 +100,11 @@ fn slice(service: u32, n_endpoints: u64, seed: u64, version: u64) -> Slice {
 }
 
 /// One that differs from those of other numbers.
-fn numbered(n: u32) -> Snapshot {
+fn numbered(n: u64) -> Snapshot {
     let mut store = Store::new();
     let _changes = store.set_service(&service(n % 3).key.clone(), Some(service(n % 3)));
     let _changes = store.set_node("node-a", Some(Node { name: "node-a".into(), ..Node::default() }));
-    Snapshot::of(&settings(), &[IpAddr::V4(n.into())], &store)
+    Snapshot::of(&settings(), &[ipv4(n).into()], &store)
 }
 
 fn read(directory: &Path) -> Snapshot {
@@ -162,14 +163,14 @@ fn the_format_without_a_journal_is_read() {
 
 /// Services and slices that come, change, and go; slices also to another service.
 fn histories() -> impl Strategy<Value = Vec<Snapshot>> {
-    let object = || (0..4_u32, prop::option::of((0..3_u32, 0..3_u64)));
+    let object = || (0..4_u64, prop::option::of((0..3_u16, 0..3_u64)));
     let step = (vec(object(), 0..4), vec(object(), 0..4), vec(object(), 0..2));
     vec(step, 2..8).prop_map(|steps| {
         let mut store = Store::new();
         let history = steps.into_iter().enumerate().map(|(n, (services, slices, nodes))| {
             for (name, change) in services {
                 let changed = change.map(|(port, _)| Service {
-                    ports: vec![ServicePort { port: 80 + port as u16, ..service(name).ports.remove(0) }],
+                    ports: vec![ServicePort { port: 80 + port, ..service(name).ports.remove(0) }],
                     ..service(name)
                 });
                 let _changes = store.set_service(&service(name).key.clone(), changed);
@@ -191,7 +192,7 @@ fn histories() -> impl Strategy<Value = Vec<Snapshot>> {
                 });
                 let _changes = store.set_node(&name, changed);
             }
-            Snapshot::of(&settings(), &[IpAddr::V4(u32::try_from(n / 2).unwrap().into())], &store)
+            Snapshot::of(&settings(), &[ipv4(n as u64 / 2).into()], &store)
         });
         history.collect()
     })
@@ -321,9 +322,9 @@ fn files_that_others_removed_or_replaced_are_made_anew() {
 #[test]
 fn a_reader_never_goes_back() {
     let directory = tempfile::tempdir().unwrap();
-    let numbered = |n: u32| {
+    let numbered = |n: u64| {
         // A record that is a quarter of what a journal of a small snapshot may have.
-        let interfaces = (0..3_000).map(|k| IpAddr::V4((scatter(u64::from(n) << 32 | k) as u32).into()));
+        let interfaces = (0..3_000).map(|k| IpAddr::V6((u128::from(scatter(n << 32 | k)) << 64).into()));
         Snapshot { node_ports: (0, n.try_into().unwrap()), interfaces: interfaces.collect(), ..numbered(0) }
     };
     let mut writer = Writer::new(directory.path());
@@ -374,9 +375,9 @@ fn octets_by_minute(n_minutes: u64, killed: u64, mut change: impl FnMut(&mut Sto
     minutes
 }
 
-const N_SERVICES: u32 = 10_000;
+const N_SERVICES: u64 = 10_000;
 
-fn set(store: &mut Store, n: u32, n_endpoints: u64, seed: u64, version: u64) {
+fn set(store: &mut Store, n: u64, n_endpoints: u64, seed: u64, version: u64) {
     let _changes = store.set_service(&service(n).key.clone(), Some(service(n)));
     let slice = slice(n, n_endpoints, seed, version);
     let _changes = store.set_slice(&slice.key(), Some(slice));
@@ -390,14 +391,14 @@ fn at_most_two_megabytes_are_written_a_minute() {
         ("created in five minutes, with an event for each endpoint", 2, 30, |store, seconds| {
             for event in seconds.start * 333..seconds.end * 333 {
                 // A hundred services come up at a time.
-                set(store, (event / 1000 * 100 + event % 100) as u32, 1 + event % 1000 / 100, 0, 0);
+                set(store, event / 1000 * 100 + event % 100, 1 + event % 1000 / 100, 0, 0);
             }
         }),
         ("50 changes a second", 3, 90, |store, seconds| {
             let all = if seconds.start == 0 { 0..N_SERVICES } else { 0..0 };
             all.for_each(|n| set(store, n, 10, 0, 0));
             for change in seconds.start * 50..seconds.end * 50 {
-                set(store, (scatter(change) % u64::from(N_SERVICES)) as u32, 10, 0, change);
+                set(store, scatter(change) % N_SERVICES, 10, 0, change);
             }
         }),
         ("everything, all the time", 4, 0, |store, seconds| {
