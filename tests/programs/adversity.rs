@@ -149,7 +149,7 @@ fn a_size_that_is_too_small_is_named_and_harms_nothing() {
         eventually("it says so", || {
             says(
                 &agent,
-                &["WARN", "--max-services=1 is too small", "65536 is used as before", "restart the agent"],
+                &["WARN", "--max-services=1 is too small", "4096 is used as before", "restart the agent"],
             )
         });
         eventually("it is ready", || status_of(10256, "healthz") == "200");

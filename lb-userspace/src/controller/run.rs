@@ -785,7 +785,7 @@ impl Agent {
         let snapshot = Snapshot::of(self.state.settings(), self.state.interfaces(), self.state.store());
         let writer = Arc::clone(&self.writer);
         self.writing = Some(spawn_blocking(move || {
-            // Nobody else has it: a panic in it has ended the task that did.
+            // One task at a time has it. What one that panicked left is made up for.
             writer.lock().unwrap_or_else(PoisonError::into_inner).write(snapshot)
         }));
     }
@@ -796,6 +796,9 @@ impl Agent {
             written.as_ref().map(|written| (written.n_bytes, written.n_changed)).ok().unzip();
         self.saving.ended(n_changed, Instant::now().into_std());
         self.metrics.saved(n_bytes, SystemTime::now());
+        if written.as_ref().is_ok_and(|written| written.has_read) {
+            kernel::syscall::return_free_memory();
+        }
         let problem = written.err();
         if problem != std::mem::replace(&mut self.save_problem, problem.clone()) {
             self.report(source);

@@ -1,6 +1,7 @@
 //! Waiting until no program reads what was freed.
 
 use std::{
+    collections::VecDeque,
     fmt, io,
     sync::{
         Arc,
@@ -10,7 +11,7 @@ use std::{
     time::Duration,
 };
 
-use tracing::error;
+use tracing::{error, info};
 
 /// How long until a wait is tried again that the kernel has refused.
 const RETRY: Duration = Duration::from_secs(1);
@@ -20,9 +21,46 @@ type Wait = dyn Fn() -> io::Result<()> + Send + Sync;
 
 /// Waits as long as it takes: what was not waited for must not be reused.
 fn wait_here(wait: &Wait) {
+    let mut has_failed = false;
     while let Err(error) = wait() {
-        error!(%error, "the kernel does not wait for a grace period: nothing that was freed is reused until it does");
+        if !std::mem::replace(&mut has_failed, true) {
+            error!(%error, "the kernel does not wait for a grace period: nothing that was freed is reused until it does");
+        }
         thread::sleep(RETRY);
+    }
+    if has_failed {
+        info!("the kernel waits for grace periods again");
+    }
+}
+
+/// Which plan was the last when a grace period was asked for.
+#[derive(Debug, Default)]
+pub(super) struct Asked {
+    requests: VecDeque<(u64, u64)>,
+}
+
+impl Asked {
+    /// While no grace period passes, each plan asks for one.
+    const MAX: usize = 64;
+
+    /// A request of this number was made after this plan.
+    pub(super) fn push(&mut self, request: u64, plan: u64) {
+        if self.requests.len() == Self::MAX {
+            // The plan in between is settled with the later one.
+            let _later = self.requests.pop_back();
+        }
+        self.requests.push_back((request, plan));
+    }
+
+    /// The last plan that was carried out before a request that has passed.
+    pub(super) fn pop(&mut self, passed: u64) -> Option<u64> {
+        let n_passed = self.requests.partition_point(|(request, _)| *request <= passed);
+        self.requests.drain(..n_passed).next_back().map(|(_, plan)| plan)
+    }
+
+    /// Whether every request has passed.
+    pub(super) fn is_empty(&self) -> bool {
+        self.requests.is_empty()
     }
 }
 
@@ -117,6 +155,20 @@ mod tests {
     use std::sync::Mutex;
 
     use super::*;
+
+    #[test]
+    fn requests_that_do_not_pass_take_no_more_memory() {
+        let mut asked = Asked::default();
+        for n in 1..=1000 {
+            asked.push(n, 10 * n);
+        }
+        assert!(asked.requests.len() <= Asked::MAX);
+        assert_eq!(asked.pop(0), None);
+        assert_eq!(asked.pop(3), Some(30));
+        assert_eq!(asked.pop(999), Some(630), "never a plan without a request after it that has passed");
+        assert!(!asked.is_empty());
+        assert_eq!((asked.pop(1000), asked.is_empty()), (Some(10_000), true));
+    }
 
     #[test]
     fn a_request_passes_with_a_grace_period_that_begins_after_it() {

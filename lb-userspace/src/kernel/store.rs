@@ -3,7 +3,7 @@
 mod audit;
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::BTreeMap,
     fs::File,
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
@@ -38,7 +38,7 @@ use super::{
     cgroup,
     counters::{self, Counters},
     fault,
-    grace::Grace,
+    grace::{Asked, Grace},
     host,
     layouts::{self, Directory, Held},
     lock::{Change, Lock},
@@ -110,8 +110,8 @@ pub struct Kernel {
     maps: Maps,
     grace: Grace,
     unsettled: Unsettled,
-    /// What was asked of `grace`, with the number of the last plan before.
-    asked: VecDeque<(u64, u64)>,
+    /// What was asked of `grace`.
+    asked: Asked,
     /// The number of the last plan, and of the last one since which a grace period has passed.
     carried_out: u64,
     settled: u64,
@@ -225,7 +225,7 @@ impl Kernel {
             maps,
             grace,
             unsettled: Unsettled::Anything,
-            asked: VecDeque::new(),
+            asked: Asked::default(),
             carried_out: 0,
             settled: 0,
             features: options.features,
@@ -389,15 +389,14 @@ impl Kernel {
     }
 
     fn ask_grace(&mut self) {
-        self.asked.push_back((self.grace.ask(), self.carried_out));
+        self.asked.push(self.grace.ask(), self.carried_out);
     }
 
     /// The number of a plan since which a grace period has passed: nobody reads what it and those before it freed. Later
     /// plans may have freed more, for which a grace period is under way.
     pub fn settled(&mut self) -> u64 {
         let passed = self.grace.passed();
-        while let Some(&(_, plan)) = self.asked.front().filter(|(asked, _)| *asked <= passed) {
-            let _passed = self.asked.pop_front();
+        if let Some(plan) = self.asked.pop(passed) {
             self.settled = plan;
         }
         if self.asked.is_empty() {

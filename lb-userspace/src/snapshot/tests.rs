@@ -117,6 +117,12 @@ fn what_is_written_is_read() {
     let state_dir = directory.path().join("made/on/demand");
     let written = numbered(1);
     Writer::new(&state_dir).write(written.clone()).unwrap();
+    // The next agent finds it so, and shares its own objects from then on.
+    let mut next = Writer::new(&state_dir);
+    let again = next.write(written.clone()).unwrap();
+    assert_eq!((again.n_bytes, again.has_read), (0, true));
+    let kept = &next.on_disk.as_ref().unwrap().snapshot;
+    assert!(Arc::ptr_eq(&kept.services[0], &written.services[0]));
     assert_eq!(read(&state_dir), written);
     assert_eq!(written.settings(), settings());
     assert!(modified(&state_dir).is_some());

@@ -31,6 +31,8 @@ pub struct Written {
     /// Octets that the changes take in a journal, whether they were written there or with everything else; 0 for the first
     /// snapshot.
     pub n_changed: u64,
+    /// Whether all that was on disk was read for it, which takes memory.
+    pub has_read: bool,
 }
 
 /// Keeps the files of a state directory up to date. One at a time for a directory.
@@ -58,7 +60,8 @@ impl Writer {
     /// [`SnapshotError::Io`]; then a reader finds what was written before, and the next call writes what this one did not.
     pub fn write(&mut self, snapshot: Snapshot) -> Result<Written, SnapshotError> {
         self.files.n_bytes = 0;
-        if !std::mem::replace(&mut self.has_looked, true) {
+        let has_read = !std::mem::replace(&mut self.has_looked, true);
+        if has_read {
             // What cannot be read is replaced.
             self.on_disk = Found::read(&self.files.dir).ok();
         }
@@ -73,7 +76,9 @@ impl Writer {
             && self.files.are_in_place(generation, found)
         {
             let Some(changes) = Changes::between(&found.snapshot, &snapshot) else {
-                return Ok(Written::default());
+                // Equal ones that are not shared would be in memory twice.
+                found.snapshot = snapshot;
+                return Ok(Written { has_read, ..Written::default() });
             };
             let record = codec::pack(&changes).and_then(|content| codec::record(&content));
             let record = record.map_err(&journal_error)?;
@@ -83,7 +88,7 @@ impl Writer {
                     self.files.append(generation, found.journal_len, &record).map_err(journal_error)?;
                 found.n_lost = 0;
                 found.snapshot = snapshot;
-                return Ok(Written { n_bytes: self.files.n_bytes, n_changed: len });
+                return Ok(Written { n_bytes: self.files.n_bytes, n_changed: len, has_read });
             }
             n_changed = len;
         }
@@ -93,7 +98,7 @@ impl Writer {
         let snapshot_len = written.map_err(snapshot_error)?;
         let generation = Some(generation);
         self.on_disk = Some(Found { snapshot, n_lost: 0, generation, snapshot_len, journal_len: 0 });
-        Ok(Written { n_bytes: self.files.n_bytes, n_changed })
+        Ok(Written { n_bytes: self.files.n_bytes, n_changed, has_read })
     }
 }
 
