@@ -162,7 +162,9 @@ fn what_the_agent_is_told_of_is_mounted() {
             let mount = mount.unwrap_or_else(|| panic!("{name}: {variable}={path} is not mounted"));
             assert_eq!(mount.read_only.unwrap_or_default(), !may_write, "{name}: {variable}");
         }
-        assert!(variables.iter().any(|variable| variable.name == "NODE_NAME"), "{name}");
+        for wanted in ["NODE_NAME", "POD_NAME"] {
+            assert!(variables.iter().any(|variable| variable.name == wanted), "{name}: {wanted}");
+        }
         // Where the host's cgroups are among the mounts is for the agent to find.
         let cgroup = mounts.iter().find(|mount| mount.name == "cgroup").unwrap();
         assert_eq!(cgroup.read_only, Some(true), "{name}");
