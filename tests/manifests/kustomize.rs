@@ -70,7 +70,7 @@ pub(crate) fn render(folder: &Path) -> Vec<Value> {
         .map(|object| object["metadata"]["name"].as_str().unwrap().to_owned())
         .collect();
     for object in &mut objects {
-        if let Some(annotations) = object["metadata"]["annotations"].as_object_mut()
+        if let Some(annotations) = object.pointer_mut("/metadata/annotations").and_then(Value::as_object_mut)
             && annotations.remove("hashed").is_some_and(|hashed| hashed == true)
         {
             object["metadata"]["name"] = suffix(object["metadata"]["name"].as_str().unwrap()).into();

@@ -244,8 +244,8 @@ fn without_hashes(rendered: Rendered) -> BTreeMap<(String, String), Value> {
 #[test]
 fn a_setting_of_each_node_stands_where_it_works() {
     let page = fs::read_to_string(folder().join("../docs/OPERATIONS.md")).unwrap();
-    let example = page.split("```yaml\n").find(|block| block.contains("$(NODE_NAME)")).unwrap();
-    let example = example.split("```").next().unwrap();
+    let mut blocks = page.split("```yaml\n").skip(1).filter_map(|rest| rest.split("```").next());
+    let example = blocks.find(|block| block.contains("$(NODE_NAME)")).unwrap();
     let base = folder().join("overlays/beside-kube-proxy");
     let text = example.replace("../socklb/manifests/overlays/beside-kube-proxy", base.to_str().unwrap());
     assert_ne!(text, example);

@@ -98,7 +98,7 @@ impl fmt::Display for Gone {
 /// The objects of all manifests, and what is wrong with them.
 ///
 /// A plain value: [`super::watch()`] brings the texts. What a text adds or changes is served at once; what it lacks is served
-/// until its file has settled, as [`settle`] has it, or another file has it.
+/// until its file has settled, or another file has it.
 ///
 /// ```
 /// use lb_userspace::{model::Store, source::files::{Content, FileSet, Moment, Snapshot}};
