@@ -22,7 +22,7 @@ use lb_userspace::model::Protocol::{Tcp, Udp};
 use nix::{errno::Errno, sys::signal::Signal};
 
 use crate::{
-    process::text,
+    process::{run, text},
     socklb::{Place, Running, eventually, is_up, with_town},
     town::{self, Town},
 };
@@ -261,6 +261,13 @@ fn a_manifest_that_is_broken_at_the_start_is_served_as_it_was() {
         let told =
             log.iter().filter(|line| line.contains("web.yaml") && line.contains("stay in force (since"));
         assert_eq!(told.count(), 1, "{log:#?}");
+        let places =
+            ["status", "--cgroup", &place.cgroup, "--metrics-bind-address=", "--healthz-bind-address="];
+        let status = run(&place.binary, &place.args(&places));
+        let told = String::from_utf8_lossy(&status.stdout).into_owned();
+        let outdated = told.lines().find(|line| line.starts_with("outdated")).unwrap_or_default();
+        assert!(outdated.contains("web.yaml") && outdated.contains("(since "), "{told}");
+        assert_eq!(status.status.code(), Some(3), "{told}");
         fs::write(&file, manifest(town, 2)).unwrap();
         eventually("the repaired one is served", || {
             connect("10.96.10.2:80".parse().unwrap()) == Err(Errno::ECONNREFUSED)

@@ -93,7 +93,7 @@ impl fmt::Display for NodePortList {
             NodePortAddresses::Listed { primary, networks } => (primary.then_some("primary"), networks),
         };
         let words = self.localhost.then_some("localhost").into_iter().chain(word).map(str::to_owned);
-        let networks = networks.iter().map(|network| format!("{}/{}", network.address, network.prefix_len));
+        let networks = networks.iter().map(ToString::to_string);
         f.write_str(&words.chain(networks).collect::<Vec<_>>().join(","))
     }
 }

@@ -313,11 +313,9 @@ async fn follow(
 fn last_good(state_dir: &Path) -> Vec<Body> {
     let Ok(Snapshot { services, slices, nodes, .. }) = Snapshot::read(state_dir) else { return Vec::new() };
     let (own, _) = self_test::objects(&[]);
-    let services = services.into_iter().filter(|service| service.key != own.key);
-    let slices = slices.into_iter().filter(|slice| slice.service != own.key);
-    let services = services.map(|service| Body::Service(service.into()));
-    let slices = slices.map(|slice| Body::Slice(slice.into()));
-    services.chain(slices).chain(nodes.into_iter().map(|node| Body::Node(node.into()))).collect()
+    let services = services.into_iter().filter(|service| service.key != own.key).map(Body::Service);
+    let slices = slices.into_iter().filter(|slice| slice.service != own.key).map(Body::Slice);
+    services.chain(slices).chain(nodes.into_iter().map(Body::Node)).collect()
 }
 
 /// The settings in force, as `/configz` shows them: under the flags' names.

@@ -49,8 +49,8 @@ const MAX_ENTRIES: usize = 1 << 20;
 ///
 /// **An excluded Service** (annotation `socklb.io/exclude`) has none: somebody else serves it.
 ///
-/// **A cluster IP that is an address of one of this node's interfaces** stays with the node: whoever has put it there wants to
-/// answer himself, as NodeLocal DNSCache does. An issue says so. Its other addresses are served.
+/// **A cluster IP that is an address of one of this node's interfaces** stays with the node: a program of the node answers there,
+/// as a DNS cache on each node does. An issue says so. The other addresses of the Service are served.
 ///
 /// **External IPs** answer where [`Settings::external_ips`] lets them; the others are left to the network, and an issue says
 /// so.

@@ -479,6 +479,27 @@ impl IssueKind {
 }
 
 impl IssueKind {
+    /// What is said of those that are about manifests; nothing of others.
+    fn fmt_file(&self, f: &mut impl fmt::Write) -> fmt::Result {
+        match self {
+            Self::UnknownKind => f.write_str("unknown kind; it is ignored"),
+            Self::UnknownVersion { version, expected } => {
+                write!(f, "apiVersion: {version:?} is not known, {expected} is; it is ignored")
+            }
+            Self::DefinedTwice { winner } => write!(f, "is already defined at {winner}; this one is ignored"),
+            Self::BrokenFile { cause, last_good: true, since } => {
+                write!(f, "{cause}; the objects read from it before stay in force (since {since})")
+            }
+            Self::BrokenFile { cause, last_good: false, .. } => write!(f, "{cause}; the file is left out"),
+            Self::BeingWritten { since } => write!(
+                f,
+                "a program has it open for writing since {since}; what it lacks, and its last document, stay in force as they \
+                 were before: let the program close it"
+            ),
+            _ => Ok(()),
+        }
+    }
+
     /// What is said of those that are about room in a table; nothing of others.
     fn fmt_no_room(&self, f: &mut impl fmt::Write) -> fmt::Result {
         match self {
@@ -630,20 +651,11 @@ impl fmt::Display for IssueKind {
             | Self::NodesFull { .. }
             | Self::ClusterIpsFull { .. }
             | Self::TableFull { .. } => self.fmt_no_room(&mut f),
-            Self::UnknownKind => f.write_str("unknown kind; it is ignored"),
-            Self::UnknownVersion { version, expected } => {
-                write!(f, "apiVersion: {version:?} is not known, {expected} is; it is ignored")
-            }
-            Self::DefinedTwice { winner } => write!(f, "is already defined at {winner}; this one is ignored"),
-            Self::BrokenFile { cause, last_good: true, since } => {
-                write!(f, "{cause}; the objects read from it before stay in force (since {since})")
-            }
-            Self::BrokenFile { cause, last_good: false, .. } => write!(f, "{cause}; the file is left out"),
-            Self::BeingWritten { since } => write!(
-                f,
-                "a program has it open for writing since {since}; what it lacks, and its last document, stay in force as they \
-                 were before: let the program close it"
-            ),
+            Self::UnknownKind
+            | Self::UnknownVersion { .. }
+            | Self::DefinedTwice { .. }
+            | Self::BrokenFile { .. }
+            | Self::BeingWritten { .. } => self.fmt_file(&mut f),
             Self::SizeRefused { .. } | Self::SnapshotNotWritten { .. } => self.fmt_of_agent(&mut f),
             Self::Unreadable { cause } => write!(f, "{cause}; the object is left out"),
         }

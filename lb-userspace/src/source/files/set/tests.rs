@@ -19,6 +19,7 @@ fn snapshot(files: &[(&str, &str)]) -> Snapshot {
 }
 
 /// A time after the first reading.
+#[expect(clippy::cast_possible_truncation, reason = "whole seconds are shown")]
 fn after(seconds: f64) -> Moment {
     static START: LazyLock<Instant> = LazyLock::new(Instant::now);
     let clock = Timestamp::from_second(1_764_000_000 + seconds as i64).unwrap();
