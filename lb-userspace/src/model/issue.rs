@@ -500,6 +500,29 @@ impl IssueKind {
         }
     }
 
+    /// What is said of those that are about addresses left to others; nothing of others.
+    fn fmt_left_alone(&self, f: &mut impl fmt::Write) -> fmt::Result {
+        match self {
+            Self::SourceRanges { addresses } => write!(
+                f,
+                "spec.loadBalancerSourceRanges: the caller's address is not known at a socket; calls to {} go to \
+                 the network untranslated",
+                addresses.join(", ")
+            ),
+            Self::ExternalIps { addresses, setting } => write!(
+                f,
+                "spec.externalIPs: --external-ips={setting} leaves {} to the network",
+                addresses.join(", ")
+            ),
+            Self::OnThisNode { address } => write!(
+                f,
+                "spec.clusterIPs: {address} is an address of an interface of this node, as NodeLocal DNSCache makes it; calls to it \
+                 stay with the node"
+            ),
+            _ => Ok(()),
+        }
+    }
+
     /// What is said of those that are about room in a table; nothing of others.
     fn fmt_no_room(&self, f: &mut impl fmt::Write) -> fmt::Result {
         match self {
@@ -625,22 +648,9 @@ impl fmt::Display for IssueKind {
                 "node port {port} is outside --node-port-range {first}-{last}; it answers on the known node \
                  addresses, not on loopback"
             ),
-            Self::SourceRanges { addresses } => write!(
-                f,
-                "spec.loadBalancerSourceRanges: the caller's address is not known at a socket; calls to {} go to \
-                 the network untranslated",
-                addresses.join(", ")
-            ),
-            Self::ExternalIps { addresses, setting } => write!(
-                f,
-                "spec.externalIPs: --external-ips={setting} leaves {} to the network",
-                addresses.join(", ")
-            ),
-            Self::OnThisNode { address } => write!(
-                f,
-                "spec.clusterIPs: {address} is an address of an interface of this node, as NodeLocal DNSCache makes it; calls to it \
-                 stay with the node"
-            ),
+            Self::SourceRanges { .. } | Self::ExternalIps { .. } | Self::OnThisNode { .. } => {
+                self.fmt_left_alone(&mut f)
+            }
             Self::FrontendTaken { address, winner } => {
                 write!(f, "{address} belongs to service {winner}; this service does not answer there")
             }
