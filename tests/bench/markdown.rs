@@ -8,7 +8,7 @@ use crate::{
     quantile::{paired_ratio, real},
     result::{Key, ResultFile, Series, Suite, Unit},
     scale::{self, calls, calls::Call},
-    sync,
+    sync::{self, octets},
 };
 
 /// A table with a name that documents refer to.
@@ -36,6 +36,7 @@ pub(crate) fn sections(result: &ResultFile) -> Vec<Section> {
         Suite::Sync => {
             add("times", "Times", sync_times(result));
             add("agent", "Memory and CPU of the agent", sync_agent(result));
+            add("octets", "What is read from the API server", sync_octets(result));
         }
         Suite::Path => {
             add("claims", "socklb beside the others", path_claims(result));
@@ -384,7 +385,7 @@ fn sync_agent(result: &ResultFile) -> String {
     let rows: Vec<Vec<String>> = result
         .series
         .iter()
-        .filter(|series| series.unit != Unit::Nanoseconds)
+        .filter(|series| series.unit != Unit::Nanoseconds && !is_octets(series))
         .map(|series| {
             let target = match series.key.measure.as_str() {
                 sync::IDLE => Some((Unit::Ratio, 0.005)),
@@ -409,6 +410,24 @@ fn sync_agent(result: &ResultFile) -> String {
         })
         .collect();
     table(&words(&["size", "", "", "target"]), &rows)
+}
+
+fn is_octets(series: &Series) -> bool {
+    series.key.measure.starts_with(octets::MEASURE)
+}
+
+fn sync_octets(result: &ResultFile) -> String {
+    let rows: Vec<Vec<String>> = result
+        .series
+        .iter()
+        .filter(|series| is_octets(series))
+        .map(|series| {
+            let measure = series.key.measure.trim_start_matches(octets::MEASURE);
+            let (reader, what) = measure.split_once(", ").unwrap_or((measure, ""));
+            words(&[&series.key.target, what, reader, &shown(series, "p50")])
+        })
+        .collect();
+    table(&words(&["size", "", "read by", ""]), &rows)
 }
 
 /// Points of a measure by the number of services, from `from` services on; `floor` is taken off.

@@ -42,6 +42,16 @@ pub(crate) struct Memory {
 impl Agent {
     /// Starts the agent in a sandbox, as it is started on a node.
     pub(crate) fn start(socklb: &Path, sandbox: &Sandbox, server: &ApiServer) -> anyhow::Result<Self> {
+        Self::start_with(socklb, sandbox, server, &[])
+    }
+
+    /// The same, with more flags.
+    pub(crate) fn start_with(
+        socklb: &Path,
+        sandbox: &Sandbox,
+        server: &ApiServer,
+        flags: &[&str],
+    ) -> anyhow::Result<Self> {
         let directory = tempfile::tempdir()?;
         let kubeconfig = directory.path().join("kubeconfig");
         fs::write(&kubeconfig, server.kubeconfig())?;
@@ -56,6 +66,7 @@ impl Agent {
             .arg(sandbox.pin_path())
             .arg("--state-dir")
             .arg(directory.path().join("state"))
+            .args(flags)
             .stdin(Stdio::null())
             .stderr(log)
             .spawn()

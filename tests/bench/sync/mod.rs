@@ -6,6 +6,7 @@
 mod agent;
 mod load;
 mod objects;
+pub(crate) mod octets;
 mod report;
 mod tables;
 mod traffic;
@@ -46,7 +47,7 @@ pub(crate) struct Options {
     /// The agent's binary
     #[arg(long, value_name = "FILE")]
     pub(crate) socklb: PathBuf,
-    /// Only the parts whose name holds this: sync, traffic, services, endpoints
+    /// Only the parts whose name holds this: sync, traffic, services, endpoints, octets
     #[arg(long, value_name = "PART")]
     only: Option<String>,
     /// How often cold starts are repeated
@@ -59,6 +60,8 @@ struct Scale {
     usual: Size,
     many_services: Size,
     many_endpoints: Size,
+    /// For what is read from the API server.
+    nodes: [Size; 2],
     n_changing: u32,
     changes_per_second: u32,
     churn: Duration,
@@ -76,6 +79,7 @@ impl Scale {
             usual: Size { n_services: 10_000, n_endpoints: 10, n_nodes: 1000 },
             many_services: Size { n_services: 44_000, n_endpoints: 5, n_nodes: 1000 },
             many_endpoints: Size { n_services: 5_000, n_endpoints: 50, n_nodes: 5000 },
+            nodes: [1000, 5000].map(|n_nodes| Size { n_services: 5_000, n_endpoints: 10, n_nodes }),
             n_changing: 1000,
             changes_per_second: 500,
             churn: Duration::from_secs(20),
@@ -92,6 +96,7 @@ impl Scale {
             usual: Size { n_services: 100, n_endpoints: 10, n_nodes: 20 },
             many_services: Size { n_services: 300, n_endpoints: 2, n_nodes: 20 },
             many_endpoints: Size { n_services: 20, n_endpoints: 50, n_nodes: 100 },
+            nodes: [5, 10].map(|n_nodes| Size { n_services: 20, n_endpoints: 10, n_nodes }),
             n_changing: 50,
             changes_per_second: 100,
             churn: Duration::from_millis(500),
@@ -126,6 +131,11 @@ pub(crate) fn run(options: &Options, common: &Common) -> anyhow::Result<ResultFi
     }
     if wants("endpoints") {
         large(options, &scale, scale.many_endpoints, &mut report)?;
+    }
+    if wants("octets") {
+        for size in scale.nodes {
+            octets::run(options, size, &mut report)?;
+        }
     }
     Ok(run.finish())
 }

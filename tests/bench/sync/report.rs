@@ -53,6 +53,11 @@ impl<'a> Report<'a> {
         self.run.figure(self.key(title), Unit::Ratio, Better::Lower, value);
     }
 
+    /// An amount of data.
+    pub(crate) fn mebibytes(&mut self, title: &str, value: f64) {
+        self.run.figure(self.key(title), Unit::Mebibytes, Better::Lower, value);
+    }
+
     /// Memory. What is resident holds the pages of BPF maps that the agent has mapped, which stay when it ends.
     pub(crate) fn memory(&mut self, title: &str, memory: &Memory) {
         let Memory { resident, anonymous, maps, peak } = *memory;
