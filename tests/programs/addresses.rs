@@ -67,7 +67,7 @@ fn node_ports_answer_on_a_new_address_at_once() {
     });
 }
 
-/// As NodeLocal DNSCache does it: a program of the node answers at a service address, on an interface.
+/// As a cache of names on the node does it: a program of the node answers at a service address, on an interface.
 #[test]
 fn a_service_address_on_an_interface_is_the_nodes_for_as_long_as_it_is_there() {
     with_town(|place, town| {

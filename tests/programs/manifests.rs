@@ -128,7 +128,7 @@ fn change(file: &Path, town: &Town, version: usize, way: &str) -> Vec<String> {
                 match socket.receive() {
                     Err(Errno::EAGAIN) => {}
                     other => {
-                        wrong.lock().unwrap().push(format!("dns: {other:?} after {:?}", started.elapsed()))
+                        wrong.lock().unwrap().push(format!("dns: {other:?} after {:?}", started.elapsed()));
                     }
                 }
                 // The pods' servers begin a thread for each connection.

@@ -73,8 +73,9 @@ pub struct RunArgs {
     /// address there and gets this node's calls to it [default: any]
     #[arg(long, env = "SOCKLB_EXTERNAL_IPS", value_name = "WHICH", value_parser = config::external_ips)]
     external_ips: Option<ExternalIps>,
-    /// Networks that cluster IPs come from, separated by commas, where the API has no ServiceCIDR objects. A call to a port
-    /// that a cluster IP does not have is refused, one to an address there that no Service has is unreachable [default: none]
+    /// Networks that cluster IPs come from, separated by commas. A call to a port that a cluster IP does not have is refused, one
+    /// to an address there that no Service has is unreachable. Not where other proxies have Services of their own
+    /// [default: none]
     #[arg(long, env = "SOCKLB_SERVICE_CIDR", value_name = "LIST", value_parser = config::service_cidrs)]
     service_cidr: Option<ServiceCidrs>,
     /// Ports that may be node ports, as the API server has them [default: 30000-32767]

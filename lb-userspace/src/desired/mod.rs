@@ -175,6 +175,6 @@ pub struct Settings {
     pub node_port_addresses: NodePortAddresses,
     /// `--external-ips`
     pub external_ips: ExternalIps,
-    /// `--service-cidr`: where cluster IPs come from, beside what the API says.
+    /// `--service-cidr`: where cluster IPs come from.
     pub service_cidrs: Vec<Cidr>,
 }
