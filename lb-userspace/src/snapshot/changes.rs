@@ -103,7 +103,10 @@ impl Snapshot {
             node_port_addresses: self.node_port_addresses.clone(),
             external_ips: self.external_ips,
             interfaces: self.interfaces.clone(),
-            ..Self::default()
+            // Not `..Self::default()`: a field that is forgotten here would be lost with the first record.
+            services: Vec::new(),
+            slices: Vec::new(),
+            nodes: Vec::new(),
         }
     }
 }
