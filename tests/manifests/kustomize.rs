@@ -37,7 +37,9 @@ struct Generator {
 #[serde(deny_unknown_fields)]
 struct Patch {
     path: Option<PathBuf>,
-    patch: Option<String>,
+    /// The patch itself, in place of a file.
+    #[serde(rename = "patch")]
+    text: Option<String>,
     /// Of a list of operations only.
     target: Option<Target>,
 }
@@ -128,7 +130,7 @@ fn gather(folder: &Path) -> Vec<Value> {
         }
     }
     for patch in this.patches {
-        let text = patch.path.map_or_else(|| patch.patch.clone().unwrap(), |path| read(&path));
+        let text = patch.path.map_or_else(|| patch.text.clone().unwrap(), |path| read(&path));
         let change: Value = serde_saphyr::from_str(&text).unwrap();
         let target = patch.target.map_or_else(
             || (change["kind"].clone(), change["metadata"]["name"].clone()),

@@ -217,12 +217,12 @@ fn kubectl_renders_the_same_without_a_warning() {
     }
     for name in OVERLAYS.into_iter().chain(["monitoring"]) {
         let (ours, theirs) = (Rendered::of(name), Rendered::by_kubectl(&folder().join(name)));
-        assert_eq!(without_hashes(ours), without_hashes(theirs), "{name}");
+        assert_eq!(without_hashes(&ours), without_hashes(&theirs), "{name}");
     }
 }
 
 /// The objects by kind and name, with the same suffix of every generated name.
-fn without_hashes(rendered: Rendered) -> BTreeMap<(String, String), Value> {
+fn without_hashes(rendered: &Rendered) -> BTreeMap<(String, String), Value> {
     let text = |value: &Value| value.as_str().unwrap().to_owned();
     let hashed = rendered.0.iter().filter(|object| object["kind"] == "ConfigMap");
     let hashed: Vec<String> = hashed.map(|object| text(&object["metadata"]["name"])).collect();
@@ -253,10 +253,10 @@ fn a_setting_of_each_node_stands_where_it_works() {
     fs::write(temp.path().join("kustomization.yaml"), text).unwrap();
     let variables = agent(&Rendered(kustomize::render(temp.path()))).env.unwrap();
     let place = |wanted: &dyn Fn(&EnvVar) -> bool| variables.iter().position(wanted).unwrap();
-    let uses =
+    let takes_it =
         |variable: &EnvVar| variable.value.as_ref().is_some_and(|value| value.contains("$(NODE_NAME)"));
-    let (name, user) = (place(&|variable| variable.name == "NODE_NAME"), place(&uses));
-    assert!(name < user, "{variables:#?}");
+    let (name, taker) = (place(&|variable| variable.name == "NODE_NAME"), place(&takes_it));
+    assert!(name < taker, "{variables:#?}");
     // A patch in the form of an object would put its variables before this one.
     assert_eq!(name, 0);
 }
