@@ -14,7 +14,7 @@ use std::{
     time::Duration,
 };
 
-use lb_tests::cluster::Cluster;
+use lb_tests::cluster::{Cluster, PortOf, port, service};
 use lb_userspace::{desired::FrontendAddress, kernel::store::Maps, model::Protocol};
 use nix::{
     sys::signal::{Signal, kill},
@@ -28,20 +28,19 @@ use crate::{
     town,
 };
 
-/// An address of many services, one after the other.
+/// An address of many ports, one after the other.
 const MOVING: &str = "10.96.7.7:80/tcp";
 
-/// A cluster whose n-th state has the moving address at the n-th service with the n-th endpoint, beside a hundred services
-/// whose endpoints all change too.
+/// A cluster whose n-th state has the moving address at the n-th port with the n-th endpoint, beside a hundred services whose
+/// endpoints all change too. Nothing is removed that is looked at: a file that lacks an object is believed only later.
 fn state(n: u8) -> Cluster {
     let mut cluster = Cluster::new();
     let address = |ip: [u8; 4], port| SocketAddr::new(IpAddr::from(ip), port);
-    cluster.serve(
-        &format!("moving-{n}"),
-        address([10, 96, 7, 7], 80),
-        Protocol::Tcp,
-        &[address([10, 244, 9, n], 8080)],
-    );
+    let name = format!("p{n}");
+    let ip = IpAddr::from([10, 96, 7, 7]);
+    cluster.set(service("moving", &[ip], &[port(&name, Protocol::Tcp, 80)]));
+    let moving = PortOf { service: "moving", name: &name, protocol: Protocol::Tcp };
+    cluster.set_endpoints(&moving, &[address([10, 244, 9, n], 8080)]);
     for other in 0..100 {
         let endpoint = address([10, 244, n % 2, other], 8080);
         cluster.serve(&format!("other-{other}"), address([10, 96, 8, other], 80), Protocol::Tcp, &[endpoint]);
@@ -74,7 +73,7 @@ fn number(text: &Value, before: &str) -> u8 {
 }
 
 /// Whatever the maps hold when a command starts, its answer is of that state or a later one: never of a service that no object
-/// names, nor of the one before.
+/// names, nor of the port before.
 #[test]
 fn answers_are_never_older_than_the_maps() {
     with_town(|place, _town| {
@@ -100,12 +99,12 @@ fn answers_are_never_older_than_the_maps() {
                 assert!(rows.iter().all(|row| row["name"] != ""), "{services}");
                 let row = rows.iter().find(|row| row["address"] == "10.96.7.7").unwrap();
                 let (name, endpoint) =
-                    (number(&row["name"], "moving-"), number(&row["endpoints"][0]["address"], "10.244.9."));
+                    (number(&row["port_name"], "p"), number(&row["endpoints"][0]["address"], "10.244.9."));
                 assert!(!is_older(before, name) && !is_older(before, endpoint), "{before}: {row}");
 
                 let before = held(place).unwrap();
                 let explained = ask(place, &["explain", MOVING, "-o", "json"]);
-                let name = number(&explained["frontend"]["name"], "moving-");
+                let name = number(&explained["frontend"]["port_name"], "p");
                 let endpoint = explained["candidates"][0].as_str().unwrap().trim_end_matches(":8080").into();
                 let endpoint = number(&endpoint, "10.244.9.");
                 assert!(!is_older(before, name) && !is_older(before, endpoint), "{before}: {explained}");
@@ -163,7 +162,7 @@ fn explain_goes_on_with_every_change() {
         let first = lines.next();
         assert!(first.contains(&format!(" {MOVING} -> redirected: ")), "{first}");
         assert!(
-            first.contains("of default/moving-0") && first.contains("candidate 10.244.9.0:8080"),
+            first.contains("of default/moving:p0") && first.contains("candidate 10.244.9.0:8080"),
             "{first}"
         );
         let first: Value = serde_json::from_str(&json.next()).unwrap();
@@ -187,10 +186,10 @@ fn explain_goes_on_with_every_change() {
         for n in [1, 2] {
             place.write(&state(n));
             let line = lines.next();
-            assert!(line.contains(&format!("of default/moving-{n}")), "{line}");
+            assert!(line.contains(&format!("of default/moving:p{n}")), "{line}");
             assert!(line.contains(&format!("candidate 10.244.9.{n}:8080")), "{line}");
             let answer: Value = serde_json::from_str(&json.next()).unwrap();
-            assert_eq!(answer["frontend"]["name"], format!("moving-{n}"));
+            assert_eq!(answer["frontend"]["port_name"], format!("p{n}"));
         }
 
         // Killed and started anew over another state: what was missed is told.
@@ -198,7 +197,7 @@ fn explain_goes_on_with_every_change() {
         place.write(&state(3));
         let agent = place.start();
         let line = lines.next();
-        assert!(line.contains("of default/moving-3"), "{line}");
+        assert!(line.contains("of default/moving:p3"), "{line}");
         assert!(lines.is_silent());
         assert_eq!(agent.end(Signal::SIGTERM), Some(0));
 
