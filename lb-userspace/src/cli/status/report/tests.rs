@@ -214,6 +214,7 @@ fn who_does_not_get_traffic_is_told_why() {
     let status = Status {
         agent: AgentPart::new(&asked),
         snapshot: SnapshotPart::new("/var/lib/socklb/snapshot".into(), None, Err(&missing), full_disk),
+        refused_sizes: vec!["max-services=20: 123 are served".to_owned()],
         outdated: vec![
             "the source is away, since 2026-01-01T00:00:00Z: refused; the snapshot is served".to_owned(),
         ],
