@@ -215,6 +215,24 @@ fn an_outage_is_known() {
     assert!(n("connection") >= N_KINDS && n("unauthorized") >= 1, "{failures:?}");
 }
 
+/// A server that forgets all the time is not asked for lists all the time.
+#[test]
+fn a_server_that_keeps_forgetting_is_given_pauses() {
+    let server = ApiServer::start();
+    server.set(&cluster(3));
+    let mut follower = Follower::with_first_pause(&server, Duration::from_millis(400));
+    follower.until_like(&server);
+    let before = server.requests().lists;
+    let end = Instant::now() + Duration::from_millis(2000);
+    while Instant::now() < end {
+        server.expire();
+        follower.step();
+    }
+    let n_lists = server.requests().lists - before;
+    assert!(n_lists <= 7 * N_KINDS, "{n_lists} lists in two seconds");
+    follower.until_like(&server);
+}
+
 /// The tables are never emptier than they should be while a list is under way, however long it takes.
 #[test]
 fn a_list_takes_nothing_away_that_is_there() {

@@ -71,6 +71,13 @@ impl Follower {
         Self::of(runtime, source)
     }
 
+    /// With a first pause of this length after a failure.
+    pub(crate) fn with_first_pause(server: &dyn Api, first_pause: Duration) -> Self {
+        let runtime = runtime();
+        let source = open_with(&runtime, server, WANTED, Timing { first_pause, ..TIMING });
+        Self::of(runtime, source)
+    }
+
     /// As the agent does by default.
     pub(crate) fn of_own_node(server: &dyn Api) -> Self {
         let runtime = runtime();

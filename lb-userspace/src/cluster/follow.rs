@@ -198,6 +198,7 @@ pub(super) async fn follow<K: Kind>(mut follower: Follower) {
     let mut backoff = Backoff::new(follower.timing.first_pause);
     let mut position = Position::ListLatest;
     let mut has_streaming = true;
+    let mut moved = None::<Instant>;
     loop {
         let mut progress = false;
         let result = match &position {
@@ -212,9 +213,13 @@ pub(super) async fn follow<K: Kind>(mut follower: Follower) {
         };
         let (failure, is_watching) = match result {
             Ok(Ended { version, failure }) => {
+                let is_asking = matches!(position, Position::Confirm { .. });
                 position = Position::Watch { version };
                 let Some(failure) = failure else {
-                    backoff.reset();
+                    // That a version is reached does not show that watches work.
+                    if !is_asking {
+                        backoff.reset();
+                    }
                     continue;
                 };
                 (failure, true)
@@ -238,9 +243,15 @@ pub(super) async fn follow<K: Kind>(mut follower: Follower) {
         let next = after(&failure, &position, is_watching);
         follower.tell::<K>(&failure, is_watching);
         debug!(objects = K::PLURAL, %failure, ?position, ?next, "going on");
-        // What the server says of a version is followed at once, but for the latest, which has none that could be wrong. So is a
-        // watch that brought something and broke: the server was there.
-        let at_once = (failure.is_about_version() && next != position) || (progress && failure.is_absence());
+        // What the server says of a version is followed at once, but for the latest, which has none that could be wrong, and not
+        // over and over. So is a watch that brought something and broke: the server was there.
+        let moves = failure.is_about_version()
+            && next != position
+            && moved.is_none_or(|moved| moved.elapsed() >= SHORT_WATCH);
+        if moves {
+            moved = Some(Instant::now());
+        }
+        let at_once = moves || (progress && failure.is_absence());
         position = next;
         if at_once {
             continue;
