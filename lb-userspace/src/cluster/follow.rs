@@ -198,7 +198,7 @@ pub(super) async fn follow<K: Kind>(mut follower: Follower) {
     let mut backoff = Backoff::new(follower.timing.first_pause);
     let mut position = Position::ListLatest;
     let mut has_streaming = true;
-    let mut moved = None::<Instant>;
+    let mut last_move = None::<Instant>;
     loop {
         let mut progress = false;
         let result = match &position {
@@ -247,9 +247,9 @@ pub(super) async fn follow<K: Kind>(mut follower: Follower) {
         // over and over. So is a watch that brought something and broke: the server was there.
         let moves = failure.is_about_version()
             && next != position
-            && moved.is_none_or(|moved| moved.elapsed() >= SHORT_WATCH);
+            && last_move.is_none_or(|at| at.elapsed() >= SHORT_WATCH);
         if moves {
-            moved = Some(Instant::now());
+            last_move = Some(Instant::now());
         }
         let at_once = moves || (progress && failure.is_absence());
         position = next;
