@@ -116,7 +116,8 @@ fn gather(folder: &Path) -> Vec<Value> {
         let is_hashed = !(generator.options["disableNameSuffixHash"] == true
             || this.generator_options["disableNameSuffixHash"] == true);
         let mut metadata = json!({ "name": generator.name, "annotations": { "hashed": is_hashed } });
-        if let Some(labels) = generator.options.get("labels") {
+        let of_options = [&generator.options, &this.generator_options].map(|options| options.get("labels"));
+        if let Some(labels) = of_options.into_iter().flatten().next() {
             metadata["labels"] = labels.clone();
         }
         let map = json!({ "apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": data });
