@@ -78,15 +78,14 @@ fn a_service_address_on_an_interface_is_the_nodes_for_as_long_as_it_is_there() {
         let explain = || text(&place.binary, &place.args(&["explain", &format!("{dns}/udp")]));
         let ask = || {
             let socket = Socket::new(Domain::V4, Udp);
-            socket.connect(dns).unwrap();
-            socket
+            socket.connect(dns).map(|()| socket)
         };
 
         ip(&format!("address add {}/32 dev lo", dns.ip()));
         let cache = UdpSocket::bind(dns).unwrap();
         cache.set_nonblocking(true).unwrap();
         let is_asked = || {
-            ask().send(b"a").unwrap();
+            ask().unwrap().send(b"a").unwrap();
             let mut bytes = [0; 1];
             cache.recv(&mut bytes).is_ok()
         };
@@ -104,7 +103,9 @@ fn a_service_address_on_an_interface_is_the_nodes_for_as_long_as_it_is_there() {
 
         ip(&format!("address del {}/32 dev lo", dns.ip()));
         drop((listener, cache));
-        eventually("it is served again", || ask().peer_name() == Ok(dns) && is_up(dns));
+        eventually("it is served again", || {
+            ask().is_ok_and(|socket| socket.peer_name() == Ok(dns)) && is_up(dns)
+        });
         let (_, log) = agent.end_with_log(Signal::SIGTERM);
         assert!(log.iter().any(|line| line.contains("no longer") && line.contains(issue)), "{log:#?}");
     });

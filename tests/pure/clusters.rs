@@ -490,6 +490,16 @@ impl Allowed {
         }
     }
 
+    /// Whether a call reaches endpoints in one of the states, and in neither one before nor one after it.
+    pub(crate) fn comes_and_goes(&self, call: usize) -> bool {
+        let is_served = |outcomes: &Vec<Outcomes>| matches!(outcomes[call], Outcomes::Endpoints(_));
+        let first_absent = self.of_states.iter().position(|state| !is_served(state));
+        let last_absent = self.of_states.iter().rposition(|state| !is_served(state));
+        first_absent
+            .zip(last_absent)
+            .is_some_and(|(first, last)| self.of_states[first..last].iter().any(is_served))
+    }
+
     /// Whether a call may reach an endpoint.
     pub(crate) fn admits_endpoint(&self, call: usize, endpoint: &SocketAddr) -> bool {
         let has =

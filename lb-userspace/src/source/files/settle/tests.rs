@@ -365,16 +365,16 @@ proptest! {
         files.update(disk.read(), at(now));
         let mut pauses = pauses.into_iter().cycle();
         for (way, after) in edits {
-            let last = std::mem::take(&mut disk.last);
+            let mut last = std::mem::take(&mut disk.last);
             for mut state in states(&disk, way, &after) {
                 let (pause, is_read) = pauses.next().unwrap();
                 now += pause;
                 if !is_read {
                     continue;
                 }
-                state.last = if disk.last.is_empty() { last.clone() } else { std::mem::take(&mut disk.last) };
+                state.last = last;
                 files.update(state.read(), at(now));
-                disk.last = state.last.clone();
+                last = std::mem::take(&mut state.last);
                 let mut store = Store::new();
                 let _changes = files.apply(&mut store);
                 let shown: BTreeSet<(String, u16)> = store
@@ -390,8 +390,7 @@ proptest! {
             }
             // Quiet for long enough, with the looks that are asked for.
             let end = states(&disk, way, &after).pop().unwrap();
-            let known = if disk.last.is_empty() { last } else { std::mem::take(&mut disk.last) };
-            disk = Disk { last: known, ..end };
+            disk = Disk { last, ..end };
             files.update(disk.read(), at(now));
             for _ in 0..8 {
                 let Some((due, _)) = files.next_look() else { break };
