@@ -81,7 +81,7 @@ pub(super) enum AskError {
     /// Not root.
     #[error("{place}: not permitted: the agent answers root and its own user only")]
     NotPermitted { place: Place },
-    /// Somebody else made the socket.
+    /// The socket belongs to another user.
     #[error(
         "{place}: it belongs to user {uid}, who is neither root nor the user of this command: it is not asked"
     )]

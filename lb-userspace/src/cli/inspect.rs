@@ -273,7 +273,7 @@ impl Asked<'_> {
         }
     }
 
-    /// Prints one answer of a watch. `false` once nobody reads any more.
+    /// Prints one answer of a watch. `false` once the reader has closed standard output.
     fn show(&self, explanation: &Explanation) -> anyhow::Result<bool> {
         let now = Timestamp::try_from(SystemTime::now()).unwrap_or_default();
         let time = now.strftime("%Y-%m-%dT%H:%M:%S.%3fZ").to_string();

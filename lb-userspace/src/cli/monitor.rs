@@ -225,7 +225,7 @@ impl Monitor<'_> {
         Ok(())
     }
 
-    /// Shows the sockets that are new. `false` once nobody reads any more.
+    /// Shows the sockets that are new. `false` once the reader has closed standard output.
     fn look(&mut self) -> anyhow::Result<bool> {
         let new = self.seen.new_records(self.table.records()?);
         // A call of a service that has come since the tables were read.
@@ -254,7 +254,7 @@ impl Monitor<'_> {
         Ok(true)
     }
 
-    /// Tells what was not shown. `false` once nobody reads any more.
+    /// Tells what was not shown. `false` once the reader has closed standard output.
     fn summarize(&mut self) -> anyhow::Result<bool> {
         let counts = self.counts();
         let summary: Summary = self.seen.summary(counts);

@@ -483,7 +483,7 @@ mod tests {
     use super::*;
     use crate::{
         desired::{ExternalIps, NodePortAddresses},
-        model::{Cidr, Protocol, Service, ServicePort, ServiceType, TrafficPolicy},
+        model::{Cidr, Protocol, Service, ServicePort},
     };
 
     fn state(services: u32) -> State {
@@ -512,27 +512,10 @@ mod tests {
     }
 
     fn set(state: &mut State, name: &str, last: Option<u8>) {
+        let port = ServicePort { name: Arc::from(""), protocol: Protocol::Tcp, port: 80, node_port: None };
         let service = last.map(|last| Service {
-            key: key(name),
-            created: None,
-            service_type: ServiceType::ClusterIP,
             cluster_ipv4: Some(Ipv4Addr::new(10, 96, 0, last)),
-            cluster_ipv6: None,
-            external_ips: BTreeSet::new(),
-            load_balancer_ips: BTreeSet::new(),
-            source_ranges: BTreeSet::new(),
-            has_unreadable_source_range: false,
-            internal_policy: TrafficPolicy::Cluster,
-            external_policy: TrafficPolicy::Cluster,
-            affinity_seconds: None,
-            health_check_node_port: None,
-            ports: vec![ServicePort {
-                name: Arc::from(""),
-                protocol: Protocol::Tcp,
-                port: 80,
-                node_port: None,
-            }],
-            annotations: Vec::new(),
+            ..Service::with_ports(key(name), vec![port])
         });
         state.change(|store| store.set_service(&key(name), service));
     }

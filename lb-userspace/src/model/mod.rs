@@ -279,6 +279,28 @@ impl Slice {
 }
 
 impl Service {
+    /// A Service of type `ClusterIP` with these ports, no address yet, and an API server's defaults.
+    #[must_use]
+    pub const fn with_ports(key: ServiceKey, ports: Vec<ServicePort>) -> Self {
+        Self {
+            key,
+            created: None,
+            service_type: ServiceType::ClusterIP,
+            cluster_ipv4: None,
+            cluster_ipv6: None,
+            external_ips: BTreeSet::new(),
+            load_balancer_ips: BTreeSet::new(),
+            source_ranges: BTreeSet::new(),
+            has_unreadable_source_range: false,
+            internal_policy: TrafficPolicy::Cluster,
+            external_policy: TrafficPolicy::Cluster,
+            affinity_seconds: None,
+            health_check_node_port: None,
+            ports,
+            annotations: Vec::new(),
+        }
+    }
+
     /// The cluster IP of a family.
     #[must_use]
     pub fn cluster_ip(&self, family: Family) -> Option<IpAddr> {

@@ -21,7 +21,6 @@ mod echo;
 mod process;
 
 use std::{
-    collections::BTreeSet,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     sync::Arc,
 };
@@ -31,8 +30,7 @@ pub use self::{
     process::{Caller, Exempt, Outcome, remove_leftover, run, run_below_excluded, run_excluded},
 };
 use crate::model::{
-    Family, Protocol, Service, ServiceKey, ServicePort, ServiceType, Slice, SliceEndpoint, SlicePort,
-    TrafficPolicy, address,
+    Family, Protocol, Service, ServiceKey, ServicePort, Slice, SliceEndpoint, SlicePort, address,
 };
 
 /// Port of the service: echo's (RFC 862).
@@ -56,30 +54,16 @@ pub const fn service_address(family: Family) -> SocketAddr {
 pub fn objects(endpoints: &[SocketAddr]) -> (Service, Vec<Slice>) {
     let key = ServiceKey { namespace: "socklb.io".into(), name: "self-test".into() };
     let protocols = [(Protocol::Tcp, Arc::from("tcp")), (Protocol::Udp, Arc::from("udp"))];
+    let ports = protocols.iter().map(|(protocol, name)| ServicePort {
+        name: Arc::clone(name),
+        protocol: *protocol,
+        port: PORT,
+        node_port: None,
+    });
     let service = Service {
-        key: key.clone(),
-        created: None,
-        service_type: ServiceType::ClusterIP,
         cluster_ipv4: Some(IPV4),
         cluster_ipv6: Some(IPV6),
-        external_ips: BTreeSet::new(),
-        load_balancer_ips: BTreeSet::new(),
-        source_ranges: BTreeSet::new(),
-        has_unreadable_source_range: false,
-        internal_policy: TrafficPolicy::Cluster,
-        external_policy: TrafficPolicy::Cluster,
-        affinity_seconds: None,
-        health_check_node_port: None,
-        ports: protocols
-            .iter()
-            .map(|(protocol, name)| ServicePort {
-                name: Arc::clone(name),
-                protocol: *protocol,
-                port: PORT,
-                node_port: None,
-            })
-            .collect(),
-        annotations: Vec::new(),
+        ..Service::with_ports(key.clone(), ports.collect())
     };
     let slices = endpoints.iter().map(|endpoint| {
         let ipv6 = address::family(endpoint.ip()) == Family::V6;

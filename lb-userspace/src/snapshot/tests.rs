@@ -1,6 +1,5 @@
 use std::{
     cell::Cell,
-    collections::BTreeSet,
     net::Ipv4Addr,
     ops::Range,
     time::{Duration, Instant},
@@ -11,7 +10,7 @@ use proptest::{collection::vec, prelude::*};
 use super::*;
 use crate::{
     controller::save::Saving,
-    model::{Protocol, ServiceKey, ServicePort, ServiceType, SliceEndpoint, SlicePort, TrafficPolicy},
+    model::{Protocol, ServiceKey, ServicePort, SliceEndpoint, SlicePort},
 };
 
 /// Ends the writer's steps: see [`Files::step`](super::writer).
@@ -47,22 +46,11 @@ fn ipv4(number: u64) -> Ipv4Addr {
 }
 
 fn service(n: u64) -> Service {
+    let ports = vec![ServicePort { name: "http".into(), protocol: Protocol::Tcp, port: 80, node_port: None }];
     Service {
-        key: ServiceKey::new("shop", &format!("web-{n}")),
         created: Some(1_700_000_000 + n.cast_signed()),
-        service_type: ServiceType::ClusterIP,
         cluster_ipv4: Some(ipv4(0x0a60_0000 + n)),
-        cluster_ipv6: None,
-        external_ips: BTreeSet::new(),
-        load_balancer_ips: BTreeSet::new(),
-        source_ranges: BTreeSet::new(),
-        has_unreadable_source_range: false,
-        internal_policy: TrafficPolicy::Cluster,
-        external_policy: TrafficPolicy::Cluster,
-        affinity_seconds: None,
-        health_check_node_port: None,
-        ports: vec![ServicePort { name: "http".into(), protocol: Protocol::Tcp, port: 80, node_port: None }],
-        annotations: Vec::new(),
+        ..Service::with_ports(ServiceKey::new("shop", &format!("web-{n}")), ports)
     }
 }
 

@@ -149,7 +149,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        model::{ServicePort, ServiceType, TrafficPolicy},
+        model::ServicePort,
         plan::audit::Faults,
         telemetry::metrics::{ALL, AuditEnd, Kind},
     };
@@ -158,23 +158,8 @@ mod tests {
         let key = ServiceKey::new("default", "dns");
         let port =
             |name: &str, protocol, port| ServicePort { name: name.into(), protocol, port, node_port: None };
-        let service = Service {
-            key: key.clone(),
-            created: None,
-            service_type: ServiceType::ClusterIP,
-            cluster_ipv4: None,
-            cluster_ipv6: None,
-            external_ips: BTreeSet::new(),
-            load_balancer_ips: BTreeSet::new(),
-            source_ranges: BTreeSet::new(),
-            has_unreadable_source_range: false,
-            internal_policy: TrafficPolicy::Cluster,
-            external_policy: TrafficPolicy::Cluster,
-            affinity_seconds: None,
-            health_check_node_port: None,
-            ports: vec![port("", Protocol::Tcp, 53), port("udp", Protocol::Udp, 53)],
-            annotations: Vec::new(),
-        };
+        let ports = vec![port("", Protocol::Tcp, 53), port("udp", Protocol::Udp, 53)];
+        let service = Service::with_ports(key.clone(), ports);
         let of = |port_name: &str, protocol, ipv6| {
             Arc::new(PortKey { service: key.clone(), port_name: port_name.into(), protocol, ipv6 })
         };

@@ -4,12 +4,14 @@ use super::{
     Done, Entry, FrontendKey4, FrontendKey6, Image, IpAddr, Ipv4Addr, Ipv6Addr, Kernel, KernelError, Key,
     Maps, Plain, SocketAddr, address_key, gone_is_fine, key,
 };
-use crate::plan::{
-    Phase,
-    audit::{Faults, Suspects, faults, suspects},
-    diff,
+use crate::{
+    plan::{
+        Phase,
+        audit::{Faults, Suspects, faults, suspects},
+        diff,
+    },
+    tables::AddressTable,
 };
-use crate::tables::AddressTable;
 
 /// A key that no agent writes and no call can match, such as one of another protocol. It takes room.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
