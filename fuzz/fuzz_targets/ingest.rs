@@ -1,6 +1,6 @@
 //! Objects of any content, one after the other, from their text to the tables.
 //!
-//! An input is lines of JSON: a Service, EndpointSlice or Node appears or is replaced; a line that starts with `-`
+//! An input is lines of JSON: a Service, EndpointSlice, Node or ServiceCIDR appears or is replaced; a line that starts with `-`
 //! takes an object away. Whatever they hold,
 //!
 //! - nothing panics, and no issue is longer than a line,
@@ -11,6 +11,7 @@
 use k8s_openapi::api::{
     core::v1::{Node, Service},
     discovery::v1::EndpointSlice,
+    networking::v1::ServiceCIDR,
 };
 use lb_userspace::{
     controller::State,
@@ -32,7 +33,7 @@ fn state() -> State {
         node_ports: 30_000..=32_767,
         node_port_addresses: NodePortAddresses::All,
         external_ips: ExternalIps::Any,
-        service_cidrs: Vec::new(),
+        service_cidrs: Some(Vec::new()),
     };
     // Small, so that lack of room is met too.
     let capacity = Capacity { services: 24, endpoints: 96 };
@@ -56,7 +57,8 @@ fn set(store: &mut Store, object: &Value, is_deleted: bool) -> Changes {
     match object["kind"].as_str() {
         Some("Service") => {
             let parsed = Service::deserialize(object).ok().filter(|_| !is_deleted);
-            let (service, issues) = parsed.as_ref().map(ingest::service).unwrap_or_default();
+            let (service, issues) =
+                parsed.as_ref().map(|object| ingest::any_service(object, None)).unwrap_or_default();
             judge(&issues);
             let key = service.as_ref().map_or_else(|| ServiceKey::new(namespace, name), |s| s.key.clone());
             store.set_service(&key, service)
@@ -74,6 +76,13 @@ fn set(store: &mut Store, object: &Value, is_deleted: bool) -> Changes {
             judge(&issues);
             let name = node.as_ref().map_or_else(|| name.into(), |node| node.name.clone());
             store.set_node(&name, node)
+        }
+        Some("ServiceCIDR") => {
+            let parsed = ServiceCIDR::deserialize(object).ok().filter(|_| !is_deleted);
+            let (cidr, issues) = parsed.as_ref().map(ingest::service_cidr).unwrap_or_default();
+            judge(&issues);
+            let name = cidr.as_ref().map_or_else(|| name.into(), |cidr| cidr.name.clone());
+            store.set_service_cidr(&name, cidr)
         }
         _ => Changes::default(),
     }
@@ -98,6 +107,7 @@ fuzz_target!(|data: &[u8]| {
         let mut changes = store.replace_services(held.services().cloned());
         changes.merge(store.replace_slices(held.slices().cloned()));
         changes.merge(store.replace_nodes(held.nodes().cloned()));
+        changes.merge(store.replace_service_cidrs(held.service_cidrs().cloned()));
         changes
     });
     let _plan = scratch.sync();

@@ -41,7 +41,7 @@ use self::{
 };
 use crate::{
     desired::{ExternalIps, NodePortAddresses, Settings},
-    model::{Node, Service, Slice, Store},
+    model::{Node, Service, ServiceCidr, Slice, Store},
 };
 
 /// Name of the snapshot within `--state-dir`.
@@ -88,8 +88,8 @@ pub enum SnapshotError {
 /// The objects and settings that an agent serves.
 ///
 /// Objects are shared with the store that they come from, since those of a cluster are large. So a snapshot can be taken where
-/// time matters and written where it does not. Services and Nodes are in the order of their names, slices in that of their
-/// services.
+/// time matters and written where it does not. Services, Nodes and ServiceCIDRs are in the order of their names, slices in that
+/// of their services.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Snapshot {
     /// `--node-name`
@@ -103,12 +103,15 @@ pub struct Snapshot {
     pub external_ips: ExternalIps,
     /// Addresses of the node's interfaces.
     pub interfaces: Vec<IpAddr>,
-    /// Services that have or may have frontends.
+    /// Services that have or may have frontends, and those of other proxies.
     pub services: Vec<Arc<Service>>,
     /// Their slices.
     pub slices: Vec<Arc<Slice>>,
     /// All nodes.
     pub nodes: Vec<Arc<Node>>,
+    /// All ServiceCIDRs; older agents wrote none.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub service_cidrs: Vec<Arc<ServiceCidr>>,
 }
 
 impl Snapshot {
@@ -133,6 +136,7 @@ impl Snapshot {
             services: store.shared_services().cloned().collect(),
             slices: store.shared_slices().cloned().collect(),
             nodes: store.shared_nodes().cloned().collect(),
+            service_cidrs: store.service_cidrs().cloned().collect(),
             ..self
         }
     }
@@ -146,7 +150,7 @@ impl Snapshot {
             node_port_addresses: self.node_port_addresses.clone(),
             external_ips: self.external_ips,
             // The tables say what comes of them.
-            service_cidrs: Vec::new(),
+            service_cidrs: Some(Vec::new()),
         }
     }
 
@@ -224,10 +228,11 @@ fn fold(base: Snapshot, records: &[&[u8]]) -> (Snapshot, usize) {
         return (base, 0);
     }
     let mut store = Store::new();
-    let Snapshot { services, slices, nodes, .. } = &base;
+    let Snapshot { services, slices, nodes, service_cidrs, .. } = &base;
     let _all = store.replace_services(services.iter().cloned());
     let _all = store.replace_slices(slices.iter().cloned());
     let _all = store.replace_nodes(nodes.iter().cloned());
+    let _all = store.replace_service_cidrs(service_cidrs.iter().cloned());
     let (mut rest, mut n_good) = (base, 0);
     for record in records {
         let Ok(changes) = codec::unpack::<Changes>(record) else { break };

@@ -33,6 +33,7 @@ fn apply(server: &dyn Api, cluster: &Cluster) {
     cluster.services.values().for_each(|service| server.apply(service.clone().into()));
     cluster.slices.values().for_each(|slice| server.apply(slice.clone().into()));
     cluster.nodes.values().for_each(|node| server.apply(node.clone().into()));
+    cluster.service_cidrs.values().for_each(|cidr| server.apply(cidr.clone().into()));
 }
 
 /// Each service has one address and one port, that of the API server too.

@@ -25,8 +25,8 @@ use tokio::runtime::Runtime;
 /// After how long a test fails that waits for something.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 
-/// Kinds that are watched: Services, EndpointSlices, Nodes, and the Pods of the own node.
-pub(crate) const N_KINDS: u64 = 4;
+/// Kinds that are watched: Services, EndpointSlices, Nodes, ServiceCIDRs, and the Pods of the own node.
+pub(crate) const N_KINDS: u64 = 5;
 
 /// The own node.
 pub(crate) const NODE: &str = "node";
@@ -37,11 +37,12 @@ pub(crate) const TIMING: Timing = Timing {
     idle: Duration::from_secs(1),
     watch: Duration::from_secs(290),
     first_pause: Duration::from_millis(20),
+    rare: Duration::from_millis(200),
 };
 
 /// Everything.
 const WANTED: Wanted<'_> =
-    Wanted { service_proxy_name: None, node_name: NODE, other_nodes: true, pods: true };
+    Wanted { service_proxy_name: None, node_name: NODE, other_nodes: true, pods: true, service_cidrs: true };
 
 /// Opens a source by a kubeconfig, as the agent does.
 pub(crate) fn open(runtime: &Runtime, server: &dyn Api) -> KubeSource {
@@ -83,6 +84,13 @@ impl Follower {
         let runtime = runtime();
         let source =
             open_with(&runtime, server, Wanted { other_nodes: false, pods: false, ..WANTED }, TIMING);
+        Self::of(runtime, source)
+    }
+
+    /// As with `--service-cidr=none`.
+    pub(crate) fn without_service_cidrs(server: &dyn Api) -> Self {
+        let runtime = runtime();
+        let source = open_with(&runtime, server, Wanted { service_cidrs: false, ..WANTED }, TIMING);
         Self::of(runtime, source)
     }
 

@@ -8,4 +8,5 @@ mod follower;
 mod kernel;
 mod kubectl;
 mod outage;
+mod service_cidrs;
 mod watches;

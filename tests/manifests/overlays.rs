@@ -73,6 +73,7 @@ fn the_agent_may_read_what_it_serves_and_write_events_and_nothing_else() {
             ("/pods", read),
             ("/services", read),
             ("discovery.k8s.io/endpointslices", read),
+            ("networking.k8s.io/servicecidrs", read),
             ("events.k8s.io/events", write),
         ];
         let wanted = wanted.map(|(name, verbs)| (name.to_owned(), verbs.map(str::to_owned).into()));

@@ -7,9 +7,15 @@ use std::{
 
 use lb_tests::{
     client::{Domain, Socket},
-    cluster::{Cluster, with_spec},
+    cluster::{Cluster, port, service, service_cidr, with_spec},
 };
-use lb_userspace::model::Protocol::{Tcp, Udp};
+use lb_userspace::{
+    kernel::Features,
+    model::{
+        Protocol::{Tcp, Udp},
+        ingest,
+    },
+};
 use nix::{errno::Errno, sys::signal::Signal};
 
 use crate::{
@@ -108,6 +114,39 @@ fn a_service_address_on_an_interface_is_the_nodes_for_as_long_as_it_is_there() {
         });
         let (_, log) = agent.end_with_log(Signal::SIGTERM);
         assert!(log.iter().any(|line| line.contains("no longer") && line.contains(issue)), "{log:#?}");
+    });
+}
+
+/// Also when no agent is left that could say so. A ServiceCIDR in a manifest says what fails at once.
+#[test]
+fn what_another_proxy_serves_is_left_alone_and_explained() {
+    with_town(|place, town| {
+        let [theirs, none] = ["10.96.3.3:80", "10.96.3.4:80"].map(|to| to.parse::<SocketAddr>().unwrap());
+        let mut cluster = town.cluster(0..2);
+        let mut service = service("theirs", &[theirs.ip()], &[port("", Tcp, 80)]);
+        service.metadata.labels = Some([(ingest::SERVICE_PROXY_NAME.to_owned(), "other".to_owned())].into());
+        cluster.set(service);
+        cluster.set(service_cidr("kubernetes", &["10.96.0.0/16"]));
+        place.write(&cluster);
+        let agent = place.start();
+        let explain = |to: SocketAddr| text(&place.binary, &place.args(&["explain", &to.to_string()]));
+        eventually("what no Service has is unreachable", || {
+            explain(none).contains("-> unreachable: no service has")
+        });
+        let unreachable = if Features::probe().set_retval { Errno::EHOSTUNREACH } else { Errno::ENETUNREACH };
+        assert_eq!(connect(none), Err(unreachable));
+        // There is no route.
+        assert_eq!(connect(theirs), Err(Errno::ENETUNREACH));
+        let reason = "untouched: service default/theirs has 10.96.3.3 and is labelled \
+                      service.kubernetes.io/service-proxy-name=other, so that this agent does not serve it: the call goes where it \
+                      says";
+        for to in ["10.96.3.3:80", "10.96.3.3:81"] {
+            let answer = explain(to.parse().unwrap());
+            assert!(answer.contains(reason), "{answer}");
+        }
+        assert_eq!(agent.end(Signal::SIGTERM), Some(0));
+        let answer = explain(theirs);
+        assert!(answer.contains(reason), "{answer}");
     });
 }
 

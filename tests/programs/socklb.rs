@@ -57,7 +57,9 @@ impl Place {
         let services = cluster.services.values().map(serde_json::to_string);
         let slices = cluster.slices.values().map(serde_json::to_string);
         let nodes = cluster.nodes.values().map(serde_json::to_string);
-        let text: Vec<String> = services.chain(slices).chain(nodes).map(Result::unwrap).collect();
+        let cidrs = cluster.service_cidrs.values().map(serde_json::to_string);
+        let text: Vec<String> =
+            services.chain(slices).chain(nodes).chain(cidrs).map(Result::unwrap).collect();
         let new = self.manifests.path().join(".new");
         fs::write(&new, text.join("\n---\n")).unwrap();
         fs::rename(new, self.manifests.path().join("cluster.yaml")).unwrap();

@@ -19,7 +19,7 @@ use k8s_openapi::{
     apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time},
     jiff::Timestamp,
 };
-use lb_tests::cluster::{Cluster, NAMESPACE};
+use lb_tests::cluster::{Cluster, NAMESPACE, service_cidr};
 use lb_userspace::{
     controller::State,
     desired::{ExternalIps, FrontendAddress, NodePortAddresses, Settings},
@@ -28,7 +28,7 @@ use lb_userspace::{
     sim::{Caller, Config, Outcome, Simulator},
     tables::Image,
 };
-use proptest::{collection::vec, option, prelude::*, sample::subsequence};
+use proptest::{bool, collection::vec, option, prelude::*, sample::subsequence};
 
 /// Node ports of the random clusters: two in the range, one outside.
 const NODE_PORTS: [u16; 3] = [30_080, 30_081, 29_000];
@@ -48,6 +48,8 @@ pub(crate) struct RandomService {
     is_external_local: bool,
     affinity: Option<i32>,
     created: i64,
+    /// Whether it is another proxy's.
+    is_of_others: bool,
     endpoints: Vec<RandomEndpoint>,
 }
 
@@ -88,6 +90,8 @@ pub(crate) struct RandomCluster {
     services: [Option<RandomService>; 4],
     nodes: [Option<RandomNode>; 3],
     interfaces: Vec<u8>,
+    /// Whether the ServiceCIDR is there.
+    has_networks: bool,
 }
 
 fn endpoint() -> BoxedStrategy<RandomEndpoint> {
@@ -127,14 +131,15 @@ fn service() -> BoxedStrategy<RandomService> {
         .prop_map(|(a, b, c)| [a, b, c].into_iter().flatten().collect());
     let families = prop_oneof![3 => Just(Families::V4), 1 => Just(Families::V6), 2 => Just(Families::Both)];
     let addresses = (families, 0u8..4, vec(0u8..2, 0..=2), option::weighted(0.3, 0u8..2));
-    let policies = (any::<bool>(), any::<bool>(), option::weighted(0.3, 1i32..100), 0i64..3);
+    let policies =
+        (any::<bool>(), any::<bool>(), option::weighted(0.3, 1i32..100), 0i64..3, bool::weighted(0.15));
     let endpoints = prop_oneof![1 => Just(Vec::new()), 4 => vec(endpoint(), 1..=5)];
     (addresses, ports, policies, endpoints)
         .prop_map(
             |(
                 (families, cluster_ip, external_ips, load_balancer_ip),
                 ports,
-                (is_internal_local, is_external_local, affinity, created),
+                (is_internal_local, is_external_local, affinity, created, is_of_others),
                 endpoints,
             )| RandomService {
                 families,
@@ -146,6 +151,7 @@ fn service() -> BoxedStrategy<RandomService> {
                 is_external_local,
                 affinity,
                 created,
+                is_of_others,
                 endpoints,
             },
         )
@@ -162,8 +168,14 @@ fn node() -> BoxedStrategy<RandomNode> {
 pub(crate) fn cluster() -> BoxedStrategy<RandomCluster> {
     let service = || option::weighted(0.8, service());
     let node = || option::weighted(0.8, node());
-    ([service(), service(), service(), service()], [node(), node(), node()], vec(0u8..4, 0..=2))
-        .prop_map(|(services, nodes, interfaces)| RandomCluster { services, nodes, interfaces })
+    let services = [service(), service(), service(), service()];
+    (services, [node(), node(), node()], vec(0u8..4, 0..=2), bool::weighted(0.8))
+        .prop_map(|(services, nodes, interfaces, has_networks)| RandomCluster {
+            services,
+            nodes,
+            interfaces,
+            has_networks,
+        })
         .boxed()
 }
 
@@ -186,7 +198,7 @@ pub(crate) fn history(n_changes: usize) -> impl Strategy<Value = Vec<RandomClust
                 }
             }
             if takes[7] {
-                next.interfaces = new.interfaces;
+                (next.interfaces, next.has_networks) = (new.interfaces, new.has_networks);
             }
             history.push(next);
         }
@@ -241,6 +253,9 @@ impl RandomCluster {
                 cluster.set(node.object(name));
             }
         }
+        if self.has_networks {
+            cluster.set(service_cidr("kubernetes", &["10.96.0.0/24", "fd00:60::/112"]));
+        }
         cluster
     }
 
@@ -254,6 +269,11 @@ impl RandomCluster {
 fn named(namespace: &str, name: String) -> ObjectMeta {
     let namespace = (!namespace.is_empty()).then(|| namespace.to_owned());
     ObjectMeta { name: Some(name), namespace, ..ObjectMeta::default() }
+}
+
+/// The labels of what another proxy serves.
+fn others() -> BTreeMap<String, String> {
+    [(ingest::SERVICE_PROXY_NAME.to_owned(), "other".to_owned())].into()
 }
 
 impl RandomService {
@@ -289,6 +309,7 @@ impl RandomService {
         Service {
             metadata: ObjectMeta {
                 creation_timestamp: Some(Time(created)),
+                labels: self.is_of_others.then(others),
                 ..named(NAMESPACE, format!("service-{n}"))
             },
             spec: Some(spec),
@@ -312,7 +333,9 @@ impl RandomService {
                     ..EndpointPort::default()
                 });
                 let mut metadata = named(NAMESPACE, format!("service-{n}-{family}-{half}").to_lowercase());
-                metadata.labels = Some([(ingest::SERVICE_NAME.to_owned(), format!("service-{n}"))].into());
+                let mut labels = if self.is_of_others { others() } else { BTreeMap::new() };
+                labels.insert(ingest::SERVICE_NAME.to_owned(), format!("service-{n}"));
+                metadata.labels = Some(labels);
                 slices.push(EndpointSlice {
                     metadata,
                     address_type: family.to_owned(),
@@ -380,7 +403,7 @@ pub(crate) fn settings() -> Settings {
         node_ports: lb_common::limits::NODE_PORTS.0..=lb_common::limits::NODE_PORTS.1,
         node_port_addresses: NodePortAddresses::All,
         external_ips: ExternalIps::Any,
-        service_cidrs: vec!["10.96.0.0/24".parse().unwrap(), "fd00:60::/112".parse().unwrap()],
+        service_cidrs: Some(Vec::new()),
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 
+use k8s_openapi::api::discovery::v1::EndpointSlice;
 use lb_userspace::{
     controller::State,
     desired::FrontendAddress,
@@ -192,18 +193,25 @@ proptest! {
             Box::new(move |state| state.set_interfaces(interfaces.clone()))
         }];
         for object in objects.services.into_values() {
-            let service = ingest::service(&object).0.unwrap();
+            let service = ingest::any_service(&object, None).0.unwrap();
             events.push(Box::new(move |state| {
                 state.change(|store| store.set_service(&service.key, Some(service.clone())));
             }));
         }
-        for object in objects.slices.into_values() {
+        let is_selected = |slice: &EndpointSlice| ingest::is_selected(slice.metadata.labels.as_ref(), None);
+        for object in objects.slices.into_values().filter(is_selected) {
             let slice = ingest::slice(&object).0.unwrap();
             events.push(Box::new(move |state| state.change(|store| store.set_slice(&slice.key(), Some(slice.clone())))));
         }
         for object in objects.nodes.into_values() {
             let node = ingest::node(&object).0.unwrap();
             events.push(Box::new(move |state| state.change(|store| store.set_node(&node.name, Some(node.clone())))));
+        }
+        for object in objects.service_cidrs.into_values() {
+            let cidr = ingest::service_cidr(&object).0.unwrap();
+            events.push(Box::new(move |state| {
+                state.change(|store| store.set_service_cidr(&cidr.name, Some(cidr.clone())));
+            }));
         }
         let mut state = state(Capacity::default(), &Image::default());
         let mut image = Image::default();

@@ -30,7 +30,7 @@ pub fn settings() -> Settings {
         node_ports: lb_common::limits::NODE_PORTS.0..=lb_common::limits::NODE_PORTS.1,
         node_port_addresses: NodePortAddresses::All,
         external_ips: ExternalIps::Any,
-        service_cidrs: Vec::new(),
+        service_cidrs: Some(Vec::new()),
     }
 }
 

@@ -10,6 +10,7 @@ use k8s_openapi::{
     api::{
         core::v1::{Node, NodeAddress, NodeStatus, Service, ServicePort, ServiceSpec},
         discovery::v1::{Endpoint, EndpointPort, EndpointSlice},
+        networking::v1::{ServiceCIDR, ServiceCIDRSpec},
     },
     apimachinery::pkg::apis::meta::v1::ObjectMeta,
 };
@@ -35,6 +36,8 @@ pub enum Object {
     Slice(EndpointSlice),
     /// A Node.
     Node(Node),
+    /// A ServiceCIDR.
+    ServiceCidr(ServiceCIDR),
 }
 
 impl From<Service> for Object {
@@ -55,6 +58,12 @@ impl From<Node> for Object {
     }
 }
 
+impl From<ServiceCIDR> for Object {
+    fn from(cidr: ServiceCIDR) -> Self {
+        Self::ServiceCidr(cidr)
+    }
+}
+
 /// Reads an object as the API has it.
 ///
 /// # Errors
@@ -66,6 +75,7 @@ pub fn object(value: &serde_json::Value) -> Result<Object> {
         "Service" => Service::deserialize(value).map(Object::Service),
         "EndpointSlice" => EndpointSlice::deserialize(value).map(Object::Slice),
         "Node" => Node::deserialize(value).map(Object::Node),
+        "ServiceCIDR" => ServiceCIDR::deserialize(value).map(Object::ServiceCidr),
         other => bail!("objects of kind {other} play no part"),
     };
     object.with_context(|| format!("{kind} {}", value["metadata"]["name"]))
@@ -80,6 +90,8 @@ pub struct Cluster {
     pub slices: BTreeMap<Name, EndpointSlice>,
     /// Nodes.
     pub nodes: BTreeMap<Name, Node>,
+    /// ServiceCIDRs.
+    pub service_cidrs: BTreeMap<Name, ServiceCIDR>,
     /// `--service-proxy-name`
     pub service_proxy_name: Option<String>,
 }
@@ -101,6 +113,7 @@ impl Cluster {
             Object::Service(service) => drop(self.services.insert(name_of(&service.metadata), service)),
             Object::Slice(slice) => drop(self.slices.insert(name_of(&slice.metadata), slice)),
             Object::Node(node) => drop(self.nodes.insert(name_of(&node.metadata), node)),
+            Object::ServiceCidr(cidr) => drop(self.service_cidrs.insert(name_of(&cidr.metadata), cidr)),
         }
     }
 
@@ -137,9 +150,8 @@ impl Cluster {
         let services: Vec<_> = self
             .services
             .values()
-            .filter(|service| is_served(&service.metadata))
             .filter_map(|object| {
-                let (service, found) = ingest::service(object);
+                let (service, found) = ingest::any_service(object, proxy_name);
                 report(found);
                 service
             })
@@ -166,6 +178,16 @@ impl Cluster {
             })
             .collect();
         changes.merge(store.replace_nodes(nodes));
+        let cidrs: Vec<_> = self
+            .service_cidrs
+            .values()
+            .filter_map(|object| {
+                let (cidr, found) = ingest::service_cidr(object);
+                report(found);
+                cidr
+            })
+            .collect();
+        changes.merge(store.replace_service_cidrs(cidrs));
         (changes, issues)
     }
 
@@ -313,6 +335,17 @@ pub fn node(name: &str, addresses: &[IpAddr]) -> Node {
         metadata: metadata("", name),
         status: Some(NodeStatus { addresses: Some(addresses), ..NodeStatus::default() }),
         ..Node::default()
+    }
+}
+
+/// A ServiceCIDR with these networks.
+#[must_use]
+pub fn service_cidr(name: &str, networks: &[&str]) -> ServiceCIDR {
+    let cidrs = networks.iter().map(|&network| network.to_owned()).collect();
+    ServiceCIDR {
+        metadata: metadata("", name),
+        spec: Some(ServiceCIDRSpec { cidrs: Some(cidrs) }),
+        status: None,
     }
 }
 

@@ -340,6 +340,7 @@ impl Api for ControlPlane {
             cluster::Object::Service(service) => self.put(Kind::Service, &service),
             cluster::Object::Slice(slice) => self.put(Kind::Slice, &slice),
             cluster::Object::Node(node) => self.put(Kind::Node, &node),
+            cluster::Object::ServiceCidr(cidr) => self.put(Kind::ServiceCidr, &cidr),
         }
     }
 
@@ -358,8 +359,12 @@ impl Api for ControlPlane {
     }
 
     fn cluster(&self) -> Cluster {
-        let kinds = [Kind::Service, Kind::Slice, Kind::Node];
-        let objects = kinds.into_iter().flat_map(|kind| {
+        let kinds = [Kind::Service, Kind::Slice, Kind::Node, Kind::ServiceCidr];
+        // A server before 1.33 has no ServiceCIDRs.
+        let has_cidrs =
+            kubectl(&self.config(), &["get", "--raw", "/apis/networking.k8s.io/v1/servicecidrs"], None);
+        let kinds = kinds.into_iter().filter(|kind| *kind != Kind::ServiceCidr || has_cidrs.is_ok());
+        let objects = kinds.flat_map(|kind| {
             let text = self.kubectl(&["get", kind.plural(), "--all-namespaces", "-o", "json"], None);
             let mut list: Value = serde_json::from_str(&text).expect("kubectl prints JSON");
             list["items"].as_array_mut().map(std::mem::take).unwrap_or_default()

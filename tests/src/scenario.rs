@@ -328,6 +328,7 @@ fn delete(cluster: &mut Cluster, name: &str) -> Result<()> {
         "Service" => cluster.services.remove(&name).is_some(),
         "EndpointSlice" => cluster.slices.remove(&name).is_some(),
         "Node" => cluster.nodes.remove(&name).is_some(),
+        "ServiceCIDR" => cluster.service_cidrs.remove(&name).is_some(),
         _ => bail!("{kind:?} is no kind"),
     };
     ensure!(was_there, "there is no {kind} {}/{}", name.0, name.1);
@@ -402,6 +403,7 @@ macro_rules! scenario_tests {
             port_rename
             published_unready
             same_port_both_protocols
+            service_cidr_objects
             service_proxy_name
             service_types
             terminating

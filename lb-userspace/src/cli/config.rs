@@ -129,36 +129,46 @@ pub fn node_port_addresses(text: &str) -> Result<NodePortList, String> {
     Ok(NodePortList { addresses, localhost })
 }
 
-/// The networks of `--service-cidr`.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct ServiceCidrs(pub Vec<Cidr>);
+/// `--service-cidr`: the networks, or `None` for the word `none`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ServiceCidrs(pub Option<Vec<Cidr>>);
 
-/// Parses a comma-separated list of networks that cluster IPs come from.
-///
-/// A network that is larger than any API server takes is refused: calls to everything in it would fail.
+impl Default for ServiceCidrs {
+    fn default() -> Self {
+        Self(Some(Vec::new()))
+    }
+}
+
+impl fmt::Display for ServiceCidrs {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.0 {
+            None => f.write_str("none"),
+            Some(networks) => {
+                f.write_str(&networks.iter().map(ToString::to_string).collect::<Vec<_>>().join(","))
+            }
+        }
+    }
+}
+
+/// Parses a comma-separated list of networks that cluster IPs come from, or the word `none`.
 ///
 /// # Errors
 ///
 /// A sentence about what is expected.
 pub fn service_cidrs(text: &str) -> Result<ServiceCidrs, String> {
-    let parse = |item: &str| -> Result<Cidr, String> {
-        let network = crate::model::address::parse_cidr(item.trim()).ok_or_else(|| {
-            format!("{item:?} is no network: expected ADDRESS/LENGTH, such as 10.96.0.0/12")
-        })?;
-        let shortest = if network.address.is_ipv4() { 8 } else { 48 };
-        if network.prefix_len < shortest {
-            return Err(format!(
-                "{item:?} is too large for service addresses: expected /{shortest} or longer"
-            ));
-        }
-        Ok(network)
+    if text.trim() == "none" {
+        return Ok(ServiceCidrs(None));
+    }
+    let parse = |item: &str| {
+        let network = crate::model::address::parse_service_cidr(item.trim());
+        network.map_err(|problem| format!("{item:?} {problem}"))
     };
     let items = text.split(',').filter(|item| !item.trim().is_empty());
     let (networks, n_left_out) = merged(items.map(parse).collect::<Result<Vec<_>, _>>()?);
     if n_left_out > 0 {
         return Err(format!("expected at most {MAX_SERVICE_CIDRS} networks of each family"));
     }
-    Ok(ServiceCidrs(networks))
+    Ok(ServiceCidrs(Some(networks)))
 }
 
 /// Parses `any`, `nodes` or `none`.
@@ -268,13 +278,13 @@ mod tests {
     #[test]
     fn service_cidrs_are_networks_of_a_sensible_size() {
         assert_eq!(service_cidrs(""), Ok(ServiceCidrs::default()));
-        let parsed = service_cidrs("fd00:10:96::/112, 10.96.0.0/12,10.96.0.0/16").unwrap().0;
-        assert_eq!(
-            parsed.iter().map(ToString::to_string).collect::<Vec<_>>(),
-            ["10.96.0.0/12", "fd00:10:96::/112"]
-        );
+        let parsed = service_cidrs("fd00:10:96::/112, 10.96.0.0/12,10.96.0.0/16").unwrap();
+        assert_eq!(parsed.to_string(), "10.96.0.0/12,fd00:10:96::/112");
+        let none = service_cidrs(" none").unwrap();
+        assert_eq!((none.to_string(), none), ("none".to_owned(), ServiceCidrs(None)));
         let many = (0..9).map(|n| format!("10.{n}.0.0/16")).collect::<Vec<_>>().join(",");
-        for wrong in ["10.96.0.0", "0.0.0.0/0", "10.0.0.0/7", "fd00::/47", "a,b", &many] {
+        for wrong in ["10.96.0.0", "0.0.0.0/0", "10.0.0.0/7", "fd00::/47", "a,b", "none,10.96.0.0/12", &many]
+        {
             assert!(service_cidrs(wrong).is_err(), "{wrong}");
         }
     }

@@ -3,7 +3,10 @@
 //! Pure. The frontend is found by the programs' own search on the tables that the kernel holds; the objects say
 //! which rule put each endpoint in or left it out.
 
-use std::{fmt::Write as _, net::SocketAddr};
+use std::{
+    fmt::Write as _,
+    net::{IpAddr, SocketAddr},
+};
 
 use serde::Serialize;
 
@@ -147,13 +150,26 @@ fn without_frontend(
             ("unreachable", format!("no service has {ip}, an address of the network {network}: EHOSTUNREACH"))
         }
         Outcome::Untouched | Outcome::Endpoint(..) => {
-            let reason = match objects.and_then(|state| excluded(state, to)) {
-                Some(service) => format!("service {service} is excluded by its annotation"),
-                None => "no frontend has this address, port and protocol".to_owned(),
+            let unselected = objects.and_then(|state| unselected(state, ip));
+            let excluded = objects.and_then(|state| excluded(state, to));
+            let reason = match (unselected, excluded) {
+                (Some(reason), _) => reason,
+                (None, Some(service)) => format!("service {service} is excluded by its annotation"),
+                (None, None) => "no frontend has this address, port and protocol".to_owned(),
             };
             ("untouched", format!("{reason}: the call goes where it says"))
         }
     }
+}
+
+/// What leaves a cluster IP to another proxy.
+fn unselected(state: &State, ip: IpAddr) -> Option<String> {
+    let mut services = state.store().services();
+    services.find_map(|service| {
+        let reason =
+            service.unselected.as_ref().filter(|_| service.cluster_ip(address::family(ip)) == Some(ip))?;
+        Some(format!("service {} has {ip} and {reason}, so that this agent does not serve it", service.key))
+    })
 }
 
 /// The excluded service that would answer at an address.

@@ -28,7 +28,6 @@ use crate::{
     controller::run as agent,
     desired::{ExternalIps, Settings},
     kernel::{self, Features, cgroup, syscall},
-    model::Cidr,
     plan::Capacity,
     self_test, serve,
     snapshot::Snapshot,
@@ -73,9 +72,9 @@ pub struct RunArgs {
     /// address there and gets this node's calls to it [default: any]
     #[arg(long, env = "SOCKLB_EXTERNAL_IPS", value_name = "WHICH", value_parser = config::external_ips)]
     external_ips: Option<ExternalIps>,
-    /// Networks that cluster IPs come from, separated by commas. A call to a port that a cluster IP does not have is refused, one
-    /// to an address there that no Service has is unreachable. Not where other proxies have Services of their own
-    /// [default: none]
+    /// Networks that cluster IPs come from, separated by commas, beside those of the ServiceCIDR objects, where the API server has
+    /// these. A call to a port that a cluster IP does not have is refused, one to an address there that no Service has is
+    /// unreachable. The word none: neither, and ServiceCIDRs are not read [default: those of the objects]
     #[arg(long, env = "SOCKLB_SERVICE_CIDR", value_name = "LIST", value_parser = config::service_cidrs)]
     service_cidr: Option<ServiceCidrs>,
     /// Ports that may be node ports, as the API server has them [default: 30000-32767]
@@ -302,6 +301,7 @@ async fn follow(
                 node_name: &node_name,
                 other_nodes,
                 pods: options.exclude_pods,
+                service_cidrs: settings.service_cidrs.is_some(),
             };
             let source = KubeSource::open(&access, wanted, Timing::default()).await?;
             agent::run(source, options, settings, stop).await?;
@@ -312,11 +312,14 @@ async fn follow(
 
 /// The objects that an agent served last, but for its own.
 fn last_good(state_dir: &Path) -> Vec<Body> {
-    let Ok(Snapshot { services, slices, nodes, .. }) = Snapshot::read(state_dir) else { return Vec::new() };
+    let Ok(Snapshot { services, slices, nodes, service_cidrs, .. }) = Snapshot::read(state_dir) else {
+        return Vec::new();
+    };
     let (own, _) = self_test::objects(&[]);
     let services = services.into_iter().filter(|service| service.key != own.key).map(Body::Service);
     let slices = slices.into_iter().filter(|slice| slice.service != own.key).map(Body::Slice);
-    services.chain(slices).chain(nodes.into_iter().map(Body::Node)).collect()
+    let service_cidrs = service_cidrs.into_iter().map(Body::ServiceCidr);
+    services.chain(slices).chain(nodes.into_iter().map(Body::Node)).chain(service_cidrs).collect()
 }
 
 /// The settings in force, as `/configz` shows them: under the flags' names.
@@ -330,7 +333,6 @@ fn in_force(
     let agent::Options { kernel, http, .. } = options;
     let address =
         |address: Option<SocketAddr>| address.map(|address| address.to_string()).unwrap_or_default();
-    let list = |networks: &[Cidr]| networks.iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
     let source = match origin {
         Origin::Files(path) => format!("file:{}", path.display()),
         Origin::Kube(_) => "kube".to_owned(),
@@ -343,7 +345,7 @@ fn in_force(
         "state-dir": options.state_dir,
         "nodeport-addresses": node_port_list.to_string(),
         "external-ips": settings.external_ips,
-        "service-cidr": list(&settings.service_cidrs),
+        "service-cidr": ServiceCidrs(settings.service_cidrs.clone()).to_string(),
         "node-port-range": format!("{}-{}", kernel.node_ports.0, kernel.node_ports.1),
         "localhost-nodeports": kernel.localhost_nodeports,
         "service-proxy-name": service_proxy_name.unwrap_or_default(),

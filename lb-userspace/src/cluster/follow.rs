@@ -21,7 +21,7 @@ use super::{
     access::cause,
     backoff::{Backoff, random},
     fold::Fold,
-    kinds::{Change, Header, Kind, News, Trimmed, trim},
+    kinds::{Change, Header, Kind, Lack, News, Trimmed, trim},
 };
 use crate::source::Contact;
 
@@ -54,6 +54,9 @@ pub struct Timing {
     pub watch: Duration,
     /// The first pause after a failure.
     pub first_pause: Duration,
+    /// After how long a kind is asked for again that the agent can do without, and that the server does not know or refuses.
+    /// It is up to twice as long, by chance.
+    pub rare: Duration,
 }
 
 impl Default for Timing {
@@ -63,6 +66,7 @@ impl Default for Timing {
             idle: Duration::from_secs(75),
             watch: Duration::from_secs(300),
             first_pause: Duration::from_millis(800),
+            rare: Duration::from_secs(300),
         }
     }
 }
@@ -76,8 +80,10 @@ pub(super) struct Follower {
     /// The server's URL, for log lines.
     pub(super) server: Arc<str>,
     pub(super) timing: Timing,
-    /// Label selector, for the kinds that have one.
+    /// Label selector, for the kinds that have one; empty for all objects.
     pub(super) selector: String,
+    /// `--service-proxy-name`
+    pub(super) service_proxy_name: Option<Arc<str>>,
     /// Field selector; empty for all objects.
     pub(super) fields: String,
     pub(super) contact: Contact,
@@ -134,6 +140,18 @@ impl Failure {
         matches!(self, Self::Refused { code: 410, .. } | Self::Refused { is_too_large: true, .. })
     }
 
+    /// What it says of a kind that the agent can do without; `None` if it is about the server as a whole, or about a version.
+    fn lack(&self) -> Option<Lack> {
+        match self {
+            _ if self.is_about_version() => None,
+            Self::Refused { code: 404, .. } => Some(Lack::Unknown),
+            Self::Refused { code: 403, .. } => Some(Lack::Forbidden(self.to_string())),
+            Self::Refused { code: 401 | 429, .. } => None,
+            Self::Refused { .. } | Self::Form(_) => Some(Lack::Failing),
+            _ => None,
+        }
+    }
+
     /// Whether there is nothing to be heard of the server.
     const fn is_absence(&self) -> bool {
         matches!(self, Self::Connection(_) | Self::Silence(_) | Self::Early)
@@ -159,7 +177,8 @@ const fn remedy(code: u16) -> &'static str {
     match code {
         401 => " (are the credentials out of date? the token or certificate is not accepted)",
         403 => {
-            " (grant list and watch on services, nodes and endpointslices, and on pods for --exclude-pods: manifests/base/clusterrole.yaml)"
+            " (grant list and watch on services, nodes, endpointslices and servicecidrs, and on pods for --exclude-pods: \
+             manifests/base/clusterrole.yaml)"
         }
         _ => "",
     }
@@ -199,6 +218,7 @@ pub(super) async fn follow<K: Kind>(mut follower: Follower) {
     let mut position = Position::ListLatest;
     let mut has_streaming = true;
     let mut last_move = None::<Instant>;
+    let mut is_lacking = false;
     loop {
         let mut progress = false;
         let result = match &position {
@@ -213,6 +233,9 @@ pub(super) async fn follow<K: Kind>(mut follower: Follower) {
         };
         let (failure, is_watching) = match result {
             Ok(Ended { version, failure }) => {
+                if std::mem::take(&mut is_lacking) {
+                    info!("API server {} has {} now", follower.server, K::PLURAL);
+                }
                 let is_asking = matches!(position, Position::Confirm { .. });
                 position = Position::Watch { version };
                 let Some(failure) = failure else {
@@ -239,6 +262,26 @@ pub(super) async fn follow<K: Kind>(mut follower: Follower) {
             // As client-go's: any state will do for the first list, and spares etcd.
             position = Position::List { not_older_than: "0".to_owned() };
             continue;
+        }
+        if let Some(lack) = failure.lack()
+            && let Some(news) = K::lacking(lack.clone())
+        {
+            if follower.send(news).await.is_err() {
+                return;
+            }
+            if lack != Lack::Failing {
+                follower.note_lack::<K>(&failure, &lack, !std::mem::replace(&mut is_lacking, true));
+                position = Position::ListLatest;
+                let rare = follower.timing.rare;
+                let jitter = rare * u32::from(u8::try_from(random() % 256).unwrap_or_default()) / 256;
+                tokio::select! {
+                    () = sleep(rare + jitter) => {}
+                    // It may be another version of the server.
+                    () = follower.recovered.notified() => {}
+                    () = follower.news.closed() => return,
+                }
+                continue;
+            }
         }
         let next = after(&failure, &position, is_watching);
         follower.tell::<K>(&failure, is_watching);
@@ -354,7 +397,8 @@ fn form(error: &serde_json::Error) -> Failure {
 impl Follower {
     /// The path of a request. Values are encoded. A field selector among the parameters takes the place of the kind's.
     fn path<K: Kind>(&self, parameters: &[(&str, &str)]) -> String {
-        let selector = K::IS_LABELLED.then_some(("labelSelector", &*self.selector));
+        let is_selected = K::IS_LABELLED && !self.selector.is_empty();
+        let selector = is_selected.then_some(("labelSelector", &*self.selector));
         let has_fields = parameters.iter().any(|(name, _)| *name == "fieldSelector");
         let fields = (!has_fields && !self.fields.is_empty()).then_some(("fieldSelector", &*self.fields));
         let mut query = form_urlencoded::Serializer::new(String::new());
@@ -379,6 +423,25 @@ impl Follower {
             info!("API server {} answers again, after {lasted:?}", self.server);
             self.recovered.notify_waiters();
         }
+    }
+
+    /// Notes that a kind is not to be had of a server that answers. What is refused is an issue, which the log gets from there.
+    fn note_lack<K: Kind>(&self, failure: &Failure, lack: &Lack, is_news: bool) {
+        self.answered::<K>();
+        self.contact.forget(K::PLURAL);
+        match lack {
+            Lack::Unknown if is_news => info!(
+                "API server {} has no {}, which come with Kubernetes 1.33: the agent does without them",
+                self.server,
+                K::PLURAL
+            ),
+            Lack::Unknown => {}
+            Lack::Forbidden(_) | Lack::Failing => self.contact.broke(failure.reason()),
+        }
+    }
+
+    fn trim<K: Kind>(&self, header: &Header, text: &RawValue) -> Trimmed<K::Model> {
+        trim::<K>(header, text, self.service_proxy_name.as_deref())
     }
 
     /// Notes a failure, and says so once in an outage.
@@ -447,7 +510,7 @@ impl Follower {
             let page: Page<'_> = serde_json::from_slice(&text.read).map_err(|error| form(&error))?;
             for item in page.items.unwrap_or_default() {
                 let header: Header = serde_json::from_str(item.get()).map_err(|error| form(&error))?;
-                let trimmed = trim::<K>(&header, item);
+                let trimmed = self.trim::<K>(&header, item);
                 models.extend(trimmed.model);
                 issues.extend(trimmed.issues);
             }
@@ -508,7 +571,7 @@ impl Follower {
             }
             let header: Header = serde_json::from_str(event.object.get()).map_err(|error| form(&error))?;
             match &*event.kind {
-                "ADDED" | "MODIFIED" => fold.set(trim::<K>(&header, event.object)),
+                "ADDED" | "MODIFIED" => fold.set(self.trim::<K>(&header, event.object)),
                 "DELETED" => fold.delete(&header.object::<K>()),
                 "BOOKMARK" => {
                     if header.has_annotation(INITIAL_EVENTS_END) {
@@ -576,7 +639,7 @@ impl Follower {
             let Some(new) = header.version() else { break Some(no_version()) };
             self.answered::<K>();
             let news = match &*event.kind {
-                "ADDED" | "MODIFIED" => Some(trim::<K>(&header, event.object)),
+                "ADDED" | "MODIFIED" => Some(self.trim::<K>(&header, event.object)),
                 "DELETED" => Some(Trimmed { object: header.object::<K>(), model: None, issues: Vec::new() }),
                 _ => None,
             };

@@ -1,14 +1,14 @@
 //! The kinds that are watched, and what is kept of an object.
 
 use k8s_openapi::{
-    api::{core::v1 as core, discovery::v1 as discovery},
+    api::{core::v1 as core, discovery::v1 as discovery, networking::v1 as networking},
     apimachinery::pkg::apis::meta::v1::ObjectMeta,
 };
 use serde::{Deserialize, de::DeserializeOwned};
 use serde_json::value::RawValue;
 use tokio::time::Instant;
 
-use crate::model::{Issue, IssueKind, Node, ObjectRef, Pod, Service, Slice, ingest};
+use crate::model::{Issue, IssueKind, Node, ObjectRef, Pod, Service, ServiceCidr, Slice, ingest};
 
 /// What is left of an object.
 #[derive(Debug)]
@@ -39,6 +39,20 @@ pub(super) enum News {
     Slices(Change<Slice>),
     Nodes(Change<Node>),
     Pods(Change<Pod>),
+    ServiceCidrs(Change<ServiceCidr>),
+    /// ServiceCIDRs are not to be had for now.
+    NoServiceCidrs(Lack),
+}
+
+/// Why a kind of objects is not to be had of a server that answers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Lack {
+    /// The server does not know it: there is no object.
+    Unknown,
+    /// The server refuses, for this reason: there may be objects.
+    Forbidden(String),
+    /// Some other error, which may pass.
+    Failing,
 }
 
 /// A kind of objects.
@@ -59,8 +73,14 @@ pub(super) trait Kind: 'static {
     const ACCEPT_LIST: &str = Self::ACCEPT;
 
     fn object(namespace: &str, name: &str) -> ObjectRef;
-    fn ingest(object: &Self::Object) -> (Option<Self::Model>, Vec<Issue>);
+    /// `service_proxy_name` is `--service-proxy-name`.
+    fn ingest(object: &Self::Object, service_proxy_name: Option<&str>) -> (Option<Self::Model>, Vec<Issue>);
     fn news(change: Change<Self::Model>) -> News;
+
+    /// The news that the kind is not to be had; `None` for one that the agent cannot do without.
+    fn lacking(_lack: Lack) -> Option<News> {
+        None
+    }
 }
 
 pub(super) enum Services {}
@@ -77,8 +97,8 @@ impl Kind for Services {
         ObjectRef::service(namespace, name)
     }
 
-    fn ingest(object: &core::Service) -> (Option<Service>, Vec<Issue>) {
-        ingest::service(object)
+    fn ingest(object: &core::Service, service_proxy_name: Option<&str>) -> (Option<Service>, Vec<Issue>) {
+        ingest::any_service(object, service_proxy_name)
     }
 
     fn news(change: Change<Service>) -> News {
@@ -100,7 +120,7 @@ impl Kind for Slices {
         ObjectRef::slice(namespace, name)
     }
 
-    fn ingest(object: &discovery::EndpointSlice) -> (Option<Slice>, Vec<Issue>) {
+    fn ingest(object: &discovery::EndpointSlice, _: Option<&str>) -> (Option<Slice>, Vec<Issue>) {
         ingest::slice(object)
     }
 
@@ -123,7 +143,7 @@ impl Kind for Nodes {
         ObjectRef::node(name)
     }
 
-    fn ingest(object: &core::Node) -> (Option<Node>, Vec<Issue>) {
+    fn ingest(object: &core::Node, _: Option<&str>) -> (Option<Node>, Vec<Issue>) {
         ingest::node(object)
     }
 
@@ -157,12 +177,39 @@ impl Kind for Pods {
         ObjectRef::pod(namespace, name)
     }
 
-    fn ingest(object: &PodMetadata) -> (Option<Pod>, Vec<Issue>) {
+    fn ingest(object: &PodMetadata, _: Option<&str>) -> (Option<Pod>, Vec<Issue>) {
         ingest::pod(&object.metadata)
     }
 
     fn news(change: Change<Pod>) -> News {
         News::Pods(change)
+    }
+}
+
+pub(super) enum ServiceCidrs {}
+
+impl Kind for ServiceCidrs {
+    type Object = networking::ServiceCIDR;
+    type Model = ServiceCidr;
+
+    const PATH: &str = "/apis/networking.k8s.io/v1/servicecidrs";
+    const PLURAL: &str = "servicecidrs";
+    const IS_LABELLED: bool = false;
+
+    fn object(_none: &str, name: &str) -> ObjectRef {
+        ObjectRef::service_cidr(name)
+    }
+
+    fn ingest(object: &networking::ServiceCIDR, _: Option<&str>) -> (Option<ServiceCidr>, Vec<Issue>) {
+        ingest::service_cidr(object)
+    }
+
+    fn news(change: Change<ServiceCidr>) -> News {
+        News::ServiceCidrs(change)
+    }
+
+    fn lacking(lack: Lack) -> Option<News> {
+        Some(News::NoServiceCidrs(lack))
     }
 }
 
@@ -197,10 +244,14 @@ impl Header {
 }
 
 /// Reduces an object to what is kept of it.
-pub(super) fn trim<K: Kind>(header: &Header, text: &RawValue) -> Trimmed<K::Model> {
+pub(super) fn trim<K: Kind>(
+    header: &Header,
+    text: &RawValue,
+    service_proxy_name: Option<&str>,
+) -> Trimmed<K::Model> {
     let object = header.object::<K>();
     let (model, issues) = match serde_json::from_str::<K::Object>(text.get()) {
-        Ok(parsed) => K::ingest(&parsed),
+        Ok(parsed) => K::ingest(&parsed, service_proxy_name),
         // One object of another form must not keep the others from being served.
         Err(error) => {
             let cause = error.to_string();
@@ -222,7 +273,7 @@ mod tests {
     fn an_object_of_another_form_is_an_issue() {
         let text = raw(r#"{"metadata":{"name":"web","namespace":"shop"},"spec":{"ports":"none"}}"#);
         let header: Header = serde_json::from_str(text.get()).unwrap();
-        let trimmed = trim::<Services>(&header, &text);
+        let trimmed = trim::<Services>(&header, &text, None);
         assert!(trimmed.model.is_none());
         let [issue] = &trimmed.issues[..] else { panic!("{:?}", trimmed.issues) };
         assert_eq!(issue.object, ObjectRef::service("shop", "web"));

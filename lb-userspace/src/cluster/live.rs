@@ -18,11 +18,12 @@ use tokio::{
 use super::{
     Access, Error, Timing, events,
     follow::{Follower, REASONS, follow},
-    kinds::{Change, Kind as _, News, Nodes, Pods, Services, Slices, Trimmed},
+    kinds::{Change, Kind as _, Lack, News, Nodes, Pods, ServiceCidrs, Services, Slices, Trimmed},
 };
 use crate::{
     model::{
-        Changes, Issue, ObjectKind, ObjectRef, Pod, ServiceKey, SliceKey, Store, ingest, notice::Telling,
+        Changes, Issue, IssueKind, ObjectKind, ObjectRef, Pod, ServiceCidr, ServiceKey, SliceKey, Store,
+        ingest, notice::Telling,
     },
     source::{Arrival, Contact, Source},
 };
@@ -43,9 +44,11 @@ pub struct Wanted<'a> {
     pub other_nodes: bool,
     /// Whether the own node's Pods are: `--exclude-pods`.
     pub pods: bool,
+    /// Whether the ServiceCIDRs are, and of the Services of other proxies the cluster IPs: not with `--service-cidr=none`.
+    pub service_cidrs: bool,
 }
 
-/// Services, EndpointSlices and Nodes of an API server.
+/// Services, EndpointSlices, Nodes and ServiceCIDRs of an API server.
 #[derive(Debug)]
 pub struct KubeSource {
     server: Arc<str>,
@@ -58,6 +61,9 @@ pub struct KubeSource {
     pods: BTreeMap<ObjectRef, Arc<str>>,
     excluded: Option<BTreeSet<Arc<str>>>,
     issues: BTreeMap<ObjectRef, Vec<Issue>>,
+    /// That ServiceCIDRs may not be read.
+    refused: Option<Issue>,
+    own_node: ObjectRef,
     arrivals: Vec<Arrival>,
     notices: mpsc::Sender<Telling>,
     /// Changes that the cluster saw before are not late because of this agent.
@@ -66,12 +72,13 @@ pub struct KubeSource {
     _tasks: JoinSet<()>,
 }
 
-/// The kinds whose first list is applied.
+/// The kinds whose first list is applied, or is not to be had.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Listed {
     services: bool,
     slices: bool,
     nodes: bool,
+    service_cidrs: bool,
 }
 
 impl KubeSource {
@@ -95,7 +102,8 @@ impl KubeSource {
         tasks.spawn(events::record(access.clone(), client.clone(), Arc::clone(&server), untold));
         let kinds = [Services::PLURAL, Slices::PLURAL, Nodes::PLURAL]
             .into_iter()
-            .chain(wanted.pods.then_some(Pods::PLURAL));
+            .chain(wanted.pods.then_some(Pods::PLURAL))
+            .chain(wanted.service_cidrs.then_some(ServiceCidrs::PLURAL));
         let contact = Contact::new(kinds, REASONS, Instant::now().into_std());
         let follower = Follower {
             access: access.clone(),
@@ -103,12 +111,18 @@ impl KubeSource {
             server: Arc::clone(&server),
             timing,
             selector: ingest::label_selector(wanted.service_proxy_name),
+            service_proxy_name: wanted.service_proxy_name.map(Arc::from),
             fields: String::new(),
             contact: contact.clone(),
             recovered: Arc::new(Notify::new()),
             news: sender,
         };
-        tasks.spawn(follow::<Services>(follower.clone()));
+        // Those of other proxies have cluster IPs too. By one watch, so that a Service whose label changes is never neither.
+        let selector = if wanted.service_cidrs { String::new() } else { follower.selector.clone() };
+        tasks.spawn(follow::<Services>(Follower { selector, ..follower.clone() }));
+        if wanted.service_cidrs {
+            tasks.spawn(follow::<ServiceCidrs>(follower.clone()));
+        }
         tasks.spawn(follow::<Slices>(follower.clone()));
         let of =
             |field: &str| Follower { fields: format!("{field}={}", wanted.node_name), ..follower.clone() };
@@ -122,10 +136,12 @@ impl KubeSource {
             contact,
             news,
             pending: Vec::new(),
-            listed: Listed::default(),
+            listed: Listed { service_cidrs: !wanted.service_cidrs, ..Listed::default() },
             pods: BTreeMap::new(),
             excluded: None,
             issues: BTreeMap::new(),
+            refused: None,
+            own_node: ObjectRef::node(wanted.node_name),
             arrivals: Vec::new(),
             notices,
             started: Timestamp::now(),
@@ -174,6 +190,8 @@ impl KubeSource {
                 self.follow_pods(change);
                 Changes::default()
             }
+            News::ServiceCidrs(change) => self.follow_service_cidrs(change, store),
+            News::NoServiceCidrs(lack) => self.lack_service_cidrs(lack, store),
             News::Services(Change::One { trimmed: Trimmed { object, model, issues }, received }) => {
                 let key = ServiceKey { namespace: object.namespace.clone(), name: object.name.clone() };
                 let changes = store.set_service(&key, model);
@@ -195,6 +213,41 @@ impl KubeSource {
                 self.arrived(&changes, Arrival { received: received.into_std(), triggered: None });
                 self.note(object, issues);
                 changes
+            }
+        }
+    }
+
+    fn follow_service_cidrs(&mut self, change: Change<ServiceCidr>, store: &mut Store) -> Changes {
+        self.refused = None;
+        match change {
+            Change::All { models, issues } => {
+                self.listed.service_cidrs = true;
+                self.note_all(&ObjectKind::ServiceCidr, issues);
+                store.replace_service_cidrs(models)
+            }
+            Change::One { trimmed: Trimmed { object, model, issues }, received } => {
+                let changes = store.set_service_cidr(&object.name, model);
+                self.arrived(&changes, Arrival { received: received.into_std(), triggered: None });
+                self.note(object, issues);
+                changes
+            }
+        }
+    }
+
+    /// The agent serves without them. Those that are known stay, if there may be some.
+    fn lack_service_cidrs(&mut self, lack: Lack, store: &mut Store) -> Changes {
+        self.listed.service_cidrs = true;
+        match lack {
+            Lack::Failing => Changes::default(),
+            Lack::Forbidden(cause) => {
+                let issue = Issue::new(self.own_node.clone(), IssueKind::NoServiceCidrs { cause });
+                self.refused = Some(issue);
+                Changes::default()
+            }
+            Lack::Unknown => {
+                self.refused = None;
+                self.note_all(&ObjectKind::ServiceCidr, Vec::new());
+                store.replace_service_cidrs::<ServiceCidr>([])
             }
         }
     }
@@ -246,7 +299,7 @@ impl Source for KubeSource {
     }
 
     fn is_complete(&self) -> bool {
-        self.listed == Listed { services: true, slices: true, nodes: true }
+        self.listed == Listed { services: true, slices: true, nodes: true, service_cidrs: true }
     }
 
     fn apply(&mut self, store: &mut Store) -> Changes {
@@ -258,7 +311,7 @@ impl Source for KubeSource {
     }
 
     fn issues(&self) -> Vec<Issue> {
-        self.issues.values().flatten().cloned().collect()
+        self.issues.values().flatten().chain(&self.refused).cloned().collect()
     }
 
     fn excluded_pods(&self) -> Option<&BTreeSet<Arc<str>>> {

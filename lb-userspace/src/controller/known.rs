@@ -114,7 +114,7 @@ mod tests {
             node_ports: 30000..=32767,
             node_port_addresses: NodePortAddresses::All,
             external_ips: ExternalIps::Any,
-            service_cidrs: Vec::new(),
+            service_cidrs: Some(Vec::new()),
         };
         State::new(settings, vec!["192.0.2.1".parse().unwrap()], Capacity::default(), &Image::default())
     }

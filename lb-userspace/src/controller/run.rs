@@ -429,6 +429,7 @@ impl Agent {
             let mut changes = store.replace_services(snapshot.services);
             changes.merge(store.replace_slices(snapshot.slices));
             changes.merge(store.replace_nodes(snapshot.nodes));
+            changes.merge(store.replace_service_cidrs(snapshot.service_cidrs));
             changes
         });
         true

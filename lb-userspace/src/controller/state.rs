@@ -14,7 +14,7 @@ use crate::{
         self, ClusterIps, Desired, FrontendAddress, PortKey, Settings, Topology, cluster_ips,
         health::{self, HealthCheck},
     },
-    model::{Issue, IssueKind, ObjectRef, Protocol, Service, ServiceKey, Slice, Store, store::Changes},
+    model::{Cidr, Issue, IssueKind, ObjectRef, Protocol, Service, ServiceKey, Slice, Store, store::Changes},
     plan::{Capacity, Encoder, Full, Plan, audit::Suspects},
     stale::{InForce, Ledger, Search, Standing, Use, Used},
     tables::{AddressTable, Image},
@@ -182,7 +182,7 @@ impl State {
         let mut services = dirty.services;
         if dirty.topology {
             let topology = Topology::new(self.store.nodes(), &self.settings, &self.interfaces);
-            let networks = cluster_ips::merged(self.settings.service_cidrs.iter().copied()).0;
+            let networks = cluster_ips::merged(self.service_cidrs()).0;
             if topology != self.topology || networks != self.cluster_ips.networks() || self.is_first_sync {
                 self.touched_ips.extend(self.cluster_ips.iter());
                 self.cluster_ips.set_networks(networks);
@@ -222,6 +222,13 @@ impl State {
         }
         self.set_cluster_ips();
         self.encoder.take_plan()
+    }
+
+    /// The networks that cluster IPs come from, by the setting and the objects.
+    fn service_cidrs(&self) -> impl Iterator<Item = Cidr> {
+        let of_setting = self.settings.service_cidrs.as_ref();
+        let of_objects = of_setting.map(|_| self.store.service_cidrs().flat_map(|object| &object.cidrs));
+        of_setting.into_iter().flatten().chain(of_objects.into_iter().flatten()).copied()
     }
 
     /// Sets what becomes of calls to undefined ports and unallocated addresses.
@@ -271,7 +278,8 @@ impl State {
         self.touched_ips.extend(self.cluster_ips.set(key, self.store.service(key)));
         let touched = self.desired.set(key, frontends);
         let frontends = touched.iter().map(|address| (*address, self.desired.owner(address).is_some()));
-        self.stale.follow(key, self.store.service(key), frontends);
+        let selected = self.store.service(key).filter(|service| service.unselected.is_none());
+        self.stale.follow(key, selected, frontends);
         touched
     }
 
@@ -454,7 +462,25 @@ impl State {
             Issue::new(ObjectRef::node(node), IssueKind::NodesFull { map, capacity, n_left_out })
         });
         let of_objects = self.issues.values().flatten().cloned().chain(self.desired.issues());
-        of_objects.chain(full).chain(missing).chain(addresses).chain(cluster_ips).chain(nodes)
+        of_objects
+            .chain(full)
+            .chain(missing)
+            .chain(addresses)
+            .chain(cluster_ips)
+            .chain(nodes)
+            .chain(self.service_cidrs_left_out())
+    }
+
+    /// Networks of ServiceCIDRs for which the tables have no room.
+    fn service_cidrs_left_out(&self) -> impl Iterator<Item = Issue> {
+        let (counting, n_left_out) = cluster_ips::merged(self.service_cidrs());
+        let objects = self.store.service_cidrs().filter(move |_| n_left_out > 0);
+        let all = objects.flat_map(|object| object.cidrs.iter().map(|network| (&object.name, network)));
+        let left_out = all.filter(move |(_, network)| !counting.iter().any(|outer| outer.holds(network)));
+        left_out.map(|(name, network)| {
+            let (network, max) = (network.to_string(), limits::MAX_SERVICE_CIDRS);
+            Issue::new(ObjectRef::service_cidr(name), IssueKind::TooManyServiceCidrs { network, max })
+        })
     }
 }
 
@@ -483,7 +509,7 @@ mod tests {
     use super::*;
     use crate::{
         desired::{ExternalIps, NodePortAddresses},
-        model::{Cidr, Protocol, Service, ServicePort},
+        model::{Protocol, Service, ServiceCidr, ServicePort, Unselected},
     };
 
     fn state(services: u32) -> State {
@@ -496,7 +522,7 @@ mod tests {
             node_ports: 30000..=32767,
             node_port_addresses: NodePortAddresses::All,
             external_ips: ExternalIps::Any,
-            service_cidrs: vec![network()],
+            service_cidrs: Some(vec![network()]),
         };
         let capacity = Capacity { services, endpoints: 16 };
         State::new(settings, Vec::new(), capacity, found)
@@ -571,6 +597,80 @@ mod tests {
         assert!(state.wants_sync());
         let _plan = state.sync();
         assert_eq!(state.image().cluster_ips, [(b, true)].into());
+    }
+
+    /// At once, beside those of the setting, and with `none` not at all.
+    #[test]
+    fn networks_of_objects_and_of_the_setting_are_in_force_together() {
+        let cidr = |name: &str, network: &str| ServiceCidr {
+            name: name.into(),
+            cidrs: vec![network.parse().unwrap()],
+        };
+        let networks = |state: &mut State| -> Vec<String> {
+            // One of before is out of force for a grace period.
+            for _ in 0..2 {
+                let plan = state.sync();
+                state.settled(plan.number());
+            }
+            assert!(!state.wants_sync());
+            state.image().service_cidrs.iter().map(ToString::to_string).collect()
+        };
+        let settings = [vec![], vec![network()]].map(Some).into_iter().chain([None]);
+        for (service_cidrs, of_setting) in settings.zip([&[][..], &["10.96.0.0/16"], &[]]) {
+            let is_off = service_cidrs.is_none();
+            let settings = Settings { service_cidrs, ..state(8).settings };
+            let mut state = State::new(settings, Vec::new(), Capacity::default(), &Image::default());
+            set(&mut state, "a", Some(1));
+            assert_eq!(networks(&mut state), of_setting);
+            for (changed, of_objects) in [
+                (("kubernetes", Some("10.96.0.0/12")), &["10.96.0.0/12"][..]),
+                (("more", Some("10.200.0.0/24")), &["10.96.0.0/12", "10.200.0.0/24"]),
+                (("kubernetes", None), &["10.200.0.0/24"]),
+                (("more", None), &[]),
+            ] {
+                let (name, network) = changed;
+                state
+                    .change(|store| store.set_service_cidr(name, network.map(|network| cidr(name, network))));
+                let all = of_objects.iter().chain(of_setting).map(|text| text.parse().unwrap());
+                let expected = if is_off { Vec::new() } else { cluster_ips::merged(all).0 };
+                let expected: Vec<String> = expected.iter().map(ToString::to_string).collect();
+                assert_eq!(networks(&mut state), expected, "{changed:?}");
+                let is_known = expected.iter().any(|network| network.starts_with("10.96."));
+                assert_eq!(state.image().cluster_ips.len(), usize::from(is_known), "{changed:?}");
+            }
+            let many = (0..10).map(|n| cidr(&format!("cidr-{n}"), &format!("10.{n}.0.0/16")));
+            state.change(|store| store.replace_service_cidrs(many));
+            assert_eq!(networks(&mut state).len(), if is_off { 0 } else { limits::MAX_SERVICE_CIDRS });
+            let issues: Vec<String> = state.issues().map(|issue| issue.to_string()).collect();
+            let n_left_out = if is_off { 0 } else { 2 + of_setting.len() };
+            // The setting's own network may be the one that is left out.
+            assert!(issues.len().abs_diff(n_left_out) <= of_setting.len(), "{issues:#?}");
+            assert!(issues.iter().all(|issue| issue.starts_with("ServiceCIDR cidr-")), "{issues:#?}");
+        }
+    }
+
+    /// Its address is known, whatever becomes of its label, and nothing of it is served.
+    #[test]
+    fn a_service_of_another_proxy_is_left_alone() {
+        let ip = [10, 96, 0, 1].into();
+        let mut state = state(8);
+        for is_ours in [true, false, true] {
+            set(&mut state, "a", Some(1));
+            if !is_ours {
+                state.change(|store| {
+                    let ours = store.service(&key("a")).cloned();
+                    let label =
+                        Some(Unselected::Labelled("service.kubernetes.io/service-proxy-name=b".into()));
+                    let theirs = ours.map(|ours| Service { unselected: label, ..ours });
+                    store.set_service(&key("a"), theirs)
+                });
+            }
+            let plan = state.sync();
+            assert_eq!(state.image().cluster_ips, [(ip, is_ours)].into());
+            assert_eq!(state.image().services.len(), usize::from(is_ours));
+            assert_eq!(state.image().service_cidrs, [network()]);
+            state.settled(plan.number());
+        }
     }
 
     /// Else a Service whose address has no room would be taken for one that does not exist.

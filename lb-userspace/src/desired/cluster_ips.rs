@@ -63,7 +63,7 @@ impl ClusterIps {
         let families = [Family::V4, Family::V6].into_iter();
         let ips = families.filter_map(|family| service?.cluster_ip(family));
         let ips: Box<[IpAddr]> = ips.filter(|ip| self.is_in_network(*ip)).collect();
-        let is_served = service.is_some_and(|service| !service.is_excluded());
+        let is_served = service.is_some_and(Service::is_served);
         let new = (!ips.is_empty()).then_some((ips, is_served));
         if self.of_service.get(key) == new.as_ref() {
             return BTreeSet::new();
@@ -125,10 +125,7 @@ impl Claims {
 #[must_use]
 pub fn merged(networks: impl IntoIterator<Item = Cidr>) -> (Vec<Cidr>, usize) {
     let all: BTreeSet<Cidr> = networks.into_iter().collect();
-    let is_in = |inner: &Cidr, outer: &Cidr| {
-        inner != outer && inner.prefix_len >= outer.prefix_len && outer.contains(inner.address)
-    };
-    let outermost = all.iter().filter(|inner| !all.iter().any(|outer| is_in(inner, outer)));
+    let outermost = all.iter().filter(|inner| !all.iter().any(|outer| outer != *inner && outer.holds(inner)));
     let (v4, v6): (Vec<Cidr>, Vec<Cidr>) = outermost.partition(|network| network.family() == Family::V4);
     let n_left_out = [&v4, &v6].map(|family| family.len().saturating_sub(MAX_SERVICE_CIDRS)).iter().sum();
     let first = |family: Vec<Cidr>| family.into_iter().take(MAX_SERVICE_CIDRS);

@@ -15,7 +15,7 @@ pub(crate) fn settings() -> Settings {
         node_ports: 30_000..=32_767,
         node_port_addresses: NodePortAddresses::All,
         external_ips: ExternalIps::Any,
-        service_cidrs: Vec::new(),
+        service_cidrs: Some(Vec::new()),
     }
 }
 

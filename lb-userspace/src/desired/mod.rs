@@ -175,6 +175,6 @@ pub struct Settings {
     pub node_port_addresses: NodePortAddresses,
     /// `--external-ips`
     pub external_ips: ExternalIps,
-    /// `--service-cidr`: where cluster IPs come from.
-    pub service_cidrs: Vec<Cidr>,
+    /// `--service-cidr`: networks that cluster IPs come from, beside those of ServiceCIDRs; `None` to judge no address by either.
+    pub service_cidrs: Option<Vec<Cidr>>,
 }

@@ -78,7 +78,7 @@ fn frontends_within<'a>(
     topology: &Topology,
     settings: &Settings,
 ) -> (Vec<Frontend>, Vec<Issue>) {
-    if service.is_excluded() {
+    if !service.is_served() {
         return Default::default();
     }
     let mut builder = Builder { service, topology, settings, frontends: Vec::new(), issues: BTreeSet::new() };

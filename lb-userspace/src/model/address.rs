@@ -109,6 +109,29 @@ pub const fn special_range(ip: IpAddr) -> Option<&'static str> {
     }
 }
 
+/// Reads a network that cluster IPs come from.
+///
+/// Calls to whatever it holds may fail. So it must not be larger than `/8` or `/48`, an API server's own limit being far below,
+/// and must hold no address whose calls are never a service's.
+///
+/// # Errors
+///
+/// What is wrong with it, as the rest of a sentence.
+pub fn parse_service_cidr(text: &str) -> Result<Cidr, String> {
+    let network = parse_cidr(text).ok_or("is no network: expected ADDRESS/LENGTH, such as 10.96.0.0/12")?;
+    let shortest = if network.address.is_ipv4() { 8 } else { 48 };
+    if network.prefix_len < shortest {
+        return Err(format!("is too large for service addresses: expected /{shortest} or longer"));
+    }
+    // Any other special range is at least as large as the largest network, and holds its first address.
+    let link_local = IpAddr::V4(Ipv4Addr::new(169, 254, 0, 0));
+    let holds_link_local = network.contains(link_local).then_some("link-local");
+    match special_range(network.address).or(holds_link_local) {
+        Some(range) => Err(format!("holds addresses of the {range} range, which are no service's")),
+        None => Ok(network),
+    }
+}
+
 impl Cidr {
     /// Builds a network and clears the host bits; `None` if the length exceeds the family's.
     #[must_use]
@@ -139,6 +162,14 @@ impl Cidr {
     #[must_use]
     pub fn contains(&self, ip: IpAddr) -> bool {
         family(ip) == self.family() && Self::new(ip, self.prefix_len).is_some_and(|network| network == *self)
+    }
+}
+
+impl Cidr {
+    /// Whether the network holds all of another.
+    #[must_use]
+    pub fn holds(&self, other: &Self) -> bool {
+        other.prefix_len >= self.prefix_len && self.contains(other.address)
     }
 }
 

@@ -19,6 +19,7 @@
 mod node;
 mod pod;
 mod service;
+mod service_cidr;
 mod slice;
 
 use std::{
@@ -26,8 +27,14 @@ use std::{
     sync::Arc,
 };
 
-pub use self::{node::node, pod::pod, service::service, slice::slice};
-use super::{Issue, IssueKind, ObjectRef, Protocol};
+pub use self::{
+    node::node,
+    pod::pod,
+    service::{any_service, service},
+    service_cidr::service_cidr,
+    slice::slice,
+};
+use super::{Issue, IssueKind, ObjectRef, Protocol, Unselected};
 
 /// Label that hands a Service or slice to another proxy.
 pub const SERVICE_PROXY_NAME: &str = "service.kubernetes.io/service-proxy-name";
@@ -44,14 +51,33 @@ pub const TO_BE_DELETED: &str = "ToBeDeletedByClusterAutoscaler";
 /// Annotations whose key starts with this are kept.
 pub const ANNOTATION_PREFIX: &str = "socklb.io/";
 
+/// Labels of an object.
+pub type Labels = BTreeMap<String, String>;
+
 /// Whether a Service or slice with these labels is served (kube-proxy's list options, `cmd/kube-proxy/app/server.go`).
 ///
 /// Without a proxy name, the label `service-proxy-name` must be absent; with one it must have that value. The
 /// label `headless` must be absent. Of an absent label only the key counts, whatever its value would be.
 #[must_use]
-pub fn is_selected(labels: Option<&BTreeMap<String, String>>, service_proxy_name: Option<&str>) -> bool {
+pub fn is_selected(labels: Option<&Labels>, service_proxy_name: Option<&str>) -> bool {
+    unselected(labels, service_proxy_name).is_none()
+}
+
+/// The label for which [`is_selected`] says no.
+#[must_use]
+pub fn unselected(labels: Option<&Labels>, service_proxy_name: Option<&str>) -> Option<Unselected> {
     let label = |key: &str| labels.and_then(|labels| labels.get(key)).map(String::as_str);
-    label(HEADLESS).is_none() && label(SERVICE_PROXY_NAME) == service_proxy_name
+    let shown = |key: &str, value: &str| Arc::from(format!("{key}={value}"));
+    if let Some(value) = label(HEADLESS) {
+        return Some(Unselected::Labelled(shown(HEADLESS, value)));
+    }
+    match (label(SERVICE_PROXY_NAME), service_proxy_name) {
+        (found, wanted) if found == wanted => None,
+        (Some(found), _) => Some(Unselected::Labelled(shown(SERVICE_PROXY_NAME, found))),
+        (None, wanted) => {
+            Some(Unselected::NotLabelled(shown(SERVICE_PROXY_NAME, wanted.unwrap_or_default())))
+        }
+    }
 }
 
 /// The label selector that makes an API server answer as [`is_selected`] does.

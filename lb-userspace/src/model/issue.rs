@@ -89,6 +89,9 @@ pub enum ObjectKind {
     Node,
     /// A Pod.
     Pod,
+    /// A ServiceCIDR.
+    #[serde(rename = "ServiceCIDR")]
+    ServiceCidr,
     /// A manifest file; its name is the path.
     File,
     /// Any other kind that a manifest may name.
@@ -103,6 +106,7 @@ impl fmt::Display for ObjectKind {
             Self::EndpointSlice => "EndpointSlice",
             Self::Node => "Node",
             Self::Pod => "Pod",
+            Self::ServiceCidr => "ServiceCIDR",
             Self::File => "file",
             Self::Other(kind) => kind,
         })
@@ -143,6 +147,12 @@ impl ObjectRef {
     #[must_use]
     pub fn pod(namespace: &str, name: &str) -> Self {
         Self { kind: ObjectKind::Pod, namespace: namespace.into(), name: name.into() }
+    }
+
+    /// Names a ServiceCIDR.
+    #[must_use]
+    pub fn service_cidr(name: &str) -> Self {
+        Self { kind: ObjectKind::ServiceCidr, namespace: "".into(), name: name.into() }
     }
 
     /// Names a manifest file.
@@ -387,6 +397,27 @@ pub enum IssueKind {
         /// The address without room.
         address: String,
     },
+    /// A network of a ServiceCIDR cannot be one that cluster IPs come from. It is left out.
+    InvalidServiceCidr {
+        /// Path of the field.
+        field: String,
+        /// What it holds.
+        value: String,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// Cluster IPs come from more networks than the tables hold. This one is left out.
+    TooManyServiceCidrs {
+        /// The network.
+        network: String,
+        /// How many count in a family.
+        max: usize,
+    },
+    /// The API server does not let the agent read ServiceCIDRs. It is tried again.
+    NoServiceCidrs {
+        /// Its answer, with the rule that is missing.
+        cause: String,
+    },
     /// A table has no room for this object although the agent has not filled it.
     TableFull {
         /// The table that is full.
@@ -456,6 +487,7 @@ impl IssueKind {
     #[must_use]
     pub fn field(&self) -> Option<&str> {
         match self {
+            Self::TooManyServiceCidrs { .. } => Some("spec.cidrs"),
             Self::NoPorts | Self::TooManyEndpoints { .. } => Some("spec.ports"),
             Self::TooManyAddresses { .. } | Self::NodesFull { .. } => Some("status.addresses"),
             Self::InvalidName { field, .. }
@@ -469,6 +501,7 @@ impl IssueKind {
             | Self::WrongFamily { field, .. }
             | Self::SpecialAddress { field, .. }
             | Self::InvalidNetwork { field, .. }
+            | Self::InvalidServiceCidr { field, .. }
             | Self::NoAddress { field }
             | Self::UnknownValue { field, .. }
             | Self::OutOfRange { field, .. }
@@ -519,6 +552,19 @@ impl IssueKind {
                 "spec.clusterIPs: {address} is an address of an interface of this node, as NodeLocal DNSCache makes it; calls to it \
                  stay with the node"
             ),
+            Self::InvalidServiceCidr { field, value, problem } => {
+                write!(f, "{field}: {value:?} {problem}; calls to it go where they say")
+            }
+            Self::TooManyServiceCidrs { network, max } => write!(
+                f,
+                "spec.cidrs: {network} is one of more than {max} networks of its family that cluster IPs come from; calls to \
+                 unallocated addresses in it go where they say"
+            ),
+            Self::NoServiceCidrs { cause } => write!(
+                f,
+                "the networks that cluster IPs come from are not known beyond --service-cidr and those read before: {cause}; \
+                 it is tried again"
+            ),
             _ => Ok(()),
         }
     }
@@ -555,7 +601,7 @@ impl IssueKind {
             Self::ClusterIpsFull { map, capacity, address } => write!(
                 f,
                 "map {map} is full ({capacity} entries) and {address} has no room; it is served, but no call to an undefined \
-                 port or an unallocated address fails at once: set no --service-cidr"
+                 port or an unallocated address fails at once: set --service-cidr=none"
             ),
             Self::TableFull { map, left_out } => write!(
                 f,
@@ -648,9 +694,12 @@ impl fmt::Display for IssueKind {
                 "node port {port} is outside --node-port-range {first}-{last}; it answers on the known node \
                  addresses, not on loopback"
             ),
-            Self::SourceRanges { .. } | Self::ExternalIps { .. } | Self::OnThisNode { .. } => {
-                self.fmt_left_alone(&mut f)
-            }
+            Self::SourceRanges { .. }
+            | Self::ExternalIps { .. }
+            | Self::OnThisNode { .. }
+            | Self::InvalidServiceCidr { .. }
+            | Self::TooManyServiceCidrs { .. }
+            | Self::NoServiceCidrs { .. } => self.fmt_left_alone(&mut f),
             Self::FrontendTaken { address, winner } => {
                 write!(f, "{address} belongs to service {winner}; this service does not answer there")
             }

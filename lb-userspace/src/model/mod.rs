@@ -1,4 +1,4 @@
-//! The cluster as the load balancer sees it: Services, EndpointSlices and Nodes, trimmed and checked.
+//! The cluster as the load balancer sees it: Services, EndpointSlices, Nodes and ServiceCIDRs, trimmed and checked.
 //!
 //! # Purpose
 //!
@@ -192,6 +192,37 @@ pub struct Service {
     pub ports: Vec<ServicePort>,
     /// Annotations whose key starts with `socklb.io/`.
     pub annotations: Vec<(String, String)>,
+    /// Why it is another proxy's or nobody's. Of such a Service nothing is known but its name and cluster IPs, so that calls to
+    /// them are left alone. Older agents wrote none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unselected: Option<Unselected>,
+}
+
+/// What keeps a Service from being served by this agent (semantics R1).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Unselected {
+    /// It has this label, `KEY=VALUE`.
+    Labelled(Arc<str>),
+    /// It does not have this label, which `--service-proxy-name` asks for.
+    NotLabelled(Arc<str>),
+}
+
+impl fmt::Display for Unselected {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Labelled(label) => write!(f, "is labelled {label}"),
+            Self::NotLabelled(label) => write!(f, "is not labelled {label}"),
+        }
+    }
+}
+
+/// A ServiceCIDR.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ServiceCidr {
+    /// `metadata.name`
+    pub name: Arc<str>,
+    /// `spec.cidrs`: networks that cluster IPs come from, well-formed ones.
+    pub cidrs: Vec<Cidr>,
 }
 
 /// One port of an EndpointSlice.
@@ -298,7 +329,14 @@ impl Service {
             health_check_node_port: None,
             ports,
             annotations: Vec::new(),
+            unselected: None,
         }
+    }
+
+    /// Whether this agent serves it: it is neither another proxy's nor excluded by its annotation.
+    #[must_use]
+    pub fn is_served(&self) -> bool {
+        self.unselected.is_none() && !self.is_excluded()
     }
 
     /// The cluster IP of a family.

@@ -16,7 +16,7 @@ use std::{
     sync::Arc,
 };
 
-use super::{Node, Service, ServiceKey, Slice, SliceKey};
+use super::{Node, Service, ServiceCidr, ServiceKey, Slice, SliceKey, Unselected};
 
 /// Texts that many objects name: namespaces, nodes, zones, ports. Each is held once.
 #[derive(Clone, Debug, Default)]
@@ -59,7 +59,8 @@ impl Texts {
 pub struct Changes {
     /// Services whose own object or slices changed. A key may name a service that the store does not hold.
     pub services: BTreeSet<ServiceKey>,
-    /// Whether a Node changed. Most such changes do not change the [`crate::desired::Topology`]: compare it.
+    /// Whether a Node or a ServiceCIDR changed. Most such changes do not change the [`crate::desired::Topology`] or the networks
+    /// of cluster IPs: compare them.
     pub topology: bool,
 }
 
@@ -82,7 +83,7 @@ impl Changes {
     }
 }
 
-/// Services, slices and nodes, each in its latest version.
+/// Services, slices, nodes and ServiceCIDRs, each in its latest version.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Store {
     services: BTreeMap<ServiceKey, Arc<Service>>,
@@ -92,6 +93,7 @@ pub struct Store {
     /// The service that holds each slice: a deletion names only the slice, and its label may change.
     services_of_slices: BTreeMap<SliceKey, ServiceKey>,
     nodes: BTreeMap<Arc<str>, Arc<Node>>,
+    service_cidrs: BTreeMap<Arc<str>, Arc<ServiceCidr>>,
     texts: Texts,
 }
 
@@ -139,6 +141,18 @@ impl Store {
         match node {
             Some(node) => drop(self.nodes.insert(name.into(), node.into())),
             None => drop(self.nodes.remove(name)),
+        }
+        Changes { topology: true, ..Changes::default() }
+    }
+
+    /// Sets or, with `None`, removes a ServiceCIDR.
+    pub fn set_service_cidr(&mut self, name: &str, service_cidr: Option<ServiceCidr>) -> Changes {
+        if self.service_cidrs.get(name).map(Arc::as_ref) == service_cidr.as_ref() {
+            return Changes::default();
+        }
+        match service_cidr {
+            Some(service_cidr) => drop(self.service_cidrs.insert(name.into(), service_cidr.into())),
+            None => drop(self.service_cidrs.remove(name)),
         }
         Changes { topology: true, ..Changes::default() }
     }
@@ -195,6 +209,18 @@ impl Store {
             nodes.into_iter().map(Into::into).map(|node| (node.name.clone(), node)).collect();
         let topology = nodes != self.nodes;
         self.nodes = nodes;
+        Changes { topology, ..Changes::default() }
+    }
+
+    /// Makes these the only ServiceCIDRs.
+    pub fn replace_service_cidrs<T: Into<Arc<ServiceCidr>>>(
+        &mut self,
+        service_cidrs: impl IntoIterator<Item = T>,
+    ) -> Changes {
+        let service_cidrs: BTreeMap<Arc<str>, Arc<ServiceCidr>> =
+            service_cidrs.into_iter().map(Into::into).map(|cidr| (cidr.name.clone(), cidr)).collect();
+        let topology = service_cidrs != self.service_cidrs;
+        self.service_cidrs = service_cidrs;
         Changes { topology, ..Changes::default() }
     }
 
@@ -260,12 +286,21 @@ impl Store {
         self.nodes.values()
     }
 
+    /// All ServiceCIDRs, in the order of their names.
+    #[must_use]
+    pub fn service_cidrs(&self) -> impl ExactSizeIterator<Item = &Arc<ServiceCidr>> {
+        self.service_cidrs.values()
+    }
+
     /// Lets a service name what others name by the same allocation.
     fn share_service(&mut self, service: &mut Service) {
         if let Some((known, _)) = self.slices.get_key_value(&service.key) {
             service.key = known.clone();
         }
         self.texts.share(&mut service.key.namespace);
+        if let Some(Unselected::Labelled(label) | Unselected::NotLabelled(label)) = &mut service.unselected {
+            self.texts.share(label);
+        }
         for port in &mut service.ports {
             self.texts.share(&mut port.name);
         }

@@ -5,7 +5,7 @@ use std::{cmp::Ordering, sync::Arc};
 use serde::{Deserialize, Serialize};
 
 use super::Snapshot;
-use crate::model::{Node, Service, ServiceKey, Slice, SliceKey, Store};
+use crate::model::{Node, Service, ServiceCidr, ServiceKey, Slice, SliceKey, Store};
 
 /// What makes one snapshot of another.
 #[derive(Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -19,6 +19,8 @@ pub(super) struct Changes {
     gone_slices: Vec<SliceKey>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     gone_nodes: Vec<Arc<str>>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    gone_service_cidrs: Vec<Arc<str>>,
 }
 
 fn by_service(a: &Service, b: &Service) -> Ordering {
@@ -30,6 +32,10 @@ fn by_slice(a: &Slice, b: &Slice) -> Ordering {
 }
 
 fn by_node(a: &Node, b: &Node) -> Ordering {
+    a.name.cmp(&b.name)
+}
+
+fn by_cidr(a: &ServiceCidr, b: &ServiceCidr) -> Ordering {
     a.name.cmp(&b.name)
 }
 
@@ -60,11 +66,14 @@ impl Changes {
         let (services, gone_services) = differences(&old.services, &new.services, by_service);
         let (slices, gone_slices) = differences(&old.slices, &new.slices, by_slice);
         let (nodes, gone_nodes) = differences(&old.nodes, &new.nodes, by_node);
+        let (service_cidrs, gone_service_cidrs) =
+            differences(&old.service_cidrs, &new.service_cidrs, by_cidr);
         let changes = Self {
-            set: Snapshot { services, slices, nodes, ..new.without_objects() },
+            set: Snapshot { services, slices, nodes, service_cidrs, ..new.without_objects() },
             gone_services: gone_services.into_iter().map(|service| service.key.clone()).collect(),
             gone_slices: gone_slices.into_iter().map(Slice::key).collect(),
             gone_nodes: gone_nodes.into_iter().map(|node| node.name.clone()).collect(),
+            gone_service_cidrs: gone_service_cidrs.into_iter().map(|cidr| cidr.name.clone()).collect(),
         };
         (changes != Self { set: old.without_objects(), ..Self::default() }).then_some(changes)
     }
@@ -81,7 +90,10 @@ impl Changes {
         for name in &self.gone_nodes {
             let _changes = store.set_node(name, None);
         }
-        let Snapshot { services, slices, nodes, .. } = &self.set;
+        for name in &self.gone_service_cidrs {
+            let _changes = store.set_service_cidr(name, None);
+        }
+        let Snapshot { services, slices, nodes, service_cidrs, .. } = &self.set;
         for service in services {
             let _changes = store.set_service(&service.key, Some(Service::clone(service)));
         }
@@ -90,6 +102,9 @@ impl Changes {
         }
         for node in nodes {
             let _changes = store.set_node(&node.name, Some(Node::clone(node)));
+        }
+        for cidr in service_cidrs {
+            let _changes = store.set_service_cidr(&cidr.name, Some(ServiceCidr::clone(cidr)));
         }
         self.set.without_objects()
     }
@@ -107,6 +122,7 @@ impl Snapshot {
             services: Vec::new(),
             slices: Vec::new(),
             nodes: Vec::new(),
+            service_cidrs: Vec::new(),
         }
     }
 }

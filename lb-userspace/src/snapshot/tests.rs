@@ -10,7 +10,7 @@ use proptest::{collection::vec, prelude::*};
 use super::*;
 use crate::{
     controller::save::Saving,
-    model::{Protocol, ServiceKey, ServicePort, SliceEndpoint, SlicePort},
+    model::{Cidr, Protocol, ServiceKey, ServicePort, SliceEndpoint, SlicePort, Unselected},
 };
 
 /// Ends the writer's steps: see [`Files::step`](super::writer).
@@ -37,7 +37,7 @@ fn settings() -> Settings {
         node_ports: 30000..=32767,
         node_port_addresses: NodePortAddresses::Primary,
         external_ips: ExternalIps::Nodes,
-        service_cidrs: Vec::new(),
+        service_cidrs: Some(Vec::new()),
     }
 }
 
@@ -52,6 +52,10 @@ fn service(n: u64) -> Service {
         cluster_ipv4: Some(ipv4(0x0a60_0000 + n)),
         ..Service::with_ports(ServiceKey::new("shop", &format!("web-{n}")), ports)
     }
+}
+
+fn service_cidr(name: &str, n: u64) -> ServiceCidr {
+    ServiceCidr { name: name.into(), cidrs: vec![Cidr::new(ipv4(0x0a00_0000 | n << 16).into(), 16).unwrap()] }
 }
 
 /// Numbers that no compression can guess.
@@ -92,6 +96,9 @@ fn numbered(n: u64) -> Snapshot {
     let mut store = Store::new();
     let _changes = store.set_service(&service(n % 3).key.clone(), Some(service(n % 3)));
     let _changes = store.set_node("node-a", Some(Node { name: "node-a".into(), ..Node::default() }));
+    let other = Service { unselected: Some(Unselected::Labelled("a=b".into())), ..service(3) };
+    let _changes = store.set_service(&other.key.clone(), Some(other));
+    let _changes = store.set_service_cidr("kubernetes", Some(service_cidr("kubernetes", n)));
     Snapshot::of(&settings(), &[ipv4(n).into()], &store)
 }
 
@@ -149,6 +156,7 @@ fn the_format_without_a_journal_is_read() {
     fs::write(directory.path().join(JOURNAL), codec::journal_line(0)).unwrap();
     let found = read(directory.path());
     assert_eq!(found.nodes[0].zone.as_deref(), Some("zone-1"));
+    assert_eq!(found.service_cidrs, []);
     let mut writer = Writer::new(directory.path());
     writer.write(found.clone()).unwrap();
     assert_eq!(read(directory.path()), found);
@@ -158,10 +166,10 @@ fn the_format_without_a_journal_is_read() {
 /// Services and slices that come, change, and go; slices also to another service.
 fn histories() -> impl Strategy<Value = Vec<Snapshot>> {
     let object = || (0..4_u64, prop::option::of((0..3_u16, 0..3_u64)));
-    let step = (vec(object(), 0..4), vec(object(), 0..4), vec(object(), 0..2));
+    let step = (vec(object(), 0..4), vec(object(), 0..4), vec(object(), 0..2), vec(object(), 0..2));
     vec(step, 2..8).prop_map(|steps| {
         let mut store = Store::new();
-        let history = steps.into_iter().enumerate().map(|(n, (services, slices, nodes))| {
+        let history = steps.into_iter().enumerate().map(|(n, (services, slices, nodes, cidrs))| {
             for (name, change) in services {
                 let changed = change.map(|(port, _)| Service {
                     ports: vec![ServicePort { port: 80 + port, ..service(name).ports.remove(0) }],
@@ -185,6 +193,11 @@ fn histories() -> impl Strategy<Value = Vec<Snapshot>> {
                     ..Node::default()
                 });
                 let _changes = store.set_node(&name, changed);
+            }
+            for (name, change) in cidrs {
+                let name = format!("cidr-{name}");
+                let changed = change.map(|(network, _)| service_cidr(&name, network.into()));
+                let _changes = store.set_service_cidr(&name, changed);
             }
             Snapshot::of(&settings(), &[ipv4(n as u64 / 2).into()], &store)
         });

@@ -89,6 +89,11 @@ impl Contact {
         known.told.insert(reason)
     }
 
+    /// A kind is no longer asked for all the time: its age says nothing.
+    pub fn forget(&self, kind: &'static str) {
+        self.lock().kinds.remove(kind);
+    }
+
     /// Counts what is no outage: a connection that broke, a version that the source no longer has.
     pub fn broke(&self, reason: &'static str) {
         *self.lock().failures.entry(reason).or_default() += 1;

@@ -128,7 +128,7 @@ definitions! {
     ISSUES: Gauge "socklb_issues" []
         "What is wrong with objects at the moment; each is in the log";
     SOURCE_COMPLETE: Gauge "socklb_source_complete" []
-        "1 once the first lists of Services, EndpointSlices and Nodes are complete, else 0: nothing is changed before";
+        "1 once the first lists of Services, EndpointSlices, Nodes and ServiceCIDRs are complete, else 0: nothing is changed before";
     SERVES_SNAPSHOT: Gauge "socklb_serves_snapshot" []
         "1 while the last objects known are served because the source does not answer, else 0";
     SOURCE_ANSWER_AGE: Gauge "socklb_source_answer_age_seconds" ["kind"]

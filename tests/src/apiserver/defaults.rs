@@ -62,7 +62,7 @@ pub(super) fn complete(
             }
             Ok(())
         }
-        Kind::Node | Kind::Pod => Ok(()),
+        Kind::Node | Kind::Pod | Kind::ServiceCidr => Ok(()),
     }
 }
 

@@ -44,15 +44,19 @@ fn openapi(api_version: &str) -> Value {
 
 /// The answer to a path that is not about objects.
 pub(super) fn document(path: &str) -> Option<Value> {
-    let group = json!({"groupVersion": "discovery.k8s.io/v1", "version": "v1"});
+    let group = |name: &str| {
+        let version = json!({"groupVersion": format!("{name}/v1"), "version": "v1"});
+        json!({"name": name, "versions": [version], "preferredVersion": version})
+    };
     Some(match path {
         "/api" => json!({"kind": "APIVersions", "versions": ["v1"], "serverAddressByClientCIDRs": []}),
         "/apis" => json!({
             "kind": "APIGroupList", "apiVersion": "v1",
-            "groups": [{"name": "discovery.k8s.io", "versions": [group], "preferredVersion": group}],
+            "groups": [group("discovery.k8s.io"), group("networking.k8s.io")],
         }),
         "/api/v1" => resources("v1"),
         "/apis/discovery.k8s.io/v1" => resources("discovery.k8s.io/v1"),
+        "/apis/networking.k8s.io/v1" => resources("networking.k8s.io/v1"),
         "/version" => json!({
             "major": "1", "minor": "34", "gitVersion": "v1.34.0", "gitCommit": "", "gitTreeState": "clean",
             "buildDate": "2025-08-27T00:00:00Z", "goVersion": "", "compiler": "", "platform": "linux/amd64",
@@ -60,9 +64,11 @@ pub(super) fn document(path: &str) -> Option<Value> {
         "/openapi/v3" => json!({"paths": {
             "api/v1": {"serverRelativeURL": "/openapi/v3/api/v1"},
             "apis/discovery.k8s.io/v1": {"serverRelativeURL": "/openapi/v3/apis/discovery.k8s.io/v1"},
+            "apis/networking.k8s.io/v1": {"serverRelativeURL": "/openapi/v3/apis/networking.k8s.io/v1"},
         }}),
         "/openapi/v3/api/v1" => openapi("v1"),
         "/openapi/v3/apis/discovery.k8s.io/v1" => openapi("discovery.k8s.io/v1"),
+        "/openapi/v3/apis/networking.k8s.io/v1" => openapi("networking.k8s.io/v1"),
         _ => return None,
     })
 }

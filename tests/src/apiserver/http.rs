@@ -128,10 +128,13 @@ struct Target<'a> {
 }
 
 fn target(path: &str) -> Option<Target<'_>> {
-    let (api_version, rest) = match path.strip_prefix("/api/v1/") {
-        Some(rest) => ("v1", rest),
-        None => ("discovery.k8s.io/v1", path.strip_prefix("/apis/discovery.k8s.io/v1/")?),
-    };
+    let prefixes = [
+        ("v1", "/api/v1/"),
+        ("discovery.k8s.io/v1", "/apis/discovery.k8s.io/v1/"),
+        ("networking.k8s.io/v1", "/apis/networking.k8s.io/v1/"),
+    ];
+    let (api_version, rest) =
+        prefixes.into_iter().find_map(|(version, prefix)| Some((version, path.strip_prefix(prefix)?)))?;
     let parts: Vec<&str> = rest.split('/').filter(|part| !part.is_empty()).collect();
     let (namespace, parts) = match &parts[..] {
         ["namespaces", namespace, parts @ ..] if !parts.is_empty() => (Some(*namespace), parts),
@@ -179,7 +182,12 @@ async fn answer(
         return Ok(respond(code, Answer::json(&event)));
     }
     let query = Query::parse(head.uri.query().unwrap_or_default());
-    let Some(target) = target(&path) else {
+    let unknown = lock(&shared.faults).unknown;
+    let target = target(&path);
+    if target.is_some_and(|target| Some(target.kind) == unknown) {
+        lock(&shared.requests).unknown += 1;
+    }
+    let Some(target) = target.filter(|target| Some(target.kind) != unknown) else {
         return Err(Refusal::new(404, "NotFound", "the server could not find the requested resource"));
     };
     {
@@ -188,6 +196,11 @@ async fn answer(
             head.headers.get(AUTHORIZATION).and_then(|value| value.to_str().ok()?.strip_prefix("Bearer "));
         if faults.token.as_deref().is_some_and(|token| bearer != Some(token)) {
             return Err(Refusal::new(401, "Unauthorized", "Unauthorized"));
+        }
+        if faults.forbidden == Some(target.kind) {
+            let kind = target.kind.plural();
+            let message = format!("{kind} is forbidden: User \"test\" cannot list resource \"{kind}\"");
+            return Err(Refusal::new(403, "Forbidden", message));
         }
         if faults.internal_errors > 0 {
             faults.internal_errors -= 1;

@@ -1,4 +1,4 @@
-//! An API server for tests: Services, EndpointSlices and Nodes, and the faults that a real one shows.
+//! An API server for tests: Services, EndpointSlices, Nodes and ServiceCIDRs, and the faults that a real one shows.
 //!
 //! # Purpose
 //!
@@ -65,6 +65,10 @@ pub struct Faults {
     pub has_streaming_lists: bool,
     /// Streaming lists begin with the state so many changes ago, and those changes come before the end of the list.
     pub changes_in_lists: u64,
+    /// A kind that the server does not have, as an older one: 404.
+    pub unknown: Option<Kind>,
+    /// A kind for which a rule is missing: 403.
+    pub forbidden: Option<Kind>,
     /// The bearer token without which requests are refused with 401.
     pub token: Option<String>,
     /// How often a watch that asked for bookmarks gets one.
@@ -80,6 +84,8 @@ impl Default for Faults {
             delay: Duration::ZERO,
             has_streaming_lists: true,
             changes_in_lists: 0,
+            unknown: None,
+            forbidden: None,
             token: None,
             bookmark_interval: Duration::from_millis(200),
         }
@@ -103,6 +109,8 @@ pub struct Requests {
     pub expired: u64,
     /// Answers that the resource version is too large.
     pub too_large: u64,
+    /// Requests for a kind that the server does not have.
+    pub unknown: u64,
 }
 
 /// A change that was written to a watch.
@@ -371,6 +379,9 @@ impl ApiServer {
         };
         gone(Kind::Service, now.services.into_keys().collect(), cluster.services.keys().cloned().collect());
         gone(Kind::Node, now.nodes.into_keys().collect(), cluster.nodes.keys().cloned().collect());
+        let cidrs = cluster.service_cidrs.keys().cloned().collect();
+        gone(Kind::ServiceCidr, now.service_cidrs.into_keys().collect(), cidrs);
+        cluster.service_cidrs.values().for_each(|cidr| self.apply(cidr.clone()));
         cluster.services.values().for_each(|service| self.apply(service.clone()));
         cluster.slices.values().for_each(|slice| self.apply(slice.clone()));
         // Afterwards, as the slices' controller does: a service that moves to another slice is never without one.
@@ -378,7 +389,7 @@ impl ApiServer {
         cluster.nodes.values().for_each(|node| self.apply(node.clone()));
     }
 
-    /// Deletes an object. A Node has an empty namespace.
+    /// Deletes an object. A Node or ServiceCIDR has an empty namespace.
     ///
     /// # Panics
     ///
@@ -467,6 +478,7 @@ fn value(object: cluster::Object) -> (Kind, Value) {
         cluster::Object::Service(service) => (Kind::Service, serde_json::to_value(service)),
         cluster::Object::Slice(slice) => (Kind::Slice, serde_json::to_value(slice)),
         cluster::Object::Node(node) => (Kind::Node, serde_json::to_value(node)),
+        cluster::Object::ServiceCidr(cidr) => (Kind::ServiceCidr, serde_json::to_value(cidr)),
     };
     (kind, value.expect("objects of the API are JSON"))
 }

@@ -22,11 +22,13 @@ pub enum Kind {
     Node,
     /// `v1` Pod
     Pod,
+    /// `networking.k8s.io/v1` ServiceCIDR
+    ServiceCidr,
 }
 
 impl Kind {
     /// All of them.
-    pub const ALL: [Self; 4] = [Self::Service, Self::Slice, Self::Node, Self::Pod];
+    pub const ALL: [Self; 5] = [Self::Service, Self::Slice, Self::Node, Self::Pod, Self::ServiceCidr];
 
     /// `apiVersion`
     #[must_use]
@@ -34,6 +36,7 @@ impl Kind {
         match self {
             Self::Service | Self::Node | Self::Pod => "v1",
             Self::Slice => "discovery.k8s.io/v1",
+            Self::ServiceCidr => "networking.k8s.io/v1",
         }
     }
 
@@ -45,6 +48,7 @@ impl Kind {
             Self::Slice => "EndpointSlice",
             Self::Node => "Node",
             Self::Pod => "Pod",
+            Self::ServiceCidr => "ServiceCIDR",
         }
     }
 
@@ -56,13 +60,14 @@ impl Kind {
             Self::Slice => "endpointslices",
             Self::Node => "nodes",
             Self::Pod => "pods",
+            Self::ServiceCidr => "servicecidrs",
         }
     }
 
     /// Whether its objects are in namespaces.
     #[must_use]
     pub const fn is_namespaced(self) -> bool {
-        !matches!(self, Self::Node)
+        !matches!(self, Self::Node | Self::ServiceCidr)
     }
 }
 

@@ -201,7 +201,7 @@ mod tests {
                     }
                     Body::Slice(slice) => store.set_slice(&slice.key(), Some(Arc::unwrap_or_clone(slice))),
                     Body::Node(node) => store.set_node(&node.name.clone(), Some(Arc::unwrap_or_clone(node))),
-                    Body::Nothing => panic!("{name}: {object:?}"),
+                    Body::ServiceCidr(_) | Body::Nothing => panic!("{name}: {object:?}"),
                 };
             }
         }
@@ -211,7 +211,7 @@ mod tests {
             node_ports: first..=last,
             node_port_addresses: NodePortAddresses::All,
             external_ips: ExternalIps::Any,
-            service_cidrs: Vec::new(),
+            service_cidrs: Some(Vec::new()),
         };
         let topology = Topology::new(store.nodes(), &settings, &[]);
         assert_eq!(topology.own_addresses().iter().copied().collect::<Vec<_>>(), NODE);

@@ -199,7 +199,10 @@ impl SnapshotPart {
         write_problem: Option<String>,
     ) -> Self {
         let (services, endpoint_slices, nodes) = snapshot
-            .map(|found| (found.services.len(), found.slices.len(), found.nodes.len()))
+            .map(|found| {
+                let ours = found.services.iter().filter(|service| service.unselected.is_none());
+                (ours.count(), found.slices.len(), found.nodes.len())
+            })
             .unwrap_or_default();
         let problem = snapshot.err().map(ToString::to_string);
         let age = age.filter(|_| problem.is_none()).map(|age| Age(age.as_secs_f64()));

@@ -109,6 +109,20 @@ fn special_ranges_are_no_service_addresses() {
     }
 }
 
+#[test]
+fn networks_hold_networks() {
+    for (outer, inner, expected) in [
+        ("10.0.0.0/8", "10.96.0.0/12", true),
+        ("10.0.0.0/8", "10.0.0.0/8", true),
+        ("10.96.0.0/12", "10.0.0.0/8", false),
+        ("10.0.0.0/8", "11.0.0.0/16", false),
+        ("10.0.0.0/8", "fd00::/64", false),
+    ] {
+        let [outer, inner]: [Cidr; 2] = [outer, inner].map(|text| text.parse().unwrap());
+        assert_eq!(outer.holds(&inner), expected, "{outer} {inner}");
+    }
+}
+
 proptest! {
     /// What Rust reads, Kubernetes reads alike.
     #[test]

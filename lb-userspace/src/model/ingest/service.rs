@@ -20,7 +20,7 @@ const MAX_AFFINITY_SECONDS: u32 = 86_400;
 /// Ingests a Service (`pkg/proxy/serviceport.go`).
 ///
 /// `None` without an issue for a headless Service and for type `ExternalName`. Does not look at the labels that
-/// [`super::is_selected`] judges.
+/// [`super::is_selected`] judges: [`any_service`] does.
 #[must_use]
 pub fn service(object: &api::Service) -> (Option<Service>, Vec<Issue>) {
     let metadata = &object.metadata;
@@ -84,6 +84,7 @@ pub fn service(object: &api::Service) -> (Option<Service>, Vec<Issue>) {
             .filter(|(key, _)| key.starts_with(ANNOTATION_PREFIX))
             .map(|(key, value)| (key.clone(), value.clone()))
             .collect(),
+        unselected: None,
         key,
     };
     if service.ports.is_empty() {
@@ -91,6 +92,24 @@ pub fn service(object: &api::Service) -> (Option<Service>, Vec<Issue>) {
     }
     report_annotations(&mut report, &service);
     (Some(service), report.issues)
+}
+
+/// As [`service`] for one that this agent serves. Of another proxy's, or nobody's, what [`Service::unselected`] promises, and
+/// no issues: it is not ours to judge.
+#[must_use]
+pub fn any_service(object: &api::Service, service_proxy_name: Option<&str>) -> (Option<Service>, Vec<Issue>) {
+    let unselected = super::unselected(object.metadata.labels.as_ref(), service_proxy_name);
+    if unselected.is_none() {
+        return service(object);
+    }
+    let (service, _issues) = service(object);
+    let service = service.map(|Service { key, cluster_ipv4, cluster_ipv6, .. }| Service {
+        cluster_ipv4,
+        cluster_ipv6,
+        unselected,
+        ..Service::with_ports(key, Vec::new())
+    });
+    (service, Vec::new())
 }
 
 /// Reports annotations that cannot be read: the service is served as without them.

@@ -7,7 +7,7 @@ mod slice;
 use serde_json::{Value, json};
 
 use super::*;
-use crate::model::fixture::{ingest_node, ingest_service, ingest_slice, node, texts};
+use crate::model::fixture::{ingest_node, ingest_service, ingest_slice, node, patched, texts};
 
 fn labels(json: &Value) -> BTreeMap<String, String> {
     serde_json::from_value(json.clone()).unwrap()
@@ -49,6 +49,89 @@ fn r1_the_selector_for_the_api_server_says_the_same() {
         label_selector(Some("ours")),
         "service.kubernetes.io/service-proxy-name=ours,!service.kubernetes.io/headless"
     );
+}
+
+/// R1: calls to its cluster IPs are left alone, for which they must be known. Nothing else of it counts, nor is told.
+#[test]
+fn r1_of_services_of_other_proxies_the_cluster_ips_are_kept() {
+    let label = "service.kubernetes.io/service-proxy-name";
+    let ingest = |labels: &Value, patch: &Value, name: Option<&str>| {
+        let base = json!({
+            "metadata": {"name": "web", "labels": labels, "annotations": {"socklb.io/stale-connections": "never"}},
+            "spec": {
+                "clusterIP": "10.0.0.1", "clusterIPs": ["10.0.0.1", "fd00::1"], "ipFamilies": ["IPv4", "IPv6"],
+                "ports": [{"port": 80}, {"port": 0}], "externalIPs": ["192.0.2.1"],
+            },
+        });
+        let object = serde_json::from_value(patched(base, patch)).unwrap();
+        any_service(&object, name)
+    };
+    for (labels, name, text) in [
+        (json!({label: "mesh"}), None, "is labelled service.kubernetes.io/service-proxy-name=mesh"),
+        (json!({label: "mesh"}), Some("ours"), "is labelled service.kubernetes.io/service-proxy-name=mesh"),
+        (json!({}), Some("ours"), "is not labelled service.kubernetes.io/service-proxy-name=ours"),
+        (json!({HEADLESS: "", label: "ours"}), Some("ours"), "is labelled service.kubernetes.io/headless="),
+    ] {
+        let (service, issues) = ingest(&labels, &json!({}), name);
+        let service = service.unwrap();
+        assert_eq!(service.unselected.as_ref().map(ToString::to_string).as_deref(), Some(text));
+        assert!(!service.is_served() && service.ports.is_empty() && service.external_ips.is_empty());
+        assert!(service.cluster_ipv4.is_some() && service.cluster_ipv6.is_some());
+        assert_eq!((issues, service.annotations), (vec![], vec![]));
+        let headless = json!({"spec": {"clusterIP": "None", "clusterIPs": ["None"]}});
+        assert_eq!(ingest(&labels, &headless, name), (None, vec![]));
+    }
+    let (service, issues) = ingest(&json!({label: "ours"}), &json!({}), Some("ours"));
+    assert!(service.unwrap().is_served());
+    assert_eq!(issues.len(), 2);
+}
+
+/// R2: a network counts as long as its object is there, as with kube-proxy.
+#[test]
+fn r2_networks_of_service_cidrs() {
+    let ingest = |object: &Value| service_cidr(&serde_json::from_value(object.clone()).unwrap());
+    for more in [
+        json!({}),
+        json!({"metadata": {"deletionTimestamp": "2026-01-01T00:00:00Z"}}),
+        json!({"status": {"conditions": [{
+            "type": "Ready", "status": "False", "reason": "Terminating", "message": "",
+            "lastTransitionTime": "2026-01-01T00:00:00Z",
+        }]}}),
+    ] {
+        let base =
+            json!({"metadata": {"name": "kubernetes"}, "spec": {"cidrs": ["010.96.0.0/12", "fd00::/112"]}});
+        let (cidr, issues) = ingest(&patched(base, &more));
+        let cidr = cidr.unwrap();
+        let texts: Vec<String> = cidr.cidrs.iter().map(ToString::to_string).collect();
+        assert_eq!(
+            (&*cidr.name, &*texts),
+            ("kubernetes", &["10.96.0.0/12", "fd00::/112"].map(str::to_owned)[..])
+        );
+        assert_eq!(issues, []);
+    }
+    let wrong = ["10.96.0.0", "0.0.0.0/0", "127.0.0.0/8", "169.0.0.0/8", "::/48", "ff00::/64", "10.0.0.0/16"];
+    let (cidr, issues) = ingest(&json!({"metadata": {"name": "many"}, "spec": {"cidrs": wrong}}));
+    assert_eq!(cidr.unwrap().cidrs, ["10.0.0.0/16".parse().unwrap()]);
+    assert_eq!(
+        texts(&issues),
+        [
+            "spec.cidrs[0]: \"10.96.0.0\" is no network: expected ADDRESS/LENGTH, such as 10.96.0.0/12; calls to it go where \
+             they say",
+            "spec.cidrs[1]: \"0.0.0.0/0\" is too large for service addresses: expected /8 or longer; calls to it go where they \
+             say",
+            "spec.cidrs[2]: \"127.0.0.0/8\" holds addresses of the loopback range, which are no service's; calls to it go where \
+             they say",
+            "spec.cidrs[3]: \"169.0.0.0/8\" holds addresses of the link-local range, which are no service's; calls to it go \
+             where they say",
+            "spec.cidrs[4]: \"::/48\" holds addresses of the unspecified range, which are no service's; calls to it go where \
+             they say",
+            "spec.cidrs[5]: \"ff00::/64\" holds addresses of the multicast range, which are no service's; calls to it go where \
+             they say",
+        ]
+    );
+    assert_eq!(ingest(&json!({"metadata": {"name": "empty"}})).0.unwrap().cidrs, []);
+    let (none, issues) = ingest(&json!({"metadata": {"name": "A b"}, "spec": {"cidrs": ["10.96.0.0/12"]}}));
+    assert!(none.is_none() && issues.len() == 1);
 }
 
 /// As `kubectl apply` would have it; what is read from files has met no API server.

@@ -43,6 +43,13 @@ fn r15_equal_objects_cause_no_change() {
     assert!(store.replace_slices([slice("web-1", "web", 1)]).is_empty());
     assert!(store.replace_nodes([node]).is_empty());
 
+    let cidr = |text: &str| ServiceCidr { name: "kubernetes".into(), cidrs: vec![text.parse().unwrap()] };
+    assert!(store.set_service_cidr("kubernetes", Some(cidr("10.96.0.0/12"))).topology);
+    assert!(store.set_service_cidr("kubernetes", Some(cidr("10.96.0.0/12"))).is_empty());
+    assert!(store.replace_service_cidrs([cidr("10.96.0.0/12")]).is_empty());
+    assert!(store.replace_service_cidrs([cidr("10.96.0.0/16")]).topology);
+    assert!(store.set_service_cidr("kubernetes", None).topology);
+
     assert_eq!(store.set_service(&key("web"), Some(service("web", 81))), changed(&["web"]));
     assert_eq!(store.set_slice(&slice_key, Some(slice("web-1", "web", 2))), changed(&["web"]));
     assert!(store.set_node("node-a", Some(fixture::node("node-a", "b", &["192.168.0.1"]))).topology);

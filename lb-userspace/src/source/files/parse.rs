@@ -1,10 +1,11 @@
 //! One manifest text in, objects out.
 
-use std::{collections::BTreeMap, fmt, sync::Arc};
+use std::{fmt, sync::Arc};
 
 use k8s_openapi::api::{
     core::v1::{Node as ApiNode, Service as ApiService},
     discovery::v1::EndpointSlice as ApiSlice,
+    networking::v1::ServiceCIDR as ApiServiceCidr,
 };
 use serde::de::DeserializeOwned;
 use serde_saphyr::{Options, UserMessageFormatter};
@@ -14,7 +15,7 @@ use super::{
     tree::{Tree, Value},
 };
 use crate::model::{
-    Issue, IssueKind, Node, ObjectKind, ObjectRef, Service, Slice,
+    Issue, IssueKind, Node, ObjectKind, ObjectRef, Service, ServiceCidr, Slice,
     ingest::{self, is_selected},
 };
 
@@ -34,13 +35,15 @@ pub struct Object {
 /// What an [`Object`] means to service proxying.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Body {
-    /// A Service that may have frontends.
+    /// A Service that may have frontends, or whose cluster IPs are another proxy's.
     Service(Arc<Service>),
     /// An EndpointSlice.
     Slice(Arc<Slice>),
     /// A Node.
     Node(Arc<Node>),
-    /// Nothing: it is of another kind, headless, or labelled for another proxy.
+    /// A ServiceCIDR.
+    ServiceCidr(Arc<ServiceCidr>),
+    /// Nothing: it is of another kind, headless, or a slice labelled for another proxy.
     Nothing,
 }
 
@@ -106,8 +109,12 @@ fn broken_text(error: &serde_saphyr::Error) -> ParseIssue {
 const MAX_ALIASED: usize = 100_000;
 
 /// The kinds that are read, with the API version that is known.
-const KNOWN: [(&str, &str); 3] =
-    [("Service", "v1"), ("EndpointSlice", "discovery.k8s.io/v1"), ("Node", "v1")];
+const KNOWN: [(&str, &str); 4] = [
+    ("Service", "v1"),
+    ("EndpointSlice", "discovery.k8s.io/v1"),
+    ("Node", "v1"),
+    ("ServiceCIDR", "networking.k8s.io/v1"),
+];
 
 struct Parser<'a> {
     file: &'a str,
@@ -162,22 +169,22 @@ impl Parser<'_> {
             ObjectKind::Service => {
                 let mut service: ApiService = decode(tree, &object)?;
                 defaults::fill_service(&mut service);
-                if self.selects(service.metadata.labels.as_ref()) {
-                    let (service, issues) = ingest::service(&service);
-                    (service.map(|service| Body::Service(service.into())), issues)
-                } else {
-                    (None, Vec::new())
-                }
+                let (service, issues) = ingest::any_service(&service, self.service_proxy_name);
+                (service.map(|service| Body::Service(service.into())), issues)
             }
             ObjectKind::EndpointSlice => {
                 let mut slice: ApiSlice = decode(tree, &object)?;
                 defaults::fill_slice(&mut slice);
-                if self.selects(slice.metadata.labels.as_ref()) {
+                if is_selected(slice.metadata.labels.as_ref(), self.service_proxy_name) {
                     let (slice, issues) = ingest::slice(&slice);
                     (slice.map(|slice| Body::Slice(slice.into())), issues)
                 } else {
                     (None, Vec::new())
                 }
+            }
+            ObjectKind::ServiceCidr => {
+                let (cidr, issues) = ingest::service_cidr(&decode::<ApiServiceCidr>(tree, &object)?);
+                (cidr.map(|cidr| Body::ServiceCidr(cidr.into())), issues)
             }
             _ => {
                 let (node, issues) = ingest::node(&decode::<ApiNode>(tree, &object)?);
@@ -186,10 +193,6 @@ impl Parser<'_> {
         };
         self.push(tree, object, body.unwrap_or(Body::Nothing), issues);
         Ok(())
-    }
-
-    fn selects(&self, labels: Option<&BTreeMap<String, String>>) -> bool {
-        is_selected(labels, self.service_proxy_name)
     }
 
     fn push(&mut self, tree: &Tree, object: ObjectRef, body: Body, mut issues: Vec<Issue>) {
@@ -218,13 +221,14 @@ fn object_ref(kind: &str, tree: &Tree) -> ObjectRef {
         "Service" => ObjectKind::Service,
         "EndpointSlice" => ObjectKind::EndpointSlice,
         "Node" => ObjectKind::Node,
+        "ServiceCIDR" => ObjectKind::ServiceCidr,
         other => ObjectKind::Other(other.into()),
     };
     let namespace = match kind {
         ObjectKind::Service | ObjectKind::EndpointSlice => {
             tree.text(&["metadata", "namespace"]).unwrap_or(defaults::NAMESPACE)
         }
-        ObjectKind::Node => "",
+        ObjectKind::Node | ObjectKind::ServiceCidr => "",
         // Whether an unknown kind has namespaces is not known either.
         _ => tree.text(&["metadata", "namespace"]).unwrap_or_default(),
     };

@@ -149,6 +149,7 @@ impl FileSet {
                 Body::Service(service) => ObjectRef::from(&service.key),
                 Body::Slice(slice) => ObjectRef::slice(&slice.service.namespace, &slice.name),
                 Body::Node(node) => ObjectRef::node(&node.name),
+                Body::ServiceCidr(cidr) => ObjectRef::service_cidr(&cidr.name),
                 Body::Nothing => return None,
             };
             Some(Object { object, line: 0, body, issues: Vec::new() })
@@ -270,18 +271,21 @@ impl FileSet {
 
     /// Makes the store hold what is served, and nothing else.
     pub fn apply(&self, store: &mut Store) -> Changes {
-        let (mut services, mut slices, mut nodes) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut services, mut slices, mut nodes, mut cidrs) =
+            (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         for object in self.served() {
             match &object.body {
                 Body::Service(service) => services.push(Arc::clone(service)),
                 Body::Slice(slice) => slices.push(Arc::clone(slice)),
                 Body::Node(node) => nodes.push(Arc::clone(node)),
+                Body::ServiceCidr(cidr) => cidrs.push(Arc::clone(cidr)),
                 Body::Nothing => {}
             }
         }
         let mut changes = store.replace_services(services);
         changes.merge(store.replace_slices(slices));
         changes.merge(store.replace_nodes(nodes));
+        changes.merge(store.replace_service_cidrs(cidrs));
         changes
     }
 

@@ -24,6 +24,7 @@ fn lines(text: &str) -> Vec<String> {
             Body::Service(_) => "service",
             Body::Slice(_) => "slice",
             Body::Node(_) => "node",
+            Body::ServiceCidr(_) => "cidr",
             Body::Nothing => "nothing",
         };
         lines.push(format!("{} {body}: {}", object.line, object.object));
@@ -124,6 +125,24 @@ fn an_issue_points_at_the_line_of_its_field() {
     );
 }
 
+#[test]
+fn service_cidrs_are_read() {
+    let text = "apiVersion: networking.k8s.io/v1\nkind: ServiceCIDR\nmetadata: {name: kubernetes}\n\
+                spec:\n  cidrs:\n  - 10.96.0.0/12\n  - fd00::/8\n---\n\
+                apiVersion: networking.k8s.io/v1beta1\nkind: ServiceCIDR\nmetadata: {name: old}\n";
+    assert_eq!(
+        lines(text),
+        [
+            "1 cidr: ServiceCIDR kubernetes",
+            "9 nothing: ServiceCIDR old",
+            "web.yaml:7: ServiceCIDR kubernetes: spec.cidrs[1]: \"fd00::/8\" is too large for service addresses: expected /48 \
+             or longer; calls to it go where they say",
+            "web.yaml:9: ServiceCIDR old: apiVersion: \"networking.k8s.io/v1beta1\" is not known, networking.k8s.io/v1 is; it is \
+             ignored",
+        ]
+    );
+}
+
 /// R1: no API server selects by label here, so that the file source does.
 #[test]
 fn r1_labels_select() {
@@ -133,7 +152,8 @@ fn r1_labels_select() {
         [(WEB, None, true), (WEB, Some("ours"), false), (&ours, None, false), (&ours, Some("ours"), true)]
     {
         let objects = parse("web.yaml", text, name).unwrap();
-        assert_eq!(objects[0].body != Body::Nothing, is_served, "{text} {name:?}");
+        let Body::Service(service) = &objects[0].body else { panic!("{objects:?}") };
+        assert_eq!(service.is_served(), is_served, "{text} {name:?}");
         assert_eq!(objects[0].issues, []);
     }
 }

@@ -1,0 +1,29 @@
+use k8s_openapi::api::networking::v1 as api;
+
+use super::Report;
+use crate::model::{Issue, IssueKind, ObjectRef, ServiceCidr, address};
+
+/// Ingests a ServiceCIDR as kube-proxy does (`pkg/proxy/config/config.go`): its networks count as long as it is there.
+///
+/// While it is being deleted, and while its condition `Ready` is false, an API server gives out no address of it, but Services
+/// keep those that they have. What no Service has in it is as unallocated as before.
+#[must_use]
+pub fn service_cidr(object: &api::ServiceCIDR) -> (Option<ServiceCidr>, Vec<Issue>) {
+    let name = object.metadata.name.as_deref().unwrap_or_default();
+    let mut report = Report::new(ObjectRef::service_cidr(name));
+    if !report.is_named() {
+        return (None, report.issues);
+    }
+    let listed = object.spec.as_ref().and_then(|spec| spec.cidrs.as_deref()).unwrap_or_default();
+    let mut cidrs = Vec::new();
+    for (index, text) in listed.iter().enumerate() {
+        match address::parse_service_cidr(text) {
+            Ok(network) => cidrs.push(network),
+            Err(problem) => {
+                let field = format!("spec.cidrs[{index}]");
+                report.add(IssueKind::InvalidServiceCidr { field, value: text.clone(), problem });
+            }
+        }
+    }
+    (Some(ServiceCidr { name: name.into(), cidrs }), report.issues)
+}

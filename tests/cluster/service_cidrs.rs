@@ -1,0 +1,282 @@
+//! Where cluster IPs come from: ServiceCIDRs, of servers that have them, do not, or refuse them; and who else has cluster IPs.
+
+use std::{
+    net::IpAddr,
+    thread,
+    time::{Duration, Instant},
+};
+
+use k8s_openapi::api::core::v1::Service;
+use lb_tests::{
+    Feature, Sandbox,
+    agent::Agent,
+    apiserver::{ApiServer, Kind},
+    client::call,
+    cluster::{self, NAMESPACE, service_cidr},
+    controlplane::servers,
+    require,
+};
+use lb_userspace::{
+    kernel::Features,
+    model::{Protocol::Tcp, ingest},
+    source::Source as _,
+};
+use nix::errno::Errno;
+
+use crate::follower::{Follower, PATIENCE, cluster, open, runtime, service_address};
+
+fn networks(follower: &Follower) -> Vec<String> {
+    follower.image.service_cidrs.iter().map(ToString::to_string).collect()
+}
+
+/// Steps until the networks in force are these.
+fn until_networks(follower: &mut Follower, wanted: &[&str]) {
+    follower.until(&format!("{wanted:?} are in force"), |follower| networks(follower) == wanted);
+}
+
+/// A Service with an address of its own and this label of a proxy.
+fn labelled(name: &str, ip: IpAddr, proxy: Option<&str>) -> Service {
+    let mut service = cluster::service(name, &[ip], &[cluster::port("", Tcp, 80)]);
+    let label = |proxy: &str| (ingest::SERVICE_PROXY_NAME.to_owned(), proxy.to_owned());
+    service.metadata.labels = proxy.map(|proxy| [label(proxy)].into());
+    service
+}
+
+#[test]
+fn service_cidrs_are_in_force_while_they_are_there() {
+    for server in servers() {
+        let server = &*server;
+        let mut follower = Follower::start(server);
+        follower.until_like(server);
+        let before = networks(&follower);
+        let with = |more: &[&str]| -> Vec<String> {
+            before.iter().cloned().chain(more.iter().map(|&network| network.to_owned())).collect()
+        };
+        server.apply(service_cidr("more", &["10.200.0.0/24"]).into());
+        follower.until("it is in force", |follower| networks(follower) == with(&["10.200.0.0/24"]));
+        server.apply(service_cidr("most", &["10.201.0.0/24"]).into());
+        follower
+            .until("both are", |follower| networks(follower) == with(&["10.200.0.0/24", "10.201.0.0/24"]));
+        server.delete(Kind::ServiceCidr, "", "more");
+        follower.until("one is gone", |follower| networks(follower) == with(&["10.201.0.0/24"]));
+        server.delete(Kind::ServiceCidr, "", "most");
+        follower.until("both are", |follower| networks(follower) == before);
+        follower.until_like(server);
+    }
+}
+
+/// Nothing is judged before everything is listed: an address whose Service is not known yet would be unreachable.
+#[test]
+fn no_network_is_in_force_before_all_services_are_known() {
+    let server = ApiServer::start();
+    server.set(&cluster(3).with([service_cidr("kubernetes", &["10.96.0.0/12"])]));
+    server.set_faults(|faults| faults.delay = Duration::from_millis(300));
+    let mut follower = Follower::start(&server);
+    let mut n_looks = 0;
+    while networks(&follower).is_empty() {
+        follower.step();
+        assert!(networks(&follower).is_empty() || follower.image.cluster_ips.len() == 3);
+        n_looks += 1;
+        assert!(n_looks < 5000, "no network");
+    }
+    follower.until_like(&server);
+}
+
+/// Kubernetes before 1.33, and after an upgrade.
+#[test]
+fn a_server_without_service_cidrs_is_served_as_ever() {
+    let mut server = ApiServer::start();
+    server.set(&cluster(3).with([service_cidr("kubernetes", &["10.96.0.0/12"])]));
+    let knows = |server: &ApiServer, knows: bool| {
+        server.set_faults(|faults| faults.unknown = (!knows).then_some(Kind::ServiceCidr));
+    };
+    knows(&server, false);
+    let mut follower = Follower::start(&server);
+    let is_served = |follower: &Follower| follower.source.is_complete() && follower.n_frontends() == 3;
+    follower.until("the services are served", is_served);
+    assert_eq!((networks(&follower).len(), follower.source.issues().len()), (0, 0));
+    let contact = |follower: &Follower| follower.source.contact().unwrap().clone();
+    assert_eq!(contact(&follower).outage(), None);
+    let kinds: Vec<_> = contact(&follower).ages(Instant::now()).into_iter().map(|(kind, _)| kind).collect();
+    assert!(!kinds.contains(&"servicecidrs"), "no answer grows old: {kinds:?}");
+
+    // Another version of the server, without an outage and after one.
+    knows(&server, true);
+    until_networks(&mut follower, &["10.96.0.0/12"]);
+    knows(&server, false);
+    server.cut_watches();
+    until_networks(&mut follower, &[]);
+    server.stop();
+    follower.until("the outage shows", |follower| contact(follower).outage().is_some());
+    server.resume().unwrap();
+    follower.until("its end shows", |follower| contact(follower).outage().is_none());
+    assert_eq!(networks(&follower).len(), 0);
+    knows(&server, true);
+    until_networks(&mut follower, &["10.96.0.0/12"]);
+    follower.until_like(&server);
+}
+
+/// A server that does not have them is asked rarely.
+#[test]
+fn what_a_server_does_not_have_is_asked_for_rarely() {
+    let server = ApiServer::start();
+    server.set(&cluster(1));
+    server.set_faults(|faults| faults.unknown = Some(Kind::ServiceCidr));
+    let mut follower = Follower::start(&server);
+    follower.until("the service is served", |follower| follower.n_frontends() == 1);
+    let before = server.requests().unknown;
+    let started = Instant::now();
+    while started.elapsed() < Duration::from_secs(1) {
+        follower.step();
+    }
+    // Each 200 ms at most.
+    let n_asked = server.requests().unknown - before;
+    assert!((2..=6).contains(&n_asked), "{n_asked}");
+}
+
+/// With the ClusterRole of an older version.
+#[test]
+fn a_missing_rule_is_an_issue_and_everything_is_served() {
+    let server = ApiServer::start();
+    server.set(&cluster(3).with([service_cidr("kubernetes", &["10.96.0.0/12"])]));
+    let forbid = |kind: Option<Kind>| {
+        server.set_faults(|faults| faults.forbidden = kind);
+        server.cut_watches();
+    };
+    forbid(Some(Kind::ServiceCidr));
+    let mut follower = Follower::start(&server);
+    follower.until("the issue is known", |follower| {
+        follower.source.is_complete() && follower.source.issues().len() == 1
+    });
+    let issue = follower.source.issues().remove(0).to_string();
+    assert!(
+        issue.starts_with("Node node: the networks that cluster IPs come from are not known")
+            && issue.contains("403 Forbidden: servicecidrs is forbidden")
+            && issue.contains("manifests/base/clusterrole.yaml"),
+        "{issue}"
+    );
+    follower.until("the services are served", |follower| follower.n_frontends() == 3);
+    assert_eq!(follower.source.contact().unwrap().outage(), None);
+    assert_eq!(networks(&follower).len(), 0);
+    server.delete(Kind::Service, NAMESPACE, "web-0");
+    follower.until("changes are followed", |follower| follower.n_frontends() == 2);
+
+    forbid(None);
+    until_networks(&mut follower, &["10.96.0.0/12"]);
+    assert_eq!(follower.source.issues(), []);
+    // What is known stays when the rule goes.
+    forbid(Some(Kind::ServiceCidr));
+    follower.until("the issue is back", |follower| follower.source.issues().len() == 1);
+    assert_eq!(networks(&follower), ["10.96.0.0/12"]);
+    forbid(None);
+    follower.until("it is over", |follower| follower.source.issues().is_empty());
+    follower.until_like(&server);
+}
+
+/// Any other error of theirs alone keeps nothing from being served.
+#[test]
+fn an_object_that_cannot_be_read_is_an_issue() {
+    let server = ApiServer::start();
+    server.set(&cluster(1).with([service_cidr("wrong", &["10.96.0.0/12", "0.0.0.0/0"])]));
+    let mut follower = Follower::start(&server);
+    until_networks(&mut follower, &["10.96.0.0/12"]);
+    let issue = follower.source.issues().remove(0).to_string();
+    assert!(issue.starts_with("ServiceCIDR wrong: spec.cidrs[1]: \"0.0.0.0/0\" is too large"), "{issue}");
+    server.delete(Kind::ServiceCidr, "", "wrong");
+    until_networks(&mut follower, &[]);
+    assert_eq!(follower.source.issues(), []);
+}
+
+/// With `--service-cidr=none` nothing is read for it.
+#[test]
+fn without_networks_nothing_more_is_read() {
+    let server = ApiServer::start();
+    let ip = service_address(9).ip();
+    server.set(&cluster(1).with([service_cidr("kubernetes", &["10.96.0.0/12"])]));
+    server.apply(labelled("theirs", ip, Some("other")));
+    server.set_faults(|faults| faults.forbidden = Some(Kind::ServiceCidr));
+    let mut follower = Follower::without_service_cidrs(&server);
+    follower.until("the service is served", |follower| follower.n_frontends() == 1);
+    assert_eq!((follower.source.issues(), networks(&follower).len()), (vec![], 0));
+    assert_eq!(follower.state.store().services().len(), 1, "those of others are not asked for");
+}
+
+/// A label that comes and goes is one event, so that the address is never one that no Service has.
+#[test]
+fn addresses_of_other_proxies_are_known_and_their_slices_are_not_read() {
+    let server = ApiServer::start();
+    let ip = service_address(9).ip();
+    let mut objects = cluster(1).with([service_cidr("kubernetes", &["10.96.0.0/12"])]);
+    objects.set(labelled("theirs", ip, Some("other")));
+    let endpoint = "10.1.0.9:8080".parse().unwrap();
+    for mut slice in cluster::slices(&cluster::PortOf::tcp("theirs"), &[endpoint]) {
+        let labels = slice.metadata.labels.get_or_insert_default();
+        labels.insert(ingest::SERVICE_PROXY_NAME.to_owned(), "other".to_owned());
+        objects.set(slice);
+    }
+    server.set(&objects);
+    let mut follower = Follower::start(&server);
+    until_networks(&mut follower, &["10.96.0.0/12"]);
+    assert_eq!(follower.image.cluster_ips.get(&ip), Some(&false));
+    assert!(follower.state.store().slices().all(|slice| &*slice.service.name != "theirs"));
+    for (proxy, flag) in [(None, true), (Some("other"), false), (Some("third"), false), (None, true)] {
+        server.apply(labelled("theirs", ip, proxy));
+        follower.until(&format!("{proxy:?} is followed"), |follower| {
+            let found = follower.image.cluster_ips.get(&ip).copied();
+            assert!(found.is_some(), "an address that no Service has");
+            found == Some(flag) && !follower.state.wants_sync()
+        });
+    }
+    server.delete(Kind::Service, NAMESPACE, "theirs");
+    follower.until("it is gone", |follower| !follower.image.cluster_ips.contains_key(&ip));
+    follower.until_like(&server);
+}
+
+/// On the kernel: what fails at once follows the objects, and what another proxy serves does not fail.
+#[test]
+fn calls_follow_service_cidrs() {
+    if !require(Feature::Programs) {
+        return;
+    }
+    Sandbox::run(|sandbox| {
+        let server = ApiServer::start();
+        let [ours, theirs, none] = [0, 1, 2].map(service_address);
+        server.apply(labelled("ours", ours.ip(), None));
+        server.apply(labelled("theirs", theirs.ip(), Some("other")));
+        let runtime = runtime();
+        let mut source = open(&runtime, &server);
+        let mut agent = Agent::start(sandbox);
+        let mut until = |wanted: [Errno; 3]| {
+            let started = Instant::now();
+            loop {
+                let moment = Duration::from_millis(5);
+                let changed =
+                    runtime.block_on(async { tokio::time::timeout(moment, source.changed()).await });
+                if changed.is_ok() {
+                    agent.state.change(|store| source.apply(store));
+                }
+                if source.is_complete() && agent.state.wants_sync() {
+                    agent.sync();
+                    agent.settle();
+                }
+                if [ours, theirs, none].map(|to| call(to, Tcp)) == wanted.map(Err) {
+                    return;
+                }
+                assert!(started.elapsed() < PATIENCE, "never {wanted:?}");
+                thread::sleep(Duration::from_millis(5));
+            }
+        };
+        // There is no route: a call that is left alone fails otherwise.
+        let (refused, untouched) = (Errno::ECONNREFUSED, Errno::ENETUNREACH);
+        let unreachable = if Features::probe().set_retval { Errno::EHOSTUNREACH } else { untouched };
+        until([refused, untouched, untouched]);
+        server.apply(service_cidr("kubernetes", &["10.96.0.0/12"]));
+        until([refused, untouched, unreachable]);
+        server.apply(labelled("theirs", theirs.ip(), None));
+        until([refused, refused, unreachable]);
+        server.apply(labelled("theirs", theirs.ip(), Some("other")));
+        until([refused, untouched, unreachable]);
+        server.delete(Kind::ServiceCidr, "", "kubernetes");
+        until([refused, untouched, untouched]);
+    });
+}
