@@ -5,7 +5,8 @@
 use std::{
     fmt, fs,
     net::{IpAddr, Ipv4Addr, SocketAddr},
-    path::Path,
+    ops::RangeInclusive,
+    path::{Path, PathBuf},
     time::Duration,
 };
 
@@ -31,27 +32,73 @@ pub const METRICS: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST),
 /// Default of `--healthz-bind-address`: kube-proxy's.
 pub const HEALTHZ: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), 10256);
 
+/// Sizes that a map may have, entries.
+const ENTRIES: RangeInclusive<u32> = 1..=1 << 24;
+
 /// A flag, variable or file that cannot be used as given.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub struct UsageError(pub String);
 
-/// Parses a settings file: YAML with the flags' names without dashes in front, such as `max-services: 1000`.
-///
-/// # Errors
-///
-/// [`UsageError`] that names file, line and key.
-pub fn read<T: DeserializeOwned>(path: &Path) -> Result<T, UsageError> {
-    let text = fs::read_to_string(path)
-        .map_err(|error| UsageError(format!("--config {}: {error}", path.display())))?;
-    parse(&text).map_err(|problem| UsageError(format!("--config {}: {problem}", path.display())))
+/// A settings file: YAML with the flags' names without dashes in front, such as `max-services: 1000`. By default one that sets
+/// nothing.
+#[derive(Debug, Default)]
+pub struct SettingsFile {
+    path: PathBuf,
+    text: String,
+}
+
+impl SettingsFile {
+    /// Reads a file and its values, as far as the type knows them.
+    ///
+    /// # Errors
+    ///
+    /// [`UsageError`] that names file, line and key.
+    pub fn read<T: DeserializeOwned>(path: &Path) -> Result<(Self, T), UsageError> {
+        let wrong =
+            |problem: &dyn fmt::Display| UsageError(format!("--config {}: {problem}", path.display()));
+        let text = fs::read_to_string(path).map_err(|error| wrong(&error))?;
+        let values = parse(&text).map_err(|problem| wrong(&problem))?;
+        Ok((Self { path: path.to_owned(), text }, values))
+    }
+
+    /// Parses the value of a key as its flag is parsed.
+    ///
+    /// # Errors
+    ///
+    /// [`UsageError`] that names file, line, key, value and what is expected.
+    pub fn value<T>(
+        &self,
+        key: &str,
+        value: Option<String>,
+        parse: impl Fn(&str) -> Result<T, String>,
+    ) -> Result<Option<T>, UsageError> {
+        let wrong = |value, hint| UsageError(format!("{}: {value:?}: {hint}", self.place(key)));
+        value.map(|value| parse(&value).map_err(|hint| wrong(value, hint))).transpose()
+    }
+
+    /// Where a key is set: file, line and key.
+    #[must_use]
+    pub fn place(&self, key: &str) -> String {
+        let is_key = |line: &str| {
+            let rest = line.trim_start_matches(['"', '\'']).strip_prefix(key);
+            rest.is_some_and(|rest| rest.trim_start_matches(['"', '\'']).trim_start().starts_with(':'))
+        };
+        let line =
+            self.text.lines().position(is_key).map_or_else(String::new, |n| format!("line {}: ", n + 1));
+        format!("--config {}: {line}{key}", self.path.display())
+    }
 }
 
 fn parse<T: DeserializeOwned>(text: &str) -> Result<T, String> {
     serde_saphyr::from_str(text).map_err(|error| {
         // The library shows an excerpt below the first line; one line is what this tool promises.
         let message = error.to_string();
-        let message = message.lines().next().unwrap_or_default();
+        let message = message.lines().next().unwrap_or_default().trim_start_matches("error: ");
+        // The parser's words for what is no list, and what is none but should be.
+        let message = &message
+            .replace("expected sequence start", "expected a list")
+            .replace("expected string scalar", "expected a single value");
         // It names the line only. The key is found by reading the same again without lines.
         let tree = serde_saphyr::from_str::<serde_json::Value>(text).ok();
         let key = tree.and_then(|tree| serde_path_to_error::deserialize::<_, T>(tree).err());
@@ -60,6 +107,29 @@ fn parse<T: DeserializeOwned>(text: &str) -> Result<T, String> {
             _ => message.to_owned(),
         }
     })
+}
+
+/// Parses the number of entries of a map.
+///
+/// # Errors
+///
+/// A sentence about what is expected.
+pub fn entries(text: &str) -> Result<u32, String> {
+    let number = text.replace('_', "").parse().ok().filter(|number| ENTRIES.contains(number));
+    number.ok_or_else(|| format!("expected a number from {} to {}", ENTRIES.start(), ENTRIES.end()))
+}
+
+/// Parses what YAML 1.1 has for true and false.
+///
+/// # Errors
+///
+/// A sentence about what is expected.
+pub fn boolean(text: &str) -> Result<bool, String> {
+    match &*text.trim().to_ascii_lowercase() {
+        "true" | "yes" | "on" | "y" => Ok(true),
+        "false" | "no" | "off" | "n" => Ok(false),
+        _ => Err("expected true or false".to_owned()),
+    }
 }
 
 /// Parses `FIRST-LAST`.
@@ -236,25 +306,57 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_in_a_file_is_named_by_key_and_line() {
-        #[derive(Debug, serde::Deserialize)]
-        #[serde(rename_all = "kebab-case", deny_unknown_fields)]
-        #[expect(dead_code, reason = "never read into")]
+    fn what_is_wrong_in_a_file_is_named_by_file_line_and_key() {
+        #[derive(Debug, Default, serde::Deserialize)]
+        #[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
         struct File {
-            max_services: Option<u32>,
-            exclude_cgroup: Vec<String>,
+            max_services: Option<String>,
+            exclude_pods: Option<String>,
+            exclude_cgroup: Vec<PathBuf>,
         }
-        for (text, parts) in [
-            ("exclude-cgroup: []\nmax-services: many\n", &["max-services: ", "line 2"][..]),
-            ("exclude-cgroup: []\nmax-services: -1\n", &["max-services: ", "line 2"]),
-            ("max-services: 1\nexclude-cgroup: 5\n", &["exclude-cgroup: ", "line 2"]),
-            ("max-servces: 1\n", &["max-servces", "line 1"]),
-            ("max-services: [\n", &["line "]),
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("socklb.yaml");
+        let read = |text: &str| {
+            fs::write(&path, text).unwrap();
+            let (file, values) = SettingsFile::read::<File>(&path)?;
+            let exclude_pods = file.value("exclude-pods", values.exclude_pods, boolean)?;
+            Ok((
+                file.value("max-services", values.max_services, entries)?,
+                exclude_pods,
+                values.exclude_cgroup,
+            ))
+        };
+        for (text, expected) in [
+            (
+                "exclude-cgroup: []\nmax-services: many\n",
+                "line 2: max-services: \"many\": expected a number from 1 to 16777216",
+            ),
+            (
+                "# max-services: 1\n\n'max-services' : -1\n",
+                "line 3: max-services: \"-1\": expected a number from 1 to",
+            ),
+            ("max-services: 16777217\n", "line 1: max-services: \"16777217\": expected"),
+            ("{exclude-pods: maybe}\n", "exclude-pods: \"maybe\": expected true or false"),
+            ("max-services: 1\nexclude-cgroup: 5\n", "exclude-cgroup: line 2 column 17: expected a list"),
+            (
+                "max-services: 1\nmax-servces: 1\n",
+                "line 2 column 1: unknown field `max-servces`, expected one of",
+            ),
+            ("max-services: [\n", "line "),
         ] {
-            let problem = parse::<File>(text).unwrap_err();
-            assert!(parts.iter().all(|part| problem.contains(part)), "{text:?}: {problem}");
+            let UsageError(problem) = read(text).unwrap_err();
+            let place = format!("--config {}: ", path.display());
+            assert!(
+                problem.strip_prefix(&place).is_some_and(|rest| rest.starts_with(expected)),
+                "{text:?}: {problem}"
+            );
             assert_eq!(problem.lines().count(), 1, "{problem}");
         }
+        let values = read("max-services: 1_000\nexclude-pods: yes\nexclude-cgroup: [/a]\n").unwrap();
+        assert_eq!(values, (Some(1000), Some(true), vec!["/a".into()]));
+        assert_eq!(read("max-services:\n").unwrap(), (None, None, Vec::new()));
+        let UsageError(problem) = SettingsFile::read::<File>(&directory.path().join("none")).unwrap_err();
+        assert!(problem.contains("/none: No such file"), "{problem}");
     }
 
     #[test]

@@ -13,7 +13,7 @@ use std::{
     time::Duration,
 };
 
-use clap::Args;
+use clap::{Args, ValueEnum as _};
 use serde::Deserialize;
 use tokio::{
     runtime,
@@ -22,7 +22,7 @@ use tokio::{
 };
 use tracing::info;
 
-use super::config::{self, Listen, NodePortList, ServiceCidrs, UsageError};
+use super::config::{self, Listen, NodePortList, ServiceCidrs, SettingsFile, UsageError};
 use crate::{
     cluster::{self, Access, KubeSource, Timing},
     controller::run as agent,
@@ -94,8 +94,8 @@ pub struct RunArgs {
     /// Least time between two syncs; the first change after a pause is done at once [default: 0]
     #[arg(long, env = "SOCKLB_MIN_SYNC_INTERVAL", value_name = "DURATION", value_parser = config::duration)]
     min_sync_interval: Option<Duration>,
-    /// Time between two comparisons of the kernel's maps with what they should hold, which repair what somebody else
-    /// did to them; 0 for none [default: 60s]
+    /// Time between two audits, which compare the kernel's maps and pins with what they should be and repair what another program
+    /// has changed; 0 for none [default: 60s]
     #[arg(long, env = "SOCKLB_AUDIT_INTERVAL", value_name = "DURATION", value_parser = config::duration)]
     audit_interval: Option<Duration>,
     /// Time between two self-tests: a process of the agent's calls a Service of the agent's, and the node is ready only if
@@ -145,8 +145,8 @@ struct FileConfig {
     external_ips: Option<String>,
     service_cidr: Option<String>,
     node_port_range: Option<String>,
-    localhost_nodeports: Option<bool>,
-    node_ports_of_other_nodes: Option<bool>,
+    localhost_nodeports: Option<String>,
+    node_ports_of_other_nodes: Option<String>,
     service_proxy_name: Option<String>,
     min_sync_interval: Option<String>,
     audit_interval: Option<String>,
@@ -154,20 +154,10 @@ struct FileConfig {
     metrics_bind_address: Option<String>,
     healthz_bind_address: Option<String>,
     exclude_cgroup: Vec<PathBuf>,
-    exclude_pods: Option<bool>,
-    max_services: Option<u32>,
-    max_endpoints: Option<u32>,
-    log_format: Option<LogFormat>,
-}
-
-/// Parses a value of the settings file as its flag is parsed.
-fn from_file<T>(
-    key: &str,
-    text: Option<String>,
-    parse: fn(&str) -> Result<T, String>,
-) -> Result<Option<T>, UsageError> {
-    text.map(|text| parse(&text).map_err(|hint| UsageError(format!("--config: {key}: {text:?}: {hint}"))))
-        .transpose()
+    exclude_pods: Option<String>,
+    max_services: Option<String>,
+    max_endpoints: Option<String>,
+    log_format: Option<String>,
 }
 
 /// Runs the agent until SIGTERM or SIGINT.
@@ -176,30 +166,51 @@ fn from_file<T>(
 ///
 /// [`UsageError`] for settings that cannot be used; else what kept the agent from starting.
 pub fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
-    let file: FileConfig = args.config.as_deref().map(config::read).transpose()?.unwrap_or_default();
-    telemetry::start_log(args.log_format.or(file.log_format).unwrap_or_default(), args.verbose);
+    let (settings_file, file): (SettingsFile, FileConfig) =
+        args.config.as_deref().map(SettingsFile::read).transpose()?.unwrap_or_default();
+    let log_format = settings_file.value("log-format", file.log_format, |text| {
+        LogFormat::from_str(text, true).map_err(|_unknown| "expected text or json".to_owned())
+    })?;
+    telemetry::start_log(args.log_format.or(log_format).unwrap_or_default(), args.verbose);
 
+    let apiserver = settings_file.value("apiserver", file.apiserver, cluster::apiserver)?;
     let access = Access {
         kubeconfig: args.kubeconfig.clone().or(file.kubeconfig),
-        apiserver: args.apiserver.clone().or(file.apiserver),
+        apiserver: args.apiserver.clone().or(apiserver),
     };
-    let origin = origin(args.source.as_deref().or(file.source.as_deref()), access)?;
+    let kind = match &args.source {
+        Some(text) => {
+            Some(source_kind(text).map_err(|hint| UsageError(format!("--source {text:?}: {hint}")))?)
+        }
+        None => settings_file.value("source", file.source, source_kind)?,
+    };
+    let origin = origin(kind, access)?;
     let node_ports = args
         .node_port_range
-        .or(from_file("node-port-range", file.node_port_range, config::node_port_range)?)
+        .or(settings_file.value("node-port-range", file.node_port_range, config::node_port_range)?)
         .unwrap_or(lb_common::limits::NODE_PORTS);
-    let addresses = from_file("nodeport-addresses", file.nodeport_addresses, config::node_port_addresses)?;
+    let addresses =
+        settings_file.value("nodeport-addresses", file.nodeport_addresses, config::node_port_addresses)?;
     let node_port_list = args.nodeport_addresses.clone().or(addresses).unwrap_or_default();
-    let localhost_nodeports = args.localhost_nodeports.or(file.localhost_nodeports);
+    let boolean = |flag: Option<bool>, key: &str, text: Option<String>| {
+        let set = settings_file.value(key, text, config::boolean)?;
+        Ok::<_, UsageError>(flag.or(set))
+    };
+    let localhost_nodeports =
+        boolean(args.localhost_nodeports, "localhost-nodeports", file.localhost_nodeports)?;
     if node_port_list.localhost && localhost_nodeports == Some(false) {
-        return Err(UsageError(
-            "--nodeport-addresses names localhost, which --localhost-nodeports=false excludes: drop one of them"
-                .to_owned(),
-        )
+        let place = |is_flag: bool, key: &str| {
+            if is_flag { format!("--{key}") } else { settings_file.place(key) }
+        };
+        return Err(UsageError(format!(
+            "{} names localhost, which {} excludes with false: drop one of them",
+            place(args.nodeport_addresses.is_some(), "nodeport-addresses"),
+            place(args.localhost_nodeports.is_some(), "localhost-nodeports"),
+        ))
         .into());
     }
-    let external_ips = from_file("external-ips", file.external_ips, config::external_ips)?;
-    let service_cidrs = from_file("service-cidr", file.service_cidr, config::service_cidrs)?;
+    let external_ips = settings_file.value("external-ips", file.external_ips, config::external_ips)?;
+    let service_cidrs = settings_file.value("service-cidr", file.service_cidr, config::service_cidrs)?;
     let settings = Settings {
         node_name: node_name(args.node_name.clone().or(file.node_name))?,
         node_ports: node_ports.0..=node_ports.1,
@@ -208,23 +219,17 @@ pub fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
         service_cidrs: args.service_cidr.clone().or(service_cidrs).unwrap_or_default().0,
     };
     let defaults = Capacity::default();
-    let in_map = |key: &str, value: Option<u32>| match value {
-        Some(value) if !(1..=1 << 24).contains(&value) => {
-            Err(UsageError(format!("--config: {key}: {value}: expected 1 to {}", 1 << 24)))
-        }
-        value => Ok(value),
-    };
     let listen = |flag: Option<Listen>, key: &str, text: Option<String>, default: SocketAddr| {
         let Listen(address) = match flag {
             Some(listen) => listen,
-            None => from_file(key, text, config::bind_address)?.unwrap_or(Listen(Some(default))),
+            None => settings_file.value(key, text, config::bind_address)?.unwrap_or(Listen(Some(default))),
         };
         Ok::<_, UsageError>(address)
     };
     let (metrics, healthz) = (file.metrics_bind_address, file.healthz_bind_address);
     let metrics = listen(args.metrics_bind_address, "metrics-bind-address", metrics, config::METRICS)?;
     let healthz = listen(args.healthz_bind_address, "healthz-bind-address", healthz, config::HEALTHZ)?;
-    let exclude_pods = args.exclude_pods.or(file.exclude_pods).unwrap_or(false);
+    let exclude_pods = boolean(args.exclude_pods, "exclude-pods", file.exclude_pods)?.unwrap_or(false);
     let exclude_cgroups =
         if args.exclude_cgroup.is_empty() { file.exclude_cgroup } else { args.exclude_cgroup.clone() };
     let mut options = agent::Options {
@@ -237,11 +242,11 @@ pub fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
             capacity: Capacity {
                 services: args
                     .max_services
-                    .or(in_map("max-services", file.max_services)?)
+                    .or(settings_file.value("max-services", file.max_services, config::entries)?)
                     .unwrap_or(defaults.services),
                 endpoints: args
                     .max_endpoints
-                    .or(in_map("max-endpoints", file.max_endpoints)?)
+                    .or(settings_file.value("max-endpoints", file.max_endpoints, config::entries)?)
                     .unwrap_or(defaults.endpoints),
             },
             node_ports,
@@ -254,22 +259,24 @@ pub fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
         state_dir: args.state_dir.clone().or(file.state_dir).unwrap_or_else(|| config::STATE_DIR.into()),
         min_sync_interval: args
             .min_sync_interval
-            .or(from_file("min-sync-interval", file.min_sync_interval, config::duration)?)
+            .or(settings_file.value("min-sync-interval", file.min_sync_interval, config::duration)?)
             .unwrap_or_default(),
         audit_interval: args
             .audit_interval
-            .or(from_file("audit-interval", file.audit_interval, config::duration)?)
+            .or(settings_file.value("audit-interval", file.audit_interval, config::duration)?)
             .unwrap_or(config::AUDIT_INTERVAL),
         self_test_interval: args
             .self_test_interval
-            .or(from_file("self-test-interval", file.self_test_interval, config::duration)?)
+            .or(settings_file.value("self-test-interval", file.self_test_interval, config::duration)?)
             .unwrap_or(config::SELF_TEST_INTERVAL),
         exclude_cgroups,
         exclude_pods,
         http: serve::Options { metrics, healthz, config: serde_json::Value::Null },
     };
     let service_proxy_name = args.service_proxy_name.clone().or(file.service_proxy_name);
-    let other_nodes = args.node_ports_of_other_nodes.or(file.node_ports_of_other_nodes).unwrap_or(false);
+    let other_nodes =
+        boolean(args.node_ports_of_other_nodes, "node-ports-of-other-nodes", file.node_ports_of_other_nodes)?
+            .unwrap_or(false);
     options.http.config =
         in_force(&origin, &options, &settings, &node_port_list, service_proxy_name.as_deref());
     options.http.config["socklb"]["node-ports-of-other-nodes"] = other_nodes.into();
@@ -368,21 +375,33 @@ enum Origin {
     Kube(Access),
 }
 
-/// Reads `--source`.
-fn origin(source: Option<&str>, access: Access) -> Result<Origin, UsageError> {
-    let usage = |message: String| Err(UsageError(message));
-    match source {
-        Some("kube") => Ok(Origin::Kube(access)),
-        Some(other) => match other.strip_prefix("file:").filter(|path| !path.is_empty()) {
-            Some(path) => Ok(Origin::Files(path.into())),
-            None => usage(format!("--source {other}: expected kube or file:PATH")),
-        },
+/// What `--source` names.
+#[derive(Debug, PartialEq, Eq)]
+enum SourceKind {
+    Kube,
+    Files(PathBuf),
+}
+
+/// Parses `--source`.
+fn source_kind(text: &str) -> Result<SourceKind, String> {
+    match (text, text.strip_prefix("file:")) {
+        ("kube", _) => Ok(SourceKind::Kube),
+        (_, Some(path)) if !path.is_empty() => Ok(SourceKind::Files(path.into())),
+        _ => Err("expected kube or file:PATH".to_owned()),
+    }
+}
+
+/// Where objects come from: without a setting, from the API server whose credentials are found.
+fn origin(kind: Option<SourceKind>, access: Access) -> Result<Origin, UsageError> {
+    match kind {
+        Some(SourceKind::Files(path)) => Ok(Origin::Files(path)),
+        Some(SourceKind::Kube) => Ok(Origin::Kube(access)),
         None if access.is_found() => Ok(Origin::Kube(access)),
-        None => usage(
-            "--source is missing, and no kubeconfig or pod's credentials are found: name a manifest file or folder \
+        None => Err(UsageError(
+            "--source is missing, and neither a kubeconfig nor a pod's credentials are found: name a manifest file or folder \
              with --source file:PATH, or a kubeconfig with --kubeconfig"
                 .to_owned(),
-        ),
+        )),
     }
 }
 
@@ -420,13 +439,14 @@ mod tests {
     #[test]
     fn sources() {
         let access = || Access { kubeconfig: Some("config".into()), apiserver: None };
-        let read = |source: Option<&str>| origin(source, access());
-        assert!(matches!(read(Some("kube")), Ok(Origin::Kube(_))));
-        assert!(matches!(read(None), Ok(Origin::Kube(_))), "a kubeconfig is given");
-        assert!(matches!(read(Some("file:a/b")), Ok(Origin::Files(path)) if path.ends_with("a/b")));
+        assert_eq!(source_kind("kube"), Ok(SourceKind::Kube));
+        assert_eq!(source_kind("file:a/b"), Ok(SourceKind::Files("a/b".into())));
         for wrong in ["", "file:", "a/b", "kubernetes"] {
-            assert!(read(Some(wrong)).is_err(), "{wrong}");
+            assert!(source_kind(wrong).is_err(), "{wrong}");
         }
+        assert!(matches!(origin(None, access()), Ok(Origin::Kube(_))), "a kubeconfig is given");
+        let files = origin(Some(SourceKind::Files("a".into())), access());
+        assert!(matches!(files, Ok(Origin::Files(_))), "it is not asked for");
     }
 
     /// Every settings file that is installed somewhere is one that the agent reads.
@@ -434,7 +454,8 @@ mod tests {
     fn the_settings_files_of_the_manifests_are_read() {
         let manifests = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../manifests");
         for name in ["base", "overlays/kube-proxy-free", "overlays/beside-kube-proxy", "systemd"] {
-            let file: FileConfig = config::read(&manifests.join(name).join("socklb.yaml")).unwrap();
+            let (_, file): (_, FileConfig) =
+                SettingsFile::read(&manifests.join(name).join("socklb.yaml")).unwrap();
             let source = if name == "systemd" { "file:/etc/socklb/manifests" } else { "kube" };
             assert_eq!(file.source.as_deref(), Some(source), "{name}");
             for address in [file.metrics_bind_address, file.healthz_bind_address] {

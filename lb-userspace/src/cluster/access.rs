@@ -54,7 +54,7 @@ pub enum Error {
     )]
     Nothing,
     /// `--apiserver` is no address.
-    #[error("--apiserver {given}: expected a URL such as https://10.0.0.1:6443")]
+    #[error("--apiserver {given:?}: {URL_HINT}")]
     Apiserver {
         /// As given.
         given: String,
@@ -148,6 +148,18 @@ pub(super) fn cause(error: &(dyn std::error::Error + 'static)) -> String {
     root.to_string()
 }
 
+/// What `--apiserver` should be.
+const URL_HINT: &str = "expected a URL such as https://10.0.0.1:6443";
+
+/// Checks the address of an API server: a URL, or host and port.
+///
+/// # Errors
+///
+/// A sentence about what is expected.
+pub fn apiserver(given: &str) -> Result<String, String> {
+    url(given).map(|_url| given.to_owned()).map_err(|_no_url| URL_HINT.to_owned())
+}
+
 /// Reads `--apiserver`: a URL, or host and port.
 fn url(given: &str) -> Result<http::Uri, Error> {
     let text = if given.contains("://") { given.to_owned() } else { format!("https://{given}") };
@@ -194,6 +206,7 @@ mod tests {
         }
         for wrong in ["", "ftp://10.0.0.1", "https://", "10.0.0.1:99999", "a b"] {
             assert!(matches!(url(wrong), Err(Error::Apiserver { .. })), "{wrong}");
+            assert_eq!(apiserver(wrong), Err(URL_HINT.to_owned()));
         }
     }
 

@@ -30,7 +30,7 @@ mod kinds;
 mod live;
 
 pub use self::{
-    access::{Access, Error},
+    access::{Access, Error, apiserver},
     follow::Timing,
     live::{KubeSource, Wanted},
 };

@@ -3,7 +3,7 @@
 //! # Purpose
 //!
 //! Log lines; [`metrics`], which the agent keeps, and [`scrape`], which writes them down with what is read at that
-//! moment; [`health`], which judges the agent's signs of life, with [`away`], what is served while the source is.
+//! moment; [`health`], which judges the agent's heartbeat, with [`away`], what is served while the source is.
 //!
 //! # Depends on
 //!
@@ -21,8 +21,7 @@ use tracing_subscriber::{EnvFilter, fmt, layer::SubscriberExt, util::SubscriberI
 pub use self::metrics::Metrics;
 
 /// How log lines look.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum, serde::Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum LogFormat {
     /// For people.
     #[default]
