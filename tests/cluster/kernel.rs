@@ -89,6 +89,58 @@ fn until(what: &str, condition: impl Fn() -> bool) {
     }
 }
 
+fn options(sandbox: &Sandbox, state_dir: &Path, http: serve::Options) -> Options {
+    Options {
+        kernel: agent::options(sandbox),
+        state_dir: state_dir.to_owned(),
+        min_sync_interval: Duration::ZERO,
+        audit_interval: Duration::from_millis(50),
+        self_test_interval: Duration::ZERO,
+        exclude_cgroups: Vec::new(),
+        exclude_pods: false,
+        http,
+    }
+}
+
+/// Loading the programs takes up to seconds, and must not keep a worker thread from the other tasks. Here there is one only.
+#[test]
+fn loading_leaves_the_worker_thread_to_others() {
+    if !require(Feature::Programs) {
+        return;
+    }
+    Sandbox::run(|sandbox| {
+        let (server, state_dir) = (ApiServer::start(), tempfile::tempdir().unwrap());
+        let healthz = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 10256);
+        let http = serve::Options { healthz: Some(healthz), ..serve::Options::default() };
+        let (stop, stopped) = watch::channel(false);
+        let runtime = runtime();
+        let source = open(&runtime, &server);
+        let options = options(sandbox, state_dir.path(), http);
+        // A task of its own: what runs in `block_on` takes no worker.
+        let agent = runtime.spawn(run(source, options, agent::settings(), stopped));
+        let answer = || -> std::io::Result<String> {
+            let mut connection = TcpStream::connect(healthz)?;
+            connection.set_read_timeout(Some(PATIENCE))?;
+            connection.write_all(b"GET /healthz HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")?;
+            let mut answer = String::new();
+            connection.read_to_string(&mut answer)?;
+            Ok(answer)
+        };
+        let answers = |status: &str| answer().is_ok_and(|answer| answer.starts_with(status));
+        // The first that comes while the agent listens.
+        let mut first = String::new();
+        let end = Instant::now() + PATIENCE;
+        while first.is_empty() {
+            assert!(Instant::now() < end, "no answer");
+            first = answer().unwrap_or_default();
+        }
+        assert!(first.contains("the programs are being loaded"), "{first}");
+        until("it is ready", || answers("HTTP/1.1 200"));
+        stop.send(true).unwrap();
+        runtime.block_on(agent).unwrap().unwrap();
+    });
+}
+
 /// Runs the whole agent while something happens.
 fn with_agent(
     sandbox: &Sandbox,
@@ -102,16 +154,8 @@ fn with_agent(
         let (stop, stopped) = watch::channel(false);
         let agent = scope.spawn(move || {
             let runtime = runtime();
-            let options = Options {
-                kernel: agent::options(sandbox),
-                state_dir: state_dir.to_owned(),
-                min_sync_interval: Duration::ZERO,
-                audit_interval: Duration::from_millis(50),
-                self_test_interval: Duration::ZERO,
-                exclude_cgroups: Vec::new(),
-                exclude_pods: false,
-                http: serve::Options { metrics, ..serve::Options::default() },
-            };
+            let options =
+                options(sandbox, state_dir, serve::Options { metrics, ..serve::Options::default() });
             let source = open(&runtime, server);
             runtime.block_on(run(source, options, agent::settings(), stopped)).unwrap();
         });
@@ -233,7 +277,7 @@ fn events_tell_of_conflicts_and_of_the_agent() {
         assert_eq!((&conflict["type"], &conflict["series"]), (&"Warning".into(), &Value::Null), "{conflict}");
         assert_eq!(conflict["reportingInstance"], "node", "{conflict}");
         let text = conflict["note"].as_str().unwrap();
-        assert!(text.contains(&service.to_string()) && text.contains("default/"), "{text}");
+        assert!(text.starts_with(&format!("node node: {service}")) && text.contains("default/"), "{text}");
         let regarding = &conflict["regarding"];
         assert!(regarding["uid"].as_str().is_some_and(|uid| uid.len() == 36), "{regarding}");
         assert!(matches!(regarding["name"].as_str(), Some("a" | "b")), "{regarding}");
@@ -244,6 +288,7 @@ fn events_tell_of_conflicts_and_of_the_agent() {
             (&"Node".into(), &"node".into(), &"node".into())
         );
         assert_eq!(starting["metadata"]["namespace"], "default");
+        assert_eq!(starting["note"], "node node: socklb has attached its programs");
 
         with_agent(sandbox, &server, state_dir.path(), None, || {
             until("it is told again", || of("AddressConflict")[0]["series"]["count"] == 2);

@@ -153,8 +153,9 @@ fn name(telling: &Telling) -> String {
 
 fn body(telling: &Telling, namespace: &str, name: &str, uid: &str, now: &str) -> Value {
     let Telling { notice, node, .. } = telling;
-    let end = (0..=LONGEST_NOTE.min(notice.note.len())).rev().find(|end| notice.note.is_char_boundary(*end));
-    let note = &notice.note[..end.unwrap_or_default()];
+    let note = telling.text();
+    let end = (0..=LONGEST_NOTE.min(note.len())).rev().find(|end| note.is_char_boundary(*end));
+    let note = &note[..end.unwrap_or_default()];
     json!({
         "apiVersion": "events.k8s.io/v1",
         "kind": "Event",
@@ -217,6 +218,25 @@ mod tests {
     }
 
     #[test]
+    fn why_an_event_is_not_taken_has_a_remedy() {
+        for (error, expected) in [
+            (
+                TellError::of(StatusCode::UNAUTHORIZED),
+                "401 Unauthorized (are the credentials out of date? the token or certificate is not accepted)",
+            ),
+            (
+                TellError::of(StatusCode::FORBIDDEN),
+                "403 Forbidden (grant create and patch on events.k8s.io/events, and list on services: \
+                 manifests/base/clusterrole.yaml)",
+            ),
+            (TellError::of(StatusCode::INTERNAL_SERVER_ERROR), "500 Internal Server Error"),
+            (TellError::Unanswered("connection refused".to_owned()), "connection refused"),
+        ] {
+            assert_eq!(error.to_string(), expected);
+        }
+    }
+
+    #[test]
     fn a_name_belongs_to_one_notice_of_one_node() {
         let one = telling(ObjectRef::service("shop", "web"), "full");
         assert_eq!(name(&one), name(&one.clone()));
@@ -234,7 +254,9 @@ mod tests {
         let event = body(&long, "shop", "web.1", "uid", "2026-01-02T03:04:05.000000Z");
         let parsed: k8s_openapi::api::events::v1::Event = serde_json::from_value(event).unwrap();
         assert_eq!(parsed.type_.as_deref(), Some("Warning"));
-        assert_eq!(parsed.note.map(|note| note.len()), Some(LONGEST_NOTE));
+        let note = parsed.note.unwrap();
+        assert!(note.starts_with("node node-1: ää"), "{note}");
+        assert!((LONGEST_NOTE - 1..=LONGEST_NOTE).contains(&note.len()), "{}", note.len());
         assert_eq!(parsed.reporting_instance.as_deref(), Some("node-1"));
         let notice = Notice::of_node("node-1", &NodeNews::Attached);
         let event =

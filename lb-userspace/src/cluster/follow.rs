@@ -737,6 +737,33 @@ mod tests {
     }
 
     #[test]
+    fn a_failure_names_what_the_server_said_and_what_to_do() {
+        let said = |code, reason: &str, message: &str| {
+            let (reason, message) = (reason.to_owned(), message.to_owned());
+            Failure::Refused { code, reason, message, is_too_large: false, retry_after: None }
+        };
+        let failures = [
+            said(401, "Unauthorized", "Unauthorized"),
+            said(403, "Forbidden", "nodes is forbidden: User \"x\" cannot list resource \"nodes\""),
+            said(429, "TooManyRequests", "too many requests"),
+            Failure::Connection("connection refused".to_owned()),
+            Failure::Silence(Duration::from_secs(10)),
+            Failure::Form("expected value at line 1 column 1".to_owned()),
+            Failure::Early,
+        ];
+        let texts: String = failures.iter().map(|failure| format!("{failure}\n")).collect();
+        expect_test::expect![[r#"
+            401 Unauthorized: Unauthorized (are the credentials out of date? the token or certificate is not accepted)
+            403 Forbidden: nodes is forbidden: User "x" cannot list resource "nodes" (grant list and watch on services, nodes and endpointslices, and on pods for --exclude-pods: manifests/base/clusterrole.yaml)
+            429 TooManyRequests: too many requests
+            connection refused
+            no answer for 10 s
+            the answer cannot be read: expected value at line 1 column 1
+            the watch ended early
+        "#]].assert_eq(&texts);
+    }
+
+    #[test]
     fn what_follows_a_failure() {
         let confirm = || Position::Confirm { version: "7".to_owned() };
         let latest = || Position::ListLatest;

@@ -459,8 +459,8 @@ pub enum IssueKind {
         setting: String,
         /// Its value, entries.
         wanted: u32,
-        /// Entries that are served.
-        served: u32,
+        /// Entries that are served; `None` if that cannot be read.
+        served: Option<u32>,
         /// The size that is used instead, entries.
         used: u32,
     },
@@ -606,7 +606,7 @@ impl IssueKind {
             Self::TableFull { map, left_out } => write!(
                 f,
                 "map {map} is full of entries that are not the agent's; {left_out} is left to the network until an audit has \
-                 removed them: find who else writes below --pin-path"
+                 removed them: find the program that writes to the maps below --pin-path"
             ),
             _ => Ok(()),
         }
@@ -615,15 +615,20 @@ impl IssueKind {
     /// What is said of those that are about the agent itself; nothing of others.
     fn fmt_of_agent(&self, f: &mut impl fmt::Write) -> fmt::Result {
         match self {
-            Self::SizeRefused { setting, wanted, served, used } => write!(
+            Self::SizeRefused { setting, wanted, served: None, used } => write!(
+                f,
+                "--{setting}={wanted} is smaller than before, and what is served cannot be counted, since another version wrote the \
+                 maps; {used} is used as before: restart the agent once more"
+            ),
+            Self::SizeRefused { setting, wanted, served: Some(served), used } => write!(
                 f,
                 "--{setting}={wanted} is too small for what is served, which takes {served}; {used} is used as before: set it to \
                  {served} or more, with room, and restart the agent"
             ),
             Self::SnapshotNotWritten { cause } => write!(
                 f,
-                "the snapshot is not up to date: {cause}; a start without the API server would serve older objects, or none, \
-                 until it is written, which is tried again"
+                "the snapshot is not up to date: {cause}; an agent that starts while the API server is away would serve older \
+                 objects, or none: make room or let the agent write there, it tries again"
             ),
             _ => Ok(()),
         }
@@ -636,7 +641,7 @@ impl fmt::Display for IssueKind {
         match self {
             Self::NoName => f.write_str("metadata.name: is missing; the object is left out"),
             Self::InvalidName { field, value, left_out } => {
-                write!(f, "{field}: {value:?} is not a name as of a host (a-z, 0-9, -); {left_out} is left out")
+                write!(f, "{field}: {value:?} is not a DNS name (a-z, 0-9, -); {left_out} is left out")
             }
             Self::NoClusterIp => {
                 f.write_str("spec.clusterIP: is empty, and only an API server can assign one; the service is left out")
@@ -668,7 +673,7 @@ impl fmt::Display for IssueKind {
                 write!(f, "{field}: {value} is in the {range} range, which is never translated; it is left out")
             }
             Self::InvalidNetwork { field, value } => {
-                write!(f, "{field}: {value:?} is not an IP network (address/length); it admits nobody")
+                write!(f, "{field}: {value:?} is not an IP network (address/length); it admits no client")
             }
             Self::NoAddress { field } => write!(f, "{field}: is empty; this endpoint is left out"),
             Self::UnknownValue { field, value, used } => {
@@ -686,8 +691,8 @@ impl fmt::Display for IssueKind {
             ),
             Self::HealthCheckPortTaken { port, cause } => write!(
                 f,
-                "health-check node port {port}: {cause}; load balancers get no answer there until it is free, which is \
-                 tried again"
+                "spec.healthCheckNodePort: cannot listen on port {port}: {cause}; load balancers get no answer until the port is \
+                 free: the agent tries again"
             ),
             Self::NodePortOutsideRange { port, first, last } => write!(
                 f,
@@ -701,7 +706,7 @@ impl fmt::Display for IssueKind {
             | Self::TooManyServiceCidrs { .. }
             | Self::NoServiceCidrs { .. } => self.fmt_left_alone(&mut f),
             Self::FrontendTaken { address, winner } => {
-                write!(f, "{address} belongs to service {winner}; this service does not answer there")
+                write!(f, "{address} belongs to service {winner}; this service does not answer there: give one of them another address or port")
             }
             Self::ServicesFull { .. }
             | Self::EndpointsFull { .. }

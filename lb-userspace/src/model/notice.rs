@@ -53,6 +53,15 @@ pub struct Telling {
     pub node: Arc<str>,
 }
 
+impl Telling {
+    /// What people read. It names the node: the agents of all nodes write Events on the same Service, and kubectl does not show
+    /// who reports one.
+    #[must_use]
+    pub fn text(&self) -> String {
+        format!("node {}: {}", self.node, self.notice.note)
+    }
+}
+
 /// What happened to the agent of a node.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum NodeNews {
@@ -125,7 +134,7 @@ impl Notice {
                 format!("socklb follows the cluster: the kernel holds {n_frontends} frontends"),
             ),
             NodeNews::SelfTestFailed { problem } => {
-                of(true, "SelfTestFailed", "SelfTest", format!("socklb: {problem}"))
+                of(true, "SelfTestFailed", "SelfTest", format!("the self-test of socklb failed: {problem}"))
             }
         }
     }
@@ -229,6 +238,9 @@ impl Ledger {
 
 #[cfg(test)]
 mod tests {
+    use expect_test::expect;
+    use serde_json::json;
+
     use super::*;
 
     fn taken(name: &str) -> Issue {
@@ -333,16 +345,99 @@ mod tests {
         }
         let told = ledger.due([], 2000, start);
         assert_eq!(told.len(), BURST as usize);
-        assert_eq!((told[0].notice.note.as_str(), ledger.has_news()), ("socklb: 968", true));
+        assert_eq!(
+            (told[0].notice.note.as_str(), ledger.has_news()),
+            ("the self-test of socklb failed: 968", true)
+        );
     }
 
     #[test]
-    fn a_node_hears_of_its_agent() {
-        let of = |news| Notice::of_node("node", &news);
-        let synced = of(NodeNews::Synced { n_frontends: 3 });
-        assert!(!synced.is_warning && synced.note.ends_with("3 frontends"), "{synced:?}");
-        let failed = of(NodeNews::SelfTestFailed { problem: "no answer".into() });
-        assert!(failed.is_warning && failed.note == "socklb: no answer", "{failed:?}");
-        assert_eq!(failed.object, ObjectRef::node("node"));
+    fn the_text_of_each_event() {
+        let of_service = [
+            json!({"reason": "ServicesFull", "map": "services4", "capacity": 20, "needed": 123}),
+            json!({"reason": "EndpointsFull", "map": "endpoints6", "capacity": 20, "needed": 123}),
+            json!({"reason": "TooManyEndpoints", "n_left_out": 2, "max": 1000}),
+            json!({"reason": "ClusterIpsFull", "map": "cluster_ips", "capacity": 20, "address": "10.96.0.80"}),
+            json!({"reason": "TableFull", "map": "services4", "left_out": "10.96.0.80:80/tcp"}),
+            json!({"reason": "FrontendTaken", "address": "192.0.2.1:80/tcp", "winner": "shop/old"}),
+            json!({"reason": "HealthCheckPortTaken", "port": 30100, "cause": "Address already in use"}),
+            json!({"reason": "NoClusterIp"}),
+            json!({"reason": "NoPorts"}),
+            json!({"reason": "InvalidPort", "field": "spec.ports[1].port", "value": 70000}),
+            json!({"reason": "DuplicatePort", "field": "spec.ports[1].port", "value": "80/TCP"}),
+            json!({"reason": "InvalidAddress", "field": "spec.externalIPs[0]", "value": "x"}),
+            json!({"reason": "WrongFamily", "field": "spec.clusterIPs[1]", "value": "10.0.0.1", "expected": "IPv6"}),
+            json!({"reason": "SpecialAddress", "field": "spec.externalIPs[0]", "value": "127.0.0.1", "range": "loopback"}),
+            json!({"reason": "InvalidNetwork", "field": "spec.loadBalancerSourceRanges[0]", "value": "10.0.0.1"}),
+            json!({"reason": "UnknownValue", "field": "spec.sessionAffinity", "value": "IP", "used": "None"}),
+            json!({"reason": "OutOfRange", "field": "spec.sessionAffinityConfig.clientIP.timeoutSeconds", "value": 0,
+                   "range": "1-86400", "used": 10800}),
+            json!({"reason": "NoHealthCheckPort"}),
+            json!({"reason": "Unreadable", "cause": "invalid type: string \"x\", expected i32"}),
+        ];
+        let of_service = of_service.into_iter().map(|kind| {
+            let kind: IssueKind = serde_json::from_value(kind).unwrap();
+            Notice::of_issue(&Issue::new(ObjectRef::service("shop", "web"), kind)).unwrap()
+        });
+        let of_node = [
+            NodeNews::Attached,
+            NodeNews::Synced { n_frontends: 3 },
+            NodeNews::SelfTestFailed { problem: "TCP over IPv4: connect: Connection refused".into() },
+        ];
+        let of_node = of_node.map(|news| Notice::of_node("node-a", &news));
+        let line = |notice: Notice| {
+            let Notice { is_warning, reason, action, ref object, .. } = notice;
+            let (kind, object) = (if is_warning { "Warning" } else { "Normal" }, object.to_string());
+            let telling = Telling { notice, n_times: 1, node: "node-a".into() };
+            let elsewhere = Telling { node: "node-b".into(), ..telling.clone() };
+            assert_ne!(telling.text(), elsewhere.text(), "which node's agent says it is in the text");
+            format!("{object}: {kind} {reason} ({action})\n  {}\n", telling.text())
+        };
+        expect![[r#"
+            Service shop/web: Warning TableFull (Sync)
+              node node-a: map services4 is full (20 entries, 123 needed); raise --max-services; the service stays as it was
+            Service shop/web: Warning TableFull (Sync)
+              node node-a: map endpoints6 has no room (20 entries, 123 needed); raise --max-endpoints; the service stays as it was
+            Service shop/web: Warning TableFull (Sync)
+              node node-a: spec.ports: more than 1000 endpoints in all; 2 ports are left out: split the service
+            Service shop/web: Warning TableFull (Sync)
+              node node-a: map cluster_ips is full (20 entries) and 10.96.0.80 has no room; it is served, but no call to an undefined port or an unallocated address fails at once: set no --service-cidr
+            Service shop/web: Warning TableFull (Sync)
+              node node-a: map services4 is full of entries that are not the agent's; 10.96.0.80:80/tcp is left to the network until an audit has removed them: find the program that writes to the maps below --pin-path
+            Service shop/web: Warning AddressConflict (Sync)
+              node node-a: 192.0.2.1:80/tcp belongs to service shop/old; this service does not answer there: give one of them another address or port
+            Service shop/web: Warning FailedToStartServiceHealthcheck (Listen)
+              node node-a: spec.healthCheckNodePort: cannot listen on port 30100: Address already in use; load balancers get no answer until the port is free: the agent tries again
+            Service shop/web: Warning InvalidService (Read)
+              node node-a: spec.clusterIP: is empty, and only an API server can assign one; the service is left out
+            Service shop/web: Warning InvalidService (Read)
+              node node-a: spec.ports: no usable port; the service has no frontend
+            Service shop/web: Warning InvalidService (Read)
+              node node-a: spec.ports[1].port: 70000 is not a port (1-65535); this port is left out
+            Service shop/web: Warning InvalidService (Read)
+              node node-a: spec.ports[1].port: an earlier port has 80/TCP too; this port is left out
+            Service shop/web: Warning InvalidService (Read)
+              node node-a: spec.externalIPs[0]: "x" is not an IP address; it is left out
+            Service shop/web: Warning InvalidService (Read)
+              node node-a: spec.clusterIPs[1]: 10.0.0.1 is not an IPv6 address; it is left out
+            Service shop/web: Warning InvalidService (Read)
+              node node-a: spec.externalIPs[0]: 127.0.0.1 is in the loopback range, which is never translated; it is left out
+            Service shop/web: Warning InvalidService (Read)
+              node node-a: spec.loadBalancerSourceRanges[0]: "10.0.0.1" is not an IP network (address/length); it admits no client
+            Service shop/web: Warning InvalidService (Read)
+              node node-a: spec.sessionAffinity: "IP" is not known; it is taken for None
+            Service shop/web: Warning InvalidService (Read)
+              node node-a: spec.sessionAffinityConfig.clientIP.timeoutSeconds: 0 is outside 1-86400; 10800 is used
+            Service shop/web: Warning InvalidService (Read)
+              node node-a: spec.healthCheckNodePort: is missing or 0 although externalTrafficPolicy is Local; health checks are not answered
+            Service shop/web: Warning InvalidService (Read)
+              node node-a: invalid type: string "x", expected i32; the object is left out
+            Node node-a: Normal Starting (StartSocklb)
+              node node-a: socklb has attached its programs
+            Node node-a: Normal Synced (StartSocklb)
+              node node-a: socklb follows the cluster: the kernel holds 3 frontends
+            Node node-a: Warning SelfTestFailed (SelfTest)
+              node node-a: the self-test of socklb failed: TCP over IPv4: connect: Connection refused
+        "#]].assert_eq(&of_service.chain(of_node).map(line).collect::<String>());
     }
 }

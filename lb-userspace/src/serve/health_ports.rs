@@ -264,7 +264,9 @@ mod tests {
         let issues = follow(&mut open, &places("a", 1), &vitals).await;
         assert_eq!((issues.len(), open.len()), (1, 0));
         assert!(
-            issues[0].to_string().contains(&format!("default/a: health-check node port {port}")),
+            issues[0]
+                .to_string()
+                .contains(&format!("default/a: spec.healthCheckNodePort: cannot listen on port {port}: ")),
             "{}",
             issues[0]
         );

@@ -76,8 +76,8 @@ fn r14_losers_are_queued_and_elected() {
     assert_eq!(
         issues,
         [
-            "Service default/b: 192.0.2.1:80/tcp belongs to service default/a; this service does not answer there",
-            "Service default/c: 192.0.2.1:80/tcp belongs to service default/a; this service does not answer there",
+            "Service default/b: 192.0.2.1:80/tcp belongs to service default/a; this service does not answer there: give one of them another address or port",
+            "Service default/c: 192.0.2.1:80/tcp belongs to service default/a; this service does not answer there: give one of them another address or port",
         ]
     );
     assert_eq!(desired.frontends_of(&key("c")).map(|(_, is_owner)| is_owner).collect::<Vec<_>>(), [false]);

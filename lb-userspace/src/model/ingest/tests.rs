@@ -153,15 +153,17 @@ fn r14_names_are_those_that_an_api_server_takes() {
     }
     for name in ["Web", "my_web", "-a", "a-", ".a", "a..b", "a/b", "a\nb", "a b", "\u{e4}", &"a".repeat(254)]
     {
-        let expected = format!(
-            "metadata.name: {name:?} is not a name as of a host (a-z, 0-9, -); the object is left out"
-        );
+        let expected =
+            format!("metadata.name: {name:?} is not a DNS name (a-z, 0-9, -); the object is left out");
         assert_eq!(ingest("default", name), Some(expected));
     }
     assert_eq!(ingest(&"a".repeat(63), "web"), None);
     for namespace in ["a.b", "A", "\u{1b}[2J", &"a".repeat(64)] {
         let found = ingest(namespace, "web").unwrap();
-        assert!(found.starts_with(&format!("metadata.namespace: {namespace:?} is not a name")), "{found}");
+        assert!(
+            found.starts_with(&format!("metadata.namespace: {namespace:?} is not a DNS name")),
+            "{found}"
+        );
     }
 }
 

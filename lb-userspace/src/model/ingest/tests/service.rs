@@ -206,7 +206,7 @@ fn r2_source_ranges() {
     assert_eq!(
         texts(&issues),
         [
-            "spec.loadBalancerSourceRanges[0]: \"10.0.0.1\" is not an IP network (address/length); it admits nobody"
+            "spec.loadBalancerSourceRanges[0]: \"10.0.0.1\" is not an IP network (address/length); it admits no client"
         ]
     );
 }
@@ -280,7 +280,7 @@ fn r14_mangled_ports_are_left_out() {
         ),
         (
             json!({"name": "a.b", "port": 81}),
-            "spec.ports[1].name: \"a.b\" is not a name as of a host (a-z, 0-9, -); this port is left out",
+            "spec.ports[1].name: \"a.b\" is not a DNS name (a-z, 0-9, -); this port is left out",
         ),
         (
             json!({"name": "other", "port": 80}),
