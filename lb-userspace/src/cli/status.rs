@@ -20,7 +20,7 @@ use serde::Deserialize;
 use self::report::{AgentPart, ExcludedRow, HookRow, MapRow, SnapshotPart, Status, issues, outdated};
 use super::{
     PinArgs,
-    config::{self, Listen, UsageError},
+    config::{self, Listen, SettingsFile, UsageError},
     inspect::{Output, print},
     listing::state_of,
 };
@@ -95,9 +95,14 @@ pub fn status(args: &StatusArgs) -> anyhow::Result<ExitCode> {
     let listed = known.as_ref().map_or(&[][..], |known| &known.issues);
     let outdated = outdated(source.as_ref(), asked.healthz().as_ref(), listed);
     let save_problem = known.as_ref().and_then(|known| known.save_problem.clone());
+    let agent = AgentPart::new(&asked, &hooks);
     let status = Status {
-        self_test: asked.self_test(),
-        agent: AgentPart::new(&asked),
+        self_test: asked.self_test().map(|told| match agent.state {
+            // Its last one was made before.
+            "detached" => "out of date: the programs are no longer attached".to_owned(),
+            _ => told,
+        }),
+        agent,
         source,
         outdated,
         refused_sizes: asked.refused_sizes(),
@@ -126,12 +131,10 @@ pub fn status(args: &StatusArgs) -> anyhow::Result<ExitCode> {
 
 /// Where to ask: by flag, variable, settings file, default.
 fn addresses(args: &StatusArgs) -> Result<(Option<SocketAddr>, Option<SocketAddr>), UsageError> {
-    let file: FileConfig = args.config.as_deref().map(config::read).transpose()?.unwrap_or_default();
+    let (file, values): (SettingsFile, FileConfig) =
+        args.config.as_deref().map(SettingsFile::read).transpose()?.unwrap_or_default();
     let choose = |flag: Option<Listen>, key: &str, text: Option<String>, default| {
-        let from_file = || {
-            let parsed = text.map(|text| config::bind_address(&text)).transpose();
-            parsed.map_err(|hint| UsageError(format!("--config: {key}: {hint}")))
-        };
+        let from_file = || file.value(key, text, config::bind_address);
         let Listen(address) =
             flag.map_or_else(from_file, |flag| Ok(Some(flag)))?.unwrap_or(Listen(Some(default)));
         Ok::<_, UsageError>(address.map(ask::reachable))
@@ -140,13 +143,13 @@ fn addresses(args: &StatusArgs) -> Result<(Option<SocketAddr>, Option<SocketAddr
         choose(
             args.metrics_bind_address,
             "metrics-bind-address",
-            file.metrics_bind_address,
+            values.metrics_bind_address,
             config::METRICS,
         )?,
         choose(
             args.healthz_bind_address,
             "healthz-bind-address",
-            file.healthz_bind_address,
+            values.healthz_bind_address,
             config::HEALTHZ,
         )?,
     ))

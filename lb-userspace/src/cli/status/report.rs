@@ -61,7 +61,8 @@ pub(super) struct Status {
 /// Whether an agent runs.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub(super) struct AgentPart {
-    /// `running`, `stuck` (it answers, but changes wait or its loop stands still), `stopped`, or `unknown`.
+    /// `running`, `stuck` (it answers, but changes wait or its loop stands still), `detached` (it answers, but no call meets its
+    /// programs, as after `socklb cleanup`), `stopped`, or `unknown`.
     pub(super) state: &'static str,
     /// Whether traffic from outside should come to the node: `/healthz`. `null` if nobody answers.
     pub(super) healthy: Option<bool>,
@@ -156,7 +157,8 @@ pub(super) struct ExcludedRow {
 }
 
 impl AgentPart {
-    pub(super) fn new(asked: &Asked) -> Self {
+    /// By what was heard, and the hooks that were found.
+    pub(super) fn new(asked: &Asked, hooks: &[HookRow]) -> Self {
         let is_ok = |answer: &Answer| matches!(answer, Ok((200, _)));
         let says = |answer: &Answer| match answer {
             Ok((status, _)) => status.to_string(),
@@ -185,6 +187,16 @@ impl AgentPart {
             (None, Some((address, livez @ Err(_), _))) => ("stopped", format!("{address}: {}", says(livez))),
             (_, Some((address, livez, _))) => ("stuck", format!("{address}: /livez says {}", says(livez))),
             (Some((address, _)), None) => ("running", format!("it answers at {address}")),
+        };
+        let has_programs = hooks.iter().any(|hook| matches!(hook.state, "attached" | "unknown"));
+        // While it loads them it does not say that yet.
+        let has_started = asked.healthz().is_none_or(|body| !body["nodeEligible"].is_null());
+        let (state, reason) = match state {
+            "running" if !has_programs && has_started => (
+                "detached",
+                format!("{reason}, but it serves no calls: its programs are not attached; restart it"),
+            ),
+            state => (state, reason),
         };
         let not_ready = if healthy == Some(false) { asked.not_ready() } else { Vec::new() };
         Self { state, healthy, reason, not_ready }
@@ -229,6 +241,11 @@ impl MapRow {
 }
 
 impl HookRow {
+    /// Whether calls meet what they should at this hook.
+    fn is_served(&self) -> bool {
+        matches!(self.state, "attached" | "not needed")
+    }
+
     pub(super) fn new(hook: &'static str, link: Result<Link, LinkProblem>) -> Self {
         match link {
             Ok(Link { program_id, cgroup, is_effective }) => {
@@ -306,12 +323,21 @@ const SHOWN_ISSUES: usize = 20;
 impl Status {
     /// Whether calls are served: every hook that this kernel needs has its program.
     pub(super) fn is_attached(&self) -> bool {
-        self.hooks.iter().all(|hook| matches!(hook.state, "attached" | "not needed"))
+        self.hooks.iter().all(HookRow::is_served)
     }
 
-    /// Whether an agent runs and no call meets its programs, as after `socklb cleanup`.
-    fn is_in_vain(&self) -> bool {
-        self.agent.state == "running" && self.hooks.iter().all(|hook| hook.state != "attached")
+    /// The hooks without their programs, of which calls go where they say, and those that cannot be looked at.
+    fn hook_lines(&self) -> impl Iterator<Item = String> {
+        let names = |is_unknown: bool| {
+            let wanted = self.hooks.iter().filter(|hook| !hook.is_served());
+            let wanted = wanted.filter(|hook| (hook.state == "unknown") == is_unknown);
+            wanted.map(|hook| hook.hook).collect::<Vec<_>>().join(" ")
+        };
+        let line = |names: String, before, after| {
+            (!names.is_empty()).then(|| format!("hooks     {before}: {names}{after}; see HOOK"))
+        };
+        let missing = line(names(false), "not attached", ": calls of these kinds are not served");
+        missing.into_iter().chain(line(names(true), "not known", ""))
     }
 
     /// For people.
@@ -327,23 +353,24 @@ impl Status {
             lines[0].push_str(", /healthz says that no traffic should come to this node");
         }
         lines[0].extend(not_ready.iter().map(|reason| format!("\n          not ready: {reason}")));
-        if self.is_in_vain() {
-            lines[0].push_str(
-                "\n          it serves no calls: its programs are not attached, see HOOK; restart it",
-            );
-        }
         if let Some(problem) = &self.pin_problem {
             lines[3] = format!("pins      {problem}");
         }
         let refused = self.refused_sizes.iter().map(|size| format!("refused   {size}"));
         let outdated = self.outdated.iter().map(|what| format!("outdated  {what}"));
-        let mut text = lines.into_iter().chain(refused).chain(outdated).collect::<Vec<_>>().join("\n") + "\n";
+        let mut text = lines
+            .into_iter()
+            .chain(self.hook_lines())
+            .chain(refused)
+            .chain(outdated)
+            .collect::<Vec<_>>()
+            .join("\n")
+            + "\n";
         if let Some(covers) = &self.covers {
             let _infallible = writeln!(text, "covers    {covers}");
         }
         if let Some(self_test) = &self.self_test {
-            let before = if self.is_in_vain() { ", before the programs were detached" } else { "" };
-            let _infallible = writeln!(text, "self-test {self_test}{before}");
+            let _infallible = writeln!(text, "self-test {self_test}");
         }
         if !self.maps.is_empty() {
             let _infallible =

@@ -40,7 +40,7 @@ fn answers(place: &str, livez: Answer) -> Asked {
 
 fn well() -> Status {
     Status {
-        agent: AgentPart::new(&answers("127.0.0.1:10256", Ok((200, String::new())))),
+        agent: AgentPart::new(&answers("127.0.0.1:10256", Ok((200, String::new()))), &[hook("connect4")]),
         self_test: Some("passed".to_owned()),
         source: Some(source()),
         snapshot: SnapshotPart {
@@ -100,7 +100,7 @@ fn nothing_at_all() {
     let nobody = Err("Connection refused (os error 111)".to_owned());
     let asked = Asked { name: Some((tcp("127.0.0.1:10249"), nobody)), ..Asked::default() };
     let status = Status {
-        agent: AgentPart::new(&asked),
+        agent: AgentPart::new(&asked, &[hook("connect4")]),
         self_test: None,
         source: None,
         snapshot: SnapshotPart::new(
@@ -122,11 +122,13 @@ fn nothing_at_all() {
         ..well()
     };
     assert!(!status.is_attached());
-    expect![[r"
+    expect![[r#"
         agent     stopped: 127.0.0.1:10249: Connection refused (os error 111)
         source    not known: no agent answers
         snapshot  /var/lib/socklb/snapshot: no snapshot: has an agent run with this --state-dir?
         pins      /sys/fs/bpf/socklb: nothing is pinned
+        hooks     not attached: connect4 connect6: calls of these kinds are not served; see HOOK
+        hooks     not known: sendmsg4; see HOOK
 
         HOOK          STATE       CGROUP
         sock_release  not needed  not used on this kernel
@@ -135,7 +137,7 @@ fn nothing_at_all() {
         sendmsg4      unknown     no
 
         issues are not known
-    "]]
+    "#]]
     .assert_eq(&status.text());
 }
 
@@ -146,7 +148,7 @@ fn what_is_wrong_is_said_first() {
         Issue::new(ObjectRef::service("default", "web"), kind)
     };
     let status = Status {
-        agent: AgentPart::new(&answers("127.0.0.1:10256", Ok((503, String::new())))),
+        agent: AgentPart::new(&answers("127.0.0.1:10256", Ok((503, String::new()))), &[hook("connect4")]),
         self_test: Some("failed: TCP over IPv4: connect: Connection refused (os error 111)".to_owned()),
         other_programs: [("cil_sock4_connect".to_owned(), vec!["connect4"])].into(),
         source: Some(SourcePart {
@@ -176,31 +178,61 @@ fn what_is_wrong_is_said_first() {
     }
 }
 
-/// The agent goes on after `socklb cleanup`, and what it said last of its self-test is no longer so.
+/// The agent goes on after `socklb cleanup`.
 #[test]
 fn an_agent_whose_programs_are_detached_serves_no_calls() {
+    let hooks = vec![HookRow::new("connect4", Err(LinkProblem::Missing))];
     let status = Status {
-        hooks: vec![HookRow::new("connect4", Err(LinkProblem::Missing))],
+        agent: AgentPart::new(&answers("127.0.0.1:10256", Ok((200, String::new()))), &hooks),
+        self_test: Some("out of date: the programs are no longer attached".to_owned()),
+        hooks,
         pin_problem: Some("nothing is pinned under /sys/fs/bpf/socklb".to_owned()),
         maps: Vec::new(),
         covers: None,
         ..well()
     };
-    expect![[r"
-        agent     running: 127.0.0.1:10256: /livez says 200
-                  it serves no calls: its programs are not attached, see HOOK; restart it
+    expect![[r#"
+        agent     detached: 127.0.0.1:10256: /livez says 200, but it serves no calls: its programs are not attached; restart it
         source    kube: first lists complete
                   last event 3 s ago, last sync 3 s ago, 0 changes waiting
         snapshot  /var/lib/socklb/snapshot: 12 services, 14 slices, 3 nodes, 2 h old
         pins      nothing is pinned under /sys/fs/bpf/socklb
-        self-test passed, before the programs were detached
+        hooks     not attached: connect4: calls of these kinds are not served; see HOOK
+        self-test out of date: the programs are no longer attached
 
         HOOK          STATE       CGROUP
         connect4      missing     nothing is pinned under this name
 
         no issues
-    "]]
-    .assert_eq(&status.text());
+    "#]].assert_eq(&status.text());
+    assert!(!status.text().contains("running") && !status.text().contains("passed"));
+}
+
+#[test]
+fn an_agent_that_loads_its_programs_is_not_taken_for_one_that_lost_them() {
+    let mut asked = answers("127.0.0.1:10256", Ok((200, String::new())));
+    let body = crate::telemetry::health::starting(std::time::SystemTime::UNIX_EPOCH);
+    asked.health = asked.health.map(|(place, livez, _)| (place, livez, Ok((503, body))));
+    let agent = AgentPart::new(&asked, &[]);
+    assert_eq!((agent.state, agent.healthy), ("running", Some(false)));
+    assert_eq!(agent.not_ready, ["the programs are being loaded"]);
+}
+
+#[test]
+fn hooks_without_a_program_are_named_at_the_top() {
+    let status = Status {
+        hooks: vec![
+            hook("connect4"),
+            HookRow::new("connect6", Err(LinkProblem::Detached)),
+            HookRow::new("sendmsg4", Err(LinkProblem::Missing)),
+            HookRow::new("sock_release", Err(LinkProblem::NotNeeded)),
+        ],
+        ..well()
+    };
+    assert_eq!(
+        status.text().lines().nth(5),
+        Some("hooks     not attached: connect6 sendmsg4: calls of these kinds are not served; see HOOK")
+    );
 }
 
 #[test]
@@ -212,7 +244,7 @@ fn who_does_not_get_traffic_is_told_why() {
     let full_disk = Some("/var/lib/socklb/snapshot: No space left on device (os error 28)".to_owned());
     let missing = SnapshotError::Missing { path: "/var/lib/socklb/snapshot".into() };
     let status = Status {
-        agent: AgentPart::new(&asked),
+        agent: AgentPart::new(&asked, &[hook("connect4")]),
         snapshot: SnapshotPart::new("/var/lib/socklb/snapshot".into(), None, Err(&missing), full_disk),
         refused_sizes: vec!["max-services=20: 123 are served".to_owned()],
         outdated: vec![
@@ -291,7 +323,7 @@ fn who_answers_decides_what_the_agent_is() {
             health: livez.map(|answer| (place(), answer.clone(), answer)),
             ..Asked::default()
         };
-        let AgentPart { state, healthy, .. } = AgentPart::new(&asked);
+        let AgentPart { state, healthy, .. } = AgentPart::new(&asked, &[hook("connect4")]);
         (state, healthy)
     };
     let ok = |text: &str| Some(Ok((200, text.to_owned())));
