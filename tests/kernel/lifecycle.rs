@@ -393,8 +393,10 @@ fn sizes_that_are_too_small_leave_the_maps_as_they_are() {
             let options = Options { capacity, ..options.clone() };
             let mut agent = Agent::start_with(&options, agent::settings(), Vec::new()).unwrap();
             let told: Vec<_> = agent.kernel.too_small().iter().collect();
-            let expected: Vec<_> =
-                told.iter().map(|size| (size.setting, size.wanted, size.n_served)).collect();
+            let expected: Vec<_> = told
+                .iter()
+                .map(|size| (size.setting, size.wanted, size.n_served.unwrap_or_default()))
+                .collect();
             assert_eq!(expected, refused, "{capacity:?}");
             assert!(all_answer(), "{capacity:?}");
             let plan = agent.follow(&cluster);
@@ -403,6 +405,45 @@ fn sizes_that_are_too_small_leave_the_maps_as_they_are() {
             assert_eq!(Maps::open(&sandbox.pin_path()).unwrap().capacity(), used);
             assert_eq!(map_ids(sandbox) == maps, used == former, "{capacity:?}");
             assert_eq!(pinned(sandbox), wanted_pins(sandbox));
+        }
+    });
+}
+
+/// What maps of another layout serve cannot be counted: they do not become smaller with the same start, but with the next.
+#[test]
+fn another_layout_and_smaller_sizes_together_take_nothing_away() {
+    if !require(Feature::Programs) {
+        return;
+    }
+    Sandbox::run(|sandbox| {
+        let endpoints = addresses::<3>(Domain::V4, 8001);
+        let _servers = Servers::tcp(endpoints);
+        let services: Vec<SocketAddr> = (0..5).map(|n| SocketAddr::from(([10, 96, 7, n], 80))).collect();
+        let mut cluster = Cluster::new();
+        for (n, service) in services.iter().enumerate() {
+            cluster.serve(&format!("web-{n}"), *service, Tcp, &endpoints);
+        }
+        let options = agent::options(sandbox);
+        Agent::start(sandbox).follow(&cluster);
+        let former = options.capacity;
+        for (changes, wanted, used, refused) in [
+            (true, (2, 6), former, vec![("max-services", 2, None), ("max-endpoints", 6, None)]),
+            (false, (2, 6), former, vec![("max-services", 2, Some(5)), ("max-endpoints", 6, Some(15))]),
+            (true, (5, 4096), Capacity { endpoints: 4096, ..former }, vec![("max-services", 5, None)]),
+            (false, (5, 15), Capacity { services: 5, endpoints: 15 }, vec![]),
+        ] {
+            if changes {
+                change_layout(sandbox, "frontends");
+            }
+            let options =
+                Options { capacity: Capacity { services: wanted.0, endpoints: wanted.1 }, ..options.clone() };
+            let mut agent = Agent::start_with(&options, agent::settings(), Vec::new()).unwrap();
+            let told: Vec<_> = agent.kernel.too_small().iter().collect();
+            let told: Vec<_> = told.iter().map(|size| (size.setting, size.wanted, size.n_served)).collect();
+            assert_eq!(told, refused, "{wanted:?}");
+            agent.follow(&cluster);
+            assert_eq!(Maps::open(&sandbox.pin_path()).unwrap().capacity(), used, "{wanted:?}");
+            assert!(services.iter().all(|service| call(*service, Tcp).is_ok()), "{wanted:?}");
         }
     });
 }

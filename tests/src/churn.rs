@@ -35,6 +35,7 @@ use lb_userspace::{
     controller::State,
     kernel::{Features, addresses, pins, sockets::SocketTable, store::Maps, syscall},
     model::Protocol::{self, Tcp, Udp},
+    plan::Capacity,
     tables::Image,
 };
 use nix::errno::Errno;
@@ -589,26 +590,27 @@ fn connect(to: SocketAddr) -> Result<Answer, Errno> {
 /// Waits until the kernel's maps hold what the server's objects ask for, computed from scratch.
 fn until_right(sandbox: &Sandbox, server: &ApiServer, life: &Life<'_>) -> anyhow::Result<()> {
     let cluster = server.cluster();
-    let scratch = |found: &Image| {
-        let mut state = State::new(agent::settings(), addresses::read(), life.capacity(), found);
+    let scratch = |found: &Image, capacity: Capacity| {
+        let mut state = State::new(agent::settings(), addresses::read(), capacity, found);
         let _issues = cluster.feed(&mut state);
         let plan = state.sync();
         (state, plan)
     };
-    let (wanted, _everything) = scratch(&Image::default());
+    let (wanted, _everything) = scratch(&Image::default(), life.capacity());
     let (wanted, wanted_nodes) = (content(wanted.image())?, wanted.image().node_addrs.clone());
     let end = Instant::now() + PATIENCE;
     loop {
         // While a run is switched, what is read may be of two states; while maps are, there may be nothing to read.
-        let found = Maps::open(&sandbox.pin_path())
-            .and_then(|maps| Ok((maps.image()?, maps.capacity() == life.capacity())));
+        let found = Maps::open(&sandbox.pin_path()).and_then(|maps| Ok((maps.image()?, maps.capacity())));
         let now = found.as_ref().map_err(|error| anyhow!("{error}")).and_then(|(found, _)| content(found));
         let is_right = now.as_ref().is_ok_and(|now| *now == wanted)
-            && found.as_ref().is_ok_and(|(found, fits)| found.node_addrs == wanted_nodes && *fits);
-        if let Ok((found, _)) = &found
+            && found.as_ref().is_ok_and(|(found, capacity)| {
+                found.node_addrs == wanted_nodes && is_size(*capacity, life.capacity())
+            });
+        if let Ok((found, capacity)) = &found
             && is_right
         {
-            let (_state, plan) = scratch(found);
+            let (_state, plan) = scratch(found, *capacity);
             ensure!(plan.is_empty(), "an agent that starts now would still do {plan:?}");
             return Ok(());
         }
@@ -621,6 +623,11 @@ fn until_right(sandbox: &Sandbox, server: &ApiServer, life: &Life<'_>) -> anyhow
         }
         thread::sleep(Duration::from_millis(20));
     }
+}
+
+/// Whether maps have the sizes that were asked for, or larger ones: those that were found with another layout do not become smaller.
+const fn is_size(found: Capacity, wanted: Capacity) -> bool {
+    found.services >= wanted.services && found.endpoints >= wanted.endpoints
 }
 
 /// The agent that the environment names, which `cargo xtask test` sets.

@@ -20,6 +20,7 @@ use lb_common::{
 };
 
 use super::{KernelError, fault, pod::Plain, syscall, takeover::Standing};
+use crate::plan::Capacity;
 
 /// What the kernel tells of a map.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -166,6 +167,16 @@ impl Directory {
             Ok((spec, standing))
         };
         MAPS.iter().map(standing).collect()
+    }
+
+    /// The sizes of the tables that are pinned, whatever layout they have; 0 for those that are not.
+    pub(super) fn sizes(&self) -> Result<Capacity, KernelError> {
+        let most = |names: [&'static str; 2]| {
+            let entries = names.map(|name| Ok(self.find(name)?.map_or(0, |(_map, shape)| shape.max_entries)));
+            entries.into_iter().try_fold(0, |most, entries: Result<u32, KernelError>| Ok(most.max(entries?)))
+        };
+        let [services, endpoints] = [["services4", "services6"], ["endpoints4", "endpoints6"]].map(most);
+        Ok(Capacity { services: services?, endpoints: endpoints? })
     }
 
     /// Opens the maps that a loaded object has pinned here, and writes down their layouts.

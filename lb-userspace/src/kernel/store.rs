@@ -180,11 +180,20 @@ impl Kernel {
         let former = Directory::open(pin_path)?;
         let mut takeover = Takeover::of(&former.survey(&sizing(options.capacity)?)?);
         let (mut capacity, mut too_small) = (options.capacity, Vec::new());
-        // Maps that cannot be opened are told of below, when they are to be moved.
-        if takeover.image == takeover::Image::Moves
-            && let Ok(found) = Maps::open_each(|_| &former)
-        {
-            (capacity, too_small) = takeover::sizes(options.capacity, found.capacity, &found.image()?);
+        match takeover.image {
+            takeover::Image::Stays => {}
+            // Maps that cannot be opened are told of below, when they are to be moved.
+            takeover::Image::Moves => {
+                if let Ok(found) = Maps::open_each(|_| &former) {
+                    (capacity, too_small) =
+                        takeover::sizes(options.capacity, found.capacity, &found.image()?);
+                }
+            }
+            takeover::Image::Anew => {
+                (capacity, too_small) = takeover::sizes_unread(options.capacity, former.sizes()?);
+            }
+        }
+        if capacity != options.capacity {
             takeover = Takeover::of(&former.survey(&sizing(capacity)?)?);
         }
         let options = &Options { capacity, ..options.clone() };

@@ -99,15 +99,19 @@ pub struct TooSmall {
     pub setting: &'static str,
     /// Its value: entries for each family.
     pub wanted: u32,
-    /// Entries that are served, of the family that has more.
-    pub n_served: u32,
+    /// Entries that are served, of the family that has more; `None` if that cannot be read, since the image has another layout.
+    pub n_served: Option<u32>,
     /// The size that is used: that of the maps that were found.
     pub used: u32,
 }
 
 impl fmt::Display for TooSmall {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}={}: {} are served", self.setting, self.wanted, self.n_served)
+        let Self { setting, wanted, n_served, .. } = self;
+        match n_served {
+            Some(n) => write!(f, "{setting}={wanted}: {n} are served"),
+            None => write!(f, "{setting}={wanted}: the number of those that are served cannot be read"),
+        }
     }
 }
 
@@ -128,13 +132,30 @@ pub(super) fn sizes(wanted: Capacity, found: Capacity, served: &tables::Image) -
         if n_served <= wanted || found <= wanted {
             return wanted;
         }
-        too_small.push(TooSmall { setting, wanted, n_served, used: found });
+        too_small.push(TooSmall { setting, wanted, n_served: Some(n_served), used: found });
         found
     };
     let most = |n: &dyn Fn(bool) -> usize| n(false).max(n(true));
     let capacity = Capacity {
         services: choose("max-services", wanted.services, found.services, most(&n_services)),
         endpoints: choose("max-endpoints", wanted.endpoints, found.endpoints, most(&n_endpoints)),
+    };
+    (capacity, too_small)
+}
+
+/// The sizes for maps that are to take the place of others whose image cannot be read: those that are wanted, but no smaller than
+/// those found, since what is served might not fit. The next start can read the image and makes them smaller.
+pub(super) fn sizes_unread(wanted: Capacity, found: Capacity) -> (Capacity, Vec<TooSmall>) {
+    let mut too_small = Vec::new();
+    let mut choose = |setting, wanted: u32, found: u32| {
+        if wanted < found {
+            too_small.push(TooSmall { setting, wanted, n_served: None, used: found });
+        }
+        wanted.max(found)
+    };
+    let capacity = Capacity {
+        services: choose("max-services", wanted.services, found.services),
+        endpoints: choose("max-endpoints", wanted.endpoints, found.endpoints),
     };
     (capacity, too_small)
 }
@@ -181,11 +202,31 @@ mod tests {
             assert_eq!((capacity.services, capacity.endpoints), expected, "{wanted:?}");
             let refused: Vec<TooSmall> = refused
                 .into_iter()
-                .map(|(setting, wanted, n_served, used)| TooSmall { setting, wanted, n_served, used })
+                .map(|(setting, wanted, n, used)| TooSmall { setting, wanted, n_served: Some(n), used })
                 .collect();
             assert_eq!(too_small, refused, "{wanted:?}");
         }
         assert_eq!(sizes(Capacity { services: 1, endpoints: 1 }, found, &tables::Image::default()).1, []);
+    }
+
+    #[test]
+    fn maps_that_cannot_be_read_do_not_become_smaller() {
+        let found = Capacity { services: 100, endpoints: 200 };
+        for (wanted, expected, refused) in [
+            ((100, 200), (100, 200), vec![]),
+            ((1000, 2000), (1000, 2000), vec![]),
+            ((20, 2000), (100, 2000), vec![("max-services", 20, 100)]),
+            ((1, 1), (100, 200), vec![("max-services", 1, 100), ("max-endpoints", 1, 200)]),
+        ] {
+            let wanted = Capacity { services: wanted.0, endpoints: wanted.1 };
+            let (capacity, too_small) = sizes_unread(wanted, found);
+            assert_eq!((capacity.services, capacity.endpoints), expected, "{wanted:?}");
+            let told: Vec<_> = too_small.iter().map(|size| (size.setting, size.wanted, size.used)).collect();
+            assert_eq!(told, refused, "{wanted:?}");
+            assert!(too_small.iter().all(|size| size.to_string().ends_with("cannot be read")));
+        }
+        let nothing = Capacity { services: 0, endpoints: 0 };
+        assert_eq!(sizes_unread(found, nothing), (found, Vec::new()));
     }
 
     #[test]
