@@ -20,13 +20,13 @@ const RETRY: Duration = Duration::from_secs(1);
 type Wait = dyn Fn() -> io::Result<()> + Send + Sync;
 
 /// Waits as long as it takes: what was not waited for must not be reused.
-fn wait_here(wait: &Wait) {
+fn wait_here(wait: &Wait, retry: Duration) {
     let mut has_failed = false;
     while let Err(error) = wait() {
         if !std::mem::replace(&mut has_failed, true) {
-            error!(%error, "the kernel does not wait for a grace period: nothing that was freed is reused until it does");
+            error!(%error, "the kernel does not wait for a grace period: what was freed is not reused until it does, trying again");
         }
-        thread::sleep(RETRY);
+        thread::sleep(retry);
     }
     if has_failed {
         info!("the kernel waits for grace periods again");
@@ -106,7 +106,7 @@ impl Grace {
                 while let Ok(later) = incoming.try_recv() {
                     request = later;
                 }
-                wait_here(&*waits);
+                wait_here(&*waits, RETRY);
                 if done.send(request).is_err() {
                     return;
                 }
@@ -143,7 +143,7 @@ impl Grace {
                 self.passed = passed;
             } else {
                 // The thread is gone: wait here instead.
-                wait_here(&*self.wait);
+                wait_here(&*self.wait, RETRY);
                 self.passed = self.asked;
             }
         }
@@ -168,6 +168,43 @@ mod tests {
         assert_eq!(asked.pop(999), Some(630), "never a plan without a request after it that has passed");
         assert!(!asked.is_empty());
         assert_eq!((asked.pop(1000), asked.is_empty()), (Some(10_000), true));
+    }
+
+    /// What a test's log holds.
+    #[derive(Clone, Default)]
+    struct Log(Arc<Mutex<Vec<u8>>>);
+
+    impl io::Write for Log {
+        fn write(&mut self, text: &[u8]) -> io::Result<usize> {
+            self.0.lock().unwrap().write(text)
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_wait_that_fails_for_long_is_logged_once_and_so_is_its_end() {
+        for (n_failures, levels) in [(0, &[][..]), (1, &["ERROR", "INFO"]), (50, &["ERROR", "INFO"])] {
+            let log = Log::default();
+            let writer = log.clone();
+            let subscriber =
+                tracing_subscriber::fmt().with_ansi(false).with_writer(move || writer.clone()).finish();
+            let left = Mutex::new(n_failures);
+            let wait = move || {
+                let mut left = left.lock().unwrap();
+                let fails = *left > 0;
+                *left -= i32::from(fails);
+                if fails { Err(io::ErrorKind::OutOfMemory.into()) } else { Ok(()) }
+            };
+            tracing::subscriber::with_default(subscriber, || wait_here(&wait, Duration::ZERO));
+            let log = String::from_utf8(log.0.lock().unwrap().clone()).unwrap();
+            assert_eq!(log.lines().count(), levels.len(), "{log}");
+            for (line, level) in log.lines().zip(levels) {
+                assert!(line.contains(level) && line.contains("grace period"), "{log}");
+            }
+        }
     }
 
     #[test]
