@@ -238,22 +238,27 @@ impl FrontendPart {
 }
 
 impl Explanation {
+    /// What follows the verdict: label, text, and what explains the text.
+    fn parts(&self) -> impl Iterator<Item = (&'static str, String, Option<&str>)> {
+        let frontend = self.frontend.iter().map(|frontend| {
+            let (kind, service, policy) = (frontend.kind, frontend.service(), frontend.policy);
+            ("frontend", format!("{kind} {service}, policy {policy:?}"), None)
+        });
+        let candidates = self.candidates.iter().map(|endpoint| ("candidate", endpoint.to_string(), None));
+        let left_out = self.left_out.iter();
+        let left_out =
+            left_out.map(|part| ("left out", part.endpoint.to_string(), Some(part.reason.as_str())));
+        let issues = self.issues.iter().map(|issue| ("issue", issue.to_string(), None));
+        frontend.chain(candidates).chain(left_out).chain(issues)
+    }
+
     /// The explanation for people.
     #[must_use]
     pub fn text(&self) -> String {
         let mut text = format!("{} -> {}: {}\n", self.call, self.verdict, self.reason);
-        if let Some(frontend) = &self.frontend {
-            let (kind, service, policy) = (frontend.kind, frontend.service(), frontend.policy);
-            let _ = writeln!(text, "  frontend   {kind} {service}, policy {policy:?}");
-        }
-        for endpoint in &self.candidates {
-            let _ = writeln!(text, "  candidate  {endpoint}");
-        }
-        for left_out in &self.left_out {
-            let _ = writeln!(text, "  left out   {}  {}", left_out.endpoint, left_out.reason);
-        }
-        for issue in &self.issues {
-            let _ = writeln!(text, "  issue      {issue}");
+        for (label, part, reason) in self.parts() {
+            let reason = reason.map_or_else(String::new, |reason| format!("  {reason}"));
+            let _infallible = writeln!(text, "  {label:<9}  {part}{reason}");
         }
         text
     }
@@ -262,17 +267,9 @@ impl Explanation {
     #[must_use]
     pub fn line(&self) -> String {
         let mut line = format!("{} -> {}: {}", self.call, self.verdict, self.reason);
-        if let Some(frontend) = &self.frontend {
-            let _ = write!(line, "; {} {}", frontend.kind, frontend.service());
-        }
-        for endpoint in &self.candidates {
-            let _ = write!(line, "; candidate {endpoint}");
-        }
-        for left_out in &self.left_out {
-            let _ = write!(line, "; left out {} ({})", left_out.endpoint, left_out.reason);
-        }
-        for issue in &self.issues {
-            let _ = write!(line, "; issue: {issue}");
+        for (label, part, reason) in self.parts() {
+            let reason = reason.map_or_else(String::new, |reason| format!(" ({reason})"));
+            let _infallible = write!(line, "; {label} {part}{reason}");
         }
         line
     }
