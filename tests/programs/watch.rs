@@ -118,17 +118,66 @@ fn top_tells_rates_from_one_look_to_the_next() {
     });
 }
 
+/// What a person sees: programs write only what differs from what they wrote before.
+#[derive(Default)]
+struct Screen {
+    lines: Vec<Vec<char>>,
+    row: usize,
+    column: usize,
+}
+
+impl Screen {
+    const ROWS: u16 = 30;
+    const COLUMNS: u16 = 100;
+
+    /// Takes the next character or escape sequence from the text. `None` if it is not complete.
+    fn take<'a>(&mut self, text: &'a str) -> Option<&'a str> {
+        let mut rest = text.chars();
+        match rest.next()? {
+            '\u{1b}' => {
+                let sequence = text.strip_prefix("\u{1b}[")?;
+                let end = sequence.find(|c: char| c.is_ascii_alphabetic())?;
+                let numbers: Vec<usize> =
+                    sequence[..end].split(';').map(|number| number.parse().unwrap_or(1)).collect();
+                match &sequence[end..=end] {
+                    "H" => (self.row, self.column) = (numbers[0] - 1, numbers.get(1).map_or(0, |n| n - 1)),
+                    "J" => self.lines.clear(),
+                    _ => {}
+                }
+                return Some(&sequence[end + 1..]);
+            }
+            '\r' => self.column = 0,
+            '\n' => self.row += 1,
+            shown => {
+                self.lines.resize_with(self.lines.len().max(self.row + 1), Vec::new);
+                let line = &mut self.lines[self.row];
+                line.resize(line.len().max(self.column + 1), ' ');
+                line[self.column] = shown;
+                self.column += 1;
+            }
+        }
+        Some(rest.as_str())
+    }
+
+    fn text(&self) -> String {
+        self.lines.iter().map(|line| line.iter().collect::<String>() + "\n").collect()
+    }
+}
+
 /// A program on a terminal of a test's own, and what it wrote there.
 struct Terminal {
     child: Child,
     keys: File,
-    shown: mpsc::Receiver<Vec<u8>>,
+    written: mpsc::Receiver<Vec<u8>>,
+    /// Everything so far, of which the screen shows what stands before `n_shown`.
     text: String,
+    n_shown: usize,
+    screen: Screen,
 }
 
 impl Terminal {
     fn run(command: &mut Command) -> Self {
-        let size = Winsize { ws_row: 30, ws_col: 100, ws_xpixel: 0, ws_ypixel: 0 };
+        let size = Winsize { ws_row: Screen::ROWS, ws_col: Screen::COLUMNS, ws_xpixel: 0, ws_ypixel: 0 };
         let OpenptyResult { master, slave } = openpty(Some(&size), None).unwrap();
         let end_of_program = || Stdio::from(slave.try_clone().unwrap());
         let child = command
@@ -138,7 +187,7 @@ impl Terminal {
             .stderr(Stdio::null())
             .spawn()
             .unwrap();
-        let (sender, shown) = mpsc::channel();
+        let (sender, written) = mpsc::channel();
         let mut screen = File::from(master.try_clone().unwrap());
         let _ends_with_the_terminal = thread::spawn(move || {
             let mut bytes = [0; 4096];
@@ -148,20 +197,31 @@ impl Terminal {
                 }
             }
         });
-        Self { child, keys: File::from(master), shown, text: String::new() }
+        let (text, screen) = (String::new(), Screen::default());
+        Self { child, keys: File::from(master), written, text, n_shown: 0, screen }
     }
 
-    /// Waits until something was written since the last call.
-    fn until(&mut self, wanted: &str) {
-        let end = Instant::now() + Duration::from_secs(30);
-        while !self.text.contains(wanted) {
+    /// Waits until the program has written something, or until the screen shows it.
+    fn until(&mut self, what: &str, is_so: impl Fn(&str, &str) -> bool) {
+        let end = Instant::now() + Duration::from_secs(60);
+        while !is_so(&self.text, &self.screen.text()) {
             let left = end.saturating_duration_since(Instant::now());
-            let Ok(bytes) = self.shown.recv_timeout(left) else {
-                panic!("{wanted:?} was never shown: {:?}", self.text)
+            let Ok(bytes) = self.written.recv_timeout(left) else {
+                panic!("{what} was never shown: {}\n{:?}", self.screen.text(), self.text)
             };
             self.text += &String::from_utf8_lossy(&bytes);
+            while let Some(rest) = self.screen.take(&self.text[self.n_shown..]) {
+                self.n_shown = self.text.len() - rest.len();
+            }
         }
-        self.text.clear();
+    }
+
+    fn until_written(&mut self, wanted: &str) {
+        self.until(wanted, |written, _| written.contains(wanted));
+    }
+
+    fn until_shown(&mut self, wanted: &str) {
+        self.until(wanted, |_, shown| shown.contains(wanted));
     }
 
     fn press(&mut self, keys: &str) {
@@ -183,14 +243,18 @@ fn top_on_a_terminal_obeys_keys_and_leaves_it_as_it_was() {
         let mut command = Command::new(&place.binary);
         let mut terminal = Terminal::run(command.args(place.args(&["top", "--interval", "100ms"])));
         // The alternate screen, and the table on it.
-        terminal.until("\u{1b}[?1049h");
-        terminal.until("default/web-v4");
+        terminal.until_written("\u{1b}[?1049h");
+        terminal.until_shown("default/web-v4");
         terminal.press("/empty");
-        terminal.until("filter:");
+        terminal.until_shown("filter: empty_");
         terminal.press("\r ");
-        terminal.until("PAUSED");
+        terminal.until_shown("filter: empty (Esc clears it)");
+        terminal.until_shown("PAUSED");
+        terminal.until("only what the filter leaves", |_, shown| {
+            shown.contains("default/empty") && !shown.contains("default/web-v4")
+        });
         terminal.press("q");
-        terminal.until("\u{1b}[?1049l");
+        terminal.until_written("\u{1b}[?1049l");
         assert_eq!(terminal.child.wait().unwrap().code(), Some(0));
     });
 }
