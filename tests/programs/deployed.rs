@@ -82,7 +82,7 @@ fn the_capabilities_and_mounts_of_the_daemon_set_are_enough() {
         assert!(output.status.success(), "{status}");
         // From the agent's own cgroup: the one that is served can only be read.
         let log = |text: &str| agent.log().iter().any(|line| line.contains(text));
-        eventually("the self-test is passed", || log("the self-test is passed"));
+        eventually("the self-test is passed", || log("self-test passed"));
         assert!(log("calls from the agent's own cgroup"), "{:#?}", agent.log());
         // Changes are followed, a pod's socket is ended, and nothing is in want of more.
         let socket = in_pod.run(|| Socket::new(Domain::V4, Protocol::Udp));

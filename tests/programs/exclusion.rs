@@ -64,7 +64,7 @@ fn an_exclusion_that_a_call_disproves_is_not_claimed() {
         place.write(&town.cluster(0..2));
         let often = "--self-test-interval=200ms";
         let above = place.start_with(&[LISTEN[0], LISTEN[1], often]);
-        eventually("the agent above is at work", || above.has_said("the self-test is passed"));
+        eventually("the agent above is at work", || above.has_said("self-test passed"));
         let (served, excluded) = (format!("{}/below", place.cgroup), format!("{}/below/batch", place.cgroup));
         for path in [&served, &excluded] {
             fs::create_dir(path).unwrap();
@@ -74,7 +74,7 @@ fn an_exclusion_that_a_call_disproves_is_not_claimed() {
         let mut command = Command::new(&place.binary);
         command.env("SOCKLB_PIN_PATH", format!("{}-below", place.pin_path)).env("SOCKLB_CGROUP", &served);
         let below = place.spawn(command, &[LISTEN[0], LISTEN[1], often, "--node-name=node", &flag]);
-        eventually("the agent below is at work", || below.has_said("the self-test is passed"));
+        eventually("the agent below is at work", || below.has_said("self-test passed"));
         eventually("it doubts", || {
             let log = below.log();
             let doubt =

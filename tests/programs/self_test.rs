@@ -36,7 +36,7 @@ fn a_node_is_ready_once_calls_are_seen_to_work_and_for_as_long() {
             Scrape::of(&metrics).get(r#"socklb_self_tests_total{result="passed"}"#) > 2
         });
         assert_eq!(Scrape::of(&metrics).get(r#"socklb_self_tests_total{result="failed"}"#), 0);
-        assert!(has_said(&agent, "the self-test is passed"));
+        assert!(has_said(&agent, "self-test passed"));
         assert!(!has_said(&agent, "own cgroup"), "{:#?}", agent.log());
 
         // Its service is one of those that people see.

@@ -40,7 +40,7 @@ use crate::{
         health_ports::{self, Wanted},
         known::Known,
     },
-    snapshot::{Found, Snapshot, SnapshotError, Writer, Written},
+    snapshot::{self, Found, Snapshot, SnapshotError, Writer, Written},
     source::{Contact, Source},
     telemetry::{
         Metrics,
@@ -162,7 +162,7 @@ pub async fn run(
             () = time::sleep_until(started + PATIENCE), if !is_complete && !has_waited => {
                 has_waited = true;
                 let start = Start { is_complete, has_answered, waited: started.elapsed(), has_adopted };
-                serves_snapshot = basis(start) == Basis::Snapshot && agent.restore().await;
+                serves_snapshot = basis(start) == Basis::Snapshot && agent.restore(&source).await;
                 if has_adopted && !has_answered {
                     warn!(
                         n_frontends = agent.state.image().services.len(),
@@ -175,7 +175,10 @@ pub async fn run(
             swept = agent.sweep.step(), if !agent.kernel.is_staged() => agent.sweep.go_on(swept, &mut agent.state, &agent.metrics),
             more = source.changed(), if !has_ended => {
                 if !more {
-                    warn!("the source has ended: what is served stays as it is");
+                    warn!(
+                        source = source.describe(),
+                        "the source has ended: what is served stays as it is, restart the agent to follow changes"
+                    );
                     has_ended = true;
                     continue;
                 }
@@ -401,28 +404,25 @@ impl Agent {
     }
 
     /// Takes over the objects of the snapshot. `false` if there is none that can be used.
-    async fn restore(&mut self) -> bool {
-        let state_dir = self.options.state_dir.clone();
-        let Ok(found) = spawn_blocking(move || Found::read(&state_dir)).await else { return false };
-        let Found { snapshot, n_lost, .. } = match found {
+    async fn restore(&mut self, source: &impl Source) -> bool {
+        let (state_dir, problem) = (self.options.state_dir.clone(), problem(source));
+        let mut reading = Some(spawn_blocking(move || Found::read(&state_dir)));
+        let Found { snapshot, n_lost, .. } = match ended(&mut reading).await {
             Ok(found) => found,
-            Err(SnapshotError::Missing { .. }) => {
-                warn!("the source does not answer, and there is no snapshot to serve");
-                return false;
-            }
             Err(error) => {
-                warn!(%error, "the source does not answer, and the snapshot cannot be served");
+                warn!("no complete lists yet: {problem}; nothing is served until they are complete: {error}");
                 return false;
             }
         };
         warn!(
             n_services = snapshot.services.len(),
-            "the source does not answer: serving the snapshot until it does"
+            "no complete lists yet: {problem}; the snapshot is served until they are complete"
         );
         if n_lost > 0 {
+            let journal = self.options.state_dir.join(snapshot::JOURNAL);
             warn!(
-                n_lost,
-                "the end of the snapshot's journal is cut short or altered: the last changes are missing"
+                "{}: the last {n_lost} bytes are cut short or altered: the last changes of the snapshot are not served",
+                journal.display()
             );
         }
         self.state.change(|store| {
@@ -462,7 +462,7 @@ impl Agent {
             Pins::Lost(names) => warn!(
                 pins = %pin_path,
                 names = names.join(" "),
-                "pins were removed or replaced, or programs detached, by somebody else: the next audit puts them right"
+                "pins were removed or replaced, or programs detached: the next audit puts them right (--audit-interval)"
             ),
             Pins::Gone => error!(
                 pins = %pin_path,
@@ -482,16 +482,16 @@ impl Agent {
         if !restored.is_empty() {
             warn!(
                 names = restored.join(" "),
-                "an audit put back pins and programs that somebody else had taken away"
+                "an audit restored pins and programs that were removed, replaced or detached"
             );
         }
         if let Err(error) = result {
-            error!(%error, "an audit could not put back what somebody else has taken away");
+            error!(%error, "an audit could not restore pins or programs: the next one tries again");
         }
         self.look_at_pins(lock);
     }
 
-    /// Leaves a sign of life. `is_waiting`: whether a change waits to be carried out.
+    /// Gives a heartbeat. `is_waiting`: whether a change waits to be carried out.
     fn turn(&self, is_waiting: bool) {
         self.vitals.send_modify(|vitals| {
             vitals.turned = Instant::now().into_std();
@@ -547,7 +547,7 @@ impl Agent {
         let kernel::store::Done { n_ops, no_room } = match result {
             Ok(done) => done,
             Err(error) => {
-                error!(%error, "a sync failed: reading the tables and trying again");
+                error!(%error, "a sync failed: reading the kernel's maps and trying again");
                 self.metrics.sync_failed();
                 self.start_over();
                 return false;
@@ -655,11 +655,11 @@ impl Agent {
     }
 
     fn start_over(&mut self) {
-        // What the failed plan freed is free for the next one, so nobody may be reading it any longer.
+        // What the failed plan freed is free for the next one, so no program may still be reading it.
         block_in_place(|| self.kernel.settle());
         match self.kernel.maps().image() {
             Ok(found) => self.state.adopt(self.kernel.maps().capacity(), &found),
-            Err(error) => error!(%error, "the tables cannot be read"),
+            Err(error) => error!(%error, "the kernel's maps cannot be read after a failure: trying again"),
         }
     }
 
@@ -677,7 +677,7 @@ impl Agent {
         let mut findings = match findings {
             Ok(findings) => findings,
             Err(error) => {
-                warn!(%error, "the kernel's maps cannot be compared with what they should hold");
+                warn!(%error, "an audit could not read the kernel's maps: the next one tries again");
                 return self.metrics.audited(AuditEnd::Error, &Faults::new());
             }
         };
@@ -704,12 +704,12 @@ impl Agent {
                 let counts: Vec<String> = repaired.iter().map(|(map, n)| format!("{map} {n}")).collect();
                 warn!(
                     entries = counts.join(", "),
-                    "an audit repaired what somebody else did to the kernel's maps"
+                    "an audit repaired entries of the kernel's maps that another program had changed"
                 );
                 self.metrics.audited(AuditEnd::Repaired, &repaired);
             }
             Err(error) => {
-                error!(%error, "an audit could not repair the tables: reading them and starting over");
+                error!(%error, "an audit could not repair the kernel's maps: reading them and trying again");
                 self.metrics.audited(AuditEnd::Error, &Faults::new());
                 self.start_over();
             }
@@ -836,7 +836,9 @@ impl Agent {
                     }
                 });
             }
-            Err(error) => warn!(%error, "the programs' own log is not available"),
+            Err(error) => {
+                warn!(%error, "-vv: the log of the programs cannot be read: their decisions are not shown")
+            }
         }
     }
 }

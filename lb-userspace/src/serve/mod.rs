@@ -126,7 +126,7 @@ impl Asker {
 /// What the agent's loop lets others see.
 #[derive(Clone, Debug)]
 pub struct Insight {
-    /// Its signs of life.
+    /// Its heartbeat.
     pub vitals: watch::Receiver<Vitals>,
     /// How often it brought the kernel up to date.
     pub changes: watch::Receiver<u64>,

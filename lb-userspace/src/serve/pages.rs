@@ -92,7 +92,7 @@ impl Pages for MetricsPages {
 /// `/healthz` and `/livez`
 #[derive(Clone, Debug)]
 pub struct HealthPages {
-    /// The loop's signs of life.
+    /// The loop's heartbeat.
     pub vitals: watch::Receiver<Vitals>,
     /// Where answers are counted.
     pub metrics: Metrics,

@@ -19,18 +19,18 @@ pub const NOT_RUN: &str = "not run yet: it waits for the first sync";
 /// Whether calls were seen to go where they should.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum SelfTest {
-    /// Nobody asks.
+    /// None is made.
     #[default]
     Off,
-    /// Not tried yet.
+    /// Not run yet.
     Pending,
-    /// They do.
+    /// They do, by the last one.
     Passed,
     /// They do not: what went wrong.
     Failed(Arc<str>),
 }
 
-/// Signs of life of the agent's loop.
+/// The heartbeat of the agent's loop, and what it says of itself.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Vitals {
     /// When the oldest change came that the kernel does not follow yet. Later changes do not move it.

@@ -121,7 +121,7 @@ async fn follow(mut follower: Follower, mut wanted: watch::Receiver<Wanted>) {
         });
         match looked.await {
             Ok(same) => follower = same,
-            Err(error) => return warn!(%error, "excluded cgroups are no longer followed"),
+            Err(error) => return warn!(%error, "excluded cgroups are no longer followed: restart the agent"),
         }
         follower.prove().await;
     }
@@ -147,7 +147,7 @@ impl Follower {
             match place {
                 Ok(place) => {
                     if self.problems.remove(&directory).is_some() {
-                        info!(cgroup = %directory.display(), "is there now, and excluded");
+                        info!(cgroup = %directory.display(), "--exclude-cgroup: found and excluded");
                     }
                     let _same_cgroup = places.insert(place, directory);
                 }
@@ -249,7 +249,7 @@ impl Follower {
     fn tell_failure(&mut self, error: &KernelError) {
         let problem = error.to_string();
         if self.failed.as_ref() != Some(&problem) {
-            warn!(%problem, "cgroups cannot be excluded");
+            warn!(%problem, "cgroups cannot be excluded: their calls are served, trying again");
         }
         self.failed = Some(problem);
     }

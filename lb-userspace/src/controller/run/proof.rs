@@ -123,7 +123,7 @@ impl Proof {
                 warn!(%why, cgroup = %self.cgroup.display(), "the self-test calls from the agent's own cgroup: none can be made below the one that is served");
             }
             if has_passed {
-                info!("the self-test is passed: calls of a service reach its endpoint");
+                info!("self-test passed: calls of a service reach its endpoint");
             }
             for problem in &outcome.problems {
                 error!(%problem, "the self-test failed: calls of services do not all work");
