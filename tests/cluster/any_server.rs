@@ -10,6 +10,8 @@ use k8s_openapi::{
     api::core::v1::{Container, Pod, PodSpec, Service},
     apimachinery::pkg::apis::meta::v1::ObjectMeta,
 };
+use lb_agent::source::Source as _;
+use lb_core::model::{Protocol::Tcp, ingest};
 use lb_tests::{
     Feature, Sandbox,
     agent::Agent,
@@ -19,10 +21,6 @@ use lb_tests::{
     controlplane::{Api, servers},
     require,
     server::Servers,
-};
-use lb_userspace::{
-    model::{Protocol::Tcp, ingest},
-    source::Source as _,
 };
 use nix::errno::Errno;
 

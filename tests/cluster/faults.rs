@@ -8,14 +8,14 @@ use std::{
     time::{Duration, Instant},
 };
 
+use lb_agent::source::Source as _;
+use lb_core::{
+    desired::FrontendAddress,
+    model::{Protocol::Tcp, ingest},
+};
 use lb_tests::{
     apiserver::{ApiServer, Kind},
     cluster::{self, NAMESPACE, PortOf},
-};
-use lb_userspace::{
-    desired::FrontendAddress,
-    model::{Protocol::Tcp, ingest},
-    source::Source as _,
 };
 
 use crate::follower::{Follower, N_KINDS, cluster, endpoints, service_address};

@@ -7,18 +7,20 @@ use std::{
     time::{Duration, Instant},
 };
 
+use lb_agent::{
+    cluster::{Access, KubeSource, Timing, Wanted},
+    source::Source,
+};
+use lb_core::{
+    model::{Protocol::Tcp, Store},
+    plan::Capacity,
+    state::State,
+    tables::Image,
+};
 use lb_tests::{
     agent,
     cluster::{self, Cluster},
     controlplane::Api,
-};
-use lb_userspace::{
-    cluster::{Access, KubeSource, Timing, Wanted},
-    controller::State,
-    model::{Protocol::Tcp, Store},
-    plan::Capacity,
-    source::Source,
-    tables::Image,
 };
 use tokio::runtime::Runtime;
 

@@ -8,6 +8,13 @@ use std::{
     time::{Duration, Instant},
 };
 
+use lb_agent::{
+    controller::run::{Options, run},
+    serve,
+    snapshot::{Snapshot, Writer},
+    source::Source as _,
+};
+use lb_core::model::{Protocol::Tcp, Store, ingest};
 use lb_tests::{
     Feature, Sandbox,
     agent::{self, Agent},
@@ -16,13 +23,6 @@ use lb_tests::{
     cluster::{Cluster, NAMESPACE, PortOf},
     require,
     server::Servers,
-};
-use lb_userspace::{
-    controller::run::{Options, run},
-    model::{Protocol::Tcp, Store, ingest},
-    serve,
-    snapshot::{Snapshot, Writer},
-    source::Source as _,
 };
 use nix::errno::Errno;
 use serde_json::Value;

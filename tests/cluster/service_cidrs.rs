@@ -7,6 +7,9 @@ use std::{
 };
 
 use k8s_openapi::api::core::v1::Service;
+use lb_agent::source::Source as _;
+use lb_core::model::{Protocol::Tcp, ingest};
+use lb_kernel::Features;
 use lb_tests::{
     Feature, Sandbox,
     agent::Agent,
@@ -15,11 +18,6 @@ use lb_tests::{
     cluster::{self, NAMESPACE, service_cidr},
     controlplane::servers,
     require,
-};
-use lb_userspace::{
-    kernel::Features,
-    model::{Protocol::Tcp, ingest},
-    source::Source as _,
 };
 use nix::errno::Errno;
 

@@ -2,11 +2,12 @@
 
 use std::time::Duration;
 
+use lb_agent::source::Source as _;
+use lb_core::model::ingest;
 use lb_tests::{
     apiserver::{ApiServer, Kind},
     cluster::{self, PortOf},
 };
-use lb_userspace::{model::ingest, source::Source as _};
 
 use crate::follower::{Follower, N_KINDS, NODE, cluster, endpoints};
 

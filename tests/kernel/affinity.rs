@@ -9,6 +9,7 @@ use std::{
 };
 
 use k8s_openapi::api::core::v1::{ClientIPConfig, SessionAffinityConfig};
+use lb_core::model::Protocol::Udp;
 use lb_tests::{
     Feature, Sandbox,
     agent::Agent,
@@ -17,7 +18,6 @@ use lb_tests::{
     netns::NetNs,
     require,
 };
-use lb_userspace::model::Protocol::Udp;
 
 use crate::calls::service_address;
 

@@ -9,6 +9,13 @@ use aya::{
     Pod,
     maps::{Array, HashMap, Map, MapData},
 };
+use lb_core::{
+    desired::FrontendAddress,
+    model::Protocol::{Tcp, Udp},
+    plan::audit::Faults,
+    tables::Image,
+};
+use lb_kernel::store::{Findings, Maps, Repaired};
 use lb_tests::{
     Feature, Sandbox,
     agent::Agent,
@@ -16,13 +23,6 @@ use lb_tests::{
     cluster::{self, Cluster},
     require,
     server::Servers,
-};
-use lb_userspace::{
-    desired::FrontendAddress,
-    kernel::store::{Findings, Maps, Repaired},
-    model::Protocol::{Tcp, Udp},
-    plan::audit::Faults,
-    tables::Image,
 };
 use nix::errno::Errno;
 

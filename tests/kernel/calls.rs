@@ -2,6 +2,7 @@
 
 use std::{collections::BTreeSet, net::SocketAddr};
 
+use lb_core::model::Protocol::{self, Tcp, Udp};
 use lb_tests::{
     Feature, Sandbox,
     agent::Agent,
@@ -11,7 +12,6 @@ use lb_tests::{
     require,
     server::Servers,
 };
-use lb_userspace::model::Protocol::{self, Tcp, Udp};
 use nix::errno::Errno;
 
 /// The service address that tests of a domain call.

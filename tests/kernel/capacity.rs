@@ -6,6 +6,11 @@ use std::{
 };
 
 use lb_common::limits::{MAX_ADDRS_PER_NODE, MAX_NODE_ADDRS};
+use lb_core::{
+    model::{IssueKind, Protocol::Tcp},
+    plan::Capacity,
+};
+use lb_kernel::Options;
 use lb_tests::{
     Feature, Sandbox,
     agent::{self, Agent},
@@ -13,11 +18,6 @@ use lb_tests::{
     cluster::{self, Cluster},
     require,
     server::Servers,
-};
-use lb_userspace::{
-    kernel::Options,
-    model::{IssueKind, Protocol::Tcp},
-    plan::Capacity,
 };
 use nix::errno::Errno;
 

@@ -3,6 +3,12 @@
 use std::{collections::BTreeSet, fs, net::SocketAddr, path::Path, thread, time::Duration};
 
 use lb_common::limits;
+use lb_core::model::Protocol::{Tcp, Udp};
+use lb_kernel::{
+    KernelError, Options,
+    cgroup::{self, Extent},
+    exclusion::{Exclusion, Hierarchy, Place},
+};
 use lb_tests::{
     Feature, Sandbox,
     agent::{self, Agent},
@@ -10,14 +16,6 @@ use lb_tests::{
     cluster::Cluster,
     require,
     server::Servers,
-};
-use lb_userspace::{
-    kernel::{
-        KernelError, Options,
-        cgroup::{self, Extent},
-        exclusion::{Exclusion, Hierarchy, Place},
-    },
-    model::Protocol::{Tcp, Udp},
 };
 use nix::{
     errno::Errno,

@@ -16,6 +16,8 @@ use lb_common::{
     hooks::{HOOKS, HookSpec},
     maps::LAYOUTS,
 };
+use lb_core::model::Protocol::Tcp;
+use lb_kernel::{Features, Kernel, KernelError, Options, host, pins, syscall};
 use lb_tests::{
     Feature, Sandbox,
     agent::{self, Agent},
@@ -23,10 +25,6 @@ use lb_tests::{
     cluster::Cluster,
     require,
     server::Servers,
-};
-use lb_userspace::{
-    kernel::{Features, Kernel, KernelError, Options, host, pins, syscall},
-    model::Protocol::Tcp,
 };
 use nix::{errno::Errno, libc};
 

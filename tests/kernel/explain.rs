@@ -5,6 +5,8 @@ use std::{
     net::{IpAddr, Ipv4Addr, SocketAddr},
 };
 
+use lb_core::{desired::FrontendAddress, model::Protocol, sim::Caller};
+use lb_kernel::Features;
 use lb_tests::{
     Feature, Sandbox,
     agent::{self, Agent},
@@ -13,13 +15,7 @@ use lb_tests::{
     require,
     server::Servers,
 };
-use lb_userspace::{
-    cli::explain::{Explanation, explain},
-    desired::FrontendAddress,
-    kernel::Features,
-    model::Protocol,
-    sim::Caller,
-};
+use lb_userspace::cli::explain::{Explanation, explain};
 use nix::errno::Errno;
 use proptest::{
     strategy::{Strategy as _, ValueTree as _},

@@ -12,8 +12,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use lb_kernel::syscall::MapOfMaps;
 use lb_tests::{Feature, require};
-use lb_userspace::kernel::syscall::MapOfMaps;
 use nix::{
     libc,
     sched::{CpuSet, sched_getaffinity, sched_setaffinity},

@@ -8,16 +8,15 @@ use std::{
     time::{Duration, Instant},
 };
 
+use Expected::{LeftAlone, Served};
+use lb_core::model::Protocol::{Tcp, Udp};
+use lb_kernel::{Features, pins};
 use lb_tests::{
     Feature, Sandbox,
     agent::{self, Agent},
     client::{Domain, open},
     cluster::Cluster,
     netns, require,
-};
-use lb_userspace::{
-    kernel::{Features, pins},
-    model::Protocol::{Tcp, Udp},
 };
 use nix::{
     errno::Errno,
@@ -33,8 +32,6 @@ use nix::{
 };
 
 use crate::{calls::service_address, records::Scene};
-
-use Expected::{LeftAlone, Served};
 
 /// What the documents say of a call to a service address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -20,6 +20,14 @@ use aya::{
     },
 };
 use lb_common::maps::{self, MAPS, Role, Size};
+use lb_core::{model::Protocol::Tcp, plan::Capacity, state::State, tables::Image};
+use lb_kernel::{
+    Features, Kernel, KernelError, Options,
+    lock::Lock,
+    object, pins,
+    store::{Maps, Pins},
+    syscall,
+};
 use lb_tests::{
     Feature, Sandbox,
     agent::{self, Agent, content},
@@ -27,19 +35,6 @@ use lb_tests::{
     cluster::{self, Cluster, node},
     number, require,
     server::Servers,
-};
-use lb_userspace::{
-    controller::State,
-    kernel::{
-        Features, Kernel, KernelError, Options,
-        lock::Lock,
-        object, pins,
-        store::{Maps, Pins},
-        syscall,
-    },
-    model::Protocol::Tcp,
-    plan::Capacity,
-    tables::Image,
 };
 use nix::{
     errno::Errno,
@@ -178,7 +173,7 @@ fn a_restarted_agent_takes_away_what_is_gone() {
         assert_eq!(call(service, Tcp), Ok(endpoints[0]), "before the first sync");
         agent.follow(&Cluster::new());
         assert_eq!(call(service, Tcp), Err(Errno::ENETUNREACH));
-        assert_eq!(agent.image(), lb_userspace::tables::Image::default());
+        assert_eq!(agent.image(), lb_core::tables::Image::default());
     });
 }
 

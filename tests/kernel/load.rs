@@ -12,6 +12,11 @@ use std::{
     thread,
 };
 
+use lb_core::{
+    model::Protocol::{Tcp, Udp},
+    plan::Capacity,
+};
+use lb_kernel::Options;
 use lb_tests::{
     Feature, Sandbox,
     agent::{self, Agent},
@@ -19,11 +24,6 @@ use lb_tests::{
     cluster::Cluster,
     require,
     server::Servers,
-};
-use lb_userspace::{
-    kernel::Options,
-    model::Protocol::{Tcp, Udp},
-    plan::Capacity,
 };
 use nix::errno::Errno;
 

@@ -3,6 +3,8 @@
 use std::net::{IpAddr, SocketAddr};
 
 use k8s_openapi::api::core::v1::{ClientIPConfig, SessionAffinityConfig};
+use lb_core::model::Protocol::{self, Tcp, Udp};
+use lb_kernel::{Features, pins};
 use lb_tests::{
     Feature, Sandbox,
     agent::{self, Agent},
@@ -10,10 +12,6 @@ use lb_tests::{
     cluster::{self, Cluster, PortOf},
     require,
     server::Servers,
-};
-use lb_userspace::{
-    kernel::{Features, pins},
-    model::Protocol::{self, Tcp, Udp},
 };
 use nix::errno::Errno;
 

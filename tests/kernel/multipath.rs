@@ -8,6 +8,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use lb_core::model::Protocol::Tcp;
+use lb_kernel::{Features, Options, pins};
 use lb_tests::{
     Feature, Sandbox,
     agent::{self, Agent},
@@ -15,10 +17,6 @@ use lb_tests::{
     cluster::Cluster,
     require,
     server::Servers,
-};
-use lb_userspace::{
-    kernel::{Features, Options, pins},
-    model::Protocol::Tcp,
 };
 use nix::{errno::Errno, libc};
 

@@ -2,6 +2,8 @@
 
 use std::net::SocketAddr;
 
+use lb_core::model::Protocol::{self, Tcp, Udp};
+use lb_kernel::pins;
 use lb_tests::{
     Feature, Sandbox,
     agent::{self, Agent},
@@ -9,10 +11,6 @@ use lb_tests::{
     cluster::Cluster,
     require,
     server::Servers,
-};
-use lb_userspace::{
-    kernel::pins,
-    model::Protocol::{self, Tcp, Udp},
 };
 use nix::errno::Errno;
 use proptest::{

@@ -2,6 +2,8 @@
 
 use std::net::SocketAddr;
 
+use lb_core::model::Protocol::{Tcp, Udp};
+use lb_kernel::Features;
 use lb_tests::{
     Feature, Sandbox,
     agent::{self, Agent},
@@ -9,10 +11,6 @@ use lb_tests::{
     cluster::Cluster,
     require,
     server::Servers,
-};
-use lb_userspace::{
-    kernel::Features,
-    model::Protocol::{Tcp, Udp},
 };
 use nix::errno::Errno;
 
@@ -26,7 +24,7 @@ fn with_services(
     test: impl FnOnce(&dyn Fn(&mut Agent, &[SocketAddr]), &mut Agent) + Send,
 ) {
     Sandbox::run(|sandbox| {
-        let options = lb_userspace::kernel::Options { features, ..agent::options(sandbox) };
+        let options = lb_kernel::Options { features, ..agent::options(sandbox) };
         let mut agent = Agent::start_with(&options, agent::settings(), Vec::new()).unwrap();
         let follow = |agent: &mut Agent, endpoints: &[SocketAddr]| {
             let mut cluster = Cluster::new();

@@ -15,9 +15,16 @@ use std::{
 };
 
 use aya::maps::{Array, Map, MapData};
+use lb_agent::controller::sweep::Reclaim;
 use lb_common::{
     layout::{SLOT_WAYS, SocketSlots},
     limits::SOCKET_SETS,
+};
+use lb_core::model::Protocol::{Tcp, Udp};
+use lb_kernel::{
+    Features, Options, pins,
+    sockets::{self, SocketTable},
+    syscall,
 };
 use lb_tests::{
     Feature, Sandbox,
@@ -26,15 +33,6 @@ use lb_tests::{
     cluster::Cluster,
     number, require,
     server::Servers,
-};
-use lb_userspace::{
-    controller::sweep::Reclaim,
-    kernel::{
-        Features, Options, pins,
-        sockets::{self, SocketTable},
-        syscall,
-    },
-    model::Protocol::{Tcp, Udp},
 };
 use nix::{
     errno::Errno,

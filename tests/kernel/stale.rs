@@ -9,6 +9,11 @@ use std::{
     time::{Duration, Instant},
 };
 
+use lb_core::{
+    model::Protocol::{self, Tcp, Udp},
+    stale::{Search, Use},
+};
+use lb_kernel::{Options, exclusion::Exclusion, pins};
 use lb_tests::{
     Feature, Sandbox,
     agent::{self, Agent},
@@ -17,11 +22,6 @@ use lb_tests::{
     netns::NetNs,
     require,
     server::Servers,
-};
-use lb_userspace::{
-    kernel::{Options, exclusion::Exclusion, pins},
-    model::Protocol::{self, Tcp, Udp},
-    stale::{Search, Use},
 };
 use nix::{errno::Errno, libc};
 use tempfile::TempDir;

@@ -3,6 +3,10 @@
 use std::net::SocketAddr;
 
 use lb_common::layout::ServiceStats;
+use lb_core::{
+    desired::FrontendAddress,
+    model::Protocol::{self, Tcp, Udp},
+};
 use lb_tests::{
     Feature, Sandbox,
     agent::Agent,
@@ -10,10 +14,6 @@ use lb_tests::{
     cluster::Cluster,
     require,
     server::Servers,
-};
-use lb_userspace::{
-    desired::FrontendAddress,
-    model::Protocol::{self, Tcp, Udp},
 };
 
 use crate::calls::{addresses, service_address};

@@ -5,7 +5,7 @@ use std::{
     fs,
 };
 
-use lb_userspace::telemetry::metrics::{ALL, Kind};
+use lb_agent::telemetry::metrics::{ALL, Kind};
 use serde_json::Value;
 
 use crate::rendered::folder;

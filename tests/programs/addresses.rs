@@ -5,16 +5,14 @@ use std::{
     time::Instant,
 };
 
+use lb_core::model::{
+    Protocol::{Tcp, Udp},
+    ingest,
+};
+use lb_kernel::Features;
 use lb_tests::{
     client::{Domain, Socket},
     cluster::{Cluster, port, service, service_cidr, with_spec},
-};
-use lb_userspace::{
-    kernel::Features,
-    model::{
-        Protocol::{Tcp, Udp},
-        ingest,
-    },
 };
 use nix::{errno::Errno, sys::signal::Signal};
 

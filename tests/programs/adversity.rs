@@ -3,7 +3,7 @@
 use std::{fs, os::fd::AsFd as _, path::Path, process::Command};
 
 use lb_common::maps::MAPS;
-use lb_userspace::kernel::{
+use lb_kernel::{
     Features, pins,
     syscall::{detach, open_pin},
 };

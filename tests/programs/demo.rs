@@ -1,6 +1,6 @@
-//! `socklb demo`, which checks itself every statement that it prints.
+//! `socklb-demo`, which checks itself every statement that it prints.
 
-use std::{env, fs, process::Command};
+use std::{env, fs, path::Path, process::Command};
 
 use lb_tests::{Feature, cgroup::ThreadCgroup, require};
 use serde_json::Value;
@@ -14,8 +14,8 @@ fn demo(args: &[&str]) -> Option<String> {
     }
     // Namespaces, cgroup and pins are the demo's own. It starts from a cgroup of this test, which is not left behind.
     let _cgroup = ThreadCgroup::enter().unwrap();
-    let output =
-        Command::new(env::var("SOCKLB_BIN").unwrap()).args(["demo", "--exit"]).args(args).output().unwrap();
+    let program = Path::new(&env::var("SOCKLB_BIN").unwrap()).with_file_name("socklb-demo");
+    let output = Command::new(program).arg("--exit").args(args).output().unwrap();
     let (out, error) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert!(output.status.success(), "{}\n{out}\n{error}", output.status);
     Some(out.into_owned())

@@ -2,12 +2,12 @@
 
 use std::{fs, path::Path, process::Command};
 
+use lb_core::model::Protocol;
 use lb_tests::{
     Feature,
     client::{Domain, Socket},
     require,
 };
-use lb_userspace::model::Protocol;
 use nix::errno::Errno;
 use serde_json::Value;
 

@@ -13,19 +13,19 @@ use std::{
     time::Duration,
 };
 
+use lb_core::{
+    model::Protocol::{Tcp, Udp},
+    plan::Capacity,
+    state::State,
+    tables::Image,
+};
+use lb_kernel::{addresses, store::Maps};
 use lb_tests::{
     Sandbox, agent,
     client::call,
     cluster::{self, Cluster, PortOf},
     number,
     server::Servers,
-};
-use lb_userspace::{
-    controller::State,
-    kernel::{addresses, store::Maps},
-    model::Protocol::{Tcp, Udp},
-    plan::Capacity,
-    tables::Image,
 };
 use nix::sys::signal::Signal;
 

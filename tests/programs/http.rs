@@ -12,8 +12,8 @@ use k8s_openapi::api::{
     discovery::v1::{EndpointConditions, EndpointSlice},
 };
 use lb_common::limits::MAX_NODE_ADDRS;
+use lb_core::model::Protocol::Tcp;
 use lb_tests::cluster::{self, Cluster, PortOf};
-use lb_userspace::model::Protocol::Tcp;
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 

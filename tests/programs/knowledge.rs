@@ -14,8 +14,9 @@ use std::{
     time::Duration,
 };
 
+use lb_core::{desired::FrontendAddress, model::Protocol};
+use lb_kernel::store::Maps;
 use lb_tests::cluster::{Cluster, PortOf, port, service};
-use lb_userspace::{desired::FrontendAddress, kernel::store::Maps, model::Protocol};
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,

@@ -13,12 +13,12 @@ use std::{
     time::{Duration, Instant},
 };
 
+use lb_core::model::Protocol::{Tcp, Udp};
 use lb_tests::{
     Feature,
     client::{Domain, Socket},
     require,
 };
-use lb_userspace::model::Protocol::{Tcp, Udp};
 use nix::{errno::Errno, sys::signal::Signal};
 
 use crate::{

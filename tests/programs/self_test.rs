@@ -2,7 +2,7 @@
 
 use std::{fs, os::fd::AsFd as _, path::Path};
 
-use lb_userspace::kernel::{cgroup, syscall};
+use lb_kernel::{cgroup, syscall};
 use serde_json::Value;
 
 use crate::{

@@ -12,13 +12,13 @@ use std::{
     time::Duration,
 };
 
+use lb_core::model::Protocol;
 use lb_tests::{
     Feature, Sandbox,
     client::{Domain, Socket, call},
     cluster::{Cluster, key},
     require,
 };
-use lb_userspace::model::Protocol;
 use nix::{
     errno::Errno,
     sys::signal::{Signal, kill},

@@ -1,12 +1,12 @@
 //! Long-lived sockets of programs in other network namespaces, when the pod behind them goes.
 
+use lb_core::model::Protocol;
 use lb_tests::{
     Feature,
     client::{Domain, Socket},
     netns::Resident,
     require,
 };
-use lb_userspace::model::Protocol;
 use nix::errno::Errno;
 
 use crate::{

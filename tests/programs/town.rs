@@ -2,8 +2,8 @@
 
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 
+use lb_core::model::Protocol;
 use lb_tests::{Sandbox, agent::Agent, cluster::Cluster, netns::NetNs};
-use lb_userspace::model::Protocol;
 
 use crate::backend::{Dns, Http};
 

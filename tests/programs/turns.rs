@@ -2,8 +2,8 @@
 
 use std::path::Path;
 
+use lb_core::model::Protocol;
 use lb_tests::client::call;
-use lb_userspace::model::Protocol;
 use nix::{errno::Errno, sys::signal::Signal};
 
 use crate::{

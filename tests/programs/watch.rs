@@ -9,8 +9,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use lb_core::model::Protocol::{Tcp, Udp};
 use lb_tests::client::{Domain, Socket, call};
-use lb_userspace::model::Protocol::{Tcp, Udp};
 use nix::{
     errno::Errno,
     pty::{OpenptyResult, Winsize, openpty},

@@ -3,7 +3,6 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
-    sync::Arc,
 };
 
 use k8s_openapi::{
@@ -19,15 +18,15 @@ use k8s_openapi::{
     apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time},
     jiff::Timestamp,
 };
-use lb_tests::cluster::{Cluster, NAMESPACE, service_cidr};
-use lb_userspace::{
-    controller::State,
-    desired::{ExternalIps, FrontendAddress, NodePortAddresses, Settings},
+use lb_core::{
+    desired::{FrontendAddress, Settings},
     model::{Protocol, ingest},
     plan::Capacity,
     sim::{Caller, Config, Outcome, Simulator},
+    state::State,
     tables::Image,
 };
+use lb_tests::cluster::{Cluster, NAMESPACE, service_cidr};
 use proptest::{bool, collection::vec, option, prelude::*, sample::subsequence};
 
 /// Node ports of the random clusters: two in the range, one outside.
@@ -398,13 +397,7 @@ impl RandomNode {
 
 /// The settings of the node.
 pub(crate) fn settings() -> Settings {
-    Settings {
-        node_name: Arc::from(NODES[0]),
-        node_ports: lb_common::limits::NODE_PORTS.0..=lb_common::limits::NODE_PORTS.1,
-        node_port_addresses: NodePortAddresses::All,
-        external_ips: ExternalIps::Any,
-        service_cidrs: Some(Vec::new()),
-    }
+    Settings::of_node(NODES[0])
 }
 
 /// A state over tables.

@@ -1,6 +1,6 @@
 //! Every prefix of a plan is safe.
 
-use lb_userspace::{plan::Capacity, tables::Image};
+use lb_core::{plan::Capacity, tables::Image};
 use proptest::prelude::*;
 
 use crate::clusters::{Allowed, calls, history, outcomes, simulator, state};

@@ -16,11 +16,11 @@ use lb_common::{
     layout::{self, Affinity, FamilyLayout, Frontend},
     resolve::{Choice, NodeAddress},
 };
-use lb_userspace::{
-    controller::State,
+use lb_core::{
     desired::{FrontendAddress, PortKey},
     model::{Cidr, Protocol},
     plan::{Capacity, Op, Plan, Unsettled},
+    state::State,
     tables::{AddressTable, Entry, Image, wire_protocol},
 };
 use proptest::{collection::vec, prelude::*, sample::Index};

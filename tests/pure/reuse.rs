@@ -6,7 +6,7 @@ use std::{
     sync::Arc,
 };
 
-use lb_userspace::{
+use lb_core::{
     desired::{Frontend, FrontendAddress, FrontendKind, PortKey},
     model::{Protocol, ServiceKey, TrafficPolicy},
     plan::{Capacity, Encoder, Plan, Unsettled},

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use lb_userspace::{desired::FrontendAddress, model::IssueKind, plan::Capacity, tables::Image};
+use lb_core::{desired::FrontendAddress, model::IssueKind, plan::Capacity, tables::Image};
 use proptest::prelude::*;
 
 use crate::clusters::{Allowed, calls, history, outcomes, simulator, state};

@@ -3,11 +3,11 @@
 use std::collections::BTreeSet;
 
 use k8s_openapi::api::discovery::v1::EndpointSlice;
-use lb_userspace::{
-    controller::State,
+use lb_core::{
     desired::FrontendAddress,
     model::ingest,
     plan::{Capacity, diff},
+    state::State,
     tables::Image,
 };
 use proptest::prelude::*;

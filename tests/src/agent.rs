@@ -8,14 +8,15 @@ use std::{
 };
 
 use anyhow::Context as _;
-use lb_userspace::{
-    controller::{State, sweep},
-    desired::{ExternalIps, FrontendAddress, NodePortAddresses, Settings},
-    kernel::{Features, Kernel, KernelError, Options, pins, sockets},
+use lb_agent::controller::sweep;
+use lb_core::{
+    desired::{FrontendAddress, Settings},
     plan::{Capacity, Plan},
     stale::{Search, Use},
+    state::State,
     tables::Image,
 };
+use lb_kernel::{Features, Kernel, KernelError, Options, pins, sockets};
 
 use crate::{cluster::Cluster, sandbox::Sandbox};
 
@@ -25,13 +26,7 @@ pub const SMALL: Capacity = Capacity { services: 256, endpoints: 2048 };
 /// The settings of a node called `node`.
 #[must_use]
 pub fn settings() -> Settings {
-    Settings {
-        node_name: "node".into(),
-        node_ports: lb_common::limits::NODE_PORTS.0..=lb_common::limits::NODE_PORTS.1,
-        node_port_addresses: NodePortAddresses::All,
-        external_ips: ExternalIps::Any,
-        service_cidrs: Some(Vec::new()),
-    }
+    Settings::of_node("node")
 }
 
 /// Options for a sandbox, whose network namespace counts as the node's.

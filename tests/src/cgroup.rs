@@ -17,7 +17,6 @@ use std::{
     time::Duration,
 };
 
-use lb_userspace::kernel;
 use nix::{errno::Errno, sys::signal, unistd::Pid};
 
 const PREFIX: &str = "socklb-test-";
@@ -96,7 +95,7 @@ impl ProcessCgroup {
             cgroup.n_users += 1;
             return Ok(cgroup.path.clone());
         }
-        let root = kernel::cgroup::find_any().map_err(io::Error::other)?;
+        let root = lb_kernel::cgroup::find_any().map_err(io::Error::other)?;
         sweep(&root);
         let origin = origin(&root)?;
         let path = root.join(format!("{PREFIX}{}", process::id()));

@@ -31,16 +31,17 @@ use k8s_openapi::api::{
     core::v1::ServicePort,
     discovery::v1::{EndpointConditions, EndpointSlice},
 };
-use lb_userspace::{
-    controller::State,
-    kernel::{Features, addresses, pins, sockets::SocketTable, store::Maps, syscall},
+use lb_core::{
     model::Protocol::{self, Tcp, Udp},
     plan::Capacity,
+    state::State,
     tables::Image,
 };
+use lb_kernel::{Features, addresses, pins, sockets::SocketTable, store::Maps, syscall};
 use nix::errno::Errno;
 
 pub use self::life::Events;
+
 use self::life::Life;
 use crate::{
     Sandbox,

@@ -6,7 +6,7 @@ use std::{
     os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd as _, OwnedFd},
 };
 
-use lb_userspace::model::Protocol;
+use lb_core::model::Protocol;
 use nix::{
     errno::Errno,
     fcntl::{FcntlArg, OFlag, fcntl},

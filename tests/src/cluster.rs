@@ -14,9 +14,9 @@ use k8s_openapi::{
     },
     apimachinery::pkg::apis::meta::v1::ObjectMeta,
 };
-use lb_userspace::{
-    controller::State,
+use lb_core::{
     model::{Changes, Issue, Protocol, ServiceKey, Store, ingest},
+    state::State,
 };
 use serde::Deserialize as _;
 

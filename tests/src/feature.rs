@@ -2,7 +2,7 @@
 
 use std::{env, io::Write as _};
 
-use lb_userspace::{kernel, model::Protocol};
+use lb_core::model::Protocol;
 
 use crate::client::{Domain, Socket};
 
@@ -34,20 +34,20 @@ impl Feature {
                 if !nix::unistd::geteuid().is_root() {
                     return Some("root".to_owned());
                 }
-                let cgroup = kernel::cgroup::find_any().err();
-                let object = kernel::object::bytes().err();
+                let cgroup = lb_kernel::cgroup::find_any().err();
+                let object = lb_kernel::object::bytes().err();
                 cgroup.or(object).map(|error| error.to_string())
             }
-            Self::NetnsCookie => kernel::syscall::netns_cookie()
+            Self::NetnsCookie => lb_kernel::syscall::netns_cookie()
                 .is_none()
                 .then(|| "SO_NETNS_COOKIE, which came with kernel 5.14".to_owned()),
-            Self::SocketDestroy => kernel::sockets::check().err().map(|error| error.to_string()),
+            Self::SocketDestroy => lb_kernel::sockets::check().err().map(|error| error.to_string()),
             Self::Multipath => {
                 let socket =
                     Socket::with_protocol_number(Domain::V4, Protocol::Tcp, nix::libc::IPPROTO_MPTCP);
                 socket.err().map(|error| format!("multipath TCP sockets: {error}"))
             }
-            Self::SockFields => kernel::Features::probe().sock_fields.is_none().then(|| {
+            Self::SockFields => lb_kernel::Features::probe().sock_fields.is_none().then(|| {
                 "programs that may read the kernel's sockets (BTF, bpf_probe_read_kernel)".to_owned()
             }),
             Self::Command(name) => {
@@ -69,7 +69,7 @@ impl Feature {
             // A matter of the kernel's configuration.
             Self::Multipath => false,
             Self::SockFields => kernel_version() >= (5, 12),
-            Self::SocketDestroy => kernel::sockets::check().err().is_none_or(|error| !error.is_final()),
+            Self::SocketDestroy => lb_kernel::sockets::check().err().is_none_or(|error| !error.is_final()),
         }
     }
 }

@@ -83,7 +83,7 @@ impl NetNs {
     /// The cookie of the namespace, which programs see; `None` before kernel 5.14, which does not tell.
     #[must_use]
     pub fn cookie(&self) -> Option<u64> {
-        self.run(lb_userspace::kernel::syscall::netns_cookie)
+        self.run(lb_kernel::syscall::netns_cookie)
     }
 
     /// Gives the loopback device of the namespace an address.

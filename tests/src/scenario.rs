@@ -18,11 +18,11 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
-use lb_userspace::{
-    cli::config::{external_ips, node_port_addresses, node_port_range, service_cidrs},
+use lb_core::{
     desired::{self, FrontendAddress},
     model::Protocol,
 };
+use lb_userspace::cli::config::{external_ips, node_port_addresses, node_port_range, service_cidrs};
 use serde::Deserialize;
 
 use crate::cluster::{Cluster, object};

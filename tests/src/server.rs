@@ -10,7 +10,7 @@ use std::{
     thread::{self, JoinHandle},
 };
 
-use lb_userspace::model::Protocol;
+use lb_core::model::Protocol;
 use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::socket::{Backlog, listen},

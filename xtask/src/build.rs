@@ -16,8 +16,11 @@ use crate::workspace::Workspace;
 pub(crate) const BPF_TARGET: &str =
     if cfg!(target_endian = "big") { "bpfeb-unknown-none" } else { "bpfel-unknown-none" };
 
-/// The variable through which `lb-userspace/build.rs` learns which object to embed.
+/// The variable through which `lb-userspace/kernel/build.rs` learns which object to embed.
 pub(crate) const OBJECT_VARIABLE: &str = "SOCKLB_BPF_OBJECT";
+
+/// The program that shows `socklb` at work.
+pub(crate) const DEMO: &str = "socklb-demo";
 
 /// Compiler flags of the BPF build, one per entry.
 pub(crate) fn bpf_rustflags() -> Vec<String> {
@@ -71,14 +74,22 @@ fn copy_if_changed(from: &Path, to: &Path) -> Result<()> {
     fs::write(to, new).with_context(|| format!("cannot write {}: check its owner and the disk", to.display()))
 }
 
-/// Builds the `socklb` binary around a BPF object and returns its path.
+/// Builds the `socklb` binary around a BPF object, and `socklb-demo` if asked to, which starts it. Returns the path of `socklb`.
 ///
 /// # Errors
 /// When cargo fails.
-pub(crate) fn socklb(workspace: &Workspace, object: &OsStr, release: bool) -> Result<PathBuf> {
+pub(crate) fn socklb(
+    workspace: &Workspace,
+    object: &OsStr,
+    release: bool,
+    with_demo: bool,
+) -> Result<PathBuf> {
     step(if release { "building socklb (release)" } else { "building socklb (debug)" });
     let mut build = process::cargo();
     build.current_dir(&workspace.root).args(["build", "--package", "lb-userspace", "--bin", "socklb"]);
+    if with_demo {
+        build.args(["--package", "lb-demo", "--bin", DEMO]);
+    }
     if release {
         build.arg("--release");
     }
@@ -94,7 +105,7 @@ pub(crate) fn socklb(workspace: &Workspace, object: &OsStr, release: bool) -> Re
 pub(crate) fn command(workspace: &Workspace, release: bool) -> Result<()> {
     let toolchain = setup::ensure(&[Purpose::Build])?;
     let object = bpf_object(workspace, &toolchain)?;
-    let binary = socklb(workspace, object.as_os_str(), release)?;
+    let binary = socklb(workspace, object.as_os_str(), release, true)?;
     println!("{}", binary.display());
     Ok(())
 }

@@ -285,7 +285,7 @@ fn stripped(binary: &Path, copy: &Path) -> Result<()> {
 pub(crate) fn command(workspace: &Workspace, options: &Options) -> Result<()> {
     let toolchain = setup::ensure(&[Purpose::Build, Purpose::Image])?;
     let object = build::bpf_object(workspace, &toolchain)?;
-    let binary = build::socklb(workspace, object.as_os_str(), true)?;
+    let binary = build::socklb(workspace, object.as_os_str(), true, false)?;
     let small = workspace.target.join("socklb.stripped");
     stripped(&binary, &small)?;
     let tree = tree(&workspace.root, &small)?;

@@ -41,7 +41,7 @@ enum Command {
         #[arg(long)]
         release: bool,
     },
-    /// Sets up, builds and runs: `socklb demo` without arguments, `socklb run ARGS` with arguments
+    /// Sets up, builds and runs: `socklb-demo` without arguments, `socklb run ARGS` with arguments
     Run {
         /// Arguments of `socklb run`
         #[arg(last = true, value_name = "ARGS")]
@@ -53,7 +53,7 @@ enum Command {
         #[arg(last = true, value_name = "ARGS")]
         args: Vec<String>,
     },
-    /// Checks format, clippy on the host and on the BPF target, module borders and text rules
+    /// Checks format, clippy on the host and on the BPF target, and text rules
     Lint,
     /// Measures what it costs, side by side in one run
     Bench(bench::Options),

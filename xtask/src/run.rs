@@ -17,9 +17,11 @@ use crate::workspace::Workspace;
 pub(crate) fn command(workspace: &Workspace, args: &[String]) -> Result<()> {
     let toolchain = setup::ensure(&[Purpose::Build, Purpose::Run])?;
     let object = build::bpf_object(workspace, &toolchain)?;
-    // Optimising takes three times as long on a fresh machine, and shows in no call: calls are the kernel's work.
-    let release = !args.is_empty();
-    let binary = build::socklb(workspace, object.as_os_str(), release)?;
+    // The demo takes a debug build: a release build needs three times as long, and a call costs the same, since the kernel
+    // does the work.
+    let is_demo = args.is_empty();
+    let socklb = build::socklb(workspace, object.as_os_str(), !is_demo, is_demo)?;
+    let binary = if is_demo { socklb.with_file_name(build::DEMO) } else { socklb };
     let mut socklb = if process::is_root() {
         Command::new(&binary)
     } else {
@@ -28,12 +30,10 @@ pub(crate) fn command(workspace: &Workspace, args: &[String]) -> Result<()> {
         sudo.arg("--").arg(&binary);
         sudo
     };
-    if args.is_empty() {
-        socklb.arg("demo");
-    } else {
+    if !is_demo {
         socklb.arg("run").args(args);
     }
-    step(&format!("running {} {}", binary.display(), if args.is_empty() { "demo" } else { "run" }));
+    step(&format!("running {}", binary.display()));
     // In place of this process: signals, the terminal and the exit status are then socklb's own.
     let error = socklb.exec();
     Err(error).with_context(|| {

@@ -17,18 +17,15 @@ use hyper::{
     header::{ETAG, HOST},
 };
 use hyper_util::rt::TokioIo;
+use lb_agent::serve::{
+    agent_socket::{FILE_NAME, OBJECTS},
+    known::{Known, Which},
+};
+use lb_core::desired::FrontendAddress;
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::{TcpStream, UnixStream},
     runtime, time,
-};
-
-use crate::{
-    desired::FrontendAddress,
-    serve::{
-        agent_socket::{FILE_NAME, OBJECTS},
-        known::{Known, Which},
-    },
 };
 
 /// How long to wait for one answer. The agent itself gives its loop less.

@@ -3,15 +3,15 @@
 use std::{collections::BTreeMap, fmt::Write as _, path::PathBuf, process::ExitCode};
 
 use clap::Args;
+use lb_kernel::{
+    Features, KernelError, cgroup,
+    host::{self, Host},
+};
 use serde::Serialize;
 
 use super::{
     PinArgs,
     inspect::{Output, print},
-};
-use crate::kernel::{
-    Features, KernelError, cgroup,
-    host::{self, Host},
 };
 
 /// Flags of `socklb check`.

@@ -11,12 +11,11 @@ use std::{
 };
 
 use lb_common::limits::MAX_SERVICE_CIDRS;
-use serde::de::DeserializeOwned;
-
-use crate::{
+use lb_core::{
     desired::{ExternalIps, NodePortAddresses, cluster_ips::merged},
     model::Cidr,
 };
+use serde::de::DeserializeOwned;
 
 /// Default of `--pin-path`.
 pub const PIN_PATH: &str = "/sys/fs/bpf/socklb";
@@ -183,7 +182,7 @@ pub fn node_port_addresses(text: &str) -> Result<NodePortList, String> {
             "all" => all = true,
             "primary" => primary = true,
             "localhost" => localhost = true,
-            item => networks.push(crate::model::address::parse_cidr(item).ok_or_else(|| {
+            item => networks.push(lb_core::model::address::parse_cidr(item).ok_or_else(|| {
                 format!(
                     "{item:?} is no network: expected ADDRESS/LENGTH, or the words all, primary, localhost"
                 )
@@ -230,7 +229,7 @@ pub fn service_cidrs(text: &str) -> Result<ServiceCidrs, String> {
         return Ok(ServiceCidrs(None));
     }
     let parse = |item: &str| {
-        let network = crate::model::address::parse_service_cidr(item.trim());
+        let network = lb_core::model::address::parse_service_cidr(item.trim());
         network.map_err(|problem| format!("{item:?} {problem}"))
     };
     let items = text.split(',').filter(|item| !item.trim().is_empty());

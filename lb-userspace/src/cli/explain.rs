@@ -8,18 +8,18 @@ use std::{
     net::{IpAddr, SocketAddr},
 };
 
-use serde::Serialize;
-
-use super::listing::{kind_name, service_text};
-use crate::{
-    controller::State,
+use lb_core::{
     desired::{
         self, FrontendAddress,
         endpoints::{PortEndpoints, Scope},
     },
     model::{Family, Issue, Service, ServiceKey, TrafficPolicy, address},
     sim::{Caller, Outcome, Simulator},
+    state::State,
 };
+use serde::Serialize;
+
+use super::listing::{kind_name, service_text};
 
 /// The answer. Field names are a promise.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]

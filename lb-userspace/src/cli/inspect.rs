@@ -12,7 +12,24 @@ use std::{
 use anyhow::Context as _;
 use clap::{Args, ValueEnum};
 use jiff::Timestamp;
+use lb_agent::{
+    self_test,
+    serve::{agent_socket, known::Which},
+    snapshot,
+};
 use lb_common::layout::EndpointStats;
+use lb_core::{
+    desired::FrontendAddress,
+    sim::{Caller, Config, Simulator},
+    tables::{Entry, Image},
+};
+use lb_kernel::{
+    cgroup,
+    lock::{self, Lock},
+    pins,
+    store::Maps,
+    syscall,
+};
 use nix::sched::{CloneFlags, setns};
 use serde::Serialize;
 use tracing::debug;
@@ -24,21 +41,6 @@ use super::{
     explain::{Explanation, explain as explain_call},
     listing::{self, FrontendRow, list, table},
     objects::{At, Objects},
-};
-use crate::{
-    desired::FrontendAddress,
-    kernel::{
-        cgroup,
-        lock::{self, Lock},
-        pins,
-        store::Maps,
-        syscall,
-    },
-    self_test,
-    serve::{agent_socket, known::Which},
-    sim::{Caller, Config, Simulator},
-    snapshot,
-    tables::{Entry, Image},
 };
 
 /// How an answer is printed.

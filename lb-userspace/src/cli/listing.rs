@@ -8,21 +8,19 @@ use std::{
     net::{IpAddr, SocketAddr},
 };
 
+use lb_agent::{serve::known::Known, snapshot::Snapshot};
 use lb_common::layout::EndpointStats;
-use serde::Serialize;
-
-use crate::{
-    controller::State,
+use lb_core::{
     desired::{
         self, FrontendAddress, FrontendKind, Settings,
         endpoints::{PortEndpoints, Scope},
     },
     model::{Family, Protocol, Store, TrafficPolicy, store::Changes},
     plan::Capacity,
-    serve::known::Known,
-    snapshot::Snapshot,
+    state::State,
     tables::Image,
 };
+use serde::Serialize;
 
 /// One frontend. Field names are a promise.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]

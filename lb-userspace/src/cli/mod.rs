@@ -5,7 +5,6 @@ mod agent;
 pub mod check;
 pub mod complete;
 pub mod config;
-pub mod demo;
 pub mod explain;
 pub mod inspect;
 pub mod listing;
@@ -21,8 +20,7 @@ use std::{io::Write as _, path::PathBuf, process::ExitCode};
 
 use anyhow::Context as _;
 use clap::{Args, CommandFactory as _, Parser, Subcommand};
-
-use crate::kernel::chain;
+use lb_kernel::chain;
 
 /// Socket-level service load balancer for Kubernetes.
 ///
@@ -39,8 +37,6 @@ struct Cli {
 enum Command {
     /// Run the agent.
     Run(Box<run::RunArgs>),
-    /// See it work: backends, services and clients in namespaces of their own.
-    Demo(demo::Options),
     /// List every frontend that the kernel holds, with its endpoints.
     Services(inspect::ServicesArgs),
     /// Say where a call would go now, and why.
@@ -76,8 +72,6 @@ enum Command {
     /// The calls of the agent's self-test.
     #[command(hide = true)]
     SelfTestCalls(self_test::CallsArgs),
-    #[command(hide = true)]
-    DemoClient(demo::ClientArgs),
 }
 
 /// Where pinned state is.
@@ -98,7 +92,6 @@ pub struct PinArgs {
 pub fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Run(args) => run::run(&args),
-        Command::Demo(options) => demo::run(options),
         Command::Services(args) => inspect::services(&args),
         Command::Explain(args) => inspect::explain(&args),
         Command::Check(args) => check::check(&args),
@@ -109,7 +102,6 @@ pub fn main() -> ExitCode {
         Command::Man(args) => complete::man(&args, Cli::command()),
         Command::Cleanup(args) => inspect::cleanup(&args),
         Command::SelfTestCalls(args) => self_test::calls(&args),
-        Command::DemoClient(args) => demo::client(args),
     };
     match result {
         Ok(code) => code,

@@ -17,20 +17,16 @@ use std::{
 use clap::{Args, ValueEnum};
 use jiff::Timestamp;
 use lb_common::layout::ServiceStats;
+use lb_core::{model::Protocol, state::State, tables::Image};
+use lb_kernel::{
+    sockets::{Record, SocketTable},
+    store::Maps,
+};
 use tokio::{runtime, sync::watch, time};
 
 use self::stream::{Connection, Filter, Line, Named, Seen, Summary, header};
 use super::{
     PinArgs, listing, objects::Objects, run::stop_signals, sample::frontend_of, show_more, top::interval,
-};
-use crate::{
-    controller::State,
-    kernel::{
-        sockets::{Record, SocketTable},
-        store::Maps,
-    },
-    model::Protocol,
-    tables::Image,
 };
 
 /// Flags of `socklb monitor`.

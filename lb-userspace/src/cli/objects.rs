@@ -5,16 +5,16 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use lb_agent::{
+    controller::known::known,
+    serve::known::{Known, Which},
+    snapshot::{self, Snapshot},
+};
+use lb_core::{desired::FrontendAddress, model::Issue, state::State};
+
 use super::{
     agent::{Agent, Tagged},
     listing::{state_of, state_of_known},
-};
-use crate::{
-    controller::{State, known::known},
-    desired::FrontendAddress,
-    model::Issue,
-    serve::known::{Known, Which},
-    snapshot::{self, Snapshot},
 };
 
 /// An agent that has not read its source once knows less than the snapshot.
@@ -139,3 +139,6 @@ fn from_snapshot(reason: &str, modified: Option<SystemTime>) -> String {
     let age = age.map_or_else(String::new, |age| format!(", {} s old", age.as_secs()));
     format!("{reason}: names are from the snapshot{age}")
 }
+
+#[cfg(test)]
+mod tests;

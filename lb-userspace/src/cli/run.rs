@@ -14,6 +14,19 @@ use std::{
 };
 
 use clap::{Args, ValueEnum as _};
+use lb_agent::{
+    cluster::{self, Access, KubeSource, Timing},
+    controller::run as agent,
+    self_test, serve,
+    snapshot::Snapshot,
+    source::files::{self, Body},
+    telemetry::{self, LogFormat},
+};
+use lb_core::{
+    desired::{ExternalIps, Settings},
+    plan::Capacity,
+};
+use lb_kernel::{self, Features, cgroup, syscall};
 use serde::Deserialize;
 use tokio::{
     runtime,
@@ -23,17 +36,6 @@ use tokio::{
 use tracing::info;
 
 use super::config::{self, Listen, NodePortList, ServiceCidrs, SettingsFile, UsageError};
-use crate::{
-    cluster::{self, Access, KubeSource, Timing},
-    controller::run as agent,
-    desired::{ExternalIps, Settings},
-    kernel::{self, Features, cgroup, syscall},
-    plan::Capacity,
-    self_test, serve,
-    snapshot::Snapshot,
-    source::files::{self, Body},
-    telemetry::{self, LogFormat},
-};
 
 /// Flags of `socklb run`. Each may also come from the environment (`SOCKLB_MAX_SERVICES`) or from `--config`.
 #[derive(Debug, Args)]
@@ -233,7 +235,7 @@ pub fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
     let exclude_cgroups =
         if args.exclude_cgroup.is_empty() { file.exclude_cgroup } else { args.exclude_cgroup.clone() };
     let mut options = agent::Options {
-        kernel: kernel::Options {
+        kernel: lb_kernel::Options {
             pin_path: args.pin_path.clone().or(file.pin_path).unwrap_or_else(|| config::PIN_PATH.into()),
             cgroup: match args.cgroup.clone().or(file.cgroup) {
                 Some(cgroup) => cgroup,

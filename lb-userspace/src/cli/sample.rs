@@ -7,15 +7,11 @@ use std::{
 };
 
 use lb_common::layout::{EndpointStats, ServiceStats};
-
-use crate::{
-    desired::FrontendAddress,
-    kernel::{
-        KernelError,
-        sockets::{Record, SocketTable},
-        store::Maps,
-    },
-    tables::Image,
+use lb_core::{desired::FrontendAddress, tables::Image};
+use lb_kernel::{
+    KernelError,
+    sockets::{Record, SocketTable},
+    store::Maps,
 };
 
 /// What the maps hold at a moment, as far as that can be read while programs run.
@@ -69,9 +65,9 @@ pub(super) fn frontend_of(image: &Image, record: &Record) -> Option<FrontendAddr
 #[cfg(test)]
 mod tests {
     use lb_common::layout::Frontend;
+    use lb_core::model::Protocol;
 
     use super::*;
-    use crate::model::Protocol;
 
     #[test]
     fn a_record_belongs_to_the_frontend_of_its_address_and_id() {

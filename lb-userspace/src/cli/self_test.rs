@@ -3,11 +3,8 @@
 use std::{io::Write as _, path::PathBuf, process::ExitCode};
 
 use clap::Args;
-
-use crate::{
-    model::Family,
-    self_test::calls::{make, make_excluded},
-};
+use lb_agent::self_test::calls::{make, make_excluded};
+use lb_core::model::Family;
 
 /// Flags of the hidden command.
 #[derive(Debug, Args)]

@@ -15,6 +15,13 @@ use std::{
 };
 
 use clap::Args;
+use lb_agent::snapshot::{self, Snapshot, SnapshotError};
+use lb_kernel::{
+    KernelError, cgroup,
+    exclusion::{Exclusion, uid_of},
+    host, links,
+    store::Maps,
+};
 use serde::Deserialize;
 
 use self::report::{AgentPart, ExcludedRow, HookRow, MapRow, SnapshotPart, Status, issues, outdated};
@@ -23,15 +30,6 @@ use super::{
     config::{self, Listen, SettingsFile, UsageError},
     inspect::{Output, print},
     listing::state_of,
-};
-use crate::{
-    kernel::{
-        KernelError, cgroup,
-        exclusion::{Exclusion, uid_of},
-        host, links,
-        store::Maps,
-    },
-    snapshot::{self, Snapshot, SnapshotError},
 };
 
 /// Flags of `socklb status`. Where they are missing, the settings file of the agent says where it listens.

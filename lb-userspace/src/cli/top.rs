@@ -16,6 +16,7 @@ use std::{
 use anyhow::Context as _;
 use clap::Args;
 use jiff::Timestamp;
+use lb_kernel::KernelError;
 use ratatui::{
     DefaultTerminal,
     crossterm::event::{self, Event, KeyEventKind},
@@ -28,7 +29,6 @@ use self::{
     view::{Outcome, View},
 };
 use super::{PinArgs, config, inspect::Output, objects::Objects, run::stop_signals, sample::look, show_more};
-use crate::kernel::KernelError;
 
 /// Flags of `socklb top`.
 #[derive(Debug, Args)]

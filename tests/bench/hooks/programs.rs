@@ -9,14 +9,14 @@ use aya::{
     programs::{CgroupAttachMode, CgroupSockAddr, Program},
 };
 use lb_common::layout::{Endpoint4, Frontend, FrontendKey4, Protocol};
-use lb_tests::{Sandbox, agent};
-use lb_userspace::{
+use lb_core::{
     desired::FrontendAddress,
-    kernel::{Kernel, Options},
     model,
     plan::{Capacity, Plan, diff},
     tables::{Entry, Image},
 };
+use lb_kernel::{Kernel, Options};
+use lb_tests::{Sandbox, agent};
 
 use super::{Target, vip, work::Servers};
 

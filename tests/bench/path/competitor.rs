@@ -13,14 +13,14 @@ use std::{
 
 use anyhow::{Context as _, bail};
 use lb_common::layout::{Frontend, Run};
-use lb_tests::{Sandbox, agent, netns::NetNs};
-use lb_userspace::{
+use lb_core::{
     desired::FrontendAddress,
-    kernel::{Kernel, Options, links},
     model,
     plan::{Capacity, diff},
     tables::{Entry, Image},
 };
+use lb_kernel::{Kernel, Options, links};
+use lb_tests::{Sandbox, agent, netns::NetNs};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::{

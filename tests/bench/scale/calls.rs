@@ -8,8 +8,9 @@ use aya::{
     programs::{CgroupAttachMode, CgroupSockAddr, loaded_programs},
     sys::{Stats, enable_stats},
 };
+use lb_core::plan::Capacity;
+use lb_kernel::links;
 use lb_tests::Sandbox;
-use lb_userspace::{kernel::links, plan::Capacity};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrIn, connect, socket};
 
 use super::{Options, fill, open};
@@ -130,7 +131,7 @@ pub(crate) fn key(measure: &str, n_services: u32) -> Key {
 /// What must live as long as the calls.
 enum Attached {
     Empty { _programs: Ebpf },
-    Product { _kernel: Box<lb_userspace::kernel::Kernel> },
+    Product { _kernel: Box<lb_kernel::Kernel> },
 }
 
 fn attach(

@@ -6,20 +6,20 @@
 
 pub(crate) mod calls;
 
+use std::os::fd::AsFd as _;
 use std::{fs, net::IpAddr, os::fd::AsRawFd as _, path::PathBuf, time::Duration};
 
 use anyhow::Context as _;
 use aya::maps::MapData;
 use clap::Args;
-use lb_tests::{Sandbox, agent};
-use lb_userspace::{
+use lb_core::{
     desired::FrontendAddress,
-    kernel::{Kernel, Options as KernelOptions},
     model::Protocol,
     plan::{Capacity, diff},
     tables::{Entry, Image},
 };
-use std::os::fd::AsFd as _;
+use lb_kernel::{Kernel, Options as KernelOptions};
+use lb_tests::{Sandbox, agent};
 
 use crate::{
     Common,

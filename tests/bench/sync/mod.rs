@@ -15,8 +15,8 @@ use std::{path::PathBuf, thread, time::Duration};
 
 use anyhow::Context as _;
 use clap::Args;
+use lb_kernel::sockets;
 use lb_tests::{Sandbox, apiserver::ApiServer};
-use lb_userspace::kernel::sockets;
 
 use self::{agent::Agent, objects::Size, report::Report, tables::Tables};
 use crate::{

@@ -12,8 +12,8 @@ use k8s_openapi::{
     },
     apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference},
 };
+use lb_core::model::{Protocol, ingest};
 use lb_tests::cluster::{self, Cluster, NAMESPACE};
-use lb_userspace::model::{Protocol, ingest};
 
 /// The port of every service.
 pub(crate) const PORT: u16 = 80;

@@ -14,7 +14,7 @@ use lb_common::{
     layout::{Endpoint4, Frontend, FrontendKey4, FrontendRef, Protocol},
     limits,
 };
-use lb_userspace::kernel::mapped::Mapped;
+use lb_kernel::mapped::Mapped;
 
 use super::objects::{PORT, Pod, Size, cluster_ip};
 

@@ -8,6 +8,7 @@ use std::{
 };
 
 use anyhow::{Context as _, bail};
+use lb_core::model::Protocol::{self, Tcp, Udp};
 use lb_tests::{
     apiserver::{ApiServer, Kind, Written},
     client::{Domain, Socket, call},
@@ -15,7 +16,6 @@ use lb_tests::{
     netns::{NetNs, Resident},
     server::Servers,
 };
-use lb_userspace::model::Protocol::{self, Tcp, Udp};
 use nix::errno::Errno;
 
 use super::{

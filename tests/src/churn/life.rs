@@ -11,7 +11,7 @@ use std::{
 };
 
 use anyhow::{Context as _, bail, ensure};
-use lb_userspace::plan::Capacity;
+use lb_core::plan::Capacity;
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,

@@ -12,11 +12,8 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use lb_userspace::{
-    desired::FrontendAddress,
-    kernel::{Features, Options},
-    model::Protocol,
-};
+use lb_core::{desired::FrontendAddress, model::Protocol};
+use lb_kernel::{Features, Options};
 use nix::errno::Errno;
 
 use super::{Executor, NODE, Outcome, Scenario};

@@ -6,11 +6,11 @@ use std::{
 };
 
 use anyhow::{Result, ensure};
-use lb_userspace::{
-    controller::State,
+use lb_core::{
     desired::{FrontendAddress, Settings},
     plan::Capacity,
     sim::{self, Caller, Config, Simulator},
+    state::State,
     tables::Image,
 };
 

@@ -158,10 +158,14 @@ impl Containerd {
 
     /// Runs socklb in a container whose root file system can only be read, and returns what it prints.
     fn socklb(&self, how: &[&str], args: &[&str]) -> String {
+        self.run(how, "/usr/local/bin/socklb", args)
+    }
+
+    fn run(&self, how: &[&str], program: &str, args: &[&str]) -> String {
         let bpf =
             format!("type=bind,src={}/bpf,dst=/host/bpf,options=rbind:rw", self.directory.path().display());
         let mut all = vec!["run", "--rm", "--read-only", "--mount", &bpf];
-        all.extend(how.iter().copied().chain([NAME, "container", "/usr/local/bin/socklb"]));
+        all.extend(how.iter().copied().chain([NAME, "container", program]));
         all.extend(args);
         let output = self.ctr(&all);
         let said = String::from_utf8_lossy(&output.stdout).into_owned();
@@ -213,13 +217,18 @@ fn containerd_runs_the_image() {
     let check = containerd.socklb(&restricted, &["check", "--pin-path", "/host/bpf/socklb"]);
     assert!(check.contains("the kernel accepts those of all hooks"), "{check}");
     // In namespaces and a cgroup of its own.
+    let demo = Path::new(&binary).with_file_name(build::DEMO);
+    let demo =
+        format!("type=bind,src={},dst=/usr/local/bin/{},options=rbind:ro", demo.display(), build::DEMO);
     let free = [
         "--privileged",
         "--mount",
         "type=bind,src=/sys/fs/cgroup,dst=/host/cgroup,options=rbind:rw",
         "--mount",
         "type=tmpfs,dst=/tmp",
+        "--mount",
+        &demo,
     ];
-    let demo = containerd.socklb(&free, &["demo", "--exit"]);
+    let demo = containerd.run(&free, &format!("/usr/local/bin/{}", build::DEMO), &["--exit"]);
     assert!(demo.contains("checks hold"), "{demo}");
 }

@@ -1,9 +1,9 @@
 use std::{collections::BTreeMap, io};
 
 use expect_test::expect;
+use lb_kernel::{Features, cgroup::Extent, exclusive::Exclusive, feature::SockFields};
 
 use super::*;
-use crate::kernel::{Features, cgroup::Extent, exclusive::Exclusive, feature::SockFields};
 
 const ALL: u64 = (1 << 39) | (1 << 12) | (1 << 38);
 

@@ -9,9 +9,11 @@ use std::{
 };
 
 use lb_common::layout::ServiceStats;
+use lb_core::{desired::FrontendAddress, model::Protocol};
+use lb_kernel::sockets::Record;
 use serde::Serialize;
 
-use crate::{cli::listing::service_text, desired::FrontendAddress, kernel::sockets::Record, model::Protocol};
+use crate::cli::listing::service_text;
 
 /// One line of the stream.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]

@@ -7,12 +7,7 @@ use std::{
 };
 
 use anyhow::Context as _;
-use serde_json::Value;
-use tokio::runtime;
-
-use super::report::{Age, SourcePart};
-use crate::{
-    cli::agent::{self, Agent, PATIENCE, Place},
+use lb_agent::{
     serve::known::{Known, Which},
     telemetry::{
         health::NOT_RUN,
@@ -22,6 +17,11 @@ use crate::{
         },
     },
 };
+use serde_json::Value;
+use tokio::runtime;
+
+use super::report::{Age, SourcePart};
+use crate::cli::agent::{self, Agent, PATIENCE, Place};
 
 /// What `/proxyMode` says.
 const OWN_NAME: &str = "socklb";

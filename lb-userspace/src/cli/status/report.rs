@@ -7,22 +7,17 @@ use std::{
     time::Duration,
 };
 
+use lb_agent::snapshot::{Snapshot, SnapshotError};
 use lb_common::limits;
+use lb_core::{model::Issue, plan::Capacity, state::State, tables::Image};
+use lb_kernel::{
+    cgroup::Extent,
+    links::{Link, LinkProblem},
+};
 use serde::{Serialize, Serializer};
 use serde_json::Value;
 
 use super::ask::{Answer, Asked};
-use crate::{
-    controller::State,
-    kernel::{
-        cgroup::Extent,
-        links::{Link, LinkProblem},
-    },
-    model::Issue,
-    plan::Capacity,
-    snapshot::{Snapshot, SnapshotError},
-    tables::Image,
-};
 
 /// Everything that is told.
 #[derive(Clone, Debug, PartialEq, Serialize)]

@@ -111,13 +111,11 @@ fn aligned(column: usize, text: Span<'_>) -> Cell<'_> {
 #[cfg(test)]
 mod tests {
     use expect_test::{Expect, expect};
+    use lb_core::model::Protocol;
     use ratatui::{Terminal, backend::TestBackend};
 
     use super::*;
-    use crate::{
-        cli::top::model::{EndpointRow, PortRow},
-        model::Protocol,
-    };
+    use crate::cli::top::model::{EndpointRow, PortRow};
 
     fn report() -> Report {
         let row = |name: &str, last: u8, calls, rate, refused: f64| PortRow {

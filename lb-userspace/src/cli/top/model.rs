@@ -11,16 +11,12 @@ use std::{
 };
 
 use clap::ValueEnum;
+use lb_core::{desired::FrontendAddress, model::Protocol, state::State};
 use serde::Serialize;
 
-use crate::{
-    cli::{
-        listing::{self, service_text},
-        sample::{Look, frontend_of},
-    },
-    controller::State,
-    desired::FrontendAddress,
-    model::Protocol,
+use crate::cli::{
+    listing::{self, service_text},
+    sample::{Look, frontend_of},
 };
 
 /// One answer.

@@ -1,13 +1,11 @@
 use std::io;
 
 use expect_test::expect;
+use lb_core::model::{IssueKind, ObjectRef};
 use serde_json::json;
 
 use super::*;
-use crate::{
-    cli::agent::Place,
-    model::{IssueKind, ObjectRef},
-};
+use crate::cli::agent::Place;
 
 fn source() -> SourcePart {
     SourcePart {
@@ -211,7 +209,7 @@ fn an_agent_whose_programs_are_detached_serves_no_calls() {
 #[test]
 fn an_agent_that_loads_its_programs_is_not_taken_for_one_that_lost_them() {
     let mut asked = answers("127.0.0.1:10256", Ok((200, String::new())));
-    let body = crate::telemetry::health::starting(std::time::SystemTime::UNIX_EPOCH);
+    let body = lb_agent::telemetry::health::starting(std::time::SystemTime::UNIX_EPOCH);
     asked.health = asked.health.map(|(place, livez, _)| (place, livez, Ok((503, body))));
     let agent = AgentPart::new(&asked, &[]);
     assert_eq!((agent.state, agent.healthy), ("running", Some(false)));

@@ -1,11 +1,9 @@
 use expect_test::expect;
 use lb_common::layout::{EndpointStats, Frontend, Run, ServiceStats};
+use lb_core::tables::{Entry, Image};
+use lb_kernel::sockets::Record;
 
 use super::*;
-use crate::{
-    kernel::sockets::Record,
-    tables::{Entry, Image},
-};
 
 fn address(text: &str, protocol: Protocol) -> FrontendAddress {
     let address: SocketAddr = text.parse().unwrap();

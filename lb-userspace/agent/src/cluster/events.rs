@@ -1,0 +1,267 @@
+//! Events of Kubernetes (`events.k8s.io/v1`) on Services and on the own Node.
+//!
+//! Best effort: whoever tells something does not wait, and what the server does not take is lost; a notice that stands comes
+//! again ([`lb_core::model::notice`]). kube's recorder (kube-runtime 5.0) is not used: it keeps what it told in a cache of its own,
+//! next to the one that decides here, and forgets it with the process, so that each start would make new Events.
+
+use std::{
+    hash::{DefaultHasher, Hash as _, Hasher as _},
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use http::StatusCode;
+use k8s_openapi::jiff::Timestamp;
+use kube::{Client, client::Body};
+use lb_core::model::{
+    ObjectKind, ObjectRef,
+    notice::{Notice, Telling},
+};
+use serde_json::{Value, json};
+use tokio::{sync::mpsc, time::timeout};
+use tracing::{debug, info, warn};
+
+use super::{Access, access::cause};
+
+/// Notices that wait for the server.
+pub(super) const QUEUE: usize = 64;
+/// How long the server may take for an answer.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// The most bytes of a note, by the API.
+const LONGEST_NOTE: usize = 1024;
+/// The most characters of the reporter's name, by the API.
+const LONGEST_INSTANCE: usize = 128;
+/// The most characters of an object's name in the name of an Event: both are of the same length, and one has more to it.
+const LONGEST_NAME: usize = 230;
+
+/// Why something was not told.
+#[derive(Debug, thiserror::Error)]
+enum TellError {
+    /// The server does not know who asks.
+    #[error("401 Unauthorized (are the credentials out of date? the token or certificate is not accepted)")]
+    Unauthorized,
+    /// The server does not take Events from this account.
+    #[error(
+        "403 Forbidden (grant create and patch on events.k8s.io/events, and list on services: \
+         manifests/base/clusterrole.yaml)"
+    )]
+    Forbidden,
+    /// The server answered something else.
+    #[error("{code}")]
+    Refused {
+        /// The status code.
+        code: StatusCode,
+    },
+    /// The server did not answer, or what it answered could not be read.
+    #[error("{0}")]
+    Unanswered(String),
+}
+
+impl TellError {
+    const fn of(code: StatusCode) -> Self {
+        match code {
+            StatusCode::UNAUTHORIZED => Self::Unauthorized,
+            StatusCode::FORBIDDEN => Self::Forbidden,
+            code => Self::Refused { code },
+        }
+    }
+}
+
+/// Tells the server of notices until there are no more.
+pub(super) async fn record(
+    access: Access,
+    mut client: Client,
+    server: Arc<str>,
+    mut notices: mpsc::Receiver<Telling>,
+) {
+    let mut problem = None;
+    while let Some(telling) = notices.recv().await {
+        let told = tell(&client, &telling).await;
+        if told.is_err() {
+            // As the watches do: the credentials may have been replaced.
+            client = access.client().await.map_or(client, |(client, _server)| client);
+        }
+        let now = told.err().map(|error| error.to_string());
+        match &now {
+            _ if now == problem => {}
+            // Once, until something else is the matter.
+            Some(error) => {
+                warn!("API server {server}: Events are not taken: {error}; everything else goes on");
+            }
+            None => info!("API server {server}: Events are taken again"),
+        }
+        problem = now;
+    }
+}
+
+async fn tell(client: &Client, telling: &Telling) -> Result<(), TellError> {
+    let Notice { object, .. } = &telling.notice;
+    let Some(uid) = uid(client, object).await? else {
+        debug!(%object, "is gone: no Event");
+        return Ok(());
+    };
+    // That of an object without a namespace is in this one (`events.k8s.io/v1`).
+    let namespace = if object.namespace.is_empty() { "default" } else { &object.namespace };
+    let events = format!("/apis/events.k8s.io/v1/namespaces/{namespace}/events");
+    let name = name(telling);
+    let now = Timestamp::try_from(SystemTime::now()).unwrap_or_default();
+    let now = now.strftime("%Y-%m-%dT%H:%M:%S.%6fZ").to_string();
+    let new = body(telling, namespace, &name, &uid, &now);
+    let again = json!({"series": {"count": telling.n_times.max(2), "lastObservedTime": now}});
+    let patch = || send(client, "PATCH", format!("{events}/{name}"), "application/merge-patch+json", &again);
+    let create = || send(client, "POST", events.clone(), "application/json", &new);
+    // Which of the two it takes is for the server to say: it forgets after an hour, and remembers agents of before.
+    let (first, is_new) =
+        if telling.n_times > 1 { (patch().await?.0, false) } else { (create().await?.0, true) };
+    let code = match (first, is_new) {
+        (StatusCode::NOT_FOUND, false) => create().await?.0,
+        (StatusCode::CONFLICT, true) => patch().await?.0,
+        (code, _) => code,
+    };
+    match code {
+        code if code.is_success() => Ok(()),
+        code => Err(TellError::of(code)),
+    }
+}
+
+/// The identity by which `kubectl describe` finds Events; `None` if the object is gone.
+async fn uid(client: &Client, object: &ObjectRef) -> Result<Option<String>, TellError> {
+    if object.kind == ObjectKind::Node {
+        // As kubelet and kube-proxy have it: they know no other.
+        return Ok(Some(object.name.to_string()));
+    }
+    // A list of one: the agent may list Services, not get them.
+    let path = format!(
+        "/api/v1/namespaces/{}/services?fieldSelector=metadata.name%3D{}",
+        object.namespace, object.name
+    );
+    let (code, list) = send(client, "GET", path, "application/json", &Value::Null).await?;
+    if !code.is_success() {
+        return Err(TellError::of(code));
+    }
+    Ok(list["items"][0]["metadata"]["uid"].as_str().map(str::to_owned))
+}
+
+/// The same for the same notice of the same node, also after a restart.
+fn name(telling: &Telling) -> String {
+    // Another version of the standard library may have another hash: then there is one more Event.
+    let mut hasher = DefaultHasher::new();
+    (&telling.notice, &telling.node).hash(&mut hasher);
+    let object: String = telling.notice.object.name.chars().take(LONGEST_NAME).collect();
+    format!("{}.{:016x}", object.trim_end_matches(['.', '-']), hasher.finish())
+}
+
+fn body(telling: &Telling, namespace: &str, name: &str, uid: &str, now: &str) -> Value {
+    let Telling { notice, node, .. } = telling;
+    let note = telling.text();
+    let end = (0..=LONGEST_NOTE.min(note.len())).rev().find(|end| note.is_char_boundary(*end));
+    let note = &note[..end.unwrap_or_default()];
+    json!({
+        "apiVersion": "events.k8s.io/v1",
+        "kind": "Event",
+        "metadata": {"namespace": namespace, "name": name},
+        "eventTime": now,
+        "reportingController": "socklb",
+        "reportingInstance": node.chars().take(LONGEST_INSTANCE).collect::<String>(),
+        "type": if notice.is_warning { "Warning" } else { "Normal" },
+        "reason": notice.reason,
+        "action": notice.action,
+        "note": note,
+        "regarding": {
+            "apiVersion": "v1",
+            "kind": notice.object.kind.to_string(),
+            "namespace": &*notice.object.namespace,
+            "name": &*notice.object.name,
+            "uid": uid,
+        },
+    })
+}
+
+/// Sends one request. Returns the status and the answer, if that is JSON.
+async fn send(
+    client: &Client,
+    method: &str,
+    path: String,
+    content_type: &str,
+    body: &Value,
+) -> Result<(StatusCode, Value), TellError> {
+    fn unanswered(error: &(dyn std::error::Error + 'static)) -> TellError {
+        TellError::Unanswered(cause(error))
+    }
+    let text = if body.is_null() { Vec::new() } else { body.to_string().into_bytes() };
+    let request = http::Request::builder()
+        .method(method)
+        .uri(path)
+        .header("Accept", "application/json")
+        .header("Content-Type", content_type)
+        .body(Body::from(text))
+        .map_err(|error| unanswered(&error))?;
+    let answered = async {
+        let answer = client.send(request).await.map_err(|error| unanswered(&error))?;
+        let status = answer.status();
+        let text = answer.into_body().collect_bytes().await.map_err(|error| unanswered(&error))?;
+        Ok::<_, TellError>((status, serde_json::from_slice(&text).unwrap_or_default()))
+    };
+    let silence = |_elapsed| TellError::Unanswered(format!("no answer for {PATIENCE:?}"));
+    timeout(PATIENCE, answered).await.map_err(silence)?
+}
+
+#[cfg(test)]
+mod tests {
+    use lb_core::model::notice::NodeNews;
+
+    use super::*;
+
+    fn telling(object: ObjectRef, note: &str) -> Telling {
+        let notice =
+            Notice { object, is_warning: true, reason: "TableFull", action: "Sync", note: note.to_owned() };
+        Telling { notice, n_times: 1, node: "node-1".into() }
+    }
+
+    #[test]
+    fn why_an_event_is_not_taken_has_a_remedy() {
+        for (error, expected) in [
+            (
+                TellError::of(StatusCode::UNAUTHORIZED),
+                "401 Unauthorized (are the credentials out of date? the token or certificate is not accepted)",
+            ),
+            (
+                TellError::of(StatusCode::FORBIDDEN),
+                "403 Forbidden (grant create and patch on events.k8s.io/events, and list on services: \
+                 manifests/base/clusterrole.yaml)",
+            ),
+            (TellError::of(StatusCode::INTERNAL_SERVER_ERROR), "500 Internal Server Error"),
+            (TellError::Unanswered("connection refused".to_owned()), "connection refused"),
+        ] {
+            assert_eq!(error.to_string(), expected);
+        }
+    }
+
+    #[test]
+    fn a_name_belongs_to_one_notice_of_one_node() {
+        let one = telling(ObjectRef::service("shop", "web"), "full");
+        assert_eq!(name(&one), name(&one.clone()));
+        assert!(name(&one).starts_with("web.") && name(&one).len() == 20, "{}", name(&one));
+        assert_ne!(name(&one), name(&Telling { node: "node-2".into(), ..one.clone() }));
+        assert_ne!(name(&one), name(&telling(ObjectRef::service("shop", "web"), "fuller")));
+        assert_ne!(name(&one), name(&telling(ObjectRef::service("stop", "web"), "full")));
+        let long = telling(ObjectRef::node(&"n".repeat(253)), "x");
+        assert!(name(&long).len() <= 253);
+    }
+
+    #[test]
+    fn an_event_has_what_the_api_asks_for() {
+        let long = telling(ObjectRef::service("shop", "web"), &"ä".repeat(2000));
+        let event = body(&long, "shop", "web.1", "uid", "2026-01-02T03:04:05.000000Z");
+        let parsed: k8s_openapi::api::events::v1::Event = serde_json::from_value(event).unwrap();
+        assert_eq!(parsed.type_.as_deref(), Some("Warning"));
+        let note = parsed.note.unwrap();
+        assert!(note.starts_with("node node-1: ää"), "{note}");
+        assert!((LONGEST_NOTE - 1..=LONGEST_NOTE).contains(&note.len()), "{}", note.len());
+        assert_eq!(parsed.reporting_instance.as_deref(), Some("node-1"));
+        let notice = Notice::of_node("node-1", &NodeNews::Attached);
+        let event =
+            body(&Telling { notice, ..long }, "default", "x", "node-1", "2026-01-02T03:04:05.000000Z");
+        assert_eq!((&event["type"], &event["regarding"]["kind"]), (&"Normal".into(), &"Node".into()));
+    }
+}

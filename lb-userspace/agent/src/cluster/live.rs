@@ -1,0 +1,339 @@
+//! The API server as a [`Source`].
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
+
+use k8s_openapi::jiff::Timestamp;
+use lb_core::model::{
+    Changes, Issue, IssueKind, ObjectKind, ObjectRef, Pod, ServiceCidr, ServiceKey, SliceKey, Store, ingest,
+    notice::Telling,
+};
+use tokio::{
+    sync::{
+        Notify,
+        mpsc::{self, error::TryRecvError},
+    },
+    task::JoinSet,
+    time::Instant,
+};
+
+use super::{
+    Access, Error, Timing, events,
+    follow::{Follower, REASONS, follow},
+    kinds::{Change, Kind as _, Lack, News, Nodes, Pods, ServiceCidrs, Services, Slices, Trimmed},
+};
+use crate::source::{Arrival, Contact, Source};
+
+/// Events that wait for the agent's loop before the watches do.
+const QUEUE: usize = 1024;
+/// Events that are taken in at once: the loop must get to the kernel in between.
+const BATCH: usize = 16_384;
+
+/// Which objects are wanted of an API server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Wanted<'a> {
+    /// `--service-proxy-name`
+    pub service_proxy_name: Option<&'a str>,
+    /// The own node.
+    pub node_name: &'a str,
+    /// Whether the Nodes of others are followed too: `--node-ports-of-other-nodes`.
+    pub other_nodes: bool,
+    /// Whether the own node's Pods are: `--exclude-pods`.
+    pub pods: bool,
+    /// Whether the ServiceCIDRs are, and of the Services of other proxies the cluster IPs: not with `--service-cidr=none`.
+    pub service_cidrs: bool,
+}
+
+/// Services, EndpointSlices, Nodes and ServiceCIDRs of an API server.
+#[derive(Debug)]
+pub struct KubeSource {
+    server: Arc<str>,
+    contact: Contact,
+    news: mpsc::Receiver<News>,
+    /// Received, not applied yet.
+    pending: Vec<News>,
+    listed: Listed,
+    /// The pods to exclude by their names, and their UIDs once all are listed.
+    pods: BTreeMap<ObjectRef, Arc<str>>,
+    excluded: Option<BTreeSet<Arc<str>>>,
+    issues: BTreeMap<ObjectRef, Vec<Issue>>,
+    /// That ServiceCIDRs may not be read.
+    refused: Option<Issue>,
+    own_node: ObjectRef,
+    arrivals: Vec<Arrival>,
+    notices: mpsc::Sender<Telling>,
+    /// Changes that the cluster saw before are not late because of this agent.
+    started: Timestamp,
+    /// Watches, and whoever tells notices. Ended on drop.
+    _tasks: JoinSet<()>,
+}
+
+/// The kinds whose first list is applied, or is not to be had.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Listed {
+    services: bool,
+    slices: bool,
+    nodes: bool,
+    service_cidrs: bool,
+}
+
+impl KubeSource {
+    /// Starts watching.
+    ///
+    /// Returns without having heard from the server: it may be away, and the watches ask until it answers.
+    ///
+    /// # Errors
+    ///
+    /// If there is no way to a server: see [`Error`].
+    ///
+    /// # Panics
+    ///
+    /// Outside a tokio runtime.
+    pub async fn open(access: &Access, wanted: Wanted<'_>, timing: Timing) -> Result<Self, Error> {
+        let (client, server) = access.client().await?;
+        let server = Arc::<str>::from(server);
+        let (sender, news) = mpsc::channel(QUEUE);
+        let (notices, untold) = mpsc::channel(events::QUEUE);
+        let mut tasks = JoinSet::new();
+        tasks.spawn(events::record(access.clone(), client.clone(), Arc::clone(&server), untold));
+        let kinds = [Services::PLURAL, Slices::PLURAL, Nodes::PLURAL]
+            .into_iter()
+            .chain(wanted.pods.then_some(Pods::PLURAL))
+            .chain(wanted.service_cidrs.then_some(ServiceCidrs::PLURAL));
+        let contact = Contact::new(kinds, REASONS, Instant::now().into_std());
+        let follower = Follower {
+            access: access.clone(),
+            client,
+            server: Arc::clone(&server),
+            timing,
+            selector: ingest::label_selector(wanted.service_proxy_name),
+            service_proxy_name: wanted.service_proxy_name.map(Arc::from),
+            fields: String::new(),
+            contact: contact.clone(),
+            recovered: Arc::new(Notify::new()),
+            news: sender,
+        };
+        // Those of other proxies have cluster IPs too. By one watch, so that a Service whose label changes is never neither.
+        let selector = if wanted.service_cidrs { String::new() } else { follower.selector.clone() };
+        tasks.spawn(follow::<Services>(Follower { selector, ..follower.clone() }));
+        if wanted.service_cidrs {
+            tasks.spawn(follow::<ServiceCidrs>(follower.clone()));
+        }
+        tasks.spawn(follow::<Slices>(follower.clone()));
+        let of =
+            |field: &str| Follower { fields: format!("{field}={}", wanted.node_name), ..follower.clone() };
+        if wanted.pods {
+            tasks.spawn(follow::<Pods>(of("spec.nodeName")));
+        }
+        let own_node = of("metadata.name");
+        tasks.spawn(follow::<Nodes>(if wanted.other_nodes { follower } else { own_node }));
+        Ok(Self {
+            server,
+            contact,
+            news,
+            pending: Vec::new(),
+            listed: Listed { service_cidrs: !wanted.service_cidrs, ..Listed::default() },
+            pods: BTreeMap::new(),
+            excluded: None,
+            issues: BTreeMap::new(),
+            refused: None,
+            own_node: ObjectRef::node(wanted.node_name),
+            arrivals: Vec::new(),
+            notices,
+            started: Timestamp::now(),
+            _tasks: tasks,
+        })
+    }
+
+    fn note(&mut self, object: ObjectRef, issues: Vec<Issue>) {
+        if issues.is_empty() {
+            self.issues.remove(&object);
+        } else {
+            self.issues.insert(object, issues);
+        }
+    }
+
+    fn note_all(&mut self, kind: &ObjectKind, issues: Vec<Issue>) {
+        self.issues.retain(|object, _| object.kind != *kind);
+        for issue in issues {
+            self.issues.entry(issue.object.clone()).or_default().push(issue);
+        }
+    }
+
+    /// The moment of the change behind a slice, if this agent could have seen it happen.
+    fn triggered(&self, trigger_time: Option<i128>) -> Option<Timestamp> {
+        Timestamp::from_nanosecond(trigger_time?).ok().filter(|triggered| *triggered >= self.started)
+    }
+
+    fn apply_one(&mut self, news: News, store: &mut Store) -> Changes {
+        match news {
+            News::Services(Change::All { models, issues }) => {
+                self.listed.services = true;
+                self.note_all(&ObjectKind::Service, issues);
+                store.replace_services(models)
+            }
+            News::Slices(Change::All { models, issues }) => {
+                self.listed.slices = true;
+                self.note_all(&ObjectKind::EndpointSlice, issues);
+                store.replace_slices(models)
+            }
+            News::Nodes(Change::All { models, issues }) => {
+                self.listed.nodes = true;
+                self.note_all(&ObjectKind::Node, issues);
+                store.replace_nodes(models)
+            }
+            News::Pods(change) => {
+                self.follow_pods(change);
+                Changes::default()
+            }
+            News::ServiceCidrs(change) => self.follow_service_cidrs(change, store),
+            News::NoServiceCidrs(lack) => self.lack_service_cidrs(lack, store),
+            News::Services(Change::One { trimmed: Trimmed { object, model, issues }, received }) => {
+                let key = ServiceKey { namespace: object.namespace.clone(), name: object.name.clone() };
+                let changes = store.set_service(&key, model);
+                self.arrived(&changes, Arrival { received: received.into_std(), triggered: None });
+                self.note(object, issues);
+                changes
+            }
+            News::Slices(Change::One { trimmed: Trimmed { object, model, issues }, received }) => {
+                let key = SliceKey { namespace: object.namespace.clone(), name: object.name.clone() };
+                let triggered = self.triggered(model.as_ref().and_then(|slice| slice.trigger_time));
+                let changes = store.set_slice(&key, model);
+                let triggered = triggered.map(Into::into);
+                self.arrived(&changes, Arrival { received: received.into_std(), triggered });
+                self.note(object, issues);
+                changes
+            }
+            News::Nodes(Change::One { trimmed: Trimmed { object, model, issues }, received }) => {
+                let changes = store.set_node(&object.name, model);
+                self.arrived(&changes, Arrival { received: received.into_std(), triggered: None });
+                self.note(object, issues);
+                changes
+            }
+        }
+    }
+
+    fn follow_service_cidrs(&mut self, change: Change<ServiceCidr>, store: &mut Store) -> Changes {
+        self.refused = None;
+        match change {
+            Change::All { models, issues } => {
+                self.listed.service_cidrs = true;
+                self.note_all(&ObjectKind::ServiceCidr, issues);
+                store.replace_service_cidrs(models)
+            }
+            Change::One { trimmed: Trimmed { object, model, issues }, received } => {
+                let changes = store.set_service_cidr(&object.name, model);
+                self.arrived(&changes, Arrival { received: received.into_std(), triggered: None });
+                self.note(object, issues);
+                changes
+            }
+        }
+    }
+
+    /// The agent serves without them. Those that are known stay, if there may be some.
+    fn lack_service_cidrs(&mut self, lack: Lack, store: &mut Store) -> Changes {
+        self.listed.service_cidrs = true;
+        match lack {
+            Lack::Failing => Changes::default(),
+            Lack::Forbidden(cause) => {
+                let issue = Issue::new(self.own_node.clone(), IssueKind::NoServiceCidrs { cause });
+                self.refused = Some(issue);
+                Changes::default()
+            }
+            Lack::Unknown => {
+                self.refused = None;
+                self.note_all(&ObjectKind::ServiceCidr, Vec::new());
+                store.replace_service_cidrs::<ServiceCidr>([])
+            }
+        }
+    }
+
+    /// Pods decide about callers, not about what the tables hold.
+    fn follow_pods(&mut self, change: Change<Pod>) {
+        match change {
+            Change::All { models, issues } => {
+                self.note_all(&ObjectKind::Pod, issues);
+                let named = |pod: Pod| (ObjectRef::pod(&pod.namespace, &pod.name), pod.uid);
+                self.pods = models.into_iter().map(named).collect();
+                self.excluded = Some(BTreeSet::new());
+            }
+            Change::One { trimmed: Trimmed { object, model, issues }, .. } => {
+                let _before = match model {
+                    Some(pod) => self.pods.insert(object.clone(), pod.uid),
+                    None => self.pods.remove(&object),
+                };
+                self.note(object, issues);
+            }
+        }
+        if let Some(excluded) = &mut self.excluded {
+            *excluded = self.pods.values().cloned().collect();
+        }
+    }
+
+    /// An event that changes nothing is not waited for by anybody.
+    fn arrived(&mut self, changes: &Changes, arrival: Arrival) {
+        if !changes.is_empty() {
+            self.arrivals.push(arrival);
+        }
+    }
+}
+
+impl Source for KubeSource {
+    async fn changed(&mut self) -> bool {
+        if self.pending.is_empty() {
+            let Some(news) = self.news.recv().await else { return false };
+            self.pending.push(news);
+        }
+        // What has arrived together is applied together.
+        while self.pending.len() < BATCH {
+            match self.news.try_recv() {
+                Ok(news) => self.pending.push(news),
+                Err(TryRecvError::Empty | TryRecvError::Disconnected) => break,
+            }
+        }
+        true
+    }
+
+    fn is_complete(&self) -> bool {
+        self.listed == Listed { services: true, slices: true, nodes: true, service_cidrs: true }
+    }
+
+    fn apply(&mut self, store: &mut Store) -> Changes {
+        let mut changes = Changes::default();
+        for news in std::mem::take(&mut self.pending) {
+            changes.merge(self.apply_one(news, store));
+        }
+        changes
+    }
+
+    fn issues(&self) -> Vec<Issue> {
+        self.issues.values().flatten().chain(&self.refused).cloned().collect()
+    }
+
+    fn excluded_pods(&self) -> Option<&BTreeSet<Arc<str>>> {
+        self.excluded.as_ref()
+    }
+
+    fn describe(&self) -> String {
+        format!("kube {}", self.server)
+    }
+
+    fn contact(&self) -> Option<&Contact> {
+        Some(&self.contact)
+    }
+
+    fn take_arrivals(&mut self) -> Vec<Arrival> {
+        std::mem::take(&mut self.arrivals)
+    }
+
+    fn room_for_notices(&self) -> usize {
+        self.notices.capacity()
+    }
+
+    fn tell(&self, telling: Telling) {
+        // Whoever asked for room first loses nothing.
+        let _lost_if_full = self.notices.try_send(telling);
+    }
+}

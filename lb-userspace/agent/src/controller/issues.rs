@@ -1,0 +1,93 @@
+//! Which issues are new to the log, and which are gone.
+
+use std::collections::BTreeSet;
+
+use lb_core::model::Issue;
+
+/// Lines at once, of either kind: a cluster may have as many issues as it has objects.
+pub const MAX_LINES: usize = 100;
+
+/// The issues that the log knows of.
+#[derive(Clone, Debug, Default)]
+pub struct Reported {
+    known: BTreeSet<Issue>,
+}
+
+/// What the log is to be told.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct News {
+    /// Issues that are new, [`MAX_LINES`] at most.
+    pub new: Vec<Issue>,
+    /// Those that no longer hold, likewise.
+    pub gone: Vec<Issue>,
+    /// How many there are of either beyond these.
+    pub n_more: usize,
+}
+
+impl Reported {
+    /// How many there are.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.known.len()
+    }
+
+    /// Whether there are none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.known.is_empty()
+    }
+
+    /// These hold now. What held before costs a comparison each: it is not formatted again.
+    pub fn follow(&mut self, issues: impl IntoIterator<Item = Issue>) -> News {
+        let now: BTreeSet<Issue> = issues.into_iter().collect();
+        let mut n_more = 0;
+        let mut first = |from: &BTreeSet<Issue>, without: &BTreeSet<Issue>| {
+            let mut all = from.difference(without);
+            let first: Vec<Issue> = all.by_ref().take(MAX_LINES).cloned().collect();
+            n_more += all.count();
+            first
+        };
+        let (new, gone) = (first(&now, &self.known), first(&self.known, &now));
+        self.known = now;
+        News { new, gone, n_more }
+    }
+}
+
+impl News {
+    /// Whether there are none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.new.is_empty() && self.gone.is_empty()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use lb_core::model::{IssueKind, ObjectRef};
+
+    use super::*;
+
+    fn issues(numbers: impl IntoIterator<Item = usize>) -> Vec<Issue> {
+        let of = |n| Issue::new(ObjectRef::service("shop", &format!("web-{n:04}")), IssueKind::NoPorts);
+        numbers.into_iter().map(of).collect()
+    }
+
+    #[test]
+    fn an_issue_is_told_when_it_comes_and_when_it_goes() {
+        let mut reported = Reported::default();
+        for (now, new, gone, n_more) in [
+            (0..0, 0..0, 0..0, 0),
+            (0..2, 0..2, 0..0, 0),
+            (0..2, 0..0, 0..0, 0),
+            (1..3, 2..3, 0..1, 0),
+            (1..1000, 3..103, 0..0, 897),
+            (1..1000, 0..0, 0..0, 0),
+            (0..0, 0..0, 1..101, 899),
+        ] {
+            let news = reported.follow(issues(now.clone()));
+            assert_eq!(reported.len(), now.len());
+            assert_eq!(news, News { new: issues(new), gone: issues(gone), n_more }, "{now:?}");
+            assert_eq!(news.is_empty(), news == News::default());
+        }
+    }
+}

@@ -1,0 +1,853 @@
+//! The agent's loop: the one place that connects source, state, kernel and clock.
+
+use std::{
+    fmt,
+    path::PathBuf,
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, SystemTime},
+};
+
+use lb_core::state::State;
+use lb_core::{
+    desired::{NodePortAddresses, Settings},
+    model::{
+        Issue, IssueKind, ObjectRef,
+        notice::{Ledger, NodeNews},
+    },
+    plan::audit::Faults,
+};
+use lb_kernel::{
+    self, Kernel, KernelError,
+    lock::Lock,
+    store::{Findings, Maps, Pins, Repaired},
+};
+use tokio::{
+    sync::{mpsc, watch},
+    task::{JoinHandle, JoinSet, block_in_place, spawn_blocking},
+    time::{self, Instant, Interval, MissedTickBehavior},
+};
+use tracing::{debug, error, info, warn};
+
+use super::{
+    Latency,
+    issues::{News, Reported},
+    known::known,
+    save::Saving,
+    start::{Basis, PATIENCE, Start, basis},
+    turn,
+};
+use crate::{
+    self_test,
+    serve::{
+        self, Asker, Insight, ListenError, Listeners, Question,
+        health_ports::{self, Wanted},
+        known::Known,
+    },
+    snapshot::{self, Found, Snapshot, SnapshotError, Writer, Written},
+    source::{Contact, Source},
+    telemetry::{
+        Metrics,
+        away::{Away, Serves},
+        health::{SelfTest, Vitals},
+        metrics::AuditEnd,
+        scrape::View,
+    },
+};
+
+mod addresses;
+mod exclude;
+mod proof;
+mod stale;
+
+use self::{addresses::Addresses, exclude::Wanted as Excluded, proof::Proof, stale::Sweep};
+
+/// How long to wait after a failed sync.
+const RETRY: Duration = Duration::from_secs(1);
+/// How often the pins are looked at, and the node's own addresses if nothing tells of their changes.
+const INTERFACES: Duration = Duration::from_secs(5);
+/// How often the programs' diagnostic lines are passed on.
+const PROGRAM_LOG: Duration = Duration::from_millis(100);
+/// How long a change may wait before it is in the snapshot.
+const SNAPSHOT: Duration = Duration::from_secs(2);
+
+/// Questions of scrapes that wait for the loop before the scrapes do.
+const QUESTIONS: usize = 4;
+
+/// What the loop needs to know besides the state.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// How to load and where to attach.
+    pub kernel: lb_kernel::Options,
+    /// Directory of the snapshot.
+    pub state_dir: PathBuf,
+    /// The least time between two syncs; the first change after a pause is done at once.
+    pub min_sync_interval: Duration,
+    /// Time between two audits; zero for none.
+    pub audit_interval: Duration,
+    /// Time between two self-tests; zero for none.
+    pub self_test_interval: Duration,
+    /// Directories of cgroups whose calls are left alone. One that is missing is waited for.
+    pub exclude_cgroups: Vec<PathBuf>,
+    /// Whether the source says which pods' calls are left alone.
+    pub exclude_pods: bool,
+    /// Where to answer over HTTP.
+    pub http: serve::Options,
+}
+
+/// Why the agent did not start, or cannot go on.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum RunError {
+    /// The kernel refused something.
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
+    /// An address cannot be listened on.
+    #[error(transparent)]
+    Listen(#[from] ListenError),
+    /// The self-test has no endpoint.
+    #[error("the self-test cannot listen on a loopback address: {0}; --self-test-interval=0 does without it")]
+    SelfTest(#[source] std::io::Error),
+}
+
+/// Returns when the agent is asked to stop, or when all who could ask are gone. Lets go of the channel's lock, so that the
+/// loop can move between threads.
+async fn asked_to_stop(stop: &mut watch::Receiver<bool>) {
+    let _all_gone = stop.wait_for(|stop| *stop).await.is_err();
+}
+
+/// Waits until no other agent has the same pins, then runs until `stop` turns true.
+///
+/// Stopping changes nothing in the kernel: links and maps stay pinned.
+///
+/// # Errors
+///
+/// Only while starting: see [`RunError`]. Later errors are logged and retried.
+pub async fn run(
+    mut source: impl Source,
+    options: Options,
+    settings: Settings,
+    mut stop: watch::Receiver<bool>,
+) -> Result<(), RunError> {
+    // Before anything is attached: an agent that ends for want of a port has changed nothing.
+    let turn = turn::wait_for_turn(&options.kernel.pin_path, &options.http, &mut stop).await?;
+    // The lock is given up last, with the ports free and nothing under way.
+    let Some((lock, listeners)) = turn else { return Ok(()) };
+    let mut proof = Proof::start(options.self_test_interval, options.kernel.cgroup.clone())
+        .await
+        .map_err(RunError::SelfTest)?;
+    // Loading the programs takes a while.
+    let (mut agent, beside) =
+        block_in_place(|| Agent::attach(options, settings, &source, listeners, proof.as_mut()))?;
+    // Whether the self-test's calls reach this agent by what an earlier one has left, before anything is written.
+    let is_provable = proof.as_ref().is_some_and(Proof::is_found);
+    let Beside { mut graces, mut questions, mut port_issues, health_ports, _serving, _excluding } = beside;
+    let Timers { mut interfaces, mut snapshots, mut audits } = Timers::start(agent.options.audit_interval);
+    // Maps that could not be read serve on, and are at least as new as the snapshot.
+    let has_adopted = agent.kernel.is_staged() || !agent.state.image().services.is_empty();
+    let started = Instant::now();
+    agent.forward_program_log();
+    let mut not_before = started;
+    // Whether more may come, and whether somebody reports issues of ports.
+    let (mut has_ended, mut has_ports) = (false, true);
+    // Whether the snapshot was tried, and whether the objects are its.
+    let (mut has_waited, mut serves_snapshot, mut has_answered) = (false, false, false);
+    loop {
+        let is_complete = source.is_complete();
+        serves_snapshot &= !is_complete;
+        let may_sync = (is_complete || serves_snapshot) && agent.state.wants_sync();
+        agent.metrics.source(is_complete, serves_snapshot);
+        agent.turn(may_sync);
+        let found = if has_adopted { Serves::Found } else { Serves::Nothing };
+        agent.show_source(&source, if serves_snapshot { Serves::Snapshot } else { found });
+        tokio::select! {
+            biased;
+            () = asked_to_stop(&mut stop) => break,
+            () = time::sleep_until(not_before), if may_sync => {
+                let pause = if agent.sync(&source) { agent.options.min_sync_interval } else { RETRY };
+                not_before = Instant::now() + pause;
+            }
+            // After a sync and before more changes: the objects are those that the tables follow.
+            Some(question) = questions.recv() => agent.answer(&source, question),
+            () = time::sleep_until(started + PATIENCE), if !is_complete && !has_waited => {
+                has_waited = true;
+                let start = Start { is_complete, has_answered, waited: started.elapsed(), has_adopted };
+                serves_snapshot = basis(start) == Basis::Snapshot && agent.restore(&source).await;
+                if has_adopted && !has_answered {
+                    warn!(
+                        n_frontends = agent.state.image().services.len(),
+                        "no complete lists yet: {}; what was found in the kernel is served as it is",
+                        problem(&source)
+                    );
+                }
+            }
+            // The sockets' records are in maps that cannot be read, or will be the same after the switch.
+            swept = agent.sweep.step(), if !agent.kernel.is_staged() => agent.sweep.go_on(swept, &mut agent.state, &agent.metrics),
+            more = source.changed(), if !has_ended => {
+                if !more {
+                    warn!(
+                        source = source.describe(),
+                        "the source has ended: what is served stays as it is, restart the agent to follow changes"
+                    );
+                    has_ended = true;
+                    continue;
+                }
+                // Single events on top of the snapshot would be a state that never was.
+                (serves_snapshot, has_answered) = (false, true);
+                agent.take_in(&mut source);
+            }
+            proven = next_proof(&mut proof), if agent.has_synced || is_provable => agent.proven(proven),
+            Some(()) = graces.recv() => agent.grace_passed(),
+            changed = port_issues.changed(), if has_ports => {
+                has_ports = changed.is_ok();
+                agent.report(&source);
+            }
+            compared = ended(&mut agent.comparing), if agent.comparing.is_some() => agent.compared(&source, compared),
+            written = ended(&mut agent.writing), if agent.writing.is_some() => agent.saved(&source, written),
+            () = agent.addresses.changed() => agent.read_addresses(),
+            _ = interfaces.tick() => {
+                agent.look_around(&lock);
+                agent.report(&source);
+                agent.tell(&source);
+            }
+            _ = snapshots.tick() => agent.save(),
+            () = tick(&mut audits) => {
+                agent.restore_pins(&lock);
+                agent.compare();
+            }
+        }
+    }
+    agent.save_to_the_end(&source).await;
+    drop(agent);
+    // Its ports are free when this returns; what it may have panicked about is over.
+    let _ended = health_ports.await;
+    info!("stopped; what is served stays as it is");
+    Ok(())
+}
+
+/// What the loop does by the clock.
+struct Timers {
+    interfaces: Interval,
+    snapshots: Interval,
+    /// `None` without audits.
+    audits: Option<Interval>,
+}
+
+impl Timers {
+    fn start(audit_interval: Duration) -> Self {
+        let mut timers = Self {
+            interfaces: time::interval(INTERFACES),
+            snapshots: time::interval(SNAPSHOT),
+            audits: (!audit_interval.is_zero())
+                .then(|| time::interval_at(Instant::now() + audit_interval, audit_interval)),
+        };
+        for interval in [&mut timers.interfaces, &mut timers.snapshots].into_iter().chain(&mut timers.audits)
+        {
+            interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        }
+        timers
+    }
+}
+
+/// What keeps a source from having said everything.
+fn problem(source: &impl Source) -> Arc<str> {
+    let outage = source.contact().and_then(Contact::outage);
+    outage.map_or_else(|| format!("{} has not answered", source.describe()).into(), |outage| outage.problem)
+}
+
+/// What comes of the next self-test; never anything, without one.
+async fn next_proof(proof: &mut Option<Proof>) -> SelfTest {
+    match proof {
+        Some(proof) => proof.next().await,
+        None => std::future::pending().await,
+    }
+}
+
+/// The next tick; never, without an interval.
+async fn tick(interval: &mut Option<Interval>) {
+    match interval {
+        Some(interval) => drop(interval.tick().await),
+        None => std::future::pending().await,
+    }
+}
+
+/// Work on a thread of its own.
+type Task<T, E> = JoinHandle<Result<T, E>>;
+
+/// Waits until a task is over, or for ever without one. Returns what went wrong.
+async fn ended<T, E: fmt::Display>(task: &mut Option<Task<T, E>>) -> Result<T, String> {
+    let Some(running) = task else { return std::future::pending().await };
+    let result = running.await;
+    *task = None;
+    match result {
+        Ok(result) => result.map_err(|error| error.to_string()),
+        Err(stopped) => Err(stopped.to_string()),
+    }
+}
+
+struct Agent {
+    state: State,
+    addresses: Addresses,
+    kernel: Kernel,
+    sweep: Sweep,
+    options: Options,
+    metrics: Metrics,
+    vitals: watch::Sender<Vitals>,
+    /// How often the kernel was brought up to date.
+    changes: watch::Sender<u64>,
+    health_checks: watch::Sender<Wanted>,
+    /// The pods whose calls are left alone.
+    excluding: watch::Sender<Excluded>,
+    /// What the ports for health checks are in want of.
+    port_issues: watch::Receiver<Vec<Issue>>,
+    /// Issues that are in the log already.
+    reported: Reported,
+    /// What the people behind the objects were told. News of a self-test belong here too.
+    ledger: Ledger,
+    saving: Saving,
+    /// Who writes the snapshot, and what is being written.
+    writer: Arc<Mutex<Writer>>,
+    writing: Option<Task<Written, SnapshotError>>,
+    /// Why the last snapshot was not written.
+    save_problem: Option<String>,
+    /// The comparison of an audit under way.
+    comparing: Option<Task<Findings, KernelError>>,
+    has_synced: bool,
+    latency: Latency,
+    /// How the pins were at the last look.
+    pins: Pins,
+}
+
+/// What goes on beside the loop, and how it is heard. What is heard no more ends with this value.
+struct Beside {
+    /// Grace periods that have passed.
+    graces: mpsc::Receiver<()>,
+    /// Who wants to know of the state.
+    questions: mpsc::Receiver<Question>,
+    /// What the ports for health checks are in want of.
+    port_issues: watch::Receiver<Vec<Issue>>,
+    health_ports: JoinHandle<()>,
+    _serving: JoinSet<()>,
+    _excluding: JoinSet<()>,
+}
+
+impl Agent {
+    /// Loads and attaches the programs, takes over what is pinned, and starts what goes on beside the loop.
+    fn attach(
+        options: Options,
+        settings: Settings,
+        source: &impl Source,
+        listeners: Listeners,
+        proof: Option<&mut Proof>,
+    ) -> Result<(Self, Beside), RunError> {
+        let (grace_passed, graces) = mpsc::channel(1);
+        let kernel = Kernel::open(&options.kernel, move || {
+            // A message that is waiting says the same.
+            let _full = grace_passed.try_send(());
+        })?;
+        let mut addresses = Addresses::start();
+        let capacity = kernel.maps().capacity();
+        let mut state = State::new(settings, addresses.read(), capacity, &kernel.maps().image()?);
+        info!(
+            cgroup = %options.kernel.cgroup.display(),
+            covers = %lb_kernel::cgroup::extent(&options.kernel.cgroup),
+            pins = %options.kernel.pin_path.display(),
+            source = source.describe(),
+            adopted = state.image().services.len(),
+            "attached"
+        );
+        let metrics = Metrics::new();
+        let now = Instant::now().into_std();
+        let mut vitals = Vitals::new(now);
+        if let Some(proof) = proof {
+            proof.take_over(state.image());
+            let (service, slices) = self_test::objects(proof.endpoints());
+            state.keep(service, slices);
+            vitals.self_test = SelfTest::Pending;
+        }
+        vitals.refused_sizes = kernel.too_small().iter().map(ToString::to_string).collect();
+        let maps_path = kernel.maps_path();
+        let (vitals, signs_of_life) = watch::channel(vitals);
+        let (asking, questions) = mpsc::channel::<Question>(QUESTIONS);
+        let (changes, following) = watch::channel(0);
+        let insight =
+            Insight { vitals: signs_of_life.clone(), changes: following, asker: Asker::new(asking) };
+        let serving = listeners.serve(&maps_path, &options.state_dir, &metrics, insight)?;
+        let (health_checks, wanted) = watch::channel(Wanted::default());
+        let (reporting, port_issues) = watch::channel(Vec::new());
+        let health_ports = tokio::spawn(health_ports::run(wanted, signs_of_life.clone(), reporting));
+        let (excluding, excluded) = watch::channel(Excluded::default());
+        let beside = Beside {
+            graces,
+            questions,
+            port_issues: port_issues.clone(),
+            health_ports,
+            _serving: serving,
+            _excluding: exclude::start(&maps_path, &options, excluded, signs_of_life)?,
+        };
+        let writer = Arc::new(Mutex::new(Writer::new(&options.state_dir)));
+        let mut agent = Self {
+            ledger: Ledger::new(state.settings().node_name.clone(), now),
+            state,
+            addresses,
+            sweep: Sweep::new(options.kernel.clone()),
+            kernel,
+            options,
+            metrics,
+            vitals,
+            changes,
+            health_checks,
+            excluding,
+            port_issues,
+            reported: Reported::default(),
+            saving: Saving::new(now),
+            writer,
+            writing: None,
+            save_problem: None,
+            comparing: None,
+            has_synced: false,
+            latency: Latency::default(),
+            pins: Pins::InPlace,
+        };
+        agent.ledger.happened(&NodeNews::Attached);
+        Ok((agent, beside))
+    }
+
+    /// Takes over the objects of the snapshot. `false` if there is none that can be used.
+    async fn restore(&mut self, source: &impl Source) -> bool {
+        let (state_dir, problem) = (self.options.state_dir.clone(), problem(source));
+        let mut reading = Some(spawn_blocking(move || Found::read(&state_dir)));
+        let Found { snapshot, n_lost, .. } = match ended(&mut reading).await {
+            Ok(found) => found,
+            Err(error) => {
+                warn!("no complete lists yet: {problem}; nothing is served until they are complete: {error}");
+                return false;
+            }
+        };
+        warn!(
+            n_services = snapshot.services.len(),
+            "no complete lists yet: {problem}; the snapshot is served until they are complete"
+        );
+        if n_lost > 0 {
+            let journal = self.options.state_dir.join(snapshot::JOURNAL);
+            warn!(
+                "{}: the last {n_lost} bytes are cut short or altered: the last changes of the snapshot are not served",
+                journal.display()
+            );
+        }
+        self.state.change(|store| {
+            let mut changes = store.replace_services(snapshot.services);
+            changes.merge(store.replace_slices(snapshot.slices));
+            changes.merge(store.replace_nodes(snapshot.nodes));
+            changes.merge(store.replace_service_cidrs(snapshot.service_cidrs));
+            changes
+        });
+        true
+    }
+
+    /// Looks at the pins, and reads the node's own addresses if that is due.
+    fn look_around(&mut self, lock: &Lock) {
+        if self.addresses.is_due() {
+            self.read_addresses();
+        }
+        self.look_at_pins(lock);
+    }
+
+    /// Reads the node's own addresses: they decide where node ports answer.
+    fn read_addresses(&mut self) {
+        self.state.set_interfaces(self.addresses.read());
+    }
+
+    /// Says so if the pins are not as they should be, and not ready.
+    fn look_at_pins(&mut self, lock: &Lock) {
+        let now = self.kernel.pins(lock);
+        self.vitals.send_if_modified(|vitals| {
+            let has_lost_pins = now != Pins::InPlace;
+            std::mem::replace(&mut vitals.has_lost_pins, has_lost_pins) != has_lost_pins
+        });
+        let pin_path = self.options.kernel.pin_path.display();
+        match &now {
+            _ if now == self.pins => {}
+            Pins::InPlace => info!(pins = %pin_path, "the pins are back"),
+            Pins::Lost(names) => warn!(
+                pins = %pin_path,
+                names = names.join(" "),
+                "pins were removed or replaced, or programs detached: the next audit puts them right (--audit-interval)"
+            ),
+            Pins::Gone => error!(
+                pins = %pin_path,
+                "the pins are gone: removed by `socklb cleanup`, or the BPF file system is no longer mounted; what is still \
+                 attached ends with this agent, so restart it"
+            ),
+        }
+        self.pins = now;
+    }
+
+    /// Puts back what others have taken away: pins, and programs of hooks.
+    fn restore_pins(&mut self, lock: &Lock) {
+        let (restored, result) = block_in_place(|| self.kernel.restore_pins(lock));
+        for name in &restored {
+            self.metrics.restored(name);
+        }
+        if !restored.is_empty() {
+            warn!(
+                names = restored.join(" "),
+                "an audit restored pins and programs that were removed, replaced or detached"
+            );
+        }
+        if let Err(error) = result {
+            error!(%error, "an audit could not restore pins or programs: the next one tries again");
+        }
+        self.look_at_pins(lock);
+    }
+
+    /// Gives a heartbeat. `is_waiting`: whether a change waits to be carried out.
+    fn turn(&self, is_waiting: bool) {
+        self.vitals.send_modify(|vitals| {
+            vitals.turned = Instant::now().into_std();
+            if is_waiting && vitals.waiting_since.is_none() {
+                vitals.waiting_since = Some(vitals.turned);
+            }
+        });
+    }
+
+    /// Says what is served if the source is away, and that it is.
+    fn show_source(&self, source: &impl Source, before_complete: Serves) {
+        let outage = source.contact().and_then(Contact::outage);
+        let is_complete = source.is_complete();
+        let away = (!is_complete || outage.is_some()).then_some(Away {
+            serves: if is_complete { Serves::LastKnown } else { before_complete },
+            outage,
+        });
+        self.vitals.send_if_modified(|vitals| {
+            let differs = vitals.away != away;
+            vitals.away = away;
+            differs
+        });
+    }
+
+    /// Takes over what is new.
+    fn take_in(&mut self, source: &mut impl Source) {
+        self.state.change(|store| source.apply(store));
+        self.latency.arrived(source.take_arrivals());
+        self.metrics.waiting(self.latency.n_waiting());
+        if self.state.wants_sync() {
+            self.metrics.queued(SystemTime::now());
+        }
+        self.excluding.send_if_modified(|wanted| wanted.follow(source.excluded_pods()));
+        let node = self.state.store().node(&self.state.settings().node_name);
+        let is_node_eligible = node.is_none_or(|node| !node.being_deleted);
+        self.vitals.send_modify(|vitals| vitals.is_node_eligible = is_node_eligible);
+        // A sync reports what it comes to.
+        if !(source.is_complete() && self.state.wants_sync()) {
+            self.report(source);
+        }
+    }
+
+    /// Brings the kernel up to date. `false` if that failed and is to be tried again.
+    fn sync(&mut self, source: &impl Source) -> bool {
+        let started = Instant::now();
+        let plan = self.state.sync();
+        // A plan may wait for a grace period.
+        let result = block_in_place(|| self.kernel.apply(&plan));
+        // A snapshot need not be written because it was read.
+        if source.is_complete() {
+            self.saving.changed();
+        }
+        let lb_kernel::store::Done { n_ops, no_room } = match result {
+            Ok(done) => done,
+            Err(error) => {
+                error!(%error, "a sync failed: reading the kernel's maps and trying again");
+                self.metrics.sync_failed();
+                self.start_over();
+                return false;
+            }
+        };
+        let (n_frontends, took) = (self.state.image().services.len(), started.elapsed());
+        if std::mem::replace(&mut self.has_synced, true) {
+            // Not a line for people each time: a cluster that rolls out changes endpoints hundreds of times a second.
+            debug!(n_ops, n_frontends, ?took, "synced");
+        } else {
+            info!(n_ops, n_frontends, ?took, "synced for the first time");
+            self.ledger.happened(&NodeNews::Synced { n_frontends });
+            lb_kernel::syscall::return_free_memory();
+        }
+        self.state.miss(no_room);
+        self.changes.send_modify(|n_syncs| *n_syncs = n_syncs.wrapping_add(1));
+        self.metrics.synced(took, n_ops, SystemTime::now());
+        self.note_latency();
+        let n_refused = self.state.n_refused();
+        self.vitals.send_modify(|vitals| {
+            (vitals.waiting_since, vitals.updated) = (None, Some(SystemTime::now()));
+            vitals.n_refused = n_refused;
+        });
+        self.publish_health_checks();
+        self.report(source);
+        // Now that the tables are right, a program whose socket is ended finds somebody else.
+        self.sweep.changed();
+        if !self.state.missing().is_empty() {
+            self.compare();
+        }
+        true
+    }
+
+    /// The changes that have arrived are in the kernel now.
+    fn note_latency(&mut self) {
+        let metrics = &self.metrics;
+        let note = |since_arrival, since_trigger| metrics.programmed(since_arrival, since_trigger);
+        let (now, clock) = (Instant::now().into_std(), SystemTime::now());
+        let (n_changes, longest) = self.latency.applied(now, clock, note);
+        metrics.waiting(0);
+        if n_changes > 0 {
+            debug!(
+                n_changes,
+                ?longest,
+                received_p99 = ?self.latency.received.quantile(99),
+                triggered_p99 = ?self.latency.triggered.quantile(99),
+                "changes are in the kernel"
+            );
+        }
+    }
+
+    /// Says which ports for health checks should be open.
+    fn publish_health_checks(&self) {
+        let addresses = match self.state.settings().node_port_addresses {
+            NodePortAddresses::All => None,
+            _ => Some(self.state.topology().own_addresses().iter().copied().collect()),
+        };
+        let checks = self.state.health_checks();
+        self.health_checks.send_if_modified(|wanted| {
+            let differs = wanted.checks != *checks || wanted.addresses != addresses;
+            if differs {
+                *wanted = Wanted { checks: checks.clone(), addresses };
+            }
+            differs
+        });
+    }
+
+    /// A self-test has ended.
+    fn proven(&mut self, self_test: SelfTest) {
+        if let SelfTest::Failed(problem) = &self_test {
+            // Told with the next look around.
+            self.ledger.happened(&NodeNews::SelfTestFailed { problem: problem.to_string() });
+        }
+        self.metrics.self_tested(self_test == SelfTest::Passed);
+        self.vitals.send_modify(|vitals| vitals.self_test = self_test);
+    }
+
+    /// Answers what somebody beside the loop asks. Costs a few references: whoever asked does the work.
+    fn answer(&self, source: &impl Source, question: Question) {
+        // Whoever asked may have lost patience.
+        match question {
+            Question::View(answer) => drop(answer.send(self.view(source))),
+            Question::Known(which, answer) => {
+                let known = Known {
+                    has_synced: self.has_synced,
+                    issues: self.issues(source),
+                    save_problem: self.save_problem.clone(),
+                    ..known(&self.state, which)
+                };
+                drop(answer.send(known));
+            }
+        }
+    }
+
+    /// What a scrape needs of the state.
+    fn view(&self, source: &impl Source) -> View {
+        let contact = source.contact();
+        View {
+            answer_ages: contact.map(|contact| contact.ages(Instant::now().into_std())).unwrap_or_default(),
+            source_failures: contact.map(Contact::failures).unwrap_or_default(),
+            ports: self.state.service_ids().map(|(key, id)| (key.clone(), id)).collect(),
+            services: self.state.store().shared_services().cloned().collect(),
+            maps: self.state.map_use().into(),
+        }
+    }
+
+    fn start_over(&mut self) {
+        // What the failed plan freed is free for the next one, so no program may still be reading it.
+        block_in_place(|| self.kernel.settle());
+        match self.kernel.maps().image() {
+            Ok(found) => self.state.adopt(self.kernel.maps().capacity(), &found),
+            Err(error) => error!(%error, "the kernel's maps cannot be read after a failure: trying again"),
+        }
+    }
+
+    /// Begins an audit: on a thread of its own, since to read full tables takes longer than a change may wait.
+    fn compare(&mut self) {
+        if self.comparing.is_some() || !self.state.knows_tables() {
+            return;
+        }
+        let (expected, pin_path) = (self.state.image().clone(), self.options.kernel.pin_path.clone());
+        self.comparing = Some(spawn_blocking(move || Maps::open(&pin_path)?.compare(&expected)));
+    }
+
+    /// Ends an audit: repairs what differs still, after the changes that were carried out meanwhile.
+    fn compared(&mut self, source: &impl Source, findings: Result<Findings, String>) {
+        let mut findings = match findings {
+            Ok(findings) => findings,
+            Err(error) => {
+                warn!(%error, "an audit could not read the kernel's maps: the next one tries again");
+                return self.metrics.audited(AuditEnd::Error, &Faults::new());
+            }
+        };
+        if !self.state.knows_tables() {
+            // A sync has failed meanwhile: the next one puts everything right.
+            return;
+        }
+        findings.suspect(self.state.missing());
+        let repaired = if findings.is_empty() {
+            Ok(Repaired::default())
+        } else {
+            block_in_place(|| self.kernel.repair(self.state.image(), &findings))
+        };
+        let repaired = repaired.map(|Repaired { faults, no_room }| {
+            self.state.found(no_room);
+            faults
+        });
+        let n_refused = self.state.n_refused();
+        self.vitals.send_modify(|vitals| vitals.n_refused = n_refused);
+        self.report(source);
+        match repaired {
+            Ok(repaired) if repaired.is_empty() => self.metrics.audited(AuditEnd::Clean, &repaired),
+            Ok(repaired) => {
+                let counts: Vec<String> = repaired.iter().map(|(map, n)| format!("{map} {n}")).collect();
+                warn!(
+                    entries = counts.join(", "),
+                    "an audit repaired entries of the kernel's maps that another program had changed"
+                );
+                self.metrics.audited(AuditEnd::Repaired, &repaired);
+            }
+            Err(error) => {
+                error!(%error, "an audit could not repair the kernel's maps: reading them and trying again");
+                self.metrics.audited(AuditEnd::Error, &Faults::new());
+                self.start_over();
+            }
+        }
+    }
+
+    /// A grace period has passed, perhaps the last one that was asked for.
+    fn grace_passed(&mut self) {
+        self.state.settled(self.kernel.settled());
+    }
+
+    /// Logs issues that are new, once each, and those that are gone. Tells people of those that are new.
+    fn report(&mut self, source: &impl Source) {
+        let issues = self.issues(source);
+        let News { new, gone, n_more } = self.reported.follow(issues);
+        self.metrics.issues(self.reported.len());
+        for issue in &new {
+            warn!("{issue}");
+        }
+        for issue in gone {
+            info!("no longer: {issue}");
+        }
+        if n_more > 0 {
+            warn!(
+                n_more,
+                "more issues have come or gone than are logged at once: `socklb status` lists those that hold"
+            );
+        }
+        if !new.is_empty() || self.ledger.has_news() {
+            self.tell(source);
+        }
+    }
+
+    /// Everything that is wrong at the moment.
+    fn issues(&self, source: &impl Source) -> Vec<Issue> {
+        let of_ports = self.port_issues.borrow().clone();
+        let of_objects = source.issues().into_iter().chain(self.state.issues());
+        of_objects.chain(of_ports).chain(self.own_issues()).collect()
+    }
+
+    /// What this agent itself is in want of.
+    fn own_issues(&self) -> impl Iterator<Item = Issue> {
+        let not_saved = self.save_problem.clone().map(|cause| IssueKind::SnapshotNotWritten { cause });
+        let refused = self.kernel.too_small().iter().map(|size| IssueKind::SizeRefused {
+            setting: size.setting.to_owned(),
+            wanted: size.wanted,
+            served: size.n_served,
+            used: size.used,
+        });
+        let node = ObjectRef::node(&self.state.settings().node_name);
+        refused.chain(not_saved).map(move |kind| Issue::new(node.clone(), kind))
+    }
+
+    /// Tells the people behind the objects what is new to them or has been for long. Does not wait for anybody.
+    fn tell(&mut self, source: &impl Source) {
+        let room = source.room_for_notices();
+        if room == 0 {
+            return;
+        }
+        for telling in self.ledger.due(self.issues(source), room, Instant::now().into_std()) {
+            source.tell(telling);
+        }
+    }
+
+    /// Begins to write the snapshot, if it is out of date. The loop goes on meanwhile: to write the objects of ten
+    /// thousand services takes longer than a change may wait.
+    fn save(&mut self) {
+        if self.saving.begin(Instant::now().into_std()) {
+            self.write();
+        }
+    }
+
+    fn write(&mut self) {
+        let snapshot = Snapshot::of(self.state.settings(), self.state.interfaces(), self.state.store());
+        let writer = Arc::clone(&self.writer);
+        self.writing = Some(spawn_blocking(move || {
+            // One task at a time has it. What one that panicked left is made up for.
+            writer.lock().unwrap_or_else(PoisonError::into_inner).write(snapshot)
+        }));
+    }
+
+    /// A snapshot was written, or was not for a reason.
+    fn saved(&mut self, source: &impl Source, written: Result<Written, String>) {
+        let (n_bytes, n_changed) =
+            written.as_ref().map(|written| (written.n_bytes, written.n_changed)).ok().unzip();
+        self.saving.ended(n_changed, Instant::now().into_std());
+        self.metrics.saved(n_bytes, SystemTime::now());
+        if written.as_ref().is_ok_and(|written| written.has_read) {
+            lb_kernel::syscall::return_free_memory();
+        }
+        let problem = written.err();
+        if problem != std::mem::replace(&mut self.save_problem, problem.clone()) {
+            self.report(source);
+        }
+    }
+
+    /// Writes what is not written yet and waits for it.
+    async fn save_to_the_end(&mut self, source: &impl Source) {
+        if self.writing.is_some() {
+            let written = ended(&mut self.writing).await;
+            self.saved(source, written);
+        }
+        if self.saving.begin_last() {
+            self.write();
+            let written = ended(&mut self.writing).await;
+            self.saved(source, written);
+        }
+    }
+
+    /// Passes the programs' own diagnostic lines on to the log, if they write any.
+    fn forward_program_log(&mut self) {
+        if !self.options.kernel.log {
+            return;
+        }
+        match self.kernel.take_log() {
+            Ok(mut log) => {
+                // Ends with the process. A timer, since waiting for the ring buffer's descriptor is unsafe in tokio
+                // and these lines are for a person who watches.
+                let _forwarding = tokio::spawn(async move {
+                    let mut timer = time::interval(PROGRAM_LOG);
+                    loop {
+                        let _now = timer.tick().await;
+                        log.flush();
+                    }
+                });
+            }
+            Err(error) => {
+                warn!(%error, "-vv: the log of the programs cannot be read: their decisions are not shown")
+            }
+        }
+    }
+}

@@ -1,0 +1,274 @@
+//! Sweeps for sockets that stay with endpoints which no longer serve, beside the agent's loop.
+//!
+//! When to look is decided by [`Sweeps`], what becomes of a socket by [`lb_core::stale`]; here they meet the kernel.
+
+use std::{collections::BTreeMap, path::Path};
+
+use lb_core::{
+    model::ServiceKey,
+    stale::{Search, Standing, Use, Used},
+    state::State,
+};
+use lb_kernel::{
+    self,
+    sockets::{self, Destroyed, Found, SocketError, SocketTable, Wanted},
+};
+use tokio::{
+    task::{JoinHandle, spawn_blocking},
+    time::{self, Instant},
+};
+use tracing::{info, warn};
+
+use crate::{
+    controller::sweep::{self, End, Reclaim, Sweeps},
+    telemetry::Metrics,
+};
+
+/// The sweeps of an agent.
+pub(super) struct Sweep {
+    options: lb_kernel::Options,
+    timing: Sweeps,
+    reclaim: Reclaim,
+    phase: Phase,
+    /// What is in the log already.
+    problem: Option<String>,
+    has_told_of_refused: bool,
+}
+
+/// How far the sweep under way has come.
+enum Phase {
+    /// None is under way.
+    Resting,
+    /// The records of sockets are being read.
+    Looking { task: JoinHandle<Result<Looked, SocketError>> },
+    /// Sockets are being looked for.
+    Finding { search: Search, task: JoinHandle<Result<Found, SocketError>> },
+    /// Sockets are being ended; of which service, by the way that they go, and whether there are more.
+    Destroying {
+        services: BTreeMap<Use, Option<ServiceKey>>,
+        has_more: bool,
+        task: JoinHandle<Result<Destroyed, SocketError>>,
+    },
+}
+
+/// What a sweep has come to.
+pub(super) enum Step {
+    /// It is time for the next.
+    Due,
+    Looked(Result<Looked, Problem>),
+    Found(Result<Found, Problem>),
+    Destroyed(Result<Destroyed, Problem>),
+}
+
+/// What the records say.
+pub(super) struct Looked {
+    used: Used,
+    reclaim: Reclaim,
+    n_reclaimed: usize,
+}
+
+/// Reads the records of all sockets, and takes slots back that are lost.
+fn look(pin_path: &Path, mut reclaim: Reclaim) -> Result<Looked, SocketError> {
+    let mut table = SocketTable::open(pin_path)?;
+    let (used, now) = (sweep::used(&table.answering()?), Instant::now().into_std());
+    let mut n_reclaimed = 0;
+    if reclaim.wants_look(table.n_owned(), now)
+        && let Some(owners) = sockets::owners(pin_path)?
+    {
+        n_reclaimed = table.free(&reclaim.looked(owners, now));
+    }
+    Ok(Looked { used, reclaim, n_reclaimed })
+}
+
+/// What to say of an error, and whether it will always be so.
+pub(super) struct Problem {
+    text: String,
+    is_final: bool,
+}
+
+impl From<SocketError> for Problem {
+    fn from(error: SocketError) -> Self {
+        Self { text: error.to_string(), is_final: error.is_final() }
+    }
+}
+
+/// Waits for work on a thread of its own.
+async fn joined<T>(task: &mut JoinHandle<Result<T, SocketError>>) -> Result<T, Problem> {
+    match task.await {
+        Ok(result) => result.map_err(Problem::from),
+        Err(stopped) => Err(Problem { text: stopped.to_string(), is_final: false }),
+    }
+}
+
+impl Sweep {
+    pub(super) fn new(options: lb_kernel::Options) -> Self {
+        Self {
+            options,
+            timing: Sweeps::default(),
+            reclaim: Reclaim::default(),
+            phase: Phase::Resting,
+            problem: None,
+            has_told_of_refused: false,
+        }
+    }
+
+    /// The tables follow a change.
+    pub(super) fn changed(&mut self) {
+        self.timing.changed(Instant::now().into_std());
+    }
+
+    /// Waits until there is something to do, which [`Self::go_on`] takes. Nothing is lost if the waiting is given up.
+    pub(super) async fn step(&mut self) -> Step {
+        match (&mut self.phase, self.timing.due()) {
+            (Phase::Looking { task }, _) => Step::Looked(joined(task).await),
+            (Phase::Finding { task, .. }, _) => Step::Found(joined(task).await),
+            (Phase::Destroying { task, .. }, _) => Step::Destroyed(joined(task).await),
+            (Phase::Resting, Some(due)) => {
+                time::sleep_until(due.into()).await;
+                Step::Due
+            }
+            (Phase::Resting, None) => std::future::pending().await,
+        }
+    }
+
+    pub(super) fn go_on(&mut self, step: Step, state: &mut State, metrics: &Metrics) {
+        let end = match (std::mem::replace(&mut self.phase, Phase::Resting), step) {
+            (Phase::Looking { .. }, Step::Looked(looked)) => looked.map(|looked| self.search(looked, state)),
+            (Phase::Finding { search, .. }, Step::Found(found)) => {
+                found.and_then(|found| self.judge(&search, found, state))
+            }
+            (Phase::Destroying { services, has_more, .. }, Step::Destroyed(destroyed)) => {
+                destroyed.and_then(|destroyed| self.tell(destroyed, &services, has_more, state, metrics))
+            }
+            // A step belongs to its phase; whatever is amiss, the next sweep sees everything again.
+            _ => {
+                self.look(state);
+                Ok(None)
+            }
+        };
+        let end = match end {
+            Ok(Some(end)) => end,
+            Ok(None) => return,
+            Err(Problem { text, is_final }) => {
+                self.tell_problem(text);
+                if is_final { End::Impossible } else { End::Failed }
+            }
+        };
+        self.timing.ended(Instant::now().into_std(), end);
+    }
+
+    /// Begins a sweep.
+    fn look(&mut self, state: &mut State) {
+        self.timing.begin(Instant::now().into_std());
+        state.begin_stale();
+        // If it fails, looks begin anew.
+        let reclaim = std::mem::take(&mut self.reclaim);
+        let pin_path = self.options.pin_path.clone();
+        self.phase = Phase::Looking { task: spawn_blocking(move || look(&pin_path, reclaim)) };
+    }
+
+    /// Begins to look for sockets. Returns the end of the sweep if there is nothing to look for.
+    fn search(&mut self, looked: Looked, state: &mut State) -> Option<End> {
+        let Looked { used, reclaim, n_reclaimed } = looked;
+        self.reclaim = reclaim;
+        if n_reclaimed > 0 {
+            info!(
+                n_slots = n_reclaimed,
+                "took back slots of sockets that were closed while sock_release was detached"
+            );
+        }
+        let now = Instant::now().into_std();
+        let Some(search) = state.search_stale(&used, now) else {
+            return Some(End::Done(state.next_stale(now)));
+        };
+        let lb_kernel::Options { pin_path, cgroup, .. } = self.options.clone();
+        let Search { protocols, endpoints, addresses } = search.clone();
+        let wanted = Wanted { protocols, endpoints, addresses };
+        let task = spawn_blocking(move || sockets::find(&pin_path, &cgroup, &wanted));
+        self.phase = Phase::Finding { search, task };
+        None
+    }
+
+    /// Judges what was found, and begins to end what is stale. Returns the end of the sweep if nothing is.
+    fn judge(&mut self, search: &Search, found: Found, state: &mut State) -> Result<Option<End>, Problem> {
+        if found.n_refused > 0 && !std::mem::replace(&mut self.has_told_of_refused, true) {
+            warn!(
+                n_refused = found.n_refused,
+                "network namespaces of other processes cannot be entered: their sockets stay with endpoints that are gone; it \
+                 takes CAP_SYS_ADMIN and CAP_SYS_PTRACE"
+            );
+        }
+        let now = Instant::now().into_std();
+        let standings = state.judge_stale(search, &sweep::ways(&found.sockets), now);
+        let (due, has_more) = sweep::due_now(found.sockets, &standings, now, sweep::BATCH);
+        if !has_more {
+            state.searched_stale(search, now);
+        }
+        if let Some(problem) = found.problem.map(Problem::from) {
+            if due.is_empty() {
+                return Err(problem);
+            }
+            self.tell_problem(problem.text);
+        }
+        if due.is_empty() {
+            return Ok(Some(End::Done(state.next_stale(now))));
+        }
+        let services = standings
+            .into_iter()
+            .filter_map(|(used, standing)| match standing {
+                Standing::Ends { service, .. } => Some((used, service)),
+                Standing::Serves | Standing::Kept => None,
+            })
+            .collect();
+        let pin_path = self.options.pin_path.clone();
+        let task = spawn_blocking(move || sockets::destroy(&pin_path, due));
+        self.phase = Phase::Destroying { services, has_more, task };
+        Ok(None)
+    }
+
+    /// Tells what was ended, by service.
+    fn tell(
+        &mut self,
+        destroyed: Destroyed,
+        services: &BTreeMap<Use, Option<ServiceKey>>,
+        has_more: bool,
+        state: &mut State,
+        metrics: &Metrics,
+    ) -> Result<Option<End>, Problem> {
+        let mut counts = BTreeMap::<_, u64>::new();
+        for used in destroyed.sockets.iter().map(sweep::way) {
+            let service = services.get(&used).cloned().flatten();
+            let (called, is_new) = (used.service.unwrap_or(used.endpoint), used.service.is_none());
+            *counts.entry((service.ok_or(called), used.protocol, is_new)).or_default() += 1;
+        }
+        for ((service, protocol, is_new), n_sockets) in counts {
+            let service = match service {
+                Ok(key) => key.to_string(),
+                Err(address) => address.to_string(),
+            };
+            if is_new {
+                info!(service, %protocol, n_sockets, "ended sockets that were connected before the address was a service's");
+            } else {
+                info!(service, %protocol, n_sockets, "ended sockets whose endpoint no longer serves them");
+            }
+            metrics.destroyed(protocol, n_sockets);
+        }
+        if let Some(problem) = destroyed.problem {
+            return Err(problem.into());
+        }
+        self.problem = None;
+        let next = state.next_stale(Instant::now().into_std());
+        Ok(Some(if has_more { End::More } else { End::Done(next) }))
+    }
+
+    /// Logs why sockets stay with endpoints that are gone, once.
+    fn tell_problem(&mut self, problem: String) {
+        if self.problem.as_ref() != Some(&problem) {
+            warn!(
+                %problem,
+                "connected sockets stay with endpoints that are gone until their programs connect anew"
+            );
+        }
+        self.problem = Some(problem);
+    }
+}

@@ -1,0 +1,12 @@
+//! The agent: sources of objects, the loop that keeps the maps, the snapshot on disk, and pages about all of it.
+//!
+//! See docs/ARCHITECTURE.md.
+#![deny(unsafe_code)]
+
+pub mod cluster;
+pub mod controller;
+pub mod self_test;
+pub mod serve;
+pub mod snapshot;
+pub mod source;
+pub mod telemetry;

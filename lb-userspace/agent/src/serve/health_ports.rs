@@ -1,0 +1,286 @@
+//! `healthCheckNodePort`: what load balancers outside ask each node (`pkg/proxy/healthcheck/service_health.go`).
+
+use std::{
+    collections::BTreeMap,
+    io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::{Duration, Instant, SystemTime},
+};
+
+use hyper::{Uri, header::HeaderValue};
+use lb_core::{
+    desired::health::HealthCheck,
+    model::{Issue, IssueKind, ObjectRef, ServiceKey},
+};
+use serde::Serialize;
+use tokio::{net::TcpListener, sync::watch, task::JoinHandle, time};
+use tracing::info;
+
+use super::{
+    http::{Answer, Pages, serve},
+    pages::json,
+};
+use crate::telemetry::health::Vitals;
+
+/// How long to wait before a port that was taken is tried again.
+const RETRY: Duration = Duration::from_secs(5);
+
+/// What should be answered, and where.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Wanted {
+    /// The services with a port for health checks.
+    pub checks: BTreeMap<ServiceKey, HealthCheck>,
+    /// The addresses that node ports answer on; `None` for all of the host.
+    pub addresses: Option<Vec<IpAddr>>,
+}
+
+/// One socket of one service.
+type Place = (ServiceKey, SocketAddr);
+
+impl Wanted {
+    /// The sockets that should be open, with the numbers that they answer.
+    fn places(&self) -> BTreeMap<Place, usize> {
+        let everywhere = [IpAddr::V6(Ipv6Addr::UNSPECIFIED)];
+        let addresses = self.addresses.as_deref().unwrap_or(&everywhere);
+        let of = |(key, check): (&ServiceKey, &HealthCheck)| {
+            let (key, check) = (key.clone(), *check);
+            addresses
+                .iter()
+                .map(move |ip| ((key.clone(), SocketAddr::new(*ip, check.port)), check.n_ready_local))
+        };
+        self.checks.iter().flat_map(of).collect()
+    }
+}
+
+/// An open socket. Dropping it ends the task soon; [`Server::close`] waits until the port is free.
+#[derive(Debug)]
+struct Server {
+    task: JoinHandle<()>,
+    n_ready_local: Arc<AtomicUsize>,
+}
+
+impl Server {
+    async fn close(self) {
+        self.task.abort();
+        // The end of a task that was asked to end is no news.
+        let _aborted = self.task.await;
+    }
+}
+
+/// Keeps the sockets open that are wanted, until nobody can want any more. Ports that cannot be opened become issues
+/// and are tried again.
+pub async fn run(
+    mut wanted: watch::Receiver<Wanted>,
+    vitals: watch::Receiver<Vitals>,
+    issues: watch::Sender<Vec<Issue>>,
+) {
+    let mut open: BTreeMap<Place, Server> = BTreeMap::new();
+    loop {
+        let places = wanted.borrow_and_update().places();
+        let found = follow(&mut open, &places, &vitals).await;
+        let is_complete = found.is_empty();
+        issues.send_if_modified(|issues| {
+            let differs = *issues != found;
+            if differs {
+                *issues = found;
+            }
+            differs
+        });
+        let changed = tokio::select! {
+            changed = wanted.changed() => changed,
+            () = time::sleep(RETRY), if !is_complete => Ok(()),
+        };
+        if changed.is_err() {
+            break;
+        }
+    }
+    for server in open.into_values() {
+        server.close().await;
+    }
+}
+
+/// Closes, opens and updates. Returns what could not be opened.
+async fn follow(
+    open: &mut BTreeMap<Place, Server>,
+    places: &BTreeMap<Place, usize>,
+    vitals: &watch::Receiver<Vitals>,
+) -> Vec<Issue> {
+    // First, since another service may want the port.
+    let gone: Vec<Place> = open.keys().filter(|place| !places.contains_key(*place)).cloned().collect();
+    for place in gone {
+        if let Some(server) = open.remove(&place) {
+            server.close().await;
+            info!(service = %place.0, address = %place.1, "health checks are no longer answered");
+        }
+    }
+    let mut issues = Vec::new();
+    for (place, &n_ready_local) in places {
+        if let Some(server) = open.get(place) {
+            server.n_ready_local.store(n_ready_local, Ordering::Relaxed);
+            continue;
+        }
+        let (key, address) = place;
+        match bind(*address).await {
+            Ok(listener) => {
+                let n_ready_local = Arc::new(AtomicUsize::new(n_ready_local));
+                let pages = ServicePages {
+                    key: key.clone(),
+                    n_ready_local: Arc::clone(&n_ready_local),
+                    vitals: vitals.clone(),
+                };
+                let task = tokio::spawn(serve(listener, Arc::new(pages)));
+                open.insert(place.clone(), Server { task, n_ready_local });
+                info!(service = %key, %address, "answering health checks");
+            }
+            Err(error) => {
+                let kind = IssueKind::HealthCheckPortTaken { port: address.port(), cause: error.to_string() };
+                issues.push(Issue::new(ObjectRef::from(key), kind));
+            }
+        }
+    }
+    issues
+}
+
+/// Listens; on a host without IPv6, "all addresses" are those of IPv4.
+async fn bind(address: SocketAddr) -> io::Result<TcpListener> {
+    match TcpListener::bind(address).await {
+        Err(error)
+            if address.ip() == IpAddr::V6(Ipv6Addr::UNSPECIFIED)
+                && error.kind() != io::ErrorKind::AddrInUse =>
+        {
+            TcpListener::bind((Ipv4Addr::UNSPECIFIED, address.port())).await
+        }
+        result => result,
+    }
+}
+
+/// The one page of a service, at every path.
+#[derive(Debug)]
+struct ServicePages {
+    key: ServiceKey,
+    n_ready_local: Arc<AtomicUsize>,
+    vitals: watch::Receiver<Vitals>,
+}
+
+/// Body of the answer.
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Body<'a> {
+    service: Name<'a>,
+    local_endpoints: usize,
+    service_proxy_healthy: bool,
+}
+
+#[derive(Serialize)]
+struct Name<'a> {
+    namespace: &'a str,
+    name: &'a str,
+}
+
+impl Pages for ServicePages {
+    async fn get(&self, _uri: &Uri) -> Option<Answer> {
+        let is_alive = self.vitals.borrow().judge(Instant::now(), SystemTime::now()).is_alive;
+        let n_ready_local = self.n_ready_local.load(Ordering::Relaxed);
+        let body = Body {
+            service: Name { namespace: &self.key.namespace, name: &self.key.name },
+            local_endpoints: n_ready_local,
+            service_proxy_healthy: is_alive,
+        };
+        // Names, a number and a bool: there is nothing that JSON could not hold.
+        let body = serde_json::to_string(&body).unwrap_or_default();
+        let mut answer = json(is_alive && n_ready_local > 0, body);
+        answer.headers_mut().insert("x-load-balancing-endpoint-weight", HeaderValue::from(n_ready_local));
+        Some(answer)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use http_body_util::BodyExt as _;
+
+    use super::*;
+
+    #[test]
+    fn a_service_has_a_socket_on_every_address_that_is_wanted() {
+        let key = ServiceKey::new("default", "web");
+        let checks = BTreeMap::from([(key.clone(), HealthCheck { port: 31000, n_ready_local: 2 })]);
+        for (addresses, expected) in [
+            (None, vec!["[::]:31000"]),
+            (Some(vec![]), vec![]),
+            (Some(vec!["192.0.2.1".parse().unwrap()]), vec!["192.0.2.1:31000"]),
+        ] {
+            let wanted = Wanted { checks: checks.clone(), addresses };
+            let places: Vec<String> =
+                wanted.places().into_keys().map(|(_, address)| address.to_string()).collect();
+            assert_eq!(places, expected);
+        }
+    }
+
+    #[tokio::test]
+    async fn the_answer_is_that_of_kube_proxy() {
+        let now = Instant::now();
+        let late = now.checked_sub(2 * crate::telemetry::health::PATIENCE);
+        for (n_ready_local, waiting_since, status) in [(2, None, 200), (0, None, 503), (2, late, 503)] {
+            let vitals = Vitals { waiting_since, ..Vitals::new(now) };
+            let (_sender, vitals) = watch::channel(vitals);
+            let pages = ServicePages {
+                key: ServiceKey::new("default", "web"),
+                n_ready_local: Arc::new(AtomicUsize::new(n_ready_local)),
+                vitals,
+            };
+            let answer = pages.get(&Uri::from_static("/anything")).await.unwrap();
+            assert_eq!(
+                answer.status(),
+                if waiting_since.is_some() || n_ready_local == 0 { 503 } else { status }
+            );
+            assert_eq!(answer.headers()["x-load-balancing-endpoint-weight"], n_ready_local.to_string());
+            let body = answer.into_body().collect().await.unwrap().to_bytes();
+            let body: serde_json::Value = serde_json::from_slice(&body).unwrap();
+            let is_alive = waiting_since.is_none();
+            let expected = serde_json::json!({
+                "service": {"namespace": "default", "name": "web"},
+                "localEndpoints": n_ready_local,
+                "serviceProxyHealthy": is_alive,
+            });
+            assert_eq!(body, expected);
+        }
+    }
+
+    /// A port moves to another service, is taken by a stranger, and is free again.
+    #[tokio::test]
+    async fn ports_are_opened_closed_and_reported() {
+        let stranger = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = stranger.local_addr().unwrap().port();
+        let (_sender, vitals) = watch::channel(Vitals::new(Instant::now()));
+        let places = |name: &str, n: usize| {
+            let address = SocketAddr::new(Ipv4Addr::LOCALHOST.into(), port);
+            BTreeMap::from([((ServiceKey::new("default", name), address), n)])
+        };
+        let mut open = BTreeMap::new();
+        let issues = follow(&mut open, &places("a", 1), &vitals).await;
+        assert_eq!((issues.len(), open.len()), (1, 0));
+        assert!(
+            issues[0]
+                .to_string()
+                .contains(&format!("default/a: spec.healthCheckNodePort: cannot listen on port {port}: ")),
+            "{}",
+            issues[0]
+        );
+
+        drop(stranger);
+        assert_eq!(follow(&mut open, &places("a", 1), &vitals).await, []);
+        assert_eq!(follow(&mut open, &places("a", 7), &vitals).await, []);
+        assert_eq!(open.values().next().unwrap().n_ready_local.load(Ordering::Relaxed), 7);
+        assert_eq!(
+            follow(&mut open, &places("b", 1), &vitals).await,
+            [],
+            "the port is free for another service"
+        );
+        assert_eq!(follow(&mut open, &BTreeMap::new(), &vitals).await, []);
+        assert!(TcpListener::bind(("127.0.0.1", port)).await.is_ok(), "and for a stranger");
+    }
+}

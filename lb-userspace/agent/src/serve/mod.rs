@@ -1,0 +1,305 @@
+//! What is answered over HTTP.
+//!
+//! # Purpose
+//!
+//! [`Listeners`] answers scrapes and health checks of the agent, [`agent_socket`] what commands on the same host ask,
+//! [`health_ports`] health checks of single Services.
+//!
+//! # Invariants
+//!
+//! - Nobody who connects can hold up the agent or fill its memory: connections, header sizes and times are bounded, and
+//!   bodies of requests are not read.
+//! - What is asked of the agent's loop has an answer in bounded time, with or without the loop.
+//! - Nothing listens that was not asked for: an empty address is no listener.
+//!
+//! # Depends on
+//!
+//! `telemetry`, `kernel` for counters, `desired`, `model`.
+
+pub mod agent_socket;
+pub mod health_ports;
+pub mod http;
+pub mod known;
+pub mod pages;
+
+use std::{
+    io,
+    net::SocketAddr,
+    path::Path,
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
+
+use lb_kernel::{KernelError, store::Maps};
+use tokio::{
+    net::TcpListener,
+    sync::{Mutex, mpsc, oneshot, watch},
+    task::JoinSet,
+    time::{self, Instant},
+};
+use tracing::info;
+
+use self::{
+    agent_socket::AgentPages,
+    known::{Known, Which},
+    pages::{HealthPages, MetricsPages},
+};
+use crate::telemetry::{Metrics, health::Vitals, scrape::View};
+
+/// Where to listen, and what to say of the settings.
+#[derive(Clone, Debug, Default)]
+pub struct Options {
+    /// `--metrics-bind-address`
+    pub metrics: Option<SocketAddr>,
+    /// `--healthz-bind-address`
+    pub healthz: Option<SocketAddr>,
+    /// What `/configz` says.
+    pub config: serde_json::Value,
+}
+
+/// A listener cannot be opened.
+#[derive(Debug, thiserror::Error)]
+#[error("{flag} {address}: {source}: {remedy}")]
+pub struct ListenError {
+    /// The flag that names the address.
+    pub flag: &'static str,
+    /// The address.
+    pub address: SocketAddr,
+    /// The cause.
+    pub source: io::Error,
+    /// What to do about it.
+    pub remedy: &'static str,
+}
+
+/// A question for what the agent knows at the moment, with the way for the answer.
+#[derive(Debug)]
+pub enum Question {
+    /// A scrape's.
+    View(oneshot::Sender<View>),
+    /// A command's.
+    Known(Which, oneshot::Sender<Known>),
+}
+
+/// How long the agent's loop is waited for.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// The time between an answer and the next question: as long as the answer took, within these. The loop answers before it takes
+/// in changes, and must not be kept from them by whoever asks without end.
+const PAUSE: [Duration; 2] = [Duration::from_millis(1), Duration::from_millis(10)];
+
+/// Asks the agent's loop, one question at a time.
+#[derive(Clone, Debug)]
+pub struct Asker {
+    questions: mpsc::Sender<Question>,
+    turn: Arc<Mutex<()>>,
+}
+
+impl Asker {
+    /// Asks where the loop hears questions.
+    #[must_use]
+    pub fn new(questions: mpsc::Sender<Question>) -> Self {
+        Self { questions, turn: Arc::default() }
+    }
+
+    /// What the loop answers, if it does in time.
+    async fn ask<T>(&self, question: impl FnOnce(oneshot::Sender<T>) -> Question) -> Option<T> {
+        let asked = async {
+            let turn = Arc::clone(&self.turn).lock_owned().await;
+            let (answer, answered) = oneshot::channel();
+            let asked = Instant::now();
+            self.questions.send(question(answer)).await.ok()?;
+            let answered = answered.await.ok();
+            let [least, most] = PAUSE;
+            let pause = asked.elapsed().clamp(least, most);
+            // The answer does not wait for that.
+            let _pausing = tokio::spawn(async move {
+                time::sleep(pause).await;
+                drop(turn);
+            });
+            answered
+        };
+        time::timeout(PATIENCE, asked).await.ok().flatten()
+    }
+}
+
+/// What the agent's loop lets others see.
+#[derive(Clone, Debug)]
+pub struct Insight {
+    /// Its heartbeat.
+    pub vitals: watch::Receiver<Vitals>,
+    /// How often it brought the kernel up to date.
+    pub changes: watch::Receiver<u64>,
+    /// Where it hears questions.
+    pub asker: Asker,
+}
+
+/// Open sockets. Until [`Self::serve`] the answer there is that the agent starts: a client that waited for the programs to be
+/// loaded, such as a kubelet's probe, would give up before.
+pub struct Listeners {
+    metrics: Arc<OnceLock<Arc<MetricsPages>>>,
+    healthz: Arc<OnceLock<Arc<HealthPages>>>,
+    config: serde_json::Value,
+    serving: JoinSet<()>,
+}
+
+impl Listeners {
+    /// Opens the sockets and begins to answer: `/livez` with 200, the other pages with 503.
+    ///
+    /// # Errors
+    ///
+    /// [`ListenError`], for example if kube-proxy listens there.
+    ///
+    /// # Panics
+    ///
+    /// Outside a tokio runtime.
+    pub async fn open(options: &Options) -> Result<Self, ListenError> {
+        let metrics = listen("--metrics-bind-address", options.metrics).await?;
+        let healthz = listen("--healthz-bind-address", options.healthz).await?;
+        let mut listeners = Self {
+            metrics: Arc::default(),
+            healthz: Arc::default(),
+            config: options.config.clone(),
+            serving: JoinSet::new(),
+        };
+        if let Some(listener) = metrics {
+            let pages = pages::FromStart::new(Arc::clone(&listeners.metrics));
+            listeners.serving.spawn(http::serve(listener, Arc::new(pages)));
+        }
+        if let Some(listener) = healthz {
+            let pages = pages::FromStart::new(Arc::clone(&listeners.healthz));
+            listeners.serving.spawn(http::serve(listener, Arc::new(pages)));
+        }
+        Ok(listeners)
+    }
+
+    /// Answers as an agent that has started, until the value that is returned is dropped, also at the socket in `state_dir`.
+    /// Questions go to the agent's loop.
+    ///
+    /// # Errors
+    ///
+    /// If the pinned maps, whose counters `/metrics` reads, cannot be opened.
+    pub fn serve(
+        mut self,
+        pin_path: &Path,
+        state_dir: &Path,
+        metrics: &Metrics,
+        insight: Insight,
+    ) -> Result<JoinSet<()>, KernelError> {
+        let Insight { vitals, changes, asker } = insight;
+        let config = self.config.to_string();
+        let pages = MetricsPages::new(metrics.clone(), Maps::open(pin_path)?, asker.clone(), config);
+        let pages = Arc::new(pages);
+        let health = HealthPages { vitals, metrics: metrics.clone() };
+        let _first = self.metrics.set(Arc::clone(&pages));
+        let _first = self.healthz.set(Arc::new(health.clone()));
+        let pages = Arc::new(AgentPages::new(pages, health, asker, changes));
+        self.serving.spawn(agent_socket::serve(state_dir.to_owned(), pages));
+        Ok(self.serving)
+    }
+}
+
+/// Answers health checks of an agent that waits for another one to end: it is alive and not ready. `None` if nobody asked
+/// for such answers, or if the address is taken, as by the agent that is waited for.
+pub async fn answer_while_waiting(options: &Options) -> Option<JoinSet<()>> {
+    let listener = TcpListener::bind(options.healthz?).await.ok()?;
+    let mut serving = JoinSet::new();
+    serving.spawn(http::serve(listener, Arc::new(pages::WaitingPages)));
+    Some(serving)
+}
+
+async fn listen(flag: &'static str, address: Option<SocketAddr>) -> Result<Option<TcpListener>, ListenError> {
+    let Some(address) = address else { return Ok(None) };
+    let error = |source: io::Error| {
+        let remedy = match source.kind() {
+            io::ErrorKind::AddrInUse => {
+                "another program, such as kube-proxy or another agent, listens there: end it, or name another address, or \
+                 \"\" for none"
+            }
+            io::ErrorKind::AddrNotAvailable => "name an address of this host, or \"\" for none",
+            _ => "name another address, or \"\" for none",
+        };
+        ListenError { flag, address, source, remedy }
+    };
+    let listener = TcpListener::bind(address).await.map_err(error)?;
+    // The port may have been left to the kernel.
+    let address = listener.local_addr().map_err(error)?;
+    info!(%address, flag, "listening");
+    Ok(Some(listener))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use tokio::time;
+
+    use super::*;
+
+    /// However many ask without end, the loop has time for changes between two answers.
+    #[tokio::test]
+    async fn questions_leave_the_loop_time() {
+        let (questions, mut heard) = mpsc::channel(4);
+        let asker = Asker::new(questions);
+        let mut asking = JoinSet::new();
+        for _ in 0..64 {
+            let asker = asker.clone();
+            asking.spawn(async move {
+                loop {
+                    let _answer = asker.ask(Question::View).await;
+                }
+            });
+        }
+        let (started, mut n_heard) = (Instant::now(), 0);
+        while started.elapsed() < Duration::from_millis(200) {
+            if let Some(Question::View(answer)) = heard.recv().await {
+                n_heard += 1;
+                let _gone = answer.send(View::default());
+            }
+        }
+        let most = started.elapsed().as_millis() / PAUSE[0].as_millis() + 1;
+        assert!(n_heard > 1 && n_heard <= most, "{n_heard} questions, {most} at most");
+    }
+
+    #[tokio::test]
+    async fn a_loop_that_is_gone_or_loses_a_question_is_not_waited_for() {
+        let (questions, mut heard) = mpsc::channel(4);
+        let asker = Asker::new(questions);
+        let losing = tokio::spawn(async move { drop(heard.recv().await) });
+        assert_eq!(asker.ask(Question::View).await, None);
+        losing.await.unwrap();
+        assert_eq!(asker.ask(Question::View).await, None);
+    }
+
+    #[tokio::test]
+    async fn an_address_in_use_is_an_error_with_a_remedy_and_none_is_no_listener() {
+        let any: SocketAddr = ([127, 0, 0, 1], 0).into();
+        let taken = listen("--healthz-bind-address", Some(any)).await.unwrap().unwrap();
+        let address = taken.local_addr().unwrap();
+        let error = listen("--healthz-bind-address", Some(address)).await.unwrap_err().to_string();
+        for part in ["--healthz-bind-address", &address.to_string(), "in use", "kube-proxy", "\"\""] {
+            assert!(error.contains(part), "{part} is not in {error}");
+        }
+        assert!(listen("--healthz-bind-address", None).await.unwrap().is_none());
+    }
+
+    /// A kubelet's probe waits for a second, and the programs may take longer to load.
+    #[tokio::test]
+    async fn pages_answer_from_the_first_moment() {
+        let address = || {
+            let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+            free.local_addr().unwrap()
+        };
+        let options = Options { metrics: Some(address()), healthz: Some(address()), ..Options::default() };
+        let _listeners = Listeners::open(&options).await.unwrap();
+        for (address, path, status) in [
+            (options.healthz, "/livez", "200"),
+            (options.healthz, "/healthz", "503"),
+            (options.metrics, "/metrics", "503"),
+            (options.metrics, "/healthz", "503"),
+        ] {
+            let request = http::tests::get(address.unwrap(), path);
+            let answer = time::timeout(Duration::from_secs(10), request).await.expect("an answer");
+            assert!(answer.starts_with(&format!("HTTP/1.1 {status} ")), "{path}: {answer}");
+            assert!(answer.contains("programs"), "{path} has no reason: {answer}");
+        }
+    }
+}

@@ -1,0 +1,190 @@
+//! The pages of the agent's two listeners, by the paths of kube-proxy.
+
+use std::{
+    sync::{Arc, Mutex, OnceLock, PoisonError},
+    time::{Instant, SystemTime},
+};
+
+use hyper::{
+    StatusCode, Uri,
+    header::{HeaderValue, X_CONTENT_TYPE_OPTIONS},
+};
+use lb_kernel::store::Maps;
+use tokio::sync::watch;
+use tracing::debug;
+
+use super::{
+    Asker, Question,
+    http::{Answer, Pages, answer, text},
+};
+use crate::telemetry::{
+    Metrics,
+    health::{self, Vitals},
+    scrape::{Calls, render},
+};
+
+/// What Prometheus asks for first.
+const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+/// A JSON answer that no browser takes for something else.
+pub(super) fn json(is_ok: bool, body: String) -> Answer {
+    let status = if is_ok { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    let mut answer = answer(status, "application/json", body);
+    answer.headers_mut().insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    answer
+}
+
+/// `/metrics`, `/proxyMode`, `/healthz`, `/configz`
+pub struct MetricsPages {
+    metrics: Metrics,
+    /// A handle of its own: counters are read here, not by the agent's loop. One scrape at a time.
+    maps: Arc<Mutex<Maps>>,
+    asker: Asker,
+    config: String,
+}
+
+impl MetricsPages {
+    /// `config` is the JSON text of `/configz`.
+    #[must_use]
+    pub fn new(metrics: Metrics, maps: Maps, asker: Asker, config: String) -> Self {
+        Self { metrics, maps: Arc::new(Mutex::new(maps)), asker, config }
+    }
+
+    async fn metrics(&self) -> Answer {
+        // Without an answer a scrape holds what does not need it.
+        let view = self.asker.ask(Question::View).await;
+        if view.is_none() {
+            debug!("the agent does not answer: this scrape has no counters of services");
+        }
+        let (metrics, maps) = (self.metrics.clone(), Arc::clone(&self.maps));
+        // Long for many service ports.
+        let rendered = tokio::task::spawn_blocking(move || {
+            let maps = maps.lock().unwrap_or_else(PoisonError::into_inner);
+            render(&metrics, view.as_ref(), |id| calls(&maps, id))
+        });
+        match rendered.await {
+            Ok(Ok(text)) => answer(StatusCode::OK, OPEN_METRICS, text),
+            _ => text(StatusCode::INTERNAL_SERVER_ERROR, "the metrics could not be written\n"),
+        }
+    }
+}
+
+/// The counters of a service port.
+fn calls(maps: &Maps, service_id: u32) -> Calls {
+    let stats = maps.service_stats(service_id);
+    Calls { redirected: stats.connects, refused: stats.refusals, datagrams: stats.datagrams }
+}
+
+impl Pages for MetricsPages {
+    async fn get(&self, uri: &Uri) -> Option<Answer> {
+        match uri.path() {
+            "/metrics" => Some(self.metrics().await),
+            "/proxyMode" => Some(text(StatusCode::OK, "socklb")),
+            "/healthz" => Some(text(StatusCode::OK, "ok")),
+            "/configz" => Some(json(true, self.config.clone())),
+            _ => None,
+        }
+    }
+}
+
+/// `/healthz` and `/livez`
+#[derive(Clone, Debug)]
+pub struct HealthPages {
+    /// The loop's heartbeat.
+    pub vitals: watch::Receiver<Vitals>,
+    /// Where answers are counted.
+    pub metrics: Metrics,
+}
+
+impl Pages for HealthPages {
+    async fn get(&self, uri: &Uri) -> Option<Answer> {
+        let health = self.vitals.borrow().judge(Instant::now(), SystemTime::now());
+        match uri.path() {
+            "/healthz" => {
+                self.metrics.answered_healthz(health.is_healthy());
+                Some(json(health.is_healthy(), health.healthz()))
+            }
+            "/livez" => {
+                self.metrics.answered_livez(health.is_alive);
+                Some(json(health.is_alive, health.livez()))
+            }
+            _ => None,
+        }
+    }
+}
+
+/// `/healthz` and `/livez` of an agent that waits for another one to end.
+#[derive(Clone, Copy, Debug)]
+pub struct WaitingPages;
+
+impl Pages for WaitingPages {
+    async fn get(&self, uri: &Uri) -> Option<Answer> {
+        let is_ok = match uri.path() {
+            "/healthz" => false,
+            "/livez" => true,
+            _ => return None,
+        };
+        Some(json(is_ok, health::waiting(SystemTime::now())))
+    }
+}
+
+/// Pages that an agent has once it has started, and until then the answer that it starts.
+pub struct FromStart<P> {
+    pages: Arc<OnceLock<Arc<P>>>,
+    since: Instant,
+}
+
+impl<P> FromStart<P> {
+    /// An agent that starts now. Who asks is answered from `pages` from the moment on that they are set.
+    #[must_use]
+    pub fn new(pages: Arc<OnceLock<Arc<P>>>) -> Self {
+        Self { pages, since: Instant::now() }
+    }
+}
+
+impl<P: Pages> Pages for FromStart<P> {
+    async fn get(&self, uri: &Uri) -> Option<Answer> {
+        if let Some(pages) = self.pages.get() {
+            return pages.get(uri).await;
+        }
+        // An agent that does not get beyond its start is to be restarted.
+        let is_alive = self.since.elapsed() < health::PATIENCE;
+        Some(json(uri.path() == "/livez" && is_alive, health::starting(SystemTime::now())))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn an_agent_that_waits_is_alive_and_not_ready() {
+        for (path, status) in [("/healthz", 503), ("/livez", 200)] {
+            assert_eq!(WaitingPages.get(&Uri::from_static(path)).await.unwrap().status(), status, "{path}");
+        }
+        assert!(WaitingPages.get(&Uri::from_static("/metrics")).await.is_none());
+    }
+
+    #[tokio::test]
+    async fn health_pages_answer_by_the_vitals() {
+        let now = Instant::now();
+        // Another machine's clock could be too near its start for this.
+        let Some(long_ago) = now.checked_sub(2 * crate::telemetry::health::PATIENCE) else { return };
+        let fresh = Vitals::new(now);
+        for (vitals, healthz, livez) in [
+            (fresh.clone(), 200, 200),
+            (Vitals { is_node_eligible: false, ..fresh.clone() }, 503, 200),
+            (Vitals { waiting_since: Some(long_ago), ..fresh }, 503, 503),
+        ] {
+            let (_sender, receiver) = watch::channel(vitals.clone());
+            let pages = HealthPages { vitals: receiver, metrics: Metrics::new() };
+            for (path, status) in [("/healthz", healthz), ("/livez", livez)] {
+                let answer = pages.get(&Uri::from_static(path)).await.unwrap();
+                assert_eq!(answer.status(), status, "{path} {vitals:?}");
+                assert_eq!(answer.headers()["content-type"], "application/json");
+                assert_eq!(answer.headers()["x-content-type-options"], "nosniff");
+            }
+            assert!(pages.get(&Uri::from_static("/")).await.is_none());
+        }
+    }
+}

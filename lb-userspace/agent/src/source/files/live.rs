@@ -1,0 +1,131 @@
+//! Manifests as a [`Source`].
+
+use std::{collections::BTreeSet, path::Path, time::Instant};
+
+use lb_core::model::{Changes, Issue, Store};
+use tokio::{
+    task::{JoinHandle, spawn_blocking},
+    time::sleep_until,
+};
+use tracing::info;
+
+use super::{Body, Error, FileSet, Moment, Reading, Watch, watch};
+use crate::source::{Arrival, Source};
+
+/// What an agent served last: how to read it, which may take time.
+type LastGood = Box<dyn FnOnce() -> Vec<Body> + Send>;
+
+/// A watched manifest file or folder.
+pub struct FileSource {
+    path: String,
+    files: FileSet,
+    watch: Watch,
+    last_good: Option<LastGood>,
+    /// The reading of it.
+    expecting: Option<JoinHandle<Vec<Body>>>,
+    /// When to read which files again although nothing happens, until that is asked for.
+    look: Option<(Instant, BTreeSet<String>)>,
+    is_complete: bool,
+    /// When the news came that are to be applied, but for the first, which are everything that there is.
+    received: Option<Instant>,
+    arrivals: Vec<Arrival>,
+}
+
+impl FileSource {
+    /// Starts watching. The service proxy name is the one of `--service-proxy-name`.
+    ///
+    /// `last_good` reads what an agent served last. It is called once, on a thread for such work, before the first reading
+    /// counts: an object that no manifest has may be in one that is broken or being written.
+    ///
+    /// # Errors
+    ///
+    /// As [`watch()`].
+    ///
+    /// # Panics
+    ///
+    /// Outside a tokio runtime.
+    pub fn open(
+        path: impl AsRef<Path>,
+        service_proxy_name: Option<&str>,
+        last_good: impl FnOnce() -> Vec<Body> + Send + 'static,
+    ) -> Result<Self, Error> {
+        Ok(Self {
+            path: path.as_ref().display().to_string(),
+            files: FileSet::new(service_proxy_name),
+            watch: watch(path)?,
+            last_good: Some(Box::new(last_good)),
+            expecting: None,
+            look: None,
+            is_complete: false,
+            received: None,
+            arrivals: Vec::new(),
+        })
+    }
+
+    /// Waits until there is something to look at, and asks for readings meanwhile. `None` when no more will come.
+    async fn next_reading(&mut self) -> Option<Reading> {
+        loop {
+            let due = self.look.as_ref().map(|(due, _)| (*due).into());
+            tokio::select! {
+                reading = self.watch.readings.recv() => return reading,
+                () = sleep_until(due.unwrap_or_else(tokio::time::Instant::now)), if due.is_some() => {
+                    if let Some((_, files)) = self.look.take() {
+                        self.watch.ask(files);
+                    }
+                }
+            }
+        }
+    }
+}
+
+impl Source for FileSource {
+    async fn changed(&mut self) -> bool {
+        // Not sooner: the agent may have waited for another to end, which served on.
+        if let Some(last_good) = self.last_good.take() {
+            self.expecting = Some(spawn_blocking(last_good));
+        }
+        if let Some(expecting) = &mut self.expecting {
+            let objects = expecting.await.unwrap_or_default();
+            self.expecting = None;
+            self.files.expect(objects, Moment::now());
+        }
+        loop {
+            let Some((snapshot, now)) = self.next_reading().await else { return false };
+            let is_news = self.files.update(snapshot, now);
+            self.look = self.files.next_look();
+            for gone in self.files.take_gone() {
+                info!("{gone}");
+            }
+            if is_news || !self.is_complete {
+                self.received = self.is_complete.then(Instant::now);
+                self.is_complete = true;
+                return true;
+            }
+        }
+    }
+
+    fn is_complete(&self) -> bool {
+        self.is_complete
+    }
+
+    fn apply(&mut self, store: &mut Store) -> Changes {
+        let changes = self.files.apply(store);
+        // News that change nothing are not waited for by anybody.
+        if let Some(received) = self.received.take().filter(|_| !changes.is_empty()) {
+            self.arrivals.push(Arrival { received, triggered: None });
+        }
+        changes
+    }
+
+    fn issues(&self) -> Vec<Issue> {
+        self.files.issues()
+    }
+
+    fn describe(&self) -> String {
+        format!("file:{}", self.path)
+    }
+
+    fn take_arrivals(&mut self) -> Vec<Arrival> {
+        std::mem::take(&mut self.arrivals)
+    }
+}

@@ -1,0 +1,254 @@
+use std::{sync::LazyLock, time::Duration};
+
+use jiff::Timestamp;
+use lb_core::model::ServiceKey;
+
+use super::*;
+
+/// A Service with a port.
+fn service(name: &str, port: u32) -> String {
+    format!(
+        "---\napiVersion: v1\nkind: Service\nmetadata: {{name: {name}}}\nspec: {{clusterIP: 10.0.0.1, ports: [{{port: \
+         {port}}}]}}\n"
+    )
+}
+
+fn snapshot(files: &[(&str, &str)]) -> Snapshot {
+    let seen = |text: &str| Content::Text(text.to_owned()).into();
+    Snapshot::Files(files.iter().map(|(name, text)| ((*name).to_owned(), seen(text))).collect())
+}
+
+/// A time after the first reading.
+#[expect(clippy::cast_possible_truncation, reason = "whole seconds are shown")]
+fn after(seconds: f64) -> Moment {
+    static START: LazyLock<Instant> = LazyLock::new(Instant::now);
+    let clock = Timestamp::from_second(1_764_000_000 + seconds as i64).unwrap();
+    Moment { at: *START + Duration::from_secs_f64(seconds), clock }
+}
+
+/// The services in the store, `name:port`.
+fn services(set: &FileSet) -> Vec<String> {
+    let mut store = Store::new();
+    let _ = set.apply(&mut store);
+    let name = |service: &lb_core::model::Service| format!("{}:{}", service.key.name, service.ports[0].port);
+    store.services().map(name).collect()
+}
+
+fn issues(set: &FileSet) -> Vec<String> {
+    set.issues().iter().map(ToString::to_string).collect()
+}
+
+/// The present texts are all that is served.
+fn settle(set: &mut FileSet, seconds: f64) {
+    let (_, files) = set.next_look().unwrap_or_else(|| (Instant::now(), BTreeSet::new()));
+    let present = set.files.iter().filter(|(_, file)| !file.is_gone());
+    let unchanged: BTreeMap<_, _> =
+        present.map(|(name, _)| (name.clone(), Content::Unchanged.into())).collect();
+    assert!(files.iter().all(|name| set.files.contains_key(name)), "{files:?}");
+    set.update(Snapshot::Files(unchanged), after(seconds));
+}
+
+#[test]
+fn files_come_and_go() {
+    let mut set = FileSet::new(None);
+    set.update(snapshot(&[("a.yaml", &service("a", 1)), ("b.yaml", &service("b", 2))]), after(0.0));
+    assert_eq!((services(&set), set.n_files()), (vec!["a:1".to_owned(), "b:2".to_owned()], 2));
+
+    let unchanged = ("b.yaml".to_owned(), Content::Unchanged.into());
+    let changed = ("c.yaml".to_owned(), Content::Text(service("c", 3)).into());
+    set.update(Snapshot::Files([unchanged, changed].into()), after(10.0));
+    assert_eq!(services(&set), ["a:1", "b:2", "c:3"], "what is new is served at once");
+    settle(&mut set, 11.9);
+    assert_eq!((services(&set).len(), set.take_gone()), (3, vec![]));
+    settle(&mut set, 12.0);
+    assert_eq!(services(&set), ["b:2", "c:3"]);
+    set.update(snapshot(&[]), after(20.0));
+    settle(&mut set, 22.0);
+    assert!(services(&set).is_empty());
+    assert!(issues(&set).is_empty());
+    assert_eq!(set.next_look(), None);
+    let gone: Vec<String> = set.take_gone().iter().map(ToString::to_string).collect();
+    let why = |file: &str| format!("file {file}.yaml was removed or renamed and has not come back for 2 s");
+    let line = |name: &str| format!("Service default/{name} is served no more: {}", why(name));
+    assert_eq!(gone, [line("a"), line("b"), line("c")]);
+}
+
+/// A broken file keeps what it last gave, and nothing of the broken text; the other files go on.
+#[test]
+fn a_broken_file_keeps_its_last_good_objects() {
+    let mut set = FileSet::new(None);
+    set.update(snapshot(&[("a.yaml", &service("a", 1)), ("b.yaml", &service("b", 2))]), after(0.0));
+    let half = service("new", 5) + &service("a", 1).replace("port: 1", "port: one");
+    set.update(snapshot(&[("a.yaml", &half), ("b.yaml", &service("b", 3))]), after(10.0));
+    let expected = "a.yaml:10: file a.yaml: Service default/a: spec.ports[0].port: invalid type: string \"one\", expected \
+                    i32; the objects read from it before stay in force (since 2025-11-24T16:00:10Z)";
+    for seconds in [10.0, 20.0] {
+        assert_eq!((services(&set), issues(&set)), (vec!["a:1".into(), "b:3".into()], vec![expected.into()]));
+        settle(&mut set, seconds);
+    }
+    // Broken in another way: since when there is no good text is what counts.
+    set.update(snapshot(&[("a.yaml", "a: b: c"), ("b.yaml", &service("b", 3))]), after(30.0));
+    assert!(issues(&set)[0].ends_with("(since 2025-11-24T16:00:10Z)"), "{:?}", issues(&set));
+
+    set.update(snapshot(&[("a.yaml", &service("a", 7)), ("b.yaml", &service("b", 3))]), after(40.0));
+    assert_eq!((services(&set), issues(&set)), (vec!["a:7".to_owned(), "b:3".to_owned()], vec![]));
+}
+
+#[test]
+fn a_file_that_was_never_good_is_left_out() {
+    let mut set = FileSet::new(None);
+    set.update(snapshot(&[("a.yaml", "a: b: c"), ("b.yaml", &service("b", 2))]), after(0.0));
+    assert_eq!(services(&set), ["b:2"]);
+    assert_eq!(
+        issues(&set),
+        [
+            "a.yaml:1: file a.yaml: mapping values are not allowed in this context at line 1, column 5; the file is left \
+          out"
+        ]
+    );
+    set.update(snapshot(&[("b.yaml", &service("b", 2))]), after(1.0));
+    assert!(issues(&set).is_empty());
+}
+
+#[test]
+fn a_file_or_folder_that_cannot_be_read_keeps_everything() {
+    let mut set = FileSet::new(None);
+    set.update(snapshot(&[("a.yaml", &service("a", 1))]), after(0.0));
+    let unreadable = Content::Unreadable("Permission denied".into());
+    set.update(Snapshot::Files([("a.yaml".to_owned(), unreadable.into())].into()), after(1.0));
+    assert_eq!(services(&set), ["a:1"]);
+    assert_eq!(
+        issues(&set),
+        [
+            "file a.yaml: Permission denied; the objects read from it before stay in force (since 2025-11-24T16:00:01Z)"
+        ]
+    );
+    set.update(snapshot(&[("a.yaml", &service("a", 1))]), after(2.0));
+    for seconds in [3.0, 60.0] {
+        let cause = "No such file or directory".into();
+        set.update(Snapshot::Unreadable { path: "/etc/socklb".into(), cause }, after(seconds));
+        assert_eq!(services(&set), ["a:1"]);
+        assert_eq!(
+            issues(&set),
+            [
+                "file /etc/socklb: No such file or directory; the objects read from it before stay in force (since \
+                 2025-11-24T16:00:03Z)"
+            ]
+        );
+    }
+    let unchanged = Content::Unchanged.into();
+    set.update(Snapshot::Files([("a.yaml".to_owned(), unchanged)].into()), after(61.0));
+    assert_eq!((services(&set), issues(&set)), (vec!["a:1".to_owned()], vec![]));
+}
+
+/// Of two definitions the one in the first file counts, wherever the change came; the other takes over.
+#[test]
+fn an_object_that_is_defined_twice() {
+    let mut set = FileSet::new(None);
+    set.update(snapshot(&[("b.yaml", &service("web", 2))]), after(0.0));
+    assert_eq!(services(&set), ["web:2"]);
+    let both = service("web", 1) + &service("web", 9);
+    set.update(snapshot(&[("a.yaml", &both), ("b.yaml", &service("web", 2))]), after(1.0));
+    assert_eq!(services(&set), ["web:1"]);
+    assert_eq!(
+        issues(&set),
+        [
+            "a.yaml:7: Service default/web: is already defined at a.yaml:2; this one is ignored",
+            "b.yaml:2: Service default/web: is already defined at a.yaml:2; this one is ignored",
+        ]
+    );
+    set.update(snapshot(&[("b.yaml", &service("web", 2))]), after(2.0));
+    assert_eq!((services(&set), issues(&set)), (vec!["web:2".to_owned()], vec![]));
+    settle(&mut set, 10.0);
+    assert_eq!((services(&set), set.take_gone()), (vec!["web:2".to_owned()], vec![]));
+}
+
+/// The objects of a file that takes another name are those of the new one from the first reading on.
+#[test]
+fn a_file_that_is_renamed_loses_nothing() {
+    let mut set = FileSet::new(None);
+    set.update(snapshot(&[("b.yaml", &(service("a", 1) + &service("b", 1)))]), after(0.0));
+    // To a name that sorts before, and later to one that sorts after, changed.
+    for (seconds, name, port) in [(1.0, "a.yaml", 2), (2.0, "c.yaml", 3)] {
+        set.update(snapshot(&[(name, &(service("a", port) + &service("b", port)))]), after(seconds));
+        let expected = (vec![format!("a:{port}"), format!("b:{port}")], vec![], 1);
+        assert_eq!((services(&set), issues(&set), set.n_files()), expected, "{name}");
+    }
+    settle(&mut set, 20.0);
+    assert_eq!(services(&set), ["a:3", "b:3"]);
+    // One of two moves to another file; the reading came between.
+    set.update(snapshot(&[("c.yaml", &service("b", 3))]), after(21.0));
+    assert_eq!(services(&set), ["a:3", "b:3"]);
+    set.update(snapshot(&[("c.yaml", &service("b", 3)), ("d.yaml", &service("a", 4))]), after(21.5));
+    assert_eq!(services(&set), ["a:4", "b:3"]);
+    settle(&mut set, 40.0);
+    assert_eq!((services(&set), set.take_gone()), (vec!["a:4".to_owned(), "b:3".to_owned()], vec![]));
+}
+
+fn body(name: &str, port: u32) -> Body {
+    let objects = parse("a.yaml", &service(name, port), None).unwrap();
+    objects[0].body.clone()
+}
+
+/// What an agent served last is served until it is known what the files hold.
+#[test]
+fn what_was_served_last_stands_in_for_what_cannot_be_read() {
+    let mut set = FileSet::new(None);
+    set.expect([body("a", 1), body("b", 1), body("c", 1)], after(0.0));
+    set.update(snapshot(&[("a.yaml", "a: b: c"), ("b.yaml", &service("b", 2))]), after(0.0));
+    for seconds in [1.0, 10.0, 100.0] {
+        assert_eq!(services(&set), ["a:1", "b:2", "c:1"]);
+        assert_eq!(issues(&set).len(), 1);
+        assert!(issues(&set)[0].contains("stay in force (since 2025-11-24T16:00:00Z)"), "{:?}", issues(&set));
+        settle(&mut set, seconds);
+    }
+    // Repaired, and nobody has `c`, as far as can be seen after the time that it may be away.
+    set.update(snapshot(&[("a.yaml", &service("a", 3)), ("b.yaml", &service("b", 2))]), after(101.0));
+    assert_eq!((services(&set), issues(&set)), (vec!["a:3".into(), "b:2".into(), "c:1".into()], vec![]));
+    let (due, _) = set.next_look().unwrap();
+    assert_eq!(due, after(102.0).at, "counted from when all was known for the first time");
+    settle(&mut set, 102.0);
+    assert_eq!(services(&set), ["a:3", "b:2"]);
+    let gone: Vec<String> = set.take_gone().iter().map(ToString::to_string).collect();
+    assert_eq!(gone, ["Service default/c is served no more: no manifest has what an agent served last"]);
+    assert_eq!(set.next_look(), None);
+}
+
+#[test]
+fn what_was_served_last_and_is_nowhere_goes_soon() {
+    let mut set = FileSet::new(None);
+    set.expect([body("a", 1), body("b", 1)], after(0.0));
+    set.update(snapshot(&[("b.yaml", &service("b", 2))]), after(0.0));
+    assert_eq!((services(&set), issues(&set)), (vec!["a:1".to_owned(), "b:2".to_owned()], vec![]));
+    settle(&mut set, 2.0);
+    assert_eq!((services(&set), set.take_gone().len()), (vec!["b:2".to_owned()], 1));
+}
+
+#[test]
+fn unknown_kinds_are_told_each_time_and_never_twice_defined() {
+    let secret = "apiVersion: v1\nkind: Secret\nmetadata: {name: a}\n";
+    let mut set = FileSet::new(None);
+    set.update(snapshot(&[("a.yaml", secret), ("b.yaml", secret)]), after(0.0));
+    assert_eq!(
+        issues(&set),
+        [
+            "a.yaml:1: Secret a: unknown kind; it is ignored",
+            "b.yaml:1: Secret a: unknown kind; it is ignored"
+        ]
+    );
+}
+
+#[test]
+fn the_store_is_told_only_of_changes() {
+    let mut set = FileSet::new(None);
+    let mut store = Store::new();
+    set.update(snapshot(&[("a.yaml", &service("a", 1)), ("b.yaml", &service("b", 2))]), after(0.0));
+    assert_eq!(set.apply(&mut store).services.len(), 2);
+    assert!(set.apply(&mut store).is_empty());
+    set.update(snapshot(&[("a.yaml", &service("a", 1)), ("b.yaml", &service("b", 3))]), after(1.0));
+    assert_eq!(set.apply(&mut store).services, [ServiceKey::new("default", "b")].into());
+    set.update(snapshot(&[("a.yaml", &service("a", 1))]), after(2.0));
+    assert!(set.apply(&mut store).is_empty());
+    settle(&mut set, 4.0);
+    assert_eq!(set.apply(&mut store).services, [ServiceKey::new("default", "b")].into());
+}

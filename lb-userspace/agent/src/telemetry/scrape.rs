@@ -1,0 +1,220 @@
+//! One answer of `/metrics`: the values kept while the agent runs, and those that are read when somebody asks.
+
+use std::{collections::BTreeMap, fmt, sync::Arc, time::Duration};
+
+use lb_core::{
+    desired::PortKey,
+    model::{Protocol, Service, ServiceKey},
+    tables::MapUse,
+};
+use prometheus_client::{
+    encoding::text::{encode_eof, encode_registry},
+    metrics::{counter::Counter, family::Family, gauge::Gauge},
+    registry::Registry,
+};
+
+use super::metrics::{
+    CONNECTIONS, DATAGRAMS, MAP_CAPACITY, MAP_ENTRIES, Metrics, Real, SOURCE_ANSWER_AGE, SOURCE_FAILURES,
+    register,
+};
+
+/// What the agent knows at the moment. Cheap to make: whoever asks does the work.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct View {
+    /// The service ports with frontends, and the ids of their counters.
+    pub ports: Vec<(Arc<PortKey>, u32)>,
+    /// The services behind them.
+    pub services: Vec<Arc<Service>>,
+    /// The maps that can be full.
+    pub maps: Vec<MapUse>,
+    /// The time since the source last answered, by kind of objects. Empty for a source that cannot be away.
+    pub answer_ages: Vec<(&'static str, Duration)>,
+    /// What went wrong with the source, by reason.
+    pub source_failures: Vec<(&'static str, u64)>,
+}
+
+/// The calls of one service port, of both families.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Calls {
+    /// `connect()` calls that were pointed at an endpoint.
+    pub redirected: u64,
+    /// Calls that were refused.
+    pub refused: u64,
+    /// Datagrams of unconnected sockets that were pointed at an endpoint.
+    pub datagrams: u64,
+}
+
+/// Values of the labels namespace, service, port and protocol.
+type PortLabels = [(&'static str, String); 4];
+
+/// Writes everything in the text format of Prometheus. Without a view, what needs one is left out.
+///
+/// `calls` are the counters of an id. Ports with the same number and protocol, which only differ in their family,
+/// count as one.
+///
+/// # Errors
+///
+/// None with a text that grows.
+pub fn render(
+    metrics: &Metrics,
+    view: Option<&View>,
+    calls: impl Fn(u32) -> Calls,
+) -> Result<String, fmt::Error> {
+    let mut text = String::new();
+    encode_registry(&mut text, metrics.registry())?;
+    if let Some(view) = view {
+        encode_registry(&mut text, &of_the_moment(view, calls))?;
+    }
+    encode_eof(&mut text)?;
+    Ok(text)
+}
+
+fn of_the_moment(view: &View, calls: impl Fn(u32) -> Calls) -> Registry {
+    let mut registry = Registry::default();
+    let connections =
+        register(&mut registry, &CONNECTIONS, Family::<[(&str, String); 5], Counter>::default());
+    let datagrams = register(&mut registry, &DATAGRAMS, Family::<PortLabels, Counter>::default());
+    for (labels, calls) in sums(view, calls) {
+        let [namespace, service, port, protocol] = labels.clone();
+        for (result, n_calls) in [("redirected", calls.redirected), ("refused", calls.refused)] {
+            let labels = [
+                namespace.clone(),
+                service.clone(),
+                port.clone(),
+                protocol.clone(),
+                ("result", result.to_owned()),
+            ];
+            connections.get_or_create(&labels).inc_by(n_calls);
+        }
+        datagrams.get_or_create(&labels).inc_by(calls.datagrams);
+    }
+    let ages = register(&mut registry, &SOURCE_ANSWER_AGE, Family::<[(&str, &str); 1], Real>::default());
+    for (kind, age) in &view.answer_ages {
+        ages.get_or_create(&[("kind", *kind)]).set(age.as_secs_f64());
+    }
+    let failures = register(&mut registry, &SOURCE_FAILURES, Family::<[(&str, &str); 1], Counter>::default());
+    for (reason, n_failures) in &view.source_failures {
+        failures.get_or_create(&[("reason", *reason)]).inc_by(*n_failures);
+    }
+    let entries = register(&mut registry, &MAP_ENTRIES, Family::<[(&str, &str); 1], Gauge>::default());
+    let capacity = register(&mut registry, &MAP_CAPACITY, Family::<[(&str, &str); 1], Gauge>::default());
+    for map in &view.maps {
+        entries.get_or_create(&[("map", map.map)]).set(map.n_entries.into());
+        capacity.get_or_create(&[("map", map.map)]).set(map.capacity.into());
+    }
+    registry
+}
+
+/// The calls of each port by its labels.
+fn sums(view: &View, calls: impl Fn(u32) -> Calls) -> BTreeMap<PortLabels, Calls> {
+    // A service may have tens of thousands of ports.
+    let numbers: BTreeMap<(&ServiceKey, &str, Protocol), u16> = view
+        .services
+        .iter()
+        .flat_map(|service| {
+            service.ports.iter().map(|port| ((&service.key, &*port.name, port.protocol), port.port))
+        })
+        .collect();
+    let mut sums = BTreeMap::<PortLabels, Calls>::new();
+    for (key, id) in &view.ports {
+        // A port that its service no longer has loses its frontends with the next sync.
+        let Some(number) = numbers.get(&(&key.service, &*key.port_name, key.protocol)) else { continue };
+        let labels = [
+            ("namespace", key.service.namespace.to_string()),
+            ("service", key.service.name.to_string()),
+            ("port", number.to_string()),
+            ("protocol", key.protocol.to_string()),
+        ];
+        let (sum, more) = (sums.entry(labels).or_default(), calls(*id));
+        sum.redirected = sum.redirected.saturating_add(more.redirected);
+        sum.refused = sum.refused.saturating_add(more.refused);
+        sum.datagrams = sum.datagrams.saturating_add(more.datagrams);
+    }
+    sums
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use lb_core::{model::ServicePort, plan::audit::Faults};
+
+    use super::*;
+    use crate::telemetry::metrics::{ALL, AuditEnd, Kind};
+
+    fn view() -> View {
+        let key = ServiceKey::new("default", "dns");
+        let port =
+            |name: &str, protocol, port| ServicePort { name: name.into(), protocol, port, node_port: None };
+        let ports = vec![port("", Protocol::Tcp, 53), port("udp", Protocol::Udp, 53)];
+        let service = Service::with_ports(key.clone(), ports);
+        let of = |port_name: &str, protocol, ipv6| {
+            Arc::new(PortKey { service: key.clone(), port_name: port_name.into(), protocol, ipv6 })
+        };
+        View {
+            ports: vec![
+                (of("", Protocol::Tcp, false), 0),
+                (of("", Protocol::Tcp, true), 1),
+                (of("udp", Protocol::Udp, false), 2),
+                (of("gone", Protocol::Udp, false), 3),
+            ],
+            services: vec![Arc::new(service)],
+            maps: vec![MapUse { map: "services4", n_entries: 3, capacity: 256 }],
+            answer_ages: vec![("nodes", Duration::from_millis(1500))],
+            source_failures: vec![("connection", 2)],
+        }
+    }
+
+    fn scrape() -> String {
+        let metrics = Metrics::new();
+        metrics.audited(AuditEnd::Repaired, &Faults::from([("services4", 2)]));
+        let calls = |id: u32| Calls { redirected: 10 + u64::from(id), refused: 1, datagrams: u64::from(id) };
+        render(&metrics, Some(&view()), calls).unwrap()
+    }
+
+    #[test]
+    fn counters_of_both_families_are_summed_up_under_the_port_of_the_service() {
+        let text = scrape();
+        for line in [
+            r#"socklb_connections_total{namespace="default",service="dns",port="53",protocol="TCP",result="redirected"} 21"#,
+            r#"socklb_connections_total{namespace="default",service="dns",port="53",protocol="TCP",result="refused"} 2"#,
+            r#"socklb_connections_total{namespace="default",service="dns",port="53",protocol="UDP",result="redirected"} 12"#,
+            r#"socklb_datagrams_total{namespace="default",service="dns",port="53",protocol="UDP"} 2"#,
+            r#"socklb_map_entries{map="services4"} 3"#,
+            r#"socklb_source_answer_age_seconds{kind="nodes"} 1.5"#,
+            r#"socklb_source_failures_total{reason="connection"} 2"#,
+            r#"socklb_map_capacity{map="services4"} 256"#,
+            r#"socklb_audit_repairs_total{map="services4"} 2"#,
+            r#"socklb_audit_repairs_total{map="endpoints6"} 0"#,
+            r#"socklb_audits_total{result="repaired"} 1"#,
+        ] {
+            assert!(text.lines().any(|found| found == line), "{line}\nis not in\n{text}");
+        }
+        assert!(text.ends_with("# EOF\n"));
+    }
+
+    /// Whoever reads the documentation finds all of it, and nothing else.
+    #[test]
+    fn what_is_exposed_is_what_is_documented() {
+        let text = scrape();
+        let exposed: BTreeSet<(String, String)> = text
+            .lines()
+            .filter_map(|line| line.strip_prefix("# TYPE "))
+            .map(|line| line.split_once(' ').unwrap())
+            .map(|(name, kind)| (name.to_owned(), kind.to_owned()))
+            .collect();
+        let documented = ALL.iter().map(|definition| match definition.kind {
+            Kind::Counter => (definition.name.trim_end_matches("_total").to_owned(), "counter".to_owned()),
+            Kind::Gauge => (definition.name.to_owned(), "gauge".to_owned()),
+            Kind::Histogram => (definition.name.to_owned(), "histogram".to_owned()),
+        });
+        assert_eq!(exposed, documented.collect());
+        for definition in ALL {
+            for line in text.lines().filter(|line| line.starts_with(&format!("{}{{", definition.name))) {
+                for label in definition.labels {
+                    assert!(line.contains(&format!("{label}=\"")), "{line}");
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,195 @@
+//! What the tables should say: every rule of a service proxy, as plain functions.
+//!
+//! # Purpose
+//!
+//! [`service::frontends`] computes the frontends of one service from the service, its slices and the
+//! [`topology`]. [`Desired`] keeps the results of all services, decides which service owns a frontend address
+//! when several claim it, and names the addresses that a change touches.
+//!
+//! # Invariants
+//!
+//! - The result depends on the objects only, not on the order of events, the splitting of slices or restarts.
+//! - A frontend address has at most one owner, chosen by a fixed order (semantics R14).
+//!
+//! # Depends on
+//!
+//! `model`.
+
+pub mod claims;
+pub mod cluster_ips;
+pub mod endpoints;
+#[cfg(test)]
+pub(crate) mod fixture;
+pub mod health;
+pub mod service;
+pub mod topology;
+
+use std::{fmt, net::IpAddr, net::SocketAddr, ops::RangeInclusive, str::FromStr, sync::Arc};
+
+use serde::{Deserialize, Serialize};
+
+pub use self::{claims::Desired, cluster_ips::ClusterIps, topology::Topology};
+use crate::model::{Cidr, Protocol, ServiceKey, TrafficPolicy};
+
+/// The address that a program calls. A node port has the unspecified address of its family.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct FrontendAddress {
+    /// Service address.
+    pub ip: IpAddr,
+    /// Service port.
+    pub port: u16,
+    /// Protocol.
+    pub protocol: Protocol,
+}
+
+impl fmt::Display for FrontendAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let protocol = match self.protocol {
+            Protocol::Tcp => "tcp",
+            Protocol::Udp => "udp",
+            Protocol::Sctp => "sctp",
+        };
+        write!(f, "{}/{protocol}", SocketAddr::new(self.ip, self.port))
+    }
+}
+
+impl FromStr for FrontendAddress {
+    type Err = String;
+
+    /// Reads `ADDRESS:PORT`, with `/tcp` or `/udp` behind it; TCP without. The other protocols are not served.
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (address, protocol) = match text.rsplit_once('/') {
+            None => (text, Protocol::Tcp),
+            Some((address, "tcp")) => (address, Protocol::Tcp),
+            Some((address, "udp")) => (address, Protocol::Udp),
+            Some((_, other)) => return Err(format!("{other:?}: expected tcp or udp")),
+        };
+        let address: SocketAddr = address
+            .parse()
+            .map_err(|_hint| "expected ADDRESS:PORT, such as 10.96.0.1:443 or [fd00::1]:53/udp".to_owned())?;
+        Ok(Self { ip: address.ip(), port: address.port(), protocol })
+    }
+}
+
+/// Identity of a service port in one family (semantics R2): the scope of ids, counters and affinity.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct PortKey {
+    /// The service.
+    pub service: ServiceKey,
+    /// `ports[].name`
+    pub port_name: Arc<str>,
+    /// `ports[].protocol`
+    pub protocol: Protocol,
+    /// Whether this is the IPv6 half.
+    pub ipv6: bool,
+}
+
+/// Why an address is a frontend. The order is the one in which claims on one address win (semantics R14).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub enum FrontendKind {
+    /// `spec.clusterIPs`
+    ClusterIP,
+    /// `status.loadBalancer.ingress`
+    LoadBalancer,
+    /// `spec.externalIPs`
+    ExternalIP,
+    /// `spec.ports[].nodePort`
+    NodePort,
+}
+
+/// One frontend of one service port.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Frontend {
+    /// The address it answers on.
+    pub address: FrontendAddress,
+    /// Why.
+    pub kind: FrontendKind,
+    /// The traffic policy that applies to this kind of frontend.
+    pub policy: TrafficPolicy,
+    /// Bits of [`lb_common::layout::frontend_flags`].
+    pub flags: u32,
+    /// Idle time-out of the affinity in seconds; 0 = none.
+    pub affinity_seconds: u32,
+    /// When the service was created, seconds since 1970: the older service wins an address that two claim.
+    pub created: Option<i64>,
+    /// The service port.
+    pub port: Arc<PortKey>,
+    /// The endpoints that a call may reach: sorted, without duplicates, of the address's family. Frontends of one
+    /// port with the same set share the allocation.
+    pub endpoints: Arc<[SocketAddr]>,
+}
+
+/// `--nodeport-addresses`
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum NodePortAddresses {
+    /// Every address of the node.
+    #[default]
+    All,
+    /// The node's primary address of each family, from its Node object.
+    Primary,
+    /// Addresses inside these networks; a family without a network falls back to all.
+    Within(Vec<Cidr>),
+    /// What a list with words names, and nothing else: KEP-6032.
+    Listed {
+        /// Whether the primary addresses are among it.
+        primary: bool,
+        /// Addresses inside these networks are.
+        networks: Vec<Cidr>,
+    },
+}
+
+/// `--external-ips`: which addresses in `spec.externalIPs` answer.
+///
+/// Whoever may write a Service may name any address there, also that of a server elsewhere, and would get this node's
+/// calls to it (CVE-2020-8554). An API server can be told to refuse that; where it is not, the node can.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ExternalIps {
+    /// All, as kube-proxy does.
+    #[default]
+    Any,
+    /// Those of nodes, on which node ports answer too.
+    Nodes,
+    /// None.
+    None,
+}
+
+impl fmt::Display for ExternalIps {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Any => "any",
+            Self::Nodes => "nodes",
+            Self::None => "none",
+        })
+    }
+}
+
+/// The settings that decide about frontends.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Settings {
+    /// Name of the own Node.
+    pub node_name: Arc<str>,
+    /// `--node-port-range`
+    pub node_ports: RangeInclusive<u16>,
+    /// `--nodeport-addresses`
+    pub node_port_addresses: NodePortAddresses,
+    /// `--external-ips`
+    pub external_ips: ExternalIps,
+    /// `--service-cidr`: networks that cluster IPs come from, beside those of ServiceCIDRs; `None` to judge no address by either.
+    pub service_cidrs: Option<Vec<Cidr>>,
+}
+
+impl Settings {
+    /// The settings of a node without flags: everything but its name at its default.
+    #[must_use]
+    pub fn of_node(name: impl Into<Arc<str>>) -> Self {
+        let (first, last) = lb_common::limits::NODE_PORTS;
+        Self {
+            node_name: name.into(),
+            node_ports: first..=last,
+            node_port_addresses: NodePortAddresses::All,
+            external_ips: ExternalIps::Any,
+            service_cidrs: Some(Vec::new()),
+        }
+    }
+}

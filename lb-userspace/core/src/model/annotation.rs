@@ -1,0 +1,122 @@
+//! What annotations ask for.
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use super::Service;
+
+/// What happens to connected sockets of a service whose endpoint no longer serves.
+pub const STALE_CONNECTIONS: &str = "socklb.io/stale-connections";
+
+/// Whether calls of a Service, or of a Pod, are left alone.
+pub const EXCLUDE: &str = "socklb.io/exclude";
+
+/// The longest drain time: a year, so that a point in time plus a drain time is one too.
+const MAX_DRAIN: Duration = Duration::from_secs(365 * 24 * 60 * 60);
+
+/// Value of [`STALE_CONNECTIONS`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum StaleConnections {
+    /// `keep`: they stay, until one of the two sides ends them.
+    Keep,
+    /// `reset`: they are ended at once.
+    Reset,
+    /// `drain=30s`: they are ended when the endpoint has not served for so long.
+    Drain(Duration),
+}
+
+impl StaleConnections {
+    /// Reads the annotation's value; `None` if it is none of `keep`, `reset` and `drain=` with a whole number and one of the
+    /// units `ms`, `s`, `m` and `h`.
+    ///
+    /// ```
+    /// # use std::time::Duration;
+    /// # use lb_core::model::StaleConnections::{self, Drain};
+    /// assert_eq!(StaleConnections::parse("drain=5m"), Some(Drain(Duration::from_secs(300))));
+    /// assert_eq!(StaleConnections::parse("drain"), None);
+    /// ```
+    #[must_use]
+    pub fn parse(text: &str) -> Option<Self> {
+        match text.trim() {
+            "keep" => Some(Self::Keep),
+            "reset" => Some(Self::Reset),
+            text => duration(text.strip_prefix("drain=")?).map(Self::Drain),
+        }
+    }
+}
+
+fn duration(text: &str) -> Option<Duration> {
+    let (number, unit) = text.split_at(text.find(|c: char| !c.is_ascii_digit())?);
+    let number: u64 = number.parse().ok()?;
+    let duration = match unit {
+        "ms" => Duration::from_millis(number),
+        "s" => Duration::from_secs(number),
+        "m" => Duration::from_secs(number.checked_mul(60)?),
+        "h" => Duration::from_secs(number.checked_mul(60 * 60)?),
+        _ => return None,
+    };
+    (duration <= MAX_DRAIN).then_some(duration)
+}
+
+/// Reads the value of [`EXCLUDE`]; `None` if it is neither `true` nor `false`.
+#[must_use]
+pub fn excludes(text: &str) -> Option<bool> {
+    text.trim().parse().ok()
+}
+
+impl Service {
+    /// Whether its annotation leaves calls of it to somebody else. Without one that can be read they are served.
+    #[must_use]
+    pub fn is_excluded(&self) -> bool {
+        self.annotation(EXCLUDE).and_then(excludes).unwrap_or(false)
+    }
+
+    /// The value of an annotation whose key starts with `socklb.io/`.
+    #[must_use]
+    pub fn annotation(&self, key: &str) -> Option<&str> {
+        self.annotations.iter().find(|(found, _)| found == key).map(|(_, value)| &**value)
+    }
+
+    /// What its annotation says of stale connections; `None` without one that can be read. Those of an excluded service are
+    /// nobody's to end.
+    #[must_use]
+    pub fn stale_connections(&self) -> Option<StaleConnections> {
+        if self.is_excluded() {
+            return Some(StaleConnections::Keep);
+        }
+        StaleConnections::parse(self.annotation(STALE_CONNECTIONS)?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn r10_the_words_of_the_annotation() {
+        use StaleConnections::{Drain, Keep, Reset};
+        for (text, expected) in [
+            ("keep", Some(Keep)),
+            (" reset ", Some(Reset)),
+            ("drain=500ms", Some(Drain(Duration::from_millis(500)))),
+            ("drain=30s", Some(Drain(Duration::from_secs(30)))),
+            ("drain=0s", Some(Drain(Duration::ZERO))),
+            ("drain=2m", Some(Drain(Duration::from_secs(120)))),
+            ("drain=1h", Some(Drain(Duration::from_secs(3600)))),
+            ("drain=8760h", Some(Drain(MAX_DRAIN))),
+            ("drain=8761h", None),
+            ("drain=18446744073709551615h", None),
+            ("drain=99999999999999999999s", None),
+            ("drain=30", None),
+            ("drain=s", None),
+            ("drain=-1s", None),
+            ("drain=1h30m", None),
+            ("drain", None),
+            ("Keep", None),
+            ("", None),
+        ] {
+            assert_eq!(StaleConnections::parse(text), expected, "{text:?}");
+        }
+    }
+}

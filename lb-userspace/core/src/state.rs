@@ -1,0 +1,684 @@
+//! The agent as a value: what it knows, and what follows from it.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+    sync::Arc,
+    time::Instant,
+};
+
+use lb_common::limits;
+
+use crate::{
+    desired::{
+        self, ClusterIps, Desired, FrontendAddress, PortKey, Settings, Topology, cluster_ips,
+        health::{self, HealthCheck},
+    },
+    model::{Cidr, Issue, IssueKind, ObjectRef, Protocol, Service, ServiceKey, Slice, Store, store::Changes},
+    plan::{Capacity, Encoder, Full, Plan, audit::Suspects},
+    stale::{InForce, Ledger, Search, Standing, Use, Used},
+    tables::{AddressTable, Image, MapUse},
+};
+
+/// Objects, what they ask for, and the tables that follow.
+#[derive(Debug)]
+pub struct State {
+    settings: Settings,
+    interfaces: Vec<IpAddr>,
+    store: Store,
+    /// The agent's own service, which no source brings or takes away.
+    kept: Option<(Service, Vec<Slice>)>,
+    topology: Topology,
+    desired: Desired,
+    encoder: Encoder,
+    /// What the next sync has to compute anew.
+    dirty: Changes,
+    /// Addresses that the tables had no room for.
+    refused: BTreeMap<FrontendAddress, Full>,
+    /// How many node addresses wait for room.
+    n_nodes_waiting: usize,
+    cluster_ips: ClusterIps,
+    /// Addresses whose flag in `cluster_ips` may change with the next sync.
+    touched_ips: BTreeSet<IpAddr>,
+    /// Cluster IPs that wait for room. Meanwhile no network is in force: they would be taken for unallocated ones.
+    ips_waiting: BTreeSet<IpAddr>,
+    /// Whether networks wait for others to be out of force.
+    are_cidrs_waiting: bool,
+    /// What the kernel had no room for although the tables have: see [`Self::missing`].
+    missing: Suspects,
+    /// Whether room was freed since the last sync that refused something.
+    has_new_room: bool,
+    issues: BTreeMap<ServiceKey, Vec<Issue>>,
+    health_checks: BTreeMap<ServiceKey, HealthCheck>,
+    stale: Ledger,
+    /// Until the first sync the tables may hold frontends of an earlier agent that nobody asks for any longer.
+    is_first_sync: bool,
+}
+
+impl State {
+    /// A state without objects, over tables that hold `found`.
+    ///
+    /// `interfaces` are the addresses of this node's interfaces.
+    #[must_use]
+    pub fn new(settings: Settings, interfaces: Vec<IpAddr>, capacity: Capacity, found: &Image) -> Self {
+        let store = Store::new();
+        let topology = Topology::new(store.nodes(), &settings, &interfaces);
+        Self {
+            settings,
+            interfaces,
+            store,
+            kept: None,
+            topology,
+            desired: Desired::new(),
+            encoder: Encoder::adopt(capacity, found),
+            dirty: Changes { topology: true, ..Changes::default() },
+            refused: BTreeMap::new(),
+            n_nodes_waiting: 0,
+            cluster_ips: ClusterIps::default(),
+            touched_ips: BTreeSet::new(),
+            ips_waiting: BTreeSet::new(),
+            are_cidrs_waiting: false,
+            missing: Suspects::default(),
+            has_new_room: false,
+            issues: BTreeMap::new(),
+            health_checks: BTreeMap::new(),
+            stale: Ledger::default(),
+            is_first_sync: true,
+        }
+    }
+
+    /// Keeps a service and its slices whatever the source says: the agent's own.
+    pub fn keep(&mut self, service: Service, slices: Vec<Slice>) {
+        self.kept = Some((service, slices));
+        self.change(|_store| Changes::default());
+    }
+
+    /// Changes the objects. The tables follow with the next [`Self::sync`].
+    pub fn change(&mut self, change: impl FnOnce(&mut Store) -> Changes) {
+        let changes = change(&mut self.store);
+        self.dirty.merge(changes);
+        // A list of all objects has removed them.
+        if let Some((service, slices)) = &self.kept {
+            self.dirty.merge(self.store.set_service(&service.key, Some(service.clone())));
+            for slice in slices {
+                self.dirty.merge(self.store.set_slice(&slice.key(), Some(slice.clone())));
+            }
+        }
+    }
+
+    /// Sets the addresses of this node's interfaces.
+    pub fn set_interfaces(&mut self, interfaces: Vec<IpAddr>) {
+        if self.interfaces != interfaces {
+            self.interfaces = interfaces;
+            self.dirty.topology = true;
+        }
+    }
+
+    /// Frontends and node addresses that the tables have no room for.
+    #[must_use]
+    pub fn n_refused(&self) -> usize {
+        let n_missing = self.missing.services.len() + self.missing.addresses.len();
+        self.refused.len() + self.n_nodes_waiting + self.ips_waiting.len() + n_missing
+    }
+
+    /// Keys that [`Self::image`] has and the kernel does not: entries of a stranger fill the map. Audits remove those and
+    /// insert the keys.
+    #[must_use]
+    pub fn missing(&self) -> &Suspects {
+        &self.missing
+    }
+
+    /// The kernel had no room for these keys of the last plan.
+    pub fn miss(&mut self, keys: Suspects) {
+        self.touch(&keys);
+        self.missing.extend(keys);
+        self.missing.retain_in(self.encoder.image());
+    }
+
+    /// An audit has inserted all that was missing but these.
+    pub fn found(&mut self, missing: Suspects) {
+        for address in self.missing.services.difference(&missing.services) {
+            self.stale.appeared(address);
+        }
+        let former = std::mem::replace(&mut self.missing, missing);
+        self.touch(&former);
+    }
+
+    /// What depends on whether these keys are in the tables is to be computed anew.
+    fn touch(&mut self, keys: &Suspects) {
+        let ips = keys.services.iter().map(|address| address.ip);
+        self.touched_ips.extend(ips.chain(keys.addresses.iter().map(|(_, ip)| *ip)));
+    }
+
+    /// Whether a sync may have something to do.
+    #[must_use]
+    pub fn wants_sync(&self) -> bool {
+        let is_waiting = !self.refused.is_empty()
+            || self.n_nodes_waiting > 0
+            || !self.ips_waiting.is_empty()
+            || self.are_cidrs_waiting;
+        let is_dirty = !self.dirty.is_empty() || !self.touched_ips.is_empty();
+        is_dirty || (is_waiting && self.has_new_room)
+    }
+
+    /// The services whose objects changed since the last sync.
+    pub fn changed_services(&self) -> impl Iterator<Item = &ServiceKey> {
+        self.dirty.services.iter()
+    }
+
+    /// Takes these for the frontends of a service as of the last sync, whatever its object asks for now.
+    pub fn recall(&mut self, key: &ServiceKey, frontends: Vec<desired::Frontend>) {
+        let _touched = self.desired.set(key, frontends);
+    }
+
+    /// Computes what follows from the changes since the last sync. Costs time in proportion to what they touch.
+    ///
+    /// The plan must be carried out before the next sync; if that fails, start over with [`Self::adopt`].
+    #[must_use]
+    pub fn sync(&mut self) -> Plan {
+        let dirty = std::mem::take(&mut self.dirty);
+        self.has_new_room = false;
+        let mut services = dirty.services;
+        if dirty.topology {
+            let topology = Topology::new(self.store.nodes(), &self.settings, &self.interfaces);
+            let networks = cluster_ips::merged(self.service_cidrs()).0;
+            if topology != self.topology || networks != self.cluster_ips.networks() || self.is_first_sync {
+                self.touched_ips.extend(self.cluster_ips.iter());
+                self.cluster_ips.set_networks(networks);
+                self.topology = topology;
+                self.n_nodes_waiting = self.encoder.set_node_addrs(&self.topology.node_addresses());
+                services.extend(self.store.services().map(|service| service.key.clone()));
+            }
+            self.touched_ips.extend(self.cluster_ips.set_local(&self.interfaces));
+        }
+        if self.n_nodes_waiting > 0 {
+            self.n_nodes_waiting = self.encoder.set_node_addrs(&self.topology.node_addresses());
+        }
+        let mut touched: BTreeSet<FrontendAddress> = self.refused.keys().copied().collect();
+        for key in services {
+            touched.extend(self.compute(&key));
+        }
+        if std::mem::take(&mut self.is_first_sync) {
+            touched.extend(self.encoder.addresses().copied());
+            self.touched_ips.extend(self.cluster_ips.iter());
+            self.touched_ips.extend(self.encoder.image().cluster_ips.keys());
+        }
+        self.touched_ips.extend(touched.iter().map(|address| address.ip));
+        for address in touched {
+            let (owner, was_there) =
+                (self.desired.owner(&address), self.encoder.image().services.contains_key(&address));
+            match self.encoder.set(address, owner) {
+                Ok(()) => {
+                    self.refused.remove(&address);
+                    if owner.is_some() && !was_there {
+                        self.stale.appeared(&address);
+                    }
+                }
+                Err(full) => {
+                    self.refused.insert(address, full);
+                }
+            }
+        }
+        self.set_cluster_ips();
+        self.encoder.take_plan()
+    }
+
+    /// The networks that cluster IPs come from, by the setting and the objects.
+    fn service_cidrs(&self) -> impl Iterator<Item = Cidr> {
+        let of_setting = self.settings.service_cidrs.as_ref();
+        let of_objects = of_setting.map(|_| self.store.service_cidrs().flat_map(|object| &object.cidrs));
+        of_setting.into_iter().flatten().chain(of_objects.into_iter().flatten()).copied()
+    }
+
+    /// Sets what becomes of calls to undefined ports and unallocated addresses.
+    fn set_cluster_ips(&mut self) {
+        let mut ips = std::mem::take(&mut self.touched_ips);
+        ips.append(&mut self.ips_waiting);
+        for ip in ips {
+            // What has no room is left to the network, and not refused.
+            let flag = self.cluster_ips.flag(ip).map(|is_served| is_served && !self.has_no_room(ip));
+            if !self.encoder.set_address(AddressTable::ClusterIps, ip, flag) {
+                self.ips_waiting.insert(ip);
+            }
+        }
+        let is_missing = |(table, _): &(AddressTable, IpAddr)| *table == AddressTable::ClusterIps;
+        let are_all_there = self.ips_waiting.is_empty() && !self.missing.addresses.iter().any(is_missing);
+        let networks = if are_all_there { self.cluster_ips.networks() } else { &[] };
+        self.are_cidrs_waiting = !self.encoder.set_service_cidrs(networks);
+    }
+
+    /// Whether a frontend of an address is not in the tables, for want of room.
+    fn has_no_room(&self, ip: IpAddr) -> bool {
+        let all = FrontendAddress { ip, port: 0, protocol: Protocol::Tcp }..;
+        let is_of_ip = |address: &FrontendAddress| address.ip == ip;
+        self.refused.range(all.clone()).next().is_some_and(|(address, _)| is_of_ip(address))
+            || self.missing.services.range(all).next().is_some_and(is_of_ip)
+    }
+
+    /// Computes the frontends of one service and returns the addresses that are affected.
+    fn compute(&mut self, key: &ServiceKey) -> BTreeSet<FrontendAddress> {
+        let check = self
+            .store
+            .service(key)
+            .and_then(|service| health::check(service, self.store.slices_of(key), self.topology.node_name()));
+        match check {
+            Some(check) => drop(self.health_checks.insert(key.clone(), check)),
+            None => drop(self.health_checks.remove(key)),
+        }
+        let (frontends, issues) = self.store.service(key).map_or_else(Default::default, |service| {
+            let slices = self.store.slices_of(key);
+            desired::service::frontends(service, slices, &self.topology, &self.settings)
+        });
+        if issues.is_empty() {
+            self.issues.remove(key);
+        } else {
+            self.issues.insert(key.clone(), issues);
+        }
+        self.touched_ips.extend(self.cluster_ips.set(key, self.store.service(key)));
+        let touched = self.desired.set(key, frontends);
+        let frontends = touched.iter().map(|address| (*address, self.desired.owner(address).is_some()));
+        let selected = self.store.service(key).filter(|service| service.unselected.is_none());
+        self.stale.follow(key, selected, frontends);
+        touched
+    }
+
+    /// The ledger of stale sockets, and what it judges by.
+    fn with_stale<T>(&mut self, judge: impl FnOnce(&mut Ledger, InForce<'_>) -> T) -> T {
+        let (refused, dirty, is_first_sync) = (&self.refused, &self.dirty.services, self.is_first_sync);
+        let missing = &self.missing.services;
+        let is_behind = |frontend: &desired::Frontend| {
+            let address = &frontend.address;
+            let has_no_room = refused.contains_key(address) || missing.contains(address);
+            is_first_sync || has_no_room || dirty.contains(&frontend.port.service)
+        };
+        let is_node_address = |ip| self.topology.is_node_address(ip);
+        let in_force = InForce {
+            desired: &self.desired,
+            store: &self.store,
+            is_behind: &is_behind,
+            is_node_address: &is_node_address,
+        };
+        judge(&mut self.stale, in_force)
+    }
+
+    /// A search for stale sockets begins: see [`Ledger::begin`].
+    pub fn begin_stale(&mut self) {
+        self.stale.begin();
+    }
+
+    /// Where to look for stale sockets: see [`Ledger::search`].
+    #[must_use]
+    pub fn search_stale(&mut self, used: &Used, now: Instant) -> Option<Search> {
+        self.with_stale(|ledger, in_force| ledger.search(used, now, in_force))
+    }
+
+    /// What is due of a search is being ended: see [`Ledger::searched`].
+    pub fn searched_stale(&mut self, search: &Search, now: Instant) {
+        self.stale.searched(search, now);
+    }
+
+    /// What becomes of the sockets that were found: see [`Ledger::judge`].
+    #[must_use]
+    pub fn judge_stale(
+        &mut self,
+        search: &Search,
+        found: &BTreeSet<Use>,
+        now: Instant,
+    ) -> BTreeMap<Use, Standing> {
+        self.with_stale(|ledger, in_force| ledger.judge(search, found, now, in_force))
+    }
+
+    /// When the next known sockets are to be ended: see [`Ledger::next_due`].
+    #[must_use]
+    pub fn next_stale(&mut self, now: Instant) -> Option<Instant> {
+        self.with_stale(|ledger, in_force| ledger.next_due(now, in_force))
+    }
+
+    /// A grace period has passed since the plan of this number was carried out ([`Plan::number`]).
+    pub fn settled(&mut self, plan: u64) {
+        self.has_new_room |= self.encoder.holds_back();
+        self.encoder.settled(plan);
+    }
+
+    /// Whether something freed waits for a grace period.
+    #[must_use]
+    pub fn holds_back(&self) -> bool {
+        self.encoder.holds_back()
+    }
+
+    /// Goes on from what the tables really hold, after a plan failed half-way and a grace period has passed since. The next
+    /// sync computes everything anew.
+    pub fn adopt(&mut self, capacity: Capacity, found: &Image) {
+        self.encoder.start_over(capacity, found);
+        self.refused.clear();
+        self.missing = Suspects::default();
+        self.is_first_sync = true;
+        self.dirty.topology = true;
+    }
+
+    /// What the tables hold once the last plan is carried out.
+    #[must_use]
+    pub fn image(&self) -> &Image {
+        self.encoder.image()
+    }
+
+    /// Whether [`Self::image`] is all that the tables hold, if the last plan was carried out. Before the first sync and
+    /// after [`Self::adopt`] they may hold more.
+    #[must_use]
+    pub fn knows_tables(&self) -> bool {
+        !self.is_first_sync
+    }
+
+    /// The service ports with frontends in the tables, each with the id of its counters.
+    pub fn service_ids(&self) -> impl Iterator<Item = (&Arc<PortKey>, u32)> {
+        self.encoder.service_ids()
+    }
+
+    /// How full the maps are.
+    #[must_use]
+    pub fn map_use(&self) -> [MapUse; 7] {
+        let Capacity { services, endpoints } = self.encoder.capacity();
+        let n_of = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
+        let n_frontends = self.image().frontends.len();
+        let addresses =
+            |table: AddressTable| (table.map(), n_of(self.image().addresses(table).len()), table.capacity());
+        [
+            ("services4", self.encoder.n_services(false), services),
+            ("services6", self.encoder.n_services(true), services),
+            ("frontends", n_of(n_frontends), services.saturating_mul(2)),
+            ("endpoints4", self.encoder.n_endpoints(false), endpoints),
+            ("endpoints6", self.encoder.n_endpoints(true), endpoints),
+            addresses(AddressTable::Nodes),
+            addresses(AddressTable::ClusterIps),
+        ]
+        .map(|(map, n_entries, capacity)| MapUse { map, n_entries, capacity })
+    }
+
+    /// The health checks of services, as of the last sync.
+    #[must_use]
+    pub fn health_checks(&self) -> &BTreeMap<ServiceKey, HealthCheck> {
+        &self.health_checks
+    }
+
+    /// What the objects ask for.
+    #[must_use]
+    pub fn desired(&self) -> &Desired {
+        &self.desired
+    }
+
+    /// The objects.
+    #[must_use]
+    pub fn store(&self) -> &Store {
+        &self.store
+    }
+
+    /// The node's place in the cluster.
+    #[must_use]
+    pub fn topology(&self) -> &Topology {
+        &self.topology
+    }
+
+    /// The addresses of this node's interfaces.
+    #[must_use]
+    pub fn interfaces(&self) -> &[IpAddr] {
+        &self.interfaces
+    }
+
+    /// The settings.
+    #[must_use]
+    pub fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    /// What is wrong with services as a whole: rules that could not be followed, conflicts, lack of room. Issues of
+    /// single objects are reported where the objects are read.
+    pub fn issues(&self) -> impl Iterator<Item = Issue> {
+        let full = self.refused.iter().filter_map(|(address, full)| {
+            // While freed entries wait for a grace period, lack of room may be over in a moment.
+            let owner = self.desired.owner(address).filter(|_| !self.encoder.holds_back())?;
+            Some(Issue::new(ObjectRef::from(&owner.port.service), full_issue(address, full)))
+        });
+        let missing = self.missing.services.iter().filter_map(|address| {
+            let owner = self.desired.owner(address)?;
+            let map = if address.ip.is_ipv6() { "services6" } else { "services4" };
+            Some(Issue::new(ObjectRef::from(&owner.port.service), no_room(map, address)))
+        });
+        let addresses = self.missing.addresses.iter().filter_map(|(table, ip)| {
+            let object = match table {
+                AddressTable::Nodes => ObjectRef::node(self.topology.node_of(*ip)?),
+                AddressTable::ClusterIps => ObjectRef::from(self.cluster_ips.service_of(*ip)?),
+            };
+            Some(Issue::new(object, no_room(table.map(), ip)))
+        });
+        let cluster_ips = self.ips_waiting.iter().filter_map(|ip| {
+            let table = AddressTable::ClusterIps;
+            let service = self.cluster_ips.service_of(*ip).filter(|_| !self.encoder.holds_back())?;
+            let (map, capacity, address) = (table.map().to_owned(), table.capacity(), ip.to_string());
+            Some(Issue::new(ObjectRef::from(service), IssueKind::ClusterIpsFull { map, capacity, address }))
+        });
+        let nodes = self.topology.left_out().map(|(node, n_left_out)| {
+            let (map, capacity) = ("node_addrs".to_owned(), limits::MAX_NODE_ADDRS);
+            Issue::new(ObjectRef::node(node), IssueKind::NodesFull { map, capacity, n_left_out })
+        });
+        let of_objects = self.issues.values().flatten().cloned().chain(self.desired.issues());
+        of_objects
+            .chain(full)
+            .chain(missing)
+            .chain(addresses)
+            .chain(cluster_ips)
+            .chain(nodes)
+            .chain(self.service_cidrs_left_out())
+    }
+
+    /// Networks of ServiceCIDRs for which the tables have no room.
+    fn service_cidrs_left_out(&self) -> impl Iterator<Item = Issue> {
+        let (counting, n_left_out) = cluster_ips::merged(self.service_cidrs());
+        let objects = self.store.service_cidrs().filter(move |_| n_left_out > 0);
+        let all = objects.flat_map(|object| object.cidrs.iter().map(|network| (&object.name, network)));
+        let left_out = all.filter(move |(_, network)| !counting.iter().any(|outer| outer.holds(network)));
+        left_out.map(|(name, network)| {
+            let (network, max) = (network.to_string(), limits::MAX_SERVICE_CIDRS);
+            Issue::new(ObjectRef::service_cidr(name), IssueKind::TooManyServiceCidrs { network, max })
+        })
+    }
+}
+
+fn no_room(map: &str, left_out: &impl ToString) -> IssueKind {
+    IssueKind::TableFull { map: map.to_owned(), left_out: left_out.to_string() }
+}
+
+fn full_issue(address: &FrontendAddress, full: &Full) -> IssueKind {
+    let family = if address.ip.is_ipv6() { '6' } else { '4' };
+    match *full {
+        Full::Services { capacity } => IssueKind::ServicesFull {
+            map: format!("services{family}"),
+            capacity,
+            needed: u64::from(capacity) + 1,
+        },
+        Full::Endpoints { capacity, needed } => {
+            IssueKind::EndpointsFull { map: format!("endpoints{family}"), capacity, needed: needed.into() }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::Ipv4Addr;
+
+    use super::*;
+    use crate::model::{Protocol, Service, ServiceCidr, ServicePort, Unselected};
+
+    fn state(services: u32) -> State {
+        state_over(services, &Image::default())
+    }
+
+    fn state_over(services: u32, found: &Image) -> State {
+        let settings = Settings { service_cidrs: Some(vec![network()]), ..Settings::of_node("node") };
+        let capacity = Capacity { services, endpoints: 16 };
+        State::new(settings, Vec::new(), capacity, found)
+    }
+
+    /// Where cluster IPs come from.
+    fn network() -> Cidr {
+        "10.96.0.0/16".parse().unwrap()
+    }
+
+    fn key(name: &str) -> ServiceKey {
+        ServiceKey { namespace: "default".into(), name: name.into() }
+    }
+
+    fn set(state: &mut State, name: &str, last: Option<u8>) {
+        let port = ServicePort { name: Arc::from(""), protocol: Protocol::Tcp, port: 80, node_port: None };
+        let service = last.map(|last| Service {
+            cluster_ipv4: Some(Ipv4Addr::new(10, 96, 0, last)),
+            ..Service::with_ports(key(name), vec![port])
+        });
+        state.change(|store| store.set_service(&key(name), service));
+    }
+
+    #[test]
+    fn a_full_table_names_the_service_and_is_tried_again_when_there_is_room() {
+        let mut state = state(1);
+        set(&mut state, "a", Some(1));
+        set(&mut state, "b", Some(2));
+        let _plan = state.sync();
+        assert_eq!(state.image().services.len(), 1);
+        let issues: Vec<String> = state.issues().map(|issue| issue.to_string()).collect();
+        assert!(issues.len() == 1 && issues[0].contains("default/b"), "{issues:?}");
+        assert!(!state.wants_sync(), "nothing changed: trying again would be in vain");
+
+        set(&mut state, "a", None);
+        let plan = state.sync();
+        assert!(
+            state.image().services.is_empty(),
+            "the deleted key takes room until the grace period is over"
+        );
+        assert_eq!(state.issues().count(), 0, "and until then it is no issue");
+        state.settled(plan.number());
+        assert!(state.wants_sync());
+        let _plan = state.sync();
+        assert_eq!(state.image().services.len(), 1);
+        assert!(!state.wants_sync());
+    }
+
+    /// Something else may serve it: kube-proxy, beside which an undefined port is refused all the same.
+    #[test]
+    fn what_has_no_room_is_left_to_the_network() {
+        let (a, b) = ([10, 96, 0, 1].into(), [10, 96, 0, 2].into());
+        let mut state = state(1);
+        set(&mut state, "a", Some(1));
+        set(&mut state, "b", Some(2));
+        let plan = state.sync();
+        assert_eq!(state.image().cluster_ips, [(a, true), (b, false)].into());
+        state.settled(plan.number());
+        set(&mut state, "a", None);
+        let plan = state.sync();
+        state.settled(plan.number());
+        let _plan = state.sync();
+        assert_eq!(state.image().cluster_ips, [(b, true)].into());
+
+        let mut keys = Suspects::default();
+        keys.services.insert(FrontendAddress { ip: b, port: 80, protocol: Protocol::Tcp });
+        state.miss(keys);
+        assert!(state.wants_sync());
+        let _plan = state.sync();
+        assert_eq!(state.image().cluster_ips, [(b, false)].into());
+        state.found(Suspects::default());
+        assert!(state.wants_sync());
+        let _plan = state.sync();
+        assert_eq!(state.image().cluster_ips, [(b, true)].into());
+    }
+
+    /// At once, beside those of the setting, and with `none` not at all.
+    #[test]
+    fn networks_of_objects_and_of_the_setting_are_in_force_together() {
+        let cidr = |name: &str, network: &str| ServiceCidr {
+            name: name.into(),
+            cidrs: vec![network.parse().unwrap()],
+        };
+        let networks = |state: &mut State| -> Vec<String> {
+            // One of before is out of force for a grace period.
+            for _ in 0..2 {
+                let plan = state.sync();
+                state.settled(plan.number());
+            }
+            assert!(!state.wants_sync());
+            state.image().service_cidrs.iter().map(ToString::to_string).collect()
+        };
+        let settings = [vec![], vec![network()]].map(Some).into_iter().chain([None]);
+        for (service_cidrs, of_setting) in settings.zip([&[][..], &["10.96.0.0/16"], &[]]) {
+            let is_off = service_cidrs.is_none();
+            let settings = Settings { service_cidrs, ..state(8).settings };
+            let mut state = State::new(settings, Vec::new(), Capacity::default(), &Image::default());
+            set(&mut state, "a", Some(1));
+            assert_eq!(networks(&mut state), of_setting);
+            for (changed, of_objects) in [
+                (("kubernetes", Some("10.96.0.0/12")), &["10.96.0.0/12"][..]),
+                (("more", Some("10.200.0.0/24")), &["10.96.0.0/12", "10.200.0.0/24"]),
+                (("kubernetes", None), &["10.200.0.0/24"]),
+                (("more", None), &[]),
+            ] {
+                let (name, network) = changed;
+                state
+                    .change(|store| store.set_service_cidr(name, network.map(|network| cidr(name, network))));
+                let all = of_objects.iter().chain(of_setting).map(|text| text.parse().unwrap());
+                let expected = if is_off { Vec::new() } else { cluster_ips::merged(all).0 };
+                let expected: Vec<String> = expected.iter().map(ToString::to_string).collect();
+                assert_eq!(networks(&mut state), expected, "{changed:?}");
+                let is_known = expected.iter().any(|network| network.starts_with("10.96."));
+                assert_eq!(state.image().cluster_ips.len(), usize::from(is_known), "{changed:?}");
+            }
+            let many = (0..10).map(|n| cidr(&format!("cidr-{n}"), &format!("10.{n}.0.0/16")));
+            state.change(|store| store.replace_service_cidrs(many));
+            assert_eq!(networks(&mut state).len(), if is_off { 0 } else { limits::MAX_SERVICE_CIDRS });
+            let issues: Vec<String> = state.issues().map(|issue| issue.to_string()).collect();
+            let n_left_out = if is_off { 0 } else { 2 + of_setting.len() };
+            // The setting's own network may be the one that is left out.
+            assert!(issues.len().abs_diff(n_left_out) <= of_setting.len(), "{issues:#?}");
+            assert!(issues.iter().all(|issue| issue.starts_with("ServiceCIDR cidr-")), "{issues:#?}");
+        }
+    }
+
+    /// Its address is known, whatever becomes of its label, and nothing of it is served.
+    #[test]
+    fn a_service_of_another_proxy_is_left_alone() {
+        let ip = [10, 96, 0, 1].into();
+        let mut state = state(8);
+        for is_ours in [true, false, true] {
+            set(&mut state, "a", Some(1));
+            if !is_ours {
+                state.change(|store| {
+                    let ours = store.service(&key("a")).cloned();
+                    let label =
+                        Some(Unselected::Labelled("service.kubernetes.io/service-proxy-name=b".into()));
+                    let theirs = ours.map(|ours| Service { unselected: label, ..ours });
+                    store.set_service(&key("a"), theirs)
+                });
+            }
+            let plan = state.sync();
+            assert_eq!(state.image().cluster_ips, [(ip, is_ours)].into());
+            assert_eq!(state.image().services.len(), usize::from(is_ours));
+            assert_eq!(state.image().service_cidrs, [network()]);
+            state.settled(plan.number());
+        }
+    }
+
+    /// Else a Service whose address has no room would be taken for one that does not exist.
+    #[test]
+    fn no_network_is_in_force_while_a_cluster_ip_has_no_room() {
+        let former = (0..limits::MAX_CLUSTER_IPS).map(|n| (Ipv4Addr::from(n).into(), true)).collect();
+        let found = Image { cluster_ips: former, service_cidrs: vec![network()], ..Image::default() };
+        let mut state = state_over(8, &found);
+        set(&mut state, "a", Some(1));
+        let plan = state.sync();
+        assert!(state.image().service_cidrs.is_empty() && state.image().cluster_ips.is_empty());
+        assert_eq!(state.n_refused(), 1);
+        assert!(!state.wants_sync());
+        state.settled(plan.number());
+        assert!(state.wants_sync());
+        let _plan = state.sync();
+        assert_eq!(state.image().cluster_ips.len(), 1);
+        assert_eq!(state.image().service_cidrs, [network()]);
+        assert_eq!((state.n_refused(), state.issues().count()), (0, 0));
+    }
+}

@@ -1,0 +1,185 @@
+//! The agent as the demo starts it: the real `socklb run`, as a process of its own.
+
+use std::{
+    collections::VecDeque,
+    path::{Path, PathBuf},
+    process::Stdio,
+    sync::{Arc, Mutex, PoisonError},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail};
+use lb_core::tables::Image;
+use lb_kernel::store::Maps;
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use tokio::{
+    io::{AsyncBufReadExt, AsyncRead, BufReader},
+    process::Child,
+    task::JoinSet,
+    time::{sleep, timeout},
+};
+
+use super::{client::own_command, manifests, scenery::Scenery};
+
+/// How long the kernel's tables may take to follow.
+const PATIENCE: Duration = Duration::from_secs(20);
+/// How often the kernel's tables are read while waiting for them.
+const POLL: Duration = Duration::from_micros(500);
+/// How long the agent may take to stop.
+const STOPPING: Duration = Duration::from_secs(3);
+/// How many lines of the agent's output are kept.
+const KEPT_LINES: usize = 40;
+
+/// The `socklb` in the folder of this program.
+pub(super) fn program_beside() -> Result<PathBuf> {
+    let own = std::env::current_exe()
+        .context("cannot find the folder of this program: name socklb with --socklb")?;
+    Ok(own.with_file_name("socklb"))
+}
+
+/// The running agent.
+#[derive(Debug)]
+pub(super) struct Agent {
+    process: Child,
+    /// Its process id.
+    pub pid: i32,
+    /// Its command line, for the reader.
+    pub command_line: Vec<String>,
+    lines: Arc<Mutex<VecDeque<String>>>,
+    _readers: JoinSet<()>,
+}
+
+impl Agent {
+    /// Starts it on the scenery's manifests.
+    pub(super) fn start(program: &Path, scenery: &Scenery) -> Result<Self> {
+        let show = |path: &Path| path.display().to_string();
+        let source = format!("file:{}", scenery.manifests.display());
+        let arguments: Vec<String> = vec![
+            "run".to_owned(),
+            format!("--source={source}"),
+            // The demo shows its own services only, and tests more than this.
+            "--self-test-interval=0".to_owned(),
+            format!("--node-name={}", manifests::NODE_NAME),
+            format!("--cgroup={}", show(scenery.cgroup.path())),
+            format!("--pin-path={}", show(&scenery.pins)),
+            format!("--state-dir={}", show(&scenery.state)),
+        ];
+        let mut command = own_command("agent");
+        command.arg(program).args(&arguments);
+        // Settings of an agent on this host are not the demo's.
+        for (name, _) in
+            std::env::vars_os().filter(|(name, _)| name.as_encoded_bytes().starts_with(b"SOCKLB_"))
+        {
+            command.env_remove(name);
+        }
+        let mut process = command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .context("cannot start the agent")?;
+        let pid = process.id().and_then(|pid| i32::try_from(pid).ok()).context("the agent ended at once")?;
+        let lines = Arc::default();
+        let mut readers = JoinSet::new();
+        if let Some(stdout) = process.stdout.take() {
+            readers.spawn(keep(stdout, Arc::clone(&lines)));
+        }
+        if let Some(stderr) = process.stderr.take() {
+            readers.spawn(keep(stderr, Arc::clone(&lines)));
+        }
+        let command_line = [vec!["socklb".to_owned()], arguments].concat();
+        Ok(Self { process, pid, command_line, lines, _readers: readers })
+    }
+
+    /// Waits until the kernel's tables are as wanted. Returns how long that took.
+    ///
+    /// # Errors
+    ///
+    /// With the agent's last lines, if it has ended or the tables do not follow in time.
+    pub(super) async fn wait_until(
+        &mut self,
+        pins: &Path,
+        what: &str,
+        is_wanted: impl Fn(&Image) -> bool,
+    ) -> Result<Duration> {
+        let began = Instant::now();
+        let mut maps = None;
+        loop {
+            // The pins appear while the agent starts.
+            if maps.is_none() {
+                maps = Maps::open(pins).ok();
+            }
+            if let Some(maps) = &maps
+                && is_wanted(&maps.image()?)
+            {
+                return Ok(began.elapsed());
+            }
+            self.check_alive().await?;
+            if began.elapsed() > PATIENCE {
+                bail!("after {PATIENCE:?} the kernel's maps do not hold {what}; {}", self.last_lines());
+            }
+            sleep(POLL).await;
+        }
+    }
+
+    /// Fails if the agent has ended.
+    pub(super) async fn check_alive(&mut self) -> Result<()> {
+        let Some(status) = self.process.try_wait().context("cannot wait for the agent")? else {
+            return Ok(());
+        };
+        // Its last words may still be in the pipe.
+        sleep(Duration::from_millis(50)).await;
+        bail!("the agent has ended ({status}); {}", self.last_lines())
+    }
+
+    /// The end of its output, as the end of an error.
+    fn last_lines(&self) -> String {
+        let lines = self.lines.lock().unwrap_or_else(PoisonError::into_inner);
+        if lines.is_empty() {
+            return "it said nothing".to_owned();
+        }
+        let lines: Vec<&str> = lines.iter().map(String::as_str).collect();
+        format!("its last lines:\n  {}", lines.join("\n  "))
+    }
+
+    /// Stops it with SIGTERM, or by force if that takes too long.
+    pub(super) async fn stop(mut self) -> Result<()> {
+        // The id is this child's until it is waited for, which only this value does.
+        let _ended_already = kill(Pid::from_raw(self.pid), Signal::SIGTERM);
+        match timeout(STOPPING, self.process.wait()).await {
+            Ok(ended) => {
+                ended.context("cannot wait for the agent")?;
+                Ok(())
+            }
+            Err(_too_long) => self.process.kill().await.context("cannot end the agent"),
+        }
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        // Waited for, so that it does not outlive the demo: its maps take the kernel a moment to free.
+        let (pause, mut waited) = (Duration::from_millis(5), Duration::ZERO);
+        while waited < STOPPING && matches!(self.process.try_wait(), Ok(None)) {
+            let _ended_already = self.process.start_kill();
+            thread::sleep(pause);
+            waited += pause;
+        }
+    }
+}
+
+/// Keeps the last lines of an output.
+async fn keep(output: impl AsyncRead + Unpin, kept: Arc<Mutex<VecDeque<String>>>) {
+    let mut lines = BufReader::new(output).lines();
+    while let Ok(Some(line)) = lines.next_line().await {
+        let mut kept = kept.lock().unwrap_or_else(PoisonError::into_inner);
+        if kept.len() == KEPT_LINES {
+            kept.pop_front();
+        }
+        kept.push_back(line);
+    }
+}

@@ -1,0 +1,470 @@
+//! `socklb-demo`: see socklb work, on this machine, without touching anything of it.
+//!
+//! # Purpose
+//!
+//! [`run`] sets up a node with three pods, starts the real agent on the objects of `manifests/demo`, and lets
+//! ordinary programs call the service addresses in them. It counts who answered, kills a pod, and checks each
+//! statement that it makes.
+//!
+//! # Invariants
+//!
+//! - Everything happens in namespaces and in a cgroup that the demo made, on a thread of its own: the caller's
+//!   thread stays where it is.
+//! - On success, failure, panic, SIGINT, SIGTERM and SIGHUP nothing is left behind.
+//!
+//! # Depends on
+//!
+//! `lb_kernel` for reading the pinned maps, `lb_core` for addresses. The agent is another process: the `socklb` beside this
+//! program.
+#![deny(unsafe_code)]
+
+mod agent;
+mod backend;
+mod client;
+mod manifests;
+mod report;
+mod scenery;
+
+use std::{
+    io::{self, Write},
+    net::SocketAddr,
+    panic,
+    path::{Path, PathBuf},
+    process::ExitCode,
+    thread,
+    time::Duration,
+};
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use clap::{Parser, Subcommand};
+use lb_kernel::{cgroup, chain, syscall};
+use nix::unistd::{AccessFlags, access};
+use tokio::{
+    net::TcpStream,
+    runtime,
+    signal::unix::{Signal, SignalKind, signal},
+    time::{MissedTickBehavior, interval, sleep, timeout},
+};
+
+use self::{
+    agent::Agent,
+    backend::Backend,
+    client::{Call, Client, ClientArgs, Clients, How},
+    manifests::{ECHO, HTTP_PORT, IDLE, PODS, Target, WEB, WEB_NODE},
+    report::{ConnectTime, Failover, Moments, Refused, Report, Round, Setup, Tally, Unserved},
+    scenery::Scenery,
+};
+
+/// Calls of sockets for each address: the chance that one of three pods gets none is below 10⁻¹⁰.
+const N_CALLS: u32 = 60;
+/// Calls of curl for each address, which takes its time to start: the chance is below 10⁻⁶.
+const N_CURL_CALLS: u32 = 40;
+/// Connections whose time is taken, of each kind.
+const N_TIMED: u32 = 200;
+/// Calls to the service without endpoints.
+const N_REFUSED: u32 = 5;
+/// Datagrams on one connected socket.
+const N_DATAGRAMS: u32 = 10;
+/// Pause between the calls that go on while a pod dies.
+const STEADY_PAUSE: Duration = Duration::from_millis(1);
+/// The most calls of that client, if nothing stops it: a minute's.
+const MAX_STEADY_CALLS: u32 = 60_000;
+/// How many of its calls must be answered before the pod dies, and after the tables have changed.
+const N_STEADY: usize = 100;
+/// How long the pod is dead before its endpoints say so. In a cluster it is the kubelet that takes its time.
+const UNNOTICED: Duration = Duration::from_millis(100);
+/// How long the wires may take until they carry.
+const WIRING: Duration = Duration::from_secs(5);
+/// How long a client that calls steadily may say nothing.
+const SILENCE: Duration = Duration::from_secs(5);
+/// Pause between two rounds of a demo that stays.
+const ROUND: Duration = Duration::from_secs(1);
+
+/// See socklb work: backends, services and clients in namespaces of their own.
+#[derive(Debug, Parser)]
+#[command(name = "socklb-demo", version, max_term_width = 100, args_conflicts_with_subcommands = true)]
+struct Options {
+    #[command(subcommand)]
+    client: Option<Command>,
+    /// The agent's program [default: the socklb beside this program]
+    #[arg(long, value_name = "FILE")]
+    socklb: Option<PathBuf>,
+    /// End after one round. Exit status 0 only if everything that the demo claims was seen.
+    #[arg(long)]
+    exit: bool,
+    /// Print an account as it goes (text), or one document with all counts when the round is over (json).
+    #[arg(
+        short = 'o',
+        long = "output",
+        value_name = "FORMAT",
+        default_value = "text",
+        action = clap::ArgAction::Set,
+        value_parser = clap::builder::TypedValueParser::map(
+            clap::builder::PossibleValuesParser::new(["text", "json"]),
+            |format| format == "json",
+        ),
+    )]
+    json: bool,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// What a client of the demo does.
+    #[command(hide = true)]
+    Client(ClientArgs),
+}
+
+fn main() -> ExitCode {
+    let mut options = Options::parse();
+    let result =
+        options.client.take().map_or_else(|| run(options), |Command::Client(args)| client::run(args));
+    result.unwrap_or_else(|error| {
+        eprintln!("socklb-demo: {}", chain(error.as_ref()));
+        ExitCode::FAILURE
+    })
+}
+
+/// Runs the demo.
+///
+/// # Errors
+///
+/// What kept it from being played. A statement that turned out false is no error but the exit status.
+fn run(options: Options) -> Result<ExitCode> {
+    if !nix::unistd::geteuid().is_root() {
+        bail!(
+            "the demo makes network namespaces and loads BPF programs, which needs root: `sudo socklb-demo`"
+        );
+    }
+    let program = options.socklb.clone().map_or_else(agent::program_beside, Ok)?;
+    ensure!(
+        program.is_file(),
+        "there is no program {}: build it with `cargo xtask build`, or name it with --socklb",
+        program.display()
+    );
+    let cgroup_root = cgroup::find_any()?;
+    // Namespaces belong to a thread, and so does the death signal of a child: this one lives as long as the demo.
+    let stage = thread::Builder::new()
+        .name("demo".to_owned())
+        .spawn(move || {
+            let runtime = runtime::Builder::new_current_thread()
+                .enable_all()
+                .build()
+                .context("cannot start the demo's runtime")?;
+            // From here on a signal ends the demo in order.
+            let signals = runtime.block_on(async { Signals::listen() })?;
+            let scenery = Scenery::enter(&cgroup_root)?;
+            runtime.block_on(play(&options, &program, &scenery, signals))
+        })
+        .context("cannot start a thread")?;
+    stage.join().unwrap_or_else(|panic| panic::resume_unwind(panic))
+}
+
+/// Plays the demo until it is over or a signal ends it.
+async fn play(
+    options: &Options,
+    program: &Path,
+    scenery: &Scenery,
+    mut signals: Signals,
+) -> Result<ExitCode> {
+    let narrator = Narrator { is_text: !options.json };
+    let mut stage = tokio::select! {
+        stage = Stage::set(scenery, program, narrator) => stage?,
+        name = signals.next() => bail!("{name} before the demo had begun"),
+    };
+    let report = tokio::select! {
+        report = stage.tell() => report?,
+        name = signals.next() => bail!("{name} before the demo was over"),
+    };
+    if options.json {
+        let document = serde_json::to_string_pretty(&report).context("cannot write JSON")?;
+        print(&format!("{document}\n"))?;
+    }
+    if !options.exit {
+        narrator.say(&format!("\n{}", report::look_around(&report.setup)))?;
+        tokio::select! {
+            ended = stage.go_on() => ended?,
+            _ = signals.next() => {}
+        }
+    }
+    stage.agent.stop().await?;
+    Ok(if report.ok { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// Who is on the stage.
+struct Stage<'a> {
+    scenery: &'a Scenery,
+    narrator: Narrator,
+    backends: Vec<Backend>,
+    clients: Clients,
+    agent: Agent,
+    setup: Setup,
+    before: Vec<Unserved>,
+    has_curl: bool,
+}
+
+impl<'a> Stage<'a> {
+    /// Sets up everything, up to the agent whose frontends are in the kernel.
+    async fn set(scenery: &'a Scenery, program: &Path, narrator: Narrator) -> Result<Self> {
+        manifests::write(&scenery.manifests).context("cannot write the manifests")?;
+        let mut backends = Vec::new();
+        let pods = scenery.wire().await.context("cannot wire the namespaces, which needs CAP_NET_ADMIN")?;
+        for (pod, netns) in pods {
+            backends.push(Backend::start(pod, netns)?);
+        }
+        for address in backends.iter().flat_map(|backend| backend.pod.addresses()) {
+            await_wire(SocketAddr::new(address, HTTP_PORT)).await?;
+        }
+        narrator.say(&report::scene(scenery.cgroup.path()))?;
+
+        let clients = Clients::new(scenery.cgroup.path());
+        let mut before = Vec::new();
+        for target in WEB {
+            for call in clients.call(How::Tcp, target.address, 1).await? {
+                let unserved = Unserved::of(target.address, &call);
+                narrator.say(&unserved.text())?;
+                before.push(unserved);
+            }
+        }
+
+        let mut agent = Agent::start(program, scenery)?;
+        let ready = agent
+            .wait_until(&scenery.pins, "the frontends of the manifests", |image| {
+                manifests::frontends().all(|(address, n_endpoints)| {
+                    let frontend = image.services.get(&address).and_then(|id| image.frontends.get(id));
+                    frontend.is_some_and(|frontend| frontend.run.len as usize == n_endpoints)
+                })
+            })
+            .await?;
+        let setup = Setup {
+            cgroup: scenery.cgroup.path().to_owned(),
+            manifests: scenery.manifests.clone(),
+            pin_path: scenery.pins.clone(),
+            state_dir: scenery.state.clone(),
+            agent_pid: agent.pid,
+            agent: agent.command_line.clone(),
+            ready_ms: ready.as_secs_f64() * 1000.0,
+            frontends: manifests::frontends().count(),
+        };
+        narrator.say(&setup.text())?;
+        Ok(Self { scenery, narrator, backends, clients, agent, setup, before, has_curl: has_curl() })
+    }
+
+    /// Makes the calls, kills a pod, makes more calls. Returns what was seen, judged.
+    async fn tell(&mut self) -> Result<Report> {
+        let narrator = self.narrator;
+        narrator.say("\nCALLS\n")?;
+        let mut calls = Vec::new();
+        if self.has_curl {
+            for call in self.clients.call(How::Curl, WEB[0].address, 1).await? {
+                narrator.say(&report::curl(&client::curl_line(WEB[0].address), &call))?;
+            }
+        } else {
+            narrator.say("  (curl is not on PATH: plain sockets only)\n")?;
+        }
+        narrator.say(&Tally::head())?;
+        if self.has_curl {
+            for target in WEB {
+                calls.push(self.tally(target, How::Curl, N_CURL_CALLS).await?);
+            }
+        }
+        for (target, how) in every_address() {
+            calls.push(self.tally(target, how, N_CALLS).await?);
+        }
+        narrator.say(report::PEER_SEEN)?;
+        let mut connect_times = Vec::new();
+        for target in WEB {
+            let family = usize::from(target.address.is_ipv6());
+            // In turn, so that both see the same load of the machine, and all pods, as the service does.
+            let in_turn: Vec<_> = PODS
+                .iter()
+                .flat_map(|pod| [target.address, SocketAddr::new(pod.addresses()[family], HTTP_PORT)])
+                .collect();
+            let made = self.clients.call_in_turn(How::Tcp, &in_turn, 2 * N_TIMED).await?;
+            if let Some(times) = ConnectTime::of(target.address, &made) {
+                narrator.say(&times.text())?;
+                connect_times.push(times);
+            }
+        }
+        let mut refused = Vec::new();
+        for target in IDLE {
+            let made = self.clients.call(How::Tcp, target.address, N_REFUSED).await?;
+            let seen = Refused::of(target.address, &made);
+            narrator.say(&seen.text())?;
+            refused.push(seen);
+        }
+
+        let failover = self.kill_a_pod().await?;
+        narrator.say(&format!("\nFROM THEN ON\n{}", Tally::head()))?;
+        let mut calls_after = Vec::new();
+        for (target, how) in every_address() {
+            calls_after.push(self.tally(target, how, N_CALLS).await?);
+        }
+        narrator.say("  Ten datagrams on one connected UDP socket stay with one pod:\n")?;
+        let mut connected_udp = Vec::new();
+        for target in ECHO {
+            connected_udp.push(self.tally(target, How::ConnectedUdp, N_DATAGRAMS).await?);
+        }
+        self.agent.check_alive().await?;
+
+        let setup = self.setup.clone();
+        let before = std::mem::take(&mut self.before);
+        let mut report = Report {
+            setup,
+            before,
+            calls,
+            connect_times,
+            refused,
+            failover,
+            calls_after,
+            connected_udp,
+            checks: Vec::new(),
+            ok: false,
+        };
+        report.judge();
+        narrator.say(&format!("\n{}\n{}", report.verdict(), report::NEXT))?;
+        Ok(report)
+    }
+
+    /// Makes calls and says who answered.
+    async fn tally(&self, target: Target, how: How, n: u32) -> Result<Tally> {
+        let calls = self.clients.call(how, target.address, n).await?;
+        let tally = Tally::of(target, how, &calls);
+        self.narrator.say(&tally.row())?;
+        Ok(tally)
+    }
+
+    /// Ends the servers of the last pod under steady calls, then lets its endpoints say so.
+    async fn kill_a_pod(&mut self) -> Result<Failover> {
+        let [target, _] = WEB;
+        let victim = self.backends.last_mut().context("no pod is left")?;
+        let pod = victim.pod;
+        self.narrator.say(&format!(
+            "\n{} DIES, while a client calls {} every millisecond\n",
+            pod.name.to_uppercase(),
+            target.address
+        ))?;
+        let mut client = self.clients.start(How::Tcp, &[target.address], MAX_STEADY_CALLS, STEADY_PAUSE)?;
+        let mut calls = Vec::new();
+        listen(&mut client, &mut calls, N_STEADY).await?;
+        let killed = client::now()?;
+        victim.kill();
+        sleep(UNNOTICED).await;
+        let rewritten = client::now()?;
+        manifests::take_out(&self.scenery.manifests, pod).context("cannot rewrite the manifest")?;
+        self.agent
+            .wait_until(&self.scenery.pins, &format!("the change that takes {} out", pod.name), |image| {
+                let runs = image.runs4.values().chain(image.runs6.values());
+                !runs.flat_map(|run| run.iter()).any(|entry| pod.addresses().contains(&entry.address.ip()))
+            })
+            .await?;
+        let switched = client::now()?;
+        // The calls that the client has made meanwhile come first.
+        while calls.last().is_none_or(|call: &Call| call.began < switched) {
+            listen(&mut client, &mut calls, 1).await?;
+        }
+        listen(&mut client, &mut calls, N_STEADY).await?;
+        calls.extend(client.stop().await?);
+        let failover = Failover::of(pod.name, target, Moments { killed, rewritten, switched }, &calls);
+        self.narrator.say(&failover.text())?;
+        Ok(failover)
+    }
+
+    /// Calls every address once a second, until the agent ends.
+    async fn go_on(&mut self) -> Result<()> {
+        let mut ticks = interval(ROUND);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        for n in 1.. {
+            ticks.tick().await;
+            self.agent.check_alive().await?;
+            let mut round = Vec::new();
+            for (target, how) in every_address().filter(|(target, _)| !target.address.ip().is_loopback()) {
+                let calls = self.clients.call(how, target.address, 1).await?;
+                round.extend(calls.into_iter().map(|call| (target, call)));
+            }
+            self.narrator.say(&format!("{}\n", Round(n, &round)))?;
+        }
+        Ok(())
+    }
+}
+
+/// Hears `n` more calls.
+async fn listen(client: &mut Client, calls: &mut Vec<Call>, n: usize) -> Result<()> {
+    for _ in 0..n {
+        let call = timeout(SILENCE, client.next()).await.context("a client has fallen silent")??;
+        calls.push(call.context("a client has ended")?);
+    }
+    Ok(())
+}
+
+/// Every service address with endpoints, and how plain sockets call it.
+fn every_address() -> impl Iterator<Item = (Target, How)> {
+    // Node ports answer on loopback in the node's network namespace only, and before Linux 5.14 an agent cannot
+    // tell a namespace from others unless it is the initial one.
+    let knows_namespace = syscall::netns_cookie().is_some();
+    let tcp = WEB.into_iter().chain(WEB_NODE).map(|target| (target, How::Tcp));
+    tcp.chain(ECHO.into_iter().map(|target| (target, How::Udp)))
+        .filter(move |(target, _)| knows_namespace || !target.address.ip().is_loopback())
+}
+
+/// Waits until a pod answers: a link needs a moment to come up.
+async fn await_wire(address: SocketAddr) -> Result<()> {
+    let answered = timeout(WIRING, async {
+        while TcpStream::connect(address).await.is_err() {
+            sleep(Duration::from_millis(5)).await;
+        }
+    });
+    answered.await.map_err(|_elapsed| anyhow!("{address} cannot be reached over its veth pair"))
+}
+
+/// Whether clients find curl.
+fn has_curl() -> bool {
+    std::env::var_os("PATH").is_some_and(|path| {
+        std::env::split_paths(&path).any(|folder| access(&folder.join("curl"), AccessFlags::X_OK).is_ok())
+    })
+}
+
+/// Tells the story, or keeps quiet where a document is asked for.
+#[derive(Clone, Copy, Debug)]
+struct Narrator {
+    is_text: bool,
+}
+
+impl Narrator {
+    /// Prints text at once.
+    fn say(self, text: &str) -> Result<()> {
+        if self.is_text { print(text) } else { Ok(()) }
+    }
+}
+
+/// Prints, and reports a closed output instead of panicking.
+fn print(text: &str) -> Result<()> {
+    let mut stdout = io::stdout().lock();
+    stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()).context("cannot write to standard output")
+}
+
+/// The signals that end the demo.
+struct Signals {
+    interrupt: Signal,
+    terminate: Signal,
+    hang_up: Signal,
+}
+
+impl Signals {
+    fn listen() -> Result<Self> {
+        let listen = |kind| signal(kind).context("cannot listen for signals");
+        Ok(Self {
+            interrupt: listen(SignalKind::interrupt())?,
+            terminate: listen(SignalKind::terminate())?,
+            hang_up: listen(SignalKind::hangup())?,
+        })
+    }
+
+    /// Waits for one and returns its name.
+    async fn next(&mut self) -> &'static str {
+        tokio::select! {
+            _ = self.interrupt.recv() => "SIGINT",
+            _ = self.terminate.recv() => "SIGTERM",
+            _ = self.hang_up.recv() => "SIGHUP",
+        }
+    }
+}

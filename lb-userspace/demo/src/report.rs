@@ -1,0 +1,894 @@
+//! What the demo saw, as text and as JSON. Pure: values in, text out.
+//!
+//! # Invariants
+//!
+//! - Every statement that the demo makes is a [`Check`] on what was seen, not a sentence that is printed anyway.
+//! - No line is longer than 100 columns, but for command lines that are to be copied.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt::{self, Write},
+    net::{IpAddr, SocketAddr},
+    path::PathBuf,
+};
+
+use lb_core::model::Protocol;
+use nix::errno::Errno;
+use serde::Serialize;
+
+use super::{
+    client::{Call, How, Outcome},
+    manifests::{NODE, PODS, Pod, Target},
+};
+
+/// A call that nobody can answer must fail within this time to have failed "at once".
+const AT_ONCE_MS: f64 = 500.0;
+
+/// Everything that the demo saw.
+#[derive(Debug, Serialize)]
+pub(super) struct Report {
+    /// What was set up.
+    pub setup: Setup,
+    /// A call before the agent ran.
+    pub before: Vec<Unserved>,
+    /// Calls while all pods answer.
+    pub calls: Vec<Tally>,
+    /// How long `connect()` took.
+    pub connect_times: Vec<ConnectTime>,
+    /// Calls to a service without endpoints.
+    pub refused: Vec<Refused>,
+    /// What happened when a pod died.
+    pub failover: Failover,
+    /// Calls after that.
+    pub calls_after: Vec<Tally>,
+    /// Datagrams on connected sockets, after that.
+    pub connected_udp: Vec<Tally>,
+    /// Each statement, and whether it holds.
+    pub checks: Vec<Check>,
+    /// Whether all hold.
+    pub ok: bool,
+}
+
+/// A statement about what was seen.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub(super) struct Check {
+    /// The statement.
+    pub claim: String,
+    /// Whether it is true.
+    pub holds: bool,
+}
+
+fn check(holds: bool, claim: impl Into<String>) -> Check {
+    Check { claim: claim.into(), holds }
+}
+
+impl Report {
+    /// Judges what was seen.
+    pub(super) fn judge(&mut self) {
+        let all: Vec<&str> = PODS.iter().map(|pod| pod.name).collect();
+        let rest: Vec<&str> = all.iter().copied().filter(|name| *name != self.failover.pod).collect();
+        let mut checks = Vec::new();
+        checks.extend(self.before.iter().map(Unserved::check));
+        checks.extend(self.calls.iter().flat_map(|tally| tally.checks(&all)));
+        checks.extend(self.refused.iter().map(Refused::check));
+        checks.extend(self.failover.checks(&rest));
+        checks.extend(self.calls_after.iter().flat_map(|tally| tally.checks(&rest)));
+        checks.extend(self.connected_udp.iter().flat_map(|tally| tally.connection_checks(&rest)));
+        self.ok = checks.iter().all(|check| check.holds);
+        self.checks = checks;
+    }
+
+    /// The closing lines: how many statements hold, and which do not.
+    pub(super) fn verdict(&self) -> String {
+        let n = self.checks.len();
+        if self.ok {
+            return format!("All {n} checks hold.\n");
+        }
+        let failed: Vec<_> = self.checks.iter().filter(|check| !check.holds).collect();
+        let mut text = format!("{} of {n} checks FAILED:\n", failed.len());
+        for check in failed {
+            let _infallible = writeln!(text, "  not true: {}", check.claim);
+        }
+        text
+    }
+}
+
+/// What was set up.
+#[derive(Clone, Debug, Serialize)]
+pub(super) struct Setup {
+    /// The demo's cgroup.
+    pub cgroup: PathBuf,
+    /// The manifests that the agent serves.
+    pub manifests: PathBuf,
+    /// Where maps and links are pinned, inside the demo's mount namespace.
+    pub pin_path: PathBuf,
+    /// Where the agent keeps its snapshot, likewise.
+    pub state_dir: PathBuf,
+    /// The agent's process id.
+    pub agent_pid: i32,
+    /// The agent's command line.
+    pub agent: Vec<String>,
+    /// From its start until the kernel held every frontend.
+    pub ready_ms: f64,
+    /// How many frontends that are.
+    pub frontends: usize,
+}
+
+/// The first lines: who is there.
+pub(super) fn scene(cgroup: &std::path::Path) -> String {
+    let mut text = "\
+socklb-demo: a node, three pods and clients, in namespaces of their own on this machine, with no
+route to anywhere else.
+
+SET UP
+"
+    .to_owned();
+    let both = |addresses: [IpAddr; 2]| format!("{:<13} {}", addresses[0], addresses[1]);
+    let _infallible = writeln!(text, "  node      {}", both(NODE));
+    for pod in PODS {
+        let _infallible = writeln!(
+            text,
+            "  {}     {:<36} HTTP on TCP 8080, echo on UDP 5353",
+            pod.name,
+            both(Pod::addresses(pod))
+        );
+    }
+    let _infallible = writeln!(text, "  cgroup    {}", cgroup.display());
+    text
+}
+
+impl Setup {
+    /// The agent's line.
+    pub(super) fn text(&self) -> String {
+        let mut text = String::new();
+        let mut line = "  $".to_owned();
+        for word in &self.agent {
+            if line.len() + word.len() > 95 {
+                let _infallible = writeln!(text, "{line} \\");
+                "     ".clone_into(&mut line);
+            }
+            let _infallible = write!(line, " {word}");
+        }
+        let _infallible = writeln!(
+            text,
+            "{line}\n  {} frontends in the kernel's maps {:.0} ms after it was started (pid {})",
+            self.frontends, self.ready_ms, self.agent_pid
+        );
+        text
+    }
+}
+
+/// A call to a service address that nothing serves.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub(super) struct Unserved {
+    /// The address.
+    pub address: SocketAddr,
+    /// How the call failed; absent if it did not.
+    pub error: Option<String>,
+    is_unreachable: bool,
+}
+
+impl Unserved {
+    /// What became of the call.
+    pub(super) fn of(address: SocketAddr, call: &Call) -> Self {
+        let (error, errno) = match &call.outcome {
+            Outcome::Answered { .. } => (None, None),
+            Outcome::Failed { error, errno } => (Some(error.clone()), *errno),
+        };
+        Self { address, error, is_unreachable: errno == Some(Errno::ENETUNREACH as i32) }
+    }
+
+    fn check(&self) -> Check {
+        check(self.is_unreachable, format!("before socklb, {} is unreachable", self.address))
+    }
+
+    /// One line.
+    pub(super) fn text(&self) -> String {
+        let error = self.error.as_deref().unwrap_or("an answer, which is wrong");
+        format!("  without socklb, connect() to {} gives: {error}\n", self.address)
+    }
+}
+
+/// Calls of one client to one address.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub(super) struct Tally {
+    /// The Service.
+    pub service: &'static str,
+    /// TCP or UDP.
+    pub protocol: Protocol,
+    /// What was called.
+    pub address: SocketAddr,
+    /// What made the calls: `curl`, or the system call that names the address.
+    pub client: &'static str,
+    /// How many calls.
+    pub calls: usize,
+    /// Answers by pod.
+    pub answers: BTreeMap<String, usize>,
+    /// Calls without an answer, by cause.
+    pub failures: BTreeMap<String, usize>,
+    /// What the client took for its peer; empty if it did not ask.
+    pub peers: BTreeSet<SocketAddr>,
+}
+
+impl Tally {
+    /// Counts.
+    pub(super) fn of<'a>(target: Target, how: How, calls: impl IntoIterator<Item = &'a Call>) -> Self {
+        let Target { service, protocol, address } = target;
+        let client = match how {
+            How::Curl => "curl",
+            How::Tcp | How::ConnectedUdp => "connect()",
+            How::Udp => "sendto()",
+        };
+        let mut tally = Self {
+            service,
+            protocol,
+            address,
+            client,
+            calls: 0,
+            answers: BTreeMap::new(),
+            failures: BTreeMap::new(),
+            peers: BTreeSet::new(),
+        };
+        for call in calls {
+            tally.calls += 1;
+            match &call.outcome {
+                Outcome::Answered { by, peer } => {
+                    *tally.answers.entry(by.clone()).or_default() += 1;
+                    tally.peers.extend(peer);
+                }
+                Outcome::Failed { error, .. } => *tally.failures.entry(error.clone()).or_default() += 1,
+            }
+        }
+        tally
+    }
+
+    fn n_failed(&self) -> usize {
+        self.failures.values().sum()
+    }
+
+    /// `web TCP 10.96.0.80:80 by curl`
+    fn name(&self) -> String {
+        format!("{} {} {} by {}", self.service, self.protocol, self.address, self.client)
+    }
+
+    fn answered_by(&self, pods: &[&str]) -> bool {
+        self.answers.keys().map(String::as_str).eq(pods.iter().copied())
+    }
+
+    /// That all calls were answered, by all of these pods and no others, and that the peer is the service.
+    fn checks(&self, pods: &[&str]) -> Vec<Check> {
+        let mut checks = vec![
+            check(self.failures.is_empty(), format!("{}: every call was answered", self.name())),
+            check(self.answered_by(pods), format!("{}: {} answered, nobody else", self.name(), list(pods))),
+        ];
+        checks.extend(self.peer_check());
+        checks
+    }
+
+    /// That all datagrams of one socket were answered, by one of these pods, and that the peer is the service.
+    fn connection_checks(&self, pods: &[&str]) -> Vec<Check> {
+        let is_one = self.answers.len() == 1 && pods.iter().any(|pod| self.answers.contains_key(*pod));
+        let mut checks = vec![
+            check(self.failures.is_empty(), format!("{}: every datagram was answered", self.name())),
+            check(is_one, format!("{}: one of {} answered them all", self.name(), list(pods))),
+        ];
+        checks.extend(self.peer_check());
+        checks
+    }
+
+    fn peer_check(&self) -> Option<Check> {
+        let asked = self.client != "curl";
+        let holds = self.peers.iter().eq([&self.address]);
+        asked.then(|| check(holds, format!("{}: the peer is the service address", self.name())))
+    }
+
+    /// Head of the table of which [`Self::row`] gives the rows.
+    pub(super) fn head() -> String {
+        format!("  {:<9} {:<27} {:<10}{}  PEER SEEN\n", "SERVICE", "ADDRESS", "CLIENT", count_head())
+    }
+
+    /// One row.
+    pub(super) fn row(&self) -> String {
+        let peer = if self.client == "curl" {
+            "-"
+        } else if self.peers.iter().eq([&self.address]) {
+            "service"
+        } else {
+            "other"
+        };
+        let address = format!("{} {}", self.protocol, self.address);
+        let mut row =
+            format!("  {:<9} {address:<27} {:<10}{}  {peer}\n", self.service, self.client, self.counts());
+        for (cause, n) in &self.failures {
+            let _infallible = writeln!(row, "{n:>60} failed: {cause}");
+        }
+        row
+    }
+
+    /// The columns of [`count_head`].
+    fn counts(&self) -> String {
+        let mut counts = format!(" {:>5}", self.calls);
+        for pod in PODS {
+            let _infallible =
+                write!(counts, "  {:>5}", self.answers.get(pod.name).copied().unwrap_or_default());
+        }
+        let _infallible = write!(counts, "  {:>6}", self.n_failed());
+        counts
+    }
+}
+
+/// Head of the columns with counts.
+fn count_head() -> String {
+    let mut head = format!(" {:>5}", "CALLS");
+    for pod in PODS {
+        let _infallible = write!(head, "  {:>5}", pod.name);
+    }
+    head.push_str("  FAILED");
+    head
+}
+
+/// `pod-1, pod-2 and pod-3`
+fn list(names: &[&str]) -> String {
+    match names {
+        [] => "nobody".to_owned(),
+        [one] => (*one).to_owned(),
+        [rest @ .., last] => format!("{} and {last}", rest.join(", ")),
+    }
+}
+
+/// A curl call and what it printed.
+pub(super) fn curl(line: &str, call: &Call) -> String {
+    let printed = match &call.outcome {
+        Outcome::Answered { by, .. } => by,
+        Outcome::Failed { error, .. } => error,
+    };
+    format!("  $ {line}\n  {printed}\n")
+}
+
+/// Explains a column.
+pub(super) const PEER_SEEN: &str =
+    "  PEER SEEN is what getpeername() and recvfrom() show the client: the service address it called.\n";
+
+/// How long `connect()` took.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub(super) struct ConnectTime {
+    /// The service address.
+    pub service: SocketAddr,
+    /// The quickest of the connections to the service address, microseconds.
+    pub service_us: f64,
+    /// The quickest of the connections to the pods' own addresses, microseconds.
+    pub direct_us: f64,
+    /// Connections to each.
+    pub connections: usize,
+}
+
+impl ConnectTime {
+    /// Compares calls that were made to the service and straight to a pod in turn; `None` without any.
+    pub(super) fn of(service: SocketAddr, calls_in_turn: &[Call]) -> Option<Self> {
+        Some(Self {
+            service,
+            service_us: quickest_us(calls_in_turn.iter().step_by(2))?,
+            direct_us: quickest_us(calls_in_turn.iter().skip(1).step_by(2))?,
+            connections: calls_in_turn.len() / 2,
+        })
+    }
+
+    /// One line.
+    pub(super) fn text(&self) -> String {
+        format!(
+            "  connect() took {:.0} us to {}, {:.0} us to a pod's own address (quickest of {})\n",
+            self.service_us, self.service, self.direct_us, self.connections
+        )
+    }
+}
+
+/// The quickest `connect()`.
+///
+/// Not the median: where the server that is woken takes over the client's CPU, or an idle one has to be woken for
+/// it, `connect()` returns some 80 us later. On a busy machine that is so for about half of the calls, and the
+/// median then falls on either side.
+fn quickest_us<'a>(calls: impl Iterator<Item = &'a Call>) -> Option<f64> {
+    let answered = calls.filter(|call| matches!(call.outcome, Outcome::Answered { .. }));
+    answered.filter_map(|call| call.connect_ns).min().map(thousandths)
+}
+
+/// A thousandth of a number, with three places: microseconds as milliseconds, nanoseconds as microseconds.
+#[expect(clippy::cast_precision_loss, reason = "2^53 us are 285 years")]
+pub(super) fn thousandths(number: u64) -> f64 {
+    number as f64 / 1000.0
+}
+
+/// Calls to a service without endpoints.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub(super) struct Refused {
+    /// The address.
+    pub address: SocketAddr,
+    /// How many calls.
+    pub calls: usize,
+    /// How they failed, by cause.
+    pub errors: BTreeMap<String, usize>,
+    /// How many of them with `ECONNREFUSED`.
+    pub econnrefused: usize,
+    /// The longest of them, milliseconds.
+    pub longest_ms: f64,
+}
+
+impl Refused {
+    /// Counts.
+    pub(super) fn of(address: SocketAddr, calls: &[Call]) -> Self {
+        let mut errors = BTreeMap::new();
+        let mut econnrefused = 0;
+        for call in calls {
+            if let Outcome::Failed { error, errno } = &call.outcome {
+                *errors.entry(error.clone()).or_default() += 1;
+                econnrefused += usize::from(*errno == Some(Errno::ECONNREFUSED as i32));
+            }
+        }
+        let longest = calls.iter().map(|call| call.took).max().unwrap_or_default();
+        Self { address, calls: calls.len(), errors, econnrefused, longest_ms: thousandths(longest) }
+    }
+
+    fn check(&self) -> Check {
+        let holds = self.econnrefused == self.calls && self.longest_ms < AT_ONCE_MS;
+        check(holds, format!("{}, which has no endpoints, is refused at once", self.address))
+    }
+
+    /// One line.
+    pub(super) fn text(&self) -> String {
+        let errors: Vec<_> = self.errors.keys().map(String::as_str).collect();
+        let errors = if errors.is_empty() { "an answer, which is wrong" } else { &errors.join(", ") };
+        format!(
+            "  idle has no endpoints: connect() to {} gives: {errors}, after {:.2} ms\n",
+            self.address, self.longest_ms
+        )
+    }
+}
+
+/// When things happened, microseconds of `CLOCK_MONOTONIC`.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Moments {
+    /// The pod's servers were about to end.
+    pub killed: u64,
+    /// The manifest was about to be written.
+    pub rewritten: u64,
+    /// The new tables were seen in the kernel.
+    pub switched: u64,
+}
+
+/// What happened to steady calls while a pod died.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub(super) struct Failover {
+    /// The pod.
+    pub pod: &'static str,
+    /// What was called.
+    pub address: SocketAddr,
+    /// From the rewrite of the manifest until the kernel's tables were seen to hold the change.
+    pub switch_ms: f64,
+    /// From the rewrite until the last call that chose the dead pod began; absent if all began before it.
+    pub last_call_ms: Option<f64>,
+    /// From the death until the rewrite.
+    pub dead_ms: f64,
+    /// Calls that were over before the pod died.
+    pub before: Tally,
+    /// Calls between its death and the switch.
+    pub between: Tally,
+    /// Calls that began after the switch.
+    pub after: Tally,
+}
+
+impl Failover {
+    /// Sorts calls by when they began.
+    pub(super) fn of(pod: &'static str, target: Target, moments: Moments, calls: &[Call]) -> Self {
+        let Moments { killed, rewritten, switched } = moments;
+        // A call that was under way when the pod died may have died with it.
+        let is_before = |call: &&Call| call.began.saturating_add(call.took) < killed;
+        let is_after = |call: &&Call| call.began >= switched;
+        let tally = |which: &dyn Fn(&&Call) -> bool| Tally::of(target, How::Tcp, calls.iter().filter(which));
+        let has_chosen_it = |call: &&Call| match &call.outcome {
+            Outcome::Answered { by, .. } => by == pod,
+            // Nobody else refuses.
+            Outcome::Failed { .. } => true,
+        };
+        let last = calls.iter().filter(has_chosen_it).map(|call| call.began).max();
+        Self {
+            pod,
+            address: target.address,
+            switch_ms: thousandths(switched.saturating_sub(rewritten)),
+            last_call_ms: last.and_then(|last| last.checked_sub(rewritten)).map(thousandths),
+            dead_ms: thousandths(rewritten.saturating_sub(killed)),
+            before: tally(&is_before),
+            between: tally(&|call| !is_before(call) && !is_after(call)),
+            after: tally(&is_after),
+        }
+    }
+
+    fn checks(&self, rest: &[&str]) -> Vec<Check> {
+        let Self { pod, address, .. } = self;
+        vec![
+            check(self.before.n_failed() == 0, format!("{address}: no call failed before {pod} died")),
+            check(
+                self.before.answers.contains_key(*pod),
+                format!("{address}: {pod} answered before it died"),
+            ),
+            check(
+                self.after.n_failed() == 0,
+                format!("{address}: no call failed after the kernel's maps had changed"),
+            ),
+            check(
+                self.after.answered_by(rest),
+                format!(
+                    "{address}: after the kernel's maps had changed, {} answered, nobody else",
+                    list(rest)
+                ),
+            ),
+        ]
+    }
+
+    /// The account.
+    pub(super) fn text(&self) -> String {
+        let Self { pod, .. } = self;
+        let mut text = format!("  {:<43}{}\n", "", count_head());
+        for (when, tally) in [
+            ("before".to_owned(), &self.before),
+            (format!("{pod} is dead, but its endpoints say ready"), &self.between),
+            ("the kernel's maps have changed".to_owned(), &self.after),
+        ] {
+            let _infallible = writeln!(text, "  {when:<43}{}", tally.counts());
+            for (cause, n) in &tally.failures {
+                let _infallible = writeln!(text, "{n:>60} failed: {cause}");
+            }
+        }
+        let _infallible = writeln!(
+            text,
+            "  {:.0} ms after the death the manifest says ready: false (written beside it, then renamed).\n  \
+             {:.1} ms later the kernel's maps have it.",
+            self.dead_ms, self.switch_ms
+        );
+        let _infallible = match self.last_call_ms {
+            Some(ms) => {
+                writeln!(text, "  The last call that chose {pod} began {ms:.1} ms after the rewrite.")
+            }
+            None => writeln!(text, "  No call chose {pod} after the rewrite."),
+        };
+        text
+    }
+}
+
+/// Who answered one call of each address, in a line.
+#[derive(Debug)]
+pub(super) struct Round<'a>(pub usize, pub &'a [(Target, Call)]);
+
+impl fmt::Display for Round<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "  {:>5}", self.0)?;
+        let mut last = "";
+        for (target, call) in self.1 {
+            if target.service != last {
+                write!(f, "  {}", target.service)?;
+                last = target.service;
+            }
+            let family = if target.address.is_ipv4() { 4 } else { 6 };
+            match &call.outcome {
+                Outcome::Answered { by, .. } => write!(f, " v{family}:{by}")?,
+                Outcome::Failed { error, .. } => write!(f, " v{family}:{}", error.to_lowercase())?,
+            }
+        }
+        Ok(())
+    }
+}
+
+/// How to look around in the running demo.
+pub(super) fn look_around(setup: &Setup) -> String {
+    let (pid, cgroup) = (setup.agent_pid, setup.cgroup.display());
+    format!(
+        "\
+LOOK AROUND, while one call of each kind is made every second; Ctrl-C ends the demo
+  A shell inside, whose calls are served as the clients' are:
+    nsenter --target {pid} --mount --net \\
+      sh -c 'echo 0 >{cgroup}/cgroup.procs; exec sh'
+  There, for example:
+    curl http://10.96.0.80/
+    bpftool map dump pinned {pins}/services4
+    /proc/{pid}/exe services --pin-path {pins} --state-dir {state}
+    sed -i s/10.244.2.10/10.244.1.10/ {manifests}/endpointslices.yaml
+      (from then on pod-1 alone answers IPv4 calls)
+",
+        pins = setup.pin_path.display(),
+        state = setup.state_dir.display(),
+        manifests = setup.manifests.display(),
+    )
+}
+
+/// Where to go from here.
+pub(super) const NEXT: &str = "\
+NEXT
+  Your own services, from a file or folder of manifests:  socklb run --source file:PATH
+  The services of a cluster, from its API server:         socklb run --source kube --kubeconfig FILE
+";
+
+#[cfg(test)]
+mod tests {
+    use expect_test::expect;
+
+    use super::*;
+    use crate::manifests::{ECHO, IDLE, WEB, WEB_NODE};
+
+    fn answered(began: u64, by: &str, peer: Option<SocketAddr>) -> Call {
+        let outcome = Outcome::Answered { by: by.to_owned(), peer };
+        Call { began, connect_ns: Some(40_000 + began), took: 90, outcome }
+    }
+
+    fn failed(began: u64, errno: Errno) -> Call {
+        let outcome = Outcome::Failed { error: errno.desc().to_owned(), errno: Some(errno as i32) };
+        Call { began, connect_ns: Some(1000), took: 30, outcome }
+    }
+
+    fn three(target: Target) -> Vec<Call> {
+        (0..6u8).map(|n| answered(n.into(), PODS[usize::from(n) % 3].name, Some(target.address))).collect()
+    }
+
+    /// A report as a good run gives it.
+    fn report() -> Report {
+        let [web, _] = WEB;
+        let two = |target: Target| -> Vec<_> {
+            (0..6u8)
+                .map(|n| answered(n.into(), PODS[usize::from(n) % 2].name, Some(target.address)))
+                .collect()
+        };
+        let moments = Moments { killed: 1000, rewritten: 51_000, switched: 64_300 };
+        let steady = [
+            answered(10, "pod-3", Some(web.address)),
+            // Under way when the pod dies.
+            failed(990, Errno::ECONNRESET),
+            answered(20, "pod-1", Some(web.address)),
+            failed(1500, Errno::ECONNREFUSED),
+            answered(2000, "pod-2", Some(web.address)),
+            failed(63_100, Errno::ECONNREFUSED),
+            answered(64_400, "pod-2", Some(web.address)),
+            answered(64_500, "pod-1", Some(web.address)),
+        ];
+        let mut report = Report {
+            setup: Setup {
+                cgroup: "/sys/fs/cgroup/socklb-demo-1234".into(),
+                manifests: "/mnt/manifests".into(),
+                pin_path: "/sys/fs/bpf/socklb".into(),
+                state_dir: "/mnt/state".into(),
+                agent_pid: 1240,
+                agent: ["socklb", "run", "--source=file:/mnt/manifests", "--node-name=demo-node"]
+                    .into_iter()
+                    .chain(["--cgroup=/sys/fs/cgroup/socklb-demo-1234", "--pin-path=/sys/fs/bpf/socklb"])
+                    .map(str::to_owned)
+                    .collect(),
+                ready_ms: 212.4,
+                frontends: 10,
+            },
+            before: vec![Unserved::of(web.address, &failed(1, Errno::ENETUNREACH))],
+            calls: vec![
+                Tally::of(web, How::Curl, &three(web)),
+                Tally::of(WEB_NODE[1], How::Tcp, &three(WEB_NODE[1])),
+                Tally::of(ECHO[1], How::Udp, &three(ECHO[1])),
+            ],
+            connect_times: ConnectTime::of(web.address, &three(web)).into_iter().collect(),
+            refused: vec![Refused::of(IDLE[1].address, &[failed(1, Errno::ECONNREFUSED)])],
+            failover: Failover::of("pod-3", web, moments, &steady),
+            calls_after: vec![Tally::of(web, How::Tcp, &two(web))],
+            connected_udp: vec![Tally::of(
+                ECHO[0],
+                How::ConnectedUdp,
+                &[answered(1, "pod-2", Some(ECHO[0].address)), answered(2, "pod-2", Some(ECHO[0].address))],
+            )],
+            checks: Vec::new(),
+            ok: false,
+        };
+        report.judge();
+        report
+    }
+
+    /// All text of a report.
+    fn text(report: &Report) -> String {
+        let mut text = scene(&report.setup.cgroup);
+        report.before.iter().for_each(|before| text.push_str(&before.text()));
+        text.push_str(&report.setup.text());
+        text.push_str(&Tally::head());
+        report.calls.iter().for_each(|tally| text.push_str(&tally.row()));
+        report.connect_times.iter().for_each(|time| text.push_str(&time.text()));
+        report.refused.iter().for_each(|refused| text.push_str(&refused.text()));
+        text.push_str(&report.failover.text());
+        report.calls_after.iter().for_each(|tally| text.push_str(&tally.row()));
+        report.connected_udp.iter().for_each(|tally| text.push_str(&tally.row()));
+        text.push_str(&report.verdict());
+        text
+    }
+
+    #[test]
+    fn a_good_run_reads_well() {
+        let text = text(&report());
+        assert!(text.lines().all(|line| line.chars().count() <= 100));
+        expect![[r"
+            socklb-demo: a node, three pods and clients, in namespaces of their own on this machine, with no
+            route to anywhere else.
+
+            SET UP
+              node      10.10.0.1     fd00:10:10::1
+              pod-1     10.244.1.10   fd00:10:244:1::10      HTTP on TCP 8080, echo on UDP 5353
+              pod-2     10.244.2.10   fd00:10:244:2::10      HTTP on TCP 8080, echo on UDP 5353
+              pod-3     10.244.3.10   fd00:10:244:3::10      HTTP on TCP 8080, echo on UDP 5353
+              cgroup    /sys/fs/cgroup/socklb-demo-1234
+              without socklb, connect() to 10.96.0.80:80 gives: Network is unreachable
+              $ socklb run --source=file:/mnt/manifests --node-name=demo-node \
+                  --cgroup=/sys/fs/cgroup/socklb-demo-1234 --pin-path=/sys/fs/bpf/socklb
+              10 frontends in the kernel's maps 212 ms after it was started (pid 1240)
+              SERVICE   ADDRESS                     CLIENT     CALLS  pod-1  pod-2  pod-3  FAILED  PEER SEEN
+              web       TCP 10.96.0.80:80           curl           6      2      2      2       0  -
+              web-node  TCP [fd00:10:10::1]:30080   connect()      6      2      2      2       0  service
+              echo      UDP [fd00:10:96::53]:53     sendto()       6      2      2      2       0  service
+              connect() took 40 us to 10.96.0.80:80, 40 us to a pod's own address (quickest of 3)
+              idle has no endpoints: connect() to [fd00:10:96::90]:80 gives: Connection refused, after 0.03 ms
+                                                          CALLS  pod-1  pod-2  pod-3  FAILED
+              before                                          2      1      0      1       0
+              pod-3 is dead, but its endpoints say ready      4      0      1      0       3
+                                                                       2 failed: Connection refused
+                                                                       1 failed: Connection reset by peer
+              the kernel's maps have changed                  2      1      1      0       0
+              50 ms after the death the manifest says ready: false (written beside it, then renamed).
+              13.3 ms later the kernel's maps have it.
+              The last call that chose pod-3 began 12.1 ms after the rewrite.
+              web       TCP 10.96.0.80:80           connect()      6      3      3      0       0  service
+              echo      UDP 10.96.0.53:53           connect()      2      0      2      0       0  service
+            All 20 checks hold.
+        "]]
+        .assert_eq(&text);
+    }
+
+    #[test]
+    fn whoever_looks_around_finds_commands_to_copy() {
+        expect![[r"
+            LOOK AROUND, while one call of each kind is made every second; Ctrl-C ends the demo
+              A shell inside, whose calls are served as the clients' are:
+                nsenter --target 1240 --mount --net \
+                  sh -c 'echo 0 >/sys/fs/cgroup/socklb-demo-1234/cgroup.procs; exec sh'
+              There, for example:
+                curl http://10.96.0.80/
+                bpftool map dump pinned /sys/fs/bpf/socklb/services4
+                /proc/1240/exe services --pin-path /sys/fs/bpf/socklb --state-dir /mnt/state
+                sed -i s/10.244.2.10/10.244.1.10/ /mnt/manifests/endpointslices.yaml
+                  (from then on pod-1 alone answers IPv4 calls)
+        "]]
+        .assert_eq(&look_around(&report().setup));
+    }
+
+    #[test]
+    fn a_round_is_a_line() {
+        let calls = [
+            (WEB[0], answered(1, "pod-1", None)),
+            (WEB[1], failed(2, Errno::ECONNREFUSED)),
+            (ECHO[0], answered(3, "pod-2", None)),
+            (ECHO[1], answered(4, "pod-1", None)),
+        ];
+        expect!["      7  web v4:pod-1 v6:connection refused  echo v4:pod-2 v6:pod-1"]
+            .assert_eq(&Round(7, &calls).to_string());
+    }
+
+    #[test]
+    fn json_holds_every_count() {
+        let json = serde_json::to_string_pretty(&report().failover).unwrap();
+        expect![[r#"
+            {
+              "pod": "pod-3",
+              "address": "10.96.0.80:80",
+              "switch_ms": 13.3,
+              "last_call_ms": 12.1,
+              "dead_ms": 50.0,
+              "before": {
+                "service": "web",
+                "protocol": "TCP",
+                "address": "10.96.0.80:80",
+                "client": "connect()",
+                "calls": 2,
+                "answers": {
+                  "pod-1": 1,
+                  "pod-3": 1
+                },
+                "failures": {},
+                "peers": [
+                  "10.96.0.80:80"
+                ]
+              },
+              "between": {
+                "service": "web",
+                "protocol": "TCP",
+                "address": "10.96.0.80:80",
+                "client": "connect()",
+                "calls": 4,
+                "answers": {
+                  "pod-2": 1
+                },
+                "failures": {
+                  "Connection refused": 2,
+                  "Connection reset by peer": 1
+                },
+                "peers": [
+                  "10.96.0.80:80"
+                ]
+              },
+              "after": {
+                "service": "web",
+                "protocol": "TCP",
+                "address": "10.96.0.80:80",
+                "client": "connect()",
+                "calls": 2,
+                "answers": {
+                  "pod-1": 1,
+                  "pod-2": 1
+                },
+                "failures": {},
+                "peers": [
+                  "10.96.0.80:80"
+                ]
+              }
+            }"#]]
+        .assert_eq(&json);
+    }
+
+    /// Spoils a good report and returns the claims that do not hold any longer.
+    fn broken(spoil: impl FnOnce(&mut Report)) -> Vec<String> {
+        let mut report = report();
+        assert!(report.ok, "{}", report.verdict());
+        spoil(&mut report);
+        report.judge();
+        assert!(!report.ok);
+        report.checks.into_iter().filter(|check| !check.holds).map(|check| check.claim).collect()
+    }
+
+    #[test]
+    fn every_claim_can_fail() {
+        let [web, _] = WEB;
+        let peer = Some(web.address);
+        let mut claims = Vec::new();
+        claims.extend(broken(|report| {
+            report.before = vec![Unserved::of(web.address, &answered(1, "pod-1", peer))];
+        }));
+        claims.extend(broken(|report| {
+            report.calls = vec![Tally::of(web, How::Tcp, &[failed(1, Errno::ETIMEDOUT)])];
+        }));
+        claims.extend(broken(|report| {
+            let others = Some(ECHO[0].address);
+            report.calls =
+                vec![Tally::of(web, How::Tcp, PODS.map(|pod| answered(1, pod.name, others)).iter())];
+        }));
+        claims.extend(broken(|report| report.refused = vec![Refused::of(IDLE[0].address, &three(web))]));
+        let moments = Moments { killed: 10, rewritten: 20, switched: 30 };
+        claims.extend(broken(|report| {
+            let calls =
+                [failed(1, Errno::ECONNRESET), failed(40, Errno::ECONNREFUSED), answered(41, "pod-3", peer)];
+            report.failover = Failover::of("pod-3", web, moments, &calls);
+        }));
+        claims.extend(broken(|report| report.calls_after = vec![Tally::of(web, How::Curl, &three(web))]));
+        claims.extend(broken(|report| {
+            let calls =
+                [answered(1, "pod-1", None), answered(2, "pod-2", None), failed(3, Errno::ECONNREFUSED)];
+            report.connected_udp = vec![Tally::of(ECHO[0], How::ConnectedUdp, &calls)];
+        }));
+        expect![[r"
+            before socklb, 10.96.0.80:80 is unreachable
+            web TCP 10.96.0.80:80 by connect(): every call was answered
+            web TCP 10.96.0.80:80 by connect(): pod-1, pod-2 and pod-3 answered, nobody else
+            web TCP 10.96.0.80:80 by connect(): the peer is the service address
+            web TCP 10.96.0.80:80 by connect(): the peer is the service address
+            10.96.0.90:80, which has no endpoints, is refused at once
+            10.96.0.80:80: pod-3 answered before it died
+            10.96.0.80:80: no call failed after the kernel's maps had changed
+            10.96.0.80:80: after the kernel's maps had changed, pod-1 and pod-2 answered, nobody else
+            web TCP 10.96.0.80:80 by curl: pod-1 and pod-2 answered, nobody else
+            echo UDP 10.96.0.53:53 by connect(): every datagram was answered
+            echo UDP 10.96.0.53:53 by connect(): one of pod-1 and pod-2 answered them all
+            echo UDP 10.96.0.53:53 by connect(): the peer is the service address"]]
+        .assert_eq(&claims.join("\n"));
+    }
+
+    #[test]
+    fn a_slow_refusal_is_not_at_once() {
+        let call = Call { took: 1_000_000, ..failed(1, Errno::ECONNREFUSED) };
+        assert!(!Refused::of(IDLE[0].address, &[call]).check().holds);
+    }
+}

@@ -1,0 +1,1019 @@
+//! Loading, attaching, and carrying out plans.
+
+mod audit;
+
+use std::{
+    collections::BTreeMap,
+    fs::File,
+    io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    os::fd::AsFd,
+    path::{Path, PathBuf},
+};
+
+use aya::{
+    Ebpf, EbpfLoader,
+    maps::{Array, HashMap, Map, MapData, MapError},
+    programs::{Program, ProgramError},
+    sys::SyscallError,
+};
+use lb_common::{
+    address::{Address, Octets6, mapped_ipv4},
+    hooks::{self, HookSpec},
+    layout::{
+        self, AddressKey, ClusterIp, Endpoint4, Endpoint6, EndpointStats, Frontend, FrontendKey4,
+        FrontendKey6, FrontendRef, MapValue, Meta, Network4, Network6, NodeAddr, Run, ServiceCidrs,
+        ServiceStats,
+    },
+    limits,
+    maps::{self, MAPS, Size, Sizing},
+};
+use lb_core::{
+    desired::FrontendAddress,
+    model::{Cidr, Protocol},
+    plan::{self, Capacity, Op, Plan, Unsettled, audit::Suspects},
+    tables::{AddressTable, Entry, Image, wire_protocol},
+};
+use tracing::{info, warn};
+
+pub use self::audit::{Findings, Repaired};
+
+use self::audit::Stray;
+use super::{
+    Features, KernelError,
+    attach::{Hook, Hooks},
+    cgroup,
+    counters::{self, Counters},
+    fault,
+    grace::{Asked, Grace},
+    host,
+    layouts::{self, Directory, Held},
+    lock::{Change, Lock},
+    mapped::Mapped,
+    object, pins,
+    pod::Plain,
+    syscall,
+    takeover::{self, Takeover, TooSmall},
+};
+
+/// How to load and where to attach.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Directory on a BPF file system for maps and links.
+    pub pin_path: PathBuf,
+    /// The cgroup whose processes are served.
+    pub cgroup: PathBuf,
+    /// Sizes of the maps.
+    pub capacity: Capacity,
+    /// First and last node port.
+    pub node_ports: (u16, u16),
+    /// Whether node ports answer on loopback.
+    pub localhost_nodeports: bool,
+    /// Cookie of the node's network namespace; `None` means the initial one.
+    pub node_netns: Option<u64>,
+    /// What the kernel can do.
+    pub features: Features,
+    /// Whether cgroups may be excluded ([`super::exclusion`]). Without, the programs have no instruction for it.
+    pub excludes: bool,
+    /// Whether the programs write diagnostic lines for [`Kernel::take_log`].
+    pub log: bool,
+}
+
+/// The maps, open for reading and writing.
+pub struct Maps {
+    services4: HashMap<MapData, Plain<FrontendKey4>, Plain<FrontendRef>>,
+    services6: HashMap<MapData, Plain<FrontendKey6>, Plain<FrontendRef>>,
+    node_addrs: HashMap<MapData, Plain<AddressKey>, Plain<NodeAddr>>,
+    cluster_ips: HashMap<MapData, Plain<AddressKey>, Plain<ClusterIp>>,
+    service_cidrs: Mapped<ServiceCidrs>,
+    service_stats: Counters<ServiceStats>,
+    endpoint_stats: Counters<EndpointStats>,
+    frontends: Mapped<Frontend>,
+    endpoints4: Mapped<Endpoint4>,
+    endpoints6: Mapped<Endpoint6>,
+    capacity: Capacity,
+    pinned_meta: Array<MapData, Plain<Meta>>,
+    meta: Meta,
+}
+
+/// What carrying out a plan came to.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Done {
+    /// Operations.
+    pub n_ops: usize,
+    /// Keys for which a map had no room: it is full of entries that are not the agent's. An audit removes those, and
+    /// [`Kernel::repair`] inserts these.
+    pub no_room: Suspects,
+}
+
+/// The maps and programs of this node.
+pub struct Kernel {
+    maps: Maps,
+    grace: Grace,
+    unsettled: Unsettled,
+    /// What was asked of `grace`.
+    asked: Asked,
+    /// The number of the last plan, and of the last one since which a grace period has passed.
+    carried_out: u64,
+    settled: u64,
+    features: Features,
+    log: bool,
+    object: Ebpf,
+    pin_path: PathBuf,
+    /// The maps that the programs use.
+    held: Vec<Held>,
+    hooks: Hooks,
+    /// Whether other programs and maps than these serve.
+    is_staged: bool,
+    too_small: Vec<TooSmall>,
+}
+
+/// How the pins of an agent are.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Pins {
+    /// As they should be.
+    InPlace,
+    /// These are not: a pin was removed or replaced, or a link was detached or given another program.
+    Lost(Vec<&'static str>),
+    /// Nothing of them is left where they were.
+    Gone,
+}
+
+impl Kernel {
+    /// Loads the programs, takes over the pinned maps or makes them, and attaches the programs or replaces the
+    /// attached ones.
+    ///
+    /// A map of another layout or in another size is made anew, and the others go on. If it is a part of the image, all maps of
+    /// the image are made anew and filled with what the old ones hold, if their layout is the same; the old ones are left to
+    /// serve, with their programs, until [`Self::apply`] switches with its first plan. See [`Self::is_staged`]. Sizes that do not
+    /// hold what is served are not taken: see [`Self::too_small`].
+    ///
+    /// `on_grace` is called, on another thread, each time a grace period has passed: see [`Self::settled`].
+    ///
+    /// # Errors
+    ///
+    /// See [`KernelError`]; what was attached and pinned before is so still, and nothing else.
+    ///
+    /// # Kernel
+    ///
+    /// 5.10
+    pub fn open(options: &Options, on_grace: impl Fn() + Send + 'static) -> Result<Self, KernelError> {
+        let object = object::bytes()?;
+        let cgroup = cgroup::open(&options.cgroup)?;
+        let pin_path = &options.pin_path;
+        pins::prepare(pin_path)?;
+        pins::recover(pin_path)?;
+        let kernel = Self::begin(options, object, cgroup, on_grace);
+        if kernel.is_err() {
+            // The maps that were made for programs which do not run.
+            let _next_start_does = pins::forget(pin_path);
+        }
+        kernel
+    }
+
+    fn begin(
+        options: &Options,
+        object: &[u8],
+        cgroup: File,
+        on_grace: impl Fn() + Send + 'static,
+    ) -> Result<Self, KernelError> {
+        let pin_path = &options.pin_path;
+        let former = Directory::open(pin_path)?;
+        let mut takeover = Takeover::of(&former.survey(&sizing(options.capacity)?)?);
+        let (mut capacity, mut too_small) = (options.capacity, Vec::new());
+        match takeover.image {
+            takeover::Image::Stays => {}
+            // Maps that cannot be opened are told of below, when they are to be moved.
+            takeover::Image::Moves => {
+                if let Ok(found) = Maps::open_each(|_| &former) {
+                    (capacity, too_small) =
+                        takeover::sizes(options.capacity, found.capacity, &found.image()?);
+                }
+            }
+            takeover::Image::Anew => {
+                (capacity, too_small) = takeover::sizes_unread(options.capacity, former.sizes()?);
+            }
+        }
+        if capacity != options.capacity {
+            takeover = Takeover::of(&former.survey(&sizing(capacity)?)?);
+        }
+        let options = &Options { capacity, ..options.clone() };
+        let maps_path = if takeover.made.is_empty() {
+            pin_path.clone()
+        } else {
+            let next = pins::stage(pin_path)?;
+            pins::share(pin_path, &next, &takeover.kept)?;
+            if takeover.waits() {
+                info!(
+                    image = ?takeover.image,
+                    maps = takeover.made.join(" "),
+                    "maps have another layout or other sizes: new ones are filled beside them"
+                );
+            } else if !takeover.kept.is_empty() {
+                info!(maps = takeover.made.join(" "), "these maps are made anew, the others go on");
+            }
+            next
+        };
+        raise_memlock();
+        let mut object = load(object, options, Some(&maps_path))?;
+        let mut directory = Directory::open(&maps_path)?;
+        let held = directory.record()?;
+        let mut maps = Maps::take(&mut object, options)?;
+        maps.fill_from(&former, &directory, &takeover)?;
+        let mut programs = Vec::new();
+        for hook in pins::hooks(options.features) {
+            // Also when they are attached later: what the verifier refuses is to be known now.
+            programs.push(load_program(&mut object, hook, &program_of(hook, options.features, options.log))?);
+        }
+        let hooks = Hooks::new(pin_path, cgroup, &options.cgroup, programs)?;
+        let not_made = |io_error| MapError::SyscallError(SyscallError { call: "bpf_map_create", io_error });
+        let periods =
+            syscall::MapOfMaps::new().map_err(|source| KernelError::map("socklb_grace", not_made(source)))?;
+        let grace = Grace::start(move || periods.wait_for_grace_period(), on_grace);
+        let grace = grace.map_err(KernelError::Thread)?;
+        let mut kernel = Self {
+            maps,
+            grace,
+            unsettled: Unsettled::Anything,
+            asked: Asked::default(),
+            carried_out: 0,
+            settled: 0,
+            features: options.features,
+            log: options.log,
+            object,
+            pin_path: pin_path.clone(),
+            held,
+            hooks,
+            is_staged: takeover.waits(),
+            too_small,
+        };
+        kernel.ask_grace();
+        if !kernel.is_staged {
+            kernel.switch()?;
+        }
+        Ok(kernel)
+    }
+
+    /// Whether other programs and maps serve still: the pinned ones, whose image this agent cannot go on with. What is
+    /// written serves nobody before the first plan is carried out.
+    #[must_use]
+    pub const fn is_staged(&self) -> bool {
+        self.is_staged
+    }
+
+    /// The sizes that were asked for and are not used, since what was served when this agent started would not fit.
+    #[must_use]
+    pub fn too_small(&self) -> &[TooSmall] {
+        &self.too_small
+    }
+
+    /// Where the maps are pinned now. After a first plan that ends [`Self::is_staged`] they are elsewhere.
+    #[must_use]
+    pub fn maps_path(&self) -> PathBuf {
+        if self.is_staged { self.pin_path.join(pins::NEXT) } else { self.pin_path.clone() }
+    }
+
+    /// Has the programs of every hook run on these maps, which take the place of the pinned ones.
+    ///
+    /// Each step can be repeated, by this agent or the next one.
+    fn switch(&mut self) -> Result<(), KernelError> {
+        // What is refused is refused before anything has changed.
+        let made = self.hooks.make_missing()?;
+        self.maps.write_meta()?;
+        pins::commit(&self.pin_path)?;
+        self.hooks.install(made)?;
+        pins::promote(&self.pin_path)?;
+        let _removed = pins::remove_former(&self.pin_path, maps::FORMER, hooks::FORMER)?;
+        if std::mem::take(&mut self.is_staged) {
+            info!("switched to the new maps");
+        }
+        let forgotten = Directory::open(&self.pin_path).and_then(|mut directory| directory.forget_unpinned());
+        if let Err(error) = forgotten {
+            warn!(%error, "the layouts of maps that are gone are still written down; the next start tries again");
+        }
+        Ok(())
+    }
+
+    /// Looks at the pins, which others may have removed or replaced, and at what the links run. `lock` is that of their directory.
+    #[must_use]
+    pub fn pins(&self, lock: &Lock) -> Pins {
+        let is_there = |name: &str| std::fs::symlink_metadata(self.pin_path.join(name)).is_ok();
+        if !lock.is_in_place() || !pins::names(self.features).any(is_there) {
+            return Pins::Gone;
+        }
+        if self.is_staged {
+            // The pinned ones are another agent's.
+            return Pins::InPlace;
+        }
+        let is_lost = |held: &&Held| layouts::pinned_id(&self.pin_path.join(held.name)) != Some(held.id);
+        let maps = self.held.iter().filter(is_lost).map(|held| held.name);
+        let lost: Vec<&str> = maps.chain(self.hooks.lost()).collect();
+        if lost.is_empty() { Pins::InPlace } else { Pins::Lost(lost) }
+    }
+
+    /// Puts right what [`Self::pins`] tells, from the maps and programs that this agent holds. Returns the names; with an error,
+    /// others may be lost still.
+    ///
+    /// Does nothing once everything is gone: that was a removal, by `socklb cleanup` or by hand.
+    pub fn restore_pins(&mut self, lock: &Lock) -> (Vec<&'static str>, Result<(), KernelError>) {
+        let (mut restored, mut result) = (Vec::new(), Ok(()));
+        // Not in the middle of a removal.
+        let Some(_alone) = Change::try_begin(&self.pin_path) else { return (restored, result) };
+        let Pins::Lost(lost) = self.pins(lock) else { return (restored, result) };
+        for name in lost {
+            fault::point();
+            let done = match self.held.iter().find(|held| held.name == name) {
+                Some(held) => pins::replace(&self.pin_path.join(name), held.fd.as_fd(), name),
+                None => self.hooks.restore(name),
+            };
+            match done {
+                Ok(()) => restored.push(name),
+                Err(error) => result = Err(error),
+            }
+        }
+        (restored, result)
+    }
+
+    /// The instructions that the verifier walked through for the program of each hook.
+    ///
+    /// # Errors
+    ///
+    /// [`KernelError::Program`] if the kernel does not tell.
+    pub fn verified_instructions(&self) -> Result<BTreeMap<&'static str, u32>, KernelError> {
+        let mut counts = BTreeMap::new();
+        for hook in pins::hooks(self.features) {
+            let name = hook.name;
+            let missing = KernelError::Missing { kind: "program", name };
+            let program = self.object.program(&program_of(hook, self.features, self.log)).ok_or(missing)?;
+            let info =
+                program.info().map_err(|source| KernelError::Program { name, source: Box::new(source) })?;
+            counts.insert(name, info.verified_instruction_count().unwrap_or_default());
+        }
+        Ok(counts)
+    }
+
+    /// Carries out a plan. What finds no room in a map is missed by its own callers only: the rest is done.
+    ///
+    /// Waits for a grace period first if the plan may write over what a program still reads (docs/decisions/0001): the
+    /// first plan, since an agent before this one may have freed anything a moment ago, and one that takes hash elements
+    /// when some were freed, since the kernel reuses them at once.
+    ///
+    /// # Errors
+    ///
+    /// A failing operation ends the plan, and other maps that serve still go on doing so: see [`Self::is_staged`]. The
+    /// state in between is safe; read the image and plan again.
+    pub fn apply(&mut self, plan: &Plan) -> Result<Done, KernelError> {
+        if self.unsettled.must_wait(plan) {
+            self.settle();
+        }
+        let (mut done, mut result) = (Done::default(), Ok(()));
+        for op in plan.ops() {
+            fault::point();
+            match self.maps.apply(op) {
+                Ok(()) => done.n_ops += 1,
+                Err(KernelError::MapFull { .. }) if done.no_room.insert_key_of(op) => {}
+                Err(error) => {
+                    result = Err(error);
+                    break;
+                }
+            }
+        }
+        self.carried_out = self.carried_out.max(plan.number());
+        if plan.frees() {
+            self.freed();
+        }
+        result?;
+        // What has no room is no reason to stay with the former maps: it would have none after the next restart either.
+        if self.is_staged {
+            self.switch()?;
+        }
+        Ok(done)
+    }
+
+    /// Something was freed that programs may still read.
+    fn freed(&mut self) {
+        if self.unsettled == Unsettled::Nothing {
+            self.unsettled = Unsettled::Elements;
+        }
+        self.ask_grace();
+    }
+
+    fn ask_grace(&mut self) {
+        self.asked.push(self.grace.ask(), self.carried_out);
+    }
+
+    /// The number of a plan since which a grace period has passed: nobody reads what it and those before it freed. Later
+    /// plans may have freed more, for which a grace period is under way.
+    pub fn settled(&mut self) -> u64 {
+        let passed = self.grace.passed();
+        if let Some(plan) = self.asked.pop(passed) {
+            self.settled = plan;
+        }
+        if self.asked.is_empty() {
+            self.unsettled = Unsettled::Nothing;
+        }
+        self.settled
+    }
+
+    /// Waits until a grace period has passed since the last plan that freed something: then nobody reads it.
+    pub fn settle(&mut self) {
+        self.grace.wait();
+        let _plan = self.settled();
+    }
+
+    /// The maps, for reading.
+    #[must_use]
+    pub fn maps(&self) -> &Maps {
+        &self.maps
+    }
+
+    /// The object's ring buffer of diagnostic lines, once, if it was loaded with [`Options::log`].
+    ///
+    /// # Errors
+    ///
+    /// [`KernelError::Missing`] if the object has none.
+    pub fn take_log(&mut self) -> Result<aya_log::EbpfLogger<&'static dyn log::Log>, KernelError> {
+        aya_log::EbpfLogger::init(&mut self.object)
+            .map_err(|_no_ring| KernelError::Missing { kind: "map", name: "AYA_LOGS" })
+    }
+}
+
+/// Has the verifier judge the programs of every hook, and leaves nothing behind: nothing is attached or pinned, and maps
+/// are as small as they can be.
+///
+/// # Errors
+///
+/// As [`Kernel::open`]: what would keep the agent from loading them.
+pub fn try_programs(features: Features) -> Result<(), KernelError> {
+    raise_memlock();
+    let options = Options {
+        pin_path: PathBuf::new(),
+        cgroup: PathBuf::new(),
+        capacity: Capacity { services: 1, endpoints: 1 },
+        node_ports: limits::NODE_PORTS,
+        localhost_nodeports: true,
+        node_netns: None,
+        features,
+        // The larger programs.
+        excludes: true,
+        log: false,
+    };
+    let mut object = load(object::bytes()?, &options, None)?;
+    for hook in pins::hooks(features) {
+        let _verified = load_program(&mut object, hook, &program_of(hook, features, false))?;
+    }
+    Ok(())
+}
+
+/// Loads the program of a hook.
+fn load_program(object: &mut Ebpf, hook: &'static HookSpec, name: &str) -> Result<Hook, KernelError> {
+    let missing = KernelError::Missing { kind: "program", name: hook.name };
+    let Some(program) = object.program_mut(name) else { return Err(missing) };
+    match program {
+        Program::CgroupSockAddr(program) => program.load(),
+        Program::CgroupSock(program) => program.load(),
+        _ => return Err(missing),
+    }
+    .map_err(|source| match source {
+        // The verifier then refuses one program or another for what it would allow, and shows its whole log.
+        ProgramError::LoadError { io_error, .. }
+            if io_error.kind() == io::ErrorKind::PermissionDenied && !may_load_programs() =>
+        {
+            KernelError::NotPermitted { what: format!("program {}", hook.name) }
+        }
+        source => KernelError::program(hook.name, source, &host::kernel()),
+    })?;
+    let refused = |source| KernelError::Program { name: hook.name, source: Box::new(source) };
+    let fd = program.fd().map_err(refused)?.as_fd().try_clone_to_owned();
+    Ok(Hook {
+        spec: hook,
+        program: fd.map_err(|source| KernelError::Link { name: hook.name, source })?,
+        program_id: program.info().map_err(refused)?.id(),
+    })
+}
+
+/// Whether this process has `CAP_PERFMON`, or `CAP_SYS_ADMIN`, which it is a part of.
+fn may_load_programs() -> bool {
+    const PERFMON_OR_SYS_ADMIN: u64 = 1 << 38 | 1 << 21;
+    host::capabilities() & PERFMON_OR_SYS_ADMIN != 0
+}
+
+/// The name of the program for a hook: with slots, with socket storage alone, or with diagnostics.
+fn program_of(hook: &HookSpec, features: Features, log: bool) -> String {
+    let mode = match (features.has_slots(), log) {
+        _ if !hook.has_modes => "",
+        (true, false) => "",
+        (true, true) => "_l",
+        // There is none with diagnostics for these kernels.
+        (false, _) => "_s",
+    };
+    format!("{}{mode}", hook.name)
+}
+
+/// What the sizes of the maps follow from.
+fn sizing(Capacity { services, endpoints }: Capacity) -> Result<Sizing, KernelError> {
+    Ok(Sizing { services, endpoints, n_cpus: counters::n_cpus()? })
+}
+
+/// Loads the object with all settings, adopting the maps pinned in a directory and pinning the others there.
+fn load(object: &[u8], options: &Options, pin_path: Option<&Path>) -> Result<Ebpf, KernelError> {
+    let Options { capacity, node_ports, .. } = options;
+    let node_netns = options.node_netns.unwrap_or_default();
+    let (set_retval, localhost) =
+        (u8::from(options.features.set_retval), u8::from(options.localhost_nodeports));
+    let excludes = u8::from(options.excludes);
+    let (has_fields, fields) =
+        (options.features.sock_fields.is_some(), options.features.sock_fields.unwrap_or_default());
+    let (has_fields, mptcp) = (u8::from(has_fields), u8::from(options.features.mptcp));
+    let sizing = sizing(*capacity)?;
+    let n_counted = |name| maps::find(name).map_or(0, |map| map.max_entries(&sizing) / sizing.n_cpus);
+    let (services, endpoints) = (n_counted("service_stats"), n_counted("endpoint_stats"));
+    let mut loader = EbpfLoader::new();
+    let _: &mut EbpfLoader<'_> = loader
+        .override_global("HAS_SET_RETVAL", &set_retval, true)
+        .override_global("HAS_SOCK_FIELDS", &has_fields, true)
+        .override_global("HAS_MPTCP", &mptcp, true)
+        .override_global("CONTEXT_SOCK", &fields.context_sock, true)
+        .override_global("SOCK_COOKIE", &fields.cookie, true)
+        .override_global("SOCK_STATE", &fields.state, true)
+        .override_global("SOCK_KERNEL", &fields.kernel, true)
+        .override_global("SOCK_KERNEL_MASK", &fields.kernel_mask, true)
+        .override_global("NODE_PORT_FIRST", &node_ports.0, true)
+        .override_global("NODE_PORT_LAST", &node_ports.1, true)
+        .override_global("LOCALHOST_NODEPORTS", &localhost, true)
+        .override_global("COUNTED_SERVICES", &services, true)
+        .override_global("COUNTED_ENDPOINTS", &endpoints, true)
+        .override_global("NODE_NETNS", &node_netns, true)
+        .override_global("EXCLUDES", &excludes, true);
+    for map in MAPS {
+        if !matches!(map.size, Size::Fixed(_)) {
+            loader.map_max_entries(map.name, map.max_entries(&sizing));
+        }
+        if let Some(pin_path) = pin_path {
+            loader.map_pin_path(map.name, pin_path.join(map.name));
+        }
+    }
+    if !options.log {
+        // The ring buffer of aya-log must exist for the programs that name it; a page is the least.
+        loader.map_max_entries("AYA_LOGS", 4096);
+    }
+    loader.load(object).map_err(|source| KernelError::load(source, &host::kernel()))
+}
+
+/// Lets BPF maps count against a limit that is not there (kernels before 5.11 charge them to the process).
+fn raise_memlock() {
+    use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
+    // Without CAP_SYS_RESOURCE this fails, and from 5.11 on it is not needed: loading tells.
+    let _not_needed_on_new_kernels = setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY);
+}
+
+impl Maps {
+    /// Opens the pinned maps without loading or changing anything.
+    ///
+    /// # Errors
+    ///
+    /// [`KernelError::NothingPinned`], [`KernelError::NotPinned`], [`KernelError::Layout`], [`KernelError::Mixed`], or a failing
+    /// system call.
+    pub fn open(pin_path: &Path) -> Result<Self, KernelError> {
+        let directory = Directory::open(pin_path)?;
+        Self::open_each(|_name| &directory).map_err(|error| match error {
+            KernelError::NotPinned { .. } if !MAPS.iter().any(|map| pin_path.join(map.name).exists()) => {
+                KernelError::NothingPinned { path: pin_path.to_owned() }
+            }
+            error => error,
+        })
+    }
+
+    /// Opens each map in a directory of its own.
+    fn open_each<'a>(place: impl Fn(&'static str) -> &'a Directory) -> Result<Self, KernelError> {
+        let (pinned_meta, _): (Array<MapData, Plain<Meta>>, _) = place("meta").typed("meta")?;
+        let Plain(meta) = pinned_meta.get(&0, 0).map_err(|source| KernelError::map("meta", source))?;
+        let (services4, shape4) = place("services4").typed("services4")?;
+        let (services6, shape6) = place("services6").typed("services6")?;
+        let (frontends, frontends_shape) = place("frontends").map("frontends")?;
+        let (endpoints4, endpoints4_shape) = place("endpoints4").map("endpoints4")?;
+        let (endpoints6, endpoints6_shape) = place("endpoints6").map("endpoints6")?;
+        let capacity = Capacity { services: shape4.max_entries, endpoints: endpoints4_shape.max_entries };
+        let of_one_image = shape6.max_entries == capacity.services
+            && frontends_shape.max_entries == capacity.services.saturating_mul(2)
+            && endpoints6_shape.max_entries == capacity.endpoints;
+        if !of_one_image {
+            return Err(KernelError::Mixed { path: place("services4").path().to_owned() });
+        }
+        Ok(Self {
+            services4,
+            services6,
+            node_addrs: place("node_addrs").typed("node_addrs")?.0,
+            cluster_ips: place("cluster_ips").typed("cluster_ips")?.0,
+            service_cidrs: map_memory("service_cidrs", &place("service_cidrs").map("service_cidrs")?.0)?,
+            service_stats: map_counters("service_stats", &place("service_stats").map("service_stats")?.0)?,
+            endpoint_stats: map_counters(
+                "endpoint_stats",
+                &place("endpoint_stats").map("endpoint_stats")?.0,
+            )?,
+            frontends: map_memory("frontends", &frontends)?,
+            endpoints4: map_memory("endpoints4", &endpoints4)?,
+            endpoints6: map_memory("endpoints6", &endpoints6)?,
+            capacity,
+            pinned_meta,
+            meta,
+        })
+    }
+
+    /// Takes the maps out of a loaded object.
+    fn take(object: &mut Ebpf, options: &Options) -> Result<Self, KernelError> {
+        let capacity = options.capacity;
+        let meta = Meta {
+            layout_version: maps::find("meta").map_or(0, fault::layout),
+            max_services: capacity.services,
+            max_endpoints: capacity.endpoints,
+            localhost_nodeports: options.localhost_nodeports.into(),
+            node_netns: options.node_netns.unwrap_or_default(),
+            node_port_first: options.node_ports.0,
+            node_port_last: options.node_ports.1,
+            reserved: 0,
+        };
+        Ok(Self {
+            services4: take_map(object, "services4")?,
+            services6: take_map(object, "services6")?,
+            node_addrs: take_map(object, "node_addrs")?,
+            cluster_ips: take_map(object, "cluster_ips")?,
+            service_cidrs: map_memory("service_cidrs", map_data(object, "service_cidrs")?)?,
+            service_stats: map_counters("service_stats", map_data(object, "service_stats")?)?,
+            endpoint_stats: map_counters("endpoint_stats", map_data(object, "endpoint_stats")?)?,
+            frontends: map_memory("frontends", map_data(object, "frontends")?)?,
+            endpoints4: map_memory("endpoints4", map_data(object, "endpoints4")?)?,
+            endpoints6: map_memory("endpoints6", map_data(object, "endpoints6")?)?,
+            capacity,
+            pinned_meta: take_map(object, "meta")?,
+            meta,
+        })
+    }
+
+    /// Says how the programs that run from now on were loaded.
+    fn write_meta(&mut self) -> Result<(), KernelError> {
+        self.pinned_meta.set(0, Plain(self.meta), 0).map_err(|source| KernelError::map("meta", source))
+    }
+
+    /// Fills maps that were made in the place of others of the same layout with what those hold, as far as it fits: frontends,
+    /// endpoints and nodes under their ids, and counters.
+    fn fill_from(
+        &mut self,
+        former: &Directory,
+        made: &Directory,
+        takeover: &Takeover,
+    ) -> Result<(), KernelError> {
+        if takeover.image == takeover::Image::Moves {
+            // A map that no version before had is empty in the new place.
+            let place = |name| if takeover.known.contains(&name) { former } else { made };
+            let image = plan::transfer(&Self::open_each(place)?.image()?, self.capacity);
+            for op in plan::diff(&Image::default(), &image).ops() {
+                fault::point();
+                self.apply(op)?;
+            }
+        }
+        if takeover.refills("service_stats") {
+            let former = map_counters("service_stats", &former.map("service_stats")?.0)?;
+            for frontend in self.image()?.frontends.values() {
+                self.service_stats.go_on_from(&former, frontend.service_id);
+            }
+        }
+        if takeover.refills("endpoint_stats") {
+            let former = map_counters("endpoint_stats", &former.map("endpoint_stats")?.0)?;
+            let image = self.image()?;
+            let runs = [false, true].into_iter().flat_map(|ipv6| image.runs(ipv6).values());
+            for entry in runs.flat_map(|run| run.iter()) {
+                self.endpoint_stats.go_on_from(&former, entry.endpoint_id);
+            }
+        }
+        Ok(())
+    }
+
+    /// The sizes that the maps were made with.
+    #[must_use]
+    pub fn capacity(&self) -> Capacity {
+        self.capacity
+    }
+
+    /// The settings that the programs were loaded with.
+    #[must_use]
+    pub fn meta(&self) -> &Meta {
+        &self.meta
+    }
+
+    /// Carries out one operation.
+    fn apply(&mut self, op: &Op) -> Result<(), KernelError> {
+        match op {
+            Op::WriteRun { ipv6, offset, entries } => self.write_run(*ipv6, *offset, entries),
+            Op::WriteFrontend { id, frontend } => {
+                in_range("frontends", *id, self.frontends.write(*id, *frontend))
+            }
+            Op::SetFrontend { id, frontend } => {
+                // Words 0 and 1 are the run, which has its own operation.
+                let words = [
+                    (2, frontend.service_id),
+                    (3, frontend.affinity_seconds),
+                    (4, frontend.flags),
+                    (5, frontend.reserved),
+                ];
+                let done = words.iter().all(|&(word, value)| self.frontends.store_u32(*id, word, value));
+                in_range("frontends", *id, done)
+            }
+            Op::SwitchRun { id, run } => {
+                in_range("frontends", *id, self.frontends.store_u64(*id, 0, run.to_word()))
+            }
+            Op::ResetService(id) => {
+                self.service_stats.reset(*id);
+                Ok(())
+            }
+            Op::ResetEndpoints(ids) => {
+                ids.iter().for_each(|id| self.endpoint_stats.reset(*id));
+                Ok(())
+            }
+            Op::InsertAddress { table, address, flag } => {
+                let (key, flag) = (Plain(address_key(*address)), u32::from(*flag));
+                let inserted = match table {
+                    AddressTable::Nodes => self.node_addrs.insert(key, Plain(NodeAddr { own: flag }), 0),
+                    AddressTable::ClusterIps => {
+                        self.cluster_ips.insert(key, Plain(ClusterIp { served: flag }), 0)
+                    }
+                };
+                inserted.map_err(|source| KernelError::map(table.map(), source))
+            }
+            Op::DeleteAddress(table, address) => {
+                let key = Plain(address_key(*address));
+                let removed = match table {
+                    AddressTable::Nodes => self.node_addrs.remove(&key),
+                    AddressTable::ClusterIps => self.cluster_ips.remove(&key),
+                };
+                gone_is_fine(table.map(), removed)
+            }
+            Op::SetServiceCidrs(networks) => self.write_service_cidrs(networks),
+            Op::InsertService { address, frontend_id } => {
+                let value = Plain(FrontendRef { frontend_id: *frontend_id });
+                match key(address) {
+                    Some(Key::V4(key)) => self
+                        .services4
+                        .insert(Plain(key), value, 0)
+                        .map_err(|source| KernelError::map("services4", source)),
+                    Some(Key::V6(key)) => self
+                        .services6
+                        .insert(Plain(key), value, 0)
+                        .map_err(|source| KernelError::map("services6", source)),
+                    None => Ok(()),
+                }
+            }
+            Op::DeleteService(address) => match key(address) {
+                Some(Key::V4(key)) => gone_is_fine("services4", self.services4.remove(&Plain(key))),
+                Some(Key::V6(key)) => gone_is_fine("services6", self.services6.remove(&Plain(key))),
+                None => Ok(()),
+            },
+            // What nothing refers to stays as it is until it is written anew.
+            Op::DropRun { .. } | Op::DropFrontend(_) => Ok(()),
+        }
+    }
+
+    /// Writes the networks while none is in force, then puts them into force.
+    fn write_service_cidrs(&mut self, networks: &[Cidr]) -> Result<(), KernelError> {
+        let cidrs = service_cidrs(networks);
+        let hidden = ServiceCidrs { n_v4: 0, n_v6: 0, ..cidrs };
+        let done = (networks.is_empty() || self.service_cidrs.write(0, hidden))
+            && self.service_cidrs.store_u32(0, 0, cidrs.n_v4)
+            && self.service_cidrs.store_u32(0, 1, cidrs.n_v6);
+        in_range("service_cidrs", 0, done)
+    }
+
+    fn write_run(&mut self, ipv6: bool, offset: u32, entries: &[Entry]) -> Result<(), KernelError> {
+        for (index, entry) in (offset..).zip(entries) {
+            let (port, endpoint_id) = (entry.address.port(), entry.endpoint_id);
+            let done = match entry.address.ip() {
+                IpAddr::V4(ip) if !ipv6 => self
+                    .endpoints4
+                    .write(index, Endpoint4 { address: ip.octets(), port, reserved: 0, endpoint_id }),
+                IpAddr::V6(ip) if ipv6 => self
+                    .endpoints6
+                    .write(index, Endpoint6 { address: ip.octets(), port, reserved: 0, endpoint_id }),
+                _ => false,
+            };
+            in_range(if ipv6 { "endpoints6" } else { "endpoints4" }, index, done)?;
+        }
+        Ok(())
+    }
+
+    /// Reads what the tables hold: every frontend that a call can find, and the runs they refer to.
+    ///
+    /// Not a snapshot: with an agent at work, entries read early may be older than entries read late.
+    ///
+    /// # Errors
+    ///
+    /// A failing system call.
+    pub fn image(&self) -> Result<Image, KernelError> {
+        self.read().map(|(image, _strays)| image)
+    }
+
+    /// As [`Self::image`], and the keys that stand for no frontend.
+    fn read(&self) -> Result<(Image, Vec<Stray>), KernelError> {
+        let (mut image, mut strays) = (Image::default(), Vec::new());
+        for item in &self.services4 {
+            let (Plain(key), Plain(value)) = item.map_err(|source| KernelError::map("services4", source))?;
+            match address(Ipv4Addr::from(key.address).into(), key.port, key.protocol, key.reserved) {
+                Some(address) => self.read_frontend(&mut image, address, value),
+                None => strays.push(Stray::V4(key)),
+            }
+        }
+        for item in &self.services6 {
+            let (Plain(key), Plain(value)) = item.map_err(|source| KernelError::map("services6", source))?;
+            match address(Ipv6Addr::from(key.address).into(), key.port, key.protocol, key.reserved) {
+                Some(address) => self.read_frontend(&mut image, address, value),
+                None => strays.push(Stray::V6(key)),
+            }
+        }
+        for item in &self.node_addrs {
+            let (Plain(key), Plain(value)) = item.map_err(|source| KernelError::map("node_addrs", source))?;
+            image.node_addrs.insert(ip_of(&key.address), value.own != 0);
+        }
+        for item in &self.cluster_ips {
+            let (Plain(key), Plain(value)) =
+                item.map_err(|source| KernelError::map("cluster_ips", source))?;
+            image.cluster_ips.insert(ip_of(&key.address), value.served != 0);
+        }
+        image.service_cidrs = self.read_service_cidrs();
+        Ok((image, strays))
+    }
+
+    fn read_service_cidrs(&self) -> Vec<Cidr> {
+        self.service_cidrs.read(0).as_ref().map(networks).unwrap_or_default()
+    }
+
+    fn read_frontend(&self, image: &mut Image, address: FrontendAddress, value: FrontendRef) {
+        image.services.insert(address, value.frontend_id);
+        let Some(frontend) = self.frontends.read(value.frontend_id) else { return };
+        image.frontends.insert(value.frontend_id, frontend);
+        let ipv6 = address.ip.is_ipv6();
+        if frontend.run.len > 0
+            && !image.runs(ipv6).contains_key(&frontend.run.offset)
+            && let Some(entries) = self.read_run(ipv6, frontend.run)
+        {
+            image.runs_mut(ipv6).insert(frontend.run.offset, entries.into());
+        }
+    }
+
+    fn read_run(&self, ipv6: bool, run: Run) -> Option<Vec<Entry>> {
+        let end = run.offset.checked_add(run.len)?;
+        if end > self.capacity.endpoints {
+            return None;
+        }
+        (run.offset..end).map(|index| self.read_entry(ipv6, index)).collect()
+    }
+
+    /// The calls of a service port since it got its id, over all CPUs; zero for an id beyond the map, which is not
+    /// counted.
+    #[must_use]
+    pub fn service_stats(&self, service_id: u32) -> ServiceStats {
+        self.service_stats.read(service_id).fold(ServiceStats::default(), |sum, cpu| ServiceStats {
+            connects: sum.connects.wrapping_add(cpu.connects),
+            refusals: sum.refusals.wrapping_add(cpu.refusals),
+            datagrams: sum.datagrams.wrapping_add(cpu.datagrams),
+        })
+    }
+
+    /// The calls to an endpoint since it got its id, over all CPUs; zero for an id beyond the map, which is not
+    /// counted.
+    #[must_use]
+    pub fn endpoint_stats(&self, endpoint_id: u32) -> EndpointStats {
+        self.endpoint_stats.read(endpoint_id).fold(EndpointStats::default(), |sum, cpu| EndpointStats {
+            connects: sum.connects.wrapping_add(cpu.connects),
+            datagrams: sum.datagrams.wrapping_add(cpu.datagrams),
+        })
+    }
+}
+
+fn take_map<T: TryFrom<Map, Error = MapError>>(
+    object: &mut Ebpf,
+    name: &'static str,
+) -> Result<T, KernelError> {
+    let map = object.take_map(name).ok_or(KernelError::Missing { kind: "map", name })?;
+    T::try_from(map).map_err(|source| KernelError::map(name, source))
+}
+
+fn map_data<'a>(object: &'a Ebpf, name: &'static str) -> Result<&'a MapData, KernelError> {
+    match object.map(name) {
+        Some(Map::Array(data)) => Ok(data),
+        _ => Err(KernelError::Missing { kind: "map", name }),
+    }
+}
+
+fn map_memory<T: MapValue>(name: &'static str, map: &MapData) -> Result<Mapped<T>, KernelError> {
+    let n = map.info().map_err(|source| KernelError::map(name, source))?.max_entries();
+    Mapped::new(map.fd().as_fd(), n).map_err(|source| KernelError::Mmap { name, source })
+}
+
+fn map_counters<T: MapValue + Default>(
+    name: &'static str,
+    map: &MapData,
+) -> Result<Counters<T>, KernelError> {
+    let n = map.info().map_err(|source| KernelError::map(name, source))?.max_entries();
+    Counters::new(name, map.fd().as_fd(), n)
+}
+
+fn in_range(name: &'static str, index: u32, done: bool) -> Result<(), KernelError> {
+    if done { Ok(()) } else { Err(KernelError::OutOfRange { name, index }) }
+}
+
+/// An entry that somebody else deleted is as gone as it should be.
+fn gone_is_fine(name: &'static str, result: Result<(), MapError>) -> Result<(), KernelError> {
+    match result {
+        Err(MapError::KeyNotFound) => Ok(()),
+        Err(MapError::SyscallError(error)) if error.io_error.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other.map_err(|source| KernelError::map(name, source)),
+    }
+}
+
+/// The frontend that a key stands for; `None` if no call can match it: nobody but a hand with bpftool writes such a
+/// key.
+fn address(ip: IpAddr, port: u16, protocol: u8, reserved: u8) -> Option<FrontendAddress> {
+    let protocol = match layout::Protocol(protocol) {
+        layout::Protocol::TCP => Protocol::Tcp,
+        layout::Protocol::UDP => Protocol::Udp,
+        _ => return None,
+    };
+    (reserved == 0).then_some(FrontendAddress { ip, port, protocol })
+}
+
+enum Key {
+    V4(FrontendKey4),
+    V6(FrontendKey6),
+}
+
+/// The key of a frontend; `None` for protocols that no hook serves.
+fn key(address: &FrontendAddress) -> Option<Key> {
+    let protocol = wire_protocol(address.protocol)?.0;
+    Some(match address.ip {
+        IpAddr::V4(ip) => {
+            Key::V4(FrontendKey4 { address: ip.octets(), port: address.port, protocol, reserved: 0 })
+        }
+        IpAddr::V6(ip) => {
+            Key::V6(FrontendKey6 { address: ip.octets(), port: address.port, protocol, reserved: 0 })
+        }
+    })
+}
+
+fn address_key(address: IpAddr) -> AddressKey {
+    let address = match address {
+        IpAddr::V4(ip) => ip.octets().to_mapped(),
+        IpAddr::V6(ip) => ip.octets(),
+    };
+    AddressKey { address }
+}
+
+/// Networks as the programs read them; `Encoder` has seen to it that they fit.
+fn service_cidrs(networks: &[Cidr]) -> ServiceCidrs {
+    let mut cidrs = ServiceCidrs::default();
+    for network in networks {
+        match (network.address, network.mask()) {
+            (IpAddr::V4(address), IpAddr::V4(mask)) => {
+                if let Some(place) = cidrs.v4.get_mut(cidrs.n_v4 as usize) {
+                    *place = Network4 { address: address.octets(), mask: mask.octets() };
+                    cidrs.n_v4 += 1;
+                }
+            }
+            (IpAddr::V6(address), IpAddr::V6(mask)) => {
+                if let Some(place) = cidrs.v6.get_mut(cidrs.n_v6 as usize) {
+                    *place = Network6 { address: address.octets(), mask: mask.octets() };
+                    cidrs.n_v6 += 1;
+                }
+            }
+            _ => {}
+        }
+    }
+    cidrs
+}
+
+/// The networks that are in force, IPv4 first. What no agent writes is read as 0.0.0.0/0, which no setting allows.
+fn networks(cidrs: &ServiceCidrs) -> Vec<Cidr> {
+    let prefix_len = |mask: &[u8]| {
+        let n_ones: u32 = mask.iter().map(|octet| octet.count_ones()).sum();
+        u8::try_from(n_ones).unwrap_or(u8::MAX)
+    };
+    let v4 = cidrs.v4.iter().take(cidrs.n_v4 as usize).map(|network| Cidr {
+        address: Ipv4Addr::from(network.address).into(),
+        prefix_len: prefix_len(&network.mask),
+    });
+    let v6 = cidrs.v6.iter().take(cidrs.n_v6 as usize).map(|network| Cidr {
+        address: Ipv6Addr::from(network.address).into(),
+        prefix_len: prefix_len(&network.mask),
+    });
+    let found: Vec<Cidr> = v4.chain(v6).collect();
+    let written = service_cidrs(&found);
+    let is_same = (written.n_v4, written.n_v6) == (cidrs.n_v4, cidrs.n_v6)
+        && written.v4.iter().zip(&cidrs.v4).take(written.n_v4 as usize).all(|(a, b)| a == b)
+        && written.v6.iter().zip(&cidrs.v6).take(written.n_v6 as usize).all(|(a, b)| a == b);
+    if is_same { found } else { vec![Cidr { address: Ipv4Addr::UNSPECIFIED.into(), prefix_len: 0 }] }
+}
+
+fn ip_of(octets: &Octets6) -> IpAddr {
+    match mapped_ipv4(octets) {
+        Some(ip) => Ipv4Addr::from(ip).into(),
+        None => Ipv6Addr::from(*octets).into(),
+    }
+}

@@ -1,0 +1,171 @@
+//! Comparing the kernel's tables with what they should hold, and putting them right.
+
+use lb_core::{
+    plan::{
+        Phase,
+        audit::{Faults, Suspects, faults, suspects},
+        diff,
+    },
+    tables::AddressTable,
+};
+
+use super::{
+    Done, Entry, FrontendKey4, FrontendKey6, Image, IpAddr, Ipv4Addr, Ipv6Addr, Kernel, KernelError, Key,
+    Maps, Plain, SocketAddr, address_key, gone_is_fine, key,
+};
+
+/// A key that no agent writes and no call can match, such as one of another protocol. It takes room.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Stray {
+    V4(FrontendKey4),
+    V6(FrontendKey6),
+}
+
+impl Stray {
+    const fn map(self) -> &'static str {
+        match self {
+            Self::V4(_) => "services4",
+            Self::V6(_) => "services6",
+        }
+    }
+}
+
+/// What a comparison found. Not all of it is wrong: see [`Suspects`].
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Findings {
+    suspects: Suspects,
+    strays: Vec<Stray>,
+}
+
+impl Findings {
+    /// Adds keys that are known to be missing.
+    pub fn suspect(&mut self, missing: &Suspects) {
+        self.suspects.extend(missing.clone());
+    }
+
+    /// Whether everything is as it should be.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.suspects.is_empty() && self.strays.is_empty()
+    }
+}
+
+/// What a repair came to.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Repaired {
+    /// How many entries of each map were repaired.
+    pub faults: Faults,
+    /// Keys that are still missing: somebody has filled the map again.
+    pub no_room: Suspects,
+}
+
+impl Maps {
+    /// Compares everything that decides about calls with an image. Takes its time: two system calls for each key.
+    ///
+    /// Meant for a thread of its own, while plans are carried out: what they change may be among the findings.
+    ///
+    /// # Errors
+    ///
+    /// A failing system call.
+    pub fn compare(&self, expected: &Image) -> Result<Findings, KernelError> {
+        let (found, strays) = self.read()?;
+        Ok(Findings { suspects: suspects(expected, &found), strays })
+    }
+
+    /// Reads the keys of suspects, and the entries and runs that `expected` has for them.
+    fn read_again(&self, suspects: &Suspects, expected: &Image) -> Result<Image, KernelError> {
+        let mut found = Image::default();
+        for address in &suspects.services {
+            let id = match key(address) {
+                Some(Key::V4(key)) => entry("services4", self.services4.get(&Plain(key), 0))?,
+                Some(Key::V6(key)) => entry("services6", self.services6.get(&Plain(key), 0))?,
+                None => None,
+            };
+            found.services.extend(id.map(|Plain(value)| (*address, value.frontend_id)));
+        }
+        for &id in expected.frontends.keys() {
+            found.frontends.extend(self.frontends.read(id).map(|frontend| (id, frontend)));
+        }
+        for ipv6 in [false, true] {
+            for (&offset, entries) in expected.runs(ipv6) {
+                let there: Option<Vec<Entry>> =
+                    (offset..).take(entries.len()).map(|index| self.read_entry(ipv6, index)).collect();
+                found.runs_mut(ipv6).extend(there.map(|there| (offset, there.into())));
+            }
+        }
+        for &(table, address) in &suspects.addresses {
+            let key = Plain(address_key(address));
+            let flag = match table {
+                AddressTable::Nodes => {
+                    entry(table.map(), self.node_addrs.get(&key, 0))?.map(|Plain(value)| value.own != 0)
+                }
+                AddressTable::ClusterIps => {
+                    entry(table.map(), self.cluster_ips.get(&key, 0))?.map(|Plain(value)| value.served != 0)
+                }
+            };
+            found.addresses_mut(table).extend(flag.map(|flag| (address, flag)));
+        }
+        if suspects.service_cidrs {
+            found.service_cidrs = self.read_service_cidrs();
+        }
+        Ok(found)
+    }
+
+    /// Reads an entry of an endpoint table; `None` outside of it.
+    pub(super) fn read_entry(&self, ipv6: bool, index: u32) -> Option<Entry> {
+        let (ip, port, endpoint_id): (IpAddr, u16, u32) = if ipv6 {
+            let entry = self.endpoints6.read(index)?;
+            (Ipv6Addr::from(entry.address).into(), entry.port, entry.endpoint_id)
+        } else {
+            let entry = self.endpoints4.read(index)?;
+            (Ipv4Addr::from(entry.address).into(), entry.port, entry.endpoint_id)
+        };
+        Some(Entry { endpoint_id, address: SocketAddr::new(ip, port) })
+    }
+}
+
+impl Kernel {
+    /// Looks at findings again and repairs what differs from `expected`, which is what all plans carried out so far
+    /// have led to.
+    ///
+    /// May wait for a grace period. An endpoint that somebody altered is overwritten where it is: a call in that moment
+    /// may read a part of it as it was, as any call before.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::apply`]: start over from what the tables hold.
+    pub fn repair(&mut self, expected: &Image, findings: &Findings) -> Result<Repaired, KernelError> {
+        let expected = findings.suspects.part_of(expected);
+        let found = self.maps.read_again(&findings.suspects, &expected)?;
+        let plan = diff(&found, &expected);
+        let mut removed_strays = Faults::new();
+        for &stray in &findings.strays {
+            let removed = match stray {
+                Stray::V4(key) => gone_is_fine(stray.map(), self.maps.services4.remove(&Plain(key))),
+                Stray::V6(key) => gone_is_fine(stray.map(), self.maps.services6.remove(&Plain(key))),
+            };
+            removed?;
+            *removed_strays.entry(stray.map()).or_default() += 1;
+        }
+        if !findings.strays.is_empty() {
+            self.freed();
+        }
+        // What is foreign goes first, to make room for what is missing.
+        self.apply(&plan.part(|_, op| op.phase() == Phase::Delete))?;
+        let Done { no_room, .. } = self.apply(&plan.part(|_, op| op.phase() != Phase::Delete))?;
+        let mut faults = faults(plan.part(|_, op| !no_room.has_key_of(op)).ops(), &found);
+        for (map, n) in removed_strays {
+            *faults.entry(map).or_default() += n;
+        }
+        Ok(Repaired { faults, no_room })
+    }
+}
+
+/// The value of a key, or `None` without one.
+fn entry<T>(name: &'static str, result: Result<T, aya::maps::MapError>) -> Result<Option<T>, KernelError> {
+    match result {
+        Ok(value) => Ok(Some(value)),
+        Err(aya::maps::MapError::KeyNotFound) => Ok(None),
+        Err(source) => Err(KernelError::map(name, source)),
+    }
+}
