@@ -5,6 +5,7 @@ mod any_server;
 mod churn;
 mod faults;
 mod follower;
+mod hostile;
 mod kernel;
 mod kubectl;
 mod outage;

@@ -4,6 +4,7 @@
 
 use std::{
     fmt, fs,
+    io::{self, Read as _},
     net::{IpAddr, Ipv4Addr, SocketAddr},
     ops::RangeInclusive,
     path::{Path, PathBuf},
@@ -33,6 +34,8 @@ pub const HEALTHZ: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED
 
 /// Sizes that a map may have, entries.
 const ENTRIES: RangeInclusive<u32> = 1..=1 << 24;
+/// The largest settings file that is read, octets.
+const MAX_LEN: u64 = 256 << 10;
 
 /// A flag, variable or file that cannot be used as given.
 #[derive(Debug, thiserror::Error)]
@@ -56,7 +59,7 @@ impl SettingsFile {
     pub fn read<T: DeserializeOwned>(path: &Path) -> Result<(Self, T), UsageError> {
         let wrong =
             |problem: &dyn fmt::Display| UsageError(format!("--config {}: {problem}", path.display()));
-        let text = fs::read_to_string(path).map_err(|error| wrong(&error))?;
+        let text = read_bounded(path).map_err(|error| wrong(&error))?;
         let values = parse(&text).map_err(|problem| wrong(&problem))?;
         Ok((Self { path: path.to_owned(), text }, values))
     }
@@ -87,6 +90,17 @@ impl SettingsFile {
             self.text.lines().position(is_key).map_or_else(String::new, |n| format!("line {}: ", n + 1));
         format!("--config {}: {line}{key}", self.path.display())
     }
+}
+
+fn read_bounded(path: &Path) -> io::Result<String> {
+    let mut text = String::new();
+    fs::File::open(path)?.take(MAX_LEN + 1).read_to_string(&mut text)?;
+    if text.len() as u64 > MAX_LEN {
+        let problem =
+            format!("is larger than {} KiB: no settings file is; name the right one", MAX_LEN >> 10);
+        return Err(io::Error::other(problem));
+    }
+    Ok(text)
 }
 
 fn parse<T: DeserializeOwned>(text: &str) -> Result<T, String> {
@@ -301,6 +315,16 @@ mod tests {
         assert_eq!(node_port_range("30000-32767"), Ok((30000, 32767)));
         for wrong in ["", "30000", "2-1", "0-5", "1-65536", "a-b"] {
             assert!(node_port_range(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn a_file_without_end_is_not_read_to_its_end() {
+        for path in ["/dev/zero", "/nonexistent"] {
+            let UsageError(problem) = SettingsFile::read::<serde_json::Value>(Path::new(path)).unwrap_err();
+            let is_large = problem.contains("larger than 256 KiB");
+            assert!(problem.starts_with(&format!("--config {path}: ")), "{problem}");
+            assert_eq!(is_large, path == "/dev/zero", "{problem}");
         }
     }
 

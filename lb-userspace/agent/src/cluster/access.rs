@@ -1,7 +1,8 @@
 //! Where the API server is and who asks.
 
 use std::{
-    env,
+    env, fs,
+    os::unix::fs::FileTypeExt as _,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -10,13 +11,21 @@ use kube::{
     Client, Config,
     config::{KubeConfigOptions, Kubeconfig, KubeconfigError},
 };
+use tokio::{runtime::Handle, sync::Semaphore, task::spawn_blocking, time::timeout};
 
 /// Where a pod finds its credentials.
 const TOKEN: &str = "/var/run/secrets/kubernetes.io/serviceaccount/token";
+const CA: &str = "/var/run/secrets/kubernetes.io/serviceaccount/ca.crt";
 /// Set in every pod.
 const SERVICE_HOST: &str = "KUBERNETES_SERVICE_HOST";
 /// How long to wait for a connection.
 const CONNECT: Duration = Duration::from_secs(10);
+/// How long the credentials may take. A kubeconfig may name a program that fetches them.
+const CREDENTIALS: Duration = Duration::from_secs(60);
+/// The largest kubeconfig, certificate, key or token that is read, octets.
+const MAX_FILE: u64 = 4 << 20;
+/// Clients that are made at a time: a program that hangs holds a thread, and every kind of objects asks for a client.
+static MAKING: Semaphore = Semaphore::const_new(1);
 
 /// Why there is no way to an API server. The caller tells the user and ends: these are settings. A server that does
 /// not answer is none of them.
@@ -59,6 +68,22 @@ pub enum Error {
         /// As given.
         given: String,
     },
+    /// A file is larger than any credentials.
+    #[error(
+        "{}: is a device or larger than {} MiB: no kubeconfig, certificate, key or token is; name the right file",
+        path.display(), MAX_FILE >> 20
+    )]
+    TooLarge {
+        /// The file.
+        path: PathBuf,
+    },
+    /// Credentials are fetched for longer than is waited for.
+    #[error(
+        "the credentials for the API server were not there within {} s; does the program that the kubeconfig names for \
+         them (exec) end?",
+        CREDENTIALS.as_secs()
+    )]
+    Late,
     /// The credentials do not make a client: a certificate or key that cannot be read.
     #[error("the credentials for {server} cannot be used; does kubectl work with them?")]
     Client {
@@ -88,10 +113,29 @@ impl Access {
 
     /// Makes a client. Does not contact the server. Returns its URL as well.
     ///
+    /// Files are read and programs waited for on a thread of its own. What such a program writes is read whole.
+    ///
     /// # Errors
     ///
     /// See [`Error`].
     pub(super) async fn client(&self) -> Result<(Client, String), Error> {
+        let access = self.clone();
+        let making = async {
+            // Never closed.
+            let place = MAKING.acquire().await.ok();
+            let runtime = Handle::current();
+            let made = spawn_blocking(move || {
+                let made = runtime.block_on(access.make());
+                drop(place);
+                made
+            });
+            // Without a result the runtime is shutting down.
+            made.await.unwrap_or(Err(Error::Late))
+        };
+        timeout(CREDENTIALS, making).await.unwrap_or(Err(Error::Late))
+    }
+
+    async fn make(&self) -> Result<(Client, String), Error> {
         let mut config = self.config().await?;
         config.connect_timeout = Some(CONNECT);
         // Whether and when to ask again is decided where it is known what for.
@@ -107,13 +151,19 @@ impl Access {
         let mut config = if let Some(path) = &self.kubeconfig {
             let failed =
                 |source: KubeconfigError| Error::Kubeconfig { path: path.clone(), source: source.into() };
+            check(path)?;
             let kubeconfig = Kubeconfig::read_from(path).map_err(failed)?;
+            check_named(&kubeconfig)?;
             Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await.map_err(failed)?
         } else if kubeconfig_is_found() {
-            Config::from_kubeconfig(&KubeConfigOptions::default())
-                .await
-                .map_err(|source| Error::FoundKubeconfig { source: source.into() })?
+            let failed = |source: KubeconfigError| Error::FoundKubeconfig { source: source.into() };
+            kubeconfigs().iter().try_for_each(|path| check(path))?;
+            let kubeconfig = Kubeconfig::read().map_err(failed)?;
+            check_named(&kubeconfig)?;
+            Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await.map_err(failed)?
         } else if is_in_pod() {
+            check(Path::new(TOKEN))?;
+            check(Path::new(CA))?;
             Config::incluster().map_err(|source| Error::InCluster { source: source.into() })?
         } else if let Some(apiserver) = &apiserver {
             Config::new(apiserver.clone())
@@ -179,10 +229,34 @@ fn url(given: &str) -> Result<http::Uri, Error> {
         .ok_or_else(|| Error::Apiserver { given: given.to_owned() })
 }
 
+/// Refuses what cannot be credentials, since kube reads files whole. What cannot be read is its to tell.
+fn check(path: &Path) -> Result<(), Error> {
+    let is_fit = fs::metadata(path).map_or(true, |found| {
+        let kind = found.file_type();
+        found.len() <= MAX_FILE && !kind.is_char_device() && !kind.is_block_device()
+    });
+    if is_fit { Ok(()) } else { Err(Error::TooLarge { path: path.to_owned() }) }
+}
+
+/// The same for the files that a kubeconfig names.
+fn check_named(kubeconfig: &Kubeconfig) -> Result<(), Error> {
+    let clusters = kubeconfig.clusters.iter().filter_map(|named| named.cluster.as_ref());
+    let users = kubeconfig.auth_infos.iter().filter_map(|named| named.auth_info.as_ref());
+    let certificates = clusters.map(|cluster| &cluster.certificate_authority);
+    let credentials = users.flat_map(|user| [&user.client_certificate, &user.client_key, &user.token_file]);
+    certificates.chain(credentials).flatten().try_for_each(|path| check(Path::new(path)))
+}
+
 fn kubeconfig_is_found() -> bool {
+    env::var_os("KUBECONFIG").is_some_and(|paths| !paths.is_empty())
+        || kubeconfigs().iter().any(|path| path.is_file())
+}
+
+/// Where kube looks for kubeconfigs that no flag names.
+fn kubeconfigs() -> Vec<PathBuf> {
     match env::var_os("KUBECONFIG") {
-        Some(paths) if !paths.is_empty() => true,
-        _ => env::home_dir().is_some_and(|home| home.join(".kube/config").is_file()),
+        Some(paths) if !paths.is_empty() => env::split_paths(&paths).collect(),
+        _ => env::home_dir().map(|home| home.join(".kube/config")).into_iter().collect(),
     }
 }
 
@@ -224,5 +298,58 @@ mod tests {
         says("No such file").await;
         std::fs::write(&path, "apiVersion: v1\nkind: Config\ncurrent-context: other\n").unwrap();
         says("context").await;
+    }
+
+    /// A kubeconfig with one user.
+    fn kubeconfig(user: &str) -> String {
+        format!(
+            "apiVersion: v1\nkind: Config\ncurrent-context: a\nclusters: [{{name: a, cluster: {{server: 'http://127.0.0.1:1'}}}}]\n\
+             users: [{{name: a, user: {user}}}]\ncontexts: [{{name: a, context: {{cluster: a, user: a}}}}]\n"
+        )
+    }
+
+    #[tokio::test]
+    async fn files_that_cannot_be_credentials_are_not_read() {
+        let directory = tempfile::tempdir().unwrap();
+        let [path, large] = ["config", "large"].map(|name| directory.path().join(name));
+        fs::File::create(&large).unwrap().set_len(MAX_FILE + 1).unwrap();
+        let refuses = async |given: &Path, named: &str| {
+            let access = Access { kubeconfig: Some(given.to_owned()), apiserver: None };
+            let Err(error) = access.client().await else { panic!("{named} was read") };
+            let message = error.to_string();
+            assert!(matches!(error, Error::TooLarge { .. }) && message.starts_with(named), "{message}");
+        };
+        let name = large.to_str().unwrap();
+        refuses(&large, name).await;
+        refuses(Path::new("/dev/zero"), "/dev/zero").await;
+        for field in ["tokenFile", "client-certificate", "client-key"] {
+            fs::write(&path, kubeconfig(&format!("{{{field}: {name}}}"))).unwrap();
+            refuses(&path, name).await;
+        }
+    }
+
+    /// The loop goes on while a program fetches credentials, however many kinds wait for them.
+    #[tokio::test]
+    async fn a_program_that_takes_its_time_holds_up_no_other_task() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("config");
+        let credentials = r#"{"apiVersion": "client.authentication.k8s.io/v1", "kind": "ExecCredential", "status": {"token": "t"}}"#;
+        let script = format!("sleep 0.5; echo '{credentials}'").replace('\'', "''");
+        let exec = format!(
+            "{{exec: {{apiVersion: client.authentication.k8s.io/v1, interactiveMode: Never, command: sh, args: ['-c', '{script}']}}}}"
+        );
+        fs::write(&path, kubeconfig(&exec)).unwrap();
+        let access = Access { kubeconfig: Some(path), apiserver: None };
+        let (mut n_ticks, mut interval) = (0, tokio::time::interval(Duration::from_millis(10)));
+        let made = async { tokio::join!(access.client(), access.client()) };
+        tokio::pin!(made);
+        let (first, second) = loop {
+            tokio::select! {
+                made = &mut made => break made,
+                _ = interval.tick() => n_ticks += 1,
+            }
+        };
+        assert!(first.is_ok() && second.is_ok(), "{:?} {:?}", first.err(), second.err());
+        assert!(n_ticks >= 50, "{n_ticks} ticks in a second");
     }
 }

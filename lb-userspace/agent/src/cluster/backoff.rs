@@ -8,6 +8,9 @@ use std::{
 /// The first pause, and the longest: those of the clients that an API server is used to (client-go's reflector).
 const FIRST: Duration = Duration::from_millis(800);
 const LONGEST: Duration = Duration::from_secs(30);
+/// The longest pause that a server may ask for. API servers ask for seconds; a proxy in between may ask for days, in which the
+/// agent would follow nothing.
+const LONGEST_WANTED: Duration = Duration::from_secs(5 * 60);
 
 /// Pauses that double, each lengthened at random by up to its own length, so that the agents of all nodes do not come
 /// back at the same moment.
@@ -22,11 +25,11 @@ impl Backoff {
         Self { first, next: first }
     }
 
-    /// The next pause, at least `wanted`. `random` is uniform.
+    /// The next pause, at least `wanted`, but of that no more than five minutes. `random` is uniform.
     pub(super) fn pause(&mut self, wanted: Option<Duration>, random: u64) -> Duration {
         let pause = self.next;
         self.next = (pause * 2).min(LONGEST);
-        let base = pause.max(wanted.unwrap_or_default());
+        let base = pause.max(wanted.unwrap_or_default().min(LONGEST_WANTED));
         // In units of 1/256 of the pause.
         let jitter = pause * u32::from(u8::try_from(random % 256).unwrap_or_default()) / 256;
         (base + jitter).min(LONGEST.max(base))
@@ -67,5 +70,6 @@ mod tests {
         let mut backoff = Backoff::default();
         assert_eq!(backoff.pause(Some(Duration::from_secs(5)), 0).as_secs(), 5);
         assert_eq!(backoff.pause(Some(Duration::from_secs(90)), 255).as_secs(), 90);
+        assert_eq!(backoff.pause(Some(Duration::from_secs(u64::MAX)), 255).as_secs(), 300);
     }
 }

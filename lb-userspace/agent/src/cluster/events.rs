@@ -11,6 +11,7 @@ use std::{
 };
 
 use http::StatusCode;
+use http_body_util::{BodyExt as _, LengthLimitError, Limited};
 use k8s_openapi::jiff::Timestamp;
 use kube::{Client, client::Body};
 use lb_core::model::{
@@ -27,6 +28,8 @@ use super::{Access, access::cause};
 pub(super) const QUEUE: usize = 64;
 /// How long the server may take for an answer.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// The largest answer that is read: that to a list of one Service, of which etcd holds 1.5 MiB.
+const MAX_ANSWER: usize = 4 << 20;
 /// The most bytes of a note, by the API.
 const LONGEST_NOTE: usize = 1024;
 /// The most characters of the reporter's name, by the API.
@@ -199,8 +202,15 @@ async fn send(
     let answered = async {
         let answer = client.send(request).await.map_err(|error| unanswered(&error))?;
         let status = answer.status();
-        let text = answer.into_body().collect_bytes().await.map_err(|error| unanswered(&error))?;
-        Ok::<_, TellError>((status, serde_json::from_slice(&text).unwrap_or_default()))
+        let text = Limited::new(answer.into_body(), MAX_ANSWER).collect().await;
+        let text = text.map_err(|error| match error.downcast_ref::<LengthLimitError>() {
+            Some(_) => TellError::Unanswered(format!(
+                "the answer is larger than {} MiB and is not read: is that the API server?",
+                MAX_ANSWER >> 20
+            )),
+            None => unanswered(&*error),
+        })?;
+        Ok::<_, TellError>((status, serde_json::from_slice(&text.to_bytes()).unwrap_or_default()))
     };
     let silence = |_elapsed| TellError::Unanswered(format!("no answer for {PATIENCE:?}"));
     timeout(PATIENCE, answered).await.map_err(silence)?
@@ -208,7 +218,14 @@ async fn send(
 
 #[cfg(test)]
 mod tests {
+    use std::{
+        io::{Read as _, Write as _},
+        net::TcpListener,
+        thread,
+    };
+
     use lb_core::model::notice::NodeNews;
+    use tokio::task::spawn_blocking;
 
     use super::*;
 
@@ -247,6 +264,30 @@ mod tests {
         assert_ne!(name(&one), name(&telling(ObjectRef::service("stop", "web"), "full")));
         let long = telling(ObjectRef::node(&"n".repeat(253)), "x");
         assert!(name(&long).len() <= 253);
+    }
+
+    /// Whoever answers at the server's address decides how much.
+    #[tokio::test]
+    async fn an_answer_without_end_is_not_read_to_its_end() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let access = Access {
+            kubeconfig: None,
+            apiserver: Some(format!("http://{}", listener.local_addr().unwrap())),
+        };
+        let answering = thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            let _request = stream.read(&mut [0; 4096]).unwrap();
+            stream.write_all(b"HTTP/1.1 200 OK\r\n\r\n\"").unwrap();
+            // The client closes the connection before so much is sent.
+            let chunk = vec![b'x'; 1 << 20];
+            (0..64).take_while(|_| stream.write_all(&chunk).is_ok()).count()
+        });
+        let (client, _) = access.client().await.unwrap();
+        let service = ObjectRef::service("shop", "web");
+        let error = uid(&client, &service).await.unwrap_err().to_string();
+        assert!(error.contains("larger than 4 MiB"), "{error}");
+        let n_sent = spawn_blocking(|| answering.join().unwrap()).await.unwrap();
+        assert!(n_sent < 64, "{n_sent} MiB");
     }
 
     #[test]

@@ -31,8 +31,14 @@ const PAGE: &str = "500";
 const SHORT_WATCH: Duration = Duration::from_secs(1);
 /// The largest part of an answer that is looked at for the cause of a refusal.
 const MAX_STATUS: usize = 64 << 10;
+/// The longest message of a refusal that is passed on, in characters.
+const MAX_MESSAGE: usize = 500;
 /// The largest event of a watch: etcd holds objects of 1.5 MiB.
 const MAX_EVENT: usize = 32 << 20;
+/// The largest list that is read as one text, all its pages counted: six times that of 10,000 services with ten endpoints each.
+const MAX_LIST: usize = 256 << 20;
+/// The largest list that is read as events. Only what the model has of each object is kept of them.
+const MAX_STREAM: usize = 2 << 30;
 /// The annotation of the bookmark after the last object of a streaming list.
 const INITIAL_EVENTS_END: &str = "k8s.io/initial-events-end";
 /// Selects no object: names have no capital letters.
@@ -121,6 +127,9 @@ enum Failure {
     /// The answer is not what it should be.
     #[error("the answer cannot be read: {0}")]
     Form(String),
+    /// The answer is larger than anything that may be read there.
+    #[error("{what} is larger than {} MiB and is not read to its end: {remedy}", .limit >> 20)]
+    TooLarge { what: &'static str, limit: usize, remedy: &'static str },
     /// The server ended a watch before its time, as it does when it stops.
     #[error("the watch ended early")]
     Early,
@@ -167,7 +176,7 @@ impl Failure {
             Self::Refused { code: 403, .. } => "forbidden",
             Self::Refused { code: 429, .. } => "throttled",
             Self::Refused { code: 500.., .. } => "server_error",
-            Self::Refused { .. } | Self::Form(_) | Self::Stop => "other",
+            Self::Refused { .. } | Self::Form(_) | Self::TooLarge { .. } | Self::Stop => "other",
         }
     }
 }
@@ -383,7 +392,7 @@ impl Status {
         Failure::Refused {
             code: self.code,
             reason: self.reason,
-            message: self.message.lines().next().unwrap_or_default().to_owned(),
+            message: self.message.lines().next().unwrap_or_default().chars().take(MAX_MESSAGE).collect(),
             is_too_large: details.causes.iter().any(|cause| cause.reason == "ResourceVersionTooLarge"),
             retry_after: (seconds > 0).then(|| Duration::from_secs(seconds)),
         }
@@ -448,7 +457,8 @@ impl Follower {
     fn tell<K: Kind>(&self, failure: &Failure, is_watching: bool) {
         // The next attempt shows whether that is an outage.
         let is_usual = failure.is_about_version()
-            || (is_watching && !matches!(failure, Failure::Silence(_) | Failure::Form(_)));
+            || (is_watching
+                && !matches!(failure, Failure::Silence(_) | Failure::Form(_) | Failure::TooLarge { .. }));
         if is_usual {
             return self.contact.broke(failure.reason());
         }
@@ -479,7 +489,7 @@ impl Follower {
         let code = answer.status().as_u16();
         let seconds =
             answer.headers().get(RETRY_AFTER).and_then(|value| value.to_str().ok()?.trim().parse().ok());
-        let mut lines = Lines::new(answer.into_body());
+        let mut lines = Lines::new(answer.into_body(), Bound::NONE);
         while lines.read.len() < MAX_STATUS && lines.read_more(limit).await? {}
         // A proxy in between answers in its own words.
         let status = serde_json::from_slice(&lines.read).unwrap_or_default();
@@ -494,6 +504,7 @@ impl Follower {
     async fn list<K: Kind>(&self, version: &str) -> Result<String, Failure> {
         let (mut models, mut issues) = (Vec::new(), Vec::new());
         let mut next = String::new();
+        let mut bound = Bound::LIST;
         loop {
             let mut parameters = vec![("limit", PAGE), ("resourceVersion", version)];
             if !version.is_empty() {
@@ -505,8 +516,9 @@ impl Follower {
                 parameters = vec![("limit", PAGE), ("continue", &next)];
             }
             let answer = self.get(&self.path::<K>(&parameters), K::ACCEPT_LIST).await?;
-            let mut text = Lines::new(answer.into_body());
+            let mut text = Lines::new(answer.into_body(), bound);
             while text.read_more(self.timing.answer).await? {}
+            bound = text.bound;
             let page: Page<'_> = serde_json::from_slice(&text.read).map_err(|error| form(&error))?;
             for item in page.items.unwrap_or_default() {
                 let header: Header = serde_json::from_str(item.get()).map_err(|error| form(&error))?;
@@ -535,7 +547,7 @@ impl Follower {
             ("resourceVersion", version),
             ("resourceVersionMatch", "NotOlderThan"),
         ]);
-        let mut text = Lines::new(self.get(&path, K::ACCEPT_LIST).await?.into_body());
+        let mut text = Lines::new(self.get(&path, K::ACCEPT_LIST).await?.into_body(), Bound::EMPTY_LIST);
         while text.read_more(self.timing.answer).await? {}
         self.answered::<K>();
         Ok(version.to_owned())
@@ -559,7 +571,7 @@ impl Follower {
             ("resourceVersion", version),
             ("timeoutSeconds", &seconds),
         ]);
-        let mut lines = Lines::new(self.get(&path, K::ACCEPT).await?.into_body());
+        let mut lines = Lines::new(self.get(&path, K::ACCEPT).await?.into_body(), Bound::STREAM);
         let mut fold = Fold::new();
         loop {
             let Some(line) = lines.next(self.timing.answer).await? else {
@@ -580,6 +592,7 @@ impl Follower {
                         self.send(K::news(Change::All { models, issues })).await?;
                         *progress = true;
                         self.answered::<K>();
+                        lines.bound = Bound::NONE;
                         return self.events::<K>(lines, version, end, progress).await;
                     }
                 }
@@ -598,7 +611,7 @@ impl Follower {
             ("resourceVersion", &version),
             ("timeoutSeconds", &seconds),
         ]);
-        let lines = Lines::new(self.get(&path, K::ACCEPT).await?.into_body());
+        let lines = Lines::new(self.get(&path, K::ACCEPT).await?.into_body(), Bound::NONE);
         self.answered::<K>();
         self.events::<K>(lines, version, end, progress).await
     }
@@ -666,9 +679,47 @@ fn error_event(object: &RawValue) -> Failure {
     }
 }
 
+/// How much of an answer is read.
+#[derive(Clone, Copy)]
+struct Bound {
+    what: &'static str,
+    limit: usize,
+    n_left: usize,
+    remedy: &'static str,
+}
+
+impl Bound {
+    /// Only each line is bounded: what a watch brings goes to the receiver, which takes its time.
+    const NONE: Self = Self::new("", usize::MAX, "");
+    const LIST: Self = Self::new(
+        "the list",
+        MAX_LIST,
+        "an API server that knows streaming lists (Kubernetes 1.34 and later) sends it object by object",
+    );
+    const STREAM: Self = Self::new("the list", MAX_STREAM, "is that the API server?");
+    const EMPTY_LIST: Self = Self::new("a list of no object", MAX_STATUS, "is that the API server?");
+    const EVENT: Self = Self::new("an event", MAX_EVENT, "no object of an API server is as large");
+
+    const fn new(what: &'static str, limit: usize, remedy: &'static str) -> Self {
+        Self { what, limit, n_left: limit, remedy }
+    }
+
+    const fn exceeded(&self) -> Failure {
+        Failure::TooLarge { what: self.what, limit: self.limit, remedy: self.remedy }
+    }
+
+    fn count(&mut self, n_octets: usize) -> Result<(), Failure> {
+        if self.limit < usize::MAX {
+            self.n_left = self.n_left.checked_sub(n_octets).ok_or_else(|| self.exceeded())?;
+        }
+        Ok(())
+    }
+}
+
 /// The lines of a body.
 struct Lines {
     body: Body,
+    bound: Bound,
     read: Vec<u8>,
     /// Octets of `read` that were returned, or searched for the end of a line.
     n_returned: usize,
@@ -676,8 +727,8 @@ struct Lines {
 }
 
 impl Lines {
-    const fn new(body: Body) -> Self {
-        Self { body, read: Vec::new(), n_returned: 0, n_searched: 0 }
+    const fn new(body: Body, bound: Bound) -> Self {
+        Self { body, bound, read: Vec::new(), n_returned: 0, n_searched: 0 }
     }
 
     /// Reads more. `false` at the end.
@@ -686,6 +737,7 @@ impl Lines {
         match frame {
             Some(Ok(frame)) => {
                 if let Some(data) = frame.data_ref() {
+                    self.bound.count(data.len())?;
                     self.read.extend_from_slice(data);
                 }
                 Ok(true)
@@ -710,7 +762,7 @@ impl Lines {
             self.read.drain(..self.n_returned);
             (self.n_returned, self.n_searched) = (0, self.read.len());
             if self.read.len() > MAX_EVENT {
-                return Err(Failure::Form(format!("an event is larger than {} MiB", MAX_EVENT >> 20)));
+                return Err(Bound::EVENT.exceeded());
             }
             if !self.read_more(limit).await? {
                 return Ok(None);
@@ -804,12 +856,31 @@ mod tests {
 
     #[tokio::test]
     async fn lines_are_whole() {
-        let mut lines = Lines::new(Body::from(b"one\n\ntwo\ncut".to_vec()));
+        let mut lines = Lines::new(Body::from(b"one\n\ntwo\ncut".to_vec()), Bound::NONE);
         let second = Duration::from_secs(1);
         assert_eq!(lines.next(second).await.unwrap(), Some(&b"one"[..]));
         assert_eq!(lines.next(second).await.unwrap(), Some(&b"two"[..]));
         assert_eq!(lines.next(second).await.unwrap(), None);
-        let mut endless = Lines::new(Body::from(vec![b'x'; MAX_EVENT + 1]));
-        assert!(matches!(endless.next(second).await, Err(Failure::Form(_))));
+        let mut endless = Lines::new(Body::from(vec![b'x'; MAX_EVENT + 1]), Bound::NONE);
+        let error = endless.next(second).await.unwrap_err().to_string();
+        assert!(error.starts_with("an event is larger than 32 MiB"), "{error}");
+        // Lines that are small, without end.
+        let mut endless = Lines::new(Body::from(b"event\n".repeat(100)), Bound::new("the list", 500, "stop"));
+        let mut n_lines = 0;
+        let error = loop {
+            match endless.next(second).await {
+                Ok(line) => n_lines += usize::from(line.is_some()),
+                Err(error) => break error.to_string(),
+            }
+            assert!(n_lines <= 100, "the bound was passed over");
+        };
+        assert!(error.contains("the list is larger than") && error.ends_with("stop"), "{error}");
+    }
+
+    #[test]
+    fn what_a_refusal_says_is_bounded() {
+        let status = Status { code: 500, message: "x".repeat(MAX_STATUS), ..Status::default() };
+        let failure = status.into_failure(Some(u64::MAX)).to_string();
+        assert!(failure.len() < MAX_MESSAGE + 50, "{} octets", failure.len());
     }
 }

@@ -14,6 +14,8 @@
 //! - Events of one kind are applied in the order in which the server sent them.
 //! - No answer of the server ends a watch for good. What goes wrong is logged once in an outage, and asked again after a
 //!   pause that grows.
+//! - No answer fills the memory: lists, events, refusals and files with credentials have a largest size, and what is larger is
+//!   told with the limit. Only what a program that a kubeconfig names (exec) writes is read whole, by kube.
 //! - After an outage or silence everything is listed: a version of before may mean nothing to a server that was restored from a
 //!   backup.
 //!

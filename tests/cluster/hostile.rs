@@ -1,0 +1,92 @@
+//! Whoever answers in an API server's place: however much it sends, the agent reads a bounded part of it, says so, and asks again.
+
+use std::{
+    fs,
+    io::{Read as _, Write as _},
+    net::TcpListener,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
+    thread,
+};
+
+use lb_agent::source::Source as _;
+
+use crate::follower::Follower;
+
+/// Listens, and answers each request with what is made of its first line: the head, and so many octets of `x`.
+fn answer(of: impl Fn(&str) -> (&'static str, usize) + Send + Sync + 'static) -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    let of = Arc::new(of);
+    thread::spawn(move || {
+        for stream in listener.incoming() {
+            let (mut stream, of) = (stream.unwrap(), Arc::clone(&of));
+            thread::spawn(move || {
+                let mut request = [0; 4096];
+                let n_read = stream.read(&mut request).unwrap_or_default();
+                let request = String::from_utf8_lossy(&request[..n_read]).into_owned();
+                let (head, mut n_left) = of(request.lines().next().unwrap_or_default());
+                let mut sent =
+                    stream.write_all(format!("HTTP/1.1 {head}\r\nConnection: close\r\n\r\n").as_bytes());
+                let chunk = vec![b'x'; 1 << 20];
+                while sent.is_ok() && n_left > 0 {
+                    let length = n_left.min(chunk.len());
+                    sent = stream.write_all(&chunk[..length]);
+                    n_left -= length;
+                }
+            });
+        }
+    });
+    url
+}
+
+fn follow(url: &str) -> (tempfile::TempDir, Follower) {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("kubeconfig");
+    let text = format!(
+        "apiVersion: v1\nkind: Config\ncurrent-context: a\nclusters: [{{name: a, cluster: {{server: '{url}'}}}}]\n\
+         users: [{{name: a, user: {{}}}}]\ncontexts: [{{name: a, context: {{cluster: a, user: a}}}}]\n"
+    );
+    fs::write(&path, text).unwrap();
+    let follower = Follower::with_kubeconfig(&path);
+    (directory, follower)
+}
+
+/// Lists are as large as a cluster, but not larger than memory.
+#[test]
+fn a_list_without_end_is_not_read_to_its_end() {
+    let n_lists = Arc::new(AtomicUsize::new(0));
+    let counted = Arc::clone(&n_lists);
+    let url = answer(move |request| {
+        if request.contains("sendInitialEvents") {
+            return ("400 Bad Request", 0);
+        }
+        if !request.contains("/services?") {
+            return ("503 Service Unavailable", 0);
+        }
+        let _before = counted.fetch_add(1, Relaxed);
+        ("200 OK", 300 << 20)
+    });
+    let (_directory, mut follower) = follow(&url);
+    let contact = follower.source.contact().unwrap().clone();
+    follower.until("the bound is told", |_| {
+        contact.outage().is_some_and(|outage| {
+            outage.problem.contains("the list is larger than 256 MiB") && outage.problem.contains(&url)
+        })
+    });
+    follower.until("it is asked again", |_| n_lists.load(Relaxed) > 1);
+    assert!(!follower.source.is_complete());
+}
+
+/// A line of a watch is one object.
+#[test]
+fn an_event_without_end_is_not_read_to_its_end() {
+    let url = answer(|_| ("200 OK", 40 << 20));
+    let (_directory, mut follower) = follow(&url);
+    let contact = follower.source.contact().unwrap().clone();
+    follower.until("the bound is told", |_| {
+        contact.outage().is_some_and(|outage| outage.problem.contains("an event is larger than 32 MiB"))
+    });
+}
