@@ -224,7 +224,8 @@ fn find_node_port<T: Tables>(tables: &T, call: &Call<T::Addr>) -> Option<(u32, F
 
 /// What stands for a destination in a service network that is no frontend: `pkg/proxy/nftables`, chain `cluster-ips-check`.
 ///
-/// `None` if it is to be left alone. A call that spans the creation and the deletion of a Service may be refused.
+/// `None` if it is to be left alone. A call that spans the creation and the deletion of a Service may be refused, and one that
+/// spans the end of its network may be left alone.
 #[inline(always)]
 fn find_in_service_network<T: Tables>(tables: &T, call: &Call<T::Addr>) -> Option<(u32, Frontend)> {
     if !tables.is_in_service_network(&call.address) {

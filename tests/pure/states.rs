@@ -23,16 +23,22 @@ fn meaning(image: &Image) -> Vec<crate::clusters::Outcomes> {
     calls().into_iter().map(|call| outcomes(&simulator, call)).collect()
 }
 
-/// Follows a history from empty tables, with or without a grace period after each plan.
+/// Follows a history from empty tables, with or without a grace period after each plan but the last, which has one.
 fn follow(history: &[crate::clusters::RandomCluster], settles: bool) -> (State, Image) {
     let mut state = state(Capacity::default(), &Image::default());
     let mut image = Image::default();
-    for cluster in history {
+    for (n, cluster) in (1..).zip(history) {
         cluster.feed(&mut state);
-        let plan = state.sync();
+        let mut plan = state.sync();
         plan.apply(&mut image);
-        if settles {
+        // What waits for a grace period follows in the end.
+        while settles || n == history.len() {
             state.settled(plan.number());
+            if !state.wants_sync() {
+                break;
+            }
+            plan = state.sync();
+            plan.apply(&mut image);
         }
     }
     (state, image)

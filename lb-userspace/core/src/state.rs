@@ -44,6 +44,8 @@ pub struct State {
     ips_waiting: BTreeSet<IpAddr>,
     /// Whether networks wait for others to be out of force.
     are_cidrs_waiting: bool,
+    /// Addresses that are no longer cluster IPs and wait for networks to be out of force.
+    ips_leaving: BTreeSet<IpAddr>,
     /// What the kernel had no room for although the tables have: see [`Self::missing`].
     missing: Suspects,
     /// Whether room was freed since the last sync that refused something.
@@ -78,6 +80,7 @@ impl State {
             touched_ips: BTreeSet::new(),
             ips_waiting: BTreeSet::new(),
             are_cidrs_waiting: false,
+            ips_leaving: BTreeSet::new(),
             missing: Suspects::default(),
             has_new_room: false,
             issues: BTreeMap::new(),
@@ -156,6 +159,7 @@ impl State {
         let is_waiting = !self.refused.is_empty()
             || self.n_nodes_waiting > 0
             || !self.ips_waiting.is_empty()
+            || !self.ips_leaving.is_empty()
             || self.are_cidrs_waiting;
         let is_dirty = !self.dirty.is_empty() || !self.touched_ips.is_empty();
         is_dirty || (is_waiting && self.has_new_room)
@@ -234,17 +238,36 @@ impl State {
     fn set_cluster_ips(&mut self) {
         let mut ips = std::mem::take(&mut self.touched_ips);
         ips.append(&mut self.ips_waiting);
+        ips.append(&mut self.ips_leaving);
         for ip in ips {
+            let Some(is_served) = self.cluster_ips.flag(ip) else {
+                if self.image().cluster_ips.contains_key(&ip) {
+                    self.ips_leaving.insert(ip);
+                }
+                continue;
+            };
             // What has no room is left to the network, and not refused.
-            let flag = self.cluster_ips.flag(ip).map(|is_served| is_served && !self.has_no_room(ip));
+            let flag = Some(is_served && !self.has_no_room(ip));
             if !self.encoder.set_address(AddressTable::ClusterIps, ip, flag) {
                 self.ips_waiting.insert(ip);
             }
         }
         let is_missing = |(table, _): &(AddressTable, IpAddr)| *table == AddressTable::ClusterIps;
         let are_all_there = self.ips_waiting.is_empty() && !self.missing.addresses.iter().any(is_missing);
-        let networks = if are_all_there { self.cluster_ips.networks() } else { &[] };
-        self.are_cidrs_waiting = !self.encoder.set_service_cidrs(networks);
+        let mut networks = if are_all_there { self.cluster_ips.networks() } else { &[] };
+        // A new network must not find cluster IPs of a former one: they go with this plan, and it comes with the next.
+        let is_early = self.image().service_cidrs.is_empty() && !self.ips_leaving.is_empty();
+        if is_early {
+            networks = &[];
+        }
+        let has_set = self.encoder.set_service_cidrs(networks);
+        self.are_cidrs_waiting =
+            !has_set || (is_early && are_all_there && !self.cluster_ips.networks().is_empty());
+        if !self.encoder.is_reading_cidrs() {
+            for ip in std::mem::take(&mut self.ips_leaving) {
+                let _nothing_to_find_room_for = self.encoder.set_address(AddressTable::ClusterIps, ip, None);
+            }
+        }
     }
 
     /// Whether a frontend of an address is not in the tables, for want of room.
@@ -589,6 +612,29 @@ mod tests {
         assert_eq!(state.image().cluster_ips, [(b, true)].into());
     }
 
+    /// A call may have read the network before it goes, and reads the address afterwards.
+    #[test]
+    fn a_cluster_ip_stays_until_its_network_is_read_no_more() {
+        let ip = [10, 96, 0, 1].into();
+        let settings = Settings { service_cidrs: Some(Vec::new()), ..state(8).settings };
+        let mut state = State::new(settings, Vec::new(), Capacity::default(), &Image::default());
+        set(&mut state, "a", Some(1));
+        let cidr = ServiceCidr { name: "kubernetes".into(), cidrs: vec![network()] };
+        state.change(|store| store.set_service_cidr("kubernetes", Some(cidr)));
+        let plan = state.sync();
+        state.settled(plan.number());
+        assert_eq!(state.image().cluster_ips, [(ip, true)].into());
+        state.change(|store| store.set_service_cidr("kubernetes", None));
+        let plan = state.sync();
+        assert!(state.image().service_cidrs.is_empty());
+        assert_eq!(state.image().cluster_ips, [(ip, true)].into());
+        assert!(!state.wants_sync(), "before the grace period is over");
+        state.settled(plan.number());
+        assert!(state.wants_sync());
+        let _plan = state.sync();
+        assert!(state.image().cluster_ips.is_empty());
+    }
+
     /// At once, beside those of the setting, and with `none` not at all.
     #[test]
     fn networks_of_objects_and_of_the_setting_are_in_force_together() {
@@ -598,11 +644,10 @@ mod tests {
         };
         let networks = |state: &mut State| -> Vec<String> {
             // One of before is out of force for a grace period.
-            for _ in 0..2 {
+            while state.wants_sync() {
                 let plan = state.sync();
                 state.settled(plan.number());
             }
-            assert!(!state.wants_sync());
             state.image().service_cidrs.iter().map(ToString::to_string).collect()
         };
         let settings = [vec![], vec![network()]].map(Some).into_iter().chain([None]);
@@ -670,12 +715,16 @@ mod tests {
         let found = Image { cluster_ips: former, service_cidrs: vec![network()], ..Image::default() };
         let mut state = state_over(8, &found);
         set(&mut state, "a", Some(1));
-        let plan = state.sync();
-        assert!(state.image().service_cidrs.is_empty() && state.image().cluster_ips.is_empty());
-        assert_eq!(state.n_refused(), 1);
-        assert!(!state.wants_sync());
-        state.settled(plan.number());
-        assert!(state.wants_sync());
+        // First the network is out of force, then what it made known goes, then there is room.
+        for n_former in [limits::MAX_CLUSTER_IPS as usize, 0] {
+            let plan = state.sync();
+            assert!(state.image().service_cidrs.is_empty());
+            assert_eq!(state.image().cluster_ips.len(), n_former);
+            assert_eq!(state.n_refused(), 1);
+            assert!(!state.wants_sync());
+            state.settled(plan.number());
+            assert!(state.wants_sync());
+        }
         let _plan = state.sync();
         assert_eq!(state.image().cluster_ips.len(), 1);
         assert_eq!(state.image().service_cidrs, [network()]);

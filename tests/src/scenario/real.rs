@@ -75,6 +75,11 @@ impl Real {
 impl Executor for Real {
     fn follow(&mut self, cluster: &Cluster) -> Result<()> {
         self.agent.follow(cluster);
+        self.agent.settle();
+        while self.agent.state.wants_sync() {
+            self.agent.sync();
+            self.agent.settle();
+        }
         ensure!(self.agent.image() == *self.agent.state.image(), "the kernel does not hold the image");
         Ok(())
     }

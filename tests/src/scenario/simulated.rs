@@ -51,10 +51,13 @@ impl Simulated {
 impl Executor for Simulated {
     fn follow(&mut self, cluster: &Cluster) -> Result<()> {
         cluster.feed(&mut self.state);
-        let plan = self.state.sync();
-        plan.apply(&mut self.simulator.image);
-        ensure!(self.simulator.image == *self.state.image(), "the plan does not lead to the image");
-        self.state.settled(plan.number());
+        // What waits for a grace period follows, too.
+        while self.state.wants_sync() {
+            let plan = self.state.sync();
+            plan.apply(&mut self.simulator.image);
+            ensure!(self.simulator.image == *self.state.image(), "the plan does not lead to the image");
+            self.state.settled(plan.number());
+        }
         let (settings, interfaces) = (self.settings.clone(), self.interfaces.clone());
         let mut restarted = State::new(settings, interfaces, Capacity::default(), &self.simulator.image);
         cluster.feed(&mut restarted);

@@ -530,6 +530,13 @@ impl Encoder {
         next == desired
     }
 
+    /// Whether a program may still find an address in a network that is out of force. Until then no cluster IP may go: its
+    /// address would be taken for an unallocated one.
+    #[must_use]
+    pub const fn is_reading_cidrs(&self) -> bool {
+        self.is_reading_cidrs
+    }
+
     /// The operations of all changes since the last call.
     #[must_use]
     pub fn take_plan(&mut self) -> Plan {
