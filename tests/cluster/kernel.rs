@@ -102,7 +102,7 @@ fn options(sandbox: &Sandbox, state_dir: &Path, http: serve::Options) -> Options
     }
 }
 
-/// Loading the programs takes up to seconds, and must not keep a worker thread from the other tasks. Here there is one only.
+/// Loading the programs takes up to seconds: meanwhile health checks are answered, also with one worker thread.
 #[test]
 fn loading_leaves_the_worker_thread_to_others() {
     if !require(Feature::Programs) {
@@ -112,12 +112,6 @@ fn loading_leaves_the_worker_thread_to_others() {
         let (server, state_dir) = (ApiServer::start(), tempfile::tempdir().unwrap());
         let healthz = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 10256);
         let http = serve::Options { healthz: Some(healthz), ..serve::Options::default() };
-        let (stop, stopped) = watch::channel(false);
-        let runtime = runtime();
-        let source = open(&runtime, &server);
-        let options = options(sandbox, state_dir.path(), http);
-        // A task of its own: what runs in `block_on` takes no worker.
-        let agent = runtime.spawn(run(source, options, agent::settings(), stopped));
         let answer = || -> std::io::Result<String> {
             let mut connection = TcpStream::connect(healthz)?;
             connection.set_read_timeout(Some(PATIENCE))?;
@@ -126,18 +120,17 @@ fn loading_leaves_the_worker_thread_to_others() {
             connection.read_to_string(&mut answer)?;
             Ok(answer)
         };
-        let answers = |status: &str| answer().is_ok_and(|answer| answer.starts_with(status));
-        // The first that comes while the agent listens.
-        let mut first = String::new();
-        let end = Instant::now() + PATIENCE;
-        while first.is_empty() {
-            assert!(Instant::now() < end, "no answer");
-            first = answer().unwrap_or_default();
-        }
-        assert!(first.contains("the programs are being loaded"), "{first}");
-        until("it is ready", || answers("HTTP/1.1 200"));
-        stop.send(true).unwrap();
-        runtime.block_on(agent).unwrap().unwrap();
+        with_options(&server, options(sandbox, state_dir.path(), http), || {
+            // The first that comes while the agent listens.
+            let mut first = String::new();
+            let end = Instant::now() + PATIENCE;
+            while first.is_empty() {
+                assert!(Instant::now() < end, "no answer");
+                first = answer().unwrap_or_default();
+            }
+            assert!(first.contains("the programs are being loaded"), "{first}");
+            until("it is ready", || answer().is_ok_and(|answer| answer.starts_with("HTTP/1.1 200")));
+        });
     });
 }
 
@@ -149,13 +142,17 @@ fn with_agent(
     metrics: Option<SocketAddr>,
     body: impl FnOnce(),
 ) {
+    let http = serve::Options { metrics, ..serve::Options::default() };
+    with_options(server, options(sandbox, state_dir, http), body);
+}
+
+/// The same with given options.
+fn with_options(server: &ApiServer, options: Options, body: impl FnOnce()) {
     thread::scope(|scope| {
         // Dropped before the agent is waited for, so that it ends when the body panics as well.
         let (stop, stopped) = watch::channel(false);
         let agent = scope.spawn(move || {
             let runtime = runtime();
-            let options =
-                options(sandbox, state_dir, serve::Options { metrics, ..serve::Options::default() });
             let source = open(&runtime, server);
             runtime.block_on(run(source, options, agent::settings(), stopped)).unwrap();
         });

@@ -23,7 +23,7 @@ use lb_kernel::{
 };
 use tokio::{
     sync::{mpsc, watch},
-    task::{JoinHandle, JoinSet, block_in_place, spawn_blocking},
+    task::{JoinHandle, JoinSet, spawn_blocking},
     time::{self, Instant, Interval, MissedTickBehavior},
 };
 use tracing::{debug, error, info, warn};
@@ -119,6 +119,9 @@ async fn asked_to_stop(stop: &mut watch::Receiver<bool>) {
 ///
 /// Stopping changes nothing in the kernel: links and maps stay pinned.
 ///
+/// Blocks the thread that polls it while programs are loaded and maps are changed. So it is for `Runtime::block_on`, which polls it
+/// on the caller's thread: the tasks beside it (HTTP, watches, files) have the runtime's worker threads.
+///
 /// # Errors
 ///
 /// Only while starting: see [`RunError`]. Later errors are logged and retried.
@@ -136,8 +139,7 @@ pub async fn run(
         .await
         .map_err(RunError::SelfTest)?;
     // Loading the programs takes a while.
-    let (mut agent, beside) =
-        block_in_place(|| Agent::attach(options, settings, &source, listeners, proof.as_mut()))?;
+    let (mut agent, beside) = Agent::attach(options, settings, &source, listeners, proof.as_mut())?;
     // Whether the self-test's calls reach this agent by what an earlier one has left, before anything is written.
     let is_provable = proof.as_ref().is_some_and(Proof::is_found);
     let Beside { mut graces, mut questions, mut port_issues, health_ports, _serving, _excluding } = beside;
@@ -484,7 +486,7 @@ impl Agent {
 
     /// Puts back what others have taken away: pins, and programs of hooks.
     fn restore_pins(&mut self, lock: &Lock) {
-        let (restored, result) = block_in_place(|| self.kernel.restore_pins(lock));
+        let (restored, result) = self.kernel.restore_pins(lock);
         for name in &restored {
             self.metrics.restored(name);
         }
@@ -548,7 +550,7 @@ impl Agent {
         let started = Instant::now();
         let plan = self.state.sync();
         // A plan may wait for a grace period.
-        let result = block_in_place(|| self.kernel.apply(&plan));
+        let result = self.kernel.apply(&plan);
         // A snapshot need not be written because it was read.
         if source.is_complete() {
             self.saving.changed();
@@ -665,7 +667,7 @@ impl Agent {
 
     fn start_over(&mut self) {
         // What the failed plan freed is free for the next one, so no program may still be reading it.
-        block_in_place(|| self.kernel.settle());
+        self.kernel.settle();
         match self.kernel.maps().image() {
             Ok(found) => self.state.adopt(self.kernel.maps().capacity(), &found),
             Err(error) => error!(%error, "the kernel's maps cannot be read after a failure: trying again"),
@@ -698,7 +700,7 @@ impl Agent {
         let repaired = if findings.is_empty() {
             Ok(Repaired::default())
         } else {
-            block_in_place(|| self.kernel.repair(self.state.image(), &findings))
+            self.kernel.repair(self.state.image(), &findings)
         };
         let repaired = repaired.map(|Repaired { faults, no_room }| {
             self.state.found(no_room);
