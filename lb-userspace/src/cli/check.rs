@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, fmt::Write as _, path::PathBuf, process::ExitCo
 
 use clap::Args;
 use lb_kernel::{
-    Features, KernelError, cgroup,
+    Features, KernelError, cgroup, chain,
     host::{self, Host},
 };
 use serde::Serialize;
@@ -63,6 +63,9 @@ pub fn check(args: &CheckArgs) -> anyhow::Result<ExitCode> {
     Ok(if is_able { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
+/// What only who may load programs can find out.
+const NOT_KNOWN: &str = "not known: finding out takes the capabilities above";
+
 /// Capabilities by number (`linux/capability.h`). Each is part of `CAP_SYS_ADMIN` too.
 const CAPABILITIES: [(&str, u32); 3] = [("CAP_BPF", 39), ("CAP_NET_ADMIN", 12), ("CAP_PERFMON", 38)];
 const CAP_SYS_ADMIN: u32 = 21;
@@ -74,8 +77,14 @@ fn judge(host: &Host, is_beside_v1: bool) -> Vec<Finding> {
         Err(error) => finding(what, Status::Missing, error.to_string()),
     };
     let features = host.features;
+    // To whom nothing may be loaded the kernel looks as if it had none.
+    let is_blind = matches!(host.programs, Err(KernelError::NotPermitted { .. }));
     let switch = |is_on: bool, what, with: &str, without: &str| {
-        let (status, text) = if is_on { (Status::Ok, with) } else { (Status::Note, without) };
+        let (status, text) = match (is_blind, is_on) {
+            (true, _) => (Status::Note, NOT_KNOWN),
+            (false, true) => (Status::Ok, with),
+            (false, false) => (Status::Note, without),
+        };
         finding(what, status, text.to_owned())
     };
     vec![
@@ -108,7 +117,7 @@ fn judge(host: &Host, is_beside_v1: bool) -> Vec<Finding> {
             "all in socket storage, which a new socket pays with about half a microsecond: slots take compare-and-swap \
              (Linux 5.12), and programs that may read kernel memory (BTF, no lockdown)",
         ),
-        kernel_clients(&host.kernel, features),
+        kernel_clients(&host.kernel, (!is_blind).then_some(features)),
         match &host.sockets {
             Ok(()) => finding(
                 "stale sockets",
@@ -141,7 +150,7 @@ fn attaching(host: &Host) -> Finding {
                 by_program.iter().map(|(program, hooks)| format!("{}: {program}", hooks.join(" "))).collect();
             (Status::Missing, format!("the agent cannot attach {}", list.join("; ")))
         }
-        Err(error) => (Status::Note, format!("cannot be listed: {error}")),
+        Err(error) => (Status::Note, format!("cannot be listed: {}", chain(error))),
     };
     Finding { what: "attaching", status, found }
 }
@@ -169,7 +178,7 @@ fn neighbours(host: &Host) -> Finding {
                 (Status::Note, format!("{}: {advice}", list.join(", ")))
             }
         }
-        Err(error) => (Status::Note, format!("cannot be listed: {error}")),
+        Err(error) => (Status::Note, format!("cannot be listed: {}", chain(error))),
     };
     Finding { what: "other balancers", status, found }
 }
@@ -187,7 +196,7 @@ fn kernel(release: &str) -> Finding {
 
 /// Mounts of NFS and SMB, whose `connect()` is the kernel's own. By the release, since nothing that a program can ask for shows
 /// the fixes: docs/OPERATIONS.md has them.
-fn kernel_clients(release: &str, features: Features) -> Finding {
+fn kernel_clients(release: &str, features: Option<Features>) -> Finding {
     let mut notes = Vec::new();
     if KernelError::is_older(release, (6, 6)) {
         notes.push(
@@ -195,14 +204,17 @@ fn kernel_clients(release: &str, features: Features) -> Finding {
              the endpoint that it was pointed at, and hangs when that is gone",
         );
     }
-    if !features.set_retval {
-        notes.push(if features.sock_fields.is_some() {
-            "no bpf_set_retval: without endpoints a mount fails with EPERM, and tries the service address again"
-        } else {
+    notes.extend(match features {
+        None => Some(NOT_KNOWN),
+        Some(Features { set_retval: true, .. }) => None,
+        Some(Features { sock_fields: Some(_), .. }) => Some(
+            "no bpf_set_retval: without endpoints a mount fails with EPERM, and tries the service address again",
+        ),
+        Some(_) => Some(
             "no bpf_set_retval, and the kernel's sockets are not told apart: without endpoints a mount is pointed at port 0 \
-             of loopback, where an older kernel leaves it"
-        });
-    }
+             of loopback, where an older kernel leaves it",
+        ),
+    });
     let what = "NFS and SMB";
     if notes.is_empty() {
         let found =

@@ -73,7 +73,7 @@ fn mounts_by_service_addresses_are_noted() {
         ("Linux 5.10.0-32-amd64", blind, [true, false, true]),
         ("of another kind", with, [false; 3]),
     ] {
-        let Finding { status, found, .. } = kernel_clients(release, features);
+        let Finding { status, found, .. } = kernel_clients(release, Some(features));
         assert_eq!(
             ["older than Linux 6.6", "fails with EPERM", "port 0 of loopback"]
                 .map(|words| found.contains(words)),
@@ -131,6 +131,23 @@ fn what_is_missing_comes_with_a_remedy() {
         ]
     "#]]
     .assert_debug_eq(&missing);
+}
+
+/// Without the capabilities the kernel refuses everything that shows what it can do.
+#[test]
+fn what_cannot_be_found_out_is_not_called_missing() {
+    let none = Features { set_retval: false, compare_and_swap: false, sock_fields: None, mptcp: false };
+    let programs = Err(KernelError::NotPermitted { what: "loading the BPF object".to_owned() });
+    let refused = || io::Error::other(io::Error::from_raw_os_error(1));
+    let neighbours = Err(refused());
+    let host = Host { capabilities: 0, features: none, programs, neighbours, ..able() };
+    let findings = judge(&host, false);
+    for what in ["refusal", "socket records", "NFS and SMB"] {
+        let found = findings.iter().find(|finding| finding.what == what).unwrap();
+        assert_eq!((found.status, found.found.as_str()), (Status::Note, NOT_KNOWN), "{what}");
+    }
+    let beside = findings.last().unwrap();
+    assert_eq!(beside.found, "cannot be listed: Operation not permitted (os error 1)");
 }
 
 /// `CAP_SYS_ADMIN` stands for those that were split from it, of which `CAP_NET_ADMIN` is none.
