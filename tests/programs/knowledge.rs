@@ -73,6 +73,15 @@ fn number(text: &Value, before: &str) -> u8 {
     text.strip_prefix(before).unwrap_or_else(|| panic!("{text:?} instead of {before}N")).parse().unwrap()
 }
 
+/// Says so when it is dropped.
+struct Over<'a>(&'a AtomicBool);
+
+impl Drop for Over<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 /// Whatever the maps hold when a command starts, its answer is of that state or a later one: never of a service that no object
 /// names, nor of the port before.
 #[test]
@@ -84,6 +93,7 @@ fn answers_are_never_older_than_the_maps() {
         let is_over = AtomicBool::new(false);
         thread::scope(|scope| {
             let changes = scope.spawn(|| {
+                // Also when this test fails: it waits for this thread.
                 for n in (1..=255).cycle() {
                     if is_over.load(Ordering::Relaxed) {
                         return;
@@ -92,6 +102,7 @@ fn answers_are_never_older_than_the_maps() {
                     thread::sleep(Duration::from_millis(200));
                 }
             });
+            let over = Over(&is_over);
             let is_older = |before: u8, n: u8| n.wrapping_sub(before) > 127;
             for _ in 0..20 {
                 let before = held(place).unwrap();
@@ -110,7 +121,7 @@ fn answers_are_never_older_than_the_maps() {
                 let endpoint = number(&endpoint, "10.244.9.");
                 assert!(!is_older(before, name) && !is_older(before, endpoint), "{before}: {explained}");
             }
-            is_over.store(true, Ordering::Relaxed);
+            drop(over);
             changes.join().unwrap();
         });
         assert_eq!(agent.end(Signal::SIGTERM), Some(0));
