@@ -84,9 +84,9 @@ fn what_is_removed_comes_back_within_the_audits_interval() {
             assert!(is_up(service), "{what}");
             let n_links = u32::try_from(round / 2 + 1).unwrap();
             assert!(names.iter().all(|name| pin(name).exists() && has_counted(name, n_links)), "{what}");
-            assert!(says(&agent, &["WARN", "an audit put back", names[0]]), "{what}");
+            assert!(says(&agent, &["WARN", "an audit restored", names[0]]), "{what}");
         }
-        let n_lines = agent.log().iter().filter(|line| line.contains("an audit put back")).count();
+        let n_lines = agent.log().iter().filter(|line| line.contains("an audit restored")).count();
         assert_eq!(n_lines, 3, "one for each: {:#?}", agent.log());
         assert_eq!(agent.end(nix::sys::signal::Signal::SIGTERM), Some(0));
         assert!(is_up(service), "what was put back is pinned");

@@ -39,7 +39,7 @@ fn processes_are_excluded_by_their_cgroup() {
         eventually("what is missing is said", || said("not excluded, until it is there"));
         make(&late);
         eventually("it is excluded once it is there", || !answers_from(&late));
-        eventually("that is said", || said("is there now"));
+        eventually("that is said", || said("found and excluded"));
         assert!(agent.has_said("no call has shown that its calls are left alone"), "{:#?}", agent.log());
         let status = || text(&place.binary, &place.args(&["status"]));
         eventually("both are listed", || [&early, &late].iter().all(|path| status().contains(*path)));

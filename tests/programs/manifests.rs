@@ -185,10 +185,10 @@ fn no_service_is_gone_while_its_manifest_is_changed_in_any_way() {
         assert!(wrong.is_empty(), "{wrong:#?}");
         let (_, log) = agent.end_with_log(Signal::SIGTERM);
         for version in 0..WAYS.len() {
-            let gone = format!("Service default/only-{version} is served no more: file ");
+            let gone = format!("Service default/only-{version} is no longer served: file ");
             assert_eq!(log.iter().filter(|line| line.contains(&gone)).count(), 1, "{version}: {log:#?}");
         }
-        let n_gone = log.iter().filter(|line| line.contains("served no more")).count();
+        let n_gone = log.iter().filter(|line| line.contains("no longer served")).count();
         assert_eq!(n_gone, WAYS.len(), "{log:#?}");
     });
 }
@@ -224,7 +224,7 @@ fn a_manifest_that_is_removed_takes_its_services_along() {
         fs::remove_file(place.manifests().join("web.yaml")).unwrap();
         eventually("nothing answers", || connect(town::web()[0]) == Err(Errno::ENETUNREACH));
         let (_, log) = agent.end_with_log(Signal::SIGTERM);
-        let gone: Vec<&String> = log.iter().filter(|line| line.contains("served no more")).collect();
+        let gone: Vec<&String> = log.iter().filter(|line| line.contains("no longer served")).collect();
         assert_eq!(gone.len(), 1, "{log:#?}");
         for part in
             ["EndpointSlice default/web-1", "Service default/web", "file web.yaml was removed or renamed"]

@@ -197,7 +197,7 @@ pub enum KernelError {
     #[error("cannot start a thread: {0}")]
     Thread(io::Error),
     /// A pin could not be removed or moved.
-    #[error("{}: {source}", path.display())]
+    #[error("{}: cannot be removed or moved: {source}", path.display())]
     Remove {
         /// The pin.
         path: PathBuf,

@@ -96,6 +96,9 @@ impl Directory {
         let fd = match syscall::open_pin(&self.path.join(name)) {
             Ok(fd) => fd,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+                return Err(KernelError::NotPermitted { what: format!("opening the pinned map {name}") });
+            }
             Err(source) => return Err(KernelError::Pin { name, source }),
         };
         let map = MapData::from_fd(fd).map_err(|source| KernelError::map(name, source))?;

@@ -207,7 +207,7 @@ impl Kernel {
                 info!(
                     image = ?takeover.image,
                     maps = takeover.made.join(" "),
-                    "maps have another layout or other sizes: new ones are filled beside them"
+                    "maps are missing, or have another layout or other sizes: new ones are filled beside them"
                 );
             } else if !takeover.kept.is_empty() {
                 info!(maps = takeover.made.join(" "), "these maps are made anew, the others go on");

@@ -307,10 +307,10 @@ fn read(pins: &PinArgs) -> anyhow::Result<(Maps, Image)> {
 ///
 /// If nothing is pinned, it cannot be read, or the network namespace does not exist; with `--watch` also without an agent.
 pub fn explain(args: &ExplainArgs) -> anyhow::Result<ExitCode> {
-    let netns = args.netns.clone().or_else(|| args.pid.map(|pid| format!("/proc/{pid}/ns/net").into()));
-    if let Some(path) = netns {
-        let file = std::fs::File::open(&path)
-            .with_context(|| format!("{}: no such network namespace", path.display()))?;
+    let netns = args.netns.as_ref().map(|path| ("--netns".to_owned(), path.clone()));
+    let of_pid = args.pid.map(|pid| (format!("--pid {pid}:"), format!("/proc/{pid}/ns/net").into()));
+    if let Some((flag, path)) = netns.or(of_pid) {
+        let file = std::fs::File::open(&path).with_context(|| format!("{flag} {}", path.display()))?;
         setns(file.as_fd(), CloneFlags::CLONE_NEWNET)
             .map_err(|errno| UsageError(format!("{}: {errno}: name a network namespace", path.display())))?;
     }

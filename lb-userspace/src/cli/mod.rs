@@ -43,7 +43,7 @@ enum Command {
     Explain(inspect::ExplainArgs),
     /// Say whether this host is able to run the agent, and what its kernel offers.
     Check(check::CheckArgs),
-    /// Say whether it is at work: agent, sources, maps, hooks, issues.
+    /// Say whether the agent is at work: source, maps, hooks, issues.
     Status(status::StatusArgs),
     /// Watch calls by service and endpoint: rates, refusals, open sockets.
     ///
@@ -63,7 +63,7 @@ enum Command {
     /// datagrams on the same way. Lines with # (in JSON: event summary), every ten seconds and at the end, tell how many
     /// calls the counters saw, and how many went by unseen. The first of them say what the columns are.
     Monitor(monitor::MonitorArgs),
-    /// Detach the programs and delete the maps, and nothing else.
+    /// Detach the programs and delete what the agent keeps: maps, snapshot, socket.
     Cleanup(PinArgs),
     /// Print a completion script for a shell, to be sourced or put where the shell looks for them.
     Completions(complete::CompletionsArgs),

@@ -119,10 +119,10 @@ pub struct RunArgs {
     #[arg(long, env = "SOCKLB_EXCLUDE_PODS", value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
     exclude_pods: Option<bool>,
     /// Frontends of each address family that fit into the tables [default: 65536]
-    #[arg(long, env = "SOCKLB_MAX_SERVICES", value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1 << 24))]
+    #[arg(long, env = "SOCKLB_MAX_SERVICES", value_name = "N", value_parser = config::entries)]
     max_services: Option<u32>,
     /// Endpoints of each address family that fit into the tables, over all runs [default: 262144]
-    #[arg(long, env = "SOCKLB_MAX_ENDPOINTS", value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1 << 24))]
+    #[arg(long, env = "SOCKLB_MAX_ENDPOINTS", value_name = "N", value_parser = config::entries)]
     max_endpoints: Option<u32>,
     /// How log lines look [default: text]
     #[arg(long, env = "SOCKLB_LOG_FORMAT", value_name = "FORMAT")]
@@ -205,7 +205,7 @@ pub fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
             if is_flag { format!("--{key}") } else { settings_file.place(key) }
         };
         return Err(UsageError(format!(
-            "{} names localhost, which {} excludes with false: drop one of them",
+            "{} names localhost, but {} is false: drop one of them",
             place(args.nodeport_addresses.is_some(), "nodeport-addresses"),
             place(args.localhost_nodeports.is_some(), "localhost-nodeports"),
         ))

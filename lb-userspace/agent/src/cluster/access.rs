@@ -33,33 +33,31 @@ static MAKING: Semaphore = Semaphore::const_new(1);
 #[non_exhaustive]
 pub enum Error {
     /// The file of `--kubeconfig` cannot be used.
-    #[error("--kubeconfig {}: cannot be used; give a file with which `kubectl --kubeconfig` works", path.display())]
+    #[error("--kubeconfig {}: {}: give a file with which `kubectl --kubeconfig` works", path.display(), cause(&**problem))]
     Kubeconfig {
         /// The file.
         path: PathBuf,
-        /// The cause.
-        #[source]
-        source: Box<KubeconfigError>,
+        /// The cause, which the message names.
+        problem: Box<KubeconfigError>,
     },
     /// The kubeconfig that the environment names cannot be used.
     #[error(
-        "the kubeconfig of $KUBECONFIG or ~/.kube/config cannot be used; mend it or name another with --kubeconfig"
+        "the kubeconfig of $KUBECONFIG or ~/.kube/config: {}: mend it or name another with --kubeconfig",
+        cause(&**problem)
     )]
     FoundKubeconfig {
-        /// The cause.
-        #[source]
-        source: Box<KubeconfigError>,
+        /// The cause, which the message names.
+        problem: Box<KubeconfigError>,
     },
     /// The credentials of the pod cannot be used.
-    #[error("the credentials of this pod cannot be used; does it have a service account?")]
+    #[error("the credentials of this pod: {}: does it have a service account?", cause(&**problem))]
     InCluster {
-        /// The cause.
-        #[source]
-        source: Box<dyn std::error::Error + Send + Sync>,
+        /// The cause, which the message names.
+        problem: Box<dyn std::error::Error + Send + Sync>,
     },
     /// There is neither a kubeconfig nor a pod's credentials.
     #[error(
-        "no kubeconfig and no pod's credentials are found; name one with --kubeconfig, or use --source file:PATH"
+        "neither a kubeconfig nor a pod's credentials are found: name a kubeconfig with --kubeconfig, or use --source file:PATH"
     )]
     Nothing,
     /// `--apiserver` is no address.
@@ -85,13 +83,12 @@ pub enum Error {
     )]
     Late,
     /// The credentials do not make a client: a certificate or key that cannot be read.
-    #[error("the credentials for {server} cannot be used; does kubectl work with them?")]
+    #[error("API server {server}: the credentials cannot be used: {}: does kubectl work with them?", cause(&**problem))]
     Client {
         /// The server's URL.
         server: String,
-        /// The cause.
-        #[source]
-        source: Box<kube::Error>,
+        /// The cause, which the message names.
+        problem: Box<kube::Error>,
     },
 }
 
@@ -142,7 +139,7 @@ impl Access {
         config.default_retry = false;
         let server = config.cluster_url.to_string().trim_end_matches('/').to_owned();
         let client = Client::try_from(config)
-            .map_err(|source| Error::Client { server: server.clone(), source: source.into() })?;
+            .map_err(|source| Error::Client { server: server.clone(), problem: source.into() })?;
         Ok((client, server))
     }
 
@@ -150,13 +147,13 @@ impl Access {
         let apiserver = self.apiserver.as_deref().map(url).transpose()?;
         let mut config = if let Some(path) = &self.kubeconfig {
             let failed =
-                |source: KubeconfigError| Error::Kubeconfig { path: path.clone(), source: source.into() };
+                |source: KubeconfigError| Error::Kubeconfig { path: path.clone(), problem: source.into() };
             check(path)?;
             let kubeconfig = Kubeconfig::read_from(path).map_err(failed)?;
             check_named(&kubeconfig)?;
             Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await.map_err(failed)?
         } else if kubeconfig_is_found() {
-            let failed = |source: KubeconfigError| Error::FoundKubeconfig { source: source.into() };
+            let failed = |source: KubeconfigError| Error::FoundKubeconfig { problem: source.into() };
             kubeconfigs().iter().try_for_each(|path| check(path))?;
             let kubeconfig = Kubeconfig::read().map_err(failed)?;
             check_named(&kubeconfig)?;
@@ -164,7 +161,7 @@ impl Access {
         } else if is_in_pod() {
             check(Path::new(TOKEN))?;
             check(Path::new(CA))?;
-            Config::incluster().map_err(|source| Error::InCluster { source: source.into() })?
+            Config::incluster().map_err(|source| Error::InCluster { problem: source.into() })?
         } else if let Some(apiserver) = &apiserver {
             Config::new(apiserver.clone())
         } else {
@@ -294,8 +291,9 @@ mod tests {
             let message = format!("{:#}", anyhow::Error::from(error));
             assert!(message.starts_with(&format!("--kubeconfig {}: ", path.display())), "{message}");
             assert!(message.contains(cause) && message.contains("kubectl"), "{message}");
+            assert_eq!(message.matches(path.to_str().unwrap()).count(), 1, "{message}");
         };
-        says("No such file").await;
+        says("no such file").await;
         std::fs::write(&path, "apiVersion: v1\nkind: Config\ncurrent-context: other\n").unwrap();
         says("context").await;
     }

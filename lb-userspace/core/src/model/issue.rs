@@ -55,6 +55,12 @@ impl fmt::Display for Issue {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if let Some(source) = &self.source {
             write!(Escaped(f), "{source}: ")?;
+            // The place names the file already.
+            if self.object.kind == ObjectKind::File
+                && source.rsplit_once(':').is_some_and(|(file, _line)| file == &*self.object.name)
+            {
+                return write!(f, "{}", self.kind);
+            }
         }
         write!(f, "{}: {}", self.object, self.kind)
     }

@@ -94,8 +94,6 @@ impl Notice {
             IssueKind::ServicesFull { .. }
             | IssueKind::EndpointsFull { .. }
             | IssueKind::TooManyEndpoints { .. }
-            | IssueKind::TooManyAddresses { .. }
-            | IssueKind::NodesFull { .. }
             | IssueKind::ClusterIpsFull { .. }
             | IssueKind::TableFull { .. } => ("TableFull", "Sync"),
             IssueKind::FrontendTaken { .. } => ("AddressConflict", "Sync"),

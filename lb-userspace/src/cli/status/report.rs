@@ -155,10 +155,6 @@ impl AgentPart {
     /// By what was heard, and the hooks that were found.
     pub(super) fn new(asked: &Asked, hooks: &[HookRow]) -> Self {
         let is_ok = |answer: &Answer| matches!(answer, Ok((200, _)));
-        let says = |answer: &Answer| match answer {
-            Ok((status, _)) => status.to_string(),
-            Err(error) => error.clone(),
-        };
         let healthy = asked.health.as_ref().and_then(|(_, _, healthz)| {
             // An answer of another program says nothing of this one.
             (asked.is_socklb() != Some(false))
@@ -175,12 +171,13 @@ impl AgentPart {
                 let name = name.lines().next().unwrap_or_default();
                 ("stopped", format!("another program answers at {address}: /proxyMode says {name:?}"))
             }
-            (Some((address, Err(error))), _) => ("stopped", format!("{address}: {error}")),
+            (Some((_, Err(error))), _) => ("stopped", error.clone()),
             (_, Some((address, livez, _))) if is_ok(livez) => {
                 ("running", format!("{address}: /livez says 200"))
             }
-            (None, Some((address, livez @ Err(_), _))) => ("stopped", format!("{address}: {}", says(livez))),
-            (_, Some((address, livez, _))) => ("stuck", format!("{address}: /livez says {}", says(livez))),
+            (None, Some((_, Err(error), _))) => ("stopped", error.clone()),
+            (_, Some((_, Err(error), _))) => ("stuck", error.clone()),
+            (_, Some((address, Ok((status, _)), _))) => ("stuck", format!("{address}: /livez says {status}")),
             (Some((address, _)), None) => ("running", format!("it answers at {address}")),
         };
         let has_programs = hooks.iter().any(|hook| matches!(hook.state, "attached" | "unknown"));
@@ -331,7 +328,12 @@ impl Status {
         let line = |names: String, before, after| {
             (!names.is_empty()).then(|| format!("hooks     {before}: {names}{after}; see HOOK"))
         };
-        let missing = line(names(false), "not attached", ": calls of these kinds are not served");
+        let missing =
+            if self.hooks.iter().all(|hook| matches!(hook.state, "missing" | "detached" | "not needed")) {
+                Some("hooks     no program is attached: no calls are served; see HOOK".to_owned())
+            } else {
+                line(names(false), "not attached", ": calls of these kinds are not served")
+            };
         missing.into_iter().chain(line(names(true), "not known", ""))
     }
 
@@ -344,7 +346,7 @@ impl Status {
             format!("pins      {}", self.pin_path.display()),
         ];
         let not_ready = &self.agent.not_ready;
-        if self.agent.healthy == Some(false) {
+        if self.agent.healthy == Some(false) && not_ready.is_empty() {
             lines[0].push_str(", /healthz says that no traffic should come to this node");
         }
         lines[0].extend(not_ready.iter().map(|reason| format!("\n          not ready: {reason}")));
@@ -456,11 +458,15 @@ impl Status {
             (Some(0), _) => return "\nno issues\n".to_owned(),
             (Some(n), _) => format!("ISSUES ({n})"),
             (None, _) if self.snapshot.problem.is_some() => "issues are not known".to_owned(),
-            (None, Some(problem)) => {
-                format!("ISSUES ({} of the snapshot's objects: {problem})", self.issues.len())
+            (None, problem) => {
+                let problem =
+                    problem.as_ref().map(|problem| format!("; those of the agent are not known: {problem}"));
+                let problem = problem.unwrap_or_default();
+                match self.issues.len() {
+                    0 => format!("no issues of the snapshot's objects{problem}"),
+                    n => format!("ISSUES ({n} of the snapshot's objects{problem})"),
+                }
             }
-            (None, None) if self.issues.is_empty() => "no issues of the snapshot's objects".to_owned(),
-            (None, None) => format!("ISSUES ({} of the snapshot's objects)", self.issues.len()),
         };
         let _infallible = writeln!(text, "\n{title}");
         for issue in self.issues.iter().take(SHOWN_ISSUES) {

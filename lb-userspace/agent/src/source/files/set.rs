@@ -57,7 +57,7 @@ pub enum Snapshot {
     },
 }
 
-/// Objects that are served no more, because no manifest holds them.
+/// Objects that are no longer served, because no manifest holds them.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Gone {
     /// The file that held them last; `None` if that is not known.
@@ -79,7 +79,7 @@ impl fmt::Display for Gone {
         }
         let (settle, vanish) = (settle::SETTLE.as_secs(), settle::VANISH.as_secs());
         let are = if self.objects.len() == 1 { "is" } else { "are" };
-        write!(f, " {are} served no more: ")?;
+        write!(f, " {are} no longer served: ")?;
         match &self.file {
             None => write!(f, "no manifest has what an agent served last"),
             Some(file) if self.is_removed => {
@@ -266,7 +266,7 @@ impl FileSet {
         Some((first, looks.into_iter().filter_map(|(_, name)| name.cloned()).collect()))
     }
 
-    /// What is served no more since the last call.
+    /// What is no longer served since the last call.
     pub fn take_gone(&mut self) -> Vec<Gone> {
         mem::take(&mut self.gone)
     }

@@ -37,7 +37,7 @@ const REREAD: Duration = Duration::from_secs(10);
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// There is nothing at the path, or it cannot be looked at.
-    #[error("--source file:{}: cannot be read; give a manifest file or a folder of them", path.display())]
+    #[error("--source file:{}: {source}: give a manifest file or a folder of them", path.display())]
     Path {
         /// The path given.
         path: PathBuf,
@@ -46,7 +46,7 @@ pub enum Error {
         source: io::Error,
     },
     /// The path is neither a file nor a folder.
-    #[error("--source file:{}: is neither a file nor a folder", path.display())]
+    #[error("--source file:{}: is neither a file nor a folder: give a manifest file or a folder of them", path.display())]
     Kind {
         /// The path given.
         path: PathBuf,

@@ -95,7 +95,7 @@ fn an_agent_at_work() {
 
 #[test]
 fn nothing_at_all() {
-    let nobody = Err("Connection refused (os error 111)".to_owned());
+    let nobody = Err("127.0.0.1:10249: Connection refused (os error 111)".to_owned());
     let asked = Asked { name: Some((tcp("127.0.0.1:10249"), nobody)), ..Asked::default() };
     let status = Status {
         agent: AgentPart::new(&asked, &[hook("connect4")]),
@@ -120,7 +120,7 @@ fn nothing_at_all() {
         ..well()
     };
     assert!(!status.is_attached());
-    expect![[r#"
+    expect![[r"
         agent     stopped: 127.0.0.1:10249: Connection refused (os error 111)
         source    not known: no agent answers
         snapshot  /var/lib/socklb/snapshot: no snapshot: has an agent run with this --state-dir?
@@ -135,7 +135,7 @@ fn nothing_at_all() {
         sendmsg4      unknown     no
 
         issues are not known
-    "#]]
+    "]]
     .assert_eq(&status.text());
 }
 
@@ -189,20 +189,20 @@ fn an_agent_whose_programs_are_detached_serves_no_calls() {
         covers: None,
         ..well()
     };
-    expect![[r#"
+    expect![[r"
         agent     detached: 127.0.0.1:10256: /livez says 200, but it serves no calls: its programs are not attached; restart it
         source    kube: first lists complete
                   last event 3 s ago, last sync 3 s ago, 0 changes waiting
         snapshot  /var/lib/socklb/snapshot: 12 services, 14 slices, 3 nodes, 2 h old
         pins      nothing is pinned under /sys/fs/bpf/socklb
-        hooks     not attached: connect4: calls of these kinds are not served; see HOOK
+        hooks     no program is attached: no calls are served; see HOOK
         self-test out of date: the programs are no longer attached
 
         HOOK          STATE       CGROUP
         connect4      missing     nothing is pinned under this name
 
         no issues
-    "#]].assert_eq(&status.text());
+    "]].assert_eq(&status.text());
     assert!(!status.text().contains("running") && !status.text().contains("passed"));
 }
 
@@ -253,7 +253,7 @@ fn who_does_not_get_traffic_is_told_why() {
     let text = status.text();
     let head: Vec<&str> = text.lines().take(10).collect();
     expect![[r"
-        agent     running: 127.0.0.1:10256: /livez says 200, /healthz says that no traffic should come to this node
+        agent     running: 127.0.0.1:10256: /livez says 200
                   not ready: the Node is being deleted
                   not ready: self-test not run yet: it waits for the first sync
         source    kube: first lists complete

@@ -69,7 +69,7 @@ fn files_come_and_go() {
     assert_eq!(set.next_look(), None);
     let gone: Vec<String> = set.take_gone().iter().map(ToString::to_string).collect();
     let why = |file: &str| format!("file {file}.yaml was removed or renamed and has not come back for 2 s");
-    let line = |name: &str| format!("Service default/{name} is served no more: {}", why(name));
+    let line = |name: &str| format!("Service default/{name} is no longer served: {}", why(name));
     assert_eq!(gone, [line("a"), line("b"), line("c")]);
 }
 
@@ -80,7 +80,7 @@ fn a_broken_file_keeps_its_last_good_objects() {
     set.update(snapshot(&[("a.yaml", &service("a", 1)), ("b.yaml", &service("b", 2))]), after(0.0));
     let half = service("new", 5) + &service("a", 1).replace("port: 1", "port: one");
     set.update(snapshot(&[("a.yaml", &half), ("b.yaml", &service("b", 3))]), after(10.0));
-    let expected = "a.yaml:10: file a.yaml: Service default/a: spec.ports[0].port: invalid type: string \"one\", expected \
+    let expected = "a.yaml:10: Service default/a: spec.ports[0].port: invalid type: string \"one\", expected \
                     i32; the objects read from it before stay in force (since 2025-11-24T16:00:10Z)";
     for seconds in [10.0, 20.0] {
         assert_eq!((services(&set), issues(&set)), (vec!["a:1".into(), "b:3".into()], vec![expected.into()]));
@@ -101,10 +101,8 @@ fn a_file_that_was_never_good_is_left_out() {
     assert_eq!(services(&set), ["b:2"]);
     assert_eq!(
         issues(&set),
-        [
-            "a.yaml:1: file a.yaml: mapping values are not allowed in this context at line 1, column 5; the file is left \
-          out"
-        ]
+        ["a.yaml:1: mapping values are not allowed in this context at line 1, column 5; the file is left \
+          out"]
     );
     set.update(snapshot(&[("b.yaml", &service("b", 2))]), after(1.0));
     assert!(issues(&set).is_empty());
@@ -210,7 +208,7 @@ fn what_was_served_last_stands_in_for_what_cannot_be_read() {
     settle(&mut set, 102.0);
     assert_eq!(services(&set), ["a:3", "b:2"]);
     let gone: Vec<String> = set.take_gone().iter().map(ToString::to_string).collect();
-    assert_eq!(gone, ["Service default/c is served no more: no manifest has what an agent served last"]);
+    assert_eq!(gone, ["Service default/c is no longer served: no manifest has what an agent served last"]);
     assert_eq!(set.next_look(), None);
 }
 

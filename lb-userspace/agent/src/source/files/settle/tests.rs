@@ -213,10 +213,7 @@ fn a_file_that_is_open_for_long_is_an_issue() {
     assert_eq!(find(1000, Some("half: a: text"), true), (true, vec![]), "a writer has come to there");
     assert_eq!(find(5999, None, true), (false, vec![]));
     let (is_news, issues) = find(6000, None, true);
-    assert!(
-        is_news && issues.len() == 1 && issues[0].contains("web.yaml:1: file web.yaml: mapping"),
-        "{issues:?}"
-    );
+    assert!(is_news && issues.len() == 1 && issues[0].contains("web.yaml:1: mapping"), "{issues:?}");
     let (_, issues) = find(6500, Some(&manifest("a1 b2")), true);
     let expected = format!(
         "file web.yaml: a program has it open for writing since {}; what it lacks, and its last document, stay in force as \
