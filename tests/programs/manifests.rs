@@ -61,6 +61,59 @@ const WAYS: [(&str, &str); 20] = [
     ),
 ];
 
+/// The same for editors, as they are or by their system calls, for other tools, and for several files.
+const MORE_WAYS: [(&str, &str); 18] = [
+    // Both look whether they may write there (4913), and have a swap file.
+    (
+        "vim with backupcopy=yes",
+        ": > $DIR/4913; rm $DIR/4913
+         if command -v vim > /dev/null; then vim -es -u NONE -N -c 'set backup backupcopy=yes' -c '%d' -c \"0r $NEW\" -c '$d' -c wq $F < /dev/null
+         else : > $DIR/.web.yaml.swp; cp $F $F~; cat $NEW > $F; rm $DIR/.web.yaml.swp; fi; rm -f $F~",
+    ),
+    (
+        "vim with backupcopy=no",
+        ": > $DIR/4913; rm $DIR/4913
+         if command -v vim > /dev/null; then vim -es -u NONE -N -c 'set backup backupcopy=no' -c '%d' -c \"0r $NEW\" -c '$d' -c wq $F < /dev/null
+         else : > $DIR/.web.yaml.swp; mv $F $F~; cat $NEW > $F; rm $DIR/.web.yaml.swp; fi; rm -f $F~",
+    ),
+    ("nano with a backup", ": > $DIR/.web.yaml.swp; cp -p $F $F~; cat $NEW > $F; rm $DIR/.web.yaml.swp $F~"),
+    (
+        "emacs",
+        "ln -s me@host.1 $DIR/.#web.yaml; cp $NEW $DIR/\\#web.yaml\\#; mv $F $F~; sleep 0.05; cat $NEW > $F; rm $DIR/\\#web.yaml\\# $DIR/.#web.yaml; rm $F~",
+    ),
+    ("gedit", "cp $NEW $DIR/.goutputstream-A1; ln $F $F~; mv $DIR/.goutputstream-A1 $F; rm $F~"),
+    ("ed", "if command -v ed > /dev/null; then printf '%%d\\n0r %s\\nw\\nq\\n' $NEW | ed -s $F; else cat $NEW > $F; fi"),
+    ("kubectl get -o yaml > file", "{ sleep 0.7; cat $NEW; } > $F"),
+    ("perl -i", "export NEW; perl -i -ne 'if ($. == 1) { open N, \"<\", $ENV{NEW}; print <N> }' $F"),
+    ("patch", "diff -u $F $NEW > $TMP/patch || :; patch --silent $F $TMP/patch"),
+    ("install", "install -m 600 $NEW $F"),
+    ("tar -x", "cp $NEW $TMP/web.yaml; tar -C $TMP -c web.yaml | tar -C $DIR -x"),
+    ("dd over the old text, and cut off where it ends", "dd if=$NEW of=$F conv=notrunc bs=100 status=none; sleep 0.3; truncate --size $(stat -c %s $NEW) $F"),
+    (
+        "a large text, copied, and shortened by sed -i",
+        "{ yes '# padding' | head -c 8000000; echo; cat $NEW; } > $TMP/large; cp $TMP/large $F; sed -i '/^# padding/d' $F",
+    ),
+    (
+        "git checkout that renames",
+        "git init --quiet $TMP; cd $TMP; export GIT_AUTHOR_NAME=a GIT_AUTHOR_EMAIL=a GIT_COMMITTER_NAME=a GIT_COMMITTER_EMAIL=a
+         cp $F web.yaml; git add .; git commit --quiet -m 1; git tag old; git mv web.yaml b.yaml; git commit --quiet -m 2; git tag moved
+         git mv b.yaml web.yaml; cp $NEW web.yaml; git commit --quiet -am 3; git tag new
+         export GIT_WORK_TREE=$DIR GIT_DIR=$TMP/.git; git reset --quiet old; git checkout --quiet moved; sleep 0.5; git checkout --quiet new",
+    ),
+    ("a name that is no manifest's, and back", "mv $F $F.bak; sleep 1; cp $NEW $F.bak; mv $F.bak $F"),
+    (
+        "two files that are swapped",
+        "head -c $CUT $NEW > $DIR/.a; tail -c +$((CUT + 1)) $NEW > $DIR/.b; mv $DIR/.b $DIR/b.yaml; mv $DIR/.a $F; sleep 0.3
+         mv $F $DIR/.swap; sleep 0.3; mv $DIR/b.yaml $F; sleep 0.3; mv $DIR/.swap $DIR/b.yaml; sleep 1.5
+         cp $NEW $DIR/.c; mv $DIR/.c $F; rm $DIR/b.yaml",
+    ),
+    (
+        "an object that moves to another file, which is written later",
+        "head -c $CUT $NEW > $F; sleep 0.5; tail -c +$((CUT + 1)) $NEW > $DIR/b.yaml; sleep 2; cp $NEW $F; rm $DIR/b.yaml",
+    ),
+    ("rsync --delete of the folder", "cp $NEW $TMP/web.yaml; rsync --archive --delete --delete-before $TMP/ $DIR/"),
+];
+
 /// Services whose calls must go on, one that differs between versions, and one of each version alone. The last document is one
 /// whose endpoints could be cut off.
 fn manifest(town: &Town, version: usize) -> String {
@@ -190,6 +243,84 @@ fn no_service_is_gone_while_its_manifest_is_changed_in_any_way() {
         }
         let n_gone = log.iter().filter(|line| line.contains("no longer served")).count();
         assert_eq!(n_gone, WAYS.len(), "{log:#?}");
+    });
+}
+
+#[test]
+fn no_service_is_gone_under_editors_and_other_tools() {
+    if !["rsync", "git", "perl", "patch"].into_iter().all(|program| require(Feature::Command(program))) {
+        return;
+    }
+    with_town(|place, town| {
+        let _agent = serve(place, town);
+        let mut wrong = Vec::new();
+        for (version, (name, way)) in (1..).zip(MORE_WAYS) {
+            let found = change(&place.manifests().join("web.yaml"), town, version, way);
+            wrong.extend(found.first().map(|first| format!("{name}: {} times, first {first}", found.len())));
+        }
+        assert!(wrong.is_empty(), "{wrong:#?}");
+    });
+}
+
+/// How `$DIR`, to which the source's path leads, becomes another folder. `$F` is a file of it.
+const WAYS_OF_FOLDERS: [(&str, &str); 5] = [
+    ("a link to another folder, exchanged", "mkdir $DIR.2; cp $NEW $DIR.2/web.yaml; mv $DIR $DIR.1; ln -s $DIR.1 $DIR; sleep 0.3
+      ln -s $DIR.2 $DIR.new; mv -T $DIR.new $DIR; sleep 0.3; rm -r $DIR.1; rm $DIR; mv $DIR.2 $DIR"),
+    ("ln -sfn", "mkdir $DIR.2; cp $NEW $DIR.2/web.yaml; mv $DIR $DIR.1; ln -sfn $DIR.1 $DIR; sleep 0.3; ln -sfn $DIR.2 $DIR; sleep 0.3
+      rm -r $DIR.1; rm $DIR; mv $DIR.2 $DIR"),
+    ("mv of the folder", "mkdir $DIR.2; cp $NEW $DIR.2/web.yaml; mv $DIR $DIR.1; sleep 3; mv $DIR.2 $DIR; rm -r $DIR.1"),
+    ("rm -r, and cp -r", "mkdir $DIR.2; cp $NEW $DIR.2/web.yaml; rm -r $DIR; sleep 3; cp -r $DIR.2 $DIR; rm -r $DIR.2"),
+    ("rm -r file by file, and made anew", "rm $F; sleep 0.5; rm -r $DIR; sleep 3; mkdir $DIR; sleep 0.5; cp $NEW $F"),
+];
+
+#[test]
+fn no_service_is_gone_while_the_folder_becomes_another() {
+    with_town(|place, town| {
+        let folder = place.manifests().join("folder");
+        fs::create_dir(&folder).unwrap();
+        let file = folder.join("web.yaml");
+        fs::write(&file, manifest(town, 0)).unwrap();
+        let source = format!("--source=file:{}", folder.display());
+        let _agent = place.start_with(&[
+            "--metrics-bind-address=",
+            "--healthz-bind-address=",
+            "--self-test-interval=0",
+            &source,
+        ]);
+        eventually("the service answers", || is_up(town::web()[0]));
+        for (version, (name, way)) in (1..).zip(WAYS_OF_FOLDERS) {
+            assert_eq!(change(&file, town, version, way), Vec::<String>::new(), "{name}");
+        }
+    });
+}
+
+/// Writers that never leave a file in peace: whatever is read in between, what all versions have is served.
+#[test]
+fn no_service_is_gone_under_writers_without_rest() {
+    let way = "i=0
+        pause() { sleep 0.0$(((i * 7 + $1 * 13) % 90 + 10)); }
+        while [ $i -lt 60 ]; do
+            i=$((i + 1))
+            case $((i * 11 % 10)) in
+            0) cp $NEW $F;;
+            1) cp $NEW $DIR/.new; pause 1; mv $DIR/.new $F;;
+            2) > $F; pause 2; cat $NEW > $F;;
+            3) { head -c $((HALF * i / 60)) $NEW; pause 3; tail -c +$((HALF * i / 60 + 1)) $NEW; } > $F;;
+            4) truncate --size $((HALF * i / 30)) $F; pause 4; cp $NEW $F;;
+            5) mv $F $F~; pause 5; cp $NEW $F; pause 6; rm $F~;;
+            6) rm $F; pause 7; cp $NEW $F;;
+            7) head -c $CUT $NEW > $F; pause 8; tail -c +$((CUT + 1)) $NEW >> $F;;
+            8) mv $F $DIR/a.yaml; pause 9; cp $NEW $F; rm $DIR/a.yaml;;
+            9) dd if=$NEW of=$F conv=notrunc bs=50 status=none;;
+            esac
+            pause 10
+        done
+        cp $NEW $F";
+    with_town(|place, town| {
+        let _agent = serve(place, town);
+        for version in 1..4 {
+            assert_eq!(change(&place.manifests().join("web.yaml"), town, version, way), Vec::<String>::new());
+        }
     });
 }
 

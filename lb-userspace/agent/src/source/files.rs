@@ -20,7 +20,7 @@
 //!
 //! # Depends on
 //!
-//! `model`; `tokio` and `notify` in [`watch()`] only.
+//! `model`; `tokio` in [`watch()`] only.
 
 mod defaults;
 mod lease;

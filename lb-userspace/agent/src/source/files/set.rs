@@ -183,8 +183,13 @@ impl FileSet {
     }
 
     fn read(&mut self, mut seen: BTreeMap<String, Seen>, now: Moment) -> bool {
-        let mut is_news = self.unreadable.take().is_some();
+        let was_unreadable = self.unreadable.take().is_some();
+        let mut is_news = was_unreadable;
         for (name, file) in &mut self.files {
+            // What was lacking before has had no time to come back.
+            if was_unreadable {
+                file.touch(now);
+            }
             if !seen.contains_key(name) {
                 is_news |= file.vanish(now);
             }

@@ -2,16 +2,19 @@
 
 use std::{
     collections::BTreeSet,
-    fs, io,
-    os::unix::fs::MetadataExt,
+    ffi::{OsStr, OsString},
+    fs, io, mem,
+    os::{fd::AsFd as _, unix::fs::MetadataExt},
     path::{Path, PathBuf, absolute},
-    sync::Arc,
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+    thread,
     time::Duration,
 };
 
-use notify::{
-    Event, EventKind, RecommendedWatcher, RecursiveMode, Watcher,
-    event::{AccessKind, AccessMode},
+use nix::{
+    errno::Errno,
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::inotify::{AddWatchFlags, InitFlags, Inotify, InotifyEvent, WatchDescriptor},
 };
 use tokio::{
     sync::{Notify, mpsc},
@@ -32,6 +35,22 @@ const MAX_UNQUIET: Duration = Duration::from_millis(200);
 /// How often everything is read without an event: for file systems that send none (NFS, some overlays), targets
 /// of symbolic links, and lost watches.
 const REREAD: Duration = Duration::from_secs(10);
+
+/// What can mean that another reading gives another result. Opening and reading a file cannot: our own readings would follow one
+/// another without end.
+const OF_PATH: AddWatchFlags = OF_PARENT
+    .union(AddWatchFlags::IN_MODIFY)
+    .union(AddWatchFlags::IN_CLOSE_WRITE)
+    .union(AddWatchFlags::IN_ATTRIB)
+    .union(AddWatchFlags::IN_DELETE_SELF)
+    .union(AddWatchFlags::IN_MOVE_SELF);
+/// What can mean that the path leads to something else. What is written to its neighbours cannot, and may be much.
+const OF_PARENT: AddWatchFlags =
+    AddWatchFlags::IN_CREATE.union(AddWatchFlags::IN_DELETE).union(AddWatchFlags::IN_MOVE);
+/// The least time between two looks at events, however fast files are written that are no manifests.
+const PAUSE: Duration = Duration::from_millis(1);
+/// How long after the last reading the thread ends that hears of events, in milliseconds.
+const LOOK: u16 = 1000;
 
 /// Why [`watch()`] cannot start. The caller tells the user and ends: a path is a setting.
 #[derive(Debug, thiserror::Error)]
@@ -157,8 +176,9 @@ async fn quiet_after_change(changed: &Notify) {
 struct Watches {
     path: PathBuf,
     changed: Arc<Notify>,
-    /// Kept for its `Drop`, which ends the watches.
-    watcher: Option<RecommendedWatcher>,
+    /// Where a thread hears of events, until `changed` is gone.
+    inotify: Option<Arc<Inotify>>,
+    watched: Arc<Mutex<Watched>>,
     /// Device and inode that are watched: a path can come to mean another folder.
     identity: Option<(u64, u64)>,
     has_warned: bool,
@@ -166,10 +186,12 @@ struct Watches {
 
 impl Watches {
     fn new(path: &Path) -> Self {
+        let name = path.file_name().unwrap_or_default().to_owned();
         Self {
             path: path.to_owned(),
             changed: Arc::default(),
-            watcher: None,
+            inotify: None,
+            watched: Arc::new(Mutex::new(Watched { own: None, of_parent: None, name })),
             identity: None,
             has_warned: false,
         }
@@ -179,67 +201,126 @@ impl Watches {
     /// reading goes on alone.
     fn renew(&mut self) {
         let identity = fs::metadata(&self.path).ok().map(|metadata| (metadata.dev(), metadata.ino()));
-        if self.watcher.is_some() && identity == self.identity {
+        // The number of an inode is given out again, its watch is not.
+        let is_watched = lock(&self.watched).own.is_some() == identity.is_some();
+        if self.inotify.is_some() && identity == self.identity && is_watched {
             return;
         }
         self.identity = identity;
-        self.watcher = match self.start() {
-            Ok(watcher) => Some(watcher),
-            Err(error) => {
-                if !self.has_warned {
-                    let (path, seconds) = (self.path.display(), REREAD.as_secs());
-                    tracing::warn!(%path, %error, "cannot watch manifests; reading them every {seconds} s");
-                    self.has_warned = true;
-                }
-                None
-            }
-        };
-    }
-
-    fn start(&self) -> notify::Result<RecommendedWatcher> {
-        let (path, changed) = (self.path.clone(), Arc::clone(&self.changed));
-        let mut watcher = notify::recommended_watcher(move |event: notify::Result<Event>| {
-            // An error may stand for lost events.
-            if event.is_ok_and(|event| !concerns(&path, &event)) {
-                return;
-            }
-            changed.notify_one();
-        })?;
-        // The parent sees the path itself replaced, removed or created; it may be unreadable for us.
-        if let Some(parent) = self.path.parent()
-            && let Err(error) = watcher.watch(parent, RecursiveMode::NonRecursive)
+        if let Err(error) = self.start()
+            && !self.has_warned
         {
-            tracing::debug!(path = %parent.display(), %error, "cannot watch the parent folder");
+            let (path, seconds) = (self.path.display(), REREAD.as_secs());
+            tracing::warn!(%path, %error, "cannot watch manifests; reading them every {seconds} s");
+            self.has_warned = true;
         }
-        if self.identity.is_some() {
-            watcher.watch(&self.path, RecursiveMode::NonRecursive)?;
+    }
+
+    fn start(&mut self) -> io::Result<()> {
+        let inotify = match &self.inotify {
+            Some(inotify) => Arc::clone(inotify),
+            None => self.listen()?,
+        };
+        // The parent sees the path itself replaced, removed or created; it may be unreadable for us.
+        let of_parent = self.path.parent().and_then(|parent| {
+            let watched = inotify.add_watch(parent, OF_PARENT | AddWatchFlags::IN_ONLYDIR);
+            watched
+                .inspect_err(|error| {
+                    tracing::debug!(path = %parent.display(), %error, "cannot watch the parent folder");
+                })
+                .ok()
+        });
+        // Last: if both are one folder, its events are all of these.
+        let own = self.identity.map(|_| inotify.add_watch(&self.path, OF_PATH).map_err(refused)).transpose();
+        let mut watched = lock(&self.watched);
+        let new = [own.as_ref().ok().copied().flatten(), of_parent];
+        let former = [mem::replace(&mut watched.own, new[0]), mem::replace(&mut watched.of_parent, new[1])];
+        for former in former.into_iter().flatten().filter(|former| !new.contains(&Some(*former))) {
+            let _gone_already = inotify.rm_watch(former);
         }
-        Ok(watcher)
+        own.map(drop)
+    }
+
+    /// Begins to hear of events.
+    fn listen(&mut self) -> io::Result<Arc<Inotify>> {
+        let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK).map_err(refused)?;
+        let inotify = Arc::new(inotify);
+        let (events, watched) = (Arc::clone(&inotify), Arc::clone(&self.watched));
+        let changed = Arc::downgrade(&self.changed);
+        let _ends_by_itself = thread::Builder::new()
+            .name("manifests".to_owned())
+            .spawn(move || listen(&events, &watched, &changed))?;
+        self.inotify = Some(Arc::clone(&inotify));
+        Ok(inotify)
     }
 }
 
-/// Whether an event can mean that another reading gives another result.
-fn concerns(path: &Path, event: &Event) -> bool {
-    // Opening and reading a file are events too: our own readings would follow one another without end.
-    let is_read = match event.kind {
-        EventKind::Access(AccessKind::Close(AccessMode::Write)) => false,
-        EventKind::Access(_) => true,
-        _ => false,
-    };
-    // An event without a path says that the kernel's queue overflowed.
-    !is_read && (event.paths.is_empty() || event.paths.iter().any(|changed| is_inside(path, changed)))
+fn lock(watched: &Mutex<Watched>) -> MutexGuard<'_, Watched> {
+    // Each change is complete.
+    watched.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Whether a changed path is the watched one, a manifest in it, or the link through which a mounted `ConfigMap`
-/// exchanges all its files at once (`..data`).
-fn is_inside(path: &Path, changed: &Path) -> bool {
-    if changed == path {
-        return true;
+/// The kernel's limits in other words than "no space left on device".
+fn refused(error: Errno) -> io::Error {
+    match error {
+        Errno::ENOSPC => io::Error::other("no watch is left to this user: raise fs.inotify.max_user_watches"),
+        Errno::EMFILE => {
+            io::Error::other("no inotify instance is left to this user: raise fs.inotify.max_user_instances")
+        }
+        error => error.into(),
     }
-    changed.parent() == Some(path)
-        && changed
-            .file_name()
-            .is_some_and(|name| is_manifest(name) || name.as_encoded_bytes().starts_with(b".."))
+}
+
+/// Tells of changes until nobody is there to tell. Whoever watches never waits for this: events may come without end.
+fn listen(inotify: &Inotify, watched: &Mutex<Watched>, changed: &Weak<Notify>) {
+    loop {
+        let _ready_or_late =
+            poll(&mut [PollFd::new(inotify.as_fd(), PollFlags::POLLIN)], PollTimeout::from(LOOK));
+        let Some(changed) = changed.upgrade() else { return };
+        match inotify.read_events() {
+            Ok(events) => {
+                let mut watched = lock(watched);
+                let mut concerns = false;
+                for event in &events {
+                    concerns |= watched.concerns(event);
+                }
+                if concerns {
+                    changed.notify_one();
+                }
+            }
+            Err(Errno::EAGAIN) => {}
+            // It may stand for lost events.
+            Err(_) => changed.notify_one(),
+        }
+        thread::sleep(PAUSE);
+    }
+}
+
+/// What is watched.
+struct Watched {
+    /// The path; `None` if nothing is there.
+    own: Option<WatchDescriptor>,
+    of_parent: Option<WatchDescriptor>,
+    /// The path's last part.
+    name: OsString,
+}
+
+impl Watched {
+    /// Whether an event can mean that another reading gives another result.
+    fn concerns(&mut self, InotifyEvent { wd, mask, name, .. }: &InotifyEvent) -> bool {
+        let is_own = Some(*wd) == self.own && name.as_deref().is_none_or(is_read);
+        let is_path = Some(*wd) == self.of_parent && name.as_ref() == Some(&self.name);
+        if mask.contains(AddWatchFlags::IN_IGNORED) && is_own {
+            self.own = None;
+        }
+        mask.contains(AddWatchFlags::IN_Q_OVERFLOW) || is_own || is_path
+    }
+}
+
+/// Whether a name in the folder is that of a manifest, or of the link through which a mounted `ConfigMap` exchanges all its
+/// files at once (`..data`).
+fn is_read(name: &OsStr) -> bool {
+    is_manifest(name) || name.as_encoded_bytes().starts_with(b"..")
 }
 
 #[cfg(test)]

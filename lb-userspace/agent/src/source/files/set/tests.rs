@@ -139,6 +139,28 @@ fn a_file_or_folder_that_cannot_be_read_keeps_everything() {
     assert_eq!((services(&set), issues(&set)), (vec!["a:1".to_owned()], vec![]));
 }
 
+/// A folder that is removed and made anew: `rm -r` takes its files first, and what it is filled from may take its time. While
+/// nothing can be read, no time passes for what was seen to be gone.
+#[test]
+fn a_folder_that_is_removed_and_made_anew_loses_nothing() {
+    let mut set = FileSet::new(None);
+    set.update(snapshot(&[("a.yaml", &service("a", 1)), ("b.yaml", &service("b", 1))]), after(0.0));
+    // One file is removed, one is written without its object; then the folder.
+    set.update(snapshot(&[("b.yaml", "")]), after(1.0));
+    let cause = "No such file or directory".into();
+    set.update(Snapshot::Unreadable { path: "/etc/socklb".into(), cause }, after(1.1));
+    // It is there again after ten seconds, and filled a moment later.
+    set.update(snapshot(&[]), after(11.0));
+    assert_eq!(services(&set), ["a:1", "b:1"]);
+    set.update(snapshot(&[("a.yaml", &service("a", 2))]), after(11.5));
+    assert_eq!(services(&set), ["a:2", "b:1"]);
+    assert!(set.take_gone().is_empty());
+    // What is not there again is gone in the end.
+    set.update(snapshot(&[("a.yaml", &service("a", 2))]), after(14.0));
+    assert_eq!(services(&set), ["a:2"]);
+    assert_eq!(set.take_gone().len(), 1);
+}
+
 /// Of two definitions the one in the first file counts, wherever the change came; the other takes over.
 #[test]
 fn an_object_that_is_defined_twice() {

@@ -1,4 +1,8 @@
-use std::os::unix::fs::symlink;
+use std::{
+    io::Write as _,
+    os::unix::fs::symlink,
+    sync::atomic::{AtomicBool, Ordering::Relaxed},
+};
 
 use tempfile::TempDir;
 
@@ -186,28 +190,64 @@ async fn a_missing_path_is_an_error_that_names_it() {
 
 #[test]
 fn events_that_cannot_change_a_reading_are_left_out() {
-    use notify::event::{CreateKind, ModifyKind};
-    let concerned = |kind, path: Option<&str>| {
-        let mut event = Event::new(kind);
-        event.paths = path.map(PathBuf::from).into_iter().collect();
-        concerns(Path::new("/etc/lb"), &event)
-    };
-    let modify = EventKind::Modify(ModifyKind::Any);
-    for (kind, path, expected) in [
-        (modify, Some("/etc/lb/a.yaml"), true),
-        (modify, Some("/etc/lb"), true),
-        (modify, Some("/etc/lb/..data"), true),
-        (EventKind::Create(CreateKind::Any), Some("/etc/lb/a.json"), true),
-        (EventKind::Access(AccessKind::Close(AccessMode::Write)), Some("/etc/lb/a.yaml"), true),
-        (EventKind::Other, None, true),
-        (modify, Some("/etc/lb/.a.yaml.swp"), false),
-        (modify, Some("/etc/lb/notes.txt"), false),
-        (modify, Some("/etc/passwd"), false),
-        (modify, Some("/etc/lb2/a.yaml"), false),
-        (EventKind::Access(AccessKind::Open(AccessMode::Any)), Some("/etc/lb/a.yaml"), false),
-        (EventKind::Access(AccessKind::Close(AccessMode::Read)), Some("/etc/lb/a.yaml"), false),
-        (EventKind::Access(AccessKind::Read), None, false),
+    let folder = tempfile::tempdir().unwrap();
+    let inotify = Inotify::init(InitFlags::IN_CLOEXEC).unwrap();
+    let path = folder.path().join("lb");
+    fs::create_dir(&path).unwrap();
+    let of_parent = inotify.add_watch(folder.path(), OF_PARENT).unwrap();
+    let own = inotify.add_watch(&path, OF_PATH).unwrap();
+    let mut watched = Watched { own: Some(own), of_parent: Some(of_parent), name: "lb".into() };
+    for (wd, name, expected) in [
+        (own, Some("a.yaml"), true),
+        (own, None, true),
+        (own, Some("..data"), true),
+        (own, Some("a.json"), true),
+        (of_parent, Some("lb"), true),
+        (own, Some(".a.yaml.swp"), false),
+        (own, Some("notes.txt"), false),
+        (own, Some("lb"), false),
+        (of_parent, Some("passwd"), false),
+        (of_parent, Some("a.yaml"), false),
+        (of_parent, None, false),
     ] {
-        assert_eq!(concerned(kind, path), expected, "{kind:?} {path:?}");
+        let event = |mask| InotifyEvent { wd, mask, cookie: 0, name: name.map(OsString::from) };
+        assert_eq!(watched.concerns(&event(AddWatchFlags::IN_MODIFY)), expected, "{name:?}");
+        assert!(watched.concerns(&event(AddWatchFlags::IN_Q_OVERFLOW)), "{name:?}");
     }
+    let ended = InotifyEvent { wd: own, mask: AddWatchFlags::IN_IGNORED, cookie: 0, name: None };
+    assert!(watched.concerns(&ended) && watched.own.is_none());
+}
+
+/// Who writes to neighbours of the path without rest keeps no manifest from being read, and no agent from ending.
+#[tokio::test]
+async fn writers_beside_the_path_are_not_waited_for() {
+    let (folder, path) = folder();
+    let is_over = Arc::new(AtomicBool::new(false));
+    // Each write is an event that differs from the one before.
+    let writers: Vec<_> = ["one.log", "two.log", "manifests/.busy"]
+        .map(|name| {
+            let (file, is_over) = (folder.path().join(name), Arc::clone(&is_over));
+            thread::spawn(move || {
+                let mut file = fs::File::create(file).unwrap();
+                while !is_over.load(Relaxed) {
+                    file.write_all(b"x").unwrap();
+                    file.set_len(0).unwrap();
+                }
+            })
+        })
+        .into();
+    let found = async {
+        let mut snapshots = watch(&path).unwrap();
+        expect(&mut snapshots, &[]).await;
+        for version in ["1", "2", "3"] {
+            fs::write(path.join("a.yaml"), version).unwrap();
+            expect(&mut snapshots, &[("a.yaml", version)]).await;
+        }
+    };
+    let found = timeout(SOON, found).await;
+    is_over.store(true, Relaxed);
+    for writer in writers {
+        writer.join().unwrap();
+    }
+    assert!(found.is_ok(), "no manifest was read while others were written beside");
 }
