@@ -12,8 +12,11 @@
 //! - Every endpoint answers all the time, over TCP and UDP. So a call to a service that always has a ready endpoint fails
 //!   only if the maps are wrong.
 //! - An endpoint address belongs to one service for good: a call that ends elsewhere met another service.
+//! - What is measured decides about nothing here: see [`Observed::flaws`].
 
 mod life;
+mod meter;
+mod truth;
 
 use std::{
     collections::BTreeMap,
@@ -21,17 +24,21 @@ use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     os::fd::AsFd as _,
     path::PathBuf,
-    sync::atomic::{AtomicBool, AtomicU64, Ordering},
+    sync::{
+        PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
     thread,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, anyhow, bail, ensure};
 use k8s_openapi::api::{
-    core::v1::ServicePort,
+    core::v1::{Service, ServicePort},
     discovery::v1::{EndpointConditions, EndpointSlice},
 };
 use lb_core::{
+    desired::FrontendAddress,
     model::Protocol::{self, Tcp, Udp},
     plan::Capacity,
     state::State,
@@ -40,9 +47,13 @@ use lb_core::{
 use lb_kernel::{Features, addresses, pins, sockets::SocketTable, store::Maps, syscall};
 use nix::errno::Errno;
 
-pub use self::life::Events;
+pub use self::{
+    life::Events,
+    meter::{Minute, Observed},
+    truth::{Delays, Truth},
+};
 
-use self::life::Life;
+use self::life::{Life, Present, Start};
 use crate::{
     Sandbox,
     agent::{self, Agent, content},
@@ -56,8 +67,16 @@ use crate::{
 const N_STEADY: usize = 8;
 /// Services that come and go.
 const N_OTHERS: usize = 48;
-/// Endpoints that a service may have.
+/// Both. Services beyond are [`is_plain`].
+const N_MIXED: usize = N_STEADY + N_OTHERS;
+/// Endpoints that one of those may have.
 const N_ENDPOINTS: usize = 6;
+/// One of so many plain services comes and goes. The others always have a ready endpoint.
+const PLAIN_OTHERS: usize = 16;
+/// The most services for which there are addresses.
+pub const MAX_SERVICES: usize = 60_000;
+/// The most endpoints of a plain service for which there are addresses.
+pub const MAX_ENDPOINTS: usize = 120;
 /// Their ports, TCP and UDP, each with endpoints of its own.
 const PORTS: [(&str, Protocol); 2] = [("t", Tcp), ("u", Udp)];
 /// Where every endpoint listens.
@@ -89,6 +108,14 @@ pub struct Options {
     pub call: Duration,
     /// How many agents are killed, ended and replaced; the time is over with the last.
     pub n_events: u64,
+    /// Services, at least the few that are of every kind. Further ones have one TCP port and this many endpoints.
+    pub n_services: usize,
+    /// See [`Self::n_services`].
+    pub n_endpoints: usize,
+    /// About how long agents live that are killed and replaced, apart from [`Self::n_events`].
+    pub kill: Option<Duration>,
+    /// Between two lines of figures; with them commands are asked whether they tell the truth.
+    pub report: Option<Duration>,
 }
 
 impl Options {
@@ -104,6 +131,24 @@ impl Options {
             restart: Duration::from_secs(45),
             call: Duration::from_millis(1),
             n_events: 0,
+            n_services: N_MIXED,
+            n_endpoints: N_ENDPOINTS,
+            kill: None,
+            report: None,
+        }
+    }
+
+    /// Many services. Faults come as seldom as a start at that size needs, and calls leave the machine to the agent.
+    #[must_use]
+    pub const fn large(self, n_services: usize, n_endpoints: usize) -> Self {
+        Self {
+            cut: Duration::from_secs(30),
+            expire: Duration::from_secs(300),
+            restart: Duration::from_secs(600),
+            call: Duration::from_millis(10),
+            n_services: if n_services > N_MIXED { n_services } else { N_MIXED },
+            n_endpoints,
+            ..self
         }
     }
 
@@ -126,7 +171,7 @@ impl Options {
 }
 
 /// What happened.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Outcome {
     /// Changes of objects.
     pub n_changes: u64,
@@ -145,6 +190,8 @@ pub struct Outcome {
     pub events: Events,
     /// How long the agent took to catch up at the end.
     pub caught_up: Duration,
+    /// What was measured, with [`Options::report`].
+    pub observed: Option<Observed>,
 }
 
 impl fmt::Display for Outcome {
@@ -161,7 +208,8 @@ impl fmt::Display for Outcome {
             self.n_other_failures,
             self.n_unmasked,
             self.caught_up
-        )
+        )?;
+        self.observed.as_ref().map_or(Ok(()), |observed| write!(f, "\n\n{observed}"))
     }
 }
 
@@ -183,7 +231,17 @@ impl Random {
 }
 
 fn is_ipv6(service: usize) -> bool {
-    service % 4 == 3
+    service < N_MIXED && service % 4 == 3
+}
+
+/// Whether a service has one TCP port and no IPv6 address. Datagrams would take a socket for each endpoint.
+fn is_plain(service: usize) -> bool {
+    service >= N_MIXED
+}
+
+/// Whether a service is there all the time and always has a ready endpoint.
+fn is_steady(service: usize) -> bool {
+    service < N_STEADY || (is_plain(service) && !service.is_multiple_of(PLAIN_OTHERS))
 }
 
 fn name(service: usize) -> String {
@@ -210,18 +268,19 @@ fn service_address(service: usize) -> SocketAddr {
     let ip = if is_ipv6(service) {
         Ipv6Addr::new(0xfd00, 0x96, 0, 0, 0, 0, 0, 1 + u16::from(octet(service))).into()
     } else {
-        IpAddr::from(Ipv4Addr::new(10, 96, 0, 1 + octet(service)))
+        let first = u32::from(Ipv4Addr::new(10, 96, 0, 1));
+        IpAddr::from(Ipv4Addr::from(first + u32::try_from(service).unwrap_or(u32::MAX)))
     };
     SocketAddr::new(ip, SERVICE_PORT)
 }
 
 /// An endpoint of a service.
 fn endpoint(service: usize, number: usize) -> SocketAddr {
-    let (high, low) = (octet(service), 1 + octet(number));
+    let (high, low, number) = (octet(service / 256), octet(service % 256), 1 + octet(number));
     let ip = if is_ipv6(service) {
-        Ipv6Addr::new(0xfd00, 0x244, 0, 0, 0, 0, high.into(), low.into()).into()
+        Ipv6Addr::new(0xfd00, 0x244, 0, 0, 0, 0, low.into(), number.into()).into()
     } else {
-        IpAddr::from(Ipv4Addr::new(127, 1, high, low))
+        IpAddr::from(Ipv4Addr::new(127, 1 + high, low, number))
     };
     SocketAddr::new(ip, TARGET_PORT)
 }
@@ -229,8 +288,24 @@ fn endpoint(service: usize, number: usize) -> SocketAddr {
 /// The service that an endpoint belongs to.
 fn owner(endpoint: SocketAddr) -> usize {
     match endpoint.ip() {
-        IpAddr::V4(ip) => usize::from(ip.octets()[2]),
+        IpAddr::V4(ip) => {
+            let [_, high, low, _] = ip.octets();
+            usize::from(high.wrapping_sub(1)) * 256 + usize::from(low)
+        }
         IpAddr::V6(ip) => usize::from(ip.segments()[6]),
+    }
+}
+
+/// The API server: changed by several at once, stopped and started by one.
+struct Server(RwLock<ApiServer>);
+
+impl Server {
+    fn read(&self) -> RwLockReadGuard<'_, ApiServer> {
+        self.0.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn write(&self) -> RwLockWriteGuard<'_, ApiServer> {
+        self.0.write().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -244,25 +319,31 @@ fn owner(endpoint: SocketAddr) -> usize {
 ///
 /// If there is no sandbox to be had: see [`crate::require`].
 pub fn run(socklb: &[PathBuf], options: &Options) -> anyhow::Result<Outcome> {
+    ensure!(options.n_services <= MAX_SERVICES, "{MAX_SERVICES} services at most");
+    ensure!((1..=MAX_ENDPOINTS).contains(&options.n_endpoints), "1 to {MAX_ENDPOINTS} endpoints");
     Sandbox::run(|sandbox| {
         let endpoints_of = |service| (0..N_ENDPOINTS).map(move |number| endpoint(service, number));
         let ipv6: Vec<SocketAddr> =
-            (0..N_STEADY + N_OTHERS).filter(|service| is_ipv6(*service)).flat_map(endpoints_of).collect();
+            (0..N_MIXED).filter(|service| is_ipv6(*service)).flat_map(endpoints_of).collect();
         sandbox.own(ipv6.iter().map(SocketAddr::ip));
         // Every address in 127.0.0.0/8 is the host's, so that one server stands for all IPv4 endpoints.
         let ipv4 = SocketAddr::from((Ipv4Addr::UNSPECIFIED, TARGET_PORT));
         // Not for datagrams: such a server would not know which address it was called at.
-        let datagrams = (0..N_STEADY + N_OTHERS).flat_map(endpoints_of);
+        let datagrams = (0..N_MIXED).flat_map(endpoints_of);
         let servers = [Servers::tcp(ipv6.iter().copied().chain([ipv4])), Servers::udp(datagrams)];
-        let mut server = ApiServer::start();
-        let mut objects = Objects::new(options.seed);
-        objects.create(&server);
-        let mut life = Life::begin(socklb, sandbox, &server, options.seed)?;
+        let server = Server(RwLock::new(ApiServer::start()));
+        let mut objects = Objects::new(options);
+        objects.create(&server.read());
+        let start = Start::with_room_for(options.n_services);
+        let mut life = Life::begin(socklb, sandbox, &server.read(), options.seed, start)?;
+        let present = life.present();
         let mut outcome = Outcome::default();
         for service in 0..N_STEADY {
             until(&life, "the first services answer", || call(service_address(service), Tcp).is_ok())?;
         }
         let (stop, is_over) = (AtomicBool::new(false), AtomicBool::new(false));
+        // What is measured ends with the changes.
+        let unobserved = AtomicBool::new(false);
         let counts = Counts::default();
         thread::scope(|scope| -> anyhow::Result<()> {
             let callers: Vec<_> = (0..N_CALLERS)
@@ -278,22 +359,44 @@ pub fn run(socklb: &[PathBuf], options: &Options) -> anyhow::Result<Outcome> {
                     })
                 })
                 .collect();
-            let (life, is_over, stop) = (&mut life, &is_over, &stop);
+            let (life, is_over, stop, server, unobserved) =
+                (&mut life, &is_over, &stop, &server, &unobserved);
+            let observing = options.report.map(|interval| {
+                let (present, counts) = (&present, &counts);
+                let metering = scope.spawn(move || meter::observe(present, counts, interval, unobserved));
+                let asking = scope.spawn(move || {
+                    let result = truth::ask(present, server, sandbox, &socklb[0], unobserved);
+                    if result.is_err() {
+                        stop.store(true, Ordering::Relaxed);
+                    }
+                    result
+                });
+                (metering, asking)
+            });
             let living = scope.spawn(move || {
-                let lived = life.go_on(options.n_events, stop);
+                let lived = match options.kill {
+                    Some(mean) => life.kill_now_and_then(mean, stop),
+                    None => life.go_on(options.n_events, stop),
+                };
                 if options.n_events > 0 {
                     is_over.store(true, Ordering::Relaxed);
                 }
                 (life, lived)
             });
             let ends = [stop, is_over];
-            let changed = changes(&mut server, &mut objects, options, ends, &mut outcome);
+            let changed = changes(server, &mut objects, options, ends, &present, &counts);
+            unobserved.store(true, Ordering::Relaxed);
+            let asked = observing.map(|(metering, asking)| {
+                let minutes = metering.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+                let truth = asking.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+                truth.map(|truth| Observed { minutes, truth })
+            });
             // No more agents are killed when the time is over; those that call go on.
             let is_failing = stop.swap(true, Ordering::Relaxed);
             let (life, lived) = living.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
             stop.store(is_failing, Ordering::Relaxed);
             let last_change = Instant::now();
-            let caught_up = lived.and(changed).and_then(|()| until_right(sandbox, &server, life));
+            let caught_up = lived.and(changed).and_then(|()| until_right(sandbox, &server.read(), life));
             outcome.caught_up = last_change.elapsed();
             stop.store(true, Ordering::Relaxed);
             for caller in callers {
@@ -302,10 +405,13 @@ pub fn run(socklb: &[PathBuf], options: &Options) -> anyhow::Result<Outcome> {
                     Err(panic) => std::panic::resume_unwind(panic),
                 }
             }
+            outcome.observed = asked.transpose()?;
             caught_up
         })
         .with_context(|| format!("seed {}", options.seed))?;
         drop(servers);
+        outcome.n_changes = counts.n_changes.into_inner();
+        outcome.n_faults = counts.n_faults.into_inner();
         outcome.n_steady_calls = counts.n_steady.into_inner();
         outcome.n_other_calls = counts.n_others.into_inner();
         outcome.n_other_failures = counts.n_failures.into_inner();
@@ -356,27 +462,38 @@ fn until(life: &Life<'_>, what: &str, condition: impl Fn() -> bool) -> anyhow::R
     Ok(())
 }
 
-/// The ports of every service.
-fn ports() -> [ServicePort; 2] {
-    PORTS.map(|(name, protocol)| cluster::port(name, protocol, SERVICE_PORT))
+/// The ports of a service: a plain one has the first.
+fn ports(service: usize) -> &'static [(&'static str, Protocol)] {
+    if is_plain(service) { &PORTS[..1] } else { &PORTS }
+}
+
+/// A Service without endpoints.
+fn service_object(service: usize) -> Service {
+    let ports: Vec<ServicePort> =
+        ports(service).iter().map(|(name, protocol)| cluster::port(name, *protocol, SERVICE_PORT)).collect();
+    cluster::service(&name(service), &[service_address(service).ip()], &ports)
 }
 
 /// The slices of a service, which has the same endpoints for each of its ports.
-fn slices(service: &str, endpoints: &[SocketAddr]) -> Vec<EndpointSlice> {
-    let of_port = |(name, protocol)| cluster::slices(&PortOf { service, name, protocol }, endpoints);
-    PORTS.into_iter().flat_map(of_port).collect()
+fn slices(service: usize, endpoints: &[SocketAddr]) -> Vec<EndpointSlice> {
+    let of_port = |(port, protocol): &(&str, Protocol)| {
+        cluster::slices(&PortOf { service: &name(service), name: port, protocol: *protocol }, endpoints)
+    };
+    ports(service).iter().flat_map(of_port).collect()
 }
 
 /// What the server holds, and how it changes.
 struct Objects {
     random: Random,
+    n_endpoints: usize,
     /// The endpoints of each service, with whether they are ready; `None` for a service that is not there.
     services: Vec<Option<BTreeMap<usize, bool>>>,
 }
 
 impl Objects {
-    fn new(seed: u64) -> Self {
-        Self { random: Random(seed), services: vec![None; N_STEADY + N_OTHERS] }
+    fn new(options: &Options) -> Self {
+        let services = vec![None; options.n_services.max(N_MIXED)];
+        Self { random: Random(options.seed), n_endpoints: options.n_endpoints, services }
     }
 
     fn create(&mut self, server: &ApiServer) {
@@ -388,6 +505,9 @@ impl Objects {
 
     /// Some endpoints. Those of a steady service hold a ready one, as its Service does at every moment.
     fn endpoints(&mut self, service: usize) -> BTreeMap<usize, bool> {
+        if is_plain(service) {
+            return (0..self.n_endpoints).map(|number| (number, true)).collect();
+        }
         let mut endpoints: BTreeMap<usize, bool> = (0..N_ENDPOINTS)
             .filter_map(|number| match self.random.below(4) {
                 0 => None,
@@ -395,47 +515,68 @@ impl Objects {
                 _ => Some((number, true)),
             })
             .collect();
-        if service < N_STEADY && !endpoints.values().any(|ready| *ready) {
+        if is_steady(service) && !endpoints.values().any(|ready| *ready) {
             endpoints.insert(self.random.below(N_ENDPOINTS), true);
         }
         endpoints
     }
 
+    /// What comes after some endpoints: one of them changes, as with a rollout or a probe that fails.
+    fn next_endpoints(&mut self, mut endpoints: BTreeMap<usize, bool>) -> BTreeMap<usize, bool> {
+        let number = self.random.below(2 * self.n_endpoints);
+        let n_ready = endpoints.values().filter(|ready| **ready).count();
+        match endpoints.get(&number) {
+            // The pod that takes another's place is ready.
+            None => {
+                let replaced = endpoints.keys().nth(self.random.below(endpoints.len())).copied();
+                endpoints.insert(number, true);
+                let _former = replaced.and_then(|replaced| endpoints.remove(&replaced));
+            }
+            Some(true) if n_ready == 1 => drop(endpoints.insert((number + 1) % (2 * self.n_endpoints), true)),
+            Some(ready) => drop(endpoints.insert(number, !ready)),
+        }
+        endpoints
+    }
+
     fn add(&mut self, server: &ApiServer, service: usize) {
-        let address = service_address(service);
-        server.apply(cluster::service(&name(service), &[address.ip()], &ports()));
+        server.apply(service_object(service));
         let endpoints = self.endpoints(service);
         self.set(server, service, endpoints);
     }
 
     fn set(&mut self, server: &ApiServer, service: usize, endpoints: BTreeMap<usize, bool>) {
-        let name = name(service);
         let addresses: Vec<SocketAddr> = endpoints.keys().map(|number| endpoint(service, *number)).collect();
         // One slice, also without endpoints: its name must not depend on them.
         let of_one = [endpoint(service, 0)];
         let listed = if addresses.is_empty() { &of_one[..] } else { &addresses };
-        for mut slice in slices(&name, listed) {
+        for mut slice in slices(service, listed) {
             slice.endpoints.truncate(addresses.len());
-            for (endpoint, ready) in slice.endpoints.iter_mut().zip(endpoints.values()) {
+            for (endpoint, (number, ready)) in slice.endpoints.iter_mut().zip(&endpoints) {
                 endpoint.conditions =
                     Some(EndpointConditions { ready: Some(*ready), ..EndpointConditions::default() });
+                if is_plain(service) {
+                    // As on a cluster, where this is most of what is kept of an endpoint.
+                    endpoint.node_name = Some(format!("node-{}", (service + number) % 1000));
+                    endpoint.zone = Some(format!("zone-{}", number % 3));
+                }
             }
             server.apply(slice);
         }
         self.services[service] = Some(endpoints);
     }
 
-    /// Changes something.
+    /// Changes something. Where there are many services, those of every kind change more often than the others.
     fn change(&mut self, server: &ApiServer) {
-        let service = self.random.below(self.services.len());
+        let among = if self.random.below(8) == 0 { N_MIXED } else { self.services.len() };
+        let service = self.random.below(among);
         let is_there = self.services[service].is_some();
         match self.random.below(16) {
-            0 if service >= N_STEADY && is_there => {
+            0 if !is_steady(service) && is_there => {
                 server.delete(Kind::Service, NAMESPACE, &name(service));
                 // The slices follow, or stay, as for a service that is made anew.
                 if self.random.below(2) == 0 {
                     let of_one = [endpoint(service, 0)];
-                    for slice in slices(&name(service), &of_one) {
+                    for slice in slices(service, &of_one) {
                         let slice = slice.metadata.name.unwrap_or_default();
                         server.delete(Kind::Slice, NAMESPACE, &slice);
                     }
@@ -448,82 +589,100 @@ impl Objects {
                 server.apply(cluster::node(&node, &[ip.into()]));
             }
             2 if is_there => {
-                let address = service_address(service);
                 let affinity = self.random.below(2) == 0;
-                let service = cluster::service(&name(service), &[address.ip()], &ports());
-                server.apply(cluster::with_spec(service, |spec| {
-                    spec.type_ = Some(if affinity { "ClusterIP" } else { "NodePort" }.to_owned());
+                // Node ports are fewer than plain services may be.
+                let is_node_port = !affinity && !is_plain(service);
+                server.apply(cluster::with_spec(service_object(service), |spec| {
+                    spec.type_ = Some(if is_node_port { "NodePort" } else { "ClusterIP" }.to_owned());
                     spec.session_affinity = Some(if affinity { "ClientIP" } else { "None" }.to_owned());
                 }));
             }
-            _ if !is_there => self.add(server, service),
-            _ => {
-                let endpoints = if service >= N_STEADY && self.random.below(8) == 0 {
-                    BTreeMap::new()
-                } else {
-                    self.endpoints(service)
-                };
-                self.set(server, service, endpoints);
-            }
+            _ => match self.services[service].clone() {
+                None => self.add(server, service),
+                Some(_) if !is_steady(service) && self.random.below(8) == 0 => {
+                    self.set(server, service, BTreeMap::new());
+                }
+                Some(present) if is_plain(service) && !present.is_empty() => {
+                    let endpoints = self.next_endpoints(present);
+                    self.set(server, service, endpoints);
+                }
+                Some(_) => {
+                    let endpoints = self.endpoints(service);
+                    self.set(server, service, endpoints);
+                }
+            },
         }
     }
 }
 
+/// By how much changes may be behind.
+const BEHIND: Duration = Duration::from_millis(200);
+
 /// Changes objects and makes faults until the time is over.
 fn changes(
-    server: &mut ApiServer,
+    server: &Server,
     objects: &mut Objects,
     options: &Options,
     ends: [&AtomicBool; 2],
-    outcome: &mut Outcome,
+    present: &Present,
+    counts: &Counts,
 ) -> anyhow::Result<()> {
     let is_over = || ends.iter().any(|end| end.load(Ordering::Relaxed));
     let started = Instant::now();
     let (mut cut, mut expire, mut restart) = (options.cut, options.expire, options.restart);
     let mut n_restarts = 0;
     let mut comes_back: Option<Duration> = None;
+    let mut due = Duration::ZERO;
     while started.elapsed() < options.time && !is_over() {
         let now = started.elapsed();
-        objects.change(server);
-        outcome.n_changes += 1;
-        let mut is_due = |next: &mut Duration, interval: Duration| {
+        objects.change(&server.read());
+        let _before = counts.n_changes.fetch_add(1, Ordering::Relaxed);
+        let is_due = |next: &mut Duration, interval: Duration| {
             let is_due = now >= *next;
             if is_due {
                 *next = now + interval;
-                outcome.n_faults += 1;
+                present.disturb();
+                let _before = counts.n_faults.fetch_add(1, Ordering::Relaxed);
             }
             is_due
         };
         if is_due(&mut cut, options.cut) {
-            server.cut_watches();
+            server.read().cut_watches();
         }
         if is_due(&mut expire, options.expire) {
-            server.expire();
+            server.read().expire();
         }
         if comes_back.is_none() && is_due(&mut restart, options.restart) {
-            server.stop();
+            server.write().stop();
             n_restarts += 1;
             comes_back = Some(now + Duration::from_millis(200 * (1 + n_restarts % 4)));
         }
         // Changes go on while the server is away: another server of the cluster takes them.
         if comes_back.is_some_and(|at| now >= at) {
             comes_back = None;
+            let mut server = server.write();
             if n_restarts % 3 == 0 {
                 // Back from a backup, with a version that was there before or that is to come.
-                server.restart_at_version(if n_restarts % 2 == 0 { 50 } else { server.version() + 100_000 });
+                let version = if n_restarts % 2 == 0 { 50 } else { server.version() + 100_000 };
+                server.restart_at_version(version);
             } else {
                 server.resume().context("the API server cannot come back")?;
             }
+            present.disturb();
         }
-        thread::sleep(options.change);
+        // What a busy machine has delayed is made up for, but not as a burst.
+        due = (due + options.change).max(started.elapsed().saturating_sub(BEHIND));
+        thread::sleep(due.saturating_sub(started.elapsed()));
     }
-    server.resume().context("the API server cannot come back")
+    server.write().resume().context("the API server cannot come back")
 }
 
 /// What callers count.
 #[expect(clippy::struct_field_names, reason = "counts are called `n_foos` in this tree")]
 #[derive(Debug, Default)]
 struct Counts {
+    n_changes: AtomicU64,
+    n_faults: AtomicU64,
     n_steady: AtomicU64,
     n_others: AtomicU64,
     n_failures: AtomicU64,
@@ -546,16 +705,20 @@ fn calls(options: &Options, caller: u64, stop: &AtomicBool, counts: &Counts) -> 
     let mut random = Random((options.seed ^ caller).wrapping_mul(31).wrapping_add(7));
     let long_lived = [Domain::V4, Domain::V6].map(|domain| Socket::new(domain, Udp));
     while !stop.load(Ordering::Relaxed) {
-        let service =
-            if random.below(2) == 0 { random.below(N_STEADY) } else { N_STEADY + random.below(N_OTHERS) };
+        let service = match random.below(4) {
+            0 => random.below(N_STEADY),
+            1 => N_STEADY + random.below(N_OTHERS),
+            _ => random.below(options.n_services.max(N_MIXED)),
+        };
         let (address, name) = (service_address(service), name(service));
-        let way = [Way::Tcp, Way::Tcp, Way::Udp, Way::LongLived][random.below(4)];
+        let ways = [Way::Tcp, Way::Tcp, Way::Udp, Way::LongLived];
+        let way = ways[if is_plain(service) { 0 } else { random.below(ways.len()) }];
         let result = match way {
             Way::Tcp => connect(address),
             Way::Udp => Socket::new(Domain::of(address.ip()), Udp).ask_at(address),
             Way::LongLived => long_lived[usize::from(address.is_ipv6())].ask_at(address),
         };
-        let is_steady = service < N_STEADY;
+        let is_steady = is_steady(service);
         let _before =
             if is_steady { &counts.n_steady } else { &counts.n_others }.fetch_add(1, Ordering::Relaxed);
         match result {
@@ -588,6 +751,9 @@ fn connect(to: SocketAddr) -> Result<Answer, Errno> {
     Ok(Answer { seen, ..socket.ask()? })
 }
 
+/// Frontends that a message shows.
+const SHOWN: usize = 10;
+
 /// Waits until the kernel's maps hold what the server's objects ask for, computed from scratch.
 fn until_right(sandbox: &Sandbox, server: &ApiServer, life: &Life<'_>) -> anyhow::Result<()> {
     let cluster = server.cluster();
@@ -617,9 +783,10 @@ fn until_right(sandbox: &Sandbox, server: &ApiServer, life: &Life<'_>) -> anyhow
         }
         if Instant::now() > end {
             let now = now?;
-            let wrong: Vec<_> =
-                wanted.iter().filter(|(address, content)| now.get(address) != Some(content)).collect();
-            let extra: Vec<_> = now.keys().filter(|address| !wanted.contains_key(address)).collect();
+            let wrong = wanted.iter().filter(|(address, content)| now.get(address) != Some(content));
+            let wrong: Vec<_> = wrong.take(SHOWN).collect();
+            let is_extra = |address: &&FrontendAddress| !wanted.contains_key(address);
+            let extra: Vec<_> = now.keys().filter(is_extra).take(SHOWN).collect();
             bail!("missing or wrong: {wrong:?}; too many: {extra:?}; {}", life.last_words());
         }
         thread::sleep(Duration::from_millis(20));

@@ -7,6 +7,7 @@
 //! - [`cluster`]: Kubernetes objects; [`agent`]: from objects to the kernel, in process.
 //! - [`apiserver`]: an API server that holds such objects, and its faults.
 //! - [`controlplane`]: a real one, where the environment names it.
+//! - [`process`]: what a process takes of the machine.
 //! - [`churn`]: changes and faults for a long time, with calls under way.
 //! - [`scenario`]: objects and expected flows, run by the simulator and by the kernel.
 //! - [`feature`]: what happens on a machine that lacks something.
@@ -32,6 +33,7 @@ pub mod controlplane;
 pub mod feature;
 pub mod netlink;
 pub mod netns;
+pub mod process;
 pub mod sandbox;
 pub mod scenario;
 pub mod server;

@@ -47,20 +47,22 @@ enum What {
     /// Writes the plots and tables of the documents anew from docs/benchmarks, without measuring
     Render,
     /// Changes of everything with faults of the API server and calls under way, for a long time
-    Churn {
-        /// Decides about objects and changes; a failure names it
-        #[arg(long, value_name = "N", default_value_t = 1)]
-        seed: u64,
-        /// For how long
-        #[arg(long, value_name = "N", default_value_t = 600)]
-        seconds: u64,
-    },
+    Churn(ChurnArguments),
 }
 
 /// Arguments of one suite.
 #[derive(Debug, Args)]
 struct Arguments {
     /// `--smoke`, `--json FILE`, `--markdown FILE`, `--svg DIR`, and what the suite takes: `-- --help` lists it
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGS")]
+    arguments: Vec<String>,
+}
+
+/// Arguments of `churn`.
+#[derive(Debug, Args)]
+struct ChurnArguments {
+    /// `--seed N`, `--seconds N`; for figures over time `--services N`, `--endpoints N`, `--changes-per-second N` and
+    /// `--kill-every SECONDS`: `-- --help` lists all
     #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGS")]
     arguments: Vec<String>,
 }
@@ -93,13 +95,12 @@ pub(crate) fn command(workspace: &Workspace, options: &Options) -> Result<()> {
             plain(workspace)?;
             render(workspace)
         }
-        What::Churn { seed, seconds } => {
+        What::Churn(ChurnArguments { arguments }) => {
             let toolchain = setup::ensure(&[Purpose::Build, Purpose::Run])?;
             let object = build::bpf_object(workspace, &toolchain)?;
             build(workspace, &object, &["bench-churn", "socklb"])?;
             let mut bench = start(workspace, "bench-churn");
-            bench.arg("--socklb").arg(workspace.socklb(true));
-            bench.arg(format!("--seed={seed}")).arg(format!("--seconds={seconds}"));
+            bench.arg("--socklb").arg(workspace.socklb(true)).args(arguments);
             process::run(&mut bench, "see the message above")
         }
     }

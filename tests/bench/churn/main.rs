@@ -1,7 +1,7 @@
 //! `cargo xtask bench churn` and `cargo xtask chaos`: changes of everything with faults and calls, for as long as wanted.
 #![expect(clippy::print_stdout, reason = "the result goes to standard output")]
 
-use std::{path::PathBuf, time::Duration};
+use std::{path::PathBuf, process::ExitCode, time::Duration};
 
 use clap::Parser;
 use lb_tests::churn::{self, Options};
@@ -21,12 +21,55 @@ struct Args {
     /// How many agents are killed, ended and replaced
     #[arg(long, value_name = "N", default_value_t = 0)]
     events: u64,
+    #[command(flatten)]
+    large: Large,
 }
 
-fn main() -> anyhow::Result<()> {
+/// What makes it large. With any of these there are figures, and the exit status is 1 if one of them is not as it must be.
+#[derive(clap::Args)]
+struct Large {
+    /// Services; faults come less often then [default: 56 of every kind]
+    #[arg(long, value_name = "N")]
+    services: Option<usize>,
+    /// Endpoints of each [default: 6]
+    #[arg(long, value_name = "N", requires = "services")]
+    endpoints: Option<usize>,
+    /// How many objects change in a second [default: 100]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1000))]
+    changes_per_second: Option<u32>,
+    /// Kill the agent about so often; every tenth lives twelve times as long
+    #[arg(long, value_name = "SECONDS", conflicts_with = "events")]
+    kill_every: Option<u64>,
+    /// Between two lines of figures [default: 60]
+    #[arg(long, value_name = "SECONDS")]
+    report_every: Option<u64>,
+}
+
+impl Large {
+    fn add_to(&self, mut options: Options) -> Options {
+        let Self { services, endpoints, changes_per_second, kill_every, report_every } = *self;
+        if let Some(services) = services {
+            options = options.large(services, endpoints.unwrap_or(options.n_endpoints));
+        }
+        if let Some(changes) = changes_per_second {
+            options.change = Duration::from_secs(1) / changes;
+        }
+        options.kill = kill_every.map(Duration::from_secs);
+        let is_large = services.is_some() || changes_per_second.is_some() || kill_every.is_some();
+        options.report =
+            report_every.or(is_large.then_some(60)).map(|seconds| Duration::from_secs(seconds.max(1)));
+        options
+    }
+}
+
+fn main() -> anyhow::Result<ExitCode> {
     let args = Args::parse();
-    let options = Options::chaos(args.seed, args.events, Duration::from_secs(args.seconds));
-    println!("seed {}, {} s at most", args.seed, args.seconds);
-    println!("{}", churn::run(&args.socklb, &options)?);
-    Ok(())
+    let options =
+        args.large.add_to(Options::chaos(args.seed, args.events, Duration::from_secs(args.seconds)));
+    println!("seed {}, {} s at most, {} services", args.seed, args.seconds, options.n_services);
+    let outcome = churn::run(&args.socklb, &options)?;
+    println!("{outcome}");
+    let flaws = outcome.observed.map(|observed| observed.flaws()).unwrap_or_default();
+    // The lines above tell of them.
+    Ok(if flaws.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }

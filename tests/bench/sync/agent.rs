@@ -1,7 +1,6 @@
 //! The agent's process.
 
 use std::{
-    collections::BTreeMap,
     fs::{self, File},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
@@ -10,7 +9,7 @@ use std::{
 };
 
 use anyhow::{Context as _, bail};
-use lb_tests::{Sandbox, apiserver::ApiServer};
+use lb_tests::{Sandbox, apiserver::ApiServer, process::Memory};
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
@@ -25,18 +24,6 @@ pub(crate) struct Agent {
     pub(crate) started: Instant,
     pin_path: PathBuf,
     directory: TempDir,
-}
-
-/// Memory of the agent in MiB.
-pub(crate) struct Memory {
-    /// All that is resident, maps of the kernel included.
-    pub(crate) resident: f64,
-    /// What is the process's own: heap and stacks.
-    pub(crate) anonymous: f64,
-    /// Pages of BPF maps, which the kernel holds whether an agent runs or not.
-    pub(crate) maps: f64,
-    /// The most that was ever resident.
-    pub(crate) peak: f64,
 }
 
 impl Agent {
@@ -100,20 +87,7 @@ impl Agent {
 
     /// What it occupies now.
     pub(crate) fn memory(&self) -> anyhow::Result<Memory> {
-        let status = fs::read_to_string(self.proc("status"))?;
-        let status = kilobytes(&status);
-        let of = |key: &str| status.get(key).copied().unwrap_or_default();
-        let mut maps = 0.0;
-        let mut is_map = false;
-        for line in fs::read_to_string(self.proc("smaps"))?.lines() {
-            // The head of a mapping starts with its addresses, in lower case.
-            if !line.starts_with(|first: char| first.is_ascii_uppercase()) {
-                is_map = line.contains("bpf-map");
-            } else if is_map && let Some(resident) = kilobytes(line).get("Rss") {
-                maps += resident;
-            }
-        }
-        Ok(Memory { resident: of("VmRSS"), anonymous: of("RssAnon"), maps, peak: of("VmHWM") })
+        Memory::of(self.child.id())
     }
 
     /// The CPU time of all its threads so far; what ended threads used is left out.
@@ -166,14 +140,4 @@ impl Drop for Agent {
         let _ended_already = self.child.kill();
         let _ended_already = self.child.wait();
     }
-}
-
-/// Lines such as `VmRSS:   1024 kB`, in MiB.
-fn kilobytes(text: &str) -> BTreeMap<&str, f64> {
-    text.lines()
-        .filter_map(|line| {
-            let (key, value) = line.split_once(':')?;
-            Some((key, value.trim().strip_suffix("kB")?.trim().parse::<f64>().ok()? / 1024.0))
-        })
-        .collect()
 }

@@ -2,7 +2,8 @@
 
 use std::time::Duration;
 
-use super::agent::Memory;
+use lb_tests::process::Memory;
+
 use crate::result::{Better, Key, Run, Unit};
 
 /// Durations in nanoseconds, in the order in which they were measured.

@@ -5,7 +5,10 @@ use std::{
     os::unix::process::ExitStatusExt as _,
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
-    sync::atomic::{AtomicBool, Ordering},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
+    },
     thread,
     time::{Duration, Instant},
 };
@@ -18,8 +21,8 @@ use nix::{
 };
 use tempfile::TempDir;
 
-use super::{PATIENCE, Random};
-use crate::{Sandbox, apiserver::ApiServer};
+use super::{N_MIXED, PATIENCE, Random};
+use crate::{Sandbox, apiserver::ApiServer, process};
 
 /// Sizes that an agent may be started with. All of them have room for everything.
 const SIZES: [Capacity; 4] = [
@@ -64,7 +67,7 @@ pub struct Events {
 
 /// How an agent is started.
 #[derive(Clone, Copy, Debug)]
-struct Start {
+pub(super) struct Start {
     /// Which binary.
     binary: usize,
     capacity: Capacity,
@@ -74,14 +77,86 @@ struct Start {
     fault_at: Option<usize>,
 }
 
+impl Start {
+    /// The first binary, with its own layout, and maps that have room.
+    pub(super) fn with_room_for(n_services: usize) -> Self {
+        let capacity = if n_services > N_MIXED { Capacity::default() } else { SIZES[0] };
+        Self { binary: 0, capacity, layout: "", fault_at: None }
+    }
+}
+
+/// What others may know of the agent at any moment.
+#[derive(Debug)]
+pub(super) struct Present {
+    /// The process that was started last.
+    pid: AtomicU32,
+    /// When it was started.
+    started: Mutex<Instant>,
+    /// When an agent or the API server was last interfered with.
+    disturbed: Mutex<Instant>,
+    /// Agents that were killed or ended.
+    n_ended: AtomicU64,
+    /// Octets that they had written to the disk.
+    written: AtomicU64,
+    /// Where they keep their state.
+    pub(super) state_dir: PathBuf,
+}
+
+impl Present {
+    fn new(state_dir: PathBuf) -> Self {
+        let now = Instant::now();
+        Self {
+            pid: AtomicU32::default(),
+            started: Mutex::new(now),
+            disturbed: Mutex::new(now),
+            n_ended: AtomicU64::default(),
+            written: AtomicU64::default(),
+            state_dir,
+        }
+    }
+
+    /// Counts what was done to the agent or to its server.
+    pub(super) fn disturb(&self) {
+        *self.disturbed.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+    }
+
+    /// When that was done last.
+    pub(super) fn disturbed(&self) -> Instant {
+        *self.disturbed.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn pid(&self) -> u32 {
+        self.pid.load(Ordering::Relaxed)
+    }
+
+    /// How old the present process is.
+    pub(super) fn age(&self) -> Duration {
+        self.started.lock().unwrap_or_else(PoisonError::into_inner).elapsed()
+    }
+
+    /// Agents that have ended.
+    pub(super) fn n_ended(&self) -> u64 {
+        self.n_ended.load(Ordering::Relaxed)
+    }
+
+    /// Octets that all agents have written to the disk so far.
+    pub(super) fn written(&self) -> u64 {
+        // In this order none is counted twice. One that ends meanwhile counts the next time.
+        let ended = self.written.load(Ordering::SeqCst);
+        ended + process::written(self.pid()).unwrap_or_default()
+    }
+}
+
 /// One process. Killed on drop.
 struct Process {
     child: Child,
     log: PathBuf,
+    present: Arc<Present>,
 }
 
 impl Process {
     fn end(mut self, signal: Signal) -> anyhow::Result<()> {
+        self.present.disturb();
         kill(Pid::from_raw(self.child.id().cast_signed()), signal)?;
         let status = self.wait(&AtomicBool::new(false))?;
         // Before it has begun, a program ends by the signal itself.
@@ -96,11 +171,16 @@ impl Process {
     /// Waits until it has ended, or kills it when told to stop.
     fn wait(&mut self, stop: &AtomicBool) -> anyhow::Result<ExitStatus> {
         let end = Instant::now() + END;
+        let mut written = 0;
         loop {
             if stop.load(Ordering::Relaxed) {
                 self.child.kill()?;
             }
+            // The kernel says so until the process has been waited for.
+            written = process::written(self.child.id()).unwrap_or(written);
             if let Some(status) = self.child.try_wait()? {
+                let _before = self.present.written.fetch_add(written, Ordering::SeqCst);
+                let _before = self.present.n_ended.fetch_add(1, Ordering::Relaxed);
                 return Ok(status);
             }
             ensure!(Instant::now() < end, "the agent does not end; {}", last_words(&self.log));
@@ -136,6 +216,7 @@ pub(super) struct Life<'a> {
     start: Start,
     process: Option<Process>,
     n_started: usize,
+    present: Arc<Present>,
     pub(super) events: Events,
 }
 
@@ -146,13 +227,15 @@ impl<'a> Life<'a> {
         sandbox: &'a Sandbox,
         server: &ApiServer,
         seed: u64,
+        start: Start,
     ) -> anyhow::Result<Self> {
         let directory = tempfile::tempdir()?;
         fs::write(directory.path().join("kubeconfig"), server.kubeconfig())?;
-        let start = Start { binary: 0, capacity: SIZES[0], layout: "", fault_at: None };
+        let present = Arc::new(Present::new(directory.path().join("state")));
         let random = Random(seed ^ 0x6c69_6665);
         let (events, n_started, process) = (Events::default(), 0, None);
-        let mut life = Self { sandbox, binaries, directory, random, start, process, n_started, events };
+        let mut life =
+            Self { sandbox, binaries, directory, random, start, process, n_started, present, events };
         life.process = Some(life.spawn(life.start)?);
         Ok(life)
     }
@@ -174,7 +257,7 @@ impl<'a> Life<'a> {
             .arg("--pin-path")
             .arg(self.sandbox.pin_path())
             .arg("--state-dir")
-            .arg(directory.join("state"))
+            .arg(&self.present.state_dir)
             // By the environment: a build of before knows no such flag, and has no other way.
             .env("SOCKLB_NODE_PORTS_OF_OTHER_NODES", "true")
             .stdin(Stdio::null())
@@ -186,7 +269,37 @@ impl<'a> Life<'a> {
             command.env("SOCKLB_FAULT_AT", at.to_string());
         }
         let child = command.spawn().with_context(|| format!("{}: cannot be started", binary.display()))?;
-        Ok(Process { child, log })
+        self.present.pid.store(child.id(), Ordering::Relaxed);
+        *self.present.started.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+        self.present.disturb();
+        Ok(Process { child, log, present: Arc::clone(&self.present) })
+    }
+
+    /// What others may know of the agent.
+    pub(super) fn present(&self) -> Arc<Present> {
+        Arc::clone(&self.present)
+    }
+
+    /// Kills agents until told to stop. Most live for about `mean`, some end while they start, and every tenth lives so
+    /// long that it would show what grows with time.
+    pub(super) fn kill_now_and_then(&mut self, mean: Duration, stop: &AtomicBool) -> anyhow::Result<()> {
+        loop {
+            let spread = mean / 2 + mean * u32::try_from(self.random.below(1000)).unwrap_or_default() / 1000;
+            let life = match self.events.n_kills % 10 {
+                4 => mean * 12,
+                7 => spread / 40,
+                _ => spread,
+            };
+            let end = Instant::now() + life;
+            while Instant::now() < end {
+                if stop.load(Ordering::Relaxed) {
+                    return Ok(());
+                }
+                thread::sleep(Duration::from_millis(20));
+            }
+            self.events.n_kills += 1;
+            self.replace(self.start, Signal::SIGKILL)?;
+        }
     }
 
     /// The log of the present process.

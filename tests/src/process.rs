@@ -1,0 +1,77 @@
+//! What a process takes of the machine, as `/proc` says.
+
+use std::{collections::BTreeMap, fs, time::Duration};
+
+use anyhow::Context as _;
+
+/// Memory of a process in MiB.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Memory {
+    /// All that is resident, maps of the kernel included.
+    pub resident: f64,
+    /// What is the process's own: heap and stacks.
+    pub anonymous: f64,
+    /// Pages of BPF maps, which the kernel holds whether an agent runs or not.
+    pub maps: f64,
+    /// The most that was ever resident.
+    pub peak: f64,
+}
+
+impl Memory {
+    /// What a process occupies now.
+    ///
+    /// # Errors
+    ///
+    /// If there is no such process.
+    pub fn of(pid: u32) -> anyhow::Result<Self> {
+        let status = read(pid, "status")?;
+        let status = kilobytes(&status);
+        let of = |key: &str| status.get(key).copied().unwrap_or_default();
+        let mut maps = 0.0;
+        let mut is_map = false;
+        for line in read(pid, "smaps")?.lines() {
+            // The head of a mapping starts with its addresses, in lower case.
+            if !line.starts_with(|first: char| first.is_ascii_uppercase()) {
+                is_map = line.contains("bpf-map");
+            } else if is_map && let Some(resident) = kilobytes(line).get("Rss") {
+                maps += resident;
+            }
+        }
+        Ok(Self { resident: of("VmRSS"), anonymous: of("RssAnon"), maps, peak: of("VmHWM") })
+    }
+}
+
+/// Octets that a process has caused to be written to a disk. `None` if there is no such process.
+#[must_use]
+pub fn written(pid: u32) -> Option<u64> {
+    let io = read(pid, "io").ok()?;
+    io.lines().find_map(|line| line.strip_prefix("write_bytes: "))?.parse().ok()
+}
+
+/// How long each thread of a process has waited for a CPU so far, by its number. Empty if there is no such process.
+#[must_use]
+pub fn waits(pid: u32) -> BTreeMap<u32, Duration> {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    tasks
+        .filter_map(|task| {
+            let thread = task.file_name().to_str()?.parse().ok()?;
+            let text = fs::read_to_string(task.path().join("schedstat")).ok()?;
+            Some((thread, Duration::from_nanos(text.split_whitespace().nth(1)?.parse().ok()?)))
+        })
+        .collect()
+}
+
+fn read(pid: u32, file: &str) -> anyhow::Result<String> {
+    let path = format!("/proc/{pid}/{file}");
+    fs::read_to_string(&path).context(path)
+}
+
+/// Lines such as `VmRSS:   1024 kB`, in MiB.
+fn kilobytes(text: &str) -> BTreeMap<&str, f64> {
+    text.lines()
+        .filter_map(|line| {
+            let (key, value) = line.split_once(':')?;
+            Some((key, value.trim().strip_suffix("kB")?.trim().parse::<f64>().ok()? / 1024.0))
+        })
+        .collect()
+}
