@@ -132,7 +132,7 @@ fn what_a_server_does_not_have_is_asked_for_rarely() {
     assert!((2..=6).contains(&n_asked), "{n_asked}");
 }
 
-/// With the ClusterRole of an older version.
+/// As with the rules of an older version.
 #[test]
 fn a_missing_rule_is_an_issue_and_everything_is_served() {
     let server = ApiServer::start();

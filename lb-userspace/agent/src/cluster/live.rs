@@ -54,7 +54,8 @@ pub struct KubeSource {
     news: mpsc::Receiver<News>,
     /// Received, not applied yet.
     pending: Vec<News>,
-    listed: Listed,
+    /// The kinds whose first list is not applied yet, and which may still be had.
+    awaited: BTreeSet<&'static str>,
     /// The pods to exclude by their names, and their UIDs once all are listed.
     pods: BTreeMap<ObjectRef, Arc<str>>,
     excluded: Option<BTreeSet<Arc<str>>>,
@@ -68,15 +69,6 @@ pub struct KubeSource {
     started: Timestamp,
     /// Watches, and whoever tells notices. Ended on drop.
     _tasks: JoinSet<()>,
-}
-
-/// The kinds whose first list is applied, or is not to be had.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-struct Listed {
-    services: bool,
-    slices: bool,
-    nodes: bool,
-    service_cidrs: bool,
 }
 
 impl KubeSource {
@@ -98,10 +90,9 @@ impl KubeSource {
         let (notices, untold) = mpsc::channel(events::QUEUE);
         let mut tasks = JoinSet::new();
         tasks.spawn(events::record(access.clone(), client.clone(), Arc::clone(&server), untold));
-        let kinds = [Services::PLURAL, Slices::PLURAL, Nodes::PLURAL]
-            .into_iter()
-            .chain(wanted.pods.then_some(Pods::PLURAL))
-            .chain(wanted.service_cidrs.then_some(ServiceCidrs::PLURAL));
+        let needed = [Services::PLURAL, Slices::PLURAL, Nodes::PLURAL].into_iter();
+        let of_networks = wanted.service_cidrs.then_some(ServiceCidrs::PLURAL);
+        let kinds = needed.clone().chain(wanted.pods.then_some(Pods::PLURAL)).chain(of_networks);
         let contact = Contact::new(kinds, REASONS, Instant::now().into_std());
         let follower = Follower {
             access: access.clone(),
@@ -134,7 +125,7 @@ impl KubeSource {
             contact,
             news,
             pending: Vec::new(),
-            listed: Listed { service_cidrs: !wanted.service_cidrs, ..Listed::default() },
+            awaited: needed.chain(of_networks).collect(),
             pods: BTreeMap::new(),
             excluded: None,
             issues: BTreeMap::new(),
@@ -170,17 +161,17 @@ impl KubeSource {
     fn apply_one(&mut self, news: News, store: &mut Store) -> Changes {
         match news {
             News::Services(Change::All { models, issues }) => {
-                self.listed.services = true;
+                self.awaited.remove(Services::PLURAL);
                 self.note_all(&ObjectKind::Service, issues);
                 store.replace_services(models)
             }
             News::Slices(Change::All { models, issues }) => {
-                self.listed.slices = true;
+                self.awaited.remove(Slices::PLURAL);
                 self.note_all(&ObjectKind::EndpointSlice, issues);
                 store.replace_slices(models)
             }
             News::Nodes(Change::All { models, issues }) => {
-                self.listed.nodes = true;
+                self.awaited.remove(Nodes::PLURAL);
                 self.note_all(&ObjectKind::Node, issues);
                 store.replace_nodes(models)
             }
@@ -219,7 +210,7 @@ impl KubeSource {
         self.refused = None;
         match change {
             Change::All { models, issues } => {
-                self.listed.service_cidrs = true;
+                self.awaited.remove(ServiceCidrs::PLURAL);
                 self.note_all(&ObjectKind::ServiceCidr, issues);
                 store.replace_service_cidrs(models)
             }
@@ -234,7 +225,7 @@ impl KubeSource {
 
     /// The agent serves without them. Those that are known stay, if there may be some.
     fn lack_service_cidrs(&mut self, lack: Lack, store: &mut Store) -> Changes {
-        self.listed.service_cidrs = true;
+        self.awaited.remove(ServiceCidrs::PLURAL);
         match lack {
             Lack::Failing => Changes::default(),
             Lack::Forbidden(cause) => {
@@ -297,7 +288,7 @@ impl Source for KubeSource {
     }
 
     fn is_complete(&self) -> bool {
-        self.listed == Listed { services: true, slices: true, nodes: true, service_cidrs: true }
+        self.awaited.is_empty()
     }
 
     fn apply(&mut self, store: &mut Store) -> Changes {
