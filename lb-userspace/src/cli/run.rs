@@ -180,37 +180,14 @@ pub fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
         kubeconfig: args.kubeconfig.clone().or(file.kubeconfig),
         apiserver: args.apiserver.clone().or(apiserver),
     };
-    let kind = match &args.source {
-        Some(text) => {
-            Some(source_kind(text).map_err(|hint| UsageError(format!("--source {text:?}: {hint}")))?)
-        }
-        None => settings_file.value("source", file.source, source_kind)?,
-    };
-    let origin = origin(kind, access)?;
+    let of_file = settings_file.value("source", file.source, source_kind)?;
+    let origin = origin(args.source.as_deref(), of_file, access)?;
     let node_ports = args
         .node_port_range
         .or(settings_file.value("node-port-range", file.node_port_range, config::node_port_range)?)
         .unwrap_or(lb_common::limits::NODE_PORTS);
-    let addresses =
-        settings_file.value("nodeport-addresses", file.nodeport_addresses, config::node_port_addresses)?;
-    let node_port_list = args.nodeport_addresses.clone().or(addresses).unwrap_or_default();
-    let boolean = |flag: Option<bool>, key: &str, text: Option<String>| {
-        let set = settings_file.value(key, text, config::boolean)?;
-        Ok::<_, UsageError>(flag.or(set))
-    };
-    let localhost_nodeports =
-        boolean(args.localhost_nodeports, "localhost-nodeports", file.localhost_nodeports)?;
-    if node_port_list.localhost && localhost_nodeports == Some(false) {
-        let place = |is_flag: bool, key: &str| {
-            if is_flag { format!("--{key}") } else { settings_file.place(key) }
-        };
-        return Err(UsageError(format!(
-            "{} names localhost, but {} is false: drop one of them",
-            place(args.nodeport_addresses.is_some(), "nodeport-addresses"),
-            place(args.localhost_nodeports.is_some(), "localhost-nodeports"),
-        ))
-        .into());
-    }
+    let (node_port_list, localhost_nodeports) =
+        node_port_list(args, &settings_file, file.nodeport_addresses, file.localhost_nodeports)?;
     let external_ips = settings_file.value("external-ips", file.external_ips, config::external_ips)?;
     let service_cidrs = settings_file.value("service-cidr", file.service_cidr, config::service_cidrs)?;
     let settings = Settings {
@@ -231,6 +208,10 @@ pub fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
     let (metrics, healthz) = (file.metrics_bind_address, file.healthz_bind_address);
     let metrics = listen(args.metrics_bind_address, "metrics-bind-address", metrics, config::METRICS)?;
     let healthz = listen(args.healthz_bind_address, "healthz-bind-address", healthz, config::HEALTHZ)?;
+    let boolean = |flag: Option<bool>, key: &str, text: Option<String>| {
+        let set = settings_file.value(key, text, config::boolean)?;
+        Ok::<_, UsageError>(flag.or(set))
+    };
     let exclude_pods = boolean(args.exclude_pods, "exclude-pods", file.exclude_pods)?.unwrap_or(false);
     let exclude_cgroups =
         if args.exclude_cgroup.is_empty() { file.exclude_cgroup } else { args.exclude_cgroup.clone() };
@@ -286,6 +267,27 @@ pub fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
     let runtime = runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     runtime.block_on(follow(origin, service_proxy_name.as_deref(), other_nodes, options, settings))?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// Where node ports answer, and whether that is set for loopback.
+fn node_port_list(
+    args: &RunArgs,
+    file: &SettingsFile,
+    addresses: Option<String>,
+    localhost: Option<String>,
+) -> Result<(NodePortList, Option<bool>), UsageError> {
+    const KEYS: [&str; 2] = ["nodeport-addresses", "localhost-nodeports"];
+    let addresses = file.value(KEYS[0], addresses, config::node_port_addresses)?;
+    let localhost = file.value(KEYS[1], localhost, config::boolean)?;
+    let list = args.nodeport_addresses.clone().or(addresses).unwrap_or_default();
+    let localhost = args.localhost_nodeports.or(localhost);
+    if list.localhost && localhost == Some(false) {
+        let are_flags = [args.nodeport_addresses.is_some(), args.localhost_nodeports.is_some()];
+        let place = |n: usize| if are_flags[n] { format!("--{}", KEYS[n]) } else { file.place(KEYS[n]) };
+        let problem = format!("{} names localhost, but {} is false: drop one of them", place(0), place(1));
+        return Err(UsageError(problem));
+    }
+    Ok((list, localhost))
 }
 
 /// Runs the agent on its source.
@@ -393,9 +395,11 @@ fn source_kind(text: &str) -> Result<SourceKind, String> {
     }
 }
 
-/// Where objects come from: without a setting, from the API server whose credentials are found.
-fn origin(kind: Option<SourceKind>, access: Access) -> Result<Origin, UsageError> {
-    match kind {
+/// Where objects come from: by the flag, else by the file, else from the API server whose credentials are found.
+fn origin(flag: Option<&str>, of_file: Option<SourceKind>, access: Access) -> Result<Origin, UsageError> {
+    let wrong = |text, hint| UsageError(format!("--source {text:?}: {hint}"));
+    let of_flag = flag.map(|text| source_kind(text).map_err(|hint| wrong(text, hint))).transpose()?;
+    match of_flag.or(of_file) {
         Some(SourceKind::Files(path)) => Ok(Origin::Files(path)),
         Some(SourceKind::Kube) => Ok(Origin::Kube(access)),
         None if access.is_found() => Ok(Origin::Kube(access)),
@@ -446,9 +450,12 @@ mod tests {
         for wrong in ["", "file:", "a/b", "kubernetes"] {
             assert!(source_kind(wrong).is_err(), "{wrong}");
         }
-        assert!(matches!(origin(None, access()), Ok(Origin::Kube(_))), "a kubeconfig is given");
-        let files = origin(Some(SourceKind::Files("a".into())), access());
-        assert!(matches!(files, Ok(Origin::Files(_))), "it is not asked for");
+        let files = || Some(SourceKind::Files("a".into()));
+        assert!(matches!(origin(None, None, access()), Ok(Origin::Kube(_))), "a kubeconfig is given");
+        assert!(matches!(origin(None, files(), access()), Ok(Origin::Files(_))), "it is not asked for");
+        assert!(matches!(origin(Some("kube"), files(), access()), Ok(Origin::Kube(_))), "the flag wins");
+        let UsageError(problem) = origin(Some("a/b"), files(), access()).unwrap_err();
+        assert_eq!(problem, "--source \"a/b\": expected kube or file:PATH");
     }
 
     /// Every settings file that is installed somewhere is one that the agent reads.

@@ -803,7 +803,8 @@ mod tests {
             Failure::Form("expected value at line 1 column 1".to_owned()),
             Failure::Early,
         ];
-        let texts: String = failures.iter().map(|failure| format!("{failure}\n")).collect();
+        let texts: Vec<String> = failures.iter().map(ToString::to_string).collect();
+        let texts = texts.join("\n") + "\n";
         expect_test::expect![[r#"
             401 Unauthorized: Unauthorized (are the credentials out of date? the token or certificate is not accepted)
             403 Forbidden: nodes is forbidden: User "x" cannot list resource "nodes" (grant list and watch on services, nodes and endpointslices, and on pods for --exclude-pods: manifests/base/clusterrole.yaml)

@@ -848,7 +848,7 @@ impl Agent {
                 });
             }
             Err(error) => {
-                warn!(%error, "-vv: the log of the programs cannot be read: their decisions are not shown")
+                warn!(%error, "-vv: the log of the programs cannot be read: their decisions are not shown");
             }
         }
     }
