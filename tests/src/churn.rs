@@ -12,7 +12,7 @@
 //! - Every endpoint answers all the time, over TCP and UDP. So a call to a service that always has a ready endpoint fails
 //!   only if the maps are wrong.
 //! - An endpoint address belongs to one service for good: a call that ends elsewhere met another service.
-//! - What is measured decides about nothing here: see [`Observed::flaws`].
+//! - Times and sizes are measured and fail nothing here. [`Observed::flaws`] judges them.
 
 mod life;
 mod meter;
@@ -77,7 +77,7 @@ const PLAIN_OTHERS: usize = 16;
 pub const MAX_SERVICES: usize = 60_000;
 /// The most endpoints of a plain service for which there are addresses.
 pub const MAX_ENDPOINTS: usize = 120;
-/// Their ports, TCP and UDP, each with endpoints of its own.
+/// The ports of a service that is not plain, TCP and UDP, each with endpoints of its own.
 const PORTS: [(&str, Protocol); 2] = [("t", Tcp), ("u", Udp)];
 /// Where every endpoint listens.
 const TARGET_PORT: u16 = 8080;

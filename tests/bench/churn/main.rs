@@ -28,8 +28,8 @@ struct Args {
 /// What makes it large. With any of these there are figures, and the exit status is 1 if one of them is not as it must be.
 #[derive(clap::Args)]
 struct Large {
-    /// Services; faults come less often then [default: 56 of every kind]
-    #[arg(long, value_name = "N")]
+    /// Services; faults of the API server come less often then [default: 56 of every kind]
+    #[arg(long, value_name = "N", conflicts_with = "events")]
     services: Option<usize>,
     /// Endpoints of each [default: 6]
     #[arg(long, value_name = "N", requires = "services")]
