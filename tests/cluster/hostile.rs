@@ -90,3 +90,14 @@ fn an_event_without_end_is_not_read_to_its_end() {
         contact.outage().is_some_and(|outage| outage.problem.contains("an event is larger than 32 MiB"))
     });
 }
+
+/// Of a refusal the code counts.
+#[test]
+fn a_refusal_without_end_is_a_refusal() {
+    let url = answer(|_| ("403 Forbidden", 40 << 20));
+    let (_directory, mut follower) = follow(&url);
+    let contact = follower.source.contact().unwrap().clone();
+    follower.until("the refusal is told", |_| {
+        contact.outage().is_some_and(|outage| outage.problem.contains(": 403 "))
+    });
+}

@@ -64,6 +64,9 @@ fn a_server_without_streaming_lists_is_listed() {
     let mut follower = Follower::start(&server);
     follower.until_like(&server);
     assert_eq!(follower.n_frontends(), 600);
+    // As text it would be some 700 KB.
+    let octets = server.requests().octets;
+    assert!(octets < 200_000, "{octets} octets: the lists were not compressed");
     // A list of the latest state comes in pages.
     server.restart_at_version(5000);
     server.set(&cluster(550));

@@ -67,13 +67,13 @@ const MORE_WAYS: [(&str, &str); 18] = [
     (
         "vim with backupcopy=yes",
         ": > $DIR/4913; rm $DIR/4913
-         if command -v vim > /dev/null; then vim -es -u NONE -N -c 'set backup backupcopy=yes' -c '%d' -c \"0r $NEW\" -c '$d' -c wq $F < /dev/null
+         if command -v vim > /dev/null; then vim -es -u NONE -N -c 'set backup backupcopy=yes' -c '%d' -c \"0r $NEW\" -c wq $F < /dev/null
          else : > $DIR/.web.yaml.swp; cp $F $F~; cat $NEW > $F; rm $DIR/.web.yaml.swp; fi; rm -f $F~",
     ),
     (
         "vim with backupcopy=no",
         ": > $DIR/4913; rm $DIR/4913
-         if command -v vim > /dev/null; then vim -es -u NONE -N -c 'set backup backupcopy=no' -c '%d' -c \"0r $NEW\" -c '$d' -c wq $F < /dev/null
+         if command -v vim > /dev/null; then vim -es -u NONE -N -c 'set backup backupcopy=no' -c '%d' -c \"0r $NEW\" -c wq $F < /dev/null
          else : > $DIR/.web.yaml.swp; mv $F $F~; cat $NEW > $F; rm $DIR/.web.yaml.swp; fi; rm -f $F~",
     ),
     ("nano with a backup", ": > $DIR/.web.yaml.swp; cp -p $F $F~; cat $NEW > $F; rm $DIR/.web.yaml.swp $F~"),
@@ -111,7 +111,7 @@ const MORE_WAYS: [(&str, &str); 18] = [
         "an object that moves to another file, which is written later",
         "head -c $CUT $NEW > $F; sleep 0.5; tail -c +$((CUT + 1)) $NEW > $DIR/b.yaml; sleep 2; cp $NEW $F; rm $DIR/b.yaml",
     ),
-    ("rsync --delete of the folder", "cp $NEW $TMP/web.yaml; rsync --archive --delete --delete-before $TMP/ $DIR/"),
+    ("rsync --delete of the folder", "cp $NEW $TMP/web.yaml; rsync --archive --checksum --delete --delete-before $TMP/ $DIR/"),
 ];
 
 /// Services whose calls must go on, one that differs between versions, and one of each version alone. The last document is one
@@ -202,11 +202,11 @@ fn change(file: &Path, town: &Town, version: usize, way: &str) -> Vec<String> {
             .status()
             .unwrap();
         assert!(status.success(), "{way}: {status}");
-        eventually("the new version is served", || {
+        eventually(&format!("the new version is served after: {way}"), || {
             connect(at(version, 9)) == Err(Errno::ECONNREFUSED)
                 && connect(at(version, 10)) == Err(Errno::ECONNREFUSED)
         });
-        eventually("the old version is not", || {
+        eventually(&format!("the old version is not served after: {way}"), || {
             connect(at(version - 1, 9)) == Err(Errno::ENETUNREACH)
                 && connect(at(version - 1, 10)) == Err(Errno::ENETUNREACH)
         });

@@ -37,6 +37,9 @@ use tracing::info;
 
 use super::config::{self, Listen, NodePortList, ServiceCidrs, SettingsFile, UsageError};
 
+/// How long the end of the agent waits for threads that are in the middle of something.
+const LEAVE: Duration = Duration::from_secs(5);
+
 /// Flags of `socklb run`. Each may also come from the environment (`SOCKLB_MAX_SERVICES`) or from `--config`.
 #[derive(Debug, Args)]
 pub struct RunArgs {
@@ -264,8 +267,7 @@ pub fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
         in_force(&origin, &options, &settings, &node_port_list, service_proxy_name.as_deref());
     options.http.config["socklb"]["node-ports-of-other-nodes"] = other_nodes.into();
     syscall::keep_heap_small();
-    let runtime = runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-    runtime.block_on(follow(origin, service_proxy_name.as_deref(), other_nodes, options, settings))?;
+    block_on(follow(origin, service_proxy_name.as_deref(), other_nodes, options, settings))?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -288,6 +290,14 @@ fn node_port_list(
         return Err(UsageError(problem));
     }
     Ok((list, localhost))
+}
+
+fn block_on(agent: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
+    let runtime = runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    let ended = runtime.block_on(agent);
+    // A thread may wait for a program that fetches credentials, or for a file system whose server is away.
+    runtime.shutdown_timeout(LEAVE);
+    ended
 }
 
 /// Runs the agent on its source.

@@ -2,18 +2,19 @@
 
 use std::{
     collections::{BTreeMap, VecDeque},
-    io,
+    io::{self, Write as _},
     net::TcpListener,
     sync::Arc,
     time::Duration,
 };
 
 use bytes::Bytes;
+use flate2::{Compression, write::GzEncoder};
 use http_body_util::BodyExt as _;
 use hyper::{
     Method, Request, Response, StatusCode,
     body::Incoming,
-    header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, RETRY_AFTER},
+    header::{ACCEPT, ACCEPT_ENCODING, AUTHORIZATION, CONTENT_ENCODING, CONTENT_TYPE, RETRY_AFTER},
     server::conn::http1,
     service::service_fn,
 };
@@ -80,6 +81,22 @@ fn respond(code: u16, body: Answer) -> Response<Answer> {
     let mut response = Response::new(body);
     *response.status_mut() = StatusCode::from_u16(code).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
     response.headers_mut().insert(CONTENT_TYPE, hyper::header::HeaderValue::from_static("application/json"));
+    response
+}
+
+/// Lists from which on a server compresses what may be compressed (`defaultGzipThresholdBytes`).
+const PACKED: usize = 128 << 10;
+
+fn answer_list(list: &Value, takes_gzip: bool) -> Response<Answer> {
+    let text = list.to_string();
+    if !takes_gzip || text.len() < PACKED {
+        return respond(200, Answer::Whole(Some(text.into())));
+    }
+    let mut gzip = GzEncoder::new(Vec::new(), Compression::fast());
+    // Into memory.
+    let octets = gzip.write_all(text.as_bytes()).and_then(|()| gzip.finish()).unwrap_or_default();
+    let mut response = respond(200, Answer::Whole(Some(octets.into())));
+    response.headers_mut().insert(CONTENT_ENCODING, hyper::header::HeaderValue::from_static("gzip"));
     response
 }
 
@@ -238,7 +255,8 @@ async fn answer(
             }
             let delay = lock(&shared.faults).delay;
             time::sleep(delay).await;
-            list(shared, target, &query).map(|list| respond(200, Answer::json(&list)))
+            let takes_gzip = head.headers.get(ACCEPT_ENCODING).is_some_and(|encoding| encoding == "gzip");
+            list(shared, target, &query).map(|list| answer_list(&list, takes_gzip))
         }
         (Method::GET, Some(name)) => {
             let object = lock(&shared.store).get(target.kind, namespace, name)?;

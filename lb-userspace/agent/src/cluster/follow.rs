@@ -1,10 +1,11 @@
 //! One kind of objects: list, watch, and what to do when either fails.
 
-use std::{borrow::Cow, sync::Arc, time::Duration};
+use std::{borrow::Cow, io::Write as _, mem, sync::Arc, time::Duration};
 
+use flate2::write::GzDecoder;
 use http::{
     Request, Response, StatusCode,
-    header::{ACCEPT, RETRY_AFTER},
+    header::{ACCEPT, ACCEPT_ENCODING, CONTENT_ENCODING, RETRY_AFTER},
 };
 use http_body_util::BodyExt as _;
 use kube::{Client, client::Body};
@@ -39,6 +40,8 @@ const MAX_EVENT: usize = 32 << 20;
 const MAX_LIST: usize = 256 << 20;
 /// The largest list that is read as events. Only what the model has of each object is kept of them.
 const MAX_STREAM: usize = 2 << 30;
+/// Octets that are decompressed at a time: to a thousand times as many, before these are counted.
+const PACKED: usize = 4096;
 /// The annotation of the bookmark after the last object of a streaming list.
 const INITIAL_EVENTS_END: &str = "k8s.io/initial-events-end";
 /// Selects no object: names have no capital letters.
@@ -473,10 +476,20 @@ impl Follower {
         }
     }
 
-    /// Sends a request and waits for the head of the answer.
-    async fn get(&self, path: &str, accept: &str) -> Result<Response<Body>, Failure> {
+    /// Sends a request for a list, which servers compress, and waits for the head of the answer.
+    async fn get_list(&self, path: &str, accept: &str) -> Result<Response<Body>, Failure> {
+        self.get(path, accept, "gzip").await
+    }
+
+    /// The same for a watch. Whoever compressed one would keep events back until there are enough of them.
+    async fn get_watch(&self, path: &str, accept: &str) -> Result<Response<Body>, Failure> {
+        self.get(path, accept, "identity").await
+    }
+
+    async fn get(&self, path: &str, accept: &str, encoding: &str) -> Result<Response<Body>, Failure> {
         let request = Request::get(path)
             .header(ACCEPT, accept)
+            .header(ACCEPT_ENCODING, encoding)
             .body(Body::empty())
             .map_err(|error| Failure::Form(error.to_string()))?;
         let limit = self.timing.answer;
@@ -489,8 +502,15 @@ impl Follower {
         let code = answer.status().as_u16();
         let seconds =
             answer.headers().get(RETRY_AFTER).and_then(|value| value.to_str().ok()?.trim().parse().ok());
-        let mut lines = Lines::new(answer.into_body(), Bound::NONE);
-        while lines.read.len() < MAX_STATUS && lines.read_more(limit).await? {}
+        let mut lines = Lines::of(answer, Bound::STATUS);
+        loop {
+            match lines.read_more(limit).await {
+                Ok(true) => {}
+                // The code tells enough.
+                Ok(false) | Err(Failure::TooLarge { .. }) => break,
+                Err(failure) => return Err(failure),
+            }
+        }
         // A proxy in between answers in its own words.
         let status = serde_json::from_slice(&lines.read).unwrap_or_default();
         Err(Status { code, ..status }.into_failure(seconds))
@@ -515,8 +535,8 @@ impl Follower {
                 // Which version the pages are of is in the token.
                 parameters = vec![("limit", PAGE), ("continue", &next)];
             }
-            let answer = self.get(&self.path::<K>(&parameters), K::ACCEPT_LIST).await?;
-            let mut text = Lines::new(answer.into_body(), bound);
+            let answer = self.get_list(&self.path::<K>(&parameters), K::ACCEPT_LIST).await?;
+            let mut text = Lines::of(answer, bound);
             while text.read_more(self.timing.answer).await? {}
             bound = text.bound;
             let page: Page<'_> = serde_json::from_slice(&text.read).map_err(|error| form(&error))?;
@@ -547,7 +567,7 @@ impl Follower {
             ("resourceVersion", version),
             ("resourceVersionMatch", "NotOlderThan"),
         ]);
-        let mut text = Lines::new(self.get(&path, K::ACCEPT_LIST).await?.into_body(), Bound::EMPTY_LIST);
+        let mut text = Lines::of(self.get_list(&path, K::ACCEPT_LIST).await?, Bound::EMPTY_LIST);
         while text.read_more(self.timing.answer).await? {}
         self.answered::<K>();
         Ok(version.to_owned())
@@ -571,7 +591,7 @@ impl Follower {
             ("resourceVersion", version),
             ("timeoutSeconds", &seconds),
         ]);
-        let mut lines = Lines::new(self.get(&path, K::ACCEPT).await?.into_body(), Bound::STREAM);
+        let mut lines = Lines::of(self.get_watch(&path, K::ACCEPT).await?, Bound::STREAM);
         let mut fold = Fold::new();
         loop {
             let Some(line) = lines.next(self.timing.answer).await? else {
@@ -611,7 +631,7 @@ impl Follower {
             ("resourceVersion", &version),
             ("timeoutSeconds", &seconds),
         ]);
-        let lines = Lines::new(self.get(&path, K::ACCEPT).await?.into_body(), Bound::NONE);
+        let lines = Lines::of(self.get_watch(&path, K::ACCEPT).await?, Bound::NONE);
         self.answered::<K>();
         self.events::<K>(lines, version, end, progress).await
     }
@@ -698,6 +718,7 @@ impl Bound {
     );
     const STREAM: Self = Self::new("the list", MAX_STREAM, "is that the API server?");
     const EMPTY_LIST: Self = Self::new("a list of no object", MAX_STATUS, "is that the API server?");
+    const STATUS: Self = Self::new("a refusal", MAX_STATUS, "");
     const EVENT: Self = Self::new("an event", MAX_EVENT, "no object of an API server is as large");
 
     const fn new(what: &'static str, limit: usize, remedy: &'static str) -> Self {
@@ -720,6 +741,8 @@ impl Bound {
 struct Lines {
     body: Body,
     bound: Bound,
+    /// What decompresses it.
+    gzip: Option<GzDecoder<Vec<u8>>>,
     read: Vec<u8>,
     /// Octets of `read` that were returned, or searched for the end of a line.
     n_returned: usize,
@@ -727,8 +750,10 @@ struct Lines {
 }
 
 impl Lines {
-    const fn new(body: Body, bound: Bound) -> Self {
-        Self { body, bound, read: Vec::new(), n_returned: 0, n_searched: 0 }
+    fn of(answer: Response<Body>, bound: Bound) -> Self {
+        let is_packed = answer.headers().get(CONTENT_ENCODING).is_some_and(|encoding| encoding == "gzip");
+        let gzip = is_packed.then(|| GzDecoder::new(Vec::new()));
+        Self { body: answer.into_body(), bound, gzip, read: Vec::new(), n_returned: 0, n_searched: 0 }
     }
 
     /// Reads more. `false` at the end.
@@ -737,14 +762,37 @@ impl Lines {
         match frame {
             Some(Ok(frame)) => {
                 if let Some(data) = frame.data_ref() {
-                    self.bound.count(data.len())?;
-                    self.read.extend_from_slice(data);
+                    self.take(data)?;
                 }
                 Ok(true)
             }
             Some(Err(error)) => Err(Failure::Connection(cause(&error))),
-            None => Ok(false),
+            None => {
+                let Some(gzip) = &mut self.gzip else { return Ok(false) };
+                gzip.try_finish().map_err(|error| Failure::Form(error.to_string()))?;
+                let rest = mem::take(gzip.get_mut());
+                self.bound.count(rest.len())?;
+                self.read.extend_from_slice(&rest);
+                self.gzip = None;
+                Ok(true)
+            }
         }
+    }
+
+    /// Takes in what was received.
+    fn take(&mut self, data: &[u8]) -> Result<(), Failure> {
+        let Some(gzip) = &mut self.gzip else {
+            self.bound.count(data.len())?;
+            self.read.extend_from_slice(data);
+            return Ok(());
+        };
+        for part in data.chunks(PACKED) {
+            gzip.write_all(part).map_err(|error| Failure::Form(error.to_string()))?;
+            let text = mem::take(gzip.get_mut());
+            self.bound.count(text.len())?;
+            self.read.extend_from_slice(&text);
+        }
+        Ok(())
     }
 
     /// The next line that is not empty. What is cut off before the end of a line is no line.
@@ -855,18 +903,58 @@ mod tests {
         assert_eq!(refused(504, false).reason(), "server_error");
     }
 
+    fn lines(body: Vec<u8>, bound: Bound) -> Lines {
+        Lines::of(Response::new(Body::from(body)), bound)
+    }
+
+    fn packed(text: &[u8]) -> Response<Body> {
+        let mut packer = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::best());
+        packer.write_all(text).unwrap();
+        let body = Body::from(packer.finish().unwrap());
+        Response::builder().header(CONTENT_ENCODING, "gzip").body(body).unwrap()
+    }
+
+    #[tokio::test]
+    async fn what_is_compressed_is_read_and_bounded_as_what_is_not() {
+        let second = Duration::from_secs(1);
+        let text = b"a list of objects ".repeat(50_000);
+        let mut list = Lines::of(packed(&text), Bound::LIST);
+        while list.read_more(second).await.unwrap() {}
+        assert!(list.read == text);
+        // A megabyte of nothing, packed to a thousandth.
+        let mut bomb = Lines::of(packed(&vec![0; 1 << 20]), Bound::new("the list", 100_000, "stop"));
+        let error = loop {
+            match bomb.read_more(second).await {
+                Ok(more) => assert!(more, "it was read"),
+                Err(error) => break error.to_string(),
+            }
+        };
+        assert!(error.contains("larger than") && bomb.read.len() <= 100_000, "{error}");
+        let (head, body) = packed(&text).into_parts();
+        let body = body.collect().await.unwrap().to_bytes();
+        let mut cut =
+            Lines::of(Response::from_parts(head, Body::from(body[..body.len() / 2].to_vec())), Bound::LIST);
+        let error = loop {
+            match cut.read_more(second).await {
+                Ok(more) => assert!(more, "a part was taken for the whole"),
+                Err(error) => break error,
+            }
+        };
+        assert!(matches!(error, Failure::Form(_)), "{error}");
+    }
+
     #[tokio::test]
     async fn lines_are_whole() {
-        let mut lines = Lines::new(Body::from(b"one\n\ntwo\ncut".to_vec()), Bound::NONE);
+        let mut lines = lines(b"one\n\ntwo\ncut".to_vec(), Bound::NONE);
         let second = Duration::from_secs(1);
         assert_eq!(lines.next(second).await.unwrap(), Some(&b"one"[..]));
         assert_eq!(lines.next(second).await.unwrap(), Some(&b"two"[..]));
         assert_eq!(lines.next(second).await.unwrap(), None);
-        let mut endless = Lines::new(Body::from(vec![b'x'; MAX_EVENT + 1]), Bound::NONE);
+        let mut endless = self::lines(vec![b'x'; MAX_EVENT + 1], Bound::NONE);
         let error = endless.next(second).await.unwrap_err().to_string();
         assert!(error.starts_with("an event is larger than 32 MiB"), "{error}");
         // Lines that are small, without end.
-        let mut endless = Lines::new(Body::from(b"event\n".repeat(100)), Bound::new("the list", 500, "stop"));
+        let mut endless = self::lines(b"event\n".repeat(100), Bound::new("the list", 500, "stop"));
         let mut n_lines = 0;
         let error = loop {
             match endless.next(second).await {

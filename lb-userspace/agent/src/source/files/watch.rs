@@ -50,7 +50,7 @@ const OF_PARENT: AddWatchFlags =
 /// The least time between two looks at events, however fast files are written that are no manifests.
 const PAUSE: Duration = Duration::from_millis(1);
 /// How long after the last reading the thread ends that hears of events, in milliseconds.
-const LOOK: u16 = 1000;
+const LOOK: u16 = 10_000;
 
 /// Why [`watch()`] cannot start. The caller tells the user and ends: a path is a setting.
 #[derive(Debug, thiserror::Error)]
