@@ -127,6 +127,7 @@ fn what_another_proxy_serves_is_left_alone_and_explained() {
         cluster.set(service_cidr("kubernetes", &["10.96.0.0/16"]));
         place.write(&cluster);
         let agent = place.start();
+        eventually("the service answers", || is_up(town::web()[0]));
         let explain = |to: SocketAddr| text(&place.binary, &place.args(&["explain", &to.to_string()]));
         eventually("what no Service has is unreachable", || {
             explain(none).contains("-> unreachable: no service has")
