@@ -118,7 +118,8 @@ pub const fn special_range(ip: IpAddr) -> Option<&'static str> {
 ///
 /// What is wrong with it, as the rest of a sentence.
 pub fn parse_service_cidr(text: &str) -> Result<Cidr, String> {
-    let network = parse_cidr(text).ok_or("is no network: expected ADDRESS/LENGTH, such as 10.96.0.0/12")?;
+    let network =
+        parse_cidr(text).ok_or("is not a network: expected ADDRESS/LENGTH, such as 10.96.0.0/12")?;
     let shortest = if network.address.is_ipv4() { 8 } else { 48 };
     if network.prefix_len < shortest {
         return Err(format!("is too large for service addresses: expected /{shortest} or longer"));
@@ -127,7 +128,7 @@ pub fn parse_service_cidr(text: &str) -> Result<Cidr, String> {
     let link_local = IpAddr::V4(Ipv4Addr::new(169, 254, 0, 0));
     let holds_link_local = network.contains(link_local).then_some("link-local");
     match special_range(network.address).or(holds_link_local) {
-        Some(range) => Err(format!("holds addresses of the {range} range, which are no service's")),
+        Some(range) => Err(format!("overlaps the {range} range")),
         None => Ok(network),
     }
 }

@@ -43,10 +43,8 @@ fn r2_a_cluster_ip_on_an_interface() {
     assert_eq!(left, all[1..], "{all:?}");
     assert_eq!(
         issues,
-        [
-            "Service default/web: spec.clusterIPs: 10.0.0.1 is an address of an interface of this node, as NodeLocal DNSCache \
-          makes it; calls to it stay with the node"
-        ]
+        ["Service default/web: spec.clusterIPs: 10.0.0.1 is an address of an interface of this node, as \
+             with NodeLocal DNSCache; calls to it are not translated"]
     );
     let (left, issues) = found(&["10.0.0.1", "fd00::1"]);
     assert_eq!((left.len(), issues.len()), (1, 2), "{left:?}");
@@ -376,10 +374,8 @@ fn r2_a_node_port_outside_the_range() {
         );
         assert_eq!(
             fixture::texts(&issues),
-            [
-                "node port 8080 is outside --node-port-range 30000-32767; it answers on the known node addresses, not \
-              on loopback"
-            ]
+            ["node port 8080 is outside --node-port-range 30000-32767; it answers on the known node \
+                 addresses, not on loopback"]
         );
     }
 }

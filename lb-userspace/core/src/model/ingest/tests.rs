@@ -115,18 +115,14 @@ fn r2_networks_of_service_cidrs() {
     assert_eq!(
         texts(&issues),
         [
-            "spec.cidrs[0]: \"10.96.0.0\" is no network: expected ADDRESS/LENGTH, such as 10.96.0.0/12; calls to it go where \
-             they say",
-            "spec.cidrs[1]: \"0.0.0.0/0\" is too large for service addresses: expected /8 or longer; calls to it go where they \
-             say",
-            "spec.cidrs[2]: \"127.0.0.0/8\" holds addresses of the loopback range, which are no service's; calls to it go where \
-             they say",
-            "spec.cidrs[3]: \"169.0.0.0/8\" holds addresses of the link-local range, which are no service's; calls to it go \
-             where they say",
-            "spec.cidrs[4]: \"::/48\" holds addresses of the unspecified range, which are no service's; calls to it go where \
-             they say",
-            "spec.cidrs[5]: \"ff00::/64\" holds addresses of the multicast range, which are no service's; calls to it go where \
-             they say",
+            "spec.cidrs[0]: \"10.96.0.0\" is not a network: expected ADDRESS/LENGTH, such as 10.96.0.0/12; \
+             calls to it pass unchanged",
+            "spec.cidrs[1]: \"0.0.0.0/0\" is too large for service addresses: expected /8 or longer; calls \
+             to it pass unchanged",
+            "spec.cidrs[2]: \"127.0.0.0/8\" overlaps the loopback range; calls to it pass unchanged",
+            "spec.cidrs[3]: \"169.0.0.0/8\" overlaps the link-local range; calls to it pass unchanged",
+            "spec.cidrs[4]: \"::/48\" overlaps the unspecified range; calls to it pass unchanged",
+            "spec.cidrs[5]: \"ff00::/64\" overlaps the multicast range; calls to it pass unchanged",
         ]
     );
     assert_eq!(ingest(&json!({"metadata": {"name": "empty"}})).0.unwrap().cidrs, []);
@@ -202,8 +198,8 @@ fn r14_a_node_has_so_many_addresses_and_no_more() {
         let addresses = node.unwrap().addresses;
         assert_eq!((addresses.len(), addresses[0].to_string()), (64, "10.0.0.0".to_owned()));
         let expected = format!(
-            "status.addresses: more than 64; node ports do not answer on the last {n_left_out}: have the kubelet or the \
-             cloud's controller list fewer"
+            "status.addresses: more than 64; node ports do not answer on the last {n_left_out}: let the \
+             kubelet or the cloud controller list fewer"
         );
         assert_eq!(texts(&issues), if n_left_out > 0 { vec![expected] } else { Vec::new() });
     }

@@ -136,7 +136,7 @@ fn service_cidrs_are_read() {
             "1 cidr: ServiceCIDR kubernetes",
             "9 nothing: ServiceCIDR old",
             "web.yaml:7: ServiceCIDR kubernetes: spec.cidrs[1]: \"fd00::/8\" is too large for service addresses: expected /48 \
-             or longer; calls to it go where they say",
+             or longer; calls to it pass unchanged",
             "web.yaml:9: ServiceCIDR old: apiVersion: \"networking.k8s.io/v1beta1\" is not known, networking.k8s.io/v1 is; it is \
              ignored",
         ]

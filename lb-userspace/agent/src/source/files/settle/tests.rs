@@ -216,8 +216,8 @@ fn a_file_that_is_open_for_long_is_an_issue() {
     assert!(is_news && issues.len() == 1 && issues[0].contains("web.yaml:1: mapping"), "{issues:?}");
     let (_, issues) = find(6500, Some(&manifest("a1 b2")), true);
     let expected = format!(
-        "file web.yaml: a program has it open for writing since {}; what it lacks, and its last document, stay in force as \
-         they were before: let the program close it",
+        "file web.yaml: open for writing by a program since {}; the last document, and objects that the file lacks, \
+         keep their former state: let the program close it",
         at(0).text()
     );
     assert_eq!(issues, [expected]);
