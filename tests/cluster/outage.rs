@@ -127,7 +127,7 @@ fn an_outage_shows_and_the_node_stays_ready() {
         server.set(&cluster(3));
         fs::write(directory.path().join("kubeconfig"), server.kubeconfig()).unwrap();
         let problem = format!("API server {}: connection refused", server.url());
-        let began = "what is served stays as it is until it answers";
+        let began = "serving the last known objects until it answers";
         let ended = format!("API server {} answers again, after ", server.url());
 
         let agent = Agent::start(sandbox, directory.path(), "first");
