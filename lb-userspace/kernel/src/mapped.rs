@@ -17,8 +17,8 @@ use nix::{
 
 /// A BPF array of `T`, mapped into this process.
 ///
-/// Programs read it at any time. An entry as a whole is written without any order between its bytes: write only
-/// entries that nothing refers to, and single words (`store_u64`, `store_u32`) of the others.
+/// Programs read it at any time. The bytes of a whole entry are written in no particular order: write only
+/// unreferenced entries, and single words (`store_u64`, `store_u32`) of entries in use.
 #[derive(Debug)]
 pub struct Mapped<T> {
     base: NonNull<u8>,
@@ -63,21 +63,21 @@ impl<T: MapValue> Mapped<T> {
         Some(unsafe { self.base.add(index as usize * Self::STRIDE) }.cast())
     }
 
-    /// Reads an entry; `None` outside of the array. An entry that is being written may come out torn.
+    /// Reads an entry; `None` if out of range. An entry that is being written may be torn.
     #[must_use]
     pub fn read(&self, index: u32) -> Option<T> {
         // SAFETY: inside the mapping, aligned, and every bit pattern is a `T`.
         self.at(index).map(|entry| unsafe { entry.as_ptr().read_volatile() })
     }
 
-    /// Writes an entry that nothing refers to; `false` outside of the array.
+    /// Writes an unreferenced entry; `false` if out of range.
     #[must_use]
     pub fn write(&mut self, index: u32, value: T) -> bool {
         // SAFETY: inside the mapping and aligned.
         self.at(index).map(|entry| unsafe { entry.as_ptr().write_volatile(value) }).is_some()
     }
 
-    /// Stores one 64-bit word of an entry in use, after all earlier writes; `false` outside of the array.
+    /// Stores one 64-bit word of an entry in use, after all earlier writes; `false` if out of range.
     ///
     /// `word` is the index of the word within the entry.
     #[must_use]
@@ -90,7 +90,7 @@ impl<T: MapValue> Mapped<T> {
             .is_some()
     }
 
-    /// Stores one 32-bit word of an entry in use, after all earlier writes; `false` outside of the array.
+    /// Stores one 32-bit word of an entry in use, after all earlier writes; `false` if out of range.
     ///
     /// `word` is the index of the word within the entry.
     #[must_use]
