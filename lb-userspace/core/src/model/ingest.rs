@@ -4,7 +4,7 @@
 //!
 //! Applies kube-proxy's rules for reading an object (`pkg/proxy/serviceport.go`,
 //! `pkg/proxy/endpointslicecache.go`) and reports what is left out. Expects the API server's defaults to be
-//! applied: [`lb_agent::source`] does so for manifests.
+//! applied: `lb_agent::source` does so for manifests.
 //!
 //! # Invariants
 //!
