@@ -171,8 +171,8 @@ impl State {
         self.dirty.services.iter()
     }
 
-    /// Replaces the desired frontends of a service by those as of the agent's last sync. For commands that
-    /// read its snapshot.
+    /// Replaces the desired frontends of a service by those of the agent's last sync, since its objects may
+    /// have changed after it.
     pub fn recall(&mut self, key: &ServiceKey, frontends: Vec<desired::Frontend>) {
         let _touched = self.desired.set(key, frontends);
     }

@@ -80,7 +80,7 @@ pub struct PortKey {
     pub port_name: Arc<str>,
     /// `ports[].protocol`
     pub protocol: Protocol,
-    /// Whether this is the IPv6 half.
+    /// Whether it is the IPv6 family.
     pub ipv6: bool,
 }
 
@@ -133,7 +133,7 @@ pub enum NodePortAddresses {
     Listed {
         /// Whether it names the primary addresses.
         primary: bool,
-        /// It names the addresses inside these networks.
+        /// The networks that it names.
         networks: Vec<Cidr>,
     },
 }
@@ -168,7 +168,7 @@ impl fmt::Display for ExternalIps {
 /// The settings that affect frontends.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Settings {
-    /// Name of this node's Node.
+    /// Name of this node.
     pub node_name: Arc<str>,
     /// `--node-port-range`
     pub node_ports: RangeInclusive<u16>,

@@ -220,7 +220,7 @@ pub enum IssueKind {
         /// Path of the field.
         field: String,
     },
-    /// A slice port has no name (the API server sets it to the empty text). The port is left out.
+    /// A slice port has no name (an API server sets the empty name). The port is left out.
     NoPortName {
         /// Path of the field.
         field: String,
@@ -377,14 +377,14 @@ pub enum IssueKind {
         /// How many endpoints all ports may have in a family.
         max: usize,
     },
-    /// A Node lists more addresses than count of one Node. Later ones are left out.
+    /// A Node lists too many addresses. The last ones are left out.
     TooManyAddresses {
         /// How many are left out.
         n_left_out: usize,
         /// How many count.
         max: usize,
     },
-    /// The Nodes of the cluster have more addresses than a table holds. Every Node keeps its first ones.
+    /// The Nodes have more addresses than the table holds. Each Node keeps its first ones.
     NodesFull {
         /// The table that is full.
         map: String,

@@ -1,4 +1,4 @@
-//! Simulator: runs the programs' decision on an image, in user space.
+//! Simulator: computes the programs' verdicts on an image, in user space.
 //!
 //! # Purpose
 //!
@@ -7,7 +7,7 @@
 //!
 //! # What this cannot prove
 //!
-//! The code around the decision: context access, records, the kernel's use of the result. Tests run each
+//! The code around `resolve`: context access, records, the kernel's use of the verdict. Tests run each
 //! scenario on the kernel too.
 //!
 //! # Depends on
@@ -96,7 +96,7 @@ impl Simulator {
         Self { image, ..Self::default() }
     }
 
-    /// Decides one call.
+    /// Computes the outcome of a call.
     ///
     /// `random` is the program's random number, `now` its clock in seconds. A call to an IPv4-mapped address
     /// is an IPv4 call, as in the hooks.

@@ -59,7 +59,7 @@ pub struct InForce<'a> {
     pub is_node_address: &'a dyn Fn(IpAddr) -> bool,
 }
 
-/// The decision about the sockets of a flow.
+/// What to do with the sockets of a flow.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Standing {
     /// The endpoint serves, or this is not known yet.
