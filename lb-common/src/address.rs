@@ -22,16 +22,16 @@ pub trait Address: Copy + Eq {
     /// The family of all values of this type.
     const FAMILY: Family;
 
-    /// Whether the address is a loopback address: `127.0.0.0/8` or `::1`.
+    /// Whether it is in `127.0.0.0/8` or is `::1`.
     fn is_loopback(&self) -> bool;
 
-    /// Whether the address is all zero: `0.0.0.0` or `::`, which Linux treats as loopback in `connect()`.
+    /// Whether it is `0.0.0.0` or `::`, which Linux treats as loopback in `connect()`.
     fn is_unspecified(&self) -> bool;
 
-    /// Whether the address is in a network: its masked bits equal the network's address.
+    /// Whether it is in a network: its masked bits equal the network's address.
     fn is_within(&self, network: &Self, mask: &Self) -> bool;
 
-    /// The address in the 16-octet form of family-independent maps: IPv6 unchanged, IPv4 as `::ffff:a.b.c.d`.
+    /// The 16-octet form of family-independent maps: IPv6 unchanged, IPv4 as `::ffff:a.b.c.d`.
     fn to_mapped(&self) -> Octets6;
 
     /// The inverse of [`Self::to_mapped`]; the octets of another family give an unspecified result.
@@ -121,7 +121,7 @@ impl Address for Octets6 {
     }
 }
 
-/// Returns the IPv4 address inside an IPv4-mapped IPv6 address (`::ffff:a.b.c.d`), or `None` for any other.
+/// The IPv4 address in an IPv4-mapped IPv6 address (`::ffff:a.b.c.d`), else `None`.
 ///
 /// A socket of family `AF_INET6` with an IPv4 peer shows it in this form, in every hook.
 #[inline(always)]

@@ -18,7 +18,7 @@ pub struct HookSpec {
     pub attach_type: u32,
     /// What it requires of the kernel.
     pub needs: Needs,
-    /// Whether the object has a program for each mode (docs/decisions/0003), or one for all.
+    /// Whether it has a program for each mode (docs/decisions/0003).
     pub has_modes: bool,
 }
 

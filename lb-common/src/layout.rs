@@ -66,7 +66,7 @@ impl Protocol {
 map_type! {
     /// Key of `services4`: an IPv4 frontend. 8 octets.
     ///
-    /// A node-port frontend that is valid on every accepted node address has the address `0.0.0.0`.
+    /// A node-port frontend for all accepted node addresses has the address `0.0.0.0`.
     #[repr(align(4))]
     pub struct FrontendKey4 {
         /// Service address.
@@ -83,7 +83,7 @@ map_type! {
 map_type! {
     /// Key of `services6`: an IPv6 frontend. 20 octets.
     ///
-    /// A node-port frontend that is valid on every accepted node address has the address `::`.
+    /// A node-port frontend for all accepted node addresses has the address `::`.
     ///
     /// Aligned so that the programs write the address as words; bytewise it takes a function call.
     #[repr(align(4))]
@@ -102,8 +102,8 @@ map_type! {
 map_type! {
     /// Value of `services4` and `services6`: the index of the frontend. 4 octets.
     ///
-    /// Never changed while the key exists. The kernel recycles a replaced or deleted hash element at once,
-    /// even while a reader uses it. So everything that changes is in `frontends`, whose entries stay in place
+    /// Never changed while the key exists: the kernel recycles a replaced or deleted hash element at once,
+    /// even while a reader uses it. What changes is in `frontends`, whose entries stay in place
     /// (docs/decisions/0001).
     pub struct FrontendRef {
         /// Index into `frontends`.
@@ -112,8 +112,7 @@ map_type! {
 }
 
 map_type! {
-    /// The endpoints of a frontend: `len` consecutive entries of the endpoint table from `offset` on. 8
-    /// octets.
+    /// The endpoints of a frontend: `len` consecutive entries of the endpoint table from `offset`. 8 octets.
     ///
     /// Read and written as one aligned 64-bit word: one store switches from an old set to a new one.
     pub struct Run {
@@ -153,8 +152,8 @@ impl Run {
 map_type! {
     /// Value of `frontends`: a frontend. 24 octets, index = `frontend_id`.
     ///
-    /// Memory-mapped: user space changes single words in place. `run` is one 64-bit word; each other field is
-    /// one 32-bit word and independent of the others.
+    /// Memory-mapped and changed in place, word by word: `run` is one 64-bit word, each other field an
+    /// independent 32-bit word.
     pub struct Frontend {
         /// The endpoints that a call may reach.
         pub run: Run,
@@ -176,8 +175,8 @@ pub mod frontend_flags {
     /// `externalTrafficPolicy: Local`: the wildcard entry does not match addresses of other nodes; nodes with
     /// endpoints have exact entries (semantics R6).
     pub const EXTERNAL_LOCAL: u32 = 1 << 1;
-    /// The traffic policy is Local and no endpoint is local, although the cluster has some: the policy causes
-    /// the refusal, not the service (semantics R9, row 2). For counters and `explain`.
+    /// The policy is Local and only other nodes have endpoints: the policy causes the refusal, not the
+    /// service (semantics R9, row 2). For counters and `explain`.
     pub const NO_LOCAL_ENDPOINT: u32 = 1 << 2;
     /// An address of a service network that no Service has. Not in any table: [`crate::resolve`] sets it.
     pub const UNALLOCATED: u32 = 1 << 3;
@@ -242,16 +241,14 @@ map_type! {
 /// Slots that a socket may use.
 pub const SLOT_WAYS: usize = 2;
 
-/// Records in the storage of one socket. A power of two: the verifier bounds an index by a mask, not by a
-/// remainder.
+/// Records in the storage of one socket. A power of two, so that a mask bounds an index for the verifier.
 pub const SOCKET_RECORDS: usize = 16;
 
 map_type! {
     /// A flow of a socket: one service address and its endpoint. 48 octets.
     ///
-    /// It answers two questions. "Which endpoint does this socket use for this service?": the record of that
-    /// service address. "Which service does a peer belong to?": the record of that endpoint with
-    /// [`record_flags::ANSWERS`].
+    /// It answers "which endpoint does this socket use for this service?" and, with
+    /// [`record_flags::ANSWERS`], "which service does this peer belong to?".
     ///
     /// IPv4 addresses are kept as `::ffff:a.b.c.d`. A record with protocol 0 is unused.
     #[repr(align(8))]
@@ -268,8 +265,7 @@ map_type! {
         pub endpoint_id: u32,
         /// The service port, so that stale sockets can be found by service.
         pub service_id: u32,
-        /// Position of the endpoint in the run when it was chosen; 65,535 stands for any position from there
-        /// on.
+        /// Position of the endpoint in the run when it was chosen, at most 65,535.
         pub index: u16,
         /// IP protocol number ([`Protocol`]); 0 if the record is unused.
         pub protocol: u8,
@@ -280,29 +276,26 @@ map_type! {
 
 /// Bits of [`SocketRecord::flags`].
 pub mod record_flags {
-    /// Datagrams from the endpoint are shown as coming from the service. Of several records with one
-    /// endpoint, the last called one has the flag; none has it once the endpoint's own address was called.
+    /// The endpoint is shown to the program as the service. Of several records with one endpoint, only the
+    /// last called one has the flag; none has it once the endpoint's own address was called.
     pub const ANSWERS: u8 = 1;
 }
 
 map_type! {
-    /// Value of `socket_slots`: the owners of a set of slots. 16 octets, so that four sets share a cache
-    /// line: cookies ascend, and a socket finds the line warm from the one before it.
+    /// Value of `socket_slots`: the owners of a set of slots. 16 octets: four sets share a cache line, and
+    /// cookies ascend, so a socket finds the line warm.
     pub struct SocketSlots {
-        /// Cookies of the owners; 0 is free. Slot `way` of set `i` is entry `i * SLOT_WAYS + way` of `sockets`.
+        /// Cookies of owners; 0 is free. Slot `way` of set `i` is entry `i * SLOT_WAYS + way` of `sockets`.
         pub owners: [u64; SLOT_WAYS],
     }
 }
 
 map_type! {
-    /// Value of `sockets`: the records in a slot. 128 octets, two cache lines; a socket with one service uses
-    /// only the first.
+    /// Value of `sockets`: the records in a slot. 128 octets: two cache lines, one for each record.
     ///
-    /// Two records, because a `connect()` can fail: the socket then keeps its former peer and that peer's
-    /// record.
+    /// Two, because a `connect()` can fail: the socket then keeps its former peer and that peer's record.
     pub struct SocketEntry {
-        /// Cookie of the socket that wrote the records. They are valid while `socket_slots` names the same
-        /// owner.
+        /// Cookie of the writing socket. The records are valid while `socket_slots` names the same owner.
         pub cookie: u64,
         /// Bits of [`entry_flags`].
         pub flags: u32,
@@ -326,14 +319,13 @@ pub mod entry_flags {
 }
 
 map_type! {
-    /// Value of `socket_storage`: records of a socket without a slot, or those that do not fit into its slot.
-    /// 784 octets.
+    /// Value of `socket_storage`: records of a socket that have no slot or do not fit into it. 784 octets.
     pub struct SocketRecords {
-        /// Cookie of the socket; 0 for a multipath TCP socket, whose subflows have storage of their own.
+        /// Cookie of the socket; 0 for a multipath TCP socket, whose subflows have their own storage.
         pub cookie: u64,
         /// The records.
         pub records: [SocketRecord; SOCKET_RECORDS],
-        /// Position of the next record when all are used: it replaces the oldest.
+        /// Position of the next record when all are used; it replaces the oldest.
         pub next: u32,
         /// Zero.
         pub reserved: u32,
@@ -385,9 +377,9 @@ map_type! {
 }
 
 map_type! {
-    /// Value of `service_cidrs`, index 0: the networks that cluster IPs come from. 328 octets.
+    /// Value of `service_cidrs`, index 0: the service networks. 328 octets.
     ///
-    /// A network changes only while both counts are 0, and have been for a grace period.
+    /// A network changes only while both counts are 0, after a grace period.
     #[repr(align(8))]
     pub struct ServiceCidrs {
         /// Number of active entries of `v4`.
@@ -402,7 +394,7 @@ map_type! {
 }
 
 map_type! {
-    /// Value of `service_stats`, index = CPU x ids + service id: calls of one service port on a CPU. 24 octets.
+    /// Value of `service_stats`, index = CPU x ids + service id: calls to a service port. 24 octets.
     pub struct ServiceStats {
         /// `connect()` calls that were redirected to an endpoint.
         pub connects: u64,
@@ -414,7 +406,7 @@ map_type! {
 }
 
 map_type! {
-    /// Value of `endpoint_stats`, index = CPU x ids + endpoint id: calls to one endpoint on a CPU. 16 octets.
+    /// Value of `endpoint_stats`, index = CPU x ids + endpoint id: calls to an endpoint. 16 octets.
     pub struct EndpointStats {
         /// `connect()` calls that were redirected to this endpoint.
         pub connects: u64,

@@ -2,17 +2,17 @@
 //!
 //! # Purpose
 //!
-//! This crate is the contract between the BPF programs (`lb-ebpf`) and user space (`lb-userspace`):
+//! The contract between the BPF programs (`lb-ebpf`) and user space (`lb-userspace`):
 //!
 //! - [`layout`]: the exact bytes of every map key and value.
-//! - [`resolve`]: the function that decides where a call goes. The BPF programs run it on kernel maps, user
-//!   space on an image of the same tables.
-//! - [`limits`]: capacities that both sides must agree on.
+//! - [`resolve`]: decides where a call goes, in the BPF programs on kernel maps and in user space on an
+//!   image.
+//! - [`limits`]: capacities that both sides agree on.
 //! - [`maps`], [`hooks`]: the tables of all maps and all hooks.
 //!
 //! # Invariants
 //!
-//! - No dependencies, no allocation, no `std`: everything here compiles for the BPF target.
+//! - No dependencies, no allocation, no `std`: all of it compiles for the BPF target.
 //! - No implicit padding in any map type, checked at compile time.
 //! - Ports are host-order `u16`, addresses are octet arrays. Network-order integers exist only at the edge of
 //!   `lb-ebpf`, which reads the context.

@@ -1,4 +1,4 @@
-//! Capacities and numbers that the BPF programs and user space must agree on.
+//! Capacities and numbers shared by the BPF programs and user space.
 
 /// Default of `--max-services`: frontends per address family.
 ///
@@ -16,7 +16,7 @@ pub const MAX_NODE_ADDRS: u32 = 32_768;
 pub const MAX_ADDRS_PER_NODE: usize = 64;
 
 /// Entries of the map `cluster_ips`: twice Kubernetes' tested limit of 10,000 services in both families, with
-/// room. The kernel allocates only used entries.
+/// room. Allocated on use.
 pub const MAX_CLUSTER_IPS: u32 = 65_536;
 
 /// Service networks in each family. A cluster has one, and a few more during a migration.
@@ -25,10 +25,9 @@ pub const MAX_SERVICE_CIDRS: usize = 8;
 /// Entries of the LRU map `affinity`: pairs of client network namespace and service port with affinity.
 pub const MAX_AFFINITY: u32 = 65_536;
 
-/// Entries of the map `socket_slots`, a power of two, with two slots each: 64 KiB of owners and 1 MiB of records.
+/// Entries of the map `socket_slots`, a power of two. Two slots each: 64 KiB of owners and 1 MiB of records.
 ///
-/// Not a limit: sockets without a slot keep their record in socket storage, which costs half a microsecond
-/// more.
+/// Not a limit: sockets without a slot use socket storage, which costs half a microsecond more.
 pub const SOCKET_SETS: u32 = 4096;
 
 /// Entries of the map `excluded`: excluded cgroups.
@@ -37,8 +36,8 @@ pub const MAX_EXCLUDED: u32 = 4096;
 /// Entries of the map `layouts`: the maps of a few versions. The agent removes those that are not pinned.
 pub const MAX_IDENTITIES: u32 = 256;
 
-/// Levels of cgroups below the machine's root that can be excluded, from 1 on. A pod's level is 2 to 5, in a
-/// kind node two more. Each level is one bit of a word.
+/// Levels of cgroups below the machine's root that can be excluded, from 1 on: one bit of a word each. A
+/// pod's level is 2 to 5, in a kind node two more.
 pub const CGROUP_LEVELS: u32 = 16;
 
 /// Default first and last node port (kube-apiserver's `--service-node-port-range`).
@@ -46,5 +45,5 @@ pub const NODE_PORTS: (u16, u16) = (30_000, 32_767);
 
 /// Endpoints that a single run may hold.
 ///
-/// Bounded by the endpoint table only; the constant exists so that arithmetic on offsets cannot overflow.
+/// Bounded by the endpoint table; the constant keeps arithmetic on offsets from overflowing.
 pub const MAX_RUN: u32 = 1 << 24;

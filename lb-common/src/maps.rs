@@ -2,8 +2,8 @@
 //!
 //! # Invariants
 //!
-//! - Every map of the BPF object has a row here, with its type, sizes and flags. The loader rejects an object
-//!   that differs.
+//! - Every map of the BPF object has a row here. The loader rejects an object with other types, sizes or
+//!   flags.
 //! - A map whose meaning changes gets another [`MapSpec::layout`], and so another fingerprint.
 //! - The content of a map is valid beside a new, empty map of any other row. Rows that must change together
 //!   raise their layouts together.
@@ -80,8 +80,8 @@ pub struct MapSpec {
     pub size: Size,
     /// What happens to it when others change.
     pub role: Role,
-    /// Number of its layout. Raised when a key, a value or its meaning changes. Type, sizes and flags are
-    /// part of the fingerprint and need no new number.
+    /// Number of its layout. Raised when a key, a value or its meaning changes. Type, sizes and flags are in
+    /// the fingerprint anyway.
     pub layout: u32,
 }
 
@@ -165,8 +165,8 @@ pub struct Sizing {
 impl MapSpec {
     /// Number of entries.
     ///
-    /// Counters have a value for each CPU. An id beyond the map is served but not counted; ids are assigned
-    /// from 0.
+    /// Counters have a value for each CPU. Ids are assigned from 0; one beyond the map is served but not
+    /// counted.
     #[must_use]
     pub const fn max_entries(&self, sizing: &Sizing) -> u32 {
         let frontends = sizing.services.saturating_mul(2);
@@ -189,8 +189,8 @@ impl MapSpec {
         n_entries
     }
 
-    /// Identifies the layout: FNV-1a over name, type, sizes of key and value, flags and layout number. The
-    /// number of entries is not included.
+    /// Identifies the layout: FNV-1a over name, type, key and value sizes, flags and layout number, without
+    /// the number of entries.
     #[must_use]
     pub const fn fingerprint(&self) -> u64 {
         let mut hash = fnv(0xcbf2_9ce4_8422_2325, self.name.as_bytes());

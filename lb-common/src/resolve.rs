@@ -2,9 +2,8 @@
 //!
 //! # Purpose
 //!
-//! [`resolve`] is written once and runs in two places: in the BPF programs on kernel maps, and in user space
-//! on an image of the same tables (simulator, `socklb explain`). All its inputs, including random numbers and
-//! time, come through [`Tables`].
+//! [`resolve`] runs in the BPF programs on kernel maps, and in user space on an image (simulator, `socklb
+//! explain`). All inputs, including random numbers and time, come through [`Tables`].
 //!
 //! # Invariants
 //!
@@ -31,7 +30,7 @@ pub struct Call<A> {
     pub protocol: Protocol,
 }
 
-/// An endpoint chosen earlier for the same socket and service address, with its position at that time.
+/// An endpoint chosen earlier for the same socket and service address, and its position then.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Choice {
     /// The chosen endpoint.
@@ -65,7 +64,7 @@ pub enum NodeAddress {
     Other,
 }
 
-/// The state that [`resolve`] reads and writes. One implementation is backed by kernel maps, one by an image.
+/// The state that [`resolve`] reads and writes, backed by kernel maps or by an image.
 pub trait Tables {
     /// The address family of these tables.
     type Addr: FamilyLayout;
@@ -97,8 +96,8 @@ pub trait Tables {
     /// in the node's own network namespace. In a pod, loopback is the pod's own (semantics R2).
     fn loopback_is_node(&self) -> bool;
 
-    /// The endpoint that this socket last used for this service address, if it has such a record. Unconnected
-    /// UDP sockets have one, so that the datagrams of one flow stay together.
+    /// The endpoint that this socket last used for this service address. Unconnected UDP sockets record it,
+    /// so that the datagrams of one flow stay together.
     fn earlier_choice(&self) -> Option<Choice>;
 
     /// A uniformly distributed 32-bit number.
@@ -194,7 +193,7 @@ pub fn find_frontend<T: Tables>(tables: &T, call: &Call<T::Addr>) -> Option<(u32
     find_node_port(tables, call)
 }
 
-/// The node-port half of [`find_frontend`]: the port is in the range and the address belongs to a node.
+/// The node-port part of [`find_frontend`]: the port is in the range and the address is a node's.
 #[inline(always)]
 fn find_node_port<T: Tables>(tables: &T, call: &Call<T::Addr>) -> Option<(u32, Frontend)> {
     let (first, last) = tables.node_ports();
@@ -313,11 +312,11 @@ fn find_choice<T: Tables>(
     find_endpoint(tables, run, choice.endpoint_id)
 }
 
-/// Finds an endpoint in a run by its id. A run is sorted by endpoint id, so that the check of a remembered
-/// endpoint needs no map of its own.
+/// Finds an endpoint in a run by its id. Runs are sorted by endpoint id, so the search needs no map of its
+/// own.
 ///
-/// Rejected: a hash map (service, endpoint) -> position. It costs one hash look-up more than this search does
-/// for a thousand endpoints, one update for each endpoint of a changed set, and can disagree with the run.
+/// Rejected: a hash map (service, endpoint) -> position. It costs one hash look-up more than this search for
+/// a thousand endpoints, needs an update for each endpoint of a changed set, and can disagree with the run.
 #[inline(always)]
 pub fn find_endpoint<T: Tables>(
     tables: &T,

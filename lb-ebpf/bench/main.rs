@@ -5,8 +5,8 @@
 //! hit the rewrite. They differ only in the record.
 #![no_std]
 #![no_main]
-// The BPF target has no stable compare-and-swap: `atomic_cas` is off in its specification, though the instruction
-// exists since kernel 5.12.
+// The BPF target has no stable compare-and-swap: `atomic_cas` is off in its specification, though kernel 5.12
+// has the instruction.
 #![cfg_attr(target_arch = "bpf", feature(core_intrinsics), expect(internal_features, reason = "see above"))]
 #![warn(unused_results)]
 #![expect(clippy::inline_always, reason = "as in the product's programs")]

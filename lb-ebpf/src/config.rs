@@ -1,7 +1,7 @@
 //! Settings and kernel features, as read-only globals that user space sets before it loads the object.
 //!
-//! The map behind them is frozen. So the verifier knows their values and removes the branches that they
-//! disable, including helpers that this kernel may lack.
+//! The map behind them is frozen, so the verifier knows their values and removes disabled branches, with
+//! helpers that this kernel may lack.
 
 use aya_ebpf::Global;
 use lb_common::limits;
@@ -19,8 +19,7 @@ globals! {
     static HAS_SET_RETVAL: u8 = 0;
     /// 1 if the kernel has `bpf_skc_to_mptcp_sock` (5.19), and the offsets below are known.
     static HAS_MPTCP: u8 = 0;
-    /// 1 if fields of the kernel's `struct sock` can be read: the kernel has `bpf_probe_read_kernel`, and the
-    /// offsets below are known.
+    /// 1 if the kernel has `bpf_probe_read_kernel`, and the offsets in `struct sock` below are known.
     static HAS_SOCK_FIELDS: u8 = 0;
     /// Offset of the socket in `struct bpf_sock_addr_kern`, the kernel's context.
     static CONTEXT_SOCK: u32 = 0;
@@ -54,15 +53,15 @@ pub(crate) fn is_on(switch: &Global<u8>) -> bool {
     switch.load() != 0
 }
 
-/// Variants that a global cannot select, since they differ in more than a dead branch. Each hook has a
-/// program for each mode, and the loader loads one of them (docs/decisions/0003).
+/// Variants that a global cannot select: they differ in more than dead branches. Each hook has a program for
+/// each mode, and the loader loads one (docs/decisions/0003).
 pub(crate) trait Mode {
     /// Whether records are kept in slots, which needs compare-and-swap and [`HAS_SOCK_FIELDS`]. Kernels
     /// before 5.12 reject a compare-and-swap even in dead code.
     const SLOTS: bool;
-    /// Whether a diagnostic line is written for each verdict. aya-log adds a BPF function. In a program with
-    /// functions, the verifier of kernels before 6.3 compares every number exactly: a search of ten thousand
-    /// instructions then takes more than a million.
+    /// Whether a diagnostic line is written for each verdict. aya-log adds a BPF function. With functions,
+    /// the verifier of kernels before 6.3 compares every number exactly, and a search of ten thousand
+    /// instructions takes more than a million.
     const LOG: bool;
 }
 

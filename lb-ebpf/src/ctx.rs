@@ -283,8 +283,7 @@ pub(crate) struct Multipath {
 }
 
 impl Multipath {
-    /// Whether the connection is established. The kernel adds subflows after that: their addresses are not a
-    /// call.
+    /// Whether the connection is established. Subflows added later are the kernel's, not a call.
     #[inline(always)]
     pub(crate) fn is_established(self) -> bool {
         // SAFETY: `struct mptcp_sock` begins with its `struct sock`. User space reads the field's offset from

@@ -8,15 +8,15 @@ use crate::{
     maps,
 };
 
-/// Whether the caller's cgroup or an ancestor is excluded. No code, if no agent excludes any.
+/// Whether the caller's cgroup or an ancestor is excluded. If no agent excludes any, the verifier removes
+/// this code.
 ///
-/// Checks the ancestors at levels with excluded cgroups, usually one. A program cannot walk up the hierarchy.
-/// A look-up of the caller's own cgroup would need every cgroup below an excluded one in the map, including
-/// future ones.
+/// Checks the ancestors at levels with excluded cgroups, usually one: a program cannot walk up the hierarchy.
+/// A look-up of the caller's own cgroup would need every present and future cgroup below an excluded one in
+/// the map.
 ///
-/// Checked first. A check only after a frontend was found would save other calls a look-up where cgroups are
-/// excluded. But it would keep more values on the stack everywhere: a third more instructions for the
-/// verifier.
+/// Checked first. A check after the look-up of a frontend would spare other calls, but keep more values on
+/// the stack even without exclusions: a third more instructions for the verifier.
 #[inline(always)]
 pub(crate) fn is_excluded() -> bool {
     if !is_on(&config::EXCLUDES) {

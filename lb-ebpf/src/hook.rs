@@ -75,8 +75,7 @@ fn forward6<M: Mode>(ctx: &SockAddr<'_>, kind: Kind) -> i32 {
     if call.is_of_the_kernel() {
         return PROCEED;
     }
-    // An IPv4-mapped destination is an IPv4 call: it uses the IPv4 tables and records, and is written back as
-    // mapped.
+    // An IPv4-mapped destination uses the IPv4 tables and records, and is written back as mapped.
     let decision = match mapped_ipv4(&address) {
         Some(address) => call.decide4(address),
         None => call.decide6(address),

@@ -80,12 +80,12 @@ fn sock_release(ctx: SockContext) -> i32 {
     ctx::PROCEED
 }
 
-/// Some helpers in use are for GPL programs only, so the verifier requires a GPL-compatible licence.
+/// Some helpers require a GPL-compatible licence.
 #[unsafe(link_section = "license")]
 #[unsafe(no_mangle)]
 static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";
 
-/// Never reached: no code here panics. The compiler requires it.
+/// The compiler requires it; no code here panics.
 #[cfg(not(test))]
 #[panic_handler]
 fn panic(_info: &core::panic::PanicInfo<'_>) -> ! {

@@ -1,7 +1,7 @@
 //! Every map of the object. The name of a map is also its pin below `--pin-path`.
 //!
-//! Each has a row in `lb_common::maps`, which the loader compares with the declaration here. Sizes are
-//! defaults that the loader overrides. docs/MAPS.md describes each.
+//! Each has a row in `lb_common::maps`, which the loader compares with this declaration. The loader overrides
+//! the default sizes. docs/MAPS.md describes each.
 
 use aya_ebpf::{
     bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC},

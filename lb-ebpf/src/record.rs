@@ -2,17 +2,17 @@
 //!
 //! A record is kept in one of two places (docs/decisions/0002 has the measurements):
 //!
-//! - a **slot** of the array `sockets`, found by the low bits of the socket's cookie. Its owner is the socket
-//!   whose cookie `socket_slots` holds for it. It is freed when the socket is closed, and ten times cheaper to
-//!   take than socket storage.
-//! - **socket storage**, for sockets whose slots belong to other live sockets, for the third and later
-//!   services of an unconnected socket, for kernel sockets (no program runs when they are closed), and for
-//!   everything on kernels that lack a feature for slots. The kernel frees it with the socket.
+//! - a **slot** of the array `sockets`, found by the low bits of the socket's cookie and owned by the socket
+//!   whose cookie `socket_slots` holds. Freed when the socket is closed; ten times cheaper to take than
+//!   storage.
+//! - **socket storage**, for sockets whose slots other live sockets own, for the third and later services of
+//!   an unconnected socket, for kernel sockets (no program runs when they are closed), and for kernels that
+//!   lack a feature for slots. The kernel frees it with the socket.
 //!
-//! Neither evicts the record of another socket. The programs assign a cookie only with a socket's first
-//! record: a socket without a cookie has no record and costs no look-up. The kernel holds the socket's lock
-//! in all hooks that get here (`BPF_CGROUP_RUN_SA_PROG_LOCK`; `inet_getname` locks by itself). So one reader
-//! or writer at a time accesses a socket's records; the cookie separates sockets.
+//! Neither evicts another socket's record. The programs assign a cookie with a socket's first record, so a
+//! socket without a cookie costs no look-up. The kernel holds the socket's lock in all hooks that get here
+//! (`BPF_CGROUP_RUN_SA_PROG_LOCK`; `inet_getname` locks by itself): a socket's records have one reader or
+//! writer at a time. Between sockets, the cookie decides.
 //!
 //! A `connect()` is recorded before the kernel does it, and may fail. So it never replaces the record of the
 //! socket's current peer, nor that of another service of an unconnected socket. A record counts for a

@@ -1,8 +1,8 @@
 //! Copies the compiled BPF object to where `kernel::object` embeds it.
 //!
-//! `cargo xtask build` compiles the object and passes its path in `SOCKLB_BPF_OBJECT`. Without the variable,
-//! as in a plain `cargo check`, an empty file is embedded, and loading it fails with a clear message. A
-//! release build needs the object.
+//! `cargo xtask build` compiles the object and passes its path in `SOCKLB_BPF_OBJECT`. Without it, as in a
+//! plain `cargo check`, an empty object is embedded that fails to load with a clear message. A release build
+//! needs the object.
 
 use std::{env, fs, io, path::PathBuf};
 

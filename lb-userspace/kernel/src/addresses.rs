@@ -5,8 +5,8 @@ use std::{future::poll_fn, io, net::IpAddr, task::Poll};
 use netlink_sys::{AsyncSocket as _, SocketAddr, TokioSocket, protocols::NETLINK_ROUTE};
 use nix::errno::Errno;
 
-/// The interface on which kube-proxy's IPVS mode puts every service address of the cluster. They stay after
-/// kube-proxy is gone, and are not addresses of the node.
+/// The interface on which kube-proxy's IPVS mode puts, and leaves, every service address of the cluster. They
+/// are not addresses of the node.
 const IPVS: &str = "kube-ipvs0";
 
 /// `RTMGRP_IPV4_IFADDR | RTMGRP_IPV6_IFADDR` of `linux/rtnetlink.h`.

@@ -2,9 +2,9 @@
 //!
 //! # Purpose
 //!
-//! [`find_root`] returns the cgroup to attach to, so that all processes of this machine are served. If the
-//! node is itself a container (kind, k3d, minikube's Docker driver, LXC), it returns the node's cgroup.
-//! [`extent`] returns what a cgroup covers.
+//! [`find_root`] returns the cgroup to attach to: that of all processes of the machine or, if the node is
+//! itself a container (kind, k3d, minikube's Docker driver, LXC), of the node. [`extent`] returns what a
+//! cgroup covers.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -62,12 +62,12 @@ impl fmt::Display for Extent {
 ///
 /// # Errors
 ///
-/// [`KernelError::NoCgroup`] if none is mounted, [`KernelError::OwnCgroup`] if nothing above the thread's own
-/// cgroup is visible.
+/// [`KernelError::NoCgroup`] if none is mounted, [`KernelError::OwnCgroup`] if nothing above the own cgroup
+/// is visible.
 ///
 /// # Kernel
 ///
-/// 5.5: earlier inode numbers are not significant.
+/// 5.5: on earlier kernels, inode numbers do not identify cgroups.
 pub fn find_root() -> Result<PathBuf, KernelError> {
     let mountinfo = fs::read(MOUNTINFO).map_err(|_unreadable| KernelError::NoCgroup)?;
     root_among(&mountinfo, &fs::read(OWN_CGROUPS).unwrap_or_default(), look)
@@ -190,7 +190,7 @@ impl Position {
         text.split(|byte| *byte == b'\n').find_map(|line| line.strip_prefix(b"0::")).map(Self::new)
     }
 
-    /// Levels below the namespace's root; negative above it. Each ancestor of a cgroup has another level.
+    /// Levels below the namespace's root; negative above it. The ancestors of a cgroup all differ in level.
     fn level(&self) -> isize {
         self.down.len().cast_signed() - self.up.cast_signed()
     }
@@ -231,8 +231,8 @@ pub fn open(path: &Path) -> Result<fs::File, KernelError> {
     }
 }
 
-/// The directories of cgroups by id, which is the inode number; those not found are left out. Searched level
-/// by level, since the root is the usual place.
+/// The directories of cgroups by id (inode number), without those not found. Searched level by level, since
+/// the root is the usual place.
 #[must_use]
 pub fn directories_of(ids: &BTreeSet<u64>, root: &Path) -> BTreeMap<u64, PathBuf> {
     let mut found = BTreeMap::new();

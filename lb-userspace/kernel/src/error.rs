@@ -207,8 +207,8 @@ pub enum KernelError {
 }
 
 impl KernelError {
-    /// Converts an error of loading the object into one that names its meaning. `release` is the kernel's
-    /// name and release.
+    /// Converts an error of loading the object into a meaningful one. `release` is the kernel's name and
+    /// release.
     pub(super) fn load(source: EbpfError, release: &str) -> Self {
         if is_refused(&source) {
             return Self::NotPermitted { what: "loading the BPF object".to_owned() };
@@ -249,7 +249,7 @@ impl KernelError {
         Self::TooOld { release: release.to_owned(), cause }
     }
 
-    /// Converts a map's error into one that names its meaning.
+    /// Converts a map's error into a meaningful one.
     pub(super) fn map(name: &'static str, source: MapError) -> Self {
         match errno(&source) {
             // A full hash map returns E2BIG; preallocated maps of some kernels return ENOSPC.

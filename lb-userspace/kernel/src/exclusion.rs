@@ -187,7 +187,7 @@ impl Hierarchy {
     /// The cgroups of pods, by UID. A pod without processes on this host has none.
     ///
     /// Matches the kubelet's names: `pod` and the UID, with `-` or, with systemd, `_` between its parts.
-    /// Directories that cannot be read are skipped, such as those removed meanwhile.
+    /// Unreadable directories are skipped.
     #[must_use]
     pub fn pods(&self, uids: &BTreeSet<Arc<str>>) -> BTreeMap<Place, PathBuf> {
         let mut found = BTreeMap::new();

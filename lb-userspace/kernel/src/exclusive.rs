@@ -1,8 +1,8 @@
 //! Foreign programs that prevent attaching ours.
 //!
-//! The kernel's rule (`hierarchy_allows_attach` and `__cgroup_bpf_attach` in kernel/bpf/cgroup.c): a link can
-//! be added beside the programs of its cgroup only if they were attached with "multi". Of the ancestors, the
-//! nearest one with programs decides: its programs must have "multi" or "override".
+//! The kernel's rule (`hierarchy_allows_attach` and `__cgroup_bpf_attach` in kernel/bpf/cgroup.c): a link
+//! needs "multi" on the programs of its cgroup, and "multi" or "override" on those of the nearest ancestor
+//! with programs.
 
 use std::{
     fmt,

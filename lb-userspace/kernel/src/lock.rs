@@ -3,7 +3,7 @@
 //! # Invariants
 //!
 //! - The lock is the kernel's (`flock`), on the directory itself. The kernel releases it when the process
-//!   exits. All mount namespaces that share the BPF file system share the lock.
+//!   exits. Mount namespaces that share the BPF file system share the lock.
 //! - The holder has locked the directory that the path leads to, not a removed one.
 
 use std::{
@@ -82,7 +82,7 @@ impl Drop for Lock {
     }
 }
 
-/// Keeps the removal of all pins and the restoring of some apart. Released on drop or when the process exits.
+/// Serialises the removal of all pins and the restoring of some. Released on drop or when the process exits.
 #[derive(Debug)]
 pub(super) struct Change {
     _above: Flock<File>,

@@ -42,7 +42,7 @@ impl<T: MapValue> Mapped<T> {
     pub fn new(map: BorrowedFd<'_>, n_entries: u32) -> Result<Self, Errno> {
         let size = usize::try_from(n_entries).map_err(|_too_large| Errno::E2BIG)? * Self::STRIDE;
         let len = NonZeroUsize::new(size).ok_or(Errno::EINVAL)?;
-        // SAFETY: no address is asked for, so no other mapping is touched.
+        // SAFETY: no address is requested, so no other mapping is touched.
         let base = unsafe {
             mmap(None, len, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, MapFlags::MAP_SHARED, map, 0)?
         };
@@ -59,7 +59,7 @@ impl<T: MapValue> Mapped<T> {
         if index >= self.n_entries {
             return None;
         }
-        // SAFETY: below `n_entries`, so inside the mapping; 8-aligned, which `map_type!` guarantees to suffice.
+        // SAFETY: below `n_entries`, so inside the mapping; 8-aligned, which suffices by `map_type!`.
         Some(unsafe { self.base.add(index as usize * Self::STRIDE) }.cast())
     }
 
@@ -124,7 +124,7 @@ impl<T: MapValue> Mapped<T> {
 
 impl<T> Drop for Mapped<T> {
     fn drop(&mut self) {
-        // SAFETY: exactly what `new` mapped; no reference into it exists, since none is ever handed out.
+        // SAFETY: exactly what `new` mapped; no reference into it is ever handed out.
         let result = unsafe { munmap(self.base.cast(), self.len.get()) };
         debug_assert!(result.is_ok(), "munmap of a whole mapping: {result:?}");
     }

@@ -95,7 +95,7 @@ pub fn stage(pin_path: &Path) -> Result<PathBuf, KernelError> {
     Ok(next)
 }
 
-/// Pins the maps that are kept in a second directory, too.
+/// Pins kept maps in a second directory as well.
 ///
 /// # Errors
 ///

@@ -5,8 +5,8 @@ use std::{collections::BTreeSet, fs, os::unix::fs::MetadataExt as _, path::Path}
 /// Largest number of cgroups read: an order of magnitude above a full node.
 const MAX_DIRECTORIES: usize = 100_000;
 
-/// The ids of a cgroup and its descendants, without the subtrees of `excluded`. A cgroup that is created or
-/// removed meanwhile may be missing.
+/// The ids of a cgroup and its descendants, without the subtrees of `excluded`. A cgroup created or removed
+/// meanwhile may be missing.
 ///
 /// An id is the inode number of the directory (kernfs), even where a cgroup namespace or a container shows
 /// only a part.

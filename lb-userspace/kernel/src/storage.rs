@@ -87,7 +87,7 @@ pub(super) fn load() -> io::Result<OwnedFd> {
 
 /// The program: writes the cookie and the record for each used record of an element.
 fn program() -> Vec<u64> {
-    /// Fields of `struct bpf_iter__bpf_sk_storage_map`, the context: `meta`, whose first field is `seq`, and `value`.
+    /// Offsets in `struct bpf_iter__bpf_sk_storage_map`, the context. `meta` begins with `seq`.
     const META: usize = 0;
     const VALUE: usize = 24;
     /// `BPF_FUNC_seq_write`

@@ -356,9 +356,8 @@ impl Kernel {
     /// Applies a plan. Entries that do not fit into a map affect only their own callers; the rest is applied.
     ///
     /// Waits for a grace period first if the plan may overwrite memory that a program still reads
-    /// (docs/decisions/0001). This concerns the first plan, since an earlier agent may just have freed
-    /// entries, and a plan that inserts hash elements after others were deleted, since the kernel reuses them
-    /// at once.
+    /// (docs/decisions/0001): before the first plan, since an earlier agent may just have freed entries, and
+    /// before inserting hash elements after deletions, since the kernel reuses them at once.
     ///
     /// # Errors
     ///
@@ -574,8 +573,8 @@ impl Maps {
     ///
     /// # Errors
     ///
-    /// [`KernelError::NothingPinned`], [`KernelError::NotPinned`], [`KernelError::Layout`], [`KernelError::Mixed`], or a failing
-    /// system call.
+    /// [`KernelError::NothingPinned`], [`KernelError::NotPinned`], [`KernelError::Layout`],
+    /// [`KernelError::Mixed`], or a failing system call.
     pub fn open(pin_path: &Path) -> Result<Self, KernelError> {
         let directory = Directory::open(pin_path)?;
         Self::open_each(|_name| &directory).map_err(|error| match error {
