@@ -57,7 +57,8 @@ pub enum Error {
     },
     /// There is neither a kubeconfig nor a pod's credentials.
     #[error(
-        "neither a kubeconfig nor a pod's credentials found: name a kubeconfig with --kubeconfig, or use --source file:PATH"
+        "neither a kubeconfig nor a pod's credentials found: name a kubeconfig with --kubeconfig, or use \
+         --source file:PATH"
     )]
     Nothing,
     /// `--apiserver` is not an address.
@@ -68,7 +69,8 @@ pub enum Error {
     },
     /// A file is too large for credentials.
     #[error(
-        "{}: is a device or larger than {} MiB: no kubeconfig, certificate, key or token is; name the right file",
+        "{}: is a device or larger than {} MiB: no kubeconfig, certificate, key or token is; name the right \
+         file",
         path.display(), MAX_FILE >> 20
     )]
     TooLarge {
@@ -77,7 +79,8 @@ pub enum Error {
     },
     /// Fetching the credentials timed out.
     #[error(
-        "the credentials for the API server did not arrive within {} s: does the kubeconfig's exec program hang?",
+        "the credentials for the API server did not arrive within {} s: does the kubeconfig's exec program \
+         hang?",
         CREDENTIALS.as_secs()
     )]
     Late,
@@ -334,7 +337,8 @@ mod tests {
         let credentials = r#"{"apiVersion": "client.authentication.k8s.io/v1", "kind": "ExecCredential", "status": {"token": "t"}}"#;
         let script = format!("sleep 0.5; echo '{credentials}'").replace('\'', "''");
         let exec = format!(
-            "{{exec: {{apiVersion: client.authentication.k8s.io/v1, interactiveMode: Never, command: sh, args: ['-c', '{script}']}}}}"
+            "{{exec: {{apiVersion: client.authentication.k8s.io/v1, interactiveMode: Never, command: sh, \
+             args: ['-c', '{script}']}}}}"
         );
         fs::write(&path, kubeconfig(&exec)).unwrap();
         let access = Access { kubeconfig: Some(path), apiserver: None };

@@ -242,7 +242,8 @@ mod tests {
         for (error, expected) in [
             (
                 TellError::of(StatusCode::UNAUTHORIZED),
-                "401 Unauthorized (are the credentials out of date? the token or certificate is not accepted)",
+                "401 Unauthorized (are the credentials out of date? the token or certificate is not \
+                 accepted)",
             ),
             (
                 TellError::of(StatusCode::FORBIDDEN),

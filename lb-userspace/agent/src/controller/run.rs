@@ -189,7 +189,8 @@ pub async fn run(
                 if !more {
                     warn!(
                         source = source.describe(),
-                        "the source has ended: entries in the kernel stay unchanged; restart the agent to follow changes"
+                        "the source has ended: entries in the kernel stay unchanged; restart the agent to \
+                         follow changes"
                     );
                     has_ended = true;
                     continue;
@@ -433,7 +434,8 @@ impl Agent {
         if n_lost > 0 {
             let journal = self.options.state_dir.join(snapshot::JOURNAL);
             warn!(
-                "{}: the last {n_lost} bytes are truncated or corrupt: the snapshot's last changes are not served",
+                "{}: the last {n_lost} bytes are truncated or corrupt: the snapshot's last changes are not \
+                 served",
                 journal.display()
             );
         }
@@ -474,7 +476,8 @@ impl Agent {
             Pins::Lost(names) => warn!(
                 pins = %pin_path,
                 names = names.join(" "),
-                "pins were removed or replaced, or programs detached: the next audit restores them (--audit-interval)"
+                "pins were removed or replaced, or programs detached: the next audit restores them \
+                 (--audit-interval)"
             ),
             Pins::Gone => error!(
                 pins = %pin_path,

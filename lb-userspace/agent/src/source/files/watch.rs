@@ -265,7 +265,9 @@ fn lock(watched: &Mutex<Watched>) -> MutexGuard<'_, Watched> {
 /// Explains inotify limits, which the kernel reports as "no space left on device".
 fn refused(error: Errno) -> io::Error {
     match error {
-        Errno::ENOSPC => io::Error::other("no inotify watch is left for this user: raise fs.inotify.max_user_watches"),
+        Errno::ENOSPC => {
+            io::Error::other("no inotify watch is left for this user: raise fs.inotify.max_user_watches")
+        }
         Errno::EMFILE => {
             io::Error::other("no inotify instance is left for this user: raise fs.inotify.max_user_instances")
         }

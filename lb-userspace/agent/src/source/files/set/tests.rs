@@ -232,7 +232,10 @@ fn what_was_served_last_stands_in_for_what_cannot_be_read() {
     settle(&mut set, 102.0);
     assert_eq!(services(&set), ["a:3", "b:2"]);
     let gone: Vec<String> = set.take_gone().iter().map(ToString::to_string).collect();
-    assert_eq!(gone, ["Service default/c is no longer served: no manifest holds what an earlier agent served"]);
+    assert_eq!(
+        gone,
+        ["Service default/c is no longer served: no manifest holds what an earlier agent served"]
+    );
     assert_eq!(set.next_look(), None);
 }
 
