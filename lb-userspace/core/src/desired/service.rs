@@ -50,7 +50,7 @@ const MAX_ENTRIES: usize = 1 << 20;
 /// **An excluded Service** (annotation `socklb.io/exclude`) has none.
 ///
 /// **A cluster IP that an interface of this node has** gets no frontend, but an issue: a program of the node,
-/// such as NodeLocal DNSCache, answers there. The other addresses of the Service are served.
+/// such as `NodeLocal DNSCache`, answers there. The other addresses of the Service are served.
 ///
 /// **External IPs** get frontends if [`Settings::external_ips`] admits them; the others get an issue.
 ///
