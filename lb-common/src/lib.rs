@@ -20,8 +20,8 @@
 #![warn(unused_results)]
 #![expect(
     clippy::inline_always,
-    reason = "a BPF function call costs a frame and hides value ranges from the verifier; kernels before 5.16 refuse \
-              more than 8 frames"
+    reason = "a BPF function call costs a frame and hides value ranges from the verifier; kernels before \
+              5.16 refuse more than 8 frames"
 )]
 
 #[cfg(test)]

@@ -98,7 +98,8 @@ const fn octets_of<T>() -> u32 {
 const SLOTS: u32 = limits::SOCKET_SETS * SLOT_WAYS as u32;
 
 macro_rules! maps {
-    ($($(#[$doc:meta])* $name:ident: $kind:ident[$key:ty => $value:ty], $flags:expr, $size:expr, $role:ident, layout $layout:literal;)+) => {
+    ($($(#[$doc:meta])* $name:ident: $kind:ident[$key:ty => $value:ty], $flags:expr, $size:expr, $role:ident,
+        layout $layout:literal;)+) => {
         /// All maps.
         pub const MAPS: &[MapSpec] = &[$(MapSpec {
             name: stringify!($name),
@@ -120,7 +121,8 @@ maps! {
     endpoints4: Array[u32 => Endpoint4], MMAPABLE, Size::Endpoints, Image, layout 1;
     endpoints6: Array[u32 => Endpoint6], MMAPABLE, Size::Endpoints, Image, layout 1;
     node_addrs: Hash[AddressKey => NodeAddr], 0, Size::Fixed(limits::MAX_NODE_ADDRS), Image, layout 1;
-    cluster_ips: Hash[AddressKey => ClusterIp], NO_PREALLOC, Size::Fixed(limits::MAX_CLUSTER_IPS), Image, layout 1;
+    cluster_ips: Hash[AddressKey => ClusterIp], NO_PREALLOC, Size::Fixed(limits::MAX_CLUSTER_IPS), Image,
+        layout 1;
     service_cidrs: Array[u32 => ServiceCidrs], MMAPABLE, Size::Fixed(1), Image, layout 1;
     affinity: LruHash[AffinityKey => Affinity], 0, Size::Fixed(limits::MAX_AFFINITY), Ids, layout 1;
     socket_slots: Array[u32 => SocketSlots], MMAPABLE, Size::Fixed(limits::SOCKET_SETS), Ids, layout 1;

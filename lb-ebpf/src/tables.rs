@@ -125,7 +125,8 @@ fn remember_affinity(key: &AffinityKey, replaces: Option<Affinity>, new: Affinit
 }
 
 macro_rules! kernel_tables {
-    ($tables:ident, $octets:ty, $key:ty, $entry:ty, $services:ident, $endpoints:ident, $number:ident, $networks:ident) => {
+    ($tables:ident, $octets:ty, $key:ty, $entry:ty, $services:ident, $endpoints:ident, $number:ident,
+        $networks:ident) => {
         impl<E: Memory> Tables for $tables<'_, E> {
             type Addr = $octets;
 

@@ -20,7 +20,8 @@ fn main() -> io::Result<()> {
         }
         None if env::var("PROFILE").is_ok_and(|profile| profile == "release") => {
             println!(
-                "cargo::error=a release build of socklb needs the BPF object: use `cargo xtask build --release`"
+                "cargo::error=a release build of socklb needs the BPF object: use \
+                `cargo xtask build --release`"
             );
             Ok(())
         }

@@ -329,13 +329,7 @@ mod tests {
                 &[],
                 Err("container's own"),
             ),
-            (
-                "its own cgroup is unknown",
-                two("/../..", "/host"),
-                String::new(),
-                &[],
-                Err("container's own"),
-            ),
+            ("its own cgroup is unknown", two("/../..", "/host"), String::new(), &[], Err("container's own")),
             ("only v1", V1.to_owned(), own("/"), &[], Err("no cgroup v2")),
         ] {
             let mountinfo = mountinfo.as_bytes();

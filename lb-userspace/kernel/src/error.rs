@@ -36,8 +36,9 @@ pub enum KernelError {
     NoCgroup,
     /// Only a container's own cgroup is mounted: nothing above it is visible.
     #[error(
-        "the cgroup v2 hierarchy at {} is this container's own, not its node's: programs attached there would see the calls of \
-         this container only. Mount the node's /sys/fs/cgroup into the container, at any place, or name a cgroup of it with --cgroup",
+        "the cgroup v2 hierarchy at {} is this container's own, not its node's: programs attached there \
+         would see only this container's calls. Mount the node's /sys/fs/cgroup into the container, at any \
+         place, or name a cgroup of it with --cgroup",
         path.display()
     )]
     OwnCgroup {
@@ -53,7 +54,11 @@ pub enum KernelError {
         source: io::Error,
     },
     /// The pin directory is not on a BPF file system, or cannot be created.
-    #[error("--pin-path {}: {source}: it must be a directory on a BPF file system (`mount -t bpf bpf /sys/fs/bpf`)", path.display())]
+    #[error(
+        "--pin-path {}: {source}: it must be a directory on a BPF file system (`mount -t bpf bpf \
+         /sys/fs/bpf`)",
+        path.display()
+    )]
     PinPath {
         /// The directory.
         path: PathBuf,
@@ -61,13 +66,20 @@ pub enum KernelError {
         source: io::Error,
     },
     /// Nothing is pinned there.
-    #[error("nothing is pinned under {}: is the agent running, or was another --pin-path used?", path.display())]
+    #[error(
+        "nothing is pinned under {}: is the agent running, or was another --pin-path used?",
+        path.display()
+    )]
     NothingPinned {
         /// The directory.
         path: PathBuf,
     },
     /// A map is not pinned, though others are.
-    #[error("map {name} is not pinned under {}: an agent pins it again within its --audit-interval, or when it starts", path.display())]
+    #[error(
+        "map {name} is not pinned under {}: an agent pins it again within its --audit-interval, or when it \
+         starts",
+        path.display()
+    )]
     NotPinned {
         /// Its name.
         name: &'static str,
@@ -76,7 +88,8 @@ pub enum KernelError {
     },
     /// A pinned map has another layout.
     #[error(
-        "map {name} under {} has {}, this socklb has layout {ours}: use the socklb version that created it, or start an agent of this version",
+        "map {name} under {} has {}, this socklb has layout {ours}: use the socklb version that created it, \
+         or start an agent of this version",
         path.display(),
         found.map_or_else(|| "an unknown layout".to_owned(), |found| format!("layout {found}"))
     )]
@@ -91,7 +104,11 @@ pub enum KernelError {
         ours: u32,
     },
     /// The sizes of the pinned maps do not belong to one image.
-    #[error("the maps under {} have different sizes: if an agent is replacing them, try again in a moment, otherwise start one", path.display())]
+    #[error(
+        "the maps under {} have different sizes: if an agent is replacing them, try again in a moment, \
+         otherwise start one",
+        path.display()
+    )]
     Mixed {
         /// The directory.
         path: PathBuf,
@@ -101,8 +118,9 @@ pub enum KernelError {
         "hook {hook} of {}: {}",
         cgroup.display(),
         by.as_ref().map_or_else(
-            || "a program is attached without `multi` to a parent cgroup that is not visible from here: find it on the host with \
-                `bpftool cgroup tree`, then detach it or attach it with BPF_F_ALLOW_MULTI".to_owned(),
+            || "a program is attached without `multi` to a parent cgroup that is not visible from here: \
+                find it on the host with `bpftool cgroup tree`, then detach it or attach it with \
+                BPF_F_ALLOW_MULTI".to_owned(),
             exclusive::Exclusive::to_string
         )
     )]
@@ -190,7 +208,7 @@ pub enum KernelError {
     },
     /// The kernel does not report the possible CPUs.
     #[error(
-        "/sys/devices/system/cpu/possible: {0}: the counter maps are sized from it: mount /sys (read-only is enough)"
+        "/sys/devices/system/cpu/possible: {0}: it sizes the counter maps: mount /sys (read-only is enough)"
     )]
     Cpus(io::Error),
     /// The thread that waits for grace periods cannot be started.
@@ -375,7 +393,8 @@ mod tests {
     fn what_the_kernel_refuses_comes_with_a_remedy() {
         let says = |error: KernelError| error.to_string();
         let (old, new) = ("Linux 4.19.0", "Linux 6.1.0");
-        let not_root = "loading program connect4: not permitted: run as root, or with CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON";
+        let not_root = "loading program connect4: not permitted: run as root, or with CAP_BPF, CAP_NET_ADMIN \
+                        and CAP_PERFMON";
         for release in [old, new] {
             assert_eq!(says(KernelError::program("connect4", answered(nix::libc::EPERM), release)), not_root);
         }

@@ -45,8 +45,9 @@ impl fmt::Display for Exclusive {
         let (program, cgroup) = (&self.program, self.cgroup.display());
         write!(
             f,
-            "program {program} is attached to {cgroup} with the flags \"{}\", which excludes other programs: attach it with \
-             \"multi\" (BPF_F_ALLOW_MULTI), detach it (`bpftool cgroup detach`), or serve another cgroup (--cgroup)",
+            "program {program} is attached to {cgroup} with the flags \"{}\", which excludes other \
+             programs: attach it with \"multi\" (BPF_F_ALLOW_MULTI), detach it (`bpftool cgroup detach`), or \
+             serve another cgroup (--cgroup)",
             self.flags
         )
     }

@@ -24,12 +24,12 @@ fn wait_here(wait: &Wait, retry: Duration) {
     let mut has_failed = false;
     while let Err(error) = wait() {
         if !std::mem::replace(&mut has_failed, true) {
-            error!(%error, "waiting for a grace period failed: freed entries are not reused until one has passed, retrying");
+            error!(%error, "cannot wait for a grace period, retrying: no freed entry is reused until then");
         }
         thread::sleep(retry);
     }
     if has_failed {
-        info!("waiting for a grace period succeeded again");
+        info!("waiting for grace periods works again");
     }
 }
 

@@ -55,8 +55,8 @@ pub enum SocketError {
     NoDestroy,
     /// The kernel cannot list sockets of a protocol.
     #[error(
-        "this kernel cannot list {protocol} sockets: it was built without CONFIG_INET_DIAG and CONFIG_INET_{protocol}_DIAG, or a \
-         module cannot be loaded"
+        "this kernel cannot list {protocol} sockets: it was built without CONFIG_INET_DIAG and \
+         CONFIG_INET_{protocol}_DIAG, or a module cannot be loaded"
     )]
     NoList {
         /// The protocol.
