@@ -876,7 +876,7 @@ mod tests {
                 Ok(line) => n_lines += usize::from(line.is_some()),
                 Err(error) => break error.to_string(),
             }
-            assert!(n_lines <= 100, "the bound was passed over");
+            assert!(n_lines <= 100, "the bound was exceeded");
         };
         assert!(error.contains("the list is larger than") && error.ends_with("stop"), "{error}");
     }

@@ -90,7 +90,7 @@ pub struct Options {
     pub exclude_cgroups: Vec<PathBuf>,
     /// Whether the source names pods to exclude.
     pub exclude_pods: bool,
-    /// Where to answer over HTTP.
+    /// Listen addresses of the HTTP servers.
     pub http: serve::Options,
 }
 
@@ -101,7 +101,7 @@ pub enum RunError {
     /// A call to the kernel failed.
     #[error(transparent)]
     Kernel(#[from] KernelError),
-    /// An address cannot be listened on.
+    /// Cannot listen on an address.
     #[error(transparent)]
     Listen(#[from] ListenError),
     /// The self-test's endpoints cannot listen.
@@ -303,7 +303,7 @@ struct Agent {
     excluding: watch::Sender<Excluded>,
     /// Issues of the health check ports.
     port_issues: watch::Receiver<Vec<Issue>>,
-    /// Issues that are in the log already.
+    /// Issues already logged.
     reported: Reported,
     /// Notifications sent so far, those about self-tests among them.
     ledger: Ledger,

@@ -213,16 +213,16 @@ mod tests {
         for (what, steps) in [
             ("nothing before the first change", &[Due(None)][..]),
             ("then at once", &[Changed(0), Due(Some(0)), Begin(0), Due(None)]),
-            ("then after a while", &[Changed(0), Begin(0), Done(0, None), Due(Some(10_000))]),
-            ("after a change soon", &[Changed(0), Begin(0), Done(0, None), Changed(0), Due(Some(50))]),
+            ("then after the interval", &[Changed(0), Begin(0), Done(0, None), Due(Some(10_000))]),
+            ("soon after a change", &[Changed(0), Begin(0), Done(0, None), Changed(0), Due(Some(50))]),
             ("a change meanwhile", &[Changed(0), Begin(0), Changed(0), Done(0, None), Due(Some(50))]),
             ("a long one leaves time", &[Changed(0), Begin(0), Changed(0), Done(1, None), Due(Some(10_000))]),
             ("the end of a drain", &[Changed(0), Begin(0), Done(0, Some(3)), Due(Some(3000))]),
             ("a drain that ends late", &[Changed(0), Begin(0), Done(0, Some(30)), Due(Some(10_000))]),
-            ("more than one sweep ends", &[Changed(0), Begin(0), More(0), Due(Some(50)), Begin(1)]),
+            ("more than one sweep destroys", &[Changed(0), Begin(0), More(0), Due(Some(50)), Begin(1)]),
             ("a failure is retried", &[Changed(0), Begin(0), Failed(0), Due(Some(10_000)), Begin(10)]),
             (
-                "a kernel that cannot",
+                "a kernel that lacks it",
                 &[Changed(0), Begin(0), Impossible(0), Due(None), Changed(1), Due(None)],
             ),
         ] {
@@ -257,10 +257,10 @@ mod tests {
             ("one was missed", owners(&[1], &[2, 3]), owners(&[1, 2], &[3]), &[3]),
             ("one gave its slot up", owners(&[1], &[2, 3]), owners(&[1], &[3]), &[3]),
             ("one came and is listed", owners(&[1], &[2]), owners(&[1, 4], &[2]), &[2]),
-            ("one came where no look gets to", owners(&[1], &[2]), owners(&[1], &[2, 4]), &[]),
+            ("one came that no listing reaches", owners(&[1], &[2]), owners(&[1], &[2, 4]), &[]),
         ] {
             let (mut reclaim, start) = (Reclaim::default(), Instant::now());
-            assert_eq!(reclaim.looked(first, start), BTreeSet::new(), "{what}: the first look");
+            assert_eq!(reclaim.looked(first, start), BTreeSet::new(), "{what}: the first listing");
             let expected: BTreeSet<u64> = expected.iter().copied().collect();
             assert_eq!(reclaim.looked(second, start + LOOK), expected, "{what}");
         }

@@ -158,7 +158,7 @@ fn the_format_without_a_journal_is_read() {
     let mut writer = Writer::new(directory.path());
     writer.write(found.clone()).unwrap();
     assert_eq!(read(directory.path()), found);
-    assert!(fs::read(&path).unwrap().starts_with(b"socklb-snapshot format=3 "), "and written no longer");
+    assert!(fs::read(&path).unwrap().starts_with(b"socklb-snapshot format=3 "), "but no longer written");
 }
 
 /// Services and slices that are added, changed and removed; slices also move to another service.
@@ -287,7 +287,7 @@ fn every_step_leaves_the_former_or_the_new_state() {
                     assert_eq!(read(directory.path()), numbered(n), "{what}");
                 }
                 if result.is_ok() {
-                    assert!(n_steps >= 4, "{what}: every step is tried");
+                    assert!(n_steps >= 4, "{what}: every step fails once");
                     break;
                 }
             }

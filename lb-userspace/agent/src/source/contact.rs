@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// A time in which a source did not answer, or refused.
+/// A time in which a source does not answer, or refuses.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Outage {
     /// When it began.
@@ -142,7 +142,7 @@ mod tests {
             let since = 10 + 20 * round;
             assert!(contact.failed("services", "connection", "refused", at(since)));
             assert!(!contact.failed("nodes", "connection", "refused", at(since + 1)));
-            assert!(contact.failed("nodes", "forbidden", "403", at(since + 2)), "another reason is news");
+            assert!(contact.failed("nodes", "forbidden", "403", at(since + 2)), "another reason is logged");
             let outage = Outage { since: at(since), problem: "403".into() };
             assert_eq!(contact.outage(), Some(outage));
             assert_eq!(contact.answered("nodes", at(since + 3)), None, "services still fail");

@@ -342,7 +342,7 @@ mod tests {
         );
         let refused_sizes = ["max-services=20: 123 are served".to_owned()].into();
         let refused = Health { is_node_eligible: true, refused_sizes, ..health.clone() };
-        assert!(refused.is_healthy(), "what is served is served");
+        assert!(refused.is_healthy(), "the previous sizes serve");
         let body = refused.healthz();
         assert!(body.ends_with(r#""sizesRefused":["max-services=20: 123 are served"]}"#), "{body}");
         let full = Health { n_refused: 3, is_node_eligible: true, ..health }.healthz();

@@ -109,7 +109,7 @@ definitions! {
         "Datagrams of unconnected sockets that were redirected to an endpoint of a Service's port on this node, since the port \
          is served";
     MAP_ENTRIES: Gauge "socklb_map_entries" ["map"]
-        "Entries in use. Freed endpoints count until a grace period has passed";
+        "Entries in use. Freed endpoints count until a grace period has expired";
     MAP_CAPACITY: Gauge "socklb_map_capacity" ["map"]
         "Maximum number of entries: --max-services, --max-endpoints";
     AUDITS: Counter "socklb_audits_total" ["result"]
@@ -130,7 +130,7 @@ definitions! {
     SOURCE_COMPLETE: Gauge "socklb_source_complete" []
         "1 once the first lists of Services, EndpointSlices, Nodes and ServiceCIDRs are complete, else 0: no sync before";
     SERVES_SNAPSHOT: Gauge "socklb_serves_snapshot" []
-        "1 while the last objects known are served because the source does not answer, else 0";
+        "1 while the snapshot is served because the source does not answer, else 0";
     SOURCE_ANSWER_AGE: Gauge "socklb_source_answer_age_seconds" ["kind"]
         "Time since the API server last answered about a kind of objects, or since the start before the first answer. A healthy \
          server sends something about once a minute; above 75 the agent lists again";
@@ -138,7 +138,7 @@ definitions! {
         "Failed requests and watches of the API server: reason connection, silence, unauthorized (401), forbidden (403), \
          throttled (429), server_error (5xx), expired (a version that the server no longer has, or not yet) or other";
     SNAPSHOT_LAST: Gauge "socklb_snapshot_last_timestamp_seconds" []
-        "When the snapshot was last written, in seconds since 1970; 0 before the first time";
+        "When the snapshot was last written, in seconds since 1970; 0 before the first write";
     SNAPSHOT_ERRORS: Counter "socklb_snapshot_errors_total" []
         "Failed writes of the snapshot";
     SNAPSHOT_BYTES: Counter "socklb_snapshot_written_bytes_total" []
@@ -313,7 +313,7 @@ impl Metrics {
         self.changes_waiting.set(i64::try_from(n_changes).unwrap_or(i64::MAX));
     }
 
-    /// The kernel follows a change.
+    /// A sync has carried out a change.
     pub fn programmed(&self, since_arrival: Duration, since_trigger: Option<Duration>) {
         self.programming.observe(since_arrival.as_secs_f64());
         if let Some(since_trigger) = since_trigger {

@@ -191,7 +191,7 @@ impl Follower {
                 continue;
             };
             let outcome = match &self_test {
-                SelfTest::Off => Exempt::NotMade("--self-test-interval=0 turns such calls off".to_owned()),
+                SelfTest::Off => Exempt::NotMade("--self-test-interval=0 turns these calls off".to_owned()),
                 _ => match self_test::run_below_excluded(&directory).await {
                     Exempt::NotMade(why) => self.prove_by_own_cgroup(&why).await,
                     made => made,

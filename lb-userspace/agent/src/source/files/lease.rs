@@ -1,5 +1,5 @@
 //! Whether a program has a file open for writing.
-#![expect(unsafe_code, reason = "leases on files, which no crate in use has")]
+#![expect(unsafe_code, reason = "file leases, which no crate in use offers")]
 
 use std::{fs::File, os::fd::AsRawFd};
 

@@ -53,7 +53,7 @@ fn only_manifests_are_read() {
 #[test]
 fn a_reading_tells_what_is_new() {
     let (folder, mut reader) = folder();
-    // An empty folder is news, once: the first list is complete.
+    // An empty folder is reported once: the first list is complete.
     assert_eq!(found(reader.read(true, None)), Some(vec![]));
     assert_eq!(found(reader.read(true, None)), None);
 

@@ -38,7 +38,7 @@ fn issues(set: &FileSet) -> Vec<String> {
     set.issues().iter().map(ToString::to_string).collect()
 }
 
-/// The present texts are all that is served.
+/// Only the current texts are served.
 fn settle(set: &mut FileSet, seconds: f64) {
     let (_, files) = set.next_look().unwrap_or_else(|| (Instant::now(), BTreeSet::new()));
     let present = set.files.iter().filter(|(_, file)| !file.is_gone());
@@ -228,7 +228,7 @@ fn what_was_served_last_stands_in_for_what_cannot_be_read() {
     set.update(snapshot(&[("a.yaml", &service("a", 3)), ("b.yaml", &service("b", 2))]), after(101.0));
     assert_eq!((services(&set), issues(&set)), (vec!["a:3".into(), "b:2".into(), "c:1".into()], vec![]));
     let (due, _) = set.next_look().unwrap();
-    assert_eq!(due, after(102.0).at, "counted from when all was known for the first time");
+    assert_eq!(due, after(102.0).at, "counted from the first complete reading");
     settle(&mut set, 102.0);
     assert_eq!(services(&set), ["a:3", "b:2"]);
     let gone: Vec<String> = set.take_gone().iter().map(ToString::to_string).collect();

@@ -93,7 +93,7 @@ fn what_readings_are_believed_and_when() {
             ],
         ),
         (
-            "open for as long as it may be",
+            "open for a long time",
             &[
                 (0, Is("a1 b1"), "a1 b1"),
                 (10, Open(""), "a1 b1"),
@@ -103,7 +103,7 @@ fn what_readings_are_believed_and_when() {
             ],
         ),
         (
-            "open, and closed without something",
+            "open, and closed without an object",
             &[
                 (0, Is("a1 b1"), "a1 b1"),
                 (10, Open("a2"), "a1 b1"),
@@ -126,7 +126,7 @@ fn what_readings_are_believed_and_when() {
             ],
         ),
         (
-            "away for a moment",
+            "missing for a moment",
             &[
                 (0, Is("a1 b1"), "a1 b1"),
                 (10, Gone, "a1 b1"),
@@ -136,7 +136,7 @@ fn what_readings_are_believed_and_when() {
         ),
         ("away for good", &[(0, Is("a1"), "a1"), (10, Gone, "a1"), (2009, Gone, "a1"), (2010, Gone, "")]),
         (
-            "away, and back with less",
+            "missing, then back with less",
             &[
                 (0, Is("a1 b1"), "a1 b1"),
                 (10, Gone, "a1 b1"),
@@ -210,7 +210,7 @@ fn a_file_that_is_open_for_long_is_an_issue() {
         (is_news, files.issues().iter().map(ToString::to_string).collect::<Vec<_>>())
     };
     find(0, Some(&manifest("a1 b1")), false);
-    assert_eq!(find(1000, Some("half: a: text"), true), (true, vec![]), "a writer has come to there");
+    assert_eq!(find(1000, Some("half: a: text"), true), (true, vec![]), "half written");
     assert_eq!(find(5999, None, true), (false, vec![]));
     let (is_news, issues) = find(6000, None, true);
     assert!(is_news && issues.len() == 1 && issues[0].contains("web.yaml:1: mapping"), "{issues:?}");
