@@ -97,7 +97,7 @@ impl State {
         self.change(|_store| Changes::default());
     }
 
-    /// Changes the objects. The next [`Self::sync`] computes the effect.
+    /// Changes the objects. The next [`Self::sync`] applies it.
     pub fn change(&mut self, change: impl FnOnce(&mut Store) -> Changes) {
         let changes = change(&mut self.store);
         self.dirty.merge(changes);
@@ -126,7 +126,7 @@ impl State {
     }
 
     /// Keys of [`Self::image`] that are missing in the maps, because another program's entries fill them.
-    /// Audits remove those entries and insert the keys.
+    /// Audits repair that.
     #[must_use]
     pub fn missing(&self) -> &Suspects {
         &self.missing
@@ -177,7 +177,7 @@ impl State {
         let _touched = self.desired.set(key, frontends);
     }
 
-    /// Computes the plan for the changes since the last sync. Takes time in proportion to what they affect.
+    /// Computes the plan for the changes since the last sync, in time proportional to what they affect.
     ///
     /// Execute the plan before the next sync. If that fails, call [`Self::adopt`].
     #[must_use]
@@ -308,7 +308,6 @@ impl State {
         touched
     }
 
-    /// Calls `judge` with the ledger of stale sockets and the current state.
     fn with_stale<T>(&mut self, judge: impl FnOnce(&mut Ledger, InForce<'_>) -> T) -> T {
         let (refused, dirty, is_first_sync) = (&self.refused, &self.dirty.services, self.is_first_sync);
         let missing = &self.missing.services;
@@ -372,8 +371,8 @@ impl State {
         self.encoder.holds_back()
     }
 
-    /// Adopts the actual content of the maps. Call it after a plan failed midway and a grace period has
-    /// passed. The next sync recomputes everything.
+    /// Adopts the maps after a plan failed midway and a grace period has passed. The next sync recomputes
+    /// everything.
     pub fn adopt(&mut self, capacity: Capacity, found: &Image) {
         self.encoder.start_over(capacity, found);
         self.refused.clear();
@@ -456,8 +455,8 @@ impl State {
         &self.settings
     }
 
-    /// Issues that arise from several objects or from the maps: conflicts, full tables, addresses that are
-    /// not served. Issues of a single object are reported where it is read.
+    /// Issues of the last sync: conflicts, full tables, addresses that are not served. Invalid objects are
+    /// reported where they are read.
     pub fn issues(&self) -> impl Iterator<Item = Issue> {
         let full = self.refused.iter().filter_map(|(address, full)| {
             // Freed entries that wait for a grace period may make room shortly.

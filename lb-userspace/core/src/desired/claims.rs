@@ -2,10 +2,9 @@
 //!
 //! # Purpose
 //!
-//! The API accepts two Services with one external IP and port; kube-proxy's choice between them is arbitrary.
-//! [`Desired`] orders the claims by kind (cluster IP, load-balancer IP, external IP, node port), then by
-//! creation time, oldest first, then by namespace and name. Losers stay in the queue, and the next one
-//! follows when the owner is removed.
+//! The API accepts two Services with one external IP and port; kube-proxy's choice is arbitrary. [`Desired`]
+//! orders claims by kind (cluster IP, load-balancer IP, external IP, node port), then by age, oldest first,
+//! then by namespace and name. When the owner is removed, the next in the queue follows.
 //!
 //! # Invariants
 //!

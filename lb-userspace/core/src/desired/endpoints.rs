@@ -112,7 +112,7 @@ impl<'a> PortEndpoints<'a> {
     ///
     /// A slice port matches by name and protocol; its number may differ between slices. An address in several
     /// slices counts once, with its most usable entry. Upstream requires only that a terminating entry never
-    /// replaces another; this order also makes the result independent of the order of slices.
+    /// replaces another; a total order makes the result independent of the order of slices.
     #[must_use]
     pub fn new(port: &ServicePort, family: Family, slices: impl IntoIterator<Item = &'a Slice>) -> Self {
         let slices = slices.into_iter().filter(|slice| slice.family() == family);

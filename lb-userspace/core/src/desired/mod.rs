@@ -2,9 +2,9 @@
 //!
 //! # Purpose
 //!
-//! [`service::frontends`] computes the frontends of one service from the service, its slices and the
-//! [`topology`]. [`Desired`] keeps the results of all services, decides who owns an address that several
-//! services claim, and returns the addresses that a change affects.
+//! [`service::frontends`] computes the frontends of one service from its objects and the [`topology`].
+//! [`Desired`] keeps those of all services, decides who owns an address that several claim, and returns the
+//! addresses that a change affects.
 //!
 //! # Invariants
 //!
@@ -140,9 +140,8 @@ pub enum NodePortAddresses {
 
 /// `--external-ips`: which addresses in `spec.externalIPs` answer.
 ///
-/// The author of a Service may name any address there, such as an external server's, and would receive this
-/// node's calls to it (CVE-2020-8554). An admission plugin of the API server can refuse that; without one,
-/// this setting can.
+/// The author of a Service may name any address there, such as an external server's, and receive this node's
+/// calls to it (CVE-2020-8554). Use this setting if no admission plugin refuses that.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum ExternalIps {

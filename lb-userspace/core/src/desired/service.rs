@@ -3,8 +3,7 @@
 //! # Purpose
 //!
 //! [`frontends`] decides for each port and family which addresses answer, and with which endpoints
-//! (`pkg/proxy/serviceport.go`, `pkg/proxy/topology.go`). The caller is always on this node: socket hooks do
-//! not run for calls from elsewhere.
+//! (`pkg/proxy/serviceport.go`, `pkg/proxy/topology.go`). The caller is always on this node.
 //!
 //! # Invariants
 //!
@@ -23,9 +22,9 @@ use crate::model::{
     Family, Issue, IssueKind, ObjectRef, Protocol, Service, ServicePort, Slice, TrafficPolicy, address,
 };
 
-/// Most entries of slices for all ports of a service in one family: four times the default endpoint table. An
-/// object may list 20,000 ports and a slice 1,000 endpoints (`pkg/apis/discovery/validation/validation.go`).
-/// Without this bound, two objects of 1 MB become sets of 640 MB before the tables refuse them.
+/// Most slice entries of all ports of a service in one family: four times the default endpoint table. An
+/// object may list 20,000 ports and a slice 1,000 endpoints (`pkg/apis/discovery/validation/validation.go`):
+/// without this bound, two objects of 1 MB become sets of 640 MB.
 const MAX_ENTRIES: usize = 1 << 20;
 
 /// Computes the frontends of a service, in the order of their addresses.

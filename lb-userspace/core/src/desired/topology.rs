@@ -22,8 +22,8 @@ use crate::model::{Family, Node, address};
 
 /// The state outside of a service that its frontends depend on.
 ///
-/// Equal topologies give equal frontends, so a change of a Node that leaves the topology equal needs no
-/// further work.
+/// Equal topologies give equal frontends: a Node's change that leaves the topology equal needs no further
+/// work.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Topology {
     node_name: Arc<str>,
@@ -40,9 +40,9 @@ impl Topology {
     /// Builds the topology of the node that `settings` names.
     ///
     /// `interfaces` are the current addresses of the node's network interfaces; [`NodePortAddresses`] selects
-    /// from them and from the addresses of the Node. Without a Node there is no zone, and `Primary` accepts
-    /// no address. The rules are those of `pkg/proxy/util/nodeport_addresses.go`. They also apply to the
-    /// other nodes, which are assumed to have the same settings.
+    /// from them and from the addresses of the Node (`pkg/proxy/util/nodeport_addresses.go`). Without a Node
+    /// there is no zone, and `Primary` accepts no address. The other nodes are assumed to have the same
+    /// settings.
     #[must_use]
     pub fn new<'a>(
         nodes: impl IntoIterator<Item = &'a Node>,

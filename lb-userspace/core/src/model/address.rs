@@ -21,9 +21,8 @@ use super::{Cidr, Family};
 
 /// Parses an IP address as Kubernetes does.
 ///
-/// Accepts what [`IpAddr::from_str`] accepts, and IPv4 parts with leading zeros, which are decimal
-/// (`010.0.0.1` is `10.0.0.1`). An IPv4-mapped IPv6 address gives the IPv4 address. Refuses zones
-/// (`fe80::1%eth0`), ports and surrounding blanks.
+/// Also accepts IPv4 parts with leading zeros, which are decimal (`010.0.0.1` is `10.0.0.1`). An IPv4-mapped
+/// IPv6 address gives the IPv4 address. Refuses zones (`fe80::1%eth0`), ports and surrounding blanks.
 ///
 /// ```
 /// use lb_core::model::address::parse_ip;
@@ -87,8 +86,8 @@ pub const fn unspecified(family: Family) -> IpAddr {
 /// Why an address cannot be a service address, or `None` if it can.
 ///
 /// The API server refuses these ranges for external and load-balancer addresses (`ValidateNonSpecialIP` in
-/// `pkg/apis/core/validation/validation.go`), but a manifest may hold them. They have a meaning of their own:
-/// the unspecified address, for example, is the key of node ports.
+/// `pkg/apis/core/validation/validation.go`), but a manifest may hold them. The unspecified address is the
+/// key of node ports.
 #[must_use]
 pub const fn special_range(ip: IpAddr) -> Option<&'static str> {
     let link_local = match ip {

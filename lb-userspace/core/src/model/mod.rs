@@ -2,8 +2,8 @@
 //!
 //! # Purpose
 //!
-//! [`ingest`] turns Kubernetes objects into the types here, applies every default and reports each invalid
-//! part as an [`Issue`]. [`Store`] holds them. Nothing downstream uses a Kubernetes type.
+//! [`ingest`] turns Kubernetes objects into the types here, applies defaults and reports each invalid part as
+//! an [`Issue`]. [`Store`] holds them. Nothing downstream uses a Kubernetes type.
 //!
 //! # Invariants
 //!
@@ -194,7 +194,7 @@ pub struct Service {
     /// Annotations whose key starts with `socklb.io/`.
     pub annotations: Vec<(String, String)>,
     /// The label that excludes the Service from this agent. Then only its key and cluster IPs are known, and
-    /// calls to them pass unchanged. Older agents do not write this field.
+    /// calls to them pass unchanged. Snapshots of older agents lack this field.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub unselected: Option<Unselected>,
 }

@@ -54,8 +54,8 @@ pub struct Telling {
 }
 
 impl Telling {
-    /// `note` of the Event. It names the node: the agents of all nodes write Events on the same Service, and
-    /// kubectl does not show their reporter.
+    /// `note` of the Event. It names the node: agents of all nodes write Events on the same Service, and
+    /// kubectl does not show the reporter.
     #[must_use]
     pub fn text(&self) -> String {
         format!("node {}: {}", self.node, self.notice.note)
@@ -82,8 +82,7 @@ pub enum NodeNews {
 impl Notice {
     /// The notification about a Service's issue.
     ///
-    /// `None` for issues of other objects, and for what is not served by design: kube-proxy may serve
-    /// protocols and addresses that no socket hook can.
+    /// `None` for issues of other objects, and for what is not served by design, which kube-proxy may serve.
     #[must_use]
     pub fn of_issue(issue: &Issue) -> Option<Self> {
         let object = &issue.object;

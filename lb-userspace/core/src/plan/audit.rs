@@ -3,8 +3,8 @@
 //! # Purpose
 //!
 //! Maps are large and change while they are read, so an audit has two steps. [`suspects`] compares a slow
-//! read with the image as of its start. The differing entries are read again and compared with the current
-//! image: what still differs is a fault, which [`faults`] counts and [`super::diff`] repairs.
+//! read with the image as of its start. Differing entries are read again and compared with the current image:
+//! what still differs is a fault, which [`faults`] counts and [`super::diff`] repairs.
 
 use std::{
     collections::{BTreeMap, BTreeSet},

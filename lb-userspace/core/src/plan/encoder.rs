@@ -71,8 +71,7 @@ const fn place(address: &SocketAddr) -> Place {
     (address.ip(), address.port())
 }
 
-/// A sorted list. Most ports have one run and ten endpoints, for which a B-tree takes several times the
-/// memory.
+/// A sorted list. Most ports have one run and ten endpoints; a B-tree takes several times the memory.
 ///
 /// Adding or removing takes linear time, so the entries of a run are added and removed together.
 #[derive(Debug)]
@@ -145,8 +144,8 @@ struct Freed {
 
 /// Keeps the target image and turns changes into ops.
 ///
-/// It has no access to the kernel. The executor of its plans must report grace periods with
-/// [`Self::settled`]; otherwise freed ids and runs are never reused.
+/// The executor of its plans must report grace periods with [`Self::settled`]; otherwise freed ids and runs
+/// are never reused.
 #[derive(Debug)]
 pub struct Encoder {
     capacity: Capacity,
@@ -584,9 +583,8 @@ impl Encoder {
 
 /// The ops that change an entry of `frontends` in use.
 ///
-/// With the flag of the external policy Local, programs ignore the run for calls to other nodes. The flag
-/// must be set whenever the run is that of a Local frontend: it is set before the switch and cleared after
-/// it.
+/// With the flag of the external policy Local, programs ignore the run for calls to other nodes. So it is set
+/// before the switch to a Local frontend's run and cleared after the switch from it.
 pub(super) fn changes(id: u32, old: Frontend, new: Frontend) -> impl Iterator<Item = Op> {
     let differs = Frontend { run: new.run, ..old } != new;
     let set = differs.then_some(Op::SetFrontend { id, frontend: new });

@@ -3,8 +3,8 @@
 //! # Purpose
 //!
 //! A [`Plan`] is what one sync does to the maps, as data. It comes from the [`Encoder`] (changes) or from
-//! [`diff`] (repairs after an audit). The encoder allocates ids and runs, keeps them stable while they are in
-//! use, and reuses nothing that a program may still read.
+//! [`diff`] (repairs). The encoder keeps ids and runs stable while they are in use, and reuses nothing that a
+//! program may still read.
 //!
 //! # Invariants
 //!
@@ -106,13 +106,12 @@ pub enum Op {
 
 /// The order of ops within a plan.
 ///
-/// An entry is written before it is referenced ([`Phase::Write`] before [`Phase::Insert`] before
-/// [`Phase::Switch`]), and deletions come last. Exact node-port keys of other nodes are inserted before the
-/// flag that relies on them is set, and deleted after it is cleared.
+/// An entry is written before it is referenced, and deletions come last. Exact node-port keys of other nodes
+/// are inserted before the flag that relies on them is set, and deleted after it is cleared.
 ///
 /// Within [`Phase::Insert`] the order is exact keys, addresses, wildcard keys; within [`Phase::Delete`] it is
-/// the reverse. The reason: a node port with the policy Local is refused on every other node's address
-/// without an exact key, and a cluster IP on every port without one. So exact keys must exist first.
+/// the reverse: a node port with the policy Local is refused on every other node's address without an exact
+/// key, and a cluster IP on every port without one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Phase {
     /// Writes to unused entries.
@@ -281,8 +280,8 @@ impl Unsettled {
 
 /// The plan that turns one image into another.
 ///
-/// For repairs after an audit: `from` is read from the maps and may be damaged. Entries are overwritten in
-/// place, so prefixes are safe only if `from` is an image of the encoder.
+/// For repairs: `from` is read from the maps and may be damaged. Entries are overwritten in place, so
+/// prefixes are safe only if `from` is an image of the encoder.
 #[must_use]
 pub fn diff(from: &Image, to: &Image) -> Plan {
     let mut ops = Vec::new();

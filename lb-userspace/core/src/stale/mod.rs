@@ -3,18 +3,18 @@
 //! # Purpose
 //!
 //! A connected socket stays with the endpoint that `connect()` chose. TCP notices a dead peer, but a
-//! resolver's UDP socket may send to a dead address for hours. So may a socket that was connected to a
+//! resolver's UDP socket may send to a dead address for hours, and so may one that was connected to a
 //! Service's address before the Service existed. [`Ledger`] decides which flows are stale and when their
-//! sockets are due (semantics R10). `kernel::sockets` finds and destroys the sockets.
+//! sockets are due (semantics R10). `kernel::sockets` finds and destroys them.
 //!
 //! # Invariants
 //!
-//! - Level-triggered: the state when a socket is found decides, not the event that made it stale. So stale
-//!   sockets are found even after a restart, a missed event or a failed attempt.
-//! - No socket is stale before the maps are up to date: sockets of services that wait for a sync, or that do
-//!   not fit into the tables, are kept.
-//! - The cost of a search is proportional to what may be stale. Only one search after the start covers all
-//!   UDP sockets, because an address may have become a frontend while no agent ran.
+//! - Level-triggered: the current state decides, not the event that made a socket stale. A restart, a missed
+//!   event or a failed attempt hides none.
+//! - No socket is stale before the maps are up to date: sockets of services that wait for a sync or for room
+//!   are kept.
+//! - The cost of a search is proportional to what may be stale. One search after the start covers all UDP
+//!   sockets: an address may have become a frontend while no agent ran.
 //!
 //! # Depends on
 //!
@@ -118,9 +118,8 @@ pub struct Ledger {
     was_everywhere: bool,
 }
 
-/// Consecutive searches for a stale socket, and for the sockets connected to a new frontend. The second finds
-/// a socket whose `connect()` was between hook and kernel during the first; what it does not find is not
-/// connected.
+/// Consecutive searches for a stale socket, and for sockets connected to a new frontend. The second finds a
+/// socket whose `connect()` was between hook and kernel during the first.
 const SEARCHES: u8 = 2;
 
 /// Time to the next search for a socket that was not found. Its network namespace may have been unknown.
@@ -267,8 +266,8 @@ impl Ledger {
         dues.min()
     }
 
-    /// Forgets removed frontends without sockets, except those removed since the search began, whose sockets
-    /// it may have missed.
+    /// Forgets removed frontends without sockets. The search may have missed sockets of those removed since
+    /// it began.
     fn forget_gone(&mut self, used: impl Iterator<Item = FrontendAddress>) {
         if self.gone.is_empty() {
             return;

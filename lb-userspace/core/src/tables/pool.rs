@@ -4,8 +4,8 @@ use std::collections::{BTreeSet, VecDeque};
 
 /// Allocates numbers from 0 to `capacity - 1`.
 ///
-/// Freed numbers are reused in the order in which they were freed. This gives counters and affinity entries
-/// that still name them the longest time to expire. The caller frees a number only after a grace period.
+/// Freed numbers are reused in the order of freeing, so affinity entries that still name them have the
+/// longest time to expire. The caller frees a number only after a grace period.
 #[derive(Clone, Debug)]
 pub struct Pool {
     capacity: u32,

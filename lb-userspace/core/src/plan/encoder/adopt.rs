@@ -38,9 +38,9 @@ impl Encoder {
     /// An encoder that adopts the content of the maps: ids and runs survive a restart, and an unchanged
     /// frontend needs no op.
     ///
-    /// A frontend with an unsound run (it is damaged, or belongs to another service port because the agent
-    /// was killed between two ops) keeps its entry and gets a new run with the first plan. The first plan
-    /// rewrites or deletes a key without an entry of its own.
+    /// A frontend with an unsound run (damaged, or another port's because the agent was killed between two
+    /// ops) keeps its entry; the first plan gives it a new run. The first plan also rewrites or deletes keys
+    /// without an entry of their own.
     #[must_use]
     pub fn adopt(capacity: Capacity, found: &Image) -> Self {
         let max_ids = capacity.services.saturating_mul(2);
@@ -80,8 +80,8 @@ impl Encoder {
         }
 
         for run in reserved {
-            // No frontend adopted it: it is the second run with equal content, or a frontend of another port
-            // refers to it. The next plan removes the last reference.
+            // Not adopted: a second run with equal content, or one that another port refers to. The next plan
+            // removes the last reference.
             if !encoder.image.runs(run.0).contains_key(&run.1.offset) {
                 if let Some(entries) = found.entries(run.0, run.1) {
                     encoder.image.runs_mut(run.0).insert(run.1.offset, entries.into());
@@ -160,7 +160,7 @@ impl Encoder {
                     port.runs.extend([(Arc::clone(&set), (frontend.run, 1))].into_iter());
                     frontend.run
                 };
-                // A crash between two ops can leave two runs with equal content. One of them is adopted.
+                // A crash between two ops can leave two equal runs. One is adopted.
                 if run != frontend.run {
                     frontend.run = run;
                     self.ops.push(Op::SwitchRun { id, run });
