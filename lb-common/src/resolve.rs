@@ -2,8 +2,8 @@
 //!
 //! # Purpose
 //!
-//! [`resolve`] runs in the BPF programs on kernel maps, and in user space on an image (simulator, `socklb
-//! explain`). All inputs, including random numbers and time, come through [`Tables`].
+//! [`resolve`] runs in the BPF programs on kernel maps, and in user space on an image (for the simulator and
+//! `socklb explain`). All inputs, including random numbers and time, come through [`Tables`].
 //!
 //! # Invariants
 //!

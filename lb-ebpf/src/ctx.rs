@@ -65,7 +65,6 @@ pub(crate) struct SockAddr<'a> {
 }
 
 impl<'a> SockAddr<'a> {
-    /// Wraps the context that the kernel passed in.
     #[inline(always)]
     pub(crate) fn new(ctx: &'a SockAddrContext) -> Self {
         Self { ctx, raw: ctx.sock_addr }

@@ -27,13 +27,11 @@ enum Kind {
     Send,
 }
 
-/// `connect()` on an `AF_INET` socket.
 #[inline(always)]
 pub(crate) fn connect4<M: Mode>(ctx: &SockAddr<'_>) -> i32 {
     forward4::<M>(ctx, Kind::Connect)
 }
 
-/// `sendto()` on an `AF_INET` socket.
 #[inline(always)]
 pub(crate) fn sendmsg4<M: Mode>(ctx: &SockAddr<'_>) -> i32 {
     forward4::<M>(ctx, Kind::Send)

@@ -67,26 +67,22 @@ impl Peer {
         difference(&self.address, self.port, &other.address, other.port) == 0
     }
 
-    /// Zero if it is the service of a record.
     #[inline(always)]
     fn difference_to_service_of(&self, record: &SocketRecord) -> u64 {
         difference(&self.address, self.port, &record.service_address, record.service_port)
     }
 
-    /// Zero if it is the endpoint of a record.
     #[inline(always)]
     fn difference_to_endpoint_of(&self, record: &SocketRecord) -> u64 {
         difference(&self.address, self.port, &record.endpoint_address, record.endpoint_port)
     }
 }
 
-/// Zero if two records are of the same service.
 #[inline(always)]
 fn service_difference(a: &SocketRecord, b: &SocketRecord) -> u64 {
     difference(&a.service_address, a.service_port, &b.service_address, b.service_port)
 }
 
-/// Zero if two records are of the same endpoint.
 #[inline(always)]
 fn endpoint_difference(a: &SocketRecord, b: &SocketRecord) -> u64 {
     difference(&a.endpoint_address, a.endpoint_port, &b.endpoint_address, b.endpoint_port)
@@ -306,7 +302,6 @@ impl Slots {
 }
 
 impl<'a, M: Mode> Socket<'a, M> {
-    /// The socket of a call.
     #[inline(always)]
     pub(crate) fn of(ctx: &'a SockAddr<'a>) -> Self {
         Self { ctx, mode: PhantomData }

@@ -28,7 +28,6 @@ pub(crate) trait Memory {
 
 /// The tables of IPv4, for one call of one socket.
 pub(crate) struct Kernel4<'a, E> {
-    /// The context of the call.
     pub(crate) ctx: &'a SockAddr<'a>,
     /// Read only for a destination that is a frontend.
     pub(crate) memory: &'a E,
@@ -36,7 +35,6 @@ pub(crate) struct Kernel4<'a, E> {
 
 /// The tables of IPv6, for one call of one socket.
 pub(crate) struct Kernel6<'a, E> {
-    /// The context of the call.
     pub(crate) ctx: &'a SockAddr<'a>,
     /// Read only for a destination that is a frontend.
     pub(crate) memory: &'a E,

@@ -59,7 +59,6 @@ fn identity(spec: &MapSpec) -> MapIdentity {
     MapIdentity { fingerprint: spec.fingerprint(), layout: spec.layout, reserved: 0 }
 }
 
-/// The row of a map.
 fn row(name: &'static str) -> Result<&'static MapSpec, KernelError> {
     maps::find(name).ok_or(KernelError::Missing { kind: "map", name })
 }
@@ -255,7 +254,6 @@ pub(super) fn open_pinned<T: TryFrom<Map, Error = MapError>>(
 /// A map that the programs of this agent use.
 #[derive(Debug)]
 pub(super) struct Held {
-    /// Its name.
     pub(super) name: &'static str,
     /// The kernel's map id.
     pub(super) id: u32,

@@ -115,8 +115,8 @@ pub fn describe_holder(pin_path: &Path) -> String {
     pid.map_or_else(|| "a process of another container".to_owned(), |pid| format!("process {pid}"))
 }
 
-/// Finds a holder in the text of `/proc/locks`, which has device numbers in hex: `1: FLOCK  ADVISORY  WRITE
-/// 1234 00:2a:5678 0 EOF`. Lines of waiters have `->` in the second field.
+/// Finds a holder in the text of `/proc/locks`, which has device numbers in hex:
+/// `1: FLOCK  ADVISORY  WRITE 1234 00:2a:5678 0 EOF`. Lines of waiters have `->` in the second field.
 fn holder_in(locks: &str, device: u64, inode: u64) -> Option<u32> {
     let wanted =
         format!("{:02x}:{:02x}:{inode}", nix::sys::stat::major(device), nix::sys::stat::minor(device));

@@ -466,7 +466,6 @@ pub fn try_programs(features: Features) -> Result<(), KernelError> {
     Ok(())
 }
 
-/// Loads the program of a hook.
 fn load_program(object: &mut Ebpf, hook: &'static HookSpec, name: &str) -> Result<Hook, KernelError> {
     let missing = KernelError::Missing { kind: "program", name: hook.name };
     let Some(program) = object.program_mut(name) else { return Err(missing) };
@@ -702,7 +701,6 @@ impl Maps {
         &self.meta
     }
 
-    /// Applies one operation.
     fn apply(&mut self, op: &Op) -> Result<(), KernelError> {
         match op {
             Op::WriteRun { ipv6, offset, entries } => self.write_run(*ipv6, *offset, entries),
