@@ -179,7 +179,6 @@ pub struct Found {
     pub n_lost: u64,
     /// Identifies the snapshot in the journal; `None` in the format without a journal.
     generation: Option<u64>,
-    /// Size of the snapshot in bytes.
     snapshot_len: u64,
     /// Size of the journal in bytes up to the last good record; 0 without a journal.
     journal_len: u64,

@@ -197,7 +197,6 @@ pub(super) fn cause(error: &(dyn std::error::Error + 'static)) -> String {
     root.to_string()
 }
 
-/// What `--apiserver` should be.
 const URL_HINT: &str = "expected a URL such as https://10.0.0.1:6443";
 
 /// Checks the address of an API server: a URL, or host and port.
@@ -209,7 +208,6 @@ pub fn apiserver(given: &str) -> Result<String, String> {
     url(given).map(|_url| given.to_owned()).map_err(|_no_url| URL_HINT.to_owned())
 }
 
-/// Reads `--apiserver`: a URL, or host and port.
 fn url(given: &str) -> Result<http::Uri, Error> {
     let text = if given.contains("://") { given.to_owned() } else { format!("https://{given}") };
     let parsed: Option<http::Uri> = text.parse().ok();

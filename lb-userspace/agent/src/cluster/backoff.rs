@@ -35,7 +35,6 @@ impl Backoff {
         (base + jitter).min(LONGEST.max(base))
     }
 
-    /// Starts over after a success.
     pub(super) const fn reset(&mut self) {
         self.next = self.first;
     }

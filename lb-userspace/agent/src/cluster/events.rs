@@ -38,22 +38,17 @@ const LONGEST_INSTANCE: usize = 128;
 /// limit, and the Event's also has a suffix.
 const LONGEST_NAME: usize = 230;
 
-/// Why an Event was not written.
 #[derive(Debug, thiserror::Error)]
 enum TellError {
-    /// The server does not accept the credentials.
     #[error("401 Unauthorized (are the credentials out of date? the token or certificate is not accepted)")]
     Unauthorized,
-    /// The account may not write Events.
     #[error(
         "403 Forbidden (grant create and patch on events.k8s.io/events, and list on services: \
          manifests/base/clusterrole.yaml)"
     )]
     Forbidden,
-    /// Another refusal.
     #[error("{code}")]
     Refused {
-        /// The status code.
         code: StatusCode,
     },
     /// No answer, or an unreadable one.

@@ -18,12 +18,10 @@ impl<M> Fold<M> {
         Self(BTreeMap::new())
     }
 
-    /// Adds or replaces an object.
     pub(super) fn set(&mut self, Trimmed { object, model, issues }: Trimmed<M>) {
         let _before = self.0.insert(object, (model, issues));
     }
 
-    /// Removes an object.
     pub(super) fn delete(&mut self, object: &ObjectRef) {
         let _before = self.0.remove(object);
     }

@@ -110,26 +110,20 @@ enum Position {
     /// Check that the server has reached this version, then watch. A server restored from a backup may not
     /// have, and a watch would be silent until then.
     Confirm { version: String },
-    /// Watch changes after this version.
     Watch { version: String },
 }
 
 /// Why a request or a watch ended.
 #[derive(Debug, thiserror::Error)]
 enum Failure {
-    /// The server refused.
     #[error("{code} {reason}: {message}{}", remedy(*.code))]
     Refused { code: u16, reason: String, message: String, is_too_large: bool, retry_after: Option<Duration> },
-    /// No connection, or a broken one.
     #[error("{0}")]
     Connection(String),
-    /// Timeout.
     #[error("no answer for {} s", .0.as_secs_f32())]
     Silence(Duration),
-    /// The response is malformed.
     #[error("the answer cannot be read: {0}")]
     Form(String),
-    /// The response exceeds its maximum size.
     #[error("{what} is larger than {} MiB and was not read: {remedy}", .limit >> 20)]
     TooLarge { what: &'static str, limit: usize, remedy: &'static str },
     /// The server ended a watch early, as it does when it stops.
@@ -428,7 +422,6 @@ impl Follower {
         }
     }
 
-    /// Records a successful answer.
     fn answered<K: Kind>(&self) {
         if let Some(lasted) = self.contact.answered(K::PLURAL, Instant::now().into_std()) {
             let lasted = Duration::from_millis(u64::try_from(lasted.as_millis()).unwrap_or(u64::MAX));
@@ -503,7 +496,6 @@ impl Follower {
         self.news.send(news).await.map_err(|_closed| Failure::Stop)
     }
 
-    /// Lists all objects, page by page.
     async fn list<K: Kind>(&self, version: &str) -> Result<String, Failure> {
         let (mut models, mut issues) = (Vec::new(), Vec::new());
         let mut next = String::new();
@@ -605,7 +597,6 @@ impl Follower {
         }
     }
 
-    /// Watches changes after a version.
     async fn watch<K: Kind>(&self, version: String, progress: &mut bool) -> Result<Ended, Failure> {
         let time = self.watch_time();
         let (seconds, end) = (time.as_secs().to_string(), Instant::now() + time);
@@ -720,7 +711,6 @@ impl Bound {
     }
 }
 
-/// The lines of a body.
 struct Lines {
     body: Body,
     bound: Bound,

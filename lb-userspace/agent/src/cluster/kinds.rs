@@ -18,20 +18,16 @@ pub(super) struct Trimmed<M> {
     pub(super) issues: Vec<Issue>,
 }
 
-/// A change of the objects of one kind.
 #[derive(Debug)]
 pub(super) enum Change<M> {
     /// A complete list.
     All { models: Vec<M>, issues: Vec<Issue> },
-    /// One object was set or deleted.
     One {
         trimmed: Trimmed<M>,
-        /// When the event arrived.
         received: Instant,
     },
 }
 
-/// A change of the objects of some kind.
 #[derive(Debug)]
 pub(super) enum News {
     Services(Change<Service>),
@@ -54,7 +50,6 @@ pub(super) enum Lack {
     Failing,
 }
 
-/// A kind of objects.
 pub(super) trait Kind: 'static {
     /// The API's type.
     type Object: DeserializeOwned;
@@ -242,7 +237,6 @@ impl Header {
     }
 }
 
-/// Reduces an object to its model.
 pub(super) fn trim<K: Kind>(
     header: &Header,
     text: &RawValue,

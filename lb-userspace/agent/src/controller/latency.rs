@@ -6,7 +6,6 @@ use crate::source::Arrival;
 
 /// Number of buckets of a [`Histogram`]: from 1/16 ms, doubling, to half an hour.
 pub const N_BUCKETS: usize = 26;
-/// Upper bound of the first bucket.
 const FIRST: Duration = Duration::from_nanos(62_500);
 
 /// Counts of durations in buckets whose bounds double.

@@ -61,7 +61,6 @@ mod stale;
 
 use self::{addresses::Addresses, exclude::Wanted as Excluded, proof::Proof, stale::Sweep};
 
-/// How long to wait after a failed sync.
 const RETRY: Duration = Duration::from_secs(1);
 /// How often the pins are checked, and the node's own addresses read if netlink does not report changes.
 const INTERFACES: Duration = Duration::from_secs(5);
@@ -182,8 +181,8 @@ pub async fn run(
                     );
                 }
             }
-            // Staged maps replace maps that cannot be read, so there are no records to read before the
-            // switch.
+            // While maps are staged, the sockets' records are in maps that cannot be read, or in maps that
+            // the switch keeps.
             swept = agent.sweep.step(), if !agent.kernel.is_staged() => agent.sweep.go_on(swept, &mut agent.state, &agent.metrics),
             more = source.changed(), if !has_ended => {
                 if !more {
@@ -228,7 +227,6 @@ pub async fn run(
     Ok(())
 }
 
-/// The loop's periodic work.
 struct Timers {
     interfaces: Interval,
     snapshots: Interval,
@@ -299,9 +297,7 @@ struct Agent {
     /// Number of syncs.
     changes: watch::Sender<u64>,
     health_checks: watch::Sender<Wanted>,
-    /// The excluded pods.
     excluding: watch::Sender<Excluded>,
-    /// Issues of the health check ports.
     port_issues: watch::Receiver<Vec<Issue>>,
     /// Issues already logged.
     reported: Reported,
@@ -311,9 +307,7 @@ struct Agent {
     /// The snapshot's writer, and the write in progress.
     writer: Arc<Mutex<Writer>>,
     writing: Option<Task<Written, SnapshotError>>,
-    /// Why the last snapshot was not written.
     save_problem: Option<String>,
-    /// The comparison of the audit in progress.
     comparing: Option<Task<Findings, KernelError>>,
     has_synced: bool,
     latency: Latency,
@@ -327,7 +321,6 @@ struct Beside {
     graces: mpsc::Receiver<()>,
     /// Questions about the state.
     questions: mpsc::Receiver<Question>,
-    /// Issues of the health check ports.
     port_issues: watch::Receiver<Vec<Issue>>,
     health_ports: JoinHandle<()>,
     _serving: JoinSet<()>,
@@ -449,7 +442,6 @@ impl Agent {
         true
     }
 
-    /// Checks the pins, and reads the node's own addresses if that is due.
     fn look_around(&mut self, lock: &Lock) {
         if self.addresses.is_due() {
             self.read_addresses();
@@ -488,7 +480,6 @@ impl Agent {
         self.pins = now;
     }
 
-    /// Restores pins and attached programs that others removed.
     fn restore_pins(&mut self, lock: &Lock) {
         let (restored, result) = self.kernel.restore_pins(lock);
         for name in &restored {
@@ -531,7 +522,6 @@ impl Agent {
         });
     }
 
-    /// Applies the source's changes.
     fn take_in(&mut self, source: &mut impl Source) {
         self.state.change(|store| source.apply(store));
         self.latency.arrived(source.take_arrivals());
@@ -614,7 +604,6 @@ impl Agent {
         }
     }
 
-    /// Publishes which health check ports to open.
     fn publish_health_checks(&self) {
         let addresses = match self.state.settings().node_port_addresses {
             NodePortAddresses::All => None,
@@ -630,7 +619,6 @@ impl Agent {
         });
     }
 
-    /// A self-test has finished.
     fn proven(&mut self, self_test: SelfTest) {
         if let SelfTest::Failed(problem) = &self_test {
             // Notified with the next tick of `interfaces`.
@@ -657,7 +645,6 @@ impl Agent {
         }
     }
 
-    /// The state's part of a scrape.
     fn view(&self, source: &impl Source) -> View {
         let contact = source.contact();
         View {
@@ -758,14 +745,12 @@ impl Agent {
         }
     }
 
-    /// All current issues.
     fn issues(&self, source: &impl Source) -> Vec<Issue> {
         let of_ports = self.port_issues.borrow().clone();
         let of_objects = source.issues().into_iter().chain(self.state.issues());
         of_objects.chain(of_ports).chain(self.own_issues()).collect()
     }
 
-    /// The agent's own issues.
     fn own_issues(&self) -> impl Iterator<Item = Issue> {
         let not_saved = self.save_problem.clone().map(|cause| IssueKind::SnapshotNotWritten { cause });
         let refused = self.kernel.too_small().iter().map(|size| IssueKind::SizeRefused {
@@ -807,7 +792,6 @@ impl Agent {
         }));
     }
 
-    /// A write of the snapshot has finished or failed.
     fn saved(&mut self, source: &impl Source, written: Result<Written, String>) {
         let (n_bytes, n_changed) =
             written.as_ref().map(|written| (written.n_bytes, written.n_changed)).ok().unzip();

@@ -89,6 +89,7 @@ impl Sweeps {
         }
     }
 
+    /// Starts a sweep.
     pub fn begin(&mut self, now: Instant) {
         self.state = State::Running { since: now };
         self.is_outdated = false;

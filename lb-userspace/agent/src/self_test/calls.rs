@@ -65,7 +65,6 @@ fn enter(cgroup: &Path) -> Result<(), String> {
     fs::write(&procs, "0").map_err(|error| format!("{}: {error}", procs.display()))
 }
 
-/// A way to call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Way {
     /// `connect()` on a TCP socket.
@@ -99,7 +98,6 @@ impl fmt::Display for Name {
     }
 }
 
-/// Why a call failed.
 #[derive(Debug, thiserror::Error)]
 enum Problem {
     #[error("{step}: {source}")]

@@ -74,12 +74,10 @@ const LARGE: usize = 4;
 struct AgentSocket {
     listener: UnixListener,
     path: PathBuf,
-    /// Device and inode number.
     inode: (u64, u64),
     _lock: Flock<File>,
 }
 
-/// Why there is no socket.
 #[derive(Debug, thiserror::Error)]
 enum SocketError {
     #[error("{}: {source}", path.display())]
@@ -139,7 +137,6 @@ impl AgentSocket {
     }
 }
 
-/// Device and inode number of a path.
 fn inode(path: &Path) -> io::Result<(u64, u64)> {
     fs::symlink_metadata(path).map(|found| (found.dev(), found.ino()))
 }
@@ -320,7 +317,6 @@ impl Pages for AgentPages {
     }
 }
 
-/// The loop does not answer in time.
 fn busy() -> Answer {
     text(StatusCode::SERVICE_UNAVAILABLE, "the agent's loop does not answer in time\n")
 }

@@ -39,7 +39,6 @@ pub struct Wanted {
     pub addresses: Option<Vec<IpAddr>>,
 }
 
-/// One socket of one service.
 type Place = (ServiceKey, SocketAddr);
 
 impl Wanted {
@@ -167,7 +166,6 @@ struct ServicePages {
     vitals: watch::Receiver<Vitals>,
 }
 
-/// Body of an answer.
 #[derive(Serialize)]
 #[serde(rename_all = "camelCase")]
 struct Body<'a> {

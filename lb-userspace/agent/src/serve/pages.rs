@@ -69,7 +69,6 @@ impl MetricsPages {
     }
 }
 
-/// The counters of a service port.
 fn calls(maps: &Maps, service_id: u32) -> Calls {
     let stats = maps.service_stats(service_id);
     Calls { redirected: stats.connects, refused: stats.refusals, datagrams: stats.datagrams }

@@ -56,7 +56,6 @@ pub(super) fn first_line(bytes: &[u8]) -> &[u8] {
     &bytes[..len]
 }
 
-/// A snapshot's file.
 pub(super) fn snapshot_file(snapshot: &Snapshot, generation: u64) -> io::Result<Vec<u8>> {
     let body = pack(snapshot)?;
     let mut file = SnapshotHeader { generation: Some(generation) }.line(&body).into_bytes();
@@ -131,14 +130,12 @@ pub(super) fn journal_line(generation: u64) -> String {
     format!("socklb-journal format={FORMAT} generation={generation:016x}\n")
 }
 
-/// A record of this content.
 pub(super) fn record(content: &[u8]) -> io::Result<Vec<u8>> {
     let len = u32::try_from(content.len()).map_err(|_beyond| io::ErrorKind::FileTooLarge)?.to_le_bytes();
     let checksum = crc32(&[&len, content]).to_le_bytes();
     Ok([&len, &checksum, content].concat())
 }
 
-/// A parsed journal.
 pub(super) struct Journal<'a> {
     first_line: usize,
     file: usize,
@@ -158,7 +155,6 @@ impl<'a> Journal<'a> {
         Some(Self { first_line: line.len(), file: file.len(), records })
     }
 
-    /// The contents of its records.
     pub(super) fn records(&self) -> &[&'a [u8]] {
         &self.records
     }

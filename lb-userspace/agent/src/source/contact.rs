@@ -15,7 +15,6 @@ pub struct Outage {
     pub problem: Arc<str>,
 }
 
-/// State of one kind of objects.
 #[derive(Clone, Debug, Default)]
 struct Kind {
     answered: Option<Instant>,

@@ -148,7 +148,6 @@ definitions! {
 const PASSED: &str = "passed";
 const FAILED: &str = "failed";
 
-/// The maps that an audit repairs.
 const AUDITED: [&str; 8] = [
     "services4",
     "services6",
@@ -204,7 +203,6 @@ impl Default for Metrics {
     }
 }
 
-/// Registers a metric under its definition.
 pub(super) fn register<M: Metric + Clone>(registry: &mut Registry, definition: &Definition, metric: M) -> M {
     // The library appends `_total` to counters, and a full stop to help texts.
     let name = match definition.kind {
@@ -286,7 +284,6 @@ impl Metrics {
         metrics
     }
 
-    /// Where the metrics are registered.
     pub(super) fn registry(&self) -> &Registry {
         &self.registry
     }

@@ -34,7 +34,7 @@ pub enum LogFormat {
 /// Starts logging to standard error. `RUST_LOG` is the filter if set, else `verbosity`: 0 changes of state, 1
 /// their details, 2 everything.
 ///
-/// Must be called once.
+/// Call it once: a second call changes nothing.
 pub fn start_log(format: LogFormat, verbosity: u8) {
     let default = match verbosity {
         // kube's client logs each failed request as an error; `cluster` logs an outage once.

@@ -86,19 +86,17 @@ struct Follower {
     directories: Vec<PathBuf>,
     /// Whether a source names pods to exclude.
     has_pods: bool,
-    /// The map's entries.
     excluded: BTreeMap<Place, Excluded>,
     /// Problems already logged, by directory.
     problems: BTreeMap<PathBuf, String>,
     failed: Option<String>,
-    /// A bypassed call proves something only while the self-test passes.
+    /// A call that passes unchanged proves something only while the self-test passes.
     vitals: watch::Receiver<Vitals>,
-    /// Whether a call from the agent's own cgroup was left alone. That proves programs, tables and the
+    /// Whether a call from the agent's own cgroup passed unchanged. That proves programs, tables and the
     /// computed levels.
     is_proven_by_own_cgroup: bool,
 }
 
-/// An excluded cgroup.
 struct Excluded {
     directory: PathBuf,
     /// When to make the next proving call; `None` once one has succeeded.
@@ -129,7 +127,6 @@ async fn follow(mut follower: Follower, mut wanted: watch::Receiver<Wanted>) {
 }
 
 impl Follower {
-    /// Brings the map up to date.
     fn look(&mut self, Wanted(uids): &Wanted) {
         if self.has_pods && uids.is_none() {
             return;

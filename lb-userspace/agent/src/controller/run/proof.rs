@@ -36,7 +36,6 @@ fn endpoint(found: &Image, family: Family) -> Option<SocketAddr> {
     leads_to(Protocol::Tcp).filter(|tcp| tcp.ip().is_loopback() && leads_to(Protocol::Udp) == Some(*tcp))
 }
 
-/// The self-tests of an agent.
 pub(super) struct Proof {
     interval: Duration,
     cgroup: PathBuf,
@@ -45,7 +44,6 @@ pub(super) struct Proof {
     task: Option<JoinHandle<Outcome>>,
     /// The last outcome logged.
     told: Option<Outcome>,
-    /// Whether the adopted tables lead to the endpoints.
     is_found: bool,
 }
 
@@ -71,7 +69,6 @@ impl Proof {
         }))
     }
 
-    /// Where the endpoints listen.
     pub(super) fn endpoints(&self) -> &[SocketAddr] {
         self.echo.addresses()
     }

@@ -24,7 +24,6 @@ use crate::{
     telemetry::Metrics,
 };
 
-/// The sweeps of an agent.
 pub(super) struct Sweep {
     options: lb_kernel::Options,
     timing: Sweeps,
@@ -35,15 +34,11 @@ pub(super) struct Sweep {
     has_told_of_refused: bool,
 }
 
-/// The phase of the current sweep.
 enum Phase {
-    /// No sweep is running.
     Resting,
-    /// Reads the records of sockets.
     Looking { task: JoinHandle<Result<Looked, SocketError>> },
-    /// Searches for sockets.
     Finding { search: Search, task: JoinHandle<Result<Found, SocketError>> },
-    /// Destroys sockets. The service of each flow, and whether there are more sockets.
+    /// The service of each flow, and whether there are more sockets to destroy.
     Destroying {
         services: BTreeMap<Use, Option<ServiceKey>>,
         has_more: bool,
@@ -51,16 +46,13 @@ enum Phase {
     },
 }
 
-/// Result of a phase.
 pub(super) enum Step {
-    /// The next sweep is due.
     Due,
     Looked(Result<Looked, Problem>),
     Found(Result<Found, Problem>),
     Destroyed(Result<Destroyed, Problem>),
 }
 
-/// Result of reading the records.
 pub(super) struct Looked {
     used: Used,
     reclaim: Reclaim,
@@ -92,7 +84,6 @@ impl From<SocketError> for Problem {
     }
 }
 
-/// Waits for a blocking task.
 async fn joined<T>(task: &mut JoinHandle<Result<T, SocketError>>) -> Result<T, Problem> {
     match task.await {
         Ok(result) => result.map_err(Problem::from),
@@ -157,7 +148,6 @@ impl Sweep {
         self.timing.ended(Instant::now().into_std(), end);
     }
 
-    /// Starts a sweep.
     fn look(&mut self, state: &mut State) {
         self.timing.begin(Instant::now().into_std());
         state.begin_stale();

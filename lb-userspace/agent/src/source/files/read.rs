@@ -30,17 +30,13 @@ pub(super) struct Reader {
 /// Result of the last reading.
 #[derive(Debug, PartialEq, Eq)]
 enum Reading {
-    /// No reading yet.
     None,
-    /// A single file.
     File,
-    /// A folder.
     Folder,
     /// The path could not be read, with the cause.
     Failed(String),
 }
 
-/// State of a file at the last reading.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Known {
     stamp: Option<Stamp>,

@@ -369,7 +369,6 @@ impl FileSet {
     }
 }
 
-/// An object and its place.
 struct Definition<'a> {
     file: &'a str,
     object: &'a Object,

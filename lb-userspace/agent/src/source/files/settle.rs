@@ -69,14 +69,12 @@ impl Moment {
     }
 }
 
-/// State of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
     /// No program is known to have it open for writing.
     Closed,
     /// A program has it open for writing.
     Open,
-    /// It does not exist.
     Gone,
 }
 

@@ -31,7 +31,6 @@ pub(super) enum Value {
 }
 
 impl Tree {
-    /// The value under a key of a map.
     pub(super) fn get(&self, key: &str) -> Option<&Self> {
         match &self.value {
             Value::Map(entries) => entries.iter().find(|(name, _)| name == key).map(|(_, value)| value),

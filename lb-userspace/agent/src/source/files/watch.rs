@@ -173,7 +173,6 @@ async fn quiet_after_change(changed: &Notify) {
     let _ = timeout_at(deadline, unquiet).await;
 }
 
-/// The kernel's watches on the path.
 struct Watches {
     path: PathBuf,
     changed: Arc<Notify>,
@@ -301,7 +300,6 @@ fn listen(inotify: &Inotify, watched: &Mutex<Watched>, changed: &Weak<Notify>) {
     }
 }
 
-/// The watched folders.
 struct Watched {
     /// The path; `None` if it does not exist.
     own: Option<WatchDescriptor>,
