@@ -48,9 +48,7 @@ enum TellError {
     )]
     Forbidden,
     #[error("{code}")]
-    Refused {
-        code: StatusCode,
-    },
+    Refused { code: StatusCode },
     /// No answer, or an unreadable one.
     #[error("{0}")]
     Unanswered(String),

@@ -104,13 +104,19 @@ pub(super) struct Follower {
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Position {
     /// List the objects, in a state not older than this version. "0" means any state.
-    List { not_older_than: String },
+    List {
+        not_older_than: String,
+    },
     /// List the objects in their latest state, whatever the server's version.
     ListLatest,
     /// Check that the server has reached this version, then watch. A server restored from a backup may not
     /// have, and a watch would be silent until then.
-    Confirm { version: String },
-    Watch { version: String },
+    Confirm {
+        version: String,
+    },
+    Watch {
+        version: String,
+    },
 }
 
 /// Why a request or a watch ended.

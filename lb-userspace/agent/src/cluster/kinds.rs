@@ -21,7 +21,10 @@ pub(super) struct Trimmed<M> {
 #[derive(Debug)]
 pub(super) enum Change<M> {
     /// A complete list.
-    All { models: Vec<M>, issues: Vec<Issue> },
+    All {
+        models: Vec<M>,
+        issues: Vec<Issue>,
+    },
     One {
         trimmed: Trimmed<M>,
         received: Instant,

@@ -36,8 +36,13 @@ pub(super) struct Sweep {
 
 enum Phase {
     Resting,
-    Looking { task: JoinHandle<Result<Looked, SocketError>> },
-    Finding { search: Search, task: JoinHandle<Result<Found, SocketError>> },
+    Looking {
+        task: JoinHandle<Result<Looked, SocketError>>,
+    },
+    Finding {
+        search: Search,
+        task: JoinHandle<Result<Found, SocketError>>,
+    },
     /// The service of each flow, and whether there are more sockets to destroy.
     Destroying {
         services: BTreeMap<Use, Option<ServiceKey>>,
