@@ -1,7 +1,7 @@
 //! Addresses as octets, in both families.
 //!
-//! `core::net` types are not used in map layouts because their representation is not guaranteed, while an octet
-//! array prints as it reads (`[10,96,0,1]`) in `bpftool map dump`.
+//! Map layouts do not use `core::net` types, whose representation is not guaranteed. An octet array is
+//! readable in `bpftool map dump` (`[10,96,0,1]`).
 
 /// An IPv4 address, most significant octet first.
 pub type Octets4 = [u8; 4];
@@ -19,32 +19,31 @@ pub enum Family {
 
 /// The operations that [`crate::resolve`] needs on an address of one family.
 pub trait Address: Copy + Eq {
-    /// The family that all values of this type belong to.
+    /// The family of all values of this type.
     const FAMILY: Family;
 
-    /// Whether the address is a loopback address: `127.0.0.0/8` or `::1`.
+    /// Whether it is in `127.0.0.0/8` or is `::1`.
     fn is_loopback(&self) -> bool;
 
-    /// Whether the address is all zero: `0.0.0.0` or `::`, which Linux treats as loopback in `connect()`.
+    /// Whether it is `0.0.0.0` or `::`, which Linux treats as loopback in `connect()`.
     fn is_unspecified(&self) -> bool;
 
-    /// Whether the address is in a network: equal to its address in the bits of its mask.
+    /// Whether it is in a network: its masked bits equal the network's address.
     fn is_within(&self, network: &Self, mask: &Self) -> bool;
 
-    /// The address in the 16-octet form that family-independent maps use: IPv6 as it is, IPv4 as
-    /// `::ffff:a.b.c.d`.
+    /// The 16-octet form of family-independent maps: IPv6 unchanged, IPv4 as `::ffff:a.b.c.d`.
     fn to_mapped(&self) -> Octets6;
 
     /// The inverse of [`Self::to_mapped`]; the octets of another family give an unspecified result.
     fn from_mapped(octets: &Octets6) -> Self;
 
-    /// The wildcard under which node-port frontends are stored.
+    /// The wildcard address of node-port frontends.
     fn unspecified() -> Self;
 }
 
 /// An IPv6 address from its words in memory order.
 ///
-/// Written as octets, an IPv4-mapped address costs the BPF programs a call of `memset` and seven stores.
+/// Writing an IPv4-mapped address as octets costs the BPF programs a call of `memset` and seven stores.
 #[inline(always)]
 const fn octets(words: [u32; 4]) -> Octets6 {
     // SAFETY: both types are 16 plain octets.
@@ -116,15 +115,15 @@ impl Address for Octets6 {
 
     #[inline(always)]
     fn unspecified() -> Self {
-        // Hidden from the compiler: it would make a call of `memset` out of zeroes, and a function call makes the
-        // verifier of older kernels compare every number of the program exactly (see `Mode` in lb-ebpf).
+        // Hidden from the compiler, which would call `memset` for zeroes. A function call makes the verifier
+        // of older kernels compare every number of the program exactly (see `Mode` in lb-ebpf).
         octets([core::hint::black_box(0); 4])
     }
 }
 
-/// Returns the IPv4 address inside an IPv4-mapped IPv6 address (`::ffff:a.b.c.d`), or `None` for any other.
+/// The IPv4 address in an IPv4-mapped IPv6 address (`::ffff:a.b.c.d`), else `None`.
 ///
-/// A socket of family `AF_INET6` that talks to an IPv4 peer shows it in this form, in every hook.
+/// A socket of family `AF_INET6` with an IPv4 peer shows it in this form, in every hook.
 #[inline(always)]
 #[must_use]
 pub fn mapped_ipv4(o: &Octets6) -> Option<Octets4> {

@@ -1,24 +1,24 @@
-//! The one table of all hooks: where the programs are attached, in which order, and where they are needed.
+//! The table of all hooks: where programs are attached, in which order, and on which kernels.
 
-/// What a kernel must have for a hook to be of use.
+/// What a hook requires of the kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Needs {
-    /// Nothing beyond the oldest kernel that is served.
+    /// Nothing beyond the oldest supported kernel.
     Nothing,
-    /// Slots of sockets: without, no socket takes one, and none is given up.
+    /// Slots of sockets: without them, no slot is taken or freed.
     Slots,
 }
 
-/// What is known of a hook.
+/// The declaration of a hook.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct HookSpec {
-    /// Its name: that of the program in the object, and of the link below `--pin-path`.
+    /// Name of the program in the object, and of the link below `--pin-path`.
     pub name: &'static str,
     /// `enum bpf_attach_type`
     pub attach_type: u32,
-    /// Where it is attached.
+    /// What it requires of the kernel.
     pub needs: Needs,
-    /// Whether the object has a program for each mode (docs/decisions/0003), or one for all.
+    /// Whether it has a program for each mode (docs/decisions/0003).
     pub has_modes: bool,
 }
 
@@ -27,9 +27,9 @@ const fn hook(name: &'static str, attach_type: u32) -> HookSpec {
     HookSpec { name, attach_type, needs: Needs::Nothing, has_modes: true }
 }
 
-/// All hooks in the order in which they are attached.
+/// All hooks in the order of attachment.
 ///
-/// The one that gives up what the others take comes first: no socket may take a slot that nothing gives up.
+/// The hook that frees slots comes first: no socket may take a slot that nothing frees.
 pub const HOOKS: &[HookSpec] = &[
     HookSpec { name: "sock_release", attach_type: 34, needs: Needs::Slots, has_modes: false },
     hook("connect4", 10),
@@ -42,5 +42,5 @@ pub const HOOKS: &[HookSpec] = &[
     hook("getpeername6", 30),
 ];
 
-/// Names of links that earlier versions pinned and this one does not. An agent that starts detaches and removes them.
+/// Names of links that only earlier versions pinned. A starting agent detaches and removes them.
 pub const FORMER: &[&str] = &[];

@@ -2,10 +2,9 @@
 //!
 //! # Invariants
 //!
-//! - Every type is `repr(C)` without implicit padding: the size equals the sum of its fields, checked at compile
-//!   time by [`map_type!`], so that each byte of a value is a byte that somebody wrote.
-//! - Numbers, not Rust enums: a byte from the kernel is decoded with a function that has an answer for every
-//!   value.
+//! - Every type is `repr(C)` without implicit padding: the size equals the sum of its fields. [`map_type!`]
+//!   checks it at compile time, so every byte of a value is initialised.
+//! - Numbers, not Rust enums: the function that decodes a byte from the kernel has a result for every value.
 //! - Addresses are octet arrays, ports are in host order, so that `bpftool map dump` prints `"port": 80`.
 //! - Field names are part of the public interface: scripts read them from `bpftool map dump pinned`.
 
@@ -14,7 +13,7 @@ use crate::{
     limits::MAX_SERVICE_CIDRS,
 };
 
-/// Declares a map key or value: `repr(C)`, `Copy`, and a compile-time proof that it has no padding.
+/// Declares a map key or value: `repr(C)`, `Copy`, and a compile-time check that it has no padding.
 macro_rules! map_type {
     ($(#[$meta:meta])* pub struct $name:ident { $($(#[$fmeta:meta])* pub $field:ident : $ty:ty,)+ }) => {
         $(#[$meta])*
@@ -26,7 +25,7 @@ macro_rules! map_type {
             size_of::<$name>() == 0 $(+ size_of::<$ty>())+,
             concat!(stringify!($name), " has implicit padding: add a reserved field")
         );
-        // Map values start at 8-octet boundaries; a stricter alignment could not be kept.
+        // Map values are 8-aligned in the kernel; a stricter alignment is impossible.
         const _: () = assert!(align_of::<$name>() <= 8);
 
         // SAFETY: `repr(C)`, every field is itself `MapValue`-compatible (integers and octet arrays by
@@ -49,9 +48,9 @@ unsafe impl MapValue for u32 {}
 // SAFETY: as above.
 unsafe impl MapValue for u64 {}
 
-/// An IP protocol number as kept in a key.
+/// An IP protocol number in a key.
 ///
-/// Not an enum: a map may hold what another version wrote.
+/// Not an enum: a map may hold a value of another version.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Protocol(pub u8);
 
@@ -60,14 +59,14 @@ impl Protocol {
     pub const TCP: Self = Self(6);
     /// `IPPROTO_UDP`. `IPPROTO_UDPLITE` sockets count as UDP.
     pub const UDP: Self = Self(17);
-    /// `IPPROTO_SCTP`: known from Services, never served at a socket (semantics R3).
+    /// `IPPROTO_SCTP`: known from Services, never served (semantics R3).
     pub const SCTP: Self = Self(132);
 }
 
 map_type! {
     /// Key of `services4`: an IPv4 frontend. 8 octets.
     ///
-    /// A node-port frontend that is valid on every accepted node address has the address `0.0.0.0`.
+    /// A node-port frontend for all accepted node addresses has the address `0.0.0.0`.
     #[repr(align(4))]
     pub struct FrontendKey4 {
         /// Service address.
@@ -84,9 +83,9 @@ map_type! {
 map_type! {
     /// Key of `services6`: an IPv6 frontend. 20 octets.
     ///
-    /// A node-port frontend that is valid on every accepted node address has the address `::`.
+    /// A node-port frontend for all accepted node addresses has the address `::`.
     ///
-    /// Aligned so that the programs write the address as words: by octets it takes a function call.
+    /// Aligned so that the programs write the address as words; bytewise it takes a function call.
     #[repr(align(4))]
     pub struct FrontendKey6 {
         /// Service address.
@@ -101,11 +100,11 @@ map_type! {
 }
 
 map_type! {
-    /// Value of `services4` and `services6`: which entry of `frontends` describes this address. 4 octets.
+    /// Value of `services4` and `services6`: the index of the frontend. 4 octets.
     ///
-    /// Never changed while the key exists. The kernel recycles a replaced or deleted hash element at once, also
-    /// under a reader that still holds it; so whatever changes lives in `frontends`, whose entries stay where
-    /// they are (docs/decisions/0001).
+    /// Never changed while the key exists: the kernel recycles a replaced or deleted hash element at once,
+    /// even while a reader uses it. What changes is in `frontends`, whose entries stay in place
+    /// (docs/decisions/0001).
     pub struct FrontendRef {
         /// Index into `frontends`.
         pub frontend_id: u32,
@@ -113,9 +112,9 @@ map_type! {
 }
 
 map_type! {
-    /// The endpoints of a frontend: `len` consecutive entries of the endpoint table from `offset` on. 8 octets.
+    /// The endpoints of a frontend: `len` consecutive entries of the endpoint table from `offset`. 8 octets.
     ///
-    /// Read and written as one aligned 64-bit word: that store is the switch from an old set to a new one.
+    /// Read and written as one aligned 64-bit word: one store switches from an old set to a new one.
     pub struct Run {
         /// Index of the first entry in `endpoints4` or `endpoints6`.
         pub offset: u32,
@@ -128,7 +127,7 @@ impl Run {
     /// A run without endpoints.
     pub const EMPTY: Self = Self { offset: 0, len: 0 };
 
-    /// The run as the 64-bit word that is stored at once, in native byte order.
+    /// The run as one 64-bit word in native byte order, for an atomic store.
     #[inline(always)]
     #[must_use]
     pub const fn to_word(self) -> u64 {
@@ -151,10 +150,10 @@ impl Run {
 }
 
 map_type! {
-    /// Value of `frontends`: what a service address stands for. 24 octets, index = `frontend_id`.
+    /// Value of `frontends`: a frontend. 24 octets, index = `frontend_id`.
     ///
-    /// Memory-mapped: user space changes single words in place. `run` is one 64-bit word; the other fields are
-    /// one 32-bit word each and independent of one another.
+    /// Memory-mapped and changed in place, word by word: `run` is one 64-bit word, each other field an
+    /// independent 32-bit word.
     pub struct Frontend {
         /// The endpoints that a call may reach.
         pub run: Run,
@@ -173,13 +172,13 @@ map_type! {
 pub mod frontend_flags {
     /// The frontend is a node port: its key has the wildcard address and it answers only on node addresses.
     pub const NODE_PORT: u32 = 1;
-    /// `externalTrafficPolicy: Local`: the wildcard entry does not answer for the addresses of other nodes;
-    /// those have exact entries holding that node's endpoints (semantics R6).
+    /// `externalTrafficPolicy: Local`: the wildcard entry does not match addresses of other nodes; nodes with
+    /// endpoints have exact entries (semantics R6).
     pub const EXTERNAL_LOCAL: u32 = 1 << 1;
-    /// The traffic policy is Local and no endpoint is local, although the cluster has some: the refusal is of
-    /// the policy, not of the service (semantics R9, row 2). For counters and `explain`.
+    /// The policy is Local and only other nodes have endpoints: the policy causes the refusal, not the
+    /// service (semantics R9, row 2). For counters and `explain`.
     pub const NO_LOCAL_ENDPOINT: u32 = 1 << 2;
-    /// No Service has the address, which is one of a service network. In no table: [`crate::resolve`] makes it up.
+    /// An address of a service network that no Service has. Not in any table: [`crate::resolve`] sets it.
     pub const UNALLOCATED: u32 = 1 << 3;
 }
 
@@ -194,7 +193,7 @@ map_type! {
         pub port: u16,
         /// Zero.
         pub reserved: u16,
-        /// Identity of this address and port within its service port: index into `endpoint_stats`.
+        /// Id of this address and port within its service port: index into `endpoint_stats`.
         pub endpoint_id: u32,
     }
 }
@@ -210,13 +209,13 @@ map_type! {
         pub port: u16,
         /// Zero.
         pub reserved: u16,
-        /// Identity of this address and port within its service port: index into `endpoint_stats`.
+        /// Id of this address and port within its service port: index into `endpoint_stats`.
         pub endpoint_id: u32,
     }
 }
 
 map_type! {
-    /// Key of `affinity`: who called which service port. 16 octets.
+    /// Key of `affinity`: a client and a service port. 16 octets.
     pub struct AffinityKey {
         /// Cookie of the client's network namespace: the client identity at a socket (semantics R8).
         pub client: u64,
@@ -242,15 +241,14 @@ map_type! {
 /// Slots that a socket may use.
 pub const SLOT_WAYS: usize = 2;
 
-/// Records that the storage of one socket holds. A power of two: the verifier bounds an index by a mask, not by a
-/// remainder.
+/// Records in the storage of one socket. A power of two, so that a mask bounds an index for the verifier.
 pub const SOCKET_RECORDS: usize = 16;
 
 map_type! {
-    /// How one socket reaches one service address. 48 octets.
+    /// A flow of a socket: one service address and its endpoint. 48 octets.
     ///
-    /// It answers two questions. "Which endpoint does this socket use for this service?": the record of that service
-    /// address. "To which service does a peer belong?": the record of that endpoint with [`record_flags::ANSWERS`].
+    /// It answers "which endpoint does this socket use for this service?" and, with
+    /// [`record_flags::ANSWERS`], "which service does this peer belong to?".
     ///
     /// IPv4 addresses are kept as `::ffff:a.b.c.d`. A record with protocol 0 is unused.
     #[repr(align(8))]
@@ -267,7 +265,7 @@ map_type! {
         pub endpoint_id: u32,
         /// The service port, so that stale sockets can be found by service.
         pub service_id: u32,
-        /// Position of the endpoint in the run when it was chosen; 65,535 for any from there on.
+        /// Position of the endpoint in the run when it was chosen, at most 65,535.
         pub index: u16,
         /// IP protocol number ([`Protocol`]); 0 if the record is unused.
         pub protocol: u8,
@@ -278,27 +276,26 @@ map_type! {
 
 /// Bits of [`SocketRecord::flags`].
 pub mod record_flags {
-    /// What comes from the endpoint is shown as coming from the service. Of several records with one endpoint, the one
-    /// called last has it; none has it once the endpoint's own address was called.
+    /// The endpoint is shown to the program as the service. Of several records with one endpoint, only the
+    /// last called one has the flag; none has it once the endpoint's own address was called.
     pub const ANSWERS: u8 = 1;
 }
 
 map_type! {
-    /// Value of `socket_slots`: whose the slots are that a socket may use. 16 octets, so that four sets share a cache line:
-    /// cookies are counted up, and a socket finds its line warm from the one before it.
+    /// Value of `socket_slots`: the owners of a set of slots. 16 octets: four sets share a cache line, and
+    /// cookies ascend, so a socket finds the line warm.
     pub struct SocketSlots {
-        /// Cookies of the owners; 0 is free. Slot `way` of set `i` is entry `i * SLOT_WAYS + way` of `sockets`.
+        /// Cookies of owners; 0 is free. Slot `way` of set `i` is entry `i * SLOT_WAYS + way` of `sockets`.
         pub owners: [u64; SLOT_WAYS],
     }
 }
 
 map_type! {
-    /// Value of `sockets`: the records in a socket's slot. 128 octets, two cache lines, of which a socket with one service
-    /// uses the first.
+    /// Value of `sockets`: the records in a slot. 128 octets: two cache lines, one for each record.
     ///
-    /// There are two because a `connect()` can fail: the socket then keeps its former peer, and the record of that.
+    /// Two, because a `connect()` can fail: the socket then keeps its former peer and that peer's record.
     pub struct SocketEntry {
-        /// Cookie of the socket that wrote the records. They count while `socket_slots` names the same owner.
+        /// Cookie of the writing socket. The records are valid while `socket_slots` names the same owner.
         pub cookie: u64,
         /// Bits of [`entry_flags`].
         pub flags: u32,
@@ -322,13 +319,13 @@ pub mod entry_flags {
 }
 
 map_type! {
-    /// Value of `socket_storage`: records of a socket that has no slot, or that do not fit into its slot. 784 octets.
+    /// Value of `socket_storage`: records of a socket that have no slot or do not fit into it. 784 octets.
     pub struct SocketRecords {
-        /// Cookie of the socket; 0 for a multipath TCP socket, whose subflows have storage of their own.
+        /// Cookie of the socket; 0 for a multipath TCP socket, whose subflows have their own storage.
         pub cookie: u64,
         /// The records.
         pub records: [SocketRecord; SOCKET_RECORDS],
-        /// Where the next record goes when all are used: the oldest makes room.
+        /// Position of the next record when all are used; it replaces the oldest.
         pub next: u32,
         /// Zero.
         pub reserved: u32,
@@ -354,7 +351,7 @@ map_type! {
 map_type! {
     /// Value of `cluster_ips`.
     pub struct ClusterIp {
-        /// 1 if a call to a port that the Service does not have is refused, 0 if it is left alone.
+        /// 1 if a call to a port that the Service lacks is refused, 0 if it passes.
         pub served: u32,
     }
 }
@@ -362,9 +359,9 @@ map_type! {
 map_type! {
     /// An IPv4 network. 8 octets.
     pub struct Network4 {
-        /// The address, without the bits of hosts.
+        /// The address, with zero host bits.
         pub address: Octets4,
-        /// The bits that count, as a netmask.
+        /// The netmask.
         pub mask: Octets4,
     }
 }
@@ -372,22 +369,22 @@ map_type! {
 map_type! {
     /// An IPv6 network. 32 octets.
     pub struct Network6 {
-        /// The address, without the bits of hosts.
+        /// The address, with zero host bits.
         pub address: Octets6,
-        /// The bits that count, as a netmask.
+        /// The netmask.
         pub mask: Octets6,
     }
 }
 
 map_type! {
-    /// Value of `service_cidrs`, index 0: the networks that cluster IPs come from. 328 octets.
+    /// Value of `service_cidrs`, index 0: the service networks. 328 octets.
     ///
-    /// A network does not change while its number is in force: both numbers are 0 for a grace period first.
+    /// A network changes only while both counts are 0, after a grace period.
     #[repr(align(8))]
     pub struct ServiceCidrs {
-        /// How many of `v4` are in force.
+        /// Number of active entries of `v4`.
         pub n_v4: u32,
-        /// How many of `v6` are in force.
+        /// Number of active entries of `v6`.
         pub n_v6: u32,
         /// IPv4.
         pub v4: [Network4; MAX_SERVICE_CIDRS],
@@ -397,23 +394,23 @@ map_type! {
 }
 
 map_type! {
-    /// Value of `service_stats`, index = CPU x ids + service id: calls of one service port on a CPU. 24 octets.
+    /// Value of `service_stats`, index = CPU x ids + service id: calls to a service port. 24 octets.
     pub struct ServiceStats {
-        /// `connect()` calls that were pointed at an endpoint.
+        /// `connect()` calls that were redirected to an endpoint.
         pub connects: u64,
-        /// Calls of any kind that were refused for want of an endpoint.
+        /// Calls of any kind that were refused for lack of an endpoint.
         pub refusals: u64,
-        /// Datagrams of unconnected sockets that were pointed at an endpoint.
+        /// Datagrams of unconnected sockets that were redirected to an endpoint.
         pub datagrams: u64,
     }
 }
 
 map_type! {
-    /// Value of `endpoint_stats`, index = CPU x ids + endpoint id: calls to one endpoint on a CPU. 16 octets.
+    /// Value of `endpoint_stats`, index = CPU x ids + endpoint id: calls to an endpoint. 16 octets.
     pub struct EndpointStats {
-        /// `connect()` calls that were pointed at this endpoint.
+        /// `connect()` calls that were redirected to this endpoint.
         pub connects: u64,
-        /// Datagrams of unconnected sockets that were pointed at this endpoint.
+        /// Datagrams of unconnected sockets that were redirected to this endpoint.
         pub datagrams: u64,
     }
 }
@@ -423,7 +420,7 @@ map_type! {
     ///
     /// `layout_version` stays the first field in all versions.
     pub struct Meta {
-        /// Number of this value's own layout. Up to 2 it stood for the layout of all maps.
+        /// Layout of this value. Up to 2 it was the layout of all maps.
         pub layout_version: u32,
         /// Entries of `services4` and of `services6`.
         pub max_services: u32,
@@ -443,20 +440,20 @@ map_type! {
 }
 
 map_type! {
-    /// Value of `layouts`, whose key is the kernel's id of a map: which layout that map has. 16 octets.
+    /// Value of `layouts`, whose key is the kernel's map id: the layout of that map. 16 octets.
     ///
-    /// By id, and not by name: what a name leads to is replaced, a map stays what it is.
+    /// By id, not by name: the map behind a name is replaced, a map keeps its layout.
     pub struct MapIdentity {
         /// [`crate::maps::MapSpec::fingerprint`]
         pub fingerprint: u64,
-        /// [`crate::maps::MapSpec::layout`], for people.
+        /// [`crate::maps::MapSpec::layout`], for readers of dumps.
         pub layout: u32,
         /// Zero.
         pub reserved: u32,
     }
 }
 
-/// What differs between the two families in the layouts above.
+/// The differences between the two families in the layouts above.
 ///
 /// Implemented for the octet arrays [`Octets4`] and [`Octets6`].
 pub trait FamilyLayout: Address {
@@ -467,11 +464,11 @@ pub trait FamilyLayout: Address {
 
     /// Builds a key.
     fn key(address: Self, port: u16, protocol: Protocol) -> Self::Key;
-    /// Takes a key apart.
+    /// Splits a key.
     fn key_parts(key: &Self::Key) -> (Self, u16, Protocol);
     /// Builds an entry of the endpoint table.
     fn entry(address: Self, port: u16, endpoint_id: u32) -> Self::Endpoint;
-    /// Takes an entry of the endpoint table apart: address, port, endpoint id.
+    /// Splits an entry of the endpoint table: address, port, endpoint id.
     fn entry_parts(entry: &Self::Endpoint) -> (Self, u16, u32);
 }
 
@@ -507,7 +504,8 @@ macro_rules! family_layout {
 family_layout!(Octets4, FrontendKey4, Endpoint4);
 family_layout!(Octets6, FrontendKey6, Endpoint6);
 
-/// Addresses of records are compared as 64-bit words, and the first record of an entry shares a cache line with its cookie.
+/// Addresses of records are compared as 64-bit words. The first record of an entry shares a cache line with
+/// its cookie.
 const _: () = assert!(
     core::mem::offset_of!(SocketRecord, service_address) % 8 == 0
         && core::mem::offset_of!(SocketRecord, endpoint_address) % 8 == 0

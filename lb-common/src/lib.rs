@@ -2,26 +2,26 @@
 //!
 //! # Purpose
 //!
-//! This crate is the contract between the BPF programs (`lb-ebpf`) and user space (`lb-userspace`):
+//! The contract between the BPF programs (`lb-ebpf`) and user space (`lb-userspace`):
 //!
 //! - [`layout`]: the exact bytes of every map key and value.
-//! - [`resolve`]: the one function that answers "where does this call go?". The BPF programs run it on kernel
-//!   maps, user space runs it on an image of the same tables.
-//! - [`limits`]: capacities that both sides must agree on.
-//! - [`maps`], [`hooks`]: what there is of either, each in one table.
+//! - [`resolve`]: decides where a call goes, in the BPF programs on kernel maps and in user space on an
+//!   image.
+//! - [`limits`]: capacities that both sides agree on.
+//! - [`maps`], [`hooks`]: the tables of all maps and all hooks.
 //!
 //! # Invariants
 //!
-//! - No dependencies, no allocation, no `std`: everything here compiles for the BPF target.
+//! - No dependencies, no allocation, no `std`: all of it compiles for the BPF target.
 //! - No implicit padding in any map type, checked at compile time.
-//! - Ports are host-order `u16` everywhere in this crate, addresses are octet arrays. Network-order integers
-//!   exist only at the edge of `lb-ebpf`, where the context is read.
+//! - Ports are host-order `u16`, addresses are octet arrays. Network-order integers exist only at the edge of
+//!   `lb-ebpf`, which reads the context.
 #![no_std]
 #![warn(unused_results)]
 #![expect(
     clippy::inline_always,
-    reason = "a BPF function call costs a frame and hides value ranges from the verifier; kernels before 5.16 refuse \
-              more than 8 frames"
+    reason = "a BPF function call costs a frame and hides value ranges from the verifier; kernels before \
+              5.16 refuse more than 8 frames"
 )]
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! Capacities and numbers that the BPF programs and user space must agree on.
+//! Capacities and numbers shared by the BPF programs and user space.
 
 /// Default of `--max-services`: frontends per address family.
 ///
@@ -11,33 +11,33 @@ pub const MAX_ENDPOINTS: u32 = 262_144;
 /// Entries of the map `node_addrs`: 5,000 nodes with two addresses in each family, with room.
 pub const MAX_NODE_ADDRS: u32 = 32_768;
 
-/// Addresses that count of one Node: several times what clouds list. A Node is written by its own kubelet, which is not to
-/// take the room of others.
+/// Addresses that are used of one Node: several times what clouds list. A Node is written by its own kubelet,
+/// which must not use up the room of others.
 pub const MAX_ADDRS_PER_NODE: usize = 64;
 
-/// Entries of the map `cluster_ips`: twice Kubernetes' tested limit of 10,000 services in both families, with room. Memory is
-/// taken for those that are used.
+/// Entries of the map `cluster_ips`: twice Kubernetes' tested limit of 10,000 services in both families, with
+/// room. Allocated on use.
 pub const MAX_CLUSTER_IPS: u32 = 65_536;
 
-/// Networks of cluster IPs in each family. A cluster has one, and a few more while it moves from one to another.
+/// Service networks in each family. A cluster has one, and a few more during a migration.
 pub const MAX_SERVICE_CIDRS: usize = 8;
 
 /// Entries of the LRU map `affinity`: pairs of client network namespace and service port with affinity.
 pub const MAX_AFFINITY: u32 = 65_536;
 
-/// Entries of the map `socket_slots`, a power of two, with two slots each: 64 KiB of owners and 1 MiB of records.
+/// Entries of the map `socket_slots`, a power of two. Two slots each: 64 KiB of owners and 1 MiB of records.
 ///
-/// Not a limit: sockets that find no slot keep their record in socket storage, which costs half a microsecond more.
+/// Not a limit: sockets without a slot use socket storage, which costs half a microsecond more.
 pub const SOCKET_SETS: u32 = 4096;
 
-/// Entries of the map `excluded`: cgroups that are left alone.
+/// Entries of the map `excluded`: excluded cgroups.
 pub const MAX_EXCLUDED: u32 = 4096;
 
-/// Entries of the map `layouts`: the maps of a few versions, since it forgets those that are pinned nowhere.
+/// Entries of the map `layouts`: the maps of a few versions. The agent removes those that are not pinned.
 pub const MAX_IDENTITIES: u32 = 256;
 
-/// Levels of cgroups below the machine's root that can be excluded, from 1 on: a pod's is at 2 to 5, on a node of kind two
-/// deeper. A bit of a word for each.
+/// Levels of cgroups below the machine's root that can be excluded, from 1 on: one bit of a word each. A
+/// pod's level is 2 to 5, in a kind node two more.
 pub const CGROUP_LEVELS: u32 = 16;
 
 /// Default first and last node port (kube-apiserver's `--service-node-port-range`).
@@ -45,5 +45,5 @@ pub const NODE_PORTS: (u16, u16) = (30_000, 32_767);
 
 /// Endpoints that a single run may hold.
 ///
-/// Bounded by the endpoint table only; the constant exists so that arithmetic on offsets cannot overflow.
+/// Bounded by the endpoint table; the constant keeps arithmetic on offsets from overflowing.
 pub const MAX_RUN: u32 = 1 << 24;

@@ -1,11 +1,12 @@
-//! The one table of all maps: what the programs declare, what is pinned, and what becomes of it in an upgrade.
+//! The table of all maps: what the programs declare, what is pinned, and how an upgrade treats it.
 //!
 //! # Invariants
 //!
-//! - A map of the BPF object has a row here, with its type, sizes and flags; the loader refuses an object that differs.
-//! - A map that means something else than before has another [`MapSpec::layout`], so that its fingerprint differs.
-//! - What a map holds makes sense beside a new, empty one of any other row. Rows that must change together raise their
-//!   layout together.
+//! - Every map of the BPF object has a row here. The loader rejects an object with other types, sizes or
+//!   flags.
+//! - A map whose meaning changes gets another [`MapSpec::layout`], and so another fingerprint.
+//! - The content of a map is valid beside a new, empty map of any other row. Rows that must change together
+//!   raise their layouts together.
 
 use crate::{
     layout::{
@@ -16,7 +17,7 @@ use crate::{
     limits,
 };
 
-/// `enum bpf_map_type`, as far as it is used here.
+/// The used values of `enum bpf_map_type`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub enum Kind {
@@ -30,39 +31,39 @@ pub enum Kind {
     SkStorage = 24,
 }
 
-/// How the number of entries follows from the settings.
+/// How the settings determine the number of entries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Size {
     /// The same for all settings.
     Fixed(u32),
-    /// `--max-services`, which counts for each family.
+    /// `--max-services`, for each family.
     Services,
     /// One for each frontend of both families.
     Frontends,
-    /// `--max-endpoints`, which counts for each family.
+    /// `--max-endpoints`, for each family.
     Endpoints,
-    /// Counters of services: as [`Self::Frontends`] for each CPU, as far as [`MOST_COUNTERS`] allows.
+    /// Counters of services: [`Self::Frontends`] for each CPU, up to [`MOST_COUNTERS`].
     ServiceCounters,
-    /// Counters of endpoints: as [`Self::Endpoints`] for each CPU, as far as [`MOST_COUNTERS`] allows.
+    /// Counters of endpoints: [`Self::Endpoints`] for each CPU, up to [`MOST_COUNTERS`].
     EndpointCounters,
 }
 
-/// What a map is to the others. It decides what becomes of the map when one of them is made anew.
+/// A map's relation to the others. It decides what happens to the map when another one is recreated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {
-    /// A part of the image, which gives out ids. All maps of the image are made anew together.
+    /// Part of the image, which assigns ids. All maps of the image are recreated together.
     Image,
-    /// Counters, indexed by ids of the image. They go on as long as the ids do.
+    /// Counters, indexed by ids of the image. They are kept while the ids are.
     Counters,
-    /// Entries name ids of the image. They go on as long as the ids do.
+    /// Entries that refer to ids of the image. They are kept while the ids are.
     Ids,
-    /// Of use by itself.
+    /// Independent of the others.
     Independent,
-    /// Says how the programs were loaded, and goes with the image.
+    /// Records how the programs were loaded. Recreated with the image.
     Meta,
 }
 
-/// What is known of a map before it exists.
+/// The declaration of a map.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MapSpec {
     /// Its name in the object and below `--pin-path`.
@@ -73,14 +74,14 @@ pub struct MapSpec {
     pub key_size: u32,
     /// Octets of a value.
     pub value_size: u32,
-    /// Flags that it is made with (`BPF_F_*`).
+    /// Creation flags (`BPF_F_*`).
     pub flags: u32,
     /// Number of entries.
     pub size: Size,
-    /// What becomes of it when others change.
+    /// What happens to it when others change.
     pub role: Role,
-    /// Number of its layout. Raised when a key, a value or its meaning changes; it need not be raised for a change of the
-    /// type, the sizes or the flags, which are part of the fingerprint by themselves.
+    /// Number of its layout. Raised when a key, a value or its meaning changes. Type, sizes and flags are in
+    /// the fingerprint anyway.
     pub layout: u32,
 }
 
@@ -97,7 +98,8 @@ const fn octets_of<T>() -> u32 {
 const SLOTS: u32 = limits::SOCKET_SETS * SLOT_WAYS as u32;
 
 macro_rules! maps {
-    ($($(#[$doc:meta])* $name:ident: $kind:ident[$key:ty => $value:ty], $flags:expr, $size:expr, $role:ident, layout $layout:literal;)+) => {
+    ($($(#[$doc:meta])* $name:ident: $kind:ident[$key:ty => $value:ty], $flags:expr, $size:expr, $role:ident,
+        layout $layout:literal;)+) => {
         /// All maps.
         pub const MAPS: &[MapSpec] = &[$(MapSpec {
             name: stringify!($name),
@@ -119,7 +121,8 @@ maps! {
     endpoints4: Array[u32 => Endpoint4], MMAPABLE, Size::Endpoints, Image, layout 1;
     endpoints6: Array[u32 => Endpoint6], MMAPABLE, Size::Endpoints, Image, layout 1;
     node_addrs: Hash[AddressKey => NodeAddr], 0, Size::Fixed(limits::MAX_NODE_ADDRS), Image, layout 1;
-    cluster_ips: Hash[AddressKey => ClusterIp], NO_PREALLOC, Size::Fixed(limits::MAX_CLUSTER_IPS), Image, layout 1;
+    cluster_ips: Hash[AddressKey => ClusterIp], NO_PREALLOC, Size::Fixed(limits::MAX_CLUSTER_IPS), Image,
+        layout 1;
     service_cidrs: Array[u32 => ServiceCidrs], MMAPABLE, Size::Fixed(1), Image, layout 1;
     affinity: LruHash[AffinityKey => Affinity], 0, Size::Fixed(limits::MAX_AFFINITY), Ids, layout 1;
     socket_slots: Array[u32 => SocketSlots], MMAPABLE, Size::Fixed(limits::SOCKET_SETS), Ids, layout 1;
@@ -129,16 +132,16 @@ maps! {
     excluded_levels: Array[u32 => u32], 0, Size::Fixed(1), Independent, layout 1;
     service_stats: Array[u32 => ServiceStats], MMAPABLE, Size::ServiceCounters, Counters, layout 1;
     endpoint_stats: Array[u32 => EndpointStats], MMAPABLE, Size::EndpointCounters, Counters, layout 1;
-    // An agent that knows one version for all maps reads this one's layout there: 1 and 2 were its own.
+    // Agents with one version for all maps read this map's layout as that version: 1 and 2 were theirs.
     meta: Array[u32 => Meta], 0, Size::Fixed(1), Meta, layout 3;
     layouts: Hash[u32 => MapIdentity], 0, Size::Fixed(limits::MAX_IDENTITIES), Independent, layout 1;
 }
 
-/// Names of maps that earlier versions pinned and this one does not. An agent that starts removes their pins: what they hold would
-/// be out of date after a downgrade.
+/// Names of maps that only earlier versions pinned. A starting agent removes their pins: their content would
+/// be outdated after a downgrade.
 pub const FORMER: &[&str] = &[];
 
-/// The map that says which layout each other one has. Its own layout never changes.
+/// The map with the layouts of all maps. Its own layout never changes.
 pub const LAYOUTS: &str = "layouts";
 
 /// Finds a map by its name.
@@ -147,24 +150,25 @@ pub fn find(name: &str) -> Option<&'static MapSpec> {
     MAPS.iter().find(|map| map.name == name)
 }
 
-/// Most octets that a map of counters takes, over all CPUs.
+/// Largest size of a map of counters in octets, over all CPUs.
 pub const MOST_COUNTERS: u64 = 64 << 20;
 
-/// What sizes follow from.
+/// The inputs of map sizes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Sizing {
     /// `--max-services`
     pub services: u32,
     /// `--max-endpoints`
     pub endpoints: u32,
-    /// CPUs that there may be, with the gaps in their numbers; 1 at least.
+    /// Possible CPUs, including gaps in their numbers; at least 1.
     pub n_cpus: u32,
 }
 
 impl MapSpec {
     /// Number of entries.
     ///
-    /// Counters have a value for each CPU; what has a higher id than fits is served and not counted. Ids are given out from 0.
+    /// Counters have a value for each CPU. Ids are assigned from 0; one beyond the map is served but not
+    /// counted.
     #[must_use]
     pub const fn max_entries(&self, sizing: &Sizing) -> u32 {
         let frontends = sizing.services.saturating_mul(2);
@@ -178,7 +182,7 @@ impl MapSpec {
         }
     }
 
-    /// A multiple of the number of CPUs.
+    /// Entries of a map of counters: a multiple of the number of CPUs.
     const fn counters(&self, wanted: u32, n_cpus: u32) -> u32 {
         let n_cpus = if n_cpus == 0 { 1 } else { n_cpus as u64 };
         let (wanted, most) = (wanted as u64, MOST_COUNTERS / self.value_size as u64 / n_cpus);
@@ -187,8 +191,8 @@ impl MapSpec {
         n_entries
     }
 
-    /// What identifies the layout: FNV-1a over name, type, sizes of key and value, flags and layout number. The number of
-    /// entries is no part of it.
+    /// Identifies the layout: FNV-1a over name, type, key and value sizes, flags and layout number, without
+    /// the number of entries.
     #[must_use]
     pub const fn fingerprint(&self) -> u64 {
         let mut hash = fnv(0xcbf2_9ce4_8422_2325, self.name.as_bytes());
@@ -222,7 +226,7 @@ mod tests {
     fn names_and_fingerprints_are_unique() {
         let names: BTreeSet<&str> = MAPS.iter().map(|map| map.name).chain(FORMER.iter().copied()).collect();
         assert_eq!(names.len(), MAPS.len() + FORMER.len());
-        // The kernel keeps 15 octets of a name.
+        // The kernel stores 15 octets of a name.
         assert!(names.iter().all(|name| name.len() <= 15));
         let fingerprints: BTreeSet<u64> = MAPS.iter().map(MapSpec::fingerprint).collect();
         assert_eq!(fingerprints.len(), MAPS.len());

@@ -1,18 +1,18 @@
-//! The decision: where does a call to an address go?
+//! Decides where a call to an address goes.
 //!
 //! # Purpose
 //!
-//! [`resolve`] is written once and runs in two places: in the BPF programs on kernel maps, and in user space on
-//! an image of the same tables (simulator, `socklb explain`). Everything it needs from its surroundings, random
-//! numbers and time included, comes through [`Tables`].
+//! [`resolve`] runs in the BPF programs on kernel maps, and in user space on an image (for the simulator and
+//! `socklb explain`). All inputs, including random numbers and time, come through [`Tables`].
 //!
 //! # Invariants
 //!
-//! - A destination that is not a frontend is never touched ([`Verdict::Pass`]).
-//! - A frontend without usable endpoints is refused, never passed on ([`Verdict::Refuse`]). So is a port that a cluster IP does
-//!   not have, and an address of a service network that no Service has is unreachable ([`Verdict::Unreachable`]).
+//! - A destination that is not a frontend passes unchanged ([`Verdict::Pass`]).
+//! - A frontend without usable endpoints is refused, never passed on ([`Verdict::Refuse`]). So is a port that
+//!   a cluster IP lacks. An address of a service network that no Service has is unreachable
+//!   ([`Verdict::Unreachable`]).
 //! - The endpoint of a [`Verdict::Redirect`] was in the frontend's run at one moment during the call.
-//! - No loop without a constant bound, no recursion, no panic: the kernel's verifier must accept it.
+//! - Loops have constant bounds; no recursion, no panic: the kernel's verifier must accept the code.
 
 use crate::{
     address::{Address, Octets6},
@@ -30,7 +30,7 @@ pub struct Call<A> {
     pub protocol: Protocol,
 }
 
-/// An endpoint chosen earlier for the same socket and service address, with its position at that time.
+/// An endpoint chosen earlier for the same socket and service address, and its position then.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Choice {
     /// The chosen endpoint.
@@ -40,11 +40,11 @@ pub struct Choice {
 }
 
 impl Choice {
-    /// Stands for "none": endpoint ids are given out from 0 and never reach it.
+    /// Stands for "none": endpoint ids are assigned from 0 and never reach it.
     ///
-    /// The programs pass it around instead of an `Option`. LLVM loads the payload of an `Option` before it looks whether
-    /// there is one, and the verifier of kernels before 6.3 refuses to read stack that nothing was written to
-    /// ("invalid read from stack").
+    /// The programs use it instead of an `Option`. LLVM loads the payload of an `Option` before it checks for
+    /// `None`, and the verifier of kernels before 6.3 rejects a read of uninitialised stack ("invalid read
+    /// from stack").
     pub const NONE: Self = Self { endpoint_id: u32::MAX, index: u32::MAX };
 
     /// The choice, if it is one.
@@ -55,7 +55,7 @@ impl Choice {
     }
 }
 
-/// Whose address a node-port call goes to.
+/// The owner of a node address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NodeAddress {
     /// An address of this node that accepts node ports.
@@ -64,7 +64,7 @@ pub enum NodeAddress {
     Other,
 }
 
-/// What [`resolve`] reads and remembers. One implementation is backed by kernel maps, one by an image.
+/// The state that [`resolve`] reads and writes, backed by kernel maps or by an image.
 pub trait Tables {
     /// The address family of these tables.
     type Addr: FamilyLayout;
@@ -81,49 +81,49 @@ pub trait Tables {
     /// First and last port of the node-port range, inclusive.
     fn node_ports(&self) -> (u16, u16);
 
-    /// Whether and whose node address this is. Asked only for a port in the node-port range whose exact look-up
-    /// missed.
+    /// The owner of a node address; `None` for any other address. Called only for a port in the node-port
+    /// range whose exact look-up missed.
     fn node_address(&self, mapped: &Octets6) -> Option<NodeAddress>;
 
-    /// Whether an address is in a network that cluster IPs come from. Asked only for what no frontend answers for.
+    /// Whether an address is in a service network. Called only for a destination without a frontend.
     fn is_in_service_network(&self, address: &Self::Addr) -> bool;
 
-    /// Whether a call to a port that the Service of this cluster IP does not have is refused; `None` if no Service has the
-    /// address.
+    /// Whether a call to a port that the Service of this cluster IP lacks is refused; `None` if no Service
+    /// has the address.
     fn cluster_ip(&self, mapped: &Octets6) -> Option<bool>;
 
-    /// Whether node ports answer on loopback addresses for this caller: the switch is on and the caller lives in
-    /// the node's own network namespace. In a pod, loopback is the pod's own (semantics R2).
+    /// Whether node ports answer on loopback addresses for this caller: the setting is on, and the caller is
+    /// in the node's own network namespace. In a pod, loopback is the pod's own (semantics R2).
     fn loopback_is_node(&self) -> bool;
 
-    /// The endpoint that this socket used last for this very service address, if it keeps such a record:
-    /// unconnected UDP sockets do, so that the datagrams of one flow stay together.
+    /// The endpoint that this socket last used for this service address. Unconnected UDP sockets record it,
+    /// so that the datagrams of one flow stay together.
     fn earlier_choice(&self) -> Option<Choice>;
 
     /// A uniformly distributed 32-bit number.
     fn random(&self) -> u32;
 
-    /// Seconds of a clock that never goes back; the origin is arbitrary.
+    /// Seconds of a monotonic clock; the origin is arbitrary.
     fn now(&self) -> u64;
 
-    /// What is remembered of this caller (by network namespace, semantics R8) and service port.
+    /// The affinity of this caller (by network namespace, semantics R8) to an endpoint of a service port.
     fn affinity(&self, service_id: u32) -> Option<Affinity>;
 
     /// Renews the idle timer of an entry that [`Self::affinity`] returned.
     fn renew_affinity(&self, service_id: u32, now: u64);
 
-    /// Remembers a choice and returns the endpoint that stands: if `replaces` is `None` and another CPU was
+    /// Stores a choice and returns the endpoint that stands. If `replaces` is `None` and another CPU was
     /// faster, its choice stands, so that two concurrent first calls of one client agree.
     fn remember_affinity(&self, service_id: u32, replaces: Option<Affinity>, new: Affinity) -> u32;
 }
 
-/// Stands for "no service port": ids are given out from 0 and never reach it.
+/// Stands for "no service port": ids are assigned from 0 and never reach it.
 pub const NO_SERVICE: u32 = u32::MAX;
 
 /// Where a call goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict<A> {
-    /// Not a service address: leave the call alone.
+    /// Not a service address: the call passes unchanged.
     Pass,
     /// A service address without a usable endpoint: fail with `ECONNREFUSED`.
     Refuse {
@@ -132,7 +132,7 @@ pub enum Verdict<A> {
     },
     /// An address of a service network that no Service has: fail with `EHOSTUNREACH`.
     Unreachable,
-    /// A service address: go to this endpoint instead.
+    /// A service address: the call goes to this endpoint instead.
     Redirect(Target<A>),
 }
 
@@ -143,7 +143,7 @@ pub struct Target<A> {
     pub address: A,
     /// Endpoint port, host order.
     pub port: u16,
-    /// Identity and position of the endpoint.
+    /// Id and position of the endpoint.
     pub choice: Choice,
     /// The frontend that matched.
     pub frontend_id: u32,
@@ -176,15 +176,15 @@ pub fn resolve<T: Tables>(tables: &T, call: &Call<T::Addr>) -> Verdict<T::Addr> 
     })
 }
 
-/// Finds the frontend that answers for a destination: by its exact address, else as a node port.
+/// Finds the frontend of a destination: by its exact address, else as a node port.
 ///
-/// `None` means that no service claims this destination.
+/// `None` if no service has this destination.
 #[inline(always)]
 pub fn find_frontend<T: Tables>(tables: &T, call: &Call<T::Addr>) -> Option<(u32, Frontend)> {
     if let Some(id) = tables.frontend_id(&T::Addr::key(call.address, call.port, call.protocol)) {
         let frontend = tables.frontend(id)?;
-        // The wildcard entry of a node port is found by its own key when a program calls 0.0.0.0 or ::, which
-        // Linux takes as loopback; then the rule for loopback decides.
+        // A call to 0.0.0.0 or ::, which Linux treats as loopback, matches the wildcard entry of a node port
+        // by key. Then the rule for loopback applies.
         if call.address.is_unspecified() && !tables.loopback_is_node() {
             return None;
         }
@@ -193,7 +193,7 @@ pub fn find_frontend<T: Tables>(tables: &T, call: &Call<T::Addr>) -> Option<(u32
     find_node_port(tables, call)
 }
 
-/// The node-port half of [`find_frontend`]: the port is in the range and the address belongs to a node.
+/// The node-port part of [`find_frontend`]: the port is in the range and the address is a node's.
 #[inline(always)]
 fn find_node_port<T: Tables>(tables: &T, call: &Call<T::Addr>) -> Option<(u32, Frontend)> {
     let (first, last) = tables.node_ports();
@@ -211,9 +211,9 @@ fn find_node_port<T: Tables>(tables: &T, call: &Call<T::Addr>) -> Option<(u32, F
     let id = tables.frontend_id(&T::Addr::key(T::Addr::unspecified(), call.port, call.protocol))?;
     let mut frontend = tables.frontend(id)?;
     if node == NodeAddress::Other && frontend.flags & frontend_flags::EXTERNAL_LOCAL != 0 {
-        // With the policy Local a node answers with its own endpoints only. Nodes that have some are listed
-        // with their exact address; one that is not has none (semantics R6, last rule). Asked once more: since
-        // the first look-up the address may have been listed and the policy changed, in this order.
+        // With the policy Local, a node answers only with its own endpoints. Nodes with endpoints are listed
+        // by exact address; an unlisted node has none (semantics R6, last rule). The look-up is repeated:
+        // since the first one the address may have been listed, and then the policy changed.
         if let Some(id) = tables.frontend_id(&T::Addr::key(call.address, call.port, call.protocol)) {
             return Some((id, tables.frontend(id)?));
         }
@@ -222,10 +222,11 @@ fn find_node_port<T: Tables>(tables: &T, call: &Call<T::Addr>) -> Option<(u32, F
     Some((id, frontend))
 }
 
-/// What stands for a destination in a service network that is no frontend: `pkg/proxy/nftables`, chain `cluster-ips-check`.
+/// The frontend that stands for a destination in a service network without one: `pkg/proxy/nftables`, chain
+/// `cluster-ips-check`.
 ///
-/// `None` if it is to be left alone. A call that spans the creation and the deletion of a Service may be refused, and one that
-/// spans the end of its network may be left alone.
+/// `None` if the call passes. A call that spans the creation and deletion of a Service may be refused; one
+/// that spans the removal of its network may pass.
 #[inline(always)]
 fn find_in_service_network<T: Tables>(tables: &T, call: &Call<T::Addr>) -> Option<(u32, Frontend)> {
     if !tables.is_in_service_network(&call.address) {
@@ -233,7 +234,7 @@ fn find_in_service_network<T: Tables>(tables: &T, call: &Call<T::Addr>) -> Optio
     }
     let flags = match tables.cluster_ip(&call.address.to_mapped()) {
         Some(false) => return None,
-        // Asked once more: since the first look-up a Service may have been created, its frontends first.
+        // Repeated: since the first look-up a Service may have been created, its frontends first.
         Some(true) => match tables.frontend_id(&T::Addr::key(call.address, call.port, call.protocol)) {
             Some(id) => return Some((id, tables.frontend(id)?)),
             None => 0,
@@ -264,7 +265,7 @@ fn choose<T: Tables>(tables: &T, frontend: &Frontend) -> Option<(u32, <T::Addr a
 
 #[inline(always)]
 fn choose_at_random<T: Tables>(tables: &T, run: Run) -> Option<(u32, <T::Addr as FamilyLayout>::Endpoint)> {
-    // Scaling by multiplication: a division costs more in BPF, and its bias sits on the first entries.
+    // Scaling by multiplication: a division costs more in BPF, and its bias falls on the first entries.
     let index = ((u64::from(tables.random()) * u64::from(run.len)) >> 32) as u32;
     Some((index, tables.endpoint(run.offset.wrapping_add(index))?))
 }
@@ -295,7 +296,7 @@ fn choose_with_affinity<T: Tables>(
     Some((index, entry))
 }
 
-/// Finds an earlier choice in a run: where it was, else wherever it is now.
+/// Finds an earlier choice in a run: at its old position, else by search.
 #[inline(always)]
 fn find_choice<T: Tables>(
     tables: &T,
@@ -311,11 +312,11 @@ fn find_choice<T: Tables>(
     find_endpoint(tables, run, choice.endpoint_id)
 }
 
-/// Finds an endpoint in a run by its id. A run is sorted by endpoint id, so that "is the remembered endpoint
-/// still in the set?" needs no map of its own.
+/// Finds an endpoint in a run by its id. Runs are sorted by endpoint id, so the search needs no map of its
+/// own.
 ///
-/// Rejected: a hash map (service, endpoint) -> position. It costs one hash look-up more than this search does
-/// for a thousand endpoints, one update for each endpoint of a changed set, and can disagree with the run.
+/// Rejected: a hash map (service, endpoint) -> position. It costs one hash look-up more than this search for
+/// a thousand endpoints, needs an update for each endpoint of a changed set, and can disagree with the run.
 #[inline(always)]
 pub fn find_endpoint<T: Tables>(
     tables: &T,
@@ -323,7 +324,7 @@ pub fn find_endpoint<T: Tables>(
     endpoint_id: u32,
 ) -> Option<(u32, <T::Addr as FamilyLayout>::Endpoint)> {
     let (mut low, mut high) = (0, run.len);
-    // 2^24 = limits::MAX_RUN: that many halvings reach a single entry.
+    // `limits::MAX_RUN` is 2^24: 24 halvings reach a single entry.
     for _ in 0..=crate::limits::MAX_RUN.trailing_zeros() {
         if low >= high {
             return None;

@@ -1,12 +1,12 @@
-//! Programs to compare socklb's hooks with: the floor, a plain look-up, and the ways to remember a socket's
-//! service address (docs/decisions/0002).
+//! Programs for comparison with socklb's hooks: an empty program, a plain look-up, and variants of storing a
+//! socket's service address (docs/decisions/0002).
 //!
-//! Each variant does what a minimal balancer would: one hash look-up by address, port and protocol, and on a hit the
-//! rewrite. They differ in the record only.
+//! Each variant does the work of a minimal balancer: one hash look-up by address, port and protocol, and on a
+//! hit the rewrite. They differ only in the record.
 #![no_std]
 #![no_main]
-// The BPF target has no stable compare-and-swap: `atomic_cas` is off in its specification, though the instruction
-// exists since kernel 5.12.
+// The BPF target has no stable compare-and-swap: `atomic_cas` is off in its specification, though kernel 5.12
+// has the instruction.
 #![cfg_attr(target_arch = "bpf", feature(core_intrinsics), expect(internal_features, reason = "see above"))]
 #![warn(unused_results)]
 #![expect(clippy::inline_always, reason = "as in the product's programs")]
@@ -28,9 +28,9 @@ use lb_common::{
 };
 
 const PROCEED: i32 = 1;
-/// Sockets that the table variants have room for.
+/// Capacity of the table variants, in sockets.
 const SOCKETS: usize = 65_536;
-/// Slots of the array: as many as the product has.
+/// Slots of the array, as many as in the product.
 const SLOTS_LEN: u32 = 2 * lb_common::limits::SOCKET_SETS;
 const NO_COMMON_LRU: usize = BPF_F_NO_COMMON_LRU as usize;
 
@@ -48,7 +48,7 @@ static PER_CPU_LRU: LruHashMap<u64, SocketRecord, SOCKETS, NO_COMMON_LRU> = LruH
 #[btf_map(name = "bench_slots")]
 static SLOTS: Array<SocketEntry, { SLOTS_LEN as usize }> = Array::new();
 
-/// The destination's endpoint and the record that belongs to it, if it is a frontend.
+/// The destination's endpoint and its record, if the destination is a frontend.
 #[inline(always)]
 fn look_up(raw: *mut bpf_sock_addr) -> Option<(Endpoint4, SocketRecord)> {
     // SAFETY: `raw` is the context of the running program.
@@ -62,7 +62,7 @@ fn look_up(raw: *mut bpf_sock_addr) -> Option<(Endpoint4, SocketRecord)> {
     #[expect(clippy::cast_possible_truncation, reason = "a port has 16 bits, a protocol of interest 8")]
     let key =
         FrontendKey4 { address, port: u16::from_be(port as u16), protocol: protocol as u8, reserved: 0 };
-    // SAFETY: nobody writes the map while the bench runs.
+    // SAFETY: the map is not written while the bench runs.
     let endpoint = unsafe { SERVICES.get(key) }.copied()?;
     let record = SocketRecord {
         service_address: address.to_mapped(),
@@ -93,7 +93,7 @@ fn cookie(ctx: &impl EbpfContext) -> u64 {
     unsafe { bpf_get_socket_cookie(ctx.as_ptr()) }
 }
 
-/// Does nothing: what the kernel charges for a program.
+/// Does nothing: measures the kernel's cost of any program.
 #[cgroup_sock_addr(connect4)]
 fn empty_connect(_ctx: SockAddrContext) -> i32 {
     PROCEED
@@ -111,10 +111,10 @@ fn empty_release(_ctx: SockContext) -> i32 {
     PROCEED
 }
 
-/// Asks for the socket's cookie, which the kernel makes at the first time.
+/// Reads the socket's cookie, which the kernel assigns on the first read.
 #[cgroup_sock_addr(connect4)]
 fn cookie_connect(ctx: SockAddrContext) -> i32 {
-    // Never: cookies are counted up from 1. The compiler must not drop the call.
+    // Always true: cookies ascend from 1. It keeps the compiler from dropping the call.
     i32::from(cookie(&ctx) != u64::MAX)
 }
 
@@ -124,7 +124,7 @@ fn cookie_release(ctx: SockContext) -> i32 {
     i32::from(cookie(&ctx) != u64::MAX)
 }
 
-/// One look-up and the rewrite; remembers nothing.
+/// One look-up and the rewrite; stores no record.
 #[cgroup_sock_addr(connect4)]
 fn plain_connect(ctx: SockAddrContext) -> i32 {
     if let Some((endpoint, _)) = look_up(ctx.sock_addr) {
@@ -186,7 +186,7 @@ fn hash_release(ctx: SockContext) -> i32 {
     PROCEED
 }
 
-/// An LRU hash by socket cookie: loses records of live sockets when it is full.
+/// An LRU hash by socket cookie: loses records of live sockets when full.
 #[cgroup_sock_addr(connect4)]
 fn lru_connect(ctx: SockAddrContext) -> i32 {
     if let Some((endpoint, record)) = look_up(ctx.sock_addr) {
@@ -196,7 +196,7 @@ fn lru_connect(ctx: SockAddrContext) -> i32 {
     PROCEED
 }
 
-/// The same with a list of its own for each CPU.
+/// The same with a separate LRU list for each CPU.
 #[cgroup_sock_addr(connect4)]
 fn per_cpu_lru_connect(ctx: SockAddrContext) -> i32 {
     if let Some((endpoint, record)) = look_up(ctx.sock_addr) {
@@ -206,8 +206,8 @@ fn per_cpu_lru_connect(ctx: SockAddrContext) -> i32 {
     PROCEED
 }
 
-/// A slot of an array, found by the low bits of the socket cookie and owned by a compare-and-swap; socket storage
-/// where another live socket owns it. Emptied by [`slots_release`].
+/// A slot of an array, found by the low bits of the socket cookie and owned by a compare-and-swap; socket
+/// storage if another live socket owns it. Freed by [`slots_release`].
 #[cgroup_sock_addr(connect4)]
 fn slots_connect(ctx: SockAddrContext) -> i32 {
     if let Some((endpoint, mut record)) = look_up(ctx.sock_addr) {
@@ -275,7 +275,7 @@ fn compare_and_swap(word: *mut u64, old: u64, new: u64) -> bool {
     unsafe { AtomicU64::from_ptr(word) }.compare_exchange(old, new, Relaxed, Relaxed).is_ok()
 }
 
-/// For socket storage, a helper for programs under the GPL.
+/// The helpers of socket storage require a GPL-compatible licence.
 #[unsafe(link_section = "license")]
 #[unsafe(no_mangle)]
 static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";

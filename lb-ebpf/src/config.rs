@@ -1,7 +1,7 @@
 //! Settings and kernel features, as read-only globals that user space sets before it loads the object.
 //!
-//! The map behind them is frozen, so the verifier knows their values and removes the branches that they switch
-//! off, with the helpers in them that this kernel may not have.
+//! The map behind them is frozen, so the verifier knows their values and removes disabled branches, with
+//! helpers that this kernel may lack.
 
 use aya_ebpf::Global;
 use lb_common::limits;
@@ -15,14 +15,13 @@ macro_rules! globals {
 }
 
 globals! {
-    /// 1 if the kernel has `bpf_set_retval` (5.18) and it does in this hook what it says.
+    /// 1 if the kernel has `bpf_set_retval` (5.18) and it works in this hook.
     static HAS_SET_RETVAL: u8 = 0;
-    /// 1 if `bpf_skc_to_mptcp_sock` is there (5.19), and the offsets below are known.
+    /// 1 if the kernel has `bpf_skc_to_mptcp_sock` (5.19), and the offsets below are known.
     static HAS_MPTCP: u8 = 0;
-    /// 1 if fields of the kernel's `struct sock` can be read: `bpf_probe_read_kernel` is there, and the offsets below are
-    /// known.
+    /// 1 if the kernel has `bpf_probe_read_kernel`, and the offsets in `struct sock` below are known.
     static HAS_SOCK_FIELDS: u8 = 0;
-    /// Offset of the socket in `struct bpf_sock_addr_kern`, the context as the kernel has it.
+    /// Offset of the socket in `struct bpf_sock_addr_kern`, the kernel's context.
     static CONTEXT_SOCK: u32 = 0;
     /// Offset of `skc_cookie` in `struct sock`.
     static SOCK_COOKIE: u32 = 0;
@@ -38,11 +37,11 @@ globals! {
     static NODE_PORT_LAST: u16 = limits::NODE_PORTS.1;
     /// 1 if node ports answer on loopback addresses of the node itself.
     static LOCALHOST_NODEPORTS: u8 = 1;
-    /// 1 if cgroups may be excluded: only then are they looked at.
+    /// 1 if cgroups may be excluded; otherwise the programs do not check them.
     static EXCLUDES: u8 = 0;
-    /// Ids that `service_stats` has counters for, on each CPU.
+    /// Number of ids with counters in `service_stats`, on each CPU.
     static COUNTED_SERVICES: u32 = 0;
-    /// Ids that `endpoint_stats` has counters for, on each CPU.
+    /// Number of ids with counters in `endpoint_stats`, on each CPU.
     static COUNTED_ENDPOINTS: u32 = 0;
     /// Cookie of the node's network namespace; 0 means the initial one.
     static NODE_NETNS: u64 = 0;
@@ -54,21 +53,21 @@ pub(crate) fn is_on(switch: &Global<u8>) -> bool {
     switch.load() != 0
 }
 
-/// What a global cannot switch, since it takes more than removing a dead branch: each hook has a program for each mode,
-/// and the loader takes one of them (docs/decisions/0003).
+/// Variants that a global cannot select: they differ in more than dead branches. Each hook has a program for
+/// each mode, and the loader loads one (docs/decisions/0003).
 pub(crate) trait Mode {
-    /// Whether records of sockets are kept in slots, which takes compare-and-swap and [`HAS_SOCK_FIELDS`]. Kernels before
-    /// 5.12 refuse a compare-and-swap even where it can never run.
+    /// Whether records are kept in slots, which needs compare-and-swap and [`HAS_SOCK_FIELDS`]. Kernels
+    /// before 5.12 reject a compare-and-swap even in dead code.
     const SLOTS: bool;
-    /// Whether a diagnostic line is written for each decision. aya-log's code is a function of its own, and in a program
-    /// with functions the verifier of kernels before 6.3 compares every number exactly: a search that takes it ten
-    /// thousand instructions without takes more than a million.
+    /// Whether a diagnostic line is written for each verdict. aya-log adds a BPF function. With functions,
+    /// the verifier of kernels before 6.3 compares every number exactly, and a search of ten thousand
+    /// instructions takes more than a million.
     const LOG: bool;
 }
 
 /// The usual mode.
 pub(crate) struct Slots;
-/// For kernels that lack what slots take.
+/// For kernels that lack a feature for slots.
 pub(crate) struct Storage;
 /// The usual mode, with diagnostics.
 pub(crate) struct Logged;

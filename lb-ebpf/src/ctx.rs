@@ -1,7 +1,7 @@
-//! Raw access to the program's context. The only file that sees network byte order.
+//! Raw access to the program's context. The only file that handles network byte order.
 //!
-//! Every access is a volatile read or write of one 32-bit field: the verifier takes only some widths at some
-//! offsets, and LLVM would otherwise merge neighbouring fields into one wide access ("invalid `bpf_context`
+//! Every access is a volatile read or write of one 32-bit field: the verifier accepts only some widths at
+//! some offsets, and LLVM would merge neighbouring fields into one wide access ("invalid `bpf_context`
 //! access").
 
 use core::ptr::{NonNull, addr_of, addr_of_mut};
@@ -33,14 +33,14 @@ pub(crate) const ECONNREFUSED: i32 = 111;
 /// `EHOSTUNREACH`; likewise.
 pub(crate) const EHOSTUNREACH: i32 = 113;
 
-// The numbers in map keys are the IP header's.
+// Map keys use the IP header's protocol numbers.
 const _: () = assert!(Protocol::TCP.0 == IpProto::Tcp as u8 && Protocol::UDP.0 == IpProto::Udp as u8);
 
-/// `TCP_ESTABLISHED`, which is the state of a connected datagram socket too.
+/// `TCP_ESTABLISHED`, also the state of a connected datagram socket.
 const ESTABLISHED: u32 = 1;
 /// `AF_INET6`
 const AF_INET6: u32 = 10;
-/// `IPPROTO_MPTCP`, which no octet holds.
+/// `IPPROTO_MPTCP`, which exceeds an octet.
 const MPTCP: u32 = 262;
 
 /// An address and port, IPv4 in mapped form.
@@ -54,7 +54,7 @@ pub(crate) struct Peer {
 }
 
 impl Peer {
-    /// Stands for "none": no endpoint has port 0. A sentinel, for the reason that `Choice::NONE` is one.
+    /// Stands for "none": no endpoint has port 0. A sentinel for the same reason as `Choice::NONE`.
     pub(crate) const NONE: Self = Self { address: [0; 16], port: 0 };
 }
 
@@ -65,13 +65,12 @@ pub(crate) struct SockAddr<'a> {
 }
 
 impl<'a> SockAddr<'a> {
-    /// Wraps the context that the kernel passed in.
     #[inline(always)]
     pub(crate) fn new(ctx: &'a SockAddrContext) -> Self {
         Self { ctx, raw: ctx.sock_addr }
     }
 
-    /// The context as aya's macros and helpers take it.
+    /// The context for aya's macros and helpers.
     #[inline(always)]
     pub(crate) fn aya(&self) -> &SockAddrContext {
         self.ctx
@@ -84,9 +83,10 @@ impl<'a> SockAddr<'a> {
         unsafe { addr_of!((*self.raw).protocol).read_volatile() }
     }
 
-    /// The protocol of the socket as tables know it, or `None` if no frontend can match it.
+    /// The protocol of the socket in the tables' terms, or `None` if no frontend can match it.
     ///
-    /// Multipath TCP is not among them: the kernel runs the connect hooks for its subflows, which are TCP sockets.
+    /// Multipath TCP yields `None`: the kernel runs the connect hooks for its subflows, which are TCP
+    /// sockets.
     #[inline(always)]
     pub(crate) fn protocol(&self) -> Option<Protocol> {
         let number = self.protocol_number();
@@ -99,7 +99,7 @@ impl<'a> SockAddr<'a> {
         }
     }
 
-    /// Whether the socket is a program's multipath TCP socket, not a subflow.
+    /// Whether the socket is a multipath TCP socket, not a subflow.
     #[inline(always)]
     pub(crate) fn is_mptcp(&self) -> bool {
         self.protocol_number() == MPTCP
@@ -173,9 +173,9 @@ impl<'a> SockAddr<'a> {
         unsafe { (*self.raw).__bindgen_anon_1.sk }
     }
 
-    /// The peer of a connected datagram socket of a hook for `AF_INET`, or [`Peer::NONE`].
+    /// The peer of a connected datagram socket in a hook for `AF_INET`, or [`Peer::NONE`].
     ///
-    /// It is the address in the call that makes it one: an `AF_INET6` socket takes `sockaddr_in` too.
+    /// The call's address selects the hook: an `AF_INET6` socket accepts `sockaddr_in`, too.
     #[inline(always)]
     pub(crate) fn peer4(&self) -> Peer {
         if !self.is_connected() {
@@ -221,17 +221,17 @@ impl<'a> SockAddr<'a> {
         u16::from_be(unsafe { addr_of!((*self.sock()).dst_port).read_volatile() })
     }
 
-    /// The cookie that the socket has, or 0 if nothing has asked for one yet.
+    /// The socket's cookie, or 0 if none was assigned yet.
     ///
-    /// [`Self::cookie`] gives a socket its cookie. A socket without one has no record, and costs no look-up in a table that
-    /// is cold. Only with [`config::Mode::SLOTS`].
+    /// [`Self::cookie`] assigns it. A socket without a cookie has no record and costs no look-up in a cold
+    /// table. Only with [`config::Mode::SLOTS`].
     #[inline(always)]
     pub(crate) fn known_cookie(&self) -> u64 {
         read_kernel(self.kernel_sock().wrapping_add(config::SOCK_COOKIE.load().into()))
     }
 
-    /// Whether the kernel uses the socket for itself (`sk_kern_sock`), as NFS and the subflows of multipath TCP do. `false`
-    /// where [`config::HAS_SOCK_FIELDS`] is off.
+    /// Whether the kernel uses the socket itself (`sk_kern_sock`), as NFS and multipath TCP's subflows do.
+    /// `false` where [`config::HAS_SOCK_FIELDS`] is off.
     ///
     /// No `sock_release` program runs for such a socket (`inet_release`).
     #[inline(always)]
@@ -243,13 +243,13 @@ impl<'a> SockAddr<'a> {
         word & config::SOCK_KERNEL_MASK.load() != 0
     }
 
-    /// Address of the kernel's `struct sock`. The verifier forbids arithmetic on the pointer in the context.
+    /// Address of the kernel's `struct sock`. The verifier forbids arithmetic on the context's pointer.
     #[inline(always)]
     fn kernel_sock(&self) -> u64 {
         read_kernel((self.ctx.as_ptr() as u64).wrapping_add(config::CONTEXT_SOCK.load().into()))
     }
 
-    /// The multipath TCP socket that this socket is a subflow of. Kernel 5.19 (`bpf_skc_to_mptcp_sock`).
+    /// The multipath TCP socket of this subflow. Kernel 5.19 (`bpf_skc_to_mptcp_sock`).
     #[inline(always)]
     pub(crate) fn multipath(&self) -> Option<Multipath> {
         if !config::is_on(&config::HAS_MPTCP) || self.protocol_number() != IpProto::Tcp as u32 {
@@ -259,14 +259,14 @@ impl<'a> SockAddr<'a> {
         NonNull::new(unsafe { bpf_skc_to_mptcp_sock(self.sock().cast()) }).map(|socket| Multipath { socket })
     }
 
-    /// Cookie of the socket, never 0 and never used twice. Kernel 4.12.
+    /// The socket's cookie, never 0 and never reused. Kernel 4.12.
     #[inline(always)]
     pub(crate) fn cookie(&self) -> u64 {
         // SAFETY: the helper takes the program's own context.
         unsafe { bpf_get_socket_cookie(self.ctx.as_ptr()) }
     }
 
-    /// Cookie of the network namespace that the socket lives in. Kernel 5.7.
+    /// Cookie of the socket's network namespace. Kernel 5.7.
     #[inline(always)]
     pub(crate) fn netns_cookie(&self) -> u64 {
         // SAFETY: the helper takes the program's own context.
@@ -277,16 +277,16 @@ impl<'a> SockAddr<'a> {
 /// The multipath TCP socket of a subflow.
 #[derive(Clone, Copy)]
 pub(crate) struct Multipath {
-    // Without a niche for `None`, LLVM reads the pointer before it looks whether there is one.
+    // `NonNull` gives `Option` a niche: without one, LLVM reads the pointer before it checks for `None`.
     socket: NonNull<mptcp_sock>,
 }
 
 impl Multipath {
-    /// Whether the connection stands. The subflows that are added then are the kernel's own: their addresses are no call.
+    /// Whether the connection is established. Subflows added later are the kernel's, not a call.
     #[inline(always)]
     pub(crate) fn is_established(self) -> bool {
-        // SAFETY: a `struct mptcp_sock` begins with its `struct sock`; user space knows the field's offset from the
-        // kernel's BTF, and the verifier checks the access against it.
+        // SAFETY: `struct mptcp_sock` begins with its `struct sock`. User space reads the field's offset from
+        // the kernel's BTF, and the verifier checks the access against it.
         let state = unsafe {
             self.socket.as_ptr().cast::<u8>().add(config::SOCK_STATE.load() as usize).read_volatile()
         };
@@ -299,7 +299,7 @@ impl Multipath {
         self.storage_get(0)
     }
 
-    /// The socket's storage, made if need be. Null only when the kernel is out of memory.
+    /// The socket's storage, created if missing. Null only when the kernel is out of memory.
     #[inline(always)]
     pub(crate) fn storage_or_new(self) -> *mut SocketRecords {
         self.storage_get(BPF_SK_STORAGE_GET_F_CREATE.into())
@@ -313,8 +313,8 @@ impl Multipath {
     }
 }
 
-/// A value at an address of the kernel, or zero if it cannot be read. Kernel 5.8 in these programs
-/// (`bpf_probe_read_kernel`), unless lockdown forbids it.
+/// Reads kernel memory; zero if it cannot be read. Kernel 5.8 in these programs (`bpf_probe_read_kernel`),
+/// unless lockdown forbids it.
 #[inline(always)]
 fn read_kernel<T: Default>(address: u64) -> T {
     let mut value = T::default();
@@ -326,7 +326,7 @@ fn read_kernel<T: Default>(address: u64) -> T {
     value
 }
 
-/// Makes the call that the program runs for fail with an error number. Kernel 5.18 (`bpf_set_retval`).
+/// Makes the current call fail with an error number. Kernel 5.18 (`bpf_set_retval`).
 #[inline(always)]
 pub(crate) fn fail_call(errno: i32) -> i32 {
     // SAFETY: no preconditions; a failure leaves the default, EPERM.
@@ -341,17 +341,17 @@ pub(crate) fn initial_netns_cookie() -> u64 {
     unsafe { bpf_get_netns_cookie(core::ptr::null_mut()) }
 }
 
-/// The cookie that a socket which is being closed has, or 0: see [`SockAddr::known_cookie`]. Kernel 5.9
+/// Cookie of a socket that is being closed, or 0: see [`SockAddr::known_cookie`]. Kernel 5.9
 /// (`BPF_CGROUP_INET_SOCK_RELEASE`, whose context is the `struct sock` itself).
 #[inline(always)]
 pub(crate) fn sock_cookie(ctx: &SockContext) -> u64 {
     read_kernel((ctx.as_ptr() as u64).wrapping_add(config::SOCK_COOKIE.load().into()))
 }
 
-/// Replaces a word if it has the expected value. Kernel 5.12.
+/// Compare-and-swap of a word. Kernel 5.12.
 ///
-/// An intrinsic, since `core::sync::atomic` has no compare-and-swap for the BPF target, whose specification was made
-/// before the instruction.
+/// An intrinsic: `core::sync::atomic` has no compare-and-swap for the BPF target, whose specification
+/// predates the instruction.
 #[cfg(target_arch = "bpf")]
 #[inline(always)]
 pub(crate) fn compare_and_swap(word: *mut u64, old: u64, new: u64) -> bool {
@@ -360,7 +360,7 @@ pub(crate) fn compare_and_swap(word: *mut u64, old: u64, new: u64) -> bool {
     unsafe { atomic_cxchg::<u64, { Relaxed }, { Relaxed }>(word, old, new).1 }
 }
 
-/// The same for lints on the host.
+/// The same, for lints on the host.
 #[cfg(not(target_arch = "bpf"))]
 pub(crate) fn compare_and_swap(word: *mut u64, old: u64, new: u64) -> bool {
     use core::sync::atomic::{AtomicU64, Ordering::Relaxed};

@@ -1,4 +1,4 @@
-//! Callers that are left alone.
+//! Callers that are excluded from load balancing.
 
 use aya_ebpf::helpers::bpf_get_current_ancestor_cgroup_id;
 use lb_common::limits;
@@ -8,14 +8,15 @@ use crate::{
     maps,
 };
 
-/// Whether the caller's cgroup or one above it is excluded. Nothing, if no agent excludes anybody.
+/// Whether the caller's cgroup or an ancestor is excluded. If no agent excludes any, the verifier removes
+/// this code.
 ///
-/// By its ancestors at the levels where excluded cgroups may be, as a rule one: a program cannot walk up, and a look-up of the
-/// caller's own cgroup would need all cgroups below an excluded one listed, also those that are made the next moment.
+/// Checks the ancestors at levels with excluded cgroups, usually one: a program cannot walk up the hierarchy.
+/// A look-up of the caller's own cgroup would need every present and future cgroup below an excluded one in
+/// the map.
 ///
-/// Asked first of all. To ask only once a frontend was found would spare the calls that are for no service a look-up, but only where
-/// somebody is excluded; and there the values that are alive at that point would have to be kept on the stack, also
-/// where nobody is: it cost the verifier a third more instructions.
+/// Checked first. A check after the look-up of a frontend would spare other calls, but keep more values on
+/// the stack even without exclusions: a third more instructions for the verifier.
 #[inline(always)]
 pub(crate) fn is_excluded() -> bool {
     if !is_on(&config::EXCLUDES) {
@@ -29,12 +30,12 @@ pub(crate) fn is_excluded() -> bool {
     }
     for level in 1..limits::CGROUP_LEVELS {
         if levels & (1 << level) != 0 {
-            // SAFETY: no preconditions; 0 for a level deeper than the caller's, which is no cgroup's id.
+            // SAFETY: no preconditions; 0 for a level deeper than the caller's, which is not a cgroup id.
             let ancestor = unsafe { bpf_get_current_ancestor_cgroup_id(level.cast_signed()) };
             if ancestor == 0 {
                 return false;
             }
-            // SAFETY: the value is not looked at.
+            // SAFETY: the value is not read.
             if unsafe { maps::EXCLUDED.get(ancestor) }.is_some() {
                 return true;
             }

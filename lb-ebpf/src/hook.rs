@@ -1,4 +1,4 @@
-//! What each hook does: read the call, decide, write the result back.
+//! The hooks: read the call, resolve it, write the result back.
 
 use aya_ebpf::{Global, helpers::bpf_get_smp_processor_id};
 use aya_log_ebpf::debug;
@@ -27,13 +27,11 @@ enum Kind {
     Send,
 }
 
-/// `connect()` on an `AF_INET` socket.
 #[inline(always)]
 pub(crate) fn connect4<M: Mode>(ctx: &SockAddr<'_>) -> i32 {
     forward4::<M>(ctx, Kind::Connect)
 }
 
-/// `sendto()` on an `AF_INET` socket.
 #[inline(always)]
 pub(crate) fn sendmsg4<M: Mode>(ctx: &SockAddr<'_>) -> i32 {
     forward4::<M>(ctx, Kind::Send)
@@ -75,7 +73,7 @@ fn forward6<M: Mode>(ctx: &SockAddr<'_>, kind: Kind) -> i32 {
     if call.is_of_the_kernel() {
         return PROCEED;
     }
-    // An IPv4-mapped destination is an IPv4 call: the same tables, the same records, written back as mapped.
+    // An IPv4-mapped destination uses the IPv4 tables and records, and is written back as mapped.
     let decision = match mapped_ipv4(&address) {
         Some(address) => call.decide4(address),
         None => call.decide6(address),
@@ -85,8 +83,8 @@ fn forward6<M: Mode>(ctx: &SockAddr<'_>, kind: Kind) -> i32 {
 
 /// A verdict of either family.
 ///
-/// Every field has a value whatever the verdict is: of an enum, LLVM reads the payload before it looks which one it is, and
-/// the verifier refuses to read what nothing was written to.
+/// Every field always has a value: of an enum, LLVM reads the payload before it checks the variant, and the
+/// verifier rejects a read of uninitialised stack.
 struct Decision {
     kind: u32,
     /// The endpoint's address; IPv4 in mapped form.
@@ -113,11 +111,11 @@ impl Decision {
         };
         match verdict {
             Verdict::Pass => pass,
-            // Without a way to choose the error the call is left to the network, as any other.
+            // Without `bpf_set_retval` the error cannot be chosen, so the call goes to the network.
             Verdict::Unreachable if !is_on(&config::HAS_SET_RETVAL) => pass,
             Verdict::Unreachable => Self { kind: Self::UNREACHABLE, ..pass },
             Verdict::Refuse { service_id } => {
-                // For kernels on which a refusal is a call that leads nowhere: see `Pending::finish`.
+                // For kernels without `bpf_set_retval`: see `Pending::finish`.
                 let mut address = Peer::NONE.address;
                 if A::FAMILY == lb_common::Family::V4 {
                     address = [127, 0, 0, 1].to_mapped();
@@ -133,18 +131,18 @@ impl Decision {
     }
 }
 
-/// A call whose destination is to be decided.
+/// A call in progress.
 struct Pending<'a, M> {
     ctx: &'a SockAddr<'a>,
     kind: Kind,
     called: Peer,
-    /// The peer that the socket has, or [`Peer::NONE`].
+    /// The socket's current peer, or [`Peer::NONE`].
     former: Peer,
     socket: Socket<'a, M>,
 }
 
 impl<M: Mode> Memory for Pending<'_, M> {
-    /// A `connect()` chooses anew; a datagram follows the one before it.
+    /// A `connect()` chooses anew; a datagram keeps the choice of the one before it.
     #[inline(always)]
     fn earlier(&self) -> Choice {
         match self.kind {
@@ -161,16 +159,16 @@ impl<'a, M: Mode> Pending<'a, M> {
         Self { ctx, kind, called, former, socket: Socket::of(ctx) }
     }
 
-    /// Whether the program named no destination: the kernel filled in the peer of a connected socket.
+    /// Whether the program named no destination, and the kernel filled in the peer of a connected socket.
     ///
-    /// It runs `sendmsg4` for a plain `send()` on an `AF_INET6` socket that is connected to an IPv4-mapped address
-    /// (`udpv6_sendmsg`).
+    /// The kernel runs `sendmsg4` for a plain `send()` on an `AF_INET6` socket connected to an IPv4-mapped
+    /// address (`udpv6_sendmsg`).
     #[inline(always)]
     fn is_of_the_kernel(&self) -> bool {
         self.kind == Kind::Send && self.former.is(&self.called)
     }
 
-    /// Runs the decision on the IPv4 tables.
+    /// Resolves with the IPv4 tables.
     #[inline(always)]
     fn decide4(&self, address: Octets4) -> Decision {
         let Some(protocol) = self.ctx.protocol() else { return Decision::of(Verdict::<Octets4>::Pass) };
@@ -178,7 +176,7 @@ impl<'a, M: Mode> Pending<'a, M> {
         Decision::of(resolve(&tables, &Call { address, port: self.called.port, protocol }))
     }
 
-    /// Runs the decision on the IPv6 tables.
+    /// Resolves with the IPv6 tables.
     #[inline(always)]
     fn decide6(&self, address: Octets6) -> Decision {
         let Some(protocol) = self.ctx.protocol() else { return Decision::of(Verdict::<Octets6>::Pass) };
@@ -186,11 +184,11 @@ impl<'a, M: Mode> Pending<'a, M> {
         Decision::of(resolve(&tables, &Call { address, port: self.called.port, protocol }))
     }
 
-    /// Writes the decision into the context, the socket's record and the counters.
+    /// Writes the verdict to the context, the socket's record and the counters.
     #[inline(always)]
     fn finish(&self, decision: &Decision, set_address: impl FnOnce()) -> i32 {
         if decision.kind == Decision::PASS {
-            // A connected socket hears its peer only, whatever it sends elsewhere.
+            // A connected socket receives only from its peer, whatever it sends elsewhere.
             if self.kind == Kind::Connect || self.former.port == 0 {
                 self.socket.calls_elsewhere(&self.called);
             }
@@ -214,13 +212,13 @@ impl<'a, M: Mode> Pending<'a, M> {
             if is_on(&config::HAS_SET_RETVAL) {
                 return fail_call(ECONNREFUSED);
             }
-            // NFS and the like keep the address that they passed, which the kernel lets programs change in place before 6.6
-            // (`kernel_connect`): they would call it for ever.
+            // Kernel users such as NFS keep the address they passed, and before 6.6 programs change it in
+            // place (`kernel_connect`). They would call the changed address for ever.
             if self.ctx.is_kernel_socket() {
                 return REJECT;
             }
-            // Port 0 of a loopback address cannot be bound, so the kernel itself answers: TCP with a reset, connected UDP
-            // with port unreachable; a datagram to port 0 fails at once with EINVAL.
+            // Port 0 of a loopback address cannot be bound, so the kernel refuses: TCP gets a reset,
+            // connected UDP port unreachable, and a datagram to port 0 fails at once with EINVAL.
         } else {
             self.note(decision, multipath);
             count(self.kind, decision);
@@ -231,7 +229,7 @@ impl<'a, M: Mode> Pending<'a, M> {
         PROCEED
     }
 
-    /// The multipath TCP socket whose subflow is to be connected.
+    /// The multipath TCP socket whose subflow is being connected.
     #[inline(always)]
     fn multipath(&self) -> Option<Multipath> {
         if self.kind == Kind::Connect { self.ctx.multipath() } else { None }
@@ -266,7 +264,7 @@ impl<'a, M: Mode> Pending<'a, M> {
     }
 }
 
-/// `recvmsg()` and `getpeername()` on an `AF_INET` socket: shows the service address for an endpoint's.
+/// `recvmsg()` and `getpeername()` on an `AF_INET` socket: replaces an endpoint's address by its service's.
 #[inline(always)]
 pub(crate) fn restore4<M: Mode>(ctx: &SockAddr<'_>) -> i32 {
     let peer = Peer { address: ctx.ipv4().to_mapped(), port: ctx.port() };
@@ -290,7 +288,7 @@ pub(crate) fn restore6<M: Mode>(ctx: &SockAddr<'_>) -> i32 {
     PROCEED
 }
 
-/// Where this CPU's counters of an id are; nowhere for an id without any.
+/// Index of this CPU's counters of an id; `None` for an id that is not counted.
 #[inline(always)]
 fn place(n_counted: &Global<u32>, id: u32) -> Option<u32> {
     let n_counted = n_counted.load();
@@ -315,7 +313,7 @@ fn endpoint_stats(id: u32) -> Option<*mut EndpointStats> {
 #[inline(always)]
 fn count_refusal(service_id: u32) {
     if let Some(stats) = service_stats(service_id) {
-        // SAFETY: this CPU's element. A program that is preempted in between may lose a count, nothing else.
+        // SAFETY: this CPU's element. Preemption in between may lose a count, nothing else.
         unsafe { (*stats).refusals += 1 };
     }
 }
@@ -340,7 +338,7 @@ fn count(kind: Kind, decision: &Decision) {
     }
 }
 
-/// One diagnostic line for a decision, in the programs that write any.
+/// Writes a diagnostic line for a verdict, in programs with [`Mode::LOG`].
 #[inline(always)]
 fn log<M: Mode>(ctx: &SockAddr<'_>, service_id: u32, endpoint_id: u32) {
     if M::LOG {

@@ -2,19 +2,19 @@
 //!
 //! # Purpose
 //!
-//! Entry points of the cgroup socket hooks. Each names its hook and hands over to [`hook`]; the decision is
-//! `lb_common::resolve`, the tables behind it are in [`tables`], raw context access is in [`ctx`], what a socket
-//! remembers is in [`record`].
+//! Entry points of the cgroup socket hooks. Each calls its function in [`hook`]. The verdict is from
+//! `lb_common::resolve`, its tables are in [`tables`], raw context access is in [`ctx`], and socket records
+//! are in [`record`].
 //!
 //! # Invariants
 //!
-//! - A call that is not for a service is let through unchanged ([`ctx::PROCEED`]).
-//! - No program rejects a call except for a service that is known to have no endpoint.
-//! - What depends on the kernel or on a setting is a read-only global ([`config`]): the verifier removes the dead
-//!   branch, so one object serves every kernel from 5.10 on.
+//! - A call to anything but a service passes unchanged ([`ctx::PROCEED`]).
+//! - A program rejects a call only if its service is known to have no endpoint.
+//! - Kernel features and settings are read-only globals ([`config`]): the verifier removes dead branches, so
+//!   one object serves every kernel from 5.10 on.
 #![no_std]
 #![no_main]
-// For compare-and-swap, see `ctx::compare_and_swap`.
+// For `ctx::compare_and_swap`.
 #![cfg_attr(target_arch = "bpf", feature(core_intrinsics), expect(internal_features, reason = "as above"))]
 #![warn(unused_results)]
 #![expect(
@@ -80,12 +80,12 @@ fn sock_release(ctx: SockContext) -> i32 {
     ctx::PROCEED
 }
 
-/// The verifier asks for a licence compatible with the GPL, since helpers in use are for GPL programs only.
+/// Some helpers require a GPL-compatible licence.
 #[unsafe(link_section = "license")]
 #[unsafe(no_mangle)]
 static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";
 
-/// Never reached: no code here panics. The compiler wants the item all the same.
+/// The compiler requires it; no code here panics.
 #[cfg(not(test))]
 #[panic_handler]
 fn panic(_info: &core::panic::PanicInfo<'_>) -> ! {

@@ -1,7 +1,7 @@
-//! Every map of the object. The static's name is the map's name and, below `--pin-path`, its pin.
+//! Every map of the object. The name of a map is also its pin below `--pin-path`.
 //!
-//! Each has a row in `lb_common::maps`, which the loader compares with what is declared here. Sizes are defaults; the loader sets
-//! the real ones. docs/MAPS.md describes each for people.
+//! Each has a row in `lb_common::maps`, which the loader compares with this declaration. The loader overrides
+//! the default sizes. docs/MAPS.md describes each.
 
 use aya_ebpf::{
     bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC},
@@ -23,7 +23,7 @@ const FRONTENDS: usize = 2 * SERVICES;
 const SLOTS: usize = limits::SOCKET_SETS as usize * SLOT_WAYS;
 const ENDPOINTS: usize = limits::MAX_ENDPOINTS as usize;
 
-/// Service address, port, protocol → entry of `frontends`.
+/// Service address, port, protocol → index into `frontends`.
 #[btf_map(name = "services4")]
 pub(crate) static SERVICES4: HashMap<FrontendKey4, FrontendRef, SERVICES> = HashMap::new();
 
@@ -31,7 +31,7 @@ pub(crate) static SERVICES4: HashMap<FrontendKey4, FrontendRef, SERVICES> = Hash
 #[btf_map(name = "services6")]
 pub(crate) static SERVICES6: HashMap<FrontendKey6, FrontendRef, SERVICES> = HashMap::new();
 
-/// What each frontend stands for. User space switches a run with one 64-bit store.
+/// The frontends. User space switches a run with one 64-bit store.
 #[btf_map(name = "frontends")]
 pub(crate) static FRONTENDS_MAP: Array<Frontend, FRONTENDS, MMAPABLE> = Array::new();
 
@@ -48,7 +48,7 @@ pub(crate) static ENDPOINTS6: Array<Endpoint6, ENDPOINTS, MMAPABLE> = Array::new
 pub(crate) static NODE_ADDRS: HashMap<AddressKey, NodeAddr, { limits::MAX_NODE_ADDRS as usize }> =
     HashMap::new();
 
-/// Cluster IPs, for ports that their Services do not have.
+/// Cluster IPs, for calls to ports that their Services lack.
 #[btf_map(name = "cluster_ips")]
 pub(crate) static CLUSTER_IPS: HashMap<
     AddressKey,
@@ -57,32 +57,32 @@ pub(crate) static CLUSTER_IPS: HashMap<
     { BPF_F_NO_PREALLOC as usize },
 > = HashMap::new();
 
-/// Where cluster IPs come from.
+/// The networks of cluster IPs.
 #[btf_map(name = "service_cidrs")]
 pub(crate) static SERVICE_CIDRS: Array<ServiceCidrs, 1, MMAPABLE> = Array::new();
 
-/// What `sessionAffinity: ClientIP` remembers.
+/// Choices of `sessionAffinity: ClientIP`.
 #[btf_map(name = "affinity")]
 pub(crate) static AFFINITY: LruHashMap<AffinityKey, Affinity, { limits::MAX_AFFINITY as usize }> =
     LruHashMap::new();
 
-/// Which socket has which slot; sockets find theirs by their cookie.
+/// The owners of slots. A socket finds its slot by its cookie.
 #[btf_map(name = "socket_slots")]
 pub(crate) static SOCKET_SLOTS: Array<SocketSlots, { limits::SOCKET_SETS as usize }, MMAPABLE> = Array::new();
 
-/// How each socket reached its service: the records of the slots.
+/// The records in the slots: the flows of each socket.
 #[btf_map(name = "sockets")]
 pub(crate) static SOCKETS: Array<SocketEntry, SLOTS, MMAPABLE> = Array::new();
 
-/// The same for sockets without a slot, and for what does not fit into one; freed with the socket.
+/// Records of sockets without a slot, and those that do not fit into one; freed with the socket.
 #[btf_map(name = "socket_storage")]
 pub(crate) static SOCKET_STORAGE: SkStorage<SocketRecords> = SkStorage::new();
 
-/// Ids of cgroups whose calls are left alone, with all below them.
+/// Ids of excluded cgroups; cgroups below them are excluded, too.
 #[btf_map(name = "excluded")]
 pub(crate) static EXCLUDED: HashMap<u64, u32, { limits::MAX_EXCLUDED as usize }> = HashMap::new();
 
-/// At which levels below the machine's root these may be: bit n for level n.
+/// Levels below the machine's root at which these may be: bit n for level n.
 #[btf_map(name = "excluded_levels")]
 pub(crate) static EXCLUDED_LEVELS: Array<u32, 1> = Array::new();
 
@@ -94,10 +94,10 @@ pub(crate) static SERVICE_STATS: Array<ServiceStats, FRONTENDS, MMAPABLE> = Arra
 #[btf_map(name = "endpoint_stats")]
 pub(crate) static ENDPOINT_STATS: Array<EndpointStats, ENDPOINTS, MMAPABLE> = Array::new();
 
-/// Sizes of the image and settings of the programs; written and read by user space only.
+/// Sizes of the image and settings of the programs. Only user space reads and writes it.
 #[btf_map(name = "meta")]
 pub(crate) static META: Array<Meta, 1> = Array::new();
 
-/// Which layout each map has, by its id; written and read by user space only.
+/// The layout of each map, by map id. Only user space reads and writes it.
 #[btf_map(name = "layouts")]
 pub(crate) static LAYOUTS: HashMap<u32, MapIdentity, { limits::MAX_IDENTITIES as usize }> = HashMap::new();

@@ -1,21 +1,22 @@
-//! What a socket remembers of the services it uses, so that it sees their addresses and not the endpoints'.
+//! The records of a socket: the services it uses. With them it sees services' addresses, not endpoints'.
 //!
-//! A record lives in one of two homes (docs/decisions/0002 has the measurements):
+//! A record is kept in one of two places (docs/decisions/0002 has the measurements):
 //!
-//! - a **slot** of the array `sockets`, found by the low bits of the socket's cookie, owned by the socket whose cookie
-//!   `socket_slots` holds for it, and given up when the socket is closed. Ten times cheaper to take than
-//! - **socket storage**, for a socket whose slots belong to other live sockets, for the third and later services of an
-//!   unconnected socket, for sockets of the kernel, which are closed without a program, and for everything on kernels
-//!   that lack what slots take. The kernel frees it with the socket.
+//! - a **slot** of the array `sockets`, found by the low bits of the socket's cookie and owned by the socket
+//!   whose cookie `socket_slots` holds. Freed when the socket is closed; ten times cheaper to take than
+//!   storage.
+//! - **socket storage**, for sockets whose slots other live sockets own, for the third and later services of
+//!   an unconnected socket, for kernel sockets (no program runs when they are closed), and for kernels that
+//!   lack a feature for slots. The kernel frees it with the socket.
 //!
-//! Neither evicts the record of another socket. A socket gets its cookie from these programs only with its first record: one
-//! without a cookie has none, and costs no look-up. The kernel holds the socket's lock in all hooks that come here
-//! (`BPF_CGROUP_RUN_SA_PROG_LOCK`; `inet_getname` locks by itself), so that a socket's own records have one reader or
-//! writer at a time; between sockets the cookie decides.
+//! Neither evicts another socket's record. The programs assign a cookie with a socket's first record, so a
+//! socket without a cookie costs no look-up. The kernel holds the socket's lock in all hooks that get here
+//! (`BPF_CGROUP_RUN_SA_PROG_LOCK`; `inet_getname` locks by itself): a socket's records have one reader or
+//! writer at a time. Between sockets, the cookie decides.
 //!
-//! A `connect()` is recorded before the kernel does it, and may fail. So it never replaces the record of the peer that
-//! the socket has, nor that of a service which an unconnected one waits for: a record counts for a connected socket only if it
-//! names that peer.
+//! A `connect()` is recorded before the kernel does it, and may fail. So it never replaces the record of the
+//! socket's current peer, nor that of another service of an unconnected socket. A record counts for a
+//! connected socket only if it names the current peer.
 
 use core::{
     hint::black_box,
@@ -40,8 +41,8 @@ use crate::{
     maps,
 };
 
-/// Zero if two addresses and ports are equal. Addresses lie at multiples of 8 and are compared as two words: byte by byte it
-/// is 32 loads and 16 branches.
+/// Zero if two addresses and ports are equal. Addresses are 8-aligned and compared as two words: bytewise it
+/// takes 32 loads and 16 branches.
 #[inline(always)]
 fn difference(a: &Octets6, a_port: u16, b: &Octets6, b_port: u16) -> u64 {
     #[expect(clippy::cast_ptr_alignment, reason = "the alignment is what the caller promises")]
@@ -51,10 +52,11 @@ fn difference(a: &Octets6, a_port: u16, b: &Octets6, b_port: u16) -> u64 {
     (a[0] ^ b[0]) | (a[1] ^ b[1]) | u64::from(a_port ^ b_port)
 }
 
-/// 1 for zero, else 0, without a branch: in a loop over records the verifier follows each side of each branch.
+/// 1 for zero, else 0, without a branch: in a loop over records the verifier follows both sides of each
+/// branch.
 #[inline(always)]
 fn is_zero(number: u64) -> u64 {
-    // The compiler would make a branch of what it understands.
+    // `black_box` keeps the compiler from creating a branch.
     (black_box(number.wrapping_sub(1)) & !number) >> 63
 }
 
@@ -65,40 +67,36 @@ impl Peer {
         difference(&self.address, self.port, &other.address, other.port) == 0
     }
 
-    /// Zero if it is the service of a record.
     #[inline(always)]
     fn difference_to_service_of(&self, record: &SocketRecord) -> u64 {
         difference(&self.address, self.port, &record.service_address, record.service_port)
     }
 
-    /// Zero if it is the endpoint of a record.
     #[inline(always)]
     fn difference_to_endpoint_of(&self, record: &SocketRecord) -> u64 {
         difference(&self.address, self.port, &record.endpoint_address, record.endpoint_port)
     }
 }
 
-/// Zero if two records are of the same service.
 #[inline(always)]
 fn service_difference(a: &SocketRecord, b: &SocketRecord) -> u64 {
     difference(&a.service_address, a.service_port, &b.service_address, b.service_port)
 }
 
-/// Zero if two records are of the same endpoint.
 #[inline(always)]
 fn endpoint_difference(a: &SocketRecord, b: &SocketRecord) -> u64 {
     difference(&a.endpoint_address, a.endpoint_port, &b.endpoint_address, b.endpoint_port)
 }
 
-/// A call that is to be noted, and what must not be lost by it. Its answers are 1 or 0, for [`is_zero`]'s reason.
+/// A call to record, and what it must not overwrite. Methods return 1 or 0, for [`is_zero`]'s reason.
 struct New<'a> {
     record: &'a SocketRecord,
-    /// For a `connect()`, the peer that the socket keeps if it fails, or [`Peer::NONE`].
+    /// For a `connect()`, the peer that the socket keeps if the call fails, or [`Peer::NONE`].
     former: Option<&'a Peer>,
 }
 
 impl New<'_> {
-    /// Whether a record names the peer that the socket has.
+    /// Whether a record names the socket's current peer.
     #[inline(always)]
     fn is_former(&self, record: &SocketRecord) -> u64 {
         self.former.map_or(0, |former| {
@@ -106,7 +104,8 @@ impl New<'_> {
         })
     }
 
-    /// Whether it takes the place of a record: of its service, and for a `connect()`, which may fail, of its endpoint too.
+    /// Whether it replaces a record: one of the same service and, for a `connect()`, which may fail, of the
+    /// same endpoint.
     #[inline(always)]
     fn replaces(&self, record: &SocketRecord) -> u64 {
         let difference = service_difference(record, self.record);
@@ -116,16 +115,17 @@ impl New<'_> {
         is_zero(difference | endpoint_difference(record, self.record))
     }
 
-    /// What comes from its endpoint is no longer shown as the service of an older record.
+    /// Stops an older record from translating this call's endpoint to another service.
     #[inline(always)]
     fn silences(&self, record: &mut SocketRecord) {
         silence(record, endpoint_difference(record, self.record));
     }
 
-    /// Notes it in one of the two records of a slot. Returns 1 if it did not fit and socket storage has to take it.
+    /// Writes it to one of the two records of a slot. Returns 1 if it did not fit and belongs in socket
+    /// storage.
     #[inline(always)]
     fn note_in_slot(&self, entry: &mut SocketEntry) -> u64 {
-        // An unused second record is garbage, and may be silenced.
+        // An unused second record is garbage; changing it is harmless.
         self.silences(&mut entry.first);
         self.silences(&mut entry.second);
         let is_connected = self.former.map_or(0, |former| is_zero(former.port.into()) ^ 1);
@@ -133,7 +133,7 @@ impl New<'_> {
         let fits_first = self.replaces(&entry.first);
         let fits_second = (has_second ^ 1) | self.replaces(&entry.second) | self.is_former(&entry.first);
         let is_second = (fits_first ^ 1) & fits_second;
-        // A connected socket waits for no other service.
+        // A connected socket expects no answer from another service.
         let overflows = (fits_first | fits_second | is_connected) ^ 1;
         #[expect(clippy::cast_possible_truncation, reason = "0 or 1")]
         let (second, storage) = (is_second as u32, overflows as u32);
@@ -146,10 +146,11 @@ impl New<'_> {
         overflows
     }
 
-    /// Notes it in socket storage. If it `is_elsewhere`, only that records of its endpoint yield to one there.
+    /// Writes it to socket storage. If it `is_elsewhere`, only stops records there from translating its
+    /// endpoint.
     ///
-    /// The first two records are for a `connect()` that finds none of its own, so that it makes no other one go. A datagram takes
-    /// the record of its service, else one that is unused, else the oldest.
+    /// The first two records are for a `connect()` without a record to replace, so that it evicts no other. A
+    /// datagram replaces the record of its service, else an unused one, else the oldest.
     #[inline(always)]
     fn note_in_storage(&self, storage: &mut SocketRecords, is_elsewhere: bool) {
         let (mut of_service, mut unused) = (NOWHERE, NOWHERE);
@@ -177,7 +178,7 @@ impl New<'_> {
         } else {
             let next = storage.next;
             storage.next = next.wrapping_add(1);
-            // Those of 0 and 1 are for `connect()`: 2 and 3 have two turns.
+            // Records 0 and 1 are for `connect()`: their turns go to 2 and 3.
             let is_of_connect = is_zero(u64::from(next) % SOCKET_RECORDS as u64 / CONNECT_RECORDS as u64);
             u64::from(next) | (is_of_connect * CONNECT_RECORDS as u64)
         };
@@ -185,11 +186,11 @@ impl New<'_> {
     }
 }
 
-/// The records in socket storage that are for `connect()`, at the front.
+/// The records in socket storage for `connect()`, at the front.
 const CONNECT_RECORDS: usize = 2;
 
-/// [`SOCKET_RECORDS`], which the compiler must not know: it would write out every iteration. Each loop is written
-/// out: of a closure LLVM makes a BPF function, which the verifier refuses.
+/// [`SOCKET_RECORDS`], hidden from the compiler, which would unroll the loops. The loops are not closures:
+/// LLVM makes a BPF function of a closure, which the verifier rejects.
 #[inline(always)]
 fn n_records() -> usize {
     let number = SOCKET_RECORDS;
@@ -197,24 +198,24 @@ fn n_records() -> usize {
     unsafe { (&raw const number).read_volatile() }
 }
 
-/// The index of no record.
+/// Stands for "no record".
 const NOWHERE: u64 = u64::MAX;
 
-/// An index as the verifier takes it.
+/// An index that the verifier accepts.
 #[inline(always)]
 #[expect(clippy::cast_possible_truncation, reason = "of sixteen")]
 fn index(place: u64) -> usize {
     place as usize % SOCKET_RECORDS
 }
 
-/// Takes an index if `is_wanted` is 1, without a branch.
+/// Selects an index if `is_wanted` is 1, without a branch.
 #[inline(always)]
 fn select(index: &mut u64, new: usize, is_wanted: u64) {
     let mask = black_box(is_wanted).wrapping_neg();
     *index = (*index & !mask) | (new as u64 & mask);
 }
 
-/// What comes from the endpoint of a record is no longer shown as its service, if `difference` is zero.
+/// Stops a record from translating its endpoint to its service, if `difference` is zero.
 #[inline(always)]
 fn silence(record: &mut SocketRecord, difference: u64) {
     #[expect(clippy::cast_possible_truncation, reason = "0 or 1")]
@@ -222,14 +223,14 @@ fn silence(record: &mut SocketRecord, difference: u64) {
     record.flags &= !(is_same * ANSWERS);
 }
 
-/// A socket and where its records may be, for the length of one call.
+/// A socket and its records, during one call.
 pub(crate) struct Socket<'a, M> {
     ctx: &'a SockAddr<'a>,
     mode: PhantomData<M>,
 }
 
-/// The slots that a socket may own. Other sockets may own and change them at the same time, so that it is words that are
-/// read and written, never references.
+/// The slots that a socket may own. Other sockets may take and change them concurrently, so words are read
+/// and written, never references.
 #[derive(Clone, Copy)]
 struct Slots {
     set: u32,
@@ -250,7 +251,7 @@ impl Slots {
         unsafe { (&raw mut (*self.slots).owners).cast::<u64>().add(way) }
     }
 
-    /// The slot of a socket, by its number in the set.
+    /// The way of a socket's slot in its set.
     #[inline(always)]
     fn way_of(self, cookie: u64) -> Option<usize> {
         let is_owner = |way| {
@@ -266,7 +267,7 @@ impl Slots {
         }
     }
 
-    /// Takes a free slot for a socket that has none. `None` if others own all.
+    /// Takes a free slot for a socket without one. `None` if other sockets own all.
     #[inline(always)]
     fn take(self, cookie: u64) -> Option<usize> {
         let take = |way| {
@@ -283,7 +284,7 @@ impl Slots {
         }
     }
 
-    /// The records of a slot. Only its owner may look at them.
+    /// The records of a slot. Only its owner may access them.
     #[inline(always)]
     fn entry<'a>(self, way: usize) -> Option<&'a mut SocketEntry> {
         #[expect(clippy::cast_possible_truncation, reason = "of two slots, number 0 or 1")]
@@ -301,7 +302,6 @@ impl Slots {
 }
 
 impl<'a, M: Mode> Socket<'a, M> {
-    /// The socket of a call.
     #[inline(always)]
     pub(crate) fn of(ctx: &'a SockAddr<'a>) -> Self {
         Self { ctx, mode: PhantomData }
@@ -329,7 +329,7 @@ impl<'a, M: Mode> Socket<'a, M> {
         unsafe { maps::SOCKET_STORAGE.get_ptr_mut(self.ctx.aya()).as_mut() }
     }
 
-    /// The socket's storage, made if need be. `None` only when the kernel is out of memory.
+    /// The socket's storage, created if missing. `None` only when the kernel is out of memory.
     #[inline(always)]
     fn storage_or_new(&self) -> Option<&'a mut SocketRecords> {
         // SAFETY: as above.
@@ -338,7 +338,7 @@ impl<'a, M: Mode> Socket<'a, M> {
         Some(storage)
     }
 
-    /// Looks for a record whose `difference` from what is wanted is zero.
+    /// Finds a record whose `difference` is zero.
     #[inline(always)]
     fn find<T>(
         &self,
@@ -375,8 +375,8 @@ impl<'a, M: Mode> Socket<'a, M> {
         found(&storage.records[index(place)])
     }
 
-    /// The endpoint that this socket uses for a service address, or [`Choice::NONE`]. A connected socket hears its peer
-    /// only, so that no other endpoint is its.
+    /// The endpoint that this socket uses for a service address, or [`Choice::NONE`]. A connected socket
+    /// receives only from its peer, so no other endpoint counts.
     #[inline(always)]
     pub(crate) fn earlier(&self, service: &Peer, former: &Peer) -> Choice {
         let is_connected = !is_zero(former.port.into()) & 1;
@@ -390,7 +390,7 @@ impl<'a, M: Mode> Socket<'a, M> {
         })
     }
 
-    /// The service address behind which this socket knows a peer, or [`Peer::NONE`].
+    /// The service address of a peer of this socket, or [`Peer::NONE`].
     #[inline(always)]
     pub(crate) fn service_of(&self, peer: &Peer) -> Peer {
         let difference = |record: &SocketRecord| {
@@ -402,22 +402,22 @@ impl<'a, M: Mode> Socket<'a, M> {
         })
     }
 
-    /// Notes a call that leads to an endpoint, and keeps what the socket knows of other services. Of a `connect()` also the record
-    /// of the peer that the socket has, `former` or [`Peer::NONE`].
+    /// Records a call to an endpoint, and keeps the records of other services. A `connect()` also keeps the
+    /// record of the current peer, `former` or [`Peer::NONE`].
     #[inline(always)]
     pub(crate) fn calls(&self, record: &SocketRecord, former: Option<&Peer>) {
         let new = New { record, former };
-        // Only its peer talks to a TCP socket.
+        // A TCP socket receives only from its peer.
         let is_stream = record.protocol == Protocol::TCP.0;
         let mut is_elsewhere = false;
         if let Some((entry, new_owner)) = self.entry_or_new() {
             let first = &mut entry.first;
             let difference = service_difference(first, record) | endpoint_difference(first, record);
-            // The common case: one more datagram of the same flow. Its endpoint may have got another id meanwhile.
+            // The common case: another datagram of the same flow. Its endpoint may have a new id by now.
             if new_owner != 0 || is_stream || (difference == 0 && first.flags & ANSWERS != 0) {
                 *first = *record;
                 if new_owner != 0 {
-                    // The agent takes the records for those of the cookie that it finds beside them.
+                    // Written last: the agent attributes the records to the cookie beside them.
                     compiler_fence(Ordering::Release);
                     entry.cookie = new_owner;
                 }
@@ -436,9 +436,9 @@ impl<'a, M: Mode> Socket<'a, M> {
         }
     }
 
-    /// The records in the socket's slot, and its cookie if the slot was taken for this call, else 0. A new owner notes the call in
-    /// the first record, and then its cookie. `None` if others own all that the socket may have, or if nothing would give the
-    /// slot up.
+    /// The records in the socket's slot, and its cookie if this call took the slot, else 0. A new owner
+    /// writes the first record, then its cookie. `None` if other sockets own all its slots, or if nothing
+    /// would free the slot.
     #[inline(always)]
     fn entry_or_new(&self) -> Option<(&'a mut SocketEntry, u64)> {
         if !M::SLOTS {
@@ -446,11 +446,11 @@ impl<'a, M: Mode> Socket<'a, M> {
         }
         let cookie = self.ctx.cookie();
         let slots = Slots::of(cookie)?;
-        // The one that is mine before one that is free: a socket has one slot at most.
+        // First the own slot, then a free one: a socket has at most one slot.
         if let Some(way) = slots.way_of(cookie) {
             return Some((slots.entry(way)?, 0));
         }
-        // A socket that found no slot before goes on with its storage.
+        // A socket that found no slot earlier keeps its storage.
         if self.ctx.is_kernel_socket() || self.storage().is_some() {
             return None;
         }
@@ -459,7 +459,8 @@ impl<'a, M: Mode> Socket<'a, M> {
         Some((entry, cookie))
     }
 
-    /// Notes the call for the multipath TCP socket too, which is the one that the program asks. It has one peer.
+    /// Records the call for the multipath TCP socket too, since the program queries that one. It has one
+    /// peer.
     #[inline(always)]
     pub(crate) fn connects_multipath(socket: Multipath, record: &SocketRecord) {
         // SAFETY: the storage of the subflow's connection, which is locked.
@@ -478,7 +479,7 @@ impl<'a, M: Mode> Socket<'a, M> {
         }
     }
 
-    /// Notes that the socket called a plain address: an answer from there is from there.
+    /// Notes that the socket called a plain address: an answer from there keeps its address.
     #[inline(always)]
     pub(crate) fn calls_elsewhere(&self, peer: &Peer) {
         let silence = |record: &mut SocketRecord| silence(record, peer.difference_to_endpoint_of(record));
@@ -503,7 +504,7 @@ impl<'a, M: Mode> Socket<'a, M> {
     }
 }
 
-/// Gives up the slot of a socket that is being closed.
+/// Frees the slot of a socket that is being closed.
 #[inline(always)]
 pub(crate) fn released(ctx: &SockContext) {
     let cookie = sock_cookie(ctx);

@@ -20,7 +20,7 @@ use crate::{
     maps,
 };
 
-/// Where tables learn what a socket remembers of the destination.
+/// Provides a socket's record of the destination.
 pub(crate) trait Memory {
     /// The endpoint that the socket uses for the destination, or [`Choice::NONE`].
     fn earlier(&self) -> Choice;
@@ -28,17 +28,15 @@ pub(crate) trait Memory {
 
 /// The tables of IPv4, for one call of one socket.
 pub(crate) struct Kernel4<'a, E> {
-    /// The context of the call.
     pub(crate) ctx: &'a SockAddr<'a>,
-    /// Asked only for a destination that is a frontend.
+    /// Read only for a destination that is a frontend.
     pub(crate) memory: &'a E,
 }
 
 /// The tables of IPv6, for one call of one socket.
 pub(crate) struct Kernel6<'a, E> {
-    /// The context of the call.
     pub(crate) ctx: &'a SockAddr<'a>,
-    /// Asked only for a destination that is a frontend.
+    /// Read only for a destination that is a frontend.
     pub(crate) memory: &'a E,
 }
 
@@ -47,8 +45,8 @@ fn frontend(frontend_id: u32) -> Option<Frontend> {
     let entry = maps::FRONTENDS_MAP.get_ptr(frontend_id)?;
     #[expect(clippy::cast_ptr_alignment, reason = "array elements are 8-aligned, and the run comes first")]
     let run = entry.cast::<u64>();
-    // SAFETY: the pointer is to a live array element, 8-aligned. User space changes words of it at any time,
-    // hence volatile; the run is one word, so that offset and length belong together.
+    // SAFETY: the pointer is to a live array element, 8-aligned. User space changes its words at any time,
+    // hence volatile. The run is one word, so offset and length belong together.
     unsafe {
         Some(Frontend {
             run: Run::from_word(run.read_volatile()),
@@ -62,8 +60,8 @@ fn frontend(frontend_id: u32) -> Option<Frontend> {
 
 #[inline(always)]
 fn node_address(mapped: &Octets6) -> Option<NodeAddress> {
-    // SAFETY: a node address is copied out at once; the agent waits for a grace period between deleting an entry
-    // and inserting another, so the element is not recycled under this read.
+    // SAFETY: the value is copied out at once. The agent waits for a grace period between deleting an entry
+    // and inserting another, so the element is not recycled during this read.
     let found = unsafe { maps::NODE_ADDRS.get(AddressKey { address: *mapped })? };
     Some(if found.own == 0 { NodeAddress::Other } else { NodeAddress::Own })
 }
@@ -101,8 +99,8 @@ fn affinity_key(ctx: &SockAddr<'_>, service_id: u32) -> AffinityKey {
 
 #[inline(always)]
 fn affinity(key: &AffinityKey) -> Option<Affinity> {
-    // SAFETY: copied out at once. An LRU element may be recycled meanwhile; the endpoint read then counts only if
-    // it is in the frontend's run, so the worst case is another endpoint of the same service.
+    // SAFETY: copied out at once. An LRU element may be recycled meanwhile. The endpoint read then counts
+    // only if it is in the frontend's run: at worst it is another endpoint of the same service.
     unsafe { maps::AFFINITY.get(key).copied() }
 }
 
@@ -120,19 +118,20 @@ fn remember_affinity(key: &AffinityKey, replaces: Option<Affinity>, new: Affinit
     if maps::AFFINITY.insert(key, new, flags.into()).is_ok() {
         return new.endpoint_id;
     }
-    // Another CPU was faster, or the kernel had no element to spare: then there is nothing to agree with.
+    // Another CPU was faster, or the kernel had no free element: then this choice stands.
     affinity(key).map_or(new.endpoint_id, |standing| standing.endpoint_id)
 }
 
 macro_rules! kernel_tables {
-    ($tables:ident, $octets:ty, $key:ty, $entry:ty, $services:ident, $endpoints:ident, $number:ident, $networks:ident) => {
+    ($tables:ident, $octets:ty, $key:ty, $entry:ty, $services:ident, $endpoints:ident, $number:ident,
+        $networks:ident) => {
         impl<E: Memory> Tables for $tables<'_, E> {
             type Addr = $octets;
 
             #[inline(always)]
             fn frontend_id(&self, key: &$key) -> Option<u32> {
                 // SAFETY: the value is immutable while its key exists, and the agent waits for a grace period
-                // before it lets a deleted element be reused.
+                // before it reuses a deleted element.
                 Some(unsafe { maps::$services.get(key)?.frontend_id })
             }
             #[inline(always)]
@@ -154,8 +153,8 @@ macro_rules! kernel_tables {
             #[inline(always)]
             fn is_in_service_network(&self, address: &$octets) -> bool {
                 let Some(networks) = maps::SERVICE_CIDRS.get_ptr(0) else { return false };
-                // SAFETY: a live array element. The agent changes the number at any time, hence volatile, and networks
-                // only while the number is 0.
+                // SAFETY: a live array element. The agent changes the count at any time, hence volatile, and
+                // networks only while the count is 0.
                 let number = unsafe { (&raw const (*networks).$number).read_volatile() };
                 let mut n = 0;
                 while n < MAX_SERVICE_CIDRS && n < number as usize {

@@ -1,8 +1,8 @@
-//! Puts the compiled BPF object where `kernel::object` embeds it.
+//! Copies the compiled BPF object to where `kernel::object` embeds it.
 //!
-//! `cargo xtask build` compiles the object and names it in `SOCKLB_BPF_OBJECT`. Without it, as with a plain
-//! `cargo check`, an empty stand-in is embedded that fails with a clear message when it is loaded; a release build
-//! refuses it.
+//! `cargo xtask build` compiles the object and passes its path in `SOCKLB_BPF_OBJECT`. Without it, as in a
+//! plain `cargo check`, an empty object is embedded that fails to load with a clear message. A release build
+//! needs the object.
 
 use std::{env, fs, io, path::PathBuf};
 
@@ -20,7 +20,8 @@ fn main() -> io::Result<()> {
         }
         None if env::var("PROFILE").is_ok_and(|profile| profile == "release") => {
             println!(
-                "cargo::error=a release build of socklb needs the BPF object: use `cargo xtask build --release`"
+                "cargo::error=a release build of socklb needs the BPF object: use \
+                `cargo xtask build --release`"
             );
             Ok(())
         }

@@ -127,7 +127,7 @@ fn an_outage_shows_and_the_node_stays_ready() {
         server.set(&cluster(3));
         fs::write(directory.path().join("kubeconfig"), server.kubeconfig()).unwrap();
         let problem = format!("API server {}: connection refused", server.url());
-        let began = "what is served stays as it is until it answers";
+        let began = "serving the last known objects until it answers";
         let ended = format!("API server {} answers again, after ", server.url());
 
         let agent = Agent::start(sandbox, directory.path(), "first");
@@ -153,7 +153,7 @@ fn an_outage_shows_and_the_node_stays_ready() {
         agent.until("it serves what it has found", |agent| agent.shows_outage(&problem, "found"));
         assert_eq!(agent.metric("socklb_source_complete"), Some(0.0));
         let found =
-            format!("no complete lists yet: {problem}; what was found in the kernel is served as it is");
+            format!("no complete lists yet: {problem}; the entries found in the kernel stay unchanged");
         agent.until("it says so", |agent| agent.n_lines(&found) == 1);
         server.resume().unwrap();
         agent.until("it follows the server", |agent| {

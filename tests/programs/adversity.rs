@@ -79,7 +79,7 @@ fn what_is_removed_comes_back_within_the_audits_interval() {
                 (status_of(10256, "healthz"), status_of(10256, "livez")),
                 ("503".into(), "200".into())
             );
-            assert!(says(&agent, &["WARN", "next audit puts them right", names[0]]), "{what}");
+            assert!(says(&agent, &["WARN", "next audit restores them", names[0]]), "{what}");
             eventually("everything is back", || status_of(10256, "healthz") == "200");
             assert!(is_up(service), "{what}");
             let n_links = u32::try_from(round / 2 + 1).unwrap();

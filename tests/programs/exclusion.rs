@@ -36,11 +36,11 @@ fn processes_are_excluded_by_their_cgroup() {
         eventually("the service answers", || is_up(town::web()[0]));
         eventually("the first cgroup is excluded", || !answers_from(&early));
         let said = |what: &str| agent.log().iter().any(|line| line.contains(what) && line.contains(&late));
-        eventually("what is missing is said", || said("not excluded, until it is there"));
+        eventually("what is missing is said", || said("not excluded until it exists"));
         make(&late);
         eventually("it is excluded once it is there", || !answers_from(&late));
         eventually("that is said", || said("found and excluded"));
-        assert!(agent.has_said("no call has shown that its calls are left alone"), "{:#?}", agent.log());
+        assert!(agent.has_said("no call has shown that its calls bypass services"), "{:#?}", agent.log());
         let status = || text(&place.binary, &place.args(&["status"]));
         eventually("both are listed", || [&early, &late].iter().all(|path| status().contains(*path)));
         assert!(is_up(town::web()[0]), "the others are served");
@@ -78,15 +78,17 @@ fn an_exclusion_that_a_call_disproves_is_not_claimed() {
         eventually("it doubts", || {
             let log = below.log();
             let doubt =
-                log.iter().find(|line| line.contains("no call has shown that its calls are left alone"));
-            doubt.is_some_and(|line| line.contains(&excluded) && line.contains("served all the same"))
+                log.iter().find(|line| line.contains("no call has shown that its calls bypass services"));
+            doubt.is_some_and(|line| {
+                line.contains(&excluded) && line.contains("redirected despite the exclusion")
+            })
         });
-        assert!(!below.has_said("calls from these cgroups are left alone"), "{:#?}", below.log());
+        assert!(!below.has_said("calls from these cgroups are excluded"), "{:#?}", below.log());
 
         drop(above);
         text(&place.binary, &place.args(&["cleanup"]));
         eventually("a call shows it once nothing above serves it", || {
-            below.has_said("calls from these cgroups are left alone")
+            below.has_said("calls from these cgroups are excluded")
         });
         drop(below);
         eventually("the cgroups are empty", || remove_tree(Path::new(&served)).is_ok());

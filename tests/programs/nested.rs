@@ -105,7 +105,7 @@ fn is_served_as_a_node(place: &Place, access: &str) {
     eventually("the node's processes are served", || answers_from(&nest.below("client")));
     assert!(!is_up(town::web()[0]), "those beside the node are not");
     eventually("the excluded ones are not", || !answers_from(&nest.below("excluded")));
-    says("calls from these cgroups are left alone");
+    says("calls from these cgroups are excluded");
     assert_eq!(agent.has_said("the self-test calls from the agent's own cgroup"), access == "ro");
     assert!(!agent.has_said("no call has shown"), "{:#?}", agent.log());
     assert!(answers_from(&nest.below("pod")), "what a call took is over");

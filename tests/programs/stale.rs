@@ -41,7 +41,7 @@ fn a_udp_socket_that_is_older_than_its_service_is_served() {
         eventually("it is counted", || n_ended() == 1);
         let log = agent.log();
         let told = |line: &&String| {
-            line.contains("before the address was a service's") && line.contains("default/dns-udp-v4")
+            line.contains("before the address belonged to a service") && line.contains("default/dns-udp-v4")
         };
         assert_eq!(log.iter().filter(told).count(), 1, "{log:#?}");
         assert_eq!(early.peer_name(), Ok(service));
@@ -80,13 +80,13 @@ fn the_agent_ends_udp_sockets_whose_pod_is_gone() {
         });
         assert_eq!(Scrape::of(&metrics).get(r#"socklb_sockets_destroyed_total{protocol="TCP"}"#), 0);
         let log = agent.log();
-        let told: Vec<&String> = log.iter().filter(|line| line.contains("ended sockets")).collect();
+        let told: Vec<&String> = log.iter().filter(|line| line.contains("destroyed sockets")).collect();
         assert!(!told.is_empty() && told.len() <= 2, "{told:#?}");
         assert!(
             told.iter().all(|line| line.contains("default/dns-udp-v4") && line.contains("UDP")),
             "{told:#?}"
         );
-        assert!(!log.iter().any(|line| line.contains("connected sockets stay")), "{log:#?}");
+        assert!(!log.iter().any(|line| line.contains("stale sockets stay connected")), "{log:#?}");
 
         // A change that asks for more.
         let mut cluster = town.cluster(1..2);

@@ -1,4 +1,5 @@
-//! The agent: sources of objects, the loop that keeps the maps, the snapshot on disk, and pages about all of it.
+//! The agent: sources of objects, the loop that keeps the maps, the snapshot on disk, health checks and
+//! metrics.
 //!
 //! See docs/ARCHITECTURE.md.
 #![deny(unsafe_code)]

@@ -2,18 +2,20 @@
 //!
 //! # Purpose
 //!
-//! The pinned maps hold addresses and ids; the snapshot holds the objects behind them. Commands read it to name
-//! services and to explain decisions without a running agent, and an agent whose source does not answer serves it.
+//! The pinned maps hold addresses and ids; the snapshot holds the objects behind them. Commands read it to
+//! name services and explain verdicts without a running agent. An agent whose source does not answer serves
+//! it.
 //!
-//! Two files: [`FILE_NAME`] has all objects and is rewritten rarely; [`JOURNAL`] has what changed since, one record for each
-//! writing. [`Snapshot::read`] folds the one over the other.
+//! Two files: [`FILE_NAME`] has all objects and is rarely rewritten; [`JOURNAL`] has the changes since, one
+//! record per write. [`Snapshot::read`] applies the journal to the snapshot.
 //!
 //! # Invariants
 //!
-//! - A snapshot and a new journal are written to a new file and renamed: a reader sees the former or the new one.
-//! - Format version, length and checksum stand before the snapshot and before each record. A snapshot that was cut short or
-//!   altered is refused, with a message; a journal is read up to its first record that was.
-//! - A journal names the snapshot that it continues. One that continues another is not read.
+//! - A snapshot or a new journal is written to a new file, which is then renamed: a reader sees the old or
+//!   the new one.
+//! - Format version, length and checksum precede the snapshot and each record. A truncated or corrupt
+//!   snapshot is refused with a message; a journal is read up to its first bad record.
+//! - A journal names its snapshot. A journal of another snapshot is ignored.
 //!
 //! # Depends on
 //!
@@ -51,21 +53,21 @@ pub const FILE_NAME: &str = "snapshot";
 /// Name of the journal within `--state-dir`.
 pub const JOURNAL: &str = "journal";
 
-/// The largest file that is read, also once it is unpacked: an order of magnitude above a cluster of 5,000 services and 250,000
-/// endpoints.
+/// Maximum size of a file, packed and unpacked, in bytes: ten times that of a cluster of 5,000 services and
+/// 250,000 endpoints.
 const MAX_BYTES: u64 = 1 << 30;
 
-/// How often a reader begins anew because an agent has replaced the files meanwhile.
+/// Maximum number of tries of a reader while an agent replaces the files.
 const MAX_TRIES: u32 = 5;
 
 /// Why a snapshot cannot be used or written.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum SnapshotError {
-    /// There is none.
+    /// There is no snapshot.
     #[error("{}: no snapshot: has an agent run with this --state-dir?", path.display())]
     Missing {
-        /// Where it was looked for.
+        /// The path tried.
         path: PathBuf,
     },
     /// It cannot be read or written.
@@ -76,21 +78,21 @@ pub enum SnapshotError {
         /// The cause.
         source: io::Error,
     },
-    /// It is not what an agent wrote.
+    /// It is truncated or corrupt.
     #[error("{}: {problem}; it is ignored and replaced by the next one", path.display())]
     Corrupt {
         /// The file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The problem.
         problem: String,
     },
 }
 
 /// The objects and settings that an agent serves.
 ///
-/// Objects are shared with the store that they come from, since those of a cluster are large. So a snapshot can be taken where
-/// time matters and written where it does not. Services, Nodes and ServiceCIDRs are in the order of their names, slices in that
-/// of their services.
+/// Objects are shared with their store, since those of a cluster are large. So a snapshot is cheap to take in
+/// the loop and can be written elsewhere. Services, Nodes and ServiceCIDRs are sorted by name, slices by
+/// service.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Snapshot {
     /// `--node-name`
@@ -116,7 +118,7 @@ pub struct Snapshot {
 }
 
 impl Snapshot {
-    /// What there is now. Costs a reference count for each object.
+    /// The current objects and settings. Costs a reference count per object.
     ///
     /// `interfaces` are the addresses of the node's interfaces.
     #[must_use]
@@ -142,7 +144,7 @@ impl Snapshot {
         }
     }
 
-    /// The settings that decide about frontends.
+    /// The settings that affect frontends.
     #[must_use]
     pub fn settings(&self) -> Settings {
         Settings {
@@ -150,14 +152,14 @@ impl Snapshot {
             node_ports: self.node_ports.0..=self.node_ports.1,
             node_port_addresses: self.node_port_addresses.clone(),
             external_ips: self.external_ips,
-            // The tables say what comes of them.
+            // The networks are in the tables.
             service_cidrs: Some(Vec::new()),
         }
     }
 
     /// Reads the snapshot of a state directory, with the changes in the journal.
     ///
-    /// Also while an agent writes it: then it is one of those that the agent wrote while this was read.
+    /// May run while an agent writes: then it returns one of the states written during the read.
     ///
     /// # Errors
     ///
@@ -167,19 +169,18 @@ impl Snapshot {
     }
 }
 
-/// What is on disk.
+/// The state on disk.
 #[derive(Debug)]
 pub struct Found {
     /// The objects and settings.
     pub snapshot: Snapshot,
-    /// How many octets at the journal's end were left out, because they are cut short or altered. While an agent writes they may
-    /// be a record that is not complete yet.
+    /// Number of bytes ignored at the journal's end because they are truncated or corrupt. While an agent
+    /// writes, they may be an incomplete record.
     pub n_lost: u64,
-    /// What the journal names the snapshot by; `None` in a format without a journal.
+    /// Identifies the snapshot in the journal; `None` in the format without a journal.
     generation: Option<u64>,
-    /// Octets of the snapshot.
     snapshot_len: u64,
-    /// Octets of the journal up to the end of the last good record; 0 without one.
+    /// Size of the journal in bytes up to the last good record; 0 without a journal.
     journal_len: u64,
 }
 
@@ -208,7 +209,7 @@ impl Found {
             };
             let journal = header.generation.and_then(|generation| Journal::parse(&journal, generation));
             if journal.is_none() {
-                // Of another snapshot: perhaps of one that has taken the place of what was read.
+                // Of another snapshot, perhaps of one that has replaced the one just read.
                 n_tries += 1;
                 if n_tries < MAX_TRIES && read_header(&path).map_err(io_error)? != codec::first_line(&bytes) {
                     continue;
@@ -223,7 +224,7 @@ impl Found {
     }
 }
 
-/// Adds changes, up to the first that cannot be read. Returns how many were added.
+/// Applies changes up to the first unreadable one. Returns how many were applied.
 fn fold(base: Snapshot, records: &[&[u8]]) -> (Snapshot, usize) {
     if records.is_empty() {
         return (base, 0);
@@ -256,21 +257,21 @@ fn read_header(path: &Path) -> io::Result<Vec<u8>> {
     Ok(codec::first_line(&bytes).to_vec())
 }
 
-/// When the snapshot or its journal was last written; `None` if there is neither or that cannot be told.
+/// When the snapshot or its journal was last written; `None` without them, or if unknown.
 #[must_use]
 pub fn modified(state_dir: &Path) -> Option<SystemTime> {
     let of = |name| fs::metadata(state_dir.join(name)).and_then(|data| data.modified()).ok();
     of(FILE_NAME).max(of(JOURNAL))
 }
 
-/// Removes the files of a snapshot. Returns those that were there.
+/// Removes the files of a snapshot. Returns those removed.
 ///
 /// # Errors
 ///
 /// [`SnapshotError::Io`] for the first that cannot be removed.
 pub fn remove(state_dir: &Path) -> Result<Vec<PathBuf>, SnapshotError> {
     let mut removed = Vec::new();
-    // The snapshot first: without it, no journal is read.
+    // The snapshot first: without it, the journal is ignored.
     for name in [FILE_NAME, JOURNAL].into_iter().chain(writer::NEW) {
         let path = state_dir.join(name);
         match fs::remove_file(&path) {

@@ -1,9 +1,10 @@
 //! From Kubernetes objects to what the BPF maps hold: plain functions over plain values.
 //!
-//! [`model`] checks objects, [`desired`] applies the rules of a service proxy, [`tables`] is the image of the maps, and
-//! [`plan`] leads from one image to the next. [`state`] joins them: objects in, plans out. See docs/ARCHITECTURE.md.
+//! [`model`] checks objects, [`desired`] applies the rules of a service proxy, [`tables`] is the image of the
+//! maps, and [`plan`] orders the ops between two images. [`state`] joins them: objects in, plans out. See
+//! docs/ARCHITECTURE.md.
 //!
-//! No I/O, no clock, no async and no order of hash maps: the manifest and `clippy.toml` of this crate see to it.
+//! No I/O, no clock, no async, no order of hash maps: this crate's manifest and `clippy.toml` enforce it.
 #![forbid(unsafe_code)]
 #![cfg_attr(test, expect(clippy::disallowed_methods, reason = "a test needs an instant to count from"))]
 

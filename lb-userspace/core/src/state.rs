@@ -1,4 +1,4 @@
-//! The agent as a value: what it knows, and what follows from it.
+//! The agent's state as a value: objects in, plans out.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -20,45 +20,46 @@ use crate::{
     tables::{AddressTable, Image, MapUse},
 };
 
-/// Objects, what they ask for, and the tables that follow.
+/// The objects, the desired frontends, and the target image of the maps.
 #[derive(Debug)]
 pub struct State {
     settings: Settings,
     interfaces: Vec<IpAddr>,
     store: Store,
-    /// The agent's own service, which no source brings or takes away.
+    /// The agent's own service, which does not come from a source.
     kept: Option<(Service, Vec<Slice>)>,
     topology: Topology,
     desired: Desired,
     encoder: Encoder,
-    /// What the next sync has to compute anew.
+    /// What the next sync recomputes.
     dirty: Changes,
-    /// Addresses that the tables had no room for.
+    /// Frontends that did not fit into the tables.
     refused: BTreeMap<FrontendAddress, Full>,
-    /// How many node addresses wait for room.
+    /// Number of node addresses that do not fit.
     n_nodes_waiting: usize,
     cluster_ips: ClusterIps,
     /// Addresses whose flag in `cluster_ips` may change with the next sync.
     touched_ips: BTreeSet<IpAddr>,
-    /// Cluster IPs that wait for room. Meanwhile no network is in force: they would be taken for unallocated ones.
+    /// Cluster IPs that do not fit. Meanwhile no service network is in force: programs would treat these
+    /// addresses as unallocated.
     ips_waiting: BTreeSet<IpAddr>,
-    /// Whether networks wait for others to be out of force.
+    /// Whether service networks wait for a grace period after the removal of former ones.
     are_cidrs_waiting: bool,
-    /// Addresses that are no longer cluster IPs and wait for networks to be out of force.
+    /// Former cluster IPs that wait for a grace period after the removal of service networks.
     ips_leaving: BTreeSet<IpAddr>,
-    /// What the kernel had no room for although the tables have: see [`Self::missing`].
+    /// Keys that are missing in the maps: see [`Self::missing`].
     missing: Suspects,
-    /// Whether room was freed since the last sync that refused something.
+    /// Whether room was freed since the last sync.
     has_new_room: bool,
     issues: BTreeMap<ServiceKey, Vec<Issue>>,
     health_checks: BTreeMap<ServiceKey, HealthCheck>,
     stale: Ledger,
-    /// Until the first sync the tables may hold frontends of an earlier agent that nobody asks for any longer.
+    /// Until the first sync the maps may hold unused frontends of an earlier agent.
     is_first_sync: bool,
 }
 
 impl State {
-    /// A state without objects, over tables that hold `found`.
+    /// A state without objects that adopts maps with the content `found`.
     ///
     /// `interfaces` are the addresses of this node's interfaces.
     #[must_use]
@@ -90,17 +91,17 @@ impl State {
         }
     }
 
-    /// Keeps a service and its slices whatever the source says: the agent's own.
+    /// Sets the agent's own service and its slices. They stay, whatever the source lists.
     pub fn keep(&mut self, service: Service, slices: Vec<Slice>) {
         self.kept = Some((service, slices));
         self.change(|_store| Changes::default());
     }
 
-    /// Changes the objects. The tables follow with the next [`Self::sync`].
+    /// Changes the objects. The next [`Self::sync`] applies it.
     pub fn change(&mut self, change: impl FnOnce(&mut Store) -> Changes) {
         let changes = change(&mut self.store);
         self.dirty.merge(changes);
-        // A list of all objects has removed them.
+        // A list of all objects removes the agent's own ones.
         if let Some((service, slices)) = &self.kept {
             self.dirty.merge(self.store.set_service(&service.key, Some(service.clone())));
             for slice in slices {
@@ -117,28 +118,28 @@ impl State {
         }
     }
 
-    /// Frontends and node addresses that the tables have no room for.
+    /// Number of frontends and addresses that are not in the maps for lack of room.
     #[must_use]
     pub fn n_refused(&self) -> usize {
         let n_missing = self.missing.services.len() + self.missing.addresses.len();
         self.refused.len() + self.n_nodes_waiting + self.ips_waiting.len() + n_missing
     }
 
-    /// Keys that [`Self::image`] has and the kernel does not: entries of a stranger fill the map. Audits remove those and
-    /// insert the keys.
+    /// Keys of [`Self::image`] that are missing in the maps, because another program's entries fill them.
+    /// Audits repair that.
     #[must_use]
     pub fn missing(&self) -> &Suspects {
         &self.missing
     }
 
-    /// The kernel had no room for these keys of the last plan.
+    /// Reports keys of the last plan for which a map was full.
     pub fn miss(&mut self, keys: Suspects) {
         self.touch(&keys);
         self.missing.extend(keys);
         self.missing.retain_in(self.encoder.image());
     }
 
-    /// An audit has inserted all that was missing but these.
+    /// Reports that an audit inserted all missing keys except these.
     pub fn found(&mut self, missing: Suspects) {
         for address in self.missing.services.difference(&missing.services) {
             self.stale.appeared(address);
@@ -147,13 +148,13 @@ impl State {
         self.touch(&former);
     }
 
-    /// What depends on whether these keys are in the tables is to be computed anew.
+    /// Marks what depends on these keys for recomputation.
     fn touch(&mut self, keys: &Suspects) {
         let ips = keys.services.iter().map(|address| address.ip);
         self.touched_ips.extend(ips.chain(keys.addresses.iter().map(|(_, ip)| *ip)));
     }
 
-    /// Whether a sync may have something to do.
+    /// Whether a sync may have an effect.
     #[must_use]
     pub fn wants_sync(&self) -> bool {
         let is_waiting = !self.refused.is_empty()
@@ -170,14 +171,15 @@ impl State {
         self.dirty.services.iter()
     }
 
-    /// Takes these for the frontends of a service as of the last sync, whatever its object asks for now.
+    /// Replaces the desired frontends of a service by those of the agent's last sync, since its objects may
+    /// have changed after it.
     pub fn recall(&mut self, key: &ServiceKey, frontends: Vec<desired::Frontend>) {
         let _touched = self.desired.set(key, frontends);
     }
 
-    /// Computes what follows from the changes since the last sync. Costs time in proportion to what they touch.
+    /// Computes the plan for the changes since the last sync, in time proportional to what they affect.
     ///
-    /// The plan must be carried out before the next sync; if that fails, start over with [`Self::adopt`].
+    /// Execute the plan before the next sync. If that fails, call [`Self::adopt`].
     #[must_use]
     pub fn sync(&mut self) -> Plan {
         let dirty = std::mem::take(&mut self.dirty);
@@ -227,14 +229,15 @@ impl State {
         self.encoder.take_plan()
     }
 
-    /// The networks that cluster IPs come from, by the setting and the objects.
+    /// The service networks of the setting and of ServiceCIDRs.
     fn service_cidrs(&self) -> impl Iterator<Item = Cidr> {
         let of_setting = self.settings.service_cidrs.as_ref();
         let of_objects = of_setting.map(|_| self.store.service_cidrs().flat_map(|object| &object.cidrs));
         of_setting.into_iter().flatten().chain(of_objects.into_iter().flatten()).copied()
     }
 
-    /// Sets what becomes of calls to undefined ports and unallocated addresses.
+    /// Sets `cluster_ips` and `service_cidrs`, which decide about calls to undefined ports and unallocated
+    /// addresses.
     fn set_cluster_ips(&mut self) {
         let mut ips = std::mem::take(&mut self.touched_ips);
         ips.append(&mut self.ips_waiting);
@@ -246,7 +249,7 @@ impl State {
                 }
                 continue;
             };
-            // What has no room is left to the network, and not refused.
+            // Calls to frontends that do not fit pass unchanged instead of being refused.
             let flag = Some(is_served && !self.has_no_room(ip));
             if !self.encoder.set_address(AddressTable::ClusterIps, ip, flag) {
                 self.ips_waiting.insert(ip);
@@ -255,7 +258,7 @@ impl State {
         let is_missing = |(table, _): &(AddressTable, IpAddr)| *table == AddressTable::ClusterIps;
         let are_all_there = self.ips_waiting.is_empty() && !self.missing.addresses.iter().any(is_missing);
         let mut networks = if are_all_there { self.cluster_ips.networks() } else { &[] };
-        // A new network must not find cluster IPs of a former one: they go with this plan, and it comes with the next.
+        // Cluster IPs of a former network are deleted with this plan, a new network is set with the next.
         let is_early = self.image().service_cidrs.is_empty() && !self.ips_leaving.is_empty();
         if is_early {
             networks = &[];
@@ -270,7 +273,7 @@ impl State {
         }
     }
 
-    /// Whether a frontend of an address is not in the tables, for want of room.
+    /// Whether a frontend of an address is not in the maps for lack of room.
     fn has_no_room(&self, ip: IpAddr) -> bool {
         let all = FrontendAddress { ip, port: 0, protocol: Protocol::Tcp }..;
         let is_of_ip = |address: &FrontendAddress| address.ip == ip;
@@ -278,7 +281,7 @@ impl State {
             || self.missing.services.range(all).next().is_some_and(is_of_ip)
     }
 
-    /// Computes the frontends of one service and returns the addresses that are affected.
+    /// Computes the frontends of one service. Returns the affected addresses.
     fn compute(&mut self, key: &ServiceKey) -> BTreeSet<FrontendAddress> {
         let check = self
             .store
@@ -305,7 +308,6 @@ impl State {
         touched
     }
 
-    /// The ledger of stale sockets, and what it judges by.
     fn with_stale<T>(&mut self, judge: impl FnOnce(&mut Ledger, InForce<'_>) -> T) -> T {
         let (refused, dirty, is_first_sync) = (&self.refused, &self.dirty.services, self.is_first_sync);
         let missing = &self.missing.services;
@@ -324,23 +326,23 @@ impl State {
         judge(&mut self.stale, in_force)
     }
 
-    /// A search for stale sockets begins: see [`Ledger::begin`].
+    /// Begins a search for stale sockets: see [`Ledger::begin`].
     pub fn begin_stale(&mut self) {
         self.stale.begin();
     }
 
-    /// Where to look for stale sockets: see [`Ledger::search`].
+    /// Where to search for stale sockets: see [`Ledger::search`].
     #[must_use]
     pub fn search_stale(&mut self, used: &Used, now: Instant) -> Option<Search> {
         self.with_stale(|ledger, in_force| ledger.search(used, now, in_force))
     }
 
-    /// What is due of a search is being ended: see [`Ledger::searched`].
+    /// Reports a search as done: see [`Ledger::searched`].
     pub fn searched_stale(&mut self, search: &Search, now: Instant) {
         self.stale.searched(search, now);
     }
 
-    /// What becomes of the sockets that were found: see [`Ledger::judge`].
+    /// Decides about the sockets found by a search: see [`Ledger::judge`].
     #[must_use]
     pub fn judge_stale(
         &mut self,
@@ -351,26 +353,26 @@ impl State {
         self.with_stale(|ledger, in_force| ledger.judge(search, found, now, in_force))
     }
 
-    /// When the next known sockets are to be ended: see [`Ledger::next_due`].
+    /// When the next known sockets are due: see [`Ledger::next_due`].
     #[must_use]
     pub fn next_stale(&mut self, now: Instant) -> Option<Instant> {
         self.with_stale(|ledger, in_force| ledger.next_due(now, in_force))
     }
 
-    /// A grace period has passed since the plan of this number was carried out ([`Plan::number`]).
+    /// Reports that a grace period has passed since the plan of this number was executed ([`Plan::number`]).
     pub fn settled(&mut self, plan: u64) {
         self.has_new_room |= self.encoder.holds_back();
         self.encoder.settled(plan);
     }
 
-    /// Whether something freed waits for a grace period.
+    /// Whether freed entries wait for a grace period.
     #[must_use]
     pub fn holds_back(&self) -> bool {
         self.encoder.holds_back()
     }
 
-    /// Goes on from what the tables really hold, after a plan failed half-way and a grace period has passed since. The next
-    /// sync computes everything anew.
+    /// Adopts the maps after a plan failed midway and a grace period has passed. The next sync recomputes
+    /// everything.
     pub fn adopt(&mut self, capacity: Capacity, found: &Image) {
         self.encoder.start_over(capacity, found);
         self.refused.clear();
@@ -379,20 +381,20 @@ impl State {
         self.dirty.topology = true;
     }
 
-    /// What the tables hold once the last plan is carried out.
+    /// The content of the maps after the last plan is executed.
     #[must_use]
     pub fn image(&self) -> &Image {
         self.encoder.image()
     }
 
-    /// Whether [`Self::image`] is all that the tables hold, if the last plan was carried out. Before the first sync and
-    /// after [`Self::adopt`] they may hold more.
+    /// Whether the maps hold nothing but [`Self::image`] after the last plan is executed. Before the first
+    /// sync, and after [`Self::adopt`] until the next one, they may hold more.
     #[must_use]
     pub fn knows_tables(&self) -> bool {
         !self.is_first_sync
     }
 
-    /// The service ports with frontends in the tables, each with the id of its counters.
+    /// The service ports with frontends in the maps, each with the id of its counters.
     pub fn service_ids(&self) -> impl Iterator<Item = (&Arc<PortKey>, u32)> {
         self.encoder.service_ids()
     }
@@ -423,7 +425,7 @@ impl State {
         &self.health_checks
     }
 
-    /// What the objects ask for.
+    /// The desired frontends.
     #[must_use]
     pub fn desired(&self) -> &Desired {
         &self.desired
@@ -435,7 +437,7 @@ impl State {
         &self.store
     }
 
-    /// The node's place in the cluster.
+    /// The topology as of the last sync.
     #[must_use]
     pub fn topology(&self) -> &Topology {
         &self.topology
@@ -453,11 +455,11 @@ impl State {
         &self.settings
     }
 
-    /// What is wrong with services as a whole: rules that could not be followed, conflicts, lack of room. Issues of
-    /// single objects are reported where the objects are read.
+    /// Issues of the last sync: conflicts, full tables, addresses that are not served. Invalid objects are
+    /// reported where they are read.
     pub fn issues(&self) -> impl Iterator<Item = Issue> {
         let full = self.refused.iter().filter_map(|(address, full)| {
-            // While freed entries wait for a grace period, lack of room may be over in a moment.
+            // Freed entries that wait for a grace period may make room shortly.
             let owner = self.desired.owner(address).filter(|_| !self.encoder.holds_back())?;
             Some(Issue::new(ObjectRef::from(&owner.port.service), full_issue(address, full)))
         });
@@ -493,7 +495,7 @@ impl State {
             .chain(self.service_cidrs_left_out())
     }
 
-    /// Networks of ServiceCIDRs for which the tables have no room.
+    /// Networks of ServiceCIDRs beyond the limit.
     fn service_cidrs_left_out(&self) -> impl Iterator<Item = Issue> {
         let (counting, n_left_out) = cluster_ips::merged(self.service_cidrs());
         let objects = self.store.service_cidrs().filter(move |_| n_left_out > 0);
@@ -541,7 +543,7 @@ mod tests {
         State::new(settings, Vec::new(), capacity, found)
     }
 
-    /// Where cluster IPs come from.
+    /// The service network.
     fn network() -> Cidr {
         "10.96.0.0/16".parse().unwrap()
     }
@@ -568,13 +570,13 @@ mod tests {
         assert_eq!(state.image().services.len(), 1);
         let issues: Vec<String> = state.issues().map(|issue| issue.to_string()).collect();
         assert!(issues.len() == 1 && issues[0].contains("default/b"), "{issues:?}");
-        assert!(!state.wants_sync(), "nothing changed: trying again would be in vain");
+        assert!(!state.wants_sync(), "nothing changed: a retry has no effect");
 
         set(&mut state, "a", None);
         let plan = state.sync();
         assert!(
             state.image().services.is_empty(),
-            "the deleted key takes room until the grace period is over"
+            "the deleted key takes room until a grace period has passed"
         );
         assert_eq!(state.issues().count(), 0, "and until then it is no issue");
         state.settled(plan.number());
@@ -584,7 +586,7 @@ mod tests {
         assert!(!state.wants_sync());
     }
 
-    /// Something else may serve it: kube-proxy, beside which an undefined port is refused all the same.
+    /// It may be served by kube-proxy, which refuses undefined ports itself.
     #[test]
     fn what_has_no_room_is_left_to_the_network() {
         let (a, b) = ([10, 96, 0, 1].into(), [10, 96, 0, 2].into());
@@ -612,7 +614,7 @@ mod tests {
         assert_eq!(state.image().cluster_ips, [(b, true)].into());
     }
 
-    /// A call may have read the network before it goes, and reads the address afterwards.
+    /// A call may read the network before its removal, and the address afterwards.
     #[test]
     fn a_cluster_ip_stays_until_its_network_is_read_no_more() {
         let ip = [10, 96, 0, 1].into();
@@ -628,14 +630,14 @@ mod tests {
         let plan = state.sync();
         assert!(state.image().service_cidrs.is_empty());
         assert_eq!(state.image().cluster_ips, [(ip, true)].into());
-        assert!(!state.wants_sync(), "before the grace period is over");
+        assert!(!state.wants_sync(), "before a grace period has passed");
         state.settled(plan.number());
         assert!(state.wants_sync());
         let _plan = state.sync();
         assert!(state.image().cluster_ips.is_empty());
     }
 
-    /// At once, beside those of the setting, and with `none` not at all.
+    /// They apply at once, in addition to those of the setting, and not at all with `none`.
     #[test]
     fn networks_of_objects_and_of_the_setting_are_in_force_together() {
         let cidr = |name: &str, network: &str| ServiceCidr {
@@ -643,7 +645,7 @@ mod tests {
             cidrs: vec![network.parse().unwrap()],
         };
         let networks = |state: &mut State| -> Vec<String> {
-            // One of before is out of force for a grace period.
+            // A former network was removed: a grace period must pass.
             while state.wants_sync() {
                 let plan = state.sync();
                 state.settled(plan.number());
@@ -678,13 +680,13 @@ mod tests {
             assert_eq!(networks(&mut state).len(), if is_off { 0 } else { limits::MAX_SERVICE_CIDRS });
             let issues: Vec<String> = state.issues().map(|issue| issue.to_string()).collect();
             let n_left_out = if is_off { 0 } else { 2 + of_setting.len() };
-            // The setting's own network may be the one that is left out.
+            // The network that is left out may be the setting's.
             assert!(issues.len().abs_diff(n_left_out) <= of_setting.len(), "{issues:#?}");
             assert!(issues.iter().all(|issue| issue.starts_with("ServiceCIDR cidr-")), "{issues:#?}");
         }
     }
 
-    /// Its address is known, whatever becomes of its label, and nothing of it is served.
+    /// Its address stays known when its label changes, but is not served.
     #[test]
     fn a_service_of_another_proxy_is_left_alone() {
         let ip = [10, 96, 0, 1].into();
@@ -708,14 +710,14 @@ mod tests {
         }
     }
 
-    /// Else a Service whose address has no room would be taken for one that does not exist.
+    /// Otherwise programs treat the address of a Service that does not fit as unallocated.
     #[test]
     fn no_network_is_in_force_while_a_cluster_ip_has_no_room() {
         let former = (0..limits::MAX_CLUSTER_IPS).map(|n| (Ipv4Addr::from(n).into(), true)).collect();
         let found = Image { cluster_ips: former, service_cidrs: vec![network()], ..Image::default() };
         let mut state = state_over(8, &found);
         set(&mut state, "a", Some(1));
-        // First the network is out of force, then what it made known goes, then there is room.
+        // First the network is removed, then its cluster IPs, which makes room.
         for n_former in [limits::MAX_CLUSTER_IPS as usize, 0] {
             let plan = state.sync();
             assert!(state.image().service_cidrs.is_empty());

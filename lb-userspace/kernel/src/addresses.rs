@@ -1,21 +1,21 @@
-//! The addresses of this network namespace's interfaces, and when they change (`rtnetlink(7)`).
+//! The addresses of this network namespace's interfaces, and a watch on their changes (`rtnetlink(7)`).
 
 use std::{future::poll_fn, io, net::IpAddr, task::Poll};
 
 use netlink_sys::{AsyncSocket as _, SocketAddr, TokioSocket, protocols::NETLINK_ROUTE};
 use nix::errno::Errno;
 
-/// The interface on which kube-proxy's mode IPVS keeps every service address of the cluster, and leaves them behind. They are no
-/// addresses of the node.
+/// The interface on which kube-proxy's IPVS mode puts, and leaves, every service address of the cluster. They
+/// are not addresses of the node.
 const IPVS: &str = "kube-ipvs0";
 
 /// `RTMGRP_IPV4_IFADDR | RTMGRP_IPV6_IFADDR` of `linux/rtnetlink.h`.
 const GROUPS: u32 = 0x10 | 0x100;
 
-/// The addresses of the interfaces, sorted, but for those of `kube-ipvs0` and link-local ones of IPv6, which every interface has
-/// and which mean another host on each link.
+/// The addresses of the interfaces, sorted. Excluded are those of `kube-ipvs0`, and IPv6 link-local ones,
+/// which every interface has and which mean another host on each link.
 ///
-/// None if they cannot be read: node ports then answer on the addresses of the Node object.
+/// Empty if they cannot be read: node ports then answer on the addresses of the Node object.
 #[must_use]
 pub fn read() -> Vec<IpAddr> {
     let addresses = match nix::ifaddrs::getifaddrs() {
@@ -39,11 +39,11 @@ pub fn read() -> Vec<IpAddr> {
     found
 }
 
-/// Hears of changes of the addresses.
+/// Notifies of address changes.
 pub struct AddressWatch(TokioSocket);
 
 impl AddressWatch {
-    /// Begins to listen, in the network namespace of the calling thread: what changes from now on is heard.
+    /// Subscribes to changes in the network namespace of the calling thread, from now on.
     ///
     /// # Errors
     ///
@@ -58,9 +58,10 @@ impl AddressWatch {
         Ok(Self(socket))
     }
 
-    /// Waits until an address has changed, or may have. Changes that come together are one.
+    /// Waits until an address has changed, or may have. Changes in quick succession are one.
     ///
-    /// Cancel safe. [`read`] tells what there is now; what the messages say is not looked at, so that none can be lost.
+    /// Cancel safe. The messages are not decoded, so none can be lost: [`read`] returns the current
+    /// addresses.
     ///
     /// # Errors
     ///
@@ -73,7 +74,7 @@ impl AddressWatch {
                 message.clear();
                 match self.0.poll_recv(context, &mut message) {
                     Poll::Ready(Ok(())) => is_news = true,
-                    // There was no room for all: something has changed.
+                    // The socket's buffer overflowed: something has changed.
                     Poll::Ready(Err(error)) if error.raw_os_error() == Some(Errno::ENOBUFS as i32) => {
                         is_news = true;
                     }

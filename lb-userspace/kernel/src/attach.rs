@@ -1,9 +1,9 @@
-//! The programs in their hooks: links that are made, taken over, and put back.
+//! The programs in their hooks: links are created, adopted and restored.
 //!
 //! # Invariants
 //!
-//! - A program is replaced in its link, never detached and attached anew.
-//! - A link is pinned once all that were missing are made: a start that is refused one leaves none.
+//! - A program is replaced in its link, never detached and attached again.
+//! - Links are pinned once all missing ones are created: a start that fails to create one leaves none.
 
 use std::{
     fs::{self, File},
@@ -22,7 +22,7 @@ use super::{
     syscall::{self, CgroupLink},
 };
 
-/// A program to be in a hook.
+/// A program for a hook.
 pub(super) struct Hook {
     pub(super) spec: &'static HookSpec,
     pub(super) program: OwnedFd,
@@ -35,17 +35,17 @@ pub(super) struct Hooks {
     cgroup: File,
     cgroup_path: PathBuf,
     cgroup_id: u64,
-    /// Each with its link, once it has one. Who holds a link keeps the program attached, also without a pin.
+    /// Each hook with its link, once it has one. An open link keeps the program attached, even without a pin.
     all: Vec<(Hook, Option<OwnedFd>)>,
 }
 
-/// Links that are made and not pinned yet, by their place among the hooks. They end with this value.
+/// Links that are created but not pinned, by the index of their hook. Dropping this value detaches them.
 pub(super) struct Made(Vec<(usize, OwnedFd)>);
 
 impl Hooks {
     /// # Errors
     ///
-    /// [`KernelError::Cgroup`] if the cgroup cannot be looked at.
+    /// [`KernelError::Cgroup`] if the cgroup cannot be read.
     pub(super) fn new(
         pin_path: &Path,
         cgroup: File,
@@ -80,11 +80,13 @@ impl Hooks {
         })
     }
 
-    /// Makes the links of hooks that have none for this cgroup. Their programs run from then on; nothing is pinned.
+    /// Creates the links of hooks that have none for this cgroup. Their programs run from then on; nothing is
+    /// pinned.
     ///
     /// # Errors
     ///
-    /// [`KernelError::Exclusive`], [`KernelError::NotPermitted`], [`KernelError::Link`]: then everything is as before.
+    /// [`KernelError::Exclusive`], [`KernelError::NotPermitted`], [`KernelError::Link`]. Everything is then
+    /// as before.
     pub(super) fn make_missing(&self) -> Result<Made, KernelError> {
         let mut made = Vec::new();
         for (index, (hook, _)) in self.all.iter().enumerate() {
@@ -96,7 +98,7 @@ impl Hooks {
         Ok(Made(made))
     }
 
-    /// Pins what was made, and has the links that were there run these programs. Each step can be repeated.
+    /// Pins the created links, and sets these programs in the existing ones. Each step can be repeated.
     ///
     /// # Errors
     ///
@@ -119,8 +121,8 @@ impl Hooks {
         Ok(())
     }
 
-    /// Pins a link under the name of its hook. What was there under our name is detached: a link to another cgroup, or to one
-    /// that is gone.
+    /// Pins a link under the name of its hook. A former link under this name is detached: its cgroup is
+    /// another one, or was removed.
     fn put(&mut self, index: usize, link: OwnedFd) -> Result<(), KernelError> {
         let name = self.all[index].0.spec.name;
         let failed = |source| KernelError::Link { name, source };
@@ -152,12 +154,12 @@ impl Hooks {
 
     /// The hooks whose program does not run, or whose link is not pinned.
     pub(super) fn lost(&self) -> impl Iterator<Item = &'static str> {
-        // What cannot be told is looked into by `restore`, which says why.
+        // If that is unknown, `restore` tries, and returns the error.
         let is_lost = |index: &usize| !self.is_in_place(*index).unwrap_or(false);
         (0..self.all.len()).filter(is_lost).map(|index| self.all[index].0.spec.name)
     }
 
-    /// Puts a lost hook right: pins its link again, gives it its program again, or attaches anew.
+    /// Restores a lost hook: pins its link again, sets its program again, or attaches a new link.
     ///
     /// # Errors
     ///
@@ -177,20 +179,20 @@ impl Hooks {
                 }
                 link.try_clone().map_err(|source| KernelError::Link { name: hook.spec.name, source })?
             }
-            // Detached, for good.
+            // A detached link cannot be attached again.
             _ => self.make(hook)?,
         };
         self.put(index, link)
     }
 }
 
-/// Has a link run a program, in one step.
+/// Sets the program of a link, atomically.
 fn replace(hook: &Hook, link: &OwnedFd) -> Result<(), KernelError> {
     syscall::replace_program(link.as_fd(), hook.program.as_fd())
         .map_err(|source| KernelError::Link { name: hook.spec.name, source })
 }
 
-/// The link to a cgroup that is pinned at a path; `None` if nothing is, or something else.
+/// The link to a cgroup that is pinned at a path; `None` for anything else.
 fn link_at(pin: &Path) -> io::Result<Option<(OwnedFd, CgroupLink)>> {
     let link = match syscall::open_pin(pin) {
         Ok(link) => link,

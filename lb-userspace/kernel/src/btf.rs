@@ -1,10 +1,10 @@
-//! Where the running kernel has the fields of its structures, from its BTF (`Documentation/bpf/btf.rst`).
+//! The offsets of fields in the running kernel's structures, from its BTF (`Documentation/bpf/btf.rst`).
 //!
-//! aya reads BTF to load programs and shows nothing of it.
+//! aya reads BTF to load programs, but does not expose it.
 
 use std::{fs, io, path::Path};
 
-/// Where the kernel shows its own types.
+/// The running kernel's BTF.
 pub(super) const PATH: &str = "/sys/kernel/btf/vmlinux";
 
 /// `BTF_MAGIC`, in the byte order of the machine.
@@ -23,7 +23,7 @@ pub(super) struct Btf {
 /// A field of a structure, in bits from its beginning.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Field {
-    /// Where it begins.
+    /// Offset in bits.
     pub(super) bit: u32,
 }
 
@@ -37,7 +37,7 @@ struct Type {
 }
 
 impl Btf {
-    /// Reads the running kernel's.
+    /// Reads the BTF of the running kernel.
     ///
     /// # Errors
     ///
@@ -50,7 +50,7 @@ impl Btf {
         if u16::from_ne_bytes(data.get(..2)?.try_into().ok()?) != MAGIC {
             return None;
         }
-        // Length of the header; then offset and length of each section, counted from the end of the header.
+        // Length of the header, then offset and length of each section, relative to the end of the header.
         let header = usize::try_from(word(data, 4)?).ok()?;
         let section = |at| {
             let (offset, len) =
@@ -75,14 +75,14 @@ impl Btf {
         })
     }
 
-    /// The id of a function's type, by which a program names what it attaches to.
+    /// The BTF id of a function, which names the attach target of a program.
     pub(super) fn function(&self, name: &str) -> Option<u32> {
         // Ids count from 1: 0 is `void`, which is not listed.
         let mut types = (1..).zip(self.types());
         types.find(|(_, found)| found.kind == FUNCTION && self.is_named(found.name, name)).map(|(id, _)| id)
     }
 
-    /// The types in the order of their ids, up to one of a kind that is not known.
+    /// The types in the order of their ids, up to the first of an unknown kind.
     fn types(&self) -> impl Iterator<Item = Type> {
         let mut next = Some(0);
         std::iter::from_fn(move || {
@@ -107,7 +107,7 @@ fn word(data: &[u8], at: usize) -> Option<u32> {
     Some(u32::from_ne_bytes(data.get(at..at.checked_add(4)?)?.try_into().ok()?))
 }
 
-/// Octets that follow a type's header, by its kind and its number of members; `None` for a kind that is not known.
+/// Octets after a type's header, by its kind and number of members; `None` for an unknown kind.
 fn len_behind_header(kind: u32, n_members: usize) -> Option<usize> {
     Some(match kind {
         // Pointers, forward declarations, typedefs, qualifiers, functions, floats, type tags.

@@ -1,9 +1,10 @@
-//! Finding the cgroup v2 hierarchy.
+//! Finds the cgroup v2 hierarchy.
 //!
 //! # Purpose
 //!
-//! [`find_root`] says where to attach so that all processes of this machine are served, or of this node, if the node is a container
-//! of its own: of kind, k3d, minikube's Docker driver, or LXC. [`extent`] says what a cgroup covers.
+//! [`find_root`] returns the cgroup to attach to: that of all processes of the machine or, if the node is
+//! itself a container (kind, k3d, minikube's Docker driver, LXC), of the node. [`extent`] returns what a
+//! cgroup covers.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -24,21 +25,22 @@ use super::{
 const MOUNTINFO: &str = "/proc/thread-self/mountinfo";
 const OWN_CGROUPS: &str = "/proc/thread-self/cgroup";
 
-/// Inode number of the root of the hierarchy, wherever it is mounted: kernfs numbers from here (`kernfs_create_root`).
+/// Inode number of the hierarchy's root, wherever it is mounted: kernfs starts numbering here
+/// (`kernfs_create_root`).
 const ROOT_INODE: u64 = 1;
 
-/// The largest number of directories that are looked at for a cgroup: an order of magnitude above a full node.
+/// Largest number of directories read in search of a cgroup: an order of magnitude above a full node.
 const MAX_DIRECTORIES: usize = 100_000;
 
-/// Whose processes are in a cgroup, or below it.
+/// Whose processes are in a cgroup or below it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Extent {
-    /// Those of the whole machine.
+    /// All processes of the machine.
     Host,
-    /// Those of a node that is a container, the calling process among them.
+    /// All processes of a node that is a container, including the calling one.
     Node,
-    /// Those of one cgroup among others.
+    /// The processes of one cgroup among others.
     Cgroup,
 }
 
@@ -52,25 +54,26 @@ impl fmt::Display for Extent {
     }
 }
 
-/// Finds the topmost cgroup v2 hierarchy that is mounted in sight and that the calling thread's own cgroup lies below: the
-/// machine's on a host, the node's on a node that is a container.
+/// Finds the topmost mounted cgroup v2 hierarchy above the calling thread's own cgroup: the machine's on a
+/// host, the node's on a node that is a container.
 ///
-/// All mounts count, also those at second places. In a container with a private cgroup namespace `/sys/fs/cgroup` begins at the
-/// container's own cgroup, and programs attached there would see that container's calls only.
+/// All mounts count, not only `/sys/fs/cgroup`. In a container with a private cgroup namespace, that one
+/// begins at the container's own cgroup: programs attached there would see only that container's calls.
 ///
 /// # Errors
 ///
-/// [`KernelError::NoCgroup`] if none is mounted, [`KernelError::OwnCgroup`] if nothing above the thread's own cgroup is in sight.
+/// [`KernelError::NoCgroup`] if none is mounted, [`KernelError::OwnCgroup`] if nothing above the own cgroup
+/// is visible.
 ///
 /// # Kernel
 ///
-/// 5.5: before, inode numbers do not tell.
+/// 5.5: on earlier kernels, inode numbers do not identify cgroups.
 pub fn find_root() -> Result<PathBuf, KernelError> {
     let mountinfo = fs::read(MOUNTINFO).map_err(|_unreadable| KernelError::NoCgroup)?;
     root_among(&mountinfo, &fs::read(OWN_CGROUPS).unwrap_or_default(), look)
 }
 
-/// Where a cgroup v2 hierarchy is mounted, or a part of it: enough to make a cgroup of one's own.
+/// A mount point of the cgroup v2 hierarchy or a part of it: enough to create a cgroup in.
 ///
 /// # Errors
 ///
@@ -80,7 +83,7 @@ pub fn find_any() -> Result<PathBuf, KernelError> {
     in_sight(&mountinfo, look).next().map(|(mount, _)| mount.point).ok_or(KernelError::NoCgroup)
 }
 
-/// As [`find_root`], or else a part of the hierarchy: enough to look for cgroups in.
+/// As [`find_root`], or else a part of the hierarchy: enough to search for cgroups.
 ///
 /// # Errors
 ///
@@ -89,7 +92,7 @@ pub fn find_widest() -> Result<PathBuf, KernelError> {
     find_root().or_else(|_part_of_it| find_any())
 }
 
-/// The directory of the calling thread's own cgroup, if a mount in sight holds it.
+/// The directory of the calling thread's own cgroup, if a visible mount contains it.
 #[must_use]
 pub fn find_own() -> Option<PathBuf> {
     own_among(&fs::read(MOUNTINFO).ok()?, &fs::read(OWN_CGROUPS).ok()?, look)
@@ -106,10 +109,10 @@ pub fn extent(directory: &Path) -> Extent {
     }
 }
 
-/// What is found at a path.
+/// What a path leads to.
 #[derive(Clone, Copy, Debug)]
 struct Seen {
-    /// The mount that the path leads to: another one than expected, where something was mounted over it.
+    /// The mount at the path: not the expected one if something was mounted over it.
     mount: u32,
     inode: u64,
 }
@@ -121,7 +124,7 @@ fn look(path: &Path) -> Option<Seen> {
     Some(Seen { mount, inode: directory.metadata().ok()?.ino() })
 }
 
-/// The cgroup v2 mounts that nothing hides, each with its root's inode number.
+/// The cgroup v2 mounts that no other mount hides, each with its root's inode number.
 fn in_sight(
     mountinfo: &[u8],
     look: impl Fn(&Path) -> Option<Seen>,
@@ -166,8 +169,8 @@ fn own_among(mountinfo: &[u8], own_cgroups: &[u8], look: impl Fn(&Path) -> Optio
     })
 }
 
-/// A cgroup as the kernel names it to a reader: by the way there from the root of the reader's cgroup namespace, some levels up
-/// and then down by names. It goes up no further than it must.
+/// A cgroup as the kernel names it: a path relative to the root of the reader's cgroup namespace, some levels
+/// up and then down by names. It goes up no further than necessary.
 #[derive(Debug)]
 struct Position {
     up: usize,
@@ -175,36 +178,37 @@ struct Position {
 }
 
 impl Position {
-    /// Of a path such as `/a/b` or `/../..`.
+    /// Parses a path such as `/a/b` or `/../..`.
     fn new(path: &[u8]) -> Self {
         let mut names = path.split(|byte| *byte == b'/').filter(|name| !name.is_empty()).peekable();
         let up = std::iter::from_fn(|| names.next_if_eq(&b"..".as_slice())).count();
         Self { up, down: names.map(<[u8]>::to_vec).collect() }
     }
 
-    /// Of the text of `/proc/PID/cgroup`. `None` without cgroup v2.
+    /// Parses the text of `/proc/PID/cgroup`. `None` without cgroup v2.
     fn own(text: &[u8]) -> Option<Self> {
         text.split(|byte| *byte == b'\n').find_map(|line| line.strip_prefix(b"0::")).map(Self::new)
     }
 
-    /// Levels below the namespace's root; negative above it. Those above a cgroup differ in it.
+    /// Levels below the namespace's root; negative above it. The ancestors of a cgroup all differ in level.
     fn level(&self) -> isize {
         self.down.len().cast_signed() - self.up.cast_signed()
     }
 
     fn is_properly_below(&self, other: &Self) -> bool {
-        // From up there, what goes down again goes elsewhere than where both came from.
+        // A path that goes further up and then down leads to another subtree.
         let is_above_both = other.up > self.up && other.down.is_empty();
         is_above_both || self.way_from(other).is_some_and(|way| !way.is_empty())
     }
 
-    /// The names that lead down to it, if it is the other or lies below it, and the names can be known.
+    /// The names from the other cgroup down to this one, if it is the other or below it and the names are
+    /// known.
     fn way_from(&self, other: &Self) -> Option<&[Vec<u8>]> {
         if self.up == other.up { self.down.strip_prefix(other.down.as_slice()) } else { None }
     }
 }
 
-/// Whether cgroup v1 hierarchies are mounted beside it. `false` if that cannot be read.
+/// Whether cgroup v1 hierarchies are mounted as well. `false` if that cannot be read.
 #[must_use]
 pub fn is_beside_v1() -> bool {
     let mountinfo = fs::read(MOUNTINFO).unwrap_or_default();
@@ -215,7 +219,7 @@ pub fn is_beside_v1() -> bool {
 ///
 /// # Errors
 ///
-/// [`KernelError::Cgroup`] if it is no directory of a cgroup v2 hierarchy.
+/// [`KernelError::Cgroup`] if it is not a directory of a cgroup v2 hierarchy.
 pub fn open(path: &Path) -> Result<fs::File, KernelError> {
     let error = |source| KernelError::Cgroup { path: path.to_owned(), source };
     let directory = fs::File::open(path).map_err(error)?;
@@ -227,8 +231,8 @@ pub fn open(path: &Path) -> Result<fs::File, KernelError> {
     }
 }
 
-/// The directories of cgroups by their ids, which are their inode numbers; without those that are not found. Level by level: the
-/// root is the usual place.
+/// The directories of cgroups by id (inode number), without those not found. Searched level by level, since
+/// the root is the usual place.
 #[must_use]
 pub fn directories_of(ids: &BTreeSet<u64>, root: &Path) -> BTreeMap<u64, PathBuf> {
     let mut found = BTreeMap::new();
@@ -244,7 +248,7 @@ pub fn directories_of(ids: &BTreeSet<u64>, root: &Path) -> BTreeMap<u64, PathBuf
     found
 }
 
-/// The cgroups in a cgroup. None if it cannot be read: cgroups come and go.
+/// The child cgroups of a cgroup. Empty if it cannot be read, as after its removal.
 #[must_use]
 pub fn children(directory: &Path) -> Vec<PathBuf> {
     let entries = fs::read_dir(directory).into_iter().flatten().flatten();
@@ -256,12 +260,12 @@ pub fn children(directory: &Path) -> Vec<PathBuf> {
 mod tests {
     use super::*;
 
-    /// A mount's number, what of the hierarchy it shows, and where.
+    /// A mount: its id, the mounted part of the hierarchy, and the mount point.
     fn cgroup2(id: u32, root: &str, point: &str) -> String {
         format!("{id} 29 0:28 {root} {point} rw master:1 shared:2 - cgroup2 cgroup2 rw\n")
     }
 
-    /// What is seen where several are mounted: the last, unless they are the machine's root with an inode number of its own.
+    /// What a path shows: the last mount there. Its inode number is the machine root's if it is in `hosts`.
     fn seen<'a>(mountinfo: &'a [u8], hosts: &'a [&str]) -> impl Fn(&Path) -> Option<Seen> + 'a {
         move |path| {
             let last = mounts(mountinfo).filter(|mount| mount.point == path).last()?;
@@ -325,13 +329,7 @@ mod tests {
                 &[],
                 Err("container's own"),
             ),
-            (
-                "its own cgroup is not told",
-                two("/../..", "/host"),
-                String::new(),
-                &[],
-                Err("container's own"),
-            ),
+            ("its own cgroup is unknown", two("/../..", "/host"), String::new(), &[], Err("container's own")),
             ("only v1", V1.to_owned(), own("/"), &[], Err("no cgroup v2")),
         ] {
             let mountinfo = mountinfo.as_bytes();

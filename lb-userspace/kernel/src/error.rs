@@ -1,4 +1,4 @@
-//! What can go wrong between user space and the kernel.
+//! Errors between user space and the kernel.
 
 use std::{error::Error, io, path::PathBuf};
 
@@ -8,7 +8,7 @@ use super::exclusive;
 
 /// An operation on the kernel failed.
 ///
-/// The display names cause and remedy in one line.
+/// The message names cause and remedy in one line.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum KernelError {
@@ -21,12 +21,12 @@ pub enum KernelError {
         /// What was tried.
         what: String,
     },
-    /// The kernel refused the programs and is older than those that can take them.
+    /// The kernel rejected the programs, and is older than the oldest supported one.
     #[error("{release} is too old: socklb needs Linux 5.10 or later ({cause})")]
     TooOld {
         /// Name and release of the kernel.
         release: String,
-        /// What it refused, in one line.
+        /// What it rejected, in one line.
         cause: String,
     },
     /// No cgroup v2 hierarchy is mounted.
@@ -34,10 +34,11 @@ pub enum KernelError {
         "no cgroup v2 hierarchy is mounted: `mount -t cgroup2 none /sys/fs/cgroup`, or name one with --cgroup"
     )]
     NoCgroup,
-    /// Nothing above the own cgroup is in sight: all that is mounted is a container's own.
+    /// Only a container's own cgroup is mounted: nothing above it is visible.
     #[error(
-        "the cgroup v2 hierarchy at {} is this container's own, not its node's: programs attached there would see the calls of \
-         this container only. Mount the node's /sys/fs/cgroup into the container, at any place, or name a part of it with --cgroup",
+        "the cgroup v2 hierarchy at {} is this container's own, not its node's: programs attached there \
+         would see only this container's calls. Mount the node's /sys/fs/cgroup into the container, at any \
+         place, or name a cgroup of it with --cgroup",
         path.display()
     )]
     OwnCgroup {
@@ -52,8 +53,12 @@ pub enum KernelError {
         /// The cause.
         source: io::Error,
     },
-    /// The directory for pins is not on a BPF file system, or cannot be made.
-    #[error("--pin-path {}: {source}: it must be a directory on a BPF file system (`mount -t bpf bpf /sys/fs/bpf`)", path.display())]
+    /// The pin directory is not on a BPF file system, or cannot be created.
+    #[error(
+        "--pin-path {}: {source}: it must be a directory on a BPF file system (`mount -t bpf bpf \
+         /sys/fs/bpf`)",
+        path.display()
+    )]
     PinPath {
         /// The directory.
         path: PathBuf,
@@ -61,13 +66,20 @@ pub enum KernelError {
         source: io::Error,
     },
     /// Nothing is pinned there.
-    #[error("nothing is pinned under {}: is the agent running, or was another --pin-path used?", path.display())]
+    #[error(
+        "nothing is pinned under {}: is the agent running, or was another --pin-path used?",
+        path.display()
+    )]
     NothingPinned {
         /// The directory.
         path: PathBuf,
     },
-    /// A map is not there, though others are.
-    #[error("map {name} is not pinned under {}: an agent pins it again within its --audit-interval, or when it starts", path.display())]
+    /// A map is not pinned, though others are.
+    #[error(
+        "map {name} is not pinned under {}: an agent pins it again within its --audit-interval, or when it \
+         starts",
+        path.display()
+    )]
     NotPinned {
         /// Its name.
         name: &'static str,
@@ -76,33 +88,39 @@ pub enum KernelError {
     },
     /// A pinned map has another layout.
     #[error(
-        "map {name} under {} has {}, this socklb has layout {ours}: use the socklb that made it, or start an agent of this one",
+        "map {name} under {} has {}, this socklb has layout {ours}: use the socklb version that created it, \
+         or start an agent of this version",
         path.display(),
-        found.map_or_else(|| "no layout that is known".to_owned(), |found| format!("layout {found}"))
+        found.map_or_else(|| "an unknown layout".to_owned(), |found| format!("layout {found}"))
     )]
     Layout {
         /// The map.
         name: &'static str,
         /// The directory.
         path: PathBuf,
-        /// What is pinned, if that was written down.
+        /// The layout of the pinned map, if it is recorded.
         found: Option<u32>,
-        /// What this binary makes.
+        /// The layout of this binary.
         ours: u32,
     },
-    /// The sizes of the pinned maps are not those of one image.
-    #[error("the maps under {} have different sizes: if an agent is replacing them, try again in a moment; else start one", path.display())]
+    /// The sizes of the pinned maps do not belong to one image.
+    #[error(
+        "the maps under {} have different sizes: if an agent is replacing them, try again in a moment, \
+         otherwise start one",
+        path.display()
+    )]
     Mixed {
         /// The directory.
         path: PathBuf,
     },
-    /// Another program has a hook for itself.
+    /// Another program excludes further ones from a hook.
     #[error(
         "hook {hook} of {}: {}",
         cgroup.display(),
         by.as_ref().map_or_else(
-            || "a program is attached without `multi` to a cgroup above, which cannot be seen from here: look on the host with \
-                `bpftool cgroup tree`, and detach it or have it attached with BPF_F_ALLOW_MULTI".to_owned(),
+            || "a program is attached without `multi` to a parent cgroup that is not visible from here: \
+                find it on the host with `bpftool cgroup tree`, then detach it or attach it with \
+                BPF_F_ALLOW_MULTI".to_owned(),
             exclusive::Exclusive::to_string
         )
     )]
@@ -111,7 +129,7 @@ pub enum KernelError {
         hook: &'static str,
         /// The cgroup that was to be served.
         cgroup: PathBuf,
-        /// The program, if its cgroup can be seen.
+        /// The program, if its cgroup is visible.
         by: Option<exclusive::Exclusive>,
     },
     /// Loading the object failed.
@@ -125,7 +143,7 @@ pub enum KernelError {
         /// Its name.
         name: &'static str,
     },
-    /// A program was not accepted or not attached.
+    /// A program was not loaded or not attached.
     #[error("program {name}: {}", chain(source))]
     Program {
         /// Its name.
@@ -141,7 +159,7 @@ pub enum KernelError {
         /// The cause.
         source: io::Error,
     },
-    /// A map could not be opened or pinned at another place.
+    /// A map could not be opened, or pinned elsewhere.
     #[error("map {name}: cannot open or pin it: {source}")]
     Pin {
         /// Its name.
@@ -149,9 +167,9 @@ pub enum KernelError {
         /// The cause.
         source: io::Error,
     },
-    /// What sockets have in storage cannot be listed.
+    /// Socket storage cannot be listed.
     #[error(
-        "map socket_storage: cannot list it: {source}: this takes CAP_BPF and CAP_PERFMON, and a kernel with \
+        "map socket_storage: cannot list it: {source}: this needs CAP_BPF and CAP_PERFMON, and a kernel with \
          CONFIG_DEBUG_INFO_BTF"
     )]
     List {
@@ -163,7 +181,7 @@ pub enum KernelError {
     Map {
         /// Its name.
         name: &'static str,
-        /// The cause, which the message names with what it means.
+        /// The cause, which the message explains.
         cause: Box<MapError>,
     },
     /// A map could not be mapped into memory.
@@ -175,12 +193,12 @@ pub enum KernelError {
         source: nix::errno::Errno,
     },
     /// A hash map has no room.
-    #[error("map {name} is full: what found no room is left out")]
+    #[error("map {name} is full: entries without room are left out")]
     MapFull {
         /// Its name.
         name: &'static str,
     },
-    /// A plan names an entry outside of a map: the plan is of another size than the maps.
+    /// A plan names an entry outside a map: its sizes are not those of the maps.
     #[error("map {name} has no entry {index}")]
     OutOfRange {
         /// The map.
@@ -188,9 +206,9 @@ pub enum KernelError {
         /// The entry.
         index: u32,
     },
-    /// The kernel does not tell which CPUs there may be.
+    /// The kernel does not report the possible CPUs.
     #[error(
-        "/sys/devices/system/cpu/possible: {0}: the maps of counters follow from it; mount /sys, read-only is enough"
+        "/sys/devices/system/cpu/possible: {0}: it sizes the counter maps: mount /sys (read-only is enough)"
     )]
     Cpus(io::Error),
     /// The thread that waits for grace periods cannot be started.
@@ -207,7 +225,8 @@ pub enum KernelError {
 }
 
 impl KernelError {
-    /// Wraps an error of loading the object by what it means for a newcomer. `release` is the kernel's name and release.
+    /// Converts an error of loading the object into a meaningful one. `release` is the kernel's name and
+    /// release.
     pub(super) fn load(source: EbpfError, release: &str) -> Self {
         if is_refused(&source) {
             return Self::NotPermitted { what: "loading the BPF object".to_owned() };
@@ -223,13 +242,14 @@ impl KernelError {
         Self::Program { name, source: Box::new(source) }.or_too_old(release)
     }
 
-    /// Whether a release, such as `Linux 5.10.0-32-amd64`, is older than Linux 5.10. One that cannot be read is not.
+    /// Whether a release, such as `Linux 5.10.0-32-amd64`, is older than Linux 5.10. `false` for one that
+    /// cannot be parsed.
     #[must_use]
     pub fn is_too_old(release: &str) -> bool {
         Self::is_older(release, OLDEST)
     }
 
-    /// Whether a release is older than a version, major and minor. One that cannot be read is not.
+    /// Whether a release is older than a version, major and minor. `false` for one that cannot be parsed.
     #[must_use]
     pub fn is_older(release: &str, than: (u32, u32)) -> bool {
         let numbers = release.split(' ').next_back().unwrap_or_default();
@@ -237,20 +257,20 @@ impl KernelError {
         matches!((numbers.next(), numbers.next()), (Some(major), Some(minor)) if (major, minor) < than)
     }
 
-    /// Says of an old kernel that it is old. Only once it has refused something: distributions backport.
+    /// Reports an old kernel as too old, but only once it has rejected something: distributions backport.
     fn or_too_old(self, release: &str) -> Self {
         if !Self::is_too_old(release) {
             return self;
         }
-        // The verifier's log may follow on other lines.
+        // The verifier's log may follow on further lines.
         let cause = self.to_string().lines().next().unwrap_or_default().to_owned();
         Self::TooOld { release: release.to_owned(), cause }
     }
 
-    /// Wraps a map's error by what it means for the caller.
+    /// Converts a map's error into a meaningful one.
     pub(super) fn map(name: &'static str, source: MapError) -> Self {
         match errno(&source) {
-            // A full hash map answers E2BIG; ENOSPC is what some kernels' preallocated maps answer.
+            // A full hash map returns E2BIG; preallocated maps of some kernels return ENOSPC.
             Some(nix::libc::E2BIG | nix::libc::ENOSPC) => Self::MapFull { name },
             Some(nix::libc::EPERM) => Self::NotPermitted { what: format!("map {name}") },
             _ => Self::Map { name, cause: Box::new(source) },
@@ -258,7 +278,7 @@ impl KernelError {
     }
 }
 
-/// An error and its causes in one line, each once: some name their cause themselves.
+/// An error and its causes in one line, each once: some messages include their cause.
 #[must_use]
 pub fn chain(error: &(dyn Error + 'static)) -> String {
     let mut text = error.to_string();
@@ -273,7 +293,7 @@ pub fn chain(error: &(dyn Error + 'static)) -> String {
     text
 }
 
-/// What a map's error means.
+/// The meaning of a map's error.
 fn map_reason(error: &MapError) -> String {
     match error {
         MapError::SyscallError(error)
@@ -285,7 +305,7 @@ fn map_reason(error: &MapError) -> String {
     }
 }
 
-/// The error number behind a map error, if it came from a system call.
+/// The error number of a map error, if it came from a system call.
 fn errno(error: &MapError) -> Option<i32> {
     match error {
         MapError::SyscallError(error) => error.io_error.raw_os_error(),
@@ -293,7 +313,7 @@ fn errno(error: &MapError) -> Option<i32> {
     }
 }
 
-/// Whether an error is the kernel's answer that this is not permitted, at any depth.
+/// Whether an error is or was caused by `EPERM`, at any depth.
 fn is_refused(error: &(dyn Error + 'static)) -> bool {
     let mut link = Some(error);
     while let Some(error) = link {
@@ -306,7 +326,7 @@ fn is_refused(error: &(dyn Error + 'static)) -> bool {
     false
 }
 
-/// The oldest kernel that takes the programs.
+/// The oldest supported kernel.
 const OLDEST: (u32, u32) = (5, 10);
 
 #[cfg(test)]
@@ -363,17 +383,18 @@ mod tests {
             ),
         ] {
             assert_eq!(error.to_string(), expected);
-            // As commands print it, with all causes.
+            // As commands print it.
             assert_eq!(chain(&error), expected);
         }
     }
 
-    /// What a newcomer reads who is not root, and one whose kernel is too old.
+    /// The messages for a user who is not root, and for one whose kernel is too old.
     #[test]
     fn what_the_kernel_refuses_comes_with_a_remedy() {
         let says = |error: KernelError| error.to_string();
         let (old, new) = ("Linux 4.19.0", "Linux 6.1.0");
-        let not_root = "loading program connect4: not permitted: run as root, or with CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON";
+        let not_root = "loading program connect4: not permitted: run as root, or with CAP_BPF, CAP_NET_ADMIN \
+                        and CAP_PERFMON";
         for release in [old, new] {
             assert_eq!(says(KernelError::program("connect4", answered(nix::libc::EPERM), release)), not_root);
         }

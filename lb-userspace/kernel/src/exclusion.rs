@@ -1,15 +1,15 @@
-//! Cgroups whose calls are left alone.
+//! Cgroups whose calls are not served.
 //!
 //! # Purpose
 //!
-//! [`Exclusion`] writes the maps `excluded` and `excluded_levels`; [`Hierarchy`] finds what to write. The programs look at them only
-//! if they were loaded with [`super::Options::excludes`].
+//! [`Exclusion`] writes the maps `excluded` and `excluded_levels`; [`Hierarchy`] finds their contents. The
+//! programs read them only if they were loaded with [`super::Options::excludes`].
 //!
 //! # Invariants
 //!
-//! - Levels are counted from the machine's root, as the programs count them. Where only a part of the hierarchy is in sight, a cgroup
-//!   may be at any level from the least that is possible.
-//! - A level is in the mask for as long as a cgroup that may be at that level is in the map.
+//! - Levels are counted from the machine's root, as in the programs. Where only a part of the hierarchy is
+//!   visible, a cgroup may be at any level from the lowest possible one on.
+//! - A level is in the mask as long as a cgroup that may be at that level is in the map.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -28,9 +28,9 @@ use super::{
     layouts::open_pinned,
 };
 
-/// Most directories that are looked at for pods: an order of magnitude above a full node.
+/// Largest number of directories read in search of pods: an order of magnitude above a full node.
 const MAX_DIRECTORIES: usize = 20_000;
-/// How deep below the root pods are looked for. The kubelet's are at 3 to 5.
+/// Depth below the root to which pods are searched. The kubelet's are at 3 to 5.
 const MAX_DEPTH: usize = 6;
 
 /// A cgroup.
@@ -38,7 +38,7 @@ const MAX_DEPTH: usize = 6;
 pub struct Place {
     /// Its id: the inode number of its directory.
     pub id: u64,
-    /// Where it may be, counted from the machine's root: bit n for n levels below it.
+    /// The levels it may be at, counted from the machine's root: bit n for level n.
     pub levels: u32,
 }
 
@@ -61,7 +61,7 @@ impl Exclusion {
         })
     }
 
-    /// The ids of the cgroups that are excluded.
+    /// The ids of the excluded cgroups.
     ///
     /// # Errors
     ///
@@ -71,13 +71,14 @@ impl Exclusion {
         ids.map_err(|source| KernelError::map("excluded", source))
     }
 
-    /// Excludes these cgroups, with all below them, and no others. Returns whether that changed anything.
+    /// Excludes exactly these cgroups, with all below them. Returns whether anything changed.
     ///
-    /// A call that is made meanwhile finds each of them excluded as before or as after.
+    /// A concurrent call finds each of them in its former or its new state.
     ///
     /// # Errors
     ///
-    /// A failing system call; [`KernelError::MapFull`] for more than [`limits::MAX_EXCLUDED`], after the oldest were excluded.
+    /// A failing system call; [`KernelError::MapFull`] for more than [`limits::MAX_EXCLUDED`], after the
+    /// oldest were excluded.
     pub fn set(&mut self, wanted: &BTreeSet<Place>) -> Result<bool, KernelError> {
         let failed = |source| KernelError::map("excluded", source);
         let (found, mask) = (self.ids()?, self.mask()?);
@@ -86,9 +87,10 @@ impl Exclusion {
         let ids: BTreeSet<u64> = wanted.iter().take(most).map(|place| place.id).collect();
         let (gone, new): (Vec<u64>, Vec<u64>) =
             (found.difference(&ids).copied().collect(), ids.difference(&found).copied().collect());
-        // The levels first and last: what is excluded before and after is so in between.
+        // Levels are set first and cleared last, so that a cgroup excluded before and after is excluded in
+        // between.
         self.set_mask(mask | wanted_mask)?;
-        // What goes makes room, also if somebody else has put it there.
+        // Removals first: they make room, even if the entries are foreign.
         for id in &gone {
             self.excluded.remove(id).map_err(failed)?;
         }
@@ -111,7 +113,7 @@ impl Exclusion {
     }
 }
 
-/// The hierarchy as far as it is in sight.
+/// The visible part of the hierarchy.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Hierarchy {
     root: PathBuf,
@@ -120,7 +122,7 @@ pub struct Hierarchy {
 }
 
 impl Hierarchy {
-    /// Finds the topmost hierarchy in sight, or else a part of it.
+    /// Finds the topmost visible hierarchy, or else a part of it.
     ///
     /// # Errors
     ///
@@ -131,25 +133,25 @@ impl Hierarchy {
         Ok(Self { root, is_whole })
     }
 
-    /// Where it is mounted.
+    /// Its mount point.
     #[must_use]
     pub fn root(&self) -> &Path {
         &self.root
     }
 
-    /// The place of the cgroup that the calling thread is in.
+    /// The place of the calling thread's cgroup.
     ///
     /// # Errors
     ///
-    /// `NotFound` if it is not in sight; `InvalidInput` as [`Self::place_of`], and if there are cgroups below it.
+    /// `NotFound` if it is not visible; `InvalidInput` as [`Self::place_of`], and if it has child cgroups.
     pub fn own_place(&self) -> io::Result<Place> {
-        let not_found = || io::Error::new(io::ErrorKind::NotFound, "the agent's own cgroup is not in sight");
+        let not_found = || io::Error::new(io::ErrorKind::NotFound, "the agent's own cgroup is not visible");
         let id = fs::metadata(cgroup::find_own().ok_or_else(not_found)?)?.ino();
         let directory = cgroup::directories_of(&[id].into(), &self.root).remove(&id).ok_or_else(not_found)?;
         if !cgroup::children(&directory).is_empty() {
             return Err(io::Error::new(
                 io::ErrorKind::InvalidInput,
-                "there are cgroups below the agent's own",
+                "the agent's own cgroup has child cgroups",
             ));
         }
         self.place_of(&directory)
@@ -159,8 +161,8 @@ impl Hierarchy {
     ///
     /// # Errors
     ///
-    /// `NotFound` if there is no such directory; `InvalidInput` if it is not below the root, is the root itself, or is deeper
-    /// than programs look.
+    /// `NotFound` if there is no such directory; `InvalidInput` if it is not below the root, is the root
+    /// itself, or is deeper than the programs check.
     pub fn place_of(&self, directory: &Path) -> io::Result<Place> {
         let invalid = |what: String| io::Error::new(io::ErrorKind::InvalidInput, what);
         let (root, directory) = (fs::canonicalize(&self.root)?, fs::canonicalize(directory)?);
@@ -171,7 +173,7 @@ impl Hierarchy {
         if n_below == 0 {
             return Err(invalid("the root of all cgroups: nothing would be served".to_owned()));
         }
-        // Where only a part is in sight, nothing says how far below the machine's root it begins: one level at least.
+        // The depth of a partial hierarchy below the machine's root is unknown: one level at least.
         let least = if self.is_whole { n_below } else { n_below.saturating_add(1) };
         if least >= limits::CGROUP_LEVELS {
             let deepest = limits::CGROUP_LEVELS - 1;
@@ -182,10 +184,10 @@ impl Hierarchy {
         Ok(Place { id: fs::metadata(&directory)?.ino(), levels })
     }
 
-    /// The cgroups of pods, by the pods' UIDs. A pod without processes on this host has none.
+    /// The cgroups of pods, by UID. A pod without processes on this host has none.
     ///
-    /// By the names that the kubelet gives them: `pod` and the UID, with `-` or, below systemd, `_` between its parts. What cannot
-    /// be read is passed over: cgroups come and go.
+    /// Matches the kubelet's names: `pod` and the UID, with `-` or, with systemd, `_` between its parts.
+    /// Unreadable directories are skipped.
     #[must_use]
     pub fn pods(&self, uids: &BTreeSet<Arc<str>>) -> BTreeMap<Place, PathBuf> {
         let mut found = BTreeMap::new();
@@ -198,7 +200,7 @@ impl Hierarchy {
             for directory in level.iter().flat_map(|parent| cgroup::children(parent)) {
                 n_seen += 1;
                 if uid_of(&directory).is_some_and(|uid| uids.contains(uid.as_str())) {
-                    // What is below it is excluded with it.
+                    // Cgroups below it are excluded with it.
                     found.extend(self.place_of(&directory).map(|place| (place, directory)));
                 } else {
                     next.push(directory);
@@ -213,7 +215,7 @@ impl Hierarchy {
     }
 }
 
-/// The UID of the pod that a directory is named after, if it is. Those of static pods are numbers without `-`.
+/// The UID in a pod directory's name, if it has one. UIDs of static pods are numbers without `-`.
 #[must_use]
 pub fn uid_of(directory: &Path) -> Option<String> {
     let name = directory.file_name()?.to_str()?;
@@ -235,7 +237,7 @@ mod tests {
         let id = fs::metadata(&deep).unwrap().ino();
         let hierarchy = |is_whole| Hierarchy { root: root.path().to_owned(), is_whole };
         assert_eq!(hierarchy(true).place_of(&deep).unwrap(), Place { id, levels: 1 << 2 });
-        // At the third level or deeper.
+        // At level 3 or deeper.
         assert_eq!(hierarchy(false).place_of(&deep).unwrap(), Place { id, levels: 0xfff8 });
         let deepest = deep.join("c/d/e/f/g/h/i/j/k/l/m/n/o");
         fs::create_dir_all(deepest.join("p")).unwrap();
@@ -252,7 +254,7 @@ mod tests {
         }
     }
 
-    /// With the drivers cgroupfs and systemd, and inside of kind's node.
+    /// With the drivers cgroupfs and systemd, and in a kind node.
     #[test]
     fn pods_are_found_by_the_kubelets_names() {
         let uid = |number: u32| -> Arc<str> { format!("0a1b2c3d-1111-2222-3333-00000000000{number}").into() };

@@ -1,8 +1,8 @@
-//! Programs of others that keep ours from being attached.
+//! Foreign programs that prevent attaching ours.
 //!
-//! The kernel's rule (`hierarchy_allows_attach` and `__cgroup_bpf_attach` in kernel/bpf/cgroup.c): a link goes beside the programs of its
-//! cgroup only if they allow "multi"; of the ancestors, the nearest one with programs decides, which must allow "multi" or
-//! "override".
+//! The kernel's rule (`hierarchy_allows_attach` and `__cgroup_bpf_attach` in kernel/bpf/cgroup.c): a link
+//! needs "multi" on the programs of its cgroup, and "multi" or "override" on those of the nearest ancestor
+//! with programs.
 
 use std::{
     fmt,
@@ -29,12 +29,12 @@ struct Level {
     attached: syscall::Attached,
 }
 
-/// A program of another that has a hook for itself.
+/// A foreign program that excludes others from a hook.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Exclusive {
     /// Its name and id.
     pub program: String,
-    /// The cgroup that it is attached to: the one asked for, or one above.
+    /// The cgroup it is attached to: the requested one or an ancestor.
     pub cgroup: PathBuf,
     /// The flags that it is attached with.
     pub flags: &'static str,
@@ -45,14 +45,15 @@ impl fmt::Display for Exclusive {
         let (program, cgroup) = (&self.program, self.cgroup.display());
         write!(
             f,
-            "program {program} is attached to {cgroup} with the flags \"{}\", so that none goes beside it: have it attached with \
-             \"multi\" (BPF_F_ALLOW_MULTI), detach it (`bpftool cgroup detach`), or serve another cgroup (--cgroup)",
+            "program {program} is attached to {cgroup} with the flags \"{}\", which excludes other \
+             programs: attach it with \"multi\" (BPF_F_ALLOW_MULTI), detach it (`bpftool cgroup detach`), or \
+             serve another cgroup (--cgroup)",
             self.flags
         )
     }
 }
 
-/// The level whose programs refuse a link, of a cgroup's own level and those above it, from below.
+/// The level whose programs prevent a link. `levels` begin with the cgroup's own and go up.
 fn obstacle(levels: &[Level]) -> Option<&Level> {
     let (own, above) = levels.split_first()?;
     let has_programs = |level: &&Level| !level.attached.programs.is_empty();
@@ -62,16 +63,16 @@ fn obstacle(levels: &[Level]) -> Option<&Level> {
     above.iter().find(has_programs).filter(|nearest| nearest.attached.flags & (MULTI | OVERRIDE) == 0)
 }
 
-/// Looks for a program that keeps a link from being made.
+/// Finds a program that prevents a link.
 ///
 /// # Errors
 ///
-/// A failing system call; `EINVAL` for a hook that the kernel does not have.
+/// A failing system call; `EINVAL` for a hook that the kernel lacks.
 pub fn find(hook: &HookSpec, path: &Path) -> io::Result<Option<Exclusive>> {
     let path = path.canonicalize()?;
     let mut levels = Vec::new();
     for level in path.ancestors() {
-        // Above the mount point is another file system.
+        // Beyond the mount point is another file system.
         let Ok(directory) = cgroup::open(level) else { break };
         let attached = syscall::attached_to(File::as_fd(&directory), hook.attach_type)?;
         levels.push(Level { cgroup: level.to_owned(), attached });
@@ -83,7 +84,7 @@ pub fn find(hook: &HookSpec, path: &Path) -> io::Result<Option<Exclusive>> {
     }))
 }
 
-/// A program's name, if this process may know it, and id.
+/// A program's id, and its name if this process may read it.
 fn describe(id: u32) -> String {
     let program = loaded_programs().filter_map(Result::ok).find(|program| program.id() == id);
     let name = program.and_then(|program| program.name_as_str().map(str::to_owned));
@@ -93,13 +94,13 @@ fn describe(id: u32) -> String {
     }
 }
 
-/// What it means that the kernel does not permit a link.
+/// The error for a link that the kernel does not permit.
 pub(super) fn refusal(hook: &HookSpec, path: &Path) -> KernelError {
     const NET_ADMIN: u64 = 1 << 12;
     if host::capabilities() & NET_ADMIN == 0 {
         return KernelError::NotPermitted { what: format!("attaching {} to {}", hook.name, path.display()) };
     }
-    // Where the levels above cannot be seen, the program is at one of them.
+    // If no visible level has such a program, it is at an invisible one.
     KernelError::Exclusive { hook: hook.name, cgroup: path.to_owned(), by: find(hook, path).ok().flatten() }
 }
 
@@ -109,7 +110,7 @@ mod tests {
 
     #[test]
     fn the_kernels_rule() {
-        // Flags and number of programs, from the cgroup upwards; which level refuses a link.
+        // Flags and number of programs, from the cgroup upwards; the level that prevents a link.
         for (levels, refuses) in [
             (&[(0, 0)][..], None),
             (&[(MULTI, 2)], None),

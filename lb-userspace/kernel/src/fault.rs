@@ -1,9 +1,10 @@
-//! Points at which a test has the agent killed. Without the feature `fault-points`, as in every release, there are none.
+//! Points at which a test kills the agent. Without the feature `fault-points`, as in every release, there are
+//! none.
 
 use lb_common::maps::MapSpec;
 
-/// A point between two changes to the kernel. The process kills itself at the one whose number, from 1, is in the variable
-/// `SOCKLB_FAULT_AT`.
+/// A point between two changes to the kernel. The process kills itself at the point whose number, from 1, is
+/// in `SOCKLB_FAULT_AT`.
 #[cfg(feature = "fault-points")]
 pub(super) fn point() {
     use std::sync::{
@@ -19,17 +20,17 @@ pub(super) fn point() {
     if let Some(at) = *AT
         && N_PASSED.fetch_add(1, Ordering::Relaxed) + 1 == at
     {
-        // As real as a kill from outside: nothing runs after it, no destructor and no other thread.
+        // Like a kill from outside: no destructor and no other thread runs afterwards.
         let _ends_here = kill(nix::unistd::getpid(), Signal::SIGKILL);
     }
 }
 
-/// Nothing.
+/// Does nothing.
 #[cfg(not(feature = "fault-points"))]
 pub(super) const fn point() {}
 
-/// The layout number of a map. The variable `SOCKLB_LAYOUT`, such as `sockets:7,frontends:9`, gives this agent other ones, for a
-/// test of what an agent does that finds another one's maps.
+/// The layout number of a map. `SOCKLB_LAYOUT`, such as `sockets:7,frontends:9`, overrides it, to test an
+/// agent that finds the maps of another version.
 #[cfg(feature = "fault-points")]
 pub(super) fn layout(map: &MapSpec) -> u32 {
     let others = std::env::var("SOCKLB_LAYOUT").unwrap_or_default();

@@ -1,4 +1,4 @@
-//! What this kernel can do, found out by asking it.
+//! Features of this kernel, found by probing.
 
 use std::sync::LazyLock;
 
@@ -9,17 +9,17 @@ use aya::{
 
 use super::{btf::Btf, syscall};
 
-/// Features that decide which branches of the programs are alive.
+/// Features that decide which branches of the programs are live.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Features {
     /// `bpf_set_retval`: a refused call fails with `ECONNREFUSED` itself (kernel 5.18).
     pub set_retval: bool,
     /// Compare-and-swap (kernel 5.12).
     pub compare_and_swap: bool,
-    /// Where programs read what the kernel knows of a socket; `None` if they cannot: without BTF, without
-    /// `bpf_probe_read_kernel` in these programs, or with kernel lockdown.
+    /// Offsets of the kernel's socket fields; `None` if programs cannot read them: without BTF, without
+    /// `bpf_probe_read_kernel` in these programs, or under kernel lockdown.
     pub sock_fields: Option<SockFields>,
-    /// `bpf_skc_to_mptcp_sock`: the socket of a multipath TCP connection is known by its subflow (kernel 5.19).
+    /// `bpf_skc_to_mptcp_sock`: finds the multipath TCP socket of a subflow (kernel 5.19).
     pub mptcp: bool,
 }
 
@@ -39,7 +39,7 @@ pub struct SockFields {
 }
 
 impl SockFields {
-    /// `None` for a kernel that has one of them elsewhere than where it is looked for.
+    /// `None` for a kernel without one of the fields.
     fn of(btf: &Btf) -> Option<Self> {
         let octet = |structure, field| {
             let bit = btf.field(structure, field)?.bit;
@@ -71,10 +71,10 @@ const COMPARE_AND_SWAP: [u64; 5] = [
 ];
 
 impl Features {
-    /// Asks the kernel, by having its verifier judge a minimal program for each feature. Versions are not looked at:
+    /// Probes the kernel by loading a minimal program for each feature. Kernel versions are ignored, since
     /// distributions backport. The first call in a process takes some milliseconds.
     ///
-    /// A probe that fails for another reason counts as "not there".
+    /// A probe that fails for another reason counts as "not supported".
     #[must_use]
     pub fn probe() -> Self {
         static FEATURES: LazyLock<Features> = LazyLock::new(Features::ask);
@@ -95,7 +95,7 @@ impl Features {
         }
     }
 
-    /// Whether records of sockets are kept in slots, and not in socket storage alone.
+    /// Whether records are kept in slots, and not in socket storage alone.
     #[must_use]
     pub const fn has_slots(&self) -> bool {
         self.compare_and_swap && self.sock_fields.is_some()

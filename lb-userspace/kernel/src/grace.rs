@@ -1,4 +1,4 @@
-//! Waiting until no program reads what was freed.
+//! Waits for grace periods, after which no program reads freed entries.
 
 use std::{
     collections::VecDeque,
@@ -13,46 +13,46 @@ use std::{
 
 use tracing::{error, info};
 
-/// How long until a wait is tried again that the kernel has refused.
+/// Delay before a failed wait is retried.
 const RETRY: Duration = Duration::from_secs(1);
 
 /// Blocks for one grace period.
 type Wait = dyn Fn() -> io::Result<()> + Send + Sync;
 
-/// Waits as long as it takes: what was not waited for must not be reused.
+/// Retries until a grace period has passed: freed entries must not be reused before.
 fn wait_here(wait: &Wait, retry: Duration) {
     let mut has_failed = false;
     while let Err(error) = wait() {
         if !std::mem::replace(&mut has_failed, true) {
-            error!(%error, "the kernel does not wait for a grace period: what was freed is not reused until it does, trying again");
+            error!(%error, "cannot wait for a grace period, retrying: no freed entry is reused until then");
         }
         thread::sleep(retry);
     }
     if has_failed {
-        info!("the kernel waits for grace periods again");
+        info!("waiting for grace periods works again");
     }
 }
 
-/// Which plan was the last when a grace period was asked for.
+/// Pending grace-period requests, each with the last plan applied before it.
 #[derive(Debug, Default)]
 pub(super) struct Asked {
     requests: VecDeque<(u64, u64)>,
 }
 
 impl Asked {
-    /// While no grace period passes, each plan asks for one.
+    /// Bound of the queue: while no grace period passes, each plan adds a request.
     const MAX: usize = 64;
 
-    /// A request of this number was made after this plan.
+    /// Adds a request that was made after this plan.
     pub(super) fn push(&mut self, request: u64, plan: u64) {
         if self.requests.len() == Self::MAX {
-            // The plan in between is settled with the later one.
+            // The dropped plan settles with the later one.
             let _later = self.requests.pop_back();
         }
         self.requests.push_back((request, plan));
     }
 
-    /// The last plan that was carried out before a request that has passed.
+    /// Removes the requests up to `passed` and returns the last plan before them.
     pub(super) fn pop(&mut self, passed: u64) -> Option<u64> {
         let n_passed = self.requests.partition_point(|(request, _)| *request <= passed);
         self.requests.drain(..n_passed).next_back().map(|(_, plan)| plan)
@@ -64,7 +64,7 @@ impl Asked {
     }
 }
 
-/// Waits for grace periods on a thread of its own, so that a sync does not.
+/// Waits for grace periods on its own thread, so that a sync does not block.
 pub struct Grace {
     wait: Arc<Wait>,
     requests: SyncSender<u64>,
@@ -84,10 +84,10 @@ impl fmt::Debug for Grace {
 }
 
 impl Grace {
-    /// Starts the thread. It ends when this value is dropped.
+    /// Starts the thread, which exits when this value is dropped.
     ///
-    /// `wait` blocks for one grace period: [`super::syscall::MapOfMaps::wait_for_grace_period`]. `on_passed` is called each
-    /// time one has passed.
+    /// `wait` blocks for one grace period: [`super::syscall::MapOfMaps::wait_for_grace_period`]. `on_passed`
+    /// is called after each one.
     ///
     /// # Errors
     ///
@@ -102,7 +102,7 @@ impl Grace {
         let waits = Arc::clone(&wait);
         thread::Builder::new().name("grace".into()).spawn(move || {
             while let Ok(mut request) = incoming.recv() {
-                // Requests that came while this thread was woken are covered by the same grace period.
+                // One grace period covers all requests received before it begins.
                 while let Ok(later) = incoming.try_recv() {
                     request = later;
                 }
@@ -116,16 +116,16 @@ impl Grace {
         Ok(Self { wait, requests, asked: 0, passed: 0, answers })
     }
 
-    /// Asks for a grace period that begins now or later. Returns the number that [`Self::passed`] comes to with it.
+    /// Requests a grace period that begins now or later. Returns the number of the request, which
+    /// [`Self::passed`] returns once the period has passed.
     pub fn ask(&mut self) -> u64 {
         self.asked += 1;
-        // If a request is waiting that the thread has not taken yet, this one does not fit: `passed` sends it again once
-        // that one is answered.
+        // The channel holds one request. If it is full, `passed` sends this one later.
         let _sent_or_later = self.requests.try_send(self.asked);
         self.asked
     }
 
-    /// The number of the last [`Self::ask`] since which a grace period has passed. Does not block.
+    /// Number of the last [`Self::ask`] followed by a grace period. Does not block.
     pub fn passed(&mut self) -> u64 {
         while let Ok(passed) = self.answers.try_recv() {
             self.passed = passed;
@@ -142,7 +142,7 @@ impl Grace {
             if let Ok(passed) = self.answers.recv() {
                 self.passed = passed;
             } else {
-                // The thread is gone: wait here instead.
+                // The thread has exited.
                 wait_here(&*self.wait, RETRY);
                 self.passed = self.asked;
             }
@@ -165,12 +165,12 @@ mod tests {
         assert!(asked.requests.len() <= Asked::MAX);
         assert_eq!(asked.pop(0), None);
         assert_eq!(asked.pop(3), Some(30));
-        assert_eq!(asked.pop(999), Some(630), "never a plan without a request after it that has passed");
+        assert_eq!(asked.pop(999), Some(630), "only a plan followed by a request that has passed");
         assert!(!asked.is_empty());
         assert_eq!((asked.pop(1000), asked.is_empty()), (Some(10_000), true));
     }
 
-    /// What a test's log holds.
+    /// The captured log of a test.
     #[derive(Clone, Default)]
     struct Log(Arc<Mutex<Vec<u8>>>);
 
@@ -209,7 +209,7 @@ mod tests {
 
     #[test]
     fn a_request_passes_with_a_grace_period_that_begins_after_it() {
-        // Each grace period ends when it is let.
+        // Each grace period ends on a message.
         let (begun, begins) = sync_channel(0);
         let (ending, ends) = sync_channel::<io::Result<()>>(0);
         let ends = Mutex::new(ends);
@@ -227,14 +227,14 @@ mod tests {
         assert_eq!(grace.passed(), 0, "nothing was asked for");
         assert_eq!(grace.ask(), 1);
         begins.recv().unwrap();
-        assert_eq!((grace.ask(), grace.ask()), (2, 3), "the one under way is not theirs");
+        assert_eq!((grace.ask(), grace.ask()), (2, 3), "the current period began before them");
         assert_eq!(end(&mut grace), 1);
         begins.recv().unwrap();
-        // The second request did fit, the third one did not and was sent again.
+        // The second request was queued. The third found the channel full and was sent later.
         assert_eq!(end(&mut grace), 2);
         begins.recv().unwrap();
         ending.send(Err(io::ErrorKind::OutOfMemory.into())).unwrap();
-        assert_eq!(grace.passed(), 2, "a refusal is no grace period");
+        assert_eq!(grace.passed(), 2, "a failed wait is not a grace period");
         begins.recv().unwrap();
         assert_eq!(end(&mut grace), 3);
     }

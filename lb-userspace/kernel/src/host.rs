@@ -1,4 +1,4 @@
-//! What this host offers, for `socklb check`.
+//! What this host supports, for `socklb check`.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -19,32 +19,32 @@ use super::{
     store, syscall,
 };
 
-/// What was found. Nothing is changed by looking.
+/// The findings. Probing changes nothing.
 #[derive(Debug)]
 pub struct Host {
     /// Name and release of the kernel.
     pub kernel: String,
-    /// Whether the kernel tells its own types (BTF).
+    /// Whether the kernel provides BTF of its own types.
     pub has_btf: bool,
-    /// The cgroup whose processes would be served, and whose these are.
+    /// The cgroup to serve, and its extent.
     pub cgroup: Result<(PathBuf, Extent), KernelError>,
-    /// Whether the directory for pins is on a BPF file system, or could be made on one.
+    /// The pin directory, if it is on a BPF file system or can be created on one.
     pub pin_path: Result<PathBuf, KernelError>,
-    /// Capabilities in effect, as bits (capabilities(7)).
+    /// Effective capabilities, as bits (capabilities(7)).
     pub capabilities: u64,
-    /// What the kernel can do.
+    /// The kernel's features.
     pub features: Features,
-    /// Whether the verifier takes the programs.
+    /// Whether the verifier accepts the programs.
     pub programs: Result<(), KernelError>,
-    /// Whether sockets of programs can be found and ended.
+    /// Whether sockets can be found and destroyed.
     pub sockets: Result<(), SocketError>,
-    /// Programs on our hooks of the cgroup that are not ours, each with its hooks; or why nobody knows.
+    /// Foreign programs attached to our hooks of the cgroup, each with its hooks.
     pub neighbours: io::Result<BTreeMap<String, Vec<&'static str>>>,
-    /// Programs of others that keep ours from being attached, each with its hook; or why that is not known.
+    /// Foreign programs that prevent attaching ours, each with its hook.
     pub exclusives: io::Result<Vec<(&'static str, Exclusive)>>,
 }
 
-/// Looks at the host. `cgroup` is the one to serve, or else the root of the hierarchy.
+/// Probes the host. `cgroup` is the one to serve; the default is the root of the hierarchy.
 #[must_use]
 pub fn look(cgroup: Option<PathBuf>, pin_path: &Path) -> Host {
     let features = Features::probe();
@@ -83,14 +83,14 @@ pub(super) fn kernel() -> String {
     )
 }
 
-/// Effective capabilities of this process; none if they cannot be read, so that what needs them is said.
+/// Effective capabilities of this process; none if they cannot be read, so that they are reported as missing.
 pub(super) fn capabilities() -> u64 {
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
     let mask = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
     mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or_default()
 }
 
-/// What keeps a hook from being attached, of the hooks that have no link of ours yet.
+/// Foreign programs that prevent attaching a hook, for the hooks without a link of ours.
 fn exclusives(
     path: &Path,
     pin_path: &Path,
@@ -106,7 +106,7 @@ fn exclusives(
         }
         match exclusive::find(hook, path) {
             Ok(by) => found.extend(by.map(|by| (hook.name, by))),
-            // A hook that this kernel does not have; that is what the trial of the programs tells.
+            // This kernel lacks the hook. `store::try_programs` reports it.
             Err(error) if error.raw_os_error() == Some(nix::libc::EINVAL) => {}
             Err(error) => return Err(error),
         }
@@ -114,11 +114,12 @@ fn exclusives(
     Ok(found)
 }
 
-/// Programs on our hooks of a cgroup that use none of the maps pinned here, by name, each with its hooks.
+/// Programs attached to our hooks of a cgroup that use none of the maps pinned here, by name, each with its
+/// hooks.
 ///
 /// # Errors
 ///
-/// A failing system call: most often a capability is missing.
+/// A failing system call, usually for lack of a capability.
 pub fn neighbours(cgroup: &Path, pin_path: &Path) -> io::Result<BTreeMap<String, Vec<&'static str>>> {
     let directory = fs::File::open(cgroup)?;
     let own_maps: BTreeSet<u32> = MAPS
@@ -129,7 +130,7 @@ pub fn neighbours(cgroup: &Path, pin_path: &Path) -> io::Result<BTreeMap<String,
     let mut known = BTreeMap::new();
     for program in loaded_programs() {
         let program = program.map_err(io::Error::other)?;
-        // Before kernel 4.15 maps are not told; then nothing is taken for ours.
+        // Kernels before 4.15 do not report map ids: every program then counts as foreign.
         let maps = program.map_ids().ok().flatten().unwrap_or_default();
         let is_own = maps.iter().any(|id| own_maps.contains(id));
         let name = program.name_as_str().filter(|name| !name.is_empty()).map(str::to_owned);
@@ -139,7 +140,7 @@ pub fn neighbours(cgroup: &Path, pin_path: &Path) -> io::Result<BTreeMap<String,
     for hook in HOOKS {
         let ids = match syscall::programs_of(directory.as_fd(), hook.attach_type) {
             Ok(ids) => ids,
-            // A hook that this kernel does not have; that is what the trial of the programs tells.
+            // This kernel lacks the hook. `store::try_programs` reports it.
             Err(error) if error.raw_os_error() == Some(nix::libc::EINVAL) => continue,
             Err(error) => return Err(error),
         };

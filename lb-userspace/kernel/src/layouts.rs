@@ -1,10 +1,10 @@
-//! Which layout each pinned map has.
+//! The layout of each pinned map.
 //!
 //! # Purpose
 //!
-//! [`Directory`] opens pinned maps, and only those that this version would make itself. What a map is, two places say: the
-//! kernel knows its type, its sizes and its flags, and the map `layouts` has the fingerprint of its row in
-//! `lb_common::maps` by its id, which an agent writes before the map serves. Neither is trusted without the other.
+//! [`Directory`] opens only pinned maps with the layout of this version. Two sources must agree: the kernel's
+//! type, sizes and flags, and the map `layouts`. It holds, by map id, the fingerprint of the map's row in
+//! `lb_common::maps`. An agent writes it before the map serves.
 
 use std::{
     collections::BTreeSet,
@@ -22,7 +22,7 @@ use lb_core::plan::Capacity;
 
 use super::{KernelError, fault, pod::Plain, syscall, takeover::Standing};
 
-/// What the kernel tells of a map.
+/// The kernel's description of a map.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Shape {
     pub(super) id: u32,
@@ -46,20 +46,19 @@ impl Shape {
         })
     }
 
-    /// Whether a map is as its row says, but for the number of entries.
+    /// Whether the map matches its row, apart from the number of entries.
     pub(super) fn fits(&self, spec: &MapSpec) -> bool {
         (self.kind, self.key_size, self.value_size, self.flags)
             == (spec.kind as u32, spec.key_size, spec.value_size, spec.flags)
     }
 }
 
-/// The identity of a map that this agent makes.
+/// The identity of a map that this agent creates.
 fn identity(spec: &MapSpec) -> MapIdentity {
     let spec = MapSpec { layout: fault::layout(spec), ..*spec };
     MapIdentity { fingerprint: spec.fingerprint(), layout: spec.layout, reserved: 0 }
 }
 
-/// The row of a map.
 fn row(name: &'static str) -> Result<&'static MapSpec, KernelError> {
     maps::find(name).ok_or(KernelError::Missing { kind: "map", name })
 }
@@ -67,16 +66,16 @@ fn row(name: &'static str) -> Result<&'static MapSpec, KernelError> {
 /// A directory of pinned maps.
 pub(super) struct Directory {
     path: PathBuf,
-    /// `None` if there is no such map here, so that the layout of the others is not known.
+    /// `None` if the map `layouts` is missing. The layouts of the other maps are then unknown.
     identities: Option<HashMap<MapData, u32, Plain<MapIdentity>>>,
 }
 
 impl Directory {
-    /// Opens a directory, which need not have any map.
+    /// Opens a directory, which may lack any or all maps.
     ///
     /// # Errors
     ///
-    /// [`KernelError::Pin`] if `layouts` is there and cannot be opened.
+    /// [`KernelError::Pin`] if `layouts` exists and cannot be opened.
     pub(super) fn open(path: &Path) -> Result<Self, KernelError> {
         let mut directory = Self { path: path.to_owned(), identities: None };
         if let Some((map, shape)) = directory.find(LAYOUTS)?
@@ -91,7 +90,7 @@ impl Directory {
         &self.path
     }
 
-    /// What is pinned under a name; `None` if nothing is.
+    /// The map pinned under a name; `None` if there is none.
     fn find(&self, name: &'static str) -> Result<Option<(MapData, Shape)>, KernelError> {
         let fd = match syscall::open_pin(&self.path.join(name)) {
             Ok(fd) => fd,
@@ -115,7 +114,7 @@ impl Directory {
         }
     }
 
-    /// Whether a map has the layout that this agent gives it.
+    /// Whether a map has this agent's layout.
     fn is_known(&self, spec: &MapSpec, shape: &Shape) -> Result<bool, KernelError> {
         let is_recorded = spec.name == LAYOUTS || self.identity_of(shape.id)? == Some(identity(spec));
         Ok(is_recorded && shape.fits(spec))
@@ -139,7 +138,7 @@ impl Directory {
         Ok((map, shape))
     }
 
-    /// The same as a typed map.
+    /// As [`Self::map`], with the map's type.
     pub(super) fn typed<T: TryFrom<Map, Error = MapError>>(
         &self,
         name: &'static str,
@@ -148,7 +147,7 @@ impl Directory {
         Ok((typed(map, name)?, shape))
     }
 
-    /// What is pinned under the name of each map, seen from an agent with these sizes.
+    /// The standing of each map, for an agent with these sizes.
     pub(super) fn survey(&self, sizing: &Sizing) -> Result<Vec<(&'static MapSpec, Standing)>, KernelError> {
         let mut recorded = BTreeSet::new();
         for item in self.identities.iter().flat_map(HashMap::iter) {
@@ -172,7 +171,7 @@ impl Directory {
         MAPS.iter().map(standing).collect()
     }
 
-    /// The sizes of the tables that are pinned, whatever layout they have; 0 for those that are not.
+    /// The sizes of the pinned tables, in any layout; 0 for tables that are not pinned.
     pub(super) fn sizes(&self) -> Result<Capacity, KernelError> {
         let most = |names: [&'static str; 2]| {
             let entries = names.map(|name| Ok(self.find(name)?.map_or(0, |(_map, shape)| shape.max_entries)));
@@ -182,11 +181,11 @@ impl Directory {
         Ok(Capacity { services: services?, endpoints: endpoints? })
     }
 
-    /// Opens the maps that a loaded object has pinned here, and writes down their layouts.
+    /// Opens the maps that a loaded object has pinned here, and records their layouts.
     ///
     /// # Errors
     ///
-    /// [`KernelError::Missing`] if one is not as its row says; a failing system call.
+    /// [`KernelError::Missing`] if a map does not match its row; a failing system call.
     pub(super) fn record(&mut self) -> Result<Vec<Held>, KernelError> {
         let mut held = Vec::with_capacity(MAPS.len());
         for spec in MAPS {
@@ -215,12 +214,13 @@ impl Directory {
         Ok(held)
     }
 
-    /// Forgets maps that are not pinned here any more. Those of other versions, under names of their own, are not forgotten.
+    /// Removes the records of maps that are no longer pinned here. Maps that other versions pin under their
+    /// own names keep theirs.
     pub(super) fn forget_unpinned(&mut self) -> Result<(), KernelError> {
         let failed = |source| KernelError::PinPath { path: self.path.clone(), source };
         let mut pinned = BTreeSet::new();
         for entry in fs::read_dir(&self.path).map_err(failed)? {
-            // A link or a directory is no map.
+            // Links and directories are skipped.
             let map = entry
                 .map(|entry| syscall::open_pin(&entry.path()).ok().map(MapData::from_fd))
                 .map_err(failed)?;
@@ -254,15 +254,14 @@ pub(super) fn open_pinned<T: TryFrom<Map, Error = MapError>>(
 /// A map that the programs of this agent use.
 #[derive(Debug)]
 pub(super) struct Held {
-    /// Its name.
     pub(super) name: &'static str,
-    /// The kernel's id of it.
+    /// The kernel's map id.
     pub(super) id: u32,
-    /// Keeps it, whatever becomes of its pin.
+    /// Keeps the map alive without its pin.
     pub(super) fd: OwnedFd,
 }
 
-/// The id of the map that is pinned at a path; `None` if no map is.
+/// The id of the map pinned at a path; `None` if there is none.
 pub(super) fn pinned_id(path: &Path) -> Option<u32> {
     let map = MapData::from_fd(syscall::open_pin(path).ok()?).ok()?;
     map.info().ok().map(|info| info.id())

@@ -1,16 +1,17 @@
-//! The kernel: the only module that knows aya, file descriptors of maps, and pins.
+//! The kernel side: the only crate that uses aya, map file descriptors and pins.
 //!
 //! # Purpose
 //!
-//! [`Kernel::open`] loads the programs, adopts or creates the pinned maps, and attaches or replaces the programs.
-//! [`Kernel::apply`] carries out a plan; [`store::Maps::image`] reads back what the tables hold;
-//! [`store::Maps::compare`] and [`Kernel::repair`] are the audit. [`sockets`] finds and ends sockets on the whole host.
+//! [`Kernel::open`] loads the programs, adopts or creates the pinned maps, and attaches or replaces the
+//! programs. [`Kernel::apply`] applies a plan; [`store::Maps::image`] reads the tables back;
+//! [`store::Maps::compare`] and [`Kernel::repair`] are the audit. [`sockets`] finds and destroys sockets on
+//! the whole host.
 //!
 //! # Invariants
 //!
-//! - Maps and links are pinned: ending the process changes nothing for programs and calls.
-//! - A program is replaced in its link, never detached and attached anew.
-//! - What maps and hooks there are comes from `lb_common::maps` and `lb_common::hooks`.
+//! - Maps and links are pinned: programs and calls are unaffected when the process exits.
+//! - A program is replaced in its link, never detached and attached again.
+//! - `lb_common::maps` and `lb_common::hooks` define which maps and hooks exist.
 //! - Unsafe code of user space is in [`mapped`], [`pod`] and [`syscall`] only.
 //!
 //! # Depends on

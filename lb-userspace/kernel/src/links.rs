@@ -17,11 +17,11 @@ pub struct Link {
     pub program_id: u32,
     /// The directory of its cgroup, if it was found.
     pub cgroup: Option<PathBuf>,
-    /// Whether the kernel lists the program among those that it runs for the cgroup; `None` if it was not asked.
+    /// Whether the program is among the cgroup's effective programs; `None` if that is unknown.
     pub is_effective: Option<bool>,
 }
 
-/// Why a link is not attached, or nobody knows.
+/// Why a link is not attached, or why its state is unknown.
 #[derive(Debug, thiserror::Error)]
 pub enum LinkProblem {
     /// There is no such pin.
@@ -30,24 +30,24 @@ pub enum LinkProblem {
     /// There is no such pin, and this kernel needs none (docs/MAPS.md).
     #[error("not used on this kernel")]
     NotNeeded,
-    /// It was detached, or its cgroup removed, which is for good.
+    /// It was detached, or its cgroup was removed. Such a link cannot be attached again.
     #[error(
-        "it was detached, or its cgroup is gone: an agent attaches anew at its next audit, or when it starts"
+        "it was detached, or its cgroup was removed: an agent attaches a new link at its next audit or start"
     )]
     Detached,
-    /// The kernel does not tell.
+    /// A failing system call.
     #[error("{0}")]
     Io(#[from] io::Error),
 }
 
-/// Looks at the link of each hook. Its cgroup is looked for in `below`, or else in the whole hierarchy.
+/// Reads the link of each hook. Its cgroup is searched in `below`, or else in the whole hierarchy.
 #[must_use]
 pub fn look(pin_path: &Path, below: Option<&Path>) -> Vec<(&'static str, Result<Link, LinkProblem>)> {
     let needed: Vec<&str> = pins::hooks(Features::probe()).map(|hook| hook.name).collect();
     let root = below.map(Path::to_owned).or_else(|| cgroup::find_widest().ok());
     let mut known: Option<(u64, Option<PathBuf>)> = None;
     let mut place = |id: u64| {
-        // All are attached to one cgroup, as a rule.
+        // Usually all links are attached to one cgroup.
         if known.as_ref().is_none_or(|(known, _)| *known != id) {
             known = Some((
                 id,

@@ -1,10 +1,10 @@
-//! One agent at a time for a directory of pins.
+//! One agent at a time for a pin directory.
 //!
 //! # Invariants
 //!
-//! - The lock is the kernel's, on the directory itself: it ends with the process however that ends, and it is one lock in
-//!   all mount namespaces that share the BPF file system.
-//! - Whoever holds it holds that of the directory which the path leads to, not of one that was removed.
+//! - The lock is the kernel's (`flock`), on the directory itself. The kernel releases it when the process
+//!   exits. Mount namespaces that share the BPF file system share the lock.
+//! - The holder has locked the directory that the path leads to, not a removed one.
 
 use std::{
     fs::{self, File},
@@ -24,17 +24,17 @@ use super::{KernelError, pins};
 #[derive(Debug)]
 pub struct Lock {
     pin_path: PathBuf,
-    /// Device and number of its inode.
+    /// Device and inode number.
     inode: (u64, u64),
     _directory: Flock<File>,
 }
 
 impl Lock {
-    /// Takes the lock of a directory for pins, which is made if it is not there. `None` if another process has it.
+    /// Locks a pin directory, which is created if missing. `None` if another process holds the lock.
     ///
     /// # Errors
     ///
-    /// [`KernelError::PinPath`] if there can be no such directory.
+    /// [`KernelError::PinPath`] if the directory cannot be created.
     ///
     /// # Kernel
     ///
@@ -45,7 +45,7 @@ impl Lock {
             pins::prepare(pin_path)?;
             let directory = match File::open(pin_path) {
                 Ok(directory) => directory,
-                // Removed since.
+                // Removed in the meantime.
                 Err(source) if source.kind() == io::ErrorKind::NotFound => continue,
                 Err(source) => return Err(error(source)),
             };
@@ -55,7 +55,7 @@ impl Lock {
                 Err((_directory, Errno::EWOULDBLOCK)) => return Ok(None),
                 Err((_directory, errno)) => return Err(error(errno.into())),
             };
-            // The former holder may have removed the directory: then others lock the new one.
+            // The previous holder may have removed the directory; others then lock the new one.
             if fs::metadata(pin_path).is_ok_and(|now| (now.dev(), now.ino()) == inode) {
                 return Ok(Some(Self { pin_path: pin_path.to_owned(), inode, _directory: directory }));
             }
@@ -64,8 +64,8 @@ impl Lock {
 }
 
 impl Lock {
-    /// Whether the path leads to the directory still. It does not after `socklb cleanup`, or once the file system is no
-    /// longer mounted there; the lock itself keeps that alive, and what is pinned in it.
+    /// Whether the path still leads to the directory. It does not after `socklb cleanup` or an unmount. The
+    /// lock keeps the file system and its pins alive.
     #[must_use]
     pub fn is_in_place(&self) -> bool {
         fs::metadata(&self.pin_path).is_ok_and(|now| (now.dev(), now.ino()) == self.inode)
@@ -76,37 +76,37 @@ impl Drop for Lock {
     fn drop(&mut self) {
         // After `socklb cleanup` the path may lead to another agent's directory.
         if self.is_in_place() {
-            // Only an empty one can be removed: that of an agent which ended before it pinned anything.
+            // Removes only an empty directory: the agent exited before it pinned anything.
             let _holds_pins = fs::remove_dir(&self.pin_path);
         }
     }
 }
 
-/// Keeps whoever removes all pins and an agent that restores some apart. Ends with this value, or with the process.
+/// Serialises the removal of all pins and the restoring of some. Released on drop or when the process exits.
 #[derive(Debug)]
 pub(super) struct Change {
     _above: Flock<File>,
 }
 
 impl Change {
-    /// Waits until it is alone. `None` if the directory above the pins cannot be locked.
+    /// Waits for the lock. `None` if the parent of the pin directory cannot be locked.
     pub(super) fn begin(pin_path: &Path) -> Option<Self> {
         Self::take(pin_path, FlockArg::LockExclusive)
     }
 
-    /// `None` if another process is at it.
+    /// `None` if another process holds the lock.
     pub(super) fn try_begin(pin_path: &Path) -> Option<Self> {
         Self::take(pin_path, FlockArg::LockExclusiveNonblock)
     }
 
-    /// The lock of the directory above: that of the pins may be an agent's for as long as it runs.
+    /// Locks the parent directory: an agent may hold the lock of the pin directory as long as it runs.
     fn take(pin_path: &Path, how: FlockArg) -> Option<Self> {
         let above = File::open(pin_path.parent()?).ok()?;
         Flock::lock(above, how).ok().map(|above| Self { _above: above })
     }
 }
 
-/// Names the process that holds the lock, by its number in this PID namespace if it has one here.
+/// Names the holder of the lock by its PID, if it has one in this PID namespace.
 #[must_use]
 pub fn describe_holder(pin_path: &Path) -> String {
     let pid = fs::metadata(pin_path).ok().and_then(|directory| {
@@ -116,7 +116,7 @@ pub fn describe_holder(pin_path: &Path) -> String {
 }
 
 /// Finds a holder in the text of `/proc/locks`, which has device numbers in hex:
-/// `1: FLOCK  ADVISORY  WRITE 1234 00:2a:5678 0 EOF`. Lines of those who wait have `->` in the second place.
+/// `1: FLOCK  ADVISORY  WRITE 1234 00:2a:5678 0 EOF`. Lines of waiters have `->` in the second field.
 fn holder_in(locks: &str, device: u64, inode: u64) -> Option<u32> {
     let wanted =
         format!("{:02x}:{:02x}:{inode}", nix::sys::stat::major(device), nix::sys::stat::minor(device));

@@ -17,8 +17,8 @@ use nix::{
 
 /// A BPF array of `T`, mapped into this process.
 ///
-/// Programs read it at any time. An entry as a whole is written without any order between its bytes: write only
-/// entries that nothing refers to, and single words (`store_u64`, `store_u32`) of the others.
+/// Programs read it at any time. The bytes of a whole entry are written in no particular order: write only
+/// unreferenced entries, and single words (`store_u64`, `store_u32`) of entries in use.
 #[derive(Debug)]
 pub struct Mapped<T> {
     base: NonNull<u8>,
@@ -42,7 +42,7 @@ impl<T: MapValue> Mapped<T> {
     pub fn new(map: BorrowedFd<'_>, n_entries: u32) -> Result<Self, Errno> {
         let size = usize::try_from(n_entries).map_err(|_too_large| Errno::E2BIG)? * Self::STRIDE;
         let len = NonZeroUsize::new(size).ok_or(Errno::EINVAL)?;
-        // SAFETY: no address is asked for, so no other mapping is touched.
+        // SAFETY: no address is requested, so no other mapping is touched.
         let base = unsafe {
             mmap(None, len, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, MapFlags::MAP_SHARED, map, 0)?
         };
@@ -59,25 +59,25 @@ impl<T: MapValue> Mapped<T> {
         if index >= self.n_entries {
             return None;
         }
-        // SAFETY: below `n_entries`, so inside the mapping; 8-aligned, which `map_type!` guarantees to suffice.
+        // SAFETY: below `n_entries`, so inside the mapping; 8-aligned, which suffices by `map_type!`.
         Some(unsafe { self.base.add(index as usize * Self::STRIDE) }.cast())
     }
 
-    /// Reads an entry; `None` outside of the array. An entry that is being written may come out torn.
+    /// Reads an entry; `None` if out of range. An entry that is being written may be torn.
     #[must_use]
     pub fn read(&self, index: u32) -> Option<T> {
         // SAFETY: inside the mapping, aligned, and every bit pattern is a `T`.
         self.at(index).map(|entry| unsafe { entry.as_ptr().read_volatile() })
     }
 
-    /// Writes an entry that nothing refers to; `false` outside of the array.
+    /// Writes an unreferenced entry; `false` if out of range.
     #[must_use]
     pub fn write(&mut self, index: u32, value: T) -> bool {
         // SAFETY: inside the mapping and aligned.
         self.at(index).map(|entry| unsafe { entry.as_ptr().write_volatile(value) }).is_some()
     }
 
-    /// Stores one 64-bit word of an entry in use, after all earlier writes; `false` outside of the array.
+    /// Stores one 64-bit word of an entry in use, after all earlier writes; `false` if out of range.
     ///
     /// `word` is the index of the word within the entry.
     #[must_use]
@@ -90,7 +90,7 @@ impl<T: MapValue> Mapped<T> {
             .is_some()
     }
 
-    /// Stores one 32-bit word of an entry in use, after all earlier writes; `false` outside of the array.
+    /// Stores one 32-bit word of an entry in use, after all earlier writes; `false` if out of range.
     ///
     /// `word` is the index of the word within the entry.
     #[must_use]
@@ -124,7 +124,7 @@ impl<T: MapValue> Mapped<T> {
 
 impl<T> Drop for Mapped<T> {
     fn drop(&mut self) {
-        // SAFETY: exactly what `new` mapped; no reference into it exists, since none is ever handed out.
+        // SAFETY: exactly what `new` mapped; no reference into it is ever handed out.
         let result = unsafe { munmap(self.base.cast(), self.len.get()) };
         debug_assert!(result.is_ok(), "munmap of a whole mapping: {result:?}");
     }

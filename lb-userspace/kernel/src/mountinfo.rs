@@ -2,20 +2,20 @@
 
 use std::{ffi::OsString, os::unix::ffi::OsStringExt as _, path::PathBuf};
 
-/// A mount, as far as it is looked at.
+/// The used fields of a mount.
 #[derive(Debug)]
 pub(super) struct Mount<'a> {
-    /// The kernel's number for it, as in `/proc/PID/fdinfo`.
+    /// The mount id, as in `/proc/PID/fdinfo`.
     pub(super) id: u32,
-    /// What of the file system is mounted, escapes included.
+    /// The mounted directory of the file system, with escapes.
     pub(super) root: &'a [u8],
-    /// Where.
+    /// The mount point.
     pub(super) point: PathBuf,
     /// Type of the file system.
     pub(super) file_system: &'a [u8],
 }
 
-/// The mounts in the text, in its order. Lines of another form are left out.
+/// The mounts in the order of the text. Malformed lines are skipped.
 pub(super) fn mounts(text: &[u8]) -> impl Iterator<Item = Mount<'_>> {
     text.split(|byte| *byte == b'\n').filter_map(|line| {
         let mut fields = line.split(|byte| *byte == b' ');
@@ -27,7 +27,8 @@ pub(super) fn mounts(text: &[u8]) -> impl Iterator<Item = Mount<'_>> {
     })
 }
 
-/// Undoes the escapes of mountinfo: a backslash and three octal digits for blanks, line ends and backslashes.
+/// Decodes the escapes of mountinfo: a backslash and three octal digits for blanks, line ends and
+/// backslashes.
 pub(super) fn unescape(text: &[u8]) -> Vec<u8> {
     let mut plain = Vec::with_capacity(text.len());
     let mut rest = text;

@@ -12,7 +12,7 @@ use nix::sched::{CloneFlags, setns};
 
 use super::mountinfo::mounts;
 
-/// A network namespace. It lives as long as this value.
+/// A network namespace. This value keeps it alive.
 #[derive(Debug)]
 pub struct Namespace {
     file: File,
@@ -21,14 +21,14 @@ pub struct Namespace {
 /// The namespaces that were found.
 #[derive(Debug, Default)]
 pub struct Namespaces {
-    /// Each once; first that of the calling thread.
+    /// Each once; that of the calling thread first.
     pub found: Vec<Namespace>,
-    /// Processes and mounts whose namespace cannot be opened, but for processes that are in one of the others.
+    /// Processes and mounts whose namespace cannot be opened, except processes of a namespace that was found.
     pub n_refused: usize,
 }
 
 impl Namespace {
-    /// Moves the calling thread there. Meant for threads that end soon: never for one of a pool.
+    /// Moves the calling thread into the namespace. Use a short-lived thread, never one of a pool.
     ///
     /// # Errors
     ///
@@ -38,11 +38,10 @@ impl Namespace {
     }
 }
 
-/// The namespaces of all processes that `/proc` shows, and those that are mounted anywhere (`ip netns add`, container
-/// run-times).
+/// The namespaces of all processes in `/proc`, and all mounted ones (`ip netns add`, container runtimes).
 ///
-/// Not found are namespaces that only a file descriptor, a socket or a thread other than a process's first keeps, and, in
-/// a PID namespace other than the host's, those of the processes outside.
+/// Not found: namespaces kept only by a file descriptor, a socket or a thread other than a process's first;
+/// in a PID namespace other than the host's, those of processes outside.
 ///
 /// # Errors
 ///
@@ -64,8 +63,8 @@ pub fn of_this_host() -> io::Result<Namespaces> {
             Err(_refused) => refused.push(process),
         }
     }
-    // One that must not be looked into may well be in a namespace that is known; one that has ended meanwhile answers alike
-    // (`proc_ns_get_link`).
+    // A process that cannot be inspected may be in a known namespace. One that has exited gives the same
+    // error (`proc_ns_get_link`).
     let is_elsewhere =
         |process: &PathBuf| device_table(process).map_or(process.exists(), |table| !tables.contains(&table));
     let mut n_refused = refused.into_iter().filter(is_elsewhere).count();
@@ -78,12 +77,13 @@ pub fn of_this_host() -> io::Result<Namespaces> {
     Ok(Namespaces { found, n_refused })
 }
 
-/// The inode of a process's table of network devices: each network namespace has its own, and no right is needed to see it.
+/// The inode of a process's table of network devices. Each network namespace has its own, readable without
+/// privileges.
 fn device_table(process: &Path) -> Option<u64> {
     fs::metadata(process.join("net/dev")).ok().map(|data| data.ino())
 }
 
-/// Opens the namespace behind a path; `None` if it is known or there is none.
+/// Opens the namespace at a path; `None` if it is known or does not exist.
 fn open(known: &mut BTreeSet<(u64, u64)>, path: &Path) -> io::Result<Option<Namespace>> {
     let identity = |metadata: &Metadata| (metadata.dev(), metadata.ino());
     let opened = fs::metadata(path).and_then(|metadata| {
@@ -91,11 +91,11 @@ fn open(known: &mut BTreeSet<(u64, u64)>, path: &Path) -> io::Result<Option<Name
             return Ok(None);
         }
         let file = File::open(path)?;
-        // The process may have moved since.
+        // The process may have changed its namespace since.
         Ok(known.insert(identity(&file.metadata()?)).then_some(Namespace { file }))
     });
     match opened {
-        // The process has ended, or is one without a namespace: a zombie.
+        // The process has exited, or is a zombie, which has no namespace.
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         opened => opened,
     }

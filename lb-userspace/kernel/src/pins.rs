@@ -1,4 +1,4 @@
-//! What is pinned, under which name.
+//! The pins: their names, and how they are created, moved and removed.
 
 use std::{
     ffi::OsString,
@@ -14,7 +14,7 @@ use lb_common::{
 
 use super::{Features, KernelError, fault, lock, syscall};
 
-/// The hooks that are attached on a kernel, in their order.
+/// The hooks that are attached on a kernel, in order.
 pub fn hooks(features: Features) -> impl Iterator<Item = &'static HookSpec> {
     HOOKS.iter().filter(move |hook| match hook.needs {
         Needs::Nothing => true,
@@ -27,18 +27,18 @@ pub fn names(features: Features) -> impl Iterator<Item = &'static str> {
     MAPS.iter().map(|map| map.name).chain(hooks(features).map(|hook| hook.name))
 }
 
-/// Directory below that of the pins, where maps of another size or layout are filled. They serve nobody.
+/// Directory below the pin directory, for maps that are being filled and do not serve yet.
 pub const NEXT: &str = "next";
-/// What [`NEXT`] is called once it is complete: its maps take the place of the others, whatever happens.
+/// The name of a complete [`NEXT`]. From then on its maps replace the others, even if the agent exits.
 pub const READY: &str = "ready";
 
-/// Makes the directory for pins, if it is not there.
+/// Creates the pin directory if it is missing.
 ///
 /// # Errors
 ///
 /// [`KernelError::PinPath`] if it is not on a BPF file system.
 pub fn prepare(pin_path: &Path) -> Result<(), KernelError> {
-    // Looked at before the directory is made: nothing is left behind on a file system that cannot hold pins.
+    // Checked first, so that no directory is left on a file system that cannot hold pins.
     check(pin_path)?;
     fs::create_dir_all(pin_path).map_err(|source| match source.kind() {
         io::ErrorKind::PermissionDenied => {
@@ -48,7 +48,7 @@ pub fn prepare(pin_path: &Path) -> Result<(), KernelError> {
     })
 }
 
-/// Tells whether a directory for pins is on a BPF file system, or would be if it were made.
+/// Checks that the pin directory is on a BPF file system, or would be once created.
 ///
 /// # Errors
 ///
@@ -72,8 +72,7 @@ pub fn check(pin_path: &Path) -> Result<(), KernelError> {
     Err(error(io::Error::new(io::ErrorKind::InvalidInput, "not on a BPF file system")))
 }
 
-/// Ends a change of maps that was under way when an agent ended: one that was complete is carried on, any other is
-/// forgotten.
+/// Finishes a map change that an earlier agent left: a committed one is completed, any other is discarded.
 ///
 /// # Errors
 ///
@@ -83,11 +82,12 @@ pub fn recover(pin_path: &Path) -> Result<(), KernelError> {
     promote(pin_path)
 }
 
-/// Makes an empty [`NEXT`], and returns where.
+/// Creates an empty [`NEXT`] and returns its path.
 ///
 /// # Errors
 ///
-/// [`KernelError::PinPath`] if it cannot be made, [`KernelError::Remove`] if a former one cannot be removed.
+/// [`KernelError::PinPath`] if it cannot be created, [`KernelError::Remove`] if an earlier one cannot be
+/// removed.
 pub fn stage(pin_path: &Path) -> Result<PathBuf, KernelError> {
     forget(pin_path)?;
     let next = pin_path.join(NEXT);
@@ -95,7 +95,7 @@ pub fn stage(pin_path: &Path) -> Result<PathBuf, KernelError> {
     Ok(next)
 }
 
-/// Pins maps that go on as they are in a second directory, too.
+/// Pins kept maps in a second directory as well.
 ///
 /// # Errors
 ///
@@ -110,7 +110,7 @@ pub fn share(pin_path: &Path, other: &Path, names: &[&'static str]) -> Result<()
     Ok(())
 }
 
-/// Forgets an unfinished [`NEXT`].
+/// Discards an unfinished [`NEXT`].
 ///
 /// # Errors
 ///
@@ -119,7 +119,7 @@ pub fn forget(pin_path: &Path) -> Result<(), KernelError> {
     discard(&pin_path.join(NEXT), &mut Vec::new())
 }
 
-/// From here on, the maps in [`NEXT`] are the ones to go on with. Nothing is done if that was said before.
+/// Commits [`NEXT`]: from now on its maps are the ones to adopt. Does nothing if it is already committed.
 ///
 /// # Errors
 ///
@@ -135,14 +135,15 @@ pub fn commit(pin_path: &Path) -> Result<(), KernelError> {
     }
 }
 
-/// Moves each map of [`READY`] to its place, where it takes that of the former one. Nothing is done without that
+/// Moves each map of [`READY`] to its place and replaces the earlier one. Does nothing without that
 /// directory.
 ///
-/// `meta` comes last: what is read in between is of the sizes that are found there, or is no image at all.
+/// `meta` comes last: a concurrent reader gets an image whose sizes match, or an error.
 ///
 /// # Errors
 ///
-/// [`KernelError::Remove`] for a pin that cannot be moved; the others have been, and it can be tried again.
+/// [`KernelError::Remove`] for a pin that cannot be moved. Earlier ones have been moved; the call can be
+/// repeated.
 pub fn promote(pin_path: &Path) -> Result<(), KernelError> {
     let ready = pin_path.join(READY);
     let mut names = entries(&ready)?;
@@ -156,7 +157,7 @@ pub fn promote(pin_path: &Path) -> Result<(), KernelError> {
     discard(&ready, &mut Vec::new())
 }
 
-/// The names in a directory; none if it is not there.
+/// The names in a directory; none if it does not exist.
 fn entries(directory: &Path) -> Result<Vec<OsString>, KernelError> {
     let error = |source| KernelError::PinPath { path: directory.to_owned(), source };
     match fs::read_dir(directory) {
@@ -166,7 +167,7 @@ fn entries(directory: &Path) -> Result<Vec<OsString>, KernelError> {
     }
 }
 
-/// Removes a directory of ours with all that is pinned in it.
+/// Removes one of our directories with all its pins.
 fn discard(directory: &Path, removed: &mut Vec<PathBuf>) -> Result<(), KernelError> {
     for name in entries(directory)? {
         remove_pin(directory.join(name), removed)?;
@@ -179,7 +180,7 @@ fn discard(directory: &Path, removed: &mut Vec<PathBuf>) -> Result<(), KernelErr
     }
 }
 
-/// Pins a map where it should be, in the place of whatever is there.
+/// Pins a map at a path and replaces whatever is there.
 ///
 /// # Errors
 ///
@@ -198,11 +199,12 @@ fn remove_pin(path: PathBuf, removed: &mut Vec<PathBuf>) -> Result<(), KernelErr
     Ok(())
 }
 
-/// Removes pins of maps and links that only earlier versions have, by their names. Their programs are detached. Returns what was removed.
+/// Removes the pins of maps and links that only earlier versions have, and detaches their programs. Returns
+/// the removed paths.
 ///
 /// # Errors
 ///
-/// [`KernelError::Remove`] for the first pin that stays.
+/// [`KernelError::Remove`] for the first pin that cannot be removed.
 pub fn remove_former(pin_path: &Path, maps: &[&str], links: &[&str]) -> Result<Vec<PathBuf>, KernelError> {
     let mut removed = Vec::new();
     for name in links {
@@ -216,8 +218,9 @@ pub fn remove_former(pin_path: &Path, maps: &[&str], links: &[&str]) -> Result<V
 
 /// Detaches a link and removes its pin.
 ///
-/// A link whose last pin goes is detached by a work queue, milliseconds later, and not at all while an agent has it open. What
-/// cannot be opened or is no link has no program to detach: only its name is removed.
+/// Removing the last pin of a link detaches it milliseconds later, in a work queue, and not at all while an
+/// agent has it open. A pin that cannot be opened or is not a link has no program to detach: only its name is
+/// removed.
 fn remove_link(path: PathBuf, removed: &mut Vec<PathBuf>) -> Result<(), KernelError> {
     if let Ok(link) = syscall::open_pin(&path) {
         let _no_link = syscall::detach(link.as_fd());
@@ -225,16 +228,17 @@ fn remove_link(path: PathBuf, removed: &mut Vec<PathBuf>) -> Result<(), KernelEr
     remove_pin(path, removed)
 }
 
-/// Detaches the programs, removes the links, then the maps, then the directory. Returns what was removed.
+/// Detaches the programs, removes the links, then the maps, then the directory. Returns the removed paths.
 ///
-/// Removes names that socklb gives and nothing else; a directory that holds something else stays. A call that begins when
-/// this has returned is not rewritten any longer, even beside an agent that runs.
+/// Removes only names that socklb uses; a directory with other content stays. Calls that begin after the
+/// return are not rewritten, even if an agent still runs.
 ///
 /// # Errors
 ///
-/// [`KernelError::NothingPinned`] if there was nothing, [`KernelError::Remove`] for the first pin that stays.
+/// [`KernelError::NothingPinned`] if there was nothing, [`KernelError::Remove`] for the first pin that cannot
+/// be removed.
 pub fn remove(pin_path: &Path) -> Result<Vec<PathBuf>, KernelError> {
-    // An agent that restores pins does so before or after, when the directory is gone.
+    // An agent restores pins before this, or finds the directory gone after it.
     let _alone = lock::Change::begin(pin_path);
     let mut removed = Vec::new();
     for name in HOOKS.iter().map(|hook| hook.name) {

@@ -2,7 +2,7 @@
 
 use lb_common::layout::MapValue;
 
-/// A map key or value, as aya takes it. Exists because neither the trait nor the type is ours to connect.
+/// A map key or value for aya. A newtype, since both the trait and the type are foreign to this crate.
 #[derive(Clone, Copy)]
 #[repr(transparent)]
 pub(super) struct Plain<T>(pub(super) T);

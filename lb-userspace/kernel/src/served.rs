@@ -2,13 +2,14 @@
 
 use std::{collections::BTreeSet, fs, os::unix::fs::MetadataExt as _, path::Path};
 
-/// The largest number of cgroups that are looked at: an order of magnitude above a full node.
+/// Largest number of cgroups read: an order of magnitude above a full node.
 const MAX_DIRECTORIES: usize = 100_000;
 
-/// The ids of a cgroup and of all below it, but for the `excluded` and what is below those. A cgroup that comes or goes meanwhile may be
-/// missing.
+/// The ids of a cgroup and its descendants, without the subtrees of `excluded`. A cgroup created or removed
+/// meanwhile may be missing.
 ///
-/// An id is the inode number of the directory (kernfs), also where a cgroup namespace or a container shows only a part.
+/// An id is the inode number of the directory (kernfs), even where a cgroup namespace or a container shows
+/// only a part.
 pub(super) fn cgroups(root: &Path, excluded: &BTreeSet<u64>) -> BTreeSet<u64> {
     let (mut found, mut level) = (BTreeSet::new(), vec![root.to_owned()]);
     while !level.is_empty() && found.len() < MAX_DIRECTORIES {

@@ -1,4 +1,4 @@
-//! Listing and ending sockets of one network namespace: `NETLINK_SOCK_DIAG` (`sock_diag(7)`).
+//! Lists and destroys sockets of one network namespace: `NETLINK_SOCK_DIAG` (`sock_diag(7)`).
 
 use std::{
     collections::BTreeSet,
@@ -25,10 +25,10 @@ const CGROUP_ID: u16 = 21;
 /// `IPPROTO_UDPLITE`
 const UDP_LITE: u8 = 136;
 
-/// The most addresses that a filter names. A jump in it reaches 64 KiB, which is twice as much.
+/// Largest number of addresses in a filter. A jump reaches 64 KiB, twice as far.
 const MAX_FILTERED: usize = 1024;
 
-/// A connected socket, for as long as it stays connected: the kernel's key of it, and its cookie.
+/// A connected socket: its key in the kernel, and its cookie. Valid while it stays connected.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Connected {
     protocol: Protocol,
@@ -38,13 +38,14 @@ pub struct Connected {
 }
 
 impl Connected {
-    /// The socket's cookie, never used twice while the host runs.
+    /// The socket's cookie, unique while the host runs.
     #[must_use]
     pub fn cookie(&self) -> u64 {
         cookie_of(&self.id)
     }
 
-    /// Id of the cgroup v2 that the socket was made in; `None` if the kernel does not tell (before 5.9).
+    /// Id of the cgroup v2 that the socket was created in; `None` if the kernel does not report it (before
+    /// 5.9).
     #[must_use]
     pub fn cgroup(&self) -> Option<u64> {
         self.cgroup
@@ -56,14 +57,14 @@ impl Connected {
         self.protocol
     }
 
-    /// Whom it is connected to; a mapped address as the IPv4 address.
+    /// The peer's address; an IPv4-mapped one as IPv4.
     #[must_use]
     pub fn peer(&self) -> SocketAddr {
         SocketAddr::new(self.id.destination_address.to_canonical(), self.id.destination_port)
     }
 }
 
-/// A request with attributes, which the library's own messages do not have.
+/// A request with attributes, which the library's messages lack.
 struct Request {
     request: InetRequest,
     attributes: Vec<DefaultNla>,
@@ -85,13 +86,13 @@ impl NetlinkSerializable for Request {
     }
 }
 
-/// A conversation with the kernel about the sockets of one network namespace: that of the thread which opened it.
+/// A netlink socket for the sockets of one network namespace: that of the thread which opened it.
 pub struct SockDiag {
     socket: Socket,
 }
 
 impl SockDiag {
-    /// Opens it.
+    /// Opens the netlink socket.
     ///
     /// # Errors
     ///
@@ -103,10 +104,11 @@ impl SockDiag {
         Ok(Self { socket })
     }
 
-    /// Lists the connected sockets of a protocol, only those connected to one of `peers` if that is given. A peer with the
-    /// unspecified address stands for all of its family with that port.
+    /// Lists the connected sockets of a protocol; with `peers`, only those connected to one of them. A peer
+    /// with the unspecified address matches every address of its family with that port.
     ///
-    /// With very many peers all are listed. Not a snapshot: sockets that connect or close meanwhile may be listed or not.
+    /// With more than 1,024 peers all sockets are listed. Not a snapshot: sockets that connect or close
+    /// meanwhile may be missing.
     ///
     /// # Errors
     ///
@@ -131,10 +133,10 @@ impl SockDiag {
         Ok(found)
     }
 
-    /// The cookies of all sockets of TCP, UDP and UDP-Lite, connected or not.
+    /// The cookies of all TCP, UDP and UDP-Lite sockets, connected or not.
     ///
-    /// Missing are sockets without a port: those that were never used or bound, and those of TCP whose connection is over or
-    /// failed. Not a snapshot.
+    /// Sockets without a port are missing: unused and unbound ones, and TCP sockets whose connection is
+    /// closed or failed. Not a snapshot.
     ///
     /// # Errors
     ///
@@ -150,7 +152,7 @@ impl SockDiag {
                 let _new = found.insert(cookie_of(&response.header.socket_id));
             });
             match listed {
-                // A kernel that has no UDP-Lite.
+                // This kernel lacks UDP-Lite.
                 Err(error) if number == UDP_LITE && error.kind() == io::ErrorKind::NotFound => {}
                 listed => listed?,
             }
@@ -187,8 +189,8 @@ impl SockDiag {
         Ok(())
     }
 
-    /// Ends a connected socket: its program gets `ECONNABORTED` from a call that waits or, for UDP, from the next `recv()`.
-    /// `false` if there is no such socket any longer: it was closed, or connected to somebody else.
+    /// Destroys a connected socket: its program gets `ECONNABORTED` from a blocked call or, for UDP, from the
+    /// next `recv()`. `false` if the socket is closed or has another peer by now.
     ///
     /// # Errors
     ///
@@ -214,12 +216,13 @@ impl SockDiag {
         }
     }
 
-    /// Whether the kernel can end sockets of a protocol at all. Ends none: asks for one that cannot be, of no address.
+    /// Whether the kernel can destroy sockets of a protocol. Destroys none: the request names a socket that
+    /// cannot exist.
     ///
     /// # Errors
     ///
-    /// As [`Self::destroy`], but for `EOPNOTSUPP`. A kernel that cannot list the sockets either is not told apart from one that
-    /// can end them: listing tells.
+    /// As [`Self::destroy`], except for `EOPNOTSUPP`. A kernel that cannot list sockets returns `true`;
+    /// listing reports it.
     pub fn can_destroy(&mut self, protocol: Protocol) -> io::Result<bool> {
         let id = SocketId::new_v4();
         let nobody = Connected { protocol, family: AF_INET, id, cgroup: None };
@@ -239,7 +242,7 @@ impl SockDiag {
         self.socket.send(&bytes, 0).map(drop)
     }
 
-    /// Receives until the end of a list or an acknowledgement.
+    /// Receives up to the end of a list or an acknowledgement.
     fn answers(&self, mut each: impl FnMut(SockDiagMessage)) -> io::Result<()> {
         loop {
             let (bytes, _kernel) = self.socket.recv_from_full()?;
@@ -277,7 +280,7 @@ fn number(protocol: Protocol) -> io::Result<u8> {
     }
 }
 
-/// The states in which a socket has a peer and a program that may still use it.
+/// The states in which a socket has a peer and its program may still use it.
 fn states(protocol: Protocol) -> StateFlags {
     match protocol {
         // A connected UDP socket counts as established, any other as closed.
@@ -293,12 +296,12 @@ fn states(protocol: Protocol) -> StateFlags {
 }
 
 fn cookie_of(id: &SocketId) -> u64 {
-    // The kernel sends the low word first, each in the host's order.
+    // The kernel sends the low word first, each word in host order.
     let (words, _none) = id.cookie.as_chunks::<4>();
     words.iter().rev().fold(0, |cookie, word| cookie << 32 | u64::from(u32::from_ne_bytes(*word)))
 }
 
-/// The id in the attribute for a socket's cgroup.
+/// The id in a socket's cgroup attribute.
 fn cgroup_of(attribute: &Nla) -> Option<u64> {
     let Nla::Other(attribute) = attribute else { return None };
     let mut bytes = [0; 8];
@@ -309,17 +312,17 @@ fn cgroup_of(attribute: &Nla) -> Option<u64> {
     Some(u64::from_ne_bytes(bytes))
 }
 
-/// A program for the kernel's filter of sockets that lets those pass that are connected to one of `peers`
-/// (`inet_diag_bc_op` of `linux/inet_diag.h`). An IPv4 address matches its mapped form, too, and the unspecified address any of its
-/// family.
+/// A filter program (`inet_diag_bc_op` of `linux/inet_diag.h`) that accepts sockets connected to one of
+/// `peers`. An IPv4 address also matches its mapped form, and the unspecified address any of its family.
 ///
-/// For each address a comparison, which goes on to a jump behind the end if it holds, and else over it.
+/// Each address is a comparison. If it holds, it continues with a jump past the end, which accepts; else with
+/// the next comparison.
 fn filter_of(peers: &BTreeSet<SocketAddr>) -> Vec<u8> {
     /// `INET_DIAG_BC_JMP`
     const JUMP: u8 = 1;
     /// `INET_DIAG_BC_D_COND`
     const PEER_IS: u8 = 8;
-    /// An operation: code, how far to go on if it holds, and if not.
+    /// An operation: code, offset if it holds, and offset if it does not.
     const OPERATION: u16 = 4;
     let mut program = Vec::new();
     for (n, peer) in peers.iter().rev().enumerate() {
@@ -328,7 +331,7 @@ fn filter_of(peers: &BTreeSet<SocketAddr>) -> Vec<u8> {
             IpAddr::V6(ip) => (AF_INET6, 128, ip.octets().to_vec()),
         };
         let prefix = if peer.ip().is_unspecified() { 0 } else { prefix };
-        // The operation, family, length of the prefix, two spare octets, port in the host's order, address.
+        // Operation, family, prefix length, two unused octets, port in host order, address.
         let len: u8 = if peer.is_ipv4() { 4 + 8 + 4 } else { 4 + 8 + 16 };
         let mut step = vec![PEER_IS, len];
         step.extend((u16::from(len) + OPERATION).to_ne_bytes());
@@ -336,7 +339,8 @@ fn filter_of(peers: &BTreeSet<SocketAddr>) -> Vec<u8> {
         step.extend(i32::from(peer.port()).to_ne_bytes());
         step.extend(octets);
         if n > 0 {
-            // Written from the end: what is there is what the jump has to pass, and `MAX_FILTERED` bounds it.
+            // Written from the end: the jump must pass what is written so far, and `MAX_FILTERED` bounds
+            // that.
             let end = u16::try_from(program.len()).unwrap_or(u16::MAX - OPERATION) + OPERATION;
             step.extend([JUMP, 4]);
             step.extend(end.to_ne_bytes());
@@ -351,7 +355,7 @@ fn filter_of(peers: &BTreeSet<SocketAddr>) -> Vec<u8> {
 mod tests {
     use super::*;
 
-    /// What the kernel makes of a filter (`inet_diag_bc_run`).
+    /// Runs a filter as the kernel does (`inet_diag_bc_run`).
     fn passes(program: &[u8], peer: SocketAddr) -> bool {
         let (mut at, end) = (0, program.len());
         while at < end {

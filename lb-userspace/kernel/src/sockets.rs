@@ -1,16 +1,16 @@
-//! Connected sockets that went through a service, on the whole host, and ending them.
+//! Finds and destroys connected sockets that use a service, on the whole host.
 //!
 //! # Purpose
 //!
-//! [`SocketTable`] reads what the programs keep of sockets: `socket_slots` and `sockets` from mapped memory, `socket_storage` by the
-//! kernel's iterator ([`storage`]). [`find`] lists connected sockets of every network namespace, [`destroy`] ends some of them, and
-//! [`owners`] tells which slots are of sockets that are gone.
+//! [`SocketTable`] reads the records of sockets: `socket_slots` and `sockets` from mapped memory,
+//! `socket_storage` by a BPF iterator ([`storage`]). [`find`] lists connected sockets of all network
+//! namespaces, [`destroy`] destroys some of them, and [`owners`] finds slots whose sockets are closed.
 //!
 //! # Invariants
 //!
-//! - A socket is taken for one of a service only if its record names the peer that it has at that moment. One that has
-//!   connected elsewhere since is neither found nor ended.
-//! - Other namespaces are entered on a thread that ends afterwards.
+//! - A socket counts as one of a service only if its record names its current peer. A socket that has another
+//!   peer by now is neither found nor destroyed.
+//! - Other namespaces are entered only on a thread that exits afterwards.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -41,22 +41,22 @@ use super::{
     storage::{self, StorageList},
 };
 
-/// Why sockets are not found or not ended.
+/// Why sockets cannot be found or destroyed.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum SocketError {
     /// The maps cannot be read.
     #[error(transparent)]
     Maps(#[from] KernelError),
-    /// The kernel was built without what is needed.
+    /// The kernel was built without a required option.
     #[error(
-        "this kernel cannot end sockets of other programs: it was built without CONFIG_INET_DIAG_DESTROY"
+        "this kernel cannot destroy sockets of other programs: it was built without CONFIG_INET_DIAG_DESTROY"
     )]
     NoDestroy,
     /// The kernel cannot list sockets of a protocol.
     #[error(
-        "this kernel cannot list {protocol} sockets: it was built without CONFIG_INET_DIAG and CONFIG_INET_{protocol}_DIAG, or a \
-         module cannot be loaded"
+        "this kernel cannot list {protocol} sockets: it was built without CONFIG_INET_DIAG and \
+         CONFIG_INET_{protocol}_DIAG, or a module cannot be loaded"
     )]
     NoList {
         /// The protocol.
@@ -79,7 +79,7 @@ pub enum SocketError {
 }
 
 impl SocketError {
-    /// Whether trying again can have another result.
+    /// Whether a retry is pointless.
     #[must_use]
     pub fn is_final(&self) -> bool {
         let is_unsupported = |source: &io::Error| {
@@ -110,11 +110,11 @@ impl SocketError {
         if source.raw_os_error() == Some(nix::libc::EOPNOTSUPP) {
             return Self::NoDestroy;
         }
-        Self::of_call("ending a socket", source)
+        Self::of_call("destroying a socket", source)
     }
 }
 
-/// What the programs keep of sockets.
+/// The records of sockets.
 #[derive(Debug)]
 pub struct SocketTable {
     slots: Mapped<SocketSlots>,
@@ -122,7 +122,7 @@ pub struct SocketTable {
     storage: StorageList,
 }
 
-/// Records by the cookies of their sockets, as they were at a moment.
+/// Records by socket cookie, read at one time.
 type Records = BTreeMap<u64, Vec<SocketRecord>>;
 
 impl SocketTable {
@@ -130,7 +130,8 @@ impl SocketTable {
     ///
     /// # Errors
     ///
-    /// A failing system call; [`KernelError::List`] without the rights or the kernel to list socket storage.
+    /// A failing system call; [`KernelError::List`] without the capabilities or the kernel to list socket
+    /// storage.
     ///
     /// # Kernel
     ///
@@ -148,11 +149,11 @@ impl SocketTable {
         })
     }
 
-    /// The records of all sockets on the host: of connected ones, of unconnected ones that sent there, and of ones that are no
-    /// longer connected. A socket in the middle of a call may be missing.
+    /// The records of all sockets on the host: connected ones, unconnected ones that sent to a service, and
+    /// ones that are no longer connected. A socket in the middle of a call may be missing.
     ///
-    /// Not a snapshot: sockets come and go while they are read. Ids are those of the moment of the call; one may have been
-    /// given to another service since.
+    /// Not a snapshot: sockets open and close meanwhile. Ids are those at the time of the call and may belong
+    /// to another service by now.
     ///
     /// # Errors
     ///
@@ -161,7 +162,7 @@ impl SocketTable {
         Ok(self.all(|_record| true)?.collect())
     }
 
-    /// Those of [`Self::records`] that say to which service an endpoint belongs: a connected socket that went through a service
+    /// The [`Self::records`] that map an endpoint back to its service. A connected socket that uses a service
     /// has one.
     ///
     /// # Errors
@@ -185,7 +186,7 @@ impl SocketTable {
         }))
     }
 
-    /// What is in socket storage.
+    /// The records in socket storage.
     fn stored(&self) -> Result<Records, KernelError> {
         let mut stored = Records::new();
         for (cookie, record) in self.storage.read().map_err(|source| KernelError::List { source })? {
@@ -200,15 +201,15 @@ impl SocketTable {
         slots.flat_map(|slots| slots.owners).filter(|owner| *owner != 0)
     }
 
-    /// How many slots have an owner.
+    /// Number of slots with an owner.
     #[must_use]
     pub fn n_owned(&self) -> usize {
         self.owners().count()
     }
 
-    /// Frees the slots that belong to sockets with these cookies, and returns how many it were.
+    /// Frees the slots of sockets with these cookies, and returns their number.
     ///
-    /// A socket that is open all the same loses its record: see [`owners`].
+    /// A socket that is still open loses its record: see [`owners`].
     #[must_use]
     pub fn free(&mut self, cookies: &BTreeSet<u64>) -> usize {
         let mut n_freed = 0;
@@ -220,13 +221,13 @@ impl SocketTable {
         n_freed
     }
 
-    /// The set and the number of the slot that a socket owns.
+    /// The set and the way of a socket's slot.
     fn place(&self, cookie: u64) -> Option<(u32, usize)> {
         let set = u32::try_from(cookie % u64::from(SOCKET_SETS)).ok()?;
         Some((set, self.slots.read(set)?.owners.iter().position(|owner| *owner == cookie)?))
     }
 
-    /// The records in a socket's slot; none without one, or while they are being written.
+    /// The records in a socket's slot; empty without a slot, or while they are being written.
     fn in_slot(&self, cookie: u64) -> impl Iterator<Item = SocketRecord> + use<> {
         let entry = self.entry_of(cookie);
         let second = entry.filter(|entry| entry.flags & entry_flags::SECOND != 0).map(|entry| entry.second);
@@ -237,12 +238,12 @@ impl SocketTable {
         let (set, way) = self.place(cookie)?;
         let index = set * WAYS + u32::try_from(way).ok()?;
         let entry = self.entries.read(index).filter(|entry| entry.cookie == cookie)?;
-        // The program may write it at this moment: an address of one and a port of another would name a flow that there
-        // is not.
+        // The program may be writing it: the address of one record and the port of another would name a flow
+        // that does not exist.
         (self.entries.read(index) == Some(entry)).then_some(entry)
     }
 
-    /// The service that a socket called to get to the peer that it has, by its slot and what was `stored`.
+    /// The service through which a socket reached its current peer, from its slot and the `stored` records.
     fn service_of(&self, socket: &Connected, stored: &Records) -> Option<SocketAddr> {
         self.in_slot(socket.cookie())
             .chain(stored.get(&socket.cookie()).into_iter().flatten().copied())
@@ -253,7 +254,7 @@ impl SocketTable {
     }
 }
 
-/// How a socket last reached a service.
+/// The last flow of a socket to a service.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Record {
     /// The socket, as `ss -e` shows it after `sk:`.
@@ -262,7 +263,7 @@ pub struct Record {
     pub protocol: Protocol,
     /// The address that the program called.
     pub service: SocketAddr,
-    /// The endpoint that the call was pointed at.
+    /// The endpoint that the call was redirected to.
     pub endpoint: SocketAddr,
     /// The service port, as in `service_stats`.
     pub service_id: u32,
@@ -277,7 +278,7 @@ fn answers(record: &SocketRecord) -> bool {
     record.flags & record_flags::ANSWERS != 0
 }
 
-/// `None` for what no program writes.
+/// `None` for values that no program writes.
 fn protocol(record: &SocketRecord) -> Option<Protocol> {
     match layout::Protocol(record.protocol) {
         layout::Protocol::TCP => Some(Protocol::Tcp),
@@ -295,12 +296,12 @@ fn peer(address: Octets6, port: u16) -> SocketAddr {
     SocketAddr::new(IpAddr::V6(Ipv6Addr::from(address)).to_canonical(), port)
 }
 
-/// A connected socket that was looked for.
+/// A connected socket that was found.
 #[derive(Clone, Debug)]
 pub struct FoundSocket {
     namespace: Arc<Namespace>,
     socket: Connected,
-    /// The address that the program called to get to [`Self::peer`]; `None` if that is the address itself.
+    /// The address that the program called to reach [`Self::peer`]; `None` if it called the peer itself.
     pub service: Option<SocketAddr>,
 }
 
@@ -311,7 +312,7 @@ impl FoundSocket {
         self.socket.protocol()
     }
 
-    /// Whom it is connected to.
+    /// The peer's address.
     #[must_use]
     pub fn peer(&self) -> SocketAddr {
         self.socket.peer()
@@ -325,8 +326,8 @@ pub struct Wanted {
     pub protocols: BTreeSet<Protocol>,
     /// The endpoints.
     pub endpoints: BTreeSet<SocketAddr>,
-    /// UDP sockets that are connected to one of these without a service, and whose calls are served; `None` for all such. The
-    /// unspecified address stands for any of its family with that port.
+    /// UDP sockets of served callers that are connected to one of these without a service; `None` for all
+    /// such. The unspecified address matches every address of its family with that port.
     pub addresses: Option<BTreeSet<SocketAddr>>,
 }
 
@@ -350,35 +351,35 @@ impl Wanted {
     }
 }
 
-/// What was found.
+/// The result of [`find`].
 #[derive(Debug, Default)]
 pub struct Found {
     /// The sockets.
     pub sockets: Vec<FoundSocket>,
-    /// Namespaces that could not be opened or entered, as far as they are known: their sockets are missing.
+    /// Known namespaces that could not be opened or entered: their sockets are missing.
     pub n_refused: usize,
-    /// What went wrong in a namespace that was entered: some of its sockets are missing.
+    /// An error in a namespace that was entered: some of its sockets are missing.
     pub problem: Option<SocketError>,
 }
 
-/// What was ended.
+/// The result of [`destroy`].
 #[derive(Debug, Default)]
 pub struct Destroyed {
-    /// The sockets that were ended. Not among them are those that were closed or connected elsewhere meanwhile.
+    /// The destroyed sockets, without those that were closed or got another peer meanwhile.
     pub sockets: Vec<FoundSocket>,
-    /// What kept the others from being ended.
+    /// The error that kept others from being destroyed.
     pub problem: Option<SocketError>,
 }
 
-/// Whether this kernel lets sockets be found and ended. Changes nothing.
+/// Whether this kernel can find and destroy sockets. Changes nothing.
 ///
 /// # Errors
 ///
-/// What it lacks, or what is not permitted.
+/// What the kernel lacks or does not permit.
 pub fn check() -> Result<(), SocketError> {
     let mut diag = open_diag()?;
     for protocol in [Protocol::Tcp, Protocol::Udp] {
-        // To nobody: the kernel looks at the request, and lists nothing.
+        // No socket has this peer: the kernel checks the request and lists nothing.
         let _none = diag
             .connected(protocol, Some(&[SocketAddr::from(([192, 0, 2, 0], 0))].into()))
             .map_err(|source| SocketError::of_list(protocol, source))?;
@@ -394,8 +395,8 @@ fn open_diag() -> Result<SockDiag, SocketError> {
     SockDiag::open().map_err(|source| SocketError::of_call("listing sockets", source))
 }
 
-/// Does something in every network namespace of this host that can be entered; see [`netns::of_this_host`] for those that are
-/// not known. Returns how many could not be.
+/// Runs `work` in each network namespace of this host that can be entered; see [`netns::of_this_host`] for
+/// those that are not found. Returns the number of those that cannot be entered.
 fn in_each_namespace(mut work: impl FnMut(Namespace)) -> Result<usize, SocketError> {
     let namespaces =
         netns::of_this_host().map_err(|source| SocketError::of_call("listing network namespaces", source))?;
@@ -411,14 +412,14 @@ fn in_each_namespace(mut work: impl FnMut(Namespace)) -> Result<usize, SocketErr
 
 /// Lists the wanted sockets in all network namespaces of this host.
 ///
-/// A socket without a service is known to be served by its cgroup: that is at or below `cgroup`, and not excluded. On kernels that do not
-/// tell it none is found.
+/// A socket without a service is served if its cgroup is at or below `cgroup` and not excluded. Kernels that
+/// do not report cgroups yield none.
 ///
-/// Blocks: some tens of microseconds for each namespace, and a microsecond for each socket in it.
+/// Blocks: tens of microseconds for each namespace, plus one microsecond for each of its sockets.
 ///
 /// # Errors
 ///
-/// If nothing can be listed at all, or nothing of it could be ended.
+/// If nothing can be listed, or nothing could be destroyed.
 ///
 /// # Kernel
 ///
@@ -463,17 +464,17 @@ pub fn find(pin_path: &Path, cgroup: &Path, wanted: &Wanted) -> Result<Found, So
     })
 }
 
-/// The owners of slots, by whether some socket of this host has their cookie.
+/// The owners of slots, by whether a socket of this host has their cookie.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Owners {
-    /// There is such a socket.
+    /// Such a socket exists.
     pub listed: BTreeSet<u64>,
-    /// None is known: it was closed, or it is of a network namespace that is not known, or its connection is over.
+    /// No such socket is known: it was closed, its connection ended, or its network namespace was not found.
     pub unlisted: BTreeSet<u64>,
 }
 
-/// Looks for the sockets that own slots, in all network namespaces of this host. `None` if some of them cannot be entered: the
-/// socket might be there.
+/// Finds the sockets that own slots, in all network namespaces of this host. `None` if a namespace cannot be
+/// entered, since the socket may be there.
 ///
 /// # Errors
 ///
@@ -495,22 +496,23 @@ pub fn owners(pin_path: &Path) -> Result<Option<Owners>, SocketError> {
         if let Some(problem) = problem {
             return Err(problem);
         }
-        // Those that were closed meanwhile own nothing any more.
+        // Skips sockets that were closed meanwhile.
         let owners = table.owners().filter(|cookie| before.contains(cookie));
         let (listed, unlisted) = owners.partition(|cookie| cookies.contains(cookie));
         Ok((n_refused == 0).then_some(Owners { listed, unlisted }))
     })
 }
 
-/// Ends sockets: their programs get `ECONNABORTED`, and peers of TCP sockets a reset.
+/// Destroys sockets: their programs get `ECONNABORTED`, and peers of TCP sockets a reset.
 ///
-/// A socket that was closed or connected to somebody else meanwhile is left alone: the kernel looks for it by both
-/// addresses and by its cookie, and its records are read again before. One of several sockets with the same two addresses
-/// (`SO_REUSEADDR` and `bind()`) may not be found by the kernel and stays.
+/// A socket that was closed or got another peer meanwhile is not touched: the kernel finds it by both
+/// addresses and its cookie, and its records are read again first. The kernel may not find one of several
+/// sockets with the same two addresses (`SO_REUSEADDR` and `bind()`); it stays.
 ///
 /// # Errors
 ///
-/// If no thread can be started or the records cannot be read. Other problems end the work, and are in [`Destroyed`].
+/// If no thread can be started or the records cannot be read. Other errors stop the work and are in
+/// [`Destroyed`].
 ///
 /// # Kernel
 ///
@@ -520,7 +522,7 @@ pub fn destroy(pin_path: &Path, mut sockets: Vec<FoundSocket>) -> Result<Destroy
         let table = SocketTable::open(pin_path)?;
         let stored = table.stored()?;
         let mut destroyed = Destroyed::default();
-        // One conversation for each namespace.
+        // One netlink socket for each namespace.
         sockets.sort_by_key(|socket| Arc::as_ptr(&socket.namespace));
         for of_namespace in sockets.chunk_by(|a, b| Arc::ptr_eq(&a.namespace, &b.namespace)) {
             let Some(first) = of_namespace.first() else { continue };
@@ -549,7 +551,7 @@ pub fn destroy(pin_path: &Path, mut sockets: Vec<FoundSocket>) -> Result<Destroy
     })
 }
 
-/// Does something on a thread of its own, which may end in another namespace.
+/// Runs `work` on its own thread, which may enter another namespace.
 fn on_a_thread<T: Send>(work: impl FnOnce() -> Result<T, SocketError> + Send) -> Result<T, SocketError> {
     let failed = |source| SocketError::Call { what: "starting a thread", source };
     thread::scope(|scope| {
@@ -563,14 +565,14 @@ fn on_a_thread<T: Send>(work: impl FnOnce() -> Result<T, SocketError> + Send) ->
 mod tests {
     use super::*;
 
-    /// What an operator reads on a kernel that lacks something.
+    /// The messages on a kernel that lacks something.
     #[test]
     fn errors_of_the_kernel_are_told_by_what_is_missing() {
         let error = io::Error::from_raw_os_error;
         for (error, is_final, text) in [
             (SocketError::of_destroy(error(nix::libc::EOPNOTSUPP)), true, "CONFIG_INET_DIAG_DESTROY"),
             (SocketError::of_destroy(error(nix::libc::EPERM)), false, "CAP_NET_ADMIN"),
-            (SocketError::of_destroy(error(nix::libc::EINVAL)), false, "ending a socket"),
+            (SocketError::of_destroy(error(nix::libc::EINVAL)), false, "destroying a socket"),
             (SocketError::of_list(Protocol::Udp, error(nix::libc::ENOENT)), true, "CONFIG_INET_UDP_DIAG"),
             (SocketError::of_list(Protocol::Tcp, error(nix::libc::EPERM)), false, "CAP_BPF"),
         ] {

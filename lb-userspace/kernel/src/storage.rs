@@ -1,8 +1,9 @@
-//! Listing socket storage, which no system call does: a BPF iterator runs a program for each element of the map.
+//! Lists socket storage with a BPF iterator, since no system call does: the kernel runs a program for each
+//! element of the map.
 //!
-//! The program writes what is used of an element and nothing else: a listing comes in pieces of 32 KiB, and for each the kernel walks
-//! again through the elements before (`bpf_sk_storage_map_seq_find_next`). It is a few instructions that are made here, since aya
-//! loads a program of an object with all maps of that object, and `socklb top` has no use for those.
+//! The program writes only the used records: a listing is read in pieces of 32 KiB, and for each the kernel
+//! walks the earlier elements again (`bpf_sk_storage_map_seq_find_next`). Its few instructions are assembled
+//! here: aya loads a program only with all maps of its object, and `socklb top` needs none of them.
 
 use std::{
     fs::File,
@@ -16,10 +17,10 @@ use lb_common::layout::{SOCKET_RECORDS, SocketRecord, SocketRecords};
 
 use super::{btf::Btf, syscall};
 
-/// What the program writes for a record: the cookie of the socket, and the record.
+/// The program's output for one record: the cookie of the socket, and the record.
 const ENTRY: usize = size_of::<u64>() + size_of::<SocketRecord>();
 
-/// Most reads without any output: each runs the program for a million elements.
+/// Largest number of reads without output: each runs the program for a million elements.
 const MOST_EMPTY_READS: usize = 100;
 
 /// The listing of a map of type `BPF_MAP_TYPE_SK_STORAGE` whose values are [`SocketRecords`].
@@ -29,7 +30,7 @@ pub(super) struct StorageList {
 }
 
 impl StorageList {
-    /// Makes ready to list a map.
+    /// Prepares to list a map.
     ///
     /// # Errors
     ///
@@ -38,11 +39,11 @@ impl StorageList {
         Ok(Self { link: syscall::link_iterator(load()?.as_fd(), map)? })
     }
 
-    /// The used records of all sockets on the host, each with its socket's cookie. Those of a multipath TCP socket, which has no
-    /// cookie of ours, are left out: its subflows have the same.
+    /// The used records of all sockets on the host, each with its socket's cookie. Multipath TCP sockets have
+    /// no cookie here and are left out: their subflows have the same records.
     ///
-    /// Not a snapshot: a record that is being written may come out torn, and one of a socket may be missing or come twice when
-    /// others open or close meanwhile.
+    /// Not a snapshot: a record that is being written may be torn, and one may be missing or repeated if
+    /// sockets open or close meanwhile.
     ///
     /// # Errors
     ///
@@ -54,7 +55,7 @@ impl StorageList {
             match file.read(&mut piece) {
                 Ok(0) => break,
                 Ok(n) => bytes.extend_from_slice(piece.get(..n).unwrap_or_default()),
-                // The program had nothing to write for a million elements.
+                // The program wrote nothing for a million elements.
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock && n_empty < MOST_EMPTY_READS => {
                     n_empty += 1;
                 }
@@ -65,17 +66,18 @@ impl StorageList {
     }
 }
 
-/// Has the kernel verify the program.
+/// Loads the program.
 ///
 /// # Errors
 ///
-/// `EPERM` without `CAP_BPF` and `CAP_PERFMON`; `NotFound` and `Unsupported` for a kernel without BTF or without the iterator.
+/// `EPERM` without `CAP_BPF` and `CAP_PERFMON`; `NotFound` and `Unsupported` on a kernel without BTF or
+/// without the iterator.
 ///
 /// # Kernel
 ///
 /// 5.9, with `CONFIG_DEBUG_INFO_BTF`
 pub(super) fn load() -> io::Result<OwnedFd> {
-    /// BTF id of the function that stands for the iterator. The kernel's types are megabytes: they are read once.
+    /// BTF id of the iterator's function. The kernel's BTF has megabytes and is read once.
     static TARGET: LazyLock<Result<u32, io::ErrorKind>> = LazyLock::new(|| {
         let btf = Btf::of_kernel().map_err(|error| error.kind())?;
         btf.function("bpf_iter_bpf_sk_storage_map").ok_or(io::ErrorKind::Unsupported)
@@ -85,7 +87,7 @@ pub(super) fn load() -> io::Result<OwnedFd> {
 
 /// The program: writes the cookie and the record for each used record of an element.
 fn program() -> Vec<u64> {
-    /// Fields of `struct bpf_iter__bpf_sk_storage_map`, the context: `meta`, whose first field is `seq`, and `value`.
+    /// Offsets in `struct bpf_iter__bpf_sk_storage_map`, the context. `meta` begins with `seq`.
     const META: usize = 0;
     const VALUE: usize = 24;
     /// `BPF_FUNC_seq_write`
@@ -126,7 +128,7 @@ fn program() -> Vec<u64> {
         instruction(LOAD_WORD, 1, 6, META, 0),
         instruction(LOAD_WORD, 9, 1, 0, 0),
     ];
-    // At the end of a listing it runs once more, without an element.
+    // At the end of a listing the kernel runs it once more, without an element.
     let with_value = [
         instruction(MOVE, 6, 1, 0, 0),
         instruction(LOAD_WORD, 7, 6, VALUE, 0),
@@ -136,7 +138,7 @@ fn program() -> Vec<u64> {
     [&with_value[..], &with_cookie, &records, &end].concat()
 }
 
-/// `struct bpf_insn`. Offsets and constants are all small and positive.
+/// `struct bpf_insn`. All offsets and constants are small and positive.
 fn instruction(code: u8, target: u8, source: u8, offset: usize, constant: usize) -> u64 {
     let registers = if cfg!(target_endian = "little") { source << 4 | target } else { target << 4 | source };
     let offset = i16::try_from(offset).unwrap_or_default().to_ne_bytes();
@@ -144,7 +146,7 @@ fn instruction(code: u8, target: u8, source: u8, offset: usize, constant: usize)
     u64::from_ne_bytes([code, registers, offset[0], offset[1], a, b, c, d])
 }
 
-/// What the program has written.
+/// Parses the program's output.
 fn entries(bytes: &[u8]) -> impl Iterator<Item = (u64, SocketRecord)> {
     bytes.chunks_exact(ENTRY).filter_map(|entry| {
         let (cookie, bytes) = entry.split_first_chunk()?;
@@ -195,7 +197,7 @@ mod tests {
         assert_eq!(entries(&bytes[1..]).count(), 0);
     }
 
-    /// Each jump leads to the next record or to the end, whatever the sizes of the layout.
+    /// Each jump leads to the next record or to the end, for any sizes of the layout.
     #[test]
     fn jumps_stay_inside_of_the_program() {
         let program = program();

@@ -1,4 +1,4 @@
-//! Loading, attaching, and carrying out plans.
+//! Loads and attaches the programs, and applies plans to the maps.
 
 mod audit;
 
@@ -71,9 +71,9 @@ pub struct Options {
     pub localhost_nodeports: bool,
     /// Cookie of the node's network namespace; `None` means the initial one.
     pub node_netns: Option<u64>,
-    /// What the kernel can do.
+    /// The kernel's features.
     pub features: Features,
-    /// Whether cgroups may be excluded ([`super::exclusion`]). Without, the programs have no instruction for it.
+    /// Whether cgroups may be excluded ([`super::exclusion`]). If not, the programs contain no code for it.
     pub excludes: bool,
     /// Whether the programs write diagnostic lines for [`Kernel::take_log`].
     pub log: bool,
@@ -96,13 +96,13 @@ pub struct Maps {
     meta: Meta,
 }
 
-/// What carrying out a plan came to.
+/// The result of applying a plan.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Done {
-    /// Operations.
+    /// Number of operations applied.
     pub n_ops: usize,
-    /// Keys for which a map had no room: it is full of entries that are not the agent's. An audit removes those, and
-    /// [`Kernel::repair`] inserts these.
+    /// Keys that were not inserted because the map is full of foreign entries. An audit finds those;
+    /// [`Kernel::repair`] removes them and inserts these keys.
     pub no_room: Suspects,
 }
 
@@ -111,9 +111,9 @@ pub struct Kernel {
     maps: Maps,
     grace: Grace,
     unsettled: Unsettled,
-    /// What was asked of `grace`.
+    /// Pending grace-period requests.
     asked: Asked,
-    /// The number of the last plan, and of the last one since which a grace period has passed.
+    /// Number of the last applied plan. `settled` is the last plan followed by a grace period.
     carried_out: u64,
     settled: u64,
     features: Features,
@@ -123,36 +123,36 @@ pub struct Kernel {
     /// The maps that the programs use.
     held: Vec<Held>,
     hooks: Hooks,
-    /// Whether other programs and maps than these serve.
+    /// Whether the programs and maps of an earlier agent still serve.
     is_staged: bool,
     too_small: Vec<TooSmall>,
 }
 
-/// How the pins of an agent are.
+/// The state of an agent's pins.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Pins {
-    /// As they should be.
+    /// All pins are in place.
     InPlace,
-    /// These are not: a pin was removed or replaced, or a link was detached or given another program.
+    /// These pins were removed or replaced, or these links were detached or run another program.
     Lost(Vec<&'static str>),
-    /// Nothing of them is left where they were.
+    /// No pin is left, or the directory was removed or replaced.
     Gone,
 }
 
 impl Kernel {
-    /// Loads the programs, takes over the pinned maps or makes them, and attaches the programs or replaces the
+    /// Loads the programs, adopts or creates the pinned maps, and attaches the programs or replaces the
     /// attached ones.
     ///
-    /// A map of another layout or in another size is made anew, and the others go on. If it is a part of the image, all maps of
-    /// the image are made anew and filled with what the old ones hold, if their layout is the same; the old ones are left to
-    /// serve, with their programs, until [`Self::apply`] switches with its first plan. See [`Self::is_staged`]. Sizes that do not
-    /// hold what is served are not taken: see [`Self::too_small`].
+    /// A map of another layout or size is recreated; the others are kept. If it is part of the image, all
+    /// maps of the image are recreated. They are filled from the old ones if those have the same layout. The
+    /// old maps and programs serve until the first plan ([`Self::apply`]) switches to the new ones: see
+    /// [`Self::is_staged`]. A size too small for the entries served is not used: see [`Self::too_small`].
     ///
-    /// `on_grace` is called, on another thread, each time a grace period has passed: see [`Self::settled`].
+    /// `on_grace` is called on another thread after each grace period: see [`Self::settled`].
     ///
     /// # Errors
     ///
-    /// See [`KernelError`]; what was attached and pinned before is so still, and nothing else.
+    /// See [`KernelError`]. After an error, pins and attachments are as before the call.
     ///
     /// # Kernel
     ///
@@ -165,7 +165,7 @@ impl Kernel {
         pins::recover(pin_path)?;
         let kernel = Self::begin(options, object, cgroup, on_grace);
         if kernel.is_err() {
-            // The maps that were made for programs which do not run.
+            // Maps created for programs that were not attached.
             let _next_start_does = pins::forget(pin_path);
         }
         kernel
@@ -183,7 +183,7 @@ impl Kernel {
         let (mut capacity, mut too_small) = (options.capacity, Vec::new());
         match takeover.image {
             takeover::Image::Stays => {}
-            // Maps that cannot be opened are told of below, when they are to be moved.
+            // A map that cannot be opened is reported by `fill_from` below.
             takeover::Image::Moves => {
                 if let Ok(found) = Maps::open_each(|_| &former) {
                     (capacity, too_small) =
@@ -207,10 +207,10 @@ impl Kernel {
                 info!(
                     image = ?takeover.image,
                     maps = takeover.made.join(" "),
-                    "maps are missing, or have another layout or other sizes: new ones are filled beside them"
+                    "maps are missing or have another layout or size: new ones are filled beside them"
                 );
             } else if !takeover.kept.is_empty() {
-                info!(maps = takeover.made.join(" "), "these maps are made anew, the others go on");
+                info!(maps = takeover.made.join(" "), "recreating these maps, keeping the others");
             }
             next
         };
@@ -222,7 +222,7 @@ impl Kernel {
         maps.fill_from(&former, &directory, &takeover)?;
         let mut programs = Vec::new();
         for hook in pins::hooks(options.features) {
-            // Also when they are attached later: what the verifier refuses is to be known now.
+            // Loaded now even if attached later, so that a verifier error is reported at once.
             programs.push(load_program(&mut object, hook, &program_of(hook, options.features, options.log))?);
         }
         let hooks = Hooks::new(pin_path, cgroup, &options.cgroup, programs)?;
@@ -254,30 +254,30 @@ impl Kernel {
         Ok(kernel)
     }
 
-    /// Whether other programs and maps serve still: the pinned ones, whose image this agent cannot go on with. What is
-    /// written serves nobody before the first plan is carried out.
+    /// Whether the pinned programs and maps of an earlier agent still serve, because their image cannot be
+    /// kept. The maps of this agent take effect when the first plan is applied.
     #[must_use]
     pub const fn is_staged(&self) -> bool {
         self.is_staged
     }
 
-    /// The sizes that were asked for and are not used, since what was served when this agent started would not fit.
+    /// Configured sizes that are not used, because the entries served at start do not fit.
     #[must_use]
     pub fn too_small(&self) -> &[TooSmall] {
         &self.too_small
     }
 
-    /// Where the maps are pinned now. After a first plan that ends [`Self::is_staged`] they are elsewhere.
+    /// Where the maps are pinned now. The path changes when the first plan ends [`Self::is_staged`].
     #[must_use]
     pub fn maps_path(&self) -> PathBuf {
         if self.is_staged { self.pin_path.join(pins::NEXT) } else { self.pin_path.clone() }
     }
 
-    /// Has the programs of every hook run on these maps, which take the place of the pinned ones.
+    /// Switches every hook to this agent's programs and maps, and replaces the pinned maps.
     ///
     /// Each step can be repeated, by this agent or the next one.
     fn switch(&mut self) -> Result<(), KernelError> {
-        // What is refused is refused before anything has changed.
+        // First, since it may fail: nothing has changed yet.
         let made = self.hooks.make_missing()?;
         self.maps.write_meta()?;
         pins::commit(&self.pin_path)?;
@@ -289,12 +289,13 @@ impl Kernel {
         }
         let forgotten = Directory::open(&self.pin_path).and_then(|mut directory| directory.forget_unpinned());
         if let Err(error) = forgotten {
-            warn!(%error, "the layouts of maps that are gone are still written down; the next start tries again");
+            warn!(%error, "layouts of removed maps are still recorded: the next start tries again");
         }
         Ok(())
     }
 
-    /// Looks at the pins, which others may have removed or replaced, and at what the links run. `lock` is that of their directory.
+    /// Checks the pins and the programs of the links, which others may have removed or replaced. `lock` is
+    /// the lock of the pin directory.
     #[must_use]
     pub fn pins(&self, lock: &Lock) -> Pins {
         let is_there = |name: &str| std::fs::symlink_metadata(self.pin_path.join(name)).is_ok();
@@ -302,7 +303,7 @@ impl Kernel {
             return Pins::Gone;
         }
         if self.is_staged {
-            // The pinned ones are another agent's.
+            // The pins are those of the earlier agent.
             return Pins::InPlace;
         }
         let is_lost = |held: &&Held| layouts::pinned_id(&self.pin_path.join(held.name)) != Some(held.id);
@@ -311,13 +312,13 @@ impl Kernel {
         if lost.is_empty() { Pins::InPlace } else { Pins::Lost(lost) }
     }
 
-    /// Puts right what [`Self::pins`] tells, from the maps and programs that this agent holds. Returns the names; with an error,
-    /// others may be lost still.
+    /// Restores the pins that [`Self::pins`] reports as lost, from the maps and programs that this agent
+    /// holds. Returns the restored names; after an error, others may still be lost.
     ///
-    /// Does nothing once everything is gone: that was a removal, by `socklb cleanup` or by hand.
+    /// Does nothing if no pin is left: they were removed on purpose, by `socklb cleanup` or by hand.
     pub fn restore_pins(&mut self, lock: &Lock) -> (Vec<&'static str>, Result<(), KernelError>) {
         let (mut restored, mut result) = (Vec::new(), Ok(()));
-        // Not in the middle of a removal.
+        // Not during a removal by another process.
         let Some(_alone) = Change::try_begin(&self.pin_path) else { return (restored, result) };
         let Pins::Lost(lost) = self.pins(lock) else { return (restored, result) };
         for name in lost {
@@ -334,11 +335,11 @@ impl Kernel {
         (restored, result)
     }
 
-    /// The instructions that the verifier walked through for the program of each hook.
+    /// Instructions that the verifier processed for the program of each hook.
     ///
     /// # Errors
     ///
-    /// [`KernelError::Program`] if the kernel does not tell.
+    /// [`KernelError::Program`] if the kernel does not report the number.
     pub fn verified_instructions(&self) -> Result<BTreeMap<&'static str, u32>, KernelError> {
         let mut counts = BTreeMap::new();
         for hook in pins::hooks(self.features) {
@@ -352,16 +353,16 @@ impl Kernel {
         Ok(counts)
     }
 
-    /// Carries out a plan. What finds no room in a map is missed by its own callers only: the rest is done.
+    /// Applies a plan. Entries that do not fit into a map affect only their own callers; the rest is applied.
     ///
-    /// Waits for a grace period first if the plan may write over what a program still reads (docs/decisions/0001): the
-    /// first plan, since an agent before this one may have freed anything a moment ago, and one that takes hash elements
-    /// when some were freed, since the kernel reuses them at once.
+    /// Waits for a grace period first if the plan may overwrite memory that a program still reads
+    /// (docs/decisions/0001): before the first plan, since an earlier agent may just have freed entries, and
+    /// before inserting hash elements after deletions, since the kernel reuses them at once.
     ///
     /// # Errors
     ///
-    /// A failing operation ends the plan, and other maps that serve still go on doing so: see [`Self::is_staged`]. The
-    /// state in between is safe; read the image and plan again.
+    /// The first failing operation stops the plan. While [`Self::is_staged`], the earlier maps keep serving.
+    /// The state in between is safe; read the image and plan again.
     pub fn apply(&mut self, plan: &Plan) -> Result<Done, KernelError> {
         if self.unsettled.must_wait(plan) {
             self.settle();
@@ -383,14 +384,14 @@ impl Kernel {
             self.freed();
         }
         result?;
-        // What has no room is no reason to stay with the former maps: it would have none after the next restart either.
+        // Entries without room do not delay the switch: they would not fit after a restart either.
         if self.is_staged {
             self.switch()?;
         }
         Ok(done)
     }
 
-    /// Something was freed that programs may still read.
+    /// Records that entries were freed which programs may still read.
     fn freed(&mut self) {
         if self.unsettled == Unsettled::Nothing {
             self.unsettled = Unsettled::Elements;
@@ -402,8 +403,8 @@ impl Kernel {
         self.asked.push(self.grace.ask(), self.carried_out);
     }
 
-    /// The number of a plan since which a grace period has passed: nobody reads what it and those before it freed. Later
-    /// plans may have freed more, for which a grace period is under way.
+    /// Number of the last plan followed by a grace period: no program reads what it or earlier plans freed.
+    /// Grace periods of later plans are pending.
     pub fn settled(&mut self) -> u64 {
         let passed = self.grace.passed();
         if let Some(plan) = self.asked.pop(passed) {
@@ -415,7 +416,7 @@ impl Kernel {
         self.settled
     }
 
-    /// Waits until a grace period has passed since the last plan that freed something: then nobody reads it.
+    /// Waits for the grace period of the last plan that freed entries. Afterwards no program reads them.
     pub fn settle(&mut self) {
         self.grace.wait();
         let _plan = self.settled();
@@ -427,7 +428,7 @@ impl Kernel {
         &self.maps
     }
 
-    /// The object's ring buffer of diagnostic lines, once, if it was loaded with [`Options::log`].
+    /// Takes the object's ring buffer of diagnostic lines, once, if it was loaded with [`Options::log`].
     ///
     /// # Errors
     ///
@@ -438,12 +439,12 @@ impl Kernel {
     }
 }
 
-/// Has the verifier judge the programs of every hook, and leaves nothing behind: nothing is attached or pinned, and maps
-/// are as small as they can be.
+/// Loads the programs of every hook to run the verifier, then discards them. Nothing is attached or pinned,
+/// and the maps have minimal sizes.
 ///
 /// # Errors
 ///
-/// As [`Kernel::open`]: what would keep the agent from loading them.
+/// As [`Kernel::open`]: the errors that prevent loading.
 pub fn try_programs(features: Features) -> Result<(), KernelError> {
     raise_memlock();
     let options = Options {
@@ -465,7 +466,6 @@ pub fn try_programs(features: Features) -> Result<(), KernelError> {
     Ok(())
 }
 
-/// Loads the program of a hook.
 fn load_program(object: &mut Ebpf, hook: &'static HookSpec, name: &str) -> Result<Hook, KernelError> {
     let missing = KernelError::Missing { kind: "program", name: hook.name };
     let Some(program) = object.program_mut(name) else { return Err(missing) };
@@ -475,7 +475,7 @@ fn load_program(object: &mut Ebpf, hook: &'static HookSpec, name: &str) -> Resul
         _ => return Err(missing),
     }
     .map_err(|source| match source {
-        // The verifier then refuses one program or another for what it would allow, and shows its whole log.
+        // Without the capability, the verifier rejects valid programs and returns its whole log.
         ProgramError::LoadError { io_error, .. }
             if io_error.kind() == io::ErrorKind::PermissionDenied && !may_load_programs() =>
         {
@@ -492,7 +492,7 @@ fn load_program(object: &mut Ebpf, hook: &'static HookSpec, name: &str) -> Resul
     })
 }
 
-/// Whether this process has `CAP_PERFMON`, or `CAP_SYS_ADMIN`, which it is a part of.
+/// Whether this process has `CAP_PERFMON`, or `CAP_SYS_ADMIN`, which includes it.
 fn may_load_programs() -> bool {
     const PERFMON_OR_SYS_ADMIN: u64 = 1 << 38 | 1 << 21;
     host::capabilities() & PERFMON_OR_SYS_ADMIN != 0
@@ -504,13 +504,13 @@ fn program_of(hook: &HookSpec, features: Features, log: bool) -> String {
         _ if !hook.has_modes => "",
         (true, false) => "",
         (true, true) => "_l",
-        // There is none with diagnostics for these kernels.
+        // These kernels have no program with diagnostics.
         (false, _) => "_s",
     };
     format!("{}{mode}", hook.name)
 }
 
-/// What the sizes of the maps follow from.
+/// The inputs from which map sizes are computed.
 fn sizing(Capacity { services, endpoints }: Capacity) -> Result<Sizing, KernelError> {
     Ok(Sizing { services, endpoints, n_cpus: counters::n_cpus()? })
 }
@@ -554,16 +554,16 @@ fn load(object: &[u8], options: &Options, pin_path: Option<&Path>) -> Result<Ebp
         }
     }
     if !options.log {
-        // The ring buffer of aya-log must exist for the programs that name it; a page is the least.
+        // The programs refer to aya-log's ring buffer, so it must exist. One page is the minimum.
         loader.map_max_entries("AYA_LOGS", 4096);
     }
     loader.load(object).map_err(|source| KernelError::load(source, &host::kernel()))
 }
 
-/// Lets BPF maps count against a limit that is not there (kernels before 5.11 charge them to the process).
+/// Lifts `RLIMIT_MEMLOCK`: kernels before 5.11 charge BPF maps against it.
 fn raise_memlock() {
     use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
-    // Without CAP_SYS_RESOURCE this fails, and from 5.11 on it is not needed: loading tells.
+    // Fails without CAP_SYS_RESOURCE. If the limit matters, loading fails and reports it.
     let _not_needed_on_new_kernels = setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY);
 }
 
@@ -572,8 +572,8 @@ impl Maps {
     ///
     /// # Errors
     ///
-    /// [`KernelError::NothingPinned`], [`KernelError::NotPinned`], [`KernelError::Layout`], [`KernelError::Mixed`], or a failing
-    /// system call.
+    /// [`KernelError::NothingPinned`], [`KernelError::NotPinned`], [`KernelError::Layout`],
+    /// [`KernelError::Mixed`], or a failing system call.
     pub fn open(pin_path: &Path) -> Result<Self, KernelError> {
         let directory = Directory::open(pin_path)?;
         Self::open_each(|_name| &directory).map_err(|error| match error {
@@ -584,7 +584,7 @@ impl Maps {
         })
     }
 
-    /// Opens each map in a directory of its own.
+    /// Opens the maps; `place` returns the directory of each.
     fn open_each<'a>(place: impl Fn(&'static str) -> &'a Directory) -> Result<Self, KernelError> {
         let (pinned_meta, _): (Array<MapData, Plain<Meta>>, _) = place("meta").typed("meta")?;
         let Plain(meta) = pinned_meta.get(&0, 0).map_err(|source| KernelError::map("meta", source))?;
@@ -650,13 +650,13 @@ impl Maps {
         })
     }
 
-    /// Says how the programs that run from now on were loaded.
+    /// Records the settings that the programs were loaded with.
     fn write_meta(&mut self) -> Result<(), KernelError> {
         self.pinned_meta.set(0, Plain(self.meta), 0).map_err(|source| KernelError::map("meta", source))
     }
 
-    /// Fills maps that were made in the place of others of the same layout with what those hold, as far as it fits: frontends,
-    /// endpoints and nodes under their ids, and counters.
+    /// Fills recreated maps from earlier ones of the same layout, as far as entries fit: frontends, endpoints
+    /// and nodes under their ids, and counters.
     fn fill_from(
         &mut self,
         former: &Directory,
@@ -664,7 +664,7 @@ impl Maps {
         takeover: &Takeover,
     ) -> Result<(), KernelError> {
         if takeover.image == takeover::Image::Moves {
-            // A map that no version before had is empty in the new place.
+            // A map that is new in this version is read from the new directory, where it is empty.
             let place = |name| if takeover.known.contains(&name) { former } else { made };
             let image = plan::transfer(&Self::open_each(place)?.image()?, self.capacity);
             for op in plan::diff(&Image::default(), &image).ops() {
@@ -689,7 +689,7 @@ impl Maps {
         Ok(())
     }
 
-    /// The sizes that the maps were made with.
+    /// The sizes of the maps.
     #[must_use]
     pub fn capacity(&self) -> Capacity {
         self.capacity
@@ -701,7 +701,6 @@ impl Maps {
         &self.meta
     }
 
-    /// Carries out one operation.
     fn apply(&mut self, op: &Op) -> Result<(), KernelError> {
         match op {
             Op::WriteRun { ipv6, offset, entries } => self.write_run(*ipv6, *offset, entries),
@@ -768,12 +767,12 @@ impl Maps {
                 Some(Key::V6(key)) => gone_is_fine("services6", self.services6.remove(&Plain(key))),
                 None => Ok(()),
             },
-            // What nothing refers to stays as it is until it is written anew.
+            // Unreferenced entries stay until they are overwritten.
             Op::DropRun { .. } | Op::DropFrontend(_) => Ok(()),
         }
     }
 
-    /// Writes the networks while none is in force, then puts them into force.
+    /// Writes the networks while their counts are 0, then stores the counts.
     fn write_service_cidrs(&mut self, networks: &[Cidr]) -> Result<(), KernelError> {
         let cidrs = service_cidrs(networks);
         let hidden = ServiceCidrs { n_v4: 0, n_v6: 0, ..cidrs };
@@ -800,9 +799,9 @@ impl Maps {
         Ok(())
     }
 
-    /// Reads what the tables hold: every frontend that a call can find, and the runs they refer to.
+    /// Reads the tables: every frontend that a call can find, and the runs they refer to.
     ///
-    /// Not a snapshot: with an agent at work, entries read early may be older than entries read late.
+    /// Not a snapshot: while an agent applies plans, entries read early may be older than entries read late.
     ///
     /// # Errors
     ///
@@ -811,7 +810,7 @@ impl Maps {
         self.read().map(|(image, _strays)| image)
     }
 
-    /// As [`Self::image`], and the keys that stand for no frontend.
+    /// As [`Self::image`], with the keys that name no frontend.
     fn read(&self) -> Result<(Image, Vec<Stray>), KernelError> {
         let (mut image, mut strays) = (Image::default(), Vec::new());
         for item in &self.services4 {
@@ -866,8 +865,8 @@ impl Maps {
         (run.offset..end).map(|index| self.read_entry(ipv6, index)).collect()
     }
 
-    /// The calls of a service port since it got its id, over all CPUs; zero for an id beyond the map, which is not
-    /// counted.
+    /// Calls to a service port since it got its id, summed over all CPUs. Zero for an id beyond the map,
+    /// which is not counted.
     #[must_use]
     pub fn service_stats(&self, service_id: u32) -> ServiceStats {
         self.service_stats.read(service_id).fold(ServiceStats::default(), |sum, cpu| ServiceStats {
@@ -877,8 +876,8 @@ impl Maps {
         })
     }
 
-    /// The calls to an endpoint since it got its id, over all CPUs; zero for an id beyond the map, which is not
-    /// counted.
+    /// Calls to an endpoint since it got its id, summed over all CPUs. Zero for an id beyond the map, which
+    /// is not counted.
     #[must_use]
     pub fn endpoint_stats(&self, endpoint_id: u32) -> EndpointStats {
         self.endpoint_stats.read(endpoint_id).fold(EndpointStats::default(), |sum, cpu| EndpointStats {
@@ -920,7 +919,7 @@ fn in_range(name: &'static str, index: u32, done: bool) -> Result<(), KernelErro
     if done { Ok(()) } else { Err(KernelError::OutOfRange { name, index }) }
 }
 
-/// An entry that somebody else deleted is as gone as it should be.
+/// Accepts that the entry is deleted already.
 fn gone_is_fine(name: &'static str, result: Result<(), MapError>) -> Result<(), KernelError> {
     match result {
         Err(MapError::KeyNotFound) => Ok(()),
@@ -929,8 +928,7 @@ fn gone_is_fine(name: &'static str, result: Result<(), MapError>) -> Result<(), 
     }
 }
 
-/// The frontend that a key stands for; `None` if no call can match it: nobody but a hand with bpftool writes such a
-/// key.
+/// The frontend that a key names; `None` if no call can match it. No agent writes such a key.
 fn address(ip: IpAddr, port: u16, protocol: u8, reserved: u8) -> Option<FrontendAddress> {
     let protocol = match layout::Protocol(protocol) {
         layout::Protocol::TCP => Protocol::Tcp,
@@ -966,7 +964,7 @@ fn address_key(address: IpAddr) -> AddressKey {
     AddressKey { address }
 }
 
-/// Networks as the programs read them; `Encoder` has seen to it that they fit.
+/// Networks in the layout of the map. `Encoder` guarantees that they fit.
 fn service_cidrs(networks: &[Cidr]) -> ServiceCidrs {
     let mut cidrs = ServiceCidrs::default();
     for network in networks {
@@ -989,7 +987,7 @@ fn service_cidrs(networks: &[Cidr]) -> ServiceCidrs {
     cidrs
 }
 
-/// The networks that are in force, IPv4 first. What no agent writes is read as 0.0.0.0/0, which no setting allows.
+/// The active networks, IPv4 first. Content that no agent writes yields 0.0.0.0/0, which no setting allows.
 fn networks(cidrs: &ServiceCidrs) -> Vec<Cidr> {
     let prefix_len = |mask: &[u8]| {
         let n_ones: u32 = mask.iter().map(|octet| octet.count_ones()).sum();

@@ -1,4 +1,4 @@
-//! System calls that aya and nix do not offer.
+//! System calls that aya and nix lack.
 #![expect(unsafe_code, reason = "raw bpf(2)")]
 
 use std::{
@@ -21,11 +21,11 @@ use nix::libc;
 ///
 /// # Safety
 ///
-/// `attr` must begin as `union bpf_attr` does for `command`; each pointer in it must be valid for what the kernel reads or
-/// writes there.
+/// `attr` must begin as `union bpf_attr` does for `command`. Each pointer in it must be valid for what the
+/// kernel reads or writes there.
 unsafe fn bpf<T>(command: libc::c_int, attr: &mut T) -> io::Result<RawFd> {
-    // SAFETY: the kernel reads and writes `size_of` bytes at the pointer, which outlives the call; for the pointers in
-    // `attr` the caller vouches.
+    // SAFETY: the kernel accesses `size_of` bytes at the pointer, which outlives the call. The caller vouches
+    // for the pointers in `attr`.
     let result = unsafe { libc::syscall(libc::SYS_bpf, command, &raw mut *attr, size_of::<T>()) };
     match RawFd::try_from(result) {
         Ok(result) if result >= 0 => Ok(result),
@@ -33,7 +33,7 @@ unsafe fn bpf<T>(command: libc::c_int, attr: &mut T) -> io::Result<RawFd> {
     }
 }
 
-/// bpf(2), for a command that makes a file descriptor.
+/// bpf(2), for a command that returns a file descriptor.
 ///
 /// # Errors
 ///
@@ -45,7 +45,7 @@ unsafe fn bpf<T>(command: libc::c_int, attr: &mut T) -> io::Result<RawFd> {
 unsafe fn bpf_new<T>(command: libc::c_int, attr: &mut T) -> io::Result<OwnedFd> {
     // SAFETY: the caller vouches for `attr`.
     let fd = unsafe { bpf(command, attr) }?;
-    // SAFETY: new, so that nothing else owns it.
+    // SAFETY: the descriptor is new, so nothing else owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
@@ -76,11 +76,11 @@ pub fn open_pin(path: &Path) -> io::Result<OwnedFd> {
     unsafe { bpf_new(BPF_OBJ_GET, &mut attr) }
 }
 
-/// Pins a map, program or link, also if it is pinned elsewhere.
+/// Pins a map, program or link, even if it is pinned elsewhere.
 ///
 /// # Errors
 ///
-/// The system call's; `AlreadyExists` if something is there.
+/// The system call's; `AlreadyExists` if the path exists.
 ///
 /// # Kernel
 ///
@@ -95,12 +95,12 @@ pub fn pin(object: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
     unsafe { bpf(BPF_OBJ_PIN, &mut attr) }.map(drop)
 }
 
-/// Has the C library keep the heap small, which costs it speed that nobody here needs. To be called before there are
-/// threads. Does nothing with another C library than glibc.
+/// Keeps the heap of the C library small, at the price of speed that this program does not need. Call it
+/// before any thread starts. Does nothing without glibc.
 ///
-/// - Large buffers are memory of their own, which is given back when they are freed. By default the first one that is
-///   freed, here the text of the snapshot, is taken for a sign that more will come, and all later ones stay on the heap.
-/// - There is one heap, not one for each thread, each with gaps of its own: 6 MiB less at 100,000 endpoints.
+/// - Large buffers get their own mapping, which is returned when they are freed. By default the first freed
+///   one (here the text of the snapshot) raises the threshold, and later ones stay on the heap.
+/// - One heap serves all threads, instead of one each with its own gaps: 6 MiB less at 100,000 endpoints.
 pub fn keep_heap_small() {
     #[cfg(target_env = "gnu")]
     // SAFETY: takes two integers and changes where later allocations are made.
@@ -108,10 +108,10 @@ pub fn keep_heap_small() {
         unsafe { (libc::mallopt(libc::M_MMAP_THRESHOLD, 128 << 10), libc::mallopt(libc::M_ARENA_MAX, 1)) };
 }
 
-/// Gives memory that was freed back to the kernel.
+/// Returns freed memory to the kernel.
 ///
-/// The C library keeps what it might need again. After a first list that is about as much as the objects themselves,
-/// and nothing needs it again. Does nothing with another C library than glibc.
+/// The C library keeps freed memory for reuse. After the first list that is about as much as the objects
+/// themselves, and is not reused. Does nothing without glibc.
 pub fn return_free_memory() {
     #[cfg(target_env = "gnu")]
     // SAFETY: takes an integer; allocations stay where they are.
@@ -121,8 +121,8 @@ pub fn return_free_memory() {
 /// `BPF_PROG_LOAD` of `enum bpf_cmd`.
 const BPF_PROG_LOAD: libc::c_int = 5;
 
-/// Has the kernel verify a program. `instructions` are in the kernel's encoding, each as one word in native byte order;
-/// `target` is the BTF id of what a program of a tracing type attaches to, else 0.
+/// Loads a program. `instructions` are in the kernel's encoding, each one word in native byte order. `target`
+/// is the BTF id of the attach target of a tracing program, else 0.
 fn load(program_type: u32, attach_type: u32, target: u32, instructions: &[u64]) -> io::Result<OwnedFd> {
     /// The beginning of the anonymous struct for `BPF_PROG_LOAD` in `union bpf_attr`.
     #[repr(C)]
@@ -163,8 +163,8 @@ fn load(program_type: u32, attach_type: u32, target: u32, instructions: &[u64]) 
     unsafe { bpf_new(BPF_PROG_LOAD, &mut attr) }
 }
 
-/// Whether the kernel's verifier takes a program of a socket-address hook. `false` also if it refuses for another
-/// reason, such as a lack of privilege. `instructions` as the kernel encodes them, in native byte order.
+/// Whether the verifier accepts a program of a socket-address hook. `false` also after any other error, such
+/// as a missing capability. `instructions` are in the kernel's encoding, in native byte order.
 #[must_use]
 pub fn loads(instructions: &[u64]) -> bool {
     /// `BPF_PROG_TYPE_CGROUP_SOCK_ADDR` of `enum bpf_prog_type`.
@@ -177,8 +177,8 @@ pub fn loads(instructions: &[u64]) -> bool {
 /// `BPF_TRACE_ITER` of `enum bpf_attach_type`.
 const BPF_TRACE_ITER: u32 = 28;
 
-/// Loads the program of a BPF iterator. `target` is the BTF id of the kernel's function `bpf_iter_...`, `instructions` are as
-/// the kernel encodes them, in native byte order.
+/// Loads the program of a BPF iterator. `target` is the BTF id of the kernel's function `bpf_iter_...`.
+/// `instructions` are in the kernel's encoding, in native byte order.
 ///
 /// # Errors
 ///
@@ -196,7 +196,7 @@ pub fn load_iterator(target: u32, instructions: &[u64]) -> io::Result<OwnedFd> {
 /// `BPF_LINK_CREATE` of `enum bpf_cmd`.
 const BPF_LINK_CREATE: libc::c_int = 28;
 
-/// Links an iterator's program to the map whose elements it is to run for.
+/// Links an iterator's program to the map over whose elements it runs.
 ///
 /// # Errors
 ///
@@ -206,7 +206,7 @@ const BPF_LINK_CREATE: libc::c_int = 28;
 ///
 /// 5.9
 pub fn link_iterator(program: BorrowedFd<'_>, map: BorrowedFd<'_>) -> io::Result<OwnedFd> {
-    /// `link_create` of `union bpf_attr`, as far as it is about iterators.
+    /// `link_create` of `union bpf_attr`, for iterators.
     #[repr(C)]
     struct LinkCreate {
         prog_fd: u32,
@@ -232,7 +232,7 @@ pub fn link_iterator(program: BorrowedFd<'_>, map: BorrowedFd<'_>) -> io::Result
     unsafe { bpf_new(BPF_LINK_CREATE, &mut attr) }
 }
 
-/// Begins to iterate: what the program writes is read from the descriptor returned. The link must live as long.
+/// Starts an iteration. The program's output is read from the returned descriptor; the link must outlive it.
 ///
 /// # Errors
 ///
@@ -251,15 +251,16 @@ pub fn iterate(link: BorrowedFd<'_>) -> io::Result<OwnedFd> {
         flags: u32,
     }
     let mut attr = IterCreate { link_fd: link.as_raw_fd().cast_unsigned(), flags: 0 };
-    // SAFETY: there is no pointer in it.
+    // SAFETY: it contains no pointer.
     unsafe { bpf_new(BPF_ITER_CREATE, &mut attr) }
 }
 
-/// Attaches a program to a hook of a cgroup, beside others. It stays attached as long as the link is open or pinned.
+/// Attaches a program to a hook of a cgroup, beside others. It stays attached while the link is open or
+/// pinned.
 ///
 /// # Errors
 ///
-/// The system call's: `EPERM` without `CAP_NET_ADMIN`, or if another program has the hook for itself.
+/// The system call's: `EPERM` without `CAP_NET_ADMIN`, or if another program excludes further ones.
 ///
 /// # Kernel
 ///
@@ -271,7 +272,7 @@ pub fn attach(cgroup: BorrowedFd<'_>, program: BorrowedFd<'_>, attach_type: u32)
         prog_fd: u32,
         target_fd: u32,
         attach_type: u32,
-        /// Links are always "multi": a flag for it is `EINVAL`.
+        /// Links always imply "multi": the flag for it is `EINVAL`.
         flags: u32,
     }
     let mut attr = LinkCreate {
@@ -280,14 +281,14 @@ pub fn attach(cgroup: BorrowedFd<'_>, program: BorrowedFd<'_>, attach_type: u32)
         attach_type,
         flags: 0,
     };
-    // SAFETY: there is no pointer in it.
+    // SAFETY: it contains no pointer.
     unsafe { bpf_new(BPF_LINK_CREATE, &mut attr) }
 }
 
 /// `BPF_LINK_UPDATE` of `enum bpf_cmd`.
 const BPF_LINK_UPDATE: libc::c_int = 29;
 
-/// Replaces the program of a link in one step: every call sees the old one or the new one.
+/// Replaces the program of a link atomically: every call runs the old one or the new one.
 ///
 /// # Errors
 ///
@@ -311,19 +312,19 @@ pub fn replace_program(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Res
         flags: 0,
         old_prog_fd: 0,
     };
-    // SAFETY: there is no pointer in it.
+    // SAFETY: it contains no pointer.
     unsafe { bpf(BPF_LINK_UPDATE, &mut attr) }.map(drop)
 }
 
 /// `BPF_LINK_DETACH` of `enum bpf_cmd`.
 const BPF_LINK_DETACH: libc::c_int = 34;
 
-/// Detaches the program of a link, whoever else has the link open or pinned. A call that begins afterwards does not run
-/// it. The link stays, with nothing to do.
+/// Detaches the program of a link, even if others have the link open or pinned. Calls that begin afterwards
+/// do not run it. The link stays, without effect.
 ///
 /// # Errors
 ///
-/// The system call's: `EINVAL` for what is no link.
+/// The system call's: `EINVAL` if it is not a link.
 ///
 /// # Kernel
 ///
@@ -335,28 +336,28 @@ pub fn detach(link: BorrowedFd<'_>) -> io::Result<()> {
         link_fd: u32,
     }
     let mut attr = LinkDetach { link_fd: link.as_raw_fd().cast_unsigned() };
-    // SAFETY: there is no pointer in it.
+    // SAFETY: it contains no pointer.
     unsafe { bpf(BPF_LINK_DETACH, &mut attr) }.map(drop)
 }
 
-/// What the kernel tells of a link to a cgroup.
+/// The kernel's description of a link to a cgroup.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CgroupLink {
     /// The kernel's id of the link.
     pub id: u32,
     /// The program in it.
     pub program_id: u32,
-    /// The cgroup's id; 0 once the link is detached, or the cgroup gone.
+    /// The cgroup's id; 0 once the link is detached or the cgroup removed.
     pub cgroup_id: u64,
     /// `enum bpf_attach_type`
     pub attach_type: u32,
 }
 
-/// Asks what a link holds and where it is attached.
+/// Reads the program of a link and where it is attached.
 ///
 /// # Errors
 ///
-/// The system call's; `InvalidData` for a link to something else than a cgroup.
+/// The system call's; `InvalidData` for a link to anything but a cgroup.
 ///
 /// # Kernel
 ///
@@ -373,7 +374,7 @@ pub fn cgroup_link(link: BorrowedFd<'_>) -> io::Result<CgroupLink> {
         info_len: u32,
         info: u64,
     }
-    /// `struct bpf_link_info`, as far as it is about cgroups.
+    /// `struct bpf_link_info`, for cgroups.
     #[repr(C)]
     #[derive(Default)]
     struct LinkInfo {
@@ -394,7 +395,7 @@ pub fn cgroup_link(link: BorrowedFd<'_>) -> io::Result<CgroupLink> {
     // SAFETY: the kernel writes at most `info_len` bytes to `info`, which outlives the call.
     unsafe { bpf(BPF_OBJ_GET_INFO_BY_FD, &mut attr) }?;
     if info.link_type != CGROUP {
-        return Err(io::Error::new(io::ErrorKind::InvalidData, "no link to a cgroup"));
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "not a link to a cgroup"));
     }
     let LinkInfo { id, prog_id: program_id, cgroup_id, attach_type, .. } = info;
     Ok(CgroupLink { id, program_id, cgroup_id, attach_type })
@@ -403,12 +404,12 @@ pub fn cgroup_link(link: BorrowedFd<'_>) -> io::Result<CgroupLink> {
 /// `BPF_PROG_QUERY` of `enum bpf_cmd`.
 const BPF_PROG_QUERY: libc::c_int = 16;
 
-/// The ids of the programs that run for a hook of a cgroup, also those that its ancestors bring, in their order. At most
-/// 64, as many as the kernel attaches.
+/// The ids of the effective programs of a cgroup's hook in order, including those of its ancestors. At most
+/// 64, the kernel's limit.
 ///
 /// # Errors
 ///
-/// The system call's; `EINVAL` for a hook that the kernel does not have.
+/// The system call's; `EINVAL` for a hook that the kernel lacks.
 ///
 /// # Kernel
 ///
@@ -428,7 +429,7 @@ pub struct Attached {
     pub programs: Vec<u32>,
 }
 
-/// What is attached to a hook of this very cgroup, without its ancestors. At most 64 programs.
+/// What is attached to a hook of this cgroup itself, without its ancestors. At most 64 programs.
 ///
 /// # Errors
 ///
@@ -442,7 +443,7 @@ pub fn attached_to(cgroup: BorrowedFd<'_>, attach_type: u32) -> io::Result<Attac
 }
 
 fn query(cgroup: BorrowedFd<'_>, attach_type: u32, query_flags: u32) -> io::Result<Attached> {
-    /// `query` of `union bpf_attr`, as far as kernel 5.10 knows it.
+    /// `query` of `union bpf_attr`, as of kernel 5.10.
     #[repr(C)]
     struct ProgQuery {
         target_fd: u32,
@@ -463,13 +464,13 @@ fn query(cgroup: BorrowedFd<'_>, attach_type: u32, query_flags: u32) -> io::Resu
         prog_cnt: 64,
         reserved: 0,
     };
-    // SAFETY: the kernel writes at most `prog_cnt` ids, for which there is room; they outlive the call.
+    // SAFETY: the kernel writes at most `prog_cnt` ids, which is the length of `ids`; they outlive the call.
     unsafe { bpf(BPF_PROG_QUERY, &mut attr) }?;
     let programs = ids.into_iter().take(attr.prog_cnt as usize).collect();
     Ok(Attached { flags: attr.attach_flags, programs })
 }
 
-/// A map of maps, whose only use is that a change of it waits for an RCU grace period.
+/// A map of maps, used only because updating it waits for an RCU grace period.
 #[derive(Debug)]
 pub struct MapOfMaps {
     outer: OwnedFd,
@@ -477,7 +478,7 @@ pub struct MapOfMaps {
 }
 
 impl MapOfMaps {
-    /// Makes one with a single element, pinned nowhere.
+    /// Creates one with a single element, not pinned.
     ///
     /// # Errors
     ///
@@ -494,12 +495,12 @@ impl MapOfMaps {
         Ok(Self { outer: create_array(ARRAY_OF_MAPS, Some(inner.as_fd()))?, inner })
     }
 
-    /// Waits until every program that was running on any CPU has ended, but for those that may sleep.
+    /// Waits until every program that was running on any CPU has finished, except sleepable ones.
     ///
-    /// Programs of cgroup hooks run inside an RCU read-side section. The kernel calls `synchronize_rcu()` before it returns from
-    /// a change to a map of maps (`maybe_wait_bpf_programs()`), however many CPUs there are and whether or not one is
-    /// `nohz_full`; `membarrier(MEMBARRIER_CMD_GLOBAL)` does so only with two CPUs online and without `nohz_full`. Takes some
-    /// tens of milliseconds.
+    /// Programs of cgroup hooks run inside an RCU read-side critical section. The kernel calls
+    /// `synchronize_rcu()` before it returns from an update of a map of maps (`maybe_wait_bpf_programs()`),
+    /// for any number of CPUs and with `nohz_full`. `membarrier(MEMBARRIER_CMD_GLOBAL)` does so only with two
+    /// CPUs online and without `nohz_full`. Takes some tens of milliseconds.
     ///
     /// # Errors
     ///
@@ -507,7 +508,7 @@ impl MapOfMaps {
     ///
     /// # Kernel
     ///
-    /// 5.10: waits on every kernel that takes the programs.
+    /// 5.10: waits on every supported kernel.
     pub fn wait_for_grace_period(&self) -> io::Result<()> {
         /// `BPF_MAP_UPDATE_ELEM` of `enum bpf_cmd`.
         const BPF_MAP_UPDATE_ELEM: libc::c_int = 2;
@@ -533,7 +534,7 @@ impl MapOfMaps {
     }
 }
 
-/// Makes an array map of one element of four bytes.
+/// Creates an array map of one element of four bytes.
 fn create_array(map_type: u32, inner: Option<BorrowedFd<'_>>) -> io::Result<OwnedFd> {
     /// `BPF_MAP_CREATE` of `enum bpf_cmd`.
     const BPF_MAP_CREATE: libc::c_int = 0;
@@ -559,11 +560,11 @@ fn create_array(map_type: u32, inner: Option<BorrowedFd<'_>>) -> io::Result<Owne
         numa_node: 0,
         map_name: *b"socklb_grace\0\0\0\0",
     };
-    // SAFETY: there is no pointer in it.
+    // SAFETY: it contains no pointer.
     unsafe { bpf_new(BPF_MAP_CREATE, &mut attr) }
 }
 
-/// Cookie of the network namespace that the calling thread is in, or `None` if the kernel cannot tell.
+/// Cookie of the calling thread's network namespace, or `None` if the kernel does not report it.
 ///
 /// # Kernel
 ///

@@ -1,51 +1,51 @@
-//! What becomes of each pinned map when an agent starts. Pure.
+//! Decides which pinned maps a starting agent adopts. Pure.
 
 use std::{collections::BTreeSet, fmt};
 
 use lb_common::maps::{MapSpec, Role};
 use lb_core::{plan::Capacity, tables};
 
-/// What is pinned under the name of a map, seen from an agent that starts.
+/// The state of the pin of one map, for a starting agent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Standing {
-    /// A map as this agent makes it.
+    /// A map as this agent creates it.
     Same,
-    /// Nothing, and no agent before has made such a map.
+    /// Nothing, and no earlier agent created such a map.
     New,
-    /// Nothing, though an agent before has made such a map: its pin was removed.
+    /// Nothing, though an earlier agent created such a map: its pin was removed.
     Lost,
     /// A map of this layout with another number of entries.
     OtherSize,
-    /// A map of another layout, or of none that is known.
+    /// A map of another layout, or of an unknown one.
     Foreign,
 }
 
-/// What becomes of the image.
+/// How the image is adopted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Image {
     /// It stays where it is.
     Stays,
     /// It is moved to tables of other sizes, with its ids.
     Moves,
-    /// It cannot be read: the first plan writes it anew, with other ids.
+    /// It cannot be read: the first plan writes it again, with other ids.
     Anew,
 }
 
-/// What an agent does with the maps that it finds.
+/// What an agent does with the maps it finds.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Takeover {
-    /// What becomes of the image.
+    /// How the image is adopted.
     pub(super) image: Image,
-    /// The maps that go on as they are.
+    /// The maps that are kept.
     pub(super) kept: Vec<&'static str>,
-    /// The maps that are made, because there were none or in the place of others.
+    /// The maps that are created, for lack of one or as a replacement.
     pub(super) made: Vec<&'static str>,
-    /// The maps that are found with the layout that this agent gives them, in whatever size.
+    /// The maps found with this agent's layout, in any size.
     pub(super) known: Vec<&'static str>,
 }
 
 impl Takeover {
-    /// Decides by what is found.
+    /// Decides from the maps found.
     pub(super) fn of(found: &[(&'static MapSpec, Standing)]) -> Self {
         let is_any = |role, wanted: &[Standing]| {
             found.iter().any(|(spec, standing)| spec.role == role && wanted.contains(standing))
@@ -80,27 +80,28 @@ impl Takeover {
         }
     }
 
-    /// Whether counters are copied: their ids go on, in a map of another size.
+    /// Whether counters are copied to a map of another size, under the same ids.
     pub(super) fn refills(&self, counters: &str) -> bool {
         self.image != Image::Anew && self.made.contains(&counters) && self.known.contains(&counters)
     }
 
-    /// Whether what is found serves until the first plan: before, the new maps do not hold everything that is served.
+    /// Whether the earlier maps serve until the first plan, since the new ones are still incomplete.
     pub(super) fn waits(&self) -> bool {
         self.image != Image::Stays
     }
 }
 
-/// A size that was asked for and is not used: what is served would not fit.
+/// A configured size that is not used, because the entries served do not fit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TooSmall {
     /// The setting.
     pub setting: &'static str,
-    /// Its value: entries for each family.
+    /// Its value: entries of each family.
     pub wanted: u32,
-    /// Entries that are served, of the family that has more; `None` if that cannot be read, since the image has another layout.
+    /// Entries served, of the family that has more; `None` if they cannot be read, since the image has
+    /// another layout.
     pub n_served: Option<u32>,
-    /// The size that is used: that of the maps that were found.
+    /// The size that is used: that of the maps found.
     pub used: u32,
 }
 
@@ -109,12 +110,13 @@ impl fmt::Display for TooSmall {
         let Self { setting, wanted, n_served, .. } = self;
         match n_served {
             Some(n) => write!(f, "{setting}={wanted}: {n} are served"),
-            None => write!(f, "{setting}={wanted}: the number of those that are served cannot be read"),
+            None => write!(f, "{setting}={wanted}: the number of entries served cannot be read"),
         }
     }
 }
 
-/// The sizes for maps that are to hold what others serve. Each is the one that is wanted or, if that is too small, the one found.
+/// Sizes for maps that must hold the entries served: each the wanted one or, if that is too small, the one
+/// found.
 pub(super) fn sizes(wanted: Capacity, found: Capacity, served: &tables::Image) -> (Capacity, Vec<TooSmall>) {
     let n_services = |ipv6| served.services.keys().filter(|address| address.ip.is_ipv6() == ipv6).count();
     // Frontends may share a run.
@@ -127,7 +129,7 @@ pub(super) fn sizes(wanted: Capacity, found: Capacity, served: &tables::Image) -
     let mut too_small = Vec::new();
     let mut choose = |setting, wanted, found, n_served: usize| {
         let n_served = u32::try_from(n_served).unwrap_or(u32::MAX);
-        // What is there already may be more than fits only if it is damaged, which the first plan repairs.
+        // More entries than the maps found can hold means a damaged image, which the first plan repairs.
         if n_served <= wanted || found <= wanted {
             return wanted;
         }
@@ -142,8 +144,8 @@ pub(super) fn sizes(wanted: Capacity, found: Capacity, served: &tables::Image) -
     (capacity, too_small)
 }
 
-/// The sizes for maps that are to take the place of others whose image cannot be read: those that are wanted, but no smaller than
-/// those found, since what is served might not fit. The next start can read the image and makes them smaller.
+/// Sizes for maps that replace others whose image cannot be read: the wanted ones, but no smaller than those
+/// found, since the entries served might not fit. The next start can read the image and shrinks them.
 pub(super) fn sizes_unread(wanted: Capacity, found: Capacity) -> (Capacity, Vec<TooSmall>) {
     let mut too_small = Vec::new();
     let mut choose = |setting, wanted: u32, found: u32| {
@@ -240,7 +242,7 @@ mod tests {
             .filter(|map| matches!(map.role, Role::Image | Role::Ids | Role::Counters | Role::Meta))
             .map(|map| map.name)
             .collect();
-        // Which maps are found how, the others as they should be; what becomes of the image, and what is made.
+        // The standing of some maps (the others are `Same`), how the image is adopted, and the maps created.
         for (changed, fate, made) in [
             (vec![], Image::Stays, vec![]),
             (vec![("sockets", Foreign)], Image::Stays, vec!["sockets"]),

@@ -1,4 +1,4 @@
-//! Where the API server is and who asks.
+//! The API server's address and the credentials.
 
 use std::{
     env, fs,
@@ -13,26 +13,26 @@ use kube::{
 };
 use tokio::{runtime::Handle, sync::Semaphore, task::spawn_blocking, time::timeout};
 
-/// Where a pod finds its credentials.
+/// A pod's credentials.
 const TOKEN: &str = "/var/run/secrets/kubernetes.io/serviceaccount/token";
 const CA: &str = "/var/run/secrets/kubernetes.io/serviceaccount/ca.crt";
 /// Set in every pod.
 const SERVICE_HOST: &str = "KUBERNETES_SERVICE_HOST";
-/// How long to wait for a connection.
+/// Timeout of a connection.
 const CONNECT: Duration = Duration::from_secs(10);
-/// How long the credentials may take. A kubeconfig may name a program that fetches them.
+/// Timeout of the credentials. A kubeconfig may name a program that fetches them.
 const CREDENTIALS: Duration = Duration::from_secs(60);
-/// The largest kubeconfig, certificate, key or token that is read, octets.
+/// Maximum size of a kubeconfig, certificate, key or token, in bytes.
 const MAX_FILE: u64 = 4 << 20;
-/// Clients that are made at a time: a program that hangs holds a thread, and every kind of objects asks for a client.
+/// One client is made at a time: a hanging exec program holds a thread, and every kind makes its own client.
 static MAKING: Semaphore = Semaphore::const_new(1);
 
-/// Why there is no way to an API server. The caller tells the user and ends: these are settings. A server that does
-/// not answer is none of them.
+/// Why there is no client for an API server. These are settings, so the caller reports the error and exits. A
+/// server that does not answer is not among them.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// The file of `--kubeconfig` cannot be used.
+    /// The file of `--kubeconfig` is unusable.
     #[error("--kubeconfig {}: {}: give a file with which `kubectl --kubeconfig` works", path.display(), cause(&**problem))]
     Kubeconfig {
         /// The file.
@@ -40,16 +40,16 @@ pub enum Error {
         /// The cause, which the message names.
         problem: Box<KubeconfigError>,
     },
-    /// The kubeconfig that the environment names cannot be used.
+    /// The kubeconfig from the environment is unusable.
     #[error(
-        "the kubeconfig of $KUBECONFIG or ~/.kube/config: {}: mend it or name another with --kubeconfig",
+        "the kubeconfig of $KUBECONFIG or ~/.kube/config: {}: fix it or name another with --kubeconfig",
         cause(&**problem)
     )]
     FoundKubeconfig {
         /// The cause, which the message names.
         problem: Box<KubeconfigError>,
     },
-    /// The credentials of the pod cannot be used.
+    /// The pod's credentials are unusable.
     #[error("the credentials of this pod: {}: does it have a service account?", cause(&**problem))]
     InCluster {
         /// The cause, which the message names.
@@ -57,33 +57,35 @@ pub enum Error {
     },
     /// There is neither a kubeconfig nor a pod's credentials.
     #[error(
-        "neither a kubeconfig nor a pod's credentials are found: name a kubeconfig with --kubeconfig, or use --source file:PATH"
+        "neither a kubeconfig nor a pod's credentials found: name a kubeconfig with --kubeconfig, or use \
+         --source file:PATH"
     )]
     Nothing,
-    /// `--apiserver` is no address.
+    /// `--apiserver` is not an address.
     #[error("--apiserver {given:?}: {URL_HINT}")]
     Apiserver {
         /// As given.
         given: String,
     },
-    /// A file is larger than any credentials.
+    /// A file is too large for credentials.
     #[error(
-        "{}: is a device or larger than {} MiB: no kubeconfig, certificate, key or token is; name the right file",
+        "{}: is a device or larger than {} MiB: no kubeconfig, certificate, key or token is; name the right \
+         file",
         path.display(), MAX_FILE >> 20
     )]
     TooLarge {
         /// The file.
         path: PathBuf,
     },
-    /// Credentials are fetched for longer than is waited for.
+    /// Fetching the credentials timed out.
     #[error(
-        "the credentials for the API server were not there within {} s; does the program that the kubeconfig names for \
-         them (exec) end?",
+        "the credentials for the API server did not arrive within {} s: does the kubeconfig's exec program \
+         hang?",
         CREDENTIALS.as_secs()
     )]
     Late,
-    /// The credentials do not make a client: a certificate or key that cannot be read.
-    #[error("API server {server}: the credentials cannot be used: {}: does kubectl work with them?", cause(&**problem))]
+    /// The credentials make no client: a certificate or key is unreadable.
+    #[error("API server {server}: the credentials are unusable: {}: does kubectl work with them?", cause(&**problem))]
     Client {
         /// The server's URL.
         server: String,
@@ -97,20 +99,20 @@ pub enum Error {
 pub struct Access {
     /// `--kubeconfig`
     pub kubeconfig: Option<PathBuf>,
-    /// `--apiserver`: its address, in place of the one that belongs to the credentials.
+    /// `--apiserver`: its address, instead of the credentials' own.
     pub apiserver: Option<String>,
 }
 
 impl Access {
-    /// Whether something says where an API server is. It may still be unusable.
+    /// Whether any setting names an API server. It may still be unusable.
     #[must_use]
     pub fn is_found(&self) -> bool {
         self.kubeconfig.is_some() || self.apiserver.is_some() || kubeconfig_is_found() || is_in_pod()
     }
 
-    /// Makes a client. Does not contact the server. Returns its URL as well.
+    /// Makes a client, without contacting the server. Also returns the server's URL.
     ///
-    /// Files are read and programs waited for on a thread of its own. What such a program writes is read whole.
+    /// Reads files and runs exec programs on a blocking thread. The output of such a program is unbounded.
     ///
     /// # Errors
     ///
@@ -118,7 +120,7 @@ impl Access {
     pub(super) async fn client(&self) -> Result<(Client, String), Error> {
         let access = self.clone();
         let making = async {
-            // Never closed.
+            // The semaphore is never closed.
             let place = MAKING.acquire().await.ok();
             let runtime = Handle::current();
             let made = spawn_blocking(move || {
@@ -126,7 +128,7 @@ impl Access {
                 drop(place);
                 made
             });
-            // Without a result the runtime is shutting down.
+            // No result: the runtime is shutting down.
             made.await.unwrap_or(Err(Error::Late))
         };
         timeout(CREDENTIALS, making).await.unwrap_or(Err(Error::Late))
@@ -135,7 +137,7 @@ impl Access {
     async fn make(&self) -> Result<(Client, String), Error> {
         let mut config = self.config().await?;
         config.connect_timeout = Some(CONNECT);
-        // Whether and when to ask again is decided where it is known what for.
+        // The callers decide on retries.
         config.default_retry = false;
         let server = config.cluster_url.to_string().trim_end_matches('/').to_owned();
         let client = Client::try_from(config)
@@ -174,9 +176,9 @@ impl Access {
     }
 }
 
-/// What is behind an error of a connection, in the words of whoever met it first.
+/// The root cause of a connection's error.
 ///
-/// What stands above in the chain says only through which layers it came: "client error (Connect): tcp connect error".
+/// The errors above it only name the layers: "client error (Connect): tcp connect error".
 pub(super) fn cause(error: &(dyn std::error::Error + 'static)) -> String {
     let mut root = error;
     while let Some(cause) = root.source() {
@@ -195,23 +197,21 @@ pub(super) fn cause(error: &(dyn std::error::Error + 'static)) -> String {
     root.to_string()
 }
 
-/// What `--apiserver` should be.
 const URL_HINT: &str = "expected a URL such as https://10.0.0.1:6443";
 
 /// Checks the address of an API server: a URL, or host and port.
 ///
 /// # Errors
 ///
-/// A sentence about what is expected.
+/// A hint of what is expected.
 pub fn apiserver(given: &str) -> Result<String, String> {
     url(given).map(|_url| given.to_owned()).map_err(|_no_url| URL_HINT.to_owned())
 }
 
-/// Reads `--apiserver`: a URL, or host and port.
 fn url(given: &str) -> Result<http::Uri, Error> {
     let text = if given.contains("://") { given.to_owned() } else { format!("https://{given}") };
     let parsed: Option<http::Uri> = text.parse().ok();
-    // What is too large for a port is no fault to the parser.
+    // The parser accepts port numbers that are too large.
     let is_addressable = |url: &http::Uri| {
         url.authority().is_some_and(|authority| {
             authority.as_str().ends_with(authority.host()) || url.port_u16().is_some()
@@ -226,7 +226,8 @@ fn url(given: &str) -> Result<http::Uri, Error> {
         .ok_or_else(|| Error::Apiserver { given: given.to_owned() })
 }
 
-/// Refuses what cannot be credentials, since kube reads files whole. What cannot be read is its to tell.
+/// Refuses files that cannot be credentials, since kube reads them whole. Unreadable files pass: kube reports
+/// them.
 fn check(path: &Path) -> Result<(), Error> {
     let is_fit = fs::metadata(path).map_or(true, |found| {
         let kind = found.file_type();
@@ -249,7 +250,7 @@ fn kubeconfig_is_found() -> bool {
         || kubeconfigs().iter().any(|path| path.is_file())
 }
 
-/// Where kube looks for kubeconfigs that no flag names.
+/// Kubeconfigs that kube reads without a flag.
 fn kubeconfigs() -> Vec<PathBuf> {
     match env::var_os("KUBECONFIG") {
         Some(paths) if !paths.is_empty() => env::split_paths(&paths).collect(),
@@ -326,7 +327,7 @@ mod tests {
         }
     }
 
-    /// The loop goes on while a program fetches credentials, however many kinds wait for them.
+    /// Other tasks run while a program fetches credentials, however many kinds wait for them.
     #[tokio::test]
     async fn a_program_that_takes_its_time_holds_up_no_other_task() {
         let directory = tempfile::tempdir().unwrap();
@@ -334,7 +335,8 @@ mod tests {
         let credentials = r#"{"apiVersion": "client.authentication.k8s.io/v1", "kind": "ExecCredential", "status": {"token": "t"}}"#;
         let script = format!("sleep 0.5; echo '{credentials}'").replace('\'', "''");
         let exec = format!(
-            "{{exec: {{apiVersion: client.authentication.k8s.io/v1, interactiveMode: Never, command: sh, args: ['-c', '{script}']}}}}"
+            "{{exec: {{apiVersion: client.authentication.k8s.io/v1, interactiveMode: Never, command: sh, \
+             args: ['-c', '{script}']}}}}"
         );
         fs::write(&path, kubeconfig(&exec)).unwrap();
         let access = Access { kubeconfig: Some(path), apiserver: None };

@@ -1,19 +1,19 @@
-//! How long to wait before asking again.
+//! Pauses between retries.
 
 use std::{
     hash::{BuildHasher as _, RandomState},
     time::Duration,
 };
 
-/// The first pause, and the longest: those of the clients that an API server is used to (client-go's reflector).
+/// The first and the longest pause, as in client-go's reflector.
 const FIRST: Duration = Duration::from_millis(800);
 const LONGEST: Duration = Duration::from_secs(30);
-/// The longest pause that a server may ask for. API servers ask for seconds; a proxy in between may ask for days, in which the
-/// agent would follow nothing.
+/// Maximum pause that a server may request. API servers request seconds; a proxy in between may request days,
+/// in which the agent would follow no change.
 const LONGEST_WANTED: Duration = Duration::from_secs(5 * 60);
 
-/// Pauses that double, each lengthened at random by up to its own length, so that the agents of all nodes do not come
-/// back at the same moment.
+/// Pauses that double, each with a random addition of up to its own length, so that the agents of all nodes
+/// do not return at the same moment.
 #[derive(Clone, Debug)]
 pub(super) struct Backoff {
     first: Duration,
@@ -25,7 +25,7 @@ impl Backoff {
         Self { first, next: first }
     }
 
-    /// The next pause, at least `wanted`, but of that no more than five minutes. `random` is uniform.
+    /// The next pause, at least `wanted` up to five minutes. `random` is uniform.
     pub(super) fn pause(&mut self, wanted: Option<Duration>, random: u64) -> Duration {
         let pause = self.next;
         self.next = (pause * 2).min(LONGEST);
@@ -35,7 +35,6 @@ impl Backoff {
         (base + jitter).min(LONGEST.max(base))
     }
 
-    /// Something worked.
     pub(super) const fn reset(&mut self) {
         self.next = self.first;
     }
@@ -47,7 +46,7 @@ impl Default for Backoff {
     }
 }
 
-/// A number that nobody foresees; not for secrets. The standard library seeds its hash maps with such.
+/// A random number, not for secrets. The standard library seeds its hash maps randomly.
 pub(super) fn random() -> u64 {
     RandomState::new().hash_one(0)
 }

@@ -1,8 +1,8 @@
-//! Events of Kubernetes (`events.k8s.io/v1`) on Services and on the own Node.
+//! Kubernetes Events (`events.k8s.io/v1`) on Services and on the own Node.
 //!
-//! Best effort: whoever tells something does not wait, and what the server does not take is lost; a notice that stands comes
-//! again ([`lb_core::model::notice`]). kube's recorder (kube-runtime 5.0) is not used: it keeps what it told in a cache of its own,
-//! next to the one that decides here, and forgets it with the process, so that each start would make new Events.
+//! Best effort: sending never blocks, and an Event that the server rejects is lost. A standing notification
+//! is repeated ([`lb_core::model::notice`]). kube's recorder (kube-runtime 5.0) is not used: it has a cache
+//! of its own, beside the ledger here, and loses it at exit, so that each start would create new Events.
 
 use std::{
     hash::{DefaultHasher, Hash as _, Hasher as _},
@@ -24,38 +24,32 @@ use tracing::{debug, info, warn};
 
 use super::{Access, access::cause};
 
-/// Notices that wait for the server.
+/// Capacity of the queue of notifications.
 pub(super) const QUEUE: usize = 64;
-/// How long the server may take for an answer.
+/// Timeout of a request.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// The largest answer that is read: that to a list of one Service, of which etcd holds 1.5 MiB.
+/// Maximum size of a response, in bytes: a list of one Service, of which etcd holds 1.5 MiB.
 const MAX_ANSWER: usize = 4 << 20;
-/// The most bytes of a note, by the API.
+/// The API's limit of a note, in bytes.
 const LONGEST_NOTE: usize = 1024;
-/// The most characters of the reporter's name, by the API.
+/// The API's limit of the reporter's name, in characters.
 const LONGEST_INSTANCE: usize = 128;
-/// The most characters of an object's name in the name of an Event: both are of the same length, and one has more to it.
+/// Maximum part of an object's name in an Event's name, in characters. Both kinds of names have the same
+/// limit, and the Event's also has a suffix.
 const LONGEST_NAME: usize = 230;
 
-/// Why something was not told.
 #[derive(Debug, thiserror::Error)]
 enum TellError {
-    /// The server does not know who asks.
     #[error("401 Unauthorized (are the credentials out of date? the token or certificate is not accepted)")]
     Unauthorized,
-    /// The server does not take Events from this account.
     #[error(
         "403 Forbidden (grant create and patch on events.k8s.io/events, and list on services: \
          manifests/base/clusterrole.yaml)"
     )]
     Forbidden,
-    /// The server answered something else.
     #[error("{code}")]
-    Refused {
-        /// The status code.
-        code: StatusCode,
-    },
-    /// The server did not answer, or what it answered could not be read.
+    Refused { code: StatusCode },
+    /// No answer, or an unreadable one.
     #[error("{0}")]
     Unanswered(String),
 }
@@ -70,7 +64,7 @@ impl TellError {
     }
 }
 
-/// Tells the server of notices until there are no more.
+/// Writes notifications as Events until the channel closes.
 pub(super) async fn record(
     access: Access,
     mut client: Client,
@@ -87,11 +81,11 @@ pub(super) async fn record(
         let now = told.err().map(|error| error.to_string());
         match &now {
             _ if now == problem => {}
-            // Once, until something else is the matter.
+            // Once, until the problem changes.
             Some(error) => {
-                warn!("API server {server}: Events are not taken: {error}; everything else goes on");
+                warn!("API server {server}: Events are not written: {error}; nothing else is affected");
             }
-            None => info!("API server {server}: Events are taken again"),
+            None => info!("API server {server}: Events are written again"),
         }
         problem = now;
     }
@@ -100,10 +94,10 @@ pub(super) async fn record(
 async fn tell(client: &Client, telling: &Telling) -> Result<(), TellError> {
     let Notice { object, .. } = &telling.notice;
     let Some(uid) = uid(client, object).await? else {
-        debug!(%object, "is gone: no Event");
+        debug!(%object, "object is deleted: no Event");
         return Ok(());
     };
-    // That of an object without a namespace is in this one (`events.k8s.io/v1`).
+    // Events about objects without a namespace are in `default` (`events.k8s.io/v1`).
     let namespace = if object.namespace.is_empty() { "default" } else { &object.namespace };
     let events = format!("/apis/events.k8s.io/v1/namespaces/{namespace}/events");
     let name = name(telling);
@@ -113,7 +107,8 @@ async fn tell(client: &Client, telling: &Telling) -> Result<(), TellError> {
     let again = json!({"series": {"count": telling.n_times.max(2), "lastObservedTime": now}});
     let patch = || send(client, "PATCH", format!("{events}/{name}"), "application/merge-patch+json", &again);
     let create = || send(client, "POST", events.clone(), "application/json", &new);
-    // Which of the two it takes is for the server to say: it forgets after an hour, and remembers agents of before.
+    // Only the server knows whether the Event exists: it deletes Events after an hour, and keeps those of
+    // earlier agents.
     let (first, is_new) =
         if telling.n_times > 1 { (patch().await?.0, false) } else { (create().await?.0, true) };
     let code = match (first, is_new) {
@@ -127,13 +122,13 @@ async fn tell(client: &Client, telling: &Telling) -> Result<(), TellError> {
     }
 }
 
-/// The identity by which `kubectl describe` finds Events; `None` if the object is gone.
+/// The UID by which `kubectl describe` finds Events; `None` if the object is deleted.
 async fn uid(client: &Client, object: &ObjectRef) -> Result<Option<String>, TellError> {
     if object.kind == ObjectKind::Node {
-        // As kubelet and kube-proxy have it: they know no other.
+        // As in kubelet and kube-proxy, which know no other UID of a Node.
         return Ok(Some(object.name.to_string()));
     }
-    // A list of one: the agent may list Services, not get them.
+    // A list of one object: the agent may list Services, not get them.
     let path = format!(
         "/api/v1/namespaces/{}/services?fieldSelector=metadata.name%3D{}",
         object.namespace, object.name
@@ -145,9 +140,9 @@ async fn uid(client: &Client, object: &ObjectRef) -> Result<Option<String>, Tell
     Ok(list["items"][0]["metadata"]["uid"].as_str().map(str::to_owned))
 }
 
-/// The same for the same notice of the same node, also after a restart.
+/// The Event's name. The same for the same notification of the same node, also after a restart.
 fn name(telling: &Telling) -> String {
-    // Another version of the standard library may have another hash: then there is one more Event.
+    // Another version of the standard library may hash differently: then there is one more Event.
     let mut hasher = DefaultHasher::new();
     (&telling.notice, &telling.node).hash(&mut hasher);
     let object: String = telling.notice.object.name.chars().take(LONGEST_NAME).collect();
@@ -180,7 +175,7 @@ fn body(telling: &Telling, namespace: &str, name: &str, uid: &str, now: &str) ->
     })
 }
 
-/// Sends one request. Returns the status and the answer, if that is JSON.
+/// Sends a request. Returns the status, and the answer if that is JSON.
 async fn send(
     client: &Client,
     method: &str,
@@ -205,7 +200,7 @@ async fn send(
         let text = Limited::new(answer.into_body(), MAX_ANSWER).collect().await;
         let text = text.map_err(|error| match error.downcast_ref::<LengthLimitError>() {
             Some(_) => TellError::Unanswered(format!(
-                "the answer is larger than {} MiB and is not read: is that the API server?",
+                "the answer is larger than {} MiB and was not read: is that the API server?",
                 MAX_ANSWER >> 20
             )),
             None => unanswered(&*error),
@@ -240,7 +235,8 @@ mod tests {
         for (error, expected) in [
             (
                 TellError::of(StatusCode::UNAUTHORIZED),
-                "401 Unauthorized (are the credentials out of date? the token or certificate is not accepted)",
+                "401 Unauthorized (are the credentials out of date? the token or certificate is not \
+                 accepted)",
             ),
             (
                 TellError::of(StatusCode::FORBIDDEN),
@@ -266,7 +262,7 @@ mod tests {
         assert!(name(&long).len() <= 253);
     }
 
-    /// Whoever answers at the server's address decides how much.
+    /// Anything may answer at the server's address, with any amount of data.
     #[tokio::test]
     async fn an_answer_without_end_is_not_read_to_its_end() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -278,7 +274,7 @@ mod tests {
             let (mut stream, _) = listener.accept().unwrap();
             let _request = stream.read(&mut [0; 4096]).unwrap();
             stream.write_all(b"HTTP/1.1 200 OK\r\n\r\n\"").unwrap();
-            // The client closes the connection before so much is sent.
+            // The client closes the connection before all of this is sent.
             let chunk = vec![b'x'; 1 << 20];
             (0..64).take_while(|_| stream.write_all(&chunk).is_ok()).count()
         });

@@ -1,7 +1,7 @@
-//! The events of a streaming list, folded to what is there at its end.
+//! Folds the events of a streaming list into the objects at its end.
 //!
-//! A server sends the objects of its cache first, then what has changed meanwhile, and then the bookmark that ends the list. So an
-//! object may be changed or deleted before the list is complete.
+//! A server sends the objects of its cache, then the changes since, then the bookmark that ends the list. So
+//! an object may be changed or deleted before the list is complete.
 
 use std::collections::BTreeMap;
 
@@ -9,7 +9,7 @@ use lb_core::model::{Issue, ObjectRef};
 
 use super::kinds::Trimmed;
 
-/// The objects so far: the last event of each counts, as in client-go's reflector.
+/// The objects so far: the last event of each object counts, as in client-go's reflector.
 #[derive(Debug)]
 pub(super) struct Fold<M>(BTreeMap<ObjectRef, (Option<M>, Vec<Issue>)>);
 
@@ -18,17 +18,15 @@ impl<M> Fold<M> {
         Self(BTreeMap::new())
     }
 
-    /// An object is there, in this form.
     pub(super) fn set(&mut self, Trimmed { object, model, issues }: Trimmed<M>) {
         let _before = self.0.insert(object, (model, issues));
     }
 
-    /// An object is gone.
     pub(super) fn delete(&mut self, object: &ObjectRef) {
         let _before = self.0.remove(object);
     }
 
-    /// All objects that play a part, and what is wrong with any.
+    /// All relevant objects, and the issues of all objects.
     pub(super) fn end(self) -> (Vec<M>, Vec<Issue>) {
         let (models, issues): (Vec<_>, Vec<_>) = self.0.into_values().unzip();
         (models.into_iter().flatten().collect(), issues.into_iter().flatten().collect())
@@ -44,13 +42,13 @@ mod tests {
 
     use super::*;
 
-    /// What a server may say of one of three objects: that it is there, in some form or in one that plays no part, or gone.
+    /// An event about one of three objects: present, present but irrelevant, or deleted.
     fn event() -> impl Strategy<Value = (u8, Option<Option<u8>>)> {
         (0_u8..3, any::<Option<Option<u8>>>())
     }
 
     proptest! {
-        /// In whatever order events of several objects are mixed, the last one of each is what there is.
+        /// Events of several objects, mixed in any order: the last one of each counts.
         #[test]
         fn the_last_event_of_each_object_counts(events in prop::collection::vec(event(), 0..12)) {
             let (mut fold, mut expected) = (Fold::new(), BTreeMap::new());

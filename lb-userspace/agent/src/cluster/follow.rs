@@ -1,4 +1,4 @@
-//! One kind of objects: list, watch, and what to do when either fails.
+//! Lists and watches one kind of objects, and recovers from failures.
 
 use std::{borrow::Cow, io::Write as _, mem, sync::Arc, time::Duration};
 
@@ -26,45 +26,47 @@ use super::{
 };
 use crate::source::Contact;
 
-/// Objects on one page of a list, where the server cuts it into pages.
+/// Objects per page of a list, if the server pages it.
 const PAGE: &str = "500";
-/// A watch that ends sooner without an event is not worth asking for again at once.
+/// A watch that ends sooner, without an event, is retried only after a pause.
 const SHORT_WATCH: Duration = Duration::from_secs(1);
-/// The largest part of an answer that is looked at for the cause of a refusal.
+/// Maximum part of an error response that is read, in bytes.
 const MAX_STATUS: usize = 64 << 10;
-/// The longest message of a refusal that is passed on, in characters.
+/// Maximum length of a refusal's message, in characters.
 const MAX_MESSAGE: usize = 500;
-/// The largest event of a watch: etcd holds objects of 1.5 MiB.
+/// Maximum size of a watch event, in bytes: etcd holds objects of 1.5 MiB.
 const MAX_EVENT: usize = 32 << 20;
-/// The largest list that is read as one text, all its pages counted: six times that of 10,000 services with ten endpoints each.
+/// Maximum size of a list that is not streamed, in bytes, over all pages: six times that of 10,000 services
+/// with ten endpoints each.
 const MAX_LIST: usize = 256 << 20;
-/// The largest list that is read as events. Only what the model has of each object is kept of them.
+/// Maximum size of a streaming list, in bytes. Only the models of its objects stay in memory.
 const MAX_STREAM: usize = 2 << 30;
-/// Octets that are decompressed at a time: to a thousand times as many, before these are counted.
+/// Compressed bytes that are decompressed at a time: gzip expands them at most a thousandfold before they are counted.
 const PACKED: usize = 4096;
-/// The annotation of the bookmark after the last object of a streaming list.
+/// The annotation of the bookmark that ends a streaming list.
 const INITIAL_EVENTS_END: &str = "k8s.io/initial-events-end";
 /// Selects no object: names have no capital letters.
 const NONE: &str = "metadata.name=NONE";
-/// The words by which failures are counted: those of [`Failure::reason`].
+/// Values of the metric's label for failures: see [`Failure::reason`].
 pub(super) const REASONS: [&str; 8] =
     ["connection", "silence", "unauthorized", "forbidden", "throttled", "server_error", "expired", "other"];
 
-/// How long to wait for what.
+/// Timeouts and pauses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Timing {
-    /// For the head of an answer, and for each further part of a list.
+    /// Timeout of the response's head, and of each further part of a list.
     pub answer: Duration,
-    /// For the next event of a watch. A server sends a bookmark about once a minute; without any event for longer
-    /// the connection may be half-open, or the server may have gone back: everything is listed.
+    /// Timeout of the next event of a watch. A server sends a bookmark about once a minute. A longer silence
+    /// may mean a half-open connection, or a server restored to an earlier version: everything is listed
+    /// again.
     pub idle: Duration,
-    /// How long a watch lasts at least before the server ends it. It is up to twice as long, by chance, so that the
-    /// agents of all nodes do not come back at the same moment.
+    /// Minimum duration of a watch. A random time of up to the same length is added, so that the agents of
+    /// all nodes do not return at the same moment.
     pub watch: Duration,
     /// The first pause after a failure.
     pub first_pause: Duration,
-    /// After how long a kind is asked for again that the agent can do without, and that the server does not know or refuses.
-    /// It is up to twice as long, by chance.
+    /// Time until an optional kind is requested again that the server does not know or refuses. A random time
+    /// of up to the same length is added.
     pub rare: Duration,
 }
 
@@ -80,60 +82,60 @@ impl Default for Timing {
     }
 }
 
-/// What the watches of all kinds need.
+/// What all watches share.
 #[derive(Clone)]
 pub(super) struct Follower {
-    /// The way to the server, to be taken anew when it leads nowhere.
+    /// Where a new client comes from when this one fails.
     pub(super) access: Access,
     pub(super) client: Client,
     /// The server's URL, for log lines.
     pub(super) server: Arc<str>,
     pub(super) timing: Timing,
-    /// Label selector, for the kinds that have one; empty for all objects.
+    /// Label selector for labelled kinds; empty for all objects.
     pub(super) selector: String,
     /// `--service-proxy-name`
     pub(super) service_proxy_name: Option<Arc<str>>,
     /// Field selector; empty for all objects.
     pub(super) fields: String,
     pub(super) contact: Contact,
-    /// Raised when the server answers again: whoever pauses asks at once.
+    /// Notified when the server answers again: tasks in a pause retry at once.
     pub(super) recovered: Arc<Notify>,
     pub(super) news: mpsc::Sender<News>,
 }
 
-/// From where to go on.
+/// The next request to the server.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Position {
-    /// List the objects, in a state not older than this version. "0" is any state.
-    List { not_older_than: String },
-    /// List the objects in their latest state: whatever version the server is at.
+    /// List the objects, in a state not older than this version. "0" means any state.
+    List {
+        not_older_than: String,
+    },
+    /// List the objects in their latest state, whatever the server's version.
     ListLatest,
-    /// Find out whether the server has reached this version, then watch. A server that was restored from a backup may not have:
-    /// it would be silent until it has.
-    Confirm { version: String },
-    /// Watch what follows this version.
-    Watch { version: String },
+    /// Check that the server has reached this version, then watch. A server restored from a backup may not
+    /// have, and a watch would be silent until then.
+    Confirm {
+        version: String,
+    },
+    Watch {
+        version: String,
+    },
 }
 
 /// Why a request or a watch ended.
 #[derive(Debug, thiserror::Error)]
 enum Failure {
-    /// The server says no.
     #[error("{code} {reason}: {message}{}", remedy(*.code))]
     Refused { code: u16, reason: String, message: String, is_too_large: bool, retry_after: Option<Duration> },
-    /// No connection, or it broke.
     #[error("{0}")]
     Connection(String),
-    /// Nothing came for a while.
     #[error("no answer for {} s", .0.as_secs_f32())]
     Silence(Duration),
-    /// The answer is not what it should be.
     #[error("the answer cannot be read: {0}")]
     Form(String),
-    /// The answer is larger than anything that may be read there.
-    #[error("{what} is larger than {} MiB and is not read to its end: {remedy}", .limit >> 20)]
+    #[error("{what} is larger than {} MiB and was not read: {remedy}", .limit >> 20)]
     TooLarge { what: &'static str, limit: usize, remedy: &'static str },
-    /// The server ended a watch before its time, as it does when it stops.
+    /// The server ended a watch early, as it does when it stops.
     #[error("the watch ended early")]
     Early,
     /// The agent stops.
@@ -142,17 +144,17 @@ enum Failure {
 }
 
 impl Failure {
-    /// Whether other credentials may help: certificates, too, are refused before the server can say so.
+    /// Whether new credentials may help. A rejected certificate shows as a connection error.
     const fn is_about_access(&self) -> bool {
         matches!(self, Self::Refused { code: 401, .. } | Self::Connection(_))
     }
 
-    /// Whether the server does not have, or not yet, or no longer, what follows the version that was asked for.
+    /// Whether the server lacks changes after the requested version: forgotten, or not reached yet.
     const fn is_about_version(&self) -> bool {
         matches!(self, Self::Refused { code: 410, .. } | Self::Refused { is_too_large: true, .. })
     }
 
-    /// What it says of a kind that the agent can do without; `None` if it is about the server as a whole, or about a version.
+    /// What it says about an optional kind; `None` if it is about the server as a whole, or about a version.
     fn lack(&self) -> Option<Lack> {
         match self {
             _ if self.is_about_version() => None,
@@ -164,12 +166,12 @@ impl Failure {
         }
     }
 
-    /// Whether there is nothing to be heard of the server.
+    /// Whether the server is unreachable or silent.
     const fn is_absence(&self) -> bool {
         matches!(self, Self::Connection(_) | Self::Silence(_) | Self::Early)
     }
 
-    /// A word of [`REASONS`].
+    /// One of [`REASONS`].
     const fn reason(&self) -> &'static str {
         match self {
             Self::Connection(_) | Self::Early => "connection",
@@ -184,7 +186,7 @@ impl Failure {
     }
 }
 
-/// What the user can do about a refusal.
+/// The remedy for a refusal.
 const fn remedy(code: u16) -> &'static str {
     match code {
         401 => " (are the credentials out of date? the token or certificate is not accepted)",
@@ -196,20 +198,20 @@ const fn remedy(code: u16) -> &'static str {
     }
 }
 
-/// From where to go on after a failure. `is_watching` if a watch had begun.
+/// The next request after a failure. `is_watching` if a watch had begun.
 ///
-/// A version of before may be in the future of a server that was restored from a backup, and a watch from there brings nothing.
-/// So it is used again only if the server was there all the time, and says that it has reached it. After an outage even that
-/// proves nothing: the restored server may have made as many changes meanwhile, other ones.
+/// An earlier version may be in the future of a server restored from a backup, and a watch from there brings
+/// nothing. So the version is reused only if the server answered all the time and confirms it. After an
+/// outage a confirmation proves nothing: the restored server may have made as many other changes meanwhile.
 fn after(failure: &Failure, position: &Position, is_watching: bool) -> Position {
     match position {
         Position::List { .. } if failure.is_about_version() => Position::ListLatest,
         Position::List { .. } | Position::ListLatest => position.clone(),
         Position::Watch { version } | Position::Confirm { version } => match failure {
             Failure::Refused { is_too_large: true, .. } => Position::ListLatest,
-            // A state not older than what was seen will do, and spares etcd.
+            // Any state not older than the last seen, which spares etcd.
             Failure::Refused { code: 410, .. } => Position::List { not_older_than: version.clone() },
-            // It is there, and busy enough.
+            // The server is up, and busy: avoid a list.
             Failure::Refused { code: 429, .. } => Position::Confirm { version: version.clone() },
             Failure::Connection(_) | Failure::Early | Failure::Refused { .. } if is_watching => {
                 Position::Confirm { version: version.clone() }
@@ -219,12 +221,12 @@ fn after(failure: &Failure, position: &Position, is_watching: bool) -> Position 
     }
 }
 
-/// Whether a refusal says that streaming lists are not known: the request is invalid.
+/// Whether the server rejects streaming lists as an invalid request.
 const fn lacks_streaming(failure: &Failure) -> bool {
     matches!(failure, Failure::Refused { code: 400 | 422, .. })
 }
 
-/// Keeps the receiver up to date with all objects of a kind, until it is gone.
+/// Sends all objects of a kind and their changes to the receiver, until that is closed.
 pub(super) async fn follow<K: Kind>(mut follower: Follower) {
     let mut backoff = Backoff::new(follower.timing.first_pause);
     let mut position = Position::ListLatest;
@@ -246,12 +248,12 @@ pub(super) async fn follow<K: Kind>(mut follower: Follower) {
         let (failure, is_watching) = match result {
             Ok(Ended { version, failure }) => {
                 if std::mem::take(&mut is_lacking) {
-                    info!("API server {} has {} now", follower.server, K::PLURAL);
+                    info!("API server {} serves {} now", follower.server, K::PLURAL);
                 }
                 let is_asking = matches!(position, Position::Confirm { .. });
                 position = Position::Watch { version };
                 let Some(failure) = failure else {
-                    // That a version is reached does not show that watches work.
+                    // A confirmed version does not show that watches work.
                     if !is_asking {
                         backoff.reset();
                     }
@@ -271,7 +273,7 @@ pub(super) async fn follow<K: Kind>(mut follower: Follower) {
         if is_list && has_streaming && lacks_streaming(&failure) {
             debug!(objects = K::PLURAL, %failure, "no streaming lists: using lists");
             has_streaming = false;
-            // As client-go's: any state will do for the first list, and spares etcd.
+            // As client-go does: any state for the first list, which spares etcd.
             position = Position::List { not_older_than: "0".to_owned() };
             continue;
         }
@@ -288,7 +290,7 @@ pub(super) async fn follow<K: Kind>(mut follower: Follower) {
                 let jitter = rare * u32::from(u8::try_from(random() % 256).unwrap_or_default()) / 256;
                 tokio::select! {
                     () = sleep(rare + jitter) => {}
-                    // It may be another version of the server.
+                    // The server may have been upgraded.
                     () = follower.recovered.notified() => {}
                     () = follower.news.closed() => return,
                 }
@@ -297,9 +299,10 @@ pub(super) async fn follow<K: Kind>(mut follower: Follower) {
         }
         let next = after(&failure, &position, is_watching);
         follower.tell::<K>(&failure, is_watching);
-        debug!(objects = K::PLURAL, %failure, ?position, ?next, "going on");
-        // What the server says of a version is followed at once, but for the latest, which has none that could be wrong, and not
-        // over and over. So is a watch that brought something and broke: the server was there.
+        debug!(objects = K::PLURAL, %failure, ?position, ?next, "next request");
+        // Retry at once after an answer about a version. Not if the request stays the same (the latest state
+        // names no version that could be wrong), and not repeatedly. Also retry at once after a watch that
+        // brought an event and broke: the server was up.
         let moves = failure.is_about_version()
             && next != position
             && last_move.is_none_or(|at| at.elapsed() >= SHORT_WATCH);
@@ -326,7 +329,7 @@ pub(super) async fn follow<K: Kind>(mut follower: Follower) {
     }
 }
 
-/// How far a watch came.
+/// The last version of a watch, and why it ended.
 #[derive(Debug)]
 struct Ended {
     version: String,
@@ -365,7 +368,7 @@ struct PageMetadata {
     next: Option<String>,
 }
 
-/// A `metav1.Status`, as far as it is looked at.
+/// The part of a `metav1.Status` that is read.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 struct Status {
@@ -407,7 +410,7 @@ fn form(error: &serde_json::Error) -> Failure {
 }
 
 impl Follower {
-    /// The path of a request. Values are encoded. A field selector among the parameters takes the place of the kind's.
+    /// The path of a request, with encoded values. A field selector in `parameters` replaces the kind's.
     fn path<K: Kind>(&self, parameters: &[(&str, &str)]) -> String {
         let is_selected = K::IS_LABELLED && !self.selector.is_empty();
         let selector = is_selected.then_some(("labelSelector", &*self.selector));
@@ -418,17 +421,16 @@ impl Follower {
         format!("{}?{}", K::PATH, query.finish())
     }
 
-    /// Reads the credentials again. The client that there is reads a token's file about once a minute, and
-    /// certificates and passwords never.
+    /// Makes a client with fresh credentials. An existing client rereads a token file about once a minute,
+    /// and certificates and passwords never.
     async fn renew(&mut self) {
         match self.access.client().await {
             Ok((client, _same_server)) => self.client = client,
-            // The former ones may still do: a file that is being replaced is there again at the next try.
+            // Keep the old ones. A file that is being replaced is readable on the next try.
             Err(error) => debug!(error = &error as &dyn std::error::Error, "the credentials cannot be read"),
         }
     }
 
-    /// The server has answered what was asked.
     fn answered<K: Kind>(&self) {
         if let Some(lasted) = self.contact.answered(K::PLURAL, Instant::now().into_std()) {
             let lasted = Duration::from_millis(u64::try_from(lasted.as_millis()).unwrap_or(u64::MAX));
@@ -437,13 +439,13 @@ impl Follower {
         }
     }
 
-    /// Notes that a kind is not to be had of a server that answers. What is refused is an issue, which the log gets from there.
+    /// Records that a server that answers lacks a kind. A refusal is an issue, logged as such.
     fn note_lack<K: Kind>(&self, failure: &Failure, lack: &Lack, is_news: bool) {
         self.answered::<K>();
         self.contact.forget(K::PLURAL);
         match lack {
             Lack::Unknown if is_news => info!(
-                "API server {} has no {}, which come with Kubernetes 1.33: the agent does without them",
+                "API server {} has no {}, which Kubernetes 1.33 introduced: the agent works without them",
                 self.server,
                 K::PLURAL
             ),
@@ -456,9 +458,9 @@ impl Follower {
         trim::<K>(header, text, self.service_proxy_name.as_deref())
     }
 
-    /// Notes a failure, and says so once in an outage.
+    /// Records a failure, and logs it once per outage.
     fn tell<K: Kind>(&self, failure: &Failure, is_watching: bool) {
-        // The next attempt shows whether that is an outage.
+        // The next attempt shows whether this is an outage.
         let is_usual = failure.is_about_version()
             || (is_watching
                 && !matches!(failure, Failure::Silence(_) | Failure::Form(_) | Failure::TooLarge { .. }));
@@ -472,16 +474,16 @@ impl Follower {
         };
         let problem = format!("API server {}: {failure}", self.server);
         if self.contact.failed(K::PLURAL, failure.reason(), &problem, since) {
-            warn!(objects = K::PLURAL, "{problem}; what is served stays as it is until it answers");
+            warn!(objects = K::PLURAL, "{problem}; serving the last known objects until it answers");
         }
     }
 
-    /// Sends a request for a list, which servers compress, and waits for the head of the answer.
+    /// Sends a request for a list, which servers compress, and waits for the response's head.
     async fn get_list(&self, path: &str, accept: &str) -> Result<Response<Body>, Failure> {
         self.get(path, accept, "gzip").await
     }
 
-    /// The same for a watch. Whoever compressed one would keep events back until there are enough of them.
+    /// The same for a watch, without compression, which would delay events.
     async fn get_watch(&self, path: &str, accept: &str) -> Result<Response<Body>, Failure> {
         self.get(path, accept, "identity").await
     }
@@ -506,12 +508,12 @@ impl Follower {
         loop {
             match lines.read_more(limit).await {
                 Ok(true) => {}
-                // The code tells enough.
+                // The status code is enough.
                 Ok(false) | Err(Failure::TooLarge { .. }) => break,
                 Err(failure) => return Err(failure),
             }
         }
-        // A proxy in between answers in its own words.
+        // A proxy's response may have another form.
         let status = serde_json::from_slice(&lines.read).unwrap_or_default();
         Err(Status { code, ..status }.into_failure(seconds))
     }
@@ -520,7 +522,6 @@ impl Follower {
         self.news.send(news).await.map_err(|_closed| Failure::Stop)
     }
 
-    /// Lists all objects, page by page.
     async fn list<K: Kind>(&self, version: &str) -> Result<String, Failure> {
         let (mut models, mut issues) = (Vec::new(), Vec::new());
         let mut next = String::new();
@@ -528,11 +529,12 @@ impl Follower {
         loop {
             let mut parameters = vec![("limit", PAGE), ("resourceVersion", version)];
             if !version.is_empty() {
-                // Whole, from the server's cache: for pages it would ask etcd. It knows none of version 0 either.
+                // Whole, from the server's cache: pages would come from etcd. Pages do not work with version
+                // 0 either.
                 parameters = vec![("resourceVersion", version), ("resourceVersionMatch", "NotOlderThan")];
             }
             if !next.is_empty() {
-                // Which version the pages are of is in the token.
+                // The token contains the version of the pages.
                 parameters = vec![("limit", PAGE), ("continue", &next)];
             }
             let answer = self.get_list(&self.path::<K>(&parameters), K::ACCEPT_LIST).await?;
@@ -552,7 +554,7 @@ impl Follower {
             }
             let version = page.metadata.resource_version;
             if version.is_empty() {
-                return Err(Failure::Form("a list without a version".to_owned()));
+                return Err(Failure::Form("a list without a resource version".to_owned()));
             }
             self.send(K::news(Change::All { models, issues })).await?;
             self.answered::<K>();
@@ -560,7 +562,7 @@ impl Follower {
         }
     }
 
-    /// Asks whether the server has reached a version, by a list of no object from its cache. Refused if not.
+    /// Asks whether the server has reached a version, by an empty list from its cache. Refused if not.
     async fn confirm<K: Kind>(&self, version: &str) -> Result<String, Failure> {
         let path = self.path::<K>(&[
             ("fieldSelector", NONE),
@@ -573,13 +575,13 @@ impl Follower {
         Ok(version.to_owned())
     }
 
-    /// For how long the server is asked to watch: the API has whole seconds.
+    /// Requested duration of a watch, in the API's whole seconds.
     fn watch_time(&self) -> Duration {
         let least = self.timing.watch.as_secs().max(1);
         Duration::from_secs(least + random() % least)
     }
 
-    /// Lists all objects as events, and goes on watching: no text of all objects is ever in memory.
+    /// Lists all objects as events, then watches. The text of all objects is never in memory at once.
     async fn stream<K: Kind>(&self, version: &str, progress: &mut bool) -> Result<Ended, Failure> {
         let time = self.watch_time();
         let (seconds, end) = (time.as_secs().to_string(), Instant::now() + time);
@@ -595,7 +597,7 @@ impl Follower {
         let mut fold = Fold::new();
         loop {
             let Some(line) = lines.next(self.timing.answer).await? else {
-                return Err(Failure::Connection("the list ended before its end".to_owned()));
+                return Err(Failure::Connection("the list broke off".to_owned()));
             };
             let event: Event<'_> = serde_json::from_slice(line).map_err(|error| form(&error))?;
             if event.kind == "ERROR" {
@@ -616,12 +618,11 @@ impl Follower {
                         return self.events::<K>(lines, version, end, progress).await;
                     }
                 }
-                other => debug!(objects = K::PLURAL, event = other, "not expected in a list"),
+                other => debug!(objects = K::PLURAL, event = other, "unexpected event in a list"),
             }
         }
     }
 
-    /// Watches what follows a version.
     async fn watch<K: Kind>(&self, version: String, progress: &mut bool) -> Result<Ended, Failure> {
         let time = self.watch_time();
         let (seconds, end) = (time.as_secs().to_string(), Instant::now() + time);
@@ -636,11 +637,11 @@ impl Follower {
         self.events::<K>(lines, version, end, progress).await
     }
 
-    /// Passes events on until the watch ends, which the server should do at `end`.
+    /// Sends events to the receiver until the watch ends, which the server should do at `end`.
     ///
     /// # Errors
     ///
-    /// Only [`Failure::Stop`]: how far the watch came counts, however it ended.
+    /// Only [`Failure::Stop`]. Any other failure is returned with the last version.
     async fn events<K: Kind>(
         &self,
         mut lines: Lines,
@@ -652,7 +653,7 @@ impl Follower {
         let failure = loop {
             let line = match lines.next(self.timing.idle).await {
                 Ok(Some(line)) => line,
-                // Its clock may be a little fast, and counts whole seconds.
+                // The server's clock may be a little fast, and it counts whole seconds.
                 Ok(None) if Instant::now() + SHORT_WATCH < end => break Some(Failure::Early),
                 Ok(None) => break None,
                 Err(failure) => break Some(failure),
@@ -682,14 +683,14 @@ impl Follower {
             version = new;
             *progress = true;
         };
-        // A watch that lasted shows that the server is there.
+        // A watch that lasted shows that the server is up.
         *progress |= started.elapsed() >= SHORT_WATCH;
         Ok(Ended { version, failure })
     }
 }
 
 fn no_version() -> Failure {
-    Failure::Form("an event without a version".to_owned())
+    Failure::Form("an event without a resource version".to_owned())
 }
 
 fn error_event(object: &RawValue) -> Failure {
@@ -699,7 +700,7 @@ fn error_event(object: &RawValue) -> Failure {
     }
 }
 
-/// How much of an answer is read.
+/// How much of a response is read.
 #[derive(Clone, Copy)]
 struct Bound {
     what: &'static str,
@@ -709,17 +710,17 @@ struct Bound {
 }
 
 impl Bound {
-    /// Only each line is bounded: what a watch brings goes to the receiver, which takes its time.
+    /// Only each line is bounded. The receiver slows down a watch.
     const NONE: Self = Self::new("", usize::MAX, "");
     const LIST: Self = Self::new(
         "the list",
         MAX_LIST,
-        "an API server that knows streaming lists (Kubernetes 1.34 and later) sends it object by object",
+        "an API server with streaming lists (Kubernetes 1.34 and later) sends it object by object",
     );
     const STREAM: Self = Self::new("the list", MAX_STREAM, "is that the API server?");
-    const EMPTY_LIST: Self = Self::new("a list of no object", MAX_STATUS, "is that the API server?");
+    const EMPTY_LIST: Self = Self::new("an empty list", MAX_STATUS, "is that the API server?");
     const STATUS: Self = Self::new("a refusal", MAX_STATUS, "");
-    const EVENT: Self = Self::new("an event", MAX_EVENT, "no object of an API server is as large");
+    const EVENT: Self = Self::new("an event", MAX_EVENT, "no object of an API server is that large");
 
     const fn new(what: &'static str, limit: usize, remedy: &'static str) -> Self {
         Self { what, limit, n_left: limit, remedy }
@@ -737,14 +738,13 @@ impl Bound {
     }
 }
 
-/// The lines of a body.
 struct Lines {
     body: Body,
     bound: Bound,
     /// What decompresses it.
     gzip: Option<GzDecoder<Vec<u8>>>,
     read: Vec<u8>,
-    /// Octets of `read` that were returned, or searched for the end of a line.
+    /// Bytes of `read` that were returned, or searched for a line's end.
     n_returned: usize,
     n_searched: usize,
 }
@@ -855,7 +855,7 @@ mod tests {
         let texts = texts.join("\n") + "\n";
         expect_test::expect![[r#"
             401 Unauthorized: Unauthorized (are the credentials out of date? the token or certificate is not accepted)
-            403 Forbidden: nodes is forbidden: User "x" cannot list resource "nodes" (grant list and watch on services, nodes and endpointslices, and on pods for --exclude-pods: manifests/base/clusterrole.yaml)
+            403 Forbidden: nodes is forbidden: User "x" cannot list resource "nodes" (grant list and watch on services, nodes, endpointslices and servicecidrs, and on pods for --exclude-pods: manifests/base/clusterrole.yaml)
             429 TooManyRequests: too many requests
             connection refused
             no answer for 10 s
@@ -871,21 +871,21 @@ mod tests {
         let (lost, silence) = (|| Failure::Connection(String::new()), Failure::Silence(Duration::ZERO));
         for (what, failure, position, is_watching, next) in [
             ("forgotten", refused(410, false), at("7"), true, not_older_than("7")),
-            ("forgotten meanwhile", refused(410, false), confirm(), false, not_older_than("7")),
+            ("forgotten while confirming", refused(410, false), confirm(), false, not_older_than("7")),
             ("gone back", refused(504, true), confirm(), false, latest()),
-            ("gone back, with others", refused(504, true), not_older_than("7"), false, latest()),
+            ("gone back, while listing", refused(504, true), not_older_than("7"), false, latest()),
             ("forgotten by all", refused(410, false), not_older_than("7"), false, latest()),
-            ("no page any more", refused(410, false), latest(), false, latest()),
+            ("page token expired", refused(410, false), latest(), false, latest()),
             ("broken", lost(), at("7"), true, confirm()),
             ("ended by a server that stops", Failure::Early, at("7"), true, confirm()),
             ("an error in a watch", refused(500, false), at("7"), true, confirm()),
             ("silent", silence, at("7"), true, latest()),
             ("unreadable", Failure::Form(String::new()), at("7"), true, latest()),
-            ("away", lost(), at("7"), false, latest()),
-            ("away after it broke", lost(), confirm(), false, latest()),
+            ("unreachable", lost(), at("7"), false, latest()),
+            ("unreachable after a break", lost(), confirm(), false, latest()),
             ("not ready", refused(503, false), confirm(), false, latest()),
             ("busy", refused(429, false), at("7"), false, confirm()),
-            ("away from the start", lost(), latest(), false, latest()),
+            ("unreachable from the start", lost(), latest(), false, latest()),
             ("busy from the start", refused(429, false), not_older_than("0"), false, not_older_than("0")),
         ] {
             assert_eq!(after(&failure, &position, is_watching), next, "{what}");
@@ -961,7 +961,7 @@ mod tests {
                 Ok(line) => n_lines += usize::from(line.is_some()),
                 Err(error) => break error.to_string(),
             }
-            assert!(n_lines <= 100, "the bound was passed over");
+            assert!(n_lines <= 100, "the bound was exceeded");
         };
         assert!(error.contains("the list is larger than") && error.ends_with("stop"), "{error}");
     }

@@ -1,4 +1,4 @@
-//! The kinds that are watched, and what is kept of an object.
+//! The watched kinds, and the parts of an object that are kept.
 
 use k8s_openapi::{
     api::{core::v1 as core, discovery::v1 as discovery, networking::v1 as networking},
@@ -9,29 +9,28 @@ use serde::{Deserialize, de::DeserializeOwned};
 use serde_json::value::RawValue;
 use tokio::time::Instant;
 
-/// What is left of an object.
+/// An object reduced to its model.
 #[derive(Debug)]
 pub(super) struct Trimmed<M> {
     pub(super) object: ObjectRef,
-    /// `None` for an object that plays no part, and for one that is deleted.
+    /// `None` for an irrelevant or deleted object.
     pub(super) model: Option<M>,
     pub(super) issues: Vec<Issue>,
 }
 
-/// A change of the objects of one kind.
 #[derive(Debug)]
 pub(super) enum Change<M> {
-    /// These are all objects.
-    All { models: Vec<M>, issues: Vec<Issue> },
-    /// One object was set or deleted.
+    /// A complete list.
+    All {
+        models: Vec<M>,
+        issues: Vec<Issue>,
+    },
     One {
         trimmed: Trimmed<M>,
-        /// When the event arrived.
         received: Instant,
     },
 }
 
-/// A change of the objects of some kind.
 #[derive(Debug)]
 pub(super) enum News {
     Services(Change<Service>),
@@ -39,26 +38,25 @@ pub(super) enum News {
     Nodes(Change<Node>),
     Pods(Change<Pod>),
     ServiceCidrs(Change<ServiceCidr>),
-    /// ServiceCIDRs are not to be had for now.
+    /// ServiceCIDRs are unavailable for now.
     NoServiceCidrs(Lack),
 }
 
-/// Why a kind of objects is not to be had of a server that answers.
+/// Why a server that answers does not serve a kind.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Lack {
-    /// The server does not know it: there is no object.
+    /// The server does not know the kind, so there are no objects.
     Unknown,
-    /// The server refuses, for this reason: there may be objects.
+    /// The server refuses, for this reason. There may be objects.
     Forbidden(String),
-    /// Some other error, which may pass.
+    /// Another error, perhaps temporary.
     Failing,
 }
 
-/// A kind of objects.
 pub(super) trait Kind: 'static {
-    /// As the API has it.
+    /// The API's type.
     type Object: DeserializeOwned;
-    /// What is kept.
+    /// The model's type.
     type Model: Send;
 
     const PATH: &str;
@@ -66,9 +64,9 @@ pub(super) trait Kind: 'static {
     const PLURAL: &str;
     /// Whether labels decide which objects are served.
     const IS_LABELLED: bool;
-    /// The forms in which objects are asked for, the best first.
+    /// Accepted media types of an object, best first.
     const ACCEPT: &str = "application/json";
-    /// Those in which a list of them is asked for.
+    /// Accepted media types of a list.
     const ACCEPT_LIST: &str = Self::ACCEPT;
 
     fn object(namespace: &str, name: &str) -> ObjectRef;
@@ -76,7 +74,7 @@ pub(super) trait Kind: 'static {
     fn ingest(object: &Self::Object, service_proxy_name: Option<&str>) -> (Option<Self::Model>, Vec<Issue>);
     fn news(change: Change<Self::Model>) -> News;
 
-    /// The news that the kind is not to be had; `None` for one that the agent cannot do without.
+    /// The message that the kind is unavailable; `None` for a kind that the agent requires.
     fn lacking(_lack: Lack) -> Option<News> {
         None
     }
@@ -151,10 +149,10 @@ impl Kind for Nodes {
     }
 }
 
-/// Pods of the own node, as far as their calls are left alone.
+/// Excluded Pods of the own node.
 pub(super) enum Pods {}
 
-/// What is read of a Pod.
+/// The part of a Pod that is read.
 #[derive(Debug, Deserialize)]
 pub(super) struct PodMetadata {
     metadata: ObjectMeta,
@@ -167,7 +165,7 @@ impl Kind for Pods {
     const PATH: &str = "/api/v1/pods";
     const PLURAL: &str = "pods";
     const IS_LABELLED: bool = false;
-    // The specification and the status of a Pod are many times its metadata, and change more often.
+    // A Pod's specification and status are many times larger than its metadata, and change more often.
     const ACCEPT: &str = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1,application/json";
     const ACCEPT_LIST: &str =
         "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1,application/json";
@@ -212,7 +210,7 @@ impl Kind for ServiceCidrs {
     }
 }
 
-/// What every object has.
+/// The metadata of any object.
 #[derive(Debug, Deserialize)]
 pub(super) struct Header {
     #[serde(default)]
@@ -242,7 +240,6 @@ impl Header {
     }
 }
 
-/// Reduces an object to what is kept of it.
 pub(super) fn trim<K: Kind>(
     header: &Header,
     text: &RawValue,
@@ -251,7 +248,7 @@ pub(super) fn trim<K: Kind>(
     let object = header.object::<K>();
     let (model, issues) = match serde_json::from_str::<K::Object>(text.get()) {
         Ok(parsed) => K::ingest(&parsed, service_proxy_name),
-        // One object of another form must not keep the others from being served.
+        // A malformed object does not affect the others.
         Err(error) => {
             let cause = error.to_string();
             (None, vec![Issue::new(object.clone(), IssueKind::Unreadable { cause })])

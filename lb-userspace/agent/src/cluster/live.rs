@@ -26,23 +26,24 @@ use super::{
 };
 use crate::source::{Arrival, Contact, Source};
 
-/// Events that wait for the agent's loop before the watches do.
+/// Capacity of the queue of events. Watches wait when it is full.
 const QUEUE: usize = 1024;
-/// Events that are taken in at once: the loop must get to the kernel in between.
+/// Maximum number of events applied at once: the loop must sync in between.
 const BATCH: usize = 16_384;
 
-/// Which objects are wanted of an API server.
+/// Which objects to watch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Wanted<'a> {
     /// `--service-proxy-name`
     pub service_proxy_name: Option<&'a str>,
     /// The own node.
     pub node_name: &'a str,
-    /// Whether the Nodes of others are followed too: `--node-ports-of-other-nodes`.
+    /// Whether to watch all Nodes: `--node-ports-of-other-nodes`.
     pub other_nodes: bool,
-    /// Whether the own node's Pods are: `--exclude-pods`.
+    /// Whether to watch the own node's Pods: `--exclude-pods`.
     pub pods: bool,
-    /// Whether the ServiceCIDRs are, and of the Services of other proxies the cluster IPs: not with `--service-cidr=none`.
+    /// Whether to watch ServiceCIDRs, and the cluster IPs of other proxies' Services: not with
+    /// `--service-cidr=none`.
     pub service_cidrs: bool,
 }
 
@@ -52,33 +53,33 @@ pub struct KubeSource {
     server: Arc<str>,
     contact: Contact,
     news: mpsc::Receiver<News>,
-    /// Received, not applied yet.
+    /// Received, but not applied yet.
     pending: Vec<News>,
-    /// The kinds whose first list is not applied yet, and which may still be had.
+    /// Kinds whose first list is pending and may still come.
     awaited: BTreeSet<&'static str>,
-    /// The pods to exclude by their names, and their UIDs once all are listed.
+    /// The pods to exclude by name, and their UIDs once all are listed.
     pods: BTreeMap<ObjectRef, Arc<str>>,
     excluded: Option<BTreeSet<Arc<str>>>,
     issues: BTreeMap<ObjectRef, Vec<Issue>>,
-    /// That ServiceCIDRs may not be read.
+    /// The issue that ServiceCIDRs may not be read.
     refused: Option<Issue>,
     own_node: ObjectRef,
     arrivals: Vec<Arrival>,
     notices: mpsc::Sender<Telling>,
-    /// Changes that the cluster saw before are not late because of this agent.
+    /// Earlier changes do not count as latency of this agent.
     started: Timestamp,
-    /// Watches, and whoever tells notices. Ended on drop.
+    /// The watches, and the writer of Events. Aborted on drop.
     _tasks: JoinSet<()>,
 }
 
 impl KubeSource {
     /// Starts watching.
     ///
-    /// Returns without having heard from the server: it may be away, and the watches ask until it answers.
+    /// Returns before the server answers: it may be down, and the watches retry until it answers.
     ///
     /// # Errors
     ///
-    /// If there is no way to a server: see [`Error`].
+    /// If the settings make no client: see [`Error`].
     ///
     /// # Panics
     ///
@@ -106,7 +107,8 @@ impl KubeSource {
             recovered: Arc::new(Notify::new()),
             news: sender,
         };
-        // Those of other proxies have cluster IPs too. By one watch, so that a Service whose label changes is never neither.
+        // Other proxies' Services have cluster IPs too. One watch for all, so that a Service whose label
+        // changes never disappears in between.
         let selector = if wanted.service_cidrs { String::new() } else { follower.selector.clone() };
         tasks.spawn(follow::<Services>(Follower { selector, ..follower.clone() }));
         if wanted.service_cidrs {
@@ -153,7 +155,7 @@ impl KubeSource {
         }
     }
 
-    /// The moment of the change behind a slice, if this agent could have seen it happen.
+    /// The time of the change behind a slice, if this agent was running then.
     fn triggered(&self, trigger_time: Option<i128>) -> Option<Timestamp> {
         Timestamp::from_nanosecond(trigger_time?).ok().filter(|triggered| *triggered >= self.started)
     }
@@ -223,7 +225,7 @@ impl KubeSource {
         }
     }
 
-    /// The agent serves without them. Those that are known stay, if there may be some.
+    /// The agent serves without ServiceCIDRs. Known ones stay while the server may still have them.
     fn lack_service_cidrs(&mut self, lack: Lack, store: &mut Store) -> Changes {
         self.awaited.remove(ServiceCidrs::PLURAL);
         match lack {
@@ -241,7 +243,7 @@ impl KubeSource {
         }
     }
 
-    /// Pods decide about callers, not about what the tables hold.
+    /// Pods affect exclusions, not the tables.
     fn follow_pods(&mut self, change: Change<Pod>) {
         match change {
             Change::All { models, issues } => {
@@ -263,7 +265,7 @@ impl KubeSource {
         }
     }
 
-    /// An event that changes nothing is not waited for by anybody.
+    /// An event that changes nothing has no latency.
     fn arrived(&mut self, changes: &Changes, arrival: Arrival) {
         if !changes.is_empty() {
             self.arrivals.push(arrival);
@@ -277,7 +279,7 @@ impl Source for KubeSource {
             let Some(news) = self.news.recv().await else { return false };
             self.pending.push(news);
         }
-        // What has arrived together is applied together.
+        // Applies together what has arrived together.
         while self.pending.len() < BATCH {
             match self.news.try_recv() {
                 Ok(news) => self.pending.push(news),
@@ -324,7 +326,7 @@ impl Source for KubeSource {
     }
 
     fn tell(&self, telling: Telling) {
-        // Whoever asked for room first loses nothing.
+        // Nothing is lost if the caller checked the room first.
         let _lost_if_full = self.notices.try_send(telling);
     }
 }

@@ -1,43 +1,44 @@
-//! Which issues are new to the log, and which are gone.
+//! Which issues are new, and which are gone.
 
 use std::collections::BTreeSet;
 
 use lb_core::model::Issue;
 
-/// Lines at once, of either kind: a cluster may have as many issues as it has objects.
+/// Maximum log lines at once, of either kind: a cluster may have as many issues as objects.
 pub const MAX_LINES: usize = 100;
 
-/// The issues that the log knows of.
+/// The issues already logged.
 #[derive(Clone, Debug, Default)]
 pub struct Reported {
     known: BTreeSet<Issue>,
 }
 
-/// What the log is to be told.
+/// What to log.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct News {
-    /// Issues that are new, [`MAX_LINES`] at most.
+    /// New issues, at most [`MAX_LINES`].
     pub new: Vec<Issue>,
-    /// Those that no longer hold, likewise.
+    /// Issues that no longer hold, at most [`MAX_LINES`].
     pub gone: Vec<Issue>,
-    /// How many there are of either beyond these.
+    /// Number of further issues of either kind.
     pub n_more: usize,
 }
 
 impl Reported {
-    /// How many there are.
+    /// Number of current issues.
     #[must_use]
     pub fn len(&self) -> usize {
         self.known.len()
     }
 
-    /// Whether there are none.
+    /// Whether there are no current issues.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.known.is_empty()
     }
 
-    /// These hold now. What held before costs a comparison each: it is not formatted again.
+    /// Replaces the current issues and returns the difference. An unchanged issue costs a comparison; it is
+    /// not formatted again.
     pub fn follow(&mut self, issues: impl IntoIterator<Item = Issue>) -> News {
         let now: BTreeSet<Issue> = issues.into_iter().collect();
         let mut n_more = 0;
@@ -54,7 +55,7 @@ impl Reported {
 }
 
 impl News {
-    /// Whether there are none.
+    /// Whether nothing changed.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.new.is_empty() && self.gone.is_empty()

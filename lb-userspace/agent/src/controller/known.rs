@@ -1,4 +1,4 @@
-//! What of the state a command asks for. Pure; shares objects and copies none.
+//! The part of the state that a command asks for. Pure; shares objects without copying.
 
 use std::{collections::BTreeSet, net::SocketAddr};
 
@@ -10,9 +10,9 @@ use lb_core::{
 
 use crate::serve::known::{Known, Which};
 
-/// The objects that are asked for. What the state does not hold, such as issues of the source, is left empty.
+/// The requested objects. Fields that the state cannot fill, such as the source's issues, are empty.
 ///
-/// Costs a reference for each object of [`Which::All`], and a look at each Service for [`Which::At`].
+/// Costs one reference per object for [`Which::All`], and reads each Service for [`Which::At`].
 #[must_use]
 pub fn known(state: &State, which: Which) -> Known {
     let store = state.store();
@@ -58,7 +58,7 @@ pub fn known(state: &State, which: Which) -> Known {
     known
 }
 
-/// The services whose objects changed since the last sync, with the frontends of before.
+/// Services whose objects changed since the last sync, with the frontends that it wrote.
 fn former(state: &State, is_wanted: impl Fn(&ServiceKey) -> bool) -> Vec<(ServiceKey, Vec<Frontend>)> {
     let frontends =
         |key| state.desired().frontends_of(key).map(|(frontend, _owns)| frontend.clone()).collect();
@@ -66,7 +66,8 @@ fn former(state: &State, is_wanted: impl Fn(&ServiceKey) -> bool) -> Vec<(Servic
     changed.map(|key| (key.clone(), frontends(key))).collect()
 }
 
-/// The keys that a call may find: its own address, and that of node ports if it is one of a node.
+/// The keys that a call may match: its own address, and the wildcard of node ports if the address is a
+/// node's.
 fn addresses(state: &State, to: FrontendAddress) -> Vec<FrontendAddress> {
     let to = FrontendAddress { ip: to.ip.to_canonical(), ..to };
     let on_nodes = FrontendAddress { ip: address::unspecified(address::family(to.ip)), ..to };
@@ -74,7 +75,8 @@ fn addresses(state: &State, to: FrontendAddress) -> Vec<FrontendAddress> {
     if is_on_node { vec![to, on_nodes] } else { vec![to] }
 }
 
-/// Whether the object of a service names one of these, whatever its ports: a port may have been left out.
+/// Whether a service's object names one of these addresses. Its ports do not matter: one may have been left
+/// out.
 fn is_named(service: &Service, addresses: &[FrontendAddress]) -> bool {
     addresses.iter().any(|address| {
         let ip = address.ip;

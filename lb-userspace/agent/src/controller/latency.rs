@@ -4,12 +4,11 @@ use std::time::{Duration, Instant, SystemTime};
 
 use crate::source::Arrival;
 
-/// Number of buckets of a [`Histogram`]: from 1/16 ms doubling up to half an hour.
+/// Number of buckets of a [`Histogram`]: from 1/16 ms, doubling, to half an hour.
 pub const N_BUCKETS: usize = 26;
-/// Upper bound of the first bucket.
 const FIRST: Duration = Duration::from_nanos(62_500);
 
-/// Durations, counted in buckets whose bounds double.
+/// Counts of durations in buckets whose bounds double.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Histogram {
     counts: [u64; N_BUCKETS],
@@ -18,7 +17,7 @@ pub struct Histogram {
 }
 
 impl Histogram {
-    /// The upper bound of a bucket, which belongs to it. The last bucket holds what is longer, too.
+    /// The inclusive upper bound of a bucket. The last bucket also holds longer durations.
     #[must_use]
     pub fn bound(index: usize) -> Duration {
         FIRST * (1 << index.min(N_BUCKETS - 1))
@@ -32,7 +31,7 @@ impl Histogram {
         self.sum = self.sum.saturating_add(value);
     }
 
-    /// How many durations each bucket holds, not counting the buckets before it.
+    /// Number of durations in each bucket; not cumulative.
     #[must_use]
     pub const fn counts(&self) -> &[u64; N_BUCKETS] {
         &self.counts
@@ -50,8 +49,7 @@ impl Histogram {
         self.sum
     }
 
-    /// A bound that this share of the durations does not exceed, at most twice as long as it need be; `None` without
-    /// any.
+    /// An upper bound of this percentile, at most twice the true value; `None` without durations.
     #[must_use]
     pub fn quantile(&self, percent: u8) -> Option<Duration> {
         let wanted = (self.n_values * u64::from(percent.min(100))).div_ceil(100).max(1);
@@ -63,39 +61,39 @@ impl Histogram {
     }
 }
 
-/// Times from a change to the moment when the kernel's tables follow it. First lists and re-lists do not count.
+/// Times from a change until the kernel's tables follow it. First lists and re-lists do not count.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Latency {
     /// From the arrival of the event.
     pub received: Histogram,
-    /// From the change that the cluster saw, by its clock: Kubernetes' network programming latency. A clock that
-    /// differs from this node's falsifies it; what seems to be in the future counts as now.
+    /// From the change in the cluster, by the cluster's clock: Kubernetes' network programming latency. It is
+    /// wrong by the difference of the clocks; a time in the future counts as now.
     pub triggered: Histogram,
-    /// Changes that no plan has carried out yet, the first [`MAX_TIMED`].
+    /// The first [`MAX_TIMED`] changes that wait for a sync.
     waiting: Vec<Arrival>,
-    /// How many more there are.
+    /// Number of further changes that wait.
     n_untimed: usize,
 }
 
-/// How many changes are timed of those that one plan carries out. Without a bound, syncs that fail would fill the memory.
+/// Maximum number of changes timed per sync. It bounds memory while syncs fail.
 pub const MAX_TIMED: usize = 16_384;
 
 impl Latency {
-    /// Adds changes that the next plan will carry out. Beyond [`MAX_TIMED`] they are only counted: the earliest wait longest.
+    /// Adds changes for the next sync. Beyond [`MAX_TIMED`] they are only counted: the earliest wait longest.
     pub fn arrived(&mut self, mut arrivals: Vec<Arrival>) {
         let n_timed = arrivals.len().min(MAX_TIMED - self.waiting.len());
         self.n_untimed += arrivals.drain(n_timed..).len();
         self.waiting.extend(arrivals);
     }
 
-    /// Changes that no plan has carried out yet.
+    /// Number of changes that wait for a sync.
     #[must_use]
     pub fn n_waiting(&self) -> usize {
         self.waiting.len() + self.n_untimed
     }
 
-    /// All of them are carried out. Returns how many, and the longest time since an arrival. `note` is told of each that is timed:
-    /// the time since it arrived, and the time since what led to it, if that is known.
+    /// A sync has carried out all of them. Returns how many, and the longest time since an arrival. `note`
+    /// gets, for each timed change, the time since it arrived, and the time since its trigger, if known.
     pub fn applied(
         &mut self,
         now: Instant,

@@ -1,15 +1,15 @@
-//! Drives the way from objects to tables.
+//! The sync loop: from objects to the kernel's tables.
 //!
 //! # Purpose
 //!
-//! [`State`] is the whole agent without I/O: objects in, plans out. [`run`] connects it to a source, the kernel and
+//! [`State`] is the agent without I/O: objects in, plans out. [`run`] connects it to a source, the kernel and
 //! the clock.
 //!
 //! # Invariants
 //!
-//! - Level-triggered: a plan is computed from what is desired and what the tables hold, never from what an event
-//!   says. After any error the tables are read again.
-//! - No plan before every source has finished its first list; the one exception is [`start`].
+//! - Level-triggered: a plan is computed from the desired state and the tables, never from an event. After
+//!   any error the tables are read again.
+//! - No plan before every source has finished its first list, except for [`start`].
 //!
 //! # Depends on
 //!

@@ -1,4 +1,4 @@
-//! The agent's loop: the one place that connects source, state, kernel and clock.
+//! The agent's loop: the only place that connects source, state, kernel and clock.
 
 use std::{
     fmt,
@@ -61,97 +61,96 @@ mod stale;
 
 use self::{addresses::Addresses, exclude::Wanted as Excluded, proof::Proof, stale::Sweep};
 
-/// How long to wait after a failed sync.
 const RETRY: Duration = Duration::from_secs(1);
-/// How often the pins are looked at, and the node's own addresses if nothing tells of their changes.
+/// How often the pins are checked, and the node's own addresses read if netlink does not report changes.
 const INTERFACES: Duration = Duration::from_secs(5);
-/// How often the programs' diagnostic lines are passed on.
+/// How often the programs' log is flushed.
 const PROGRAM_LOG: Duration = Duration::from_millis(100);
-/// How long a change may wait before it is in the snapshot.
+/// How often the snapshot is written, if it is outdated.
 const SNAPSHOT: Duration = Duration::from_secs(2);
 
-/// Questions of scrapes that wait for the loop before the scrapes do.
+/// Capacity of the queue of questions to the loop. Further scrapes wait.
 const QUESTIONS: usize = 4;
 
-/// What the loop needs to know besides the state.
+/// Options of the loop.
 #[derive(Clone, Debug)]
 pub struct Options {
     /// How to load and where to attach.
     pub kernel: lb_kernel::Options,
     /// Directory of the snapshot.
     pub state_dir: PathBuf,
-    /// The least time between two syncs; the first change after a pause is done at once.
+    /// Minimum time between two syncs. The first change after a pause is synced at once.
     pub min_sync_interval: Duration,
     /// Time between two audits; zero for none.
     pub audit_interval: Duration,
     /// Time between two self-tests; zero for none.
     pub self_test_interval: Duration,
-    /// Directories of cgroups whose calls are left alone. One that is missing is waited for.
+    /// Directories of cgroups to exclude. A missing one is excluded once it exists.
     pub exclude_cgroups: Vec<PathBuf>,
-    /// Whether the source says which pods' calls are left alone.
+    /// Whether the source names pods to exclude.
     pub exclude_pods: bool,
-    /// Where to answer over HTTP.
+    /// Listen addresses of the HTTP servers.
     pub http: serve::Options,
 }
 
-/// Why the agent did not start, or cannot go on.
+/// Why the agent did not start.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum RunError {
-    /// The kernel refused something.
+    /// A call to the kernel failed.
     #[error(transparent)]
     Kernel(#[from] KernelError),
-    /// An address cannot be listened on.
+    /// Cannot listen on an address.
     #[error(transparent)]
     Listen(#[from] ListenError),
-    /// The self-test has no endpoint.
-    #[error("the self-test cannot listen on a loopback address: {0}; --self-test-interval=0 does without it")]
+    /// The self-test's endpoints cannot listen.
+    #[error("the self-test cannot listen on a loopback address: {0}; --self-test-interval=0 turns it off")]
     SelfTest(#[source] std::io::Error),
 }
 
-/// Returns when the agent is asked to stop, or when all who could ask are gone. Lets go of the channel's lock, so that the
+/// Returns on a request to stop, or when all senders are dropped. Releases the channel's lock, so that the
 /// loop can move between threads.
 async fn asked_to_stop(stop: &mut watch::Receiver<bool>) {
     let _all_gone = stop.wait_for(|stop| *stop).await.is_err();
 }
 
-/// Waits until no other agent has the same pins, then runs until `stop` turns true.
+/// Waits until no other agent holds the same pins, then runs until `stop` turns true.
 ///
 /// Stopping changes nothing in the kernel: links and maps stay pinned.
 ///
-/// Blocks the thread that polls it while programs are loaded and maps are changed. So it is for `Runtime::block_on`, which polls it
-/// on the caller's thread: the tasks beside it (HTTP, watches, files) have the runtime's worker threads.
+/// Blocks its thread while it loads programs and changes maps. So call it from `Runtime::block_on`, which
+/// polls it on the caller's thread. The background tasks (HTTP, watches, files) have the runtime's worker
+/// threads.
 ///
 /// # Errors
 ///
-/// Only while starting: see [`RunError`]. Later errors are logged and retried.
+/// Only at start: see [`RunError`]. Later errors are logged and retried.
 pub async fn run(
     mut source: impl Source,
     options: Options,
     settings: Settings,
     mut stop: watch::Receiver<bool>,
 ) -> Result<(), RunError> {
-    // Before anything is attached: an agent that ends for want of a port has changed nothing.
+    // Before attaching: an agent that fails for lack of a port has changed nothing.
     let turn = turn::wait_for_turn(&options.kernel.pin_path, &options.http, &mut stop).await?;
-    // The lock is given up last, with the ports free and nothing under way.
+    // Dropped last: the ports are free and no work is left when the lock is released.
     let Some((lock, listeners)) = turn else { return Ok(()) };
     let mut proof = Proof::start(options.self_test_interval, options.kernel.cgroup.clone())
         .await
         .map_err(RunError::SelfTest)?;
-    // Loading the programs takes a while.
     let (mut agent, beside) = Agent::attach(options, settings, &source, listeners, proof.as_mut())?;
-    // Whether the self-test's calls reach this agent by what an earlier one has left, before anything is written.
+    // Whether the adopted tables already lead the self-test's calls to this agent, before any sync.
     let is_provable = proof.as_ref().is_some_and(Proof::is_found);
     let Beside { mut graces, mut questions, mut port_issues, health_ports, _serving, _excluding } = beside;
     let Timers { mut interfaces, mut snapshots, mut audits } = Timers::start(agent.options.audit_interval);
-    // Maps that could not be read serve on, and are at least as new as the snapshot.
+    // Maps that could not be read keep serving. They too are at least as new as the snapshot.
     let has_adopted = agent.kernel.is_staged() || !agent.state.image().services.is_empty();
     let started = Instant::now();
     agent.forward_program_log();
     let mut not_before = started;
-    // Whether more may come, and whether somebody reports issues of ports.
+    // Whether the source's stream has ended, and whether the task for health check ports still reports.
     let (mut has_ended, mut has_ports) = (false, true);
-    // Whether the snapshot was tried, and whether the objects are its.
+    // Whether the snapshot was tried, whether it is served, and whether the source has answered.
     let (mut has_waited, mut serves_snapshot, mut has_answered) = (false, false, false);
     loop {
         let is_complete = source.is_complete();
@@ -168,7 +167,7 @@ pub async fn run(
                 let pause = if agent.sync(&source) { agent.options.min_sync_interval } else { RETRY };
                 not_before = Instant::now() + pause;
             }
-            // After a sync and before more changes: the objects are those that the tables follow.
+            // After a sync and before more changes: so the objects match the tables.
             Some(question) = questions.recv() => agent.answer(&source, question),
             () = time::sleep_until(started + PATIENCE), if !is_complete && !has_waited => {
                 has_waited = true;
@@ -177,23 +176,25 @@ pub async fn run(
                 if has_adopted && !has_answered {
                     warn!(
                         n_frontends = agent.state.image().services.len(),
-                        "no complete lists yet: {}; what was found in the kernel is served as it is",
+                        "no complete lists yet: {}; the entries found in the kernel stay unchanged",
                         problem(&source)
                     );
                 }
             }
-            // The sockets' records are in maps that cannot be read, or will be the same after the switch.
+            // While maps are staged, the sockets' records are in maps that cannot be read, or in maps that
+            // the switch keeps.
             swept = agent.sweep.step(), if !agent.kernel.is_staged() => agent.sweep.go_on(swept, &mut agent.state, &agent.metrics),
             more = source.changed(), if !has_ended => {
                 if !more {
                     warn!(
                         source = source.describe(),
-                        "the source has ended: what is served stays as it is, restart the agent to follow changes"
+                        "the source has ended: entries in the kernel stay unchanged; restart the agent to \
+                         follow changes"
                     );
                     has_ended = true;
                     continue;
                 }
-                // Single events on top of the snapshot would be a state that never was.
+                // A mix of snapshot and single events is a state that never existed.
                 (serves_snapshot, has_answered) = (false, true);
                 agent.take_in(&mut source);
             }
@@ -220,13 +221,12 @@ pub async fn run(
     }
     agent.save_to_the_end(&source).await;
     drop(agent);
-    // Its ports are free when this returns; what it may have panicked about is over.
+    // Frees its ports. A panic of the task no longer matters.
     let _ended = health_ports.await;
-    info!("stopped; what is served stays as it is");
+    info!("stopped; the kernel keeps serving what it has");
     Ok(())
 }
 
-/// What the loop does by the clock.
 struct Timers {
     interfaces: Interval,
     snapshots: Interval,
@@ -250,13 +250,13 @@ impl Timers {
     }
 }
 
-/// What keeps a source from having said everything.
+/// Why a source's lists are not complete.
 fn problem(source: &impl Source) -> Arc<str> {
     let outage = source.contact().and_then(Contact::outage);
     outage.map_or_else(|| format!("{} has not answered", source.describe()).into(), |outage| outage.problem)
 }
 
-/// What comes of the next self-test; never anything, without one.
+/// The next self-test's result; never resolves without one.
 async fn next_proof(proof: &mut Option<Proof>) -> SelfTest {
     match proof {
         Some(proof) => proof.next().await,
@@ -264,7 +264,7 @@ async fn next_proof(proof: &mut Option<Proof>) -> SelfTest {
     }
 }
 
-/// The next tick; never, without an interval.
+/// The next tick; never resolves without an interval.
 async fn tick(interval: &mut Option<Interval>) {
     match interval {
         Some(interval) => drop(interval.tick().await),
@@ -272,10 +272,10 @@ async fn tick(interval: &mut Option<Interval>) {
     }
 }
 
-/// Work on a thread of its own.
+/// Work on a blocking thread.
 type Task<T, E> = JoinHandle<Result<T, E>>;
 
-/// Waits until a task is over, or for ever without one. Returns what went wrong.
+/// Waits for a task; never resolves without one. Returns its result or error text.
 async fn ended<T, E: fmt::Display>(task: &mut Option<Task<T, E>>) -> Result<T, String> {
     let Some(running) = task else { return std::future::pending().await };
     let result = running.await;
@@ -294,38 +294,33 @@ struct Agent {
     options: Options,
     metrics: Metrics,
     vitals: watch::Sender<Vitals>,
-    /// How often the kernel was brought up to date.
+    /// Number of syncs.
     changes: watch::Sender<u64>,
     health_checks: watch::Sender<Wanted>,
-    /// The pods whose calls are left alone.
     excluding: watch::Sender<Excluded>,
-    /// What the ports for health checks are in want of.
     port_issues: watch::Receiver<Vec<Issue>>,
-    /// Issues that are in the log already.
+    /// Issues already logged.
     reported: Reported,
-    /// What the people behind the objects were told. News of a self-test belong here too.
+    /// Notifications sent so far, those about self-tests among them.
     ledger: Ledger,
     saving: Saving,
-    /// Who writes the snapshot, and what is being written.
+    /// The snapshot's writer, and the write in progress.
     writer: Arc<Mutex<Writer>>,
     writing: Option<Task<Written, SnapshotError>>,
-    /// Why the last snapshot was not written.
     save_problem: Option<String>,
-    /// The comparison of an audit under way.
     comparing: Option<Task<Findings, KernelError>>,
     has_synced: bool,
     latency: Latency,
-    /// How the pins were at the last look.
+    /// State of the pins at the last check.
     pins: Pins,
 }
 
-/// What goes on beside the loop, and how it is heard. What is heard no more ends with this value.
+/// Background tasks and their channels. Dropping this stops those that serve and exclude.
 struct Beside {
-    /// Grace periods that have passed.
+    /// One message per expired grace period.
     graces: mpsc::Receiver<()>,
-    /// Who wants to know of the state.
+    /// Questions about the state.
     questions: mpsc::Receiver<Question>,
-    /// What the ports for health checks are in want of.
     port_issues: watch::Receiver<Vec<Issue>>,
     health_ports: JoinHandle<()>,
     _serving: JoinSet<()>,
@@ -333,7 +328,7 @@ struct Beside {
 }
 
 impl Agent {
-    /// Loads and attaches the programs, takes over what is pinned, and starts what goes on beside the loop.
+    /// Loads and attaches the programs, adopts what is pinned, and starts the background tasks.
     fn attach(
         options: Options,
         settings: Settings,
@@ -343,7 +338,7 @@ impl Agent {
     ) -> Result<(Self, Beside), RunError> {
         let (grace_passed, graces) = mpsc::channel(1);
         let kernel = Kernel::open(&options.kernel, move || {
-            // A message that is waiting says the same.
+            // A pending message has the same effect.
             let _full = grace_passed.try_send(());
         })?;
         let mut addresses = Addresses::start();
@@ -414,7 +409,7 @@ impl Agent {
         Ok((agent, beside))
     }
 
-    /// Takes over the objects of the snapshot. `false` if there is none that can be used.
+    /// Loads the objects of the snapshot. `false` if there is no usable one.
     async fn restore(&mut self, source: &impl Source) -> bool {
         let (state_dir, problem) = (self.options.state_dir.clone(), problem(source));
         let mut reading = Some(spawn_blocking(move || Found::read(&state_dir)));
@@ -432,7 +427,8 @@ impl Agent {
         if n_lost > 0 {
             let journal = self.options.state_dir.join(snapshot::JOURNAL);
             warn!(
-                "{}: the last {n_lost} bytes are cut short or altered: the last changes of the snapshot are not served",
+                "{}: the last {n_lost} bytes are truncated or corrupt: the snapshot's last changes are not \
+                 served",
                 journal.display()
             );
         }
@@ -446,7 +442,6 @@ impl Agent {
         true
     }
 
-    /// Looks at the pins, and reads the node's own addresses if that is due.
     fn look_around(&mut self, lock: &Lock) {
         if self.addresses.is_due() {
             self.read_addresses();
@@ -454,12 +449,12 @@ impl Agent {
         self.look_at_pins(lock);
     }
 
-    /// Reads the node's own addresses: they decide where node ports answer.
+    /// Reads the node's own addresses, on which node ports answer.
     fn read_addresses(&mut self) {
         self.state.set_interfaces(self.addresses.read());
     }
 
-    /// Says so if the pins are not as they should be, and not ready.
+    /// Checks the pins. A change is logged, and an agent without its pins is not ready.
     fn look_at_pins(&mut self, lock: &Lock) {
         let now = self.kernel.pins(lock);
         self.vitals.send_if_modified(|vitals| {
@@ -473,18 +468,18 @@ impl Agent {
             Pins::Lost(names) => warn!(
                 pins = %pin_path,
                 names = names.join(" "),
-                "pins were removed or replaced, or programs detached: the next audit puts them right (--audit-interval)"
+                "pins were removed or replaced, or programs detached: the next audit restores them \
+                 (--audit-interval)"
             ),
             Pins::Gone => error!(
                 pins = %pin_path,
-                "the pins are gone: removed by `socklb cleanup`, or the BPF file system is no longer mounted; what is still \
-                 attached ends with this agent, so restart it"
+                "the pins are gone: removed by `socklb cleanup`, or the BPF file system is no longer mounted; programs still \
+                 attached are detached when this agent exits, so restart it"
             ),
         }
         self.pins = now;
     }
 
-    /// Puts back what others have taken away: pins, and programs of hooks.
     fn restore_pins(&mut self, lock: &Lock) {
         let (restored, result) = self.kernel.restore_pins(lock);
         for name in &restored {
@@ -497,12 +492,12 @@ impl Agent {
             );
         }
         if let Err(error) = result {
-            error!(%error, "an audit could not restore pins or programs: the next one tries again");
+            error!(%error, "an audit could not restore pins or programs: the next one retries");
         }
         self.look_at_pins(lock);
     }
 
-    /// Gives a heartbeat. `is_waiting`: whether a change waits to be carried out.
+    /// Writes a heartbeat. `is_waiting`: whether a change waits for a sync.
     fn turn(&self, is_waiting: bool) {
         self.vitals.send_modify(|vitals| {
             vitals.turned = Instant::now().into_std();
@@ -512,7 +507,7 @@ impl Agent {
         });
     }
 
-    /// Says what is served if the source is away, and that it is.
+    /// Publishes an outage and what is served meanwhile.
     fn show_source(&self, source: &impl Source, before_complete: Serves) {
         let outage = source.contact().and_then(Contact::outage);
         let is_complete = source.is_complete();
@@ -527,7 +522,6 @@ impl Agent {
         });
     }
 
-    /// Takes over what is new.
     fn take_in(&mut self, source: &mut impl Source) {
         self.state.change(|store| source.apply(store));
         self.latency.arrived(source.take_arrivals());
@@ -539,26 +533,26 @@ impl Agent {
         let node = self.state.store().node(&self.state.settings().node_name);
         let is_node_eligible = node.is_none_or(|node| !node.being_deleted);
         self.vitals.send_modify(|vitals| vitals.is_node_eligible = is_node_eligible);
-        // A sync reports what it comes to.
+        // Otherwise the sync reports.
         if !(source.is_complete() && self.state.wants_sync()) {
             self.report(source);
         }
     }
 
-    /// Brings the kernel up to date. `false` if that failed and is to be tried again.
+    /// Brings the maps to the desired state. `false` if that failed and is to be retried.
     fn sync(&mut self, source: &impl Source) -> bool {
         let started = Instant::now();
         let plan = self.state.sync();
-        // A plan may wait for a grace period.
+        // May wait for a grace period.
         let result = self.kernel.apply(&plan);
-        // A snapshot need not be written because it was read.
+        // A snapshot that was only read need not be written.
         if source.is_complete() {
             self.saving.changed();
         }
         let lb_kernel::store::Done { n_ops, no_room } = match result {
             Ok(done) => done,
             Err(error) => {
-                error!(%error, "a sync failed: reading the kernel's maps and trying again");
+                error!(%error, "a sync failed: reading the kernel's maps and retrying");
                 self.metrics.sync_failed();
                 self.start_over();
                 return false;
@@ -566,7 +560,7 @@ impl Agent {
         };
         let (n_frontends, took) = (self.state.image().services.len(), started.elapsed());
         if std::mem::replace(&mut self.has_synced, true) {
-            // Not a line for people each time: a cluster that rolls out changes endpoints hundreds of times a second.
+            // Not at info: a large rollout changes endpoints hundreds of times a second.
             debug!(n_ops, n_frontends, ?took, "synced");
         } else {
             info!(n_ops, n_frontends, ?took, "synced for the first time");
@@ -584,7 +578,7 @@ impl Agent {
         });
         self.publish_health_checks();
         self.report(source);
-        // Now that the tables are right, a program whose socket is ended finds somebody else.
+        // Only now: a program whose socket is destroyed reconnects by the new tables.
         self.sweep.changed();
         if !self.state.missing().is_empty() {
             self.compare();
@@ -592,7 +586,7 @@ impl Agent {
         true
     }
 
-    /// The changes that have arrived are in the kernel now.
+    /// Records the latency of the changes that this sync carried out.
     fn note_latency(&mut self) {
         let metrics = &self.metrics;
         let note = |since_arrival, since_trigger| metrics.programmed(since_arrival, since_trigger);
@@ -610,7 +604,6 @@ impl Agent {
         }
     }
 
-    /// Says which ports for health checks should be open.
     fn publish_health_checks(&self) {
         let addresses = match self.state.settings().node_port_addresses {
             NodePortAddresses::All => None,
@@ -626,19 +619,18 @@ impl Agent {
         });
     }
 
-    /// A self-test has ended.
     fn proven(&mut self, self_test: SelfTest) {
         if let SelfTest::Failed(problem) = &self_test {
-            // Told with the next look around.
+            // Notified with the next tick of `interfaces`.
             self.ledger.happened(&NodeNews::SelfTestFailed { problem: problem.to_string() });
         }
         self.metrics.self_tested(self_test == SelfTest::Passed);
         self.vitals.send_modify(|vitals| vitals.self_test = self_test);
     }
 
-    /// Answers what somebody beside the loop asks. Costs a few references: whoever asked does the work.
+    /// Answers a question. Costs a few references: the asker does the work.
     fn answer(&self, source: &impl Source, question: Question) {
-        // Whoever asked may have lost patience.
+        // The asker may have timed out.
         match question {
             Question::View(answer) => drop(answer.send(self.view(source))),
             Question::Known(which, answer) => {
@@ -653,7 +645,6 @@ impl Agent {
         }
     }
 
-    /// What a scrape needs of the state.
     fn view(&self, source: &impl Source) -> View {
         let contact = source.contact();
         View {
@@ -666,15 +657,15 @@ impl Agent {
     }
 
     fn start_over(&mut self) {
-        // What the failed plan freed is free for the next one, so no program may still be reading it.
+        // The next plan may reuse what the failed one freed, so wait until no program reads it.
         self.kernel.settle();
         match self.kernel.maps().image() {
             Ok(found) => self.state.adopt(self.kernel.maps().capacity(), &found),
-            Err(error) => error!(%error, "the kernel's maps cannot be read after a failure: trying again"),
+            Err(error) => error!(%error, "the kernel's maps cannot be read after a failure: retrying"),
         }
     }
 
-    /// Begins an audit: on a thread of its own, since to read full tables takes longer than a change may wait.
+    /// Starts an audit on a blocking thread: reading full tables takes longer than a change may wait.
     fn compare(&mut self) {
         if self.comparing.is_some() || !self.state.knows_tables() {
             return;
@@ -683,17 +674,17 @@ impl Agent {
         self.comparing = Some(spawn_blocking(move || Maps::open(&pin_path)?.compare(&expected)));
     }
 
-    /// Ends an audit: repairs what differs still, after the changes that were carried out meanwhile.
+    /// Finishes an audit: repairs what still differs after the syncs made meanwhile.
     fn compared(&mut self, source: &impl Source, findings: Result<Findings, String>) {
         let mut findings = match findings {
             Ok(findings) => findings,
             Err(error) => {
-                warn!(%error, "an audit could not read the kernel's maps: the next one tries again");
+                warn!(%error, "an audit could not read the kernel's maps: the next one retries");
                 return self.metrics.audited(AuditEnd::Error, &Faults::new());
             }
         };
         if !self.state.knows_tables() {
-            // A sync has failed meanwhile: the next one puts everything right.
+            // A sync has failed meanwhile: the next one rewrites what differs.
             return;
         }
         findings.suspect(self.state.missing());
@@ -720,19 +711,19 @@ impl Agent {
                 self.metrics.audited(AuditEnd::Repaired, &repaired);
             }
             Err(error) => {
-                error!(%error, "an audit could not repair the kernel's maps: reading them and trying again");
+                error!(%error, "an audit could not repair the kernel's maps: reading them and retrying");
                 self.metrics.audited(AuditEnd::Error, &Faults::new());
                 self.start_over();
             }
         }
     }
 
-    /// A grace period has passed, perhaps the last one that was asked for.
+    /// A grace period has expired, perhaps the last one requested.
     fn grace_passed(&mut self) {
         self.state.settled(self.kernel.settled());
     }
 
-    /// Logs issues that are new, once each, and those that are gone. Tells people of those that are new.
+    /// Logs new issues once each, and those that are gone. Notifies about new ones.
     fn report(&mut self, source: &impl Source) {
         let issues = self.issues(source);
         let News { new, gone, n_more } = self.reported.follow(issues);
@@ -746,7 +737,7 @@ impl Agent {
         if n_more > 0 {
             warn!(
                 n_more,
-                "more issues have come or gone than are logged at once: `socklb status` lists those that hold"
+                "more issues began or ended than are logged at once: `socklb status` lists the current ones"
             );
         }
         if !new.is_empty() || self.ledger.has_news() {
@@ -754,14 +745,12 @@ impl Agent {
         }
     }
 
-    /// Everything that is wrong at the moment.
     fn issues(&self, source: &impl Source) -> Vec<Issue> {
         let of_ports = self.port_issues.borrow().clone();
         let of_objects = source.issues().into_iter().chain(self.state.issues());
         of_objects.chain(of_ports).chain(self.own_issues()).collect()
     }
 
-    /// What this agent itself is in want of.
     fn own_issues(&self) -> impl Iterator<Item = Issue> {
         let not_saved = self.save_problem.clone().map(|cause| IssueKind::SnapshotNotWritten { cause });
         let refused = self.kernel.too_small().iter().map(|size| IssueKind::SizeRefused {
@@ -774,7 +763,8 @@ impl Agent {
         refused.chain(not_saved).map(move |kind| Issue::new(node.clone(), kind))
     }
 
-    /// Tells the people behind the objects what is new to them or has been for long. Does not wait for anybody.
+    /// Sends the notifications that are due: for new issues and for long-standing ones. Does not block; the
+    /// rest are retried.
     fn tell(&mut self, source: &impl Source) {
         let room = source.room_for_notices();
         if room == 0 {
@@ -785,8 +775,8 @@ impl Agent {
         }
     }
 
-    /// Begins to write the snapshot, if it is out of date. The loop goes on meanwhile: to write the objects of ten
-    /// thousand services takes longer than a change may wait.
+    /// Starts to write the snapshot, if it is outdated. The loop continues: writing ten thousand services
+    /// takes longer than a change may wait.
     fn save(&mut self) {
         if self.saving.begin(Instant::now().into_std()) {
             self.write();
@@ -797,12 +787,11 @@ impl Agent {
         let snapshot = Snapshot::of(self.state.settings(), self.state.interfaces(), self.state.store());
         let writer = Arc::clone(&self.writer);
         self.writing = Some(spawn_blocking(move || {
-            // One task at a time has it. What one that panicked left is made up for.
+            // One task at a time locks it. The writer recovers from what a task that panicked left.
             writer.lock().unwrap_or_else(PoisonError::into_inner).write(snapshot)
         }));
     }
 
-    /// A snapshot was written, or was not for a reason.
     fn saved(&mut self, source: &impl Source, written: Result<Written, String>) {
         let (n_bytes, n_changed) =
             written.as_ref().map(|written| (written.n_bytes, written.n_changed)).ok().unzip();
@@ -817,7 +806,7 @@ impl Agent {
         }
     }
 
-    /// Writes what is not written yet and waits for it.
+    /// Writes the outstanding changes and waits for that.
     async fn save_to_the_end(&mut self, source: &impl Source) {
         if self.writing.is_some() {
             let written = ended(&mut self.writing).await;
@@ -830,15 +819,15 @@ impl Agent {
         }
     }
 
-    /// Passes the programs' own diagnostic lines on to the log, if they write any.
+    /// Forwards the programs' diagnostic lines to the log, if they write any.
     fn forward_program_log(&mut self) {
         if !self.options.kernel.log {
             return;
         }
         match self.kernel.take_log() {
             Ok(mut log) => {
-                // Ends with the process. A timer, since waiting for the ring buffer's descriptor is unsafe in tokio
-                // and these lines are for a person who watches.
+                // Runs until the process exits. A timer, since tokio can wait for the ring buffer's
+                // descriptor only with unsafe code, and these lines are for a person who watches.
                 let _forwarding = tokio::spawn(async move {
                     let mut timer = time::interval(PROGRAM_LOG);
                     loop {
@@ -848,7 +837,7 @@ impl Agent {
                 });
             }
             Err(error) => {
-                warn!(%error, "-vv: the log of the programs cannot be read: their decisions are not shown");
+                warn!(%error, "-vv: the programs' log cannot be read: their verdicts are not shown");
             }
         }
     }

@@ -1,26 +1,28 @@
-//! When the snapshot is written: beside the loop, one at a time, and not more than a disk should bear.
+//! When to write the snapshot: in the background, one write at a time, within a disk budget.
 
 use std::time::{Duration, Instant};
 
-/// Octets of changes that are written in a minute, on average. Snapshots add half as much (`snapshot::Writer`): 1.8 MB together.
+/// Average bytes of changes written per minute. Snapshots add half as much (`snapshot::Writer`): 1.8 MB
+/// together.
 const PER_MINUTE: i64 = 1_200_000;
-/// Octets of changes that may be written at once after a pause.
+/// Bytes of changes that may be written at once after a pause.
 const BURST: i64 = 1_000_000;
-/// The longest time from a failure to the next try. The first is after a second, and it doubles.
+/// Maximum time between a failure and its retry. The first retry follows after a second; the delay doubles.
 const MAX_PAUSE: Duration = Duration::from_secs(60);
 
-/// What is to be done about the snapshot on disk.
+/// Schedules the writes of the snapshot.
 ///
-/// It is written by a task of its own, while changes go on arriving. Then it holds what there was when its writing began.
+/// A background task writes it while changes keep arriving. It holds the objects as of the start of the
+/// write.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Saving {
-    /// Whether something changed that neither the disk nor the writing under way holds.
+    /// Whether there are changes that are neither on disk nor in the write in progress.
     is_outdated: bool,
     is_writing: bool,
-    /// Octets that may be written, as of `counted`. Less than none after a large writing.
+    /// Bytes that may be written, as of `counted`. Negative after a large write.
     credit: i64,
     counted: Instant,
-    /// How often in a row it failed, and when it may be tried again.
+    /// Failures in a row, and the earliest time of the next try.
     n_failures: u32,
     not_before: Instant,
 }
@@ -44,17 +46,17 @@ impl Saving {
         self.is_outdated = true;
     }
 
-    /// Whether to write what there is now. If so, say so with [`Self::ended`] when that is over.
+    /// Whether to write now. If `true`, call [`Self::ended`] when that has finished.
     ///
-    /// `false` while another one is being written, since two would race for the files; while what was written lately is too
-    /// much; and for a while after a failure.
+    /// `false` while a write is in progress, since two would race for the files; while the budget is used up;
+    /// and for a while after a failure.
     #[must_use]
     pub fn begin(&mut self, now: Instant) -> bool {
         self.refill(now);
         now >= self.not_before && self.credit > 0 && self.begin_last()
     }
 
-    /// As [`Self::begin`], for the last time: there is no later.
+    /// As [`Self::begin`], for the last write before exit: ignores budget and delay.
     #[must_use]
     pub fn begin_last(&mut self) -> bool {
         let begins = self.is_outdated && !self.is_writing;
@@ -64,7 +66,7 @@ impl Saving {
         begins
     }
 
-    /// The writing is over: changes of so many octets are on disk. With `None`, what was not written is tried again.
+    /// The write has finished, with this many bytes of changes on disk. `None`: it failed and is retried.
     pub fn ended(&mut self, n_changed: Option<u64>, now: Instant) {
         self.is_writing = false;
         if let Some(n_changed) = n_changed {
@@ -93,9 +95,9 @@ mod tests {
     #[derive(Clone, Copy, Debug)]
     enum Step {
         Changed,
-        /// A moment to write, and whether that is done.
+        /// A call of `begin`, and its result.
         Begin(bool),
-        /// The same, and there is no other moment.
+        /// A call of `begin_last`, and its result.
         Last(bool),
         Written(u64),
         Failed,
@@ -140,7 +142,7 @@ mod tests {
             ),
             ("a failure at the end", &[Changed, Begin(true), Failed, Last(true), Written(1), Last(false)]),
             (
-                "as much as there may be at once",
+                "a whole burst",
                 &[
                     Changed,
                     Begin(true),
@@ -155,7 +157,7 @@ mod tests {
                 ],
             ),
             (
-                "too much waits",
+                "too much has to wait",
                 &[
                     Changed,
                     Begin(true),
@@ -168,7 +170,7 @@ mod tests {
                 ],
             ),
             (
-                "nothing is saved up beyond a burst",
+                "no credit beyond a burst",
                 &[
                     Wait(3_600_000),
                     Changed,

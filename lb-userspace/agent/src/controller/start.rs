@@ -1,14 +1,14 @@
-//! What to serve before the source has said everything.
+//! What to serve before the source's first lists are complete.
 
 use std::time::Duration;
 
-/// How long a source is waited for before the snapshot is served in its stead.
+/// How long to wait for a source before serving the snapshot.
 pub const PATIENCE: Duration = Duration::from_secs(2);
 
 /// What the tables should follow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Basis {
-    /// Nothing: they stay as they were found.
+    /// Nothing: they stay as found.
     Nothing,
     /// The last good snapshot, until the source is complete.
     Snapshot,
@@ -16,24 +16,24 @@ pub enum Basis {
     Source,
 }
 
-/// What is known while starting.
+/// What is known at start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Start {
     /// Whether the first list of every kind is complete.
     pub is_complete: bool,
-    /// Whether some list is complete. The others may follow at any moment, and the objects of the snapshot would take
-    /// the place of live ones.
+    /// Whether any list is complete. Then the others may follow at any moment, and the snapshot's objects
+    /// would replace live ones.
     pub has_answered: bool,
-    /// How long the source has been waited for.
+    /// Time since the start.
     pub waited: Duration,
-    /// Whether the tables were found with frontends of an earlier agent.
+    /// Whether frontends of an earlier agent were adopted.
     pub has_adopted: bool,
 }
 
 /// Decides what the tables should follow.
 ///
-/// Tables that an earlier agent left are at least as new as its snapshot, which is written seconds later: they stay.
-/// So the snapshot is for a host that has started while the API server is away.
+/// Adopted tables are at least as new as the snapshot, which is written seconds later, so they stay. The
+/// snapshot is for a host that starts while the API server is unreachable.
 #[must_use]
 pub fn basis(start: Start) -> Basis {
     match start {

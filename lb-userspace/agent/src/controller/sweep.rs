@@ -1,5 +1,5 @@
-//! When sockets are looked for that stay with endpoints which no longer serve, how many of them are ended at a time, and which slots
-//! of sockets that are gone are taken back.
+//! When to search for stale sockets, how many to destroy at a time, and which slots of closed sockets to
+//! reclaim.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -10,34 +10,34 @@ use lb_common::{layout::SLOT_WAYS, limits::SOCKET_SETS};
 use lb_core::stale::{Standing, Use, Used};
 use lb_kernel::sockets::{FoundSocket, Owners, Record};
 
-/// The least time between two sweeps, so that many changes in a row are one. A program whose endpoint goes while others change
-/// waits for it, and is to be on its way to another within a tenth of a second.
+/// Minimum time between two sweeps, which batches changes. A program whose endpoint disappears while others
+/// change waits for it, and should reconnect within 100 ms.
 const PAUSE: Duration = Duration::from_millis(50);
-/// The time between two sweeps without a change. The next one finds what was missed: a socket that was about to connect,
-/// or a program whose network namespace was not known.
+/// Time between two sweeps without a change. The next sweep finds what one missed: a socket that was about to
+/// connect, or one in a network namespace that was not known.
 const INTERVAL: Duration = Duration::from_secs(10);
-/// A sweep may take a tenth of one CPU's time: after it this many times as long passes as it took.
+/// A sweep may use a tenth of one CPU: this many times its duration passes before the next.
 const REST: u32 = 9;
-/// The most sockets that are ended in one sweep, thus some five thousand in a second: their programs all connect anew.
+/// Maximum number of sockets to destroy in one sweep, so about 5,000 a second: all their programs reconnect.
 pub const BATCH: usize = 256;
 
-/// The least time between two looks for the sockets that own slots: each lists all sockets of the host.
+/// Minimum time between two listings of the sockets that own slots. Each lists all sockets of the host.
 const LOOK: Duration = Duration::from_secs(20);
-/// Only with more owners than this is it worth a look. A socket that finds no slot keeps its record in socket storage, which
-/// costs it half a microsecond.
+/// Owners are listed only above this number. A socket without a slot keeps its record in socket storage,
+/// which costs it half a microsecond.
 const MANY_OWNERS: usize = SOCKET_SETS as usize * SLOT_WAYS / 2;
 
 /// The timing of sweeps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Sweeps {
     state: State,
-    /// Whether a change came that no sweep has seen.
+    /// Whether a change came after the current sweep began.
     is_outdated: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
-    /// Nothing is in force yet.
+    /// No sync yet.
     New,
     Waiting {
         not_before: Instant,
@@ -46,20 +46,20 @@ enum State {
     Running {
         since: Instant,
     },
-    /// This kernel cannot do it.
+    /// The kernel lacks what it takes.
     Off,
 }
 
-/// How a sweep ended.
+/// Result of a sweep.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum End {
-    /// Everything that is due is done; the next is due at that time, if any is known.
+    /// Everything due is done. The next is due at this time, if known.
     Done(Option<Instant>),
-    /// There is more to do at once.
+    /// More sockets are due now.
     More,
     /// It failed.
     Failed,
-    /// It will always fail.
+    /// It will fail each time.
     Impossible,
 }
 
@@ -70,7 +70,7 @@ impl Default for Sweeps {
 }
 
 impl Sweeps {
-    /// The tables follow a change. Before the first, there are no sweeps.
+    /// A sync has changed the tables. There are no sweeps before the first.
     pub fn changed(&mut self, now: Instant) {
         match &mut self.state {
             State::New => self.state = State::Waiting { not_before: now, until: now },
@@ -80,7 +80,7 @@ impl Sweeps {
         }
     }
 
-    /// When the next sweep begins; `None` while one is under way, or if there is none.
+    /// When the next sweep begins; `None` while one is running, or if there are none.
     #[must_use]
     pub fn due(&self) -> Option<Instant> {
         match self.state {
@@ -89,13 +89,13 @@ impl Sweeps {
         }
     }
 
-    /// A sweep begins.
+    /// Starts a sweep.
     pub fn begin(&mut self, now: Instant) {
         self.state = State::Running { since: now };
         self.is_outdated = false;
     }
 
-    /// The sweep is over.
+    /// The sweep has finished.
     pub fn ended(&mut self, now: Instant, end: End) {
         let State::Running { since } = self.state else { return };
         if end == End::Impossible {
@@ -115,26 +115,27 @@ impl Sweeps {
     }
 }
 
-/// Which slots are taken back, since their sockets are gone. `sock_release` gives a slot up with its socket, but not while it is
-/// detached.
+/// Which slots to reclaim because their sockets are closed. `sock_release` frees a socket's slot, unless it
+/// is detached.
 ///
-/// A slot is taken back when two looks in a row miss its socket. That is wrong if the socket is open where no look gets to, in
-/// a network namespace that is not known: it would lose its record. Sockets that come there are seen as owners that are missing from
-/// the beginning, and as long as there are such, nothing is taken back; neither is it while the hook is detached still.
+/// A slot is reclaimed when its socket is missing from two listings in a row. That would be wrong for a
+/// socket in a network namespace that the listings do not reach: it would lose its record. Such sockets show
+/// as owners that are missing from the start; while there are new ones, nothing is reclaimed. The same holds
+/// while the hook is still detached.
 #[derive(Clone, Debug, Default)]
 pub struct Reclaim {
     looked: Option<(Instant, Owners)>,
 }
 
 impl Reclaim {
-    /// Whether to look for the sockets that own slots.
+    /// Whether to list the sockets that own slots.
     #[must_use]
     pub fn wants_look(&self, n_owned: usize, now: Instant) -> bool {
         let is_due = |(at, _): &(Instant, Owners)| now.saturating_duration_since(*at) >= LOOK;
         n_owned > MANY_OWNERS && self.looked.as_ref().is_none_or(is_due)
     }
 
-    /// Takes what a look has found. Returns whose slots are to be taken back.
+    /// Takes the result of a listing. Returns the cookies whose slots to reclaim.
     #[must_use]
     pub fn looked(&mut self, owners: Owners, now: Instant) -> BTreeSet<u64> {
         let now_unlisted = owners.unlisted.clone();
@@ -147,9 +148,9 @@ impl Reclaim {
     }
 }
 
-/// The sockets to end now, at most `limit`, with the way that each goes, and whether there are more.
+/// The sockets to destroy now, at most `limit`, and whether there are more.
 ///
-/// `standings` has one for each way that the sockets go.
+/// `standings` has one for each flow of the sockets.
 #[must_use]
 pub fn due_now(
     sockets: Vec<FoundSocket>,
@@ -164,19 +165,19 @@ pub fn due_now(
     (due, has_more)
 }
 
-/// The way that a socket goes.
+/// The flow of a socket.
 #[must_use]
 pub fn way(socket: &FoundSocket) -> Use {
     Use { protocol: socket.protocol(), service: socket.service, endpoint: socket.peer() }
 }
 
-/// The ways that sockets go.
+/// The flows of sockets.
 #[must_use]
 pub fn ways(sockets: &[FoundSocket]) -> BTreeSet<Use> {
     sockets.iter().map(way).collect()
 }
 
-/// The ways that records tell of.
+/// The flows that records name, with the cookies of their sockets.
 #[must_use]
 pub fn used(records: &[Record]) -> Used {
     let mut used = Used::new();
@@ -213,16 +214,16 @@ mod tests {
         for (what, steps) in [
             ("nothing before the first change", &[Due(None)][..]),
             ("then at once", &[Changed(0), Due(Some(0)), Begin(0), Due(None)]),
-            ("then after a while", &[Changed(0), Begin(0), Done(0, None), Due(Some(10_000))]),
-            ("after a change soon", &[Changed(0), Begin(0), Done(0, None), Changed(0), Due(Some(50))]),
+            ("then after the interval", &[Changed(0), Begin(0), Done(0, None), Due(Some(10_000))]),
+            ("soon after a change", &[Changed(0), Begin(0), Done(0, None), Changed(0), Due(Some(50))]),
             ("a change meanwhile", &[Changed(0), Begin(0), Changed(0), Done(0, None), Due(Some(50))]),
             ("a long one leaves time", &[Changed(0), Begin(0), Changed(0), Done(1, None), Due(Some(10_000))]),
             ("the end of a drain", &[Changed(0), Begin(0), Done(0, Some(3)), Due(Some(3000))]),
             ("a drain that ends late", &[Changed(0), Begin(0), Done(0, Some(30)), Due(Some(10_000))]),
-            ("more than one sweep ends", &[Changed(0), Begin(0), More(0), Due(Some(50)), Begin(1)]),
-            ("a failure is tried again", &[Changed(0), Begin(0), Failed(0), Due(Some(10_000)), Begin(10)]),
+            ("more than one sweep destroys", &[Changed(0), Begin(0), More(0), Due(Some(50)), Begin(1)]),
+            ("a failure is retried", &[Changed(0), Begin(0), Failed(0), Due(Some(10_000)), Begin(10)]),
             (
-                "a kernel that cannot",
+                "a kernel that lacks it",
                 &[Changed(0), Begin(0), Impossible(0), Due(None), Changed(1), Due(None)],
             ),
         ] {
@@ -257,10 +258,10 @@ mod tests {
             ("one was missed", owners(&[1], &[2, 3]), owners(&[1, 2], &[3]), &[3]),
             ("one gave its slot up", owners(&[1], &[2, 3]), owners(&[1], &[3]), &[3]),
             ("one came and is listed", owners(&[1], &[2]), owners(&[1, 4], &[2]), &[2]),
-            ("one came where no look gets to", owners(&[1], &[2]), owners(&[1], &[2, 4]), &[]),
+            ("one came that no listing reaches", owners(&[1], &[2]), owners(&[1], &[2, 4]), &[]),
         ] {
             let (mut reclaim, start) = (Reclaim::default(), Instant::now());
-            assert_eq!(reclaim.looked(first, start), BTreeSet::new(), "{what}: the first look");
+            assert_eq!(reclaim.looked(first, start), BTreeSet::new(), "{what}: the first listing");
             let expected: BTreeSet<u64> = expected.iter().copied().collect();
             assert_eq!(reclaim.looked(second, start + LOOK), expected, "{what}");
         }

@@ -1,7 +1,7 @@
-//! Waiting for another agent to end.
+//! Waits for another agent to exit.
 //!
-//! The lock comes before everything that two agents cannot share: ports, maps, links. So a second agent waits instead of
-//! failing, and a new one may be started before the old one is stopped.
+//! The lock is taken before anything that two agents cannot share: ports, maps, links. So a second agent
+//! waits instead of failing, and a new one may start before the old one stops.
 
 use std::{io, path::Path, time::Duration};
 
@@ -15,20 +15,20 @@ use tracing::info;
 use super::run::RunError;
 use crate::serve::{self, ListenError, Listeners};
 
-/// How often the lock is tried. Nothing is served by whom it keeps waiting: the kernel goes on meanwhile.
+/// How often the lock is tried. Waiting interrupts no service: the kernel keeps serving.
 const TRY: Duration = Duration::from_millis(50);
-/// How often it is tried to answer health checks meanwhile: the agent that is waited for may answer there.
+/// How often to try to answer health checks while waiting. The other agent may have that port.
 const LISTEN: Duration = Duration::from_secs(1);
-/// How long the ports of an agent that has just ended may be in use: one that is killed gives up its lock first.
+/// How long to retry ports that the other agent holds. One that is killed releases its lock first.
 const PORTS: Duration = Duration::from_secs(5);
 
-/// Waits until no other agent has the pins, and opens what to listen on. `None` if `stop` turned true meanwhile.
+/// Waits until no other agent holds the pins, then opens the listeners. `None` if `stop` turns true first.
 ///
-/// While it waits, health checks find an agent that is alive and not ready, if their port is free.
+/// While it waits, health checks see an agent that is live and not ready, if their port is free.
 ///
 /// # Errors
 ///
-/// If there can be no pins, or an address cannot be listened on.
+/// If the pins' directory cannot be used, or an address cannot be listened on.
 pub(super) async fn wait_for_turn(
     pin_path: &Path,
     http: &serve::Options,
@@ -38,7 +38,7 @@ pub(super) async fn wait_for_turn(
         return Ok(Some((lock, Listeners::open(http).await?)));
     }
     let holder = lock::describe_holder(pin_path);
-    info!(holder, pins = %pin_path.display(), "another agent is at work: waiting for it to end");
+    info!(holder, pins = %pin_path.display(), "another agent is running: waiting for it to exit");
     let started = Instant::now();
     let (mut waiting, mut listen_at) = (None, started);
     let lock = loop {
@@ -58,9 +58,9 @@ pub(super) async fn wait_for_turn(
             waiting = serve::answer_while_waiting(http).await;
         }
     };
-    info!(waited = ?started.elapsed(), "the other agent has ended: taking over");
+    info!(waited = ?started.elapsed(), "the other agent has exited: taking over");
     if let Some(mut waiting) = waiting {
-        // Its port is free when this returns.
+        // Frees its port.
         waiting.shutdown().await;
     }
     let patience = Instant::now() + PORTS;

@@ -1,4 +1,4 @@
-//! The calls of the self-test, made by a process of its own: the hidden command `socklb self-test-calls`.
+//! The calls of the self-test, made by a separate process: the hidden command `socklb self-test-calls`.
 
 use std::{
     fmt, fs,
@@ -14,22 +14,22 @@ use socket2::{Domain, Socket, Type};
 
 use super::service_address;
 
-/// How long one step of a call may take. On loopback each takes microseconds.
+/// Timeout of one step of a call. On loopback each takes microseconds.
 const PATIENCE: Duration = Duration::from_secs(2);
-/// The interface that calls are tied to.
+/// The interface that calls are bound to.
 const LOOPBACK: &[u8] = b"lo";
 const PAYLOAD: &[u8] = b"socklb self-test";
 
-/// What the process says on its standard output, as one line of JSON.
+/// The process's report: one line of JSON on standard output.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Report {
-    /// Why it did not enter the cgroup that it was given.
+    /// Why it did not enter the given cgroup.
     pub stayed: Option<String>,
-    /// The calls that did not do what they should, each with what it did.
+    /// The calls that failed, each with its result.
     pub problems: Vec<String>,
 }
 
-/// Enters a cgroup, if one is given, and makes all calls. A cgroup that cannot be entered is no problem of the calls.
+/// Enters a cgroup, if given, and makes all calls. A failure to enter does not count against the calls.
 #[must_use]
 pub fn make(cgroup: Option<&PathBuf>, families: &[Family]) -> Report {
     let stayed = cgroup.and_then(|cgroup| enter(cgroup).err());
@@ -40,11 +40,11 @@ pub fn make(cgroup: Option<&PathBuf>, families: &[Family]) -> Report {
     Report { stayed, problems: problems.collect() }
 }
 
-/// Enters a cgroup, if one is given, and makes a call that is to be left alone, since the cgroup that it is made from is excluded. No
-/// call is made if the cgroup cannot be entered.
+/// Enters a cgroup, if given, and makes a call that should pass unchanged because the cgroup is excluded.
+/// Makes no call if the cgroup cannot be entered.
 ///
-/// It is left alone if it goes where it says: to an address at which only the tables have an endpoint. A program of this host that
-/// listens on port 7 of all addresses makes it look served.
+/// The call passes unchanged if it reaches its own address, which has an endpoint only in the tables. A
+/// program of this host that listens on port 7 of all addresses makes it look redirected.
 #[must_use]
 pub fn make_excluded(cgroup: Option<&PathBuf>) -> Report {
     if let Some(error) = cgroup.and_then(|cgroup| enter(cgroup).err()) {
@@ -53,19 +53,18 @@ pub fn make_excluded(cgroup: Option<&PathBuf>) -> Report {
     let problem =
         match open(Way::Tcp, Family::V4).map(|socket| socket.connect(&service_address(Family::V4).into())) {
             Ok(Err(error)) if error.kind() == io::ErrorKind::ConnectionRefused => None,
-            Ok(Ok(())) => Some("a call was served all the same".to_owned()),
+            Ok(Ok(())) => Some("a call was redirected despite the exclusion".to_owned()),
             Ok(Err(error)) | Err(error) => Some(format!("a call that should be refused: {error}")),
         };
     Report { stayed: None, problems: problem.into_iter().collect() }
 }
 
-/// Moves this process.
+/// Moves this process into a cgroup.
 fn enter(cgroup: &Path) -> Result<(), String> {
     let procs = cgroup.join("cgroup.procs");
     fs::write(&procs, "0").map_err(|error| format!("{}: {error}", procs.display()))
 }
 
-/// How a program can call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Way {
     /// `connect()` on a TCP socket.
@@ -99,15 +98,14 @@ impl fmt::Display for Name {
     }
 }
 
-/// What a call did instead of what it should.
 #[derive(Debug, thiserror::Error)]
 enum Problem {
     #[error("{step}: {source}")]
     Call { step: &'static str, source: io::Error },
-    /// The endpoint shows where the service should.
-    #[error("{step} names {found} in place of {expected}")]
+    /// The endpoint's address shows instead of the service's.
+    #[error("{step} returns {found} instead of {expected}")]
     Peer { step: &'static str, found: SocketAddr, expected: SocketAddr },
-    #[error("the answer is not what was sent: another program answers in place of the agent's endpoint")]
+    #[error("the answer differs from what was sent: another program answers instead of the agent's endpoint")]
     Answer,
 }
 
@@ -132,7 +130,7 @@ fn call(way: Way, family: Family) -> Result<(), Problem> {
     if way == Way::Tcp {
         socket.read_exact(&mut answer).map_err(Problem::of("recv"))?;
     } else {
-        // With the sender's address asked for, which a hook translates.
+        // Requests the sender's address, which a hook translates.
         let datagrams = std::net::UdpSocket::from(socket);
         let (_length, sender) = datagrams.recv_from(&mut answer).map_err(Problem::of("recvfrom"))?;
         is_service(Some(sender), service, "recvfrom")?;
@@ -154,9 +152,9 @@ fn open(way: Way, family: Family) -> io::Result<Socket> {
     };
     let kind = if way == Way::Tcp { Type::STREAM } else { Type::DGRAM };
     let socket = Socket::new(domain, kind, None)?;
-    // Since kernel 5.7 this takes no capability.
+    // Needs no capability since kernel 5.7.
     socket.bind_device(Some(LOOPBACK))?;
-    // Of connect() as well.
+    // Applies to connect() as well.
     socket.set_write_timeout(Some(PATIENCE))?;
     socket.set_read_timeout(Some(PATIENCE))?;
     Ok(socket)

@@ -1,4 +1,4 @@
-//! The endpoints of the self-test: they send back what they get.
+//! The endpoints of the self-test: echo servers.
 
 use std::{
     io,
@@ -15,16 +15,16 @@ use tokio::{
 };
 use tracing::debug;
 
-/// Most that is sent back at once: the self-test sends less. Thus an answer is never larger than what it answers, and no
-/// caller can make this agent send more than it sends itself.
+/// Maximum number of bytes sent back at once; the self-test sends less. An answer is never larger than its
+/// request, so the agent is no amplifier.
 const MOST: usize = 64;
-/// For how long a connection is served.
+/// Timeout of a connection.
 const PATIENCE: Duration = Duration::from_secs(2);
-/// After a failed `accept()`: most failures last (out of descriptors).
+/// Pause after a failed `accept()`: most failures last, such as a lack of descriptors.
 const PAUSE: Duration = Duration::from_millis(100);
-/// Connections that wait to be accepted: there is one caller.
+/// Maximum number of connections that wait for `accept()`: there is one caller.
 const BACKLOG: i32 = 16;
-/// How often a port is chosen anew if UDP's twin of a TCP port is taken.
+/// How often to choose another port if the UDP port of the same number is in use.
 const TRIES: usize = 16;
 
 /// An echo server for TCP and UDP on loopback addresses, until it is dropped.
@@ -35,11 +35,11 @@ pub struct Echo {
 }
 
 impl Echo {
-    /// Listens on a port of the kernel's choice, on the loopback address of each family that this host has.
+    /// Listens on a port chosen by the kernel, on the loopback address of each family of this host.
     ///
     /// # Errors
     ///
-    /// If IPv4 cannot be listened on.
+    /// If it cannot listen on IPv4.
     ///
     /// # Panics
     ///
@@ -49,16 +49,16 @@ impl Echo {
         let mut addresses = vec![serve(Ipv4Addr::LOCALHOST.into(), &mut servers).await?];
         match serve(Ipv6Addr::LOCALHOST.into(), &mut servers).await {
             Ok(address) => addresses.push(address),
-            Err(error) => debug!(%error, "no IPv6 on the loopback interface: the self-test does without"),
+            Err(error) => debug!(%error, "no IPv6 on the loopback interface: the self-test uses IPv4 only"),
         }
         Ok(Self { addresses, _servers: servers })
     }
 
-    /// Listens at other addresses instead: those of an echo server that has ended.
+    /// Listens on other addresses instead: those of an echo server that has stopped.
     ///
     /// # Errors
     ///
-    /// If one cannot be listened on; nothing has changed then.
+    /// If it cannot listen on one of them; nothing has changed then.
     ///
     /// # Panics
     ///
@@ -66,7 +66,7 @@ impl Echo {
     pub fn move_to(&mut self, addresses: &[SocketAddr]) -> io::Result<()> {
         let mut servers = JoinSet::new();
         for address in addresses {
-            // The earlier one's connections may be in TIME_WAIT, which tokio's listeners pass over as well.
+            // Connections of the earlier server may be in TIME_WAIT, which tokio's listeners ignore as well.
             let socket = Socket::new(Domain::for_address(*address), Type::STREAM, None)?;
             socket.set_reuse_address(true)?;
             socket.set_nonblocking(true)?;
@@ -80,7 +80,7 @@ impl Echo {
         Ok(())
     }
 
-    /// Where it listens: one address for each family.
+    /// The addresses it listens on, one per family.
     #[must_use]
     pub fn addresses(&self) -> &[SocketAddr] {
         &self.addresses
@@ -97,7 +97,7 @@ fn spawn(listener: TcpListener, datagrams: UdpSocket, servers: &mut JoinSet<()>)
     servers.spawn(async move {
         loop {
             match listener.accept().await {
-                // One after the other: there is one caller.
+                // One at a time: there is one caller.
                 Ok((stream, _)) => drop(timeout(PATIENCE, answer(stream)).await),
                 Err(_) => sleep(PAUSE).await,
             }

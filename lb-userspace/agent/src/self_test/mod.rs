@@ -1,16 +1,16 @@
-//! Proof that calls go where they should: a service of the agent's own, and a process that calls it.
+//! Self-tests: the agent's own service, and a process that calls it.
 //!
 //! # Purpose
 //!
-//! That programs are loaded and attached says nothing of whether calls meet them: another cgroup hierarchy, somebody else's
-//! program, a full table can stand between. So the agent keeps a service with an endpoint of its own ([`objects`], [`Echo`]), and
-//! lets a process in a fresh cgroup call it the ways that programs do ([`calls`]), through the tables and hooks that serve
-//! everybody. [`run`] starts that process and reads what it says.
+//! Attached programs do not prove that calls meet them: another cgroup hierarchy, another program or a full
+//! table can interfere. So the agent keeps a service with its own endpoint ([`objects`], [`Echo`]). A process
+//! in a fresh cgroup calls it in each way that programs do ([`calls`]), through the same tables and hooks as
+//! all calls. [`run`] starts that process and reads its report.
 //!
 //! # Invariants
 //!
-//! - The calls are tied to the loopback interface. Nothing of them leaves the host, whatever the hooks do or fail to do.
-//! - The service's name can be no cluster's: a namespace has no dot.
+//! - The calls are bound to the loopback interface. No packet leaves the host, whatever the hooks do.
+//! - The service's name cannot clash with a cluster's: a namespace has no dot.
 //!
 //! # Depends on
 //!
@@ -36,8 +36,8 @@ pub use self::{
 
 /// Port of the service: echo's (RFC 862).
 const PORT: u16 = 7;
-/// Its addresses. The first is a loopback address that nobody else listens on; IPv6 has one loopback address only, so the second
-/// is of the prefix whose packets routers throw away (RFC 6666). Its last octets spell the name.
+/// Its addresses. The first is a loopback address that no other program listens on. IPv6 has only one
+/// loopback address, so the second is in the discard prefix (RFC 6666). Its last bytes spell the name.
 const IPV4: Ipv4Addr = Ipv4Addr::new(127, 83, 76, 66);
 const IPV6: Ipv6Addr = Ipv6Addr::new(0x100, 0, 0, 0, 0, 0x736f, 0x636b, 0x6c62);
 
@@ -50,7 +50,7 @@ pub const fn service_address(family: Family) -> SocketAddr {
     }
 }
 
-/// The service, and a slice for each family of its endpoints: those that answer, for TCP and UDP at the same port.
+/// The service, and a slice per family of its endpoints, which answer TCP and UDP at the same port.
 #[must_use]
 pub fn objects(endpoints: &[SocketAddr]) -> (Service, Vec<Slice>) {
     let key = ServiceKey { namespace: "socklb.io".into(), name: "self-test".into() };

@@ -1,4 +1,4 @@
-//! Starting the process that makes the calls, in a cgroup of its own.
+//! Starts the process that makes the calls, in its own cgroup.
 
 use std::{
     fs, io,
@@ -12,47 +12,47 @@ use tokio::{process::Command, sync::Mutex, time::timeout};
 
 use super::calls::Report;
 
-/// Longer than all calls together may take.
+/// Timeout of all calls together.
 const PATIENCE: Duration = Duration::from_secs(20);
-/// The same for a call from an excluded cgroup, which may be frozen: others wait to be excluded meanwhile.
+/// Timeout of a call from an excluded cgroup. The cgroup may be frozen, and other exclusions wait.
 const EXEMPT_PATIENCE: Duration = Duration::from_secs(5);
-/// Name of the cgroup, below the one that is served. Always the same: what an agent that was killed left is used and removed
-/// by the next.
+/// Name of the cgroup, below the served one. Always the same, so that the next agent uses and removes what a
+/// killed one left.
 const NAME: &str = "socklb-self-test";
 
-/// From where the calls came.
+/// Where the calls came from.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Caller {
-    /// From a cgroup that was made for them.
+    /// A cgroup created for them.
     FreshCgroup,
-    /// From the agent's own cgroup, since none could be made or entered, for this reason. The calls prove then that this
-    /// cgroup is served, and no other.
+    /// The agent's own cgroup, since none could be created or entered, for this reason. The calls then prove
+    /// only that this cgroup is served.
     OwnCgroup(String),
 }
 
-/// What came of a self-test.
+/// Result of a self-test.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Outcome {
-    /// From where the calls came.
+    /// Where the calls came from.
     pub caller: Caller,
-    /// What went wrong; nothing, if the test is passed.
+    /// The problems; empty if the test passed.
     pub problems: Vec<String>,
 }
 
-/// What came of a call from an excluded cgroup.
+/// Result of a call from an excluded cgroup.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Exempt {
-    /// It was left alone.
+    /// The call passed unchanged.
     LeftAlone,
-    /// It was not, or went wrong in another way.
+    /// The call was redirected, or failed in another way.
     Failed(String),
-    /// There was none, for this reason.
+    /// No call was made, for this reason.
     NotMade(String),
 }
 
-/// Makes the calls once, below the cgroup that is served.
+/// Makes the calls once, below the served cgroup.
 ///
-/// A problem of the test itself counts as one: what is not proven is not promised.
+/// A problem of the test itself counts as a failure.
 pub async fn run(served: &Path, has_ipv6: bool) -> Outcome {
     let _turn = TURN.lock().await;
     let fresh = Fresh::make(served);
@@ -70,7 +70,7 @@ pub async fn run(served: &Path, has_ipv6: bool) -> Outcome {
 
 /// Makes a call from a fresh cgroup below an excluded one.
 ///
-/// It means something only while calls from elsewhere are seen to work.
+/// The result is meaningful only while the self-test passes.
 pub async fn run_below_excluded(excluded: &Path) -> Exempt {
     match Fresh::make(excluded) {
         Ok(fresh) => exempt(Some(&fresh.0)).await,
@@ -78,8 +78,8 @@ pub async fn run_below_excluded(excluded: &Path) -> Exempt {
     }
 }
 
-/// Makes a call from this process's own cgroup, which is excluded for as long as `exclude`'s answer lives. No self-test runs
-/// meanwhile.
+/// Makes a call from this process's own cgroup, which is excluded while the result of `exclude` lives. No
+/// self-test runs meanwhile.
 pub async fn run_excluded<E>(exclude: impl FnOnce() -> Result<E, String>) -> Exempt {
     let _turn = TURN.lock().await;
     match exclude() {
@@ -88,7 +88,7 @@ pub async fn run_excluded<E>(exclude: impl FnOnce() -> Result<E, String>) -> Exe
     }
 }
 
-/// One of those that depend on whether the own cgroup is excluded.
+/// Held by calls that depend on the own cgroup's exclusion.
 static TURN: Mutex<()> = Mutex::const_new(());
 
 async fn exempt(cgroup: Option<&Path>) -> Exempt {
@@ -99,9 +99,10 @@ async fn exempt(cgroup: Option<&Path>) -> Exempt {
     }
 }
 
-/// Has a process make calls from a cgroup, or from this process's own. Returns what the process says, or why it says nothing.
+/// Runs a process that makes calls from a cgroup, or from this process's own. Returns its report, or why
+/// there is none.
 async fn ask(cgroup: Option<&Path>, flag: Option<&str>, patience: Duration) -> Result<Report, String> {
-    // The running program, also if its file was replaced or is out of sight.
+    // The running program, even if its file was replaced or is not visible.
     let mut command = Command::new("/proc/self/exe");
     command
         .arg0("socklb")
@@ -116,28 +117,28 @@ async fn ask(cgroup: Option<&Path>, flag: Option<&str>, patience: Duration) -> R
     let failed = |problem: String| format!("the process that makes the calls: {problem}");
     let output = match timeout(patience, command.output()).await {
         Ok(output) => output.map_err(|error| failed(error.to_string()))?,
-        Err(_elapsed) => return Err(format!("the calls did not end within {} s", patience.as_secs())),
+        Err(_elapsed) => return Err(format!("the calls did not finish within {} s", patience.as_secs())),
     };
     serde_json::from_slice(&output.stdout).map_err(|_no_report| {
         let said = String::from_utf8_lossy(&output.stderr);
-        failed(format!("{}: {}", output.status, said.lines().last().unwrap_or("it said nothing")))
+        failed(format!("{}: {}", output.status, said.lines().last().unwrap_or("no output")))
     })
 }
 
-/// A cgroup that is removed with this value, once it is empty.
+/// A cgroup that is removed on drop, once it is empty.
 #[derive(Debug)]
 struct Fresh(PathBuf);
 
-/// Removes what a self-test left below this cgroup because its agent was killed, and says where it was.
+/// Removes the cgroup that a killed agent's self-test left below this one, and returns its path.
 #[must_use]
 pub fn remove_leftover(served: &Path) -> Option<PathBuf> {
     let cgroup = served.join(NAME);
-    // One that cannot be removed is in use: its self-test removes it.
+    // A cgroup that cannot be removed is in use: its self-test removes it.
     fs::remove_dir(&cgroup).is_ok().then_some(cgroup)
 }
 
 impl Fresh {
-    /// Makes it, or says what could not be made or written.
+    /// Creates it. The error names the path that could not be created or written.
     fn make(parent: &Path) -> Result<Self, String> {
         let error = |path: &Path, error: &io::Error| format!("{}: {error}", path.display());
         let cgroup = Self(parent.join(NAME));
@@ -147,7 +148,7 @@ impl Fresh {
             }
             _ => {}
         }
-        // Below a threaded cgroup one is of no use until it is threaded as well.
+        // Below a threaded cgroup, a new one must be threaded as well.
         let kind = cgroup.0.join("cgroup.type");
         let threaded = fs::read_to_string(&kind).and_then(|found| {
             if found.trim() == "domain invalid" { fs::write(&kind, "threaded") } else { Ok(()) }
@@ -159,8 +160,8 @@ impl Fresh {
 
 impl Drop for Fresh {
     fn drop(&mut self) {
-        // When the agent ends in the middle of a self-test, the process that it kills is in the cgroup for a moment
-        // more. One that stays longer leaves it to the next self-test.
+        // When the agent exits during a self-test, the killed process is in the cgroup for a moment longer.
+        // If it stays, the next self-test reuses the cgroup.
         for _ in 0..100 {
             match fs::remove_dir(&self.0) {
                 Err(error) if error.kind() == io::ErrorKind::ResourceBusy => {
@@ -176,7 +177,7 @@ impl Drop for Fresh {
 mod tests {
     use super::*;
 
-    /// A directory stands for a cgroup: both can be removed only while nothing is in them.
+    /// A directory stands in for a cgroup: both can be removed only while empty.
     #[test]
     fn what_is_left_is_removed_unless_it_is_in_use() {
         let served = tempfile::tempdir().unwrap();

@@ -1,11 +1,12 @@
-//! The agent's unix socket, where commands on the same host ask what the agent knows.
+//! The agent's unix socket, where commands on the same host query the agent's state.
 //!
 //! # Invariants
 //!
-//! - Only root and the agent's own user are answered: by the mode of the socket, and by what the kernel says of the peer.
-//! - The socket of a live agent is never taken from it: a lock on the directory, which ends with the process, says who may
-//!   listen. What a dead agent left is replaced.
-//! - The agent serves calls with or without the socket. What keeps it from listening is tried again.
+//! - Only root and the agent's own user are answered, by the mode of the socket and the kernel's credentials
+//!   of the peer.
+//! - A live agent never loses its socket: a lock on the directory, released at exit, decides who may listen.
+//!   A dead agent's socket is replaced.
+//! - The agent serves calls with or without the socket. Failures to listen are retried.
 
 use std::{
     fs::{self, File},
@@ -51,51 +52,49 @@ use super::{
 
 /// Name of the socket within `--state-dir`.
 pub const FILE_NAME: &str = "agent.sock";
-/// Path of the page that has objects and issues: the version is raised with any change that an older command would
+/// Path of the page with objects and issues. Raise the version with any change that an older command would
 /// misread.
 pub const OBJECTS: &str = "/v1/objects";
 
-/// How long to wait before what keeps the agent from listening is tried again.
+/// Time between two tries to listen.
 const RETRY: Duration = Duration::from_millis(500);
-/// How long a problem stands before it is logged: an agent that was killed may hold its lock for a moment.
+/// How long another agent may hold the lock before that is logged: a killed agent may hold it for a moment.
 const SETTLE: Duration = Duration::from_secs(5);
-/// How often the agent looks whether its socket is still there.
+/// How often the agent checks that its socket still exists.
 const LOOK: Duration = Duration::from_secs(5);
-/// How long a request for the next change waits.
+/// Maximum time that a request waits for a change.
 const WAIT: Duration = Duration::from_secs(20);
-/// The least time between two looks of such a request: it asks the loop each time.
+/// Minimum time between two questions of such a request to the loop.
 const PAUSE: Duration = Duration::from_millis(20);
-/// Large answers that are written at a time. Each keeps a thread and the objects of its moment.
+/// Maximum number of large answers at a time. Each holds a thread and the objects of its time.
 const LARGE: usize = 4;
 
-/// A socket in the state directory, until it is dropped.
+/// A socket in the state directory, removed on drop.
 #[derive(Debug)]
 struct AgentSocket {
     listener: UnixListener,
     path: PathBuf,
-    /// Device and number of its inode.
     inode: (u64, u64),
     _lock: Flock<File>,
 }
 
-/// Why there is no socket.
 #[derive(Debug, thiserror::Error)]
 enum SocketError {
     #[error("{}: {source}", path.display())]
     Io { path: PathBuf, source: io::Error },
     #[error("{}: another agent with the same --state-dir answers there: give each agent its own", path.display())]
     Taken { path: PathBuf },
-    #[error("{}: it is no socket: remove it", path.display())]
+    #[error("{}: not a socket: remove it", path.display())]
     NoSocket { path: PathBuf },
     #[error(
-        "--state-dir {}: user {uid} owns it with mode {mode:03o}, so that others could put a socket of theirs there: \
+        "--state-dir {}: owned by user {uid} with mode {mode:03o}, so others could place a socket there: \
          `chown root` and `chmod go-w` it",
         path.display()
     )]
     Open { path: PathBuf, uid: u32, mode: u32 },
 }
 
-/// Whether a peer or owner is trusted: root, or the user of this process.
+/// Whether a peer or owner is trusted: root or this process's user.
 fn is_trusted(uid: u32) -> bool {
     uid == 0 || uid == geteuid().as_raw()
 }
@@ -138,12 +137,11 @@ impl AgentSocket {
     }
 }
 
-/// Device and number of a path's inode.
 fn inode(path: &Path) -> io::Result<(u64, u64)> {
     fs::symlink_metadata(path).map(|found| (found.dev(), found.ino()))
 }
 
-/// Listens for root only. The mode is set before there is a path: in between others could connect.
+/// Listens for root only. The mode is set before `bind()`: between the two, others could connect.
 fn listen(path: &Path) -> io::Result<UnixListener> {
     let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
     nix::sys::stat::fchmod(socket.as_fd(), Mode::S_IRUSR | Mode::S_IWUSR)?;
@@ -153,7 +151,7 @@ fn listen(path: &Path) -> io::Result<UnixListener> {
     UnixListener::from_std(net::UnixListener::from(socket))
 }
 
-/// Removes what an agent left that was killed. `None` if there is nothing, or an agent listens there.
+/// Removes the socket that a killed agent left. `None` if there is none, or an agent listens there.
 #[must_use]
 pub fn remove_leftover(state_dir: &Path) -> Option<PathBuf> {
     let _alone = Flock::lock(File::open(state_dir).ok()?, FlockArg::LockExclusiveNonblock).ok()?;
@@ -169,8 +167,8 @@ impl Accept for &AgentSocket {
             let (stream, _address) = self.listener.accept().await?;
             match stream.peer_cred() {
                 Ok(peer) if is_trusted(peer.uid()) => return Ok(stream),
-                Ok(peer) => debug!(uid = peer.uid(), "a connection of another user is closed"),
-                Err(error) => debug!(%error, "a connection without a known user is closed"),
+                Ok(peer) => debug!(uid = peer.uid(), "closed a connection of another user"),
+                Err(error) => debug!(%error, "closed a connection of an unknown user"),
             }
         }
     }
@@ -178,22 +176,22 @@ impl Accept for &AgentSocket {
 
 impl Drop for AgentSocket {
     fn drop(&mut self) {
-        // Before the lock ends: another agent's socket is never removed.
+        // Before the lock is released, so it is not another agent's socket.
         if inode(&self.path).ok() == Some(self.inode) {
             let _left_behind = fs::remove_file(&self.path);
         }
     }
 }
 
-/// Answers at the socket of a state directory until the future is dropped. What keeps it from listening is logged once
-/// and tried again.
+/// Answers at the socket of a state directory until the future is dropped. Failures to listen are logged once
+/// and retried.
 pub(super) async fn serve(state_dir: PathBuf, pages: Arc<AgentPages>) {
-    // What is wrong, since when, and whether that is in the log.
+    // The problem, since when, and whether it is logged.
     let mut problem: Option<(String, Instant, bool)> = None;
     loop {
         match AgentSocket::open(&state_dir) {
             Ok(socket) => {
-                info!(socket = %socket.path.display(), "commands are answered");
+                info!(socket = %socket.path.display(), "commands can query the agent");
                 problem = None;
                 tokio::select! {
                     () = http::serve(&socket, Arc::clone(&pages)) => {}
@@ -204,7 +202,7 @@ pub(super) async fn serve(state_dir: PathBuf, pages: Arc<AgentPages>) {
                 let text = error.to_string();
                 let (known, since, is_logged) = problem.get_or_insert((String::new(), Instant::now(), false));
                 if !*is_logged && (since.elapsed() >= SETTLE || !matches!(error, SocketError::Taken { .. })) {
-                    warn!(error = text, "commands are not answered, and read the snapshot: trying again");
+                    warn!(error = text, "commands cannot query the agent and read the snapshot: retrying");
                     *is_logged = true;
                 }
                 *known = text;
@@ -214,18 +212,18 @@ pub(super) async fn serve(state_dir: PathBuf, pages: Arc<AgentPages>) {
     }
 }
 
-/// What is answered at the socket: all pages of the other listeners, and [`OBJECTS`].
+/// Pages at the socket: those of the other listeners, and [`OBJECTS`].
 ///
-/// [`OBJECTS`] takes a query: `for=issues`, `at=ADDRESS:PORT/PROTOCOL`, or nothing for all objects. The answer has an
-/// `ETag`; with `after=ETAG` it is 304 while it would be the same. For one address such a request waits, for 20 seconds at
-/// most, until the answer is another one.
+/// [`OBJECTS`] takes a query: `for=issues`, `at=ADDRESS:PORT/PROTOCOL`, or nothing for all objects. The
+/// answer has an `ETag`; with `after=ETAG` an unchanged answer is 304. With `at=` or `for=`, such a request
+/// waits for a change, up to 20 seconds.
 pub(super) struct AgentPages {
     pub(super) metrics: Arc<MetricsPages>,
     pub(super) health: HealthPages,
     pub(super) asker: Asker,
-    /// How often the kernel was brought up to date.
+    /// Number of syncs.
     pub(super) changes: watch::Receiver<u64>,
-    /// Tells this agent from the next, whose process may have the same number: in a container that is 1.
+    /// Distinguishes this agent from the next. A process id does not: in a container it is always 1.
     started: Duration,
     large: Arc<Semaphore>,
 }
@@ -242,7 +240,7 @@ impl AgentPages {
         Self { metrics, health, asker, changes, started, large }
     }
 
-    /// What the agent knows, if its loop answers in time.
+    /// The requested state; `None` if the loop does not answer in time.
     async fn ask(&self, which: Which) -> Option<Known> {
         let known = self.asker.ask(|answer| Question::Known(which, answer)).await;
         known.map(|mut known| {
@@ -266,7 +264,7 @@ impl AgentPages {
         }
     }
 
-    /// All objects, written as they are sent.
+    /// All objects, serialised while sending.
     async fn all(&self, after: Option<&str>) -> Answer {
         let tag = format!("{}-{}", self.started.as_nanos(), *self.changes.borrow());
         if after == Some(&tag) {
@@ -278,21 +276,21 @@ impl AgentPages {
         let _writing = tokio::task::spawn_blocking(move || {
             use io::Write as _;
             let written = serde_json::to_writer(&mut writer, &known).map_err(io::Error::from);
-            // A client that has gone has what it wanted.
+            // The client may have disconnected.
             let _gone = written.and_then(|()| writer.flush());
             drop(place);
         });
         tagged(answer, &tag)
     }
 
-    /// A small answer, at once or once it is not `after` any longer.
+    /// A small answer: at once, or when its tag differs from `after`.
     async fn some(&self, which: Which, after: Option<&str>) -> Answer {
         let mut changes = self.changes.clone();
         let deadline = Instant::now() + WAIT;
         loop {
             changes.mark_unchanged();
             let Some(known) = self.ask(which).await else { return busy() };
-            // Strings, numbers and lists: there is nothing that JSON could not hold.
+            // Strings, numbers and lists always serialise.
             let body = serde_json::to_vec(&known).unwrap_or_default();
             drop(known);
             let mut hasher = DefaultHasher::new();
@@ -319,7 +317,6 @@ impl Pages for AgentPages {
     }
 }
 
-/// The agent's loop is not heard in time.
 fn busy() -> Answer {
     text(StatusCode::SERVICE_UNAVAILABLE, "the agent's loop does not answer in time\n")
 }
@@ -331,7 +328,7 @@ fn tagged(mut answer: Answer, tag: &str) -> Answer {
     answer
 }
 
-/// What a request for [`OBJECTS`] asks. Keys that are not known are ignored, as those of newer commands.
+/// Query of a request for [`OBJECTS`]. Unknown keys, as of newer commands, are ignored.
 #[derive(Debug, Default)]
 struct Query {
     of: Option<String>,
@@ -373,7 +370,7 @@ mod tests {
 
     use super::*;
 
-    /// Answers every path with it.
+    /// Answers every path with the path.
     struct Echo;
 
     impl Pages for Echo {
@@ -413,7 +410,7 @@ mod tests {
     async fn a_dead_agents_socket_is_replaced_and_a_live_ones_is_not() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join(FILE_NAME);
-        // What a process that was killed leaves: a socket that no process listens at.
+        // A killed process leaves a socket that no process listens at.
         drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
         let first = AgentSocket::open(directory.path()).unwrap();
         let error = AgentSocket::open(directory.path()).unwrap_err();
@@ -421,7 +418,7 @@ mod tests {
         assert!(remove_leftover(directory.path()).is_none());
         assert_eq!(inode(&path).unwrap(), first.inode, "the first one's is untouched");
 
-        // A path that leads to something else is not removed by the first when it ends.
+        // The first agent does not remove a path that leads to something else.
         fs::remove_file(&path).unwrap();
         fs::write(&path, "not a socket").unwrap();
         drop(first);

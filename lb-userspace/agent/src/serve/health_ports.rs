@@ -1,4 +1,5 @@
-//! `healthCheckNodePort`: what load balancers outside ask each node (`pkg/proxy/healthcheck/service_health.go`).
+//! `healthCheckNodePort`: health checks of external load balancers
+//! (`pkg/proxy/healthcheck/service_health.go`).
 
 use std::{
     collections::BTreeMap,
@@ -26,23 +27,22 @@ use super::{
 };
 use crate::telemetry::health::Vitals;
 
-/// How long to wait before a port that was taken is tried again.
+/// Time between two tries to open a port that is in use.
 const RETRY: Duration = Duration::from_secs(5);
 
-/// What should be answered, and where.
+/// The desired ports.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Wanted {
-    /// The services with a port for health checks.
+    /// The services with a health check port.
     pub checks: BTreeMap<ServiceKey, HealthCheck>,
-    /// The addresses that node ports answer on; `None` for all of the host.
+    /// The addresses of node ports; `None` for all addresses of the host.
     pub addresses: Option<Vec<IpAddr>>,
 }
 
-/// One socket of one service.
 type Place = (ServiceKey, SocketAddr);
 
 impl Wanted {
-    /// The sockets that should be open, with the numbers that they answer.
+    /// The sockets to open, each with its number of ready local endpoints.
     fn places(&self) -> BTreeMap<Place, usize> {
         let everywhere = [IpAddr::V6(Ipv6Addr::UNSPECIFIED)];
         let addresses = self.addresses.as_deref().unwrap_or(&everywhere);
@@ -56,7 +56,7 @@ impl Wanted {
     }
 }
 
-/// An open socket. Dropping it ends the task soon; [`Server::close`] waits until the port is free.
+/// An open socket. Use [`Server::close`] to stop it, which waits until the port is free.
 #[derive(Debug)]
 struct Server {
     task: JoinHandle<()>,
@@ -66,13 +66,13 @@ struct Server {
 impl Server {
     async fn close(self) {
         self.task.abort();
-        // The end of a task that was asked to end is no news.
+        // The expected result of an abort.
         let _aborted = self.task.await;
     }
 }
 
-/// Keeps the sockets open that are wanted, until nobody can want any more. Ports that cannot be opened become issues
-/// and are tried again.
+/// Keeps the desired sockets open until `wanted` is closed. Ports that cannot be opened become issues and are
+/// retried.
 pub async fn run(
     mut wanted: watch::Receiver<Wanted>,
     vitals: watch::Receiver<Vitals>,
@@ -103,18 +103,18 @@ pub async fn run(
     }
 }
 
-/// Closes, opens and updates. Returns what could not be opened.
+/// Closes, opens and updates sockets. Returns an issue for each that cannot be opened.
 async fn follow(
     open: &mut BTreeMap<Place, Server>,
     places: &BTreeMap<Place, usize>,
     vitals: &watch::Receiver<Vitals>,
 ) -> Vec<Issue> {
-    // First, since another service may want the port.
+    // Close first: another service may want the port.
     let gone: Vec<Place> = open.keys().filter(|place| !places.contains_key(*place)).cloned().collect();
     for place in gone {
         if let Some(server) = open.remove(&place) {
             server.close().await;
-            info!(service = %place.0, address = %place.1, "health checks are no longer answered");
+            info!(service = %place.0, address = %place.1, "stopped answering health checks");
         }
     }
     let mut issues = Vec::new();
@@ -145,7 +145,7 @@ async fn follow(
     issues
 }
 
-/// Listens; on a host without IPv6, "all addresses" are those of IPv4.
+/// Listens. On a host without IPv6, `::` becomes `0.0.0.0`.
 async fn bind(address: SocketAddr) -> io::Result<TcpListener> {
     match TcpListener::bind(address).await {
         Err(error)
@@ -158,7 +158,7 @@ async fn bind(address: SocketAddr) -> io::Result<TcpListener> {
     }
 }
 
-/// The one page of a service, at every path.
+/// The page of a service, the same at every path.
 #[derive(Debug)]
 struct ServicePages {
     key: ServiceKey,
@@ -166,7 +166,6 @@ struct ServicePages {
     vitals: watch::Receiver<Vitals>,
 }
 
-/// Body of the answer.
 #[derive(Serialize)]
 #[serde(rename_all = "camelCase")]
 struct Body<'a> {
@@ -190,7 +189,7 @@ impl Pages for ServicePages {
             local_endpoints: n_ready_local,
             service_proxy_healthy: is_alive,
         };
-        // Names, a number and a bool: there is nothing that JSON could not hold.
+        // Names, a number and a bool always serialise.
         let body = serde_json::to_string(&body).unwrap_or_default();
         let mut answer = json(is_alive && n_ready_local > 0, body);
         answer.headers_mut().insert("x-load-balancing-endpoint-weight", HeaderValue::from(n_ready_local));
@@ -250,7 +249,7 @@ mod tests {
         }
     }
 
-    /// A port moves to another service, is taken by a stranger, and is free again.
+    /// A port is in use by another program, is opened, moves to another service, and is free again.
     #[tokio::test]
     async fn ports_are_opened_closed_and_reported() {
         let stranger = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -281,6 +280,6 @@ mod tests {
             "the port is free for another service"
         );
         assert_eq!(follow(&mut open, &BTreeMap::new(), &vitals).await, []);
-        assert!(TcpListener::bind(("127.0.0.1", port)).await.is_ok(), "and for a stranger");
+        assert!(TcpListener::bind(("127.0.0.1", port)).await.is_ok(), "and for another program");
     }
 }

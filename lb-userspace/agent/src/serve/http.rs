@@ -1,4 +1,4 @@
-//! A small HTTP server for small answers, with bounds on everything that a client decides about.
+//! A small HTTP server, with bounds on everything that a client controls.
 
 use std::{
     convert::Infallible,
@@ -27,38 +27,38 @@ use tokio::{
 };
 use tracing::debug;
 
-/// Connections of a listener that are served at a time; others wait in the kernel's queue.
+/// Maximum number of connections per listener; others wait in the kernel's queue.
 const MAX_CONNECTIONS: usize = 64;
-/// Most bytes of a request's line and headers: the least that hyper offers.
+/// Maximum size of a request's line and headers, in bytes: hyper's minimum.
 const MAX_HEAD: usize = 8192;
-/// Most headers of a request.
+/// Maximum number of headers.
 const MAX_HEADERS: usize = 64;
-/// How long a client may take to send the head of its request.
+/// Timeout of the request's head.
 const HEAD: Duration = Duration::from_secs(5);
-/// How long a connection may take as a whole.
+/// Timeout of a whole connection.
 const WHOLE: Duration = Duration::from_secs(30);
-/// Pause after a connection could not be accepted, as when descriptors run out.
+/// Pause after a failed `accept()`, as when descriptors run out.
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// Octets of a large answer that are made before the client has read them: this many chunks of this size.
+/// Buffer of a large answer ahead of the client: this many chunks of this many bytes.
 const CHUNKS: usize = 2;
 const CHUNK: usize = 64 << 10;
 
 /// An answer.
 pub type Answer = Response<Either<Full<Bytes>, Chunks>>;
 
-/// What a server answers.
+/// The pages of a server.
 pub trait Pages: Send + Sync + 'static {
     /// Answers a GET request for a path with its query. `None` if there is no such page.
     fn get(&self, uri: &Uri) -> impl Future<Output = Option<Answer>> + Send;
 }
 
-/// Where connections come from.
+/// A source of connections.
 pub trait Accept: Send {
     /// A connection.
     type Stream: AsyncRead + AsyncWrite + Unpin + Send + 'static;
 
-    /// The next connection that may be served.
+    /// The next connection to serve.
     fn next(&self) -> impl Future<Output = io::Result<Self::Stream>> + Send;
 }
 
@@ -70,7 +70,7 @@ impl Accept for TcpListener {
     }
 }
 
-/// A body that is made while it is sent, so that no more than a few chunks of it are in memory.
+/// A body that is generated while it is sent, so that at most a few chunks are in memory.
 #[derive(Debug)]
 pub struct Chunks(mpsc::Receiver<Bytes>);
 
@@ -86,8 +86,8 @@ impl Body for Chunks {
     }
 }
 
-/// Writes the body of an answer. Waits for the client, so it belongs on a thread that may block; fails once the client
-/// has gone or its time is over.
+/// Writes the body of an answer. Blocks on the client, so use it on a blocking thread. Fails when the client
+/// disconnects or times out.
 #[derive(Debug)]
 pub struct ChunkWriter {
     chunks: mpsc::Sender<Bytes>,
@@ -112,7 +112,7 @@ impl Write for ChunkWriter {
     }
 }
 
-/// A large answer in JSON, and where its body is to be written. It ends when the writer is dropped.
+/// A large JSON answer, and the writer of its body, which ends when the writer is dropped.
 #[must_use]
 pub fn large_json() -> (Answer, ChunkWriter) {
     let (chunks, receiver) = mpsc::channel(CHUNKS);
@@ -136,8 +136,8 @@ pub fn text(status: StatusCode, body: impl Into<Bytes>) -> Answer {
     answer(status, "text/plain; charset=utf-8", body)
 }
 
-/// Serves a listener until the future is dropped. One request to a connection: whoever asks here asks seldom, and an
-/// idle connection would take a place from others.
+/// Serves a listener until the future is dropped. One request per connection: clients ask rarely, and an idle
+/// connection would take a place from others.
 pub async fn serve(listener: impl Accept, pages: Arc<impl Pages>) {
     let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     let mut connections = JoinSet::new();
@@ -147,7 +147,7 @@ pub async fn serve(listener: impl Accept, pages: Arc<impl Pages>) {
         let stream = match listener.next().await {
             Ok(stream) => stream,
             Err(error) => {
-                debug!(%error, "a connection cannot be accepted");
+                debug!(%error, "cannot accept a connection");
                 time::sleep(PAUSE).await;
                 continue;
             }
@@ -165,14 +165,14 @@ pub async fn serve(listener: impl Accept, pages: Arc<impl Pages>) {
                 .max_headers(MAX_HEADERS)
                 .keep_alive(false)
                 .serve_connection(TokioIo::new(stream), service);
-            // What goes wrong with a connection is the client's to notice.
+            // Only the client needs to see a connection's errors.
             let _closed = time::timeout(WHOLE, connection).await;
             drop(place);
         });
     }
 }
 
-/// The answer to a request: 405 for a method that changes something, 404 for a page that is not there.
+/// The answer to a request: 405 for methods other than GET and HEAD, 404 for an unknown page.
 async fn respond(pages: &impl Pages, method: &Method, uri: &Uri) -> Answer {
     if !matches!(*method, Method::GET | Method::HEAD) {
         let mut refusal = text(StatusCode::METHOD_NOT_ALLOWED, "method not allowed\n");
@@ -192,7 +192,7 @@ pub(super) mod tests {
 
     use super::*;
 
-    /// What a server answers for a page, with the head.
+    /// A server's answer for a page, with the head.
     pub(crate) async fn get(server: std::net::SocketAddr, path: &str) -> String {
         let mut stream = TcpStream::connect(server).await.unwrap();
         stream.write_all(format!("GET {path} HTTP/1.1\r\nHost: x\r\n\r\n").as_bytes()).await.unwrap();
@@ -209,8 +209,8 @@ pub(super) mod tests {
         }
     }
 
-    /// Sends bytes and reads until the server closes. An error counts as an end, since a server that has not read all may
-    /// reset the connection.
+    /// Sends bytes and reads until the server closes. An error counts as the end: a server that has not read
+    /// everything may reset the connection.
     async fn exchange(listener: &TcpStream, request: &[u8]) -> String {
         let mut stream = TcpStream::connect(listener.peer_addr().unwrap()).await.unwrap();
         let _closed_meanwhile = stream.write_all(request).await;
@@ -240,7 +240,7 @@ pub(super) mod tests {
         ] {
             let answer = exchange(&probe, request.as_bytes()).await;
             let expected = format!("HTTP/1.1 {status} ");
-            // A parser may refuse with another number of the same class.
+            // A parser may refuse with another code of the same class.
             let is_refused = status == "414" && answer.starts_with("HTTP/1.1 4");
             let is_old = answer.starts_with(&format!("HTTP/1.0 {status} "));
             assert!(answer.starts_with(&expected) || is_refused || is_old, "{status}: {answer}");
@@ -250,8 +250,7 @@ pub(super) mod tests {
         server.abort();
     }
 
-    /// Clients that connect and say nothing take up all places, and no more than these; who comes then is served once
-    /// one of them has gone.
+    /// Silent clients occupy all places and no more. A later client is served once one of them disconnects.
     #[tokio::test]
     async fn silent_clients_take_a_bounded_number_of_places() {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();

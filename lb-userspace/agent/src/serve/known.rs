@@ -1,6 +1,6 @@
-//! What the agent knows at a moment, as commands hear it.
+//! The agent's state as commands read it.
 //!
-//! Pure. The commands join it with what the kernel's maps hold, which they read themselves.
+//! Pure. Commands join it with the kernel's maps, which they read themselves.
 
 use std::{
     net::{IpAddr, SocketAddr},
@@ -13,10 +13,10 @@ use lb_core::{
 };
 use serde::{Deserialize, Serialize};
 
-/// Which objects are asked for.
+/// Which objects to return.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Which {
-    /// None: only the issues.
+    /// Only the issues.
     Issues,
     /// Everything.
     All,
@@ -24,42 +24,43 @@ pub enum Which {
     At(FrontendAddress),
 }
 
-/// Objects and settings as of one moment between two syncs, shared with the agent's store.
+/// Objects and settings at one time between two syncs, shared with the agent's store.
 ///
-/// Objects of the same build only: a body that this build cannot read is another version's, and is treated as none.
+/// For the same build only: a command treats a body that it cannot read as no answer.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Known {
-    /// Whether the kernel has followed the source once. Before that the maps may hold what no object here names.
+    /// Whether there was a sync. Before, the maps may have entries without an object here.
     pub has_synced: bool,
-    /// What decides about frontends.
+    /// Settings that affect frontends.
     pub settings: Settings,
     /// Addresses of the node's interfaces.
     pub interfaces: Vec<IpAddr>,
-    /// Those that were asked for.
+    /// The requested services.
     pub services: Vec<Arc<Service>>,
     /// Their slices.
     pub slices: Vec<Arc<Slice>>,
-    /// All nodes, unless only issues were asked for.
+    /// All nodes; empty if only issues are requested.
     pub nodes: Vec<Arc<Node>>,
-    /// The services whose objects changed since the last sync, each with the frontends that it has in the maps.
+    /// The services whose objects changed since the last sync, each with its frontends in the maps.
     pub former: Vec<(ServiceKey, Vec<Frontend>)>,
-    /// For one address: the frontends that its calls may find, each with its endpoints in the maps.
+    /// For one address: the frontends that calls may match, each with its endpoints in the maps.
     pub tables: Vec<(FrontendAddress, Vec<SocketAddr>)>,
-    /// For one address: whether the tables have it as a cluster IP, and whether undefined ports of it are refused there.
+    /// For one address: `None` if it is not a cluster IP in the tables, else whether undefined ports of it
+    /// are refused.
     pub cluster_ip: Option<bool>,
-    /// For one address: the networks of the tables within which an address that no Service has is unreachable.
+    /// For one address: the networks in the tables within which an address without a Service is unreachable.
     pub networks: Vec<Cidr>,
-    /// What is wrong, sorted. For one address: what concerns it.
+    /// The issues, sorted. For one address: those that concern it.
     pub issues: Vec<Issue>,
     /// Why the last snapshot was not written.
     pub save_problem: Option<String>,
 }
 
 impl Known {
-    /// Leaves out the issues that do not concern an address: those of other objects whose text does not name it.
+    /// Removes issues that do not concern an address: those of other objects whose text does not name it.
     ///
-    /// A slice that could not be read names no service. It counts as one of the service whose name its own begins with, as
-    /// the names that Kubernetes gives do.
+    /// An unreadable slice names no service. It counts as one of the service whose name is its prefix, as in
+    /// the names that Kubernetes generates.
     pub fn keep_issues_at(&mut self, address: FrontendAddress) {
         let (services, slices) = (&self.services, &self.slices);
         let ip = address.ip.to_string();
@@ -88,12 +89,12 @@ impl Known {
     }
 }
 
-/// Whether a text holds an address as a word of its own: `10.0.0.1` is not in `10.0.0.12`.
+/// Whether a text contains an address as a whole word: `10.0.0.1` is not in `10.0.0.12`.
 fn names(text: &str, ip: &str) -> bool {
     let is_part = |character: char| character.is_ascii_hexdigit() || character == '.';
     text.match_indices(ip).any(|(start, _)| {
         let (before, after) = (&text[..start], &text[start + ip.len()..]);
-        // Within brackets or behind a colon stands a port, which is no part of the address.
+        // A port follows brackets or a colon, and is not part of the address.
         !before.ends_with(|c| is_part(c) || c == ':')
             && !after.starts_with(is_part)
             && !after.starts_with("::")

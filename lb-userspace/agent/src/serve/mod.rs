@@ -1,16 +1,16 @@
-//! What is answered over HTTP.
+//! HTTP servers.
 //!
 //! # Purpose
 //!
-//! [`Listeners`] answers scrapes and health checks of the agent, [`agent_socket`] what commands on the same host ask,
-//! [`health_ports`] health checks of single Services.
+//! [`Listeners`] answers scrapes and health checks of the agent, [`agent_socket`] requests of commands on the
+//! same host, [`health_ports`] health checks of single Services.
 //!
 //! # Invariants
 //!
-//! - Nobody who connects can hold up the agent or fill its memory: connections, header sizes and times are bounded, and
-//!   bodies of requests are not read.
-//! - What is asked of the agent's loop has an answer in bounded time, with or without the loop.
-//! - Nothing listens that was not asked for: an empty address is no listener.
+//! - No client can block the agent or exhaust its memory: connections, header sizes and times are bounded,
+//!   and request bodies are not read.
+//! - A question to the agent's loop is answered in bounded time, even if the loop is stuck.
+//! - An empty address opens no listener.
 //!
 //! # Depends on
 //!
@@ -46,14 +46,14 @@ use self::{
 };
 use crate::telemetry::{Metrics, health::Vitals, scrape::View};
 
-/// Where to listen, and what to say of the settings.
+/// Listen addresses, and the settings that `/configz` shows.
 #[derive(Clone, Debug, Default)]
 pub struct Options {
     /// `--metrics-bind-address`
     pub metrics: Option<SocketAddr>,
     /// `--healthz-bind-address`
     pub healthz: Option<SocketAddr>,
-    /// What `/configz` says.
+    /// Body of `/configz`.
     pub config: serde_json::Value,
 }
 
@@ -71,19 +71,19 @@ pub struct ListenError {
     pub remedy: &'static str,
 }
 
-/// A question for what the agent knows at the moment, with the way for the answer.
+/// A question about the agent's state, with the channel for its answer.
 #[derive(Debug)]
 pub enum Question {
-    /// A scrape's.
+    /// From a scrape.
     View(oneshot::Sender<View>),
-    /// A command's.
+    /// From a command.
     Known(Which, oneshot::Sender<Known>),
 }
 
-/// How long the agent's loop is waited for.
+/// Timeout of the loop's answer.
 const PATIENCE: Duration = Duration::from_secs(2);
-/// The time between an answer and the next question: as long as the answer took, within these. The loop answers before it takes
-/// in changes, and must not be kept from them by whoever asks without end.
+/// Pause after an answer: as long as the answer took, within these bounds. The loop answers questions before
+/// it applies changes, and endless questions must not starve the changes.
 const PAUSE: [Duration; 2] = [Duration::from_millis(1), Duration::from_millis(10)];
 
 /// Asks the agent's loop, one question at a time.
@@ -94,13 +94,13 @@ pub struct Asker {
 }
 
 impl Asker {
-    /// Asks where the loop hears questions.
+    /// Sends questions to this channel.
     #[must_use]
     pub fn new(questions: mpsc::Sender<Question>) -> Self {
         Self { questions, turn: Arc::default() }
     }
 
-    /// What the loop answers, if it does in time.
+    /// The loop's answer; `None` on a timeout.
     async fn ask<T>(&self, question: impl FnOnce(oneshot::Sender<T>) -> Question) -> Option<T> {
         let asked = async {
             let turn = Arc::clone(&self.turn).lock_owned().await;
@@ -110,7 +110,7 @@ impl Asker {
             let answered = answered.await.ok();
             let [least, most] = PAUSE;
             let pause = asked.elapsed().clamp(least, most);
-            // The answer does not wait for that.
+            // The answer is returned without the pause.
             let _pausing = tokio::spawn(async move {
                 time::sleep(pause).await;
                 drop(turn);
@@ -121,19 +121,19 @@ impl Asker {
     }
 }
 
-/// What the agent's loop lets others see.
+/// What servers read of the agent's loop.
 #[derive(Clone, Debug)]
 pub struct Insight {
-    /// Its heartbeat.
+    /// The loop's heartbeat.
     pub vitals: watch::Receiver<Vitals>,
-    /// How often it brought the kernel up to date.
+    /// Number of syncs.
     pub changes: watch::Receiver<u64>,
-    /// Where it hears questions.
+    /// Sends questions to the loop.
     pub asker: Asker,
 }
 
-/// Open sockets. Until [`Self::serve`] the answer there is that the agent starts: a client that waited for the programs to be
-/// loaded, such as a kubelet's probe, would give up before.
+/// Open sockets. Until [`Self::serve`] they answer that the agent is starting: a client such as a kubelet's
+/// probe would time out before the programs are loaded.
 pub struct Listeners {
     metrics: Arc<OnceLock<Arc<MetricsPages>>>,
     healthz: Arc<OnceLock<Arc<HealthPages>>>,
@@ -142,7 +142,7 @@ pub struct Listeners {
 }
 
 impl Listeners {
-    /// Opens the sockets and begins to answer: `/livez` with 200, the other pages with 503.
+    /// Opens the sockets and answers: `/livez` with 200, other pages with 503.
     ///
     /// # Errors
     ///
@@ -171,8 +171,8 @@ impl Listeners {
         Ok(listeners)
     }
 
-    /// Answers as an agent that has started, until the value that is returned is dropped, also at the socket in `state_dir`.
-    /// Questions go to the agent's loop.
+    /// Serves the pages of a started agent until the returned value is dropped, also at the socket in
+    /// `state_dir`. Questions go to the agent's loop.
     ///
     /// # Errors
     ///
@@ -197,8 +197,8 @@ impl Listeners {
     }
 }
 
-/// Answers health checks of an agent that waits for another one to end: it is alive and not ready. `None` if nobody asked
-/// for such answers, or if the address is taken, as by the agent that is waited for.
+/// Answers health checks of an agent that waits for another one to exit: live and not ready. `None` without
+/// an address, or if it is in use, for example by the other agent.
 pub async fn answer_while_waiting(options: &Options) -> Option<JoinSet<()>> {
     let listener = TcpListener::bind(options.healthz?).await.ok()?;
     let mut serving = JoinSet::new();
@@ -211,16 +211,16 @@ async fn listen(flag: &'static str, address: Option<SocketAddr>) -> Result<Optio
     let error = |source: io::Error| {
         let remedy = match source.kind() {
             io::ErrorKind::AddrInUse => {
-                "another program, such as kube-proxy or another agent, listens there: end it, or name another address, or \
+                "another program, such as kube-proxy or another agent, listens there: stop it, or use another address, or \
                  \"\" for none"
             }
-            io::ErrorKind::AddrNotAvailable => "name an address of this host, or \"\" for none",
-            _ => "name another address, or \"\" for none",
+            io::ErrorKind::AddrNotAvailable => "use an address of this host, or \"\" for none",
+            _ => "use another address, or \"\" for none",
         };
         ListenError { flag, address, source, remedy }
     };
     let listener = TcpListener::bind(address).await.map_err(error)?;
-    // The port may have been left to the kernel.
+    // The kernel chooses the port if it is 0.
     let address = listener.local_addr().map_err(error)?;
     info!(%address, flag, "listening");
     Ok(Some(listener))
@@ -234,7 +234,7 @@ mod tests {
 
     use super::*;
 
-    /// However many ask without end, the loop has time for changes between two answers.
+    /// However many clients ask endlessly, the loop has time for changes between two answers.
     #[tokio::test]
     async fn questions_leave_the_loop_time() {
         let (questions, mut heard) = mpsc::channel(4);

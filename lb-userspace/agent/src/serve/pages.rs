@@ -23,10 +23,10 @@ use crate::telemetry::{
     scrape::{Calls, render},
 };
 
-/// What Prometheus asks for first.
+/// The media type that Prometheus prefers.
 const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
-/// A JSON answer that no browser takes for something else.
+/// A JSON answer that browsers do not reinterpret.
 pub(super) fn json(is_ok: bool, body: String) -> Answer {
     let status = if is_ok { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
     let mut answer = answer(status, "application/json", body);
@@ -37,7 +37,7 @@ pub(super) fn json(is_ok: bool, body: String) -> Answer {
 /// `/metrics`, `/proxyMode`, `/healthz`, `/configz`
 pub struct MetricsPages {
     metrics: Metrics,
-    /// A handle of its own: counters are read here, not by the agent's loop. One scrape at a time.
+    /// A separate handle: counters are read here, not by the agent's loop. One scrape at a time.
     maps: Arc<Mutex<Maps>>,
     asker: Asker,
     config: String,
@@ -51,13 +51,13 @@ impl MetricsPages {
     }
 
     async fn metrics(&self) -> Answer {
-        // Without an answer a scrape holds what does not need it.
+        // Without an answer, a scrape omits what needs one.
         let view = self.asker.ask(Question::View).await;
         if view.is_none() {
-            debug!("the agent does not answer: this scrape has no counters of services");
+            debug!("the loop does not answer: this scrape lacks the counters of services");
         }
         let (metrics, maps) = (self.metrics.clone(), Arc::clone(&self.maps));
-        // Long for many service ports.
+        // Takes long for many service ports.
         let rendered = tokio::task::spawn_blocking(move || {
             let maps = maps.lock().unwrap_or_else(PoisonError::into_inner);
             render(&metrics, view.as_ref(), |id| calls(&maps, id))
@@ -69,7 +69,6 @@ impl MetricsPages {
     }
 }
 
-/// The counters of a service port.
 fn calls(maps: &Maps, service_id: u32) -> Calls {
     let stats = maps.service_stats(service_id);
     Calls { redirected: stats.connects, refused: stats.refusals, datagrams: stats.datagrams }
@@ -92,7 +91,7 @@ impl Pages for MetricsPages {
 pub struct HealthPages {
     /// The loop's heartbeat.
     pub vitals: watch::Receiver<Vitals>,
-    /// Where answers are counted.
+    /// Counts answers.
     pub metrics: Metrics,
 }
 
@@ -113,7 +112,7 @@ impl Pages for HealthPages {
     }
 }
 
-/// `/healthz` and `/livez` of an agent that waits for another one to end.
+/// `/healthz` and `/livez` of an agent that waits for another one to exit.
 #[derive(Clone, Copy, Debug)]
 pub struct WaitingPages;
 
@@ -128,14 +127,14 @@ impl Pages for WaitingPages {
     }
 }
 
-/// Pages that an agent has once it has started, and until then the answer that it starts.
+/// The pages of an agent once it has started. Until then the answer is that it is starting.
 pub struct FromStart<P> {
     pages: Arc<OnceLock<Arc<P>>>,
     since: Instant,
 }
 
 impl<P> FromStart<P> {
-    /// An agent that starts now. Who asks is answered from `pages` from the moment on that they are set.
+    /// The agent starts now. Answers come from `pages` once these are set.
     #[must_use]
     pub fn new(pages: Arc<OnceLock<Arc<P>>>) -> Self {
         Self { pages, since: Instant::now() }
@@ -147,7 +146,7 @@ impl<P: Pages> Pages for FromStart<P> {
         if let Some(pages) = self.pages.get() {
             return pages.get(uri).await;
         }
-        // An agent that does not get beyond its start is to be restarted.
+        // An agent that is stuck at start should be restarted.
         let is_alive = self.since.elapsed() < health::PATIENCE;
         Some(json(uri.path() == "/livez" && is_alive, health::starting(SystemTime::now())))
     }
@@ -168,7 +167,7 @@ mod tests {
     #[tokio::test]
     async fn health_pages_answer_by_the_vitals() {
         let now = Instant::now();
-        // Another machine's clock could be too near its start for this.
+        // A host's clock may be too close to boot for this.
         let Some(long_ago) = now.checked_sub(2 * crate::telemetry::health::PATIENCE) else { return };
         let fresh = Vitals::new(now);
         for (vitals, healthz, livez) in [

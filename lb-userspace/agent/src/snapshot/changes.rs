@@ -1,4 +1,4 @@
-//! What a record of the journal says. Pure.
+//! Contents of a journal's record. Pure.
 
 use std::{cmp::Ordering, sync::Arc};
 
@@ -7,12 +7,12 @@ use serde::{Deserialize, Serialize};
 
 use super::Snapshot;
 
-/// What makes one snapshot of another.
+/// The difference between two snapshots.
 #[derive(Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Changes {
-    /// The settings of the later one, and its objects that are new or differ.
+    /// The settings of the later snapshot, and its objects that are new or differ.
     set: Snapshot,
-    /// Objects that only the former one has.
+    /// Objects that only the earlier snapshot has.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     gone_services: Vec<ServiceKey>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -39,7 +39,7 @@ fn by_cidr(a: &ServiceCidr, b: &ServiceCidr) -> Ordering {
     a.name.cmp(&b.name)
 }
 
-/// The objects of `new` that `old` has not, and those of `old` without one in their place. Both are ordered.
+/// The objects of `new` that are new or differ, and those that only `old` has. Both must be sorted.
 fn differences<'a, T: Eq>(
     old: &'a [Arc<T>],
     new: &[Arc<T>],
@@ -61,7 +61,7 @@ fn differences<'a, T: Eq>(
 }
 
 impl Changes {
-    /// What makes `new` of `old`; `None` if they are equal.
+    /// The changes from `old` to `new`; `None` if they are equal.
     pub(super) fn between(old: &Snapshot, new: &Snapshot) -> Option<Self> {
         let (services, gone_services) = differences(&old.services, &new.services, by_service);
         let (slices, gone_slices) = differences(&old.slices, &new.slices, by_slice);
@@ -78,9 +78,9 @@ impl Changes {
         (changes != Self { set: old.without_objects(), ..Self::default() }).then_some(changes)
     }
 
-    /// Changes the objects and returns the settings.
+    /// Applies the changes to the objects, and returns the settings.
     pub(super) fn apply(self, store: &mut Store) -> Snapshot {
-        // A slice of another service than before is gone and set.
+        // A slice whose service has changed is in both lists: remove it first.
         for key in &self.gone_slices {
             let _changes = store.set_slice(key, None);
         }

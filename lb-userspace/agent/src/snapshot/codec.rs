@@ -1,14 +1,13 @@
-//! The octets of both files. Pure.
+//! Encodings of both files. Pure.
 //!
-//! ```text
-//! snapshot   socklb-snapshot format=3 bytes=N crc32=XXXXXXXX generation=XXXXXXXXXXXXXXXX\n
-//!            N octets: all objects and settings, JSON, deflated
-//! journal    socklb-journal format=3 generation=XXXXXXXXXXXXXXXX\n
-//!            records, each: u32 length, u32 CRC-32 of length and content (little-endian), content: Changes, JSON, deflated
+//! ```text snapshot socklb-snapshot format=3 bytes=N crc32=XXXXXXXX generation=XXXXXXXXXXXXXXXX\n N bytes:
+//! all objects and settings, JSON, deflated journal socklb-journal format=3 generation=XXXXXXXXXXXXXXXX\n
+//! records, each: u32 length, u32 CRC-32 of length and content (little-endian), content: Changes, JSON,
+//! deflated
 //! ```
 //!
-//! Format 2 is that of agents without a journal: its snapshot has no generation and is not deflated. It is read and no longer
-//! written.
+//! Format 2 is from agents without a journal: its snapshot has no generation and is not deflated. It is read
+//! but no longer written.
 
 use std::io::{self, BufWriter, Read};
 
@@ -17,20 +16,20 @@ use serde::{Serialize, de::DeserializeOwned};
 
 use super::{MAX_BYTES, Snapshot};
 
-/// Raise it with any change to what the files hold.
+/// Raise it with any change to the contents of the files.
 const FORMAT: u32 = 3;
-/// The format before: see above.
+/// The previous format: see above.
 const PLAIN: u32 = 2;
 
-/// No first line is longer.
+/// Maximum length of a first line.
 pub(super) const MAX_HEADER_LEN: usize = 200;
 
-/// Octets of a record before its content.
+/// Length of a record's header, in bytes.
 const RECORD_HEADER_LEN: usize = 8;
 
 /// Deflates the JSON of a value.
 pub(super) fn pack(value: &impl Serialize) -> io::Result<Vec<u8>> {
-    // Small writes cost the encoder much more than their copies.
+    // Buffered: small writes are expensive for the encoder.
     let mut writer = BufWriter::with_capacity(1 << 16, DeflateEncoder::new(Vec::new(), Compression::new(4)));
     serde_json::to_writer(&mut writer, value)?;
     writer.into_inner().map_err(io::IntoInnerError::into_error)?.finish()
@@ -51,13 +50,12 @@ fn crc32(parts: &[&[u8]]) -> u32 {
     checksum.finalize()
 }
 
-/// Up to the first line end, which is included.
+/// The bytes up to and including the first newline.
 pub(super) fn first_line(bytes: &[u8]) -> &[u8] {
     let len = bytes.iter().take(MAX_HEADER_LEN).position(|octet| *octet == b'\n').map_or(0, |at| at + 1);
     &bytes[..len]
 }
 
-/// The whole of a snapshot's file.
 pub(super) fn snapshot_file(snapshot: &Snapshot, generation: u64) -> io::Result<Vec<u8>> {
     let body = pack(snapshot)?;
     let mut file = SnapshotHeader { generation: Some(generation) }.line(&body).into_bytes();
@@ -79,14 +77,15 @@ impl SnapshotHeader {
             Some(generation) => {
                 let checksum = crc32(&[&generation.to_le_bytes(), body]);
                 format!(
-                    "socklb-snapshot format={FORMAT} bytes={n_bytes} crc32={checksum:08x} generation={generation:016x}\n"
+                    "socklb-snapshot format={FORMAT} bytes={n_bytes} crc32={checksum:08x} \
+                     generation={generation:016x}\n"
                 )
             }
             None => format!("socklb-snapshot format={PLAIN} bytes={n_bytes} crc32={:08x}\n", crc32(&[body])),
         }
     }
 
-    /// Takes a file apart, and checks that nothing is missing or altered.
+    /// Splits a file, and checks that it is complete and intact.
     pub(super) fn parse(file: &[u8]) -> Result<(Self, &[u8]), String> {
         let line = first_line(file);
         let body = &file[line.len()..];
@@ -111,7 +110,7 @@ impl SnapshotHeader {
         }
     }
 
-    /// Reads the body that [`Self::parse`] returned with it.
+    /// Decodes the body that [`Self::parse`] returned.
     pub(super) fn decode(self, body: &[u8]) -> Result<Snapshot, String> {
         match self.generation {
             Some(_) => unpack(body),
@@ -120,7 +119,7 @@ impl SnapshotHeader {
     }
 }
 
-/// What the first line of a snapshot names it by.
+/// The generation in a snapshot's first line.
 pub(super) fn generation_of(line: &[u8]) -> Option<u64> {
     let (_, generation) = str::from_utf8(line).ok()?.trim_end().rsplit_once(" generation=")?;
     u64::from_str_radix(generation, 16).ok()
@@ -131,14 +130,12 @@ pub(super) fn journal_line(generation: u64) -> String {
     format!("socklb-journal format={FORMAT} generation={generation:016x}\n")
 }
 
-/// A record with this content.
 pub(super) fn record(content: &[u8]) -> io::Result<Vec<u8>> {
     let len = u32::try_from(content.len()).map_err(|_beyond| io::ErrorKind::FileTooLarge)?.to_le_bytes();
     let checksum = crc32(&[&len, content]).to_le_bytes();
     Ok([&len, &checksum, content].concat())
 }
 
-/// A journal, taken apart.
 pub(super) struct Journal<'a> {
     first_line: usize,
     file: usize,
@@ -146,7 +143,7 @@ pub(super) struct Journal<'a> {
 }
 
 impl<'a> Journal<'a> {
-    /// Takes the journal of a snapshot apart, up to the first record that is not complete. `None` if it is another one's.
+    /// Splits a snapshot's journal, up to the first incomplete record. `None` if it is of another snapshot.
     pub(super) fn parse(file: &'a [u8], generation: u64) -> Option<Self> {
         let line = journal_line(generation);
         let mut rest = file.strip_prefix(line.as_bytes())?;
@@ -158,12 +155,11 @@ impl<'a> Journal<'a> {
         Some(Self { first_line: line.len(), file: file.len(), records })
     }
 
-    /// The contents of its records.
     pub(super) fn records(&self) -> &[&'a [u8]] {
         &self.records
     }
 
-    /// Its length up to the end of a number of records, and what is left after that.
+    /// The length of this many records with what precedes them, and that of the rest.
     pub(super) fn split(&self, n_records: usize) -> (u64, u64) {
         let records = self.records.iter().take(n_records).map(|record| RECORD_HEADER_LEN + record.len());
         let len = self.first_line + records.sum::<usize>();
@@ -176,7 +172,7 @@ fn first_record(bytes: &[u8]) -> Option<(&[u8], &[u8])> {
     let (len, rest) = bytes.split_first_chunk::<4>()?;
     let (checksum, rest) = rest.split_first_chunk::<4>()?;
     let (content, rest) = rest.split_at_checked(usize::try_from(u32::from_le_bytes(*len)).ok()?)?;
-    // What a file system leaves after a crash may be zeroes, whose checksum is 0.
+    // After a crash a file may have zeroes, whose checksum is 0.
     let is_whole = !content.is_empty() && crc32(&[len, content]) == u32::from_le_bytes(*checksum);
     is_whole.then_some((content, rest))
 }

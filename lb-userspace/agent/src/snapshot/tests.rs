@@ -11,12 +11,12 @@ use proptest::{collection::vec, prelude::*};
 use super::*;
 use crate::controller::save::Saving;
 
-/// Ends the writer's steps: see [`Files::step`](super::writer).
+/// Injects faults into the writer's steps: see [`Files::step`](super::writer).
 #[derive(Debug, Default)]
 pub(super) struct Fault {
-    /// How many steps are done before.
+    /// Number of steps before the fault.
     n_steps: Option<u32>,
-    /// Whether nothing more is done, as after a kill; else one step fails, as on a full disk.
+    /// Whether all further steps fail, as after a kill; else one step fails, as on a full disk.
     kills: bool,
     n_done: Cell<u32>,
 }
@@ -56,7 +56,7 @@ fn service_cidr(name: &str, n: u64) -> ServiceCidr {
     ServiceCidr { name: name.into(), cidrs: vec![Cidr::new(ipv4(0x0a00_0000 | n << 16).into(), 16).unwrap()] }
 }
 
-/// Numbers that no compression can guess.
+/// Numbers that do not compress.
 fn scatter(n: u64) -> u64 {
     let mixed = (n ^ (n >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
@@ -89,7 +89,7 @@ fn slice(service: u64, n_endpoints: u64, seed: u64, version: u64) -> Slice {
     }
 }
 
-/// One that differs from those of other numbers.
+/// A snapshot that differs for each number.
 fn numbered(n: u64) -> Snapshot {
     let mut store = Store::new();
     let _changes = store.set_service(&service(n % 3).key.clone(), Some(service(n % 3)));
@@ -110,7 +110,7 @@ fn what_is_written_is_read() {
     let state_dir = directory.path().join("made/on/demand");
     let written = numbered(1);
     Writer::new(&state_dir).write(written.clone()).unwrap();
-    // The next agent finds it so, and shares its own objects from then on.
+    // The next agent finds the same state, and shares its own objects from then on.
     let mut next = Writer::new(&state_dir);
     let again = next.write(written.clone()).unwrap();
     assert_eq!((again.n_bytes, again.has_read), (0, true));
@@ -142,7 +142,7 @@ fn damage_is_refused_with_a_reason() {
     assert!(error.contains("format 4, this socklb reads 2 and 3"), "{error}");
 }
 
-/// Agents before the journal wrote this.
+/// The format of agents without a journal.
 #[test]
 fn the_format_without_a_journal_is_read() {
     let directory = tempfile::tempdir().unwrap();
@@ -150,7 +150,7 @@ fn the_format_without_a_journal_is_read() {
     let json = r#"{"node_name":"node-a","node_ports":[30000,32767],"node_port_addresses":"Primary","interfaces":["10.0.0.7"],"services":[],"slices":[],"nodes":[{"name":"node-a","zone":"zone-1","addresses":["10.0.0.7"],"being_deleted":false}]}"#;
     let header = format!("socklb-snapshot format=2 bytes={} crc32=d1405d33\n", json.len());
     fs::write(&path, format!("{header}{json}")).unwrap();
-    // A journal that a later version left is not its.
+    // A journal that a later version left is ignored.
     fs::write(directory.path().join(JOURNAL), codec::journal_line(0)).unwrap();
     let found = read(directory.path());
     assert_eq!(found.nodes[0].zone.as_deref(), Some("zone-1"));
@@ -158,10 +158,10 @@ fn the_format_without_a_journal_is_read() {
     let mut writer = Writer::new(directory.path());
     writer.write(found.clone()).unwrap();
     assert_eq!(read(directory.path()), found);
-    assert!(fs::read(&path).unwrap().starts_with(b"socklb-snapshot format=3 "), "and written no longer");
+    assert!(fs::read(&path).unwrap().starts_with(b"socklb-snapshot format=3 "), "but no longer written");
 }
 
-/// Services and slices that come, change, and go; slices also to another service.
+/// Services and slices that are added, changed and removed; slices also move to another service.
 fn histories() -> impl Strategy<Value = Vec<Snapshot>> {
     let object = || (0..4_u64, prop::option::of((0..3_u16, 0..3_u64)));
     let step = (vec(object(), 0..4), vec(object(), 0..4), vec(object(), 0..2), vec(object(), 0..2));
@@ -206,7 +206,7 @@ fn histories() -> impl Strategy<Value = Vec<Snapshot>> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
-    /// Also by agents that follow each other.
+    /// Also across restarts of the agent.
     #[test]
     fn any_history_is_read_as_it_was_written(history in histories(), restarts in vec(any::<bool>(), 8)) {
         let directory = tempfile::tempdir().unwrap();
@@ -222,7 +222,7 @@ proptest! {
         }
     }
 
-    /// And what is read of it is what was written up to there. The next agent goes on behind it.
+    /// Reading returns the state as written up to that place. The next agent continues after it.
     #[test]
     fn a_journal_that_is_cut_or_altered_loses_its_end_only(
         history in histories(),
@@ -255,8 +255,8 @@ proptest! {
     }
 }
 
-/// An agent is killed, or a step fails, at each place in turn: while it writes a snapshot, begins a journal, and goes on with
-/// it.
+/// An agent is killed, or a step fails, at each place in turn: while it writes a snapshot, starts a journal,
+/// or appends to it.
 #[test]
 fn every_step_leaves_the_former_or_the_new_state() {
     for n_before in 0..3 {
@@ -287,7 +287,7 @@ fn every_step_leaves_the_former_or_the_new_state() {
                     assert_eq!(read(directory.path()), numbered(n), "{what}");
                 }
                 if result.is_ok() {
-                    assert!(n_steps >= 4, "{what}: every step is tried");
+                    assert!(n_steps >= 4, "{what}: every step fails once");
                     break;
                 }
             }
@@ -323,12 +323,12 @@ fn files_that_others_removed_or_replaced_are_made_anew() {
     }
 }
 
-/// A reader that began before a new snapshot came does not take the old one for the newest.
+/// A reader that began before a new snapshot does not take the old one for the newest.
 #[test]
 fn a_reader_never_goes_back() {
     let directory = tempfile::tempdir().unwrap();
     let numbered = |n: u64| {
-        // A record that is a quarter of what a journal of a small snapshot may have.
+        // A record of a quarter of the maximum journal of a small snapshot.
         let interfaces = (0..3_000).map(|k| IpAddr::V6((u128::from(scatter(n << 32 | k)) << 64).into()));
         Snapshot { node_ports: (0, n.try_into().unwrap()), interfaces: interfaces.collect(), ..numbered(0) }
     };
@@ -355,8 +355,8 @@ fn a_reader_never_goes_back() {
     });
 }
 
-/// Writes what agents would write while a cluster of 10,000 services with 10 endpoints each changes. Returns the octets of each
-/// minute. An agent is killed at the second `killed`. `change` is told the seconds from one writing to the next.
+/// Writes what an agent writes while a cluster of 10,000 services with 10 endpoints each changes. Returns the
+/// bytes per minute. The agent is killed at second `killed`. `change` gets the seconds since the last write.
 fn octets_by_minute(n_minutes: u64, killed: u64, mut change: impl FnMut(&mut Store, Range<u64>)) -> Vec<u64> {
     let directory = tempfile::tempdir().unwrap();
     let (mut writer, mut store) = (Writer::new(directory.path()), Store::new());
@@ -388,14 +388,14 @@ fn set(store: &mut Store, n: u64, n_endpoints: u64, seed: u64, version: u64) {
     let _changes = store.set_slice(&slice.key(), Some(slice));
 }
 
-/// However a cluster of this size changes.
+/// Whatever changes in a cluster of this size.
 #[test]
 fn at_most_two_megabytes_are_written_a_minute() {
     type Change = fn(&mut Store, Range<u64>);
     let cases: [(&str, u64, u64, Change); 3] = [
         ("created in five minutes, with an event for each endpoint", 2, 30, |store, seconds| {
             for event in seconds.start * 333..seconds.end * 333 {
-                // A hundred services come up at a time.
+                // A hundred services start at a time.
                 set(store, event / 1000 * 100 + event % 100, 1 + event % 1000 / 100, 0, 0);
             }
         }),
@@ -412,7 +412,7 @@ fn at_most_two_megabytes_are_written_a_minute() {
     ];
     for (what, n_minutes, killed, change) in cases {
         let minutes = octets_by_minute(n_minutes, killed, change);
-        // The first minute has the first snapshot.
+        // The first minute includes the first snapshot.
         let mean = minutes[1..].iter().sum::<u64>() / (n_minutes - 1);
         assert!(mean <= 2_000_000, "{what}: {mean} a minute: {minutes:?}");
         eprintln!("{what}: {minutes:?}");

@@ -1,4 +1,4 @@
-//! Writing both files.
+//! Writes both files.
 
 use std::{
     fs::{self, File, OpenOptions},
@@ -9,60 +9,61 @@ use std::{
 
 use super::{Changes, FILE_NAME, Found, JOURNAL, Snapshot, SnapshotError, codec};
 
-/// Names under which new files are written before they take the place of the former ones.
+/// Names of new files before they replace the old ones.
 pub(super) const NEW: [&str; 2] = ["snapshot.new", "journal.new"];
 
-/// A journal below this is not worth a new snapshot.
+/// A journal below this size, in bytes, is never replaced by a new snapshot.
 const SMALL_JOURNAL: u64 = 256 << 10;
 
-/// Whether a journal would be so long that a new snapshot is written instead.
+/// Whether a journal is so long that a new snapshot replaces it.
 ///
-/// With a journal of up to twice the snapshot, the next snapshot costs at most half of what the journal's records have cost,
-/// and a reader reads three times the snapshot at most.
+/// With a journal of up to twice the snapshot, a new snapshot costs at most half of the journal's records,
+/// and a reader reads at most three times the snapshot.
 fn is_too_long(journal_len: u64, snapshot_len: u64) -> bool {
     journal_len > SMALL_JOURNAL.max(2 * snapshot_len)
 }
 
-/// What one writing came to.
+/// Result of a write.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Written {
-    /// Octets that were written.
+    /// Bytes written.
     pub n_bytes: u64,
-    /// Octets that the changes take in a journal, whether they were written there or with everything else; 0 for the first
-    /// snapshot.
+    /// Size of the changes as a journal record, in bytes, whether written as such or as part of a new
+    /// snapshot; 0 for the first snapshot.
     pub n_changed: u64,
-    /// Whether all that was on disk was read for it, which takes memory.
+    /// Whether the files on disk were read first, which takes memory.
     pub has_read: bool,
 }
 
-/// Keeps the files of a state directory up to date. One at a time for a directory.
+/// Keeps the files of a state directory up to date. Use one writer per directory at a time.
 #[derive(Debug)]
 pub struct Writer {
     pub(super) files: Files,
-    /// What the last writing left, or what was found. Others may have changed it since.
+    /// The state after the last write, or as found. Others may have changed it since.
     pub(super) on_disk: Option<Found>,
     has_looked: bool,
 }
 
 impl Writer {
-    /// Touches nothing yet.
+    /// Creates a writer; accesses no file.
     #[must_use]
     pub fn new(state_dir: &Path) -> Self {
         Self { files: Files::new(state_dir), on_disk: None, has_looked: false }
     }
 
-    /// Writes what differs from what is on disk, making the directory if needed. What is written survives a loss of power.
+    /// Writes the difference to the state on disk, and creates the directory if needed. Written data survives
+    /// a power failure.
     ///
-    /// Goes on with the files of an earlier agent, and makes them anew if they were removed or replaced.
+    /// Continues an earlier agent's files, and recreates files that were removed or replaced.
     ///
     /// # Errors
     ///
-    /// [`SnapshotError::Io`]; then a reader finds what was written before, and the next call writes what this one did not.
+    /// [`SnapshotError::Io`]: a reader still finds the previous state, and the next call retries.
     pub fn write(&mut self, snapshot: Snapshot) -> Result<Written, SnapshotError> {
         self.files.n_bytes = 0;
         let has_read = !std::mem::replace(&mut self.has_looked, true);
         if has_read {
-            // What cannot be read is replaced.
+            // Unreadable files are replaced.
             self.on_disk = Found::read(&self.files.dir).ok();
         }
         let error = |name| {
@@ -76,7 +77,7 @@ impl Writer {
             && self.files.are_in_place(generation, found)
         {
             let Some(changes) = Changes::between(&found.snapshot, &snapshot) else {
-                // Equal ones that are not shared would be in memory twice.
+                // Share the new objects: equal copies would be in memory twice.
                 found.snapshot = snapshot;
                 return Ok(Written { has_read, ..Written::default() });
             };
@@ -102,11 +103,11 @@ impl Writer {
     }
 }
 
-/// The files of a state directory. Everything that is written to them is written here.
+/// The files of a state directory. All writes are here.
 #[derive(Debug)]
 pub(super) struct Files {
     dir: PathBuf,
-    /// Octets written since this was last set to 0.
+    /// Bytes written since this was last set to 0.
     n_bytes: u64,
     #[cfg(test)]
     pub(super) fault: super::tests::Fault,
@@ -122,7 +123,7 @@ impl Files {
         }
     }
 
-    /// Whether the files are those that were found, and nothing else has been written to them.
+    /// Whether the files are those found, unchanged by others.
     fn are_in_place(&self, generation: u64, found: &Found) -> bool {
         let (snapshot, journal) = (self.dir.join(FILE_NAME), self.dir.join(JOURNAL));
         let len_of = |path| fs::metadata(path).map_or(0, |data| data.len());
@@ -133,7 +134,7 @@ impl Files {
                     && len_of(&journal) == found.journal_len + found.n_lost))
     }
 
-    /// Adds a record behind the good ones of a journal, or begins one. Returns its length.
+    /// Appends a record after the good ones of a journal, or starts a journal. Returns the journal's length.
     fn append(&mut self, generation: u64, good: u64, record: &[u8]) -> io::Result<u64> {
         if good == 0 {
             let file = [codec::journal_line(generation).as_bytes(), record].concat();
@@ -146,14 +147,14 @@ impl Files {
         file.set_len(good)?;
         let written = file.seek(SeekFrom::Start(good)).and_then(|_at| self.write(&mut file, record));
         if written.is_err() && self.step().is_ok() {
-            // A record behind a part of one would not be read. If this fails too, the files are made anew.
+            // A record after a partial one would never be read. If this fails too, the files are recreated.
             let _cut = file.set_len(good);
         }
         written?;
         Ok(good + record.len() as u64)
     }
 
-    /// Puts a new file in the place of another.
+    /// Replaces a file atomically.
     fn replace(&mut self, name: &str, bytes: &[u8]) -> io::Result<()> {
         let (path, new) = (self.dir.join(name), self.dir.join(format!("{name}.new")));
         self.step()?;
@@ -168,7 +169,7 @@ impl Files {
             File::open(&self.dir)?.sync_all()
         })();
         if replaced.is_err() && self.step().is_ok() {
-            // A full disk may need the room.
+            // Frees space on a full disk.
             let _gone = fs::remove_file(&new);
         }
         replaced
@@ -186,7 +187,7 @@ impl Files {
         file.sync_data()
     }
 
-    /// Before each change to a file: a test ends it here.
+    /// Called before each change to a file: tests inject faults here.
     #[cfg_attr(
         not(test),
         expect(clippy::unused_self, clippy::unnecessary_wraps, reason = "only tests have faults")

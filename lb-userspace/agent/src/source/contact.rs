@@ -1,4 +1,4 @@
-//! Whether a source that can be away is in touch.
+//! Last answers and outages of a source.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -6,20 +6,19 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// A time in which a source did not answer, or refused.
+/// A time in which a source does not answer, or refuses.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Outage {
     /// When it began.
     pub since: Instant,
-    /// What is the matter: the source, and what became of the last attempt.
+    /// The problem: the source, and the result of the last attempt.
     pub problem: Arc<str>,
 }
 
-/// What is known of one kind of objects.
 #[derive(Clone, Debug, Default)]
 struct Kind {
     answered: Option<Instant>,
-    /// What went wrong since.
+    /// The failure since the last answer.
     problem: Option<Arc<str>>,
 }
 
@@ -29,18 +28,18 @@ struct Known {
     kinds: BTreeMap<&'static str, Kind>,
     failures: BTreeMap<&'static str, u64>,
     outage: Option<Outage>,
-    /// The reasons of this outage that were told.
+    /// The reasons logged in this outage.
     told: BTreeSet<&'static str>,
 }
 
-/// When a source last answered, by kind of objects, and what is the matter if it does not. Clones share it.
+/// When a source last answered, by kind of objects, and why it does not. Clones share the state.
 ///
-/// An outage begins with the first kind that fails and ends when all kinds are answered.
+/// An outage begins when the first kind fails, and ends when all kinds are answered.
 #[derive(Clone, Debug)]
 pub struct Contact(Arc<Mutex<Known>>);
 
 impl Contact {
-    /// Nothing is known of these kinds. Failures of these reasons are counted from 0 on.
+    /// Starts without an answer of these kinds. Failures of these reasons count from 0.
     #[must_use]
     pub fn new(
         kinds: impl IntoIterator<Item = &'static str>,
@@ -57,11 +56,11 @@ impl Contact {
     }
 
     fn lock(&self) -> MutexGuard<'_, Known> {
-        // Each change is complete when it can panic no more.
+        // A panic leaves no change half done.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A kind was answered. Returns how long the outage lasted that ends with this.
+    /// Records an answer. Returns the duration of the outage that it ends.
     #[must_use]
     pub fn answered(&self, kind: &'static str, now: Instant) -> Option<Duration> {
         let mut known = self.lock();
@@ -77,7 +76,7 @@ impl Contact {
         known.outage.take().map(|outage| now.saturating_duration_since(outage.since))
     }
 
-    /// A kind was not answered, since some time. `true` if this is news: the first failure of this reason in an outage.
+    /// Records a failure since a time. `true` for the first failure of this reason in an outage.
     #[must_use]
     pub fn failed(&self, kind: &'static str, reason: &'static str, problem: &str, since: Instant) -> bool {
         let mut known = self.lock();
@@ -89,12 +88,12 @@ impl Contact {
         known.told.insert(reason)
     }
 
-    /// A kind is no longer asked for all the time: its age says nothing.
+    /// Stops tracking a kind that is no longer requested continuously, so that its age means nothing.
     pub fn forget(&self, kind: &'static str) {
         self.lock().kinds.remove(kind);
     }
 
-    /// Counts what is no outage: a connection that broke, a version that the source no longer has.
+    /// Counts a failure that is no outage: a broken connection, an expired version.
     pub fn broke(&self, reason: &'static str) {
         *self.lock().failures.entry(reason).or_default() += 1;
     }
@@ -105,13 +104,13 @@ impl Contact {
         self.lock().kinds.get(kind)?.answered
     }
 
-    /// The outage that lasts.
+    /// The current outage.
     #[must_use]
     pub fn outage(&self) -> Option<Outage> {
         self.lock().outage.clone()
     }
 
-    /// The time since the last answer by kind; since the start, before the first.
+    /// The time since each kind's last answer, or since the start if there is none.
     #[must_use]
     pub fn ages(&self, now: Instant) -> Vec<(&'static str, Duration)> {
         let known = self.lock();
@@ -138,11 +137,11 @@ mod tests {
         assert_eq!(contact.answered("services", at(1)), None);
         assert_eq!(contact.outage(), None);
         for round in 0..2 {
-            // A second outage within a minute is told like the first.
+            // A second outage within a minute is logged like the first.
             let since = 10 + 20 * round;
             assert!(contact.failed("services", "connection", "refused", at(since)));
             assert!(!contact.failed("nodes", "connection", "refused", at(since + 1)));
-            assert!(contact.failed("nodes", "forbidden", "403", at(since + 2)), "another reason is news");
+            assert!(contact.failed("nodes", "forbidden", "403", at(since + 2)), "another reason is logged");
             let outage = Outage { since: at(since), problem: "403".into() };
             assert_eq!(contact.outage(), Some(outage));
             assert_eq!(contact.answered("nodes", at(since + 3)), None, "services still fail");

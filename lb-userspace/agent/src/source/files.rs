@@ -1,21 +1,22 @@
-//! Manifests in files: `--source file:PATH`.
+//! Manifest files: `--source file:PATH`.
 //!
 //! # Purpose
 //!
-//! Serves a host from a manifest file or a folder of them, without a cluster. [`watch()`] reads the texts whenever
-//! they change, [`parse()`] turns one text into objects, [`FileSet`] holds the objects of all files.
+//! Serves a host from a manifest file or a folder of them, without a cluster. [`watch()`] reads the texts
+//! when they change, [`parse()`] turns a text into objects, [`FileSet`] holds the objects of all files.
 //!
-//! A manifest is YAML or JSON, with any number of documents, and holds Services (`v1`), EndpointSlices
-//! (`discovery.k8s.io/v1`), Nodes (`v1`) and lists of these. What an API server would fill in and this program
-//! needs is filled in: the namespace `default`, IP families, names and protocols of slice ports.
+//! A manifest is YAML or JSON with any number of documents. It holds Services (`v1`), EndpointSlices
+//! (`discovery.k8s.io/v1`), Nodes (`v1`), ServiceCIDRs (`networking.k8s.io/v1`) and lists of these. Defaults
+//! of the API server that this program needs are filled in: the namespace `default`, IP families, names and
+//! protocols of slice ports.
 //!
 //! # Invariants
 //!
-//! - A file that cannot be read keeps the objects that it last gave; the other files go on.
-//! - A file that is removed takes its objects along. Neither a file that is being written nor one that is away for a moment takes
-//!   any: `settle` has the rules.
-//! - In the end the result depends on the texts only. Of two definitions of one object the one in the file whose name
-//!   sorts first counts.
+//! - An unreadable file keeps the objects of its last good text. Other files are not affected.
+//! - The objects of a removed file are removed. A file that is being written, or missing for a moment, keeps
+//!   its objects: `settle` has the rules.
+//! - Once all files have settled, the result depends only on the texts. Of two definitions of an object, the
+//!   one in the file whose name sorts first counts.
 //! - Every issue names file and line.
 //!
 //! # Depends on
@@ -40,10 +41,10 @@ pub use self::{
     watch::{Error, Reading, Watch, watch},
 };
 
-/// The largest manifest that is read, octets.
+/// Maximum size of a manifest, in bytes.
 pub const MAX_FILE_LEN: u64 = 64 << 20;
 
-/// The most objects that one manifest may hold.
+/// Maximum number of objects in one manifest.
 ///
 /// Kubernetes' tested limit of 150,000 pods gives at most that many slices.
 pub const MAX_OBJECTS: usize = 200_000;

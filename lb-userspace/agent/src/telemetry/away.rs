@@ -1,4 +1,4 @@
-//! What is served while the source is away, for `/healthz`.
+//! What is served during an outage of the source, for `/healthz`.
 
 use std::{
     sync::Arc,
@@ -14,26 +14,26 @@ use crate::source::Outage;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Serves {
-    /// What the source said last.
+    /// The last known objects.
     LastKnown,
-    /// What an earlier agent left in the kernel.
+    /// Entries of an earlier agent in the kernel.
     Found,
     /// The snapshot.
     Snapshot,
-    /// Nothing: this agent has found neither.
+    /// Nothing: neither entries nor a snapshot were found.
     Nothing,
 }
 
-/// A source that has not said everything yet, or does not answer.
+/// A source whose lists are incomplete, or that does not answer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Away {
     /// What is served meanwhile.
     pub serves: Serves,
-    /// Since when it does not answer, and why.
+    /// The outage, if the source does not answer.
     pub outage: Option<Outage>,
 }
 
-/// The same as it is shown.
+/// An [`Away`] as shown.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Shown {
     serves: Serves,
@@ -44,7 +44,7 @@ pub struct Shown {
 }
 
 impl Away {
-    /// As it is shown at a moment.
+    /// As shown at a time.
     #[must_use]
     pub fn show(&self, now: Instant, clock: SystemTime) -> Shown {
         let since = |outage: &Outage| {

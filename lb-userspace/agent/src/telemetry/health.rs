@@ -1,4 +1,4 @@
-//! Whether the agent does its work, in kube-proxy's meaning (`pkg/proxy/healthcheck/proxy_health.go`).
+//! Health of the agent, as kube-proxy defines it (`pkg/proxy/healthcheck/proxy_health.go`).
 
 use std::{
     sync::Arc,
@@ -13,64 +13,64 @@ use super::away::{Away, Shown};
 /// How long a change may wait before the agent counts as stuck: twice kube-proxy's default `syncPeriod`.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
-/// What is said of a self-test that has not been run.
+/// Text for a self-test that has not run.
 pub const NOT_RUN: &str = "not run yet: it waits for the first sync";
 
-/// Whether calls were seen to go where they should.
+/// Result of the last self-test.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum SelfTest {
-    /// None is made.
+    /// Self-tests are off.
     #[default]
     Off,
     /// Not run yet.
     Pending,
-    /// They do, by the last one.
+    /// Calls reached their endpoint.
     Passed,
-    /// They do not: what went wrong.
+    /// Calls failed, with the problem.
     Failed(Arc<str>),
 }
 
-/// The heartbeat of the agent's loop, and what it says of itself.
+/// The heartbeat of the agent's loop, and its state.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Vitals {
-    /// When the oldest change came that the kernel does not follow yet. Later changes do not move it.
+    /// Arrival of the oldest change that waits for a sync. Later changes do not move it.
     pub waiting_since: Option<Instant>,
-    /// When the kernel last was brought up to date.
+    /// Time of the last sync.
     pub updated: Option<SystemTime>,
-    /// When the loop last came round. It does so every few seconds without any change.
+    /// The heartbeat: the loop's last iteration. There is one every few seconds even without a change.
     pub turned: Instant,
-    /// Whether traffic from outside should come to this node: it is not being deleted. `true` until told otherwise.
+    /// Whether external traffic should come to this node: it is not being deleted. `true` by default.
     pub is_node_eligible: bool,
-    /// Frontends that the tables have no room for.
+    /// Number of frontends that do not fit in the tables.
     pub n_refused: usize,
     /// The last self-test.
     pub self_test: SelfTest,
-    /// Whether the agent's pins are no longer where they were: a restart would not find them.
+    /// Whether the agent's pins are missing or replaced: a restarted agent would not find them.
     pub has_lost_pins: bool,
-    /// Sizes of maps that were asked for and are too small for what is served, so that those from before serve.
+    /// Requested map sizes that are too small for what is served, so that the previous sizes stay.
     pub refused_sizes: Arc<[String]>,
-    /// A source that has not said everything yet, or does not answer. What is served is ready all the same.
+    /// A source whose lists are incomplete, or that does not answer. That does not affect readiness.
     pub away: Option<Away>,
 }
 
-/// What is said of it.
+/// The evaluated [`Vitals`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Health {
-    /// Nothing has been waiting for too long.
+    /// No change has waited for too long, and the loop runs.
     pub is_alive: bool,
-    /// Whether traffic should come to this node.
+    /// Whether external traffic should come to this node.
     pub is_node_eligible: bool,
-    /// Frontends that the tables have no room for.
+    /// Number of frontends that do not fit in the tables.
     pub n_refused: usize,
     /// The last self-test.
     pub self_test: SelfTest,
-    /// Whether the pins are gone.
+    /// Whether the pins are missing or replaced.
     pub has_lost_pins: bool,
-    /// Sizes that were too small.
+    /// Requested map sizes that are too small.
     pub refused_sizes: Arc<[String]>,
-    /// A source that is away, and what is served.
+    /// An outage of the source, and what is served.
     pub away: Option<Shown>,
-    /// The time of the answer if alive, else that of the last update.
+    /// The time of the answer if alive, else that of the last sync.
     pub updated: Option<SystemTime>,
     /// The time of the answer.
     pub now: SystemTime,
@@ -85,25 +85,25 @@ struct Body<'a> {
     now: String,
     #[serde(rename = "nodeEligible", skip_serializing_if = "Option::is_none")]
     is_node_eligible: Option<bool>,
-    /// Not of kube-proxy, which does not wait.
+    /// Not in kube-proxy, which does not wait.
     #[serde(rename = "waitsForOtherAgent", skip_serializing_if = "is_false")]
     is_waiting: bool,
-    /// Not of kube-proxy, whose tables have no limit.
+    /// Not in kube-proxy, whose tables have no limit.
     #[serde(rename = "frontendsWithoutRoom", skip_serializing_if = "Option::is_none")]
     n_refused: Option<usize>,
-    /// Not of kube-proxy, which has none.
+    /// Not in kube-proxy, which has no pins.
     #[serde(rename = "pinsLost", skip_serializing_if = "is_false")]
     has_lost_pins: bool,
-    /// Not of kube-proxy, whose tables have no size.
+    /// Not in kube-proxy, whose tables have no size.
     #[serde(rename = "sizesRefused", skip_serializing_if = "<[String]>::is_empty")]
     refused_sizes: &'a [String],
-    /// Not of kube-proxy, which believes what it has written.
+    /// Not in kube-proxy, which does not test its rules.
     #[serde(rename = "selfTest", skip_serializing_if = "Option::is_none")]
     self_test: Option<&'a str>,
-    /// Not of kube-proxy, which shows no outage.
+    /// Not in kube-proxy, which shows no outage.
     #[serde(rename = "source", skip_serializing_if = "Option::is_none")]
     away: Option<&'a Shown>,
-    /// Not of kube-proxy: why the answer is 503, for people.
+    /// Not in kube-proxy: why the answer is 503, for people.
     #[serde(rename = "notReady", skip_serializing_if = "<[String]>::is_empty")]
     not_ready: &'a [String],
 }
@@ -113,10 +113,10 @@ const fn is_false(value: &bool) -> bool {
     !*value
 }
 
-/// The body of all answers of an agent that waits for another one to end.
+/// The body of all answers of an agent that waits for another one to exit.
 #[must_use]
 pub fn waiting(now: SystemTime) -> String {
-    let not_ready = ["it waits for another agent with the same pins to end".to_owned()];
+    let not_ready = ["it waits for another agent with the same pins to exit".to_owned()];
     write(&Body { is_waiting: true, not_ready: &not_ready, ..Body::empty(now) })
 }
 
@@ -128,7 +128,7 @@ pub fn starting(now: SystemTime) -> String {
 }
 
 impl Body<'_> {
-    /// Says nothing but the time.
+    /// A body with only the time.
     fn empty(now: SystemTime) -> Self {
         Self {
             updated: String::new(),
@@ -145,18 +145,18 @@ impl Body<'_> {
     }
 }
 
-/// Years beyond what a time stamp holds are shown as none.
+/// Empty for a time out of a time stamp's range.
 fn show(time: SystemTime) -> String {
     Timestamp::try_from(time).map(|time| time.to_string()).unwrap_or_default()
 }
 
 fn write(body: &Body<'_>) -> String {
-    // Strings and bools: there is nothing that JSON could not hold.
+    // Strings and bools always serialise.
     serde_json::to_string(body).unwrap_or_default()
 }
 
 impl Vitals {
-    /// Those of an agent that has just started.
+    /// The vitals of an agent that has just started.
     #[must_use]
     pub fn new(now: Instant) -> Self {
         Self {
@@ -172,7 +172,7 @@ impl Vitals {
         }
     }
 
-    /// Judges them. An agent that has nothing to carry out yet is alive.
+    /// Evaluates the vitals. An agent without a change to sync is alive.
     #[must_use]
     pub fn judge(&self, now: Instant, clock: SystemTime) -> Health {
         let is_late = |since: Instant| now.saturating_duration_since(since) >= PATIENCE;
@@ -192,20 +192,20 @@ impl Vitals {
 }
 
 impl Health {
-    /// Whether this node is ready, and load balancers should send traffic to it: `/healthz`. A node on which a Service
-    /// found no room in the tables is not, though what found room is served; nor is one whose pins are gone, or whose calls
-    /// were not seen to go where they should.
+    /// Whether this node is ready, so that load balancers may send it traffic: `/healthz`. Not ready are: a
+    /// node whose tables are too full for a Service (others are served), one with missing pins, and one whose
+    /// self-test failed.
     #[must_use]
     pub fn is_healthy(&self) -> bool {
         self.not_ready().is_empty()
     }
 
-    /// Why it is not, each in a few words.
+    /// The reasons why it is not, each in a few words.
     #[must_use]
     pub fn not_ready(&self) -> Vec<String> {
         let is_stuck = (!self.is_alive).then(|| {
             format!(
-                "the agent is stuck: a change has waited for {} s or its loop stands still",
+                "the agent is stuck: a change has waited for {} s, or the loop does not run",
                 PATIENCE.as_secs()
             )
         });
@@ -217,7 +217,8 @@ impl Health {
             )
         });
         let has_lost_pins = self.has_lost_pins.then(|| {
-            "pins were removed or replaced: the next audit restores them, or after `socklb cleanup` a restart of the agent"
+            "pins were removed or replaced: the next audit restores them, or after `socklb cleanup` a \
+             restart of the agent"
                 .to_owned()
         });
         let is_unproven = match &self.self_test {
@@ -249,7 +250,7 @@ impl Health {
         })
     }
 
-    /// The body at `/livez`, which says nothing of the node.
+    /// The body at `/livez`, which says nothing about the node.
     #[must_use]
     pub fn livez(&self) -> String {
         write(&self.body())
@@ -270,12 +271,12 @@ mod tests {
         let updated = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000);
         let clock = updated + Duration::from_secs(100);
         let at = |seconds: u64| start + Duration::from_secs(seconds);
-        // When the oldest change came, when the loop last turned, whether the node may have traffic; at second 100.
+        // Arrival of the oldest change, the last heartbeat, whether the node may have traffic; at second 100.
         for (what, waiting_since, turned, is_node_eligible, is_alive, is_healthy) in [
             ("starting, or with nothing to do", None, 100, true, true, true),
             ("a change waits", Some(41), 100, true, true, true),
             ("a change waits for too long", Some(40), 100, true, false, false),
-            ("the loop stands still", None, 40, true, false, false),
+            ("the loop does not run", None, 40, true, false, false),
             ("the node is being deleted", None, 100, false, true, false),
             ("the node is being deleted and nothing works", Some(0), 0, false, false, false),
         ] {
@@ -333,7 +334,7 @@ mod tests {
         assert!(failed.ends_with(end), "{failed}");
         assert_eq!(
             waiting(now),
-            r#"{"lastUpdated":"","currentTime":"2023-11-14T22:13:20Z","waitsForOtherAgent":true,"notReady":["it waits for another agent with the same pins to end"]}"#
+            r#"{"lastUpdated":"","currentTime":"2023-11-14T22:13:20Z","waitsForOtherAgent":true,"notReady":["it waits for another agent with the same pins to exit"]}"#
         );
         assert_eq!(
             starting(now),
@@ -341,7 +342,7 @@ mod tests {
         );
         let refused_sizes = ["max-services=20: 123 are served".to_owned()].into();
         let refused = Health { is_node_eligible: true, refused_sizes, ..health.clone() };
-        assert!(refused.is_healthy(), "what is served is served");
+        assert!(refused.is_healthy(), "the previous sizes serve");
         let body = refused.healthz();
         assert!(body.ends_with(r#""sizesRefused":["max-services=20: 123 are served"]}"#), "{body}");
         let full = Health { n_refused: 3, is_node_eligible: true, ..health }.healthz();

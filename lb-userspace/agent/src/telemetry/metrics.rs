@@ -1,10 +1,10 @@
-//! What the agent counts and measures, under the names that dashboards hold on to.
+//! The agent's metrics. Their names are an interface to dashboards.
 //!
 //! # Invariants
 //!
-//! - A metric has a [`Definition`] in [`ALL`], from which it is registered and docs/METRICS.md is made.
-//! - A name of kube-proxy (`kubeproxy_`) has kube-proxy's meaning and its buckets.
-//! - Labels have bounded values: maps, results, codes, and the ports of Services.
+//! - Each metric has a [`Definition`] in [`ALL`], by which it is registered and docs/METRICS.md is generated.
+//! - A metric with a name of kube-proxy (`kubeproxy_`) has kube-proxy's meaning and buckets.
+//! - Labels have bounded sets of values: maps, results, codes, and the ports of Services.
 
 use std::{
     fmt::Write as _,
@@ -24,30 +24,30 @@ use prometheus_client::{
     registry::{Metric, Registry},
 };
 
-/// A gauge with a fraction, such as a time.
+/// A gauge of a real number, such as a time.
 pub(super) type Real = Gauge<f64, AtomicU64>;
-/// A counter for each value of one label.
+/// One counter per value of a label.
 type By = Family<[(&'static str, &'static str); 1], Counter>;
 
-/// What is known of a metric without its values.
+/// Description of a metric.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Definition {
-    /// Its name, as exposed; a histogram has this name with `_bucket`, `_sum` and `_count`.
+    /// Its name, as exposed; a histogram appends `_bucket`, `_sum` and `_count`.
     pub name: &'static str,
-    /// How its values behave.
+    /// Its type.
     pub kind: Kind,
     /// Its labels.
     pub labels: &'static [&'static str],
-    /// What it says, without a full stop.
+    /// Its help text, without a full stop.
     pub help: &'static str,
 }
 
-/// How the values of a metric behave.
+/// Type of a metric.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// Only grows, while the agent runs.
+    /// Never decreases while the agent runs.
     Counter,
-    /// A number of the moment.
+    /// A current value.
     Gauge,
     /// A distribution.
     Histogram,
@@ -80,15 +80,15 @@ macro_rules! definitions {
 
 definitions! {
     SYNC_DURATION: Histogram "kubeproxy_sync_proxy_rules_duration_seconds" []
-        "Time of one sync: computing what the changes come to, and writing it to the kernel";
+        "Time of one sync: computing the changes to the maps, and writing them to the kernel";
     SYNC_LAST: Gauge "kubeproxy_sync_proxy_rules_last_timestamp_seconds" []
         "When the last sync succeeded, in seconds since 1970; 0 before the first";
     SYNC_LAST_QUEUED: Gauge "kubeproxy_sync_proxy_rules_last_queued_timestamp_seconds" []
-        "When the last change asked for a sync, in seconds since 1970; 0 before the first";
+        "When a change last required a sync, in seconds since 1970; 0 before the first";
     NETWORK_PROGRAMMING: Histogram "kubeproxy_network_programming_duration_seconds" []
-        "Time from the change of a Pod or Service, which the slice's annotation endpoints.kubernetes.io/last-change-trigger-time \
-         tells, until the kernel follows it. Not for changes before the agent started, nor for first lists and re-lists. \
-         By two machines' clocks: what seems to be in the future counts as 0";
+        "Time from the change of a Pod or Service, by the slice's annotation endpoints.kubernetes.io/last-change-trigger-time, \
+         until the kernel follows it. Not for changes before the agent started, nor for first lists and re-lists. Compares \
+         two machines' clocks; a time in the future counts as 0";
     HEALTHZ: Counter "kubeproxy_proxy_healthz_total" ["code"]
         "Answers at /healthz of --healthz-bind-address, by status code";
     LIVEZ: Counter "kubeproxy_proxy_livez_total" ["code"]
@@ -96,59 +96,58 @@ definitions! {
     PROGRAMMING: Histogram "socklb_programming_duration_seconds" []
         "Time from the arrival of an event until the kernel follows it. Not for first lists and re-lists";
     CHANGES_WAITING: Gauge "socklb_changes_waiting" []
-        "Events that have arrived and that the kernel does not follow yet";
+        "Events that have arrived and wait for a sync";
     SYNC_ERRORS: Counter "socklb_sync_errors_total" []
-        "Syncs that failed; after each the tables are read and the sync is tried again";
+        "Failed syncs. After each, the tables are read and the sync is retried";
     SYNC_OPERATIONS: Counter "socklb_sync_operations_total" []
-        "Operations on the kernel's maps that syncs have carried out";
+        "Operations of syncs on the kernel's maps";
     CONNECTIONS: Counter "socklb_connections_total" ["namespace", "service", "port", "protocol", "result"]
         "Calls of a Service's port on this node since the port is served: result redirected for connect() calls that were \
-         pointed at an endpoint, refused for calls of any kind that found none. Whether an endpoint then accepts is not known \
-         here";
+         redirected to an endpoint, refused for calls of any kind that found none. Whether the endpoint accepts is not \
+         counted";
     DATAGRAMS: Counter "socklb_datagrams_total" ["namespace", "service", "port", "protocol"]
-        "Datagrams of unconnected sockets that were pointed at an endpoint of a Service's port on this node, since the port is \
-         served";
+        "Datagrams of unconnected sockets that were redirected to an endpoint of a Service's port on this node, since the port \
+         is served";
     MAP_ENTRIES: Gauge "socklb_map_entries" ["map"]
-        "Entries in use. Freed endpoints count until a grace period has passed";
+        "Entries in use. Freed endpoints count until a grace period has expired";
     MAP_CAPACITY: Gauge "socklb_map_capacity" ["map"]
-        "Entries that the map has room for: --max-services, --max-endpoints";
+        "Maximum number of entries: --max-services, --max-endpoints";
     AUDITS: Counter "socklb_audits_total" ["result"]
-        "Comparisons of the kernel's maps with what they should hold: result clean, repaired or error";
+        "Audits, which compare the kernel's maps with the image: result clean, repaired or error";
     AUDIT_REPAIRS: Counter "socklb_audit_repairs_total" ["map"]
-        "Entries of the kernel's maps that others deleted, altered or added, and that an audit repaired";
+        "Entries of the kernel's maps that others deleted, changed or added, and that an audit repaired";
     PIN_REPAIRS: Counter "socklb_pin_repairs_total" ["pin"]
         "Pins of maps and hooks that others removed or replaced, and hooks whose program was detached or replaced, that an \
          audit repaired";
     SELF_TESTS: Counter "socklb_self_tests_total" ["result"]
-        "Calls of the agent's own Service by a process of its own, through the hooks and tables that serve everybody: result \
-         passed or failed";
+        "Calls of the agent's own Service by a separate process, through the hooks and tables of all Services: result passed or \
+         failed";
     SOCKETS_DESTROYED: Counter "socklb_sockets_destroyed_total" ["protocol"]
-        "Connected sockets of this node's programs that were ended because their endpoint no longer serves them; the log names the \
-         Service";
+        "Connected sockets of this node's programs that were destroyed because their endpoint no longer serves the Service, which \
+         the log names";
     ISSUES: Gauge "socklb_issues" []
-        "What is wrong with objects at the moment; each is in the log";
+        "Current issues of objects; each is in the log";
     SOURCE_COMPLETE: Gauge "socklb_source_complete" []
-        "1 once the first lists of Services, EndpointSlices, Nodes and ServiceCIDRs are complete, else 0: nothing is changed before";
+        "1 once the first lists of Services, EndpointSlices, Nodes and ServiceCIDRs are complete, else 0: no sync before";
     SERVES_SNAPSHOT: Gauge "socklb_serves_snapshot" []
-        "1 while the last objects known are served because the source does not answer, else 0";
+        "1 while the snapshot is served because the source does not answer, else 0";
     SOURCE_ANSWER_AGE: Gauge "socklb_source_answer_age_seconds" ["kind"]
-        "Time since the API server last answered about a kind of objects, or since the start before the first time. A server that \
-         works sends something about once a minute; above 75 the agent asks anew";
+        "Time since the API server last answered about a kind of objects, or since the start before the first answer. A healthy \
+         server sends something about once a minute; above 75 the agent lists again";
     SOURCE_FAILURES: Counter "socklb_source_failures_total" ["reason"]
-        "What went wrong between the API server and the agent: reason connection, silence, unauthorized (401), forbidden (403), \
+        "Failed requests and watches of the API server: reason connection, silence, unauthorized (401), forbidden (403), \
          throttled (429), server_error (5xx), expired (a version that the server no longer has, or not yet) or other";
     SNAPSHOT_LAST: Gauge "socklb_snapshot_last_timestamp_seconds" []
-        "When the snapshot was last written, in seconds since 1970; 0 before the first time";
+        "When the snapshot was last written, in seconds since 1970; 0 before the first write";
     SNAPSHOT_ERRORS: Counter "socklb_snapshot_errors_total" []
-        "Attempts to write the snapshot that failed";
+        "Failed writes of the snapshot";
     SNAPSHOT_BYTES: Counter "socklb_snapshot_written_bytes_total" []
-        "Octets written to the snapshot and its journal";
+        "Bytes written to the snapshot and its journal";
 }
 
 const PASSED: &str = "passed";
 const FAILED: &str = "failed";
 
-/// The maps that an audit repairs.
 const AUDITED: [&str; 8] = [
     "services4",
     "services6",
@@ -160,14 +159,14 @@ const AUDITED: [&str; 8] = [
     "service_cidrs",
 ];
 
-/// How an audit ended.
+/// Result of an audit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum AuditEnd {
-    /// Everything was as it should be.
+    /// The maps matched the image.
     Clean,
-    /// Something was not, and is now.
+    /// Entries differed and were repaired.
     Repaired,
-    /// It could not be told, or not be repaired.
+    /// The maps could not be read or repaired.
     Error,
 }
 
@@ -204,9 +203,8 @@ impl Default for Metrics {
     }
 }
 
-/// Registers a metric under its definition.
 pub(super) fn register<M: Metric + Clone>(registry: &mut Registry, definition: &Definition, metric: M) -> M {
-    // The library adds what every counter's name ends with, and a full stop.
+    // The library appends `_total` to counters, and a full stop to help texts.
     let name = match definition.kind {
         Kind::Counter => definition.name.trim_end_matches("_total"),
         Kind::Gauge | Kind::Histogram => definition.name,
@@ -226,7 +224,7 @@ fn seconds_since_1970(time: SystemTime) -> f64 {
 }
 
 impl Metrics {
-    /// All of them, without a value yet.
+    /// All metrics, without a value yet.
     #[must_use]
     pub fn new() -> Self {
         let mut registry = Registry::default();
@@ -262,7 +260,7 @@ impl Metrics {
             registry: Arc::default(),
         };
         metrics.registry = Arc::new(std::mem::take(registry));
-        // A counter that appears with its first value hides that value from a rate.
+        // A counter that first appears with a value hides that value from `rate()`.
         for map in AUDITED {
             let _zero = metrics.audit_repairs.get_or_create(&[("map", map)]);
         }
@@ -286,12 +284,11 @@ impl Metrics {
         metrics
     }
 
-    /// Where the metrics are registered.
     pub(super) fn registry(&self) -> &Registry {
         &self.registry
     }
 
-    /// A change asks for a sync.
+    /// A change requires a sync.
     pub fn queued(&self, clock: SystemTime) {
         self.sync_last_queued.set(seconds_since_1970(clock));
     }
@@ -308,12 +305,12 @@ impl Metrics {
         self.sync_errors.inc();
     }
 
-    /// So many events have arrived and are not carried out.
+    /// Sets the number of events that wait for a sync.
     pub fn waiting(&self, n_changes: usize) {
         self.changes_waiting.set(i64::try_from(n_changes).unwrap_or(i64::MAX));
     }
 
-    /// The kernel follows a change.
+    /// A sync has carried out a change.
     pub fn programmed(&self, since_arrival: Duration, since_trigger: Option<Duration>) {
         self.programming.observe(since_arrival.as_secs_f64());
         if let Some(since_trigger) = since_trigger {
@@ -321,12 +318,12 @@ impl Metrics {
         }
     }
 
-    /// A self-test is over.
+    /// A self-test has finished.
     pub fn self_tested(&self, has_passed: bool) {
         self.self_tests.get_or_create(&[("result", if has_passed { PASSED } else { FAILED })]).inc();
     }
 
-    /// An audit is over.
+    /// An audit has finished.
     pub fn audited(&self, end: AuditEnd, repaired: &Faults) {
         self.audits.get_or_create(&[("result", end.name())]).inc();
         for (&map, &n_entries) in repaired {
@@ -334,28 +331,28 @@ impl Metrics {
         }
     }
 
-    /// A pin, or the program of a hook, was put back.
+    /// A pin, or the program of a hook, was restored.
     pub fn restored(&self, pin: &'static str) {
         self.pin_repairs.get_or_create(&[("pin", pin)]).inc();
     }
 
-    /// Sockets of a protocol were ended.
+    /// Sockets of a protocol were destroyed.
     pub fn destroyed(&self, protocol: Protocol, n_sockets: u64) {
         self.sockets_destroyed.get_or_create(&[("protocol", label(protocol))]).inc_by(n_sockets);
     }
 
-    /// So much is wrong with objects.
+    /// Sets the number of issues.
     pub fn issues(&self, n_issues: usize) {
         self.issues.set(i64::try_from(n_issues).unwrap_or(i64::MAX));
     }
 
-    /// Where what is served comes from.
+    /// Sets the origin of the served objects.
     pub fn source(&self, is_complete: bool, serves_snapshot: bool) {
         self.source_complete.set(is_complete.into());
         self.serves_snapshot.set(serves_snapshot.into());
     }
 
-    /// The snapshot was written, with so many octets, or not.
+    /// A write of the snapshot has finished, with this many bytes, or failed.
     pub fn saved(&self, n_bytes: Option<u64>, clock: SystemTime) {
         if let Some(n_bytes) = n_bytes {
             self.snapshot_last.set(seconds_since_1970(clock));
@@ -386,7 +383,7 @@ impl AuditEnd {
     }
 }
 
-/// The protocol as other metrics show it.
+/// The protocol as in other metrics.
 const fn label(protocol: Protocol) -> &'static str {
     match protocol {
         Protocol::Tcp => "TCP",
@@ -403,12 +400,12 @@ const fn code(is_ok: bool) -> &'static str {
 #[must_use]
 pub fn document() -> String {
     let mut text = "# Metrics\n\n\
-        Made from `lb-userspace/src/telemetry/metrics.rs` by a test; `UPDATE_EXPECT=1 cargo test -p lb-userspace metrics` \
-        writes it anew.\n\n\
-        `/metrics` of `--metrics-bind-address` (127.0.0.1:10249) answers with them in the OpenMetrics text format of Prometheus. \
-        Names that begin with\n`kubeproxy_` mean what they mean in kube-proxy; both address families count together, so that \
-        the label `ip_family` is missing. Durations are in\nseconds.\n\n\
-        | name | type | labels | says |\n| --- | --- | --- | --- |\n"
+        Generated from `lb-userspace/agent/src/telemetry/metrics.rs` by a test; `UPDATE_EXPECT=1 cargo test -p lb-agent metrics` \
+        updates it.\n\n\
+        `/metrics` of `--metrics-bind-address` (127.0.0.1:10249) returns them in the OpenMetrics text format of Prometheus. \
+        Names that begin with\n`kubeproxy_` mean the same as in kube-proxy. Both address families count together, so there is \
+        no label `ip_family`. Durations are in\nseconds.\n\n\
+        | name | type | labels | meaning |\n| --- | --- | --- | --- |\n"
         .to_owned();
     for Definition { name, kind, labels, help } in ALL {
         let labels: Vec<String> = labels.iter().map(|label| format!("`{label}`")).collect();

@@ -1,9 +1,10 @@
-//! Telling people and dashboards what the agent does.
+//! Logs, metrics and health.
 //!
 //! # Purpose
 //!
-//! Log lines; [`metrics`], which the agent keeps, and [`scrape`], which writes them down with what is read at that
-//! moment; [`health`], which judges the agent's heartbeat, with [`away`], what is served while the source is.
+//! Log setup; [`metrics`], the agent's values, and [`scrape`], which renders them with values read per
+//! scrape; [`health`], which evaluates the loop's heartbeat; [`away`], which describes an outage of the
+//! source.
 //!
 //! # Depends on
 //!
@@ -20,27 +21,27 @@ use tracing_subscriber::{EnvFilter, fmt, layer::SubscriberExt, util::SubscriberI
 
 pub use self::metrics::Metrics;
 
-/// How log lines look.
+/// Format of log lines.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum LogFormat {
-    /// For people.
+    /// Plain text.
     #[default]
     Text,
-    /// One JSON object on each line.
+    /// One JSON object per line.
     Json,
 }
 
-/// Starts logging to standard error. `RUST_LOG` decides what is logged if it is set, else `verbosity`: 0 changes of
-/// state, 1 their details, 2 everything.
+/// Starts logging to standard error. `RUST_LOG` is the filter if set, else `verbosity`: 0 changes of state, 1
+/// their details, 2 everything.
 ///
-/// Does nothing if logging has been started before.
+/// Call it once: a second call changes nothing.
 pub fn start_log(format: LogFormat, verbosity: u8) {
     let default = match verbosity {
-        // Each failed request is an error to kube's client; `cluster` says once what it means.
+        // kube's client logs each failed request as an error; `cluster` logs an outage once.
         0 => "info,kube_client=off",
-        // `lb_` is how the names of all crates here begin.
+        // The names of all crates here begin with `lb_`.
         1 => "info,kube_client=off,lb_=debug",
-        // aya tells each relocation at this level, which nobody who watches calls wants to read.
+        // aya logs each relocation at this level, which is noise for an operator who watches calls.
         _ => "debug,lb_=trace,lb_ebpf=debug,aya=info,aya_obj=info",
     };
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_unset| EnvFilter::new(default));

@@ -1,4 +1,4 @@
-//! One answer of `/metrics`: the values kept while the agent runs, and those that are read when somebody asks.
+//! One answer of `/metrics`: the values that the agent keeps, and those read per scrape.
 
 use std::{collections::BTreeMap, fmt, sync::Arc, time::Duration};
 
@@ -18,43 +18,42 @@ use super::metrics::{
     register,
 };
 
-/// What the agent knows at the moment. Cheap to make: whoever asks does the work.
+/// The agent's state for a scrape. Cheap for the loop: the server does the work.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct View {
-    /// The service ports with frontends, and the ids of their counters.
+    /// The service ports with frontends, with the ids of their counters.
     pub ports: Vec<(Arc<PortKey>, u32)>,
     /// The services behind them.
     pub services: Vec<Arc<Service>>,
-    /// The maps that can be full.
+    /// The maps that can become full.
     pub maps: Vec<MapUse>,
-    /// The time since the source last answered, by kind of objects. Empty for a source that cannot be away.
+    /// The time since the source last answered, by kind of objects. Empty for a source without outages.
     pub answer_ages: Vec<(&'static str, Duration)>,
-    /// What went wrong with the source, by reason.
+    /// Failures of the source, by reason.
     pub source_failures: Vec<(&'static str, u64)>,
 }
 
 /// The calls of one service port, of both families.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Calls {
-    /// `connect()` calls that were pointed at an endpoint.
+    /// `connect()` calls that were redirected to an endpoint.
     pub redirected: u64,
-    /// Calls that were refused.
+    /// Refused calls.
     pub refused: u64,
-    /// Datagrams of unconnected sockets that were pointed at an endpoint.
+    /// Datagrams of unconnected sockets that were redirected to an endpoint.
     pub datagrams: u64,
 }
 
 /// Values of the labels namespace, service, port and protocol.
 type PortLabels = [(&'static str, String); 4];
 
-/// Writes everything in the text format of Prometheus. Without a view, what needs one is left out.
+/// Renders everything in the text format of Prometheus. Without a view, values that need one are omitted.
 ///
-/// `calls` are the counters of an id. Ports with the same number and protocol, which only differ in their family,
-/// count as one.
+/// `calls` returns the counters of an id. Ports that differ only in their family are summed up.
 ///
 /// # Errors
 ///
-/// None with a text that grows.
+/// None: a `String` accepts all writes.
 pub fn render(
     metrics: &Metrics,
     view: Option<&View>,
@@ -105,7 +104,7 @@ fn of_the_moment(view: &View, calls: impl Fn(u32) -> Calls) -> Registry {
     registry
 }
 
-/// The calls of each port by its labels.
+/// The calls of each port, by its labels.
 fn sums(view: &View, calls: impl Fn(u32) -> Calls) -> BTreeMap<PortLabels, Calls> {
     // A service may have tens of thousands of ports.
     let numbers: BTreeMap<(&ServiceKey, &str, Protocol), u16> = view
@@ -117,7 +116,7 @@ fn sums(view: &View, calls: impl Fn(u32) -> Calls) -> BTreeMap<PortLabels, Calls
         .collect();
     let mut sums = BTreeMap::<PortLabels, Calls>::new();
     for (key, id) in &view.ports {
-        // A port that its service no longer has loses its frontends with the next sync.
+        // A removed port keeps its frontends until the next sync.
         let Some(number) = numbers.get(&(&key.service, &*key.port_name, key.protocol)) else { continue };
         let labels = [
             ("namespace", key.service.namespace.to_string()),
@@ -193,7 +192,7 @@ mod tests {
         assert!(text.ends_with("# EOF\n"));
     }
 
-    /// Whoever reads the documentation finds all of it, and nothing else.
+    /// All exposed metrics are documented, and all documented ones exposed.
     #[test]
     fn what_is_exposed_is_what_is_documented() {
         let text = scrape();

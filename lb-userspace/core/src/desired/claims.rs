@@ -2,15 +2,14 @@
 //!
 //! # Purpose
 //!
-//! The API accepts two Services with one external IP and port; kube-proxy's choice between them is arbitrary.
-//! [`Desired`] orders the claims: by kind (cluster IP, load-balancer IP, external IP, node port), then the
-//! service that was created first, then namespace and name. Losers stay in the queue and take over when the owner
-//! goes.
+//! The API accepts two Services with one external IP and port; kube-proxy's choice is arbitrary. [`Desired`]
+//! orders claims by kind (cluster IP, load-balancer IP, external IP, node port), then by age, oldest first,
+//! then by namespace and name. When the owner is removed, the next in the queue follows.
 //!
 //! # Invariants
 //!
-//! - The owners are a function of the frontends, not of the order in which services were set.
-//! - The cost of a change is proportional to the frontends of the service that changed, whatever else is held.
+//! - The owners depend on the frontends, not on the order in which services were set.
+//! - The cost of a change is proportional to the frontends of the changed service.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -25,11 +24,11 @@ use crate::model::{Issue, IssueKind, ObjectRef, ServiceKey};
 pub struct Desired {
     claims: BTreeMap<FrontendAddress, Claims>,
     addresses: BTreeMap<ServiceKey, Vec<FrontendAddress>>,
-    /// Addresses with more than one claim, so that issues are found without a walk over all claims.
+    /// Addresses with more than one claim, so that [`Desired::issues`] need not scan all claims.
     contested: BTreeSet<FrontendAddress>,
 }
 
-/// The claims on one address. Nearly every address has one claim, which costs no allocation.
+/// The claims on one address. Nearly every address has one claim, which needs no allocation.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Claims {
     owner: Frontend,
@@ -38,7 +37,7 @@ struct Claims {
 }
 
 impl Desired {
-    /// Without frontends.
+    /// A state without frontends.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
@@ -46,8 +45,8 @@ impl Desired {
 
     /// Replaces the frontends of a service; an empty list removes the service.
     ///
-    /// Returns the addresses whose owner, or whose owner's content, is another than before. If a list names one
-    /// address twice, the better claim counts.
+    /// Returns the addresses whose owner, or whose owner's content, changed. If a list names an address
+    /// twice, the better claim counts.
     pub fn set(&mut self, key: &ServiceKey, mut frontends: Vec<Frontend>) -> BTreeSet<FrontendAddress> {
         frontends.sort_by(|a, b| a.address.cmp(&b.address).then_with(|| rank(a).cmp(&rank(b))));
         frontends.dedup_by_key(|frontend| frontend.address);
@@ -116,7 +115,7 @@ impl Desired {
         })
     }
 
-    /// One issue for each claim that loses, in the order of addresses; it names the winner.
+    /// One issue for each losing claim, in the order of addresses; it names the winner.
     pub fn issues(&self) -> impl Iterator<Item = Issue> {
         self.contested.iter().filter_map(|address| self.claims.get(address)).flat_map(|claims| {
             claims.queue.iter().map(|loser| {
@@ -131,14 +130,15 @@ impl Desired {
         })
     }
 
-    /// Adds or replaces the claim of a service on an address. Returns whether the owner or its content changed.
+    /// Adds or replaces the claim of a service on an address. Returns whether the owner or its content
+    /// changed.
     fn claim(&mut self, frontend: Frontend) -> bool {
         let address = frontend.address;
         let Some(claims) = self.claims.get_mut(&address) else {
             self.claims.insert(address, Claims { owner: frontend, queue: Vec::new() });
             return true;
         };
-        // The common case, an update of the only claim, moves nothing.
+        // The common case: an update of the only claim.
         if claims.queue.is_empty() && claims.owner.port.service == frontend.port.service {
             let old = mem::replace(&mut claims.owner, frontend);
             return old != claims.owner;

@@ -1,14 +1,16 @@
-//! Which cluster IPs there are: what becomes of a call to a port that they do not have, and to an address that none has.
+//! The cluster IPs, which decide about calls to undefined ports and to unallocated addresses.
 //!
 //! # Purpose
 //!
-//! kube-proxy's nftables mode rejects the first and drops the second (`cluster-ips-check`), within the networks that cluster
-//! IPs come from. [`ClusterIps`] keeps the addresses of Services in these networks; without a network it keeps none.
+//! Within the service networks, kube-proxy's nftables mode rejects the former and drops the latter
+//! (`cluster-ips-check`). [`ClusterIps`] keeps the addresses of Services in these networks; without a network
+//! it keeps none.
 //!
 //! # Invariants
 //!
-//! - An address is left alone if any Service that has it is, and if it is on an interface of the node.
-//! - The result depends on the objects only, not on their order.
+//! - Calls to an address pass unchanged if any of its Services is not served, or if an interface of the node
+//!   has it.
+//! - The result depends only on the objects, not on their order.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -23,9 +25,9 @@ use crate::model::{Cidr, Family, Service, ServiceKey};
 #[derive(Debug, Default)]
 pub struct ClusterIps {
     networks: Vec<Cidr>,
-    /// Of each Service, and whether undefined ports of them are refused.
+    /// The addresses of each Service, and whether it is served.
     of_service: BTreeMap<ServiceKey, (Box<[IpAddr]>, bool)>,
-    /// By how many Services an address is served, and by how many left alone.
+    /// By address: how many of its Services are served, and how many are not.
     claims: BTreeMap<IpAddr, Claims>,
     /// Addresses of the node's interfaces.
     local: BTreeSet<IpAddr>,
@@ -38,27 +40,28 @@ struct Claims {
 }
 
 impl ClusterIps {
-    /// The networks that cluster IPs come from.
+    /// The service networks.
     #[must_use]
     pub fn networks(&self) -> &[Cidr] {
         &self.networks
     }
 
-    /// Sets the networks, as [`merged`] makes them. If they are others than before, all Services are to be set anew.
+    /// Sets the networks, as returned by [`merged`]. If they differ from the former ones, all Services are
+    /// removed and must be set again.
     pub fn set_networks(&mut self, networks: Vec<Cidr>) {
         if self.networks != networks {
             *self = Self { networks, ..Self::default() };
         }
     }
 
-    /// Sets the addresses of the node's interfaces. Returns the addresses that this may concern.
+    /// Sets the addresses of the node's interfaces. Returns the addresses that this may affect.
     pub fn set_local(&mut self, interfaces: &[IpAddr]) -> BTreeSet<IpAddr> {
         let local = interfaces.iter().copied().filter(|ip| self.is_in_network(*ip)).collect();
         let former = std::mem::replace(&mut self.local, local);
         former.symmetric_difference(&self.local).copied().collect()
     }
 
-    /// Sets or removes a Service. Returns the addresses that this may concern.
+    /// Sets or removes a Service. Returns the addresses that this may affect.
     pub fn set(&mut self, key: &ServiceKey, service: Option<&Service>) -> BTreeSet<IpAddr> {
         let families = [Family::V4, Family::V6].into_iter();
         let ips = families.filter_map(|family| service?.cluster_ip(family));
@@ -89,12 +92,12 @@ impl ClusterIps {
         touched
     }
 
-    /// All addresses that [`Self::flag`] has an answer for.
+    /// All addresses with a [`Self::flag`].
     pub fn iter(&self) -> impl Iterator<Item = IpAddr> {
         self.claims.keys().chain(&self.local).copied()
     }
 
-    /// Whether a call to a port that the address does not have is refused; `None` if it is an address that no Service has.
+    /// Whether calls to undefined ports of the address are refused; `None` for an unallocated address.
     #[must_use]
     pub fn flag(&self, ip: IpAddr) -> Option<bool> {
         if self.local.contains(&ip) {
@@ -120,8 +123,8 @@ impl Claims {
     }
 }
 
-/// Networks without those that lie in others, in order, IPv4 first; and how many of them are left out, since a family has
-/// [`MAX_SERVICE_CIDRS`] at most.
+/// The networks that lie in no other one, sorted, IPv4 first, at most [`MAX_SERVICE_CIDRS`] of each family;
+/// and how many exceed that limit.
 #[must_use]
 pub fn merged(networks: impl IntoIterator<Item = Cidr>) -> (Vec<Cidr>, usize) {
     let all: BTreeSet<Cidr> = networks.into_iter().collect();

@@ -1,28 +1,28 @@
-//! Which endpoints a service port has, and which of them a call may reach.
+//! The endpoints of a service port, and those that a call may reach: readiness, policies, topology hints.
 //!
 //! # Purpose
 //!
-//! [`PortEndpoints`] is the union of all slices for one service port. [`PortEndpoints::judge`] applies the rules
-//! of `pkg/proxy/topology.go` to it; the sets that go to the tables and the explanation that `socklb explain`
-//! prints both come from that one function, so that they cannot disagree.
+//! [`PortEndpoints`] is the union of all slices for one service port. [`PortEndpoints::judge`] applies the
+//! rules of `pkg/proxy/topology.go` to it. The sets for the tables and the output of `socklb explain` come
+//! from this one function, so they always agree.
 //!
 //! # Invariants
 //!
 //! - The result does not depend on the number, the names or the order of the slices.
 //! - A set is sorted and has no duplicates: an unchanged set compares equal.
-//! - An endpoint is ready, or serving while it terminates, or never used (KEP-1669).
+//! - Only endpoints that are ready, or serving while terminating, are used (KEP-1669).
 
 use std::{collections::BTreeMap, fmt, net::SocketAddr, sync::Arc};
 
 use super::Topology;
 use crate::model::{Family, Protocol, ServicePort, Slice, SliceEndpoint};
 
-/// Whom a set of endpoints is for.
+/// The callers that a set of endpoints is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Scope<'a> {
-    /// Callers that may reach any node: topology hints count.
+    /// Calls that may go to any node: topology hints apply.
     Cluster,
-    /// Callers that may reach one node's endpoints only (`Local` policy): hints do not count.
+    /// Calls limited to one node's endpoints (policy `Local`): topology hints do not apply.
     Node(&'a str),
 }
 
@@ -35,13 +35,13 @@ pub struct PortEndpoints<'a> {
 /// Why an endpoint is not in a set.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum LeftOut {
-    /// It is not ready, and not an endpoint that serves while it terminates.
+    /// It is neither ready nor terminating.
     NotReady,
-    /// It serves while it terminates, and there are ready endpoints.
+    /// It serves while terminating, but others are ready.
     Terminating,
-    /// It terminates and serves no more.
+    /// It terminates and no longer serves.
     NotServing,
-    /// The policy is Local, and it is on another node, or on none that is known.
+    /// The policy is Local, and it is on another or an unknown node.
     OtherNode,
     /// All ready endpoints have node hints, and its hints do not name this node.
     HintedToOtherNodes,
@@ -70,16 +70,15 @@ enum Hints<'a> {
     SameZone(&'a str),
 }
 
-/// The slices of one service in one family by the names of their ports, so that a service costs one walk over them however
-/// many ports it has.
+/// The slices of one service and family by port name, so that one pass over them serves all ports.
 #[derive(Debug)]
 pub struct SlicePorts<'a>(BTreeMap<(&'a str, Protocol), Vec<PortOfSlice<'a>>>);
 
-/// A number, and the endpoints that it is a port of.
+/// A port number, and the endpoints that have it.
 type PortOfSlice<'a> = (u16, &'a [SliceEndpoint]);
 
 impl<'a> SlicePorts<'a> {
-    /// Sorts what the slices of `family` hold.
+    /// Groups the slices of `family` by port.
     #[must_use]
     pub fn new(family: Family, slices: impl IntoIterator<Item = &'a Slice>) -> Self {
         let mut ports = BTreeMap::<_, Vec<_>>::new();
@@ -91,7 +90,7 @@ impl<'a> SlicePorts<'a> {
         Self(ports)
     }
 
-    /// How many entries the slices have for a port: at least as many as it has endpoints.
+    /// Entries of the slices for a port, duplicates included: an upper bound of its endpoints.
     #[must_use]
     pub fn n_entries(&self, port: &ServicePort) -> usize {
         self.of(port).iter().map(|(_, endpoints)| endpoints.len()).sum()
@@ -109,12 +108,11 @@ impl<'a> SlicePorts<'a> {
 }
 
 impl<'a> PortEndpoints<'a> {
-    /// Unites the slices of a service for one of its ports; for all of them see [`SlicePorts`].
+    /// Unites the slices of a service for one port; for all ports use [`SlicePorts`].
     ///
-    /// A slice port matches by name and protocol; its number may differ from slice to slice. An address that
-    /// several slices hold counts once, with the entry that is most usable: upstream says only that an entry
-    /// that terminates never replaces one that does not, and this order keeps the result independent of the
-    /// order of the slices.
+    /// A slice port matches by name and protocol; its number may differ between slices. An address in several
+    /// slices counts once, with its most usable entry. Upstream requires only that a terminating entry never
+    /// replaces another; a total order makes the result independent of the order of slices.
     #[must_use]
     pub fn new(port: &ServicePort, family: Family, slices: impl IntoIterator<Item = &'a Slice>) -> Self {
         let slices = slices.into_iter().filter(|slice| slice.family() == family);
@@ -144,7 +142,8 @@ impl<'a> PortEndpoints<'a> {
         Self { known }
     }
 
-    /// Every known endpoint in the order of addresses, with the reason if it is not in the set for `scope`.
+    /// All known endpoints in the order of addresses, each with the reason if it is not in the set for
+    /// `scope`.
     pub fn judge(
         &self,
         scope: Scope<'_>,
@@ -173,8 +172,8 @@ impl<'a> PortEndpoints<'a> {
         })
     }
 
-    /// The endpoints that a call in `scope` may reach: the ready ones, else those that serve while they
-    /// terminate.
+    /// The endpoints that a call in `scope` may reach: the ready ones, or else those that serve while
+    /// terminating.
     #[must_use]
     pub fn set(&self, scope: Scope<'_>, topology: &Topology) -> Arc<[SocketAddr]> {
         self.judge(scope, topology)
@@ -183,19 +182,18 @@ impl<'a> PortEndpoints<'a> {
             .collect()
     }
 
-    /// Whether a socket that is connected to an endpoint may stay so (semantics R10): the endpoint serves, whether calls
-    /// may reach it or not. While none of the port's endpoints serves, those that are still listed keep their sockets,
-    /// which would find nobody else.
+    /// Whether a socket may stay connected to an endpoint (semantics R10): the endpoint serves, even if new
+    /// calls do not reach it. While no endpoint of the port serves, all listed ones keep their sockets.
     #[must_use]
     pub fn keeps_sockets(&self, address: &SocketAddr) -> bool {
-        // With `publishNotReadyAddresses` an endpoint is ready and may say that it does not serve: calls go there.
+        // With `publishNotReadyAddresses` an endpoint may be ready without serving: calls go there.
         let serves = |endpoint: &SliceEndpoint| endpoint.ready || endpoint.serving;
         self.known
             .get(address)
             .is_some_and(|endpoint| serves(endpoint) || !self.known.values().any(|other| serves(other)))
     }
 
-    /// The endpoints of each node that has some, so that the sets of all nodes cost one walk.
+    /// The endpoints by node, so that one pass gives the sets of all nodes.
     #[must_use]
     pub fn by_node(&self) -> BTreeMap<&'a str, Self> {
         let mut nodes = BTreeMap::<_, Self>::new();
@@ -207,8 +205,8 @@ impl<'a> PortEndpoints<'a> {
         nodes
     }
 
-    /// `topologyModeFromHints` of `pkg/proxy/topology.go`: hints count only if every ready endpoint has one and
-    /// at least one names this node, or else this zone.
+    /// `topologyModeFromHints` of `pkg/proxy/topology.go`: hints apply only if every ready endpoint has one
+    /// and at least one names this node, or else this zone.
     fn hints<'t>(&self, topology: &'t Topology) -> Hints<'t> {
         let ready = || self.known.values().filter(|endpoint| endpoint.ready);
         let limit = |hints: Hints<'t>, has_hint: fn(&SliceEndpoint) -> bool| {
@@ -247,7 +245,7 @@ fn is_in(scope: Scope<'_>, endpoint: &SliceEndpoint) -> bool {
     }
 }
 
-/// A total order on the entries of one address; the greatest one stands for the address.
+/// A total order of the entries for one address; the greatest one is used.
 fn usability(endpoint: &SliceEndpoint) -> impl Ord {
     (
         !endpoint.terminating,

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use super::{Frontend, Settings, Topology};
 use crate::model::{Node, Slice, fixture};
 
-/// The settings of `node-a`, all else at its default.
+/// The default settings of `node-a`.
 pub(crate) fn settings() -> Settings {
     Settings::of_node("node-a")
 }
@@ -32,10 +32,10 @@ pub(crate) fn topology() -> Topology {
     topology_of("node-a")
 }
 
-/// An endpoint from one line: `address node state [hint...]`, where the node may be `-`, the state is letters out of
-/// `r`eady, `s`erving, `t`erminating (or `-`), and hints are `zone=NAME` or `node=NAME`.
+/// An endpoint from one line: `address node state [hint...]`, where the node may be `-`, the state is letters
+/// out of `r`eady, `s`erving, `t`erminating (or `-`), and hints are `zone=NAME` or `node=NAME`.
 ///
-/// The zone of the endpoint is not used by any rule.
+/// No rule uses the zone of the endpoint.
 pub(crate) fn endpoint(line: &str) -> Value {
     let words: Vec<_> = line.split_whitespace().collect();
     let [address, node, state, hints @ ..] = &words[..] else { panic!("{line}") };

@@ -1,10 +1,10 @@
-//! What a service's health-check node port answers (KEP-1669, `pkg/proxy/healthcheck/service_health.go`).
+//! The answer of a service's health-check node port (KEP-1669, `pkg/proxy/healthcheck/service_health.go`).
 
 use std::collections::BTreeSet;
 
 use crate::model::{Service, Slice};
 
-/// What a health-check node port answers.
+/// The answer of a health-check node port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct HealthCheck {
     /// The port.
@@ -13,7 +13,7 @@ pub struct HealthCheck {
     pub n_ready_local: usize,
 }
 
-/// The health check of a service; `None` if it has no port for it.
+/// The health check of a service; `None` without a health-check node port.
 #[must_use]
 pub fn check<'a>(
     service: &Service,
@@ -26,15 +26,15 @@ pub fn check<'a>(
 
 /// The number that load balancers read: distinct addresses of ready endpoints on this node, over all ports.
 ///
-/// An endpoint that serves while it terminates does not count, although calls may still reach it: the balancer
-/// shall stop sending before the endpoint is gone.
+/// An endpoint that serves while terminating does not count, although calls may reach it: load balancers must
+/// stop before it is gone.
 #[must_use]
 pub fn ready_local_endpoints<'a>(
     service: &Service,
     slices: impl IntoIterator<Item = &'a Slice>,
     node_name: &str,
 ) -> usize {
-    // Looked up: an object may list tens of thousands.
+    // A set, because an object may list tens of thousands of ports.
     let ports: BTreeSet<_> = service.ports.iter().map(|port| (&*port.name, port.protocol)).collect();
     let mut addresses = BTreeSet::new();
     for slice in slices {

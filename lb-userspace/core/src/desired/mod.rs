@@ -1,14 +1,14 @@
-//! What the tables should say: every rule of a service proxy, as plain functions.
+//! The desired state: the rules of a service proxy, as plain functions.
 //!
 //! # Purpose
 //!
-//! [`service::frontends`] computes the frontends of one service from the service, its slices and the
-//! [`topology`]. [`Desired`] keeps the results of all services, decides which service owns a frontend address
-//! when several claim it, and names the addresses that a change touches.
+//! [`service::frontends`] computes the frontends of one service from its objects and the [`topology`].
+//! [`Desired`] keeps those of all services, decides who owns an address that several claim, and returns the
+//! addresses that a change affects.
 //!
 //! # Invariants
 //!
-//! - The result depends on the objects only, not on the order of events, the splitting of slices or restarts.
+//! - The result depends only on the objects, not on the order of events, the splitting of slices or restarts.
 //! - A frontend address has at most one owner, chosen by a fixed order (semantics R14).
 //!
 //! # Depends on
@@ -56,7 +56,7 @@ impl fmt::Display for FrontendAddress {
 impl FromStr for FrontendAddress {
     type Err = String;
 
-    /// Reads `ADDRESS:PORT`, with `/tcp` or `/udp` behind it; TCP without. The other protocols are not served.
+    /// Parses `ADDRESS:PORT`, optionally followed by `/tcp` (the default) or `/udp`.
     fn from_str(text: &str) -> Result<Self, String> {
         let (address, protocol) = match text.rsplit_once('/') {
             None => (text, Protocol::Tcp),
@@ -80,11 +80,11 @@ pub struct PortKey {
     pub port_name: Arc<str>,
     /// `ports[].protocol`
     pub protocol: Protocol,
-    /// Whether this is the IPv6 half.
+    /// Whether it is the IPv6 family.
     pub ipv6: bool,
 }
 
-/// Why an address is a frontend. The order is the one in which claims on one address win (semantics R14).
+/// The field that an address comes from. The lesser kind wins an address that two claim (semantics R14).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum FrontendKind {
     /// `spec.clusterIPs`
@@ -100,9 +100,9 @@ pub enum FrontendKind {
 /// One frontend of one service port.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Frontend {
-    /// The address it answers on.
+    /// The address that it answers on.
     pub address: FrontendAddress,
-    /// Why.
+    /// The field it comes from.
     pub kind: FrontendKind,
     /// The traffic policy that applies to this kind of frontend.
     pub policy: TrafficPolicy,
@@ -110,12 +110,12 @@ pub struct Frontend {
     pub flags: u32,
     /// Idle time-out of the affinity in seconds; 0 = none.
     pub affinity_seconds: u32,
-    /// When the service was created, seconds since 1970: the older service wins an address that two claim.
+    /// Creation time of the service, seconds since 1970: the older service wins an address that two claim.
     pub created: Option<i64>,
     /// The service port.
     pub port: Arc<PortKey>,
-    /// The endpoints that a call may reach: sorted, without duplicates, of the address's family. Frontends of one
-    /// port with the same set share the allocation.
+    /// The endpoints that a call may reach: sorted, without duplicates, of the address's family. Frontends of
+    /// one port with equal endpoints share the allocation.
     pub endpoints: Arc<[SocketAddr]>,
 }
 
@@ -129,26 +129,26 @@ pub enum NodePortAddresses {
     Primary,
     /// Addresses inside these networks; a family without a network falls back to all.
     Within(Vec<Cidr>),
-    /// What a list with words names, and nothing else: KEP-6032.
+    /// Only what a list with words names (KEP-6032).
     Listed {
-        /// Whether the primary addresses are among it.
+        /// Whether it names the primary addresses.
         primary: bool,
-        /// Addresses inside these networks are.
+        /// The networks that it names.
         networks: Vec<Cidr>,
     },
 }
 
 /// `--external-ips`: which addresses in `spec.externalIPs` answer.
 ///
-/// Whoever may write a Service may name any address there, also that of a server elsewhere, and would get this node's
-/// calls to it (CVE-2020-8554). An API server can be told to refuse that; where it is not, the node can.
+/// The author of a Service may name any address there, such as an external server's, and receive this node's
+/// calls to it (CVE-2020-8554). Use this setting if no admission plugin refuses that.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum ExternalIps {
-    /// All, as kube-proxy does.
+    /// All, as with kube-proxy.
     #[default]
     Any,
-    /// Those of nodes, on which node ports answer too.
+    /// Those of nodes on which node ports answer.
     Nodes,
     /// None.
     None,
@@ -164,10 +164,10 @@ impl fmt::Display for ExternalIps {
     }
 }
 
-/// The settings that decide about frontends.
+/// The settings that affect frontends.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Settings {
-    /// Name of the own Node.
+    /// Name of this node.
     pub node_name: Arc<str>,
     /// `--node-port-range`
     pub node_ports: RangeInclusive<u16>,
@@ -175,12 +175,12 @@ pub struct Settings {
     pub node_port_addresses: NodePortAddresses,
     /// `--external-ips`
     pub external_ips: ExternalIps,
-    /// `--service-cidr`: networks that cluster IPs come from, beside those of ServiceCIDRs; `None` to judge no address by either.
+    /// `--service-cidr`: service networks in addition to those of ServiceCIDRs; `None` to use neither.
     pub service_cidrs: Option<Vec<Cidr>>,
 }
 
 impl Settings {
-    /// The settings of a node without flags: everything but its name at its default.
+    /// The default settings of a node.
     #[must_use]
     pub fn of_node(name: impl Into<Arc<str>>) -> Self {
         let (first, last) = lb_common::limits::NODE_PORTS;

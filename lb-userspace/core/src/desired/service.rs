@@ -2,14 +2,13 @@
 //!
 //! # Purpose
 //!
-//! [`frontends`] decides, for each port and family, which addresses answer and with which endpoints
-//! (`pkg/proxy/serviceport.go`, `pkg/proxy/topology.go`), seen from a caller on this node: a socket hook never
-//! sees a call that arrives from elsewhere.
+//! [`frontends`] decides for each port and family which addresses answer, and with which endpoints
+//! (`pkg/proxy/serviceport.go`, `pkg/proxy/topology.go`). The caller is always on this node.
 //!
 //! # Invariants
 //!
-//! - A service has no two frontends at one address.
-//! - All frontends of a port that have the same endpoints share one allocation.
+//! - A service has at most one frontend at an address.
+//! - Frontends of a port with the same endpoints share one allocation.
 
 use std::{collections::BTreeSet, net::IpAddr, net::SocketAddr, sync::Arc};
 
@@ -23,9 +22,9 @@ use crate::model::{
     Family, Issue, IssueKind, ObjectRef, Protocol, Service, ServicePort, Slice, TrafficPolicy, address,
 };
 
-/// Entries of slices that all ports of a service may have in one family: four times the default table of endpoints. An
-/// object may list 20,000 ports and a slice 1,000 endpoints (`pkg/apis/discovery/validation/validation.go`): two objects of
-/// a megabyte would become sets of 640 MB before the tables refuse them.
+/// Most slice entries of all ports of a service in one family: four times the default endpoint table. An
+/// object may list 20,000 ports and a slice 1,000 endpoints (`pkg/apis/discovery/validation/validation.go`):
+/// without this bound, two objects of 1 MB become sets of 640 MB.
 const MAX_ENTRIES: usize = 1 << 20;
 
 /// Computes the frontends of a service, in the order of their addresses.
@@ -39,28 +38,28 @@ const MAX_ENTRIES: usize = 1 << 20;
 /// | node port on this node's addresses (external policy) | cluster set | cluster set |
 /// | node port on another node's addresses (external policy) | cluster set | that node's endpoints |
 ///
-/// With the external policy Local a caller inside the cluster is short-circuited to the cluster set, except
-/// where the call would travel to another node and be answered there.
+/// With the external policy Local a call from inside the cluster reaches the cluster set directly, unless
+/// another node would answer it.
 ///
-/// **Node ports** have one frontend at the unspecified address; the hook asks for it when the port is in
-/// [`Settings::node_ports`] and the address belongs to a node. With the external policy Local it does not answer
-/// for other nodes: those that have endpoints get exact frontends. A node port *outside* the range is not asked
-/// for that way, so that it gets an exact frontend for every known node address, and an issue.
+/// **Node ports** have one frontend at the unspecified address. The hook looks it up when the port is in
+/// [`Settings::node_ports`] and the address belongs to a node. With the external policy Local it does not
+/// answer for other nodes: those with endpoints get exact frontends. A node port *outside* the range is not
+/// looked up this way. It gets an exact frontend for every known node address, and an issue.
 ///
-/// **An excluded Service** (annotation `socklb.io/exclude`) has none: somebody else serves it.
+/// **An excluded Service** (annotation `socklb.io/exclude`) has none.
 ///
-/// **A cluster IP that is an address of one of this node's interfaces** stays with the node: a program of the node answers there,
-/// as a DNS cache on each node does. An issue says so. The other addresses of the Service are served.
+/// **A cluster IP that an interface of this node has** gets no frontend, but an issue: a program of the node,
+/// such as `NodeLocal DNSCache`, answers there. The other addresses of the Service are served.
 ///
-/// **External IPs** answer where [`Settings::external_ips`] lets them; the others are left to the network, and an issue says
-/// so.
+/// **External IPs** get frontends if [`Settings::external_ips`] admits them; the others get an issue.
 ///
-/// **`loadBalancerSourceRanges`** cannot be checked: the caller's address is not chosen before `connect()`. A
-/// load-balancer address with ranges that do not admit everybody therefore has no frontend: the call goes
-/// to the network as it is, where whatever enforces the ranges sees it, and an issue says so. Other kinds of
-/// frontends are not concerned by the ranges.
+/// **`loadBalancerSourceRanges`** cannot be checked: the kernel chooses the caller's address only after the
+/// hook of `connect()`. A load-balancer address whose ranges do not admit all clients therefore gets no
+/// frontend, but an issue: the call goes to the network untranslated, where the ranges are enforced. The
+/// ranges do not affect other kinds of frontends.
 ///
-/// **A port with which the service would have more than 1,048,576 endpoints** in a family is left out, and an issue says so.
+/// **A port with which the service would have more than 1,048,576 endpoints** in a family is left out, with
+/// an issue.
 #[must_use]
 pub fn frontends<'a>(
     service: &Service,
@@ -89,7 +88,7 @@ fn frontends_within<'a>(
         };
         let slices = SlicePorts::new(family, slices.iter().copied());
         let (mut n_entries, mut n_left_out) = (0, 0);
-        // A socket hook cannot serve SCTP; ingest has reported the port.
+        // Socket hooks cannot serve SCTP; ingest has reported the port.
         for port in service.ports.iter().filter(|port| port.protocol != Protocol::Sctp) {
             let n_more = slices.n_entries(port);
             if n_entries + n_more > max_entries {
@@ -108,7 +107,7 @@ fn frontends_within<'a>(
     builder.finish()
 }
 
-/// Whether callers of a load-balancer address are limited to some networks.
+/// Whether source ranges exclude some callers of a load-balancer address.
 fn is_limited(service: &Service, ip: IpAddr) -> bool {
     let mut ranges =
         service.source_ranges.iter().filter(|range| range.family() == address::family(ip)).peekable();
@@ -126,7 +125,7 @@ struct Builder<'a> {
     issues: BTreeSet<IssueKind>,
 }
 
-/// What the frontends of one port have in common.
+/// What all frontends of one port share.
 struct Port<'a> {
     key: Arc<PortKey>,
     family: Family,
@@ -170,7 +169,7 @@ impl Builder<'_> {
         }
     }
 
-    /// Whether [`Settings::external_ips`] lets an external IP answer.
+    /// Whether [`Settings::external_ips`] admits an external IP.
     fn is_admitted(&self, ip: IpAddr) -> bool {
         match self.settings.external_ips {
             ExternalIps::Any => true,
@@ -207,7 +206,8 @@ impl Builder<'_> {
         }
     }
 
-    /// Adds exact frontends on all known node addresses, since nothing asks for the wildcard at this number.
+    /// Adds exact frontends on all known node addresses, since the hook does not look up the wildcard for
+    /// this port.
     fn add_node_port_outside_range(&mut self, port: &Port<'_>, number: u16, flags: u32) {
         let (first, last) = (*self.settings.node_ports.start(), *self.settings.node_ports.end());
         self.issues.insert(IssueKind::NodePortOutsideRange { port: number, first, last });
@@ -235,8 +235,8 @@ impl Builder<'_> {
         }
     }
 
-    /// The endpoints of one node out of the known ones, sharing the cluster set's allocation if equal, and the flag
-    /// that says that only the policy stands between the caller and an endpoint.
+    /// The endpoints of one node, sharing the cluster set's allocation if equal, and [`NO_LOCAL_ENDPOINT`] if
+    /// only the policy excludes all endpoints.
     fn endpoints_of(
         &self,
         port: &Port<'_>,
@@ -300,7 +300,8 @@ impl Builder<'_> {
     }
 
     fn finish(mut self) -> (Vec<Frontend>, Vec<Issue>) {
-        // One address may be the external and the load-balancer address of a service; the kinds' order decides.
+        // One address may be an external and a load-balancer address of the service; the order of kinds
+        // decides.
         self.frontends.sort_by_key(|frontend| (frontend.address, frontend.kind));
         self.frontends.dedup_by_key(|frontend| frontend.address);
         let object = ObjectRef::from(&self.service.key);

@@ -1,13 +1,13 @@
-//! Where this node stands in the cluster: its zone, its addresses, and those of the other nodes.
+//! This node's place in the cluster: its zone and addresses, and the other nodes' addresses.
+//! [`super::endpoints`] applies topology hints.
 //!
 //! # Invariants
 //!
-//! - An address is this node's or another node's, never both: this node wins, then the node whose name sorts
-//!   first.
-//! - There are no more than [`MAX_NODE_ADDRS`]: this node's first, then the first of each other node, the second of each, and
-//!   so on.
-//! - Loopback addresses are in neither set: the tables answer for them by a rule of their own
-//!   ([`lb_common::resolve::Tables::loopback_is_node`]).
+//! - Each address belongs to one node: to this node if it has it, else to the node whose name sorts first.
+//! - At most [`MAX_NODE_ADDRS`] addresses count: this node's first, then the first of each other node, the
+//!   second of each, and so on.
+//! - Loopback addresses are in neither set: [`lb_common::resolve::Tables::loopback_is_node`] decides about
+//!   them.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -20,10 +20,10 @@ use lb_common::limits::MAX_NODE_ADDRS;
 use super::{NodePortAddresses, Settings};
 use crate::model::{Family, Node, address};
 
-/// Everything outside a service that decides about its frontends.
+/// The state outside of a service that its frontends depend on.
 ///
-/// Equal topologies give equal frontends, so that a change of a Node that leaves the topology equal needs no
-/// further work.
+/// Equal topologies give equal frontends: a Node's change that leaves the topology equal needs no further
+/// work.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Topology {
     node_name: Arc<str>,
@@ -32,17 +32,17 @@ pub struct Topology {
     interfaces: BTreeSet<IpAddr>,
     others: BTreeMap<IpAddr, Arc<str>>,
     addresses_of_others: BTreeMap<Arc<str>, Vec<IpAddr>>,
-    /// Nodes with addresses for which there is no room, and how many.
+    /// Nodes with addresses beyond the limit, and how many.
     left_out: BTreeMap<Arc<str>, usize>,
 }
 
 impl Topology {
     /// Builds the topology of the node that `settings` names.
     ///
-    /// `interfaces` are the addresses of the node's network interfaces at the moment; they and the addresses of
-    /// the Node object are what [`NodePortAddresses`] chooses from. The Node may be missing: then there is no
-    /// zone, and `Primary` accepts no address. The rules are those of `pkg/proxy/util/nodeport_addresses.go`;
-    /// they are applied to the other nodes too, which are taken to have the same settings.
+    /// `interfaces` are the current addresses of the node's network interfaces; [`NodePortAddresses`] selects
+    /// from them and from the addresses of the Node (`pkg/proxy/util/nodeport_addresses.go`). Without a Node
+    /// there is no zone, and `Primary` accepts no address. The other nodes are assumed to have the same
+    /// settings.
     #[must_use]
     pub fn new<'a>(
         nodes: impl IntoIterator<Item = &'a Node>,
@@ -64,7 +64,7 @@ impl Topology {
         }
 
         let (mut others, mut addresses_of_others) = (BTreeMap::new(), BTreeMap::new());
-        // Sorted, so that the result does not depend on the order of the nodes.
+        // Sorted: the result must not depend on the order of the nodes.
         let other_nodes: BTreeMap<_, _> = other_nodes.into_iter().map(|node| (&node.name, node)).collect();
         for (name, node) in other_nodes {
             let mut addresses = Vec::new();
@@ -98,12 +98,13 @@ impl Topology {
         }
     }
 
-    /// The nodes with addresses for which `node_addrs` has no room, and how many. Node ports do not answer on these.
+    /// The nodes with addresses that do not fit into `node_addrs`, and how many. Node ports do not answer on
+    /// these.
     pub fn left_out(&self) -> impl Iterator<Item = (&str, usize)> {
         self.left_out.iter().map(|(node, n)| (&**node, *n))
     }
 
-    /// The node that has an address on which node ports answer.
+    /// The node that an address belongs to, if node ports answer on it.
     #[must_use]
     pub fn node_of(&self, ip: IpAddr) -> Option<&str> {
         let other = || self.others.get(&ip).map(|node| &**node);
@@ -128,7 +129,7 @@ impl Topology {
         &self.own
     }
 
-    /// Whether an interface of this node has this address, so that a program of the node may answer there.
+    /// Whether an interface of this node has this address.
     #[must_use]
     pub fn is_on_interface(&self, ip: IpAddr) -> bool {
         self.interfaces.contains(&ip)
@@ -151,13 +152,14 @@ impl Topology {
         self.others.iter().map(|(ip, node)| (*ip, &**node))
     }
 
-    /// Whether node ports answer on an address: it is this node's or another one's.
+    /// Whether node ports answer on an address, of this node or another.
     #[must_use]
     pub fn is_node_address(&self, ip: IpAddr) -> bool {
         self.own.contains(&ip) || self.others.contains_key(&ip)
     }
 
-    /// All addresses on which node ports answer, with whether each is this node's: the table `node_addrs`.
+    /// All addresses on which node ports answer, with whether each is this node's: the content of
+    /// `node_addrs`.
     #[must_use]
     pub fn node_addresses(&self) -> BTreeMap<IpAddr, bool> {
         let others = self.others.keys().map(|ip| (*ip, false));
@@ -165,11 +167,11 @@ impl Topology {
     }
 }
 
-/// Shares room among those who want some: in turns, so that nobody goes without as long as there is one for each.
+/// Splits `room` evenly: no share exceeds another by more than 1, except where less is wanted.
 fn shares(wanted: &[usize], room: usize) -> Vec<usize> {
     let n_within = |most: usize| wanted.iter().map(|n| *n.min(&most)).sum::<usize>();
     let highest = wanted.iter().copied().max().unwrap_or_default();
-    // The most that all can have alike; a few more have one more.
+    // The largest equal share; the remainder goes to the first ones, one each.
     let (mut all, mut too_many) = (0, highest + 1);
     while too_many - all > 1 {
         let middle = all.midpoint(too_many);
@@ -186,8 +188,8 @@ fn shares(wanted: &[usize], room: usize) -> Vec<usize> {
 
 /// The addresses of one node that accept node ports.
 ///
-/// `listed` are the addresses of the Node object in order of preference. They count beside those of the
-/// interfaces, because a cloud's external address of a node is on no interface and yet reaches its node ports.
+/// `listed` are the addresses of the Node in order of preference. They count as well as those of the
+/// interfaces, because a cloud's external address reaches the node's ports without being on an interface.
 fn accepted(
     setting: &NodePortAddresses,
     listed: &[IpAddr],
@@ -216,7 +218,7 @@ fn accepted(
     accepted.into_iter()
 }
 
-/// Whether an address can identify a node. A link-local IPv6 address cannot: it means another host on each link.
+/// Whether an address can identify a node. A link-local IPv6 address cannot: it is ambiguous between links.
 fn is_node_address(ip: IpAddr) -> bool {
     let is_link_local = matches!(ip, IpAddr::V6(v6) if v6.is_unicast_link_local());
     !(ip.is_loopback() || ip.is_unspecified() || is_link_local)

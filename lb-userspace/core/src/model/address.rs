@@ -2,14 +2,14 @@
 //!
 //! # Purpose
 //!
-//! Kubernetes reads addresses with the rules that Go had before 1.17 (`ParseIPSloppy` and `ParseCIDRSloppy` in
-//! `k8s.io/utils/net/parse.go`), because objects written under those rules are still stored. Rust's own parsers
+//! Kubernetes parses addresses by the rules of Go before 1.17 (`ParseIPSloppy` and `ParseCIDRSloppy` in
+//! `k8s.io/utils/net/parse.go`), because etcd still holds objects written under those rules. Rust's parsers
 //! refuse some of them.
 //!
 //! # Invariants
 //!
-//! - A result is canonical: an IPv4-mapped IPv6 address is the IPv4 address inside it, a network has no host
-//!   bits. Two spellings of one address compare equal.
+//! - Results are canonical: an IPv4-mapped IPv6 address becomes the IPv4 address, a network has no host bits.
+//!   Two spellings of one address compare equal.
 
 use std::{
     fmt,
@@ -21,9 +21,8 @@ use super::{Cidr, Family};
 
 /// Parses an IP address as Kubernetes does.
 ///
-/// Accepts what [`IpAddr::from_str`] accepts, and IPv4 parts with leading zeros, which are decimal
-/// (`010.0.0.1` is `10.0.0.1`). An IPv4-mapped IPv6 address gives the IPv4 address. Refuses zones
-/// (`fe80::1%eth0`), ports and blanks around the address.
+/// Also accepts IPv4 parts with leading zeros, which are decimal (`010.0.0.1` is `10.0.0.1`). An IPv4-mapped
+/// IPv6 address gives the IPv4 address. Refuses zones (`fe80::1%eth0`), ports and surrounding blanks.
 ///
 /// ```
 /// use lb_core::model::address::parse_ip;
@@ -42,15 +41,15 @@ pub fn parse_ip(text: &str) -> Option<IpAddr> {
 
 /// Parses a network, `address/length`, as Kubernetes does. Host bits are cleared.
 ///
-/// A network of IPv4-mapped IPv6 addresses gives the IPv4 network; one that is wider than all mapped addresses
-/// is refused.
+/// A network of IPv4-mapped IPv6 addresses gives the IPv4 network; a wider one than `::ffff:0:0/96` is
+/// refused.
 #[must_use]
 pub fn parse_cidr(text: &str) -> Option<Cidr> {
     let (address, length) = text.split_once('/')?;
     let ip = parse_ip(address)?;
     let length = parse_decimal(length, 128)?;
     let prefix_len = match ip {
-        // The mapped form counts 96 bits before the IPv4 address.
+        // The mapped form has 96 bits before the IPv4 address.
         IpAddr::V4(_) if address.contains(':') => length.checked_sub(96)?,
         IpAddr::V4(_) | IpAddr::V6(_) => length,
     };
@@ -75,7 +74,7 @@ pub const fn family_name(family: Family) -> &'static str {
     }
 }
 
-/// The unspecified address of a family: under it a node port is kept.
+/// The unspecified address of a family, the key address of node ports.
 #[must_use]
 pub const fn unspecified(family: Family) -> IpAddr {
     match family {
@@ -87,9 +86,8 @@ pub const fn unspecified(family: Family) -> IpAddr {
 /// Why an address cannot be a service address, or `None` if it can.
 ///
 /// The API server refuses these ranges for external and load-balancer addresses (`ValidateNonSpecialIP` in
-/// `pkg/apis/core/validation/validation.go`); a manifest that no API server has seen may hold them. Translating
-/// them would take calls away from their own meaning: the unspecified address, for one, is where node ports are
-/// kept.
+/// `pkg/apis/core/validation/validation.go`), but a manifest may hold them. The unspecified address is the
+/// key of node ports.
 #[must_use]
 pub const fn special_range(ip: IpAddr) -> Option<&'static str> {
     let link_local = match ip {
@@ -109,25 +107,27 @@ pub const fn special_range(ip: IpAddr) -> Option<&'static str> {
     }
 }
 
-/// Reads a network that cluster IPs come from.
+/// Parses a service network: one that cluster IPs come from.
 ///
-/// Calls to whatever it holds may fail. So it must not be larger than `/8` or `/48`, an API server's own limit being far below,
-/// and must hold no address whose calls are never a service's.
+/// Calls to addresses in it may be refused. So it must be at least `/8` or `/48` long (the API server's limit
+/// is far stricter) and must not overlap a special range.
 ///
 /// # Errors
 ///
 /// What is wrong with it, as the rest of a sentence.
 pub fn parse_service_cidr(text: &str) -> Result<Cidr, String> {
-    let network = parse_cidr(text).ok_or("is no network: expected ADDRESS/LENGTH, such as 10.96.0.0/12")?;
+    let network =
+        parse_cidr(text).ok_or("is not a network: expected ADDRESS/LENGTH, such as 10.96.0.0/12")?;
     let shortest = if network.address.is_ipv4() { 8 } else { 48 };
     if network.prefix_len < shortest {
         return Err(format!("is too large for service addresses: expected /{shortest} or longer"));
     }
-    // Any other special range is at least as large as the largest network, and holds its first address.
+    // Any other special range that overlaps holds the network's first address: it is at least as large as the
+    // largest network.
     let link_local = IpAddr::V4(Ipv4Addr::new(169, 254, 0, 0));
     let holds_link_local = network.contains(link_local).then_some("link-local");
     match special_range(network.address).or(holds_link_local) {
-        Some(range) => Err(format!("holds addresses of the {range} range, which are no service's")),
+        Some(range) => Err(format!("overlaps the {range} range")),
         None => Ok(network),
     }
 }
@@ -158,7 +158,7 @@ impl Cidr {
         family(self.address)
     }
 
-    /// Whether the network holds an address; never one of the other family.
+    /// Whether the network holds an address. It holds none of the other family.
     #[must_use]
     pub fn contains(&self, ip: IpAddr) -> bool {
         family(ip) == self.family() && Self::new(ip, self.prefix_len).is_some_and(|network| network == *self)
@@ -202,7 +202,7 @@ fn parse_ipv4(text: &str) -> Option<Ipv4Addr> {
     parts.next().is_none().then(|| Ipv4Addr::from(octets))
 }
 
-/// Parses digits, any number of leading zeros included; signs and blanks are refused.
+/// Parses digits with any number of leading zeros; refuses signs and blanks.
 fn parse_decimal(text: &str, max: u32) -> Option<u32> {
     if text.is_empty() {
         return None;
@@ -217,7 +217,7 @@ fn parse_ipv6(text: &str) -> Option<Ipv6Addr> {
     if let Ok(ip) = text.parse() {
         return Some(ip);
     }
-    // What remains is a dotted tail with leading zeros: spell it as two groups.
+    // Only a dotted tail with leading zeros remains: rewrite it as two groups.
     let (head, tail) = text.rsplit_once(':')?;
     let [a, b, c, d] = parse_ipv4(tail)?.octets();
     format!("{head}:{a:02x}{b:02x}:{c:02x}{d:02x}").parse().ok()

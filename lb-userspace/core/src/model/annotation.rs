@@ -1,4 +1,4 @@
-//! What annotations ask for.
+//! Annotations of Services and Pods.
 
 use std::time::Duration;
 
@@ -9,26 +9,26 @@ use super::Service;
 /// What happens to connected sockets of a service whose endpoint no longer serves.
 pub const STALE_CONNECTIONS: &str = "socklb.io/stale-connections";
 
-/// Whether calls of a Service, or of a Pod, are left alone.
+/// Whether calls to a Service, or of a Pod, pass unchanged.
 pub const EXCLUDE: &str = "socklb.io/exclude";
 
-/// The longest drain time: a year, so that a point in time plus a drain time is one too.
+/// The longest drain time: a year. A point in time plus a drain time then cannot overflow.
 const MAX_DRAIN: Duration = Duration::from_secs(365 * 24 * 60 * 60);
 
 /// Value of [`STALE_CONNECTIONS`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum StaleConnections {
-    /// `keep`: they stay, until one of the two sides ends them.
+    /// `keep`: they stay until a peer closes them.
     Keep,
-    /// `reset`: they are ended at once.
+    /// `reset`: they are destroyed at once.
     Reset,
-    /// `drain=30s`: they are ended when the endpoint has not served for so long.
+    /// `drain=30s`: they are destroyed this long after the endpoint stopped serving.
     Drain(Duration),
 }
 
 impl StaleConnections {
-    /// Reads the annotation's value; `None` if it is none of `keep`, `reset` and `drain=` with a whole number and one of the
-    /// units `ms`, `s`, `m` and `h`.
+    /// Parses the annotation's value: `keep`, `reset`, or `drain=` with a whole number and a unit out of
+    /// `ms`, `s`, `m` and `h`. `None` for anything else.
     ///
     /// ```
     /// # use std::time::Duration;
@@ -59,14 +59,14 @@ fn duration(text: &str) -> Option<Duration> {
     (duration <= MAX_DRAIN).then_some(duration)
 }
 
-/// Reads the value of [`EXCLUDE`]; `None` if it is neither `true` nor `false`.
+/// Parses the value of [`EXCLUDE`]; `None` if it is neither `true` nor `false`.
 #[must_use]
 pub fn excludes(text: &str) -> Option<bool> {
     text.trim().parse().ok()
 }
 
 impl Service {
-    /// Whether its annotation leaves calls of it to somebody else. Without one that can be read they are served.
+    /// Whether its annotation excludes it. An invalid annotation does not.
     #[must_use]
     pub fn is_excluded(&self) -> bool {
         self.annotation(EXCLUDE).and_then(excludes).unwrap_or(false)
@@ -78,8 +78,8 @@ impl Service {
         self.annotations.iter().find(|(found, _)| found == key).map(|(_, value)| &**value)
     }
 
-    /// What its annotation says of stale connections; `None` without one that can be read. Those of an excluded service are
-    /// nobody's to end.
+    /// Its annotation for stale connections; `None` if that is absent or invalid. Connections of an excluded
+    /// service are always kept.
     #[must_use]
     pub fn stale_connections(&self) -> Option<StaleConnections> {
         if self.is_excluded() {

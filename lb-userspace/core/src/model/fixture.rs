@@ -1,4 +1,4 @@
-//! Objects for tests, as short as they can be written.
+//! Objects for tests, built from short patches.
 
 use k8s_openapi::api::{core::v1 as api, discovery::v1 as discovery};
 use serde_json::{Value, json};
@@ -39,7 +39,7 @@ pub(crate) fn ingest_service(patch: &Value) -> (Option<Service>, Vec<Issue>) {
     ingest::service(&serde_json::from_value::<api::Service>(patched(base, patch)).unwrap())
 }
 
-/// As [`ingest_service`], for a Service that is all right.
+/// As [`ingest_service`], for a Service without issues.
 pub(crate) fn service(patch: &Value) -> Service {
     let (service, issues) = ingest_service(patch);
     assert_eq!(issues, []);
@@ -62,7 +62,7 @@ pub(crate) fn ingest_slice(patch: &Value) -> (Option<Slice>, Vec<Issue>) {
     ingest::slice(&serde_json::from_value::<discovery::EndpointSlice>(patched(base, patch)).unwrap())
 }
 
-/// As [`ingest_slice`], for a slice that is all right.
+/// As [`ingest_slice`], for a slice without issues.
 pub(crate) fn slice(patch: &Value) -> Slice {
     let (slice, issues) = ingest_slice(patch);
     assert_eq!(issues, []);

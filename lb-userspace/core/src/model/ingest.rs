@@ -1,20 +1,20 @@
-//! Kubernetes objects in, values of the model and issues out.
+//! Turns Kubernetes objects into values of the model, and issues.
 //!
 //! # Purpose
 //!
-//! Applies what kube-proxy applies when it takes an object in (`pkg/proxy/serviceport.go`,
-//! `pkg/proxy/endpointslicecache.go`) and reports what it leaves out. The API server's own defaults are taken
-//! as applied: [`lb_agent::source`] applies them to objects that no API server has seen.
+//! Applies kube-proxy's rules for reading an object (`pkg/proxy/serviceport.go`,
+//! `pkg/proxy/endpointslicecache.go`) and reports what is left out. Expects the API server's defaults to be
+//! applied: `lb_agent::source` does so for manifests.
 //!
 //! # Invariants
 //!
-//! - No object makes these functions panic or fail: the good parts of a mangled object are kept.
-//! - `None` means that the object plays no part in service proxying. It comes without an issue if that is so by
-//!   intent (a headless Service, a slice without a service), and with one if it is a fault.
+//! - No object makes these functions panic or fail: the valid parts of an invalid object are kept.
+//! - `None` means that the object is not used. Then it has an issue, unless that is intended (a headless
+//!   Service, a slice without a service).
 //!
 //! # Depends on
 //!
-//! The types of `k8s_openapi`, which are known only here and where objects are fetched.
+//! The types of `k8s_openapi`, used only here and where objects are fetched.
 
 mod node;
 mod pod;
@@ -36,34 +36,35 @@ pub use self::{
 };
 use super::{Issue, IssueKind, ObjectRef, Protocol, Unselected};
 
-/// Label that hands a Service or slice to another proxy.
+/// Label that assigns a Service or slice to another proxy.
 pub const SERVICE_PROXY_NAME: &str = "service.kubernetes.io/service-proxy-name";
 /// Label of Services and slices that no proxy serves.
 pub const HEADLESS: &str = "service.kubernetes.io/headless";
 /// Label that names the Service a slice belongs to.
 pub const SERVICE_NAME: &str = "kubernetes.io/service-name";
-/// Annotation that dates the change which led to the present state of a slice.
+/// Annotation with the time of the change that led to the slice's current state.
 pub const TRIGGER_TIME: &str = "endpoints.kubernetes.io/last-change-trigger-time";
 /// Label that names the zone of a Node.
 pub const ZONE: &str = "topology.kubernetes.io/zone";
 /// Taint of a Node that the cluster autoscaler is about to delete.
 pub const TO_BE_DELETED: &str = "ToBeDeletedByClusterAutoscaler";
-/// Annotations whose key starts with this are kept.
+/// Prefix of the annotations that are kept.
 pub const ANNOTATION_PREFIX: &str = "socklb.io/";
 
 /// Labels of an object.
 pub type Labels = BTreeMap<String, String>;
 
-/// Whether a Service or slice with these labels is served (kube-proxy's list options, `cmd/kube-proxy/app/server.go`).
+/// Whether a Service or slice with these labels is served (kube-proxy's list options,
+/// `cmd/kube-proxy/app/server.go`).
 ///
 /// Without a proxy name, the label `service-proxy-name` must be absent; with one it must have that value. The
-/// label `headless` must be absent. Of an absent label only the key counts, whatever its value would be.
+/// label `headless` must be absent, whatever its value.
 #[must_use]
 pub fn is_selected(labels: Option<&Labels>, service_proxy_name: Option<&str>) -> bool {
     unselected(labels, service_proxy_name).is_none()
 }
 
-/// The label for which [`is_selected`] says no.
+/// The label for which [`is_selected`] is false.
 #[must_use]
 pub fn unselected(labels: Option<&Labels>, service_proxy_name: Option<&str>) -> Option<Unselected> {
     let label = |key: &str| labels.and_then(|labels| labels.get(key)).map(String::as_str);
@@ -80,7 +81,7 @@ pub fn unselected(labels: Option<&Labels>, service_proxy_name: Option<&str>) -> 
     }
 }
 
-/// The label selector that makes an API server answer as [`is_selected`] does.
+/// The label selector that selects as [`is_selected`] does.
 #[must_use]
 pub fn label_selector(service_proxy_name: Option<&str>) -> String {
     match service_proxy_name {
@@ -104,8 +105,8 @@ impl Report {
         self.issues.push(Issue::new(self.object.clone(), kind));
     }
 
-    /// Whether the object has a name, and both its name and its namespace are such as an API server takes. What has none
-    /// would stand in keys, labels of metrics and tables that people read.
+    /// Whether name and namespace are such as an API server accepts. Keys, labels of metrics and tables for
+    /// people hold them.
     fn is_named(&mut self) -> bool {
         let ObjectRef { namespace, name, .. } = &self.object;
         let wrong = if name.is_empty() {
@@ -121,7 +122,7 @@ impl Report {
         false
     }
 
-    /// Reads a port number; 0 is none.
+    /// Reads a port number; 0 is invalid.
     fn port(&mut self, field: impl FnOnce() -> String, value: i32) -> Option<u16> {
         let port = u16::try_from(value).ok().filter(|port| *port != 0);
         if port.is_none() {
@@ -143,7 +144,7 @@ impl Report {
         }
     }
 
-    /// Reads one word of an enumeration; an unknown one is taken for the default.
+    /// Reads a value of an enumeration; an unknown one becomes the default.
     fn word<T: Copy>(&mut self, field: &str, value: Option<&str>, words: &[(&str, T)], default: T) -> T {
         let Some(value) = value.filter(|value| !value.is_empty()) else {
             return default;
@@ -167,8 +168,8 @@ fn is_label(text: &str) -> bool {
     text.len() <= 63 && is_part_of_a_subdomain(text)
 }
 
-/// Whether a text is a subdomain of RFC 1123, of whose parts none is limited in length: the names of objects. The API is
-/// stricter with those of Services (`staging/src/k8s.io/apimachinery/pkg/util/validation/validation.go`).
+/// Whether a text is a subdomain of RFC 1123, with parts of any length: the names of objects. For names of
+/// Services the API is stricter (`staging/src/k8s.io/apimachinery/pkg/util/validation/validation.go`).
 fn is_subdomain(text: &str) -> bool {
     text.len() <= 253 && text.split('.').all(is_part_of_a_subdomain)
 }
@@ -180,12 +181,12 @@ fn is_part_of_a_subdomain(text: &str) -> bool {
         && text.bytes().all(|byte| is_plain(byte) || byte == b'-')
 }
 
-/// Namespace of an object; the API server never leaves it empty.
+/// Namespace of an object; the API server always sets it.
 fn namespace(namespace: Option<&str>) -> &str {
     namespace.filter(|namespace| !namespace.is_empty()).unwrap_or("default")
 }
 
-/// Shares equal texts of one object: a slice names the same node and zone many times.
+/// Shares equal strings of one object: a slice names the same node and zone many times.
 #[derive(Default)]
 struct Texts(BTreeSet<Arc<str>>);
 

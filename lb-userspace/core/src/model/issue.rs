@@ -1,9 +1,9 @@
-//! What is wrong with an object, for the user to read; never fatal.
+//! What is wrong with an object, for people to read. An issue is never fatal.
 //!
 //! # Invariants
 //!
-//! - An [`Issue`] names the object, the field, the cause and what is done instead, in one line without control characters,
-//!   whatever the object holds.
+//! - An [`Issue`] names the object, the field, the cause and what is done instead, in one line. Control
+//!   characters of the object are escaped.
 //! - Its serialised form has one `reason` per variant of [`IssueKind`]; scripts may match on it.
 
 use std::{
@@ -44,7 +44,7 @@ pub struct Issue {
 }
 
 impl Issue {
-    /// An issue of an object without a known place.
+    /// An issue of an object that was not read from a file.
     #[must_use]
     pub const fn new(object: ObjectRef, kind: IssueKind) -> Self {
         Self { object, kind, source: None }
@@ -55,7 +55,7 @@ impl fmt::Display for Issue {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if let Some(source) = &self.source {
             write!(Escaped(f), "{source}: ")?;
-            // The place names the file already.
+            // `source` already names the file.
             if self.object.kind == ObjectKind::File
                 && source.rsplit_once(':').is_some_and(|(file, _line)| file == &*self.object.name)
             {
@@ -66,8 +66,8 @@ impl fmt::Display for Issue {
     }
 }
 
-/// Writes control characters as escapes. A manifest holds what its author likes: a line end in a name would forge a line of
-/// the log, an escape sequence would be obeyed by the terminal that shows it.
+/// Escapes control characters. Otherwise a line feed in a manifest's name forges a log line, and a terminal
+/// obeys an escape sequence.
 struct Escaped<'a, 'b>(&'a mut fmt::Formatter<'b>);
 
 impl fmt::Write for Escaped<'_, '_> {
@@ -100,7 +100,7 @@ pub enum ObjectKind {
     ServiceCidr,
     /// A manifest file; its name is the path.
     File,
-    /// Any other kind that a manifest may name.
+    /// Any other kind in a manifest.
     #[serde(untagged)]
     Other(Arc<str>),
 }
@@ -195,7 +195,7 @@ impl fmt::Display for ObjectRef {
 pub enum IssueKind {
     /// `metadata.name` is missing. The object is left out.
     NoName,
-    /// A name is not one that an API server takes.
+    /// An API server would refuse this name.
     InvalidName {
         /// Path of the field.
         field: String,
@@ -204,11 +204,11 @@ pub enum IssueKind {
         /// What is left out: the object or the port.
         left_out: String,
     },
-    /// The Service has no cluster IP and is not headless. It is left out.
+    /// The Service lacks a cluster IP and is not headless. It is left out.
     NoClusterIp,
     /// The Service has no usable port, so it has no frontend.
     NoPorts,
-    /// A number is not a port. The port, or what the field stands for, is left out.
+    /// A number is not a port. The port that the field defines is left out.
     InvalidPort {
         /// Path of the field.
         field: String,
@@ -220,7 +220,7 @@ pub enum IssueKind {
         /// Path of the field.
         field: String,
     },
-    /// A slice port has no name (the API server sets it to the empty text). The port is left out.
+    /// A slice port has no name (an API server sets the empty name). The port is left out.
     NoPortName {
         /// Path of the field.
         field: String,
@@ -239,7 +239,7 @@ pub enum IssueKind {
         /// What it holds.
         value: String,
     },
-    /// A port's protocol is legal and cannot be served at a socket.
+    /// A port's protocol is valid, but no socket hook can serve it.
     NotServed {
         /// Path of the port.
         field: String,
@@ -253,7 +253,7 @@ pub enum IssueKind {
         /// What it holds.
         value: String,
     },
-    /// An address is not of the family that its place asks for. The address is left out.
+    /// An address is of the other family than its field. The address is left out.
     WrongFamily {
         /// Path of the field.
         field: String,
@@ -262,7 +262,7 @@ pub enum IssueKind {
         /// `IPv4` or `IPv6`.
         expected: String,
     },
-    /// An address lies in a range that has its own meaning and is never translated. The address is left out.
+    /// An address lies in a special range, which is never translated. The address is left out.
     SpecialAddress {
         /// Path of the field.
         field: String,
@@ -283,13 +283,13 @@ pub enum IssueKind {
         /// Path of the field.
         field: String,
     },
-    /// A field holds something that its enumeration does not know.
+    /// A field holds a value that is not in its enumeration.
     UnknownValue {
         /// Path of the field.
         field: String,
         /// What it holds.
         value: String,
-        /// What it is taken for.
+        /// What is used instead.
         used: String,
     },
     /// A number is outside its range.
@@ -310,9 +310,9 @@ pub enum IssueKind {
         /// The Service type.
         service_type: String,
     },
-    /// The Service should answer health checks of its load balancer and has no port for it.
+    /// The external policy is `Local`, but the Service has no health check port.
     NoHealthCheckPort,
-    /// The Service's port for health checks cannot be listened on. It is tried again.
+    /// Cannot listen on the Service's health check port. The agent retries.
     HealthCheckPortTaken {
         /// The port.
         port: u16,
@@ -328,19 +328,19 @@ pub enum IssueKind {
         /// Last port of the range.
         last: u16,
     },
-    /// `loadBalancerSourceRanges` limits these addresses. They are left to the network.
+    /// `loadBalancerSourceRanges` limits these addresses. They are not served.
     SourceRanges {
         /// The load-balancer addresses concerned.
         addresses: Vec<String>,
     },
-    /// A setting keeps these addresses from answering. They are left to the network.
+    /// `--external-ips` does not admit these addresses. They are not served.
     ExternalIps {
         /// The external IPs concerned.
         addresses: Vec<String>,
         /// Value of `--external-ips`.
         setting: String,
     },
-    /// The cluster IP is an address of an interface of the node. Calls to it stay with the node.
+    /// An interface of this node has the cluster IP. Calls to it are not translated.
     OnThisNode {
         /// The cluster IP.
         address: String,
@@ -352,7 +352,7 @@ pub enum IssueKind {
         /// The service that owns it, `namespace/name`.
         winner: String,
     },
-    /// The tables have no room for all frontends. The service keeps what it had.
+    /// The table of frontends is full. The service stays as it was.
     ServicesFull {
         /// The table that is full.
         map: String,
@@ -361,7 +361,7 @@ pub enum IssueKind {
         /// Entries that all services together need.
         needed: u64,
     },
-    /// The tables have no room for all endpoints. The service keeps what it had.
+    /// The endpoint table has no gap for a run. The service stays as it was.
     EndpointsFull {
         /// The table that is full.
         map: String,
@@ -370,22 +370,21 @@ pub enum IssueKind {
         /// Entries that this service needs.
         needed: u64,
     },
-    /// The ports of a service have more endpoints together than any table. Ports with which it would be too many are left
-    /// out.
+    /// The ports of a service have too many endpoints in total. The ports that exceed the limit are left out.
     TooManyEndpoints {
         /// How many ports.
         n_left_out: usize,
         /// How many endpoints all ports may have in a family.
         max: usize,
     },
-    /// A Node lists more addresses than count of one Node. Later ones are left out.
+    /// A Node lists too many addresses. The last ones are left out.
     TooManyAddresses {
         /// How many are left out.
         n_left_out: usize,
         /// How many count.
         max: usize,
     },
-    /// The Nodes of the cluster have more addresses than a table holds. Every Node keeps its first ones.
+    /// The Nodes have more addresses than the table holds. Each Node keeps its first ones.
     NodesFull {
         /// The table that is full.
         map: String,
@@ -394,7 +393,8 @@ pub enum IssueKind {
         /// Addresses of this Node that are left out.
         n_left_out: usize,
     },
-    /// The Services of the cluster have more cluster IPs than a table holds. Each is served all the same.
+    /// The table of cluster IPs is full. The address is served, but no network is in force, so calls to
+    /// undefined ports and unallocated addresses pass unchanged.
     ClusterIpsFull {
         /// The table that is full.
         map: String,
@@ -403,7 +403,7 @@ pub enum IssueKind {
         /// The address without room.
         address: String,
     },
-    /// A network of a ServiceCIDR cannot be one that cluster IPs come from. It is left out.
+    /// A network of a ServiceCIDR is invalid or unsuitable for cluster IPs. It is left out.
     InvalidServiceCidr {
         /// Path of the field.
         field: String,
@@ -412,28 +412,28 @@ pub enum IssueKind {
         /// What is wrong with it.
         problem: String,
     },
-    /// Cluster IPs come from more networks than the tables hold. This one is left out.
+    /// There are more service networks than the tables hold. This one is left out.
     TooManyServiceCidrs {
         /// The network.
         network: String,
         /// How many count in a family.
         max: usize,
     },
-    /// The API server does not let the agent read ServiceCIDRs. It is tried again.
+    /// The API server does not let the agent read ServiceCIDRs. The agent retries.
     NoServiceCidrs {
-        /// Its answer, with the rule that is missing.
+        /// Its answer, with the missing RBAC rule.
         cause: String,
     },
-    /// A table has no room for this object although the agent has not filled it.
+    /// Entries of another program fill a table, so this object is missing in it.
     TableFull {
         /// The table that is full.
         map: String,
-        /// What is not served for now.
+        /// The address that is not served meanwhile.
         left_out: String,
     },
-    /// A manifest holds an object of a kind that plays no part in service proxying. It is ignored.
+    /// A manifest holds an object of a kind that service proxying does not use. It is ignored.
     UnknownKind,
-    /// A manifest holds an object of a known kind in an API version that is not known. It is ignored.
+    /// A manifest holds an object of a known kind in an unknown API version. It is ignored.
     UnknownVersion {
         /// `apiVersion` as written.
         version: String,
@@ -449,33 +449,34 @@ pub enum IssueKind {
     BrokenFile {
         /// The cause, in one line; names the field if an object did not decode.
         cause: String,
-        /// Whether objects from before are served.
+        /// Whether its last good objects are served.
         last_good: bool,
-        /// Since when it cannot be read, as RFC 3339 has it.
+        /// Since when it cannot be read, in RFC 3339.
         since: String,
     },
-    /// A program has a manifest open for writing for long. What it lacks, and its last document, are served as they were before.
+    /// A program keeps a manifest open for writing. The last document, and objects that the file lacks, keep
+    /// their former state.
     BeingWritten {
-        /// Since when, as RFC 3339 has it.
+        /// Since when, in RFC 3339.
         since: String,
     },
-    /// The agent of this Node was given a size with which maps could not hold what is served. They stay as they were.
+    /// This Node's agent was given a map size below what is in use. The maps keep their size.
     SizeRefused {
         /// The setting.
         setting: String,
         /// Its value, entries.
         wanted: u32,
-        /// Entries that are served; `None` if that cannot be read.
+        /// Entries in use; `None` if they cannot be counted.
         served: Option<u32>,
         /// The size that is used instead, entries.
         used: u32,
     },
-    /// The agent of this Node cannot write its snapshot. It is tried again.
+    /// This Node's agent cannot write its snapshot. It retries.
     SnapshotNotWritten {
         /// The cause, in one line; names the file.
         cause: String,
     },
-    /// The API server sent an object of another form than the API's. It is left out.
+    /// An object from the API server cannot be decoded. It is left out.
     Unreadable {
         /// The cause, in one line.
         cause: String,
@@ -483,13 +484,13 @@ pub enum IssueKind {
 }
 
 impl IssueKind {
-    /// Whether something is served from an older state than the one that its issue is about.
+    /// Whether an older state of the object is served.
     #[must_use]
     pub const fn is_outdated(&self) -> bool {
         matches!(self, Self::BrokenFile { last_good: true, .. } | Self::BeingWritten { .. })
     }
 
-    /// Path of the field that the issue is about, if it is about one.
+    /// Path of the field, if the issue is about one.
     #[must_use]
     pub fn field(&self) -> Option<&str> {
         match self {
@@ -518,7 +519,7 @@ impl IssueKind {
 }
 
 impl IssueKind {
-    /// What is said of those that are about manifests; nothing of others.
+    /// Texts about manifests; writes nothing for other kinds.
     fn fmt_file(&self, f: &mut impl fmt::Write) -> fmt::Result {
         match self {
             Self::UnknownKind => f.write_str("unknown kind; it is ignored"),
@@ -532,109 +533,112 @@ impl IssueKind {
             Self::BrokenFile { cause, last_good: false, .. } => write!(f, "{cause}; the file is left out"),
             Self::BeingWritten { since } => write!(
                 f,
-                "a program has it open for writing since {since}; what it lacks, and its last document, stay in force as they \
-                 were before: let the program close it"
+                "open for writing by a program since {since}; the last document, and objects that the file \
+                 lacks, keep their former state: let the program close it"
             ),
             _ => Ok(()),
         }
     }
 
-    /// What is said of those that are about addresses left to others; nothing of others.
+    /// Texts about addresses that are not served; writes nothing for other kinds.
     fn fmt_left_alone(&self, f: &mut impl fmt::Write) -> fmt::Result {
         match self {
             Self::SourceRanges { addresses } => write!(
                 f,
-                "spec.loadBalancerSourceRanges: the caller's address is not known at a socket; calls to {} go to \
-                 the network untranslated",
+                "spec.loadBalancerSourceRanges: cannot be checked at a socket; calls to {} go to the network \
+                 untranslated",
                 addresses.join(", ")
             ),
             Self::ExternalIps { addresses, setting } => write!(
                 f,
-                "spec.externalIPs: --external-ips={setting} leaves {} to the network",
+                "spec.externalIPs: not admitted by --external-ips={setting}; calls to {} go to the network \
+                 untranslated",
                 addresses.join(", ")
             ),
             Self::OnThisNode { address } => write!(
                 f,
-                "spec.clusterIPs: {address} is an address of an interface of this node, as NodeLocal DNSCache makes it; calls to it \
-                 stay with the node"
+                "spec.clusterIPs: {address} is an address of an interface of this node, as with NodeLocal \
+                 DNSCache; calls to it are not translated"
             ),
             Self::InvalidServiceCidr { field, value, problem } => {
-                write!(f, "{field}: {value:?} {problem}; calls to it go where they say")
+                write!(f, "{field}: {value:?} {problem}; calls to it pass unchanged")
             }
             Self::TooManyServiceCidrs { network, max } => write!(
                 f,
-                "spec.cidrs: {network} is one of more than {max} networks of its family that cluster IPs come from; calls to \
-                 unallocated addresses in it go where they say"
+                "spec.cidrs: more than {max} service networks of one family; {network} is left out: calls to \
+                 unallocated addresses in it pass unchanged"
             ),
             Self::NoServiceCidrs { cause } => write!(
                 f,
-                "the networks that cluster IPs come from are not known beyond --service-cidr and those read before: {cause}; \
-                 it is tried again"
+                "ServiceCIDRs cannot be read: {cause}; only --service-cidr and networks read before count; \
+                 the agent retries"
             ),
             _ => Ok(()),
         }
     }
 
-    /// What is said of those that are about room in a table; nothing of others.
+    /// Texts about full tables; writes nothing for other kinds.
     fn fmt_no_room(&self, f: &mut impl fmt::Write) -> fmt::Result {
         match self {
             Self::ServicesFull { map, capacity, needed } => write!(
                 f,
-                "map {map} is full ({capacity} entries, {needed} needed); raise --max-services; the service stays as \
-                 it was"
+                "map {map} is full ({capacity} entries, {needed} needed); the service stays as it was: raise \
+                 --max-services"
             ),
             Self::EndpointsFull { map, capacity, needed } => write!(
                 f,
-                "map {map} has no room ({capacity} entries, {needed} needed); raise --max-endpoints; the service \
-                 stays as it was"
+                "map {map} has no gap for {needed} entries (capacity {capacity}); the service stays as it \
+                 was: raise --max-endpoints"
             ),
             Self::TooManyEndpoints { n_left_out, max } => {
                 write!(
                     f,
-                    "spec.ports: more than {max} endpoints in all; {n_left_out} ports are left out: split the service"
+                    "spec.ports: more than {max} endpoints in all; {n_left_out} ports are left out: split \
+                     the service"
                 )
             }
             Self::TooManyAddresses { n_left_out, max } => write!(
                 f,
-                "status.addresses: more than {max}; node ports do not answer on the last {n_left_out}: have the kubelet or \
-                 the cloud's controller list fewer"
+                "status.addresses: more than {max}; node ports do not answer on the last {n_left_out}: let \
+                 the kubelet or the cloud controller list fewer"
             ),
             Self::NodesFull { map, capacity, n_left_out } => write!(
                 f,
-                "status.addresses: map {map} is full ({capacity} entries for all Nodes); node ports do not answer on the last \
-                 {n_left_out}: --nodeport-addresses takes fewer"
+                "status.addresses: map {map} is full ({capacity} entries for all Nodes); node ports do not \
+                 answer on the last {n_left_out}: restrict --nodeport-addresses"
             ),
             Self::ClusterIpsFull { map, capacity, address } => write!(
                 f,
-                "map {map} is full ({capacity} entries) and {address} has no room; it is served, but no call to an undefined \
-                 port or an unallocated address fails at once: set --service-cidr=none"
+                "map {map} is full ({capacity} entries, {address} is missing); the address is served, but \
+                 calls to undefined ports and unallocated addresses pass unchanged: set --service-cidr=none"
             ),
             Self::TableFull { map, left_out } => write!(
                 f,
-                "map {map} is full of entries that are not the agent's; {left_out} is left to the network until an audit has \
-                 removed them: find the program that writes to the maps below --pin-path"
+                "map {map} is full of another program's entries; {left_out} is not served until an audit \
+                 removes them: find the program that writes to the maps below --pin-path"
             ),
             _ => Ok(()),
         }
     }
 
-    /// What is said of those that are about the agent itself; nothing of others.
+    /// Texts about the agent itself; writes nothing for other kinds.
     fn fmt_of_agent(&self, f: &mut impl fmt::Write) -> fmt::Result {
         match self {
             Self::SizeRefused { setting, wanted, served: None, used } => write!(
                 f,
-                "--{setting}={wanted} is smaller than before, and what is served cannot be counted, since another version wrote the \
-                 maps; {used} is used as before: restart the agent once more"
+                "--{setting}={wanted} is smaller than before, and entries in use cannot be counted: another \
+                 version wrote the maps; {used} is used as before: restart the agent once more"
             ),
             Self::SizeRefused { setting, wanted, served: Some(served), used } => write!(
                 f,
-                "--{setting}={wanted} is too small for what is served, which takes {served}; {used} is used as before: set it to \
-                 {served} or more, with room, and restart the agent"
+                "--{setting}={wanted} is too small for what is served ({served} entries); {used} is used as \
+                 before: set it to more than {served} and restart the agent"
             ),
             Self::SnapshotNotWritten { cause } => write!(
                 f,
-                "the snapshot is not up to date: {cause}; an agent that starts while the API server is away would serve older \
-                 objects, or none: make room or let the agent write there, it tries again"
+                "the snapshot is not up to date: {cause}; an agent that starts during an outage of the API \
+                 server serves older objects, or none: free space or let the agent write there; the agent \
+                 retries"
             ),
             _ => Ok(()),
         }
@@ -649,15 +653,18 @@ impl fmt::Display for IssueKind {
             Self::InvalidName { field, value, left_out } => {
                 write!(f, "{field}: {value:?} is not a DNS name (a-z, 0-9, -); {left_out} is left out")
             }
-            Self::NoClusterIp => {
-                f.write_str("spec.clusterIP: is empty, and only an API server can assign one; the service is left out")
-            }
+            Self::NoClusterIp => f.write_str(
+                "spec.clusterIP: is empty, and only an API server can assign one; the service is left out",
+            ),
             Self::NoPorts => f.write_str("spec.ports: no usable port; the service has no frontend"),
             Self::InvalidPort { field, value } => {
                 write!(f, "{field}: {value} is not a port (1-65535); this port is left out")
             }
             Self::NoPortNumber { field } => {
-                write!(f, "{field}: is missing or 0, and a range of all ports is not served; this port is left out")
+                write!(
+                    f,
+                    "{field}: is missing or 0, and a range of all ports is not served; this port is left out"
+                )
             }
             Self::NoPortName { field } => write!(f, "{field}: is missing; this port is left out"),
             Self::DuplicatePort { field, value } => {
@@ -667,7 +674,10 @@ impl fmt::Display for IssueKind {
                 write!(f, "{field}: {value:?} is none of TCP, UDP and SCTP; this port is left out")
             }
             Self::NotServed { field, protocol } => {
-                write!(f, "{field}: {protocol} cannot be served at a socket; calls go to the network untranslated")
+                write!(
+                    f,
+                    "{field}: {protocol} cannot be served at a socket; calls go to the network untranslated"
+                )
             }
             Self::InvalidAddress { field, value } => {
                 write!(f, "{field}: {value:?} is not an IP address; it is left out")
@@ -676,7 +686,10 @@ impl fmt::Display for IssueKind {
                 write!(f, "{field}: {value} is not an {expected} address; it is left out")
             }
             Self::SpecialAddress { field, value, range } => {
-                write!(f, "{field}: {value} is in the {range} range, which is never translated; it is left out")
+                write!(
+                    f,
+                    "{field}: {value} is in the {range} range, which is never translated; it is left out"
+                )
             }
             Self::InvalidNetwork { field, value } => {
                 write!(f, "{field}: {value:?} is not an IP network (address/length); it admits no client")
@@ -692,13 +705,13 @@ impl fmt::Display for IssueKind {
                 write!(f, "{field}: has no meaning for type {service_type}; it is ignored")
             }
             Self::NoHealthCheckPort => f.write_str(
-                "spec.healthCheckNodePort: is missing or 0 although externalTrafficPolicy is Local; health checks \
-                 are not answered",
+                "spec.healthCheckNodePort: is missing or 0 although externalTrafficPolicy is Local; health \
+                 checks are not answered",
             ),
             Self::HealthCheckPortTaken { port, cause } => write!(
                 f,
-                "spec.healthCheckNodePort: cannot listen on port {port}: {cause}; load balancers get no answer until the port is \
-                 free: the agent tries again"
+                "spec.healthCheckNodePort: cannot listen on port {port}: {cause}; load balancers get no \
+                 answer until the port is free; the agent retries"
             ),
             Self::NodePortOutsideRange { port, first, last } => write!(
                 f,
@@ -712,7 +725,11 @@ impl fmt::Display for IssueKind {
             | Self::TooManyServiceCidrs { .. }
             | Self::NoServiceCidrs { .. } => self.fmt_left_alone(&mut f),
             Self::FrontendTaken { address, winner } => {
-                write!(f, "{address} belongs to service {winner}; this service does not answer there: give one of them another address or port")
+                write!(
+                    f,
+                    "{address} belongs to service {winner}; this service does not answer there: give one of \
+                     them another address or port"
+                )
             }
             Self::ServicesFull { .. }
             | Self::EndpointsFull { .. }

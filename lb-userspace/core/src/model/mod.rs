@@ -1,15 +1,16 @@
-//! The cluster as the load balancer sees it: Services, EndpointSlices, Nodes and ServiceCIDRs, trimmed and checked.
+//! The checked model of the cluster: Services, EndpointSlices, Nodes and ServiceCIDRs.
 //!
 //! # Purpose
 //!
-//! [`ingest`] turns Kubernetes objects into the types here, with every default applied and every mangled part
-//! reported as an [`Issue`]; [`Store`] holds them. Nothing downstream sees a Kubernetes type.
+//! [`ingest`] turns Kubernetes objects into the types here, applies defaults and reports each invalid part as
+//! an [`Issue`]. [`Store`] holds them. Nothing downstream uses a Kubernetes type.
 //!
 //! # Invariants
 //!
-//! - A value of a type here is well formed: ports are not 0, addresses are of the stated family, names are set.
-//! - An object that is partly wrong yields its good parts and issues, never an error (semantics R14).
-//! - No clock, no I/O, no hash-map order: equal objects give equal values.
+//! - Values of these types are well formed: ports are not 0, addresses are of the stated family, names are
+//!   set.
+//! - A partly invalid object yields its valid parts and issues, never an error (semantics R14).
+//! - Equal objects give equal values.
 //!
 //! "semantics R1" and so on name the rules in docs/SEMANTICS.md.
 //!
@@ -90,7 +91,7 @@ pub enum Protocol {
     Tcp,
     /// Served.
     Udp,
-    /// Known, reported, not served: a socket hook cannot (semantics R3).
+    /// Valid, but reported and not served: socket hooks cannot (semantics R3).
     Sctp,
 }
 
@@ -112,7 +113,7 @@ pub enum ServiceType {
     ClusterIP,
     /// With node ports.
     NodePort,
-    /// With node ports (unless switched off) and addresses in the status.
+    /// With node ports (unless disabled) and addresses in the status.
     LoadBalancer,
 }
 
@@ -132,7 +133,7 @@ pub enum TrafficPolicy {
     /// All endpoints of the cluster.
     #[default]
     Cluster,
-    /// Endpoints of the node that receives the call.
+    /// Endpoints on the node that receives the call.
     Local,
 }
 
@@ -154,7 +155,7 @@ pub struct ServicePort {
 pub struct Cidr {
     /// Network address, host bits zero.
     pub address: IpAddr,
-    /// Number of leading bits that count.
+    /// Length of the prefix, bits.
     pub prefix_len: u8,
 }
 
@@ -167,9 +168,9 @@ pub struct Service {
     pub created: Option<i64>,
     /// `spec.type`
     pub service_type: ServiceType,
-    /// The cluster IP of each family, by the rule of semantics R2.
+    /// The IPv4 cluster IP, by the rule of semantics R2.
     pub cluster_ipv4: Option<Ipv4Addr>,
-    /// As above.
+    /// The IPv6 one.
     pub cluster_ipv6: Option<Ipv6Addr>,
     /// `spec.externalIPs`, valid ones.
     pub external_ips: BTreeSet<IpAddr>,
@@ -177,12 +178,12 @@ pub struct Service {
     pub load_balancer_ips: BTreeSet<IpAddr>,
     /// `spec.loadBalancerSourceRanges`, valid ones.
     pub source_ranges: BTreeSet<Cidr>,
-    /// Whether a range could not be read. It may have been meant for either family, so that a family without any
-    /// range is then limited to nobody instead of open to everybody.
+    /// Whether a range is invalid. It may have been meant for either family, so a family without a valid
+    /// range then admits no client instead of all.
     pub has_unreadable_source_range: bool,
     /// `spec.internalTrafficPolicy`
     pub internal_policy: TrafficPolicy,
-    /// `spec.externalTrafficPolicy`, where it counts (semantics R6).
+    /// `spec.externalTrafficPolicy`, where it applies (semantics R6).
     pub external_policy: TrafficPolicy,
     /// Idle time-out of `sessionAffinity: ClientIP` in seconds; `None` without affinity.
     pub affinity_seconds: Option<u32>,
@@ -192,8 +193,8 @@ pub struct Service {
     pub ports: Vec<ServicePort>,
     /// Annotations whose key starts with `socklb.io/`.
     pub annotations: Vec<(String, String)>,
-    /// Why it is another proxy's or nobody's. Of such a Service nothing is known but its name and cluster IPs, so that calls to
-    /// them are left alone. Older agents wrote none.
+    /// The label that excludes the Service from this agent. Then only its key and cluster IPs are known, and
+    /// calls to them pass unchanged. Snapshots of older agents lack this field.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub unselected: Option<Unselected>,
 }
@@ -203,7 +204,7 @@ pub struct Service {
 pub enum Unselected {
     /// It has this label, `KEY=VALUE`.
     Labelled(Arc<str>),
-    /// It does not have this label, which `--service-proxy-name` asks for.
+    /// It lacks this label, which `--service-proxy-name` requires.
     NotLabelled(Arc<str>),
 }
 
@@ -255,7 +256,7 @@ pub struct SliceEndpoint {
     pub hints: Option<Box<EndpointHints>>,
 }
 
-/// For whom an endpoint is meant.
+/// Zones and nodes that an endpoint is meant for.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct EndpointHints {
     /// `forZones[].name`
@@ -285,7 +286,7 @@ pub struct Slice {
     pub name: Arc<str>,
     /// Label `kubernetes.io/service-name` in the slice's namespace.
     pub service: ServiceKey,
-    /// `addressType`, `true` for IPv6. (serde has no `Family`.)
+    /// `addressType`: `true` for IPv6. (`Family` does not implement serde.)
     pub ipv6: bool,
     /// Well-formed ports.
     pub ports: Vec<SlicePort>,
@@ -310,7 +311,7 @@ impl Slice {
 }
 
 impl Service {
-    /// A Service of type `ClusterIP` with these ports, no address yet, and an API server's defaults.
+    /// A Service of type `ClusterIP` with these ports, without addresses, and with the API server's defaults.
     #[must_use]
     pub const fn with_ports(key: ServiceKey, ports: Vec<ServicePort>) -> Self {
         Self {
@@ -333,7 +334,7 @@ impl Service {
         }
     }
 
-    /// Whether this agent serves it: it is neither another proxy's nor excluded by its annotation.
+    /// Whether this agent serves it: neither a label nor its annotation excludes it.
     #[must_use]
     pub fn is_served(&self) -> bool {
         self.unselected.is_none() && !self.is_excluded()
@@ -348,14 +349,14 @@ impl Service {
         }
     }
 
-    /// The port of a name and protocol, of which there is one at most. Searches all: for many, make a map of them.
+    /// The port of a name and protocol; at most one exists. Linear in the number of ports.
     #[must_use]
     pub fn port(&self, name: &str, protocol: Protocol) -> Option<&ServicePort> {
         self.ports.iter().find(|port| &*port.name == name && port.protocol == protocol)
     }
 }
 
-/// A Pod whose calls are to be left alone.
+/// A Pod whose calls pass unchanged.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Pod {
     /// `metadata.namespace`
@@ -375,7 +376,7 @@ pub struct Node {
     pub zone: Option<Arc<str>>,
     /// `status.addresses` of type `InternalIP`, then those of type `ExternalIP`.
     pub addresses: Vec<IpAddr>,
-    /// Deletion under way, or taint `ToBeDeletedByClusterAutoscaler`: `/healthz` then tells load
-    /// balancers to stay away (`pkg/proxy/healthcheck/proxier_health.go`).
+    /// It has a deletion timestamp or the taint `ToBeDeletedByClusterAutoscaler`: `/healthz` then fails, so
+    /// that load balancers avoid the node (`pkg/proxy/healthcheck/proxier_health.go`).
     pub being_deleted: bool,
 }

@@ -1,12 +1,11 @@
-//! What people who look at the objects should be told: an Event of Kubernetes each, where the objects come from an API server.
+//! Notifications about issues and about the agent's node. An API server gets each as a Kubernetes Event.
 //!
-//! Pure: which issue becomes a notice, and when a notice may be told again. Whoever sends them does neither.
+//! Decides which issue becomes a notification, and when it is due again. Sending is not done here.
 //!
 //! # Invariants
 //!
-//! - A notice that stands is told once, and again only after [`REPEAT`], with the number of times counted.
-//! - However many there are, [`BURST`] are told at once and one each [`REFILL`] from then on. What waits is told later, as long as
-//!   it still holds.
+//! - A notification is sent once and, while it holds, again after each [`REPEAT`], with its count.
+//! - At most [`BURST`] are sent at once, then one per [`REFILL`]. The rest wait, as long as they hold.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -16,63 +15,64 @@ use std::{
 
 use super::{Issue, IssueKind, ObjectKind, ObjectRef};
 
-/// How long a notice is not told again. Events are kept for an hour by API servers.
+/// Time until a notification is repeated. API servers keep Events for an hour.
 pub const REPEAT: Duration = Duration::from_secs(30 * 60);
-/// How long one that holds no longer is remembered, so that one that comes and goes is told as the same.
+/// How long a notification is remembered after it last held. If it returns within this time, its count
+/// continues.
 pub const MEMORY: Duration = Duration::from_secs(60 * 60);
-/// Notices that are told at once, at most.
+/// Most notifications that are sent at once.
 pub const BURST: u32 = 25;
-/// News of the node that wait to be told, at most. The oldest are forgotten first.
+/// Most node events that wait to be sent. The oldest are dropped first.
 const MAX_NEWS: usize = 32;
-/// Time until one more may be told.
+/// Time until one more may be sent.
 pub const REFILL: Duration = Duration::from_secs(10);
 
-/// Something worth telling about an object.
+/// A notification about an object.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Notice {
-    /// A Service or the own Node.
+    /// A Service, or this agent's Node.
     pub object: ObjectRef,
-    /// Whether something is wrong.
+    /// Whether the Event has type `Warning`.
     pub is_warning: bool,
-    /// Why, as one word that scripts may match on.
+    /// `reason` of the Event: one word that scripts may match on.
     pub reason: &'static str,
-    /// What the agent was doing, as one word.
+    /// `action` of the Event: what the agent was doing, in one word.
     pub action: &'static str,
-    /// For people.
+    /// Text for people, without the node's name.
     pub note: String,
 }
 
-/// A notice that is to be told now.
+/// A notification that is due.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Telling {
-    /// What is told.
+    /// Its content.
     pub notice: Notice,
-    /// How often it has been told, this time included.
+    /// How often it was sent, this time included.
     pub n_times: u32,
-    /// The node of the agent that tells it.
+    /// The node of the agent that sends it.
     pub node: Arc<str>,
 }
 
 impl Telling {
-    /// What people read. It names the node: the agents of all nodes write Events on the same Service, and kubectl does not show
-    /// who reports one.
+    /// `note` of the Event. It names the node: agents of all nodes write Events on the same Service, and
+    /// kubectl does not show the reporter.
     #[must_use]
     pub fn text(&self) -> String {
         format!("node {}: {}", self.node, self.notice.note)
     }
 }
 
-/// What happened to the agent of a node.
+/// An event in the life of a node's agent.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum NodeNews {
     /// The programs are attached.
     Attached,
-    /// The kernel follows the first lists.
+    /// The maps hold the frontends of the first lists.
     Synced {
-        /// Frontends that are served.
+        /// Frontends in the maps.
         n_frontends: usize,
     },
-    /// A test of itself that the agent made has failed.
+    /// The agent's self-test failed.
     SelfTestFailed {
         /// What failed, in one line.
         problem: String,
@@ -80,10 +80,9 @@ pub enum NodeNews {
 }
 
 impl Notice {
-    /// What an issue tells people who look at the Service that it is about.
+    /// The notification about a Service's issue.
     ///
-    /// `None` for an issue that is no Service's, and for what is left to others by design: protocols and addresses that no socket
-    /// hook can serve are as they should be wherever kube-proxy serves them.
+    /// `None` for issues of other objects, and for what is not served by design, which kube-proxy may serve.
     #[must_use]
     pub fn of_issue(issue: &Issue) -> Option<Self> {
         let object = &issue.object;
@@ -97,7 +96,7 @@ impl Notice {
             | IssueKind::ClusterIpsFull { .. }
             | IssueKind::TableFull { .. } => ("TableFull", "Sync"),
             IssueKind::FrontendTaken { .. } => ("AddressConflict", "Sync"),
-            // kube-proxy's words.
+            // kube-proxy's reason.
             IssueKind::HealthCheckPortTaken { .. } => ("FailedToStartServiceHealthcheck", "Listen"),
             IssueKind::NotServed { .. }
             | IssueKind::SourceRanges { .. }
@@ -111,7 +110,7 @@ impl Notice {
         Some(Self { object, is_warning: true, reason, action, note })
     }
 
-    /// What people who look at a Node are told of its agent.
+    /// The notification about a Node's agent.
     #[must_use]
     pub fn of_node(name: &str, news: &NodeNews) -> Self {
         let of = |is_warning, reason, action, note| Self {
@@ -129,10 +128,10 @@ impl Notice {
                 false,
                 "Synced",
                 "StartSocklb",
-                format!("socklb follows the cluster: the kernel holds {n_frontends} frontends"),
+                format!("socklb has synced: the maps hold {n_frontends} frontends"),
             ),
             NodeNews::SelfTestFailed { problem } => {
-                of(true, "SelfTestFailed", "SelfTest", format!("the self-test of socklb failed: {problem}"))
+                of(true, "SelfTestFailed", "SelfTest", format!("socklb's self-test failed: {problem}"))
             }
         }
     }
@@ -142,33 +141,34 @@ impl Notice {
 struct Told {
     n_times: u32,
     last: Instant,
-    /// When it last held.
+    /// When the notification last held.
     held: Instant,
 }
 
-/// What was told, and when.
+/// Which notifications were sent, how often and when.
 #[derive(Clone, Debug)]
 pub struct Ledger {
     node: Arc<str>,
     told: BTreeMap<Notice, Told>,
-    /// Node news that wait to be told, each once.
+    /// Node events that wait to be sent, without duplicates.
     news: Vec<Notice>,
-    /// Notices that may be told at once, as of `counted`.
+    /// Notifications that may be sent at once, as of `counted`.
     n_free: u32,
     counted: Instant,
 }
 
 impl Ledger {
-    /// Nothing was told yet. `node` is the name of the own Node.
+    /// A ledger without any notification sent. `node` is the name of the agent's Node.
     #[must_use]
     pub fn new(node: Arc<str>, now: Instant) -> Self {
         Self { node, told: BTreeMap::new(), news: Vec::new(), n_free: BURST, counted: now }
     }
 
-    /// Notes something that happened once. It is told with the next call of [`Self::due`].
+    /// Queues a node event. A later [`Self::due`] returns it; more than 32 waiting ones are dropped, oldest
+    /// first.
     pub fn happened(&mut self, news: &NodeNews) {
         let notice = Notice::of_node(&self.node, news);
-        // Where there is never room, as with a source of files, things go on happening.
+        // A source of files never takes any, so the queue needs a bound.
         if !self.news.contains(&notice) {
             if self.news.len() == MAX_NEWS {
                 self.news.remove(0);
@@ -177,13 +177,13 @@ impl Ledger {
         }
     }
 
-    /// Whether something waits to be told.
+    /// Whether node events wait to be sent.
     #[must_use]
     pub fn has_news(&self) -> bool {
         !self.news.is_empty()
     }
 
-    /// What is to be told now, if these hold at the moment. `room` is how many can be taken.
+    /// The notifications that are due, at most `room`. `issues` are all that hold now.
     pub fn due(
         &mut self,
         issues: impl IntoIterator<Item = Issue>,
@@ -229,7 +229,7 @@ impl Ledger {
         let passed = now.saturating_duration_since(self.counted);
         let n_more = passed.as_secs() / REFILL.as_secs();
         self.n_free = u32::try_from(n_more).unwrap_or(u32::MAX).saturating_add(self.n_free).min(BURST);
-        // What is left of the time counts towards the next.
+        // The remaining time counts towards the next one.
         self.counted += Duration::from_secs(n_more * REFILL.as_secs());
     }
 }
@@ -285,14 +285,14 @@ mod tests {
     fn a_notice_is_told_once_until_it_is_time_again() {
         let start = Instant::now();
         let mut ledger = ledger(start);
-        // Seconds, whether it holds, and how often it has been told if it is told now.
+        // Seconds, whether it holds, and its count if it is sent now.
         for (at, holds, expected) in [
             (0, false, None),
             (1, true, Some(1)),
             (2, true, None),
             (1800, true, None),
             (1801, true, Some(2)),
-            // Gone and back: the same, and not at once.
+            // It is gone and returns: its count continues, and it is not repeated early.
             (1900, false, None),
             (2000, true, None),
             (3601, true, Some(3)),
@@ -345,7 +345,7 @@ mod tests {
         assert_eq!(told.len(), BURST as usize);
         assert_eq!(
             (told[0].notice.note.as_str(), ledger.has_news()),
-            ("the self-test of socklb failed: 968", true)
+            ("socklb's self-test failed: 968", true)
         );
     }
 
@@ -388,24 +388,24 @@ mod tests {
             let (kind, object) = (if is_warning { "Warning" } else { "Normal" }, object.to_string());
             let telling = Telling { notice, n_times: 1, node: "node-a".into() };
             let elsewhere = Telling { node: "node-b".into(), ..telling.clone() };
-            assert_ne!(telling.text(), elsewhere.text(), "which node's agent says it is in the text");
+            assert_ne!(telling.text(), elsewhere.text(), "the text names the agent's node");
             format!("{object}: {kind} {reason} ({action})\n  {}\n", telling.text())
         };
         expect![[r#"
             Service shop/web: Warning TableFull (Sync)
-              node node-a: map services4 is full (20 entries, 123 needed); raise --max-services; the service stays as it was
+              node node-a: map services4 is full (20 entries, 123 needed); the service stays as it was: raise --max-services
             Service shop/web: Warning TableFull (Sync)
-              node node-a: map endpoints6 has no room (20 entries, 123 needed); raise --max-endpoints; the service stays as it was
+              node node-a: map endpoints6 has no gap for 123 entries (capacity 20); the service stays as it was: raise --max-endpoints
             Service shop/web: Warning TableFull (Sync)
               node node-a: spec.ports: more than 1000 endpoints in all; 2 ports are left out: split the service
             Service shop/web: Warning TableFull (Sync)
-              node node-a: map cluster_ips is full (20 entries) and 10.96.0.80 has no room; it is served, but no call to an undefined port or an unallocated address fails at once: set no --service-cidr
+              node node-a: map cluster_ips is full (20 entries, 10.96.0.80 is missing); the address is served, but calls to undefined ports and unallocated addresses pass unchanged: set --service-cidr=none
             Service shop/web: Warning TableFull (Sync)
-              node node-a: map services4 is full of entries that are not the agent's; 10.96.0.80:80/tcp is left to the network until an audit has removed them: find the program that writes to the maps below --pin-path
+              node node-a: map services4 is full of another program's entries; 10.96.0.80:80/tcp is not served until an audit removes them: find the program that writes to the maps below --pin-path
             Service shop/web: Warning AddressConflict (Sync)
               node node-a: 192.0.2.1:80/tcp belongs to service shop/old; this service does not answer there: give one of them another address or port
             Service shop/web: Warning FailedToStartServiceHealthcheck (Listen)
-              node node-a: spec.healthCheckNodePort: cannot listen on port 30100: Address already in use; load balancers get no answer until the port is free: the agent tries again
+              node node-a: spec.healthCheckNodePort: cannot listen on port 30100: Address already in use; load balancers get no answer until the port is free; the agent retries
             Service shop/web: Warning InvalidService (Read)
               node node-a: spec.clusterIP: is empty, and only an API server can assign one; the service is left out
             Service shop/web: Warning InvalidService (Read)
@@ -433,9 +433,9 @@ mod tests {
             Node node-a: Normal Starting (StartSocklb)
               node node-a: socklb has attached its programs
             Node node-a: Normal Synced (StartSocklb)
-              node node-a: socklb follows the cluster: the kernel holds 3 frontends
+              node node-a: socklb has synced: the maps hold 3 frontends
             Node node-a: Warning SelfTestFailed (SelfTest)
-              node node-a: the self-test of socklb failed: TCP over IPv4: connect: Connection refused
+              node node-a: socklb's self-test failed: TCP over IPv4: connect: Connection refused
         "#]].assert_eq(&of_service.chain(of_node).map(line).collect::<String>());
     }
 }

@@ -1,15 +1,15 @@
-//! What the cluster holds at the moment.
+//! The current objects of the cluster.
 //!
 //! # Purpose
 //!
-//! [`Store`] keeps the latest version of each object and says what a change may affect, as [`Changes`].
+//! [`Store`] keeps the latest version of each object and returns what a change may affect, as [`Changes`].
 //!
 //! # Invariants
 //!
 //! - Objects may arrive in any order: slices before their service, a service before its slices.
-//! - An object that equals the one held causes no change.
-//! - A re-list (`replace_*`) removes what it does not name: deletions that a watch missed are not lost.
-//! - State is kept for each slice, so that an endpoint held by two slices stays when one of them goes.
+//! - An object that equals the stored one causes no change.
+//! - A re-list (`replace_*`) removes what it does not name, so it makes up for deletions that a watch missed.
+//! - Slices are stored separately, so an endpoint of two slices stays when one of them is deleted.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -18,15 +18,15 @@ use std::{
 
 use super::{Node, Service, ServiceCidr, ServiceKey, Slice, SliceKey, Unselected};
 
-/// Texts that many objects name: namespaces, nodes, zones, ports. Each is held once.
+/// Strings that many objects share: namespaces, nodes, zones, ports. Each is stored once.
 #[derive(Clone, Debug, Default)]
 struct Texts {
     known: BTreeSet<Arc<str>>,
-    /// How many were left when those that nobody names any longer were last forgotten.
+    /// How many remained after the last removal of unused ones.
     n_kept: usize,
 }
 
-/// What is shared does not decide whether two stores hold the same.
+/// Sharing does not count when stores are compared.
 impl PartialEq for Texts {
     fn eq(&self, _other: &Self) -> bool {
         true
@@ -36,7 +36,7 @@ impl PartialEq for Texts {
 impl Eq for Texts {}
 
 impl Texts {
-    /// Below this, forgetting is not worth the walk.
+    /// Below this number, unused ones are not removed.
     const FEW: usize = 4096;
 
     fn share(&mut self, text: &mut Arc<str>) {
@@ -44,7 +44,7 @@ impl Texts {
             *text = Arc::clone(known);
             return;
         }
-        // Only when there are twice as many as needed: a walk for each new text would never end.
+        // Only when their number has doubled, so that the cost per new string is constant.
         if self.known.len() > Self::FEW.max(2 * self.n_kept) {
             self.known.retain(|text| Arc::strong_count(text) > 1);
             self.n_kept = self.known.len();
@@ -55,12 +55,12 @@ impl Texts {
 
 /// What a change of the [`Store`] may affect.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-#[must_use = "a change that nobody computes never reaches the tables"]
+#[must_use = "a change reaches the tables only if a sync computes it"]
 pub struct Changes {
     /// Services whose own object or slices changed. A key may name a service that the store does not hold.
     pub services: BTreeSet<ServiceKey>,
-    /// Whether a Node or a ServiceCIDR changed. Most such changes do not change the [`crate::desired::Topology`] or the networks
-    /// of cluster IPs: compare them.
+    /// Whether a Node or a ServiceCIDR changed. Most such changes leave the [`crate::desired::Topology`] and
+    /// the service networks as they are: compare them.
     pub topology: bool,
 }
 
@@ -73,7 +73,7 @@ impl Changes {
 
     /// Adds what another change affects.
     pub fn merge(&mut self, other: Self) {
-        // Not `append`, which rebuilds the whole set even for one key.
+        // `append` would rebuild the whole set even for one key.
         self.services.extend(other.services);
         self.topology |= other.topology;
     }
@@ -87,10 +87,10 @@ impl Changes {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Store {
     services: BTreeMap<ServiceKey, Arc<Service>>,
-    /// Those of a service in the order of their names. Nearly every service has one, for which a map would take
-    /// three hundred octets.
+    /// The slices of each service in the order of their names. Nearly every service has one slice, for which
+    /// a map would take 300 octets.
     slices: BTreeMap<ServiceKey, Vec<Arc<Slice>>>,
-    /// The service that holds each slice: a deletion names only the slice, and its label may change.
+    /// The service of each slice: a deletion names only the slice, and the label may change.
     services_of_slices: BTreeMap<SliceKey, ServiceKey>,
     nodes: BTreeMap<Arc<str>, Arc<Node>>,
     service_cidrs: BTreeMap<Arc<str>, Arc<ServiceCidr>>,
@@ -106,7 +106,7 @@ impl Store {
 
     /// Sets or, with `None`, removes a service.
     ///
-    /// `None` is also what an object gives that stopped being served, such as one that became headless.
+    /// Pass `None` also for an object that is no longer served, such as one that became headless.
     pub fn set_service(&mut self, key: &ServiceKey, service: Option<Service>) -> Changes {
         if self.services.get(key).map(Arc::as_ref) == service.as_ref() {
             return Changes::default();
@@ -124,7 +124,7 @@ impl Store {
 
     /// Sets or, with `None`, removes a slice. A slice whose service label changed affects both services.
     ///
-    /// A slice that differs in nothing but its trigger time is kept and affects no service.
+    /// A slice that differs only in its trigger time is stored but affects no service.
     pub fn set_slice(&mut self, key: &SliceKey, slice: Option<Slice>) -> Changes {
         let slice = slice.map(|mut slice| {
             self.share_slice(&mut slice);
@@ -157,7 +157,7 @@ impl Store {
         Changes { topology: true, ..Changes::default() }
     }
 
-    /// Makes these the only services.
+    /// Replaces all services.
     pub fn replace_services<T: Into<Arc<Service>>>(
         &mut self,
         services: impl IntoIterator<Item = T>,
@@ -179,7 +179,7 @@ impl Store {
         Changes { services: changed, topology: false }
     }
 
-    /// Makes these the only slices.
+    /// Replaces all slices.
     pub fn replace_slices<T: Into<Arc<Slice>>>(&mut self, slices: impl IntoIterator<Item = T>) -> Changes {
         let slices: BTreeMap<SliceKey, Arc<Slice>> = slices
             .into_iter()
@@ -203,7 +203,7 @@ impl Store {
         changes
     }
 
-    /// Makes these the only nodes.
+    /// Replaces all nodes.
     pub fn replace_nodes<T: Into<Arc<Node>>>(&mut self, nodes: impl IntoIterator<Item = T>) -> Changes {
         let nodes: BTreeMap<Arc<str>, Arc<Node>> =
             nodes.into_iter().map(Into::into).map(|node| (node.name.clone(), node)).collect();
@@ -212,7 +212,7 @@ impl Store {
         Changes { topology, ..Changes::default() }
     }
 
-    /// Makes these the only ServiceCIDRs.
+    /// Replaces all ServiceCIDRs.
     pub fn replace_service_cidrs<T: Into<Arc<ServiceCidr>>>(
         &mut self,
         service_cidrs: impl IntoIterator<Item = T>,
@@ -230,7 +230,7 @@ impl Store {
         self.services.get(key).map(Arc::as_ref)
     }
 
-    /// As [`Self::service`], for whoever keeps it.
+    /// As [`Self::service`], as a shared pointer.
     #[must_use]
     pub fn shared_service(&self, key: &ServiceKey) -> Option<&Arc<Service>> {
         self.services.get(key)
@@ -242,7 +242,7 @@ impl Store {
         self.services.values().map(Arc::as_ref)
     }
 
-    /// As [`Self::services`], for whoever keeps them.
+    /// As [`Self::services`], as shared pointers.
     #[must_use]
     pub fn shared_services(&self) -> impl ExactSizeIterator<Item = &Arc<Service>> {
         self.services.values()
@@ -253,7 +253,7 @@ impl Store {
         self.shared_slices_of(key).map(Arc::as_ref)
     }
 
-    /// As [`Self::slices_of`], for whoever keeps them.
+    /// As [`Self::slices_of`], as shared pointers.
     pub fn shared_slices_of(&self, key: &ServiceKey) -> impl Iterator<Item = &Arc<Slice>> + Clone {
         self.slices.get(key).into_iter().flatten()
     }
@@ -263,7 +263,7 @@ impl Store {
         self.slices.values().flatten().map(Arc::as_ref)
     }
 
-    /// As [`Self::slices`], for whoever keeps them.
+    /// As [`Self::slices`], as shared pointers.
     pub fn shared_slices(&self) -> impl Iterator<Item = &Arc<Slice>> {
         self.slices.values().flatten()
     }
@@ -280,7 +280,7 @@ impl Store {
         self.nodes.values().map(Arc::as_ref)
     }
 
-    /// As [`Self::nodes`], for whoever keeps them.
+    /// As [`Self::nodes`], as shared pointers.
     #[must_use]
     pub fn shared_nodes(&self) -> impl ExactSizeIterator<Item = &Arc<Node>> {
         self.nodes.values()
@@ -292,7 +292,7 @@ impl Store {
         self.service_cidrs.values()
     }
 
-    /// Lets a service name what others name by the same allocation.
+    /// Replaces a service's strings by equal ones that the store holds already.
     fn share_service(&mut self, service: &mut Service) {
         if let Some((known, _)) = self.slices.get_key_value(&service.key) {
             service.key = known.clone();
@@ -306,7 +306,7 @@ impl Store {
         }
     }
 
-    /// As [`Self::share_service`]. Of 100,000 endpoints most name one of a thousand nodes.
+    /// As [`Self::share_service`]: 100,000 endpoints may name a thousand nodes.
     fn share_slice(&mut self, slice: &mut Slice) {
         if let Some((known, _)) = self.services.get_key_value(&slice.service) {
             slice.service = known.clone();

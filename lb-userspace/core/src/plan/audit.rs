@@ -1,10 +1,10 @@
-//! What an audit finds: where tables that were read differ from the image they should hold.
+//! Audits: where the maps differ from the image.
 //!
 //! # Purpose
 //!
-//! Tables are large and change while they are read. So an audit has two steps: [`suspects`] compares a slow reading
-//! with the image that was in force when it began; what differs is read again, together with the image of that
-//! moment, and only what differs then is a fault that [`faults`] counts and [`super::diff`] repairs.
+//! Maps are large and change while they are read, so an audit has two steps. [`suspects`] compares a slow
+//! read with the image as of its start. Differing entries are read again and compared with the current image:
+//! what still differs is a fault, which [`faults`] counts and [`super::diff`] repairs.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -17,14 +17,14 @@ use crate::{
     tables::{AddressTable, Image},
 };
 
-/// What is to be read again. Not everything of it is wrong: a plan may have been carried out meanwhile.
+/// Entries to read again. They need not be wrong: a plan may have been executed meanwhile.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Suspects {
     /// Frontends whose key, entry or run differ.
     pub services: BTreeSet<FrontendAddress>,
     /// Addresses, by table.
     pub addresses: BTreeSet<(AddressTable, IpAddr)>,
-    /// Whether the networks of cluster IPs differ.
+    /// Whether the service networks differ.
     pub service_cidrs: bool,
 }
 
@@ -42,7 +42,7 @@ impl Suspects {
         self.service_cidrs |= others.service_cidrs;
     }
 
-    /// Adds the key that an operation inserts. `false` if it inserts none.
+    /// Adds the key that an op inserts. Returns `false` if it inserts none.
     pub fn insert_key_of(&mut self, op: &Op) -> bool {
         match op {
             Op::InsertService { address, .. } => drop(self.services.insert(*address)),
@@ -52,7 +52,7 @@ impl Suspects {
         true
     }
 
-    /// Whether the key that an operation inserts is among them.
+    /// Whether it contains the key that an op inserts.
     #[must_use]
     pub fn has_key_of(&self, op: &Op) -> bool {
         match op {
@@ -62,13 +62,13 @@ impl Suspects {
         }
     }
 
-    /// Leaves out what an image does not have.
+    /// Retains only what an image has.
     pub fn retain_in(&mut self, image: &Image) {
         self.services.retain(|address| image.services.contains_key(address));
         self.addresses.retain(|(table, address)| image.addresses(*table).contains_key(address));
     }
 
-    /// The part of an image that is about them.
+    /// The part of an image that concerns them.
     #[must_use]
     pub fn part_of(&self, image: &Image) -> Image {
         let mut part = Image::default();
@@ -94,7 +94,7 @@ impl Suspects {
     }
 }
 
-/// Compares what the tables should hold with what was read.
+/// Compares the expected image with the one that was read.
 #[must_use]
 pub fn suspects(expected: &Image, found: &Image) -> Suspects {
     let content = |image: &Image, address: &FrontendAddress, id: &u32| {
@@ -120,10 +120,10 @@ pub fn suspects(expected: &Image, found: &Image) -> Suspects {
     }
 }
 
-/// Entries that were not as they should be, by map.
+/// Numbers of faulty entries, by map.
 pub type Faults = BTreeMap<&'static str, u64>;
 
-/// Counts the entries that the operations of a repair put right; `found` is what they start from.
+/// Counts the entries that a repair corrects; `found` is the image before it.
 #[must_use]
 pub fn faults(repair: &[Op], found: &Image) -> Faults {
     let mut faults = Faults::new();
@@ -187,7 +187,7 @@ mod tests {
         image
     }
 
-    /// What was done, how, and how many entries of which maps that should be counted.
+    /// The damage, how it is done, and the expected counts by map.
     type Case = (&'static str, fn(&mut Image), &'static [(&'static str, u64)]);
 
     #[test]
@@ -252,7 +252,7 @@ mod tests {
             let suspects = suspects(&expected, &found);
             assert_eq!(suspects.is_empty(), counts.is_empty(), "{what}");
             let (wanted, mut part) = (suspects.part_of(&expected), suspects.part_of(&found));
-            // A second reading looks at the places of the entries that should be there, and at no others.
+            // A second read covers only the indices of the expected entries.
             part.frontends = wanted.frontends.keys().map(|id| (*id, found.frontends[id])).collect();
             part.runs4 = wanted.runs4.keys().map(|offset| (*offset, found.runs4[offset].clone())).collect();
             let repair = diff(&part, &wanted);

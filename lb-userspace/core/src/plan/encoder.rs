@@ -1,4 +1,4 @@
-//! From desired frontends to operations on tables.
+//! Turns desired frontends into plans, and allocates ids and runs.
 
 mod adopt;
 
@@ -35,19 +35,19 @@ impl Default for Capacity {
     }
 }
 
-/// A table has no room for a frontend, which then stays as it was.
+/// A table is full. The frontend stays as it was.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Full {
-    /// No more frontends of this family (`--max-services`).
+    /// The table of frontends of this family (`--max-services`).
     Services {
         /// The capacity.
         capacity: u32,
     },
-    /// No gap for a run of this length (`--max-endpoints`).
+    /// The endpoint table has no gap of this length (`--max-endpoints`).
     Endpoints {
         /// The capacity.
         capacity: u32,
-        /// Entries that the new run takes. The old run keeps its own until the switch is done.
+        /// Length of the new run. The old run stays until the switch.
         needed: u32,
     },
 }
@@ -55,25 +55,25 @@ pub enum Full {
 /// A service port with at least one frontend in the tables.
 #[derive(Debug, Default)]
 struct Port {
-    /// `None` for a port read from the kernel that no desired frontend has claimed yet.
+    /// `None` for an adopted port that no desired frontend has claimed yet.
     key: Option<Arc<PortKey>>,
     n_frontends: u32,
-    /// Endpoint ids, and how many runs use each.
+    /// By endpoint: its id, and how many runs use it.
     ids: Table<Place, (u32, u32)>,
-    /// Runs by their set of addresses, and how many frontends use each.
+    /// By set of addresses: its run, and how many frontends use it.
     runs: Table<Arc<[SocketAddr]>, (Run, u32)>,
 }
 
-/// An address and port in less room: a `SocketAddr` has a flow label and a scope for IPv6.
+/// A compact address and port: a `SocketAddr` also has a flow label and scope for IPv6.
 type Place = (IpAddr, u16);
 
 const fn place(address: &SocketAddr) -> Place {
     (address.ip(), address.port())
 }
 
-/// A sorted list. Most ports have one run and ten endpoints, of which a B-tree would take several times the room.
+/// A sorted list. Most ports have one run and ten endpoints; a B-tree takes several times the memory.
 ///
-/// An entry costs time in proportion to the length to add or remove, so those of a run go in and out together.
+/// Adding or removing takes linear time, so the entries of a run are added and removed together.
 #[derive(Debug)]
 struct Table<K, V>(Vec<(K, V)>);
 
@@ -96,11 +96,11 @@ impl<K: Ord, V> Table<K, V> {
         self.position(key).ok().map(|index| &mut self.0[index].1)
     }
 
-    /// Adds entries whose keys are not there.
+    /// Adds entries with new keys.
     fn extend(&mut self, entries: impl ExactSizeIterator<Item = (K, V)>) {
         self.0.reserve_exact(entries.len());
         self.0.extend(entries);
-        // Nearly sorted already, which the standard library's sort takes advantage of.
+        // The list is nearly sorted, for which the standard library's sort is fast.
         self.0.sort_by(|(a, _), (b, _)| a.cmp(b));
     }
 
@@ -116,14 +116,14 @@ impl<K: Ord, V> Table<K, V> {
 #[derive(Debug)]
 struct Placed {
     frontend_id: u32,
-    /// `None` for a frontend read from the kernel whose service id is not usable.
+    /// `None` for an adopted frontend with an unusable service id.
     service_id: Option<u32>,
-    /// `None` for a frontend read from the kernel whose run is not its service port's: it counts as a frontend of
-    /// no port and as a user of no run.
+    /// `None` for an adopted frontend whose run does not belong to its service port. It counts neither for
+    /// the port nor for the run.
     set: Option<Arc<[SocketAddr]>>,
 }
 
-/// What a plan frees. Programs that run while it is carried out may go on reading it.
+/// What a plan frees. Programs that run during the plan may still read it.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Freed {
     frontend_ids: Vec<u32>,
@@ -131,20 +131,21 @@ struct Freed {
     endpoint_ids: Vec<u32>,
     /// Parts of the endpoint table of each family.
     runs: [Vec<Run>; 2],
-    /// How many keys of frontends of each family: they take up room until the plan is carried out, since it inserts first.
+    /// Number of deleted frontend keys of each family. They occupy the map until the plan is executed, since
+    /// it inserts first.
     n_keys: [u32; 2],
-    /// The same of addresses, by [`AddressTable`].
+    /// The same for addresses, by [`AddressTable`].
     n_addresses: [usize; 2],
-    /// Whether an address gets another flag, and with it another element.
+    /// Whether the flag of an address, and thus its element, is replaced.
     has_replaced: bool,
-    /// Whether networks are in force no more.
+    /// Whether the service networks were removed.
     service_cidrs: bool,
 }
 
-/// Keeps the tables' target state and turns changes into operations.
+/// Keeps the target image and turns changes into ops.
 ///
-/// Pure: it has no access to the kernel. Whoever carries out its plans must report grace periods with
-/// [`Self::settled`], or freed ids and places are never given out again.
+/// The executor of its plans must report grace periods with [`Self::settled`]; otherwise freed ids and runs
+/// are never reused.
 #[derive(Debug)]
 pub struct Encoder {
     capacity: Capacity,
@@ -154,11 +155,11 @@ pub struct Encoder {
     service_ids_by_port: BTreeMap<Arc<PortKey>, u32>,
     /// Frontends of IPv4 and of IPv6.
     n_services: [u32; 2],
-    /// Keys that are in the tables still and belong to no frontend: of leftovers, and of `freed` and `held_back`.
+    /// Keys in the maps that belong to no frontend: of `leftovers`, `freed` and `held_back`.
     n_leaving: [u32; 2],
-    /// The same of addresses, by [`AddressTable`].
+    /// The same for addresses, by [`AddressTable`].
     n_addresses_leaving: [usize; 2],
-    /// Whether a program may still read networks that are in force no more.
+    /// Whether a program may still read removed service networks.
     is_reading_cidrs: bool,
     frontend_ids: Pool,
     service_ids: Pool,
@@ -166,9 +167,9 @@ pub struct Encoder {
     space: [Space; 2],
     leftovers: Leftovers,
     ops: Vec<Op>,
-    /// By the operations that are in no plan yet.
+    /// What `ops` free.
     freed: Freed,
-    /// By plans, with their numbers, since which no grace period has passed.
+    /// What plans freed, by plan number, since which no grace period has passed.
     held_back: VecDeque<(u64, Freed)>,
     n_plans: u64,
 }
@@ -204,29 +205,29 @@ impl Encoder {
         }
     }
 
-    /// As [`Self::adopt`], once a grace period has passed since the last plan. Plans are numbered on.
+    /// As [`Self::adopt`], after a grace period since the last plan. Plan numbers continue.
     pub fn start_over(&mut self, capacity: Capacity, found: &Image) {
         *self = Self { n_plans: self.n_plans, ..Self::adopt(capacity, found) };
     }
 
-    /// What the tables hold once all plans are carried out.
+    /// The content of the maps after all plans are executed.
     #[must_use]
     pub fn image(&self) -> &Image {
         &self.image
     }
 
-    /// The addresses that have a frontend in the tables, in no order.
+    /// The addresses that have a key in the maps, in no particular order.
     pub fn addresses(&self) -> impl Iterator<Item = &FrontendAddress> {
         self.placed.keys().chain(&self.leftovers.keys)
     }
 
-    /// The id of a service port and its endpoints' ids, if it has a frontend in the tables.
+    /// The id of a service port, if it has a frontend in the maps.
     #[must_use]
     pub fn service_id(&self, port: &PortKey) -> Option<u32> {
         self.service_ids_by_port.get(port).copied()
     }
 
-    /// The service ports that have a frontend in the tables, each with its id.
+    /// The service ports that have a frontend in the maps, each with its id.
     pub fn service_ids(&self) -> impl Iterator<Item = (&Arc<PortKey>, u32)> {
         self.service_ids_by_port.iter().map(|(key, id)| (key, *id))
     }
@@ -249,12 +250,12 @@ impl Encoder {
         self.n_services[usize::from(ipv6)]
     }
 
-    /// Sets or removes the frontend of one address. Call it at most once for an address between two
+    /// Sets or removes the frontend of an address. Call it at most once per address between two calls of
     /// [`Self::take_plan`].
     ///
     /// # Errors
     ///
-    /// [`Full`] if there is no room. Then the address keeps what it had; other addresses are not affected. If
+    /// [`Full`] if a table is full. Then this address stays as it was; others are not affected. If
     /// [`Self::holds_back`], it may succeed after the next grace period.
     pub fn set(&mut self, address: FrontendAddress, desired: Option<&desired::Frontend>) -> Result<(), Full> {
         if let Some(desired) = desired {
@@ -336,7 +337,7 @@ impl Encoder {
         self.release(&old, ipv6);
     }
 
-    /// Ends what a frontend uses.
+    /// Releases what a frontend used.
     fn release(&mut self, old: &Placed, ipv6: bool) {
         if let Placed { service_id: Some(service_id), set: Some(set), .. } = old {
             self.release_run(*service_id, ipv6, set);
@@ -344,8 +345,8 @@ impl Encoder {
         }
     }
 
-    /// The id of a service port: the one it has, else the one that its address had before a restart, else a new one,
-    /// and whether it is new.
+    /// The id of a service port, and whether it is new: its current id, else the adopted one of its address,
+    /// else a new one.
     fn claim_service(&mut self, key: &Arc<PortKey>, adopted: Option<u32>) -> Result<(u32, bool), Full> {
         if let Some(&id) = self.service_ids_by_port.get(key) {
             return Ok((id, false));
@@ -365,7 +366,7 @@ impl Encoder {
         Ok((id, is_new))
     }
 
-    /// Undoes the last [`Self::claim_service`], whose id nothing has used.
+    /// Undoes the last [`Self::claim_service`], whose id is unused.
     fn unclaim_service(&mut self, id: u32) {
         if let Some(key) = self.ports.remove(&id).and_then(|port| port.key) {
             self.service_ids_by_port.remove(&key);
@@ -375,7 +376,7 @@ impl Encoder {
         debug_assert_eq!(reset, Some(Op::ResetService(id)));
     }
 
-    /// The run of a set of endpoints: one that the port has, else a new one.
+    /// The port's run of a set of endpoints; a new one if it has none.
     fn use_run(&mut self, service_id: u32, ipv6: bool, set: &Arc<[SocketAddr]>) -> Result<Run, Full> {
         if set.is_empty() {
             return Ok(Run::EMPTY);
@@ -470,8 +471,8 @@ impl Encoder {
         }
     }
 
-    /// Sets the node addresses that node ports answer on: address → whether it is this node's. Returns how many of them
-    /// find no room. If [`Self::holds_back`], they may after the next grace period.
+    /// Sets the addresses that node ports answer on: address → whether it is this node's. Returns how many do
+    /// not fit. If [`Self::holds_back`], they may fit after the next grace period.
     pub fn set_node_addrs(&mut self, desired: &BTreeMap<IpAddr, bool>) -> usize {
         let known = self.image.node_addrs.keys();
         let gone: Vec<IpAddr> = known.filter(|address| !desired.contains_key(address)).copied().collect();
@@ -485,8 +486,9 @@ impl Encoder {
         has_room.filter(|has_room| !has_room).count()
     }
 
-    /// Sets or removes the flag of an address. Call it at most once for an address between two [`Self::take_plan`]. Returns
-    /// `false` if it finds no room; if [`Self::holds_back`], it may after the next grace period.
+    /// Sets or removes the flag of an address. Call it at most once per address between two calls of
+    /// [`Self::take_plan`]. Returns `false` if the table is full; if [`Self::holds_back`], it may succeed
+    /// after the next grace period.
     #[must_use]
     pub fn set_address(&mut self, table: AddressTable, address: IpAddr, flag: Option<bool>) -> bool {
         let n_leaving = &mut self.n_addresses_leaving[table as usize];
@@ -510,8 +512,9 @@ impl Encoder {
         true
     }
 
-    /// Sets the networks that cluster IPs come from. Returns `false` if others have to be out of force for a grace period
-    /// first: a program reads a network in several steps. Call it at most once between two [`Self::take_plan`].
+    /// Sets the service networks. Returns `false` if it only removed former ones: a program reads a network
+    /// in several steps, so a grace period must pass before others are set. Call it at most once between two
+    /// calls of [`Self::take_plan`].
     #[must_use]
     pub fn set_service_cidrs(&mut self, desired: &[Cidr]) -> bool {
         let next = if self.image.service_cidrs == desired {
@@ -530,14 +533,14 @@ impl Encoder {
         next == desired
     }
 
-    /// Whether a program may still find an address in a network that is out of force. Until then no cluster IP may go: its
-    /// address would be taken for an unallocated one.
+    /// Whether a program may still use a removed service network. Until a grace period has passed, no cluster
+    /// IP may be deleted: programs would treat it as unallocated.
     #[must_use]
     pub const fn is_reading_cidrs(&self) -> bool {
         self.is_reading_cidrs
     }
 
-    /// The operations of all changes since the last call.
+    /// The ops of all changes since the last call.
     #[must_use]
     pub fn take_plan(&mut self) -> Plan {
         self.end_leftovers();
@@ -549,7 +552,8 @@ impl Encoder {
         Plan::ordered(self.n_plans, std::mem::take(&mut self.ops), frees)
     }
 
-    /// A grace period has passed since the plan of this number was carried out: what it and those before it freed is free.
+    /// Reports that a grace period has passed since the plan of this number was executed. What it and earlier
+    /// plans freed can be reused.
     pub fn settled(&mut self, plan: u64) {
         while self.held_back.front().is_some_and(|(number, _)| *number <= plan)
             && let Some((_, freed)) = self.held_back.pop_front()
@@ -570,17 +574,17 @@ impl Encoder {
         }
     }
 
-    /// Whether something freed waits for a grace period.
+    /// Whether freed entries wait for a grace period.
     #[must_use]
     pub fn holds_back(&self) -> bool {
         !self.held_back.is_empty()
     }
 }
 
-/// The operations that change an entry of `frontends` in use.
+/// The ops that change an entry of `frontends` in use.
 ///
-/// While the flag for the external policy Local is on, calls to other nodes do not look at the run. So it is on
-/// whenever the run is that of a frontend with the policy: set before the switch and cleared after it.
+/// With the flag of the external policy Local, programs ignore the run for calls to other nodes. So it is set
+/// before the switch to a Local frontend's run and cleared after the switch from it.
 pub(super) fn changes(id: u32, old: Frontend, new: Frontend) -> impl Iterator<Item = Op> {
     let differs = Frontend { run: new.run, ..old } != new;
     let set = differs.then_some(Op::SetFrontend { id, frontend: new });

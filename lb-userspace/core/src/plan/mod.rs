@@ -1,17 +1,17 @@
-//! Ordered operations on the tables.
+//! Plans: ordered ops on the maps.
 //!
 //! # Purpose
 //!
-//! A [`Plan`] is what one sync does to the kernel, as data. It comes from the [`Encoder`] (what a change asks for)
-//! or from [`diff`] (what an audit found wrong). The encoder gives out ids and runs, keeps them stable while they
-//! are in use, and gives nothing out twice while a program may still read it.
+//! A [`Plan`] is what one sync does to the maps, as data. It comes from the [`Encoder`] (changes) or from
+//! [`diff`] (repairs). The encoder keeps ids and runs stable while they are in use, and reuses nothing that a
+//! program may still read.
 //!
 //! # Invariants
 //!
-//! - Every prefix of a plan is safe: a call in the middle reaches an old or a new endpoint, never none while both
-//!   states have one, and never an endpoint of another service. The order of [`Phase`] is the proof, and
-//!   `tests` below runs every prefix of random plans on the simulator.
-//! - An operation is one system call or one aligned store, so that "in the middle" means between two of them.
+//! - Every prefix of a plan is safe: a call in the middle reaches an old or a new endpoint, always one if
+//!   both states have one, and never an endpoint of another service. The order of [`Phase`] ensures this, and
+//!   tests run every prefix of random plans on the simulator.
+//! - An op is one system call or one aligned store, so "in the middle" means between two ops.
 //!
 //! # Depends on
 //!
@@ -37,7 +37,7 @@ use crate::{
 /// One operation.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Op {
-    /// Writes a run into a part of the endpoint table that nothing refers to.
+    /// Writes a run into an unused part of the endpoint table.
     WriteRun {
         /// Which endpoint table.
         ipv6: bool,
@@ -46,90 +46,88 @@ pub enum Op {
         /// The entries, sorted by endpoint id.
         entries: Arc<[Entry]>,
     },
-    /// Writes an entry of `frontends` that no key refers to.
+    /// Writes an unused entry of `frontends`.
     WriteFrontend {
         /// Index.
         id: u32,
         /// The whole entry.
         frontend: Frontend,
     },
-    /// Sets the counters of a service port to zero, before its id is used anew.
+    /// Zeroes the counters of a service port before its id is reused.
     ResetService(u32),
-    /// Sets the counters of endpoints to zero, before their ids are used anew.
+    /// Zeroes the counters of endpoints before their ids are reused.
     ResetEndpoints(Arc<[u32]>),
-    /// Inserts an address, or gives it another flag.
+    /// Inserts an address, or replaces its flag.
     InsertAddress {
         /// The table.
         table: AddressTable,
         /// The address.
         address: IpAddr,
-        /// What the table says of it.
+        /// Its flag: see [`Image`].
         flag: bool,
     },
-    /// Lets calls find a frontend.
+    /// Inserts the key of a frontend, so that calls find it.
     InsertService {
         /// The key.
         address: FrontendAddress,
-        /// The entry of `frontends`, complete by now.
+        /// Index of its entry in `frontends`, which is already written.
         frontend_id: u32,
     },
-    /// Changes the flags, the affinity or the owner of a frontend in use, each one aligned word.
+    /// Changes the flags, affinity or service id of a frontend in use, each by one aligned store.
     SetFrontend {
         /// Index.
         id: u32,
-        /// The entry as it shall be; `run` is not looked at.
+        /// The new entry; its `run` is ignored.
         frontend: Frontend,
     },
-    /// Switches a frontend in use to another run: one aligned 64-bit store.
+    /// Switches a frontend in use to another run by one aligned 64-bit store.
     SwitchRun {
         /// Index.
         id: u32,
-        /// The run, complete by now.
+        /// The run, which is already written.
         run: Run,
     },
-    /// Lets calls no longer find a frontend.
+    /// Deletes the key of a frontend, so that calls no longer find it.
     DeleteService(FrontendAddress),
-    /// Removes an address from a table.
+    /// Deletes an address from a table.
     DeleteAddress(AddressTable, IpAddr),
-    /// Puts networks into force where there are none, or none where there are some.
+    /// Sets the service networks. In an encoder's plan, either the former or the new list is empty.
     SetServiceCidrs(Arc<[Cidr]>),
-    /// Records that a run is no longer part of the image. No effect on the kernel: the entries stay as they are
-    /// until the space is given out again.
+    /// Removes a run from the image. The maps do not change: its entries stay until the space is reused.
     DropRun {
         /// Which endpoint table.
         ipv6: bool,
         /// Index of the first entry.
         offset: u32,
     },
-    /// Records that an entry of `frontends` is no longer part of the image. No effect on the kernel.
+    /// Removes an entry of `frontends` from the image. The maps do not change.
     DropFrontend(u32),
 }
 
-/// The order of operations within a plan.
+/// The order of ops within a plan.
 ///
-/// What a reference names is written before the reference ([`Phase::Write`] before [`Phase::Insert`] before
-/// [`Phase::Switch`]), and what ends is removed after all else. Exact node-port entries of other nodes are
-/// inserted before the flag that makes programs rely on them, and deleted after the flag is gone.
+/// An entry is written before it is referenced, and deletions come last. Exact node-port keys of other nodes
+/// are inserted before the flag that relies on them is set, and deleted after it is cleared.
 ///
-/// Within [`Phase::Insert`] the order is exact keys, addresses, wildcard keys, and within [`Phase::Delete`] the
-/// reverse: a node port with the policy Local is refused for every other node's address that has no exact key, and a cluster
-/// IP for every port that has none, so that those keys must be there whenever a call can get that far.
+/// Within [`Phase::Insert`] the order is exact keys, addresses, wildcard keys; within [`Phase::Delete`] it is
+/// the reverse: a node port with the policy Local is refused on every other node's address without an exact
+/// key, and a cluster IP on every port without one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Phase {
-    /// Into places that nothing refers to yet.
+    /// Writes to unused entries.
     Write,
     /// New keys.
     Insert,
-    /// Words of entries in use.
+    /// Stores to entries in use.
     Switch,
-    /// Keys that go.
+    /// Deleted keys.
     Delete,
-    /// Bookkeeping of what nothing refers to any longer.
+    /// Bookkeeping of unused entries, without effect on the maps.
     Drop,
 }
 
 impl Op {
-    /// Where in a plan the operation belongs.
+    /// The phase of a plan that the op belongs to.
     #[must_use]
     pub fn phase(&self) -> Phase {
         match self {
@@ -144,7 +142,7 @@ impl Op {
         }
     }
 
-    /// The place within the phase: see [`Phase`].
+    /// The position within the phase: see [`Phase`].
     fn rank(&self) -> u8 {
         match self {
             Self::InsertService { address, .. } if address.ip.is_unspecified() => 2,
@@ -154,13 +152,13 @@ impl Op {
         }
     }
 
-    /// Whether the kernel takes a hash element for it, possibly one that was freed a moment ago.
+    /// Whether it makes the kernel allocate a hash element, possibly one that was just freed.
     #[must_use]
     pub fn takes_element(&self) -> bool {
         matches!(self, Self::InsertService { .. } | Self::InsertAddress { .. })
     }
 
-    /// Does to an image what the operation does to the kernel.
+    /// Applies the op to an image.
     pub fn apply(&self, image: &mut Image) {
         match self {
             Self::WriteRun { ipv6, offset, entries } => {
@@ -203,7 +201,7 @@ impl Op {
     }
 }
 
-/// Operations in the order in which they are done.
+/// Ops in the order of execution.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Plan {
     number: u64,
@@ -212,44 +210,44 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// Puts operations into the order of [`Phase`].
+    /// Sorts ops by [`Phase`].
     fn ordered(number: u64, mut ops: Vec<Op>, frees: bool) -> Self {
         ops.sort_by_key(|op| (op.phase(), op.rank()));
         Self { number, ops, frees }
     }
 
-    /// Some of the operations, in their order.
+    /// The ops that `is_in` selects, in their order.
     #[must_use]
     pub fn part(&self, is_in: impl Fn(usize, &Op) -> bool) -> Self {
         let ops = self.ops.iter().enumerate().filter(|(index, op)| is_in(*index, op));
         Self { ops: ops.map(|(_, op)| op.clone()).collect(), ..*self }
     }
 
-    /// An encoder numbers its plans from 1; [`diff`]'s have 0.
+    /// The encoder numbers its plans from 1; those of [`diff`] have 0.
     #[must_use]
     pub fn number(&self) -> u64 {
         self.number
     }
 
-    /// Whether it frees anything that a running program may still read, be it an id, a place or an element of a hash map.
+    /// Whether it frees anything that a running program may still read: an id, a run or a hash element.
     #[must_use]
     pub fn frees(&self) -> bool {
         self.frees
     }
 
-    /// The operations.
+    /// The ops.
     #[must_use]
     pub fn ops(&self) -> &[Op] {
         &self.ops
     }
 
-    /// Whether there is nothing to do.
+    /// Whether it has no ops.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.ops.is_empty()
     }
 
-    /// Does to an image what the plan does to the kernel.
+    /// Applies the plan to an image.
     pub fn apply(&self, image: &mut Image) {
         for op in &self.ops {
             op.apply(image);
@@ -257,19 +255,19 @@ impl Plan {
     }
 }
 
-/// What may still be read of that which an encoder does not hold back.
+/// What programs may still read, apart from what an encoder holds back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Unsettled {
     /// Nothing: a grace period has passed.
     Nothing,
-    /// Elements of hash maps, which the kernel gives out again at once.
+    /// Freed elements of hash maps, which the kernel reuses at once.
     Elements,
-    /// Anything: an agent that has ended may have freed it a moment ago.
+    /// Anything: an earlier agent may have freed it just now.
     Anything,
 }
 
 impl Unsettled {
-    /// Whether a plan has to wait for a grace period, since it might write over what is still read.
+    /// Whether a plan must wait for a grace period, because it may overwrite what is still read.
     #[must_use]
     pub fn must_wait(self, plan: &Plan) -> bool {
         match self {
@@ -282,8 +280,8 @@ impl Unsettled {
 
 /// The plan that turns one image into another.
 ///
-/// For repairs after an audit, where `from` is what the kernel holds and may be damaged. It overwrites entries in
-/// place, so the promise about prefixes holds only as far as `from` was an image that the encoder made.
+/// For repairs: `from` is read from the maps and may be damaged. Entries are overwritten in place, so
+/// prefixes are safe only if `from` is an image of the encoder.
 #[must_use]
 pub fn diff(from: &Image, to: &Image) -> Plan {
     let mut ops = Vec::new();
@@ -324,7 +322,7 @@ pub fn diff(from: &Image, to: &Image) -> Plan {
     if from.service_cidrs != to.service_cidrs {
         ops.push(Op::SetServiceCidrs(to.service_cidrs.as_slice().into()));
     }
-    // Where a key had another value, its element is replaced.
+    // If a key had another value, its element is replaced.
     let frees = ops.iter().any(|op| match op {
         Op::InsertService { address, .. } => from.services.contains_key(address),
         Op::InsertAddress { table, address, .. } => from.addresses(*table).contains_key(address),

@@ -1,4 +1,4 @@
-//! The same tables in other sizes.
+//! Transfer of an image to maps of other sizes.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -7,10 +7,10 @@ use lb_common::layout::Run;
 use super::Capacity;
 use crate::tables::Image;
 
-/// What tables of another size are to hold so that a call meets the same as in `found`, and every id that fits is kept.
+/// The image for maps of another size in which calls find the same as in `found`. Ids that fit are kept.
 ///
-/// Indices of `frontends` and places of runs are given out anew: nobody but the tables refers to them. A frontend that
-/// does not fit, or whose ids do not, is left out with its key, for the next plan to set anew.
+/// Indices of `frontends` and offsets of runs are reassigned, since only the maps refer to them. A frontend
+/// that does not fit, or whose ids do not, is left out with its key; the next plan sets it again.
 #[must_use]
 pub fn transfer(found: &Image, capacity: Capacity) -> Image {
     let max_ids = capacity.services.saturating_mul(2);
@@ -32,7 +32,7 @@ pub fn transfer(found: &Image, capacity: Capacity) -> Image {
         let fits = frontend.service_id < max_ids
             && entries.iter().all(|entry| entry.endpoint_id < max_endpoint_ids)
             && n_services[family] < capacity.services;
-        // One entry for two keys is damage, which the next plan repairs.
+        // Two keys of one entry are damage, which the next plan repairs.
         if !fits || !indices.insert(*id) {
             continue;
         }
@@ -72,7 +72,7 @@ mod tests {
 
     const LARGE: Capacity = Capacity { services: 100, endpoints: 1000 };
 
-    /// Frontend `i` has index `10 + i`, service id `5 + i` and two endpoints, at places with gaps.
+    /// Frontend `i` has index `10 + i`, service id `5 + i` and two endpoints. Between runs there are gaps.
     fn image(n: u8) -> Image {
         let mut image = Image::default();
         for i in 0..n {
@@ -92,7 +92,7 @@ mod tests {
         image
     }
 
-    /// What a call can meet.
+    /// What calls can find.
     fn content(image: &Image) -> BTreeMap<FrontendAddress, (u32, Vec<Entry>)> {
         let of = |id: &u32| {
             let frontend = image.frontends[id];

@@ -1,14 +1,14 @@
-//! Runs the programs' decision on an image, in user space.
+//! Simulator: computes the programs' verdicts on an image, in user space.
 //!
 //! # Purpose
 //!
-//! `socklb explain` and the tests ask "where would this call go?" with the same function that the kernel runs,
-//! [`lb_common::resolve`], on an [`Image`] instead of kernel maps.
+//! `socklb explain` and tests compute the verdict on a call with the function that the kernel runs,
+//! [`lb_common::resolve`], on an [`Image`] instead of maps.
 //!
 //! # What this cannot prove
 //!
-//! The glue around the decision: context access, socket records, what the kernel does with the result. Tests run
-//! each scenario on the kernel too.
+//! The code around `resolve`: context access, records, the kernel's use of the verdict. Tests run each
+//! scenario on the kernel too.
 //!
 //! # Depends on
 //!
@@ -34,14 +34,14 @@ use crate::{
     tables::{Entry, Image, wire_protocol},
 };
 
-/// Where the caller stands and what it brings along.
+/// The caller of a simulated call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Caller {
-    /// Cookie of its network namespace: the client identity for affinity.
+    /// Cookie of its network namespace, the client identity for affinity.
     pub netns: u64,
-    /// Whether that is the node's own network namespace.
+    /// Whether it is in the node's network namespace.
     pub on_node: bool,
-    /// The endpoint that its socket used last for this address.
+    /// The endpoint of its socket's last call to this address.
     pub earlier: Option<Choice>,
 }
 
@@ -51,7 +51,7 @@ impl Default for Caller {
     }
 }
 
-/// Settings of the programs that the image does not hold.
+/// Settings of the programs, which the image does not hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Config {
     /// First and last port of the node-port range.
@@ -66,7 +66,7 @@ impl Default for Config {
     }
 }
 
-/// A node as the programs see it, with an image in place of kernel maps.
+/// A node as the programs see it, with an image instead of maps.
 #[derive(Debug, Default)]
 pub struct Simulator {
     /// The tables.
@@ -76,30 +76,30 @@ pub struct Simulator {
     affinity: RefCell<BTreeMap<(u64, u32), Affinity>>,
 }
 
-/// Where a call goes.
+/// The result of a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
-    /// Not a service address: the call goes where it says.
+    /// Not a service address: the call passes unchanged.
     Untouched,
     /// `ECONNREFUSED`.
     Refused,
-    /// `EHOSTUNREACH`, or untouched on kernels before 5.18.
+    /// `EHOSTUNREACH`, or unchanged on kernels before 5.18.
     Unreachable,
-    /// To an endpoint.
+    /// The call is redirected to an endpoint.
     Endpoint(SocketAddr, Choice),
 }
 
 impl Simulator {
-    /// A simulator over an image, with nothing remembered.
+    /// A simulator on an image, without affinity entries.
     #[must_use]
     pub fn new(image: Image) -> Self {
         Self { image, ..Self::default() }
     }
 
-    /// Decides one call.
+    /// Computes the outcome of a call.
     ///
-    /// `random` stands for the program's random number, `now` for its clock in seconds. An IPv4-mapped address is
-    /// an IPv4 call, as in the hooks.
+    /// `random` is the program's random number, `now` its clock in seconds. A call to an IPv4-mapped address
+    /// is an IPv4 call, as in the hooks.
     pub fn call(&self, to: FrontendAddress, caller: Caller, random: u32, now: u64) -> Outcome {
         let Some(protocol) = wire_protocol(to.protocol) else { return Outcome::Untouched };
         let random = Cell::new(random);
@@ -116,7 +116,7 @@ impl Simulator {
         }
     }
 
-    /// The frontend that answers for an address, by the programs' own search.
+    /// The frontend that answers for an address, by the programs' lookup.
     #[must_use]
     pub fn find_frontend(&self, to: FrontendAddress, caller: Caller) -> Option<(u32, Frontend)> {
         let protocol = wire_protocol(to.protocol)?;
@@ -145,7 +145,7 @@ fn outcome<A: Octets>(verdict: Verdict<A>) -> Outcome {
     }
 }
 
-/// Conversion between the programs' octets and user space's addresses.
+/// Conversion between the programs' octets and the standard library's addresses.
 trait Octets: FamilyLayout {
     fn ip(self) -> IpAddr;
     fn from_ip(ip: IpAddr) -> Option<Self>;

@@ -8,7 +8,7 @@ fn to(ip: &str, port: u16) -> FrontendAddress {
     FrontendAddress { ip: ip.parse().unwrap(), port, protocol: Protocol::Tcp }
 }
 
-/// Three endpoints behind 10.96.0.1:80, with an idle time-out of the affinity.
+/// Three endpoints of 10.96.0.1:80, with an idle time-out of affinity.
 fn simulator(affinity_seconds: u32) -> Simulator {
     let mut image = Image::default();
     image.services.insert(to("10.96.0.1", 80), 0);
@@ -57,7 +57,7 @@ fn an_earlier_choice_stands_while_it_is_in_the_run() {
     let simulator = simulator(0);
     for (earlier, expected) in [
         (Choice { endpoint_id: 2, index: 1 }, 2),
-        // The hint is wrong, as after a change of the run.
+        // The index is outdated, as after a change of the run.
         (Choice { endpoint_id: 3, index: 0 }, 3),
         (Choice { endpoint_id: 2, index: 7 }, 2),
         (Choice { endpoint_id: 9, index: 1 }, 1),

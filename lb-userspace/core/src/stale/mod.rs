@@ -1,20 +1,20 @@
-//! Which sockets stay with an endpoint that no longer serves, and what becomes of them.
+//! Stale sockets: which connected sockets are to be destroyed, and when.
 //!
 //! # Purpose
 //!
-//! A connected socket goes on talking to the endpoint that its `connect()` found, whatever the tables say later. TCP notices a
-//! dead peer; a resolver's UDP socket sends to a dead address for hours. So does one that was connected to the address of a Service
-//! before that was there. [`Ledger`] judges what sockets are seen to use (semantics R10): which of them are to be ended, and
-//! when. Finding and ending them is the work of `kernel::sockets`.
+//! A connected socket stays with the endpoint that `connect()` chose. TCP notices a dead peer, but a
+//! resolver's UDP socket may send to a dead address for hours, and so may one that was connected to a
+//! Service's address before the Service existed. [`Ledger`] decides which flows are stale and when their
+//! sockets are due (semantics R10). `kernel::sockets` finds and destroys them.
 //!
 //! # Invariants
 //!
-//! - Level-triggered: a socket is judged by what is in force when it is found, not by the event that made it stale. So a
-//!   restart, a missed event or a failed attempt leaves nothing behind.
-//! - Nothing is stale before the tables are right: services that wait for a sync, or that the tables had no room for,
-//!   are left alone.
-//! - A search costs in proportion to what may be stale. Only once after the start it goes through all UDP sockets: an address may
-//!   have become a frontend while no agent ran.
+//! - Level-triggered: the current state decides, not the event that made a socket stale. A restart, a missed
+//!   event or a failed attempt hides none.
+//! - No socket is stale before the maps are up to date: sockets of services that wait for a sync or for room
+//!   are kept.
+//! - The cost of a search is proportional to what may be stale. One search after the start covers all UDP
+//!   sockets: an address may have become a frontend while no agent ran.
 //!
 //! # Depends on
 //!
@@ -31,63 +31,63 @@ use crate::{
     model::{Protocol, Service, ServiceKey, StaleConnections, Store, address},
 };
 
-/// A way that at least one connected socket goes.
+/// A flow that at least one connected socket has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Use {
     /// Protocol of the socket.
     pub protocol: Protocol,
-    /// The address that the program called; a node port with the node's address. `None` if it called the address that the socket is
-    /// connected to, which was no frontend at that time.
+    /// The address that the program called; for a node port, the node's address. `None` if the socket is
+    /// connected to the called address, which was not a frontend then.
     pub service: Option<SocketAddr>,
     /// The address that the socket is connected to.
     pub endpoint: SocketAddr,
 }
 
-/// How sockets are connected, each with the cookies of those that are.
+/// Flows, each with the cookies of its sockets.
 pub type Used = BTreeMap<Use, BTreeSet<u64>>;
 
-/// What is in force.
+/// The state that decides which flows are stale.
 #[derive(Clone, Copy)]
 pub struct InForce<'a> {
     /// The frontends.
     pub desired: &'a Desired,
     /// The objects.
     pub store: &'a Store,
-    /// Whether the tables do not follow yet what the objects say of this frontend.
+    /// Whether the maps are not up to date for this frontend.
     pub is_behind: &'a dyn Fn(&Frontend) -> bool,
     /// Whether node ports answer on an address.
     pub is_node_address: &'a dyn Fn(IpAddr) -> bool,
 }
 
-/// What becomes of the sockets of a [`Use`].
+/// What to do with the sockets of a flow.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Standing {
-    /// The endpoint serves, or it cannot be told yet.
+    /// The endpoint serves, or this is not known yet.
     Serves,
-    /// The endpoint does not serve, and the sockets are left alone.
+    /// The endpoint does not serve, but the sockets are kept.
     Kept,
-    /// The sockets are to be ended.
+    /// The sockets are to be destroyed.
     Ends {
-        /// The service that was called, if it is known.
+        /// The called service, if it is known.
         service: Option<ServiceKey>,
-        /// When.
+        /// The time at which they are destroyed.
         due: Instant,
     },
 }
 
-/// Where to look for stale sockets.
+/// The sockets to search for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Search {
-    /// Sockets of services, of these protocols,
+    /// Protocols of sockets with a record of a service.
     pub protocols: BTreeSet<Protocol>,
-    /// that are connected to one of these.
+    /// Endpoints that these sockets are connected to.
     pub endpoints: BTreeSet<SocketAddr>,
-    /// UDP sockets that are connected to one of these without a service; `None` for all such. A node port has the unspecified
-    /// address.
+    /// Addresses that UDP sockets without a service are connected to; `None` for any address. A node port has
+    /// the unspecified address.
     pub addresses: Option<BTreeSet<SocketAddr>>,
 }
 
-/// A frontend that is no longer there.
+/// A frontend that was removed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Gone {
     service: ServiceKey,
@@ -95,41 +95,41 @@ struct Gone {
     pass: u64,
 }
 
-/// What has to be remembered from one search to the next.
+/// What is remembered between searches.
 #[derive(Clone, Debug, Default)]
 pub struct Ledger {
-    /// Annotations of the services that have one.
+    /// Annotations of services.
     policies: BTreeMap<ServiceKey, StaleConnections>,
-    /// Frontends that are gone and may have sockets: whose they were, and what their service said.
+    /// Removed frontends that may have sockets: their service and its annotation.
     gone: BTreeMap<FrontendAddress, Gone>,
-    /// Since when it is known that an endpoint does not serve its sockets.
+    /// When a flow was first found with an endpoint that does not serve.
     since: BTreeMap<Use, Instant>,
-    /// Number of the search under way or of the last one.
+    /// Number of the current or last search.
     pass: u64,
-    /// What the search under way goes for.
+    /// Sockets that the current search is for.
     sought: BTreeSet<(Use, u64)>,
-    /// How many searches went for a socket, and when the last did.
+    /// How many searches a socket had, and when the last was.
     tried: BTreeMap<(Use, u64), (u8, Instant)>,
-    /// UDP addresses that have become frontends, and how many more searches go for sockets that are connected to them.
+    /// UDP addresses that became frontends, and how many more searches cover the sockets connected to them.
     appeared: BTreeMap<SocketAddr, u8>,
-    /// When the first search was.
+    /// Time of the first search.
     first: Option<Instant>,
-    /// Whether a search went for sockets that are connected to any frontend. What appeared before this agent is not known.
+    /// Whether a search has covered all frontends: those that appeared before this agent are not known.
     was_everywhere: bool,
 }
 
-/// Searches in a row for a socket that is stale by its record, and for those that are connected to a new frontend. The second finds
-/// the one whose `connect()` was between hook and kernel; what it does not find is not connected.
+/// Consecutive searches for a stale socket, and for sockets connected to a new frontend. The second finds a
+/// socket whose `connect()` was between hook and kernel during the first.
 const SEARCHES: u8 = 2;
 
-/// The time to the next search for what was not found: it may have been in a network namespace that was not known.
+/// Time to the next search for a socket that was not found. Its network namespace may have been unknown.
 const RETRY: Duration = Duration::from_secs(60);
 
-/// From the first search on, the time until sockets without a service are looked for: meanwhile the agent finds the cgroups that
-/// are excluded.
+/// Time from the first search until sockets without a service are searched for. Meanwhile the agent finds the
+/// excluded cgroups.
 const SETTLING: Duration = Duration::from_secs(5);
 
-/// What holds where no annotation says otherwise: TCP notices for itself, UDP never does.
+/// The annotation, or the default: TCP notices a dead peer, UDP does not.
 const fn policy_of(protocol: Protocol, annotation: Option<StaleConnections>) -> StaleConnections {
     match (annotation, protocol) {
         (Some(policy), _) => policy,
@@ -138,14 +138,14 @@ const fn policy_of(protocol: Protocol, annotation: Option<StaleConnections>) -> 
     }
 }
 
-/// The frontends that may have answered a call: the address itself, and its port on all node addresses.
+/// The frontends that may have answered a call: the address itself, or its port on all node addresses.
 fn candidates(protocol: Protocol, service: SocketAddr) -> [FrontendAddress; 2] {
     let any = address::unspecified(address::family(service.ip()));
     [service.ip(), any].map(|ip| FrontendAddress { ip, port: service.port(), protocol })
 }
 
 impl Ledger {
-    /// Takes note of what a service says and of the frontends that it gained (`true`) or lost (`false`).
+    /// Records a service's annotation, and the frontends that it gained (`true`) or lost (`false`).
     pub fn follow(
         &mut self,
         key: &ServiceKey,
@@ -157,7 +157,7 @@ impl Ledger {
             Some(policy) => self.policies.insert(key.clone(), policy),
             None => self.policies.remove(key),
         };
-        // A service that is deleted has said how before; one that is still there says it now.
+        // For a deleted service its former annotation applies.
         let policy = if service.is_some() { annotation } else { former };
         for (address, is_there) in frontends {
             if is_there {
@@ -168,19 +168,19 @@ impl Ledger {
         }
     }
 
-    /// An address has become a frontend in the tables.
+    /// Reports that an address became a frontend in the maps.
     pub fn appeared(&mut self, address: &FrontendAddress) {
         if address.protocol == Protocol::Udp {
             self.appeared.insert(SocketAddr::new(address.ip, address.port), SEARCHES);
         }
     }
 
-    /// Begins a search, before it is read what the sockets use.
+    /// Begins a search. Call it before reading the flows of sockets.
     pub fn begin(&mut self) {
         self.pass += 1;
     }
 
-    /// Says where to look, or `None` if nothing can be stale.
+    /// The search for the given flows, or `None` if no socket can be stale.
     #[must_use]
     pub fn search(&mut self, used: &Used, now: Instant, in_force: InForce<'_>) -> Option<Search> {
         self.since.retain(|since, _| used.contains_key(since));
@@ -213,7 +213,7 @@ impl Ledger {
         is_any.then_some(Search { protocols, endpoints, addresses })
     }
 
-    /// A search was carried out, and what is due of it is being ended.
+    /// Reports a search as done. The sockets that are due are being destroyed.
     pub fn searched(&mut self, search: &Search, now: Instant) {
         for socket in std::mem::take(&mut self.sought) {
             let (n_tries, _) = self.tried.get(&socket).copied().unwrap_or((0, now));
@@ -229,7 +229,7 @@ impl Ledger {
         });
     }
 
-    /// Judges what a search has found.
+    /// Decides about the flows that a search found.
     #[must_use]
     pub fn judge(
         &mut self,
@@ -255,7 +255,7 @@ impl Ledger {
         standings
     }
 
-    /// When the next sockets are to be ended that are known and not due at `now`.
+    /// The earliest time after `now` at which known sockets are due.
     #[must_use]
     pub fn next_due(&self, now: Instant, in_force: InForce<'_>) -> Option<Instant> {
         let mut judge = Judge::new(self, in_force);
@@ -266,7 +266,8 @@ impl Ledger {
         dues.min()
     }
 
-    /// Forgets frontends that nobody uses. Those that went since the search began may have sockets that it did not see.
+    /// Forgets removed frontends without sockets. The search may have missed sockets of those removed since
+    /// it began.
     fn forget_gone(&mut self, used: impl Iterator<Item = FrontendAddress>) {
         if self.gone.is_empty() {
             return;
@@ -276,7 +277,7 @@ impl Ledger {
     }
 }
 
-/// Judges any number of uses by one state of things; looks at the slices of each port once.
+/// Decides about any number of flows in one state. Unites the slices of each port once.
 struct Judge<'a> {
     ledger: &'a Ledger,
     in_force: InForce<'a>,
@@ -296,13 +297,13 @@ impl<'a> Judge<'a> {
         candidates(protocol, service).iter().find_map(|address| self.ledger.gone.get(address))
     }
 
-    /// Whether a time is to run that does not yet.
+    /// Whether a drain time starts with this flow.
     fn has_new_deadline(&mut self, used: &Use) -> bool {
         !self.ledger.since.contains_key(used)
             && matches!(self.policy(used), Some((_, StaleConnections::Drain(_))))
     }
 
-    /// Whether enough searches went for a socket.
+    /// Whether a socket had enough searches for now.
     fn is_tried(&self, used: &Use, cookie: u64, now: Instant) -> bool {
         let tried = self.ledger.tried.get(&(*used, cookie));
         tried.is_some_and(|(n_tries, last)| *n_tries >= SEARCHES && now < *last + RETRY)
@@ -313,14 +314,15 @@ impl<'a> Judge<'a> {
         let since = self.ledger.since.get(used).copied().unwrap_or(now);
         let due = match policy {
             StaleConnections::Keep => None,
-            // There is nothing to drain where nothing ever served.
+            // A socket without a service has no endpoint to drain.
             StaleConnections::Drain(time) if used.service.is_some() => since.checked_add(time),
             StaleConnections::Reset | StaleConnections::Drain(_) => Some(since),
         };
         due.map_or(Standing::Kept, |due| Standing::Ends { service: service.cloned(), due })
     }
 
-    /// Whose policy applies to a use whose endpoint no longer serves, or is a frontend itself; `None` for any other.
+    /// The service and policy of a flow whose endpoint no longer serves, or is itself a frontend; `None` for
+    /// other flows.
     fn policy(&mut self, used: &Use) -> Option<(Option<&'a ServiceKey>, StaleConnections)> {
         let owner = self.owner(used.protocol, used.service.unwrap_or(used.endpoint));
         let frontend = match (used.service, owner) {

@@ -11,8 +11,8 @@ use crate::{
     model::fixture,
 };
 
-/// The Service `default/web` with a port of each protocol, number 53 at 10.0.0.1, and its slice; endpoints listen on port
-/// 1053.
+/// The Service `default/web` at 10.0.0.1 with port 53 of each protocol, and its slice. Endpoints listen on
+/// port 1053.
 #[derive(Default)]
 struct Town {
     ledger: Ledger,
@@ -37,7 +37,7 @@ fn service(annotation: Option<&str>, patch: &Value) -> Service {
 }
 
 impl Town {
-    /// With endpoints in the form of [`endpoint`].
+    /// `endpoints` have the form of [`endpoint`].
     fn new(annotation: Option<&str>, endpoints: &[&str]) -> Self {
         let mut town = Self::default();
         town.set(annotation, endpoints);
@@ -75,7 +75,7 @@ impl Town {
         ask(&mut self.ledger, in_force)
     }
 
-    /// Judges one use, found by a search.
+    /// Decides about one flow that a search found.
     fn judge(&mut self, used: Use, now: Instant) -> Standing {
         let search = search_of(&used);
         self.with(|ledger, in_force| ledger.judge(&search, &[used].into(), now, in_force))[&used].clone()
@@ -88,7 +88,7 @@ impl Town {
     }
 }
 
-/// The search that finds a use.
+/// The search that finds a flow.
 fn search_of(used: &Use) -> Search {
     Search {
         protocols: [used.protocol].into(),
@@ -101,7 +101,7 @@ fn used(protocol: Protocol, service: &str, endpoint: &str) -> Use {
     Use { protocol, service: Some(service.parse().unwrap()), endpoint: endpoint.parse().unwrap() }
 }
 
-/// A socket of `10.1.0.1`, an endpoint of 10.0.0.1:53.
+/// A flow to `10.1.0.1`, an endpoint of 10.0.0.1:53.
 fn first(protocol: Protocol) -> Use {
     used(protocol, "10.0.0.1:53", "10.1.0.1:1053")
 }
@@ -127,7 +127,7 @@ fn r10_sockets_stay_with_endpoints_that_serve() {
         ("it terminates, another serves", Udp, None, &["10.1.0.1 - t", "10.1.0.2 - rs"], ends(now)),
         ("it does not serve, nor does another", Udp, None, &["10.1.0.1 - -", "10.1.0.2 - -"], Serves),
         ("it is gone", Udp, None, gone, ends(now)),
-        ("it is gone and nobody serves", Udp, None, &["10.1.0.2 - -"], ends(now)),
+        ("it is gone and none serves", Udp, None, &["10.1.0.2 - -"], ends(now)),
         ("all are gone", Udp, None, &[], ends(now)),
         ("TCP stays", Tcp, None, gone, Kept),
         ("TCP stays without endpoints", Tcp, None, &[], Kept),
@@ -166,7 +166,7 @@ fn r10_a_drain_lasts_from_when_the_endpoint_was_seen_to_be_gone() {
         (10, gone, ends(at(40)), Some(at(40))),
         (20, gone, ends(at(40)), Some(at(40))),
         (40, gone, ends(at(40)), None),
-        // It came back in time, or nearly.
+        // It serves again: the drain restarts.
         (50, there, Standing::Serves, None),
         (60, gone, ends(at(90)), Some(at(90))),
     ] {
@@ -174,7 +174,7 @@ fn r10_a_drain_lasts_from_when_the_endpoint_was_seen_to_be_gone() {
         assert_eq!(town.judge(socket, at(second)), expected, "{second}");
         assert_eq!(town.with(|ledger, in_force| ledger.next_due(at(second), in_force)), next, "{second}");
     }
-    // Another annotation counts at once, from the same time on.
+    // Another annotation applies at once, from the same start.
     town.set(Some("drain=5s"), gone);
     assert_eq!(town.judge(socket, at(61)), ends(at(65)));
     town.set(Some("keep"), gone);
@@ -193,7 +193,7 @@ fn r10_a_service_that_is_deleted_has_said_what_becomes_of_its_sockets() {
         town.set_objects(None, &["10.1.0.1 - rs"]);
         assert_eq!(town.judge(first(Protocol::Tcp), now), tcp, "{annotation:?}");
         assert_eq!(town.judge(first(Protocol::Udp), now), udp, "{annotation:?}");
-        // Remembered while a socket uses it, through any number of searches.
+        // It is remembered while a socket uses it, through any number of searches.
         for _ in 0..3 {
             let _somewhere = town.search(&[first(Protocol::Udp)], now);
             assert_eq!(town.judge(first(Protocol::Udp), now), udp, "{annotation:?}");
@@ -201,7 +201,7 @@ fn r10_a_service_that_is_deleted_has_said_what_becomes_of_its_sockets() {
         let _nowhere = town.search(&[], now);
         assert!(town.ledger.gone.is_empty());
     }
-    // One that an earlier agent served: nobody knows what it was.
+    // The service of a frontend that an earlier agent served is unknown.
     let mut town = Town::default();
     assert_eq!(town.judge(first(Protocol::Udp), now), Standing::Ends { service: None, due: now });
     assert_eq!(town.judge(first(Protocol::Tcp), now), Standing::Kept);
@@ -247,7 +247,7 @@ fn sockets_are_looked_for_where_they_may_be_stale() {
         Some(Search { protocols, endpoints, addresses: Some(BTreeSet::new()) })
     };
     for (what, annotation, known, expected) in [
-        ("nobody uses anything", None, &[][..], None),
+        ("no flow", None, &[][..], None),
         ("nothing is stale", None, &[fine], None),
         ("a stale one", None, &[fine, stale], at_stale(&[Udp])),
         ("a stale one that is kept", Some("keep"), &[stale], None),
@@ -258,13 +258,13 @@ fn sockets_are_looked_for_where_they_may_be_stale() {
         let mut town = Town::new(annotation, there);
         assert_eq!(town.search(known, now), expected, "{what}");
     }
-    // A drain under way is looked for when it ends, not before.
+    // A draining socket is searched for when its time is over, not before.
     let mut town = Town::new(Some("drain=30s"), there);
     let _due = town.judge(stale, now);
     assert_eq!(town.search(&[stale], now), None);
     let at_the_end = town.search(&[stale], now + Duration::from_secs(30)).unwrap();
     assert_eq!(at_the_end.endpoints, [stale.endpoint].into());
-    // One that would begin if there were a connected socket.
+    // A drain that no connected socket starts.
     let mut town = Town::new(Some("drain=30s"), there);
     for expected in [true, true, false] {
         let search = town.search(&[stale], now);
@@ -273,7 +273,7 @@ fn sockets_are_looked_for_where_they_may_be_stale() {
     }
 }
 
-/// A socket that is disconnected, or was ended and never used again, keeps its record.
+/// A socket that was disconnected or destroyed keeps its record until it is closed.
 #[test]
 fn what_two_searches_do_not_find_is_let_be_for_a_minute() {
     let start = Instant::now();
@@ -284,7 +284,7 @@ fn what_two_searches_do_not_find_is_let_be_for_a_minute() {
         ("the first", 0, gone, &[1][..], true),
         ("the second", 1, gone, &[1], true),
         ("in vain", 2, gone, &[1], false),
-        ("another socket goes the same way", 2, gone, &[1, 2], true),
+        ("another socket of the flow", 2, gone, &[1, 2], true),
         ("again", 3, gone, &[1, 2], true),
         ("in vain", 4, gone, &[1, 2], false),
         ("a minute later", 64, gone, &[1, 2], true),
@@ -325,7 +325,7 @@ fn r10_sockets_are_ended_that_were_connected_before_the_address_was_a_frontend()
     }
 }
 
-/// Whether a search goes for sockets without a service: nowhere, everywhere, or at one address.
+/// Which sockets without a service a search covers: none, all, or those of one address.
 #[test]
 fn new_frontends_are_looked_for_twice_and_all_of_them_once() {
     let start = Instant::now();

@@ -1,4 +1,4 @@
-//! What the tables hold, as a value.
+//! The content of the maps, as a value.
 
 use std::{
     collections::BTreeMap,
@@ -19,17 +19,17 @@ use crate::{
 /// One entry of an endpoint table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Entry {
-    /// Identity within the service port; entries of a run are sorted by it.
+    /// Id of this address and port within its service port; a run is sorted by it.
     pub endpoint_id: u32,
-    /// Where calls go.
+    /// Address and port of the endpoint.
     pub address: SocketAddr,
 }
 
 /// The endpoint table of one family: runs by offset.
 pub type Runs = BTreeMap<u32, Arc<[Entry]>>;
 
-/// Everything that decides about calls. Affinity, socket records and counters are not part of it: they belong to
-/// the programs.
+/// What user space writes to the maps and calls depend on. Affinity, records and counters belong to the
+/// programs.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Image {
     /// `services4` and `services6`: frontend address → frontend id.
@@ -42,9 +42,9 @@ pub struct Image {
     pub runs6: Runs,
     /// `node_addrs`: address → whether it is this node's.
     pub node_addrs: BTreeMap<IpAddr, bool>,
-    /// `cluster_ips`: address → whether a port that its Service does not have is refused.
+    /// `cluster_ips`: address → whether undefined ports are refused.
     pub cluster_ips: BTreeMap<IpAddr, bool>,
-    /// `service_cidrs`: the networks that cluster IPs come from, at most [`limits::MAX_SERVICE_CIDRS`] of each family.
+    /// `service_cidrs`: the service networks, at most [`limits::MAX_SERVICE_CIDRS`] of each family.
     pub service_cidrs: Vec<Cidr>,
 }
 
@@ -70,7 +70,7 @@ impl AddressTable {
         }
     }
 
-    /// How many entries the map has room for.
+    /// The map's capacity, entries.
     #[must_use]
     pub const fn capacity(self) -> u32 {
         match self {
@@ -109,7 +109,7 @@ impl Image {
         if ipv6 { &mut self.runs6 } else { &mut self.runs4 }
     }
 
-    /// The endpoints of the frontend at an address; none without a frontend.
+    /// The endpoints of the frontend at an address; empty without a frontend.
     #[must_use]
     pub fn entries_at(&self, address: FrontendAddress) -> &[Entry] {
         let frontend = self.services.get(&address).and_then(|id| self.frontends.get(id));
@@ -134,7 +134,7 @@ impl Image {
     }
 }
 
-/// The protocol number in map keys; `None` for protocols that no hook serves.
+/// The protocol number in map keys; `None` for SCTP, which no hook serves.
 #[must_use]
 pub fn wire_protocol(protocol: Protocol) -> Option<layout::Protocol> {
     match protocol {

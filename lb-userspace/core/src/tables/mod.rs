@@ -1,14 +1,14 @@
-//! What the kernel's maps hold, as values, and how their ids and places are given out.
+//! Images of the maps, and the allocation of their ids and runs.
 //!
 //! # Purpose
 //!
-//! [`Image`] is what the tables hold: the target that plans lead to, what was read from the kernel, and what the
-//! simulator runs on. [`pool::Pool`] gives out ids, [`space::Space`] room for runs.
+//! An [`Image`] is the content of the maps: the target of plans, what was read from the kernel, or what the
+//! simulator runs on. [`pool::Pool`] allocates ids, [`space::Space`] the offsets of runs.
 //!
 //! # Invariants
 //!
-//! - A run is sorted by endpoint id, and its entries never change while any frontend refers to them.
-//! - What is freed here, nothing reads: the encoder has held it back for a grace period (docs/decisions/0001).
+//! - A run is sorted by endpoint id, and its entries do not change while a frontend refers to it.
+//! - No program reads what is freed here: the encoder holds it back for a grace period (docs/decisions/0001).
 //!
 //! # Depends on
 //!

@@ -1,24 +1,24 @@
-//! Ids.
+//! Allocation of ids.
 
 use std::collections::{BTreeSet, VecDeque};
 
-/// Gives out numbers from 0 to `capacity - 1`.
+/// Allocates numbers from 0 to `capacity - 1`.
 ///
-/// A freed number queues behind all that were freed before, so that what still names it (a counter, an affinity entry) has
-/// the longest time to be forgotten. Whoever frees it has waited for a grace period.
+/// Freed numbers are reused in the order of freeing, so affinity entries that still name them have the
+/// longest time to expire. The caller frees a number only after a grace period.
 #[derive(Clone, Debug)]
 pub struct Pool {
     capacity: u32,
-    /// Numbers from here on were never given out.
+    /// Numbers from here on were never allocated.
     fresh: u32,
-    /// Below `fresh`, never given out either: gaps between adopted numbers.
+    /// Freed numbers, and the gaps between adopted ones.
     free: VecDeque<u32>,
 }
 
 impl Pool {
     /// A pool in which the given numbers are taken.
     ///
-    /// Numbers at or above `capacity` are ignored: they cannot be freed into the pool again.
+    /// Taken numbers at or above `capacity` are ignored; they must not be freed into the pool.
     #[must_use]
     pub fn new(capacity: u32, taken: &BTreeSet<u32>) -> Self {
         let fresh = taken.range(..capacity).next_back().map_or(0, |highest| highest + 1);
@@ -28,7 +28,7 @@ impl Pool {
 
     /// Takes a number, or `None` if none is free now.
     pub fn take(&mut self) -> Option<u32> {
-        // Fresh numbers last: the maps behind them are touched page by page, so low numbers keep them small.
+        // Fresh numbers come last: low numbers keep few pages of the maps in use.
         if let Some(id) = self.free.pop_front() {
             return Some(id);
         }
@@ -39,12 +39,12 @@ impl Pool {
         Some(self.fresh - 1)
     }
 
-    /// Gives numbers back that nothing reads.
+    /// Frees numbers that no program reads.
     pub fn free(&mut self, ids: impl IntoIterator<Item = u32>) {
         self.free.extend(ids);
     }
 
-    /// Gives a number back that was taken and has not been used for anything.
+    /// Returns a number that was taken but not used. It is reused first.
     pub fn give_back(&mut self, id: u32) {
         self.free.push_front(id);
     }

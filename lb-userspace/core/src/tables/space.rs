@@ -1,23 +1,22 @@
-//! Room for runs in an endpoint table.
+//! Allocation of runs in an endpoint table.
 
 use std::collections::{BTreeMap, BTreeSet};
 
-/// Gives out non-overlapping ranges of a table with `capacity` entries.
+/// Allocates non-overlapping ranges of a table with `capacity` entries.
 ///
-/// Best fit, lowest offset first. Whoever frees a range that was in use has waited for a grace period.
+/// Best fit, lowest offset first. The caller frees a used range only after a grace period.
 #[derive(Clone, Debug, Default)]
 pub struct Space {
     /// Free ranges by offset. No two of them touch.
     by_offset: BTreeMap<u32, u32>,
-    /// The same as (length, offset), to find the smallest that fits.
+    /// The same ranges as (length, offset), to find the smallest that fits.
     by_len: BTreeSet<(u32, u32)>,
 }
 
 impl Space {
     /// A table in which the given ranges (offset → length) are taken.
     ///
-    /// Returns `None` if taken ranges overlap or reach beyond the capacity: then whoever wrote them was not this
-    /// allocator, and nothing can be trusted.
+    /// Returns `None` if taken ranges overlap or exceed the capacity: this allocator did not write them.
     #[must_use]
     pub fn new(capacity: u32, taken: &BTreeMap<u32, u32>) -> Option<Self> {
         let mut space = Self { by_offset: BTreeMap::new(), by_len: BTreeSet::new() };
@@ -30,7 +29,7 @@ impl Space {
         Some(space)
     }
 
-    /// Takes `len` consecutive entries and returns the offset, or `None` if there is no such gap now.
+    /// Takes `len` consecutive entries and returns their offset, or `None` if no gap is large enough.
     pub fn take(&mut self, len: u32) -> Option<u32> {
         if len == 0 {
             return Some(0);
@@ -41,7 +40,7 @@ impl Space {
         Some(offset)
     }
 
-    /// Gives a range back.
+    /// Frees a range.
     pub fn free(&mut self, offset: u32, len: u32) {
         let (mut start, mut total) = (offset, len);
         if let Some((&before, &gap)) = self.by_offset.range(..offset).next_back()
@@ -100,7 +99,8 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever is taken and freed: ranges in use never overlap, and in the end all is one gap again.
+        /// After any sequence of takes and frees, ranges in use do not overlap; once all are freed, one gap
+        /// remains.
         #[test]
         fn ranges_never_overlap(steps in prop::collection::vec((1u32..20, any::<prop::sample::Index>(), 0u8..3), 0..200)) {
             let mut space = Space::new(256, &BTreeMap::new()).unwrap();

@@ -1,4 +1,4 @@
-//! Comparing the kernel's tables with what they should hold, and putting them right.
+//! Audit and repair: compares the maps with the image and writes what differs.
 
 use lb_core::{
     plan::{
@@ -14,7 +14,7 @@ use super::{
     Maps, Plain, SocketAddr, address_key, gone_is_fine, key,
 };
 
-/// A key that no agent writes and no call can match, such as one of another protocol. It takes room.
+/// A key that no agent writes and no call matches, such as one of another protocol. It occupies an entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Stray {
     V4(FrontendKey4),
@@ -30,7 +30,7 @@ impl Stray {
     }
 }
 
-/// What a comparison found. Not all of it is wrong: see [`Suspects`].
+/// The findings of an audit. Not all are faults: see [`Suspects`].
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Findings {
     suspects: Suspects,
@@ -43,26 +43,26 @@ impl Findings {
         self.suspects.extend(missing.clone());
     }
 
-    /// Whether everything is as it should be.
+    /// Whether the audit found no difference.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.suspects.is_empty() && self.strays.is_empty()
     }
 }
 
-/// What a repair came to.
+/// The result of a repair.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Repaired {
-    /// How many entries of each map were repaired.
+    /// Number of repaired entries of each map.
     pub faults: Faults,
-    /// Keys that are still missing: somebody has filled the map again.
+    /// Keys still missing: the map is full again.
     pub no_room: Suspects,
 }
 
 impl Maps {
-    /// Compares everything that decides about calls with an image. Takes its time: two system calls for each key.
+    /// Compares the maps that decide about calls with an image. Slow: two system calls for each key.
     ///
-    /// Meant for a thread of its own, while plans are carried out: what they change may be among the findings.
+    /// Runs on its own thread while plans are applied: concurrent changes may be among the findings.
     ///
     /// # Errors
     ///
@@ -111,7 +111,7 @@ impl Maps {
         Ok(found)
     }
 
-    /// Reads an entry of an endpoint table; `None` outside of it.
+    /// Reads an entry of an endpoint table; `None` if out of range.
     pub(super) fn read_entry(&self, ipv6: bool, index: u32) -> Option<Entry> {
         let (ip, port, endpoint_id): (IpAddr, u16, u32) = if ipv6 {
             let entry = self.endpoints6.read(index)?;
@@ -125,15 +125,15 @@ impl Maps {
 }
 
 impl Kernel {
-    /// Looks at findings again and repairs what differs from `expected`, which is what all plans carried out so far
-    /// have led to.
+    /// Reads suspect entries again and repairs those that differ from `expected`, the image after all applied
+    /// plans.
     ///
-    /// May wait for a grace period. An endpoint that somebody altered is overwritten where it is: a call in that moment
-    /// may read a part of it as it was, as any call before.
+    /// May wait for a grace period. An altered endpoint is overwritten in place: a concurrent call may still
+    /// read a part of the altered entry, as calls before it did.
     ///
     /// # Errors
     ///
-    /// As [`Self::apply`]: start over from what the tables hold.
+    /// As [`Self::apply`]: read the image and plan again.
     pub fn repair(&mut self, expected: &Image, findings: &Findings) -> Result<Repaired, KernelError> {
         let expected = findings.suspects.part_of(expected);
         let found = self.maps.read_again(&findings.suspects, &expected)?;
@@ -150,7 +150,7 @@ impl Kernel {
         if !findings.strays.is_empty() {
             self.freed();
         }
-        // What is foreign goes first, to make room for what is missing.
+        // Deletes foreign entries first, to make room for missing ones.
         self.apply(&plan.part(|_, op| op.phase() == Phase::Delete))?;
         let Done { no_room, .. } = self.apply(&plan.part(|_, op| op.phase() != Phase::Delete))?;
         let mut faults = faults(plan.part(|_, op| !no_room.has_key_of(op)).ops(), &found);
@@ -161,7 +161,7 @@ impl Kernel {
     }
 }
 
-/// The value of a key, or `None` without one.
+/// The value of a key, or `None` if the key does not exist.
 fn entry<T>(name: &'static str, result: Result<T, aya::maps::MapError>) -> Result<Option<T>, KernelError> {
     match result {
         Ok(value) => Ok(Some(value)),

@@ -178,7 +178,7 @@ fn a_program_that_refuses_others_is_named_with_the_remedy() {
     let findings = judge(&host, false);
     let [.., attaching, beside] = &findings[..] else { panic!("{findings:?}") };
     assert_eq!(attaching.status, Status::Missing);
-    expect![[r#"the agent cannot attach connect4 connect6: program guard (id 7) is attached to /sys/fs/cgroup with the flags "none", so that none goes beside it: have it attached with "multi" (BPF_F_ALLOW_MULTI), detach it (`bpftool cgroup detach`), or serve another cgroup (--cgroup)"#]]
+    expect![[r#"the agent cannot attach connect4 connect6: program guard (id 7) is attached to /sys/fs/cgroup with the flags "none", which excludes other programs: attach it with "multi" (BPF_F_ALLOW_MULTI), detach it (`bpftool cgroup detach`), or serve another cgroup (--cgroup)"#]]
         .assert_eq(&attaching.found);
     assert!(beside.found.starts_with("guard (sendmsg4): "), "{}", beside.found);
 }

@@ -1,4 +1,4 @@
-//! When the addresses of the node's interfaces are read.
+//! When to read the addresses of the node's interfaces.
 
 use std::{net::IpAddr, time::Duration};
 
@@ -6,35 +6,35 @@ use lb_kernel::addresses::{self, AddressWatch};
 use tokio::time::Instant;
 use tracing::{info, warn};
 
-/// How often they are read although nothing was heard: the kernel tells of every change, so this only makes up for a fault.
+/// Time between two reads without a notification. The kernel reports every change; this covers a fault.
 const REREAD: Duration = Duration::from_secs(60);
 
 pub(super) struct Addresses {
-    /// `None` if changes cannot be heard.
+    /// `None` if the kernel cannot report changes.
     watch: Option<AddressWatch>,
     read: Instant,
 }
 
 impl Addresses {
-    /// Begins to listen. To be called before they are read for the first time.
+    /// Subscribes to changes. Call it before the first read.
     pub(super) fn start() -> Self {
         let watch = AddressWatch::open();
         if let Err(error) = &watch {
-            warn!(%error, "changes of the node's addresses cannot be heard: reading them every few seconds");
+            warn!(%error, "the node's addresses cannot be watched: reading them every few seconds");
         }
         Self { watch: watch.ok(), read: Instant::now() }
     }
 
-    /// Waits until it is time to read them, because something was heard. Cancel safe.
+    /// Waits for a change. Cancel safe.
     pub(super) async fn changed(&mut self) {
         let Some(watch) = &self.watch else { return std::future::pending().await };
         if let Err(error) = watch.changed().await {
-            info!(%error, "changes of the node's addresses are no longer heard: reading them every few seconds");
+            info!(%error, "the watch of the node's addresses failed: reading them every few seconds");
             self.watch = None;
         }
     }
 
-    /// Whether it is time to read them although nothing was heard.
+    /// Whether a read is due without a notification.
     pub(super) fn is_due(&self) -> bool {
         self.watch.is_none() || self.read.elapsed() >= REREAD
     }

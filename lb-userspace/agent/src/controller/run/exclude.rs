@@ -1,5 +1,5 @@
-//! Keeping the map of excluded cgroups up to date, beside the agent's loop: to look through a node's cgroups takes longer than a
-//! change may wait. What is excluded is not said before a call has shown it.
+//! Keeps the map of excluded cgroups up to date, in the background: reading a node's cgroups takes longer
+//! than a change may wait. A cgroup is logged as excluded only once a call has shown it.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -25,18 +25,18 @@ use crate::{
     telemetry::health::{SelfTest, Vitals},
 };
 
-/// How often the cgroups are looked through, since they come and go: a pod's is made some time after the pod is known, and one
-/// that was removed and made again has another id.
+/// How often the cgroups are read. A pod's cgroup is created some time after the pod is known, and a
+/// recreated cgroup has another id.
 const INTERVAL: Duration = Duration::from_secs(1);
-/// The time to the next call if one has not shown that a cgroup is excluded.
+/// Time between a call that did not show the exclusion and the next.
 const RETRY: Duration = Duration::from_secs(10);
 
-/// The UIDs of the pods to exclude; `None` until that is known: what an earlier agent excluded stays so.
+/// The UIDs of the pods to exclude. `None` until known: then an earlier agent's exclusions stay.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Wanted(Option<BTreeSet<Arc<str>>>);
 
 impl Wanted {
-    /// Takes over what a source says. Returns whether that is new.
+    /// Takes the source's pods. Returns whether they changed.
     pub(super) fn follow(&mut self, pods: Option<&BTreeSet<Arc<str>>>) -> bool {
         let differs = pods.is_some() && pods != self.0.as_ref();
         if differs {
@@ -46,7 +46,7 @@ impl Wanted {
     }
 }
 
-/// Starts to follow, if there is anything that could be excluded. Ends with the value returned.
+/// Starts the task, if anything may be excluded. Dropping the returned set stops it.
 ///
 /// # Errors
 ///
@@ -60,7 +60,7 @@ pub(super) fn start(
     let mut task = JoinSet::new();
     let mut map = Exclusion::open(maps_path)?;
     if !options.kernel.excludes {
-        // An earlier agent may have excluded some.
+        // Removes an earlier agent's exclusions.
         let _changed = map.set(&BTreeSet::new())?;
         return Ok(task);
     }
@@ -84,25 +84,24 @@ struct Follower {
     /// `None` until it is found.
     hierarchy: Option<Hierarchy>,
     directories: Vec<PathBuf>,
-    /// Whether a source will say which pods.
+    /// Whether a source names pods to exclude.
     has_pods: bool,
-    /// What the map holds.
     excluded: BTreeMap<Place, Excluded>,
-    /// What is in the log already, by directory.
+    /// Problems already logged, by directory.
     problems: BTreeMap<PathBuf, String>,
     failed: Option<String>,
-    /// A call that is left alone proves something only while others are seen to be served.
+    /// A call that passes unchanged proves something only while the self-test passes.
     vitals: watch::Receiver<Vitals>,
-    /// Whether a call from the agent's own cgroup was left alone: what programs, tables and the counting of levels come to.
+    /// Whether a call from the agent's own cgroup passed unchanged. That proves programs, tables and the
+    /// computed levels.
     is_proven_by_own_cgroup: bool,
 }
 
-/// A cgroup that is excluded.
 struct Excluded {
     directory: PathBuf,
-    /// When a call is next to show that it is; `None` once one has.
+    /// When to make the next proving call; `None` once one has succeeded.
     proof_due: Option<Instant>,
-    /// Why none has, if it is in the log already.
+    /// Why none has succeeded, if logged.
     doubt: Option<String>,
 }
 
@@ -121,14 +120,13 @@ async fn follow(mut follower: Follower, mut wanted: watch::Receiver<Wanted>) {
         });
         match looked.await {
             Ok(same) => follower = same,
-            Err(error) => return warn!(%error, "excluded cgroups are no longer followed: restart the agent"),
+            Err(error) => return warn!(%error, "excluded cgroups are no longer updated: restart the agent"),
         }
         follower.prove().await;
     }
 }
 
 impl Follower {
-    /// Brings the map up to date.
     fn look(&mut self, Wanted(uids): &Wanted) {
         if self.has_pods && uids.is_none() {
             return;
@@ -171,8 +169,7 @@ impl Follower {
         self.excluded = excluded.collect();
     }
 
-    /// Has calls show of the cgroups that are new that they are excluded, one after the other for as long as the next look can wait,
-    /// and says so.
+    /// Proves new exclusions by calls, one after the other for at most [`INTERVAL`], and logs them.
     async fn prove(&mut self) {
         let started = Instant::now();
         let is_due = |excluded: &Excluded| excluded.proof_due.is_some_and(|due| due <= started);
@@ -191,7 +188,7 @@ impl Follower {
                 continue;
             };
             let outcome = match &self_test {
-                SelfTest::Off => Exempt::NotMade("--self-test-interval=0 turns such calls off".to_owned()),
+                SelfTest::Off => Exempt::NotMade("--self-test-interval=0 turns these calls off".to_owned()),
                 _ => match self_test::run_below_excluded(&directory).await {
                     Exempt::NotMade(why) => self.prove_by_own_cgroup(&why).await,
                     made => made,
@@ -204,12 +201,13 @@ impl Follower {
             }
         }
         if n_proven > 0 {
-            info!(n_cgroups = n_proven, "calls from these cgroups are left alone");
+            info!(n_cgroups = n_proven, "calls from these cgroups are excluded");
         }
     }
 
-    /// Excludes the agent's own cgroup for as long as a call takes: where no other can be entered, since the hierarchy is mounted
-    /// to be read only. What else the agent connects to meanwhile goes where it says. Once is enough.
+    /// Excludes the agent's own cgroup for the duration of one call. For hosts where it can enter no other
+    /// cgroup, since the hierarchy is mounted read-only. The agent's other connections bypass services
+    /// meanwhile. Done once.
     async fn prove_by_own_cgroup(&mut self, why_not_below: &str) -> Exempt {
         if self.is_proven_by_own_cgroup {
             return Exempt::LeftAlone;
@@ -238,10 +236,10 @@ impl Follower {
         }
     }
 
-    /// Says once what keeps a cgroup from being excluded.
+    /// Logs once why a cgroup is not excluded.
     fn tell(&mut self, directory: PathBuf, problem: String) {
         if self.problems.get(&directory) != Some(&problem) {
-            warn!(cgroup = %directory.display(), %problem, "--exclude-cgroup: not excluded, until it is there");
+            warn!(cgroup = %directory.display(), %problem, "--exclude-cgroup: not excluded until it exists");
             let _before = self.problems.insert(directory, problem);
         }
     }
@@ -249,21 +247,21 @@ impl Follower {
     fn tell_failure(&mut self, error: &KernelError) {
         let problem = error.to_string();
         if self.failed.as_ref() != Some(&problem) {
-            warn!(%problem, "cgroups cannot be excluded: their calls are served, trying again");
+            warn!(%problem, "cgroups cannot be excluded: their calls are served; retrying");
         }
         self.failed = Some(problem);
     }
 }
 
 impl Excluded {
-    /// Says once why it is not known whether calls are left alone, and has it tried again.
+    /// Logs once why the exclusion is unproven, and schedules the next call.
     fn tell_doubt(&mut self, problem: String) {
         self.proof_due = Some(Instant::now() + RETRY);
         if self.doubt.as_ref() != Some(&problem) {
             warn!(
                 cgroup = %self.directory.display(),
                 %problem,
-                "a cgroup is excluded, but no call has shown that its calls are left alone: let the agent write to the cgroup \
+                "a cgroup is excluded, but no call has shown that its calls bypass services: let the agent write to the cgroup \
                  hierarchy, or run in a cgroup of its own; `socklb check` names other programs on the same hooks"
             );
         }
@@ -271,7 +269,7 @@ impl Excluded {
     }
 }
 
-/// A change to the map that is undone with this value. What an agent that is killed leaves, the next one finds and removes.
+/// A change to the map, undone on drop. If the agent is killed, the next one removes it.
 struct Moment<'a> {
     map: &'a mut Exclusion,
     usual: BTreeSet<Place>,
@@ -279,7 +277,7 @@ struct Moment<'a> {
 
 impl Drop for Moment<'_> {
     fn drop(&mut self) {
-        // The next look, within a second, would find and tell what keeps it from being undone.
+        // On an error, the next update within a second writes the map again and logs why that fails.
         let _tried_again = self.map.set(&self.usual);
     }
 }

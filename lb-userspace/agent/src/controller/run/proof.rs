@@ -1,4 +1,4 @@
-//! The self-test beside the agent's loop: when, and what is said of it.
+//! Schedules the self-test and logs its results.
 
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
@@ -18,10 +18,10 @@ use crate::{
     telemetry::health::SelfTest,
 };
 
-/// The time to the next test after one that failed, if that is sooner than usual: what is repaired should show soon.
+/// Time from a failed test to the next, if shorter than the interval: a repair should show soon.
 const RETRY: Duration = Duration::from_secs(5);
 
-/// Where the tables lead for the self-test's service in a family, if that is one endpoint for TCP and UDP.
+/// The endpoint of the self-test's service in a family, if the tables hold exactly one, for TCP and UDP.
 fn endpoint(found: &Image, family: Family) -> Option<SocketAddr> {
     let service = self_test::service_address(family);
     let leads_to = |protocol| {
@@ -32,25 +32,23 @@ fn endpoint(found: &Image, family: Family) -> Option<SocketAddr> {
             _ => None,
         }
     };
-    // Whoever has written the tables: this agent listens on loopback addresses only.
+    // Checked because others may have written the tables: this agent listens on loopback addresses only.
     leads_to(Protocol::Tcp).filter(|tcp| tcp.ip().is_loopback() && leads_to(Protocol::Udp) == Some(*tcp))
 }
 
-/// The self-tests of an agent.
 pub(super) struct Proof {
     interval: Duration,
     cgroup: PathBuf,
     echo: Echo,
     due: Instant,
     task: Option<JoinHandle<Outcome>>,
-    /// What is in the log already.
+    /// The last outcome logged.
     told: Option<Outcome>,
-    /// Whether the tables lead to the endpoints without having been written.
     is_found: bool,
 }
 
 impl Proof {
-    /// Starts the endpoints, if there is an interval. The first test is due at once.
+    /// Starts the endpoints; `None` if the interval is zero. The first test is due at once.
     ///
     /// # Errors
     ///
@@ -71,13 +69,12 @@ impl Proof {
         }))
     }
 
-    /// Where the endpoints listen.
     pub(super) fn endpoints(&self) -> &[SocketAddr] {
         self.echo.addresses()
     }
 
-    /// Has the endpoints listen where an earlier agent's did, if the tables that it left lead there. So this agent is found to work
-    /// while the source is away, with nothing written.
+    /// Moves the endpoints to the addresses of an earlier agent's, if its tables lead there. So the self-test
+    /// passes while the source is unreachable, without a write.
     pub(super) fn take_over(&mut self, found: &Image) {
         let addresses = self.echo.addresses().iter();
         let wanted: Option<Vec<SocketAddr>> =
@@ -85,18 +82,18 @@ impl Proof {
         self.is_found = wanted.is_some_and(|wanted| match self.echo.move_to(&wanted) {
             Ok(()) => true,
             Err(error) => {
-                debug!(%error, "the endpoints of the earlier agent's self-test are taken");
+                debug!(%error, "the addresses of the earlier agent's self-test are in use");
                 false
             }
         });
     }
 
-    /// Whether the tables lead to the endpoints, so that a test need not wait for a sync.
+    /// Whether the adopted tables lead to the endpoints, so that a test need not wait for a sync.
     pub(super) const fn is_found(&self) -> bool {
         self.is_found
     }
 
-    /// Waits for the end of the next test. Nothing is lost if the waiting is given up.
+    /// Waits for the next test's result. Cancel safe.
     pub(super) async fn next(&mut self) -> SelfTest {
         if self.task.is_none() {
             sleep_until(self.due).await;
@@ -110,7 +107,7 @@ impl Proof {
         self.judge(outcome)
     }
 
-    /// Says what came of a test, if it is not what came of the one before, and when the next is due.
+    /// Logs an outcome that differs from the last one, and schedules the next test.
     fn judge(&mut self, outcome: Result<Outcome, JoinError>) -> SelfTest {
         let outcome = outcome.unwrap_or_else(|stopped| Outcome {
             caller: Caller::FreshCgroup,
@@ -122,7 +119,7 @@ impl Proof {
             if let Caller::OwnCgroup(why) = &outcome.caller
                 && self.told.as_ref().is_none_or(|told| told.caller != outcome.caller)
             {
-                warn!(%why, cgroup = %self.cgroup.display(), "the self-test calls from the agent's own cgroup: none can be made below the one that is served");
+                warn!(%why, cgroup = %self.cgroup.display(), "the self-test calls from the agent's own cgroup: it cannot create one below the served cgroup");
             }
             if has_passed {
                 info!("self-test passed: calls of a service reach its endpoint");

@@ -1,6 +1,6 @@
-//! Sweeps for sockets that stay with endpoints which no longer serve, beside the agent's loop.
+//! Background sweeps for stale sockets.
 //!
-//! When to look is decided by [`Sweeps`], what becomes of a socket by [`lb_core::stale`]; here they meet the kernel.
+//! [`Sweeps`] decides when, [`lb_core::stale`] which sockets are stale; this connects them to the kernel.
 
 use std::{collections::BTreeMap, path::Path};
 
@@ -24,26 +24,26 @@ use crate::{
     telemetry::Metrics,
 };
 
-/// The sweeps of an agent.
 pub(super) struct Sweep {
     options: lb_kernel::Options,
     timing: Sweeps,
     reclaim: Reclaim,
     phase: Phase,
-    /// What is in the log already.
+    /// The last problem logged.
     problem: Option<String>,
     has_told_of_refused: bool,
 }
 
-/// How far the sweep under way has come.
 enum Phase {
-    /// None is under way.
     Resting,
-    /// The records of sockets are being read.
-    Looking { task: JoinHandle<Result<Looked, SocketError>> },
-    /// Sockets are being looked for.
-    Finding { search: Search, task: JoinHandle<Result<Found, SocketError>> },
-    /// Sockets are being ended; of which service, by the way that they go, and whether there are more.
+    Looking {
+        task: JoinHandle<Result<Looked, SocketError>>,
+    },
+    Finding {
+        search: Search,
+        task: JoinHandle<Result<Found, SocketError>>,
+    },
+    /// The service of each flow, and whether there are more sockets to destroy.
     Destroying {
         services: BTreeMap<Use, Option<ServiceKey>>,
         has_more: bool,
@@ -51,23 +51,20 @@ enum Phase {
     },
 }
 
-/// What a sweep has come to.
 pub(super) enum Step {
-    /// It is time for the next.
     Due,
     Looked(Result<Looked, Problem>),
     Found(Result<Found, Problem>),
     Destroyed(Result<Destroyed, Problem>),
 }
 
-/// What the records say.
 pub(super) struct Looked {
     used: Used,
     reclaim: Reclaim,
     n_reclaimed: usize,
 }
 
-/// Reads the records of all sockets, and takes slots back that are lost.
+/// Reads the records of all sockets, and reclaims lost slots.
 fn look(pin_path: &Path, mut reclaim: Reclaim) -> Result<Looked, SocketError> {
     let mut table = SocketTable::open(pin_path)?;
     let (used, now) = (sweep::used(&table.answering()?), Instant::now().into_std());
@@ -80,7 +77,7 @@ fn look(pin_path: &Path, mut reclaim: Reclaim) -> Result<Looked, SocketError> {
     Ok(Looked { used, reclaim, n_reclaimed })
 }
 
-/// What to say of an error, and whether it will always be so.
+/// An error's text, and whether it will recur each time.
 pub(super) struct Problem {
     text: String,
     is_final: bool,
@@ -92,7 +89,6 @@ impl From<SocketError> for Problem {
     }
 }
 
-/// Waits for work on a thread of its own.
 async fn joined<T>(task: &mut JoinHandle<Result<T, SocketError>>) -> Result<T, Problem> {
     match task.await {
         Ok(result) => result.map_err(Problem::from),
@@ -112,12 +108,12 @@ impl Sweep {
         }
     }
 
-    /// The tables follow a change.
+    /// A sync has changed the tables.
     pub(super) fn changed(&mut self) {
         self.timing.changed(Instant::now().into_std());
     }
 
-    /// Waits until there is something to do, which [`Self::go_on`] takes. Nothing is lost if the waiting is given up.
+    /// Waits for the next step, which [`Self::go_on`] takes. Cancel safe.
     pub(super) async fn step(&mut self) -> Step {
         match (&mut self.phase, self.timing.due()) {
             (Phase::Looking { task }, _) => Step::Looked(joined(task).await),
@@ -140,7 +136,7 @@ impl Sweep {
             (Phase::Destroying { services, has_more, .. }, Step::Destroyed(destroyed)) => {
                 destroyed.and_then(|destroyed| self.tell(destroyed, &services, has_more, state, metrics))
             }
-            // A step belongs to its phase; whatever is amiss, the next sweep sees everything again.
+            // Steps match their phases. If one does not, the next sweep starts from scratch.
             _ => {
                 self.look(state);
                 Ok(None)
@@ -157,24 +153,23 @@ impl Sweep {
         self.timing.ended(Instant::now().into_std(), end);
     }
 
-    /// Begins a sweep.
     fn look(&mut self, state: &mut State) {
         self.timing.begin(Instant::now().into_std());
         state.begin_stale();
-        // If it fails, looks begin anew.
+        // If the task fails, `reclaim` starts from scratch.
         let reclaim = std::mem::take(&mut self.reclaim);
         let pin_path = self.options.pin_path.clone();
         self.phase = Phase::Looking { task: spawn_blocking(move || look(&pin_path, reclaim)) };
     }
 
-    /// Begins to look for sockets. Returns the end of the sweep if there is nothing to look for.
+    /// Starts to search for sockets. Returns how the sweep ends if there is nothing to search for.
     fn search(&mut self, looked: Looked, state: &mut State) -> Option<End> {
         let Looked { used, reclaim, n_reclaimed } = looked;
         self.reclaim = reclaim;
         if n_reclaimed > 0 {
             info!(
                 n_slots = n_reclaimed,
-                "took back slots of sockets that were closed while sock_release was detached"
+                "reclaimed slots of sockets that were closed while sock_release was detached"
             );
         }
         let now = Instant::now().into_std();
@@ -189,13 +184,14 @@ impl Sweep {
         None
     }
 
-    /// Judges what was found, and begins to end what is stale. Returns the end of the sweep if nothing is.
+    /// Starts to destroy the stale ones among the sockets found. Returns how the sweep ends if there are
+    /// none.
     fn judge(&mut self, search: &Search, found: Found, state: &mut State) -> Result<Option<End>, Problem> {
         if found.n_refused > 0 && !std::mem::replace(&mut self.has_told_of_refused, true) {
             warn!(
                 n_refused = found.n_refused,
-                "network namespaces of other processes cannot be entered: their sockets stay with endpoints that are gone; it \
-                 takes CAP_SYS_ADMIN and CAP_SYS_PTRACE"
+                "network namespaces of other processes cannot be entered: their stale sockets stay connected; it takes \
+                 CAP_SYS_ADMIN and CAP_SYS_PTRACE"
             );
         }
         let now = Instant::now().into_std();
@@ -226,7 +222,7 @@ impl Sweep {
         Ok(None)
     }
 
-    /// Tells what was ended, by service.
+    /// Logs and counts the destroyed sockets, by service.
     fn tell(
         &mut self,
         destroyed: Destroyed,
@@ -247,9 +243,9 @@ impl Sweep {
                 Err(address) => address.to_string(),
             };
             if is_new {
-                info!(service, %protocol, n_sockets, "ended sockets that were connected before the address was a service's");
+                info!(service, %protocol, n_sockets, "destroyed sockets that were connected before the address belonged to a service");
             } else {
-                info!(service, %protocol, n_sockets, "ended sockets whose endpoint no longer serves them");
+                info!(service, %protocol, n_sockets, "destroyed sockets whose endpoint no longer serves the service");
             }
             metrics.destroyed(protocol, n_sockets);
         }
@@ -261,12 +257,12 @@ impl Sweep {
         Ok(Some(if has_more { End::More } else { End::Done(next) }))
     }
 
-    /// Logs why sockets stay with endpoints that are gone, once.
+    /// Logs once why stale sockets stay.
     fn tell_problem(&mut self, problem: String) {
         if self.problem.as_ref() != Some(&problem) {
             warn!(
                 %problem,
-                "connected sockets stay with endpoints that are gone until their programs connect anew"
+                "stale sockets stay connected until their programs reconnect"
             );
         }
         self.problem = Some(problem);

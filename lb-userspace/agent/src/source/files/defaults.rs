@@ -1,13 +1,13 @@
-//! What an API server fills in when it stores an object, as far as service proxying needs it.
+//! Defaults of the API server, as far as service proxying needs them.
 
 use k8s_openapi::api::{core::v1::Service, discovery::v1::EndpointSlice};
 
-/// Namespace of an object that names none, as `kubectl apply` sets it.
+/// Default namespace of an object, as `kubectl apply` sets it.
 pub(super) const NAMESPACE: &str = "default";
 
 /// Fills in cluster IPs and IP families from each other (`pkg/registry/core/service/storage/alloc.go`).
 ///
-/// Does not assign an address: a Service without any is reported by ingest.
+/// Assigns no address: a Service without any is reported by ingest.
 pub(super) fn fill_service(service: &mut Service) {
     let _ = service.metadata.namespace.get_or_insert_with(|| NAMESPACE.to_owned());
     let Some(spec) = &mut service.spec else {
@@ -24,7 +24,7 @@ pub(super) fn fill_service(service: &mut Service) {
     }
     let families = spec.ip_families.get_or_insert_default();
     if families.is_empty() && spec.cluster_ip.as_deref() != Some("None") {
-        // By the look of the text, so that a mistyped address keeps its place and is reported there.
+        // By the text, so that a mistyped address keeps its place and is reported there.
         families.extend(ips.iter().map(|ip| if ip.contains(':') { "IPv6" } else { "IPv4" }.to_owned()));
     }
 }

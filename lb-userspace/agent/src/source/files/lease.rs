@@ -1,5 +1,5 @@
 //! Whether a program has a file open for writing.
-#![expect(unsafe_code, reason = "leases on files, which no crate in use has")]
+#![expect(unsafe_code, reason = "file leases, which no crate in use offers")]
 
 use std::{fs::File, os::fd::AsRawFd};
 
@@ -9,16 +9,18 @@ use nix::{
     sys::statfs::{FsType, fstatfs},
 };
 
-/// File systems of a server that grants leases by what it has promised to this client: a refusal says nothing of writers.
+/// Network file systems. Their leases depend on what the server has delegated to this client, so a refusal
+/// does not show a writer.
 const REMOTE: [FsType; 4] = [FsType(0x6969), FsType(0x517b), FsType(0xff53_4d42), FsType(0xfe53_4d42)];
 
-/// `fcntl()`: which signal tells of a program that waits for a lease (asm-generic/fcntl.h).
+/// `fcntl()`: the signal sent when a program waits for a lease (asm-generic/fcntl.h).
 const F_SETSIG: libc::c_int = 10;
 
-/// Whether a program, of this machine at least, has a file open for writing. `file` must be open for reading only.
+/// Whether a program of this host has a file open for writing. `file` must be open for reading only.
 ///
-/// If none has, none opens it for writing until `file` is closed: it waits. So read it at once, and close it. `false` if that
-/// cannot be known: on file systems without leases, on NFS and SMB, and for files of other owners without `CAP_LEASE`.
+/// If not, an open for writing blocks until `file` is closed. So read it at once and close it. `false` also
+/// if this is unknown: on file systems without leases, on NFS and SMB, and for files of other owners without
+/// `CAP_LEASE`.
 pub(super) fn is_being_written(file: &File) -> bool {
     if fstatfs(file).is_ok_and(|found| REMOTE.contains(&found.filesystem_type())) {
         return false;
@@ -26,12 +28,11 @@ pub(super) fn is_being_written(file: &File) -> bool {
     take(file).is_err_and(|error| error == Errno::EAGAIN)
 }
 
-/// Takes a read lease, which ends when the file is closed.
+/// Takes a read lease, which closing the file releases.
 fn take(file: &File) -> Result<(), Errno> {
     let fd = file.as_raw_fd();
-    // A program that waits for the lease sends a signal. The default one, SIGIO, would end this process; SIGURG is ignored by
-    // default, and nothing here handles it.
-    // SAFETY: both calls take integers only, and the descriptor is open.
+    // When a program waits for the lease, the kernel sends a signal. The default, SIGIO, would terminate this
+    // process; SIGURG is ignored by default, and has no handler here.
     unsafe {
         Errno::result(libc::fcntl(fd, F_SETSIG, libc::SIGURG))?;
         Errno::result(libc::fcntl(fd, libc::F_SETLEASE, libc::F_RDLCK))?;
@@ -62,7 +63,7 @@ mod tests {
         assert!(!is_being_written(&File::open(&path).unwrap()));
         drop(other_reader);
 
-        // The process lives on although another breaks its lease, and reads what was there before.
+        // The process survives when another breaks its lease, and reads the old text.
         let mut reading = File::open(&path).unwrap();
         assert!(!is_being_written(&reading));
         let writer = thread::spawn({

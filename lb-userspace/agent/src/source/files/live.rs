@@ -12,7 +12,7 @@ use tracing::info;
 use super::{Body, Error, FileSet, Moment, Reading, Watch, watch};
 use crate::source::{Arrival, Source};
 
-/// What an agent served last: how to read it, which may take time.
+/// Reads what an agent served last. May take time.
 type LastGood = Box<dyn FnOnce() -> Vec<Body> + Send>;
 
 /// A watched manifest file or folder.
@@ -21,21 +21,21 @@ pub struct FileSource {
     files: FileSet,
     watch: Watch,
     last_good: Option<LastGood>,
-    /// The reading of it.
+    /// The task that reads it.
     expecting: Option<JoinHandle<Vec<Body>>>,
-    /// When to read which files again although nothing happens, until that is asked for.
+    /// When to reread which files without an event, until requested.
     look: Option<(Instant, BTreeSet<String>)>,
     is_complete: bool,
-    /// When the news came that are to be applied, but for the first, which are everything that there is.
+    /// When the changes to apply arrived. `None` for the first reading, which is a whole list.
     received: Option<Instant>,
     arrivals: Vec<Arrival>,
 }
 
 impl FileSource {
-    /// Starts watching. The service proxy name is the one of `--service-proxy-name`.
+    /// Starts watching. `service_proxy_name` is `--service-proxy-name`.
     ///
-    /// `last_good` reads what an agent served last. It is called once, on a thread for such work, before the first reading
-    /// counts: an object that no manifest has may be in one that is broken or being written.
+    /// `last_good` reads what an agent served last. It is called once, on a blocking thread, before the first
+    /// reading is applied: an object that no manifest has may be in one that is broken or being written.
     ///
     /// # Errors
     ///
@@ -62,7 +62,7 @@ impl FileSource {
         })
     }
 
-    /// Waits until there is something to look at, and asks for readings meanwhile. `None` when no more will come.
+    /// Waits for a reading, and requests rereads when they are due. `None` when no more will come.
     async fn next_reading(&mut self) -> Option<Reading> {
         loop {
             let due = self.look.as_ref().map(|(due, _)| (*due).into());
@@ -80,7 +80,7 @@ impl FileSource {
 
 impl Source for FileSource {
     async fn changed(&mut self) -> bool {
-        // Not sooner: the agent may have waited for another to end, which served on.
+        // Not earlier: the agent may have waited for another one, which kept serving until it exited.
         if let Some(last_good) = self.last_good.take() {
             self.expecting = Some(spawn_blocking(last_good));
         }
@@ -110,7 +110,7 @@ impl Source for FileSource {
 
     fn apply(&mut self, store: &mut Store) -> Changes {
         let changes = self.files.apply(store);
-        // News that change nothing are not waited for by anybody.
+        // Changes without an effect have no latency.
         if let Some(received) = self.received.take().filter(|_| !changes.is_empty()) {
             self.arrivals.push(Arrival { received, triggered: None });
         }

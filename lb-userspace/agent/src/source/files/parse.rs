@@ -1,4 +1,4 @@
-//! One manifest text in, objects out.
+//! Parses a manifest's text into objects.
 
 use std::{fmt, sync::Arc};
 
@@ -26,16 +26,16 @@ pub struct Object {
     pub object: ObjectRef,
     /// The line where it starts, from 1.
     pub line: u32,
-    /// What it means to service proxying.
+    /// Its meaning for service proxying.
     pub body: Body,
-    /// What is wrong with it; each with its place.
+    /// Its issues, each with its place.
     pub issues: Vec<Issue>,
 }
 
-/// What an [`Object`] means to service proxying.
+/// The meaning of an [`Object`] for service proxying.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Body {
-    /// A Service that may have frontends, or whose cluster IPs are another proxy's.
+    /// A Service that may have frontends, or another proxy's Service with cluster IPs.
     Service(Arc<Service>),
     /// An EndpointSlice.
     Slice(Arc<Slice>),
@@ -43,16 +43,16 @@ pub enum Body {
     Node(Arc<Node>),
     /// A ServiceCIDR.
     ServiceCidr(Arc<ServiceCidr>),
-    /// Nothing: it is of another kind, headless, or a slice labelled for another proxy.
+    /// Irrelevant: another kind, headless, or a slice labelled for another proxy.
     Nothing,
 }
 
-/// Why a manifest cannot be read as a whole.
+/// Why a whole manifest is unusable.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ParseIssue {
-    /// The line, from 1, if it is known.
+    /// The line, from 1, if known.
     pub line: Option<u32>,
-    /// The object, as far as it can be seen, with field and cause.
+    /// The object if known, field and cause.
     pub cause: String,
 }
 
@@ -64,32 +64,34 @@ impl fmt::Display for ParseIssue {
 
 /// Parses a manifest.
 ///
-/// `file` is the name that issues carry. `service_proxy_name` selects objects by label, as a watch on an API
-/// server does.
+/// `file` is the name in issues. `service_proxy_name` selects objects by label, as a watch on an API server
+/// does.
 ///
-/// Memory and time are bounded: aliases expand to at most a hundred thousand values, and nesting to 64 levels.
+/// Memory and time are bounded: aliases expand to at most a hundred thousand values, and nesting to 64
+/// levels.
 ///
 /// # Errors
 ///
-/// If the text is no YAML, holds something that is no object, or an object of a known kind does not decode.
-/// Nothing of such a file should be used: its author is in the middle of an edit, or mistaken about what it says.
+/// If the text is not YAML, contains something that is not an object, or an object of a known kind does not
+/// decode. Nothing of such a file should be used: its author is in the middle of an edit, or mistaken about
+/// its meaning.
 pub fn parse(file: &str, text: &str, service_proxy_name: Option<&str>) -> Result<Vec<Object>, ParseIssue> {
     let mut parser = Parser { file, service_proxy_name, objects: Vec::new() };
     let mut reader = text.as_bytes();
-    // Document by document: the tree of a large file is many times its size.
+    // Document by document: the tree of a large file is many times the file's size.
     for document in serde_saphyr::read_with_options::<_, Tree>(&mut reader, options()) {
         parser.add_document(&document.map_err(|error| broken_text(&error))?)?;
     }
     Ok(parser.objects)
 }
 
-/// Limits for each document. The defaults are made for configuration files of a person's size.
+/// Limits per document. The crate's defaults suit hand-written files.
 fn options() -> Options {
     serde_saphyr::options! {
         with_snippet: false,
         budget: serde_saphyr::budget! {
             max_documents: MAX_OBJECTS,
-            // A document is no longer than a file; these only have to let a long list pass.
+            // The file's size bounds a document; these only have to admit a long list.
             max_nodes: 16_000_000,
             max_events: 64_000_000,
             max_recorded_anchor_events: MAX_ALIASED,
@@ -100,15 +102,15 @@ fn options() -> Options {
 
 fn broken_text(error: &serde_saphyr::Error) -> ParseIssue {
     let line = error.location().and_then(|location| u32::try_from(location.line()).ok());
-    // One line, whatever the parser has to say.
+    // In one line.
     let text = error.render_with_formatter(&UserMessageFormatter);
     ParseIssue { line, cause: text.split_whitespace().collect::<Vec<_>>().join(" ") }
 }
 
-/// The most values that the aliases of a document may stand for.
+/// Maximum number of values that a document's aliases expand to.
 const MAX_ALIASED: usize = 100_000;
 
-/// The kinds that are read, with the API version that is known.
+/// The known kinds, each with its known API version.
 const KNOWN: [(&str, &str); 4] = [
     ("Service", "v1"),
     ("EndpointSlice", "discovery.k8s.io/v1"),
@@ -132,12 +134,12 @@ impl Parser<'_> {
             None | Some(Value::Null) => &[],
             Some(_) => return Err(at(document, "items", format!("{list}List: items: is not a list"))),
         };
-        // The items of a typed list need not repeat what the list says.
+        // Items of a typed list need not repeat its kind and version.
         let typed = (!list.is_empty()).then(|| (list, document.text(&["apiVersion"]).unwrap_or_default()));
         items.iter().try_for_each(|item| self.add(item, typed))
     }
 
-    /// Adds one object, whose kind and API version a list around it may give.
+    /// Adds one object. A typed list around it may give its kind and API version.
     fn add(&mut self, tree: &Tree, typed: Option<(&str, &str)>) -> Result<(), ParseIssue> {
         if self.objects.len() == MAX_OBJECTS {
             return Err(at(tree, "", format!("more than {MAX_OBJECTS} objects in one file")));
@@ -229,7 +231,7 @@ fn object_ref(kind: &str, tree: &Tree) -> ObjectRef {
             tree.text(&["metadata", "namespace"]).unwrap_or(defaults::NAMESPACE)
         }
         ObjectKind::Node | ObjectKind::ServiceCidr => "",
-        // Whether an unknown kind has namespaces is not known either.
+        // It is unknown whether an unknown kind has namespaces.
         _ => tree.text(&["metadata", "namespace"]).unwrap_or_default(),
     };
     let name = tree.text(&["metadata", "name"]).unwrap_or_default();

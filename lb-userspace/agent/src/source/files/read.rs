@@ -1,4 +1,4 @@
-//! Reads a manifest file or folder, and says what is new.
+//! Reads a manifest file or folder, and reports what is new.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -14,44 +14,40 @@ use std::{
 
 use super::{Content, Inode, MAX_FILE_LEN, Seen, Snapshot, lease};
 
-/// How long ago a file must have changed for its time stamps to tell its next change. Kernels before 6.13 step
-/// them by up to 10 ms, so that a file that is written twice in one step looks unchanged.
+/// Seconds since a file's last change until its time stamps are trusted to show the next one. Kernels before
+/// 6.13 step them by up to 10 ms: a file written twice within a step looks unchanged.
 const SETTLED: i64 = 1;
 
-/// Reads the same path again and again, comparing.
+/// Rereads a path and compares.
 #[derive(Debug)]
 pub(super) struct Reader {
     path: PathBuf,
     last: Reading,
-    /// The files of the last reading that found any answer.
+    /// The files of the last successful reading.
     files: BTreeMap<String, Known>,
 }
 
-/// How the last reading went.
+/// Result of the last reading.
 #[derive(Debug, PartialEq, Eq)]
 enum Reading {
-    /// There was none.
     None,
-    /// Of a single file.
     File,
-    /// Of a folder.
     Folder,
-    /// The path could not be read; the cause.
+    /// The path could not be read, with the cause.
     Failed(String),
 }
 
-/// What was found last in a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Known {
     stamp: Option<Stamp>,
-    /// Of the text, or of the error. Two texts with one digest would hide an edit: at 64 bits, never in practice,
-    /// and the alternative is to hold every text.
+    /// Hash of the text, or of the error. A collision would hide an edit; at 64 bits that never happens in
+    /// practice. The alternative is to keep every text.
     digest: u64,
     is_open: bool,
     inode: Inode,
 }
 
-/// Changes whenever the file is written or replaced, if it is settled.
+/// Changes whenever a settled file is written or replaced.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Stamp {
     device: u64,
@@ -69,10 +65,12 @@ impl Reader {
         &self.path
     }
 
-    /// Reads the path and compares with the reading before; `None` if nothing changed and nothing was `asked` for.
+    /// Reads the path and compares with the previous reading; `None` if nothing changed and nothing was
+    /// `asked` for.
     ///
-    /// With `trusts_stamps`, files whose time stamps are unchanged are not opened: with ten thousand of them this
-    /// saves most of the work of each edit. Those that are asked for are, and those that a program was writing.
+    /// With `trusts_stamps`, files with unchanged time stamps are not opened: with ten thousand files this
+    /// saves most of the work per edit. Opened nevertheless: files in `asked`, and files that a program was
+    /// writing.
     pub(super) fn read(&mut self, trusts_stamps: bool, asked: Option<&BTreeSet<String>>) -> Option<Snapshot> {
         let (reading, paths) = match self.list() {
             Ok(listed) => listed,
@@ -100,7 +98,7 @@ impl Reader {
             contents.insert(name.clone(), Seen { content, is_open: known.is_open, inode: known.inode });
             self.files.insert(name, known);
         }
-        // What is left was there before and is gone.
+        // What remains has disappeared.
         is_news |= !before.is_empty();
         is_news.then_some(Snapshot::Files(contents))
     }
@@ -108,7 +106,7 @@ impl Reader {
     fn list(&self) -> io::Result<(Reading, Vec<(String, PathBuf)>)> {
         match fs::metadata(&self.path) {
             Ok(metadata) if metadata.is_dir() => {}
-            // A single file that is removed takes its objects along, as a file of a folder does.
+            // A removed single file is an empty list, like a removed file of a folder.
             Err(error) if error.kind() == io::ErrorKind::NotFound && self.last == Reading::File => {
                 return Ok((Reading::File, Vec::new()));
             }
@@ -129,19 +127,19 @@ impl Reader {
     }
 }
 
-/// Whether a file of a folder is a manifest: not hidden, and with one of the known endings. This leaves out what
-/// editors put beside a file (`.web.yaml.swp`, `web.yaml~`, `#web.yaml#`).
+/// Whether a folder's file is a manifest: not hidden, and with a known extension. This excludes editors'
+/// files (`.web.yaml.swp`, `web.yaml~`, `#web.yaml#`).
 pub(super) fn is_manifest(name: &OsStr) -> bool {
     let extension = Path::new(name).extension().unwrap_or_default();
     let is_hidden = name.as_encoded_bytes().starts_with(b".");
     !is_hidden && ["yaml", "yml", "json"].iter().any(|known| extension.eq_ignore_ascii_case(known))
 }
 
-/// Reads one file at a time `now`; `None` if there is none, or not a regular one.
+/// Reads one file at a time `now`; `None` if it does not exist or is not a regular file.
 fn read_file(path: &Path, old: Option<&Known>, trusts_stamps: bool, now: i64) -> Option<(Known, Content)> {
     let metadata = match fs::metadata(path) {
         Ok(metadata) if metadata.is_file() => Ok(metadata),
-        // Gone since the folder was listed, or the target of a dangling link; a folder, pipe or device.
+        // Removed since the folder was listed, a dangling link; or a folder, pipe or device.
         Err(error) if error.kind() == io::ErrorKind::NotFound => return None,
         Ok(_) => return None,
         Err(error) => Err(error),
@@ -156,7 +154,7 @@ fn read_file(path: &Path, old: Option<&Known>, trusts_stamps: bool, now: i64) ->
     let inode = metadata.as_ref().map(|metadata| (metadata.dev(), metadata.ino())).unwrap_or_default();
     let read = metadata.and_then(|metadata| read_text(path, metadata.len()));
     let (text, is_open) = match read {
-        // Removed a moment ago.
+        // Removed since `metadata`.
         Err(error) if error.kind() == io::ErrorKind::NotFound => return None,
         Err(error) => (Err(error.to_string()), false),
         Ok((text, is_open)) => (text.map_err(|error| error.to_string()), is_open),
@@ -172,7 +170,7 @@ fn read_file(path: &Path, old: Option<&Known>, trusts_stamps: bool, now: i64) ->
     Some((known, content))
 }
 
-/// Reads a text and says whether a program is writing it. If none is, it is a text that some program has left, to its end.
+/// Reads a text, and whether a program is writing it. If none is, the text is complete.
 fn read_text(path: &Path, len: u64) -> io::Result<(io::Result<String>, bool)> {
     let too_large = || io::Error::other(format!("is larger than {} MiB", MAX_FILE_LEN >> 20));
     if len > MAX_FILE_LEN {
@@ -181,18 +179,19 @@ fn read_text(path: &Path, len: u64) -> io::Result<(io::Result<String>, bool)> {
     let file = File::open(path)?;
     let is_open = lease::is_being_written(&file);
     let mut text = Vec::new();
-    // One octet more: the file may have grown since.
+    // One byte more, to detect a file that has grown since.
     file.take(MAX_FILE_LEN + 1).read_to_end(&mut text)?;
     if text.len() as u64 > MAX_FILE_LEN {
         return Err(too_large());
     }
     let text = String::from_utf8(text).map_err(|error| {
-        io::Error::other(format!("is not UTF-8 text (octet {})", error.utf8_error().valid_up_to() + 1))
+        io::Error::other(format!("is not UTF-8 text (byte {})", error.utf8_error().valid_up_to() + 1))
     });
     Ok((text, is_open))
 }
 
-/// Seconds since 1970. A wrong clock costs time only: the readings that trust no stamp find what others missed.
+/// Seconds since 1970. A wrong clock only costs time: full readings, which trust no stamp, find what others
+/// missed.
 fn now() -> i64 {
     SystemTime::now()
         .duration_since(UNIX_EPOCH)
@@ -202,7 +201,7 @@ fn now() -> i64 {
 }
 
 impl Stamp {
-    /// The stamp of a file, unless it changed so recently that the stamp cannot tell the next change.
+    /// The stamp of a file; `None` if the file changed too recently for the stamp to show the next change.
     fn of(metadata: &Metadata, now: i64) -> Option<Self> {
         (now.saturating_sub(metadata.ctime()) > SETTLED).then(|| Self {
             device: metadata.dev(),

@@ -14,30 +14,30 @@ use super::{
     settle::{self, File, Inode, Moment},
 };
 
-/// What a file holds, compared with the snapshot before.
+/// A file's content, compared with the previous snapshot.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Content {
-    /// The same text as before.
+    /// Unchanged text.
     Unchanged,
-    /// A text.
+    /// A new text.
     Text(String),
-    /// It cannot be read; the cause in one line.
+    /// Unreadable; the cause in one line.
     Unreadable(String),
 }
 
-/// A file as it was found.
+/// A file as found.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Seen {
-    /// What it holds.
+    /// Its content.
     pub content: Content,
-    /// Whether a program has it open for writing, as far as that can be known.
+    /// Whether a program has it open for writing; `false` if unknown.
     pub is_open: bool,
-    /// Which file it is: another one may have taken its name.
+    /// Its identity: another file may have taken its name.
     pub inode: Inode,
 }
 
 impl From<Content> for Seen {
-    /// A file that no program is writing.
+    /// A closed file.
     fn from(content: Content) -> Self {
         Self { content, is_open: false, inode: (0, 0) }
     }
@@ -46,9 +46,9 @@ impl From<Content> for Seen {
 /// All manifests at one moment, by file name.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Snapshot {
-    /// The files; there is none that is not named.
+    /// All files.
     Files(BTreeMap<String, Seen>),
-    /// The folder cannot be read: nothing is known about the files. The cause in one line.
+    /// The path cannot be read, so the files are unknown.
     Unreadable {
         /// The path given.
         path: String,
@@ -57,12 +57,12 @@ pub enum Snapshot {
     },
 }
 
-/// Objects that are no longer served, because no manifest holds them.
+/// Objects that are no longer served: no manifest holds them.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Gone {
-    /// The file that held them last; `None` if that is not known.
+    /// The last file that held them; `None` if unknown.
     pub file: Option<String>,
-    /// Whether the file is gone too.
+    /// Whether the file was removed.
     pub is_removed: bool,
     /// The objects.
     pub objects: Vec<ObjectRef>,
@@ -81,25 +81,25 @@ impl fmt::Display for Gone {
         let are = if self.objects.len() == 1 { "is" } else { "are" };
         write!(f, " {are} no longer served: ")?;
         match &self.file {
-            None => write!(f, "no manifest has what an agent served last"),
+            None => write!(f, "no manifest holds what an earlier agent served"),
             Some(file) if self.is_removed => {
                 write!(
                     f,
-                    "{} was removed or renamed and has not come back for {vanish} s",
+                    "{} was removed or renamed and has been missing for {vanish} s",
                     ObjectRef::file(file)
                 )
             }
             Some(file) => {
-                write!(f, "{} was written without, closed, and quiet for {settle} s", ObjectRef::file(file))
+                write!(f, "missing from {}, closed and unchanged for {settle} s", ObjectRef::file(file))
             }
         }
     }
 }
 
-/// The objects of all manifests, and what is wrong with them.
+/// The objects of all manifests, and their issues.
 ///
-/// A plain value: [`super::watch()`] brings the texts. What a text adds or changes is served at once; what it lacks is served
-/// until its file has settled, or another file has it.
+/// Pure: [`super::watch()`] supplies the texts. Additions and changes of a text are served at once. What it
+/// lacks is served until its file has settled, or another file has it.
 ///
 /// ```
 /// use lb_agent::source::files::{Content, FileSet, Moment, Snapshot};
@@ -115,21 +115,17 @@ impl fmt::Display for Gone {
 /// let seen = Content::Text(text.into()).into();
 /// files.update(Snapshot::Files([("web.yaml".into(), seen)].into()), Moment::now());
 ///
-/// let mut store = Store::new();
-/// assert!(!files.apply(&mut store).is_empty());
-/// assert_eq!(store.services().len(), 1);
-/// assert_eq!(
-///     files.issues()[0].to_string(),
-///     "web.yaml:5: Service default/web: spec.ports[1].port: 0 is not a port (1-65535); this port is left out"
-/// );
+/// let mut store = Store::new(); assert!(!files.apply(&mut store).is_empty());
+/// assert_eq!(store.services().len(), 1); assert_eq!( files.issues()[0].to_string(), "web.yaml:5: Service
+/// default/web: spec.ports[1].port: 0 is not a port (1-65535); this port is left out" );
 /// ```
 #[derive(Clone, Debug, Default)]
 pub struct FileSet {
     service_proxy_name: Option<String>,
     files: BTreeMap<String, File>,
-    /// What an agent served last, as far as no file has it.
+    /// Objects that an earlier agent served and no file has.
     missed: Option<File>,
-    /// The path that cannot be read, the cause, and since when that is so.
+    /// The unreadable path, the cause, and since when.
     unreadable: Option<(String, String, Moment)>,
     /// When the last reading began.
     now: Option<Moment>,
@@ -137,14 +133,14 @@ pub struct FileSet {
 }
 
 impl FileSet {
-    /// Without files.
+    /// An empty set.
     #[must_use]
     pub fn new(service_proxy_name: Option<&str>) -> Self {
         Self { service_proxy_name: service_proxy_name.map(str::to_owned), ..Self::default() }
     }
 
-    /// Before the first reading: what an agent served last. Of these objects those are served that no file has, until all files
-    /// could be read and that has settled: they may be in a file that is broken or being written.
+    /// Call before the first reading, with what an earlier agent served. Objects that no file has are served
+    /// until all files were readable and settled: they may be in a file that is broken or being written.
     pub fn expect(&mut self, objects: impl IntoIterator<Item = Body>, now: Moment) {
         let object = |body: Body| {
             let object = match &body {
@@ -159,7 +155,7 @@ impl FileSet {
         self.missed = Some(File::of_objects(objects.into_iter().filter_map(object).collect(), now));
     }
 
-    /// Takes in what the files hold now. Returns whether what is served or wrong may differ from before.
+    /// Applies a snapshot. Returns whether served objects or issues may have changed.
     pub fn update(&mut self, snapshot: Snapshot, now: Moment) -> bool {
         let was_late = self.late();
         self.now = Some(now);
@@ -176,7 +172,7 @@ impl FileSet {
         {
             missed.touch(now);
         }
-        // Where nothing can be read, nothing is known to be gone.
+        // While the path is unreadable, nothing counts as removed.
         let is_settled = self.unreadable.is_none() && self.settle(now);
         self.forget_moved();
         is_read || is_settled || was_late != self.late()
@@ -186,7 +182,7 @@ impl FileSet {
         let was_unreadable = self.unreadable.take().is_some();
         let mut is_news = was_unreadable;
         for (name, file) in &mut self.files {
-            // What was lacking before has had no time to come back.
+            // Files that were missing before get time to return.
             if was_unreadable {
                 file.touch(now);
             }
@@ -194,7 +190,7 @@ impl FileSet {
                 is_news |= file.vanish(now);
             }
         }
-        // In the order of names, as the texts are shown.
+        // In the order of names, as in messages.
         while let Some((name, Seen { content, is_open, inode })) = seen.pop_first() {
             let text = match content {
                 Content::Unchanged => None,
@@ -207,7 +203,7 @@ impl FileSet {
         is_news
     }
 
-    /// Believes what it is time to believe.
+    /// Applies removals that are due. Returns whether there were any.
     fn settle(&mut self, now: Moment) -> bool {
         let mut settled = Vec::new();
         for (name, file) in &mut self.files {
@@ -223,7 +219,7 @@ impl FileSet {
         }
         let is_news = !settled.is_empty();
         self.files.retain(|_, file| !(file.is_gone() && file.retained().next().is_none()));
-        // Two files may have had them.
+        // Another file may still hold them.
         if settled.iter().any(|gone| !gone.objects.is_empty()) {
             let served: BTreeSet<ObjectRef> = self.served().map(|object| object.object.clone()).collect();
             for mut gone in settled {
@@ -236,7 +232,7 @@ impl FileSet {
         is_news
     }
 
-    /// What has moved to another file is no longer the former one's.
+    /// Drops retained objects that have moved to another file.
     fn forget_moved(&mut self) {
         if self.retained().next().is_none() {
             return;
@@ -248,18 +244,18 @@ impl FileSet {
         self.files.retain(|_, file| !(file.is_gone() && file.retained().next().is_none()));
     }
 
-    /// Whether there may be objects in what cannot be read.
+    /// Whether unreadable files may hold further objects.
     fn has_unknown(&self) -> bool {
         self.unreadable.is_some() || self.files.values().any(File::is_unknown)
     }
 
-    /// Files that a program has had open for writing for long.
+    /// Files that have been open for writing for long.
     fn late(&self) -> BTreeSet<String> {
         let is_late = |file: &File| self.now.is_some_and(|now| file.is_late(now));
         self.files.iter().filter(|(_, file)| is_late(file)).map(|(name, _)| name.clone()).collect()
     }
 
-    /// When the files are to be read again although nothing happens, and which of them.
+    /// When to reread files without an event, and which.
     #[must_use]
     pub fn next_look(&self) -> Option<(Instant, BTreeSet<String>)> {
         let now = self.now.filter(|_| self.unreadable.is_none())?;
@@ -271,12 +267,12 @@ impl FileSet {
         Some((first, looks.into_iter().filter_map(|(_, name)| name.cloned()).collect()))
     }
 
-    /// What is no longer served since the last call.
+    /// Takes the objects removed since the last call.
     pub fn take_gone(&mut self) -> Vec<Gone> {
         mem::take(&mut self.gone)
     }
 
-    /// Makes the store hold what is served, and nothing else.
+    /// Replaces the store's content by the served objects.
     pub fn apply(&self, store: &mut Store) -> Changes {
         let (mut services, mut slices, mut nodes, mut cidrs) =
             (Vec::new(), Vec::new(), Vec::new(), Vec::new());
@@ -296,7 +292,7 @@ impl FileSet {
         changes
     }
 
-    /// What is wrong with the files and the objects in them, in the order of files and lines.
+    /// Issues of the files and their objects, in the order of files and lines.
     #[must_use]
     pub fn issues(&self) -> Vec<Issue> {
         let mut issues = Vec::new();
@@ -338,28 +334,28 @@ impl FileSet {
         self.files.len()
     }
 
-    /// The objects of the present texts, in the order of files and lines.
+    /// The objects of the current texts, in the order of files and lines.
     fn present(&self) -> impl Iterator<Item = (&str, &Object)> {
         self.files.iter().flat_map(|(name, file)| file.present().iter().map(move |object| (&**name, object)))
     }
 
-    /// Objects that no present text may have.
+    /// Retained objects of earlier texts.
     fn retained(&self) -> impl Iterator<Item = &Object> {
         self.files.values().chain(&self.missed).flat_map(File::retained)
     }
 
-    /// What is served: of each name the first, and those of the present texts before others.
+    /// The served objects: the first of each name, those of the current texts first.
     fn served(&self) -> impl Iterator<Item = &Object> {
         let mut names = BTreeSet::new();
         let objects = self.present().map(|(_, object)| object).chain(self.retained());
         objects.filter(move |object| names.insert(&object.object))
     }
 
-    /// The objects of the present texts, each with the place of the earlier definition that counts in its stead.
+    /// The objects of the current texts, each with the place of an earlier definition that overrides it.
     fn definitions(&self) -> impl Iterator<Item = Definition<'_>> {
         let mut places = BTreeMap::new();
         self.present().map(move |(file, object)| {
-            // Nothing is known about other kinds, not even whether equal names mean one object.
+            // For other kinds it is unknown whether equal names mean one object.
             let has_identity = !matches!(object.object.kind, ObjectKind::Other(_));
             let winner = match places.entry(&object.object) {
                 Entry::Occupied(place) => Some(*place.get()).filter(|_| has_identity),
@@ -373,11 +369,10 @@ impl FileSet {
     }
 }
 
-/// An object at its place.
 struct Definition<'a> {
     file: &'a str,
     object: &'a Object,
-    /// File and line of the definition that counts, if this one does not.
+    /// File and line of the definition that overrides this one.
     winner: Option<(&'a str, u32)>,
 }
 

@@ -1,18 +1,19 @@
-//! What of the readings of one file is believed, and when.
+//! Decides which parts of a file's readings take effect, and when.
 //!
-//! Programs write files in many ways, and most pass through states that nobody means: emptied and not yet written, written in
-//! parts, away for a moment. So what a reading adds or changes is believed at once, and what it lacks only when the file has
-//! settled: no program has it open for writing, and it was quiet for [`SETTLE`]; or it has been away for [`VANISH`].
+//! Most programs that write a file pass through unintended states: empty, partly written, missing for a
+//! moment. So additions and changes take effect at once, and removals only when the file has settled: no
+//! program has it open for writing, and it has been quiet for [`SETTLE`]; or it has been missing for
+//! [`VANISH`].
 //!
-//! The last document of a text may be cut off wherever its writer has come to. While one has the file open, and while it is
-//! written in several goes, the object of that document stays as it was known.
+//! The last document of a text may be cut off at any point while it is written. While a program has the file
+//! open, and while it is written in several goes, that document's object keeps its former version.
 //!
 //! # Invariants
 //!
-//! - Plain values: the readings and their times are arguments.
-//! - An object that every version of a file holds is served from the first of them on, whatever the readings see in between, as
-//!   long as the file is not quiet for as long in a state that lacks it.
-//! - A file that stays as it is is believed in the end, to the letter.
+//! - Pure: readings and times are arguments.
+//! - An object that every version of a file holds is served from the first version on, whatever the readings
+//!   see in between, unless the file is quiet for [`SETTLE`] in a state without it.
+//! - A file that no longer changes takes effect exactly as written.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -25,32 +26,34 @@ use lb_core::model::ObjectRef;
 
 use super::parse::{Body, Object, ParseIssue};
 
-/// How long a closed file is quiet until the objects that it lacks are gone. Scripts that empty a file and then write it were
-/// seen to leave 500 ms between: twice that.
+/// How long a closed file must be quiet before the objects that it lacks are removed. Twice the 500 ms
+/// observed in scripts that empty a file and then write it.
 pub const SETTLE: Duration = Duration::from_secs(1);
-/// How long a file is away until its objects are gone. Longer than [`SETTLE`], because files are also moved away and replaced by
-/// tools that do so for one file after the other, and by hand.
+/// How long a file must be missing before its objects are removed. Longer than [`SETTLE`], because tools also
+/// move files away and replace them one by one, and people do so by hand.
 pub const VANISH: Duration = Duration::from_secs(2);
-/// How long closed texts may lack an object without the file ever being quiet: some are written anew several times a second.
+/// How long closed texts may lack an object if the file is never quiet: some files are rewritten several
+/// times a second.
 const RESTLESS: Duration = Duration::from_secs(10);
-/// How many such texts there must be. One or two are what a slow writer leaves.
+/// Minimum number of such texts. A slow writer leaves one or two.
 const RESTLESS_TEXTS: u32 = 3;
-/// How often a file that is open for writing is looked at. Its closing is an event, which can be lost.
+/// How often to reread a file that is open for writing. Its closing is an event, which can be lost.
 const RELOOK: Duration = Duration::from_secs(1);
-/// How long a file may be open for writing before that is an issue: longer than it takes to copy the largest.
+/// How long a file may be open for writing before that is an issue. Longer than copying the largest file
+/// takes.
 const LATE: Duration = Duration::from_secs(5);
 
 /// When a reading began.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Moment {
-    /// To measure by.
+    /// For measuring.
     pub at: Instant,
-    /// To show.
+    /// For display.
     pub clock: Timestamp,
 }
 
 impl Moment {
-    /// This moment.
+    /// The current time.
     #[must_use]
     pub fn now() -> Self {
         Self { at: Instant::now(), clock: Timestamp::now() }
@@ -60,55 +63,53 @@ impl Moment {
         self.at.saturating_duration_since(earlier.at)
     }
 
-    /// For people, to the second.
+    /// For display, to the second.
     pub(super) fn text(self) -> String {
         self.clock.strftime("%Y-%m-%dT%H:%M:%SZ").to_string()
     }
 }
 
-/// How a file was found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
     /// No program is known to have it open for writing.
     Closed,
-    /// A program has.
+    /// A program has it open for writing.
     Open,
-    /// There is none.
     Gone,
 }
 
 /// Device and number of a file's inode.
 pub type Inode = (u64, u64);
 
-/// What is known of one file, and what is served from it.
+/// State of one file, and what is served from it.
 #[derive(Clone, Debug)]
 pub(super) struct File {
-    /// The objects of the last text that could be read.
+    /// The objects of the last readable text.
     text: Vec<Object>,
-    /// Whether the last of them is not served yet.
+    /// Whether the last of them is held back.
     holds_last: bool,
-    /// Objects of earlier texts that are served still.
+    /// Objects of earlier texts that are still served.
     retained: Vec<Retained>,
     state: State,
-    /// When it came to this state.
+    /// When it entered this state.
     since: Moment,
-    /// When anything about it was new last.
+    /// When it last changed in any way.
     changed: Moment,
     inode: Inode,
-    /// Since when it is written in several goes: a program closed it although it lacks objects, and it is no other file than
-    /// the one that had them.
+    /// Start of a write in several goes: a program closed the file without objects that the same file had
+    /// before.
     in_goes: Option<Moment>,
-    /// Why the present text cannot be read, and since when that is so.
+    /// Why the current text is unreadable, and since when.
     broken: Option<(ParseIssue, Moment)>,
     has_been_good: bool,
 }
 
-/// An object that the text lacks, or has in a version that is not served yet.
+/// An object that the text lacks, or has in a version that is held back.
 #[derive(Clone, Debug)]
 struct Retained {
     object: Object,
     since: Moment,
-    /// Texts without it of which no program was the writer any more.
+    /// Number of closed texts without it.
     n_texts: u32,
 }
 
@@ -138,13 +139,13 @@ impl File {
         }
     }
 
-    /// Objects whose file is not known: as those of a file that has vanished now.
+    /// Objects of an unknown file: as if their file had just vanished.
     pub(super) fn of_objects(objects: Vec<Object>, now: Moment) -> Self {
         let retained = objects.into_iter().map(|object| Retained::new(object, now)).collect();
         Self { state: State::Gone, retained, has_been_good: true, ..Self::new(now) }
     }
 
-    /// Takes in a reading; without a text if that is as it was. Returns whether it brought news.
+    /// Applies a reading; `text` is `None` if unchanged. Returns whether anything is new.
     pub(super) fn read(
         &mut self,
         text: Option<Result<Vec<Object>, ParseIssue>>,
@@ -171,7 +172,7 @@ impl File {
         true
     }
 
-    /// There is no such file. Returns whether that is news.
+    /// The file does not exist. Returns whether that is new.
     pub(super) fn vanish(&mut self, now: Moment) -> bool {
         if !self.turn(State::Gone, now) {
             return false;
@@ -182,7 +183,7 @@ impl File {
         true
     }
 
-    /// It is not time to believe that it is gone.
+    /// Restarts the waiting time for removals.
     pub(super) const fn touch(&mut self, now: Moment) {
         self.changed = now;
     }
@@ -195,7 +196,7 @@ impl File {
         turns
     }
 
-    /// Decides what of the text is served, where `known` is what was served before.
+    /// Decides which objects of the text to serve; `known` are those served before.
     fn divide(&mut self, mut known: Vec<Retained>, is_same_file: bool, now: Moment) {
         let body_of: BTreeMap<&ObjectRef, &Body> =
             known.iter().map(|known| (&known.object.object, &known.object.body)).collect();
@@ -209,7 +210,7 @@ impl File {
         }
         self.holds_last = self.text.last().is_some_and(|last| match body_of.get(&last.object) {
             Some(known) => (!is_closed || self.in_goes.is_some()) && **known != last.body,
-            // One that is new is cut off at worst once the file is closed, and takes nothing from anybody.
+            // A new object: at worst the closed file is cut off there, and no served object is affected.
             None => !is_closed,
         });
         let present = names(self.present());
@@ -220,7 +221,7 @@ impl File {
         self.retained = known;
     }
 
-    /// Everything that is served, the first of each name.
+    /// All served objects, the first of each name.
     fn take_served(&mut self, now: Moment) -> Vec<Retained> {
         let mut served = mem::take(&mut self.retained);
         let mut names: BTreeSet<ObjectRef> = served.iter().map(|known| known.object.object.clone()).collect();
@@ -232,7 +233,7 @@ impl File {
         served
     }
 
-    /// Believes what the last reading said, as far as it is time. Returns what is gone by that; `None` if it is not time.
+    /// Applies removals that are due. Returns the removed objects; `None` if nothing is due.
     pub(super) fn settle(&mut self, now: Moment) -> Option<Vec<ObjectRef>> {
         let quiet = now.since(self.changed);
         let (may_settle, patience) = match self.state {
@@ -257,7 +258,7 @@ impl File {
         Some(gone.into_iter().map(|known| known.object.object).collect())
     }
 
-    /// Forgets what another file holds now: it has moved.
+    /// Forgets retained objects that another file holds now: they have moved.
     pub(super) fn forget(&mut self, elsewhere: &BTreeSet<ObjectRef>) {
         let last = self.text.last().filter(|_| self.holds_last).map(|last| &last.object);
         self.retained.retain(|known| {
@@ -266,7 +267,7 @@ impl File {
         });
     }
 
-    /// When to look at it again, although nothing happens. `now` is when it was looked at last.
+    /// When to reread it without an event. `now` is the time of the last reading.
     pub(super) fn next_look(&self, now: Moment) -> Option<Instant> {
         match self.state {
             State::Gone => Some(self.changed.at + VANISH),
@@ -276,7 +277,7 @@ impl File {
         }
     }
 
-    /// Whether what is served is not what the text says.
+    /// Whether the served objects differ from the text's.
     fn is_pending(&self) -> bool {
         self.in_goes.is_some() || self.holds_last || !self.retained.is_empty()
     }
@@ -285,22 +286,22 @@ impl File {
         self.state == State::Gone
     }
 
-    /// Whether nothing tells what the file is to hold: it was never read, or not to its end.
+    /// Whether the file's intended content is unknown: never read, or still being written.
     pub(super) fn is_unknown(&self) -> bool {
         !self.has_been_good || self.state == State::Open
     }
 
-    /// The objects of the present text that are served.
+    /// The served objects of the current text.
     pub(super) fn present(&self) -> &[Object] {
         &self.text[..self.text.len() - usize::from(self.holds_last)]
     }
 
-    /// The objects of earlier texts that are served.
+    /// The served objects of earlier texts.
     pub(super) fn retained(&self) -> impl Iterator<Item = &Object> {
         self.retained.iter().map(|known| &known.object)
     }
 
-    /// Why it cannot be read, and since when. Not while a program is writing it.
+    /// Why it is unreadable, and since when. Not while a program writes it.
     pub(super) fn broken(&self, now: Moment) -> Option<(&ParseIssue, Moment)> {
         let (issue, since) = self.broken.as_ref()?;
         (self.state != State::Open || self.is_late(now)).then_some((issue, *since))
@@ -310,7 +311,7 @@ impl File {
         self.has_been_good
     }
 
-    /// Since when a program has it open for writing, if that keeps objects from being served as the text has them.
+    /// Since when a program has it open for writing, if that holds back objects.
     pub(super) fn open_for_long(&self, now: Moment) -> Option<Moment> {
         (self.is_late(now) && self.is_pending()).then_some(self.since)
     }

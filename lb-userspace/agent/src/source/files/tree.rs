@@ -1,7 +1,7 @@
-//! A document as it is written: untyped, each value with its line.
+//! A document as written: untyped, each value with its line.
 //!
-//! Objects are decoded from this tree instead of from the text, because the type of an object is known only after
-//! its `kind`, which may stand anywhere, and because an issue found later still has to find its line.
+//! Objects are decoded from this tree, not from the text, for two reasons: the type of an object depends on
+//! its `kind`, which may stand anywhere; and an issue found later needs its line.
 
 use std::fmt;
 
@@ -31,7 +31,6 @@ pub(super) enum Value {
 }
 
 impl Tree {
-    /// The value under a key of a map.
     pub(super) fn get(&self, key: &str) -> Option<&Self> {
         match &self.value {
             Value::Map(entries) => entries.iter().find(|(name, _)| name == key).map(|(_, value)| value),
@@ -48,7 +47,7 @@ impl Tree {
         }
     }
 
-    /// The line of a field such as `spec.ports[1].port`, or of the nearest field around it that is there.
+    /// The line of a field such as `spec.ports[1].port`, or of its nearest existing parent.
     pub(super) fn line_of(&self, field: &str) -> u32 {
         let mut tree = self;
         for step in field.split(['.', '[']) {

@@ -27,35 +27,36 @@ use super::{
     read::{Reader, is_manifest},
 };
 
-/// How long the folder must be quiet after a change before it is read. An editor's truncate, write and rename,
-/// or the many files of a copy, become one snapshot.
+/// How long the folder must be quiet after a change before it is read. So an editor's truncate, write and
+/// rename, or the many files of a copy, give one snapshot.
 const QUIET: Duration = Duration::from_millis(10);
-/// How long a folder that is never quiet is left unread.
+/// Maximum time between a change and the reading if the folder is never quiet.
 const MAX_UNQUIET: Duration = Duration::from_millis(200);
-/// How often everything is read without an event: for file systems that send none (NFS, some overlays), targets
-/// of symbolic links, and lost watches.
+/// How often everything is reread without an event. Covers file systems without events (NFS, some overlays),
+/// targets of symbolic links, and lost watches.
 const REREAD: Duration = Duration::from_secs(10);
 
-/// What can mean that another reading gives another result. Opening and reading a file cannot: our own readings would follow one
-/// another without end.
+/// Events of the path that can change a reading's result. Opens and reads are excluded: the agent's own
+/// readings would trigger each other endlessly.
 const OF_PATH: AddWatchFlags = OF_PARENT
     .union(AddWatchFlags::IN_MODIFY)
     .union(AddWatchFlags::IN_CLOSE_WRITE)
     .union(AddWatchFlags::IN_ATTRIB)
     .union(AddWatchFlags::IN_DELETE_SELF)
     .union(AddWatchFlags::IN_MOVE_SELF);
-/// What can mean that the path leads to something else. What is written to its neighbours cannot, and may be much.
+/// Events of the parent folder that can change what the path leads to. Writes to other files are excluded:
+/// there may be many.
 const OF_PARENT: AddWatchFlags =
     AddWatchFlags::IN_CREATE.union(AddWatchFlags::IN_DELETE).union(AddWatchFlags::IN_MOVE);
-/// The least time between two looks at events, however fast files are written that are no manifests.
+/// Minimum time between two reads of events, however fast other files are written.
 const PAUSE: Duration = Duration::from_millis(1);
-/// How long after the last reading the thread ends that hears of events, in milliseconds.
+/// Poll timeout of the events' thread, in milliseconds: how soon it notices that the watch was dropped.
 const LOOK: u16 = 10_000;
 
-/// Why [`watch()`] cannot start. The caller tells the user and ends: a path is a setting.
+/// Why [`watch()`] cannot start. The path is a setting, so the caller reports the error and exits.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// There is nothing at the path, or it cannot be looked at.
+    /// The path does not exist or is inaccessible.
     #[error("--source file:{}: {source}: give a manifest file or a folder of them", path.display())]
     Path {
         /// The path given.
@@ -72,38 +73,38 @@ pub enum Error {
     },
 }
 
-/// What was found at a path, and when it began to be read.
+/// A snapshot of a path, and when its reading began.
 pub type Reading = (Snapshot, Moment);
 
-/// A path that is watched. Ends with this value.
+/// A watched path. Dropping it ends the watch.
 #[derive(Debug)]
 pub struct Watch {
-    /// One for each change, and one for each that was asked for.
+    /// One reading per change, and one per request.
     pub readings: mpsc::Receiver<Reading>,
     asking: mpsc::Sender<BTreeSet<String>>,
 }
 
 impl Watch {
-    /// Asks for a reading although nothing has changed. `files` are opened, whatever their time stamps say.
+    /// Requests a reading without a change. `files` are opened, whatever their time stamps.
     pub fn ask(&self, files: BTreeSet<String>) {
-        // One that is asked for already comes later than now too, but may be of other files: those are asked for again.
+        // A pending request has the same effect. If it was for other files, the caller requests these again.
         let _full = self.asking.try_send(files);
     }
 }
 
 /// Watches a manifest file, or a folder of files that end in `.yaml`, `.yml` or `.json`.
 ///
-/// The first reading comes at once, then one after each change, and after a program has closed a file; one without a change
-/// gives none. Hidden
-/// files and folders inside the folder are left out; symbolic links are followed, so that a mounted `ConfigMap`
-/// works. Each reading is a complete one: a change whose event is lost is seen ten seconds later at the latest.
+/// The first reading comes at once. Others follow each change, and each close by a program that wrote; a
+/// reading that finds no change is dropped. Hidden files and subfolders are ignored; symbolic links are
+/// followed, so that a mounted `ConfigMap` works. Each reading is complete, so a change whose event is lost
+/// is found within ten seconds.
 ///
-/// The task ends when the receiver is dropped. A path that vanishes later is no error: it is watched again when it
-/// comes back.
+/// The task ends when the receiver is dropped. A path that vanishes later is no error: it is watched again
+/// when it returns.
 ///
 /// # Errors
 ///
-/// If there is nothing at the path at this moment, or neither a file nor a folder.
+/// If the path does not exist now, or is neither a file nor a folder.
 ///
 /// # Panics
 ///
@@ -111,7 +112,7 @@ impl Watch {
 pub fn watch(path: impl AsRef<Path>) -> Result<Watch, Error> {
     let given = path.as_ref();
     let failed = |source| Error::Path { path: given.to_owned(), source };
-    // Absolute, so that the paths of events can be compared with it.
+    // Absolute, so that it has a parent folder to watch.
     let path = absolute(given).map_err(failed)?;
     let metadata = fs::metadata(&path).map_err(failed)?;
     if !metadata.is_dir() && !metadata.is_file() {
@@ -133,19 +134,19 @@ async fn run(
     let mut next_full = Instant::now();
     let mut asked = None;
     loop {
-        // A reading that trusts no time stamp finds what the watch and the stamps miss.
+        // A full reading, which trusts no time stamp, finds what the watch and the stamps miss.
         let trusts_stamps = Instant::now() < next_full;
         if !trusts_stamps {
             next_full = Instant::now() + REREAD;
         }
         let done = task::spawn_blocking(move || {
-            // First the watch, then the reading: what changes in between is read again instead of missed.
+            // First the watch, then the reading, so that a change in between is read again.
             watches.renew();
             let now = Moment::now();
             let snapshot = reader.read(trusts_stamps, asked.as_ref());
             (watches, reader, snapshot.map(|snapshot| (snapshot, now)))
         });
-        // Without a result the runtime is shutting down.
+        // No result: the runtime is shutting down.
         let Ok(done) = done.await else { return };
         let reading;
         (watches, reader, reading) = done;
@@ -157,7 +158,7 @@ async fn run(
         asked = tokio::select! {
             () = sender.closed() => return,
             Some(files) = asking.recv() => Some(files),
-            // Either way it is time to read.
+            // A change or the timeout: read.
             _ = timeout_at(next_full, quiet_after_change(&changed)) => None,
         };
     }
@@ -168,18 +169,17 @@ async fn quiet_after_change(changed: &Notify) {
     changed.notified().await;
     let deadline = Instant::now() + MAX_UNQUIET;
     let unquiet = async { while timeout(QUIET, changed.notified()).await.is_ok() {} };
-    // Quiet or not, it is time to read.
+    // Quiet or not: read.
     let _ = timeout_at(deadline, unquiet).await;
 }
 
-/// The kernel's watches on the path.
 struct Watches {
     path: PathBuf,
     changed: Arc<Notify>,
-    /// Where a thread hears of events, until `changed` is gone.
+    /// Read by a thread until `changed` is dropped.
     inotify: Option<Arc<Inotify>>,
     watched: Arc<Mutex<Watched>>,
-    /// Device and inode that are watched: a path can come to mean another folder.
+    /// Watched device and inode: the path may come to mean another folder.
     identity: Option<(u64, u64)>,
     has_warned: bool,
 }
@@ -197,11 +197,11 @@ impl Watches {
         }
     }
 
-    /// Watches what is at the path now. Without a watch (the user's inotify limit, a missing folder) the periodic
-    /// reading goes on alone.
+    /// Watches what is at the path now. Without a watch (the user's inotify limit, a missing folder) only the
+    /// periodic readings remain.
     fn renew(&mut self) {
         let identity = fs::metadata(&self.path).ok().map(|metadata| (metadata.dev(), metadata.ino()));
-        // The number of an inode is given out again, its watch is not.
+        // An inode number may be reused; its watch is not.
         let is_watched = lock(&self.watched).own.is_some() == identity.is_some();
         if self.inotify.is_some() && identity == self.identity && is_watched {
             return;
@@ -221,7 +221,8 @@ impl Watches {
             Some(inotify) => Arc::clone(inotify),
             None => self.listen()?,
         };
-        // The parent sees the path itself replaced, removed or created; it may be unreadable for us.
+        // The parent reports that the path itself was replaced, removed or created. The parent may be
+        // unreadable.
         let of_parent = self.path.parent().and_then(|parent| {
             let watched = inotify.add_watch(parent, OF_PARENT | AddWatchFlags::IN_ONLYDIR);
             watched
@@ -230,7 +231,7 @@ impl Watches {
                 })
                 .ok()
         });
-        // Last: if both are one folder, its events are all of these.
+        // Last: if both are the same folder, this mask counts.
         let own = self.identity.map(|_| inotify.add_watch(&self.path, OF_PATH).map_err(refused)).transpose();
         let mut watched = lock(&self.watched);
         let new = [own.as_ref().ok().copied().flatten(), of_parent];
@@ -241,7 +242,7 @@ impl Watches {
         own.map(drop)
     }
 
-    /// Begins to hear of events.
+    /// Starts the thread that reads events.
     fn listen(&mut self) -> io::Result<Arc<Inotify>> {
         let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK).map_err(refused)?;
         let inotify = Arc::new(inotify);
@@ -256,22 +257,25 @@ impl Watches {
 }
 
 fn lock(watched: &Mutex<Watched>) -> MutexGuard<'_, Watched> {
-    // Each change is complete.
+    // A panic leaves no change half done.
     watched.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// The kernel's limits in other words than "no space left on device".
+/// Explains inotify limits, which the kernel reports as "no space left on device".
 fn refused(error: Errno) -> io::Error {
     match error {
-        Errno::ENOSPC => io::Error::other("no watch is left to this user: raise fs.inotify.max_user_watches"),
+        Errno::ENOSPC => {
+            io::Error::other("no inotify watch is left for this user: raise fs.inotify.max_user_watches")
+        }
         Errno::EMFILE => {
-            io::Error::other("no inotify instance is left to this user: raise fs.inotify.max_user_instances")
+            io::Error::other("no inotify instance is left for this user: raise fs.inotify.max_user_instances")
         }
         error => error.into(),
     }
 }
 
-/// Tells of changes until nobody is there to tell. Whoever watches never waits for this: events may come without end.
+/// Reports changes until the receiver is dropped. On a thread of its own, so that an endless stream of events
+/// delays nothing else.
 fn listen(inotify: &Inotify, watched: &Mutex<Watched>, changed: &Weak<Notify>) {
     loop {
         let _ready_or_late =
@@ -289,24 +293,23 @@ fn listen(inotify: &Inotify, watched: &Mutex<Watched>, changed: &Weak<Notify>) {
                 }
             }
             Err(Errno::EAGAIN) => {}
-            // It may stand for lost events.
+            // Events may be lost.
             Err(_) => changed.notify_one(),
         }
         thread::sleep(PAUSE);
     }
 }
 
-/// What is watched.
 struct Watched {
-    /// The path; `None` if nothing is there.
+    /// The path; `None` if it does not exist.
     own: Option<WatchDescriptor>,
     of_parent: Option<WatchDescriptor>,
-    /// The path's last part.
+    /// The path's last component.
     name: OsString,
 }
 
 impl Watched {
-    /// Whether an event can mean that another reading gives another result.
+    /// Whether an event can change a reading's result.
     fn concerns(&mut self, InotifyEvent { wd, mask, name, .. }: &InotifyEvent) -> bool {
         let is_own = Some(*wd) == self.own && name.as_deref().is_none_or(is_read);
         let is_path = Some(*wd) == self.of_parent && name.as_ref() == Some(&self.name);
@@ -317,8 +320,8 @@ impl Watched {
     }
 }
 
-/// Whether a name in the folder is that of a manifest, or of the link through which a mounted `ConfigMap` exchanges all its
-/// files at once (`..data`).
+/// Whether a name in the folder is a manifest's, or that of the link (`..data`) through which a mounted
+/// `ConfigMap` replaces all its files at once.
 fn is_read(name: &OsStr) -> bool {
     is_manifest(name) || name.as_encoded_bytes().starts_with(b"..")
 }

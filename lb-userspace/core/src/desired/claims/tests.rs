@@ -16,7 +16,7 @@ fn address(text: &str) -> FrontendAddress {
     FrontendAddress { ip: ip(text), port: 80, protocol: Protocol::Tcp }
 }
 
-/// A frontend of a service, with its creation time as given.
+/// A frontend of a service with a creation time.
 fn frontend(service: &str, kind: FrontendKind, created: Option<i64>, text: &str) -> Frontend {
     let port = PortKey { service: key(service), port_name: "".into(), protocol: Protocol::Tcp, ipv6: false };
     Frontend {
@@ -61,7 +61,7 @@ fn r14_the_order_of_claims() {
     }
 }
 
-/// R14: losers are told, stay in the queue, and take over when the owner goes.
+/// R14: losers are reported and stay in the queue; the next one follows when the owner is removed.
 #[test]
 fn r14_losers_are_queued_and_elected() {
     let mut desired = Desired::new();
@@ -76,8 +76,10 @@ fn r14_losers_are_queued_and_elected() {
     assert_eq!(
         issues,
         [
-            "Service default/b: 192.0.2.1:80/tcp belongs to service default/a; this service does not answer there: give one of them another address or port",
-            "Service default/c: 192.0.2.1:80/tcp belongs to service default/a; this service does not answer there: give one of them another address or port",
+            "Service default/b: 192.0.2.1:80/tcp belongs to service default/a; this service does not answer \
+             there: give one of them another address or port",
+            "Service default/c: 192.0.2.1:80/tcp belongs to service default/a; this service does not answer \
+             there: give one of them another address or port",
         ]
     );
     assert_eq!(desired.frontends_of(&key("c")).map(|(_, is_owner)| is_owner).collect::<Vec<_>>(), [false]);
@@ -92,7 +94,7 @@ fn r14_losers_are_queued_and_elected() {
     assert!(desired.is_empty() && desired.services().next().is_none());
 }
 
-/// R14: sharing an address is legal with different ports or protocols.
+/// R14: services may share an address with different ports or protocols.
 #[test]
 fn r14_other_ports_of_one_address_are_no_conflict() {
     let mut desired = Desired::new();
@@ -147,7 +149,7 @@ fn a_list_that_names_an_address_twice_gives_its_better_claim() {
     assert_eq!(desired.issues().count(), 0);
 }
 
-/// One event: a service claims some of four addresses in some kind.
+/// An event: a service claims some of four addresses.
 fn any_event() -> impl Strategy<Value = (&'static str, Vec<Frontend>)> {
     let kind =
         prop::sample::select(vec![FrontendKind::ClusterIP, FrontendKind::ExternalIP, FrontendKind::NodePort]);
@@ -163,7 +165,7 @@ fn any_event() -> impl Strategy<Value = (&'static str, Vec<Frontend>)> {
 }
 
 proptest! {
-    /// R14: owners are a function of what is claimed now, and `set` names exactly the addresses that changed.
+    /// R14: owners depend on the current claims, and `set` returns exactly the addresses that changed.
     #[test]
     fn r14_owners_do_not_depend_on_history(events in prop::collection::vec(any_event(), 0..20)) {
         let mut desired = Desired::new();

@@ -20,7 +20,8 @@ fn addresses(set: &[SocketAddr]) -> Vec<String> {
     set.iter().map(ToString::to_string).collect()
 }
 
-/// Checks which of the addresses `10.1.0.N` are in the cluster set and in the local set of `node-a`, zone `a`.
+/// Checks which of the addresses `10.1.0.N` are in the cluster set and in the local set of `node-a`, zone
+/// `a`.
 fn check(rule: &str, endpoints: &[&str], cluster: &[u8], local: &[u8]) {
     let slice = slice(endpoints);
     let (known, topology) = (unite([&slice]), topology());
@@ -56,7 +57,7 @@ fn r5_the_second_choice_is_separate_for_each_set() {
     check("none ready", &["10.1.0.1 node-a st", "10.1.0.2 node-b st"], &[1, 2], &[1]);
 }
 
-/// R4: local means that the node's name is given and is ours.
+/// R4: an endpoint is local if it names this node.
 #[test]
 fn r4_an_endpoint_without_a_node_is_never_local() {
     check("no node", &["10.1.0.1 - rs"], &[1], &[]);
@@ -68,8 +69,8 @@ fn r4_an_endpoint_without_a_node_is_never_local() {
     );
 }
 
-/// R7 (`topologyModeFromHints`): node hints, then zone hints, each only if every ready endpoint has one and at
-/// least one names us.
+/// R7 (`topologyModeFromHints`): node hints, then zone hints, each only if every ready endpoint has one and
+/// at least one names this node or zone.
 #[test]
 fn r7_hints() {
     check(
@@ -211,7 +212,7 @@ fn r4_slices_count_for_their_family() {
     }
 }
 
-/// R4: an address in several slices counts once; an entry that terminates does not hide one that does not.
+/// R4: an address in several slices counts once; a terminating entry does not hide another.
 #[test]
 fn r4_duplicates() {
     for (one, two, cluster) in [
@@ -292,7 +293,7 @@ proptest! {
         }
     }
 
-    /// R5, R7: what every set promises, whatever the endpoints.
+    /// R5, R7: properties of every set.
     #[test]
     fn r5_sets_hold_usable_endpoints_only(lines in prop::collection::vec(any_endpoint(), 0..10)) {
         let texts: Vec<_> = lines.iter().map(String::as_str).collect();
@@ -303,7 +304,8 @@ proptest! {
             let usable = |endpoint: &SliceEndpoint| endpoint.ready || (endpoint.serving && endpoint.terminating);
             let chosen: Vec<_> = judged.iter().filter(|(_, _, left_out)| left_out.is_none()).collect();
             prop_assert!(chosen.iter().all(|(_, endpoint, _)| usable(endpoint) && is_in(scope, endpoint)));
-            // Never empty while the scope holds a usable endpoint, and never ready and terminating mixed.
+            // It is not empty while the scope holds a usable endpoint, and it does not mix ready and
+            // terminating ones.
             let any_usable = judged.iter().any(|(_, endpoint, _)| usable(endpoint) && is_in(scope, endpoint));
             prop_assert_eq!(chosen.is_empty(), !any_usable);
             let n_ready = chosen.iter().filter(|(_, endpoint, _)| endpoint.ready).count();

@@ -6,7 +6,7 @@ use crate::{
     model::fixture,
 };
 
-/// R12: distinct addresses of ready endpoints on this node, over all ports; terminating ones count as none.
+/// R12: distinct addresses of ready endpoints on this node, over all ports; terminating ones do not count.
 #[test]
 fn r12_ready_local_endpoints() {
     let service = fixture::service(&json!({"spec": {"ports": [

@@ -7,14 +7,14 @@ use crate::{
     model::fixture::{self, service},
 };
 
-/// Checks all frontends of the Service `default/web` with a patch, as text, and that there is no issue.
+/// Checks all frontends of the Service `default/web` with a patch, as text, and that it has no issue.
 fn check(rule: &str, patch: &Value, slices: &[Slice], expected: &[&str]) {
     let (frontends, issues) = frontends(&service(patch), slices.iter(), &topology(), &settings());
     assert_eq!(lines(&frontends), expected, "{rule}: {patch}");
     assert_eq!(issues, [], "{rule}: {patch}");
 }
 
-/// One ready endpoint on each of `node-a` (1), `node-b` (2) and none.
+/// A ready endpoint on `node-a` (1), one on `node-b` (2), and one without a node.
 fn two_ready() -> [Slice; 1] {
     [slice(&["10.1.0.1 node-a rs", "10.1.0.2 node-b rs"])]
 }
@@ -24,7 +24,7 @@ fn dual_stack() -> [Slice; 2] {
     [slice(&["10.1.0.1 node-a rs"]), fixture::slice(&v6)]
 }
 
-/// R2: a cluster IP that is an address of an interface of this node stays with the node; the other addresses are served.
+/// R2: a cluster IP that an interface of this node has is not served; the other addresses are.
 #[test]
 fn r2_a_cluster_ip_on_an_interface() {
     let service = service(&json!({"spec": {
@@ -43,10 +43,8 @@ fn r2_a_cluster_ip_on_an_interface() {
     assert_eq!(left, all[1..], "{all:?}");
     assert_eq!(
         issues,
-        [
-            "Service default/web: spec.clusterIPs: 10.0.0.1 is an address of an interface of this node, as NodeLocal DNSCache \
-          makes it; calls to it stay with the node"
-        ]
+        ["Service default/web: spec.clusterIPs: 10.0.0.1 is an address of an interface of this node, as \
+             with NodeLocal DNSCache; calls to it are not translated"]
     );
     let (left, issues) = found(&["10.0.0.1", "fd00::1"]);
     assert_eq!((left.len(), issues.len()), (1, 2), "{left:?}");
@@ -119,7 +117,7 @@ fn r1_families_without_a_cluster_ip_are_skipped() {
     );
 }
 
-/// R3: SCTP has no frontend; its neighbours have.
+/// R3: an SCTP port has no frontend; the other ports have.
 #[test]
 fn r3_sctp_is_not_served() {
     let (service, issues) = fixture::ingest_service(&json!({"spec": {"ports": [
@@ -131,7 +129,7 @@ fn r3_sctp_is_not_served() {
     assert_eq!(issues, []);
 }
 
-/// R6: the internal policy limits the cluster IP and nothing else.
+/// R6: the internal policy limits only the cluster IP.
 #[test]
 fn r6_internal_policy() {
     let patch = |policy: &str| {
@@ -152,8 +150,8 @@ fn r6_internal_policy() {
     }
 }
 
-/// R6: with the external policy Local a caller on this node is short-circuited to the cluster set, but on another
-/// node's node port reaches that node's endpoints only.
+/// R6: with the external policy Local a caller on this node reaches the cluster set directly, but at another
+/// node's node port only that node's endpoints.
 #[test]
 fn r6_external_policy() {
     let patch = |policy: &str| {
@@ -195,7 +193,7 @@ fn r6_external_policy() {
     );
 }
 
-/// R5, R6: on another node's node port its ready endpoints count, else those that serve while they terminate.
+/// R5, R6: another node's node port reaches its ready endpoints, or else those that serve while terminating.
 #[test]
 fn r6_other_nodes_choose_as_this_one_does() {
     let patch = json!({"spec": {"type": "NodePort", "externalTrafficPolicy": "Local",
@@ -221,7 +219,7 @@ fn r6_other_nodes_choose_as_this_one_does() {
     );
 }
 
-/// R6: seen from the other node, its own address has the cluster set, as the short circuit says.
+/// R6: on the other node, its own address has the cluster set.
 #[test]
 fn r6_the_view_from_each_node() {
     let patch = json!({"spec": {"type": "NodePort", "externalTrafficPolicy": "Local",
@@ -247,7 +245,8 @@ fn r6_the_view_from_each_node() {
     }
 }
 
-/// R9: a service without endpoints keeps its frontends, empty; the flag tells the policy's refusals apart.
+/// R9: a service without endpoints keeps its frontends, empty; a flag marks refusals that are due to the
+/// policy.
 #[test]
 fn r9_frontends_without_endpoints() {
     let local = json!({"spec": {"internalTrafficPolicy": "Local"}});
@@ -287,8 +286,8 @@ fn r8_affinity_is_the_same_on_all_frontends() {
     assert!(Arc::ptr_eq(&frontends[0].port, &frontends[1].port));
 }
 
-/// R2: load-balancer addresses that admit only some callers are left to the network; other kinds are not
-/// concerned, nor is the other family.
+/// R2: load-balancer addresses that admit only some callers are not served; other kinds and the other family
+/// are.
 #[test]
 fn r2_source_ranges() {
     let patch = |ranges: Value| {
@@ -342,7 +341,7 @@ fn r2_source_ranges_of_a_family_that_is_not_served_are_no_issue() {
     );
 }
 
-/// R2: a node port outside the range that the hook asks for answers on the exact addresses of all nodes.
+/// R2: a node port outside the range of the hook answers on the exact addresses of all nodes.
 #[test]
 fn r2_a_node_port_outside_the_range() {
     let patch = |policy: &str| {
@@ -376,15 +375,13 @@ fn r2_a_node_port_outside_the_range() {
         );
         assert_eq!(
             fixture::texts(&issues),
-            [
-                "node port 8080 is outside --node-port-range 30000-32767; it answers on the known node addresses, not \
-              on loopback"
-            ]
+            ["node port 8080 is outside --node-port-range 30000-32767; it answers on the known node \
+                 addresses, not on loopback"]
         );
     }
 }
 
-/// R12: the health-check node port belongs to the agent's own listener.
+/// R12: the health-check node port has no frontend: the agent listens there.
 #[test]
 fn r12_the_health_check_port_is_no_frontend() {
     check(
@@ -395,8 +392,8 @@ fn r12_the_health_check_port_is_no_frontend() {
     );
 }
 
-/// R13: what the mirroring controller makes of `notReadyAddresses`, `ready: false` and nothing else, is unusable;
-/// the slice of the API server, which names no node, is never local.
+/// R13: the mirroring controller turns `notReadyAddresses` into `ready: false`, which is unusable; the API
+/// server's own slice names no node and is never local.
 #[test]
 fn r13_mirrored_slices() {
     let mirrored = |endpoint: Value| {
@@ -417,7 +414,7 @@ fn r13_mirrored_slices() {
     );
 }
 
-/// R14: a setting decides which external IPs answer; what it leaves out is reported.
+/// R14: a setting decides which external IPs answer; the others are reported.
 #[test]
 fn r14_external_ips_by_setting() {
     let (service, _) = fixture::ingest_service(
@@ -446,7 +443,8 @@ fn r14_external_ips_by_setting() {
     }
 }
 
-/// R14: one address that is external and load-balancer address of one Service is one frontend, without an issue.
+/// R14: one address that is external and load-balancer address of one Service is one frontend, without an
+/// issue.
 #[test]
 fn r14_a_service_does_not_conflict_with_itself() {
     check(
@@ -473,7 +471,7 @@ fn equal_sets_share_one_allocation() {
 }
 
 proptest! {
-    /// A change of the node order, or of slices into more slices, changes no frontend.
+    /// The order of nodes and the splitting of slices change no frontend.
     #[test]
     fn frontends_do_not_depend_on_order(
         lines in prop::collection::vec("10\\.1\\.0\\.[1-5] (node-[abc]|-) (rs|st|s)", 0..8),
@@ -499,7 +497,7 @@ proptest! {
     }
 }
 
-/// Two objects of a megabyte, as the API takes them, are no reason to stall.
+/// Two objects of 1 MB, which the API accepts, do not stall the agent.
 #[test]
 fn as_many_ports_as_an_object_holds() {
     let ports = |numbered: fn(u16) -> Value| (1..=20_000).map(numbered).collect::<Vec<_>>();

@@ -23,7 +23,8 @@ fn check(setting: NodePortAddresses, interfaces: &[&str], own: &[&str], others: 
 
 const OTHERS: [&str; 4] = ["192.168.0.2", "192.168.0.3", "fd01::2", "fd01::3"];
 
-/// R2: node ports answer on all addresses of the node, except loopback and addresses without a meaning of their own.
+/// R2: node ports answer on all addresses of the node, except loopback and addresses without a meaning of
+/// their own.
 #[test]
 fn r2_all_addresses() {
     check(NodePortAddresses::All, &[], &["192.168.0.1", "fd01::1"], &OTHERS);
@@ -45,7 +46,7 @@ fn r2_primary_addresses() {
     let several = node("node-a", "a", &["192.168.0.9", "fd01::9", "192.168.0.8"]);
     let topology = Topology::new([&several], &settings, &[]);
     assert_eq!(*topology.own_addresses(), ips(&["192.168.0.9", "fd01::9"]));
-    // Without a Node nothing is known to be primary.
+    // Without a Node no address is primary.
     assert!(Topology::new([], &settings, &[ip("172.17.0.1")]).own_addresses().is_empty());
 }
 
@@ -77,7 +78,7 @@ fn r2_addresses_within_networks() {
     );
 }
 
-/// R2: a list with words holds what it names, without a fallback.
+/// R2: a list with words accepts only what it names, without a fallback.
 #[test]
 fn r2_addresses_of_a_list_with_words() {
     let listed = |primary, texts: &[&str]| {
@@ -95,7 +96,7 @@ fn r2_addresses_of_a_list_with_words() {
     check(listed(false, &["172.16.0.0/12"]), &interfaces, &["172.17.0.1"], &[]);
 }
 
-/// R2: interfaces that mean this node, whatever node ports answer on.
+/// R2: the interfaces of this node, independent of `--nodeport-addresses`.
 #[test]
 fn r2_addresses_of_interfaces() {
     let settings = Settings { node_port_addresses: NodePortAddresses::Primary, ..settings() };
@@ -103,13 +104,13 @@ fn r2_addresses_of_interfaces() {
     let topology = Topology::new(&nodes(), &settings, &interfaces);
     let is_on_interface = |text: &str| topology.is_on_interface(ip(text));
     assert!(is_on_interface("10.96.0.10"));
-    // Of the Node object only, and of every node's loopback.
+    // Only the Node has it, or it is a loopback, link-local or unknown address.
     for other in ["192.168.0.1", "127.0.0.1", "::1", "fe80::1", "10.96.0.11"] {
         assert!(!is_on_interface(other), "{other}");
     }
 }
 
-/// R6: every node address is known, as ours or another's.
+/// R6: every node address is known, as this node's or another's.
 #[test]
 fn r6_addresses_of_all_nodes() {
     let topology = topology();
@@ -184,7 +185,7 @@ fn room_is_shared_in_turns() {
     }
 }
 
-/// Whatever other Nodes list, each keeps its first addresses, and this one all of its own.
+/// Whatever other Nodes list, each node keeps its first addresses, and this node all of its own.
 #[test]
 fn r6_more_addresses_than_there_is_room_for() {
     let (n_nodes, n_each) = (600u32, 64u32);

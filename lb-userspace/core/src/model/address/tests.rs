@@ -124,7 +124,7 @@ fn networks_hold_networks() {
 }
 
 proptest! {
-    /// What Rust reads, Kubernetes reads alike.
+    /// What Rust's parser accepts has the same meaning for Kubernetes.
     #[test]
     fn standard_spellings_are_a_subset(ip: IpAddr) {
         prop_assert_eq!(parse_ip(&ip.to_string()), Some(ip.to_canonical()));

@@ -8,8 +8,8 @@ use crate::model::{Issue, IssueKind, Node, ObjectRef, address};
 
 /// Ingests a Node.
 ///
-/// Addresses of type `InternalIP` come before those of type `ExternalIP`, each in the order of the object, as
-/// `pkg/util/node/node.go` ranks them; host names are not resolved. Only the first [`MAX_ADDRS_PER_NODE`] count.
+/// Addresses of type `InternalIP` come before those of type `ExternalIP`, each in the order of the object
+/// (`pkg/util/node/node.go`). Host names are not resolved. Only the first [`MAX_ADDRS_PER_NODE`] count.
 #[must_use]
 pub fn node(object: &api::Node) -> (Option<Node>, Vec<Issue>) {
     let metadata = &object.metadata;
@@ -18,7 +18,7 @@ pub fn node(object: &api::Node) -> (Option<Node>, Vec<Issue>) {
     if !report.is_named() {
         return (None, report.issues);
     }
-    // An object may list tens of thousands: what was listed before is looked up, not searched for.
+    // An object may list tens of thousands of addresses: a set finds duplicates, not a linear search.
     let (mut addresses, mut listed_before) = (Vec::new(), BTreeSet::new());
     for wanted in ["InternalIP", "ExternalIP"] {
         let listed =

@@ -3,7 +3,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use super::{Report, namespace};
 use crate::model::{Issue, IssueKind, ObjectRef, Pod, annotation};
 
-/// Ingests the metadata of a Pod whose calls are to be left alone; any other Pod plays no part.
+/// Ingests the metadata of a Pod that is excluded by annotation; `None` for any other Pod.
 #[must_use]
 pub fn pod(metadata: &ObjectMeta) -> (Option<Pod>, Vec<Issue>) {
     let (namespace, name) =
@@ -19,7 +19,7 @@ pub fn pod(metadata: &ObjectMeta) -> (Option<Pod>, Vec<Issue>) {
             used: "absent (expected true or false)".to_owned(),
         });
     }
-    // A Pod that an API server has taken has a UID; its cgroup cannot be told without.
+    // An API server gives each Pod a UID, which its cgroup is named after.
     let uid = metadata.uid.as_deref().filter(|uid| !uid.is_empty() && excludes == Some(true));
     let pod = uid.map(|uid| Pod { namespace: namespace.into(), name: name.into(), uid: uid.into() });
     (pod, report.issues)

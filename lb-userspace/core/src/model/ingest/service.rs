@@ -12,15 +12,15 @@ use crate::model::{
     annotation::{self, EXCLUDE, STALE_CONNECTIONS, StaleConnections},
 };
 
-/// Idle time-out of client affinity when the object gives none, seconds (`pkg/apis/core/v1/defaults.go`).
+/// Default idle time-out of client affinity, seconds (`pkg/apis/core/v1/defaults.go`).
 const DEFAULT_AFFINITY_SECONDS: u32 = 10_800;
 /// The longest idle time-out that the API accepts, seconds.
 const MAX_AFFINITY_SECONDS: u32 = 86_400;
 
 /// Ingests a Service (`pkg/proxy/serviceport.go`).
 ///
-/// `None` without an issue for a headless Service and for type `ExternalName`. Does not look at the labels that
-/// [`super::is_selected`] judges: [`any_service`] does.
+/// `None` without an issue for a headless Service and for type `ExternalName`. Ignores the labels of
+/// [`super::is_selected`]; [`any_service`] reads them.
 #[must_use]
 pub fn service(object: &api::Service) -> (Option<Service>, Vec<Issue>) {
     let metadata = &object.metadata;
@@ -94,8 +94,8 @@ pub fn service(object: &api::Service) -> (Option<Service>, Vec<Issue>) {
     (Some(service), report.issues)
 }
 
-/// As [`service`] for one that this agent serves. Of another proxy's, or nobody's, what [`Service::unselected`] promises, and
-/// no issues: it is not ours to judge.
+/// As [`service`], if the labels select the Service. Otherwise it holds only what [`Service::unselected`]
+/// promises, and has no issues.
 #[must_use]
 pub fn any_service(object: &api::Service, service_proxy_name: Option<&str>) -> (Option<Service>, Vec<Issue>) {
     let unselected = super::unselected(object.metadata.labels.as_ref(), service_proxy_name);
@@ -112,7 +112,7 @@ pub fn any_service(object: &api::Service, service_proxy_name: Option<&str>) -> (
     (service, Vec::new())
 }
 
-/// Reports annotations that cannot be read: the service is served as without them.
+/// Reports invalid annotations; they are ignored.
 fn report_annotations(report: &mut Report, service: &Service) {
     let unread = |key, is_read: fn(&str) -> bool| service.annotation(key).filter(|value| !is_read(value));
     let stale = unread(STALE_CONNECTIONS, |value| StaleConnections::parse(value).is_some());
@@ -131,8 +131,9 @@ fn report_annotations(report: &mut Report, service: &Service) {
     }
 }
 
-/// The cluster IP of each family, by the rule of `GetClusterIPByFamily` (`pkg/proxy/util/utils.go`): the index of
-/// the family in `ipFamilies` picks from `clusterIPs`; without `ipFamilies`, `clusterIP` counts for its own family.
+/// The cluster IP of each family, by the rule of `GetClusterIPByFamily` (`pkg/proxy/util/utils.go`): the
+/// index of the family in `ipFamilies` picks from `clusterIPs`; without `ipFamilies`, `clusterIP` counts for
+/// its own family.
 fn cluster_ips(report: &mut Report, spec: &api::ServiceSpec) -> (Option<Ipv4Addr>, Option<Ipv6Addr>) {
     let families = spec.ip_families.as_deref().unwrap_or_default();
     let listed = spec.cluster_ips.as_deref().unwrap_or_default();
@@ -191,8 +192,8 @@ fn external_ips(report: &mut Report, spec: &api::ServiceSpec) -> BTreeSet<IpAddr
         .collect()
 }
 
-/// The addresses whose calls the proxy may short-cut. With `ipMode: Proxy`, or a host name in place of an
-/// address, calls must travel to the load balancer (KEP-1860).
+/// The load-balancer addresses that the node may serve itself. With `ipMode: Proxy`, or a host name instead
+/// of an address, calls must go to the load balancer (KEP-1860).
 fn load_balancer_ips(report: &mut Report, status: Option<&api::ServiceStatus>) -> BTreeSet<IpAddr> {
     let balancer = status.and_then(|status| status.load_balancer.as_ref());
     let ingress = balancer.and_then(|balancer| balancer.ingress.as_deref()).unwrap_or_default();
@@ -233,7 +234,8 @@ fn source_ranges(report: &mut Report, spec: &api::ServiceSpec) -> (BTreeSet<Cidr
     (ranges, has_unreadable)
 }
 
-/// `Local` counts where there are external addresses (`ExternalPolicyLocal` in `pkg/api/v1/service/util.go`).
+/// `Local` applies only to Services with external addresses (`ExternalPolicyLocal` in
+/// `pkg/api/v1/service/util.go`).
 fn external_policy(report: &mut Report, spec: &api::ServiceSpec, service_type: ServiceType) -> TrafficPolicy {
     let policy = report.word(
         "spec.externalTrafficPolicy",
@@ -288,7 +290,7 @@ fn health_check_node_port(
 
 fn ports(report: &mut Report, ports: &[api::ServicePort], service_type: ServiceType) -> Vec<ServicePort> {
     let mut good: Vec<ServicePort> = Vec::with_capacity(ports.len());
-    // An object may list tens of thousands: what was taken before is looked up, not searched for.
+    // An object may list tens of thousands of ports: sets find duplicates, not a linear search.
     let (mut names, mut numbers, mut node_ports) = (BTreeSet::new(), BTreeSet::new(), BTreeSet::new());
     for (index, port) in ports.iter().enumerate() {
         let number = report.port(|| format!("spec.ports[{index}].port"), port.port);

@@ -3,10 +3,11 @@ use k8s_openapi::api::networking::v1 as api;
 use super::Report;
 use crate::model::{Issue, IssueKind, ObjectRef, ServiceCidr, address};
 
-/// Ingests a ServiceCIDR as kube-proxy does (`pkg/proxy/config/config.go`): its networks count as long as it is there.
+/// Ingests a ServiceCIDR as kube-proxy does (`pkg/proxy/config/config.go`): its networks count as long as the
+/// object exists.
 ///
-/// While it is being deleted, and while its condition `Ready` is false, an API server gives out no address of it, but Services
-/// keep those that they have. What no Service has in it is as unallocated as before.
+/// That includes an object that is being deleted or not `Ready`: an API server allocates no address from it,
+/// but Services keep theirs, and the rest is unallocated as before.
 #[must_use]
 pub fn service_cidr(object: &api::ServiceCIDR) -> (Option<ServiceCidr>, Vec<Issue>) {
     let name = object.metadata.name.as_deref().unwrap_or_default();

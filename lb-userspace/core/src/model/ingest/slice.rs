@@ -7,8 +7,8 @@ use crate::model::{
 
 /// Ingests an EndpointSlice (`pkg/proxy/endpointslicecache.go`).
 ///
-/// `None` without an issue for a slice that names no Service or whose address type is FQDN. Does not look at the
-/// labels that [`super::is_selected`] judges.
+/// `None` without an issue for a slice that names no Service or whose address type is FQDN. Ignores the
+/// labels of [`super::is_selected`].
 #[must_use]
 pub fn slice(object: &api::EndpointSlice) -> (Option<Slice>, Vec<Issue>) {
     let metadata = &object.metadata;
@@ -80,7 +80,7 @@ fn endpoints(
 ) -> Vec<SliceEndpoint> {
     let mut good = Vec::with_capacity(endpoints.len());
     for (index, endpoint) in endpoints.iter().enumerate() {
-        // All addresses of an endpoint are the same backend; kube-proxy uses the first only.
+        // All addresses of an endpoint reach the same backend; kube-proxy uses only the first.
         let Some(text) = endpoint.addresses.first() else {
             report.add(IssueKind::NoAddress { field: format!("endpoints[{index}].addresses") });
             continue;
@@ -95,8 +95,8 @@ fn endpoints(
             report.add(IssueKind::WrongFamily { field: field(), value: text.clone(), expected });
             continue;
         }
-        // Loopback and link-local endpoints are refused by the API server too, but they mean something to the
-        // programs of a host that is served from manifests.
+        // The API server also refuses loopback and link-local endpoints, but a host that is served from
+        // manifests may use them.
         if address.is_unspecified() || address.is_multicast() {
             let range = address::special_range(address).unwrap_or_default().to_owned();
             report.add(IssueKind::SpecialAddress { field: field(), value: text.clone(), range });
@@ -121,7 +121,7 @@ fn endpoints(
             }),
         });
     }
-    // What was left out, and the room that a growing list has, would be kept for each slice.
+    // Otherwise each slice keeps the spare capacity of the growing list.
     good.shrink_to_fit();
     good
 }

@@ -1,4 +1,4 @@
-//! Each rule on the objects that show it.
+//! Each rule of reading objects.
 
 mod properties;
 mod service;
@@ -13,8 +13,7 @@ fn labels(json: &Value) -> BTreeMap<String, String> {
     serde_json::from_value(json.clone()).unwrap()
 }
 
-/// R1: the label selection of the watch; only the presence of a key counts, and a named class is selected by
-/// value.
+/// R1: the label selection of the watch: without a proxy name only the key counts, with one the value.
 #[test]
 fn r1_labels_select_services_and_slices() {
     for (json, unnamed, ours) in [
@@ -51,7 +50,8 @@ fn r1_the_selector_for_the_api_server_says_the_same() {
     );
 }
 
-/// R1: calls to its cluster IPs are left alone, for which they must be known. Nothing else of it counts, nor is told.
+/// R1: calls to the cluster IPs of an unselected Service pass unchanged. Only these are kept, and no issue is
+/// reported.
 #[test]
 fn r1_of_services_of_other_proxies_the_cluster_ips_are_kept() {
     let label = "service.kubernetes.io/service-proxy-name";
@@ -86,7 +86,7 @@ fn r1_of_services_of_other_proxies_the_cluster_ips_are_kept() {
     assert_eq!(issues.len(), 2);
 }
 
-/// R2: a network counts as long as its object is there, as with kube-proxy.
+/// R2: a network counts as long as its object exists, as with kube-proxy.
 #[test]
 fn r2_networks_of_service_cidrs() {
     let ingest = |object: &Value| service_cidr(&serde_json::from_value(object.clone()).unwrap());
@@ -115,18 +115,14 @@ fn r2_networks_of_service_cidrs() {
     assert_eq!(
         texts(&issues),
         [
-            "spec.cidrs[0]: \"10.96.0.0\" is no network: expected ADDRESS/LENGTH, such as 10.96.0.0/12; calls to it go where \
-             they say",
-            "spec.cidrs[1]: \"0.0.0.0/0\" is too large for service addresses: expected /8 or longer; calls to it go where they \
-             say",
-            "spec.cidrs[2]: \"127.0.0.0/8\" holds addresses of the loopback range, which are no service's; calls to it go where \
-             they say",
-            "spec.cidrs[3]: \"169.0.0.0/8\" holds addresses of the link-local range, which are no service's; calls to it go \
-             where they say",
-            "spec.cidrs[4]: \"::/48\" holds addresses of the unspecified range, which are no service's; calls to it go where \
-             they say",
-            "spec.cidrs[5]: \"ff00::/64\" holds addresses of the multicast range, which are no service's; calls to it go where \
-             they say",
+            "spec.cidrs[0]: \"10.96.0.0\" is not a network: expected ADDRESS/LENGTH, such as 10.96.0.0/12; \
+             calls to it pass unchanged",
+            "spec.cidrs[1]: \"0.0.0.0/0\" is too large for service addresses: expected /8 or longer; calls \
+             to it pass unchanged",
+            "spec.cidrs[2]: \"127.0.0.0/8\" overlaps the loopback range; calls to it pass unchanged",
+            "spec.cidrs[3]: \"169.0.0.0/8\" overlaps the link-local range; calls to it pass unchanged",
+            "spec.cidrs[4]: \"::/48\" overlaps the unspecified range; calls to it pass unchanged",
+            "spec.cidrs[5]: \"ff00::/64\" overlaps the multicast range; calls to it pass unchanged",
         ]
     );
     assert_eq!(ingest(&json!({"metadata": {"name": "empty"}})).0.unwrap().cidrs, []);
@@ -134,7 +130,7 @@ fn r2_networks_of_service_cidrs() {
     assert!(none.is_none() && issues.len() == 1);
 }
 
-/// As `kubectl apply` would have it; what is read from files has met no API server.
+/// The rules of an API server, which objects from files have not passed.
 #[test]
 fn r14_names_are_those_that_an_api_server_takes() {
     let ingest = |namespace: &str, name: &str| {
@@ -190,7 +186,7 @@ fn r2_node_addresses() {
     );
 }
 
-/// A Node is written by its kubelet, which may be anybody's by now.
+/// A kubelet writes its Node and may be compromised.
 #[test]
 fn r14_a_node_has_so_many_addresses_and_no_more() {
     for (n, n_left_out) in [(64, 0), (65, 1), (40_000, 39_936)] {
@@ -202,8 +198,8 @@ fn r14_a_node_has_so_many_addresses_and_no_more() {
         let addresses = node.unwrap().addresses;
         assert_eq!((addresses.len(), addresses[0].to_string()), (64, "10.0.0.0".to_owned()));
         let expected = format!(
-            "status.addresses: more than 64; node ports do not answer on the last {n_left_out}: have the kubelet or the \
-             cloud's controller list fewer"
+            "status.addresses: more than 64; node ports do not answer on the last {n_left_out}: let the \
+             kubelet or the cloud controller list fewer"
         );
         assert_eq!(texts(&issues), if n_left_out > 0 { vec![expected] } else { Vec::new() });
     }

@@ -33,7 +33,7 @@ fn objects_are_named_as_kubectl_does() {
     }
 }
 
-/// A log and a terminal show what is written, and obey none of it.
+/// Names from objects must not forge log lines or control the terminal.
 #[test]
 fn no_control_character_is_shown() {
     let object = ObjectRef {

@@ -55,7 +55,7 @@ fn r15_equal_objects_cause_no_change() {
     assert!(store.set_node("node-a", Some(fixture::node("node-a", "b", &["192.168.0.1"]))).topology);
 }
 
-/// R15: slices may come before their service and outlive it; an object that is no longer served goes.
+/// R15: slices may arrive before their service and outlive it; an object that is no longer served is removed.
 #[test]
 fn r15_objects_come_and_go_in_any_order() {
     let mut store = Store::new();
@@ -73,7 +73,8 @@ fn r15_objects_come_and_go_in_any_order() {
     assert_eq!(store, Store::new());
 }
 
-/// R4: a slice whose label moves it to another service affects both; equal names in two namespaces are two slices.
+/// R4: a slice whose label moves it to another service affects both; equal names in two namespaces are two
+/// slices.
 #[test]
 fn r4_a_slice_may_change_its_service() {
     let mut store = Store::new();
@@ -92,7 +93,7 @@ fn r4_a_slice_may_change_its_service() {
     assert_eq!(store.slices().collect::<Vec<_>>(), [&elsewhere]);
 }
 
-/// R4: an endpoint that is in two slices stays when one of them goes.
+/// R4: an endpoint of two slices stays when one of them is deleted.
 #[test]
 fn r4_slices_are_held_apart() {
     let mut store = Store::new();
@@ -135,7 +136,7 @@ fn r15_a_relist_deletes_what_it_does_not_name() {
     assert!(store.node("node-a").is_none() && store.node("node-b").is_some());
 }
 
-/// What a watch may deliver.
+/// An event of a watch.
 #[derive(Clone, Debug)]
 enum Event {
     Service(String, Option<Service>),
@@ -155,8 +156,8 @@ fn any_event() -> impl Strategy<Value = Event> {
 }
 
 proptest! {
-    /// R15: the store depends on the latest version of each object only, however it came; and whatever differs
-    /// for a service is named.
+    /// R15: the store depends only on the latest version of each object, from a watch or a list, and
+    /// `Changes` names every service with a difference.
     #[test]
     fn r15_a_watch_and_a_relist_agree(events in prop::collection::vec(any_event(), 0..24)) {
         let (mut watched, mut services, mut slices) = (Store::new(), BTreeMap::new(), BTreeMap::new());

@@ -1,10 +1,10 @@
-//! Going on from what the kernel holds.
+//! Adopting the maps of an earlier agent.
 //!
 //! # Invariants
 //!
-//! - Whatever a call can find is either adopted or ends with the first plan; until then neither its id nor its place
-//!   in the endpoint table is given out.
-//! - An agent that was killed between any two operations has left something that is adopted.
+//! - Every entry that a call can find is adopted, or removed by the first plan. Until then neither its id nor
+//!   its run is reused.
+//! - The maps are adopted even if the earlier agent was killed between any two ops.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -20,27 +20,27 @@ use crate::{
     tables::{Entry, Image, pool::Pool, space::Space},
 };
 
-/// A run in one of the two endpoint tables.
+/// A run and its table (`true` for IPv6).
 type RunAt = (bool, Run);
 
-/// What was found and cannot be kept. It ends with the first plan.
+/// Entries that cannot be adopted. The first plan removes them.
 #[derive(Debug, Default)]
 pub(super) struct Leftovers {
-    /// Keys that name no usable entry of `frontends`.
+    /// Keys without a usable entry of `frontends`.
     pub(super) keys: BTreeSet<FrontendAddress>,
-    /// Entries of `frontends` that only such keys name.
+    /// Entries of `frontends` that only such keys refer to.
     frontend_ids: BTreeSet<u32>,
-    /// Runs that nothing will refer to.
+    /// Runs that no frontend adopts.
     runs: Vec<RunAt>,
 }
 
 impl Encoder {
-    /// An encoder that goes on from what the kernel holds, so that ids and places survive a restart and a frontend
-    /// that is still right costs no operation.
+    /// An encoder that adopts the content of the maps: ids and runs survive a restart, and an unchanged
+    /// frontend needs no op.
     ///
-    /// A frontend whose content no encoder would have completed (its run belongs to another service port, because the
-    /// agent was killed between two operations, or is damaged) keeps its entry and gets a new run with the first plan.
-    /// A key without an entry of its own is written anew or deleted by the first plan.
+    /// A frontend with an unsound run (damaged, or another port's because the agent was killed between two
+    /// ops) keeps its entry; the first plan gives it a new run. The first plan also rewrites or deletes keys
+    /// without an entry of their own.
     #[must_use]
     pub fn adopt(capacity: Capacity, found: &Image) -> Self {
         let max_ids = capacity.services.saturating_mul(2);
@@ -80,8 +80,8 @@ impl Encoder {
         }
 
         for run in reserved {
-            // Adopted by no frontend: the next plan ends the last reference. Two runs with one content are such a
-            // case, and runs of another service port.
+            // Not adopted: a second run with equal content, or one that another port refers to. The next plan
+            // removes the last reference.
             if !encoder.image.runs(run.0).contains_key(&run.1.offset) {
                 if let Some(entries) = found.entries(run.0, run.1) {
                     encoder.image.runs_mut(run.0).insert(run.1.offset, entries.into());
@@ -97,8 +97,8 @@ impl Encoder {
         encoder
     }
 
-    /// Takes the room of all runs that frontends refer to out of the free space, as far as they do not overlap, which
-    /// no encoder's do.
+    /// Marks the space of all referenced runs as taken, except runs that overlap others, which no encoder
+    /// writes.
     fn reserve_runs<'a>(
         &mut self,
         frontends: impl Iterator<Item = &'a (FrontendAddress, Frontend)>,
@@ -119,7 +119,7 @@ impl Encoder {
                 reserved.push((ipv6, Run { offset, len }));
             }
         }
-        // The ranges were checked one by one: none is refused, and an empty table is no harm if one were.
+        // The ranges are checked above, so `Space::new` succeeds.
         self.space = taken.map(|taken| Space::new(self.capacity.endpoints, &taken).unwrap_or_default());
         reserved
     }
@@ -160,7 +160,7 @@ impl Encoder {
                     port.runs.extend([(Arc::clone(&set), (frontend.run, 1))].into_iter());
                     frontend.run
                 };
-                // Two runs with one content: a crash between two operations leaves that. One is enough.
+                // A crash between two ops can leave two equal runs. One is adopted.
                 if run != frontend.run {
                     frontend.run = run;
                     self.ops.push(Op::SwitchRun { id, run });
@@ -174,11 +174,11 @@ impl Encoder {
         self.n_services[usize::from(ipv6)] += 1;
     }
 
-    /// Ends what was found and not adopted, after all that is desired has been set.
+    /// Removes what was not adopted, after all desired frontends are set.
     pub(super) fn end_leftovers(&mut self) {
         let Leftovers { keys, frontend_ids, runs } = std::mem::take(&mut self.leftovers);
         for address in keys {
-            // One that a frontend has now was given another value, and with it another element of the map.
+            // If a frontend uses the key now, its element was replaced.
             self.freed.n_keys[usize::from(address.ip.is_ipv6())] += 1;
             if !self.placed.contains_key(&address) {
                 self.ops.push(Op::DeleteService(address));
@@ -186,7 +186,7 @@ impl Encoder {
         }
         self.freed.frontend_ids.extend(frontend_ids);
         for (ipv6, run) in runs {
-            // A frontend that had no room for its new run still has the old one.
+            // A frontend whose new run did not fit still uses the old one.
             let is_used = |placed: &Placed| {
                 placed.set.is_none()
                     && self.image.frontends.get(&placed.frontend_id).is_some_and(|f| f.run == run)
@@ -202,7 +202,7 @@ impl Encoder {
     }
 }
 
-/// The family of each service id, which belongs to one port and hence to one family: that of most of its frontends.
+/// The family of each service id: that of most of its frontends. A service port has one family.
 fn families<'a>(frontends: impl Iterator<Item = &'a (FrontendAddress, Frontend)>) -> BTreeMap<u32, bool> {
     let mut votes: BTreeMap<u32, [usize; 2]> = BTreeMap::new();
     for (address, frontend) in frontends {
@@ -211,10 +211,10 @@ fn families<'a>(frontends: impl Iterator<Item = &'a (FrontendAddress, Frontend)>
     votes.into_iter().map(|(service_id, [n_v4, n_v6])| (service_id, n_v6 > n_v4)).collect()
 }
 
-/// The service id that each run belongs to: that of most frontends which refer to it.
+/// The owner of each run: the service id of most frontends that refer to it.
 ///
-/// Left out are runs that no encoder writes: not sorted by endpoint id, with an address twice or of another family,
-/// or with an endpoint id that a run with more frontends gives to another address or service port.
+/// Unsound runs are left out: not sorted by endpoint id, with a duplicate address or one of another family,
+/// or with an endpoint id that a run with more frontends uses for another address or service port.
 fn owners<'a>(
     found: &Image,
     frontends: impl Iterator<Item = &'a (FrontendAddress, Frontend)>,

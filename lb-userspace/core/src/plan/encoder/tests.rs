@@ -140,7 +140,7 @@ fn frontends_of_a_port_share_a_run_and_ports_do_not() {
     assert!(plan.ops().iter().any(|op| matches!(op, Op::DropRun { offset: 0, .. })), "{plan:?}");
 }
 
-/// A set that is part of another one of the same port has a run of its own with the same ids.
+/// A subset of another set of the port has its own run with the same ids.
 #[test]
 fn an_endpoint_has_one_id_in_all_runs_of_a_port() {
     let mut encoder = Encoder::new(ROOM);
@@ -153,7 +153,7 @@ fn an_endpoint_has_one_id_in_all_runs_of_a_port() {
         ],
     );
     assert_eq!(entries(&encoder, local), [(1, "10.1.0.2".to_owned())]);
-    // As long as one run has it, the id stays.
+    // The id stays as long as one run uses it.
     set(&mut encoder, &[frontend("web", "", all, &["10.1.0.1"])]);
     set(&mut encoder, &[frontend("web", "", all, &["10.1.0.1", "10.1.0.2"])]);
     assert_eq!(entries(&encoder, all), [(0, "10.1.0.1".to_owned()), (1, "10.1.0.2".to_owned())]);
@@ -178,10 +178,10 @@ fn what_is_freed_waits_for_a_grace_period() {
     assert_eq!(encoder.image().services[&two], 0, "ids are used again before fresh ones");
 }
 
-/// What is there, what is done, and whether that frees anything.
+/// The frontends before, the change, and whether it frees anything.
 type Case<'a> = (&'a str, &'a [desired::Frontend], &'a dyn Fn(&mut Encoder), bool);
 
-/// Whether a plan frees something is nothing that its operations tell.
+/// The ops alone do not show whether a plan frees something.
 #[test]
 fn plans_say_whether_they_free_something() {
     let (one, two) = (address("10.96.0.1", 80), address("10.96.0.2", 80));
@@ -215,7 +215,7 @@ fn plans_say_whether_they_free_something() {
     }
 }
 
-/// A plan inserts before it deletes, so that a key which goes takes up room until the plan is carried out.
+/// A plan inserts before it deletes, so a deleted key occupies the map until the plan is executed.
 #[test]
 fn a_key_that_goes_makes_room_with_the_next_plan() {
     let mut encoder = Encoder::new(Capacity { services: 1, endpoints: 4 });
@@ -243,7 +243,7 @@ fn a_frontend_without_room_for_its_new_set_keeps_the_old_one() {
     assert_eq!(encoder.n_endpoints(false), 2);
 }
 
-/// As when a port is renamed: another service port at the same address, with no moment without a frontend.
+/// As when a port is renamed: another service port at the same address, which always has a frontend.
 #[test]
 fn a_new_owner_takes_the_entry_over() {
     let mut encoder = Encoder::new(ROOM);
@@ -256,7 +256,7 @@ fn a_new_owner_takes_the_entry_over() {
     assert_eq!(entries(&encoder, at), [(1, "10.1.0.1".to_owned())]);
 }
 
-/// While the flag is on, calls to other nodes do not look at the run.
+/// While the flag is set, calls to other nodes ignore the run.
 #[test]
 fn the_flag_for_the_policy_local_is_on_whenever_the_run_is_of_that_policy() {
     let mut encoder = Encoder::new(ROOM);
@@ -292,7 +292,7 @@ fn node_addresses_are_inserted_changed_and_deleted() {
     );
 }
 
-/// Also of addresses that go: a plan inserts before it deletes.
+/// Deleted addresses occupy the table as well: a plan inserts before it deletes.
 #[test]
 fn node_addresses_wait_for_room_and_the_own_ones_come_first() {
     let all = |first: u32, n: u32| -> BTreeMap<IpAddr, bool> {
@@ -315,7 +315,7 @@ fn node_addresses_wait_for_room_and_the_own_ones_come_first() {
     assert_eq!(encoder.image().node_addrs.len(), limits::MAX_NODE_ADDRS as usize);
 }
 
-/// The programs read a network in several steps: a change of one that is in force could pair its address with another's mask.
+/// Programs read a network in several steps: changing it in place could pair its address with another's mask.
 #[test]
 fn networks_are_out_of_force_for_a_grace_period_before_others_are() {
     let cidrs = |text: &str| vec![text.parse::<Cidr>().unwrap()];
@@ -340,7 +340,7 @@ fn networks_are_out_of_force_for_a_grace_period_before_others_are() {
     assert_eq!(encoder.take_plan().ops(), set(&new));
 }
 
-/// A port of a cluster IP is refused only where its frontend would be found.
+/// A cluster IP refuses undefined ports only while its frontends can be found.
 #[test]
 fn a_cluster_ip_comes_after_its_frontends_and_goes_before_them() {
     let mut encoder = Encoder::new(ROOM);
@@ -372,13 +372,13 @@ fn ids_and_places_survive_a_restart() {
     assert!(set(&mut restarted, &frontends).is_empty());
     assert_eq!(restarted.service_id(&frontends[1].port), encoder.service_id(&frontends[1].port));
 
-    // An endpoint that comes gets an id and a place that nobody had.
+    // A new endpoint gets a fresh id and a new run.
     set(&mut restarted, &[frontend("two", "", two, &["10.1.0.1", "10.1.0.9"])]);
     assert_eq!(entries(&restarted, two), [(2, "10.1.0.1".to_owned()), (3, "10.1.0.9".to_owned())]);
     assert_eq!(entries(&restarted, one).len(), 2);
 }
 
-/// Killed after the owner of an address was changed and before its run was, or the other way round.
+/// The agent was killed between changing the owner of an address and switching its run.
 #[test]
 fn a_frontend_with_the_run_of_another_port_gets_its_own() {
     let mut encoder = Encoder::new(ROOM);
@@ -409,7 +409,7 @@ fn a_frontend_with_the_run_of_another_port_gets_its_own() {
     assert_eq!(plan.ops(), [Op::SwitchRun { id, run }], "nothing else was wrong");
 }
 
-/// A key without an entry of its own is written anew if somebody wants it, and deleted if nobody does.
+/// A key without an entry of its own is rewritten if it is desired, and deleted otherwise.
 #[test]
 fn stray_keys_end_with_the_first_plan() {
     let mut encoder = Encoder::new(ROOM);
@@ -433,7 +433,7 @@ fn stray_keys_end_with_the_first_plan() {
     );
 }
 
-/// A run that two frontends describe differently, or that is not in the table, is nobody's.
+/// A run that overlaps another, or lies outside the table, is not adopted.
 #[test]
 fn runs_that_overlap_are_written_anew() {
     let mut encoder = Encoder::new(ROOM);

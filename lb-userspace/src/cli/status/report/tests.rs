@@ -131,7 +131,7 @@ fn nothing_at_all() {
         HOOK          STATE       CGROUP
         sock_release  not needed  not used on this kernel
         connect4      missing     nothing is pinned under this name
-        connect6      detached    it was detached, or its cgroup is gone: an agent attaches anew at its next audit, or when it starts
+        connect6      detached    it was detached, or its cgroup was removed: an agent attaches a new link at its next audit or start
         sendmsg4      unknown     no
 
         issues are not known

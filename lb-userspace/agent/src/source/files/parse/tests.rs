@@ -136,14 +136,14 @@ fn service_cidrs_are_read() {
             "1 cidr: ServiceCIDR kubernetes",
             "9 nothing: ServiceCIDR old",
             "web.yaml:7: ServiceCIDR kubernetes: spec.cidrs[1]: \"fd00::/8\" is too large for service addresses: expected /48 \
-             or longer; calls to it go where they say",
+             or longer; calls to it pass unchanged",
             "web.yaml:9: ServiceCIDR old: apiVersion: \"networking.k8s.io/v1beta1\" is not known, networking.k8s.io/v1 is; it is \
              ignored",
         ]
     );
 }
 
-/// R1: no API server selects by label here, so that the file source does.
+/// R1: no API server selects by label here, so the file source does.
 #[test]
 fn r1_labels_select() {
     let label = "metadata:\n  labels: {service.kubernetes.io/service-proxy-name: ours}\n";
@@ -195,11 +195,11 @@ fn a_broken_file_names_line_object_and_field() {
 
 #[test]
 fn a_large_file_is_read_and_a_bomb_is_not() {
-    // More documents than the parser allows by itself.
+    // More documents than the crate's default limit.
     let many = format!("---\n{WEB}").repeat(2000);
     assert_eq!(parse("many.yaml", &many, None).unwrap().len(), 2000);
 
-    // Each line stands for ten times what the line before stands for.
+    // Each line expands to ten times the line before.
     let mut bomb = "a: &a [x, x, x, x, x, x, x, x, x, x]\n".to_owned();
     for (name, inner) in ('b'..='i').zip('a'..) {
         let items = vec![format!("*{inner}"); 10].join(", ");
@@ -218,7 +218,7 @@ proptest! {
         let _ = parse("any.yaml", &text, None);
     }
 
-    /// Any change to one place of a good file gives a result or an error with one line.
+    /// Any single edit of a good file gives a result or an error of one line.
     #[test]
     fn no_edit_makes_the_parser_panic(at in 0usize..WEB.len(), with in "[ -~\n]{0,3}") {
         let mut text = WEB.to_owned();

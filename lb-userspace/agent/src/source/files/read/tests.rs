@@ -14,7 +14,7 @@ fn folder() -> (TempDir, Reader) {
     (folder, reader)
 }
 
-/// The names and contents of a snapshot; `=` stands for unchanged.
+/// The names and contents of a snapshot; `=` means unchanged.
 fn found(snapshot: Option<Snapshot>) -> Option<Vec<String>> {
     let Snapshot::Files(files) = snapshot? else { panic!("unreadable") };
     let line = |(name, seen): (String, Seen)| match seen.content {
@@ -53,7 +53,7 @@ fn only_manifests_are_read() {
 #[test]
 fn a_reading_tells_what_is_new() {
     let (folder, mut reader) = folder();
-    // An empty folder is news, once: the first list is complete.
+    // An empty folder is reported once: the first list is complete.
     assert_eq!(found(reader.read(true, None)), Some(vec![]));
     assert_eq!(found(reader.read(true, None)), None);
 
@@ -62,7 +62,7 @@ fn a_reading_tells_what_is_new() {
     assert_eq!(found(reader.read(true, None)), Some(vec!["a.yaml 1".to_owned()]));
     assert_eq!(found(reader.read(false, None)), None);
 
-    // As long, and within one step of the time stamps.
+    // Of the same length, and within one step of the time stamps.
     fs::write(folder.path().join("a.yaml"), "2").unwrap();
     fs::write(folder.path().join("c.yaml"), "3").unwrap();
     assert_eq!(found(reader.read(true, None)), Some(vec!["a.yaml 2".to_owned(), "c.yaml 3".to_owned()]));
@@ -86,14 +86,14 @@ fn files_that_are_no_text_are_told() {
     assert_eq!(
         found(reader.read(true, None)),
         Some(vec![
-            "a.yaml ! is not UTF-8 text (octet 3)".to_owned(),
+            "a.yaml ! is not UTF-8 text (byte 3)".to_owned(),
             "b.yaml ! is larger than 64 MiB".to_owned()
         ])
     );
     assert_eq!(found(reader.read(true, None)), None);
 }
 
-/// A mounted `ConfigMap`: the files are links through `..data`, which is exchanged as a whole.
+/// A mounted `ConfigMap`: the files are links through `..data`, which is replaced as a whole.
 #[test]
 fn symbolic_links_are_followed() {
     let (folder, mut reader) = folder();
@@ -115,7 +115,7 @@ fn a_folder_that_vanishes_is_unreadable_and_a_file_is_removed() {
     let path = folder.path().join("web.conf");
     fs::write(&path, "1").unwrap();
     let mut single = Reader::new(path.clone());
-    // The ending of a file that is named does not matter.
+    // The extension of a single file does not matter.
     assert_eq!(found(single.read(true, None)), Some(vec!["web.conf 1".to_owned()]));
     assert_eq!(found(reader.read(true, None)), Some(vec![]));
 
@@ -142,7 +142,7 @@ fn settled_files_are_not_opened_again() {
     fs::write(&path, "1").unwrap();
     let written = fs::metadata(&path).unwrap().ctime();
     let read = |old: &Known, trusts_stamps, now| read_file(&path, Some(old), trusts_stamps, now).unwrap();
-    // The digest is none of the file's: who reads the text finds a change.
+    // A digest that does not match the text: a reading of the text finds a change.
     let unread = Known { stamp: None, digest: 7, is_open: false, inode: (0, 0) };
     let (fresh, _) = read(&unread, true, written + 1);
     assert_eq!(fresh.stamp, None);
@@ -159,7 +159,7 @@ fn settled_files_are_not_opened_again() {
     assert_eq!(read(&other, true, touched + 2).1, changed);
 }
 
-/// A program that has a file open is told of, and so is that it has closed it, although the text is as it was.
+/// An open file is reported, and so is its closing, even if the text is unchanged.
 #[test]
 fn files_that_are_being_written_are_told() {
     let (folder, mut reader) = folder();
@@ -171,7 +171,7 @@ fn files_that_are_being_written_are_told() {
     assert_eq!(found(reader.read(true, None)), Some(vec!["a.yaml 1 open".to_owned()]));
     drop(writer);
     assert_eq!(found(reader.read(true, None)), Some(vec!["a.yaml =".to_owned()]));
-    // Who asks gets an answer, and of the files in question a look inside.
+    // A request gets an answer, and the files in it are opened.
     assert_eq!(found(reader.read(true, Some(&BTreeSet::new()))), Some(vec!["a.yaml =".to_owned()]));
     let _writer = fs::OpenOptions::new().append(true).open(&path).unwrap();
     let asked = BTreeSet::from(["a.yaml".to_owned()]);

@@ -38,7 +38,7 @@ fn issues(set: &FileSet) -> Vec<String> {
     set.issues().iter().map(ToString::to_string).collect()
 }
 
-/// The present texts are all that is served.
+/// Only the current texts are served.
 fn settle(set: &mut FileSet, seconds: f64) {
     let (_, files) = set.next_look().unwrap_or_else(|| (Instant::now(), BTreeSet::new()));
     let present = set.files.iter().filter(|(_, file)| !file.is_gone());
@@ -68,12 +68,13 @@ fn files_come_and_go() {
     assert!(issues(&set).is_empty());
     assert_eq!(set.next_look(), None);
     let gone: Vec<String> = set.take_gone().iter().map(ToString::to_string).collect();
-    let why = |file: &str| format!("file {file}.yaml was removed or renamed and has not come back for 2 s");
+    let why = |file: &str| format!("file {file}.yaml was removed or renamed and has been missing for 2 s");
     let line = |name: &str| format!("Service default/{name} is no longer served: {}", why(name));
     assert_eq!(gone, [line("a"), line("b"), line("c")]);
 }
 
-/// A broken file keeps what it last gave, and nothing of the broken text; the other files go on.
+/// A broken file keeps the objects of its last good text, and none of the broken one; the other files are not
+/// affected.
 #[test]
 fn a_broken_file_keeps_its_last_good_objects() {
     let mut set = FileSet::new(None);
@@ -86,7 +87,7 @@ fn a_broken_file_keeps_its_last_good_objects() {
         assert_eq!((services(&set), issues(&set)), (vec!["a:1".into(), "b:3".into()], vec![expected.into()]));
         settle(&mut set, seconds);
     }
-    // Broken in another way: since when there is no good text is what counts.
+    // Broken in another way: the time since the last good text counts.
     set.update(snapshot(&[("a.yaml", "a: b: c"), ("b.yaml", &service("b", 3))]), after(30.0));
     assert!(issues(&set)[0].ends_with("(since 2025-11-24T16:00:10Z)"), "{:?}", issues(&set));
 
@@ -139,29 +140,30 @@ fn a_file_or_folder_that_cannot_be_read_keeps_everything() {
     assert_eq!((services(&set), issues(&set)), (vec!["a:1".to_owned()], vec![]));
 }
 
-/// A folder that is removed and made anew: `rm -r` takes its files first, and what it is filled from may take its time. While
-/// nothing can be read, no time passes for what was seen to be gone.
+/// A folder that is removed and recreated: `rm -r` first removes its files, and refilling it takes time.
+/// While nothing can be read, the waiting time for removals stands still.
 #[test]
 fn a_folder_that_is_removed_and_made_anew_loses_nothing() {
     let mut set = FileSet::new(None);
     set.update(snapshot(&[("a.yaml", &service("a", 1)), ("b.yaml", &service("b", 1))]), after(0.0));
-    // One file is removed, one is written without its object; then the folder.
+    // One file is removed, one is rewritten without its object; then the folder is removed.
     set.update(snapshot(&[("b.yaml", "")]), after(1.0));
     let cause = "No such file or directory".into();
     set.update(Snapshot::Unreadable { path: "/etc/socklb".into(), cause }, after(1.1));
-    // It is there again after ten seconds, and filled a moment later.
+    // It exists again after ten seconds, and is filled a moment later.
     set.update(snapshot(&[]), after(11.0));
     assert_eq!(services(&set), ["a:1", "b:1"]);
     set.update(snapshot(&[("a.yaml", &service("a", 2))]), after(11.5));
     assert_eq!(services(&set), ["a:2", "b:1"]);
     assert!(set.take_gone().is_empty());
-    // What is not there again is gone in the end.
+    // What does not return is removed at last.
     set.update(snapshot(&[("a.yaml", &service("a", 2))]), after(14.0));
     assert_eq!(services(&set), ["a:2"]);
     assert_eq!(set.take_gone().len(), 1);
 }
 
-/// Of two definitions the one in the first file counts, wherever the change came; the other takes over.
+/// Of two definitions the one in the first file counts, wherever the change was; if it goes, the other
+/// counts.
 #[test]
 fn an_object_that_is_defined_twice() {
     let mut set = FileSet::new(None);
@@ -183,12 +185,12 @@ fn an_object_that_is_defined_twice() {
     assert_eq!((services(&set), set.take_gone()), (vec!["web:2".to_owned()], vec![]));
 }
 
-/// The objects of a file that takes another name are those of the new one from the first reading on.
+/// The objects of a renamed file belong to the new name from the first reading on.
 #[test]
 fn a_file_that_is_renamed_loses_nothing() {
     let mut set = FileSet::new(None);
     set.update(snapshot(&[("b.yaml", &(service("a", 1) + &service("b", 1)))]), after(0.0));
-    // To a name that sorts before, and later to one that sorts after, changed.
+    // To a name that sorts before, then to one that sorts after, with changes.
     for (seconds, name, port) in [(1.0, "a.yaml", 2), (2.0, "c.yaml", 3)] {
         set.update(snapshot(&[(name, &(service("a", port) + &service("b", port)))]), after(seconds));
         let expected = (vec![format!("a:{port}"), format!("b:{port}")], vec![], 1);
@@ -196,7 +198,7 @@ fn a_file_that_is_renamed_loses_nothing() {
     }
     settle(&mut set, 20.0);
     assert_eq!(services(&set), ["a:3", "b:3"]);
-    // One of two moves to another file; the reading came between.
+    // One of two moves to another file, with a reading in between.
     set.update(snapshot(&[("c.yaml", &service("b", 3))]), after(21.0));
     assert_eq!(services(&set), ["a:3", "b:3"]);
     set.update(snapshot(&[("c.yaml", &service("b", 3)), ("d.yaml", &service("a", 4))]), after(21.5));
@@ -210,7 +212,7 @@ fn body(name: &str, port: u32) -> Body {
     objects[0].body.clone()
 }
 
-/// What an agent served last is served until it is known what the files hold.
+/// What an earlier agent served is served until the content of all files is known.
 #[test]
 fn what_was_served_last_stands_in_for_what_cannot_be_read() {
     let mut set = FileSet::new(None);
@@ -222,15 +224,18 @@ fn what_was_served_last_stands_in_for_what_cannot_be_read() {
         assert!(issues(&set)[0].contains("stay in force (since 2025-11-24T16:00:00Z)"), "{:?}", issues(&set));
         settle(&mut set, seconds);
     }
-    // Repaired, and nobody has `c`, as far as can be seen after the time that it may be away.
+    // Repaired, and no file has `c`, which is removed after the waiting time.
     set.update(snapshot(&[("a.yaml", &service("a", 3)), ("b.yaml", &service("b", 2))]), after(101.0));
     assert_eq!((services(&set), issues(&set)), (vec!["a:3".into(), "b:2".into(), "c:1".into()], vec![]));
     let (due, _) = set.next_look().unwrap();
-    assert_eq!(due, after(102.0).at, "counted from when all was known for the first time");
+    assert_eq!(due, after(102.0).at, "counted from the first complete reading");
     settle(&mut set, 102.0);
     assert_eq!(services(&set), ["a:3", "b:2"]);
     let gone: Vec<String> = set.take_gone().iter().map(ToString::to_string).collect();
-    assert_eq!(gone, ["Service default/c is no longer served: no manifest has what an agent served last"]);
+    assert_eq!(
+        gone,
+        ["Service default/c is no longer served: no manifest holds what an earlier agent served"]
+    );
     assert_eq!(set.next_look(), None);
 }
 

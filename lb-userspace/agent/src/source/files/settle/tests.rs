@@ -18,7 +18,7 @@ fn document(name: &str, port: u16) -> String {
     )
 }
 
-/// `a1 b2` as a manifest: services `a` and `b`, each with the port that its version is.
+/// `a1 b2` as a manifest: services `a` and `b`, with their versions as ports.
 fn manifest(objects: &str) -> String {
     objects.split_whitespace().map(|object| document(&object[..1], object[1..].parse().unwrap())).collect()
 }
@@ -28,7 +28,7 @@ fn at(millis: u64) -> Moment {
     Moment { at: START.at + Duration::from_millis(millis), clock: START.clock }
 }
 
-/// What is served, as [`manifest`] takes it.
+/// The served objects, in the notation of [`manifest`].
 fn served(files: &FileSet) -> String {
     let mut store = Store::new();
     let _changes = files.apply(&mut store);
@@ -40,15 +40,15 @@ fn served(files: &FileSet) -> String {
     })
 }
 
-/// How the file is found at a time, in milliseconds.
+/// State of the file at a time in milliseconds.
 enum Found<'a> {
     /// Closed, with these objects.
     Is(&'a str),
     /// The same file, changed and closed.
     Changed(&'a str),
-    /// Open, with these objects, the last of which may be cut.
+    /// Open, with these objects; the last may be cut off.
     Open(&'a str),
-    /// Closed, and no text that can be read.
+    /// Closed, with an unreadable text.
     Broken,
     Gone,
 }
@@ -57,7 +57,7 @@ enum Found<'a> {
 #[expect(clippy::too_many_lines, reason = "a table")]
 fn what_readings_are_believed_and_when() {
     use Found::{Broken, Changed, Gone, Is, Open};
-    // Of each step the time, what is found, and what is served then.
+    // Per step: the time, the state found, the objects then served.
     type Step<'a> = (u64, Found<'a>, &'a str);
     let tables: [(&str, &[Step<'_>]); 15] = [
         ("additions and changes at once", &[(0, Is("a1"), "a1"), (10, Changed("a2 b1"), "a2 b1")]),
@@ -67,7 +67,7 @@ fn what_readings_are_believed_and_when() {
                 (0, Is("a1 b1"), "a1 b1"),
                 (10, Changed(""), "a1 b1"),
                 (510, Changed("a1 b2"), "a1 b1"),
-                // What it is known to hold was cut off a moment ago, so its end waits.
+                // A known object was cut off a moment ago, so the last document is held back.
                 (1509, Changed("a1 b2"), "a1 b1"),
                 (1510, Is("a1 b2"), "a1 b2"),
             ],
@@ -93,7 +93,7 @@ fn what_readings_are_believed_and_when() {
             ],
         ),
         (
-            "open for as long as it may be",
+            "open for a long time",
             &[
                 (0, Is("a1 b1"), "a1 b1"),
                 (10, Open(""), "a1 b1"),
@@ -103,7 +103,7 @@ fn what_readings_are_believed_and_when() {
             ],
         ),
         (
-            "open, and closed without something",
+            "open, and closed without an object",
             &[
                 (0, Is("a1 b1"), "a1 b1"),
                 (10, Open("a2"), "a1 b1"),
@@ -126,7 +126,7 @@ fn what_readings_are_believed_and_when() {
             ],
         ),
         (
-            "away for a moment",
+            "missing for a moment",
             &[
                 (0, Is("a1 b1"), "a1 b1"),
                 (10, Gone, "a1 b1"),
@@ -136,7 +136,7 @@ fn what_readings_are_believed_and_when() {
         ),
         ("away for good", &[(0, Is("a1"), "a1"), (10, Gone, "a1"), (2009, Gone, "a1"), (2010, Gone, "")]),
         (
-            "away, and back with less",
+            "missing, then back with less",
             &[
                 (0, Is("a1 b1"), "a1 b1"),
                 (10, Gone, "a1 b1"),
@@ -199,7 +199,7 @@ fn what_readings_are_believed_and_when() {
     }
 }
 
-/// One that is held open for long is an issue, with its time, and none any more once it is closed.
+/// A file held open for long is an issue with its time, until it is closed.
 #[test]
 fn a_file_that_is_open_for_long_is_an_issue() {
     let mut files = FileSet::new(None);
@@ -210,21 +210,21 @@ fn a_file_that_is_open_for_long_is_an_issue() {
         (is_news, files.issues().iter().map(ToString::to_string).collect::<Vec<_>>())
     };
     find(0, Some(&manifest("a1 b1")), false);
-    assert_eq!(find(1000, Some("half: a: text"), true), (true, vec![]), "a writer has come to there");
+    assert_eq!(find(1000, Some("half: a: text"), true), (true, vec![]), "half written");
     assert_eq!(find(5999, None, true), (false, vec![]));
     let (is_news, issues) = find(6000, None, true);
     assert!(is_news && issues.len() == 1 && issues[0].contains("web.yaml:1: mapping"), "{issues:?}");
     let (_, issues) = find(6500, Some(&manifest("a1 b2")), true);
     let expected = format!(
-        "file web.yaml: a program has it open for writing since {}; what it lacks, and its last document, stay in force as \
-         they were before: let the program close it",
+        "file web.yaml: open for writing by a program since {}; the last document, and objects that the file lacks, \
+         keep their former state: let the program close it",
         at(0).text()
     );
     assert_eq!(issues, [expected]);
     assert_eq!(find(7000, None, false), (true, vec![]));
 }
 
-/// The file system as a writer leaves it from step to step.
+/// The file system after each step of a writer.
 #[derive(Clone, Debug, Default)]
 struct Disk {
     files: BTreeMap<&'static str, (String, bool, u64)>,
@@ -251,20 +251,20 @@ impl Disk {
     }
 }
 
-/// A way to bring a file from one version to the next.
+/// A way to write the next version of a file.
 #[derive(Clone, Copy, Debug)]
 enum Way {
-    /// `cp`, `>`: emptied, then written in pieces of this many octets, then closed.
+    /// `cp`, `>`: emptied, then written in pieces of this many bytes, then closed.
     InPlace(usize),
     /// `echo >>` for each of these many documents.
     InGoes(usize),
     /// `mv`, rsync, `sed -i`: another file takes the name.
     Rename,
-    /// git, `cp --remove-destination`: removed, then written as a new one in pieces of this many octets.
+    /// git, `cp --remove-destination`: removed, then recreated in pieces of this many bytes.
     Anew(usize),
-    /// vim: the old one takes a name that is no manifest's, a new one is written.
+    /// vim: the old file takes a name that is no manifest's, a new one is written.
     Backup,
-    /// `mv` to another name of the folder, after an edit or before.
+    /// `mv` to another name in the folder, before or after an edit.
     Move(bool),
 }
 
@@ -279,7 +279,7 @@ fn ways() -> impl Strategy<Value = Way> {
     ]
 }
 
-/// The states that the disk goes through.
+/// The successive states of the disk.
 fn states(disk: &Disk, way: Way, objects: &[(String, u16)]) -> Vec<Disk> {
     let documents: Vec<String> = objects.iter().map(|(name, port)| document(name, *port)).collect();
     let text = documents.concat();
@@ -337,7 +337,7 @@ fn states(disk: &Disk, way: Way, objects: &[(String, u16)]) -> Vec<Disk> {
     states
 }
 
-/// Names and versions of some objects, in an order.
+/// Names and versions of some objects, in some order.
 fn versions() -> impl Strategy<Value = Vec<(String, u16)>> {
     let objects = prop::collection::btree_map("[a-e]", 1..4_u16, 1..5);
     objects.prop_map(|objects| objects.into_iter().collect::<Vec<_>>()).prop_shuffle()
@@ -346,8 +346,9 @@ fn versions() -> impl Strategy<Value = Vec<(String, u16)>> {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 150, ..ProptestConfig::default() })]
 
-    /// However a file is brought from one version to the next, and whenever it is read: an object of both versions is served as in
-    /// one of them, one of either is served so or not at all, and in the end the last version is what is served.
+    /// Whatever the way of writing and the times of the readings: an object of both versions is served as in
+    /// one of them, an object of one version is served so or not at all, and the last version is served in
+    /// the end.
     #[test]
     fn no_object_of_both_versions_is_gone_at_any_moment(
         edits in prop::collection::vec((ways(), versions()), 1..4),
@@ -383,7 +384,7 @@ proptest! {
                     prop_assert!(shown.iter().any(|(other, _)| other == name), "{name} is gone: {:?}", state.files);
                 }
             }
-            // Quiet for long enough, with the looks that are asked for.
+            // Quiet for long enough, with the requested rereads.
             let end = states(&disk, way, &after).pop().unwrap();
             disk = Disk { last, ..end };
             files.update(disk.read(), at(now));

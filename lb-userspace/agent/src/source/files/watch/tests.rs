@@ -9,10 +9,12 @@ use tempfile::TempDir;
 use super::*;
 use crate::source::files::Content;
 
-/// Long enough for a loaded machine, and shorter than the periodic reading, so that events are what is tested.
+/// Long enough for a loaded machine, and shorter than the periodic reading, so that the test depends on
+/// events.
 const SOON: Duration = Duration::from_secs(8);
 
-/// Waits until a snapshot holds exactly these files, where the texts of unchanged ones are known from before.
+/// Waits until a snapshot holds exactly these files. The texts of unchanged ones are known from earlier
+/// snapshots.
 async fn expect(watch: &mut Watch, expected: &[(&str, &str)]) {
     let mut known = std::collections::BTreeMap::new();
     let expected: std::collections::BTreeMap<_, _> =
@@ -58,7 +60,7 @@ async fn changes_of_a_folder_arrive() {
     expect(&mut snapshots, &[("a.yaml", "1")]).await;
     fs::write(path.join("a.yaml"), "2").unwrap();
     expect(&mut snapshots, &[("a.yaml", "2")]).await;
-    // Exchanged by rename, as editors and configuration tools do.
+    // Replaced by rename, as editors and configuration tools do.
     fs::write(path.join(".a.yaml.tmp"), "3").unwrap();
     fs::rename(path.join(".a.yaml.tmp"), path.join("a.yaml")).unwrap();
     expect(&mut snapshots, &[("a.yaml", "3")]).await;
@@ -88,7 +90,7 @@ async fn changes_of_a_single_file_arrive() {
     expect(&mut snapshots, &[("a.yaml", "5")]).await;
 }
 
-/// A mounted `ConfigMap` exchanges all files with one rename of a link.
+/// A mounted `ConfigMap` replaces all files with one rename of a link.
 #[tokio::test]
 async fn the_exchange_of_a_mounted_configmap_arrives() {
     let (_folder, path) = folder();
@@ -105,7 +107,7 @@ async fn the_exchange_of_a_mounted_configmap_arrives() {
     expect(&mut snapshots, &[("a.yaml", "two")]).await;
 }
 
-/// The path is a link that comes to mean another folder; the new folder is watched from then on.
+/// The path is a link that changes to another folder, which is watched from then on.
 #[tokio::test]
 async fn a_path_that_comes_to_mean_another_folder_is_watched_again() {
     let (folder, path) = folder();
@@ -144,17 +146,17 @@ async fn without_a_change_there_is_no_snapshot() {
     fs::write(path.join("a.yaml"), "1").unwrap();
     let mut snapshots = watch(&path).unwrap();
     expect(&mut snapshots, &[("a.yaml", "1")]).await;
-    // A reading opens the files: if that counted as a change, readings would follow one another without end.
+    // A reading opens the files: if that counted as a change, readings would trigger each other endlessly.
     assert_eq!(fs::read_to_string(path.join("a.yaml")).unwrap(), "1");
     fs::write(path.join(".hidden.yaml"), "1").unwrap();
     assert!(timeout(Duration::from_millis(500), snapshots.readings.recv()).await.is_err());
-    // But for who asks.
+    // Except on request.
     snapshots.ask(std::collections::BTreeSet::new());
     let reading = timeout(SOON, snapshots.readings.recv()).await.unwrap().unwrap();
     assert!(matches!(reading, (Snapshot::Files(files), _) if files["a.yaml"].content == Content::Unchanged));
 }
 
-/// That a program has closed a file is an event, and news.
+/// Closing a file after a write is an event, and reported.
 #[tokio::test]
 async fn a_writer_that_is_done_is_told_of() {
     use std::io::Write as _;
@@ -218,12 +220,12 @@ fn events_that_cannot_change_a_reading_are_left_out() {
     assert!(watched.concerns(&ended) && watched.own.is_none());
 }
 
-/// Who writes to neighbours of the path without rest keeps no manifest from being read, and no agent from ending.
+/// A busy writer beside the path delays neither readings nor the end of the agent.
 #[tokio::test]
 async fn writers_beside_the_path_are_not_waited_for() {
     let (folder, path) = folder();
     let is_over = Arc::new(AtomicBool::new(false));
-    // Each write is an event that differs from the one before.
+    // Each write's event differs from the last, so the kernel does not merge them.
     let writers: Vec<_> = ["one.log", "two.log", "manifests/.busy"]
         .map(|name| {
             let (file, is_over) = (folder.path().join(name), Arc::clone(&is_over));

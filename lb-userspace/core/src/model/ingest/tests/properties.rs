@@ -1,4 +1,4 @@
-//! What holds for every object.
+//! Properties of every object.
 
 use proptest::prelude::*;
 use serde_json::{Value, json};
@@ -101,7 +101,7 @@ fn is_well_formed_slice(slice: &Slice) -> bool {
 }
 
 proptest! {
-    /// R14: no object makes ingest panic, and what it lets through is well formed.
+    /// R14: no object makes ingest panic, and its results are well formed.
     #[test]
     fn r14_any_service_gives_a_well_formed_one_or_none(json in any_service()) {
         let (service, issues) = ingest_service(&json);

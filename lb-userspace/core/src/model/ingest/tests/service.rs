@@ -11,7 +11,7 @@ fn ips(texts: &[&str]) -> BTreeSet<IpAddr> {
     texts.iter().map(|ip| ip.parse().unwrap()).collect()
 }
 
-/// R1: headless Services and `ExternalName` are skipped without a word; a missing address is told.
+/// R1: headless Services and `ExternalName` are skipped without an issue; a missing address is reported.
 #[test]
 fn r1_services_without_a_cluster_ip_are_skipped() {
     for (patch, issues) in [
@@ -35,8 +35,8 @@ fn r1_services_without_a_cluster_ip_are_skipped() {
 }
 
 /// R1: `loadBalancerClass`; R2: the old annotation for source ranges; R5: `publishNotReadyAddresses`; R7:
-/// `trafficDistribution` and the old annotation for hints. Other parts of the cluster act on these, and what they do
-/// shows in the slices.
+/// `trafficDistribution` and the old annotation for hints. Controllers act on these, and slices show the
+/// result.
 #[test]
 fn r1_fields_that_play_no_part() {
     let plain = service(&json!({"spec": {"type": "LoadBalancer"}}));
@@ -55,8 +55,8 @@ fn r1_fields_that_play_no_part() {
     }
 }
 
-/// R2: the index of the family in `ipFamilies` picks from `clusterIPs`; without `ipFamilies`, `clusterIP` counts
-/// for its own family; a shorter list of addresses means none.
+/// R2: the index of the family in `ipFamilies` picks from `clusterIPs`; without `ipFamilies`, `clusterIP`
+/// counts for its own family; a shorter list of addresses means none.
 #[test]
 fn r2_the_cluster_ip_of_each_family() {
     for (patch, v4, v6) in [
@@ -88,7 +88,7 @@ fn r2_the_cluster_ip_of_each_family() {
     }
 }
 
-/// R14: a cluster IP that cannot be one affects its own Service only, and only its own family.
+/// R14: an invalid cluster IP affects only its own Service and family.
 #[test]
 fn r14_mangled_cluster_ips_are_left_out() {
     for (patch, is_served, issue) in [
@@ -115,12 +115,14 @@ fn r14_mangled_cluster_ips_are_left_out() {
         (
             json!({"clusterIPs": ["0.0.0.0"]}),
             false,
-            "spec.clusterIPs[0]: 0.0.0.0 is in the unspecified range, which is never translated; it is left out",
+            "spec.clusterIPs[0]: 0.0.0.0 is in the unspecified range, which is never translated; it is left \
+             out",
         ),
         (
             json!({"clusterIPs": ["127.0.0.1"]}),
             false,
-            "spec.clusterIPs[0]: 127.0.0.1 is in the loopback range, which is never translated; it is left out",
+            "spec.clusterIPs[0]: 127.0.0.1 is in the loopback range, which is never translated; it is left \
+             out",
         ),
     ] {
         let (service, issues) = ingest_service(&json!({"spec": patch}));
@@ -129,7 +131,7 @@ fn r14_mangled_cluster_ips_are_left_out() {
     }
 }
 
-/// R2: external IPs; those that are none are left out.
+/// R2: external IPs; invalid ones are left out.
 #[test]
 fn r2_external_ips() {
     let (service, issues) = ingest_service(&json!({"spec": {
@@ -140,12 +142,13 @@ fn r2_external_ips() {
         texts(&issues),
         [
             "spec.externalIPs[2]: \"nonsense\" is not an IP address; it is left out",
-            "spec.externalIPs[5]: 169.254.169.254 is in the link-local range, which is never translated; it is left out",
+            "spec.externalIPs[5]: 169.254.169.254 is in the link-local range, which is never translated; it \
+             is left out",
         ]
     );
 }
 
-/// R2: load-balancer addresses with `ipMode` VIP or none; host names and `ipMode: Proxy` are left to the network.
+/// R2: load-balancer addresses with `ipMode` VIP or none; host names and `ipMode: Proxy` are not served.
 #[test]
 fn r2_load_balancer_ips() {
     let (service, issues) = ingest_service(&json!({
@@ -171,7 +174,7 @@ fn r2_load_balancer_ips() {
     );
 }
 
-/// R2: node ports; 0 and absent are none.
+/// R2: node ports; 0 is the same as absent.
 #[test]
 fn r2_node_ports() {
     for (service_type, node_port, expected) in [
@@ -189,7 +192,7 @@ fn r2_node_ports() {
     assert_eq!(texts(&issues), ["spec.ports[0].nodePort: has no meaning for type ClusterIP; it is ignored"]);
 }
 
-/// R2: source ranges are trimmed; R14: one that cannot be read admits nobody.
+/// R2: source ranges are trimmed; R14: an invalid one admits no client.
 #[test]
 fn r2_source_ranges() {
     let range = |text: &str| text.parse().unwrap();
@@ -205,14 +208,13 @@ fn r2_source_ranges() {
     assert!(service.source_ranges.is_empty() && service.has_unreadable_source_range);
     assert_eq!(
         texts(&issues),
-        [
-            "spec.loadBalancerSourceRanges[0]: \"10.0.0.1\" is not an IP network (address/length); it admits no client"
-        ]
+        ["spec.loadBalancerSourceRanges[0]: \"10.0.0.1\" is not an IP network (address/length); it \
+             admits no client"]
     );
 }
 
-/// R2: the health-check node port counts for type LoadBalancer with the external policy Local only; without one
-/// the Service is still served.
+/// R2: the health-check node port counts only for type LoadBalancer with the external policy Local; without
+/// one the Service is still served.
 #[test]
 fn r2_health_check_node_port() {
     for (patch, expected) in [
@@ -228,8 +230,8 @@ fn r2_health_check_node_port() {
     for (port, issue) in [
         (
             json!(0),
-            "spec.healthCheckNodePort: is missing or 0 although externalTrafficPolicy is Local; health checks are \
-             not answered",
+            "spec.healthCheckNodePort: is missing or 0 although externalTrafficPolicy is Local; health \
+             checks are not answered",
         ),
         (json!(-1), "spec.healthCheckNodePort: -1 is not a port (1-65535); this port is left out"),
     ] {
@@ -241,7 +243,7 @@ fn r2_health_check_node_port() {
     }
 }
 
-/// R3: TCP, UDP and SCTP are legal; SCTP is reported as not served.
+/// R3: TCP, UDP and SCTP are valid; SCTP is reported as not served.
 #[test]
 fn r3_protocols() {
     let (service, issues) = ingest_service(&json!({"spec": {"ports": [
@@ -265,7 +267,7 @@ fn r3_protocols() {
     );
 }
 
-/// R14: a mangled port affects only itself.
+/// R14: an invalid port affects only itself.
 #[test]
 fn r14_mangled_ports_are_left_out() {
     let good = json!({"name": "good", "port": 80, "nodePort": 30080});
@@ -313,8 +315,8 @@ fn r14_a_service_without_ports_has_no_frontend() {
     }
 }
 
-/// R6: nil policies are Cluster; the external policy Local counts for LoadBalancer, NodePort, and ClusterIP with
-/// external IPs.
+/// R6: absent policies are Cluster; the external policy Local applies to LoadBalancer, NodePort, and
+/// ClusterIP with external IPs.
 #[test]
 fn r6_policies() {
     use TrafficPolicy::{Cluster, Local};
@@ -336,7 +338,7 @@ fn r6_policies() {
     }
 }
 
-/// R14: unknown words are taken for the default, and told.
+/// R14: unknown values become the default and are reported.
 #[test]
 fn r14_unknown_words() {
     let (service, issues) = ingest_service(&json!({"spec": {
@@ -396,7 +398,7 @@ fn metadata_of_a_service() {
     assert_eq!(service.annotations, [("socklb.io/drain".to_owned(), "30s".to_owned())]);
 }
 
-/// Annotation `socklb.io/exclude`: an excluded service keeps its connections, whatever else it says.
+/// Annotation `socklb.io/exclude`: an excluded service keeps its connections, whatever its other annotation.
 #[test]
 fn services_are_excluded_by_annotation() {
     use crate::model::StaleConnections::{Keep, Reset};
@@ -437,7 +439,7 @@ fn r10_an_annotation_that_cannot_be_read_is_reported() {
     }
 }
 
-/// Every port that there is, each twice: an object is no reason to stall.
+/// All 65,535 ports, each twice: no object stalls the agent.
 #[test]
 fn a_service_may_list_every_port() {
     let once = (1..=u16::MAX).map(|port| json!({"name": format!("p{port}"), "port": port, "nodePort": port}));

@@ -22,7 +22,7 @@ fn r4_slices_of_no_service_are_ignored() {
         assert_eq!(slice, None, "{patch}");
         assert_eq!(texts(&found), issues, "{patch}");
     }
-    // Neither the owner nor the managing controller is consulted.
+    // The owner and the managing controller do not matter.
     let hand_made = slice(&json!({"metadata": {
         "namespace": "ns", "labels": {"endpointslice.kubernetes.io/managed-by": "me"}, "ownerReferences": [],
     }}));
@@ -80,8 +80,10 @@ fn r4_endpoint_addresses() {
             "endpoints[2].addresses: is empty; this endpoint is left out",
             "endpoints[3].addresses[0]: \"nonsense\" is not an IP address; it is left out",
             "endpoints[4].addresses[0]: fd00::1 is not an IPv4 address; it is left out",
-            "endpoints[7].addresses[0]: 0.0.0.0 is in the unspecified range, which is never translated; it is left out",
-            "endpoints[8].addresses[0]: 224.0.0.1 is in the multicast range, which is never translated; it is left out",
+            "endpoints[7].addresses[0]: 0.0.0.0 is in the unspecified range, which is never translated; it \
+             is left out",
+            "endpoints[8].addresses[0]: 224.0.0.1 is in the multicast range, which is never translated; it \
+             is left out",
         ]
     );
     let (slice, issues) =
@@ -114,7 +116,7 @@ fn r5_conditions() {
     }
 }
 
-/// R7: node, zone and hints are taken over; empty names are none.
+/// R7: node, zone and hints are copied; empty names count as absent.
 #[test]
 fn r7_topology_of_endpoints() {
     let slice = slice(&json!({"endpoints": [
@@ -131,7 +133,7 @@ fn r7_topology_of_endpoints() {
     assert_eq!(*first.hint_zones(), ["a".into(), "b".into()]);
     assert_eq!(*first.hint_nodes(), ["node-a".into()]);
     assert_eq!((&second.zone, &third.node), (&None, &None));
-    // Equal texts of a slice share their memory.
+    // Equal strings of a slice share one allocation.
     assert!(Arc::ptr_eq(first.node.as_ref().unwrap(), second.node.as_ref().unwrap()));
 }
 
