@@ -2,7 +2,7 @@
 
 /// What a hook requires of the kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Needs {
+pub enum Requirement {
     /// Nothing beyond the oldest supported kernel.
     Nothing,
     /// Slots of sockets: without them, no slot is taken or freed.
@@ -17,21 +17,21 @@ pub struct HookSpec {
     /// `enum bpf_attach_type`
     pub attach_type: u32,
     /// What it requires of the kernel.
-    pub needs: Needs,
+    pub needs: Requirement,
     /// Whether it has a program for each mode (docs/decisions/0003).
     pub has_modes: bool,
 }
 
 /// A hook with a program for each mode.
 const fn hook(name: &'static str, attach_type: u32) -> HookSpec {
-    HookSpec { name, attach_type, needs: Needs::Nothing, has_modes: true }
+    HookSpec { name, attach_type, needs: Requirement::Nothing, has_modes: true }
 }
 
 /// All hooks in the order of attachment.
 ///
 /// The hook that frees slots comes first: no socket may take a slot that nothing frees.
 pub const HOOKS: &[HookSpec] = &[
-    HookSpec { name: "sock_release", attach_type: 34, needs: Needs::Slots, has_modes: false },
+    HookSpec { name: "sock_release", attach_type: 34, needs: Requirement::Slots, has_modes: false },
     hook("connect4", 10),
     hook("connect6", 11),
     hook("sendmsg4", 14),
@@ -43,4 +43,4 @@ pub const HOOKS: &[HookSpec] = &[
 ];
 
 /// Names of links that only earlier versions pinned. A starting agent detaches and removes them.
-pub const FORMER: &[&str] = &[];
+pub const REMOVED: &[&str] = &[];

@@ -42,9 +42,9 @@ pub enum Size {
     Frontends,
     /// `--max-endpoints`, for each family.
     Endpoints,
-    /// Counters of services: [`Self::Frontends`] for each CPU, up to [`MOST_COUNTERS`].
+    /// Counters of services: [`Self::Frontends`] for each CPU, up to [`MAX_COUNTER_BYTES`].
     ServiceCounters,
-    /// Counters of endpoints: [`Self::Endpoints`] for each CPU, up to [`MOST_COUNTERS`].
+    /// Counters of endpoints: [`Self::Endpoints`] for each CPU, up to [`MAX_COUNTER_BYTES`].
     EndpointCounters,
 }
 
@@ -139,7 +139,7 @@ maps! {
 
 /// Names of maps that only earlier versions pinned. A starting agent removes their pins: their content would
 /// be outdated after a downgrade.
-pub const FORMER: &[&str] = &[];
+pub const REMOVED: &[&str] = &[];
 
 /// The map with the layouts of all maps. Its own layout never changes.
 pub const LAYOUTS: &str = "layouts";
@@ -151,7 +151,7 @@ pub fn find(name: &str) -> Option<&'static MapSpec> {
 }
 
 /// Largest size of a map of counters in octets, over all CPUs.
-pub const MOST_COUNTERS: u64 = 64 << 20;
+pub const MAX_COUNTER_BYTES: u64 = 64 << 20;
 
 /// The inputs of map sizes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -185,8 +185,8 @@ impl MapSpec {
     /// Entries of a map of counters: a multiple of the number of CPUs.
     const fn counters(&self, wanted: u32, n_cpus: u32) -> u32 {
         let n_cpus = if n_cpus == 0 { 1 } else { n_cpus as u64 };
-        let (wanted, most) = (wanted as u64, MOST_COUNTERS / self.value_size as u64 / n_cpus);
-        #[expect(clippy::cast_possible_truncation, reason = "at most MOST_COUNTERS")]
+        let (wanted, most) = (wanted as u64, MAX_COUNTER_BYTES / self.value_size as u64 / n_cpus);
+        #[expect(clippy::cast_possible_truncation, reason = "at most MAX_COUNTER_BYTES")]
         let n_entries = (n_cpus * if most < wanted { most } else { wanted }) as u32;
         n_entries
     }
@@ -224,8 +224,8 @@ mod tests {
 
     #[test]
     fn names_and_fingerprints_are_unique() {
-        let names: BTreeSet<&str> = MAPS.iter().map(|map| map.name).chain(FORMER.iter().copied()).collect();
-        assert_eq!(names.len(), MAPS.len() + FORMER.len());
+        let names: BTreeSet<&str> = MAPS.iter().map(|map| map.name).chain(REMOVED.iter().copied()).collect();
+        assert_eq!(names.len(), MAPS.len() + REMOVED.len());
         // The kernel stores 15 octets of a name.
         assert!(names.iter().all(|name| name.len() <= 15));
         let fingerprints: BTreeSet<u64> = MAPS.iter().map(MapSpec::fingerprint).collect();

@@ -157,7 +157,7 @@ pub struct Target<A> {
 /// affinity each endpoint has the same probability, up to a bias below `len / 2^32`.
 #[inline(always)]
 pub fn resolve<T: Tables>(tables: &T, call: &Call<T::Addr>) -> Verdict<T::Addr> {
-    let found = find_frontend(tables, call).or_else(|| find_in_service_network(tables, call));
+    let found = find_frontend(tables, call).or_else(|| find_unserved(tables, call));
     let Some((frontend_id, frontend)) = found else {
         return Verdict::Pass;
     };
@@ -228,7 +228,7 @@ fn find_node_port<T: Tables>(tables: &T, call: &Call<T::Addr>) -> Option<(u32, F
 /// `None` if the call passes. A call that spans the creation and deletion of a Service may be refused; one
 /// that spans the removal of its network may pass.
 #[inline(always)]
-fn find_in_service_network<T: Tables>(tables: &T, call: &Call<T::Addr>) -> Option<(u32, Frontend)> {
+fn find_unserved<T: Tables>(tables: &T, call: &Call<T::Addr>) -> Option<(u32, Frontend)> {
     if !tables.is_in_service_network(&call.address) {
         return None;
     }

@@ -56,10 +56,10 @@ fn forward4<M: Mode>(ctx: &SockAddr<'_>, kind: Kind) -> i32 {
     }
     let address = ctx.ipv4();
     let call = Pending::<M>::new(ctx, kind, &address, ctx.peer4());
-    if call.is_of_the_kernel() {
+    if call.has_implicit_destination() {
         return PROCEED;
     }
-    let decision = call.decide4(address);
+    let decision = call.resolve4(address);
     call.finish(&decision, || ctx.set_ipv4(Octets4::from_mapped(&decision.address)))
 }
 
@@ -70,13 +70,13 @@ fn forward6<M: Mode>(ctx: &SockAddr<'_>, kind: Kind) -> i32 {
     }
     let address = ctx.ipv6();
     let call = Pending::<M>::new(ctx, kind, &address, ctx.peer6());
-    if call.is_of_the_kernel() {
+    if call.has_implicit_destination() {
         return PROCEED;
     }
     // An IPv4-mapped destination uses the IPv4 tables and records, and is written back as mapped.
     let decision = match mapped_ipv4(&address) {
-        Some(address) => call.decide4(address),
-        None => call.decide6(address),
+        Some(address) => call.resolve4(address),
+        None => call.resolve6(address),
     };
     call.finish(&decision, || ctx.set_ipv6(decision.address))
 }
@@ -85,7 +85,7 @@ fn forward6<M: Mode>(ctx: &SockAddr<'_>, kind: Kind) -> i32 {
 ///
 /// Every field always has a value: of an enum, LLVM reads the payload before it checks the variant, and the
 /// verifier rejects a read of uninitialised stack.
-struct Decision {
+struct FlatVerdict {
     kind: u32,
     /// The endpoint's address; IPv4 in mapped form.
     address: Octets6,
@@ -94,7 +94,7 @@ struct Decision {
     service_id: u32,
 }
 
-impl Decision {
+impl FlatVerdict {
     const PASS: u32 = 0;
     const REFUSE: u32 = 1;
     const REDIRECT: u32 = 2;
@@ -164,38 +164,38 @@ impl<'a, M: Mode> Pending<'a, M> {
     /// The kernel runs `sendmsg4` for a plain `send()` on an `AF_INET6` socket connected to an IPv4-mapped
     /// address (`udpv6_sendmsg`).
     #[inline(always)]
-    fn is_of_the_kernel(&self) -> bool {
+    fn has_implicit_destination(&self) -> bool {
         self.kind == Kind::Send && self.former.is(&self.called)
     }
 
     /// Resolves with the IPv4 tables.
     #[inline(always)]
-    fn decide4(&self, address: Octets4) -> Decision {
-        let Some(protocol) = self.ctx.protocol() else { return Decision::of(Verdict::<Octets4>::Pass) };
+    fn resolve4(&self, address: Octets4) -> FlatVerdict {
+        let Some(protocol) = self.ctx.protocol() else { return FlatVerdict::of(Verdict::<Octets4>::Pass) };
         let tables = Kernel4 { ctx: self.ctx, memory: self };
-        Decision::of(resolve(&tables, &Call { address, port: self.called.port, protocol }))
+        FlatVerdict::of(resolve(&tables, &Call { address, port: self.called.port, protocol }))
     }
 
     /// Resolves with the IPv6 tables.
     #[inline(always)]
-    fn decide6(&self, address: Octets6) -> Decision {
-        let Some(protocol) = self.ctx.protocol() else { return Decision::of(Verdict::<Octets6>::Pass) };
+    fn resolve6(&self, address: Octets6) -> FlatVerdict {
+        let Some(protocol) = self.ctx.protocol() else { return FlatVerdict::of(Verdict::<Octets6>::Pass) };
         let tables = Kernel6 { ctx: self.ctx, memory: self };
-        Decision::of(resolve(&tables, &Call { address, port: self.called.port, protocol }))
+        FlatVerdict::of(resolve(&tables, &Call { address, port: self.called.port, protocol }))
     }
 
     /// Writes the verdict to the context, the socket's record and the counters.
     #[inline(always)]
-    fn finish(&self, decision: &Decision, set_address: impl FnOnce()) -> i32 {
-        if decision.kind == Decision::PASS {
+    fn finish(&self, decision: &FlatVerdict, set_address: impl FnOnce()) -> i32 {
+        if decision.kind == FlatVerdict::PASS {
             // A connected socket receives only from its peer, whatever it sends elsewhere.
             if self.kind == Kind::Connect || self.former.port == 0 {
-                self.socket.calls_elsewhere(&self.called);
+                self.socket.record_plain_call(&self.called);
             }
             if let Some(socket) = self.multipath()
                 && !socket.is_established()
             {
-                Socket::<M>::connects_multipath_elsewhere(socket, &self.called);
+                Socket::<M>::record_plain_multipath(socket, &self.called);
             }
             return PROCEED;
         }
@@ -203,10 +203,10 @@ impl<'a, M: Mode> Pending<'a, M> {
         if multipath.is_some_and(Multipath::is_established) {
             return PROCEED;
         }
-        if decision.kind == Decision::UNREACHABLE {
+        if decision.kind == FlatVerdict::UNREACHABLE {
             return fail_call(EHOSTUNREACH);
         }
-        if decision.kind == Decision::REFUSE {
+        if decision.kind == FlatVerdict::REFUSE {
             count_refusal(decision.service_id);
             log::<M>(self.ctx, decision.service_id, u32::MAX);
             if is_on(&config::HAS_SET_RETVAL) {
@@ -236,7 +236,7 @@ impl<'a, M: Mode> Pending<'a, M> {
     }
 
     #[inline(always)]
-    fn note(&self, decision: &Decision, multipath: Option<Multipath>) {
+    fn note(&self, decision: &FlatVerdict, multipath: Option<Multipath>) {
         let Some(protocol) = self.ctx.protocol() else { return };
         #[expect(clippy::cast_possible_truncation, reason = "bounded")]
         let index = decision.choice.index.min(u16::MAX.into()) as u16;
@@ -253,13 +253,13 @@ impl<'a, M: Mode> Pending<'a, M> {
         };
         match self.kind {
             Kind::Connect => {
-                self.socket.calls(&record, Some(&self.former));
+                self.socket.record_call(&record, Some(&self.former));
                 if let Some(socket) = multipath {
-                    Socket::<M>::connects_multipath(socket, &record);
+                    Socket::<M>::record_multipath(socket, &record);
                 }
             }
             Kind::Send if self.former.port != 0 => {}
-            Kind::Send => self.socket.calls(&record, None),
+            Kind::Send => self.socket.record_call(&record, None),
         }
     }
 }
@@ -319,7 +319,7 @@ fn count_refusal(service_id: u32) {
 }
 
 #[inline(always)]
-fn count(kind: Kind, decision: &Decision) {
+fn count(kind: Kind, decision: &FlatVerdict) {
     if let Some(stats) = service_stats(decision.service_id) {
         // SAFETY: as above.
         let stats = unsafe { &mut *stats };

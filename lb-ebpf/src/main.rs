@@ -76,7 +76,7 @@ programs! {
 #[cgroup_sock(sock_release)]
 #[expect(clippy::needless_pass_by_value, reason = "the macro passes the context by value")]
 fn sock_release(ctx: SockContext) -> i32 {
-    record::released(&ctx);
+    record::free_slot(&ctx);
     ctx::PROCEED
 }
 

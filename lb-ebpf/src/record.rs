@@ -124,7 +124,7 @@ impl New<'_> {
     /// Writes it to one of the two records of a slot. Returns 1 if it did not fit and belongs in socket
     /// storage.
     #[inline(always)]
-    fn note_in_slot(&self, entry: &mut SocketEntry) -> u64 {
+    fn write_to_slot(&self, entry: &mut SocketEntry) -> u64 {
         // An unused second record is garbage; changing it is harmless.
         self.silences(&mut entry.first);
         self.silences(&mut entry.second);
@@ -152,8 +152,8 @@ impl New<'_> {
     /// The first two records are for a `connect()` without a record to replace, so that it evicts no other. A
     /// datagram replaces the record of its service, else an unused one, else the oldest.
     #[inline(always)]
-    fn note_in_storage(&self, storage: &mut SocketRecords, is_elsewhere: bool) {
-        let (mut of_service, mut unused) = (NOWHERE, NOWHERE);
+    fn write_to_storage(&self, storage: &mut SocketRecords, is_elsewhere: bool) {
+        let (mut of_service, mut unused) = (NO_RECORD, NO_RECORD);
         self.silences(&mut storage.records[0]);
         self.silences(&mut storage.records[1]);
         let (mut n, end) = (CONNECT_RECORDS, n_records());
@@ -169,11 +169,11 @@ impl New<'_> {
         if is_elsewhere {
             return;
         }
-        let place = if of_service != NOWHERE {
+        let place = if of_service != NO_RECORD {
             of_service
         } else if self.former.is_some() {
             self.is_former(&storage.records[0])
-        } else if unused != NOWHERE {
+        } else if unused != NO_RECORD {
             unused
         } else {
             let next = storage.next;
@@ -199,7 +199,7 @@ fn n_records() -> usize {
 }
 
 /// Stands for "no record".
-const NOWHERE: u64 = u64::MAX;
+const NO_RECORD: u64 = u64::MAX;
 
 /// An index that the verifier accepts.
 #[inline(always)]
@@ -253,7 +253,7 @@ impl Slots {
 
     /// The way of a socket's slot in its set.
     #[inline(always)]
-    fn way_of(self, cookie: u64) -> Option<usize> {
+    fn slot_of(self, cookie: u64) -> Option<usize> {
         let is_owner = |way| {
             // SAFETY: one aligned word. Volatile, since another CPU may write it.
             unsafe { self.owner(way).read_volatile() == cookie }
@@ -295,7 +295,7 @@ impl Slots {
     }
 
     #[inline(always)]
-    fn give_up(self, way: usize) {
+    fn free(self, way: usize) {
         // SAFETY: one aligned word. Volatile, since another CPU may read it.
         unsafe { self.owner(way).write_volatile(0) };
     }
@@ -317,7 +317,7 @@ impl<'a, M: Mode> Socket<'a, M> {
             0 => (false, None),
             cookie => {
                 let Some(slots) = Slots::of(cookie) else { return (false, None) };
-                (true, slots.way_of(cookie).and_then(|way| slots.entry(way)))
+                (true, slots.slot_of(cookie).and_then(|way| slots.entry(way)))
             }
         }
     }
@@ -362,14 +362,14 @@ impl<'a, M: Mode> Socket<'a, M> {
             }
         }
         let Some(storage) = self.storage() else { return none };
-        let mut place = NOWHERE;
+        let mut place = NO_RECORD;
         let (mut n, end) = (0, n_records());
         while n < end {
             let record = &storage.records[n % SOCKET_RECORDS];
             select(&mut place, n, is_zero(difference(record)) & !is_zero(record.protocol.into()));
             n += 1;
         }
-        if place == NOWHERE {
+        if place == NO_RECORD {
             return none;
         }
         found(&storage.records[index(place)])
@@ -405,7 +405,7 @@ impl<'a, M: Mode> Socket<'a, M> {
     /// Records a call to an endpoint, and keeps the records of other services. A `connect()` also keeps the
     /// record of the current peer, `former` or [`Peer::NONE`].
     #[inline(always)]
-    pub(crate) fn calls(&self, record: &SocketRecord, former: Option<&Peer>) {
+    pub(crate) fn record_call(&self, record: &SocketRecord, former: Option<&Peer>) {
         let new = New { record, former };
         // A TCP socket receives only from its peer.
         let is_stream = record.protocol == Protocol::TCP.0;
@@ -423,7 +423,7 @@ impl<'a, M: Mode> Socket<'a, M> {
                 }
                 return;
             }
-            is_elsewhere = new.note_in_slot(entry) == 0;
+            is_elsewhere = new.write_to_slot(entry) == 0;
             if entry.flags & entry_flags::STORAGE == 0 {
                 return;
             }
@@ -432,7 +432,7 @@ impl<'a, M: Mode> Socket<'a, M> {
         if is_stream {
             storage.records[0] = *record;
         } else {
-            new.note_in_storage(storage, is_elsewhere);
+            new.write_to_storage(storage, is_elsewhere);
         }
     }
 
@@ -447,7 +447,7 @@ impl<'a, M: Mode> Socket<'a, M> {
         let cookie = self.ctx.cookie();
         let slots = Slots::of(cookie)?;
         // First the own slot, then a free one: a socket has at most one slot.
-        if let Some(way) = slots.way_of(cookie) {
+        if let Some(way) = slots.slot_of(cookie) {
             return Some((slots.entry(way)?, 0));
         }
         // A socket that found no slot earlier keeps its storage.
@@ -462,16 +462,16 @@ impl<'a, M: Mode> Socket<'a, M> {
     /// Records the call for the multipath TCP socket too, since the program queries that one. It has one
     /// peer.
     #[inline(always)]
-    pub(crate) fn connects_multipath(socket: Multipath, record: &SocketRecord) {
+    pub(crate) fn record_multipath(socket: Multipath, record: &SocketRecord) {
         // SAFETY: the storage of the subflow's connection, which is locked.
         if let Some(storage) = unsafe { socket.storage_or_new().as_mut() } {
             storage.records[0] = *record;
         }
     }
 
-    /// As [`Self::calls_elsewhere`], for the multipath TCP socket.
+    /// As [`Self::record_plain_call`], for the multipath TCP socket.
     #[inline(always)]
-    pub(crate) fn connects_multipath_elsewhere(socket: Multipath, peer: &Peer) {
+    pub(crate) fn record_plain_multipath(socket: Multipath, peer: &Peer) {
         // SAFETY: as above.
         if let Some(storage) = unsafe { socket.storage().as_mut() } {
             let record = &mut storage.records[0];
@@ -481,7 +481,7 @@ impl<'a, M: Mode> Socket<'a, M> {
 
     /// Notes that the socket called a plain address: an answer from there keeps its address.
     #[inline(always)]
-    pub(crate) fn calls_elsewhere(&self, peer: &Peer) {
+    pub(crate) fn record_plain_call(&self, peer: &Peer) {
         let silence = |record: &mut SocketRecord| silence(record, peer.difference_to_endpoint_of(record));
         let (may_have_records, entry) = self.home();
         if !may_have_records {
@@ -506,12 +506,12 @@ impl<'a, M: Mode> Socket<'a, M> {
 
 /// Frees the slot of a socket that is being closed.
 #[inline(always)]
-pub(crate) fn released(ctx: &SockContext) {
+pub(crate) fn free_slot(ctx: &SockContext) {
     let cookie = sock_cookie(ctx);
     if cookie != 0
         && let Some(slots) = Slots::of(cookie)
-        && let Some(way) = slots.way_of(cookie)
+        && let Some(way) = slots.slot_of(cookie)
     {
-        slots.give_up(way);
+        slots.free(way);
     }
 }

@@ -140,7 +140,7 @@ fn calls_follow(sandbox: &Sandbox, server: &dyn Api) {
             if changed.is_ok() {
                 agent.state.change(|store| source.apply(store));
             }
-            if source.is_complete() && agent.state.wants_sync() {
+            if source.is_complete() && agent.state.needs_sync() {
                 agent.sync();
             }
             if call(service, Tcp) == wanted {

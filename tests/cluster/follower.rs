@@ -125,7 +125,7 @@ impl Follower {
         if changed.is_ok() {
             self.state.change(|store| source.apply(store));
         }
-        if self.source.is_complete() && self.state.wants_sync() {
+        if self.source.is_complete() && self.state.needs_sync() {
             let plan = self.state.sync();
             plan.apply(&mut self.image);
             self.state.settled(plan.number());
@@ -148,7 +148,7 @@ impl Follower {
         self.until("the store holds the server's objects", |follower| {
             follower.source.is_complete()
                 && *follower.state.store() == expected
-                && !follower.state.wants_sync()
+                && !follower.state.needs_sync()
         });
         assert_eq!(self.image, *self.state.image());
         let mut scratch = State::new(agent::settings(), Vec::new(), Capacity::default(), &self.image);

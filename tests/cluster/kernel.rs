@@ -57,7 +57,7 @@ fn calls_follow_the_api_server() {
                 if changed.is_ok() {
                     agent.state.change(|store| source.apply(store));
                 }
-                if source.is_complete() && agent.state.wants_sync() {
+                if source.is_complete() && agent.state.needs_sync() {
                     agent.sync();
                 }
                 if call(service, Tcp) == wanted {

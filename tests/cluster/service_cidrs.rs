@@ -222,7 +222,7 @@ fn addresses_of_other_proxies_are_known_and_their_slices_are_not_read() {
         follower.until(&format!("{proxy:?} is followed"), |follower| {
             let found = follower.image.cluster_ips.get(&ip).copied();
             assert!(found.is_some(), "an address that no Service has");
-            found == Some(flag) && !follower.state.wants_sync()
+            found == Some(flag) && !follower.state.needs_sync()
         });
     }
     server.delete(Kind::Service, NAMESPACE, "theirs");
@@ -253,7 +253,7 @@ fn calls_follow_service_cidrs() {
                 if changed.is_ok() {
                     agent.state.change(|store| source.apply(store));
                 }
-                if source.is_complete() && agent.state.wants_sync() {
+                if source.is_complete() && agent.state.needs_sync() {
                     agent.sync();
                     agent.settle();
                 }

@@ -161,7 +161,7 @@ fn too_many_node_addresses_cost_no_service() {
             (0..n).for_each(|n| cluster.set(node(&format!("node-{n}"), n * n_each, n_each)));
             cluster.serve("web", service_address(Domain::V4), Tcp, &[server]);
             cluster.feed(&mut agent.state);
-            while agent.state.wants_sync() {
+            while agent.state.needs_sync() {
                 agent.sync();
                 agent.settle();
                 assert_eq!(call(service_address(Domain::V4), Tcp), Ok(server));

@@ -7,7 +7,7 @@ use lb_core::model::Protocol::{Tcp, Udp};
 use lb_kernel::{
     KernelError, Options,
     cgroup::{self, Extent},
-    exclusion::{Exclusion, Hierarchy, Place},
+    exclusion::{Exclusion, Hierarchy, CgroupPosition},
 };
 use lb_tests::{
     Feature, Sandbox,
@@ -30,8 +30,8 @@ fn empty_service() -> SocketAddr {
     "10.96.0.2:80".parse().unwrap()
 }
 
-pub(crate) fn place(directory: &Path) -> Place {
-    Hierarchy::find().unwrap().place_of(directory).unwrap()
+pub(crate) fn place(directory: &Path) -> CgroupPosition {
+    Hierarchy::find().unwrap().position_of(directory).unwrap()
 }
 
 /// What comes of a call of each kind, from this thread.
@@ -122,7 +122,7 @@ fn calls_from_an_excluded_cgroup_are_left_alone() {
 
         assert!(!exclusion.set(&[own].into()).unwrap(), "as it was");
         // Another level, another cgroup: ours is served again.
-        let elsewhere = Place { id: own.id + 1_000_000, levels: own.levels << 1 };
+        let elsewhere = CgroupPosition { id: own.id + 1_000_000, levels: own.levels << 1 };
         assert!(exclusion.set(&[elsewhere].into()).unwrap());
         assert!(are_served());
         assert!(exclusion.set(&BTreeSet::new()).unwrap());
@@ -177,7 +177,7 @@ fn exclusion_holds_three_cgroup_namespaces_deep() {
                                     assert_eq!(cgroup::extent(pod), Extent::Cgroup);
                                     assert!(are_served());
                                     let place = place(pod);
-                                    assert_eq!(Hierarchy::find().unwrap().own_place().unwrap(), place);
+                                    assert_eq!(Hierarchy::find().unwrap().own_position().unwrap(), place);
                                     assert!(exclusion.set(&[place].into()).unwrap());
                                     assert!(are_left_alone());
                                     assert_eq!(place.levels.count_ones(), 14, "from the second on");
@@ -209,10 +209,10 @@ fn agents_that_exclude_nobody_do_not_look() {
 fn a_full_map_keeps_the_oldest_and_loses_strangers() {
     with_agent(true, |sandbox, exclusion| {
         let most = u64::from(limits::MAX_EXCLUDED);
-        let places = |ids: std::ops::Range<u64>| -> BTreeSet<Place> {
-            ids.map(|id| Place { id: 1_000_000_000 + id, levels: 1 << 3 }).collect()
+        let places = |ids: std::ops::Range<u64>| -> BTreeSet<CgroupPosition> {
+            ids.map(|id| CgroupPosition { id: 1_000_000_000 + id, levels: 1 << 3 }).collect()
         };
-        let ids = |places: BTreeSet<Place>| places.iter().map(|place| place.id).collect::<BTreeSet<u64>>();
+        let ids = |places: BTreeSet<CgroupPosition>| places.iter().map(|place| place.id).collect::<BTreeSet<u64>>();
         let full = exclusion.set(&places(0..most + 1));
         assert!(matches!(full, Err(KernelError::MapFull { name: "excluded" })), "{full:?}");
         assert_eq!(exclusion.ids().unwrap(), ids(places(0..most)));

@@ -218,7 +218,7 @@ fn slots_of_sockets_that_are_gone_are_taken_back() {
         let (mut reclaim, start) = (Reclaim::default(), Instant::now());
         for (second, is_due, expected) in [(0, true, n_before), (10, false, n_before), (20, true, 2)] {
             let now = start + Duration::from_secs(second);
-            assert_eq!(reclaim.wants_look(table.n_owned(), now), is_due, "{second}");
+            assert_eq!(reclaim.wants_listing(table.n_owned(), now), is_due, "{second}");
             if is_due {
                 let owners = sockets::owners(&sandbox.pin_path()).unwrap();
                 let owners = owners.expect("all namespaces of this machine can be entered");
@@ -227,7 +227,7 @@ fn slots_of_sockets_that_are_gone_are_taken_back() {
             }
             assert_eq!(n_taken(sandbox), expected, "{second}");
         }
-        assert!(!reclaim.wants_look(table.n_owned(), start + Duration::from_secs(60)));
+        assert!(!reclaim.wants_listing(table.n_owned(), start + Duration::from_secs(60)));
         assert_eq!(connected.ask().unwrap().seen, Some(scene.service));
         assert_eq!(
             unconnected.ask_at(Scene::new(Domain::V6).service).unwrap().server,

@@ -11,7 +11,7 @@ use std::{
 
 use lb_core::{
     model::Protocol::{self, Tcp, Udp},
-    stale::{Search, Use},
+    stale::{Search, Flow},
 };
 use lb_kernel::{Options, exclusion::Exclusion, pins};
 use lb_tests::{
@@ -46,8 +46,8 @@ impl Scene {
         Self { service: service_address(domain), first, second }
     }
 
-    fn way(&self, protocol: Protocol) -> Use {
-        Use { protocol, service: Some(self.service), endpoint: self.first }
+    fn way(&self, protocol: Protocol) -> Flow {
+        Flow { protocol, service: Some(self.service), endpoint: self.first }
     }
 }
 
@@ -169,13 +169,13 @@ fn with_pods(start: &Cluster, test: impl Fn(&Pod, &mut Agent, &Options) + Sync) 
 }
 
 /// The ways of the sockets of [`Pod::all_connected`], sorted.
-fn all_ways(protocol: Protocol) -> Vec<Use> {
-    let mut ways: Vec<Use> = Domain::ALL.iter().map(|domain| Scene::new(*domain).way(protocol)).collect();
+fn all_ways(protocol: Protocol) -> Vec<Flow> {
+    let mut ways: Vec<Flow> = Domain::ALL.iter().map(|domain| Scene::new(*domain).way(protocol)).collect();
     ways.sort();
     ways
 }
 
-fn sweep(agent: &mut Agent, options: &Options, now: Instant) -> Vec<Use> {
+fn sweep(agent: &mut Agent, options: &Options, now: Instant) -> Vec<Flow> {
     let mut ended = agent.sweep(options, now);
     ended.sort();
     ended
@@ -367,7 +367,7 @@ fn a_drain_ends_connections_when_its_time_is_over() {
             let sockets = pod.all_connected(protocol);
             agent.follow(&cluster(protocol, drain, second_only));
             assert_eq!(sweep(agent, options, now), []);
-            assert_eq!(agent.state.next_stale(now), Some(at(60)));
+            assert_eq!(agent.state.next_stale_due(now), Some(at(60)));
             assert_eq!(sweep(agent, options, at(59)), []);
             assert_all_stay(&sockets);
             assert_eq!(sweep(agent, options, at(60)), all_ways(protocol));
@@ -478,7 +478,7 @@ fn a_multipath_connection_is_ended_by_its_subflow() {
             annotations.insert("socklb.io/stale-connections".to_owned(), "reset".to_owned());
         }
         agent.follow(&without);
-        let way = Use { protocol: Tcp, service: Some(service), endpoint: server };
+        let way = Flow { protocol: Tcp, service: Some(service), endpoint: server };
         let is_short = pod.netns.run(|| fs::write("/proc/sys/net/mptcp/close_timeout", "1")).is_ok();
         assert_eq!(sweep(agent, options, now), [way]);
         // Elsewhere it takes a minute.
@@ -545,10 +545,10 @@ fn early_sockets(pod: &Pod) -> Vec<(Scene, SocketAddr, Socket)> {
     sockets.collect()
 }
 
-fn early_ways() -> Vec<Use> {
+fn early_ways() -> Vec<Flow> {
     let addresses = Domain::ALL.into_iter().flat_map(early_addresses);
-    let mut ways: Vec<Use> =
-        addresses.map(|endpoint| Use { protocol: Udp, service: None, endpoint }).collect();
+    let mut ways: Vec<Flow> =
+        addresses.map(|endpoint| Flow { protocol: Udp, service: None, endpoint }).collect();
     ways.sort();
     ways
 }

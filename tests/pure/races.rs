@@ -19,7 +19,7 @@ use lb_common::{
 use lb_core::{
     desired::{FrontendAddress, PortKey},
     model::{Cidr, Protocol},
-    plan::{Capacity, Op, Plan, Unsettled},
+    plan::{Capacity, Op, Plan, StillRead},
     state::State,
     tables::{AddressTable, Entry, Image, wire_protocol},
 };
@@ -343,17 +343,17 @@ proptest! {
         }
         let mut state = state(Capacity::default(), &Image::default());
         let mut window = Window::new(Memory::default(), &state);
-        let mut unsettled = Unsettled::Anything;
+        let mut unsettled = StillRead::Anything;
         for (cluster, passes) in history.iter().zip(graces) {
             cluster.feed(&mut state);
             let plan = state.sync();
             if unsettled.must_wait(&plan) {
-                unsettled = Unsettled::Nothing;
+                unsettled = StillRead::Nothing;
                 window.pass();
             }
             window.carry_out(&plan, &state);
-            if plan.frees() && unsettled == Unsettled::Nothing {
-                unsettled = Unsettled::Elements;
+            if plan.frees() && unsettled == StillRead::Nothing {
+                unsettled = StillRead::Elements;
             }
             prop_assert_eq!(window.ambiguous_ids(), BTreeSet::new(), "{:#?}", window.states);
             let images = window.images();
@@ -390,7 +390,7 @@ proptest! {
                 );
             }
             if passes {
-                unsettled = Unsettled::Nothing;
+                unsettled = StillRead::Nothing;
                 state.settled(plan.number());
                 window.pass();
             }

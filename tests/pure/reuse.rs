@@ -9,7 +9,7 @@ use std::{
 use lb_core::{
     desired::{Frontend, FrontendAddress, FrontendKind, PortKey},
     model::{Protocol, ServiceKey, TrafficPolicy},
-    plan::{Capacity, Encoder, Plan, Unsettled},
+    plan::{Capacity, Encoder, Plan, StillRead},
 };
 use proptest::{collection::vec, prelude::*, sample::subsequence};
 
@@ -75,7 +75,7 @@ const CAPACITY: Capacity = Capacity { services: 4, endpoints: 16 };
 struct Model {
     encoder: Encoder,
     desired: BTreeMap<FrontendAddress, Option<Frontend>>,
-    unsettled: Unsettled,
+    unsettled: StillRead,
     /// What a call may have read that began after the last grace period.
     seen: Meanings,
 }
@@ -88,7 +88,7 @@ impl Model {
         }
         let plan = self.encoder.take_plan();
         if self.unsettled.must_wait(&plan) {
-            (self.unsettled, self.seen) = (Unsettled::Nothing, before);
+            (self.unsettled, self.seen) = (StillRead::Nothing, before);
         }
         self.seen.extend(meanings(&self.encoder));
         let mut first = BTreeMap::new();
@@ -96,8 +96,8 @@ impl Model {
             let first = first.entry((kind, id)).or_insert(meaning);
             prop_assert_eq!(*first, meaning, "{} {}", kind, id);
         }
-        if plan.frees() && self.unsettled == Unsettled::Nothing {
-            self.unsettled = Unsettled::Elements;
+        if plan.frees() && self.unsettled == StillRead::Nothing {
+            self.unsettled = StillRead::Elements;
         }
         Ok(plan)
     }
@@ -114,7 +114,7 @@ proptest! {
         let mut model = Model {
             encoder: Encoder::new(CAPACITY),
             desired: BTreeMap::new(),
-            unsettled: Unsettled::Anything,
+            unsettled: StillRead::Anything,
             seen: Meanings::new(),
         };
         for ((address, wanted), after) in steps {
@@ -126,11 +126,11 @@ proptest! {
             match after {
                 After::Grace => {
                     model.encoder.settled(plan.number());
-                    (model.unsettled, model.seen) = (Unsettled::Nothing, meanings(&model.encoder));
+                    (model.unsettled, model.seen) = (StillRead::Nothing, meanings(&model.encoder));
                 }
                 After::Restart => {
                     model.encoder = Encoder::adopt(CAPACITY, model.encoder.image());
-                    model.unsettled = Unsettled::Anything;
+                    model.unsettled = StillRead::Anything;
                     // An id goes on with whoever has its address by now: the tables hold no names.
                     let _plan = model.sync()?;
                 }

@@ -90,7 +90,7 @@ proptest! {
             cluster.feed(&mut state);
             // As the agent's loop does: one plan frees, the next one fills.
             let mut n_syncs = 0;
-            while state.wants_sync() {
+            while state.needs_sync() {
                 let plan = state.sync();
                 state.settled(plan.number());
                 n_syncs += 1;

@@ -34,7 +34,7 @@ fn follow(history: &[crate::clusters::RandomCluster], settles: bool) -> (State, 
         // What waits for a grace period follows in the end.
         while settles || n == history.len() {
             state.settled(plan.number());
-            if !state.wants_sync() {
+            if !state.needs_sync() {
                 break;
             }
             plan = state.sync();

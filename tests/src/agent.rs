@@ -12,7 +12,7 @@ use lb_agent::controller::sweep;
 use lb_core::{
     desired::{FrontendAddress, Settings},
     plan::{Capacity, Plan},
-    stale::{Search, Use},
+    stale::{Search, Flow},
     state::State,
     tables::Image,
 };
@@ -118,17 +118,17 @@ impl Agent {
     /// # Panics
     ///
     /// If anything could not be looked at or ended.
-    pub fn sweep(&mut self, options: &Options, now: Instant) -> Vec<Use> {
+    pub fn sweep(&mut self, options: &Options, now: Instant) -> Vec<Flow> {
         let Some(search) = self.search(options, now) else { return Vec::new() };
         let Search { protocols, endpoints, addresses } = search.clone();
-        let wanted = sockets::Wanted { protocols, endpoints, addresses };
+        let wanted = sockets::SocketFilter { protocols, endpoints, addresses };
         let (pin_path, cgroup) = (&options.pin_path, &options.cgroup);
         let found = sockets::find(pin_path, cgroup, &wanted).unwrap_or_else(|error| panic!("{error}"));
         assert!(found.problem.is_none(), "{:?}", found.problem);
-        let standings = self.state.judge_stale(&search, &sweep::ways(&found.sockets), now);
+        let standings = self.state.decide_stale(&search, &sweep::ways(&found.sockets), now);
         let (due, has_more) = sweep::due_now(found.sockets, &standings, now, sweep::BATCH);
         if !has_more {
-            self.state.searched_stale(&search, now);
+            self.state.finish_stale_search(&search, now);
         }
         let destroyed = sockets::destroy(pin_path, due).unwrap_or_else(|error| panic!("{error}"));
         assert!(destroyed.problem.is_none(), "{:?}", destroyed.problem);
@@ -141,7 +141,7 @@ impl Agent {
     ///
     /// If the records of sockets cannot be read.
     pub fn search(&mut self, options: &Options, now: Instant) -> Option<Search> {
-        self.state.begin_stale();
+        self.state.begin_stale_search();
         let table = sockets::SocketTable::open(&options.pin_path).expect("pinned maps");
         let records = table.answering().unwrap_or_else(|error| panic!("{error}"));
         self.state.search_stale(&sweep::used(&records), now)

@@ -16,7 +16,7 @@ use crate::{
     },
     model::{Cidr, Issue, IssueKind, ObjectRef, Protocol, Service, ServiceKey, Slice, Store, store::Changes},
     plan::{Capacity, Encoder, Full, Plan, audit::Suspects},
-    stale::{InForce, Ledger, Search, Standing, Use, Used},
+    stale::{CurrentState, StaleTracker, Search, Fate, Flow, Flows},
     tables::{AddressTable, Image, MapUse},
 };
 
@@ -53,7 +53,7 @@ pub struct State {
     has_new_room: bool,
     issues: BTreeMap<ServiceKey, Vec<Issue>>,
     health_checks: BTreeMap<ServiceKey, HealthCheck>,
-    stale: Ledger,
+    stale: StaleTracker,
     /// Until the first sync the maps may hold unused frontends of an earlier agent.
     is_first_sync: bool,
 }
@@ -86,7 +86,7 @@ impl State {
             has_new_room: false,
             issues: BTreeMap::new(),
             health_checks: BTreeMap::new(),
-            stale: Ledger::default(),
+            stale: StaleTracker::default(),
             is_first_sync: true,
         }
     }
@@ -156,7 +156,7 @@ impl State {
 
     /// Whether a sync may have an effect.
     #[must_use]
-    pub fn wants_sync(&self) -> bool {
+    pub fn needs_sync(&self) -> bool {
         let is_waiting = !self.refused.is_empty()
             || self.n_nodes_waiting > 0
             || !self.ips_waiting.is_empty()
@@ -173,7 +173,7 @@ impl State {
 
     /// Replaces the desired frontends of a service by those of the agent's last sync, since its objects may
     /// have changed after it.
-    pub fn recall(&mut self, key: &ServiceKey, frontends: Vec<desired::Frontend>) {
+    pub fn restore_frontends(&mut self, key: &ServiceKey, frontends: Vec<desired::Frontend>) {
         let _touched = self.desired.set(key, frontends);
     }
 
@@ -266,7 +266,7 @@ impl State {
         let has_set = self.encoder.set_service_cidrs(networks);
         self.are_cidrs_waiting =
             !has_set || (is_early && are_all_there && !self.cluster_ips.networks().is_empty());
-        if !self.encoder.is_reading_cidrs() {
+        if !self.encoder.may_read_cidrs() {
             for ip in std::mem::take(&mut self.ips_leaving) {
                 let _nothing_to_find_room_for = self.encoder.set_address(AddressTable::ClusterIps, ip, None);
             }
@@ -308,7 +308,7 @@ impl State {
         touched
     }
 
-    fn with_stale<T>(&mut self, judge: impl FnOnce(&mut Ledger, InForce<'_>) -> T) -> T {
+    fn with_stale<T>(&mut self, judge: impl FnOnce(&mut StaleTracker, CurrentState<'_>) -> T) -> T {
         let (refused, dirty, is_first_sync) = (&self.refused, &self.dirty.services, self.is_first_sync);
         let missing = &self.missing.services;
         let is_behind = |frontend: &desired::Frontend| {
@@ -317,7 +317,7 @@ impl State {
             is_first_sync || has_no_room || dirty.contains(&frontend.port.service)
         };
         let is_node_address = |ip| self.topology.is_node_address(ip);
-        let in_force = InForce {
+        let in_force = CurrentState {
             desired: &self.desired,
             store: &self.store,
             is_behind: &is_behind,
@@ -326,36 +326,36 @@ impl State {
         judge(&mut self.stale, in_force)
     }
 
-    /// Begins a search for stale sockets: see [`Ledger::begin`].
-    pub fn begin_stale(&mut self) {
+    /// Begins a search for stale sockets: see [`StaleTracker::begin`].
+    pub fn begin_stale_search(&mut self) {
         self.stale.begin();
     }
 
-    /// Where to search for stale sockets: see [`Ledger::search`].
+    /// Where to search for stale sockets: see [`StaleTracker::search`].
     #[must_use]
-    pub fn search_stale(&mut self, used: &Used, now: Instant) -> Option<Search> {
+    pub fn search_stale(&mut self, used: &Flows, now: Instant) -> Option<Search> {
         self.with_stale(|ledger, in_force| ledger.search(used, now, in_force))
     }
 
-    /// Reports a search as done: see [`Ledger::searched`].
-    pub fn searched_stale(&mut self, search: &Search, now: Instant) {
+    /// Reports a search as done: see [`StaleTracker::searched`].
+    pub fn finish_stale_search(&mut self, search: &Search, now: Instant) {
         self.stale.searched(search, now);
     }
 
-    /// Decides about the sockets found by a search: see [`Ledger::judge`].
+    /// Decides about the sockets found by a search: see [`StaleTracker::judge`].
     #[must_use]
-    pub fn judge_stale(
+    pub fn decide_stale(
         &mut self,
         search: &Search,
-        found: &BTreeSet<Use>,
+        found: &BTreeSet<Flow>,
         now: Instant,
-    ) -> BTreeMap<Use, Standing> {
+    ) -> BTreeMap<Flow, Fate> {
         self.with_stale(|ledger, in_force| ledger.judge(search, found, now, in_force))
     }
 
-    /// When the next known sockets are due: see [`Ledger::next_due`].
+    /// When the next known sockets are due: see [`StaleTracker::next_due`].
     #[must_use]
-    pub fn next_stale(&mut self, now: Instant) -> Option<Instant> {
+    pub fn next_stale_due(&mut self, now: Instant) -> Option<Instant> {
         self.with_stale(|ledger, in_force| ledger.next_due(now, in_force))
     }
 
@@ -390,7 +390,7 @@ impl State {
     /// Whether the maps hold nothing but [`Self::image`] after the last plan is executed. Before the first
     /// sync, and after [`Self::adopt`] until the next one, they may hold more.
     #[must_use]
-    pub fn knows_tables(&self) -> bool {
+    pub fn is_image_complete(&self) -> bool {
         !self.is_first_sync
     }
 
@@ -570,7 +570,7 @@ mod tests {
         assert_eq!(state.image().services.len(), 1);
         let issues: Vec<String> = state.issues().map(|issue| issue.to_string()).collect();
         assert!(issues.len() == 1 && issues[0].contains("default/b"), "{issues:?}");
-        assert!(!state.wants_sync(), "nothing changed: a retry has no effect");
+        assert!(!state.needs_sync(), "nothing changed: a retry has no effect");
 
         set(&mut state, "a", None);
         let plan = state.sync();
@@ -580,10 +580,10 @@ mod tests {
         );
         assert_eq!(state.issues().count(), 0, "and until then it is no issue");
         state.settled(plan.number());
-        assert!(state.wants_sync());
+        assert!(state.needs_sync());
         let _plan = state.sync();
         assert_eq!(state.image().services.len(), 1);
-        assert!(!state.wants_sync());
+        assert!(!state.needs_sync());
     }
 
     /// It may be served by kube-proxy, which refuses undefined ports itself.
@@ -605,11 +605,11 @@ mod tests {
         let mut keys = Suspects::default();
         keys.services.insert(FrontendAddress { ip: b, port: 80, protocol: Protocol::Tcp });
         state.miss(keys);
-        assert!(state.wants_sync());
+        assert!(state.needs_sync());
         let _plan = state.sync();
         assert_eq!(state.image().cluster_ips, [(b, false)].into());
         state.found(Suspects::default());
-        assert!(state.wants_sync());
+        assert!(state.needs_sync());
         let _plan = state.sync();
         assert_eq!(state.image().cluster_ips, [(b, true)].into());
     }
@@ -630,9 +630,9 @@ mod tests {
         let plan = state.sync();
         assert!(state.image().service_cidrs.is_empty());
         assert_eq!(state.image().cluster_ips, [(ip, true)].into());
-        assert!(!state.wants_sync(), "before a grace period has passed");
+        assert!(!state.needs_sync(), "before a grace period has passed");
         state.settled(plan.number());
-        assert!(state.wants_sync());
+        assert!(state.needs_sync());
         let _plan = state.sync();
         assert!(state.image().cluster_ips.is_empty());
     }
@@ -646,7 +646,7 @@ mod tests {
         };
         let networks = |state: &mut State| -> Vec<String> {
             // A former network was removed: a grace period must pass.
-            while state.wants_sync() {
+            while state.needs_sync() {
                 let plan = state.sync();
                 state.settled(plan.number());
             }
@@ -723,9 +723,9 @@ mod tests {
             assert!(state.image().service_cidrs.is_empty());
             assert_eq!(state.image().cluster_ips.len(), n_former);
             assert_eq!(state.n_refused(), 1);
-            assert!(!state.wants_sync());
+            assert!(!state.needs_sync());
             state.settled(plan.number());
-            assert!(state.wants_sync());
+            assert!(state.needs_sync());
         }
         let _plan = state.sync();
         assert_eq!(state.image().cluster_ips.len(), 1);

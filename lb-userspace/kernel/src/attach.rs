@@ -40,7 +40,7 @@ pub(super) struct Hooks {
 }
 
 /// Links that are created but not pinned, by the index of their hook. Dropping this value detaches them.
-pub(super) struct Made(Vec<(usize, OwnedFd)>);
+pub(super) struct Created(Vec<(usize, OwnedFd)>);
 
 impl Hooks {
     /// # Errors
@@ -87,7 +87,7 @@ impl Hooks {
     ///
     /// [`KernelError::Exclusive`], [`KernelError::NotPermitted`], [`KernelError::Link`]. Everything is then
     /// as before.
-    pub(super) fn make_missing(&self) -> Result<Made, KernelError> {
+    pub(super) fn create_missing(&self) -> Result<Created, KernelError> {
         let mut made = Vec::new();
         for (index, (hook, _)) in self.all.iter().enumerate() {
             if self.pinned(hook.spec)?.is_none() {
@@ -95,7 +95,7 @@ impl Hooks {
                 made.push((index, self.make(hook)?));
             }
         }
-        Ok(Made(made))
+        Ok(Created(made))
     }
 
     /// Pins the created links, and sets these programs in the existing ones. Each step can be repeated.
@@ -103,7 +103,7 @@ impl Hooks {
     /// # Errors
     ///
     /// [`KernelError::Link`]
-    pub(super) fn install(&mut self, Made(made): Made) -> Result<(), KernelError> {
+    pub(super) fn install(&mut self, Created(made): Created) -> Result<(), KernelError> {
         for (index, link) in made {
             fault::point();
             self.put(index, link)?;
@@ -163,7 +163,7 @@ impl Hooks {
     ///
     /// # Errors
     ///
-    /// As [`Self::make_missing`].
+    /// As [`Self::create_missing`].
     pub(super) fn restore(&mut self, name: &str) -> Result<(), KernelError> {
         let Some(index) = self.all.iter().position(|(hook, _)| hook.spec.name == name) else {
             return Ok(());

@@ -80,7 +80,7 @@ pub fn find_root() -> Result<PathBuf, KernelError> {
 /// [`KernelError::NoCgroup`] if there is none.
 pub fn find_any() -> Result<PathBuf, KernelError> {
     let mountinfo = fs::read(MOUNTINFO).map_err(|_unreadable| KernelError::NoCgroup)?;
-    in_sight(&mountinfo, look).next().map(|(mount, _)| mount.point).ok_or(KernelError::NoCgroup)
+    visible_mounts(&mountinfo, look).next().map(|(mount, _)| mount.point).ok_or(KernelError::NoCgroup)
 }
 
 /// As [`find_root`], or else a part of the hierarchy: enough to search for cgroups.
@@ -125,7 +125,7 @@ fn look(path: &Path) -> Option<Seen> {
 }
 
 /// The cgroup v2 mounts that no other mount hides, each with its root's inode number.
-fn in_sight(
+fn visible_mounts(
     mountinfo: &[u8],
     look: impl Fn(&Path) -> Option<Seen>,
 ) -> impl Iterator<Item = (Mount<'_>, u64)> {
@@ -142,7 +142,7 @@ fn root_among(
 ) -> Result<PathBuf, KernelError> {
     let own = Position::own(own_cgroups);
     let (mut first, mut topmost) = (None, None);
-    for (mount, inode) in in_sight(mountinfo, look) {
+    for (mount, inode) in visible_mounts(mountinfo, look) {
         if inode == ROOT_INODE {
             return Ok(mount.point);
         }
@@ -163,8 +163,8 @@ fn root_among(
 
 fn own_among(mountinfo: &[u8], own_cgroups: &[u8], look: impl Fn(&Path) -> Option<Seen>) -> Option<PathBuf> {
     let own = Position::own(own_cgroups)?;
-    in_sight(mountinfo, look).find_map(|(mount, _)| {
-        let way = own.way_from(&Position::new(&unescape(mount.root)))?;
+    visible_mounts(mountinfo, look).find_map(|(mount, _)| {
+        let way = own.names_below(&Position::new(&unescape(mount.root)))?;
         Some(way.iter().fold(mount.point, |path, name| path.join(OsStr::from_bytes(name))))
     })
 }
@@ -198,12 +198,12 @@ impl Position {
     fn is_properly_below(&self, other: &Self) -> bool {
         // A path that goes further up and then down leads to another subtree.
         let is_above_both = other.up > self.up && other.down.is_empty();
-        is_above_both || self.way_from(other).is_some_and(|way| !way.is_empty())
+        is_above_both || self.names_below(other).is_some_and(|way| !way.is_empty())
     }
 
     /// The names from the other cgroup down to this one, if it is the other or below it and the names are
     /// known.
-    fn way_from(&self, other: &Self) -> Option<&[Vec<u8>]> {
+    fn names_below(&self, other: &Self) -> Option<&[Vec<u8>]> {
         if self.up == other.up { self.down.strip_prefix(other.down.as_slice()) } else { None }
     }
 }

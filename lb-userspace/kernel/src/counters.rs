@@ -46,7 +46,7 @@ impl<T: MapValue + Default> Counters<T> {
     }
 
     /// Copies the values of an id from another array, as far as both have it.
-    pub(super) fn go_on_from(&mut self, other: &Self, id: u32) {
+    pub(super) fn copy_from(&mut self, other: &Self, id: u32) {
         for (place, value) in self.places(id).zip(other.read(id)) {
             let _inside = self.values.write(place, value);
         }

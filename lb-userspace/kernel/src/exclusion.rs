@@ -35,7 +35,7 @@ const MAX_DEPTH: usize = 6;
 
 /// A cgroup.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Place {
+pub struct CgroupPosition {
     /// Its id: the inode number of its directory.
     pub id: u64,
     /// The levels it may be at, counted from the machine's root: bit n for level n.
@@ -79,7 +79,7 @@ impl Exclusion {
     ///
     /// A failing system call; [`KernelError::MapFull`] for more than [`limits::MAX_EXCLUDED`], after the
     /// oldest were excluded.
-    pub fn set(&mut self, wanted: &BTreeSet<Place>) -> Result<bool, KernelError> {
+    pub fn set(&mut self, wanted: &BTreeSet<CgroupPosition>) -> Result<bool, KernelError> {
         let failed = |source| KernelError::map("excluded", source);
         let (found, mask) = (self.ids()?, self.mask()?);
         let wanted_mask = wanted.iter().fold(0, |mask, place| mask | place.levels);
@@ -143,8 +143,8 @@ impl Hierarchy {
     ///
     /// # Errors
     ///
-    /// `NotFound` if it is not visible; `InvalidInput` as [`Self::place_of`], and if it has child cgroups.
-    pub fn own_place(&self) -> io::Result<Place> {
+    /// `NotFound` if it is not visible; `InvalidInput` as [`Self::position_of`], and if it has child cgroups.
+    pub fn own_position(&self) -> io::Result<CgroupPosition> {
         let not_found = || io::Error::new(io::ErrorKind::NotFound, "the agent's own cgroup is not visible");
         let id = fs::metadata(cgroup::find_own().ok_or_else(not_found)?)?.ino();
         let directory = cgroup::directories_of(&[id].into(), &self.root).remove(&id).ok_or_else(not_found)?;
@@ -154,7 +154,7 @@ impl Hierarchy {
                 "the agent's own cgroup has child cgroups",
             ));
         }
-        self.place_of(&directory)
+        self.position_of(&directory)
     }
 
     /// The place of a cgroup's directory.
@@ -163,7 +163,7 @@ impl Hierarchy {
     ///
     /// `NotFound` if there is no such directory; `InvalidInput` if it is not below the root, is the root
     /// itself, or is deeper than the programs check.
-    pub fn place_of(&self, directory: &Path) -> io::Result<Place> {
+    pub fn position_of(&self, directory: &Path) -> io::Result<CgroupPosition> {
         let invalid = |what: String| io::Error::new(io::ErrorKind::InvalidInput, what);
         let (root, directory) = (fs::canonicalize(&self.root)?, fs::canonicalize(directory)?);
         let below = directory
@@ -181,7 +181,7 @@ impl Hierarchy {
         }
         let all_from_there = (u32::MAX << least) & ((1 << limits::CGROUP_LEVELS) - 1);
         let levels = if self.is_whole { 1 << least } else { all_from_there };
-        Ok(Place { id: fs::metadata(&directory)?.ino(), levels })
+        Ok(CgroupPosition { id: fs::metadata(&directory)?.ino(), levels })
     }
 
     /// The cgroups of pods, by UID. A pod without processes on this host has none.
@@ -189,7 +189,7 @@ impl Hierarchy {
     /// Matches the kubelet's names: `pod` and the UID, with `-` or, with systemd, `_` between its parts.
     /// Unreadable directories are skipped.
     #[must_use]
-    pub fn pods(&self, uids: &BTreeSet<Arc<str>>) -> BTreeMap<Place, PathBuf> {
+    pub fn pods(&self, uids: &BTreeSet<Arc<str>>) -> BTreeMap<CgroupPosition, PathBuf> {
         let mut found = BTreeMap::new();
         if uids.is_empty() {
             return found;
@@ -201,7 +201,7 @@ impl Hierarchy {
                 n_seen += 1;
                 if uid_of(&directory).is_some_and(|uid| uids.contains(uid.as_str())) {
                     // Cgroups below it are excluded with it.
-                    found.extend(self.place_of(&directory).map(|place| (place, directory)));
+                    found.extend(self.position_of(&directory).map(|place| (place, directory)));
                 } else {
                     next.push(directory);
                 }
@@ -236,12 +236,12 @@ mod tests {
         fs::create_dir_all(&deep).unwrap();
         let id = fs::metadata(&deep).unwrap().ino();
         let hierarchy = |is_whole| Hierarchy { root: root.path().to_owned(), is_whole };
-        assert_eq!(hierarchy(true).place_of(&deep).unwrap(), Place { id, levels: 1 << 2 });
+        assert_eq!(hierarchy(true).position_of(&deep).unwrap(), CgroupPosition { id, levels: 1 << 2 });
         // At level 3 or deeper.
-        assert_eq!(hierarchy(false).place_of(&deep).unwrap(), Place { id, levels: 0xfff8 });
+        assert_eq!(hierarchy(false).position_of(&deep).unwrap(), CgroupPosition { id, levels: 0xfff8 });
         let deepest = deep.join("c/d/e/f/g/h/i/j/k/l/m/n/o");
         fs::create_dir_all(deepest.join("p")).unwrap();
-        assert_eq!(hierarchy(true).place_of(&deepest).unwrap().levels, 1 << 15);
+        assert_eq!(hierarchy(true).position_of(&deepest).unwrap().levels, 1 << 15);
         for (is_whole, directory, cause) in [
             (true, root.path().join("none"), "No such file"),
             (true, root.path().to_owned(), "nothing would be served"),
@@ -249,7 +249,7 @@ mod tests {
             (true, deepest.join("p"), "16 levels below"),
             (false, deepest, "16 levels below"),
         ] {
-            let error = hierarchy(is_whole).place_of(&directory).unwrap_err().to_string();
+            let error = hierarchy(is_whole).position_of(&directory).unwrap_err().to_string();
             assert!(error.contains(cause), "{}: {error}", directory.display());
         }
     }

@@ -35,11 +35,11 @@ fn wait_here(wait: &Wait, retry: Duration) {
 
 /// Pending grace-period requests, each with the last plan applied before it.
 #[derive(Debug, Default)]
-pub(super) struct Asked {
+pub(super) struct Pending {
     requests: VecDeque<(u64, u64)>,
 }
 
-impl Asked {
+impl Pending {
     /// Bound of the queue: while no grace period passes, each plan adds a request.
     const MAX: usize = 64;
 
@@ -158,11 +158,11 @@ mod tests {
 
     #[test]
     fn requests_that_do_not_pass_take_no_more_memory() {
-        let mut asked = Asked::default();
+        let mut asked = Pending::default();
         for n in 1..=1000 {
             asked.push(n, 10 * n);
         }
-        assert!(asked.requests.len() <= Asked::MAX);
+        assert!(asked.requests.len() <= Pending::MAX);
         assert_eq!(asked.pop(0), None);
         assert_eq!(asked.pop(3), Some(30));
         assert_eq!(asked.pop(999), Some(630), "only a plan followed by a request that has passed");

@@ -20,7 +20,7 @@ use lb_common::{
 };
 use lb_core::plan::Capacity;
 
-use super::{KernelError, fault, pod::Plain, syscall, takeover::Standing};
+use super::{KernelError, fault, pod::Plain, syscall, adoption::PinState};
 
 /// The kernel's description of a map.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -148,7 +148,7 @@ impl Directory {
     }
 
     /// The standing of each map, for an agent with these sizes.
-    pub(super) fn survey(&self, sizing: &Sizing) -> Result<Vec<(&'static MapSpec, Standing)>, KernelError> {
+    pub(super) fn pin_states(&self, sizing: &Sizing) -> Result<Vec<(&'static MapSpec, PinState)>, KernelError> {
         let mut recorded = BTreeSet::new();
         for item in self.identities.iter().flat_map(HashMap::iter) {
             let (_id, Plain(identity)) = item.map_err(|source| KernelError::map(LAYOUTS, source))?;
@@ -157,14 +157,14 @@ impl Directory {
         let standing = |spec: &'static MapSpec| {
             let Some((_map, shape)) = self.find(spec.name)? else {
                 let was_there = recorded.contains(&identity(spec).fingerprint);
-                return Ok((spec, if was_there { Standing::Lost } else { Standing::New }));
+                return Ok((spec, if was_there { PinState::Lost } else { PinState::New }));
             };
             let standing = if !self.is_known(spec, &shape)? {
-                Standing::Foreign
+                PinState::Foreign
             } else if shape.max_entries == spec.max_entries(sizing) {
-                Standing::Same
+                PinState::Same
             } else {
-                Standing::OtherSize
+                PinState::OtherSize
             };
             Ok((spec, standing))
         };

@@ -45,11 +45,11 @@ pub mod sockets;
 mod storage;
 pub mod store;
 pub mod syscall;
-mod takeover;
+mod adoption;
 
 pub use self::{
     error::{KernelError, chain},
     feature::{Features, SockFields},
     store::{Kernel, Options},
-    takeover::TooSmall,
+    adoption::TooSmall,
 };

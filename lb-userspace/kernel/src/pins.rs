@@ -8,7 +8,7 @@ use std::{
 };
 
 use lb_common::{
-    hooks::{self, HOOKS, HookSpec, Needs},
+    hooks::{self, HOOKS, HookSpec, Requirement},
     maps::{self, MAPS},
 };
 
@@ -17,8 +17,8 @@ use super::{Features, KernelError, fault, lock, syscall};
 /// The hooks that are attached on a kernel, in order.
 pub fn hooks(features: Features) -> impl Iterator<Item = &'static HookSpec> {
     HOOKS.iter().filter(move |hook| match hook.needs {
-        Needs::Nothing => true,
-        Needs::Slots => features.has_slots(),
+        Requirement::Nothing => true,
+        Requirement::Slots => features.has_slots(),
     })
 }
 
@@ -247,7 +247,7 @@ pub fn remove(pin_path: &Path) -> Result<Vec<PathBuf>, KernelError> {
     for name in MAPS.iter().map(|map| map.name) {
         remove_pin(pin_path.join(name), &mut removed)?;
     }
-    removed.extend(remove_former(pin_path, maps::FORMER, hooks::FORMER)?);
+    removed.extend(remove_former(pin_path, maps::REMOVED, hooks::REMOVED)?);
     for name in [NEXT, READY] {
         discard(&pin_path.join(name), &mut removed)?;
     }

@@ -174,12 +174,12 @@ impl SocketTable {
 
     fn all(
         &self,
-        is_wanted: impl Fn(&SocketRecord) -> bool,
+        matches: impl Fn(&SocketRecord) -> bool,
     ) -> Result<impl Iterator<Item = Record>, KernelError> {
         let in_slots =
             self.owners().flat_map(|cookie| self.in_slot(cookie).map(move |record| (cookie, record)));
         let records = in_slots.chain(self.storage.read().map_err(|source| KernelError::List { source })?);
-        Ok(records.filter(move |(_, record)| is_wanted(record)).filter_map(|(cookie, record)| {
+        Ok(records.filter(move |(_, record)| matches(record)).filter_map(|(cookie, record)| {
             let (service, endpoint) = flow(&record);
             let SocketRecord { service_id, endpoint_id, .. } = record;
             Some(Record { cookie, protocol: protocol(&record)?, service, endpoint, service_id, endpoint_id })
@@ -321,7 +321,7 @@ impl FoundSocket {
 
 /// Which sockets to find.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Wanted {
+pub struct SocketFilter {
     /// Sockets of these protocols that went through a service to one of `endpoints`.
     pub protocols: BTreeSet<Protocol>,
     /// The endpoints.
@@ -331,7 +331,7 @@ pub struct Wanted {
     pub addresses: Option<BTreeSet<SocketAddr>>,
 }
 
-impl Wanted {
+impl SocketFilter {
     /// The peers of sockets to list; `None` for all.
     fn peers(&self, protocol: Protocol) -> Option<BTreeSet<SocketAddr>> {
         let endpoints = self.endpoints.iter().filter(|_| self.protocols.contains(&protocol));
@@ -342,7 +342,7 @@ impl Wanted {
     }
 
     /// Whether a socket without a service is wanted.
-    fn is_wanted(&self, socket: &Connected) -> bool {
+    fn matches(&self, socket: &Connected) -> bool {
         let peer = socket.peer();
         let any = SocketAddr::new(address::unspecified(address::family(peer.ip())), peer.port());
         let is_among =
@@ -424,7 +424,7 @@ fn in_each_namespace(mut work: impl FnMut(Namespace)) -> Result<usize, SocketErr
 /// # Kernel
 ///
 /// 5.9
-pub fn find(pin_path: &Path, cgroup: &Path, wanted: &Wanted) -> Result<Found, SocketError> {
+pub fn find(pin_path: &Path, cgroup: &Path, wanted: &SocketFilter) -> Result<Found, SocketError> {
     on_a_thread(|| {
         check()?;
         let table = SocketTable::open(pin_path)?;
@@ -445,8 +445,8 @@ pub fn find(pin_path: &Path, cgroup: &Path, wanted: &Wanted) -> Result<Found, So
                         .map_err(|source| SocketError::of_list(protocol, source))?;
                     sockets.extend(listed.into_iter().filter_map(|socket| {
                         let service = table.service_of(&socket, &stored);
-                        let is_wanted = service.is_some() || wanted.is_wanted(&socket);
-                        is_wanted.then(|| FoundSocket { namespace: Arc::clone(&namespace), socket, service })
+                        let matches = service.is_some() || wanted.matches(&socket);
+                        matches.then(|| FoundSocket { namespace: Arc::clone(&namespace), socket, service })
                     }));
                 }
                 Ok(())
@@ -593,7 +593,7 @@ mod tests {
             (&[Protocol::Tcp], Some(addresses), Some(endpoints), Some(addresses)),
             (&[Protocol::Tcp], None, Some(endpoints), None),
         ] {
-            let wanted = Wanted {
+            let wanted = SocketFilter {
                 protocols: protocols.iter().copied().collect(),
                 endpoints: set(endpoints),
                 addresses: of_addresses.map(set),

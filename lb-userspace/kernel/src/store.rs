@@ -31,21 +31,21 @@ use lb_common::{
 use lb_core::{
     desired::FrontendAddress,
     model::{Cidr, Protocol},
-    plan::{self, Capacity, Op, Plan, Unsettled, audit::Suspects},
+    plan::{self, Capacity, Op, Plan, StillRead, audit::Suspects},
     tables::{AddressTable, Entry, Image, wire_protocol},
 };
 use tracing::{info, warn};
 
 pub use self::audit::{Findings, Repaired};
 
-use self::audit::Stray;
+use self::audit::ForeignKey;
 use super::{
     Features, KernelError,
     attach::{Hook, Hooks},
     cgroup,
     counters::{self, Counters},
     fault,
-    grace::{Asked, Grace},
+    grace::{Pending, Grace},
     host,
     layouts::{self, Directory, Held},
     lock::{Change, Lock},
@@ -53,7 +53,7 @@ use super::{
     object, pins,
     pod::Plain,
     syscall,
-    takeover::{self, Takeover, TooSmall},
+    adoption::{self, Adoption, TooSmall},
 };
 
 /// How to load and where to attach.
@@ -110,11 +110,11 @@ pub struct Done {
 pub struct Kernel {
     maps: Maps,
     grace: Grace,
-    unsettled: Unsettled,
+    unsettled: StillRead,
     /// Pending grace-period requests.
-    asked: Asked,
+    asked: Pending,
     /// Number of the last applied plan. `settled` is the last plan followed by a grace period.
-    carried_out: u64,
+    applied: u64,
     settled: u64,
     features: Features,
     log: bool,
@@ -179,23 +179,23 @@ impl Kernel {
     ) -> Result<Self, KernelError> {
         let pin_path = &options.pin_path;
         let former = Directory::open(pin_path)?;
-        let mut takeover = Takeover::of(&former.survey(&sizing(options.capacity)?)?);
+        let mut takeover = Adoption::of(&former.pin_states(&sizing(options.capacity)?)?);
         let (mut capacity, mut too_small) = (options.capacity, Vec::new());
         match takeover.image {
-            takeover::Image::Stays => {}
+            adoption::Image::Stays => {}
             // A map that cannot be opened is reported by `fill_from` below.
-            takeover::Image::Moves => {
+            adoption::Image::Moves => {
                 if let Ok(found) = Maps::open_each(|_| &former) {
                     (capacity, too_small) =
-                        takeover::sizes(options.capacity, found.capacity, &found.image()?);
+                        adoption::sizes(options.capacity, found.capacity, &found.image()?);
                 }
             }
-            takeover::Image::Anew => {
-                (capacity, too_small) = takeover::sizes_unread(options.capacity, former.sizes()?);
+            adoption::Image::Anew => {
+                (capacity, too_small) = adoption::sizes_unread(options.capacity, former.sizes()?);
             }
         }
         if capacity != options.capacity {
-            takeover = Takeover::of(&former.survey(&sizing(capacity)?)?);
+            takeover = Adoption::of(&former.pin_states(&sizing(capacity)?)?);
         }
         let options = &Options { capacity, ..options.clone() };
         let maps_path = if takeover.made.is_empty() {
@@ -234,9 +234,9 @@ impl Kernel {
         let mut kernel = Self {
             maps,
             grace,
-            unsettled: Unsettled::Anything,
-            asked: Asked::default(),
-            carried_out: 0,
+            unsettled: StillRead::Anything,
+            asked: Pending::default(),
+            applied: 0,
             settled: 0,
             features: options.features,
             log: options.log,
@@ -278,12 +278,12 @@ impl Kernel {
     /// Each step can be repeated, by this agent or the next one.
     fn switch(&mut self) -> Result<(), KernelError> {
         // First, since it may fail: nothing has changed yet.
-        let made = self.hooks.make_missing()?;
+        let made = self.hooks.create_missing()?;
         self.maps.write_meta()?;
         pins::commit(&self.pin_path)?;
         self.hooks.install(made)?;
         pins::promote(&self.pin_path)?;
-        let _removed = pins::remove_former(&self.pin_path, maps::FORMER, hooks::FORMER)?;
+        let _removed = pins::remove_former(&self.pin_path, maps::REMOVED, hooks::REMOVED)?;
         if std::mem::take(&mut self.is_staged) {
             info!("switched to the new maps");
         }
@@ -379,7 +379,7 @@ impl Kernel {
                 }
             }
         }
-        self.carried_out = self.carried_out.max(plan.number());
+        self.applied = self.applied.max(plan.number());
         if plan.frees() {
             self.freed();
         }
@@ -393,14 +393,14 @@ impl Kernel {
 
     /// Records that entries were freed which programs may still read.
     fn freed(&mut self) {
-        if self.unsettled == Unsettled::Nothing {
-            self.unsettled = Unsettled::Elements;
+        if self.unsettled == StillRead::Nothing {
+            self.unsettled = StillRead::Elements;
         }
         self.ask_grace();
     }
 
     fn ask_grace(&mut self) {
-        self.asked.push(self.grace.ask(), self.carried_out);
+        self.asked.push(self.grace.ask(), self.applied);
     }
 
     /// Number of the last plan followed by a grace period: no program reads what it or earlier plans freed.
@@ -411,7 +411,7 @@ impl Kernel {
             self.settled = plan;
         }
         if self.asked.is_empty() {
-            self.unsettled = Unsettled::Nothing;
+            self.unsettled = StillRead::Nothing;
         }
         self.settled
     }
@@ -661,9 +661,9 @@ impl Maps {
         &mut self,
         former: &Directory,
         made: &Directory,
-        takeover: &Takeover,
+        takeover: &Adoption,
     ) -> Result<(), KernelError> {
-        if takeover.image == takeover::Image::Moves {
+        if takeover.image == adoption::Image::Moves {
             // A map that is new in this version is read from the new directory, where it is empty.
             let place = |name| if takeover.known.contains(&name) { former } else { made };
             let image = plan::transfer(&Self::open_each(place)?.image()?, self.capacity);
@@ -675,7 +675,7 @@ impl Maps {
         if takeover.refills("service_stats") {
             let former = map_counters("service_stats", &former.map("service_stats")?.0)?;
             for frontend in self.image()?.frontends.values() {
-                self.service_stats.go_on_from(&former, frontend.service_id);
+                self.service_stats.copy_from(&former, frontend.service_id);
             }
         }
         if takeover.refills("endpoint_stats") {
@@ -683,7 +683,7 @@ impl Maps {
             let image = self.image()?;
             let runs = [false, true].into_iter().flat_map(|ipv6| image.runs(ipv6).values());
             for entry in runs.flat_map(|run| run.iter()) {
-                self.endpoint_stats.go_on_from(&former, entry.endpoint_id);
+                self.endpoint_stats.copy_from(&former, entry.endpoint_id);
             }
         }
         Ok(())
@@ -745,7 +745,7 @@ impl Maps {
                     AddressTable::Nodes => self.node_addrs.remove(&key),
                     AddressTable::ClusterIps => self.cluster_ips.remove(&key),
                 };
-                gone_is_fine(table.map(), removed)
+                ignore_missing(table.map(), removed)
             }
             Op::SetServiceCidrs(networks) => self.write_service_cidrs(networks),
             Op::InsertService { address, frontend_id } => {
@@ -763,8 +763,8 @@ impl Maps {
                 }
             }
             Op::DeleteService(address) => match key(address) {
-                Some(Key::V4(key)) => gone_is_fine("services4", self.services4.remove(&Plain(key))),
-                Some(Key::V6(key)) => gone_is_fine("services6", self.services6.remove(&Plain(key))),
+                Some(Key::V4(key)) => ignore_missing("services4", self.services4.remove(&Plain(key))),
+                Some(Key::V6(key)) => ignore_missing("services6", self.services6.remove(&Plain(key))),
                 None => Ok(()),
             },
             // Unreferenced entries stay until they are overwritten.
@@ -811,20 +811,20 @@ impl Maps {
     }
 
     /// As [`Self::image`], with the keys that name no frontend.
-    fn read(&self) -> Result<(Image, Vec<Stray>), KernelError> {
+    fn read(&self) -> Result<(Image, Vec<ForeignKey>), KernelError> {
         let (mut image, mut strays) = (Image::default(), Vec::new());
         for item in &self.services4 {
             let (Plain(key), Plain(value)) = item.map_err(|source| KernelError::map("services4", source))?;
             match address(Ipv4Addr::from(key.address).into(), key.port, key.protocol, key.reserved) {
                 Some(address) => self.read_frontend(&mut image, address, value),
-                None => strays.push(Stray::V4(key)),
+                None => strays.push(ForeignKey::V4(key)),
             }
         }
         for item in &self.services6 {
             let (Plain(key), Plain(value)) = item.map_err(|source| KernelError::map("services6", source))?;
             match address(Ipv6Addr::from(key.address).into(), key.port, key.protocol, key.reserved) {
                 Some(address) => self.read_frontend(&mut image, address, value),
-                None => strays.push(Stray::V6(key)),
+                None => strays.push(ForeignKey::V6(key)),
             }
         }
         for item in &self.node_addrs {
@@ -920,7 +920,7 @@ fn in_range(name: &'static str, index: u32, done: bool) -> Result<(), KernelErro
 }
 
 /// Accepts that the entry is deleted already.
-fn gone_is_fine(name: &'static str, result: Result<(), MapError>) -> Result<(), KernelError> {
+fn ignore_missing(name: &'static str, result: Result<(), MapError>) -> Result<(), KernelError> {
     match result {
         Err(MapError::KeyNotFound) => Ok(()),
         Err(MapError::SyscallError(error)) if error.io_error.kind() == io::ErrorKind::NotFound => Ok(()),

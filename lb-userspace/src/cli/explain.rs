@@ -202,7 +202,7 @@ fn left_out(
     let family = if owner.port.ipv6 { Family::V6 } else { Family::V4 };
     let scope = scope(state, owner, to);
     PortEndpoints::new(port, family, state.store().slices_of(&service.key))
-        .judge(scope, state.topology())
+        .classify(scope, state.topology())
         .filter(|(endpoint, ..)| !candidates.contains(endpoint))
         .map(|(endpoint, _, reason)| LeftOutPart {
             endpoint,

@@ -102,7 +102,7 @@ pub fn state_of_known(known: Known) -> State {
         changes
     });
     for (key, frontends) in known.former {
-        state.recall(&key, frontends);
+        state.restore_frontends(&key, frontends);
     }
     state
 }
@@ -235,7 +235,7 @@ fn describe_endpoints(state: &State, owner: &desired::Frontend) -> BTreeMap<Sock
     };
     let family = if owner.port.ipv6 { Family::V6 } else { Family::V4 };
     PortEndpoints::new(port, family, state.store().slices_of(&service.key))
-        .judge(Scope::Cluster, state.topology())
+        .classify(Scope::Cluster, state.topology())
         .map(|(address, endpoint, _left_out)| {
             let text = |name: &Option<std::sync::Arc<str>>| name.as_deref().unwrap_or_default().to_owned();
             let row = EndpointRow {

@@ -76,7 +76,7 @@ impl Executor for Real {
     fn follow(&mut self, cluster: &Cluster) -> Result<()> {
         self.agent.follow(cluster);
         self.agent.settle();
-        while self.agent.state.wants_sync() {
+        while self.agent.state.needs_sync() {
             self.agent.sync();
             self.agent.settle();
         }

@@ -52,7 +52,7 @@ impl Executor for Simulated {
     fn follow(&mut self, cluster: &Cluster) -> Result<()> {
         cluster.feed(&mut self.state);
         // What waits for a grace period follows, too.
-        while self.state.wants_sync() {
+        while self.state.needs_sync() {
             let plan = self.state.sync();
             plan.apply(&mut self.simulator.image);
             ensure!(self.simulator.image == *self.state.image(), "the plan does not lead to the image");

@@ -1,7 +1,7 @@
 //! Kubernetes Events (`events.k8s.io/v1`) on Services and on the own Node.
 //!
 //! Best effort: sending never blocks, and an Event that the server rejects is lost. A standing notification
-//! is repeated ([`lb_core::model::notice`]). kube's recorder (kube-runtime 5.0) is not used: it has a cache
+//! is repeated ([`lb_core::model::notification`]). kube's recorder (kube-runtime 5.0) is not used: it has a cache
 //! of its own, beside the ledger here, and loses it at exit, so that each start would create new Events.
 
 use std::{
@@ -16,7 +16,7 @@ use k8s_openapi::jiff::Timestamp;
 use kube::{Client, client::Body};
 use lb_core::model::{
     ObjectKind, ObjectRef,
-    notice::{Notice, Telling},
+    notification::{Notification, DueNotification},
 };
 use serde_json::{Value, json};
 use tokio::{sync::mpsc, time::timeout};
@@ -39,7 +39,7 @@ const LONGEST_INSTANCE: usize = 128;
 const LONGEST_NAME: usize = 230;
 
 #[derive(Debug, thiserror::Error)]
-enum TellError {
+enum EventError {
     #[error("401 Unauthorized (are the credentials out of date? the token or certificate is not accepted)")]
     Unauthorized,
     #[error(
@@ -54,7 +54,7 @@ enum TellError {
     Unanswered(String),
 }
 
-impl TellError {
+impl EventError {
     const fn of(code: StatusCode) -> Self {
         match code {
             StatusCode::UNAUTHORIZED => Self::Unauthorized,
@@ -69,7 +69,7 @@ pub(super) async fn record(
     access: Access,
     mut client: Client,
     server: Arc<str>,
-    mut notices: mpsc::Receiver<Telling>,
+    mut notices: mpsc::Receiver<DueNotification>,
 ) {
     let mut problem = None;
     while let Some(telling) = notices.recv().await {
@@ -91,8 +91,8 @@ pub(super) async fn record(
     }
 }
 
-async fn tell(client: &Client, telling: &Telling) -> Result<(), TellError> {
-    let Notice { object, .. } = &telling.notice;
+async fn tell(client: &Client, telling: &DueNotification) -> Result<(), EventError> {
+    let Notification { object, .. } = &telling.notice;
     let Some(uid) = uid(client, object).await? else {
         debug!(%object, "object is deleted: no Event");
         return Ok(());
@@ -118,12 +118,12 @@ async fn tell(client: &Client, telling: &Telling) -> Result<(), TellError> {
     };
     match code {
         code if code.is_success() => Ok(()),
-        code => Err(TellError::of(code)),
+        code => Err(EventError::of(code)),
     }
 }
 
 /// The UID by which `kubectl describe` finds Events; `None` if the object is deleted.
-async fn uid(client: &Client, object: &ObjectRef) -> Result<Option<String>, TellError> {
+async fn uid(client: &Client, object: &ObjectRef) -> Result<Option<String>, EventError> {
     if object.kind == ObjectKind::Node {
         // As in kubelet and kube-proxy, which know no other UID of a Node.
         return Ok(Some(object.name.to_string()));
@@ -135,13 +135,13 @@ async fn uid(client: &Client, object: &ObjectRef) -> Result<Option<String>, Tell
     );
     let (code, list) = send(client, "GET", path, "application/json", &Value::Null).await?;
     if !code.is_success() {
-        return Err(TellError::of(code));
+        return Err(EventError::of(code));
     }
     Ok(list["items"][0]["metadata"]["uid"].as_str().map(str::to_owned))
 }
 
 /// The Event's name. The same for the same notification of the same node, also after a restart.
-fn name(telling: &Telling) -> String {
+fn name(telling: &DueNotification) -> String {
     // Another version of the standard library may hash differently: then there is one more Event.
     let mut hasher = DefaultHasher::new();
     (&telling.notice, &telling.node).hash(&mut hasher);
@@ -149,8 +149,8 @@ fn name(telling: &Telling) -> String {
     format!("{}.{:016x}", object.trim_end_matches(['.', '-']), hasher.finish())
 }
 
-fn body(telling: &Telling, namespace: &str, name: &str, uid: &str, now: &str) -> Value {
-    let Telling { notice, node, .. } = telling;
+fn body(telling: &DueNotification, namespace: &str, name: &str, uid: &str, now: &str) -> Value {
+    let DueNotification { notice, node, .. } = telling;
     let note = telling.text();
     let end = (0..=LONGEST_NOTE.min(note.len())).rev().find(|end| note.is_char_boundary(*end));
     let note = &note[..end.unwrap_or_default()];
@@ -182,9 +182,9 @@ async fn send(
     path: String,
     content_type: &str,
     body: &Value,
-) -> Result<(StatusCode, Value), TellError> {
-    fn unanswered(error: &(dyn std::error::Error + 'static)) -> TellError {
-        TellError::Unanswered(cause(error))
+) -> Result<(StatusCode, Value), EventError> {
+    fn unanswered(error: &(dyn std::error::Error + 'static)) -> EventError {
+        EventError::Unanswered(cause(error))
     }
     let text = if body.is_null() { Vec::new() } else { body.to_string().into_bytes() };
     let request = http::Request::builder()
@@ -199,15 +199,15 @@ async fn send(
         let status = answer.status();
         let text = Limited::new(answer.into_body(), MAX_ANSWER).collect().await;
         let text = text.map_err(|error| match error.downcast_ref::<LengthLimitError>() {
-            Some(_) => TellError::Unanswered(format!(
+            Some(_) => EventError::Unanswered(format!(
                 "the answer is larger than {} MiB and was not read: is that the API server?",
                 MAX_ANSWER >> 20
             )),
             None => unanswered(&*error),
         })?;
-        Ok::<_, TellError>((status, serde_json::from_slice(&text.to_bytes()).unwrap_or_default()))
+        Ok::<_, EventError>((status, serde_json::from_slice(&text.to_bytes()).unwrap_or_default()))
     };
-    let silence = |_elapsed| TellError::Unanswered(format!("no answer for {PATIENCE:?}"));
+    let silence = |_elapsed| EventError::Unanswered(format!("no answer for {PATIENCE:?}"));
     timeout(PATIENCE, answered).await.map_err(silence)?
 }
 
@@ -219,32 +219,32 @@ mod tests {
         thread,
     };
 
-    use lb_core::model::notice::NodeNews;
+    use lb_core::model::notification::NodeEvent;
     use tokio::task::spawn_blocking;
 
     use super::*;
 
-    fn telling(object: ObjectRef, note: &str) -> Telling {
+    fn telling(object: ObjectRef, note: &str) -> DueNotification {
         let notice =
-            Notice { object, is_warning: true, reason: "TableFull", action: "Sync", note: note.to_owned() };
-        Telling { notice, n_times: 1, node: "node-1".into() }
+            Notification { object, is_warning: true, reason: "TableFull", action: "Sync", note: note.to_owned() };
+        DueNotification { notice, n_times: 1, node: "node-1".into() }
     }
 
     #[test]
     fn why_an_event_is_not_taken_has_a_remedy() {
         for (error, expected) in [
             (
-                TellError::of(StatusCode::UNAUTHORIZED),
+                EventError::of(StatusCode::UNAUTHORIZED),
                 "401 Unauthorized (are the credentials out of date? the token or certificate is not \
                  accepted)",
             ),
             (
-                TellError::of(StatusCode::FORBIDDEN),
+                EventError::of(StatusCode::FORBIDDEN),
                 "403 Forbidden (grant create and patch on events.k8s.io/events, and list on services: \
                  manifests/base/clusterrole.yaml)",
             ),
-            (TellError::of(StatusCode::INTERNAL_SERVER_ERROR), "500 Internal Server Error"),
-            (TellError::Unanswered("connection refused".to_owned()), "connection refused"),
+            (EventError::of(StatusCode::INTERNAL_SERVER_ERROR), "500 Internal Server Error"),
+            (EventError::Unanswered("connection refused".to_owned()), "connection refused"),
         ] {
             assert_eq!(error.to_string(), expected);
         }
@@ -255,7 +255,7 @@ mod tests {
         let one = telling(ObjectRef::service("shop", "web"), "full");
         assert_eq!(name(&one), name(&one.clone()));
         assert!(name(&one).starts_with("web.") && name(&one).len() == 20, "{}", name(&one));
-        assert_ne!(name(&one), name(&Telling { node: "node-2".into(), ..one.clone() }));
+        assert_ne!(name(&one), name(&DueNotification { node: "node-2".into(), ..one.clone() }));
         assert_ne!(name(&one), name(&telling(ObjectRef::service("shop", "web"), "fuller")));
         assert_ne!(name(&one), name(&telling(ObjectRef::service("stop", "web"), "full")));
         let long = telling(ObjectRef::node(&"n".repeat(253)), "x");
@@ -296,9 +296,9 @@ mod tests {
         assert!(note.starts_with("node node-1: ää"), "{note}");
         assert!((LONGEST_NOTE - 1..=LONGEST_NOTE).contains(&note.len()), "{}", note.len());
         assert_eq!(parsed.reporting_instance.as_deref(), Some("node-1"));
-        let notice = Notice::of_node("node-1", &NodeNews::Attached);
+        let notice = Notification::of_node("node-1", &NodeEvent::Attached);
         let event =
-            body(&Telling { notice, ..long }, "default", "x", "node-1", "2026-01-02T03:04:05.000000Z");
+            body(&DueNotification { notice, ..long }, "default", "x", "node-1", "2026-01-02T03:04:05.000000Z");
         assert_eq!((&event["type"], &event["regarding"]["kind"]), (&"Normal".into(), &"Node".into()));
     }
 }

@@ -22,7 +22,7 @@ use super::{
     access::cause,
     backoff::{Backoff, random},
     fold::Fold,
-    kinds::{Change, Header, Kind, Lack, News, Trimmed, trim},
+    kinds::{Change, Header, Kind, Unavailable, KindChange, Trimmed, trim},
 };
 use crate::source::Contact;
 
@@ -100,7 +100,7 @@ pub(super) struct Follower {
     pub(super) contact: Contact,
     /// Notified when the server answers again: tasks in a pause retry at once.
     pub(super) recovered: Arc<Notify>,
-    pub(super) news: mpsc::Sender<News>,
+    pub(super) news: mpsc::Sender<KindChange>,
 }
 
 /// The next request to the server.
@@ -155,13 +155,13 @@ impl Failure {
     }
 
     /// What it says about an optional kind; `None` if it is about the server as a whole, or about a version.
-    fn lack(&self) -> Option<Lack> {
+    fn lack(&self) -> Option<Unavailable> {
         match self {
             _ if self.is_about_version() => None,
-            Self::Refused { code: 404, .. } => Some(Lack::Unknown),
-            Self::Refused { code: 403, .. } => Some(Lack::Forbidden(self.to_string())),
+            Self::Refused { code: 404, .. } => Some(Unavailable::Unknown),
+            Self::Refused { code: 403, .. } => Some(Unavailable::Forbidden(self.to_string())),
             Self::Refused { code: 401 | 429, .. } => None,
-            Self::Refused { .. } | Self::Form(_) => Some(Lack::Failing),
+            Self::Refused { .. } | Self::Form(_) => Some(Unavailable::Failing),
             _ => None,
         }
     }
@@ -283,8 +283,8 @@ pub(super) async fn follow<K: Kind>(mut follower: Follower) {
             if follower.send(news).await.is_err() {
                 return;
             }
-            if lack != Lack::Failing {
-                follower.note_lack::<K>(&failure, &lack, !std::mem::replace(&mut is_lacking, true));
+            if lack != Unavailable::Failing {
+                follower.record_lack::<K>(&failure, &lack, !std::mem::replace(&mut is_lacking, true));
                 position = Position::ListLatest;
                 let rare = follower.timing.rare;
                 let jitter = rare * u32::from(u8::try_from(random() % 256).unwrap_or_default()) / 256;
@@ -440,17 +440,17 @@ impl Follower {
     }
 
     /// Records that a server that answers lacks a kind. A refusal is an issue, logged as such.
-    fn note_lack<K: Kind>(&self, failure: &Failure, lack: &Lack, is_news: bool) {
+    fn record_lack<K: Kind>(&self, failure: &Failure, lack: &Unavailable, is_news: bool) {
         self.answered::<K>();
         self.contact.forget(K::PLURAL);
         match lack {
-            Lack::Unknown if is_news => info!(
+            Unavailable::Unknown if is_news => info!(
                 "API server {} has no {}, which Kubernetes 1.33 introduced: the agent works without them",
                 self.server,
                 K::PLURAL
             ),
-            Lack::Unknown => {}
-            Lack::Forbidden(_) | Lack::Failing => self.contact.broke(failure.reason()),
+            Unavailable::Unknown => {}
+            Unavailable::Forbidden(_) | Unavailable::Failing => self.contact.broke(failure.reason()),
         }
     }
 
@@ -518,7 +518,7 @@ impl Follower {
         Err(Status { code, ..status }.into_failure(seconds))
     }
 
-    async fn send(&self, news: News) -> Result<(), Failure> {
+    async fn send(&self, news: KindChange) -> Result<(), Failure> {
         self.news.send(news).await.map_err(|_closed| Failure::Stop)
     }
 

@@ -32,19 +32,19 @@ pub(super) enum Change<M> {
 }
 
 #[derive(Debug)]
-pub(super) enum News {
+pub(super) enum KindChange {
     Services(Change<Service>),
     Slices(Change<Slice>),
     Nodes(Change<Node>),
     Pods(Change<Pod>),
     ServiceCidrs(Change<ServiceCidr>),
     /// ServiceCIDRs are unavailable for now.
-    NoServiceCidrs(Lack),
+    NoServiceCidrs(Unavailable),
 }
 
 /// Why a server that answers does not serve a kind.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Lack {
+pub(super) enum Unavailable {
     /// The server does not know the kind, so there are no objects.
     Unknown,
     /// The server refuses, for this reason. There may be objects.
@@ -72,10 +72,10 @@ pub(super) trait Kind: 'static {
     fn object(namespace: &str, name: &str) -> ObjectRef;
     /// `service_proxy_name` is `--service-proxy-name`.
     fn ingest(object: &Self::Object, service_proxy_name: Option<&str>) -> (Option<Self::Model>, Vec<Issue>);
-    fn news(change: Change<Self::Model>) -> News;
+    fn news(change: Change<Self::Model>) -> KindChange;
 
     /// The message that the kind is unavailable; `None` for a kind that the agent requires.
-    fn lacking(_lack: Lack) -> Option<News> {
+    fn lacking(_lack: Unavailable) -> Option<KindChange> {
         None
     }
 }
@@ -98,8 +98,8 @@ impl Kind for Services {
         ingest::any_service(object, service_proxy_name)
     }
 
-    fn news(change: Change<Service>) -> News {
-        News::Services(change)
+    fn news(change: Change<Service>) -> KindChange {
+        KindChange::Services(change)
     }
 }
 
@@ -121,8 +121,8 @@ impl Kind for Slices {
         ingest::slice(object)
     }
 
-    fn news(change: Change<Slice>) -> News {
-        News::Slices(change)
+    fn news(change: Change<Slice>) -> KindChange {
+        KindChange::Slices(change)
     }
 }
 
@@ -144,8 +144,8 @@ impl Kind for Nodes {
         ingest::node(object)
     }
 
-    fn news(change: Change<Node>) -> News {
-        News::Nodes(change)
+    fn news(change: Change<Node>) -> KindChange {
+        KindChange::Nodes(change)
     }
 }
 
@@ -178,8 +178,8 @@ impl Kind for Pods {
         ingest::pod(&object.metadata)
     }
 
-    fn news(change: Change<Pod>) -> News {
-        News::Pods(change)
+    fn news(change: Change<Pod>) -> KindChange {
+        KindChange::Pods(change)
     }
 }
 
@@ -201,12 +201,12 @@ impl Kind for ServiceCidrs {
         ingest::service_cidr(object)
     }
 
-    fn news(change: Change<ServiceCidr>) -> News {
-        News::ServiceCidrs(change)
+    fn news(change: Change<ServiceCidr>) -> KindChange {
+        KindChange::ServiceCidrs(change)
     }
 
-    fn lacking(lack: Lack) -> Option<News> {
-        Some(News::NoServiceCidrs(lack))
+    fn lacking(lack: Unavailable) -> Option<KindChange> {
+        Some(KindChange::NoServiceCidrs(lack))
     }
 }
 

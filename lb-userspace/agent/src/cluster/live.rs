@@ -8,7 +8,7 @@ use std::{
 use k8s_openapi::jiff::Timestamp;
 use lb_core::model::{
     Changes, Issue, IssueKind, ObjectKind, ObjectRef, Pod, ServiceCidr, ServiceKey, SliceKey, Store, ingest,
-    notice::Telling,
+    notification::DueNotification,
 };
 use tokio::{
     sync::{
@@ -22,7 +22,7 @@ use tokio::{
 use super::{
     Access, Error, Timing, events,
     follow::{Follower, REASONS, follow},
-    kinds::{Change, Kind as _, Lack, News, Nodes, Pods, ServiceCidrs, Services, Slices, Trimmed},
+    kinds::{Change, Kind as _, Unavailable, KindChange, Nodes, Pods, ServiceCidrs, Services, Slices, Trimmed},
 };
 use crate::source::{Arrival, Contact, Source};
 
@@ -52,9 +52,9 @@ pub struct Wanted<'a> {
 pub struct KubeSource {
     server: Arc<str>,
     contact: Contact,
-    news: mpsc::Receiver<News>,
+    news: mpsc::Receiver<KindChange>,
     /// Received, but not applied yet.
-    pending: Vec<News>,
+    pending: Vec<KindChange>,
     /// Kinds whose first list is pending and may still come.
     awaited: BTreeSet<&'static str>,
     /// The pods to exclude by name, and their UIDs once all are listed.
@@ -65,7 +65,7 @@ pub struct KubeSource {
     refused: Option<Issue>,
     own_node: ObjectRef,
     arrivals: Vec<Arrival>,
-    notices: mpsc::Sender<Telling>,
+    notifications: mpsc::Sender<DueNotification>,
     /// Earlier changes do not count as latency of this agent.
     started: Timestamp,
     /// The watches, and the writer of Events. Aborted on drop.
@@ -88,7 +88,7 @@ impl KubeSource {
         let (client, server) = access.client().await?;
         let server = Arc::<str>::from(server);
         let (sender, news) = mpsc::channel(QUEUE);
-        let (notices, untold) = mpsc::channel(events::QUEUE);
+        let (notifications, untold) = mpsc::channel(events::QUEUE);
         let mut tasks = JoinSet::new();
         tasks.spawn(events::record(access.clone(), client.clone(), Arc::clone(&server), untold));
         let needed = [Services::PLURAL, Slices::PLURAL, Nodes::PLURAL].into_iter();
@@ -134,7 +134,7 @@ impl KubeSource {
             refused: None,
             own_node: ObjectRef::node(wanted.node_name),
             arrivals: Vec::new(),
-            notices,
+            notifications,
             started: Timestamp::now(),
             _tasks: tasks,
         })
@@ -160,37 +160,37 @@ impl KubeSource {
         Timestamp::from_nanosecond(trigger_time?).ok().filter(|triggered| *triggered >= self.started)
     }
 
-    fn apply_one(&mut self, news: News, store: &mut Store) -> Changes {
+    fn apply_one(&mut self, news: KindChange, store: &mut Store) -> Changes {
         match news {
-            News::Services(Change::All { models, issues }) => {
+            KindChange::Services(Change::All { models, issues }) => {
                 self.awaited.remove(Services::PLURAL);
                 self.note_all(&ObjectKind::Service, issues);
                 store.replace_services(models)
             }
-            News::Slices(Change::All { models, issues }) => {
+            KindChange::Slices(Change::All { models, issues }) => {
                 self.awaited.remove(Slices::PLURAL);
                 self.note_all(&ObjectKind::EndpointSlice, issues);
                 store.replace_slices(models)
             }
-            News::Nodes(Change::All { models, issues }) => {
+            KindChange::Nodes(Change::All { models, issues }) => {
                 self.awaited.remove(Nodes::PLURAL);
                 self.note_all(&ObjectKind::Node, issues);
                 store.replace_nodes(models)
             }
-            News::Pods(change) => {
+            KindChange::Pods(change) => {
                 self.follow_pods(change);
                 Changes::default()
             }
-            News::ServiceCidrs(change) => self.follow_service_cidrs(change, store),
-            News::NoServiceCidrs(lack) => self.lack_service_cidrs(lack, store),
-            News::Services(Change::One { trimmed: Trimmed { object, model, issues }, received }) => {
+            KindChange::ServiceCidrs(change) => self.follow_service_cidrs(change, store),
+            KindChange::NoServiceCidrs(lack) => self.lack_service_cidrs(lack, store),
+            KindChange::Services(Change::One { trimmed: Trimmed { object, model, issues }, received }) => {
                 let key = ServiceKey { namespace: object.namespace.clone(), name: object.name.clone() };
                 let changes = store.set_service(&key, model);
                 self.arrived(&changes, Arrival { received: received.into_std(), triggered: None });
                 self.note(object, issues);
                 changes
             }
-            News::Slices(Change::One { trimmed: Trimmed { object, model, issues }, received }) => {
+            KindChange::Slices(Change::One { trimmed: Trimmed { object, model, issues }, received }) => {
                 let key = SliceKey { namespace: object.namespace.clone(), name: object.name.clone() };
                 let triggered = self.triggered(model.as_ref().and_then(|slice| slice.trigger_time));
                 let changes = store.set_slice(&key, model);
@@ -199,7 +199,7 @@ impl KubeSource {
                 self.note(object, issues);
                 changes
             }
-            News::Nodes(Change::One { trimmed: Trimmed { object, model, issues }, received }) => {
+            KindChange::Nodes(Change::One { trimmed: Trimmed { object, model, issues }, received }) => {
                 let changes = store.set_node(&object.name, model);
                 self.arrived(&changes, Arrival { received: received.into_std(), triggered: None });
                 self.note(object, issues);
@@ -226,16 +226,16 @@ impl KubeSource {
     }
 
     /// The agent serves without ServiceCIDRs. Known ones stay while the server may still have them.
-    fn lack_service_cidrs(&mut self, lack: Lack, store: &mut Store) -> Changes {
+    fn lack_service_cidrs(&mut self, lack: Unavailable, store: &mut Store) -> Changes {
         self.awaited.remove(ServiceCidrs::PLURAL);
         match lack {
-            Lack::Failing => Changes::default(),
-            Lack::Forbidden(cause) => {
+            Unavailable::Failing => Changes::default(),
+            Unavailable::Forbidden(cause) => {
                 let issue = Issue::new(self.own_node.clone(), IssueKind::NoServiceCidrs { cause });
                 self.refused = Some(issue);
                 Changes::default()
             }
-            Lack::Unknown => {
+            Unavailable::Unknown => {
                 self.refused = None;
                 self.note_all(&ObjectKind::ServiceCidr, Vec::new());
                 store.replace_service_cidrs::<ServiceCidr>([])
@@ -321,12 +321,12 @@ impl Source for KubeSource {
         std::mem::take(&mut self.arrivals)
     }
 
-    fn room_for_notices(&self) -> usize {
-        self.notices.capacity()
+    fn notification_capacity(&self) -> usize {
+        self.notifications.capacity()
     }
 
-    fn tell(&self, telling: Telling) {
+    fn notify(&self, notification: DueNotification) {
         // Nothing is lost if the caller checked the room first.
-        let _lost_if_full = self.notices.try_send(telling);
+        let _lost_if_full = self.notifications.try_send(notification);
     }
 }

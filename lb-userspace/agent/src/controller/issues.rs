@@ -9,13 +9,13 @@ pub const MAX_LINES: usize = 100;
 
 /// The issues already logged.
 #[derive(Clone, Debug, Default)]
-pub struct Reported {
+pub struct LoggedIssues {
     known: BTreeSet<Issue>,
 }
 
 /// What to log.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct News {
+pub struct IssueChanges {
     /// New issues, at most [`MAX_LINES`].
     pub new: Vec<Issue>,
     /// Issues that no longer hold, at most [`MAX_LINES`].
@@ -24,7 +24,7 @@ pub struct News {
     pub n_more: usize,
 }
 
-impl Reported {
+impl LoggedIssues {
     /// Number of current issues.
     #[must_use]
     pub fn len(&self) -> usize {
@@ -39,7 +39,7 @@ impl Reported {
 
     /// Replaces the current issues and returns the difference. An unchanged issue costs a comparison; it is
     /// not formatted again.
-    pub fn follow(&mut self, issues: impl IntoIterator<Item = Issue>) -> News {
+    pub fn follow(&mut self, issues: impl IntoIterator<Item = Issue>) -> IssueChanges {
         let now: BTreeSet<Issue> = issues.into_iter().collect();
         let mut n_more = 0;
         let mut first = |from: &BTreeSet<Issue>, without: &BTreeSet<Issue>| {
@@ -50,11 +50,11 @@ impl Reported {
         };
         let (new, gone) = (first(&now, &self.known), first(&self.known, &now));
         self.known = now;
-        News { new, gone, n_more }
+        IssueChanges { new, gone, n_more }
     }
 }
 
-impl News {
+impl IssueChanges {
     /// Whether nothing changed.
     #[must_use]
     pub fn is_empty(&self) -> bool {
@@ -75,7 +75,7 @@ mod tests {
 
     #[test]
     fn an_issue_is_told_when_it_comes_and_when_it_goes() {
-        let mut reported = Reported::default();
+        let mut reported = LoggedIssues::default();
         for (now, new, gone, n_more) in [
             (0..0, 0..0, 0..0, 0),
             (0..2, 0..2, 0..0, 0),
@@ -87,8 +87,8 @@ mod tests {
         ] {
             let news = reported.follow(issues(now.clone()));
             assert_eq!(reported.len(), now.len());
-            assert_eq!(news, News { new: issues(new), gone: issues(gone), n_more }, "{now:?}");
-            assert_eq!(news.is_empty(), news == News::default());
+            assert_eq!(news, IssueChanges { new: issues(new), gone: issues(gone), n_more }, "{now:?}");
+            assert_eq!(news.is_empty(), news == IssueChanges::default());
         }
     }
 }

@@ -22,6 +22,6 @@ pub mod run;
 pub mod save;
 pub mod start;
 pub mod sweep;
-mod turn;
+mod lock_wait;
 
 pub use self::latency::Latency;

@@ -12,7 +12,7 @@ use lb_core::{
     desired::{NodePortAddresses, Settings},
     model::{
         Issue, IssueKind, ObjectRef,
-        notice::{Ledger, NodeNews},
+        notification::{NotificationLog, NodeEvent},
     },
     plan::audit::Faults,
 };
@@ -30,16 +30,16 @@ use tracing::{debug, error, info, warn};
 
 use super::{
     Latency,
-    issues::{News, Reported},
+    issues::{IssueChanges, LoggedIssues},
     known::known,
-    save::Saving,
+    save::SnapshotSchedule,
     start::{Basis, PATIENCE, Start, basis},
-    turn,
+    lock_wait,
 };
 use crate::{
     self_test,
     serve::{
-        self, Asker, Insight, ListenError, Listeners, Question,
+        self, LoopHandle, LoopView, ListenError, Listeners, Question,
         health_ports::{self, Wanted},
         known::Known,
     },
@@ -49,17 +49,17 @@ use crate::{
         Metrics,
         away::{Away, Serves},
         health::{SelfTest, Vitals},
-        metrics::AuditEnd,
+        metrics::AuditResult,
         scrape::View,
     },
 };
 
 mod addresses;
 mod exclude;
-mod proof;
+mod self_tests;
 mod stale;
 
-use self::{addresses::Addresses, exclude::Wanted as Excluded, proof::Proof, stale::Sweep};
+use self::{addresses::Addresses, exclude::Wanted as Excluded, self_tests::SelfTests, stale::Sweep};
 
 const RETRY: Duration = Duration::from_secs(1);
 /// How often the pins are checked, and the node's own addresses read if netlink does not report changes.
@@ -132,16 +132,16 @@ pub async fn run(
     mut stop: watch::Receiver<bool>,
 ) -> Result<(), RunError> {
     // Before attaching: an agent that fails for lack of a port has changed nothing.
-    let turn = turn::wait_for_turn(&options.kernel.pin_path, &options.http, &mut stop).await?;
+    let turn = lock_wait::wait_for_lock(&options.kernel.pin_path, &options.http, &mut stop).await?;
     // Dropped last: the ports are free and no work is left when the lock is released.
     let Some((lock, listeners)) = turn else { return Ok(()) };
-    let mut proof = Proof::start(options.self_test_interval, options.kernel.cgroup.clone())
+    let mut proof = SelfTests::start(options.self_test_interval, options.kernel.cgroup.clone())
         .await
         .map_err(RunError::SelfTest)?;
     let (mut agent, beside) = Agent::attach(options, settings, &source, listeners, proof.as_mut())?;
     // Whether the adopted tables already lead the self-test's calls to this agent, before any sync.
-    let is_provable = proof.as_ref().is_some_and(Proof::is_found);
-    let Beside { mut graces, mut questions, mut port_issues, health_ports, _serving, _excluding } = beside;
+    let has_adopted_endpoints = proof.as_ref().is_some_and(SelfTests::is_found);
+    let Background { mut graces, mut questions, mut port_issues, health_ports, _serving, _excluding } = beside;
     let Timers { mut interfaces, mut snapshots, mut audits } = Timers::start(agent.options.audit_interval);
     // Maps that could not be read keep serving. They too are at least as new as the snapshot.
     let has_adopted = agent.kernel.is_staged() || !agent.state.image().services.is_empty();
@@ -155,11 +155,11 @@ pub async fn run(
     loop {
         let is_complete = source.is_complete();
         serves_snapshot &= !is_complete;
-        let may_sync = (is_complete || serves_snapshot) && agent.state.wants_sync();
+        let may_sync = (is_complete || serves_snapshot) && agent.state.needs_sync();
         agent.metrics.source(is_complete, serves_snapshot);
-        agent.turn(may_sync);
+        agent.heartbeat(may_sync);
         let found = if has_adopted { Serves::Found } else { Serves::Nothing };
-        agent.show_source(&source, if serves_snapshot { Serves::Snapshot } else { found });
+        agent.publish_outage(&source, if serves_snapshot { Serves::Snapshot } else { found });
         tokio::select! {
             biased;
             () = asked_to_stop(&mut stop) => break,
@@ -172,7 +172,7 @@ pub async fn run(
             () = time::sleep_until(started + PATIENCE), if !is_complete && !has_waited => {
                 has_waited = true;
                 let start = Start { is_complete, has_answered, waited: started.elapsed(), has_adopted };
-                serves_snapshot = basis(start) == Basis::Snapshot && agent.restore(&source).await;
+                serves_snapshot = basis(start) == Basis::Snapshot && agent.load_snapshot(&source).await;
                 if has_adopted && !has_answered {
                     warn!(
                         n_frontends = agent.state.image().services.len(),
@@ -183,7 +183,7 @@ pub async fn run(
             }
             // While maps are staged, the sockets' records are in maps that cannot be read, or in maps that
             // the switch keeps.
-            swept = agent.sweep.step(), if !agent.kernel.is_staged() => agent.sweep.go_on(swept, &mut agent.state, &agent.metrics),
+            swept = agent.sweep.step(), if !agent.kernel.is_staged() => agent.sweep.advance(swept, &mut agent.state, &agent.metrics),
             more = source.changed(), if !has_ended => {
                 if !more {
                     warn!(
@@ -196,21 +196,21 @@ pub async fn run(
                 }
                 // A mix of snapshot and single events is a state that never existed.
                 (serves_snapshot, has_answered) = (false, true);
-                agent.take_in(&mut source);
+                agent.apply_source_changes(&mut source);
             }
-            proven = next_proof(&mut proof), if agent.has_synced || is_provable => agent.proven(proven),
-            Some(()) = graces.recv() => agent.grace_passed(),
+            on_self_test = next_self_test(&mut proof), if agent.has_synced || has_adopted_endpoints => agent.on_self_test(on_self_test),
+            Some(()) = graces.recv() => agent.on_grace_period(),
             changed = port_issues.changed(), if has_ports => {
                 has_ports = changed.is_ok();
                 agent.report(&source);
             }
-            compared = ended(&mut agent.comparing), if agent.comparing.is_some() => agent.compared(&source, compared),
-            written = ended(&mut agent.writing), if agent.writing.is_some() => agent.saved(&source, written),
+            compared = ended(&mut agent.auditing), if agent.auditing.is_some() => agent.finish_audit(&source, compared),
+            written = ended(&mut agent.writing), if agent.writing.is_some() => agent.on_snapshot_written(&source, written),
             () = agent.addresses.changed() => agent.read_addresses(),
             _ = interfaces.tick() => {
-                agent.look_around(&lock);
+                agent.refresh_node_addresses(&lock);
                 agent.report(&source);
-                agent.tell(&source);
+                agent.send_notifications(&source);
             }
             _ = snapshots.tick() => agent.save(),
             () = tick(&mut audits) => {
@@ -219,7 +219,7 @@ pub async fn run(
             }
         }
     }
-    agent.save_to_the_end(&source).await;
+    agent.flush_snapshot(&source).await;
     drop(agent);
     // Frees its ports. A panic of the task no longer matters.
     let _ended = health_ports.await;
@@ -257,7 +257,7 @@ fn problem(source: &impl Source) -> Arc<str> {
 }
 
 /// The next self-test's result; never resolves without one.
-async fn next_proof(proof: &mut Option<Proof>) -> SelfTest {
+async fn next_self_test(proof: &mut Option<SelfTests>) -> SelfTest {
     match proof {
         Some(proof) => proof.next().await,
         None => std::future::pending().await,
@@ -300,15 +300,15 @@ struct Agent {
     excluding: watch::Sender<Excluded>,
     port_issues: watch::Receiver<Vec<Issue>>,
     /// Issues already logged.
-    reported: Reported,
+    reported: LoggedIssues,
     /// Notifications sent so far, those about self-tests among them.
-    ledger: Ledger,
-    saving: Saving,
+    ledger: NotificationLog,
+    saving: SnapshotSchedule,
     /// The snapshot's writer, and the write in progress.
     writer: Arc<Mutex<Writer>>,
     writing: Option<Task<Written, SnapshotError>>,
     save_problem: Option<String>,
-    comparing: Option<Task<Findings, KernelError>>,
+    auditing: Option<Task<Findings, KernelError>>,
     has_synced: bool,
     latency: Latency,
     /// State of the pins at the last check.
@@ -316,7 +316,7 @@ struct Agent {
 }
 
 /// Background tasks and their channels. Dropping this stops those that serve and exclude.
-struct Beside {
+struct Background {
     /// One message per expired grace period.
     graces: mpsc::Receiver<()>,
     /// Questions about the state.
@@ -334,12 +334,12 @@ impl Agent {
         settings: Settings,
         source: &impl Source,
         listeners: Listeners,
-        proof: Option<&mut Proof>,
-    ) -> Result<(Self, Beside), RunError> {
-        let (grace_passed, graces) = mpsc::channel(1);
+        proof: Option<&mut SelfTests>,
+    ) -> Result<(Self, Background), RunError> {
+        let (on_grace_period, graces) = mpsc::channel(1);
         let kernel = Kernel::open(&options.kernel, move || {
             // A pending message has the same effect.
-            let _full = grace_passed.try_send(());
+            let _full = on_grace_period.try_send(());
         })?;
         let mut addresses = Addresses::start();
         let capacity = kernel.maps().capacity();
@@ -367,13 +367,13 @@ impl Agent {
         let (asking, questions) = mpsc::channel::<Question>(QUESTIONS);
         let (changes, following) = watch::channel(0);
         let insight =
-            Insight { vitals: signs_of_life.clone(), changes: following, asker: Asker::new(asking) };
+            LoopView { vitals: signs_of_life.clone(), changes: following, asker: LoopHandle::new(asking) };
         let serving = listeners.serve(&maps_path, &options.state_dir, &metrics, insight)?;
         let (health_checks, wanted) = watch::channel(Wanted::default());
         let (reporting, port_issues) = watch::channel(Vec::new());
         let health_ports = tokio::spawn(health_ports::run(wanted, signs_of_life.clone(), reporting));
         let (excluding, excluded) = watch::channel(Excluded::default());
-        let beside = Beside {
+        let beside = Background {
             graces,
             questions,
             port_issues: port_issues.clone(),
@@ -383,7 +383,7 @@ impl Agent {
         };
         let writer = Arc::new(Mutex::new(Writer::new(&options.state_dir)));
         let mut agent = Self {
-            ledger: Ledger::new(state.settings().node_name.clone(), now),
+            ledger: NotificationLog::new(state.settings().node_name.clone(), now),
             state,
             addresses,
             sweep: Sweep::new(options.kernel.clone()),
@@ -395,22 +395,22 @@ impl Agent {
             health_checks,
             excluding,
             port_issues,
-            reported: Reported::default(),
-            saving: Saving::new(now),
+            reported: LoggedIssues::default(),
+            saving: SnapshotSchedule::new(now),
             writer,
             writing: None,
             save_problem: None,
-            comparing: None,
+            auditing: None,
             has_synced: false,
             latency: Latency::default(),
             pins: Pins::InPlace,
         };
-        agent.ledger.happened(&NodeNews::Attached);
+        agent.ledger.happened(&NodeEvent::Attached);
         Ok((agent, beside))
     }
 
     /// Loads the objects of the snapshot. `false` if there is no usable one.
-    async fn restore(&mut self, source: &impl Source) -> bool {
+    async fn load_snapshot(&mut self, source: &impl Source) -> bool {
         let (state_dir, problem) = (self.options.state_dir.clone(), problem(source));
         let mut reading = Some(spawn_blocking(move || Found::read(&state_dir)));
         let Found { snapshot, n_lost, .. } = match ended(&mut reading).await {
@@ -442,11 +442,11 @@ impl Agent {
         true
     }
 
-    fn look_around(&mut self, lock: &Lock) {
+    fn refresh_node_addresses(&mut self, lock: &Lock) {
         if self.addresses.is_due() {
             self.read_addresses();
         }
-        self.look_at_pins(lock);
+        self.check_pins(lock);
     }
 
     /// Reads the node's own addresses, on which node ports answer.
@@ -455,7 +455,7 @@ impl Agent {
     }
 
     /// Checks the pins. A change is logged, and an agent without its pins is not ready.
-    fn look_at_pins(&mut self, lock: &Lock) {
+    fn check_pins(&mut self, lock: &Lock) {
         let now = self.kernel.pins(lock);
         self.vitals.send_if_modified(|vitals| {
             let has_lost_pins = now != Pins::InPlace;
@@ -494,21 +494,21 @@ impl Agent {
         if let Err(error) = result {
             error!(%error, "an audit could not restore pins or programs: the next one retries");
         }
-        self.look_at_pins(lock);
+        self.check_pins(lock);
     }
 
     /// Writes a heartbeat. `is_waiting`: whether a change waits for a sync.
-    fn turn(&self, is_waiting: bool) {
+    fn heartbeat(&self, is_waiting: bool) {
         self.vitals.send_modify(|vitals| {
-            vitals.turned = Instant::now().into_std();
+            vitals.heartbeat = Instant::now().into_std();
             if is_waiting && vitals.waiting_since.is_none() {
-                vitals.waiting_since = Some(vitals.turned);
+                vitals.waiting_since = Some(vitals.heartbeat);
             }
         });
     }
 
     /// Publishes an outage and what is served meanwhile.
-    fn show_source(&self, source: &impl Source, before_complete: Serves) {
+    fn publish_outage(&self, source: &impl Source, before_complete: Serves) {
         let outage = source.contact().and_then(Contact::outage);
         let is_complete = source.is_complete();
         let away = (!is_complete || outage.is_some()).then_some(Away {
@@ -522,11 +522,11 @@ impl Agent {
         });
     }
 
-    fn take_in(&mut self, source: &mut impl Source) {
+    fn apply_source_changes(&mut self, source: &mut impl Source) {
         self.state.change(|store| source.apply(store));
         self.latency.arrived(source.take_arrivals());
         self.metrics.waiting(self.latency.n_waiting());
-        if self.state.wants_sync() {
+        if self.state.needs_sync() {
             self.metrics.queued(SystemTime::now());
         }
         self.excluding.send_if_modified(|wanted| wanted.follow(source.excluded_pods()));
@@ -534,7 +534,7 @@ impl Agent {
         let is_node_eligible = node.is_none_or(|node| !node.being_deleted);
         self.vitals.send_modify(|vitals| vitals.is_node_eligible = is_node_eligible);
         // Otherwise the sync reports.
-        if !(source.is_complete() && self.state.wants_sync()) {
+        if !(source.is_complete() && self.state.needs_sync()) {
             self.report(source);
         }
     }
@@ -554,7 +554,7 @@ impl Agent {
             Err(error) => {
                 error!(%error, "a sync failed: reading the kernel's maps and retrying");
                 self.metrics.sync_failed();
-                self.start_over();
+                self.readopt();
                 return false;
             }
         };
@@ -564,7 +564,7 @@ impl Agent {
             debug!(n_ops, n_frontends, ?took, "synced");
         } else {
             info!(n_ops, n_frontends, ?took, "synced for the first time");
-            self.ledger.happened(&NodeNews::Synced { n_frontends });
+            self.ledger.happened(&NodeEvent::Synced { n_frontends });
             lb_kernel::syscall::return_free_memory();
         }
         self.state.miss(no_room);
@@ -619,10 +619,10 @@ impl Agent {
         });
     }
 
-    fn proven(&mut self, self_test: SelfTest) {
+    fn on_self_test(&mut self, self_test: SelfTest) {
         if let SelfTest::Failed(problem) = &self_test {
             // Notified with the next tick of `interfaces`.
-            self.ledger.happened(&NodeNews::SelfTestFailed { problem: problem.to_string() });
+            self.ledger.happened(&NodeEvent::SelfTestFailed { problem: problem.to_string() });
         }
         self.metrics.self_tested(self_test == SelfTest::Passed);
         self.vitals.send_modify(|vitals| vitals.self_test = self_test);
@@ -656,7 +656,7 @@ impl Agent {
         }
     }
 
-    fn start_over(&mut self) {
+    fn readopt(&mut self) {
         // The next plan may reuse what the failed one freed, so wait until no program reads it.
         self.kernel.settle();
         match self.kernel.maps().image() {
@@ -667,23 +667,23 @@ impl Agent {
 
     /// Starts an audit on a blocking thread: reading full tables takes longer than a change may wait.
     fn compare(&mut self) {
-        if self.comparing.is_some() || !self.state.knows_tables() {
+        if self.auditing.is_some() || !self.state.is_image_complete() {
             return;
         }
         let (expected, pin_path) = (self.state.image().clone(), self.options.kernel.pin_path.clone());
-        self.comparing = Some(spawn_blocking(move || Maps::open(&pin_path)?.compare(&expected)));
+        self.auditing = Some(spawn_blocking(move || Maps::open(&pin_path)?.compare(&expected)));
     }
 
     /// Finishes an audit: repairs what still differs after the syncs made meanwhile.
-    fn compared(&mut self, source: &impl Source, findings: Result<Findings, String>) {
+    fn finish_audit(&mut self, source: &impl Source, findings: Result<Findings, String>) {
         let mut findings = match findings {
             Ok(findings) => findings,
             Err(error) => {
                 warn!(%error, "an audit could not read the kernel's maps: the next one retries");
-                return self.metrics.audited(AuditEnd::Error, &Faults::new());
+                return self.metrics.audited(AuditResult::Error, &Faults::new());
             }
         };
-        if !self.state.knows_tables() {
+        if !self.state.is_image_complete() {
             // A sync has failed meanwhile: the next one rewrites what differs.
             return;
         }
@@ -701,32 +701,32 @@ impl Agent {
         self.vitals.send_modify(|vitals| vitals.n_refused = n_refused);
         self.report(source);
         match repaired {
-            Ok(repaired) if repaired.is_empty() => self.metrics.audited(AuditEnd::Clean, &repaired),
+            Ok(repaired) if repaired.is_empty() => self.metrics.audited(AuditResult::Clean, &repaired),
             Ok(repaired) => {
                 let counts: Vec<String> = repaired.iter().map(|(map, n)| format!("{map} {n}")).collect();
                 warn!(
                     entries = counts.join(", "),
                     "an audit repaired entries of the kernel's maps that another program had changed"
                 );
-                self.metrics.audited(AuditEnd::Repaired, &repaired);
+                self.metrics.audited(AuditResult::Repaired, &repaired);
             }
             Err(error) => {
                 error!(%error, "an audit could not repair the kernel's maps: reading them and retrying");
-                self.metrics.audited(AuditEnd::Error, &Faults::new());
-                self.start_over();
+                self.metrics.audited(AuditResult::Error, &Faults::new());
+                self.readopt();
             }
         }
     }
 
     /// A grace period has expired, perhaps the last one requested.
-    fn grace_passed(&mut self) {
+    fn on_grace_period(&mut self) {
         self.state.settled(self.kernel.settled());
     }
 
     /// Logs new issues once each, and those that are gone. Notifies about new ones.
     fn report(&mut self, source: &impl Source) {
         let issues = self.issues(source);
-        let News { new, gone, n_more } = self.reported.follow(issues);
+        let IssueChanges { new, gone, n_more } = self.reported.follow(issues);
         self.metrics.issues(self.reported.len());
         for issue in &new {
             warn!("{issue}");
@@ -740,8 +740,8 @@ impl Agent {
                 "more issues began or ended than are logged at once: `socklb status` lists the current ones"
             );
         }
-        if !new.is_empty() || self.ledger.has_news() {
-            self.tell(source);
+        if !new.is_empty() || self.ledger.has_pending() {
+            self.send_notifications(source);
         }
     }
 
@@ -765,13 +765,13 @@ impl Agent {
 
     /// Sends the notifications that are due: for new issues and for long-standing ones. Does not block; the
     /// rest are retried.
-    fn tell(&mut self, source: &impl Source) {
-        let room = source.room_for_notices();
+    fn send_notifications(&mut self, source: &impl Source) {
+        let room = source.notification_capacity();
         if room == 0 {
             return;
         }
         for telling in self.ledger.due(self.issues(source), room, Instant::now().into_std()) {
-            source.tell(telling);
+            source.notify(telling);
         }
     }
 
@@ -792,7 +792,7 @@ impl Agent {
         }));
     }
 
-    fn saved(&mut self, source: &impl Source, written: Result<Written, String>) {
+    fn on_snapshot_written(&mut self, source: &impl Source, written: Result<Written, String>) {
         let (n_bytes, n_changed) =
             written.as_ref().map(|written| (written.n_bytes, written.n_changed)).ok().unzip();
         self.saving.ended(n_changed, Instant::now().into_std());
@@ -807,15 +807,15 @@ impl Agent {
     }
 
     /// Writes the outstanding changes and waits for that.
-    async fn save_to_the_end(&mut self, source: &impl Source) {
+    async fn flush_snapshot(&mut self, source: &impl Source) {
         if self.writing.is_some() {
             let written = ended(&mut self.writing).await;
-            self.saved(source, written);
+            self.on_snapshot_written(source, written);
         }
         if self.saving.begin_last() {
             self.write();
             let written = ended(&mut self.writing).await;
-            self.saved(source, written);
+            self.on_snapshot_written(source, written);
         }
     }
 

@@ -15,7 +15,7 @@ const MAX_PAUSE: Duration = Duration::from_secs(60);
 /// A background task writes it while changes keep arriving. It holds the objects as of the start of the
 /// write.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Saving {
+pub struct SnapshotSchedule {
     /// Whether there are changes that are neither on disk nor in the write in progress.
     is_outdated: bool,
     is_writing: bool,
@@ -27,7 +27,7 @@ pub struct Saving {
     not_before: Instant,
 }
 
-impl Saving {
+impl SnapshotSchedule {
     /// Nothing has changed yet.
     #[must_use]
     pub const fn new(now: Instant) -> Self {
@@ -183,7 +183,7 @@ mod tests {
             ),
         ] {
             let mut now = Instant::now();
-            let mut saving = Saving::new(now);
+            let mut saving = SnapshotSchedule::new(now);
             for (n, step) in steps.iter().enumerate() {
                 match *step {
                     Changed => saving.changed(),
@@ -200,7 +200,7 @@ mod tests {
     #[test]
     fn a_failure_for_long_is_tried_again_each_minute() {
         let mut now = Instant::now();
-        let mut saving = Saving::new(now);
+        let mut saving = SnapshotSchedule::new(now);
         for _ in 0..100 {
             saving.changed();
             assert!(saving.begin(now));

@@ -7,7 +7,7 @@ use std::{
 };
 
 use lb_common::{layout::SLOT_WAYS, limits::SOCKET_SETS};
-use lb_core::stale::{Standing, Use, Used};
+use lb_core::stale::{Fate, Flow, Flows};
 use lb_kernel::sockets::{FoundSocket, Owners, Record};
 
 /// Minimum time between two sweeps, which batches changes. A program whose endpoint disappears while others
@@ -130,7 +130,7 @@ pub struct Reclaim {
 impl Reclaim {
     /// Whether to list the sockets that own slots.
     #[must_use]
-    pub fn wants_look(&self, n_owned: usize, now: Instant) -> bool {
+    pub fn wants_listing(&self, n_owned: usize, now: Instant) -> bool {
         let is_due = |(at, _): &(Instant, Owners)| now.saturating_duration_since(*at) >= LOOK;
         n_owned > MANY_OWNERS && self.looked.as_ref().is_none_or(is_due)
     }
@@ -154,11 +154,11 @@ impl Reclaim {
 #[must_use]
 pub fn due_now(
     sockets: Vec<FoundSocket>,
-    standings: &BTreeMap<Use, Standing>,
+    standings: &BTreeMap<Flow, Fate>,
     now: Instant,
     limit: usize,
 ) -> (Vec<FoundSocket>, bool) {
-    let is_due = |socket: &FoundSocket| matches!(standings.get(&way(socket)), Some(Standing::Ends { due, .. }) if *due <= now);
+    let is_due = |socket: &FoundSocket| matches!(standings.get(&way(socket)), Some(Fate::Ends { due, .. }) if *due <= now);
     let mut due: Vec<FoundSocket> = sockets.into_iter().filter(is_due).collect();
     let has_more = due.len() > limit;
     due.truncate(limit);
@@ -167,22 +167,22 @@ pub fn due_now(
 
 /// The flow of a socket.
 #[must_use]
-pub fn way(socket: &FoundSocket) -> Use {
-    Use { protocol: socket.protocol(), service: socket.service, endpoint: socket.peer() }
+pub fn way(socket: &FoundSocket) -> Flow {
+    Flow { protocol: socket.protocol(), service: socket.service, endpoint: socket.peer() }
 }
 
 /// The flows of sockets.
 #[must_use]
-pub fn ways(sockets: &[FoundSocket]) -> BTreeSet<Use> {
+pub fn ways(sockets: &[FoundSocket]) -> BTreeSet<Flow> {
     sockets.iter().map(way).collect()
 }
 
 /// The flows that records name, with the cookies of their sockets.
 #[must_use]
-pub fn used(records: &[Record]) -> Used {
-    let mut used = Used::new();
+pub fn used(records: &[Record]) -> Flows {
+    let mut used = Flows::new();
     for &Record { cookie, protocol, service, endpoint, .. } in records {
-        used.entry(Use { protocol, service: Some(service), endpoint }).or_default().insert(cookie);
+        used.entry(Flow { protocol, service: Some(service), endpoint }).or_default().insert(cookie);
     }
     used
 }
@@ -270,10 +270,10 @@ mod tests {
     #[test]
     fn owners_are_looked_for_when_there_are_many_and_not_all_the_time() {
         let (mut reclaim, start) = (Reclaim::default(), Instant::now());
-        assert!(!reclaim.wants_look(MANY_OWNERS, start), "half of the slots are free");
-        assert!(reclaim.wants_look(MANY_OWNERS + 1, start));
+        assert!(!reclaim.wants_listing(MANY_OWNERS, start), "half of the slots are free");
+        assert!(reclaim.wants_listing(MANY_OWNERS + 1, start));
         let _none = reclaim.looked(owners(&[], &[1]), start);
-        assert!(!reclaim.wants_look(MANY_OWNERS + 1, start + LOOK / 2));
-        assert!(reclaim.wants_look(MANY_OWNERS + 1, start + LOOK));
+        assert!(!reclaim.wants_listing(MANY_OWNERS + 1, start + LOOK / 2));
+        assert!(reclaim.wants_listing(MANY_OWNERS + 1, start + LOOK));
     }
 }

@@ -44,7 +44,7 @@ use tokio::{
 use tracing::{debug, info, warn};
 
 use super::{
-    Asker, PATIENCE, Question,
+    LoopHandle, PATIENCE, Question,
     http::{self, Accept, Answer, Pages, answer, large_json, text},
     known::{Known, Which},
     pages::{HealthPages, MetricsPages},
@@ -220,7 +220,7 @@ pub(super) async fn serve(state_dir: PathBuf, pages: Arc<AgentPages>) {
 pub(super) struct AgentPages {
     pub(super) metrics: Arc<MetricsPages>,
     pub(super) health: HealthPages,
-    pub(super) asker: Asker,
+    pub(super) asker: LoopHandle,
     /// Number of syncs.
     pub(super) changes: watch::Receiver<u64>,
     /// Distinguishes this agent from the next. A process id does not: in a container it is always 1.
@@ -232,7 +232,7 @@ impl AgentPages {
     pub(super) fn new(
         metrics: Arc<MetricsPages>,
         health: HealthPages,
-        asker: Asker,
+        asker: LoopHandle,
         changes: watch::Receiver<u64>,
     ) -> Self {
         let started = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();

@@ -88,12 +88,12 @@ const PAUSE: [Duration; 2] = [Duration::from_millis(1), Duration::from_millis(10
 
 /// Asks the agent's loop, one question at a time.
 #[derive(Clone, Debug)]
-pub struct Asker {
+pub struct LoopHandle {
     questions: mpsc::Sender<Question>,
     turn: Arc<Mutex<()>>,
 }
 
-impl Asker {
+impl LoopHandle {
     /// Sends questions to this channel.
     #[must_use]
     pub fn new(questions: mpsc::Sender<Question>) -> Self {
@@ -123,13 +123,13 @@ impl Asker {
 
 /// What servers read of the agent's loop.
 #[derive(Clone, Debug)]
-pub struct Insight {
+pub struct LoopView {
     /// The loop's heartbeat.
     pub vitals: watch::Receiver<Vitals>,
     /// Number of syncs.
     pub changes: watch::Receiver<u64>,
     /// Sends questions to the loop.
-    pub asker: Asker,
+    pub asker: LoopHandle,
 }
 
 /// Open sockets. Until [`Self::serve`] they answer that the agent is starting: a client such as a kubelet's
@@ -182,9 +182,9 @@ impl Listeners {
         pin_path: &Path,
         state_dir: &Path,
         metrics: &Metrics,
-        insight: Insight,
+        insight: LoopView,
     ) -> Result<JoinSet<()>, KernelError> {
-        let Insight { vitals, changes, asker } = insight;
+        let LoopView { vitals, changes, asker } = insight;
         let config = self.config.to_string();
         let pages = MetricsPages::new(metrics.clone(), Maps::open(pin_path)?, asker.clone(), config);
         let pages = Arc::new(pages);
@@ -238,7 +238,7 @@ mod tests {
     #[tokio::test]
     async fn questions_leave_the_loop_time() {
         let (questions, mut heard) = mpsc::channel(4);
-        let asker = Asker::new(questions);
+        let asker = LoopHandle::new(questions);
         let mut asking = JoinSet::new();
         for _ in 0..64 {
             let asker = asker.clone();
@@ -262,7 +262,7 @@ mod tests {
     #[tokio::test]
     async fn a_loop_that_is_gone_or_loses_a_question_is_not_waited_for() {
         let (questions, mut heard) = mpsc::channel(4);
-        let asker = Asker::new(questions);
+        let asker = LoopHandle::new(questions);
         let losing = tokio::spawn(async move { drop(heard.recv().await) });
         assert_eq!(asker.ask(Question::View).await, None);
         losing.await.unwrap();

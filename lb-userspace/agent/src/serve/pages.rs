@@ -14,7 +14,7 @@ use tokio::sync::watch;
 use tracing::debug;
 
 use super::{
-    Asker, Question,
+    LoopHandle, Question,
     http::{Answer, Pages, answer, text},
 };
 use crate::telemetry::{
@@ -39,14 +39,14 @@ pub struct MetricsPages {
     metrics: Metrics,
     /// A separate handle: counters are read here, not by the agent's loop. One scrape at a time.
     maps: Arc<Mutex<Maps>>,
-    asker: Asker,
+    asker: LoopHandle,
     config: String,
 }
 
 impl MetricsPages {
     /// `config` is the JSON text of `/configz`.
     #[must_use]
-    pub fn new(metrics: Metrics, maps: Maps, asker: Asker, config: String) -> Self {
+    pub fn new(metrics: Metrics, maps: Maps, asker: LoopHandle, config: String) -> Self {
         Self { metrics, maps: Arc::new(Mutex::new(maps)), asker, config }
     }
 

@@ -9,7 +9,7 @@ use lb_core::model::{Cidr, Protocol, ServiceKey, ServicePort, SliceEndpoint, Sli
 use proptest::{collection::vec, prelude::*};
 
 use super::*;
-use crate::controller::save::Saving;
+use crate::controller::save::SnapshotSchedule;
 
 /// Injects faults into the writer's steps: see [`Files::step`](super::writer).
 #[derive(Debug, Default)]
@@ -361,12 +361,12 @@ fn octets_by_minute(n_minutes: u64, killed: u64, mut change: impl FnMut(&mut Sto
     let directory = tempfile::tempdir().unwrap();
     let (mut writer, mut store) = (Writer::new(directory.path()), Store::new());
     let start = Instant::now();
-    let mut saving = Saving::new(start);
+    let mut saving = SnapshotSchedule::new(start);
     let (mut minutes, mut changed) = (vec![0; usize::try_from(n_minutes).unwrap()], 0);
     for seconds in (2..n_minutes * 60).step_by(2) {
         let now = start + Duration::from_secs(seconds);
         if seconds == killed {
-            (writer, saving) = (Writer::new(directory.path()), Saving::new(now));
+            (writer, saving) = (Writer::new(directory.path()), SnapshotSchedule::new(now));
         }
         saving.changed();
         if saving.begin(now) {

@@ -9,7 +9,7 @@ use std::{
     time::{Instant, SystemTime},
 };
 
-use lb_core::model::{Changes, Issue, Store, notice::Telling};
+use lb_core::model::{Changes, Issue, Store, notification::DueNotification};
 
 pub use self::contact::{Contact, Outage};
 
@@ -53,12 +53,12 @@ pub trait Source: Send {
     }
 
     /// Free space of the notification queue. 0 for a source that cannot notify, such as files.
-    fn room_for_notices(&self) -> usize {
+    fn notification_capacity(&self) -> usize {
         0
     }
 
     /// Queues a notification without blocking. It is lost if the queue is full.
-    fn tell(&self, _telling: Telling) {}
+    fn notify(&self, _notification: DueNotification) {}
 
     /// Takes the times of the changes applied since the last call, except those of whole lists.
     fn take_arrivals(&mut self) -> Vec<Arrival> {

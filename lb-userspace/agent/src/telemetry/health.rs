@@ -38,7 +38,7 @@ pub struct Vitals {
     /// Time of the last sync.
     pub updated: Option<SystemTime>,
     /// The heartbeat: the loop's last iteration. There is one every few seconds even without a change.
-    pub turned: Instant,
+    pub heartbeat: Instant,
     /// Whether external traffic should come to this node: it is not being deleted. `true` by default.
     pub is_node_eligible: bool,
     /// Number of frontends that do not fit in the tables.
@@ -162,7 +162,7 @@ impl Vitals {
         Self {
             waiting_since: None,
             updated: None,
-            turned: now,
+            heartbeat: now,
             is_node_eligible: true,
             n_refused: 0,
             self_test: SelfTest::Off,
@@ -176,7 +176,7 @@ impl Vitals {
     #[must_use]
     pub fn judge(&self, now: Instant, clock: SystemTime) -> Health {
         let is_late = |since: Instant| now.saturating_duration_since(since) >= PATIENCE;
-        let is_alive = !self.waiting_since.is_some_and(is_late) && !is_late(self.turned);
+        let is_alive = !self.waiting_since.is_some_and(is_late) && !is_late(self.heartbeat);
         Health {
             is_alive,
             is_node_eligible: self.is_node_eligible,
@@ -272,7 +272,7 @@ mod tests {
         let clock = updated + Duration::from_secs(100);
         let at = |seconds: u64| start + Duration::from_secs(seconds);
         // Arrival of the oldest change, the last heartbeat, whether the node may have traffic; at second 100.
-        for (what, waiting_since, turned, is_node_eligible, is_alive, is_healthy) in [
+        for (what, waiting_since, heartbeat, is_node_eligible, is_alive, is_healthy) in [
             ("starting, or with nothing to do", None, 100, true, true, true),
             ("a change waits", Some(41), 100, true, true, true),
             ("a change waits for too long", Some(40), 100, true, false, false),
@@ -283,7 +283,7 @@ mod tests {
             let vitals = Vitals {
                 waiting_since: waiting_since.map(at),
                 updated: Some(updated),
-                turned: at(turned),
+                heartbeat: at(heartbeat),
                 is_node_eligible,
                 ..Vitals::new(start)
             };

@@ -161,7 +161,7 @@ const AUDITED: [&str; 8] = [
 
 /// Result of an audit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum AuditEnd {
+pub enum AuditResult {
     /// The maps matched the image.
     Clean,
     /// Entries differed and were repaired.
@@ -273,7 +273,7 @@ impl Metrics {
         for result in [PASSED, FAILED] {
             let _zero = metrics.self_tests.get_or_create(&[("result", result)]);
         }
-        for end in [AuditEnd::Clean, AuditEnd::Repaired, AuditEnd::Error] {
+        for end in [AuditResult::Clean, AuditResult::Repaired, AuditResult::Error] {
             let _zero = metrics.audits.get_or_create(&[("result", end.name())]);
         }
         for family in [&metrics.healthz, &metrics.livez] {
@@ -324,7 +324,7 @@ impl Metrics {
     }
 
     /// An audit has finished.
-    pub fn audited(&self, end: AuditEnd, repaired: &Faults) {
+    pub fn audited(&self, end: AuditResult, repaired: &Faults) {
         self.audits.get_or_create(&[("result", end.name())]).inc();
         for (&map, &n_entries) in repaired {
             self.audit_repairs.get_or_create(&[("map", map)]).inc_by(n_entries);
@@ -373,7 +373,7 @@ impl Metrics {
     }
 }
 
-impl AuditEnd {
+impl AuditResult {
     const fn name(self) -> &'static str {
         match self {
             Self::Clean => "clean",
@@ -421,7 +421,7 @@ mod tests {
 
     #[test]
     fn the_documented_metrics_are_these() {
-        expect_test::expect_file!["../../../docs/METRICS.md"].assert_eq(&document());
+        expect_test::expect_file!["../../../../docs/METRICS.md"].assert_eq(&document());
     }
 
     #[test]

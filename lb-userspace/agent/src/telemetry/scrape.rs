@@ -139,7 +139,7 @@ mod tests {
     use lb_core::{model::ServicePort, plan::audit::Faults};
 
     use super::*;
-    use crate::telemetry::metrics::{ALL, AuditEnd, Kind};
+    use crate::telemetry::metrics::{ALL, AuditResult, Kind};
 
     fn view() -> View {
         let key = ServiceKey::new("default", "dns");
@@ -166,7 +166,7 @@ mod tests {
 
     fn scrape() -> String {
         let metrics = Metrics::new();
-        metrics.audited(AuditEnd::Repaired, &Faults::from([("services4", 2)]));
+        metrics.audited(AuditResult::Repaired, &Faults::from([("services4", 2)]));
         let calls = |id: u32| Calls { redirected: 10 + u64::from(id), refused: 1, datagrams: u64::from(id) };
         render(&metrics, Some(&view()), calls).unwrap()
     }

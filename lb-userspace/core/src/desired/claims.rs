@@ -152,7 +152,7 @@ impl Desired {
         }
         claims.elect();
         let changed = old_owner != claims.owner;
-        self.note_contest(address);
+        self.update_contested(address);
         changed
     }
 
@@ -169,11 +169,11 @@ impl Desired {
         } else {
             claims.owner = claims.queue.remove(0);
         }
-        self.note_contest(address);
+        self.update_contested(address);
         is_owner
     }
 
-    fn note_contest(&mut self, address: FrontendAddress) {
+    fn update_contested(&mut self, address: FrontendAddress) {
         if self.claims.get(&address).is_some_and(|claims| !claims.queue.is_empty()) {
             self.contested.insert(address);
         } else {

@@ -36,7 +36,7 @@ pub struct ClusterIps {
 #[derive(Debug, Default)]
 struct Claims {
     n_served: u32,
-    n_left_alone: u32,
+    n_unserved: u32,
 }
 
 impl ClusterIps {
@@ -77,7 +77,7 @@ impl ClusterIps {
                 touched.insert(ip);
                 let Some(claims) = self.claims.get_mut(&ip) else { continue };
                 *claims.number(was_served) -= 1;
-                if claims.n_served + claims.n_left_alone == 0 {
+                if claims.n_served + claims.n_unserved == 0 {
                     self.claims.remove(&ip);
                 }
             }
@@ -103,7 +103,7 @@ impl ClusterIps {
         if self.local.contains(&ip) {
             return Some(false);
         }
-        self.claims.get(&ip).map(|claims| claims.n_left_alone == 0)
+        self.claims.get(&ip).map(|claims| claims.n_unserved == 0)
     }
 
     /// A Service that has an address.
@@ -119,7 +119,7 @@ impl ClusterIps {
 
 impl Claims {
     fn number(&mut self, is_served: bool) -> &mut u32 {
-        if is_served { &mut self.n_served } else { &mut self.n_left_alone }
+        if is_served { &mut self.n_served } else { &mut self.n_unserved }
     }
 }
 

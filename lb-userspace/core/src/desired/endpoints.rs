@@ -2,7 +2,7 @@
 //!
 //! # Purpose
 //!
-//! [`PortEndpoints`] is the union of all slices for one service port. [`PortEndpoints::judge`] applies the
+//! [`PortEndpoints`] is the union of all slices for one service port. [`PortEndpoints::classify`] applies the
 //! rules of `pkg/proxy/topology.go` to it. The sets for the tables and the output of `socklb explain` come
 //! from this one function, so they always agree.
 //!
@@ -144,7 +144,7 @@ impl<'a> PortEndpoints<'a> {
 
     /// All known endpoints in the order of addresses, each with the reason if it is not in the set for
     /// `scope`.
-    pub fn judge(
+    pub fn classify(
         &self,
         scope: Scope<'_>,
         topology: &Topology,
@@ -176,7 +176,7 @@ impl<'a> PortEndpoints<'a> {
     /// terminating.
     #[must_use]
     pub fn set(&self, scope: Scope<'_>, topology: &Topology) -> Arc<[SocketAddr]> {
-        self.judge(scope, topology)
+        self.classify(scope, topology)
             .filter(|(_, _, left_out)| left_out.is_none())
             .map(|(address, ..)| address)
             .collect()

@@ -108,7 +108,7 @@ fn frontends_within<'a>(
 }
 
 /// Whether source ranges exclude some callers of a load-balancer address.
-fn is_limited(service: &Service, ip: IpAddr) -> bool {
+fn has_limiting_ranges(service: &Service, ip: IpAddr) -> bool {
     let mut ranges =
         service.source_ranges.iter().filter(|range| range.family() == address::family(ip)).peekable();
     if ranges.peek().is_none() {
@@ -157,7 +157,7 @@ impl Builder<'_> {
         let external_ips = self.service.external_ips.iter().map(|ip| (*ip, FrontendKind::ExternalIP));
         for (ip, kind) in load_balancer_ips.chain(external_ips) {
             let is_open = match kind {
-                FrontendKind::LoadBalancer => !is_limited(self.service, ip),
+                FrontendKind::LoadBalancer => !has_limiting_ranges(self.service, ip),
                 _ => self.is_admitted(ip),
             };
             if address::family(ip) == family && is_open {
@@ -280,7 +280,7 @@ impl Builder<'_> {
             .iter()
             .filter(|ip| served(ip))
             .copied()
-            .filter(|ip| is_limited(self.service, *ip))
+            .filter(|ip| has_limiting_ranges(self.service, *ip))
             .map(|ip| ip.to_string())
             .collect();
         if !limited.is_empty() {

@@ -91,12 +91,12 @@ pub fn label_selector(service_proxy_name: Option<&str>) -> String {
 }
 
 /// Collects the issues of one object.
-struct Report {
+struct IssueCollector {
     object: ObjectRef,
     issues: Vec<Issue>,
 }
 
-impl Report {
+impl IssueCollector {
     const fn new(object: ObjectRef) -> Self {
         Self { object, issues: Vec::new() }
     }
@@ -188,9 +188,9 @@ fn namespace(namespace: Option<&str>) -> &str {
 
 /// Shares equal strings of one object: a slice names the same node and zone many times.
 #[derive(Default)]
-struct Texts(BTreeSet<Arc<str>>);
+struct StringPool(BTreeSet<Arc<str>>);
 
-impl Texts {
+impl StringPool {
     fn share(&mut self, text: &str) -> Arc<str> {
         if let Some(known) = self.0.get(text) {
             return known.clone();

@@ -519,7 +519,7 @@ impl IssueKind {
 }
 
 impl IssueKind {
-    /// Texts about manifests; writes nothing for other kinds.
+    /// StringPool about manifests; writes nothing for other kinds.
     fn fmt_file(&self, f: &mut impl fmt::Write) -> fmt::Result {
         match self {
             Self::UnknownKind => f.write_str("unknown kind; it is ignored"),
@@ -540,8 +540,8 @@ impl IssueKind {
         }
     }
 
-    /// Texts about addresses that are not served; writes nothing for other kinds.
-    fn fmt_left_alone(&self, f: &mut impl fmt::Write) -> fmt::Result {
+    /// StringPool about addresses that are not served; writes nothing for other kinds.
+    fn fmt_not_served(&self, f: &mut impl fmt::Write) -> fmt::Result {
         match self {
             Self::SourceRanges { addresses } => write!(
                 f,
@@ -577,7 +577,7 @@ impl IssueKind {
         }
     }
 
-    /// Texts about full tables; writes nothing for other kinds.
+    /// StringPool about full tables; writes nothing for other kinds.
     fn fmt_no_room(&self, f: &mut impl fmt::Write) -> fmt::Result {
         match self {
             Self::ServicesFull { map, capacity, needed } => write!(
@@ -621,7 +621,7 @@ impl IssueKind {
         }
     }
 
-    /// Texts about the agent itself; writes nothing for other kinds.
+    /// StringPool about the agent itself; writes nothing for other kinds.
     fn fmt_of_agent(&self, f: &mut impl fmt::Write) -> fmt::Result {
         match self {
             Self::SizeRefused { setting, wanted, served: None, used } => write!(
@@ -723,7 +723,7 @@ impl fmt::Display for IssueKind {
             | Self::OnThisNode { .. }
             | Self::InvalidServiceCidr { .. }
             | Self::TooManyServiceCidrs { .. }
-            | Self::NoServiceCidrs { .. } => self.fmt_left_alone(&mut f),
+            | Self::NoServiceCidrs { .. } => self.fmt_not_served(&mut f),
             Self::FrontendTaken { address, winner } => {
                 write!(
                     f,

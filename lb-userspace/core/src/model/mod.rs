@@ -24,7 +24,7 @@ pub mod annotation;
 pub(crate) mod fixture;
 pub mod ingest;
 pub mod issue;
-pub mod notice;
+pub mod notification;
 pub mod store;
 
 use std::{

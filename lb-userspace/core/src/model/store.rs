@@ -20,22 +20,22 @@ use super::{Node, Service, ServiceCidr, ServiceKey, Slice, SliceKey, Unselected}
 
 /// Strings that many objects share: namespaces, nodes, zones, ports. Each is stored once.
 #[derive(Clone, Debug, Default)]
-struct Texts {
+struct StringPool {
     known: BTreeSet<Arc<str>>,
     /// How many remained after the last removal of unused ones.
     n_kept: usize,
 }
 
 /// Sharing does not count when stores are compared.
-impl PartialEq for Texts {
+impl PartialEq for StringPool {
     fn eq(&self, _other: &Self) -> bool {
         true
     }
 }
 
-impl Eq for Texts {}
+impl Eq for StringPool {}
 
-impl Texts {
+impl StringPool {
     /// Below this number, unused ones are not removed.
     const FEW: usize = 4096;
 
@@ -94,7 +94,7 @@ pub struct Store {
     services_of_slices: BTreeMap<SliceKey, ServiceKey>,
     nodes: BTreeMap<Arc<str>, Arc<Node>>,
     service_cidrs: BTreeMap<Arc<str>, Arc<ServiceCidr>>,
-    texts: Texts,
+    texts: StringPool,
 }
 
 impl Store {

@@ -59,15 +59,15 @@ struct Port {
     key: Option<Arc<PortKey>>,
     n_frontends: u32,
     /// By endpoint: its id, and how many runs use it.
-    ids: Table<Place, (u32, u32)>,
+    ids: Table<EndpointAddress, (u32, u32)>,
     /// By set of addresses: its run, and how many frontends use it.
     runs: Table<Arc<[SocketAddr]>, (Run, u32)>,
 }
 
 /// A compact address and port: a `SocketAddr` also has a flow label and scope for IPv6.
-type Place = (IpAddr, u16);
+type EndpointAddress = (IpAddr, u16);
 
-const fn place(address: &SocketAddr) -> Place {
+const fn place(address: &SocketAddr) -> EndpointAddress {
     (address.ip(), address.port())
 }
 
@@ -114,7 +114,7 @@ impl<K: Ord, V> Table<K, V> {
 
 /// A frontend in the tables.
 #[derive(Debug)]
-struct Placed {
+struct FrontendState {
     frontend_id: u32,
     /// `None` for an adopted frontend with an unusable service id.
     service_id: Option<u32>,
@@ -137,7 +137,7 @@ struct Freed {
     /// The same for addresses, by [`AddressTable`].
     n_addresses: [usize; 2],
     /// Whether the flag of an address, and thus its element, is replaced.
-    has_replaced: bool,
+    has_replaced_element: bool,
     /// Whether the service networks were removed.
     service_cidrs: bool,
 }
@@ -150,7 +150,7 @@ struct Freed {
 pub struct Encoder {
     capacity: Capacity,
     image: Image,
-    placed: BTreeMap<FrontendAddress, Placed>,
+    placed: BTreeMap<FrontendAddress, FrontendState>,
     ports: BTreeMap<u32, Port>,
     service_ids_by_port: BTreeMap<Arc<PortKey>, u32>,
     /// Frontends of IPv4 and of IPv6.
@@ -160,7 +160,7 @@ pub struct Encoder {
     /// The same for addresses, by [`AddressTable`].
     n_addresses_leaving: [usize; 2],
     /// Whether a program may still read removed service networks.
-    is_reading_cidrs: bool,
+    may_read_cidrs: bool,
     frontend_ids: Pool,
     service_ids: Pool,
     endpoint_ids: Pool,
@@ -192,7 +192,7 @@ impl Encoder {
             n_services: [0; 2],
             n_leaving: [0; 2],
             n_addresses_leaving: [0; 2],
-            is_reading_cidrs: false,
+            may_read_cidrs: false,
             frontend_ids: no_ids(),
             service_ids: no_ids(),
             endpoint_ids: no_ids(),
@@ -310,7 +310,7 @@ impl Encoder {
         }
         let set = Some(Arc::clone(&desired.endpoints));
         if let Some(old) =
-            self.placed.insert(address, Placed { frontend_id, service_id: Some(service_id), set })
+            self.placed.insert(address, FrontendState { frontend_id, service_id: Some(service_id), set })
         {
             self.release(&old, ipv6);
         }
@@ -338,8 +338,8 @@ impl Encoder {
     }
 
     /// Releases what a frontend used.
-    fn release(&mut self, old: &Placed, ipv6: bool) {
-        if let Placed { service_id: Some(service_id), set: Some(set), .. } = old {
+    fn release(&mut self, old: &FrontendState, ipv6: bool) {
+        if let FrontendState { service_id: Some(service_id), set: Some(set), .. } = old {
             self.release_run(*service_id, ipv6, set);
             self.release_frontend_of(*service_id);
         }
@@ -371,7 +371,7 @@ impl Encoder {
         if let Some(key) = self.ports.remove(&id).and_then(|port| port.key) {
             self.service_ids_by_port.remove(&key);
         }
-        self.service_ids.give_back(id);
+        self.service_ids.put_back(id);
         let reset = self.ops.pop();
         debug_assert_eq!(reset, Some(Op::ResetService(id)));
     }
@@ -400,7 +400,7 @@ impl Encoder {
             let Some(endpoint_id) = known.or_else(|| self.endpoint_ids.take()) else {
                 self.space[usize::from(ipv6)].free(offset, needed);
                 for (id, _) in fresh {
-                    self.endpoint_ids.give_back(id);
+                    self.endpoint_ids.put_back(id);
                 }
                 return Err(full);
             };
@@ -503,7 +503,7 @@ impl Encoder {
         };
         match known.get(&address) {
             Some(&old) if old == flag => return true,
-            Some(_) => self.freed.has_replaced = true,
+            Some(_) => self.freed.has_replaced_element = true,
             None if known.len() + *n_leaving >= table.capacity() as usize => return false,
             None => {}
         }
@@ -520,12 +520,12 @@ impl Encoder {
         let next = if self.image.service_cidrs == desired {
             return true;
         } else if self.image.service_cidrs.is_empty() {
-            if self.is_reading_cidrs {
+            if self.may_read_cidrs {
                 return false;
             }
             desired
         } else {
-            (self.freed.service_cidrs, self.is_reading_cidrs) = (true, true);
+            (self.freed.service_cidrs, self.may_read_cidrs) = (true, true);
             &[]
         };
         self.image.service_cidrs = next.to_vec();
@@ -536,14 +536,14 @@ impl Encoder {
     /// Whether a program may still use a removed service network. Until a grace period has passed, no cluster
     /// IP may be deleted: programs would treat it as unallocated.
     #[must_use]
-    pub const fn is_reading_cidrs(&self) -> bool {
-        self.is_reading_cidrs
+    pub const fn may_read_cidrs(&self) -> bool {
+        self.may_read_cidrs
     }
 
     /// The ops of all changes since the last call.
     #[must_use]
     pub fn take_plan(&mut self) -> Plan {
-        self.end_leftovers();
+        self.remove_leftovers();
         self.n_plans += 1;
         let frees = self.freed != Freed::default();
         if frees {
@@ -564,7 +564,7 @@ impl Encoder {
             for table in AddressTable::ALL {
                 self.n_addresses_leaving[table as usize] -= freed.n_addresses[table as usize];
             }
-            self.is_reading_cidrs &= !freed.service_cidrs;
+            self.may_read_cidrs &= !freed.service_cidrs;
             for (family, runs) in freed.runs.into_iter().enumerate() {
                 self.n_leaving[family] -= freed.n_keys[family];
                 for run in runs {

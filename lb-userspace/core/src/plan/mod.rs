@@ -257,7 +257,7 @@ impl Plan {
 
 /// What programs may still read, apart from what an encoder holds back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Unsettled {
+pub enum StillRead {
     /// Nothing: a grace period has passed.
     Nothing,
     /// Freed elements of hash maps, which the kernel reuses at once.
@@ -266,7 +266,7 @@ pub enum Unsettled {
     Anything,
 }
 
-impl Unsettled {
+impl StillRead {
     /// Whether a plan must wait for a grace period, because it may overwrite what is still read.
     #[must_use]
     pub fn must_wait(self, plan: &Plan) -> bool {

@@ -4,7 +4,7 @@
 //!
 //! A connected socket stays with the endpoint that `connect()` chose. TCP notices a dead peer, but a
 //! resolver's UDP socket may send to a dead address for hours, and so may one that was connected to a
-//! Service's address before the Service existed. [`Ledger`] decides which flows are stale and when their
+//! Service's address before the Service existed. [`StaleTracker`] decides which flows are stale and when their
 //! sockets are due (semantics R10). `kernel::sockets` finds and destroys them.
 //!
 //! # Invariants
@@ -33,7 +33,7 @@ use crate::{
 
 /// A flow that at least one connected socket has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Use {
+pub struct Flow {
     /// Protocol of the socket.
     pub protocol: Protocol,
     /// The address that the program called; for a node port, the node's address. `None` if the socket is
@@ -44,11 +44,11 @@ pub struct Use {
 }
 
 /// Flows, each with the cookies of its sockets.
-pub type Used = BTreeMap<Use, BTreeSet<u64>>;
+pub type Flows = BTreeMap<Flow, BTreeSet<u64>>;
 
 /// The state that decides which flows are stale.
 #[derive(Clone, Copy)]
-pub struct InForce<'a> {
+pub struct CurrentState<'a> {
     /// The frontends.
     pub desired: &'a Desired,
     /// The objects.
@@ -61,7 +61,7 @@ pub struct InForce<'a> {
 
 /// What to do with the sockets of a flow.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Standing {
+pub enum Fate {
     /// The endpoint serves, or this is not known yet.
     Serves,
     /// The endpoint does not serve, but the sockets are kept.
@@ -97,19 +97,19 @@ struct Gone {
 
 /// What is remembered between searches.
 #[derive(Clone, Debug, Default)]
-pub struct Ledger {
+pub struct StaleTracker {
     /// Annotations of services.
     policies: BTreeMap<ServiceKey, StaleConnections>,
     /// Removed frontends that may have sockets: their service and its annotation.
     gone: BTreeMap<FrontendAddress, Gone>,
     /// When a flow was first found with an endpoint that does not serve.
-    since: BTreeMap<Use, Instant>,
+    since: BTreeMap<Flow, Instant>,
     /// Number of the current or last search.
     pass: u64,
     /// Sockets that the current search is for.
-    sought: BTreeSet<(Use, u64)>,
+    sought: BTreeSet<(Flow, u64)>,
     /// How many searches a socket had, and when the last was.
-    tried: BTreeMap<(Use, u64), (u8, Instant)>,
+    tried: BTreeMap<(Flow, u64), (u8, Instant)>,
     /// UDP addresses that became frontends, and how many more searches cover the sockets connected to them.
     appeared: BTreeMap<SocketAddr, u8>,
     /// Time of the first search.
@@ -144,7 +144,7 @@ fn candidates(protocol: Protocol, service: SocketAddr) -> [FrontendAddress; 2] {
     [service.ip(), any].map(|ip| FrontendAddress { ip, port: service.port(), protocol })
 }
 
-impl Ledger {
+impl StaleTracker {
     /// Records a service's annotation, and the frontends that it gained (`true`) or lost (`false`).
     pub fn follow(
         &mut self,
@@ -182,14 +182,14 @@ impl Ledger {
 
     /// The search for the given flows, or `None` if no socket can be stale.
     #[must_use]
-    pub fn search(&mut self, used: &Used, now: Instant, in_force: InForce<'_>) -> Option<Search> {
+    pub fn search(&mut self, used: &Flows, now: Instant, in_force: CurrentState<'_>) -> Option<Search> {
         self.since.retain(|since, _| used.contains_key(since));
         let services = used.keys().filter_map(|used| Some((used.protocol, used.service?)));
         self.forget_gone(services.flat_map(|(protocol, service)| candidates(protocol, service)));
-        let mut judge = Judge::new(self, in_force);
+        let mut judge = Decider::new(self, in_force);
         let (mut protocols, mut endpoints, mut wanted) = (BTreeSet::new(), BTreeSet::new(), BTreeSet::new());
         for (used, cookies) in used {
-            let is_due = matches!(judge.standing(used, now), Standing::Ends { due, .. } if due <= now);
+            let is_due = matches!(judge.standing(used, now), Fate::Ends { due, .. } if due <= now);
             if !is_due && !judge.has_new_deadline(used) {
                 continue;
             }
@@ -234,19 +234,19 @@ impl Ledger {
     pub fn judge(
         &mut self,
         search: &Search,
-        found: &BTreeSet<Use>,
+        found: &BTreeSet<Flow>,
         now: Instant,
-        in_force: InForce<'_>,
-    ) -> BTreeMap<Use, Standing> {
-        let mut judge = Judge::new(self, in_force);
-        let standings: BTreeMap<Use, Standing> =
+        in_force: CurrentState<'_>,
+    ) -> BTreeMap<Flow, Fate> {
+        let mut judge = Decider::new(self, in_force);
+        let standings: BTreeMap<Flow, Fate> =
             found.iter().map(|used| (*used, judge.standing(used, now))).collect();
-        let is_covered = |used: &Use| {
+        let is_covered = |used: &Flow| {
             search.protocols.contains(&used.protocol) && search.endpoints.contains(&used.endpoint)
         };
         self.since.retain(|used, _| found.contains(used) || !is_covered(used));
         for (used, standing) in &standings {
-            if *standing == Standing::Serves {
+            if *standing == Fate::Serves {
                 self.since.remove(used);
             } else if used.service.is_some() {
                 self.since.entry(*used).or_insert(now);
@@ -257,11 +257,11 @@ impl Ledger {
 
     /// The earliest time after `now` at which known sockets are due.
     #[must_use]
-    pub fn next_due(&self, now: Instant, in_force: InForce<'_>) -> Option<Instant> {
-        let mut judge = Judge::new(self, in_force);
+    pub fn next_due(&self, now: Instant, in_force: CurrentState<'_>) -> Option<Instant> {
+        let mut judge = Decider::new(self, in_force);
         let dues = self.since.keys().filter_map(|used| match judge.standing(used, now) {
-            Standing::Ends { due, .. } => Some(due).filter(|due| *due > now),
-            Standing::Serves | Standing::Kept => None,
+            Fate::Ends { due, .. } => Some(due).filter(|due| *due > now),
+            Fate::Serves | Fate::Kept => None,
         });
         dues.min()
     }
@@ -278,14 +278,14 @@ impl Ledger {
 }
 
 /// Decides about any number of flows in one state. Unites the slices of each port once.
-struct Judge<'a> {
-    ledger: &'a Ledger,
-    in_force: InForce<'a>,
+struct Decider<'a> {
+    ledger: &'a StaleTracker,
+    in_force: CurrentState<'a>,
     ports: BTreeMap<&'a PortKey, PortEndpoints<'a>>,
 }
 
-impl<'a> Judge<'a> {
-    fn new(ledger: &'a Ledger, in_force: InForce<'a>) -> Self {
+impl<'a> Decider<'a> {
+    fn new(ledger: &'a StaleTracker, in_force: CurrentState<'a>) -> Self {
         Self { ledger, in_force, ports: BTreeMap::new() }
     }
 
@@ -298,19 +298,19 @@ impl<'a> Judge<'a> {
     }
 
     /// Whether a drain time starts with this flow.
-    fn has_new_deadline(&mut self, used: &Use) -> bool {
+    fn has_new_deadline(&mut self, used: &Flow) -> bool {
         !self.ledger.since.contains_key(used)
             && matches!(self.policy(used), Some((_, StaleConnections::Drain(_))))
     }
 
     /// Whether a socket had enough searches for now.
-    fn is_tried(&self, used: &Use, cookie: u64, now: Instant) -> bool {
+    fn is_tried(&self, used: &Flow, cookie: u64, now: Instant) -> bool {
         let tried = self.ledger.tried.get(&(*used, cookie));
         tried.is_some_and(|(n_tries, last)| *n_tries >= SEARCHES && now < *last + RETRY)
     }
 
-    fn standing(&mut self, used: &Use, now: Instant) -> Standing {
-        let Some((service, policy)) = self.policy(used) else { return Standing::Serves };
+    fn standing(&mut self, used: &Flow, now: Instant) -> Fate {
+        let Some((service, policy)) = self.policy(used) else { return Fate::Serves };
         let since = self.ledger.since.get(used).copied().unwrap_or(now);
         let due = match policy {
             StaleConnections::Keep => None,
@@ -318,12 +318,12 @@ impl<'a> Judge<'a> {
             StaleConnections::Drain(time) if used.service.is_some() => since.checked_add(time),
             StaleConnections::Reset | StaleConnections::Drain(_) => Some(since),
         };
-        due.map_or(Standing::Kept, |due| Standing::Ends { service: service.cloned(), due })
+        due.map_or(Fate::Kept, |due| Fate::Ends { service: service.cloned(), due })
     }
 
     /// The service and policy of a flow whose endpoint no longer serves, or is itself a frontend; `None` for
     /// other flows.
-    fn policy(&mut self, used: &Use) -> Option<(Option<&'a ServiceKey>, StaleConnections)> {
+    fn policy(&mut self, used: &Flow) -> Option<(Option<&'a ServiceKey>, StaleConnections)> {
         let owner = self.owner(used.protocol, used.service.unwrap_or(used.endpoint));
         let frontend = match (used.service, owner) {
             (None, frontend) => {

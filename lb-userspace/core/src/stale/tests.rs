@@ -14,8 +14,8 @@ use crate::{
 /// The Service `default/web` at 10.0.0.1 with port 53 of each protocol, and its slice. Endpoints listen on
 /// port 1053.
 #[derive(Default)]
-struct Town {
-    ledger: Ledger,
+struct Fixture {
+    ledger: StaleTracker,
     desired: Desired,
     store: Store,
 }
@@ -36,7 +36,7 @@ fn service(annotation: Option<&str>, patch: &Value) -> Service {
     fixture::service(&fixture::patched(base, patch))
 }
 
-impl Town {
+impl Fixture {
     /// `endpoints` have the form of [`endpoint`].
     fn new(annotation: Option<&str>, endpoints: &[&str]) -> Self {
         let mut town = Self::default();
@@ -64,9 +64,9 @@ impl Town {
         self.ledger.follow(&key(), self.store.service(&key()), touched);
     }
 
-    fn with<T>(&mut self, ask: impl FnOnce(&mut Ledger, InForce<'_>) -> T) -> T {
+    fn with<T>(&mut self, ask: impl FnOnce(&mut StaleTracker, CurrentState<'_>) -> T) -> T {
         let is_node_address = |ip| ip == IpAddr::from([192, 168, 0, 1]);
-        let in_force = InForce {
+        let in_force = CurrentState {
             desired: &self.desired,
             store: &self.store,
             is_behind: &|_| false,
@@ -76,12 +76,12 @@ impl Town {
     }
 
     /// Decides about one flow that a search found.
-    fn judge(&mut self, used: Use, now: Instant) -> Standing {
+    fn judge(&mut self, used: Flow, now: Instant) -> Fate {
         let search = search_of(&used);
         self.with(|ledger, in_force| ledger.judge(&search, &[used].into(), now, in_force))[&used].clone()
     }
 
-    fn search(&mut self, used: &[Use], now: Instant) -> Option<Search> {
+    fn search(&mut self, used: &[Flow], now: Instant) -> Option<Search> {
         self.ledger.begin();
         let used = used.iter().map(|used| (*used, [1].into())).collect();
         self.with(|ledger, in_force| ledger.search(&used, now, in_force))
@@ -89,7 +89,7 @@ impl Town {
 }
 
 /// The search that finds a flow.
-fn search_of(used: &Use) -> Search {
+fn search_of(used: &Flow) -> Search {
     Search {
         protocols: [used.protocol].into(),
         endpoints: [used.endpoint].into(),
@@ -97,23 +97,23 @@ fn search_of(used: &Use) -> Search {
     }
 }
 
-fn used(protocol: Protocol, service: &str, endpoint: &str) -> Use {
-    Use { protocol, service: Some(service.parse().unwrap()), endpoint: endpoint.parse().unwrap() }
+fn used(protocol: Protocol, service: &str, endpoint: &str) -> Flow {
+    Flow { protocol, service: Some(service.parse().unwrap()), endpoint: endpoint.parse().unwrap() }
 }
 
 /// A flow to `10.1.0.1`, an endpoint of 10.0.0.1:53.
-fn first(protocol: Protocol) -> Use {
+fn first(protocol: Protocol) -> Flow {
     used(protocol, "10.0.0.1:53", "10.1.0.1:1053")
 }
 
-fn ends(due: Instant) -> Standing {
-    Standing::Ends { service: Some(key()), due }
+fn ends(due: Instant) -> Fate {
+    Fate::Ends { service: Some(key()), due }
 }
 
 #[test]
 fn r10_sockets_stay_with_endpoints_that_serve() {
     use Protocol::{Tcp, Udp};
-    use Standing::{Kept, Serves};
+    use Fate::{Kept, Serves};
     let now = Instant::now();
     let gone = &["10.1.0.2 - rs"][..];
     for (what, protocol, annotation, endpoints, expected) in [
@@ -140,7 +140,7 @@ fn r10_sockets_stay_with_endpoints_that_serve() {
         ("drain", Tcp, Some("drain=30s"), gone, ends(now + Duration::from_secs(30))),
         ("drain at once", Tcp, Some("drain=0s"), gone, ends(now)),
     ] {
-        let mut town = Town::new(annotation, endpoints);
+        let mut town = Fixture::new(annotation, endpoints);
         assert_eq!(town.judge(first(protocol), now), expected, "{what}: {protocol}");
     }
 }
@@ -149,9 +149,9 @@ fn r10_sockets_stay_with_endpoints_that_serve() {
 fn r10_the_policy_local_ends_no_socket() {
     let now = Instant::now();
     let local = json!({"spec": {"internalTrafficPolicy": "Local"}});
-    let mut town = Town::default();
+    let mut town = Fixture::default();
     town.set_objects(Some(service(None, &local)), &["10.1.0.1 node-b rs"]);
-    assert_eq!(town.judge(first(Protocol::Udp), now), Standing::Serves);
+    assert_eq!(town.judge(first(Protocol::Udp), now), Fate::Serves);
 }
 
 #[test]
@@ -160,14 +160,14 @@ fn r10_a_drain_lasts_from_when_the_endpoint_was_seen_to_be_gone() {
     let at = |seconds| start + Duration::from_secs(seconds);
     let (drain, socket) = (Some("drain=30s"), first(Protocol::Tcp));
     let (there, gone) = (&["10.1.0.1 - rs"][..], &["10.1.0.2 - rs"][..]);
-    let mut town = Town::new(drain, there);
+    let mut town = Fixture::new(drain, there);
     for (second, endpoints, expected, next) in [
-        (0, there, Standing::Serves, None),
+        (0, there, Fate::Serves, None),
         (10, gone, ends(at(40)), Some(at(40))),
         (20, gone, ends(at(40)), Some(at(40))),
         (40, gone, ends(at(40)), None),
         // It serves again: the drain restarts.
-        (50, there, Standing::Serves, None),
+        (50, there, Fate::Serves, None),
         (60, gone, ends(at(90)), Some(at(90))),
     ] {
         town.set(drain, endpoints);
@@ -178,18 +178,18 @@ fn r10_a_drain_lasts_from_when_the_endpoint_was_seen_to_be_gone() {
     town.set(Some("drain=5s"), gone);
     assert_eq!(town.judge(socket, at(61)), ends(at(65)));
     town.set(Some("keep"), gone);
-    assert_eq!(town.judge(socket, at(61)), Standing::Kept);
+    assert_eq!(town.judge(socket, at(61)), Fate::Kept);
 }
 
 #[test]
 fn r10_a_service_that_is_deleted_has_said_what_becomes_of_its_sockets() {
     let now = Instant::now();
     for (annotation, tcp, udp) in [
-        (None, Standing::Kept, ends(now)),
-        (Some("keep"), Standing::Kept, Standing::Kept),
+        (None, Fate::Kept, ends(now)),
+        (Some("keep"), Fate::Kept, Fate::Kept),
         (Some("reset"), ends(now), ends(now)),
     ] {
-        let mut town = Town::new(annotation, &["10.1.0.1 - rs"]);
+        let mut town = Fixture::new(annotation, &["10.1.0.1 - rs"]);
         town.set_objects(None, &["10.1.0.1 - rs"]);
         assert_eq!(town.judge(first(Protocol::Tcp), now), tcp, "{annotation:?}");
         assert_eq!(town.judge(first(Protocol::Udp), now), udp, "{annotation:?}");
@@ -202,36 +202,36 @@ fn r10_a_service_that_is_deleted_has_said_what_becomes_of_its_sockets() {
         assert!(town.ledger.gone.is_empty());
     }
     // The service of a frontend that an earlier agent served is unknown.
-    let mut town = Town::default();
-    assert_eq!(town.judge(first(Protocol::Udp), now), Standing::Ends { service: None, due: now });
-    assert_eq!(town.judge(first(Protocol::Tcp), now), Standing::Kept);
+    let mut town = Fixture::default();
+    assert_eq!(town.judge(first(Protocol::Udp), now), Fate::Ends { service: None, due: now });
+    assert_eq!(town.judge(first(Protocol::Tcp), now), Fate::Kept);
 }
 
 #[test]
 fn r10_node_ports_are_frontends_on_every_node_address() {
     let now = Instant::now();
-    let mut town = Town::new(None, &["10.1.0.2 - rs"]);
+    let mut town = Fixture::new(None, &["10.1.0.2 - rs"]);
     for node in ["192.168.0.1:30053", "192.168.0.2:30053", "127.0.0.1:30053"] {
         assert_eq!(town.judge(used(Protocol::Udp, node, "10.1.0.1:1053"), now), ends(now), "{node}");
-        assert_eq!(town.judge(used(Protocol::Udp, node, "10.1.0.2:1053"), now), Standing::Serves, "{node}");
+        assert_eq!(town.judge(used(Protocol::Udp, node, "10.1.0.2:1053"), now), Fate::Serves, "{node}");
     }
 }
 
 #[test]
 fn nothing_is_stale_before_the_tables_follow() {
     let (now, socket) = (Instant::now(), first(Protocol::Udp));
-    let town = Town::new(None, &["10.1.0.2 - rs"]);
-    let in_force = InForce {
+    let town = Fixture::new(None, &["10.1.0.2 - rs"]);
+    let in_force = CurrentState {
         desired: &town.desired,
         store: &town.store,
         is_behind: &|_| true,
         is_node_address: &|_| true,
     };
-    let plain = Use { service: None, endpoint: "10.0.0.1:53".parse().unwrap(), ..socket };
+    let plain = Flow { service: None, endpoint: "10.0.0.1:53".parse().unwrap(), ..socket };
     let mut ledger = town.ledger.clone();
     for used in [socket, plain] {
         let standings = ledger.judge(&search_of(&used), &[used].into(), now, in_force);
-        assert_eq!(standings[&used], Standing::Serves, "{used:?}");
+        assert_eq!(standings[&used], Fate::Serves, "{used:?}");
     }
 }
 
@@ -255,17 +255,17 @@ fn sockets_are_looked_for_where_they_may_be_stale() {
         ("both protocols", Some("reset"), &[stale, tcp], at_stale(&[Tcp, Udp])),
         ("a drain begins", Some("drain=30s"), &[stale], at_stale(&[Udp])),
     ] {
-        let mut town = Town::new(annotation, there);
+        let mut town = Fixture::new(annotation, there);
         assert_eq!(town.search(known, now), expected, "{what}");
     }
     // A draining socket is searched for when its time is over, not before.
-    let mut town = Town::new(Some("drain=30s"), there);
+    let mut town = Fixture::new(Some("drain=30s"), there);
     let _due = town.judge(stale, now);
     assert_eq!(town.search(&[stale], now), None);
     let at_the_end = town.search(&[stale], now + Duration::from_secs(30)).unwrap();
     assert_eq!(at_the_end.endpoints, [stale.endpoint].into());
     // A drain that no connected socket starts.
-    let mut town = Town::new(Some("drain=30s"), there);
+    let mut town = Fixture::new(Some("drain=30s"), there);
     for expected in [true, true, false] {
         let search = town.search(&[stale], now);
         assert_eq!(search.is_some(), expected);
@@ -279,7 +279,7 @@ fn what_two_searches_do_not_find_is_let_be_for_a_minute() {
     let start = Instant::now();
     let (gone, there) = (&["10.1.0.2 - rs"][..], &["10.1.0.1 - rs"][..]);
     let socket = first(Protocol::Udp);
-    let mut town = Town::new(None, gone);
+    let mut town = Fixture::new(None, gone);
     for (what, second, endpoints, cookies, is_sought) in [
         ("the first", 0, gone, &[1][..], true),
         ("the second", 1, gone, &[1], true),
@@ -294,7 +294,7 @@ fn what_two_searches_do_not_find_is_let_be_for_a_minute() {
     ] {
         town.set(None, endpoints);
         town.ledger.begin();
-        let used: Used = [(socket, cookies.iter().copied().collect())].into();
+        let used: Flows = [(socket, cookies.iter().copied().collect())].into();
         // That sockets without a service are looked for too is another matter.
         town.ledger.first = Some(start + Duration::from_secs(second));
         let now = start + Duration::from_secs(second);
@@ -312,14 +312,14 @@ fn r10_sockets_are_ended_that_were_connected_before_the_address_was_a_frontend()
     for (what, protocol, annotation, peer, expected) in [
         ("a cluster IP", Protocol::Udp, None, "10.0.0.1:53", ends(now)),
         ("a node port of this node", Protocol::Udp, None, "192.168.0.1:30053", ends(now)),
-        ("its port elsewhere", Protocol::Udp, None, "192.168.0.2:30053", Standing::Serves),
-        ("no frontend", Protocol::Udp, None, "10.0.0.1:54", Standing::Serves),
-        ("keep", Protocol::Udp, Some("keep"), "10.0.0.1:53", Standing::Kept),
+        ("its port elsewhere", Protocol::Udp, None, "192.168.0.2:30053", Fate::Serves),
+        ("no frontend", Protocol::Udp, None, "10.0.0.1:54", Fate::Serves),
+        ("keep", Protocol::Udp, Some("keep"), "10.0.0.1:53", Fate::Kept),
         ("nothing to drain", Protocol::Udp, Some("drain=30s"), "10.0.0.1:53", ends(now)),
-        ("TCP", Protocol::Tcp, None, "10.0.0.1:53", Standing::Kept),
+        ("TCP", Protocol::Tcp, None, "10.0.0.1:53", Fate::Kept),
     ] {
-        let mut town = Town::new(annotation, &["10.1.0.1 - rs"]);
-        let plain = Use { protocol, service: None, endpoint: peer.parse().unwrap() };
+        let mut town = Fixture::new(annotation, &["10.1.0.1 - rs"]);
+        let plain = Flow { protocol, service: None, endpoint: peer.parse().unwrap() };
         assert_eq!(town.judge(plain, now), expected, "{what}");
         assert_eq!(town.with(|ledger, in_force| ledger.next_due(now, in_force)), None, "{what}");
     }
@@ -337,7 +337,7 @@ fn new_frontends_are_looked_for_twice_and_all_of_them_once() {
     let (new, node_port) = (address("10.0.0.1:53"), address("0.0.0.0:30053"));
     let tcp = FrontendAddress { protocol: Protocol::Tcp, ..address("10.0.0.1:80") };
     let only = |address: FrontendAddress| Some(Some([SocketAddr::new(address.ip, address.port)].into()));
-    let mut town = Town::new(None, &["10.1.0.1 - rs"]);
+    let mut town = Fixture::new(None, &["10.1.0.1 - rs"]);
     for (what, second, appears, is_done, expected) in [
         ("excluded cgroups are being found", 0, Some(new), true, None),
         ("what was there before", 5, None, false, Some(None)),

@@ -45,7 +45,7 @@ impl Pool {
     }
 
     /// Returns a number that was taken but not used. It is reused first.
-    pub fn give_back(&mut self, id: u32) {
+    pub fn put_back(&mut self, id: u32) {
         self.free.push_front(id);
     }
 }
@@ -59,7 +59,7 @@ mod tests {
         let mut pool = Pool::new(3, &BTreeSet::new());
         assert_eq!([pool.take(), pool.take(), pool.take(), pool.take()], [Some(0), Some(1), Some(2), None]);
         pool.free([1, 0]);
-        pool.give_back(2);
+        pool.put_back(2);
         assert_eq!([pool.take(), pool.take(), pool.take(), pool.take()], [Some(2), Some(1), Some(0), None]);
     }
 

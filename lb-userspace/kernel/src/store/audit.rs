@@ -11,17 +11,17 @@ use lb_core::{
 
 use super::{
     Done, Entry, FrontendKey4, FrontendKey6, Image, IpAddr, Ipv4Addr, Ipv6Addr, Kernel, KernelError, Key,
-    Maps, Plain, SocketAddr, address_key, gone_is_fine, key,
+    Maps, Plain, SocketAddr, address_key, ignore_missing, key,
 };
 
 /// A key that no agent writes and no call matches, such as one of another protocol. It occupies an entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Stray {
+pub(super) enum ForeignKey {
     V4(FrontendKey4),
     V6(FrontendKey6),
 }
 
-impl Stray {
+impl ForeignKey {
     const fn map(self) -> &'static str {
         match self {
             Self::V4(_) => "services4",
@@ -34,7 +34,7 @@ impl Stray {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Findings {
     suspects: Suspects,
-    strays: Vec<Stray>,
+    strays: Vec<ForeignKey>,
 }
 
 impl Findings {
@@ -73,7 +73,7 @@ impl Maps {
     }
 
     /// Reads the keys of suspects, and the entries and runs that `expected` has for them.
-    fn read_again(&self, suspects: &Suspects, expected: &Image) -> Result<Image, KernelError> {
+    fn reread(&self, suspects: &Suspects, expected: &Image) -> Result<Image, KernelError> {
         let mut found = Image::default();
         for address in &suspects.services {
             let id = match key(address) {
@@ -136,13 +136,13 @@ impl Kernel {
     /// As [`Self::apply`]: read the image and plan again.
     pub fn repair(&mut self, expected: &Image, findings: &Findings) -> Result<Repaired, KernelError> {
         let expected = findings.suspects.part_of(expected);
-        let found = self.maps.read_again(&findings.suspects, &expected)?;
+        let found = self.maps.reread(&findings.suspects, &expected)?;
         let plan = diff(&found, &expected);
         let mut removed_strays = Faults::new();
         for &stray in &findings.strays {
             let removed = match stray {
-                Stray::V4(key) => gone_is_fine(stray.map(), self.maps.services4.remove(&Plain(key))),
-                Stray::V6(key) => gone_is_fine(stray.map(), self.maps.services6.remove(&Plain(key))),
+                ForeignKey::V4(key) => ignore_missing(stray.map(), self.maps.services4.remove(&Plain(key))),
+                ForeignKey::V6(key) => ignore_missing(stray.map(), self.maps.services6.remove(&Plain(key))),
             };
             removed?;
             *removed_strays.entry(stray.map()).or_default() += 1;

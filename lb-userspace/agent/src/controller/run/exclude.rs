@@ -10,7 +10,7 @@ use std::{
 
 use lb_kernel::{
     KernelError,
-    exclusion::{Exclusion, Hierarchy, Place},
+    exclusion::{Exclusion, Hierarchy, CgroupPosition},
 };
 use tokio::{
     sync::watch,
@@ -86,7 +86,7 @@ struct Follower {
     directories: Vec<PathBuf>,
     /// Whether a source names pods to exclude.
     has_pods: bool,
-    excluded: BTreeMap<Place, Excluded>,
+    excluded: BTreeMap<CgroupPosition, Excluded>,
     /// Problems already logged, by directory.
     problems: BTreeMap<PathBuf, String>,
     failed: Option<String>,
@@ -133,13 +133,13 @@ impl Follower {
         }
         let hierarchy = match self.hierarchy.take().map_or_else(Hierarchy::find, Ok) {
             Ok(hierarchy) => &*self.hierarchy.insert(hierarchy),
-            Err(error) => return self.tell_failure(&error),
+            Err(error) => return self.log_failure(&error),
         };
         let mut places = uids.as_ref().map(|uids| hierarchy.pods(uids)).unwrap_or_default();
         let found: Vec<_> = self
             .directories
             .iter()
-            .map(|directory| (directory.clone(), hierarchy.place_of(directory)))
+            .map(|directory| (directory.clone(), hierarchy.position_of(directory)))
             .collect();
         for (directory, place) in found {
             match place {
@@ -155,9 +155,9 @@ impl Follower {
         self.write(places);
     }
 
-    fn write(&mut self, places: BTreeMap<Place, PathBuf>) {
+    fn write(&mut self, places: BTreeMap<CgroupPosition, PathBuf>) {
         if let Err(error) = self.map.set(&places.keys().copied().collect()) {
-            return self.tell_failure(&error);
+            return self.log_failure(&error);
         }
         self.failed = None;
         let mut before = std::mem::take(&mut self.excluded);
@@ -174,7 +174,7 @@ impl Follower {
         let started = Instant::now();
         let is_due = |excluded: &Excluded| excluded.proof_due.is_some_and(|due| due <= started);
         let due = self.excluded.iter().filter(|(_, excluded)| is_due(excluded));
-        let due: Vec<Place> = due.map(|(place, _)| *place).collect();
+        let due: Vec<CgroupPosition> = due.map(|(place, _)| *place).collect();
         let self_test = self.vitals.borrow().self_test.clone();
         if matches!(self_test, SelfTest::Pending | SelfTest::Failed(_)) {
             return;
@@ -197,7 +197,7 @@ impl Follower {
             let Some(excluded) = self.excluded.get_mut(&place) else { continue };
             match outcome {
                 Exempt::LeftAlone => (n_proven, excluded.proof_due) = (n_proven + 1, None),
-                Exempt::Failed(why) | Exempt::NotMade(why) => excluded.tell_doubt(why),
+                Exempt::Failed(why) | Exempt::NotMade(why) => excluded.log_unproven(why),
             }
         }
         if n_proven > 0 {
@@ -214,12 +214,12 @@ impl Follower {
         }
         let not_made =
             |why: String| Exempt::NotMade(format!("{why_not_below}; from the agent's own cgroup: {why}"));
-        let own = match block_in_place(|| self.hierarchy.as_ref().map(Hierarchy::own_place)) {
+        let own = match block_in_place(|| self.hierarchy.as_ref().map(Hierarchy::own_position)) {
             Some(Ok(own)) => own,
             Some(Err(error)) => return not_made(error.to_string()),
             None => return Exempt::NotMade(why_not_below.to_owned()),
         };
-        let usual: BTreeSet<Place> = self.excluded.keys().copied().collect();
+        let usual: BTreeSet<CgroupPosition> = self.excluded.keys().copied().collect();
         let map = &mut self.map;
         let exclude = || {
             let moment = Moment { map, usual };
@@ -244,7 +244,7 @@ impl Follower {
         }
     }
 
-    fn tell_failure(&mut self, error: &KernelError) {
+    fn log_failure(&mut self, error: &KernelError) {
         let problem = error.to_string();
         if self.failed.as_ref() != Some(&problem) {
             warn!(%problem, "cgroups cannot be excluded: their calls are served; retrying");
@@ -255,7 +255,7 @@ impl Follower {
 
 impl Excluded {
     /// Logs once why the exclusion is unproven, and schedules the next call.
-    fn tell_doubt(&mut self, problem: String) {
+    fn log_unproven(&mut self, problem: String) {
         self.proof_due = Some(Instant::now() + RETRY);
         if self.doubt.as_ref() != Some(&problem) {
             warn!(
@@ -272,7 +272,7 @@ impl Excluded {
 /// A change to the map, undone on drop. If the agent is killed, the next one removes it.
 struct Moment<'a> {
     map: &'a mut Exclusion,
-    usual: BTreeSet<Place>,
+    usual: BTreeSet<CgroupPosition>,
 }
 
 impl Drop for Moment<'_> {

@@ -6,12 +6,12 @@ use std::{collections::BTreeMap, path::Path};
 
 use lb_core::{
     model::ServiceKey,
-    stale::{Search, Standing, Use, Used},
+    stale::{Search, Fate, Flow, Flows},
     state::State,
 };
 use lb_kernel::{
     self,
-    sockets::{self, Destroyed, Found, SocketError, SocketTable, Wanted},
+    sockets::{self, Destroyed, Found, SocketError, SocketTable, SocketFilter},
 };
 use tokio::{
     task::{JoinHandle, spawn_blocking},
@@ -31,13 +31,13 @@ pub(super) struct Sweep {
     phase: Phase,
     /// The last problem logged.
     problem: Option<String>,
-    has_told_of_refused: bool,
+    has_logged_refused: bool,
 }
 
 enum Phase {
     Resting,
     Looking {
-        task: JoinHandle<Result<Looked, SocketError>>,
+        task: JoinHandle<Result<Records, SocketError>>,
     },
     Finding {
         search: Search,
@@ -45,7 +45,7 @@ enum Phase {
     },
     /// The service of each flow, and whether there are more sockets to destroy.
     Destroying {
-        services: BTreeMap<Use, Option<ServiceKey>>,
+        services: BTreeMap<Flow, Option<ServiceKey>>,
         has_more: bool,
         task: JoinHandle<Result<Destroyed, SocketError>>,
     },
@@ -53,28 +53,28 @@ enum Phase {
 
 pub(super) enum Step {
     Due,
-    Looked(Result<Looked, Problem>),
+    Records(Result<Records, Problem>),
     Found(Result<Found, Problem>),
     Destroyed(Result<Destroyed, Problem>),
 }
 
-pub(super) struct Looked {
-    used: Used,
+pub(super) struct Records {
+    used: Flows,
     reclaim: Reclaim,
     n_reclaimed: usize,
 }
 
 /// Reads the records of all sockets, and reclaims lost slots.
-fn look(pin_path: &Path, mut reclaim: Reclaim) -> Result<Looked, SocketError> {
+fn look(pin_path: &Path, mut reclaim: Reclaim) -> Result<Records, SocketError> {
     let mut table = SocketTable::open(pin_path)?;
     let (used, now) = (sweep::used(&table.answering()?), Instant::now().into_std());
     let mut n_reclaimed = 0;
-    if reclaim.wants_look(table.n_owned(), now)
+    if reclaim.wants_listing(table.n_owned(), now)
         && let Some(owners) = sockets::owners(pin_path)?
     {
         n_reclaimed = table.free(&reclaim.looked(owners, now));
     }
-    Ok(Looked { used, reclaim, n_reclaimed })
+    Ok(Records { used, reclaim, n_reclaimed })
 }
 
 /// An error's text, and whether it will recur each time.
@@ -104,7 +104,7 @@ impl Sweep {
             reclaim: Reclaim::default(),
             phase: Phase::Resting,
             problem: None,
-            has_told_of_refused: false,
+            has_logged_refused: false,
         }
     }
 
@@ -113,10 +113,10 @@ impl Sweep {
         self.timing.changed(Instant::now().into_std());
     }
 
-    /// Waits for the next step, which [`Self::go_on`] takes. Cancel safe.
+    /// Waits for the next step, which [`Self::advance`] takes. Cancel safe.
     pub(super) async fn step(&mut self) -> Step {
         match (&mut self.phase, self.timing.due()) {
-            (Phase::Looking { task }, _) => Step::Looked(joined(task).await),
+            (Phase::Looking { task }, _) => Step::Records(joined(task).await),
             (Phase::Finding { task, .. }, _) => Step::Found(joined(task).await),
             (Phase::Destroying { task, .. }, _) => Step::Destroyed(joined(task).await),
             (Phase::Resting, Some(due)) => {
@@ -127,9 +127,9 @@ impl Sweep {
         }
     }
 
-    pub(super) fn go_on(&mut self, step: Step, state: &mut State, metrics: &Metrics) {
+    pub(super) fn advance(&mut self, step: Step, state: &mut State, metrics: &Metrics) {
         let end = match (std::mem::replace(&mut self.phase, Phase::Resting), step) {
-            (Phase::Looking { .. }, Step::Looked(looked)) => looked.map(|looked| self.search(looked, state)),
+            (Phase::Looking { .. }, Step::Records(looked)) => looked.map(|looked| self.search(looked, state)),
             (Phase::Finding { search, .. }, Step::Found(found)) => {
                 found.and_then(|found| self.judge(&search, found, state))
             }
@@ -155,7 +155,7 @@ impl Sweep {
 
     fn look(&mut self, state: &mut State) {
         self.timing.begin(Instant::now().into_std());
-        state.begin_stale();
+        state.begin_stale_search();
         // If the task fails, `reclaim` starts from scratch.
         let reclaim = std::mem::take(&mut self.reclaim);
         let pin_path = self.options.pin_path.clone();
@@ -163,8 +163,8 @@ impl Sweep {
     }
 
     /// Starts to search for sockets. Returns how the sweep ends if there is nothing to search for.
-    fn search(&mut self, looked: Looked, state: &mut State) -> Option<End> {
-        let Looked { used, reclaim, n_reclaimed } = looked;
+    fn search(&mut self, looked: Records, state: &mut State) -> Option<End> {
+        let Records { used, reclaim, n_reclaimed } = looked;
         self.reclaim = reclaim;
         if n_reclaimed > 0 {
             info!(
@@ -174,11 +174,11 @@ impl Sweep {
         }
         let now = Instant::now().into_std();
         let Some(search) = state.search_stale(&used, now) else {
-            return Some(End::Done(state.next_stale(now)));
+            return Some(End::Done(state.next_stale_due(now)));
         };
         let lb_kernel::Options { pin_path, cgroup, .. } = self.options.clone();
         let Search { protocols, endpoints, addresses } = search.clone();
-        let wanted = Wanted { protocols, endpoints, addresses };
+        let wanted = SocketFilter { protocols, endpoints, addresses };
         let task = spawn_blocking(move || sockets::find(&pin_path, &cgroup, &wanted));
         self.phase = Phase::Finding { search, task };
         None
@@ -187,7 +187,7 @@ impl Sweep {
     /// Starts to destroy the stale ones among the sockets found. Returns how the sweep ends if there are
     /// none.
     fn judge(&mut self, search: &Search, found: Found, state: &mut State) -> Result<Option<End>, Problem> {
-        if found.n_refused > 0 && !std::mem::replace(&mut self.has_told_of_refused, true) {
+        if found.n_refused > 0 && !std::mem::replace(&mut self.has_logged_refused, true) {
             warn!(
                 n_refused = found.n_refused,
                 "network namespaces of other processes cannot be entered: their stale sockets stay connected; it takes \
@@ -195,10 +195,10 @@ impl Sweep {
             );
         }
         let now = Instant::now().into_std();
-        let standings = state.judge_stale(search, &sweep::ways(&found.sockets), now);
+        let standings = state.decide_stale(search, &sweep::ways(&found.sockets), now);
         let (due, has_more) = sweep::due_now(found.sockets, &standings, now, sweep::BATCH);
         if !has_more {
-            state.searched_stale(search, now);
+            state.finish_stale_search(search, now);
         }
         if let Some(problem) = found.problem.map(Problem::from) {
             if due.is_empty() {
@@ -207,13 +207,13 @@ impl Sweep {
             self.tell_problem(problem.text);
         }
         if due.is_empty() {
-            return Ok(Some(End::Done(state.next_stale(now))));
+            return Ok(Some(End::Done(state.next_stale_due(now))));
         }
         let services = standings
             .into_iter()
             .filter_map(|(used, standing)| match standing {
-                Standing::Ends { service, .. } => Some((used, service)),
-                Standing::Serves | Standing::Kept => None,
+                Fate::Ends { service, .. } => Some((used, service)),
+                Fate::Serves | Fate::Kept => None,
             })
             .collect();
         let pin_path = self.options.pin_path.clone();
@@ -226,7 +226,7 @@ impl Sweep {
     fn tell(
         &mut self,
         destroyed: Destroyed,
-        services: &BTreeMap<Use, Option<ServiceKey>>,
+        services: &BTreeMap<Flow, Option<ServiceKey>>,
         has_more: bool,
         state: &mut State,
         metrics: &Metrics,
@@ -253,7 +253,7 @@ impl Sweep {
             return Err(problem.into());
         }
         self.problem = None;
-        let next = state.next_stale(Instant::now().into_std());
+        let next = state.next_stale_due(Instant::now().into_std());
         Ok(Some(if has_more { End::More } else { End::Done(next) }))
     }
 

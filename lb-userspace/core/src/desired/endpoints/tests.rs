@@ -234,7 +234,7 @@ fn every_endpoint_that_is_left_out_has_a_reason() {
         let slice = slice(endpoints);
         let known = unite([&slice]);
         let topology = topology();
-        let judged = known.judge(scope, &topology);
+        let judged = known.classify(scope, &topology);
         judged.map(|(_, _, left_out)| left_out.map_or("in".to_owned(), |reason| reason.to_string())).collect()
     };
     let endpoints = [
@@ -300,7 +300,7 @@ proptest! {
         let slice = slice(&texts);
         let known = unite([&slice]);
         for scope in [Scope::Cluster, Scope::Node("node-a")] {
-            let judged: Vec<_> = known.judge(scope, &topology()).collect();
+            let judged: Vec<_> = known.classify(scope, &topology()).collect();
             let usable = |endpoint: &SliceEndpoint| endpoint.ready || (endpoint.serving && endpoint.terminating);
             let chosen: Vec<_> = judged.iter().filter(|(_, _, left_out)| left_out.is_none()).collect();
             prop_assert!(chosen.iter().all(|(_, endpoint, _)| usable(endpoint) && is_in(scope, endpoint)));

@@ -3,7 +3,7 @@ use std::collections::BTreeSet;
 use k8s_openapi::api::core::v1 as api;
 use lb_common::limits::MAX_ADDRS_PER_NODE;
 
-use super::{Report, TO_BE_DELETED, ZONE};
+use super::{IssueCollector, TO_BE_DELETED, ZONE};
 use crate::model::{Issue, IssueKind, Node, ObjectRef, address};
 
 /// Ingests a Node.
@@ -14,7 +14,7 @@ use crate::model::{Issue, IssueKind, Node, ObjectRef, address};
 pub fn node(object: &api::Node) -> (Option<Node>, Vec<Issue>) {
     let metadata = &object.metadata;
     let name = metadata.name.as_deref().unwrap_or_default();
-    let mut report = Report::new(ObjectRef::node(name));
+    let mut report = IssueCollector::new(ObjectRef::node(name));
     if !report.is_named() {
         return (None, report.issues);
     }

@@ -1,6 +1,6 @@
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 
-use super::{Report, namespace};
+use super::{IssueCollector, namespace};
 use crate::model::{Issue, IssueKind, ObjectRef, Pod, annotation};
 
 /// Ingests the metadata of a Pod that is excluded by annotation; `None` for any other Pod.
@@ -8,7 +8,7 @@ use crate::model::{Issue, IssueKind, ObjectRef, Pod, annotation};
 pub fn pod(metadata: &ObjectMeta) -> (Option<Pod>, Vec<Issue>) {
     let (namespace, name) =
         (namespace(metadata.namespace.as_deref()), metadata.name.as_deref().unwrap_or_default());
-    let mut report = Report::new(ObjectRef::pod(namespace, name));
+    let mut report = IssueCollector::new(ObjectRef::pod(namespace, name));
     let value = metadata.annotations.iter().flatten().find(|(key, _)| *key == annotation::EXCLUDE);
     let Some((key, value)) = value else { return (None, report.issues) };
     let excludes = annotation::excludes(value);

@@ -5,7 +5,7 @@ use std::{
 
 use k8s_openapi::api::core::v1 as api;
 
-use super::{ANNOTATION_PREFIX, Report, invalid_name, is_label, namespace};
+use super::{ANNOTATION_PREFIX, IssueCollector, invalid_name, is_label, namespace};
 use crate::model::{
     Cidr, Family, Issue, IssueKind, ObjectRef, Protocol, Service, ServiceKey, ServicePort, ServiceType,
     TrafficPolicy, address,
@@ -28,7 +28,7 @@ pub fn service(object: &api::Service) -> (Option<Service>, Vec<Issue>) {
         namespace(metadata.namespace.as_deref()),
         metadata.name.as_deref().unwrap_or_default(),
     );
-    let mut report = Report::new(ObjectRef::from(&key));
+    let mut report = IssueCollector::new(ObjectRef::from(&key));
     if !report.is_named() {
         return (None, report.issues);
     }
@@ -113,7 +113,7 @@ pub fn any_service(object: &api::Service, service_proxy_name: Option<&str>) -> (
 }
 
 /// Reports invalid annotations; they are ignored.
-fn report_annotations(report: &mut Report, service: &Service) {
+fn report_annotations(report: &mut IssueCollector, service: &Service) {
     let unread = |key, is_read: fn(&str) -> bool| service.annotation(key).filter(|value| !is_read(value));
     let stale = unread(STALE_CONNECTIONS, |value| StaleConnections::parse(value).is_some());
     let exclude = unread(EXCLUDE, |value| annotation::excludes(value).is_some());
@@ -134,7 +134,7 @@ fn report_annotations(report: &mut Report, service: &Service) {
 /// The cluster IP of each family, by the rule of `GetClusterIPByFamily` (`pkg/proxy/util/utils.go`): the
 /// index of the family in `ipFamilies` picks from `clusterIPs`; without `ipFamilies`, `clusterIP` counts for
 /// its own family.
-fn cluster_ips(report: &mut Report, spec: &api::ServiceSpec) -> (Option<Ipv4Addr>, Option<Ipv6Addr>) {
+fn cluster_ips(report: &mut IssueCollector, spec: &api::ServiceSpec) -> (Option<Ipv4Addr>, Option<Ipv6Addr>) {
     let families = spec.ip_families.as_deref().unwrap_or_default();
     let listed = spec.cluster_ips.as_deref().unwrap_or_default();
     let (mut v4, mut v6) = (None, None);
@@ -171,7 +171,7 @@ fn cluster_ips(report: &mut Report, spec: &api::ServiceSpec) -> (Option<Ipv4Addr
 }
 
 /// Reads an address that a frontend may have.
-fn service_address(report: &mut Report, field: impl FnOnce() -> String, text: &str) -> Option<IpAddr> {
+fn service_address(report: &mut IssueCollector, field: impl FnOnce() -> String, text: &str) -> Option<IpAddr> {
     let Some(ip) = address::parse_ip(text) else {
         report.add(IssueKind::InvalidAddress { field: field(), value: text.to_owned() });
         return None;
@@ -184,7 +184,7 @@ fn service_address(report: &mut Report, field: impl FnOnce() -> String, text: &s
     Some(ip)
 }
 
-fn external_ips(report: &mut Report, spec: &api::ServiceSpec) -> BTreeSet<IpAddr> {
+fn external_ips(report: &mut IssueCollector, spec: &api::ServiceSpec) -> BTreeSet<IpAddr> {
     let listed = spec.external_ips.as_deref().unwrap_or_default().iter().enumerate();
     listed
         .filter(|(_, text)| !text.is_empty())
@@ -194,7 +194,7 @@ fn external_ips(report: &mut Report, spec: &api::ServiceSpec) -> BTreeSet<IpAddr
 
 /// The load-balancer addresses that the node may serve itself. With `ipMode: Proxy`, or a host name instead
 /// of an address, calls must go to the load balancer (KEP-1860).
-fn load_balancer_ips(report: &mut Report, status: Option<&api::ServiceStatus>) -> BTreeSet<IpAddr> {
+fn load_balancer_ips(report: &mut IssueCollector, status: Option<&api::ServiceStatus>) -> BTreeSet<IpAddr> {
     let balancer = status.and_then(|status| status.load_balancer.as_ref());
     let ingress = balancer.and_then(|balancer| balancer.ingress.as_deref()).unwrap_or_default();
     let mut ips = BTreeSet::new();
@@ -219,7 +219,7 @@ fn load_balancer_ips(report: &mut Report, status: Option<&api::ServiceStatus>) -
     ips
 }
 
-fn source_ranges(report: &mut Report, spec: &api::ServiceSpec) -> (BTreeSet<Cidr>, bool) {
+fn source_ranges(report: &mut IssueCollector, spec: &api::ServiceSpec) -> (BTreeSet<Cidr>, bool) {
     let listed = spec.load_balancer_source_ranges.as_deref().unwrap_or_default();
     let (mut ranges, mut has_unreadable) = (BTreeSet::new(), false);
     for (index, text) in listed.iter().enumerate() {
@@ -236,7 +236,7 @@ fn source_ranges(report: &mut Report, spec: &api::ServiceSpec) -> (BTreeSet<Cidr
 
 /// `Local` applies only to Services with external addresses (`ExternalPolicyLocal` in
 /// `pkg/api/v1/service/util.go`).
-fn external_policy(report: &mut Report, spec: &api::ServiceSpec, service_type: ServiceType) -> TrafficPolicy {
+fn external_policy(report: &mut IssueCollector, spec: &api::ServiceSpec, service_type: ServiceType) -> TrafficPolicy {
     let policy = report.word(
         "spec.externalTrafficPolicy",
         spec.external_traffic_policy.as_deref(),
@@ -247,7 +247,7 @@ fn external_policy(report: &mut Report, spec: &api::ServiceSpec, service_type: S
     if service_type == ServiceType::ClusterIP && !has_external_ips { TrafficPolicy::Cluster } else { policy }
 }
 
-fn affinity_seconds(report: &mut Report, spec: &api::ServiceSpec) -> Option<u32> {
+fn affinity_seconds(report: &mut IssueCollector, spec: &api::ServiceSpec) -> Option<u32> {
     let words = [("None", false), ("ClientIP", true)];
     if !report.word("spec.sessionAffinity", spec.session_affinity.as_deref(), &words, false) {
         return None;
@@ -271,7 +271,7 @@ fn affinity_seconds(report: &mut Report, spec: &api::ServiceSpec) -> Option<u32>
 }
 
 fn health_check_node_port(
-    report: &mut Report,
+    report: &mut IssueCollector,
     spec: &api::ServiceSpec,
     service_type: ServiceType,
     external_policy: TrafficPolicy,
@@ -288,7 +288,7 @@ fn health_check_node_port(
     }
 }
 
-fn ports(report: &mut Report, ports: &[api::ServicePort], service_type: ServiceType) -> Vec<ServicePort> {
+fn ports(report: &mut IssueCollector, ports: &[api::ServicePort], service_type: ServiceType) -> Vec<ServicePort> {
     let mut good: Vec<ServicePort> = Vec::with_capacity(ports.len());
     // An object may list tens of thousands of ports: sets find duplicates, not a linear search.
     let (mut names, mut numbers, mut node_ports) = (BTreeSet::new(), BTreeSet::new(), BTreeSet::new());
@@ -327,7 +327,7 @@ fn ports(report: &mut Report, ports: &[api::ServicePort], service_type: ServiceT
 }
 
 fn node_port(
-    report: &mut Report,
+    report: &mut IssueCollector,
     index: usize,
     value: Option<i32>,
     service_type: ServiceType,

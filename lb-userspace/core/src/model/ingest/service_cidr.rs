@@ -1,6 +1,6 @@
 use k8s_openapi::api::networking::v1 as api;
 
-use super::Report;
+use super::IssueCollector;
 use crate::model::{Issue, IssueKind, ObjectRef, ServiceCidr, address};
 
 /// Ingests a ServiceCIDR as kube-proxy does (`pkg/proxy/config/config.go`): its networks count as long as the
@@ -11,7 +11,7 @@ use crate::model::{Issue, IssueKind, ObjectRef, ServiceCidr, address};
 #[must_use]
 pub fn service_cidr(object: &api::ServiceCIDR) -> (Option<ServiceCidr>, Vec<Issue>) {
     let name = object.metadata.name.as_deref().unwrap_or_default();
-    let mut report = Report::new(ObjectRef::service_cidr(name));
+    let mut report = IssueCollector::new(ObjectRef::service_cidr(name));
     if !report.is_named() {
         return (None, report.issues);
     }

@@ -1,6 +1,6 @@
 use k8s_openapi::{api::discovery::v1 as api, jiff::Timestamp};
 
-use super::{Report, SERVICE_NAME, TRIGGER_TIME, Texts, namespace};
+use super::{IssueCollector, SERVICE_NAME, TRIGGER_TIME, StringPool, namespace};
 use crate::model::{
     EndpointHints, Family, Issue, IssueKind, ObjectRef, ServiceKey, Slice, SliceEndpoint, SlicePort, address,
 };
@@ -14,7 +14,7 @@ pub fn slice(object: &api::EndpointSlice) -> (Option<Slice>, Vec<Issue>) {
     let metadata = &object.metadata;
     let namespace = namespace(metadata.namespace.as_deref());
     let name = metadata.name.as_deref().unwrap_or_default();
-    let mut report = Report::new(ObjectRef::slice(namespace, name));
+    let mut report = IssueCollector::new(ObjectRef::slice(namespace, name));
     if !report.is_named() {
         return (None, report.issues);
     }
@@ -35,7 +35,7 @@ pub fn slice(object: &api::EndpointSlice) -> (Option<Slice>, Vec<Issue>) {
             return (None, report.issues);
         }
     };
-    let mut texts = Texts::default();
+    let mut texts = StringPool::default();
     let trigger_time = metadata.annotations.as_ref().and_then(|annotations| annotations.get(TRIGGER_TIME));
     let slice = Slice {
         name: name.into(),
@@ -50,7 +50,7 @@ pub fn slice(object: &api::EndpointSlice) -> (Option<Slice>, Vec<Issue>) {
     (Some(slice), report.issues)
 }
 
-fn ports(report: &mut Report, texts: &mut Texts, ports: &[api::EndpointPort]) -> Vec<SlicePort> {
+fn ports(report: &mut IssueCollector, texts: &mut StringPool, ports: &[api::EndpointPort]) -> Vec<SlicePort> {
     let mut good = Vec::with_capacity(ports.len());
     for (index, port) in ports.iter().enumerate() {
         let Some(name) = &port.name else {
@@ -73,8 +73,8 @@ fn ports(report: &mut Report, texts: &mut Texts, ports: &[api::EndpointPort]) ->
 }
 
 fn endpoints(
-    report: &mut Report,
-    texts: &mut Texts,
+    report: &mut IssueCollector,
+    texts: &mut StringPool,
     family: Family,
     endpoints: &[api::Endpoint],
 ) -> Vec<SliceEndpoint> {

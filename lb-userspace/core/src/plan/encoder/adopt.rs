@@ -14,7 +14,7 @@ use std::{
 
 use lb_common::layout::{Frontend, Run};
 
-use super::{Capacity, Encoder, Op, Placed, place};
+use super::{Capacity, Encoder, Op, FrontendState, place};
 use crate::{
     desired::FrontendAddress,
     tables::{Entry, Image, pool::Pool, space::Space},
@@ -133,7 +133,7 @@ impl Encoder {
         entries: Option<&[Entry]>,
     ) {
         let ipv6 = address.ip.is_ipv6();
-        let mut placed = Placed { frontend_id: id, service_id, set: None };
+        let mut placed = FrontendState { frontend_id: id, service_id, set: None };
         if let (Some(entries), Some(service_id)) = (entries, service_id) {
             let mut set: Vec<SocketAddr> = entries.iter().map(|entry| entry.address).collect();
             set.sort_unstable();
@@ -175,7 +175,7 @@ impl Encoder {
     }
 
     /// Removes what was not adopted, after all desired frontends are set.
-    pub(super) fn end_leftovers(&mut self) {
+    pub(super) fn remove_leftovers(&mut self) {
         let Leftovers { keys, frontend_ids, runs } = std::mem::take(&mut self.leftovers);
         for address in keys {
             // If a frontend uses the key now, its element was replaced.
@@ -187,7 +187,7 @@ impl Encoder {
         self.freed.frontend_ids.extend(frontend_ids);
         for (ipv6, run) in runs {
             // A frontend whose new run did not fit still uses the old one.
-            let is_used = |placed: &Placed| {
+            let is_used = |placed: &FrontendState| {
                 placed.set.is_none()
                     && self.image.frontends.get(&placed.frontend_id).is_some_and(|f| f.run == run)
             };

@@ -29,7 +29,7 @@ const PORTS: Duration = Duration::from_secs(5);
 /// # Errors
 ///
 /// If the pins' directory cannot be used, or an address cannot be listened on.
-pub(super) async fn wait_for_turn(
+pub(super) async fn wait_for_lock(
     pin_path: &Path,
     http: &serve::Options,
     stop: &mut watch::Receiver<bool>,

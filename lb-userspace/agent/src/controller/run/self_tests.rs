@@ -36,7 +36,7 @@ fn endpoint(found: &Image, family: Family) -> Option<SocketAddr> {
     leads_to(Protocol::Tcp).filter(|tcp| tcp.ip().is_loopback() && leads_to(Protocol::Udp) == Some(*tcp))
 }
 
-pub(super) struct Proof {
+pub(super) struct SelfTests {
     interval: Duration,
     cgroup: PathBuf,
     echo: Echo,
@@ -47,7 +47,7 @@ pub(super) struct Proof {
     is_found: bool,
 }
 
-impl Proof {
+impl SelfTests {
     /// Starts the endpoints; `None` if the interval is zero. The first test is due at once.
     ///
     /// # Errors

@@ -7,7 +7,7 @@ use lb_core::{plan::Capacity, tables};
 
 /// The state of the pin of one map, for a starting agent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Standing {
+pub(super) enum PinState {
     /// A map as this agent creates it.
     Same,
     /// Nothing, and no earlier agent created such a map.
@@ -33,7 +33,7 @@ pub(super) enum Image {
 
 /// What an agent does with the maps it finds.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Takeover {
+pub(super) struct Adoption {
     /// How the image is adopted.
     pub(super) image: Image,
     /// The maps that are kept.
@@ -44,28 +44,28 @@ pub(super) struct Takeover {
     pub(super) known: Vec<&'static str>,
 }
 
-impl Takeover {
+impl Adoption {
     /// Decides from the maps found.
-    pub(super) fn of(found: &[(&'static MapSpec, Standing)]) -> Self {
-        let is_any = |role, wanted: &[Standing]| {
+    pub(super) fn of(found: &[(&'static MapSpec, PinState)]) -> Self {
+        let is_any = |role, wanted: &[PinState]| {
             found.iter().any(|(spec, standing)| spec.role == role && wanted.contains(standing))
         };
-        let image = if is_any(Role::Image, &[Standing::Foreign, Standing::Lost]) {
+        let image = if is_any(Role::Image, &[PinState::Foreign, PinState::Lost]) {
             Image::Anew
-        } else if is_any(Role::Image, &[Standing::OtherSize]) {
+        } else if is_any(Role::Image, &[PinState::OtherSize]) {
             Image::Moves
         } else {
             Image::Stays
         };
         let is_kept = |spec: &MapSpec, standing| {
-            standing == Standing::Same
+            standing == PinState::Same
                 && match spec.role {
                     Role::Image | Role::Meta => image == Image::Stays,
                     Role::Counters | Role::Ids => image != Image::Anew,
                     Role::Independent => true,
                 }
         };
-        let names = |wanted: &dyn Fn(&MapSpec, Standing) -> bool| {
+        let names = |wanted: &dyn Fn(&MapSpec, PinState) -> bool| {
             found
                 .iter()
                 .filter(|(spec, standing)| wanted(spec, *standing))
@@ -76,7 +76,7 @@ impl Takeover {
             image,
             kept: names(&is_kept),
             made: names(&|spec, standing| !is_kept(spec, standing)),
-            known: names(&|_, standing| matches!(standing, Standing::Same | Standing::OtherSize)),
+            known: names(&|_, standing| matches!(standing, PinState::Same | PinState::OtherSize)),
         }
     }
 
@@ -232,7 +232,7 @@ mod tests {
 
     #[test]
     fn only_what_changed_is_made_anew() {
-        use Standing::{Foreign, Lost, New, OtherSize, Same};
+        use PinState::{Foreign, Lost, New, OtherSize, Same};
         let image: Vec<&str> =
             MAPS.iter().filter(|map| map.role == Role::Image).map(|map| map.name).collect();
         let with_image = |more: &[&'static str]| [&image[..], more].concat();
@@ -267,7 +267,7 @@ mod tests {
                 changed.iter().find(|(changed, _)| *changed == name).map_or(Same, |(_, how)| *how)
             };
             let found: Vec<_> = MAPS.iter().map(|spec| (spec, standing(spec.name))).collect();
-            let takeover = Takeover::of(&found);
+            let takeover = Adoption::of(&found);
             let sorted = |mut names: Vec<&'static str>| {
                 names.sort_unstable();
                 names

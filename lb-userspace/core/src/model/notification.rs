@@ -23,13 +23,13 @@ pub const MEMORY: Duration = Duration::from_secs(60 * 60);
 /// Most notifications that are sent at once.
 pub const BURST: u32 = 25;
 /// Most node events that wait to be sent. The oldest are dropped first.
-const MAX_NEWS: usize = 32;
+const MAX_PENDING: usize = 32;
 /// Time until one more may be sent.
 pub const REFILL: Duration = Duration::from_secs(10);
 
 /// A notification about an object.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Notice {
+pub struct Notification {
     /// A Service, or this agent's Node.
     pub object: ObjectRef,
     /// Whether the Event has type `Warning`.
@@ -44,16 +44,16 @@ pub struct Notice {
 
 /// A notification that is due.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Telling {
+pub struct DueNotification {
     /// Its content.
-    pub notice: Notice,
+    pub notice: Notification,
     /// How often it was sent, this time included.
     pub n_times: u32,
     /// The node of the agent that sends it.
     pub node: Arc<str>,
 }
 
-impl Telling {
+impl DueNotification {
     /// `note` of the Event. It names the node: agents of all nodes write Events on the same Service, and
     /// kubectl does not show the reporter.
     #[must_use]
@@ -64,7 +64,7 @@ impl Telling {
 
 /// An event in the life of a node's agent.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum NodeNews {
+pub enum NodeEvent {
     /// The programs are attached.
     Attached,
     /// The maps hold the frontends of the first lists.
@@ -79,7 +79,7 @@ pub enum NodeNews {
     },
 }
 
-impl Notice {
+impl Notification {
     /// The notification about a Service's issue.
     ///
     /// `None` for issues of other objects, and for what is not served by design, which kube-proxy may serve.
@@ -112,7 +112,7 @@ impl Notice {
 
     /// The notification about a Node's agent.
     #[must_use]
-    pub fn of_node(name: &str, news: &NodeNews) -> Self {
+    pub fn of_node(name: &str, news: &NodeEvent) -> Self {
         let of = |is_warning, reason, action, note| Self {
             object: ObjectRef::node(name),
             is_warning,
@@ -121,16 +121,16 @@ impl Notice {
             note,
         };
         match news {
-            NodeNews::Attached => {
+            NodeEvent::Attached => {
                 of(false, "Starting", "StartSocklb", "socklb has attached its programs".to_owned())
             }
-            NodeNews::Synced { n_frontends } => of(
+            NodeEvent::Synced { n_frontends } => of(
                 false,
                 "Synced",
                 "StartSocklb",
                 format!("socklb has synced: the maps hold {n_frontends} frontends"),
             ),
-            NodeNews::SelfTestFailed { problem } => {
+            NodeEvent::SelfTestFailed { problem } => {
                 of(true, "SelfTestFailed", "SelfTest", format!("socklb's self-test failed: {problem}"))
             }
         }
@@ -147,17 +147,17 @@ struct Told {
 
 /// Which notifications were sent, how often and when.
 #[derive(Clone, Debug)]
-pub struct Ledger {
+pub struct NotificationLog {
     node: Arc<str>,
-    told: BTreeMap<Notice, Told>,
+    told: BTreeMap<Notification, Told>,
     /// Node events that wait to be sent, without duplicates.
-    news: Vec<Notice>,
+    news: Vec<Notification>,
     /// Notifications that may be sent at once, as of `counted`.
     n_free: u32,
     counted: Instant,
 }
 
-impl Ledger {
+impl NotificationLog {
     /// A ledger without any notification sent. `node` is the name of the agent's Node.
     #[must_use]
     pub fn new(node: Arc<str>, now: Instant) -> Self {
@@ -166,11 +166,11 @@ impl Ledger {
 
     /// Queues a node event. A later [`Self::due`] returns it; more than 32 waiting ones are dropped, oldest
     /// first.
-    pub fn happened(&mut self, news: &NodeNews) {
-        let notice = Notice::of_node(&self.node, news);
+    pub fn happened(&mut self, news: &NodeEvent) {
+        let notice = Notification::of_node(&self.node, news);
         // A source of files never takes any, so the queue needs a bound.
         if !self.news.contains(&notice) {
-            if self.news.len() == MAX_NEWS {
+            if self.news.len() == MAX_PENDING {
                 self.news.remove(0);
             }
             self.news.push(notice);
@@ -179,7 +179,7 @@ impl Ledger {
 
     /// Whether node events wait to be sent.
     #[must_use]
-    pub fn has_news(&self) -> bool {
+    pub fn has_pending(&self) -> bool {
         !self.news.is_empty()
     }
 
@@ -189,10 +189,10 @@ impl Ledger {
         issues: impl IntoIterator<Item = Issue>,
         room: usize,
         now: Instant,
-    ) -> Vec<Telling> {
+    ) -> Vec<DueNotification> {
         self.refill(now);
-        let holding: BTreeSet<Notice> =
-            issues.into_iter().filter_map(|issue| Notice::of_issue(&issue)).collect();
+        let holding: BTreeSet<Notification> =
+            issues.into_iter().filter_map(|issue| Notification::of_issue(&issue)).collect();
         self.told.retain(|notice, told| {
             if holding.contains(notice) {
                 told.held = now;
@@ -220,7 +220,7 @@ impl Ledger {
             self.n_free -= 1;
             let n_times = told.map_or(1, |told| told.n_times.saturating_add(1));
             self.told.insert(notice.clone(), Told { n_times, last: now, held: now });
-            due.push(Telling { notice, n_times, node: Arc::clone(&self.node) });
+            due.push(DueNotification { notice, n_times, node: Arc::clone(&self.node) });
         }
         due
     }
@@ -246,8 +246,8 @@ mod tests {
         Issue::new(ObjectRef::service("shop", name), kind)
     }
 
-    fn ledger(now: Instant) -> Ledger {
-        Ledger::new("node".into(), now)
+    fn ledger(now: Instant) -> NotificationLog {
+        NotificationLog::new("node".into(), now)
     }
 
     #[test]
@@ -275,7 +275,7 @@ mod tests {
             (ObjectRef::file("a.yaml"), full(), None),
         ] {
             let issue = Issue::new(object, kind);
-            let notice = Notice::of_issue(&issue);
+            let notice = Notification::of_issue(&issue);
             assert_eq!(notice.as_ref().map(|notice| notice.reason), expected, "{issue}");
             assert!(notice.is_none_or(|notice| notice.is_warning && !notice.note.contains("shop/web")));
         }
@@ -325,7 +325,7 @@ mod tests {
     fn what_has_no_room_waits() {
         let start = Instant::now();
         let mut ledger = ledger(start);
-        ledger.happened(&NodeNews::Attached);
+        ledger.happened(&NodeEvent::Attached);
         assert_eq!(ledger.due([taken("web")], 0, start), []);
         let one = ledger.due([taken("web")], 1, start);
         assert_eq!(one[0].notice.reason, "Starting");
@@ -339,12 +339,12 @@ mod tests {
         let start = Instant::now();
         let mut ledger = ledger(start);
         for n in 0..1000 {
-            ledger.happened(&NodeNews::SelfTestFailed { problem: format!("{n}") });
+            ledger.happened(&NodeEvent::SelfTestFailed { problem: format!("{n}") });
         }
         let told = ledger.due([], 2000, start);
         assert_eq!(told.len(), BURST as usize);
         assert_eq!(
-            (told[0].notice.note.as_str(), ledger.has_news()),
+            (told[0].notice.note.as_str(), ledger.has_pending()),
             ("socklb's self-test failed: 968", true)
         );
     }
@@ -375,19 +375,19 @@ mod tests {
         ];
         let of_service = of_service.into_iter().map(|kind| {
             let kind: IssueKind = serde_json::from_value(kind).unwrap();
-            Notice::of_issue(&Issue::new(ObjectRef::service("shop", "web"), kind)).unwrap()
+            Notification::of_issue(&Issue::new(ObjectRef::service("shop", "web"), kind)).unwrap()
         });
         let of_node = [
-            NodeNews::Attached,
-            NodeNews::Synced { n_frontends: 3 },
-            NodeNews::SelfTestFailed { problem: "TCP over IPv4: connect: Connection refused".into() },
+            NodeEvent::Attached,
+            NodeEvent::Synced { n_frontends: 3 },
+            NodeEvent::SelfTestFailed { problem: "TCP over IPv4: connect: Connection refused".into() },
         ];
-        let of_node = of_node.map(|news| Notice::of_node("node-a", &news));
-        let line = |notice: Notice| {
-            let Notice { is_warning, reason, action, ref object, .. } = notice;
+        let of_node = of_node.map(|news| Notification::of_node("node-a", &news));
+        let line = |notice: Notification| {
+            let Notification { is_warning, reason, action, ref object, .. } = notice;
             let (kind, object) = (if is_warning { "Warning" } else { "Normal" }, object.to_string());
-            let telling = Telling { notice, n_times: 1, node: "node-a".into() };
-            let elsewhere = Telling { node: "node-b".into(), ..telling.clone() };
+            let telling = DueNotification { notice, n_times: 1, node: "node-a".into() };
+            let elsewhere = DueNotification { node: "node-b".into(), ..telling.clone() };
             assert_ne!(telling.text(), elsewhere.text(), "the text names the agent's node");
             format!("{object}: {kind} {reason} ({action})\n  {}\n", telling.text())
         };
