@@ -45,7 +45,9 @@ fn read_tree(root: &Path) -> Result<Vec<TreeFile>> {
                 if !matches!(entry.file_name().to_str(), Some(".git" | "target")) {
                     dirs.push(path);
                 }
+            // In a worktree `.git` is a file.
             } else if kind.is_file()
+                && entry.file_name() != ".git"
                 && let Ok(text) = fs::read_to_string(&path)
             {
                 let path = path.strip_prefix(root).unwrap_or(&path).to_owned();
