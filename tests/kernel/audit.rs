@@ -15,7 +15,7 @@ use lb_core::{
     plan::audit::Faults,
     tables::Image,
 };
-use lb_kernel::store::{Findings, Maps, Repaired};
+use lb_kernel::{Findings, Maps, Repaired};
 use lb_tests::{
     Feature, Sandbox,
     agent::Agent,

@@ -7,7 +7,7 @@ use lb_core::model::Protocol::{Tcp, Udp};
 use lb_kernel::{
     KernelError, Options,
     cgroup::{self, Extent},
-    exclusion::{Exclusion, Hierarchy, CgroupPosition},
+    exclusion::{CgroupPosition, Exclusion, Hierarchy},
 };
 use lb_tests::{
     Feature, Sandbox,
@@ -212,7 +212,8 @@ fn a_full_map_keeps_the_oldest_and_loses_strangers() {
         let places = |ids: std::ops::Range<u64>| -> BTreeSet<CgroupPosition> {
             ids.map(|id| CgroupPosition { id: 1_000_000_000 + id, levels: 1 << 3 }).collect()
         };
-        let ids = |places: BTreeSet<CgroupPosition>| places.iter().map(|place| place.id).collect::<BTreeSet<u64>>();
+        let ids =
+            |places: BTreeSet<CgroupPosition>| places.iter().map(|place| place.id).collect::<BTreeSet<u64>>();
         let full = exclusion.set(&places(0..most + 1));
         assert!(matches!(full, Err(KernelError::MapFull { name: "excluded" })), "{full:?}");
         assert_eq!(exclusion.ids().unwrap(), ids(places(0..most)));

@@ -21,13 +21,7 @@ use aya::{
 };
 use lb_common::maps::{self, MAPS, Role, Size};
 use lb_core::{model::Protocol::Tcp, plan::Capacity, state::State, tables::Image};
-use lb_kernel::{
-    Features, Kernel, KernelError, Options,
-    lock::Lock,
-    object, pins,
-    store::{Maps, Pins},
-    syscall,
-};
+use lb_kernel::{Features, Kernel, KernelError, Maps, Options, Pins, lock::Lock, object, pins, syscall};
 use lb_tests::{
     Feature, Sandbox,
     agent::{self, Agent, content},

@@ -11,7 +11,7 @@ use std::{
 
 use lb_core::{
     model::Protocol::{self, Tcp, Udp},
-    stale::{Search, Flow},
+    stale::{Flow, Search},
 };
 use lb_kernel::{Options, exclusion::Exclusion, pins};
 use lb_tests::{

@@ -19,7 +19,7 @@ use lb_core::{
     state::State,
     tables::Image,
 };
-use lb_kernel::{addresses, store::Maps};
+use lb_kernel::{Maps, addresses};
 use lb_tests::{
     Sandbox, agent,
     client::call,

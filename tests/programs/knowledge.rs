@@ -15,7 +15,7 @@ use std::{
 };
 
 use lb_core::{desired::FrontendAddress, model::Protocol};
-use lb_kernel::store::Maps;
+use lb_kernel::Maps;
 use lb_tests::cluster::{Cluster, PortOf, port, service};
 use nix::{
     sys::signal::{Signal, kill},

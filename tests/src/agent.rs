@@ -12,7 +12,7 @@ use lb_agent::controller::sweep;
 use lb_core::{
     desired::{FrontendAddress, Settings},
     plan::{Capacity, Plan},
-    stale::{Search, Flow},
+    stale::{Flow, Search},
     state::State,
     tables::Image,
 };

@@ -44,7 +44,7 @@ use lb_core::{
     state::State,
     tables::Image,
 };
-use lb_kernel::{Features, addresses, pins, sockets::SocketTable, store::Maps, syscall};
+use lb_kernel::{Features, Maps, addresses, pins, sockets::SocketTable, syscall};
 use nix::errno::Errno;
 
 pub use self::{

@@ -16,7 +16,7 @@ use crate::{
     },
     model::{Cidr, Issue, IssueKind, ObjectRef, Protocol, Service, ServiceKey, Slice, Store, store::Changes},
     plan::{Capacity, Encoder, Full, Plan, audit::Suspects},
-    stale::{CurrentState, StaleTracker, Search, Fate, Flow, Flows},
+    stale::{CurrentState, Fate, Flow, Flows, Search, StaleTracker},
     tables::{AddressTable, Image, MapUse},
 };
 

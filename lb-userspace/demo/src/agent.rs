@@ -11,7 +11,7 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 use lb_core::tables::Image;
-use lb_kernel::store::Maps;
+use lb_kernel::Maps;
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,

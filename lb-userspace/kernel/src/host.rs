@@ -16,7 +16,7 @@ use super::{
     exclusive::{self, Exclusive},
     pins,
     sockets::{self, SocketError},
-    store, syscall,
+    syscall, try_programs,
 };
 
 /// The findings. Probing changes nothing.
@@ -68,7 +68,7 @@ pub fn look(cgroup: Option<PathBuf>, pin_path: &Path) -> Host {
         pin_path: pins::check(pin_path).map(|()| pin_path.to_owned()),
         capabilities: capabilities(),
         features,
-        programs: store::try_programs(features),
+        programs: try_programs(features),
         sockets: sockets::check(),
         neighbours,
         exclusives,
@@ -106,7 +106,7 @@ fn exclusives(
         }
         match exclusive::find(hook, path) {
             Ok(by) => found.extend(by.map(|by| (hook.name, by))),
-            // This kernel lacks the hook. `store::try_programs` reports it.
+            // This kernel lacks the hook. `try_programs` reports it.
             Err(error) if error.raw_os_error() == Some(nix::libc::EINVAL) => {}
             Err(error) => return Err(error),
         }
@@ -140,7 +140,7 @@ pub fn neighbours(cgroup: &Path, pin_path: &Path) -> io::Result<BTreeMap<String,
     for hook in HOOKS {
         let ids = match syscall::programs_of(directory.as_fd(), hook.attach_type) {
             Ok(ids) => ids,
-            // This kernel lacks the hook. `store::try_programs` reports it.
+            // This kernel lacks the hook. `try_programs` reports it.
             Err(error) if error.raw_os_error() == Some(nix::libc::EINVAL) => continue,
             Err(error) => return Err(error),
         };

@@ -20,7 +20,7 @@ use lb_common::{
 };
 use lb_core::plan::Capacity;
 
-use super::{KernelError, fault, pod::Plain, syscall, adoption::PinState};
+use super::{KernelError, adoption::PinState, fault, pod::Plain, syscall};
 
 /// The kernel's description of a map.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -148,7 +148,10 @@ impl Directory {
     }
 
     /// The standing of each map, for an agent with these sizes.
-    pub(super) fn pin_states(&self, sizing: &Sizing) -> Result<Vec<(&'static MapSpec, PinState)>, KernelError> {
+    pub(super) fn pin_states(
+        &self,
+        sizing: &Sizing,
+    ) -> Result<Vec<(&'static MapSpec, PinState)>, KernelError> {
         let mut recorded = BTreeSet::new();
         for item in self.identities.iter().flat_map(HashMap::iter) {
             let (_id, Plain(identity)) = item.map_err(|source| KernelError::map(LAYOUTS, source))?;

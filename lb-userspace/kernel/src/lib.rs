@@ -3,8 +3,8 @@
 //! # Purpose
 //!
 //! [`Kernel::open`] loads the programs, adopts or creates the pinned maps, and attaches or replaces the
-//! programs. [`Kernel::apply`] applies a plan; [`store::Maps::image`] reads the tables back;
-//! [`store::Maps::compare`] and [`Kernel::repair`] are the audit. [`sockets`] finds and destroys sockets on
+//! programs. [`Kernel::apply`] applies a plan; [`Maps::image`] reads the tables back;
+//! [`Maps::compare`] and [`Kernel::repair`] are the audit. [`sockets`] finds and destroys sockets on
 //! the whole host.
 //!
 //! # Invariants
@@ -19,21 +19,26 @@
 //! `plan`, `tables`, `model`, `lb_common`, aya, netlink.
 
 pub mod addresses;
+mod adoption;
 mod attach;
+mod audit;
 mod btf;
 pub mod cgroup;
 mod counters;
 pub mod error;
 pub mod exclusion;
 pub mod exclusive;
+mod executor;
 mod fault;
 pub mod feature;
 pub mod grace;
 pub mod host;
 mod layouts;
 pub mod links;
+mod loader;
 pub mod lock;
 pub mod mapped;
+mod maps;
 mod mountinfo;
 pub mod netns;
 pub mod object;
@@ -43,13 +48,14 @@ mod served;
 pub mod sock_diag;
 pub mod sockets;
 mod storage;
-pub mod store;
 pub mod syscall;
-mod adoption;
 
 pub use self::{
-    error::{KernelError, chain},
-    feature::{Features, SockFields},
-    store::{Kernel, Options},
     adoption::TooSmall,
+    audit::{Findings, Repaired},
+    error::{KernelError, chain},
+    executor::{Done, Kernel, Options, Pins},
+    feature::{Features, SockFields},
+    loader::try_programs,
+    maps::Maps,
 };

@@ -24,11 +24,9 @@ use lb_core::{
     tables::{Entry, Image},
 };
 use lb_kernel::{
-    cgroup,
+    Maps, cgroup,
     lock::{self, Lock},
-    pins,
-    store::Maps,
-    syscall,
+    pins, syscall,
 };
 use nix::sched::{CloneFlags, setns};
 use serde::Serialize;

@@ -19,8 +19,8 @@ use jiff::Timestamp;
 use lb_common::layout::ServiceStats;
 use lb_core::{model::Protocol, state::State, tables::Image};
 use lb_kernel::{
+    Maps,
     sockets::{Record, SocketTable},
-    store::Maps,
 };
 use tokio::{runtime, sync::watch, time};
 

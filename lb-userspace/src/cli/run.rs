@@ -26,7 +26,7 @@ use lb_core::{
     desired::{ExternalIps, Settings},
     plan::Capacity,
 };
-use lb_kernel::{self, Features, cgroup, syscall};
+use lb_kernel::{Features, cgroup, syscall};
 use serde::Deserialize;
 use tokio::{
     runtime,

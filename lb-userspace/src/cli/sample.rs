@@ -9,9 +9,8 @@ use std::{
 use lb_common::layout::{EndpointStats, ServiceStats};
 use lb_core::{desired::FrontendAddress, tables::Image};
 use lb_kernel::{
-    KernelError,
+    KernelError, Maps,
     sockets::{Record, SocketTable},
-    store::Maps,
 };
 
 /// What the maps hold at a moment, as far as that can be read while programs run.

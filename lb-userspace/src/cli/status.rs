@@ -17,10 +17,9 @@ use std::{
 use clap::Args;
 use lb_agent::snapshot::{self, Snapshot, SnapshotError};
 use lb_kernel::{
-    KernelError, cgroup,
+    KernelError, Maps, cgroup,
     exclusion::{Exclusion, uid_of},
     host, links,
-    store::Maps,
 };
 use serde::Deserialize;
 

@@ -16,7 +16,7 @@ use k8s_openapi::jiff::Timestamp;
 use kube::{Client, client::Body};
 use lb_core::model::{
     ObjectKind, ObjectRef,
-    notification::{Notification, DueNotification},
+    notification::{DueNotification, Notification},
 };
 use serde_json::{Value, json};
 use tokio::{sync::mpsc, time::timeout};
@@ -225,8 +225,13 @@ mod tests {
     use super::*;
 
     fn telling(object: ObjectRef, note: &str) -> DueNotification {
-        let notice =
-            Notification { object, is_warning: true, reason: "TableFull", action: "Sync", note: note.to_owned() };
+        let notice = Notification {
+            object,
+            is_warning: true,
+            reason: "TableFull",
+            action: "Sync",
+            note: note.to_owned(),
+        };
         DueNotification { notice, n_times: 1, node: "node-1".into() }
     }
 
@@ -297,8 +302,13 @@ mod tests {
         assert!((LONGEST_NOTE - 1..=LONGEST_NOTE).contains(&note.len()), "{}", note.len());
         assert_eq!(parsed.reporting_instance.as_deref(), Some("node-1"));
         let notice = Notification::of_node("node-1", &NodeEvent::Attached);
-        let event =
-            body(&DueNotification { notice, ..long }, "default", "x", "node-1", "2026-01-02T03:04:05.000000Z");
+        let event = body(
+            &DueNotification { notice, ..long },
+            "default",
+            "x",
+            "node-1",
+            "2026-01-02T03:04:05.000000Z",
+        );
         assert_eq!((&event["type"], &event["regarding"]["kind"]), (&"Normal".into(), &"Node".into()));
     }
 }

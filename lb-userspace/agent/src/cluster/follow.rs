@@ -22,7 +22,7 @@ use super::{
     access::cause,
     backoff::{Backoff, random},
     fold::Fold,
-    kinds::{Change, Header, Kind, Unavailable, KindChange, Trimmed, trim},
+    kinds::{Change, Header, Kind, KindChange, Trimmed, Unavailable, trim},
 };
 use crate::source::Contact;
 

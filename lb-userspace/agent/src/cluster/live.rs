@@ -22,7 +22,9 @@ use tokio::{
 use super::{
     Access, Error, Timing, events,
     follow::{Follower, REASONS, follow},
-    kinds::{Change, Kind as _, Unavailable, KindChange, Nodes, Pods, ServiceCidrs, Services, Slices, Trimmed},
+    kinds::{
+        Change, Kind as _, KindChange, Nodes, Pods, ServiceCidrs, Services, Slices, Trimmed, Unavailable,
+    },
 };
 use crate::source::{Arrival, Contact, Source};
 

@@ -18,10 +18,10 @@
 pub mod issues;
 pub mod known;
 pub mod latency;
+mod lock_wait;
 pub mod run;
 pub mod save;
 pub mod start;
 pub mod sweep;
-mod lock_wait;
 
 pub use self::latency::Latency;

@@ -12,15 +12,11 @@ use lb_core::{
     desired::{NodePortAddresses, Settings},
     model::{
         Issue, IssueKind, ObjectRef,
-        notification::{NotificationLog, NodeEvent},
+        notification::{NodeEvent, NotificationLog},
     },
     plan::audit::Faults,
 };
-use lb_kernel::{
-    self, Kernel, KernelError,
-    lock::Lock,
-    store::{Findings, Maps, Pins, Repaired},
-};
+use lb_kernel::{self, Findings, Kernel, KernelError, Maps, Pins, Repaired, lock::Lock};
 use tokio::{
     sync::{mpsc, watch},
     task::{JoinHandle, JoinSet, spawn_blocking},
@@ -32,14 +28,14 @@ use super::{
     Latency,
     issues::{IssueChanges, LoggedIssues},
     known::known,
+    lock_wait,
     save::SnapshotSchedule,
     start::{Basis, PATIENCE, Start, basis},
-    lock_wait,
 };
 use crate::{
     self_test,
     serve::{
-        self, LoopHandle, LoopView, ListenError, Listeners, Question,
+        self, ListenError, Listeners, LoopHandle, LoopView, Question,
         health_ports::{self, Wanted},
         known::Known,
     },
@@ -141,7 +137,8 @@ pub async fn run(
     let (mut agent, beside) = Agent::attach(options, settings, &source, listeners, proof.as_mut())?;
     // Whether the adopted tables already lead the self-test's calls to this agent, before any sync.
     let has_adopted_endpoints = proof.as_ref().is_some_and(SelfTests::is_found);
-    let Background { mut graces, mut questions, mut port_issues, health_ports, _serving, _excluding } = beside;
+    let Background { mut graces, mut questions, mut port_issues, health_ports, _serving, _excluding } =
+        beside;
     let Timers { mut interfaces, mut snapshots, mut audits } = Timers::start(agent.options.audit_interval);
     // Maps that could not be read keep serving. They too are at least as new as the snapshot.
     let has_adopted = agent.kernel.is_staged() || !agent.state.image().services.is_empty();
@@ -549,7 +546,7 @@ impl Agent {
         if source.is_complete() {
             self.saving.changed();
         }
-        let lb_kernel::store::Done { n_ops, no_room } = match result {
+        let lb_kernel::Done { n_ops, no_room } = match result {
             Ok(done) => done,
             Err(error) => {
                 error!(%error, "a sync failed: reading the kernel's maps and retrying");

@@ -30,7 +30,7 @@ use std::{
     time::Duration,
 };
 
-use lb_kernel::{KernelError, store::Maps};
+use lb_kernel::{KernelError, Maps};
 use tokio::{
     net::TcpListener,
     sync::{Mutex, mpsc, oneshot, watch},

@@ -9,7 +9,7 @@ use hyper::{
     StatusCode, Uri,
     header::{HeaderValue, X_CONTENT_TYPE_OPTIONS},
 };
-use lb_kernel::store::Maps;
+use lb_kernel::Maps;
 use tokio::sync::watch;
 use tracing::debug;
 

@@ -112,8 +112,8 @@ fn ends(due: Instant) -> Fate {
 
 #[test]
 fn r10_sockets_stay_with_endpoints_that_serve() {
-    use Protocol::{Tcp, Udp};
     use Fate::{Kept, Serves};
+    use Protocol::{Tcp, Udp};
     let now = Instant::now();
     let gone = &["10.1.0.2 - rs"][..];
     for (what, protocol, annotation, endpoints, expected) in [

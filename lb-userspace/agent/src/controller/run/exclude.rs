@@ -10,7 +10,7 @@ use std::{
 
 use lb_kernel::{
     KernelError,
-    exclusion::{Exclusion, Hierarchy, CgroupPosition},
+    exclusion::{CgroupPosition, Exclusion, Hierarchy},
 };
 use tokio::{
     sync::watch,

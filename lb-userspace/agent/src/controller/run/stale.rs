@@ -6,12 +6,12 @@ use std::{collections::BTreeMap, path::Path};
 
 use lb_core::{
     model::ServiceKey,
-    stale::{Search, Fate, Flow, Flows},
+    stale::{Fate, Flow, Flows, Search},
     state::State,
 };
 use lb_kernel::{
     self,
-    sockets::{self, Destroyed, Found, SocketError, SocketTable, SocketFilter},
+    sockets::{self, Destroyed, Found, SocketError, SocketFilter, SocketTable},
 };
 use tokio::{
     task::{JoinHandle, spawn_blocking},

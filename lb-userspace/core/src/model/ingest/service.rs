@@ -171,7 +171,11 @@ fn cluster_ips(report: &mut IssueCollector, spec: &api::ServiceSpec) -> (Option<
 }
 
 /// Reads an address that a frontend may have.
-fn service_address(report: &mut IssueCollector, field: impl FnOnce() -> String, text: &str) -> Option<IpAddr> {
+fn service_address(
+    report: &mut IssueCollector,
+    field: impl FnOnce() -> String,
+    text: &str,
+) -> Option<IpAddr> {
     let Some(ip) = address::parse_ip(text) else {
         report.add(IssueKind::InvalidAddress { field: field(), value: text.to_owned() });
         return None;
@@ -236,7 +240,11 @@ fn source_ranges(report: &mut IssueCollector, spec: &api::ServiceSpec) -> (BTree
 
 /// `Local` applies only to Services with external addresses (`ExternalPolicyLocal` in
 /// `pkg/api/v1/service/util.go`).
-fn external_policy(report: &mut IssueCollector, spec: &api::ServiceSpec, service_type: ServiceType) -> TrafficPolicy {
+fn external_policy(
+    report: &mut IssueCollector,
+    spec: &api::ServiceSpec,
+    service_type: ServiceType,
+) -> TrafficPolicy {
     let policy = report.word(
         "spec.externalTrafficPolicy",
         spec.external_traffic_policy.as_deref(),
@@ -288,7 +296,11 @@ fn health_check_node_port(
     }
 }
 
-fn ports(report: &mut IssueCollector, ports: &[api::ServicePort], service_type: ServiceType) -> Vec<ServicePort> {
+fn ports(
+    report: &mut IssueCollector,
+    ports: &[api::ServicePort],
+    service_type: ServiceType,
+) -> Vec<ServicePort> {
     let mut good: Vec<ServicePort> = Vec::with_capacity(ports.len());
     // An object may list tens of thousands of ports: sets find duplicates, not a linear search.
     let (mut names, mut numbers, mut node_ports) = (BTreeSet::new(), BTreeSet::new(), BTreeSet::new());

@@ -1,6 +1,6 @@
 use k8s_openapi::{api::discovery::v1 as api, jiff::Timestamp};
 
-use super::{IssueCollector, SERVICE_NAME, TRIGGER_TIME, StringPool, namespace};
+use super::{IssueCollector, SERVICE_NAME, StringPool, TRIGGER_TIME, namespace};
 use crate::model::{
     EndpointHints, Family, Issue, IssueKind, ObjectRef, ServiceKey, Slice, SliceEndpoint, SlicePort, address,
 };

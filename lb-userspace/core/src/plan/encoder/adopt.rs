@@ -14,7 +14,7 @@ use std::{
 
 use lb_common::layout::{Frontend, Run};
 
-use super::{Capacity, Encoder, Op, FrontendState, place};
+use super::{Capacity, Encoder, FrontendState, Op, place};
 use crate::{
     desired::FrontendAddress,
     tables::{Entry, Image, pool::Pool, space::Space},

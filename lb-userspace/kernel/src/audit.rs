@@ -1,17 +1,21 @@
 //! Audit and repair: compares the maps with the image and writes what differs.
 
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+
+use lb_common::layout::{FrontendKey4, FrontendKey6};
 use lb_core::{
     plan::{
         Phase,
         audit::{Faults, Suspects, faults, suspects},
         diff,
     },
-    tables::AddressTable,
+    tables::{AddressTable, Entry, Image},
 };
 
-use super::{
-    Done, Entry, FrontendKey4, FrontendKey6, Image, IpAddr, Ipv4Addr, Ipv6Addr, Kernel, KernelError, Key,
-    Maps, Plain, SocketAddr, address_key, ignore_missing, key,
+use crate::{
+    Done, Kernel, KernelError, Maps,
+    maps::{Key, address_key, ignore_missing, key},
+    pod::Plain,
 };
 
 /// A key that no agent writes and no call matches, such as one of another protocol. It occupies an entry.
