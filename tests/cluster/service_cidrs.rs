@@ -148,7 +148,7 @@ fn a_missing_rule_is_an_issue_and_everything_is_served() {
     });
     let issue = follower.source.issues().remove(0).to_string();
     assert!(
-        issue.starts_with("Node node: the networks that cluster IPs come from are not known")
+        issue.starts_with("Node node: ServiceCIDRs cannot be read")
             && issue.contains("403 Forbidden: servicecidrs is forbidden")
             && issue.contains("manifests/base/clusterrole.yaml"),
         "{issue}"
