@@ -137,8 +137,8 @@ fn what_another_proxy_serves_is_left_alone_and_explained() {
         // There is no route.
         assert_eq!(connect(theirs), Err(Errno::ENETUNREACH));
         let reason = "untouched: service default/theirs has 10.96.3.3 and is labelled \
-                      service.kubernetes.io/service-proxy-name=other, so that this agent does not serve it: the call goes where it \
-                      says";
+                      service.kubernetes.io/service-proxy-name=other, so this agent does not serve it: the call passes \
+                      unchanged";
         for to in ["10.96.3.3:80", "10.96.3.3:81"] {
             let answer = explain(to.parse().unwrap());
             assert!(answer.contains(reason), "{answer}");

@@ -216,7 +216,7 @@ fn explain_goes_on_with_every_change() {
         let output = run(&place.binary, &place.args(&["explain", MOVING, "--watch"]));
         let message = String::from_utf8_lossy(&output.stderr);
         assert_eq!(output.status.code(), Some(1), "{message}");
-        assert!(message.contains("--watch takes an agent at work: no agent answers at"), "{message}");
+        assert!(message.contains("--watch needs a running agent: no agent answers at"), "{message}");
     });
 }
 
