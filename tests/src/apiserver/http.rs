@@ -498,7 +498,9 @@ fn watch(
         return invalid("resourceVersionMatch: Forbidden: resourceVersionMatch is forbidden for watch");
     }
     if sends_initial != (version_match == "NotOlderThan") {
-        return invalid("resourceVersionMatch: Forbidden: sendInitialEvents and NotOlderThan require each other");
+        return invalid(
+            "resourceVersionMatch: Forbidden: sendInitialEvents and NotOlderThan require each other",
+        );
     }
     let store = lock(&shared.store);
     let is_synthetic = sends_initial || text.is_empty() || text == "0";

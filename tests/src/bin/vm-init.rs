@@ -87,9 +87,7 @@ fn run() -> Result<i32> {
 
 fn main() -> Result<()> {
     if std::process::id() != 1 {
-        bail!(
-            "vm-init powers the machine off: run it only as the first process of a virtual machine"
-        );
+        bail!("vm-init powers the machine off: run it only as the first process of a virtual machine");
     }
     match run() {
         Ok(status) => println!("INIT DONE rc={status}"),
