@@ -30,7 +30,7 @@ fn series() -> BTreeMap<String, BTreeSet<&'static str>> {
         .collect()
 }
 
-/// Keywords and functions of PromQL that the dashboard uses.
+/// Keywords and functions of `PromQL` that the dashboard uses.
 const WORDS: [&str; 17] = [
     "sum",
     "max",

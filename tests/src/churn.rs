@@ -110,7 +110,7 @@ pub struct Options {
     pub call: Duration,
     /// How many agents are killed, stopped and replaced. The run is over after the last.
     pub n_events: u64,
-    /// Number of services, at least [`N_MIXED`]. Further ones have one TCP port and [`Self::n_endpoints`]
+    /// Number of services, at least `N_MIXED`. Further ones have one TCP port and [`Self::n_endpoints`]
     /// endpoints.
     pub n_services: usize,
     /// See [`Self::n_services`].
