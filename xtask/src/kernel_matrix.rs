@@ -275,7 +275,7 @@ fn boot(kernel: &GuestKernel, qemu: &Qemu, base: &Initramfs, row: &Row, work: &P
         let lines: Vec<&str> = text.lines().collect();
         let tail = lines[lines.len().saturating_sub(SERIAL_TAIL)..].join(&format!("\n    [{name}] | "));
         // One write, because other guests print meanwhile.
-        eprintln!("    [{name}] {outcome}; the end of {}:\n    [{name}] | {tail}", log.display());
+        eprintln!("    [{name}] {outcome}; the last lines of {}:\n    [{name}] | {tail}", log.display());
     }
     Ok(outcome)
 }

@@ -329,7 +329,7 @@ fn count_head() -> String {
 /// `pod-1, pod-2 and pod-3`
 fn list(names: &[&str]) -> String {
     match names {
-        [] => "nobody".to_owned(),
+        [] => "no pod".to_owned(),
         [one] => (*one).to_owned(),
         [rest @ .., last] => format!("{} and {last}", rest.join(", ")),
     }

@@ -91,7 +91,6 @@ pub fn state_of(snapshot: Snapshot) -> State {
 }
 
 /// Builds the state of an agent's objects. The frontends are those of the kernel, the objects are the latest.
-/// latest.
 #[must_use]
 pub fn state_of_known(known: Known) -> State {
     let mut state = state(known.settings, known.interfaces, |store| {

@@ -24,8 +24,8 @@ use lb_kernel::chain;
 
 /// Socket-level service load balancer for Kubernetes.
 ///
-/// Points connect() and sendto() on a service address straight at a healthy endpoint, inside the system call: no
-/// NAT, no conntrack, no work for packets.
+/// Redirects connect() and sendto() from a service address to a ready endpoint, inside the system call: no NAT,
+/// no conntrack, no work per packet.
 #[derive(Debug, Parser)]
 #[command(name = "socklb", version, max_term_width = 100)]
 struct Cli {
@@ -87,7 +87,8 @@ pub struct PinArgs {
 
 /// Parses the command line and runs the command.
 ///
-/// Exit status: 0 done or stopped by a signal, 1 failed, 2 wrong usage. An error is one line on standard error.
+/// Exit status: 0 done or stopped by a signal, 1 failed, 2 wrong usage. An error is one line on standard
+/// error.
 #[must_use]
 pub fn main() -> ExitCode {
     let result = match Cli::parse().command {

@@ -47,7 +47,6 @@ pub(super) fn look(pin_path: &Path) -> Result<Look, KernelError> {
 
 /// The frontend of a record; `None` if the tables no longer hold it. Its id alone does not identify it: the
 /// id may have been reused since the call.
-/// been given to another service since the call.
 pub(super) fn frontend_of(image: &Image, record: &Record) -> Option<FrontendAddress> {
     let any: IpAddr = match record.service {
         SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),

@@ -88,7 +88,7 @@ impl fmt::Display for Outcome {
             Self::Failed(Tally { n_failed: 0, n_passed: 0, .. }) => f.write_str("failed: no test completed"),
             Self::Failed(tally) => write!(f, "failed: {} tests", tally.n_failed),
             Self::NotPrepared(cause) | Self::Panicked(cause) => write!(f, "failed: {cause}"),
-            Self::Silent => f.write_str("failed: ended without a result"),
+            Self::Silent => f.write_str("failed: exited without a result"),
             Self::TimedOut(_) => f.write_str("failed: time limit"),
             Self::NotRun => f.write_str("failed: no kernel"),
         }

@@ -100,7 +100,6 @@ pub(super) struct Seen {
 impl Seen {
     /// Returns the records that the last poll did not have. A socket with another endpoint is new again; a
     /// socket with another call to the same endpoint is not.
-    /// pointed at the same endpoint again is not.
     pub(super) fn new_records(&mut self, records: Vec<Record>) -> Vec<Record> {
         let now: BTreeSet<Record> = records.into_iter().collect();
         let new = self.records.as_ref().map(|before| now.difference(before).copied().collect());

@@ -1,4 +1,4 @@
-//! The answer of `socklb status`. Pure. The types are the public JSON; names are a promise.
+//! The answer of `socklb status`. Pure. The types are the public JSON; field names are stable.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
