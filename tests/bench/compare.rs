@@ -1,8 +1,8 @@
-//! `bench compare OLD NEW`: is the new result worse?
+//! `bench compare OLD NEW`: whether the new result is worse.
 //!
-//! The medians of blocks are drawn again and again, with repetition (bootstrap), from both files; the ratios of the two
-//! medians form an interval. What counts as a regression lies beyond the threshold with the whole interval: chance alone does
-//! not fail a build, and what stays unclear is said to be.
+//! Bootstrap: the medians of blocks are drawn repeatedly, with replacement, from both files; the ratios of
+//! the two medians form an interval. A regression is an interval that is entirely beyond the threshold. So
+//! chance alone does not fail a build; an uncertain result is reported as such.
 
 use std::fmt::Write as _;
 
@@ -12,41 +12,42 @@ use crate::{
     result::{Better, ResultFile, Series, Unit},
 };
 
-/// By how much something may get worse.
+/// The relative change that is tolerated.
 pub(crate) const THRESHOLD: f64 = 0.1;
-/// How often blocks are drawn.
+/// The number of draws.
 const N_DRAWS: usize = 2000;
-/// The share of ratios that the interval leaves out. A file has hundreds of series, so that 5 % would be wrong about some.
+/// The share of ratios outside the interval. A file has hundreds of series: 5 % would be wrong about some.
 const LEFT_OUT: f64 = 0.01;
-/// With fewer blocks than this an interval says nothing.
+/// With fewer blocks an interval has no meaning.
 const MIN_BLOCKS: usize = 3;
 
-/// What became of a series.
+/// The result for a series.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Verdict {
-    /// Worse by more than the threshold, and sure.
+    /// Worse by more than the threshold, with certainty.
     Regression,
-    /// Better by more than the threshold, and sure.
+    /// Better by more than the threshold, with certainty.
     Improvement,
-    /// Within the threshold, and sure.
+    /// Within the threshold, with certainty.
     Same,
-    /// The interval reaches over the threshold.
+    /// The interval includes the threshold.
     Unclear,
 }
 
-/// How a series of the new file stands to the one of the old file.
+/// The comparison of a series in the new file with the one in the old file.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Judgement {
-    /// New median to old median, turned round where higher is better: above 1 is worse.
+    /// New median to old median, inverted where higher is better: above 1 is worse.
     pub(crate) worse_by: f64,
     /// The ends of the interval of that ratio.
     pub(crate) interval: [f64; 2],
     pub(crate) verdict: Verdict,
 }
 
-/// Judges the medians of blocks of two runs. `None` if there is nothing to compare: no blocks, or an old median of 0.
+/// Compares the medians of blocks of two runs. `None` if there is nothing to compare: no blocks, or an old
+/// median of 0.
 ///
-/// `is_exact` says that single figures have no noise, as sizes have none.
+/// `is_exact`: single figures have no noise, as sizes.
 pub(crate) fn judge(
     old: &[f64],
     new: &[f64],
@@ -93,13 +94,13 @@ pub(crate) fn judge(
     Some(Judgement { worse_by, interval, verdict })
 }
 
-/// The judgement on two series.
+/// The comparison of two series.
 fn judge_series(old: &Series, new: &Series) -> Option<Judgement> {
     let is_exact = matches!(new.unit, Unit::Mebibytes | Unit::Count) && old.blocks.len() == 1;
     judge(&old.blocks, &new.blocks, new.better, is_exact, THRESHOLD, 1)
 }
 
-/// A comparison as text, and whether anything got worse.
+/// A comparison as text, and whether anything is worse.
 pub(crate) struct Comparison {
     pub(crate) text: String,
     pub(crate) n_regressions: usize,
@@ -109,7 +110,7 @@ pub(crate) struct Comparison {
 ///
 /// # Errors
 ///
-/// If they are of different suites or settings: then a difference says nothing.
+/// If their suites or settings differ: then they are not comparable.
 pub(crate) fn compare(old: &ResultFile, new: &ResultFile) -> anyhow::Result<Comparison> {
     anyhow::ensure!(
         old.suite == new.suite,
@@ -179,7 +180,7 @@ mod tests {
         tests::{file, series},
     };
 
-    /// Blocks around a value, with noise of a share of it, the same for the same seed.
+    /// Blocks around a value with relative noise, reproducible by seed.
     fn noisy(value: f64, noise: f64, n: usize, mut seed: u64) -> Vec<f64> {
         (0..n)
             .map(|_| value * (1.0 + noise * (f64::from(random::below(&mut seed, 2001)) / 1000.0 - 1.0)))

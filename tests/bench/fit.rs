@@ -1,16 +1,16 @@
-//! How something grows.
+//! Growth laws.
 
 /// A power law `y = factor * x ^ exponent`.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct PowerLaw {
     pub(crate) factor: f64,
     pub(crate) exponent: f64,
-    /// The share of the spread of `ln y` that the law explains, 0 to 1. Near 0 for something that hardly grows.
+    /// The share of the variance of `ln y` that the law explains, 0 to 1. Near 0 if `y` hardly grows.
     pub(crate) r_squared: f64,
 }
 
-/// Fits a power law by least squares on logarithms. Points that are not above 0 are left out; `None` with fewer than two
-/// different `x`.
+/// Fits a power law by least squares on logarithms. Ignores points that are not above 0; `None` with fewer
+/// than two different `x`.
 pub(crate) fn power_law(points: &[(f64, f64)]) -> Option<PowerLaw> {
     let logarithms: Vec<(f64, f64)> =
         points.iter().filter(|(x, y)| *x > 0.0 && *y > 0.0).map(|(x, y)| (x.ln(), y.ln())).collect();

@@ -1,4 +1,4 @@
-//! Where and with what a result was measured.
+//! The machine and tools of a measurement.
 
 use std::{collections::BTreeMap, fs, process::Command};
 
@@ -14,15 +14,15 @@ pub(crate) struct Machine {
     pub(crate) architecture: String,
     /// Release of the running kernel.
     pub(crate) kernel: String,
-    /// Whether the CPU says that it runs below a hypervisor.
+    /// Whether the CPU reports a hypervisor.
     pub(crate) is_virtual: bool,
     /// Load averages over 1, 5 and 15 minutes before the run.
     pub(crate) load_before: [f64; 3],
-    /// The same after it, with what the run itself added.
+    /// The same after it, including the run's own load.
     pub(crate) load_after: [f64; 3],
 }
 
-/// The load averages; zeros where proc(5) does not tell.
+/// The load averages; zeros if proc(5) is not readable.
 pub(crate) fn load() -> [f64; 3] {
     let text = fs::read_to_string("/proc/loadavg").unwrap_or_default();
     let mut words = text.split_whitespace().map(|word| word.parse().unwrap_or_default());
@@ -30,7 +30,7 @@ pub(crate) fn load() -> [f64; 3] {
 }
 
 impl Machine {
-    /// Looks at this one.
+    /// Reads this machine.
     pub(crate) fn observe() -> Self {
         let cpu = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
         let memory = fs::read_to_string("/proc/meminfo").unwrap_or_default();
@@ -59,14 +59,14 @@ fn field<'a>(text: &'a str, key: &str) -> Option<&'a str> {
     })
 }
 
-/// The first line that a program prints about its version, if it can be started.
+/// The first line of a program's version output, if it can be started.
 pub(crate) fn version(program: &str) -> Option<String> {
     let output = Command::new(program).arg("--version").output().ok()?;
     let text = String::from_utf8_lossy(&output.stdout).lines().next()?.trim().to_owned();
     (output.status.success() && !text.is_empty()).then_some(text)
 }
 
-/// The versions of some programs, without those that are not there.
+/// The versions of those programs that exist.
 pub(crate) fn versions(programs: &[&str]) -> BTreeMap<String, String> {
     programs.iter().filter_map(|program| Some(((*program).to_owned(), version(program)?))).collect()
 }

@@ -1,15 +1,16 @@
-//! `cargo xtask bench`: what it costs, measured side by side, in one result format.
+//! `cargo xtask bench`: costs measured side by side, in one result format.
 //!
 //! # Purpose
 //!
 //! - [`hooks`], [`sync`], [`path`], [`scale`]: the suites. Each fills a [`result`].
-//! - [`quantile`], [`fit`], [`compare`], [`random`]: plain functions on numbers.
-//! - [`markdown`], [`plot`], [`pages`]: tables, pictures and the documents that show them, all from result files.
+//! - [`quantile`], [`fit`], [`compare`], [`random`]: pure functions on numbers.
+//! - [`markdown`], [`plot`], [`pages`]: tables, plots and the documents with them, all from result files.
 //!
 //! # Invariants
 //!
-//! - Nothing is asserted about a time.
-//! - Everything runs in namespaces and cgroups that the bench made, none with a way out; all of it ends with the process.
+//! - No time is asserted.
+//! - Everything runs in namespaces and cgroups that the bench created, isolated from other networks, and
+//!   stops with the process.
 #![expect(clippy::print_stdout, reason = "the result goes to standard output")]
 
 mod compare;
@@ -75,16 +76,16 @@ enum Command {
         #[command(flatten)]
         common: Common,
     },
-    /// Judges two results; ends with 1 on a regression
+    /// Compares two results; exits with 1 on a regression
     Compare {
         #[arg(value_name = "OLD")]
         old: PathBuf,
         #[arg(value_name = "NEW")]
         new: PathBuf,
     },
-    /// Writes plots and tables of documents anew, from result files
+    /// Rewrites plots and tables of documents from result files
     Render {
-        /// The folder with the documents
+        /// The directory with the documents
         #[arg(long, value_name = "DIR")]
         root: PathBuf,
     },
@@ -96,36 +97,36 @@ enum Command {
     Server,
 }
 
-/// What every suite can be told.
+/// Options of every suite.
 #[derive(Args)]
 pub(crate) struct Common {
     /// Small and short: shows that it works, not how fast it is
     #[arg(long)]
     smoke: bool,
-    /// Writes the result here
+    /// Writes the result to this file
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
-    /// Writes the tables here instead of printing them
+    /// Writes the tables to this file instead of printing them
     #[arg(long, value_name = "FILE")]
     markdown: Option<PathBuf>,
-    /// Writes the plots into this folder
+    /// Writes the plots to this directory
     #[arg(long, value_name = "DIR")]
     svg: Option<PathBuf>,
-    /// The commit that is measured
+    /// The measured commit
     #[arg(long, value_name = "REVISION", default_value = "unknown")]
     commit: String,
-    /// The compiler that built this
+    /// The compiler of this program
     #[arg(long, value_name = "VERSION", default_value = "")]
     rustc: String,
 }
 
 impl Common {
-    /// Begins a result.
+    /// Starts a result.
     fn start(&self, suite: Suite) -> Run {
         Run::start(suite, self.smoke, &self.commit, &self.rustc)
     }
 
-    /// Hands a result over.
+    /// Writes a result as requested.
     fn finish(&self, result: &ResultFile) -> anyhow::Result<()> {
         if let Some(path) = &self.json {
             result.write(path)?;

@@ -1,4 +1,4 @@
-//! Tables from result files. The same text goes to the terminal and, between marks, into documents.
+//! Tables of result files: for the terminal and, between marks, for documents.
 
 use std::fmt::Write as _;
 
@@ -18,7 +18,7 @@ pub(crate) struct Section {
     pub(crate) text: String,
 }
 
-/// Everything about a result.
+/// All tables of a result, as one text.
 pub(crate) fn suite(result: &ResultFile) -> String {
     let mut text = format!("# {}\n", result.suite.name());
     for section in sections(result) {
@@ -134,7 +134,7 @@ fn thousands(value: f64) -> String {
     if value < 0.0 && text != "0" { format!("-{grouped}") } else { grouped }
 }
 
-/// A value with its unit. Times in the unit that gives the fewest digits.
+/// A value with its unit. The unit of a time is the one with the fewest digits.
 pub(crate) fn amount(unit: Unit, value: f64) -> String {
     match unit {
         Unit::Nanoseconds => {
@@ -144,7 +144,7 @@ pub(crate) fn amount(unit: Unit, value: f64) -> String {
                 x if x >= 999.5 => (1e3, "µs"),
                 _ => (1.0, "ns"),
             };
-            // Below a nanosecond no clock here tells anything.
+            // No clock here resolves less than a nanosecond.
             if name == "ns" {
                 format!("{value:.0} ns")
             } else {
@@ -163,7 +163,7 @@ fn shown(series: &Series, quantile: &str) -> String {
     amount(series.unit, series.at(quantile))
 }
 
-/// A table of rows of cells; nothing without rows.
+/// A Markdown table; empty without rows.
 fn table(head: &[String], rows: &[Vec<String>]) -> String {
     if rows.is_empty() {
         return String::new();
@@ -178,7 +178,7 @@ fn words(cells: &[&str]) -> Vec<String> {
     cells.iter().map(|cell| (*cell).to_owned()).collect()
 }
 
-/// Where, when, with what.
+/// Machine, time and versions of the run.
 fn run(result: &ResultFile) -> String {
     let machine = &result.machine;
     let load = |load: [f64; 3]| load.map(|value| format!("{value:.2}")).join(" ");
@@ -287,7 +287,7 @@ fn path_latency(result: &ResultFile) -> String {
     )
 }
 
-/// socklb to each other competitor, block by block.
+/// socklb compared with each competitor, block by block.
 fn path_claims(result: &ResultFile) -> String {
     let mut rows = Vec::new();
     for measure in [
@@ -313,7 +313,7 @@ fn path_claims(result: &ResultFile) -> String {
     table(&words(&["socklb to", "services", "direct", "nftables", "iptables"]), &rows)
 }
 
-/// The difference of medians to a target that does nothing.
+/// The difference of the median from the baseline target's.
 fn over(series: &Series, floor: Option<&Series>) -> Option<f64> {
     Some(series.median() - floor?.median())
 }
@@ -344,7 +344,7 @@ fn hooks(result: &ResultFile) -> String {
     table(&head, &rows)
 }
 
-/// Measures with a quantile that has a target, and the target in ns.
+/// Measures and quantiles with a target, which is in ns.
 const SYNC_TARGETS: [(&str, &str, &str, f64); 8] = [
     (sync::UNDER_LOAD, "", "p50", 2e6),
     (sync::UNDER_LOAD, "", "p99", 10e6),
@@ -430,7 +430,7 @@ fn sync_octets(result: &ResultFile) -> String {
     table(&words(&["size", "", "read by", ""]), &rows)
 }
 
-/// Points of a measure by the number of services, from `from` services on; `floor` is taken off.
+/// Points of a measure by the number of services, from `from` services on; `floor` is subtracted.
 fn points(
     result: &ResultFile,
     measure: &str,

@@ -1,6 +1,6 @@
-//! Documents that show results: what stands between marks comes from result files and from nowhere else.
+//! Documents with results: the text between marks comes only from result files.
 //!
-//! `<!-- bench: SUITE/TABLE -->` begins a part, `<!-- /bench -->` ends it; both stay.
+//! `<!-- bench: SUITE/TABLE -->` begins a part, `<!-- /bench -->` ends it; both are kept.
 
 use std::{
     fs,
@@ -14,7 +14,7 @@ use crate::{
     result::{ResultFile, Suite},
 };
 
-/// Where result files and plots are, from the root of the tree.
+/// The directory of result files and plots, relative to the root of the repository.
 const RESULTS: &str = "docs/benchmarks";
 /// The documents with marks.
 const PAGES: [&str; 2] = ["docs/BENCHMARKS.md", "README.md"];
@@ -22,7 +22,7 @@ const BEGIN: &str = "<!-- bench: ";
 const BEGIN_END: &str = " -->";
 const END: &str = "<!-- /bench -->";
 
-/// Writes plots and documents anew.
+/// Rewrites plots and documents.
 ///
 /// # Errors
 ///
@@ -65,7 +65,7 @@ fn rendered(root: &Path) -> anyhow::Result<Vec<(PathBuf, String)>> {
     Ok(files)
 }
 
-/// Puts tables between their marks.
+/// Replaces the tables between their marks.
 fn replace(page: &str, tables: &[(String, String)]) -> anyhow::Result<String> {
     let mut text = String::new();
     let mut rest = page;

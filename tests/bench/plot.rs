@@ -1,4 +1,4 @@
-//! Pictures from result files, as SVG.
+//! Plots of result files, as SVG.
 
 use anyhow::anyhow;
 use plotters::{
@@ -20,7 +20,7 @@ use crate::{
 
 const SIZE: (u32, u32) = (760, 420);
 const FONT: &str = "sans-serif";
-/// Told apart by people who see few colours, too (Okabe and Ito).
+/// Distinguishable with colour blindness (Okabe and Ito).
 const COLOURS: [RGBColor; 6] = [
     RGBColor(0, 114, 178),
     RGBColor(213, 94, 0),
@@ -30,13 +30,13 @@ const COLOURS: [RGBColor; 6] = [
     RGBColor(86, 180, 233),
 ];
 
-/// One line of a picture.
+/// One line of a plot.
 struct Line {
     name: String,
     points: Vec<(f64, f64)>,
 }
 
-/// A picture of lines over the number of services.
+/// A plot of lines over the number of services.
 struct Lines {
     title: &'static str,
     y: &'static str,
@@ -44,11 +44,11 @@ struct Lines {
     of: Vec<Line>,
 }
 
-/// All pictures of a result by the names of their files; none of what the result does not hold.
+/// All plots of a result with data, by file name.
 ///
 /// # Errors
 ///
-/// If one cannot be drawn, which says more about this program than about the result.
+/// If a plot cannot be drawn, which is a fault of this program rather than of the result.
 pub(crate) fn suite(result: &ResultFile) -> anyhow::Result<Vec<(String, String)>> {
     let mut pictures = Vec::new();
     for (name, lines) in lines_of(result) {
@@ -77,7 +77,7 @@ fn by_target(result: &ResultFile, measure: &str, quantile: &str) -> Vec<Line> {
     lines
 }
 
-/// One line of a measure under a name of its own.
+/// One line of a measure with its own name.
 fn line(result: &ResultFile, measure: &str, quantile: &str, name: &str) -> Option<Line> {
     let mut lines = by_target(result, measure, quantile);
     let found = lines.pop()?;
@@ -166,7 +166,7 @@ fn lines_of(result: &ResultFile) -> Vec<(&'static str, Lines)> {
     }
 }
 
-/// Bars with what stands beside each: file name, title, names and values in ns.
+/// Bars with labels: file name, title, names and values in ns.
 fn bars_of(result: &ResultFile) -> (&'static str, &'static str, Vec<(String, f64)>) {
     match result.suite {
         Suite::Hooks => {
@@ -192,7 +192,7 @@ fn bars_of(result: &ResultFile) -> (&'static str, &'static str, Vec<(String, f64
     }
 }
 
-/// The ends of a logarithmic axis for some values, with room above for what stands there.
+/// The ends of a logarithmic axis for some values, with space above for labels.
 fn ends(values: impl Iterator<Item = f64> + Clone, room: f64) -> (f64, f64) {
     let low = values.clone().fold(f64::INFINITY, f64::min);
     let high = values.fold(0.0, f64::max);
@@ -278,7 +278,7 @@ fn draw_bars(title: &str, bars: &[(String, f64)]) -> anyhow::Result<String> {
     Ok(text)
 }
 
-/// An empty picture with a title.
+/// An empty plot with a title.
 fn canvas<'a>(
     text: &'a mut String,
     title: &str,

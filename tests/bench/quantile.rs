@@ -1,8 +1,8 @@
-//! What samples come to: quantiles and how sure they are.
+//! Statistics of samples: quantiles and confidence intervals.
 //!
 //! # Purpose
 //!
-//! Plain functions on numbers. Nothing here knows what was measured.
+//! Pure functions on numbers, independent of what was measured.
 
 /// The quantiles that a result file holds, by name.
 pub(crate) const QUANTILES: [(&str, f64); 9] = [
@@ -17,16 +17,16 @@ pub(crate) const QUANTILES: [(&str, f64); 9] = [
     ("max", 1.0),
 ];
 
-/// The distance from the middle of a normal distribution, in standard deviations, that 95 % stay within.
+/// 95 % of a normal distribution are within this number of standard deviations of the mean.
 const Z_95: f64 = 1.96;
 
-/// A count as a real number. Above 2^53 the last digits are lost, which no figure here shows.
+/// A count as a float. Above 2^53 the last digits are lost, which no figure here shows.
 #[expect(clippy::cast_precision_loss, reason = "see above")]
 pub(crate) const fn real(count: u64) -> f64 {
     count as f64
 }
 
-/// A real number between 0 and the largest index as an index, rounded down.
+/// A float between 0 and the largest index as an index, rounded down.
 #[expect(
     clippy::cast_possible_truncation,
     clippy::cast_sign_loss,
@@ -42,20 +42,21 @@ pub(crate) fn quantile(sorted: &[f64], q: f64) -> Option<f64> {
     sorted.get(index(real(last as u64) * q + 0.5).min(last)).copied()
 }
 
-/// The middle of unsorted samples, and 0 without any.
+/// The median of unsorted samples; 0 without any.
 pub(crate) fn median(samples: &[f64]) -> f64 {
     let mut sorted = samples.to_vec();
     sorted.sort_unstable_by(f64::total_cmp);
     let upper = quantile(&sorted, 0.5).unwrap_or_default();
-    // Of an even number, the mean of the two in the middle: the medians of few blocks would lean to one side.
+    // For an even number, the mean of the two in the middle: otherwise the medians of few blocks would be
+    // biased.
     if sorted.len().is_multiple_of(2) && !sorted.is_empty() {
         return f64::midpoint(sorted[sorted.len() / 2 - 1], sorted[sorted.len() / 2]);
     }
     upper
 }
 
-/// An interval that holds the true median with 95 %, whatever the distribution, from the order of the samples alone. `None`
-/// below 6 samples, which cannot give that much.
+/// A 95 % confidence interval of the median for any distribution, from the order of the samples alone. `None`
+/// below 6 samples, which cannot give that confidence.
 pub(crate) fn median_interval(samples: &[f64]) -> Option<[f64; 2]> {
     let n = samples.len();
     if n < 6 {
@@ -69,14 +70,14 @@ pub(crate) fn median_interval(samples: &[f64]) -> Option<[f64; 2]> {
     Some([sorted[low], sorted[high]])
 }
 
-/// The ratio of two series whose blocks were measured in turns, block by block: its median and an interval that holds the true one
-/// with 95 %. What slows both down for a while hardly changes it. `None` with fewer than 6 pairs.
+/// The ratio of two series whose blocks were measured alternately, block by block: its median and a 95 %
+/// confidence interval. A slowdown of both hardly changes it. `None` with fewer than 6 pairs.
 pub(crate) fn paired_ratio(of: &[f64], to: &[f64]) -> Option<(f64, [f64; 2])> {
     let ratios: Vec<f64> = of.iter().zip(to).filter(|(_, to)| **to > 0.0).map(|(of, to)| of / to).collect();
     Some((median(&ratios), median_interval(&ratios)?))
 }
 
-/// Four significant digits: more is noise, and would make result files long.
+/// Four significant digits: more is noise, and enlarges result files.
 pub(crate) fn rounded(value: f64) -> f64 {
     if value == 0.0 || !value.is_finite() {
         return 0.0;
@@ -144,7 +145,7 @@ mod tests {
         let mut state = 1;
         let mut n_held = 0;
         for _ in 0..1000 {
-            // Uniform in 0..1, so that the true median is a half.
+            // Uniform in 0..1, so the true median is 0.5.
             let samples: Vec<f64> =
                 (0..51).map(|_| real(crate::random::next(&mut state) >> 11) / real(1 << 53)).collect();
             let [low, high] = median_interval(&samples).unwrap();
@@ -155,7 +156,7 @@ mod tests {
 
     #[test]
     fn pairs_are_immune_to_what_slows_both() {
-        // The machine gets ten times slower in the middle; the ratio stays.
+        // The machine becomes ten times slower in the middle; the ratio stays.
         let to: Vec<f64> = (0..40).map(|n| if n < 20 { 100.0 } else { 1000.0 }).collect();
         let of: Vec<f64> = to.iter().map(|value| value * 1.02).collect();
         let (ratio, [low, high]) = paired_ratio(&of, &to).unwrap();

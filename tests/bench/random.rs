@@ -1,6 +1,6 @@
-//! Numbers that look random and come out the same for the same seed.
+//! Reproducible pseudo-random numbers.
 
-/// The next number of a sequence: splitmix64, whose every seed is as good as another.
+/// The next number of a sequence (splitmix64, which accepts any seed).
 pub(crate) const fn next(state: &mut u64) -> u64 {
     *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
     let mut z = *state;

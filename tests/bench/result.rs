@@ -2,8 +2,10 @@
 //!
 //! # Invariants
 //!
-//! - A file holds all that the tables and plots of a suite show, so that they can be made again without measuring.
-//! - A series is known by its measure, target and size. Names are a promise: `bench compare` finds series of other runs by them.
+//! - A file holds everything that the tables and plots of a suite show, so that they can be rendered again
+//!   without measuring.
+//! - Measure, target and size identify a series. Names are stable: `bench compare` finds the series of other
+//!   runs by them.
 
 use std::{collections::BTreeMap, fmt, fs, path::Path};
 
@@ -17,28 +19,28 @@ use crate::{
 
 /// The version of the format.
 const FORMAT: u32 = 1;
-/// More blocks than this are joined, neighbours with each other: enough for intervals, and files stay readable.
+/// More blocks are merged with their neighbours: enough for intervals, and files stay readable.
 const MAX_BLOCKS: usize = 50;
 
-/// What is measured together.
+/// A suite of measurements.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum Suite {
-    /// What a call costs with each hook.
+    /// The cost of a call with each hook.
     Hooks,
     /// From the API server's events to the kernel's maps.
     Sync,
     /// The same work to an endpoint, through socklb, nftables and iptables.
     Path,
-    /// How costs grow.
+    /// How costs grow with size.
     Scale,
 }
 
 impl Suite {
-    /// All of them, in the order in which they run.
+    /// All suites, in the order in which they run.
     pub(crate) const ALL: [Self; 4] = [Self::Hooks, Self::Sync, Self::Path, Self::Scale];
 
-    /// The name, which is also that of its files.
+    /// The name of the suite and of its files.
     pub(crate) const fn name(self) -> &'static str {
         match self {
             Self::Hooks => "hooks",
@@ -49,7 +51,7 @@ impl Suite {
     }
 }
 
-/// What a series counts in.
+/// The unit of a series.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Unit {
@@ -57,9 +59,9 @@ pub(crate) enum Unit {
     Nanoseconds,
     /// Mebibytes.
     Mebibytes,
-    /// Mebibytes in a second.
+    /// Mebibytes per second.
     MebibytesPerSecond,
-    /// Pieces of work in a second.
+    /// Pieces of work per second.
     PerSecond,
     /// A plain number.
     Count,
@@ -67,24 +69,24 @@ pub(crate) enum Unit {
     Ratio,
 }
 
-/// Which way is better, for [`crate::compare`].
+/// Which direction is better, for [`crate::compare`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum Better {
     Lower,
     Higher,
-    /// Neither: it says how the measurement was.
+    /// Neither: it describes the measurement.
     Neither,
 }
 
-/// What a series is about.
+/// The identity of a series.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub(crate) struct Key {
-    /// What was measured, in words.
+    /// The measure, in words.
     pub(crate) measure: String,
-    /// Of what: a program, a competitor, a size in words.
+    /// The target: a program, a competitor, or a size in words.
     pub(crate) target: String,
-    /// With how many services, where that varies.
+    /// The number of services, if it varies.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) n_services: Option<u32>,
 }
@@ -113,21 +115,21 @@ pub(crate) struct Series {
     pub(crate) key: Key,
     pub(crate) unit: Unit,
     pub(crate) better: Better,
-    /// How many samples there were.
+    /// The number of samples.
     pub(crate) n: usize,
-    /// By the names of [`QUANTILES`].
+    /// By the names in [`QUANTILES`].
     pub(crate) quantiles: BTreeMap<String, f64>,
-    /// An interval that holds the true median with 95 %, from the medians of blocks: neighbouring samples are alike, so that
-    /// an interval from single samples would be too narrow. Missing below 6 blocks.
+    /// A 95 % confidence interval of the median, from the medians of blocks: neighbouring samples are
+    /// correlated, so an interval from single samples would be too narrow. Absent below 6 blocks.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) median_interval: Option<[f64; 2]>,
-    /// The medians of blocks of samples, in the order of time. Blocks with the same index of two targets of one measure were
-    /// measured one after the other, where a suite says so.
+    /// The medians of blocks of samples, in order of time. In suites that alternate targets, blocks with the
+    /// same index of two targets were measured one after the other.
     pub(crate) blocks: Vec<f64>,
 }
 
 impl Series {
-    /// A series of blocks of samples in the order of time. `None` without any sample.
+    /// A series of blocks of samples in order of time. `None` without samples.
     pub(crate) fn new(key: Key, unit: Unit, better: Better, blocks: &[Vec<f64>]) -> Option<Self> {
         let filled: Vec<&Vec<f64>> = blocks.iter().filter(|block| !block.is_empty()).collect();
         let mut sorted: Vec<f64> = filled.iter().copied().flatten().copied().collect();
@@ -152,7 +154,7 @@ impl Series {
         })
     }
 
-    /// A quantile by its name, and 0 for a name that is not in the file.
+    /// A quantile by its name; 0 for a name that is not in the file.
     pub(crate) fn at(&self, quantile: &str) -> f64 {
         self.quantiles.get(quantile).copied().unwrap_or_default()
     }
@@ -162,7 +164,7 @@ impl Series {
     }
 }
 
-/// Something that could not be measured here.
+/// A target that could not be measured here.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Unavailable {
     pub(crate) target: String,
@@ -178,16 +180,16 @@ pub(crate) struct ResultFile {
     pub(crate) suite: Suite,
     /// Small and short: shows that the harness works, not how fast anything is.
     pub(crate) is_smoke: bool,
-    /// The commit that was measured; ends with `-dirty` if files differed from it.
+    /// The measured commit; ends with `-dirty` if files differed from it.
     pub(crate) commit: String,
     /// When the run began, UTC.
     pub(crate) started: String,
     /// How long it took.
     pub(crate) seconds: f64,
     pub(crate) machine: Machine,
-    /// Of the programs that took part.
+    /// Versions of the programs involved.
     pub(crate) versions: BTreeMap<String, String>,
-    /// What the run was asked for.
+    /// Settings of the run.
     pub(crate) settings: BTreeMap<String, String>,
     pub(crate) unavailable: Vec<Unavailable>,
     pub(crate) series: Vec<Series>,
@@ -198,18 +200,18 @@ impl ResultFile {
     ///
     /// # Errors
     ///
-    /// If it cannot be read or is of another format.
+    /// If it cannot be read or has another format.
     pub(crate) fn read(path: &Path) -> anyhow::Result<Self> {
         let text = fs::read_to_string(path).with_context(|| format!("{}: cannot be read", path.display()))?;
         let file: Self = serde_json::from_str(&text)
-            .with_context(|| format!("{}: no result of `cargo xtask bench`", path.display()))?;
+            .with_context(|| format!("{}: not a result of `cargo xtask bench`", path.display()))?;
         if file.format != FORMAT {
             bail!("{}: format {}, this program reads {FORMAT}", path.display(), file.format);
         }
         Ok(file)
     }
 
-    /// Writes the file, one series to a line, so that a difference between two can be read.
+    /// Writes the file, with one series per line for readable diffs.
     ///
     /// # Errors
     ///
@@ -224,7 +226,7 @@ impl ResultFile {
         fs::write(path, text).with_context(|| format!("{}: cannot be written", path.display()))
     }
 
-    /// The series of a key.
+    /// The series with a key.
     pub(crate) fn find(&self, key: &Key) -> Option<&Series> {
         self.series.iter().find(|series| series.key == *key)
     }
@@ -242,11 +244,11 @@ pub(crate) struct Run {
 }
 
 impl Run {
-    /// Begins. `commit` and `rustc` come from whoever built this program.
+    /// Starts a run. The build passes `commit` and `rustc`.
     pub(crate) fn start(suite: Suite, is_smoke: bool, commit: &str, rustc: &str) -> Self {
         let machine = Machine::observe();
         let mut versions = BTreeMap::from([("socklb".to_owned(), env!("CARGO_PKG_VERSION").to_owned())]);
-        // Unoptimised, the processes that are measured are slower; the programs in the kernel are the same.
+        // Unoptimised user-space processes are slower; the BPF programs are the same.
         let build = if cfg!(debug_assertions) { "debug" } else { "release" };
         versions.insert("build".to_owned(), build.to_owned());
         if !rustc.is_empty() {
@@ -282,7 +284,7 @@ impl Run {
         self.file.unavailable.push(Unavailable { target: target.to_owned(), n_services, reason });
     }
 
-    /// Adds samples; nothing if there are none.
+    /// Adds samples, if there are any.
     pub(crate) fn series(&mut self, key: Key, unit: Unit, better: Better, blocks: &[Vec<f64>]) {
         self.file.series.extend(Series::new(key, unit, better, blocks));
     }
@@ -303,7 +305,7 @@ impl Run {
 pub(crate) mod tests {
     use super::*;
 
-    /// A file with given series, for tests of what reads files.
+    /// A file with the given series, for tests of readers.
     pub(crate) fn file(suite: Suite, series: Vec<Series>) -> ResultFile {
         let mut file = Run::start(suite, false, "0000000", "").finish();
         (file.seconds, file.started) = (1.5, "2026-01-01T00:00:00Z".to_owned());

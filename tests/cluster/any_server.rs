@@ -1,4 +1,4 @@
-//! What holds with every API server: the one of the tests and, where `KUBEBUILDER_ASSETS` names one, a real one.
+//! What holds with every API server: the test server and, if `KUBEBUILDER_ASSETS` names one, a real one.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -34,7 +34,7 @@ fn apply(server: &dyn Api, cluster: &Cluster) {
     cluster.service_cidrs.values().for_each(|cidr| server.apply(cidr.clone().into()));
 }
 
-/// Each service has one address and one port, that of the API server too.
+/// Each service has one address and one port, including the API server's own.
 fn is_served(follower: &Follower, server: &dyn Api) {
     assert_eq!(follower.n_frontends(), server.cluster().services.len());
 }
@@ -67,7 +67,7 @@ fn objects_are_listed_and_followed() {
     }
 }
 
-/// Toggling a label takes a service from the list and gives it back, without the service being deleted.
+/// Toggling a label removes a service from the list and adds it again, without deleting it.
 #[test]
 fn labels_take_services_away_and_bring_them_back() {
     for server in servers() {
@@ -100,13 +100,13 @@ fn labels_of(server: &dyn Api) {
     }
 }
 
-/// A call goes where the server's objects say, soon after they say so.
+/// Calls reach the endpoints of the server's objects soon after a change.
 #[test]
 fn calls_follow_any_api_server() {
     if !require(Feature::Programs) {
         return;
     }
-    // Each in a sandbox of its own: the servers must listen where the agent is.
+    // Each in its own sandbox: the servers must listen where the agent runs.
     Sandbox::run(|sandbox| calls_follow(sandbox, &ApiServer::start()));
     Sandbox::run(|sandbox| servers().iter().skip(1).for_each(|server| calls_follow(sandbox, &**server)));
 }
@@ -119,7 +119,7 @@ fn calls_follow(sandbox: &Sandbox, server: &dyn Api) {
     let _servers = Servers::tcp(pods);
     let service = service_address(0);
     let slice = |pods: &[SocketAddr]| {
-        // One slice in all states, so that none has to be deleted.
+        // One slice in all states, so that none is deleted.
         let mut slices = lb_tests::cluster::slices(&PortOf::tcp("web"), &pods[..1]);
         slices[0].metadata.name = Some("web-1".to_owned());
         slices.remove(0)
@@ -160,7 +160,7 @@ fn calls_follow(sandbox: &Sandbox, server: &dyn Api) {
     until(Err(Errno::ENETUNREACH));
 }
 
-/// Pods of the own node whose annotation says so, for as long as it does.
+/// Pods of the agent's own node are excluded while their annotation says so.
 #[test]
 fn pods_to_exclude_are_followed() {
     for server in servers() {

@@ -1,4 +1,5 @@
-//! Changes, faults and calls for a while. `cargo xtask bench churn` and `cargo xtask chaos` do it for as long as wanted.
+//! A short run of changes, faults and calls. `cargo xtask bench churn` and `cargo xtask chaos` run it for any
+//! time.
 
 use lb_tests::{
     Feature,
@@ -18,7 +19,8 @@ fn churn_with_faults_and_calls_ends_right() {
     assert!(outcome.n_steady_calls > 0 && outcome.n_other_calls > 0 && outcome.n_changes > 0);
 }
 
-/// The same while agents are killed, also in the middle of a plan, ended, and replaced by ones with other maps.
+/// The same while agents are killed, even in the middle of a plan, stopped, and replaced by ones with other
+/// maps.
 #[test]
 #[cfg(feature = "fault-points")]
 fn chaos_with_calls_ends_right() {

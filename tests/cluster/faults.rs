@@ -1,4 +1,4 @@
-//! What goes wrong with an API server. At the end everything is as if nothing had.
+//! Faults of an API server. At the end the state is as if there had been none.
 
 use std::{
     fs,
@@ -51,7 +51,8 @@ fn a_server_that_comes_later_is_waited_for() {
     follower.until_like(&server);
 }
 
-/// A pod's token is replaced long before it ends, and so is a kubeconfig; nobody restarts the agent for it.
+/// A pod's token is replaced long before it expires, and so may a kubeconfig be. The agent does not need a
+/// restart.
 #[test]
 fn credentials_that_are_replaced_are_used() {
     let server = ApiServer::start();
@@ -71,7 +72,7 @@ fn credentials_that_are_replaced_are_used() {
     let mut follower = Follower::with_kubeconfig(&kubeconfig);
     follower.until_like(&server);
 
-    // The server no longer takes it before the file has the next one.
+    // The server rejects the old token before the file has the next one.
     accept("second");
     server.delete(Kind::Service, NAMESPACE, "web-0");
     for _ in 0..20 {
@@ -100,7 +101,7 @@ fn a_cut_watch_is_resumed_without_a_list() {
     }
     assert_eq!(follower.n_frontends(), 0);
     assert_eq!(server.requests().lists, lists);
-    assert!(server.requests().confirmations >= 5, "the server says that it has what follows");
+    assert!(server.requests().confirmations >= 5, "the server confirms that it has the following versions");
 }
 
 #[test]
@@ -129,7 +130,7 @@ fn an_expired_watch_leads_to_a_list_that_removes() {
     server.set_faults(|faults| faults.lost_events = 2);
     server.delete(Kind::Service, NAMESPACE, "web-0");
     server.delete(Kind::Service, NAMESPACE, "web-1");
-    // The watches must have got past the lost events.
+    // The watches must be past the lost events.
     thread::sleep(Duration::from_millis(300));
     server.set_faults(|faults| faults.lost_events = 0);
     server.expire();
@@ -138,7 +139,7 @@ fn an_expired_watch_leads_to_a_list_that_removes() {
     follower.until("the watches of all three kinds have ended", |_| server.requests().expired >= 3);
 }
 
-/// What changes while a server sends the objects of its cache comes before the end of a streaming list.
+/// Changes while a server sends the objects of its cache come before the end of a streaming list.
 #[test]
 fn changes_before_the_end_of_a_list_count() {
     let server = ApiServer::start();
@@ -151,7 +152,7 @@ fn changes_before_the_end_of_a_list_count() {
     objects.serve("web-20", service_address(20), Tcp, &endpoints(20, 2));
     let (key, others) = ((NAMESPACE.to_owned(), "web-3".to_owned()), cluster::NAMESPACE);
     objects.services.remove(&key);
-    // web-5 is there again, and the other node gone.
+    // web-5 exists again, and the other node is deleted.
     server.set(&objects);
     server.delete(Kind::Node, "", "other");
     server.delete(Kind::Slice, others, &first_slice_of(&objects, "web-9"));
@@ -170,7 +171,7 @@ fn changes_before_the_end_of_a_list_count() {
     assert!(server.requests().changes_in_lists > sent);
 }
 
-/// A watch that the server ends in its time goes on where it was.
+/// A watch that the server closes regularly resumes at its version.
 #[test]
 fn a_watch_that_ends_in_time_costs_no_list() {
     let server = ApiServer::start();
@@ -182,7 +183,7 @@ fn a_watch_that_ends_in_time_costs_no_list() {
     assert_eq!((requests.lists, requests.confirmations), (N_KINDS, 0));
 }
 
-/// Each outage is known while it lasts, with the server and the reason, and over when the server answers again.
+/// Each outage is reported while it lasts, with server and cause, and ends when the server answers again.
 #[test]
 fn an_outage_is_known() {
     let (mut server, mut follower) = with_services(3);
@@ -190,16 +191,18 @@ fn an_outage_is_known() {
     for _ in 0..2 {
         server.stop();
         let problem = format!("API server {}: connection refused", server.url());
-        follower.until("it is away", |_| contact.outage().is_some_and(|outage| *outage.problem == problem));
+        follower.until("the outage begins", |_| {
+            contact.outage().is_some_and(|outage| *outage.problem == problem)
+        });
         let since = Instant::now();
         while since.elapsed() < Duration::from_millis(500) {
             follower.step();
         }
         assert!(contact.ages(Instant::now()).iter().all(|(_, age)| *age >= Duration::from_millis(500)));
         server.resume().unwrap();
-        follower.until("it is back", |_| contact.outage().is_none());
+        follower.until("the outage ends", |_| contact.outage().is_none());
     }
-    // A token that is not taken is no silence.
+    // A rejected token is an outage although the server answers.
     server.set_faults(|faults| faults.token = Some("other".to_owned()));
     server.cut_watches();
     follower.until("it refuses", |_| contact.outage().is_some());
@@ -215,7 +218,7 @@ fn an_outage_is_known() {
     assert!(n("connection") >= N_KINDS && n("unauthorized") >= 1, "{failures:?}");
 }
 
-/// A server that forgets all the time is not asked for lists all the time.
+/// A server that keeps forgetting its history is not asked for lists all the time.
 #[test]
 fn a_server_that_keeps_forgetting_is_given_pauses() {
     let server = ApiServer::start();
@@ -233,7 +236,7 @@ fn a_server_that_keeps_forgetting_is_given_pauses() {
     follower.until_like(&server);
 }
 
-/// The tables are never emptier than they should be while a list is under way, however long it takes.
+/// While a list is in progress, however long it takes, the maps never lack an entry.
 #[test]
 fn a_list_takes_nothing_away_that_is_there() {
     let (server, mut follower) = with_services(20);
@@ -269,7 +272,8 @@ fn internal_errors_are_asked_again() {
     follower.until_like(&server);
 }
 
-/// After a restore from a backup the server is silent about a version that it has not reached, and nothing need change.
+/// After a restore from a backup the server is silent about versions that it has not reached, and objects may
+/// be unchanged.
 #[test]
 fn a_server_that_goes_back_is_believed() {
     for has_streaming_lists in [true, false] {
@@ -295,7 +299,7 @@ fn a_server_that_goes_back_is_believed() {
             }
             server.restore(backup);
             for n_endpoints in 0..n_changes {
-                // Until versions of before mean something else.
+                // Until lost version numbers are reused for other changes.
                 objects.set_endpoints(&PortOf::tcp("web-2"), &endpoints(2, 1 + n_endpoints % 2));
                 objects.slices.values().for_each(|slice| server.apply(slice.clone()));
             }
@@ -338,7 +342,8 @@ fn a_half_open_connection_is_given_up() {
     assert_eq!(server.requests().lists, 2 * N_KINDS, "once for one silence");
 }
 
-/// Changes of all kinds, with faults of all kinds in between. A service that is always there is always served.
+/// Changes of all kinds, interspersed with faults of all kinds. A service that always exists is always
+/// served.
 #[test]
 fn churn_with_faults_ends_as_without() {
     let mut server = ApiServer::start();
@@ -349,7 +354,7 @@ fn churn_with_faults_ends_as_without() {
     let kept = FrontendAddress { ip: service_address(0).ip(), port: 80, protocol: Tcp };
     let mut random = 1_u64;
     let mut next = |limit: u64| {
-        // Numbers that differ and are the same in each run.
+        // Reproducible pseudo-random numbers.
         random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         usize::try_from((random >> 33) % limit).unwrap()
     };
@@ -394,7 +399,7 @@ fn churn_with_faults_ends_as_without() {
     follower.until_like(&server);
 }
 
-/// A process that is being started has all descriptors of its parent until it is another program.
+/// A process that is being spawned has all its parent's descriptors until it calls execve(2).
 #[test]
 fn a_server_comes_back_while_processes_are_started() {
     let mut server = ApiServer::start();

@@ -1,4 +1,4 @@
-//! The agent without a kernel: source, state, and an image in its place.
+//! The agent without a kernel: source, state, and an image in place of the maps.
 
 use std::{
     fs,
@@ -24,16 +24,16 @@ use lb_tests::{
 };
 use tokio::runtime::Runtime;
 
-/// After how long a test fails that waits for something.
+/// Timeout of a condition in a test.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 
-/// Kinds that are watched: Services, EndpointSlices, Nodes, ServiceCIDRs, and the Pods of the own node.
+/// Watched kinds: Services, EndpointSlices, Nodes, ServiceCIDRs, and the Pods of the own node.
 pub(crate) const N_KINDS: u64 = 5;
 
 /// The own node.
 pub(crate) const NODE: &str = "node";
 
-/// Times for tests: a half-open connection shows in a second.
+/// Short times for tests: a half-open connection is detected in a second.
 pub(crate) const TIMING: Timing = Timing {
     answer: Duration::from_secs(1),
     idle: Duration::from_secs(1),
@@ -42,11 +42,11 @@ pub(crate) const TIMING: Timing = Timing {
     rare: Duration::from_millis(200),
 };
 
-/// Everything.
+/// All kinds.
 const WANTED: Wanted<'_> =
     Wanted { service_proxy_name: None, node_name: NODE, other_nodes: true, pods: true, service_cidrs: true };
 
-/// Opens a source by a kubeconfig, as the agent does.
+/// Opens a source with a kubeconfig, as the agent does.
 pub(crate) fn open(runtime: &Runtime, server: &dyn Api) -> KubeSource {
     open_with(runtime, server, WANTED, TIMING)
 }
@@ -74,14 +74,14 @@ impl Follower {
         Self::of(runtime, source)
     }
 
-    /// With a first pause of this length after a failure.
+    /// With this first pause after a failure.
     pub(crate) fn with_first_pause(server: &dyn Api, first_pause: Duration) -> Self {
         let runtime = runtime();
         let source = open_with(&runtime, server, WANTED, Timing { first_pause, ..TIMING });
         Self::of(runtime, source)
     }
 
-    /// As the agent does by default.
+    /// With the agent's defaults.
     pub(crate) fn of_own_node(server: &dyn Api) -> Self {
         let runtime = runtime();
         let source =
@@ -96,14 +96,14 @@ impl Follower {
         Self::of(runtime, source)
     }
 
-    /// With watches that last so long, or up to twice as long.
+    /// With watches of this duration, or up to twice as long.
     pub(crate) fn with_watches_of(server: &dyn Api, watch: Duration) -> Self {
         let runtime = runtime();
         let source = open_with(&runtime, server, WANTED, Timing { watch, ..TIMING });
         Self::of(runtime, source)
     }
 
-    /// With a kubeconfig that stays.
+    /// With a kubeconfig file that the test keeps.
     pub(crate) fn with_kubeconfig(path: &Path) -> Self {
         let runtime = runtime();
         let access = Access { kubeconfig: Some(path.to_owned()), apiserver: None };
@@ -117,7 +117,7 @@ impl Follower {
         Self { runtime, source, state, image }
     }
 
-    /// Takes in what there is, waiting for a moment. Syncs if the agent would.
+    /// Waits briefly for changes and applies them. Syncs if the agent would.
     pub(crate) fn step(&mut self) {
         let moment = Duration::from_millis(5);
         let source = &mut self.source;
@@ -140,7 +140,7 @@ impl Follower {
         }
     }
 
-    /// Waits until everything is as computed from scratch from the server's objects.
+    /// Waits until the state equals the one computed from scratch from the server's objects.
     pub(crate) fn until_like(&mut self, server: &dyn Api) {
         let cluster = server.cluster();
         let mut expected = Store::new();
@@ -166,12 +166,12 @@ pub(crate) fn runtime() -> Runtime {
     tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap()
 }
 
-/// The address of the service of a number.
+/// The address of the service with this number.
 pub(crate) fn service_address(number: usize) -> SocketAddr {
     format!("10.96.{}.{}:80", 1 + number / 250, 1 + number % 250).parse().unwrap()
 }
 
-/// So many services with three endpoints each, and two nodes.
+/// This number of services with three endpoints each, and two nodes.
 pub(crate) fn cluster(n_services: usize) -> Cluster {
     let mut cluster = Cluster::new();
     for number in 0..n_services {
@@ -183,7 +183,7 @@ pub(crate) fn cluster(n_services: usize) -> Cluster {
     ])
 }
 
-/// Endpoints of the service of a number.
+/// Endpoints of the service with this number.
 pub(crate) fn endpoints(number: usize, n_endpoints: usize) -> Vec<SocketAddr> {
     let address =
         |endpoint| format!("10.{}.{}.{}:8080", 1 + endpoint, number / 250, 1 + number % 250).parse().unwrap();

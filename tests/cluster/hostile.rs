@@ -1,4 +1,5 @@
-//! Whoever answers in an API server's place: however much it sends, the agent reads a bounded part of it, says so, and asks again.
+//! An arbitrary server in an API server's place: the agent reads a bounded part of what it sends, reports
+//! that, and retries.
 
 use std::{
     fs,
@@ -15,7 +16,8 @@ use lb_agent::source::Source as _;
 
 use crate::follower::Follower;
 
-/// Listens, and answers each request with what is made of its first line: the head, and so many octets of `x`.
+/// Listens, and answers each request with a head and a number of bytes `x`, which depend on the request's
+/// first line.
 fn answer(of: impl Fn(&str) -> (&'static str, usize) + Send + Sync + 'static) -> String {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let url = format!("http://{}", listener.local_addr().unwrap());
@@ -54,7 +56,7 @@ fn follow(url: &str) -> (tempfile::TempDir, Follower) {
     (directory, follower)
 }
 
-/// Lists are as large as a cluster, but not larger than memory.
+/// A list may be as large as a cluster's, but not larger than memory.
 #[test]
 fn a_list_without_end_is_not_read_to_its_end() {
     let n_lists = Arc::new(AtomicUsize::new(0));
@@ -71,12 +73,12 @@ fn a_list_without_end_is_not_read_to_its_end() {
     });
     let (_directory, mut follower) = follow(&url);
     let contact = follower.source.contact().unwrap().clone();
-    follower.until("the bound is told", |_| {
+    follower.until("the bound is reported", |_| {
         contact.outage().is_some_and(|outage| {
             outage.problem.contains("the list is larger than 256 MiB") && outage.problem.contains(&url)
         })
     });
-    follower.until("it is asked again", |_| n_lists.load(Relaxed) > 1);
+    follower.until("the agent retries", |_| n_lists.load(Relaxed) > 1);
     assert!(!follower.source.is_complete());
 }
 
@@ -86,18 +88,18 @@ fn an_event_without_end_is_not_read_to_its_end() {
     let url = answer(|_| ("200 OK", 40 << 20));
     let (_directory, mut follower) = follow(&url);
     let contact = follower.source.contact().unwrap().clone();
-    follower.until("the bound is told", |_| {
+    follower.until("the bound is reported", |_| {
         contact.outage().is_some_and(|outage| outage.problem.contains("an event is larger than 32 MiB"))
     });
 }
 
-/// Of a refusal the code counts.
+/// The status code of a refusal is reported, not its body.
 #[test]
 fn a_refusal_without_end_is_a_refusal() {
     let url = answer(|_| ("403 Forbidden", 40 << 20));
     let (_directory, mut follower) = follow(&url);
     let contact = follower.source.contact().unwrap().clone();
-    follower.until("the refusal is told", |_| {
+    follower.until("the refusal is reported", |_| {
         contact.outage().is_some_and(|outage| outage.problem.contains(": 403 "))
     });
 }

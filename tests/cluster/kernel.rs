@@ -30,7 +30,8 @@ use tokio::sync::watch;
 
 use crate::follower::{PATIENCE, open, runtime, service_address};
 
-/// A call goes where the server's objects say, soon after they say so, and the server's going away changes nothing.
+/// Calls reach the endpoints of the server's objects soon after a change. An outage of the server changes
+/// nothing.
 #[test]
 fn calls_follow_the_api_server() {
     if !require(Feature::Programs) {
@@ -102,7 +103,8 @@ fn options(sandbox: &Sandbox, state_dir: &Path, http: serve::Options) -> Options
     }
 }
 
-/// Loading the programs takes up to seconds: meanwhile health checks are answered, also with one worker thread.
+/// Loading the programs takes up to seconds: meanwhile health checks are answered, even with one worker
+/// thread.
 #[test]
 fn loading_leaves_the_worker_thread_to_others() {
     if !require(Feature::Programs) {
@@ -121,7 +123,7 @@ fn loading_leaves_the_worker_thread_to_others() {
             Ok(answer)
         };
         with_options(&server, options(sandbox, state_dir.path(), http), || {
-            // The first that comes while the agent listens.
+            // The first response once the agent listens.
             let mut first = String::new();
             let end = Instant::now() + PATIENCE;
             while first.is_empty() {
@@ -134,7 +136,7 @@ fn loading_leaves_the_worker_thread_to_others() {
     });
 }
 
-/// Runs the whole agent while something happens.
+/// Runs the whole agent while `body` runs.
 fn with_agent(
     sandbox: &Sandbox,
     server: &ApiServer,
@@ -146,10 +148,10 @@ fn with_agent(
     with_options(server, options(sandbox, state_dir, http), body);
 }
 
-/// The same with given options.
+/// The same with the given options.
 fn with_options(server: &ApiServer, options: Options, body: impl FnOnce()) {
     thread::scope(|scope| {
-        // Dropped before the agent is waited for, so that it ends when the body panics as well.
+        // Dropped before the agent is waited for, so that the agent also stops when the body panics.
         let (stop, stopped) = watch::channel(false);
         let agent = scope.spawn(move || {
             let runtime = runtime();
@@ -162,7 +164,8 @@ fn with_options(server: &ApiServer, options: Options, body: impl FnOnce()) {
     });
 }
 
-/// A host that starts while the API server is away serves what it served last; the server's word replaces it.
+/// A host that starts during an outage of the API server serves what it served last, until the server
+/// answers.
 #[test]
 fn without_the_server_the_snapshot_is_served() {
     if !require(Feature::Programs) {
@@ -174,7 +177,7 @@ fn without_the_server_the_snapshot_is_served() {
         let (service, state_dir) = (service_address(0), tempfile::tempdir().unwrap());
         let mut objects = Cluster::new();
         let mut writer = Writer::new(state_dir.path());
-        // First as it was before, then with a change, which is in the journal.
+        // First unchanged, then with a change, which is in the journal.
         for served in [&[], &endpoints[..1]] {
             objects.serve("web", service, Tcp, served);
             let mut store = Store::new();
@@ -208,7 +211,7 @@ fn scrape(address: SocketAddr) -> Vec<String> {
     text.lines().map(str::to_owned).collect()
 }
 
-/// A change is timed from the event and from what its slice says; a first list is not.
+/// A change is timed from its event and from its slice's annotation; an initial list is not.
 #[test]
 fn a_scrape_tells_of_changes_and_calls() {
     if !require(Feature::Programs) {
@@ -222,7 +225,7 @@ fn a_scrape_tells_of_changes_and_calls() {
         objects.serve("web", service, Tcp, &endpoints[..1]);
         let server = ApiServer::start();
         server.set(&objects);
-        // A port that is free in the sandbox's network namespace, where nobody else is.
+        // A free port in the sandbox's network namespace, where nothing else listens.
         let metrics = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
         let has = |line: &str| scrape(metrics).iter().any(|found| found == line);
         with_agent(sandbox, &server, state_dir.path(), Some(metrics), || {
@@ -246,11 +249,11 @@ fn a_scrape_tells_of_changes_and_calls() {
                     && has(r#"socklb_audits_total{result="repaired"} 0"#)
             });
         });
-        assert!(TcpListener::bind(metrics).is_ok(), "nobody listens once the agent has ended");
+        assert!(TcpListener::bind(metrics).is_ok(), "the port is free once the agent has exited");
     });
 }
 
-/// Who looks at a Service with kubectl is told what is wrong with it, once, and after a restart as the same Event.
+/// An issue of a Service is written as an Event, once. After a restart the same Event is updated.
 #[test]
 fn events_tell_of_conflicts_and_of_the_agent() {
     if !require(Feature::Programs) {
@@ -267,8 +270,8 @@ fn events_tell_of_conflicts_and_of_the_agent() {
             server.events().into_iter().filter(|event| event["reason"] == reason).collect()
         };
         with_agent(sandbox, &server, state_dir.path(), None, || {
-            until("the conflict is told", || of("AddressConflict").len() == 1);
-            until("the first sync is told", || of("Synced").len() == 1);
+            until("the conflict is reported", || of("AddressConflict").len() == 1);
+            until("the first sync is reported", || of("Synced").len() == 1);
         });
         let conflict = of("AddressConflict").remove(0);
         assert_eq!((&conflict["type"], &conflict["series"]), (&"Warning".into(), &Value::Null), "{conflict}");
@@ -288,7 +291,7 @@ fn events_tell_of_conflicts_and_of_the_agent() {
         assert_eq!(starting["note"], "node node: socklb has attached its programs");
 
         with_agent(sandbox, &server, state_dir.path(), None, || {
-            until("it is told again", || of("AddressConflict")[0]["series"]["count"] == 2);
+            until("it is reported again", || of("AddressConflict")[0]["series"]["count"] == 2);
         });
         assert_eq!((of("AddressConflict").len(), of("Starting").len()), (1, 1), "{:#?}", server.events());
     });

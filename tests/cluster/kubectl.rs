@@ -1,4 +1,4 @@
-//! The API server of these tests, seen by kubectl: what it takes for one.
+//! kubectl works with the API server of these tests.
 
 use std::{
     fs,

@@ -1,4 +1,4 @@
-//! The agent against an API server, and against everything that goes wrong with one.
+//! The agent with an API server, and with its faults.
 #![expect(clippy::unwrap_used, reason = "what fails here fails a test")]
 
 mod any_server;

@@ -1,4 +1,4 @@
-//! What an operator sees of an API server that is away. The agent is the program that is installed.
+//! What an operator sees of an outage of the API server. The agent is the installed program.
 
 use std::{
     env,
@@ -20,7 +20,7 @@ use serde_json::Value;
 
 use crate::follower::{PATIENCE, cluster};
 
-/// An agent that is ended with this value.
+/// An agent that is killed on drop.
 struct Agent {
     child: Child,
     healthz: SocketAddr,
@@ -30,7 +30,7 @@ struct Agent {
 
 impl Agent {
     fn start(sandbox: &Sandbox, directory: &Path, name: &str) -> Self {
-        // Ports that are free in the sandbox's network namespace, where nothing else listens.
+        // Free ports in the sandbox's network namespace, where nothing else listens.
         let free = || TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
         let (healthz, metrics, log) = (free(), free(), directory.join(name));
         let child = Command::new(env::var_os("SOCKLB_BIN").unwrap())
@@ -60,14 +60,14 @@ impl Agent {
         }
     }
 
-    /// Whether `/healthz` says that the node is ready, and what it says of the source.
+    /// Whether `/healthz` reports that the node is ready, and its report on the source.
     fn health(&self) -> Option<(bool, Value)> {
         let (is_ok, body) = get(self.healthz, "/healthz")?;
         let mut body: Value = serde_json::from_str(&body).ok()?;
         Some((is_ok, body["source"].take()))
     }
 
-    /// Whether it is ready while the server is away, and shows that.
+    /// Whether it is ready during the outage, and reports the outage.
     fn shows_outage(&self, problem: &str, serves: &str) -> bool {
         self.health().is_some_and(|(is_ok, source)| {
             is_ok && source["problem"] == problem && source["serves"] == serves && source["since"].is_string()
@@ -84,7 +84,7 @@ impl Agent {
         text.lines().find_map(|line| line.strip_prefix(name)?.trim().parse().ok())
     }
 
-    /// How many lines of the log hold this.
+    /// How many lines of the log contain this.
     fn n_lines(&self, what: &str) -> usize {
         fs::read_to_string(&self.log).unwrap().lines().filter(|line| line.contains(what)).count()
     }
@@ -102,7 +102,7 @@ impl Drop for Agent {
     }
 }
 
-/// An answer: whether it is 200, and its body. `None` without one.
+/// A response: whether its status is 200, and its body. `None` without a response.
 fn get(address: SocketAddr, path: &str) -> Option<(bool, String)> {
     let mut stream = TcpStream::connect(address).ok()?;
     stream
@@ -114,8 +114,9 @@ fn get(address: SocketAddr, path: &str) -> Option<(bool, String)> {
     Some((head.starts_with("HTTP/1.1 200"), body.to_owned()))
 }
 
-/// Each outage has a line when it begins and one when it ends, also the second within a minute, and shows while it lasts. The node
-/// stays ready: what is served is right as far as is known. So it is for an agent that is started meanwhile.
+/// Each outage is logged when it begins and when it ends, even the second within a minute, and is reported
+/// while it lasts. The node stays ready: what is served is right as far as is known. An agent started during
+/// an outage does the same.
 #[test]
 fn an_outage_shows_and_the_node_stays_ready() {
     if !require(Feature::Programs) || !require(Feature::Variable("SOCKLB_BIN")) {
@@ -137,7 +138,8 @@ fn an_outage_shows_and_the_node_stays_ready() {
             server.stop();
             agent.until("the outage shows", |agent| agent.shows_outage(&problem, "last-known"));
             let of_nodes = r#"socklb_source_answer_age_seconds{kind="nodes"}"#;
-            agent.until("no answer grows old", |agent| agent.metric(of_nodes).is_some_and(|age| age > 0.5));
+            agent
+                .until("the answer's age grows", |agent| agent.metric(of_nodes).is_some_and(|age| age > 0.5));
             assert_eq!((agent.n_lines(began), agent.n_lines(&ended)), (n_outages, n_outages - 1));
             server.resume().unwrap();
             agent.until("its end shows", Agent::is_well);

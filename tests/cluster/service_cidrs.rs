@@ -1,4 +1,5 @@
-//! Where cluster IPs come from: ServiceCIDRs, of servers that have them, do not, or refuse them; and who else has cluster IPs.
+//! The networks of cluster IPs: ServiceCIDRs of servers that have them, lack them, or refuse them; and
+//! cluster IPs of other proxies.
 
 use std::{
     net::IpAddr,
@@ -27,12 +28,12 @@ fn networks(follower: &Follower) -> Vec<String> {
     follower.image.service_cidrs.iter().map(ToString::to_string).collect()
 }
 
-/// Steps until the networks in force are these.
+/// Steps until these networks are in force.
 fn until_networks(follower: &mut Follower, wanted: &[&str]) {
     follower.until(&format!("{wanted:?} are in force"), |follower| networks(follower) == wanted);
 }
 
-/// A Service with an address of its own and this label of a proxy.
+/// A Service with its own address and this proxy label.
 fn labelled(name: &str, ip: IpAddr, proxy: Option<&str>) -> Service {
     let mut service = cluster::service(name, &[ip], &[cluster::port("", Tcp, 80)]);
     let label = |proxy: &str| (ingest::SERVICE_PROXY_NAME.to_owned(), proxy.to_owned());
@@ -63,7 +64,8 @@ fn service_cidrs_are_in_force_while_they_are_there() {
     }
 }
 
-/// Nothing is judged before everything is listed: an address whose Service is not known yet would be unreachable.
+/// No verdict before everything is listed: otherwise the address of a Service that is not known yet would be
+/// unreachable.
 #[test]
 fn no_network_is_in_force_before_all_services_are_known() {
     let server = ApiServer::start();
@@ -96,9 +98,9 @@ fn a_server_without_service_cidrs_is_served_as_ever() {
     let contact = |follower: &Follower| follower.source.contact().unwrap().clone();
     assert_eq!(contact(&follower).outage(), None);
     let kinds: Vec<_> = contact(&follower).ages(Instant::now()).into_iter().map(|(kind, _)| kind).collect();
-    assert!(!kinds.contains(&"servicecidrs"), "no answer grows old: {kinds:?}");
+    assert!(!kinds.contains(&"servicecidrs"), "the missing kind has no answer age: {kinds:?}");
 
-    // Another version of the server, without an outage and after one.
+    // The server's version changes, without an outage and during one.
     knows(&server, true);
     until_networks(&mut follower, &["10.96.0.0/12"]);
     knows(&server, false);
@@ -114,7 +116,7 @@ fn a_server_without_service_cidrs_is_served_as_ever() {
     follower.until_like(&server);
 }
 
-/// A server that does not have them is asked rarely.
+/// A server that lacks them is queried rarely.
 #[test]
 fn what_a_server_does_not_have_is_asked_for_rarely() {
     let server = ApiServer::start();
@@ -127,12 +129,12 @@ fn what_a_server_does_not_have_is_asked_for_rarely() {
     while started.elapsed() < Duration::from_secs(1) {
         follower.step();
     }
-    // Each 200 ms at most.
+    // At most once per 200 ms.
     let n_asked = server.requests().unknown - before;
     assert!((2..=6).contains(&n_asked), "{n_asked}");
 }
 
-/// As with the rules of an older version.
+/// As with the RBAC rules of an older version.
 #[test]
 fn a_missing_rule_is_an_issue_and_everything_is_served() {
     let server = ApiServer::start();
@@ -162,7 +164,7 @@ fn a_missing_rule_is_an_issue_and_everything_is_served() {
     forbid(None);
     until_networks(&mut follower, &["10.96.0.0/12"]);
     assert_eq!(follower.source.issues(), []);
-    // What is known stays when the rule goes.
+    // When the rule is removed, the known ones stay.
     forbid(Some(Kind::ServiceCidr));
     follower.until("the issue is back", |follower| follower.source.issues().len() == 1);
     assert_eq!(networks(&follower), ["10.96.0.0/12"]);
@@ -171,7 +173,7 @@ fn a_missing_rule_is_an_issue_and_everything_is_served() {
     follower.until_like(&server);
 }
 
-/// Any other error of theirs alone keeps nothing from being served.
+/// Any other error of ServiceCIDRs alone does not stop services from being served.
 #[test]
 fn an_object_that_cannot_be_read_is_an_issue() {
     let server = ApiServer::start();
@@ -185,7 +187,7 @@ fn an_object_that_cannot_be_read_is_an_issue() {
     assert_eq!(follower.source.issues(), []);
 }
 
-/// With `--service-cidr=none` nothing is read for it.
+/// With `--service-cidr=none` no ServiceCIDRs are read.
 #[test]
 fn without_networks_nothing_more_is_read() {
     let server = ApiServer::start();
@@ -196,10 +198,10 @@ fn without_networks_nothing_more_is_read() {
     let mut follower = Follower::without_service_cidrs(&server);
     follower.until("the service is served", |follower| follower.n_frontends() == 1);
     assert_eq!((follower.source.issues(), networks(&follower).len()), (vec![], 0));
-    assert_eq!(follower.state.store().services().len(), 1, "those of others are not asked for");
+    assert_eq!(follower.state.store().services().len(), 1, "those of other proxies are not requested");
 }
 
-/// A label that comes and goes is one event, so that the address is never one that no Service has.
+/// A change of the label is one event, so that the address always has a Service.
 #[test]
 fn addresses_of_other_proxies_are_known_and_their_slices_are_not_read() {
     let server = ApiServer::start();
@@ -221,7 +223,7 @@ fn addresses_of_other_proxies_are_known_and_their_slices_are_not_read() {
         server.apply(labelled("theirs", ip, proxy));
         follower.until(&format!("{proxy:?} is followed"), |follower| {
             let found = follower.image.cluster_ips.get(&ip).copied();
-            assert!(found.is_some(), "an address that no Service has");
+            assert!(found.is_some(), "an address without a Service");
             found == Some(flag) && !follower.state.needs_sync()
         });
     }
@@ -230,7 +232,7 @@ fn addresses_of_other_proxies_are_known_and_their_slices_are_not_read() {
     follower.until_like(&server);
 }
 
-/// On the kernel: what fails at once follows the objects, and what another proxy serves does not fail.
+/// In the kernel: the unreachable addresses follow the objects, and another proxy's addresses pass.
 #[test]
 fn calls_follow_service_cidrs() {
     if !require(Feature::Programs) {
@@ -264,7 +266,7 @@ fn calls_follow_service_cidrs() {
                 thread::sleep(Duration::from_millis(5));
             }
         };
-        // There is no route: a call that is left alone fails otherwise.
+        // There is no route: a call that passes fails with another error.
         let (refused, untouched) = (Errno::ECONNREFUSED, Errno::ENETUNREACH);
         let unreachable = if Features::probe().set_retval { Errno::EHOSTUNREACH } else { untouched };
         until([refused, untouched, untouched]);

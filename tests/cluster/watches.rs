@@ -1,4 +1,4 @@
-//! Lists and watches of a server that works.
+//! Lists and watches of a server without faults.
 
 use std::time::Duration;
 
@@ -32,7 +32,7 @@ fn everything_is_listed_and_followed() {
     assert_eq!(server.requests().lists, N_KINDS, "one list of each kind");
 }
 
-/// The Nodes of others are many, large, and change all the time.
+/// Other Nodes are many, large, and change constantly.
 #[test]
 fn only_the_own_node_is_read() {
     let server = ApiServer::start();
@@ -42,7 +42,7 @@ fn only_the_own_node_is_read() {
     objects.set(large.clone());
     server.set(&objects);
     let mut follower = Follower::of_own_node(&server);
-    follower.until("all is served", |follower| follower.n_frontends() == 3);
+    follower.until("everything is served", |follower| follower.n_frontends() == 3);
     let nodes = |follower: &Follower| -> Vec<String> {
         follower.state.store().nodes().map(|node| node.name.to_string()).collect()
     };
@@ -55,7 +55,7 @@ fn only_the_own_node_is_read() {
     assert!(octets < 20_000, "{octets} octets were read");
 }
 
-/// An older server refuses streaming lists; a list of many objects from there is whole, too.
+/// An older server refuses streaming lists; its list of many objects is complete too.
 #[test]
 fn a_server_without_streaming_lists_is_listed() {
     let mut server = ApiServer::start();
@@ -64,10 +64,10 @@ fn a_server_without_streaming_lists_is_listed() {
     let mut follower = Follower::start(&server);
     follower.until_like(&server);
     assert_eq!(follower.n_frontends(), 600);
-    // As text it would be some 700 KB.
+    // Uncompressed it would be about 700 KB.
     let octets = server.requests().octets;
     assert!(octets < 200_000, "{octets} octets: the lists were not compressed");
-    // A list of the latest state comes in pages.
+    // A list of the latest state is paged.
     server.restart_at_version(5000);
     server.set(&cluster(550));
     server.expire();
@@ -88,7 +88,7 @@ fn nothing_is_served_before_all_lists_are_complete() {
     follower.until_like(&server);
 }
 
-/// A change that an event brings is timed; those of a list are not.
+/// A change from an event is timed; objects of a list are not.
 #[test]
 fn events_are_timed() {
     let server = ApiServer::start();

@@ -1,4 +1,4 @@
-//! `sessionAffinity: ClientIP`: the parts that are the kernel's, clients and time.
+//! `sessionAffinity: ClientIP`: the parts in the kernel, clients and time.
 
 use std::{
     collections::BTreeSet,
@@ -21,7 +21,7 @@ use lb_tests::{
 
 use crate::calls::service_address;
 
-/// Endpoints that every namespace of a test has as addresses of its own.
+/// Endpoints that are local addresses of every namespace of a test.
 fn endpoints() -> [IpAddr; 16] {
     std::array::from_fn(|n| IpAddr::from([10, 1, 0, u8::try_from(n + 1).unwrap()]))
 }
@@ -39,7 +39,7 @@ fn with_affinity(seconds: i32) -> Cluster {
     cluster
 }
 
-/// Connects a datagram socket and tells to which of [`endpoints`].
+/// Connects a datagram socket and returns which of [`endpoints`] it got.
 fn chosen() -> IpAddr {
     let socket = Socket::new(Domain::V4, Udp);
     socket.connect(service_address(Domain::V4)).unwrap();
@@ -72,8 +72,8 @@ fn clients_are_network_namespaces() {
     });
 }
 
-/// A client's first calls, on several CPUs at the same moment: each may find nothing remembered, but what is remembered
-/// from then on is one endpoint.
+/// A client's first calls, on several CPUs at once: each may find no entry, but after them the entry has one
+/// endpoint.
 #[test]
 fn first_calls_at_once_agree_from_the_next_call_on() {
     const N_SERVICES: usize = 60;
@@ -142,7 +142,8 @@ fn a_client_that_is_idle_too_long_chooses_anew() {
         let mut agent = Agent::start(sandbox);
         agent.follow(&with_affinity(1));
         let first = chosen();
-        // Two seconds are more than one on any clock. The same endpoint is chosen again once in sixteen times.
+        // Two seconds are more than one on any clock. The same endpoint is chosen again once in sixteen
+        // times.
         let moved = (0..10).any(|_| {
             thread::sleep(Duration::from_secs(2));
             chosen() != first
@@ -164,7 +165,7 @@ fn a_client_that_calls_in_time_keeps_its_endpoint() {
         for _ in 0..200 {
             assert_eq!(chosen(), first);
         }
-        // A change of the set that keeps the endpoint keeps the choice.
+        // A change of the endpoint set that keeps the endpoint keeps the choice.
         let mut cluster = with_affinity(600);
         let other: IpAddr = endpoints().into_iter().find(|ip| *ip != first).unwrap();
         cluster.set_endpoints(&PortOf::udp("dns"), &[first, other].map(|ip| SocketAddr::new(ip, 53)));

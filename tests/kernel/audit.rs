@@ -1,4 +1,4 @@
-//! Maps that somebody else has changed, and the audit that puts them right.
+//! Maps that another program has changed, and the audit that repairs them.
 
 use std::{
     net::{IpAddr, SocketAddr},
@@ -46,7 +46,7 @@ fn hash<K: Pod, V: Pod>(sandbox: &Sandbox, name: &str) -> HashMap<MapData, K, V>
     pinned(sandbox, name).try_into().unwrap()
 }
 
-/// Writes a key that leads to a frontend's entry.
+/// Inserts a key that refers to a frontend's entry.
 fn insert4(sandbox: &Sandbox, key: [u8; 8], id: u32) {
     hash::<[u8; 8], [u8; 4]>(sandbox, "services4").insert(key, id.to_ne_bytes(), 0).unwrap();
 }
@@ -55,7 +55,7 @@ fn remove4(sandbox: &Sandbox, key: [u8; 8]) {
     hash::<[u8; 8], [u8; 4]>(sandbox, "services4").remove(&key).unwrap();
 }
 
-/// Alters an entry of an array in place.
+/// Changes an entry of an array in place.
 fn alter<const N: usize>(sandbox: &Sandbox, name: &str, index: u32, change: impl FnOnce(&mut [u8; N])) {
     let mut array: Array<MapData, [u8; N]> = pinned(sandbox, name).try_into().unwrap();
     let mut entry = array.get(&index, 0).unwrap();
@@ -63,18 +63,18 @@ fn alter<const N: usize>(sandbox: &Sandbox, name: &str, index: u32, change: impl
     array.set(index, entry, 0).unwrap();
 }
 
-/// What a comparison by another process would find.
+/// The findings of a comparison by another process.
 fn compare(sandbox: &Sandbox, agent: &Agent) -> Findings {
     Maps::open(&sandbox.pin_path()).unwrap().compare(agent.state.image()).unwrap()
 }
 
-/// An audit, as the agent's loop does it.
+/// An audit, as in the agent's loop.
 fn audit(sandbox: &Sandbox, agent: &mut Agent) -> Faults {
     let findings = compare(sandbox, agent);
     agent.kernel.repair(agent.state.image(), &findings).unwrap().faults
 }
 
-/// What the servers and addresses of these tests are.
+/// The servers and addresses of these tests.
 struct Scene {
     web: SocketAddr,
     other: SocketAddr,
@@ -95,7 +95,7 @@ impl Scene {
         }
     }
 
-    /// Two services with an endpoint each, one of IPv6, and a node.
+    /// Two services with one endpoint each, one of them IPv6, and a node.
     fn cluster(&self) -> Cluster {
         let mut cluster = Cluster::new();
         cluster.serve("web", self.web, Tcp, &self.servers[..1]);
@@ -104,7 +104,7 @@ impl Scene {
         cluster.with([cluster::node("other-node", &[IpAddr::from([192, 0, 2, 9])])])
     }
 
-    /// An address that no service has.
+    /// An address of no service.
     fn foreign(&self) -> SocketAddr {
         SocketAddr::new(self.web.ip(), 99)
     }
@@ -126,12 +126,12 @@ fn with_agent(test: impl FnOnce(&Sandbox, &mut Agent, &Scene) + Send) {
         let mut agent = Agent::start(sandbox);
         agent.follow(&scene.cluster());
         scene.assert_served("before");
-        assert!(compare(sandbox, &agent).is_empty(), "nothing was done to the maps yet");
+        assert!(compare(sandbox, &agent).is_empty(), "the maps are unchanged");
         test(sandbox, &mut agent, &scene);
     });
 }
 
-/// An agent whose maps are damaged, and what they held.
+/// An agent whose maps are damaged, and their former content.
 struct Victim<'a> {
     sandbox: &'a Sandbox,
     agent: &'a mut Agent,
@@ -140,7 +140,7 @@ struct Victim<'a> {
 }
 
 impl Victim<'_> {
-    /// The key of the service that is looked at, and the entries that it and the other one lead to.
+    /// The key of the tested service, and the entries of it and of the other service.
     fn web(&self) -> ([u8; 8], u32, u32) {
         let id = |address: SocketAddr| {
             let address = FrontendAddress { ip: address.ip(), port: address.port(), protocol: Tcp };
@@ -149,7 +149,7 @@ impl Victim<'_> {
         (key4(self.scene.web, 6), id(self.scene.web), id(self.scene.other))
     }
 
-    /// Does damage, looks at its effect on calls of the service, and audits.
+    /// Damages the maps, checks the effect on calls of the service, and audits.
     fn check(
         &mut self,
         what: &str,
@@ -163,7 +163,7 @@ impl Victim<'_> {
         assert_eq!(self.agent.image(), self.image, "{what}");
         self.scene.assert_served(what);
         assert_eq!(call(self.scene.foreign(), Tcp), Err(Errno::ENETUNREACH), "{what}");
-        assert_eq!(audit(self.sandbox, self.agent), Faults::new(), "{what}: once is enough");
+        assert_eq!(audit(self.sandbox, self.agent), Faults::new(), "{what}: nothing is left");
         assert!(self.agent.state.sync().is_empty(), "{what}: the state has nothing to add");
     }
 }
@@ -213,7 +213,7 @@ fn keys_are_repaired_and_counted() {
                 .arg("key")
                 .args(key.map(|octet| octet.to_string()))
                 .status();
-            // On a machine without bpftool the hand has other tools.
+            // Without bpftool the change is made by other means.
             if !done.is_ok_and(|status| status.success()) {
                 remove4(sandbox, key);
             }
@@ -266,13 +266,13 @@ fn entries_and_endpoints_are_repaired_and_counted() {
     });
 }
 
-/// What plans do between the comparison and the repair is no fault, and what they take away stays away.
+/// Changes of plans between comparison and repair are not faults, and deleted entries stay deleted.
 #[test]
 fn changes_under_way_are_no_faults() {
     with_agent(|sandbox, agent, scene| {
         let mut cluster = scene.cluster();
         for round in 0..20 {
-            // Compared with what is about to be changed, as if the comparison had been slow.
+            // Compares with the image before the change, as a slow comparison would.
             let old = agent.state.image().clone();
             let endpoints = &scene.servers[round % 2..=round % 2];
             cluster.serve("web", scene.web, Tcp, endpoints);
@@ -291,19 +291,19 @@ fn changes_under_way_are_no_faults() {
     });
 }
 
-/// Fills a map with keys that no agent has inserted. Returns how many it took.
+/// Fills a map with foreign keys. Returns how many fit.
 fn fill<K: Pod, V: Pod>(map: &mut HashMap<MapData, K, V>, value: V, key: impl Fn(u32) -> K) -> u64 {
     let n_foreign = (0..=u32::MAX).find(|n| map.insert(key(*n), value, 0).is_err()).unwrap();
     assert!(n_foreign > 100, "{n_foreign} foreign keys fit");
     n_foreign.into()
 }
 
-/// A key of a port that no service of these tests has.
+/// A key of a port without service.
 fn foreign4(scene: &Scene, n: u32) -> [u8; 8] {
     key4(SocketAddr::new(scene.web.ip(), u16::try_from(1000 + n).unwrap()), 6)
 }
 
-/// Foreign keys that fill the table give room to those that are missing.
+/// Foreign keys that fill the map are removed for the missing ones.
 #[test]
 fn a_table_filled_by_a_stranger_is_repaired() {
     with_agent(|sandbox, agent, scene| {
@@ -317,7 +317,7 @@ fn a_table_filled_by_a_stranger_is_repaired() {
     });
 }
 
-/// What is new then waits for the next audit, and nothing else does.
+/// Then only what is new waits for the next audit.
 #[test]
 fn a_table_filled_by_a_stranger_keeps_out_what_is_new_alone() {
     with_agent(|sandbox, agent, scene| {

@@ -1,4 +1,4 @@
-//! Which calls are pointed at an endpoint, and which are left alone.
+//! Which calls are redirected to an endpoint, and which pass.
 
 use std::{collections::BTreeSet, net::SocketAddr};
 
@@ -20,7 +20,7 @@ pub(crate) fn service_address(domain: Domain) -> SocketAddr {
     text.parse().unwrap()
 }
 
-/// Addresses on loopback, for servers.
+/// Loopback addresses for servers.
 pub(crate) fn addresses<const N: usize>(domain: Domain, first_port: u16) -> [SocketAddr; N] {
     let mut port = first_port;
     std::array::from_fn(|_| {
@@ -35,7 +35,7 @@ fn endpoints(domain: Domain) -> [SocketAddr; 2] {
     addresses(domain, 8001)
 }
 
-/// A sandbox with an agent, and in each family two servers and a service with both of them as endpoints.
+/// A sandbox with an agent, and in each family two servers and a service with both as endpoints.
 fn with_services(protocols: &[Protocol], test: impl FnOnce(&mut Agent) + Send) {
     Sandbox::run(|sandbox| {
         let mut cluster = Cluster::new();
@@ -54,7 +54,7 @@ fn with_services(protocols: &[Protocol], test: impl FnOnce(&mut Agent) + Send) {
     });
 }
 
-/// Calls until every endpoint has answered, and fails if one does not or if another server does.
+/// Calls until every endpoint has answered. Fails if one does not, or another server does.
 pub(crate) fn assert_spread(endpoints: &[SocketAddr], mut call: impl FnMut() -> SocketAddr) {
     let wanted: BTreeSet<_> = endpoints.iter().copied().collect();
     let mut reached = BTreeSet::new();
@@ -96,8 +96,8 @@ fn a_datagram_reaches_each_endpoint() {
     });
 }
 
-/// A program that sends several datagrams of one flow expects one server to get them, until that server is no
-/// longer an endpoint.
+/// A program that sends several datagrams of one flow expects the same server to receive them, until that
+/// server is no longer an endpoint.
 #[test]
 fn the_datagrams_of_a_socket_stay_together() {
     if !require(Feature::Programs) {
@@ -126,7 +126,7 @@ fn the_datagrams_of_a_socket_stay_together() {
     });
 }
 
-/// The protocol and the port are part of a service's address.
+/// Protocol and port are part of a service's address.
 #[test]
 fn neighbours_of_a_service_address_are_not_touched() {
     if !require(Feature::Programs) {

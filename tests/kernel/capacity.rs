@@ -1,4 +1,4 @@
-//! Large sets, and tables without room.
+//! Large sets, and full maps.
 
 use std::{
     collections::BTreeSet,
@@ -23,7 +23,7 @@ use nix::errno::Errno;
 
 use crate::calls::{addresses, service_address};
 
-/// Loopback addresses from 127.0.0.0 + `first` on, all of which one server on the unspecified address serves.
+/// Loopback addresses from 127.0.0.0 + `first`, all served by one server on the unspecified address.
 fn loopback_endpoints(first: u32, n: u32) -> Vec<SocketAddr> {
     let base = u32::from(Ipv4Addr::new(127, 1, 0, 0)) + first;
     (base..base + n).map(|ip| SocketAddr::new(Ipv4Addr::from(ip).into(), 8080)).collect()
@@ -40,8 +40,7 @@ fn a_service_may_have_a_hundred_thousand_endpoints() {
         let _servers = Servers::tcp([SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), 8080)]);
         let options = Options { capacity: Capacity::default(), ..agent::options(sandbox) };
         let mut agent = Agent::start_with(&options, agent::settings(), Vec::new()).unwrap();
-        // The second set is twice as far as it is large, so that the sets differ in all endpoints; the third needs the
-        // room of the first.
+        // The sets are disjoint; the third needs the space of the first.
         for first in [0, 2 * N, 4 * N] {
             let endpoints = loopback_endpoints(first, N);
             let mut cluster = Cluster::new();
@@ -50,7 +49,7 @@ fn a_service_may_have_a_hundred_thousand_endpoints() {
             assert_eq!(agent.state.issues().count(), 0);
             let reached: BTreeSet<_> = (0..300).map(|_| call(service, Tcp).unwrap()).collect();
             assert!(reached.iter().all(|server| endpoints.binary_search(server).is_ok()));
-            // Of 300 numbers out of 100,000, fewer than one in two hundred are equal to another on average.
+            // Of 300 numbers below 100,000, fewer than one in two hundred equals another on average.
             assert!(reached.len() > 280, "only {} endpoints answered", reached.len());
             agent.settle();
         }
@@ -86,7 +85,7 @@ fn services_that_do_not_fit_do_not_disturb_the_others() {
             agent.state.issues().filter(|issue| matches!(issue.kind, IssueKind::ServicesFull { .. })).count();
         assert_eq!(full, 2);
 
-        // Two go; their places are free after a grace period, and those who wait take them.
+        // Two are deleted. Their entries are free after a grace period, and waiting ones get them.
         agent.follow(&with(3..=6));
         agent.settle();
         agent.sync();
@@ -126,7 +125,7 @@ fn endpoints_that_do_not_fit_leave_the_service_as_it_was() {
     });
 }
 
-/// Whatever Nodes list, each has its share of the table, and services are served.
+/// Whatever Nodes list, each has its share of the map, and services are served.
 #[test]
 fn too_many_node_addresses_cost_no_service() {
     if !require(Feature::Programs) {
@@ -154,7 +153,7 @@ fn too_many_node_addresses_cost_no_service() {
         assert_eq!(agent.image().node_addrs.len(), MAX_ADDRS_PER_NODE);
         assert_eq!(call(service_address(Domain::V4), Tcp), Ok(servers[0]));
 
-        // Many that list as much as they may. Some addresses go for others, which wait for the room.
+        // Many Nodes that list the maximum. Some addresses replace others and wait for space.
         let n_each = u32::try_from(MAX_ADDRS_PER_NODE).unwrap();
         for (n, server) in [(MAX_NODE_ADDRS / n_each, servers[1]), (MAX_NODE_ADDRS / n_each + 8, servers[0])]
         {

@@ -1,4 +1,4 @@
-//! Callers that are left alone, by their cgroup.
+//! Excluded callers, by cgroup.
 
 use std::{collections::BTreeSet, fs, net::SocketAddr, path::Path, thread, time::Duration};
 
@@ -25,7 +25,7 @@ use nix::{
 
 use crate::calls::service_address;
 
-/// A service that nobody serves.
+/// A service without endpoints.
 fn empty_service() -> SocketAddr {
     "10.96.0.2:80".parse().unwrap()
 }
@@ -34,7 +34,7 @@ pub(crate) fn place(directory: &Path) -> CgroupPosition {
     Hierarchy::find().unwrap().position_of(directory).unwrap()
 }
 
-/// What comes of a call of each kind, from this thread.
+/// The outcome of a call of each kind from this thread.
 fn outcomes() -> Vec<Result<(), Errno>> {
     let sent = |domain| Socket::new(domain, Udp).send_to(b"?", service_address(domain)).map(drop);
     let mut outcomes = vec![call(empty_service(), Tcp).map(drop)];
@@ -54,12 +54,12 @@ fn are_served() -> bool {
     outcomes[0] == refused && outcomes[others].iter().all(Result::is_ok)
 }
 
-/// The sandbox's network leads nowhere.
+/// Whether calls pass: the sandbox has no routes.
 fn are_left_alone() -> bool {
     outcomes().iter().all(|outcome| *outcome == Err(Errno::ENETUNREACH))
 }
 
-/// Runs something on a thread in a cgroup below another.
+/// Runs a closure on a thread in a child cgroup.
 pub(crate) fn in_child<R: Send>(parent: &Path, body: impl FnOnce(&Path) -> R + Send) -> R {
     let child = parent.join("child");
     fs::create_dir(&child).unwrap();
@@ -71,7 +71,7 @@ pub(crate) fn in_child<R: Send>(parent: &Path, body: impl FnOnce(&Path) -> R + S
         });
         thread.join()
     });
-    // A thread that has ended is there for a moment more.
+    // A thread still counts for a moment after it exits.
     for _ in 0..1000 {
         if fs::remove_dir(&child).is_ok() {
             break;
@@ -120,8 +120,8 @@ fn calls_from_an_excluded_cgroup_are_left_alone() {
         assert!(in_child(sandbox.cgroup().path(), |_| are_left_alone()), "and those from below it");
         assert_eq!(exclusion.ids().unwrap(), BTreeSet::from([own.id]));
 
-        assert!(!exclusion.set(&[own].into()).unwrap(), "as it was");
-        // Another level, another cgroup: ours is served again.
+        assert!(!exclusion.set(&[own].into()).unwrap(), "nothing changed");
+        // Another level, another cgroup: this one is served again.
         let elsewhere = CgroupPosition { id: own.id + 1_000_000, levels: own.levels << 1 };
         assert!(exclusion.set(&[elsewhere].into()).unwrap());
         assert!(are_served());
@@ -144,8 +144,8 @@ fn the_cgroups_beside_and_above_an_excluded_one_are_served() {
     });
 }
 
-/// Runs something in a cgroup namespace that begins at the calling thread's cgroup, with this part of the hierarchy as the only one
-/// in sight, as on a node that is a container. It is given where that is mounted.
+/// Runs a closure in a cgroup namespace whose root is the calling thread's cgroup. Only this part of the
+/// hierarchy is mounted, as on a node that is a container. The closure gets the mount point.
 fn in_container<R>(body: impl FnOnce(&Path) -> R) -> R {
     const NONE: Option<&str> = None;
     unshare(CloneFlags::CLONE_NEWCGROUP | CloneFlags::CLONE_NEWNS).unwrap();
@@ -159,7 +159,7 @@ fn in_container<R>(body: impl FnOnce(&Path) -> R) -> R {
     result
 }
 
-/// A node's own view has no machine's root in it, from which programs count levels.
+/// The node's view lacks the machine's root, from which programs count levels.
 #[test]
 fn exclusion_holds_three_cgroup_namespaces_deep() {
     with_agent(true, |sandbox, exclusion| {
@@ -180,7 +180,7 @@ fn exclusion_holds_three_cgroup_namespaces_deep() {
                                     assert_eq!(Hierarchy::find().unwrap().own_position().unwrap(), place);
                                     assert!(exclusion.set(&[place].into()).unwrap());
                                     assert!(are_left_alone());
-                                    assert_eq!(place.levels.count_ones(), 14, "from the second on");
+                                    assert_eq!(place.levels.count_ones(), 14, "from the second level");
                                     assert_ne!(place.levels & (levels << 4), 0);
                                 });
                                 assert!(are_served(), "the cgroup above");
@@ -194,7 +194,7 @@ fn exclusion_holds_three_cgroup_namespaces_deep() {
     });
 }
 
-/// Their programs have no instruction for it.
+/// Without exclusions, the programs have no code that reads the map.
 #[test]
 fn agents_that_exclude_nobody_do_not_look() {
     with_agent(false, |sandbox, exclusion| {
@@ -204,7 +204,7 @@ fn agents_that_exclude_nobody_do_not_look() {
     });
 }
 
-/// By more cgroups than there is room for, or by a stranger.
+/// The map is full of wanted cgroups, or of foreign entries.
 #[test]
 fn a_full_map_keeps_the_oldest_and_loses_strangers() {
     with_agent(true, |sandbox, exclusion| {
@@ -218,7 +218,7 @@ fn a_full_map_keeps_the_oldest_and_loses_strangers() {
         assert!(matches!(full, Err(KernelError::MapFull { name: "excluded" })), "{full:?}");
         assert_eq!(exclusion.ids().unwrap(), ids(places(0..most)));
 
-        // None of these is wanted, as if a stranger had filled the map.
+        // None of these is wanted, as if another program had filled the map.
         let wanted = in_child(sandbox.cgroup().path(), |directory| {
             let wanted = BTreeSet::from([place(directory)]);
             assert!(exclusion.set(&wanted).unwrap());

@@ -1,4 +1,4 @@
-//! Programs of others that are attached so that none goes beside them.
+//! Other programs, attached in a mode that allows no further program.
 
 use std::{
     fs,
@@ -33,7 +33,7 @@ use crate::{
     lifecycle::load_object,
 };
 
-/// `BPF_F_ALLOW_*`; nothing is "none goes beside it, and none below it".
+/// `BPF_F_ALLOW_*` not set: no other program at this cgroup or below it.
 const NONE: u32 = 0;
 const OVERRIDE: u32 = 1;
 const MULTI: u32 = 2;
@@ -42,11 +42,11 @@ fn hook(name: &str) -> &'static HookSpec {
     HOOKS.iter().find(|hook| hook.name == name).unwrap()
 }
 
-/// Somebody else, with programs of ours.
+/// Another owner of attached programs, with copies of this object's.
 struct Stranger(Ebpf);
 
 impl Stranger {
-    /// Attaches its program as `bpftool cgroup attach` does. It stays as long as the cgroup. Returns its id.
+    /// Attaches its program as `bpftool cgroup attach` does, for the life of the cgroup. Returns its id.
     fn attach(&mut self, cgroup: &Path, hook: &HookSpec, flags: u32) -> u32 {
         let storage = !Features::probe().compare_and_swap && hook.has_modes;
         let name = if storage { format!("{}_s", hook.name) } else { hook.name.to_owned() };
@@ -88,7 +88,7 @@ fn attach(target_fd: i32, attach_bpf_fd: i32, attach_type: u32, attach_flags: u3
     Errno::result(result).unwrap();
 }
 
-/// A cgroup below that of the sandbox, with what is attached to it.
+/// A cgroup below the sandbox's, with its attached programs.
 struct Below(PathBuf);
 
 impl Below {
@@ -109,15 +109,15 @@ fn open(options: &Options) -> Result<(), KernelError> {
     Kernel::open(options, || {}).map(drop)
 }
 
-/// The programs that are attached to any of our hooks of a cgroup.
+/// The programs attached to this agent's hooks of a cgroup.
 fn attached(cgroup: &Path) -> Vec<u32> {
     let cgroup = fs::File::open(cgroup).unwrap();
     let of = |hook: &HookSpec| syscall::attached_to(cgroup.as_fd(), hook.attach_type).unwrap().programs;
     pins::hooks(Features::probe()).flat_map(of).collect()
 }
 
-/// At the cgroup itself and above it, at the first hook and at the last: the program, its cgroup and the remedy are named, and
-/// everything is as before.
+/// At the cgroup itself and above it, at the first hook and at the last: the error names the program, its
+/// cgroup and the remedy, and nothing has changed.
 #[test]
 fn a_program_that_refuses_others_is_named_and_nothing_is_left() {
     if !require(Feature::Programs) {
@@ -172,7 +172,7 @@ fn a_program_that_refuses_others_is_named_and_nothing_is_left() {
     });
 }
 
-/// What served before serves on, with its maps, links and programs, when a later start is refused a hook.
+/// If a later start is refused a hook, the earlier maps, links and programs continue to serve.
 #[test]
 fn a_start_that_is_refused_a_hook_changes_nothing() {
     if !require(Feature::Programs) {
@@ -185,7 +185,7 @@ fn a_start_that_is_refused_a_hook_changes_nothing() {
         let mut cluster = Cluster::new();
         cluster.serve("web", service, Tcp, &endpoints as &[SocketAddr]);
         Agent::start(sandbox).follow(&cluster);
-        // A hook without its link, as one that a new version adds, and a map that has to be made anew.
+        // A hook without its link, as one that a new version adds, and a map that has to be recreated.
         let lost = sandbox.pin_path().join("getpeername6");
         syscall::detach(syscall::open_pin(&lost).unwrap().as_fd()).unwrap();
         fs::remove_file(&lost).unwrap();

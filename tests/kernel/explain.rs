@@ -1,4 +1,4 @@
-//! `socklb explain` names the endpoints that calls reach: all of them, and no other.
+//! `socklb explain` names exactly the endpoints that calls reach.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -24,18 +24,18 @@ use proptest::{
 
 use crate::clusters::{self, RandomCluster, calls, cluster};
 
-/// Destinations that are explained and called.
+/// The number of destinations that are explained and called.
 const N_DESTINATIONS: usize = 10_000;
-/// Calls until every endpoint of a frontend is met. One of five is missed by as many once in 10^96 times.
+/// The most calls until every endpoint of a frontend is reached. One of five is missed once in 10^96 times.
 const MAX_CALLS: usize = 1000;
 
-/// Where somebody answers who is no endpoint: a call of a loopback address that no frontend has arrives there.
+/// The server that a call without redirection reaches: that of a loopback address without frontend.
 fn reached_untouched(to: FrontendAddress) -> Option<SocketAddr> {
     let ip = if to.ip == Ipv4Addr::UNSPECIFIED { IpAddr::V4(Ipv4Addr::LOCALHOST) } else { to.ip };
     ip.is_loopback().then_some(SocketAddr::new(ip, to.port))
 }
 
-/// Calls until it is clear that what is reached is what was explained.
+/// Calls until it is clear that the reached endpoints are the explained ones.
 fn check(to: FrontendAddress, explained: &Explanation) {
     let call = || call(SocketAddr::new(to.ip, to.port), to.protocol);
     let expected: BTreeSet<SocketAddr> = explained.candidates.iter().copied().collect();
@@ -53,7 +53,7 @@ fn check(to: FrontendAddress, explained: &Explanation) {
             assert_eq!(call(), expected, "{explained:?}");
         }
         ("refused", _) => {
-            // Before kernel 5.18 a datagram socket learns it by another error.
+            // Before kernel 5.18 a datagram socket gets another error.
             let errno = call().unwrap_err();
             let is_old = to.protocol == Protocol::Udp && !Features::probe().set_retval;
             assert!(
@@ -61,7 +61,7 @@ fn check(to: FrontendAddress, explained: &Explanation) {
                 "{errno}: {explained:?}"
             );
         }
-        // This client keeps the endpoint that it has had.
+        // This client keeps its endpoint.
         ("redirected", Some(frontend)) if frontend.affinity_seconds > 0 => {
             let first = call().unwrap_or_else(|errno| panic!("{errno}: {explained:?}"));
             assert!(expected.contains(&first), "{first}: {explained:?}");
@@ -83,7 +83,7 @@ fn check(to: FrontendAddress, explained: &Explanation) {
     }
 }
 
-/// Everybody who can be reached in these clusters, and at loopback addresses.
+/// Every server of these clusters, and those at loopback addresses.
 fn places(clusters: &[RandomCluster]) -> BTreeSet<SocketAddr> {
     let mut places: BTreeSet<SocketAddr> =
         calls().iter().filter_map(|(to, _)| reached_untouched(*to)).collect();
@@ -97,7 +97,7 @@ fn places(clusters: &[RandomCluster]) -> BTreeSet<SocketAddr> {
     places
 }
 
-/// A network namespace in which everybody is there.
+/// A network namespace with all servers.
 fn populate(netns: &NetNs, places: &BTreeSet<SocketAddr>) -> Servers {
     let ips: BTreeSet<IpAddr> = places.iter().map(SocketAddr::ip).filter(|ip| !ip.is_loopback()).collect();
     for ip in ips {
@@ -109,7 +109,7 @@ fn populate(netns: &NetNs, places: &BTreeSet<SocketAddr>) -> Servers {
 
 #[test]
 fn what_is_explained_is_what_calls_reach() {
-    // Node ports on loopback addresses are part of it.
+    // Includes node ports on loopback addresses.
     if !require(Feature::Programs) || !require(Feature::NetnsCookie) {
         return;
     }

@@ -1,4 +1,4 @@
-//! Waiting until no program reads what was freed.
+//! Waiting until no program reads freed memory.
 #![expect(unsafe_code, reason = "bpf(2) for a program that takes its time, and the scheduling of threads")]
 
 use std::{
@@ -20,10 +20,10 @@ use nix::{
     unistd::Pid,
 };
 
-/// What a run of the program takes most of its time for: calls of `bpf_ktime_get_ns()`.
+/// The length of a run of the program: calls of `bpf_ktime_get_ns()`.
 const N_STEPS: i32 = 2000;
 
-/// How long it may take until enough waits were beside a program.
+/// The timeout until enough waits overlapped a program.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Commands of `enum bpf_cmd`.
@@ -38,8 +38,8 @@ enum Command {
 
 /// bpf(2) with an attribute of 64-bit words, as `union bpf_attr` is on a 64-bit machine.
 fn bpf(command: Command, attr: &mut [u64]) -> io::Result<RawFd> {
-    // SAFETY: the kernel reads and writes as many bytes as there are. The pointers among the words are the callers', who keep
-    // what they lead to.
+    // SAFETY: the kernel reads and writes this number of bytes. Pointers among the words are the callers',
+    // who keep their targets alive.
     let result =
         unsafe { libc::syscall(libc::SYS_bpf, command as libc::c_int, attr.as_mut_ptr(), size_of_val(attr)) };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(RawFd::try_from(result).unwrap()) }
@@ -51,7 +51,7 @@ fn pair(low: u32, high: u32) -> u64 {
 }
 
 fn owned(fd: RawFd) -> OwnedFd {
-    // SAFETY: a new file descriptor that nobody else knows.
+    // SAFETY: a new file descriptor without other owners.
     unsafe { OwnedFd::from_raw_fd(fd) }
 }
 
@@ -59,7 +59,7 @@ fn number(fd: &OwnedFd) -> u32 {
     fd.as_raw_fd().cast_unsigned()
 }
 
-/// A program that counts when it starts and when it ends, in an RCU read-side section as those of cgroup hooks.
+/// A program that counts its starts and its ends, in an RCU read-side section like those of cgroup hooks.
 struct Slow {
     counts: OwnedFd,
     program: OwnedFd,
@@ -101,7 +101,7 @@ fn instructions(counts: &OwnedFd) -> [u64; 12] {
 impl Slow {
     fn load() -> Self {
         const SOCKET_FILTER: u32 = 1;
-        // An array of one element of 16 bytes: how often it has started, how often it has ended.
+        // An array of one element of 16 bytes: the number of starts, the number of ends.
         let counts = owned(bpf(Command::MapCreate, &mut [pair(2, 4), pair(16, 1), 0, 0, 0]).unwrap());
         let instructions = instructions(&counts);
         let n = u32::try_from(instructions.len()).unwrap();
@@ -116,7 +116,7 @@ impl Slow {
         bpf(Command::TestRun, &mut attr).unwrap();
     }
 
-    /// How often it has started and ended.
+    /// The number of starts and ends.
     fn counts(&self) -> [u64; 2] {
         let (key, mut value) = (0u32, [0u64; 2]);
         let (key, place) = ((&raw const key) as u64, value.as_mut_ptr() as u64);
@@ -131,21 +131,21 @@ fn stay_on(cpu: usize) {
     sched_setaffinity(Pid::from_raw(0), &set).unwrap();
 }
 
-/// Has this thread go first whenever it has something to do, as far as the machine lets it.
+/// Gives this thread real-time priority, if permitted.
 fn go_first() {
     let parameter = libc::sched_param { sched_priority: 1 };
     // SAFETY: the kernel reads the parameter, which outlives the call.
     let _may_be_forbidden = unsafe { libc::sched_setscheduler(0, libc::SCHED_FIFO, &raw const parameter) };
 }
 
-/// Whether a program in the kernel may be interrupted for another thread.
+/// Whether the kernel preempts BPF programs.
 fn is_preemptible() -> bool {
     let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
     read("/proc/version").contains("PREEMPT_DYNAMIC") && read("/proc/cmdline").contains("preempt=full")
 }
 
-/// Has a program run again and again on one CPU, and waits on another or the same one, until a program was running at the begin
-/// of `n_beside` waits. Other tests need the CPUs too.
+/// Runs a program repeatedly on one CPU, and waits on the same or another one, until `n_beside` waits began
+/// while a program was running. Other tests need the CPUs too.
 fn wait_beside_programs(reader: usize, waiter: usize, n_beside: usize) {
     let slow = Slow::load();
     let maps = MapOfMaps::new().unwrap();
@@ -189,7 +189,7 @@ fn wait_beside_programs(reader: usize, waiter: usize, n_beside: usize) {
     });
 }
 
-/// The kernel's shortcut for one CPU does not hold where programs are preempted.
+/// The kernel's shortcut for one CPU is invalid where programs are preempted.
 #[test]
 fn after_a_grace_period_every_program_has_ended() {
     if !require(Feature::Programs) {

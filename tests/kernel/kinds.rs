@@ -1,4 +1,4 @@
-//! Every kind of socket there is, and what becomes of its calls to service addresses.
+//! Every kind of socket, and the outcome of its calls to service addresses.
 
 use std::{
     io::Write as _,
@@ -33,22 +33,22 @@ use nix::{
 
 use crate::{calls::service_address, records::Scene};
 
-/// What the documents say of a call to a service address.
+/// The documented outcome of a call to a service address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Expected {
     /// It reaches an endpoint, or is refused if there is none.
     Served,
-    /// It comes to what it comes to without an agent.
+    /// It has the same outcome as without an agent.
     LeftAlone,
 }
 
-/// A kind of socket, by the numbers of socket(2). Families of the Internet have one protocol number each.
+/// A kind of socket, by the arguments of socket(2). Internet families have one protocol number each.
 struct Kind {
     name: &'static str,
     families: &'static [i32],
     socket_type: i32,
     protocols: [i32; 2],
-    /// What becomes of `connect()`, of `sendto()` without flags, and of `sendto()` with `MSG_FASTOPEN`.
+    /// Outcomes of `connect()`, of `sendto()` without flags, and of `sendto()` with `MSG_FASTOPEN`.
     expected: [Expected; 3],
 }
 
@@ -68,7 +68,7 @@ const KINDS: &[Kind] = &[
     internet("TCP", libc::SOCK_STREAM, libc::IPPROTO_TCP, [Served, LeftAlone, Served]),
     internet("multipath TCP", libc::SOCK_STREAM, libc::IPPROTO_MPTCP, [Served, LeftAlone, Served]),
     internet("UDP", libc::SOCK_DGRAM, libc::IPPROTO_UDP, [Served, Served, Served]),
-    // The kernel asks for its datagrams only.
+    // The kernel runs hooks for its datagrams only.
     internet("UDP-Lite", libc::SOCK_DGRAM, libc::IPPROTO_UDPLITE, [LeftAlone, Served, Served]),
     internet("SCTP, one to one", libc::SOCK_STREAM, libc::IPPROTO_SCTP, [LeftAlone; 3]),
     internet("SCTP, one to many", libc::SOCK_SEQPACKET, libc::IPPROTO_SCTP, [LeftAlone; 3]),
@@ -94,7 +94,7 @@ const KINDS: &[Kind] = &[
     other("XDP", &[libc::AF_XDP], libc::SOCK_RAW, 0),
 ];
 
-/// How a service address is written for a socket.
+/// The form of a service address in a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Form {
     V4,
@@ -105,7 +105,7 @@ enum Form {
 impl Form {
     const ALL: [Self; 3] = [Self::V4, Self::V6, Self::Mapped];
 
-    /// The family of addresses behind it.
+    /// The family of the addresses in it.
     fn domain(self) -> Domain {
         if self == Self::V6 { Domain::V6 } else { Domain::V4 }
     }
@@ -131,7 +131,7 @@ impl Call {
     const ALL: [Self; 3] = [Self::Connect, Self::Send, Self::FastOpen];
 }
 
-/// One cell of the table: a kind in a family, called in a form.
+/// One cell of the table: a kind in a family, called with a form of address.
 #[derive(Clone, Copy)]
 struct Cell {
     kind: &'static Kind,
@@ -141,8 +141,8 @@ struct Cell {
 }
 
 impl Cell {
-    /// All of the table. A socket of the Internet's families takes what is an address to it, and an `AF_INET6` socket
-    /// `sockaddr_in` too; another takes none of them, and is called with all.
+    /// All cells. An Internet socket gets the addresses of its own family, and an `AF_INET6` socket
+    /// `sockaddr_in` too. Other sockets accept none of them, and get all.
     fn all() -> impl Iterator<Item = Self> {
         KINDS.iter().flat_map(|kind| {
             kind.families.iter().flat_map(move |&family| {
@@ -156,7 +156,7 @@ impl Cell {
     fn open(&self) -> Option<OwnedFd> {
         let protocol = self.kind.protocols[usize::from(self.family == libc::AF_INET6)];
         let socket = open(self.family, self.kind.socket_type, protocol).ok()?;
-        // No call may wait for ever; those to endpoints are at an end long before.
+        // No call may block forever; those to endpoints finish much earlier.
         for_all_sockets(&socket);
         Some(socket)
     }
@@ -165,7 +165,8 @@ impl Cell {
         self.kind.socket_type == libc::SOCK_STREAM
     }
 
-    /// What the table says. An address that is none to the socket is refused by the kernel, before or after it has asked.
+    /// The table's outcome. The kernel refuses an address that the socket does not accept, before or after it
+    /// runs the hook.
     fn expected(&self) -> Expected {
         let is_address = match self.form {
             Form::V4 => self.family == libc::AF_INET || !self.is_stream(),
@@ -177,7 +178,7 @@ impl Cell {
     fn payload(&self) -> [u8; 48] {
         let mut payload = [0; 48];
         payload[0] = match (self.kind.protocols[0], self.family) {
-            // An IP header with nothing in it but its version and length; the kernel fills in the rest.
+            // An IP header with only version and length; the kernel sets the other fields.
             (libc::IPPROTO_RAW, libc::AF_INET) => 0x45,
             (libc::IPPROTO_RAW, _) => 0x60,
             // Echo requests.
@@ -201,8 +202,8 @@ impl Cell {
         }
     }
 
-    /// What a program sees of a call through a new socket: its result, and the peer's name afterwards. `None` without such a
-    /// socket.
+    /// The outcome of a call through a new socket: its result, and the peer's name afterwards. `None` if the
+    /// kernel lacks the kind.
     fn outcome(&self, to: SocketAddr) -> Option<(Result<(), Errno>, Result<SockaddrStorage, Errno>)> {
         let socket = self.open()?;
         let result = self.call(&socket, to);
@@ -213,7 +214,7 @@ impl Cell {
     fn server(&self, endpoint: SocketAddr) -> OwnedFd {
         let family = if endpoint.is_ipv6() { libc::AF_INET6 } else { libc::AF_INET };
         let server = Self { family, ..*self }.open().unwrap();
-        // Connections of the test before have not been forgotten yet, and multipath TCP still closes its listener.
+        // Connections of the previous test may remain, and multipath TCP still closes its listener.
         setsockopt(&server, ReuseAddr, &true).unwrap();
         if endpoint.is_ipv6() {
             setsockopt(&server, Ipv6V6Only, &true).unwrap();
@@ -229,7 +230,8 @@ impl Cell {
         server
     }
 
-    /// Calls a service, and asserts that an endpoint hears of it and answers, and that the program sees the service.
+    /// Calls a service, and asserts that an endpoint receives the call and answers, and that the program sees
+    /// the service.
     fn assert_served(&self, service: SocketAddr, endpoint: SocketAddr) {
         let what = self.to_string();
         let server = self.server(endpoint);
@@ -244,7 +246,7 @@ impl Cell {
         let mut accepted = None;
         if self.is_stream() {
             let stream = socket::accept(server.as_raw_fd()).unwrap();
-            // SAFETY: a new file descriptor that nothing else knows.
+            // SAFETY: a new file descriptor without other owners.
             #[expect(unsafe_code, reason = "accept(2) in nix returns a number")]
             let stream = unsafe { OwnedFd::from_raw_fd(stream) };
             let _n = socket::send(stream.as_raw_fd(), b"!", MsgFlags::MSG_NOSIGNAL).unwrap();
@@ -269,17 +271,17 @@ impl Cell {
         drop(accepted);
     }
 
-    /// An address as the kernel shows it to the socket.
+    /// The address in the form in which the kernel returns it.
     fn name(&self, address: SocketAddr) -> SockaddrStorage {
         let form = if self.family == libc::AF_INET6 { Form::Mapped } else { Form::V4 };
         form.sockaddr(address)
     }
 
-    /// Calls a service without endpoints, and asserts that it is refused.
+    /// Calls a service without endpoints, and asserts that the call is refused.
     fn assert_refused(&self, service: SocketAddr, features: Features) {
         let (result, _) = self.outcome(service).unwrap();
         let expected = match self.call {
-            // On kernels before 5.18 the call is sent where nothing listens.
+            // On kernels before 5.18 the call goes to a port where nothing listens.
             Call::Connect if !features.set_retval && !self.is_stream() => Ok(()),
             Call::Send | Call::FastOpen if !features.set_retval && !self.is_stream() => Err(Errno::EINVAL),
             _ => Err(Errno::ECONNREFUSED),
@@ -305,7 +307,7 @@ fn wait_for(socket: &OwnedFd, what: &str) {
     assert_eq!(poll(&mut waiting, PollTimeout::from(20_000_u16)), Ok(1), "{what}: nothing comes");
 }
 
-/// Why a kernel lacks a kind of socket, on standard error, past the capture of libtest.
+/// Reports why a kernel lacks a kind of socket, on standard error, past libtest's capture.
 fn report_missing() {
     for kind in KINDS {
         for (family, protocol) in kind.families.iter().zip(kind.protocols) {
@@ -347,7 +349,7 @@ fn every_kind_of_socket_does_what_the_documents_say() {
             let domain = cell.form.domain();
             [service_address(domain), without_endpoints(domain), Scene::new(domain).plain]
         };
-        // There is no way to a service address but through the agent: what is left alone fails.
+        // A service address has no route without the agent: calls that pass fail.
         let before: Vec<_> = Cell::all()
             .filter(|cell| cell.open().is_some())
             .map(|cell| (cell, targets(&cell).map(|to| cell.outcome(to).unwrap())))
@@ -356,7 +358,7 @@ fn every_kind_of_socket_does_what_the_documents_say() {
             Agent::start_with(&options, agent::settings(), Vec::new()).unwrap().follow(&cluster);
             for (cell, outcomes) in &before {
                 let [service, refused, plain] = targets(cell);
-                // Fast open through multipath TCP came with 6.2.
+                // Fast open with multipath TCP: kernel 6.2.
                 let is_there = outcomes[2].0 != Err(Errno::EOPNOTSUPP);
                 match cell.expected() {
                     Served if is_there => {

@@ -1,4 +1,4 @@
-//! Pins, detaching, restarts, and what is said when something is not as it should be.
+//! Pins, detaching, restarts, and error messages.
 
 use std::{
     collections::BTreeMap,
@@ -46,7 +46,7 @@ fn cluster(endpoints: &[SocketAddr]) -> Cluster {
     cluster
 }
 
-/// The ids of the programs that the pinned links run.
+/// The ids of the programs of the pinned links.
 fn program_ids(sandbox: &Sandbox) -> Vec<u32> {
     let id = |name: &str| {
         let link = PinnedLink::from_pin(sandbox.pin_path().join(name)).unwrap();
@@ -81,7 +81,7 @@ fn removing_the_pins_ends_the_effect() {
         connected.connect(service).unwrap();
         connected.ask().unwrap();
         drop(agent);
-        assert!(call(service, Tcp).is_ok(), "nobody is needed to keep it up");
+        assert!(call(service, Tcp).is_ok(), "it is served without an agent");
 
         let mut removed = pins::remove(&sandbox.pin_path()).unwrap();
         let mut wanted = Agent::pins(sandbox);
@@ -96,7 +96,7 @@ fn removing_the_pins_ends_the_effect() {
     });
 }
 
-/// Somebody else's pins in the same directory are none of our business.
+/// Pins of other programs in the same directory are kept.
 #[test]
 fn only_own_pins_are_removed() {
     if !require(Feature::Programs) {
@@ -118,7 +118,7 @@ fn only_own_pins_are_removed() {
         for pin in &beside {
             assert!(syscall::open_pin(pin).is_ok(), "{}", pin.display());
         }
-        // What a version left that ended before it had everything is removed as well.
+        // Remnants of a version that exited before it was complete are removed too.
         for name in ["services4", "connect4"] {
             syscall::pin(map.as_fd(), &sandbox.pin_path().join(name)).unwrap();
         }
@@ -194,9 +194,10 @@ fn a_restart_fails_no_call() {
     });
 }
 
-/// An agent that ends after any operation of a plan for all tables is made up for by the next one; calls go right
-/// all the time. Nothing runs in an agent that is killed, so one that is dropped after so many operations stands for it.
-/// `LB_FAULT_STEP=N` takes one operation in N: each costs two starts, in which an emulated CPU verifies for seconds.
+/// When an agent stops after any operation of a plan for all maps, the next one completes the change; calls
+/// succeed all the time. A killed agent runs no code, so dropping one after that number of operations is
+/// equivalent. `LB_FAULT_STEP=N` tests one operation in N: each costs two starts, in which an emulated CPU
+/// verifies for seconds.
 #[test]
 fn an_end_after_any_operation_is_made_up_for() {
     if !require(Feature::Programs) {
@@ -266,7 +267,7 @@ fn an_end_after_any_operation_is_made_up_for() {
     });
 }
 
-/// The image that a cluster asks for, without a kernel.
+/// The image for a cluster, computed without a kernel.
 fn scratch(cluster: &Cluster) -> Image {
     let mut state = State::new(agent::settings(), Vec::new(), agent::SMALL, &Image::default());
     cluster.feed(&mut state);
@@ -288,7 +289,7 @@ fn endpoint_ids(image: &Image) -> BTreeMap<SocketAddr, u32> {
     runs.flat_map(|run| run.iter().map(|entry| (entry.address, entry.endpoint_id))).collect()
 }
 
-/// What the directory of the pins holds.
+/// The content of the pin directory.
 fn pinned(sandbox: &Sandbox) -> Vec<PathBuf> {
     let mut found: Vec<PathBuf> =
         fs::read_dir(sandbox.pin_path()).unwrap().map(|entry| entry.unwrap().path()).collect();
@@ -302,8 +303,8 @@ fn wanted_pins(sandbox: &Sandbox) -> Vec<PathBuf> {
     wanted
 }
 
-/// Other sizes are a matter of a restart: larger, smaller, and back, while eight threads connect. Ids, records, counters
-/// and affinity go on.
+/// Sizes change with a restart: larger, smaller, and back, while eight threads connect. Ids, records,
+/// counters and affinity persist.
 #[test]
 fn other_sizes_fail_no_call_and_lose_nothing() {
     if !require(Feature::Programs) {
@@ -336,7 +337,7 @@ fn other_sizes_fail_no_call_and_lose_nothing() {
                 let options = Options { capacity, ..options.clone() };
                 let mut agent = Agent::start_with(&options, agent::settings(), Vec::new()).unwrap();
                 let plan = agent.follow(&cluster);
-                assert!(plan.is_empty(), "everything was taken over: {plan:?}");
+                assert!(plan.is_empty(), "everything was adopted: {plan:?}");
                 assert!(!agent.kernel.is_staged());
                 assert_eq!(endpoint_ids(&agent.image()), ids);
                 assert_eq!(Maps::open(&sandbox.pin_path()).unwrap().capacity(), capacity);
@@ -345,14 +346,14 @@ fn other_sizes_fail_no_call_and_lose_nothing() {
             |_: Window, answer| answer.is_ok_and(|server| endpoints.contains(&server)),
         );
         assert_eq!(pinned(sandbox), wanted_pins(sandbox));
-        assert_eq!(connected.peer_name(), Ok(service), "its record is where it was");
+        assert_eq!(connected.peer_name(), Ok(service), "its record is in its place");
         let options = Options { capacity: Maps::open(&sandbox.pin_path()).unwrap().capacity(), ..options };
         let agent = Agent::start_with(&options, agent::settings(), Vec::new()).unwrap();
-        assert!(connects(&agent) > before, "counters go on");
+        assert!(connects(&agent) > before, "counters continue");
     });
 }
 
-/// Sizes that would take away what is served are not taken: the maps stay, and who asked is told.
+/// Sizes that would drop what is served are rejected: the maps stay, and the agent reports it.
 #[test]
 fn sizes_that_are_too_small_leave_the_maps_as_they_are() {
     if !require(Feature::Programs) {
@@ -374,7 +375,7 @@ fn sizes_that_are_too_small_leave_the_maps_as_they_are() {
             (4, former.endpoints, former, vec![("max-services", 4, 5)]),
             (former.services, 14, former, vec![("max-endpoints", 14, 15)]),
             (1, 1, former, vec![("max-services", 1, 5), ("max-endpoints", 1, 15)]),
-            // The one that fits is taken.
+            // The one that fits is used.
             (4, 15, Capacity { endpoints: 15, ..former }, vec![("max-services", 4, 5)]),
             (5, 15, Capacity { services: 5, endpoints: 15 }, vec![]),
         ] {
@@ -398,7 +399,8 @@ fn sizes_that_are_too_small_leave_the_maps_as_they_are() {
     });
 }
 
-/// What maps of another layout serve cannot be counted: they do not become smaller with the same start, but with the next.
+/// The entries of a map with another layout cannot be counted: the map does not shrink in the same start, but
+/// in the next.
 #[test]
 fn another_layout_and_smaller_sizes_together_take_nothing_away() {
     if !require(Feature::Programs) {
@@ -437,7 +439,8 @@ fn another_layout_and_smaller_sizes_together_take_nothing_away() {
     });
 }
 
-/// Until everything is known that is to be served, what was found serves on, and a smaller table loses nothing that fits.
+/// Until the desired state is complete, the adopted state is served, and a smaller map loses nothing that
+/// fits.
 #[test]
 fn former_maps_serve_until_the_first_plan() {
     if !require(Feature::Programs) {
@@ -460,7 +463,7 @@ fn former_maps_serve_until_the_first_plan() {
             assert_eq!(program_ids(sandbox), programs);
             assert!(call(service, Tcp).is_ok_and(|server| endpoints.contains(&server)));
             drop(agent);
-            assert!(call(service, Tcp).is_ok(), "one that ends here has changed nothing");
+            assert!(call(service, Tcp).is_ok(), "one that stops here has changed nothing");
             for name in others {
                 change_layout(sandbox, name);
             }
@@ -470,7 +473,7 @@ fn former_maps_serve_until_the_first_plan() {
     });
 }
 
-/// The map that says which layout each map has, by id.
+/// The map of each map's layout, by id.
 fn layouts(sandbox: &Sandbox) -> HashMap<MapData, u32, [u8; 16]> {
     let data = MapData::from_pin(sandbox.pin_path().join(maps::LAYOUTS)).unwrap();
     Map::from_map_data(data).unwrap().try_into().unwrap()
@@ -484,7 +487,7 @@ fn map_ids(sandbox: &Sandbox) -> BTreeMap<&'static str, u32> {
     MAPS.iter().map(|map| (map.name, map_id(sandbox, map.name))).collect()
 }
 
-/// Has a pinned map be of another layout, or of the former one again.
+/// Changes a pinned map's layout, or restores it.
 fn change_layout(sandbox: &Sandbox, name: &str) {
     let (mut layouts, id) = (layouts(sandbox), map_id(sandbox, name));
     let mut identity = layouts.get(&id, 0).unwrap();
@@ -492,13 +495,13 @@ fn change_layout(sandbox: &Sandbox, name: &str) {
     layouts.insert(id, identity, 0).unwrap();
 }
 
-/// Has a map be one that no version before had.
+/// Makes a map unknown to every earlier version.
 fn forget(sandbox: &Sandbox, name: &str) {
     layouts(sandbox).remove(&map_id(sandbox, name)).unwrap();
     fs::remove_file(sandbox.pin_path().join(name)).unwrap();
 }
 
-/// Tables of other layouts are replaced without a look at what they hold, while eight threads connect.
+/// Maps of other layouts are replaced without reading them, while eight threads connect.
 #[test]
 fn another_layout_fails_no_call() {
     if !require(Feature::Programs) {
@@ -516,7 +519,7 @@ fn another_layout_fails_no_call() {
             |generation| {
                 let name = of_image[generation % of_image.len()];
                 if generation % 3 == 0 {
-                    // Removed by hand, while no agent runs to put it back.
+                    // Deleted while no agent runs to restore it.
                     fs::remove_file(sandbox.pin_path().join(name)).unwrap();
                     assert!(matches!(Maps::open(&sandbox.pin_path()), Err(KernelError::NotPinned { .. })));
                 } else {
@@ -525,7 +528,7 @@ fn another_layout_fails_no_call() {
                 }
                 let mut agent = Agent::start(sandbox);
                 assert!(agent.kernel.is_staged());
-                assert!(!agent.follow(&cluster).is_empty(), "all of it is written anew");
+                assert!(!agent.follow(&cluster).is_empty(), "all of it is rewritten");
                 assert_eq!(&agent.image(), agent.state.image());
             },
             |_thread| call(service, Tcp),
@@ -538,8 +541,8 @@ fn another_layout_fails_no_call() {
 /// Does something to a pinned map.
 type Change = fn(&Sandbox, &str);
 
-/// What a service with affinity, its clients and its counters lose when single maps are made anew, while eight threads
-/// connect: nothing, but for what the map itself holds.
+/// A service with affinity, its clients and its counters lose nothing when single maps are recreated while
+/// eight threads connect, except what the map itself holds.
 #[test]
 fn a_map_beside_the_image_is_made_anew_alone() {
     if !require(Feature::Programs) {
@@ -590,7 +593,7 @@ fn a_map_beside_the_image_is_made_anew_alone() {
                 let after = map_ids(sandbox);
                 let replaced: Vec<&str> =
                     after.keys().copied().filter(|name| before[name] != after[name]).collect();
-                assert_eq!(replaced, [name], "nothing else is made anew");
+                assert_eq!(replaced, [name], "nothing else is recreated");
                 if name == "affinity" {
                     chosen = call(service, Tcp).unwrap();
                 }
@@ -598,10 +601,10 @@ fn a_map_beside_the_image_is_made_anew_alone() {
                 if name == "service_stats" {
                     n_before = 0;
                 }
-                assert!(connects(&agent) > n_before, "{name}: counters go on");
+                assert!(connects(&agent) > n_before, "{name}: counters continue");
                 n_before = connects(&agent);
                 if name != "sockets" && changes[..generation].iter().all(|(name, _)| *name != "sockets") {
-                    assert_eq!(connected.peer_name(), Ok(service), "{name}: its record is where it was");
+                    assert_eq!(connected.peer_name(), Ok(service), "{name}: its record is in its place");
                 }
                 assert!(agent.follow(&cluster).is_empty(), "{name}");
                 assert_eq!(pinned(sandbox), wanted_pins(sandbox), "{name}");
@@ -612,8 +615,8 @@ fn a_map_beside_the_image_is_made_anew_alone() {
     });
 }
 
-/// One version for all maps is what an agent before wrote into `meta`, and it knew no `layouts`. Its maps serve until
-/// the first plan; back in its place, it does the same with these.
+/// An earlier version wrote one layout for all maps into `meta` and had no `layouts`. Its maps serve until
+/// the first plan. After a downgrade it treats these maps in the same way.
 #[test]
 fn maps_of_an_agent_without_layouts_are_replaced() {
     if !require(Feature::Programs) {
@@ -624,7 +627,7 @@ fn maps_of_an_agent_without_layouts_are_replaced() {
         let endpoints = addresses::<2>(Domain::V4, 8001);
         let _servers = Servers::tcp(endpoints);
         Agent::start(sandbox).follow(&cluster(&endpoints));
-        assert_ne!(maps::find("meta").unwrap().layout, 2, "the version before has another one there");
+        assert_ne!(maps::find("meta").unwrap().layout, 2, "the earlier version wrote another one");
         fs::remove_file(sandbox.pin_path().join(maps::LAYOUTS)).unwrap();
         let before = map_ids_but_layouts(sandbox);
         let mut agent = Agent::start(sandbox);
@@ -644,8 +647,8 @@ fn map_ids_but_layouts(sandbox: &Sandbox) -> BTreeMap<&'static str, u32> {
     others.map(|map| (map.name, map_id(sandbox, map.name))).collect()
 }
 
-/// A map under a name that this version does not know stays, and so does what is written down of its layout; what is said of
-/// maps that are gone is forgotten.
+/// A map with an unknown name is kept, and so is its recorded layout. The layouts of deleted maps are
+/// removed.
 #[test]
 fn maps_of_a_newer_version_are_left_alone() {
     if !require(Feature::Programs) {
@@ -660,15 +663,15 @@ fn maps_of_a_newer_version_are_left_alone() {
         fs::remove_file(sandbox.pin_path().join("excluded")).unwrap();
         drop(Agent::start(sandbox));
         assert_eq!(map_id(sandbox, "of_a_newer_one"), id);
-        assert!(layouts(sandbox).get(&id, 0).is_ok(), "a newer version goes on with it");
+        assert!(layouts(sandbox).get(&id, 0).is_ok(), "a newer version adopts it");
         assert!(layouts(sandbox).get(&gone, 0).is_err());
         assert_eq!(layouts(sandbox).keys().count(), MAPS.len() + 1);
     });
 }
 
-/// The object's programs over maps of their own: they know no service.
+/// The object's programs with maps of their own: they have no services.
 pub(crate) fn load_object() -> Ebpf {
-    // Kernels before 5.11 charge maps to the process; on others it is not needed, and may not be permitted.
+    // Kernels before 5.11 charge maps to the process. Others do not need this and may not permit it.
     let _not_needed = setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY);
     let mut loader = EbpfLoader::new();
     for map in MAPS.iter().filter(|map| !matches!(map.size, Size::Fixed(_))) {
@@ -677,7 +680,7 @@ pub(crate) fn load_object() -> Ebpf {
     loader.load(object::bytes().unwrap()).unwrap()
 }
 
-/// What only an earlier version pins is removed by its name, and its program no longer runs beside the present ones.
+/// Pins of earlier versions only are removed by name, and their programs stop running.
 #[test]
 fn maps_and_links_of_earlier_versions_are_removed() {
     if !require(Feature::Programs) {
@@ -694,7 +697,7 @@ fn maps_and_links_of_earlier_versions_are_removed() {
             let link = syscall::cgroup_link(syscall::open_pin(&pin("connect4")).unwrap().as_fd()).unwrap();
             syscall::attached_to(cgroup.as_fd(), link.attach_type).unwrap().programs
         };
-        assert_eq!(programs().len(), 2, "what an agent does not know, it leaves alone");
+        assert_eq!(programs().len(), 2, "unknown programs stay attached");
         let removed = pins::remove_former(&sandbox.pin_path(), &["old_map", "none"], &["old_hook"]).unwrap();
         assert_eq!(removed, [pin("old_hook"), pin("old_map")]);
         assert_eq!(programs().len(), 1);
@@ -702,7 +705,7 @@ fn maps_and_links_of_earlier_versions_are_removed() {
     });
 }
 
-/// The tables of maps and hooks are what the object declares and the kernel has.
+/// The tables of maps and hooks match the object and the kernel.
 #[test]
 fn maps_and_hooks_are_as_the_tables_say() {
     if !require(Feature::Programs) {
@@ -746,8 +749,8 @@ fn maps_and_hooks_are_as_the_tables_say() {
     });
 }
 
-/// Whatever an agent left that ended while it changed the maps is carried on or forgotten by the next one, and is no
-/// obstacle to a removal.
+/// The next agent completes or discards what an agent left that stopped while it changed the maps. Removal
+/// works too.
 #[test]
 fn an_unfinished_change_of_maps_is_ended() {
     if !require(Feature::Programs) {
@@ -769,10 +772,10 @@ fn an_unfinished_change_of_maps_is_ended() {
         drop(Agent::start(sandbox));
         assert_eq!(pinned(sandbox), wanted_pins(sandbox));
         assert!(call(service, Tcp).is_ok());
-        // Complete, and nothing more.
+        // Complete, but not used yet.
         drop(larger(2).unwrap());
         pins::commit(&sandbox.pin_path()).unwrap();
-        // An agent with the former sizes makes another change of it, one with the new ones takes it over.
+        // An agent with the former sizes turns it into another change; one with the new sizes adopts it.
         drop(Agent::start(sandbox));
         assert!(call(service, Tcp).is_ok());
         let mut agent = larger(2).unwrap();
@@ -780,7 +783,7 @@ fn an_unfinished_change_of_maps_is_ended() {
         assert!(agent.follow(&cluster).is_empty());
         assert!(call(service, Tcp).is_ok());
         assert_eq!(pinned(sandbox), wanted_pins(sandbox));
-        // In the middle of either, everything is removed.
+        // Removal works in the middle of either.
         for is_complete in [false, true] {
             drop(agent);
             drop(larger(3).unwrap());
@@ -795,7 +798,7 @@ fn an_unfinished_change_of_maps_is_ended() {
     });
 }
 
-/// Whatever is taken away is told by its name, and put back from what the agent holds. Without a pin it serves on: the agent has the
+/// Removed pins are reported by name and restored. Without a pin the service continues: the agent has the
 /// link and the map open.
 #[test]
 fn pins_that_are_removed_or_replaced_are_put_back() {
@@ -813,7 +816,7 @@ fn pins_that_are_removed_or_replaced_are_put_back() {
         for name in pins::names(Features::probe()) {
             let pin = sandbox.pin_path().join(name);
             let other = sandbox.pin_path().join(if name == "meta" { "affinity" } else { "meta" });
-            // Removed, and replaced by something else.
+            // Removed, and replaced by another object.
             for is_replaced in [false, true] {
                 assert_eq!(agent.kernel.pins(&lock), Pins::InPlace, "{name}");
                 fs::remove_file(&pin).unwrap();
@@ -833,7 +836,7 @@ fn pins_that_are_removed_or_replaced_are_put_back() {
     });
 }
 
-/// A hook whose program is detached, or is another one, gets its own again.
+/// A hook whose program is detached or replaced gets its own program again.
 #[test]
 fn programs_that_are_detached_or_replaced_are_put_back() {
     if !require(Feature::Programs) {
@@ -859,7 +862,7 @@ fn programs_that_are_detached_or_replaced_are_put_back() {
         }
         assert_eq!(program_ids(sandbox), programs);
 
-        // The same program over other maps: it knows no service.
+        // The same program with other maps: it has no services.
         let mut other = load_object();
         let name = if Features::probe().compare_and_swap { "connect4" } else { "connect4_s" };
         let program: &mut CgroupSockAddr = other.program_mut(name).unwrap().try_into().unwrap();
@@ -871,18 +874,19 @@ fn programs_that_are_detached_or_replaced_are_put_back() {
         assert_eq!(program_ids(sandbox), programs);
         assert!(call(service, Tcp).is_ok());
 
-        // With all of them gone, somebody wanted it so.
+        // If all are gone, they were removed on purpose.
         pins::remove(&sandbox.pin_path()).unwrap();
         assert_eq!(agent.kernel.pins(&lock), Pins::Gone);
         fs::create_dir(sandbox.pin_path()).unwrap();
-        assert_eq!(agent.kernel.pins(&lock), Pins::Gone, "the directory is another one");
+        assert_eq!(agent.kernel.pins(&lock), Pins::Gone, "the directory was replaced");
         assert!(agent.kernel.restore_pins(&lock).0.is_empty());
         assert_eq!(call(service, Tcp), Err(Errno::ENETUNREACH));
         assert_eq!(pinned(sandbox), Vec::<PathBuf>::new());
     });
 }
 
-/// A link that was detached while no agent ran, or that leads to another cgroup, is no obstacle for the next start.
+/// A link that was detached while no agent ran, or that belongs to another cgroup, does not break the next
+/// start.
 #[test]
 fn links_of_no_use_are_made_anew_at_the_start() {
     if !require(Feature::Programs) {
@@ -899,7 +903,7 @@ fn links_of_no_use_are_made_anew_at_the_start() {
         assert_eq!(call(service, Tcp), Err(Errno::ENETUNREACH));
         drop(Agent::start(sandbox));
         assert!(call(service, Tcp).is_ok());
-        // From below this test's cgroup, and back.
+        // Attach below this test's cgroup, and back.
         let below = Below::make(sandbox);
         let elsewhere = Options { cgroup: below.0.clone(), ..agent::options(sandbox) };
         drop(Agent::start_with(&elsewhere, agent::settings(), Vec::new()).unwrap());
@@ -910,7 +914,7 @@ fn links_of_no_use_are_made_anew_at_the_start() {
     });
 }
 
-/// A cgroup below that of the sandbox, removed on drop.
+/// A cgroup below the sandbox's, removed on drop.
 struct Below(PathBuf);
 
 impl Below {
@@ -952,8 +956,8 @@ fn wrong_places_are_named() {
         }
         let pin_path = elsewhere.path().join("pins");
         says(&Options { pin_path: pin_path.clone(), ..options.clone() }, "--pin-path", &pin_path);
-        assert!(!pin_path.exists(), "what cannot be used is not left behind");
+        assert!(!pin_path.exists(), "nothing unusable remains");
         assert!(matches!(Maps::open(&sandbox.pin_path()), Err(KernelError::NothingPinned { .. })));
-        assert!(Kernel::open(&options, || {}).is_ok(), "the right places do");
+        assert!(Kernel::open(&options, || {}).is_ok(), "the right paths work");
     });
 }

@@ -1,4 +1,4 @@
-//! Calls while the tables change: none fails, none goes astray.
+//! Calls while the maps change: none fails, and none reaches a wrong endpoint.
 
 use std::{
     collections::BTreeMap,
@@ -32,23 +32,23 @@ use crate::calls::{addresses, service_address};
 /// Threads that call.
 const N_CALLERS: usize = 8;
 
-/// The generations of the tables that a call may have seen: from the last that was complete when it began to the last
-/// that was begun when it ended.
+/// The generations of the maps that a call may have seen: from the last one complete when it began, to the
+/// last one begun when it returned.
 pub(crate) type Window = RangeInclusive<usize>;
 
-/// How much of what.
+/// The size of a load.
 pub(crate) struct Load {
-    /// Calls in all.
+    /// Total calls.
     pub(crate) n_calls: usize,
     /// Changes, spread evenly over the calls.
     pub(crate) n_changes: usize,
 }
 
 impl Load {
-    /// Calls on eight threads while this thread changes the tables. Generation 0 is what they hold at the start;
+    /// Calls on eight threads while this thread changes the maps. Generation 0 is their initial content;
     /// `change(n)` makes generation n.
     ///
-    /// Panics with the first call whose answer is not `allowed` for its window.
+    /// Panics on the first call whose answer is not `allowed` for its window.
     pub(crate) fn run<A: Debug + Clone + Send>(
         &self,
         mut change: impl FnMut(usize),
@@ -95,7 +95,7 @@ impl Load {
     }
 }
 
-/// Tells the others that this thread panicked: they would wait for its calls.
+/// Notifies the other threads that this one panicked: they would wait for its calls.
 struct Told<'a>(&'a Mutex<Option<String>>);
 
 impl Drop for Told<'_> {
@@ -106,28 +106,28 @@ impl Drop for Told<'_> {
     }
 }
 
-/// The endpoints of a generation: three out of thirty, others each time.
+/// The endpoints of a generation: three out of thirty, different in each.
 fn three_of(servers: &[SocketAddr], generation: usize) -> &[SocketAddr] {
     let first = generation * 3 % servers.len();
     &servers[first..first + 3]
 }
 
-/// Room for the runs of a thousand generations, whatever pace the grace periods keep.
+/// Capacity for the runs of a thousand generations, however long grace periods take.
 fn start(sandbox: &Sandbox) -> Agent {
     let capacity = Capacity { services: 256, endpoints: 16_384 };
     let options = Options { capacity, ..agent::options(sandbox) };
     Agent::start_with(&options, agent::settings(), Vec::new()).unwrap()
 }
 
-/// Addresses of the sandbox's own. The kernel calls each of them from itself, so that the local address of a socket
-/// tells which endpoint it was pointed at.
+/// Local addresses of the sandbox. The kernel uses each as the source of calls to itself, so the local
+/// address of a socket names its endpoint.
 fn own_addresses(sandbox: &Sandbox, network: u8, n: u8) -> Vec<SocketAddr> {
     let ips: Vec<IpAddr> = (1..=n).map(|host| IpAddr::from([10, 1, network, host])).collect();
     sandbox.own(ips.iter().copied());
     ips.into_iter().map(|ip| SocketAddr::new(ip, 53)).collect()
 }
 
-/// Connects a datagram socket and tells where it was pointed, without anybody's answer.
+/// Connects a datagram socket and returns its endpoint, without an answer.
 fn target_of(service: SocketAddr) -> Result<IpAddr, Errno> {
     let socket = Socket::new(Domain::of(service.ip()), Udp);
     socket.connect(service)?;
@@ -189,8 +189,8 @@ fn udp_connects_follow_the_endpoints_through_a_thousand_changes() {
     });
 }
 
-/// Two services change in each plan and a third one comes and goes, so that ids, runs and keys are given out anew all
-/// the time. Nobody ever reaches an endpoint of another service.
+/// Two services change in each plan, and a third is created or deleted, so that ids, runs and keys are reused
+/// constantly. No call ever reaches another service's endpoint.
 #[test]
 fn services_that_change_together_keep_apart() {
     if !require(Feature::Programs) {

@@ -1,6 +1,6 @@
-//! What the programs do to real sockets on the running kernel.
+//! The programs' effect on real sockets, on the running kernel.
 //!
-//! Each test has a sandbox of its own. The executable works as the only program of a virtual machine.
+//! Each test has its own sandbox. The executable works as the only program of a virtual machine.
 #![expect(clippy::unwrap_used, reason = "a panic is how a test fails, in what a test calls too")]
 
 mod affinity;

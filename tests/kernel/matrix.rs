@@ -1,4 +1,4 @@
-//! Every kind of socket against every kind of destination, in every family, with either home for records.
+//! Every kind of socket with every kind of destination, in every family, with either home of records.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -28,7 +28,8 @@ enum Way {
     Sends,
     /// `connect()` on a datagram socket that is connected to another service.
     Reconnects,
-    /// A call with a socket that was connected to another service and then disconnected: TCP connects, UDP sends.
+    /// A call with a socket that was connected to another service and then disconnected: TCP connects, UDP
+    /// sends.
     Disconnected(Protocol),
 }
 
@@ -53,7 +54,7 @@ impl Way {
         !matches!(self, Self::Sends | Self::Disconnected(Udp))
     }
 
-    /// Calls, and checks what the socket says of its peer in the course of it.
+    /// Calls, and checks the socket's peer before and after the answer.
     fn call(self, domain: Domain, to: SocketAddr) -> Result<Answer, Errno> {
         let socket = Socket::new(domain, self.protocol());
         if matches!(self, Self::Reconnects | Self::Disconnected(_)) {
@@ -72,7 +73,7 @@ impl Way {
         }
         socket.connect(to)?;
         if socket.peer_name() == Err(Errno::ENOTCONN) {
-            // What a refusal comes to before kernel 5.18: connected to port 0, which is no peer.
+            // A refusal before kernel 5.18: connected to port 0, which is no peer.
             return socket.ask();
         }
         assert_eq!(socket.peer_name(), Ok(to), "before the first byte");
@@ -83,12 +84,12 @@ impl Way {
     }
 }
 
-/// What a program calls.
+/// A destination.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Destination {
     /// A cluster IP with two endpoints.
     Service,
-    /// A server that is no service.
+    /// A server that is not a service.
     Server,
     /// A cluster IP without endpoints.
     Empty,
@@ -146,7 +147,7 @@ fn other_endpoint(domain: Domain) -> SocketAddr {
     addresses::<1>(domain, 8005)[0]
 }
 
-/// All of it in both families and for both protocols.
+/// All objects, in both families and for both protocols.
 fn objects() -> Cluster {
     let mut cluster = Cluster::new()
         .with([cluster::node("node", &node_addresses(1)), cluster::node("other", &node_addresses(2))]);
@@ -183,11 +184,11 @@ fn objects() -> Cluster {
     cluster
 }
 
-/// Whether a refusal looks as it should.
+/// Whether an outcome is the expected refusal.
 fn is_refusal(way: Way, outcome: &Result<Answer, Errno>, features: Features) -> bool {
     match outcome {
         Err(Errno::ECONNREFUSED) => true,
-        // Before kernel 5.18 no program can choose the error of a datagram.
+        // Before kernel 5.18 programs cannot choose the error of a datagram.
         Err(Errno::EINVAL) => !features.set_retval && way.protocol() == Udp,
         _ => false,
     }
@@ -199,7 +200,7 @@ fn every_way_to_every_destination() {
         return;
     }
     Sandbox::run(|sandbox| {
-        // The other node's address is this host's too, so that a call which is let through fails by its answer.
+        // The other node's address is local too, so that a call that passes is detected by its answer.
         sandbox.own([node_addresses(1), node_addresses(2)].concat());
         let servers = [Domain::V4, Domain::V6].into_iter().flat_map(|domain| {
             let plain = Destination::Server.address(domain);
@@ -217,11 +218,12 @@ fn every_way_to_every_destination() {
                     for way in Way::ALL {
                         let place = format!("{domain:?}, {way:?}, {destination:?}, {:?}", options.features);
                         let call = || way.call(domain, to).unwrap_or_else(|errno| panic!("{place}: {errno}"));
-                        // Before kernel 5.14 no agent can tell its network namespace from the initial one, which the
-                        // sandbox is not: as in a pod, loopback is then not the node's, and nobody listens there.
+                        // Before kernel 5.14 the agent cannot distinguish its network namespace from the
+                        // initial one. The sandbox is not the initial one, so, as in a pod, loopback is not
+                        // the node's, and nothing listens there.
                         let is_pod = options.node_netns.is_none();
                         match destination {
-                            // Nobody tells a socket without a peer.
+                            // A socket without a peer gets no error.
                             Destination::Loopback if is_pod && !way.is_connected() => {}
                             Destination::Loopback if is_pod => {
                                 let refused = way.call(domain, to).map(|answer| answer.server);
@@ -233,7 +235,7 @@ fn every_way_to_every_destination() {
                             }
                             Destination::Server => assert_eq!(call().server, to, "{place}"),
                             Destination::Sticky => {
-                                // Sockets of all kinds of this namespace are one client.
+                                // All sockets of this namespace are one client.
                                 let kept = &mut sticky[usize::from(way.protocol() == Tcp)];
                                 for _ in 0..16 {
                                     let server = call().server;

@@ -1,4 +1,4 @@
-//! Multipath TCP: the program has one socket, the kernel connects another, a subflow, by itself.
+//! Multipath TCP: the program has one socket, and the kernel connects another one, a subflow.
 
 use std::{
     fs,
@@ -46,7 +46,8 @@ fn with_multipath(test: impl Fn(&Sandbox, &Options) + Send + Sync) {
     });
 }
 
-/// The name of the peer that a kernel can show: before 5.19 a program cannot get from the subflow to the program's socket.
+/// The peer name that this kernel can show: before 5.19 a program cannot get from the subflow to the
+/// program's socket.
 fn expected_peer(service: SocketAddr, endpoint: SocketAddr) -> SocketAddr {
     if Features::probe().mptcp { service } else { endpoint }
 }
@@ -86,7 +87,7 @@ fn a_multipath_connection_is_served_and_sees_the_service() {
     });
 }
 
-/// A socket that is connected anew, to the endpoint itself, shows no service.
+/// A socket that reconnects to the endpoint itself shows no service.
 #[test]
 fn a_reconnected_multipath_socket_sees_its_new_peer() {
     with_multipath(|_sandbox, _options| {
@@ -104,7 +105,8 @@ fn a_reconnected_multipath_socket_sees_its_new_peer() {
     });
 }
 
-/// The kernel closes subflows without running a program, so that they must not own what only a program gives up.
+/// The kernel closes subflows without running a program, so they must not own slots, which only a program
+/// frees.
 #[test]
 fn subflows_take_no_slots() {
     with_multipath(|sandbox, _options| {
@@ -124,11 +126,11 @@ fn subflows_take_no_slots() {
     });
 }
 
-/// With a server that speaks it too, whose further subflows the kernel connects by itself: to the peer's address, which may be
-/// a service's.
+/// With a server that speaks multipath TCP too. The kernel connects further subflows by itself, to the peer's
+/// address, which may also be a service's.
 #[test]
 fn a_subflow_that_is_added_goes_where_the_kernel_wants() {
-    // The guests of the kernel matrix have no `ip`.
+    // The guests of the kernel matrix lack `ip`.
     if Command::new("ip").args(["mptcp", "endpoint", "show"]).output().is_err() || !Features::probe().mptcp {
         return;
     }
@@ -146,14 +148,15 @@ fn a_subflow_that_is_added_goes_where_the_kernel_wants() {
         let _servers = Servers::multipath([endpoint, other]);
         let mut cluster = Cluster::new();
         cluster.serve("one", scene.service, Tcp, &[endpoint]);
-        // The endpoint's own address is another service's.
+        // The endpoint's own address is also another service's.
         cluster.serve("two", endpoint, Tcp, &[other]);
         Agent::start_with(options, agent::settings(), Vec::new()).unwrap().follow(&cluster);
         let socket = multipath(Domain::V4).unwrap();
         socket.connect(scene.service).unwrap();
         assert_eq!(socket.ask().unwrap().server, endpoint);
         let deadline = Instant::now() + Duration::from_secs(20);
-        // 127.0.0.9 to 127.0.0.1:9001, established, as `/proc/net/tcp` writes it on a little-endian machine.
+        // 127.0.0.9 to 127.0.0.1:9001, established, in the format of `/proc/net/tcp` on a little-endian
+        // machine.
         let is_added = |line: &str| line.contains(" 0900007F:") && line.contains(" 0100007F:2329 01 ");
         while !fs::read_to_string("/proc/thread-self/net/tcp").unwrap().lines().any(is_added) {
             assert!(Instant::now() < deadline, "no further subflow to {endpoint}");

@@ -1,4 +1,4 @@
-//! What a socket says of its peer: the service address that the program called, never the endpoint behind it.
+//! The peer of a socket, as programs see it: the service address that was called, never the endpoint.
 
 use std::net::SocketAddr;
 
@@ -22,7 +22,7 @@ use proptest::{
 
 use crate::calls::{addresses, service_address};
 
-/// In one family: two services with one endpoint each, and a server that is no service.
+/// In one family: two services with one endpoint each, and a server that is not a service.
 #[derive(Clone, Copy)]
 pub(crate) struct Scene {
     pub(crate) service: SocketAddr,
@@ -40,7 +40,7 @@ impl Scene {
     }
 }
 
-/// A sandbox with an agent and a scene in each family, once for each way to keep records.
+/// A sandbox with an agent and a scene in each family, once for each home of records.
 fn with_scenes(protocol: Protocol, test: impl Fn(Domain, &Scene) + Sync) {
     let (cluster, servers) = scenes(protocol);
     with_agents(&cluster, &servers, || {
@@ -63,7 +63,7 @@ pub(crate) fn scenes(protocol: Protocol) -> (Cluster, Vec<(SocketAddr, Protocol)
     (cluster, servers)
 }
 
-/// A sandbox with servers and an agent that follows a cluster, once for each way to keep records.
+/// A sandbox with servers and an agent that follows a cluster, once for each home of records.
 fn with_agents(cluster: &Cluster, servers: &[(SocketAddr, Protocol)], test: impl Fn() + Sync) {
     Sandbox::run(|sandbox| {
         let _servers = Servers::start(servers.iter().copied());
@@ -120,7 +120,7 @@ fn an_unconnected_socket_sees_the_service_that_it_asked() {
     });
 }
 
-/// A resolver asks two name servers at once and takes answers in any order.
+/// A resolver queries two name servers at once and accepts answers in any order.
 #[test]
 fn answers_of_two_services_are_told_apart() {
     if !require(Feature::Programs) {
@@ -139,7 +139,7 @@ fn answers_of_two_services_are_told_apart() {
     });
 }
 
-/// Two service addresses with one endpoint behind both, called one after the other through one socket.
+/// Two service addresses with the same endpoint, called in sequence through one socket.
 #[test]
 fn an_answer_is_from_the_service_asked_last() {
     if !require(Feature::Programs) {
@@ -178,7 +178,7 @@ fn a_reconnected_socket_sees_its_new_peer() {
         connect_and_ask(&socket, scene.other_service, scene.other_endpoint);
         connect_and_ask(&socket, scene.plain, scene.plain);
         connect_and_ask(&socket, scene.service, scene.endpoint);
-        // The endpoint behind the service, called by its own address, is no service.
+        // The endpoint, called by its own address, is not a service.
         connect_and_ask(&socket, scene.endpoint, scene.endpoint);
     });
 }
@@ -208,7 +208,7 @@ fn a_disconnected_socket_has_no_peer_and_can_call_again() {
     });
 }
 
-/// What the kernel itself refuses changes nothing.
+/// Calls that the kernel refuses change nothing.
 #[test]
 fn a_call_with_a_short_address_changes_nothing() {
     if !require(Feature::Programs) {
@@ -225,7 +225,7 @@ fn a_call_with_a_short_address_changes_nothing() {
     });
 }
 
-/// More services than a socket has records for: each answer still comes from the service that was asked.
+/// More services than a socket has records for: each answer still appears to come from the right service.
 #[test]
 fn a_socket_may_use_many_services() {
     if !require(Feature::Programs) {
@@ -252,7 +252,7 @@ fn a_socket_may_use_many_services() {
     });
 }
 
-/// A peer that calls the socket itself is seen as it is, whatever the socket asked before.
+/// A peer that sends to the socket first is seen by its own address, whatever the socket called before.
 #[test]
 fn a_stranger_is_seen_as_it_is() {
     if !require(Feature::Programs) {
@@ -270,7 +270,8 @@ fn a_stranger_is_seen_as_it_is() {
     });
 }
 
-/// A connected socket may send single datagrams elsewhere; it still hears and names its peer only.
+/// A connected socket may send single datagrams to other addresses; it still receives from and names its peer
+/// only.
 #[test]
 fn a_connected_socket_keeps_its_peer_when_it_sends_elsewhere() {
     if !require(Feature::Programs) {
@@ -285,7 +286,7 @@ fn a_connected_socket_keeps_its_peer_when_it_sends_elsewhere() {
             }
             assert_eq!(socket.peer_name(), Ok(scene.service), "after {elsewhere}");
         }
-        // Ten answers are from the peer: those to the datagrams for itself, by either of its addresses.
+        // Ten answers are from the peer: those to the datagrams to either of its addresses.
         for _ in 0..10 {
             let (_, sender) = socket.receive().unwrap();
             assert_eq!(sender, Some(scene.service));
@@ -293,8 +294,8 @@ fn a_connected_socket_keeps_its_peer_when_it_sends_elsewhere() {
     });
 }
 
-/// The peer of an unconnected socket by its own address, and another service with the same endpoint: neither makes the
-/// socket change the endpoint that it uses for a service.
+/// Calling the peer of an unconnected socket by its own address, or another service with the same endpoint,
+/// does not change the endpoint that the socket uses for a service.
 #[test]
 fn a_socket_keeps_its_endpoint_whatever_else_it_asks() {
     if !require(Feature::Programs) {
@@ -317,7 +318,7 @@ fn a_socket_keeps_its_endpoint_whatever_else_it_asks() {
             assert_eq!(first.seen, Some(service));
             let other = socket.ask_at(other_service).unwrap();
             for _ in 0..20 {
-                // An answer from the endpoint belongs to whom the socket asked last.
+                // An answer from the endpoint is attributed to the address called last.
                 ask_at(&socket, first.server, first.server);
                 ask_at(&socket, service, first.server);
                 ask_at(&socket, other_service, other.server);
@@ -328,13 +329,13 @@ fn a_socket_keeps_its_endpoint_whatever_else_it_asks() {
     });
 }
 
-/// An address to which there is no route.
+/// An address without a route.
 fn unreachable(domain: Domain) -> SocketAddr {
     let text = if domain == Domain::V6 { "[2001:db8::1]:9" } else { "192.0.2.1:9" };
     text.parse().unwrap()
 }
 
-/// A `connect()` that the kernel refuses after the programs have run leaves a datagram socket its peer.
+/// After a `connect()` that the kernel refuses once the programs have run, a datagram socket keeps its peer.
 #[test]
 fn a_failed_connect_leaves_the_peer_and_its_name() {
     if !require(Feature::Programs) {
@@ -363,7 +364,7 @@ fn a_failed_connect_leaves_the_peer_and_its_name() {
                     "{domain:?} after {failing}"
                 );
             }
-            // And with no peer before, there is none after.
+            // Without an earlier peer, there is none afterwards.
             let socket = Socket::new(domain, Udp);
             assert_eq!(socket.connect(other_service), Err(Errno::ENETUNREACH));
             assert_eq!(socket.peer_name(), Err(Errno::ENOTCONN));
@@ -372,8 +373,8 @@ fn a_failed_connect_leaves_the_peer_and_its_name() {
     });
 }
 
-/// `send()` names no destination: where the kernel asks with the peer's address, and that is a service's too, the answer is
-/// the one of the `connect()`.
+/// `send()` names no destination. If the kernel runs the hook with the peer's address, and that is also a
+/// service's, the flow of the `connect()` still applies.
 #[test]
 fn a_connected_socket_is_decided_once() {
     if !require(Feature::Programs) {
@@ -384,7 +385,7 @@ fn a_connected_socket_is_decided_once() {
     for domain in [Domain::V4, Domain::V6] {
         let Scene { service, endpoint, other_endpoint, plain, .. } = Scene::new(domain);
         cluster.serve(&format!("one-{domain:?}"), service, Udp, &[endpoint]);
-        // The endpoint's own address is an external IP or a node port of another service.
+        // The endpoint's own address is also another service's external IP or node port.
         cluster.serve(&format!("two-{domain:?}"), endpoint, Udp, &[other_endpoint, plain]);
         servers.extend([endpoint, other_endpoint, plain].map(|server| (server, Udp)));
     }
@@ -402,8 +403,8 @@ fn a_connected_socket_is_decided_once() {
     });
 }
 
-/// In each family: sixteen endpoints of one service, another service with an endpoint of its own,
-/// one that is out of reach, and one that is so by half.
+/// In each family: a service with sixteen endpoints, another with one endpoint, one with an unreachable
+/// endpoint, and one with a reachable and an unreachable endpoint.
 fn many_and_far() -> (Cluster, Vec<(SocketAddr, Protocol)>) {
     let mut cluster = Cluster::new();
     let mut servers = Vec::new();
@@ -420,17 +421,17 @@ fn many_and_far() -> (Cluster, Vec<(SocketAddr, Protocol)>) {
     (cluster, servers)
 }
 
-/// The service of which one endpoint of two is out of reach.
+/// The service with one unreachable endpoint of two.
 fn half(domain: Domain) -> SocketAddr {
     SocketAddr::new(service_address(domain).ip(), 2)
 }
 
-/// The service that is out of reach.
+/// The unreachable service.
 fn far(domain: Domain) -> SocketAddr {
     SocketAddr::new(service_address(domain).ip(), 9)
 }
 
-/// A socket that waits for answers still knows whom it asked, and where, when a `connect()` has failed meanwhile.
+/// A socket that waits for answers keeps the records of its calls when a `connect()` fails meanwhile.
 #[test]
 fn a_failed_connect_loses_nothing_of_an_unconnected_socket() {
     if !require(Feature::Programs) {
@@ -445,7 +446,8 @@ fn a_failed_connect_loses_nothing_of_an_unconnected_socket() {
             for called in [service, other_service] {
                 for _ in 0..10 {
                     socket.send_to(b"?", called).unwrap();
-                    // While IPv6 looks for the way, the socket hears the address only that it is to be connected to.
+                    // While IPv6 resolves the route, the socket receives only from the address of the pending
+                    // connect.
                     socket.wait_until_readable();
                     assert_eq!(socket.connect(far(domain)), Err(Errno::ENETUNREACH));
                     assert_eq!(socket.receive().unwrap().1, Some(called), "{domain:?}");
@@ -472,7 +474,7 @@ fn a_failed_connect_loses_nothing_of_an_unconnected_socket() {
     });
 }
 
-/// Answers that have come before a `connect()` are read after it, and are from the services that were asked.
+/// Answers that arrived before a `connect()` are read after it, and are from the services that were called.
 #[test]
 fn answers_before_a_connect_are_from_whom_was_asked() {
     if !require(Feature::Programs) {
@@ -487,7 +489,7 @@ fn answers_before_a_connect_are_from_whom_was_asked() {
     });
 }
 
-/// Connects, and reads an answer of a service that was asked before and then one of the peer.
+/// Connects, and reads an answer of a service that was called before, then one of the peer.
 fn connect_and_ask_behind(socket: &Socket, to: SocketAddr, server: SocketAddr, asked: SocketAddr) {
     socket.connect(to).unwrap();
     assert_eq!(socket.receive().unwrap().1, Some(asked));
@@ -496,7 +498,7 @@ fn connect_and_ask_behind(socket: &Socket, to: SocketAddr, server: SocketAddr, a
     assert_eq!((answer.server, answer.seen), (server, Some(to)));
 }
 
-/// A socket whose `connect()` fails again and again keeps the record of its peer, also where all are used.
+/// A socket whose `connect()` fails repeatedly keeps the record of its peer, even when all records are used.
 #[test]
 fn many_failed_connects_leave_the_peer_and_its_name() {
     if !require(Feature::Programs) {
@@ -530,7 +532,7 @@ fn many_failed_connects_leave_the_peer_and_its_name() {
     });
 }
 
-/// An `AF_INET6` socket takes `sockaddr_in` too: the hooks of the other family see what it is connected to all the same.
+/// An `AF_INET6` socket accepts `sockaddr_in` too: the other family's hooks see its peer as well.
 #[test]
 fn a_call_in_the_form_of_the_other_family_leaves_the_peer() {
     if !require(Feature::Programs) {
@@ -546,7 +548,7 @@ fn a_call_in_the_form_of_the_other_family_leaves_the_peer() {
         assert_eq!(socket.peer_name(), Ok(service));
         assert_eq!(socket.ask().unwrap().seen, Some(service));
 
-        // A datagram elsewhere is no business of a connected socket's records.
+        // A datagram to another address does not change a connected socket's records.
         socket.send_to_as(Domain::V4, b"?", other_service).unwrap();
         assert_eq!(socket.ask().unwrap().seen, Some(service));
 
@@ -559,7 +561,8 @@ fn a_call_in_the_form_of_the_other_family_leaves_the_peer() {
     });
 }
 
-/// Of several services with one endpoint, it is the last one that a socket is connected to, however many it asked before.
+/// Of several services with the same endpoint, the socket's peer is the one connected to last, however many
+/// it called before.
 #[test]
 fn a_connected_socket_sees_the_last_of_services_with_one_endpoint() {
     if !require(Feature::Programs) {
@@ -594,7 +597,7 @@ fn a_connected_socket_sees_the_last_of_services_with_one_endpoint() {
     });
 }
 
-/// A connected socket that sends to its own service, by `sendto()`, reaches its peer.
+/// A connected socket that sends to its own service with `sendto()` reaches its peer.
 #[test]
 fn a_connected_socket_reaches_its_peer_by_the_service_too() {
     if !require(Feature::Programs) {
@@ -618,7 +621,7 @@ fn a_connected_socket_reaches_its_peer_by_the_service_too() {
     });
 }
 
-/// An endpoint that goes and comes back is another one to the tables. A socket that reaches it by chance stays with it.
+/// An endpoint that is removed and added again gets a new id. A socket that reaches it by chance keeps it.
 #[test]
 fn datagrams_stay_together_also_at_an_endpoint_that_came_back() {
     if !require(Feature::Programs) {
@@ -636,7 +639,7 @@ fn datagrams_stay_together_also_at_an_endpoint_that_came_back() {
         for options in agent::modes(sandbox) {
             let mut agent = Agent::start_with(&options, agent::settings(), Vec::new()).unwrap();
             agent.follow(&cluster(&endpoints));
-            // Half of them come to the endpoint where they were.
+            // Half of them reach the endpoint that they had.
             let sockets: [Socket; 16] = std::array::from_fn(|_| Socket::new(Domain::V4, Udp));
             for socket in &sockets {
                 let _answer = socket.ask_at(service).unwrap();
@@ -654,7 +657,7 @@ fn datagrams_stay_together_also_at_an_endpoint_that_came_back() {
     });
 }
 
-/// `IPV6_ADDRFORM` makes an IPv4 socket of one that is connected to an IPv4 service.
+/// `IPV6_ADDRFORM` converts an IPv6 socket that is connected to an IPv4 service to IPv4.
 #[test]
 fn a_socket_that_changes_its_family_sees_the_service() {
     if !require(Feature::Programs) {
@@ -678,7 +681,7 @@ fn a_socket_that_changes_its_family_sees_the_service() {
     }
 }
 
-/// It does not matter whether a socket is older than the agent, nor whether something asked for its cookie before.
+/// It does not matter whether a socket is older than the agent, or already had a cookie.
 #[test]
 fn older_sockets_see_the_service_too() {
     if !require(Feature::Programs) {
@@ -715,20 +718,20 @@ fn older_sockets_see_the_service_too() {
     });
 }
 
-/// What a program does with its socket; numbers are of [`targets`].
+/// An action of a program on its socket; numbers index [`targets`].
 #[derive(Clone, Copy, Debug)]
 enum Step {
     Connect(usize),
     Disconnect,
-    /// A `connect()` to an address out of reach: through a service or not.
+    /// A `connect()` to an unreachable address, which is a service's or not.
     Fail(bool),
-    /// A datagram, a `connect()` that fails, and the answer; only while the socket has no peer.
+    /// A datagram, a failing `connect()`, and the answer; only while the socket has no peer.
     SendAndFail(usize),
-    /// A datagram and its answer, to an address only while the socket has no peer.
+    /// A datagram and its answer; to an address only while the socket has no peer.
     Ask(usize),
 }
 
-/// In a domain: six services, two with each of three endpoints, and these endpoints.
+/// For a domain: six services, two for each of three endpoints, and these endpoints.
 fn targets(domain: Domain) -> [SocketAddr; 9] {
     let ip = service_address(domain).ip();
     let endpoints: [SocketAddr; 3] = addresses(domain, 8001);
@@ -737,13 +740,14 @@ fn targets(domain: Domain) -> [SocketAddr; 9] {
     })
 }
 
-/// Carries steps out. The peer is the one of the last `connect()` that did not fail, and an answer is from whom was asked.
+/// Runs steps. The peer is that of the last successful `connect()`; an answer is from the address that was
+/// called.
 fn walk(domain: Domain, steps: &[Step]) {
     let targets = targets(domain);
     let socket = Socket::new(domain, Udp);
     let mut peer = Err(Errno::ENOTCONN);
-    // After a failed `connect()` a connected IPv4 socket still sends one datagram to its peer, and later ones to the address that
-    // failed: Linux takes it from what that call left in the flow (`udp_sendmsg`).
+    // After a failed `connect()` a connected IPv4 socket sends one more datagram to its peer, and later ones
+    // to the address that failed: Linux takes it from the socket's cached flow (`udp_sendmsg`).
     let mut n_asks = usize::MAX;
     let fail = |to| assert_eq!(socket.connect(to), Err(Errno::ENETUNREACH));
     for (n, step) in steps.iter().enumerate() {

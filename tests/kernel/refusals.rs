@@ -1,4 +1,4 @@
-//! A service without endpoints fails at once, and tells the program so.
+//! A service without endpoints fails at once, and the program gets the error.
 
 use std::net::SocketAddr;
 
@@ -68,7 +68,7 @@ fn a_service_without_endpoints_refuses() {
     });
 }
 
-/// On kernels before 5.18 programs cannot choose the error, so that the call is sent where nobody listens.
+/// On kernels before 5.18 programs cannot choose the error, so the call goes to a port where nothing listens.
 #[test]
 fn without_set_retval_a_refusal_takes_another_way() {
     if !require(Feature::Programs) {
@@ -78,7 +78,7 @@ fn without_set_retval_a_refusal_takes_another_way() {
         for domain in Domain::ALL {
             let service = service_address(domain);
             assert_eq!(Socket::new(domain, Tcp).connect(service), REFUSED, "{domain:?}");
-            // A datagram socket connects, and learns with its first datagram or with the call after it.
+            // A datagram socket connects, and gets the error with its first datagram or the call after it.
             let socket = Socket::new(domain, Udp);
             let asked = socket.connect(service).and_then(|()| socket.ask());
             assert!(matches!(asked, Err(Errno::ECONNREFUSED | Errno::EINVAL)), "{domain:?}: {asked:?}");
@@ -109,7 +109,7 @@ fn a_refusal_ends_with_the_first_endpoint_and_returns_with_the_last() {
         for domain in Domain::ALL {
             assert_eq!(Socket::new(domain, Tcp).connect(service_address(domain)), REFUSED, "{domain:?}");
         }
-        // What is connected stays so: nothing of it depends on the tables any longer.
+        // Connected sockets stay connected: they no longer depend on the maps.
         for [tcp, udp] in &connected {
             tcp.send(b"still here").unwrap();
             assert_eq!(tcp.receive().unwrap().0, b"still here");
@@ -118,8 +118,8 @@ fn a_refusal_ends_with_the_first_endpoint_and_returns_with_the_last() {
     });
 }
 
-/// A client of the kernel, as NFS is, must not keep an address that it did not ask for. The subflow of a multipath TCP socket is
-/// such a client.
+/// A socket of the kernel, as NFS has, must not keep a changed address. The subflow of a multipath TCP socket
+/// is such a socket.
 #[test]
 fn without_set_retval_a_refusal_leaves_the_kernels_clients_their_address() {
     let needed = [Feature::Programs, Feature::Multipath, Feature::SockFields];
@@ -135,7 +135,7 @@ fn without_set_retval_a_refusal_leaves_the_kernels_clients_their_address() {
     });
 }
 
-/// A program may try another address with the socket that was refused.
+/// A program may call another address with the refused socket.
 #[test]
 fn a_refused_socket_can_call_again() {
     if !require(Feature::Programs) {

@@ -10,7 +10,7 @@ fn run(name: &str) {
         return;
     }
     let scenario = Scenario::read(name).unwrap();
-    // Node ports on loopback answer in the node's namespace only, which programs know by its cookie.
+    // Node ports on loopback work in the node's namespace only, which programs recognise by its cookie.
     let has_loopback = scenario.destinations().unwrap().iter().any(|to| to.ip.is_loopback());
     if has_loopback && !require(Feature::NetnsCookie) {
         return;

@@ -1,4 +1,4 @@
-//! Where the records of sockets are kept, and that they come to an end.
+//! Where the records of sockets are kept, and that they are freed.
 
 use std::{
     env, fs,
@@ -47,13 +47,13 @@ use nix::{
 
 use crate::records::{Scene, scenes};
 
-/// A pinned array, its values as words.
+/// A pinned array, with values as words.
 fn array<const WORDS: usize>(sandbox: &Sandbox, name: &str) -> Array<MapData, [u64; WORDS]> {
     let data = MapData::from_pin(sandbox.pin_path().join(name)).unwrap();
     Map::from_map_data(data).unwrap().try_into().unwrap()
 }
 
-/// Slots that belong to a socket.
+/// The number of slots owned by a socket.
 pub(crate) fn n_taken(sandbox: &Sandbox) -> usize {
     const { assert!(size_of::<SocketSlots>() == 8 * SLOT_WAYS) }
     let slots = array::<SLOT_WAYS>(sandbox, "socket_slots");
@@ -61,7 +61,7 @@ pub(crate) fn n_taken(sandbox: &Sandbox) -> usize {
     owners.filter(|owner| *owner != 0).count()
 }
 
-/// Gives all slots to sockets that are not there.
+/// Gives all slots to sockets that do not exist.
 pub(crate) fn fill(options: &Options) {
     let data = MapData::from_pin(options.pin_path.join("socket_slots")).unwrap();
     let mut slots: Array<MapData, [u64; SLOT_WAYS]> = Map::from_map_data(data).unwrap().try_into().unwrap();
@@ -97,7 +97,7 @@ fn a_closed_socket_gives_its_slot_up() {
     });
 }
 
-/// A socket that calls no service takes nothing.
+/// A socket that calls no service uses no slot.
 #[test]
 fn a_socket_without_a_service_takes_no_slot() {
     if !require(Feature::Programs) || !Features::probe().has_slots() {
@@ -120,7 +120,7 @@ fn a_socket_without_a_service_takes_no_slot() {
     });
 }
 
-/// A call that fails later, or is made again and again, takes no second slot.
+/// A call that fails later, or is repeated, uses no second slot.
 #[test]
 fn a_socket_has_one_slot() {
     if !require(Feature::Programs) || !Features::probe().has_slots() {
@@ -146,7 +146,7 @@ fn a_socket_has_one_slot() {
     });
 }
 
-/// More live sockets than slots: none loses its record, and none takes another one's.
+/// More live sockets than slots: none loses its record, and none takes another's.
 #[test]
 fn more_sockets_than_slots_keep_their_records() {
     if !require(Feature::Programs) {
@@ -180,7 +180,7 @@ fn more_sockets_than_slots_keep_their_records() {
     });
 }
 
-/// The hook that gives slots up is away for a while, in which sockets are closed.
+/// The hook that frees slots is missing while sockets are closed.
 #[test]
 fn slots_of_sockets_that_are_gone_are_taken_back() {
     if !require(Feature::Programs) || !Features::probe().has_slots() {
@@ -212,7 +212,7 @@ fn slots_of_sockets_that_are_gone_are_taken_back() {
         let _agent = start();
         let n_before = n_taken(sandbox);
         Socket::new(Domain::V4, Udp).connect(scene.service).unwrap();
-        assert_eq!(n_taken(sandbox), n_before, "slots are given up again");
+        assert_eq!(n_taken(sandbox), n_before, "slots are freed again");
 
         let mut table = SocketTable::open(&sandbox.pin_path()).unwrap();
         let (mut reclaim, start) = (Reclaim::default(), Instant::now());
@@ -236,7 +236,7 @@ fn slots_of_sockets_that_are_gone_are_taken_back() {
     });
 }
 
-/// A restart may come with other programs, as after an update; records stay what they are.
+/// A restart may load other programs, as after an update. Records keep their meaning.
 #[test]
 fn records_survive_restarts() {
     if !require(Feature::Programs) {
@@ -257,7 +257,7 @@ fn records_survive_restarts() {
             unconnected.send_to(b"?", Scene::new(domain).service).unwrap();
             (domain, connected, unconnected)
         });
-        // Diagnostics are a program of their own.
+        // Diagnostics are a separate program.
         for log in [options.features.has_slots(), false] {
             start(&Options { log, ..options.clone() });
             for (domain, connected, _) in &sockets {
@@ -271,22 +271,22 @@ fn records_survive_restarts() {
     });
 }
 
-/// Connect and close as often as this in all; fewer where a CPU is emulated.
+/// The total number of cycles of connect and close; fewer on an emulated CPU.
 fn n_cycles() -> usize {
     number("LB_TEST_CYCLES", 1_000_000)
 }
 
-/// The memory that the kernel charges for a socket's records and cannot take back by itself, in KiB.
+/// Unreclaimable memory that the kernel charges for the records of sockets, in KiB.
 fn unreclaimable_kib() -> u64 {
     let meminfo = fs::read_to_string("/proc/meminfo").unwrap();
     let line = meminfo.lines().find_map(|line| line.strip_prefix("SUnreclaim:")).unwrap();
     line.trim().trim_end_matches(" kB").parse().unwrap()
 }
 
-/// The variable that tells a process to open as many sockets and close them.
+/// The variable that makes a process run this number of cycles.
 const CYCLES_OF_THIS_PROCESS: &str = "LB_TEST_SOCKET_CYCLES";
 
-/// Opens and closes sockets in a process of its own: forks of this one would hold sockets of other tests.
+/// Opens and closes sockets in another process: forks of this one would hold sockets of other tests.
 fn open_and_close_elsewhere(n_cycles: usize) {
     let output = Command::new(env::current_exe().unwrap())
         .args(["--exact", "slots::a_million_sockets_leave_nothing_behind", "--nocapture"])
@@ -297,11 +297,11 @@ fn open_and_close_elsewhere(n_cycles: usize) {
     assert!(output.status.success() && said.contains("1 passed"), "{output:?}");
 }
 
-/// Calls from eight threads, each socket used once and closed: TCP, multipath TCP and UDP, connected, not, and again, in all
-/// families; and in all ways in which a socket comes to its end.
+/// Calls from eight threads, each socket used once and closed: TCP, multipath TCP and UDP, connected,
+/// unconnected, and reconnected, in all families. Sockets are closed in all ways that the kernel has.
 fn open_and_close(n_cycles: usize) {
     const N_THREADS: usize = 8;
-    // Before there are threads, whose sockets they would hold.
+    // Forked before the threads start: the children would hold their sockets.
     let heirs: Vec<Heir> = (0..N_THREADS).map(|_| Heir::start()).collect();
     thread::scope(|scope| {
         for (number, heir) in heirs.into_iter().enumerate() {
@@ -316,14 +316,15 @@ fn open_and_close(n_cycles: usize) {
             });
         }
     });
-    // A socket in an unreachable cycle is the kernel's to find, when another one of the kind is closed.
+    // The kernel's garbage collector finds sockets in an unreachable cycle when another UNIX socket is
+    // closed.
     drop(UnixDatagram::pair().unwrap());
 }
 
 /// A socket that has called a service.
 fn called(domain: Domain, cycle: usize) -> Socket {
     let Scene { service, plain, .. } = Scene::new(domain);
-    // A TCP connection costs ten times as much as all else.
+    // A TCP connection costs ten times as much as everything else.
     let (protocol, number) = match cycle % 64 {
         0 => (Tcp, libc::IPPROTO_MPTCP),
         16 | 32 | 48 => (Tcp, 0),
@@ -348,7 +349,7 @@ fn called(domain: Domain, cycle: usize) -> Socket {
             socket.send_to(b"?", service).unwrap();
         }
         7 => {
-            // More services than a slot has records.
+            // More services than a socket has records.
             for port in [SocketAddr::new(service.ip(), 53), SocketAddr::new(service.ip(), 54), service] {
                 socket.send_to(b"?", port).unwrap();
             }
@@ -358,7 +359,7 @@ fn called(domain: Domain, cycle: usize) -> Socket {
     socket
 }
 
-/// Closes a socket, in one of the ways in which it can come about.
+/// Closes a socket, in one of several ways.
 fn end(socket: Socket, cycle: usize, heir: &Heir) {
     match cycle % 1000 {
         rest if rest % 20 == 1 => {
@@ -367,17 +368,17 @@ fn end(socket: Socket, cycle: usize, heir: &Heir) {
             drop(copy);
         }
         rest if rest % 50 == 2 => heir.give(&socket),
-        // On the way when nothing is left that could receive it.
+        // In flight to a socket that is closed before it receives it.
         rest if rest % 100 == 3 => {
             let (from, _to) = UnixDatagram::pair().unwrap();
             pass(&from, &[socket.as_fd()]);
         }
-        // In the queue of a socket that is in its own queue: nothing but the kernel's garbage collector finds it.
+        // In the queue of a socket that is in its own queue: only the kernel's garbage collector finds it.
         rest if rest % 250 == 4 => {
             let (from, to) = UnixDatagram::pair().unwrap();
             pass(&from, &[socket.as_fd(), to.as_fd()]);
         }
-        // A child has it for longer.
+        // A child keeps it open for longer.
         500 | 501 => {
             let (mine, its) = UnixDatagram::pair().unwrap();
             let child = in_a_child(|| {
@@ -399,26 +400,26 @@ fn pass(from: &UnixDatagram, descriptors: &[BorrowedFd<'_>]) {
     assert_eq!(sent, Ok(1));
 }
 
-/// Runs something in a child process, which ends with it.
+/// Runs a closure in a child process, which exits after it.
 fn in_a_child(body: impl FnOnce()) -> Pid {
     // SAFETY: the C library makes allocation possible in the child, which takes no other lock.
     match unsafe { fork() }.unwrap() {
         ForkResult::Parent { child } => child,
         ForkResult::Child => {
             let ended = panic::catch_unwind(AssertUnwindSafe(body));
-            // SAFETY: ends the process; what this thread stands on is the parent's to drop.
+            // SAFETY: exits the process; the parent drops what this thread borrows.
             unsafe { libc::_exit(i32::from(ended.is_err())) }
         }
     }
 }
 
-/// A process that owns sockets is killed.
+/// Kills a process that owns sockets.
 fn kill_an_owner(domain: Domain) {
     let (mine, its) = UnixDatagram::pair().unwrap();
     let child = in_a_child(|| {
         let sockets: Vec<Socket> = (0..64).map(|cycle| called(domain, cycle)).collect();
         let _n = its.send(b"!");
-        // Until it is killed.
+        // Blocks until it is killed.
         let _n = its.recv(&mut [0]);
         drop(sockets);
     });
@@ -427,7 +428,7 @@ fn kill_an_owner(domain: Domain) {
     assert!(matches!(waitpid(child, None), Ok(WaitStatus::Signaled(_, Signal::SIGKILL, _))));
 }
 
-/// A process that is given sockets, and closes them.
+/// A process that receives sockets and closes them.
 struct Heir {
     to: UnixDatagram,
     process: Pid,
@@ -456,7 +457,7 @@ impl Heir {
         Self { to, process }
     }
 
-    /// Gives it a socket, which is closed here first or there.
+    /// Sends it a socket, which this process or the child closes first.
     fn give(&self, socket: &Socket) {
         pass(&self.to, &[socket.as_fd()]);
     }
@@ -464,7 +465,7 @@ impl Heir {
 
 impl Drop for Heir {
     fn drop(&mut self) {
-        // What it has not received yet goes with it.
+        // Sockets that it has not received yet are closed with it.
         kill(self.process, Signal::SIGKILL).unwrap();
         let _status = waitpid(self.process, None).unwrap();
     }
@@ -499,9 +500,9 @@ fn a_million_sockets_leave_nothing_behind() {
             agent.follow(&cluster);
             let has_slots = options.features.has_slots();
             let before = unreclaimable_kib();
-            // Socket storage is the kernel's to free: a tenth of the sockets shows whether it does.
+            // The kernel frees socket storage by itself: a tenth of the sockets is enough to check it.
             open_and_close_elsewhere(if has_slots { n_cycles() } else { n_cycles() / 10 });
-            // A program that looks through /proc, as monitoring does, keeps a socket open for a moment longer.
+            // A program that reads /proc, as monitoring does, keeps a socket open for a moment.
             for _ in 0..300 {
                 if n_taken(sandbox) == 0 {
                     break;
@@ -513,8 +514,8 @@ fn a_million_sockets_leave_nothing_behind() {
                 panic!("{} slots are still taken: {:?}", n_taken(sandbox), table.records());
             }
             if !has_slots {
-                // A record in socket storage takes more than a KiB: those of all sockets would be 100 MiB. What the
-                // rest of the machine does is less.
+                // A record in socket storage takes more than a KiB: those of all sockets would be 100 MiB.
+                // The rest of the machine changes by less.
                 let grown = unreclaimable_kib().saturating_sub(before);
                 assert!(grown < 64 * 1024, "{grown} KiB are still in use");
             }

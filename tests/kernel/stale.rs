@@ -1,6 +1,6 @@
-//! Sockets that stay with an endpoint which no longer serves: which of them are ended, in every network namespace.
+//! Stale sockets: which of them are destroyed, in every network namespace.
 //!
-//! The programs are in a network namespace of their own, a pod's; the agent is in that of the sandbox.
+//! The programs run in a pod's network namespace, the agent in the sandbox's.
 
 use std::{
     collections::BTreeSet,
@@ -32,7 +32,7 @@ use crate::{
     slots,
 };
 
-/// What a domain's program calls, and who may answer. Servers listen in the pod itself.
+/// What a domain's program calls, and which servers may answer. They listen in the pod itself.
 #[derive(Clone, Copy)]
 struct Scene {
     service: SocketAddr,
@@ -106,14 +106,14 @@ impl Pod {
         self.netns.run(|| Socket::new(domain, protocol))
     }
 
-    /// A socket that is connected to a service and has been answered by an endpoint.
+    /// A socket that is connected to a service and has received an answer of an endpoint.
     fn connected(&self, domain: Domain, protocol: Protocol, to: SocketAddr, endpoint: SocketAddr) -> Socket {
         let socket = self.socket(domain, protocol);
         connect(&socket, to, endpoint);
         socket
     }
 
-    /// One for each domain, with the scene that it is in.
+    /// One for each domain, with its scene.
     fn all_connected(&self, protocol: Protocol) -> Vec<(Scene, Socket)> {
         let scenes = Domain::ALL.map(|domain| (domain, Scene::new(domain)));
         let connected = scenes
@@ -127,7 +127,7 @@ fn connect(socket: &Socket, to: SocketAddr, endpoint: SocketAddr) {
     assert_eq!(socket.ask().unwrap().server, endpoint);
 }
 
-/// What a program sees whose socket was ended.
+/// Asserts what a program sees of a destroyed socket.
 fn assert_ended(socket: &Socket) {
     assert_eq!(socket.receive(), Err(Errno::ECONNABORTED));
     assert_eq!(socket.peer_name(), Err(Errno::ENOTCONN));
@@ -152,7 +152,7 @@ fn assert_all_stay(sockets: &[(Scene, Socket)]) {
     }
 }
 
-/// Runs a test with a pod and an agent that follows a cluster, once for each way to keep records.
+/// Runs a test with a pod and an agent that follows a cluster, once for each home of records.
 fn with_pods(start: &Cluster, test: impl Fn(&Pod, &mut Agent, &Options) + Sync) {
     if !require(Feature::Programs) || !require(Feature::SocketDestroy) {
         return;
@@ -168,7 +168,7 @@ fn with_pods(start: &Cluster, test: impl Fn(&Pod, &mut Agent, &Options) + Sync) 
     });
 }
 
-/// The ways of the sockets of [`Pod::all_connected`], sorted.
+/// The flows of the sockets of [`Pod::all_connected`], sorted.
 fn all_ways(protocol: Protocol) -> Vec<Flow> {
     let mut ways: Vec<Flow> = Domain::ALL.iter().map(|domain| Scene::new(*domain).way(protocol)).collect();
     ways.sort();
@@ -181,21 +181,21 @@ fn sweep(agent: &mut Agent, options: &Options, now: Instant) -> Vec<Flow> {
     ended
 }
 
-/// A resolver keeps one connected socket. It gets an error, connects anew, and finds somebody who is alive.
+/// A resolver keeps one connected socket. It gets an error, reconnects, and reaches a live endpoint.
 #[test]
 fn a_connected_udp_socket_moves_to_an_endpoint_that_lives() {
     with_pods(&cluster(Udp, None, first_only), |pod, agent, options| {
         let now = Instant::now();
         let sockets = pod.all_connected(Udp);
-        assert_eq!(sweep(agent, options, now), [], "everybody is alive");
+        assert_eq!(sweep(agent, options, now), [], "nothing is stale");
         agent.follow(&cluster(Udp, None, second_only));
         assert_eq!(sweep(agent, options, now), all_ways(Udp));
         for (scene, socket) in &sockets {
             assert_ended(socket);
-            assert_eq!(socket.send(b"?"), Err(Errno::EDESTADDRREQ), "it has no peer any longer");
+            assert_eq!(socket.send(b"?"), Err(Errno::EDESTADDRREQ), "it has no peer");
             connect(socket, scene.service, scene.second);
         }
-        assert_eq!(sweep(agent, options, now), [], "nothing is left to do");
+        assert_eq!(sweep(agent, options, now), [], "nothing is stale");
         assert!(sockets.iter().all(|(scene, socket)| socket.ask().unwrap().server == scene.second));
     });
 }
@@ -209,7 +209,7 @@ fn a_socket_is_ended_when_the_last_endpoint_goes() {
         for (scene, socket) in &sockets {
             assert_ended(socket);
             let refusal = socket.connect(scene.service).and_then(|()| socket.ask().map(drop));
-            // Before kernel 5.18 no program can choose the error, and it depends on the family.
+            // Before kernel 5.18 programs cannot choose the error, and it depends on the family.
             let is_refused = refusal == Err(Errno::ECONNREFUSED)
                 || refusal == Err(Errno::EINVAL) && !options.features.set_retval;
             assert!(is_refused, "{refusal:?}");
@@ -227,7 +227,8 @@ fn a_socket_is_ended_when_its_service_is_deleted() {
     });
 }
 
-/// Each of these sockets has been connected to the endpoint that goes, or is in another way; none is through the service.
+/// Each of these sockets was connected to the removed endpoint or has another flow; none is connected through
+/// the service.
 #[test]
 fn sockets_that_went_elsewhere_are_left_alone() {
     with_pods(&cluster(Udp, None, first_only), |pod, agent, options| {
@@ -250,12 +251,12 @@ fn sockets_that_went_elsewhere_are_left_alone() {
             assert_stays(&went_to_another, scene.second);
             assert_stays(&went_to_the_same, scene.first);
             assert_eq!(disconnected.ask_at(scene.service).unwrap().server, scene.second);
-            assert_eq!(unconnected.ask_at(scene.service).unwrap().server, scene.second, "it chooses anew");
+            assert_eq!(unconnected.ask_at(scene.service).unwrap().server, scene.second, "it chooses again");
         }
     });
 }
 
-/// Of a hundred sockets in both homes of records, those through one service are ended and no others.
+/// Of a hundred sockets, with records in both homes, exactly those of one service are destroyed.
 #[test]
 fn a_service_of_many_sockets_loses_its_endpoint_and_its_neighbour_does_not() {
     let with_neighbour = |endpoints: fn(&Scene) -> Vec<SocketAddr>| {
@@ -280,8 +281,8 @@ fn a_service_of_many_sockets_loses_its_endpoint_and_its_neighbour_does_not() {
     });
 }
 
-/// R10: an endpoint that terminates and serves keeps its sockets; one that neither is ready nor serves loses them to
-/// those that serve, and keeps them while nobody does.
+/// R10: an endpoint that terminates and still serves keeps its sockets. One that is neither ready nor serving
+/// loses them to endpoints that serve, and keeps them if there are none.
 #[test]
 fn r10_a_socket_stays_while_its_endpoint_serves() {
     let with_conditions = |first: [bool; 3], second: [bool; 3]| {
@@ -304,7 +305,7 @@ fn r10_a_socket_stays_while_its_endpoint_serves() {
         let sockets = pod.all_connected(Udp);
         for (what, first, second) in [
             ("it terminates and serves, another is ready", terminating, ready),
-            ("it is not ready, and nobody serves", unready, unready),
+            ("it is not ready, and no endpoint serves", unready, unready),
         ] {
             agent.follow(&with_conditions(first, second));
             assert_eq!(sweep(agent, options, now), [], "{what}");
@@ -316,7 +317,7 @@ fn r10_a_socket_stays_while_its_endpoint_serves() {
     });
 }
 
-/// The endpoint goes while no agent runs; the next one knows nothing of the sockets but what the maps say.
+/// The endpoint is removed while no agent runs. The next agent knows the sockets only from the maps.
 #[test]
 fn sockets_that_are_older_than_the_agent_are_ended() {
     if !require(Feature::Programs) || !require(Feature::SocketDestroy) {
@@ -376,7 +377,7 @@ fn a_drain_ends_connections_when_its_time_is_over() {
     }
 }
 
-/// Where the tables have no room for the new endpoints, the old ones stay in them: nobody would be helped.
+/// If the new endpoints do not fit, the old ones stay in the maps: their removal would help no call.
 #[test]
 fn sockets_of_a_service_that_did_not_fit_are_left_alone() {
     with_pods(&cluster(Udp, None, first_only), |pod, agent, options| {
@@ -393,7 +394,7 @@ fn sockets_of_a_service_that_did_not_fit_are_left_alone() {
     });
 }
 
-/// A socket with more services than a slot holds has some in socket storage. Searches stay as narrow as they were.
+/// A socket with more services than a slot holds has some in socket storage. Searches stay as narrow.
 #[test]
 fn an_overflow_makes_no_search_wider() {
     let others = ["10.96.0.1:1001", "10.96.0.1:1002", "10.96.0.1:1003", "10.96.0.1:1004"];
@@ -421,14 +422,14 @@ fn an_overflow_makes_no_search_wider() {
         assert_eq!(agent.search(options, now), Some(search));
         assert_eq!(sweep(agent, options, now), all_ways(Udp));
         assert_all_ended(&sockets);
-        assert_eq!(sweep(agent, options, now), [], "they are not connected");
-        assert_eq!(agent.search(options, now), None, "and not looked for any longer");
+        assert_eq!(sweep(agent, options, now), [], "unconnected sockets are not stale");
+        assert_eq!(agent.search(options, now), None, "and no longer searched for");
         assert_eq!(many.ask_at(others[0]).unwrap().server, Scene::new(Domain::V4).second);
     });
 }
 
-/// Other sockets own all slots, so that these have their records in socket storage. The agent sees that without a look into
-/// any process.
+/// Other sockets own all slots, so these have their records in socket storage. The agent finds them without
+/// reading any process.
 #[test]
 fn sockets_that_found_no_slot_are_ended_like_others() {
     with_pods(&cluster(Udp, None, first_only), |pod, agent, options| {
@@ -440,7 +441,7 @@ fn sockets_that_found_no_slot_are_ended_like_others() {
     });
 }
 
-/// The kernel has a TCP socket for each subflow, whose record says where it went.
+/// The kernel has a TCP socket for each subflow; its record names the flow.
 #[test]
 fn a_multipath_connection_is_ended_by_its_subflow() {
     let multipath = |domain| Socket::with_protocol_number(domain, Tcp, libc::IPPROTO_MPTCP);
@@ -462,7 +463,7 @@ fn a_multipath_connection_is_ended_by_its_subflow() {
             assert_eq!(socket.send(b"?"), Err(Errno::EPIPE));
             assert_eq!(socket.peer_name(), Err(Errno::ENOTCONN));
         }
-        // With a server that speaks it too.
+        // With a server that speaks multipath TCP too.
         let server = addresses::<1>(Domain::V4, 9001)[0];
         let _servers = pod.netns.run(|| Servers::multipath([server]));
         let service = SocketAddr::new(service_address(Domain::V4).ip(), 81);
@@ -481,14 +482,15 @@ fn a_multipath_connection_is_ended_by_its_subflow() {
         let way = Flow { protocol: Tcp, service: Some(service), endpoint: server };
         let is_short = pod.netns.run(|| fs::write("/proc/sys/net/mptcp/close_timeout", "1")).is_ok();
         assert_eq!(sweep(agent, options, now), [way]);
-        // Elsewhere it takes a minute.
+        // Otherwise the close takes a minute.
         if is_short {
             assert_eq!(socket.receive(), Err(Errno::ENOTCONN));
         }
     });
 }
 
-/// What programs called before there was a Service: an address of it in each family, and a node port. A mute server is there.
+/// Addresses that programs called before the Service existed: one in each family, and a node port. They have
+/// a silent server.
 fn early_addresses(domain: Domain) -> [SocketAddr; 2] {
     let node = node_addresses()[usize::from(domain == Domain::V6)];
     [service_address(domain), SocketAddr::new(node, 30053)]
@@ -512,7 +514,7 @@ fn with_node_ports(annotation: Option<&str>) -> Cluster {
     cluster
 }
 
-/// A pod where the early addresses lead to somebody who never answers.
+/// A pod where the early addresses have silent servers.
 fn pod_with_mute_servers() -> (Pod, Vec<Socket>) {
     let pod = Pod::new();
     let mute = [Domain::V4, Domain::V6].into_iter().flat_map(|domain| {
@@ -527,7 +529,7 @@ fn pod_with_mute_servers() -> (Pod, Vec<Socket>) {
     (pod, mute)
 }
 
-/// Connects to all early addresses, and asks in vain.
+/// Connects to all early addresses, and sends requests without an answer.
 fn early_sockets(pod: &Pod) -> Vec<(Scene, SocketAddr, Socket)> {
     let sockets = Domain::ALL.into_iter().flat_map(|domain| {
         early_addresses(domain).map(|address| {
@@ -536,7 +538,7 @@ fn early_sockets(pod: &Pod) -> Vec<(Scene, SocketAddr, Socket)> {
             socket.set_nonblocking(true);
             for _ in 0..12 {
                 socket.send(b"?").unwrap();
-                assert_eq!(socket.receive(), Err(Errno::EAGAIN), "nobody answers");
+                assert_eq!(socket.receive(), Err(Errno::EAGAIN), "the server is silent");
             }
             socket.set_nonblocking(false);
             (Scene::new(domain), address, socket)
@@ -560,7 +562,7 @@ fn assert_moved(sockets: &[(Scene, SocketAddr, Socket)]) {
     }
 }
 
-/// After the time in which an agent finds out who is excluded.
+/// Longer than the agent takes to find the excluded callers.
 const SETTLED: Duration = Duration::from_secs(6);
 
 #[test]
@@ -581,14 +583,14 @@ fn a_udp_socket_that_is_older_than_its_service_is_served() {
             assert_eq!(ended, early_ways());
             assert_moved(&sockets);
             for _ in 0..3 {
-                assert_eq!(sweep(agent, options, now + 2 * SETTLED), [], "once is enough");
+                assert_eq!(sweep(agent, options, now + 2 * SETTLED), [], "nothing is left");
             }
             assert!(sockets.iter().all(|(scene, _, socket)| socket.ask().unwrap().server == scene.first));
         });
     }
 }
 
-/// The agent ends before it has ended them: the next one takes the frontends over.
+/// The agent stops before it has destroyed them: the next one adopts the frontends.
 #[test]
 fn a_udp_socket_that_is_older_than_its_service_is_not_missed_by_a_restart() {
     with_pods(&Cluster::new(), |_pod, agent, options| {
@@ -619,7 +621,7 @@ fn udp_sockets_whose_calls_are_not_served_are_left_alone() {
             let mut exclusion = Exclusion::open(&options.pin_path).unwrap();
             exclusion.set(&[place(directory)].into()).unwrap();
             agent.follow(&with_node_ports(None));
-            // Of an agent whose programs are attached to this cgroup only.
+            // The options of an agent whose programs are attached to this cgroup only.
             let part = Options { cgroup: directory.to_owned(), ..options.clone() };
             assert_eq!(sweep(agent, &part, now + SETTLED), []);
             assert_eq!(sweep(agent, options, now + SETTLED), early_ways());

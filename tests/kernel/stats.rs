@@ -1,4 +1,4 @@
-//! What the programs count.
+//! The programs' counters.
 
 use std::net::SocketAddr;
 
@@ -48,7 +48,7 @@ fn calls_are_counted_by_service_and_endpoint() {
             Socket::new(Domain::Mapped, Tcp).connect(service).unwrap();
             udp.ask_at(service).unwrap();
             assert!(Socket::new(Domain::V4, Tcp).connect(empty).is_err());
-            // Neither a call that is left alone nor the datagrams of a connected socket count.
+            // Calls that pass and the datagrams of a connected socket do not count.
             Socket::new(Domain::V4, Tcp).connect(server).unwrap();
         }
         for domain in [Domain::V4, Domain::Mapped] {
@@ -74,7 +74,7 @@ fn calls_are_counted_by_service_and_endpoint() {
     });
 }
 
-/// An id that is given out again starts from zero, and what was counted before survives everything else.
+/// A reused id starts from zero; counters survive everything else.
 #[test]
 fn counters_survive_restarts_and_belong_to_one_service() {
     if !require(Feature::Programs) {

@@ -1,4 +1,4 @@
-//! What the programs cost the verifier: a jump in review is a question.
+//! The verifier's cost of the programs: a jump must be noticed in review.
 
 use std::{collections::BTreeMap, env, fmt::Write as _, fs, io::Write as _, path::Path};
 
@@ -9,9 +9,9 @@ use lb_tests::{
     require,
 };
 
-/// The instructions that the verifier walks through are kept in a file for each kernel version. They differ a little
-/// with the compiler, so a program fails if it takes a quarter more than there. On a kernel without a file they are
-/// printed; `UPDATE_EXPECT=1` writes the file.
+/// A file for each kernel version has the number of instructions that the verifier processes. It varies a
+/// little with the compiler, so a program fails if it exceeds the file by a quarter. Without a file the
+/// numbers are printed; `UPDATE_EXPECT=1` writes the file.
 #[test]
 fn verified_instructions_are_as_expected() {
     if !require(Feature::Programs) {
@@ -27,7 +27,7 @@ fn verified_instructions_are_as_expected() {
         found
     });
     if found.values().all(|n| *n == 0) {
-        // Kernels before 5.16 do not count.
+        // Kernels before 5.16 do not report them.
         return;
     }
     let mut text = String::new();
@@ -54,7 +54,7 @@ fn verified_instructions_are_as_expected() {
         let allowed = expected.get(&**name).map_or(0, |n| n + n / 4);
         assert!(
             *n <= allowed,
-            "{name} takes {n} instructions; if that is well, UPDATE_EXPECT=1 writes {file}\n{text}"
+            "{name} takes {n} instructions; if that is intended, UPDATE_EXPECT=1 writes {file}\n{text}"
         );
     }
 }

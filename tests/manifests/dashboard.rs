@@ -1,4 +1,4 @@
-//! The dashboard: whether what it asks for is there.
+//! The dashboard: its metrics and labels exist.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -13,7 +13,7 @@ use crate::rendered::folder;
 /// The label that the scrape adds (servicemonitor.yaml).
 const OF_THE_SCRAPE: &str = "node";
 
-/// Names of series, each with its labels.
+/// The names of all series, with their labels.
 fn series() -> BTreeMap<String, BTreeSet<&'static str>> {
     let suffixes = |kind| match kind {
         Kind::Histogram => &["_bucket", "_sum", "_count"][..],
@@ -30,7 +30,7 @@ fn series() -> BTreeMap<String, BTreeSet<&'static str>> {
         .collect()
 }
 
-/// Words of the query language that the dashboard uses.
+/// Keywords and functions of `PromQL` that the dashboard uses.
 const WORDS: [&str; 17] = [
     "sum",
     "max",
@@ -51,14 +51,14 @@ const WORDS: [&str; 17] = [
     "avg",
 ];
 
-/// What a query names, in its order.
+/// The tokens of a query, in order.
 #[derive(Debug, PartialEq, Eq)]
 enum Token<'a> {
     Name(&'a str),
     Sign(char),
 }
 
-/// Names and signs of a query; texts, numbers and durations are left out.
+/// Names and signs of a query, without strings, numbers and durations.
 fn tokens(query: &str) -> Vec<Token<'_>> {
     let (mut tokens, mut rest) = (Vec::new(), query);
     while let Some(first) = rest.chars().next() {
@@ -83,11 +83,11 @@ fn tokens(query: &str) -> Vec<Token<'_>> {
     tokens
 }
 
-/// What is wrong with a query of Grafana's, as far as its names go.
+/// Wrong names in a query of Grafana.
 fn problems(query: &str) -> Vec<String> {
     let known = series();
     let (mut wrong, mut groups, mut series) = (Vec::new(), BTreeSet::new(), Vec::new());
-    // The series whose labels are being named in braces, and whether those of `by` are.
+    // The series whose labels are in the braces, and those of `by`.
     let (mut current, mut is_in_braces, mut is_in_by, mut depth) = (None, false, false, 0);
     let tokens = tokens(query);
     for (n, token) in tokens.iter().enumerate() {
@@ -125,7 +125,7 @@ fn problems(query: &str) -> Vec<String> {
         }
     }
     if series.is_empty() || depth != 0 || is_in_braces {
-        wrong.push(format!("{query}: asks for nothing, or is cut short"));
+        wrong.push(format!("{query}: empty or incomplete"));
     }
     wrong
 }

@@ -1,5 +1,5 @@
-//! As much of kustomize as the overlays use, so that they can be checked where kubectl is older than they need (1.21): that of
-//! Debian 12 is. A field that is not known here is an error, as those are that current kubectl warns about.
+//! The subset of kustomize that the overlays use. It checks them where kubectl is older than they need
+//! (1.21), as Debian 12's is. Unknown fields are errors, and so are those that current kubectl warns about.
 
 use std::{
     fs,
@@ -40,7 +40,7 @@ struct Patch {
     /// The patch itself, in place of a file.
     #[serde(rename = "patch")]
     text: Option<String>,
-    /// Of a list of operations only.
+    /// Only for a list of operations.
     target: Option<Target>,
 }
 
@@ -58,7 +58,7 @@ struct Image {
     new_tag: String,
 }
 
-/// What names in objects of a kustomization stand for once they are generated.
+/// The generated name of a name in a kustomization.
 fn suffix(name: &str) -> String {
     format!("{name}-0000000000")
 }
@@ -163,7 +163,7 @@ fn gather(folder: &Path) -> Vec<Value> {
     objects
 }
 
-/// A patch of the kind "strategic merge": lists whose items have names are merged by these, and new items come first.
+/// A strategic merge patch: lists with named items are merged by name, and new items come first.
 fn merge(object: &mut Value, change: &Value) {
     match (object, change) {
         (Value::Object(object), Value::Object(change)) => {
@@ -185,7 +185,7 @@ fn merge(object: &mut Value, change: &Value) {
     }
 }
 
-/// An operation of a JSON patch: the only one that documents show.
+/// An operation of a JSON patch: the only one that documents use.
 fn operate(object: &mut Value, operation: &Value) {
     assert_eq!(operation["op"], "add");
     let path = operation["path"].as_str().unwrap().strip_suffix("/-").unwrap();

@@ -1,8 +1,7 @@
-//! What is applied to clusters and installed on hosts: whether Kubernetes, Prometheus and systemd would read it as it is
-//! meant.
+//! Manifests and the systemd unit: Kubernetes, Prometheus and systemd read them as intended.
 //!
-//! Nothing here talks to a cluster. [`kustomize`] renders the overlays, and kubectl too where it is new enough; the types of
-//! k8s-openapi, made from Kubernetes' own description of its API, stand for the API server's reading.
+//! Nothing here needs a cluster. [`kustomize`] renders the overlays, and so does kubectl if it is new enough.
+//! The types of k8s-openapi, generated from Kubernetes' API description, stand in for the API server.
 #![expect(clippy::unwrap_used, reason = "what fails here fails a test")]
 
 mod dashboard;

@@ -1,4 +1,4 @@
-//! The overlays as a whole: read by Kubernetes, at one with themselves, and no wider than the agent needs.
+//! The overlays as a whole: accepted by Kubernetes, consistent, and with no more rights than the agent needs.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -114,7 +114,7 @@ fn two_agents_never_share_a_node() {
     });
 }
 
-/// Probes ask where the settings say that the agent listens.
+/// Probes use the agent's listen addresses in the settings.
 #[test]
 fn probes_ask_at_the_port_of_the_settings() {
     for_each(|name, rendered| {
@@ -133,7 +133,7 @@ fn probes_ask_at_the_port_of_the_settings() {
         asks(agent.liveness_probe, "/livez");
         asks(agent.readiness_probe, "/healthz");
         let (metrics, health) = (port("metrics-bind-address"), port("healthz-bind-address"));
-        // kube-proxy's, unless it is there itself.
+        // kube-proxy's ports, unless kube-proxy runs itself.
         let are_kube_proxys = (metrics, health) == (10249, 10256);
         assert_eq!(
             are_kube_proxys,
@@ -143,7 +143,7 @@ fn probes_ask_at_the_port_of_the_settings() {
     });
 }
 
-/// Every mount has a volume, and directories of the variables are mounted.
+/// Every mount has a volume, and the directories of the variables are mounted.
 #[test]
 fn what_the_agent_is_told_of_is_mounted() {
     for_each(|name, rendered| {
@@ -166,7 +166,7 @@ fn what_the_agent_is_told_of_is_mounted() {
         for wanted in ["NODE_NAME", "POD_NAME"] {
             assert!(variables.iter().any(|variable| variable.name == wanted), "{name}: {wanted}");
         }
-        // Where the host's cgroups are among the mounts is for the agent to find.
+        // The agent finds the host's cgroups among the mounts itself.
         let cgroup = mounts.iter().find(|mount| mount.name == "cgroup").unwrap();
         assert_eq!(cgroup.read_only, Some(true), "{name}");
     });
@@ -181,7 +181,7 @@ fn the_image_is_the_one_that_is_built() {
     });
 }
 
-/// Without kube-proxy nothing serves the Service of the API server while the agent starts.
+/// Without kube-proxy nothing serves the API server's Service while the agent starts.
 #[test]
 fn in_place_of_kube_proxy_the_api_server_is_named() {
     let settings = Rendered::of("overlays/kube-proxy-free").settings();
@@ -204,7 +204,8 @@ fn the_service_monitor_finds_the_agents() {
     assert_eq!(monitor["spec"]["endpoints"][0]["port"], Value::from(port.name.clone()));
 }
 
-/// Current kubectl warns of nothing, and makes of the manifests what these tests do. That of Debian 12 (1.20) cannot read them.
+/// Current kubectl does not warn, and renders the same objects as these tests. Debian 12's (1.20) cannot read
+/// the manifests.
 #[test]
 fn kubectl_renders_the_same_without_a_warning() {
     if !require(Feature::Command("kubectl")) {
@@ -213,7 +214,7 @@ fn kubectl_renders_the_same_without_a_warning() {
     let version = Command::new("kubectl").args(["version", "--client", "--output", "json"]).output().unwrap();
     let version: Value = serde_json::from_slice(&version.stdout).unwrap();
     if version["kustomizeVersion"].is_null() {
-        // Before 1.24 it does not tell. Those from 1.21 on do the same.
+        // Versions before 1.24 do not report theirs. From 1.21 on they do the same.
         return;
     }
     for name in OVERLAYS.into_iter().chain(["monitoring"]) {
@@ -222,7 +223,7 @@ fn kubectl_renders_the_same_without_a_warning() {
     }
 }
 
-/// The objects by kind and name, with the same suffix of every generated name.
+/// The objects by kind and name, without the hashes of generated names.
 fn without_hashes(rendered: &Rendered) -> BTreeMap<(String, String), Value> {
     let text = |value: &Value| value.as_str().unwrap().to_owned();
     let hashed = rendered.0.iter().filter(|object| object["kind"] == "ConfigMap");
@@ -241,7 +242,7 @@ fn without_hashes(rendered: &Rendered) -> BTreeMap<(String, String), Value> {
     objects.collect()
 }
 
-/// What OPERATIONS.md shows gives each node a setting of its own: Kubernetes puts in the names of variables that stand before.
+/// A per-node setting as in OPERATIONS.md: Kubernetes expands the names of variables defined earlier.
 #[test]
 fn a_setting_of_each_node_stands_where_it_works() {
     let page = fs::read_to_string(folder().join("../docs/OPERATIONS.md")).unwrap();

@@ -15,7 +15,7 @@ use serde_json::Value;
 
 use crate::kustomize;
 
-/// The folder of the manifests.
+/// The directory of the manifests.
 pub(crate) fn folder() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../manifests")
 }
@@ -24,12 +24,12 @@ pub(crate) fn folder() -> PathBuf {
 pub(crate) struct Rendered(pub(crate) Vec<Value>);
 
 impl Rendered {
-    /// Renders a folder below `manifests`.
+    /// Renders a directory below `manifests`.
     pub(crate) fn of(name: &str) -> Self {
         Self(kustomize::render(&folder().join(name)))
     }
 
-    /// As kubectl does it. It must not warn of anything.
+    /// Renders with kubectl, which must not warn.
     pub(crate) fn by_kubectl(folder: &Path) -> Self {
         let output = Command::new("kubectl").arg("kustomize").arg(folder).output().unwrap();
         let error = String::from_utf8_lossy(&output.stderr);
@@ -56,9 +56,8 @@ impl Rendered {
     }
 }
 
-/// What an API server of the version that k8s-openapi stands for would complain about with
-/// `fieldValidation: Strict`, as far as its published schemas say it: a field that it does not know, a value of another
-/// type, a field that is required and missing.
+/// The complaints of an API server of k8s-openapi's version with `fieldValidation: Strict`, as far as the
+/// published schemas define them: unknown fields, wrong types, missing required fields.
 pub(crate) fn complaints(object: &Value) -> Vec<String> {
     let kind = (object["apiVersion"].as_str().unwrap(), object["kind"].as_str().unwrap());
     let read = match kind {
@@ -68,7 +67,7 @@ pub(crate) fn complaints(object: &Value) -> Vec<String> {
         ("v1", "ServiceAccount") => reread::<ServiceAccount>(object),
         ("rbac.authorization.k8s.io/v1", "ClusterRole") => reread::<ClusterRole>(object),
         ("rbac.authorization.k8s.io/v1", "ClusterRoleBinding") => reread::<ClusterRoleBinding>(object),
-        // A kind of the Prometheus operator, of which Kubernetes knows nothing.
+        // A kind of the Prometheus operator, unknown to Kubernetes.
         ("monitoring.coreos.com/v1", "ServiceMonitor") => return Vec::new(),
         _ => return vec![format!("{kind:?}: no type to check it with")],
     };
@@ -78,13 +77,13 @@ pub(crate) fn complaints(object: &Value) -> Vec<String> {
     }
 }
 
-/// An object as it is after its type has read it.
+/// An object after its type has parsed and serialised it.
 fn reread<T: DeserializeOwned + Serialize>(object: &Value) -> serde_json::Result<Value> {
     serde_json::to_value(T::deserialize(object)?)
 }
 
-/// Where an object as it was read is not as it was given. A type reads a required field that is missing as an empty one,
-/// and writes it, while it writes no optional one.
+/// Where the parsed object differs from the given one. A type parses a missing required field as an empty one
+/// and serialises it; it does not serialise an empty optional one.
 fn differences(given: &Value, read: &Value, path: &str) -> Vec<String> {
     match (given, read) {
         (Value::Object(given), Value::Object(read)) => {
@@ -94,7 +93,7 @@ fn differences(given: &Value, read: &Value, path: &str) -> Vec<String> {
                 .map(|key| format!("{path}.{key}: required, and missing"));
             let known = given
                 .iter()
-                // An empty map or list means the same as none.
+                // An empty map or list is the same as none.
                 .filter(|(_, value)| !(value.is_null() || *value == &serde_json::json!({})))
                 .flat_map(|(key, value)| {
                     let path = format!("{path}.{key}");

@@ -1,4 +1,4 @@
-//! The systemd unit: whether systemd would read it, and whether it grants what the `DaemonSet` grants.
+//! The systemd unit: systemd accepts it, and it grants what the `DaemonSet` grants.
 
 use std::{collections::BTreeSet, env, fs, os::unix::fs::PermissionsExt as _, process::Command};
 
@@ -10,22 +10,22 @@ fn unit() -> String {
     fs::read_to_string(folder().join("systemd/socklb.service")).unwrap()
 }
 
-/// The value of a key that is there once.
+/// The value of a key that occurs once.
 fn value<'a>(unit: &'a str, key: &str) -> &'a str {
     let mut values = unit.lines().filter_map(|line| line.strip_prefix(key)?.strip_prefix('='));
     let value = values.next().unwrap_or_else(|| panic!("no {key}"));
-    assert!(values.next().is_none(), "{key} is there twice");
+    assert!(values.next().is_none(), "{key} occurs twice");
     value
 }
 
-/// systemd complains about keys that it does not know, about values that it cannot read, and about a program that is
-/// not there, for which another one stands here.
+/// systemd reports unknown keys, invalid values, and a missing program; another program stands in for it
+/// here.
 #[test]
 fn systemd_reads_the_unit() {
     let path = env::var_os("PATH").unwrap_or_default();
     if !env::split_paths(&path).any(|directory| directory.join("systemd-analyze").is_file()) {
-        // Not asked for by `cargo xtask setup`: who has no systemd has no use for the unit.
-        eprintln!("there is no systemd-analyze: the unit is not verified");
+        // `cargo xtask setup` does not require it: without systemd the unit is useless.
+        eprintln!("systemd-analyze: not found: the unit is not verified");
         return;
     }
     let directory = tempfile::tempdir().unwrap();
@@ -38,7 +38,7 @@ fn systemd_reads_the_unit() {
         let output =
             Command::new("systemd-analyze").args(["verify", "--man=no"]).arg(&path).output().unwrap();
         let said = String::from_utf8_lossy(&output.stderr).into_owned();
-        // Other units of the machine that this one refers to are not this project's.
+        // Other units that this one refers to are not this project's.
         let own: Vec<String> =
             said.lines().filter(|line| line.contains("socklb")).map(str::to_owned).collect();
         (output.status.success(), own)
@@ -49,7 +49,7 @@ fn systemd_reads_the_unit() {
     assert!(wrong.iter().any(|line| line.contains("NoNewPrivilege")), "{wrong:?}");
 }
 
-/// And sight of the host's processes, which a pod of the `DaemonSet` does not see.
+/// And the host's processes, which a pod of the `DaemonSet` does not see.
 #[test]
 fn the_unit_grants_what_the_daemon_set_grants() {
     let text = fs::read_to_string(folder().join("base/daemonset.yaml")).unwrap();

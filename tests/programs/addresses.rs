@@ -1,4 +1,4 @@
-//! Addresses that interfaces of the node get and lose while an agent runs.
+//! Addresses that are added to and removed from the node's interfaces while an agent runs.
 
 use std::{
     net::{SocketAddr, TcpListener, UdpSocket},
@@ -44,7 +44,7 @@ fn ip(arguments: &str) {
     text("ip", &arguments.split(' ').collect::<Vec<_>>());
 }
 
-/// Interfaces are read once a minute. What happens sooner comes from the kernel's messages.
+/// Interfaces are read once a minute. Faster changes come from the kernel's notifications.
 #[test]
 fn node_ports_answer_on_a_new_address_at_once() {
     with_town(|place, town| {
@@ -71,7 +71,7 @@ fn node_ports_answer_on_a_new_address_at_once() {
     });
 }
 
-/// As a cache of names on the node does it: a program of the node answers at a service address, on an interface.
+/// As with a DNS cache on the node: a program of the node listens at a service address on an interface.
 #[test]
 fn a_service_address_on_an_interface_is_the_nodes_for_as_long_as_it_is_there() {
     with_town(|place, town| {
@@ -93,7 +93,7 @@ fn a_service_address_on_an_interface_is_the_nodes_for_as_long_as_it_is_there() {
             let mut bytes = [0; 1];
             cache.recv(&mut bytes).is_ok()
         };
-        eventually("the node's program is asked", is_asked);
+        eventually("the node's program is called", is_asked);
         let listener = TcpListener::bind(dns).unwrap();
         connect(dns).unwrap();
         listener.accept().unwrap();
@@ -115,7 +115,7 @@ fn a_service_address_on_an_interface_is_the_nodes_for_as_long_as_it_is_there() {
     });
 }
 
-/// Also when no agent is left that could say so. A ServiceCIDR in a manifest says what fails at once.
+/// Also when no agent is left to report it. A ServiceCIDR in a manifest sets which addresses are unreachable.
 #[test]
 fn what_another_proxy_serves_is_left_alone_and_explained() {
     with_town(|place, town| {
@@ -129,7 +129,7 @@ fn what_another_proxy_serves_is_left_alone_and_explained() {
         let agent = place.start();
         eventually("the service answers", || is_up(town::web()[0]));
         let explain = |to: SocketAddr| text(&place.binary, &place.args(&["explain", &to.to_string()]));
-        eventually("what no Service has is unreachable", || {
+        eventually("an address without a Service is unreachable", || {
             explain(none).contains("-> unreachable: no service has")
         });
         let unreachable = if Features::probe().set_retval { Errno::EHOSTUNREACH } else { Errno::ENETUNREACH };
@@ -137,8 +137,8 @@ fn what_another_proxy_serves_is_left_alone_and_explained() {
         // There is no route.
         assert_eq!(connect(theirs), Err(Errno::ENETUNREACH));
         let reason = "untouched: service default/theirs has 10.96.3.3 and is labelled \
-                      service.kubernetes.io/service-proxy-name=other, so that this agent does not serve it: the call goes where it \
-                      says";
+                      service.kubernetes.io/service-proxy-name=other, so this agent does not serve it: the call passes \
+                      unchanged";
         for to in ["10.96.3.3:80", "10.96.3.3:81"] {
             let answer = explain(to.parse().unwrap());
             assert!(answer.contains(reason), "{answer}");
@@ -149,7 +149,7 @@ fn what_another_proxy_serves_is_left_alone_and_explained() {
     });
 }
 
-/// kube-proxy's mode IPVS leaves all service addresses on an interface of its own.
+/// kube-proxy in mode IPVS has all service addresses on its own interface.
 #[test]
 fn what_kube_proxy_keeps_on_its_own_interface_is_served() {
     with_town(|place, town| {
@@ -160,6 +160,6 @@ fn what_kube_proxy_keeps_on_its_own_interface_is_served() {
         let _agent = place.start();
         eventually("the service answers", || is_up(web));
         let at_node_port = SocketAddr::new(web.ip(), NODE_PORT);
-        assert!(!is_up(at_node_port), "it is no address of the node");
+        assert!(!is_up(at_node_port), "it is not an address of the node");
     });
 }

@@ -1,4 +1,4 @@
-//! What an agent does whose surroundings fail it: it says so, it is not ready where that matters, and serves on.
+//! An agent whose environment fails: it reports that, is not ready if that matters, and keeps serving.
 
 use std::{fs, os::fd::AsFd as _, path::Path, process::Command};
 
@@ -17,7 +17,8 @@ use crate::{
     turns::{PORTS, says, status_of},
 };
 
-/// Whoever unmounts it takes the pins from the next agent, not from calls: this one keeps them alive.
+/// Unmounting the BPF file system takes the pins from the next agent, not from calls: this agent keeps them
+/// alive.
 #[test]
 fn without_its_pins_an_agent_is_not_ready_and_serves_on() {
     with_town(|place, town| {
@@ -28,23 +29,23 @@ fn without_its_pins_an_agent_is_not_ready_and_serves_on() {
         let bpffs = Path::new(&place.pin_path).parent().unwrap();
         // The sandbox's mount namespace is the test's own.
         umount2(bpffs, MntFlags::MNT_DETACH).unwrap();
-        eventually("it says so", || says(&agent, &["ERROR", "pins are gone", "restart"]));
+        eventually("it is logged", || says(&agent, &["ERROR", "pins are gone", "restart"]));
         assert_eq!((status_of(10256, "healthz"), status_of(10256, "livez")), ("503".into(), "200".into()));
-        assert!(is_up(service), "what is attached stays so");
+        assert!(is_up(service), "attached programs stay");
         place.write(&town.cluster(0..0));
         eventually("changes are followed", || !is_up(service));
         let (code, log) = agent.end_with_log(nix::sys::signal::Signal::SIGTERM);
         assert_eq!(code, Some(0), "{log:#?}");
         assert!(!log.iter().any(|line| line.contains("panicked")), "{log:#?}");
 
-        // The next one cannot begin, and says what is missing.
+        // The next one cannot start, and names the missing mount.
         let (code, log) = place.start_with(&PORTS).wait();
         assert_eq!(code, Some(1), "{log:#?}");
         assert!(log.iter().any(|line| line.contains("mount -t bpf")), "{log:#?}");
     });
 }
 
-/// A pin that is removed by hand, or a program that is detached: the agent is not ready until its next audit has put everything back.
+/// A deleted pin or a detached program: the agent is not ready until its next audit has restored everything.
 #[test]
 fn what_is_removed_comes_back_within_the_audits_interval() {
     with_town(|place, town| {
@@ -73,14 +74,14 @@ fn what_is_removed_comes_back_within_the_audits_interval() {
                     fs::remove_file(pin(name)).unwrap();
                 }
             }
-            assert_eq!(is_up(service), !is_detached, "{what}: pins are there for the time without an agent");
+            assert_eq!(is_up(service), !is_detached, "{what}: only pinned programs serve without an agent");
             eventually("it is not ready", || page(10256, "healthz").contains(r#""pinsLost":true"#));
             assert_eq!(
                 (status_of(10256, "healthz"), status_of(10256, "livez")),
                 ("503".into(), "200".into())
             );
             assert!(says(&agent, &["WARN", "next audit restores them", names[0]]), "{what}");
-            eventually("everything is back", || status_of(10256, "healthz") == "200");
+            eventually("everything is restored", || status_of(10256, "healthz") == "200");
             assert!(is_up(service), "{what}");
             let n_links = u32::try_from(round / 2 + 1).unwrap();
             assert!(names.iter().all(|name| pin(name).exists() && has_counted(name, n_links)), "{what}");
@@ -89,11 +90,11 @@ fn what_is_removed_comes_back_within_the_audits_interval() {
         let n_lines = agent.log().iter().filter(|line| line.contains("an audit restored")).count();
         assert_eq!(n_lines, 3, "one for each: {:#?}", agent.log());
         assert_eq!(agent.end(nix::sys::signal::Signal::SIGTERM), Some(0));
-        assert!(is_up(service), "what was put back is pinned");
+        assert!(is_up(service), "what was restored is pinned");
     });
 }
 
-/// The snapshot is for a start without the source: without room for it, everything else goes on.
+/// The snapshot is for a start without the source: without disk space for it, everything else continues.
 #[test]
 fn a_state_directory_that_takes_nothing_is_named_once_and_harms_nothing() {
     with_town(|place, town| {
@@ -103,24 +104,24 @@ fn a_state_directory_that_takes_nothing_is_named_once_and_harms_nothing() {
             place.write(&town.cluster(0..2));
             text("mount", &["-t", "tmpfs", "-o", options, "tmpfs", state_dir]);
             if options != "ro" {
-                // Less than a page is left.
+                // Less than a page remains.
                 fs::write(place.state_dir().join("filler"), vec![0; 4096]).unwrap();
             }
             let agent = place.start_with(&PORTS);
             let cause = if options == "ro" { "Read-only file system" } else { "No space left on device" };
-            eventually("it says so", || {
+            eventually("it is logged", || {
                 says(&agent, &["WARN", "snapshot is not up to date", state_dir, cause])
             });
             place.write(&town.cluster(0..0));
             eventually("changes are followed", || !is_up(service));
             place.write(&town.cluster(0..1));
             eventually("changes are followed", || is_up(service));
-            // The first self-test may not be over yet.
+            // The first self-test may still be running.
             eventually("the node is ready", || status_of(10256, "healthz") == "200");
             let n_lines =
                 agent.log().iter().filter(|line| line.contains("snapshot is not up to date")).count();
             assert_eq!(n_lines, 1, "{options}");
-            // With room again, it is written.
+            // It is written when there is space again.
             if options == "ro" {
                 text("mount", &["-o", "remount,rw", state_dir]);
             } else {
@@ -129,14 +130,15 @@ fn a_state_directory_that_takes_nothing_is_named_once_and_harms_nothing() {
             }
             place.write(&town.cluster(0..2));
             eventually("the snapshot is written", || place.state_dir().join("snapshot").exists());
-            eventually("it says so", || says(&agent, &["INFO", "no longer", "snapshot is not up to date"]));
+            eventually("it is logged", || says(&agent, &["INFO", "no longer", "snapshot is not up to date"]));
             assert_eq!(agent.end(nix::sys::signal::Signal::SIGTERM), Some(0));
             text("umount", &[state_dir]);
         }
     });
 }
 
-/// A setting with which maps could not hold what is served is refused by name, with both numbers, and takes nothing away.
+/// Map sizes that are too small for what is served are rejected by name, with both numbers, and nothing is
+/// removed.
 #[test]
 fn a_size_that_is_too_small_is_named_and_harms_nothing() {
     with_town(|place, town| {
@@ -146,7 +148,7 @@ fn a_size_that_is_too_small_is_named_and_harms_nothing() {
         eventually("it is ready", || is_up(service) && status_of(10256, "healthz") == "200");
         assert_eq!(agent.end(nix::sys::signal::Signal::SIGTERM), Some(0));
         let agent = place.start_with(&[&PORTS[..], &["--max-services=1"]].concat());
-        eventually("it says so", || {
+        eventually("it is logged", || {
             says(
                 &agent,
                 &["WARN", "--max-services=1 is too small", "4096 is used as before", "restart the agent"],
@@ -162,12 +164,12 @@ fn a_size_that_is_too_small_is_named_and_harms_nothing() {
     });
 }
 
-/// With any capability of the documented ones missing, an agent does not start, says so, and leaves nothing.
+/// Without any one of the documented capabilities, an agent does not start, reports it, and leaves nothing.
 #[test]
 fn an_agent_without_a_capability_names_what_it_may_not() {
     with_town(|place, town| {
         place.write(&town.cluster(0..2));
-        // SYS_ADMIN has the others in it; only to end the sockets of pods takes it.
+        // SYS_ADMIN includes the others; only destroying the sockets of pods needs it.
         let all: Vec<String> =
             capabilities().split(',').filter(|name| *name != "+sys_admin").map(str::to_owned).collect();
         let start = |missing: Option<&str>| {
@@ -198,7 +200,7 @@ fn an_agent_without_a_capability_names_what_it_may_not() {
                 last.contains("ermitted") && !log.iter().any(|line| line.contains("panicked")),
                 "{log:#?}"
             );
-            // What it had made before it was refused is no obstacle, and serves nobody.
+            // Remnants of the refused start do not break the next one, and serve no calls.
             assert!(!is_up(town::web()[0]));
             let _removed_if_any = run(&place.binary, &place.args(&["cleanup"]));
         }

@@ -10,7 +10,7 @@ use crate::{
     town::{self, Town},
 };
 
-/// Makes twenty calls of each kind at the same time and prints who answered and whom the program thinks it talked to.
+/// Makes twenty calls of each kind at once and prints the server, and the peer as the program sees it.
 const CLIENT: &str = r#"
 import asyncio, json, socket, sys
 

@@ -11,10 +11,10 @@ use std::{
     time::Duration,
 };
 
-/// How long a server waits before it looks whether it shall end.
+/// How often a server checks whether it has to stop.
 const TICK: Duration = Duration::from_millis(20);
 
-/// Threads that end when this value is dropped.
+/// Threads that stop on drop.
 struct Threads {
     stop: Arc<AtomicBool>,
     threads: Vec<JoinHandle<()>>,
@@ -25,7 +25,7 @@ impl Threads {
         Self { stop: Arc::default(), threads: Vec::new() }
     }
 
-    /// Serves each connection on a thread of its own.
+    /// Serves each connection on its own thread.
     fn accept(&mut self, address: SocketAddr, serve: fn(TcpStream, &AtomicBool) -> io::Result<()>) {
         let listener = TcpListener::bind(address).unwrap_or_else(|error| panic!("{address}: {error}"));
         listener.set_nonblocking(true).unwrap();
@@ -62,7 +62,8 @@ impl Drop for Threads {
     }
 }
 
-/// Reads until the connection ends, the server shall end, or `is_whole` says that a message is there.
+/// Reads until the connection closes, the server has to stop, or `is_whole` returns that a message is
+/// complete.
 fn read(
     stream: &mut TcpStream,
     stop: &AtomicBool,
@@ -85,7 +86,7 @@ fn read(
     Ok(Some(message))
 }
 
-/// A web server. Each page says who serves it and who asked: `10.244.1.2 for 10.244.1.1`.
+/// A web server. Each page names the server and the client: `10.244.1.2 for 10.244.1.1`.
 pub(crate) struct Http {
     _threads: Threads,
 }
@@ -110,7 +111,7 @@ impl Http {
     }
 }
 
-/// A name server that says of every name that it is its own address.
+/// A name server that answers every query with its own address.
 pub(crate) struct Dns {
     _threads: Threads,
 }
@@ -150,7 +151,8 @@ impl Dns {
     }
 }
 
-/// Answers a query with one question (RFC 1035): the server's address if its family is the one asked for, else nothing.
+/// Answers a query with one question (RFC 1035): the server's address if the question has its family, else no
+/// record.
 fn answer(query: &[u8], ip: IpAddr) -> Option<Vec<u8>> {
     let labels = query.get(12..)?;
     let end = 12 + labels.iter().position(|octet| *octet == 0)? + 5;
@@ -164,7 +166,7 @@ fn answer(query: &[u8], ip: IpAddr) -> Option<Vec<u8>> {
     let mut answer =
         [&query[..2], &[0x85, 0x80, 0, 1, 0, u8::from(is_asked_for), 0, 0, 0, 0], question].concat();
     if is_asked_for {
-        // The name of the question, type, class, no time to live.
+        // The name of the question, type, class, TTL 0.
         answer.extend([0xc0, 12, 0, kind, 0, 1, 0, 0, 0, 0, 0, u8::try_from(data.len()).ok()?]);
         answer.extend(data);
     }

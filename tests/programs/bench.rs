@@ -1,4 +1,4 @@
-//! `bench --smoke`: the harness of the benches works. Nothing here looks at a time.
+//! `bench --smoke`: the harness of the benches works. No time is checked.
 
 use std::{collections::BTreeSet, env, fs, path::Path};
 
@@ -30,7 +30,7 @@ fn smoke(suite: &str, arguments: &[&str]) -> Value {
         assert!(n > 0 && series["quantiles"]["p50"].is_number() && series["blocks"].is_array(), "{series}");
     }
     assert!(fs::read_to_string(&tables).unwrap().starts_with(&format!("# {suite}\n")));
-    // A result is the same as itself, whatever it says.
+    // A result is the same as itself.
     let comparison = text(bench(), &["compare", &json, &json]);
     assert!(comparison.contains("0 regressions"), "{comparison}");
     result
@@ -83,7 +83,7 @@ fn scale() {
     }
 }
 
-/// A competitor is measured, or the result says why not.
+/// A competitor is measured, or the result has the reason why not.
 #[test]
 fn path() {
     if !can_run() {
@@ -101,7 +101,7 @@ fn path() {
         assert!(targets.contains(target) || missing.contains(target), "{targets:?} {missing:?}");
     }
     assert!(targets.contains("direct") && targets.contains("socklb"), "{missing:?}");
-    // What the counters are there to show, and no time: without NAT there is nothing to track.
+    // The purpose of these counters: without NAT no connection is tracked.
     let tracked = |target: &str| {
         let mut series = result["series"].as_array().unwrap().iter();
         let found = series.find(|series| {

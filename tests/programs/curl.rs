@@ -9,7 +9,7 @@ use crate::{
     town::{self, Town},
 };
 
-/// Fetches a page and says who is at the other end of the connection, as curl sees it.
+/// Fetches pages and returns the peer of the connection, as curl sees it.
 fn curl(urls: &[&str]) -> String {
     let mut args =
         vec!["--silent", "--show-error", "--max-time", "30", "--write-out", "%{remote_ip} %{remote_port}\n"];
@@ -30,7 +30,7 @@ fn pages_come_from_every_pod() {
         for (family, service) in town::web().into_iter().enumerate() {
             let url = format!("http://{service}/");
             let fetched: BTreeSet<String> = (0..40).map(|_| curl(&[&url])).collect();
-            // The client's address is the node's on the way to the pod: nothing translates it.
+            // The pod sees the node's address of the route to it: nothing translates the source.
             let expected = town.pods.iter().map(|pod| {
                 let (server, client) = (pod.ips[family], pod.gateways[family]);
                 format!("{server} for {client}\n{} {}", service.ip(), service.port())
@@ -45,7 +45,7 @@ fn pages_come_from_every_pod() {
     });
 }
 
-/// Several requests over one connection go to one pod.
+/// Several requests over one connection reach one pod.
 #[test]
 fn a_connection_stays_with_its_pod() {
     with_town(2, |sandbox, town| {
@@ -76,7 +76,7 @@ fn a_service_without_pods_is_refused_at_once() {
     with_town(0, |sandbox, town| {
         let _agent = town.serve(sandbox);
         let output = run("curl", &["--silent", "--show-error", &format!("http://{}/", town::empty())]);
-        // "Failed to connect", not "time-out".
+        // "Failed to connect", not "timeout".
         assert_eq!(output.status.code(), Some(7), "{output:?}");
     });
 }

@@ -1,4 +1,4 @@
-//! `socklb-demo`, which checks itself every statement that it prints.
+//! `socklb-demo`, which checks every statement that it prints.
 
 use std::{env, fs, path::Path, process::Command};
 
@@ -12,7 +12,7 @@ fn demo(args: &[&str]) -> Option<String> {
     {
         return None;
     }
-    // Namespaces, cgroup and pins are the demo's own. It starts from a cgroup of this test, which is not left behind.
+    // Namespaces, cgroup and pins are the demo's own. It starts in this test's cgroup, which is removed.
     let _cgroup = ThreadCgroup::enter().unwrap();
     let program = Path::new(&env::var("SOCKLB_BIN").unwrap()).with_file_name("socklb-demo");
     let output = Command::new(program).arg("--exit").args(args).output().unwrap();
@@ -26,11 +26,11 @@ fn what_it_says_holds_and_nothing_stays_behind() {
     let Some(text) = demo(&[]) else { return };
     let last = text.lines().find(|line| line.contains("checks hold")).unwrap_or_default();
     assert!(last.starts_with("All "), "{text}");
-    // Wide enough for a terminal, and no colours where there is none.
+    // Fits a terminal, and no colours without one.
     assert!(text.lines().all(|line| line.chars().count() <= 100), "{text}");
     assert!(!text.contains('\u{1b}'), "{text}");
     let cgroup = text.lines().find_map(|line| line.trim().strip_prefix("cgroup")).unwrap().trim();
-    assert!(!fs::exists(cgroup).unwrap(), "{cgroup} is still there");
+    assert!(!fs::exists(cgroup).unwrap(), "{cgroup} still exists");
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! The agent as the manifests deploy it: with their capabilities, behind mounts like theirs.
+//! The agent as the manifests deploy it: with the same capabilities and mounts.
 
 use std::{fs, path::Path, process::Command};
 
@@ -17,10 +17,10 @@ use crate::{
     town,
 };
 
-/// In the sandbox's network namespace, which has nothing else.
+/// In the sandbox's network namespace, where nothing else listens.
 const METRICS: &str = "127.0.0.1:10249";
 
-/// The names after `add:` in the `DaemonSet`, as setpriv writes them.
+/// The names after `add:` in the `DaemonSet`, in setpriv's form.
 pub(crate) fn capabilities() -> String {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../manifests/base/daemonset.yaml");
     let object: Value = serde_saphyr::from_str(&fs::read_to_string(path).unwrap()).unwrap();
@@ -30,12 +30,12 @@ pub(crate) fn capabilities() -> String {
     std::iter::once("-all".to_owned()).chain(names).collect::<Vec<_>>().join(",")
 }
 
-/// No capability but the `DaemonSet`'s, none to be gained, a cgroup that can only be read, and a file system for pins that
-/// is mounted at a second place, as into a container.
+/// Only the `DaemonSet`'s capabilities, none that can be gained, a read-only cgroup, and a BPF file system
+/// mounted at a second path, as in a container.
 #[test]
 fn the_capabilities_and_mounts_of_the_daemon_set_are_enough() {
     with_town(|place, town| {
-        // One pod, which reaches itself and no other.
+        // One pod, which reaches only itself.
         place.write(&town.cluster(0..1));
         let mounts = tempfile::tempdir().unwrap();
         let (cgroup, pins) = (mounts.path().join("cgroup"), mounts.path().join("bpf"));
@@ -49,7 +49,7 @@ fn the_capabilities_and_mounts_of_the_daemon_set_are_enough() {
             text("mount", &["--bind", "-o", options, from, to]);
         }
         let capabilities = capabilities();
-        // As container runtimes do it.
+        // As container runtimes do.
         let (netns, in_pod) = (mounts.path().join("netns"), &town.pods[0].netns);
         in_pod.mount_at(&netns).unwrap();
         let contained = || {
@@ -71,7 +71,7 @@ fn the_capabilities_and_mounts_of_the_daemon_set_are_enough() {
         let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:")).unwrap().trim();
         // CAP_NET_ADMIN 12, CAP_SYS_ADMIN 21, CAP_PERFMON 38, CAP_BPF 39.
         assert_eq!(u64::from_str_radix(effective, 16), Ok((1 << 12) | (1 << 21) | (1 << 38) | (1 << 39)));
-        // What `kubectl exec` runs finds everything by the same variables.
+        // A command of `kubectl exec` finds everything by the same variables.
         let output = contained().args(["status", "-o", "json"]).output().unwrap();
         let status: Value = serde_json::from_slice(&output.stdout).unwrap_or_else(|_| panic!("{output:?}"));
         assert_eq!(status["agent"]["state"], "running", "{status}");
@@ -80,11 +80,11 @@ fn the_capabilities_and_mounts_of_the_daemon_set_are_enough() {
             assert_eq!(hook["cgroup"], cgroup.to_str().unwrap(), "{hook}");
         }
         assert!(output.status.success(), "{status}");
-        // From the agent's own cgroup: the one that is served can only be read.
+        // From the agent's own cgroup: the served one is read-only.
         let log = |text: &str| agent.log().iter().any(|line| line.contains(text));
         eventually("the self-test is passed", || log("self-test passed"));
         assert!(log("calls from the agent's own cgroup"), "{:#?}", agent.log());
-        // Changes are followed, a pod's socket is ended, and nothing is in want of more.
+        // Changes are applied, a pod's socket is destroyed, and no permission is missing.
         let socket = in_pod.run(|| Socket::new(Domain::V4, Protocol::Udp));
         socket.connect(town::dns()[0]).unwrap();
         place.write(&town.cluster(0..0));

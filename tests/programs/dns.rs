@@ -1,5 +1,5 @@
-//! Name resolution through a service, by dig and by the C library. Both drop answers that come from somewhere else
-//! than they asked.
+//! Name resolution through a service, by dig and by the C library. Both drop answers from an address other
+//! than the one they called.
 
 use std::{collections::BTreeSet, fs};
 
@@ -34,7 +34,7 @@ fn dig_gets_answers_over_udp_and_tcp() {
     });
 }
 
-/// The C library's resolver asks for both families at once through one connected socket.
+/// The C library's resolver queries both families at once through one connected socket.
 #[test]
 fn the_c_library_resolves_names() {
     if !require(Feature::Programs) || !require(Feature::Command("getent")) {
@@ -43,7 +43,7 @@ fn the_c_library_resolves_names() {
     Sandbox::run(|sandbox| {
         let town = Town::new(sandbox, 1);
         let _agent = town.serve(sandbox);
-        // In the sandbox's own mount namespace: nobody else sees it.
+        // Mounted in the sandbox's own mount namespace only.
         let conf = tempfile::NamedTempFile::new().unwrap();
         let target = fs::canonicalize("/etc/resolv.conf").unwrap();
         mount(Some(conf.path()), &target, None::<&str>, MsFlags::MS_BIND, None::<&str>).unwrap();

@@ -12,7 +12,7 @@ use crate::{
     town,
 };
 
-/// Runs curl in a cgroup, as a container runtime would. `false` if it reaches nobody.
+/// Runs curl in a cgroup, as a container runtime would. `false` if it cannot connect.
 pub(crate) fn answers_from(cgroup: &str) -> bool {
     let script =
         "echo 0 > \"$0/cgroup.threads\" && exec curl --silent --max-time 5 --output /dev/null \"$1\"";
@@ -20,7 +20,7 @@ pub(crate) fn answers_from(cgroup: &str) -> bool {
     Command::new("sh").args(["-c", script, cgroup, &url]).status().unwrap().success()
 }
 
-/// One cgroup is there from the start, the other comes later.
+/// One cgroup exists from the start, the other is created later.
 #[test]
 fn processes_are_excluded_by_their_cgroup() {
     with_town(|place, town| {
@@ -36,16 +36,16 @@ fn processes_are_excluded_by_their_cgroup() {
         eventually("the service answers", || is_up(town::web()[0]));
         eventually("the first cgroup is excluded", || !answers_from(&early));
         let said = |what: &str| agent.log().iter().any(|line| line.contains(what) && line.contains(&late));
-        eventually("what is missing is said", || said("not excluded until it exists"));
+        eventually("the missing cgroup is reported", || said("not excluded until it exists"));
         make(&late);
-        eventually("it is excluded once it is there", || !answers_from(&late));
-        eventually("that is said", || said("found and excluded"));
+        eventually("it is excluded once it exists", || !answers_from(&late));
+        eventually("that is reported", || said("found and excluded"));
         assert!(agent.has_said("no call has shown that its calls bypass services"), "{:#?}", agent.log());
         let status = || text(&place.binary, &place.args(&["status"]));
         eventually("both are listed", || [&early, &late].iter().all(|path| status().contains(*path)));
         assert!(is_up(town::web()[0]), "the others are served");
 
-        // What was excluded stays so while no agent runs, and ends with the next that excludes nobody.
+        // The exclusion lasts while no agent runs, and ends with the next agent that does not exclude it.
         assert_eq!(agent.end(Signal::SIGTERM), Some(0));
         assert!(!answers_from(&early));
         let agent = place.start_with(&LISTEN);
@@ -57,14 +57,15 @@ fn processes_are_excluded_by_their_cgroup() {
     });
 }
 
-/// An agent above serves what the one below leaves alone: that a cgroup is excluded is not said before a call has shown it.
+/// An agent above serves what the one below excludes: the exclusion is not confirmed before a call has shown
+/// it.
 #[test]
 fn an_exclusion_that_a_call_disproves_is_not_claimed() {
     with_town(|place, town| {
         place.write(&town.cluster(0..2));
         let often = "--self-test-interval=200ms";
         let above = place.start_with(&[LISTEN[0], LISTEN[1], often]);
-        eventually("the agent above is at work", || above.has_said("self-test passed"));
+        eventually("the agent above is ready", || above.has_said("self-test passed"));
         let (served, excluded) = (format!("{}/below", place.cgroup), format!("{}/below/batch", place.cgroup));
         for path in [&served, &excluded] {
             fs::create_dir(path).unwrap();
@@ -74,8 +75,8 @@ fn an_exclusion_that_a_call_disproves_is_not_claimed() {
         let mut command = Command::new(&place.binary);
         command.env("SOCKLB_PIN_PATH", format!("{}-below", place.pin_path)).env("SOCKLB_CGROUP", &served);
         let below = place.spawn(command, &[LISTEN[0], LISTEN[1], often, "--node-name=node", &flag]);
-        eventually("the agent below is at work", || below.has_said("self-test passed"));
-        eventually("it doubts", || {
+        eventually("the agent below is ready", || below.has_said("self-test passed"));
+        eventually("it reports a doubt", || {
             let log = below.log();
             let doubt =
                 log.iter().find(|line| line.contains("no call has shown that its calls bypass services"));
@@ -95,7 +96,7 @@ fn an_exclusion_that_a_call_disproves_is_not_claimed() {
     });
 }
 
-/// The reason is in the Service, and `explain` finds it there.
+/// The reason is in the Service, and `explain` reports it.
 #[test]
 fn an_excluded_service_is_explained() {
     with_town(|place, town| {

@@ -1,7 +1,7 @@
-//! The agent is killed between two changes to the kernel, and the next one puts everything right.
+//! The agent is killed between two changes to the kernel, and the next one repairs everything.
 //!
-//! Each change takes two starts of the agent, so that a run takes one in [`STEP`]; `LB_FAULT_STEP=1` takes all. Every
-//! prefix of a plan is tried in process: `tests/kernel/lifecycle.rs`.
+//! Each change takes two starts of the agent, so a run tests one in [`STEP`]; `LB_FAULT_STEP=1` tests all.
+//! `tests/kernel/lifecycle.rs` tests every prefix of a plan in process.
 #![cfg(feature = "fault-points")]
 
 use std::{
@@ -31,13 +31,13 @@ use nix::sys::signal::Signal;
 
 use crate::socklb::{Place, eventually, with_place};
 
-/// Sizes of the maps: of the first state and, where the maps are changed too, of the second.
+/// Sizes of the maps: of the first state and, if the maps change too, of the second.
 const SIZES: [[&str; 2]; 2] =
     [["--max-services=64", "--max-endpoints=256"], ["--max-services=32", "--max-endpoints=512"]];
-/// Without a service of its own: the maps are compared.
+/// Without the self-test's service: the maps are compared.
 const QUIET: [&str; 3] = ["--metrics-bind-address=", "--healthz-bind-address=", "--self-test-interval=0"];
 
-/// One in so many changes has an agent killed before it; a prime, so that different kinds of them meet it.
+/// An agent is killed before one in this number of changes; a prime, so that different kinds are hit.
 const STEP: usize = 11;
 
 fn endpoint(service: u8, number: u8, ipv6: bool) -> SocketAddr {
@@ -58,8 +58,8 @@ fn address(service: u8, ipv6: bool) -> SocketAddr {
     SocketAddr::new(ip, 80)
 }
 
-/// Two states, from one of which to the other a plan touches every table: services of both families stay with other
-/// endpoints, come, go, and change their type; a node comes and one goes.
+/// Two states. A plan between them changes every map: services of both families keep their address with other
+/// endpoints, are created, are deleted, and change their type; one node is added and one removed.
 fn state(second: bool) -> Cluster {
     let mut cluster = Cluster::new();
     cluster.set(cluster::node("node", &[IpAddr::from([192, 0, 2, 1])]));
@@ -92,7 +92,7 @@ fn state(second: bool) -> Cluster {
     cluster
 }
 
-/// Whether the maps hold what a state asks for, and an agent that starts now would have nothing to do.
+/// Whether the maps hold a state, and an agent that starts now would have nothing to do.
 fn is_right(pin_path: &Path, cluster: &Cluster, sizes: usize) -> bool {
     let capacity =
         [(64, 256), (32, 512)].map(|(services, endpoints)| Capacity { services, endpoints })[sizes];
@@ -110,18 +110,18 @@ fn is_right(pin_path: &Path, cluster: &Cluster, sizes: usize) -> bool {
         && found.node_addrs == scratch.image().node_addrs
 }
 
-/// What the second state has other than objects.
+/// What else differs in the second state.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Other {
     Nothing,
     /// Sizes of the maps.
     Sizes,
-    /// Layouts of maps beside the image.
+    /// Layouts of maps outside the image.
     Layouts,
 }
 
-/// Kills agents on the way from one state to the other and back, before the first change to the kernel, before a later
-/// one, and so on until one comes to the end of its plan. Each time the next agent repairs what it finds.
+/// Kills agents on the way to the other state and back, before the first change to the kernel, before a later
+/// one, and so on, until one completes its plan. Each time the next agent repairs what it finds.
 fn every_point(sandbox: &Sandbox, place: &Place, other: Other) -> usize {
     let one_in = number("LB_FAULT_STEP", STEP).max(1);
     let pin_path = Path::new(&place.pin_path);
@@ -147,7 +147,7 @@ fn every_point(sandbox: &Sandbox, place: &Place, other: Other) -> usize {
     };
     place.write(&state(false));
     let first = flags(None, false);
-    eventually("the first state is there", || is_right(pin_path, &state(false), 0));
+    eventually("the first state is complete", || is_right(pin_path, &state(false), 0));
     assert_eq!(first.end(Signal::SIGTERM), Some(0));
 
     let (stop, n_calls) = (AtomicBool::new(false), AtomicU64::new(0));
@@ -167,19 +167,19 @@ fn every_point(sandbox: &Sandbox, place: &Place, other: Other) -> usize {
                 }
             });
         }
-        // Also if something panics: nobody waits for callers that go on.
+        // Even after a panic, which waits for the callers.
         let _stops = StopOnDrop(&stop);
         let mut second = false;
         for at in (1..).step_by(one_in) {
             let mut has_survived = true;
-            // There and back, of which the first run of either has the larger plan.
+            // In both directions. The first run of each has the larger plan.
             for _way in 0..if at == 1 { 2 } else { 1 } {
                 second = !second;
                 let wanted = state(second);
                 place.write(&wanted);
                 let agent = flags(Some(at), second);
                 let sizes = usize::from(second && other == Other::Sizes);
-                // It dies before it has come to the end, or has come there.
+                // It is killed before it is done, or is done.
                 eventually("the agent has died or is done", || {
                     agent.has_ended() || (agent.has_said("synced") && is_right(pin_path, &wanted, sizes))
                 });
@@ -214,12 +214,12 @@ impl Drop for StopOnDrop<'_> {
 fn an_agent_killed_between_two_changes_is_made_up_for() {
     with_place(|sandbox, place| {
         let n_points = every_point(sandbox, place, Other::Nothing);
-        // The hooks' links, and a plan for all tables.
+        // The hooks' links, and a plan for all maps.
         assert!(n_points > 30, "{n_points}");
     });
 }
 
-/// The same with new maps in other sizes, which are filled, switched to and moved.
+/// The same with new maps of other sizes, which are filled, switched to and moved.
 #[test]
 fn an_agent_killed_while_it_replaces_the_maps_is_made_up_for() {
     with_place(|sandbox, place| {
@@ -228,7 +228,7 @@ fn an_agent_killed_while_it_replaces_the_maps_is_made_up_for() {
     });
 }
 
-/// The same with some maps made anew beside the others, which go on.
+/// The same with some maps recreated while the others continue.
 #[test]
 fn an_agent_killed_while_it_makes_some_maps_anew_is_made_up_for() {
     with_place(|sandbox, place| {

@@ -1,4 +1,4 @@
-//! What an agent answers over HTTP, fetched with curl.
+//! The agent's HTTP endpoints, fetched with curl.
 
 use std::{
     collections::BTreeMap,
@@ -24,11 +24,11 @@ use crate::{
     turns,
 };
 
-/// On ports of the kernel's choice, and without the agent's own service: entries of the maps are counted.
+/// On ports that the kernel chooses, and without the self-test's service, because map entries are counted.
 pub(crate) const LISTEN: [&str; 3] =
     ["--metrics-bind-address=127.0.0.1:0", "--healthz-bind-address=127.0.0.1:0", "--self-test-interval=0"];
 
-/// The address that the agent listens on for a flag.
+/// The address on which the agent listens for a flag.
 pub(crate) fn address(agent: &Running, flag: &str) -> String {
     let find = || {
         let log = agent.log();
@@ -114,9 +114,9 @@ fn a_scrape_tells_of_changes_calls_and_repairs() {
         assert_eq!(after.get("socklb_issues"), 0);
         assert_eq!(after.get(r#"socklb_map_entries{map="services4"}"#), 4);
         assert_eq!(after.get(r#"socklb_map_capacity{map="services4"}"#), 4_096);
-        assert_eq!(after.get("socklb_programming_duration_seconds_count"), 0, "a first list is no change");
+        assert_eq!(after.get("socklb_programming_duration_seconds_count"), 0, "a first list is not a change");
 
-        // A change, seen from its arrival to the kernel. The scrape comes after what it tells of.
+        // A change, timed from its arrival to the kernel. The scrape comes after it.
         let syncs = "kubeproxy_sync_proxy_rules_duration_seconds_count";
         place.write(&town.cluster(1..2));
         eventually("the change is counted", || {
@@ -129,13 +129,13 @@ fn a_scrape_tells_of_changes_calls_and_repairs() {
         let last: f64 = changed.0["kubeproxy_sync_proxy_rules_last_timestamp_seconds"].parse().unwrap();
         assert!(last > 1e9, "{last} is no time of today");
 
-        // Damage, and its end.
+        // Damage, and its repair.
         let data = MapData::from_pin(format!("{}/services4", place.pin_path)).unwrap();
         let mut services4: HashMap<_, [u8; 8], [u8; 4]> =
             Map::from_map_data(data).unwrap().try_into().unwrap();
         let keys: Vec<_> = services4.keys().map(Result::unwrap).collect();
         for key in &keys {
-            // An audit may be at work already.
+            // An audit may have repaired it already.
             let _there_again_or_not = services4.remove(key);
         }
         eventually("the audit has counted its repairs", || {
@@ -147,7 +147,7 @@ fn a_scrape_tells_of_changes_calls_and_repairs() {
         assert_eq!(repaired.get(r#"socklb_audits_total{result="error"}"#), 0);
         assert_eq!(repaired.get(r#"socklb_audit_repairs_total{map="endpoints4"}"#), 0);
         let lines = agent.log().iter().filter(|line| line.contains("an audit repaired")).count();
-        assert!((1..=4).contains(&lines), "a line for each audit that repaired: {lines}");
+        assert!((1..=4).contains(&lines), "one line for each audit that repaired: {lines}");
     });
 }
 
@@ -178,7 +178,7 @@ fn pages_are_those_of_kube_proxy() {
             assert_eq!(fetch(method, &format!("{metrics}/metrics")).0, 405, "{method}");
         }
 
-        // Another agent at the same address, with pins of its own, says what is wrong and has changed nothing.
+        // Another agent with the same address and its own pins reports the error and changes nothing.
         let taken = address(agent, "--healthz-bind-address");
         let flags = ["--metrics-bind-address=", &format!("--healthz-bind-address={taken}")];
         let pins = format!("{}-of-another", place.pin_path);
@@ -192,7 +192,7 @@ fn pages_are_those_of_kube_proxy() {
     });
 }
 
-/// A kubelet's probe waits for a second, and Linux takes longer than that to verify the programs on a busy node.
+/// A kubelet's probe waits for one second. On a busy node Linux takes longer to verify the programs.
 #[test]
 fn probes_are_answered_while_the_programs_are_loaded() {
     with_town(|place, town| {
@@ -223,7 +223,7 @@ fn a_node_that_is_being_deleted_asks_for_no_traffic() {
         }]);
         place.write(&town.cluster(0..2).with([node]));
         eventually("/healthz is 503", || fetch("GET", &format!("{healthz}/healthz")).0 == 503);
-        assert_eq!(fetch("GET", &format!("{healthz}/livez")).0, 200, "the agent itself is well");
+        assert_eq!(fetch("GET", &format!("{healthz}/livez")).0, 200, "the agent itself is healthy");
         place.write(&town.cluster(0..2));
         eventually("/healthz is 200", || fetch("GET", &format!("{healthz}/healthz")).0 == 200);
     });
@@ -242,21 +242,21 @@ fn a_full_table_is_no_readiness() {
         place.write(&town.cluster(0..2));
         eventually("/healthz is 503", || fetch("GET", &healthz).0 == 503);
         assert!(fetch("GET", &healthz).1.contains(r#""frontendsWithoutRoom":"#));
-        assert!(is_up(town::web()[0]), "who has room is served");
-        assert_eq!(fetch("GET", &healthz.replace("healthz", "livez")).0, 200, "the agent itself is well");
+        assert!(is_up(town::web()[0]), "services that fit are served");
+        assert_eq!(fetch("GET", &healthz.replace("healthz", "livez")).0, 200, "the agent itself is healthy");
 
         place.write(&one);
         eventually("/healthz is 200 again", || fetch("GET", &healthz).0 == 200);
         let (status, log) = agent.end_with_log(Signal::SIGTERM);
         assert_eq!(status, Some(0));
-        // The refused service, what there is no room in, and what to do about it.
+        // The refused service, the full map, and the remedy.
         let told = |line: &String| line.contains("default/dns-udp-v4") && line.contains("--max-services");
         assert!(log.iter().any(told), "{log:#?}");
     });
 }
 
-/// A Node with more addresses than all Nodes may have, and a stranger who fills the tables: who has room is served, changes are
-/// followed, and no probe ends the agent.
+/// A Node with more addresses than all Nodes may have, and foreign entries that fill the maps: services that
+/// fit are served, changes are applied, and no probe kills the agent.
 #[test]
 fn a_hostile_node_and_a_stranger_end_no_agent() {
     with_agent(&[], |place, town, agent| {
@@ -275,7 +275,7 @@ fn a_hostile_node_and_a_stranger_end_no_agent() {
         assert!(nodes() < 128, "{}", nodes());
         assert_eq!((status("livez"), status("healthz")), (200, 200));
 
-        // No audit is due for a minute but that which a full table asks for.
+        // The only audit within a minute is the one that a full map requests.
         let data = MapData::from_pin(format!("{}/services4", place.pin_path)).unwrap();
         let mut services4: HashMap<_, [u8; 8], [u8; 4]> =
             Map::from_map_data(data).unwrap().try_into().unwrap();
@@ -288,7 +288,7 @@ fn a_hostile_node_and_a_stranger_end_no_agent() {
         let mut changed = town.cluster(0..1);
         changed.serve("new", new, Tcp, &[SocketAddr::new(town.pods[0].ips[0], town::HTTP)]);
         place.write(&changed);
-        eventually("a stranger's entries make room", || is_up(new));
+        eventually("foreign entries are removed", || is_up(new));
         assert!(is_up(web));
         eventually("nothing is missing", || status("healthz") == 200);
         assert_eq!(status("livez"), 200);
@@ -304,7 +304,7 @@ fn a_hostile_node_and_a_stranger_end_no_agent() {
     });
 }
 
-/// A Service of type `LoadBalancer` with a port for health checks, and slices that place its endpoints on this node.
+/// A Service of type `LoadBalancer` with a health check port, and slices whose endpoints are on this node.
 fn load_balanced(mut cluster: Cluster, port: i32, conditions: &EndpointConditions) -> Cluster {
     let address = "10.96.0.99:80".parse().unwrap();
     cluster.serve("balanced", address, Tcp, &[]);
@@ -345,7 +345,7 @@ fn a_service_answers_the_health_checks_of_its_load_balancer() {
         eventually("the port is open", || !is_closed(31_000));
         assert_eq!(check(31_000), (200, json!(2)));
         write(31_000, &ending);
-        eventually("endpoints that end do not count", || check(31_000) == (503, json!(0)));
+        eventually("terminating endpoints do not count", || check(31_000) == (503, json!(0)));
         write(31_001, &ready);
         eventually("the port has moved", || is_closed(31_000) && !is_closed(31_001));
         assert_eq!(check(31_001), (200, json!(2)));

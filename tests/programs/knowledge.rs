@@ -1,4 +1,4 @@
-//! What commands hear from an agent at work, through its socket.
+//! What commands read from a running agent through its socket.
 
 use std::{
     io::{BufRead as _, BufReader},
@@ -29,11 +29,12 @@ use crate::{
     town,
 };
 
-/// An address of many ports, one after the other.
+/// An address with many ports, one after the other.
 const MOVING: &str = "10.96.7.7:80/tcp";
 
-/// A cluster whose n-th state has the moving address at the n-th port with the n-th endpoint, beside a hundred services whose
-/// endpoints all change too. Nothing is removed that is looked at: a file that lacks an object is believed only later.
+/// A cluster whose n-th state has the moving address with the n-th port and the n-th endpoint, and a hundred
+/// other services whose endpoints all change. No object under test is removed: the agent believes a removal
+/// only later.
 fn state(n: u8) -> Cluster {
     let mut cluster = Cluster::new();
     let address = |ip: [u8; 4], port| SocketAddr::new(IpAddr::from(ip), port);
@@ -59,7 +60,7 @@ fn held(place: &Place) -> Option<u8> {
     }
 }
 
-/// Runs a command that prints JSON and nothing else.
+/// Runs a command whose only output is JSON.
 fn ask(place: &Place, command: &[&str]) -> Value {
     let output = run(&place.binary, &place.args(command));
     let message = String::from_utf8_lossy(&output.stderr);
@@ -67,13 +68,13 @@ fn ask(place: &Place, command: &[&str]) -> Value {
     serde_json::from_slice(&output.stdout).unwrap()
 }
 
-/// The number of a name or address.
+/// The number in a name or address.
 fn number(text: &Value, before: &str) -> u8 {
     let text = text.as_str().unwrap();
     text.strip_prefix(before).unwrap_or_else(|| panic!("{text:?} instead of {before}N")).parse().unwrap()
 }
 
-/// Says so when it is dropped.
+/// Sets the flag on drop.
 struct Over<'a>(&'a AtomicBool);
 
 impl Drop for Over<'_> {
@@ -82,8 +83,8 @@ impl Drop for Over<'_> {
     }
 }
 
-/// Whatever the maps hold when a command starts, its answer is of that state or a later one: never of a service that no object
-/// names, nor of the port before.
+/// The answer of a command is of the state in the maps at its start or of a later one: never of a service
+/// without object, nor of the previous port.
 #[test]
 fn answers_are_never_older_than_the_maps() {
     with_town(|place, _town| {
@@ -93,7 +94,7 @@ fn answers_are_never_older_than_the_maps() {
         let is_over = AtomicBool::new(false);
         thread::scope(|scope| {
             let changes = scope.spawn(|| {
-                // Also when this test fails: it waits for this thread.
+                // Runs even when this test fails: it waits for this thread.
                 for n in (1..=255).cycle() {
                     if is_over.load(Ordering::Relaxed) {
                         return;
@@ -128,7 +129,7 @@ fn answers_are_never_older_than_the_maps() {
     });
 }
 
-/// The lines of a command that goes on, as they come.
+/// The lines of a long-running command, as they arrive.
 struct Lines {
     child: Child,
     lines: mpsc::Receiver<String>,
@@ -150,7 +151,7 @@ impl Lines {
         self.lines.recv_timeout(Duration::from_secs(30)).unwrap()
     }
 
-    /// Nothing comes for a while.
+    /// Whether no line arrives for a while.
     fn is_silent(&self) -> bool {
         self.lines.recv_timeout(Duration::from_millis(500)).is_err()
     }
@@ -180,7 +181,7 @@ fn explain_goes_on_with_every_change() {
         let first: Value = serde_json::from_str(&json.next()).unwrap();
         assert!(first["time"].is_string() && first["verdict"] == "redirected", "{first}");
 
-        // What concerns other services is no change.
+        // Changes of other services are not reported.
         let mut others = state(1);
         others.services.retain(|(_, name), _| name.starts_with("other"));
         others.slices.retain(|(_, name), _| name.starts_with("other"));
@@ -204,7 +205,7 @@ fn explain_goes_on_with_every_change() {
             assert_eq!(answer["frontend"]["port_name"], format!("p{n}"));
         }
 
-        // Killed and started anew over another state: what was missed is told.
+        // Killed and restarted with another state: the missed change is reported.
         assert_eq!(agent.end(Signal::SIGKILL), None);
         place.write(&state(3));
         let agent = place.start();
@@ -216,7 +217,7 @@ fn explain_goes_on_with_every_change() {
         let output = run(&place.binary, &place.args(&["explain", MOVING, "--watch"]));
         let message = String::from_utf8_lossy(&output.stderr);
         assert_eq!(output.status.code(), Some(1), "{message}");
-        assert!(message.contains("--watch takes an agent at work: no agent answers at"), "{message}");
+        assert!(message.contains("--watch needs a running agent: no agent answers at"), "{message}");
     });
 }
 
@@ -236,14 +237,14 @@ fn the_socket_is_roots_and_outlives_no_agent() {
         };
         let agent = start();
         assert_eq!(std::fs::metadata(&socket).unwrap().mode() & 0o777, 0o600);
-        // What a killed agent leaves is replaced by the next.
+        // The next agent replaces what a killed agent leaves.
         assert_eq!(agent.end(Signal::SIGKILL), None);
         assert!(socket.exists());
         let agent = start();
         assert_eq!(agent.end(Signal::SIGTERM), Some(0));
         assert!(!socket.exists());
 
-        // Without an agent the snapshot has the names, and the command says so.
+        // Without an agent, names come from the snapshot, and the command reports that.
         let output = run(&place.binary, &place.args(&["services", "-o", "json"]));
         let message = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success(), "{message}");

@@ -1,6 +1,6 @@
-//! Ordinary programs through the hooks: what people run, unmodified and unaware.
+//! Ordinary programs, unmodified, through the hooks.
 //!
-//! Backends live in network namespaces of their own, joined to the node's by veth pairs, as pods are.
+//! Backends run in their own network namespaces, joined to the node's by veth pairs, as pods do.
 #![expect(clippy::unwrap_used, reason = "a panic is how a test fails, in what a test calls too")]
 
 mod addresses;

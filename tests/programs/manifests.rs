@@ -1,4 +1,4 @@
-//! Manifests under the hands of the programs that people change files with.
+//! Manifests edited with the programs that people use.
 
 use std::{
     fs,
@@ -27,8 +27,9 @@ use crate::{
     town::{self, Town},
 };
 
-/// A program, and how it brings `$F` in the folder `$DIR` from the version `$OLD` to the version `$N`, of which `$NEW` is a copy
-/// outside, and `$HALF` the octet in the middle, `$CUT` the start of the last document. `$TMP` is for its own things.
+/// A program, and how it changes `$F` in the directory `$DIR` from the version `$OLD` to the version `$N`.
+/// `$NEW` is a copy of the new version elsewhere, `$HALF` the byte in its middle, `$CUT` the start of its
+/// last document. `$TMP` is a scratch directory.
 const WAYS: [(&str, &str); 20] = [
     ("cp over", "cp $NEW $F"),
     ("cp --remove-destination", "cp --remove-destination $NEW $F"),
@@ -61,9 +62,9 @@ const WAYS: [(&str, &str); 20] = [
     ),
 ];
 
-/// The same for editors, as they are or by their system calls, for other tools, and for several files.
+/// The same for editors, run or replayed by their system calls, for other tools, and for several files.
 const MORE_WAYS: [(&str, &str); 18] = [
-    // Both look whether they may write there (4913), and have a swap file.
+    // Both test whether the directory is writable (4913), and have a swap file.
     (
         "vim with backupcopy=yes",
         ": > $DIR/4913; rm $DIR/4913
@@ -114,8 +115,8 @@ const MORE_WAYS: [(&str, &str); 18] = [
     ("rsync --delete of the folder", "cp $NEW $TMP/web.yaml; rsync --archive --checksum --delete --delete-before $TMP/ $DIR/"),
 ];
 
-/// Services whose calls must go on, one that differs between versions, and one of each version alone. The last document is one
-/// whose endpoints could be cut off.
+/// Services whose calls must succeed, one that differs between versions, and one that only this version has.
+/// A cut off file would lose endpoints of the last document.
 fn manifest(town: &Town, version: usize) -> String {
     let service = |name: &str, ip: &str, protocol: &str, port: u16| {
         format!(
@@ -148,7 +149,7 @@ fn connect(to: SocketAddr) -> Result<(), Errno> {
     Socket::new(Domain::V4, Tcp).connect(to)
 }
 
-/// Ends what waits for it, also when a test fails.
+/// Stops the threads that wait for it, even when a test fails.
 struct Over<'a>(&'a AtomicBool);
 
 impl Drop for Over<'_> {
@@ -157,7 +158,7 @@ impl Drop for Over<'_> {
     }
 }
 
-/// Calls while the file goes from one version to the next. Returns what went wrong.
+/// Calls while the file changes from one version to the next. Returns the errors.
 fn change(file: &Path, town: &Town, version: usize, way: &str) -> Vec<String> {
     let folder = file.parent().unwrap();
     let temp = tempfile::tempdir().unwrap();
@@ -184,7 +185,7 @@ fn change(file: &Path, town: &Town, version: usize, way: &str) -> Vec<String> {
                         wrong.lock().unwrap().push(format!("dns: {other:?} after {:?}", started.elapsed()));
                     }
                 }
-                // The pods' servers begin a thread for each connection.
+                // The pods' servers start a thread for each connection.
                 thread::sleep(Duration::from_millis(5));
             }
         });
@@ -262,7 +263,7 @@ fn no_service_is_gone_under_editors_and_other_tools() {
     });
 }
 
-/// How `$DIR`, to which the source's path leads, becomes another folder. `$F` is a file of it.
+/// How `$DIR`, the source's path, becomes another directory. `$F` is a file in it.
 const WAYS_OF_FOLDERS: [(&str, &str); 5] = [
     ("a link to another folder, exchanged", "mkdir $DIR.2; cp $NEW $DIR.2/web.yaml; mv $DIR $DIR.1; ln -s $DIR.1 $DIR; sleep 0.3
       ln -s $DIR.2 $DIR.new; mv -T $DIR.new $DIR; sleep 0.3; rm -r $DIR.1; rm $DIR; mv $DIR.2 $DIR"),
@@ -294,7 +295,7 @@ fn no_service_is_gone_while_the_folder_becomes_another() {
     });
 }
 
-/// Writers that never leave a file in peace: whatever is read in between, what all versions have is served.
+/// Writers that never pause: whatever is read in between, what all versions have is served.
 #[test]
 fn no_service_is_gone_under_writers_without_rest() {
     let way = "i=0
@@ -347,7 +348,7 @@ fn no_service_is_gone_while_a_single_manifest_is_changed() {
     });
 }
 
-/// A file that is removed takes its services along, soon, and says so.
+/// The services of a deleted file are soon removed, and that is logged.
 #[test]
 fn a_manifest_that_is_removed_takes_its_services_along() {
     with_town(|place, town| {
@@ -365,7 +366,7 @@ fn a_manifest_that_is_removed_takes_its_services_along() {
     });
 }
 
-/// What is broken when an agent starts is served as it was when one ran last, also after a reboot.
+/// A file that is broken when an agent starts is served as by the last agent, even after a reboot.
 #[test]
 fn a_manifest_that_is_broken_at_the_start_is_served_as_it_was() {
     with_town(|place, town| {
@@ -375,7 +376,7 @@ fn a_manifest_that_is_broken_at_the_start_is_served_as_it_was() {
         assert_eq!(agent.end(Signal::SIGTERM), Some(0));
         let kept = place.state_dir().with_extension("kept");
         fs::rename(place.state_dir(), &kept).unwrap();
-        // The tables are empty, as after a reboot.
+        // The maps are empty, as after a reboot.
         text(&place.binary, &place.args(&["cleanup"]));
         fs::rename(&kept, place.state_dir()).unwrap();
         let file = place.manifests().join("web.yaml");
@@ -385,7 +386,7 @@ fn a_manifest_that_is_broken_at_the_start_is_served_as_it_was() {
 
         let agent = place.start();
         eventually("the service answers", || is_up(town::web()[0]));
-        // Longer than anything is waited for.
+        // Longer than any waiting time of the agent.
         thread::sleep(Duration::from_secs(4));
         assert!(is_up(town::web()[0]));
         let log = agent.log();

@@ -1,4 +1,5 @@
-//! A node that is itself a container: it sees a part of the machine's cgroups as all there are, and so do the pods on it of theirs.
+//! A node that is itself a container: it sees only its part of the machine's cgroups, and its pods only
+//! theirs.
 
 use std::{fs, process::Command};
 
@@ -13,8 +14,9 @@ use crate::{
     town,
 };
 
-/// Enters one cgroup after the other with a namespace each. The last is the node's, at `$PLACES/node`; the command runs in the
-/// node's cgroup `pod` with a namespace of its own. Nothing else of the hierarchy is in sight, above all not the machine's root.
+/// Enters nested cgroups, with a namespace for each. The last is the node's, at `$PLACES/node`. The command
+/// runs in the node's cgroup `pod` with its own namespace. The rest of the hierarchy, above all the machine's
+/// root, is invisible.
 const NEST: &str = r#"set -e
 if [ "$1" != -- ]; then
     echo 0 > "$1/cgroup.threads"
@@ -33,7 +35,7 @@ exec unshare --cgroup sh -c '
     mount -t cgroup2 none "$PLACES/own" && mount -o "remount,bind,$ACCESS" "$PLACES/node" && exec "$@"' sh "$@"
 "#;
 
-/// Cgroups three deep below the one of the test, and where the node's and the pod's hierarchies are mounted for the pod.
+/// Three nested cgroups below the test's, and the pod's mount points of the node's and the pod's hierarchies.
 struct Nest {
     cgroups: Vec<String>,
     places: TempDir,
@@ -96,19 +98,19 @@ impl Nest {
     }
 }
 
-/// What the log, `check` and `status` say, and whose calls are served.
+/// Checks the log, `check` and `status`, and whose calls are served.
 fn is_served_as_a_node(place: &Place, access: &str) {
     let nest = Nest::make(place);
     let agent = nest.start(place, access);
     let says = |what: &str| eventually(what, || agent.has_said(what));
     says("covers=all processes of this node, which is itself a container");
     eventually("the node's processes are served", || answers_from(&nest.below("client")));
-    assert!(!is_up(town::web()[0]), "those beside the node are not");
+    assert!(!is_up(town::web()[0]), "processes outside the node are not");
     eventually("the excluded ones are not", || !answers_from(&nest.below("excluded")));
     says("calls from these cgroups are excluded");
     assert_eq!(agent.has_said("the self-test calls from the agent's own cgroup"), access == "ro");
     assert!(!agent.has_said("no call has shown"), "{:#?}", agent.log());
-    assert!(answers_from(&nest.below("pod")), "what a call took is over");
+    assert!(answers_from(&nest.below("pod")), "nothing of the test call remains");
 
     let exec = |command: &[&str]| nest.exec(&agent, place, &place.args(command));
     let status: Value = serde_json::from_str(&exec(&["status", "-o", "json"])).unwrap();
@@ -133,7 +135,8 @@ fn a_node_that_is_a_container_is_served_as_a_whole() {
     });
 }
 
-/// As the `DaemonSet` mounts it: no cgroup can be made, and no process moved, so that the proof of an exclusion is another.
+/// Mounted as by the `DaemonSet`: no cgroup can be created and no process moved, so an exclusion is proven in
+/// another way.
 #[test]
 fn a_pod_that_only_reads_its_nodes_cgroups_serves_the_node() {
     with_town(|place, town| {

@@ -1,4 +1,4 @@
-//! Node.js: libuv's sockets, which send and receive on dual-stack sockets if asked to.
+//! Node.js: libuv's sockets, which use dual-stack sockets on request.
 
 use std::collections::BTreeSet;
 
@@ -10,8 +10,8 @@ use crate::{
     town::{self, Town},
 };
 
-/// Makes twenty calls of each kind at the same time and prints who answered and whom the program thinks it talked to.
-/// With an IPv4 service, half of the datagrams go through sockets of IPv6, to the IPv4-mapped address.
+/// Makes twenty calls of each kind at once and prints the server, and the peer as the program sees it. With
+/// an IPv4 service, half of the datagrams go through IPv6 sockets, to the IPv4-mapped address.
 const CLIENT: &str = r#"
 const http = require("http"), dgram = require("dgram");
 const [web, dns, port] = [process.argv[2], process.argv[3], Number(process.argv[4])];

@@ -1,14 +1,14 @@
-//! Running programs. They are in the network namespace, mount namespace and cgroup of the thread that runs them.
+//! Runs programs in the network namespace, mount namespace and cgroup of the calling thread.
 
 use std::process::{Command, Output};
 
-/// Runs a program to its end.
+/// Runs a program until it exits.
 pub(crate) fn run(program: &str, args: &[&str]) -> Output {
     let output = Command::new(program).args(args).output();
     output.unwrap_or_else(|error| panic!("{program}: {error}"))
 }
 
-/// Runs a program and returns what it prints, without the last newline. It must end well.
+/// Runs a program and returns its output without the last newline. It must succeed.
 pub(crate) fn text(program: &str, args: &[&str]) -> String {
     let output = run(program, args);
     let error = String::from_utf8_lossy(&output.stderr);

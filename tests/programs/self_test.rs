@@ -1,4 +1,4 @@
-//! The agent proves what it claims: calls through the real hooks, and what is said when they go astray.
+//! The agent's self-test: calls through the real hooks, and what is reported when they fail.
 
 use std::{fs, os::fd::AsFd as _, path::Path};
 
@@ -14,7 +14,7 @@ use crate::{
 
 const OFTEN: &str = "--self-test-interval=100ms";
 
-/// What a program prints, however it ends.
+/// A program's output, whatever its exit status.
 fn text_of_any(program: &str, args: &[&str]) -> String {
     String::from_utf8(run(program, args).stdout).unwrap()
 }
@@ -39,7 +39,7 @@ fn a_node_is_ready_once_calls_are_seen_to_work_and_for_as_long() {
         assert!(has_said(&agent, "self-test passed"));
         assert!(!has_said(&agent, "own cgroup"), "{:#?}", agent.log());
 
-        // Its service is one of those that people see.
+        // Its service is listed like any other.
         let services: Value =
             serde_json::from_str(&text(&place.binary, &place.args(&["services", "-o", "json"]))).unwrap();
         assert!(services.to_string().contains("self-test"), "{services}");
@@ -56,7 +56,7 @@ fn a_node_is_ready_once_calls_are_seen_to_work_and_for_as_long() {
         };
         assert!(status().contains("self-test passed"), "{}", status());
 
-        // What serves IPv4 connections is taken away behind the agent's back.
+        // Removes what serves IPv4 connections, without the agent.
         let link = syscall::open_pin(&Path::new(&place.pin_path).join("connect4")).unwrap();
         syscall::detach(link.as_fd()).unwrap();
         eventually("the node is no longer ready", || healthz().0 == 503);
@@ -69,7 +69,7 @@ fn a_node_is_ready_once_calls_are_seen_to_work_and_for_as_long() {
         assert_eq!(
             fetch("GET", &format!("{health}/livez")).0,
             200,
-            "to start it anew would not be wrong, but no cure"
+            "a restart would do no harm, but would not help"
         );
         assert!(!is_up(town::web()[0]));
         assert!(status().contains("self-test failed: TCP over IPv4"), "{}", status());
@@ -84,7 +84,7 @@ fn a_node_is_ready_once_calls_are_seen_to_work_and_for_as_long() {
     });
 }
 
-/// In a private cgroup namespace, a container's as a rule, the hierarchy begins at the container's own cgroup.
+/// In a private cgroup namespace, usually a container's, the hierarchy begins at the container's own cgroup.
 #[test]
 fn a_containers_own_cgroup_is_not_taken_for_the_hosts() {
     const SCRIPT: &str = "mount --bind \"$ROOT\" \"$PLACES/host\" && \

@@ -32,7 +32,7 @@ use crate::{
     town::{self, Town},
 };
 
-/// Where an agent in a sandbox keeps its things.
+/// The directories of an agent in a sandbox.
 pub(crate) struct Place {
     pub(crate) binary: String,
     manifests: TempDir,
@@ -52,7 +52,7 @@ impl Place {
         }
     }
 
-    /// Replaces the manifests, in one step as editors do.
+    /// Replaces the manifests atomically, as editors do.
     pub(crate) fn write(&self, cluster: &Cluster) {
         let services = cluster.services.values().map(serde_json::to_string);
         let slices = cluster.slices.values().map(serde_json::to_string);
@@ -69,22 +69,23 @@ impl Place {
         self.start_with(&["--metrics-bind-address=", "--healthz-bind-address=", "--self-test-interval=0"])
     }
 
-    /// Starts an agent with flags of the test's choice, which must say where it listens: a port of the host's is not the
-    /// test's to take.
+    /// Starts an agent with the test's flags, which must set where it listens: a test must not use the host's
+    /// ports.
     pub(crate) fn start_with(&self, flags: &[&str]) -> Running {
         let places = ["--node-name", "node", "--cgroup", &self.cgroup, "--pin-path", &self.pin_path];
         self.spawn(Command::new(&self.binary), &[&places, flags].concat())
     }
 
-    /// Starts an agent by a command that ends with the binary. Where it attaches and pins is for the command or the flags
-    /// to say.
+    /// Starts an agent with a command that ends with the binary. The command or the flags set where it
+    /// attaches and pins.
     pub(crate) fn spawn(&self, mut command: Command, flags: &[&str]) -> Running {
         let mut child = command
             .args(["run", "--state-dir"])
             .arg(self.state_dir.path())
             .args(flags)
             .env("SOCKLB_SOURCE", format!("file:{}", self.manifests.path().display()))
-            // The kernel allocates per-CPU counters one by one: a fifth of this suite's time at the default sizes. Flags win.
+            // The kernel allocates per-CPU counters one by one: a fifth of this suite's time at the default
+            // sizes. Flags have precedence.
             .env("SOCKLB_MAX_SERVICES", "4096")
             .env("SOCKLB_MAX_ENDPOINTS", "16384")
             .stderr(Stdio::piped())
@@ -100,7 +101,7 @@ impl Place {
         Running { child, log, reader: Some(reader) }
     }
 
-    /// The folder that is its source.
+    /// The source directory.
     pub(crate) fn manifests(&self) -> &Path {
         self.manifests.path()
     }
@@ -110,7 +111,7 @@ impl Place {
         self.state_dir.path()
     }
 
-    /// Arguments of a command that looks at the pinned state.
+    /// Arguments of a command that reads the pinned state.
     pub(crate) fn args<'a>(&'a self, command: &[&'a str]) -> Vec<&'a str> {
         let places = ["--pin-path", &self.pin_path, "--state-dir", self.state_dir.path().to_str().unwrap()];
         [command, &places[..]].concat()
@@ -122,7 +123,7 @@ impl Place {
     }
 }
 
-/// An agent that is ended with this value.
+/// An agent that is killed on drop.
 pub(crate) struct Running {
     child: Child,
     log: Arc<Mutex<Vec<String>>>,
@@ -130,19 +131,19 @@ pub(crate) struct Running {
 }
 
 impl Running {
-    /// Ends the agent by a signal and returns its exit status.
+    /// Stops the agent with a signal and returns its exit status.
     pub(crate) fn end(mut self, signal: Signal) -> Option<i32> {
         kill(Pid::from_raw(self.child.id().cast_signed()), signal).unwrap();
         self.child.wait().unwrap().code()
     }
 
-    /// The same, and what it said.
+    /// The same, with its log.
     pub(crate) fn end_with_log(self, signal: Signal) -> (Option<i32>, Vec<String>) {
         kill(Pid::from_raw(self.child.id().cast_signed()), signal).unwrap();
         self.wait()
     }
 
-    /// Waits until the agent ends by itself. Returns its exit status and what it said.
+    /// Waits until the agent exits by itself. Returns its exit status and log.
     pub(crate) fn wait(mut self) -> (Option<i32>, Vec<String>) {
         let code = self.child.wait().unwrap().code();
         self.reader.take().unwrap().join().unwrap();
@@ -155,23 +156,23 @@ impl Running {
         self.child.id()
     }
 
-    /// Whether it has ended, which `wait` would tell without waiting.
+    /// Whether it has exited, without waiting.
     #[cfg(feature = "fault-points")]
     pub(crate) fn has_ended(&self) -> bool {
         use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
         let id = Id::Pid(Pid::from_raw(self.child.id().cast_signed()));
-        // Left to be waited for.
+        // Keeps it waitable.
         let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
         !matches!(waitid(id, flags), Ok(WaitStatus::StillAlive))
     }
 
-    /// Whether a line of its log holds this.
+    /// Whether a line of its log contains this.
     #[cfg(feature = "fault-points")]
     pub(crate) fn has_said(&self, what: &str) -> bool {
         self.log.lock().unwrap().iter().any(|line| line.contains(what))
     }
 
-    /// What it has said so far.
+    /// Its log so far.
     pub(crate) fn log(&self) -> Vec<String> {
         self.log.lock().unwrap().clone()
     }
@@ -195,7 +196,7 @@ pub(crate) fn eventually(what: &str, condition: impl Fn() -> bool) {
     panic!("never happened: {what}");
 }
 
-/// An agent's places in a sandbox without backends.
+/// An agent's directories in a sandbox without backends.
 #[cfg(feature = "fault-points")]
 pub(crate) fn with_place(test: impl FnOnce(&Sandbox, &Place) + Send) {
     if !require(Feature::Programs) || !require(Feature::Variable("SOCKLB_BIN")) {
@@ -216,7 +217,7 @@ pub(crate) fn with_town(test: impl FnOnce(&Place, &Town) + Send) {
     Sandbox::run(|sandbox| test(&Place::new(sandbox, binary), &Town::new(sandbox, 2)));
 }
 
-/// The pods that answer at the web service.
+/// The pods that answer calls of the web service.
 pub(crate) fn servers(n_calls: usize) -> BTreeSet<String> {
     let url = format!("http://{}/", town::web()[0]);
     (0..n_calls)
@@ -225,7 +226,7 @@ pub(crate) fn servers(n_calls: usize) -> BTreeSet<String> {
         .collect()
 }
 
-/// Whether somebody accepts a connection to the service.
+/// Whether a connection to the service is accepted.
 pub(crate) fn is_up(service: SocketAddr) -> bool {
     Socket::new(Domain::of(service.ip()), Protocol::Tcp).connect(service).is_ok()
 }
@@ -243,10 +244,10 @@ fn the_agent_follows_manifests_and_survives_its_end() {
         place.write(&town.cluster(1..2));
         eventually("one pod is left", || servers(20) == BTreeSet::from([ip(1)]));
 
-        assert_eq!(agent.end(Signal::SIGTERM), Some(0), "a stopped agent has done its work");
-        assert_eq!(servers(20), BTreeSet::from([ip(1)]), "nobody is needed to keep it up");
+        assert_eq!(agent.end(Signal::SIGTERM), Some(0), "a stopped agent succeeds");
+        assert_eq!(servers(20), BTreeSet::from([ip(1)]), "it is served without an agent");
 
-        // Killed, started anew over changed manifests: what it missed is made up for.
+        // Killed and restarted with changed manifests: it applies what it missed.
         let agent = place.start();
         assert_eq!(agent.end(Signal::SIGKILL), None);
         place.write(&town.cluster(0..1));
@@ -275,7 +276,7 @@ fn commands_tell_what_the_kernel_holds() {
         assert_eq!(endpoints, ["10.244.1.2", "10.244.2.2"]);
         let first = &web["endpoints"][0];
         assert!(first["connections"].is_u64(), "{first}");
-        assert_eq!(first.get("failures"), Some(&Value::Null), "no hook learns what became of a call");
+        assert_eq!(first.get("failures"), Some(&Value::Null), "no hook sees the result of a call");
 
         let explain = |to: &str| place.json(&["explain", to, "-o", "json"]);
         assert_eq!(explain("10.96.0.80:80/tcp")["verdict"], "redirected");
@@ -286,7 +287,7 @@ fn commands_tell_what_the_kernel_holds() {
     });
 }
 
-/// Everything that may be wrong with a manifest, beside services that are right.
+/// Every fault that a manifest may have, beside valid services.
 const BAD_MANIFESTS: [(&str, &str); 7] = [
     ("broken.yaml", "apiVersion: v1\nkind: Service\nmetadata: {name: broken\nspec: [\n"),
     (
@@ -370,7 +371,7 @@ fn cleanup_takes_everything_away() {
         eventually("the service answers", || is_up(service));
         assert_eq!(agent.end(Signal::SIGTERM), Some(0));
 
-        // A reader that has enough, as of `socklb services | head -1`, ends nothing and breaks nothing.
+        // A reader that stops early, as in `socklb services | head -1`, breaks nothing.
         for command in ["services", "cleanup"] {
             let mut child = Command::new(&place.binary)
                 .args(place.args(&[command]))
@@ -381,7 +382,7 @@ fn cleanup_takes_everything_away() {
             drop(child.stdout.take());
             let output = child.wait_with_output().unwrap();
             let message = String::from_utf8_lossy(&output.stderr);
-            // Without an agent, names are the snapshot's.
+            // Without an agent, names come from the snapshot.
             let is_said =
                 message.is_empty() || (command == "services" && message.contains("from the snapshot"));
             assert!(output.status.success() && is_said, "{command}: {}: {message}", output.status);
@@ -404,7 +405,7 @@ fn cleanup_beside_an_agent_that_runs_is_for_good() {
     with_town(|place, town| {
         let service = town::web()[0];
         place.write(&town.cluster(0..2));
-        // Somebody else's directory among the pins keeps that of the pins.
+        // A foreign directory among the pins keeps the pin directory.
         for keeps_directory in [false, true] {
             let agent = place.start_with(&[
                 "--metrics-bind-address=",
@@ -423,7 +424,7 @@ fn cleanup_beside_an_agent_that_runs_is_for_good() {
             let told = String::from_utf8_lossy(&status.stdout).into_owned();
             assert!(status.status.code() == Some(1) && told.contains("it serves no calls"), "{told}");
             assert!(told.starts_with("agent     detached: ") && !told.contains("passed"), "{told}");
-            // Whatever the agent goes on to do, also in its audits, it attaches nothing anew.
+            // Whatever the agent does next, audits included, it does not attach again.
             place.write(&town.cluster(0..1));
             thread::sleep(Duration::from_secs(1));
             assert_eq!(call(service, Protocol::Tcp), Err(Errno::ENETUNREACH));
@@ -456,7 +457,7 @@ fn status_tells_of_an_agent_that_runs_and_of_one_that_does_not() {
         assert!(nothing["pin_problem"].as_str().unwrap().contains("nothing is pinned"), "{nothing}");
 
         let mut cluster = town.cluster(0..2);
-        // A second Service that claims an address is left out, and told of.
+        // A second Service that claims an address is omitted and reported.
         cluster.serve("zz-same", town::web()[0], Protocol::Tcp, &[]);
         place.write(&cluster);
         let agent = place.start_with(&FLAGS);
@@ -482,7 +483,7 @@ fn status_tells_of_an_agent_that_runs_and_of_one_that_does_not() {
             let maps = status["maps"].as_array().unwrap();
             maps.iter().find(|map| map["map"] == name).unwrap()["entries"].as_u64().unwrap()
         };
-        // Two frontends and two endpoints of each family are those of the self-test.
+        // Two frontends and two endpoints of each family belong to the self-test.
         assert_eq!((map(&running, "services4"), map(&running, "endpoints6")), (6, 8), "{running}");
         assert_eq!(running["issues_of_agent"], 1, "{running}");
         assert!(running["issues"].to_string().contains("zz-same"), "{running}");
@@ -492,16 +493,16 @@ fn status_tells_of_an_agent_that_runs_and_of_one_that_does_not() {
         assert_eq!(
             (code, &stopped["agent"]["state"]),
             (Some(0), &"stopped".into()),
-            "what is pinned goes on"
+            "what is pinned continues"
         );
         assert_eq!((&stopped["source"], map(&stopped, "services4")), (&Value::Null, 6));
-        // In another cgroup the one that is served is not found; that is no failure.
+        // In another cgroup the pinned one is not found; that is not a failure.
         let (code, elsewhere) = command(&["--cgroup", "/proc/self/fd"]);
         assert_eq!((code, &elsewhere["hooks"][1]["cgroup"]), (Some(0), &Value::Null), "{elsewhere}");
     });
 }
 
-/// Another balancer is a program of somebody else's on the same hooks: here that of a second agent.
+/// Another balancer is a foreign program on the same hooks: here that of a second agent.
 #[test]
 fn check_tells_what_the_host_offers() {
     with_town(|place, town| {
@@ -528,7 +529,7 @@ fn check_tells_what_the_host_offers() {
         let (status, found) = of(&check(&elsewhere, 0), "other balancers");
         assert_eq!(status, "note");
         assert!(found.contains("connect4"), "{found}");
-        assert!(!Path::new(&elsewhere).exists(), "looking changes nothing");
+        assert!(!Path::new(&elsewhere).exists(), "checking changes nothing");
 
         let no_bpffs = check("/proc/socklb", 1);
         assert_eq!(of(&no_bpffs, "BPF file system").0, "missing");

@@ -1,4 +1,4 @@
-//! Long-lived sockets of programs in other network namespaces, when the pod behind them goes.
+//! Long-lived sockets of programs in other network namespaces, when their pod is deleted.
 
 use lb_core::model::Protocol;
 use lb_tests::{
@@ -28,12 +28,12 @@ fn a_udp_socket_that_is_older_than_its_service_is_served() {
         eventually("the service answers", || is_up(town::web()[0]));
         let (service, pod) = (town::dns()[0], &town.pods[0]);
         let _process = Resident::of(&pod.netns).unwrap();
-        // So that there is a route.
+        // Adds a route.
         pod.netns.add_address(service.ip()).unwrap();
         let early = pod.netns.run(|| Socket::new(Domain::V4, Protocol::Udp));
         early.connect(service).unwrap();
         place.write(&town.cluster(0..1));
-        // Blocks until then.
+        // Blocks until the socket is destroyed.
         assert_eq!(early.receive(), Err(Errno::ECONNABORTED));
         early.connect(service).unwrap();
         let metrics = address(&agent, "--metrics-bind-address");
@@ -68,11 +68,11 @@ fn the_agent_ends_udp_sockets_whose_pod_is_gone() {
         }
 
         place.write(&town.cluster(1..2));
-        // Blocks until then.
+        // Blocks until the socket is destroyed.
         assert_eq!(in_pod.receive(), Err(Errno::ECONNABORTED));
         assert_eq!(on_node.receive(), Err(Errno::ECONNABORTED));
         assert_eq!(on_node.connect(service), Ok(()));
-        assert_eq!(tcp.peer_name(), Ok(service), "TCP is left alone");
+        assert_eq!(tcp.peer_name(), Ok(service), "TCP sockets stay");
 
         let metrics = address(&agent, "--metrics-bind-address");
         eventually("both are counted", || {
@@ -88,7 +88,7 @@ fn the_agent_ends_udp_sockets_whose_pod_is_gone() {
         );
         assert!(!log.iter().any(|line| line.contains("stale sockets stay connected")), "{log:#?}");
 
-        // A change that asks for more.
+        // A change that requests more.
         let mut cluster = town.cluster(1..2);
         let annotation = [("socklb.io/stale-connections".to_owned(), "reset".to_owned())];
         for service in cluster.services.values_mut() {

@@ -1,4 +1,4 @@
-//! A node and pods: network namespaces joined by veth pairs, with routes to one another and to nowhere else.
+//! A node and pods: network namespaces joined by veth pairs, with routes among them and no others.
 
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 
@@ -17,7 +17,7 @@ pub(crate) struct Pod {
     pub(crate) netns: NetNs,
     /// Its addresses, one of each family.
     pub(crate) ips: [IpAddr; 2],
-    /// The node's addresses on the way to it.
+    /// The node's addresses on the link to it.
     pub(crate) gateways: [IpAddr; 2],
     _servers: (Http, Dns),
 }
@@ -33,7 +33,7 @@ fn addresses(pod: u8, host: u8) -> [IpAddr; 2] {
 }
 
 impl Town {
-    /// Makes pods of the sandbox's node.
+    /// Creates pods of the sandbox's node.
     pub(crate) fn new(sandbox: &Sandbox, n_pods: u8) -> Self {
         let pods = (1..=n_pods).map(|n| {
             let (gateways, ips) = (addresses(n, 1), addresses(n, 2));
@@ -50,14 +50,14 @@ impl Town {
         Self { pods: pods.collect() }
     }
 
-    /// Starts an agent in the sandbox and gives it the services of this town, with all pods behind them.
+    /// Starts an agent in the sandbox and applies the services of this town, with all pods as endpoints.
     pub(crate) fn serve(&self, sandbox: &Sandbox) -> Agent {
         let mut agent = Agent::start(sandbox);
         agent.follow(&self.cluster(0..self.pods.len()));
         agent
     }
 
-    /// The services of this town, with some of the pods behind them.
+    /// The services of this town, with some of the pods as endpoints.
     pub(crate) fn cluster(&self, pods: std::ops::Range<usize>) -> Cluster {
         let mut cluster = Cluster::new();
         for (n, family) in ["v4", "v6"].iter().enumerate() {

@@ -1,4 +1,4 @@
-//! Two agents for the same pins: one works, the other waits.
+//! Two agents for the same pins: one runs, the other waits.
 
 use std::path::Path;
 
@@ -12,11 +12,11 @@ use crate::{
     town,
 };
 
-/// In the sandbox's network namespace, which has nothing else.
+/// In the sandbox's network namespace, where nothing else listens.
 pub(crate) const PORTS: [&str; 2] =
     ["--metrics-bind-address=127.0.0.1:10249", "--healthz-bind-address=127.0.0.1:10256"];
 
-/// The status of a page, `000` if nobody answers.
+/// The status of a page, `000` without a response.
 pub(crate) fn status_of(port: u16, page: &str) -> String {
     let url = format!("http://127.0.0.1:{port}/{page}");
     let output = run("curl", &["--silent", "--output", "/dev/null", "--write-out", "%{http_code}", &url]);
@@ -27,7 +27,7 @@ pub(crate) fn says(agent: &Running, parts: &[&str]) -> bool {
     agent.log().iter().any(|line| parts.iter().all(|part| line.contains(part)))
 }
 
-/// As in an update that starts the new agent before it ends the old one, with the same ports.
+/// As in an update that starts the new agent before it stops the old one, with the same ports.
 #[test]
 fn the_second_agent_waits_for_the_first_and_takes_over() {
     with_town(|place, town| {
@@ -37,18 +37,18 @@ fn the_second_agent_waits_for_the_first_and_takes_over() {
         eventually("the service answers", || is_up(service));
         let waits = format!("process {}", first.id());
         let second = place.start_with(&PORTS);
-        eventually("the second says whom it waits for", || says(&second, &["waiting", &waits]));
+        eventually("the second reports which agent it waits for", || says(&second, &["waiting", &waits]));
         assert_eq!(status_of(10256, "livez"), "200");
         assert_eq!(status_of(10256, "healthz"), "200", "the first one's answer");
 
         let third = place.start_with(&["--metrics-bind-address=", "--healthz-bind-address=127.0.0.1:10257"]);
         eventually("the third answers", || status_of(10257, "livez") == "200");
         assert_eq!(status_of(10257, "healthz"), "503", "it is not ready");
-        assert_eq!(third.end(Signal::SIGTERM), Some(0), "an agent that waits can be ended");
+        assert_eq!(third.end(Signal::SIGTERM), Some(0), "a waiting agent can be stopped");
         place.write(&town.cluster(0..0));
-        eventually("the first one follows", || !is_up(service));
+        eventually("the first one applies changes", || !is_up(service));
         place.write(&town.cluster(0..2));
-        eventually("the first one follows", || is_up(service));
+        eventually("the first one applies changes", || is_up(service));
 
         assert_eq!(first.end(Signal::SIGTERM), Some(0));
         assert!(is_up(service));
@@ -59,7 +59,7 @@ fn the_second_agent_waits_for_the_first_and_takes_over() {
         place.write(&town.cluster(0..0));
         eventually("it follows", || !is_up(service));
 
-        // One that is killed leaves no lock behind, and its ports are free a moment later.
+        // A killed agent leaves no lock, and its ports are free a moment later.
         let fourth = place.start_with(&PORTS);
         eventually("the fourth waits", || says(&fourth, &["waiting"]));
         assert_eq!(second.end(Signal::SIGKILL), None);
@@ -86,7 +86,7 @@ fn cleanup_beside_an_agent_names_it_and_the_next_one_starts_anew() {
         assert!(message.contains("end it"), "{message}");
         assert_eq!(call(service, Protocol::Tcp), Err(Errno::ENETUNREACH));
 
-        // The first one has nothing that the second could be in the way of, and takes nothing of the second's with it.
+        // Neither agent disturbs the other: the first has no pins in common with the second.
         let second = place.start_with(&["--metrics-bind-address=", "--healthz-bind-address="]);
         eventually("the service answers again", || is_up(service));
         assert_eq!(first.end(Signal::SIGTERM), Some(0));
@@ -97,7 +97,7 @@ fn cleanup_beside_an_agent_names_it_and_the_next_one_starts_anew() {
     });
 }
 
-/// What keeps an agent from starting leaves nothing behind.
+/// An error during start leaves nothing behind.
 #[test]
 fn an_agent_without_its_port_leaves_no_directory() {
     with_town(|place, _town| {

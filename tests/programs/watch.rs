@@ -1,4 +1,4 @@
-//! `socklb top` and `socklb monitor`, beside calls of programs.
+//! `socklb top` and `socklb monitor`, during calls of programs.
 
 use std::{
     fs::File,
@@ -25,7 +25,7 @@ use crate::{
     town::{self, Town},
 };
 
-/// Serves the town and ends the agent: what is looked at is pinned.
+/// Serves the town and stops the agent: the commands read pinned maps.
 fn serve(place: &Place, town: &Town) {
     place.write(&town.cluster(0..2));
     let agent = place.start();
@@ -33,7 +33,7 @@ fn serve(place: &Place, town: &Town) {
     assert_eq!(agent.end(Signal::SIGTERM), Some(0));
 }
 
-/// One port of an answer of `top`.
+/// One port in an answer of `top`.
 fn port(report: &Value, name: &str) -> Value {
     let services = report["services"].as_array().unwrap();
     services.iter().find(|row| row["name"] == name).unwrap_or_else(|| panic!("{name}: {report}")).clone()
@@ -118,7 +118,7 @@ fn top_tells_rates_from_one_look_to_the_next() {
     });
 }
 
-/// What a person sees: programs write only what differs from what they wrote before.
+/// The visible screen: programs write only differences.
 #[derive(Default)]
 struct Screen {
     lines: Vec<Vec<char>>,
@@ -130,7 +130,7 @@ impl Screen {
     const ROWS: u16 = 30;
     const COLUMNS: u16 = 100;
 
-    /// Takes the next character or escape sequence from the text. `None` if it is not complete.
+    /// Takes the next character or escape sequence from the text. `None` if it is incomplete.
     fn take<'a>(&mut self, text: &'a str) -> Option<&'a str> {
         let mut rest = text.chars();
         match rest.next()? {
@@ -164,12 +164,12 @@ impl Screen {
     }
 }
 
-/// A program on a terminal of a test's own, and what it wrote there.
+/// A program on the test's own terminal, and its output.
 struct Terminal {
     child: Child,
     keys: File,
     written: mpsc::Receiver<Vec<u8>>,
-    /// Everything so far, of which the screen shows what stands before `n_shown`.
+    /// All output so far; the first `n_shown` bytes are on the screen.
     text: String,
     n_shown: usize,
     screen: Screen,
@@ -201,7 +201,7 @@ impl Terminal {
         Self { child, keys: File::from(master), written, text, n_shown: 0, screen }
     }
 
-    /// Waits until the program has written something, or until the screen shows it.
+    /// Waits until the program has written something, or the screen shows it.
     fn until(&mut self, what: &str, is_so: impl Fn(&str, &str) -> bool) {
         let end = Instant::now() + Duration::from_secs(60);
         while !is_so(&self.text, &self.screen.text()) {
@@ -263,7 +263,7 @@ fn top_on_a_terminal_obeys_keys_and_leaves_it_as_it_was() {
 fn monitored(place: &Place, flags: &[&str], calls: impl FnOnce()) -> Vec<Value> {
     let args = place.args(&[&["monitor", "-o", "json", "--interval", "10ms"], flags].concat());
     let mut child = Command::new(&place.binary).args(args).stdout(Stdio::piped()).spawn().unwrap();
-    // What is there before the first look is not new: give it the time for one.
+    // What exists before the first poll is not new: allow time for one.
     let lines = BufReader::new(child.stdout.take().unwrap()).lines();
     thread::scope(|scope| {
         let reader = scope.spawn(|| {
@@ -315,7 +315,7 @@ fn monitor_shows_new_connections_and_counts_the_others() {
                 socket.connect(service).unwrap();
                 held.push(socket);
             }
-            // Gone before anybody looks, mostly.
+            // Mostly closed before the next poll.
             for _ in 0..20 {
                 assert!(is_up(town::web()[0]));
             }
@@ -339,7 +339,7 @@ fn monitor_shows_new_connections_and_counts_the_others() {
             "{summary}"
         );
 
-        // Only what was asked for is shown and counted.
+        // Only what was requested is shown and counted.
         let lines = monitored(place, &["--service", "default/web-v6", "--protocol", "tcp"], || {
             for service in town::web() {
                 let socket = Socket::new(Domain::of(service.ip()), Tcp);

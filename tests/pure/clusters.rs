@@ -1,4 +1,4 @@
-//! Random clusters, and what calls come to in them.
+//! Random clusters, and the outcomes of calls in them.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -35,7 +35,7 @@ const NODE_PORTS: [u16; 3] = [30_080, 30_081, 29_000];
 const NODES: [&str; 3] = ["node", "other", "third"];
 const ZONES: [&str; 2] = ["a", "b"];
 
-/// A service. Small numbers stand for addresses, so that services claim the same ones now and then.
+/// A service. Small numbers stand for addresses, so that services sometimes claim the same ones.
 #[derive(Clone, Debug)]
 pub(crate) struct RandomService {
     families: Families,
@@ -47,7 +47,7 @@ pub(crate) struct RandomService {
     is_external_local: bool,
     affinity: Option<i32>,
     created: i64,
-    /// Whether it is another proxy's.
+    /// Whether another proxy serves it.
     is_of_others: bool,
     endpoints: Vec<RandomEndpoint>,
 }
@@ -83,13 +83,13 @@ struct RandomNode {
     addresses: Vec<u8>,
 }
 
-/// Everything that decides about frontends.
+/// All objects that decide about frontends.
 #[derive(Clone, Debug)]
 pub(crate) struct RandomCluster {
     services: [Option<RandomService>; 4],
     nodes: [Option<RandomNode>; 3],
     interfaces: Vec<u8>,
-    /// Whether the ServiceCIDR is there.
+    /// Whether the ServiceCIDR exists.
     has_networks: bool,
 }
 
@@ -163,7 +163,7 @@ fn node() -> BoxedStrategy<RandomNode> {
         .boxed()
 }
 
-/// A random cluster. (Boxed like its parts: by value they are too large for the stack of a test.)
+/// A random cluster. Boxed like its parts: by value they are too large for the stack of a test.
 pub(crate) fn cluster() -> BoxedStrategy<RandomCluster> {
     let service = || option::weighted(0.8, service());
     let node = || option::weighted(0.8, node());
@@ -178,7 +178,7 @@ pub(crate) fn cluster() -> BoxedStrategy<RandomCluster> {
         .boxed()
 }
 
-/// A cluster and what becomes of it: each later one differs in some objects only, or in one.
+/// A cluster and its later states: each differs from the previous one in some objects only, or in one.
 pub(crate) fn history(n_changes: usize) -> impl Strategy<Value = Vec<RandomCluster>> {
     let one = (0..8usize).prop_map(|one| (0..8).map(|n| n == one).collect::<Vec<bool>>());
     let change = (cluster(), prop_oneof![vec(any::<bool>(), 8), one]);
@@ -258,7 +258,7 @@ impl RandomCluster {
         cluster
     }
 
-    /// Lets a state follow.
+    /// Applies the cluster to a state.
     pub(crate) fn feed(&self, state: &mut State) {
         self.objects().feed(state);
         state.set_interfaces(self.interfaces());
@@ -270,7 +270,7 @@ fn named(namespace: &str, name: String) -> ObjectMeta {
     ObjectMeta { name: Some(name), namespace, ..ObjectMeta::default() }
 }
 
-/// The labels of what another proxy serves.
+/// The labels of a Service of another proxy.
 fn others() -> BTreeMap<String, String> {
     [(ingest::SERVICE_PROXY_NAME.to_owned(), "other".to_owned())].into()
 }
@@ -319,7 +319,7 @@ impl RandomService {
         }
     }
 
-    /// Endpoints with an even number in one slice, the others in another.
+    /// Endpoints with an even number are in one slice, the others in another.
     fn slices(&self, n: usize) -> Vec<EndpointSlice> {
         let mut slices = Vec::new();
         for (family, ip) in [("IPv4", v4 as fn(u8, u8) -> IpAddr), ("IPv6", v6)] {
@@ -400,15 +400,15 @@ pub(crate) fn settings() -> Settings {
     Settings::of_node(NODES[0])
 }
 
-/// A state over tables.
+/// A state that adopts an image.
 pub(crate) fn state(capacity: Capacity, found: &Image) -> State {
     State::new(settings(), Vec::new(), capacity, found)
 }
 
-/// A call: to where, and whether from the node's own network namespace.
+/// A call: its destination, and whether it is from the node's own network namespace.
 pub(crate) type Call = (FrontendAddress, bool);
 
-/// Every call that could matter in any random cluster.
+/// Every call that may matter in any random cluster.
 pub(crate) fn calls() -> Vec<Call> {
     let mut calls = Vec::new();
     let mut add = |ip: IpAddr, ports: &[u16]| {
@@ -436,7 +436,7 @@ pub(crate) fn calls() -> Vec<Call> {
     calls
 }
 
-/// What a call can come to.
+/// The possible outcomes of a call.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Outcomes {
     Untouched,
@@ -445,7 +445,7 @@ pub(crate) enum Outcomes {
     Endpoints(BTreeSet<SocketAddr>),
 }
 
-/// What a call can come to, by the programs' own search over an image.
+/// The possible outcomes of a call, by the programs' own look-ups in an image.
 pub(crate) fn outcomes(simulator: &Simulator, (to, on_node): Call) -> Outcomes {
     let caller = Caller { on_node, ..Caller::default() };
     let Some((_, frontend)) = simulator.find_frontend(to, caller) else {
@@ -471,10 +471,11 @@ pub(crate) fn simulator(image: Image) -> Simulator {
     simulator
 }
 
-/// What calls may come to while a plan leads from one image to another.
+/// The allowed outcomes of calls while a plan changes one image to another.
 ///
-/// A call sees the old or the new state of the frontends, and the old or the new state of the nodes' addresses: those
-/// are two facts. With both of them changing in one plan, a new node's address may meet a service that is about to go.
+/// A call sees the old or the new state of the frontends, and, independently, the old or the new state of the
+/// node addresses. If one plan changes both, a new node's address may meet a service that is about to be
+/// deleted.
 pub(crate) struct Allowed {
     of_states: Vec<Vec<Outcomes>>,
 }
@@ -484,7 +485,7 @@ impl Allowed {
         Self::among(&[before.clone(), after.clone()], calls)
     }
 
-    /// The same over several plans.
+    /// The same for several plans.
     pub(crate) fn among(images: &[Image], calls: &[Call]) -> Self {
         let nodes: BTreeSet<&BTreeMap<IpAddr, bool>> = images.iter().map(|image| &image.node_addrs).collect();
         let mixed = |frontends: &Image, nodes: &BTreeMap<IpAddr, bool>| {
@@ -496,7 +497,7 @@ impl Allowed {
         Self { of_states }
     }
 
-    /// Whether everything that a call can come to now is something that it may come to. `call` is its index.
+    /// Whether all current outcomes of a call are allowed. `call` is its index.
     pub(crate) fn admits(&self, call: usize, now: &Outcomes) -> bool {
         match now {
             Outcomes::Endpoints(endpoints) => {
@@ -506,7 +507,7 @@ impl Allowed {
         }
     }
 
-    /// Whether a call reaches endpoints in one of the states, and in neither one before nor one after it.
+    /// Whether a call reaches endpoints in one of the states, but in neither an earlier nor a later one.
     pub(crate) fn comes_and_goes(&self, call: usize) -> bool {
         let is_served = |outcomes: &Vec<Outcomes>| matches!(outcomes[call], Outcomes::Endpoints(_));
         let first_absent = self.of_states.iter().position(|state| !is_served(state));
@@ -523,7 +524,7 @@ impl Allowed {
         self.of_states.iter().any(|outcomes| has(&outcomes[call]))
     }
 
-    /// What a call may come to, for a message.
+    /// The allowed outcomes of a call, for a message.
     pub(crate) fn describe(&self, call: usize) -> String {
         let all: Vec<_> = self.of_states.iter().map(|outcomes| format!("{:?}", outcomes[call])).collect();
         all.join(" or ")

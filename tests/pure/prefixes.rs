@@ -8,9 +8,8 @@ use crate::clusters::{Allowed, calls, history, outcomes, simulator, state};
 proptest! {
     #![proptest_config(ProptestConfig { cases: 128, ..ProptestConfig::default() })]
 
-    /// Between any two operations, a call comes to what it could come to before the plan or can come to after it: to
-    /// an endpoint of the old or of the new set of that very frontend; refused or untouched only if one of the two
-    /// states says so.
+    /// Between any two operations, the outcomes of a call are those before or after the plan: an endpoint of
+    /// the old or the new set of the same frontend; refused or passed only if one of the two states says so.
     #[test]
     fn a_call_in_the_middle_of_a_plan_sees_the_old_or_the_new_state(history in history(3)) {
         let calls = calls();

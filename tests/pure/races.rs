@@ -1,7 +1,8 @@
-//! Calls that take their time: the tables change between one look-up and the next.
+//! Long calls: the maps change between one look-up and the next.
 //!
-//! [`crate::prefixes`] looks at calls that run between two operations. A program runs while operations go on, so here
-//! each of its reads sees a later state than the one before it, and arrays keep what was written last, as in the kernel.
+//! [`crate::prefixes`] tests calls that run between two operations. In the kernel, programs run concurrently
+//! with operations. So here each read sees a later state than the one before, and arrays keep the last write,
+//! as in the kernel.
 
 use std::{
     cell::{Cell, RefCell},
@@ -27,7 +28,7 @@ use proptest::{collection::vec, prelude::*, sample::Index};
 
 use crate::clusters::{Allowed, Call, Outcomes, calls, history, state};
 
-/// The kernel's maps: what nothing refers to any longer is still there.
+/// The kernel's maps: entries without references remain.
 #[derive(Clone, Debug, Default)]
 struct Memory {
     services: BTreeMap<FrontendAddress, u32>,
@@ -72,11 +73,11 @@ impl Memory {
     }
 }
 
-/// One call's view: before each read some operations are carried out.
+/// One call's view: some operations run before each read.
 struct Spanning<'a, A> {
     memory: RefCell<Memory>,
     ops: RefCell<&'a [Op]>,
-    /// How many operations go before each read, again and again.
+    /// Number of operations before each read, repeated cyclically.
     pace: &'a [usize],
     n_reads: Cell<usize>,
     on_node: bool,
@@ -100,7 +101,7 @@ impl<A> Spanning<'_, A> {
     }
 }
 
-/// Conversion between the octets of a family and addresses.
+/// Conversion between the bytes of a family and addresses.
 trait Octets: FamilyLayout {
     fn ip(self) -> IpAddr;
     fn of(ip: IpAddr) -> Self;
@@ -188,7 +189,7 @@ impl<A: Octets> Tables for Spanning<'_, A> {
     }
 }
 
-/// What came of a call.
+/// The outcome of a call.
 #[derive(Debug, PartialEq)]
 enum Came {
     Untouched,
@@ -201,7 +202,7 @@ enum Came {
 #[derive(Clone, Debug)]
 struct Moment {
     call: Index,
-    /// Operations before the call begins.
+    /// The number of operations before the call.
     start: Index,
     pace: Vec<usize>,
     random: u32,
@@ -262,20 +263,20 @@ fn run<A: Octets>(memory: &Memory, ops: &[Op], (to, on_node): Call, moment: &Mom
     }
 }
 
-/// The wildcard frontend that answers for a node port, if the destination can be one.
+/// The wildcard frontend of a node port, if the destination may be one.
 fn wildcard((to, on_node): Call) -> Call {
     let ip = if to.ip.is_ipv4() { IpAddr::from(Ipv4Addr::LOCALHOST) } else { Ipv6Addr::LOCALHOST.into() };
     (FrontendAddress { ip, ..to }, on_node)
 }
 
-/// What calls meet that began after the last grace period: the programs of earlier ones have ended.
+/// The states that calls since the last grace period see. Programs of earlier calls have finished.
 #[derive(Default)]
 struct Window {
-    /// When it began.
+    /// The memory at its beginning.
     memory: Memory,
     /// The operations since.
     ops: Vec<Op>,
-    /// At its begin and after each plan: what the tables hold, and what service ids stand for.
+    /// At its beginning and after each plan: the maps, and the meaning of service ids.
     states: Vec<(Image, BTreeMap<u32, Arc<PortKey>>)>,
 }
 
@@ -308,8 +309,8 @@ impl Window {
         self.states.iter().map(|(image, _)| image.clone()).collect()
     }
 
-    /// The service ids that stand for more than one service port in the course of it: a call that asked for the one counts
-    /// for the other, and may take its client's endpoint.
+    /// Service ids with more than one service port in this time: a call to one counts for the other, and may
+    /// get its client's endpoint.
     fn ambiguous_ids(&self) -> BTreeSet<u32> {
         let ids: BTreeSet<_> = self.states.iter().flat_map(|(_, ports)| ports).collect();
         let mut seen = BTreeSet::new();
@@ -320,21 +321,22 @@ impl Window {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 128, ..ProptestConfig::default() })]
 
-    /// However long a call takes, also over several plans, it comes to what it could come to in one of the states that it has
-    /// seen; it is refused or left alone only if one of them says so; and no service id stands for two services meanwhile. It may
-    /// take until the next grace period, which comes when the agent waits for it, or at any time.
+    /// However long a call takes, even over several plans, its outcome is possible in one of the states that
+    /// it has seen. It is refused or passes only if one of them says so, and no service id has two meanings
+    /// meanwhile. A call may last until the next grace period, which comes when the agent waits for it, or at
+    /// any time.
     ///
-    /// A call to a node port of another node may also come to what the node port comes to on this node: the policy and
-    /// the endpoints of a node port are two words in memory. A call that spans the creation and the deletion of a Service may be
-    /// refused: it has met its cluster IP and no port. One that spans the end of its network may be left alone: it has met no port,
-    /// and then no network.
+    /// Exceptions: A call to a node port of another node may also have the outcome of the node port on this
+    /// node, because the policy and the endpoints of a node port are two words in memory. A call that spans
+    /// the creation and the deletion of a Service may be refused: it found the cluster IP but no port. A call
+    /// that spans the removal of its network may pass: it found no port, and then no network.
     #[test]
     fn a_call_that_spans_a_plan_sees_the_old_or_the_new_state(
         history in history(5),
         moments in vec(moment(), 150),
         graces in vec(any::<bool>(), 6),
     ) {
-        // A wildcard is looked at from the node, where loopback shows it.
+        // A wildcard is tested from the node, where loopback reaches it.
         let mut calls: Vec<Call> = calls().into_iter().filter(|(to, _)| !to.ip.is_unspecified()).collect();
         let n_calls = calls.len();
         calls.extend_from_within(..);

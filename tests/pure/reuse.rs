@@ -1,4 +1,4 @@
-//! What was freed is not given out again while a program may still read it.
+//! What is freed is not reused while a program may still read it.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -13,7 +13,7 @@ use lb_core::{
 };
 use proptest::{collection::vec, prelude::*, sample::subsequence};
 
-/// One change: the number of an address, and of the service that has it with which endpoints.
+/// One change: the number of an address, and the service that has it, with its endpoints.
 type Step = (u8, Option<(u8, Vec<u8>)>);
 
 fn step() -> impl Strategy<Value = Step> {
@@ -40,14 +40,14 @@ fn frontend(address: FrontendAddress, service: u8, endpoints: &[u8]) -> Frontend
     }
 }
 
-/// What each id and place stands for.
+/// The meaning of each id and position.
 type Meanings = BTreeSet<(&'static str, u32, String)>;
 
 fn meanings(encoder: &Encoder) -> Meanings {
     let image = encoder.image();
     let services = encoder.service_ids().map(|(port, id)| ("service", id, format!("{port:?}")));
     let frontends = image.services.iter().map(|(address, id)| ("frontend", *id, address.to_string()));
-    // An entry names its endpoint's id, which belongs to one service port; their addresses differ here.
+    // An entry has its endpoint's id, which belongs to one service port; their addresses differ here.
     let entries = image.runs4.iter().flat_map(|(offset, entries)| {
         (*offset..).zip(entries.iter()).flat_map(|(index, entry)| {
             [
@@ -65,7 +65,7 @@ enum After {
     Nothing,
     /// A grace period passes.
     Grace,
-    /// The agent ends, and another one goes on.
+    /// The agent stops, and another one adopts the maps.
     Restart,
 }
 
@@ -106,7 +106,8 @@ impl Model {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 2000, ..ProptestConfig::default() })]
 
-    /// Between two grace periods no id and no place stands for two things: a call that has read it would meet the other.
+    /// Between two grace periods each id and each position has one meaning: a call that read the old one
+    /// would get the other.
     #[test]
     fn nothing_is_given_out_twice_between_two_grace_periods(
         steps in vec((step(), prop::sample::select(&[After::Nothing, After::Grace, After::Restart][..])), 1..12),
@@ -131,10 +132,11 @@ proptest! {
                 After::Restart => {
                     model.encoder = Encoder::adopt(CAPACITY, model.encoder.image());
                     model.unsettled = StillRead::Anything;
-                    // An id goes on with whoever has its address by now: the tables hold no names.
+                    // After a restart an id belongs to the current service of its address: the maps have no
+                    // names.
                     let _plan = model.sync()?;
                 }
-                // What frees nothing needs no grace period.
+                // A plan that frees nothing needs no grace period.
                 After::Nothing if !model.encoder.holds_back() => model.encoder.settled(plan.number()),
                 After::Nothing => {}
             }

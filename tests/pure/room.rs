@@ -1,4 +1,4 @@
-//! Tables that are too small for what is asked.
+//! Maps that are too small for the desired state.
 
 use std::collections::BTreeMap;
 
@@ -22,8 +22,8 @@ fn sets(image: &Image) -> BTreeMap<FrontendAddress, Vec<std::net::SocketAddr>> {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 128, ..ProptestConfig::default() })]
 
-    /// Each frontend is either as desired, or reported and as it was before; prefixes are safe all the same; and once
-    /// freed places are free again, a frontend that has room gets in.
+    /// Each frontend is either as desired, or reported and unchanged. Prefixes are safe too. Once freed
+    /// entries are reusable, a frontend that fits is written.
     #[test]
     fn what_does_not_fit_stays_as_it_was(
         history in history(3),
@@ -62,7 +62,7 @@ proptest! {
                     }
                 }
                 for address in placed.keys() {
-                    prop_assert!(state.desired().owner(address).is_some(), "{address} is nobody's");
+                    prop_assert!(state.desired().owner(address).is_some(), "{address} has no owner");
                 }
                 if state.holds_back() {
                     if !settles {
@@ -74,27 +74,28 @@ proptest! {
                         issue.kind,
                         IssueKind::ServicesFull { .. } | IssueKind::EndpointsFull { .. }
                     )).count();
-                    // A frontend with the right endpoints may still be that of its former owner.
+                    // A frontend with the right endpoints may still belong to its former owner.
                     prop_assert!(n_reported >= n_missing, "{n_reported} of {n_missing}");
                 }
             }
         }
     }
 
-    /// With everything settled, a frontend is left out only if the table of its family is full, or has no gap for it.
+    /// Once everything is settled, a frontend is omitted only if its family's map is full or has no gap for
+    /// it.
     #[test]
     fn nothing_is_left_out_without_need(history in history(2), services in 1u32..12) {
         let capacity = Capacity { services, endpoints: 10_000 };
         let mut state = state(capacity, &Image::default());
         for cluster in &history {
             cluster.feed(&mut state);
-            // As the agent's loop does: one plan frees, the next one fills.
+            // As in the agent's loop: one plan frees, the next one fills.
             let mut n_syncs = 0;
             while state.needs_sync() {
                 let plan = state.sync();
                 state.settled(plan.number());
                 n_syncs += 1;
-                prop_assert!(n_syncs < 50, "no end of it");
+                prop_assert!(n_syncs < 50, "the plans never finish");
             }
             let placed = sets(state.image());
             for ipv6 in [false, true] {

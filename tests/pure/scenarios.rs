@@ -10,7 +10,7 @@ fn run(name: &str) {
 
 lb_tests::scenario_tests!(run);
 
-/// The runner itself: of these expectations each one is wrong, and each is reported.
+/// The runner itself: each of these expectations is wrong, and each is reported.
 #[test]
 fn a_wrong_expectation_is_reported() {
     let objects = "

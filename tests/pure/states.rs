@@ -1,4 +1,4 @@
-//! What plans lead to, whichever way.
+//! The state that plans lead to, whatever the history.
 
 use std::collections::BTreeSet;
 
@@ -17,13 +17,14 @@ use crate::clusters::{calls, cluster, history, outcomes, settings, simulator, st
 /// A change to a state.
 type Event = Box<dyn Fn(&mut State)>;
 
-/// What calls come to, which is all that matters of an image: ids and places may differ.
+/// The outcomes of all calls, which are the meaning of an image: ids and positions may differ.
 fn meaning(image: &Image) -> Vec<crate::clusters::Outcomes> {
     let simulator = simulator(image.clone());
     calls().into_iter().map(|call| outcomes(&simulator, call)).collect()
 }
 
-/// Follows a history from empty tables, with or without a grace period after each plan but the last, which has one.
+/// Follows a history from empty maps, with or without a grace period after each plan except the last, which
+/// has one.
 fn follow(history: &[crate::clusters::RandomCluster], settles: bool) -> (State, Image) {
     let mut state = state(Capacity::default(), &Image::default());
     let mut image = Image::default();
@@ -31,7 +32,7 @@ fn follow(history: &[crate::clusters::RandomCluster], settles: bool) -> (State, 
         cluster.feed(&mut state);
         let mut plan = state.sync();
         plan.apply(&mut image);
-        // What waits for a grace period follows in the end.
+        // What waits for a grace period is completed at the end.
         while settles || n == history.len() {
             state.settled(plan.number());
             if !state.needs_sync() {
@@ -44,7 +45,7 @@ fn follow(history: &[crate::clusters::RandomCluster], settles: bool) -> (State, 
     (state, image)
 }
 
-/// Something that no encoder does to an image.
+/// A change to an image that no encoder makes.
 #[derive(Clone, Copy, Debug)]
 struct Damage {
     kind: u8,
@@ -88,7 +89,7 @@ impl Damage {
     }
 }
 
-/// Leaves in an image what can be read back from the kernel: what some call can find.
+/// Removes from an image what cannot be read back from the kernel: what no call can find.
 fn read_back(image: &mut Image) {
     image.frontends.retain(|id, _| image.services.values().any(|used| used == id));
     let runs: BTreeSet<_> = image
@@ -106,8 +107,8 @@ fn read_back(image: &mut Image) {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 128, ..ProptestConfig::default() })]
 
-    /// The plans lead to the image that the state says they lead to, and to nothing left over: the same calls as if
-    /// the last cluster had been there from the start.
+    /// The plans lead to the state's own image, without remnants: the outcomes are the same as if the last
+    /// cluster had been there from the start.
     #[test]
     fn only_the_last_cluster_counts(history in history(4), settles: bool) {
         let (state, image) = follow(&history, settles);
@@ -120,7 +121,7 @@ proptest! {
         prop_assert_eq!(n_of(&image), n_of(&fresh));
     }
 
-    /// A state that starts over the tables has nothing to do, and goes on with the same plans' meaning.
+    /// A state that adopts the maps has nothing to do, and its later plans have the same meaning.
     #[test]
     fn a_restart_changes_nothing(before in history(2), after in cluster()) {
         let (mut old, image) = follow(&before, true);
@@ -140,7 +141,7 @@ proptest! {
         prop_assert_eq!(meaning(&restarted_image), meaning(old.image()));
     }
 
-    /// A state that starts over the tables in the middle of a plan leads where the plan would have led.
+    /// A state that starts in the middle of a plan leads to the same result as the plan.
     #[test]
     fn a_restart_in_the_middle_of_a_plan_ends_it(history in history(2), cut: prop::sample::Index) {
         let last = &history[history.len() - 1];
@@ -158,8 +159,8 @@ proptest! {
         prop_assert_eq!(meaning(&image), meaning(state.image()));
     }
 
-    /// Whatever a hand with other tools has done to the maps: after one plan every call comes to what it should, and
-    /// after a restart there is nothing left to do.
+    /// However another program has changed the maps: after one plan every call has the right outcomes, and a
+    /// restart has nothing to do.
     #[test]
     fn damaged_tables_are_repaired(history in history(1), damages in prop::collection::vec(damage(), 1..6)) {
         let (state, mut image) = follow(&history, true);
@@ -172,7 +173,7 @@ proptest! {
         last.feed(&mut restarted);
         let plan = restarted.sync();
         plan.apply(&mut image);
-        // Runs that overlapped are nobody's.
+        // Runs that overlapped belong to no frontend.
         read_back(&mut image);
         prop_assert_eq!(&image, restarted.image());
         prop_assert_eq!(meaning(&image), meaning(state.image()));
@@ -185,7 +186,7 @@ proptest! {
         prop_assert!(plan.is_empty(), "{:?}", plan);
     }
 
-    /// Objects may come one by one in any order.
+    /// Objects may arrive one by one in any order.
     #[test]
     fn the_order_of_events_does_not_count(
         cluster in cluster(),

@@ -1,4 +1,4 @@
-//! The agent in this process: state and kernel, without a source and without a clock.
+//! The agent in this process: state and kernel, without source and clock.
 
 use std::{
     collections::BTreeMap,
@@ -54,7 +54,7 @@ pub struct Agent {
 }
 
 impl Agent {
-    /// Starts with the usual settings and small maps.
+    /// Starts with default settings and small maps.
     ///
     /// # Panics
     ///
@@ -64,7 +64,7 @@ impl Agent {
         Self::start_with(&options(sandbox), settings(), Vec::new()).unwrap_or_else(|error| panic!("{error}"))
     }
 
-    /// Starts with given settings, over whatever is pinned.
+    /// Starts with the given settings, over whatever is pinned.
     ///
     /// # Errors
     ///
@@ -80,7 +80,7 @@ impl Agent {
         Ok(Self { state, kernel })
     }
 
-    /// Computes and carries out a plan, as the agent's loop does.
+    /// Computes and applies a plan, as the agent's loop does.
     ///
     /// # Errors
     ///
@@ -102,7 +102,7 @@ impl Agent {
         self.try_sync().unwrap_or_else(|error| panic!("{error}"))
     }
 
-    /// Makes the tables follow a cluster.
+    /// Brings the maps to the state of a cluster.
     ///
     /// # Panics
     ///
@@ -112,12 +112,12 @@ impl Agent {
         self.sync()
     }
 
-    /// Looks once for sockets that stay with endpoints which no longer serve, and ends what is due at `now`, as the
-    /// agent's loop does. Returns the ways that the ended sockets went, one for each socket.
+    /// Searches once for stale sockets and destroys those that are due at `now`, as the agent's loop does.
+    /// Returns the flows of the destroyed sockets, one per socket.
     ///
     /// # Panics
     ///
-    /// If anything could not be looked at or ended.
+    /// If a socket cannot be read or destroyed.
     pub fn sweep(&mut self, options: &Options, now: Instant) -> Vec<Flow> {
         let Some(search) = self.search(options, now) else { return Vec::new() };
         let Search { protocols, endpoints, addresses } = search.clone();
@@ -135,7 +135,7 @@ impl Agent {
         destroyed.sockets.iter().map(sweep::way).collect()
     }
 
-    /// Where a sweep at `now` would look. It counts as one.
+    /// What a sweep at `now` would search. It counts as a sweep.
     ///
     /// # Panics
     ///
@@ -147,7 +147,7 @@ impl Agent {
         self.state.search_stale(&sweep::used(&records), now)
     }
 
-    /// Waits until everything freed can be used again.
+    /// Waits until everything freed is reusable.
     pub fn settle(&mut self) {
         while self.state.holds_back() {
             self.kernel.settle();
@@ -155,7 +155,7 @@ impl Agent {
         }
     }
 
-    /// What the kernel's tables hold.
+    /// The content of the kernel's maps.
     ///
     /// # Panics
     ///
@@ -165,14 +165,14 @@ impl Agent {
         self.kernel.maps().image().unwrap_or_else(|error| panic!("{error}"))
     }
 
-    /// The pins that an agent makes on this kernel, whether they exist or not.
+    /// The pins of an agent on this kernel, whether they exist or not.
     #[must_use]
     pub fn pins(sandbox: &Sandbox) -> Vec<PathBuf> {
         pins::names(Features::probe()).map(|name| sandbox.pin_path().join(name)).collect()
     }
 }
 
-/// The options of a sandbox in every mode that this kernel's programs have: socket records in slots or in socket
+/// The options of a sandbox in every mode that this kernel's programs have: records in slots, or in socket
 /// storage alone.
 #[must_use]
 pub fn modes(sandbox: &Sandbox) -> Vec<Options> {
@@ -184,15 +184,15 @@ pub fn modes(sandbox: &Sandbox) -> Vec<Options> {
     vec![options.clone(), Options { features: storage, ..options }]
 }
 
-/// What a program can tell of an image: for each address the endpoints and the settings, and which addresses share a
-/// service port. Ids and places are the encoder's own.
+/// What a program can observe of an image: the endpoints and settings of each address, and which addresses
+/// share a service port. Ids and positions are internal to the encoder.
 pub type Content = BTreeMap<FrontendAddress, (Vec<SocketAddr>, u32, u32, FrontendAddress)>;
 
-/// What a program can tell of an image.
+/// What a program can observe of an image.
 ///
 /// # Errors
 ///
-/// If a key leads nowhere.
+/// If a key refers to a missing entry.
 pub fn content(image: &Image) -> anyhow::Result<Content> {
     let mut first_of_port: BTreeMap<u32, FrontendAddress> = BTreeMap::new();
     let mut content = Content::new();

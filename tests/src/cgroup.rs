@@ -1,9 +1,9 @@
-//! A cgroup for each test, though all tests are threads of one process.
+//! A cgroup for each test, although all tests are threads of one process.
 //!
-//! In a *threaded* cgroup v2 subtree each thread can be in a cgroup of its own, and a socket belongs to the cgroup
-//! of the thread that made it. So the whole process moves into `socklb-test-<pid>` below the root of the hierarchy
-//! while any test needs it, and each test gets a threaded child of that, which its thread enters. Programs
-//! attached to the child see calls on that test's sockets and on no others.
+//! In a *threaded* cgroup v2 subtree each thread can be in its own cgroup, and a socket belongs to the cgroup
+//! of the thread that created it. While any test needs it, the process is in `socklb-test-<pid>` below the
+//! root of the hierarchy. Each test gets a threaded child of it, which its thread enters. Programs attached
+//! to the child run for that test's sockets only.
 
 use std::{
     fs, io,
@@ -23,18 +23,18 @@ const PREFIX: &str = "socklb-test-";
 
 /// The cgroup of the calling thread and of the threads and processes that it starts later.
 ///
-/// Dropping it moves its threads out and removes it; processes that were started inside must have ended by then.
+/// Drop moves its threads out and removes it. Processes started inside must have exited by then.
 #[derive(Debug)]
 pub struct ThreadCgroup {
     path: PathBuf,
 }
 
 impl ThreadCgroup {
-    /// Makes a cgroup and moves the calling thread there.
+    /// Creates a cgroup and moves the calling thread into it.
     ///
     /// # Errors
     ///
-    /// What the cgroup file system answers; `EACCES` or `EROFS` without the right to change it.
+    /// The error of the cgroup file system: `EACCES` or `EROFS` without permission.
     pub fn enter() -> io::Result<Self> {
         static N_MADE: AtomicU32 = AtomicU32::new(0);
         let parent = ProcessCgroup::join()?;
@@ -51,11 +51,11 @@ impl ThreadCgroup {
         &self.path
     }
 
-    /// Moves the calling thread here.
+    /// Moves the calling thread into this cgroup.
     ///
     /// # Errors
     ///
-    /// What the cgroup file system answers.
+    /// The error of the cgroup file system.
     pub fn admit_this_thread(&self) -> io::Result<()> {
         fs::write(self.path.join("cgroup.threads"), nix::unistd::gettid().to_string())
     }
@@ -73,7 +73,7 @@ impl Drop for ThreadCgroup {
     }
 }
 
-/// The cgroup that the test process is in while a test uses it.
+/// The cgroup of the test process, while any test uses it.
 #[derive(Debug)]
 struct ProcessCgroup {
     path: PathBuf,
@@ -88,7 +88,7 @@ impl ProcessCgroup {
         PROCESS.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Moves the process there, if it is not there yet, and returns the cgroup.
+    /// Moves the process into the cgroup if needed, and returns the cgroup.
     fn join() -> io::Result<PathBuf> {
         let mut process = Self::lock();
         if let Some(cgroup) = &mut *process {
@@ -100,7 +100,7 @@ impl ProcessCgroup {
         let origin = origin(&root)?;
         let path = root.join(format!("{PREFIX}{}", process::id()));
         match fs::create_dir(&path) {
-            // A process that a test started is still in it, and kept it from being removed.
+            // Still exists: a process that a test started is in it.
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
             made => made?,
         }
@@ -113,7 +113,7 @@ impl ProcessCgroup {
         Ok(path)
     }
 
-    /// Moves the process back, if nobody else uses its cgroup.
+    /// Moves the process back, if no other test uses its cgroup.
     fn leave() {
         let mut process = Self::lock();
         let Some(cgroup) = &mut *process else { return };
@@ -126,14 +126,14 @@ impl ProcessCgroup {
     }
 }
 
-/// The cgroup v2 directory that this process is in.
+/// The current cgroup v2 directory of this process.
 fn origin(root: &Path) -> io::Result<PathBuf> {
     let cgroups = fs::read_to_string("/proc/self/cgroup")?;
     let path = cgroups.lines().find_map(|line| line.strip_prefix("0::/"));
     Ok(root.join(path.ok_or_else(|| io::Error::other("this process is in no cgroup v2"))?))
 }
 
-/// Removes a cgroup. The kernel counts a thread that has just ended for a moment longer.
+/// Removes a cgroup. The kernel still counts a thread for a moment after it exits.
 fn remove(path: &Path) {
     for _ in 0..200 {
         match remove_tree(path) {
@@ -145,20 +145,21 @@ fn remove(path: &Path) {
     }
 }
 
-/// Removes a cgroup and those below it: an agent that is killed leaves that of its self-test.
+/// Removes a cgroup and those below it: a killed agent leaves the cgroup of its self-test.
 ///
 /// # Errors
 ///
 /// `EBUSY` while a process is in one of them.
 pub fn remove_tree(path: &Path) -> io::Result<()> {
     for child in children(path) {
-        // A child that stays keeps its parent; one that went meanwhile does not.
+        // A child that cannot be removed makes the removal of its parent fail; one that is already gone does
+        // not.
         let _stays_or_is_gone = remove_tree(&child);
     }
     fs::remove_dir(path)
 }
 
-/// Removes what test processes left behind that were killed.
+/// Removes the cgroups of killed test processes.
 fn sweep(root: &Path) {
     for path in children(root) {
         let pid = path.file_name().and_then(|name| name.to_str()?.strip_prefix(PREFIX)?.parse().ok());

@@ -1,18 +1,21 @@
-//! Changes of everything for a long time, with faults of the API server and calls under way.
+//! Long-running random changes, with faults of the API server and concurrent calls.
 //!
 //! # Purpose
 //!
-//! [`run`] starts the real agent beside a test API server, changes objects at random, and makes faults meanwhile: of the
-//! server and, if wanted, of the agent, which is killed and replaced. Every call is checked when it is made, and at the end
-//! the kernel's maps are compared with what the server's objects ask for, computed from scratch.
+//! [`run`] starts the real agent with a test API server and changes objects at random. Meanwhile it injects
+//! faults: into the server and, if requested, into the agent, which is killed and replaced. Every call is
+//! checked at once. At the end the kernel's maps are compared with the state computed from scratch from the
+//! server's objects.
 //!
 //! # Invariants
 //!
-//! - Objects and their changes follow from the seed; when they happen, and what calls meet, does not.
-//! - Every endpoint answers all the time, over TCP and UDP. So a call to a service that always has a ready endpoint fails
-//!   only if the maps are wrong.
-//! - An endpoint address belongs to one service for good: a call that ends elsewhere met another service.
-//! - Times and sizes are measured and fail nothing here. [`Observed::flaws`] judges them.
+//! - The seed determines the objects and their changes. It does not determine when changes happen or what
+//!   calls observe.
+//! - Every endpoint always answers, over TCP and UDP. So a call to a service that always has a ready endpoint
+//!   fails only if the maps are wrong.
+//! - An endpoint address belongs to one service forever: a call that reaches another address reached another
+//!   service.
+//! - Measured times and sizes fail nothing here. [`Observed::flaws`] checks them.
 
 mod life;
 mod meter;
@@ -63,63 +66,63 @@ use crate::{
     server::Servers,
 };
 
-/// Services that are there all the time and always have a ready endpoint. Every fourth is an IPv6 one.
+/// Services that always exist and always have a ready endpoint. Every fourth is IPv6.
 const N_STEADY: usize = 8;
-/// Services that come and go.
+/// Services that are created and deleted.
 const N_OTHERS: usize = 48;
 /// Both. Services beyond are [`is_plain`].
 const N_MIXED: usize = N_STEADY + N_OTHERS;
-/// Endpoints that one of those may have.
+/// The most endpoints of one of those.
 const N_ENDPOINTS: usize = 6;
-/// One of so many plain services comes and goes. The others always have a ready endpoint.
+/// One plain service in this number is created and deleted. The others always have a ready endpoint.
 const PLAIN_OTHERS: usize = 16;
-/// The most services for which there are addresses.
+/// The most services: the address range has no more.
 pub const MAX_SERVICES: usize = 60_000;
-/// The most endpoints of a plain service for which there are addresses.
+/// The most endpoints of a plain service: the address range has no more.
 pub const MAX_ENDPOINTS: usize = 120;
-/// The ports of a service that is not plain, TCP and UDP, each with endpoints of its own.
+/// The ports of a service that is not plain, TCP and UDP, each with its own endpoints.
 const PORTS: [(&str, Protocol); 2] = [("t", Tcp), ("u", Udp)];
-/// Where every endpoint listens.
+/// The port of every endpoint.
 const TARGET_PORT: u16 = 8080;
-/// The port that programs call.
+/// The port of every service.
 const SERVICE_PORT: u16 = 80;
 /// Threads that call.
 const N_CALLERS: u64 = 2;
-/// For how long the agent may be behind once nothing changes any longer. Its longest pause between two attempts is half
-/// a minute.
+/// How long the agent may lag after the last change. Its longest pause between two attempts is 30 seconds.
 const PATIENCE: Duration = Duration::from_secs(90);
 
-/// What happens how often.
+/// What happens, and how often.
 #[derive(Clone, Copy, Debug)]
 pub struct Options {
-    /// Decides about objects and changes.
+    /// Determines objects and changes.
     pub seed: u64,
-    /// For how long.
+    /// Duration of the run.
     pub time: Duration,
-    /// Between two changes.
+    /// Interval of changes.
     pub change: Duration,
-    /// Between two cuts of all watches.
+    /// Interval at which all watches are cut.
     pub cut: Duration,
-    /// Between two compactions that end all watches with 410.
+    /// Interval of compactions, each of which closes all watches with 410.
     pub expire: Duration,
-    /// Between two restarts of the API server.
+    /// Interval of API server restarts.
     pub restart: Duration,
-    /// Between two calls of each caller.
+    /// Interval of each caller's calls.
     pub call: Duration,
-    /// How many agents are killed, ended and replaced; the time is over with the last.
+    /// How many agents are killed, stopped and replaced. The run is over after the last.
     pub n_events: u64,
-    /// Services, at least the few that are of every kind. Further ones have one TCP port and this many endpoints.
+    /// Number of services, at least `N_MIXED`. Further ones have one TCP port and [`Self::n_endpoints`]
+    /// endpoints.
     pub n_services: usize,
     /// See [`Self::n_services`].
     pub n_endpoints: usize,
-    /// About how long agents live that are killed and replaced, apart from [`Self::n_events`].
+    /// Mean lifetime of agents that are killed and replaced in addition to [`Self::n_events`].
     pub kill: Option<Duration>,
-    /// Between two lines of figures; with them commands are asked whether they tell the truth.
+    /// Interval of lines of figures. If set, the commands' output is checked too.
     pub report: Option<Duration>,
 }
 
 impl Options {
-    /// Watches cut every two seconds, a 410 every half minute, a restart every 45 seconds.
+    /// Watches cut every 2 seconds, a 410 every 30 seconds, a restart every 45 seconds.
     #[must_use]
     pub const fn long(seed: u64, time: Duration) -> Self {
         Self {
@@ -138,7 +141,8 @@ impl Options {
         }
     }
 
-    /// Many services. Faults come as seldom as a start at that size needs, and calls leave the machine to the agent.
+    /// Many services. Faults are as rare as a start at that size requires, and calls leave the CPU to the
+    /// agent.
     #[must_use]
     pub const fn large(self, n_services: usize, n_endpoints: usize) -> Self {
         Self {
@@ -152,7 +156,8 @@ impl Options {
         }
     }
 
-    /// The same with agents that are killed, ended and replaced, until the time is over or that has happened so often.
+    /// The same with agents that are killed, stopped and replaced, until the time is over or this number is
+    /// reached.
     #[must_use]
     pub const fn chaos(seed: u64, n_events: u64, time: Duration) -> Self {
         Self { n_events, ..Self::long(seed, time) }
@@ -170,27 +175,27 @@ impl Options {
     }
 }
 
-/// What happened.
+/// Result of a run.
 #[derive(Clone, Debug, Default)]
 pub struct Outcome {
     /// Changes of objects.
     pub n_changes: u64,
-    /// Calls to services that always have a ready endpoint. All of them reached one.
+    /// Calls to services that always have a ready endpoint. Each reached one.
     pub n_steady_calls: u64,
-    /// Calls to other services, and those of them that were refused or found nobody.
+    /// Calls to other services.
     pub n_other_calls: u64,
-    /// See [`Self::n_other_calls`].
+    /// Those of [`Self::n_other_calls`] that were refused or reached no host.
     pub n_other_failures: u64,
-    /// UDP answers that came from the endpoint and not, as it should seem, from the service: sockets lose their records
-    /// with a change of layout.
+    /// UDP answers that seem to come from the endpoint and not from the service: sockets lose their records
+    /// when the layout changes.
     pub n_unmasked: u64,
     /// Cuts, compactions and restarts.
     pub n_faults: u64,
-    /// What became of agents.
+    /// How agents exited.
     pub events: Events,
     /// How long the agent took to catch up at the end.
     pub caught_up: Duration,
-    /// What was measured, with [`Options::report`].
+    /// Measurements, with [`Options::report`].
     pub observed: Option<Observed>,
 }
 
@@ -213,7 +218,7 @@ impl fmt::Display for Outcome {
     }
 }
 
-/// Numbers that differ and are the same in each run (`splitmix64`).
+/// Reproducible pseudo-random numbers (`splitmix64`).
 struct Random(u64);
 
 impl Random {
@@ -234,12 +239,12 @@ fn is_ipv6(service: usize) -> bool {
     service < N_MIXED && service % 4 == 3
 }
 
-/// Whether a service has one TCP port and no IPv6 address. Datagrams would take a socket for each endpoint.
+/// Whether a service has one TCP port and no IPv6 address. UDP would need a socket for each endpoint.
 fn is_plain(service: usize) -> bool {
     service >= N_MIXED
 }
 
-/// Whether a service is there all the time and always has a ready endpoint.
+/// Whether a service always exists and always has a ready endpoint.
 fn is_steady(service: usize) -> bool {
     service < N_STEADY || (is_plain(service) && !service.is_multiple_of(PLAIN_OTHERS))
 }
@@ -296,7 +301,7 @@ fn owner(endpoint: SocketAddr) -> usize {
     }
 }
 
-/// The API server: changed by several at once, stopped and started by one.
+/// The API server: several threads change objects, one stops and starts it.
 struct Server(RwLock<ApiServer>);
 
 impl Server {
@@ -309,15 +314,15 @@ impl Server {
     }
 }
 
-/// Changes objects in a sandbox of its own until the time is over, and returns what happened.
+/// Changes objects in a new sandbox until the time is over, and returns the result.
 ///
 /// # Errors
 ///
-/// If a call met what it must not, or the maps do not become right.
+/// If a call has a wrong result, or the maps do not become right.
 ///
 /// # Panics
 ///
-/// If there is no sandbox to be had: see [`crate::require`].
+/// If there is no sandbox: see [`crate::require`].
 pub fn run(socklb: &[PathBuf], options: &Options) -> anyhow::Result<Outcome> {
     ensure!(options.n_services <= MAX_SERVICES, "{MAX_SERVICES} services at most");
     ensure!((1..=MAX_ENDPOINTS).contains(&options.n_endpoints), "1 to {MAX_ENDPOINTS} endpoints");
@@ -326,9 +331,9 @@ pub fn run(socklb: &[PathBuf], options: &Options) -> anyhow::Result<Outcome> {
         let ipv6: Vec<SocketAddr> =
             (0..N_MIXED).filter(|service| is_ipv6(*service)).flat_map(endpoints_of).collect();
         sandbox.own(ipv6.iter().map(SocketAddr::ip));
-        // Every address in 127.0.0.0/8 is the host's, so that one server stands for all IPv4 endpoints.
+        // Every address in 127.0.0.0/8 is local, so one server serves all IPv4 endpoints.
         let ipv4 = SocketAddr::from((Ipv4Addr::UNSPECIFIED, TARGET_PORT));
-        // Not for datagrams: such a server would not know which address it was called at.
+        // Not for UDP: such a server would not know the address it was called at.
         let datagrams = (0..N_MIXED).flat_map(endpoints_of);
         let servers = [Servers::tcp(ipv6.iter().copied().chain([ipv4])), Servers::udp(datagrams)];
         let server = Server(RwLock::new(ApiServer::start()));
@@ -342,7 +347,7 @@ pub fn run(socklb: &[PathBuf], options: &Options) -> anyhow::Result<Outcome> {
             until(&life, "the first services answer", || call(service_address(service), Tcp).is_ok())?;
         }
         let (stop, is_over) = (AtomicBool::new(false), AtomicBool::new(false));
-        // What is measured ends with the changes.
+        // Measurement stops with the changes.
         let unobserved = AtomicBool::new(false);
         let counts = Counts::default();
         thread::scope(|scope| -> anyhow::Result<()> {
@@ -351,7 +356,7 @@ pub fn run(socklb: &[PathBuf], options: &Options) -> anyhow::Result<Outcome> {
                     let (stop, counts) = (&stop, &counts);
                     scope.spawn(move || {
                         let result = calls(options, number, stop, counts);
-                        // The others need not go on.
+                        // After a failure the other threads stop too.
                         if result.is_err() {
                             stop.store(true, Ordering::Relaxed);
                         }
@@ -391,7 +396,7 @@ pub fn run(socklb: &[PathBuf], options: &Options) -> anyhow::Result<Outcome> {
                 let truth = asking.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
                 truth.map(|truth| Observed { minutes, truth })
             });
-            // No more agents are killed when the time is over; those that call go on.
+            // Once the time is over, no more agents are killed; callers continue.
             let is_failing = stop.swap(true, Ordering::Relaxed);
             let (life, lived) = living.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
             stop.store(is_failing, Ordering::Relaxed);
@@ -422,7 +427,7 @@ pub fn run(socklb: &[PathBuf], options: &Options) -> anyhow::Result<Outcome> {
     })
 }
 
-/// Checks that there is what one agent leaves, and nothing more: pins, programs of hooks, records of sockets.
+/// Checks that exactly what one agent leaves exists: pins, attached programs, socket records.
 fn nothing_is_left_over(sandbox: &Sandbox) -> anyhow::Result<()> {
     let pin_path = sandbox.pin_path();
     let mut found: Vec<PathBuf> =
@@ -462,7 +467,7 @@ fn until(life: &Life<'_>, what: &str, condition: impl Fn() -> bool) -> anyhow::R
     Ok(())
 }
 
-/// The ports of a service: a plain one has the first.
+/// The ports of a service: a plain one has only the first.
 fn ports(service: usize) -> &'static [(&'static str, Protocol)] {
     if is_plain(service) { &PORTS[..1] } else { &PORTS }
 }
@@ -474,7 +479,7 @@ fn service_object(service: usize) -> Service {
     cluster::service(&name(service), &[service_address(service).ip()], &ports)
 }
 
-/// The slices of a service, which has the same endpoints for each of its ports.
+/// The slices of a service, with the same endpoints for each of its ports.
 fn slices(service: usize, endpoints: &[SocketAddr]) -> Vec<EndpointSlice> {
     let of_port = |(port, protocol): &(&str, Protocol)| {
         cluster::slices(&PortOf { service: &name(service), name: port, protocol: *protocol }, endpoints)
@@ -482,11 +487,11 @@ fn slices(service: usize, endpoints: &[SocketAddr]) -> Vec<EndpointSlice> {
     ports(service).iter().flat_map(of_port).collect()
 }
 
-/// What the server holds, and how it changes.
+/// The server's objects, and how they change.
 struct Objects {
     random: Random,
     n_endpoints: usize,
-    /// The endpoints of each service, with whether they are ready; `None` for a service that is not there.
+    /// The endpoints of each service, and whether each is ready; `None` for a service that does not exist.
     services: Vec<Option<BTreeMap<usize, bool>>>,
 }
 
@@ -503,7 +508,8 @@ impl Objects {
         }
     }
 
-    /// Some endpoints. Those of a steady service hold a ready one, as its Service does at every moment.
+    /// Random endpoints. A steady service keeps a ready one at every moment, with or without the change of
+    /// its slices.
     fn endpoints(&mut self, service: usize) -> BTreeMap<usize, bool> {
         if is_plain(service) {
             return (0..self.n_endpoints).map(|number| (number, true)).collect();
@@ -521,12 +527,12 @@ impl Objects {
         endpoints
     }
 
-    /// What comes after some endpoints: one of them changes, as with a rollout or a probe that fails.
+    /// The next endpoints: one of them changes, as in a rollout or when a probe fails.
     fn next_endpoints(&mut self, mut endpoints: BTreeMap<usize, bool>) -> BTreeMap<usize, bool> {
         let number = self.random.below(2 * self.n_endpoints);
         let n_ready = endpoints.values().filter(|ready| **ready).count();
         match endpoints.get(&number) {
-            // The pod that takes another's place is ready.
+            // The pod that replaces another is ready.
             None => {
                 let replaced = endpoints.keys().nth(self.random.below(endpoints.len())).copied();
                 endpoints.insert(number, true);
@@ -546,7 +552,7 @@ impl Objects {
 
     fn set(&mut self, server: &ApiServer, service: usize, endpoints: BTreeMap<usize, bool>) {
         let addresses: Vec<SocketAddr> = endpoints.keys().map(|number| endpoint(service, *number)).collect();
-        // One slice, also without endpoints: its name must not depend on them.
+        // One slice even without endpoints: its name must not depend on them.
         let of_one = [endpoint(service, 0)];
         let listed = if addresses.is_empty() { &of_one[..] } else { &addresses };
         for mut slice in slices(service, listed) {
@@ -555,7 +561,7 @@ impl Objects {
                 endpoint.conditions =
                     Some(EndpointConditions { ready: Some(*ready), ..EndpointConditions::default() });
                 if is_plain(service) {
-                    // As on a cluster, where this is most of what is kept of an endpoint.
+                    // As in a cluster, where node names are most of what an endpoint occupies.
                     endpoint.node_name = Some(format!("node-{}", (service + number) % 1000));
                     endpoint.zone = Some(format!("zone-{}", number % 3));
                 }
@@ -565,7 +571,7 @@ impl Objects {
         self.services[service] = Some(endpoints);
     }
 
-    /// Changes something. Where there are many services, those of every kind change more often than the others.
+    /// Makes one change. With many services, those that are not plain change more often.
     fn change(&mut self, server: &ApiServer) {
         let among = if self.random.below(8) == 0 { N_MIXED } else { self.services.len() };
         let service = self.random.below(among);
@@ -573,7 +579,7 @@ impl Objects {
         match self.random.below(16) {
             0 if !is_steady(service) && is_there => {
                 server.delete(Kind::Service, NAMESPACE, &name(service));
-                // The slices follow, or stay, as for a service that is made anew.
+                // The slices are deleted too, or stay, as for a service that is recreated.
                 if self.random.below(2) == 0 {
                     let of_one = [endpoint(service, 0)];
                     for slice in slices(service, &of_one) {
@@ -590,7 +596,7 @@ impl Objects {
             }
             2 if is_there => {
                 let affinity = self.random.below(2) == 0;
-                // Node ports are fewer than plain services may be.
+                // There are fewer node ports than plain services.
                 let is_node_port = !affinity && !is_plain(service);
                 server.apply(cluster::with_spec(service_object(service), |spec| {
                     spec.type_ = Some(if is_node_port { "NodePort" } else { "ClusterIP" }.to_owned());
@@ -615,10 +621,10 @@ impl Objects {
     }
 }
 
-/// By how much changes may be behind.
+/// The most that changes may lag behind their schedule.
 const BEHIND: Duration = Duration::from_millis(200);
 
-/// Changes objects and makes faults until the time is over.
+/// Changes objects and injects faults until the time is over.
 fn changes(
     server: &Server,
     objects: &mut Objects,
@@ -657,12 +663,12 @@ fn changes(
             n_restarts += 1;
             comes_back = Some(now + Duration::from_millis(200 * (1 + n_restarts % 4)));
         }
-        // Changes go on while the server is away: another server of the cluster takes them.
+        // Changes continue while the server is down: another server of the cluster accepts them.
         if comes_back.is_some_and(|at| now >= at) {
             comes_back = None;
             let mut server = server.write();
             if n_restarts % 3 == 0 {
-                // Back from a backup, with a version that was there before or that is to come.
+                // Restored from a backup, with an earlier or a future version.
                 let version = if n_restarts % 2 == 0 { 50 } else { server.version() + 100_000 };
                 server.restart_at_version(version);
             } else {
@@ -670,14 +676,14 @@ fn changes(
             }
             present.disturb();
         }
-        // What a busy machine has delayed is made up for, but not as a burst.
+        // Delays of a busy machine are made up for, but not in a burst.
         due = (due + options.change).max(started.elapsed().saturating_sub(BEHIND));
         thread::sleep(due.saturating_sub(started.elapsed()));
     }
     server.write().resume().context("the API server cannot come back")
 }
 
-/// What callers count.
+/// The callers' counters.
 #[expect(clippy::struct_field_names, reason = "counts are called `n_foos` in this tree")]
 #[derive(Debug, Default)]
 struct Counts {
@@ -696,7 +702,7 @@ enum Way {
     Tcp,
     /// A datagram through a new socket.
     Udp,
-    /// A datagram through a socket that is there all the time, as a resolver has.
+    /// A datagram through one long-lived socket, as a resolver's.
     LongLived,
 }
 
@@ -732,7 +738,7 @@ fn calls(options: &Options, caller: u64, stop: &AtomicBool, counts: &Counts) -> 
             Ok(Answer { server, seen }) => {
                 bail!("a call to {name} ({address}, {way:?}) reached {server}, which seems to be {seen:?}")
             }
-            // Without an endpoint, or without the service: nobody has its address here.
+            // No endpoint, or no service: the address is not local here.
             Err(Errno::ECONNREFUSED | Errno::ENETUNREACH) if !is_steady => {
                 let _before = counts.n_failures.fetch_add(1, Ordering::Relaxed);
             }
@@ -743,7 +749,7 @@ fn calls(options: &Options, caller: u64, stop: &AtomicBool, counts: &Counts) -> 
     Ok(())
 }
 
-/// Connects, and asks who answers and who it seems to be.
+/// Connects, and asks for the server's address and the address it appears to have.
 fn connect(to: SocketAddr) -> Result<Answer, Errno> {
     let socket = Socket::new(Domain::of(to.ip()), Tcp);
     socket.connect(to)?;
@@ -751,10 +757,10 @@ fn connect(to: SocketAddr) -> Result<Answer, Errno> {
     Ok(Answer { seen, ..socket.ask()? })
 }
 
-/// Frontends that a message shows.
+/// The most frontends in a message.
 const SHOWN: usize = 10;
 
-/// Waits until the kernel's maps hold what the server's objects ask for, computed from scratch.
+/// Waits until the kernel's maps hold the state computed from scratch from the server's objects.
 fn until_right(sandbox: &Sandbox, server: &ApiServer, life: &Life<'_>) -> anyhow::Result<()> {
     let cluster = server.cluster();
     let scratch = |found: &Image, capacity: Capacity| {
@@ -767,7 +773,8 @@ fn until_right(sandbox: &Sandbox, server: &ApiServer, life: &Life<'_>) -> anyhow
     let (wanted, wanted_nodes) = (content(wanted.image())?, wanted.image().node_addrs.clone());
     let end = Instant::now() + PATIENCE;
     loop {
-        // While a run is switched, what is read may be of two states; while maps are, there may be nothing to read.
+        // While a run is switched, the read may mix two states. While maps are replaced, they may be
+        // unreadable.
         let found = Maps::open(&sandbox.pin_path()).and_then(|maps| Ok((maps.image()?, maps.capacity())));
         let now = found.as_ref().map_err(|error| anyhow!("{error}")).and_then(|(found, _)| content(found));
         let is_right = now.as_ref().is_ok_and(|now| *now == wanted)
@@ -778,7 +785,7 @@ fn until_right(sandbox: &Sandbox, server: &ApiServer, life: &Life<'_>) -> anyhow
             && is_right
         {
             let (_state, plan) = scratch(found, *capacity);
-            ensure!(plan.is_empty(), "an agent that starts now would still do {plan:?}");
+            ensure!(plan.is_empty(), "an agent that starts now would still apply {plan:?}");
             return Ok(());
         }
         if Instant::now() > end {
@@ -793,12 +800,12 @@ fn until_right(sandbox: &Sandbox, server: &ApiServer, life: &Life<'_>) -> anyhow
     }
 }
 
-/// Whether maps have the sizes that were asked for, or larger ones: those that were found with another layout do not become smaller.
+/// Whether maps have the requested sizes or larger ones: maps found with another layout do not shrink.
 const fn is_size(found: Capacity, wanted: Capacity) -> bool {
     found.services >= wanted.services && found.endpoints >= wanted.endpoints
 }
 
-/// The agent that the environment names, which `cargo xtask test` sets.
+/// The agent that the environment names, set by `cargo xtask test`.
 #[must_use]
 pub fn agent_of_environment() -> Vec<PathBuf> {
     std::env::var_os("SOCKLB_BIN").map(PathBuf::from).into_iter().collect()

@@ -1,4 +1,4 @@
-//! Calls, seen as a program sees them.
+//! Calls, as a program sees them.
 
 use std::{
     io,
@@ -22,31 +22,31 @@ use nix::{
     },
 };
 
-/// Seconds after which a call gives up that nobody answers. Only a failing test waits that long.
+/// Timeout of a call in seconds. Only a failing test waits that long.
 const PATIENCE: i64 = 20;
 
-/// Through which kind of socket a call is made.
+/// The kind of socket of a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Domain {
     /// `AF_INET`
     V4,
     /// `AF_INET6` to an IPv6 address
     V6,
-    /// `AF_INET6` to an IPv4 address, as Go and Java programs call by default: `::ffff:a.b.c.d`
+    /// `AF_INET6` to an IPv4-mapped address (`::ffff:a.b.c.d`), as Go and Java programs call by default
     Mapped,
 }
 
 impl Domain {
-    /// All of them.
+    /// All kinds.
     pub const ALL: [Self; 3] = [Self::V4, Self::V6, Self::Mapped];
 
-    /// The plain domain for calls to an address.
+    /// The domain of the address's own family.
     #[must_use]
     pub const fn of(ip: IpAddr) -> Self {
         if ip.is_ipv4() { Self::V4 } else { Self::V6 }
     }
 
-    /// Loopback, for a server that a socket of this domain can reach.
+    /// The loopback address of a server that a socket of this domain can reach.
     #[must_use]
     pub const fn loopback(self) -> IpAddr {
         match self {
@@ -59,7 +59,7 @@ impl Domain {
         if self == Self::V4 { AddressFamily::Inet } else { AddressFamily::Inet6 }
     }
 
-    /// The address as a socket of this domain takes it.
+    /// The address in the form of this domain.
     fn sockaddr(self, address: SocketAddr) -> SockaddrStorage {
         match (self, address.ip()) {
             (Self::Mapped, IpAddr::V4(ip)) => {
@@ -69,11 +69,12 @@ impl Domain {
         }
     }
 
-    /// What the kernel says of an address.
+    /// The address that the kernel returned.
     ///
     /// # Panics
     ///
-    /// If a socket of this domain must not see such an address: one that is not mapped for [`Domain::Mapped`].
+    /// If a socket of this domain must not see such an address: for [`Domain::Mapped`], one that is not
+    /// mapped.
     fn address(self, storage: &SockaddrStorage) -> SocketAddr {
         let address = match (storage.as_sockaddr_in(), storage.as_sockaddr_in6()) {
             (Some(v4), _) => SocketAddr::V4((*v4).into()),
@@ -91,22 +92,22 @@ impl Domain {
     }
 }
 
-/// A socket of any kind, by the numbers of socket(2).
+/// A socket of any kind, with the arguments of socket(2).
 ///
 /// # Errors
 ///
-/// The system call's: `EAFNOSUPPORT`, `EPROTONOSUPPORT` or `ESOCKTNOSUPPORT` if the kernel does not have it.
+/// The system call's: `EAFNOSUPPORT`, `EPROTONOSUPPORT` or `ESOCKTNOSUPPORT` if the kernel lacks the kind.
 pub fn open(family: i32, kind: i32, protocol: i32) -> io::Result<OwnedFd> {
     // SAFETY: takes three integers.
     let fd = unsafe { libc::socket(family, kind | libc::SOCK_CLOEXEC, protocol) };
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: a new file descriptor that nothing else knows.
+    // SAFETY: a new file descriptor without other owners.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// A socket, closed on drop. Addresses of [`Domain::Mapped`] are written and read as IPv4 addresses.
+/// A socket, closed on drop. Addresses of [`Domain::Mapped`] are given and returned as IPv4 addresses.
 #[derive(Debug)]
 pub struct Socket {
     fd: OwnedFd,
@@ -121,11 +122,11 @@ impl AsFd for Socket {
 }
 
 impl Socket {
-    /// A TCP or UDP socket of the calling thread's network namespace and cgroup.
+    /// A TCP or UDP socket in the calling thread's network namespace and cgroup.
     ///
     /// # Panics
     ///
-    /// If there is none to be had.
+    /// If the socket cannot be created.
     #[must_use]
     pub fn new(domain: Domain, protocol: Protocol) -> Self {
         let kind = if protocol == Protocol::Tcp { SockType::Stream } else { SockType::Datagram };
@@ -133,21 +134,21 @@ impl Socket {
         Self::from_fd(fd, domain, protocol)
     }
 
-    /// A socket of another protocol, such as `IPPROTO_MPTCP`, that is used like one of `protocol`.
+    /// A socket of another protocol, such as `IPPROTO_MPTCP`, used like one of `protocol`.
     ///
     /// # Errors
     ///
-    /// `EPROTONOSUPPORT` if the kernel does not have it.
+    /// `EPROTONOSUPPORT` if the kernel lacks it.
     pub fn with_protocol_number(domain: Domain, protocol: Protocol, number: i32) -> io::Result<Self> {
         let kind = if protocol == Protocol::Tcp { libc::SOCK_STREAM } else { libc::SOCK_DGRAM };
         Ok(Self::from_fd(open(domain.family() as i32, kind, number)?, domain, protocol))
     }
 
-    /// The same socket by another descriptor (`dup()`).
+    /// The same socket through another descriptor (`dup()`).
     ///
     /// # Panics
     ///
-    /// If the process has too many.
+    /// If the process has too many descriptors.
     #[must_use]
     pub fn duplicate(&self) -> Self {
         Self { fd: self.fd.try_clone().expect("a descriptor"), ..*self }
@@ -159,18 +160,18 @@ impl Socket {
         self.fd
     }
 
-    /// A socket that another process or thread has opened.
+    /// A socket that another process or thread opened.
     ///
     /// # Panics
     ///
-    /// If it takes no time-outs.
+    /// If it does not accept timeouts.
     #[must_use]
     pub fn from_fd(fd: OwnedFd, domain: Domain, protocol: Protocol) -> Self {
         let patience = TimeVal::seconds(PATIENCE);
         setsockopt(&fd, ReceiveTimeout, &patience).expect("a receive time-out");
         setsockopt(&fd, SendTimeout, &patience).expect("a send time-out");
         if protocol == Protocol::Tcp {
-            // Thousands of connections to one address must not exhaust the local ports by TIME_WAIT.
+            // Thousands of connections to one address must not use up the local ports with TIME_WAIT.
             let at_once = libc::linger { l_onoff: 1, l_linger: 0 };
             setsockopt(&fd, Linger, &at_once).expect("a linger time");
         }
@@ -186,7 +187,8 @@ impl Socket {
         socket::connect(self.fd.as_raw_fd(), &self.domain.sockaddr(to))
     }
 
-    /// `connect()` with the address as sockets of another domain take it: an `AF_INET6` socket takes `sockaddr_in` too.
+    /// `connect()` with the address in the form of another domain: an `AF_INET6` socket accepts `sockaddr_in`
+    /// too.
     ///
     /// # Errors
     ///
@@ -195,7 +197,7 @@ impl Socket {
         socket::connect(self.fd.as_raw_fd(), &domain.sockaddr(to))
     }
 
-    /// `sendto()` with the address as sockets of another domain take it.
+    /// `sendto()` with the address in the form of another domain.
     ///
     /// # Errors
     ///
@@ -204,7 +206,7 @@ impl Socket {
         socket::sendto(self.fd.as_raw_fd(), bytes, &domain.sockaddr(to), MsgFlags::empty()).map(drop)
     }
 
-    /// Makes an `AF_INET6` socket that is connected to an IPv4 address an `AF_INET` one (`IPV6_ADDRFORM`).
+    /// Converts an `AF_INET6` socket that is connected to an IPv4 address to `AF_INET` (`IPV6_ADDRFORM`).
     ///
     /// # Errors
     ///
@@ -212,7 +214,7 @@ impl Socket {
     pub fn into_v4(self) -> Result<Self, Errno> {
         let family = libc::AF_INET;
         let len = libc::socklen_t::try_from(size_of_val(&family)).expect("four");
-        // SAFETY: the kernel reads `len` octets of `family`, which outlives the call.
+        // SAFETY: the kernel reads `len` bytes of `family`, which outlives the call.
         Errno::result(unsafe {
             libc::setsockopt(
                 self.fd.as_raw_fd(),
@@ -225,16 +227,16 @@ impl Socket {
         Ok(Self { domain: Domain::V4, ..self })
     }
 
-    /// The socket's cookie, which it gets if it has none (`SO_COOKIE`).
+    /// The socket's cookie (`SO_COOKIE`). The kernel assigns one if it has none.
     ///
     /// # Panics
     ///
-    /// If the kernel does not tell.
+    /// If the kernel does not return it.
     #[must_use]
     pub fn cookie(&self) -> u64 {
         let mut cookie = 0_u64;
         let mut len = libc::socklen_t::try_from(size_of_val(&cookie)).expect("eight");
-        // SAFETY: the kernel writes at most `len` octets to `cookie`.
+        // SAFETY: the kernel writes at most `len` bytes to `cookie`.
         let result = unsafe {
             libc::getsockopt(
                 self.fd.as_raw_fd(),
@@ -248,11 +250,11 @@ impl Socket {
         cookie
     }
 
-    /// Whether calls return at once, with `EINPROGRESS` or `EAGAIN` where they would wait.
+    /// Whether calls return at once, with `EINPROGRESS` or `EAGAIN` instead of waiting.
     ///
     /// # Panics
     ///
-    /// If the descriptor has no flags.
+    /// If the descriptor's flags cannot be read or set.
     pub fn set_nonblocking(&self, is_nonblocking: bool) {
         let flags = fcntl(&self.fd, FcntlArg::F_GETFL).expect("the flags");
         let mut flags = OFlag::from_bits_retain(flags);
@@ -260,20 +262,20 @@ impl Socket {
         fcntl(&self.fd, FcntlArg::F_SETFL(flags)).expect("new flags");
     }
 
-    /// Waits until a `connect()` that did not wait is over.
+    /// Waits until a nonblocking `connect()` completes.
     ///
     /// # Panics
     ///
-    /// If it is not in time.
+    /// If it does not complete in time.
     pub fn wait_until_writable(&self) {
         self.wait(PollFlags::POLLOUT);
     }
 
-    /// Waits until something has come.
+    /// Waits until data arrives.
     ///
     /// # Panics
     ///
-    /// If nothing does in time.
+    /// If none arrives in time.
     pub fn wait_until_readable(&self) {
         self.wait(PollFlags::POLLIN);
     }
@@ -307,7 +309,7 @@ impl Socket {
             .ok_or(Errno::EAFNOSUPPORT)
     }
 
-    /// `connect()` with `AF_UNSPEC`: a datagram socket has no peer any longer.
+    /// `connect()` with `AF_UNSPEC`: removes the peer of a datagram socket.
     ///
     /// # Errors
     ///
@@ -318,7 +320,7 @@ impl Socket {
             sa_data: [0; 14],
         };
         let len = libc::socklen_t::try_from(size_of_val(&nowhere)).expect("sixteen");
-        // SAFETY: the kernel reads `len` octets of `nowhere`, which outlives the call.
+        // SAFETY: the kernel reads `len` bytes of `nowhere`, which outlives the call.
         Errno::result(unsafe { libc::connect(self.fd.as_raw_fd(), &raw const nowhere, len) }).map(drop)
     }
 
@@ -331,7 +333,7 @@ impl Socket {
         let address = self.domain.sockaddr(to);
         // Family, port, and half of an IPv4 address.
         let len = 6;
-        // SAFETY: the kernel reads six octets of `address`, which is longer and outlives the call.
+        // SAFETY: the kernel reads six bytes of `address`, which is longer and outlives the call.
         Errno::result(unsafe { libc::connect(self.fd.as_raw_fd(), address.as_ptr().cast(), len) }).map(drop)
     }
 
@@ -363,11 +365,11 @@ impl Socket {
         socket::sendto(self.fd.as_raw_fd(), bytes, &self.domain.sockaddr(to), MsgFlags::empty()).map(drop)
     }
 
-    /// `recvfrom()`: one datagram and whom it seems to come from, or what a stream has, from its peer.
+    /// `recvfrom()`: a datagram and its apparent sender, or the data of a stream and its peer.
     ///
     /// # Errors
     ///
-    /// The system call's; `EAGAIN` if nobody answers in time.
+    /// The system call's; `EAGAIN` without an answer in time.
     pub fn receive(&self) -> Result<(Vec<u8>, Option<SocketAddr>), Errno> {
         let mut buffer = vec![0; 4096];
         let (n, sender) = socket::recvfrom::<SockaddrStorage>(self.fd.as_raw_fd(), &mut buffer)?;
@@ -376,7 +378,7 @@ impl Socket {
         Ok((buffer, sender.map(|storage| self.domain.address(&storage))))
     }
 
-    /// Asks the peer of a connected socket who it is ([`crate::server::Servers`]).
+    /// Asks the peer of a connected socket for its address ([`crate::server::Servers`]).
     ///
     /// # Errors
     ///
@@ -389,7 +391,7 @@ impl Socket {
         Ok(Answer { server: server_in(&bytes), seen: sender })
     }
 
-    /// Asks whoever answers at an address who it is, without connecting.
+    /// Asks the server at an address for its own address, without connecting.
     ///
     /// # Errors
     ///
@@ -401,12 +403,12 @@ impl Socket {
     }
 }
 
-/// Who answered.
+/// An answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Answer {
     /// The server's own address.
     pub server: SocketAddr,
-    /// The address that the datagram seems to come from.
+    /// The apparent sender of the datagram.
     pub seen: Option<SocketAddr>,
 }
 
@@ -417,12 +419,12 @@ fn server_in(answer: &[u8]) -> SocketAddr {
     line.parse().unwrap_or_else(|_| panic!("an answer that names no server: {text:?}"))
 }
 
-/// Connects to an address through a plain socket of its family and asks who answers there.
+/// Connects to an address through a socket of its own family and asks for the server's address.
 ///
 /// # Errors
 ///
-/// The failing system call's: `ECONNREFUSED` for a service without endpoints, `ENETUNREACH` for an address that
-/// nobody has.
+/// The failing system call's: `ECONNREFUSED` for a service without endpoints, `ENETUNREACH` for an address
+/// without a route.
 pub fn call(to: SocketAddr, protocol: Protocol) -> Result<SocketAddr, Errno> {
     let socket = Socket::new(Domain::of(to.ip()), protocol);
     socket.connect(to)?;

@@ -1,4 +1,4 @@
-//! Kubernetes objects, made in code or read from YAML.
+//! Kubernetes objects, built in code or parsed from YAML.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -20,7 +20,7 @@ use lb_core::{
 };
 use serde::Deserialize as _;
 
-/// The namespace of objects made here.
+/// The namespace of objects built here.
 pub const NAMESPACE: &str = "default";
 
 /// Namespace and name. A Node has an empty namespace.
@@ -64,11 +64,11 @@ impl From<ServiceCIDR> for Object {
     }
 }
 
-/// Reads an object as the API has it.
+/// Parses an object.
 ///
 /// # Errors
 ///
-/// If it is of no kind that socklb watches, or not as the API defines it.
+/// If socklb does not watch its kind, or it does not match its schema.
 pub fn object(value: &serde_json::Value) -> Result<Object> {
     let kind = value["kind"].as_str().context("an object without `kind`")?;
     let object = match kind {
@@ -76,12 +76,12 @@ pub fn object(value: &serde_json::Value) -> Result<Object> {
         "EndpointSlice" => EndpointSlice::deserialize(value).map(Object::Slice),
         "Node" => Node::deserialize(value).map(Object::Node),
         "ServiceCIDR" => ServiceCIDR::deserialize(value).map(Object::ServiceCidr),
-        other => bail!("objects of kind {other} play no part"),
+        other => bail!("objects of kind {other} are not supported"),
     };
     object.with_context(|| format!("{kind} {}", value["metadata"]["name"]))
 }
 
-/// What an API server holds.
+/// The objects of an API server.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Cluster {
     /// Services.
@@ -101,13 +101,13 @@ fn name_of(metadata: &ObjectMeta) -> Name {
 }
 
 impl Cluster {
-    /// Without objects.
+    /// A cluster without objects.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Adds an object or replaces the one of its name.
+    /// Adds or replaces an object.
     pub fn set(&mut self, object: impl Into<Object>) {
         match object.into() {
             Object::Service(service) => drop(self.services.insert(name_of(&service.metadata), service)),
@@ -124,15 +124,15 @@ impl Cluster {
         self
     }
 
-    /// Adds a service with one unnamed port at one address and these endpoints. The name may be made of anything's `Debug`
-    /// form: the service has it in lower case.
+    /// Adds a service with one unnamed port at one address and these endpoints. The name is converted to
+    /// lower case, so a `Debug` form will do.
     pub fn serve(&mut self, name: &str, address: SocketAddr, protocol: Protocol, endpoints: &[SocketAddr]) {
         let name = name.to_lowercase();
         self.set(service(&name, &[address.ip()], &[port("", protocol, address.port())]));
         self.set_endpoints(&PortOf { service: &name, name: "", protocol }, endpoints);
     }
 
-    /// Makes these the only endpoints of one port of a service.
+    /// Sets the endpoints of one port of a service.
     pub fn set_endpoints(&mut self, port: &PortOf<'_>, endpoints: &[SocketAddr]) {
         let prefix = port.slice_prefix();
         self.slices.retain(|(_, name), _| !name.starts_with(&prefix));
@@ -141,7 +141,7 @@ impl Cluster {
         }
     }
 
-    /// Puts the objects into a store as a re-list does: what is not named is gone. Returns what is wrong with them.
+    /// Applies the objects to a store as a re-list does: it deletes what is not listed. Returns the issues.
     pub fn fill(&self, store: &mut Store) -> (Changes, Vec<Issue>) {
         let mut issues = Vec::new();
         let mut report = |found: Vec<Issue>| issues.extend(found);
@@ -191,7 +191,7 @@ impl Cluster {
         (changes, issues)
     }
 
-    /// As [`Self::fill`], into an agent's state.
+    /// As [`Self::fill`], for an agent's state.
     pub fn feed(&self, state: &mut State) -> Vec<Issue> {
         let mut issues = Vec::new();
         state.change(|store| {
@@ -202,7 +202,7 @@ impl Cluster {
         issues
     }
 
-    /// Every address that an endpoint of any slice has, with its protocol.
+    /// Every endpoint address of any slice, with its protocol.
     #[must_use]
     pub fn endpoint_addresses(&self) -> BTreeSet<(SocketAddr, Protocol)> {
         let mut store = Store::new();
@@ -219,7 +219,7 @@ impl Cluster {
     }
 }
 
-/// Names a port of a service: what its slices refer to.
+/// Identifies a port of a service, which its slices refer to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PortOf<'a> {
     /// Name of the service.
@@ -244,7 +244,7 @@ impl<'a> PortOf<'a> {
     }
 
     fn slice_prefix(&self) -> String {
-        // Names of slices are lower case.
+        // Slice names are lower case.
         format!("{}-{}-{}-", self.service, self.name, self.protocol).to_ascii_lowercase()
     }
 }
@@ -349,7 +349,7 @@ pub fn service_cidr(name: &str, networks: &[&str]) -> ServiceCIDR {
     }
 }
 
-/// Key of a Service made here.
+/// The key of a Service built here.
 #[must_use]
 pub fn key(service: &str) -> ServiceKey {
     ServiceKey::new(NAMESPACE, service)

@@ -1,16 +1,17 @@
-//! A real etcd and kube-apiserver, where the environment names them.
+//! A real etcd and kube-apiserver, if the environment names them.
 //!
 //! # Purpose
 //!
-//! `KUBEBUILDER_ASSETS` names a folder with the programs `etcd` and `kube-apiserver`, as for controller-runtime's
-//! envtest. [`ControlPlane`] runs them, and the tests that need no faults of their server's making run against them as
-//! well as against [`ApiServer`]. No package of Debian, crates.io, `PyPI` or npm has a kube-apiserver, so without the
-//! variable these tests know the test server only.
+//! `KUBEBUILDER_ASSETS` names a directory with the programs `etcd` and `kube-apiserver`, as for
+//! controller-runtime's envtest. [`ControlPlane`] runs them. Tests that inject no faults run against them and
+//! against [`ApiServer`]. No package of Debian, crates.io, `PyPI` or npm has a kube-apiserver, so without the
+//! variable these tests use the test server only.
 //!
 //! # Invariants
 //!
-//! - A variable that is set and does not lead to both programs is an error, not a skip.
-//! - Everything listens on 127.0.0.1 of the network namespace of the thread that starts it, and ends with the value.
+//! - If the variable is set but a program is missing, that is an error, not a skip.
+//! - Everything listens on 127.0.0.1 in the network namespace of the thread that starts it, and stops when
+//!   the value is dropped.
 
 use std::{
     env,
@@ -34,26 +35,26 @@ use crate::{
     cluster::{self, Cluster},
 };
 
-/// Names the folder of the programs.
+/// Names the directory of the programs.
 pub const ASSETS: &str = "KUBEBUILDER_ASSETS";
-/// For how long a program may start.
+/// How long a program may take to start.
 const PATIENCE: Duration = Duration::from_secs(60);
-/// Who the tests are to the server. It lets everybody do everything.
+/// The tests' token. The server allows it everything.
 const TOKEN: &str = "test";
 
-/// What a test needs of an API server, whichever it is.
+/// What a test needs of an API server, test or real.
 pub trait Api {
-    /// A kubeconfig that leads there.
+    /// A kubeconfig for the server.
     fn kubeconfig(&self) -> String;
 
-    /// Creates an object or replaces the one of its name.
+    /// Creates or replaces an object.
     ///
     /// # Panics
     ///
     /// If the object is refused.
     fn apply(&self, object: cluster::Object);
 
-    /// Creates a Pod or replaces the one of its name.
+    /// Creates or replaces a Pod.
     ///
     /// # Panics
     ///
@@ -64,10 +65,10 @@ pub trait Api {
     ///
     /// # Panics
     ///
-    /// If there is none.
+    /// If the object does not exist.
     fn delete(&self, kind: Kind, namespace: &str, name: &str);
 
-    /// All objects, also those that the server made itself.
+    /// All objects, including those that the server created itself.
     ///
     /// # Panics
     ///
@@ -119,7 +120,7 @@ pub struct Assets {
 }
 
 impl Assets {
-    /// Those of `KUBEBUILDER_ASSETS`; `None` if it is not set.
+    /// The programs in `KUBEBUILDER_ASSETS`; `None` if it is not set.
     ///
     /// # Errors
     ///
@@ -131,7 +132,7 @@ impl Assets {
         }
     }
 
-    /// Those of a folder.
+    /// The programs in a directory.
     ///
     /// # Errors
     ///
@@ -141,7 +142,7 @@ impl Assets {
             let path = directory.join(name);
             ensure!(
                 path.is_file(),
-                "{ASSETS}: {} is missing; unset the variable or let it name a folder with etcd and kube-apiserver",
+                "{ASSETS}: {} is missing; unset the variable or name a directory with both programs",
                 path.display()
             );
             Ok(path)
@@ -207,7 +208,7 @@ impl Drop for Program {
     }
 }
 
-/// An etcd of its own with nothing in it.
+/// An empty etcd.
 #[derive(Debug)]
 pub struct Etcd {
     address: SocketAddr,
@@ -220,7 +221,7 @@ impl Etcd {
     ///
     /// # Errors
     ///
-    /// If it does not become so; with the end of its log.
+    /// If it does not become healthy; with the end of its log.
     pub fn start(binary: &Path) -> anyhow::Result<Self> {
         let directory = tempfile::tempdir()?;
         let address = free_port()?;
@@ -230,7 +231,7 @@ impl Etcd {
             format!("--data-dir={}", directory.path().join("data").display()),
             format!("--listen-client-urls={url}"),
             format!("--advertise-client-urls={url}"),
-            // Nobody joins it.
+            // No other member joins.
             "--listen-peer-urls=http://127.0.0.1:0".to_owned(),
         ];
         let mut program = Program::start("etcd", binary, directory.path(), &arguments)?;
@@ -239,26 +240,26 @@ impl Etcd {
     }
 }
 
-/// A real API server over an etcd of its own.
+/// A real API server with its own etcd.
 #[derive(Debug)]
 pub struct ControlPlane {
     address: SocketAddr,
-    // Ends before what it stands on.
+    // Dropped before the etcd that it uses.
     apiserver: Program,
     etcd: Etcd,
 }
 
 impl ControlPlane {
-    /// Starts both and waits until the API server is ready and has made its own objects.
+    /// Starts both and waits until the API server is ready and has created its own objects.
     ///
     /// # Errors
     ///
-    /// If one of them ends or does not become ready; with the end of its log. Needs `kubectl` and `openssl`.
+    /// If one of them exits or does not become ready; with the end of its log. Needs `kubectl` and `openssl`.
     pub fn start(assets: &Assets) -> anyhow::Result<Self> {
         let etcd = Etcd::start(&assets.etcd)?;
         let directory = etcd.directory.path();
         let (key, tokens) = (directory.join("service-accounts.key"), directory.join("tokens"));
-        // Tokens of service accounts play no part, but the server does not start without a key for them.
+        // Service account tokens are not used, but the server does not start without a key for them.
         let made = Command::new("openssl")
             .args(["genpkey", "-algorithm", "RSA", "-pkeyopt", "rsa_keygen_bits:2048", "-out"])
             .arg(&key)
@@ -276,7 +277,7 @@ impl ControlPlane {
             "--service-cluster-ip-range=10.96.0.0/12".to_owned(),
             "--authorization-mode=AlwaysAllow".to_owned(),
             format!("--token-auth-file={}", tokens.display()),
-            // There is no controller that would make the accounts.
+            // There is no controller to create the accounts.
             "--disable-admission-plugins=ServiceAccount".to_owned(),
             "--service-account-issuer=https://127.0.0.1".to_owned(),
             format!("--service-account-key-file={}", key.display()),
@@ -302,7 +303,7 @@ impl ControlPlane {
     }
 }
 
-/// Runs kubectl and returns what it prints.
+/// Runs kubectl and returns its output.
 fn kubectl(config: &Path, arguments: &[&str], input: Option<&Value>) -> anyhow::Result<String> {
     let mut child = Command::new("kubectl")
         .arg("--kubeconfig")
@@ -325,7 +326,7 @@ fn kubectl(config: &Path, arguments: &[&str], input: Option<&Value>) -> anyhow::
 
 impl Api for ControlPlane {
     fn kubeconfig(&self) -> String {
-        // The certificate is one that the server made for itself a moment ago.
+        // The server has just created its own self-signed certificate.
         format!(
             "apiVersion: v1\nkind: Config\ncurrent-context: test\n\
              clusters: [{{name: test, cluster: {{server: 'https://{}', insecure-skip-tls-verify: true}}}}]\n\
@@ -352,7 +353,7 @@ impl Api for ControlPlane {
         let namespace = if namespace.is_empty() { "default" } else { namespace };
         let mut arguments = vec!["delete", kind.plural(), name, "-n", namespace, "--wait=true"];
         if kind == Kind::Pod {
-            // No kubelet ends it.
+            // There is no kubelet to stop it.
             arguments.extend(["--force", "--grace-period=0"]);
         }
         let _answer = self.kubectl(&arguments, None);
@@ -360,7 +361,7 @@ impl Api for ControlPlane {
 
     fn cluster(&self) -> Cluster {
         let kinds = [Kind::Service, Kind::Slice, Kind::Node, Kind::ServiceCidr];
-        // A server before 1.33 has no ServiceCIDRs.
+        // Servers before 1.33 have no ServiceCIDRs.
         let has_cidrs =
             kubectl(&self.config(), &["get", "--raw", "/apis/networking.k8s.io/v1/servicecidrs"], None);
         let kinds = kinds.into_iter().filter(|kind| *kind != Kind::ServiceCidr || has_cidrs.is_ok());
@@ -378,7 +379,7 @@ impl ControlPlane {
         let mut value = serde_json::to_value(object).expect("objects of the API are JSON");
         value["apiVersion"] = kind.api_version().into();
         value["kind"] = kind.name().into();
-        // As a whole, so that what an object no longer has is gone; a new one cannot be replaced.
+        // Replaces the whole object, so that omitted fields are removed; a new one cannot be replaced.
         let name = value["metadata"]["name"].as_str().unwrap_or_default().to_owned();
         let namespace = value["metadata"]["namespace"].as_str().unwrap_or("default").to_owned();
         let get = ["get", kind.plural(), &name, "-n", &namespace, "--ignore-not-found", "-o", "name"];
@@ -387,12 +388,12 @@ impl ControlPlane {
     }
 }
 
-/// A port that nobody has at the moment.
+/// A port that is free at the moment.
 fn free_port() -> anyhow::Result<SocketAddr> {
     Ok(TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?)
 }
 
-/// What is answered to a request without encryption, if anything is.
+/// The response to a request without TLS, if there is one.
 fn get(address: SocketAddr, path: &str) -> Option<String> {
     let mut stream = TcpStream::connect_timeout(&address, Duration::from_secs(1)).ok()?;
     stream.set_read_timeout(Some(Duration::from_secs(1))).ok()?;
@@ -408,7 +409,7 @@ mod tests {
 
     use super::*;
 
-    /// Writes a program that does what a script says.
+    /// Writes an executable shell script.
     fn script(directory: &Path, name: &str, text: &str) {
         let path = directory.join(name);
         fs::write(&path, format!("#!/bin/sh\n{text}\n")).unwrap();

@@ -1,4 +1,4 @@
-//! What tests need of the machine, and what happens where it is missing.
+//! What tests need of the machine, and what happens if it is missing.
 
 use std::{env, io::Write as _};
 
@@ -6,28 +6,29 @@ use lb_core::model::Protocol;
 
 use crate::client::{Domain, Socket};
 
-/// Something that a test cannot do without.
+/// A requirement of a test.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Feature {
-    /// To load and attach the programs: root, a cgroup v2 hierarchy, and the BPF object in this executable.
+    /// Loading and attaching the programs: root, a cgroup v2 hierarchy, and the BPF object in this
+    /// executable.
     Programs,
-    /// To learn the cookie of a network namespace (kernel 5.14), without which no program can be told that a test's
+    /// The cookie of a network namespace (kernel 5.14). Without it no program can know that a test's
     /// namespace is the node's.
     NetnsCookie,
-    /// To end sockets of other programs: `CONFIG_INET_DIAG_DESTROY`.
+    /// Destroying sockets of other programs: `CONFIG_INET_DIAG_DESTROY`.
     SocketDestroy,
     /// Multipath TCP sockets: `CONFIG_MPTCP`.
     Multipath,
-    /// What programs need to know a socket of the kernel from a program's.
+    /// What BPF programs need to distinguish kernel sockets from user sockets.
     SockFields,
     /// A program on `PATH`.
     Command(&'static str),
-    /// A variable of the environment that `cargo xtask test` sets.
+    /// An environment variable that `cargo xtask test` sets.
     Variable(&'static str),
 }
 
 impl Feature {
-    /// What is missing, if anything is.
+    /// What is missing, if anything.
     fn missing(self) -> Option<String> {
         match self {
             Self::Programs => {
@@ -61,12 +62,12 @@ impl Feature {
         }
     }
 
-    /// Whether this machine could have it, so that missing it is a fault of the machine's set-up.
+    /// Whether this machine could have it, so that its absence is a fault of the setup.
     fn is_possible(self) -> bool {
         match self {
             Self::Programs | Self::Command(_) | Self::Variable(_) => true,
             Self::NetnsCookie => kernel_version() >= (5, 14),
-            // A matter of the kernel's configuration.
+            // Depends on the kernel's configuration.
             Self::Multipath => false,
             Self::SockFields => kernel_version() >= (5, 12),
             Self::SocketDestroy => lb_kernel::sockets::check().err().is_none_or(|error| !error.is_final()),
@@ -74,12 +75,12 @@ impl Feature {
     }
 }
 
-/// Whether a test can go on. If not, it says so on standard error, past the capture of libtest.
+/// Whether a test can run. If not, prints so on standard error, past libtest's capture.
 ///
 /// # Panics
 ///
-/// If a feature is missing that could be there, and the environment has `LB_TEST_STRICT=1`: otherwise a broken
-/// machine would turn all tests green.
+/// If a feature is missing that could exist and `LB_TEST_STRICT=1` is set: otherwise all tests would pass on
+/// a broken machine.
 #[must_use]
 pub fn require(feature: Feature) -> bool {
     let Some(missing) = feature.missing() else { return true };
@@ -91,7 +92,7 @@ pub fn require(feature: Feature) -> bool {
     false
 }
 
-/// A number that the environment gives, for machines that are slower or have more time; `otherwise` if it gives none.
+/// A number from the environment, for slower machines or longer runs; `otherwise` if it is not set.
 #[must_use]
 pub fn number(variable: &str, otherwise: usize) -> usize {
     env::var(variable).ok().and_then(|text| text.parse().ok()).unwrap_or(otherwise)
@@ -101,7 +102,7 @@ pub fn number(variable: &str, otherwise: usize) -> usize {
 ///
 /// # Panics
 ///
-/// If the kernel does not tell.
+/// If the kernel's version cannot be read.
 #[must_use]
 pub fn kernel_version() -> (u32, u32) {
     let name = nix::sys::utsname::uname().expect("uname");

@@ -1,22 +1,22 @@
-//! What the tests of socklb stand on.
+//! Infrastructure of socklb's tests.
 //!
 //! # Purpose
 //!
-//! - [`sandbox`]: a network without a way out, a BPF file system and a cgroup for each test.
-//! - [`server`], [`client`]: who answered, and what a program sees of it.
+//! - [`sandbox`]: an isolated network, a BPF file system and a cgroup for each test.
+//! - [`server`], [`client`]: which server answered, and what the program sees.
 //! - [`cluster`]: Kubernetes objects; [`agent`]: from objects to the kernel, in process.
-//! - [`apiserver`]: an API server that holds such objects, and its faults.
-//! - [`controlplane`]: a real one, where the environment names it.
-//! - [`process`]: what a process takes of the machine.
-//! - [`churn`]: changes and faults for a long time, with calls under way.
+//! - [`apiserver`]: an API server for such objects, with faults.
+//! - [`controlplane`]: a real one, if the environment names it.
+//! - [`process`]: resource usage of a process.
+//! - [`churn`]: long-running changes and faults, with concurrent calls.
 //! - [`scenario`]: objects and expected flows, run by the simulator and by the kernel.
 //! - [`feature`]: what happens on a machine that lacks something.
 //!
 //! # Invariants
 //!
-//! - Nothing is sent to an address outside of namespaces that a test made; those have no default route.
-//! - Programs attach to cgroups that a test made, never to one that was there.
-//! - Everything works from a static executable that is the only program of a machine.
+//! - Nothing is sent outside of the namespaces that a test created; those have no default route.
+//! - Programs attach only to cgroups that a test created.
+//! - Everything works in a static executable that is the only program of a machine.
 #![expect(
     clippy::expect_used,
     clippy::missing_panics_doc,

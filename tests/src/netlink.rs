@@ -1,4 +1,4 @@
-//! The few things that tests ask of rtnetlink, without `ip`: a kernel test runs as the only program of a virtual
+//! The rtnetlink requests of tests, without `ip`: a kernel test runs as the only program of a virtual
 //! machine.
 //!
 //! All functions act on the network namespace of the calling thread.
@@ -21,11 +21,11 @@ pub const LOOPBACK: u32 = 1;
 /// `VETH_INFO_PEER` of `linux/veth.h`.
 const VETH_INFO_PEER: u16 = 1;
 
-/// A request under construction. Every part is padded to four octets, as rtnetlink wants it.
+/// A request under construction. Every part is padded to four bytes, as rtnetlink requires.
 struct Request(Vec<u8>);
 
 impl Request {
-    /// The length field, filled in at the end, then type, flags, sequence number and sender.
+    /// Length, which `send` sets, then type, flags, sequence number and sender.
     fn new(kind: u16, flags: i32) -> Self {
         let mut request = Self(vec![0; 4]);
         request.0.extend(kind.to_ne_bytes());
@@ -46,7 +46,7 @@ impl Request {
         self.bytes(&[len.to_ne_bytes(), kind.to_ne_bytes()].concat()).bytes(value)
     }
 
-    /// An attribute whose value is what `fill` adds.
+    /// An attribute whose value `fill` adds.
     fn nested(mut self, kind: u16, fill: impl FnOnce(Self) -> Self) -> Self {
         let start = self.0.len();
         self = fill(self.bytes(&[[0; 2], kind.to_ne_bytes()].concat()));
@@ -57,7 +57,7 @@ impl Request {
 
     fn link(self, index: u32, flags: i32) -> Self {
         let flags = flags.cast_unsigned();
-        // Family and device type unspecified, then index, flags, and which flags change.
+        // Unspecified family and device type, then index, flags, and the mask of flags to change.
         self.bytes(&[[0; 4], index.to_ne_bytes(), flags.to_ne_bytes(), flags.to_ne_bytes()].concat())
     }
 
@@ -74,7 +74,7 @@ impl Request {
         send(netlink.as_raw_fd(), &self.0, MsgFlags::empty())?;
         let mut answer = [0; 4096];
         let n = recv(netlink.as_raw_fd(), &mut answer, MsgFlags::empty())?;
-        // The header of the answer has 16 octets; an error number or 0 follows.
+        // The header of the answer has 16 bytes; an error number or 0 follows.
         let error: [u8; 4] = answer[..n]
             .get(16..20)
             .and_then(|bytes| bytes.try_into().ok())
@@ -102,18 +102,18 @@ fn family(ip: IpAddr) -> u8 {
 ///
 /// # Errors
 ///
-/// The kernel's answer.
+/// The kernel's error.
 pub fn set_up(device: u32) -> io::Result<()> {
     Request::new(libc::RTM_NEWLINK, 0).link(device, libc::IFF_UP).send()
 }
 
-/// Adds an address to a device. An address that is there already is fine.
+/// Adds an address to a device. An address that already exists is fine.
 ///
 /// # Errors
 ///
-/// The kernel's answer.
+/// The kernel's error.
 pub fn add_address(device: u32, ip: IpAddr, prefix_len: u8) -> io::Result<()> {
-    // Without duplicate address detection an IPv6 address can be used at once.
+    // Without duplicate address detection an IPv6 address is usable at once.
     let flags = u8::try_from(libc::IFA_F_NODAD).expect("a flag of the first octet");
     let header = [family(ip), prefix_len, flags, 0];
     let added = Request::new(libc::RTM_NEWADDR, libc::NLM_F_CREATE | libc::NLM_F_EXCL)
@@ -131,7 +131,7 @@ pub fn add_address(device: u32, ip: IpAddr, prefix_len: u8) -> io::Result<()> {
 ///
 /// # Errors
 ///
-/// The kernel's answer.
+/// The kernel's error.
 pub fn remove_address(device: u32, ip: IpAddr, prefix_len: u8) -> io::Result<()> {
     Request::new(libc::RTM_DELADDR, 0)
         .bytes(&[[family(ip), prefix_len, 0, 0], device.to_ne_bytes()].concat())
@@ -139,11 +139,11 @@ pub fn remove_address(device: u32, ip: IpAddr, prefix_len: u8) -> io::Result<()>
         .send()
 }
 
-/// Makes a pair of connected devices: one in this namespace, the other in the namespace behind `peer`.
+/// Creates a veth pair: one device in this namespace, the other in the namespace of `peer`.
 ///
 /// # Errors
 ///
-/// The kernel's answer: `EOPNOTSUPP` without the module `veth`.
+/// The kernel's error: `EOPNOTSUPP` without the module `veth`.
 pub fn add_veth(name: &str, peer: BorrowedFd<'_>, peer_name: &str) -> io::Result<()> {
     let text = |text: &str| [text.as_bytes(), b"\0"].concat();
     Request::new(libc::RTM_NEWLINK, libc::NLM_F_CREATE | libc::NLM_F_EXCL)
@@ -165,7 +165,7 @@ pub fn add_veth(name: &str, peer: BorrowedFd<'_>, peer_name: &str) -> io::Result
 ///
 /// # Errors
 ///
-/// `ENODEV` if there is none of that name.
+/// `ENODEV` if no device has that name.
 pub fn device(name: &str) -> io::Result<u32> {
     Ok(nix::net::if_::if_nametoindex(name)?)
 }

@@ -1,4 +1,4 @@
-//! Network namespaces without a way out: nothing that a test sends can leave what the test made.
+//! Isolated network namespaces: nothing that a test sends leaves the namespaces that it created.
 
 use std::{
     fs::{self, File},
@@ -19,15 +19,14 @@ use nix::{
 
 use crate::netlink;
 
-/// A network namespace. It ends with the last thread, socket and [`NetNs`] in it.
+/// A network namespace. It is destroyed with the last thread, socket and [`NetNs`] in it.
 #[derive(Debug)]
 pub struct NetNs {
     file: File,
 }
 
 impl NetNs {
-    /// Moves the calling thread to a new namespace, with the loopback device up and nothing else: no other device
-    /// and no route.
+    /// Moves the calling thread to a new namespace with only the loopback device, which is up, and no routes.
     ///
     /// # Errors
     ///
@@ -47,7 +46,7 @@ impl NetNs {
         Ok(Self { file: File::open("/proc/thread-self/ns/net")? })
     }
 
-    /// Makes a new namespace while the calling thread stays where it is.
+    /// Creates a namespace without moving the calling thread.
     ///
     /// # Errors
     ///
@@ -56,11 +55,11 @@ impl NetNs {
         on_a_thread(Self::enter_new)
     }
 
-    /// Runs something inside the namespace, on a thread of its own that is in the caller's cgroup.
+    /// Runs a closure inside the namespace, on a new thread in the caller's cgroup.
     ///
     /// # Panics
     ///
-    /// If it panics, or if the namespace cannot be entered.
+    /// If the closure panics, or the namespace cannot be entered.
     pub fn run<R: Send>(&self, body: impl FnOnce() -> R + Send) -> R {
         on_a_thread(|| {
             setns(&self.file, CloneFlags::CLONE_NEWNET).expect("a namespace of ours can be entered");
@@ -68,29 +67,29 @@ impl NetNs {
         })
     }
 
-    /// Makes a file stand for the namespace, as `ip netns add` does: this is how others than its processes find it. Only the
+    /// Bind-mounts the namespace at a file, as `ip netns add` does, so that other processes find it. Only the
     /// calling thread's mount namespace shows it.
     ///
     /// # Errors
     ///
-    /// The kernel's answer.
+    /// The kernel's error.
     pub fn mount_at(&self, file: &Path) -> io::Result<()> {
         drop(File::create(file)?);
         let source = format!("/proc/thread-self/fd/{}", self.file.as_raw_fd());
         Ok(mount(Some(source.as_str()), file, None::<&str>, MsFlags::MS_BIND, None::<&str>)?)
     }
 
-    /// The cookie of the namespace, which programs see; `None` before kernel 5.14, which does not tell.
+    /// The cookie of the namespace, as programs see it; `None` before kernel 5.14.
     #[must_use]
     pub fn cookie(&self) -> Option<u64> {
         self.run(lb_kernel::syscall::netns_cookie)
     }
 
-    /// Gives the loopback device of the namespace an address.
+    /// Adds an address to the loopback device of the namespace.
     ///
     /// # Errors
     ///
-    /// The kernel's answer.
+    /// The kernel's error.
     pub fn add_address(&self, ip: IpAddr) -> io::Result<()> {
         self.run(|| {
             netlink::add_address(netlink::LOOPBACK, ip, host_prefix(ip))?;
@@ -98,11 +97,11 @@ impl NetNs {
         })
     }
 
-    /// Joins this namespace to another by a pair of devices with one address at each end, of one network.
+    /// Joins this namespace to another with a veth pair, with one address of one network at each end.
     ///
     /// # Errors
     ///
-    /// The kernel's answer: `EOPNOTSUPP` without the module `veth`.
+    /// The kernel's error: `EOPNOTSUPP` without the module `veth`.
     pub fn join(
         &self,
         name: &str,
@@ -119,12 +118,12 @@ impl NetNs {
     }
 }
 
-/// A process in a network namespace, by which the agent finds it. It ends with this value.
+/// A process in a network namespace, through which the agent finds it. Killed on drop.
 #[derive(Debug)]
 pub struct Resident(Child);
 
 impl Resident {
-    /// Starts one.
+    /// Starts the process.
     ///
     /// # Errors
     ///
@@ -141,7 +140,7 @@ impl Drop for Resident {
     }
 }
 
-/// Gives a device addresses, each in a network of 256, and sets it up.
+/// Adds addresses to a device, each in a network of 256, and sets it up.
 fn give_addresses(name: &str, addresses: &[IpAddr]) -> io::Result<()> {
     let device = netlink::device(name)?;
     for &ip in addresses {
@@ -150,10 +149,10 @@ fn give_addresses(name: &str, addresses: &[IpAddr]) -> io::Result<()> {
     netlink::set_up(device)
 }
 
-/// Waits until the kernel takes an IPv6 address for its own.
+/// Waits until an IPv6 address is local.
 ///
-/// It answers the request for an address first and inserts the route from a work queue later. A datagram in between
-/// goes out to the loopback device and comes back as one for somebody else, without any error.
+/// The kernel acknowledges the address first and inserts the route from a work queue later. A datagram in
+/// between leaves through the loopback device and returns as one for another host, without any error.
 fn wait_for_local_route(ip: IpAddr) -> io::Result<()> {
     /// `RTF_LOCAL` in the flags of `/proc/net/ipv6_route`.
     const LOCAL: u32 = 0x8000_0000;
@@ -177,7 +176,7 @@ const fn host_prefix(ip: IpAddr) -> u8 {
     if ip.is_ipv4() { 32 } else { 128 }
 }
 
-/// Lets processes of any group make ICMP sockets in the calling thread's namespace.
+/// Lets processes of any group create ICMP sockets in the calling thread's namespace.
 ///
 /// # Errors
 ///
@@ -186,7 +185,7 @@ pub fn allow_ping() -> io::Result<()> {
     std::fs::write("/proc/sys/net/ipv4/ping_group_range", "0 2147483647")
 }
 
-/// Runs something on a new thread and waits for it: namespaces and cgroups are a thread's own.
+/// Runs a closure on a new thread and waits for it: namespaces and cgroups are per thread.
 pub(crate) fn on_a_thread<R: Send>(body: impl FnOnce() -> R + Send) -> R {
     let name = thread::current().name().unwrap_or("test").to_owned();
     thread::scope(|scope| {

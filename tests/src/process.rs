@@ -1,4 +1,4 @@
-//! What a process takes of the machine, as `/proc` says.
+//! Resource usage of a process, from `/proc`.
 
 use std::{collections::BTreeMap, fs, time::Duration};
 
@@ -7,22 +7,22 @@ use anyhow::Context as _;
 /// Memory of a process in MiB.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Memory {
-    /// All that is resident, maps of the kernel included.
+    /// All resident memory, including the kernel's maps.
     pub resident: f64,
-    /// What is the process's own: heap and stacks.
+    /// The process's own memory: heap and stacks.
     pub anonymous: f64,
     /// Pages of BPF maps, which the kernel holds whether an agent runs or not.
     pub maps: f64,
-    /// The most that was ever resident.
+    /// The largest resident memory so far.
     pub peak: f64,
 }
 
 impl Memory {
-    /// What a process occupies now.
+    /// The current memory of a process.
     ///
     /// # Errors
     ///
-    /// If there is no such process.
+    /// If the process does not exist.
     pub fn of(pid: u32) -> anyhow::Result<Self> {
         let status = read(pid, "status")?;
         let status = kilobytes(&status);
@@ -30,7 +30,7 @@ impl Memory {
         let mut maps = 0.0;
         let mut is_map = false;
         for line in read(pid, "smaps")?.lines() {
-            // The head of a mapping starts with its addresses, in lower case.
+            // The header of a mapping begins with its addresses, in lower case.
             if !line.starts_with(|first: char| first.is_ascii_uppercase()) {
                 is_map = line.contains("bpf-map");
             } else if is_map && let Some(resident) = kilobytes(line).get("Rss") {
@@ -41,14 +41,14 @@ impl Memory {
     }
 }
 
-/// Octets that a process has caused to be written to a disk. `None` if there is no such process.
+/// Bytes that a process has caused to be written to disk. `None` if it does not exist.
 #[must_use]
 pub fn written(pid: u32) -> Option<u64> {
     let io = read(pid, "io").ok()?;
     io.lines().find_map(|line| line.strip_prefix("write_bytes: "))?.parse().ok()
 }
 
-/// How long each thread of a process has waited for a CPU so far, by its number. Empty if there is no such process.
+/// How long each thread of a process has waited for a CPU so far, by thread id. Empty if it does not exist.
 #[must_use]
 pub fn waits(pid: u32) -> BTreeMap<u32, Duration> {
     let tasks = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();

@@ -1,4 +1,4 @@
-//! Where a kernel test runs: a network without a way out, a BPF file system and a cgroup of its own.
+//! The environment of a kernel test: an isolated network, a BPF file system and a cgroup.
 
 use std::{
     io,
@@ -18,12 +18,12 @@ use crate::{
     netns::{NetNs, on_a_thread},
 };
 
-/// Descriptors that the process of a test may have. All tests of one process share them: clients, and servers that
-/// are slow to close what their clients closed.
+/// File descriptors of a test process. All its tests share them: clients, and servers that close connections
+/// late.
 const N_DESCRIPTORS: u64 = 1 << 16;
 
-/// The surroundings of one test. All of it ends with the test, also if that panics; what a killed process leaves
-/// behind is empty cgroups, which the next one removes.
+/// The environment of one test. It is removed when the test returns or panics. A killed process leaves empty
+/// cgroups, which the next one removes.
 #[derive(Debug)]
 pub struct Sandbox {
     netns: NetNs,
@@ -32,14 +32,14 @@ pub struct Sandbox {
 }
 
 impl Sandbox {
-    /// Runs a test inside a new sandbox, on a thread of its own.
+    /// Runs a test inside a new sandbox, on a new thread.
     ///
-    /// The test's thread, and all threads and processes that it starts, are in the sandbox's network namespace, mount
-    /// namespace and cgroup.
+    /// The test's thread, and all threads and processes that it starts, are in the sandbox's network
+    /// namespace, mount namespace and cgroup.
     ///
     /// # Panics
     ///
-    /// If the test panics, or if there is no sandbox to be had: see [`crate::require`].
+    /// If the test panics, or there is no sandbox: see [`crate::require`].
     pub fn run<R: Send>(test: impl FnOnce(&Self) -> R + Send) -> R {
         on_a_thread(|| {
             let sandbox = Self::enter().expect("a sandbox needs root and a cgroup v2 hierarchy");
@@ -83,7 +83,7 @@ impl Sandbox {
         self.bpffs.directory.path()
     }
 
-    /// Makes addresses those of the sandbox's host: a server can listen there, and a call gets there.
+    /// Adds addresses to the sandbox's host: servers can listen there, and calls reach them.
     ///
     /// # Panics
     ///
@@ -95,7 +95,7 @@ impl Sandbox {
     }
 }
 
-/// A BPF file system that only the thread which mounted it sees, and those that it starts.
+/// A BPF file system that only the thread that mounted it, and its children, see.
 #[derive(Debug)]
 struct BpfFs {
     directory: TempDir,
@@ -114,7 +114,7 @@ impl BpfFs {
 
 impl Drop for BpfFs {
     fn drop(&mut self) {
-        // Its pins go with it, and with them the attachments.
+        // This removes its pins, and with them the attachments.
         let _namespace_ends_anyway = umount2(self.directory.path(), MntFlags::MNT_DETACH);
     }
 }

@@ -1,10 +1,10 @@
-//! Scenarios: objects, and where calls go. `scenarios/README.md` describes the format.
+//! Scenarios: objects, and the flows of calls. `scenarios/README.md` describes the format.
 //!
 //! # Invariants
 //!
-//! - One runner, two executors: [`simulated`] on an image in memory, [`real`] on the kernel. A difference between
-//!   them is a fault of one of them.
-//! - A set of reached endpoints is compared as a whole: one that is missing is as wrong as one too many.
+//! - One runner, two executors: [`simulated`] on an image in memory, [`real`] on the kernel. If they differ,
+//!   one of them is wrong.
+//! - The set of reached endpoints is compared as a whole: a missing one is as wrong as an extra one.
 
 pub mod real;
 pub mod simulated;
@@ -27,7 +27,7 @@ use serde::Deserialize;
 
 use crate::cluster::{Cluster, object};
 
-/// One file.
+/// A scenario file.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Scenario {
@@ -36,14 +36,14 @@ pub struct Scenario {
     /// The node on which calls are made.
     #[serde(default)]
     pub settings: Settings,
-    /// What the cluster holds at first.
+    /// The initial objects of the cluster.
     #[serde(default)]
     objects: Vec<serde_json::Value>,
-    /// What happens.
+    /// The steps.
     steps: Vec<Step>,
 }
 
-/// Settings of the agent; what is not given has the agent's default.
+/// Settings of the agent; omitted ones have the agent's defaults.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub struct Settings {
@@ -99,27 +99,27 @@ impl Settings {
     }
 }
 
-/// A change, if any, and calls after it.
+/// An optional change, and calls after it.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 struct Step {
     /// What the step shows.
     title: String,
-    /// Objects that appear or are replaced.
+    /// Objects to create or replace.
     set: Vec<serde_json::Value>,
-    /// Objects that go: `Service default/web`.
+    /// Objects to delete: `Service default/web`.
     delete: Vec<String>,
-    /// Seconds that pass before the calls.
+    /// Seconds to wait before the calls.
     wait: u64,
-    /// Caller → destination → what comes of it.
+    /// Caller → destination → expected outcome.
     calls: BTreeMap<String, BTreeMap<String, Expected>>,
 }
 
-/// What calls come to.
+/// The expected outcome of calls.
 #[derive(Clone, Debug, Deserialize, PartialEq, Eq)]
 #[serde(untagged)]
 enum Expected {
-    /// All of them to the same.
+    /// The same outcome for all.
     Word(Word),
     /// Exactly these endpoints, each of them reached.
     All(BTreeSet<SocketAddr>),
@@ -133,7 +133,7 @@ enum Expected {
     },
 }
 
-/// The word for an outcome that names no endpoint.
+/// An outcome that names no endpoint.
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
 #[serde(rename_all = "lowercase")]
 enum Word {
@@ -142,16 +142,16 @@ enum Word {
     Untouched,
 }
 
-/// Where a call went.
+/// The outcome of a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Outcome {
-    /// Where it said.
+    /// It passed: the original destination.
     Untouched,
-    /// Nowhere: `ECONNREFUSED`.
+    /// Refused: `ECONNREFUSED`.
     Refused,
-    /// Nowhere: `EHOSTUNREACH`.
+    /// Unreachable: `EHOSTUNREACH`.
     Unreachable,
-    /// To an endpoint.
+    /// Redirected to an endpoint.
     Endpoint(SocketAddr),
 }
 
@@ -166,26 +166,26 @@ impl fmt::Display for Outcome {
     }
 }
 
-/// The caller that stands for processes in the node's own network namespace. Every other name is a pod's.
+/// The caller for processes in the node's own network namespace. Every other name is a pod's.
 pub const NODE: &str = "node";
 
-/// What runs scenarios.
+/// Runs scenarios.
 pub trait Executor {
-    /// Makes the tables follow the cluster.
+    /// Brings the maps to the state of the cluster.
     ///
     /// # Errors
     ///
-    /// If they do not.
+    /// If the maps cannot be brought to that state.
     fn follow(&mut self, cluster: &Cluster) -> Result<()>;
 
-    /// Calls often enough to see each of `n` endpoints, by every way that a program can call.
+    /// Calls often enough to reach each of `n` endpoints, with every kind of call that a program can make.
     ///
     /// # Errors
     ///
-    /// If a call comes to something that is no [`Outcome`].
+    /// If the result of a call is not an [`Outcome`].
     fn call(&mut self, caller: &str, to: FrontendAddress, n: usize) -> Result<BTreeSet<Outcome>>;
 
-    /// Whether a call to an unallocated address goes where it says, since programs cannot choose its error.
+    /// Whether a call to an unallocated address passes, because programs cannot choose its error.
     fn leaves_unreachable_calls_alone(&self) -> bool {
         false
     }
@@ -199,7 +199,7 @@ impl Scenario {
     ///
     /// # Errors
     ///
-    /// If it is not there or not in the format.
+    /// If it does not exist or does not match the format.
     pub fn read(name: &str) -> Result<Self> {
         let path = directory().join(format!("{name}.yaml"));
         let text = fs::read_to_string(&path).with_context(|| path.display().to_string())?;
@@ -210,18 +210,18 @@ impl Scenario {
     ///
     /// # Errors
     ///
-    /// If it is not in the format.
+    /// If it does not match the format.
     pub fn parse(text: &str) -> Result<Self> {
         let scenario: Self = serde_saphyr::from_str(text)?;
         ensure!(!scenario.steps.is_empty(), "no steps");
         Ok(scenario)
     }
 
-    /// Every address at which somebody has to answer for the outcomes to be told apart: endpoints of all objects, and
-    /// all destinations themselves.
+    /// Every address that needs a server for the outcomes to differ: endpoints of all objects, and all
+    /// destinations.
     ///
     /// # Errors
-    ///
+    /// If an object or a destination cannot be parsed.
     /// If an object or a destination cannot be read.
     pub fn addresses(&self) -> Result<BTreeSet<(SocketAddr, Protocol)>> {
         let mut addresses = BTreeSet::new();
@@ -238,7 +238,7 @@ impl Scenario {
     ///
     /// # Errors
     ///
-    /// If one cannot be read.
+    /// If one cannot be parsed.
     pub fn destinations(&self) -> Result<BTreeSet<FrontendAddress>> {
         let calls = self.steps.iter().flat_map(|step| step.calls.values());
         calls.flat_map(BTreeMap::keys).map(|to| destination(to)).collect()
@@ -253,7 +253,7 @@ impl Scenario {
     ///
     /// # Errors
     ///
-    /// With every call that came to something else than it should.
+    /// Every call whose outcome differs from the expected one.
     pub fn run(&self, executor: &mut impl Executor) -> Result<()> {
         let mut cluster = self.cluster();
         for value in &self.objects {
@@ -329,17 +329,17 @@ fn delete(cluster: &mut Cluster, name: &str) -> Result<()> {
         "EndpointSlice" => cluster.slices.remove(&name).is_some(),
         "Node" => cluster.nodes.remove(&name).is_some(),
         "ServiceCIDR" => cluster.service_cidrs.remove(&name).is_some(),
-        _ => bail!("{kind:?} is no kind"),
+        _ => bail!("{kind:?} is not a kind"),
     };
-    ensure!(was_there, "there is no {kind} {}/{}", name.0, name.1);
+    ensure!(was_there, "{kind} {}/{} does not exist", name.0, name.1);
     Ok(())
 }
 
-/// Reads `ADDRESS:PORT/PROTOCOL`.
+/// Parses `ADDRESS:PORT/PROTOCOL`.
 fn destination(text: &str) -> Result<FrontendAddress> {
     let (address, protocol) = text.split_once('/').with_context(|| format!("{text:?} has no protocol"))?;
     let address: SocketAddr =
-        address.parse().with_context(|| format!("{text:?} is no ADDRESS:PORT/PROTOCOL"))?;
+        address.parse().with_context(|| format!("{text:?} is not ADDRESS:PORT/PROTOCOL"))?;
     let protocol = match protocol {
         "tcp" => Protocol::Tcp,
         "udp" => Protocol::Udp,
@@ -348,7 +348,7 @@ fn destination(text: &str) -> Result<FrontendAddress> {
     Ok(FrontendAddress { ip: address.ip(), port: address.port(), protocol })
 }
 
-/// The folder of the scenarios.
+/// The directory of the scenarios.
 #[must_use]
 pub fn directory() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("scenarios")
@@ -358,7 +358,7 @@ pub fn directory() -> PathBuf {
 ///
 /// # Errors
 ///
-/// If the folder cannot be read.
+/// If the directory cannot be read.
 pub fn names() -> Result<BTreeSet<String>> {
     let directory = directory();
     let entries = fs::read_dir(&directory).with_context(|| directory.display().to_string())?;
@@ -372,7 +372,8 @@ pub fn names() -> Result<BTreeSet<String>> {
     Ok(names)
 }
 
-/// Makes a test of each scenario, and one that no file is without a test. `$run` takes the name of a scenario.
+/// Defines a test for each scenario, and one that checks that every file has a test. `$run` takes the name of
+/// a scenario.
 #[macro_export]
 macro_rules! scenario_tests {
     ($run:path) => {

@@ -1,4 +1,4 @@
-//! Servers that say who they are.
+//! Servers that answer with their address.
 
 use std::{
     io::{self, Read, Write},
@@ -20,17 +20,17 @@ use crate::client::{Domain, Socket};
 
 /// Any number of servers on one thread, in the network namespace and cgroup of the thread that started them.
 ///
-/// A TCP server sends its address and a newline to whom it accepts, then echoes. A UDP server answers each datagram
-/// with its address, a newline and the datagram. The address is the one that the caller really reached, so that a
-/// server on the unspecified address can stand for many. They stop when this value is dropped.
+/// A TCP server sends its address and a newline to each client, then echoes. A UDP server answers each
+/// datagram with its address, a newline and the datagram. The address is the one that the client actually
+/// reached, so that a server on the unspecified address can serve many. The servers stop on drop.
 #[derive(Debug)]
 pub struct Servers {
-    /// Closing it wakes the thread and ends it.
+    /// Closing it stops the thread.
     stop: Option<UnixStream>,
     thread: Option<JoinHandle<()>>,
 }
 
-/// What the thread waits for.
+/// What the thread polls.
 enum Source {
     Stop(UnixStream),
     Listener(TcpListener),
@@ -49,7 +49,7 @@ impl Source {
     }
 }
 
-/// What became of a source that was ready.
+/// What to do with a source after it was ready.
 enum Next {
     Keep,
     Add(Source),
@@ -89,11 +89,11 @@ impl Servers {
         Self::start(addresses.into_iter().map(|address| (address, Protocol::Tcp)))
     }
 
-    /// Starts TCP servers that speak multipath TCP with whoever does.
+    /// Starts TCP servers that also accept multipath TCP.
     ///
     /// # Panics
     ///
-    /// If an address cannot be bound, or the kernel has no multipath TCP.
+    /// If an address cannot be bound, or the kernel lacks multipath TCP.
     #[must_use]
     pub fn multipath(addresses: impl IntoIterator<Item = SocketAddr>) -> Self {
         let listeners = addresses.into_iter().map(|address| {
@@ -163,7 +163,7 @@ fn serve(mut sources: Vec<Source>) {
         let mut open = Vec::with_capacity(sources.len());
         let mut added = Vec::new();
         for (mut source, is_ready) in sources.into_iter().zip(ready) {
-            // A listener may have many callers waiting; the others are asked again after the next poll.
+            // A listener may have many pending connections; the others are accepted after the next poll.
             loop {
                 match if is_ready { step(&mut source) } else { Next::Keep } {
                     Next::Add(new) => {
@@ -208,7 +208,7 @@ fn step(source: &mut Source) -> Next {
     }
 }
 
-/// Tells a new caller whom it reached. A caller that is gone already is nobody's fault.
+/// Sends a new client the address that it reached. A client that has closed already is ignored.
 fn welcome(mut stream: TcpStream) -> io::Result<TcpStream> {
     let address = stream.local_addr()?;
     let address = SocketAddr::new(address.ip().to_canonical(), address.port());

@@ -1,4 +1,4 @@
-//! `cargo xtask bench`: what it costs, measured side by side.
+//! `cargo xtask bench`: measures costs, side by side.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -11,7 +11,7 @@ use crate::process::{self, find_program, step};
 use crate::setup::{self, Purpose};
 use crate::workspace::Workspace;
 
-/// Where the results are that the documents show.
+/// The results that the documents show.
 const RESULTS: &str = "docs/benchmarks";
 
 /// Arguments of `cargo xtask bench`.
@@ -23,37 +23,37 @@ pub(crate) struct Options {
 
 #[derive(Debug, Subcommand)]
 enum What {
-    /// Cost of a call with each hook, beside an empty program, a plain look-up and other ways to keep records
+    /// Cost of a call with each hook, against an empty program, a plain lookup and other ways to keep records
     Hooks(Arguments),
-    /// From the API server's events to the kernel's maps, cold starts, memory and CPU of the agent
+    /// From API server events to the kernel's maps, cold starts, memory and CPU of the agent
     Sync(Arguments),
-    /// The same work to an endpoint itself and through socklb, nftables and iptables
+    /// The same work sent directly to an endpoint, and through socklb, nftables and iptables
     Path(Arguments),
-    /// How costs grow with services and endpoints
+    /// Growth of costs with services and endpoints
     Scale(Arguments),
-    /// All four suites, with results in docs/benchmarks, and the documents that show them
+    /// All four suites: writes results to docs/benchmarks, and updates the documents
     All {
-        /// Small and short, with results in a folder of the target folder: shows that it works
+        /// A short run that checks the bench, with results in the target folder
         #[arg(long)]
         smoke: bool,
     },
-    /// Judges two results of one suite; ends with 1 on a regression beyond 10 %
+    /// Compares two results of one suite; exits with 1 on a regression of more than 10 %
     Compare {
         #[arg(value_name = "OLD")]
         old: PathBuf,
         #[arg(value_name = "NEW")]
         new: PathBuf,
     },
-    /// Writes the plots and tables of the documents anew from docs/benchmarks, without measuring
+    /// Rewrites plots and tables of the documents from docs/benchmarks, without measuring
     Render,
-    /// Changes of everything with faults of the API server and calls under way, for a long time
+    /// Long run: changes of everything, with API server faults and calls in progress
     Churn(ChurnArguments),
 }
 
 /// Arguments of one suite.
 #[derive(Debug, Args)]
 struct Arguments {
-    /// `--smoke`, `--json FILE`, `--markdown FILE`, `--svg DIR`, and what the suite takes: `-- --help` lists it
+    /// `--smoke`, `--json FILE`, `--markdown FILE`, `--svg DIR`, and the suite's own: `-- --help` lists them
     #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGS")]
     arguments: Vec<String>,
 }
@@ -61,13 +61,13 @@ struct Arguments {
 /// Arguments of `churn`.
 #[derive(Debug, Args)]
 struct ChurnArguments {
-    /// `--seed N`, `--seconds N`; for figures over time `--services N`, `--endpoints N`, `--changes-per-second N` and
-    /// `--kill-every SECONDS`: `-- --help` lists all
+    /// `--seed N`, `--seconds N`; for figures over time `--services N`, `--endpoints N`,
+    /// `--changes-per-second N` and `--kill-every SECONDS`: `-- --help` lists all
     #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGS")]
     arguments: Vec<String>,
 }
 
-/// The suites in the order in which they run. `path` takes tools that nothing else needs.
+/// The suites in execution order. Only `path` needs extra tools.
 const SUITES: [(&str, &[Purpose]); 4] = [
     ("hooks", &[Purpose::Build, Purpose::Run]),
     ("sync", &[Purpose::Build, Purpose::Run]),
@@ -75,10 +75,10 @@ const SUITES: [(&str, &[Purpose]); 4] = [
     ("scale", &[Purpose::Build, Purpose::Run]),
 ];
 
-/// Runs `cargo xtask bench`. Suites need root: they attach programs, in namespaces and cgroups of their own.
+/// Runs `cargo xtask bench`. Suites need root: they attach programs, in their own namespaces and cgroups.
 ///
 /// # Errors
-/// When setting up or building fails, the bench does, or `compare` finds a regression.
+/// If setup or building fails, the bench fails, or `compare` finds a regression.
 pub(crate) fn command(workspace: &Workspace, options: &Options) -> Result<()> {
     match &options.what {
         What::Hooks(arguments) => suites(workspace, &["hooks"], &[&arguments.arguments]),
@@ -106,14 +106,14 @@ pub(crate) fn command(workspace: &Workspace, options: &Options) -> Result<()> {
     }
 }
 
-/// Builds what needs neither root nor a kernel, which is the same program.
+/// Builds the part that needs neither root nor a kernel, which is the same program.
 fn plain(workspace: &Workspace) -> Result<()> {
     let toolchain = setup::ensure(&[Purpose::Build])?;
     let object = build::bpf_object(workspace, &toolchain)?;
     build(workspace, &object, &["bench", "socklb"])
 }
 
-/// Runs suites one after the other, each with arguments.
+/// Runs suites one after the other, each with its arguments.
 fn suites(workspace: &Workspace, names: &[&str], arguments: &[&[String]]) -> Result<()> {
     let suites = || SUITES.iter().filter(|(name, _)| names.contains(name));
     let purposes: Vec<Purpose> = suites().flat_map(|(_, purposes)| purposes.iter().copied()).collect();
@@ -137,7 +137,7 @@ fn suites(workspace: &Workspace, names: &[&str], arguments: &[&[String]]) -> Res
     Ok(())
 }
 
-/// Runs all suites and writes the documents.
+/// Runs all suites and updates the documents.
 fn all(workspace: &Workspace, smoke: bool) -> Result<()> {
     let directory = if smoke { workspace.target.join("bench-smoke") } else { workspace.root.join(RESULTS) };
     std::fs::create_dir_all(&directory)
@@ -160,14 +160,14 @@ fn render(workspace: &Workspace) -> Result<()> {
     process::run(bench.arg("render").arg("--root").arg(&workspace.root), "see the message above")
 }
 
-/// The programs to compare with, which are built with those of the product.
+/// The competing programs, which are built with the product's.
 pub(crate) fn bench_object(workspace: &Workspace) -> PathBuf {
     workspace.target.join("bpf").join(build::BPF_TARGET).join("release/lb-bench")
 }
 
-/// The commit of the tree, and whether files differ from it; `unknown` outside of a repository.
+/// The commit of the tree, with `-dirty` if files differ from it; `unknown` outside a repository.
 ///
-/// Results do not make a tree differ: a run of all suites writes one after the other.
+/// Results do not count as a difference: a run of all suites writes them one after the other.
 fn commit(workspace: &Workspace) -> String {
     let git = |args: &[&str]| {
         find_program("git")?;
@@ -180,12 +180,12 @@ fn commit(workspace: &Workspace) -> String {
     format!("{}{suffix}", revision.trim())
 }
 
-/// Builds programs as they are released.
+/// Builds programs in release mode.
 fn build(workspace: &Workspace, object: &Path, programs: &[&str]) -> Result<()> {
     step("building the bench");
     let mut cargo = process::cargo();
     cargo.current_dir(&workspace.root).args(["build", "--release"]).env(build::OBJECT_VARIABLE, object);
-    // One command: with other packages selected, cargo enables other features and compiles many crates anew.
+    // One command: with other packages selected, cargo enables other features and rebuilds many crates.
     cargo.args(["--package", "lb-tests", "--package", "lb-userspace"]);
     for program in programs {
         cargo.args(["--bin", program]);
@@ -199,7 +199,7 @@ fn start(workspace: &Workspace, program: &str) -> Command {
     if process::is_root() {
         return Command::new(binary);
     }
-    step("the bench attaches BPF programs, which needs root: starting it with sudo");
+    step("the bench needs root to attach BPF programs: starting it with sudo");
     let mut sudo = Command::new("sudo");
     sudo.arg("--").arg(binary);
     sudo

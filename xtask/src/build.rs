@@ -16,34 +16,36 @@ use crate::workspace::Workspace;
 pub(crate) const BPF_TARGET: &str =
     if cfg!(target_endian = "big") { "bpfeb-unknown-none" } else { "bpfel-unknown-none" };
 
-/// The variable through which `lb-userspace/kernel/build.rs` learns which object to embed.
+/// The variable that tells `lb-userspace/kernel/build.rs` which object to embed.
 pub(crate) const OBJECT_VARIABLE: &str = "SOCKLB_BPF_OBJECT";
 
-/// The program that shows `socklb` at work.
+/// The demo program.
 pub(crate) const DEMO: &str = "socklb-demo";
 
 /// Compiler flags of the BPF build, one per entry.
 pub(crate) fn bpf_rustflags() -> Vec<String> {
     vec![
-        // aya-ebpf picks the layout of pt_regs and friends by the architecture that the kernel runs on; the BPF
-        // target itself does not say.
+        // aya-ebpf selects the layout of pt_regs and other types by the kernel's architecture, which the BPF
+        // target does not tell.
         format!("--cfg=bpf_target_arch=\"{ARCH}\""),
-        // BTF is made from debug info: without it maps have no types and verifier logs no source lines.
+        // BTF is made from debug info: without it maps have no types and the verifier's log has no source
+        // lines.
         "-Cdebuginfo=2".to_owned(),
-        // Compare-and-swap, which slots of sockets are taken with, is an instruction of the third version (kernel
-        // 5.12); programs that must load on older kernels do not contain it.
+        // Compare-and-swap, which reserves slots of sockets, is an instruction of BPF's third version (kernel
+        // 5.12); programs for older kernels do not contain it.
         "-Ctarget-cpu=v3".to_owned(),
-        // bpf-linker writes .BTF and .BTF.ext only when told to.
+        // bpf-linker writes .BTF and .BTF.ext only on request.
         "-Clink-arg=--btf".to_owned(),
     ]
 }
 
-/// Adds what compiling `lb-ebpf` for the BPF target takes to a `cargo build` or `cargo clippy` command.
+/// Adds the arguments for compiling `lb-ebpf` for the BPF target to a `cargo build` or `cargo clippy`
+/// command.
 pub(crate) fn add_bpf_arguments(command: &mut std::process::Command, workspace: &Workspace) {
     command
         .current_dir(&workspace.root)
         .args(["--package", "lb-ebpf", "--target", BPF_TARGET, "-Zbuild-std=core"])
-        // A folder of its own: another rustc and other flags must not invalidate the host's results.
+        // A separate folder: another rustc and other flags must not invalidate the host's results.
         .arg("--target-dir")
         .arg(workspace.target.join("bpf"))
         .env("CARGO_ENCODED_RUSTFLAGS", bpf_rustflags().join("\u{1f}"));
@@ -52,7 +54,7 @@ pub(crate) fn add_bpf_arguments(command: &mut std::process::Command, workspace: 
 /// Builds the BPF object and returns its path.
 ///
 /// # Errors
-/// When the compiler or bpf-linker fails, or the object cannot be copied.
+/// If the compiler or bpf-linker fails, or the object cannot be copied.
 pub(crate) fn bpf_object(workspace: &Workspace, toolchain: &BpfToolchain) -> Result<PathBuf> {
     step(&format!("building the BPF object with {toolchain}"));
     let mut cargo = toolchain.cargo("build");
@@ -65,7 +67,7 @@ pub(crate) fn bpf_object(workspace: &Workspace, toolchain: &BpfToolchain) -> Res
     Ok(object)
 }
 
-/// Copies a file unless the destination holds the same bytes, because its time stamp makes cargo rebuild.
+/// Copies a file unless the destination has the same bytes, because cargo rebuilds on a new time stamp.
 fn copy_if_changed(from: &Path, to: &Path) -> Result<()> {
     let new = fs::read(from).with_context(|| format!("no BPF object at {}: build again", from.display()))?;
     if fs::read(to).is_ok_and(|old| old == new) {
@@ -74,10 +76,11 @@ fn copy_if_changed(from: &Path, to: &Path) -> Result<()> {
     fs::write(to, new).with_context(|| format!("cannot write {}: check its owner and the disk", to.display()))
 }
 
-/// Builds the `socklb` binary around a BPF object, and `socklb-demo` if asked to, which starts it. Returns the path of `socklb`.
+/// Builds the `socklb` binary with a BPF object, and `socklb-demo` if requested. Returns the path of
+/// `socklb`.
 ///
 /// # Errors
-/// When cargo fails.
+/// If cargo fails.
 pub(crate) fn socklb(
     workspace: &Workspace,
     object: &OsStr,
@@ -101,7 +104,7 @@ pub(crate) fn socklb(
 /// Runs `cargo xtask build`.
 ///
 /// # Errors
-/// When setting up or building fails.
+/// If setting up or building fails.
 pub(crate) fn command(workspace: &Workspace, release: bool) -> Result<()> {
     let toolchain = setup::ensure(&[Purpose::Build])?;
     let object = bpf_object(workspace, &toolchain)?;

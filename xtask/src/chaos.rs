@@ -1,4 +1,4 @@
-//! `cargo xtask chaos`: agents that are killed, ended and replaced, under load.
+//! `cargo xtask chaos`: kills, stops and replaces agents under load.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -16,25 +16,25 @@ use crate::workspace::Workspace;
 /// Arguments of `cargo xtask chaos`.
 #[derive(Debug, Args)]
 pub(crate) struct Options {
-    /// Decides about objects, changes and what becomes of agents; a failure names it
+    /// Seed of objects, changes and what happens to agents; a failure prints it
     #[arg(long, value_name = "N", default_value_t = 1)]
     seed: u64,
-    /// How many agents are killed, ended and replaced
+    /// Number of agents to kill, stop and replace
     #[arg(long, value_name = "N", default_value_t = 200)]
     events: u64,
-    /// For how long at most
+    /// Time limit in seconds
     #[arg(long, value_name = "N", default_value_t = 900)]
     seconds: u64,
 }
 
-/// Runs `cargo xtask chaos`. Needs root: agents attach programs, in a namespace and a cgroup of the run's own.
+/// Runs `cargo xtask chaos`. Needs root: agents attach programs, in the run's own namespace and cgroup.
 ///
 /// # Errors
-/// When setting up or building fails, a call fails or goes astray, or the maps do not end as they should.
+/// If setup or building fails, a call fails or reaches a wrong endpoint, or the maps are wrong at the end.
 pub(crate) fn command(workspace: &Workspace, options: &Options) -> Result<()> {
     let toolchain = setup::ensure(&[Purpose::Build, Purpose::Run])?;
     let object = build::bpf_object(workspace, &toolchain)?;
-    step("building socklb twice: one that can be told to kill itself, and one that cannot");
+    step("building socklb twice: with and without the feature to kill itself");
     let directory = workspace.target.join("chaos");
     fs::create_dir_all(&directory)
         .with_context(|| format!("cannot make {}: check its owner and the disk", directory.display()))?;
@@ -42,19 +42,19 @@ pub(crate) fn command(workspace: &Workspace, options: &Options) -> Result<()> {
     for (name, features) in [("socklb-plain", None), ("socklb", Some(FEATURES))] {
         let built = build(workspace, &object, features)?;
         let kept = directory.join(name);
-        // What runs is not overwritten: a file of its own takes the old one's place.
+        // A running program cannot be overwritten: a new file replaces the old one.
         let new = kept.with_extension("new");
         fs::copy(&built, &new)
             .and_then(|_bytes| fs::rename(&new, &kept))
             .with_context(|| format!("cannot write {}: check its owner and the disk", kept.display()))?;
-        // The one that is told so must be able to: it comes first.
+        // The binary with the kill feature comes first.
         binaries.insert(0, kept);
     }
     let program = workspace.target.join("debug/bench-churn");
     let mut chaos = if process::is_root() {
         Command::new(program)
     } else {
-        step("agents attach BPF programs, which needs root: starting with sudo");
+        step("agents need root to attach BPF programs: starting with sudo");
         let mut sudo = Command::new("sudo");
         sudo.arg("--").arg(program);
         sudo
@@ -67,7 +67,7 @@ pub(crate) fn command(workspace: &Workspace, options: &Options) -> Result<()> {
     process::run(&mut chaos, "see the message above")
 }
 
-/// Builds `socklb` as the tests do, and the program that torments it.
+/// Builds `socklb` with the tests' features, and the chaos program.
 fn build(workspace: &Workspace, object: &Path, features: Option<&str>) -> Result<PathBuf> {
     let mut cargo = process::cargo();
     cargo.current_dir(&workspace.root).args(["build", "--package", "lb-tests", "--package", "lb-userspace"]);

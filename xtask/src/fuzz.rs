@@ -1,7 +1,7 @@
-//! `cargo xtask fuzz`: inputs that nobody thought of, found by coverage.
+//! `cargo xtask fuzz`: coverage-guided fuzzing.
 //!
-//! The targets have the layout of cargo-fuzz. This command runs them with the compiler that is there: it needs neither
-//! nightly nor cargo-fuzz, and goes without `AddressSanitizer`, which safe code gains little from.
+//! The targets have the layout of cargo-fuzz. This command runs them with the installed compiler: without
+//! nightly, without cargo-fuzz, and without `AddressSanitizer`, which finds little in safe code.
 
 use std::env::consts::ARCH;
 use std::fs;
@@ -18,15 +18,15 @@ use crate::workspace::Workspace;
 /// Arguments of `cargo xtask fuzz`.
 #[derive(Debug, Args)]
 pub(crate) struct Options {
-    /// For how long
+    /// Time limit in seconds
     #[arg(long, value_name = "N", default_value_t = 60)]
     seconds: u64,
-    /// Arguments of libFuzzer, such as the file of an input that failed
+    /// Arguments of libFuzzer, such as the file of a failing input
     #[arg(last = true, value_name = "ARGS")]
     args: Vec<String>,
 }
 
-/// What makes the compiler count which edges an input takes, as libFuzzer wants it.
+/// Makes the compiler count edges, as libFuzzer requires.
 const COVERAGE: [&str; 7] = [
     "-Cpasses=sancov-module",
     "-Cllvm-args=-sanitizer-coverage-level=4",
@@ -40,13 +40,13 @@ const COVERAGE: [&str; 7] = [
 /// Runs `cargo xtask fuzz`.
 ///
 /// # Errors
-/// When building fails, or an input makes the target panic.
+/// If building fails, or an input makes the target panic.
 pub(crate) fn command(workspace: &Workspace, options: &Options) -> Result<()> {
     let toolchain = setup::ensure(&[Purpose::Build])?;
     let object = build::bpf_object(workspace, &toolchain)?;
     let target = workspace.target.join("fuzz");
     let triple = format!("{ARCH}-unknown-linux-gnu");
-    step("making the first corpus from the scenarios");
+    step("making the seed corpus from the scenarios");
     let corpus = target.join("corpus/ingest");
     let seeds = target.join("seeds/ingest");
     let mut make_seeds = process::cargo();
@@ -57,9 +57,9 @@ pub(crate) fn command(workspace: &Workspace, options: &Options) -> Result<()> {
     let mut cargo = process::cargo();
     cargo.current_dir(&workspace.root).args(["build", "--package", "lb-fuzz", "--profile", "fuzz"]);
     cargo.arg("--target-dir").arg(&target);
-    // With a named target the flags are not for build scripts and macros.
+    // With an explicit target the flags do not apply to build scripts and macros.
     cargo.args(["--target", &triple]).env("CARGO_ENCODED_RUSTFLAGS", COVERAGE.join("\u{1f}"));
-    // The target calls no kernel, but no release build goes without it.
+    // The target calls no kernel, but a release build without the object fails.
     cargo.env(build::OBJECT_VARIABLE, &object);
     process::run(&mut cargo, "correct the errors above; a C++ compiler is needed for libFuzzer")?;
     let artifacts = target.join("artifacts/ingest");
@@ -74,11 +74,11 @@ pub(crate) fn command(workspace: &Workspace, options: &Options) -> Result<()> {
         .arg(format!("-artifact_prefix={}/", artifacts.display()))
         .args(&options.args);
     if options.args.iter().all(|argument| argument.starts_with('-')) {
-        // What is found is kept in the first one.
+        // libFuzzer writes new inputs to the first folder.
         fuzz.arg(&corpus).arg(&seeds);
     }
     process::run(
         &mut fuzz,
-        "the input is in the file named above: `cargo xtask fuzz -- FILE` runs it again; make a test of it",
+        "the input is in the file named above: run it again with `cargo xtask fuzz -- FILE`, and add a test for it",
     )
 }

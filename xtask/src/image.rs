@@ -1,9 +1,9 @@
 //! `cargo xtask image`: a container image of `socklb`, without a container engine.
 //!
 //! An archive in the OCI image layout (<https://github.com/opencontainers/image-spec>), which `kind load
-//! image-archive`, `ctr images import`, `podman load` and `skopeo` read; with the `manifest.json` of `docker load`
-//! beside it. One layer: the binary and the libraries that it is linked with, no shell and no package manager. The
-//! same binary and libraries make the same bytes.
+//! image-archive`, `ctr images import`, `podman load` and `skopeo` read, with the `manifest.json` of `docker
+//! load`. It has one layer with the binary and its libraries, without a shell or a package manager. The same
+//! binary and libraries give the same bytes.
 
 use std::collections::BTreeMap;
 use std::env::consts::ARCH;
@@ -25,24 +25,24 @@ use crate::workspace::Workspace;
 
 #[derive(clap::Args)]
 pub(crate) struct Options {
-    /// Where to write the archive [default: target/socklb-image.tar]
+    /// Path of the archive [default: target/socklb-image.tar]
     #[arg(long, value_name = "FILE")]
     output: Option<PathBuf>,
-    /// Writes the files of the image into this folder instead, for a builder to copy (see Containerfile)
+    /// Write the image's files into this folder instead, for a builder to copy (see Containerfile)
     #[arg(long, value_name = "DIR", conflicts_with = "output")]
     unpacked: Option<PathBuf>,
 }
 
-/// The image's name: no registry has this host, so that nobody is asked for it.
+/// The image's name. No registry has this host, so no engine tries to pull it.
 const NAME: &str = concat!("localhost/socklb:", env!("CARGO_PKG_VERSION"));
 
-/// Where the binary is in the image.
+/// Path of the binary in the image.
 const BINARY: &str = "usr/local/bin/socklb";
 
-/// Certificate authorities of Debian, for API servers whose kubeconfig names none.
+/// Debian's certificate authorities, for API servers whose kubeconfig names none.
 const AUTHORITIES: &str = "etc/ssl/certs/ca-certificates.crt";
 
-/// Folders that mounts go to. Without them nothing could be mounted on a file system that is only read.
+/// Mount points, since a read-only root cannot get new ones.
 const FOLDERS: &[(&str, u32)] = &[
     ("dev", 0o755),
     ("etc/socklb", 0o755),
@@ -56,7 +56,7 @@ const FOLDERS: &[(&str, u32)] = &[
     ("var/lib/socklb", 0o755),
 ];
 
-/// Files that the C library asks for.
+/// Files that the C library reads.
 const TEXTS: &[(&str, &str)] = &[
     ("etc/passwd", "root:x:0:0:root:/:/sbin/nologin\n"),
     ("etc/group", "root:x:0:\n"),
@@ -70,10 +70,10 @@ enum Entry {
     Folder { mode: u32 },
 }
 
-/// What is in the image, by path without a leading slash.
+/// The image's contents, by path without a leading slash.
 type Tree = BTreeMap<String, Entry>;
 
-/// The libraries that the dynamic loader would load, by the output of `ldd`.
+/// The libraries that the dynamic loader loads, from the output of `ldd`.
 fn libraries(ldd: &str) -> Result<Vec<PathBuf>> {
     let mut found = Vec::new();
     for line in ldd.lines().map(str::trim) {
@@ -82,17 +82,17 @@ fn libraries(ldd: &str) -> Result<Vec<PathBuf>> {
             Some((_, path)) => path,
             None => line,
         };
-        // The kernel's own library has a name and no path.
+        // The vDSO has a name and no path.
         let Some(path) = path.split(" (0x").next().filter(|path| path.starts_with('/')) else { continue };
         found.push(PathBuf::from(path));
     }
     Ok(found)
 }
 
-/// Everything that the image of a binary holds.
+/// The contents of the image of a binary.
 ///
 /// # Errors
-/// When a file cannot be read or `ldd` fails.
+/// If a file cannot be read or `ldd` fails.
 fn tree(root: &Path, binary: &Path) -> Result<Tree> {
     let mut tree: Tree = TEXTS
         .iter()
@@ -107,7 +107,7 @@ fn tree(root: &Path, binary: &Path) -> Result<Tree> {
         Ok(())
     };
     add(BINARY, binary, 0o755)?;
-    // The loader looks for them under these names, whatever the files are called.
+    // The loader searches for these names, whatever the files are called.
     for library in libraries(&process::capture(Command::new("ldd").arg(binary))?)? {
         let name = library.to_string_lossy().trim_start_matches('/').to_owned();
         add(&name, &library, 0o755)?;
@@ -115,7 +115,7 @@ fn tree(root: &Path, binary: &Path) -> Result<Tree> {
     for licence in ["LICENSE-APACHE", "LICENSE-MIT"] {
         add(&format!("usr/share/doc/socklb/{licence}"), &root.join(licence), 0o644)?;
     }
-    // Of the libraries above and the authorities, where Debian keeps them.
+    // Debian's copyright files of the libraries and the authorities.
     for package in ["libc6", "libgcc-s1", "ca-certificates"] {
         let name = format!("usr/share/doc/{package}/copyright");
         let path = Path::new("/").join(&name);
@@ -133,7 +133,7 @@ fn tree(root: &Path, binary: &Path) -> Result<Tree> {
     Ok(tree)
 }
 
-/// Adds the folders above everything that is in the tree, so that nothing depends on what an unpacker makes of them.
+/// Adds the parent folders of all entries, so that their modes do not depend on the unpacker.
 fn with_parents(tree: &mut Tree) {
     let above = |path: &str| -> Vec<String> {
         path.match_indices('/').map(|(end, _)| path[..end].to_owned()).collect()
@@ -144,7 +144,7 @@ fn with_parents(tree: &mut Tree) {
     }
 }
 
-/// A tar header with nothing in it that differs between two runs.
+/// A tar header without fields that differ between runs.
 fn header(kind: tar::EntryType, size: u64, mode: u32) -> tar::Header {
     let mut header = tar::Header::new_ustar();
     header.set_entry_type(kind);
@@ -175,7 +175,7 @@ fn layer(tree: &Tree) -> Result<Vec<u8>> {
 }
 
 fn compress(data: &[u8]) -> Result<Vec<u8>> {
-    // Without a time of its own. The best compression takes three times as long for less than one part in a hundred.
+    // Without a time stamp. The best compression takes three times as long and saves less than 1 %.
     let mut gz = GzBuilder::new().mtime(0).write(Vec::new(), Compression::default());
     gz.write_all(data)?;
     Ok(gz.finish()?)
@@ -188,7 +188,7 @@ fn sha256(data: &[u8]) -> String {
     })
 }
 
-/// What images call this machine's kind of processor.
+/// The image format's name of this architecture.
 fn architecture() -> &'static str {
     match ARCH {
         "x86_64" => "amd64",
@@ -197,7 +197,7 @@ fn architecture() -> &'static str {
     }
 }
 
-/// The archive with a tree as its only layer.
+/// The archive with one layer.
 fn archive(tree: &Tree) -> Result<Vec<u8>> {
     const LAYER: &str = "application/vnd.oci.image.layer.v1.tar+gzip";
     const CONFIG: &str = "application/vnd.oci.image.config.v1+json";
@@ -232,7 +232,7 @@ fn archive(tree: &Tree) -> Result<Vec<u8>> {
     let manifest = json!({ "schemaVersion": 2, "mediaType": MANIFEST, "config": config, "layers": [layer] });
     let mut manifest = blob(MANIFEST, serde_json::to_vec(&manifest)?);
     manifest["annotations"] = json!({
-        // For readers of the layout, and for containerd, which wants the whole name.
+        // For readers of the layout, and for containerd, which needs the full name.
         "org.opencontainers.image.ref.name": env!("CARGO_PKG_VERSION"),
         "io.containerd.image.name": NAME,
     });
@@ -255,13 +255,13 @@ fn archive(tree: &Tree) -> Result<Vec<u8>> {
     self::layer(&files)
 }
 
-/// Writes a tree below a folder, which must not be there yet.
+/// Writes the contents to a new folder.
 fn unpack(tree: &Tree, directory: &Path) -> Result<()> {
     if directory.exists() {
-        bail!("--unpacked {}: is there already: name a folder that is not", directory.display());
+        bail!("--unpacked {}: exists: name a new folder", directory.display());
     }
     fs::create_dir_all(directory).with_context(|| {
-        format!("--unpacked {}: cannot be made: name another folder", directory.display())
+        format!("--unpacked {}: cannot be created: name another folder", directory.display())
     })?;
     let tar = layer(tree)?;
     let mut reader = tar::Archive::new(tar.as_slice());
@@ -271,7 +271,7 @@ fn unpack(tree: &Tree, directory: &Path) -> Result<()> {
         .with_context(|| format!("--unpacked {}: cannot be written: check the disk", directory.display()))
 }
 
-/// A copy of a binary without symbols, which nobody reads in a container.
+/// A stripped copy of a binary.
 fn stripped(binary: &Path, copy: &Path) -> Result<()> {
     let mut strip = Command::new("strip");
     strip.arg("--strip-all").arg("-o").arg(copy).arg(binary);
@@ -281,7 +281,7 @@ fn stripped(binary: &Path, copy: &Path) -> Result<()> {
 /// Runs `cargo xtask image`.
 ///
 /// # Errors
-/// When building fails or the archive cannot be written.
+/// If building fails or the archive cannot be written.
 pub(crate) fn command(workspace: &Workspace, options: &Options) -> Result<()> {
     let toolchain = setup::ensure(&[Purpose::Build, Purpose::Image])?;
     let object = build::bpf_object(workspace, &toolchain)?;

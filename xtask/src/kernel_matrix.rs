@@ -1,8 +1,8 @@
-//! `cargo xtask kernel-matrix`: the kernel tests on the kernels that users have, in QEMU.
+//! `cargo xtask kernel-matrix`: the kernel tests on Debian's kernels, in QEMU.
 //!
-//! The guest is a Debian cloud kernel and an initramfs with one static init, the static test executable and four
-//! modules; it has no disk and no network device. Nothing is installed: kernels and QEMU are unpacked into the
-//! cache folder.
+//! The guest is a Debian cloud kernel and an initramfs with a static init, the static test executable and
+//! four modules. It has no disk and no network device. Kernels and QEMU are unpacked into the cache folder,
+//! not installed.
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
@@ -30,55 +30,56 @@ use guest_kernel::GuestKernel;
 use initramfs::Initramfs;
 use qemu::{Outcome, Qemu};
 
-/// What the kernel tests are compiled for; also the reason why the host must be of this kind.
+/// Target of the kernel tests, and thus the required host.
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 
-/// The crates that load the BPF object. Optimizing these few makes a load five times cheaper in user space, which
-/// counts where every instruction is emulated; optimizing all would take longer to compile than it saves.
+/// The crates that load the BPF object. Optimising them makes a load five times cheaper in user space, which
+/// matters under emulation; optimising all crates takes longer than it saves.
 const OPTIMIZED: &[&str] = &["aya", "aya-obj", "object"];
 
-/// How long one kernel may take. Booting takes 4 s, but under emulation the verifier needs seconds for each of the
-/// many loads; a hung guest does not end by itself.
+/// Time limit of one kernel. Booting takes 4 s, but under emulation the verifier needs seconds for each of
+/// the many loads. A hung guest does not exit by itself.
 const LIMIT: Duration = Duration::from_secs(27 * 60);
 
-/// Lines of a guest's output that a failure shows.
+/// Output lines of a guest in an error.
 const SERIAL_TAIL: usize = 40;
 
-/// Folders of the tree that tests read at run time; the guest has them under the same path.
+/// Folders that tests read at run time, at the same path in the guest.
 const GUEST_FOLDERS: &[&str] = &["tests/scenarios", "tests/kernel", "manifests"];
 
-/// A kernel that the tests run on.
+/// A kernel of the matrix.
 struct Row {
     name: &'static str,
-    /// The Debian release whose cloud kernel it is.
+    /// The Debian release of the cloud kernel.
     suite: &'static str,
     /// Processors of the guest.
     n_cpus: u8,
-    /// False when its failure is only reported.
+    /// If false, a failure is reported but allowed.
     is_required: bool,
 }
 
-/// The kernels, oldest first. Add a row when a Debian release has a kernel that users have.
+/// The kernels, oldest first. Add a row for each kernel of a Debian release in use.
 ///
-/// One of them has one processor, where kernels take shortcuts ([`qemu::Qemu::boot`] has it preempted at will).
+/// One guest has a single processor, for code that only runs there ([`qemu::Qemu::boot`] enables full
+/// preemption).
 const KERNELS: &[Row] = &[
     Row { name: "5.10", suite: "bullseye", n_cpus: 2, is_required: true },
     Row { name: "6.1", suite: "bookworm", n_cpus: 1, is_required: true },
     Row { name: "6.12", suite: "trixie", n_cpus: 2, is_required: true },
-    // Names and packaging move there, so a failure is news and not a fault of the change under test.
+    // In sid names and packaging change, so a failure need not be the fault of the tested change.
     Row { name: "newest", suite: "sid", n_cpus: 2, is_required: false },
 ];
 
 /// Options of the command.
 #[derive(Args)]
 pub(crate) struct Options {
-    /// Kernels to run on: 5.10, 6.1, 6.12, newest; all when not given
+    /// Kernels to test: 5.10, 6.1, 6.12, newest [default: all]
     #[arg(long, value_delimiter = ',', value_name = "NAME")]
     kernel: Vec<String>,
-    /// What executes the guest
+    /// How to execute the guest
     #[arg(long, value_enum, default_value_t = Accelerator::Tcg)]
     accel: Accelerator,
-    /// Looks for newer kernels and QEMU in place of the cached ones
+    /// Look for newer kernels and QEMU in place of the cached ones
     #[arg(long)]
     refresh: bool,
     /// Filters and options of the test executable
@@ -86,16 +87,16 @@ pub(crate) struct Options {
     args: Vec<String>,
 }
 
-/// What executes the guest. Never chosen by looking for `/dev/kvm`: nested hosts have one that fails later.
+/// How the guest is executed. `/dev/kvm` is no proof: on nested hosts it may exist and fail later.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Accelerator {
-    /// Emulation; works everywhere
+    /// Emulation, which works everywhere
     Tcg,
-    /// The processor's virtualization; needs a host where it works
+    /// The processor's virtualization, on hosts that support it
     Kvm,
 }
 
-/// How a kernel did.
+/// Result of a kernel.
 struct Report {
     row: &'static Row,
     release: String,
@@ -134,7 +135,7 @@ impl Report {
     }
 }
 
-/// Picks the rows that the user asked for.
+/// Selects the requested rows.
 fn choose(names: &[String]) -> Result<Vec<&'static Row>> {
     if let Some(unknown) = names.iter().find(|name| KERNELS.iter().all(|row| row.name != name.as_str())) {
         let known: Vec<&str> = KERNELS.iter().map(|row| row.name).collect();
@@ -144,14 +145,14 @@ fn choose(names: &[String]) -> Result<Vec<&'static Row>> {
     Ok(KERNELS.iter().filter(is_chosen).collect())
 }
 
-/// The static executables that go into the guest.
+/// The static executables of the guest.
 struct GuestPrograms {
     init: PathBuf,
     test: PathBuf,
     socklb: PathBuf,
 }
 
-/// Reads the executables from cargo's messages.
+/// Finds the executables in cargo's messages.
 fn guest_programs(messages: &str) -> Result<GuestPrograms> {
     let artifacts: Vec<Value> = messages.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
     let executable = |name: &str, is_test: bool| {
@@ -189,7 +190,7 @@ fn build_guest_programs(workspace: &Workspace, object: &OsStr) -> Result<GuestPr
         )
         .env("RUSTFLAGS", "-Ctarget-feature=+crt-static")
         .env(OBJECT_VARIABLE, object)
-        // The guest unpacks every byte under emulation.
+        // Small, since the guest unpacks every byte under emulation.
         .env("CARGO_PROFILE_DEV_DEBUG", "none")
         .env("CARGO_PROFILE_DEV_STRIP", "symbols")
         .env_remove("CARGO_ENCODED_RUSTFLAGS")
@@ -203,7 +204,7 @@ fn read(file: &Path) -> Result<Vec<u8>> {
     fs::read(file).with_context(|| format!("cannot read {}: run the command again", file.display()))
 }
 
-/// Adds the files below a folder under the same absolute path.
+/// Adds the files below a folder under the same path.
 fn add_folder(initramfs: &mut Initramfs, dir: &Path) -> Result<()> {
     let entries =
         fs::read_dir(dir).with_context(|| format!("cannot list {}: check its owner", dir.display()))?;
@@ -218,7 +219,7 @@ fn add_folder(initramfs: &mut Initramfs, dir: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The part of the initramfs that is the same for every kernel.
+/// The part of the initramfs that all kernels share.
 fn base_initramfs(workspace: &Workspace, programs: &GuestPrograms, args: &[String]) -> Result<Initramfs> {
     let mut initramfs = Initramfs::default();
     initramfs.console();
@@ -233,8 +234,8 @@ fn base_initramfs(workspace: &Workspace, programs: &GuestPrograms, args: &[Strin
         }
     }
     initramfs.directory(&tests);
-    // In files and not on the kernel's command line, which has a length limit and no quoting for arguments.
-    // Calls and starts of agents are what an emulated CPU is slowest at, and all are made by `cargo xtask test`.
+    // Files, since the kernel's command line has a length limit and no quoting. Emulation is slow, so tests
+    // make fewer calls and agent starts here; `cargo xtask test` makes all of them.
     let environment = format!(
         "CARGO_MANIFEST_DIR={}\nSOCKLB_BIN=/socklb\nRUST_BACKTRACE=1\nLB_TEST_CYCLES=20000\nLB_FAULT_STEP=4\n",
         tests.display()
@@ -244,7 +245,7 @@ fn base_initramfs(workspace: &Workspace, programs: &GuestPrograms, args: &[Strin
     Ok(initramfs)
 }
 
-/// Waits until no other run of this command works in a folder. The lock ends with the value.
+/// Waits until no other run of this command uses a folder. Dropping the value releases the lock.
 fn lock(dir: &Path, what: &str) -> Result<File> {
     fs::create_dir_all(dir).with_context(|| format!("cannot create {}: check its owner", dir.display()))?;
     let path = dir.join("lock");
@@ -257,7 +258,7 @@ fn lock(dir: &Path, what: &str) -> Result<File> {
     Ok(file)
 }
 
-/// Boots one kernel and judges what it printed.
+/// Boots one kernel and evaluates its output.
 fn boot(kernel: &GuestKernel, qemu: &Qemu, base: &Initramfs, row: &Row, work: &Path) -> Result<Outcome> {
     let name = row.name;
     let mut initramfs = base.clone();
@@ -273,14 +274,14 @@ fn boot(kernel: &GuestKernel, qemu: &Qemu, base: &Initramfs, row: &Row, work: &P
         let text = fs::read_to_string(&log).unwrap_or_default();
         let lines: Vec<&str> = text.lines().collect();
         let tail = lines[lines.len().saturating_sub(SERIAL_TAIL)..].join(&format!("\n    [{name}] | "));
-        // In one piece, because other guests print meanwhile.
-        eprintln!("    [{name}] {outcome}; the end of {}:\n    [{name}] | {tail}", log.display());
+        // One write, because other guests print meanwhile.
+        eprintln!("    [{name}] {outcome}; the last lines of {}:\n    [{name}] | {tail}", log.display());
     }
     Ok(outcome)
 }
 
-/// Runs jobs on as many threads as there are cores: guests with two processors are busy with one most of the time. Keeps
-/// their order.
+/// Runs jobs on one thread per core: a guest with two processors keeps one busy most of the time. Results
+/// keep the order of the jobs.
 fn run_on_all_cores<J: Send, R: Send>(jobs: Vec<J>, run: impl Fn(J) -> Result<R> + Sync) -> Result<Vec<R>> {
     let n_threads = thread::available_parallelism().map_or(1, usize::from).min(jobs.len());
     let queue = Mutex::new(jobs.into_iter().enumerate());
@@ -322,7 +323,7 @@ fn publish(reports: &[Report], file: &Path) -> Result<()> {
 /// Runs `cargo xtask kernel-matrix`.
 ///
 /// # Errors
-/// When setting up or building fails, or the tests fail on a required kernel.
+/// If setup or building fails, or the tests fail on a required kernel.
 pub(crate) fn command(workspace: &Workspace, options: &Options) -> Result<()> {
     let rows = choose(&options.kernel)?;
     if !cfg!(target_arch = "x86_64") {

@@ -1,4 +1,4 @@
-//! `cargo xtask lint`: everything that is judged by reading the sources.
+//! `cargo xtask lint`: all checks of the sources.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -14,7 +14,7 @@ use crate::workspace::Workspace;
 
 mod text;
 
-/// A place in the tree that breaks a rule.
+/// A violation of a rule.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 struct Violation {
     file: PathBuf,
@@ -23,15 +23,15 @@ struct Violation {
     reason: String,
 }
 
-/// A file of the tree, by its path from the root.
+/// A file of the tree, with its path from the root.
 struct TreeFile {
     path: PathBuf,
     text: String,
 }
 
-/// Reads every text file of the tree, without build results and hidden state of tools.
+/// Reads every text file of the tree, without build results and tools' hidden state.
 ///
-/// The folders are walked rather than asked from git, so that an unpacked archive is checked the same way.
+/// Walks the folders instead of asking git, so that an unpacked archive is checked the same way.
 fn read_tree(root: &Path) -> Result<Vec<TreeFile>> {
     let mut files = Vec::new();
     let mut dirs = vec![root.to_owned()];
@@ -90,31 +90,33 @@ fn clippy_host(workspace: &Workspace) -> Result<()> {
         .current_dir(&workspace.root)
         .args(["clippy", "--workspace", "--exclude", "lb-ebpf", "--all-targets", "--features", FEATURES])
         .args(["--", "--deny", "warnings"])
-        // The fuzz target is read and not linked: named a library, its build script needs no C++ compiler to make one.
+        // The fuzz target is checked and not linked: with the library named, its build script needs no C++
+        // compiler.
         .env("CUSTOM_LIBFUZZER_PATH", workspace.root.join("tests/fuzz/Cargo.toml"))
-        // The stub object is enough to read the sources, and no BPF build is then needed before them.
+        // The stub object is enough for checking, so no BPF build is needed before.
         .env_remove(build::OBJECT_VARIABLE);
     process::run(&mut clippy, "correct the lints above")
 }
 
-/// Lints `lb-ebpf` as it is built: for the BPF target, with that toolchain's own clippy.
+/// Lints `lb-ebpf` for the BPF target, with that toolchain's clippy.
 ///
-/// Stable clippy on the host was the alternative. It sees the host's pointer casts, bindings and `cfg`s in place of
-/// BPF's, and it cannot lint code that only the BPF target compiles.
+/// Stable clippy on the host would see the host's pointer casts, bindings and `cfg`s, and cannot lint code
+/// that compiles only for the BPF target.
 fn clippy_bpf(workspace: &Workspace, toolchain: &BpfToolchain) -> Result<()> {
     step("clippy on lb-ebpf for the BPF target");
     let mut clippy = toolchain.cargo("clippy");
     clippy.arg("--release");
     build::add_bpf_arguments(&mut clippy, workspace);
-    // --no-deps: lb-common is linted on the host; two versions of clippy disagree about which `#[expect]` is needed.
+    // --no-deps: lb-common is linted on the host; two versions of clippy disagree about which `#[expect]` is
+    // needed.
     clippy.args(["--", "--no-deps", "--deny", "warnings"]);
     process::run(&mut clippy, "correct the lints above")
 }
 
-/// Runs `cargo xtask lint`: all checks, also after one failed.
+/// Runs `cargo xtask lint`: all checks, even after one failed.
 ///
 /// # Errors
-/// When a check fails, or cannot run.
+/// If a check fails or cannot run.
 pub(crate) fn command(workspace: &Workspace) -> Result<()> {
     let toolchain = setup::ensure(&[Purpose::Build, Purpose::Lint])?;
     let results = [

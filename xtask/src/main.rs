@@ -1,6 +1,6 @@
-//! The one runner of the workspace: everything that a developer or CI does is a command of `cargo xtask`.
+//! The runner of the workspace: every task of a developer or of CI is a command of `cargo xtask`.
 //!
-//! Progress goes to standard error, results to standard output. Each command looks first for what it needs, says
+//! Progress goes to standard error, results to standard output. Each command checks what it needs, reports
 //! what is missing and why, and installs only that.
 #![expect(clippy::print_stdout, reason = "a command-line tool reports its results on standard output")]
 
@@ -33,7 +33,7 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Installs what building, running, testing and linting need and this machine lacks
+    /// Installs what this machine lacks for building, running, testing and linting
     Setup,
     /// Builds the BPF object and the `socklb` binary around it
     Build {
@@ -55,11 +55,11 @@ enum Command {
     },
     /// Checks format, clippy on the host and on the BPF target, and text rules
     Lint,
-    /// Measures what it costs, side by side in one run
+    /// Measures costs, side by side in one run
     Bench(bench::Options),
-    /// Kills, ends and replaces agents at random, under load, and checks every call and what is left
+    /// Kills, stops and replaces agents at random under load; checks every call and the final maps
     Chaos(chaos::Options),
-    /// Looks for objects that make ingest, the tables or a plan fail
+    /// Searches for objects that make ingest, the tables or a plan fail
     Fuzz(fuzz::Options),
     /// Writes a container image of `socklb` as an archive, without a container engine
     Image(image::Options),

@@ -1,4 +1,4 @@
-//! Running other programs: progress, and errors that name cause and remedy in one line.
+//! Runs other programs: progress, and errors with cause and remedy in one line.
 
 use std::env;
 use std::ffi::OsStr;
@@ -11,10 +11,10 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
 
-/// Lines of a log that an error shows.
+/// Number of log lines in an error.
 const LOG_TAIL: usize = 15;
 
-/// Says on standard error what happens next.
+/// Prints the next step to standard error.
 pub(crate) fn step(text: &str) {
     eprintln!("==> {text}");
 }
@@ -24,25 +24,25 @@ pub(crate) fn cargo() -> Command {
     Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
 }
 
-/// The program and its arguments as one line for messages.
+/// The program and its arguments in one line.
 fn describe(command: &Command) -> String {
     let name = Path::new(command.get_program()).file_name().unwrap_or(command.get_program());
     let words = std::iter::once(name).chain(command.get_args());
     words.map(OsStr::to_string_lossy).collect::<Vec<_>>().join(" ")
 }
 
-/// Runs a command whose output is the user's to see.
+/// Runs a command that shares this program's output.
 ///
 /// # Errors
-/// When it cannot be started or does not exit with 0; `remedy` then ends the message.
+/// If it cannot be started or does not exit with 0; `remedy` then ends the message.
 pub(crate) fn run(command: &mut Command, remedy: &str) -> Result<()> {
     let status =
         command.status().with_context(|| format!("cannot start `{}`; {remedy}", describe(command)))?;
     if let Some(signal) = status.signal() {
-        bail!("`{}` was ended by signal {signal}; run it again", describe(command));
+        bail!("`{}` was killed by signal {signal}; run it again", describe(command));
     }
     if !status.success() {
-        bail!("`{}` ended with {status}; {remedy}", describe(command));
+        bail!("`{}` exited with {status}; {remedy}", describe(command));
     }
     Ok(())
 }
@@ -50,7 +50,7 @@ pub(crate) fn run(command: &mut Command, remedy: &str) -> Result<()> {
 /// Runs a command and returns its standard output. Its standard error is dropped unless it fails.
 ///
 /// # Errors
-/// When it cannot be started or does not exit with 0; the message holds the last line of its standard error.
+/// If it cannot be started or does not exit with 0; the message has the last line of its standard error.
 pub(crate) fn capture(command: &mut Command) -> Result<String> {
     let output = command
         .stdin(Stdio::null())
@@ -59,21 +59,21 @@ pub(crate) fn capture(command: &mut Command) -> Result<String> {
     if !output.status.success() {
         let stderr = String::from_utf8_lossy(&output.stderr);
         let last = stderr.lines().rfind(|line| !line.trim().is_empty()).unwrap_or("no message");
-        bail!("`{}` ended with {}: {last}", describe(command), output.status);
+        bail!("`{}` exited with {}: {last}", describe(command), output.status);
     }
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
-/// True when the command can be started and exits with 0. Its output is dropped.
+/// Whether the command can be started and exits with 0. Its output is dropped.
 pub(crate) fn works(command: &mut Command) -> bool {
     let quiet = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
     quiet.status().is_ok_and(|status| status.success())
 }
 
-/// Runs a command with its output in `log` and shows only the lines that `progress` picks.
+/// Runs a command with its output in `log` and shows only the lines that `progress` selects.
 ///
 /// # Errors
-/// When it cannot be started or does not exit with 0; the end of the log is printed first.
+/// If it cannot be started or does not exit with 0; the end of the log is printed first.
 pub(crate) fn run_logged(
     command: &mut Command,
     log: &Path,
@@ -113,26 +113,26 @@ pub(crate) fn run_logged(
         for line in lines.iter().skip(lines.len().saturating_sub(LOG_TAIL)) {
             eprintln!("    | {line}");
         }
-        bail!("`{}` ended with {status} (log: {}); {remedy}", describe(command), log.display());
+        bail!("`{}` exited with {status} (log: {}); {remedy}", describe(command), log.display());
     }
     Ok(())
 }
 
-/// Finds an executable on `PATH`, and in the system folders that a user's `PATH` often lacks.
+/// Finds an executable on `PATH` or in the system folders that a user's `PATH` often lacks.
 pub(crate) fn find_program(name: &str) -> Option<PathBuf> {
     let path = env::var_os("PATH").unwrap_or_default();
     let system = ["/usr/sbin", "/sbin"].map(PathBuf::from);
     env::split_paths(&path).chain(system).map(|dir| dir.join(name)).find(|file| is_executable(file))
 }
 
-/// True for a file that somebody may execute.
+/// Whether a file has an execute permission.
 pub(crate) fn is_executable(file: &Path) -> bool {
     fs::metadata(file).is_ok_and(|data| data.is_file() && data.permissions().mode() & 0o111 != 0)
 }
 
-/// True when this process is root.
+/// Whether this process is root.
 ///
-/// Read from `/proc` so that xtask needs no unsafe code and no crate for one system call.
+/// Read from `/proc`, so that xtask needs no unsafe code and no crate for one system call.
 pub(crate) fn is_root() -> bool {
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
     status

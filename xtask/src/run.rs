@@ -1,4 +1,4 @@
-//! `cargo xtask run`: the shortest way from a checkout to a running `socklb`.
+//! `cargo xtask run`: builds and starts `socklb`.
 
 use std::os::unix::process::CommandExt;
 use std::process::Command;
@@ -10,22 +10,22 @@ use crate::process::{self, step};
 use crate::setup::{self, Purpose};
 use crate::workspace::Workspace;
 
-/// Runs `cargo xtask run`. Returns only when something failed before `socklb` took this process over.
+/// Runs `cargo xtask run`. Returns only on an error before `socklb` replaces this process.
 ///
 /// # Errors
-/// When setting up or building fails, or `socklb` cannot be started.
+/// If setup or building fails, or `socklb` cannot be started.
 pub(crate) fn command(workspace: &Workspace, args: &[String]) -> Result<()> {
     let toolchain = setup::ensure(&[Purpose::Build, Purpose::Run])?;
     let object = build::bpf_object(workspace, &toolchain)?;
-    // The demo takes a debug build: a release build needs three times as long, and a call costs the same, since the kernel
-    // does the work.
+    // The demo uses a debug build: a release build takes three times as long and makes no call faster, since
+    // the kernel does the work.
     let is_demo = args.is_empty();
     let socklb = build::socklb(workspace, object.as_os_str(), !is_demo, is_demo)?;
     let binary = if is_demo { socklb.with_file_name(build::DEMO) } else { socklb };
     let mut socklb = if process::is_root() {
         Command::new(&binary)
     } else {
-        step("socklb loads BPF programs, which needs root: starting it with sudo");
+        step("socklb needs root to load BPF programs: starting it with sudo");
         let mut sudo = Command::new("sudo");
         sudo.arg("--").arg(&binary);
         sudo
@@ -34,7 +34,7 @@ pub(crate) fn command(workspace: &Workspace, args: &[String]) -> Result<()> {
         socklb.arg("run").args(args);
     }
     step(&format!("running {}", binary.display()));
-    // In place of this process: signals, the terminal and the exit status are then socklb's own.
+    // Replaces this process, so that signals, the terminal and the exit status are socklb's.
     let error = socklb.exec();
     Err(error).with_context(|| {
         let remedy = if process::is_root() { "build again" } else { "install sudo or run as root" };

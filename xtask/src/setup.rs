@@ -1,6 +1,7 @@
-//! `cargo xtask setup`: looks at the machine, says what is missing and why, installs that and nothing else.
+//! `cargo xtask setup`: checks the machine, reports what is missing and why, and installs only that.
 //!
-//! Every command calls [`ensure`] with its own purposes, so that a build does not ask for tools that only tests use.
+//! Every command calls [`ensure`] with its own purposes, so that a build does not require the tools of the
+//! tests.
 
 use std::env;
 use std::fs;
@@ -17,7 +18,7 @@ use crate::process::{self, find_program, step};
 use crate::toolchain::{self, BpfToolchain, Gaps};
 use crate::workspace::cache_dir;
 
-/// What a command is going to do, as far as it decides what must be installed.
+/// The purpose of a command; it decides what is required.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Purpose {
     /// Compile the BPF object and `socklb`.
@@ -32,20 +33,21 @@ pub(crate) enum Purpose {
     KernelMatrix,
     /// Make a container image.
     Image,
-    /// Measure beside NAT rules.
+    /// Measure against NAT rules.
     BenchPath,
 }
 
-/// A program that must be on `PATH`.
+/// A program that is required on `PATH`.
 struct Tool {
     program: &'static str,
-    /// Debian packages that bring it.
+    /// Debian packages that contain it.
     packages: &'static [&'static str],
     purposes: &'static [Purpose],
     reason: &'static str,
 }
 
-/// Programs beside the BPF toolchain. Add a row when a command, the demo or a test starts another program.
+/// Programs other than the BPF toolchain. Add a row when a command, the demo or a test starts another
+/// program.
 const TOOLS: &[Tool] = &[
     Tool {
         program: "cc",
@@ -93,19 +95,19 @@ const TOOLS: &[Tool] = &[
         program: "python3",
         packages: &["python3"],
         purposes: &[Purpose::Test],
-        reason: "a client with a socket library that is not Rust's",
+        reason: "a client with another socket library than Rust's",
     },
     Tool {
         program: "rsync",
         packages: &["rsync"],
         purposes: &[Purpose::Test],
-        reason: "changes manifests as people do",
+        reason: "edits manifests as people do",
     },
     Tool {
         program: "git",
         packages: &["git"],
         purposes: &[Purpose::Test],
-        reason: "changes manifests as people do",
+        reason: "edits manifests as people do",
     },
     Tool {
         program: "node",
@@ -117,7 +119,7 @@ const TOOLS: &[Tool] = &[
         program: "kubectl",
         packages: &["kubernetes-client"],
         purposes: &[Purpose::Test],
-        reason: "asks the tests' API server what it takes for one",
+        reason: "a real client of the tests' API server",
     },
     Tool {
         program: "setpriv",
@@ -129,19 +131,19 @@ const TOOLS: &[Tool] = &[
         program: "mount",
         packages: &["mount"],
         purposes: &[Purpose::Test],
-        reason: "mounts for tests what the manifests mount",
+        reason: "mounts the manifests' volumes in tests",
     },
     Tool {
         program: "ldd",
         packages: &["libc-bin"],
         purposes: &[Purpose::Test, Purpose::Image],
-        reason: "names the libraries of the container image",
+        reason: "lists the libraries of the container image",
     },
     Tool {
         program: "strip",
         packages: &["binutils"],
         purposes: &[Purpose::Test, Purpose::Image],
-        reason: "takes the symbols out of the container image",
+        reason: "strips the binaries of the container image",
     },
     Tool {
         program: "ctr",
@@ -159,13 +161,13 @@ const TOOLS: &[Tool] = &[
         program: "nft",
         packages: &["nftables"],
         purposes: &[Purpose::BenchPath],
-        reason: "loads rules as kube-proxy's nftables mode does, to measure beside them",
+        reason: "loads the rules of kube-proxy's nftables mode, for measurements",
     },
     Tool {
         program: "iptables-restore",
         packages: &["iptables"],
         purposes: &[Purpose::BenchPath],
-        reason: "loads rules as kube-proxy's iptables mode does, to measure beside them",
+        reason: "loads the rules of kube-proxy's iptables mode, for measurements",
     },
     Tool {
         program: "xz",
@@ -181,14 +183,14 @@ const TOOLS: &[Tool] = &[
     },
 ];
 
-/// Something to install.
+/// A package to install.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Package {
     name: String,
     reason: String,
 }
 
-/// Lists the packages of missing programs, each once.
+/// Lists the packages of missing programs, without duplicates.
 fn missing_tools(purposes: &[Purpose], has_program: impl Fn(&str) -> bool) -> Vec<Package> {
     let mut packages: Vec<Package> = Vec::new();
     for tool in TOOLS {
@@ -207,7 +209,7 @@ fn missing_tools(purposes: &[Purpose], has_program: impl Fn(&str) -> bool) -> Ve
     packages
 }
 
-/// Who runs apt-get.
+/// How apt-get gets root's permissions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Privilege {
     Root,
@@ -215,10 +217,10 @@ enum Privilege {
     None,
 }
 
-/// Installs what the purposes need and this machine lacks, and returns the BPF toolchain.
+/// Installs what is missing for the purposes, and returns the BPF toolchain.
 ///
 /// # Errors
-/// When something cannot be installed; the message names the command to run instead.
+/// If something cannot be installed; the message names the command to run instead.
 pub(crate) fn ensure(purposes: &[Purpose]) -> Result<BpfToolchain> {
     let with_clippy = purposes.contains(&Purpose::Lint);
     let facts = toolchain::observe()?;
@@ -272,7 +274,7 @@ pub(crate) fn ensure(purposes: &[Purpose]) -> Result<BpfToolchain> {
     Ok(chosen)
 }
 
-/// Looks again after installing: an old package source may have delivered an old compiler.
+/// Checks again after installing: an old package source may have delivered an old compiler.
 fn verify_packages(with_clippy: bool) -> Result<toolchain::Facts> {
     let facts = toolchain::observe()?;
     let (_, gaps) = toolchain::choose(&facts, with_clippy).map_err(|remedy| anyhow!(remedy))?;
@@ -305,7 +307,7 @@ fn privilege() -> Privilege {
     }
 }
 
-/// The command that a user without root or sudo must have run for them.
+/// The command to run as root, for a user without root or sudo.
 fn apt_by_hand(packages: &[Package]) -> String {
     let names: Vec<&str> = packages.iter().map(|package| package.name.as_str()).collect();
     format!("apt-get update && apt-get install --no-install-recommends {}", names.join(" "))
@@ -341,7 +343,7 @@ fn install_packages(packages: &[Package]) -> Result<()> {
     step(&format!("installing {} packages (log: {})", packages.len(), log.display()));
     let install = || {
         let mut apt = apt_get(privilege);
-        // --no-remove: nothing that the user has is worth less than what is installed here.
+        // --no-remove: nothing that is installed may be removed.
         apt.args(["install", "--yes", "--no-install-recommends", "--no-remove"]);
         apt.args(packages.iter().map(|package| &package.name));
         process::run_logged(
@@ -352,7 +354,7 @@ fn install_packages(packages: &[Package]) -> Result<()> {
         )
     };
     if let Err(error) = install() {
-        // Lists that are older than the archive name files that are gone.
+        // Outdated lists name files that the archive no longer has.
         step(&format!("{error:#}; trying again with fresh package lists"));
         update_package_lists(privilege, &log, &by_hand)?;
         install()?;
@@ -360,15 +362,15 @@ fn install_packages(packages: &[Package]) -> Result<()> {
     Ok(())
 }
 
-/// The base of every apt-get command.
+/// The common part of every apt-get command.
 fn apt_get(privilege: Privilege) -> Command {
     let mut command = Command::new(if privilege == Privilege::Sudo { "sudo" } else { "env" });
     if privilege == Privilege::Sudo {
-        // sudo drops the environment, so the variables are set behind it.
+        // sudo drops the environment, so `env` sets the variables behind it.
         command.args(["--", "env"]);
     }
     command.args(["DEBIAN_FRONTEND=noninteractive", "LC_ALL=C", "apt-get", "--quiet"]);
-    // Another apt may be at work, for example a machine's own updates after boot.
+    // Another apt may be running, for example unattended upgrades after boot.
     command.args(["-o", "DPkg::Lock::Timeout=600"]);
     command
 }
@@ -385,7 +387,7 @@ fn update_package_lists(privilege: Privilege, log: &Path, by_hand: &str) -> Resu
             &format!("check the network, then as root run `{by_hand}`"),
         )
     };
-    // The lock timeout does not cover the lock of the lists, so the wait for another apt is here.
+    // apt's lock timeout does not cover the lock of the lists, so this loop waits for another apt.
     for _ in 0..3 {
         if update().is_ok() {
             return Ok(());
@@ -395,7 +397,7 @@ fn update_package_lists(privilege: Privilege, log: &Path, by_hand: &str) -> Resu
     update()
 }
 
-/// The first package that apt could not install.
+/// The first package without a candidate for installation.
 fn without_candidate(packages: &[Package]) -> Option<&Package> {
     let mut policy = Command::new("apt-cache");
     policy.env("LC_ALL", "C").arg("policy").args(packages.iter().map(|package| &package.name));
@@ -403,7 +405,7 @@ fn without_candidate(packages: &[Package]) -> Option<&Package> {
     packages.iter().find(|package| !policy_has_candidate(&text, &package.name))
 }
 
-/// Reads `apt-cache policy`, which has a block for each package that it knows: the name, a colon, and indented lines.
+/// Parses `apt-cache policy`: a block per known package with the name, a colon, and indented lines.
 fn policy_has_candidate(text: &str, package: &str) -> bool {
     text.lines()
         .skip_while(|line| line.strip_suffix(':') != Some(package))
@@ -413,14 +415,14 @@ fn policy_has_candidate(text: &str, package: &str) -> bool {
         .is_some_and(|version| version.trim() != "(none)")
 }
 
-/// Makes the folder that bpf-linker's build looks for LLVM in. The linker asks for `libLLVM.so`, a name that only the
-/// development packages have.
+/// Makes the folder in which bpf-linker's build searches for LLVM. The linker needs the name `libLLVM.so`,
+/// which only the development packages have.
 fn llvm_prefix(root: &Path, library: &Path) -> Result<PathBuf> {
     let prefix = root.join("llvm");
     let (folder, link) = (prefix.join("lib"), prefix.join("lib/libLLVM.so"));
     fs::create_dir_all(&folder)
         .with_context(|| format!("cannot make {}: check its owner", folder.display()))?;
-    // One of an earlier build may lead to a file that is gone.
+    // The link of an earlier build may be dangling.
     let made = match fs::remove_file(&link) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
         _ => unix::fs::symlink(library, &link),
@@ -435,8 +437,8 @@ fn install_linker(library: &Path) -> Result<()> {
     let target = env::temp_dir().join(format!("bpf-linker-build-{}", std::process::id()));
     let prefix = llvm_prefix(&root, library)?;
     step(&format!("building bpf-linker {version} (about a minute)"));
-    // Its own release profile optimises across all crates, which takes longer to build than all links of a year save: the
-    // work is done by LLVM, which comes compiled.
+    // bpf-linker's own release profile has link-time optimisation, whose build time never pays off: LLVM does
+    // the work, and comes compiled.
     let quick = [("OPT_LEVEL", "0"), ("LTO", "off"), ("DEBUG", "false"), ("CODEGEN_UNITS", "16")];
     let mut install = process::cargo();
     install
@@ -447,7 +449,7 @@ fn install_linker(library: &Path) -> Result<()> {
         .arg(&root)
         .env("CARGO_TARGET_DIR", &target)
         .envs(quick.map(|(key, value)| (format!("CARGO_PROFILE_RELEASE_{key}"), value)))
-        // Without it the build finds another LLVM or none.
+        // Otherwise the build finds another LLVM or none.
         .env("LLVM_PREFIX", prefix);
     let result =
         process::run(&mut install, "check that crates.io answers, then run `cargo xtask setup` again");
@@ -470,7 +472,7 @@ fn install_linker(library: &Path) -> Result<()> {
 /// Runs `cargo xtask setup`.
 ///
 /// # Errors
-/// When something cannot be installed.
+/// If something cannot be installed.
 pub(crate) fn command() -> Result<()> {
     ensure(&[Purpose::Build, Purpose::Run, Purpose::Test, Purpose::Lint]).map(drop)
 }

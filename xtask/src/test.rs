@@ -1,4 +1,4 @@
-//! `cargo xtask test`: every test of the host crates, with the kernel tests among them.
+//! `cargo xtask test`: every test of the host crates, including the kernel tests.
 
 use std::env::{self, consts::ARCH};
 use std::io::{BufRead, BufReader, Write};
@@ -15,19 +15,19 @@ use crate::process::{self, step};
 use crate::setup::{self, Purpose};
 use crate::workspace::Workspace;
 
-/// What libtest's closing lines add up to.
+/// Sums of libtest's result lines.
 #[expect(clippy::struct_field_names, reason = "counts are called `n_foos` in this tree")]
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Tally {
     pub(crate) n_passed: u64,
     pub(crate) n_failed: u64,
     pub(crate) n_ignored: u64,
-    /// Test executables and doc tests of crates that ran to their end.
+    /// Completed test executables and doc tests.
     pub(crate) n_suites: u64,
 }
 
 impl Tally {
-    /// Adds one line of output, if it closes a suite: `test result: ok. 3 passed; 0 failed; 1 ignored; ...`.
+    /// Adds a line of output, if it is a result line: `test result: ok. 3 passed; 0 failed; 1 ignored; ...`.
     pub(crate) fn add_line(&mut self, line: &str) {
         let Some(result) = line.trim().strip_prefix("test result: ") else { return };
         self.n_suites += 1;
@@ -45,15 +45,15 @@ impl Tally {
     }
 }
 
-/// Cargo features of the tests, and of the `socklb` that they run: one that can be told to kill itself.
+/// Cargo features of the tests and of their `socklb`: it can kill itself on request.
 pub(crate) const FEATURES: &str = "lb-tests/fault-points";
 
-/// How many tests libtest runs at a time.
+/// How many tests libtest runs in parallel.
 const THREADS_VARIABLE: &str = "RUST_TEST_THREADS";
 
-/// The variable that makes cargo start test executables of this host through another program.
+/// The variable that makes cargo start this host's test executables through another program.
 fn runner_variable() -> String {
-    // glibc and musl hosts both keep to this pattern; xtask runs on Linux only.
+    // The pattern of glibc and musl hosts; xtask runs on Linux only.
     let environment = if cfg!(target_env = "musl") { "MUSL" } else { "GNU" };
     format!("CARGO_TARGET_{}_UNKNOWN_LINUX_{environment}_RUNNER", ARCH.to_uppercase())
 }
@@ -61,15 +61,16 @@ fn runner_variable() -> String {
 /// Runs `cargo xtask test`.
 ///
 /// # Errors
-/// When setting up or building fails, or a test fails.
+/// If setup or building fails, or a test fails.
 pub(crate) fn command(workspace: &Workspace, args: &[String]) -> Result<()> {
     let start = Instant::now();
     let toolchain = setup::ensure(&[Purpose::Build, Purpose::Run, Purpose::Test])?;
     let object = build::bpf_object(workspace, &toolchain)?;
     step("building socklb and the tests");
     let mut build = process::cargo();
-    // One command with all test targets, not `build::socklb` first: with other packages selected, cargo enables other
-    // features and compiles many crates a second time. Cargo adds the executables of lb-tests, which its tests start.
+    // One command with all test targets, not `build::socklb` first: with other packages selected, cargo
+    // enables other features and rebuilds many crates. It also builds the executables of lb-tests, which
+    // tests start.
     build
         .current_dir(&workspace.root)
         .args(["build", "--tests", "--bin", "socklb", "--bin", build::DEMO, "--features", FEATURES])
@@ -85,11 +86,11 @@ pub(crate) fn command(workspace: &Workspace, args: &[String]) -> Result<()> {
         .env(build::OBJECT_VARIABLE, &object)
         .env("SOCKLB_BIN", &binary)
         .env("SOCKLB_BENCH_OBJECT", bench::bench_object(workspace))
-        // A test that this kernel could run must not be skipped.
+        // Otherwise a test that this kernel could run might be skipped.
         .env("LB_TEST_STRICT", "1")
         .stdout(Stdio::piped());
     if env::var_os(THREADS_VARIABLE).is_none() {
-        // Most tests wait for timers and other processes: two on each processor keep it at work.
+        // Most tests wait for timers and other processes: two per processor keep it busy.
         let n_processors = thread::available_parallelism().map_or(1, NonZero::get);
         test.env(THREADS_VARIABLE, (2 * n_processors).to_string());
     }
@@ -99,7 +100,7 @@ pub(crate) fn command(workspace: &Workspace, args: &[String]) -> Result<()> {
                 "kernel tests need root and there is no sudo: run `cargo xtask test` as root, or `cargo test` for the others"
             );
         }
-        step("kernel tests load BPF programs, which needs root: starting the test executables with sudo");
+        step("kernel tests need root to load BPF programs: starting the test executables with sudo");
         test.env(runner_variable(), "sudo -E");
     }
     let mut child = test.spawn().context("cannot start `cargo test`: is cargo installed?")?;
@@ -120,12 +121,10 @@ pub(crate) fn command(workspace: &Workspace, args: &[String]) -> Result<()> {
         start.elapsed().as_secs()
     );
     if !status.success() {
-        bail!("`cargo test` ended with {status}: correct the failures above");
+        bail!("`cargo test` exited with {status}: correct the failures above");
     }
     if n_ignored > 0 {
-        bail!(
-            "{n_ignored} tests are ignored and prove nothing: run them, or let them ask for what they need"
-        );
+        bail!("{n_ignored} tests are ignored: run them, or let them check for what they need");
     }
     Ok(())
 }

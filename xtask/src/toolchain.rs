@@ -1,9 +1,9 @@
-//! Which compiler and linker make the BPF object.
+//! Selects the compiler and linker of the BPF object.
 //!
-//! Compiling `core` for the BPF target needs unstable features of rustc, the library sources, and a bpf-linker with
-//! an LLVM that is not older than rustc's. Two pairs are known to work: a nightly of rustup with a bpf-linker on
-//! `PATH`, and Debian's rustc-web with a bpf-linker that setup builds against Debian's LLVM. Parts of the two are
-//! never mixed, because their LLVM versions differ.
+//! Compiling `core` for the BPF target needs unstable features of rustc, the library sources, and a
+//! bpf-linker whose LLVM is not older than rustc's. Two pairs are known to work: rustup's nightly with a
+//! bpf-linker on `PATH`, and Debian's rustc-web with a bpf-linker that setup builds against Debian's LLVM.
+//! Their parts are never mixed, because their LLVM versions differ.
 
 use std::env;
 use std::fmt;
@@ -19,7 +19,7 @@ use crate::workspace::cache_dir;
 /// The bpf-linker that setup builds. Its feature for the LLVM version must match [`DEBIAN_LLVM`].
 pub(crate) const LINKER_VERSION: &str = "0.13.0";
 
-/// Major version of the LLVM in Debian's rustc-web and of the packages that bpf-linker is built against.
+/// LLVM major version of Debian's rustc-web and of the packages that bpf-linker is built against.
 pub(crate) const DEBIAN_LLVM: u32 = 22;
 
 /// Debian's compiler, by absolute path because rustup's comes first on `PATH`.
@@ -28,7 +28,7 @@ const DEBIAN_CARGO: &str = "/usr/bin/cargo";
 const DEBIAN_CLIPPY: &str = "/usr/bin/cargo-clippy";
 const DEBIAN_CORE: &str = "/usr/lib/rustlib/src/rust/library/core/src/lib.rs";
 
-/// A compiler and linker that fit each other.
+/// A matching compiler and linker.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum BpfToolchain {
     /// Rustup's nightly with the component rust-src.
@@ -53,7 +53,7 @@ impl fmt::Display for BpfToolchain {
 }
 
 impl BpfToolchain {
-    /// A cargo command of this toolchain that may use unstable options and finds the linker.
+    /// A cargo command of this toolchain, with unstable options and the linker.
     pub(crate) fn cargo(&self, subcommand: &str) -> Command {
         let (mut command, linker) = match self {
             Self::Rustup { linker } => {
@@ -62,7 +62,7 @@ impl BpfToolchain {
                 (command, linker)
             }
             Self::Debian { linker } => {
-                // `cargo clippy` would look for cargo-clippy in rustup's folder first.
+                // `cargo clippy` would search rustup's folder for cargo-clippy first.
                 let mut command =
                     Command::new(if subcommand == "clippy" { DEBIAN_CLIPPY } else { DEBIAN_CARGO });
                 command.arg(subcommand);
@@ -70,7 +70,7 @@ impl BpfToolchain {
                 (command, linker)
             }
         };
-        // What the cargo that runs xtask set for its own toolchain would lead to the wrong compiler or libraries.
+        // The cargo that runs xtask sets these for its own toolchain.
         for name in ["RUSTUP_TOOLCHAIN", "LD_LIBRARY_PATH", "RUSTFLAGS", "CARGO_BUILD_TARGET", "RUSTC"] {
             command.env_remove(name);
         }
@@ -84,15 +84,15 @@ impl BpfToolchain {
     }
 }
 
-/// The folder that setup installs bpf-linker into.
+/// Setup's install folder of bpf-linker.
 ///
 /// # Errors
-/// When there is no cache folder.
+/// If there is no cache folder.
 pub(crate) fn linker_root() -> Result<PathBuf> {
     Ok(cache_dir()?.join(format!("bpf-linker-{LINKER_VERSION}")))
 }
 
-/// Where Debian's libLLVM is, if it is installed.
+/// Folder of Debian's libLLVM, if installed.
 fn llvm_library() -> Option<PathBuf> {
     let multiarch = format!("/usr/lib/{}-linux-gnu", env::consts::ARCH);
     let name = format!("libLLVM.so.{DEBIAN_LLVM}");
@@ -105,22 +105,22 @@ fn llvm_library() -> Option<PathBuf> {
     files.pop()
 }
 
-/// A toolchain that the user asks for instead of the first that works.
+/// The user's choice of toolchain.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Wanted {
     /// Rustup's if complete, else Debian's.
     Any,
-    /// Rustup's only.
+    /// Only rustup's.
     Rustup,
-    /// Debian's only.
+    /// Only Debian's.
     Debian,
 }
 
-/// What is installed, as far as the choice depends on it.
+/// Installed components that affect the choice.
 #[expect(clippy::struct_excessive_bools, reason = "each is one independent observation, not a state")]
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Facts {
-    /// From the variable `SOCKLB_BPF_TOOLCHAIN`.
+    /// Value of `SOCKLB_BPF_TOOLCHAIN`.
     pub(crate) wanted: Wanted,
     /// Rustup has a nightly with rust-src.
     pub(crate) has_nightly_with_sources: bool,
@@ -128,7 +128,7 @@ pub(crate) struct Facts {
     pub(crate) has_nightly_clippy: bool,
     /// A bpf-linker on `PATH` that runs.
     pub(crate) linker_on_path: Option<PathBuf>,
-    /// LLVM major version of Debian's rustc, if one is installed.
+    /// LLVM major version of Debian's rustc, if installed.
     pub(crate) debian_rustc_llvm: Option<u32>,
     /// Debian's cargo is installed.
     pub(crate) has_debian_cargo: bool,
@@ -136,18 +136,18 @@ pub(crate) struct Facts {
     pub(crate) has_debian_sources: bool,
     /// Debian's clippy for that rustc is installed.
     pub(crate) has_debian_clippy: bool,
-    /// Where setup's bpf-linker is or would be.
+    /// Path of setup's bpf-linker, installed or not.
     pub(crate) cached_linker: PathBuf,
-    /// Setup's bpf-linker is there and runs.
+    /// Setup's bpf-linker exists and runs.
     pub(crate) cached_linker_works: bool,
-    /// The libLLVM that Debian's rustc is linked with, and that bpf-linker will be.
+    /// The libLLVM of Debian's rustc, which bpf-linker is linked with too.
     pub(crate) llvm_library: Option<PathBuf>,
 }
 
-/// What the chosen toolchain still lacks.
+/// Missing parts of the chosen toolchain.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Gaps {
-    /// Packages, each with the reason.
+    /// Packages, each with a reason.
     pub(crate) packages: Vec<(String, &'static str)>,
     /// Setup's bpf-linker must be built.
     pub(crate) needs_linker: bool,
@@ -155,10 +155,10 @@ pub(crate) struct Gaps {
     pub(crate) needs_nightly_clippy: bool,
 }
 
-/// Chooses a toolchain and lists what it lacks.
+/// Chooses a toolchain and lists its missing parts.
 ///
 /// # Errors
-/// A remedy, when the toolchain that the user asked for cannot be completed by setup.
+/// A remedy, if setup cannot complete the user's choice.
 pub(crate) fn choose(facts: &Facts, with_clippy: bool) -> Result<(BpfToolchain, Gaps), String> {
     match (facts.wanted, facts.has_nightly_with_sources, &facts.linker_on_path) {
         (Wanted::Any | Wanted::Rustup, true, Some(linker)) => {
@@ -194,9 +194,9 @@ pub(crate) fn choose(facts: &Facts, with_clippy: bool) -> Result<(BpfToolchain, 
     }
     if !facts.cached_linker_works {
         if facts.llvm_library.is_none() {
-            // Of LLVM it needs nothing else: its bindings bring their declarations, and `llvm-22-dev`, 400 MiB of
-            // headers and static libraries, is not asked for. Named although rustc-web brings it: where apt knows only
-            // a former rustc-web it knows no such package, and its lists are renewed.
+            // It needs nothing else of LLVM: its bindings have their own declarations, so the 400 MiB of
+            // `llvm-22-dev` are not required. rustc-web depends on it; it is named nevertheless so that apt
+            // lists too old to know it are updated.
             need(&format!("libllvm{DEBIAN_LLVM}"), "bpf-linker is linked with it");
         }
         gaps.needs_linker = true;
@@ -204,10 +204,10 @@ pub(crate) fn choose(facts: &Facts, with_clippy: bool) -> Result<(BpfToolchain, 
     Ok((BpfToolchain::Debian { linker: facts.cached_linker.clone() }, gaps))
 }
 
-/// Looks at this machine.
+/// Inspects this machine.
 ///
 /// # Errors
-/// When there is no cache folder or `SOCKLB_BPF_TOOLCHAIN` has no known value.
+/// If there is no cache folder or `SOCKLB_BPF_TOOLCHAIN` has an unknown value.
 pub(crate) fn observe() -> Result<Facts> {
     let wanted = match env::var("SOCKLB_BPF_TOOLCHAIN").as_deref() {
         Err(_) | Ok("") => Wanted::Any,
@@ -237,14 +237,14 @@ pub(crate) fn observe() -> Result<Facts> {
     })
 }
 
-/// True when a bpf-linker starts: one whose libLLVM was removed or upgraded is there but does not.
+/// Whether a bpf-linker starts: it does not if its libLLVM was removed or upgraded.
 pub(crate) fn linker_works(file: &Path) -> bool {
     process::is_executable(file)
         && process::works(Command::new(file).arg("--version").env_remove("LD_LIBRARY_PATH"))
 }
 
 fn nightly_sysroot() -> Option<PathBuf> {
-    // `rustup run nightly` could install a missing nightly; a list cannot.
+    // `rustup run nightly` may install a missing nightly; listing toolchains does not.
     let list = process::capture(Command::new("rustup").args(["toolchain", "list"])).ok()?;
     if !list.lines().any(|line| line.starts_with("nightly-") && !line.starts_with("nightly-20")) {
         return None;
@@ -260,7 +260,7 @@ fn rustc_llvm(rustc: &Path) -> Option<u32> {
     parse_llvm_major(&process::capture(&mut command).ok()?)
 }
 
-/// Reads the LLVM major version from `rustc -vV`.
+/// Parses the LLVM major version of `rustc -vV`.
 fn parse_llvm_major(text: &str) -> Option<u32> {
     let version = text.lines().find_map(|line| line.strip_prefix("LLVM version:"))?;
     version.trim().split('.').next()?.parse().ok()
@@ -270,7 +270,7 @@ fn parse_llvm_major(text: &str) -> Option<u32> {
 pub(crate) mod tests {
     use super::*;
 
-    /// A machine with nothing on it.
+    /// A machine without any component.
     pub(crate) fn bare() -> Facts {
         Facts {
             wanted: Wanted::Any,
@@ -287,7 +287,7 @@ pub(crate) mod tests {
         }
     }
 
-    /// A machine on which setup ran for all purposes.
+    /// A machine after setup for all purposes.
     pub(crate) fn complete() -> Facts {
         Facts {
             debian_rustc_llvm: Some(DEBIAN_LLVM),

@@ -1,4 +1,4 @@
-//! Where the tree and its build results are.
+//! Paths of the tree and its build results.
 
 use std::env;
 use std::ffi::OsString;
@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
-/// The folders that commands work in.
+/// Folders that commands use.
 pub(crate) struct Workspace {
     /// The folder of the root `Cargo.toml`.
     pub(crate) root: PathBuf,
@@ -15,12 +15,12 @@ pub(crate) struct Workspace {
 }
 
 impl Workspace {
-    /// Finds the tree that this program was started from.
+    /// Finds the tree of this program.
     ///
     /// # Errors
-    /// When there is no current folder or the program does not lie in a workspace.
+    /// If there is no current folder or the program is not in a workspace.
     pub(crate) fn locate() -> Result<Self> {
-        // Cargo sets the variable at run time as well; the compiled-in value would go stale when the tree moves.
+        // Cargo sets the variable at run time too; a compiled-in value would be wrong after the tree moves.
         let manifest_dir = env::var_os("CARGO_MANIFEST_DIR")
             .map_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")), PathBuf::from);
         let root = manifest_dir.parent().context("xtask must lie in a workspace: run it as `cargo xtask`")?;
@@ -42,10 +42,10 @@ impl Workspace {
     }
 }
 
-/// The folder that survives `cargo clean`: tools and downloads that are the same for every checkout.
+/// A folder that survives `cargo clean`: tools and downloads that all checkouts share.
 ///
 /// # Errors
-/// When neither `XDG_CACHE_HOME` nor `HOME` is set.
+/// If neither `XDG_CACHE_HOME` nor `HOME` is set.
 pub(crate) fn cache_dir() -> Result<PathBuf> {
     let not_empty = |name| env::var_os(name).filter(|value: &OsString| !value.is_empty());
     let base = match not_empty("XDG_CACHE_HOME") {

@@ -1,4 +1,4 @@
-//! The agent as the demo starts it: the real `socklb run`, as a process of its own.
+//! The demo's agent: the real `socklb run`, as a process.
 
 use std::{
     collections::VecDeque,
@@ -25,13 +25,13 @@ use tokio::{
 
 use super::{client::own_command, manifests, scenery::Scenery};
 
-/// How long the kernel's tables may take to follow.
+/// How long the kernel's tables may take to change.
 const PATIENCE: Duration = Duration::from_secs(20);
-/// How often the kernel's tables are read while waiting for them.
+/// How often they are read meanwhile.
 const POLL: Duration = Duration::from_micros(500);
 /// How long the agent may take to stop.
 const STOPPING: Duration = Duration::from_secs(3);
-/// How many lines of the agent's output are kept.
+/// Number of the agent's last output lines that are kept.
 const KEPT_LINES: usize = 40;
 
 /// The `socklb` in the folder of this program.
@@ -47,21 +47,21 @@ pub(super) struct Agent {
     process: Child,
     /// Its process id.
     pub pid: i32,
-    /// Its command line, for the reader.
+    /// Its command line, as shown.
     pub command_line: Vec<String>,
     lines: Arc<Mutex<VecDeque<String>>>,
     _readers: JoinSet<()>,
 }
 
 impl Agent {
-    /// Starts it on the scenery's manifests.
+    /// Starts the agent on the scenery's manifests.
     pub(super) fn start(program: &Path, scenery: &Scenery) -> Result<Self> {
         let show = |path: &Path| path.display().to_string();
         let source = format!("file:{}", scenery.manifests.display());
         let arguments: Vec<String> = vec![
             "run".to_owned(),
             format!("--source={source}"),
-            // The demo shows its own services only, and tests more than this.
+            // The self-test would add a service that is not the demo's.
             "--self-test-interval=0".to_owned(),
             format!("--node-name={}", manifests::NODE_NAME),
             format!("--cgroup={}", show(scenery.cgroup.path())),
@@ -70,7 +70,7 @@ impl Agent {
         ];
         let mut command = own_command("agent");
         command.arg(program).args(&arguments);
-        // Settings of an agent on this host are not the demo's.
+        // Settings for an agent on this host must not apply.
         for (name, _) in
             std::env::vars_os().filter(|(name, _)| name.as_encoded_bytes().starts_with(b"SOCKLB_"))
         {
@@ -82,7 +82,7 @@ impl Agent {
             .stderr(Stdio::piped())
             .spawn()
             .context("cannot start the agent")?;
-        let pid = process.id().and_then(|pid| i32::try_from(pid).ok()).context("the agent ended at once")?;
+        let pid = process.id().and_then(|pid| i32::try_from(pid).ok()).context("the agent exited at once")?;
         let lines = Arc::default();
         let mut readers = JoinSet::new();
         if let Some(stdout) = process.stdout.take() {
@@ -95,11 +95,11 @@ impl Agent {
         Ok(Self { process, pid, command_line, lines, _readers: readers })
     }
 
-    /// Waits until the kernel's tables are as wanted. Returns how long that took.
+    /// Waits until the kernel's tables satisfy a condition. Returns how long that took.
     ///
     /// # Errors
     ///
-    /// With the agent's last lines, if it has ended or the tables do not follow in time.
+    /// If the agent exits, or the tables do not change in time; with the agent's last lines.
     pub(super) async fn wait_until(
         &mut self,
         pins: &Path,
@@ -126,43 +126,43 @@ impl Agent {
         }
     }
 
-    /// Fails if the agent has ended.
+    /// Fails if the agent has exited.
     pub(super) async fn check_alive(&mut self) -> Result<()> {
         let Some(status) = self.process.try_wait().context("cannot wait for the agent")? else {
             return Ok(());
         };
-        // Its last words may still be in the pipe.
+        // Its last lines may still be in the pipe.
         sleep(Duration::from_millis(50)).await;
-        bail!("the agent has ended ({status}); {}", self.last_lines())
+        bail!("the agent has exited ({status}); {}", self.last_lines())
     }
 
-    /// The end of its output, as the end of an error.
+    /// Its last lines, as the end of an error.
     fn last_lines(&self) -> String {
         let lines = self.lines.lock().unwrap_or_else(PoisonError::into_inner);
         if lines.is_empty() {
-            return "it said nothing".to_owned();
+            return "it printed nothing".to_owned();
         }
         let lines: Vec<&str> = lines.iter().map(String::as_str).collect();
         format!("its last lines:\n  {}", lines.join("\n  "))
     }
 
-    /// Stops it with SIGTERM, or by force if that takes too long.
+    /// Stops it with SIGTERM, or with SIGKILL if that takes too long.
     pub(super) async fn stop(mut self) -> Result<()> {
-        // The id is this child's until it is waited for, which only this value does.
+        // The id is the child's until this value waits for it.
         let _ended_already = kill(Pid::from_raw(self.pid), Signal::SIGTERM);
         match timeout(STOPPING, self.process.wait()).await {
             Ok(ended) => {
                 ended.context("cannot wait for the agent")?;
                 Ok(())
             }
-            Err(_too_long) => self.process.kill().await.context("cannot end the agent"),
+            Err(_too_long) => self.process.kill().await.context("cannot kill the agent"),
         }
     }
 }
 
 impl Drop for Agent {
     fn drop(&mut self) {
-        // Waited for, so that it does not outlive the demo: its maps take the kernel a moment to free.
+        // Waits, so that the agent does not outlive the demo: freeing its maps takes the kernel a moment.
         let (pause, mut waited) = (Duration::from_millis(5), Duration::ZERO);
         while waited < STOPPING && matches!(self.process.try_wait(), Ok(None)) {
             let _ended_already = self.process.start_kill();
@@ -172,7 +172,7 @@ impl Drop for Agent {
     }
 }
 
-/// Keeps the last lines of an output.
+/// Keeps the last lines of the output.
 async fn keep(output: impl AsyncRead + Unpin, kept: Arc<Mutex<VecDeque<String>>>) {
     let mut lines = BufReader::new(output).lines();
     while let Ok(Some(line)) = lines.next_line().await {

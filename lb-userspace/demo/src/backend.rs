@@ -1,5 +1,5 @@
-//! The servers of a pod: HTTP and a UDP echo that answer with the pod's name. Demo scenery, and no more HTTP than
-//! that needs.
+//! The servers of a pod: HTTP and a UDP echo, which answer with the pod's name. Only as much HTTP as the demo
+//! needs.
 
 use std::{io, net::IpAddr, os::fd::AsFd, sync::mpsc, thread, time::Duration};
 
@@ -20,13 +20,13 @@ use super::{
 
 /// How long a client may take to send its request.
 const PATIENCE: Duration = Duration::from_secs(5);
-/// The most octets of a request that are read.
+/// Maximum size of a request, in octets.
 const MAX_REQUEST: usize = 8192;
 
-/// A running pod. Its servers end with this value; its network namespace stays until then.
+/// A running pod. Dropping this value stops its servers and frees its network namespace.
 #[derive(Debug)]
 pub(super) struct Backend {
-    /// Which pod this is.
+    /// The pod.
     pub pod: Pod,
     netns: Netns,
     running: Option<Running>,
@@ -34,7 +34,7 @@ pub(super) struct Backend {
 
 #[derive(Debug)]
 struct Running {
-    /// Dropping it ends the servers.
+    /// Dropping it stops the servers.
     _stop: oneshot::Sender<()>,
     thread: thread::JoinHandle<()>,
 }
@@ -60,7 +60,7 @@ impl Backend {
                     Ok((runtime, servers)) => {
                         let _starter_gone = ready.send(Ok(()));
                         let _ends_with_the_sender = runtime.block_on(stopped);
-                        // With the runtime go the listeners and every open connection.
+                        // The runtime closes the listeners and every open connection.
                         drop((servers, runtime));
                     }
                     Err(error) => {
@@ -70,13 +70,13 @@ impl Backend {
             })
             .context("cannot start a thread")?;
         backend.running = Some(Running { _stop: stop, thread });
-        let started = is_ready.recv().unwrap_or_else(|_gone| Err(io::Error::other("its thread ended")));
+        let started = is_ready.recv().unwrap_or_else(|_gone| Err(io::Error::other("its thread exited")));
         started.with_context(|| format!("cannot start the servers of {}", pod.name))?;
         Ok(backend)
     }
 
-    /// Ends the servers, as a crash does: from then on the kernel refuses calls to their ports. Returns when they
-    /// have ended.
+    /// Stops the servers as a crash does: the kernel then refuses calls to their ports. Returns when they
+    /// have stopped.
     pub(super) fn kill(&mut self) {
         if let Some(Running { _stop: stop, thread }) = self.running.take() {
             drop(stop);
@@ -91,7 +91,7 @@ impl Drop for Backend {
     }
 }
 
-/// Starts both servers on each address. They run while the result lives.
+/// Starts both servers on each address. They run until the result is dropped.
 async fn listen(
     name: &'static str,
     addresses: [IpAddr; 2],
@@ -106,12 +106,12 @@ async fn listen(
     Ok(servers)
 }
 
-/// Answers every request with the name, one request for each connection.
+/// Answers every request with the name, one request per connection.
 async fn serve_http(name: &'static str, listener: TcpListener) -> io::Result<()> {
     let mut connections = JoinSet::new();
     loop {
         let (stream, _client) = listener.accept().await?;
-        // A client that stays silent holds up nobody else.
+        // A silent client must not delay others.
         connections.spawn(timeout(PATIENCE, answer(name, stream)));
         while connections.try_join_next().is_some() {}
     }
@@ -132,13 +132,13 @@ async fn answer(name: &str, mut stream: TcpStream) -> io::Result<()> {
     stream.shutdown().await
 }
 
-/// Sends every datagram back behind the name.
+/// Sends every datagram back, prefixed with the name.
 async fn serve_echo(name: &str, socket: UdpSocket) -> io::Result<()> {
     let mut datagram = [0; 1024];
     loop {
         let (length, client) = socket.recv_from(&mut datagram).await?;
         let answer = [name.as_bytes(), b" ", &datagram[..length]].concat();
-        // An answer that cannot be sent is the client's loss.
+        // Send errors are ignored, as UDP servers do.
         let _lost = socket.send_to(&answer, client).await;
     }
 }
@@ -157,7 +157,7 @@ mod tests {
         servers.spawn(async move { serve_echo("pod-9", echo).await });
 
         let mut stream = TcpStream::connect(http_address).await.unwrap();
-        // In two parts, as a slow client sends it.
+        // In two parts, like a slow client.
         stream.write_all(b"GET / HTTP/1.1\r\nHost: x\r").await.unwrap();
         stream.write_all(b"\n\r\n").await.unwrap();
         let mut response = String::new();

@@ -1,16 +1,16 @@
-//! The demo's clients: what they do, and how the demo starts them and reads what they report.
+//! The demo's clients: their calls, and how the demo starts them and reads their reports.
 //!
 //! # Purpose
 //!
-//! A client is a process of its own that connects and sends the way any program does: curl, or plain sockets of
-//! the standard library. [`run`] is what happens inside, behind the hidden command `client`;
-//! [`Clients`] is the demo's side.
+//! A client is a process that connects and sends like any program: curl, or plain sockets of the standard
+//! library. [`run`] is the code of that process, behind the hidden command `client`; [`Clients`] is the
+//! demo's side.
 //!
 //! # Invariants
 //!
-//! - Nothing in a client's calls knows of socklb. It enters the demo's cgroup, as a container runtime would put it
-//!   there, and that is all.
-//! - A client ends with the demo, however that ends.
+//! - A client's calls know nothing of socklb. Its only preparation is to enter the demo's cgroup, as a
+//!   container runtime would do.
+//! - A client exits with the demo, however that exits.
 
 use std::{
     ffi::OsString,
@@ -40,17 +40,17 @@ use tokio::{
     time::timeout,
 };
 
-/// How long a call may take before the client gives up.
+/// Timeout of a call.
 const PATIENCE: Duration = Duration::from_secs(2);
-/// How long a client that makes a limited number of calls may take.
+/// Timeout of a client with a limited number of calls.
 const CLIENT_PATIENCE: Duration = Duration::from_secs(60);
-/// What an echo server sends back behind its name.
+/// What an echo server sends after its name.
 const PAYLOAD: &str = "hello";
 
 /// Arguments of the hidden command.
 #[derive(Debug, clap::Args)]
 pub(crate) struct ClientArgs {
-    /// The process to end with.
+    /// The parent process; the client exits with it.
     #[arg(long)]
     parent: i32,
     #[command(subcommand)]
@@ -72,7 +72,7 @@ enum Act {
         #[arg(required = true)]
         addresses: Vec<SocketAddr>,
     },
-    /// Become the agent: its program and arguments.
+    /// Become the agent, with this program and these arguments.
     Agent {
         program: PathBuf,
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
@@ -83,13 +83,13 @@ enum Act {
 /// How a client calls.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub(super) enum How {
-    /// A curl process for each call.
+    /// A curl process per call.
     Curl,
-    /// `connect()` on a new TCP socket for each call.
+    /// `connect()` on a new TCP socket per call.
     Tcp,
-    /// `sendto()` on a new UDP socket for each call.
+    /// `sendto()` on a new UDP socket per call.
     Udp,
-    /// `connect()` on one UDP socket, `send()` for each call.
+    /// `connect()` once on a UDP socket, `send()` per call.
     ConnectedUdp,
 }
 
@@ -104,33 +104,32 @@ impl fmt::Display for How {
     }
 }
 
-/// One call as the client saw it.
+/// One call, as seen by the client.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Call {
-    /// When it began: microseconds of `CLOCK_MONOTONIC`.
+    /// Its start, in microseconds of `CLOCK_MONOTONIC`.
     pub began: u64,
-    /// How long `connect()` took, nanoseconds; absent where the client did not call it itself.
+    /// Duration of `connect()` in nanoseconds; absent if the client does not call it itself.
     pub connect_ns: Option<u64>,
-    /// How long the call took, microseconds.
+    /// Duration of the call in microseconds.
     pub took: u64,
-    /// What became of it.
     pub outcome: Outcome,
 }
 
-/// What became of a call.
+/// Result of a call.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum Outcome {
     /// A server answered.
     Answered {
-        /// The name that it gave.
+        /// The server's name.
         by: String,
-        /// Whom the client takes for its peer: `getpeername()` of a connected socket, `recvfrom()` of another.
+        /// The peer that the client sees: `getpeername()` of a connected socket, `recvfrom()` of another.
         /// Absent if the client did not ask.
         peer: Option<SocketAddr>,
     },
-    /// No answer came.
+    /// No answer.
     Failed {
-        /// The cause, in the words of the system or of curl.
+        /// The cause, as the system or curl words it.
         error: String,
         /// The error's number; absent with curl.
         errno: Option<i32>,
@@ -151,7 +150,7 @@ pub(super) fn curl_line(address: SocketAddr) -> String {
 fn curl_arguments(address: SocketAddr) -> [String; 4] {
     let patience = format!("-m{}", PATIENCE.as_secs());
     let url = if address.port() == 80 {
-        // `Display` of a socket address with the port cut off: an IPv6 address keeps its brackets.
+        // A socket address without the port: an IPv6 address keeps its brackets.
         format!("http://{}/", address.to_string().trim_end_matches(":80"))
     } else {
         format!("http://{address}/")
@@ -160,16 +159,16 @@ fn curl_arguments(address: SocketAddr) -> [String; 4] {
     ["-q".to_owned(), "-sS".to_owned(), patience, url]
 }
 
-/// Does what the demo asked for, inside the client process.
+/// Runs the hidden command, inside the client process.
 ///
 /// # Errors
 ///
-/// If the process cannot be set up. A call that fails is no error: it is reported.
+/// If the process cannot be set up. A failed call is reported, and is no error.
 pub(super) fn run(args: ClientArgs) -> Result<ExitCode> {
     prctl::set_pdeathsig(Signal::SIGKILL).context("PR_SET_PDEATHSIG")?;
     if getppid() != Pid::from_raw(args.parent) {
-        // It ended before the line above, or this was typed by hand.
-        bail!("this command is the demo's own: run `socklb-demo`");
+        // The demo exited before the line above, or a user typed this command.
+        bail!("internal command: run `socklb-demo`");
     }
     match args.act {
         Act::Agent { program, arguments } => {
@@ -187,7 +186,7 @@ pub(super) fn run(args: ClientArgs) -> Result<ExitCode> {
                 writeln!(stdout, "{line}")
             });
             match reported {
-                // The demo has heard enough.
+                // The demo needs no more calls.
                 Err(error) if error.kind() == ErrorKind::BrokenPipe => {}
                 other => other.context("cannot report")?,
             }
@@ -196,7 +195,7 @@ pub(super) fn run(args: ClientArgs) -> Result<ExitCode> {
     }
 }
 
-/// Makes `n` calls to the addresses in turn and reports each.
+/// Makes `n` calls to the addresses in turn and reports each one.
 fn call_all(
     how: How,
     addresses: &[SocketAddr],
@@ -231,13 +230,13 @@ fn call_all(
     Ok(())
 }
 
-/// Who answered, and whom the client takes for its peer.
+/// The answering server, and the peer that the client sees.
 type Answer = io::Result<(String, Option<SocketAddr>)>;
 
 fn call_curl(address: SocketAddr) -> Answer {
     let output = process::Command::new("curl")
         .args(curl_arguments(address))
-        // Nor must it depend on http_proxy.
+        // The call must not depend on http_proxy either.
         .env_clear()
         .envs(std::env::vars_os().filter(|(name, _)| name == "PATH"))
         .stdin(Stdio::null())
@@ -264,7 +263,7 @@ fn call_tcp(address: SocketAddr, connect: &mut Option<Duration>) -> Answer {
         Some((head, body)) if head.starts_with("HTTP/1.1 200 ") => {
             Ok((body.trim_end().to_owned(), Some(peer)))
         }
-        _ => Err(io::Error::new(ErrorKind::UnexpectedEof, "the connection ended without an answer")),
+        _ => Err(io::Error::new(ErrorKind::UnexpectedEof, "the connection was closed without an answer")),
     }
 }
 
@@ -287,7 +286,7 @@ fn call_udp(address: SocketAddr) -> Answer {
     Ok((echo_name(&answer[..length])?, Some(from)))
 }
 
-/// Keeps the socket for the next call.
+/// Keeps the socket for later calls.
 fn call_connected_udp(
     address: SocketAddr,
     kept: &mut Option<UdpSocket>,
@@ -315,10 +314,7 @@ fn echo_name(answer: &[u8]) -> io::Result<String> {
     let answer = String::from_utf8_lossy(answer);
     match answer.split_once(' ') {
         Some((name, PAYLOAD)) => Ok(name.to_owned()),
-        _ => Err(io::Error::new(
-            ErrorKind::InvalidData,
-            format!("an answer that was not asked for: {answer:?}"),
-        )),
+        _ => Err(io::Error::new(ErrorKind::InvalidData, format!("an unexpected answer: {answer:?}"))),
     }
 }
 
@@ -326,24 +322,24 @@ fn micros(time: Duration) -> u64 {
     u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }
 
-/// Starts clients in the demo's cgroup and in the namespaces of the calling thread.
+/// Starts clients in the demo's cgroup and in the calling thread's namespaces.
 #[derive(Clone, Debug)]
 pub(super) struct Clients {
     cgroup: PathBuf,
 }
 
 impl Clients {
-    /// Clients of this cgroup.
+    /// Clients in this cgroup.
     pub(super) fn new(cgroup: &Path) -> Self {
         Self { cgroup: cgroup.to_owned() }
     }
 
-    /// Makes `n` calls one after the other.
+    /// Makes `n` calls in sequence.
     pub(super) async fn call(&self, how: How, address: SocketAddr, n: u32) -> Result<Vec<Call>> {
         self.call_in_turn(how, &[address], n).await
     }
 
-    /// Makes `n` calls one after the other, to each address in turn.
+    /// Makes `n` calls in sequence, to each address in turn.
     pub(super) async fn call_in_turn(&self, how: How, addresses: &[SocketAddr], n: u32) -> Result<Vec<Call>> {
         let mut client = self.start(how, addresses, n, Duration::ZERO)?;
         let calls = timeout(CLIENT_PATIENCE, client.rest())
@@ -356,7 +352,7 @@ impl Clients {
         Ok(calls)
     }
 
-    /// Starts a client and lets the caller listen to its reports.
+    /// Starts a client whose reports the caller reads.
     pub(super) fn start(
         &self,
         how: How,
@@ -389,16 +385,16 @@ impl Clients {
     }
 }
 
-/// This binary, as a process that ends with the calling thread.
+/// This program, as a process that exits with the calling thread.
 pub(super) fn own_command(act: &str) -> Command {
     let mut command = Command::new("/proc/self/exe");
     command.arg0("socklb-demo").arg("client").args(["--parent", &process::id().to_string(), act]);
-    // Ctrl-C in a terminal is for the demo, which ends its children in order.
+    // Ctrl-C in a terminal must reach only the demo, which stops its children in order.
     command.process_group(0).kill_on_drop(true);
     command
 }
 
-/// A running client. Its reports are taken from it as they come, so that it never waits for the demo.
+/// A running client. A task reads its reports, so that the client never blocks.
 #[derive(Debug)]
 pub(super) struct Client {
     process: Child,
@@ -413,7 +409,7 @@ impl Client {
         Ok(Some(serde_json::from_str(&line).with_context(|| format!("a client reported {line:?}"))?))
     }
 
-    /// The calls that are left.
+    /// The remaining calls.
     async fn rest(&mut self) -> Result<Vec<Call>> {
         let mut calls = Vec::new();
         while let Some(call) = self.next().await? {
@@ -422,18 +418,18 @@ impl Client {
         Ok(calls)
     }
 
-    /// Ends the client. Returns what it reported and nobody heard.
+    /// Stops the client. Returns its unread reports.
     pub(super) async fn stop(mut self) -> Result<Vec<Call>> {
-        self.process.kill().await.context("cannot end a client")?;
+        self.process.kill().await.context("cannot kill a client")?;
         let mut calls = Vec::new();
         while let Some(line) = self.reports.recv().await {
-            // It may have been killed in the middle of the last line.
+            // The last line may be incomplete.
             calls.extend(serde_json::from_str::<Call>(&line).ok());
         }
         Ok(calls)
     }
 
-    /// What it said on standard error.
+    /// Its standard error.
     async fn complaint(&mut self) -> String {
         let mut text = String::new();
         if let Some(stderr) = &mut self.process.stderr {
@@ -479,7 +475,7 @@ mod tests {
         assert_eq!(call.outcome, Outcome::Answered { by: "pod-9".to_owned(), peer: Some(address) });
         assert!(call.connect_ns.is_some() && call.began >= before);
 
-        // The listener is gone.
+        // The listener is closed.
         let [call] = calls(How::Tcp, address, 1).try_into().unwrap();
         let refused = Outcome::Failed {
             error: "Connection refused".to_owned(),

@@ -1,21 +1,21 @@
-//! `socklb-demo`: see socklb work, on this machine, without touching anything of it.
+//! `socklb-demo`: shows socklb on this machine without touching the host.
 //!
 //! # Purpose
 //!
 //! [`run`] sets up a node with three pods, starts the real agent on the objects of `manifests/demo`, and lets
-//! ordinary programs call the service addresses in them. It counts who answered, kills a pod, and checks each
+//! ordinary programs call the service addresses. It counts which pod answered, kills a pod, and checks each
 //! statement that it makes.
 //!
 //! # Invariants
 //!
-//! - Everything happens in namespaces and in a cgroup that the demo made, on a thread of its own: the caller's
-//!   thread stays where it is.
-//! - On success, failure, panic, SIGINT, SIGTERM and SIGHUP nothing is left behind.
+//! - Everything happens in the demo's own namespaces and cgroup, on its own thread: the caller's thread stays
+//!   in its namespaces.
+//! - Success, failure, panic, SIGINT, SIGTERM and SIGHUP leave nothing behind.
 //!
 //! # Depends on
 //!
-//! `lb_kernel` for reading the pinned maps, `lb_core` for addresses. The agent is another process: the `socklb` beside this
-//! program.
+//! `lb_kernel` for reading the pinned maps, `lb_core` for addresses. The agent is another process: the
+//! `socklb` in the folder of this program.
 #![deny(unsafe_code)]
 
 mod agent;
@@ -55,32 +55,32 @@ use self::{
     scenery::Scenery,
 };
 
-/// Calls of sockets for each address: the chance that one of three pods gets none is below 10⁻¹⁰.
+/// Calls of sockets per address: with them the chance that one of three pods gets none is below 10⁻¹⁰.
 const N_CALLS: u32 = 60;
-/// Calls of curl for each address, which takes its time to start: the chance is below 10⁻⁶.
+/// Calls of curl per address; fewer, because curl starts slowly: the chance is below 10⁻⁶.
 const N_CURL_CALLS: u32 = 40;
-/// Connections whose time is taken, of each kind.
+/// Timed connections of each kind.
 const N_TIMED: u32 = 200;
 /// Calls to the service without endpoints.
 const N_REFUSED: u32 = 5;
 /// Datagrams on one connected socket.
 const N_DATAGRAMS: u32 = 10;
-/// Pause between the calls that go on while a pod dies.
+/// Pause between the calls during which a pod dies.
 const STEADY_PAUSE: Duration = Duration::from_millis(1);
-/// The most calls of that client, if nothing stops it: a minute's.
+/// Maximum number of these calls: a minute's.
 const MAX_STEADY_CALLS: u32 = 60_000;
-/// How many of its calls must be answered before the pod dies, and after the tables have changed.
+/// Answered calls before the pod dies, and again after the tables have changed.
 const N_STEADY: usize = 100;
-/// How long the pod is dead before its endpoints say so. In a cluster it is the kubelet that takes its time.
+/// Time from the pod's death until its endpoints say so. In a cluster the kubelet takes this time.
 const UNNOTICED: Duration = Duration::from_millis(100);
-/// How long the wires may take until they carry.
+/// How long the veth pairs may take to come up.
 const WIRING: Duration = Duration::from_secs(5);
-/// How long a client that calls steadily may say nothing.
+/// How long a client with steady calls may stay silent.
 const SILENCE: Duration = Duration::from_secs(5);
-/// Pause between two rounds of a demo that stays.
+/// Pause between two rounds after the report.
 const ROUND: Duration = Duration::from_secs(1);
 
-/// See socklb work: backends, services and clients in namespaces of their own.
+/// See socklb at work: backends, services and clients in namespaces of their own.
 #[derive(Debug, Parser)]
 #[command(name = "socklb-demo", version, max_term_width = 100, args_conflicts_with_subcommands = true)]
 struct Options {
@@ -89,10 +89,10 @@ struct Options {
     /// The agent's program [default: the socklb beside this program]
     #[arg(long, value_name = "FILE")]
     socklb: Option<PathBuf>,
-    /// End after one round. Exit status 0 only if everything that the demo claims was seen.
+    /// Exit after one round. Exit status 0 only if every statement of the demo holds.
     #[arg(long)]
     exit: bool,
-    /// Print an account as it goes (text), or one document with all counts when the round is over (json).
+    /// Output format: progress as text, or one JSON document with all counts at the end.
     #[arg(
         short = 'o',
         long = "output",
@@ -109,7 +109,7 @@ struct Options {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// What a client of the demo does.
+    /// The client's command.
     #[command(hide = true)]
     Client(ClientArgs),
 }
@@ -124,25 +124,21 @@ fn main() -> ExitCode {
     })
 }
 
-/// Runs the demo.
-///
-/// # Errors
-///
-/// What kept it from being played. A statement that turned out false is no error but the exit status.
+/// Fails if the demo cannot run. A statement that does not hold sets the exit status instead.
 fn run(options: Options) -> Result<ExitCode> {
     if !nix::unistd::geteuid().is_root() {
         bail!(
-            "the demo makes network namespaces and loads BPF programs, which needs root: `sudo socklb-demo`"
+            "the demo needs root, because it makes network namespaces and loads BPF programs: `sudo socklb-demo`"
         );
     }
     let program = options.socklb.clone().map_or_else(agent::program_beside, Ok)?;
     ensure!(
         program.is_file(),
-        "there is no program {}: build it with `cargo xtask build`, or name it with --socklb",
+        "no program {}: build it with `cargo xtask build`, or name it with --socklb",
         program.display()
     );
     let cgroup_root = cgroup::find_any()?;
-    // Namespaces belong to a thread, and so does the death signal of a child: this one lives as long as the demo.
+    // Namespaces and the death signal of a child belong to a thread: this one lives as long as the demo.
     let stage = thread::Builder::new()
         .name("demo".to_owned())
         .spawn(move || {
@@ -150,7 +146,7 @@ fn run(options: Options) -> Result<ExitCode> {
                 .enable_all()
                 .build()
                 .context("cannot start the demo's runtime")?;
-            // From here on a signal ends the demo in order.
+            // From here on a signal stops the demo in order.
             let signals = runtime.block_on(async { Signals::listen() })?;
             let scenery = Scenery::enter(&cgroup_root)?;
             runtime.block_on(play(&options, &program, &scenery, signals))
@@ -159,7 +155,7 @@ fn run(options: Options) -> Result<ExitCode> {
     stage.join().unwrap_or_else(|panic| panic::resume_unwind(panic))
 }
 
-/// Plays the demo until it is over or a signal ends it.
+/// Runs the demo until it is over or a signal stops it.
 async fn play(
     options: &Options,
     program: &Path,
@@ -169,11 +165,11 @@ async fn play(
     let narrator = Narrator { is_text: !options.json };
     let mut stage = tokio::select! {
         stage = Stage::set(scenery, program, narrator) => stage?,
-        name = signals.next() => bail!("{name} before the demo had begun"),
+        name = signals.next() => bail!("{name} during the setup"),
     };
     let report = tokio::select! {
         report = stage.tell() => report?,
-        name = signals.next() => bail!("{name} before the demo was over"),
+        name = signals.next() => bail!("{name} during the demo"),
     };
     if options.json {
         let document = serde_json::to_string_pretty(&report).context("cannot write JSON")?;
@@ -190,7 +186,7 @@ async fn play(
     Ok(if report.ok { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// Who is on the stage.
+/// Everything that runs.
 struct Stage<'a> {
     scenery: &'a Scenery,
     narrator: Narrator,
@@ -203,11 +199,11 @@ struct Stage<'a> {
 }
 
 impl<'a> Stage<'a> {
-    /// Sets up everything, up to the agent whose frontends are in the kernel.
+    /// Sets up everything, until the kernel holds the agent's frontends.
     async fn set(scenery: &'a Scenery, program: &Path, narrator: Narrator) -> Result<Self> {
         manifests::write(&scenery.manifests).context("cannot write the manifests")?;
         let mut backends = Vec::new();
-        let pods = scenery.wire().await.context("cannot wire the namespaces, which needs CAP_NET_ADMIN")?;
+        let pods = scenery.wire().await.context("cannot connect the namespaces: CAP_NET_ADMIN is needed")?;
         for (pod, netns) in pods {
             backends.push(Backend::start(pod, netns)?);
         }
@@ -249,7 +245,7 @@ impl<'a> Stage<'a> {
         Ok(Self { scenery, narrator, backends, clients, agent, setup, before, has_curl: has_curl() })
     }
 
-    /// Makes the calls, kills a pod, makes more calls. Returns what was seen, judged.
+    /// Makes the calls, kills a pod, makes more calls. Returns the checked report.
     async fn tell(&mut self) -> Result<Report> {
         let narrator = self.narrator;
         narrator.say("\nCALLS\n")?;
@@ -274,7 +270,7 @@ impl<'a> Stage<'a> {
         let mut connect_times = Vec::new();
         for target in WEB {
             let family = usize::from(target.address.is_ipv6());
-            // In turn, so that both see the same load of the machine, and all pods, as the service does.
+            // Alternating, so that both see the same load of the machine, and all pods.
             let in_turn: Vec<_> = PODS
                 .iter()
                 .flat_map(|pod| [target.address, SocketAddr::new(pod.addresses()[family], HTTP_PORT)])
@@ -294,7 +290,7 @@ impl<'a> Stage<'a> {
         }
 
         let failover = self.kill_a_pod().await?;
-        narrator.say(&format!("\nFROM THEN ON\n{}", Tally::head()))?;
+        narrator.say(&format!("\nAFTERWARDS\n{}", Tally::head()))?;
         let mut calls_after = Vec::new();
         for (target, how) in every_address() {
             calls_after.push(self.tally(target, how, N_CALLS).await?);
@@ -325,7 +321,7 @@ impl<'a> Stage<'a> {
         Ok(report)
     }
 
-    /// Makes calls and says who answered.
+    /// Makes calls and prints who answered.
     async fn tally(&self, target: Target, how: How, n: u32) -> Result<Tally> {
         let calls = self.clients.call(how, target.address, n).await?;
         let tally = Tally::of(target, how, &calls);
@@ -333,7 +329,7 @@ impl<'a> Stage<'a> {
         Ok(tally)
     }
 
-    /// Ends the servers of the last pod under steady calls, then lets its endpoints say so.
+    /// Kills the servers of the last pod during steady calls, then updates its endpoints.
     async fn kill_a_pod(&mut self) -> Result<Failover> {
         let [target, _] = WEB;
         let victim = self.backends.last_mut().context("no pod is left")?;
@@ -358,7 +354,7 @@ impl<'a> Stage<'a> {
             })
             .await?;
         let switched = client::now()?;
-        // The calls that the client has made meanwhile come first.
+        // First the calls that the client made meanwhile.
         while calls.last().is_none_or(|call: &Call| call.began < switched) {
             listen(&mut client, &mut calls, 1).await?;
         }
@@ -369,7 +365,7 @@ impl<'a> Stage<'a> {
         Ok(failover)
     }
 
-    /// Calls every address once a second, until the agent ends.
+    /// Calls every address once a second, until the agent exits.
     async fn go_on(&mut self) -> Result<()> {
         let mut ticks = interval(ROUND);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -387,26 +383,26 @@ impl<'a> Stage<'a> {
     }
 }
 
-/// Hears `n` more calls.
+/// Receives `n` more calls.
 async fn listen(client: &mut Client, calls: &mut Vec<Call>, n: usize) -> Result<()> {
     for _ in 0..n {
-        let call = timeout(SILENCE, client.next()).await.context("a client has fallen silent")??;
-        calls.push(call.context("a client has ended")?);
+        let call = timeout(SILENCE, client.next()).await.context("a client does not report")??;
+        calls.push(call.context("a client has exited")?);
     }
     Ok(())
 }
 
-/// Every service address with endpoints, and how plain sockets call it.
+/// Every service address with endpoints, with the call that plain sockets use.
 fn every_address() -> impl Iterator<Item = (Target, How)> {
-    // Node ports answer on loopback in the node's network namespace only, and before Linux 5.14 an agent cannot
-    // tell a namespace from others unless it is the initial one.
+    // Loopback node ports are served in the node's network namespace only. Before Linux 5.14 an agent cannot
+    // identify its namespace unless it is the initial one.
     let knows_namespace = syscall::netns_cookie().is_some();
     let tcp = WEB.into_iter().chain(WEB_NODE).map(|target| (target, How::Tcp));
     tcp.chain(ECHO.into_iter().map(|target| (target, How::Udp)))
         .filter(move |(target, _)| knows_namespace || !target.address.ip().is_loopback())
 }
 
-/// Waits until a pod answers: a link needs a moment to come up.
+/// Waits until a pod answers: a link needs time to come up.
 async fn await_wire(address: SocketAddr) -> Result<()> {
     let answered = timeout(WIRING, async {
         while TcpStream::connect(address).await.is_err() {
@@ -416,14 +412,14 @@ async fn await_wire(address: SocketAddr) -> Result<()> {
     answered.await.map_err(|_elapsed| anyhow!("{address} cannot be reached over its veth pair"))
 }
 
-/// Whether clients find curl.
+/// Whether curl is on `PATH`.
 fn has_curl() -> bool {
     std::env::var_os("PATH").is_some_and(|path| {
         std::env::split_paths(&path).any(|folder| access(&folder.join("curl"), AccessFlags::X_OK).is_ok())
     })
 }
 
-/// Tells the story, or keeps quiet where a document is asked for.
+/// Prints the text, or nothing if a document is requested.
 #[derive(Clone, Copy, Debug)]
 struct Narrator {
     is_text: bool,
@@ -436,13 +432,13 @@ impl Narrator {
     }
 }
 
-/// Prints, and reports a closed output instead of panicking.
+/// Prints, and returns an error for a closed output instead of panicking.
 fn print(text: &str) -> Result<()> {
     let mut stdout = io::stdout().lock();
     stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()).context("cannot write to standard output")
 }
 
-/// The signals that end the demo.
+/// The signals that stop the demo.
 struct Signals {
     interrupt: Signal,
     terminate: Signal,
@@ -459,7 +455,7 @@ impl Signals {
         })
     }
 
-    /// Waits for one and returns its name.
+    /// Waits for a signal and returns its name.
     async fn next(&mut self) -> &'static str {
         tokio::select! {
             _ = self.interrupt.recv() => "SIGINT",

@@ -1,9 +1,9 @@
-//! What the demo plays: the objects of `manifests/demo`, and the addresses in them.
+//! The objects of `manifests/demo`, and their addresses.
 //!
 //! # Invariants
 //!
-//! - The manifests are part of the binary, which works away from its source tree.
-//! - The addresses here are those of the manifests; a test compares them.
+//! - The manifests are part of the binary, so that it needs no source tree.
+//! - The addresses here equal those of the manifests; a test compares them.
 
 use std::{
     fmt, fs, io,
@@ -30,17 +30,17 @@ pub(super) const NODE_NAME: &str = "demo-node";
 pub(super) const NODE: [IpAddr; 2] =
     [IpAddr::V4(Ipv4Addr::new(10, 10, 0, 1)), IpAddr::V6(Ipv6Addr::new(0xfd00, 0x10, 0x10, 0, 0, 0, 0, 1))];
 
-/// Where a pod's HTTP server listens.
+/// Port of a pod's HTTP server.
 pub(super) const HTTP_PORT: u16 = 8080;
-/// Where a pod's UDP echo server listens.
+/// Port of a pod's UDP echo server.
 pub(super) const ECHO_PORT: u16 = 5353;
-/// Where the service `web-node` answers on the node's addresses.
+/// Node port of the service `web-node`.
 const NODE_PORT: u16 = 30080;
 
 /// A pod: a network namespace with servers in it.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Pod {
-    /// Its name, which its servers answer with.
+    /// Its name, which its servers send.
     pub name: &'static str,
     /// Number of its subnets, `10.244.N.0/24` and `fd00:10:244:N::/64`.
     subnet: u8,
@@ -70,14 +70,14 @@ impl Pod {
     }
 }
 
-/// An address that a client calls.
+/// An address for clients.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Target {
     /// Name of the Service.
     pub service: &'static str,
     /// TCP or UDP.
     pub protocol: Protocol,
-    /// What the client calls.
+    /// The called address.
     pub address: SocketAddr,
 }
 
@@ -91,7 +91,7 @@ const fn target(service: &'static str, protocol: Protocol, ip: IpAddr, port: u16
     Target { service, protocol, address: SocketAddr::new(ip, port) }
 }
 
-/// A cluster IP that ends with `last`, read as decimal in IPv4 and as hexadecimal in IPv6.
+/// A cluster IP with the last part `last`, decimal in IPv4 and hexadecimal in IPv6.
 const fn cluster_ip(ipv6: bool, last: (u8, u16)) -> IpAddr {
     if ipv6 {
         IpAddr::V6(Ipv6Addr::new(0xfd00, 0x10, 0x96, 0, 0, 0, 0, last.1))
@@ -126,7 +126,7 @@ pub(super) const IDLE: [Target; 2] = [
     target("idle", Protocol::Tcp, cluster_ip(true, (90, 0x90)), 80),
 ];
 
-/// Every frontend that the agent makes of the manifests, with how many endpoints it has while all pods live.
+/// Every frontend of the manifests, with its number of endpoints while all pods live.
 pub(super) fn frontends() -> impl Iterator<Item = (FrontendAddress, usize)> {
     let frontend = |ip, port, protocol, n| (FrontendAddress { ip, port, protocol }, n);
     let of =
@@ -136,28 +136,28 @@ pub(super) fn frontends() -> impl Iterator<Item = (FrontendAddress, usize)> {
     let without = IDLE.iter().map(move |target| of(target, 0));
     let web_node =
         [false, true].map(|ipv6| frontend(cluster_ip(ipv6, (81, 0x81)), 80, Protocol::Tcp, n_pods));
-    // A node port has one frontend of each family, at the unspecified address.
+    // A node port has one frontend per family, at the unspecified address.
     let node_port = [IpAddr::V4(Ipv4Addr::UNSPECIFIED), IpAddr::V6(Ipv6Addr::UNSPECIFIED)]
         .map(|ip| frontend(ip, NODE_PORT, Protocol::Tcp, n_pods));
     with_endpoints.chain(without).chain(web_node).chain(node_port)
 }
 
-/// Writes the manifests into a folder.
+/// Writes the manifests to a folder.
 pub(super) fn write(folder: &Path) -> io::Result<()> {
     FILES.iter().try_for_each(|(name, text)| fs::write(folder.join(name), text))
 }
 
-/// Writes into a folder that a pod answers no longer, the way a `ConfigMap` or a careful editor does: beside the
-/// file, then renamed over it.
+/// Removes a pod's endpoints from the manifest, as a `ConfigMap` or a careful editor does: writes a new file,
+/// then renames it over the old one.
 pub(super) fn take_out(folder: &Path, pod: Pod) -> io::Result<()> {
     let [.., (name, text)] = FILES;
-    // Hidden, so that a reader of the folder does not take it for a manifest.
+    // Hidden, so that no reader of the folder takes it for a manifest.
     let new = folder.join(format!(".{name}.new"));
     fs::write(&new, without(text, pod))?;
     fs::rename(new, folder.join(name))
 }
 
-/// The slices with the conditions of one pod's endpoints turned.
+/// The slices with inverted conditions of one pod's endpoints.
 fn without(slices: &str, pod: Pod) -> String {
     let [v4, v6] = pod.addresses();
     let (v4, v6) = (format!("[{v4}]"), format!("[\"{v6}\"]"));
@@ -189,7 +189,7 @@ mod tests {
 
     use super::*;
 
-    /// The frontends that follow from the manifests, with these slices.
+    /// The frontends of the manifests with these slices.
     fn served(slices: &str) -> BTreeMap<FrontendAddress, Vec<SocketAddr>> {
         let mut store = Store::new();
         for (name, text) in FILES {

@@ -1,9 +1,9 @@
-//! What the demo saw, as text and as JSON. Pure: values in, text out.
+//! The demo's report as text and as JSON. Pure: values in, text out.
 //!
 //! # Invariants
 //!
-//! - Every statement that the demo makes is a [`Check`] on what was seen, not a sentence that is printed anyway.
-//! - No line is longer than 100 columns, but for command lines that are to be copied.
+//! - Every statement of the demo is a [`Check`] of the recorded calls.
+//! - No line exceeds 100 columns, except command lines to copy.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -21,35 +21,35 @@ use super::{
     manifests::{NODE, PODS, Pod, Target},
 };
 
-/// A call that nobody can answer must fail within this time to have failed "at once".
+/// A refused call counts as "at once" if it fails within this time.
 const AT_ONCE_MS: f64 = 500.0;
 
-/// Everything that the demo saw.
+/// All results.
 #[derive(Debug, Serialize)]
 pub(super) struct Report {
     /// What was set up.
     pub setup: Setup,
-    /// A call before the agent ran.
+    /// A call before the agent starts.
     pub before: Vec<Unserved>,
-    /// Calls while all pods answer.
+    /// Calls while all pods live.
     pub calls: Vec<Tally>,
-    /// How long `connect()` took.
+    /// Duration of `connect()`.
     pub connect_times: Vec<ConnectTime>,
     /// Calls to a service without endpoints.
     pub refused: Vec<Refused>,
-    /// What happened when a pod died.
+    /// A pod's death.
     pub failover: Failover,
-    /// Calls after that.
+    /// Calls after it.
     pub calls_after: Vec<Tally>,
-    /// Datagrams on connected sockets, after that.
+    /// Datagrams on connected sockets, after it.
     pub connected_udp: Vec<Tally>,
-    /// Each statement, and whether it holds.
+    /// Each statement and its result.
     pub checks: Vec<Check>,
     /// Whether all hold.
     pub ok: bool,
 }
 
-/// A statement about what was seen.
+/// A statement about the results.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub(super) struct Check {
     /// The statement.
@@ -63,7 +63,7 @@ fn check(holds: bool, claim: impl Into<String>) -> Check {
 }
 
 impl Report {
-    /// Judges what was seen.
+    /// Computes the checks.
     pub(super) fn judge(&mut self) {
         let all: Vec<&str> = PODS.iter().map(|pod| pod.name).collect();
         let rest: Vec<&str> = all.iter().copied().filter(|name| *name != self.failover.pod).collect();
@@ -78,7 +78,7 @@ impl Report {
         self.checks = checks;
     }
 
-    /// The closing lines: how many statements hold, and which do not.
+    /// The closing lines: how many statements hold, and which fail.
     pub(super) fn verdict(&self) -> String {
         let n = self.checks.len();
         if self.ok {
@@ -102,23 +102,23 @@ pub(super) struct Setup {
     pub manifests: PathBuf,
     /// Where maps and links are pinned, inside the demo's mount namespace.
     pub pin_path: PathBuf,
-    /// Where the agent keeps its snapshot, likewise.
+    /// The agent's snapshot directory, likewise.
     pub state_dir: PathBuf,
     /// The agent's process id.
     pub agent_pid: i32,
     /// The agent's command line.
     pub agent: Vec<String>,
-    /// From its start until the kernel held every frontend.
+    /// Time from its start until the kernel held every frontend.
     pub ready_ms: f64,
-    /// How many frontends that are.
+    /// Number of frontends.
     pub frontends: usize,
 }
 
-/// The first lines: who is there.
+/// The first lines: node, pods and cgroup.
 pub(super) fn scene(cgroup: &std::path::Path) -> String {
     let mut text = "\
 socklb-demo: a node, three pods and clients, in namespaces of their own on this machine, with no
-route to anywhere else.
+route to any other network.
 
 SET UP
 "
@@ -151,25 +151,25 @@ impl Setup {
         }
         let _infallible = writeln!(
             text,
-            "{line}\n  {} frontends in the kernel's maps {:.0} ms after it was started (pid {})",
+            "{line}\n  {} frontends in the kernel's maps {:.0} ms after its start (pid {})",
             self.frontends, self.ready_ms, self.agent_pid
         );
         text
     }
 }
 
-/// A call to a service address that nothing serves.
+/// A call to a service address before anything serves it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub(super) struct Unserved {
     /// The address.
     pub address: SocketAddr,
-    /// How the call failed; absent if it did not.
+    /// The error; absent if the call succeeded.
     pub error: Option<String>,
     is_unreachable: bool,
 }
 
 impl Unserved {
-    /// What became of the call.
+    /// Makes the result of a call.
     pub(super) fn of(address: SocketAddr, call: &Call) -> Self {
         let (error, errno) = match &call.outcome {
             Outcome::Answered { .. } => (None, None),
@@ -192,21 +192,19 @@ impl Unserved {
 /// Calls of one client to one address.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub(super) struct Tally {
-    /// The Service.
     pub service: &'static str,
-    /// TCP or UDP.
     pub protocol: Protocol,
-    /// What was called.
+    /// The called address.
     pub address: SocketAddr,
-    /// What made the calls: `curl`, or the system call that names the address.
+    /// The client: `curl`, or the system call that names the address.
     pub client: &'static str,
-    /// How many calls.
+    /// Number of calls.
     pub calls: usize,
     /// Answers by pod.
     pub answers: BTreeMap<String, usize>,
-    /// Calls without an answer, by cause.
+    /// Failed calls, by cause.
     pub failures: BTreeMap<String, usize>,
-    /// What the client took for its peer; empty if it did not ask.
+    /// The peers that the client saw; empty if it did not ask.
     pub peers: BTreeSet<SocketAddr>,
 }
 
@@ -255,17 +253,18 @@ impl Tally {
         self.answers.keys().map(String::as_str).eq(pods.iter().copied())
     }
 
-    /// That all calls were answered, by all of these pods and no others, and that the peer is the service.
+    /// Checks that all calls were answered, by all of these pods and only by them, and that the peer is the
+    /// service.
     fn checks(&self, pods: &[&str]) -> Vec<Check> {
         let mut checks = vec![
             check(self.failures.is_empty(), format!("{}: every call was answered", self.name())),
-            check(self.answered_by(pods), format!("{}: {} answered, nobody else", self.name(), list(pods))),
+            check(self.answered_by(pods), format!("{}: only {} answered", self.name(), list(pods))),
         ];
         checks.extend(self.peer_check());
         checks
     }
 
-    /// That all datagrams of one socket were answered, by one of these pods, and that the peer is the service.
+    /// Checks that one of these pods answered all datagrams of a socket, and that the peer is the service.
     fn connection_checks(&self, pods: &[&str]) -> Vec<Check> {
         let is_one = self.answers.len() == 1 && pods.iter().any(|pod| self.answers.contains_key(*pod));
         let mut checks = vec![
@@ -282,7 +281,7 @@ impl Tally {
         asked.then(|| check(holds, format!("{}: the peer is the service address", self.name())))
     }
 
-    /// Head of the table of which [`Self::row`] gives the rows.
+    /// The header of the table with [`Self::row`].
     pub(super) fn head() -> String {
         format!("  {:<9} {:<27} {:<10}{}  PEER SEEN\n", "SERVICE", "ADDRESS", "CLIENT", count_head())
     }
@@ -330,7 +329,7 @@ fn count_head() -> String {
 /// `pod-1, pod-2 and pod-3`
 fn list(names: &[&str]) -> String {
     match names {
-        [] => "nobody".to_owned(),
+        [] => "no pod".to_owned(),
         [one] => (*one).to_owned(),
         [rest @ .., last] => format!("{} and {last}", rest.join(", ")),
     }
@@ -345,25 +344,25 @@ pub(super) fn curl(line: &str, call: &Call) -> String {
     format!("  $ {line}\n  {printed}\n")
 }
 
-/// Explains a column.
+/// Explains the column.
 pub(super) const PEER_SEEN: &str =
     "  PEER SEEN is what getpeername() and recvfrom() show the client: the service address it called.\n";
 
-/// How long `connect()` took.
+/// Duration of `connect()`.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub(super) struct ConnectTime {
     /// The service address.
     pub service: SocketAddr,
-    /// The quickest of the connections to the service address, microseconds.
+    /// The minimum for the service address, in microseconds.
     pub service_us: f64,
-    /// The quickest of the connections to the pods' own addresses, microseconds.
+    /// The minimum for the pods' own addresses, in microseconds.
     pub direct_us: f64,
     /// Connections to each.
     pub connections: usize,
 }
 
 impl ConnectTime {
-    /// Compares calls that were made to the service and straight to a pod in turn; `None` without any.
+    /// Compares alternating calls to the service and to pods; `None` without any.
     pub(super) fn of(service: SocketAddr, calls_in_turn: &[Call]) -> Option<Self> {
         Some(Self {
             service,
@@ -382,17 +381,17 @@ impl ConnectTime {
     }
 }
 
-/// The quickest `connect()`.
+/// The minimum duration of `connect()`.
 ///
-/// Not the median: where the server that is woken takes over the client's CPU, or an idle one has to be woken for
-/// it, `connect()` returns some 80 us later. On a busy machine that is so for about half of the calls, and the
-/// median then falls on either side.
+/// Not the median: if the woken server takes the client's CPU, or an idle CPU must be woken for it,
+/// `connect()` returns some 80 us later. On a busy machine that affects about half of the calls, so the
+/// median is unstable.
 fn quickest_us<'a>(calls: impl Iterator<Item = &'a Call>) -> Option<f64> {
     let answered = calls.filter(|call| matches!(call.outcome, Outcome::Answered { .. }));
     answered.filter_map(|call| call.connect_ns).min().map(thousandths)
 }
 
-/// A thousandth of a number, with three places: microseconds as milliseconds, nanoseconds as microseconds.
+/// A thousandth of a number, with three decimals: microseconds as milliseconds, nanoseconds as microseconds.
 #[expect(clippy::cast_precision_loss, reason = "2^53 us are 285 years")]
 pub(super) fn thousandths(number: u64) -> f64 {
     number as f64 / 1000.0
@@ -403,13 +402,13 @@ pub(super) fn thousandths(number: u64) -> f64 {
 pub(super) struct Refused {
     /// The address.
     pub address: SocketAddr,
-    /// How many calls.
+    /// Number of calls.
     pub calls: usize,
-    /// How they failed, by cause.
+    /// Errors, by cause.
     pub errors: BTreeMap<String, usize>,
-    /// How many of them with `ECONNREFUSED`.
+    /// Number of `ECONNREFUSED` errors.
     pub econnrefused: usize,
-    /// The longest of them, milliseconds.
+    /// The longest call, in milliseconds.
     pub longest_ms: f64,
 }
 
@@ -444,31 +443,31 @@ impl Refused {
     }
 }
 
-/// When things happened, microseconds of `CLOCK_MONOTONIC`.
+/// Times of events, in microseconds of `CLOCK_MONOTONIC`.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Moments {
-    /// The pod's servers were about to end.
+    /// Before the pod's servers stopped.
     pub killed: u64,
-    /// The manifest was about to be written.
+    /// Before the manifest was written.
     pub rewritten: u64,
-    /// The new tables were seen in the kernel.
+    /// When the kernel held the new tables.
     pub switched: u64,
 }
 
-/// What happened to steady calls while a pod died.
+/// Results of steady calls while a pod dies.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub(super) struct Failover {
     /// The pod.
     pub pod: &'static str,
-    /// What was called.
+    /// The called address.
     pub address: SocketAddr,
-    /// From the rewrite of the manifest until the kernel's tables were seen to hold the change.
+    /// Time from the rewrite of the manifest until the kernel's tables held the change.
     pub switch_ms: f64,
-    /// From the rewrite until the last call that chose the dead pod began; absent if all began before it.
+    /// Time from the rewrite until the last call to the dead pod began; absent if none began after it.
     pub last_call_ms: Option<f64>,
-    /// From the death until the rewrite.
+    /// Time from the death until the rewrite.
     pub dead_ms: f64,
-    /// Calls that were over before the pod died.
+    /// Calls that ended before the pod died.
     pub before: Tally,
     /// Calls between its death and the switch.
     pub between: Tally,
@@ -477,16 +476,16 @@ pub(super) struct Failover {
 }
 
 impl Failover {
-    /// Sorts calls by when they began.
+    /// Groups calls by their start.
     pub(super) fn of(pod: &'static str, target: Target, moments: Moments, calls: &[Call]) -> Self {
         let Moments { killed, rewritten, switched } = moments;
-        // A call that was under way when the pod died may have died with it.
+        // A call in progress when the pod dies may fail with it.
         let is_before = |call: &&Call| call.began.saturating_add(call.took) < killed;
         let is_after = |call: &&Call| call.began >= switched;
         let tally = |which: &dyn Fn(&&Call) -> bool| Tally::of(target, How::Tcp, calls.iter().filter(which));
         let has_chosen_it = |call: &&Call| match &call.outcome {
             Outcome::Answered { by, .. } => by == pod,
-            // Nobody else refuses.
+            // Only the dead pod refuses calls.
             Outcome::Failed { .. } => true,
         };
         let last = calls.iter().filter(has_chosen_it).map(|call| call.began).max();
@@ -516,15 +515,12 @@ impl Failover {
             ),
             check(
                 self.after.answered_by(rest),
-                format!(
-                    "{address}: after the kernel's maps had changed, {} answered, nobody else",
-                    list(rest)
-                ),
+                format!("{address}: after the kernel's maps had changed, only {} answered", list(rest)),
             ),
         ]
     }
 
-    /// The account.
+    /// The report as text.
     pub(super) fn text(&self) -> String {
         let Self { pod, .. } = self;
         let mut text = format!("  {:<43}{}\n", "", count_head());
@@ -541,7 +537,7 @@ impl Failover {
         let _infallible = writeln!(
             text,
             "  {:.0} ms after the death the manifest says ready: false (written beside it, then renamed).\n  \
-             {:.1} ms later the kernel's maps have it.",
+             {:.1} ms later the kernel's maps hold the change.",
             self.dead_ms, self.switch_ms
         );
         let _infallible = match self.last_call_ms {
@@ -554,7 +550,7 @@ impl Failover {
     }
 }
 
-/// Who answered one call of each address, in a line.
+/// Who answered one call of each address, in one line.
 #[derive(Debug)]
 pub(super) struct Round<'a>(pub usize, pub &'a [(Target, Call)]);
 
@@ -577,21 +573,21 @@ impl fmt::Display for Round<'_> {
     }
 }
 
-/// How to look around in the running demo.
+/// Commands for the running demo.
 pub(super) fn look_around(setup: &Setup) -> String {
     let (pid, cgroup) = (setup.agent_pid, setup.cgroup.display());
     format!(
         "\
-LOOK AROUND, while one call of each kind is made every second; Ctrl-C ends the demo
-  A shell inside, whose calls are served as the clients' are:
+INSPECT IT, while clients call each address every second; Ctrl-C stops the demo
+  A shell inside, whose calls are served like the clients':
     nsenter --target {pid} --mount --net \\
       sh -c 'echo 0 >{cgroup}/cgroup.procs; exec sh'
-  There, for example:
+  In it, for example:
     curl http://10.96.0.80/
     bpftool map dump pinned {pins}/services4
     /proc/{pid}/exe services --pin-path {pins} --state-dir {state}
     sed -i s/10.244.2.10/10.244.1.10/ {manifests}/endpointslices.yaml
-      (from then on pod-1 alone answers IPv4 calls)
+      (then only pod-1 answers IPv4 calls)
 ",
         pins = setup.pin_path.display(),
         state = setup.state_dir.display(),
@@ -599,7 +595,7 @@ LOOK AROUND, while one call of each kind is made every second; Ctrl-C ends the d
     )
 }
 
-/// Where to go from here.
+/// Next steps.
 pub(super) const NEXT: &str = "\
 NEXT
   Your own services, from a file or folder of manifests:  socklb run --source file:PATH
@@ -638,7 +634,7 @@ mod tests {
         let moments = Moments { killed: 1000, rewritten: 51_000, switched: 64_300 };
         let steady = [
             answered(10, "pod-3", Some(web.address)),
-            // Under way when the pod dies.
+            // In progress when the pod dies.
             failed(990, Errno::ECONNRESET),
             answered(20, "pod-1", Some(web.address)),
             failed(1500, Errno::ECONNREFUSED),
@@ -706,7 +702,7 @@ mod tests {
         assert!(text.lines().all(|line| line.chars().count() <= 100));
         expect![[r"
             socklb-demo: a node, three pods and clients, in namespaces of their own on this machine, with no
-            route to anywhere else.
+            route to any other network.
 
             SET UP
               node      10.10.0.1     fd00:10:10::1
@@ -717,7 +713,7 @@ mod tests {
               without socklb, connect() to 10.96.0.80:80 gives: Network is unreachable
               $ socklb run --source=file:/mnt/manifests --node-name=demo-node \
                   --cgroup=/sys/fs/cgroup/socklb-demo-1234 --pin-path=/sys/fs/bpf/socklb
-              10 frontends in the kernel's maps 212 ms after it was started (pid 1240)
+              10 frontends in the kernel's maps 212 ms after its start (pid 1240)
               SERVICE   ADDRESS                     CLIENT     CALLS  pod-1  pod-2  pod-3  FAILED  PEER SEEN
               web       TCP 10.96.0.80:80           curl           6      2      2      2       0  -
               web-node  TCP [fd00:10:10::1]:30080   connect()      6      2      2      2       0  service
@@ -731,7 +727,7 @@ mod tests {
                                                                        1 failed: Connection reset by peer
               the kernel's maps have changed                  2      1      1      0       0
               50 ms after the death the manifest says ready: false (written beside it, then renamed).
-              13.3 ms later the kernel's maps have it.
+              13.3 ms later the kernel's maps hold the change.
               The last call that chose pod-3 began 12.1 ms after the rewrite.
               web       TCP 10.96.0.80:80           connect()      6      3      3      0       0  service
               echo      UDP 10.96.0.53:53           connect()      2      0      2      0       0  service
@@ -743,16 +739,16 @@ mod tests {
     #[test]
     fn whoever_looks_around_finds_commands_to_copy() {
         expect![[r"
-            LOOK AROUND, while one call of each kind is made every second; Ctrl-C ends the demo
-              A shell inside, whose calls are served as the clients' are:
+            INSPECT IT, while clients call each address every second; Ctrl-C stops the demo
+              A shell inside, whose calls are served like the clients':
                 nsenter --target 1240 --mount --net \
                   sh -c 'echo 0 >/sys/fs/cgroup/socklb-demo-1234/cgroup.procs; exec sh'
-              There, for example:
+              In it, for example:
                 curl http://10.96.0.80/
                 bpftool map dump pinned /sys/fs/bpf/socklb/services4
                 /proc/1240/exe services --pin-path /sys/fs/bpf/socklb --state-dir /mnt/state
                 sed -i s/10.244.2.10/10.244.1.10/ /mnt/manifests/endpointslices.yaml
-                  (from then on pod-1 alone answers IPv4 calls)
+                  (then only pod-1 answers IPv4 calls)
         "]]
         .assert_eq(&look_around(&report().setup));
     }
@@ -830,7 +826,7 @@ mod tests {
         .assert_eq(&json);
     }
 
-    /// Spoils a good report and returns the claims that do not hold any longer.
+    /// Breaks a good report and returns the claims that fail.
     fn broken(spoil: impl FnOnce(&mut Report)) -> Vec<String> {
         let mut report = report();
         assert!(report.ok, "{}", report.verdict());
@@ -872,14 +868,14 @@ mod tests {
         expect![[r"
             before socklb, 10.96.0.80:80 is unreachable
             web TCP 10.96.0.80:80 by connect(): every call was answered
-            web TCP 10.96.0.80:80 by connect(): pod-1, pod-2 and pod-3 answered, nobody else
+            web TCP 10.96.0.80:80 by connect(): only pod-1, pod-2 and pod-3 answered
             web TCP 10.96.0.80:80 by connect(): the peer is the service address
             web TCP 10.96.0.80:80 by connect(): the peer is the service address
             10.96.0.90:80, which has no endpoints, is refused at once
             10.96.0.80:80: pod-3 answered before it died
             10.96.0.80:80: no call failed after the kernel's maps had changed
-            10.96.0.80:80: after the kernel's maps had changed, pod-1 and pod-2 answered, nobody else
-            web TCP 10.96.0.80:80 by curl: pod-1 and pod-2 answered, nobody else
+            10.96.0.80:80: after the kernel's maps had changed, only pod-1 and pod-2 answered
+            web TCP 10.96.0.80:80 by curl: only pod-1 and pod-2 answered
             echo UDP 10.96.0.53:53 by connect(): every datagram was answered
             echo UDP 10.96.0.53:53 by connect(): one of pod-1 and pod-2 answered them all
             echo UDP 10.96.0.53:53 by connect(): the peer is the service address"]]

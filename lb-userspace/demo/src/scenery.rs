@@ -1,17 +1,17 @@
-//! The stage: namespaces, a cgroup, file systems and wires that belong to the demo alone.
+//! Namespaces, a cgroup, file systems and veth pairs of the demo.
 //!
 //! # Purpose
 //!
-//! [`Scenery::enter`] takes the calling thread into a mount and a network namespace of its own: the node.
-//! [`Scenery::wire`] gives the node its addresses and makes one network namespace for each pod, joined to the node
-//! by a veth pair.
+//! [`Scenery::enter`] moves the calling thread into its own mount and network namespace: the node.
+//! [`Scenery::wire`] gives the node its addresses and makes one network namespace per pod, connected to the
+//! node by a veth pair.
 //!
 //! # Invariants
 //!
-//! - No namespace has a default route: a call that nothing redirects fails on the spot and cannot leave.
-//! - Nothing is attached to a cgroup that was there before.
-//! - Namespaces are held by threads, processes and file descriptors only, mounts by the namespace: whatever ends
-//!   the demo, they go. All that a `kill -9` leaves behind is an empty cgroup.
+//! - No namespace has a default route: a call that is not redirected fails at once and cannot leave.
+//! - Nothing is attached to a cgroup that existed before.
+//! - Threads, processes and file descriptors hold the namespaces, and the namespace holds the mounts: they
+//!   vanish however the demo exits. A `kill -9` leaves an empty cgroup behind, and nothing else.
 
 use std::{
     env,
@@ -42,22 +42,22 @@ use tokio::runtime;
 
 use super::manifests::{NODE, PODS, Pod};
 
-/// Where BPF file systems are mounted by custom, so that commands need no `--pin-path`.
+/// The usual mount point of BPF file systems, so that commands need no `--pin-path`.
 const BPF_FS: &str = "/sys/fs/bpf";
-/// Places that the demo may cover with a file system of its own, in order of preference. A new directory would be
-/// left behind by a `kill -9`, and cannot be made on a read-only root.
+/// Directories over which the demo may mount a file system, in order of preference. A new directory would
+/// survive a `kill -9`, and cannot be made on a read-only root.
 const COVERED: [&str; 3] = ["/mnt", "/run", "/tmp"];
-/// How many names are tried for the cgroup.
+/// Maximum number of names tried for the cgroup.
 const MAX_NAMES: u32 = 100;
-/// How long to wait for the last process to leave the cgroup.
+/// How long to wait until the last process leaves the cgroup.
 const LEAVING: Duration = Duration::from_secs(2);
 
-/// The calling thread's own namespaces, and what is in them.
+/// The namespaces of the calling thread, and their contents.
 #[derive(Debug)]
 pub(super) struct Scenery {
-    /// The cgroup of the clients. Removed with this value.
+    /// The clients' cgroup. Dropping this value removes it.
     pub cgroup: Cgroup,
-    /// Manifests that the agent serves.
+    /// The agent's manifests.
     pub manifests: PathBuf,
     /// The agent's `--pin-path`.
     pub pins: PathBuf,
@@ -66,14 +66,13 @@ pub(super) struct Scenery {
 }
 
 impl Scenery {
-    /// Takes the calling thread, and the threads and processes that it starts from now on, into namespaces of their
-    /// own. The thread cannot come back.
+    /// Moves the calling thread, and threads and processes that it starts later, into new namespaces. The
+    /// thread cannot return.
     pub(super) fn enter(cgroup_root: &Path) -> Result<Self> {
         let cgroup = Cgroup::create(cgroup_root)?;
         unshare(CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWNET)
             .map_err(|errno| privileged(errno, "making a network namespace and a mount namespace"))?;
-        // What is mounted from here on must not spread to the host, and the host's later mounts are no business of
-        // the demo.
+        // Mount events must not propagate in either direction between the host and the demo.
         mount_at(None, Path::new("/"), MsFlags::MS_REC | MsFlags::MS_PRIVATE, None)
             .context("in a chroot, its root must be a mount point")?;
         let temporary = env::temp_dir();
@@ -96,9 +95,9 @@ impl Scenery {
         Ok(Self { cgroup, manifests, pins: bpf_fs.join("socklb"), state })
     }
 
-    /// Gives the node its addresses, and makes a namespace for each pod with a wire to it.
+    /// Gives the node its addresses, and makes a connected namespace for each pod.
     ///
-    /// Must run on the thread that [`Self::enter`] took along.
+    /// Must run on the thread of [`Self::enter`].
     pub(super) async fn wire(&self) -> Result<Vec<(Pod, Netns)>> {
         let node = netlink()?;
         let loopback = index_of("lo")?;
@@ -140,7 +139,7 @@ fn mount_at(kind: Option<&str>, path: &Path, flags: MsFlags, data: Option<&str>)
     })
 }
 
-/// Names the remedy for what root may not do everywhere.
+/// Adds the remedy for an operation that root may not do in a container.
 fn privileged(errno: Errno, what: &str) -> anyhow::Error {
     let error = anyhow!(io::Error::from(errno));
     match errno {
@@ -160,9 +159,9 @@ fn make_dir(path: &Path) -> Result<()> {
 pub(super) struct Netns(File);
 
 impl Netns {
-    /// Makes a namespace with nothing in it.
+    /// Makes an empty namespace.
     fn create() -> Result<Self> {
-        // A thread enters it and ends; the descriptor stays.
+        // A thread enters it and exits; the descriptor keeps it.
         let made = thread::spawn(|| {
             unshare(CloneFlags::CLONE_NEWNET)?;
             File::open("/proc/thread-self/ns/net")
@@ -171,7 +170,7 @@ impl Netns {
         Ok(Self(file.context("cannot make a network namespace")?))
     }
 
-    /// Runs something on a thread inside the namespace.
+    /// Runs a closure on a thread inside the namespace.
     fn run(&self, inside: impl AsyncFnOnce() -> Result<()> + Send) -> Result<()> {
         thread::scope(|scope| {
             let thread = scope.spawn(|| {
@@ -190,12 +189,12 @@ impl AsFd for Netns {
     }
 }
 
-/// Takes the calling thread into a network namespace.
+/// Moves the calling thread into a network namespace.
 pub(super) fn enter(netns: BorrowedFd<'_>) -> io::Result<()> {
     Ok(setns(netns, CloneFlags::CLONE_NEWNET)?)
 }
 
-/// Opens rtnetlink in the calling thread's network namespace, served by the current runtime.
+/// Opens rtnetlink in the calling thread's network namespace, on the current runtime.
 fn netlink() -> Result<Handle> {
     let (connection, handle, _messages) = rtnetlink::new_connection().context("cannot open netlink")?;
     drop(tokio::spawn(connection));
@@ -228,7 +227,7 @@ async fn set_up(netlink: &Handle, index: u32) -> Result<()> {
 
 async fn add_address(netlink: &Handle, index: u32, address: IpAddr, prefix: u8) -> Result<()> {
     let mut request = netlink.address().add(index, address, prefix);
-    // The address can be used at once: there is nobody who could have the same.
+    // Usable at once: without duplicate address detection, since no other host is on the link.
     request.message_mut().header.flags |= AddressHeaderFlags::Nodad;
     request.execute().await.with_context(|| {
         let remedy = if address.is_ipv6() { ": is IPv6 switched off (ipv6.disable=1)?" } else { "" };
@@ -241,12 +240,12 @@ const fn host_prefix(address: IpAddr) -> u8 {
     if address.is_ipv4() { 32 } else { 128 }
 }
 
-/// The prefix of a pod's subnet: its route is the only one to the pod, on either side.
+/// The prefix of a pod's subnet, the only route to the pod, on either side.
 const fn subnet_prefix(address: IpAddr) -> u8 {
     if address.is_ipv4() { 24 } else { 64 }
 }
 
-/// A cgroup that the demo made.
+/// A cgroup made by the demo.
 #[derive(Debug)]
 pub(super) struct Cgroup {
     path: PathBuf,
@@ -256,7 +255,7 @@ pub(super) struct Cgroup {
 impl Cgroup {
     fn create(parent: &Path) -> Result<Self> {
         let mut path = parent.join(format!("socklb-demo-{}", process::id()));
-        // The name may be taken: by a demo that was killed, or by one in a container, where ids are small.
+        // A killed demo, or one in a container with the same process id, may have left this name.
         for n in 2.. {
             match fs::create_dir(&path) {
                 Ok(()) => break,
@@ -279,11 +278,11 @@ impl Cgroup {
         &self.path
     }
 
-    /// Sends whoever is still inside, such as a shell that looks around, where the cgroup was.
+    /// Moves remaining processes, such as a user's shell, to the parent cgroup.
     fn empty(&self) {
         let inside = fs::read_to_string(self.path.join("cgroup.procs")).unwrap_or_default();
         for process in inside.lines() {
-            // It may have ended meanwhile.
+            // It may have exited meanwhile.
             let _gone = fs::write(self.parent.join("cgroup.procs"), process);
         }
     }
@@ -291,7 +290,7 @@ impl Cgroup {
 
 impl Drop for Cgroup {
     fn drop(&mut self) {
-        // A client that was killed a moment ago counts until it has ended.
+        // A killed client counts until it has exited.
         let pause = Duration::from_millis(10);
         let mut waited = Duration::ZERO;
         while fs::remove_dir(&self.path).is_err_and(|error| error.kind() == io::ErrorKind::ResourceBusy)

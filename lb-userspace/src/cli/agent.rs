@@ -1,4 +1,4 @@
-//! Asking a running agent over HTTP: at its unix socket, or where it listens on TCP.
+//! Asks a running agent over HTTP: at its unix socket, or at a TCP address.
 
 use std::{
     fmt, io,
@@ -28,14 +28,14 @@ use tokio::{
     runtime, time,
 };
 
-/// How long to wait for one answer. The agent itself gives its loop less.
+/// How long to wait for an answer; the agent's own limit for its loop is shorter.
 pub(super) const PATIENCE: Duration = Duration::from_secs(5);
-/// How long to wait for a change: longer than the agent does.
+/// How long to wait for a change; the agent's own limit is shorter.
 const WAIT: Duration = Duration::from_secs(30);
-/// The largest answer that is read: an order of magnitude above the objects of a large cluster.
+/// Maximum size of an answer: ten times the objects of a large cluster.
 const MAX_BYTES: usize = 1 << 30;
 
-/// Where an agent may answer.
+/// Where an agent may listen.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Place {
     Tcp(SocketAddr),
@@ -69,45 +69,43 @@ pub(super) struct Response {
 /// Why there is no answer.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum AskError {
-    /// Nothing listens there.
+    /// Nothing listens.
     #[error("no agent answers at {place}")]
     Absent { place: Place },
-    /// It cannot be asked.
+    /// The place cannot be reached.
     #[error("{place}: {source}")]
     Io { place: Place, source: io::Error },
-    /// Not root.
-    #[error("{place}: not permitted: the agent answers root and its own user only")]
+    /// Not permitted, because the caller is not root.
+    #[error("{place}: not permitted: the agent answers only root and its own user")]
     NotPermitted { place: Place },
     /// The socket belongs to another user.
-    #[error(
-        "{place}: it belongs to user {uid}, who is neither root nor the user of this command: it is not asked"
-    )]
+    #[error("{place}: not trusted: it belongs to user {uid}, and not to root or the user of this command")]
     Foreign { place: Place, uid: u32 },
-    /// It took too long.
-    #[error("the agent at {place} does not answer within {} s", wait.as_secs())]
+    /// No answer within the time limit.
+    #[error("the agent at {place} did not answer within {} s", wait.as_secs())]
     Late { place: Place, wait: Duration },
-    /// The exchange failed on the way.
+    /// The exchange failed.
     #[error("{place}: {source}")]
     Http { place: Place, source: hyper::Error },
-    /// The answer ended early or is too large.
+    /// The answer is truncated or too large.
     #[error("{place}: {source}")]
     Body { place: Place, source: Box<dyn std::error::Error + Send + Sync> },
-    /// It does not know the question.
-    #[error("the agent at {place} is of another version than this command: it has no page {OBJECTS}")]
+    /// The agent does not have the page.
+    #[error("the agent at {place} has another version than this command: it has no page {OBJECTS}")]
     OtherVersion { place: Place },
-    /// It knows the question and answers something else.
-    #[error("the agent at {place} is of another version than this command: {source}")]
+    /// The agent's page has another format.
+    #[error("the agent at {place} has another version than this command: {source}")]
     OtherFormat { place: Place, source: serde_json::Error },
-    /// It cannot answer now.
+    /// The agent cannot answer now.
     #[error("the agent at {place} answers {status}: {reason}")]
     Refused { place: Place, status: u16, reason: String },
 }
 
-/// One request on a connection of its own.
+/// Sends one request on its own connection.
 ///
 /// # Errors
 ///
-/// [`AskError`] if there is no answer; an answer of any status is none.
+/// [`AskError`] without an answer. An answer of any status is no error.
 pub(super) async fn get(place: &Place, page: &str, wait: Duration) -> Result<Response, AskError> {
     let exchange = async {
         let io_error = |source: io::Error| {
@@ -127,7 +125,7 @@ pub(super) async fn get(place: &Place, page: &str, wait: Duration) -> Result<Res
                 exchange(place, TcpStream::connect(address).await.map_err(io_error)?, page).await
             }
             Place::Socket(path) => {
-                // Who may write to the directory may have put a socket there.
+                // Anyone who can write to the directory could have created the socket.
                 let uid = std::fs::metadata(path).map_err(io_error)?.uid();
                 if uid != 0 && uid != nix::unistd::geteuid().as_raw() {
                     return Err(AskError::Foreign { place: place.clone(), uid });
@@ -163,13 +161,13 @@ async fn exchange(
     Ok(Response { status, tag, body })
 }
 
-/// An agent that may answer at the socket of a state directory.
+/// The agent of a state directory, which may be stopped.
 #[derive(Clone, Debug)]
 pub(super) struct Agent {
     place: Place,
 }
 
-/// What an agent knows, and the tag of the answer.
+/// The agent's knowledge, and the tag of the answer.
 #[derive(Debug)]
 pub(super) struct Tagged {
     pub(super) known: Known,
@@ -181,7 +179,7 @@ impl Agent {
         Self { place: Place::socket(state_dir) }
     }
 
-    /// What it knows. `None` if that has the tag `after`.
+    /// All of the agent's knowledge. `None` if its tag is still `after`.
     ///
     /// # Errors
     ///
@@ -190,7 +188,8 @@ impl Agent {
         self.request(&page(which, after), PATIENCE)
     }
 
-    /// The same for one address, once it is not what has the tag `after`. `None` if it stayed so for a while.
+    /// Waits until the knowledge of one address differs from the tag `after`. `None` if it does not change in
+    /// time.
     ///
     /// # Errors
     ///
@@ -220,7 +219,7 @@ impl Agent {
     }
 }
 
-/// A request from a thread of its own: the caller may be within a runtime.
+/// Runs a request on its own thread: the caller may be within a runtime.
 fn blocking(place: &Place, page: &str, wait: Duration) -> Result<Response, AskError> {
     let request = || {
         let io_error = |source| AskError::Io { place: place.clone(), source };
@@ -254,7 +253,7 @@ mod tests {
 
     use super::*;
 
-    /// What a command makes of one answer.
+    /// How a command handles an answer.
     fn hear(answer: &'static str) -> Result<Option<Tagged>, AskError> {
         let directory = tempfile::tempdir().unwrap();
         let listener = UnixListener::bind(directory.path().join(FILE_NAME)).unwrap();
@@ -278,11 +277,11 @@ mod tests {
         for (answer, expected) in [
             (
                 "HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\n\r\n",
-                "is of another version than this command: it has no page",
+                "has another version than this command: it has no page",
             ),
             (
                 "HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}",
-                "is of another version than this command: missing field",
+                "has another version than this command: missing field",
             ),
             ("HTTP/1.1 503 Busy\r\ncontent-length: 4\r\n\r\nlate", "answers 503: late"),
             ("HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\n{", "agent.sock: "),
@@ -299,13 +298,13 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let agent = Agent::new(directory.path());
         let ask = || agent.ask(Which::Issues, None).unwrap_err();
-        assert!(matches!(ask(), AskError::Absent { .. }), "nothing is there");
+        assert!(matches!(ask(), AskError::Absent { .. }), "no socket");
         let listener = UnixListener::bind(directory.path().join(FILE_NAME)).unwrap();
         let wait = Duration::from_millis(100);
         let silent = agent.request(&page(Which::All, None), wait).unwrap_err();
         assert!(matches!(silent, AskError::Late { .. }), "{silent}");
         drop(listener);
-        assert!(matches!(ask(), AskError::Absent { .. }), "it has ended");
+        assert!(matches!(ask(), AskError::Absent { .. }), "the agent has exited");
     }
 
     #[test]

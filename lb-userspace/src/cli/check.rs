@@ -1,4 +1,4 @@
-//! `socklb check`: is this host able to run it?
+//! `socklb check`: can this host run the agent?
 
 use std::{collections::BTreeMap, fmt::Write as _, path::PathBuf, process::ExitCode};
 
@@ -20,41 +20,41 @@ pub struct CheckArgs {
     /// The cgroup v2 directory that would be served [default: the root of the hierarchy]
     #[arg(long, env = "SOCKLB_CGROUP", value_name = "DIR")]
     cgroup: Option<PathBuf>,
-    /// How to print it.
+    /// Output format.
     #[arg(short, long, value_enum, default_value_t)]
     output: Output,
     #[command(flatten)]
     pins: PinArgs,
 }
 
-/// What was found means this.
+/// What a finding means.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 enum Status {
-    /// As it should be.
+    /// As expected.
     Ok,
-    /// It works, but differently.
+    /// Works, with a difference.
     Note,
-    /// It does not work.
+    /// Does not work.
     Missing,
 }
 
-/// One line of the answer.
+/// One row of the report.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 struct Finding {
     what: &'static str,
     status: Status,
-    /// What is there, or what is wrong and what to do about it.
+    /// What was found, or what is wrong and the remedy.
     found: String,
 }
 
 /// `socklb check`. Changes nothing on the host.
 ///
-/// Exit status 1 if something is missing without which the agent does not start.
+/// Exit status 1 if anything is missing that the agent needs to start.
 ///
 /// # Errors
 ///
-/// If standard output takes no more.
+/// If standard output cannot be written.
 pub fn check(args: &CheckArgs) -> anyhow::Result<ExitCode> {
     let host = host::look(args.cgroup.clone(), &args.pins.pin_path);
     let findings = judge(&host, cgroup::is_beside_v1());
@@ -63,10 +63,10 @@ pub fn check(args: &CheckArgs) -> anyhow::Result<ExitCode> {
     Ok(if is_able { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// What only who may load programs can find out.
-const NOT_KNOWN: &str = "not known: finding out takes the capabilities above";
+/// For findings that need the permission to load programs.
+const NOT_KNOWN: &str = "not known: it needs the capabilities above to find out";
 
-/// Capabilities by number (`linux/capability.h`). Each is part of `CAP_SYS_ADMIN` too.
+/// Capabilities by number (`linux/capability.h`).
 const CAPABILITIES: [(&str, u32); 3] = [("CAP_BPF", 39), ("CAP_NET_ADMIN", 12), ("CAP_PERFMON", 38)];
 const CAP_SYS_ADMIN: u32 = 21;
 
@@ -77,7 +77,7 @@ fn judge(host: &Host, is_beside_v1: bool) -> Vec<Finding> {
         Err(error) => finding(what, Status::Missing, error.to_string()),
     };
     let features = host.features;
-    // To whom nothing may be loaded the kernel looks as if it had none.
+    // Without the permission to load, no probe of the kernel's features succeeds.
     let is_blind = matches!(host.programs, Err(KernelError::NotPermitted { .. }));
     let switch = |is_on: bool, what, with: &str, without: &str| {
         let (status, text) = match (is_blind, is_on) {
@@ -101,35 +101,33 @@ fn judge(host: &Host, is_beside_v1: bool) -> Vec<Finding> {
         capabilities(host.capabilities),
         judged(
             "programs",
-            host.programs.as_ref().map(|()| "the kernel accepts those of all hooks".to_owned()),
+            host.programs.as_ref().map(|()| "the kernel accepts the programs of all hooks".to_owned()),
         ),
         switch(
             features.set_retval,
             "refusal",
             "bpf_set_retval: connect() and sendto() fail with ECONNREFUSED",
-            "no bpf_set_retval (Linux 5.18): calls of a service without endpoints go to a closed port of loopback; a datagram's \
-             sendto() fails with EINVAL",
+            "no bpf_set_retval (Linux 5.18): calls to a service without endpoints get a closed \
+             port of loopback; an unconnected sendto() fails with EINVAL",
         ),
         switch(
             features.has_slots(),
             "socket records",
-            "in slots, with socket storage for what finds none",
-            "all in socket storage, which a new socket pays with about half a microsecond: slots take compare-and-swap \
-             (Linux 5.12), and programs that may read kernel memory (BTF, no lockdown)",
+            "in slots; sockets without a slot use socket storage",
+            "all in socket storage, which costs each new socket about half a microsecond: slots need \
+             compare-and-swap (Linux 5.12), and programs that may read kernel memory (BTF, no lockdown)",
         ),
         kernel_clients(&host.kernel, (!is_blind).then_some(features)),
         match &host.sockets {
-            Ok(()) => finding(
-                "stale sockets",
-                Status::Ok,
-                "sockets whose endpoint is gone can be found and ended".to_owned(),
-            ),
-            // Calls are served without.
+            Ok(()) => {
+                finding("stale sockets", Status::Ok, "stale sockets can be found and destroyed".to_owned())
+            }
+            // Calls are served anyway.
             Err(error) => finding(
                 "stale sockets",
                 Status::Note,
                 format!(
-                    "{error}: connected sockets stay with endpoints that are gone until their programs connect anew"
+                    "{error}: a connected socket keeps an endpoint that is gone until its program reconnects"
                 ),
             ),
         },
@@ -140,7 +138,7 @@ fn judge(host: &Host, is_beside_v1: bool) -> Vec<Finding> {
 
 fn attaching(host: &Host) -> Finding {
     let (status, found) = match &host.exclusives {
-        Ok(none) if none.is_empty() => (Status::Ok, "no other program has a hook for itself".to_owned()),
+        Ok(none) if none.is_empty() => (Status::Ok, "no program excludes others from a hook".to_owned()),
         Ok(exclusives) => {
             let mut by_program = BTreeMap::<String, Vec<&str>>::new();
             for (hook, exclusive) in exclusives {
@@ -155,7 +153,7 @@ fn attaching(host: &Host) -> Finding {
     Finding { what: "attaching", status, found }
 }
 
-/// Programs that would run beside ours.
+/// Other programs on the same hooks.
 fn neighbours(host: &Host) -> Finding {
     let refused: Vec<&str> = host.exclusives.iter().flatten().map(|(hook, _)| *hook).collect();
     let (status, found) = match &host.neighbours {
@@ -170,10 +168,10 @@ fn neighbours(host: &Host) -> Finding {
                 .filter(|(_, hooks)| !hooks.is_empty())
                 .map(|(name, hooks)| format!("{name} ({hooks})"))
                 .collect();
-            let advice = "programs on the same hooks run too, and may change a call before or after socklb: turn \
+            let advice = "they run on the same hooks and may change a call before or after socklb: turn \
                           off the other's socket load balancing";
             if list.is_empty() {
-                (Status::Ok, "no programs that run beside it on the same hooks".to_owned())
+                (Status::Ok, "no other program on the same hooks".to_owned())
             } else {
                 (Status::Note, format!("{}: {advice}", list.join(", ")))
             }
@@ -183,42 +181,41 @@ fn neighbours(host: &Host) -> Finding {
     Finding { what: "other balancers", status, found }
 }
 
-/// A note, not a fault: whether the programs are taken is tried, and distributions backport.
+/// A note, not a fault: loading the programs is tested itself, and distributions backport.
 fn kernel(release: &str) -> Finding {
     let what = "kernel";
     if KernelError::is_too_old(release) {
-        let found =
-            format!("{release}: older than Linux 5.10, which the programs are made for: take a newer one");
+        let found = format!("{release}: older than Linux 5.10, which the programs need: use a newer kernel");
         return Finding { what, status: Status::Note, found };
     }
     Finding { what, status: Status::Ok, found: release.to_owned() }
 }
 
-/// Mounts of NFS and SMB, whose `connect()` is the kernel's own. By the release, since nothing that a program can ask for shows
-/// the fixes: docs/OPERATIONS.md has them.
+/// For NFS and SMB mounts, whose `connect()` is the kernel's own. Decided by the release: a program cannot
+/// detect the fixes, which docs/OPERATIONS.md lists.
 fn kernel_clients(release: &str, features: Option<Features>) -> Finding {
     let mut notes = Vec::new();
     if KernelError::is_older(release, (6, 6)) {
         notes.push(
-            "older than Linux 6.6: unless the distribution has the fixes, a mount by a service address keeps the address of \
-             the endpoint that it was pointed at, and hangs when that is gone",
+            "older than Linux 6.6: unless the distribution has the fixes, a mount by service address \
+             keeps the address of its first endpoint, and hangs when that endpoint is gone",
         );
     }
     notes.extend(match features {
         None => Some(NOT_KNOWN),
         Some(Features { set_retval: true, .. }) => None,
         Some(Features { sock_fields: Some(_), .. }) => Some(
-            "no bpf_set_retval: without endpoints a mount fails with EPERM, and tries the service address again",
+            "no bpf_set_retval: without endpoints a mount fails with EPERM, and retries the service address",
         ),
         Some(_) => Some(
-            "no bpf_set_retval, and the kernel's sockets are not told apart: without endpoints a mount is pointed at port 0 \
-             of loopback, where an older kernel leaves it",
+            "no bpf_set_retval, and no way to detect the kernel's sockets: without endpoints a mount \
+             is redirected to port 0 of loopback, and an older kernel keeps that address",
         ),
     });
     let what = "NFS and SMB";
     if notes.is_empty() {
         let found =
-            "a mount keeps the service address, and finds another endpoint when it connects anew".to_owned();
+            "a mount keeps the service address, and gets another endpoint when it reconnects".to_owned();
         return Finding { what, status: Status::Ok, found };
     }
     Finding { what, status: Status::Note, found: notes.join("; ") }
@@ -228,8 +225,8 @@ fn btf(has_btf: bool) -> Finding {
     let (status, found) = if has_btf {
         (Status::Ok, "the kernel describes its types in /sys/kernel/btf/vmlinux")
     } else {
-        let found = "no /sys/kernel/btf/vmlinux (CONFIG_DEBUG_INFO_BTF): records of sockets are kept in socket storage, and \
-                     getpeername() of multipath TCP shows the endpoint";
+        let found = "no /sys/kernel/btf/vmlinux (CONFIG_DEBUG_INFO_BTF): socket records are in socket \
+                     storage, and getpeername() of multipath TCP shows the endpoint";
         (Status::Note, found)
     };
     Finding { what: "BTF", status, found: found.to_owned() }

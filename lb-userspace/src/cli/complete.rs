@@ -1,4 +1,4 @@
-//! What a shell and `man` know of the commands: made from the flags themselves.
+//! Shell completions and manual pages, generated from the flags.
 
 use std::{fs, path::PathBuf, process::ExitCode};
 
@@ -18,7 +18,7 @@ pub struct CompletionsArgs {
 /// Flags of `socklb man`.
 #[derive(Debug, Args)]
 pub struct ManArgs {
-    /// The folder, made if it is not there.
+    /// The folder; it is created if missing.
     #[arg(value_name = "DIR")]
     directory: PathBuf,
 }
@@ -27,7 +27,7 @@ pub struct ManArgs {
 ///
 /// # Errors
 ///
-/// If standard output takes no more.
+/// If standard output cannot be written.
 pub fn completions(args: &CompletionsArgs, mut command: Command) -> anyhow::Result<ExitCode> {
     let mut script = Vec::new();
     clap_complete::generate(args.shell, &mut command, "socklb", &mut script);
@@ -53,15 +53,15 @@ pub fn man(args: &ManArgs, command: Command) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Names and texts of the pages.
+/// File names and contents of the pages.
 fn pages(mut command: Command) -> std::io::Result<Vec<(String, Vec<u8>)>> {
-    // Gives subcommands their full names.
+    // Sets the full names of subcommands.
     command.build();
     let subcommands: Vec<Command> = command
         .get_subcommands()
         .filter(|subcommand| !subcommand.is_hide_set() && subcommand.get_name() != "help")
         .map(|subcommand| {
-            // In the page's title, synopsis and file name: as one word, as other tools with commands have it.
+            // `socklb-run` in title, synopsis and file name, as `git-log` has it.
             let name = format!("socklb-{}", subcommand.get_name());
             let synopsis = format!("socklb {}", subcommand.get_name());
             subcommand.clone().display_name(name).bin_name(synopsis)

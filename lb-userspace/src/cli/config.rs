@@ -1,6 +1,7 @@
 //! Settings from flags, environment and file.
 //!
-//! A flag wins over its environment variable, that over the file named by `--config`, that over the default.
+//! A flag takes precedence over its environment variable, that over the file of `--config`, that over the
+//! default.
 
 use std::{
     fmt, fs,
@@ -32,18 +33,18 @@ pub const METRICS: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST),
 /// Default of `--healthz-bind-address`: kube-proxy's.
 pub const HEALTHZ: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), 10256);
 
-/// Sizes that a map may have, entries.
+/// Valid sizes of a map, in entries.
 const ENTRIES: RangeInclusive<u32> = 1..=1 << 24;
-/// The largest settings file that is read, octets.
+/// Maximum size of a settings file, in octets.
 const MAX_LEN: u64 = 256 << 10;
 
-/// A flag, variable or file that cannot be used as given.
+/// A flag, variable or file with an unusable value.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub struct UsageError(pub String);
 
-/// A settings file: YAML with the flags' names without dashes in front, such as `max-services: 1000`. By default one that sets
-/// nothing.
+/// A settings file in YAML. Its keys are the flags' names without dashes, such as `max-services: 1000`. The
+/// default sets nothing.
 #[derive(Debug, Default)]
 pub struct SettingsFile {
     path: PathBuf,
@@ -51,7 +52,7 @@ pub struct SettingsFile {
 }
 
 impl SettingsFile {
-    /// Reads a file and its values, as far as the type knows them.
+    /// Reads a file and deserializes its values.
     ///
     /// # Errors
     ///
@@ -64,7 +65,7 @@ impl SettingsFile {
         Ok((Self { path: path.to_owned(), text }, values))
     }
 
-    /// Parses the value of a key as its flag is parsed.
+    /// Parses the value of a key with its flag's parser.
     ///
     /// # Errors
     ///
@@ -79,7 +80,7 @@ impl SettingsFile {
         value.map(|value| parse(&value).map_err(|hint| wrong(value, hint))).transpose()
     }
 
-    /// Where a key is set: file, line and key.
+    /// Where a key is set, as `--config FILE: line N: KEY`.
     #[must_use]
     pub fn place(&self, key: &str) -> String {
         let is_key = |line: &str| {
@@ -96,8 +97,7 @@ fn read_bounded(path: &Path) -> io::Result<String> {
     let mut text = String::new();
     fs::File::open(path)?.take(MAX_LEN + 1).read_to_string(&mut text)?;
     if text.len() as u64 > MAX_LEN {
-        let problem =
-            format!("is larger than {} KiB: no settings file is; name the right one", MAX_LEN >> 10);
+        let problem = format!("is larger than {} KiB: name the right settings file", MAX_LEN >> 10);
         return Err(io::Error::other(problem));
     }
     Ok(text)
@@ -105,14 +105,14 @@ fn read_bounded(path: &Path) -> io::Result<String> {
 
 fn parse<T: DeserializeOwned>(text: &str) -> Result<T, String> {
     serde_saphyr::from_str(text).map_err(|error| {
-        // The library shows an excerpt below the first line; one line is what this tool promises.
+        // The library adds an excerpt below the first line; this tool promises one line.
         let message = error.to_string();
         let message = message.lines().next().unwrap_or_default().trim_start_matches("error: ");
-        // The parser's words for what is no list, and what is none but should be.
+        // Replaces the parser's terms for lists and scalars.
         let message = &message
             .replace("expected sequence start", "expected a list")
             .replace("expected string scalar", "expected a single value");
-        // It names the line only. The key is found by reading the same again without lines.
+        // The message has a line but no key. A second parse, without lines, finds the key.
         let tree = serde_saphyr::from_str::<serde_json::Value>(text).ok();
         let key = tree.and_then(|tree| serde_path_to_error::deserialize::<_, T>(tree).err());
         match key.map(|error| error.path().to_string()) {
@@ -132,7 +132,7 @@ pub fn entries(text: &str) -> Result<u32, String> {
     number.ok_or_else(|| format!("expected a number from {} to {}", ENTRIES.start(), ENTRIES.end()))
 }
 
-/// Parses what YAML 1.1 has for true and false.
+/// Parses YAML 1.1's words for true and false.
 ///
 /// # Errors
 ///
@@ -158,12 +158,12 @@ pub fn node_port_range(text: &str) -> Result<(u16, u16), String> {
     parsed.ok_or_else(|| "expected FIRST-LAST with ports from 1 to 65535, such as 30000-32767".to_owned())
 }
 
-/// `--nodeport-addresses` as it is written.
+/// The value of `--nodeport-addresses`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct NodePortList {
-    /// The addresses of the node.
+    /// Addresses of the node.
     pub addresses: NodePortAddresses,
-    /// Whether loopback is named.
+    /// Whether the list has `localhost`.
     pub localhost: bool,
 }
 
@@ -198,7 +198,7 @@ pub fn node_port_addresses(text: &str) -> Result<NodePortList, String> {
             "localhost" => localhost = true,
             item => networks.push(lb_core::model::address::parse_cidr(item).ok_or_else(|| {
                 format!(
-                    "{item:?} is no network: expected ADDRESS/LENGTH, or the words all, primary, localhost"
+                    "{item:?} is not a network: expected ADDRESS/LENGTH, or the words all, primary, localhost"
                 )
             })?),
         }
@@ -265,7 +265,7 @@ pub fn external_ips(text: &str) -> Result<ExternalIps, String> {
     named.ok_or_else(|| "expected any, nodes or none".to_owned())
 }
 
-/// Parses `ADDRESS:PORT`, or nothing for no listener.
+/// Parses `ADDRESS:PORT`; an empty text means no listener.
 ///
 /// # Errors
 ///
@@ -280,7 +280,7 @@ pub fn bind_address(text: &str) -> Result<Listen, String> {
     }
 }
 
-/// Where to listen, if anywhere.
+/// Address to listen on; `None` for no listener.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Listen(pub Option<SocketAddr>);
 
@@ -452,7 +452,7 @@ mod tests {
             let list = node_port_addresses(text).unwrap();
             assert_eq!((&list.addresses, list.localhost), (&addresses, localhost), "{text}");
             assert_eq!(list.to_string(), shown, "{text}");
-            assert_eq!(node_port_addresses(shown), Ok(list), "what is shown is understood");
+            assert_eq!(node_port_addresses(shown), Ok(list), "the shown text parses");
         }
         for wrong in ["10.0.0.0/33", "primary,", "Primary", "primary 10.0.0.0/8", "loopback"] {
             assert!(node_port_addresses(wrong).is_err(), "{wrong}");

@@ -1,7 +1,7 @@
 //! `socklb explain`: where would a call go now, and why?
 //!
-//! Pure. The frontend is found by the programs' own search on the tables that the kernel holds; the objects say
-//! which rule put each endpoint in or left it out.
+//! Pure. Finds the frontend with the programs' own search on the kernel's tables. The objects tell which rule
+//! selected or excluded each endpoint.
 
 use std::{
     fmt::Write as _,
@@ -21,22 +21,22 @@ use serde::Serialize;
 
 use super::listing::{kind_name, service_text};
 
-/// The answer. Field names are a promise.
+/// The answer. Field names are stable.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Explanation {
-    /// The call that was asked about, `address:port/protocol`.
+    /// The call, as `address:port/protocol`.
     pub call: String,
     /// `untouched`, `refused`, `unreachable` or `redirected`.
     pub verdict: &'static str,
-    /// The frontend that answers, if any.
+    /// The matching frontend, if any.
     pub frontend: Option<FrontendPart>,
     /// Every endpoint that a call may reach.
     pub candidates: Vec<SocketAddr>,
-    /// Every known endpoint that it may not reach.
+    /// Every known endpoint that a call may not reach.
     pub left_out: Vec<LeftOutPart>,
-    /// The rule that decided, in a sentence.
+    /// The rule that decides, in a sentence.
     pub reason: String,
-    /// What is wrong with the objects of this address and of its service. Left to whoever has the objects.
+    /// Issues of this address's objects and of its Service. The caller fills them in.
     pub issues: Vec<Issue>,
 }
 
@@ -51,9 +51,9 @@ pub struct FrontendPart {
     pub port_name: String,
     /// `ClusterIP`, `NodePort`, `ExternalIP` or `LoadBalancer`.
     pub kind: &'static str,
-    /// The traffic policy that applies.
+    /// The traffic policy.
     pub policy: TrafficPolicy,
-    /// Idle time-out of the affinity; 0 without.
+    /// Idle timeout of the affinity in seconds; 0 without affinity.
     pub affinity_seconds: u32,
 }
 
@@ -62,7 +62,7 @@ pub struct FrontendPart {
 pub struct LeftOutPart {
     /// Its address.
     pub endpoint: SocketAddr,
-    /// The rule.
+    /// The rule that excludes it.
     pub reason: String,
 }
 
@@ -87,7 +87,7 @@ pub fn explain(
             issues: Vec::new(),
         };
     };
-    // The entry's own key: for a node port that is the wildcard address, not the one that was called.
+    // The key of the table: for a node port it has the wildcard address, not the called one.
     let key =
         simulator.image.services.iter().find(|(_, frontend_id)| **frontend_id == id).map(|(key, _)| *key);
     let owner =
@@ -103,8 +103,8 @@ pub fn explain(
     candidates.sort_unstable();
     let left_out = owner.map(|(state, owner)| left_out(state, owner, to, &candidates)).unwrap_or_default();
     let reason = match (candidates.len(), frontend.affinity_seconds) {
-        (0, _) if left_out.is_empty() => "the service has no endpoint: ECONNREFUSED".to_owned(),
-        (0, _) => "no endpoint of the service may be used: ECONNREFUSED".to_owned(),
+        (0, _) if left_out.is_empty() => "the service has no endpoints: ECONNREFUSED".to_owned(),
+        (0, _) => "no endpoint of the service is usable: ECONNREFUSED".to_owned(),
         (1, _) => "the only usable endpoint".to_owned(),
         (n, 0) => format!("one of {n}, each with the same probability"),
         (n, seconds) => format!("one of {n}; a client keeps its endpoint until it is idle for {seconds} s"),
@@ -127,7 +127,7 @@ pub fn explain(
     }
 }
 
-/// Verdict and reason for a destination that is no frontend.
+/// Verdict and reason for a destination without a frontend.
 fn without_frontend(
     simulator: &Simulator,
     objects: Option<&State>,
@@ -142,7 +142,10 @@ fn without_frontend(
             });
             let owner =
                 service.map_or("its service".to_owned(), |service| format!("service {}", service.key));
-            ("refused", format!("{ip} is the cluster IP of {owner}, which has no such port: ECONNREFUSED"))
+            (
+                "refused",
+                format!("{ip} is the cluster IP of {owner}, which does not define this port: ECONNREFUSED"),
+            )
         }
         Outcome::Unreachable => {
             let network = simulator.image.service_cidrs.iter().find(|network| network.contains(ip));
@@ -157,22 +160,22 @@ fn without_frontend(
                 (None, Some(service)) => format!("service {service} is excluded by its annotation"),
                 (None, None) => "no frontend has this address, port and protocol".to_owned(),
             };
-            ("untouched", format!("{reason}: the call goes where it says"))
+            ("untouched", format!("{reason}: the call passes unchanged"))
         }
     }
 }
 
-/// What leaves a cluster IP to another proxy.
+/// Why another proxy serves a cluster IP.
 fn unselected(state: &State, ip: IpAddr) -> Option<String> {
     let mut services = state.store().services();
     services.find_map(|service| {
         let reason =
             service.unselected.as_ref().filter(|_| service.cluster_ip(address::family(ip)) == Some(ip))?;
-        Some(format!("service {} has {ip} and {reason}, so that this agent does not serve it", service.key))
+        Some(format!("service {} has {ip} and {reason}, so this agent does not serve it", service.key))
     })
 }
 
-/// The excluded service that would answer at an address.
+/// The excluded Service that has an address.
 fn excluded(state: &State, to: FrontendAddress) -> Option<&ServiceKey> {
     let answers = |service: &&Service| {
         let served = Service { annotations: Vec::new(), ..(*service).clone() };
@@ -188,7 +191,7 @@ fn excluded(state: &State, to: FrontendAddress) -> Option<&ServiceKey> {
     state.store().services().filter(|service| service.is_excluded()).find(answers).map(|service| &service.key)
 }
 
-/// Every endpoint that the objects know and the tables do not offer, with the rule that left it out.
+/// Every endpoint of the objects that the tables lack, with the rule that excludes it.
 fn left_out(
     state: &State,
     owner: &desired::Frontend,
@@ -207,14 +210,14 @@ fn left_out(
         .map(|(endpoint, _, reason)| LeftOutPart {
             endpoint,
             reason: reason.map_or_else(
-                || "usable by the last known objects, but not in the kernel's tables".to_owned(),
+                || "usable according to the last known objects, but not in the kernel's tables".to_owned(),
                 |reason| reason.to_string(),
             ),
         })
         .collect()
 }
 
-/// Whose endpoints the frontend holds.
+/// The Service of the frontend's endpoints.
 fn scope<'a>(state: &'a State, owner: &desired::Frontend, to: FrontendAddress) -> Scope<'a> {
     let topology = state.topology();
     match (owner.kind, owner.policy) {
@@ -228,17 +231,17 @@ fn scope<'a>(state: &'a State, owner: &desired::Frontend, to: FrontendAddress) -
 }
 
 impl FrontendPart {
-    /// The Service port, for people.
+    /// The Service port as text.
     fn service(&self) -> String {
         if self.name.is_empty() {
-            return "of a service that no known object names".to_owned();
+            return "of an unknown service".to_owned();
         }
         format!("of {}", service_text(&self.namespace, &self.name, &self.port_name))
     }
 }
 
 impl Explanation {
-    /// What follows the verdict: label, text, and what explains the text.
+    /// The lines below the verdict: label, text, explanation.
     fn parts(&self) -> impl Iterator<Item = (&'static str, String, Option<&str>)> {
         let frontend = self.frontend.iter().map(|frontend| {
             let (kind, service, policy) = (frontend.kind, frontend.service(), frontend.policy);
@@ -252,7 +255,7 @@ impl Explanation {
         frontend.chain(candidates).chain(left_out).chain(issues)
     }
 
-    /// The explanation for people.
+    /// The explanation as text.
     #[must_use]
     pub fn text(&self) -> String {
         let mut text = format!("{} -> {}: {}\n", self.call, self.verdict, self.reason);
@@ -263,7 +266,7 @@ impl Explanation {
         text
     }
 
-    /// The same in one line, without its end.
+    /// The explanation in one line, without a line break.
     #[must_use]
     pub fn line(&self) -> String {
         let mut line = format!("{} -> {}: {}", self.call, self.verdict, self.reason);

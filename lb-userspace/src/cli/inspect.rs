@@ -1,4 +1,4 @@
-//! Commands that look at pinned state or remove it. None but `explain --watch` needs a running agent.
+//! Commands that read or remove pinned state. Only `explain --watch` needs a running agent.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -41,7 +41,7 @@ use super::{
     objects::{At, Objects},
 };
 
-/// How an answer is printed.
+/// Output formats.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum Output {
     /// For people.
@@ -59,7 +59,7 @@ pub struct ServicesArgs {
     /// Only Services of this namespace.
     #[arg(short, long, value_name = "NAMESPACE")]
     namespace: Option<String>,
-    /// How to print it.
+    /// Output format.
     #[arg(short, long, value_enum, default_value_t)]
     output: Output,
     #[command(flatten)]
@@ -69,25 +69,26 @@ pub struct ServicesArgs {
 /// Flags of `socklb explain`.
 #[derive(Debug, Args)]
 pub struct ExplainArgs {
-    /// ADDRESS:PORT, with /tcp (the default) or /udp behind it; IPv6 as [ADDRESS]:PORT.
+    /// ADDRESS:PORT, optionally with /tcp (the default) or /udp; IPv6 as [ADDRESS]:PORT.
     call: FrontendAddress,
-    /// Ask for a program in this network namespace, such as /run/netns/NAME [default: the own one]
+    /// Explain a call from this network namespace, such as /run/netns/NAME [default: the current one]
     #[arg(long, value_name = "PATH", conflicts_with = "pid")]
     netns: Option<PathBuf>,
-    /// Ask for a program in the network namespace of this process.
+    /// Explain a call from the network namespace of this process.
     #[arg(long)]
     pid: Option<u32>,
-    /// Go on, and print the answer again whenever it changes: a line each, with the time. Takes an agent at work.
+    /// Keep running, and print the answer again when it changes: one line each, with the time. Needs a
+    /// running agent.
     #[arg(short, long)]
     watch: bool,
-    /// How to print it.
+    /// Output format.
     #[arg(short, long, value_enum, default_value_t)]
     output: Output,
     #[command(flatten)]
     pins: PinArgs,
 }
 
-/// Prints in the way that was asked for.
+/// Prints in the requested format.
 pub(super) fn print(
     output: Output,
     value: &impl serde::Serialize,
@@ -101,11 +102,11 @@ pub(super) fn print(
     Ok(())
 }
 
-/// How long to wait before an agent that has ended is asked again.
+/// Pause before a stopped agent is asked again.
 const RETRY: Duration = Duration::from_secs(1);
-/// How often what changed while it was read is looked at again.
+/// How often rows that changed while they were read are read again.
 const ROUNDS: usize = 5;
-/// Rows of `services` that are looked at again, at most. More than these do not change in the time of a look.
+/// Maximum number of `services` rows that are read again. Fewer than these change during one read.
 const MAX_ROWS: usize = 256;
 
 /// `socklb services`
@@ -117,7 +118,7 @@ pub fn services(args: &ServicesArgs) -> anyhow::Result<ExitCode> {
     let maps = Maps::open(&args.pins.pin_path)?;
     let mut objects = Objects::new(&args.pins.state_dir);
     let _known = objects.now();
-    // After the objects: what is shown of the kernel is never older than the question.
+    // Read after the objects, so that the tables are never older than the answer.
     let image = maps.image()?;
     let entries = image.runs4.values().chain(image.runs6.values()).flat_map(|run| run.iter());
     let mut rows = list(&image, objects.state(), &stats(&maps, entries));
@@ -136,13 +137,13 @@ pub fn services(args: &ServicesArgs) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// The counters of endpoints.
+/// Counters by endpoint.
 fn stats<'a>(maps: &Maps, entries: impl Iterator<Item = &'a Entry>) -> BTreeMap<u32, EndpointStats> {
     entries.map(|entry| (entry.endpoint_id, maps.endpoint_stats(entry.endpoint_id))).collect()
 }
 
-/// Reads these rows again with the objects of their services, which take no time to hear. Rows of frontends that are gone
-/// are removed.
+/// Reads these rows again with the objects of their services, which is a fast request. Removes rows whose
+/// frontends are gone.
 fn look_again(
     rows: &mut Vec<FrontendRow>,
     mut changed: BTreeSet<FrontendAddress>,
@@ -152,8 +153,9 @@ fn look_again(
     for _ in 0..ROUNDS {
         let heard: Result<Vec<_>, _> =
             changed.iter().map(|address| Ok((*address, agent.ask(Which::At(*address), None)?))).collect();
-        // An agent that ends meanwhile leaves the rows as they are.
-        let Ok(heard) = heard.map_err(|error: AskError| debug!(%error, "rows are not looked at again"))
+        // If the agent exits meanwhile, the rows stay unchanged.
+        let Ok(heard) =
+            heard.map_err(|error: AskError| debug!(%error, "rows that changed are not read again"))
         else {
             break;
         };
@@ -177,23 +179,23 @@ fn look_again(
     Ok(())
 }
 
-/// A question of `socklb explain`.
+/// The input of `socklb explain`.
 struct Asked<'a> {
     args: &'a ExplainArgs,
     agent: Agent,
 }
 
-/// An answer to it.
+/// The output of `socklb explain`.
 struct Answered {
     explanation: Explanation,
-    /// Why the names may be out of date, or are missing.
+    /// Why names may be outdated or missing.
     notice: Option<String>,
-    /// Of what the agent said; `None` if no agent did.
+    /// Tag of the agent's answer; `None` without one.
     tag: Option<String>,
 }
 
 impl Asked<'_> {
-    /// The answer of this moment.
+    /// The current answer.
     fn now(&self) -> anyhow::Result<Answered> {
         let (state_dir, call) = (&self.args.pins.state_dir, self.args.call);
         let mut at = At::now(&self.agent, state_dir, call);
@@ -208,13 +210,13 @@ impl Asked<'_> {
             if is_same {
                 break;
             }
-            // The tables may have followed what the agent says now.
+            // The tables may have changed since the agent's answer.
             image = maps.image()?;
         }
         let meta = maps.meta();
         let own = syscall::netns_cookie();
         debug!(?own, node = meta.node_netns, "network namespaces");
-        // Before kernel 5.14 the cookie cannot be read: then the caller is taken to be on the node.
+        // Before kernel 5.14 the cookie cannot be read: then the caller is assumed to be on the node.
         let caller = Caller {
             netns: own.unwrap_or_default(),
             on_node: own.is_none_or(|own| meta.node_netns == 0 || own == meta.node_netns),
@@ -230,16 +232,16 @@ impl Asked<'_> {
         Ok(Answered { explanation, notice, tag })
     }
 
-    /// Prints the answer, and again whenever it changes. The agent says when; the kernel is not looked at in between.
+    /// Prints the answer, and again when it changes. The agent reports changes; the kernel is not polled.
     fn watch(&self) -> anyhow::Result<()> {
         let Answered { mut explanation, notice, mut tag } = self.now()?;
         if let Some(notice) = notice {
-            anyhow::bail!("--watch takes an agent at work: {notice}");
+            anyhow::bail!("--watch needs a running agent: {notice}");
         }
         if !self.show(&explanation)? {
             return Ok(());
         }
-        // Why there is no answer for the moment, if that is on standard error already.
+        // The reason for a missing answer that standard error already has.
         let mut problem: Option<String> = None;
         loop {
             let now = match self.agent.wait(self.args.call, tag.as_deref()) {
@@ -247,7 +249,7 @@ impl Asked<'_> {
                 Ok(Some(_)) => self.now().map_err(|error| format!("{error:#}")),
                 Err(error) => Err(error.to_string()),
             };
-            // An agent that starts answers before it has synced, and may be replacing its maps.
+            // A starting agent answers before its first sync, and may be replacing its maps.
             match now.and_then(|now| now.notice.clone().map_or(Ok(now), Err)) {
                 Ok(now) => {
                     if problem.take().is_some() {
@@ -263,7 +265,7 @@ impl Asked<'_> {
                 }
                 Err(error) => {
                     if problem.is_none() {
-                        eprintln!("socklb: {error}; what is in the kernel goes on; waiting for the agent");
+                        eprintln!("socklb: {error}; the kernel keeps serving; waiting for the agent");
                     }
                     problem = Some(error);
                     tag = None;
@@ -285,7 +287,7 @@ impl Asked<'_> {
     }
 }
 
-/// One answer of a watch, with its time as RFC 3339 has it.
+/// One answer of a watch, with its time in RFC 3339.
 #[derive(Serialize)]
 struct Timed<'a> {
     time: String,
@@ -303,7 +305,8 @@ fn read(pins: &PinArgs) -> anyhow::Result<(Maps, Image)> {
 ///
 /// # Errors
 ///
-/// If nothing is pinned, it cannot be read, or the network namespace does not exist; with `--watch` also without an agent.
+/// If nothing is pinned or readable, or the network namespace does not exist; with `--watch` also without an
+/// agent.
 pub fn explain(args: &ExplainArgs) -> anyhow::Result<ExitCode> {
     let netns = args.netns.as_ref().map(|path| ("--netns".to_owned(), path.clone()));
     let of_pid = args.pid.map(|pid| (format!("--pid {pid}:"), format!("/proc/{pid}/ns/net").into()));
@@ -329,19 +332,20 @@ pub fn explain(args: &ExplainArgs) -> anyhow::Result<ExitCode> {
 ///
 /// # Errors
 ///
-/// If nothing is there, or something cannot be removed.
+/// If nothing is pinned, or something cannot be removed.
 pub fn cleanup(args: &PinArgs) -> anyhow::Result<ExitCode> {
-    // Without the lock an agent is at work. It is not waited for: what it serves is taken away from under it, and it
-    // attaches nothing anew. With the lock none begins before everything is gone.
+    // If the lock is held, an agent runs. Cleanup does not wait for it: it removes what the agent serves, and
+    // the agent attaches nothing again. If the lock is free, holding it keeps an agent from starting before
+    // all is removed.
     let lock = if args.pin_path.is_dir() { Lock::try_take(&args.pin_path)? } else { None };
     let agent = (lock.is_none() && args.pin_path.is_dir()).then(|| lock::describe_holder(&args.pin_path));
     let mut removed = pins::remove(&args.pin_path)?;
     drop(lock);
     removed.extend(snapshot::remove(&args.state_dir)?);
     removed.extend(agent_socket::remove_leftover(&args.state_dir));
-    // An agent serves the root, unless it is told otherwise.
+    // The agent's default cgroup is the root.
     removed.extend(cgroup::find_widest().ok().and_then(|root| self_test::remove_leftover(&root)));
-    // After the work: a reader that goes away does not stop it half-way.
+    // Printed last: a closed standard output must not interrupt the work.
     let lines = removed.iter().map(|path| format!("removed {}\n", path.display()));
     super::show(&lines.collect::<String>())?;
     if let Some(agent) = agent {
@@ -354,14 +358,15 @@ pub fn cleanup(args: &PinArgs) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// What to do about an agent that `cleanup` found at work. In a pod its number is 1 for every agent: pod and node tell which.
+/// The remedy for an agent that runs during `cleanup`. In a pod its process id is always 1: pod and node
+/// identify it.
 fn still_runs(holder: &str, pod: Option<&str>, node: Option<&str>) -> String {
     let pod = pod.map(|pod| format!(", pod {pod}")).unwrap_or_default();
     let place = node.map(|node| format!("{pod} on node {node}")).unwrap_or(pod);
     let remedy = if place.is_empty() {
-        "end it, or restart it to serve again"
+        "stop it, or restart it to serve again"
     } else {
-        "remove the DaemonSet, or delete the pod for one that serves again"
+        "remove the DaemonSet, or delete the pod to restart it"
     };
     format!("the agent ({holder}{place}) still runs and serves no calls: {remedy}")
 }
@@ -376,19 +381,19 @@ mod tests {
             (
                 None,
                 None,
-                "the agent (process 7) still runs and serves no calls: end it, or restart it to serve again",
+                "the agent (process 7) still runs and serves no calls: stop it, or restart it to serve again",
             ),
             (
                 None,
                 Some("node-a"),
                 "the agent (process 7 on node node-a) still runs and serves no calls: remove the DaemonSet, or delete the \
-                 pod for one that serves again",
+                 pod to restart it",
             ),
             (
                 Some("socklb-x2x4z"),
                 Some("node-a"),
                 "the agent (process 7, pod socklb-x2x4z on node node-a) still runs and serves no calls: remove the \
-                 DaemonSet, or delete the pod for one that serves again",
+                 DaemonSet, or delete the pod to restart it",
             ),
         ] {
             assert_eq!(still_runs("process 7", pod, node), expected);

@@ -1,4 +1,4 @@
-//! Frontends as people and scripts read them: the kernel's tables joined with the objects behind them.
+//! Frontends for people and scripts: the kernel's tables joined with the objects.
 //!
 //! Pure. The types here are the public JSON; they are neither map types nor model types.
 
@@ -22,10 +22,10 @@ use lb_core::{
 };
 use serde::Serialize;
 
-/// One frontend. Field names are a promise.
+/// One frontend. Field names are stable.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct FrontendRow {
-    /// Namespace of the Service; empty if no object is known for this address.
+    /// Namespace of the Service; empty if no object has this address.
     pub namespace: String,
     /// Name of the Service.
     pub name: String,
@@ -33,36 +33,36 @@ pub struct FrontendRow {
     pub port_name: String,
     /// `TCP`, `UDP` or `SCTP`.
     pub protocol: Protocol,
-    /// `ClusterIP`, `NodePort`, `ExternalIP` or `LoadBalancer`; empty if no object is known.
+    /// `ClusterIP`, `NodePort`, `ExternalIP` or `LoadBalancer`; empty if no object has this address.
     pub kind: &'static str,
-    /// The address that programs call; the unspecified address of a family stands for every node address of it.
+    /// The called address; the unspecified address stands for all node addresses of its family.
     pub address: IpAddr,
-    /// The port that programs call.
+    /// The called port.
     pub port: u16,
-    /// The traffic policy that applies.
+    /// The traffic policy.
     pub policy: TrafficPolicy,
-    /// Idle time-out of the affinity; 0 without.
+    /// Idle timeout of the affinity in seconds; 0 without affinity.
     pub affinity_seconds: u32,
     /// The endpoints that a call may reach.
     pub endpoints: Vec<EndpointRow>,
 }
 
 impl FrontendRow {
-    /// The key in the tables.
+    /// The key in the table.
     #[must_use]
     pub const fn frontend(&self) -> FrontendAddress {
         FrontendAddress { ip: self.address, port: self.port, protocol: self.protocol }
     }
 }
 
-/// One endpoint of a frontend. Field names are a promise.
+/// One endpoint of a frontend. Field names are stable.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct EndpointRow {
     /// Its address.
     pub address: IpAddr,
     /// Its port.
     pub port: u16,
-    /// The node it runs on, if known.
+    /// Its node, if known.
     pub node: String,
     /// Its zone, if known.
     pub zone: String,
@@ -72,14 +72,13 @@ pub struct EndpointRow {
     pub serving: bool,
     /// Condition `terminating`.
     pub terminating: bool,
-    /// `connect()` calls and datagrams sent there on this node.
+    /// `connect()` calls and datagrams that this node redirected to it.
     pub connections: u64,
-    /// How many of them came to nothing. Always `null`: a hook runs before the kernel connects, and nothing tells it
-    /// what became of that.
+    /// Failed ones. Always `null`: the hooks run before the kernel connects, so the result is unknown.
     pub failures: Option<u64>,
 }
 
-/// Builds the state that a snapshot's objects ask for, without any kernel.
+/// Builds the state of a snapshot's objects, without a kernel.
 #[must_use]
 pub fn state_of(snapshot: Snapshot) -> State {
     let (settings, interfaces) = (snapshot.settings(), snapshot.interfaces.clone());
@@ -91,8 +90,7 @@ pub fn state_of(snapshot: Snapshot) -> State {
     })
 }
 
-/// Builds the state that an agent's objects ask for. Its frontends are those that the kernel follows, its objects the
-/// latest.
+/// Builds the state of an agent's objects. The frontends are those of the kernel, the objects are the latest.
 #[must_use]
 pub fn state_of_known(known: Known) -> State {
     let mut state = state(known.settings, known.interfaces, |store| {
@@ -114,8 +112,8 @@ fn state(settings: Settings, interfaces: Vec<IpAddr>, fill: impl FnOnce(&mut Sto
     state
 }
 
-/// Whether the objects tell of everything in a row: the service, and each of its endpoints. If not, they are of another
-/// moment than the tables.
+/// Whether the objects describe the whole row: its Service and each of its endpoints. If not, objects and
+/// tables are of different times.
 #[must_use]
 pub fn is_described(row: &FrontendRow, state: &State) -> bool {
     state.desired().owner(&row.frontend()).is_some_and(|owner| {
@@ -126,7 +124,7 @@ pub fn is_described(row: &FrontendRow, state: &State) -> bool {
     })
 }
 
-/// The row of one frontend; `None` if the tables do not hold it.
+/// The row of one frontend; `None` if the tables lack it.
 #[must_use]
 pub fn find(
     image: &Image,
@@ -138,9 +136,9 @@ pub fn find(
     Some(row(image, address, *id, objects, stats))
 }
 
-/// Lists every frontend that the tables hold, in the order of namespace, name, port, address.
+/// Lists every frontend of the tables, sorted by namespace, name, port, address.
 ///
-/// `objects` name and describe them; a frontend that they do not know is listed by its address alone.
+/// A frontend without an object has its address only.
 #[must_use]
 pub fn list(
     image: &Image,
@@ -153,7 +151,7 @@ pub fn list(
     rows
 }
 
-/// Brings rows into the order of [`list`].
+/// Sorts rows in the order of [`list`].
 pub fn sort(rows: &mut [FrontendRow]) {
     rows.sort_by(|a, b| {
         let key = |row: &FrontendRow| (row.namespace.clone(), row.name.clone(), row.port_name.clone());
@@ -202,7 +200,7 @@ fn row(
     }
 }
 
-/// The name of a kind of frontend in output.
+/// The kind of a frontend in output.
 #[must_use]
 pub const fn kind_name(kind: FrontendKind) -> &'static str {
     match kind {
@@ -213,7 +211,7 @@ pub const fn kind_name(kind: FrontendKind) -> &'static str {
     }
 }
 
-/// What the objects say of an endpoint that they do not list: nothing but that the tables hold it.
+/// An endpoint that the objects lack: its address only.
 fn undescribed(address: SocketAddr) -> EndpointRow {
     EndpointRow {
         address: address.ip(),
@@ -251,10 +249,11 @@ fn describe_endpoints(state: &State, owner: &desired::Frontend) -> BTreeMap<Sock
         .collect()
 }
 
-/// Columns that a terminal has at least. Names may be longer than that; endpoints are counted where they have no room.
+/// Minimum width of a terminal, in columns. Long names may exceed it; endpoints are shown as a number when
+/// they do not fit.
 const COLUMNS: usize = 100;
 
-/// The rows as a table for people.
+/// The rows as a table.
 #[must_use]
 pub fn table(rows: &[FrontendRow]) -> String {
     let header = ["SERVICE", "KIND", "ADDRESS", "POLICY"].map(str::to_owned);
@@ -277,10 +276,10 @@ pub fn table(rows: &[FrontendRow]) -> String {
     })
 }
 
-/// Endpoints that a table shows before it counts the rest.
+/// Maximum number of endpoints in a table cell; the rest is counted.
 const SHOWN_ENDPOINTS: usize = 2;
 
-/// The endpoints of a frontend, as many of them as have room; their number if none has.
+/// As many endpoints of a frontend as fit; their number if none fits.
 fn endpoints_cell(row: &FrontendRow, room: usize) -> String {
     let n_all = row.endpoints.len();
     if n_all == 0 {
@@ -310,7 +309,7 @@ fn cells(row: &FrontendRow) -> [String; 4] {
     [service, kind.to_owned(), row.frontend().to_string(), policy.to_owned()]
 }
 
-/// A service port in tables: `namespace/name:port`, or a dash if no object is known.
+/// A service port as `namespace/name:port`, or a dash if no object is known.
 pub(super) fn service_text(namespace: &str, name: &str, port_name: &str) -> String {
     match (name, port_name) {
         ("", _) => "-".to_owned(),

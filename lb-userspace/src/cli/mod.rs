@@ -24,8 +24,8 @@ use lb_kernel::chain;
 
 /// Socket-level service load balancer for Kubernetes.
 ///
-/// Points connect() and sendto() on a service address straight at a healthy endpoint, inside the system call: no
-/// NAT, no conntrack, no work for packets.
+/// Redirects connect() and sendto() from a service address to a ready endpoint, inside the system call: no NAT,
+/// no conntrack, no work per packet.
 #[derive(Debug, Parser)]
 #[command(name = "socklb", version, max_term_width = 100)]
 struct Cli {
@@ -43,29 +43,29 @@ enum Command {
     Explain(inspect::ExplainArgs),
     /// Say whether this host is able to run the agent, and what its kernel offers.
     Check(check::CheckArgs),
-    /// Say whether the agent is at work: source, maps, hooks, issues.
+    /// Say whether the agent runs and serves: source, maps, hooks, issues.
     Status(status::StatusArgs),
     /// Watch calls by service and endpoint: rates, refusals, open sockets.
     ///
-    /// On a terminal, a table that is kept up to date; keys sort, filter and end it. Elsewhere, with --count, and as
-    /// JSON or YAML, one answer after the other: the first at once, with totals since each port is served and without
-    /// rates, which are made from two looks. Needs no running agent.
+    /// On a terminal: a table that is kept up to date; keys sort, filter and quit. Otherwise, with --count,
+    /// or with -o json or yaml: one report per interval. The first has totals since each port is served, and
+    /// no rates. Needs no running agent.
     ///
-    /// SOCKETS counts open sockets that last called a service. It takes the capabilities BPF and PERFMON to list them.
+    /// SOCKETS counts open sockets that last called a service. Listing them needs CAP_BPF and CAP_PERFMON.
     Top(top::TopArgs),
     /// Watch connections as they are made: a sample.
     ///
-    /// Looks at the records that sockets leave when a call is pointed at an endpoint, and prints those that are new:
-    /// when it was seen, the service, the address called, the endpoint and its node, the socket. The programs do
-    /// nothing for it, so that watching costs a call nothing.
+    /// Polls the records that sockets get when a call is redirected, and prints new ones: time, service,
+    /// called address, endpoint and node, socket. It adds no cost to a call.
     ///
-    /// It is a sample: sockets that come and go between two looks are missed, and so are calls that are refused and further
-    /// datagrams on the same way. Lines with # (in JSON: event summary), every ten seconds and at the end, tell how many
-    /// calls the counters saw, and how many went by unseen. The first of them say what the columns are.
+    /// Not shown: sockets opened and closed between two polls, refused calls, and further datagrams to the
+    /// same endpoint. Every ten seconds and at exit, a line that begins with # (in JSON: event summary) says
+    /// how many calls the counters saw and how many of them were not shown. The first such lines name the
+    /// columns.
     Monitor(monitor::MonitorArgs),
-    /// Detach the programs and delete what the agent keeps: maps, snapshot, socket.
+    /// Detach the programs and delete the agent's state: maps, snapshot, socket.
     Cleanup(PinArgs),
-    /// Print a completion script for a shell, to be sourced or put where the shell looks for them.
+    /// Print a completion script for a shell, to be sourced or installed.
     Completions(complete::CompletionsArgs),
     /// Write the manual pages of all commands into a folder.
     Man(complete::ManArgs),
@@ -80,14 +80,15 @@ pub struct PinArgs {
     /// Directory of the pinned maps and links, on a BPF file system.
     #[arg(long, env = "SOCKLB_PIN_PATH", default_value = config::PIN_PATH, value_name = "DIR")]
     pub pin_path: PathBuf,
-    /// Directory of the snapshot of objects, and of the socket at which the agent answers commands.
+    /// Directory of the snapshot of objects, and of the agent's socket for commands.
     #[arg(long, env = "SOCKLB_STATE_DIR", default_value = config::STATE_DIR, value_name = "DIR")]
     pub state_dir: PathBuf,
 }
 
-/// Parses the command line and does what it says.
+/// Parses the command line and runs the command.
 ///
-/// Exit status: 0 done or stopped by a signal, 1 failed, 2 wrong usage. An error is one line on standard error.
+/// Exit status: 0 done or stopped by a signal, 1 failed, 2 wrong usage. An error is one line on standard
+/// error.
 #[must_use]
 pub fn main() -> ExitCode {
     let result = match Cli::parse().command {
@@ -113,17 +114,17 @@ pub fn main() -> ExitCode {
     }
 }
 
-/// Writes text to standard output. A reader that went away, as of `socklb services | head`, has what it wanted and is no
-/// error; `print!` would panic.
+/// Writes text to standard output. A closed pipe is no error (`socklb services | head`); `print!` would
+/// panic.
 ///
 /// # Errors
 ///
-/// If standard output takes no more, as when a disk is full.
+/// If standard output cannot be written, for example because the disk is full.
 fn show(text: &str) -> anyhow::Result<()> {
     show_more(text).map(drop)
 }
 
-/// The same for a text that goes on: returns whether somebody still reads.
+/// [`show`] for a stream: `false` once the reader has closed standard output.
 fn show_more(text: &str) -> anyhow::Result<bool> {
     let mut out = std::io::stdout().lock();
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {

@@ -1,8 +1,8 @@
-//! `socklb monitor`: connections as they are made, sampled.
+//! `socklb monitor`: a sample of new connections.
 //!
-//! The programs tell nobody of a call: they leave a record for the socket and go on, which costs a call nothing for being
-//! watched. So this looks at the records again and again, and shows the sockets that are new. What comes and goes between two
-//! looks is missed, and counted by the services' counters.
+//! The programs report no calls: they only write a record for the socket, so that monitoring adds no cost to
+//! a call. The monitor polls the records and shows new sockets. Sockets opened and closed between two polls
+//! are missed; the services' counters count them.
 
 mod stream;
 
@@ -38,43 +38,43 @@ pub struct MonitorArgs {
     /// Only calls of this protocol.
     #[arg(long, value_enum)]
     protocol: Option<Transport>,
-    /// Time between two looks, 10ms at least: the shorter, the fewer sockets are missed.
+    /// Time between two polls, at least 10ms. A shorter one misses fewer sockets.
     #[arg(long, default_value = "100ms", value_name = "DURATION", value_parser = |text: &str| interval(text, SHORTEST))]
     interval: Duration,
-    /// End after this many connections; without, go on until Ctrl-C.
+    /// Exit after this many connections [default: run until Ctrl-C]
     #[arg(short = 'n', long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     count: Option<u64>,
-    /// How to print it.
+    /// Output format.
     #[arg(short, long, value_enum, default_value_t)]
     output: Format,
     #[command(flatten)]
     pins: PinArgs,
 }
 
-/// How a stream is printed.
+/// Output formats of a stream.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum Format {
     /// One line for people, coloured on a terminal.
     #[default]
     Text,
-    /// One JSON object on each line.
+    /// One JSON object per line.
     Json,
-    /// One YAML document after the other.
+    /// A stream of YAML documents.
     Yaml,
 }
 
-/// A protocol that is served.
+/// A protocol to show.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Transport {
     Tcp,
     Udp,
 }
 
-/// The least time between two looks.
+/// Minimum time between two polls.
 const SHORTEST: Duration = Duration::from_millis(10);
-/// How often the tables and counters are read: they take much longer than the slots of sockets do.
+/// How often tables and counters are read, which takes much longer than reading the slots of sockets.
 const TABLES: Duration = Duration::from_secs(1);
-/// How often calls are summed up.
+/// Time between two summaries.
 const SUMMARY: Duration = Duration::from_secs(10);
 
 fn service(text: &str) -> Result<(String, String), String> {
@@ -86,12 +86,12 @@ fn service(text: &str) -> Result<(String, String), String> {
     }
 }
 
-/// What the tables say, by ids and addresses.
+/// The tables by ids and addresses.
 #[derive(Default)]
 struct Names {
     image: Image,
     ports: BTreeMap<u32, Named>,
-    /// The nodes of endpoints, as far as they are known.
+    /// The nodes of endpoints, if known.
     nodes: BTreeMap<SocketAddr, String>,
 }
 
@@ -111,7 +111,7 @@ impl Names {
         Self { image, ports, nodes }
     }
 
-    /// The port that a record's call found, as long as the tables hold it.
+    /// The port of a record's frontend, if the tables still hold it.
     fn port(&self, record: &Record) -> Option<&Named> {
         frontend_of(&self.image, record)?;
         self.ports.get(&record.service_id)
@@ -150,7 +150,8 @@ struct Monitor<'a> {
 ///
 /// # Errors
 ///
-/// If nothing is pinned or it cannot be read, if this kernel does not list sockets, or standard output takes no more.
+/// If nothing is pinned or readable, if this kernel does not list sockets, or if standard output cannot be
+/// written.
 pub fn monitor(args: &MonitorArgs) -> anyhow::Result<ExitCode> {
     let runtime = runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
     let stop = {
@@ -215,21 +216,21 @@ impl Monitor<'_> {
         self.summarize().map(drop)
     }
 
-    /// Follows what the agent and the snapshot say.
+    /// Updates names from the agent or the snapshot.
     fn read_tables(&mut self) -> anyhow::Result<()> {
         self.names = Names::new(self.maps.image()?, self.objects.now());
         Ok(())
     }
 
-    /// Shows the sockets that are new. `false` once the reader has closed standard output.
+    /// Shows new sockets. `false` once the reader has closed standard output.
     fn look(&mut self) -> anyhow::Result<bool> {
         let new = self.seen.new_records(self.table.records()?);
-        // A call of a service that has come since the tables were read.
+        // The service may be newer than the last read of the tables.
         if new.iter().any(|record| self.names.port(record).is_none()) {
             self.read_tables()?;
         }
         for record in new {
-            // A frontend that is gone already: it has no name, and its counters are gone too.
+            // The frontend is already gone, with its name and its counters.
             let Some(port) = self.names.port(&record).filter(|port| self.filter.takes(port)) else {
                 continue;
             };
@@ -250,7 +251,7 @@ impl Monitor<'_> {
         Ok(true)
     }
 
-    /// Tells what was not shown. `false` once the reader has closed standard output.
+    /// Prints the summary. `false` once the reader has closed standard output.
     fn summarize(&mut self) -> anyhow::Result<bool> {
         let counts = self.counts();
         let summary: Summary = self.seen.summary(counts);
@@ -271,7 +272,7 @@ impl Monitor<'_> {
         })
     }
 
-    /// The counters of the ports that are shown.
+    /// The counters of the selected ports.
     fn counts(&self) -> BTreeMap<u32, ServiceStats> {
         let wanted = self.names.ports.iter().filter(|(_, port)| self.filter.takes(port));
         wanted.map(|(id, _)| (*id, self.maps.service_stats(*id))).collect()

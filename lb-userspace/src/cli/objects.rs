@@ -1,4 +1,4 @@
-//! The objects that name what the maps hold: an agent's at work, else those of the snapshot.
+//! The objects that name the contents of the maps: a running agent's, else the snapshot's.
 
 use std::{
     path::{Path, PathBuf},
@@ -17,16 +17,16 @@ use super::{
     listing::{state_of, state_of_known},
 };
 
-/// An agent that has not read its source once knows less than the snapshot.
-const NOT_SYNCED: &str = "the agent has not read all of its source yet";
+/// Before its first sync an agent may know less than the snapshot.
+const NOT_SYNCED: &str = "the agent's first lists are not complete";
 
-/// All objects, asked for again at each look.
+/// The objects, updated on each read.
 pub(super) struct Objects {
     agent: Agent,
     state_dir: PathBuf,
-    /// Of the agent's answer that was read last.
+    /// Tag of the agent's last answer.
     tag: Option<String>,
-    /// Of the snapshot that was read last.
+    /// Time stamp of the last snapshot.
     modified: Option<SystemTime>,
     state: Option<State>,
     problem: Option<String>,
@@ -34,7 +34,6 @@ pub(super) struct Objects {
 }
 
 impl Objects {
-    /// Nothing is read yet.
     pub(super) fn new(state_dir: &Path) -> Self {
         Self {
             agent: Agent::new(state_dir),
@@ -47,7 +46,7 @@ impl Objects {
         }
     }
 
-    /// The objects of this moment. `None` if there are none that can be read: what was read before may be out of date.
+    /// The current objects. `None` if none can be read: earlier ones may be outdated.
     pub(super) fn now(&mut self) -> Option<&State> {
         let reason = match self.agent.ask(Which::All, self.tag.as_deref()) {
             Ok(None) => return self.state.as_ref(),
@@ -72,36 +71,36 @@ impl Objects {
         self.state.as_ref()
     }
 
-    /// The objects of the last look.
+    /// The objects of the last read.
     pub(super) fn state(&self) -> Option<&State> {
         self.state.as_ref()
     }
 
-    /// Why the last look found no objects.
+    /// Why the last read found no objects.
     pub(super) fn problem(&self) -> Option<&str> {
         self.problem.as_deref()
     }
 
-    /// Why the objects of the last look may be out of date, or are missing.
+    /// Why the objects of the last read may be outdated or missing.
     pub(super) fn notice(&self) -> Option<&str> {
         self.problem.as_deref().or(self.notice.as_deref())
     }
 }
 
-/// What is known about one address.
+/// Knowledge about one address.
 pub(super) struct At {
     /// The objects, if there are any.
     pub(super) state: Option<State>,
-    /// What is wrong with them.
+    /// Its issues.
     pub(super) issues: Vec<Issue>,
-    /// Why they may be out of date, or are missing.
+    /// Why the objects may be outdated or missing.
     pub(super) notice: Option<String>,
-    /// Of the agent's answer; `None` if they are the snapshot's.
+    /// Tag of the agent's answer; `None` for the snapshot's objects.
     pub(super) tag: Option<String>,
 }
 
 impl At {
-    /// What an agent says, or the snapshot.
+    /// Asks the agent, else reads the snapshot.
     pub(super) fn now(agent: &Agent, state_dir: &Path, address: FrontendAddress) -> Self {
         match agent.ask(Which::At(address), None) {
             Ok(Some(tagged)) if tagged.known.has_synced => Self::heard(tagged),
@@ -110,13 +109,13 @@ impl At {
         }
     }
 
-    /// What an agent says.
+    /// Asks the agent.
     pub(super) fn heard(Tagged { mut known, tag }: Tagged) -> Self {
         let issues = std::mem::take(&mut known.issues);
         Self { state: Some(state_of_known(known)), issues, notice: None, tag }
     }
 
-    /// What the snapshot says, since no agent does.
+    /// Reads the snapshot.
     fn read(state_dir: &Path, address: FrontendAddress, reason: &str) -> Self {
         match Snapshot::read(state_dir).map(state_of) {
             Ok(state) => {

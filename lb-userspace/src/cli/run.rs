@@ -37,27 +37,28 @@ use tracing::info;
 
 use super::config::{self, Listen, NodePortList, ServiceCidrs, SettingsFile, UsageError};
 
-/// How long the end of the agent waits for threads that are in the middle of something.
+/// How long the agent's exit waits for threads that are blocked.
 const LEAVE: Duration = Duration::from_secs(5);
 
 /// Flags of `socklb run`. Each may also come from the environment (`SOCKLB_MAX_SERVICES`) or from `--config`.
 #[derive(Debug, Args)]
 pub struct RunArgs {
-    /// Where Services, EndpointSlices and Nodes come from: kube, the API server (the default when a kubeconfig or a
-    /// pod's credentials are found), or "file:" and the path of a manifest file or of a folder of them, watched.
+    /// Source of Services, EndpointSlices and Nodes: kube, the API server (default if a kubeconfig or a pod's
+    /// credentials are found), or "file:" and the path of a manifest file or of a folder of manifests, which
+    /// is watched.
     #[arg(long, env = "SOCKLB_SOURCE", value_name = "SOURCE")]
     source: Option<String>,
     /// Kubeconfig for --source kube [default: $KUBECONFIG, else ~/.kube/config, else the pod's credentials]
     #[arg(long, env = "SOCKLB_KUBECONFIG", value_name = "FILE")]
     kubeconfig: Option<PathBuf>,
-    /// URL of the API server, in place of the one that belongs to the credentials. Needed in a pod where nothing else
-    /// serves the Service of the API server.
+    /// URL of the API server, in place of the one in the credentials. Needed in a pod if nothing else serves
+    /// the API server's Service.
     #[arg(long, env = "SOCKLB_APISERVER", value_name = "URL")]
     apiserver: Option<String>,
-    /// Settings file (YAML): the names of these flags as keys.
+    /// Settings file (YAML). Its keys are the names of these flags.
     #[arg(long, env = "SOCKLB_CONFIG", value_name = "FILE")]
     config: Option<PathBuf>,
-    /// Name of the own Node [default: $NODE_NAME, else the host name in lower case]
+    /// Name of this node's Node object [default: $NODE_NAME, else the host name in lower case]
     #[arg(long, env = "SOCKLB_NODE_NAME", value_name = "NAME")]
     node_name: Option<String>,
     /// Serve the processes of this cgroup v2 directory [default: the root of the hierarchy]
@@ -66,76 +67,78 @@ pub struct RunArgs {
     /// Directory of the pinned maps and links, on a BPF file system [default: /sys/fs/bpf/socklb]
     #[arg(long, env = "SOCKLB_PIN_PATH", value_name = "DIR")]
     pin_path: Option<PathBuf>,
-    /// Directory of the snapshot of objects, and of the socket at which commands are answered [default: /var/lib/socklb]
+    /// Directory of the snapshot of objects, and of the agent's socket for commands [default:
+    /// /var/lib/socklb]
     #[arg(long, env = "SOCKLB_STATE_DIR", value_name = "DIR")]
     state_dir: Option<PathBuf>,
-    /// Addresses on which node ports answer, separated by commas: networks, and the words all, primary (of the Node object) and
-    /// localhost [default: all, and localhost unless --localhost-nodeports is false]
+    /// Addresses that accept node ports, separated by commas: networks, and the words all, primary (of the
+    /// Node object) and localhost [default: all, and localhost unless --localhost-nodeports is false]
     #[arg(long, env = "SOCKLB_NODEPORT_ADDRESSES", value_name = "LIST", value_parser = config::node_port_addresses)]
     nodeport_addresses: Option<NodePortList>,
-    /// Which addresses of spec.externalIPs answer: any, those of nodes, or none. Who may write a Service may name any
-    /// address there and gets this node's calls to it [default: any]
+    /// Which addresses of spec.externalIPs are served: any, those of nodes, or none. With any, every author
+    /// of a Service can claim any address on this node [default: any]
     #[arg(long, env = "SOCKLB_EXTERNAL_IPS", value_name = "WHICH", value_parser = config::external_ips)]
     external_ips: Option<ExternalIps>,
-    /// Networks that cluster IPs come from, separated by commas, beside those of the ServiceCIDR objects, where the API server has
-    /// these. A call to a port that a cluster IP does not have is refused, one to an address there that no Service has is
-    /// unreachable. The word none: neither, and ServiceCIDRs are not read [default: those of the objects]
+    /// Networks of cluster IPs, separated by commas, in addition to those of ServiceCIDR objects. A call to
+    /// an undefined port of a cluster IP is refused; a call to an address without a Service is unreachable.
+    /// The word none: no networks, and ServiceCIDRs are not read [default: those of the objects]
     #[arg(long, env = "SOCKLB_SERVICE_CIDR", value_name = "LIST", value_parser = config::service_cidrs)]
     service_cidr: Option<ServiceCidrs>,
-    /// Ports that may be node ports, as the API server has them [default: 30000-32767]
+    /// Range of node ports, as configured in the API server [default: 30000-32767]
     #[arg(long, env = "SOCKLB_NODE_PORT_RANGE", value_name = "RANGE", value_parser = config::node_port_range)]
     node_port_range: Option<(u16, u16)>,
-    /// Whether node ports answer on loopback addresses of the node [default: true]
+    /// Serve node ports on the node's loopback addresses [default: true]
     #[arg(long, env = "SOCKLB_LOCALHOST_NODEPORTS", value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
     localhost_nodeports: Option<bool>,
-    /// Watch the Nodes of others too, so that calls to their node ports are served here. They change every few minutes each:
-    /// on large clusters that is most of what the API server sends. Else such calls go over the network, and what serves node
-    /// ports on that node answers [default: false]
+    /// Watch the other Nodes too, and serve calls to their node ports here. Each Node changes every few
+    /// minutes: on large clusters that is most of the API server's traffic. If false, such calls go over the
+    /// network and that node serves them [default: false]
     #[arg(long, env = "SOCKLB_NODE_PORTS_OF_OTHER_NODES", value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
     node_ports_of_other_nodes: Option<bool>,
-    /// Serve the Services labelled service.kubernetes.io/service-proxy-name=NAME, instead of those without the label.
+    /// Serve the Services labelled service.kubernetes.io/service-proxy-name=NAME, instead of those without
+    /// the label.
     #[arg(long, env = "SOCKLB_SERVICE_PROXY_NAME", value_name = "NAME")]
     service_proxy_name: Option<String>,
-    /// Least time between two syncs; the first change after a pause is done at once [default: 0]
+    /// Minimum time between two syncs; the first change after a pause is synced at once [default: 0]
     #[arg(long, env = "SOCKLB_MIN_SYNC_INTERVAL", value_name = "DURATION", value_parser = config::duration)]
     min_sync_interval: Option<Duration>,
-    /// Time between two audits, which compare the kernel's maps and pins with what they should be and repair what another program
-    /// has changed; 0 for none [default: 60s]
+    /// Time between two audits, which compare the kernel's maps and pins with the desired state and repair
+    /// what another program has changed; 0 for none [default: 60s]
     #[arg(long, env = "SOCKLB_AUDIT_INTERVAL", value_name = "DURATION", value_parser = config::duration)]
     audit_interval: Option<Duration>,
-    /// Time between two self-tests: a process of the agent's calls a Service of the agent's, and the node is ready only if
-    /// that works; 0 for none [default: 30s]
+    /// Time between two self-tests, in which a process of the agent calls a Service of the agent. The node is
+    /// ready only if it succeeds; 0 for none [default: 30s]
     #[arg(long, env = "SOCKLB_SELF_TEST_INTERVAL", value_name = "DURATION", value_parser = config::duration)]
     self_test_interval: Option<Duration>,
-    /// Where /metrics, /proxyMode, /healthz and /configz are answered; empty for nowhere [default: 127.0.0.1:10249]
+    /// Address of /metrics, /proxyMode, /healthz and /configz; empty for none [default: 127.0.0.1:10249]
     #[arg(long, env = "SOCKLB_METRICS_BIND_ADDRESS", value_name = "ADDRESS", value_parser = config::bind_address)]
     metrics_bind_address: Option<Listen>,
-    /// Where /healthz and /livez are answered; empty for nowhere [default: 0.0.0.0:10256]
+    /// Address of /healthz and /livez; empty for none [default: 0.0.0.0:10256]
     #[arg(long, env = "SOCKLB_HEALTHZ_BIND_ADDRESS", value_name = "ADDRESS", value_parser = config::bind_address)]
     healthz_bind_address: Option<Listen>,
-    /// Leave the calls of the processes in this cgroup v2 directory alone, with all cgroups below it. Several are separated
-    /// by commas. One that is missing is excluded once it is there
+    /// Exclude the processes in this cgroup v2 directory and below: their calls pass unchanged. Several
+    /// directories are separated by commas. A missing one is excluded once it exists
     #[arg(long, env = "SOCKLB_EXCLUDE_CGROUP", value_name = "DIR", value_delimiter = ',')]
     exclude_cgroup: Vec<PathBuf>,
-    /// Leave the calls of Pods alone that are annotated socklb.io/exclude: "true". The agent then watches the Pods of
-    /// its node [default: false]
+    /// Exclude Pods annotated socklb.io/exclude: "true": their calls pass unchanged. The agent then watches
+    /// the Pods of its node [default: false]
     #[arg(long, env = "SOCKLB_EXCLUDE_PODS", value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
     exclude_pods: Option<bool>,
-    /// Frontends of each address family that fit into the tables [default: 65536]
+    /// Maximum number of frontends per address family [default: 65536]
     #[arg(long, env = "SOCKLB_MAX_SERVICES", value_name = "N", value_parser = config::entries)]
     max_services: Option<u32>,
-    /// Endpoints of each address family that fit into the tables, over all runs [default: 262144]
+    /// Maximum number of endpoints per address family, over all frontends [default: 262144]
     #[arg(long, env = "SOCKLB_MAX_ENDPOINTS", value_name = "N", value_parser = config::entries)]
     max_endpoints: Option<u32>,
-    /// How log lines look [default: text]
+    /// Format of log lines [default: text]
     #[arg(long, env = "SOCKLB_LOG_FORMAT", value_name = "FORMAT")]
     log_format: Option<LogFormat>,
-    /// Log more; twice for everything, including a line for each decision of the programs.
+    /// Log more; twice for everything, including a line for each verdict of the programs.
     #[arg(short, long, action = clap::ArgAction::Count)]
     verbose: u8,
 }
 
-/// The keys of the settings file: the flags' names.
+/// The keys of the settings file: the names of the flags.
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
 struct FileConfig {
@@ -169,7 +172,7 @@ struct FileConfig {
 ///
 /// # Errors
 ///
-/// [`UsageError`] for settings that cannot be used; else what kept the agent from starting.
+/// [`UsageError`] for unusable settings; else why the agent could not start, or why it failed.
 pub fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
     let (settings_file, file): (SettingsFile, FileConfig) =
         args.config.as_deref().map(SettingsFile::read).transpose()?.unwrap_or_default();
@@ -271,7 +274,7 @@ pub fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Where node ports answer, and whether that is set for loopback.
+/// The addresses for node ports, and the setting for loopback, if there is one.
 fn node_port_list(
     args: &RunArgs,
     file: &SettingsFile,
@@ -295,7 +298,7 @@ fn node_port_list(
 fn block_on(agent: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
     let runtime = runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     let ended = runtime.block_on(agent);
-    // A thread may wait for a program that fetches credentials, or for a file system whose server is away.
+    // A thread may be blocked in a credentials program, or in a file system whose server does not answer.
     runtime.shutdown_timeout(LEAVE);
     ended
 }
@@ -331,7 +334,7 @@ async fn follow(
     Ok(())
 }
 
-/// The objects that an agent served last, but for its own.
+/// The objects of the snapshot, without the agent's own.
 fn last_good(state_dir: &Path) -> Vec<Body> {
     let Ok(Snapshot { services, slices, nodes, service_cidrs, .. }) = Snapshot::read(state_dir) else {
         return Vec::new();
@@ -382,7 +385,6 @@ fn in_force(
     } })
 }
 
-/// Where objects come from.
 #[derive(Debug, PartialEq, Eq)]
 enum Origin {
     Files(PathBuf),
@@ -396,7 +398,6 @@ enum SourceKind {
     Files(PathBuf),
 }
 
-/// Parses `--source`.
 fn source_kind(text: &str) -> Result<SourceKind, String> {
     match (text, text.strip_prefix("file:")) {
         ("kube", _) => Ok(SourceKind::Kube),
@@ -405,7 +406,7 @@ fn source_kind(text: &str) -> Result<SourceKind, String> {
     }
 }
 
-/// Where objects come from: by the flag, else by the file, else from the API server whose credentials are found.
+/// The source: from the flag, else the settings file, else the API server if credentials are found.
 fn origin(flag: Option<&str>, of_file: Option<SourceKind>, access: Access) -> Result<Origin, UsageError> {
     let wrong = |text, hint| UsageError(format!("--source {text:?}: {hint}"));
     let of_flag = flag.map(|text| source_kind(text).map_err(|hint| wrong(text, hint))).transpose()?;
@@ -421,7 +422,8 @@ fn origin(flag: Option<&str>, of_file: Option<SourceKind>, access: Access) -> Re
     }
 }
 
-/// The name of the own Node: the setting, else `$NODE_NAME`, else the host name, trimmed and in lower case.
+/// The name of this node's Node: the setting, else `$NODE_NAME`, else the host name, trimmed and in lower
+/// case.
 fn node_name(setting: Option<String>) -> Result<Arc<str>, UsageError> {
     let name = setting
         .or_else(|| std::env::var("NODE_NAME").ok())
@@ -432,11 +434,11 @@ fn node_name(setting: Option<String>) -> Result<Arc<str>, UsageError> {
         .ok_or_else(|| UsageError("--node-name is missing and the host has no name".to_owned()))
 }
 
-/// A value that turns true with SIGTERM or SIGINT. To be called within a tokio runtime.
+/// Becomes true on SIGTERM or SIGINT. Must be called within a tokio runtime.
 pub(super) fn stop_signals() -> std::io::Result<watch::Receiver<bool>> {
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let (stop, stopped) = watch::channel(false);
-    // Ends with the process.
+    // Lives as long as the process.
     let _waiting = tokio::spawn(async move {
         let name = tokio::select! {
             _ = terminate.recv() => "SIGTERM",
@@ -468,7 +470,7 @@ mod tests {
         assert_eq!(problem, "--source \"a/b\": expected kube or file:PATH");
     }
 
-    /// Every settings file that is installed somewhere is one that the agent reads.
+    /// The agent can read every installed settings file.
     #[test]
     fn the_settings_files_of_the_manifests_are_read() {
         let manifests = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../manifests");

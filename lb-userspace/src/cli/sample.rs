@@ -1,4 +1,4 @@
-//! One look at the pinned maps, for commands that look again and again.
+//! One read of the pinned maps, for commands that poll.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -13,7 +13,7 @@ use lb_kernel::{
     sockets::{Record, SocketTable},
 };
 
-/// What the maps hold at a moment, as far as that can be read while programs run.
+/// The contents of the maps, as consistent as they can be read while programs run.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Look {
     pub(super) image: Image,
@@ -21,11 +21,11 @@ pub(super) struct Look {
     pub(super) services: BTreeMap<u32, ServiceStats>,
     /// Counters by endpoint id.
     pub(super) endpoints: BTreeMap<u32, EndpointStats>,
-    /// The records of sockets; `None` where they cannot be listed: without BTF, or without the right to it.
+    /// Socket records; `None` if they cannot be listed: without BTF, or without permission.
     pub(super) records: Option<Vec<Record>>,
 }
 
-/// Looks once. The maps are opened anew each time, since `socklb cleanup` and a new agent may have replaced them.
+/// Reads once. Opens the maps each time, since `socklb cleanup` or a new agent may have replaced them.
 ///
 /// # Errors
 ///
@@ -44,15 +44,15 @@ pub(super) fn look(pin_path: &Path) -> Result<Look, KernelError> {
     })
 }
 
-/// The frontend that a record's call found; `None` if the tables no longer hold it. The id alone would not tell: it may have
-/// been given to another service since the call.
+/// The frontend of a record; `None` if the tables no longer hold it. Its id alone does not identify it: the
+/// id may have been reused since the call.
 pub(super) fn frontend_of(image: &Image, record: &Record) -> Option<FrontendAddress> {
     let any: IpAddr = match record.service {
         SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
         SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
     };
     let (port, protocol) = (record.service.port(), record.protocol);
-    // A node port has a record with the address called and a key without one.
+    // The record of a node port has the called address; the frontend's key has none.
     let addresses = [record.service.ip(), any].map(|ip| FrontendAddress { ip, port, protocol });
     let is_its = |address: &FrontendAddress| {
         let frontend = image.services.get(address).and_then(|id| image.frontends.get(id));
@@ -86,7 +86,7 @@ mod tests {
             (Protocol::Tcp, "10.96.0.53:53", 10, Some(tcp)),
             (Protocol::Udp, "10.96.0.53:53", 11, Some(udp)),
             (Protocol::Tcp, "192.0.2.1:30080", 12, Some(node_port)),
-            // Ids that were given to others since, and a frontend that is gone.
+            // Reused ids, and a frontend that is gone.
             (Protocol::Tcp, "10.96.0.53:53", 12, None),
             (Protocol::Udp, "10.96.0.53:53", 10, None),
             (Protocol::Tcp, "10.96.0.54:53", 10, None),

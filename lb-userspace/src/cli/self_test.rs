@@ -15,16 +15,16 @@ pub struct CallsArgs {
     /// Whether to call over IPv6 too.
     #[arg(long)]
     ipv6: bool,
-    /// Whether this cgroup is excluded, so that a call is to be left alone.
+    /// Whether this cgroup is excluded, so that calls must pass unchanged.
     #[arg(long)]
     excluded: bool,
 }
 
-/// Makes the calls and prints what came of them, as JSON.
+/// Makes the calls and prints the results as JSON.
 ///
 /// # Errors
 ///
-/// Standard output is closed.
+/// If standard output is closed.
 pub fn calls(args: &CallsArgs) -> anyhow::Result<ExitCode> {
     let families = if args.ipv6 { &[Family::V4, Family::V6][..] } else { &[Family::V4] };
     let cgroup = args.cgroup.as_ref();

@@ -1,7 +1,7 @@
-//! `socklb status`: is it at work, and what does the kernel hold?
+//! `socklb status`: does the agent run, and what does the kernel hold?
 //!
-//! What is pinned and the snapshot are read here; an agent that runs is asked over HTTP. Each part is told without the
-//! others as far as it can be.
+//! Reads the pins and the snapshot, and asks a running agent over HTTP. Each part is reported independently
+//! of the others.
 
 mod ask;
 mod report;
@@ -31,32 +31,32 @@ use super::{
     listing::state_of,
 };
 
-/// Flags of `socklb status`. Where they are missing, the settings file of the agent says where it listens.
+/// Flags of `socklb status`. Addresses without a flag come from the agent's settings file.
 #[derive(Debug, Args)]
 pub struct StatusArgs {
-    /// Settings file of the agent, which says where it listens.
+    /// Settings file of the agent, for the addresses on which it listens.
     #[arg(long, env = "SOCKLB_CONFIG", value_name = "FILE")]
     config: Option<PathBuf>,
-    /// Where the agent answers /metrics; empty to not ask it [default: 127.0.0.1:10249]
+    /// Address of the agent's /metrics; empty to skip it [default: 127.0.0.1:10249]
     #[arg(long, env = "SOCKLB_METRICS_BIND_ADDRESS", value_name = "ADDRESS", value_parser = config::bind_address)]
     metrics_bind_address: Option<Listen>,
-    /// Where the agent answers /livez; empty to not ask it [default: 0.0.0.0:10256]
+    /// Address of the agent's /livez; empty to skip it [default: 0.0.0.0:10256]
     #[arg(long, env = "SOCKLB_HEALTHZ_BIND_ADDRESS", value_name = "ADDRESS", value_parser = config::bind_address)]
     healthz_bind_address: Option<Listen>,
-    /// The cgroup v2 directory in which to look for the one that programs are attached to [default: the root]
+    /// The cgroup v2 directory to search for the cgroup that programs are attached to [default: the root]
     #[arg(long, env = "SOCKLB_CGROUP", value_name = "DIR")]
     cgroup: Option<PathBuf>,
-    /// How to print it.
+    /// Output format.
     #[arg(short, long, value_enum, default_value_t)]
     output: Output,
     #[command(flatten)]
     pins: PinArgs,
 }
 
-/// Exit status while something is served from an older state.
+/// Exit status while an older state is served.
 const OUTDATED: u8 = 3;
 
-/// The keys of the settings file that matter here.
+/// The keys of the settings file that are read here.
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "kebab-case", default)]
 struct FileConfig {
@@ -66,13 +66,13 @@ struct FileConfig {
 
 /// `socklb status`. Changes nothing.
 ///
-/// Exit status 1 if the programs are not attached to all hooks, since calls then go where they say; 3 if they are and a running
-/// agent serves an older state than its source has. An agent that does not run is no failure: what is pinned goes on without
-/// one.
+/// Exit status 1 if a hook lacks its program, since its calls then pass unchanged; 3 if all are attached and
+/// a running agent serves a state older than its source. A stopped agent is no failure: the pins keep
+/// serving.
 ///
 /// # Errors
 ///
-/// [`UsageError`] for settings that cannot be used; else if standard output takes no more.
+/// [`UsageError`] for unusable settings; else if standard output cannot be written.
 pub fn status(args: &StatusArgs) -> anyhow::Result<ExitCode> {
     let (metrics, healthz) = addresses(args)?;
     let now = SystemTime::now();
@@ -95,7 +95,7 @@ pub fn status(args: &StatusArgs) -> anyhow::Result<ExitCode> {
     let agent = AgentPart::new(&asked, &hooks);
     let status = Status {
         self_test: asked.self_test().map(|told| match agent.state {
-            // Its last one was made before.
+            // The last self-test ran before the programs were detached.
             "detached" => "out of date: the programs are no longer attached".to_owned(),
             _ => told,
         }),
@@ -126,7 +126,7 @@ pub fn status(args: &StatusArgs) -> anyhow::Result<ExitCode> {
     })
 }
 
-/// Where to ask: by flag, variable, settings file, default.
+/// The addresses to ask, from flag, variable, settings file or default.
 fn addresses(args: &StatusArgs) -> Result<(Option<SocketAddr>, Option<SocketAddr>), UsageError> {
     let (file, values): (SettingsFile, FileConfig) =
         args.config.as_deref().map(SettingsFile::read).transpose()?.unwrap_or_default();
@@ -164,7 +164,7 @@ fn hooks(args: &StatusArgs) -> Vec<HookRow> {
         .collect()
 }
 
-/// What the programs leave alone. Nothing if the maps cannot be read, which is told already.
+/// The excluded cgroups. Empty if the maps cannot be read, which is reported elsewhere.
 fn excluded_cgroups(args: &StatusArgs) -> Vec<ExcludedRow> {
     let ids = Exclusion::open(&args.pins.pin_path).and_then(|map| map.ids()).unwrap_or_default();
     let root = cgroup::find_widest().ok().filter(|_| !ids.is_empty());
@@ -176,7 +176,7 @@ fn excluded_cgroups(args: &StatusArgs) -> Vec<ExcludedRow> {
     rows.collect()
 }
 
-/// Those of others where ours are. None if that cannot be told: `socklb check` says why.
+/// Foreign programs on the hooks. Empty if they cannot be listed: `socklb check` says why.
 fn other_programs(args: &StatusArgs, hooks: &[HookRow]) -> BTreeMap<String, Vec<&'static str>> {
     let cgroup = hooks.iter().find_map(|hook| hook.cgroup.as_deref());
     let found = cgroup.map(|cgroup| host::neighbours(cgroup, &args.pins.pin_path));

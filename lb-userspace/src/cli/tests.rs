@@ -1,11 +1,11 @@
-//! What people see of the command line. `UPDATE_EXPECT=1 cargo test -p lb-userspace cli::` writes the files anew.
+//! Tests of the help texts. `UPDATE_EXPECT=1 cargo test -p lb-userspace cli::` rewrites the snapshots.
 
 use clap::CommandFactory as _;
 use expect_test::expect_file;
 
 use super::*;
 
-/// Columns that a terminal has at least.
+/// Minimum width of a terminal, in columns.
 const COLUMNS: usize = 100;
 
 #[test]
@@ -15,7 +15,7 @@ fn the_command_line_is_consistent() {
 
 #[test]
 fn help_is_as_documented_and_fits_a_terminal() {
-    // Values of variables would be those of whoever runs the tests.
+    // Values of variables depend on the environment of the tests.
     let without_values = |command: clap::Command| command.mut_args(|arg| arg.hide_env_values(true));
     let mut root = Cli::command().term_width(COLUMNS).mut_subcommands(without_values);
     // Gives subcommands the settings of their parent.

@@ -1,7 +1,7 @@
-//! `socklb top`: calls by service and endpoint, as they happen.
+//! `socklb top`: live calls by service and endpoint.
 //!
-//! Reads the pinned maps again and again, and asks no agent. [`model`] makes rows of what was read, [`view`] knows what a
-//! person has chosen, [`draw`] puts both on a terminal.
+//! Polls the pinned maps; needs no agent. [`model`] builds rows, [`view`] holds the user's choices, [`draw`]
+//! draws both on a terminal.
 
 mod draw;
 mod model;
@@ -33,37 +33,38 @@ use super::{PinArgs, config, inspect::Output, objects::Objects, run::stop_signal
 /// Flags of `socklb top`.
 #[derive(Debug, Args)]
 pub struct TopArgs {
-    /// Time between two looks, 100ms at least.
+    /// Time between two reports, at least 100ms.
     #[arg(long, default_value = "1s", value_name = "DURATION", value_parser = |text: &str| interval(text, SHORTEST))]
     interval: Duration,
-    /// End after this many answers; without, go on until Ctrl-C.
+    /// Exit after this many reports [default: run until Ctrl-C]
     #[arg(short = 'n', long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     count: Option<u64>,
-    /// What to sort by: numbers from the largest.
+    /// Sort order; numbers sort from the largest.
     #[arg(long, value_enum, default_value_t)]
     sort: Sort,
-    /// Only ports whose name or address, or those of an endpoint or its node, hold this text.
+    /// Show only ports for which this text is part of a name or address of the port, its endpoints or their
+    /// nodes.
     #[arg(long, default_value = "", hide_default_value = true, value_name = "TEXT")]
     filter: String,
     /// Only Services of this namespace.
     #[arg(long, value_name = "NAMESPACE")]
     namespace: Option<String>,
-    /// Leave endpoints out of tables.
+    /// Omit endpoints from tables.
     #[arg(long)]
     no_endpoints: bool,
-    /// How to print it: a table, one JSON object on each line, or one YAML document after the other.
+    /// Output format: a table, one JSON object per line, or a stream of YAML documents.
     #[arg(short, long, value_enum, default_value_t)]
     output: Output,
     #[command(flatten)]
     pins: PinArgs,
 }
 
-/// The least time between two looks: reading the counters of a large cluster takes some of it.
+/// Minimum time between two polls, since reading the counters of a large cluster takes part of it.
 const SHORTEST: Duration = Duration::from_millis(100);
-/// How soon a signal is noticed while keys are waited for.
+/// Maximum delay until a signal is handled while the program waits for keys.
 const SIGNALS: Duration = Duration::from_millis(100);
 
-/// Parses a time between two looks.
+/// Parses the time between two polls.
 pub(super) fn interval(text: &str, shortest: Duration) -> Result<Duration, String> {
     let interval = config::duration(text)?;
     if interval < shortest {
@@ -72,7 +73,7 @@ pub(super) fn interval(text: &str, shortest: Duration) -> Result<Duration, Strin
     Ok(interval)
 }
 
-/// Looks, and remembers the look before.
+/// Reads the maps, and keeps the last sample.
 struct Watcher<'a> {
     args: &'a TopArgs,
     objects: Objects,
@@ -81,11 +82,11 @@ struct Watcher<'a> {
 }
 
 impl Watcher<'_> {
-    /// What there is now, with rates since the last call. Not arranged.
+    /// The current counters with rates since the last call, neither filtered nor sorted.
     fn report(&mut self) -> Result<Report, KernelError> {
         let look = look(&self.args.pins.pin_path)?;
         let sample = Sample::new(&look, self.objects.now(), self.started.elapsed());
-        // Whole seconds, as clocks on a wall.
+        // Whole seconds, as on a clock.
         let time = Timestamp::try_from(SystemTime::now()).unwrap_or_default();
         let time = time.strftime("%Y-%m-%dT%H:%M:%SZ").to_string();
         let report = sample.report(self.last.as_ref(), time);
@@ -98,8 +99,8 @@ impl Watcher<'_> {
 ///
 /// # Errors
 ///
-/// If nothing is pinned or it cannot be read, or standard output takes no more. A table on a terminal goes on trying once it
-/// has begun.
+/// If nothing is pinned or readable, or standard output cannot be written. On a terminal, errors after the
+/// first report are shown and the read is retried.
 pub fn top(args: &TopArgs) -> anyhow::Result<ExitCode> {
     let runtime = runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
     let stop = {
@@ -123,7 +124,7 @@ pub fn top(args: &TopArgs) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Prints one answer after the other.
+/// Prints reports as a stream.
 async fn print(
     watcher: &mut Watcher<'_>,
     first: Report,
@@ -152,7 +153,7 @@ async fn print(
     }
 }
 
-/// Draws until a person or a signal ends it.
+/// Draws until the user or a signal stops it.
 fn interact(
     watcher: &mut Watcher<'_>,
     terminal: &mut DefaultTerminal,
@@ -161,7 +162,7 @@ fn interact(
 ) -> anyhow::Result<()> {
     let args = watcher.args;
     let mut view = View::new(args.sort, &args.filter, !args.no_endpoints);
-    // What was read, whole: a key may ask for what the last one left out.
+    // The whole report: a key may show rows that the last view hid.
     let (mut report, mut problem) = (first, watcher.objects.problem().map(str::to_owned));
     let mut due = Instant::now() + args.interval;
     while !*stop.borrow() {
@@ -186,7 +187,7 @@ fn interact(
                     report = new;
                     problem = watcher.objects.problem().map(str::to_owned);
                 }
-                // An agent that starts anew, or `socklb cleanup`: what comes then is worth waiting for.
+                // Retried: a new agent, or a restart after `socklb cleanup`, may pin the maps again.
                 Err(error) => problem = Some(error.to_string()),
             }
         }

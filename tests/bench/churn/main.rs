@@ -1,4 +1,4 @@
-//! `cargo xtask bench churn` and `cargo xtask chaos`: changes of everything with faults and calls, for as long as wanted.
+//! `cargo xtask bench churn` and `cargo xtask chaos`: random changes with faults and calls, for any time.
 #![expect(clippy::print_stdout, reason = "the result goes to standard output")]
 
 use std::{path::PathBuf, process::ExitCode, time::Duration};
@@ -6,41 +6,43 @@ use std::{path::PathBuf, process::ExitCode, time::Duration};
 use clap::Parser;
 use lb_tests::churn::{self, Options};
 
-/// Changes objects at random while watches are cut, versions expire, the API server restarts, and calls are made.
+/// Changes objects at random while watches are cut, versions expire, the API server restarts, and calls are
+/// made.
 #[derive(Parser)]
 struct Args {
     /// The agent's binary; several are builds that replace each other
     #[arg(long, value_name = "FILE", required = true)]
     socklb: Vec<PathBuf>,
-    /// Decides about objects and changes
+    /// Determines objects and changes
     #[arg(long, value_name = "N", default_value_t = 1)]
     seed: u64,
-    /// For how long
+    /// Duration in seconds
     #[arg(long, value_name = "N", default_value_t = 600)]
     seconds: u64,
-    /// How many agents are killed, ended and replaced
+    /// Number of agents to kill, stop and replace
     #[arg(long, value_name = "N", default_value_t = 0)]
     events: u64,
     #[command(flatten)]
     large: Large,
 }
 
-/// What makes it large. With any of these there are figures, and the exit status is 1 if one of them is not as it must be.
+/// Options of a large run. With any of these figures are printed, and the exit status is 1 if one of them is
+/// out of bounds.
 #[derive(clap::Args)]
 struct Large {
-    /// Services; faults of the API server come less often then [default: 56 of every kind]
+    /// Number of services; API server faults are rarer then [default: 56 of every kind]
     #[arg(long, value_name = "N", conflicts_with = "events")]
     services: Option<usize>,
-    /// Endpoints of each [default: 6]
+    /// Endpoints of each service [default: 6]
     #[arg(long, value_name = "N", requires = "services")]
     endpoints: Option<usize>,
-    /// How many objects change in a second [default: 100]
+    /// Changes per second [default: 100]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1000))]
     changes_per_second: Option<u32>,
-    /// Kill the agent about so often; every tenth lives twelve times as long
+    /// Mean interval of kills of the agent; every tenth agent lives twelve times as long
     #[arg(long, value_name = "SECONDS", conflicts_with = "events")]
     kill_every: Option<u64>,
-    /// Between two lines of figures [default: 60]
+    /// Interval of lines of figures [default: 60]
     #[arg(long, value_name = "SECONDS")]
     report_every: Option<u64>,
 }
@@ -70,6 +72,6 @@ fn main() -> anyhow::Result<ExitCode> {
     let outcome = churn::run(&args.socklb, &options)?;
     println!("{outcome}");
     let flaws = outcome.observed.map(|observed| observed.flaws()).unwrap_or_default();
-    // The lines above tell of them.
+    // The lines above report them.
     Ok(if flaws.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }

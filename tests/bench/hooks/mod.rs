@@ -1,8 +1,8 @@
-//! `cargo xtask bench hooks`: what a call costs with socklb's programs, beside programs that do less.
+//! `cargo xtask bench hooks`: the cost of a call with socklb's programs, compared with programs that do less.
 //!
-//! All targets are measured in one run: each on a cgroup of its own, in blocks of calls that take turns, so that
-//! whatever else the machine does meets all of them alike. Times are the caller's: from before the first system call
-//! to after the last.
+//! All targets are measured in one run: each in its own cgroup, in alternating blocks of calls, so that other
+//! load of the machine affects all alike. Times are the caller's: from before the first system call until
+//! after the last.
 
 mod programs;
 mod work;
@@ -24,28 +24,28 @@ use crate::{
 };
 pub(crate) use work::Work;
 
-/// Calls of one target before the next one's turn.
+/// Calls of one target per turn.
 const BLOCK: usize = 200;
-/// Calls of each target and kind of work.
+/// Calls of each target and kind.
 const CALLS: usize = 40_000;
-/// TCP connects, which are dear.
+/// TCP connects, which are expensive.
 const TCP_CALLS: usize = 4_000;
-/// Services that are loaded, each with ten endpoints.
+/// Loaded services, each with ten endpoints.
 const SERVICES: u32 = 10_000;
 
-/// What `hooks` can be told.
+/// Options of `hooks`.
 #[derive(Args)]
 pub(crate) struct Options {
     /// The compiled programs to compare with
     #[arg(long, value_name = "FILE")]
     object: PathBuf,
-    /// A compiled object of another balancer, whose `connect4` program is measured too, with empty tables
+    /// A compiled object of another balancer, whose `connect4` program is measured with empty maps
     #[arg(long, value_name = "FILE")]
     peer: Option<PathBuf>,
-    /// Measures these targets only, and always the empty program: names separated by commas
+    /// Measures only these targets and the empty program: names separated by commas
     #[arg(long, value_name = "NAMES", value_delimiter = ',')]
     only: Vec<String>,
-    /// Divides the number of calls, for a quick look
+    /// Divides the number of calls, for a quick run
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=50))]
     scale: u32,
 }
@@ -53,7 +53,7 @@ pub(crate) struct Options {
 /// A program or set of programs to measure.
 struct Target {
     name: &'static str,
-    /// Attaches to the cgroup; what it returns keeps it attached.
+    /// Attaches to the cgroup; the result keeps it attached.
     attach: programs::Attach,
 }
 
@@ -75,7 +75,7 @@ pub(crate) fn run(options: &Options, common: &Common) -> anyhow::Result<ResultFi
     Sandbox::run(|sandbox| {
         let servers = work::Servers::start()?;
         let mut targets = programs::targets(&object, &servers, options.peer.as_deref(), n_services);
-        // Each target takes room in the caches that the others would have.
+        // Each target occupies CPU cache that the others would use.
         targets.retain(|target| {
             let is_wanted = options.only.iter().any(|name| name == target.name);
             options.only.is_empty() || target.name == programs::EMPTY || is_wanted
@@ -127,15 +127,15 @@ pub(crate) fn run(options: &Options, common: &Common) -> anyhow::Result<ResultFi
     Ok(result.finish())
 }
 
-/// Keeps the calling thread on one CPU, the same for all callers: two CPUs of one machine differ in what else they do and
-/// in what their caches hold.
+/// Pins the calling thread to one CPU, the same for all callers: CPUs of one machine differ in other load and
+/// in cache contents.
 pub(crate) fn stay_on(cpu: usize) -> anyhow::Result<()> {
     let mut cpus = CpuSet::new();
     cpus.set(cpu)?;
     sched_setaffinity(Pid::from_raw(0), &cpus).with_context(|| format!("cannot stay on CPU {cpu}"))
 }
 
-/// The frontend that the benches call, as a socket address.
+/// The called service address.
 fn vip() -> SocketAddr {
     ([10, 96, 0, 1], 80).into()
 }

@@ -1,4 +1,4 @@
-//! The programs that are measured.
+//! The measured programs.
 
 use std::{any::Any, fs::File, net::IpAddr, path::Path, sync::Arc};
 
@@ -20,7 +20,7 @@ use lb_tests::{Sandbox, agent};
 
 use super::{Target, vip, work::Servers};
 
-/// Attaches programs to a cgroup; they stay while the result lives.
+/// Attaches programs to a cgroup; dropping the result detaches them.
 pub(crate) type Attach = Box<dyn FnOnce(&Sandbox, &Path) -> anyhow::Result<Box<dyn Any>> + Send>;
 
 #[derive(Clone, Copy)]
@@ -31,11 +31,11 @@ unsafe impl aya::Pod for Plain<FrontendKey4> {}
 // SAFETY: as above.
 unsafe impl aya::Pod for Plain<Endpoint4> {}
 
-/// The target that all others are compared with.
+/// The baseline of all targets.
 pub(crate) const EMPTY: &str = "empty";
 
-/// Programs of the bench object by target. Those without a program for datagrams show in these columns what an address
-/// without a program costs; compare with `none` there.
+/// Programs of the bench object by target. Targets without a program for datagrams have in these columns the
+/// cost of an address without a program; compare with `none` there.
 const VARIANTS: [(&str, &[&str]); 11] = [
     ("none", &[]),
     (EMPTY, &["empty_connect", "empty_sendmsg"]),
@@ -93,7 +93,7 @@ pub(crate) fn targets(
     targets
 }
 
-/// Addresses of the services: the first is the one that is called.
+/// Addresses of the services. The first is the one that is called.
 fn addresses(n_services: u32) -> impl Iterator<Item = [u8; 4]> {
     let first = match vip().ip() {
         IpAddr::V4(ip) => u32::from(ip),
@@ -116,7 +116,7 @@ fn fill(programs: &mut Ebpf, endpoint: std::net::SocketAddr, n_services: u32) ->
     Ok(())
 }
 
-/// The product, with all features on, ten endpoints to each service.
+/// The product, with all features and ten endpoints per service.
 fn socklb(
     sandbox: &Sandbox,
     cgroup: &Path,
@@ -146,8 +146,8 @@ fn socklb(
     Ok(Box::new(kernel))
 }
 
-/// Another balancer's object: its first program for `connect()` on `AF_INET` sockets, with empty maps, so that its
-/// columns for hits show misses too.
+/// Another balancer's object: its first program for `connect()` on `AF_INET` sockets, with empty maps. Its
+/// columns for hits are misses too.
 fn peer(path: &Path, cgroup: &Path) -> anyhow::Result<Box<dyn Any>> {
     let place = path.display();
     let mut programs = Ebpf::load_file(path).with_context(|| place.to_string())?;

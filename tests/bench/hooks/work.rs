@@ -1,4 +1,4 @@
-//! The calls that are measured.
+//! The measured calls.
 
 use std::{
     io::{self, Read as _},
@@ -12,16 +12,16 @@ use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, SockaddrIn, 
 
 use super::vip;
 
-/// What is done.
+/// A kind of call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Work {
-    /// A fresh UDP socket connects to the endpoint itself and is closed.
+    /// A new UDP socket connects to the endpoint itself and is closed.
     FreshMiss,
-    /// A fresh UDP socket connects to the service address and is closed.
+    /// A new UDP socket connects to the service address and is closed.
     FreshHit,
-    /// A UDP socket connects again to the endpoint itself.
+    /// A UDP socket reconnects to the endpoint itself.
     AgainMiss,
-    /// A UDP socket connects again to the service address.
+    /// A UDP socket reconnects to the service address.
     AgainHit,
     /// An unconnected UDP socket sends to the endpoint itself.
     SendMiss,
@@ -34,7 +34,7 @@ pub(crate) enum Work {
 }
 
 impl Work {
-    /// All of it, in the order of the columns.
+    /// All kinds, in the order of the columns.
     pub(crate) const ALL: [Self; 8] = [
         Self::FreshMiss,
         Self::FreshHit,
@@ -68,7 +68,7 @@ impl Work {
     }
 }
 
-/// Where the calls end.
+/// The servers of the calls.
 pub(crate) struct Servers {
     pub(crate) udp: SocketAddr,
     _sink: UdpSocket,
@@ -118,8 +118,8 @@ impl Worker {
         })
     }
 
-    /// Does the work and returns the time of each call in ns. Without a program on it, a service address is no place
-    /// to go: then the endpoint stands in.
+    /// Makes the calls and returns the time of each in ns. Without a program, a service address has no route:
+    /// calls then go to the endpoint instead.
     pub(crate) fn run(&mut self, work: Work, n_calls: usize) -> io::Result<Vec<u64>> {
         let to = if work.is_hit() { &self.service } else { &self.endpoint };
         let to = if connect(self.connected.as_raw_fd(), to).is_ok() { to } else { &self.endpoint };
@@ -141,7 +141,7 @@ impl Worker {
                     let stream = socket(AddressFamily::Inet, SockType::Stream, SockFlag::empty(), None)?;
                     connect(stream.as_raw_fd(), to)?;
                     times.push(nanoseconds(started));
-                    // A reset instead of TIME_WAIT, which would use the ports up.
+                    // A reset instead of TIME_WAIT, which would use up the ports.
                     let linger = nix::libc::linger { l_onoff: 1, l_linger: 0 };
                     nix::sys::socket::setsockopt(&stream, nix::sys::socket::sockopt::Linger, &linger)?;
                     continue;

@@ -1,4 +1,4 @@
-//! The client process of `path`: does the work that it is told to, and says how long each piece took.
+//! The client process of `path`: does the ordered work and reports the time of each piece.
 
 use std::{
     io::{self, BufRead as _, Read as _, Write as _},
@@ -14,27 +14,27 @@ use super::{
     town::{Protocol, Town},
 };
 
-/// After this time without an answer the work has failed: nothing here takes a tenth of it.
+/// Timeout of an answer: nothing here takes a tenth of it.
 const PATIENCE: Duration = Duration::from_secs(5);
 const REQUEST: &[u8] = b"GET / HTTP/1.1\r\nHost: service\r\n\r\n";
 const LAST_REQUEST: &[u8] = b"GET / HTTP/1.1\r\nHost: service\r\nConnection: close\r\n\r\n";
-/// What a write of the stream hands to the kernel.
+/// Bytes per write of the stream.
 const CHUNK: usize = 1 << 17;
 
 /// A kind of work.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Work {
-    /// A new TCP connection, one request, and the end of the connection, which the server begins.
+    /// A new TCP connection, one request, and the close, which the server starts.
     Connection,
-    /// A request on a connection that stands.
+    /// A request on an open connection.
     KeepAlive,
-    /// A new UDP socket, connected, that asks once.
+    /// A new UDP socket, connected, with one request.
     FreshDatagram,
-    /// One connected UDP socket that asks again and again.
+    /// Requests on one connected UDP socket.
     ConnectedDatagram,
-    /// One unconnected UDP socket that asks again and again, each time with the address.
+    /// Requests on one unconnected UDP socket, each with the address.
     SentDatagram,
-    /// One upload of so many MiB.
+    /// An upload of this many MiB.
     Stream,
 }
 
@@ -48,7 +48,7 @@ impl Work {
         Self::Stream,
     ];
 
-    /// What one piece of it is called.
+    /// The name of one piece.
     pub(crate) const fn name(self) -> &'static str {
         match self {
             Self::Connection => "new connection",
@@ -61,41 +61,41 @@ impl Work {
     }
 }
 
-/// What the client is told.
+/// An order to the client.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Order {
     pub(crate) work: Work,
-    /// How many pieces; MiB of a stream.
+    /// The number of pieces; MiB of a stream.
     pub(crate) n: u32,
-    /// Decides about destinations.
+    /// Determines the destinations.
     pub(crate) seed: u64,
 }
 
-/// What it answers.
+/// The client's answer.
 #[derive(Debug, Default, Serialize, Deserialize)]
 pub(crate) struct Answer {
     /// Why nothing was measured.
     pub(crate) error: Option<String>,
-    /// The whole of each piece, ns.
+    /// The total time of each piece, ns.
     pub(crate) whole: Vec<u64>,
-    /// Only `connect()` of each piece, ns, where there is one.
+    /// Only the `connect()` of each piece, ns, if there is one.
     pub(crate) connect: Vec<u64>,
-    /// All pieces together, ns.
+    /// The wall-clock time of all pieces, ns.
     pub(crate) wall: u64,
     /// CPU time of client, server and the softirq thread of their CPU meanwhile, ns.
     pub(crate) cpu: u64,
 }
 
-/// Where a client sends what.
+/// The destination of a client's work.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Place {
     pub(crate) town: Town,
-    /// Straight to endpoints, without a service.
+    /// To endpoints directly, without a service.
     pub(crate) to_endpoint: bool,
     pub(crate) server: Pid,
 }
 
-/// Does what the lines of standard input say until they end.
+/// Executes the orders on standard input until it closes.
 pub(crate) fn run(place: Place) -> anyhow::Result<()> {
     super::stay_on_one_cpu()?;
     let mut output = io::stdout().lock();
@@ -128,7 +128,7 @@ fn carry_out(place: Place, order: &Order) -> anyhow::Result<Answer> {
         }
         Ok(sum)
     };
-    // What every piece needs and none shall pay for.
+    // Set up in advance, so that no piece includes it.
     let mut kept = None;
     let mut socket = None;
     match order.work {
@@ -193,7 +193,8 @@ fn carry_out(place: Place, order: &Order) -> anyhow::Result<Answer> {
     Ok(answer)
 }
 
-/// A connection. Without a time limit for `connect()`, which would be more system calls: within a minute the kernel gives up.
+/// Opens a connection. Without a timeout for `connect()`, which would need more system calls: the kernel
+/// gives up within a minute.
 fn open(to: SocketAddr) -> io::Result<TcpStream> {
     TcpStream::connect(to).map_err(|error| io::Error::new(error.kind(), format!("connect to {to}: {error}")))
 }
@@ -229,7 +230,7 @@ fn datagram_socket() -> io::Result<UdpSocket> {
     UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))
 }
 
-/// One datagram there and one back.
+/// Sends one datagram and receives one.
 fn exchange(socket: &UdpSocket, to: Option<SocketAddr>) -> io::Result<()> {
     let mut buffer = [0; 64];
     if let Some(to) = to {
@@ -247,7 +248,7 @@ fn exchange(socket: &UdpSocket, to: Option<SocketAddr>) -> io::Result<()> {
     Ok(())
 }
 
-/// Waits for a datagram, which may have been lost: then the work fails instead of standing still.
+/// Waits for a datagram. If it was lost, the work fails instead of blocking.
 fn wait(socket: &UdpSocket) -> io::Result<()> {
     use std::os::fd::AsFd as _;
     let mut one = [nix::poll::PollFd::new(socket.as_fd(), nix::poll::PollFlags::POLLIN)];

@@ -1,4 +1,4 @@
-//! The competitors: how each is set up in a network namespace and cgroup of its own.
+//! The competitors, each set up in its own network namespace and cgroup.
 
 use std::{
     collections::BTreeMap,
@@ -29,15 +29,15 @@ use super::{
     town::{POD_NETWORK, PORT, Protocol, SERVICE_NETWORK, TARGET_PORT, Town},
 };
 
-/// After this time a client that does not answer is given up.
+/// Timeout of a client's answer.
 const PATIENCE: Duration = Duration::from_secs(150);
-/// Service ports in one transaction of nft, for which see [`nftables::services`].
+/// Service ports in one transaction of nft: see [`nftables::services`].
 const TRANSACTION: usize = 1000;
 
-/// Who leads calls to endpoints.
+/// What redirects calls to endpoints.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Competitor {
-    /// Nobody: the client knows the endpoints.
+    /// Nothing: the client knows the endpoints.
     Direct,
     Socklb,
     Nftables,
@@ -61,23 +61,23 @@ impl Competitor {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Setup {
     pub(crate) town: Town,
-    /// How often one endpoint changes, for the time that it takes.
+    /// Number of changes of one endpoint, to measure their time.
     pub(crate) n_changes: u32,
-    /// After this time a tool that loads rules is ended.
+    /// Timeout of a tool that loads rules.
     pub(crate) patience: Duration,
 }
 
-/// A competitor that is ready.
+/// A competitor that is set up.
 pub(crate) struct Ready {
     pub(crate) client: Client,
     pub(crate) netns: NetNs,
     /// Ids of its BPF programs, by hook.
     pub(crate) programs: Vec<(String, u32)>,
-    /// From the first call of the tool to everything in force. `None` without anything to load.
+    /// From the first call of the tool until everything is in force. `None` if there is nothing to load.
     pub(crate) programming: Option<Duration>,
     /// Loading and attaching programs, which the agent does once when it starts.
     pub(crate) loading: Option<Duration>,
-    /// The same as `programming` for one endpoint in place of another.
+    /// The time to replace one endpoint by another.
     pub(crate) changes: Vec<Duration>,
 }
 
@@ -88,9 +88,9 @@ pub(crate) struct Client {
 }
 
 impl Client {
-    /// Starts one in the namespaces and cgroup of the calling thread.
+    /// Starts a client in the namespaces and cgroup of the calling thread.
     fn start(town: Town, to_endpoint: bool, server: u32) -> anyhow::Result<Self> {
-        // Not by its path, which in a mount namespace of the thread's own may lead elsewhere.
+        // Not by its path, which may differ in the thread's mount namespace.
         let mut child = Command::new("/proc/self/exe")
             .arg("client")
             .arg(format!("--services={}", town.n_services))
@@ -105,7 +105,7 @@ impl Client {
         Ok(Self { child, answers })
     }
 
-    /// Has work done.
+    /// Sends an order and waits for the answer.
     ///
     /// # Errors
     ///
@@ -116,11 +116,11 @@ impl Client {
         self.child.stdin.as_mut().context("a pipe")?.write_all(line.as_bytes())?;
         let time = PollTimeout::try_from(PATIENCE).unwrap_or(PollTimeout::MAX);
         if poll(&mut [PollFd::new(self.answers.get_ref().as_fd(), PollFlags::POLLIN)], time)? == 0 {
-            bail!("no answer within {} s: does anything lead to the endpoints?", PATIENCE.as_secs());
+            bail!("no answer within {} s: does anything redirect to the endpoints?", PATIENCE.as_secs());
         }
         line.clear();
         self.answers.read_line(&mut line)?;
-        let answer: Answer = serde_json::from_str(&line).context("the client has ended")?;
+        let answer: Answer = serde_json::from_str(&line).context("the client has exited")?;
         match answer.error {
             Some(error) => bail!(error),
             None => Ok(answer),
@@ -135,7 +135,8 @@ impl Drop for Client {
     }
 }
 
-/// Sets a competitor up in a sandbox and returns it with what must live as long. `number` tells its network from others'.
+/// Sets up a competitor in a sandbox and returns it with the resources that it needs. `number` selects its
+/// network.
 pub(crate) fn set_up(
     competitor: Competitor,
     setup: Setup,
@@ -145,8 +146,8 @@ pub(crate) fn set_up(
 ) -> anyhow::Result<(Ready, Option<Kernel>)> {
     let [here, there] = [1, 2].map(|end| IpAddr::from([10, 0, number, end]));
     sandbox.netns().join("eth0", &[here], server_netns, &format!("client-{number}"), &[there])?;
-    // Service addresses need a way as well, since NAT is done after routing. What no rule rewrites ends at the server's
-    // namespace, which knows no such address and forwards nothing.
+    // Service addresses need a route too, because NAT is done after routing. Packets that no rule rewrites
+    // end at the server's namespace, which lacks their address and forwards nothing.
     for network in [POD_NETWORK, SERVICE_NETWORK] {
         ip(&["route", "add", network, "via", &there.to_string()])?;
     }
@@ -185,8 +186,8 @@ pub(crate) fn ip(args: &[&str]) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The image of a town. The endpoints of the services in `changed` have the spare one in place of the first, and another place in
-/// the table.
+/// The image of a town. Services in `changed` have the spare endpoint in place of the first, and another
+/// position in the endpoint table.
 fn image(town: Town, changed: Option<u32>) -> Image {
     let mut image = Image::default();
     let (mut id, mut offset) = (0, 0);
@@ -224,7 +225,7 @@ fn socklb(setup: Setup, sandbox: &Sandbox) -> anyhow::Result<(Kernel, Duration, 
     let default = Capacity::default();
     let n_places = 2 * town.n_services * town.n_endpoints + town.n_endpoints + 1;
     let options = Options {
-        // The defaults, unless they are too small.
+        // The default sizes, unless they are too small.
         capacity: Capacity {
             services: default.services.max(2 * town.n_services),
             endpoints: default.endpoints.max(n_places),
@@ -247,7 +248,7 @@ fn socklb(setup: Setup, sandbox: &Sandbox) -> anyhow::Result<(Kernel, Duration, 
             let began = Instant::now();
             let _done = kernel.apply(&plan)?;
             changes.push(began.elapsed());
-            // The agent waits before it uses freed places anew, and nobody waits for that.
+            // The agent waits before it reuses freed entries. That is not part of the measured time.
             kernel.settle();
         }
     }
@@ -269,7 +270,8 @@ fn nft(setup: Setup) -> anyhow::Result<(Duration, Vec<Duration>)> {
     Ok((sum, changes))
 }
 
-/// The tool that iptables rules are loaded with: the legacy one where the kernel has its tables, since it is much quicker.
+/// The tool that loads iptables rules: the legacy one if the kernel has its tables, because it is much
+/// faster.
 pub(crate) fn iptables_tool() -> anyhow::Result<&'static str> {
     let mut reasons = Vec::new();
     for tool in ["iptables-legacy-restore", "iptables-nft-restore", "iptables-restore"] {
@@ -294,7 +296,7 @@ fn iptables(setup: Setup) -> anyhow::Result<(Duration, Vec<Duration>)> {
     Ok((programming, changes))
 }
 
-/// Times of changes there and back, of one service after the other.
+/// Times of changes and their reversals, of one service after the other.
 fn change(
     setup: Setup,
     mut load: impl FnMut(u32, bool) -> anyhow::Result<Duration>,
@@ -308,7 +310,7 @@ fn change(
     Ok(changes)
 }
 
-/// Runs a tool over rules in a file, which is written before the time begins, and returns how long it took.
+/// Runs a tool with rules in a file, which is written before the time starts, and returns its run time.
 fn feed(tool: &mut Command, args: &[&str], rules: &str, patience: Duration) -> anyhow::Result<Duration> {
     let name = tool.get_program().to_string_lossy().into_owned();
     let file = tempfile::NamedTempFile::new()?;
@@ -321,7 +323,7 @@ fn feed(tool: &mut Command, args: &[&str], rules: &str, patience: Duration) -> a
         .stderr(Stdio::piped())
         .spawn()
         .with_context(|| format!("{name} cannot be started"))?;
-    // A tool that has more to say than a pipe holds would stand still, so somebody listens; but is not waited for.
+    // A tool whose output exceeds the pipe's buffer would block, so a thread reads it. It is not waited for.
     let mut stderr = child.stderr.take().context("a pipe")?;
     let words = thread::spawn(move || {
         let mut text = String::new();
@@ -329,7 +331,7 @@ fn feed(tool: &mut Command, args: &[&str], rules: &str, patience: Duration) -> a
         text
     });
     loop {
-        // Often at first, since some changes take a millisecond.
+        // Polls quickly at first, because some changes take a millisecond.
         let pause = (began.elapsed() / 50).clamp(Duration::from_micros(50), Duration::from_millis(50));
         if let Some(status) = child.try_wait()? {
             let taken = began.elapsed();
@@ -342,22 +344,22 @@ fn feed(tool: &mut Command, args: &[&str], rules: &str, patience: Duration) -> a
         if began.elapsed() > patience {
             child.kill()?;
             let _killed = child.wait()?;
-            bail!("{name} does not end within {:.1} s", patience.as_secs_f64());
+            bail!("{name} does not exit within {:.1} s", patience.as_secs_f64());
         }
         thread::sleep(pause);
     }
 }
 
-/// What a competitor's namespace counts.
+/// Counters of a competitor's namespace.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Counters {
-    /// Packets of the device, both ways.
+    /// Packets of the device, in both directions.
     pub(crate) packets: u64,
-    /// Packets that conntrack has assigned to its entries, where it counts them.
+    /// Packets that conntrack has counted in its entries, if it counts them.
     pub(crate) tracked: u64,
     /// Entries of conntrack.
     pub(crate) entries: u64,
-    /// Runs of the competitor's BPF programs, where they are counted.
+    /// Runs of the competitor's BPF programs, if they are counted.
     pub(crate) program_runs: u64,
 }
 
@@ -384,22 +386,22 @@ impl Ready {
         counters
     }
 
-    /// Lets conntrack count packets of entries that it makes from now on.
+    /// Makes conntrack count packets of new entries.
     pub(crate) fn count_packets(&self) -> std::io::Result<()> {
         self.netns.run(|| fs::write("/proc/sys/net/netfilter/nf_conntrack_acct", "1"))
     }
 }
 
-/// Packets that a device has received and sent, by `/proc/net/dev`.
+/// Packets that a device has received and sent, from `/proc/net/dev`.
 fn device_packets(text: &str, device: &str) -> u64 {
     let line = text.lines().find_map(|line| line.trim().strip_prefix(device)?.strip_prefix(':'));
     let numbers: Vec<u64> =
         line.unwrap_or_default().split_whitespace().filter_map(|number| number.parse().ok()).collect();
-    // Eight columns for each direction; the second of each are packets.
+    // Eight columns for each direction; the second of each is packets.
     [1, 9].iter().filter_map(|column| numbers.get(*column)).sum()
 }
 
-/// The packets of all entries, by `/proc/net/nf_conntrack`.
+/// The packets of all entries, from `/proc/net/nf_conntrack`.
 fn tracked_packets(text: &str) -> u64 {
     text.split_whitespace().filter_map(|word| word.strip_prefix("packets=")?.parse::<u64>().ok()).sum()
 }

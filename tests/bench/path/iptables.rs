@@ -1,14 +1,16 @@
-//! Rules as kube-proxy's iptables mode writes them (Kubernetes 1.36, `pkg/proxy/iptables/proxier.go`), for IPv4 cluster IPs, as
-//! input of `iptables-restore --noflush`; held against the tables of a running one. Left out are the empty chains that it watches
-//! for a flush by others, one rule against martian loopback packets, and a counter of dropped packets.
+//! Rules as kube-proxy's iptables mode writes them (Kubernetes 1.36, `pkg/proxy/iptables/proxier.go`), for
+//! IPv4 cluster IPs, as input of `iptables-restore --noflush`; compared with the tables of a running
+//! kube-proxy. Omitted are the canary chains that detect a flush, one rule against martian loopback packets,
+//! and a counter of dropped packets.
 //!
-//! The chains of table `filter` are there too, though they hold nothing for services with endpoints: new connections pass them.
+//! The chains of table `filter` are included, although they are empty for services with endpoints: new
+//! connections traverse them.
 
 use std::fmt::Write as _;
 
 use super::town::{POD_NETWORK, PORT, ServicePort, TARGET_PORT, Town};
 
-/// The sixteen characters that kube-proxy's names end with.
+/// The last sixteen characters of kube-proxy's chain names.
 fn hash(number: u64) -> String {
     const DIGITS: &[u8; 32] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZ234567";
     let mut state = number;
@@ -27,7 +29,8 @@ fn endpoint_chain(port: ServicePort, endpoint: u32) -> String {
     format!("KUBE-SEP-{}", hash(number(port, endpoint)))
 }
 
-/// The rules that come before all services'. `is_first` makes the jumps from the built-in chains too, which kube-proxy makes once.
+/// The rules before those of services. `is_first` adds the jumps from the built-in chains, which kube-proxy
+/// makes once.
 fn head(rules: &mut String, is_first: bool) {
     rules.push_str(
         "*filter\n:KUBE-SERVICES - [0:0]\n:KUBE-EXTERNAL-SERVICES - [0:0]\n:KUBE-FORWARD - [0:0]\n\
@@ -73,7 +76,7 @@ fn head(rules: &mut String, is_first: bool) {
     );
 }
 
-/// The line of a service port in `KUBE-SERVICES`, which every new connection reads from the top.
+/// The rule of a service port in `KUBE-SERVICES`, which every new connection traverses from the top.
 fn portal(rules: &mut String, port: ServicePort) {
     let (name, ip, service) = (port.protocol.name(), Town::service(port.service), port.service);
     let _infallible = writeln!(
@@ -122,7 +125,7 @@ fn chains(declarations: &mut String, rules: &mut String, town: Town, port: Servi
     }
 }
 
-/// Everything, as one text.
+/// All rules, as one text.
 pub(crate) fn services(town: Town) -> String {
     let endpoints: Vec<u32> = (0..town.n_endpoints).collect();
     let (mut text, mut rules) = (String::new(), String::new());
@@ -139,8 +142,8 @@ pub(crate) fn services(town: Town) -> String {
     text
 }
 
-/// One endpoint of a service in place of another, and back with `is_back`, as kube-proxy's partial sync does it: `KUBE-SERVICES`
-/// is written anew with a line for every service, of the other chains only those that change.
+/// Replaces one endpoint of a service, or restores it with `is_back`, as kube-proxy's partial sync does:
+/// `KUBE-SERVICES` is rewritten with a line for every service, of the other chains only those that change.
 pub(crate) fn change(town: Town, service: u32, is_back: bool) -> String {
     let port = ServicePort { service, protocol: super::town::Protocol::Tcp };
     let spare = town.n_endpoints;
@@ -210,7 +213,7 @@ mod tests {
 
     #[test]
     fn names_are_as_long_as_kube_proxys() {
-        // "KUBE-SVC-" and 16 characters, below the 28 that the kernel takes.
+        // "KUBE-SVC-" and 16 characters, below the kernel's limit of 28.
         let port = ServicePort { service: 1, protocol: Protocol::Tcp };
         assert_eq!((service_chain(port).len(), endpoint_chain(port, 2).len()), (25, 25));
     }

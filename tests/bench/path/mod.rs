@@ -1,10 +1,11 @@
-//! `cargo xtask bench path`: the same work to an endpoint's own address and through socklb, nftables and iptables.
+//! `cargo xtask bench path`: the same work to an endpoint's own address and through socklb, nftables and
+//! iptables.
 //!
-//! Each competitor has a client process in a network namespace and a cgroup of its own. A veth pair leads from each to one namespace
-//! with one server process, which answers at the addresses of all endpoints. There is no other way out of any of them. The
-//! competitors take turns in small blocks and go through the same services in the same order, so that whatever else the machine
-//! does meets all of them alike. Client and server share one CPU: the work is one piece at a time anyhow, and so all of its CPU
-//! time, softirqs too, is theirs.
+//! Each competitor has a client process in its own network namespace and cgroup. A veth pair connects each to
+//! one namespace with one server process, which answers at all endpoint addresses; there are no other routes.
+//! The competitors alternate in small blocks and use the same services in the same order, so that other load
+//! of the machine affects all alike. Client and server share one CPU: they never work at the same time, and
+//! so all of its CPU time, including softirqs, is theirs.
 
 mod client;
 mod competitor;
@@ -43,27 +44,27 @@ use town::{MAX_ENDPOINTS, MAX_SERVICES, POD_NETWORK, Town};
 /// The CPU of client and server.
 const CPU: usize = 0;
 
-/// What `path` can be told.
+/// Options of `path`.
 #[derive(Args, Clone)]
 pub(crate) struct Options {
-    /// How many services there are, one measurement for each number
+    /// Numbers of services, one measurement for each
     #[arg(long, value_name = "N,N", value_delimiter = ',', default_values_t = [1, 1_000, 10_000, 30_000])]
     services: Vec<u32>,
     /// Endpoints of each service
     #[arg(long, value_name = "N", default_value_t = 3)]
     endpoints: u32,
-    /// How often each competitor has its turn with each kind of work
+    /// Number of turns of each competitor for each kind of work
     #[arg(long, value_name = "N", default_value_t = 50)]
     rounds: u32,
-    /// How often one endpoint changes, for the time that takes
+    /// Number of changes of one endpoint, to measure their time
     #[arg(long, value_name = "N", default_value_t = 3)]
     changes: u32,
-    /// After how many seconds a tool that loads rules is ended
+    /// Seconds after which a tool that loads rules is killed
     #[arg(long, value_name = "N", default_value_t = 240)]
     patience: u64,
 }
 
-/// What a client process is told on its command line.
+/// Arguments of a client process.
 #[derive(Args)]
 pub(crate) struct ClientArgs {
     #[arg(long)]
@@ -76,25 +77,25 @@ pub(crate) struct ClientArgs {
     to_endpoint: bool,
 }
 
-/// Is a client process.
+/// Runs as a client process.
 pub(crate) fn client(args: &ClientArgs) -> anyhow::Result<()> {
     let town = Town { n_services: args.services, n_endpoints: args.endpoints };
     client::run(Place { town, to_endpoint: args.to_endpoint, server: Pid::from_raw(args.server) })
 }
 
-/// Is the server process.
+/// Runs as the server process.
 pub(crate) fn server() -> anyhow::Result<()> {
     server::run()
 }
 
-/// Keeps the calling thread, and those that it starts, on [`CPU`].
+/// Pins the calling thread, and those that it starts, to [`CPU`].
 fn stay_on_one_cpu() -> anyhow::Result<()> {
     let mut cpus = CpuSet::new();
     cpus.set(CPU)?;
     sched_setaffinity(Pid::from_raw(0), &cpus).with_context(|| format!("cannot stay on CPU {CPU}"))
 }
 
-/// How many pieces of work make one block, few enough that a block takes some milliseconds.
+/// Pieces of work per block: a block takes some milliseconds.
 const fn block(work: Work, is_smoke: bool) -> u32 {
     match (work, is_smoke) {
         (Work::Stream, false) => 32,
@@ -147,7 +148,7 @@ pub(crate) fn run(options: &Options, common: &Common) -> anyhow::Result<ResultFi
 struct Server(Child);
 
 impl Server {
-    /// Starts one in a namespace that answers at all endpoints' addresses.
+    /// Starts it in a namespace with all endpoint addresses.
     fn start(netns: &NetNs) -> anyhow::Result<Self> {
         netns.run(|| {
             competitor::ip(&["route", "add", "local", POD_NETWORK, "dev", "lo"])?;
@@ -179,8 +180,8 @@ fn size(
     let pid = server.0.id();
     let setup = Setup { town, n_changes: options.changes, patience: Duration::from_secs(options.patience) };
     thread::scope(|scope| -> anyhow::Result<()> {
-        // A thread stays with each sandbox until its sender is dropped: after the clients, which are declared later, since a
-        // cgroup can go when it is empty.
+        // A thread stays with each sandbox until its sender is dropped: after the clients, which are declared
+        // later, because only an empty cgroup can be removed.
         let mut stop = Vec::new();
         let mut ready = Vec::new();
         for (competitor, number) in Competitor::ALL.into_iter().zip(1..) {
@@ -254,7 +255,7 @@ fn programming(competitor: Competitor, made: &Ready, n_services: u32, run: &mut 
     run.series(key("programming: one endpoint"), Unit::Nanoseconds, Better::Lower, &changes);
 }
 
-/// What one competitor's blocks gave.
+/// The results of one competitor's blocks.
 #[derive(Default)]
 struct Blocks {
     whole: Vec<Vec<f64>>,
@@ -263,7 +264,7 @@ struct Blocks {
     cpu: Vec<Vec<f64>>,
 }
 
-/// Lets the competitors take turns with one kind of work.
+/// Alternates the competitors for one kind of work.
 fn turns(
     work: Work,
     ready: &mut [(Competitor, Ready)],
@@ -278,13 +279,13 @@ fn turns(
     let n_ready = ready.len().max(1);
     for round in 0..=rounds {
         for turn in 0..ready.len() {
-            // Who comes first changes, since the first finds the caches as the last one left them.
+            // The order rotates, because the first finds the caches as the last left them.
             let (competitor, made) = &mut ready[(turn + round as usize) % n_ready];
             let answer = made
                 .client
                 .work(&Order { work, n, seed: u64::from(round) })
                 .with_context(|| format!("{}, {}, {n_services} services", competitor.name(), work.name()))?;
-            // The first round warms up: addresses are resolved, memory is allocated.
+            // The first round is a warm-up: addresses are resolved, memory is allocated.
             if round == 0 {
                 continue;
             }
@@ -323,14 +324,15 @@ fn turns(
     Ok(())
 }
 
-/// Counts what is done for the packets of one connection that stands.
+/// Counts the work per packet of one open connection.
 fn packet_work(
     ready: &mut [(Competitor, Ready)],
     n_services: u32,
     n: u32,
     run: &mut Run,
 ) -> anyhow::Result<()> {
-    // Counting costs time, so it is on only here. Entries of conntrack that exist do not begin to count.
+    // Counting costs time, so it is enabled only here. conntrack does not start counting for existing
+    // entries.
     let _counted_while_open = aya::sys::enable_stats(aya::sys::Stats::RunTime).ok();
     for (competitor, made) in ready {
         let _no_conntrack = made.count_packets();

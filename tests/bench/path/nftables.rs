@@ -1,8 +1,9 @@
-//! Rules as kube-proxy's nftables mode writes them (Kubernetes 1.36, `pkg/proxy/nftables/proxier.go`), for IPv4 cluster IPs; held
-//! against the table of a running one. Up to 1.34 each endpoint had a chain of its own, which takes longer to load and to pass.
+//! Rules as kube-proxy's nftables mode writes them (Kubernetes 1.36, `pkg/proxy/nftables/proxier.go`), for
+//! IPv4 cluster IPs; compared with the table of a running kube-proxy. Up to 1.34 each endpoint had its own
+//! chain, which takes longer to load and to traverse.
 //!
-//! The table, its base chains, sets and maps are there with all their look-ups, also those that hold nothing here, since each
-//! new connection passes them. Names of chains have the length that kube-proxy's have.
+//! The table, its base chains, sets and maps are included with all their look-ups, even the empty ones,
+//! because each new connection traverses them. Chain names have the length of kube-proxy's.
 
 use std::fmt::Write as _;
 
@@ -10,7 +11,7 @@ use super::town::{POD_NETWORK, PORT, Protocol, SERVICE_NETWORK, ServicePort, TAR
 
 const TABLE: &str = "ip kube-proxy";
 
-/// What stands there without any service.
+/// The rules without any service.
 pub(crate) fn base() -> String {
     let mut rules = format!("add table {TABLE} {{ comment \"rules for kube-proxy\" ; }}\n");
     let address = "ipv4_addr . inet_proto . inet_service : verdict";
@@ -77,7 +78,7 @@ pub(crate) fn base() -> String {
     rules
 }
 
-/// The part of a chain's name that tells it from others: eight characters for a number.
+/// The distinguishing part of a chain's name: eight characters for a number.
 fn hash(number: u32) -> String {
     let mut state = u64::from(number);
     (0..8)
@@ -122,8 +123,9 @@ fn choice(rules: &mut String, town: Town, port: ServicePort, endpoints: &[u32]) 
 
 /// All services, as one text for each transaction.
 ///
-/// Each rule with `numgen` has an anonymous set, and the kernel walks through all sets of a transaction for each of them: one
-/// transaction with everything takes much longer than smaller ones, which therefore favour nftables.
+/// Each rule with `numgen` has an anonymous set, and for each of them the kernel iterates over all sets of
+/// the transaction. One transaction with everything takes much longer than smaller ones, which therefore
+/// favour nftables.
 pub(crate) fn services(town: Town, n_in_transaction: usize) -> Vec<String> {
     let endpoints: Vec<u32> = (0..town.n_endpoints).collect();
     let ports: Vec<ServicePort> = town.ports().collect();
@@ -139,7 +141,7 @@ pub(crate) fn services(town: Town, n_in_transaction: usize) -> Vec<String> {
         .collect()
 }
 
-/// One endpoint of a service in place of another, and back with `is_back`.
+/// Replaces one endpoint of a service, or restores it with `is_back`.
 pub(crate) fn change(town: Town, service: u32, is_back: bool) -> String {
     let port = ServicePort { service, protocol: Protocol::Tcp };
     let new = if is_back { 0 } else { town.n_endpoints };
@@ -170,7 +172,7 @@ add rule ip kube-proxy {chain} meta l4proto tcp dnat ip addr . port to numgen ra
 
     #[test]
     fn names_fit() {
-        // The kernel takes 127 characters.
+        // The kernel's limit is 127 characters.
         let town = Town { n_services: 30_000, n_endpoints: 10 };
         let all: std::collections::BTreeSet<_> = town.ports().map(service_chain).collect();
         assert!(all.iter().all(|chain| chain.len() < 128));

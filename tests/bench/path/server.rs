@@ -1,4 +1,4 @@
-//! The server process of `path`: HTTP over TCP and an echo over UDP, at every endpoint's address at once.
+//! The server process of `path`: HTTP over TCP and an echo over UDP, at all endpoint addresses.
 //!
 //! One thread each and one client at a time, so that the CPU time of the process is that of the work alone.
 
@@ -19,10 +19,10 @@ use super::town::TARGET_PORT;
 /// The answer to every request: a small page.
 pub(super) const ANSWER: &[u8] = b"HTTP/1.1 200 OK\r\nContent-Length: 64\r\n\r\n\
     ................................................................";
-/// The end of a request's head.
+/// The end of a request's header.
 const END: &[u8] = b"\r\n\r\n";
 
-/// Serves until the standard input ends, which it does with whoever started this.
+/// Serves until standard input closes, as it does when the parent exits.
 pub(crate) fn run() -> anyhow::Result<()> {
     super::stay_on_one_cpu()?;
     let listener = TcpListener::bind(("0.0.0.0", TARGET_PORT))?;
@@ -31,7 +31,7 @@ pub(crate) fn run() -> anyhow::Result<()> {
     bind(echo.as_raw_fd(), &SockaddrIn::new(0, 0, 0, 0, TARGET_PORT))?;
     let _ends_with_the_process = thread::spawn(move || {
         for stream in listener.incoming().flatten() {
-            // A client that goes away in the middle is no reason to stop.
+            // A client that disconnects in the middle does not stop the server.
             let _gone = serve(stream);
         }
     });
@@ -44,7 +44,7 @@ pub(crate) fn run() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Answers requests until the client closes, or asks to.
+/// Answers requests until the client closes or requests a close.
 fn serve(mut stream: TcpStream) -> io::Result<()> {
     stream.set_nodelay(true)?;
     let mut buffer = vec![0; 1 << 16];
@@ -80,7 +80,7 @@ fn serve(mut stream: TcpStream) -> io::Result<()> {
     }
 }
 
-/// Sends one datagram back, from the address that it was sent to.
+/// Returns one datagram, from the address that it was sent to.
 fn answer(socket: i32) -> nix::Result<()> {
     let mut buffer = [0; 2048];
     let mut control = nix::cmsg_space!(nix::libc::in_pktinfo);

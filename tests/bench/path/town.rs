@@ -1,4 +1,4 @@
-//! Which services there are, as numbers and addresses. The same for every competitor.
+//! The services as numbers and addresses, the same for every competitor.
 
 use std::net::{Ipv4Addr, SocketAddrV4};
 
@@ -6,14 +6,14 @@ use std::net::{Ipv4Addr, SocketAddrV4};
 pub(crate) const PORT: u16 = 80;
 /// The port of every endpoint.
 pub(crate) const TARGET_PORT: u16 = 8080;
-/// Every so many services one has a UDP port beside its TCP port, as name servers have.
+/// One service in this number has a UDP port beside its TCP port, as name servers have.
 pub(crate) const UDP_STRIDE: u32 = 16;
-/// The network of service addresses, and that of endpoints.
+/// The network of service addresses. [`POD_NETWORK`] is that of endpoints.
 pub(crate) const SERVICE_NETWORK: &str = "10.96.0.0/12";
 pub(crate) const POD_NETWORK: &str = "10.128.0.0/9";
-/// More would leave [`SERVICE_NETWORK`].
+/// More would exceed [`SERVICE_NETWORK`].
 pub(crate) const MAX_SERVICES: u32 = 1 << 19;
-/// More would leave [`POD_NETWORK`].
+/// More would exceed [`POD_NETWORK`].
 pub(crate) const MAX_ENDPOINTS: u32 = 1 << 22;
 
 /// A transport protocol.
@@ -32,7 +32,7 @@ impl Protocol {
     }
 }
 
-/// How many services of how many endpoints.
+/// The number of services and of their endpoints.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Town {
     pub(crate) n_services: u32,
@@ -66,7 +66,7 @@ impl Town {
         address([10, 96, 0, 1], service)
     }
 
-    /// The address of an endpoint of a service. The one after the last is nobody's: it is for changes.
+    /// The address of an endpoint of a service. The one after the last is spare, for changes.
     pub(crate) fn endpoint(self, service: u32, endpoint: u32) -> Ipv4Addr {
         if endpoint < self.n_endpoints {
             address([10, 128, 0, 1], service * self.n_endpoints + endpoint)
@@ -75,13 +75,13 @@ impl Town {
         }
     }
 
-    /// A destination by a random number: a service of a protocol, or one of its endpoints.
+    /// A random destination: a service of a protocol, or one of its endpoints.
     pub(crate) fn pick(self, state: &mut u64, protocol: Protocol, to_endpoint: bool) -> SocketAddrV4 {
         let service = match protocol {
             Protocol::Tcp => crate::random::below(state, self.n_services),
             Protocol::Udp => crate::random::below(state, self.n_services.div_ceil(UDP_STRIDE)) * UDP_STRIDE,
         };
-        // Drawn in any case, so that all competitors go through the same services.
+        // Always drawn, so that all competitors use the same services.
         let endpoint = crate::random::below(state, self.n_endpoints);
         if to_endpoint {
             SocketAddrV4::new(self.endpoint(service, endpoint), TARGET_PORT)

@@ -1,4 +1,4 @@
-//! What a call costs, by the number of services.
+//! The cost of a call by the number of services.
 
 use std::{fs::File, os::fd::AsRawFd as _, path::Path, sync::mpsc, thread, time::Instant};
 
@@ -23,23 +23,24 @@ use crate::{
 
 /// Calls in a block.
 const BLOCK: usize = 200;
-/// The target that does nothing.
+/// The target with the empty program.
 pub(crate) const EMPTY: &str = "empty";
 /// The product.
 pub(crate) const SOCKLB: &str = "socklb";
-/// The time of the program itself, as the kernel counts it, its timer included.
+/// The run time of the program as the kernel measures it, including the timer.
 pub(crate) const PROGRAM_TIME: &str = "program time, any service";
 
-/// What is done: the second `connect()` of a datagram socket, which has the least around the hook, or a whole life of one.
+/// The kind of call: the second `connect()` of a datagram socket, which has the least cost outside the hook,
+/// or the whole life of a socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Call {
-    /// To an address that is no service.
+    /// To an address without service.
     Miss,
     /// Always to the same service.
     OneService,
-    /// Each time to another service, by chance: the caches hold what they hold.
+    /// Each time to a random service, so caches may miss.
     AnyService,
-    /// A new socket, to a service by chance, and its end.
+    /// A new socket, connected to a random service and closed.
     FreshSocket,
 }
 
@@ -56,11 +57,11 @@ impl Call {
     }
 }
 
-/// What a caller's thread is told.
+/// A command for a caller's thread.
 enum Order {
-    /// A block; the seed decides about services.
+    /// A block of calls; the seed selects the services.
     Calls(Call, u64),
-    /// Blocks while the kernel counts the time of programs; one answer, the mean time of the program.
+    /// Blocks while the kernel measures run time; the answer is the mean run time of the program.
     Counted,
 }
 
@@ -73,7 +74,7 @@ pub(super) fn measure(options: &Options, run: &mut Run) -> anyhow::Result<()> {
     let n_all_endpoints = options.services.iter().copied().max().unwrap_or_default() * n_endpoints;
     thread::scope(|scope| -> anyhow::Result<()> {
         let mut callers = Vec::new();
-        // Without services comes the program that does nothing.
+        // Zero services stand for the empty program.
         for n_services in std::iter::once(0).chain(options.services.iter().copied()) {
             let (orders, incoming) = mpsc::channel::<Order>();
             let (outgoing, answers) = mpsc::channel();
@@ -104,7 +105,7 @@ pub(super) fn measure(options: &Options, run: &mut Run) -> anyhow::Result<()> {
                 for ((_, orders, answers), blocks) in callers.iter().zip(&mut blocks) {
                     orders.send(Order::Calls(call, round.into()))?;
                     let times: Vec<f64> = answers.recv()??;
-                    // The first round warms up.
+                    // The first round is a warm-up.
                     if round > 0 {
                         blocks.push(times);
                     }
@@ -128,7 +129,7 @@ pub(crate) fn key(measure: &str, n_services: u32) -> Key {
     if n_services == 0 { Key::new(measure, EMPTY) } else { Key::new(measure, SOCKLB).at(n_services) }
 }
 
-/// What must live as long as the calls.
+/// Resources that live as long as the calls.
 enum Attached {
     Empty { _programs: Ebpf },
     Product { _kernel: Box<lb_kernel::Kernel> },
@@ -182,8 +183,8 @@ impl Caller {
         }
     }
 
-    /// Where a call goes. Without services to an endpoint, since nobody would lead it there: by chance where the others go to
-    /// services by chance, so that what the kernel does for many addresses is in the floor.
+    /// The destination of a call. Without services it is an endpoint, because nothing redirects the call; a
+    /// random one if services are random, so that the baseline includes the kernel's cost of many addresses.
     fn destination(&self, call: Call, state: &mut u64) -> SockaddrIn {
         let by_chance = matches!(call, Call::AnyService | Call::FreshSocket);
         let (first, n_places, port) = if self.n_services == 0 || call == Call::Miss {
@@ -217,7 +218,7 @@ impl Caller {
         Ok(times)
     }
 
-    /// Means of the program's own time, ns, one for each of some blocks.
+    /// Mean run times of the program in ns, one per block.
     fn counted(&self) -> anyhow::Result<Vec<f64>> {
         let Some(id) = self.program else { return Ok(Vec::new()) };
         let _counted_while_open = enable_stats(Stats::RunTime)?;

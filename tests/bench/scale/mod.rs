@@ -1,8 +1,8 @@
 //! `cargo xtask bench scale`: how costs grow with services and endpoints.
 //!
-//! Calls: the maps have the same capacity for every number of services, each number has programs, maps, a network namespace and a
-//! cgroup of its own, and they take turns in small blocks on one CPU. Memory: maps made for exactly that number. The agent: the
-//! part of `sync` that tells of one size, for several.
+//! Calls: the maps have the same capacity for every number of services. Each number has its own programs,
+//! maps, network namespace and cgroup, and they alternate in small blocks on one CPU. Memory: maps created
+//! for exactly that number. The agent: the part of `sync` for one size, run for several.
 
 pub(crate) mod calls;
 
@@ -31,7 +31,7 @@ use crate::{
 /// Memory of the maps, as the kernel accounts it.
 pub(crate) const MAPS: &str = "maps";
 
-/// What `scale` can be told.
+/// Options of `scale`.
 #[derive(Args, Clone)]
 pub(crate) struct Options {
     /// The compiled programs to compare with
@@ -49,13 +49,13 @@ pub(crate) struct Options {
     /// Numbers of services for the agent, each with five endpoints
     #[arg(long, value_name = "N,N", value_delimiter = ',', default_values_t = [100, 1_000, 10_000, 44_000])]
     agent: Vec<u32>,
-    /// Capacity for services that all maps have while calls are measured
+    /// Capacity of all maps for services while calls are measured
     #[arg(long, value_name = "N", default_value_t = 131_072)]
     max_services: u32,
-    /// Capacity for endpoints that all maps have while calls are measured
+    /// Capacity of all maps for endpoints while calls are measured
     #[arg(long, value_name = "N", default_value_t = 1_048_576)]
     max_endpoints: u32,
-    /// How many blocks of 200 calls there are of each kind and number
+    /// Number of blocks of 200 calls, for each kind of call and number of services
     #[arg(long, value_name = "N", default_value_t = 100)]
     blocks: u32,
 }
@@ -129,7 +129,7 @@ fn service(number: u32) -> IpAddr {
     (u32::from_be_bytes([10, 96, 0, 1]) + number).to_be_bytes().into()
 }
 
-/// Services with endpoints on loopback, where a datagram socket can connect to without anybody there.
+/// Services with loopback endpoints, which a datagram socket can connect to without a server.
 fn image(n_services: u32, n_endpoints: u32) -> Image {
     let mut image = Image::default();
     for id in 0..n_services {
@@ -149,13 +149,13 @@ fn image(n_services: u32, n_endpoints: u32) -> Image {
     image
 }
 
-/// Fills the tables.
+/// Fills the maps.
 fn fill(kernel: &mut Kernel, n_services: u32, n_endpoints: u32) -> anyhow::Result<()> {
     let _done = kernel.apply(&diff(&Image::default(), &image(n_services, n_endpoints)))?;
     Ok(())
 }
 
-/// What the kernel accounts for maps that have room for exactly each number.
+/// The kernel's accounted memory of maps that fit exactly each number.
 fn memory(options: &Options, run: &mut Run) -> anyhow::Result<()> {
     for &n_services in &options.services {
         let capacity = Capacity { services: n_services, endpoints: n_services * options.endpoints };
@@ -175,9 +175,9 @@ fn memory(options: &Options, run: &mut Run) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The memory of a map in bytes, by its descriptor.
+/// The memory of a map in bytes, by its file descriptor.
 fn locked(descriptor: i32) -> anyhow::Result<u64> {
     let text = fs::read_to_string(format!("/proc/self/fdinfo/{descriptor}"))?;
     let value = text.lines().find_map(|line| line.strip_prefix("memlock:"));
-    value.and_then(|value| value.trim().parse().ok()).context("the kernel does not tell a map's memory")
+    value.and_then(|value| value.trim().parse().ok()).context("the kernel does not report a map's memory")
 }

@@ -27,7 +27,7 @@ pub(crate) struct Agent {
 }
 
 impl Agent {
-    /// Starts the agent in a sandbox, as it is started on a node.
+    /// Starts the agent in a sandbox as on a node.
     pub(crate) fn start(socklb: &Path, sandbox: &Sandbox, server: &ApiServer) -> anyhow::Result<Self> {
         Self::start_with(socklb, sandbox, server, &[])
     }
@@ -61,7 +61,7 @@ impl Agent {
         Ok(Self { child, started, pin_path: sandbox.pin_path(), directory })
     }
 
-    /// Waits until the maps exist. Returns how long that took from the start.
+    /// Waits until the maps exist. Returns the time since the start.
     pub(crate) fn tables(&self) -> anyhow::Result<(Tables, Duration)> {
         loop {
             match Tables::open(&self.pin_path) {
@@ -74,7 +74,7 @@ impl Agent {
         }
     }
 
-    /// The end of the log.
+    /// The last lines of the log.
     pub(crate) fn last_words(&self) -> String {
         let log = fs::read_to_string(self.directory.path().join("log")).unwrap_or_default();
         let lines: Vec<&str> = log.lines().collect();
@@ -85,12 +85,12 @@ impl Agent {
         PathBuf::from(format!("/proc/{}/{file}", self.child.id()))
     }
 
-    /// What it occupies now.
+    /// Its current memory.
     pub(crate) fn memory(&self) -> anyhow::Result<Memory> {
         Memory::of(self.child.id())
     }
 
-    /// The CPU time of all its threads so far; what ended threads used is left out.
+    /// The CPU time of all its threads so far, without threads that have exited.
     pub(crate) fn cpu_time(&self) -> anyhow::Result<Duration> {
         let mut sum = Duration::ZERO;
         for task in fs::read_dir(self.proc("task"))? {
@@ -101,14 +101,14 @@ impl Agent {
         Ok(sum)
     }
 
-    /// The share of one core that it uses for some time from now.
+    /// The share of one core that it uses during the given time from now.
     pub(crate) fn cpu_share(&self, time: Duration) -> anyhow::Result<f64> {
         let (before, since) = (self.cpu_time()?, Instant::now());
         thread::sleep(time);
         Ok(self.cpu_time()?.saturating_sub(before).as_secs_f64() / since.elapsed().as_secs_f64())
     }
 
-    /// Ends it as a node does.
+    /// Stops it as a node does.
     pub(crate) fn end(mut self) -> anyhow::Result<()> {
         kill(Pid::from_raw(self.child.id().cast_signed()), Signal::SIGTERM)?;
         let status = self.child.wait()?;
@@ -118,7 +118,7 @@ impl Agent {
         Ok(())
     }
 
-    /// Ends it and removes what it left in the kernel, so that the next start is a cold one.
+    /// Stops it and removes its state from the kernel, so that the next start is a cold one.
     pub(crate) fn end_and_clean(self, socklb: &Path) -> anyhow::Result<()> {
         let (pin_path, state_dir) = (self.pin_path.clone(), self.directory.path().join("state"));
         self.end()?;

@@ -1,4 +1,4 @@
-//! Changes at a steady rate, and when each is in the kernel's maps.
+//! Changes at a constant rate, and when each is in the kernel's maps.
 
 use std::{
     collections::BTreeMap,
@@ -18,19 +18,18 @@ use super::{
     tables::{LOOK, PATIENCE, Tables},
 };
 
-/// What changes how often.
+/// The rate of changes.
 pub(crate) struct Rate {
-    /// Slices that change in turn.
+    /// Number of slices that change in turn.
     pub(crate) n_changing: u32,
     pub(crate) per_second: u32,
     pub(crate) time: Duration,
 }
 
-/// Replaces one pod of one slice after the other, and returns how long it took from the moment at which the server
-/// wrote the event until calls may reach the new pod, and the share of a core that the agent used.
+/// Replaces one pod of one slice after the other. Returns the durations from the server's write of the event
+/// until calls may reach the new pod, and the share of a core that the agent used.
 ///
-/// The maps are looked at from a thread that sleeps in between, so the times are too long by up to a tenth of a
-/// millisecond.
+/// A thread polls the maps and sleeps in between, so the times are up to 0.1 ms too long.
 pub(crate) fn churn(
     server: &ApiServer,
     agent: &Agent,
@@ -38,7 +37,7 @@ pub(crate) fn churn(
     size: Size,
     rate: &Rate,
 ) -> anyhow::Result<(report::Times, f64)> {
-    // The default slack adds 50 microseconds to each sleep.
+    // The default timer slack adds 50 microseconds to each sleep.
     nix::sys::prctl::set_timerslack(1)?;
     let written = server.written();
     let (announce, announced) = mpsc::channel::<(u32, Ipv4Addr)>();
@@ -50,7 +49,8 @@ pub(crate) fn churn(
         let mut pending: Vec<(u32, Ipv4Addr, Instant)> = Vec::new();
         loop {
             let has_ended = changing.is_finished();
-            // Every change is announced before it is written. So the events come first here: what one needs is there.
+            // Every change is announced before it is written. So after the events are read, the announcements
+            // of all of them are available.
             let events: Vec<_> = written.try_iter().collect();
             wanted.extend(announced.try_iter());
             for event in events {
@@ -78,7 +78,7 @@ pub(crate) fn churn(
         }
     })?;
     let share = agent.cpu_time()?.saturating_sub(cpu_before).as_secs_f64() / since.elapsed().as_secs_f64();
-    // As it was, for whoever comes next.
+    // Restores the objects for the next measurement.
     for service in 0..rate.n_changing {
         server.apply(objects::slice(&objects::name(service), &size.pods(service)));
     }
@@ -86,7 +86,7 @@ pub(crate) fn churn(
     Ok((latencies, share))
 }
 
-/// Changes slices in turn, each time another pod of theirs.
+/// Changes slices in turn, each time another pod.
 fn change(server: &ApiServer, size: Size, rate: &Rate, announce: &mpsc::Sender<(u32, Ipv4Addr)>) {
     let mut pods: Vec<Vec<Pod>> = (0..rate.n_changing).map(|service| size.pods(service)).collect();
     let started = Instant::now();
@@ -96,7 +96,7 @@ fn change(server: &ApiServer, size: Size, rate: &Rate, announce: &mpsc::Sender<(
         if due.duration_since(started) >= rate.time {
             return;
         }
-        // Not faster to catch up: a burst would be another load.
+        // Does not catch up: a burst would be a different load.
         thread::sleep(due.saturating_duration_since(Instant::now()));
         let ip = objects::new_pod(number);
         let pods = &mut pods[service as usize];

@@ -1,7 +1,7 @@
-//! `cargo xtask bench sync`: how long it takes from the API server to the kernel's maps, and what the agent costs.
+//! `cargo xtask bench sync`: the time from the API server to the kernel's maps, and the cost of the agent.
 //!
-//! The agent is the real one, `socklb run --source kube`, in a sandbox of its own; the API server is the one of the
-//! tests, in this process. What is asked of the maps is asked of the pinned ones.
+//! The agent is the real one, `socklb run --source kube`, in its own sandbox. The API server is the test
+//! server, in this process. The pinned maps are read.
 
 mod agent;
 mod load;
@@ -26,46 +26,46 @@ use crate::{
 
 /// From the server's event until calls may reach the new endpoint, while many endpoints change.
 pub(crate) const UNDER_LOAD: &str = "event to map, many changes at once";
-/// The same with one change after the other.
+/// The same with one change at a time.
 pub(crate) const ONE_BY_ONE: &str = "event to map, one change at a time";
-/// From the process's start until the maps are right.
+/// From the start of the process until the maps are right.
 pub(crate) const COLD_START: &str = "process start to maps that are right";
-/// From the server's event that the pod of a connected UDP socket is gone to an answer from the pod in its place.
+/// From the server's event that the pod of a connected UDP socket is gone until an answer of the replacement.
 pub(crate) const MOVED: &str = "event to the answer of another pod, connected UDP socket";
-/// From the server's event to the end of the first call that reaches a pod.
+/// From the server's event until the end of the first call that reaches a pod.
 pub(crate) const READY: &str = "event to the first call that reaches a ready pod";
-/// From the server's event to the beginning of the last call that reaches a pod.
+/// From the server's event until the beginning of the last call that reaches a pod.
 pub(crate) const UNREADY: &str = "event to the last new call to an unready pod";
-/// Memory of the agent that has just started; the agent's own part of it follows a colon.
+/// Memory of a just started agent; the agent's own part of it follows a colon.
 pub(crate) const MEMORY: &str = "memory after start: resident without BPF maps";
 /// The share of a core that an agent uses without changes.
 pub(crate) const IDLE: &str = "CPU while idle";
 
-/// What `sync` can be told.
+/// Options of `sync`.
 #[derive(Args, Clone)]
 pub(crate) struct Options {
     /// The agent's binary
     #[arg(long, value_name = "FILE")]
     pub(crate) socklb: PathBuf,
-    /// Only the parts whose name holds this: sync, traffic, services, endpoints, octets
+    /// Only the parts whose name contains this: sync, traffic, services, endpoints, octets
     #[arg(long, value_name = "PART")]
     only: Option<String>,
-    /// How often cold starts are repeated
+    /// Number of cold starts
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
     starts: u32,
 }
 
-/// What is done of everything.
+/// The sizes of all parts.
 struct Scale {
     usual: Size,
     many_services: Size,
     many_endpoints: Size,
-    /// For what is read from the API server.
+    /// For the measurement of what is read from the API server.
     nodes: [Size; 2],
     n_changing: u32,
     changes_per_second: u32,
     churn: Duration,
-    /// How long the agent has for what follows a start: the snapshot, the first look at sockets.
+    /// Time for what the agent does after a start: the snapshot, the first sweep.
     settle: Duration,
     idle: Duration,
     n_single_changes: u32,
@@ -140,7 +140,7 @@ pub(crate) fn run(options: &Options, common: &Common) -> anyhow::Result<ResultFi
     Ok(run.finish())
 }
 
-/// Measures a start, changes and memory at some numbers of services: the part of `scale` that is about the agent.
+/// Measures a start, changes and memory for several numbers of services: the agent's part of `scale`.
 pub(crate) fn growth(
     socklb: &std::path::Path,
     sizes: &[u32],
@@ -166,7 +166,7 @@ pub(crate) fn growth(
     Ok(())
 }
 
-/// An API server with everything of a size.
+/// An API server with all objects of a size.
 fn server(size: Size) -> ApiServer {
     let server = ApiServer::start();
     // A real server sends a bookmark about once a minute; the tests' default would keep an idle agent busy.
@@ -234,7 +234,7 @@ fn large(options: &Options, scale: &Scale, size: Size, report: &mut Report) -> a
     })
 }
 
-/// Starts the agent over empty tables a few times and returns the last one.
+/// Starts the agent with empty maps a few times and returns the last one.
 fn cold_starts(
     options: &Options,
     sandbox: &Sandbox,

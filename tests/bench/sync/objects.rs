@@ -20,7 +20,7 @@ pub(crate) const PORT: u16 = 80;
 /// The port of every endpoint.
 pub(crate) const TARGET_PORT: u16 = 8080;
 
-/// How many objects there are. Each service has one port and one slice.
+/// The number of objects. Each service has one port and one slice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[expect(clippy::struct_field_names, reason = "counts are called `n_foos` in this tree")]
 pub(crate) struct Size {
@@ -50,7 +50,7 @@ impl Pod {
     }
 }
 
-/// The address of a number in a network.
+/// The n-th address of a network.
 fn address(network: [u8; 4], number: u32) -> Ipv4Addr {
     Ipv4Addr::from(u32::from_be_bytes(network) + number)
 }
@@ -89,7 +89,7 @@ pub(crate) fn service(name: &str, ip: Ipv4Addr) -> Service {
     cluster::with_spec(service, |spec| spec.selector = Some(labels(name)))
 }
 
-/// The slice of a service, with what the slice controller writes into it.
+/// The slice of a service, with the fields that the slice controller writes.
 pub(crate) fn slice(name: &str, pods: &[Pod]) -> EndpointSlice {
     let mut labels = labels(name);
     labels.insert(ingest::SERVICE_NAME.to_owned(), name.to_owned());
@@ -152,7 +152,7 @@ impl Size {
         (first..first + self.n_endpoints).map(|number| Pod::ready(address([10, 128, 0, 1], number))).collect()
     }
 
-    /// Everything.
+    /// All objects.
     pub(crate) fn cluster(self) -> Cluster {
         let mut cluster = Cluster::new();
         for number in 0..self.n_services {

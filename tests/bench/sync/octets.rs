@@ -1,4 +1,4 @@
-//! What an agent reads from the API server, with objects as large as real ones.
+//! The bytes that an agent reads from the API server, with objects of realistic size.
 
 use std::{
     collections::BTreeMap,
@@ -15,36 +15,36 @@ use lb_tests::{Sandbox, apiserver::ApiServer, cluster::Object};
 
 use super::{Options, agent::Agent, objects::Size, report::Report};
 
-/// Octets of a Node: images, conditions, annotations and managed fields.
+/// Bytes of a Node: images, conditions, annotations and managed fields.
 const NODE: usize = 20_000;
-/// Octets of managed fields, and of what `kubectl apply` keeps, in a Service.
+/// Bytes of managed fields and of the annotation of `kubectl apply` in a Service.
 const SERVICE_EXTRA: usize = 1_500;
-/// Octets of managed fields in a slice.
+/// Bytes of managed fields in a slice.
 const SLICE_EXTRA: usize = 800;
-/// How often a kubelet writes the status of a Node of which nothing changes.
+/// How often a kubelet writes the status of an unchanged Node.
 const STATUS: Duration = Duration::from_secs(300);
 /// How often a server sends a bookmark.
 const BOOKMARK: Duration = Duration::from_secs(60);
-/// How often a server sends one here.
+/// How often the server sends one in this measurement.
 const SHORT_BOOKMARK: Duration = Duration::from_millis(50);
 const HOUR: Duration = Duration::from_secs(3600);
-/// Nothing was sent for so long: all has been, also on a machine that does other work.
+/// Everything has been sent after this silence, even on a busy machine.
 const QUIET: Duration = Duration::from_secs(3);
 const PATIENCE: Duration = Duration::from_secs(180);
 
-/// The measures, in MiB: after this, who reads, and after a comma what happens.
+/// Prefix of the measures, in MiB: the reader follows, and after a comma the event.
 pub(crate) const MEASURE: &str = "read from the API server by ";
 const START: &str = "start";
 const QUIET_HOUR: &str = "one hour of a quiet cluster";
 const BROKEN: &str = "each connection breaks once (rolling restart of API servers)";
 const ALL_STARTS: &str = "all nodes: rolling restart of the agents";
 
-/// Who reads.
+/// A client of the API server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Reader {
     Default,
     OtherNodes,
-    /// What kube-proxy asks for (`cmd/kube-proxy/app/server.go`), as JSON.
+    /// The requests of kube-proxy (`cmd/kube-proxy/app/server.go`), as JSON.
     KubeProxy,
 }
 
@@ -67,7 +67,7 @@ fn filler(length: usize) -> String {
 }
 
 fn enlarge(metadata: &mut ObjectMeta, length: usize) {
-    // The server drops managed fields; an annotation is as large.
+    // The server drops managed fields; an annotation has the same size.
     let annotations = metadata.annotations.get_or_insert_with(BTreeMap::new);
     let _none = annotations.insert("example.com/managed-fields".to_owned(), filler(length));
 }
@@ -81,7 +81,7 @@ const fn real(n: u64) -> f64 {
     n as f64
 }
 
-/// Measures each reader on a server of its own.
+/// Measures each reader with its own server.
 pub(super) fn run(options: &Options, size: Size, report: &mut Report) -> anyhow::Result<()> {
     report.part(&size.to_string(), None);
     for reader in [Reader::Default, Reader::OtherNodes, Reader::KubeProxy] {
@@ -90,7 +90,7 @@ pub(super) fn run(options: &Options, size: Size, report: &mut Report) -> anyhow:
     Ok(())
 }
 
-/// An API server with everything of a size, as large as real objects, and its Nodes.
+/// An API server with all objects of a size, as large as real ones, and its Nodes.
 fn server(size: Size) -> (ApiServer, Vec<Node>) {
     let server = ApiServer::start();
     let mut objects = size.cluster();
@@ -146,7 +146,7 @@ fn measure(
     Ok(())
 }
 
-/// Octets of the bookmarks of an hour: on a small server that sends them more often.
+/// Bytes of an hour's bookmarks, from a small server that sends them more often.
 fn bookmarks(size: Size, options: &Options, sandbox: &Sandbox, reader: Reader) -> anyhow::Result<f64> {
     let (server, _nodes) = server(Size { n_services: 1, n_nodes: 1, ..size });
     server.set_faults(|faults| faults.bookmark_interval = SHORT_BOOKMARK);
@@ -163,7 +163,7 @@ fn bookmarks(size: Size, options: &Options, sandbox: &Sandbox, reader: Reader) -
     Ok(each * HOUR.as_secs_f64() / BOOKMARK.as_secs_f64())
 }
 
-/// Has a reader read everything. What it returns reads on until dropped.
+/// Starts a reader and waits until it has read everything. The result continues to read until dropped.
 fn begin(
     options: &Options,
     sandbox: &Sandbox,
@@ -181,13 +181,13 @@ fn begin(
     Ok((Some(agent), Vec::new()))
 }
 
-/// Waits until the server sends nothing more. Returns how much it has sent.
+/// Waits until the server sends nothing more. Returns the bytes sent.
 fn settled(server: &ApiServer, before: u64) -> anyhow::Result<u64> {
     let started = Instant::now();
     let (mut octets, mut since) = (server.requests().octets, Instant::now());
     while octets == before || since.elapsed() < QUIET {
         if started.elapsed() > PATIENCE {
-            bail!("{octets} octets were sent, and it goes on or has not begun");
+            bail!("{octets} octets were sent, and it continues or has not begun");
         }
         thread::sleep(Duration::from_millis(10));
         let now = server.requests().octets;
@@ -198,7 +198,7 @@ fn settled(server: &ApiServer, before: u64) -> anyhow::Result<u64> {
     Ok(octets)
 }
 
-/// Streaming lists of what kube-proxy watches, read on by threads of their own.
+/// Streaming lists of what kube-proxy watches, read by threads.
 fn kube_proxy(server: &ApiServer) -> anyhow::Result<Vec<TcpStream>> {
     let labels =
         "labelSelector=%21service.kubernetes.io%2Fheadless%2C%21service.kubernetes.io%2Fservice-proxy-name";
@@ -215,7 +215,7 @@ fn kube_proxy(server: &ApiServer) -> anyhow::Result<Vec<TcpStream>> {
         )?;
         streams.push(stream.try_clone()?);
         let sender = sender.clone();
-        // Ends with the server, which ends with the measurement.
+        // Stops with the server, which is dropped after the measurement.
         let _reading = thread::spawn(move || {
             for line in BufReader::new(stream).lines().map_while(Result::ok) {
                 if line.contains("k8s.io/initial-events-end") {

@@ -1,4 +1,4 @@
-//! Figures as they come in.
+//! Collects and prints figures.
 
 use std::time::Duration;
 
@@ -6,15 +6,15 @@ use lb_tests::process::Memory;
 
 use crate::result::{Better, Key, Run, Unit};
 
-/// Durations in nanoseconds, in the order in which they were measured.
+/// Durations in nanoseconds, in the order of measurement.
 pub(crate) type Times = Vec<f64>;
 
-/// Counts a duration.
+/// Adds a duration.
 pub(crate) fn record(times: &mut Times, value: Duration) {
     times.push(value.as_secs_f64() * 1e9);
 }
 
-/// What was measured so far.
+/// The measurements so far.
 pub(crate) struct Report<'a> {
     run: &'a mut Run,
     part: String,
@@ -26,7 +26,7 @@ impl<'a> Report<'a> {
         Self { run, part: String::new(), n_services: None }
     }
 
-    /// Begins with another size.
+    /// Starts another size.
     pub(crate) fn part(&mut self, name: &str, n_services: Option<u32>) {
         eprintln!("{name}");
         name.clone_into(&mut self.part);
@@ -37,9 +37,9 @@ impl<'a> Report<'a> {
         Key { measure: title.to_owned(), target: self.part.clone(), n_services: self.n_services }
     }
 
-    /// Durations. Neighbours in time make a block.
+    /// Durations. Consecutive ones form a block.
     pub(crate) fn times(&mut self, title: &str, times: &Times) {
-        // Samples that are few are blocks of their own.
+        // If there are few samples, each is its own block.
         let blocks: Vec<Vec<f64>> = times.chunks((times.len() / 50).max(1)).map(<[f64]>::to_vec).collect();
         self.run.series(self.key(title), Unit::Nanoseconds, Better::Lower, &blocks);
     }
@@ -59,7 +59,7 @@ impl<'a> Report<'a> {
         self.run.figure(self.key(title), Unit::Mebibytes, Better::Lower, value);
     }
 
-    /// Memory. What is resident holds the pages of BPF maps that the agent has mapped, which stay when it ends.
+    /// Memory. Resident memory includes the mapped pages of BPF maps, which remain when the agent exits.
     pub(crate) fn memory(&mut self, title: &str, memory: &Memory) {
         let Memory { resident, anonymous, maps, peak } = *memory;
         for (what, value) in [

@@ -1,4 +1,4 @@
-//! The pinned maps, as they are at the moment.
+//! The current content of the pinned maps.
 
 use std::{
     net::Ipv4Addr,
@@ -18,9 +18,9 @@ use lb_kernel::mapped::Mapped;
 
 use super::objects::{PORT, Pod, Size, cluster_ip};
 
-/// Between two looks at the maps. A busy loop would take one of two cores from the agent.
+/// Interval of polls of the maps. A busy loop would take one of two cores from the agent.
 pub(crate) const LOOK: Duration = Duration::from_micros(50);
-/// After how long nothing more is expected.
+/// Timeout of a change.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
 
 #[derive(Clone, Copy)]
@@ -36,12 +36,12 @@ pub(crate) struct Tables {
     services: HashMap<MapData, Plain<FrontendKey4>, Plain<FrontendRef>>,
     frontends: Mapped<Frontend>,
     endpoints: Mapped<Endpoint4>,
-    /// The entry of each service in `frontends`, which it keeps while it exists.
+    /// The entry of each service in `frontends`, which is constant while the service exists.
     frontend_ids: Vec<u32>,
 }
 
 impl Tables {
-    /// Opens the maps of the default sizes. Fails while one of them is not pinned yet.
+    /// Opens maps of the default sizes. Fails until all of them are pinned.
     pub(crate) fn open(pin_path: &Path) -> anyhow::Result<Self> {
         let data = |name: &str| MapData::from_pin(pin_path.join(name)).with_context(|| name.to_owned());
         Ok(Self {
@@ -52,7 +52,8 @@ impl Tables {
         })
     }
 
-    /// Waits until every service of a size has all its pods. Each is looked at until it is right, one after the other.
+    /// Waits until every service of a size has all its pods. Polls one service after the other until it is
+    /// right.
     pub(crate) fn until_right(&mut self, size: Size) -> anyhow::Result<()> {
         let end = Instant::now() + PATIENCE;
         for service in 0..size.n_services {
@@ -67,7 +68,7 @@ impl Tables {
         Ok(())
     }
 
-    /// Looks for the next service. `false` while it is missing.
+    /// Finds the frontend of the next service. `false` while it is missing.
     fn find(&mut self, service: u32) -> anyhow::Result<bool> {
         if self.frontend_ids.len() > service as usize {
             return Ok(true);

@@ -1,4 +1,4 @@
-//! What a pod's readiness means for calls, and how soon.
+//! How soon the readiness of a pod affects calls.
 
 use std::{
     net::{Ipv4Addr, SocketAddr},
@@ -28,16 +28,17 @@ const NAME: &str = "probe";
 const SERVICE: Ipv4Addr = Ipv4Addr::new(10, 111, 0, 1);
 const RESOLVER: &str = "resolver";
 const RESOLVER_SERVICE: Ipv4Addr = Ipv4Addr::new(10, 111, 0, 2);
-/// Calls in a row that must reach another pod until one counts as left alone. Half of the calls would have met it.
+/// Calls in a row that must reach another pod before a pod counts as removed. Each call would reach it with
+/// probability one half.
 const N_ALONE: u32 = 40;
 
 /// Makes a pod ready and unready a few times while calls are made.
 ///
-/// Returns how long it took from the moment at which the server wrote the event to the end of the first call that
-/// reached the pod, and to the beginning of the last call that did.
+/// Returns two durations since the server wrote the event: until the end of the first call that reached the pod,
+/// and until the beginning of the last call that did.
 pub(crate) fn flips(server: &ApiServer, n_flips: u32) -> anyhow::Result<(report::Times, report::Times)> {
     let pods = [8001, 8002].map(|port| SocketAddr::from((Ipv4Addr::LOCALHOST, port)));
-    // Two pods of one slice have one port number, so each has a loopback address of its own.
+    // Two pods of one slice have the same port number, so each has its own loopback address.
     let pods = [pods[0], SocketAddr::from((Ipv4Addr::new(127, 0, 0, 2), 8001))];
     let _servers = Servers::tcp(pods);
     let to = SocketAddr::from((SERVICE, PORT));
@@ -46,7 +47,7 @@ pub(crate) fn flips(server: &ApiServer, n_flips: u32) -> anyhow::Result<(report:
         written.try_iter().for_each(drop);
         let pod = |index: usize, ready| match pods[index] {
             SocketAddr::V4(pod) => Ok(Pod { ip: *pod.ip(), port: pod.port(), ready }),
-            SocketAddr::V6(_) => bail!("an IPv4 pod is needed"),
+            SocketAddr::V6(_) => bail!("not an IPv4 pod"),
         };
         server.apply(objects::slice(NAME, &[pod(0, ready[0])?, pod(1, ready[1])?]));
         written_at(&written, NAME)
@@ -69,11 +70,11 @@ pub(crate) fn flips(server: &ApiServer, n_flips: u32) -> anyhow::Result<(report:
     Ok((taken, left))
 }
 
-/// Takes the pod of a connected UDP socket away a few times and puts another in its place, as a resolver meets it: in a network
-/// namespace that is not the agent's, waiting for an answer.
+/// Replaces the pod of a connected UDP socket a few times, as for a resolver: the socket is in another
+/// network namespace than the agent and waits for an answer.
 ///
-/// Returns how long it took from the moment at which the server wrote the event until the socket was ended, connected
-/// anew, and had an answer from the other pod.
+/// Returns the duration from the server's write of the event until the socket was destroyed, reconnected, and
+/// had an answer from the other pod.
 pub(crate) fn moves(server: &ApiServer, n_moves: u32) -> anyhow::Result<report::Times> {
     let pods = [Ipv4Addr::LOCALHOST, Ipv4Addr::new(127, 0, 0, 2)].map(|ip| SocketAddr::from((ip, 8001)));
     let to = SocketAddr::from((RESOLVER_SERVICE, PORT));
@@ -99,7 +100,7 @@ pub(crate) fn moves(server: &ApiServer, n_moves: u32) -> anyhow::Result<report::
         let at = set(pod)?;
         match socket.receive() {
             Err(Errno::ECONNABORTED) => {}
-            other => bail!("{other:?} instead of the end of a socket whose pod is gone"),
+            other => bail!("{other:?} instead of the destruction of a socket whose pod is gone"),
         }
         socket.connect(to)?;
         let answer = socket.ask()?.server;
@@ -118,7 +119,7 @@ fn written_at(written: &Receiver<Written>, name: &str) -> anyhow::Result<Instant
     let end = Instant::now() + PATIENCE;
     loop {
         let left = end.saturating_duration_since(Instant::now());
-        let event = written.recv_timeout(left).context("no watch is open: has the agent ended?")?;
+        let event = written.recv_timeout(left).context("no watch is open: has the agent exited?")?;
         if event.kind == Kind::Slice && event.name.1 == name {
             return Ok(event.at);
         }
@@ -136,15 +137,15 @@ fn until(to: SocketAddr, protocol: Protocol, pod: SocketAddr) -> anyhow::Result<
     Ok(())
 }
 
-/// Calls until a pod is left alone, and returns when the last call to it began.
+/// Calls until a pod is no longer reached, and returns when the last call to it began.
 fn last_call(to: SocketAddr, pod: SocketAddr) -> anyhow::Result<Instant> {
     let (mut last, mut n_alone) = (Instant::now(), 0);
     let end = last + PATIENCE;
-    // Without such a call it is the moment before the first one, which is not after the event by more than that.
+    // Without such a call, the moment before the first call, which is at most that much after the event.
     while n_alone < N_ALONE {
         let began = Instant::now();
         if began > end {
-            bail!("{to} goes on to reach {pod}");
+            bail!("{to} still reaches {pod}");
         }
         let server = call(to, Tcp).with_context(|| format!("{to} has a ready pod"))?;
         n_alone += 1;

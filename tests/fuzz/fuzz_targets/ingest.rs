@@ -1,11 +1,11 @@
-//! Objects of any content, one after the other, from their text to the tables.
+//! Arbitrary objects in sequence, from their text to the image.
 //!
-//! An input is lines of JSON: a Service, EndpointSlice, Node or ServiceCIDR appears or is replaced; a line that starts with `-`
-//! takes an object away. Whatever they hold,
+//! An input is lines of JSON: each line creates or replaces a Service, EndpointSlice, Node or ServiceCIDR; a
+//! line that starts with `-` deletes one. Whatever they hold,
 //!
 //! - nothing panics, and no issue is longer than a line,
-//! - every plan leads to the image that the encoder says,
-//! - what is desired in the end does not depend on what was there before.
+//! - every plan leads to the encoder's image,
+//! - the final desired state does not depend on the history.
 #![no_main]
 
 use k8s_openapi::api::{
@@ -24,12 +24,12 @@ use libfuzzer_sys::fuzz_target;
 use serde::Deserialize;
 use serde_json::Value;
 
-/// More objects show nothing that these do not, and cost time.
+/// More objects find no other faults, and cost time.
 const MAX_LINES: usize = 32;
 
 fn state() -> State {
     let settings = Settings::of_node("node");
-    // Small, so that lack of room is met too.
+    // Small, so that full maps occur too.
     let capacity = Capacity { services: 24, endpoints: 96 };
     State::new(settings, vec![[192, 0, 2, 1].into()], capacity, &Image::default())
 }
@@ -40,7 +40,7 @@ fn judge(issues: &[Issue]) {
     }
 }
 
-/// Namespace and name, as a watch event tells them.
+/// Namespace and name, as in a watch event.
 fn name(object: &Value) -> (&str, &str) {
     let field = |name: &str| object["metadata"][name].as_str().unwrap_or_default();
     (field("namespace"), field("name"))

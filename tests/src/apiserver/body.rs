@@ -1,4 +1,4 @@
-//! Bodies of answers.
+//! Bodies of responses.
 
 use std::{
     io,
@@ -11,7 +11,7 @@ use hyper::body::{Body, Frame, SizeHint};
 use serde_json::Value;
 use tokio::sync::mpsc;
 
-/// A whole text, or chunks that come in time. An error cuts the connection.
+/// A complete text, or chunks over time. An error closes the connection.
 #[derive(Debug)]
 pub(super) enum Answer {
     Whole(Option<Bytes>),

@@ -1,4 +1,4 @@
-//! How much the server sends.
+//! Counts the bytes that the server sends.
 
 use std::{
     io,
@@ -15,7 +15,7 @@ use tokio::{
     net::TcpStream,
 };
 
-/// A connection that counts the octets written to it, heads of answers too.
+/// A connection that counts the bytes written to it, including response headers.
 pub(super) struct Counted {
     pub(super) stream: TcpStream,
     pub(super) n_octets: Arc<AtomicU64>,

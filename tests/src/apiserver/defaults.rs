@@ -1,4 +1,4 @@
-//! What a server fills in.
+//! Validation, defaults and allocation.
 
 use std::{
     collections::BTreeSet,
@@ -12,10 +12,11 @@ use serde_json::{Value, json};
 use super::store::{Kind, Objects, Refusal};
 use crate::cluster;
 
-/// Where node ports are allocated from.
+/// The range of allocated node ports.
 const NODE_PORTS: std::ops::RangeInclusive<u64> = 30000..=32767;
 
-/// Checks an object and fills in what is left out. `old` is the object of its name, `others` all of its kind.
+/// Validates an object and sets the defaults. `old` is the object with the same name, `others` are all of its
+/// kind.
 pub(super) fn complete(
     kind: Kind,
     object: &mut Value,
@@ -23,7 +24,7 @@ pub(super) fn complete(
     others: &Objects,
 ) -> Result<(), Refusal> {
     let Some(fields) = object.as_object_mut() else {
-        return Err(Refusal::new(400, "BadRequest", "the body is no object"));
+        return Err(Refusal::new(400, "BadRequest", "the body is not an object"));
     };
     for (field, wanted) in [("kind", kind.name()), ("apiVersion", kind.api_version())] {
         let found = fields.entry(field).or_insert_with(|| wanted.into());
@@ -45,7 +46,7 @@ pub(super) fn complete(
     let name = object["metadata"]["name"].as_str().unwrap_or_default();
     if !is_subdomain(name) {
         let message =
-            format!("metadata.name: Invalid value: {name:?}: a lowercase RFC 1123 subdomain is wanted");
+            format!("metadata.name: Invalid value: {name:?}: must be a lowercase RFC 1123 subdomain");
         return Err(Refusal::new(422, "Invalid", message));
     }
     let is_readable = match kind {
@@ -66,7 +67,7 @@ pub(super) fn complete(
     }
 }
 
-/// Whether a name is one that a server takes: a DNS subdomain of RFC 1123. It is stricter with some kinds.
+/// Whether a name is a DNS subdomain (RFC 1123). A real server is stricter for some kinds.
 fn is_subdomain(name: &str) -> bool {
     let is_plain = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit();
     let is_label = |label: &str| {
@@ -86,7 +87,7 @@ fn service(object: &mut Value, old: Option<&Value>, others: &Objects) -> Result<
     default(object, "spec", json!({}));
     default(object, "status", old.map_or_else(|| json!({"loadBalancer": {}}), |old| old["status"].clone()));
     let name = super::store::name_of(object);
-    // Walked only where something has to be allocated: with many services a walk for each would never end.
+    // Iterated only when something is allocated: with many services, one iteration for each is too slow.
     let others = || others.iter().filter(|(other, _)| Some(*other) != name.as_ref()).map(|(_, other)| other);
     let spec = &mut object["spec"];
     default(spec, "type", "ClusterIP".into());
@@ -122,7 +123,7 @@ where
         if !is_empty(&given) {
             spec["clusterIP"] = given;
         } else if let Some(old) = old.filter(|old| !is_empty(&old["clusterIP"])) {
-            // An update may leave out what was allocated.
+            // An update may omit what was allocated.
             for field in ["clusterIP", "clusterIPs", "ipFamilies", "ipFamilyPolicy"] {
                 default(spec, field, old[field].clone());
             }

@@ -1,4 +1,4 @@
-//! What the server says of itself: as much as kubectl asks for.
+//! Discovery: as much as kubectl needs.
 
 use serde_json::{Map, Value, json};
 
@@ -20,7 +20,7 @@ fn resources(api_version: &str) -> Value {
     json!({"kind": "APIResourceList", "apiVersion": "v1", "groupVersion": api_version, "resources": resources})
 }
 
-/// The paths of one group in the form of `OpenAPI`: kubectl looks up there whether the server checks fields itself.
+/// The paths of one group in the form of `OpenAPI`. kubectl reads there whether the server validates fields.
 fn openapi(api_version: &str) -> Value {
     let (group, version) = api_version.rsplit_once('/').unwrap_or(("", api_version));
     let mut paths = Map::new();
@@ -42,7 +42,7 @@ fn openapi(api_version: &str) -> Value {
     })
 }
 
-/// The answer to a path that is not about objects.
+/// The response to a path that names no object.
 pub(super) fn document(path: &str) -> Option<Value> {
     let group = |name: &str| {
         let version = json!({"groupVersion": format!("{name}/v1"), "version": "v1"});

@@ -1,4 +1,4 @@
-//! Events: created, patched, and refused where the API refuses them (`pkg/apis/core/validation/events.go`).
+//! Events: created and patched with the validation of the API (`pkg/apis/core/validation/events.go`).
 
 use std::collections::BTreeMap;
 
@@ -11,11 +11,11 @@ use super::{
     store::{Name, Refusal},
 };
 
-/// What was written.
+/// The Events written so far.
 #[derive(Debug, Default)]
 pub(super) struct Events(BTreeMap<Name, Value>);
 
-/// Namespace and name, if a path is about Events.
+/// Namespace and name, if the path is of Events.
 pub(super) fn target(path: &str) -> Option<(&str, Option<&str>)> {
     let rest = path.strip_prefix("/apis/events.k8s.io/v1/namespaces/")?;
     match rest.split('/').collect::<Vec<_>>()[..] {
@@ -30,7 +30,7 @@ impl Events {
         self.0.values().cloned().collect()
     }
 
-    /// Creates or patches one. Returns the status code and what it is now.
+    /// Creates or patches an Event. Returns the status code and the Event as stored.
     pub(super) fn write(
         &mut self,
         method: &Method,
@@ -62,7 +62,7 @@ impl Events {
                 self.0.insert(key, event.clone());
                 Ok((200, event))
             }
-            _ => Err(Refusal::new(405, "MethodNotAllowed", "Events are created and patched here")),
+            _ => Err(Refusal::new(405, "MethodNotAllowed", "Events can only be created and patched")),
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Requests and answers.
+//! Requests and responses.
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -36,7 +36,7 @@ use super::{
     store::{Change, Kind, Objects, Refusal, name_of},
 };
 
-/// Whether a request on a frozen connection may go on: never.
+/// Waits forever if the connection is frozen.
 async fn wait_while_frozen(shared: &Shared, connection: u64) {
     if shared.signals.borrow().frozen >= connection {
         std::future::pending::<()>().await;
@@ -48,7 +48,7 @@ pub(super) async fn serve(listener: TcpListener, shared: Arc<Shared>) {
     let Ok(listener) = tokio::net::TcpListener::from_std(listener) else { return };
     loop {
         let Ok((stream, _peer)) = listener.accept().await else { continue };
-        // Events are small; without this each waits for the acknowledgement of the one before.
+        // Events are small: without this, each waits for the acknowledgement of the previous one.
         let _as_it_is = stream.set_nodelay(true);
         let connection = {
             let mut n_connections = lock(&shared.n_connections);
@@ -57,7 +57,7 @@ pub(super) async fn serve(listener: TcpListener, shared: Arc<Shared>) {
         };
         let shared = Arc::clone(&shared);
         let counted = Counted { stream, n_octets: Arc::clone(&shared.n_octets) };
-        // Ends with the runtime.
+        // Stops with the runtime.
         let _connection = tokio::spawn(async move {
             let service = service_fn(move |request| {
                 let shared = Arc::clone(&shared);
@@ -68,7 +68,7 @@ pub(super) async fn serve(listener: TcpListener, shared: Arc<Shared>) {
                     Ok::<_, io::Error>(answer.unwrap_or_else(|refusal| refused(&refusal)))
                 }
             });
-            // A connection that breaks is the client's affair.
+            // A broken connection is the client's problem.
             let _broken = http1::Builder::new()
                 .timer(TokioTimer::new())
                 .serve_connection(TokioIo::new(counted), service)
@@ -84,7 +84,7 @@ fn respond(code: u16, body: Answer) -> Response<Answer> {
     response
 }
 
-/// Lists from which on a server compresses what may be compressed (`defaultGzipThresholdBytes`).
+/// The size in bytes from which a server compresses a list (`defaultGzipThresholdBytes`).
 const PACKED: usize = 128 << 10;
 
 fn answer_list(list: &Value, takes_gzip: bool) -> Response<Answer> {
@@ -93,7 +93,7 @@ fn answer_list(list: &Value, takes_gzip: bool) -> Response<Answer> {
         return respond(200, Answer::Whole(Some(text.into())));
     }
     let mut gzip = GzEncoder::new(Vec::new(), Compression::fast());
-    // Into memory.
+    // Writes to memory.
     let octets = gzip.write_all(text.as_bytes()).and_then(|()| gzip.finish()).unwrap_or_default();
     let mut response = respond(200, Answer::Whole(Some(octets.into())));
     response.headers_mut().insert(CONTENT_ENCODING, hyper::header::HeaderValue::from_static("gzip"));
@@ -131,7 +131,7 @@ impl Query {
             return Ok(0);
         }
         text.parse()
-            .map_err(|_not_a_number| Refusal::new(400, "BadRequest", format!("{key}: {text:?} is no number")))
+            .map_err(|_not_a_number| Refusal::new(400, "BadRequest", format!("{key}: bad number: {text:?}")))
     }
 }
 
@@ -181,8 +181,9 @@ async fn answer(
         return Ok(respond(200, Answer::Whole(Some(Bytes::from_static(b"ok")))));
     }
     if path == "/openapi/v2" {
-        // What kubectl before 1.27 validates with. It takes protobuf alone: no octets are a document without any schema,
-        // and objects without a schema are not validated. It cannot read the name of its own format as a media type.
+        // kubectl before 1.27 validates with this document and accepts only protobuf. An empty document has
+        // no schemas, and objects without a schema are not validated. kubectl cannot parse its own format's
+        // name as a media type.
         let mut response = respond(200, Answer::Whole(Some(Bytes::new())));
         let octets = hyper::header::HeaderValue::from_static("application/octet-stream");
         response.headers_mut().insert(CONTENT_TYPE, octets);
@@ -232,7 +233,7 @@ async fn answer(
     }
     let accepts = head.headers.get(ACCEPT).and_then(|value| value.to_str().ok()).unwrap_or_default();
     if !accepts.is_empty() && !accepts.contains("json") && !accepts.contains("*/*") {
-        return Err(Refusal::new(406, "NotAcceptable", "only application/json is spoken here"));
+        return Err(Refusal::new(406, "NotAcceptable", "only application/json is supported"));
     }
     let content_type =
         head.headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
@@ -299,7 +300,7 @@ async fn answer(
             merge(&mut object, &changes);
             place(&mut object, target)?;
             if is_apply {
-                // An apply is not bound to a version.
+                // An apply is not conditional on a version.
                 object["metadata"]["resourceVersion"] = Value::Null;
             } else {
                 keep_the_other_half(&mut object, &old, target);
@@ -347,14 +348,14 @@ fn parse(body: &[u8], content_type: &str) -> Result<Value> {
         let text = String::from_utf8_lossy(body);
         serde_saphyr::from_str(&text).map_err(|error| error.to_string())
     } else if content_type.contains("protobuf") || content_type.starts_with("application/json-patch") {
-        return Err(Refusal::new(415, "UnsupportedMediaType", format!("{content_type} is not spoken here")));
+        return Err(Refusal::new(415, "UnsupportedMediaType", format!("{content_type} is not supported")));
     } else {
         serde_json::from_slice(body).map_err(|error| error.to_string())
     };
     parsed.map_err(|cause| Refusal::new(400, "BadRequest", format!("the body cannot be read: {cause}")))
 }
 
-/// Gives an object the name and namespace of the path, or refuses if it has others.
+/// Sets the name and namespace of the path in the object. Refuses an object with others.
 fn place(object: &mut Value, target: Target<'_>) -> Result<()> {
     if !object["metadata"].is_object() {
         return Err(Refusal::new(422, "Invalid", "metadata: Required value"));
@@ -374,9 +375,9 @@ fn place(object: &mut Value, target: Target<'_>) -> Result<()> {
     Ok(())
 }
 
-/// A request for the status changes nothing else, and one for the object not the status.
+/// A request for the status changes only the status; a request for the object keeps the status.
 fn keep_the_other_half(object: &mut Value, old: &Value, target: Target<'_>) {
-    // The status of a Node is set by either, so that `kubectl apply` can make one in a test.
+    // Both requests set the status of a Node, so that a test can create a complete one with `kubectl apply`.
     if target.is_status {
         let status = object["status"].take();
         let version = object["metadata"]["resourceVersion"].take();
@@ -388,7 +389,7 @@ fn keep_the_other_half(object: &mut Value, old: &Value, target: Target<'_>) {
     }
 }
 
-/// RFC 7386, leaving out the directives of a strategic merge.
+/// RFC 7386, without the directives of a strategic merge.
 pub(super) fn merge(object: &mut Value, patch: &Value) {
     let Value::Object(patch) = patch else {
         *object = patch.clone();
@@ -429,7 +430,7 @@ fn write(
     })
 }
 
-/// Refuses a version that the server has not reached yet.
+/// Refuses a version that is newer than the server's.
 fn not_too_large(shared: &Shared, wanted: u64, current: u64) -> Result<()> {
     if wanted > current {
         lock(&shared.requests).too_large += 1;
@@ -465,7 +466,7 @@ fn list(shared: &Shared, target: Target<'_>, query: &Query) -> Result<Value> {
         .filter(|(name, object)| after.as_ref().is_none_or(|after| name > after) && selector.matches(object))
         .collect();
     let mut metadata = json!({"resourceVersion": version.to_string()});
-    // A list from the cache, which version 0 asks for, is not cut into pages.
+    // A list from the cache (resource version 0) is not paged.
     let is_paged = limit > 0 && query.get("resourceVersion") != "0";
     let n_wanted = usize::try_from(limit).unwrap_or(usize::MAX);
     if is_paged && items.len() > n_wanted {
@@ -497,7 +498,9 @@ fn watch(
         return invalid("resourceVersionMatch: Forbidden: resourceVersionMatch is forbidden for watch");
     }
     if sends_initial != (version_match == "NotOlderThan") {
-        return invalid("resourceVersionMatch: Forbidden: belongs to sendInitialEvents, as NotOlderThan");
+        return invalid(
+            "resourceVersionMatch: Forbidden: sendInitialEvents and NotOlderThan require each other",
+        );
     }
     let store = lock(&shared.store);
     let is_synthetic = sends_initial || text.is_empty() || text == "0";
@@ -535,7 +538,7 @@ fn watch(
         wants_bookmarks: query.is_true("allowWatchBookmarks"),
         started: *shared.signals.borrow(),
     };
-    // Ends with the receiver or with the runtime.
+    // Stops with the receiver or the runtime.
     let _watching = tokio::spawn(async move {
         time::sleep(faults.delay).await;
         if watch.send_all(&initial, changes).await.is_none() {
@@ -549,7 +552,7 @@ fn watch(
     Ok(respond(200, Answer::Chunks(chunks)))
 }
 
-/// An event as a line of a watch. The object is not copied: a first list has many.
+/// An event as a line of a watch. The object is not copied: an initial list has many.
 fn line(event: &str, object: &Value) -> Bytes {
     #[derive(Serialize)]
     struct Event<'a> {
@@ -561,7 +564,7 @@ fn line(event: &str, object: &Value) -> Bytes {
     line.into()
 }
 
-/// An open watch. Its methods return `None` when it has ended.
+/// An open watch. Its methods return `None` once it is closed.
 struct Watch {
     shared: Arc<Shared>,
     connection: u64,
@@ -582,7 +585,7 @@ impl Watch {
         self.sender.send(Ok(line)).await.ok()
     }
 
-    /// Sends objects in the order of their names, and the changes that follow as soon as the object of each was sent.
+    /// Sends objects ordered by name. Each change is sent as soon as its object was sent.
     async fn send_all(&mut self, objects: &Objects, changes: Vec<Change>) -> Option<()> {
         let mut changes = VecDeque::from(changes);
         for (name, object) in objects {
@@ -625,9 +628,9 @@ impl Watch {
         None
     }
 
-    /// Sends changes until the watch ends.
+    /// Sends changes until the watch closes.
     ///
-    /// A version that is not reached yet is waited for in silence, as a real server does.
+    /// Waits silently for a version that is not reached yet, as a real server does.
     async fn follow(&mut self, mut version: u64, oldest: u64, bookmark_interval: Duration) -> Option<()> {
         let mut versions = self.shared.version.subscribe();
         let mut signals = self.shared.signals.subscribe();
@@ -635,7 +638,7 @@ impl Watch {
         loop {
             let now = *signals.borrow_and_update();
             if now.cut != self.started.cut {
-                // In the middle of a chunk.
+                // Closes in the middle of a chunk.
                 let _receiver_gone = self.sender.send(Ok(Bytes::from_static(b"{\"type\":\"ADD"))).await;
                 let _receiver_gone = self.sender.send(Err(io::ErrorKind::ConnectionAborted.into())).await;
                 return None;
@@ -658,7 +661,7 @@ impl Watch {
                 () = self.sender.closed() => return None,
                 () = time::sleep_until(next_bookmark), if self.wants_bookmarks => {
                     next_bookmark = Instant::now() + bookmark_interval;
-                    // Kubernetes 1.36 sends none of a version that is not reached.
+                    // Kubernetes 1.36 sends no bookmark for a version that is not reached.
                     if current >= version {
                         self.bookmark(current, false).await?;
                     }
@@ -667,7 +670,7 @@ impl Watch {
         }
     }
 
-    /// The event of a change; `None` if the selectors leave it out.
+    /// The event of a change; `None` if no selector matches.
     fn line_of(&self, change: &Change) -> Option<Bytes> {
         let is_selected =
             |object: &Option<Arc<Value>>| object.as_ref().is_some_and(|object| self.selector.matches(object));
@@ -675,7 +678,7 @@ impl Watch {
             (false, false) => None,
             (false, true) => Some(line("ADDED", change.new.as_deref()?)),
             (true, true) => Some(line("MODIFIED", change.new.as_deref()?)),
-            // Also for an object that is there and no longer selected: in its last selected state.
+            // Also for an object that exists but is no longer selected: its last selected state.
             (true, false) => {
                 let mut object = change.old.as_deref()?.clone();
                 object["metadata"]["resourceVersion"] = change.version.to_string().into();

@@ -1,19 +1,19 @@
-//! An API server for tests: Services, EndpointSlices, Nodes and ServiceCIDRs, and the faults that a real one shows.
+//! An API server for tests: Services, EndpointSlices, Nodes and ServiceCIDRs, and the faults of a real one.
 //!
 //! # Purpose
 //!
-//! Speaks enough of the Kubernetes API that kube-rs and kubectl work against it: list with pages, watch with
-//! bookmarks and streaming lists, selectors, create, update, patch, apply and delete. [`Faults`] makes it misbehave.
+//! Implements enough of the Kubernetes API for kube-rs and kubectl: list with pages, watch with bookmarks and
+//! streaming lists, selectors, create, update, patch, apply and delete. [`Faults`] makes it misbehave.
 //!
-//! Events can be created and patched, and are read with [`ApiServer::events`].
+//! Events can be created and patched. [`ApiServer::events`] reads them.
 //!
-//! Not promised: authentication but by one token, admission, other kinds, the checks of field values, strategic merges of lists (a
-//! list is replaced), and the timing of a real server.
+//! Not implemented: authentication other than one token, admission, other kinds, validation of most field
+//! values, strategic merges of lists (a list is replaced). The timing of a real server is not reproduced.
 //!
 //! # Invariants
 //!
-//! - One counter numbers all changes of all kinds, as etcd does.
-//! - [`ApiServer::stop`] closes every connection; a start afterwards listens on the same address.
+//! - One counter numbers the changes of all kinds, as in etcd.
+//! - [`ApiServer::stop`] closes every connection; [`ApiServer::resume`] listens on the same address.
 
 mod body;
 mod count;
@@ -50,28 +50,29 @@ use self::store::{Change, Store};
 pub use self::store::{Kind, Refusal};
 use crate::cluster::{self, Cluster};
 
-/// What goes wrong at the moment. The default is nothing.
+/// The current faults. None by default.
 #[derive(Clone, Debug)]
 pub struct Faults {
-    /// So many of the next lists and watches are refused with 429 and this many seconds in `Retry-After`.
+    /// The next `.0` lists and watches are refused with 429 and `Retry-After: .1` (seconds).
     pub too_many_requests: (u32, u32),
-    /// So many of the next requests fail with 500.
+    /// This number of requests fails with 500.
     pub internal_errors: u32,
-    /// So many of the next events reach no watch, and nobody is told.
+    /// This number of events is silently dropped from every watch.
     pub lost_events: u32,
-    /// How long an answer to a list or the first event of a watch waits.
+    /// Delay of each list response and of the first event of each watch.
     pub delay: Duration,
-    /// Whether `sendInitialEvents` is known. Older servers refuse it.
+    /// Whether `sendInitialEvents` is supported. Older servers refuse it.
     pub has_streaming_lists: bool,
-    /// Streaming lists begin with the state so many changes ago, and those changes come before the end of the list.
+    /// Streaming lists begin with the state this number of changes ago; the changes follow before the end of
+    /// the list.
     pub changes_in_lists: u64,
-    /// A kind that the server does not have, as an older one: 404.
+    /// A kind that the server lacks, as an older one does: 404.
     pub unknown: Option<Kind>,
-    /// A kind for which a rule is missing: 403.
+    /// A kind without RBAC rule: 403.
     pub forbidden: Option<Kind>,
-    /// The bearer token without which requests are refused with 401.
+    /// The bearer token; requests without it are refused with 401.
     pub token: Option<String>,
-    /// How often a watch that asked for bookmarks gets one.
+    /// The interval of bookmarks, for watches that ask for them.
     pub bookmark_interval: Duration,
 }
 
@@ -92,70 +93,70 @@ impl Default for Faults {
     }
 }
 
-/// What a test may want to know of the requests so far.
+/// Counters of the requests so far.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Requests {
-    /// Lists, each page counted, streaming lists too, [`Self::confirmations`] not.
+    /// Lists: each page and each streaming list counts, [`Self::confirmations`] do not.
     pub lists: u64,
-    /// Lists of an object of no possible name, which ask whether a version is reached.
+    /// Lists of an object with an impossible name, which ask whether a version is reached.
     pub confirmations: u64,
     /// Watches without initial events.
     pub watches: u64,
-    /// Changes that were sent before the end of a streaming list.
+    /// Changes sent before the end of a streaming list.
     pub changes_in_lists: u64,
-    /// Octets that were written to connections, with heads of answers.
+    /// Bytes written to connections, including response headers.
     pub octets: u64,
-    /// Answers with 410, in a status or in an event.
+    /// Responses and events with 410.
     pub expired: u64,
-    /// Answers that the resource version is too large.
+    /// Responses that the resource version is too large.
     pub too_large: u64,
-    /// Requests for a kind that the server does not have.
+    /// Requests for a kind that the server lacks.
     pub unknown: u64,
 }
 
-/// A change that was written to a watch.
+/// A change written to a watch.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Written {
     /// What changed.
     pub kind: Kind,
     /// Namespace and name.
     pub name: cluster::Name,
-    /// When the event was handed to the connection.
+    /// When the event was passed to the connection.
     pub at: Instant,
 }
 
-/// What ends watches that are open. Each number is raised to make it so.
+/// Closes open watches. A test increases the number.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Signals {
-    /// Watches end in the middle of a chunk.
+    /// Closes watches in the middle of a chunk.
     cut: u64,
-    /// Watches end with an event of code 410.
+    /// Closes watches with an event of code 410.
     expire: u64,
-    /// Connections up to this one say nothing any longer.
+    /// Connections up to this number are silent.
     frozen: u64,
 }
 
-/// What all connections share.
+/// Shared by all connections.
 #[derive(Debug)]
 struct Shared {
     store: Mutex<Store>,
     faults: Mutex<Faults>,
     requests: Mutex<Requests>,
-    /// Events, which no watch sees.
+    /// Events. No watch returns them.
     events: Mutex<events::Events>,
-    /// Who wants to know of events.
+    /// The subscriber to written events.
     written: Mutex<Option<mpsc::Sender<Written>>>,
-    /// The resource version, for those who wait for a change.
+    /// The resource version, for those that wait for a change.
     version: watch::Sender<u64>,
     signals: watch::Sender<Signals>,
-    /// Number of the last connection.
+    /// The number of the last connection.
     n_connections: Mutex<u64>,
-    /// Octets written to connections.
+    /// Bytes written to connections.
     n_octets: Arc<AtomicU64>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // A test that panicked while it held the lock has failed already.
+    // A poisoned lock means that the test has failed already.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -167,7 +168,7 @@ impl Shared {
         result
     }
 
-    /// Tells of a change that is about to be written.
+    /// Sends a change, just before it is written, to the subscriber.
     fn note_written(&self, change: &Change) {
         if let Some(written) = &*lock(&self.written) {
             let (kind, name) = (change.kind, change.name.clone());
@@ -175,7 +176,7 @@ impl Shared {
         }
     }
 
-    /// The changes after a version that a watch of this kind sees, or `None` if they are forgotten.
+    /// The changes after a version that a watch of this kind receives; `None` if they are forgotten.
     fn changes_after(&self, kind: Kind, version: u64) -> Option<Vec<Change>> {
         let changes = lock(&self.store).changes_after(kind, version)?;
         if changes.is_empty() {
@@ -188,26 +189,28 @@ impl Shared {
     }
 }
 
-/// A running API server. It ends when dropped.
+/// A running API server. It stops on drop.
 #[derive(Debug)]
 pub struct ApiServer {
     shared: Arc<Shared>,
     address: SocketAddr,
-    /// One socket for the server's life: it listens, and while the server is stopped it is bound alone, so that the
-    /// kernel gives the port to no other.
+    /// One socket for the lifetime of the server: listening, or only bound while the server is stopped. So
+    /// the kernel gives the port to no other process.
     socket: OwnedFd,
     running: Option<(oneshot::Sender<()>, thread::JoinHandle<()>)>,
 }
 
-/// Binds a socket to an address and says to which, if any port will do.
+/// Binds a socket and returns its address; port 0 lets the kernel choose.
 ///
-/// The socket keeps the port when it no longer listens. One does not whose port the kernel chose, so that is another.
+/// A stopped server keeps its port only if the caller chose it: the kernel releases a port of its own choice.
+/// So the address is bound again.
 fn bind(address: SocketAddr) -> io::Result<(OwnedFd, SocketAddr)> {
     let family = if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     let fd = socket::socket(family, SockType::Stream, flags, None)?;
     let is_chosen = address.port() == 0;
-    // Connections in TIME_WAIT do not matter. Where the kernel chooses, it would take the port of another such socket.
+    // Ignores connections in TIME_WAIT. With port 0 the kernel would otherwise choose the port of another
+    // such socket.
     socket::setsockopt(&fd, sockopt::ReuseAddr, &!is_chosen)?;
     socket::bind(fd.as_raw_fd(), &SockaddrStorage::from(address))?;
     if !is_chosen {
@@ -225,7 +228,7 @@ impl ApiServer {
     ///
     /// # Panics
     ///
-    /// If there is no port to be had.
+    /// If there is no free port.
     #[must_use]
     pub fn start() -> Self {
         Self::start_at((Ipv4Addr::LOCALHOST, 0).into()).expect("a port")
@@ -235,7 +238,7 @@ impl ApiServer {
     ///
     /// # Errors
     ///
-    /// If the address cannot be listened on.
+    /// If the address cannot be bound.
     pub fn start_at(address: SocketAddr) -> io::Result<Self> {
         let (socket, address) = bind(address)?;
         let store = Store::new();
@@ -259,19 +262,19 @@ impl ApiServer {
     ///
     /// # Errors
     ///
-    /// The system calls'.
+    /// The system calls' errors.
     pub fn resume(&mut self) -> io::Result<()> {
         if self.running.is_some() {
             return Ok(());
         }
-        // Connections of before may be in TIME_WAIT.
+        // Earlier connections may be in TIME_WAIT.
         socket::setsockopt(&self.socket, sockopt::ReuseAddr, &true)?;
         socket::listen(&self.socket, Backlog::MAXCONN)?;
         let listener = TcpListener::from(self.socket.try_clone()?);
         let (stop, stopped) = oneshot::channel();
         let shared = Arc::clone(&self.shared);
         let thread = thread::Builder::new().name("apiserver".to_owned()).spawn(move || {
-            // The runtime ends with the thread, and with it every connection.
+            // The runtime stops with the thread and drops every connection.
             let runtime =
                 tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
             runtime.block_on(async {
@@ -285,31 +288,31 @@ impl ApiServer {
         Ok(())
     }
 
-    /// Closes all connections and stops listening. The objects stay.
+    /// Closes all connections and stops listening. The objects are kept.
     pub fn stop(&mut self) {
         if let Some((stop, thread)) = self.running.take() {
             drop(stop);
             let _has_panicked = thread.join();
-            // To close it would not do: a process that is being started has its parent's descriptors.
+            // shutdown(2), not close(2): a process that is just being spawned inherits the descriptor.
             let _listens_no_more = socket::shutdown(self.socket.as_raw_fd(), Shutdown::Both);
             let _is_set = socket::setsockopt(&self.socket, sockopt::ReuseAddr, &false);
         }
     }
 
-    /// Stops, and starts with the same objects under other resource versions, as after a restore from a backup:
-    /// they go on from `version`, and nothing is known of earlier changes.
+    /// Restarts with the same objects under other resource versions, as after a restore from a backup.
+    /// Versions continue from `version`; earlier changes are forgotten.
     ///
     /// # Panics
     ///
-    /// If the kernel does not let it listen.
+    /// If the socket cannot listen.
     pub fn restart_at_version(&mut self, version: u64) {
         self.stop();
         self.shared.change(|store| store.renumber(version));
         self.resume().expect("a socket that listens");
     }
 
-    /// Has the objects and the version of before, as after a restore of etcd from a backup, for which the server is stopped.
-    /// Changes that follow get the numbers of those that are lost.
+    /// Restores the objects and the resource version of an earlier state, as a restore of etcd from a backup
+    /// does. The server must be stopped. Later changes reuse the numbers of the lost ones.
     ///
     /// # Panics
     ///
@@ -318,7 +321,7 @@ impl ApiServer {
         self.shared.change(|store| store.restore(version)).unwrap_or_else(|refusal| panic!("{refusal:?}"));
     }
 
-    /// Where it listens.
+    /// The address on which it listens.
     #[must_use]
     pub const fn address(&self) -> SocketAddr {
         self.address
@@ -330,7 +333,7 @@ impl ApiServer {
         format!("http://{}", self.address)
     }
 
-    /// A kubeconfig that leads here.
+    /// A kubeconfig for this server.
     #[must_use]
     pub fn kubeconfig(&self) -> String {
         format!(
@@ -342,7 +345,7 @@ impl ApiServer {
         )
     }
 
-    /// Creates an object or replaces the one of its name, as `kubectl apply` does.
+    /// Creates or replaces an object, as `kubectl apply` does.
     ///
     /// # Panics
     ///
@@ -354,11 +357,11 @@ impl ApiServer {
             .unwrap_or_else(|refusal| panic!("{refusal:?}"));
     }
 
-    /// Creates a Pod or replaces the one of its name.
+    /// Creates or replaces a Pod.
     ///
     /// # Panics
     ///
-    /// If it is refused.
+    /// If the Pod is refused.
     pub fn apply_pod(&self, pod: &Pod) {
         let object = serde_json::to_value(pod).expect("objects of the API are JSON");
         let applied = self.shared.change(|store| store.upsert(Kind::Pod, object));
@@ -384,7 +387,8 @@ impl ApiServer {
         cluster.service_cidrs.values().for_each(|cidr| self.apply(cidr.clone()));
         cluster.services.values().for_each(|service| self.apply(service.clone()));
         cluster.slices.values().for_each(|slice| self.apply(slice.clone()));
-        // Afterwards, as the slices' controller does: a service that moves to another slice is never without one.
+        // Deletes last, as the EndpointSlice controller does: a service that moves to another slice always
+        // has one.
         gone(Kind::Slice, now.slices.into_keys().collect(), cluster.slices.keys().cloned().collect());
         cluster.nodes.values().for_each(|node| self.apply(node.clone()));
     }
@@ -393,7 +397,7 @@ impl ApiServer {
     ///
     /// # Panics
     ///
-    /// If there is none.
+    /// If the object does not exist.
     pub fn delete(&self, kind: Kind, namespace: &str, name: &str) {
         let deleted = self.shared.change(|store| store.delete(kind, namespace, name));
         drop(deleted.unwrap_or_else(|refusal| panic!("{refusal:?}")));
@@ -403,7 +407,7 @@ impl ApiServer {
     ///
     /// # Panics
     ///
-    /// If an object is not as the API defines it, which the server would have refused.
+    /// If an object does not match its schema. The server would have refused it.
     #[must_use]
     pub fn cluster(&self) -> Cluster {
         let objects = lock(&self.shared.store).all();
@@ -416,36 +420,36 @@ impl ApiServer {
         lock(&self.shared.store).version()
     }
 
-    /// Changes what goes wrong.
+    /// Changes the faults.
     pub fn set_faults(&self, change: impl FnOnce(&mut Faults)) {
         change(&mut lock(&self.shared.faults));
     }
 
-    /// Ends every open watch in the middle of a chunk.
+    /// Closes every open watch in the middle of a chunk.
     pub fn cut_watches(&self) {
         self.shared.signals.send_modify(|signals| signals.cut += 1);
     }
 
-    /// Forgets all changes, as a compaction does, and ends every open watch with an event of code 410.
+    /// Forgets all changes, as a compaction does, and closes every open watch with an event of code 410.
     pub fn expire(&self) {
         self.compact();
         self.shared.signals.send_modify(|signals| signals.expire += 1);
     }
 
-    /// Forgets all changes: who resumes a watch gets 410. Open watches go on.
+    /// Forgets all changes: resuming a watch returns 410. Open watches continue.
     pub fn compact(&self) {
         lock(&self.shared.store).compact();
     }
 
-    /// Leaves every open connection half-open: nothing is sent on it and nothing read, and it is not closed. New
-    /// connections work.
+    /// Makes every open connection half-open: it stays open, but nothing is read or sent. New connections
+    /// work.
     pub fn freeze(&self) {
         let last = *lock(&self.shared.n_connections);
         self.shared.signals.send_modify(|signals| signals.frozen = last);
     }
 
-    /// Tells from now on of each change that is written to a watch, not of initial events. Ends what an earlier call
-    /// returned.
+    /// Subscribes to the changes written to watches, without initial events. Replaces an earlier
+    /// subscription.
     #[must_use]
     pub fn written(&self) -> mpsc::Receiver<Written> {
         let (sender, receiver) = mpsc::channel();
@@ -453,13 +457,13 @@ impl ApiServer {
         receiver
     }
 
-    /// The Events (`events.k8s.io/v1`) that were written, by name.
+    /// The Events (`events.k8s.io/v1`) written so far, by name.
     #[must_use]
     pub fn events(&self) -> Vec<Value> {
         lock(&self.shared.events).all()
     }
 
-    /// The requests so far.
+    /// The counters of the requests so far.
     #[must_use]
     pub fn requests(&self) -> Requests {
         let octets = self.shared.n_octets.load(Ordering::Relaxed);

@@ -12,11 +12,11 @@ enum Test {
     NotIn(Vec<String>),
 }
 
-/// Which objects a list or watch is about.
+/// The objects of a list or watch.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Selector {
     labels: Vec<(String, Test)>,
-    /// Path, value, whether it must be equal.
+    /// Path, value, and whether it must be equal.
     fields: Vec<(String, String, bool)>,
     namespace: Option<String>,
 }
@@ -43,7 +43,7 @@ fn parts(text: &str) -> Vec<&str> {
     parts.into_iter().map(str::trim).filter(|part| !part.is_empty()).collect()
 }
 
-/// `KEY=VALUE`, `KEY==VALUE` or `KEY!=VALUE`: key, value, whether they must be equal.
+/// `KEY=VALUE`, `KEY==VALUE` or `KEY!=VALUE`: key, value, and whether they must be equal.
 fn equality(text: &str) -> Option<(&str, &str, bool)> {
     let (key, value, is_equal) = match text.split_once("!=") {
         Some((key, value)) => (key, value, false),

@@ -1,4 +1,4 @@
-//! Objects and the changes that led to them.
+//! Objects and the log of their changes.
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use super::defaults;
 
-/// A kind of objects that the server holds.
+/// A kind of objects.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Kind {
     /// `v1` Service
@@ -27,7 +27,7 @@ pub enum Kind {
 }
 
 impl Kind {
-    /// All of them.
+    /// All kinds.
     pub const ALL: [Self; 5] = [Self::Service, Self::Slice, Self::Node, Self::Pod, Self::ServiceCidr];
 
     /// `apiVersion`
@@ -52,7 +52,7 @@ impl Kind {
         }
     }
 
-    /// The word in paths.
+    /// The plural in paths.
     #[must_use]
     pub const fn plural(self) -> &'static str {
         match self {
@@ -64,21 +64,21 @@ impl Kind {
         }
     }
 
-    /// Whether its objects are in namespaces.
+    /// Whether its objects are namespaced.
     #[must_use]
     pub const fn is_namespaced(self) -> bool {
         !matches!(self, Self::Node | Self::ServiceCidr)
     }
 }
 
-/// A request that is answered with a `metav1.Status`.
+/// A request that fails with a `metav1.Status`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Refusal {
-    /// The status code.
+    /// The HTTP status code.
     pub code: u16,
-    /// The word that programs decide on.
+    /// The machine-readable reason.
     pub reason: &'static str,
-    /// For people.
+    /// The human-readable message.
     pub message: String,
     /// `details.causes[0].reason`
     pub cause: Option<&'static str>,
@@ -107,7 +107,7 @@ impl Refusal {
         }
     }
 
-    /// The status as the API has it.
+    /// The status as the API returns it.
     pub(super) fn status(&self) -> Value {
         let mut details = json!({});
         if let Some(cause) = self.cause {
@@ -151,7 +151,7 @@ pub(super) struct Store {
 
 impl Store {
     pub(super) fn new() -> Self {
-        // Not 0 and not 1: both mean something else in some requests.
+        // Neither 0 nor 1: both have a special meaning in some requests.
         Self { version: 100, objects: BTreeMap::new(), log: VecDeque::new(), oldest: 100, n_uids: 0 }
     }
 
@@ -163,7 +163,7 @@ impl Store {
         self.objects.get(&kind).cloned().unwrap_or_default()
     }
 
-    /// The objects as they were at a version.
+    /// The objects at a version.
     pub(super) fn objects_at(&self, kind: Kind, version: u64) -> Result<Objects, Refusal> {
         if version < self.oldest {
             return Err(Refusal::expired(version, self.oldest));
@@ -192,7 +192,7 @@ impl Store {
         self.oldest
     }
 
-    /// The objects that a proxy follows: Pods decide about callers only.
+    /// The objects that a proxy watches. Pods are excluded: they only decide about callers.
     pub(super) fn all(&self) -> Vec<Arc<Value>> {
         let of_cluster = self.objects.iter().filter(|(kind, _)| **kind != Kind::Pod);
         of_cluster.flat_map(|(_, objects)| objects.values()).cloned().collect()
@@ -208,7 +208,7 @@ impl Store {
         self.oldest = self.version;
     }
 
-    /// Goes back to an older state, with its version: what follows is another history with the same numbers.
+    /// Restores an older state and its version: later changes reuse the numbers.
     pub(super) fn restore(&mut self, version: u64) -> Result<(), Refusal> {
         for kind in Kind::ALL {
             let objects = self.objects_at(kind, version)?;
@@ -219,7 +219,7 @@ impl Store {
         Ok(())
     }
 
-    /// Goes on from another version, which may be smaller. Objects get it too.
+    /// Continues from another version, which may be smaller. Objects get it too.
     pub(super) fn renumber(&mut self, version: u64) {
         self.version = version;
         self.compact();
@@ -228,7 +228,7 @@ impl Store {
         }
     }
 
-    /// Checks a new object and fills in what the server fills in, without storing it.
+    /// Validates a new object and sets the defaults, without storing it.
     pub(super) fn prepare(&mut self, kind: Kind, mut object: Value) -> Result<Value, Refusal> {
         let old = name_of(&object)
             .and_then(|(namespace, name)| self.get(kind, &namespace, &name).ok())
@@ -315,7 +315,7 @@ impl Store {
     }
 }
 
-/// Namespace and name of an object that has one.
+/// Namespace and name, if the object has a name.
 pub(super) fn name_of(object: &Value) -> Option<Name> {
     let name = object["metadata"]["name"].as_str().filter(|name| !name.is_empty())?;
     Some((object["metadata"]["namespace"].as_str().unwrap_or_default().to_owned(), name.to_owned()))

@@ -1,11 +1,11 @@
-//! Makes the first corpus of the fuzz target `ingest` from the scenarios: `fuzz-seeds SCENARIOS CORPUS`.
+//! Writes the initial corpus of the fuzz target `ingest` from the scenarios: `fuzz-seeds SCENARIOS CORPUS`.
 
 use std::{env, fs, path::Path};
 
 use anyhow::{Context as _, Result, bail};
 use serde_json::Value;
 
-/// The objects of a scenario and of its steps as lines, with those that go.
+/// The objects of a scenario and of its steps as lines, including deletions.
 fn lines(scenario: &Value) -> Vec<String> {
     let list = |value: &Value, field: &str| value[field].as_array().cloned().unwrap_or_default();
     let mut lines: Vec<String> = list(scenario, "objects").iter().map(Value::to_string).collect();

@@ -1,11 +1,11 @@
-//! The API server of the tests, for people: kubectl and socklb can be pointed at it.
+//! The API server of the tests as a program, for use with kubectl and socklb.
 
 use std::{env, fs, net::SocketAddr, path::Path};
 
 use anyhow::{Context as _, Result, bail};
 use lb_tests::apiserver::ApiServer;
 
-/// `test-apiserver [ADDRESS:PORT] [KUBECONFIG]`: listens until it is killed, and writes a kubeconfig.
+/// `test-apiserver [ADDRESS:PORT] [KUBECONFIG]`: writes a kubeconfig and serves until killed.
 fn main() -> Result<()> {
     let arguments: Vec<String> = env::args().skip(1).collect();
     if arguments.len() > 2 || arguments.iter().any(|argument| argument.starts_with('-')) {

@@ -1,11 +1,12 @@
-//! The first process of a virtual machine of `cargo xtask kernel-matrix`.
+//! Init process of a virtual machine of `cargo xtask kernel-matrix`.
 //!
-//! Prepares what a test expects of a running system, runs `/test`, says how it ended and powers the machine off.
-//! What the caller wants comes in two files of the initramfs: `/vm.args` has one argument of `/test` in each line,
-//! `/vm.env` one `NAME=value` of its environment. Modules are in `/modules`, to be loaded in the order of their names.
+//! Sets up what a test expects of a running system, runs `/test`, reports its exit status and powers the
+//! machine off. Inputs are files of the initramfs: `/vm.args` has one argument of `/test` per line, `/vm.env`
+//! one `NAME=value` of its environment per line. Modules in `/modules` are loaded in the order of their
+//! names.
 //!
-//! The caller reads the serial line: `INIT DONE rc=N` is the status of `/test`, `INIT FAILED: cause` means that it
-//! did not run. Linked statically, because the initramfs has no libraries.
+//! The caller reads the serial console: `INIT DONE rc=N` is the status of `/test`; `INIT FAILED: cause` means
+//! that it did not run. Linked statically, because the initramfs has no libraries.
 #![expect(clippy::print_stdout, reason = "standard output is the serial line that the caller reads")]
 
 use std::fs::{self, File};
@@ -22,7 +23,7 @@ use nix::sys::reboot::{RebootMode, reboot};
 use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
 use nix::sys::termios::tcdrain;
 
-/// Type and place of every file system, in the order of mounting.
+/// Type and mount point of every file system, in mount order.
 const MOUNTS: &[(&str, &str)] = &[
     ("proc", "/proc"),
     ("sysfs", "/sys"),
@@ -37,7 +38,7 @@ fn mount_all() -> Result<()> {
         mount(Some(kind), place, Some(kind), MsFlags::empty(), None::<&str>)
             .with_context(|| format!("cannot mount {kind} on {place}"))?;
     }
-    // No mounts of their own: the root is in memory already, and the tree of the tests may lie below them.
+    // Not mounted separately: the root is already in memory, and the tests' directory may be below them.
     for place in ["/tmp", "/run"] {
         fs::create_dir_all(place).with_context(|| format!("cannot create {place}"))?;
     }
@@ -66,7 +67,7 @@ fn run_test() -> Result<ExitStatus> {
     let environment = fs::read_to_string("/vm.env").context("cannot read /vm.env")?;
     let mut test = Command::new("/test");
     test.args(args.lines()).envs(environment.lines().filter_map(|line| line.split_once('=')));
-    // As under cargo, where tests run in the folder of their crate.
+    // As under cargo, which runs tests in the directory of their crate.
     if let Some(dir) = environment.lines().find_map(|line| line.strip_prefix("CARGO_MANIFEST_DIR=")) {
         test.current_dir(dir);
     }
@@ -86,15 +87,13 @@ fn run() -> Result<i32> {
 
 fn main() -> Result<()> {
     if std::process::id() != 1 {
-        bail!(
-            "vm-init powers the machine off at its end: it runs as the first process of a virtual machine only"
-        );
+        bail!("vm-init powers the machine off: run it only as the first process of a virtual machine");
     }
     match run() {
         Ok(status) => println!("INIT DONE rc={status}"),
         Err(error) => println!("INIT FAILED: {error:#}"),
     }
-    // Nobody is left to tell, and the machine must go off in any case.
+    // The error has no reader, and the machine must power off.
     io::stdout().flush().ok();
     tcdrain(io::stdout()).ok();
     reboot(RebootMode::RB_POWER_OFF).map(|_| ()).context("cannot power off")

@@ -1,4 +1,4 @@
-//! The agent's processes: how they start, end, and follow one another.
+//! The agent's processes: how they start, exit and replace each other.
 
 use std::{
     fs::{self, File},
@@ -24,7 +24,7 @@ use tempfile::TempDir;
 use super::{N_MIXED, PATIENCE, Random};
 use crate::{Sandbox, apiserver::ApiServer, process};
 
-/// Sizes that an agent may be started with. All of them have room for everything.
+/// Map sizes for agents. Everything fits in each of them.
 const SIZES: [Capacity; 4] = [
     Capacity { services: 1024, endpoints: 4096 },
     Capacity { services: 2048, endpoints: 4096 },
@@ -32,7 +32,8 @@ const SIZES: [Capacity; 4] = [
     Capacity { services: 1024, endpoints: 8192 },
 ];
 
-/// Layouts of maps that an agent may be started with: none but its own, of maps beside the image, of maps of it.
+/// Map layouts for agents: none but its own, other layouts of maps outside the image, other layouts of maps
+/// of the image.
 const LAYOUTS: [&str; 6] = [
     "",
     "sockets:90",
@@ -42,22 +43,22 @@ const LAYOUTS: [&str; 6] = [
     "services4:91,meta:91",
 ];
 
-/// The binary that can be told to kill itself.
+/// The binary with fault points, which can kill itself.
 const WITH_FAULT_POINTS: usize = 0;
 
-/// How long an agent may take to end that was told to, or that is to kill itself.
+/// How long an agent may take to exit after SIGTERM, or until it kills itself.
 const END: Duration = Duration::from_secs(20);
 
-/// How many agents ended how.
+/// How many agents exited, by cause.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Events {
-    /// `SIGKILL` from outside, at any moment.
+    /// `SIGKILL` from outside, at any time.
     pub n_kills: u64,
     /// `SIGKILL` between two changes to the kernel.
     pub n_faults: u64,
     /// `SIGTERM`.
     pub n_ends: u64,
-    /// A new agent was started first, of another build, and waited for the end of the old one.
+    /// A new agent, of another build, was started first and waited for the old one's exit.
     pub n_upgrades: u64,
     /// Maps of another layout.
     pub n_layouts: u64,
@@ -73,32 +74,32 @@ pub(super) struct Start {
     capacity: Capacity,
     /// Layout numbers of maps, as `SOCKLB_LAYOUT` takes them.
     layout: &'static str,
-    /// Before which change to the kernel it kills itself.
+    /// The change to the kernel before which it kills itself.
     fault_at: Option<usize>,
 }
 
 impl Start {
-    /// The first binary, with its own layout, and maps that have room.
+    /// The first binary, with its own layout and maps in which all services fit.
     pub(super) fn with_room_for(n_services: usize) -> Self {
         let capacity = if n_services > N_MIXED { Capacity::default() } else { SIZES[0] };
         Self { binary: 0, capacity, layout: "", fault_at: None }
     }
 }
 
-/// What others may know of the agent at any moment.
+/// What other threads may read about the agent at any time.
 #[derive(Debug)]
 pub(super) struct Present {
-    /// The process that was started last.
+    /// The process started last.
     pid: AtomicU32,
     /// When it was started.
     started: Mutex<Instant>,
-    /// When an agent or the API server was last interfered with.
+    /// When an agent or the API server was last disturbed.
     disturbed: Mutex<Instant>,
-    /// Agents that were killed or ended.
+    /// Agents that were killed or stopped.
     n_ended: AtomicU64,
-    /// Octets that they had written to the disk.
+    /// Bytes that they had written to disk.
     written: AtomicU64,
-    /// Where they keep their state.
+    /// Their state directory.
     pub(super) state_dir: PathBuf,
 }
 
@@ -115,12 +116,12 @@ impl Present {
         }
     }
 
-    /// Counts what was done to the agent or to its server.
+    /// Records a disturbance of the agent or its server.
     pub(super) fn disturb(&self) {
         *self.disturbed.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
     }
 
-    /// When that was done last.
+    /// The last disturbance.
     pub(super) fn disturbed(&self) -> Instant {
         *self.disturbed.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -129,25 +130,25 @@ impl Present {
         self.pid.load(Ordering::Relaxed)
     }
 
-    /// How old the present process is.
+    /// The age of the current process.
     pub(super) fn age(&self) -> Duration {
         self.started.lock().unwrap_or_else(PoisonError::into_inner).elapsed()
     }
 
-    /// Agents that have ended.
+    /// Agents that have exited.
     pub(super) fn n_ended(&self) -> u64 {
         self.n_ended.load(Ordering::Relaxed)
     }
 
-    /// Octets that all agents have written to the disk so far.
+    /// Bytes that all agents have written to disk so far.
     pub(super) fn written(&self) -> u64 {
-        // In this order none is counted twice. One that ends meanwhile counts the next time.
+        // This order counts none twice. An agent that exits meanwhile counts in the next sum.
         let ended = self.written.load(Ordering::SeqCst);
         ended + process::written(self.pid()).unwrap_or_default()
     }
 }
 
-/// One process. Killed on drop.
+/// A process. Killed on drop.
 struct Process {
     child: Child,
     log: PathBuf,
@@ -159,7 +160,7 @@ impl Process {
         self.present.disturb();
         kill(Pid::from_raw(self.child.id().cast_signed()), signal)?;
         let status = self.wait(&AtomicBool::new(false))?;
-        // Before it has begun, a program ends by the signal itself.
+        // Before it installs its handler, the signal itself kills it.
         let has_begun = fs::metadata(&self.log)?.len() > 0;
         let is_expected = status.success()
             || signal == Signal::SIGKILL
@@ -168,7 +169,7 @@ impl Process {
         Ok(())
     }
 
-    /// Waits until it has ended, or kills it when told to stop.
+    /// Waits until it exits, or kills it when told to stop.
     fn wait(&mut self, stop: &AtomicBool) -> anyhow::Result<ExitStatus> {
         let end = Instant::now() + END;
         let mut written = 0;
@@ -176,14 +177,14 @@ impl Process {
             if stop.load(Ordering::Relaxed) {
                 self.child.kill()?;
             }
-            // The kernel says so until the process has been waited for.
+            // Readable until the process has been waited for.
             written = process::written(self.child.id()).unwrap_or(written);
             if let Some(status) = self.child.try_wait()? {
                 let _before = self.present.written.fetch_add(written, Ordering::SeqCst);
                 let _before = self.present.n_ended.fetch_add(1, Ordering::Relaxed);
                 return Ok(status);
             }
-            ensure!(Instant::now() < end, "the agent does not end; {}", last_words(&self.log));
+            ensure!(Instant::now() < end, "the agent does not exit; {}", last_words(&self.log));
             thread::sleep(Duration::from_millis(2));
         }
     }
@@ -200,14 +201,14 @@ impl Drop for Process {
     }
 }
 
-/// The end of a log.
+/// The last lines of a log.
 fn last_words(log: &Path) -> String {
     let text = fs::read_to_string(log).unwrap_or_default();
     let lines: Vec<&str> = text.lines().collect();
     format!("the agent's log ends with:\n{}", lines[lines.len().saturating_sub(20)..].join("\n"))
 }
 
-/// The agent of a node, one process after another.
+/// The agent of a node: a sequence of processes.
 pub(super) struct Life<'a> {
     sandbox: &'a Sandbox,
     binaries: &'a [PathBuf],
@@ -221,7 +222,7 @@ pub(super) struct Life<'a> {
 }
 
 impl<'a> Life<'a> {
-    /// Starts the first one.
+    /// Starts the first agent.
     pub(super) fn begin(
         binaries: &'a [PathBuf],
         sandbox: &'a Sandbox,
@@ -249,7 +250,7 @@ impl<'a> Life<'a> {
         command
             .args(["run", "--source", "kube", "--node-name", "node", "--kubeconfig"])
             .arg(directory.join("kubeconfig"))
-            // Without a service of its own: the maps are compared with the server's objects.
+            // Without the self-test's service: the maps are compared with the server's objects.
             .args(["--self-test-interval", "0"])
             .args(["--max-services", &start.capacity.services.to_string()])
             .args(["--max-endpoints", &start.capacity.endpoints.to_string(), "--cgroup"])
@@ -258,7 +259,7 @@ impl<'a> Life<'a> {
             .arg(self.sandbox.pin_path())
             .arg("--state-dir")
             .arg(&self.present.state_dir)
-            // By the environment: a build of before knows no such flag, and has no other way.
+            // Through the environment: an older build ignores it, but would reject an unknown flag.
             .env("SOCKLB_NODE_PORTS_OF_OTHER_NODES", "true")
             .stdin(Stdio::null())
             .stderr(File::create(&log)?);
@@ -275,13 +276,13 @@ impl<'a> Life<'a> {
         Ok(Process { child, log, present: Arc::clone(&self.present) })
     }
 
-    /// What others may know of the agent.
+    /// What other threads may read about the agent.
     pub(super) fn present(&self) -> Arc<Present> {
         Arc::clone(&self.present)
     }
 
-    /// Kills agents until told to stop. Most live for about `mean`, some end while they start, and every tenth lives so
-    /// long that it would show what grows with time.
+    /// Kills agents until told to stop. Most live for about `mean`, some are killed during start, and every
+    /// tenth lives long enough to show what grows with time.
     pub(super) fn kill_now_and_then(&mut self, mean: Duration, stop: &AtomicBool) -> anyhow::Result<()> {
         loop {
             let spread = mean / 2 + mean * u32::try_from(self.random.below(1000)).unwrap_or_default() / 1000;
@@ -302,19 +303,20 @@ impl<'a> Life<'a> {
         }
     }
 
-    /// The log of the present process.
+    /// The log of the current process.
     pub(super) fn log(&self) -> PathBuf {
         self.directory.path().join(format!("log-{}", self.n_started.saturating_sub(1)))
     }
 
-    /// Kills, ends and replaces agents, `n` times or until told to stop. The last one is of the layout that is no test's.
+    /// Kills, stops and replaces agents, `n` times or until told to stop. The last agent has the standard
+    /// layout.
     pub(super) fn go_on(&mut self, n: u64, stop: &AtomicBool) -> anyhow::Result<()> {
         for _ in 0..n {
             if stop.load(Ordering::Relaxed) {
                 break;
             }
             self.event(stop)?;
-            // Half of them come before the agent has done anything, or in the middle of its first plan.
+            // Half of them are killed before the agent has done anything, or during its first plan.
             if self.random.below(2) == 0 {
                 thread::sleep(Duration::from_millis(self.random.next() % 250));
             } else {
@@ -366,7 +368,7 @@ impl<'a> Life<'a> {
                 let at = 1 + self.random.below(most);
                 next.binary = WITH_FAULT_POINTS;
                 self.replace(Start { fault_at: Some(at), ..next }, signal)?;
-                // Changes go on, so that there will be so many.
+                // Changes continue, so this number is reached.
                 if let Some(mut process) = self.process.take() {
                     let status = process.wait(stop)?;
                     ensure!(!status.success(), "an agent that was to kill itself ended with {status}");
@@ -378,7 +380,7 @@ impl<'a> Life<'a> {
         self.replace(next, signal)
     }
 
-    /// Ends the process by a signal, then starts the next.
+    /// Stops the process with a signal, then starts the next.
     fn replace(&mut self, next: Start, signal: Signal) -> anyhow::Result<()> {
         if let Some(process) = self.process.take() {
             process.end(signal)?;
@@ -402,17 +404,17 @@ impl<'a> Life<'a> {
         Ok(())
     }
 
-    /// The sizes of the maps now.
+    /// The current sizes of the maps.
     pub(super) fn capacity(&self) -> Capacity {
         self.start.capacity
     }
 
-    /// What the present process said last.
+    /// The last lines of the current process's log.
     pub(super) fn last_words(&self) -> String {
         last_words(&self.log())
     }
 
-    /// Has the last process end well.
+    /// Stops the last process and checks its exit.
     pub(super) fn end(mut self) -> anyhow::Result<Events> {
         if let Some(process) = self.process.take() {
             process.end(Signal::SIGTERM)?;

@@ -1,4 +1,4 @@
-//! What the agent takes while it is at work: a line of figures now and then, and whether they are flat.
+//! The agent's use of memory and disk: a periodic line of figures, and whether they are flat.
 
 use std::{
     fmt, fs,
@@ -11,52 +11,53 @@ use std::{
 use super::{Counts, life::Present, truth::Truth};
 use crate::process::Memory;
 
-/// How often the agent is looked at between two lines.
+/// Samples of the agent per line.
 const LOOKS: u32 = 12;
-/// What is written a minute at most, on average, in octets: decision 0011.
+/// The most that may be written per minute on average, in bytes: decision 0011.
 const MAX_WRITTEN: u64 = 2_000_000;
-/// By how much memory may seem to grow that is flat: the allocator keeps what a start took, and a start may be missed.
+/// Growth of memory that counts as flat: the allocator keeps what a start took, and a sample may miss a
+/// start.
 const TOLERANCE: f64 = 1.25;
 
-/// What was seen within some time, a minute if no other time was asked for.
+/// The measurements of one interval, a minute by default.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Minute {
-    /// When it was over, since the beginning.
+    /// Its end, since the start of the run.
     pub end: Duration,
-    /// How long it was.
+    /// Its length.
     pub length: Duration,
-    /// How old the agent was at its end.
+    /// The agent's age at its end.
     pub age: Duration,
-    /// Agents that ended.
+    /// Agents that exited.
     pub n_ended: u64,
-    /// The most that an agent had for itself, resident pages but for those of BPF maps, in MiB.
+    /// The largest memory of an agent in MiB: resident pages without those of BPF maps.
     pub own: f64,
-    /// The same at the end.
+    /// The same at the end of the interval.
     pub own_at_end: f64,
-    /// Pages of BPF maps that it had mapped, in MiB.
+    /// Mapped pages of BPF maps, in MiB.
     pub maps: f64,
-    /// Octets that agents wrote to the disk.
+    /// Bytes that agents wrote to disk.
     pub written: u64,
-    /// Octets of the snapshot and of the journal at the end.
+    /// Bytes of the snapshot and of the journal at the end.
     pub files: [u64; 2],
     /// Changes of objects.
     pub n_changes: u64,
     /// Calls.
     pub n_calls: u64,
-    /// Calls that were refused since there was no endpoint or no service. A call to a ready endpoint that fails ends everything.
+    /// Calls refused for lack of an endpoint or service. A failed call to a ready endpoint stops the run.
     pub n_refused: u64,
 }
 
-/// What was measured.
+/// All measurements.
 #[derive(Clone, Debug, Default)]
 pub struct Observed {
-    /// Line by line.
+    /// One per line.
     pub minutes: Vec<Minute>,
-    /// Whether commands told the truth.
+    /// Whether the commands' output was right.
     pub truth: Truth,
 }
 
-/// Looks at the agent until told to stop. Each line is printed when it is complete.
+/// Samples the agent until told to stop. Prints each line when it is complete.
 pub(super) fn observe(
     present: &Present,
     counts: &Counts,
@@ -76,7 +77,7 @@ pub(super) fn observe(
     eprintln!("{HEADER}");
     while !stop.load(Ordering::Relaxed) {
         thread::sleep(interval / LOOKS);
-        // Between two agents there is none to look at.
+        // There may be no agent at the moment.
         if let Ok(memory) = Memory::of(present.pid()) {
             minute.own_at_end = memory.resident - memory.maps;
             minute.own = minute.own.max(minute.own_at_end);
@@ -86,7 +87,7 @@ pub(super) fn observe(
             continue;
         }
         let now = total();
-        // An agent that has just ended counts the next time.
+        // An agent that has just exited counts in the next line.
         let [written, n_ended, n_changes, n_calls, n_refused] =
             std::array::from_fn(|index| now[index].saturating_sub(before[index]));
         before = std::array::from_fn(|index| now[index].max(before[index]));
@@ -168,7 +169,7 @@ impl fmt::Display for Observed {
     }
 }
 
-/// Octets on average.
+/// Average bytes per minute.
 fn written_a_minute(minutes: &[Minute]) -> Option<u64> {
     let milliseconds = minutes.iter().map(|minute| minute.length.as_millis()).sum::<u128>();
     let written = minutes.iter().map(|minute| u128::from(minute.written)).sum::<u128>();
@@ -182,7 +183,7 @@ fn growth_of_all(minutes: &[Minute]) -> Option<[f64; 2]> {
     (third > 0).then(|| [most(&minutes[..third]), most(&minutes[minutes.len() - third..])])
 }
 
-/// The lines of the agent that is in most of them, without that of its start.
+/// The lines of the agent that is in most of them, without the line of its start.
 fn longest_life(minutes: &[Minute]) -> Option<&[Minute]> {
     let lives = minutes.chunk_by(|before, after| after.age > before.age);
     let lives =
@@ -191,7 +192,7 @@ fn longest_life(minutes: &[Minute]) -> Option<&[Minute]> {
 }
 
 impl Observed {
-    /// What is not as it must be: memory or writing that is not flat, commands that did not tell the truth in time.
+    /// Faults: memory or writes that are not flat, output of commands that was not right in time.
     #[must_use]
     pub fn flaws(&self) -> Vec<String> {
         let mut flaws = Vec::new();
@@ -220,7 +221,7 @@ mod tests {
 
     const MINUTE: Duration = Duration::from_secs(60);
 
-    /// Lines of agents of these ages in minutes, with their memory.
+    /// Lines of agents with these ages in minutes and this memory.
     fn lines(values: &[(u32, f64)], written: u64) -> Observed {
         let line = |(n, (age, own)): (usize, &(u32, f64))| Minute {
             end: MINUTE * u32::try_from(n).unwrap_or_default(),

@@ -1,7 +1,7 @@
-//! How long after a change the agent and the commands tell of it.
+//! How long after a change the agent and the commands report it.
 //!
-//! The agent is asked at its socket again and again until it tells of the change. A command takes longer than what is to be
-//! seen, so it is started [`WITHIN`] after a change and must then be right.
+//! The agent's socket is polled until it reports the change. A command takes longer than the delay to be
+//! measured, so it is started [`WITHIN`] after a change and must then be right.
 
 use std::{
     collections::BTreeMap,
@@ -32,19 +32,19 @@ use crate::{
     process,
 };
 
-/// Until when everybody must tell of a change.
+/// The limit within which a change must be reported.
 const WITHIN: Duration = Duration::from_millis(50);
-/// Between two changes.
+/// Interval of changes.
 const PAUSE: Duration = Duration::from_secs(2);
-/// Between two questions to the agent about one change.
+/// Interval of queries to the agent about one change.
 const LOOK: Duration = Duration::from_millis(1);
-/// One of so many changes is for commands, which cost more than the agent's answer.
+/// One change in this number is for commands, which cost more than the agent's answer.
 const COMMANDS: u64 = 4;
-/// For how long an agent must have been left alone, and its server too, for what it says to count.
+/// How long the agent and its server must have been undisturbed for a delay to count as calm.
 const QUIET: Duration = Duration::from_secs(5);
 /// The service whose endpoint changes.
 const MOVING: (&str, Ipv4Addr) = ("probe", Ipv4Addr::new(10, 97, 0, 1));
-/// The service that comes and goes.
+/// The service that is created and deleted.
 const NEW: (&str, Ipv4Addr) = ("probe-new", Ipv4Addr::new(10, 97, 0, 2));
 /// The service whose slice is sometimes wrong.
 const WRONG: &str = "probe-wrong";
@@ -54,7 +54,7 @@ const WRONG: &str = "probe-wrong";
 pub struct Delays(Vec<Duration>);
 
 impl Delays {
-    /// The smallest value that so many of a hundred do not exceed.
+    /// The smallest value that this percentage of the durations does not exceed.
     fn percentile(&self, percent: usize) -> Duration {
         let mut sorted = self.0.clone();
         sorted.sort_unstable();
@@ -74,29 +74,30 @@ impl fmt::Display for Delays {
     }
 }
 
-/// What one kind of answer was worth.
+/// Results of one kind of query.
 #[derive(Clone, Debug, Default)]
 struct Answers {
-    /// How long after a change the truth was told, by an agent that was left alone.
+    /// Delay between a change and the right answer of an undisturbed agent.
     calm: Delays,
-    /// How many of those were late, but by no more than the kernel had kept the CPU from the agent or its server.
+    /// How many of those were late by no more than the time in which the agent or its server waited for a
+    /// CPU.
     n_starved: usize,
-    /// The same soon after an agent was killed or its server failed.
+    /// The same soon after a kill of the agent or a fault of its server.
     disturbed: Delays,
     /// How long a command took.
     took: Delays,
 }
 
-/// When the truth was told.
+/// Results of all queries.
 #[derive(Clone, Debug, Default)]
 pub struct Truth {
     /// The agent at its socket.
     agent: Answers,
-    /// Commands. Delays are those of the question that was answered well: [`WITHIN`] is the first.
+    /// Commands. A delay is that of the query with the right answer: [`WITHIN`] is the first.
     commands: [Answers; 3],
 }
 
-/// A command and what it must tell.
+/// A command and what it must report.
 #[derive(Clone, Copy, Debug)]
 enum Ask {
     Explain,
@@ -115,7 +116,7 @@ impl Ask {
         }
     }
 
-    /// Changes what the command tells of.
+    /// Changes what the command reports.
     fn change(self, server: &Server, number: u64) {
         let server = server.read();
         let is_odd = number % 2 == 1;
@@ -134,7 +135,7 @@ impl Ask {
         }
     }
 
-    /// Whether an answer tells of the change.
+    /// Whether an answer reports the change.
     fn is_right(self, answer: &Value, number: u64) -> bool {
         let is_odd = number % 2 == 1;
         let rows = |value: &Value| value.as_array().cloned().unwrap_or_default();
@@ -176,7 +177,7 @@ fn move_endpoint(server: &crate::apiserver::ApiServer, number: u64) {
     }
 }
 
-/// Makes changes until told to stop, and asks each time until the truth is told.
+/// Makes changes until told to stop, and polls after each until the answer is right.
 pub(super) fn ask(
     present: &Present,
     server: &Server,
@@ -202,7 +203,7 @@ pub(super) fn ask(
             continue;
         }
         for (ask, answers) in Ask::ALL.into_iter().zip(&mut truth.commands) {
-            // Another one than the last, and odd or even in turn.
+            // Another one than last time, with odd and even numbers in turn.
             let number = number / COMMANDS;
             let change = Change::now(present);
             ask.change(server, number);
@@ -223,11 +224,11 @@ pub(super) fn ask(
     Ok(truth)
 }
 
-/// The moment of a change, and what tells whether the agent could have told of it in time.
+/// The time of a change, and what is needed to know whether the agent could have reported it in time.
 struct Change<'a> {
     present: &'a Present,
     was_calm: bool,
-    /// How long threads had waited for a CPU: the agent's, and those of this process, its server's among them.
+    /// CPU wait times of threads: the agent's, and those of this process, which includes the server.
     waits: [BTreeMap<u32, Duration>; 2],
     at: Instant,
 }
@@ -239,12 +240,12 @@ impl<'a> Change<'a> {
         Self { present, was_calm, waits, at: Instant::now() }
     }
 
-    /// Whether nobody has interfered since some time before.
+    /// Whether nothing was disturbed for long enough.
     fn is_calm(&self) -> bool {
         self.was_calm && self.present.disturbed() < self.at
     }
 
-    /// For how long the kernel has kept a CPU from one of each process's threads since.
+    /// How long one thread of each process has waited for a CPU since.
     fn starved(&self) -> Duration {
         let now = [self.present.pid(), std::process::id()].map(process::waits);
         let longest = |(before, now): (&BTreeMap<u32, Duration>, &BTreeMap<u32, Duration>)| {
@@ -258,7 +259,8 @@ impl<'a> Change<'a> {
 }
 
 impl Answers {
-    /// Counts a question of `asked` that was answered well. After `limit` it was late; `starved` may be why.
+    /// Counts a query of `asked` with the right answer. After `limit` it was late; `starved` may be the
+    /// cause.
     fn count(&mut self, change: &Change<'_>, asked: Instant, starved: Duration, limit: Duration) {
         let delay = asked - change.at;
         if !change.is_calm() {
@@ -274,13 +276,13 @@ impl Answers {
         }
     }
 
-    /// Late without such a reason.
+    /// Late without that cause.
     fn n_late(&self, limit: Duration) -> usize {
         self.calm.beyond(limit).saturating_sub(self.n_starved)
     }
 }
 
-/// Runs a command and reads what it prints. Its exit status may be a judgement.
+/// Runs a command and parses its output. A nonzero exit status may be its result.
 fn run(ask: Ask, present: &Present, sandbox: &Sandbox, socklb: &Path) -> anyhow::Result<Value> {
     let mut command = Command::new(socklb);
     command.arg(ask.name());
@@ -304,7 +306,7 @@ fn has_synced(state_dir: &Path) -> bool {
     known(state_dir, "for=issues").is_ok_and(|known| known.has_synced)
 }
 
-/// The endpoints that the kernel has for the service that moves, as the agent says.
+/// The endpoints in the kernel of the service that moves, as the agent reports them.
 fn told(state_dir: &Path) -> anyhow::Result<Vec<SocketAddr>> {
     let known = known(state_dir, &format!("at={}", frontend()))?;
     ensure!(known.has_synced, "not synced");
@@ -316,7 +318,7 @@ fn told(state_dir: &Path) -> anyhow::Result<Vec<SocketAddr>> {
         .unwrap_or_default())
 }
 
-/// One question to the agent.
+/// One query to the agent.
 fn known(state_dir: &Path, query: &str) -> anyhow::Result<Known> {
     let mut stream = UnixStream::connect(state_dir.join(FILE_NAME))?;
     stream.set_read_timeout(Some(PATIENCE))?;
@@ -361,11 +363,11 @@ impl fmt::Display for Truth {
     }
 }
 
-/// A command that was asked later than this was asked once more.
+/// A command asked later than this was asked again.
 const ASKED: Duration = Duration::from_millis(60);
 
 impl Truth {
-    /// What was not told in time.
+    /// What was not reported in time.
     pub(super) fn flaws(&self) -> Vec<String> {
         let mut flaws = Vec::new();
         let limit = WITHIN.as_millis();

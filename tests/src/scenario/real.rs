@@ -1,8 +1,8 @@
 //! Scenarios on the running kernel.
 //!
-//! Every endpoint is made real in the network namespace of each caller, by an address on its loopback device and a
-//! server there. So is every destination: a call that is left alone reaches a server at the very address, and a
-//! refusal comes although somebody would answer.
+//! Every endpoint gets an address on the loopback device of each caller's network namespace and a server
+//! there. So does every destination: a call that passes reaches a server at the original address, and a call
+//! is refused although a server listens.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -26,7 +26,7 @@ use crate::{
     server::Servers,
 };
 
-/// An agent on the kernel, and the places where calls are made.
+/// An agent on the kernel, and the network namespaces of the callers.
 pub struct Real {
     agent: Agent,
     addresses: BTreeSet<(SocketAddr, Protocol)>,
@@ -89,7 +89,7 @@ impl Executor for Real {
             self.places.insert(caller.to_owned(), Place::new(NetNs::new()?, &self.addresses)?);
         }
         let features = self.features;
-        // With n endpoints, one of them is missed once in more than a thousand million runs.
+        // With n endpoints, one is missed in less than one of 10^9 runs.
         self.places[caller].netns.run(|| {
             let ways = ways(to);
             (0..24 * n).map(|i| outcome(ways[i % ways.len()], to, features)).collect()
@@ -105,7 +105,7 @@ impl Executor for Real {
     }
 }
 
-/// How a program can call: the kind of socket, and whether it connects.
+/// How a program calls: the kind of socket, and whether it connects.
 type Way = (Domain, bool);
 
 fn ways(to: FrontendAddress) -> Vec<Way> {
@@ -129,7 +129,7 @@ fn outcome((domain, connects): Way, to: FrontendAddress, features: Features) -> 
         }
         Err(Errno::ECONNREFUSED) => Ok(Outcome::Refused),
         Err(Errno::EHOSTUNREACH) => Ok(Outcome::Unreachable),
-        // What a datagram gets on a kernel that lets no program choose the error.
+        // The error of a datagram on kernels where programs cannot choose it.
         Err(Errno::EINVAL) if !features.set_retval && to.protocol == Protocol::Udp => Ok(Outcome::Refused),
         Err(error) => Err(error).with_context(|| format!("{domain:?}, connects: {connects}")),
     }

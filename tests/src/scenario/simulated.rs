@@ -35,7 +35,7 @@ impl Simulated {
     ///
     /// # Errors
     ///
-    /// If they cannot be read.
+    /// If they cannot be parsed.
     pub fn new(scenario: &Scenario) -> Result<Self> {
         let mut simulator = Simulator::new(Image::default());
         simulator.config = Config {
@@ -51,7 +51,7 @@ impl Simulated {
 impl Executor for Simulated {
     fn follow(&mut self, cluster: &Cluster) -> Result<()> {
         cluster.feed(&mut self.state);
-        // What waits for a grace period follows, too.
+        // Also completes what waits for a grace period.
         while self.state.needs_sync() {
             let plan = self.state.sync();
             plan.apply(&mut self.simulator.image);
@@ -70,7 +70,7 @@ impl Executor for Simulated {
         let n_known = u64::try_from(self.cookies.len())?;
         let netns = *self.cookies.entry(caller.to_owned()).or_insert(n_known + 1);
         let caller = Caller { netns, on_node: caller == NODE, earlier: None };
-        // Numbers all over the range, more of them than endpoints.
+        // Numbers across the whole range, more of them than endpoints.
         let step = u32::MAX / u32::try_from(8 * n)?;
         let randoms = (0..=8 * n).map(|i| u32::try_from(i).unwrap_or_default().saturating_mul(step));
         Ok(randoms

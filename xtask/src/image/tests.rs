@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use super::*;
 
-/// The limit for the whole archive.
+/// Maximum size of the archive, in octets.
 const MAX_BYTES: usize = 30_000_000;
 
 fn sample() -> Tree {
@@ -35,7 +35,7 @@ fn files(tar: &[u8]) -> BTreeMap<String, Vec<u8>> {
         .collect()
 }
 
-/// Reads an archive as the specification says, and returns its layer. Every digest and size on the way must be right.
+/// Reads an archive as the specification says, and returns its layer. Checks every digest and size.
 fn read(archive: &[u8]) -> Vec<u8> {
     let files = files(archive);
     let json = |data: &[u8]| -> Value { serde_json::from_slice(data).unwrap() };
@@ -62,7 +62,7 @@ fn read(archive: &[u8]) -> Vec<u8> {
     GzDecoder::new(layer).read_to_end(&mut plain).unwrap();
     let diff_ids = json!([format!("sha256:{}", sha256(&plain))]);
     assert_eq!(config["rootfs"], json!({ "type": "layers", "diff_ids": diff_ids }));
-    // The same blobs under the names of `docker load`.
+    // The same blobs under the names that `docker load` expects.
     let for_docker = json(&files["manifest.json"]);
     assert_eq!(for_docker[0]["RepoTags"][0], NAME);
     for name in [&for_docker[0]["Config"], &for_docker[0]["Layers"][0]] {
@@ -112,17 +112,17 @@ fn libraries_are_read_from_ldd() {
     assert!(libraries("\tlibx.so => not found\n").unwrap_err().to_string().starts_with("libx.so is not"));
 }
 
-/// A containerd of the test's own: its folders, its socket and the namespace of its mounts are nobody else's.
+/// A private containerd, with its own folders, socket and mount namespace.
 struct Containerd {
     daemon: Child,
     directory: tempfile::TempDir,
-    /// What containerd calls a namespace: runc names the parents of its cgroups so.
+    /// The containerd namespace, which is also the name of runc's parent cgroups.
     namespace: String,
 }
 
 impl Containerd {
     fn start() -> Self {
-        // The plug-in left out would want a network for pods.
+        // The disabled plug-in needs a network for pods.
         const START: &str = "mount -t bpf none \"$1/bpf\" && exec containerd --config \"$1/config.toml\"";
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().display().to_string();
@@ -156,7 +156,7 @@ impl Containerd {
         ctr.args(["--namespace", &self.namespace]).args(args).output().unwrap()
     }
 
-    /// Runs socklb in a container whose root file system can only be read, and returns what it prints.
+    /// Runs socklb in a container with a read-only root file system, and returns its output.
     fn socklb(&self, how: &[&str], args: &[&str]) -> String {
         self.run(how, "/usr/local/bin/socklb", args)
     }
@@ -177,10 +177,10 @@ impl Containerd {
 impl Drop for Containerd {
     fn drop(&mut self) {
         let _none = self.ctr(&["tasks", "kill", "--signal", "SIGKILL", "container"]);
-        // Its mounts go with its namespace.
+        // Its mounts vanish with its namespace.
         let _ended_already = self.daemon.kill();
         let _ended_already = self.daemon.wait();
-        // runc removes a container's cgroups, and leaves their parents: one in each hierarchy.
+        // runc removes a container's cgroups, but not their parents, one in each hierarchy.
         for hierarchy in fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten() {
             let _none_there = fs::remove_dir(hierarchy.path().join(&self.namespace));
         }
@@ -188,12 +188,12 @@ impl Drop for Containerd {
     }
 }
 
-/// A container engine takes the archive, and the binary finds in the image all that it needs, under the restrictions and
-/// with the mounts of the manifests.
+/// A container engine accepts the archive, and the image has all that the binary needs, under the
+/// restrictions and with the mounts of the manifests.
 #[test]
 fn containerd_runs_the_image() {
     let Some(binary) = env::var_os("SOCKLB_BIN").filter(|_| process::is_root()) else {
-        eprintln!("SKIPPED: it needs root, and SOCKLB_BIN, which `cargo xtask test` sets");
+        eprintln!("SKIPPED: needs root, and SOCKLB_BIN, which `cargo xtask test` sets");
         return;
     };
     let containerd = Containerd::start();
@@ -209,14 +209,14 @@ fn containerd_runs_the_image() {
     assert!(imported.status.success(), "{imported:?}");
 
     assert_eq!(containerd.socklb(&[], &["--version"]), concat!("socklb ", env!("CARGO_PKG_VERSION"), "\n"));
-    // As the DaemonSet: these capabilities, the engine's own seccomp profile, the cgroups only to read.
+    // As in the DaemonSet: these capabilities, the engine's seccomp profile, cgroups read-only.
     let mut restricted =
         vec!["--seccomp", "--mount", "type=bind,src=/sys/fs/cgroup,dst=/host/cgroup,options=rbind:ro"];
     let rights = ["CAP_BPF", "CAP_NET_ADMIN", "CAP_PERFMON", "CAP_SYS_ADMIN"];
     restricted.extend(rights.iter().flat_map(|right| ["--cap-add", right]));
     let check = containerd.socklb(&restricted, &["check", "--pin-path", "/host/bpf/socklb"]);
-    assert!(check.contains("the kernel accepts those of all hooks"), "{check}");
-    // In namespaces and a cgroup of its own.
+    assert!(check.contains("the kernel accepts the programs of all hooks"), "{check}");
+    // In its own namespaces and cgroup.
     let demo = Path::new(&binary).with_file_name(build::DEMO);
     let demo =
         format!("type=bind,src={},dst=/usr/local/bin/{},options=rbind:ro", demo.display(), build::DEMO);

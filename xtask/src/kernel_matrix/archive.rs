@@ -1,7 +1,6 @@
 //! Packages of other Debian releases, downloaded and unpacked but not installed.
 //!
-//! Each release gets package lists of its own in the cache folder, so that the system's apt never sees them. Needs
-//! no root.
+//! Each release has its own package lists in the cache folder, invisible to the system's apt. Needs no root.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -11,13 +10,13 @@ use anyhow::{Context, Result, bail};
 
 use crate::process;
 
-/// Signs every Debian release; from the package debian-archive-keyring, which every Debian has.
+/// Keys of all Debian releases, from the package debian-archive-keyring, which every Debian has.
 const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 
-/// The archive that this system's own apt uses.
+/// The archive of this system's apt.
 pub(super) struct Archive {
     mirror: String,
-    /// The code name of the release that this system is.
+    /// The code name of this system's release.
     pub(super) system: String,
     dir: PathBuf,
 }
@@ -26,7 +25,7 @@ impl Archive {
     /// Reads the system's apt configuration.
     ///
     /// # Errors
-    /// When this system is not Debian or has no Debian archive configured.
+    /// If this system is not Debian or has no Debian archive configured.
     pub(super) fn locate(cache: &Path) -> Result<Self> {
         let os = fs::read_to_string("/etc/os-release").context("no /etc/os-release: run this on Debian")?;
         let Some(system) = debian_release(&os) else {
@@ -45,10 +44,10 @@ impl Archive {
         Ok(Self { mirror, system, dir: cache.join("apt") })
     }
 
-    /// Package lists of some releases with up-to-date content. `status` is the dpkg status to plan installs against.
+    /// Fetches the package lists of some releases. `status` is the dpkg status to plan installs against.
     ///
     /// # Errors
-    /// When the lists cannot be fetched.
+    /// If the lists cannot be fetched.
     pub(super) fn lists(&self, releases: &[&str], status: Option<&Path>) -> Result<Lists> {
         let dir = self.dir.join(releases.join("+"));
         let create = |path: &Path| {
@@ -78,34 +77,34 @@ impl Archive {
     }
 }
 
-/// Package lists of their own.
+/// Private package lists.
 pub(super) struct Lists {
     dir: PathBuf,
 }
 
 impl Lists {
-    /// An apt command that reads these lists and nothing of the system's, but for proxies and the like.
+    /// An apt command that reads only these lists, with the system's settings for proxies and the like.
     fn apt(&self, program: &str) -> Command {
         let mut command = Command::new(program);
-        // Not the variable APT_CONFIG: what that names is read before the system's own files and loses to them.
+        // Not the variable APT_CONFIG: its file is read before the system's files, which then override it.
         command.arg("--config-file").arg(self.dir.join("apt.conf")).arg("--quiet").env("LC_ALL", "C");
         command
     }
 
-    /// The packages that a package depends on.
+    /// The direct dependencies of a package.
     ///
     /// # Errors
-    /// When apt does not know the package.
+    /// If apt does not know the package.
     pub(super) fn depends(&self, package: &str) -> Result<Vec<String>> {
         let mut command = self.apt("apt-cache");
         command.args(["depends", package]);
         Ok(parse_depends(&process::capture(&mut command)?))
     }
 
-    /// The packages that installing a package of a release would install.
+    /// All packages that installing a package of a release would install.
     ///
     /// # Errors
-    /// When apt finds no solution.
+    /// If apt finds no solution.
     pub(super) fn would_install(&self, package: &str, release: &str) -> Result<Vec<String>> {
         let mut command = self.apt("apt-get");
         command.args([
@@ -119,10 +118,10 @@ impl Lists {
         Ok(parse_simulation(&process::capture(&mut command)?))
     }
 
-    /// Downloads packages, unpacks them below `root`, and deletes the lists, which are the larger part of the cache.
+    /// Downloads packages, unpacks them below `root`, and deletes the lists, the larger part of the cache.
     ///
     /// # Errors
-    /// When a package cannot be fetched or unpacked.
+    /// If a package cannot be fetched or unpacked.
     pub(super) fn unpack(self, packages: &[String], root: &Path) -> Result<()> {
         let debs = self.dir.join("debs");
         recreate(&debs)?;
@@ -154,7 +153,7 @@ fn configuration(dir: &Path, status: &Path) -> String {
         ("Dir::Etc::Preferences", format!("{dir}/preferences")),
         ("Dir::Etc::PreferencesParts", format!("{dir}/empty")),
         ("Acquire::Languages", "none".to_owned()),
-        // A mirror that is some weeks behind has kernels to test on too; signatures are checked all the same.
+        // An outdated mirror is good enough for tests; signatures are still checked.
         ("Acquire::Check-Valid-Until", "false".to_owned()),
         // apt's own user cannot read a cache below root's home.
         ("APT::Sandbox::User", "root".to_owned()),
@@ -162,10 +161,10 @@ fn configuration(dir: &Path, status: &Path) -> String {
     settings.iter().map(|(name, value)| [name, " \"", value, "\";\n"].concat()).collect()
 }
 
-/// Makes an empty folder.
+/// Creates an empty folder.
 ///
 /// # Errors
-/// When it cannot be emptied or made.
+/// If it cannot be emptied or created.
 pub(super) fn recreate(dir: &Path) -> Result<()> {
     if dir.exists() {
         fs::remove_dir_all(dir).with_context(|| format!("cannot delete {}: delete it", dir.display()))?;
@@ -180,11 +179,11 @@ fn debian_release(os: &str) -> Option<String> {
     (field("ID=") == Some("debian")).then(|| field("VERSION_CODENAME=").map(str::to_owned)).flatten()
 }
 
-/// The address of the Debian archive among the lines `RELEASE COMPONENT URI ORIGIN` that apt printed.
+/// The URL of the Debian archive in apt's lines `RELEASE COMPONENT URI ORIGIN`.
 fn mirror(targets: &str, system: &str) -> Option<String> {
     let fields = targets.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
     let of_system: Vec<_> = fields.filter(|f| f.len() >= 3 && f[0] == system && f[1] == "main").collect();
-    // Other vendors use Debian's code names too. The origin is known once the lists were fetched.
+    // Other vendors use Debian's code names too. The origin is empty until the lists are fetched.
     let by_origin = of_system.iter().find(|fields| fields.get(3) == Some(&"Debian"));
     let by_name = || of_system.iter().find(|fields| fields[2].trim_end_matches('/').ends_with("/debian"));
     by_origin.or_else(by_name).map(|fields| fields[2].to_owned())
@@ -197,7 +196,7 @@ fn parse_depends(text: &str) -> Vec<String> {
 
 fn parse_simulation(text: &str) -> Vec<String> {
     let lines = text.lines().filter_map(|line| line.strip_prefix("Inst "));
-    // Name, version to be replaced in brackets if any, new version in parentheses.
+    // Name, replaced version in brackets if any, new version in parentheses.
     let versions = |line: &str| {
         let name = line.split_whitespace().next()?;
         let version = line.split_once('(')?.1.split_whitespace().next()?;

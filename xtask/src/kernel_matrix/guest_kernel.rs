@@ -1,4 +1,4 @@
-//! Debian's cloud kernels, reduced to what a guest needs.
+//! Debian's cloud kernels, reduced to the guest's needs.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -9,26 +9,26 @@ use anyhow::{Context, Result, bail};
 use super::archive::{self, Archive, Lists};
 use crate::process::{self, step};
 
-/// Modules that the tests need, in the order of their dependencies: destroying sockets takes the first three.
+/// The tests' modules in dependency order; the first three are for `SOCK_DESTROY`.
 const MODULES: &[&str] = &["inet_diag", "tcp_diag", "udp_diag", "veth"];
 
-/// The package that names the current cloud kernel of a release.
+/// The package that depends on a release's current cloud kernel.
 const META_PACKAGE: &str = "linux-image-cloud-amd64";
 
 /// A kernel in the cache folder.
 pub(super) struct GuestKernel {
-    /// What `uname -r` prints on it.
+    /// Its `uname -r`.
     pub(super) release: String,
     pub(super) vmlinuz: PathBuf,
-    /// File name and content, in the order in which to load them.
+    /// File name and content, in load order.
     pub(super) modules: Vec<(String, Vec<u8>)>,
 }
 
 impl GuestKernel {
-    /// Takes a kernel from the cache, or from the archive when it is not there or `refresh` is set.
+    /// Takes a kernel from the cache, or from the archive if it is not cached or `refresh` is set.
     ///
     /// # Errors
-    /// When the archive does not deliver it, or in a form that is not known.
+    /// If the archive lacks it, or its packaging is unknown.
     pub(super) fn fetch(archive: &Archive, cache: &Path, suite: &str, refresh: bool) -> Result<Self> {
         let dir = cache.join("kernels").join(suite);
         if !refresh && let Ok(kernel) = Self::load(&dir) {
@@ -66,9 +66,9 @@ impl GuestKernel {
     }
 }
 
-/// Follows the meta package to the packages that hold the image and the modules.
+/// Finds the packages with the image and the modules of the meta package.
 ///
-/// Up to trixie that is one package, later it is split, so the way is by name and not by number.
+/// Up to trixie that is one package, later two, so packages are recognised by name.
 fn kernel_packages(lists: &Lists) -> Result<Vec<String>> {
     let mut packages = vec![META_PACKAGE.to_owned()];
     let mut at = 0;
@@ -90,7 +90,7 @@ fn is_kernel_part(package: &str) -> bool {
     package.starts_with("linux-") && package.contains("-cloud-")
 }
 
-/// Copies the image and the modules out of unpacked packages.
+/// Copies the image and the modules from unpacked packages.
 fn reduce(unpacked: &Path, to: &Path) -> Result<()> {
     archive::recreate(&to.join("modules"))?;
     let mut files = Vec::new();
@@ -131,7 +131,7 @@ fn reduce(unpacked: &Path, to: &Path) -> Result<()> {
 fn release_in_path(file: &Path) -> Option<String> {
     let parts: Vec<_> = file.iter().filter_map(|part| part.to_str()).collect();
     let at = parts.windows(2).position(|pair| pair == ["lib", "modules"])?;
-    // The part after the release is a file or folder of it.
+    // The component after the release is in it.
     (parts.len() > at + 3).then(|| parts[at + 2].to_owned())
 }
 

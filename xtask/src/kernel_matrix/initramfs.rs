@@ -1,6 +1,7 @@
-//! Writes an initramfs: a cpio archive in the format that the kernel calls newc.
+//! Writes an initramfs: a cpio archive in the kernel's newc format.
 //!
-//! Own code, because the format is a header of hex numbers and the `cpio` program needs root for device nodes.
+//! Own code: the format is a header of hexadecimal numbers, and the `cpio` program needs root for device
+//! nodes.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -9,7 +10,7 @@ const DIRECTORY: u32 = 0o040_000;
 const CHARACTER_DEVICE: u32 = 0o020_000;
 const REGULAR: u32 = 0o100_000;
 
-/// An archive that grows entry by entry.
+/// An archive that is built entry by entry.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Initramfs {
     bytes: Vec<u8>,
@@ -18,13 +19,13 @@ pub(super) struct Initramfs {
 }
 
 impl Initramfs {
-    /// Adds a file at an absolute path, and the folders above it.
+    /// Adds a file at an absolute path, and its parent folders.
     pub(super) fn file(&mut self, path: &Path, permissions: u32, content: &[u8]) {
         self.parents(path);
         self.entry(path, REGULAR | permissions, (0, 0), content);
     }
 
-    /// Adds a folder at an absolute path, and the folders above it.
+    /// Adds a folder at an absolute path, and its parent folders.
     pub(super) fn directory(&mut self, path: &Path) {
         self.parents(path);
         if self.directories.insert(path.to_owned()) {
@@ -39,7 +40,7 @@ impl Initramfs {
         self.entry(path, CHARACTER_DEVICE | 0o600, (5, 1), &[]);
     }
 
-    /// Ends the archive.
+    /// Finishes the archive.
     pub(super) fn finish(mut self) -> Vec<u8> {
         self.entry(Path::new("TRAILER!!!"), 0, (0, 0), &[]);
         self.bytes
@@ -85,7 +86,7 @@ impl Initramfs {
         self.pad();
     }
 
-    /// Names and contents both end at a multiple of four.
+    /// Names and contents are padded to a multiple of four.
     fn pad(&mut self) {
         self.bytes.resize(self.bytes.len().next_multiple_of(4), 0);
     }

@@ -1,4 +1,4 @@
-//! Finds QEMU, boots a guest and judges what it printed.
+//! Finds QEMU, boots a guest and evaluates its output.
 
 use std::fmt;
 use std::fs::{self, File};
@@ -18,28 +18,28 @@ use crate::test::Tally;
 
 const PROGRAM: &str = "qemu-system-x86_64";
 
-/// The oldest QEMU whose emulation is sound enough: 7.2 crashes every fourth guest of kernel 6.12 while it boots.
+/// The oldest usable QEMU: 7.2 crashes one of four guests with kernel 6.12 during boot.
 const MIN_VERSION: (u32, u32, u32) = (10, 0, 2);
 
-/// What init prints last; see `vm-init` in lb-tests.
+/// Init's last line; see `vm-init` in lb-tests.
 const END_MARK: &str = "INIT DONE rc=";
 
-/// How a guest ended.
+/// The result of a guest.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Outcome {
-    /// The tests ended with 0 and all closing lines say ok.
+    /// The tests exited with 0, and all result lines say ok.
     Passed(Tally),
-    /// The tests ended with another status.
+    /// The tests exited with another status.
     Failed(Tally),
     /// Init could not prepare the guest.
     NotPrepared(String),
-    /// The kernel gave up.
+    /// The kernel panicked.
     Panicked(String),
-    /// The guest ended without init's last line.
+    /// The guest exited without init's last line.
     Silent,
-    /// The guest did not end. The tests up to then are counted.
+    /// The guest reached the time limit. Tests up to then are counted.
     TimedOut(Tally),
-    /// There was no kernel to boot.
+    /// No kernel was available.
     NotRun,
 }
 
@@ -55,7 +55,7 @@ impl Outcome {
         }
     }
 
-    /// Judges a guest by its serial line alone, because qemu exits with 0 also when the guest panics.
+    /// Evaluates the serial output only, because qemu also exits with 0 when the guest panics.
     fn judge(serial: &str) -> Self {
         let mut tally = Tally::default();
         let mut panic = None;
@@ -63,7 +63,7 @@ impl Outcome {
             tally.add_line(line);
             if let Some(status) = line.trim().strip_prefix(END_MARK) {
                 return match status {
-                    // A run that tested nothing shows nothing.
+                    // A run without tests proves nothing.
                     "0" if tally.n_failed == 0 && tally.n_passed > 0 => Self::Passed(tally),
                     _ => Self::Failed(tally),
                 };
@@ -85,22 +85,20 @@ impl fmt::Display for Outcome {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Passed(_) => f.write_str("passed"),
-            Self::Failed(Tally { n_failed: 0, n_passed: 0, .. }) => {
-                f.write_str("failed: no test ran to its end")
-            }
+            Self::Failed(Tally { n_failed: 0, n_passed: 0, .. }) => f.write_str("failed: no test completed"),
             Self::Failed(tally) => write!(f, "failed: {} tests", tally.n_failed),
             Self::NotPrepared(cause) | Self::Panicked(cause) => write!(f, "failed: {cause}"),
-            Self::Silent => f.write_str("failed: ended without a result"),
+            Self::Silent => f.write_str("failed: exited without a result"),
             Self::TimedOut(_) => f.write_str("failed: time limit"),
             Self::NotRun => f.write_str("failed: no kernel"),
         }
     }
 }
 
-/// A QEMU that runs.
+/// A usable QEMU.
 pub(super) struct Qemu {
     program: PathBuf,
-    /// The folder that it is unpacked into; `None` for an installed one.
+    /// The folder it is unpacked into; `None` for an installed one.
     root: Option<PathBuf>,
     accelerator: Accelerator,
 }
@@ -108,10 +106,10 @@ pub(super) struct Qemu {
 impl Qemu {
     /// Takes the installed QEMU if it is new enough, else one from the cache, else one from the archive.
     ///
-    /// It is unpacked and not installed, because installing the backport removes packages of the older QEMU.
+    /// Unpacked, not installed: installing the backport removes packages of the older QEMU.
     ///
     /// # Errors
-    /// When no QEMU can be had that is new enough.
+    /// If no QEMU is new enough.
     pub(super) fn find(
         archive: &Archive,
         cache: &Path,
@@ -136,7 +134,7 @@ impl Qemu {
             ));
             let backports = format!("{}-backports", archive.system);
             let updates = format!("{}-updates", archive.system);
-            // Against the system's status: what is installed is not unpacked again.
+            // Against the system's status, so that installed packages are not unpacked again.
             let status = Path::new("/var/lib/dpkg/status");
             let lists = archive.lists(&[&archive.system, &updates, &backports], Some(status))?;
             let packages = lists.would_install("qemu-system-x86", &backports)?;
@@ -156,14 +154,14 @@ impl Qemu {
         Ok(qemu)
     }
 
-    /// A command that starts this QEMU.
+    /// A command for this QEMU.
     fn command(&self) -> Command {
         let mut command = Command::new(&self.program);
         command.env_remove("LD_LIBRARY_PATH");
         if let Some(root) = &self.root {
             let libraries = ["usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu"].map(|dir| root.join(dir));
             command.env("LD_LIBRARY_PATH", std::env::join_paths(libraries).unwrap_or_default());
-            // The firmware's folder, and where the links in it lead to.
+            // The firmware's folder, and the targets of its links.
             for data in ["usr/share/qemu", "usr/share/seabios", "usr/lib/ipxe/qemu"] {
                 command.arg("-L").arg(root.join(data));
             }
@@ -175,13 +173,13 @@ impl Qemu {
         parse_version(&process::capture(self.command().arg("--version")).ok()?)
     }
 
-    /// Boots a kernel, writes what it prints to `log`, and judges it. Progress is shown under `name`.
+    /// Boots a kernel, writes its output to `log`, and evaluates it. Progress is shown under `name`.
     ///
-    /// With one processor the kernel runs another thread whenever one wakes, also in the middle of a BPF program, if it can be told
-    /// to (5.12 and later). With more, a program is overtaken on another processor anyway.
+    /// With one processor the kernel is fully preemptible if it supports `preempt=full` (5.12 and later),
+    /// also in the middle of a BPF program. With more, another processor can overtake a program anyway.
     ///
     /// # Errors
-    /// When qemu cannot be started or the log cannot be written.
+    /// If qemu cannot be started or the log cannot be written.
     pub(super) fn boot(
         &self,
         name: &str,
@@ -195,7 +193,7 @@ impl Qemu {
             Accelerator::Tcg => ("pc,accel=tcg", "max"),
             Accelerator::Kvm => ("pc,accel=kvm", "host"),
         };
-        // `no_timer_check`: a kernel counts ticks while it boots, and panics if a busy host gives it too few.
+        // `no_timer_check`: the kernel counts ticks during boot, and panics if a busy host delivers too few.
         let command_line = match n_cpus {
             1 => "console=ttyS0 quiet panic=-1 no_timer_check preempt=full",
             _ => "console=ttyS0 quiet panic=-1 no_timer_check",
@@ -216,7 +214,7 @@ impl Qemu {
             Guest(command.spawn().context("cannot start qemu: run the command again with --refresh")?);
         let stdout = guest.0.stdout.take().context("qemu has no standard output")?;
         let (sender, lines) = mpsc::channel();
-        // Reading blocks, so the time limit is kept by another thread than the one that reads.
+        // Reading blocks, so another thread enforces the time limit.
         let reader = thread::spawn(move || {
             for line in BufReader::new(stdout).split(b'\n').map_while(Result::ok) {
                 if sender.send(String::from_utf8_lossy(&line).trim_end().to_owned()).is_err() {
@@ -247,7 +245,7 @@ impl Qemu {
                 }
             }
         }
-        // After the last line the guest has nothing to lose, and a kernel may hang while it powers off.
+        // The result is complete here, and a kernel may hang in power-off.
         drop(guest);
         drop(lines);
         if reader.join().is_err() {
@@ -257,24 +255,24 @@ impl Qemu {
     }
 }
 
-/// A running qemu, which does not outlive this value.
+/// A running qemu. Dropping it kills and reaps the process.
 struct Guest(Child);
 
 impl Drop for Guest {
     fn drop(&mut self) {
-        // Both fail only if it has ended already.
+        // Both fail only if it has exited already.
         self.0.kill().ok();
         self.0.wait().ok();
     }
 }
 
-/// True for libtest's line about one test.
+/// Whether this is libtest's line of one test.
 fn is_test_line(line: &str) -> bool {
     line.starts_with("test ")
         && [" ... ok", " ... FAILED", " ... ignored"].iter().any(|end| line.ends_with(end))
 }
 
-/// Counts single tests, for a run that never came to its closing lines.
+/// Counts single tests, for a run without result lines.
 fn count_tests(serial: &str) -> Tally {
     let count = |end| serial.lines().filter(|line| is_test_line(line) && line.ends_with(end)).count() as u64;
     Tally {

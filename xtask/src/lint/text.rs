@@ -1,14 +1,14 @@
-//! Rules on names and words, for the whole tree.
+//! Rules about names and words in the whole tree.
 
 use std::path::Path;
 
 use super::{TreeFile, Violation};
 
-/// What a rule looks for.
+/// The pattern of a rule.
 enum Find {
     /// A word in any source but prose, outside tests.
     Word(&'static str),
-    /// A word, joined by `_` to others or alone, in the name of a module's file or folder.
+    /// A word, alone or joined by `_`, in the name of a module's file or folder.
     ModuleName(&'static str),
 }
 
@@ -20,9 +20,9 @@ struct Rule {
 const MACHINE_PATH: &str = "the path exists on one machine only: take it from an argument or the environment";
 const HOST: &str =
     "where packages and images come from is the machine's choice: read it from its configuration";
-const NO_TOPIC: &str = "the name does not say what is inside, so everything ends up there: name the topic";
+const NO_TOPIC: &str = "the name does not say what is inside: name the topic";
 
-/// The rules. The words are cut in two where this file would break its own rule.
+/// The rules. Words are split where this file would violate its own rule.
 const RULES: &[Rule] = &[
     Rule { find: Find::Word(concat!("/tm", "p/")), reason: MACHINE_PATH },
     Rule { find: Find::Word(concat!("/wor", "k/")), reason: MACHINE_PATH },
@@ -71,10 +71,10 @@ pub(super) fn check(files: &[TreeFile]) -> Vec<Violation> {
     violations
 }
 
-/// The page whose rows end with the tests that prove them.
+/// The page whose rows name their tests in the last column.
 const RULES_PAGE: &str = "docs/SEMANTICS.md";
 
-/// Rows of [`RULES_PAGE`] that name a test which is not there, as after a rename.
+/// Rows of [`RULES_PAGE`] that name a missing test, for example after a rename.
 fn unproved(files: &[TreeFile]) -> Vec<Violation> {
     let is_function = |name: &str| {
         let definition = format!("fn {name}(");
@@ -85,7 +85,7 @@ fn unproved(files: &[TreeFile]) -> Vec<Violation> {
     let mut violations = Vec::new();
     for (row, line) in rows {
         let last = row.trim_end_matches([' ', '|']).rsplit(" | ").next().unwrap_or_default();
-        // Between backticks: a name, which a path, or a folder and a colon, may stand before.
+        // Between backticks, after an optional path, or folder and colon.
         for quoted in last.split('`').skip(1).step_by(2) {
             let name = quoted.rsplit([' ', ':']).next().unwrap_or_default();
             let is_crate_or_file =
@@ -95,9 +95,7 @@ fn unproved(files: &[TreeFile]) -> Vec<Violation> {
                     file: RULES_PAGE.into(),
                     line,
                     rule: format!("no test `{name}`"),
-                    reason:
-                        "a rule counts as kept only while a test shows it: name the test as it is called now"
-                            .to_owned(),
+                    reason: "each rule needs an existing test: use the test's current name".to_owned(),
                 });
             }
         }
@@ -111,7 +109,7 @@ fn matches(find: &Find, file: &TreeFile) -> Vec<(usize, String)> {
             if is_prose(&file.path) || is_test(&file.path) {
                 return Vec::new();
             }
-            // Unit tests stand at the end of a file.
+            // Unit tests are at the end of a file.
             let lines = file.text.lines().take_while(|text| *text != "#[cfg(test)]").zip(1..);
             lines
                 .filter(|(text, _)| text.contains(word))
@@ -127,7 +125,7 @@ fn matches(find: &Find, file: &TreeFile) -> Vec<(usize, String)> {
     }
 }
 
-/// The words in the names of a file and its folders. A crate's own folder is not a module.
+/// Words in the names of a file and its folders. A crate's own folder is not a module.
 fn module_words(path: &Path) -> impl Iterator<Item = String> {
     let names: Vec<String> =
         path.with_extension("").iter().skip(1).map(|name| name.to_string_lossy().into_owned()).collect();
@@ -138,7 +136,7 @@ fn is_rust(path: &Path) -> bool {
     path.extension().is_some_and(|extension| extension == "rs")
 }
 
-/// Prose may name a path or a host as an example; a lock file names where cargo found a crate.
+/// Prose may name a path or host as an example; a lock file names where cargo found a crate.
 fn is_prose(path: &Path) -> bool {
     path.extension().is_some_and(|extension| extension == "md" || extension == "lock")
 }
@@ -163,7 +161,7 @@ fn changelog(files: &[TreeFile]) -> Option<Violation> {
         file: path.to_owned(),
         line: 1,
         rule: "no section `## Unreleased`".to_owned(),
-        reason: "a user reads there what the next release changes".to_owned(),
+        reason: "users read there what the next release changes".to_owned(),
     })
 }
 

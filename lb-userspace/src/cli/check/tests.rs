@@ -35,13 +35,13 @@ fn a_host_that_has_everything() {
         ok       cgroup v2        /sys/fs/cgroup: all processes of this host
         ok       BPF file system  /sys/fs/bpf/socklb
         ok       capabilities     CAP_BPF CAP_NET_ADMIN CAP_PERFMON
-        ok       programs         the kernel accepts those of all hooks
+        ok       programs         the kernel accepts the programs of all hooks
         ok       refusal          bpf_set_retval: connect() and sendto() fail with ECONNREFUSED
-        ok       socket records   in slots, with socket storage for what finds none
-        ok       NFS and SMB      a mount keeps the service address, and finds another endpoint when it connects anew
-        ok       stale sockets    sockets whose endpoint is gone can be found and ended
-        ok       attaching        no other program has a hook for itself
-        ok       other balancers  no programs that run beside it on the same hooks
+        ok       socket records   in slots; sockets without a slot use socket storage
+        ok       NFS and SMB      a mount keeps the service address, and gets another endpoint when it reconnects
+        ok       stale sockets    stale sockets can be found and destroyed
+        ok       attaching        no program excludes others from a hook
+        ok       other balancers  no other program on the same hooks
     "]]
     .assert_eq(&table(&judge(&able(), false)));
 }
@@ -58,7 +58,7 @@ fn an_old_kernel_is_a_note_not_a_fault() {
     assert_eq!(findings[2].found, "/sys/fs/cgroup, beside cgroup v1: all processes of this host");
 }
 
-/// Of what an old kernel does to mounts by service addresses, the release and the helpers are all that can be seen.
+/// The effect of an old kernel on mounts by service address is decided by the release and the helpers only.
 #[test]
 fn mounts_by_service_addresses_are_noted() {
     let with = Features { set_retval: true, ..able().features };
@@ -133,7 +133,7 @@ fn what_is_missing_comes_with_a_remedy() {
     .assert_debug_eq(&missing);
 }
 
-/// Without the capabilities the kernel refuses everything that shows what it can do.
+/// Without the capabilities every probe of the kernel fails.
 #[test]
 fn what_cannot_be_found_out_is_not_called_missing() {
     let none = Features { set_retval: false, compare_and_swap: false, sock_fields: None, mptcp: false };
@@ -150,7 +150,7 @@ fn what_cannot_be_found_out_is_not_called_missing() {
     assert_eq!(beside.found, "cannot be listed: Operation not permitted (os error 1)");
 }
 
-/// `CAP_SYS_ADMIN` stands for those that were split from it, of which `CAP_NET_ADMIN` is none.
+/// `CAP_SYS_ADMIN` includes `CAP_BPF` and `CAP_PERFMON`, but not `CAP_NET_ADMIN`.
 #[test]
 fn the_old_capability_counts_for_the_new_ones() {
     assert_eq!(capabilities((1 << 21) | (1 << 12)).status, Status::Ok);
@@ -166,7 +166,7 @@ fn another_balancer_is_named_with_its_hooks() {
     assert!(last.found.starts_with("cil_sock4_conne (connect4 sendmsg4): "), "{}", last.found);
 }
 
-/// Nobody runs beside a program that has the hook for itself.
+/// A program that excludes others from a hook has no neighbours there.
 #[test]
 fn a_program_that_refuses_others_is_named_with_the_remedy() {
     let by = Exclusive { program: "guard (id 7)".to_owned(), cgroup: "/sys/fs/cgroup".into(), flags: "none" };

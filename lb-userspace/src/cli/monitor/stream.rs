@@ -1,6 +1,6 @@
-//! Which sockets are new since the look before, and how many calls went by unseen.
+//! Detects new sockets between two polls, and counts the calls that were not shown.
 //!
-//! Pure: time is an argument. The types are the public JSON; field names are a promise.
+//! Pure: time is an argument. The types are the public JSON; field names are stable.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -19,48 +19,48 @@ use crate::cli::listing::service_text;
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(tag = "event", rename_all = "lowercase")]
 pub(super) enum Line {
-    /// A socket was pointed at an endpoint.
+    /// A socket was redirected to an endpoint.
     Connection(Connection),
-    /// What the counters say of a stretch of time.
+    /// The counters of an interval.
     Summary(Summary),
 }
 
-/// A socket that was found to use an endpoint.
+/// A socket that uses an endpoint.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub(super) struct Connection {
-    /// When it was seen, as RFC 3339 has it: up to one interval after the call.
+    /// Time of the poll in RFC 3339: up to one interval after the call.
     pub(super) time: String,
-    /// Empty if no object is known for the address.
+    /// Empty if no object has the address.
     pub(super) namespace: String,
     pub(super) name: String,
     pub(super) port_name: String,
     pub(super) protocol: Protocol,
-    /// The address that the program called.
+    /// The called address.
     pub(super) service: SocketAddr,
-    /// Where the call was pointed.
+    /// The endpoint of the call.
     pub(super) endpoint: SocketAddr,
-    /// The node that the endpoint runs on, if known.
+    /// The endpoint's node, if known.
     pub(super) node: String,
-    /// The socket's cookie, which `ss -e` shows in hex after `sk:`.
+    /// The socket's cookie, which `ss -e` shows in hexadecimal after `sk:`.
     pub(super) cookie: u64,
 }
 
-/// How many calls there were, and how many of them were shown.
+/// Number of calls, and how many of them were shown.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub(super) struct Summary {
-    /// `connect()` calls that were pointed at an endpoint.
+    /// Redirected `connect()` calls.
     pub(super) connects: u64,
-    /// Datagrams of unconnected sockets that were.
+    /// Redirected datagrams of unconnected sockets.
     pub(super) datagrams: u64,
-    /// Calls that found no endpoint. They leave no socket to be seen.
+    /// Calls without an endpoint. They leave no record.
     pub(super) refused: u64,
     /// Connections shown.
     pub(super) shown: u64,
-    /// Connects and datagrams that no shown connection stands for.
+    /// Connects and datagrams without a shown connection.
     pub(super) unseen: u64,
 }
 
-/// What the port behind an id is called.
+/// The name of a port.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Named {
     pub(super) namespace: String,
@@ -78,7 +78,7 @@ pub(super) struct Filter {
 }
 
 impl Filter {
-    /// Whether a port is wanted.
+    /// Whether a port is selected.
     pub(super) fn takes(&self, port: &Named) -> bool {
         let is_named =
             |(namespace, name): &(String, String)| port.namespace == *namespace && port.name == *name;
@@ -87,19 +87,19 @@ impl Filter {
     }
 }
 
-/// What the looks before have shown.
+/// What earlier polls have shown.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Seen {
-    /// `None` before the first look, which only tells what was there already.
+    /// `None` before the first poll, which only finds existing records.
     records: Option<BTreeSet<Record>>,
-    /// `None` before the count begins.
+    /// `None` before the first summary.
     counts: Option<BTreeMap<u32, ServiceStats>>,
     n_shown: u64,
 }
 
 impl Seen {
-    /// The records that were not there at the look before. A socket that went elsewhere is new again; one whose call was
-    /// pointed at the same endpoint again is not.
+    /// Returns the records that the last poll did not have. A socket with another endpoint is new again; a
+    /// socket with another call to the same endpoint is not.
     pub(super) fn new_records(&mut self, records: Vec<Record>) -> Vec<Record> {
         let now: BTreeSet<Record> = records.into_iter().collect();
         let new = self.records.as_ref().map(|before| now.difference(before).copied().collect());
@@ -107,22 +107,22 @@ impl Seen {
         new.unwrap_or_default()
     }
 
-    /// Notes that connections were shown.
+    /// Counts shown connections.
     pub(super) fn shown(&mut self, n_shown: u64) {
         self.n_shown += n_shown;
     }
 
-    /// What happened since the last call, by counters of the ids that are wanted. The first call begins the count.
+    /// Sums up the selected counters since the last call. The first call sets the baseline.
     pub(super) fn summary(&mut self, counts: BTreeMap<u32, ServiceStats>) -> Summary {
         let before = self.counts.take();
         let mut sum = Summary { shown: std::mem::take(&mut self.n_shown), ..Summary::default() };
         for (id, now) in &counts {
             let before = match &before {
-                // What was there before the count began is not counted; what came since is, as a whole.
+                // A counter of the baseline counts from there; a new counter counts from 0.
                 None => *now,
                 Some(before) => before.get(id).copied().unwrap_or_default(),
             };
-            // A counter that is smaller than before has started anew: its id was given out again.
+            // A counter that decreased has restarted: its id was reused.
             let growth = |now: u64, before: u64| now.checked_sub(before).unwrap_or(now);
             sum.connects += growth(now.connects, before.connects);
             sum.datagrams += growth(now.datagrams, before.datagrams);
@@ -135,14 +135,14 @@ impl Seen {
 }
 
 impl Summary {
-    /// Whether there is anything to tell.
+    /// Whether anything happened.
     pub(super) fn is_empty(&self) -> bool {
         *self == Self::default()
     }
 }
 
 impl Connection {
-    /// As a line for people; `has_colour` on a terminal.
+    /// As a line of text; `has_colour` on a terminal.
     pub(super) fn text(&self, has_colour: bool) -> String {
         let (bold, plain) = if has_colour { ("\u{1b}[1m", "\u{1b}[0m") } else { ("", "") };
         let address =
@@ -159,7 +159,7 @@ impl Connection {
     }
 }
 
-/// What stands in the lines for people, and what comes when. `has_colour` on a terminal.
+/// The header that names the columns and the summaries; `has_colour` on a terminal.
 pub(super) fn header(interval: Duration, summary: Duration, has_colour: bool) -> String {
     let (dim, plain) = if has_colour { ("\u{1b}[2m", "\u{1b}[0m") } else { ("", "") };
     format!(
@@ -169,7 +169,7 @@ pub(super) fn header(interval: Duration, summary: Duration, has_colour: bool) ->
 }
 
 impl Summary {
-    /// As a line for people; `has_colour` on a terminal.
+    /// As a line of text; `has_colour` on a terminal.
     pub(super) fn text(&self, has_colour: bool) -> String {
         let (dim, plain) = if has_colour { ("\u{1b}[2m", "\u{1b}[0m") } else { ("", "") };
         let Self { connects, datagrams, refused, shown, unseen } = self;
@@ -202,11 +202,11 @@ mod tests {
             (record(1, "10.0.0.1:80"), record(2, "10.0.0.1:80"), record(1, "10.0.0.2:80"));
         let mut seen = Seen::default();
         for (what, records, expected) in [
-            ("what was there before the first look", vec![a], vec![]),
+            ("records before the first poll", vec![a], vec![]),
             ("another socket", vec![a, b], vec![b]),
             ("nothing happened", vec![a, b], vec![]),
-            ("one is closed, one went elsewhere", vec![elsewhere], vec![elsewhere]),
-            ("and back", vec![a], vec![a]),
+            ("one is closed, one has another endpoint", vec![elsewhere], vec![elsewhere]),
+            ("its first endpoint again", vec![a], vec![a]),
             ("all are closed", vec![], vec![]),
         ] {
             assert_eq!(seen.new_records(records), expected, "{what}");
@@ -222,8 +222,8 @@ mod tests {
             ("nothing", 0, vec![(1, stats(100, 9, 9))], [0, 0, 0, 0, 0]),
             ("some are seen", 2, vec![(1, stats(105, 10, 12))], [5, 3, 1, 2, 6]),
             ("a new service", 0, vec![(1, stats(105, 10, 12)), (2, stats(4, 0, 0))], [4, 0, 0, 0, 4]),
-            ("an id that started anew", 1, vec![(1, stats(1, 0, 0)), (2, stats(4, 0, 0))], [1, 0, 0, 1, 0]),
-            // A socket without a call of its own: connected before, seen late.
+            ("an id that restarted", 1, vec![(1, stats(1, 0, 0)), (2, stats(4, 0, 0))], [1, 0, 0, 1, 0]),
+            // A socket that connected before the baseline, seen after it.
             ("more seen than called", 3, vec![(1, stats(1, 0, 0))], [0, 0, 0, 3, 0]),
         ] {
             seen.shown(shown);

@@ -1,4 +1,4 @@
-//! What a command hears of what the agent knows.
+//! What a command learns from an agent.
 
 use std::sync::Arc;
 
@@ -76,7 +76,7 @@ fn two() -> State {
     state
 }
 
-/// As a command hears it.
+/// As a command receives it.
 fn heard(state: &State, which: Which) -> Known {
     serde_json::from_slice(&serde_json::to_vec(&known(state, which)).unwrap()).unwrap()
 }
@@ -86,12 +86,12 @@ fn an_address_gets_the_services_that_name_it() {
     let state = two();
     for (address, services, n_tables) in [
         ("10.96.0.1:80/tcp", &["a"][..], 1),
-        // A port that the service does not have: it is told of all the same.
+        // A port that the Service does not define is in the answer too.
         ("10.96.0.1:81/tcp", &["a"], 0),
         ("192.0.2.1:30002/tcp", &["b"], 1),
         ("127.0.0.1:30001/tcp", &["a"], 1),
         ("[::ffff:10.96.0.2]:80/tcp", &["b"], 1),
-        // The node port is one of this node's addresses only.
+        // Only this node's addresses have the node port.
         ("192.0.2.9:30002/tcp", &[], 0),
         ("10.96.0.3:80/tcp", &[], 0),
     ] {
@@ -115,7 +115,7 @@ fn objects_are_shared_and_not_copied() {
     assert_eq!((known.services.len(), known.slices.len()), (2, 2));
 }
 
-/// Between a change and the next sync the tables hold what no object asks for.
+/// Between a change and the next sync the tables have entries without an object.
 #[test]
 fn frontends_keep_their_names_until_the_tables_follow() {
     let mut state = two();
@@ -130,7 +130,7 @@ fn frontends_keep_their_names_until_the_tables_follow() {
     };
     let row = |text: &str, is_described| (text.to_owned(), is_described);
     let before = names(&state, heard(&state, Which::All));
-    // The endpoints of a service that is gone are no longer known.
+    // The endpoints of a deleted Service are unknown.
     let expected = [
         row("a 0.0.0.0", false),
         row("a 10.96.0.1", false),
@@ -151,7 +151,7 @@ fn an_address_gets_the_issues_that_concern_it() {
     let taken = IssueKind::FrontendTaken { address: "10.96.0.1:80/tcp".into(), winner: "shop/a".into() };
     let issues = [
         (no_ports(ObjectRef::service("shop", "a")), true),
-        // One that could not be read, named as Kubernetes does.
+        // An object that could not be parsed, named as in Kubernetes.
         (no_ports(ObjectRef::slice("shop", "a-x2x4z")), true),
         (no_ports(ObjectRef::slice("shop", "ab-x2x4z")), false),
         (no_ports(ObjectRef::service("other", "a")), false),

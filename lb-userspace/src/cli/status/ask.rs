@@ -1,4 +1,4 @@
-//! Asking a running agent over HTTP: at its socket, and where it listens on TCP if it does not answer there.
+//! Asks a running agent over HTTP: at its socket, else at its TCP addresses.
 
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
@@ -23,28 +23,28 @@ use tokio::runtime;
 use super::report::{Age, SourcePart};
 use crate::cli::agent::{self, Agent, PATIENCE, Place};
 
-/// What `/proxyMode` says.
+/// The body of socklb's `/proxyMode`.
 const OWN_NAME: &str = "socklb";
 
 /// One answer, or why there is none.
 pub(super) type Answer = Result<(u16, String), String>;
 
-/// What was heard.
+/// All answers.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Asked {
-    /// Where metrics were asked for, and `/proxyMode` there.
+    /// The place asked for metrics, and its `/proxyMode`.
     pub(super) name: Option<(Place, Answer)>,
-    /// Where the health was asked for, `/livez` and `/healthz` there.
+    /// The place asked for health, its `/livez` and its `/healthz`.
     pub(super) health: Option<(Place, Answer, Answer)>,
-    /// What the agent at the socket knows, without objects; or why it is not known.
+    /// What the agent at the socket knows, without objects, or why it is unknown.
     pub(super) known: Option<Result<Known, String>>,
-    /// `/metrics`, if it is socklb that answers.
+    /// `/metrics`, if socklb answers.
     pub(super) metrics: String,
     /// `/configz`, likewise.
     pub(super) config: Value,
 }
 
-/// The address to connect to for what listens at another: one of the host's own for "all addresses".
+/// The address to connect to: loopback if the listener is bound to the unspecified address.
 pub(super) fn reachable(listening: SocketAddr) -> SocketAddr {
     let ip = match listening.ip() {
         IpAddr::V4(ip) if ip.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
@@ -54,7 +54,8 @@ pub(super) fn reachable(listening: SocketAddr) -> SocketAddr {
     SocketAddr::new(ip, listening.port())
 }
 
-/// Asks the agent of a state directory, else whoever listens at the addresses. What is not answered is told in the result.
+/// Asks the agent of a state directory, else the TCP addresses. The result holds an error for each missing
+/// answer.
 pub(super) fn ask(
     state_dir: &Path,
     metrics: Option<SocketAddr>,
@@ -94,7 +95,7 @@ async fn ask_at(metrics: Option<&Place>, healthz: Option<&Place>) -> Asked {
     asked
 }
 
-/// What is said at a place.
+/// Gets a page.
 async fn get(place: &Place, page: &str) -> Answer {
     let response = agent::get(place, page, PATIENCE).await.map_err(|error| error.to_string())?;
     Ok((response.status, String::from_utf8_lossy(&response.body).into_owned()))
@@ -107,17 +108,17 @@ fn value(text: &str, metric: &Definition) -> Option<f64> {
 }
 
 impl Asked {
-    /// Whether the one who answers says that it is socklb; `None` if nobody was asked for the name.
+    /// Whether the answer is socklb's; `None` if no place was asked for its name.
     pub(super) fn is_socklb(&self) -> Option<bool> {
         let (_, name) = self.name.as_ref()?;
         Some(matches!(name, Ok((200, name)) if name == OWN_NAME))
     }
 
-    /// What the agent says of its source and its work.
+    /// The source and the syncs, by the metrics.
     pub(super) fn source(&self, now: SystemTime) -> Option<SourcePart> {
         let of = |metric: &Definition| value(&self.metrics, metric);
         let since_epoch = now.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs_f64();
-        // 0 stands for never.
+        // 0 means never.
         let age =
             |metric| of(metric).filter(|time| *time > 0.0).map(|time| Age((since_epoch - time).max(0.0)));
         Some(SourcePart {
@@ -131,11 +132,11 @@ impl Asked {
         })
     }
 
-    /// What came of the agent's last self-test; `None` if it makes none, or nobody says.
+    /// Result of the agent's last self-test; `None` if it runs none, or does not answer.
     pub(super) fn self_test(&self) -> Option<String> {
         let interval = self.config["socklb"]["self-test-interval"].as_str()?;
         let body = self.healthz().filter(|_| interval != "0ms")?;
-        // It says what is amiss only.
+        // The key is present only if the self-test has not passed.
         Some(match body["selfTest"].as_str() {
             None => "passed".to_owned(),
             Some(NOT_RUN) => NOT_RUN.to_owned(),
@@ -143,24 +144,24 @@ impl Asked {
         })
     }
 
-    /// Why the agent says that it is not ready.
+    /// The reasons for which the agent is not ready.
     pub(super) fn not_ready(&self) -> Vec<String> {
         self.listed("notReady")
     }
 
-    /// The sizes of maps that the agent was given and did not take.
+    /// The map sizes that the agent refused.
     pub(super) fn refused_sizes(&self) -> Vec<String> {
         self.listed("sizesRefused")
     }
 
-    /// The texts of a list at `/healthz`.
+    /// A list of texts in the body of `/healthz`.
     fn listed(&self, key: &str) -> Vec<String> {
         let body = self.healthz();
         let texts = body.as_ref().and_then(|body| body[key].as_array()).into_iter().flatten();
         texts.filter_map(|text| text.as_str().map(str::to_owned)).collect()
     }
 
-    /// The body at `/healthz`.
+    /// The body of `/healthz`.
     pub(super) fn healthz(&self) -> Option<Value> {
         let (_, _, healthz) = self.health.as_ref()?;
         serde_json::from_str(&healthz.as_ref().ok()?.1).ok()

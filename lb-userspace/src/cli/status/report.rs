@@ -1,4 +1,4 @@
-//! The answer of `socklb status`. Pure. The types are the public JSON; names are a promise.
+//! The answer of `socklb status`. Pure. The types are the public JSON; field names are stable.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -19,55 +19,56 @@ use serde_json::Value;
 
 use super::ask::{Answer, Asked};
 
-/// Everything that is told.
+/// All parts of the report.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub(super) struct Status {
     pub(super) agent: AgentPart,
-    /// `passed`, or what went wrong; `null` if no agent answers, or without self-tests.
+    /// `passed`, or what failed; `null` if no agent answers or self-tests are off.
     pub(super) self_test: Option<String>,
     /// `null` if no agent answers at its metrics address.
     pub(super) source: Option<SourcePart>,
     pub(super) snapshot: SnapshotPart,
-    /// Where maps and links were looked for.
+    /// The directory searched for maps and links.
     pub(super) pin_path: PathBuf,
-    /// Why the maps cannot be read, if they cannot.
+    /// Why the maps cannot be read.
     pub(super) pin_problem: Option<String>,
     pub(super) maps: Vec<MapRow>,
     pub(super) hooks: Vec<HookRow>,
-    /// Whose calls the hooks meet: `host`, `node` (one that is a container) or `cgroup`; `null` if their cgroup is not found.
+    /// Which processes the hooks cover: `host`, `node` (which is itself a container) or `cgroup`; `null` if
+    /// their cgroup is not found.
     pub(super) covers: Option<Extent>,
-    /// Whose calls are left alone.
+    /// The excluded cgroups.
     pub(super) excluded_cgroups: Vec<ExcludedRow>,
-    /// Programs of others on the same hooks of the same cgroup, each with its hooks. They run too.
+    /// Foreign programs on the same hooks of the same cgroup, each with its hooks. They run too.
     pub(super) other_programs: BTreeMap<String, Vec<&'static str>>,
-    /// How many issues a running agent knows of; `null` if none says.
+    /// Number of issues of a running agent; `null` if no agent answers.
     #[serde(rename = "issues_of_agent")]
     pub(super) n_issues: Option<usize>,
-    /// All issues that a running agent knows of. Without one, what is wrong with the objects of the snapshot.
+    /// Issues of a running agent; without one, of the snapshot's objects.
     pub(super) issues: Vec<Issue>,
-    /// Sizes of maps that a running agent refused, and why.
+    /// Map sizes that a running agent refused, and why.
     pub(super) refused_sizes: Vec<String>,
-    /// What is served from an older state than the objects have, and why.
+    /// What is served from an older state than the objects, and why.
     pub(super) outdated: Vec<String>,
-    /// Why a running agent does not say what it knows.
+    /// Why a running agent does not list its issues.
     pub(super) issues_problem: Option<String>,
 }
 
 /// Whether an agent runs.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub(super) struct AgentPart {
-    /// `running`, `stuck` (it answers, but changes wait or its loop stands still), `detached` (it answers, but no call meets its
-    /// programs, as after `socklb cleanup`), `stopped`, or `unknown`.
+    /// `running`, `stuck` (it answers, but changes wait or its loop hangs), `detached` (it answers, but its
+    /// programs are not attached, as after `socklb cleanup`), `stopped`, or `unknown`.
     pub(super) state: &'static str,
-    /// Whether traffic from outside should come to the node: `/healthz`. `null` if nobody answers.
+    /// Whether the node should get traffic from outside: `/healthz`. `null` without an answer.
     pub(super) healthy: Option<bool>,
-    /// Who answers what where, in a sentence.
+    /// The reason for `state`, in a sentence.
     pub(super) reason: String,
-    /// Why it is not healthy, as it says.
+    /// The reasons that the agent gives.
     pub(super) not_ready: Vec<String>,
 }
 
-/// An age in seconds, told in JSON to a tenth.
+/// An age in seconds; in JSON rounded to a tenth.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Age(pub(super) f64);
 
@@ -89,7 +90,7 @@ impl fmt::Display for Age {
     }
 }
 
-/// What a running agent says of its source.
+/// The source, by a running agent.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub(super) struct SourcePart {
     /// `kube`, or `file:` and the path.
@@ -97,25 +98,25 @@ pub(super) struct SourcePart {
     #[serde(rename = "complete")]
     pub(super) is_complete: bool,
     pub(super) serves_snapshot: bool,
-    /// Of the last change that asked for a sync; `null` before the first.
+    /// Of the last change that queued a sync; `null` before the first.
     pub(super) last_event_age_seconds: Option<Age>,
-    /// Of the last sync that succeeded; `null` before the first.
+    /// Of the last successful sync; `null` before the first.
     pub(super) last_sync_age_seconds: Option<Age>,
     pub(super) changes_waiting: u64,
     pub(super) sync_errors: u64,
 }
 
-/// The objects on disk.
+/// The snapshot on disk.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub(super) struct SnapshotPart {
     pub(super) path: PathBuf,
-    /// `null` if there is none that can be read.
+    /// `null` if no snapshot can be read.
     pub(super) age_seconds: Option<Age>,
     pub(super) services: usize,
     pub(super) endpoint_slices: usize,
     pub(super) nodes: usize,
     pub(super) problem: Option<String>,
-    /// Why a running agent could not write it the last time.
+    /// Why a running agent's last write failed.
     pub(super) write_problem: Option<String>,
 }
 
@@ -123,7 +124,7 @@ pub(super) struct SnapshotPart {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub(super) struct MapRow {
     pub(super) map: &'static str,
-    /// Entries that calls can find. What was freed a moment ago is not counted.
+    /// Entries that calls can find. Entries in their grace period are not counted.
     pub(super) entries: usize,
     pub(super) capacity: u32,
 }
@@ -134,29 +135,29 @@ pub(super) struct HookRow {
     pub(super) hook: &'static str,
     /// `attached`, `missing`, `detached` (its cgroup is gone), or `unknown`.
     pub(super) state: &'static str,
-    /// The cgroup's directory, if it is found.
+    /// The cgroup's directory, if found.
     pub(super) cgroup: Option<PathBuf>,
     pub(super) program_id: Option<u32>,
-    /// Why the state is what it is, unless that is clear.
+    /// The reason for `state`, if it needs one.
     pub(super) problem: Option<String>,
 }
 
-/// A cgroup that is excluded, with all below it.
+/// An excluded cgroup, with all below it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub(super) struct ExcludedRow {
-    /// Its directory; `null` if it is not found, most often since it was removed a moment ago.
+    /// Its directory; `null` if not found, most often because it was just removed.
     pub(super) cgroup: Option<PathBuf>,
     pub(super) id: u64,
-    /// The pod whose cgroup it is, by the name that the kubelet gave it.
+    /// The pod's UID, from the name that the kubelet gave the cgroup.
     pub(super) pod_uid: Option<String>,
 }
 
 impl AgentPart {
-    /// By what was heard, and the hooks that were found.
+    /// Decides by the answers and the hooks.
     pub(super) fn new(asked: &Asked, hooks: &[HookRow]) -> Self {
         let is_ok = |answer: &Answer| matches!(answer, Ok((200, _)));
         let healthy = asked.health.as_ref().and_then(|(_, _, healthz)| {
-            // An answer of another program says nothing of this one.
+            // Another program's answer says nothing about this agent.
             (asked.is_socklb() != Some(false))
                 .then(|| healthz.as_ref().ok().map(|(status, _)| *status == 200))
                 .flatten()
@@ -181,7 +182,7 @@ impl AgentPart {
             (Some((address, _)), None) => ("running", format!("it answers at {address}")),
         };
         let has_programs = hooks.iter().any(|hook| matches!(hook.state, "attached" | "unknown"));
-        // While it loads them it does not say that yet.
+        // While the programs are being loaded, the key is missing.
         let has_started = asked.healthz().is_none_or(|body| !body["nodeEligible"].is_null());
         let (state, reason) = match state {
             "running" if !has_programs && has_started => (
@@ -215,7 +216,7 @@ impl SnapshotPart {
 }
 
 impl MapRow {
-    /// Those that can be full.
+    /// The maps that can be full.
     pub(super) fn all(image: &Image, capacity: Capacity) -> Vec<Self> {
         let services = |ipv6| image.services.keys().filter(|address| address.ip.is_ipv6() == ipv6).count();
         let endpoints = |ipv6| image.runs(ipv6).values().map(|run| run.len()).sum();
@@ -233,7 +234,7 @@ impl MapRow {
 }
 
 impl HookRow {
-    /// Whether calls meet what they should at this hook.
+    /// Whether this hook's calls are served, or the hook is not needed.
     fn is_served(&self) -> bool {
         matches!(self.state, "attached" | "not needed")
     }
@@ -273,12 +274,12 @@ impl HookRow {
     }
 }
 
-/// What is wrong with the objects that a state was made from, sorted, each once.
+/// The issues of a state's objects, sorted and deduplicated.
 pub(super) fn issues(state: &State) -> Vec<Issue> {
     state.issues().collect::<BTreeSet<_>>().into_iter().collect()
 }
 
-/// What is served from an older state, by what the agent says at `/healthz`, its metrics and its issues.
+/// What is served from an older state, by the agent's `/healthz`, metrics and issues.
 pub(super) fn outdated(
     source: Option<&SourcePart>,
     healthz: Option<&Value>,
@@ -288,8 +289,8 @@ pub(super) fn outdated(
     let of_source = match away {
         Some(away) => {
             let served = match away["serves"].as_str() {
-                Some("last-known") => "what the source said last",
-                Some("found") => "what an earlier agent left in the kernel",
+                Some("last-known") => "the last known objects",
+                Some("found") => "the state of an earlier agent in the kernel",
                 Some("snapshot") => "the snapshot",
                 Some("nothing") => "nothing",
                 _ => "an older state",
@@ -298,7 +299,7 @@ pub(super) fn outdated(
             let since = part("since", ", since ").unwrap_or_default();
             let problem =
                 part("problem", ": ").unwrap_or_else(|| ": its first lists are not complete".to_owned());
-            Some(format!("the source is away{since}{problem}; {served} is served"))
+            Some(format!("the source does not answer{since}{problem}; serving {served}"))
         }
         None if source.is_some_and(|source| source.serves_snapshot) => {
             Some("the source does not answer; the snapshot is served".to_owned())
@@ -309,7 +310,7 @@ pub(super) fn outdated(
     of_source.into_iter().chain(of_files.map(ToString::to_string)).collect()
 }
 
-/// Issues that the table shows before it counts the rest.
+/// Maximum number of issues in the table; the rest is counted.
 const SHOWN_ISSUES: usize = 20;
 
 impl Status {
@@ -318,7 +319,7 @@ impl Status {
         self.hooks.iter().all(HookRow::is_served)
     }
 
-    /// The hooks without their programs, of which calls go where they say, and those that cannot be looked at.
+    /// The hooks whose calls pass unchanged because their program is missing, and the hooks of unknown state.
     fn hook_lines(&self) -> impl Iterator<Item = String> {
         let names = |is_unknown: bool| {
             let wanted = self.hooks.iter().filter(|hook| !hook.is_served());
@@ -337,7 +338,7 @@ impl Status {
         missing.into_iter().chain(line(names(true), "not known", ""))
     }
 
-    /// For people.
+    /// The report as text.
     pub(super) fn text(&self) -> String {
         let mut lines = [
             format!("agent     {}: {}", self.agent.state, self.agent.reason),
@@ -347,7 +348,7 @@ impl Status {
         ];
         let not_ready = &self.agent.not_ready;
         if self.agent.healthy == Some(false) && not_ready.is_empty() {
-            lines[0].push_str(", /healthz says that no traffic should come to this node");
+            lines[0].push_str(", /healthz says that this node should get no traffic");
         }
         lines[0].extend(not_ready.iter().map(|reason| format!("\n          not ready: {reason}")));
         if let Some(problem) = &self.pin_problem {
@@ -371,7 +372,7 @@ impl Status {
         }
         if !self.maps.is_empty() {
             let _infallible =
-                writeln!(text, "\n{:<12}  {:>8}  {:>8}  {:>5}", "MAP", "ENTRIES", "ROOM FOR", "FULL");
+                writeln!(text, "\n{:<12}  {:>8}  {:>8}  {:>5}", "MAP", "ENTRIES", "CAPACITY", "FULL");
             for MapRow { map, entries, capacity } in &self.maps {
                 let full =
                     entries.saturating_mul(100) / usize::try_from(*capacity).unwrap_or(usize::MAX).max(1);
@@ -398,8 +399,8 @@ impl Status {
         };
         let state = match (source.is_complete, source.serves_snapshot) {
             (true, _) => "first lists complete",
-            (false, true) => "does not answer, the snapshot is served",
-            (false, false) => "first lists not complete, nothing is changed before",
+            (false, true) => "does not answer; the snapshot is served",
+            (false, false) => "first lists not complete; nothing is changed until then",
         };
         let ago = |age: Option<Age>| age.map_or_else(|| "never".to_owned(), |age| format!("{age} ago"));
         let mut line = format!("{}: {state}", source.source);
@@ -440,7 +441,7 @@ impl Status {
     fn excluded_list(&self) -> String {
         let mut text = String::new();
         if !self.excluded_cgroups.is_empty() {
-            text.push_str("\nEXCLUDED CGROUPS (calls from there are left alone)\n");
+            text.push_str("\nEXCLUDED CGROUPS (their calls pass unchanged)\n");
         }
         for ExcludedRow { cgroup, id, pod_uid } in &self.excluded_cgroups {
             let place = cgroup

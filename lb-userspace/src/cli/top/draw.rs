@@ -13,7 +13,7 @@ use super::{
     view::{KEYS, View},
 };
 
-/// Draws what a report and a person's choice come to. `problem` is what is in the way at the moment.
+/// Draws a report with the user's choices. `problem` is the current error.
 pub(super) fn draw(frame: &mut Frame<'_>, report: &Report, view: &View, problem: Option<&str>) {
     let [head, note, table, keys] = Layout::vertical([
         Constraint::Length(1),
@@ -43,7 +43,7 @@ fn summary(report: &Report, view: &View) -> String {
     )
 }
 
-/// The second line: a problem, or what is typed, or what should be known.
+/// The second line: an error, the filter while it is typed, or hints.
 fn remark(report: &Report, view: &View, problem: Option<&str>) -> Line<'static> {
     if view.is_typing {
         return Line::from(format!("filter: {}_", view.filter));
@@ -88,7 +88,7 @@ fn draw_table(frame: &mut Frame<'_>, area: Rect, report: &Report, view: &View) {
             }));
         }
     }
-    // The last line stays on the screen, however far a person scrolls.
+    // The last line stays visible, however far the user scrolls.
     let first = view.scrolled.min(lines.len().saturating_sub(1));
     let widths = [
         Constraint::Fill(3),
@@ -102,7 +102,7 @@ fn draw_table(frame: &mut Frame<'_>, area: Rect, report: &Report, view: &View) {
     frame.render_widget(table, area);
 }
 
-/// Names to the left, numbers to the right.
+/// Names are aligned left, numbers right.
 fn aligned(column: usize, text: Span<'_>) -> Cell<'_> {
     let alignment = if column < 2 { Alignment::Left } else { Alignment::Right };
     Cell::from(Line::from(text).alignment(alignment))

@@ -1,6 +1,6 @@
-//! What is shown: counters of the maps under the names of objects, and what they came to between two looks.
+//! Rows of `socklb top`: counters under the names of objects, with rates between two samples.
 //!
-//! Pure: time is an argument. The types are the public JSON; field names are a promise.
+//! Pure: time is an argument. The types are the public JSON; field names are stable.
 
 use std::{
     cmp::Reverse,
@@ -19,12 +19,12 @@ use crate::cli::{
     sample::{Look, frontend_of},
 };
 
-/// One answer.
+/// One report.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub(super) struct Report {
-    /// When it was read, as RFC 3339 has it.
+    /// Time of the sample in RFC 3339.
     pub(super) time: String,
-    /// Time since the look before, which rates are made from; `null` the first time.
+    /// Seconds since the last sample, the basis of rates; `null` in the first report.
     pub(super) seconds: Option<f64>,
     /// Whether sockets could be counted.
     pub(super) sockets_complete: bool,
@@ -34,22 +34,22 @@ pub(super) struct Report {
 /// One port of a Service in one family.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub(super) struct PortRow {
-    /// Empty if no object is known for it.
+    /// Empty if no object has its address.
     pub(super) namespace: String,
     pub(super) name: String,
     pub(super) port_name: String,
     pub(super) protocol: Protocol,
-    /// Its first address: the cluster IP, if it has one.
+    /// Its first address: the cluster IP, if any.
     pub(super) address: IpAddr,
     pub(super) port: u16,
-    /// `connect()` calls and datagrams of unconnected sockets that were pointed at an endpoint, since the port is served.
+    /// Redirected `connect()` calls and datagrams of unconnected sockets, since the port is served.
     pub(super) calls: u64,
-    /// `null` for what was not there at the look before.
+    /// Per second; `null` if the last sample did not have it.
     pub(super) calls_per_second: Option<f64>,
-    /// Calls that found no endpoint.
+    /// Calls without an endpoint.
     pub(super) refused: u64,
     pub(super) refused_per_second: Option<f64>,
-    /// Open sockets that last called this port; `null` where they cannot be listed.
+    /// Open sockets that last called this port; `null` if they cannot be listed.
     pub(super) sockets: Option<u64>,
     pub(super) endpoints: Vec<EndpointRow>,
 }
@@ -59,14 +59,14 @@ pub(super) struct PortRow {
 pub(super) struct EndpointRow {
     pub(super) address: IpAddr,
     pub(super) port: u16,
-    /// The node it runs on, if known.
+    /// Its node, if known.
     pub(super) node: String,
     pub(super) calls: u64,
     pub(super) calls_per_second: Option<f64>,
     pub(super) sockets: Option<u64>,
 }
 
-/// What rows are sorted by. Numbers are sorted from the largest, equals by name.
+/// Sort keys. Numbers sort from the largest, equal ones by name.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub(super) enum Sort {
     /// Namespace and name.
@@ -82,10 +82,10 @@ pub(super) enum Sort {
     Sockets,
 }
 
-/// The counters of one look under what they belong to.
+/// The counters of one sample by port and endpoint.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(super) struct Sample {
-    /// When it was taken, by a clock that does not jump.
+    /// Time of the sample, monotonic.
     at: Duration,
     is_complete: bool,
     /// By service id.
@@ -115,17 +115,17 @@ struct Endpoint {
 }
 
 impl Counted {
-    /// Whether it is the same as another of the same id, and not the next one that was given the id.
+    /// Whether both have the same identity; otherwise the id was reused.
     fn is(&self, other: &Self) -> bool {
         let identity = |port: &Self| (port.address.protocol, port.address.ip.is_ipv6());
         let name = |port: &Self| (port.namespace.clone(), port.name.clone(), port.port_name.clone());
-        // Names come and go with the snapshot, the address with the Service.
+        // Names depend on the objects that are known, addresses do not.
         let has_same_name = !self.name.is_empty() && name(self) == name(other);
         identity(self) == identity(other) && (has_same_name || self.address == other.address)
     }
 }
 
-/// Which of its addresses names a port best.
+/// Priority of an address as a port's name.
 fn rank(kind: &str) -> usize {
     ["ClusterIP", "LoadBalancer", "ExternalIP", "NodePort"]
         .iter()
@@ -134,7 +134,7 @@ fn rank(kind: &str) -> usize {
 }
 
 impl Sample {
-    /// Sorts a look by ports and endpoints. `at` is the time of the look.
+    /// Groups a sample by ports and endpoints. `at` is the time of the sample.
     pub(super) fn new(look: &Look, objects: Option<&State>, at: Duration) -> Self {
         let (of_ports, of_endpoints) = sockets(look);
         let count = |counts: &BTreeMap<u32, u64>, id: u32| {
@@ -163,7 +163,8 @@ impl Sample {
                 .iter()
                 .map(|endpoint| (SocketAddr::new(endpoint.address, endpoint.port), &*endpoint.node))
                 .collect();
-            // Addresses of one port may have different endpoints: a policy is of one kind of address.
+            // Addresses of one port may have different endpoints, because traffic policies depend on the kind
+            // of address.
             let entries = look.image.entries(address.ip.is_ipv6(), frontend.run).unwrap_or_default();
             for entry in entries {
                 let stats = look.endpoints.get(&entry.endpoint_id).copied().unwrap_or_default();
@@ -181,7 +182,8 @@ impl Sample {
         Self { at, is_complete: look.records.is_some(), ports }
     }
 
-    /// What is shown, sorted by name. `before` is an earlier look; `time` is when this one was taken, for people.
+    /// Builds the report, sorted by name. `before` is an earlier sample; `time` is the text of this sample's
+    /// time.
     pub(super) fn report(&self, before: Option<&Self>, time: String) -> Report {
         let seconds = before.map(|before| self.at.saturating_sub(before.at).as_secs_f64());
         let rate = |earlier: Option<u64>, now: u64| per_second(earlier, now, seconds);
@@ -238,7 +240,7 @@ fn sockets(look: &Look) -> (BTreeMap<u32, u64>, BTreeMap<u32, u64>) {
     let addresses: BTreeMap<u32, SocketAddr> =
         entries.map(|entry| (entry.endpoint_id, entry.address)).collect();
     for record in look.records.iter().flatten() {
-        // What is of a service or endpoint that is gone is nobody's.
+        // Sockets of services and endpoints that are gone are not counted.
         if frontend_of(&look.image, record).is_none() {
             continue;
         }
@@ -250,12 +252,12 @@ fn sockets(look: &Look) -> (BTreeMap<u32, u64>, BTreeMap<u32, u64>) {
     (of_ports, of_endpoints)
 }
 
-/// How fast a counter grew, to a tenth.
+/// Growth of a counter per second, rounded to a tenth.
 fn per_second(earlier: Option<u64>, now: u64, seconds: Option<f64>) -> Option<f64> {
     let (earlier, seconds) = (earlier?, seconds.filter(|seconds| *seconds > 0.0)?);
-    // One that is smaller than before has started anew: its id was given out again.
+    // A counter that decreased has restarted: its id was reused.
     let growth = now.checked_sub(earlier).unwrap_or(now);
-    #[expect(clippy::cast_precision_loss, reason = "beyond 2^53 calls a rate is told to fifteen digits")]
+    #[expect(clippy::cast_precision_loss, reason = "beyond 2^53 calls a rate has fifteen exact digits")]
     let growth = growth as f64;
     Some((growth / seconds * 10.0).round() / 10.0)
 }
@@ -276,7 +278,7 @@ impl PortRow {
         FrontendAddress { ip: self.address, port: self.port, protocol: self.protocol }.to_string()
     }
 
-    /// Whether its name or address, or those of an endpoint, hold a text, in letters of any case.
+    /// Whether a text is part of its name or address, or of an endpoint's, ignoring case.
     fn holds(&self, text: &str) -> bool {
         let texts = |endpoint: &EndpointRow| [endpoint.address(), endpoint.node.to_lowercase()];
         [self.service().to_lowercase(), self.address()].iter().any(|own| own.contains(text))
@@ -292,7 +294,7 @@ impl EndpointRow {
 }
 
 impl Report {
-    /// Leaves only what was asked for, and sorts it. An empty filter keeps everything.
+    /// Filters and sorts. An empty filter keeps everything.
     pub(super) fn arrange(&mut self, namespace: Option<&str>, filter: &str, sort: Sort) {
         let filter = filter.to_lowercase();
         self.services.retain(|row| {
@@ -304,7 +306,7 @@ impl Report {
         match sort {
             Sort::Name => rows.sort_by_cached_key(PortRow::by_name),
             Sort::Calls => rows.sort_by_cached_key(|row| (Reverse(row.calls), row.by_name())),
-            // Numbers that are not negative are ordered as their bits are.
+            // The bits of non-negative floats sort like the numbers.
             Sort::Rate => {
                 rows.sort_by_cached_key(|row| (Reverse(bits(row.calls_per_second)), row.by_name()));
             }
@@ -313,7 +315,7 @@ impl Report {
         }
     }
 
-    /// As lines for people, all endpoints included if `has_endpoints`.
+    /// As text, with endpoints if `has_endpoints`.
     pub(super) fn text(&self, has_endpoints: bool) -> String {
         let mut lines = vec![HEADER.map(str::to_owned)];
         for row in &self.services {
@@ -342,7 +344,7 @@ impl Report {
 /// The columns.
 pub(super) const HEADER: [&str; 6] = ["SERVICE", "ADDRESS", "CALLS", "CALLS/S", "REFUSED", "SOCKETS"];
 
-/// A dash for what is not known.
+/// A dash for an unknown value.
 fn known(value: Option<impl ToString>) -> String {
     value.map_or_else(|| "-".to_owned(), |value| value.to_string())
 }
@@ -371,7 +373,7 @@ pub(super) fn endpoint_cells(row: &EndpointRow) -> [String; 6] {
         row.address(),
         row.calls.to_string(),
         rate_text(row.calls_per_second),
-        // A call that is refused reaches no endpoint.
+        // A refused call has no endpoint.
         String::new(),
         known(row.sockets),
     ]

@@ -1,41 +1,41 @@
-//! What is on the screen, and what a key changes about it. Pure.
+//! What the screen shows, and what a key changes. Pure.
 
 use ratatui::crossterm::event::{KeyCode, KeyEvent, KeyModifiers};
 
 use super::model::Sort;
 
-/// What a person has chosen.
+/// The user's choices.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct View {
     pub(super) sort: Sort,
-    /// Only rows that hold it.
+    /// Only rows that contain it.
     pub(super) filter: String,
-    /// Whether keys go into the filter.
+    /// Whether keys edit the filter.
     pub(super) is_typing: bool,
     pub(super) has_endpoints: bool,
     pub(super) is_paused: bool,
-    /// Lines of the table above the first one that is shown.
+    /// Number of table lines above the first visible one.
     pub(super) scrolled: usize,
 }
 
-/// What a key asks for.
+/// The effect of a key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Outcome {
-    /// To go on.
+    /// Continue.
     GoOn,
-    /// To end.
+    /// Quit.
     Quit,
 }
 
-/// The keys, for the last line.
+/// Help for the keys, in the last line.
 pub(super) const KEYS: &str =
     "q quit  sort: n name c calls r rate x refused o sockets  / filter  e endpoints  space pause";
 
-/// Lines that a page key moves by.
+/// Lines per page key.
 const PAGE: usize = 20;
 
 impl View {
-    /// How it begins.
+    /// The initial view.
     pub(super) fn new(sort: Sort, filter: &str, has_endpoints: bool) -> Self {
         Self {
             sort,
@@ -47,7 +47,7 @@ impl View {
         }
     }
 
-    /// Does what a key asks for. Keys without a meaning are left alone.
+    /// Handles a key. Unknown keys are ignored.
     pub(super) fn press(&mut self, key: KeyEvent) -> Outcome {
         if key.modifiers.contains(KeyModifiers::CONTROL) {
             let is_end = matches!(key.code, KeyCode::Char('c' | 'd'));

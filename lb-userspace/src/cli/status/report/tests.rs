@@ -80,7 +80,7 @@ fn an_agent_at_work() {
         covers    all processes of this host
         self-test passed
 
-        MAP            ENTRIES  ROOM FOR   FULL
+        MAP            ENTRIES  CAPACITY   FULL
         services4           12     65536    0 %
         endpoints4      262144    262144  100 %
 
@@ -164,7 +164,7 @@ fn what_is_wrong_is_said_first() {
     let text = status.text();
     assert!(text.starts_with("agent     stuck: 127.0.0.1:10256: /livez says 503, /healthz says"), "{text}");
     for part in [
-        "does not answer, the snapshot is served",
+        "does not answer; the snapshot is served",
         "last event never, last sync 3 s ago, 5 changes waiting, 2 syncs failed",
         "self-test failed: TCP over IPv4: connect: Connection refused",
         "  cil_sock4_connect: connect4\n",
@@ -176,7 +176,7 @@ fn what_is_wrong_is_said_first() {
     }
 }
 
-/// The agent goes on after `socklb cleanup`.
+/// The agent keeps running after `socklb cleanup`.
 #[test]
 fn an_agent_whose_programs_are_detached_serves_no_calls() {
     let hooks = vec![HookRow::new("connect4", Err(LinkProblem::Missing))];
@@ -246,7 +246,8 @@ fn who_does_not_get_traffic_is_told_why() {
         snapshot: SnapshotPart::new("/var/lib/socklb/snapshot".into(), None, Err(&missing), full_disk),
         refused_sizes: vec!["max-services=20: 123 are served".to_owned()],
         outdated: vec![
-            "the source is away, since 2026-01-01T00:00:00Z: refused; the snapshot is served".to_owned(),
+            "the source does not answer, since 2026-01-01T00:00:00Z: refused; serving the snapshot"
+                .to_owned(),
         ],
         ..well()
     };
@@ -262,7 +263,7 @@ fn who_does_not_get_traffic_is_told_why() {
                   the last write failed: /var/lib/socklb/snapshot: No space left on device (os error 28)
         pins      /sys/fs/bpf/socklb
         refused   max-services=20: 123 are served
-        outdated  the source is away, since 2026-01-01T00:00:00Z: refused; the snapshot is served
+        outdated  the source does not answer, since 2026-01-01T00:00:00Z: refused; serving the snapshot
     "]]
     .assert_eq(&(head.join("\n") + "\n"));
 }
@@ -294,7 +295,7 @@ fn what_is_older_than_the_source_is_told() {
             )),
             vec![],
             Some(
-                "the source is away, since 2026-01-01T00:00:00Z: refused; what the source said last is served",
+                "the source does not answer, since 2026-01-01T00:00:00Z: refused; serving the last known objects",
             ),
         ),
         (
@@ -302,7 +303,7 @@ fn what_is_older_than_the_source_is_told() {
             Some(away(json!({"serves": "found"}))),
             vec![],
             Some(
-                "the source is away: its first lists are not complete; what an earlier agent left in the kernel is served",
+                "the source does not answer: its first lists are not complete; serving the state of an earlier agent in the kernel",
             ),
         ),
     ] {
@@ -369,7 +370,7 @@ fn excluded_cgroups_are_listed_with_their_pods() {
     assert!(status.text().contains("\ncovers    all processes of this node, which is itself a container\n"));
     expect![[r"
 
-        EXCLUDED CGROUPS (calls from there are left alone)
+        EXCLUDED CGROUPS (their calls pass unchanged)
           /sys/fs/cgroup/batch
           /sys/fs/cgroup/kubepods/pod0a-1b (pod 0a-1b)
           not found: id 9
@@ -384,7 +385,7 @@ fn excluded_cgroups_are_listed_with_their_pods() {
     assert_eq!(well().excluded_list(), "");
 }
 
-/// Names that scripts hold on to.
+/// Names that scripts use.
 #[test]
 fn the_json_has_these_names() {
     let mut status = serde_json::to_value(well()).unwrap();

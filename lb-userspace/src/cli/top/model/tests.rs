@@ -10,7 +10,7 @@ fn address(text: &str, protocol: Protocol) -> FrontendAddress {
     FrontendAddress { ip: address.ip(), port: address.port(), protocol }
 }
 
-/// A service with two endpoints and a node port, one without any, and a socket of each kind.
+/// A service with two endpoints and a node port, one without endpoints, and sockets of each kind.
 fn look() -> Look {
     let mut image = Image::default();
     let endpoints = ["10.244.1.10:8080", "10.244.2.10:8080"].map(|text| text.parse().unwrap());
@@ -36,9 +36,9 @@ fn look() -> Look {
     let records = vec![
         record("10.96.0.80:80", "10.244.1.10:8080", 3, 7),
         record("192.0.2.1:30080", "10.244.2.10:8080", 3, 8),
-        // Its endpoint is gone, its service is not.
+        // The endpoint is gone, the service exists.
         record("10.96.0.80:80", "10.244.9.10:8080", 3, 7),
-        // Its service is gone.
+        // The service is gone.
         record("10.96.0.99:80", "10.244.1.10:8080", 4, 7),
     ];
     Look {
@@ -68,12 +68,12 @@ fn two_looks() -> Report {
 #[test]
 fn rates_are_made_from_two_looks() {
     for (what, earlier, now, seconds, expected) in [
-        ("the first look", None, 7, None, None),
-        ("what was not there before", None, 7, Some(1.0), None),
+        ("the first sample", None, 7, None, None),
+        ("a new port", None, 7, Some(1.0), None),
         ("nothing happened", Some(7), 7, Some(1.0), Some(0.0)),
         ("growth", Some(7), 12, Some(2.0), Some(2.5)),
         ("to a tenth", Some(0), 1, Some(3.0), Some(0.3)),
-        ("a counter that started anew", Some(100), 4, Some(2.0), Some(2.0)),
+        ("a counter that restarted", Some(100), 4, Some(2.0), Some(2.0)),
         ("no time has passed", Some(1), 2, Some(0.0), None),
         ("the largest", Some(0), u64::MAX, Some(1.0), Some(18_446_744_073_709_552_000.0)),
     ] {
@@ -182,7 +182,7 @@ fn rows_are_sorted_and_filtered() {
     assert_eq!(arranged(Some("sho"), "", Sort::Name), "");
 }
 
-/// Field names are a promise.
+/// Field names are stable.
 #[test]
 fn the_json_has_stable_names() {
     let mut report = two_looks();
