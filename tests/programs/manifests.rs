@@ -239,7 +239,7 @@ fn no_service_is_gone_while_its_manifest_is_changed_in_any_way() {
         assert!(wrong.is_empty(), "{wrong:#?}");
         let (_, log) = agent.end_with_log(Signal::SIGTERM);
         for version in 0..WAYS.len() {
-            let gone = format!("Service default/only-{version} is no longer served: file ");
+            let gone = format!("Service default/only-{version} is no longer served: ");
             assert_eq!(log.iter().filter(|line| line.contains(&gone)).count(), 1, "{version}: {log:#?}");
         }
         let n_gone = log.iter().filter(|line| line.contains("no longer served")).count();
