@@ -267,7 +267,7 @@ fn an_end_after_any_operation_is_made_up_for() {
                     return n;
                 }
             }
-            unreachable!("a plan has an end")
+            unreachable!("a plan is finite")
         });
         assert!(n_ops > 20, "{n_ops}");
     });
