@@ -508,8 +508,7 @@ impl Objects {
         }
     }
 
-    /// Random endpoints. A steady service keeps a ready one at every moment, with or without the change of
-    /// its slices.
+    /// Random endpoints. Those of a steady service always include a ready one.
     fn endpoints(&mut self, service: usize) -> BTreeMap<usize, bool> {
         if is_plain(service) {
             return (0..self.n_endpoints).map(|number| (number, true)).collect();
