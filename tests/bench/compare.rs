@@ -134,7 +134,7 @@ pub(crate) fn compare(old: &ResultFile, new: &ResultFile) -> anyhow::Result<Comp
         line(&format!("the machines differ: {} and {}", place(old), place(new)));
     }
     if new.is_smoke {
-        line("both are smoke runs: their times say nothing");
+        line("both are smoke runs: their times have no meaning");
     }
     let mut counts = [0_usize; 4];
     let mut judged = Vec::new();
@@ -200,7 +200,7 @@ mod tests {
             ("half the rate", 100.0, 50.0, 0.05, 30, Better::Higher, Regression),
             ("twice the rate", 100.0, 200.0, 0.05, 30, Better::Higher, Improvement),
             ("two blocks", 100.0, 150.0, 0.05, 2, Better::Lower, Unclear),
-            ("nobody's better", 100.0, 150.0, 0.05, 30, Better::Neither, Same),
+            ("neither is better", 100.0, 150.0, 0.05, 30, Better::Neither, Same),
         ];
         for (name, old, new, noise, n, better, wanted) in table {
             let (old, new) = (noisy(old, noise, n, 1), noisy(new, noise, n, 2));

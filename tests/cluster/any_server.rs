@@ -201,7 +201,7 @@ fn pods_of(server: &dyn Api) {
     server.delete(Kind::Pod, NAMESPACE, "one");
     server.apply_pod(&pod("two", NODE, "perhaps"));
     follower.until("none is", |follower| n_excluded(follower) == Some(0));
-    follower.until("and why is said", |follower| {
+    follower.until("and the issue names the Pod", |follower| {
         follower.source.issues().iter().any(|issue| issue.to_string().contains("Pod default/two"))
     });
     follower.until_like(server);

@@ -136,7 +136,7 @@ fn an_expired_watch_leads_to_a_list_that_removes() {
     server.expire();
     follower.until_like(&server);
     assert_eq!(follower.n_frontends(), 3);
-    follower.until("the watches of all three kinds have ended", |_| server.requests().expired >= 3);
+    follower.until("the watches of all three kinds have closed", |_| server.requests().expired >= 3);
 }
 
 /// Changes while a server sends the objects of its cache come before the end of a streaming list.
@@ -293,7 +293,7 @@ fn a_server_that_goes_back_is_believed() {
 
             server.stop();
             if is_away_for_long {
-                follower.until("the watches find it away", |follower| {
+                follower.until("the watches detect the outage", |follower| {
                     follower.source.contact().unwrap().outage().is_some()
                 });
             }

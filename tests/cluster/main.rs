@@ -1,5 +1,5 @@
 //! The agent with an API server, and with its faults.
-#![expect(clippy::unwrap_used, reason = "what fails here fails a test")]
+#![expect(clippy::unwrap_used, reason = "every failure here fails a test")]
 
 mod any_server;
 mod churn;

@@ -136,13 +136,13 @@ fn an_outage_shows_and_the_node_stays_ready() {
         assert_eq!(agent.metric(r#"socklb_source_failures_total{reason="connection"}"#), Some(0.0));
         for n_outages in 1..=2 {
             server.stop();
-            agent.until("the outage shows", |agent| agent.shows_outage(&problem, "last-known"));
+            agent.until("the outage is reported", |agent| agent.shows_outage(&problem, "last-known"));
             let of_nodes = r#"socklb_source_answer_age_seconds{kind="nodes"}"#;
             agent
                 .until("the answer's age grows", |agent| agent.metric(of_nodes).is_some_and(|age| age > 0.5));
             assert_eq!((agent.n_lines(began), agent.n_lines(&ended)), (n_outages, n_outages - 1));
             server.resume().unwrap();
-            agent.until("its end shows", Agent::is_well);
+            agent.until("the end is reported", Agent::is_well);
             agent.until("the end is logged", |agent| agent.n_lines(&ended) == n_outages);
             assert_eq!(agent.n_lines(began), n_outages);
         }
@@ -152,11 +152,11 @@ fn an_outage_shows_and_the_node_stays_ready() {
         server.stop();
         agent.end();
         let agent = Agent::start(sandbox, directory.path(), "second");
-        agent.until("it serves what it has found", |agent| agent.shows_outage(&problem, "found"));
+        agent.until("it serves the found entries", |agent| agent.shows_outage(&problem, "found"));
         assert_eq!(agent.metric("socklb_source_complete"), Some(0.0));
         let found =
             format!("no complete lists yet: {problem}; the entries found in the kernel stay unchanged");
-        agent.until("it says so", |agent| agent.n_lines(&found) == 1);
+        agent.until("that is logged", |agent| agent.n_lines(&found) == 1);
         server.resume().unwrap();
         agent.until("it follows the server", |agent| {
             agent.is_well() && agent.metric("socklb_source_complete") == Some(1.0)

@@ -57,7 +57,7 @@ fn service_cidrs_are_in_force_while_they_are_there() {
         follower
             .until("both are", |follower| networks(follower) == with(&["10.200.0.0/24", "10.201.0.0/24"]));
         server.delete(Kind::ServiceCidr, "", "more");
-        follower.until("one is gone", |follower| networks(follower) == with(&["10.201.0.0/24"]));
+        follower.until("one is deleted", |follower| networks(follower) == with(&["10.201.0.0/24"]));
         server.delete(Kind::ServiceCidr, "", "most");
         follower.until("both are", |follower| networks(follower) == before);
         follower.until_like(server);
@@ -107,9 +107,9 @@ fn a_server_without_service_cidrs_is_served_as_ever() {
     server.cut_watches();
     until_networks(&mut follower, &[]);
     server.stop();
-    follower.until("the outage shows", |follower| contact(follower).outage().is_some());
+    follower.until("the outage is reported", |follower| contact(follower).outage().is_some());
     server.resume().unwrap();
-    follower.until("its end shows", |follower| contact(follower).outage().is_none());
+    follower.until("its end is reported", |follower| contact(follower).outage().is_none());
     assert_eq!(networks(&follower).len(), 0);
     knows(&server, true);
     until_networks(&mut follower, &["10.96.0.0/12"]);
@@ -228,7 +228,7 @@ fn addresses_of_other_proxies_are_known_and_their_slices_are_not_read() {
         });
     }
     server.delete(Kind::Service, NAMESPACE, "theirs");
-    follower.until("it is gone", |follower| !follower.image.cluster_ips.contains_key(&ip));
+    follower.until("it is deleted", |follower| !follower.image.cluster_ips.contains_key(&ip));
     follower.until_like(&server);
 }
 

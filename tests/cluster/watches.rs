@@ -52,7 +52,7 @@ fn only_the_own_node_is_read() {
     server.delete(Kind::Node, "", NODE);
     follower.until("the own node is followed", |follower| nodes(follower).is_empty());
     let octets = server.requests().octets;
-    assert!(octets < 20_000, "{octets} octets were read");
+    assert!(octets < 20_000, "{octets} bytes were read");
 }
 
 /// An older server refuses streaming lists; its list of many objects is complete too.
@@ -66,7 +66,7 @@ fn a_server_without_streaming_lists_is_listed() {
     assert_eq!(follower.n_frontends(), 600);
     // Uncompressed it would be about 700 KB.
     let octets = server.requests().octets;
-    assert!(octets < 200_000, "{octets} octets: the lists were not compressed");
+    assert!(octets < 200_000, "{octets} bytes: the lists were not compressed");
     // A list of the latest state is paged.
     server.restart_at_version(5000);
     server.set(&cluster(550));

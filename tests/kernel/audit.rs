@@ -200,7 +200,7 @@ fn keys_are_repaired_and_counted() {
         let node = |last: u8| [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 192, 0, 2, last];
         let nodes = || hash::<[u8; 16], [u8; 4]>(sandbox, "node_addrs");
         let gone = || nodes().remove(&node(9)).unwrap();
-        victim.check("a node that is gone", gone, as_ever, &[("node_addrs", 1)]);
+        victim.check("a deleted node address", gone, as_ever, &[("node_addrs", 1)]);
         let own = || {
             nodes().insert(node(9), 1u32.to_ne_bytes(), 0).unwrap();
             nodes().insert(node(8), 1u32.to_ne_bytes(), 0).unwrap();
@@ -253,7 +253,7 @@ fn entries_and_endpoints_are_repaired_and_counted() {
             alter::<24>(sandbox, "frontends", 200, |entry| entry.fill(1));
             alter::<12>(sandbox, "endpoints4", 2000, |entry| entry.fill(1));
         };
-        victim.check("what nobody reads", nobodys, as_ever, &[]);
+        victim.check("entries that no call reads", nobodys, as_ever, &[]);
         let everything = || {
             remove4(sandbox, key);
             remove4(sandbox, key4(scene.other, 6));

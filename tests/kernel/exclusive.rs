@@ -82,7 +82,7 @@ fn attach(target_fd: i32, attach_bpf_fd: i32, attach_type: u32, attach_flags: u3
     }
     let attr = ProgAttach { target_fd, attach_bpf_fd, attach_type, attach_flags, replace_bpf_fd: 0 };
     // SAFETY: the kernel reads `size_of` bytes of integers at the pointer, which outlives the call.
-    #[expect(unsafe_code, reason = "the old way to attach, which links have replaced")]
+    #[expect(unsafe_code, reason = "the older attach command, without links")]
     let result =
         unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_ATTACH, &raw const attr, size_of::<ProgAttach>()) };
     Errno::result(result).unwrap();
@@ -166,7 +166,7 @@ fn a_program_that_refuses_others_is_named_and_nothing_is_left() {
             assert_eq!(error.lines().count(), 1, "{error}");
             let [(hook, exclusive)] = &exclusives[..] else { panic!("{what}: {exclusives:?}") };
             assert_eq!((*hook, &exclusive.cgroup, exclusive.flags), (name, holder, says), "{what}");
-            assert_eq!(attached(&below.0), before, "{what}: what was attached before it was refused is gone");
+            assert_eq!(attached(&below.0), before, "{what}: a refused start detaches what it attached");
             assert_eq!(fs::read_dir(&options.pin_path).unwrap().count(), 0, "{what}: no pins");
         }
     });

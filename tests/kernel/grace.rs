@@ -1,5 +1,5 @@
 //! Waiting until no program reads freed memory.
-#![expect(unsafe_code, reason = "bpf(2) for a program that takes its time, and the scheduling of threads")]
+#![expect(unsafe_code, reason = "bpf(2) for a slow program, and thread scheduling")]
 
 use std::{
     fs, io,

@@ -304,7 +304,7 @@ fn for_all_sockets(socket: &OwnedFd) {
 
 fn wait_for(socket: &OwnedFd, what: &str) {
     let mut waiting = [PollFd::new(socket.as_fd(), PollFlags::POLLIN)];
-    assert_eq!(poll(&mut waiting, PollTimeout::from(20_000_u16)), Ok(1), "{what}: nothing comes");
+    assert_eq!(poll(&mut waiting, PollTimeout::from(20_000_u16)), Ok(1), "{what}: nothing arrives");
 }
 
 /// Reports why a kernel lacks a kind of socket, on standard error, past libtest's capture.

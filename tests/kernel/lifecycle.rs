@@ -261,7 +261,7 @@ fn an_end_after_any_operation_is_made_up_for() {
                     return n;
                 }
             }
-            unreachable!("a plan has an end")
+            unreachable!("a plan is finite")
         });
         assert!(n_ops > 20, "{n_ops}");
     });
@@ -473,7 +473,7 @@ fn former_maps_serve_until_the_first_plan() {
     });
 }
 
-/// The map of each map's layout, by id.
+/// The map with the layout of each map, by map id.
 fn layouts(sandbox: &Sandbox) -> HashMap<MapData, u32, [u8; 16]> {
     let data = MapData::from_pin(sandbox.pin_path().join(maps::LAYOUTS)).unwrap();
     Map::from_map_data(data).unwrap().try_into().unwrap()

@@ -1,7 +1,7 @@
 //! The programs' effect on real sockets, on the running kernel.
 //!
 //! Each test has its own sandbox. The executable works as the only program of a virtual machine.
-#![expect(clippy::unwrap_used, reason = "a panic is how a test fails, in what a test calls too")]
+#![expect(clippy::unwrap_used, reason = "a test fails by a panic, and so do its helpers")]
 
 mod affinity;
 mod audit;
@@ -10,7 +10,7 @@ mod capacity;
 #[path = "../pure/clusters.rs"]
 #[expect(
     dead_code,
-    reason = "what becomes of a cluster, and what a call may come to meanwhile, is for the pure tests"
+    reason = "the states of a cluster, and the allowed outcomes of calls meanwhile, are for the pure tests"
 )]
 mod clusters;
 mod exclusion;

@@ -99,8 +99,8 @@ fn a_service_address_on_an_interface_is_the_nodes_for_as_long_as_it_is_there() {
         listener.accept().unwrap();
         assert!(is_up(web), "others are served");
         let issue = "10.96.0.53 is an address of an interface of this node";
-        eventually("the log says so", || agent.log().iter().any(|line| line.contains(issue)));
-        eventually("explain says so", || {
+        eventually("it is logged", || agent.log().iter().any(|line| line.contains(issue)));
+        eventually("explain reports it", || {
             let answer = explain();
             answer.contains("untouched") && answer.contains(issue)
         });

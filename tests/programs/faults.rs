@@ -195,7 +195,7 @@ fn every_point(sandbox: &Sandbox, place: &Place, other: Other) -> usize {
                 return at;
             }
         }
-        unreachable!("a plan has an end")
+        unreachable!("a plan is finite")
     });
     drop(servers);
     assert!(n_calls.into_inner() > 0);

@@ -127,7 +127,7 @@ fn a_scrape_tells_of_changes_calls_and_repairs() {
         let changed = Scrape::of(&metrics);
         assert!(changed.get("socklb_sync_operations_total") > after.get("socklb_sync_operations_total"));
         let last: f64 = changed.0["kubeproxy_sync_proxy_rules_last_timestamp_seconds"].parse().unwrap();
-        assert!(last > 1e9, "{last} is no time of today");
+        assert!(last > 1e9, "{last} is not a current time");
 
         // Damage, and its repair.
         let data = MapData::from_pin(format!("{}/services4", place.pin_path)).unwrap();

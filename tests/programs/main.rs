@@ -1,7 +1,7 @@
 //! Ordinary programs, unmodified, through the hooks.
 //!
 //! Backends run in their own network namespaces, joined to the node's by veth pairs, as pods do.
-#![expect(clippy::unwrap_used, reason = "a panic is how a test fails, in what a test calls too")]
+#![expect(clippy::unwrap_used, reason = "a test fails by a panic, and so do its helpers")]
 
 mod addresses;
 mod adversity;

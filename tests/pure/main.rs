@@ -1,5 +1,5 @@
 //! Tests without a kernel: the scenarios on the simulator, and properties of plans over random clusters.
-#![expect(clippy::unwrap_used, reason = "a panic is how a test fails, in what a test calls too")]
+#![expect(clippy::unwrap_used, reason = "a test fails by a panic, and so do its helpers")]
 
 mod clusters;
 mod prefixes;

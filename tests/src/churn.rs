@@ -258,7 +258,7 @@ impl fmt::Display for Events {
         let Self { n_kills, n_faults, n_ends, n_upgrades, n_layouts, n_sizes } = self;
         write!(
             f,
-            "agents: {n_kills} killed, {n_faults} killed between two changes to the kernel, {n_ends} ended, {n_upgrades} \
+            "agents: {n_kills} killed, {n_faults} killed between two changes to the kernel, {n_ends} stopped, {n_upgrades} \
              replaced while another waited, {n_layouts} with maps of another layout, {n_sizes} with other sizes"
         )
     }
@@ -508,8 +508,7 @@ impl Objects {
         }
     }
 
-    /// Random endpoints. A steady service keeps a ready one at every moment, with or without the change of
-    /// its slices.
+    /// Random endpoints. Those of a steady service always include a ready one.
     fn endpoints(&mut self, service: usize) -> BTreeMap<usize, bool> {
         if is_plain(service) {
             return (0..self.n_endpoints).map(|number| (number, true)).collect();
@@ -672,7 +671,7 @@ fn changes(
                 let version = if n_restarts % 2 == 0 { 50 } else { server.version() + 100_000 };
                 server.restart_at_version(version);
             } else {
-                server.resume().context("the API server cannot come back")?;
+                server.resume().context("the API server cannot be resumed")?;
             }
             present.disturb();
         }
@@ -680,7 +679,7 @@ fn changes(
         due = (due + options.change).max(started.elapsed().saturating_sub(BEHIND));
         thread::sleep(due.saturating_sub(started.elapsed()));
     }
-    server.write().resume().context("the API server cannot come back")
+    server.write().resume().context("the API server cannot be resumed")
 }
 
 /// The callers' counters.
@@ -736,7 +735,7 @@ fn calls(options: &Options, caller: u64, stop: &AtomicBool, counts: &Counts) -> 
                 let _before = counts.n_unmasked.fetch_add(1, Ordering::Relaxed);
             }
             Ok(Answer { server, seen }) => {
-                bail!("a call to {name} ({address}, {way:?}) reached {server}, which seems to be {seen:?}")
+                bail!("a call to {name} ({address}, {way:?}) reached {server}, which appears as {seen:?}")
             }
             // No endpoint, or no service: the address is not local here.
             Err(Errno::ECONNREFUSED | Errno::ENETUNREACH) if !is_steady => {

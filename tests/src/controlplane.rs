@@ -184,7 +184,7 @@ impl Program {
         let end = Instant::now() + PATIENCE;
         while !is_ready() {
             if let Some(status) = self.child.try_wait()? {
-                bail!("{} ended with {status}: {}", self.name, self.last_words());
+                bail!("{} exited ({status}): {}", self.name, self.last_words());
             }
             if Instant::now() > end {
                 bail!("{} is not ready after {PATIENCE:?}: {}", self.name, self.last_words());
@@ -438,6 +438,6 @@ mod tests {
         script(directory.path(), "kube-apiserver", "exit 0");
         let assets = Assets::in_directory(directory.path()).unwrap();
         let error = ControlPlane::start(&assets).unwrap_err().to_string();
-        assert!(error.contains("etcd ended with exit status: 3") && error.contains("out of luck"), "{error}");
+        assert!(error.contains("etcd exited (exit status: 3)") && error.contains("out of luck"), "{error}");
     }
 }

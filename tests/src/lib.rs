@@ -20,7 +20,7 @@
 #![expect(
     clippy::expect_used,
     clippy::missing_panics_doc,
-    reason = "whatever fails here fails a test, and a panic is how a test fails"
+    reason = "every failure here fails a test, by a panic"
 )]
 
 pub mod agent;

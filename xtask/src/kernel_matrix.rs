@@ -328,7 +328,7 @@ pub(crate) fn command(workspace: &Workspace, options: &Options) -> Result<()> {
     let rows = choose(&options.kernel)?;
     if !cfg!(target_arch = "x86_64") {
         bail!(
-            "the kernel matrix needs an x86_64 host, because its kernels and tests are built for one: run it there"
+            "the kernel matrix needs an x86_64 host, because its kernels and tests are built for x86_64: run it on one"
         );
     }
     let toolchain = setup::ensure(&[Purpose::Build, Purpose::KernelMatrix])?;

@@ -324,7 +324,7 @@ fn install_packages(packages: &[Package]) -> Result<()> {
     let privilege = privilege();
     match privilege {
         Privilege::None => {
-            bail!("installing packages needs root or sudo, and there is neither: as root run `{by_hand}`")
+            bail!("installing packages needs root, and sudo is missing: as root run `{by_hand}`")
         }
         Privilege::Sudo => step("installing these packages needs root: using sudo for apt-get alone"),
         Privilege::Root => {}

@@ -104,7 +104,7 @@ pub(super) fn print(
 
 /// Pause before a stopped agent is asked again.
 const RETRY: Duration = Duration::from_secs(1);
-/// How often rows that changed while they were read are read again.
+/// Maximum number of times that rows which changed meanwhile are read again.
 const ROUNDS: usize = 5;
 /// Maximum number of `services` rows that are read again. Fewer than these change during one read.
 const MAX_ROWS: usize = 256;

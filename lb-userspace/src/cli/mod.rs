@@ -48,8 +48,8 @@ enum Command {
     /// Watch calls by service and endpoint: rates, refusals, open sockets.
     ///
     /// On a terminal: a table that is kept up to date; keys sort, filter and quit. Otherwise, with --count,
-    /// or with -o json or yaml: one report per interval. The first has totals since each port is served, and
-    /// no rates. Needs no running agent.
+    /// or with -o json or yaml: one report per interval. The first comes at once, with totals since each port
+    /// is served and without rates. Needs no running agent.
     ///
     /// SOCKETS counts open sockets that last called a service. Listing them needs CAP_BPF and CAP_PERFMON.
     Top(top::TopArgs),

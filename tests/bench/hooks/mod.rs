@@ -101,7 +101,7 @@ pub(crate) fn run(options: &Options, common: &Common) -> anyhow::Result<ResultFi
                     }
                     Ok(())
                 });
-                match answers.recv().with_context(|| format!("{}: has ended", target.name))? {
+                match answers.recv().with_context(|| format!("{}: thread has exited", target.name))? {
                     Ok(_ready) => workers.push((target.name, orders, answers)),
                     Err(error) => result.unavailable(target.name, None, format!("{error:#}")),
                 }

@@ -201,7 +201,7 @@ fn size(
                     drop(kept);
                 });
             });
-            match receiver.recv().context("the competitor's thread has ended")? {
+            match receiver.recv().context("the competitor's thread has exited")? {
                 Ok(made) => {
                     eprintln!(
                         "  {}: programmed in {:.2} s",

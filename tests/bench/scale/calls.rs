@@ -96,7 +96,7 @@ pub(super) fn measure(options: &Options, run: &mut Run) -> anyhow::Result<()> {
                     }
                 });
             });
-            let _ready = answers.recv().context("a caller has ended")??;
+            let _ready = answers.recv().context("a caller has exited")??;
             callers.push((n_services, orders, answers));
         }
         for call in Call::ALL {

@@ -113,7 +113,7 @@ impl Agent {
         kill(Pid::from_raw(self.child.id().cast_signed()), Signal::SIGTERM)?;
         let status = self.child.wait()?;
         if !status.success() {
-            bail!("the agent ended with {status}; {}", self.last_words());
+            bail!("the agent exited: {status}; {}", self.last_words());
         }
         Ok(())
     }

@@ -187,7 +187,7 @@ fn settled(server: &ApiServer, before: u64) -> anyhow::Result<u64> {
     let (mut octets, mut since) = (server.requests().octets, Instant::now());
     while octets == before || since.elapsed() < QUIET {
         if started.elapsed() > PATIENCE {
-            bail!("{octets} octets were sent, and it continues or has not begun");
+            bail!("{octets} bytes were sent, and it continues or has not begun");
         }
         thread::sleep(Duration::from_millis(10));
         let now = server.requests().octets;

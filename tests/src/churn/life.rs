@@ -165,7 +165,7 @@ impl Process {
         let is_expected = status.success()
             || signal == Signal::SIGKILL
             || (!has_begun && status.signal() == Some(signal as i32));
-        ensure!(is_expected, "the agent ended with {status}; {}", last_words(&self.log));
+        ensure!(is_expected, "the agent exited: {status}; {}", last_words(&self.log));
         Ok(())
     }
 
@@ -371,7 +371,7 @@ impl<'a> Life<'a> {
                 // Changes continue, so this number is reached.
                 if let Some(mut process) = self.process.take() {
                     let status = process.wait(stop)?;
-                    ensure!(!status.success(), "an agent that was to kill itself ended with {status}");
+                    ensure!(!status.success(), "an agent that should have killed itself exited: {status}");
                 }
                 self.process = Some(self.spawn(next)?);
                 return Ok(());

@@ -144,7 +144,7 @@ impl fmt::Display for Observed {
         }
         writeln!(f)?;
         if let Some(written) = written_a_minute(&self.minutes) {
-            writeln!(f, "written to the disk: {written} octets a minute on average")?;
+            writeln!(f, "written to the disk: {written} bytes per minute on average")?;
         }
         if let Some([before, after]) = growth_of_all(&self.minutes) {
             writeln!(
@@ -163,7 +163,7 @@ impl fmt::Display for Observed {
         }
         writeln!(f, "{}", self.truth)?;
         for flaw in self.flaws() {
-            writeln!(f, "NOT AS IT MUST BE: {flaw}")?;
+            writeln!(f, "OUT OF BOUNDS: {flaw}")?;
         }
         Ok(())
     }
@@ -197,7 +197,7 @@ impl Observed {
     pub fn flaws(&self) -> Vec<String> {
         let mut flaws = Vec::new();
         if let Some(written) = written_a_minute(&self.minutes).filter(|written| *written > MAX_WRITTEN) {
-            flaws.push(format!("{written} octets written a minute, more than {MAX_WRITTEN}"));
+            flaws.push(format!("{written} bytes written per minute, more than {MAX_WRITTEN}"));
         }
         let mut grows = |what: &str, before: f64, after: f64| {
             if after > before * TOLERANCE {
@@ -242,7 +242,7 @@ mod tests {
         let in_a_life = [(0, 100.0), (1, 50.0), (2, 60.0), (3, 70.0), (0, 100.0), (0, 100.0)];
         for (values, written, expected) in [
             (&flat, 2_000_000, &[][..]),
-            (&flat, 2_000_001, &["2000001 octets written a minute"][..]),
+            (&flat, 2_000_001, &["2000001 bytes written per minute"][..]),
             (&over_all, 0, &["memory of all agents grows from 60.0 to 80.0 MiB"][..]),
             (&in_a_life, 0, &["memory of one agent grows from 50.0 to 70.0 MiB"][..]),
         ] {

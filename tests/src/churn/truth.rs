@@ -195,7 +195,7 @@ pub(super) fn ask(
         let change = Change::now(present);
         move_endpoint(&server.read(), number);
         while told(&present.state_dir).ok().as_deref() != Some(&[endpoint(number)]) {
-            ensure!(change.at.elapsed() < PATIENCE, "the agent never tells of {}", endpoint(number));
+            ensure!(change.at.elapsed() < PATIENCE, "the agent never reports {}", endpoint(number));
             thread::sleep(LOOK);
         }
         truth.agent.count(&change, Instant::now(), change.starved(), WITHIN);
@@ -217,7 +217,7 @@ pub(super) fn ask(
                     break;
                 }
                 let name = ask.name();
-                ensure!(change.at.elapsed() < PATIENCE, "{name} never tells of change {number}: {answer:?}");
+                ensure!(change.at.elapsed() < PATIENCE, "{name} never reports change {number}: {answer:?}");
             }
         }
     }
@@ -325,7 +325,7 @@ fn known(state_dir: &Path, query: &str) -> anyhow::Result<Known> {
     write!(stream, "GET {OBJECTS}?{query} HTTP/1.0\r\n\r\n")?;
     let mut answer = String::new();
     stream.read_to_string(&mut answer)?;
-    let (_head, body) = answer.split_once("\r\n\r\n").context("an answer that is cut off")?;
+    let (_head, body) = answer.split_once("\r\n\r\n").context("a truncated answer")?;
     Ok(serde_json::from_str(body)?)
 }
 
@@ -336,8 +336,8 @@ impl fmt::Display for Truth {
         let (n, beyond) = (calm.0.len(), calm.beyond(WITHIN));
         writeln!(
             f,
-            "the agent's answer tells of a change after {calm}; {beyond} of {n} beyond {limit} ms, {n_starved} of them \
-             since the CPU was kept from it"
+            "the agent's answer reports a change after {calm}; {beyond} of {n} beyond {limit} ms, {n_starved} of them \
+             because it waited for a CPU"
         )?;
         let n = disturbed.0.len();
         writeln!(f, "  within {} s of a kill or fault: {disturbed} ({n} changes)", QUIET.as_secs())?;
@@ -347,8 +347,8 @@ impl fmt::Display for Truth {
             let latest = calm.percentile(100).as_millis();
             writeln!(
                 f,
-                "`{name}` {limit} ms after a change: {late} of {n} were not right at once, {n_starved} of them since the \
-                 CPU was kept from the agent (the last right answer was asked for {latest} ms after the change); it takes \
+                "`{name}` {limit} ms after a change: {late} of {n} were not right at once, {n_starved} of them because \
+                 the agent waited for a CPU (the query of the last right answer was {latest} ms after the change); it takes \
                  {took}"
             )?;
             let (n, late, latest) =
@@ -373,7 +373,7 @@ impl Truth {
         let limit = WITHIN.as_millis();
         let beyond = self.agent.n_late(WITHIN);
         if beyond > 0 {
-            flaws.push(format!("{beyond} answers of the agent did not tell of a change after {limit} ms"));
+            flaws.push(format!("{beyond} answers of the agent did not report a change after {limit} ms"));
         }
         for (ask, answers) in Ask::ALL.into_iter().zip(&self.commands) {
             let late = answers.n_late(ASKED);

@@ -81,7 +81,7 @@ fn kernel_packages(lists: &Lists) -> Result<Vec<String>> {
         at += 1;
     }
     if packages.len() == 1 {
-        bail!("{META_PACKAGE} names no kernel: look how this Debian release packages its kernel");
+        bail!("{META_PACKAGE} names no kernel: check how this Debian release packages its kernel");
     }
     Ok(packages.split_off(1))
 }
@@ -99,10 +99,10 @@ fn reduce(unpacked: &Path, to: &Path) -> Result<()> {
         files.iter().find(|file| file.file_name().and_then(|name| name.to_str()).is_some_and(accept))
     };
     let Some(vmlinuz) = find(&|name| name == "vmlinuz" || name.starts_with("vmlinuz-")) else {
-        bail!("the kernel package holds no vmlinuz: look how this Debian release packages its kernel");
+        bail!("the kernel package holds no vmlinuz: check how this Debian release packages its kernel");
     };
     let Some(release) = files.iter().find_map(|file| release_in_path(file)) else {
-        bail!("the kernel package holds no module folder: look how this Debian release packages its kernel");
+        bail!("the kernel package holds no module folder: check how this Debian release packages its kernel");
     };
     let copy = |from: &Path, to: &Path| {
         fs::copy(from, to)
@@ -121,7 +121,9 @@ fn reduce(unpacked: &Path, to: &Path) -> Result<()> {
             copy(packed, &packed_copy)?;
             process::capture(Command::new("xz").arg("--decompress").arg(&packed_copy))?;
         } else if !built_in.contains(&format!("/{module}.ko")) {
-            bail!("kernel {release} has no module {module}, which the tests need: look where it went");
+            bail!(
+                "kernel {release} has no module {module}, which the tests need: find its new name or package"
+            );
         }
     }
     fs::write(to.join("release"), release).context("cannot write the kernel's release: check the disk")
