@@ -136,7 +136,6 @@ struct Signals {
     frozen: u64,
 }
 
-/// Shared by all connections.
 #[derive(Debug)]
 struct Shared {
     store: Mutex<Store>,
@@ -151,7 +150,6 @@ struct Shared {
     signals: watch::Sender<Signals>,
     /// The number of the last connection.
     n_connections: Mutex<u64>,
-    /// Bytes written to connections.
     n_octets: Arc<AtomicU64>,
 }
 
