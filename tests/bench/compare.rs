@@ -14,14 +14,12 @@ use crate::{
 
 /// The relative change that is tolerated.
 pub(crate) const THRESHOLD: f64 = 0.1;
-/// The number of draws.
 const N_DRAWS: usize = 2000;
 /// The share of ratios outside the interval. A file has hundreds of series: 5 % would be wrong about some.
 const LEFT_OUT: f64 = 0.01;
 /// With fewer blocks an interval has no meaning.
 const MIN_BLOCKS: usize = 3;
 
-/// The result for a series.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Verdict {
     /// Worse by more than the threshold, with certainty.
@@ -94,7 +92,6 @@ pub(crate) fn judge(
     Some(Judgement { worse_by, interval, verdict })
 }
 
-/// The comparison of two series.
 fn judge_series(old: &Series, new: &Series) -> Option<Judgement> {
     let is_exact = matches!(new.unit, Unit::Mebibytes | Unit::Count) && old.blocks.len() == 1;
     judge(&old.blocks, &new.blocks, new.better, is_exact, THRESHOLD, 1)

@@ -4,7 +4,6 @@ use std::{collections::BTreeMap, fs, process::Command};
 
 use serde::{Deserialize, Serialize};
 
-/// The machine of a run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Machine {
     /// Model name of the first CPU.
@@ -12,7 +11,6 @@ pub(crate) struct Machine {
     pub(crate) n_cpus: usize,
     pub(crate) memory_mib: u64,
     pub(crate) architecture: String,
-    /// Release of the running kernel.
     pub(crate) kernel: String,
     /// Whether the CPU reports a hypervisor.
     pub(crate) is_virtual: bool,
@@ -30,7 +28,6 @@ pub(crate) fn load() -> [f64; 3] {
 }
 
 impl Machine {
-    /// Reads this machine.
     pub(crate) fn observe() -> Self {
         let cpu = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
         let memory = fs::read_to_string("/proc/meminfo").unwrap_or_default();

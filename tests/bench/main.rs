@@ -121,7 +121,6 @@ pub(crate) struct Common {
 }
 
 impl Common {
-    /// Starts a result.
     fn start(&self, suite: Suite) -> Run {
         Run::start(suite, self.smoke, &self.commit, &self.rustc)
     }

@@ -121,7 +121,6 @@ fn digits(value: f64) -> String {
     }
 }
 
-/// Whole numbers, with commas.
 fn thousands(value: f64) -> String {
     let text = format!("{:.0}", value.abs());
     let mut grouped = String::new();
@@ -178,7 +177,6 @@ fn words(cells: &[&str]) -> Vec<String> {
     cells.iter().map(|cell| (*cell).to_owned()).collect()
 }
 
-/// Machine, time and versions of the run.
 fn run(result: &ResultFile) -> String {
     let machine = &result.machine;
     let load = |load: [f64; 3]| load.map(|value| format!("{value:.2}")).join(" ");

@@ -16,7 +16,6 @@ use crate::{
 
 /// The directory of result files and plots, relative to the root of the repository.
 const RESULTS: &str = "docs/benchmarks";
-/// The documents with marks.
 const PAGES: [&str; 2] = ["docs/BENCHMARKS.md", "README.md"];
 const BEGIN: &str = "<!-- bench: ";
 const BEGIN_END: &str = " -->";
@@ -34,7 +33,6 @@ pub(crate) fn render(root: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// What [`render`] writes.
 fn rendered(root: &Path) -> anyhow::Result<Vec<(PathBuf, String)>> {
     let mut files = Vec::new();
     let mut tables = Vec::new();

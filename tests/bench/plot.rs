@@ -30,7 +30,6 @@ const COLOURS: [RGBColor; 6] = [
     RGBColor(86, 180, 233),
 ];
 
-/// One line of a plot.
 struct Line {
     name: String,
     points: Vec<(f64, f64)>,
@@ -63,7 +62,6 @@ pub(crate) fn suite(result: &ResultFile) -> anyhow::Result<Vec<(String, String)>
     Ok(pictures)
 }
 
-/// The points of each target of a measure.
 fn by_target(result: &ResultFile, measure: &str, quantile: &str) -> Vec<Line> {
     let mut lines: Vec<Line> = Vec::new();
     for series in result.of(measure) {
@@ -278,7 +276,6 @@ fn draw_bars(title: &str, bars: &[(String, f64)]) -> anyhow::Result<String> {
     Ok(text)
 }
 
-/// An empty plot with a title.
 fn canvas<'a>(
     text: &'a mut String,
     title: &str,

@@ -17,12 +17,10 @@ use crate::{
     quantile::{QUANTILES, median, median_interval, quantile, rounded},
 };
 
-/// The version of the format.
 const FORMAT: u32 = 1;
 /// More blocks are merged with their neighbours: enough for intervals, and files stay readable.
 const MAX_BLOCKS: usize = 50;
 
-/// A suite of measurements.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum Suite {
@@ -32,7 +30,6 @@ pub(crate) enum Suite {
     Sync,
     /// The same work to an endpoint, through socklb, nftables and iptables.
     Path,
-    /// How costs grow with size.
     Scale,
 }
 
@@ -51,19 +48,14 @@ impl Suite {
     }
 }
 
-/// The unit of a series.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Unit {
-    /// Nanoseconds.
     Nanoseconds,
-    /// Mebibytes.
     Mebibytes,
-    /// Mebibytes per second.
     MebibytesPerSecond,
     /// Pieces of work per second.
     PerSecond,
-    /// A plain number.
     Count,
     /// A share of one core, or another ratio.
     Ratio,
@@ -79,7 +71,6 @@ pub(crate) enum Better {
     Neither,
 }
 
-/// The identity of a series.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub(crate) struct Key {
     /// The measure, in words.
@@ -108,14 +99,12 @@ impl fmt::Display for Key {
     }
 }
 
-/// Samples of one kind.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Series {
     #[serde(flatten)]
     pub(crate) key: Key,
     pub(crate) unit: Unit,
     pub(crate) better: Better,
-    /// The number of samples.
     pub(crate) n: usize,
     /// By the names in [`QUANTILES`].
     pub(crate) quantiles: BTreeMap<String, f64>,
@@ -173,7 +162,6 @@ pub(crate) struct Unavailable {
     pub(crate) reason: String,
 }
 
-/// A run of one suite.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct ResultFile {
     pub(crate) format: u32,
@@ -184,12 +172,10 @@ pub(crate) struct ResultFile {
     pub(crate) commit: String,
     /// When the run began, UTC.
     pub(crate) started: String,
-    /// How long it took.
     pub(crate) seconds: f64,
     pub(crate) machine: Machine,
     /// Versions of the programs involved.
     pub(crate) versions: BTreeMap<String, String>,
-    /// Settings of the run.
     pub(crate) settings: BTreeMap<String, String>,
     pub(crate) unavailable: Vec<Unavailable>,
     pub(crate) series: Vec<Series>,
@@ -226,7 +212,6 @@ impl ResultFile {
         fs::write(path, text).with_context(|| format!("{}: cannot be written", path.display()))
     }
 
-    /// The series with a key.
     pub(crate) fn find(&self, key: &Key) -> Option<&Series> {
         self.series.iter().find(|series| series.key == *key)
     }
@@ -237,7 +222,6 @@ impl ResultFile {
     }
 }
 
-/// A result under construction.
 pub(crate) struct Run {
     started: std::time::Instant,
     file: ResultFile,
@@ -289,7 +273,6 @@ impl Run {
         self.file.series.extend(Series::new(key, unit, better, blocks));
     }
 
-    /// Adds one figure.
     pub(crate) fn figure(&mut self, key: Key, unit: Unit, better: Better, value: f64) {
         self.series(key, unit, better, &[vec![value]]);
     }

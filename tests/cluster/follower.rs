@@ -30,7 +30,6 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 /// Watched kinds: Services, EndpointSlices, Nodes, ServiceCIDRs, and the Pods of the own node.
 pub(crate) const N_KINDS: u64 = 5;
 
-/// The own node.
 pub(crate) const NODE: &str = "node";
 
 /// Short times for tests: a half-open connection is detected in a second.

@@ -127,7 +127,6 @@ fn first_calls_at_once_agree_from_the_next_call_on() {
     });
 }
 
-/// The address of one of many services.
 fn address(n: usize) -> SocketAddr {
     SocketAddr::new(IpAddr::from([10, 96, 1, u8::try_from(n).unwrap()]), service_address(Domain::V4).port())
 }

@@ -104,7 +104,6 @@ impl Scene {
         cluster.with([cluster::node("other-node", &[IpAddr::from([192, 0, 2, 9])])])
     }
 
-    /// An address of no service.
     fn foreign(&self) -> SocketAddr {
         SocketAddr::new(self.web.ip(), 99)
     }

@@ -25,7 +25,6 @@ use nix::{
 
 use crate::calls::service_address;
 
-/// A service without endpoints.
 fn empty_service() -> SocketAddr {
     "10.96.0.2:80".parse().unwrap()
 }

@@ -116,7 +116,6 @@ impl Slow {
         bpf(Command::TestRun, &mut attr).unwrap();
     }
 
-    /// The number of starts and ends.
     fn counts(&self) -> [u64; 2] {
         let (key, mut value) = (0u32, [0u64; 2]);
         let (key, place) = ((&raw const key) as u64, value.as_mut_ptr() as u64);

@@ -36,9 +36,7 @@ const N_CALLERS: usize = 8;
 /// last one begun when it returned.
 pub(crate) type Window = RangeInclusive<usize>;
 
-/// The size of a load.
 pub(crate) struct Load {
-    /// Total calls.
     pub(crate) n_calls: usize,
     /// Changes, spread evenly over the calls.
     pub(crate) n_changes: usize,

@@ -19,7 +19,6 @@ use crate::calls::{addresses, assert_spread};
 
 const NODE_PORT: u16 = 30080;
 
-/// How a program calls.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Way {
     /// `connect()` on a fresh socket.
@@ -84,7 +83,6 @@ impl Way {
     }
 }
 
-/// A destination.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Destination {
     /// A cluster IP with two endpoints.

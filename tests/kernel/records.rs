@@ -329,7 +329,6 @@ fn a_socket_keeps_its_endpoint_whatever_else_it_asks() {
     });
 }
 
-/// An address without a route.
 fn unreachable(domain: Domain) -> SocketAddr {
     let text = if domain == Domain::V6 { "[2001:db8::1]:9" } else { "192.0.2.1:9" };
     text.parse().unwrap()

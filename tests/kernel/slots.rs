@@ -321,7 +321,6 @@ fn open_and_close(n_cycles: usize) {
     drop(UnixDatagram::pair().unwrap());
 }
 
-/// A socket that has called a service.
 fn called(domain: Domain, cycle: usize) -> Socket {
     let Scene { service, plain, .. } = Scene::new(domain);
     // A TCP connection costs ten times as much as everything else.
@@ -392,7 +391,6 @@ fn end(socket: Socket, cycle: usize, heir: &Heir) {
     }
 }
 
-/// Sends descriptors.
 fn pass(from: &UnixDatagram, descriptors: &[BorrowedFd<'_>]) {
     let descriptors: Vec<RawFd> = descriptors.iter().map(AsRawFd::as_raw_fd).collect();
     let rights = [ControlMessage::ScmRights(&descriptors)];
@@ -413,7 +411,6 @@ fn in_a_child(body: impl FnOnce()) -> Pid {
     }
 }
 
-/// Kills a process that owns sockets.
 fn kill_an_owner(domain: Domain) {
     let (mine, its) = UnixDatagram::pair().unwrap();
     let child = in_a_child(|| {

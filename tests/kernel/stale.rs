@@ -51,7 +51,6 @@ impl Scene {
     }
 }
 
-/// A service in each family, with these endpoints of each [`Scene`].
 fn cluster(
     protocol: Protocol,
     annotation: Option<&str>,
@@ -83,7 +82,6 @@ fn nobody(_scene: &Scene) -> Vec<SocketAddr> {
     Vec::new()
 }
 
-/// A pod in a sandbox.
 struct Pod {
     netns: NetNs,
     _servers: Servers,

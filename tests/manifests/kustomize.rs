@@ -63,7 +63,6 @@ fn suffix(name: &str) -> String {
     format!("{name}-0000000000")
 }
 
-/// The objects of a kustomization.
 pub(crate) fn render(folder: &Path) -> Vec<Value> {
     let mut objects = gather(folder);
     let generated: Vec<String> = objects

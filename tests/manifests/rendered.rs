@@ -15,12 +15,10 @@ use serde_json::Value;
 
 use crate::kustomize;
 
-/// The directory of the manifests.
 pub(crate) fn folder() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../manifests")
 }
 
-/// The objects of a kustomization.
 pub(crate) struct Rendered(pub(crate) Vec<Value>);
 
 impl Rendered {

@@ -2,7 +2,6 @@
 
 use std::process::{Command, Output};
 
-/// Runs a program until it exits.
 pub(crate) fn run(program: &str, args: &[&str]) -> Output {
     let output = Command::new(program).args(args).output();
     output.unwrap_or_else(|error| panic!("{program}: {error}"))

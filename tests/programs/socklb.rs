@@ -101,12 +101,10 @@ impl Place {
         Running { child, log, reader: Some(reader) }
     }
 
-    /// The source directory.
     pub(crate) fn manifests(&self) -> &Path {
         self.manifests.path()
     }
 
-    /// Its `--state-dir`.
     pub(crate) fn state_dir(&self) -> &Path {
         self.state_dir.path()
     }
@@ -151,7 +149,6 @@ impl Running {
         (code, log)
     }
 
-    /// Its process id.
     pub(crate) fn id(&self) -> u32 {
         self.child.id()
     }

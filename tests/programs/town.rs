@@ -7,15 +7,12 @@ use lb_tests::{Sandbox, agent::Agent, cluster::Cluster, netns::NetNs};
 
 use crate::backend::{Dns, Http};
 
-/// Port of every pod's web server.
 pub(crate) const HTTP: u16 = 8080;
-/// Port of every pod's name server.
 const DNS: u16 = 1053;
 
 /// A pod that serves pages and answers name queries.
 pub(crate) struct Pod {
     pub(crate) netns: NetNs,
-    /// Its addresses, one of each family.
     pub(crate) ips: [IpAddr; 2],
     /// The node's addresses on the link to it.
     pub(crate) gateways: [IpAddr; 2],
@@ -73,17 +70,14 @@ impl Town {
     }
 }
 
-/// The addresses of the web service.
 pub(crate) fn web() -> [SocketAddr; 2] {
     ["10.96.0.80:80", "[fd00:96::80]:80"].map(|address| address.parse().unwrap())
 }
 
-/// The addresses of the name service.
 pub(crate) fn dns() -> [SocketAddr; 2] {
     ["10.96.0.53:53", "[fd00:96::53]:53"].map(|address| address.parse().unwrap())
 }
 
-/// A service without endpoints.
 pub(crate) fn empty() -> SocketAddr {
     "10.96.0.81:80".parse().unwrap()
 }

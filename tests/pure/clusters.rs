@@ -89,7 +89,6 @@ pub(crate) struct RandomCluster {
     services: [Option<RandomService>; 4],
     nodes: [Option<RandomNode>; 3],
     interfaces: Vec<u8>,
-    /// Whether the ServiceCIDR exists.
     has_networks: bool,
 }
 
@@ -238,7 +237,6 @@ impl RandomCluster {
         self.interfaces.iter().flat_map(|number| Families::Both.ips(NODE_NETWORK, *number)).collect()
     }
 
-    /// The objects.
     pub(crate) fn objects(&self) -> Cluster {
         let mut cluster = Cluster::new();
         for (n, service) in self.services.iter().enumerate() {
@@ -395,7 +393,6 @@ impl RandomNode {
     }
 }
 
-/// The settings of the node.
 pub(crate) fn settings() -> Settings {
     Settings::of_node(NODES[0])
 }
@@ -436,7 +433,6 @@ pub(crate) fn calls() -> Vec<Call> {
     calls
 }
 
-/// The possible outcomes of a call.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Outcomes {
     Untouched,

@@ -189,7 +189,6 @@ impl<A: Octets> Tables for Spanning<'_, A> {
     }
 }
 
-/// The outcome of a call.
 #[derive(Debug, PartialEq)]
 enum Came {
     Untouched,
@@ -297,7 +296,6 @@ impl Window {
         self.note(state);
     }
 
-    /// A grace period passes.
     fn pass(&mut self) {
         for op in std::mem::take(&mut self.ops) {
             self.memory.apply(&op);

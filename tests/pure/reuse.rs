@@ -63,7 +63,6 @@ fn meanings(encoder: &Encoder) -> Meanings {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum After {
     Nothing,
-    /// A grace period passes.
     Grace,
     /// The agent stops, and another one adopts the maps.
     Restart,
@@ -71,7 +70,6 @@ enum After {
 
 const CAPACITY: Capacity = Capacity { services: 4, endpoints: 16 };
 
-/// An agent and a kernel.
 struct Model {
     encoder: Encoder,
     desired: BTreeMap<FrontendAddress, Option<Frontend>>,

@@ -7,7 +7,6 @@ use proptest::prelude::*;
 
 use crate::clusters::{Allowed, calls, history, outcomes, simulator, state};
 
-/// The endpoints of each frontend in an image.
 fn sets(image: &Image) -> BTreeMap<FrontendAddress, Vec<std::net::SocketAddr>> {
     let set = |address: &FrontendAddress, id: &u32| {
         let run = image.frontends[id].run;

@@ -14,7 +14,6 @@ use proptest::prelude::*;
 
 use crate::clusters::{calls, cluster, history, outcomes, settings, simulator, state};
 
-/// A change to a state.
 type Event = Box<dyn Fn(&mut State)>;
 
 /// The outcomes of all calls, which are the meaning of an image: ids and positions may differ.

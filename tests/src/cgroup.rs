@@ -169,7 +169,6 @@ fn sweep(root: &Path) {
     }
 }
 
-/// The cgroups below a cgroup.
 fn children(path: &Path) -> impl Iterator<Item = PathBuf> {
     let entries = fs::read_dir(path).into_iter().flatten();
     entries.filter_map(|entry| Some(entry.ok()?.path())).filter(|path| path.is_dir())

@@ -82,9 +82,7 @@ pub const MAX_SERVICES: usize = 60_000;
 pub const MAX_ENDPOINTS: usize = 120;
 /// The ports of a service that is not plain, TCP and UDP, each with its own endpoints.
 const PORTS: [(&str, Protocol); 2] = [("t", Tcp), ("u", Udp)];
-/// The port of every endpoint.
 const TARGET_PORT: u16 = 8080;
-/// The port of every service.
 const SERVICE_PORT: u16 = 80;
 /// Threads that call.
 const N_CALLERS: u64 = 2;
@@ -268,7 +266,6 @@ fn octet(number: usize) -> u8 {
     u8::try_from(number).unwrap_or(u8::MAX)
 }
 
-/// The address that programs call.
 fn service_address(service: usize) -> SocketAddr {
     let ip = if is_ipv6(service) {
         Ipv6Addr::new(0xfd00, 0x96, 0, 0, 0, 0, 0, 1 + u16::from(octet(service))).into()
@@ -279,7 +276,6 @@ fn service_address(service: usize) -> SocketAddr {
     SocketAddr::new(ip, SERVICE_PORT)
 }
 
-/// An endpoint of a service.
 fn endpoint(service: usize, number: usize) -> SocketAddr {
     let (high, low, number) = (octet(service / 256), octet(service % 256), 1 + octet(number));
     let ip = if is_ipv6(service) {
@@ -290,7 +286,6 @@ fn endpoint(service: usize, number: usize) -> SocketAddr {
     SocketAddr::new(ip, TARGET_PORT)
 }
 
-/// The service that an endpoint belongs to.
 fn owner(endpoint: SocketAddr) -> usize {
     match endpoint.ip() {
         IpAddr::V4(ip) => {
@@ -472,7 +467,6 @@ fn ports(service: usize) -> &'static [(&'static str, Protocol)] {
     if is_plain(service) { &PORTS[..1] } else { &PORTS }
 }
 
-/// A Service without endpoints.
 fn service_object(service: usize) -> Service {
     let ports: Vec<ServicePort> =
         ports(service).iter().map(|(name, protocol)| cluster::port(name, *protocol, SERVICE_PORT)).collect();
@@ -682,7 +676,6 @@ fn changes(
     server.write().resume().context("the API server cannot be resumed")
 }
 
-/// The callers' counters.
 #[expect(clippy::struct_field_names, reason = "counts are called `n_foos` in this tree")]
 #[derive(Debug, Default)]
 struct Counts {
@@ -694,7 +687,6 @@ struct Counts {
     n_unmasked: AtomicU64,
 }
 
-/// How a program calls.
 #[derive(Clone, Copy, Debug)]
 enum Way {
     /// A connection.
@@ -705,7 +697,6 @@ enum Way {
     LongLived,
 }
 
-/// Calls services until told to stop.
 fn calls(options: &Options, caller: u64, stop: &AtomicBool, counts: &Counts) -> anyhow::Result<()> {
     let mut random = Random((options.seed ^ caller).wrapping_mul(31).wrapping_add(7));
     let long_lived = [Domain::V4, Domain::V6].map(|domain| Socket::new(domain, Udp));

@@ -151,7 +151,6 @@ impl Assets {
     }
 }
 
-/// A program that is killed on drop.
 #[derive(Debug)]
 struct Program {
     name: &'static str,
@@ -409,7 +408,6 @@ mod tests {
 
     use super::*;
 
-    /// Writes an executable shell script.
     fn script(directory: &Path, name: &str, text: &str) {
         let path = directory.join(name);
         fs::write(&path, format!("#!/bin/sh\n{text}\n")).unwrap();

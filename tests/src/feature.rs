@@ -28,7 +28,6 @@ pub enum Feature {
 }
 
 impl Feature {
-    /// What is missing, if anything.
     fn missing(self) -> Option<String> {
         match self {
             Self::Programs => {

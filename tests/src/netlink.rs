@@ -61,7 +61,6 @@ impl Request {
         self.bytes(&[[0; 4], index.to_ne_bytes(), flags.to_ne_bytes(), flags.to_ne_bytes()].concat())
     }
 
-    /// Sends the request and waits for the acknowledgement.
     fn send(mut self) -> io::Result<()> {
         let len = u32::try_from(self.0.len()).expect("requests of tests are short");
         self.0[..4].copy_from_slice(&len.to_ne_bytes());

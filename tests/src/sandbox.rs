@@ -47,7 +47,6 @@ impl Sandbox {
         })
     }
 
-    /// Moves the calling thread to a new sandbox.
     fn enter() -> io::Result<Self> {
         let (_, most) = getrlimit(Resource::RLIMIT_NOFILE)?;
         let wanted = most.max(N_DESCRIPTORS);

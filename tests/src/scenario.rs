@@ -39,7 +39,6 @@ pub struct Scenario {
     /// The initial objects of the cluster.
     #[serde(default)]
     objects: Vec<serde_json::Value>,
-    /// The steps.
     steps: Vec<Step>,
 }
 
@@ -103,7 +102,6 @@ impl Settings {
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 struct Step {
-    /// What the step shows.
     title: String,
     /// Objects to create or replace.
     set: Vec<serde_json::Value>,
@@ -125,7 +123,6 @@ enum Expected {
     All(BTreeSet<SocketAddr>),
     /// Always the same one of these endpoints.
     One {
-        /// The candidates.
         one_of: BTreeSet<SocketAddr>,
         /// Whether it is the one of the same caller's earlier calls.
         #[serde(default)]
@@ -244,7 +241,6 @@ impl Scenario {
         calls.flat_map(BTreeMap::keys).map(|to| destination(to)).collect()
     }
 
-    /// A cluster without objects.
     fn cluster(&self) -> Cluster {
         Cluster { service_proxy_name: self.settings.service_proxy_name.clone(), ..Cluster::new() }
     }
@@ -335,7 +331,6 @@ fn delete(cluster: &mut Cluster, name: &str) -> Result<()> {
     Ok(())
 }
 
-/// Parses `ADDRESS:PORT/PROTOCOL`.
 fn destination(text: &str) -> Result<FrontendAddress> {
     let (address, protocol) = text.split_once('/').with_context(|| format!("{text:?} has no protocol"))?;
     let address: SocketAddr =

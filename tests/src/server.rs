@@ -30,7 +30,6 @@ pub struct Servers {
     thread: Option<JoinHandle<()>>,
 }
 
-/// What the thread polls.
 enum Source {
     Stop(UnixStream),
     Listener(TcpListener),

@@ -24,9 +24,7 @@ use crate::{
 };
 pub(crate) use work::Work;
 
-/// Calls of one target per turn.
 const BLOCK: usize = 200;
-/// Calls of each target and kind.
 const CALLS: usize = 40_000;
 /// TCP connects, which are expensive.
 const TCP_CALLS: usize = 4_000;
@@ -50,14 +48,12 @@ pub(crate) struct Options {
     scale: u32,
 }
 
-/// A program or set of programs to measure.
 struct Target {
     name: &'static str,
     /// Attaches to the cgroup; the result keeps it attached.
     attach: programs::Attach,
 }
 
-/// Measures everything.
 pub(crate) fn run(options: &Options, common: &Common) -> anyhow::Result<ResultFile> {
     let (block, n_services) = if common.smoke { (10, 20) } else { (BLOCK, SERVICES) };
     let n_calls = |work: Work| match (common.smoke, work.is_tcp()) {
@@ -135,7 +131,6 @@ pub(crate) fn stay_on(cpu: usize) -> anyhow::Result<()> {
     sched_setaffinity(Pid::from_raw(0), &cpus).with_context(|| format!("cannot stay on CPU {cpu}"))
 }
 
-/// The called service address.
 fn vip() -> SocketAddr {
     ([10, 96, 0, 1], 80).into()
 }

@@ -50,7 +50,6 @@ const VARIANTS: [(&str, &[&str]); 11] = [
     ("slots+release", &["slots_connect", "slots_release"]),
 ];
 
-/// All targets, the product last.
 pub(crate) fn targets(
     object: &[u8],
     servers: &Servers,

@@ -21,7 +21,6 @@ const LAST_REQUEST: &[u8] = b"GET / HTTP/1.1\r\nHost: service\r\nConnection: clo
 /// Bytes per write of the stream.
 const CHUNK: usize = 1 << 17;
 
-/// A kind of work.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Work {
     /// A new TCP connection, one request, and the close, which the server starts.
@@ -48,7 +47,6 @@ impl Work {
         Self::Stream,
     ];
 
-    /// The name of one piece.
     pub(crate) const fn name(self) -> &'static str {
         match self {
             Self::Connection => "new connection",
@@ -61,17 +59,14 @@ impl Work {
     }
 }
 
-/// An order to the client.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Order {
     pub(crate) work: Work,
     /// The number of pieces; MiB of a stream.
     pub(crate) n: u32,
-    /// Determines the destinations.
     pub(crate) seed: u64,
 }
 
-/// The client's answer.
 #[derive(Debug, Default, Serialize, Deserialize)]
 pub(crate) struct Answer {
     /// Why nothing was measured.
@@ -230,7 +225,6 @@ fn datagram_socket() -> io::Result<UdpSocket> {
     UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))
 }
 
-/// Sends one datagram and receives one.
 fn exchange(socket: &UdpSocket, to: Option<SocketAddr>) -> io::Result<()> {
     let mut buffer = [0; 64];
     if let Some(to) = to {

@@ -29,7 +29,6 @@ use super::{
     town::{POD_NETWORK, PORT, Protocol, SERVICE_NETWORK, TARGET_PORT, Town},
 };
 
-/// Timeout of a client's answer.
 const PATIENCE: Duration = Duration::from_secs(150);
 /// Service ports in one transaction of nft: see [`nftables::services`].
 const TRANSACTION: usize = 1000;
@@ -57,17 +56,14 @@ impl Competitor {
     }
 }
 
-/// How competitors are set up.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Setup {
     pub(crate) town: Town,
     /// Number of changes of one endpoint, to measure their time.
     pub(crate) n_changes: u32,
-    /// Timeout of a tool that loads rules.
     pub(crate) patience: Duration,
 }
 
-/// A competitor that is set up.
 pub(crate) struct Ready {
     pub(crate) client: Client,
     pub(crate) netns: NetNs,
@@ -350,21 +346,18 @@ fn feed(tool: &mut Command, args: &[&str], rules: &str, patience: Duration) -> a
     }
 }
 
-/// Counters of a competitor's namespace.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Counters {
     /// Packets of the device, in both directions.
     pub(crate) packets: u64,
     /// Packets that conntrack has counted in its entries, if it counts them.
     pub(crate) tracked: u64,
-    /// Entries of conntrack.
     pub(crate) entries: u64,
     /// Runs of the competitor's BPF programs, if they are counted.
     pub(crate) program_runs: u64,
 }
 
 impl Ready {
-    /// Reads the counters.
     pub(crate) fn counters(&self) -> Counters {
         let mut counters = self.netns.run(|| {
             let read = |file: &str| fs::read_to_string(file).unwrap_or_default();
@@ -386,7 +379,6 @@ impl Ready {
         counters
     }
 
-    /// Makes conntrack count packets of new entries.
     pub(crate) fn count_packets(&self) -> std::io::Result<()> {
         self.netns.run(|| fs::write("/proc/sys/net/netfilter/nf_conntrack_acct", "1"))
     }
@@ -401,7 +393,6 @@ fn device_packets(text: &str, device: &str) -> u64 {
     [1, 9].iter().filter_map(|column| numbers.get(*column)).sum()
 }
 
-/// The packets of all entries, from `/proc/net/nf_conntrack`.
 fn tracked_packets(text: &str) -> u64 {
     text.split_whitespace().filter_map(|word| word.strip_prefix("packets=")?.parse::<u64>().ok()).sum()
 }

@@ -125,7 +125,6 @@ fn chains(declarations: &mut String, rules: &mut String, town: Town, port: Servi
     }
 }
 
-/// All rules, as one text.
 pub(crate) fn services(town: Town) -> String {
     let endpoints: Vec<u32> = (0..town.n_endpoints).collect();
     let (mut text, mut rules) = (String::new(), String::new());

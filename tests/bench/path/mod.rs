@@ -41,7 +41,6 @@ use client::{Order, Place, Work};
 use competitor::{Competitor, Ready, Setup};
 use town::{MAX_ENDPOINTS, MAX_SERVICES, POD_NETWORK, Town};
 
-/// The CPU of client and server.
 const CPU: usize = 0;
 
 /// Options of `path`.
@@ -77,13 +76,11 @@ pub(crate) struct ClientArgs {
     to_endpoint: bool,
 }
 
-/// Runs as a client process.
 pub(crate) fn client(args: &ClientArgs) -> anyhow::Result<()> {
     let town = Town { n_services: args.services, n_endpoints: args.endpoints };
     client::run(Place { town, to_endpoint: args.to_endpoint, server: Pid::from_raw(args.server) })
 }
 
-/// Runs as the server process.
 pub(crate) fn server() -> anyhow::Result<()> {
     server::run()
 }
@@ -106,7 +103,6 @@ const fn block(work: Work, is_smoke: bool) -> u32 {
     }
 }
 
-/// Measures everything.
 pub(crate) fn run(options: &Options, common: &Common) -> anyhow::Result<ResultFile> {
     let mut options = options.clone();
     if common.smoke {
@@ -165,7 +161,6 @@ impl Drop for Server {
     }
 }
 
-/// Measures with one number of services.
 fn size(
     town: Town,
     is_largest: bool,
@@ -255,7 +250,6 @@ fn programming(competitor: Competitor, made: &Ready, n_services: u32, run: &mut 
     run.series(key("programming: one endpoint"), Unit::Nanoseconds, Better::Lower, &changes);
 }
 
-/// The results of one competitor's blocks.
 #[derive(Default)]
 struct Blocks {
     whole: Vec<Vec<f64>>,
@@ -264,7 +258,6 @@ struct Blocks {
     cpu: Vec<Vec<f64>>,
 }
 
-/// Alternates the competitors for one kind of work.
 fn turns(
     work: Work,
     ready: &mut [(Competitor, Ready)],

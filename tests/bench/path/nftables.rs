@@ -11,7 +11,6 @@ use super::town::{POD_NETWORK, PORT, Protocol, SERVICE_NETWORK, ServicePort, TAR
 
 const TABLE: &str = "ip kube-proxy";
 
-/// The rules without any service.
 pub(crate) fn base() -> String {
     let mut rules = format!("add table {TABLE} {{ comment \"rules for kube-proxy\" ; }}\n");
     let address = "ipv4_addr . inet_proto . inet_service : verdict";
@@ -103,7 +102,6 @@ fn port(rules: &mut String, town: Town, port: ServicePort, endpoints: &[u32]) {
     choice(rules, town, port, endpoints);
 }
 
-/// The rule that chooses among the endpoints.
 fn choice(rules: &mut String, town: Town, port: ServicePort, endpoints: &[u32]) {
     let (chain, name) = (service_chain(port), port.protocol.name());
     let choices: Vec<String> = endpoints

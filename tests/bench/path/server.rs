@@ -19,7 +19,6 @@ use super::town::TARGET_PORT;
 /// The answer to every request: a small page.
 pub(super) const ANSWER: &[u8] = b"HTTP/1.1 200 OK\r\nContent-Length: 64\r\n\r\n\
     ................................................................";
-/// The end of a request's header.
 const END: &[u8] = b"\r\n\r\n";
 
 /// Serves until standard input closes, as it does when the parent exits.

@@ -4,7 +4,6 @@ use std::net::{Ipv4Addr, SocketAddrV4};
 
 /// The port of every service, TCP and UDP.
 pub(crate) const PORT: u16 = 80;
-/// The port of every endpoint.
 pub(crate) const TARGET_PORT: u16 = 8080;
 /// One service in this number has a UDP port beside its TCP port, as name servers have.
 pub(crate) const UDP_STRIDE: u32 = 16;
@@ -16,7 +15,6 @@ pub(crate) const MAX_SERVICES: u32 = 1 << 19;
 /// More would exceed [`POD_NETWORK`].
 pub(crate) const MAX_ENDPOINTS: u32 = 1 << 22;
 
-/// A transport protocol.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Protocol {
     Tcp,
@@ -32,15 +30,12 @@ impl Protocol {
     }
 }
 
-/// The number of services and of their endpoints.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Town {
     pub(crate) n_services: u32,
-    /// Endpoints of each service.
     pub(crate) n_endpoints: u32,
 }
 
-/// One port of one service.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct ServicePort {
     pub(crate) service: u32,
@@ -61,7 +56,6 @@ impl Town {
         })
     }
 
-    /// The address of a service.
     pub(crate) fn service(service: u32) -> Ipv4Addr {
         address([10, 96, 0, 1], service)
     }

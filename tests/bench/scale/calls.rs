@@ -21,11 +21,9 @@ use crate::{
     result::{Better, Key, Run, Unit},
 };
 
-/// Calls in a block.
 const BLOCK: usize = 200;
 /// The target with the empty program.
 pub(crate) const EMPTY: &str = "empty";
-/// The product.
 pub(crate) const SOCKLB: &str = "socklb";
 /// The run time of the program as the kernel measures it, including the timer.
 pub(crate) const PROGRAM_TIME: &str = "program time, any service";
@@ -34,9 +32,7 @@ pub(crate) const PROGRAM_TIME: &str = "program time, any service";
 /// or the whole life of a socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Call {
-    /// To an address without service.
     Miss,
-    /// Always to the same service.
     OneService,
     /// Each time to a random service, so caches may miss.
     AnyService,
@@ -57,7 +53,6 @@ impl Call {
     }
 }
 
-/// A command for a caller's thread.
 enum Order {
     /// A block of calls; the seed selects the services.
     Calls(Call, u64),
@@ -171,7 +166,6 @@ struct Caller {
     /// Endpoints of the largest number of services.
     n_all_endpoints: u32,
     socket: std::os::fd::OwnedFd,
-    /// The program on `connect4`.
     program: Option<u32>,
 }
 

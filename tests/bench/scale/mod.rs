@@ -97,7 +97,6 @@ impl Options {
     }
 }
 
-/// Measures everything.
 pub(crate) fn run(options: &Options, common: &Common) -> anyhow::Result<ResultFile> {
     let options = if common.smoke { options.clone().smoke() } else { options.clone() };
     options.check()?;
@@ -124,7 +123,6 @@ fn open(sandbox: &Sandbox, capacity: Capacity) -> anyhow::Result<Kernel> {
     Ok(Kernel::open(&options, || {})?)
 }
 
-/// The address of a service.
 fn service(number: u32) -> IpAddr {
     (u32::from_be_bytes([10, 96, 0, 1]) + number).to_be_bytes().into()
 }
@@ -149,7 +147,6 @@ fn image(n_services: u32, n_endpoints: u32) -> Image {
     image
 }
 
-/// Fills the maps.
 fn fill(kernel: &mut Kernel, n_services: u32, n_endpoints: u32) -> anyhow::Result<()> {
     let _done = kernel.apply(&diff(&Image::default(), &image(n_services, n_endpoints)))?;
     Ok(())

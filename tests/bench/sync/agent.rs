@@ -32,7 +32,6 @@ impl Agent {
         Self::start_with(socklb, sandbox, server, &[])
     }
 
-    /// The same, with more flags.
     pub(crate) fn start_with(
         socklb: &Path,
         sandbox: &Sandbox,
@@ -74,7 +73,6 @@ impl Agent {
         }
     }
 
-    /// The last lines of the log.
     pub(crate) fn last_words(&self) -> String {
         let log = fs::read_to_string(self.directory.path().join("log")).unwrap_or_default();
         let lines: Vec<&str> = log.lines().collect();
@@ -85,7 +83,6 @@ impl Agent {
         PathBuf::from(format!("/proc/{}/{file}", self.child.id()))
     }
 
-    /// Its current memory.
     pub(crate) fn memory(&self) -> anyhow::Result<Memory> {
         Memory::of(self.child.id())
     }

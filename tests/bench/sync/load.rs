@@ -18,9 +18,7 @@ use super::{
     tables::{LOOK, PATIENCE, Tables},
 };
 
-/// The rate of changes.
 pub(crate) struct Rate {
-    /// Number of slices that change in turn.
     pub(crate) n_changing: u32,
     pub(crate) per_second: u32,
     pub(crate) time: Duration,

@@ -109,7 +109,6 @@ impl Scale {
     }
 }
 
-/// Measures everything.
 pub(crate) fn run(options: &Options, common: &Common) -> anyhow::Result<ResultFile> {
     let scale = if common.smoke { Scale::smoke() } else { Scale::full(options.starts) };
     let wants = |part: &str| options.only.as_deref().is_none_or(|only| part.contains(only));

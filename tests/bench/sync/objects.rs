@@ -17,7 +17,6 @@ use lb_tests::cluster::{self, Cluster, NAMESPACE};
 
 /// The port of every service.
 pub(crate) const PORT: u16 = 80;
-/// The port of every endpoint.
 pub(crate) const TARGET_PORT: u16 = 8080;
 
 /// The number of objects. Each service has one port and one slice.
@@ -25,7 +24,6 @@ pub(crate) const TARGET_PORT: u16 = 8080;
 #[expect(clippy::struct_field_names, reason = "counts are called `n_foos` in this tree")]
 pub(crate) struct Size {
     pub(crate) n_services: u32,
-    /// Endpoints of each service.
     pub(crate) n_endpoints: u32,
     pub(crate) n_nodes: u32,
 }
@@ -152,7 +150,6 @@ impl Size {
         (first..first + self.n_endpoints).map(|number| Pod::ready(address([10, 128, 0, 1], number))).collect()
     }
 
-    /// All objects.
     pub(crate) fn cluster(self) -> Cluster {
         let mut cluster = Cluster::new();
         for number in 0..self.n_services {

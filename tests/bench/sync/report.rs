@@ -9,12 +9,10 @@ use crate::result::{Better, Key, Run, Unit};
 /// Durations in nanoseconds, in the order of measurement.
 pub(crate) type Times = Vec<f64>;
 
-/// Adds a duration.
 pub(crate) fn record(times: &mut Times, value: Duration) {
     times.push(value.as_secs_f64() * 1e9);
 }
 
-/// The measurements so far.
 pub(crate) struct Report<'a> {
     run: &'a mut Run,
     part: String,
@@ -44,17 +42,14 @@ impl<'a> Report<'a> {
         self.run.series(self.key(title), Unit::Nanoseconds, Better::Lower, &blocks);
     }
 
-    /// A duration.
     pub(crate) fn time(&mut self, title: &str, time: Duration) {
         self.times(title, &vec![time.as_secs_f64() * 1e9]);
     }
 
-    /// A share of one core.
     pub(crate) fn share(&mut self, title: &str, value: f64) {
         self.run.figure(self.key(title), Unit::Ratio, Better::Lower, value);
     }
 
-    /// An amount of data.
     pub(crate) fn mebibytes(&mut self, title: &str, value: f64) {
         self.run.figure(self.key(title), Unit::Mebibytes, Better::Lower, value);
     }

@@ -34,8 +34,8 @@ const N_ALONE: u32 = 40;
 
 /// Makes a pod ready and unready a few times while calls are made.
 ///
-/// Returns two durations since the server wrote the event: until the end of the first call that reached the pod,
-/// and until the beginning of the last call that did.
+/// Returns two durations since the server wrote the event: until the end of the first call that reached the
+/// pod, and until the beginning of the last call that did.
 pub(crate) fn flips(server: &ApiServer, n_flips: u32) -> anyhow::Result<(report::Times, report::Times)> {
     let pods = [8001, 8002].map(|port| SocketAddr::from((Ipv4Addr::LOCALHOST, port)));
     // Two pods of one slice have the same port number, so each has its own loopback address.

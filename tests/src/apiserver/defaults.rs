@@ -12,7 +12,6 @@ use serde_json::{Value, json};
 use super::store::{Kind, Objects, Refusal};
 use crate::cluster;
 
-/// The range of allocated node ports.
 const NODE_PORTS: std::ops::RangeInclusive<u64> = 30000..=32767;
 
 /// Validates an object and sets the defaults. `old` is the object with the same name, `others` are all of its

@@ -108,7 +108,6 @@ fn refused(refusal: &Refusal) -> Response<Answer> {
     response
 }
 
-/// The parameters of a request.
 #[derive(Debug)]
 struct Query(BTreeMap<String, String>);
 
@@ -135,7 +134,6 @@ impl Query {
     }
 }
 
-/// What a path names.
 #[derive(Clone, Copy, Debug)]
 struct Target<'a> {
     kind: Kind,

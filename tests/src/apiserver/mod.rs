@@ -136,7 +136,6 @@ struct Signals {
     frozen: u64,
 }
 
-/// Shared by all connections.
 #[derive(Debug)]
 struct Shared {
     store: Mutex<Store>,
@@ -151,7 +150,6 @@ struct Shared {
     signals: watch::Sender<Signals>,
     /// The number of the last connection.
     n_connections: Mutex<u64>,
-    /// Bytes written to connections.
     n_octets: Arc<AtomicU64>,
 }
 
@@ -202,8 +200,8 @@ pub struct ApiServer {
 
 /// Binds a socket and returns its address; port 0 lets the kernel choose.
 ///
-/// The socket keeps its port when it stops listening, but the kernel releases a port of its own choice. So such
-/// a port is bound again with a second socket.
+/// The socket keeps its port when it stops listening, but the kernel releases a port of its own choice.
+/// So such a port is bound again with a second socket.
 fn bind(address: SocketAddr) -> io::Result<(OwnedFd, SocketAddr)> {
     let family = if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;

@@ -12,7 +12,6 @@ enum Test {
     NotIn(Vec<String>),
 }
 
-/// The objects of a list or watch.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Selector {
     labels: Vec<(String, Test)>,
@@ -25,7 +24,6 @@ fn invalid(text: &str) -> Refusal {
     Refusal::new(400, "BadRequest", format!("unable to parse the selector {text:?}"))
 }
 
-/// Splits at commas outside of parentheses.
 fn parts(text: &str) -> Vec<&str> {
     let (mut parts, mut start, mut depth) = (Vec::new(), 0, 0_u32);
     for (index, character) in text.char_indices() {

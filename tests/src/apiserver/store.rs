@@ -126,7 +126,6 @@ impl Refusal {
 /// Namespace and name; the namespace of a Node is empty.
 pub(super) type Name = (String, String);
 
-/// One change of one object.
 #[derive(Clone, Debug)]
 pub(super) struct Change {
     pub(super) version: u64,
@@ -163,7 +162,6 @@ impl Store {
         self.objects.get(&kind).cloned().unwrap_or_default()
     }
 
-    /// The objects at a version.
     pub(super) fn objects_at(&self, kind: Kind, version: u64) -> Result<Objects, Refusal> {
         if version < self.oldest {
             return Err(Refusal::expired(version, self.oldest));

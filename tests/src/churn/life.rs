@@ -66,10 +66,8 @@ pub struct Events {
     pub n_sizes: u64,
 }
 
-/// How an agent is started.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Start {
-    /// Which binary.
     binary: usize,
     capacity: Capacity,
     /// Layout numbers of maps, as `SOCKLB_LAYOUT` takes them.
@@ -89,9 +87,7 @@ impl Start {
 /// What other threads may read about the agent at any time.
 #[derive(Debug)]
 pub(super) struct Present {
-    /// The process started last.
     pid: AtomicU32,
-    /// When it was started.
     started: Mutex<Instant>,
     /// When an agent or the API server was last disturbed.
     disturbed: Mutex<Instant>,
@@ -99,7 +95,6 @@ pub(super) struct Present {
     n_ended: AtomicU64,
     /// Bytes that they had written to disk.
     written: AtomicU64,
-    /// Their state directory.
     pub(super) state_dir: PathBuf,
 }
 
@@ -121,7 +116,6 @@ impl Present {
         *self.disturbed.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
     }
 
-    /// The last disturbance.
     pub(super) fn disturbed(&self) -> Instant {
         *self.disturbed.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -130,12 +124,10 @@ impl Present {
         self.pid.load(Ordering::Relaxed)
     }
 
-    /// The age of the current process.
     pub(super) fn age(&self) -> Duration {
         self.started.lock().unwrap_or_else(PoisonError::into_inner).elapsed()
     }
 
-    /// Agents that have exited.
     pub(super) fn n_ended(&self) -> u64 {
         self.n_ended.load(Ordering::Relaxed)
     }
@@ -201,7 +193,6 @@ impl Drop for Process {
     }
 }
 
-/// The last lines of a log.
 fn last_words(log: &Path) -> String {
     let text = fs::read_to_string(log).unwrap_or_default();
     let lines: Vec<&str> = text.lines().collect();
@@ -222,7 +213,6 @@ pub(super) struct Life<'a> {
 }
 
 impl<'a> Life<'a> {
-    /// Starts the first agent.
     pub(super) fn begin(
         binaries: &'a [PathBuf],
         sandbox: &'a Sandbox,
@@ -303,7 +293,6 @@ impl<'a> Life<'a> {
         }
     }
 
-    /// The log of the current process.
     pub(super) fn log(&self) -> PathBuf {
         self.directory.path().join(format!("log-{}", self.n_started.saturating_sub(1)))
     }
@@ -404,7 +393,6 @@ impl<'a> Life<'a> {
         Ok(())
     }
 
-    /// The current sizes of the maps.
     pub(super) fn capacity(&self) -> Capacity {
         self.start.capacity
     }

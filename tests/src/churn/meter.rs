@@ -169,7 +169,6 @@ impl fmt::Display for Observed {
     }
 }
 
-/// Average bytes per minute.
 fn written_a_minute(minutes: &[Minute]) -> Option<u64> {
     let milliseconds = minutes.iter().map(|minute| minute.length.as_millis()).sum::<u128>();
     let written = minutes.iter().map(|minute| u128::from(minute.written)).sum::<u128>();

@@ -34,7 +34,6 @@ use crate::{
 
 /// The limit within which a change must be reported.
 const WITHIN: Duration = Duration::from_millis(50);
-/// Interval of changes.
 const PAUSE: Duration = Duration::from_secs(2);
 /// Interval of queries to the agent about one change.
 const LOOK: Duration = Duration::from_millis(1);
@@ -84,7 +83,6 @@ struct Answers {
     n_starved: usize,
     /// The same soon after a kill of the agent or a fault of its server.
     disturbed: Delays,
-    /// How long a command took.
     took: Delays,
 }
 
@@ -318,7 +316,6 @@ fn told(state_dir: &Path) -> anyhow::Result<Vec<SocketAddr>> {
         .unwrap_or_default())
 }
 
-/// One query to the agent.
 fn known(state_dir: &Path, query: &str) -> anyhow::Result<Known> {
     let mut stream = UnixStream::connect(state_dir.join(FILE_NAME))?;
     stream.set_read_timeout(Some(PATIENCE))?;

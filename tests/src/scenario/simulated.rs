@@ -22,7 +22,6 @@ use crate::cluster::Cluster;
 pub struct Simulated {
     state: State,
     simulator: Simulator,
-    /// Seconds since the start.
     now: u64,
     /// Cookies of the callers' network namespaces.
     cookies: BTreeMap<String, u64>,
