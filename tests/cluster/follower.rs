@@ -8,7 +8,7 @@ use std::{
 };
 
 use lb_agent::{
-    cluster::{Access, KubeSource, Timing, Wanted},
+    cluster::{Access, KubeSource, Selection, Timing},
     source::Source,
 };
 use lb_core::{
@@ -42,15 +42,20 @@ pub(crate) const TIMING: Timing = Timing {
 };
 
 /// All kinds.
-const WANTED: Wanted<'_> =
-    Wanted { service_proxy_name: None, node_name: NODE, other_nodes: true, pods: true, service_cidrs: true };
+const WANTED: Selection<'_> = Selection {
+    service_proxy_name: None,
+    node_name: NODE,
+    other_nodes: true,
+    pods: true,
+    service_cidrs: true,
+};
 
 /// Opens a source with a kubeconfig, as the agent does.
 pub(crate) fn open(runtime: &Runtime, server: &dyn Api) -> KubeSource {
     open_with(runtime, server, WANTED, TIMING)
 }
 
-fn open_with(runtime: &Runtime, server: &dyn Api, wanted: Wanted<'_>, timing: Timing) -> KubeSource {
+fn open_with(runtime: &Runtime, server: &dyn Api, wanted: Selection<'_>, timing: Timing) -> KubeSource {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("kubeconfig");
     fs::write(&path, server.kubeconfig()).unwrap();
@@ -84,14 +89,14 @@ impl Follower {
     pub(crate) fn of_own_node(server: &dyn Api) -> Self {
         let runtime = runtime();
         let source =
-            open_with(&runtime, server, Wanted { other_nodes: false, pods: false, ..WANTED }, TIMING);
+            open_with(&runtime, server, Selection { other_nodes: false, pods: false, ..WANTED }, TIMING);
         Self::of(runtime, source)
     }
 
     /// As with `--service-cidr=none`.
     pub(crate) fn without_service_cidrs(server: &dyn Api) -> Self {
         let runtime = runtime();
-        let source = open_with(&runtime, server, Wanted { service_cidrs: false, ..WANTED }, TIMING);
+        let source = open_with(&runtime, server, Selection { service_cidrs: false, ..WANTED }, TIMING);
         Self::of(runtime, source)
     }
 

@@ -143,7 +143,7 @@ fn a_program_that_refuses_others_is_named_and_nothing_is_left() {
             let holder = if is_above { &above.0 } else { &below.0 };
             let id = stranger.attach(holder, hook(name), flags);
             let before = attached(&below.0);
-            let exclusives = host::look(Some(below.0.clone()), &options.pin_path).exclusives.unwrap();
+            let exclusives = host::probe(Some(below.0.clone()), &options.pin_path).exclusives.unwrap();
             let result = open(&options);
             let Some(says) = says else {
                 result.unwrap_or_else(|error| panic!("{what}: {error}"));

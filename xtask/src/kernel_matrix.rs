@@ -97,14 +97,14 @@ pub(crate) enum Accelerator {
 }
 
 /// Result of a kernel.
-struct Report {
+struct KernelResult {
     row: &'static Row,
     release: String,
     outcome: Outcome,
     seconds: f64,
 }
 
-impl Report {
+impl KernelResult {
     fn is_fatal(&self) -> bool {
         self.row.is_required && !self.outcome.is_pass()
     }
@@ -304,18 +304,18 @@ fn run_on_all_cores<J: Send, R: Send>(jobs: Vec<J>, run: impl Fn(J) -> Result<R>
 }
 
 /// Prints the table and writes the report.
-fn publish(reports: &[Report], file: &Path) -> Result<()> {
+fn publish(reports: &[KernelResult], file: &Path) -> Result<()> {
     let width = reports.iter().map(|report| report.result().len()).max().unwrap_or(0).max("result".len());
     println!(
         "{:<8} {:<26} {:<width$} {:>12} {:>8}",
         "kernel", "release", "result", "tests passed", "seconds"
     );
     for report in reports {
-        let (Report { row, release, seconds, .. }, tally) = (report, report.outcome.tally());
+        let (KernelResult { row, release, seconds, .. }, tally) = (report, report.outcome.tally());
         let result = report.result();
         println!("{:<8} {release:<26} {result:<width$} {:>12} {seconds:>8.1}", row.name, tally.n_passed);
     }
-    let json = Value::Array(reports.iter().map(Report::json).collect());
+    let json = Value::Array(reports.iter().map(KernelResult::json).collect());
     fs::write(file, format!("{json:#}\n"))
         .with_context(|| format!("cannot write {}: check its owner and the disk", file.display()))
 }
@@ -360,7 +360,7 @@ pub(crate) fn command(workspace: &Workspace, options: &Options) -> Result<()> {
                 ("-".to_owned(), Outcome::NotRun)
             }
         };
-        Ok(Report { row, release, outcome, seconds: start.elapsed().as_secs_f64() })
+        Ok(KernelResult { row, release, outcome, seconds: start.elapsed().as_secs_f64() })
     };
     let reports = run_on_all_cores(kernels, run)?;
     publish(&reports, &workspace.target.join("kernel-matrix.json"))?;
@@ -427,7 +427,7 @@ mod tests {
 
     #[test]
     fn only_a_required_kernel_fails_the_command() {
-        let report = |row, outcome| Report { row, release: String::new(), outcome, seconds: 0.0 };
+        let report = |row, outcome| KernelResult { row, release: String::new(), outcome, seconds: 0.0 };
         assert!(report(&KERNELS[0], Outcome::TimedOut(Tally::default())).is_fatal());
         assert!(!report(&KERNELS[0], Outcome::Passed(Tally::default())).is_fatal());
         let newest = report(&KERNELS[3], Outcome::NotRun);

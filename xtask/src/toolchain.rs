@@ -107,7 +107,7 @@ fn llvm_library() -> Option<PathBuf> {
 
 /// The user's choice of toolchain.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Wanted {
+pub(crate) enum Requested {
     /// Rustup's if complete, else Debian's.
     Any,
     /// Only rustup's.
@@ -121,7 +121,7 @@ pub(crate) enum Wanted {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Facts {
     /// Value of `SOCKLB_BPF_TOOLCHAIN`.
-    pub(crate) wanted: Wanted,
+    pub(crate) wanted: Requested,
     /// Rustup has a nightly with rust-src.
     pub(crate) has_nightly_with_sources: bool,
     /// That nightly has clippy.
@@ -161,22 +161,22 @@ pub(crate) struct Gaps {
 /// A remedy, if setup cannot complete the user's choice.
 pub(crate) fn choose(facts: &Facts, with_clippy: bool) -> Result<(BpfToolchain, Gaps), String> {
     match (facts.wanted, facts.has_nightly_with_sources, &facts.linker_on_path) {
-        (Wanted::Any | Wanted::Rustup, true, Some(linker)) => {
+        (Requested::Any | Requested::Rustup, true, Some(linker)) => {
             let gaps =
                 Gaps { needs_nightly_clippy: with_clippy && !facts.has_nightly_clippy, ..Gaps::default() };
             return Ok((BpfToolchain::Rustup { linker: linker.clone() }, gaps));
         }
-        (Wanted::Rustup, false, _) => {
+        (Requested::Rustup, false, _) => {
             return Err("SOCKLB_BPF_TOOLCHAIN=rustup, but there is no nightly with library sources: \
                         run `rustup toolchain install nightly --component rust-src`"
                 .to_owned());
         }
-        (Wanted::Rustup, true, None) => {
+        (Requested::Rustup, true, None) => {
             return Err("SOCKLB_BPF_TOOLCHAIN=rustup, but no bpf-linker on PATH runs: \
                         run `cargo install bpf-linker`"
                 .to_owned());
         }
-        (Wanted::Any | Wanted::Debian, ..) => {}
+        (Requested::Any | Requested::Debian, ..) => {}
     }
     let mut gaps = Gaps::default();
     let mut need = |package: &str, why| gaps.packages.push((package.to_owned(), why));
@@ -210,14 +210,14 @@ pub(crate) fn choose(facts: &Facts, with_clippy: bool) -> Result<(BpfToolchain, 
 /// If there is no cache folder or `SOCKLB_BPF_TOOLCHAIN` has an unknown value.
 pub(crate) fn observe() -> Result<Facts> {
     let wanted = match env::var("SOCKLB_BPF_TOOLCHAIN").as_deref() {
-        Err(_) | Ok("") => Wanted::Any,
-        Ok("rustup") => Wanted::Rustup,
-        Ok("debian") => Wanted::Debian,
+        Err(_) | Ok("") => Requested::Any,
+        Ok("rustup") => Requested::Rustup,
+        Ok("debian") => Requested::Debian,
         Ok(other) => {
             anyhow::bail!("SOCKLB_BPF_TOOLCHAIN is {other:?}: set it to rustup or debian, or unset it")
         }
     };
-    let nightly_sysroot = if wanted == Wanted::Debian { None } else { nightly_sysroot() };
+    let nightly_sysroot = if wanted == Requested::Debian { None } else { nightly_sysroot() };
     let has_nightly_with_sources = nightly_sysroot
         .as_ref()
         .is_some_and(|sysroot| sysroot.join("lib/rustlib/src/rust/library/core/src/lib.rs").exists());
@@ -273,7 +273,7 @@ pub(crate) mod tests {
     /// A machine without any component.
     pub(crate) fn bare() -> Facts {
         Facts {
-            wanted: Wanted::Any,
+            wanted: Requested::Any,
             has_nightly_with_sources: false,
             has_nightly_clippy: false,
             linker_on_path: None,
@@ -311,7 +311,7 @@ pub(crate) mod tests {
             Facts { has_nightly_with_sources: true, linker_on_path: Some(linker.clone()), ..complete() };
         assert_eq!(choose(&facts, false), Ok((BpfToolchain::Rustup { linker }, Gaps::default())));
         assert!(choose(&facts, true).unwrap().1.needs_nightly_clippy);
-        let facts = Facts { wanted: Wanted::Debian, ..facts };
+        let facts = Facts { wanted: Requested::Debian, ..facts };
         assert!(matches!(choose(&facts, false), Ok((BpfToolchain::Debian { .. }, _))));
     }
 
@@ -323,7 +323,7 @@ pub(crate) mod tests {
             let (toolchain, gaps) = choose(&facts, true).unwrap();
             assert!(matches!(toolchain, BpfToolchain::Debian { .. }));
             assert_eq!(gaps, Gaps::default());
-            assert!(choose(&Facts { wanted: Wanted::Rustup, ..facts }, false).is_err());
+            assert!(choose(&Facts { wanted: Requested::Rustup, ..facts }, false).is_err());
         }
     }
 

@@ -308,7 +308,7 @@ impl State {
         touched
     }
 
-    fn with_stale<T>(&mut self, judge: impl FnOnce(&mut StaleTracker, CurrentState<'_>) -> T) -> T {
+    fn with_stale<T>(&mut self, decide: impl FnOnce(&mut StaleTracker, CurrentState<'_>) -> T) -> T {
         let (refused, dirty, is_first_sync) = (&self.refused, &self.dirty.services, self.is_first_sync);
         let missing = &self.missing.services;
         let is_behind = |frontend: &desired::Frontend| {
@@ -323,7 +323,7 @@ impl State {
             is_behind: &is_behind,
             is_node_address: &is_node_address,
         };
-        judge(&mut self.stale, in_force)
+        decide(&mut self.stale, in_force)
     }
 
     /// Begins a search for stale sockets: see [`StaleTracker::begin`].
@@ -342,7 +342,7 @@ impl State {
         self.stale.searched(search, now);
     }
 
-    /// Decides about the sockets found by a search: see [`StaleTracker::judge`].
+    /// Decides about the sockets found by a search: see [`StaleTracker::decide`].
     #[must_use]
     pub fn decide_stale(
         &mut self,
@@ -350,7 +350,7 @@ impl State {
         found: &BTreeSet<Flow>,
         now: Instant,
     ) -> BTreeMap<Flow, Fate> {
-        self.with_stale(|ledger, in_force| ledger.judge(search, found, now, in_force))
+        self.with_stale(|ledger, in_force| ledger.decide(search, found, now, in_force))
     }
 
     /// When the next known sockets are due: see [`StaleTracker::next_due`].

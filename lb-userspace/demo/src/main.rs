@@ -176,9 +176,9 @@ async fn play(
         print(&format!("{document}\n"))?;
     }
     if !options.exit {
-        narrator.say(&format!("\n{}", report::look_around(&report.setup)))?;
+        narrator.say(&format!("\n{}", report::inspection_help(&report.setup)))?;
         tokio::select! {
-            ended = stage.go_on() => ended?,
+            ended = stage.keep_calling() => ended?,
             _ = signals.next() => {}
         }
     }
@@ -316,7 +316,7 @@ impl<'a> Stage<'a> {
             checks: Vec::new(),
             ok: false,
         };
-        report.judge();
+        report.compute_checks();
         narrator.say(&format!("\n{}\n{}", report.verdict(), report::NEXT))?;
         Ok(report)
     }
@@ -366,7 +366,7 @@ impl<'a> Stage<'a> {
     }
 
     /// Calls every address once a second, until the agent exits.
-    async fn go_on(&mut self) -> Result<()> {
+    async fn keep_calling(&mut self) -> Result<()> {
         let mut ticks = interval(ROUND);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         for n in 1.. {

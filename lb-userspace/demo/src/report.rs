@@ -64,7 +64,7 @@ fn check(holds: bool, claim: impl Into<String>) -> Check {
 
 impl Report {
     /// Computes the checks.
-    pub(super) fn judge(&mut self) {
+    pub(super) fn compute_checks(&mut self) {
         let all: Vec<&str> = PODS.iter().map(|pod| pod.name).collect();
         let rest: Vec<&str> = all.iter().copied().filter(|name| *name != self.failover.pod).collect();
         let mut checks = Vec::new();
@@ -574,7 +574,7 @@ impl fmt::Display for Round<'_> {
 }
 
 /// Commands for the running demo.
-pub(super) fn look_around(setup: &Setup) -> String {
+pub(super) fn inspection_help(setup: &Setup) -> String {
     let (pid, cgroup) = (setup.agent_pid, setup.cgroup.display());
     format!(
         "\
@@ -676,7 +676,7 @@ mod tests {
             checks: Vec::new(),
             ok: false,
         };
-        report.judge();
+        report.compute_checks();
         report
     }
 
@@ -750,7 +750,7 @@ mod tests {
                 sed -i s/10.244.2.10/10.244.1.10/ /mnt/manifests/endpointslices.yaml
                   (then only pod-1 answers IPv4 calls)
         "]]
-        .assert_eq(&look_around(&report().setup));
+        .assert_eq(&inspection_help(&report().setup));
     }
 
     #[test]
@@ -831,7 +831,7 @@ mod tests {
         let mut report = report();
         assert!(report.ok, "{}", report.verdict());
         spoil(&mut report);
-        report.judge();
+        report.compute_checks();
         assert!(!report.ok);
         report.checks.into_iter().filter(|check| !check.holds).map(|check| check.claim).collect()
     }

@@ -70,7 +70,7 @@ impl fmt::Display for Extent {
 /// 5.5: on earlier kernels, inode numbers do not identify cgroups.
 pub fn find_root() -> Result<PathBuf, KernelError> {
     let mountinfo = fs::read(MOUNTINFO).map_err(|_unreadable| KernelError::NoCgroup)?;
-    root_among(&mountinfo, &fs::read(OWN_CGROUPS).unwrap_or_default(), look)
+    root_among(&mountinfo, &fs::read(OWN_CGROUPS).unwrap_or_default(), inspect)
 }
 
 /// A mount point of the cgroup v2 hierarchy or a part of it: enough to create a cgroup in.
@@ -80,7 +80,7 @@ pub fn find_root() -> Result<PathBuf, KernelError> {
 /// [`KernelError::NoCgroup`] if there is none.
 pub fn find_any() -> Result<PathBuf, KernelError> {
     let mountinfo = fs::read(MOUNTINFO).map_err(|_unreadable| KernelError::NoCgroup)?;
-    visible_mounts(&mountinfo, look).next().map(|(mount, _)| mount.point).ok_or(KernelError::NoCgroup)
+    visible_mounts(&mountinfo, inspect).next().map(|(mount, _)| mount.point).ok_or(KernelError::NoCgroup)
 }
 
 /// As [`find_root`], or else a part of the hierarchy: enough to search for cgroups.
@@ -95,7 +95,7 @@ pub fn find_widest() -> Result<PathBuf, KernelError> {
 /// The directory of the calling thread's own cgroup, if a visible mount contains it.
 #[must_use]
 pub fn find_own() -> Option<PathBuf> {
-    own_among(&fs::read(MOUNTINFO).ok()?, &fs::read(OWN_CGROUPS).ok()?, look)
+    own_among(&fs::read(MOUNTINFO).ok()?, &fs::read(OWN_CGROUPS).ok()?, inspect)
 }
 
 /// What a cgroup's directory covers.
@@ -111,26 +111,26 @@ pub fn extent(directory: &Path) -> Extent {
 
 /// What a path leads to.
 #[derive(Clone, Copy, Debug)]
-struct Seen {
+struct Inspected {
     /// The mount at the path: not the expected one if something was mounted over it.
     mount: u32,
     inode: u64,
 }
 
-fn look(path: &Path) -> Option<Seen> {
+fn inspect(path: &Path) -> Option<Inspected> {
     let directory = fs::File::open(path).ok()?;
     let info = fs::read_to_string(format!("/proc/thread-self/fdinfo/{}", directory.as_raw_fd())).ok()?;
     let mount = info.lines().find_map(|line| line.strip_prefix("mnt_id:")?.trim().parse().ok())?;
-    Some(Seen { mount, inode: directory.metadata().ok()?.ino() })
+    Some(Inspected { mount, inode: directory.metadata().ok()?.ino() })
 }
 
 /// The cgroup v2 mounts that no other mount hides, each with its root's inode number.
 fn visible_mounts(
     mountinfo: &[u8],
-    look: impl Fn(&Path) -> Option<Seen>,
+    inspect: impl Fn(&Path) -> Option<Inspected>,
 ) -> impl Iterator<Item = (Mount<'_>, u64)> {
     mounts(mountinfo).filter(|mount| mount.file_system == b"cgroup2").filter_map(move |mount| {
-        let seen = look(&mount.point)?;
+        let seen = inspect(&mount.point)?;
         (seen.mount == mount.id).then_some((mount, seen.inode))
     })
 }
@@ -138,11 +138,11 @@ fn visible_mounts(
 fn root_among(
     mountinfo: &[u8],
     own_cgroups: &[u8],
-    look: impl Fn(&Path) -> Option<Seen>,
+    inspect: impl Fn(&Path) -> Option<Inspected>,
 ) -> Result<PathBuf, KernelError> {
     let own = Position::own(own_cgroups);
     let (mut first, mut topmost) = (None, None);
-    for (mount, inode) in visible_mounts(mountinfo, look) {
+    for (mount, inode) in visible_mounts(mountinfo, inspect) {
         if inode == ROOT_INODE {
             return Ok(mount.point);
         }
@@ -161,9 +161,13 @@ fn root_among(
     }
 }
 
-fn own_among(mountinfo: &[u8], own_cgroups: &[u8], look: impl Fn(&Path) -> Option<Seen>) -> Option<PathBuf> {
+fn own_among(
+    mountinfo: &[u8],
+    own_cgroups: &[u8],
+    inspect: impl Fn(&Path) -> Option<Inspected>,
+) -> Option<PathBuf> {
     let own = Position::own(own_cgroups)?;
-    visible_mounts(mountinfo, look).find_map(|(mount, _)| {
+    visible_mounts(mountinfo, inspect).find_map(|(mount, _)| {
         let way = own.names_below(&Position::new(&unescape(mount.root)))?;
         Some(way.iter().fold(mount.point, |path, name| path.join(OsStr::from_bytes(name))))
     })
@@ -266,11 +270,11 @@ mod tests {
     }
 
     /// What a path shows: the last mount there. Its inode number is the machine root's if it is in `hosts`.
-    fn seen<'a>(mountinfo: &'a [u8], hosts: &'a [&str]) -> impl Fn(&Path) -> Option<Seen> + 'a {
+    fn seen<'a>(mountinfo: &'a [u8], hosts: &'a [&str]) -> impl Fn(&Path) -> Option<Inspected> + 'a {
         move |path| {
             let last = mounts(mountinfo).filter(|mount| mount.point == path).last()?;
             let inode = if hosts.iter().any(|host| Path::new(host) == path) { ROOT_INODE } else { 4711 };
-            Some(Seen { mount: last.id, inode })
+            Some(Inspected { mount: last.id, inode })
         }
     }
 

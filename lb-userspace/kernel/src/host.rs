@@ -46,7 +46,7 @@ pub struct Host {
 
 /// Probes the host. `cgroup` is the one to serve; the default is the root of the hierarchy.
 #[must_use]
-pub fn look(cgroup: Option<PathBuf>, pin_path: &Path) -> Host {
+pub fn probe(cgroup: Option<PathBuf>, pin_path: &Path) -> Host {
     let features = Features::probe();
     let cgroup = cgroup.map_or_else(cgroup::find_root, Ok).and_then(|path| {
         let _is_one = cgroup::open(&path)?;

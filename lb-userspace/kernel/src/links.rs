@@ -42,7 +42,7 @@ pub enum LinkProblem {
 
 /// Reads the link of each hook. Its cgroup is searched in `below`, or else in the whole hierarchy.
 #[must_use]
-pub fn look(pin_path: &Path, below: Option<&Path>) -> Vec<(&'static str, Result<Link, LinkProblem>)> {
+pub fn read_all(pin_path: &Path, below: Option<&Path>) -> Vec<(&'static str, Result<Link, LinkProblem>)> {
     let needed: Vec<&str> = pins::hooks(Features::probe()).map(|hook| hook.name).collect();
     let root = below.map(Path::to_owned).or_else(|| cgroup::find_widest().ok());
     let mut known: Option<(u64, Option<PathBuf>)> = None;
@@ -60,7 +60,7 @@ pub fn look(pin_path: &Path, below: Option<&Path>) -> Vec<(&'static str, Result<
         .iter()
         .map(|hook| hook.name)
         .map(|hook| {
-            let link = look_at(&pin_path.join(hook), &mut place);
+            let link = read_link(&pin_path.join(hook), &mut place);
             let is_needed = needed.contains(&hook);
             (
                 hook,
@@ -73,7 +73,7 @@ pub fn look(pin_path: &Path, below: Option<&Path>) -> Vec<(&'static str, Result<
         .collect()
 }
 
-fn look_at(pin: &Path, place: &mut impl FnMut(u64) -> Option<PathBuf>) -> Result<Link, LinkProblem> {
+fn read_link(pin: &Path, place: &mut impl FnMut(u64) -> Option<PathBuf>) -> Result<Link, LinkProblem> {
     let link = syscall::open_pin(pin).map_err(|error| match error.kind() {
         io::ErrorKind::NotFound => LinkProblem::Missing,
         _ => error.into(),
@@ -98,7 +98,7 @@ mod tests {
     #[test]
     fn what_is_not_pinned_is_missing() {
         let nothing = tempfile::tempdir().unwrap();
-        let found = look(nothing.path(), None);
+        let found = read_all(nothing.path(), None);
         assert_eq!(found.len(), HOOKS.len());
         for (hook, link) in found {
             assert!(matches!(link, Err(LinkProblem::Missing | LinkProblem::NotNeeded)), "{hook}");

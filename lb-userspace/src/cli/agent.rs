@@ -37,19 +37,19 @@ const MAX_BYTES: usize = 1 << 30;
 
 /// Where an agent may listen.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Place {
+pub(super) enum AgentAddress {
     Tcp(SocketAddr),
     Socket(PathBuf),
 }
 
-impl Place {
+impl AgentAddress {
     /// The socket of a state directory.
     pub(super) fn socket(state_dir: &Path) -> Self {
         Self::Socket(state_dir.join(FILE_NAME))
     }
 }
 
-impl fmt::Display for Place {
+impl fmt::Display for AgentAddress {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Tcp(address) => address.fmt(f),
@@ -71,34 +71,34 @@ pub(super) struct Response {
 pub(super) enum AskError {
     /// Nothing listens.
     #[error("no agent answers at {place}")]
-    Absent { place: Place },
+    Absent { place: AgentAddress },
     /// The place cannot be reached.
     #[error("{place}: {source}")]
-    Io { place: Place, source: io::Error },
+    Io { place: AgentAddress, source: io::Error },
     /// Not permitted, because the caller is not root.
     #[error("{place}: not permitted: the agent answers only root and its own user")]
-    NotPermitted { place: Place },
+    NotPermitted { place: AgentAddress },
     /// The socket belongs to another user.
     #[error("{place}: not trusted: it belongs to user {uid}, and not to root or the user of this command")]
-    Foreign { place: Place, uid: u32 },
+    Foreign { place: AgentAddress, uid: u32 },
     /// No answer within the time limit.
     #[error("the agent at {place} did not answer within {} s", wait.as_secs())]
-    Late { place: Place, wait: Duration },
+    Late { place: AgentAddress, wait: Duration },
     /// The exchange failed.
     #[error("{place}: {source}")]
-    Http { place: Place, source: hyper::Error },
+    Http { place: AgentAddress, source: hyper::Error },
     /// The answer is truncated or too large.
     #[error("{place}: {source}")]
-    Body { place: Place, source: Box<dyn std::error::Error + Send + Sync> },
+    Body { place: AgentAddress, source: Box<dyn std::error::Error + Send + Sync> },
     /// The agent does not have the page.
     #[error("the agent at {place} has another version than this command: it has no page {OBJECTS}")]
-    OtherVersion { place: Place },
+    OtherVersion { place: AgentAddress },
     /// The agent's page has another format.
     #[error("the agent at {place} has another version than this command: {source}")]
-    OtherFormat { place: Place, source: serde_json::Error },
+    OtherFormat { place: AgentAddress, source: serde_json::Error },
     /// The agent cannot answer now.
     #[error("the agent at {place} answers {status}: {reason}")]
-    Refused { place: Place, status: u16, reason: String },
+    Refused { place: AgentAddress, status: u16, reason: String },
 }
 
 /// Sends one request on its own connection.
@@ -106,13 +106,13 @@ pub(super) enum AskError {
 /// # Errors
 ///
 /// [`AskError`] without an answer. An answer of any status is no error.
-pub(super) async fn get(place: &Place, page: &str, wait: Duration) -> Result<Response, AskError> {
+pub(super) async fn get(place: &AgentAddress, page: &str, wait: Duration) -> Result<Response, AskError> {
     let exchange = async {
         let io_error = |source: io::Error| {
             let place = place.clone();
             match source.kind() {
                 io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
-                    if matches!(place, Place::Socket(_)) =>
+                    if matches!(place, AgentAddress::Socket(_)) =>
                 {
                     AskError::Absent { place }
                 }
@@ -121,10 +121,10 @@ pub(super) async fn get(place: &Place, page: &str, wait: Duration) -> Result<Res
             }
         };
         match place {
-            Place::Tcp(address) => {
+            AgentAddress::Tcp(address) => {
                 exchange(place, TcpStream::connect(address).await.map_err(io_error)?, page).await
             }
-            Place::Socket(path) => {
+            AgentAddress::Socket(path) => {
                 // Anyone who can write to the directory could have created the socket.
                 let uid = std::fs::metadata(path).map_err(io_error)?.uid();
                 if uid != 0 && uid != nix::unistd::geteuid().as_raw() {
@@ -139,14 +139,14 @@ pub(super) async fn get(place: &Place, page: &str, wait: Duration) -> Result<Res
 }
 
 async fn exchange(
-    place: &Place,
+    place: &AgentAddress,
     stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
     page: &str,
 ) -> Result<Response, AskError> {
     let http = |source| AskError::Http { place: place.clone(), source };
     let host = match place {
-        Place::Tcp(address) => address.to_string(),
-        Place::Socket(_) => "agent".to_owned(),
+        AgentAddress::Tcp(address) => address.to_string(),
+        AgentAddress::Socket(_) => "agent".to_owned(),
     };
     let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(http)?;
     let connection = tokio::spawn(connection);
@@ -164,7 +164,7 @@ async fn exchange(
 /// The agent of a state directory, which may be stopped.
 #[derive(Clone, Debug)]
 pub(super) struct Agent {
-    place: Place,
+    place: AgentAddress,
 }
 
 /// The agent's knowledge, and the tag of the answer.
@@ -176,7 +176,7 @@ pub(super) struct Tagged {
 
 impl Agent {
     pub(super) fn new(state_dir: &Path) -> Self {
-        Self { place: Place::socket(state_dir) }
+        Self { place: AgentAddress::socket(state_dir) }
     }
 
     /// All of the agent's knowledge. `None` if its tag is still `after`.
@@ -220,7 +220,7 @@ impl Agent {
 }
 
 /// Runs a request on its own thread: the caller may be within a runtime.
-fn blocking(place: &Place, page: &str, wait: Duration) -> Result<Response, AskError> {
+fn blocking(place: &AgentAddress, page: &str, wait: Duration) -> Result<Response, AskError> {
     let request = || {
         let io_error = |source| AskError::Io { place: place.clone(), source };
         let runtime = runtime::Builder::new_current_thread().enable_all().build().map_err(io_error)?;

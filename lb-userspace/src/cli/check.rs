@@ -56,8 +56,8 @@ struct Finding {
 ///
 /// If standard output cannot be written.
 pub fn check(args: &CheckArgs) -> anyhow::Result<ExitCode> {
-    let host = host::look(args.cgroup.clone(), &args.pins.pin_path);
-    let findings = judge(&host, cgroup::is_beside_v1());
+    let host = host::probe(args.cgroup.clone(), &args.pins.pin_path);
+    let findings = findings(&host, cgroup::is_beside_v1());
     print(args.output, &findings, || table(&findings))?;
     let is_able = findings.iter().all(|finding| finding.status != Status::Missing);
     Ok(if is_able { ExitCode::SUCCESS } else { ExitCode::FAILURE })
@@ -70,7 +70,7 @@ const NOT_KNOWN: &str = "not known: it needs the capabilities above to find out"
 const CAPABILITIES: [(&str, u32); 3] = [("CAP_BPF", 39), ("CAP_NET_ADMIN", 12), ("CAP_PERFMON", 38)];
 const CAP_SYS_ADMIN: u32 = 21;
 
-fn judge(host: &Host, is_beside_v1: bool) -> Vec<Finding> {
+fn findings(host: &Host, is_beside_v1: bool) -> Vec<Finding> {
     let finding = |what, status, found: String| Finding { what, status, found };
     let judged = |what, result: Result<String, &KernelError>| match result {
         Ok(found) => finding(what, Status::Ok, found),

@@ -184,7 +184,7 @@ pub fn monitor(args: &MonitorArgs) -> anyhow::Result<ExitCode> {
     {
         return Ok(ExitCode::SUCCESS);
     }
-    let _begins_the_count = (monitor.seen.summary(monitor.counts()), monitor.look()?);
+    let _begins_the_count = (monitor.seen.summary(monitor.counts()), monitor.print_new()?);
     runtime.block_on(monitor.run(stop))?;
     Ok(ExitCode::SUCCESS)
 }
@@ -203,7 +203,7 @@ impl Monitor<'_> {
                 self.read_tables()?;
                 tables_due = Instant::now() + TABLES;
             }
-            if !self.look()? || self.args.count.is_some_and(|count| self.n_shown >= count) {
+            if !self.print_new()? || self.args.count.is_some_and(|count| self.n_shown >= count) {
                 break;
             }
             if Instant::now() >= summary_due {
@@ -223,7 +223,7 @@ impl Monitor<'_> {
     }
 
     /// Shows new sockets. `false` once the reader has closed standard output.
-    fn look(&mut self) -> anyhow::Result<bool> {
+    fn print_new(&mut self) -> anyhow::Result<bool> {
         let new = self.seen.new_records(self.table.records()?);
         // The service may be newer than the last read of the tables.
         if new.iter().any(|record| self.names.port(record).is_none()) {

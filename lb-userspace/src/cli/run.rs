@@ -320,7 +320,7 @@ async fn follow(
         }
         Origin::Kube(access) => {
             let node_name = Arc::clone(&settings.node_name);
-            let wanted = cluster::Wanted {
+            let wanted = cluster::Selection {
                 service_proxy_name,
                 node_name: &node_name,
                 other_nodes,

@@ -15,7 +15,7 @@ use lb_kernel::{
 
 /// The contents of the maps, as consistent as they can be read while programs run.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Look {
+pub(super) struct Reading {
     pub(super) image: Image,
     /// Counters by service id.
     pub(super) services: BTreeMap<u32, ServiceStats>,
@@ -30,13 +30,13 @@ pub(super) struct Look {
 /// # Errors
 ///
 /// If nothing is pinned or it cannot be read.
-pub(super) fn look(pin_path: &Path) -> Result<Look, KernelError> {
+pub(super) fn read(pin_path: &Path) -> Result<Reading, KernelError> {
     let maps = Maps::open(pin_path)?;
     let image = maps.image()?;
     let service_ids: BTreeSet<u32> = image.frontends.values().map(|frontend| frontend.service_id).collect();
     let entries = || image.runs4.values().chain(image.runs6.values()).flat_map(|run| run.iter());
     let endpoint_ids: BTreeSet<u32> = entries().map(|entry| entry.endpoint_id).collect();
-    Ok(Look {
+    Ok(Reading {
         services: service_ids.into_iter().map(|id| (id, maps.service_stats(id))).collect(),
         endpoints: endpoint_ids.into_iter().map(|id| (id, maps.endpoint_stats(id))).collect(),
         records: SocketTable::open(pin_path).and_then(|table| table.records()).ok(),

@@ -28,7 +28,7 @@ use self::{
     model::{Report, Sample, Sort},
     view::{Outcome, View},
 };
-use super::{PinArgs, config, inspect::Output, objects::Objects, run::stop_signals, sample::look, show_more};
+use super::{PinArgs, config, inspect::Output, objects::Objects, run::stop_signals, sample::read, show_more};
 
 /// Flags of `socklb top`.
 #[derive(Debug, Args)]
@@ -84,8 +84,8 @@ struct Watcher<'a> {
 impl Watcher<'_> {
     /// The current counters with rates since the last call, neither filtered nor sorted.
     fn report(&mut self) -> Result<Report, KernelError> {
-        let look = look(&self.args.pins.pin_path)?;
-        let sample = Sample::new(&look, self.objects.now(), self.started.elapsed());
+        let reading = read(&self.args.pins.pin_path)?;
+        let sample = Sample::new(&reading, self.objects.now(), self.started.elapsed());
         // Whole seconds, as on a clock.
         let time = Timestamp::try_from(SystemTime::now()).unwrap_or_default();
         let time = time.strftime("%Y-%m-%dT%H:%M:%SZ").to_string();

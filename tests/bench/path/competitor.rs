@@ -153,7 +153,7 @@ pub(crate) fn set_up(
         Competitor::Socklb => {
             let (made, load, programming, changes) = socklb(setup, sandbox)?;
             (kernel, loading) = (Some(made), Some(load));
-            let found = links::look(&sandbox.pin_path(), Some(sandbox.cgroup().path()));
+            let found = links::read_all(&sandbox.pin_path(), Some(sandbox.cgroup().path()));
             programs.extend(
                 found.into_iter().filter_map(|(hook, link)| Some((hook.to_owned(), link.ok()?.program_id))),
             );

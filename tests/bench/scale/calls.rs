@@ -142,7 +142,7 @@ fn attach(
     } else {
         let mut kernel = open(sandbox, capacity)?;
         fill(&mut kernel, n_services, n_endpoints)?;
-        let links = links::look(&sandbox.pin_path(), Some(sandbox.cgroup().path()));
+        let links = links::read_all(&sandbox.pin_path(), Some(sandbox.cgroup().path()));
         let connect = links.into_iter().find(|(hook, _)| *hook == "connect4");
         let program = connect.and_then(|(_, link)| Some(link.ok()?.program_id));
         (Attached::Product { _kernel: Box::new(kernel) }, program)

@@ -35,7 +35,7 @@ const BATCH: usize = 16_384;
 
 /// Which objects to watch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Wanted<'a> {
+pub struct Selection<'a> {
     /// `--service-proxy-name`
     pub service_proxy_name: Option<&'a str>,
     /// The own node.
@@ -86,7 +86,7 @@ impl KubeSource {
     /// # Panics
     ///
     /// Outside a tokio runtime.
-    pub async fn open(access: &Access, wanted: Wanted<'_>, timing: Timing) -> Result<Self, Error> {
+    pub async fn open(access: &Access, wanted: Selection<'_>, timing: Timing) -> Result<Self, Error> {
         let (client, server) = access.client().await?;
         let server = Arc::<str>::from(server);
         let (sender, news) = mpsc::channel(QUEUE);

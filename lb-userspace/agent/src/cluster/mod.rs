@@ -34,5 +34,5 @@ mod live;
 pub use self::{
     access::{Access, Error, apiserver},
     follow::Timing,
-    live::{KubeSource, Wanted},
+    live::{KubeSource, Selection},
 };

@@ -36,7 +36,7 @@ use crate::{
     self_test,
     serve::{
         self, ListenError, Listeners, LoopHandle, LoopView, Question,
-        health_ports::{self, Wanted},
+        health_ports::{self, HealthChecks},
         known::Known,
     },
     snapshot::{self, Found, Snapshot, SnapshotError, Writer, Written},
@@ -55,7 +55,7 @@ mod exclude;
 mod self_tests;
 mod stale;
 
-use self::{addresses::Addresses, exclude::Wanted as Excluded, self_tests::SelfTests, stale::Sweep};
+use self::{addresses::Addresses, exclude::ExcludedPods, self_tests::SelfTests, stale::Sweep};
 
 const RETRY: Duration = Duration::from_secs(1);
 /// How often the pins are checked, and the node's own addresses read if netlink does not report changes.
@@ -293,8 +293,8 @@ struct Agent {
     vitals: watch::Sender<Vitals>,
     /// Number of syncs.
     changes: watch::Sender<u64>,
-    health_checks: watch::Sender<Wanted>,
-    excluding: watch::Sender<Excluded>,
+    health_checks: watch::Sender<HealthChecks>,
+    excluding: watch::Sender<ExcludedPods>,
     port_issues: watch::Receiver<Vec<Issue>>,
     /// Issues already logged.
     reported: LoggedIssues,
@@ -366,10 +366,10 @@ impl Agent {
         let insight =
             LoopView { vitals: signs_of_life.clone(), changes: following, asker: LoopHandle::new(asking) };
         let serving = listeners.serve(&maps_path, &options.state_dir, &metrics, insight)?;
-        let (health_checks, wanted) = watch::channel(Wanted::default());
+        let (health_checks, wanted) = watch::channel(HealthChecks::default());
         let (reporting, port_issues) = watch::channel(Vec::new());
         let health_ports = tokio::spawn(health_ports::run(wanted, signs_of_life.clone(), reporting));
-        let (excluding, excluded) = watch::channel(Excluded::default());
+        let (excluding, excluded) = watch::channel(ExcludedPods::default());
         let beside = Background {
             graces,
             questions,
@@ -610,7 +610,7 @@ impl Agent {
         self.health_checks.send_if_modified(|wanted| {
             let differs = wanted.checks != *checks || wanted.addresses != addresses;
             if differs {
-                *wanted = Wanted { checks: checks.clone(), addresses };
+                *wanted = HealthChecks { checks: checks.clone(), addresses };
             }
             differs
         });

@@ -22,7 +22,7 @@ const PAYLOAD: &[u8] = b"socklb self-test";
 
 /// The process's report: one line of JSON on standard output.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Report {
+pub struct CallReport {
     /// Why it did not enter the given cgroup.
     pub stayed: Option<String>,
     /// The calls that failed, each with its result.
@@ -31,13 +31,13 @@ pub struct Report {
 
 /// Enters a cgroup, if given, and makes all calls. A failure to enter does not count against the calls.
 #[must_use]
-pub fn make(cgroup: Option<&PathBuf>, families: &[Family]) -> Report {
+pub fn make(cgroup: Option<&PathBuf>, families: &[Family]) -> CallReport {
     let stayed = cgroup.and_then(|cgroup| enter(cgroup).err());
     let ways = families.iter().flat_map(|family| WAYS.map(|way| (way, *family)));
     let problems = ways.filter_map(|(way, family)| {
         call(way, family).err().map(|problem| format!("{way} over {}: {problem}", Name(family)))
     });
-    Report { stayed, problems: problems.collect() }
+    CallReport { stayed, problems: problems.collect() }
 }
 
 /// Enters a cgroup, if given, and makes a call that should pass unchanged because the cgroup is excluded.
@@ -46,9 +46,9 @@ pub fn make(cgroup: Option<&PathBuf>, families: &[Family]) -> Report {
 /// The call passes unchanged if it reaches its own address, which has an endpoint only in the tables. A
 /// program of this host that listens on port 7 of all addresses makes it look redirected.
 #[must_use]
-pub fn make_excluded(cgroup: Option<&PathBuf>) -> Report {
+pub fn make_excluded(cgroup: Option<&PathBuf>) -> CallReport {
     if let Some(error) = cgroup.and_then(|cgroup| enter(cgroup).err()) {
-        return Report { stayed: Some(error), problems: Vec::new() };
+        return CallReport { stayed: Some(error), problems: Vec::new() };
     }
     let problem =
         match open(Way::Tcp, Family::V4).map(|socket| socket.connect(&service_address(Family::V4).into())) {
@@ -56,7 +56,7 @@ pub fn make_excluded(cgroup: Option<&PathBuf>) -> Report {
             Ok(Ok(())) => Some("a call was redirected despite the exclusion".to_owned()),
             Ok(Err(error)) | Err(error) => Some(format!("a call that should be refused: {error}")),
         };
-    Report { stayed: None, problems: problem.into_iter().collect() }
+    CallReport { stayed: None, problems: problem.into_iter().collect() }
 }
 
 /// Moves this process into a cgroup.

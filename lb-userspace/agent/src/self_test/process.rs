@@ -10,7 +10,7 @@ use std::{
 
 use tokio::{process::Command, sync::Mutex, time::timeout};
 
-use super::calls::Report;
+use super::calls::CallReport;
 
 /// Timeout of all calls together.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -59,7 +59,7 @@ pub async fn run(served: &Path, has_ipv6: bool) -> Outcome {
     let cgroup = fresh.as_ref().ok().map(|fresh| fresh.0.as_path());
     let report = ask(cgroup, has_ipv6.then_some("--ipv6"), PATIENCE)
         .await
-        .unwrap_or_else(|problem| Report { stayed: None, problems: vec![problem] });
+        .unwrap_or_else(|problem| CallReport { stayed: None, problems: vec![problem] });
     let caller = match (&fresh, report.stayed) {
         (Err(error), _) => Caller::OwnCgroup(error.clone()),
         (Ok(_), Some(why)) => Caller::OwnCgroup(why),
@@ -93,15 +93,15 @@ static TURN: Mutex<()> = Mutex::const_new(());
 
 async fn exempt(cgroup: Option<&Path>) -> Exempt {
     match ask(cgroup, Some("--excluded"), EXEMPT_PATIENCE).await {
-        Ok(Report { stayed: Some(why), .. }) | Err(why) => Exempt::NotMade(why),
-        Ok(Report { problems, .. }) if problems.is_empty() => Exempt::LeftAlone,
-        Ok(Report { problems, .. }) => Exempt::Failed(problems.join("; ")),
+        Ok(CallReport { stayed: Some(why), .. }) | Err(why) => Exempt::NotMade(why),
+        Ok(CallReport { problems, .. }) if problems.is_empty() => Exempt::LeftAlone,
+        Ok(CallReport { problems, .. }) => Exempt::Failed(problems.join("; ")),
     }
 }
 
 /// Runs a process that makes calls from a cgroup, or from this process's own. Returns its report, or why
 /// there is none.
-async fn ask(cgroup: Option<&Path>, flag: Option<&str>, patience: Duration) -> Result<Report, String> {
+async fn ask(cgroup: Option<&Path>, flag: Option<&str>, patience: Duration) -> Result<CallReport, String> {
     // The running program, even if its file was replaced or is not visible.
     let mut command = Command::new("/proc/self/exe");
     command

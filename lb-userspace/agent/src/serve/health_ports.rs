@@ -32,18 +32,18 @@ const RETRY: Duration = Duration::from_secs(5);
 
 /// The desired ports.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Wanted {
+pub struct HealthChecks {
     /// The services with a health check port.
     pub checks: BTreeMap<ServiceKey, HealthCheck>,
     /// The addresses of node ports; `None` for all addresses of the host.
     pub addresses: Option<Vec<IpAddr>>,
 }
 
-type Place = (ServiceKey, SocketAddr);
+type PortSocket = (ServiceKey, SocketAddr);
 
-impl Wanted {
+impl HealthChecks {
     /// The sockets to open, each with its number of ready local endpoints.
-    fn places(&self) -> BTreeMap<Place, usize> {
+    fn places(&self) -> BTreeMap<PortSocket, usize> {
         let everywhere = [IpAddr::V6(Ipv6Addr::UNSPECIFIED)];
         let addresses = self.addresses.as_deref().unwrap_or(&everywhere);
         let of = |(key, check): (&ServiceKey, &HealthCheck)| {
@@ -74,11 +74,11 @@ impl Server {
 /// Keeps the desired sockets open until `wanted` is closed. Ports that cannot be opened become issues and are
 /// retried.
 pub async fn run(
-    mut wanted: watch::Receiver<Wanted>,
+    mut wanted: watch::Receiver<HealthChecks>,
     vitals: watch::Receiver<Vitals>,
     issues: watch::Sender<Vec<Issue>>,
 ) {
-    let mut open: BTreeMap<Place, Server> = BTreeMap::new();
+    let mut open: BTreeMap<PortSocket, Server> = BTreeMap::new();
     loop {
         let places = wanted.borrow_and_update().places();
         let found = follow(&mut open, &places, &vitals).await;
@@ -105,12 +105,12 @@ pub async fn run(
 
 /// Closes, opens and updates sockets. Returns an issue for each that cannot be opened.
 async fn follow(
-    open: &mut BTreeMap<Place, Server>,
-    places: &BTreeMap<Place, usize>,
+    open: &mut BTreeMap<PortSocket, Server>,
+    places: &BTreeMap<PortSocket, usize>,
     vitals: &watch::Receiver<Vitals>,
 ) -> Vec<Issue> {
     // Close first: another service may want the port.
-    let gone: Vec<Place> = open.keys().filter(|place| !places.contains_key(*place)).cloned().collect();
+    let gone: Vec<PortSocket> = open.keys().filter(|place| !places.contains_key(*place)).cloned().collect();
     for place in gone {
         if let Some(server) = open.remove(&place) {
             server.close().await;
@@ -182,7 +182,7 @@ struct Name<'a> {
 
 impl Pages for ServicePages {
     async fn get(&self, _uri: &Uri) -> Option<Answer> {
-        let is_alive = self.vitals.borrow().judge(Instant::now(), SystemTime::now()).is_alive;
+        let is_alive = self.vitals.borrow().evaluate(Instant::now(), SystemTime::now()).is_alive;
         let n_ready_local = self.n_ready_local.load(Ordering::Relaxed);
         let body = Body {
             service: Name { namespace: &self.key.namespace, name: &self.key.name },
@@ -212,7 +212,7 @@ mod tests {
             (Some(vec![]), vec![]),
             (Some(vec!["192.0.2.1".parse().unwrap()]), vec!["192.0.2.1:31000"]),
         ] {
-            let wanted = Wanted { checks: checks.clone(), addresses };
+            let wanted = HealthChecks { checks: checks.clone(), addresses };
             let places: Vec<String> =
                 wanted.places().into_keys().map(|(_, address)| address.to_string()).collect();
             assert_eq!(places, expected);

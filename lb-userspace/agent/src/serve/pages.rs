@@ -97,7 +97,7 @@ pub struct HealthPages {
 
 impl Pages for HealthPages {
     async fn get(&self, uri: &Uri) -> Option<Answer> {
-        let health = self.vitals.borrow().judge(Instant::now(), SystemTime::now());
+        let health = self.vitals.borrow().evaluate(Instant::now(), SystemTime::now());
         match uri.path() {
             "/healthz" => {
                 self.metrics.answered_healthz(health.is_healthy());

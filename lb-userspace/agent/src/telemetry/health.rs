@@ -174,7 +174,7 @@ impl Vitals {
 
     /// Evaluates the vitals. An agent without a change to sync is alive.
     #[must_use]
-    pub fn judge(&self, now: Instant, clock: SystemTime) -> Health {
+    pub fn evaluate(&self, now: Instant, clock: SystemTime) -> Health {
         let is_late = |since: Instant| now.saturating_duration_since(since) >= PATIENCE;
         let is_alive = !self.waiting_since.is_some_and(is_late) && !is_late(self.heartbeat);
         Health {
@@ -287,21 +287,22 @@ mod tests {
                 is_node_eligible,
                 ..Vitals::new(start)
             };
-            let health = vitals.judge(at(100), clock);
+            let health = vitals.evaluate(at(100), clock);
             assert_eq!((health.is_alive, health.is_healthy()), (is_alive, is_healthy), "{what}");
             assert_eq!(health.updated, Some(if is_alive { clock } else { updated }), "{what}");
-            let full = Vitals { n_refused: 1, ..vitals.clone() }.judge(at(100), clock);
+            let full = Vitals { n_refused: 1, ..vitals.clone() }.evaluate(at(100), clock);
             assert_eq!((full.is_alive, full.is_healthy()), (is_alive, false), "{what}, and no room");
             for (self_test, is_proven) in [
                 (SelfTest::Pending, false),
                 (SelfTest::Passed, true),
                 (SelfTest::Failed("TCP over IPv4: connect: refused".into()), false),
             ] {
-                let tested = Vitals { self_test: self_test.clone(), ..vitals.clone() }.judge(at(100), clock);
+                let tested =
+                    Vitals { self_test: self_test.clone(), ..vitals.clone() }.evaluate(at(100), clock);
                 let expected = (is_alive, is_healthy && is_proven);
                 assert_eq!((tested.is_alive, tested.is_healthy()), expected, "{what}, and {self_test:?}");
             }
-            let lost = Vitals { has_lost_pins: true, ..vitals.clone() }.judge(at(100), clock);
+            let lost = Vitals { has_lost_pins: true, ..vitals.clone() }.evaluate(at(100), clock);
             assert_eq!((lost.is_alive, lost.is_healthy()), (is_alive, false), "{what}, and no pins");
         }
     }
@@ -370,7 +371,7 @@ mod tests {
                 &["the Node is being", "2 frontends have"],
             ),
         ] {
-            let health = vitals.judge(start + Duration::from_secs(after), SystemTime::UNIX_EPOCH);
+            let health = vitals.evaluate(start + Duration::from_secs(after), SystemTime::UNIX_EPOCH);
             let found = health.not_ready();
             assert_eq!((found.len(), health.is_healthy()), (reasons.len(), reasons.is_empty()), "{found:?}");
             assert!(found.iter().zip(reasons).all(|(found, start)| found.starts_with(start)), "{found:?}");

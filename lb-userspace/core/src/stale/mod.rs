@@ -231,7 +231,7 @@ impl StaleTracker {
 
     /// Decides about the flows that a search found.
     #[must_use]
-    pub fn judge(
+    pub fn decide(
         &mut self,
         search: &Search,
         found: &BTreeSet<Flow>,

@@ -76,9 +76,9 @@ impl Fixture {
     }
 
     /// Decides about one flow that a search found.
-    fn judge(&mut self, used: Flow, now: Instant) -> Fate {
+    fn decide(&mut self, used: Flow, now: Instant) -> Fate {
         let search = search_of(&used);
-        self.with(|ledger, in_force| ledger.judge(&search, &[used].into(), now, in_force))[&used].clone()
+        self.with(|ledger, in_force| ledger.decide(&search, &[used].into(), now, in_force))[&used].clone()
     }
 
     fn search(&mut self, used: &[Flow], now: Instant) -> Option<Search> {
@@ -141,7 +141,7 @@ fn r10_sockets_stay_with_endpoints_that_serve() {
         ("drain at once", Tcp, Some("drain=0s"), gone, ends(now)),
     ] {
         let mut town = Fixture::new(annotation, endpoints);
-        assert_eq!(town.judge(first(protocol), now), expected, "{what}: {protocol}");
+        assert_eq!(town.decide(first(protocol), now), expected, "{what}: {protocol}");
     }
 }
 
@@ -151,7 +151,7 @@ fn r10_the_policy_local_ends_no_socket() {
     let local = json!({"spec": {"internalTrafficPolicy": "Local"}});
     let mut town = Fixture::default();
     town.set_objects(Some(service(None, &local)), &["10.1.0.1 node-b rs"]);
-    assert_eq!(town.judge(first(Protocol::Udp), now), Fate::Serves);
+    assert_eq!(town.decide(first(Protocol::Udp), now), Fate::Serves);
 }
 
 #[test]
@@ -171,14 +171,14 @@ fn r10_a_drain_lasts_from_when_the_endpoint_was_seen_to_be_gone() {
         (60, gone, ends(at(90)), Some(at(90))),
     ] {
         town.set(drain, endpoints);
-        assert_eq!(town.judge(socket, at(second)), expected, "{second}");
+        assert_eq!(town.decide(socket, at(second)), expected, "{second}");
         assert_eq!(town.with(|ledger, in_force| ledger.next_due(at(second), in_force)), next, "{second}");
     }
     // Another annotation applies at once, from the same start.
     town.set(Some("drain=5s"), gone);
-    assert_eq!(town.judge(socket, at(61)), ends(at(65)));
+    assert_eq!(town.decide(socket, at(61)), ends(at(65)));
     town.set(Some("keep"), gone);
-    assert_eq!(town.judge(socket, at(61)), Fate::Kept);
+    assert_eq!(town.decide(socket, at(61)), Fate::Kept);
 }
 
 #[test]
@@ -191,20 +191,20 @@ fn r10_a_service_that_is_deleted_has_said_what_becomes_of_its_sockets() {
     ] {
         let mut town = Fixture::new(annotation, &["10.1.0.1 - rs"]);
         town.set_objects(None, &["10.1.0.1 - rs"]);
-        assert_eq!(town.judge(first(Protocol::Tcp), now), tcp, "{annotation:?}");
-        assert_eq!(town.judge(first(Protocol::Udp), now), udp, "{annotation:?}");
+        assert_eq!(town.decide(first(Protocol::Tcp), now), tcp, "{annotation:?}");
+        assert_eq!(town.decide(first(Protocol::Udp), now), udp, "{annotation:?}");
         // It is remembered while a socket uses it, through any number of searches.
         for _ in 0..3 {
             let _somewhere = town.search(&[first(Protocol::Udp)], now);
-            assert_eq!(town.judge(first(Protocol::Udp), now), udp, "{annotation:?}");
+            assert_eq!(town.decide(first(Protocol::Udp), now), udp, "{annotation:?}");
         }
         let _nowhere = town.search(&[], now);
         assert!(town.ledger.gone.is_empty());
     }
     // The service of a frontend that an earlier agent served is unknown.
     let mut town = Fixture::default();
-    assert_eq!(town.judge(first(Protocol::Udp), now), Fate::Ends { service: None, due: now });
-    assert_eq!(town.judge(first(Protocol::Tcp), now), Fate::Kept);
+    assert_eq!(town.decide(first(Protocol::Udp), now), Fate::Ends { service: None, due: now });
+    assert_eq!(town.decide(first(Protocol::Tcp), now), Fate::Kept);
 }
 
 #[test]
@@ -212,8 +212,8 @@ fn r10_node_ports_are_frontends_on_every_node_address() {
     let now = Instant::now();
     let mut town = Fixture::new(None, &["10.1.0.2 - rs"]);
     for node in ["192.168.0.1:30053", "192.168.0.2:30053", "127.0.0.1:30053"] {
-        assert_eq!(town.judge(used(Protocol::Udp, node, "10.1.0.1:1053"), now), ends(now), "{node}");
-        assert_eq!(town.judge(used(Protocol::Udp, node, "10.1.0.2:1053"), now), Fate::Serves, "{node}");
+        assert_eq!(town.decide(used(Protocol::Udp, node, "10.1.0.1:1053"), now), ends(now), "{node}");
+        assert_eq!(town.decide(used(Protocol::Udp, node, "10.1.0.2:1053"), now), Fate::Serves, "{node}");
     }
 }
 
@@ -230,7 +230,7 @@ fn nothing_is_stale_before_the_tables_follow() {
     let plain = Flow { service: None, endpoint: "10.0.0.1:53".parse().unwrap(), ..socket };
     let mut ledger = town.ledger.clone();
     for used in [socket, plain] {
-        let standings = ledger.judge(&search_of(&used), &[used].into(), now, in_force);
+        let standings = ledger.decide(&search_of(&used), &[used].into(), now, in_force);
         assert_eq!(standings[&used], Fate::Serves, "{used:?}");
     }
 }
@@ -260,7 +260,7 @@ fn sockets_are_looked_for_where_they_may_be_stale() {
     }
     // A draining socket is searched for when its time is over, not before.
     let mut town = Fixture::new(Some("drain=30s"), there);
-    let _due = town.judge(stale, now);
+    let _due = town.decide(stale, now);
     assert_eq!(town.search(&[stale], now), None);
     let at_the_end = town.search(&[stale], now + Duration::from_secs(30)).unwrap();
     assert_eq!(at_the_end.endpoints, [stale.endpoint].into());
@@ -320,7 +320,7 @@ fn r10_sockets_are_ended_that_were_connected_before_the_address_was_a_frontend()
     ] {
         let mut town = Fixture::new(annotation, &["10.1.0.1 - rs"]);
         let plain = Flow { protocol, service: None, endpoint: peer.parse().unwrap() };
-        assert_eq!(town.judge(plain, now), expected, "{what}");
+        assert_eq!(town.decide(plain, now), expected, "{what}");
         assert_eq!(town.with(|ledger, in_force| ledger.next_due(now, in_force)), None, "{what}");
     }
 }

@@ -43,7 +43,7 @@ fn a_host_that_has_everything() {
         ok       attaching        no program excludes others from a hook
         ok       other balancers  no other program on the same hooks
     "]]
-    .assert_eq(&table(&judge(&able(), false)));
+    .assert_eq(&table(&findings(&able(), false)));
 }
 
 #[test]
@@ -52,7 +52,7 @@ fn an_old_kernel_is_a_note_not_a_fault() {
         features: Features { set_retval: false, compare_and_swap: false, sock_fields: None, mptcp: false },
         ..able()
     };
-    let findings = judge(&host, true);
+    let findings = findings(&host, true);
     assert!(findings.iter().all(|finding| finding.status != Status::Missing));
     assert_eq!(findings.iter().filter(|finding| finding.status == Status::Note).count(), 3);
     assert_eq!(findings[2].found, "/sys/fs/cgroup, beside cgroup v1: all processes of this host");
@@ -93,13 +93,13 @@ fn what_is_covered_is_said() {
         (Extent::Cgroup, "/c: the processes of this cgroup only"),
     ] {
         let host = Host { cgroup: Ok(("/c".into(), extent)), ..able() };
-        assert_eq!(judge(&host, false)[2].found, expected);
+        assert_eq!(findings(&host, false)[2].found, expected);
     }
 }
 
 #[test]
 fn a_kernel_that_is_too_old_or_has_no_btf_is_named() {
-    let findings = judge(&Host { kernel: "Linux 4.19.0".to_owned(), has_btf: false, ..able() }, false);
+    let findings = findings(&Host { kernel: "Linux 4.19.0".to_owned(), has_btf: false, ..able() }, false);
     assert!(findings[..2].iter().all(|finding| finding.status == Status::Note));
     assert!(findings[0].found.starts_with("Linux 4.19.0: older than Linux 5.10"), "{}", findings[0].found);
     assert!(findings[1].found.contains("CONFIG_DEBUG_INFO_BTF"), "{}", findings[1].found);
@@ -117,7 +117,7 @@ fn what_is_missing_comes_with_a_remedy() {
         programs: Err(KernelError::NoObject),
         ..able()
     };
-    let missing: Vec<String> = judge(&host, false)
+    let missing: Vec<String> = findings(&host, false)
         .into_iter()
         .filter(|finding| finding.status == Status::Missing)
         .map(|finding| format!("{}: {}", finding.what, finding.found))
@@ -141,7 +141,7 @@ fn what_cannot_be_found_out_is_not_called_missing() {
     let refused = || io::Error::other(io::Error::from_raw_os_error(1));
     let neighbours = Err(refused());
     let host = Host { capabilities: 0, features: none, programs, neighbours, ..able() };
-    let findings = judge(&host, false);
+    let findings = findings(&host, false);
     for what in ["refusal", "socket records", "NFS and SMB"] {
         let found = findings.iter().find(|finding| finding.what == what).unwrap();
         assert_eq!((found.status, found.found.as_str()), (Status::Note, NOT_KNOWN), "{what}");
@@ -160,7 +160,7 @@ fn the_old_capability_counts_for_the_new_ones() {
 #[test]
 fn another_balancer_is_named_with_its_hooks() {
     let others = BTreeMap::from([("cil_sock4_conne".to_owned(), vec!["connect4", "sendmsg4"])]);
-    let findings = judge(&Host { neighbours: Ok(others), ..able() }, false);
+    let findings = findings(&Host { neighbours: Ok(others), ..able() }, false);
     let last = findings.last().unwrap();
     assert_eq!(last.status, Status::Note);
     assert!(last.found.starts_with("cil_sock4_conne (connect4 sendmsg4): "), "{}", last.found);
@@ -175,7 +175,7 @@ fn a_program_that_refuses_others_is_named_with_the_remedy() {
         exclusives: Ok(vec![("connect4", by.clone()), ("connect6", by)]),
         ..able()
     };
-    let findings = judge(&host, false);
+    let findings = findings(&host, false);
     let [.., attaching, beside] = &findings[..] else { panic!("{findings:?}") };
     assert_eq!(attaching.status, Status::Missing);
     expect![[r#"the agent cannot attach connect4 connect6: program guard (id 7) is attached to /sys/fs/cgroup with the flags "none", which excludes other programs: attach it with "multi" (BPF_F_ALLOW_MULTI), detach it (`bpftool cgroup detach`), or serve another cgroup (--cgroup)"#]]

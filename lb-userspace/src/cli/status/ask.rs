@@ -21,7 +21,7 @@ use serde_json::Value;
 use tokio::runtime;
 
 use super::report::{Age, SourcePart};
-use crate::cli::agent::{self, Agent, PATIENCE, Place};
+use crate::cli::agent::{self, Agent, AgentAddress, PATIENCE};
 
 /// The body of socklb's `/proxyMode`.
 const OWN_NAME: &str = "socklb";
@@ -33,9 +33,9 @@ pub(super) type Answer = Result<(u16, String), String>;
 #[derive(Clone, Debug, Default)]
 pub(super) struct Asked {
     /// The place asked for metrics, and its `/proxyMode`.
-    pub(super) name: Option<(Place, Answer)>,
+    pub(super) name: Option<(AgentAddress, Answer)>,
     /// The place asked for health, its `/livez` and its `/healthz`.
-    pub(super) health: Option<(Place, Answer, Answer)>,
+    pub(super) health: Option<(AgentAddress, Answer, Answer)>,
     /// What the agent at the socket knows, without objects, or why it is unknown.
     pub(super) known: Option<Result<Known, String>>,
     /// `/metrics`, if socklb answers.
@@ -66,19 +66,19 @@ pub(super) fn ask(
         .build()
         .context("cannot start a runtime to ask the agent")?;
     let mut asked = runtime.block_on(async {
-        let socket = Place::socket(state_dir);
+        let socket = AgentAddress::socket(state_dir);
         let at_socket = ask_at(Some(&socket), Some(&socket)).await;
         if at_socket.is_socklb() == Some(true) {
             return at_socket;
         }
-        ask_at(metrics.map(Place::Tcp).as_ref(), healthz.map(Place::Tcp).as_ref()).await
+        ask_at(metrics.map(AgentAddress::Tcp).as_ref(), healthz.map(AgentAddress::Tcp).as_ref()).await
     });
     let known = Agent::new(state_dir).ask(Which::Issues, None).map_err(|error| error.to_string());
     asked.known = Some(known.and_then(|tagged| tagged.map(|tagged| tagged.known).ok_or_else(String::new)));
     Ok(asked)
 }
 
-async fn ask_at(metrics: Option<&Place>, healthz: Option<&Place>) -> Asked {
+async fn ask_at(metrics: Option<&AgentAddress>, healthz: Option<&AgentAddress>) -> Asked {
     let mut asked = Asked::default();
     if let Some(place) = metrics {
         let name = get(place, "/proxyMode").await;
@@ -96,7 +96,7 @@ async fn ask_at(metrics: Option<&Place>, healthz: Option<&Place>) -> Asked {
 }
 
 /// Gets a page.
-async fn get(place: &Place, page: &str) -> Answer {
+async fn get(place: &AgentAddress, page: &str) -> Answer {
     let response = agent::get(place, page, PATIENCE).await.map_err(|error| error.to_string())?;
     Ok((response.status, String::from_utf8_lossy(&response.body).into_owned()))
 }
@@ -190,7 +190,7 @@ mod tests {
     fn a_self_test_is_passed_unless_the_agent_says_otherwise() {
         let asked = |interval: &str, body: &str| Asked {
             health: Some((
-                Place::Tcp(([127, 0, 0, 1], 1).into()),
+                AgentAddress::Tcp(([127, 0, 0, 1], 1).into()),
                 Ok((200, String::new())),
                 Ok((200, body.to_owned())),
             )),

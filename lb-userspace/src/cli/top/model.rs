@@ -16,7 +16,7 @@ use serde::Serialize;
 
 use crate::cli::{
     listing::{self, service_text},
-    sample::{Look, frontend_of},
+    sample::{Reading, frontend_of},
 };
 
 /// One report.
@@ -135,19 +135,20 @@ fn rank(kind: &str) -> usize {
 
 impl Sample {
     /// Groups a sample by ports and endpoints. `at` is the time of the sample.
-    pub(super) fn new(look: &Look, objects: Option<&State>, at: Duration) -> Self {
-        let (of_ports, of_endpoints) = sockets(look);
+    pub(super) fn new(reading: &Reading, objects: Option<&State>, at: Duration) -> Self {
+        let (of_ports, of_endpoints) = sockets(reading);
         let count = |counts: &BTreeMap<u32, u64>, id: u32| {
-            look.records.is_some().then(|| counts.get(&id).copied().unwrap_or_default())
+            reading.records.is_some().then(|| counts.get(&id).copied().unwrap_or_default())
         };
-        let mut rows = listing::list(&look.image, objects, &BTreeMap::new());
+        let mut rows = listing::list(&reading.image, objects, &BTreeMap::new());
         rows.sort_by_key(|row| (rank(row.kind), row.address.is_unspecified()));
         let mut ports = BTreeMap::new();
         for row in rows {
             let address = FrontendAddress { ip: row.address, port: row.port, protocol: row.protocol };
-            let frontend = look.image.services.get(&address).and_then(|id| look.image.frontends.get(id));
+            let frontend =
+                reading.image.services.get(&address).and_then(|id| reading.image.frontends.get(id));
             let Some(frontend) = frontend else { continue };
-            let stats = look.services.get(&frontend.service_id).copied().unwrap_or_default();
+            let stats = reading.services.get(&frontend.service_id).copied().unwrap_or_default();
             let port = ports.entry(frontend.service_id).or_insert_with(|| Counted {
                 namespace: row.namespace.clone(),
                 name: row.name.clone(),
@@ -165,9 +166,9 @@ impl Sample {
                 .collect();
             // Addresses of one port may have different endpoints, because traffic policies depend on the kind
             // of address.
-            let entries = look.image.entries(address.ip.is_ipv6(), frontend.run).unwrap_or_default();
+            let entries = reading.image.entries(address.ip.is_ipv6(), frontend.run).unwrap_or_default();
             for entry in entries {
-                let stats = look.endpoints.get(&entry.endpoint_id).copied().unwrap_or_default();
+                let stats = reading.endpoints.get(&entry.endpoint_id).copied().unwrap_or_default();
                 port.endpoints.insert(
                     entry.endpoint_id,
                     Endpoint {
@@ -179,7 +180,7 @@ impl Sample {
                 );
             }
         }
-        Self { at, is_complete: look.records.is_some(), ports }
+        Self { at, is_complete: reading.records.is_some(), ports }
     }
 
     /// Builds the report, sorted by name. `before` is an earlier sample; `time` is the text of this sample's
@@ -234,14 +235,14 @@ impl Sample {
 }
 
 /// Open sockets by service id and by endpoint id.
-fn sockets(look: &Look) -> (BTreeMap<u32, u64>, BTreeMap<u32, u64>) {
+fn sockets(reading: &Reading) -> (BTreeMap<u32, u64>, BTreeMap<u32, u64>) {
     let (mut of_ports, mut of_endpoints) = (BTreeMap::new(), BTreeMap::new());
-    let entries = look.image.runs4.values().chain(look.image.runs6.values()).flat_map(|run| run.iter());
+    let entries = reading.image.runs4.values().chain(reading.image.runs6.values()).flat_map(|run| run.iter());
     let addresses: BTreeMap<u32, SocketAddr> =
         entries.map(|entry| (entry.endpoint_id, entry.address)).collect();
-    for record in look.records.iter().flatten() {
+    for record in reading.records.iter().flatten() {
         // Sockets of services and endpoints that are gone are not counted.
-        if frontend_of(&look.image, record).is_none() {
+        if frontend_of(&reading.image, record).is_none() {
             continue;
         }
         *of_ports.entry(record.service_id).or_default() += 1;

@@ -33,9 +33,9 @@ const RETRY: Duration = Duration::from_secs(10);
 
 /// The UIDs of the pods to exclude. `None` until known: then an earlier agent's exclusions stay.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(super) struct Wanted(Option<BTreeSet<Arc<str>>>);
+pub(super) struct ExcludedPods(Option<BTreeSet<Arc<str>>>);
 
-impl Wanted {
+impl ExcludedPods {
     /// Takes the source's pods. Returns whether they changed.
     pub(super) fn follow(&mut self, pods: Option<&BTreeSet<Arc<str>>>) -> bool {
         let differs = pods.is_some() && pods != self.0.as_ref();
@@ -54,7 +54,7 @@ impl Wanted {
 pub(super) fn start(
     maps_path: &Path,
     options: &Options,
-    wanted: watch::Receiver<Wanted>,
+    wanted: watch::Receiver<ExcludedPods>,
     vitals: watch::Receiver<Vitals>,
 ) -> Result<JoinSet<()>, RunError> {
     let mut task = JoinSet::new();
@@ -105,7 +105,7 @@ struct Excluded {
     doubt: Option<String>,
 }
 
-async fn follow(mut follower: Follower, mut wanted: watch::Receiver<Wanted>) {
+async fn follow(mut follower: Follower, mut wanted: watch::Receiver<ExcludedPods>) {
     let mut timer = interval(INTERVAL);
     timer.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
@@ -115,7 +115,7 @@ async fn follow(mut follower: Follower, mut wanted: watch::Receiver<Wanted>) {
         }
         let now = wanted.borrow_and_update().clone();
         let looked = spawn_blocking(move || {
-            follower.look(&now);
+            follower.update(&now);
             follower
         });
         match looked.await {
@@ -127,7 +127,7 @@ async fn follow(mut follower: Follower, mut wanted: watch::Receiver<Wanted>) {
 }
 
 impl Follower {
-    fn look(&mut self, Wanted(uids): &Wanted) {
+    fn update(&mut self, ExcludedPods(uids): &ExcludedPods) {
         if self.has_pods && uids.is_none() {
             return;
         }

@@ -104,11 +104,11 @@ impl SelfTests {
             .get_or_insert_with(|| tokio::spawn(async move { self_test::run(&cgroup, has_ipv6).await }));
         let outcome = task.await;
         self.task = None;
-        self.judge(outcome)
+        self.record_outcome(outcome)
     }
 
     /// Logs an outcome that differs from the last one, and schedules the next test.
-    fn judge(&mut self, outcome: Result<Outcome, JoinError>) -> SelfTest {
+    fn record_outcome(&mut self, outcome: Result<Outcome, JoinError>) -> SelfTest {
         let outcome = outcome.unwrap_or_else(|stopped| Outcome {
             caller: Caller::FreshCgroup,
             problems: vec![stopped.to_string()],

@@ -36,7 +36,7 @@ pub(super) struct Sweep {
 
 enum Phase {
     Resting,
-    Looking {
+    Reading {
         task: JoinHandle<Result<Records, SocketError>>,
     },
     Finding {
@@ -65,7 +65,7 @@ pub(super) struct Records {
 }
 
 /// Reads the records of all sockets, and reclaims lost slots.
-fn look(pin_path: &Path, mut reclaim: Reclaim) -> Result<Records, SocketError> {
+fn read_records(pin_path: &Path, mut reclaim: Reclaim) -> Result<Records, SocketError> {
     let mut table = SocketTable::open(pin_path)?;
     let (used, now) = (sweep::used(&table.answering()?), Instant::now().into_std());
     let mut n_reclaimed = 0;
@@ -116,7 +116,7 @@ impl Sweep {
     /// Waits for the next step, which [`Self::advance`] takes. Cancel safe.
     pub(super) async fn step(&mut self) -> Step {
         match (&mut self.phase, self.timing.due()) {
-            (Phase::Looking { task }, _) => Step::Records(joined(task).await),
+            (Phase::Reading { task }, _) => Step::Records(joined(task).await),
             (Phase::Finding { task, .. }, _) => Step::Found(joined(task).await),
             (Phase::Destroying { task, .. }, _) => Step::Destroyed(joined(task).await),
             (Phase::Resting, Some(due)) => {
@@ -129,16 +129,16 @@ impl Sweep {
 
     pub(super) fn advance(&mut self, step: Step, state: &mut State, metrics: &Metrics) {
         let end = match (std::mem::replace(&mut self.phase, Phase::Resting), step) {
-            (Phase::Looking { .. }, Step::Records(looked)) => looked.map(|looked| self.search(looked, state)),
+            (Phase::Reading { .. }, Step::Records(looked)) => looked.map(|looked| self.search(looked, state)),
             (Phase::Finding { search, .. }, Step::Found(found)) => {
-                found.and_then(|found| self.judge(&search, found, state))
+                found.and_then(|found| self.destroy_stale(&search, found, state))
             }
             (Phase::Destroying { services, has_more, .. }, Step::Destroyed(destroyed)) => {
                 destroyed.and_then(|destroyed| self.tell(destroyed, &services, has_more, state, metrics))
             }
             // Steps match their phases. If one does not, the next sweep starts from scratch.
             _ => {
-                self.look(state);
+                self.start(state);
                 Ok(None)
             }
         };
@@ -153,13 +153,13 @@ impl Sweep {
         self.timing.ended(Instant::now().into_std(), end);
     }
 
-    fn look(&mut self, state: &mut State) {
+    fn start(&mut self, state: &mut State) {
         self.timing.begin(Instant::now().into_std());
         state.begin_stale_search();
         // If the task fails, `reclaim` starts from scratch.
         let reclaim = std::mem::take(&mut self.reclaim);
         let pin_path = self.options.pin_path.clone();
-        self.phase = Phase::Looking { task: spawn_blocking(move || look(&pin_path, reclaim)) };
+        self.phase = Phase::Reading { task: spawn_blocking(move || read_records(&pin_path, reclaim)) };
     }
 
     /// Starts to search for sockets. Returns how the sweep ends if there is nothing to search for.
@@ -186,7 +186,12 @@ impl Sweep {
 
     /// Starts to destroy the stale ones among the sockets found. Returns how the sweep ends if there are
     /// none.
-    fn judge(&mut self, search: &Search, found: Found, state: &mut State) -> Result<Option<End>, Problem> {
+    fn destroy_stale(
+        &mut self,
+        search: &Search,
+        found: Found,
+        state: &mut State,
+    ) -> Result<Option<End>, Problem> {
         if found.n_refused > 0 && !std::mem::replace(&mut self.has_logged_refused, true) {
             warn!(
                 n_refused = found.n_refused,

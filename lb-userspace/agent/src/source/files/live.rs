@@ -24,7 +24,7 @@ pub struct FileSource {
     /// The task that reads it.
     expecting: Option<JoinHandle<Vec<Body>>>,
     /// When to reread which files without an event, until requested.
-    look: Option<(Instant, BTreeSet<String>)>,
+    next_reread: Option<(Instant, BTreeSet<String>)>,
     is_complete: bool,
     /// When the changes to apply arrived. `None` for the first reading, which is a whole list.
     received: Option<Instant>,
@@ -55,7 +55,7 @@ impl FileSource {
             watch: watch(path)?,
             last_good: Some(Box::new(last_good)),
             expecting: None,
-            look: None,
+            next_reread: None,
             is_complete: false,
             received: None,
             arrivals: Vec::new(),
@@ -65,11 +65,11 @@ impl FileSource {
     /// Waits for a reading, and requests rereads when they are due. `None` when no more will come.
     async fn next_reading(&mut self) -> Option<Reading> {
         loop {
-            let due = self.look.as_ref().map(|(due, _)| (*due).into());
+            let due = self.next_reread.as_ref().map(|(due, _)| (*due).into());
             tokio::select! {
                 reading = self.watch.readings.recv() => return reading,
                 () = sleep_until(due.unwrap_or_else(tokio::time::Instant::now)), if due.is_some() => {
-                    if let Some((_, files)) = self.look.take() {
+                    if let Some((_, files)) = self.next_reread.take() {
                         self.watch.ask(files);
                     }
                 }
@@ -92,7 +92,7 @@ impl Source for FileSource {
         loop {
             let Some((snapshot, now)) = self.next_reading().await else { return false };
             let is_news = self.files.update(snapshot, now);
-            self.look = self.files.next_look();
+            self.next_reread = self.files.next_reread();
             for gone in self.files.take_gone() {
                 info!("{gone}");
             }

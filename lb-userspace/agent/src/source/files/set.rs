@@ -257,12 +257,12 @@ impl FileSet {
 
     /// When to reread files without an event, and which.
     #[must_use]
-    pub fn next_look(&self) -> Option<(Instant, BTreeSet<String>)> {
+    pub fn next_reread(&self) -> Option<(Instant, BTreeSet<String>)> {
         let now = self.now.filter(|_| self.unreadable.is_none())?;
-        let looks = self.files.iter().filter_map(|(name, file)| Some((file.next_look(now)?, Some(name))));
+        let looks = self.files.iter().filter_map(|(name, file)| Some((file.next_reread(now)?, Some(name))));
         let missed = self.missed.as_ref().filter(|_| !self.has_unknown());
         let looks: Vec<_> =
-            looks.chain(missed.and_then(|missed| Some((missed.next_look(now)?, None)))).collect();
+            looks.chain(missed.and_then(|missed| Some((missed.next_reread(now)?, None)))).collect();
         let first = looks.iter().map(|(at, _)| *at).min()?;
         Some((first, looks.into_iter().filter_map(|(_, name)| name.cloned()).collect()))
     }

@@ -70,7 +70,7 @@ impl Moment {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum State {
+enum FileState {
     /// No program is known to have it open for writing.
     Closed,
     /// A program has it open for writing.
@@ -81,7 +81,7 @@ enum State {
 /// Device and number of a file's inode.
 pub type Inode = (u64, u64);
 
-/// State of one file, and what is served from it.
+/// FileState of one file, and what is served from it.
 #[derive(Clone, Debug)]
 pub(super) struct File {
     /// The objects of the last readable text.
@@ -90,7 +90,7 @@ pub(super) struct File {
     holds_last: bool,
     /// Objects of earlier texts that are still served.
     retained: Vec<Retained>,
-    state: State,
+    state: FileState,
     /// When it entered this state.
     since: Moment,
     /// When it last changed in any way.
@@ -129,7 +129,7 @@ impl File {
             text: Vec::new(),
             holds_last: false,
             retained: Vec::new(),
-            state: State::Closed,
+            state: FileState::Closed,
             since: now,
             changed: now,
             inode: (0, 0),
@@ -142,7 +142,7 @@ impl File {
     /// Objects of an unknown file: as if their file had just vanished.
     pub(super) fn of_objects(objects: Vec<Object>, now: Moment) -> Self {
         let retained = objects.into_iter().map(|object| Retained::new(object, now)).collect();
-        Self { state: State::Gone, retained, has_been_good: true, ..Self::new(now) }
+        Self { state: FileState::Gone, retained, has_been_good: true, ..Self::new(now) }
     }
 
     /// Applies a reading; `text` is `None` if unchanged. Returns whether anything is new.
@@ -153,7 +153,8 @@ impl File {
         inode: Inode,
         now: Moment,
     ) -> bool {
-        let is_news = self.turn(if is_open { State::Open } else { State::Closed }, now) | text.is_some();
+        let is_news =
+            self.turn(if is_open { FileState::Open } else { FileState::Closed }, now) | text.is_some();
         let is_same_file = mem::replace(&mut self.inode, inode) == inode;
         if !is_news {
             return false;
@@ -174,7 +175,7 @@ impl File {
 
     /// The file does not exist. Returns whether that is new.
     pub(super) fn vanish(&mut self, now: Moment) -> bool {
-        if !self.turn(State::Gone, now) {
+        if !self.turn(FileState::Gone, now) {
             return false;
         }
         self.changed = now;
@@ -188,7 +189,7 @@ impl File {
         self.changed = now;
     }
 
-    fn turn(&mut self, state: State, now: Moment) -> bool {
+    fn turn(&mut self, state: FileState, now: Moment) -> bool {
         let turns = mem::replace(&mut self.state, state) != state;
         if turns {
             self.since = now;
@@ -201,7 +202,7 @@ impl File {
         let body_of: BTreeMap<&ObjectRef, &Body> =
             known.iter().map(|known| (&known.object.object, &known.object.body)).collect();
         let held = names(&self.text);
-        let is_closed = self.state == State::Closed;
+        let is_closed = self.state == FileState::Closed;
         if !is_same_file {
             self.in_goes = None;
         }
@@ -237,9 +238,9 @@ impl File {
     pub(super) fn settle(&mut self, now: Moment) -> Option<Vec<ObjectRef>> {
         let quiet = now.since(self.changed);
         let (may_settle, patience) = match self.state {
-            State::Gone => (true, VANISH),
-            State::Closed => (self.broken.is_none() && self.is_pending(), SETTLE),
-            State::Open => (false, SETTLE),
+            FileState::Gone => (true, VANISH),
+            FileState::Closed => (self.broken.is_none() && self.is_pending(), SETTLE),
+            FileState::Open => (false, SETTLE),
         };
         if !may_settle {
             return None;
@@ -268,12 +269,12 @@ impl File {
     }
 
     /// When to reread it without an event. `now` is the time of the last reading.
-    pub(super) fn next_look(&self, now: Moment) -> Option<Instant> {
+    pub(super) fn next_reread(&self, now: Moment) -> Option<Instant> {
         match self.state {
-            State::Gone => Some(self.changed.at + VANISH),
-            State::Open => Some(now.at + RELOOK),
-            State::Closed if self.broken.is_some() || !self.is_pending() => None,
-            State::Closed => Some(self.changed.at + SETTLE),
+            FileState::Gone => Some(self.changed.at + VANISH),
+            FileState::Open => Some(now.at + RELOOK),
+            FileState::Closed if self.broken.is_some() || !self.is_pending() => None,
+            FileState::Closed => Some(self.changed.at + SETTLE),
         }
     }
 
@@ -283,12 +284,12 @@ impl File {
     }
 
     pub(super) fn is_gone(&self) -> bool {
-        self.state == State::Gone
+        self.state == FileState::Gone
     }
 
     /// Whether the file's intended content is unknown: never read, or still being written.
     pub(super) fn is_unknown(&self) -> bool {
-        !self.has_been_good || self.state == State::Open
+        !self.has_been_good || self.state == FileState::Open
     }
 
     /// The served objects of the current text.
@@ -304,7 +305,7 @@ impl File {
     /// Why it is unreadable, and since when. Not while a program writes it.
     pub(super) fn broken(&self, now: Moment) -> Option<(&ParseIssue, Moment)> {
         let (issue, since) = self.broken.as_ref()?;
-        (self.state != State::Open || self.is_late(now)).then_some((issue, *since))
+        (self.state != FileState::Open || self.is_late(now)).then_some((issue, *since))
     }
 
     pub(super) fn has_been_good(&self) -> bool {
@@ -317,7 +318,7 @@ impl File {
     }
 
     pub(super) fn is_late(&self, now: Moment) -> bool {
-        self.state == State::Open && now.since(self.since) >= LATE
+        self.state == FileState::Open && now.since(self.since) >= LATE
     }
 }
 

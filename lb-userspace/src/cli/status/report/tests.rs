@@ -5,7 +5,7 @@ use lb_core::model::{IssueKind, ObjectRef};
 use serde_json::json;
 
 use super::*;
-use crate::cli::agent::Place;
+use crate::cli::agent::AgentAddress;
 
 fn source() -> SourcePart {
     SourcePart {
@@ -24,8 +24,8 @@ fn hook(hook: &'static str) -> HookRow {
     HookRow::new(hook, Ok(link))
 }
 
-fn tcp(address: &str) -> Place {
-    Place::Tcp(address.parse().unwrap())
+fn tcp(address: &str) -> AgentAddress {
+    AgentAddress::Tcp(address.parse().unwrap())
 }
 
 fn answers(place: &str, livez: Answer) -> Asked {

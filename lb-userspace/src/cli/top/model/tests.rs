@@ -11,7 +11,7 @@ fn address(text: &str, protocol: Protocol) -> FrontendAddress {
 }
 
 /// A service with two endpoints and a node port, one without endpoints, and sockets of each kind.
-fn look() -> Look {
+fn reading() -> Reading {
     let mut image = Image::default();
     let endpoints = ["10.244.1.10:8080", "10.244.2.10:8080"].map(|text| text.parse().unwrap());
     let entries = (7..).zip(endpoints).map(|(endpoint_id, address)| Entry { endpoint_id, address });
@@ -41,7 +41,7 @@ fn look() -> Look {
         // The service is gone.
         record("10.96.0.99:80", "10.244.1.10:8080", 4, 7),
     ];
-    Look {
+    Reading {
         image,
         services: BTreeMap::from([
             (3, ServiceStats { connects: 100, refusals: 0, datagrams: 20 }),
@@ -52,8 +52,8 @@ fn look() -> Look {
     }
 }
 
-fn later(look: &Look) -> Look {
-    let mut later = look.clone();
+fn later(reading: &Reading) -> Reading {
+    let mut later = reading.clone();
     later.services.insert(3, ServiceStats { connects: 150, refusals: 0, datagrams: 21 });
     later.services.insert(4, ServiceStats { connects: 0, refusals: 15, datagrams: 0 });
     later.endpoints.insert(8, EndpointStats { connects: 51, datagrams: 0 });
@@ -61,8 +61,8 @@ fn later(look: &Look) -> Look {
 }
 
 fn two_looks() -> Report {
-    let before = Sample::new(&look(), None, Duration::from_secs(10));
-    Sample::new(&later(&look()), None, Duration::from_secs(12)).report(Some(&before), String::new())
+    let before = Sample::new(&reading(), None, Duration::from_secs(10));
+    Sample::new(&later(&reading()), None, Duration::from_secs(12)).report(Some(&before), String::new())
 }
 
 #[test]
@@ -83,7 +83,7 @@ fn rates_are_made_from_two_looks() {
 
 #[test]
 fn one_look_has_totals_and_no_rates() {
-    let report = Sample::new(&look(), None, Duration::ZERO).report(None, String::new());
+    let report = Sample::new(&reading(), None, Duration::ZERO).report(None, String::new());
     expect![[r"
         SERVICE  ADDRESS            CALLS  CALLS/S  REFUSED  SOCKETS
         -        10.96.0.80:80/tcp    120        -        0        3
@@ -108,11 +108,11 @@ fn two_looks_have_rates() {
 
 #[test]
 fn an_id_that_was_given_to_another_service_has_no_rate() {
-    let before = Sample::new(&look(), None, Duration::from_secs(10));
-    let mut image = look().image;
+    let before = Sample::new(&reading(), None, Duration::from_secs(10));
+    let mut image = reading().image;
     let id = image.services.remove(&address("10.96.0.90:80", Protocol::Tcp)).unwrap();
     image.services.insert(address("10.96.0.91:81", Protocol::Tcp), id);
-    let now = Sample::new(&Look { image, ..look() }, None, Duration::from_secs(11));
+    let now = Sample::new(&Reading { image, ..reading() }, None, Duration::from_secs(11));
     let report = now.report(Some(&before), String::new());
     let rates: Vec<_> = report.services.iter().map(|row| (row.port, row.calls_per_second)).collect();
     assert_eq!(rates, [(80, Some(0.0)), (81, None)]);
@@ -120,8 +120,8 @@ fn an_id_that_was_given_to_another_service_has_no_rate() {
 
 #[test]
 fn sockets_are_unknown_where_they_cannot_be_listed() {
-    let look = Look { records: None, ..look() };
-    let report = Sample::new(&look, None, Duration::ZERO).report(None, String::new());
+    let reading = Reading { records: None, ..reading() };
+    let report = Sample::new(&reading, None, Duration::ZERO).report(None, String::new());
     assert!(report.services.iter().all(|row| row.sockets.is_none()));
     assert!(report.services.iter().flat_map(|row| &row.endpoints).all(|row| row.sockets.is_none()));
 }

@@ -40,7 +40,7 @@ fn issues(set: &FileSet) -> Vec<String> {
 
 /// Only the current texts are served.
 fn settle(set: &mut FileSet, seconds: f64) {
-    let (_, files) = set.next_look().unwrap_or_else(|| (Instant::now(), BTreeSet::new()));
+    let (_, files) = set.next_reread().unwrap_or_else(|| (Instant::now(), BTreeSet::new()));
     let present = set.files.iter().filter(|(_, file)| !file.is_gone());
     let unchanged: BTreeMap<_, _> =
         present.map(|(name, _)| (name.clone(), Content::Unchanged.into())).collect();
@@ -66,7 +66,7 @@ fn files_come_and_go() {
     settle(&mut set, 22.0);
     assert!(services(&set).is_empty());
     assert!(issues(&set).is_empty());
-    assert_eq!(set.next_look(), None);
+    assert_eq!(set.next_reread(), None);
     let gone: Vec<String> = set.take_gone().iter().map(ToString::to_string).collect();
     let why = |file: &str| format!("file {file}.yaml was removed or renamed and has been missing for 2 s");
     let line = |name: &str| format!("Service default/{name} is no longer served: {}", why(name));
@@ -227,7 +227,7 @@ fn what_was_served_last_stands_in_for_what_cannot_be_read() {
     // Repaired, and no file has `c`, which is removed after the waiting time.
     set.update(snapshot(&[("a.yaml", &service("a", 3)), ("b.yaml", &service("b", 2))]), after(101.0));
     assert_eq!((services(&set), issues(&set)), (vec!["a:3".into(), "b:2".into(), "c:1".into()], vec![]));
-    let (due, _) = set.next_look().unwrap();
+    let (due, _) = set.next_reread().unwrap();
     assert_eq!(due, after(102.0).at, "counted from the first complete reading");
     settle(&mut set, 102.0);
     assert_eq!(services(&set), ["a:3", "b:2"]);
@@ -236,7 +236,7 @@ fn what_was_served_last_stands_in_for_what_cannot_be_read() {
         gone,
         ["Service default/c is no longer served: no manifest holds what an earlier agent served"]
     );
-    assert_eq!(set.next_look(), None);
+    assert_eq!(set.next_reread(), None);
 }
 
 #[test]

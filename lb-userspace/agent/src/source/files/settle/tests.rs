@@ -40,7 +40,7 @@ fn served(files: &FileSet) -> String {
     })
 }
 
-/// State of the file at a time in milliseconds.
+/// FileState of the file at a time in milliseconds.
 enum Found<'a> {
     /// Closed, with these objects.
     Is(&'a str),
@@ -389,11 +389,11 @@ proptest! {
             disk = Disk { last, ..end };
             files.update(disk.read(), at(now));
             for _ in 0..8 {
-                let Some((due, _)) = files.next_look() else { break };
+                let Some((due, _)) = files.next_reread() else { break };
                 now = now.max(u64::try_from(due.duration_since(at(0).at).as_millis()).unwrap());
                 files.update(disk.read(), at(now));
             }
-            prop_assert_eq!(files.next_look(), None);
+            prop_assert_eq!(files.next_reread(), None);
             let text = served(&files);
             let mut expected: Vec<String> = after.iter().map(|(name, port)| format!("{name}{port}")).collect();
             expected.sort();
