@@ -267,16 +267,16 @@ mod tests {
                 changed.iter().find(|(changed, _)| *changed == name).map_or(Same, |(_, how)| *how)
             };
             let found: Vec<_> = MAPS.iter().map(|spec| (spec, standing(spec.name))).collect();
-            let takeover = Adoption::of(&found);
+            let adoption = Adoption::of(&found);
             let sorted = |mut names: Vec<&'static str>| {
                 names.sort_unstable();
                 names
             };
-            assert_eq!((takeover.image, sorted(takeover.made.clone())), (fate, sorted(made)), "{changed:?}");
-            assert_eq!(takeover.kept.len() + takeover.made.len(), MAPS.len(), "{changed:?}");
-            assert_eq!(takeover.waits(), fate != Image::Stays);
+            assert_eq!((adoption.image, sorted(adoption.made.clone())), (fate, sorted(made)), "{changed:?}");
+            assert_eq!(adoption.kept.len() + adoption.made.len(), MAPS.len(), "{changed:?}");
+            assert_eq!(adoption.waits(), fate != Image::Stays);
             let is_resized = changed.contains(&("service_stats", OtherSize));
-            assert_eq!(takeover.refills("service_stats"), is_resized, "{changed:?}");
+            assert_eq!(adoption.refills("service_stats"), is_resized, "{changed:?}");
         }
     }
 }

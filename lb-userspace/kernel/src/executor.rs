@@ -125,9 +125,9 @@ impl Kernel {
     ) -> Result<Self, KernelError> {
         let pin_path = &options.pin_path;
         let former = Directory::open(pin_path)?;
-        let mut takeover = Adoption::of(&former.pin_states(&sizing(options.capacity)?)?);
+        let mut adoption = Adoption::of(&former.pin_states(&sizing(options.capacity)?)?);
         let (mut capacity, mut too_small) = (options.capacity, Vec::new());
-        match takeover.image {
+        match adoption.image {
             adoption::Image::Stays => {}
             // A map that cannot be opened is reported by `fill_from` below.
             adoption::Image::Moves => {
@@ -141,22 +141,22 @@ impl Kernel {
             }
         }
         if capacity != options.capacity {
-            takeover = Adoption::of(&former.pin_states(&sizing(capacity)?)?);
+            adoption = Adoption::of(&former.pin_states(&sizing(capacity)?)?);
         }
         let options = &Options { capacity, ..options.clone() };
-        let maps_path = if takeover.made.is_empty() {
+        let maps_path = if adoption.made.is_empty() {
             pin_path.clone()
         } else {
             let next = pins::stage(pin_path)?;
-            pins::share(pin_path, &next, &takeover.kept)?;
-            if takeover.waits() {
+            pins::share(pin_path, &next, &adoption.kept)?;
+            if adoption.waits() {
                 info!(
-                    image = ?takeover.image,
-                    maps = takeover.made.join(" "),
+                    image = ?adoption.image,
+                    maps = adoption.made.join(" "),
                     "maps are missing or have another layout or size: new ones are filled beside them"
                 );
-            } else if !takeover.kept.is_empty() {
-                info!(maps = takeover.made.join(" "), "recreating these maps, keeping the others");
+            } else if !adoption.kept.is_empty() {
+                info!(maps = adoption.made.join(" "), "recreating these maps, keeping the others");
             }
             next
         };
@@ -165,7 +165,7 @@ impl Kernel {
         let mut directory = Directory::open(&maps_path)?;
         let held = directory.record()?;
         let mut maps = Maps::take(&mut object, options)?;
-        maps.fill_from(&former, &directory, &takeover)?;
+        maps.fill_from(&former, &directory, &adoption)?;
         let mut programs = Vec::new();
         for hook in pins::hooks(options.features) {
             // Loaded now even if attached later, so that a verifier error is reported at once.
@@ -190,7 +190,7 @@ impl Kernel {
             pin_path: pin_path.clone(),
             held,
             hooks,
-            is_staged: takeover.waits(),
+            is_staged: adoption.waits(),
             too_small,
         };
         kernel.ask_grace();

@@ -519,7 +519,7 @@ impl IssueKind {
 }
 
 impl IssueKind {
-    /// StringPool about manifests; writes nothing for other kinds.
+    /// Texts about manifests; writes nothing for other kinds.
     fn fmt_file(&self, f: &mut impl fmt::Write) -> fmt::Result {
         match self {
             Self::UnknownKind => f.write_str("unknown kind; it is ignored"),
@@ -540,7 +540,7 @@ impl IssueKind {
         }
     }
 
-    /// StringPool about addresses that are not served; writes nothing for other kinds.
+    /// Texts about addresses that are not served; writes nothing for other kinds.
     fn fmt_not_served(&self, f: &mut impl fmt::Write) -> fmt::Result {
         match self {
             Self::SourceRanges { addresses } => write!(
@@ -577,7 +577,7 @@ impl IssueKind {
         }
     }
 
-    /// StringPool about full tables; writes nothing for other kinds.
+    /// Texts about full tables; writes nothing for other kinds.
     fn fmt_no_room(&self, f: &mut impl fmt::Write) -> fmt::Result {
         match self {
             Self::ServicesFull { map, capacity, needed } => write!(
@@ -621,7 +621,7 @@ impl IssueKind {
         }
     }
 
-    /// StringPool about the agent itself; writes nothing for other kinds.
+    /// Texts about the agent itself; writes nothing for other kinds.
     fn fmt_of_agent(&self, f: &mut impl fmt::Write) -> fmt::Result {
         match self {
             Self::SizeRefused { setting, wanted, served: None, used } => write!(

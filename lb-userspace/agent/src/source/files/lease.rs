@@ -33,6 +33,8 @@ fn take(file: &File) -> Result<(), Errno> {
     let fd = file.as_raw_fd();
     // When a program waits for the lease, the kernel sends a signal. The default, SIGIO, would terminate this
     // process; SIGURG is ignored by default, and has no handler here.
+    //
+    // SAFETY: `fd` stays open, since `file` is borrowed. Both commands take an integer and access no memory.
     unsafe {
         Errno::result(libc::fcntl(fd, F_SETSIG, libc::SIGURG))?;
         Errno::result(libc::fcntl(fd, libc::F_SETLEASE, libc::F_RDLCK))?;

@@ -81,7 +81,7 @@ enum FileState {
 /// Device and number of a file's inode.
 pub type Inode = (u64, u64);
 
-/// FileState of one file, and what is served from it.
+/// The state of one file, and what is served from it.
 #[derive(Clone, Debug)]
 pub(super) struct File {
     /// The objects of the last readable text.

@@ -40,7 +40,7 @@ fn served(files: &FileSet) -> String {
     })
 }
 
-/// FileState of the file at a time in milliseconds.
+/// The state of the file at a time in milliseconds.
 enum Found<'a> {
     /// Closed, with these objects.
     Is(&'a str),
