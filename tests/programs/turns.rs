@@ -83,7 +83,7 @@ fn cleanup_beside_an_agent_names_it_and_the_next_one_starts_anew() {
             output.status.success() && message.contains(&format!("process {}", first.id())),
             "{output:?}"
         );
-        assert!(message.contains("end it"), "{message}");
+        assert!(message.contains("stop it"), "{message}");
         assert_eq!(call(service, Protocol::Tcp), Err(Errno::ENETUNREACH));
 
         // Neither agent disturbs the other: the first has no pins in common with the second.
