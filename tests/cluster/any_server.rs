@@ -10,7 +10,7 @@ use k8s_openapi::{
     api::core::v1::{Container, Pod, PodSpec, Service},
     apimachinery::pkg::apis::meta::v1::ObjectMeta,
 };
-use lb_agent::source::Source as _;
+use lb_agent::source::{Exclusions as _, Source as _};
 use lb_core::model::{Protocol::Tcp, ingest};
 use lb_tests::{
     Feature, Sandbox,

@@ -7,9 +7,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use lb_agent::{
+use lb_agent::source::{
+    Source,
     cluster::{Access, KubeSource, Selection, Timing},
-    source::Source,
 };
 use lb_core::{
     model::{Protocol::Tcp, Store},

@@ -4,7 +4,6 @@
 //! See docs/ARCHITECTURE.md.
 #![deny(unsafe_code)]
 
-pub mod cluster;
 pub mod controller;
 pub mod self_test;
 pub mod serve;

@@ -5,21 +5,16 @@
     reason = "clap prints these as they are: help texts, not Markdown"
 )]
 
-use std::{
-    net::SocketAddr,
-    path::{Path, PathBuf},
-    process::ExitCode,
-    sync::Arc,
-    time::Duration,
-};
+use std::{net::SocketAddr, path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
 
 use clap::{Args, ValueEnum as _};
 use lb_agent::{
-    cluster::{self, Access, KubeSource, Timing},
     controller::run as agent,
-    self_test, serve,
-    snapshot::Snapshot,
-    source::files::{self, Body},
+    serve,
+    source::{
+        Location, Setup,
+        cluster::{self, Access},
+    },
     telemetry::{self, LogFormat},
 };
 use lb_core::{
@@ -186,8 +181,8 @@ pub fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
         kubeconfig: args.kubeconfig.clone().or(file.kubeconfig),
         apiserver: args.apiserver.clone().or(apiserver),
     };
-    let of_file = settings_file.value("source", file.source, source_kind)?;
-    let origin = origin(args.source.as_deref(), of_file, access)?;
+    let of_file = settings_file.value("source", file.source, Location::parse)?;
+    let location = location(args.source.as_deref(), of_file, &access)?;
     let node_ports = args
         .node_port_range
         .or(settings_file.value("node-port-range", file.node_port_range, config::node_port_range)?)
@@ -267,10 +262,19 @@ pub fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
         boolean(args.node_ports_of_other_nodes, "node-ports-of-other-nodes", file.node_ports_of_other_nodes)?
             .unwrap_or(false);
     options.http.config =
-        in_force(&origin, &options, &settings, &node_port_list, service_proxy_name.as_deref());
+        in_force(&location, &options, &settings, &node_port_list, service_proxy_name.as_deref());
     options.http.config["socklb"]["node-ports-of-other-nodes"] = other_nodes.into();
     syscall::keep_heap_small();
-    block_on(follow(origin, service_proxy_name.as_deref(), other_nodes, options, settings))?;
+    let setup = Setup {
+        service_proxy_name,
+        node_name: Arc::clone(&settings.node_name),
+        other_nodes,
+        pods: exclude_pods,
+        service_cidrs: settings.service_cidrs.is_some(),
+        access,
+        state_dir: options.state_dir.clone(),
+    };
+    block_on(follow(location, setup, options, settings))?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -305,50 +309,19 @@ fn block_on(agent: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<(
 
 /// Runs the agent on its source.
 async fn follow(
-    origin: Origin,
-    service_proxy_name: Option<&str>,
-    other_nodes: bool,
+    location: Location,
+    setup: Setup,
     options: agent::Options,
     settings: Settings,
 ) -> anyhow::Result<()> {
     let stop = stop_signals()?;
-    match origin {
-        Origin::Files(path) => {
-            let state_dir = options.state_dir.clone();
-            let source = files::FileSource::open(path, service_proxy_name, move || last_good(&state_dir))?;
-            agent::run(source, options, settings, stop).await?;
-        }
-        Origin::Kube(access) => {
-            let node_name = Arc::clone(&settings.node_name);
-            let wanted = cluster::Selection {
-                service_proxy_name,
-                node_name: &node_name,
-                other_nodes,
-                pods: options.exclude_pods,
-                service_cidrs: settings.service_cidrs.is_some(),
-            };
-            let source = KubeSource::open(&access, wanted, Timing::default()).await?;
-            agent::run(source, options, settings, stop).await?;
-        }
-    }
-    Ok(())
-}
-
-/// The objects of the snapshot, without the agent's own.
-fn last_good(state_dir: &Path) -> Vec<Body> {
-    let Ok(Snapshot { services, slices, nodes, service_cidrs, .. }) = Snapshot::read(state_dir) else {
-        return Vec::new();
-    };
-    let (own, _) = self_test::objects(&[]);
-    let services = services.into_iter().filter(|service| service.key != own.key).map(Body::Service);
-    let slices = slices.into_iter().filter(|slice| slice.service != own.key).map(Body::Slice);
-    let service_cidrs = service_cidrs.into_iter().map(Body::ServiceCidr);
-    services.chain(slices).chain(nodes.into_iter().map(Body::Node)).chain(service_cidrs).collect()
+    let source = location.open(setup).await?;
+    Ok(agent::run(source, options, settings, stop).await?)
 }
 
 /// The settings in force, as `/configz` shows them: under the flags' names.
 fn in_force(
-    origin: &Origin,
+    location: &Location,
     options: &agent::Options,
     settings: &Settings,
     node_port_list: &NodePortList,
@@ -357,12 +330,8 @@ fn in_force(
     let agent::Options { kernel, http, .. } = options;
     let address =
         |address: Option<SocketAddr>| address.map(|address| address.to_string()).unwrap_or_default();
-    let source = match origin {
-        Origin::Files(path) => format!("file:{}", path.display()),
-        Origin::Kube(_) => "kube".to_owned(),
-    };
     serde_json::json!({ "socklb": {
-        "source": source,
+        "source": location.to_string(),
         "node-name": *settings.node_name,
         "cgroup": kernel.cgroup,
         "pin-path": kernel.pin_path,
@@ -385,35 +354,13 @@ fn in_force(
     } })
 }
 
-#[derive(Debug, PartialEq, Eq)]
-enum Origin {
-    Files(PathBuf),
-    Kube(Access),
-}
-
-/// What `--source` names.
-#[derive(Debug, PartialEq, Eq)]
-enum SourceKind {
-    Kube,
-    Files(PathBuf),
-}
-
-fn source_kind(text: &str) -> Result<SourceKind, String> {
-    match (text, text.strip_prefix("file:")) {
-        ("kube", _) => Ok(SourceKind::Kube),
-        (_, Some(path)) if !path.is_empty() => Ok(SourceKind::Files(path.into())),
-        _ => Err("expected kube or file:PATH".to_owned()),
-    }
-}
-
 /// The source: from the flag, else the settings file, else the API server if credentials are found.
-fn origin(flag: Option<&str>, of_file: Option<SourceKind>, access: Access) -> Result<Origin, UsageError> {
+fn location(flag: Option<&str>, of_file: Option<Location>, access: &Access) -> Result<Location, UsageError> {
     let wrong = |text, hint| UsageError(format!("--source {text:?}: {hint}"));
-    let of_flag = flag.map(|text| source_kind(text).map_err(|hint| wrong(text, hint))).transpose()?;
+    let of_flag = flag.map(|text| Location::parse(text).map_err(|hint| wrong(text, hint))).transpose()?;
     match of_flag.or(of_file) {
-        Some(SourceKind::Files(path)) => Ok(Origin::Files(path)),
-        Some(SourceKind::Kube) => Ok(Origin::Kube(access)),
-        None if access.is_found() => Ok(Origin::Kube(access)),
+        Some(location) => Ok(location),
+        None if access.is_found() => Ok(Location::api_server()),
         None => Err(UsageError(
             "--source is missing, and neither a kubeconfig nor a pod's credentials are found: name a manifest file or folder \
              with --source file:PATH, or a kubeconfig with --kubeconfig"
@@ -457,16 +404,16 @@ mod tests {
     #[test]
     fn sources() {
         let access = || Access { kubeconfig: Some("config".into()), apiserver: None };
-        assert_eq!(source_kind("kube"), Ok(SourceKind::Kube));
-        assert_eq!(source_kind("file:a/b"), Ok(SourceKind::Files("a/b".into())));
-        for wrong in ["", "file:", "a/b", "kubernetes"] {
-            assert!(source_kind(wrong).is_err(), "{wrong}");
+        let of = |flag: Option<&str>, of_file: Option<&str>| {
+            let of_file = of_file.map(|text| Location::parse(text).unwrap());
+            location(flag, of_file, &access()).map(|location| location.to_string())
+        };
+        for (flag, of_file, expected) in
+            [(None, None, "kube"), (None, Some("file:a"), "file:a"), (Some("kube"), Some("file:a"), "kube")]
+        {
+            assert_eq!(of(flag, of_file).unwrap(), expected, "{flag:?}, {of_file:?}");
         }
-        let files = || Some(SourceKind::Files("a".into()));
-        assert!(matches!(origin(None, None, access()), Ok(Origin::Kube(_))), "a kubeconfig is given");
-        assert!(matches!(origin(None, files(), access()), Ok(Origin::Files(_))), "it is not asked for");
-        assert!(matches!(origin(Some("kube"), files(), access()), Ok(Origin::Kube(_))), "the flag wins");
-        let UsageError(problem) = origin(Some("a/b"), files(), access()).unwrap_err();
+        let UsageError(problem) = of(Some("a/b"), Some("file:a")).unwrap_err();
         assert_eq!(problem, "--source \"a/b\": expected kube or file:PATH");
     }
 

@@ -40,7 +40,7 @@ use crate::{
         known::Known,
     },
     snapshot::{self, Found, Snapshot, SnapshotError, Writer, Written},
-    source::{Contact, Source},
+    source::{Contact, Exclusions, Source},
     telemetry::{
         Metrics,
         away::{Away, Serves},
@@ -526,7 +526,9 @@ impl Agent {
         if self.state.needs_sync() {
             self.metrics.queued(SystemTime::now());
         }
-        self.excluding.send_if_modified(|wanted| wanted.follow(source.excluded_pods()));
+        self.excluding.send_if_modified(|wanted| {
+            wanted.follow(source.exclusions().and_then(Exclusions::excluded_pods))
+        });
         let node = self.state.store().node(&self.state.settings().node_name);
         let is_node_eligible = node.is_none_or(|node| !node.being_deleted);
         self.vitals.send_modify(|vitals| vitals.is_node_eligible = is_node_eligible);
@@ -763,12 +765,13 @@ impl Agent {
     /// Sends the notifications that are due: for new issues and for long-standing ones. Does not block; the
     /// rest are retried.
     fn send_notifications(&mut self, source: &impl Source) {
-        let room = source.notification_capacity();
-        if room == 0 {
+        let Some(notifier) = source.notifier() else { return };
+        let capacity = notifier.capacity();
+        if capacity == 0 {
             return;
         }
-        for telling in self.ledger.due(self.issues(source), room, Instant::now().into_std()) {
-            source.notify(telling);
+        for notification in self.ledger.due(self.issues(source), capacity, Instant::now().into_std()) {
+            notifier.notify(notification);
         }
     }
 

@@ -34,7 +34,7 @@ mod tree;
 mod watch;
 
 pub use self::{
-    live::FileSource,
+    live::{FileSource, SCHEME},
     parse::{Body, Object, ParseIssue, parse},
     set::{Content, FileSet, Gone, Seen, Snapshot},
     settle::{Inode, Moment, SETTLE, VANISH},

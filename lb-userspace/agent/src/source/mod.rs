@@ -1,17 +1,23 @@
 //! Sources of objects.
 
+pub mod cluster;
 mod contact;
 pub mod files;
+mod scheme;
 
 use std::{
     collections::BTreeSet,
+    pin::Pin,
     sync::Arc,
     time::{Instant, SystemTime},
 };
 
 use lb_core::model::{Changes, Issue, Store, notification::DueNotification};
 
-pub use self::contact::{Contact, Outage};
+pub use self::{
+    contact::{Contact, Outage},
+    scheme::{Location, Opening, SCHEMES, Scheme, Setup},
+};
 
 /// The times of a change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,12 +29,15 @@ pub struct Arrival {
     pub triggered: Option<SystemTime>,
 }
 
-/// A source of objects, issues and exclusions, and a sink of notifications.
+/// Resolves to `false` when no more changes will come.
+pub type Changed<'a> = Pin<Box<dyn Future<Output = bool> + Send + 'a>>;
+
+/// A source of objects, and of issues about them. What else it may offer is in [`Notifier`] and [`Exclusions`].
 pub trait Source: Send {
-    /// Waits for changes. `false` when no more will come.
+    /// Waits for changes.
     ///
     /// Cancel safe: dropping the future loses no change.
-    fn changed(&mut self) -> impl Future<Output = bool> + Send;
+    fn changed(&mut self) -> Changed<'_>;
 
     /// Whether the first list of every kind is complete. Before that nothing is written to the kernel.
     fn is_complete(&self) -> bool;
@@ -42,26 +51,76 @@ pub trait Source: Send {
     /// Describes the source in a few words.
     fn describe(&self) -> String;
 
-    /// The UIDs of this node's excluded pods; `None` if unknown, or not known yet.
-    fn excluded_pods(&self) -> Option<&BTreeSet<Arc<str>>> {
-        None
-    }
-
     /// Last answers and outages; `None` for a source that has no outages.
     fn contact(&self) -> Option<&Contact> {
         None
     }
 
-    /// Free space of the notification queue. 0 for a source that cannot notify, such as files.
-    fn notification_capacity(&self) -> usize {
-        0
-    }
-
-    /// Queues a notification without blocking. It is lost if the queue is full.
-    fn notify(&self, _notification: DueNotification) {}
-
     /// Takes the times of the changes applied since the last call, except those of whole lists.
     fn take_arrivals(&mut self) -> Vec<Arrival> {
         Vec::new()
+    }
+
+    /// Where notifications go; `None` for a source that takes none, such as files.
+    fn notifier(&self) -> Option<&dyn Notifier> {
+        None
+    }
+
+    /// What is excluded; `None` for a source that excludes nothing.
+    fn exclusions(&self) -> Option<&dyn Exclusions> {
+        None
+    }
+}
+
+/// A sink of notifications, such as Events of an API server.
+pub trait Notifier {
+    /// Free space of the queue.
+    fn capacity(&self) -> usize;
+
+    /// Queues a notification without blocking. It is lost if the queue is full.
+    fn notify(&self, notification: DueNotification);
+}
+
+/// Pods whose calls pass unchanged.
+pub trait Exclusions {
+    /// The UIDs of this node's excluded pods; `None` if they are not known yet.
+    fn excluded_pods(&self) -> Option<&BTreeSet<Arc<str>>>;
+}
+
+impl<S: Source + ?Sized> Source for Box<S> {
+    fn changed(&mut self) -> Changed<'_> {
+        (**self).changed()
+    }
+
+    fn is_complete(&self) -> bool {
+        (**self).is_complete()
+    }
+
+    fn apply(&mut self, store: &mut Store) -> Changes {
+        (**self).apply(store)
+    }
+
+    fn issues(&self) -> Vec<Issue> {
+        (**self).issues()
+    }
+
+    fn describe(&self) -> String {
+        (**self).describe()
+    }
+
+    fn contact(&self) -> Option<&Contact> {
+        (**self).contact()
+    }
+
+    fn take_arrivals(&mut self) -> Vec<Arrival> {
+        (**self).take_arrivals()
+    }
+
+    fn notifier(&self) -> Option<&dyn Notifier> {
+        (**self).notifier()
+    }
+
+    fn exclusions(&self) -> Option<&dyn Exclusions> {
+        (**self).exclusions()
     }
 }

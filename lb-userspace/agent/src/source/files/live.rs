@@ -10,7 +10,36 @@ use tokio::{
 use tracing::info;
 
 use super::{Body, Error, FileSet, Moment, Reading, Watch, watch};
-use crate::source::{Arrival, Source};
+use crate::{
+    self_test,
+    snapshot::Snapshot,
+    source::{Arrival, Changed, Scheme, Source},
+};
+
+/// `--source file:PATH`
+pub const SCHEME: Scheme = Scheme {
+    name: "file",
+    address: Some("PATH"),
+    open: |path, setup| {
+        Box::pin(async move {
+            let last_good = move || last_good(&setup.state_dir);
+            let source = FileSource::open(path, setup.service_proxy_name.as_deref(), last_good)?;
+            Ok(Box::new(source) as Box<dyn Source>)
+        })
+    },
+};
+
+/// The objects of the snapshot, without the agent's own.
+fn last_good(state_dir: &Path) -> Vec<Body> {
+    let Ok(Snapshot { services, slices, nodes, service_cidrs, .. }) = Snapshot::read(state_dir) else {
+        return Vec::new();
+    };
+    let (own, _) = self_test::objects(&[]);
+    let services = services.into_iter().filter(|service| service.key != own.key).map(Body::Service);
+    let slices = slices.into_iter().filter(|slice| slice.service != own.key).map(Body::Slice);
+    let service_cidrs = service_cidrs.into_iter().map(Body::ServiceCidr);
+    services.chain(slices).chain(nodes.into_iter().map(Body::Node)).chain(service_cidrs).collect()
+}
 
 /// Reads what an agent served last. May take time.
 type LastGood = Box<dyn FnOnce() -> Vec<Body> + Send>;
@@ -78,8 +107,9 @@ impl FileSource {
     }
 }
 
-impl Source for FileSource {
-    async fn changed(&mut self) -> bool {
+impl FileSource {
+    /// Waits for a reading that changes something.
+    async fn received(&mut self) -> bool {
         // Not earlier: the agent may have waited for another one, which kept serving until it exited.
         if let Some(last_good) = self.last_good.take() {
             self.expecting = Some(spawn_blocking(last_good));
@@ -102,6 +132,12 @@ impl Source for FileSource {
                 return true;
             }
         }
+    }
+}
+
+impl Source for FileSource {
+    fn changed(&mut self) -> Changed<'_> {
+        Box::pin(self.received())
     }
 
     fn is_complete(&self) -> bool {

@@ -21,7 +21,7 @@
 //!
 //! # Depends on
 //!
-//! `model`, `source`; kube, which is named nowhere else.
+//! `lb_core::model`, `source`; kube, which is named nowhere else.
 
 mod access;
 mod backoff;
@@ -34,5 +34,5 @@ mod live;
 pub use self::{
     access::{Access, Error, apiserver},
     follow::Timing,
-    live::{KubeSource, Selection},
+    live::{KubeSource, SCHEME, Selection},
 };

@@ -26,7 +26,7 @@ use super::{
         Change, Kind as _, KindChange, Nodes, Pods, ServiceCidrs, Services, Slices, Trimmed, Unavailable,
     },
 };
-use crate::source::{Arrival, Contact, Source};
+use crate::source::{Arrival, Changed, Contact, Exclusions, Notifier, Scheme, Source};
 
 /// Capacity of the queue of events. Watches wait when it is full.
 const QUEUE: usize = 1024;
@@ -48,6 +48,25 @@ pub struct Selection<'a> {
     /// `--service-cidr=none`.
     pub service_cidrs: bool,
 }
+
+/// `--source kube`
+pub const SCHEME: Scheme = Scheme {
+    name: "kube",
+    address: None,
+    open: |_no_address, setup| {
+        Box::pin(async move {
+            let selection = Selection {
+                service_proxy_name: setup.service_proxy_name.as_deref(),
+                node_name: &setup.node_name,
+                other_nodes: setup.other_nodes,
+                pods: setup.pods,
+                service_cidrs: setup.service_cidrs,
+            };
+            let source = KubeSource::open(&setup.access, selection, Timing::default()).await?;
+            Ok(Box::new(source) as Box<dyn Source>)
+        })
+    },
+};
 
 /// Services, EndpointSlices, Nodes and ServiceCIDRs of an API server.
 #[derive(Debug)]
@@ -275,8 +294,9 @@ impl KubeSource {
     }
 }
 
-impl Source for KubeSource {
-    async fn changed(&mut self) -> bool {
+impl KubeSource {
+    /// Waits for events, and takes together what has arrived together.
+    async fn received(&mut self) -> bool {
         if self.pending.is_empty() {
             let Some(news) = self.news.recv().await else { return false };
             self.pending.push(news);
@@ -289,6 +309,12 @@ impl Source for KubeSource {
             }
         }
         true
+    }
+}
+
+impl Source for KubeSource {
+    fn changed(&mut self) -> Changed<'_> {
+        Box::pin(self.received())
     }
 
     fn is_complete(&self) -> bool {
@@ -307,8 +333,8 @@ impl Source for KubeSource {
         self.issues.values().flatten().chain(&self.refused).cloned().collect()
     }
 
-    fn excluded_pods(&self) -> Option<&BTreeSet<Arc<str>>> {
-        self.excluded.as_ref()
+    fn exclusions(&self) -> Option<&dyn Exclusions> {
+        Some(self)
     }
 
     fn describe(&self) -> String {
@@ -323,12 +349,24 @@ impl Source for KubeSource {
         std::mem::take(&mut self.arrivals)
     }
 
-    fn notification_capacity(&self) -> usize {
+    fn notifier(&self) -> Option<&dyn Notifier> {
+        Some(self)
+    }
+}
+
+impl Notifier for KubeSource {
+    fn capacity(&self) -> usize {
         self.notifications.capacity()
     }
 
     fn notify(&self, notification: DueNotification) {
-        // Nothing is lost if the caller checked the room first.
+        // Nothing is lost if the caller checked the capacity first.
         let _lost_if_full = self.notifications.try_send(notification);
+    }
+}
+
+impl Exclusions for KubeSource {
+    fn excluded_pods(&self) -> Option<&BTreeSet<Arc<str>>> {
+        self.excluded.as_ref()
     }
 }
