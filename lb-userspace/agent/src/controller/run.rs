@@ -30,7 +30,7 @@ use super::{
     known::known,
     lock_wait,
     save::SnapshotSchedule,
-    start::{Basis, PATIENCE, Start, basis},
+    start::{PATIENCE, Phase},
 };
 use crate::{
     self_test,
@@ -147,16 +147,20 @@ pub async fn run(
     let mut not_before = started;
     // Whether the source's stream has ended, and whether the task for health check ports still reports.
     let (mut has_ended, mut has_ports) = (false, true);
-    // Whether the snapshot was tried, whether it is served, and whether the source has answered.
-    let (mut has_waited, mut serves_snapshot, mut has_answered) = (false, false, false);
+    let mut phase = Phase::Waiting;
     loop {
-        let is_complete = source.is_complete();
-        serves_snapshot &= !is_complete;
-        let may_sync = (is_complete || serves_snapshot) && agent.state.needs_sync();
-        agent.metrics.source(is_complete, serves_snapshot);
+        phase = phase.listed(source.is_complete());
+        let may_sync = phase.may_sync() && agent.state.needs_sync();
+        agent.metrics.source(phase == Phase::Following, phase == Phase::Snapshot);
         agent.heartbeat(may_sync);
-        let found = if has_adopted { Serves::Found } else { Serves::Nothing };
-        agent.publish_outage(&source, if serves_snapshot { Serves::Snapshot } else { found });
+        agent.publish_outage(
+            &source,
+            match phase {
+                Phase::Snapshot => Serves::Snapshot,
+                _ if has_adopted => Serves::Found,
+                _ => Serves::Nothing,
+            },
+        );
         tokio::select! {
             biased;
             () = asked_to_stop(&mut stop) => break,
@@ -166,17 +170,8 @@ pub async fn run(
             }
             // After a sync and before more changes: so the objects match the tables.
             Some(question) = questions.recv() => agent.answer(&source, question),
-            () = time::sleep_until(started + PATIENCE), if !is_complete && !has_waited => {
-                has_waited = true;
-                let start = Start { is_complete, has_answered, waited: started.elapsed(), has_adopted };
-                serves_snapshot = basis(start) == Basis::Snapshot && agent.load_snapshot(&source).await;
-                if has_adopted && !has_answered {
-                    warn!(
-                        n_frontends = agent.state.image().services.len(),
-                        "no complete lists yet: {}; the entries found in the kernel stay unchanged",
-                        problem(&source)
-                    );
-                }
+            () = time::sleep_until(started + PATIENCE), if phase == Phase::Waiting => {
+                phase = agent.serve_without_source(&source, has_adopted).await;
             }
             // While maps are staged, the sockets' records are in maps that cannot be read, or in maps that
             // the switch keeps.
@@ -191,8 +186,7 @@ pub async fn run(
                     has_ended = true;
                     continue;
                 }
-                // A mix of snapshot and single events is a state that never existed.
-                (serves_snapshot, has_answered) = (false, true);
+                phase = phase.answered();
                 agent.apply_source_changes(&mut source);
             }
             on_self_test = next_self_test(&mut proof), if agent.has_synced || has_adopted_endpoints => agent.on_self_test(on_self_test),
@@ -404,6 +398,19 @@ impl Agent {
         };
         agent.ledger.happened(&NodeEvent::Attached);
         Ok((agent, beside))
+    }
+
+    /// Decides what is served while the source does not answer, and logs it.
+    async fn serve_without_source(&mut self, source: &impl Source, has_adopted: bool) -> Phase {
+        if has_adopted {
+            warn!(
+                n_frontends = self.state.image().services.len(),
+                "no complete lists yet: {}; the entries found in the kernel stay unchanged",
+                problem(source)
+            );
+            return Phase::Overdue;
+        }
+        if self.load_snapshot(source).await { Phase::Snapshot } else { Phase::Overdue }
     }
 
     /// Loads the objects of the snapshot. `false` if there is no usable one.

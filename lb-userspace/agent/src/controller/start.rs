@@ -2,46 +2,44 @@
 
 use std::time::Duration;
 
-/// How long to wait for a source before serving the snapshot.
+/// How long to wait for a source's first answer.
 pub const PATIENCE: Duration = Duration::from_secs(2);
 
-/// What the tables should follow.
+/// The progress of the start, and what the maps follow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Basis {
-    /// Nothing: they stay as found.
-    Nothing,
-    /// The last good snapshot, until the source is complete.
+pub enum Phase {
+    /// The source has not answered. The maps stay as found.
+    Waiting,
+    /// It has not answered within [`PATIENCE`]. The maps stay as found: they are at least as new as the snapshot,
+    /// which is written seconds later, or there is no usable snapshot.
+    Overdue,
+    /// It has not answered within [`PATIENCE`], and no maps of an earlier agent were found. The maps follow the
+    /// last good snapshot.
     Snapshot,
-    /// The source.
-    Source,
+    /// It has answered, but not with all lists. The maps stay as they are: a mix of the snapshot and single
+    /// lists is a state that never existed.
+    Listing,
+    /// All lists are complete. The maps follow the source.
+    Following,
 }
 
-/// What is known at start.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Start {
-    /// Whether the first list of every kind is complete.
-    pub is_complete: bool,
-    /// Whether any list is complete. Then the others may follow at any moment, and the snapshot's objects
-    /// would replace live ones.
-    pub has_answered: bool,
-    /// Time since the start.
-    pub waited: Duration,
-    /// Whether frontends of an earlier agent were adopted.
-    pub has_adopted: bool,
-}
+impl Phase {
+    /// The phase after the source has answered.
+    #[must_use]
+    pub fn answered(self) -> Self {
+        if self == Self::Following { self } else { Self::Listing }
+    }
 
-/// Decides what the tables should follow.
-///
-/// Adopted tables are at least as new as the snapshot, which is written seconds later, so they stay. The
-/// snapshot is for a host that starts while the API server is unreachable.
-#[must_use]
-pub fn basis(start: Start) -> Basis {
-    match start {
-        Start { is_complete: true, .. } => Basis::Source,
-        Start { waited, has_answered: false, has_adopted: false, .. } if waited >= PATIENCE => {
-            Basis::Snapshot
-        }
-        _ => Basis::Nothing,
+    /// The phase, given whether all lists are complete.
+    #[must_use]
+    pub fn listed(self, is_complete: bool) -> Self {
+        if is_complete { Self::Following } else { self }
+    }
+
+    /// Whether the maps follow the objects.
+    #[must_use]
+    pub fn may_sync(self) -> bool {
+        matches!(self, Self::Snapshot | Self::Following)
     }
 }
 
@@ -50,18 +48,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_snapshot_is_served_on_empty_tables_after_a_wait() {
-        let short = Duration::from_millis(1999);
-        for (is_complete, has_answered, waited, has_adopted, expected) in [
-            (true, true, Duration::ZERO, false, Basis::Source),
-            (true, true, PATIENCE, true, Basis::Source),
-            (false, false, short, false, Basis::Nothing),
-            (false, false, PATIENCE, false, Basis::Snapshot),
-            (false, true, PATIENCE, false, Basis::Nothing),
-            (false, false, PATIENCE, true, Basis::Nothing),
+    fn single_lists_are_never_mixed_with_the_snapshot() {
+        for (before, answered, may_sync) in [
+            (Phase::Waiting, Phase::Listing, false),
+            (Phase::Overdue, Phase::Listing, false),
+            (Phase::Snapshot, Phase::Listing, true),
+            (Phase::Listing, Phase::Listing, false),
+            (Phase::Following, Phase::Following, true),
         ] {
-            let start = Start { is_complete, has_answered, waited, has_adopted };
-            assert_eq!(basis(start), expected, "{start:?}");
+            assert_eq!((before.answered(), before.may_sync()), (answered, may_sync), "{before:?}");
+            assert_eq!((before.listed(true), before.listed(false)), (Phase::Following, before));
         }
     }
 }
