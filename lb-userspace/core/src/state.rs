@@ -188,12 +188,19 @@ impl State {
         if dirty.topology {
             let topology = Topology::new(self.store.nodes(), &self.settings, &self.interfaces);
             let networks = cluster_ips::merged(self.service_cidrs()).0;
-            if topology != self.topology || networks != self.cluster_ips.networks() || self.is_first_sync {
+            let is_all = networks != self.cluster_ips.networks() || self.is_first_sync;
+            if is_all {
                 self.touched_ips.extend(self.cluster_ips.iter());
                 self.cluster_ips.set_networks(networks);
-                self.topology = topology;
+            }
+            if is_all || topology != self.topology {
+                let former = std::mem::replace(&mut self.topology, topology);
                 self.n_nodes_waiting = self.encoder.set_node_addrs(&self.topology.node_addresses());
-                services.extend(self.store.services().map(|service| service.key.clone()));
+                // All services of a large cluster take longer than a change may wait.
+                let affected = self.store.services().filter(|service| {
+                    is_all || desired::service::is_affected(service, &former, &self.topology)
+                });
+                services.extend(affected.map(|service| service.key.clone()));
             }
             self.touched_ips.extend(self.cluster_ips.set_local(&self.interfaces));
         }
@@ -530,8 +537,13 @@ fn full_issue(address: &FrontendAddress, full: &Full) -> IssueKind {
 mod tests {
     use std::net::Ipv4Addr;
 
+    use serde_json::{Value, json};
+
     use super::*;
-    use crate::model::{Protocol, Service, ServiceCidr, ServicePort, Unselected};
+    use crate::{
+        desired::fixture,
+        model::{self, Family, Protocol, Service, ServiceCidr, ServicePort, Unselected},
+    };
 
     fn state(services: u32) -> State {
         state_over(services, &Image::default())
@@ -731,5 +743,47 @@ mod tests {
         assert_eq!(state.image().cluster_ips.len(), 1);
         assert_eq!(state.image().service_cidrs, [network()]);
         assert_eq!((state.n_refused(), state.issues().count()), (0, 0));
+    }
+
+    /// A change of another node's addresses recomputes the Services with node ports; their frontends alone depend on it.
+    #[test]
+    fn a_change_of_a_node_recomputes_only_affected_services() {
+        for (patch, is_recomputed) in [
+            (json!({}), false),
+            (
+                json!({"spec": {"type": "NodePort", "ports": [{"name": "", "port": 80, "nodePort": 30080}]}}),
+                true,
+            ),
+            (json!({"spec": {"externalIPs": ["192.0.2.1"]}}), true),
+        ] {
+            assert_eq!(recomputes(&patch), is_recomputed, "{patch}");
+        }
+    }
+
+    fn recomputes(patch: &Value) -> bool {
+        let mut state = State::new(fixture::settings(), Vec::new(), Capacity::default(), &Image::default());
+        let service = model::fixture::service(patch);
+        let ip = service.cluster_ip(Family::V4).unwrap();
+        state.change(|store| {
+            let mut changes = store.replace_nodes(fixture::nodes());
+            changes.merge(store.replace_services([service]));
+            changes.merge(store.replace_slices([fixture::slice(&["10.1.0.1 node-a rs"])]));
+            changes
+        });
+        let _plan = state.sync();
+        let address = FrontendAddress { ip, port: 80, protocol: Protocol::Tcp };
+        // Computed anew, endpoints are another allocation.
+        let endpoints = |state: &State| Arc::clone(&state.desired().owner(&address).unwrap().endpoints);
+        let before = endpoints(&state);
+        let mut nodes = fixture::nodes();
+        let other = nodes.iter_mut().find(|node| node.name != fixture::settings().node_name).unwrap();
+        other.addresses.push("192.0.2.77".parse().unwrap());
+        let other = other.clone();
+        state.change(|store| store.set_node(&other.name, Some(other.clone())));
+        let _plan = state.sync();
+        assert!(state.topology().is_node_address("192.0.2.77".parse().unwrap()));
+        let after = endpoints(&state);
+        assert_eq!(before, after);
+        !Arc::ptr_eq(&before, &after)
     }
 }

@@ -70,6 +70,19 @@ pub fn frontends<'a>(
     frontends_within(MAX_ENTRIES, service, slices, topology, settings)
 }
 
+/// Whether a change of the topology may change [`frontends`] of a service.
+///
+/// Most services of a cluster have a cluster IP only: addresses of other nodes do not concern them.
+#[must_use]
+pub fn is_affected(service: &Service, former: &Topology, now: &Topology) -> bool {
+    let has_moved = |ip| former.is_on_interface(ip) != now.is_on_interface(ip);
+    // Hints of endpoints name zones and nodes.
+    (former.node_name(), former.zone()) != (now.node_name(), now.zone())
+        || service.ports.iter().any(|port| port.node_port.is_some())
+        || !service.external_ips.is_empty()
+        || [Family::V4, Family::V6].into_iter().filter_map(|family| service.cluster_ip(family)).any(has_moved)
+}
+
 fn frontends_within<'a>(
     max_entries: usize,
     service: &Service,
