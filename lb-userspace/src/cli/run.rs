@@ -198,7 +198,6 @@ pub fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
         external_ips: args.external_ips.or(external_ips).unwrap_or_default(),
         service_cidrs: args.service_cidr.clone().or(service_cidrs).unwrap_or_default().0,
     };
-    let defaults = Capacity::default();
     let listen = |flag: Option<Listen>, key: &str, text: Option<String>, default: SocketAddr| {
         let Listen(address) = match flag {
             Some(listen) => listen,
@@ -223,16 +222,7 @@ pub fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
                 Some(cgroup) => cgroup,
                 None => cgroup::find_root()?,
             },
-            capacity: Capacity {
-                services: args
-                    .max_services
-                    .or(settings_file.value("max-services", file.max_services, config::entries)?)
-                    .unwrap_or(defaults.services),
-                endpoints: args
-                    .max_endpoints
-                    .or(settings_file.value("max-endpoints", file.max_endpoints, config::entries)?)
-                    .unwrap_or(defaults.endpoints),
-            },
+            capacity: capacity(args, &settings_file, file.max_services, file.max_endpoints)?,
             node_ports,
             localhost_nodeports: localhost_nodeports.unwrap_or(true),
             node_netns: syscall::netns_cookie(),
@@ -276,6 +266,22 @@ pub fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
     };
     block_on(follow(location, setup, options, settings))?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// The sizes of the maps.
+fn capacity(
+    args: &RunArgs,
+    file: &SettingsFile,
+    services: Option<String>,
+    endpoints: Option<String>,
+) -> Result<Capacity, UsageError> {
+    let defaults = Capacity::default();
+    let services = args.max_services.or(file.value("max-services", services, config::entries)?);
+    let endpoints = args.max_endpoints.or(file.value("max-endpoints", endpoints, config::entries)?);
+    Ok(Capacity {
+        services: services.unwrap_or(defaults.services),
+        endpoints: endpoints.unwrap_or(defaults.endpoints),
+    })
 }
 
 /// The addresses for node ports, and the setting for loopback, if there is one.
