@@ -34,20 +34,12 @@ unsafe impl aya::Pod for Plain<Endpoint4> {}
 /// The baseline of all targets.
 pub(crate) const EMPTY: &str = "empty";
 
-/// Programs of the bench object by target. Targets without a program for datagrams have in these columns the
-/// cost of an address without a program; compare with `none` there.
-const VARIANTS: [(&str, &[&str]); 11] = [
+/// Programs of the bench object by target.
+const VARIANTS: [(&str, &[&str]); 4] = [
     ("none", &[]),
     (EMPTY, &["empty_connect", "empty_sendmsg"]),
     ("empty+release", &["empty_connect", "empty_sendmsg", "empty_release"]),
-    ("cookie+release", &["cookie_connect", "empty_sendmsg", "cookie_release"]),
     ("one look-up", &["plain_connect", "plain_sendmsg"]),
-    ("storage on hit", &["storage_connect"]),
-    ("storage for all", &["storage_all_connect"]),
-    ("hash+release", &["hash_connect", "hash_release"]),
-    ("LRU", &["lru_connect"]),
-    ("per-CPU LRU", &["per_cpu_lru_connect"]),
-    ("slots+release", &["slots_connect", "slots_release"]),
 ];
 
 pub(crate) fn targets(
