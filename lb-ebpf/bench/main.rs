@@ -1,5 +1,5 @@
-//! Programs for comparison with socklb's hooks: empty ones, and a minimal balancer, which does one hash look-up
-//! by address, port and protocol, and on a hit the rewrite. It keeps no record of the service.
+//! Programs for comparison with socklb's hooks: empty ones, and a minimal balancer, which does one hash
+//! look-up by address, port and protocol, and on a hit the rewrite. It keeps no record of the service.
 #![no_std]
 #![no_main]
 #![warn(unused_results)]

@@ -327,8 +327,8 @@ proptest! {
     /// Exceptions: A call to a node port of another node may also have the outcome of the node port on this
     /// node, because the policy and the endpoints of a node port are two words in memory. A call that spans
     /// the creation and the deletion of a Service may be refused: it found the cluster IP but no port. A call
-    /// that spans the removal of its network may pass: it found no port, and then no network. So may one to an address that
-    /// another proxy has too.
+    /// that spans the removal of its network may pass: it found no port, and then no network. So may one to
+    /// an address that another proxy has too.
     #[test]
     fn a_call_that_spans_a_plan_sees_the_old_or_the_new_state(
         history in history(5),

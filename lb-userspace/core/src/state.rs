@@ -745,7 +745,8 @@ mod tests {
         assert_eq!((state.n_refused(), state.issues().count()), (0, 0));
     }
 
-    /// A change of another node's addresses recomputes the Services with node ports; their frontends alone depend on it.
+    /// A change of another node's addresses recomputes the Services with node ports; their frontends alone
+    /// depend on it.
     #[test]
     fn a_change_of_a_node_recomputes_only_affected_services() {
         for (patch, is_recomputed) in [

@@ -1,4 +1,5 @@
-//! Opens the kernel's side and applies plans: adopts or recreates maps, attaches programs, waits for grace periods.
+//! Opens the kernel's side and applies plans: adopts or recreates maps, attaches programs, waits for grace
+//! periods.
 
 use std::{collections::BTreeMap, fs::File, os::fd::AsFd as _, path::PathBuf};
 

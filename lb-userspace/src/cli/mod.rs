@@ -24,8 +24,8 @@ use lb_kernel::chain;
 
 /// Socket-level service load balancer for Kubernetes.
 ///
-/// Redirects connect() and sendto() from a service address to a ready endpoint, inside the system call: no NAT,
-/// no conntrack, no work per packet.
+/// Redirects connect() and sendto() from a service address to a ready endpoint, inside the system call: no
+/// NAT, no conntrack, no work per packet.
 #[derive(Debug, Parser)]
 #[command(name = "socklb", version, max_term_width = 100)]
 struct Cli {

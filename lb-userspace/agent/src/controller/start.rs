@@ -10,11 +10,11 @@ pub const PATIENCE: Duration = Duration::from_secs(2);
 pub enum Phase {
     /// The source has not answered. The maps stay as found.
     Waiting,
-    /// It has not answered within [`PATIENCE`]. The maps stay as found: they are at least as new as the snapshot,
-    /// which is written seconds later, or there is no usable snapshot.
+    /// It has not answered within [`PATIENCE`]. The maps stay as found: they are at least as new as the
+    /// snapshot, which is written seconds later, or there is no usable snapshot.
     Overdue,
-    /// It has not answered within [`PATIENCE`], and no maps of an earlier agent were found. The maps follow the
-    /// last good snapshot.
+    /// It has not answered within [`PATIENCE`], and no maps of an earlier agent were found. The maps follow
+    /// the last good snapshot.
     Snapshot,
     /// It has answered, but not with all lists. The maps stay as they are: a mix of the snapshot and single
     /// lists is a state that never existed.

@@ -32,7 +32,8 @@ pub struct Arrival {
 /// Resolves to `false` when no more changes will come.
 pub type Changed<'a> = Pin<Box<dyn Future<Output = bool> + Send + 'a>>;
 
-/// A source of objects, and of issues about them. What else it may offer is in [`Notifier`] and [`Exclusions`].
+/// A source of objects, and of issues about them. What else it may offer is in [`Notifier`] and
+/// [`Exclusions`].
 pub trait Source: Send {
     /// Waits for changes.
     ///

@@ -4,8 +4,8 @@
 //!
 //! A connected socket stays with the endpoint that `connect()` chose. TCP notices a dead peer, but a
 //! resolver's UDP socket may send to a dead address for hours, and so may one that was connected to a
-//! Service's address before the Service existed. [`StaleTracker`] decides which flows are stale and when their
-//! sockets are due (semantics R10). `kernel::sockets` finds and destroys them.
+//! Service's address before the Service existed. [`StaleTracker`] decides which flows are stale and when
+//! their sockets are due (semantics R10). `kernel::sockets` finds and destroys them.
 //!
 //! # Invariants
 //!

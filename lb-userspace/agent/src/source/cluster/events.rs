@@ -1,8 +1,9 @@
 //! Kubernetes Events (`events.k8s.io/v1`) on Services and on the own Node.
 //!
 //! Best effort: sending never blocks, and an Event that the server rejects is lost. A standing notification
-//! is repeated ([`lb_core::model::notification`]). kube's recorder (kube-runtime 5.0) is not used: it has a cache
-//! of its own, beside the ledger here, and loses it at exit, so that each start would create new Events.
+//! is repeated ([`lb_core::model::notification`]). kube's recorder (kube-runtime 5.0) is not used: it has a
+//! cache of its own, beside the ledger here, and loses it at exit, so that each start would create new
+//! Events.
 
 use std::{
     hash::{DefaultHasher, Hash as _, Hasher as _},

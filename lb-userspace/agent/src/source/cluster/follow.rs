@@ -41,7 +41,8 @@ const MAX_EVENT: usize = 32 << 20;
 const MAX_LIST: usize = 256 << 20;
 /// Maximum size of a streaming list, in bytes. Only the models of its objects stay in memory.
 const MAX_STREAM: usize = 2 << 30;
-/// Compressed bytes that are decompressed at a time: gzip expands them at most a thousandfold before they are counted.
+/// Compressed bytes that are decompressed at a time: gzip expands them at most a thousandfold before they are
+/// counted.
 const PACKED: usize = 4096;
 /// The annotation of the bookmark that ends a streaming list.
 const INITIAL_EVENTS_END: &str = "k8s.io/initial-events-end";
