@@ -46,7 +46,7 @@ pub struct Notification {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DueNotification {
     /// Its content.
-    pub notice: Notification,
+    pub notification: Notification,
     /// How often it was sent, this time included.
     pub n_times: u32,
     /// The node of the agent that sends it.
@@ -58,7 +58,7 @@ impl DueNotification {
     /// kubectl does not show the reporter.
     #[must_use]
     pub fn text(&self) -> String {
-        format!("node {}: {}", self.node, self.notice.note)
+        format!("node {}: {}", self.node, self.notification.note)
     }
 }
 
@@ -112,7 +112,7 @@ impl Notification {
 
     /// The notification about a Node's agent.
     #[must_use]
-    pub fn of_node(name: &str, news: &NodeEvent) -> Self {
+    pub fn of_node(name: &str, event: &NodeEvent) -> Self {
         let of = |is_warning, reason, action, note| Self {
             object: ObjectRef::node(name),
             is_warning,
@@ -120,7 +120,7 @@ impl Notification {
             action,
             note,
         };
-        match news {
+        match event {
             NodeEvent::Attached => {
                 of(false, "Starting", "StartSocklb", "socklb has attached its programs".to_owned())
             }
@@ -138,7 +138,7 @@ impl Notification {
 }
 
 #[derive(Clone, Copy, Debug)]
-struct Told {
+struct Sent {
     n_times: u32,
     last: Instant,
     /// When the notification last held.
@@ -149,9 +149,9 @@ struct Told {
 #[derive(Clone, Debug)]
 pub struct NotificationLog {
     node: Arc<str>,
-    told: BTreeMap<Notification, Told>,
+    sent: BTreeMap<Notification, Sent>,
     /// Node events that wait to be sent, without duplicates.
-    news: Vec<Notification>,
+    pending: Vec<Notification>,
     /// Notifications that may be sent at once, as of `counted`.
     n_free: u32,
     counted: Instant,
@@ -161,26 +161,26 @@ impl NotificationLog {
     /// A ledger without any notification sent. `node` is the name of the agent's Node.
     #[must_use]
     pub fn new(node: Arc<str>, now: Instant) -> Self {
-        Self { node, told: BTreeMap::new(), news: Vec::new(), n_free: BURST, counted: now }
+        Self { node, sent: BTreeMap::new(), pending: Vec::new(), n_free: BURST, counted: now }
     }
 
     /// Queues a node event. A later [`Self::due`] returns it; more than 32 waiting ones are dropped, oldest
     /// first.
-    pub fn happened(&mut self, news: &NodeEvent) {
-        let notice = Notification::of_node(&self.node, news);
+    pub fn happened(&mut self, event: &NodeEvent) {
+        let notification = Notification::of_node(&self.node, event);
         // A source of files never takes any, so the queue needs a bound.
-        if !self.news.contains(&notice) {
-            if self.news.len() == MAX_PENDING {
-                self.news.remove(0);
+        if !self.pending.contains(&notification) {
+            if self.pending.len() == MAX_PENDING {
+                self.pending.remove(0);
             }
-            self.news.push(notice);
+            self.pending.push(notification);
         }
     }
 
     /// Whether node events wait to be sent.
     #[must_use]
     pub fn has_pending(&self) -> bool {
-        !self.news.is_empty()
+        !self.pending.is_empty()
     }
 
     /// The notifications that are due, at most `room`. `issues` are all that hold now.
@@ -193,19 +193,21 @@ impl NotificationLog {
         self.refill(now);
         let holding: BTreeSet<Notification> =
             issues.into_iter().filter_map(|issue| Notification::of_issue(&issue)).collect();
-        self.told.retain(|notice, told| {
-            if holding.contains(notice) {
+        self.sent.retain(|notification, told| {
+            if holding.contains(notification) {
                 told.held = now;
             }
             now.saturating_duration_since(told.held) < MEMORY
         });
         let mut due = Vec::new();
-        let news = std::mem::take(&mut self.news);
-        for notice in
-            news.into_iter().map(|notice| (notice, true)).chain(holding.into_iter().map(|n| (n, false)))
+        let news = std::mem::take(&mut self.pending);
+        for notification in news
+            .into_iter()
+            .map(|notification| (notification, true))
+            .chain(holding.into_iter().map(|n| (n, false)))
         {
-            let (notice, is_news) = notice;
-            let told = self.told.get(&notice).copied();
+            let (notification, is_news) = notification;
+            let told = self.sent.get(&notification).copied();
             let is_due =
                 is_news || told.is_none_or(|told| now.saturating_duration_since(told.last) >= REPEAT);
             if !is_due {
@@ -213,14 +215,14 @@ impl NotificationLog {
             }
             if due.len() >= room || self.n_free == 0 {
                 if is_news {
-                    self.news.push(notice);
+                    self.pending.push(notification);
                 }
                 continue;
             }
             self.n_free -= 1;
             let n_times = told.map_or(1, |told| told.n_times.saturating_add(1));
-            self.told.insert(notice.clone(), Told { n_times, last: now, held: now });
-            due.push(DueNotification { notice, n_times, node: Arc::clone(&self.node) });
+            self.sent.insert(notification.clone(), Sent { n_times, last: now, held: now });
+            due.push(DueNotification { notification, n_times, node: Arc::clone(&self.node) });
         }
         due
     }
@@ -275,9 +277,11 @@ mod tests {
             (ObjectRef::file("a.yaml"), full(), None),
         ] {
             let issue = Issue::new(object, kind);
-            let notice = Notification::of_issue(&issue);
-            assert_eq!(notice.as_ref().map(|notice| notice.reason), expected, "{issue}");
-            assert!(notice.is_none_or(|notice| notice.is_warning && !notice.note.contains("shop/web")));
+            let notification = Notification::of_issue(&issue);
+            assert_eq!(notification.as_ref().map(|notification| notification.reason), expected, "{issue}");
+            assert!(notification.is_none_or(
+                |notification| notification.is_warning && !notification.note.contains("shop/web")
+            ));
         }
     }
 
@@ -316,7 +320,7 @@ mod tests {
         for (at, expected) in [(0, 25), (1, 0), (9, 0), (10, 1), (35, 2), (40, 1), (1000, 11), (1001, 0)] {
             let due = ledger.due(issues(), 100, start + Duration::from_secs(at));
             assert_eq!(due.len(), expected, "at {at} s");
-            told.extend(due.into_iter().map(|telling| telling.notice));
+            told.extend(due.into_iter().map(|telling| telling.notification));
         }
         assert_eq!(told.len(), 40);
     }
@@ -328,9 +332,9 @@ mod tests {
         ledger.happened(&NodeEvent::Attached);
         assert_eq!(ledger.due([taken("web")], 0, start), []);
         let one = ledger.due([taken("web")], 1, start);
-        assert_eq!(one[0].notice.reason, "Starting");
+        assert_eq!(one[0].notification.reason, "Starting");
         let rest = ledger.due([taken("web")], 10, start);
-        assert_eq!((rest.len(), rest[0].notice.reason, &*rest[0].node), (1, "AddressConflict", "node"));
+        assert_eq!((rest.len(), rest[0].notification.reason, &*rest[0].node), (1, "AddressConflict", "node"));
         assert_eq!(ledger.due([taken("web")], 10, start), []);
     }
 
@@ -344,7 +348,7 @@ mod tests {
         let told = ledger.due([], 2000, start);
         assert_eq!(told.len(), BURST as usize);
         assert_eq!(
-            (told[0].notice.note.as_str(), ledger.has_pending()),
+            (told[0].notification.note.as_str(), ledger.has_pending()),
             ("socklb's self-test failed: 968", true)
         );
     }
@@ -383,10 +387,10 @@ mod tests {
             NodeEvent::SelfTestFailed { problem: "TCP over IPv4: connect: Connection refused".into() },
         ];
         let of_node = of_node.map(|news| Notification::of_node("node-a", &news));
-        let line = |notice: Notification| {
-            let Notification { is_warning, reason, action, ref object, .. } = notice;
+        let line = |notification: Notification| {
+            let Notification { is_warning, reason, action, ref object, .. } = notification;
             let (kind, object) = (if is_warning { "Warning" } else { "Normal" }, object.to_string());
-            let telling = DueNotification { notice, n_times: 1, node: "node-a".into() };
+            let telling = DueNotification { notification, n_times: 1, node: "node-a".into() };
             let elsewhere = DueNotification { node: "node-b".into(), ..telling.clone() };
             assert_ne!(telling.text(), elsewhere.text(), "the text names the agent's node");
             format!("{object}: {kind} {reason} ({action})\n  {}\n", telling.text())
