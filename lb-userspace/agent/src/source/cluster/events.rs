@@ -93,7 +93,7 @@ pub(super) async fn record(
 }
 
 async fn tell(client: &Client, telling: &DueNotification) -> Result<(), EventError> {
-    let Notification { object, .. } = &telling.notice;
+    let Notification { object, .. } = &telling.notification;
     let Some(uid) = uid(client, object).await? else {
         debug!(%object, "object is deleted: no Event");
         return Ok(());
@@ -145,13 +145,13 @@ async fn uid(client: &Client, object: &ObjectRef) -> Result<Option<String>, Even
 fn name(telling: &DueNotification) -> String {
     // Another version of the standard library may hash differently: then there is one more Event.
     let mut hasher = DefaultHasher::new();
-    (&telling.notice, &telling.node).hash(&mut hasher);
-    let object: String = telling.notice.object.name.chars().take(LONGEST_NAME).collect();
+    (&telling.notification, &telling.node).hash(&mut hasher);
+    let object: String = telling.notification.object.name.chars().take(LONGEST_NAME).collect();
     format!("{}.{:016x}", object.trim_end_matches(['.', '-']), hasher.finish())
 }
 
 fn body(telling: &DueNotification, namespace: &str, name: &str, uid: &str, now: &str) -> Value {
-    let DueNotification { notice, node, .. } = telling;
+    let DueNotification { notification, node, .. } = telling;
     let note = telling.text();
     let end = (0..=LONGEST_NOTE.min(note.len())).rev().find(|end| note.is_char_boundary(*end));
     let note = &note[..end.unwrap_or_default()];
@@ -162,15 +162,15 @@ fn body(telling: &DueNotification, namespace: &str, name: &str, uid: &str, now: 
         "eventTime": now,
         "reportingController": "socklb",
         "reportingInstance": node.chars().take(LONGEST_INSTANCE).collect::<String>(),
-        "type": if notice.is_warning { "Warning" } else { "Normal" },
-        "reason": notice.reason,
-        "action": notice.action,
+        "type": if notification.is_warning { "Warning" } else { "Normal" },
+        "reason": notification.reason,
+        "action": notification.action,
         "note": note,
         "regarding": {
             "apiVersion": "v1",
-            "kind": notice.object.kind.to_string(),
-            "namespace": &*notice.object.namespace,
-            "name": &*notice.object.name,
+            "kind": notification.object.kind.to_string(),
+            "namespace": &*notification.object.namespace,
+            "name": &*notification.object.name,
             "uid": uid,
         },
     })
@@ -226,14 +226,14 @@ mod tests {
     use super::*;
 
     fn telling(object: ObjectRef, note: &str) -> DueNotification {
-        let notice = Notification {
+        let notification = Notification {
             object,
             is_warning: true,
             reason: "TableFull",
             action: "Sync",
             note: note.to_owned(),
         };
-        DueNotification { notice, n_times: 1, node: "node-1".into() }
+        DueNotification { notification, n_times: 1, node: "node-1".into() }
     }
 
     #[test]
@@ -302,9 +302,9 @@ mod tests {
         assert!(note.starts_with("node node-1: ää"), "{note}");
         assert!((LONGEST_NOTE - 1..=LONGEST_NOTE).contains(&note.len()), "{}", note.len());
         assert_eq!(parsed.reporting_instance.as_deref(), Some("node-1"));
-        let notice = Notification::of_node("node-1", &NodeEvent::Attached);
+        let notification = Notification::of_node("node-1", &NodeEvent::Attached);
         let event = body(
-            &DueNotification { notice, ..long },
+            &DueNotification { notification, ..long },
             "default",
             "x",
             "node-1",
