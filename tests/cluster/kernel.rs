@@ -12,7 +12,7 @@ use lb_agent::{
     controller::run::{Options, run},
     serve,
     snapshot::{Snapshot, Writer},
-    source::Source as _,
+    source::Source,
 };
 use lb_core::model::{Protocol::Tcp, Store, ingest};
 use lb_tests::{
@@ -26,7 +26,7 @@ use lb_tests::{
 };
 use nix::errno::Errno;
 use serde_json::Value;
-use tokio::sync::watch;
+use tokio::{runtime::Runtime, sync::watch};
 
 use crate::follower::{PATIENCE, open, runtime, service_address};
 
@@ -52,15 +52,7 @@ fn calls_follow_the_api_server() {
         let mut until = |wanted: Result<SocketAddr, Errno>| {
             let started = Instant::now();
             loop {
-                let moment = Duration::from_millis(5);
-                let changed =
-                    runtime.block_on(async { tokio::time::timeout(moment, source.changed()).await });
-                if changed.is_ok() {
-                    agent.state.change(|store| source.apply(store));
-                }
-                if source.is_complete() && agent.state.needs_sync() {
-                    agent.sync();
-                }
+                let _has_synced = follow_for_a_moment(&runtime, &mut source, &mut agent);
                 if call(service, Tcp) == wanted {
                     return started.elapsed();
                 }
@@ -80,6 +72,20 @@ fn calls_follow_the_api_server() {
         server.delete(Kind::Service, NAMESPACE, "web");
         until(Err(Errno::ENETUNREACH));
     });
+}
+
+/// Applies changes that arrive within 5 ms, and syncs if there are any. Returns whether it synced.
+pub(crate) fn follow_for_a_moment(runtime: &Runtime, source: &mut dyn Source, agent: &mut Agent) -> bool {
+    let moment = Duration::from_millis(5);
+    let changed = runtime.block_on(async { tokio::time::timeout(moment, source.changed()).await });
+    if changed.is_ok() {
+        agent.state.change(|store| source.apply(store));
+    }
+    let may_sync = source.is_complete() && agent.state.needs_sync();
+    if may_sync {
+        agent.sync();
+    }
+    may_sync
 }
 
 fn until(what: &str, condition: impl Fn() -> bool) {
@@ -156,7 +162,7 @@ fn with_options(server: &ApiServer, options: Options, body: impl FnOnce()) {
         let agent = scope.spawn(move || {
             let runtime = runtime();
             let source = open(&runtime, server);
-            runtime.block_on(run(source, options, agent::settings(), stopped)).unwrap();
+            runtime.block_on(run(Box::new(source), options, agent::settings(), stopped)).unwrap();
         });
         body();
         stop.send(true).unwrap();

@@ -22,7 +22,10 @@ use lb_tests::{
 };
 use nix::errno::Errno;
 
-use crate::follower::{Follower, PATIENCE, cluster, open, runtime, service_address};
+use crate::{
+    follower::{Follower, PATIENCE, cluster, open, runtime, service_address},
+    kernel::follow_for_a_moment,
+};
 
 fn networks(follower: &Follower) -> Vec<String> {
     follower.image.service_cidrs.iter().map(ToString::to_string).collect()
@@ -249,14 +252,7 @@ fn calls_follow_service_cidrs() {
         let mut until = |wanted: [Errno; 3]| {
             let started = Instant::now();
             loop {
-                let moment = Duration::from_millis(5);
-                let changed =
-                    runtime.block_on(async { tokio::time::timeout(moment, source.changed()).await });
-                if changed.is_ok() {
-                    agent.state.change(|store| source.apply(store));
-                }
-                if source.is_complete() && agent.state.needs_sync() {
-                    agent.sync();
+                if follow_for_a_moment(&runtime, &mut source, &mut agent) {
                     agent.settle();
                 }
                 if [ours, theirs, none].map(|to| call(to, Tcp)) == wanted.map(Err) {

@@ -104,12 +104,6 @@ pub enum RunError {
     SelfTest(#[source] std::io::Error),
 }
 
-/// Returns on a request to stop, or when all senders are dropped. Releases the channel's lock, so that the
-/// loop can move between threads.
-async fn asked_to_stop(stop: &mut watch::Receiver<bool>) {
-    let _all_gone = stop.wait_for(|stop| *stop).await.is_err();
-}
-
 /// Waits until no other agent holds the same pins, then runs until `stop` turns true.
 ///
 /// Stopping changes nothing in the kernel: links and maps stay pinned.
@@ -122,7 +116,7 @@ async fn asked_to_stop(stop: &mut watch::Receiver<bool>) {
 ///
 /// Only at start: see [`RunError`]. Later errors are logged and retried.
 pub async fn run(
-    mut source: impl Source,
+    mut source: Box<dyn Source>,
     options: Options,
     settings: Settings,
     mut stop: watch::Receiver<bool>,
@@ -134,7 +128,7 @@ pub async fn run(
     let mut proof = SelfTests::start(options.self_test_interval, options.kernel.cgroup.clone())
         .await
         .map_err(RunError::SelfTest)?;
-    let (mut agent, beside) = Agent::attach(options, settings, &source, listeners, proof.as_mut())?;
+    let (mut agent, beside) = Agent::attach(options, settings, &*source, listeners, proof.as_mut())?;
     // Whether the adopted tables already lead the self-test's calls to this agent, before any sync.
     let has_adopted_endpoints = proof.as_ref().is_some_and(SelfTests::is_found);
     let Background { mut graces, mut questions, mut port_issues, health_ports, _serving, _excluding } =
@@ -154,7 +148,7 @@ pub async fn run(
         agent.metrics.source(phase == Phase::Following, phase == Phase::Snapshot);
         agent.heartbeat(may_sync);
         agent.publish_outage(
-            &source,
+            &*source,
             match phase {
                 Phase::Snapshot => Serves::Snapshot,
                 _ if has_adopted => Serves::Found,
@@ -163,15 +157,15 @@ pub async fn run(
         );
         tokio::select! {
             biased;
-            () = asked_to_stop(&mut stop) => break,
+            _ = stop.wait_for(|stop| *stop) => break,
             () = time::sleep_until(not_before), if may_sync => {
-                let pause = if agent.sync(&source) { agent.options.min_sync_interval } else { RETRY };
+                let pause = if agent.sync(&*source) { agent.options.min_sync_interval } else { RETRY };
                 not_before = Instant::now() + pause;
             }
             // After a sync and before more changes: so the objects match the tables.
-            Some(question) = questions.recv() => agent.answer(&source, question),
+            Some(question) = questions.recv() => agent.answer(&*source, question),
             () = time::sleep_until(started + PATIENCE), if phase == Phase::Waiting => {
-                phase = agent.serve_without_source(&source, has_adopted).await;
+                phase = agent.serve_without_source(&*source, has_adopted).await;
             }
             // While maps are staged, the sockets' records are in maps that cannot be read, or in maps that
             // the switch keeps.
@@ -187,21 +181,21 @@ pub async fn run(
                     continue;
                 }
                 phase = phase.answered();
-                agent.apply_source_changes(&mut source);
+                agent.apply_source_changes(&mut *source);
             }
             on_self_test = next_self_test(&mut proof), if agent.has_synced || has_adopted_endpoints => agent.on_self_test(on_self_test),
             Some(()) = graces.recv() => agent.on_grace_period(),
             changed = port_issues.changed(), if has_ports => {
                 has_ports = changed.is_ok();
-                agent.report(&source);
+                agent.report(&*source);
             }
-            compared = ended(&mut agent.auditing), if agent.auditing.is_some() => agent.finish_audit(&source, compared),
-            written = ended(&mut agent.writing), if agent.writing.is_some() => agent.on_snapshot_written(&source, written),
+            compared = ended(&mut agent.auditing), if agent.auditing.is_some() => agent.finish_audit(&*source, compared),
+            written = ended(&mut agent.writing), if agent.writing.is_some() => agent.on_snapshot_written(&*source, written),
             () = agent.addresses.changed() => agent.read_addresses(),
             _ = interfaces.tick() => {
                 agent.refresh_node_addresses(&lock);
-                agent.report(&source);
-                agent.send_notifications(&source);
+                agent.report(&*source);
+                agent.send_notifications(&*source);
             }
             _ = snapshots.tick() => agent.save(),
             () = tick(&mut audits) => {
@@ -210,7 +204,7 @@ pub async fn run(
             }
         }
     }
-    agent.flush_snapshot(&source).await;
+    agent.flush_snapshot(&*source).await;
     drop(agent);
     // Frees its ports. A panic of the task no longer matters.
     let _ended = health_ports.await;
@@ -242,7 +236,7 @@ impl Timers {
 }
 
 /// Why a source's lists are not complete.
-fn problem(source: &impl Source) -> Arc<str> {
+fn problem(source: &dyn Source) -> Arc<str> {
     let outage = source.contact().and_then(Contact::outage);
     outage.map_or_else(|| format!("{} has not answered", source.describe()).into(), |outage| outage.problem)
 }
@@ -323,7 +317,7 @@ impl Agent {
     fn attach(
         options: Options,
         settings: Settings,
-        source: &impl Source,
+        source: &dyn Source,
         listeners: Listeners,
         proof: Option<&mut SelfTests>,
     ) -> Result<(Self, Background), RunError> {
@@ -401,7 +395,7 @@ impl Agent {
     }
 
     /// Decides what is served while the source does not answer, and logs it.
-    async fn serve_without_source(&mut self, source: &impl Source, has_adopted: bool) -> Phase {
+    async fn serve_without_source(&mut self, source: &dyn Source, has_adopted: bool) -> Phase {
         if has_adopted {
             warn!(
                 n_frontends = self.state.image().services.len(),
@@ -414,7 +408,7 @@ impl Agent {
     }
 
     /// Loads the objects of the snapshot. `false` if there is no usable one.
-    async fn load_snapshot(&mut self, source: &impl Source) -> bool {
+    async fn load_snapshot(&mut self, source: &dyn Source) -> bool {
         let (state_dir, problem) = (self.options.state_dir.clone(), problem(source));
         let mut reading = Some(spawn_blocking(move || Found::read(&state_dir)));
         let Found { snapshot, n_lost, .. } = match ended(&mut reading).await {
@@ -512,7 +506,7 @@ impl Agent {
     }
 
     /// Publishes an outage and what is served meanwhile.
-    fn publish_outage(&self, source: &impl Source, before_complete: Serves) {
+    fn publish_outage(&self, source: &dyn Source, before_complete: Serves) {
         let outage = source.contact().and_then(Contact::outage);
         let is_complete = source.is_complete();
         let away = (!is_complete || outage.is_some()).then_some(Away {
@@ -526,7 +520,7 @@ impl Agent {
         });
     }
 
-    fn apply_source_changes(&mut self, source: &mut impl Source) {
+    fn apply_source_changes(&mut self, source: &mut dyn Source) {
         self.state.change(|store| source.apply(store));
         self.latency.arrived(source.take_arrivals());
         self.metrics.waiting(self.latency.n_waiting());
@@ -546,7 +540,7 @@ impl Agent {
     }
 
     /// Brings the maps to the desired state. `false` if that failed and is to be retried.
-    fn sync(&mut self, source: &impl Source) -> bool {
+    fn sync(&mut self, source: &dyn Source) -> bool {
         let started = Instant::now();
         let plan = self.state.sync();
         // May wait for a grace period.
@@ -635,7 +629,7 @@ impl Agent {
     }
 
     /// Answers a question. Costs a few references: the asker does the work.
-    fn answer(&self, source: &impl Source, question: Question) {
+    fn answer(&self, source: &dyn Source, question: Question) {
         // The asker may have timed out.
         match question {
             Question::View(answer) => drop(answer.send(self.view(source))),
@@ -651,7 +645,7 @@ impl Agent {
         }
     }
 
-    fn view(&self, source: &impl Source) -> View {
+    fn view(&self, source: &dyn Source) -> View {
         let contact = source.contact();
         View {
             answer_ages: contact.map(|contact| contact.ages(Instant::now().into_std())).unwrap_or_default(),
@@ -681,7 +675,7 @@ impl Agent {
     }
 
     /// Finishes an audit: repairs what still differs after the syncs made meanwhile.
-    fn finish_audit(&mut self, source: &impl Source, findings: Result<Findings, String>) {
+    fn finish_audit(&mut self, source: &dyn Source, findings: Result<Findings, String>) {
         let mut findings = match findings {
             Ok(findings) => findings,
             Err(error) => {
@@ -730,7 +724,7 @@ impl Agent {
     }
 
     /// Logs new issues once each, and those that are gone. Notifies about new ones.
-    fn report(&mut self, source: &impl Source) {
+    fn report(&mut self, source: &dyn Source) {
         let issues = self.issues(source);
         let IssueChanges { new, gone, n_more } = self.reported.follow(issues);
         self.metrics.issues(self.reported.len());
@@ -751,7 +745,7 @@ impl Agent {
         }
     }
 
-    fn issues(&self, source: &impl Source) -> Vec<Issue> {
+    fn issues(&self, source: &dyn Source) -> Vec<Issue> {
         let of_ports = self.port_issues.borrow().clone();
         let of_objects = source.issues().into_iter().chain(self.state.issues());
         of_objects.chain(of_ports).chain(self.own_issues()).collect()
@@ -771,7 +765,7 @@ impl Agent {
 
     /// Sends the notifications that are due: for new issues and for long-standing ones. Does not block; the
     /// rest are retried.
-    fn send_notifications(&mut self, source: &impl Source) {
+    fn send_notifications(&mut self, source: &dyn Source) {
         let Some(notifier) = source.notifier() else { return };
         let capacity = notifier.capacity();
         if capacity == 0 {
@@ -799,7 +793,7 @@ impl Agent {
         }));
     }
 
-    fn on_snapshot_written(&mut self, source: &impl Source, written: Result<Written, String>) {
+    fn on_snapshot_written(&mut self, source: &dyn Source, written: Result<Written, String>) {
         let (n_bytes, n_changed) =
             written.as_ref().map(|written| (written.n_bytes, written.n_changed)).ok().unzip();
         self.saving.ended(n_changed, Instant::now().into_std());
@@ -814,7 +808,7 @@ impl Agent {
     }
 
     /// Writes the outstanding changes and waits for that.
-    async fn flush_snapshot(&mut self, source: &impl Source) {
+    async fn flush_snapshot(&mut self, source: &dyn Source) {
         if self.writing.is_some() {
             let written = ended(&mut self.writing).await;
             self.on_snapshot_written(source, written);
