@@ -353,6 +353,17 @@ fn other_sizes_fail_no_call_and_lose_nothing() {
     });
 }
 
+/// Five services with the same three endpoints, which answer: 15 entries of endpoints.
+fn five_services() -> (Cluster, Vec<SocketAddr>, Servers) {
+    let endpoints = addresses::<3>(Domain::V4, 8001);
+    let services: Vec<SocketAddr> = (0..5).map(|n| SocketAddr::from(([10, 96, 7, n], 80))).collect();
+    let mut cluster = Cluster::new();
+    for (n, service) in services.iter().enumerate() {
+        cluster.serve(&format!("web-{n}"), *service, Tcp, &endpoints);
+    }
+    (cluster, services, Servers::tcp(endpoints))
+}
+
 /// Sizes that would drop what is served are rejected: the maps stay, and the agent reports it.
 #[test]
 fn sizes_that_are_too_small_leave_the_maps_as_they_are() {
@@ -360,13 +371,7 @@ fn sizes_that_are_too_small_leave_the_maps_as_they_are() {
         return;
     }
     Sandbox::run(|sandbox| {
-        let endpoints = addresses::<3>(Domain::V4, 8001);
-        let _servers = Servers::tcp(endpoints);
-        let services: Vec<SocketAddr> = (0..5).map(|n| SocketAddr::from(([10, 96, 7, n], 80))).collect();
-        let mut cluster = Cluster::new();
-        for (n, service) in services.iter().enumerate() {
-            cluster.serve(&format!("web-{n}"), *service, Tcp, &endpoints);
-        }
+        let (cluster, services, _servers) = five_services();
         let options = agent::options(sandbox);
         Agent::start(sandbox).follow(&cluster);
         let (maps, former) = (map_ids(sandbox), options.capacity);
@@ -407,13 +412,7 @@ fn another_layout_and_smaller_sizes_together_take_nothing_away() {
         return;
     }
     Sandbox::run(|sandbox| {
-        let endpoints = addresses::<3>(Domain::V4, 8001);
-        let _servers = Servers::tcp(endpoints);
-        let services: Vec<SocketAddr> = (0..5).map(|n| SocketAddr::from(([10, 96, 7, n], 80))).collect();
-        let mut cluster = Cluster::new();
-        for (n, service) in services.iter().enumerate() {
-            cluster.serve(&format!("web-{n}"), *service, Tcp, &endpoints);
-        }
+        let (cluster, services, _servers) = five_services();
         let options = agent::options(sandbox);
         Agent::start(sandbox).follow(&cluster);
         let former = options.capacity;

@@ -224,6 +224,16 @@ fn serve(place: &Place, town: &Town) -> Running {
     agent
 }
 
+/// Changes the manifest of [`serve`] in each way; fails with the ways during which a call failed.
+fn change_in_all(place: &Place, town: &Town, ways: &[(&str, &str)]) {
+    let mut wrong = Vec::new();
+    for (version, (name, way)) in (1..).zip(ways) {
+        let found = change(&place.manifests().join("web.yaml"), town, version, way);
+        wrong.extend(found.first().map(|first| format!("{name}: {} times, first {first}", found.len())));
+    }
+    assert!(wrong.is_empty(), "{wrong:#?}");
+}
+
 #[test]
 fn no_service_is_gone_while_its_manifest_is_changed_in_any_way() {
     if !["rsync", "git", "python3"].into_iter().all(|program| require(Feature::Command(program))) {
@@ -231,12 +241,7 @@ fn no_service_is_gone_while_its_manifest_is_changed_in_any_way() {
     }
     with_town(|place, town| {
         let agent = serve(place, town);
-        let mut wrong = Vec::new();
-        for (version, (name, way)) in (1..).zip(WAYS) {
-            let found = change(&place.manifests().join("web.yaml"), town, version, way);
-            wrong.extend(found.first().map(|first| format!("{name}: {} times, first {first}", found.len())));
-        }
-        assert!(wrong.is_empty(), "{wrong:#?}");
+        change_in_all(place, town, &WAYS);
         let (_, log) = agent.end_with_log(Signal::SIGTERM);
         for version in 0..WAYS.len() {
             let gone = format!("Service default/only-{version} is no longer served: ");
@@ -254,12 +259,7 @@ fn no_service_is_gone_under_editors_and_other_tools() {
     }
     with_town(|place, town| {
         let _agent = serve(place, town);
-        let mut wrong = Vec::new();
-        for (version, (name, way)) in (1..).zip(MORE_WAYS) {
-            let found = change(&place.manifests().join("web.yaml"), town, version, way);
-            wrong.extend(found.first().map(|first| format!("{name}: {} times, first {first}", found.len())));
-        }
-        assert!(wrong.is_empty(), "{wrong:#?}");
+        change_in_all(place, town, &MORE_WAYS);
     });
 }
 
