@@ -1,9 +1,11 @@
 //! Encodings of both files. Pure.
 //!
-//! ```text snapshot socklb-snapshot format=3 bytes=N crc32=XXXXXXXX generation=XXXXXXXXXXXXXXXX\n N bytes:
-//! all objects and settings, JSON, deflated journal socklb-journal format=3 generation=XXXXXXXXXXXXXXXX\n
-//! records, each: u32 length, u32 CRC-32 of length and content (little-endian), content: Changes, JSON,
-//! deflated
+//! ```text
+//! snapshot   socklb-snapshot format=3 bytes=N crc32=XXXXXXXX generation=XXXXXXXXXXXXXXXX\n
+//!            N bytes: all objects and settings, JSON, deflated
+//! journal    socklb-journal format=3 generation=XXXXXXXXXXXXXXXX\n
+//!            records, each: u32 length, u32 CRC-32 of length and content (little-endian),
+//!            content: Changes, JSON, deflated
 //! ```
 //!
 //! Format 2 is from agents without a journal: its snapshot has no generation and is not deflated. It is read
