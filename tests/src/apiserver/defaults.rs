@@ -9,19 +9,14 @@ use std::{
 use k8s_openapi::api::core::v1::Pod;
 use serde_json::{Value, json};
 
-use super::store::{Kind, Objects, Refusal};
+use super::store::{Kind, Name, Objects, Refusal};
 use crate::cluster;
 
 const NODE_PORTS: std::ops::RangeInclusive<u64> = 30000..=32767;
 
-/// Validates an object and sets the defaults. `old` is the object with the same name, `others` are all of its
-/// kind.
-pub(super) fn complete(
-    kind: Kind,
-    object: &mut Value,
-    old: Option<&Value>,
-    others: &Objects,
-) -> Result<(), Refusal> {
+/// Validates an object and sets the defaults. `others` are all of its kind, including the object with the same
+/// name, if there is one. Returns namespace and name; the namespace of a Node is empty.
+pub(super) fn complete(kind: Kind, object: &mut Value, others: &Objects) -> Result<Name, Refusal> {
     let Some(fields) = object.as_object_mut() else {
         return Err(Refusal::new(400, "BadRequest", "the body is not an object"));
     };
@@ -48,22 +43,24 @@ pub(super) fn complete(
             format!("metadata.name: Invalid value: {name:?}: must be a lowercase RFC 1123 subdomain");
         return Err(Refusal::new(422, "Invalid", message));
     }
+    let namespace = object["metadata"]["namespace"].as_str().unwrap_or_default();
+    let name = (namespace.to_owned(), name.to_owned());
     let is_readable = match kind {
         Kind::Pod => serde_json::from_value::<Pod>(object.clone()).map(drop).map_err(Into::into),
         _ => cluster::object(object).map(drop),
     };
     is_readable.map_err(|error: anyhow::Error| Refusal::new(400, "BadRequest", format!("{error:#}")))?;
     match kind {
-        Kind::Service => service(object, old, others),
+        Kind::Service => service(object, &name, others)?,
         Kind::Slice => {
             for port in object["ports"].as_array_mut().into_iter().flatten() {
                 default(port, "name", "".into());
                 default(port, "protocol", "TCP".into());
             }
-            Ok(())
         }
-        Kind::Node | Kind::Pod | Kind::ServiceCidr => Ok(()),
+        Kind::Node | Kind::Pod | Kind::ServiceCidr => {}
     }
+    Ok(name)
 }
 
 /// Whether a name is a DNS subdomain (RFC 1123). A real server is stricter for some kinds.
@@ -82,12 +79,12 @@ fn default(object: &mut Value, field: &str, value: Value) {
     }
 }
 
-fn service(object: &mut Value, old: Option<&Value>, others: &Objects) -> Result<(), Refusal> {
+fn service(object: &mut Value, name: &Name, others: &Objects) -> Result<(), Refusal> {
+    let old = others.get(name).map(|old| &**old);
     default(object, "spec", json!({}));
     default(object, "status", old.map_or_else(|| json!({"loadBalancer": {}}), |old| old["status"].clone()));
-    let name = super::store::name_of(object);
     // Iterated only when something is allocated: with many services, one iteration for each is too slow.
-    let others = || others.iter().filter(|(other, _)| Some(*other) != name.as_ref()).map(|(_, other)| other);
+    let others = || others.iter().filter(|(other, _)| *other != name).map(|(_, other)| other);
     let spec = &mut object["spec"];
     default(spec, "type", "ClusterIP".into());
     default(spec, "sessionAffinity", "None".into());

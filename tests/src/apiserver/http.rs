@@ -4,17 +4,20 @@ use std::{
     collections::{BTreeMap, VecDeque},
     io::{self, Write as _},
     net::TcpListener,
-    sync::Arc,
+    sync::{Arc, atomic::Ordering},
     time::Duration,
 };
 
 use bytes::Bytes;
 use flate2::{Compression, write::GzEncoder};
-use http_body_util::BodyExt as _;
+use http_body_util::{
+    BodyExt as _, Either, Full,
+    channel::{Channel, Sender},
+};
 use hyper::{
     Method, Request, Response, StatusCode,
     body::Incoming,
-    header::{ACCEPT, ACCEPT_ENCODING, AUTHORIZATION, CONTENT_ENCODING, CONTENT_TYPE, RETRY_AFTER},
+    header::{ACCEPT_ENCODING, AUTHORIZATION, CONTENT_ENCODING, CONTENT_TYPE, HeaderValue, RETRY_AFTER},
     server::conn::http1,
     service::service_fn,
 };
@@ -22,19 +25,17 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use percent_encoding::percent_decode_str;
 use serde::Serialize;
 use serde_json::{Value, json};
-use tokio::{
-    sync::mpsc,
-    time::{self, Instant},
-};
+use tokio::time::{self, Instant};
+use tokio_util::io::InspectWriter;
 
 use super::{
-    Shared, Signals,
-    body::Answer,
-    count::Counted,
-    discovery, events, lock,
+    Shared, Signals, discovery, events, lock,
     selector::Selector,
-    store::{Change, Kind, Objects, Refusal, name_of},
+    store::{Change, Kind, Objects, Refusal},
 };
+
+/// A complete text, or chunks over time. An aborted channel closes the connection.
+type Answer = Either<Full<Bytes>, Channel<Bytes, io::Error>>;
 
 /// Waits forever if the connection is frozen.
 async fn wait_while_frozen(shared: &Shared, connection: u64) {
@@ -56,7 +57,10 @@ pub(super) async fn serve(listener: TcpListener, shared: Arc<Shared>) {
             *n_connections
         };
         let shared = Arc::clone(&shared);
-        let counted = Counted { stream, n_octets: Arc::clone(&shared.n_octets) };
+        let counting = Arc::clone(&shared);
+        let counted = InspectWriter::new(stream, move |octets: &[u8]| {
+            let _before = counting.n_octets.fetch_add(octets.len() as u64, Ordering::Relaxed);
+        });
         // Stops with the runtime.
         let _connection = tokio::spawn(async move {
             let service = service_fn(move |request| {
@@ -77,10 +81,10 @@ pub(super) async fn serve(listener: TcpListener, shared: Arc<Shared>) {
     }
 }
 
-fn respond(code: u16, body: Answer) -> Response<Answer> {
-    let mut response = Response::new(body);
+fn respond(code: u16, text: impl Into<Bytes>) -> Response<Answer> {
+    let mut response = Response::new(Either::Left(Full::new(text.into())));
     *response.status_mut() = StatusCode::from_u16(code).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
-    response.headers_mut().insert(CONTENT_TYPE, hyper::header::HeaderValue::from_static("application/json"));
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
     response
 }
 
@@ -90,18 +94,18 @@ const PACKED: usize = 128 << 10;
 fn answer_list(list: &Value, takes_gzip: bool) -> Response<Answer> {
     let text = list.to_string();
     if !takes_gzip || text.len() < PACKED {
-        return respond(200, Answer::Whole(Some(text.into())));
+        return respond(200, text);
     }
     let mut gzip = GzEncoder::new(Vec::new(), Compression::fast());
     // Writes to memory.
     let octets = gzip.write_all(text.as_bytes()).and_then(|()| gzip.finish()).unwrap_or_default();
-    let mut response = respond(200, Answer::Whole(Some(octets.into())));
-    response.headers_mut().insert(CONTENT_ENCODING, hyper::header::HeaderValue::from_static("gzip"));
+    let mut response = respond(200, octets);
+    response.headers_mut().insert(CONTENT_ENCODING, HeaderValue::from_static("gzip"));
     response
 }
 
 fn refused(refusal: &Refusal) -> Response<Answer> {
-    let mut response = respond(refusal.code, Answer::json(&refusal.status()));
+    let mut response = respond(refusal.code, refusal.status().to_string());
     if let Some(seconds) = refusal.retry_after {
         response.headers_mut().insert(RETRY_AFTER, seconds.into());
     }
@@ -139,7 +143,6 @@ struct Target<'a> {
     kind: Kind,
     namespace: Option<&'a str>,
     name: Option<&'a str>,
-    is_status: bool,
 }
 
 fn target(path: &str) -> Option<Target<'_>> {
@@ -155,15 +158,14 @@ fn target(path: &str) -> Option<Target<'_>> {
         ["namespaces", namespace, parts @ ..] if !parts.is_empty() => (Some(*namespace), parts),
         parts => (None, parts),
     };
-    let (plural, name, is_status) = match parts {
-        [plural] => (*plural, None, false),
-        [plural, name] => (*plural, Some(*name), false),
-        [plural, name, "status"] => (*plural, Some(*name), true),
+    let (plural, name) = match parts {
+        [plural] => (*plural, None),
+        [plural, name] => (*plural, Some(*name)),
         _ => return None,
     };
     let kind =
         Kind::ALL.into_iter().find(|kind| kind.plural() == plural && kind.api_version() == api_version)?;
-    (namespace.is_none() || kind.is_namespaced()).then_some(Target { kind, namespace, name, is_status })
+    (namespace.is_none() || kind.is_namespaced()).then_some(Target { kind, namespace, name })
 }
 
 type Result<T, E = Refusal> = std::result::Result<T, E>;
@@ -175,27 +177,14 @@ async fn answer(
 ) -> Result<Response<Answer>> {
     let (head, body) = request.into_parts();
     let path = percent_decode_str(head.uri.path()).decode_utf8_lossy();
-    if matches!(&*path, "/healthz" | "/livez" | "/readyz") {
-        return Ok(respond(200, Answer::Whole(Some(Bytes::from_static(b"ok")))));
-    }
-    if path == "/openapi/v2" {
-        // kubectl before 1.27 validates with this document and accepts only protobuf. An empty document has
-        // no schemas, and objects without a schema are not validated. kubectl cannot parse its own format's
-        // name as a media type.
-        let mut response = respond(200, Answer::Whole(Some(Bytes::new())));
-        let octets = hyper::header::HeaderValue::from_static("application/octet-stream");
-        response.headers_mut().insert(CONTENT_TYPE, octets);
-        return Ok(response);
-    }
     if let Some(document) = discovery::document(path.trim_end_matches('/')) {
-        return Ok(respond(200, Answer::json(&document)));
+        return Ok(respond(200, document.to_string()));
     }
+    let body = body.collect().await.map_err(|error| unreadable(&error))?.to_bytes();
+    let parse = || serde_json::from_slice(&body).map_err(|error| unreadable(&error));
     if let Some((namespace, name)) = events::target(&path) {
-        let body = body.collect().await;
-        let body = body.map_err(|error| Refusal::new(400, "BadRequest", error.to_string()))?.to_bytes();
-        let object = parse(&body, "application/json")?;
-        let (code, event) = lock(&shared.events).write(&head.method, namespace, name, object)?;
-        return Ok(respond(code, Answer::json(&event)));
+        let (code, event) = lock(&shared.events).write(&head.method, namespace, name, parse()?)?;
+        return Ok(respond(code, event.to_string()));
     }
     let query = Query::parse(head.uri.query().unwrap_or_default());
     let unknown = lock(&shared.faults).unknown;
@@ -229,20 +218,7 @@ async fn answer(
             return Err(Refusal { retry_after, ..refusal });
         }
     }
-    let accepts = head.headers.get(ACCEPT).and_then(|value| value.to_str().ok()).unwrap_or_default();
-    if !accepts.is_empty() && !accepts.contains("json") && !accepts.contains("*/*") {
-        return Err(Refusal::new(406, "NotAcceptable", "only application/json is supported"));
-    }
-    let content_type =
-        head.headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
-    let body = match head.method {
-        Method::POST | Method::PUT | Method::PATCH | Method::DELETE => {
-            let body = body.collect().await;
-            body.map_err(|error| Refusal::new(400, "BadRequest", error.to_string()))?.to_bytes()
-        }
-        _ => Bytes::new(),
-    };
-    let namespace = target.namespace.unwrap_or_default();
+    let (kind, namespace) = (target.kind, target.namespace.unwrap_or_default());
     match (head.method, target.name) {
         (Method::GET, None) if query.is_true("watch") => watch(shared, connection, target, &query),
         (Method::GET, None) => {
@@ -258,80 +234,35 @@ async fn answer(
             list(shared, target, &query).map(|list| answer_list(&list, takes_gzip))
         }
         (Method::GET, Some(name)) => {
-            let object = lock(&shared.store).get(target.kind, namespace, name)?;
-            Ok(respond(200, Answer::json(&object)))
+            let object = lock(&shared.store).get(kind, namespace, name)?;
+            Ok(respond(200, object.to_string()))
         }
         (Method::POST, None) => {
-            let mut object = parse(&body, content_type)?;
-            place(&mut object, target)?;
-            let generate_name = object["metadata"]["generateName"].as_str().unwrap_or_default().to_owned();
-            if name_of(&object).is_none() && !generate_name.is_empty() {
-                let version = lock(&shared.store).version();
-                object["metadata"]["name"] = format!("{generate_name}{version:05x}").into();
-            }
-            write(shared, target.kind, object, &query, |store_has| match store_has {
-                Some(name) => {
-                    let message = format!("{} {name:?} already exists", target.kind.plural());
+            let object: Value = parse()?;
+            let name = object["metadata"]["name"].as_str().unwrap_or_default().to_owned();
+            let created = shared.change(|store| match store.get(kind, namespace, &name) {
+                Ok(_existing) => {
+                    let message = format!("{} {name:?} already exists", kind.plural());
                     Err(Refusal::new(409, "AlreadyExists", message))
                 }
-                None => Ok(()),
-            })
-            .map(|object| respond(201, Answer::json(&object)))
-        }
-        (Method::PUT, Some(name)) => {
-            let mut object = parse(&body, content_type)?;
-            place(&mut object, target)?;
-            let old = lock(&shared.store).get(target.kind, namespace, name)?;
-            keep_the_other_half(&mut object, &old, target);
-            write(shared, target.kind, object, &query, |_| Ok(()))
-                .map(|object| respond(200, Answer::json(&object)))
+                Err(_missing) => store.upsert(kind, object),
+            })?;
+            Ok(respond(201, created.to_string()))
         }
         (Method::PATCH, Some(name)) => {
-            let is_apply = content_type.starts_with("application/apply-patch");
-            let changes = parse(&body, content_type)?;
-            let old = lock(&shared.store).get(target.kind, namespace, name);
-            let old = match old {
-                Err(_missing) if is_apply => json!({"metadata": {"name": name}}),
-                old => (*old?).clone(),
-            };
-            let mut object = old.clone();
-            merge(&mut object, &changes);
-            place(&mut object, target)?;
-            if is_apply {
-                // An apply is not conditional on a version.
-                object["metadata"]["resourceVersion"] = Value::Null;
-            } else {
-                keep_the_other_half(&mut object, &old, target);
-            }
-            write(shared, target.kind, object, &query, |_| Ok(()))
-                .map(|object| respond(200, Answer::json(&object)))
+            let changes = parse()?;
+            let patched = shared.change(|store| {
+                let mut object = (*store.get(kind, namespace, name)?).clone();
+                merge(&mut object, &changes);
+                store.upsert(kind, object)
+            })?;
+            Ok(respond(200, patched.to_string()))
         }
         (Method::DELETE, Some(name)) => {
-            if !query.get("dryRun").is_empty() {
-                let object = lock(&shared.store).get(target.kind, namespace, name)?;
-                return Ok(respond(200, Answer::json(&object)));
-            }
-            let object = shared.change(|store| store.delete(target.kind, namespace, name))?;
-            let details =
-                json!({"name": name, "kind": target.kind.plural(), "uid": object["metadata"]["uid"]});
+            let object = shared.change(|store| store.delete(kind, namespace, name))?;
+            let details = json!({"name": name, "kind": kind.plural(), "uid": object["metadata"]["uid"]});
             let status = json!({"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success", "details": details});
-            Ok(respond(200, Answer::json(&status)))
-        }
-        (Method::DELETE, None) => {
-            let selector =
-                Selector::parse(query.get("labelSelector"), query.get("fieldSelector"), target.namespace)?;
-            let objects = lock(&shared.store).objects(target.kind);
-            for (namespace, name) in
-                objects.iter().filter(|(_, object)| selector.matches(object)).map(|(name, _)| name)
-            {
-                let _gone = shared.change(|store| store.delete(target.kind, namespace, name));
-            }
-            Ok(respond(
-                200,
-                Answer::json(
-                    &json!({"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success"}),
-                ),
-            ))
+            Ok(respond(200, status.to_string()))
         }
         _ => Err(Refusal::new(
             405,
@@ -341,50 +272,8 @@ async fn answer(
     }
 }
 
-fn parse(body: &[u8], content_type: &str) -> Result<Value> {
-    let parsed = if content_type.contains("yaml") {
-        let text = String::from_utf8_lossy(body);
-        serde_saphyr::from_str(&text).map_err(|error| error.to_string())
-    } else if content_type.contains("protobuf") || content_type.starts_with("application/json-patch") {
-        return Err(Refusal::new(415, "UnsupportedMediaType", format!("{content_type} is not supported")));
-    } else {
-        serde_json::from_slice(body).map_err(|error| error.to_string())
-    };
-    parsed.map_err(|cause| Refusal::new(400, "BadRequest", format!("the body cannot be read: {cause}")))
-}
-
-/// Sets the name and namespace of the path in the object. Refuses an object with others.
-fn place(object: &mut Value, target: Target<'_>) -> Result<()> {
-    if !object["metadata"].is_object() {
-        return Err(Refusal::new(422, "Invalid", "metadata: Required value"));
-    }
-    for (field, wanted) in [("namespace", target.namespace), ("name", target.name)] {
-        let Some(wanted) = wanted else { continue };
-        let found = &mut object["metadata"][field];
-        if found.is_null() {
-            *found = wanted.into();
-        } else if found != wanted {
-            let message = format!(
-                "the {field} of the object ({found}) does not match the one on the request ({wanted})"
-            );
-            return Err(Refusal::new(400, "BadRequest", message));
-        }
-    }
-    Ok(())
-}
-
-/// A request for the status changes only the status; a request for the object keeps the status.
-fn keep_the_other_half(object: &mut Value, old: &Value, target: Target<'_>) {
-    // Both requests set the status of a Node, so that a test can create a complete one with `kubectl apply`.
-    if target.is_status {
-        let status = object["status"].take();
-        let version = object["metadata"]["resourceVersion"].take();
-        *object = old.clone();
-        object["status"] = status;
-        object["metadata"]["resourceVersion"] = version;
-    } else if target.kind == Kind::Service {
-        object["status"] = old["status"].clone();
-    }
+fn unreadable(error: &impl ToString) -> Refusal {
+    Refusal::new(400, "BadRequest", format!("the body cannot be read: {}", error.to_string()))
 }
 
 /// RFC 7386, without the directives of a strategic merge.
@@ -405,27 +294,6 @@ pub(super) fn merge(object: &mut Value, patch: &Value) {
             merge(&mut object[key], value);
         }
     }
-}
-
-fn write(
-    shared: &Shared,
-    kind: Kind,
-    object: Value,
-    query: &Query,
-    check: impl FnOnce(Option<&str>) -> Result<()>,
-) -> Result<Arc<Value>> {
-    let is_dry = !query.get("dryRun").is_empty();
-    shared.change(|store| {
-        let namespace = object["metadata"]["namespace"].as_str().unwrap_or(if kind.is_namespaced() {
-            "default"
-        } else {
-            ""
-        });
-        let name = object["metadata"]["name"].as_str().unwrap_or_default();
-        check(store.get(kind, namespace, name).is_ok().then_some(name))?;
-        let prepared = store.prepare(kind, object)?;
-        Ok(if is_dry { Arc::new(prepared) } else { store.commit(kind, prepared) })
-    })
 }
 
 /// Refuses a version that is newer than the server's.
@@ -526,7 +394,7 @@ fn watch(
     }
     let seconds = query.number("timeoutSeconds")?;
     let timeout = Duration::from_secs(if seconds == 0 { 3600 } else { seconds });
-    let (sender, chunks) = mpsc::channel(64);
+    let (sender, chunks) = Channel::new(64);
     let mut watch = Watch {
         shared: Arc::clone(shared),
         connection,
@@ -547,7 +415,7 @@ fn watch(
         }
         let _ended = time::timeout(timeout, watch.follow(version, oldest, faults.bookmark_interval)).await;
     });
-    Ok(respond(200, Answer::Chunks(chunks)))
+    Ok(respond(200, Bytes::new()).map(|_empty| Either::Right(chunks)))
 }
 
 /// An event as a line of a watch. The object is not copied: an initial list has many.
@@ -568,7 +436,7 @@ struct Watch {
     connection: u64,
     kind: Kind,
     selector: Selector,
-    sender: mpsc::Sender<io::Result<Bytes>>,
+    sender: Sender<Bytes, io::Error>,
     wants_bookmarks: bool,
     started: Signals,
 }
@@ -579,8 +447,8 @@ impl Watch {
         self.send_line(line(event, object)).await
     }
 
-    async fn send_line(&self, line: Bytes) -> Option<()> {
-        self.sender.send(Ok(line)).await.ok()
+    async fn send_line(&mut self, line: Bytes) -> Option<()> {
+        self.sender.send_data(line).await.ok()
     }
 
     /// Sends objects ordered by name. Each change is sent as soon as its object was sent.
@@ -603,7 +471,7 @@ impl Watch {
         Some(())
     }
 
-    async fn send_in_list(&self, change: &Change) -> Option<()> {
+    async fn send_in_list(&mut self, change: &Change) -> Option<()> {
         if let Some(line) = self.line_of(change) {
             lock(&self.shared.requests).changes_in_lists += 1;
             self.send_line(line).await?;
@@ -629,7 +497,7 @@ impl Watch {
     /// Sends changes until the watch closes.
     ///
     /// Waits silently for a version that is not reached yet, as a real server does.
-    async fn follow(&mut self, mut version: u64, oldest: u64, bookmark_interval: Duration) -> Option<()> {
+    async fn follow(mut self, mut version: u64, oldest: u64, bookmark_interval: Duration) -> Option<()> {
         let mut versions = self.shared.version.subscribe();
         let mut signals = self.shared.signals.subscribe();
         let mut next_bookmark = Instant::now() + bookmark_interval;
@@ -637,8 +505,8 @@ impl Watch {
             let now = *signals.borrow_and_update();
             if now.cut != self.started.cut {
                 // Closes in the middle of a chunk.
-                let _receiver_gone = self.sender.send(Ok(Bytes::from_static(b"{\"type\":\"ADD"))).await;
-                let _receiver_gone = self.sender.send(Err(io::ErrorKind::ConnectionAborted.into())).await;
+                self.send_line(Bytes::from_static(b"{\"type\":\"ADD")).await?;
+                self.sender.abort(io::ErrorKind::ConnectionAborted.into());
                 return None;
             }
             if now.expire != self.started.expire {
@@ -656,7 +524,6 @@ impl Watch {
             tokio::select! {
                 _ = versions.changed() => {}
                 _ = signals.changed() => {}
-                () = self.sender.closed() => return None,
                 () = time::sleep_until(next_bookmark), if self.wants_bookmarks => {
                     next_bookmark = Instant::now() + bookmark_interval;
                     // Kubernetes 1.36 sends no bookmark for a version that is not reached.

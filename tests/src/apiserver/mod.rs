@@ -15,8 +15,6 @@
 //! - One counter numbers the changes of all kinds, as in etcd.
 //! - [`ApiServer::stop`] closes every connection; [`ApiServer::resume`] listens on the same address.
 
-mod body;
-mod count;
 mod defaults;
 mod discovery;
 mod events;
@@ -46,8 +44,8 @@ use nix::sys::socket::{
 use serde_json::Value;
 use tokio::sync::{oneshot, watch};
 
+pub use self::store::Kind;
 use self::store::{Change, Store};
-pub use self::store::{Kind, Refusal};
 use crate::cluster::{self, Cluster};
 
 /// The current faults. None by default.
@@ -150,7 +148,7 @@ struct Shared {
     signals: watch::Sender<Signals>,
     /// The number of the last connection.
     n_connections: Mutex<u64>,
-    n_octets: Arc<AtomicU64>,
+    n_octets: AtomicU64,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -249,7 +247,7 @@ impl ApiServer {
             written: Mutex::default(),
             signals: watch::Sender::new(Signals::default()),
             n_connections: Mutex::default(),
-            n_octets: Arc::default(),
+            n_octets: AtomicU64::default(),
         };
         let mut server = Self { shared: Arc::new(shared), address, socket, running: None };
         server.resume()?;

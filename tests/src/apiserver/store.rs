@@ -30,38 +30,33 @@ impl Kind {
     /// All kinds.
     pub const ALL: [Self; 5] = [Self::Service, Self::Slice, Self::Node, Self::Pod, Self::ServiceCidr];
 
+    /// `apiVersion`, `kind`, and the plural in paths.
+    const fn names(self) -> (&'static str, &'static str, &'static str) {
+        match self {
+            Self::Service => ("v1", "Service", "services"),
+            Self::Slice => ("discovery.k8s.io/v1", "EndpointSlice", "endpointslices"),
+            Self::Node => ("v1", "Node", "nodes"),
+            Self::Pod => ("v1", "Pod", "pods"),
+            Self::ServiceCidr => ("networking.k8s.io/v1", "ServiceCIDR", "servicecidrs"),
+        }
+    }
+
     /// `apiVersion`
     #[must_use]
     pub const fn api_version(self) -> &'static str {
-        match self {
-            Self::Service | Self::Node | Self::Pod => "v1",
-            Self::Slice => "discovery.k8s.io/v1",
-            Self::ServiceCidr => "networking.k8s.io/v1",
-        }
+        self.names().0
     }
 
     /// `kind`
     #[must_use]
     pub const fn name(self) -> &'static str {
-        match self {
-            Self::Service => "Service",
-            Self::Slice => "EndpointSlice",
-            Self::Node => "Node",
-            Self::Pod => "Pod",
-            Self::ServiceCidr => "ServiceCIDR",
-        }
+        self.names().1
     }
 
     /// The plural in paths.
     #[must_use]
     pub const fn plural(self) -> &'static str {
-        match self {
-            Self::Service => "services",
-            Self::Slice => "endpointslices",
-            Self::Node => "nodes",
-            Self::Pod => "pods",
-            Self::ServiceCidr => "servicecidrs",
-        }
+        self.names().2
     }
 
     /// Whether its objects are namespaced.
@@ -73,17 +68,17 @@ impl Kind {
 
 /// A request that fails with a `metav1.Status`.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Refusal {
+pub(super) struct Refusal {
     /// The HTTP status code.
-    pub code: u16,
+    pub(super) code: u16,
     /// The machine-readable reason.
-    pub reason: &'static str,
+    pub(super) reason: &'static str,
     /// The human-readable message.
-    pub message: String,
+    pub(super) message: String,
     /// `details.causes[0].reason`
-    pub cause: Option<&'static str>,
+    pub(super) cause: Option<&'static str>,
     /// Header `Retry-After` and `details.retryAfterSeconds`
-    pub retry_after: Option<u32>,
+    pub(super) retry_after: Option<u32>,
 }
 
 impl Refusal {
@@ -226,32 +221,13 @@ impl Store {
         }
     }
 
-    /// Validates a new object and sets the defaults, without storing it.
-    pub(super) fn prepare(&mut self, kind: Kind, mut object: Value) -> Result<Value, Refusal> {
-        let old = name_of(&object)
-            .and_then(|(namespace, name)| self.get(kind, &namespace, &name).ok())
-            .map(|old| (*old).clone());
-        let wanted_version = object["metadata"]["resourceVersion"].as_str().unwrap_or_default().to_owned();
-        let none = Objects::new();
-        let others = self.objects.get(&kind).unwrap_or(&none);
-        defaults::complete(kind, &mut object, old.as_ref(), others)?;
-        let Some((_, name)) = name_of(&object) else {
-            return Err(Refusal::new(
-                422,
-                "Invalid",
-                "metadata.name: Required value: name or generateName is required",
-            ));
-        };
+    /// Validates an object, sets the defaults, and stores it.
+    pub(super) fn upsert(&mut self, kind: Kind, mut object: Value) -> Result<Arc<Value>, Refusal> {
+        let objects = self.objects.entry(kind).or_default();
+        let name = defaults::complete(kind, &mut object, objects)?;
+        let old = objects.get(&name).cloned();
         let metadata = &mut object["metadata"];
         if let Some(old) = &old {
-            if !wanted_version.is_empty() && old["metadata"]["resourceVersion"] != wanted_version.as_str() {
-                let message = format!(
-                    "Operation cannot be fulfilled on {} {name:?}: the object has been modified; please apply your \
-                     changes to the latest version and try again",
-                    kind.plural()
-                );
-                return Err(Refusal::new(409, "Conflict", message));
-            }
             for field in ["uid", "creationTimestamp", "generation", "resourceVersion"] {
                 metadata[field] = old["metadata"][field].clone();
             }
@@ -259,6 +235,9 @@ impl Store {
             if ["spec", "endpoints", "ports"].into_iter().any(differs) {
                 let generation = old["metadata"]["generation"].as_u64().unwrap_or(1);
                 object["metadata"]["generation"] = (generation + 1).into();
+            }
+            if **old == object {
+                return Ok(Arc::clone(old));
             }
         } else {
             self.n_uids += 1;
@@ -271,30 +250,12 @@ impl Store {
                 metadata["creationTimestamp"] = now.into();
             }
         }
-        Ok(object)
-    }
-
-    /// Stores what [`Self::prepare`] returned.
-    pub(super) fn commit(&mut self, kind: Kind, mut object: Value) -> Arc<Value> {
-        let name = name_of(&object).unwrap_or_default();
-        let objects = self.objects.entry(kind).or_default();
-        let old = objects.get(&name).cloned();
-        if let Some(old) = &old
-            && **old == object
-        {
-            return Arc::clone(old);
-        }
         self.version += 1;
         object["metadata"]["resourceVersion"] = self.version.to_string().into();
         let object = Arc::new(object);
         objects.insert(name.clone(), Arc::clone(&object));
         self.log.push_back(Change { version: self.version, kind, name, old, new: Some(Arc::clone(&object)) });
-        object
-    }
-
-    pub(super) fn upsert(&mut self, kind: Kind, object: Value) -> Result<Arc<Value>, Refusal> {
-        let object = self.prepare(kind, object)?;
-        Ok(self.commit(kind, object))
+        Ok(object)
     }
 
     pub(super) fn delete(&mut self, kind: Kind, namespace: &str, name: &str) -> Result<Arc<Value>, Refusal> {
@@ -311,10 +272,4 @@ impl Store {
         });
         Ok(old)
     }
-}
-
-/// Namespace and name, if the object has a name.
-pub(super) fn name_of(object: &Value) -> Option<Name> {
-    let name = object["metadata"]["name"].as_str().filter(|name| !name.is_empty())?;
-    Some((object["metadata"]["namespace"].as_str().unwrap_or_default().to_owned(), name.to_owned()))
 }
