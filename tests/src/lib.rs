@@ -31,7 +31,6 @@ pub mod client;
 pub mod cluster;
 pub mod controlplane;
 pub mod feature;
-pub mod netlink;
 pub mod netns;
 pub mod process;
 pub mod sandbox;

@@ -6,6 +6,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use lb_netns::{NetNs, on_a_thread};
 use nix::{
     mount::{MntFlags, MsFlags, mount, umount2},
     sched::{CloneFlags, unshare},
@@ -13,10 +14,7 @@ use nix::{
 };
 use tempfile::TempDir;
 
-use crate::{
-    cgroup::ThreadCgroup,
-    netns::{NetNs, on_a_thread},
-};
+use crate::cgroup::ThreadCgroup;
 
 /// File descriptors of a test process. All its tests share them: clients, and servers that close connections
 /// late.

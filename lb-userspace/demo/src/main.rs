@@ -203,9 +203,8 @@ impl<'a> Stage<'a> {
     async fn set(scenery: &'a Scenery, program: &Path, narrator: Narrator) -> Result<Self> {
         manifests::write(&scenery.manifests).context("cannot write the manifests")?;
         let mut backends = Vec::new();
-        let pods = scenery.wire().await.context("cannot connect the namespaces: CAP_NET_ADMIN is needed")?;
-        for (pod, netns) in pods {
-            backends.push(Backend::start(pod, netns)?);
+        for (pod, netns) in &scenery.pods {
+            backends.push(Backend::start(*pod, netns)?);
         }
         for address in backends.iter().flat_map(|backend| backend.pod.addresses()) {
             await_wire(SocketAddr::new(address, HTTP_PORT)).await?;

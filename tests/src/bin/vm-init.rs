@@ -16,7 +16,6 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus};
 
 use anyhow::{Context, Result, bail};
-use lb_tests::netlink;
 use nix::kmod::{ModuleInitFlags, finit_module};
 use nix::mount::{MsFlags, mount};
 use nix::sys::reboot::{RebootMode, reboot};
@@ -80,7 +79,7 @@ fn run() -> Result<i32> {
     setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY)
         .context("cannot raise RLIMIT_MEMLOCK")?;
     load_modules()?;
-    netlink::set_up(netlink::LOOPBACK).context("cannot set the loopback device up")?;
+    lb_netns::set_up_loopback().context("cannot set the loopback device up")?;
     let status = run_test()?;
     Ok(status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or_default()))
 }
