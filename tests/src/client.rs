@@ -3,27 +3,21 @@
 use std::{
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
-    os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd as _, OwnedFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+    time::Duration,
 };
 
 use lb_core::model::Protocol;
 use nix::{
     errno::Errno,
-    fcntl::{FcntlArg, OFlag, fcntl},
     libc,
     poll::{PollFd, PollFlags, PollTimeout, poll},
-    sys::{
-        socket::{
-            self, AddressFamily, MsgFlags, SockFlag, SockType, SockaddrLike as _, SockaddrStorage,
-            setsockopt,
-            sockopt::{Linger, ReceiveTimeout, SendTimeout},
-        },
-        time::{TimeVal, TimeValLike},
-    },
+    sys::socket::{SockaddrStorage, recvfrom},
 };
+use socket2::{SockAddr, Type};
 
-/// Timeout of a call in seconds. Only a failing test waits that long.
-const PATIENCE: i64 = 20;
+/// Timeout of a call. Only a failing test waits that long.
+const PATIENCE: Duration = Duration::from_secs(20);
 
 /// The kind of socket of a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,12 +49,12 @@ impl Domain {
         }
     }
 
-    fn family(self) -> AddressFamily {
-        if self == Self::V4 { AddressFamily::Inet } else { AddressFamily::Inet6 }
+    fn family(self) -> socket2::Domain {
+        if self == Self::V4 { socket2::Domain::IPV4 } else { socket2::Domain::IPV6 }
     }
 
     /// The address in the form of this domain.
-    fn sockaddr(self, address: SocketAddr) -> SockaddrStorage {
+    fn sockaddr(self, address: SocketAddr) -> SockAddr {
         match (self, address.ip()) {
             (Self::Mapped, IpAddr::V4(ip)) => {
                 SocketAddr::new(ip.to_ipv6_mapped().into(), address.port()).into()
@@ -75,12 +69,7 @@ impl Domain {
     ///
     /// If a socket of this domain must not see such an address: for [`Domain::Mapped`], one that is not
     /// mapped.
-    fn address(self, storage: &SockaddrStorage) -> SocketAddr {
-        let address = match (storage.as_sockaddr_in(), storage.as_sockaddr_in6()) {
-            (Some(v4), _) => SocketAddr::V4((*v4).into()),
-            (_, Some(v6)) => SocketAddr::V6((*v6).into()),
-            _ => panic!("an address that is neither IPv4 nor IPv6: {storage:?}"),
-        };
+    fn address(self, address: SocketAddr) -> SocketAddr {
         match (self, address.ip()) {
             (Self::Mapped, IpAddr::V6(ip)) => {
                 let ip = ip.to_ipv4_mapped().unwrap_or_else(|| panic!("{ip} is not an IPv4-mapped address"));
@@ -98,26 +87,25 @@ impl Domain {
 ///
 /// The system call's: `EAFNOSUPPORT`, `EPROTONOSUPPORT` or `ESOCKTNOSUPPORT` if the kernel lacks the kind.
 pub fn open(family: i32, kind: i32, protocol: i32) -> io::Result<OwnedFd> {
-    // SAFETY: takes three integers.
-    let fd = unsafe { libc::socket(family, kind | libc::SOCK_CLOEXEC, protocol) };
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: a new file descriptor without other owners.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+    Ok(socket2::Socket::new(family.into(), kind.into(), Some(protocol.into()))?.into())
+}
+
+/// The number of a system call's error.
+fn errno<T>(result: io::Result<T>) -> Result<T, Errno> {
+    result.map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or_default()))
 }
 
 /// A socket, closed on drop. Addresses of [`Domain::Mapped`] are given and returned as IPv4 addresses.
 #[derive(Debug)]
 pub struct Socket {
-    fd: OwnedFd,
+    socket: socket2::Socket,
     domain: Domain,
     protocol: Protocol,
 }
 
 impl AsFd for Socket {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.fd.as_fd()
+        self.socket.as_fd()
     }
 }
 
@@ -129,9 +117,8 @@ impl Socket {
     /// If the socket cannot be created.
     #[must_use]
     pub fn new(domain: Domain, protocol: Protocol) -> Self {
-        let kind = if protocol == Protocol::Tcp { SockType::Stream } else { SockType::Datagram };
-        let fd = socket::socket(domain.family(), kind, SockFlag::SOCK_CLOEXEC, None).expect("a socket");
-        Self::from_fd(fd, domain, protocol)
+        let socket = socket2::Socket::new(domain.family(), kind(protocol), None).expect("a socket");
+        Self::with_timeouts(socket, domain, protocol)
     }
 
     /// A socket of another protocol, such as `IPPROTO_MPTCP`, used like one of `protocol`.
@@ -140,8 +127,8 @@ impl Socket {
     ///
     /// `EPROTONOSUPPORT` if the kernel lacks it.
     pub fn with_protocol_number(domain: Domain, protocol: Protocol, number: i32) -> io::Result<Self> {
-        let kind = if protocol == Protocol::Tcp { libc::SOCK_STREAM } else { libc::SOCK_DGRAM };
-        Ok(Self::from_fd(open(domain.family() as i32, kind, number)?, domain, protocol))
+        let socket = socket2::Socket::new(domain.family(), kind(protocol), Some(number.into()))?;
+        Ok(Self::with_timeouts(socket, domain, protocol))
     }
 
     /// The same socket through another descriptor (`dup()`).
@@ -151,13 +138,13 @@ impl Socket {
     /// If the process has too many descriptors.
     #[must_use]
     pub fn duplicate(&self) -> Self {
-        Self { fd: self.fd.try_clone().expect("a descriptor"), ..*self }
+        Self { socket: self.socket.try_clone().expect("a descriptor"), ..*self }
     }
 
     /// Its descriptor.
     #[must_use]
     pub fn into_fd(self) -> OwnedFd {
-        self.fd
+        self.socket.into()
     }
 
     /// A socket that another process or thread opened.
@@ -167,15 +154,17 @@ impl Socket {
     /// If it does not accept timeouts.
     #[must_use]
     pub fn from_fd(fd: OwnedFd, domain: Domain, protocol: Protocol) -> Self {
-        let patience = TimeVal::seconds(PATIENCE);
-        setsockopt(&fd, ReceiveTimeout, &patience).expect("a receive time-out");
-        setsockopt(&fd, SendTimeout, &patience).expect("a send time-out");
+        Self::with_timeouts(fd.into(), domain, protocol)
+    }
+
+    fn with_timeouts(socket: socket2::Socket, domain: Domain, protocol: Protocol) -> Self {
+        socket.set_read_timeout(Some(PATIENCE)).expect("a receive time-out");
+        socket.set_write_timeout(Some(PATIENCE)).expect("a send time-out");
         if protocol == Protocol::Tcp {
             // Thousands of connections to one address must not use up the local ports with TIME_WAIT.
-            let at_once = libc::linger { l_onoff: 1, l_linger: 0 };
-            setsockopt(&fd, Linger, &at_once).expect("a linger time");
+            socket.set_linger(Some(Duration::ZERO)).expect("a linger time");
         }
-        Self { fd, domain, protocol }
+        Self { socket, domain, protocol }
     }
 
     /// `connect()`
@@ -184,7 +173,7 @@ impl Socket {
     ///
     /// The system call's.
     pub fn connect(&self, to: SocketAddr) -> Result<(), Errno> {
-        socket::connect(self.fd.as_raw_fd(), &self.domain.sockaddr(to))
+        self.connect_as(self.domain, to)
     }
 
     /// `connect()` with the address in the form of another domain: an `AF_INET6` socket accepts `sockaddr_in`
@@ -194,7 +183,7 @@ impl Socket {
     ///
     /// The system call's.
     pub fn connect_as(&self, domain: Domain, to: SocketAddr) -> Result<(), Errno> {
-        socket::connect(self.fd.as_raw_fd(), &domain.sockaddr(to))
+        errno(self.socket.connect(&domain.sockaddr(to)))
     }
 
     /// `sendto()` with the address in the form of another domain.
@@ -203,7 +192,7 @@ impl Socket {
     ///
     /// The system call's.
     pub fn send_to_as(&self, domain: Domain, bytes: &[u8], to: SocketAddr) -> Result<(), Errno> {
-        socket::sendto(self.fd.as_raw_fd(), bytes, &domain.sockaddr(to), MsgFlags::empty()).map(drop)
+        errno(self.socket.send_to(bytes, &domain.sockaddr(to))).map(drop)
     }
 
     /// Converts an `AF_INET6` socket that is connected to an IPv4 address to `AF_INET` (`IPV6_ADDRFORM`).
@@ -217,7 +206,7 @@ impl Socket {
         // SAFETY: the kernel reads `len` bytes of `family`, which outlives the call.
         Errno::result(unsafe {
             libc::setsockopt(
-                self.fd.as_raw_fd(),
+                self.socket.as_raw_fd(),
                 libc::IPPROTO_IPV6,
                 libc::IPV6_ADDRFORM,
                 (&raw const family).cast(),
@@ -234,20 +223,7 @@ impl Socket {
     /// If the kernel does not return it.
     #[must_use]
     pub fn cookie(&self) -> u64 {
-        let mut cookie = 0_u64;
-        let mut len = libc::socklen_t::try_from(size_of_val(&cookie)).expect("eight");
-        // SAFETY: the kernel writes at most `len` bytes to `cookie`.
-        let result = unsafe {
-            libc::getsockopt(
-                self.fd.as_raw_fd(),
-                libc::SOL_SOCKET,
-                libc::SO_COOKIE,
-                (&raw mut cookie).cast(),
-                &raw mut len,
-            )
-        };
-        assert_eq!(result, 0, "SO_COOKIE");
-        cookie
+        self.socket.cookie().expect("SO_COOKIE")
     }
 
     /// Whether calls return at once, with `EINPROGRESS` or `EAGAIN` instead of waiting.
@@ -256,10 +232,7 @@ impl Socket {
     ///
     /// If the descriptor's flags cannot be read or set.
     pub fn set_nonblocking(&self, is_nonblocking: bool) {
-        let flags = fcntl(&self.fd, FcntlArg::F_GETFL).expect("the flags");
-        let mut flags = OFlag::from_bits_retain(flags);
-        flags.set(OFlag::O_NONBLOCK, is_nonblocking);
-        fcntl(&self.fd, FcntlArg::F_SETFL(flags)).expect("new flags");
+        self.socket.set_nonblocking(is_nonblocking).expect("new flags");
     }
 
     /// Waits until a nonblocking `connect()` completes.
@@ -281,8 +254,8 @@ impl Socket {
     }
 
     fn wait(&self, until: PollFlags) {
-        let mut waiting = [PollFd::new(self.fd.as_fd(), until)];
-        let timeout = PollTimeout::try_from(PATIENCE * 1000).expect("milliseconds");
+        let mut waiting = [PollFd::new(self.socket.as_fd(), until)];
+        let timeout = PollTimeout::try_from(PATIENCE).expect("milliseconds");
         assert_eq!(poll(&mut waiting, timeout), Ok(1), "{until:?} in time");
     }
 
@@ -292,7 +265,7 @@ impl Socket {
     ///
     /// The system call's.
     pub fn bind(&self, address: SocketAddr) -> Result<(), Errno> {
-        socket::bind(self.fd.as_raw_fd(), &self.domain.sockaddr(address))
+        errno(self.socket.bind(&self.domain.sockaddr(address)))
     }
 
     /// `getsockname()`
@@ -301,12 +274,8 @@ impl Socket {
     ///
     /// The system call's.
     pub fn local_address(&self) -> Result<SocketAddr, Errno> {
-        let storage = socket::getsockname::<SockaddrStorage>(self.fd.as_raw_fd())?;
-        let v4 = storage.as_sockaddr_in().map(|name| SocketAddr::V4((*name).into()));
-        let v6 = || storage.as_sockaddr_in6().map(|name| SocketAddr::V6((*name).into()));
-        v4.or_else(v6)
-            .map(|name| SocketAddr::new(name.ip().to_canonical(), name.port()))
-            .ok_or(Errno::EAFNOSUPPORT)
+        let name = errno(self.socket.local_addr())?.as_socket().ok_or(Errno::EAFNOSUPPORT)?;
+        Ok(SocketAddr::new(name.ip().to_canonical(), name.port()))
     }
 
     /// `connect()` with `AF_UNSPEC`: removes the peer of a datagram socket.
@@ -321,7 +290,7 @@ impl Socket {
         };
         let len = libc::socklen_t::try_from(size_of_val(&nowhere)).expect("sixteen");
         // SAFETY: the kernel reads `len` bytes of `nowhere`, which outlives the call.
-        Errno::result(unsafe { libc::connect(self.fd.as_raw_fd(), &raw const nowhere, len) }).map(drop)
+        Errno::result(unsafe { libc::connect(self.socket.as_raw_fd(), &raw const nowhere, len) }).map(drop)
     }
 
     /// `connect()` with an address that is too short for its family.
@@ -334,7 +303,8 @@ impl Socket {
         // Family, port, and half of an IPv4 address.
         let len = 6;
         // SAFETY: the kernel reads six bytes of `address`, which is longer and outlives the call.
-        Errno::result(unsafe { libc::connect(self.fd.as_raw_fd(), address.as_ptr().cast(), len) }).map(drop)
+        Errno::result(unsafe { libc::connect(self.socket.as_raw_fd(), address.as_ptr().cast(), len) })
+            .map(drop)
     }
 
     /// `getpeername()`
@@ -343,8 +313,8 @@ impl Socket {
     ///
     /// The system call's; `ENOTCONN` without a peer.
     pub fn peer_name(&self) -> Result<SocketAddr, Errno> {
-        socket::getpeername::<SockaddrStorage>(self.fd.as_raw_fd())
-            .map(|storage| self.domain.address(&storage))
+        let peer = errno(self.socket.peer_addr())?.as_socket().ok_or(Errno::EAFNOSUPPORT)?;
+        Ok(self.domain.address(peer))
     }
 
     /// `send()`
@@ -353,7 +323,7 @@ impl Socket {
     ///
     /// The system call's.
     pub fn send(&self, bytes: &[u8]) -> Result<(), Errno> {
-        socket::send(self.fd.as_raw_fd(), bytes, MsgFlags::MSG_NOSIGNAL).map(drop)
+        errno(self.socket.send_with_flags(bytes, libc::MSG_NOSIGNAL)).map(drop)
     }
 
     /// `sendto()`
@@ -362,7 +332,7 @@ impl Socket {
     ///
     /// The system call's.
     pub fn send_to(&self, bytes: &[u8], to: SocketAddr) -> Result<(), Errno> {
-        socket::sendto(self.fd.as_raw_fd(), bytes, &self.domain.sockaddr(to), MsgFlags::empty()).map(drop)
+        self.send_to_as(self.domain, bytes, to)
     }
 
     /// `recvfrom()`: a datagram and its apparent sender, or the data of a stream and its peer.
@@ -372,10 +342,13 @@ impl Socket {
     /// The system call's; `EAGAIN` without an answer in time.
     pub fn receive(&self) -> Result<(Vec<u8>, Option<SocketAddr>), Errno> {
         let mut buffer = vec![0; 4096];
-        let (n, sender) = socket::recvfrom::<SockaddrStorage>(self.fd.as_raw_fd(), &mut buffer)?;
+        let (n, sender) = recvfrom::<SockaddrStorage>(self.socket.as_raw_fd(), &mut buffer)?;
         buffer.truncate(n);
-        let sender = if self.protocol == Protocol::Udp { sender } else { None };
-        Ok((buffer, sender.map(|storage| self.domain.address(&storage))))
+        let sender = sender.filter(|_| self.protocol == Protocol::Udp).and_then(|sender| {
+            let v4 = sender.as_sockaddr_in().map(|name| SocketAddr::V4((*name).into()));
+            v4.or_else(|| sender.as_sockaddr_in6().map(|name| SocketAddr::V6((*name).into())))
+        });
+        Ok((buffer, sender.map(|sender| self.domain.address(sender))))
     }
 
     /// Asks the peer of a connected socket for its address ([`crate::server::Servers`]).
@@ -401,6 +374,10 @@ impl Socket {
         let (bytes, sender) = self.receive()?;
         Ok(Answer { server: server_in(&bytes), seen: sender })
     }
+}
+
+const fn kind(protocol: Protocol) -> Type {
+    if matches!(protocol, Protocol::Tcp) { Type::STREAM } else { Type::DGRAM }
 }
 
 /// An answer.

@@ -96,6 +96,20 @@ pub struct Cluster {
     pub service_proxy_name: Option<String>,
 }
 
+/// The models of objects. Adds the issues.
+fn read<T, M>(
+    objects: &BTreeMap<Name, T>,
+    ingest: impl Fn(&T) -> (Option<M>, Vec<Issue>),
+    issues: &mut Vec<Issue>,
+) -> Vec<M> {
+    let models = objects.values().filter_map(|object| {
+        let (model, found) = ingest(object);
+        issues.extend(found);
+        model
+    });
+    models.collect()
+}
+
 fn name_of(metadata: &ObjectMeta) -> Name {
     (metadata.namespace.clone().unwrap_or_default(), metadata.name.clone().unwrap_or_default())
 }
@@ -141,52 +155,27 @@ impl Cluster {
         }
     }
 
+    /// All objects: a ServiceCIDR comes before the Services, and a Service before its slices.
+    pub fn objects(&self) -> impl Iterator<Item = Object> {
+        let cidrs = self.service_cidrs.values().cloned().map(Object::from);
+        let services = self.services.values().cloned().map(Object::from);
+        let slices = self.slices.values().cloned().map(Object::from);
+        cidrs.chain(services).chain(slices).chain(self.nodes.values().cloned().map(Object::from))
+    }
+
     /// Applies the objects to a store as a re-list does: it deletes what is not listed. Returns the issues.
     pub fn fill(&self, store: &mut Store) -> (Changes, Vec<Issue>) {
         let mut issues = Vec::new();
-        let mut report = |found: Vec<Issue>| issues.extend(found);
         let proxy_name = self.service_proxy_name.as_deref();
         let is_served = |metadata: &ObjectMeta| ingest::is_selected(metadata.labels.as_ref(), proxy_name);
-        let services: Vec<_> = self
-            .services
-            .values()
-            .filter_map(|object| {
-                let (service, found) = ingest::any_service(object, proxy_name);
-                report(found);
-                service
-            })
-            .collect();
-        let mut changes = store.replace_services(services);
-        let slices: Vec<_> = self
-            .slices
-            .values()
-            .filter(|slice| is_served(&slice.metadata))
-            .filter_map(|object| {
-                let (slice, found) = ingest::slice(object);
-                report(found);
-                slice
-            })
-            .collect();
-        changes.merge(store.replace_slices(slices));
-        let nodes: Vec<_> = self
-            .nodes
-            .values()
-            .filter_map(|object| {
-                let (node, found) = ingest::node(object);
-                report(found);
-                node
-            })
-            .collect();
-        changes.merge(store.replace_nodes(nodes));
-        let cidrs: Vec<_> = self
-            .service_cidrs
-            .values()
-            .filter_map(|object| {
-                let (cidr, found) = ingest::service_cidr(object);
-                report(found);
-                cidr
-            })
-            .collect();
+        let service = |object: &_| ingest::any_service(object, proxy_name);
+        let slice = |object: &EndpointSlice| {
+            if is_served(&object.metadata) { ingest::slice(object) } else { (None, Vec::new()) }
+        };
+        let mut changes = store.replace_services(read(&self.services, service, &mut issues));
+        changes.merge(store.replace_slices(read(&self.slices, slice, &mut issues)));
+        changes.merge(store.replace_nodes(read(&self.nodes, ingest::node, &mut issues)));
+        let cidrs = read(&self.service_cidrs, ingest::service_cidr, &mut issues);
         changes.merge(store.replace_service_cidrs(cidrs));
         (changes, issues)
     }

@@ -16,7 +16,7 @@
 use std::{
     env,
     fs::{self, File},
-    io::{Read as _, Write as _},
+    io::Write as _,
     net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
@@ -26,12 +26,11 @@ use std::{
 
 use anyhow::{Context as _, bail, ensure};
 use k8s_openapi::api::core::v1::Pod;
-use serde::Serialize;
 use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::{
-    apiserver::{ApiServer, Kind},
+    apiserver::{self, ApiServer, Kind},
     cluster::{self, Cluster},
 };
 
@@ -216,11 +215,11 @@ pub struct Etcd {
 }
 
 impl Etcd {
-    /// Starts it and waits until it is healthy.
+    /// Starts it and waits until it listens.
     ///
     /// # Errors
     ///
-    /// If it does not become healthy; with the end of its log.
+    /// If it does not listen; with the end of its log.
     pub fn start(binary: &Path) -> anyhow::Result<Self> {
         let directory = tempfile::tempdir()?;
         let address = free_port()?;
@@ -234,7 +233,7 @@ impl Etcd {
             "--listen-peer-urls=http://127.0.0.1:0".to_owned(),
         ];
         let mut program = Program::start("etcd", binary, directory.path(), &arguments)?;
-        program.until(|| get(address, "/health").is_some_and(|answer| answer.contains("true")))?;
+        program.until(|| TcpStream::connect(address).is_ok())?;
         Ok(Self { address, _program: program, directory })
     }
 }
@@ -336,16 +335,12 @@ impl Api for ControlPlane {
     }
 
     fn apply(&self, object: cluster::Object) {
-        match object {
-            cluster::Object::Service(service) => self.put(Kind::Service, &service),
-            cluster::Object::Slice(slice) => self.put(Kind::Slice, &slice),
-            cluster::Object::Node(node) => self.put(Kind::Node, &node),
-            cluster::Object::ServiceCidr(cidr) => self.put(Kind::ServiceCidr, &cidr),
-        }
+        let (kind, value) = apiserver::value(object);
+        self.put(kind, value);
     }
 
     fn apply_pod(&self, pod: &Pod) {
-        self.put(Kind::Pod, pod);
+        self.put(Kind::Pod, serde_json::to_value(pod).expect("objects of the API are JSON"));
     }
 
     fn delete(&self, kind: Kind, namespace: &str, name: &str) {
@@ -374,8 +369,7 @@ impl Api for ControlPlane {
 }
 
 impl ControlPlane {
-    fn put(&self, kind: Kind, object: &impl Serialize) {
-        let mut value = serde_json::to_value(object).expect("objects of the API are JSON");
+    fn put(&self, kind: Kind, mut value: Value) {
         value["apiVersion"] = kind.api_version().into();
         value["kind"] = kind.name().into();
         // Replaces the whole object, so that omitted fields are removed; a new one cannot be replaced.
@@ -390,16 +384,6 @@ impl ControlPlane {
 /// A port that is free at the moment.
 fn free_port() -> anyhow::Result<SocketAddr> {
     Ok(TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?)
-}
-
-/// The response to a request without TLS, if there is one.
-fn get(address: SocketAddr, path: &str) -> Option<String> {
-    let mut stream = TcpStream::connect_timeout(&address, Duration::from_secs(1)).ok()?;
-    stream.set_read_timeout(Some(Duration::from_secs(1))).ok()?;
-    write!(stream, "GET {path} HTTP/1.0\r\n\r\n").ok()?;
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer).ok()?;
-    Some(answer)
 }
 
 #[cfg(test)]

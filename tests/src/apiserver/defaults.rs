@@ -1,15 +1,11 @@
 //! Validation, defaults and allocation.
 
-use std::{
-    collections::BTreeSet,
-    net::{Ipv4Addr, Ipv6Addr},
-    sync::Arc,
-};
+use std::{collections::BTreeSet, net::Ipv4Addr};
 
 use k8s_openapi::api::core::v1::Pod;
 use serde_json::{Value, json};
 
-use super::store::{Kind, Name, Objects, Refusal};
+use super::store::{Kind, Name, Objects, Refusal, name_of};
 use crate::cluster;
 
 const NODE_PORTS: std::ops::RangeInclusive<u64> = 30000..=32767;
@@ -43,15 +39,14 @@ pub(super) fn complete(kind: Kind, object: &mut Value, others: &Objects) -> Resu
             format!("metadata.name: Invalid value: {name:?}: must be a lowercase RFC 1123 subdomain");
         return Err(Refusal::new(422, "Invalid", message));
     }
-    let namespace = object["metadata"]["namespace"].as_str().unwrap_or_default();
-    let name = (namespace.to_owned(), name.to_owned());
+    let name = name_of(object);
     let is_readable = match kind {
         Kind::Pod => serde_json::from_value::<Pod>(object.clone()).map(drop).map_err(Into::into),
         _ => cluster::object(object).map(drop),
     };
     is_readable.map_err(|error: anyhow::Error| Refusal::new(400, "BadRequest", format!("{error:#}")))?;
     match kind {
-        Kind::Service => service(object, &name, others)?,
+        Kind::Service => service(object, &name, others),
         Kind::Slice => {
             for port in object["ports"].as_array_mut().into_iter().flatten() {
                 default(port, "name", "".into());
@@ -79,12 +74,10 @@ fn default(object: &mut Value, field: &str, value: Value) {
     }
 }
 
-fn service(object: &mut Value, name: &Name, others: &Objects) -> Result<(), Refusal> {
-    let old = others.get(name).map(|old| &**old);
+fn service(object: &mut Value, name: &Name, others: &Objects) {
+    let old_status = others.get(name).map(|old| old["status"].clone());
     default(object, "spec", json!({}));
-    default(object, "status", old.map_or_else(|| json!({"loadBalancer": {}}), |old| old["status"].clone()));
-    // Iterated only when something is allocated: with many services, one iteration for each is too slow.
-    let others = || others.iter().filter(|(other, _)| *other != name).map(|(_, other)| other);
+    default(object, "status", old_status.unwrap_or_else(|| json!({"loadBalancer": {}})));
     let spec = &mut object["spec"];
     default(spec, "type", "ClusterIP".into());
     default(spec, "sessionAffinity", "None".into());
@@ -100,51 +93,31 @@ fn service(object: &mut Value, name: &Name, others: &Objects) -> Result<(), Refu
         default(port, "targetPort", number);
     }
     if spec["type"] == "ExternalName" {
-        return Ok(());
+        return;
     }
     if spec["type"] != "ClusterIP" {
         default(spec, "externalTrafficPolicy", "Cluster".into());
     }
-    cluster_ips(spec, old.map(|old| &old["spec"]), &others);
-    node_ports(spec, old.map(|old| &old["spec"]), &others)
+    // Iterated only when something is allocated: with many services, one iteration for each is too slow.
+    let others = || others.iter().filter(|(other, _)| *other != name).map(|(_, other)| &other["spec"]);
+    cluster_ips(spec, others);
+    node_ports(spec, others);
 }
 
-fn cluster_ips<'a, I>(spec: &mut Value, old: Option<&Value>, others: &impl Fn() -> I)
-where
-    I: Iterator<Item = &'a Arc<Value>>,
-{
-    let is_empty = |value: &Value| value.as_str().is_none_or(str::is_empty);
-    if is_empty(&spec["clusterIP"]) {
-        let given = spec["clusterIPs"][0].clone();
-        if !is_empty(&given) {
-            spec["clusterIP"] = given;
-        } else if let Some(old) = old.filter(|old| !is_empty(&old["clusterIP"])) {
-            // An update may omit what was allocated.
-            for field in ["clusterIP", "clusterIPs", "ipFamilies", "ipFamilyPolicy"] {
-                default(spec, field, old[field].clone());
-            }
-            spec["clusterIP"] = old["clusterIP"].clone();
-        }
-    }
-    if is_empty(&spec["clusterIP"]) {
-        let taken: BTreeSet<String> = others()
-            .flat_map(|other| other["spec"]["clusterIPs"].as_array().into_iter().flatten())
-            .filter_map(|ip| ip.as_str().map(str::to_owned))
+/// Allocates an IPv4 address if there is none, and sets the fields that depend on the addresses.
+fn cluster_ips<'a, I: Iterator<Item = &'a Value>>(spec: &mut Value, others: impl Fn() -> I) {
+    if spec["clusterIP"].as_str().is_none_or(str::is_empty) {
+        let taken: BTreeSet<&str> = others()
+            .flat_map(|spec| spec["clusterIPs"].as_array().into_iter().flatten())
+            .filter_map(Value::as_str)
             .collect();
-        let is_dual = spec["ipFamilyPolicy"].as_str().is_some_and(|policy| policy.ends_with("DualStack"));
-        default(spec, "ipFamilies", if is_dual { json!(["IPv4", "IPv6"]) } else { json!(["IPv4"]) });
-        let families = spec["ipFamilies"].as_array().cloned().unwrap_or_default();
-        let ips: Vec<Value> = families
-            .iter()
-            .map(|family| {
-                let is_ipv6 = family == "IPv6";
-                let free =
-                    (1..u16::MAX).map(|number| cluster_ip(is_ipv6, number)).find(|ip| !taken.contains(ip));
-                free.unwrap_or_default().into()
-            })
-            .collect();
-        spec["clusterIP"] = ips.first().cloned().unwrap_or_default();
-        spec["clusterIPs"] = ips.into();
+        let mut ips = (1..u16::MAX).map(|number| {
+            let [high, low] = number.to_be_bytes();
+            Ipv4Addr::new(10, 96, high, low).to_string()
+        });
+        let free = ips.find(|ip| !taken.contains(&**ip)).unwrap_or_default();
+        spec["clusterIPs"] = json!([free]);
+        spec["clusterIP"] = free.into();
     }
     let first = spec["clusterIP"].clone();
     default(spec, "clusterIPs", json!([first]));
@@ -153,60 +126,29 @@ where
         let family =
             |ip: &Value| if ip.as_str().is_some_and(|ip| ip.contains(':')) { "IPv6" } else { "IPv4" };
         default(spec, "ipFamilies", ips.iter().map(family).collect());
-        default(
-            spec,
-            "ipFamilyPolicy",
-            if ips.len() > 1 { "RequireDualStack" } else { "SingleStack" }.into(),
-        );
+        let policy = if ips.len() > 1 { "RequireDualStack" } else { "SingleStack" };
+        default(spec, "ipFamilyPolicy", policy.into());
     }
 }
 
-fn cluster_ip(is_ipv6: bool, number: u16) -> String {
-    let [high, low] = number.to_be_bytes();
-    if is_ipv6 {
-        Ipv6Addr::new(0xfd00, 0x10, 0x96, 0, 0, 0, 0, number).to_string()
-    } else {
-        Ipv4Addr::new(10, 96, high, low).to_string()
-    }
-}
-
-fn node_ports<'a, I>(spec: &mut Value, old: Option<&Value>, others: &impl Fn() -> I) -> Result<(), Refusal>
-where
-    I: Iterator<Item = &'a Arc<Value>>,
-{
+/// Allocates the node ports that are missing.
+fn node_ports<'a, I: Iterator<Item = &'a Value>>(spec: &mut Value, others: impl Fn() -> I) {
     let needs = match spec["type"].as_str() {
         Some("NodePort") => true,
         Some("LoadBalancer") => spec["allocateLoadBalancerNodePorts"] != false,
         _ => false,
     };
-    let key = |port: &Value| (port["protocol"].clone(), port["nodePort"].as_u64().unwrap_or_default());
-    let ports_of = |spec: &Value| spec["ports"].as_array().cloned().unwrap_or_default();
-    if !needs && ports_of(spec).iter().all(|port| key(port).1 == 0) {
-        return Ok(());
+    let numbers = |spec: &Value| -> Vec<u64> {
+        let ports = spec["ports"].as_array().into_iter().flatten();
+        ports.filter_map(|port| port["nodePort"].as_u64()).collect()
+    };
+    if !needs {
+        return;
     }
-    let mut taken: Vec<(Value, u64)> =
-        others().flat_map(|other| ports_of(&other["spec"])).map(|port| key(&port)).collect();
-    let old = old.map(ports_of).unwrap_or_default();
-    let Some(ports) = spec["ports"].as_array_mut() else { return Ok(()) };
-    for port in ports.iter().filter(|port| port["nodePort"].as_u64().unwrap_or_default() != 0) {
-        if taken.contains(&key(port)) {
-            let message = format!(
-                "spec.ports.nodePort: Invalid value: {}: provided port is already allocated",
-                port["nodePort"]
-            );
-            return Err(Refusal::new(422, "Invalid", message));
+    let mut taken: BTreeSet<u64> = others().flat_map(numbers).chain(numbers(spec)).collect();
+    for port in spec["ports"].as_array_mut().into_iter().flatten() {
+        if port["nodePort"].as_u64().unwrap_or_default() == 0 {
+            port["nodePort"] = NODE_PORTS.clone().find(|number| taken.insert(*number)).into();
         }
     }
-    taken.extend(ports.iter().map(key));
-    for port in ports.iter_mut().filter(|port| needs && port["nodePort"].as_u64().unwrap_or_default() == 0) {
-        let same = |other: &&Value| other["protocol"] == port["protocol"] && other["port"] == port["port"];
-        let kept =
-            old.iter().find(same).and_then(|old| old["nodePort"].as_u64()).filter(|number| *number != 0);
-        let free = || NODE_PORTS.clone().find(|number| !taken.contains(&(port["protocol"].clone(), *number)));
-        if let Some(number) = kept.or_else(free) {
-            port["nodePort"] = number.into();
-            taken.push(key(port));
-        }
-    }
-    Ok(())
 }

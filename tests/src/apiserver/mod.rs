@@ -348,9 +348,7 @@ impl ApiServer {
     /// If the object is refused.
     pub fn apply(&self, object: impl Into<cluster::Object>) {
         let (kind, object) = value(object.into());
-        self.shared
-            .change(|store| store.upsert(kind, object))
-            .unwrap_or_else(|refusal| panic!("{refusal:?}"));
+        self.upsert(kind, object);
     }
 
     /// Creates or replaces a Pod.
@@ -359,9 +357,12 @@ impl ApiServer {
     ///
     /// If the Pod is refused.
     pub fn apply_pod(&self, pod: &Pod) {
-        let object = serde_json::to_value(pod).expect("objects of the API are JSON");
-        let applied = self.shared.change(|store| store.upsert(Kind::Pod, object));
-        drop(applied.unwrap_or_else(|refusal| panic!("{refusal:?}")));
+        self.upsert(Kind::Pod, serde_json::to_value(pod).expect("objects of the API are JSON"));
+    }
+
+    fn upsert(&self, kind: Kind, object: Value) {
+        let stored = self.shared.change(|store| store.upsert(kind, object));
+        drop(stored.unwrap_or_else(|refusal| panic!("{refusal:?}")));
     }
 
     /// Creates or replaces all objects of a cluster and deletes all others.
@@ -370,23 +371,24 @@ impl ApiServer {
     ///
     /// If an object is refused.
     pub fn set(&self, cluster: &Cluster) {
-        let now = self.cluster();
-        let gone = |kind, now: Vec<cluster::Name>, wanted: BTreeSet<cluster::Name>| {
-            for (namespace, name) in now.into_iter().filter(|name| !wanted.contains(name)) {
-                self.delete(kind, &namespace, &name);
-            }
-        };
-        gone(Kind::Service, now.services.into_keys().collect(), cluster.services.keys().cloned().collect());
-        gone(Kind::Node, now.nodes.into_keys().collect(), cluster.nodes.keys().cloned().collect());
-        let cidrs = cluster.service_cidrs.keys().cloned().collect();
-        gone(Kind::ServiceCidr, now.service_cidrs.into_keys().collect(), cidrs);
-        cluster.service_cidrs.values().for_each(|cidr| self.apply(cidr.clone()));
-        cluster.services.values().for_each(|service| self.apply(service.clone()));
-        cluster.slices.values().for_each(|slice| self.apply(slice.clone()));
-        // Deletes last, as the EndpointSlice controller does: a service that moves to another slice always
-        // has one.
-        gone(Kind::Slice, now.slices.into_keys().collect(), cluster.slices.keys().cloned().collect());
-        cluster.nodes.values().for_each(|node| self.apply(node.clone()));
+        let objects = cluster.objects().map(value);
+        let objects: Vec<_> = objects.map(|(kind, object)| (kind, store::name_of(&object), object)).collect();
+        let wanted: BTreeSet<_> = objects.iter().map(|(kind, name, _)| (*kind, name.clone())).collect();
+        let names = lock(&self.shared.store).names();
+        let is_gone = |name: &(Kind, cluster::Name)| name.0 != Kind::Pod && !wanted.contains(name);
+        // Deletes slices last, as the EndpointSlice controller does: a service that moves to another slice
+        // always has one.
+        let (slices, others): (Vec<_>, Vec<_>) =
+            names.into_iter().filter(is_gone).partition(|(kind, _)| *kind == Kind::Slice);
+        for (kind, (namespace, name)) in others {
+            self.delete(kind, &namespace, &name);
+        }
+        for (kind, _, object) in objects {
+            self.upsert(kind, object);
+        }
+        for (kind, (namespace, name)) in slices {
+            self.delete(kind, &namespace, &name);
+        }
     }
 
     /// Deletes an object. A Node or ServiceCIDR has an empty namespace.
@@ -473,7 +475,8 @@ impl Drop for ApiServer {
     }
 }
 
-fn value(object: cluster::Object) -> (Kind, Value) {
+/// The kind and the JSON of an object.
+pub(crate) fn value(object: cluster::Object) -> (Kind, Value) {
     let (kind, value) = match object {
         cluster::Object::Service(service) => (Kind::Service, serde_json::to_value(service)),
         cluster::Object::Slice(slice) => (Kind::Slice, serde_json::to_value(slice)),

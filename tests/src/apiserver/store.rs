@@ -191,6 +191,14 @@ impl Store {
         of_cluster.flat_map(|(_, objects)| objects.values()).cloned().collect()
     }
 
+    /// Kind and name of every object.
+    pub(super) fn names(&self) -> Vec<(Kind, Name)> {
+        let of_kind = |(kind, objects): (&Kind, &Objects)| {
+            objects.keys().map(|name| (*kind, name.clone())).collect::<Vec<_>>()
+        };
+        self.objects.iter().flat_map(of_kind).collect()
+    }
+
     pub(super) fn get(&self, kind: Kind, namespace: &str, name: &str) -> Result<Arc<Value>, Refusal> {
         let found = self.objects.get(&kind).and_then(|objects| objects.get(&(namespace.into(), name.into())));
         found.cloned().ok_or_else(|| Refusal::not_found(kind, name))
@@ -272,4 +280,10 @@ impl Store {
         });
         Ok(old)
     }
+}
+
+/// Namespace and name.
+pub(super) fn name_of(object: &Value) -> Name {
+    let field = |field: &str| object["metadata"][field].as_str().unwrap_or_default().to_owned();
+    (field("namespace"), field("name"))
 }
