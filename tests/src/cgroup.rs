@@ -17,6 +17,7 @@ use std::{
     time::Duration,
 };
 
+use lb_kernel::cgroup::{children, find_any, find_own};
 use nix::{errno::Errno, sys::signal, unistd::Pid};
 
 const PREFIX: &str = "socklb-test-";
@@ -95,9 +96,9 @@ impl ProcessCgroup {
             cgroup.n_users += 1;
             return Ok(cgroup.path.clone());
         }
-        let root = lb_kernel::cgroup::find_any().map_err(io::Error::other)?;
+        let root = find_any().map_err(io::Error::other)?;
         sweep(&root);
-        let origin = origin(&root)?;
+        let origin = find_own().ok_or_else(|| io::Error::other("this process is in no cgroup v2"))?;
         let path = root.join(format!("{PREFIX}{}", process::id()));
         match fs::create_dir(&path) {
             // Still exists: a process that a test started is in it.
@@ -124,13 +125,6 @@ impl ProcessCgroup {
             *process = None;
         }
     }
-}
-
-/// The current cgroup v2 directory of this process.
-fn origin(root: &Path) -> io::Result<PathBuf> {
-    let cgroups = fs::read_to_string("/proc/self/cgroup")?;
-    let path = cgroups.lines().find_map(|line| line.strip_prefix("0::/"));
-    Ok(root.join(path.ok_or_else(|| io::Error::other("this process is in no cgroup v2"))?))
 }
 
 /// Removes a cgroup. The kernel still counts a thread for a moment after it exits.
@@ -167,9 +161,4 @@ fn sweep(root: &Path) {
             let _in_use = remove_tree(&path);
         }
     }
-}
-
-fn children(path: &Path) -> impl Iterator<Item = PathBuf> {
-    let entries = fs::read_dir(path).into_iter().flatten();
-    entries.filter_map(|entry| Some(entry.ok()?.path())).filter(|path| path.is_dir())
 }

@@ -14,17 +14,15 @@
 //!   the value is dropped.
 
 use std::{
-    env,
-    fs::{self, File},
+    env, fs,
     io::Write as _,
     net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream},
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
-    thread,
-    time::{Duration, Instant},
+    process::{Command, Stdio},
+    time::Duration,
 };
 
-use anyhow::{Context as _, bail, ensure};
+use anyhow::{Context as _, ensure};
 use k8s_openapi::api::core::v1::Pod;
 use serde_json::Value;
 use tempfile::TempDir;
@@ -32,6 +30,7 @@ use tempfile::TempDir;
 use crate::{
     apiserver::{self, ApiServer, Kind},
     cluster::{self, Cluster},
+    process::Logged,
 };
 
 /// Names the directory of the programs.
@@ -150,67 +149,11 @@ impl Assets {
     }
 }
 
-#[derive(Debug)]
-struct Program {
-    name: &'static str,
-    child: Child,
-    log: PathBuf,
-}
-
-impl Program {
-    fn start(
-        name: &'static str,
-        binary: &Path,
-        directory: &Path,
-        arguments: &[String],
-    ) -> anyhow::Result<Self> {
-        let log = directory.join(format!("{name}.log"));
-        let output = File::create(&log)?;
-        let child = Command::new(binary)
-            .args(arguments)
-            .current_dir(directory)
-            .stdin(Stdio::null())
-            .stdout(output.try_clone()?)
-            .stderr(output)
-            .spawn()
-            .with_context(|| format!("{}: cannot be started", binary.display()))?;
-        Ok(Self { name, child, log })
-    }
-
-    /// Waits until it is ready.
-    fn until(&mut self, is_ready: impl Fn() -> bool) -> anyhow::Result<()> {
-        let end = Instant::now() + PATIENCE;
-        while !is_ready() {
-            if let Some(status) = self.child.try_wait()? {
-                bail!("{} exited ({status}): {}", self.name, self.last_words());
-            }
-            if Instant::now() > end {
-                bail!("{} is not ready after {PATIENCE:?}: {}", self.name, self.last_words());
-            }
-            thread::sleep(Duration::from_millis(100));
-        }
-        Ok(())
-    }
-
-    fn last_words(&self) -> String {
-        let log = fs::read_to_string(&self.log).unwrap_or_default();
-        let lines: Vec<&str> = log.lines().collect();
-        lines[lines.len().saturating_sub(5)..].join("\n")
-    }
-}
-
-impl Drop for Program {
-    fn drop(&mut self) {
-        let _ended_already = self.child.kill();
-        let _ended_already = self.child.wait();
-    }
-}
-
 /// An empty etcd.
 #[derive(Debug)]
 pub struct Etcd {
     address: SocketAddr,
-    _program: Program,
+    _program: Logged,
     directory: TempDir,
 }
 
@@ -232,8 +175,8 @@ impl Etcd {
             // No other member joins.
             "--listen-peer-urls=http://127.0.0.1:0".to_owned(),
         ];
-        let mut program = Program::start("etcd", binary, directory.path(), &arguments)?;
-        program.until(|| TcpStream::connect(address).is_ok())?;
+        let mut program = start("etcd", binary, directory.path(), &arguments)?;
+        program.until("etcd", PATIENCE, || TcpStream::connect(address).is_ok())?;
         Ok(Self { address, _program: program, directory })
     }
 }
@@ -243,7 +186,7 @@ impl Etcd {
 pub struct ControlPlane {
     address: SocketAddr,
     // Dropped before the etcd that it uses.
-    apiserver: Program,
+    apiserver: Logged,
     etcd: Etcd,
 }
 
@@ -281,11 +224,11 @@ impl ControlPlane {
             format!("--service-account-key-file={}", key.display()),
             format!("--service-account-signing-key-file={}", key.display()),
         ];
-        let apiserver = Program::start("kube-apiserver", &assets.apiserver, directory, &arguments)?;
+        let apiserver = start("kube-apiserver", &assets.apiserver, directory, &arguments)?;
         let mut server = Self { address, apiserver, etcd };
         fs::write(server.config(), server.kubeconfig())?;
         let config = server.config();
-        server.apiserver.until(|| {
+        server.apiserver.until("kube-apiserver", PATIENCE, || {
             let asks = [["get", "--raw", "/readyz"], ["get", "service", "kubernetes"]];
             asks.iter().all(|ask| kubectl(&config, ask, None).is_ok())
         })?;
@@ -299,6 +242,11 @@ impl ControlPlane {
     fn kubectl(&self, arguments: &[&str], input: Option<&Value>) -> String {
         kubectl(&self.config(), arguments, input).unwrap_or_else(|error| panic!("{error:#}"))
     }
+}
+
+fn start(name: &str, binary: &Path, directory: &Path, arguments: &[String]) -> anyhow::Result<Logged> {
+    let mut command = Command::new(binary);
+    Logged::start(command.args(arguments).current_dir(directory), directory.join(format!("{name}.log")))
 }
 
 /// Runs kubectl and returns its output.

@@ -1,8 +1,81 @@
-//! Resource usage of a process, from `/proc`.
+//! Processes with a log, and resource usage of a process, from `/proc`.
 
-use std::{collections::BTreeMap, fs, time::Duration};
+use std::{
+    collections::BTreeMap,
+    fs::{self, File},
+    path::PathBuf,
+    process::{Child, Command, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail, ensure};
+
+/// A process that writes a log. Killed on drop.
+#[derive(Debug)]
+pub struct Logged {
+    /// The process.
+    pub child: Child,
+    log: PathBuf,
+}
+
+impl Logged {
+    /// Starts a process. Its standard output and error go to the log.
+    ///
+    /// # Errors
+    ///
+    /// If the log cannot be created, or the program cannot be started.
+    pub fn start(command: &mut Command, log: PathBuf) -> anyhow::Result<Self> {
+        let output = File::create(&log).with_context(|| log.display().to_string())?;
+        command.stdin(Stdio::null()).stdout(output.try_clone()?).stderr(output);
+        let program = command.get_program().to_string_lossy().into_owned();
+        let child = command.spawn().with_context(|| format!("{program}: cannot be started"))?;
+        Ok(Self { child, log })
+    }
+
+    /// Waits until it is ready.
+    ///
+    /// # Errors
+    ///
+    /// If it exits or is not ready in time; with the end of its log.
+    pub fn until(
+        &mut self,
+        name: &str,
+        patience: Duration,
+        is_ready: impl Fn() -> bool,
+    ) -> anyhow::Result<()> {
+        let end = Instant::now() + patience;
+        while !is_ready() {
+            if let Some(status) = self.child.try_wait()? {
+                bail!("{name} exited ({status}); {}", self.last_words());
+            }
+            ensure!(Instant::now() < end, "{name} is not ready after {patience:?}; {}", self.last_words());
+            thread::sleep(Duration::from_millis(100));
+        }
+        Ok(())
+    }
+
+    /// What it has written so far.
+    #[must_use]
+    pub fn log(&self) -> String {
+        fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    /// The last lines of its log.
+    #[must_use]
+    pub fn last_words(&self) -> String {
+        let log = self.log();
+        let lines: Vec<&str> = log.lines().collect();
+        format!("its log ends with:\n{}", lines[lines.len().saturating_sub(20)..].join("\n"))
+    }
+}
+
+impl Drop for Logged {
+    fn drop(&mut self) {
+        let _ended_already = self.child.kill();
+        let _ended_already = self.child.wait();
+    }
+}
 
 /// Memory of a process in MiB.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]

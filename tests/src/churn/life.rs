@@ -1,10 +1,10 @@
 //! The agent's processes: how they start, exit and replace each other.
 
 use std::{
-    fs::{self, File},
+    fs,
     os::unix::process::ExitStatusExt as _,
-    path::{Path, PathBuf},
-    process::{Child, Command, ExitStatus, Stdio},
+    path::PathBuf,
+    process::{Command, ExitStatus},
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
@@ -13,7 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, bail, ensure};
+use anyhow::{bail, ensure};
 use lb_core::plan::Capacity;
 use nix::{
     sys::signal::{Signal, kill},
@@ -22,7 +22,11 @@ use nix::{
 use tempfile::TempDir;
 
 use super::{N_MIXED, PATIENCE, Random};
-use crate::{Sandbox, apiserver::ApiServer, process};
+use crate::{
+    Sandbox,
+    apiserver::ApiServer,
+    process::{self, Logged},
+};
 
 /// Map sizes for agents. Everything fits in each of them.
 const SIZES: [Capacity; 4] = [
@@ -142,22 +146,21 @@ impl Present {
 
 /// A process. Killed on drop.
 struct Process {
-    child: Child,
-    log: PathBuf,
+    logged: Logged,
     present: Arc<Present>,
 }
 
 impl Process {
     fn end(mut self, signal: Signal) -> anyhow::Result<()> {
         self.present.disturb();
-        kill(Pid::from_raw(self.child.id().cast_signed()), signal)?;
+        kill(Pid::from_raw(self.logged.child.id().cast_signed()), signal)?;
         let status = self.wait(&AtomicBool::new(false))?;
         // Before it installs its handler, the signal itself kills it.
-        let has_begun = fs::metadata(&self.log)?.len() > 0;
+        let has_begun = !self.logged.log().is_empty();
         let is_expected = status.success()
             || signal == Signal::SIGKILL
             || (!has_begun && status.signal() == Some(signal as i32));
-        ensure!(is_expected, "the agent exited: {status}; {}", last_words(&self.log));
+        ensure!(is_expected, "the agent exited: {status}; {}", self.logged.last_words());
         Ok(())
     }
 
@@ -167,36 +170,19 @@ impl Process {
         let mut written = 0;
         loop {
             if stop.load(Ordering::Relaxed) {
-                self.child.kill()?;
+                self.logged.child.kill()?;
             }
             // Readable until the process has been waited for.
-            written = process::written(self.child.id()).unwrap_or(written);
-            if let Some(status) = self.child.try_wait()? {
+            written = process::written(self.logged.child.id()).unwrap_or(written);
+            if let Some(status) = self.logged.child.try_wait()? {
                 let _before = self.present.written.fetch_add(written, Ordering::SeqCst);
                 let _before = self.present.n_ended.fetch_add(1, Ordering::Relaxed);
                 return Ok(status);
             }
-            ensure!(Instant::now() < end, "the agent does not exit; {}", last_words(&self.log));
+            ensure!(Instant::now() < end, "the agent does not exit; {}", self.logged.last_words());
             thread::sleep(Duration::from_millis(2));
         }
     }
-
-    fn has_said(&self, what: &str) -> bool {
-        fs::read_to_string(&self.log).is_ok_and(|log| log.contains(what))
-    }
-}
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        let _ended_already = self.child.kill();
-        let _ended_already = self.child.wait();
-    }
-}
-
-fn last_words(log: &Path) -> String {
-    let text = fs::read_to_string(log).unwrap_or_default();
-    let lines: Vec<&str> = text.lines().collect();
-    format!("the agent's log ends with:\n{}", lines[lines.len().saturating_sub(20)..].join("\n"))
 }
 
 /// The agent of a node: a sequence of processes.
@@ -250,20 +236,18 @@ impl<'a> Life<'a> {
             .arg("--state-dir")
             .arg(&self.present.state_dir)
             // Through the environment: an older build ignores it, but would reject an unknown flag.
-            .env("SOCKLB_NODE_PORTS_OF_OTHER_NODES", "true")
-            .stdin(Stdio::null())
-            .stderr(File::create(&log)?);
+            .env("SOCKLB_NODE_PORTS_OF_OTHER_NODES", "true");
         if !start.layout.is_empty() {
             command.env("SOCKLB_LAYOUT", start.layout);
         }
         if let Some(at) = start.fault_at {
             command.env("SOCKLB_FAULT_AT", at.to_string());
         }
-        let child = command.spawn().with_context(|| format!("{}: cannot be started", binary.display()))?;
-        self.present.pid.store(child.id(), Ordering::Relaxed);
+        let logged = Logged::start(&mut command, log)?;
+        self.present.pid.store(logged.child.id(), Ordering::Relaxed);
         *self.present.started.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
         self.present.disturb();
-        Ok(Process { child, log, present: Arc::clone(&self.present) })
+        Ok(Process { logged, present: Arc::clone(&self.present) })
     }
 
     /// What other threads may read about the agent.
@@ -291,10 +275,6 @@ impl<'a> Life<'a> {
             self.events.n_kills += 1;
             self.replace(self.start, Signal::SIGKILL)?;
         }
-    }
-
-    pub(super) fn log(&self) -> PathBuf {
-        self.directory.path().join(format!("log-{}", self.n_started.saturating_sub(1)))
     }
 
     /// Kills, stops and replaces agents, `n` times or until told to stop. The last agent has the standard
@@ -381,12 +361,13 @@ impl<'a> Life<'a> {
 
     fn until_at_work(&self, stop: &AtomicBool) -> anyhow::Result<()> {
         let end = Instant::now() + PATIENCE;
-        while self.process.as_ref().is_some_and(|process| !process.has_said("synced for the first time")) {
+        let has_begun = |process: &Process| process.logged.log().contains("synced for the first time");
+        while !self.process.as_ref().is_none_or(has_begun) {
             if stop.load(Ordering::Relaxed) {
                 break;
             }
             if Instant::now() > end {
-                bail!("the agent does not begin; {}", last_words(&self.log()));
+                bail!("the agent does not begin; {}", self.last_words());
             }
             thread::sleep(Duration::from_millis(5));
         }
@@ -399,7 +380,8 @@ impl<'a> Life<'a> {
 
     /// The last lines of the current process's log.
     pub(super) fn last_words(&self) -> String {
-        last_words(&self.log())
+        let words = self.process.as_ref().map(|process| process.logged.last_words());
+        words.map_or_else(|| "no agent runs".to_owned(), |words| format!("the agent: {words}"))
     }
 
     /// Stops the last process and checks its exit.
