@@ -82,24 +82,15 @@ impl Agent {
 
     /// Computes and applies a plan, as the agent's loop does.
     ///
-    /// # Errors
-    ///
-    /// As [`Kernel::apply`].
-    pub fn try_sync(&mut self) -> Result<Plan, KernelError> {
-        self.state.settled(self.kernel.settled());
-        let plan = self.state.sync();
-        let done = self.kernel.apply(&plan)?;
-        self.state.miss(done.no_room);
-        Ok(plan)
-    }
-
-    /// As [`Self::try_sync`].
-    ///
     /// # Panics
     ///
     /// If the plan fails.
     pub fn sync(&mut self) -> Plan {
-        self.try_sync().unwrap_or_else(|error| panic!("{error}"))
+        self.state.settled(self.kernel.settled());
+        let plan = self.state.sync();
+        let done = self.kernel.apply(&plan).unwrap_or_else(|error| panic!("{error}"));
+        self.state.miss(done.no_room);
+        plan
     }
 
     /// Brings the maps to the state of a cluster.

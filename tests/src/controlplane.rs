@@ -317,9 +317,7 @@ impl Api for ControlPlane {
 }
 
 impl ControlPlane {
-    fn put(&self, kind: Kind, mut value: Value) {
-        value["apiVersion"] = kind.api_version().into();
-        value["kind"] = kind.name().into();
+    fn put(&self, kind: Kind, value: Value) {
         // Replaces the whole object, so that omitted fields are removed; a new one cannot be replaced.
         let name = value["metadata"]["name"].as_str().unwrap_or_default().to_owned();
         let namespace = value["metadata"]["namespace"].as_str().unwrap_or("default").to_owned();

@@ -1,10 +1,9 @@
 //! The demo's agent: the real `socklb run`, as a process.
 
 use std::{
-    collections::VecDeque,
+    fs::{self, File},
     path::{Path, PathBuf},
     process::Stdio,
-    sync::{Arc, Mutex, PoisonError},
     thread,
     time::{Duration, Instant},
 };
@@ -17,9 +16,7 @@ use nix::{
     unistd::Pid,
 };
 use tokio::{
-    io::{AsyncBufReadExt, AsyncRead, BufReader},
     process::Child,
-    task::JoinSet,
     time::{sleep, timeout},
 };
 
@@ -31,8 +28,8 @@ const PATIENCE: Duration = Duration::from_secs(20);
 const POLL: Duration = Duration::from_micros(500);
 /// How long the agent may take to stop.
 const STOPPING: Duration = Duration::from_secs(3);
-/// Number of the agent's last output lines that are kept.
-const KEPT_LINES: usize = 40;
+/// Number of the agent's last output lines in an error.
+const SHOWN_LINES: usize = 40;
 
 /// The `socklb` in the folder of this program.
 pub(super) fn program_beside() -> Result<PathBuf> {
@@ -49,8 +46,8 @@ pub(super) struct Agent {
     pub pid: i32,
     /// Its command line, as shown.
     pub command_line: Vec<String>,
-    lines: Arc<Mutex<VecDeque<String>>>,
-    _readers: JoinSet<()>,
+    /// Everything that it prints.
+    log: PathBuf,
 }
 
 impl Agent {
@@ -76,23 +73,17 @@ impl Agent {
         {
             command.env_remove(name);
         }
-        let mut process = command
+        let log = scenery.log.clone();
+        let output = File::create(&log).with_context(|| format!("cannot make {}", log.display()))?;
+        let process = command
             .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
+            .stdout(output.try_clone().context("cannot share the agent's log")?)
+            .stderr(output)
             .spawn()
             .context("cannot start the agent")?;
         let pid = process.id().and_then(|pid| i32::try_from(pid).ok()).context("the agent exited at once")?;
-        let lines = Arc::default();
-        let mut readers = JoinSet::new();
-        if let Some(stdout) = process.stdout.take() {
-            readers.spawn(keep(stdout, Arc::clone(&lines)));
-        }
-        if let Some(stderr) = process.stderr.take() {
-            readers.spawn(keep(stderr, Arc::clone(&lines)));
-        }
         let command_line = [vec!["socklb".to_owned()], arguments].concat();
-        Ok(Self { process, pid, command_line, lines, _readers: readers })
+        Ok(Self { process, pid, command_line, log })
     }
 
     /// Waits until the kernel's tables satisfy a condition. Returns how long that took.
@@ -118,7 +109,7 @@ impl Agent {
             {
                 return Ok(began.elapsed());
             }
-            self.check_alive().await?;
+            self.check_alive()?;
             if began.elapsed() > PATIENCE {
                 bail!("after {PATIENCE:?} the kernel's maps do not hold {what}; {}", self.last_lines());
             }
@@ -127,23 +118,22 @@ impl Agent {
     }
 
     /// Fails if the agent has exited.
-    pub(super) async fn check_alive(&mut self) -> Result<()> {
+    pub(super) fn check_alive(&mut self) -> Result<()> {
         let Some(status) = self.process.try_wait().context("cannot wait for the agent")? else {
             return Ok(());
         };
-        // Its last lines may still be in the pipe.
-        sleep(Duration::from_millis(50)).await;
         bail!("the agent has exited ({status}); {}", self.last_lines())
     }
 
     /// Its last lines, as the end of an error.
     fn last_lines(&self) -> String {
-        let lines = self.lines.lock().unwrap_or_else(PoisonError::into_inner);
+        let log = fs::read_to_string(&self.log).unwrap_or_default();
+        let lines: Vec<&str> = log.lines().collect();
         if lines.is_empty() {
             return "it printed nothing".to_owned();
         }
-        let lines: Vec<&str> = lines.iter().map(String::as_str).collect();
-        format!("its last lines:\n  {}", lines.join("\n  "))
+        let first = lines.len().saturating_sub(SHOWN_LINES);
+        format!("its last lines:\n  {}", lines[first..].join("\n  "))
     }
 
     /// Stops it with SIGTERM, or with SIGKILL if that takes too long.
@@ -169,17 +159,5 @@ impl Drop for Agent {
             thread::sleep(pause);
             waited += pause;
         }
-    }
-}
-
-/// Keeps the last lines of the output.
-async fn keep(output: impl AsyncRead + Unpin, kept: Arc<Mutex<VecDeque<String>>>) {
-    let mut lines = BufReader::new(output).lines();
-    while let Ok(Some(line)) = lines.next_line().await {
-        let mut kept = kept.lock().unwrap_or_else(PoisonError::into_inner);
-        if kept.len() == KEPT_LINES {
-            kept.pop_front();
-        }
-        kept.push_back(line);
     }
 }

@@ -33,7 +33,7 @@ use nix::{
 };
 use serde::{Deserialize, Serialize};
 use tokio::{
-    io::{AsyncBufReadExt, AsyncReadExt, BufReader},
+    io::{AsyncBufReadExt, BufReader},
     process::{Child, Command},
     sync::mpsc,
     task::JoinSet,
@@ -341,15 +341,27 @@ impl Clients {
 
     /// Makes `n` calls in sequence, to each address in turn.
     pub(super) async fn call_in_turn(&self, how: How, addresses: &[SocketAddr], n: u32) -> Result<Vec<Call>> {
-        let mut client = self.start(how, addresses, n, Duration::ZERO)?;
-        let calls = timeout(CLIENT_PATIENCE, client.rest())
+        let output = self.command(how, addresses, n, Duration::ZERO).output();
+        let output = timeout(CLIENT_PATIENCE, output)
             .await
-            .with_context(|| format!("{n} calls to {addresses:?} took longer than {CLIENT_PATIENCE:?}"))??;
+            .with_context(|| format!("{n} calls to {addresses:?} took longer than {CLIENT_PATIENCE:?}"))?
+            .context("cannot start a client")?;
+        let lines = String::from_utf8_lossy(&output.stdout);
+        let calls: Vec<Call> = lines.lines().map(read).collect::<Result<_>>()?;
         if calls.len() != n as usize {
-            let complaint = client.complaint().await;
+            let complaint = String::from_utf8_lossy(&output.stderr);
+            let complaint = complaint.trim();
             bail!("a client reported {} of {n} calls to {addresses:?}: {complaint}", calls.len());
         }
         Ok(calls)
+    }
+
+    fn command(&self, how: How, addresses: &[SocketAddr], n: u32, pause: Duration) -> Command {
+        let mut command = own_command("call");
+        command.arg("--cgroup").arg(&self.cgroup).args(["--n", &n.to_string()]);
+        command.args(["--pause", &pause.as_micros().to_string(), &how.to_string()]);
+        command.args(addresses.iter().map(ToString::to_string)).stdin(Stdio::null());
+        command
     }
 
     /// Starts a client whose reports the caller reads.
@@ -360,16 +372,8 @@ impl Clients {
         n: u32,
         pause: Duration,
     ) -> Result<Client> {
-        let mut command = own_command("call");
-        command.arg("--cgroup").arg(&self.cgroup).args(["--n", &n.to_string()]);
-        command.args(["--pause", &pause.as_micros().to_string(), &how.to_string()]);
-        command.args(addresses.iter().map(ToString::to_string));
-        let mut process = command
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .context("cannot start a client")?;
+        let mut command = self.command(how, addresses, n, pause);
+        let mut process = command.stdout(Stdio::piped()).spawn().context("cannot start a client")?;
         let stdout = process.stdout.take().context("a client has no output")?;
         let (heard, reports) = mpsc::unbounded_channel();
         let mut listener = JoinSet::new();
@@ -383,6 +387,11 @@ impl Clients {
         });
         Ok(Client { process, reports, _listener: listener })
     }
+}
+
+/// A call, as a client reported it.
+fn read(line: &str) -> Result<Call> {
+    serde_json::from_str(line).with_context(|| format!("a client reported {line:?}"))
 }
 
 /// This program, as a process that exits with the calling thread.
@@ -406,16 +415,7 @@ impl Client {
     /// The next call; `None` when there are no more.
     pub(super) async fn next(&mut self) -> Result<Option<Call>> {
         let Some(line) = self.reports.recv().await else { return Ok(None) };
-        Ok(Some(serde_json::from_str(&line).with_context(|| format!("a client reported {line:?}"))?))
-    }
-
-    /// The remaining calls.
-    async fn rest(&mut self) -> Result<Vec<Call>> {
-        let mut calls = Vec::new();
-        while let Some(call) = self.next().await? {
-            calls.push(call);
-        }
-        Ok(calls)
+        read(&line).map(Some)
     }
 
     /// Stops the client. Returns its unread reports.
@@ -427,15 +427,6 @@ impl Client {
             calls.extend(serde_json::from_str::<Call>(&line).ok());
         }
         Ok(calls)
-    }
-
-    /// Its standard error.
-    async fn complaint(&mut self) -> String {
-        let mut text = String::new();
-        if let Some(stderr) = &mut self.process.stderr {
-            let _unreadable = stderr.read_to_string(&mut text).await;
-        }
-        text.trim().to_owned()
     }
 }
 

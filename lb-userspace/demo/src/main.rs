@@ -26,11 +26,13 @@ mod report;
 mod scenery;
 
 use std::{
+    future::poll_fn,
     io::{self, Write},
     net::SocketAddr,
     panic,
     path::{Path, PathBuf},
     process::ExitCode,
+    task::Poll,
     thread,
     time::Duration,
 };
@@ -299,7 +301,7 @@ impl<'a> Stage<'a> {
         for target in ECHO {
             connected_udp.push(self.tally(target, How::ConnectedUdp, N_DATAGRAMS).await?);
         }
-        self.agent.check_alive().await?;
+        self.agent.check_alive()?;
 
         let setup = self.setup.clone();
         let before = std::mem::take(&mut self.before);
@@ -370,7 +372,7 @@ impl<'a> Stage<'a> {
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         for n in 1.. {
             ticks.tick().await;
-            self.agent.check_alive().await?;
+            self.agent.check_alive()?;
             let mut round = Vec::new();
             for (target, how) in every_address().filter(|(target, _)| !target.address.ip().is_loopback()) {
                 let calls = self.clients.call(how, target.address, 1).await?;
@@ -437,29 +439,27 @@ fn print(text: &str) -> Result<()> {
     stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()).context("cannot write to standard output")
 }
 
-/// The signals that stop the demo.
-struct Signals {
-    interrupt: Signal,
-    terminate: Signal,
-    hang_up: Signal,
-}
+/// The signals that stop the demo, with their names.
+struct Signals([(Signal, &'static str); 3]);
 
 impl Signals {
     fn listen() -> Result<Self> {
         let listen = |kind| signal(kind).context("cannot listen for signals");
-        Ok(Self {
-            interrupt: listen(SignalKind::interrupt())?,
-            terminate: listen(SignalKind::terminate())?,
-            hang_up: listen(SignalKind::hangup())?,
-        })
+        Ok(Self([
+            (listen(SignalKind::interrupt())?, "SIGINT"),
+            (listen(SignalKind::terminate())?, "SIGTERM"),
+            (listen(SignalKind::hangup())?, "SIGHUP"),
+        ]))
     }
 
     /// Waits for a signal and returns its name.
     async fn next(&mut self) -> &'static str {
-        tokio::select! {
-            _ = self.interrupt.recv() => "SIGINT",
-            _ = self.terminate.recv() => "SIGTERM",
-            _ = self.hang_up.recv() => "SIGHUP",
-        }
+        poll_fn(|context| {
+            let mut signals = self.0.iter_mut();
+            let arrived =
+                signals.find_map(|(signal, name)| signal.poll_recv(context).is_ready().then_some(*name));
+            arrived.map_or(Poll::Pending, Poll::Ready)
+        })
+        .await
     }
 }

@@ -91,26 +91,30 @@ const fn target(service: &'static str, protocol: Protocol, ip: IpAddr, port: u16
     Target { service, protocol, address: SocketAddr::new(ip, port) }
 }
 
-/// A cluster IP with the last part `last`, decimal in IPv4 and hexadecimal in IPv6.
-const fn cluster_ip(ipv6: bool, last: (u8, u16)) -> IpAddr {
-    if ipv6 {
-        IpAddr::V6(Ipv6Addr::new(0xfd00, 0x10, 0x96, 0, 0, 0, 0, last.1))
-    } else {
-        IpAddr::V4(Ipv4Addr::new(10, 96, 0, last.0))
-    }
+/// Cluster IPs with the last part `last`, decimal in IPv4 and hexadecimal in IPv6.
+const fn cluster_ips((v4, v6): (u8, u16)) -> [IpAddr; 2] {
+    [IpAddr::V4(Ipv4Addr::new(10, 96, 0, v4)), IpAddr::V6(Ipv6Addr::new(0xfd00, 0x10, 0x96, 0, 0, 0, 0, v6))]
+}
+
+/// A port behind cluster IPs.
+const fn at_cluster_ips(
+    service: &'static str,
+    protocol: Protocol,
+    last: (u8, u16),
+    port: u16,
+) -> [Target; 2] {
+    let [v4, v6] = cluster_ips(last);
+    [target(service, protocol, v4, port), target(service, protocol, v6, port)]
 }
 
 /// HTTP behind cluster IPs.
-pub(super) const WEB: [Target; 2] = [
-    target("web", Protocol::Tcp, cluster_ip(false, (80, 0x80)), 80),
-    target("web", Protocol::Tcp, cluster_ip(true, (80, 0x80)), 80),
-];
+pub(super) const WEB: [Target; 2] = at_cluster_ips("web", Protocol::Tcp, (80, 0x80), 80);
 
 /// UDP behind cluster IPs.
-pub(super) const ECHO: [Target; 2] = [
-    target("echo", Protocol::Udp, cluster_ip(false, (53, 0x53)), 53),
-    target("echo", Protocol::Udp, cluster_ip(true, (53, 0x53)), 53),
-];
+pub(super) const ECHO: [Target; 2] = at_cluster_ips("echo", Protocol::Udp, (53, 0x53), 53);
+
+/// A service without endpoints.
+pub(super) const IDLE: [Target; 2] = at_cluster_ips("idle", Protocol::Tcp, (90, 0x90), 80);
 
 /// HTTP behind a node port: on the node's addresses and on loopback.
 pub(super) const WEB_NODE: [Target; 4] = [
@@ -118,12 +122,6 @@ pub(super) const WEB_NODE: [Target; 4] = [
     target("web-node", Protocol::Tcp, NODE[1], NODE_PORT),
     target("web-node", Protocol::Tcp, IpAddr::V4(Ipv4Addr::LOCALHOST), NODE_PORT),
     target("web-node", Protocol::Tcp, IpAddr::V6(Ipv6Addr::LOCALHOST), NODE_PORT),
-];
-
-/// A service without endpoints.
-pub(super) const IDLE: [Target; 2] = [
-    target("idle", Protocol::Tcp, cluster_ip(false, (90, 0x90)), 80),
-    target("idle", Protocol::Tcp, cluster_ip(true, (90, 0x90)), 80),
 ];
 
 /// Every frontend of the manifests, with its number of endpoints while all pods live.
@@ -134,8 +132,7 @@ pub(super) fn frontends() -> impl Iterator<Item = (FrontendAddress, usize)> {
     let n_pods = PODS.len();
     let with_endpoints = WEB.iter().chain(&ECHO).map(move |target| of(target, n_pods));
     let without = IDLE.iter().map(move |target| of(target, 0));
-    let web_node =
-        [false, true].map(|ipv6| frontend(cluster_ip(ipv6, (81, 0x81)), 80, Protocol::Tcp, n_pods));
+    let web_node = cluster_ips((81, 0x81)).map(|ip| frontend(ip, 80, Protocol::Tcp, n_pods));
     // A node port has one frontend per family, at the unspecified address.
     let node_port = [IpAddr::V4(Ipv4Addr::UNSPECIFIED), IpAddr::V6(Ipv6Addr::UNSPECIFIED)]
         .map(|ip| frontend(ip, NODE_PORT, Protocol::Tcp, n_pods));

@@ -256,29 +256,27 @@ impl Tally {
     /// Checks that all calls were answered, by all of these pods and only by them, and that the peer is the
     /// service.
     fn checks(&self, pods: &[&str]) -> Vec<Check> {
-        let mut checks = vec![
-            check(self.failures.is_empty(), format!("{}: every call was answered", self.name())),
-            check(self.answered_by(pods), format!("{}: only {} answered", self.name(), list(pods))),
-        ];
-        checks.extend(self.peer_check());
-        checks
+        let answered = format!("only {} answered", list(pods));
+        self.three_checks("every call was answered", self.answered_by(pods), &answered)
     }
 
     /// Checks that one of these pods answered all datagrams of a socket, and that the peer is the service.
     fn connection_checks(&self, pods: &[&str]) -> Vec<Check> {
         let is_one = self.answers.len() == 1 && pods.iter().any(|pod| self.answers.contains_key(*pod));
-        let mut checks = vec![
-            check(self.failures.is_empty(), format!("{}: every datagram was answered", self.name())),
-            check(is_one, format!("{}: one of {} answered them all", self.name(), list(pods))),
-        ];
-        checks.extend(self.peer_check());
-        checks
+        let answered = format!("one of {} answered them all", list(pods));
+        self.three_checks("every datagram was answered", is_one, &answered)
     }
 
-    fn peer_check(&self) -> Option<Check> {
-        let asked = self.client != "curl";
-        let holds = self.peers.iter().eq([&self.address]);
-        asked.then(|| check(holds, format!("{}: the peer is the service address", self.name())))
+    /// The peer is checked only if the client asked for it.
+    fn three_checks(&self, all: &str, is_answered: bool, answered: &str) -> Vec<Check> {
+        let has_asked = self.client != "curl";
+        let claims = [
+            (self.failures.is_empty(), all),
+            (is_answered, answered),
+            (self.peers.iter().eq([&self.address]), "the peer is the service address"),
+        ];
+        let claims = claims.into_iter().take(if has_asked { 3 } else { 2 });
+        claims.map(|(holds, claim)| check(holds, format!("{}: {claim}", self.name()))).collect()
     }
 
     /// The header of the table with [`Self::row`].
@@ -298,10 +296,14 @@ impl Tally {
         let address = format!("{} {}", self.protocol, self.address);
         let mut row =
             format!("  {:<9} {address:<27} {:<10}{}  {peer}\n", self.service, self.client, self.counts());
-        for (cause, n) in &self.failures {
-            let _infallible = writeln!(row, "{n:>60} failed: {cause}");
-        }
+        row.push_str(&self.failed());
         row
+    }
+
+    /// The failures, a line for each cause.
+    fn failed(&self) -> String {
+        let lines = self.failures.iter().map(|(cause, n)| format!("{n:>60} failed: {cause}\n"));
+        lines.collect::<Vec<_>>().concat()
     }
 
     /// The columns of [`count_head`].
@@ -529,10 +531,7 @@ impl Failover {
             (format!("{pod} is dead, but its endpoints say ready"), &self.between),
             ("the kernel's maps have changed".to_owned(), &self.after),
         ] {
-            let _infallible = writeln!(text, "  {when:<43}{}", tally.counts());
-            for (cause, n) in &tally.failures {
-                let _infallible = writeln!(text, "{n:>60} failed: {cause}");
-            }
+            let _infallible = write!(text, "  {when:<43}{}\n{}", tally.counts(), tally.failed());
         }
         let _infallible = writeln!(
             text,

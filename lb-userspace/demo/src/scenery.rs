@@ -52,6 +52,8 @@ pub(super) struct Scenery {
     pub pins: PathBuf,
     /// The agent's `--state-dir`.
     pub state: PathBuf,
+    /// What the agent prints.
+    pub log: PathBuf,
 }
 
 impl Scenery {
@@ -83,7 +85,7 @@ impl Scenery {
         make_dir(&manifests)?;
         make_dir(&state)?;
         let pods = wire(&node).context("cannot connect the namespaces: CAP_NET_ADMIN is needed")?;
-        Ok(Self { cgroup, pods, manifests, pins: bpf_fs.join("socklb"), state })
+        Ok(Self { cgroup, pods, manifests, pins: bpf_fs.join("socklb"), state, log: own.join("agent.log") })
     }
 }
 
