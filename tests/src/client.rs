@@ -98,14 +98,14 @@ fn errno<T>(result: io::Result<T>) -> Result<T, Errno> {
 /// A socket, closed on drop. Addresses of [`Domain::Mapped`] are given and returned as IPv4 addresses.
 #[derive(Debug)]
 pub struct Socket {
-    socket: socket2::Socket,
+    inner: socket2::Socket,
     domain: Domain,
     protocol: Protocol,
 }
 
 impl AsFd for Socket {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.socket.as_fd()
+        self.inner.as_fd()
     }
 }
 
@@ -138,13 +138,13 @@ impl Socket {
     /// If the process has too many descriptors.
     #[must_use]
     pub fn duplicate(&self) -> Self {
-        Self { socket: self.socket.try_clone().expect("a descriptor"), ..*self }
+        Self { inner: self.inner.try_clone().expect("a descriptor"), ..*self }
     }
 
     /// Its descriptor.
     #[must_use]
     pub fn into_fd(self) -> OwnedFd {
-        self.socket.into()
+        self.inner.into()
     }
 
     /// A socket that another process or thread opened.
@@ -164,7 +164,7 @@ impl Socket {
             // Thousands of connections to one address must not use up the local ports with TIME_WAIT.
             socket.set_linger(Some(Duration::ZERO)).expect("a linger time");
         }
-        Self { socket, domain, protocol }
+        Self { inner: socket, domain, protocol }
     }
 
     /// `connect()`
@@ -183,7 +183,7 @@ impl Socket {
     ///
     /// The system call's.
     pub fn connect_as(&self, domain: Domain, to: SocketAddr) -> Result<(), Errno> {
-        errno(self.socket.connect(&domain.sockaddr(to)))
+        errno(self.inner.connect(&domain.sockaddr(to)))
     }
 
     /// `sendto()` with the address in the form of another domain.
@@ -192,7 +192,7 @@ impl Socket {
     ///
     /// The system call's.
     pub fn send_to_as(&self, domain: Domain, bytes: &[u8], to: SocketAddr) -> Result<(), Errno> {
-        errno(self.socket.send_to(bytes, &domain.sockaddr(to))).map(drop)
+        errno(self.inner.send_to(bytes, &domain.sockaddr(to))).map(drop)
     }
 
     /// Converts an `AF_INET6` socket that is connected to an IPv4 address to `AF_INET` (`IPV6_ADDRFORM`).
@@ -206,7 +206,7 @@ impl Socket {
         // SAFETY: the kernel reads `len` bytes of `family`, which outlives the call.
         Errno::result(unsafe {
             libc::setsockopt(
-                self.socket.as_raw_fd(),
+                self.inner.as_raw_fd(),
                 libc::IPPROTO_IPV6,
                 libc::IPV6_ADDRFORM,
                 (&raw const family).cast(),
@@ -223,7 +223,7 @@ impl Socket {
     /// If the kernel does not return it.
     #[must_use]
     pub fn cookie(&self) -> u64 {
-        self.socket.cookie().expect("SO_COOKIE")
+        self.inner.cookie().expect("SO_COOKIE")
     }
 
     /// Whether calls return at once, with `EINPROGRESS` or `EAGAIN` instead of waiting.
@@ -232,7 +232,7 @@ impl Socket {
     ///
     /// If the descriptor's flags cannot be read or set.
     pub fn set_nonblocking(&self, is_nonblocking: bool) {
-        self.socket.set_nonblocking(is_nonblocking).expect("new flags");
+        self.inner.set_nonblocking(is_nonblocking).expect("new flags");
     }
 
     /// Waits until a nonblocking `connect()` completes.
@@ -254,7 +254,7 @@ impl Socket {
     }
 
     fn wait(&self, until: PollFlags) {
-        let mut waiting = [PollFd::new(self.socket.as_fd(), until)];
+        let mut waiting = [PollFd::new(self.inner.as_fd(), until)];
         let timeout = PollTimeout::try_from(PATIENCE).expect("milliseconds");
         assert_eq!(poll(&mut waiting, timeout), Ok(1), "{until:?} in time");
     }
@@ -265,7 +265,7 @@ impl Socket {
     ///
     /// The system call's.
     pub fn bind(&self, address: SocketAddr) -> Result<(), Errno> {
-        errno(self.socket.bind(&self.domain.sockaddr(address)))
+        errno(self.inner.bind(&self.domain.sockaddr(address)))
     }
 
     /// `getsockname()`
@@ -274,7 +274,7 @@ impl Socket {
     ///
     /// The system call's.
     pub fn local_address(&self) -> Result<SocketAddr, Errno> {
-        let name = errno(self.socket.local_addr())?.as_socket().ok_or(Errno::EAFNOSUPPORT)?;
+        let name = errno(self.inner.local_addr())?.as_socket().ok_or(Errno::EAFNOSUPPORT)?;
         Ok(SocketAddr::new(name.ip().to_canonical(), name.port()))
     }
 
@@ -290,7 +290,7 @@ impl Socket {
         };
         let len = libc::socklen_t::try_from(size_of_val(&nowhere)).expect("sixteen");
         // SAFETY: the kernel reads `len` bytes of `nowhere`, which outlives the call.
-        Errno::result(unsafe { libc::connect(self.socket.as_raw_fd(), &raw const nowhere, len) }).map(drop)
+        Errno::result(unsafe { libc::connect(self.inner.as_raw_fd(), &raw const nowhere, len) }).map(drop)
     }
 
     /// `connect()` with an address that is too short for its family.
@@ -303,7 +303,7 @@ impl Socket {
         // Family, port, and half of an IPv4 address.
         let len = 6;
         // SAFETY: the kernel reads six bytes of `address`, which is longer and outlives the call.
-        Errno::result(unsafe { libc::connect(self.socket.as_raw_fd(), address.as_ptr().cast(), len) })
+        Errno::result(unsafe { libc::connect(self.inner.as_raw_fd(), address.as_ptr().cast(), len) })
             .map(drop)
     }
 
@@ -313,7 +313,7 @@ impl Socket {
     ///
     /// The system call's; `ENOTCONN` without a peer.
     pub fn peer_name(&self) -> Result<SocketAddr, Errno> {
-        let peer = errno(self.socket.peer_addr())?.as_socket().ok_or(Errno::EAFNOSUPPORT)?;
+        let peer = errno(self.inner.peer_addr())?.as_socket().ok_or(Errno::EAFNOSUPPORT)?;
         Ok(self.domain.address(peer))
     }
 
@@ -323,7 +323,7 @@ impl Socket {
     ///
     /// The system call's.
     pub fn send(&self, bytes: &[u8]) -> Result<(), Errno> {
-        errno(self.socket.send_with_flags(bytes, libc::MSG_NOSIGNAL)).map(drop)
+        errno(self.inner.send_with_flags(bytes, libc::MSG_NOSIGNAL)).map(drop)
     }
 
     /// `sendto()`
@@ -342,7 +342,7 @@ impl Socket {
     /// The system call's; `EAGAIN` without an answer in time.
     pub fn receive(&self) -> Result<(Vec<u8>, Option<SocketAddr>), Errno> {
         let mut buffer = vec![0; 4096];
-        let (n, sender) = recvfrom::<SockaddrStorage>(self.socket.as_raw_fd(), &mut buffer)?;
+        let (n, sender) = recvfrom::<SockaddrStorage>(self.inner.as_raw_fd(), &mut buffer)?;
         buffer.truncate(n);
         let sender = sender.filter(|_| self.protocol == Protocol::Udp).and_then(|sender| {
             let v4 = sender.as_sockaddr_in().map(|name| SocketAddr::V4((*name).into()));

@@ -40,29 +40,17 @@ pub enum Object {
     ServiceCidr(ServiceCIDR),
 }
 
-impl From<Service> for Object {
-    fn from(service: Service) -> Self {
-        Self::Service(service)
-    }
+macro_rules! from_kinds {
+    ($($variant:ident($kind:ty)),+) => {
+        $(impl From<$kind> for Object {
+            fn from(object: $kind) -> Self {
+                Self::$variant(object)
+            }
+        })+
+    };
 }
 
-impl From<EndpointSlice> for Object {
-    fn from(slice: EndpointSlice) -> Self {
-        Self::Slice(slice)
-    }
-}
-
-impl From<Node> for Object {
-    fn from(node: Node) -> Self {
-        Self::Node(node)
-    }
-}
-
-impl From<ServiceCIDR> for Object {
-    fn from(cidr: ServiceCIDR) -> Self {
-        Self::ServiceCidr(cidr)
-    }
-}
+from_kinds!(Service(Service), Slice(EndpointSlice), Node(Node), ServiceCidr(ServiceCIDR));
 
 /// Parses an object.
 ///

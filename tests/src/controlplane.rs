@@ -149,45 +149,14 @@ impl Assets {
     }
 }
 
-/// An empty etcd.
-#[derive(Debug)]
-pub struct Etcd {
-    address: SocketAddr,
-    _program: Logged,
-    directory: TempDir,
-}
-
-impl Etcd {
-    /// Starts it and waits until it listens.
-    ///
-    /// # Errors
-    ///
-    /// If it does not listen; with the end of its log.
-    pub fn start(binary: &Path) -> anyhow::Result<Self> {
-        let directory = tempfile::tempdir()?;
-        let address = free_port()?;
-        let url = format!("http://{address}");
-        let arguments = [
-            "--name=test".to_owned(),
-            format!("--data-dir={}", directory.path().join("data").display()),
-            format!("--listen-client-urls={url}"),
-            format!("--advertise-client-urls={url}"),
-            // No other member joins.
-            "--listen-peer-urls=http://127.0.0.1:0".to_owned(),
-        ];
-        let mut program = start("etcd", binary, directory.path(), &arguments)?;
-        program.until("etcd", PATIENCE, || TcpStream::connect(address).is_ok())?;
-        Ok(Self { address, _program: program, directory })
-    }
-}
-
 /// A real API server with its own etcd.
 #[derive(Debug)]
 pub struct ControlPlane {
     address: SocketAddr,
     // Dropped before the etcd that it uses.
     apiserver: Logged,
-    etcd: Etcd,
+    _etcd: Logged,
+    directory: TempDir,
 }
 
 impl ControlPlane {
@@ -197,8 +166,20 @@ impl ControlPlane {
     ///
     /// If one of them exits or does not become ready; with the end of its log. Needs `kubectl` and `openssl`.
     pub fn start(assets: &Assets) -> anyhow::Result<Self> {
-        let etcd = Etcd::start(&assets.etcd)?;
-        let directory = etcd.directory.path();
+        let place = tempfile::tempdir()?;
+        let directory = place.path();
+        let etcd_address = free_port()?;
+        let url = format!("http://{etcd_address}");
+        let arguments = [
+            "--name=test".to_owned(),
+            format!("--data-dir={}", directory.join("data").display()),
+            format!("--listen-client-urls={url}"),
+            format!("--advertise-client-urls={url}"),
+            // No other member joins.
+            "--listen-peer-urls=http://127.0.0.1:0".to_owned(),
+        ];
+        let mut etcd = start("etcd", &assets.etcd, directory, &arguments)?;
+        etcd.until("etcd", PATIENCE, || TcpStream::connect(etcd_address).is_ok())?;
         let (key, tokens) = (directory.join("service-accounts.key"), directory.join("tokens"));
         // Service account tokens are not used, but the server does not start without a key for them.
         let made = Command::new("openssl")
@@ -210,7 +191,7 @@ impl ControlPlane {
         fs::write(&tokens, format!("{TOKEN},test,test,system:masters\n"))?;
         let address = free_port()?;
         let arguments = [
-            format!("--etcd-servers=http://{}", etcd.address),
+            format!("--etcd-servers={url}"),
             format!("--cert-dir={}", directory.join("certificates").display()),
             "--bind-address=127.0.0.1".to_owned(),
             "--advertise-address=127.0.0.1".to_owned(),
@@ -225,7 +206,7 @@ impl ControlPlane {
             format!("--service-account-signing-key-file={}", key.display()),
         ];
         let apiserver = start("kube-apiserver", &assets.apiserver, directory, &arguments)?;
-        let mut server = Self { address, apiserver, etcd };
+        let mut server = Self { address, apiserver, _etcd: etcd, directory: place };
         fs::write(server.config(), server.kubeconfig())?;
         let config = server.config();
         server.apiserver.until("kube-apiserver", PATIENCE, || {
@@ -236,7 +217,7 @@ impl ControlPlane {
     }
 
     fn config(&self) -> PathBuf {
-        self.etcd.directory.path().join("kubeconfig")
+        self.directory.path().join("kubeconfig")
     }
 
     fn kubectl(&self, arguments: &[&str], input: Option<&Value>) -> String {
@@ -284,11 +265,12 @@ impl Api for ControlPlane {
 
     fn apply(&self, object: cluster::Object) {
         let (kind, value) = apiserver::value(object);
-        self.put(kind, value);
+        self.put(kind, &value);
     }
 
     fn apply_pod(&self, pod: &Pod) {
-        self.put(Kind::Pod, serde_json::to_value(pod).expect("objects of the API are JSON"));
+        let value = serde_json::to_value(pod).expect("objects of the API are JSON");
+        self.put(Kind::Pod, &value);
     }
 
     fn delete(&self, kind: Kind, namespace: &str, name: &str) {
@@ -317,13 +299,13 @@ impl Api for ControlPlane {
 }
 
 impl ControlPlane {
-    fn put(&self, kind: Kind, value: Value) {
+    fn put(&self, kind: Kind, value: &Value) {
         // Replaces the whole object, so that omitted fields are removed; a new one cannot be replaced.
         let name = value["metadata"]["name"].as_str().unwrap_or_default().to_owned();
         let namespace = value["metadata"]["namespace"].as_str().unwrap_or("default").to_owned();
         let get = ["get", kind.plural(), &name, "-n", &namespace, "--ignore-not-found", "-o", "name"];
         let action = if self.kubectl(&get, None).is_empty() { "create" } else { "replace" };
-        let _answer = self.kubectl(&[action, "-f", "-"], Some(&value));
+        let _answer = self.kubectl(&[action, "-f", "-"], Some(value));
     }
 }
 

@@ -14,7 +14,7 @@
 
 use std::{
     ffi::OsString,
-    fmt, fs,
+    fs,
     io::{self, ErrorKind, Read, Write},
     net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket},
     os::unix::process::CommandExt,
@@ -25,6 +25,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail};
+use clap::ValueEnum;
 use nix::{
     errno::Errno,
     sys::{prctl, signal::Signal},
@@ -91,17 +92,6 @@ pub(super) enum How {
     Udp,
     /// `connect()` once on a UDP socket, `send()` per call.
     ConnectedUdp,
-}
-
-impl fmt::Display for How {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(match self {
-            Self::Curl => "curl",
-            Self::Tcp => "tcp",
-            Self::Udp => "udp",
-            Self::ConnectedUdp => "connected-udp",
-        })
-    }
 }
 
 /// One call, as seen by the client.
@@ -359,7 +349,8 @@ impl Clients {
     fn command(&self, how: How, addresses: &[SocketAddr], n: u32, pause: Duration) -> Command {
         let mut command = own_command("call");
         command.arg("--cgroup").arg(&self.cgroup).args(["--n", &n.to_string()]);
-        command.args(["--pause", &pause.as_micros().to_string(), &how.to_string()]);
+        let how = how.to_possible_value().map(|value| value.get_name().to_owned());
+        command.args(["--pause", &pause.as_micros().to_string()]).args(how);
         command.args(addresses.iter().map(ToString::to_string)).stdin(Stdio::null());
         command
     }
@@ -501,14 +492,6 @@ mod tests {
         assert_eq!(line("10.96.0.80:80"), "curl -q -sS -m2 http://10.96.0.80/");
         assert_eq!(line("[fd00:10:96::80]:80"), "curl -q -sS -m2 http://[fd00:10:96::80]/");
         assert_eq!(line("10.10.0.1:30080"), "curl -q -sS -m2 http://10.10.0.1:30080/");
-    }
-
-    #[test]
-    fn how_is_written_as_it_is_parsed() {
-        use clap::ValueEnum;
-        for how in How::value_variants() {
-            assert_eq!(How::from_str(&how.to_string(), false).as_ref(), Ok(how));
-        }
     }
 
     #[test]

@@ -22,7 +22,6 @@ use hyper::{
     service::service_fn,
 };
 use hyper_util::rt::{TokioIo, TokioTimer};
-use percent_encoding::percent_decode_str;
 use serde::Serialize;
 use serde_json::{Value, json};
 use tokio::time::{self, Instant};
@@ -176,19 +175,20 @@ async fn answer(
     request: Request<Incoming>,
 ) -> Result<Response<Answer>> {
     let (head, body) = request.into_parts();
-    let path = percent_decode_str(head.uri.path()).decode_utf8_lossy();
+    // Names need no encoding.
+    let path = head.uri.path();
     if let Some(document) = discovery::document(path.trim_end_matches('/')) {
         return Ok(respond(200, document.to_string()));
     }
     let body = body.collect().await.map_err(|error| unreadable(&error))?.to_bytes();
     let parse = || serde_json::from_slice(&body).map_err(|error| unreadable(&error));
-    if let Some((namespace, name)) = events::target(&path) {
+    if let Some((namespace, name)) = events::target(path) {
         let (code, event) = lock(&shared.events).write(&head.method, namespace, name, parse()?)?;
         return Ok(respond(code, event.to_string()));
     }
     let query = Query::parse(head.uri.query().unwrap_or_default());
     let unknown = lock(&shared.faults).unknown;
-    let target = target(&path);
+    let target = target(path);
     if target.is_some_and(|target| Some(target.kind) == unknown) {
         lock(&shared.requests).unknown += 1;
     }

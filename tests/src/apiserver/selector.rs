@@ -14,19 +14,19 @@ enum Test {
 
 impl Test {
     /// Parses `KEY`, `!KEY`, `KEY=VALUE`, `KEY==VALUE` or `KEY!=VALUE`.
-    fn parse(text: &str) -> Result<(String, Self), Refusal> {
-        let (key, test) = if let Some(key) = text.strip_prefix('!') {
+    fn parse(term: &str) -> Result<(String, Self), Refusal> {
+        let (key, test) = if let Some(key) = term.strip_prefix('!') {
             (key, Self::Absent)
-        } else if let Some((key, value)) = text.split_once("!=") {
+        } else if let Some((key, value)) = term.split_once("!=") {
             (key, Self::NotEqual(value.trim().to_owned()))
-        } else if let Some((key, value)) = text.split_once('=') {
+        } else if let Some((key, value)) = term.split_once('=') {
             (key, Self::Equal(value.trim_start_matches('=').trim().to_owned()))
         } else {
-            (text, Self::Exists)
+            (term, Self::Exists)
         };
         let key = key.trim();
         if key.is_empty() || key.contains(char::is_whitespace) {
-            let message = format!("unable to parse the selector {text:?}");
+            let message = format!("unable to parse the selector {term:?}");
             return Err(Refusal::new(400, "BadRequest", message));
         }
         Ok((key.to_owned(), test))
