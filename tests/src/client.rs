@@ -12,9 +12,9 @@ use nix::{
     errno::Errno,
     libc,
     poll::{PollFd, PollFlags, PollTimeout, poll},
-    sys::socket::{SockaddrStorage, recvfrom},
+    sys::socket::{self, MsgFlags, SockaddrLike as _, SockaddrStorage},
 };
-use socket2::{SockAddr, Type};
+use socket2::Type;
 
 /// Timeout of a call. Only a failing test waits that long.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -54,7 +54,7 @@ impl Domain {
     }
 
     /// The address in the form of this domain.
-    fn sockaddr(self, address: SocketAddr) -> SockAddr {
+    fn sockaddr(self, address: SocketAddr) -> SockaddrStorage {
         match (self, address.ip()) {
             (Self::Mapped, IpAddr::V4(ip)) => {
                 SocketAddr::new(ip.to_ipv6_mapped().into(), address.port()).into()
@@ -183,7 +183,7 @@ impl Socket {
     ///
     /// The system call's.
     pub fn connect_as(&self, domain: Domain, to: SocketAddr) -> Result<(), Errno> {
-        errno(self.inner.connect(&domain.sockaddr(to)))
+        socket::connect(self.inner.as_raw_fd(), &domain.sockaddr(to))
     }
 
     /// `sendto()` with the address in the form of another domain.
@@ -192,7 +192,7 @@ impl Socket {
     ///
     /// The system call's.
     pub fn send_to_as(&self, domain: Domain, bytes: &[u8], to: SocketAddr) -> Result<(), Errno> {
-        errno(self.inner.send_to(bytes, &domain.sockaddr(to))).map(drop)
+        socket::sendto(self.inner.as_raw_fd(), bytes, &domain.sockaddr(to), MsgFlags::empty()).map(drop)
     }
 
     /// Converts an `AF_INET6` socket that is connected to an IPv4 address to `AF_INET` (`IPV6_ADDRFORM`).
@@ -265,7 +265,7 @@ impl Socket {
     ///
     /// The system call's.
     pub fn bind(&self, address: SocketAddr) -> Result<(), Errno> {
-        errno(self.inner.bind(&self.domain.sockaddr(address)))
+        socket::bind(self.inner.as_raw_fd(), &self.domain.sockaddr(address))
     }
 
     /// `getsockname()`
@@ -342,7 +342,7 @@ impl Socket {
     /// The system call's; `EAGAIN` without an answer in time.
     pub fn receive(&self) -> Result<(Vec<u8>, Option<SocketAddr>), Errno> {
         let mut buffer = vec![0; 4096];
-        let (n, sender) = recvfrom::<SockaddrStorage>(self.inner.as_raw_fd(), &mut buffer)?;
+        let (n, sender) = socket::recvfrom::<SockaddrStorage>(self.inner.as_raw_fd(), &mut buffer)?;
         buffer.truncate(n);
         let sender = sender.filter(|_| self.protocol == Protocol::Udp).and_then(|sender| {
             let v4 = sender.as_sockaddr_in().map(|name| SocketAddr::V4((*name).into()));

@@ -55,7 +55,9 @@ impl Selector {
             text.split(',').map(str::trim).filter(|part| !part.is_empty()).map(Test::parse).collect()
         };
         let (labels, fields) = (parse(labels)?, parse(fields)?);
-        let is_known = |path: &str| matches!(path, "metadata.name" | "metadata.namespace" | "spec.nodeName");
+        let is_known = |path: &str| {
+            matches!(path, "metadata.name" | "metadata.namespace" | "spec.nodeName" | "spec.clusterIP")
+        };
         if let Some((path, _)) = fields.iter().find(|(path, _)| !is_known(path)) {
             return Err(Refusal::new(400, "BadRequest", format!("field label not supported: {path}")));
         }
@@ -93,6 +95,7 @@ mod tests {
             ("a.io/b!=d,missing!=d", "", true),
             ("", "metadata.name=web,metadata.namespace=shop", true),
             ("", "metadata.name!=web", false),
+            ("", "spec.clusterIP!=None", true),
         ] {
             let selector = Selector::parse(labels, fields, None).unwrap();
             assert_eq!(selector.matches(&object), expected, "{labels:?} {fields:?}");
