@@ -16,12 +16,11 @@ use lb_agent::{
 };
 use lb_core::model::{Protocol::Tcp, Store, ingest};
 use lb_tests::{
-    Feature, Sandbox,
+    Sandbox,
     agent::{self, Agent},
     apiserver::{ApiServer, Kind},
     client::call,
     cluster::{Cluster, NAMESPACE, PortOf},
-    require,
     server::Servers,
 };
 use nix::errno::Errno;
@@ -34,10 +33,7 @@ use crate::follower::{PATIENCE, open, runtime, service_address};
 /// nothing.
 #[test]
 fn calls_follow_the_api_server() {
-    if !require(Feature::Programs) {
-        return;
-    }
-    Sandbox::run(|sandbox| {
+    Sandbox::test(|sandbox| {
         let endpoints = [8001, 8002].map(|port| SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), port));
         let _servers = Servers::tcp(endpoints);
         let service = service_address(0);
@@ -113,10 +109,7 @@ fn options(sandbox: &Sandbox, state_dir: &Path, http: serve::Options) -> Options
 /// thread.
 #[test]
 fn loading_leaves_the_worker_thread_to_others() {
-    if !require(Feature::Programs) {
-        return;
-    }
-    Sandbox::run(|sandbox| {
+    Sandbox::test(|sandbox| {
         let (server, state_dir) = (ApiServer::start(), tempfile::tempdir().unwrap());
         let healthz = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 10256);
         let http = serve::Options { healthz: Some(healthz), ..serve::Options::default() };
@@ -174,10 +167,7 @@ fn with_options(server: &ApiServer, options: Options, body: impl FnOnce()) {
 /// answers.
 #[test]
 fn without_the_server_the_snapshot_is_served() {
-    if !require(Feature::Programs) {
-        return;
-    }
-    Sandbox::run(|sandbox| {
+    Sandbox::test(|sandbox| {
         let endpoints = [8001, 8002].map(|port| SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), port));
         let _servers = Servers::tcp(endpoints);
         let (service, state_dir) = (service_address(0), tempfile::tempdir().unwrap());
@@ -220,10 +210,7 @@ fn scrape(address: SocketAddr) -> Vec<String> {
 /// A change is timed from its event and from its slice's annotation; an initial list is not.
 #[test]
 fn a_scrape_tells_of_changes_and_calls() {
-    if !require(Feature::Programs) {
-        return;
-    }
-    Sandbox::run(|sandbox| {
+    Sandbox::test(|sandbox| {
         let endpoints = [8001, 8002].map(|port| SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), port));
         let _servers = Servers::tcp(endpoints);
         let (service, state_dir) = (service_address(0), tempfile::tempdir().unwrap());
@@ -262,10 +249,7 @@ fn a_scrape_tells_of_changes_and_calls() {
 /// An issue of a Service is written as an Event, once. After a restart the same Event is updated.
 #[test]
 fn events_tell_of_conflicts_and_of_the_agent() {
-    if !require(Feature::Programs) {
-        return;
-    }
-    Sandbox::run(|sandbox| {
+    Sandbox::test(|sandbox| {
         let (service, state_dir) = (service_address(0), tempfile::tempdir().unwrap());
         let mut objects = Cluster::new();
         objects.serve("a", service, Tcp, &[]);

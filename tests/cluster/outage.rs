@@ -11,7 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use lb_tests::{Feature, Sandbox, apiserver::ApiServer, require};
+use lb_tests::{Feature, Sandbox, apiserver::ApiServer};
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
@@ -119,10 +119,7 @@ fn get(address: SocketAddr, path: &str) -> Option<(bool, String)> {
 /// an outage does the same.
 #[test]
 fn an_outage_shows_and_the_node_stays_ready() {
-    if !require(Feature::Programs) || !require(Feature::Variable("SOCKLB_BIN")) {
-        return;
-    }
-    Sandbox::run(|sandbox| {
+    Sandbox::test_with(&[Feature::Variable("SOCKLB_BIN")], |sandbox| {
         let directory = tempfile::tempdir().unwrap();
         let mut server = ApiServer::start();
         server.set(&cluster(3));

@@ -12,13 +12,12 @@ use lb_agent::source::Source as _;
 use lb_core::model::{Protocol::Tcp, ingest};
 use lb_kernel::Features;
 use lb_tests::{
-    Feature, Sandbox,
+    Sandbox,
     agent::Agent,
     apiserver::{ApiServer, Kind},
     client::call,
     cluster::{self, NAMESPACE, service_cidr},
     controlplane::servers,
-    require,
 };
 use nix::errno::Errno;
 
@@ -238,10 +237,7 @@ fn addresses_of_other_proxies_are_known_and_their_slices_are_not_read() {
 /// In the kernel: the unreachable addresses follow the objects, and another proxy's addresses pass.
 #[test]
 fn calls_follow_service_cidrs() {
-    if !require(Feature::Programs) {
-        return;
-    }
-    Sandbox::run(|sandbox| {
+    Sandbox::test(|sandbox| {
         let server = ApiServer::start();
         let [ours, theirs, none] = [0, 1, 2].map(service_address);
         server.apply(labelled("ours", ours.ip(), None));

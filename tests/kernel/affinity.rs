@@ -11,12 +11,11 @@ use std::{
 use k8s_openapi::api::core::v1::{ClientIPConfig, SessionAffinityConfig};
 use lb_core::model::Protocol::Udp;
 use lb_tests::{
-    Feature, Sandbox,
+    Sandbox,
     agent::Agent,
     client::{Domain, Socket},
     cluster::{self, Cluster, PortOf},
     netns::NetNs,
-    require,
 };
 
 use crate::calls::service_address;
@@ -48,10 +47,7 @@ fn chosen() -> IpAddr {
 
 #[test]
 fn clients_are_network_namespaces() {
-    if !require(Feature::Programs) {
-        return;
-    }
-    Sandbox::run(|sandbox| {
+    Sandbox::test(|sandbox| {
         let mut agent = Agent::start(sandbox);
         agent.follow(&with_affinity(86_400));
         let pods: Vec<NetNs> = (0..12).map(|_| NetNs::new().unwrap()).collect();
@@ -78,10 +74,7 @@ fn clients_are_network_namespaces() {
 fn first_calls_at_once_agree_from_the_next_call_on() {
     const N_SERVICES: usize = 60;
     const N_THREADS: usize = 8;
-    if !require(Feature::Programs) {
-        return;
-    }
-    Sandbox::run(|sandbox| {
+    Sandbox::test(|sandbox| {
         sandbox.own(endpoints());
         let mut cluster = Cluster::new();
         for n in 0..N_SERVICES {
@@ -133,10 +126,7 @@ fn address(n: usize) -> SocketAddr {
 
 #[test]
 fn a_client_that_is_idle_too_long_chooses_anew() {
-    if !require(Feature::Programs) {
-        return;
-    }
-    Sandbox::run(|sandbox| {
+    Sandbox::test(|sandbox| {
         sandbox.own(endpoints());
         let mut agent = Agent::start(sandbox);
         agent.follow(&with_affinity(1));
@@ -153,10 +143,7 @@ fn a_client_that_is_idle_too_long_chooses_anew() {
 
 #[test]
 fn a_client_that_calls_in_time_keeps_its_endpoint() {
-    if !require(Feature::Programs) {
-        return;
-    }
-    Sandbox::run(|sandbox| {
+    Sandbox::test(|sandbox| {
         sandbox.own(endpoints());
         let mut agent = Agent::start(sandbox);
         agent.follow(&with_affinity(600));

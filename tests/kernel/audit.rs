@@ -17,11 +17,10 @@ use lb_core::{
 };
 use lb_kernel::{Findings, Maps, Repaired};
 use lb_tests::{
-    Feature, Sandbox,
+    Sandbox,
     agent::Agent,
     client::{Domain, call},
     cluster::{self, Cluster},
-    require,
     server::Servers,
 };
 use nix::errno::Errno;
@@ -116,10 +115,7 @@ impl Scene {
 }
 
 fn with_agent(test: impl FnOnce(&Sandbox, &mut Agent, &Scene) + Send) {
-    if !require(Feature::Programs) {
-        return;
-    }
-    Sandbox::run(|sandbox| {
+    Sandbox::test(|sandbox| {
         let scene = Scene::new();
         let _servers = Servers::tcp(scene.servers.into_iter().chain([scene.server6]));
         let mut agent = Agent::start(sandbox);

@@ -4,12 +4,11 @@ use std::{collections::BTreeSet, net::SocketAddr};
 
 use lb_core::model::Protocol::{self, Tcp, Udp};
 use lb_tests::{
-    Feature, Sandbox,
+    Sandbox,
     agent::Agent,
     cgroup::ThreadCgroup,
     client::{Domain, Socket, call},
     cluster::{Cluster, PortOf},
-    require,
     server::Servers,
 };
 use nix::errno::Errno;
@@ -37,7 +36,7 @@ fn endpoints(domain: Domain) -> [SocketAddr; 2] {
 
 /// A sandbox with an agent, and in each family two servers and a service with both as endpoints.
 fn with_services(protocols: &[Protocol], test: impl FnOnce(&mut Agent) + Send) {
-    Sandbox::run(|sandbox| {
+    Sandbox::test(|sandbox| {
         let mut cluster = Cluster::new();
         let mut servers = Vec::new();
         for domain in [Domain::V4, Domain::V6] {
@@ -67,9 +66,6 @@ pub(crate) fn assert_spread(endpoints: &[SocketAddr], mut call: impl FnMut() -> 
 
 #[test]
 fn a_connect_reaches_each_endpoint() {
-    if !require(Feature::Programs) {
-        return;
-    }
     with_services(&[Tcp, Udp], |_agent| {
         for domain in Domain::ALL {
             for protocol in [Tcp, Udp] {
@@ -85,9 +81,6 @@ fn a_connect_reaches_each_endpoint() {
 
 #[test]
 fn a_datagram_reaches_each_endpoint() {
-    if !require(Feature::Programs) {
-        return;
-    }
     with_services(&[Udp], |_agent| {
         for domain in Domain::ALL {
             let call = || Socket::new(domain, Udp).ask_at(service_address(domain)).unwrap().server;
@@ -100,9 +93,6 @@ fn a_datagram_reaches_each_endpoint() {
 /// server is no longer an endpoint.
 #[test]
 fn the_datagrams_of_a_socket_stay_together() {
-    if !require(Feature::Programs) {
-        return;
-    }
     with_services(&[Udp], |agent| {
         for domain in Domain::ALL {
             let service = service_address(domain);
@@ -129,9 +119,6 @@ fn the_datagrams_of_a_socket_stay_together() {
 /// Protocol and port are part of a service's address.
 #[test]
 fn neighbours_of_a_service_address_are_not_touched() {
-    if !require(Feature::Programs) {
-        return;
-    }
     for (protocol, other_protocol) in [(Tcp, Udp), (Udp, Tcp)] {
         with_services(&[protocol], |_agent| {
             for domain in Domain::ALL {
@@ -154,9 +141,6 @@ fn neighbours_of_a_service_address_are_not_touched() {
 
 #[test]
 fn a_server_that_is_no_service_is_reached_as_it_is() {
-    if !require(Feature::Programs) {
-        return;
-    }
     with_services(&[Tcp, Udp], |_agent| {
         for domain in Domain::ALL {
             let [server, other_server] = endpoints(domain);
@@ -176,9 +160,6 @@ fn a_server_that_is_no_service_is_reached_as_it_is() {
 
 #[test]
 fn a_call_from_another_cgroup_is_not_touched() {
-    if !require(Feature::Programs) {
-        return;
-    }
     with_services(&[Tcp], |_agent| {
         let service = service_address(Domain::V4);
         assert!(call(service, Tcp).is_ok());

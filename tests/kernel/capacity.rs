@@ -12,11 +12,10 @@ use lb_core::{
 };
 use lb_kernel::Options;
 use lb_tests::{
-    Feature, Sandbox,
+    Sandbox,
     agent::{self, Agent},
     client::{Domain, call},
     cluster::{self, Cluster},
-    require,
     server::Servers,
 };
 use nix::errno::Errno;
@@ -32,10 +31,7 @@ fn loopback_endpoints(first: u32, n: u32) -> Vec<SocketAddr> {
 #[test]
 fn a_service_may_have_a_hundred_thousand_endpoints() {
     const N: u32 = 100_000;
-    if !require(Feature::Programs) {
-        return;
-    }
-    Sandbox::run(|sandbox| {
+    Sandbox::test(|sandbox| {
         let service = service_address(Domain::V4);
         let _servers = Servers::tcp([SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), 8080)]);
         let options = Options { capacity: Capacity::default(), ..agent::options(sandbox) };
@@ -58,10 +54,7 @@ fn a_service_may_have_a_hundred_thousand_endpoints() {
 
 #[test]
 fn services_that_do_not_fit_do_not_disturb_the_others() {
-    if !require(Feature::Programs) {
-        return;
-    }
-    Sandbox::run(|sandbox| {
+    Sandbox::test(|sandbox| {
         let [server] = addresses(Domain::V4, 8001);
         let _servers = Servers::tcp([server]);
         let capacity = Capacity { services: 4, endpoints: 64 };
@@ -96,10 +89,7 @@ fn services_that_do_not_fit_do_not_disturb_the_others() {
 
 #[test]
 fn endpoints_that_do_not_fit_leave_the_service_as_it_was() {
-    if !require(Feature::Programs) {
-        return;
-    }
-    Sandbox::run(|sandbox| {
+    Sandbox::test(|sandbox| {
         let service = service_address(Domain::V4);
         let _servers = Servers::tcp([SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), 8080)]);
         let capacity = Capacity { services: 4, endpoints: 8 };
@@ -128,10 +118,7 @@ fn endpoints_that_do_not_fit_leave_the_service_as_it_was() {
 /// Whatever Nodes list, each has its share of the map, and services are served.
 #[test]
 fn too_many_node_addresses_cost_no_service() {
-    if !require(Feature::Programs) {
-        return;
-    }
-    Sandbox::run(|sandbox| {
+    Sandbox::test(|sandbox| {
         let servers = addresses::<2>(Domain::V4, 8001);
         let _servers = Servers::tcp(servers);
         let mut agent = Agent::start(sandbox);

@@ -10,11 +10,10 @@ use lb_kernel::{
     exclusion::{CgroupPosition, Exclusion, Hierarchy},
 };
 use lb_tests::{
-    Feature, Sandbox,
+    Sandbox,
     agent::{self, Agent},
     client::{Domain, Socket, call},
     cluster::Cluster,
-    require,
     server::Servers,
 };
 use nix::{
@@ -81,10 +80,7 @@ pub(crate) fn in_child<R: Send>(parent: &Path, body: impl FnOnce(&Path) -> R + S
 }
 
 fn with_agent(excludes: bool, test: impl Fn(&Sandbox, &mut Exclusion) + Send + Sync) {
-    if !require(Feature::Programs) {
-        return;
-    }
-    Sandbox::run(|sandbox| {
+    Sandbox::test(|sandbox| {
         let (mut cluster, mut servers) = (Cluster::new(), Vec::new());
         for domain in [Domain::V4, Domain::V6] {
             for protocol in [Tcp, Udp] {

@@ -19,11 +19,10 @@ use lb_common::{
 use lb_core::model::Protocol::Tcp;
 use lb_kernel::{Features, Kernel, KernelError, Options, host, pins, syscall};
 use lb_tests::{
-    Feature, Sandbox,
+    Sandbox,
     agent::{self, Agent},
     client::{Domain, call},
     cluster::Cluster,
-    require,
     server::Servers,
 };
 use nix::{errno::Errno, libc};
@@ -120,10 +119,7 @@ fn attached(cgroup: &Path) -> Vec<u32> {
 /// cgroup and the remedy, and nothing has changed.
 #[test]
 fn a_program_that_refuses_others_is_named_and_nothing_is_left() {
-    if !require(Feature::Programs) {
-        return;
-    }
-    Sandbox::run(|sandbox| {
+    Sandbox::test(|sandbox| {
         let mut stranger = Stranger(load_object());
         for (n, (is_above, name, flags, says)) in [
             (false, "connect4", NONE, Some("none")),
@@ -175,10 +171,7 @@ fn a_program_that_refuses_others_is_named_and_nothing_is_left() {
 /// If a later start is refused a hook, the earlier maps, links and programs continue to serve.
 #[test]
 fn a_start_that_is_refused_a_hook_changes_nothing() {
-    if !require(Feature::Programs) {
-        return;
-    }
-    Sandbox::run(|sandbox| {
+    Sandbox::test(|sandbox| {
         let service = service_address(Domain::V4);
         let endpoints = addresses::<2>(Domain::V4, 8001);
         let _servers = Servers::tcp(endpoints);

@@ -12,7 +12,6 @@ use lb_tests::{
     agent::{self, Agent},
     client::call,
     netns::NetNs,
-    require,
     server::Servers,
 };
 use lb_userspace::cli::explain::{Explanation, explain};
@@ -109,17 +108,14 @@ fn populate(netns: &NetNs, places: &BTreeSet<SocketAddr>) -> Servers {
 
 #[test]
 fn what_is_explained_is_what_calls_reach() {
-    // Includes node ports on loopback addresses.
-    if !require(Feature::Programs) || !require(Feature::NetnsCookie) {
-        return;
-    }
     let calls = calls();
     let mut random = TestRunner::deterministic();
     let clusters: Vec<RandomCluster> = (0..N_DESTINATIONS.div_ceil(calls.len()))
         .map(|_| cluster().new_tree(&mut random).unwrap().current())
         .collect();
     let places = places(&clusters);
-    Sandbox::run(|sandbox| {
+    // Includes node ports on loopback addresses.
+    Sandbox::test_with(&[Feature::NetnsCookie], |sandbox| {
         let (node, pod) = (sandbox.netns(), NetNs::new().unwrap());
         let _servers = [populate(node, &places), populate(&pod, &places)];
         let options = agent::options(sandbox);

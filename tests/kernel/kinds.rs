@@ -12,11 +12,11 @@ use Expected::{LeftAlone, Served};
 use lb_core::model::Protocol::{Tcp, Udp};
 use lb_kernel::{Features, pins};
 use lb_tests::{
-    Feature, Sandbox,
+    Sandbox,
     agent::{self, Agent},
     client::{Domain, open},
     cluster::Cluster,
-    netns, require,
+    netns,
 };
 use nix::{
     errno::Errno,
@@ -321,10 +321,7 @@ fn report_missing() {
 
 #[test]
 fn every_kind_of_socket_does_what_the_documents_say() {
-    if !require(Feature::Programs) {
-        return;
-    }
-    Sandbox::run(|sandbox| {
+    Sandbox::test(|sandbox| {
         netns::allow_ping().unwrap();
         report_missing();
         let mut cluster = Cluster::new();

@@ -1,7 +1,7 @@
 //! Pins, detaching, restarts, and error messages.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs,
     net::SocketAddr,
     os::fd::AsFd as _,
@@ -23,11 +23,11 @@ use lb_common::maps::{self, MAPS, Role, Size};
 use lb_core::{model::Protocol::Tcp, plan::Capacity, state::State, tables::Image};
 use lb_kernel::{Features, Kernel, KernelError, Maps, Options, Pins, lock::Lock, object, pins, syscall};
 use lb_tests::{
-    Feature, Sandbox,
+    Sandbox,
     agent::{self, Agent, content},
     client::{Domain, Socket, call},
     cluster::{self, Cluster, node},
-    number, require,
+    number,
     server::Servers,
 };
 use nix::{
@@ -57,10 +57,7 @@ fn program_ids(sandbox: &Sandbox) -> Vec<u32> {
 
 #[test]
 fn maps_and_links_are_pinned_under_their_names() {
-    if !require(Feature::Programs) {
-        return;
-    }
-    Sandbox::run(|sandbox| {
+    Sandbox::test(|sandbox| {
         let _agent = Agent::start(sandbox);
         assert_eq!(pinned(sandbox), wanted_pins(sandbox));
     });
@@ -68,10 +65,7 @@ fn maps_and_links_are_pinned_under_their_names() {
 
 #[test]
 fn removing_the_pins_ends_the_effect() {
-    if !require(Feature::Programs) {
-        return;
-    }
-    Sandbox::run(|sandbox| {
+    Sandbox::test(|sandbox| {
         let endpoints = addresses::<2>(Domain::V4, 8001);
         let _servers = Servers::tcp(endpoints);
         let service = service_address(Domain::V4);
@@ -99,10 +93,7 @@ fn removing_the_pins_ends_the_effect() {
 /// Pins of other programs in the same directory are kept.
 #[test]
 fn only_own_pins_are_removed() {
-    if !require(Feature::Programs) {
-        return;
-    }
-    Sandbox::run(|sandbox| {
+    Sandbox::test(|sandbox| {
         let _agent = Agent::start(sandbox);
         let foreign = sandbox.pin_path().join("theirs");
         fs::create_dir(&foreign).unwrap();
@@ -130,10 +121,7 @@ fn only_own_pins_are_removed() {
 
 #[test]
 fn a_restarted_agent_finds_everything_as_it_should_be() {
-    if !require(Feature::Programs) {
-        return;
-    }
-    Sandbox::run(|sandbox| {
+    Sandbox::test(|sandbox| {
         let cluster = cluster(&addresses::<3>(Domain::V4, 8001));
         let mut agent = Agent::start(sandbox);
         assert!(!agent.follow(&cluster).is_empty());
@@ -154,10 +142,7 @@ fn a_restarted_agent_finds_everything_as_it_should_be() {
 
 #[test]
 fn a_restarted_agent_takes_away_what_is_gone() {
-    if !require(Feature::Programs) {
-        return;
-    }
-    Sandbox::run(|sandbox| {
+    Sandbox::test(|sandbox| {
         let service = service_address(Domain::V4);
         let endpoints = addresses::<1>(Domain::V4, 8001);
         let _servers = Servers::tcp(endpoints);
@@ -174,10 +159,7 @@ fn a_restarted_agent_takes_away_what_is_gone() {
 /// Ten restarts, each with new programs, while eight threads connect.
 #[test]
 fn a_restart_fails_no_call() {
-    if !require(Feature::Programs) {
-        return;
-    }
-    Sandbox::run(|sandbox| {
+    Sandbox::test(|sandbox| {
         let service = service_address(Domain::V4);
         let endpoints = addresses::<3>(Domain::V4, 8001);
         let _servers = Servers::tcp(endpoints);
@@ -200,10 +182,7 @@ fn a_restart_fails_no_call() {
 /// verifies for seconds.
 #[test]
 fn an_end_after_any_operation_is_made_up_for() {
-    if !require(Feature::Programs) {
-        return;
-    }
-    Sandbox::run(|sandbox| {
+    Sandbox::test(|sandbox| {
         let families = [Domain::V4, Domain::V6];
         let endpoints = families.map(|domain| addresses::<4>(domain, 8001));
         let _servers = endpoints.map(Servers::tcp);
@@ -307,10 +286,7 @@ fn wanted_pins(sandbox: &Sandbox) -> Vec<PathBuf> {
 /// counters and affinity persist.
 #[test]
 fn other_sizes_fail_no_call_and_lose_nothing() {
-    if !require(Feature::Programs) {
-        return;
-    }
-    Sandbox::run(|sandbox| {
+    Sandbox::test(|sandbox| {
         let service = service_address(Domain::V4);
         let endpoints = addresses::<3>(Domain::V4, 8001);
         let _servers = Servers::tcp(endpoints);
@@ -367,10 +343,7 @@ fn five_services() -> (Cluster, Vec<SocketAddr>, Servers) {
 /// Sizes that would drop what is served are rejected: the maps stay, and the agent reports it.
 #[test]
 fn sizes_that_are_too_small_leave_the_maps_as_they_are() {
-    if !require(Feature::Programs) {
-        return;
-    }
-    Sandbox::run(|sandbox| {
+    Sandbox::test(|sandbox| {
         let (cluster, services, _servers) = five_services();
         let options = agent::options(sandbox);
         Agent::start(sandbox).follow(&cluster);
@@ -408,10 +381,7 @@ fn sizes_that_are_too_small_leave_the_maps_as_they_are() {
 /// in the next.
 #[test]
 fn another_layout_and_smaller_sizes_together_take_nothing_away() {
-    if !require(Feature::Programs) {
-        return;
-    }
-    Sandbox::run(|sandbox| {
+    Sandbox::test(|sandbox| {
         let (cluster, services, _servers) = five_services();
         let options = agent::options(sandbox);
         Agent::start(sandbox).follow(&cluster);
@@ -442,10 +412,7 @@ fn another_layout_and_smaller_sizes_together_take_nothing_away() {
 /// fits.
 #[test]
 fn former_maps_serve_until_the_first_plan() {
-    if !require(Feature::Programs) {
-        return;
-    }
-    Sandbox::run(|sandbox| {
+    Sandbox::test(|sandbox| {
         let service = service_address(Domain::V4);
         let endpoints = addresses::<2>(Domain::V4, 8001);
         let _servers = Servers::tcp(endpoints);
@@ -503,10 +470,7 @@ fn forget(sandbox: &Sandbox, name: &str) {
 /// Maps of other layouts are replaced without reading them, while eight threads connect.
 #[test]
 fn another_layout_fails_no_call() {
-    if !require(Feature::Programs) {
-        return;
-    }
-    Sandbox::run(|sandbox| {
+    Sandbox::test(|sandbox| {
         let service = service_address(Domain::V4);
         let endpoints = addresses::<3>(Domain::V4, 8001);
         let _servers = Servers::tcp(endpoints);
@@ -544,10 +508,7 @@ type Change = fn(&Sandbox, &str);
 /// eight threads connect, except what the map itself holds.
 #[test]
 fn a_map_beside_the_image_is_made_anew_alone() {
-    if !require(Feature::Programs) {
-        return;
-    }
-    Sandbox::run(|sandbox| {
+    Sandbox::test(|sandbox| {
         let service = service_address(Domain::V4);
         let endpoints = addresses::<8>(Domain::V4, 8001);
         let _servers = Servers::tcp(endpoints);
@@ -618,10 +579,7 @@ fn a_map_beside_the_image_is_made_anew_alone() {
 /// the first plan. After a downgrade it treats these maps in the same way.
 #[test]
 fn maps_of_an_agent_without_layouts_are_replaced() {
-    if !require(Feature::Programs) {
-        return;
-    }
-    Sandbox::run(|sandbox| {
+    Sandbox::test(|sandbox| {
         let service = service_address(Domain::V4);
         let endpoints = addresses::<2>(Domain::V4, 8001);
         let _servers = Servers::tcp(endpoints);
@@ -650,10 +608,7 @@ fn map_ids_but_layouts(sandbox: &Sandbox) -> BTreeMap<&'static str, u32> {
 /// removed.
 #[test]
 fn maps_of_a_newer_version_are_left_alone() {
-    if !require(Feature::Programs) {
-        return;
-    }
-    Sandbox::run(|sandbox| {
+    Sandbox::test(|sandbox| {
         drop(Agent::start(sandbox));
         let newer = sandbox.pin_path().join("of_a_newer_one");
         let id = map_id(sandbox, "affinity");
@@ -682,10 +637,7 @@ pub(crate) fn load_object() -> Ebpf {
 /// Pins of earlier versions only are removed by name, and their programs stop running.
 #[test]
 fn maps_and_links_of_earlier_versions_are_removed() {
-    if !require(Feature::Programs) {
-        return;
-    }
-    Sandbox::run(|sandbox| {
+    Sandbox::test(|sandbox| {
         let pin = |name: &str| sandbox.pin_path().join(name);
         drop(Agent::start(sandbox));
         fs::rename(pin("connect4"), pin("old_hook")).unwrap();
@@ -707,17 +659,11 @@ fn maps_and_links_of_earlier_versions_are_removed() {
 /// The tables of maps and hooks match the object and the kernel.
 #[test]
 fn maps_and_hooks_are_as_the_tables_say() {
-    if !require(Feature::Programs) {
-        return;
-    }
-    let object = load_object();
-    let mut names: Vec<&str> =
-        object.maps().map(|(name, _)| name).filter(|name| !matches!(*name, ".rodata" | "AYA_LOGS")).collect();
-    names.sort_unstable();
-    let mut wanted: Vec<&str> = MAPS.iter().map(|map| map.name).collect();
-    wanted.sort_unstable();
-    assert_eq!(names, wanted);
-    Sandbox::run(|sandbox| {
+    Sandbox::test(|sandbox| {
+        let object = load_object();
+        let names = object.maps().map(|(name, _)| name);
+        let names: BTreeSet<&str> = names.filter(|name| !matches!(*name, ".rodata" | "AYA_LOGS")).collect();
+        assert_eq!(names, MAPS.iter().map(|map| map.name).collect());
         let _agent = Agent::start(sandbox);
         let sizing = maps::Sizing {
             services: 256,
@@ -752,10 +698,7 @@ fn maps_and_hooks_are_as_the_tables_say() {
 /// works too.
 #[test]
 fn an_unfinished_change_of_maps_is_ended() {
-    if !require(Feature::Programs) {
-        return;
-    }
-    Sandbox::run(|sandbox| {
+    Sandbox::test(|sandbox| {
         let service = service_address(Domain::V4);
         let endpoints = addresses::<2>(Domain::V4, 8001);
         let _servers = Servers::tcp(endpoints);
@@ -801,10 +744,7 @@ fn an_unfinished_change_of_maps_is_ended() {
 /// link and the map open.
 #[test]
 fn pins_that_are_removed_or_replaced_are_put_back() {
-    if !require(Feature::Programs) {
-        return;
-    }
-    Sandbox::run(|sandbox| {
+    Sandbox::test(|sandbox| {
         let service = service_address(Domain::V4);
         let endpoints = addresses::<2>(Domain::V4, 8001);
         let _servers = Servers::tcp(endpoints);
@@ -838,10 +778,7 @@ fn pins_that_are_removed_or_replaced_are_put_back() {
 /// A hook whose program is detached or replaced gets its own program again.
 #[test]
 fn programs_that_are_detached_or_replaced_are_put_back() {
-    if !require(Feature::Programs) {
-        return;
-    }
-    Sandbox::run(|sandbox| {
+    Sandbox::test(|sandbox| {
         let service = service_address(Domain::V4);
         let endpoints = addresses::<2>(Domain::V4, 8001);
         let _servers = Servers::tcp(endpoints);
@@ -888,10 +825,7 @@ fn programs_that_are_detached_or_replaced_are_put_back() {
 /// start.
 #[test]
 fn links_of_no_use_are_made_anew_at_the_start() {
-    if !require(Feature::Programs) {
-        return;
-    }
-    Sandbox::run(|sandbox| {
+    Sandbox::test(|sandbox| {
         let service = service_address(Domain::V4);
         let endpoints = addresses::<2>(Domain::V4, 8001);
         let _servers = Servers::tcp(endpoints);
@@ -939,10 +873,7 @@ fn open_error(options: &Options) -> KernelError {
 
 #[test]
 fn wrong_places_are_named() {
-    if !require(Feature::Programs) {
-        return;
-    }
-    Sandbox::run(|sandbox| {
+    Sandbox::test(|sandbox| {
         let options = agent::options(sandbox);
         let elsewhere = tempfile::tempdir().unwrap();
         let says = |options: &Options, flag: &str, place: &Path| {

@@ -18,11 +18,10 @@ use lb_core::{
 };
 use lb_kernel::Options;
 use lb_tests::{
-    Feature, Sandbox,
+    Sandbox,
     agent::{self, Agent},
     client::{Domain, Socket, call},
     cluster::Cluster,
-    require,
     server::Servers,
 };
 use nix::errno::Errno;
@@ -134,10 +133,7 @@ fn target_of(service: SocketAddr) -> Result<IpAddr, Errno> {
 
 #[test]
 fn tcp_connects_follow_the_endpoints_through_a_thousand_changes() {
-    if !require(Feature::Programs) {
-        return;
-    }
-    Sandbox::run(|sandbox| {
+    Sandbox::test(|sandbox| {
         let service = service_address(Domain::V4);
         let servers: [SocketAddr; 30] = addresses(Domain::V4, 8001);
         let _servers = Servers::tcp(servers);
@@ -162,10 +158,7 @@ fn tcp_connects_follow_the_endpoints_through_a_thousand_changes() {
 
 #[test]
 fn udp_connects_follow_the_endpoints_through_a_thousand_changes() {
-    if !require(Feature::Programs) {
-        return;
-    }
-    Sandbox::run(|sandbox| {
+    Sandbox::test(|sandbox| {
         let service = service_address(Domain::V4);
         let servers = own_addresses(sandbox, 0, 30);
         let mut agent = start(sandbox);
@@ -191,10 +184,7 @@ fn udp_connects_follow_the_endpoints_through_a_thousand_changes() {
 /// constantly. No call ever reaches another service's endpoint.
 #[test]
 fn services_that_change_together_keep_apart() {
-    if !require(Feature::Programs) {
-        return;
-    }
-    Sandbox::run(|sandbox| {
+    Sandbox::test(|sandbox| {
         let services = [1, 2, 3].map(|host| SocketAddr::new(IpAddr::from([10, 96, 0, host]), 53));
         let servers = [0, 1, 2].map(|network| own_addresses(sandbox, network, 30));
         let comes_and_goes = |service: usize, generation: usize| service == 2 && generation % 2 == 1;
@@ -226,10 +216,7 @@ fn services_that_change_together_keep_apart() {
 
 #[test]
 fn calls_are_spread_evenly() {
-    if !require(Feature::Programs) {
-        return;
-    }
-    Sandbox::run(|sandbox| {
+    Sandbox::test(|sandbox| {
         let service = service_address(Domain::V4);
         let servers = own_addresses(sandbox, 0, 3);
         let mut agent = Agent::start(sandbox);

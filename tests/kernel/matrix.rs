@@ -6,11 +6,10 @@ use k8s_openapi::api::core::v1::{ClientIPConfig, SessionAffinityConfig};
 use lb_core::model::Protocol::{self, Tcp, Udp};
 use lb_kernel::{Features, pins};
 use lb_tests::{
-    Feature, Sandbox,
+    Sandbox,
     agent::{self, Agent},
     client::{Answer, Domain, Socket},
     cluster::{self, Cluster, PortOf},
-    require,
     server::Servers,
 };
 use nix::errno::Errno;
@@ -194,10 +193,7 @@ fn is_refusal(way: Way, outcome: &Result<Answer, Errno>, features: Features) -> 
 
 #[test]
 fn every_way_to_every_destination() {
-    if !require(Feature::Programs) {
-        return;
-    }
-    Sandbox::run(|sandbox| {
+    Sandbox::test(|sandbox| {
         // The other node's address is local too, so that a call that passes is detected by its answer.
         sandbox.own([node_addresses(1), node_addresses(2)].concat());
         let servers = [Domain::V4, Domain::V6].into_iter().flat_map(|domain| {

@@ -15,7 +15,6 @@ use lb_tests::{
     agent::{self, Agent},
     client::{Domain, Socket},
     cluster::Cluster,
-    require,
     server::Servers,
 };
 use nix::{errno::Errno, libc};
@@ -32,10 +31,7 @@ fn multipath(domain: Domain) -> Option<Socket> {
 
 /// Runs a test with an agent in each mode, if the kernel has multipath TCP.
 fn with_multipath(test: impl Fn(&Sandbox, &Options) + Send + Sync) {
-    if !require(Feature::Programs) || !require(Feature::Multipath) {
-        return;
-    }
-    Sandbox::run(|sandbox| {
+    Sandbox::test_with(&[Feature::Multipath], |sandbox| {
         let (cluster, servers) = scenes(Tcp);
         let _servers = Servers::start(servers);
         for options in agent::modes(sandbox) {

@@ -5,11 +5,10 @@ use std::net::SocketAddr;
 use lb_core::model::Protocol::{self, Tcp, Udp};
 use lb_kernel::pins;
 use lb_tests::{
-    Feature, Sandbox,
+    Sandbox,
     agent::{self, Agent},
     client::{Domain, Socket},
     cluster::Cluster,
-    require,
     server::Servers,
 };
 use nix::errno::Errno;
@@ -65,7 +64,7 @@ pub(crate) fn scenes(protocol: Protocol) -> (Cluster, Vec<(SocketAddr, Protocol)
 
 /// A sandbox with servers and an agent that follows a cluster, once for each home of records.
 fn with_agents(cluster: &Cluster, servers: &[(SocketAddr, Protocol)], test: impl Fn() + Sync) {
-    Sandbox::run(|sandbox| {
+    Sandbox::test(|sandbox| {
         let _servers = Servers::start(servers.iter().copied());
         for options in agent::modes(sandbox) {
             let mut agent = Agent::start_with(&options, agent::settings(), Vec::new()).unwrap();
@@ -94,9 +93,6 @@ fn ask_at(socket: &Socket, to: SocketAddr, server: SocketAddr) {
 
 #[test]
 fn a_connected_socket_sees_the_service() {
-    if !require(Feature::Programs) {
-        return;
-    }
     for protocol in [Tcp, Udp] {
         with_scenes(protocol, |domain, scene| {
             connect_and_ask(&Socket::new(domain, protocol), scene.service, scene.endpoint);
@@ -106,9 +102,6 @@ fn a_connected_socket_sees_the_service() {
 
 #[test]
 fn an_unconnected_socket_sees_the_service_that_it_asked() {
-    if !require(Feature::Programs) {
-        return;
-    }
     with_scenes(Udp, |domain, scene| {
         let socket = Socket::new(domain, Udp);
         for _ in 0..3 {
@@ -123,9 +116,6 @@ fn an_unconnected_socket_sees_the_service_that_it_asked() {
 /// A resolver queries two name servers at once and accepts answers in any order.
 #[test]
 fn answers_of_two_services_are_told_apart() {
-    if !require(Feature::Programs) {
-        return;
-    }
     with_scenes(Udp, |domain, scene| {
         let socket = Socket::new(domain, Udp);
         socket.send_to(b"?", scene.service).unwrap();
@@ -142,9 +132,6 @@ fn answers_of_two_services_are_told_apart() {
 /// Two service addresses with the same endpoint, called in sequence through one socket.
 #[test]
 fn an_answer_is_from_the_service_asked_last() {
-    if !require(Feature::Programs) {
-        return;
-    }
     let mut cluster = Cluster::new();
     let scenes = [Domain::V4, Domain::V6].map(Scene::new);
     for scene in &scenes {
@@ -169,9 +156,6 @@ fn an_answer_is_from_the_service_asked_last() {
 
 #[test]
 fn a_reconnected_socket_sees_its_new_peer() {
-    if !require(Feature::Programs) {
-        return;
-    }
     with_scenes(Udp, |domain, scene| {
         let socket = Socket::new(domain, Udp);
         connect_and_ask(&socket, scene.service, scene.endpoint);
@@ -185,9 +169,6 @@ fn a_reconnected_socket_sees_its_new_peer() {
 
 #[test]
 fn a_disconnected_socket_has_no_peer_and_can_call_again() {
-    if !require(Feature::Programs) {
-        return;
-    }
     with_scenes(Udp, |domain, scene| {
         let socket = Socket::new(domain, Udp);
         connect_and_ask(&socket, scene.service, scene.endpoint);
@@ -211,9 +192,6 @@ fn a_disconnected_socket_has_no_peer_and_can_call_again() {
 /// Calls that the kernel refuses change nothing.
 #[test]
 fn a_call_with_a_short_address_changes_nothing() {
-    if !require(Feature::Programs) {
-        return;
-    }
     with_scenes(Udp, |domain, scene| {
         let socket = Socket::new(domain, Udp);
         assert_eq!(socket.connect_short(scene.service), Err(Errno::EINVAL));
@@ -228,9 +206,6 @@ fn a_call_with_a_short_address_changes_nothing() {
 /// More services than a socket has records for: each answer still appears to come from the right service.
 #[test]
 fn a_socket_may_use_many_services() {
-    if !require(Feature::Programs) {
-        return;
-    }
     let pairs = |domain| {
         let endpoints: [SocketAddr; 20] = addresses(domain, 8001);
         let ip = service_address(domain).ip();
@@ -255,9 +230,6 @@ fn a_socket_may_use_many_services() {
 /// A peer that sends to the socket first is seen by its own address, whatever the socket called before.
 #[test]
 fn a_stranger_is_seen_as_it_is() {
-    if !require(Feature::Programs) {
-        return;
-    }
     with_scenes(Udp, |domain, scene| {
         let socket = Socket::new(domain, Udp);
         ask_at(&socket, scene.service, scene.endpoint);
@@ -274,9 +246,6 @@ fn a_stranger_is_seen_as_it_is() {
 /// only.
 #[test]
 fn a_connected_socket_keeps_its_peer_when_it_sends_elsewhere() {
-    if !require(Feature::Programs) {
-        return;
-    }
     with_scenes(Udp, |domain, scene| {
         let socket = Socket::new(domain, Udp);
         socket.connect(scene.service).unwrap();
@@ -298,9 +267,6 @@ fn a_connected_socket_keeps_its_peer_when_it_sends_elsewhere() {
 /// does not change the endpoint that the socket uses for a service.
 #[test]
 fn a_socket_keeps_its_endpoint_whatever_else_it_asks() {
-    if !require(Feature::Programs) {
-        return;
-    }
     let mut cluster = Cluster::new();
     let mut servers = Vec::new();
     for domain in [Domain::V4, Domain::V6] {
@@ -337,9 +303,6 @@ fn unreachable(domain: Domain) -> SocketAddr {
 /// After a `connect()` that the kernel refuses once the programs have run, a datagram socket keeps its peer.
 #[test]
 fn a_failed_connect_leaves_the_peer_and_its_name() {
-    if !require(Feature::Programs) {
-        return;
-    }
     let mut cluster = Cluster::new();
     let mut servers = Vec::new();
     for domain in [Domain::V4, Domain::V6] {
@@ -376,9 +339,6 @@ fn a_failed_connect_leaves_the_peer_and_its_name() {
 /// service's, the flow of the `connect()` still applies.
 #[test]
 fn a_connected_socket_is_decided_once() {
-    if !require(Feature::Programs) {
-        return;
-    }
     let mut cluster = Cluster::new();
     let mut servers = Vec::new();
     for domain in [Domain::V4, Domain::V6] {
@@ -433,9 +393,6 @@ fn far(domain: Domain) -> SocketAddr {
 /// A socket that waits for answers keeps the records of its calls when a `connect()` fails meanwhile.
 #[test]
 fn a_failed_connect_loses_nothing_of_an_unconnected_socket() {
-    if !require(Feature::Programs) {
-        return;
-    }
     let (cluster, servers) = many_and_far();
     with_agents(&cluster, &servers, || {
         for domain in Domain::ALL {
@@ -476,9 +433,6 @@ fn a_failed_connect_loses_nothing_of_an_unconnected_socket() {
 /// Answers that arrived before a `connect()` are read after it, and are from the services that were called.
 #[test]
 fn answers_before_a_connect_are_from_whom_was_asked() {
-    if !require(Feature::Programs) {
-        return;
-    }
     with_scenes(Udp, |domain, scene| {
         let socket = Socket::new(domain, Udp);
         socket.bind(SocketAddr::new(domain.loopback(), 0)).unwrap();
@@ -500,9 +454,6 @@ fn connect_and_ask_behind(socket: &Socket, to: SocketAddr, server: SocketAddr, a
 /// A socket whose `connect()` fails repeatedly keeps the record of its peer, even when all records are used.
 #[test]
 fn many_failed_connects_leave_the_peer_and_its_name() {
-    if !require(Feature::Programs) {
-        return;
-    }
     let far: Vec<_> = (0..40).collect();
     let far_of = |domain, n: u16| SocketAddr::new(service_address(domain).ip(), 1000 + n);
     let (mut cluster, servers) = many_and_far();
@@ -534,9 +485,6 @@ fn many_failed_connects_leave_the_peer_and_its_name() {
 /// An `AF_INET6` socket accepts `sockaddr_in` too: the other family's hooks see its peer as well.
 #[test]
 fn a_call_in_the_form_of_the_other_family_leaves_the_peer() {
-    if !require(Feature::Programs) {
-        return;
-    }
     let (cluster, servers) = many_and_far();
     with_agents(&cluster, &servers, || {
         let service = Scene::new(Domain::V6).service;
@@ -564,9 +512,6 @@ fn a_call_in_the_form_of_the_other_family_leaves_the_peer() {
 /// it called before.
 #[test]
 fn a_connected_socket_sees_the_last_of_services_with_one_endpoint() {
-    if !require(Feature::Programs) {
-        return;
-    }
     let called = |domain| (1..=6_u16).map(move |n| SocketAddr::new(service_address(domain).ip(), n));
     let mut cluster = Cluster::new();
     let mut servers = Vec::new();
@@ -599,9 +544,6 @@ fn a_connected_socket_sees_the_last_of_services_with_one_endpoint() {
 /// A connected socket that sends to its own service with `sendto()` reaches its peer.
 #[test]
 fn a_connected_socket_reaches_its_peer_by_the_service_too() {
-    if !require(Feature::Programs) {
-        return;
-    }
     let (cluster, servers) = many_and_far();
     with_agents(&cluster, &servers, || {
         for domain in Domain::ALL {
@@ -623,10 +565,7 @@ fn a_connected_socket_reaches_its_peer_by_the_service_too() {
 /// An endpoint that is removed and added again gets a new id. A socket that reaches it by chance keeps it.
 #[test]
 fn datagrams_stay_together_also_at_an_endpoint_that_came_back() {
-    if !require(Feature::Programs) {
-        return;
-    }
-    Sandbox::run(|sandbox| {
+    Sandbox::test(|sandbox| {
         let service = service_address(Domain::V4);
         let endpoints: [SocketAddr; 2] = addresses(Domain::V4, 8001);
         let _servers = Servers::udp(endpoints);
@@ -659,9 +598,6 @@ fn datagrams_stay_together_also_at_an_endpoint_that_came_back() {
 /// `IPV6_ADDRFORM` converts an IPv6 socket that is connected to an IPv4 service to IPv4.
 #[test]
 fn a_socket_that_changes_its_family_sees_the_service() {
-    if !require(Feature::Programs) {
-        return;
-    }
     for protocol in [Tcp, Udp] {
         with_scenes(protocol, |domain, scene| {
             if domain != Domain::Mapped {
@@ -683,10 +619,7 @@ fn a_socket_that_changes_its_family_sees_the_service() {
 /// It does not matter whether a socket is older than the agent, or already had a cookie.
 #[test]
 fn older_sockets_see_the_service_too() {
-    if !require(Feature::Programs) {
-        return;
-    }
-    Sandbox::run(|sandbox| {
+    Sandbox::test(|sandbox| {
         let (cluster, servers) = scenes(Udp);
         let _servers = Servers::start(servers);
         for options in agent::modes(sandbox) {
@@ -788,9 +721,6 @@ fn walk(domain: Domain, steps: &[Step]) {
 
 #[test]
 fn any_order_of_calls_shows_whom_was_called() {
-    if !require(Feature::Programs) {
-        return;
-    }
     let (mut cluster, mut servers) = (Cluster::new(), Vec::new());
     for domain in [Domain::V4, Domain::V6] {
         let targets = targets(domain);

@@ -23,7 +23,7 @@ fn with_services(
     features: Features,
     test: impl FnOnce(&dyn Fn(&mut Agent, &[SocketAddr]), &mut Agent) + Send,
 ) {
-    Sandbox::run(|sandbox| {
+    Sandbox::test(|sandbox| {
         let options = lb_kernel::Options { features, ..agent::options(sandbox) };
         let mut agent = Agent::start_with(&options, agent::settings(), Vec::new()).unwrap();
         let follow = |agent: &mut Agent, endpoints: &[SocketAddr]| {
@@ -52,9 +52,6 @@ fn with_services(
 
 #[test]
 fn a_service_without_endpoints_refuses() {
-    if !require(Feature::Programs) {
-        return;
-    }
     let features = Features::probe();
     with_services(features, |_follow, _agent| {
         for domain in Domain::ALL {
@@ -71,9 +68,6 @@ fn a_service_without_endpoints_refuses() {
 /// On kernels before 5.18 programs cannot choose the error, so the call goes to a port where nothing listens.
 #[test]
 fn without_set_retval_a_refusal_takes_another_way() {
-    if !require(Feature::Programs) {
-        return;
-    }
     with_services(Features { set_retval: false, ..Features::probe() }, |_follow, _agent| {
         for domain in Domain::ALL {
             let service = service_address(domain);
@@ -89,9 +83,6 @@ fn without_set_retval_a_refusal_takes_another_way() {
 
 #[test]
 fn a_refusal_ends_with_the_first_endpoint_and_returns_with_the_last() {
-    if !require(Feature::Programs) {
-        return;
-    }
     with_services(Features::probe(), |follow, agent| {
         let endpoints = [addresses::<1>(Domain::V4, 8001), addresses(Domain::V6, 8001)].concat();
         let _servers =
@@ -122,8 +113,7 @@ fn a_refusal_ends_with_the_first_endpoint_and_returns_with_the_last() {
 /// is such a socket.
 #[test]
 fn without_set_retval_a_refusal_leaves_the_kernels_clients_their_address() {
-    let needed = [Feature::Programs, Feature::Multipath, Feature::SockFields];
-    if !needed.into_iter().all(require) {
+    if ![Feature::Programs, Feature::Multipath, Feature::SockFields].into_iter().all(require) {
         return;
     }
     let features = Features { set_retval: false, ..Features::probe() };
@@ -138,9 +128,6 @@ fn without_set_retval_a_refusal_leaves_the_kernels_clients_their_address() {
 /// A program may call another address with the refused socket.
 #[test]
 fn a_refused_socket_can_call_again() {
-    if !require(Feature::Programs) {
-        return;
-    }
     with_services(Features::probe(), |_follow, _agent| {
         let servers = [addresses::<1>(Domain::V4, 8001), addresses(Domain::V6, 8001)].concat();
         let _servers = Servers::start(servers.iter().flat_map(|server| [(*server, Tcp), (*server, Udp)]));

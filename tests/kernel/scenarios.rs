@@ -1,21 +1,16 @@
 //! Every scenario on the kernel.
 
 use lb_tests::{
-    Feature, Sandbox, require,
+    Feature, Sandbox,
     scenario::{Scenario, real::Real},
 };
 
 fn run(name: &str) {
-    if !require(Feature::Programs) {
-        return;
-    }
     let scenario = Scenario::read(name).unwrap();
     // Node ports on loopback work in the node's namespace only, which programs recognise by its cookie.
     let has_loopback = scenario.destinations().unwrap().iter().any(|to| to.ip.is_loopback());
-    if has_loopback && !require(Feature::NetnsCookie) {
-        return;
-    }
-    Sandbox::run(|sandbox| {
+    let needs: &[Feature] = if has_loopback { &[Feature::NetnsCookie] } else { &[] };
+    Sandbox::test_with(needs, |sandbox| {
         let mut executor = Real::new(sandbox, &scenario).unwrap();
         scenario.run(&mut executor).unwrap_or_else(|error| panic!("{error:#}"));
     });

@@ -27,11 +27,11 @@ use lb_kernel::{
     syscall,
 };
 use lb_tests::{
-    Feature, Sandbox,
+    Sandbox,
     agent::{self, Agent},
     client::{Domain, Socket},
     cluster::Cluster,
-    number, require,
+    number,
     server::Servers,
 };
 use nix::{
@@ -70,12 +70,18 @@ pub(crate) fn fill(options: &Options) {
     }
 }
 
+/// Runs a test if this kernel's programs keep records in slots.
+fn with_slots(test: impl FnOnce(&Sandbox) + Send) {
+    Sandbox::test(|sandbox| {
+        if Features::probe().has_slots() {
+            test(sandbox);
+        }
+    });
+}
+
 #[test]
 fn a_closed_socket_gives_its_slot_up() {
-    if !require(Feature::Programs) || !Features::probe().has_slots() {
-        return;
-    }
-    Sandbox::run(|sandbox| {
+    with_slots(|sandbox| {
         let servers = Domain::ALL.map(|domain| Scene::new(domain).endpoint);
         let _servers =
             Servers::start([servers[0], servers[1]].into_iter().flat_map(|s| [(s, Tcp), (s, Udp)]));
@@ -100,10 +106,7 @@ fn a_closed_socket_gives_its_slot_up() {
 /// A socket that calls no service uses no slot.
 #[test]
 fn a_socket_without_a_service_takes_no_slot() {
-    if !require(Feature::Programs) || !Features::probe().has_slots() {
-        return;
-    }
-    Sandbox::run(|sandbox| {
+    with_slots(|sandbox| {
         let (cluster, servers) = scenes(Udp);
         let _servers = Servers::start(servers);
         Agent::start(sandbox).follow(&cluster);
@@ -123,10 +126,7 @@ fn a_socket_without_a_service_takes_no_slot() {
 /// A call that fails later, or is repeated, uses no second slot.
 #[test]
 fn a_socket_has_one_slot() {
-    if !require(Feature::Programs) || !Features::probe().has_slots() {
-        return;
-    }
-    Sandbox::run(|sandbox| {
+    with_slots(|sandbox| {
         let mut agent = Agent::start(sandbox);
         agent.follow(&scenes(Udp).0);
         let socket = Socket::new(Domain::V4, Udp);
@@ -149,10 +149,7 @@ fn a_socket_has_one_slot() {
 /// More live sockets than slots: none loses its record, and none takes another's.
 #[test]
 fn more_sockets_than_slots_keep_their_records() {
-    if !require(Feature::Programs) {
-        return;
-    }
-    Sandbox::run(|sandbox| {
+    Sandbox::test(|sandbox| {
         let n_sockets = SOCKET_SETS as usize * SLOT_WAYS + 2000;
         let scene = Scene::new(Domain::V4);
         let _servers = Servers::udp([scene.endpoint]);
@@ -183,10 +180,7 @@ fn more_sockets_than_slots_keep_their_records() {
 /// The hook that frees slots is missing while sockets are closed.
 #[test]
 fn slots_of_sockets_that_are_gone_are_taken_back() {
-    if !require(Feature::Programs) || !Features::probe().has_slots() {
-        return;
-    }
-    Sandbox::run(|sandbox| {
+    with_slots(|sandbox| {
         let (cluster, servers) = scenes(Udp);
         let _servers = Servers::start(servers);
         let start = || {
@@ -239,10 +233,7 @@ fn slots_of_sockets_that_are_gone_are_taken_back() {
 /// A restart may load other programs, as after an update. Records keep their meaning.
 #[test]
 fn records_survive_restarts() {
-    if !require(Feature::Programs) {
-        return;
-    }
-    Sandbox::run(|sandbox| {
+    Sandbox::test(|sandbox| {
         let (cluster, servers) = scenes(Udp);
         let _servers = Servers::start(servers);
         let options = agent::options(sandbox);
@@ -474,10 +465,7 @@ fn a_million_sockets_leave_nothing_behind() {
         open_and_close(n_cycles.to_str().unwrap().parse().unwrap());
         return;
     }
-    if !require(Feature::Programs) {
-        return;
-    }
-    Sandbox::run(|sandbox| {
+    Sandbox::test(|sandbox| {
         let (mut cluster, mut servers) = (Cluster::new(), Vec::new());
         for domain in [Domain::V4, Domain::V6] {
             let Scene { service, endpoint, .. } = Scene::new(domain);

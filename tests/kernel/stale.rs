@@ -20,7 +20,6 @@ use lb_tests::{
     client::{Domain, Socket},
     cluster::{self, Cluster, PortOf},
     netns::NetNs,
-    require,
     server::Servers,
 };
 use nix::{errno::Errno, libc};
@@ -152,10 +151,7 @@ fn assert_all_stay(sockets: &[(Scene, Socket)]) {
 
 /// Runs a test with a pod and an agent that follows a cluster, once for each home of records.
 fn with_pods(start: &Cluster, test: impl Fn(&Pod, &mut Agent, &Options) + Sync) {
-    if !require(Feature::Programs) || !require(Feature::SocketDestroy) {
-        return;
-    }
-    Sandbox::run(|sandbox| {
+    Sandbox::test_with(&[Feature::SocketDestroy], |sandbox| {
         for options in agent::modes(sandbox) {
             let pod = Pod::new();
             let mut agent = Agent::start_with(&options, agent::settings(), Vec::new()).unwrap();
@@ -318,10 +314,7 @@ fn r10_a_socket_stays_while_its_endpoint_serves() {
 /// The endpoint is removed while no agent runs. The next agent knows the sockets only from the maps.
 #[test]
 fn sockets_that_are_older_than_the_agent_are_ended() {
-    if !require(Feature::Programs) || !require(Feature::SocketDestroy) {
-        return;
-    }
-    Sandbox::run(|sandbox| {
+    Sandbox::test_with(&[Feature::SocketDestroy], |sandbox| {
         for options in agent::modes(sandbox) {
             let pod = Pod::new();
             let start = || Agent::start_with(&options, agent::settings(), Vec::new()).unwrap();

@@ -8,11 +8,10 @@ use lb_core::{
     model::Protocol::{self, Tcp, Udp},
 };
 use lb_tests::{
-    Feature, Sandbox,
+    Sandbox,
     agent::Agent,
     client::{Domain, Socket},
     cluster::Cluster,
-    require,
     server::Servers,
 };
 
@@ -27,10 +26,7 @@ fn stats(agent: &Agent, service: SocketAddr, protocol: Protocol) -> ServiceStats
 
 #[test]
 fn calls_are_counted_by_service_and_endpoint() {
-    if !require(Feature::Programs) {
-        return;
-    }
-    Sandbox::run(|sandbox| {
+    Sandbox::test(|sandbox| {
         let service = service_address(Domain::V4);
         let [server] = addresses(Domain::V4, 8001);
         let _servers = Servers::start([(server, Tcp), (server, Udp)]);
@@ -77,10 +73,7 @@ fn calls_are_counted_by_service_and_endpoint() {
 /// A reused id starts from zero; counters survive everything else.
 #[test]
 fn counters_survive_restarts_and_belong_to_one_service() {
-    if !require(Feature::Programs) {
-        return;
-    }
-    Sandbox::run(|sandbox| {
+    Sandbox::test(|sandbox| {
         let service = service_address(Domain::V4);
         let servers: [SocketAddr; 2] = addresses(Domain::V4, 8001);
         let _servers = Servers::tcp(servers);

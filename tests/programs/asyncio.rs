@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use lb_tests::{Feature, Sandbox, require};
+use lb_tests::{Feature, Sandbox};
 use serde_json::Value;
 
 use crate::{
@@ -63,10 +63,7 @@ asyncio.run(main())
 
 #[test]
 fn sixty_calls_at_once() {
-    if !require(Feature::Programs) || !require(Feature::Command("python3")) {
-        return;
-    }
-    Sandbox::run(|sandbox| {
+    Sandbox::test_with(&[Feature::Command("python3")], |sandbox| {
         let town = Town::new(sandbox, 2);
         let _agent = town.serve(sandbox);
         for (family, (web, dns)) in town::web().into_iter().zip(town::dns()).enumerate() {

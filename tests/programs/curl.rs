@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use lb_tests::{Feature, Sandbox, require};
+use lb_tests::{Feature, Sandbox};
 
 use crate::{
     process::{run, text},
@@ -18,9 +18,7 @@ fn curl(urls: &[&str]) -> String {
 }
 
 fn with_town(n_pods: u8, test: impl FnOnce(&Sandbox, &Town) + Send) {
-    if require(Feature::Programs) && require(Feature::Command("curl")) {
-        Sandbox::run(|sandbox| test(sandbox, &Town::new(sandbox, n_pods)));
-    }
+    Sandbox::test_with(&[Feature::Command("curl")], |sandbox| test(sandbox, &Town::new(sandbox, n_pods)));
 }
 
 #[test]

@@ -3,7 +3,7 @@
 
 use std::{collections::BTreeSet, fs};
 
-use lb_tests::{Feature, Sandbox, require};
+use lb_tests::{Feature, Sandbox};
 use nix::mount::{MsFlags, mount};
 
 use crate::{
@@ -13,10 +13,7 @@ use crate::{
 
 #[test]
 fn dig_gets_answers_over_udp_and_tcp() {
-    if !require(Feature::Programs) || !require(Feature::Command("dig")) {
-        return;
-    }
-    Sandbox::run(|sandbox| {
+    Sandbox::test_with(&[Feature::Command("dig")], |sandbox| {
         let town = Town::new(sandbox, 2);
         let _agent = town.serve(sandbox);
         for (family, kind) in ["A", "AAAA"].into_iter().enumerate() {
@@ -37,10 +34,7 @@ fn dig_gets_answers_over_udp_and_tcp() {
 /// The C library's resolver queries both families at once through one connected socket.
 #[test]
 fn the_c_library_resolves_names() {
-    if !require(Feature::Programs) || !require(Feature::Command("getent")) {
-        return;
-    }
-    Sandbox::run(|sandbox| {
+    Sandbox::test_with(&[Feature::Command("getent")], |sandbox| {
         let town = Town::new(sandbox, 1);
         let _agent = town.serve(sandbox);
         // Mounted in the sandbox's own mount namespace only.

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use lb_tests::{Feature, Sandbox, require};
+use lb_tests::{Feature, Sandbox};
 use serde_json::Value;
 
 use crate::{
@@ -55,10 +55,7 @@ setTimeout(() => { throw new Error("no answer within a minute"); }, 60000).unref
 
 #[test]
 fn sixty_calls_at_once() {
-    if !require(Feature::Programs) || !require(Feature::Command("node")) {
-        return;
-    }
-    Sandbox::run(|sandbox| {
+    Sandbox::test_with(&[Feature::Command("node")], |sandbox| {
         let town = Town::new(sandbox, 2);
         let _agent = town.serve(sandbox);
         let script = tempfile::Builder::new().suffix(".js").tempfile().unwrap();

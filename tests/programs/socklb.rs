@@ -17,7 +17,6 @@ use lb_tests::{
     Feature, Sandbox,
     client::{Domain, Socket, call},
     cluster::{Cluster, key},
-    require,
 };
 use nix::{
     errno::Errno,
@@ -42,9 +41,9 @@ pub(crate) struct Place {
 }
 
 impl Place {
-    fn new(sandbox: &Sandbox, binary: String) -> Self {
+    fn new(sandbox: &Sandbox) -> Self {
         Self {
-            binary,
+            binary: env::var("SOCKLB_BIN").unwrap(),
             manifests: tempfile::tempdir().unwrap(),
             state_dir: tempfile::tempdir().unwrap(),
             pin_path: sandbox.pin_path().to_str().unwrap().to_owned(),
@@ -196,22 +195,12 @@ pub(crate) fn eventually(what: &str, condition: impl Fn() -> bool) {
 /// An agent's directories in a sandbox without backends.
 #[cfg(feature = "fault-points")]
 pub(crate) fn with_place(test: impl FnOnce(&Sandbox, &Place) + Send) {
-    if !require(Feature::Programs) || !require(Feature::Variable("SOCKLB_BIN")) {
-        return;
-    }
-    let binary = env::var("SOCKLB_BIN").unwrap();
-    Sandbox::run(|sandbox| test(sandbox, &Place::new(sandbox, binary)));
+    Sandbox::test_with(&[Feature::Variable("SOCKLB_BIN")], |sandbox| test(sandbox, &Place::new(sandbox)));
 }
 
 pub(crate) fn with_town(test: impl FnOnce(&Place, &Town) + Send) {
-    if !require(Feature::Programs)
-        || !require(Feature::Variable("SOCKLB_BIN"))
-        || !require(Feature::Command("curl"))
-    {
-        return;
-    }
-    let binary = env::var("SOCKLB_BIN").unwrap();
-    Sandbox::run(|sandbox| test(&Place::new(sandbox, binary), &Town::new(sandbox, 2)));
+    let needs = [Feature::Variable("SOCKLB_BIN"), Feature::Command("curl")];
+    Sandbox::test_with(&needs, |sandbox| test(&Place::new(sandbox), &Town::new(sandbox, 2)));
 }
 
 /// The pods that answer calls of the web service.

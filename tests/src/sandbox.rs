@@ -14,7 +14,10 @@ use nix::{
 };
 use tempfile::TempDir;
 
-use crate::cgroup::ThreadCgroup;
+use crate::{
+    cgroup::ThreadCgroup,
+    feature::{Feature, require},
+};
 
 /// File descriptors of a test process. All its tests share them: clients, and servers that close connections
 /// late.
@@ -43,6 +46,26 @@ impl Sandbox {
             let sandbox = Self::enter().expect("a sandbox needs root and a cgroup v2 hierarchy");
             test(&sandbox)
         })
+    }
+
+    /// Runs a test as [`Self::run`], if this machine can load the programs; see [`require`].
+    ///
+    /// # Panics
+    ///
+    /// If the test panics.
+    pub fn test(test: impl FnOnce(&Self) + Send) {
+        Self::test_with(&[], test);
+    }
+
+    /// The same for a test that needs more than the programs.
+    ///
+    /// # Panics
+    ///
+    /// If the test panics.
+    pub fn test_with(needs: &[Feature], test: impl FnOnce(&Self) + Send) {
+        if [&[Feature::Programs], needs].concat().into_iter().all(require) {
+            Self::run(test);
+        }
     }
 
     fn enter() -> io::Result<Self> {
