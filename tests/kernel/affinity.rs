@@ -18,7 +18,7 @@ use lb_tests::{
     netns::NetNs,
 };
 
-use crate::calls::service_address;
+use crate::fixture::service_address;
 
 /// Endpoints that are local addresses of every namespace of a test.
 fn endpoints() -> [IpAddr; 16] {

@@ -25,7 +25,7 @@ use lb_tests::{
 };
 use nix::errno::Errno;
 
-use crate::calls::{addresses, service_address};
+use crate::fixture::{addresses, service_address};
 
 /// Address, port in host order, protocol number, zero: see `FrontendKey4`.
 fn key4(address: SocketAddr, protocol: u8) -> [u8; 8] {

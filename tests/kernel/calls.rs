@@ -1,6 +1,6 @@
-//! Which calls are redirected to an endpoint, and which pass.
+//! Which calls are redirected to an endpoint, and which pass. [`crate::matrix`] has every kind of call.
 
-use std::{collections::BTreeSet, net::SocketAddr};
+use std::net::SocketAddr;
 
 use lb_core::model::Protocol::{self, Tcp, Udp};
 use lb_tests::{
@@ -8,84 +8,30 @@ use lb_tests::{
     agent::Agent,
     cgroup::ThreadCgroup,
     client::{Domain, Socket, call},
-    cluster::{Cluster, PortOf},
-    server::Servers,
+    cluster::Cluster,
 };
 use nix::errno::Errno;
 
-/// The service address that tests of a domain call.
-pub(crate) fn service_address(domain: Domain) -> SocketAddr {
-    let text = if domain == Domain::V6 { "[fd00:96::1]:80" } else { "10.96.0.1:80" };
-    text.parse().unwrap()
-}
-
-/// Loopback addresses for servers.
-pub(crate) fn addresses<const N: usize>(domain: Domain, first_port: u16) -> [SocketAddr; N] {
-    let mut port = first_port;
-    std::array::from_fn(|_| {
-        let address = SocketAddr::new(domain.loopback(), port);
-        port += 1;
-        address
-    })
-}
+use crate::fixture::{addresses, servers_of, service_address, service_port, services};
 
 /// The endpoints of [`service_address`].
 fn endpoints(domain: Domain) -> [SocketAddr; 2] {
     addresses(domain, 8001)
 }
 
+/// In each family a service with these endpoints.
+fn with_endpoints(protocol: Protocol, endpoints: impl Fn(Domain) -> Vec<SocketAddr>) -> Cluster {
+    services(&[protocol], |domain| vec![(service_address(domain), endpoints(domain))])
+}
+
 /// A sandbox with an agent, and in each family two servers and a service with both as endpoints.
-fn with_services(protocols: &[Protocol], test: impl FnOnce(&mut Agent) + Send) {
+fn with_services(protocol: Protocol, test: impl FnOnce(&mut Agent, &Cluster) + Send) {
     Sandbox::test(|sandbox| {
-        let mut cluster = Cluster::new();
-        let mut servers = Vec::new();
-        for domain in [Domain::V4, Domain::V6] {
-            for protocol in protocols {
-                servers.extend(endpoints(domain).map(|endpoint| (endpoint, *protocol)));
-                let name = format!("{domain:?}-{protocol}");
-                cluster.serve(&name, service_address(domain), *protocol, &endpoints(domain));
-            }
-        }
-        let _servers = Servers::start(servers);
+        let cluster = with_endpoints(protocol, |domain| endpoints(domain).to_vec());
+        let _servers = servers_of(&cluster);
         let mut agent = Agent::start(sandbox);
         agent.follow(&cluster);
-        test(&mut agent);
-    });
-}
-
-/// Calls until every endpoint has answered. Fails if one does not, or another server does.
-pub(crate) fn assert_spread(endpoints: &[SocketAddr], mut call: impl FnMut() -> SocketAddr) {
-    let wanted: BTreeSet<_> = endpoints.iter().copied().collect();
-    let mut reached = BTreeSet::new();
-    // With two endpoints, 64 calls miss one of them once in 2^63 runs.
-    for _ in 0..64 * endpoints.len() {
-        reached.insert(call());
-    }
-    assert_eq!(reached, wanted);
-}
-
-#[test]
-fn a_connect_reaches_each_endpoint() {
-    with_services(&[Tcp, Udp], |_agent| {
-        for domain in Domain::ALL {
-            for protocol in [Tcp, Udp] {
-                assert_spread(&endpoints(domain), || {
-                    let socket = Socket::new(domain, protocol);
-                    socket.connect(service_address(domain)).unwrap();
-                    socket.ask().unwrap().server
-                });
-            }
-        }
-    });
-}
-
-#[test]
-fn a_datagram_reaches_each_endpoint() {
-    with_services(&[Udp], |_agent| {
-        for domain in Domain::ALL {
-            let call = || Socket::new(domain, Udp).ask_at(service_address(domain)).unwrap().server;
-            assert_spread(&endpoints(domain), call);
-        }
+        test(&mut agent, &cluster);
     });
 }
 
@@ -93,7 +39,7 @@ fn a_datagram_reaches_each_endpoint() {
 /// server is no longer an endpoint.
 #[test]
 fn the_datagrams_of_a_socket_stay_together() {
-    with_services(&[Udp], |agent| {
+    with_services(Udp, |agent, cluster| {
         for domain in Domain::ALL {
             let service = service_address(domain);
             let socket = Socket::new(domain, Udp);
@@ -101,17 +47,12 @@ fn the_datagrams_of_a_socket_stay_together() {
             for _ in 0..32 {
                 assert_eq!(socket.ask_at(service).unwrap(), first);
             }
-            let other = endpoints(domain).into_iter().find(|endpoint| *endpoint != first.server).unwrap();
-            let mut cluster = Cluster::new();
-            cluster.serve("v4-udp", service_address(Domain::V4), Udp, &endpoints(Domain::V4));
-            cluster.serve("v6-udp", service_address(Domain::V6), Udp, &endpoints(Domain::V6));
-            let name = if service.is_ipv4() { "v4-udp" } else { "v6-udp" };
-            cluster.set_endpoints(&PortOf::udp(name), &[other]);
-            agent.follow(&cluster);
+            let is_other = |endpoint: &SocketAddr| *endpoint != first.server;
+            agent.follow(&with_endpoints(Udp, |of| endpoints(of).into_iter().filter(is_other).collect()));
             let moved = socket.ask_at(service).unwrap();
+            let other = endpoints(domain).into_iter().find(is_other).unwrap();
             assert_eq!((moved.server, moved.seen), (other, Some(service)));
-            cluster.set_endpoints(&PortOf::udp(name), &endpoints(domain));
-            agent.follow(&cluster);
+            agent.follow(cluster);
         }
     });
 }
@@ -120,11 +61,11 @@ fn the_datagrams_of_a_socket_stay_together() {
 #[test]
 fn neighbours_of_a_service_address_are_not_touched() {
     for (protocol, other_protocol) in [(Tcp, Udp), (Udp, Tcp)] {
-        with_services(&[protocol], |_agent| {
+        with_services(protocol, |_agent, _cluster| {
             for domain in Domain::ALL {
                 let connect = |to, protocol| Socket::new(domain, protocol).connect(to);
                 let service = service_address(domain);
-                let other_port = SocketAddr::new(service.ip(), 81);
+                let other_port = service_port(domain, 81);
                 let other_address: SocketAddr =
                     if domain == Domain::V6 { "[fd00:96::2]:80" } else { "10.96.0.2:80" }.parse().unwrap();
                 assert_eq!(connect(service, other_protocol), Err(Errno::ENETUNREACH));
@@ -140,27 +81,8 @@ fn neighbours_of_a_service_address_are_not_touched() {
 }
 
 #[test]
-fn a_server_that_is_no_service_is_reached_as_it_is() {
-    with_services(&[Tcp, Udp], |_agent| {
-        for domain in Domain::ALL {
-            let [server, other_server] = endpoints(domain);
-            for protocol in [Tcp, Udp] {
-                let socket = Socket::new(domain, protocol);
-                socket.connect(server).unwrap();
-                assert_eq!(socket.peer_name(), Ok(server));
-                let answer = socket.ask().unwrap();
-                assert_eq!(answer.server, server);
-                assert!(answer.seen.is_none_or(|seen| seen == server), "{answer:?}");
-            }
-            let answer = Socket::new(domain, Udp).ask_at(other_server).unwrap();
-            assert_eq!((answer.server, answer.seen), (other_server, Some(other_server)));
-        }
-    });
-}
-
-#[test]
 fn a_call_from_another_cgroup_is_not_touched() {
-    with_services(&[Tcp], |_agent| {
+    with_services(Tcp, |_agent, _cluster| {
         let service = service_address(Domain::V4);
         assert!(call(service, Tcp).is_ok());
         let elsewhere = ThreadCgroup::enter().unwrap();

@@ -11,10 +11,7 @@ use lb_kernel::{
 };
 use lb_tests::{
     Sandbox,
-    agent::{self, Agent},
     client::{Domain, Socket, call},
-    cluster::Cluster,
-    server::Servers,
 };
 use nix::{
     errno::Errno,
@@ -22,7 +19,7 @@ use nix::{
     sched::{CloneFlags, unshare},
 };
 
-use crate::calls::service_address;
+use crate::fixture::{addresses, in_each_mode, servers_of, service_address, services, start};
 
 fn empty_service() -> SocketAddr {
     "10.96.0.2:80".parse().unwrap()
@@ -81,27 +78,16 @@ pub(crate) fn in_child<R: Send>(parent: &Path, body: impl FnOnce(&Path) -> R + S
 
 fn with_agent(excludes: bool, test: impl Fn(&Sandbox, &mut Exclusion) + Send + Sync) {
     Sandbox::test(|sandbox| {
-        let (mut cluster, mut servers) = (Cluster::new(), Vec::new());
-        for domain in [Domain::V4, Domain::V6] {
-            for protocol in [Tcp, Udp] {
-                let endpoint = SocketAddr::new(domain.loopback(), 8001);
-                cluster.serve(
-                    &format!("{domain:?}-{protocol}"),
-                    service_address(domain),
-                    protocol,
-                    &[endpoint],
-                );
-                servers.push((endpoint, protocol));
-            }
-        }
-        cluster.serve("empty", empty_service(), Tcp, &[]);
-        let _servers = Servers::start(servers);
-        for options in agent::modes(sandbox) {
-            let options = Options { excludes, ..options };
-            let mut agent = Agent::start_with(&options, agent::settings(), Vec::new()).unwrap();
+        let cluster = services(&[Tcp, Udp], |domain| {
+            vec![(service_address(domain), addresses::<1>(domain, 8001).to_vec())]
+        });
+        let cluster = cluster.serving("empty", empty_service(), Tcp, &[]);
+        let _servers = servers_of(&cluster);
+        in_each_mode(sandbox, |options| {
+            let mut agent = start(&Options { excludes, ..options.clone() });
             agent.follow(&cluster);
             test(sandbox, &mut Exclusion::open(&options.pin_path).unwrap());
-        }
+        });
     });
 }
 

@@ -28,7 +28,7 @@ use lb_tests::{
 use nix::{errno::Errno, libc};
 
 use crate::{
-    calls::{addresses, service_address},
+    fixture::{addresses, service_address},
     lifecycle::load_object,
 };
 

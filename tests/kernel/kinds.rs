@@ -10,12 +10,10 @@ use std::{
 
 use Expected::{LeftAlone, Served};
 use lb_core::model::Protocol::{Tcp, Udp};
-use lb_kernel::{Features, pins};
+use lb_kernel::Features;
 use lb_tests::{
     Sandbox,
-    agent::{self, Agent},
     client::{Domain, open},
-    cluster::Cluster,
     netns,
 };
 use nix::{
@@ -31,7 +29,10 @@ use nix::{
     },
 };
 
-use crate::{calls::service_address, records::Scene};
+use crate::{
+    fixture::{in_each_mode, service_address, service_port, services, start},
+    records::Scene,
+};
 
 /// The documented outcome of a call to a service address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -324,24 +325,10 @@ fn every_kind_of_socket_does_what_the_documents_say() {
     Sandbox::test(|sandbox| {
         netns::allow_ping().unwrap();
         report_missing();
-        let mut cluster = Cluster::new();
-        for domain in [Domain::V4, Domain::V6] {
-            let Scene { endpoint, .. } = Scene::new(domain);
-            for protocol in [Tcp, Udp] {
-                cluster.serve(
-                    &format!("{domain:?}-{protocol}"),
-                    service_address(domain),
-                    protocol,
-                    &[endpoint],
-                );
-                cluster.serve(
-                    &format!("{domain:?}-{protocol}-none"),
-                    without_endpoints(domain),
-                    protocol,
-                    &[],
-                );
-            }
-        }
+        let cluster = services(&[Tcp, Udp], |domain| {
+            let with = (service_address(domain), vec![Scene::new(domain).endpoint]);
+            vec![with, (without_endpoints(domain), vec![])]
+        });
         let targets = |cell: &Cell| {
             let domain = cell.form.domain();
             [service_address(domain), without_endpoints(domain), Scene::new(domain).plain]
@@ -351,8 +338,8 @@ fn every_kind_of_socket_does_what_the_documents_say() {
             .filter(|cell| cell.open().is_some())
             .map(|cell| (cell, targets(&cell).map(|to| cell.outcome(to).unwrap())))
             .collect();
-        for options in agent::modes(sandbox) {
-            Agent::start_with(&options, agent::settings(), Vec::new()).unwrap().follow(&cluster);
+        in_each_mode(sandbox, |options| {
+            start(options).follow(&cluster);
             for (cell, outcomes) in &before {
                 let [service, refused, plain] = targets(cell);
                 // Fast open with multipath TCP: kernel 6.2.
@@ -372,11 +359,10 @@ fn every_kind_of_socket_does_what_the_documents_say() {
                     }
                 }
             }
-            pins::remove(&sandbox.pin_path()).unwrap();
-        }
+        });
     });
 }
 
 fn without_endpoints(domain: Domain) -> SocketAddr {
-    SocketAddr::new(service_address(domain).ip(), 9)
+    service_port(domain, 9)
 }

@@ -26,7 +26,7 @@ use lb_tests::{
 };
 use nix::errno::Errno;
 
-use crate::calls::{addresses, service_address};
+use crate::fixture::{self, addresses, service_address};
 
 /// Threads that call.
 const N_CALLERS: usize = 8;
@@ -112,8 +112,7 @@ fn three_of(servers: &[SocketAddr], generation: usize) -> &[SocketAddr] {
 /// Capacity for the runs of a thousand generations, however long grace periods take.
 fn start(sandbox: &Sandbox) -> Agent {
     let capacity = Capacity { services: 256, endpoints: 16_384 };
-    let options = Options { capacity, ..agent::options(sandbox) };
-    Agent::start_with(&options, agent::settings(), Vec::new()).unwrap()
+    fixture::start(&Options { capacity, ..agent::options(sandbox) })
 }
 
 /// Local addresses of the sandbox. The kernel uses each as the source of calls to itself, so the local
@@ -139,9 +138,8 @@ fn tcp_connects_follow_the_endpoints_through_a_thousand_changes() {
         let _servers = Servers::tcp(servers);
         let mut agent = start(sandbox);
         let mut change = |generation| {
-            let mut cluster = Cluster::new();
-            cluster.serve("web", service, Tcp, three_of(&servers, generation));
-            agent.follow(&cluster);
+            let endpoints = three_of(&servers, generation);
+            agent.follow(&Cluster::new().serving("web", service, Tcp, endpoints));
         };
         change(0);
         Load { n_calls: 10_000, n_changes: 1000 }.run(
@@ -163,9 +161,8 @@ fn udp_connects_follow_the_endpoints_through_a_thousand_changes() {
         let servers = own_addresses(sandbox, 0, 30);
         let mut agent = start(sandbox);
         let mut change = |generation| {
-            let mut cluster = Cluster::new();
-            cluster.serve("dns", service, Udp, three_of(&servers, generation));
-            agent.follow(&cluster);
+            let endpoints = three_of(&servers, generation);
+            agent.follow(&Cluster::new().serving("dns", service, Udp, endpoints));
         };
         change(0);
         Load { n_calls: 100_000, n_changes: 1000 }.run(
@@ -220,9 +217,7 @@ fn calls_are_spread_evenly() {
         let service = service_address(Domain::V4);
         let servers = own_addresses(sandbox, 0, 3);
         let mut agent = Agent::start(sandbox);
-        let mut cluster = Cluster::new();
-        cluster.serve("dns", service, Udp, &servers);
-        agent.follow(&cluster);
+        agent.follow(&Cluster::new().serving("dns", service, Udp, &servers));
         let n_calls: u32 = 30_000;
         let mut shares: BTreeMap<IpAddr, u32> = BTreeMap::new();
         for _ in 0..n_calls {

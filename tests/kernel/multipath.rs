@@ -9,10 +9,9 @@ use std::{
 };
 
 use lb_core::model::Protocol::Tcp;
-use lb_kernel::{Features, Options, pins};
+use lb_kernel::{Features, Options};
 use lb_tests::{
     Feature, Sandbox,
-    agent::{self, Agent},
     client::{Domain, Socket},
     cluster::Cluster,
     server::Servers,
@@ -20,7 +19,7 @@ use lb_tests::{
 use nix::{errno::Errno, libc};
 
 use crate::{
-    calls::addresses,
+    fixture::{addresses, in_each_mode, servers_of, start},
     records::{Scene, scenes},
     slots::n_taken,
 };
@@ -32,13 +31,12 @@ fn multipath(domain: Domain) -> Option<Socket> {
 /// Runs a test with an agent in each mode, if the kernel has multipath TCP.
 fn with_multipath(test: impl Fn(&Sandbox, &Options) + Send + Sync) {
     Sandbox::test_with(&[Feature::Multipath], |sandbox| {
-        let (cluster, servers) = scenes(Tcp);
-        let _servers = Servers::start(servers);
-        for options in agent::modes(sandbox) {
-            Agent::start_with(&options, agent::settings(), Vec::new()).unwrap().follow(&cluster);
-            test(sandbox, &options);
-            pins::remove(&sandbox.pin_path()).unwrap();
-        }
+        let cluster = scenes(Tcp);
+        let _servers = servers_of(&cluster);
+        in_each_mode(sandbox, |options| {
+            start(options).follow(&cluster);
+            test(sandbox, options);
+        });
     });
 }
 
@@ -142,11 +140,9 @@ fn a_subflow_that_is_added_goes_where_the_kernel_wants() {
         let scene = Scene::new(Domain::V4);
         let [endpoint, other] = addresses(Domain::V4, 9001);
         let _servers = Servers::multipath([endpoint, other]);
-        let mut cluster = Cluster::new();
-        cluster.serve("one", scene.service, Tcp, &[endpoint]);
         // The endpoint's own address is also another service's.
-        cluster.serve("two", endpoint, Tcp, &[other]);
-        Agent::start_with(options, agent::settings(), Vec::new()).unwrap().follow(&cluster);
+        let one = Cluster::new().serving("one", scene.service, Tcp, &[endpoint]);
+        start(options).follow(&one.serving("two", endpoint, Tcp, &[other]));
         let socket = multipath(Domain::V4).unwrap();
         socket.connect(scene.service).unwrap();
         assert_eq!(socket.ask().unwrap().server, endpoint);

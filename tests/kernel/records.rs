@@ -3,13 +3,10 @@
 use std::net::SocketAddr;
 
 use lb_core::model::Protocol::{self, Tcp, Udp};
-use lb_kernel::pins;
 use lb_tests::{
     Sandbox,
-    agent::{self, Agent},
     client::{Domain, Socket},
-    cluster::Cluster,
-    server::Servers,
+    cluster::{Cluster, PortOf},
 };
 use nix::errno::Errno;
 use proptest::{
@@ -19,7 +16,9 @@ use proptest::{
     test_runner::{Config, RngAlgorithm, TestRng, TestRunner},
 };
 
-use crate::calls::{addresses, service_address};
+use crate::fixture::{
+    FAMILIES, addresses, in_each_mode, servers_of, service_address, service_port, services, start,
+};
 
 /// In one family: two services with one endpoint each, and a server that is not a service.
 #[derive(Clone, Copy)]
@@ -35,44 +34,36 @@ impl Scene {
     pub(crate) fn new(domain: Domain) -> Self {
         let [endpoint, other_endpoint, plain] = addresses(domain, 8001);
         let service = service_address(domain);
-        Self { service, endpoint, other_service: SocketAddr::new(service.ip(), 53), other_endpoint, plain }
+        Self { service, endpoint, other_service: service_port(domain, 53), other_endpoint, plain }
     }
 }
 
-/// A sandbox with an agent and a scene in each family, once for each home of records.
-fn with_scenes(protocol: Protocol, test: impl Fn(Domain, &Scene) + Sync) {
-    let (cluster, servers) = scenes(protocol);
-    with_agents(&cluster, &servers, || {
-        for domain in Domain::ALL {
-            test(domain, &Scene::new(domain));
-        }
-    });
-}
-
-/// The services and servers of a scene in each family.
-pub(crate) fn scenes(protocol: Protocol) -> (Cluster, Vec<(SocketAddr, Protocol)>) {
-    let mut cluster = Cluster::new();
-    let mut servers = Vec::new();
-    for domain in [Domain::V4, Domain::V6] {
+/// The services of a scene in each family. The plain servers are endpoints of no Service.
+pub(crate) fn scenes(protocol: Protocol) -> Cluster {
+    let mut cluster = services(&[protocol], |domain| {
         let scene = Scene::new(domain);
-        servers.extend([scene.endpoint, scene.other_endpoint, scene.plain].map(|server| (server, protocol)));
-        cluster.serve(&format!("one-{domain:?}"), scene.service, protocol, &[scene.endpoint]);
-        cluster.serve(&format!("two-{domain:?}"), scene.other_service, protocol, &[scene.other_endpoint]);
-    }
-    (cluster, servers)
+        vec![(scene.service, vec![scene.endpoint]), (scene.other_service, vec![scene.other_endpoint])]
+    });
+    let plain = FAMILIES.map(|domain| Scene::new(domain).plain);
+    cluster.set_endpoints(&PortOf { service: "plain", name: "", protocol }, &plain);
+    cluster
 }
 
 /// A sandbox with servers and an agent that follows a cluster, once for each home of records.
-fn with_agents(cluster: &Cluster, servers: &[(SocketAddr, Protocol)], test: impl Fn() + Sync) {
+fn with_agents(cluster: &Cluster, test: impl Fn() + Sync) {
     Sandbox::test(|sandbox| {
-        let _servers = Servers::start(servers.iter().copied());
-        for options in agent::modes(sandbox) {
-            let mut agent = Agent::start_with(&options, agent::settings(), Vec::new()).unwrap();
+        let _servers = servers_of(cluster);
+        in_each_mode(sandbox, |options| {
+            let mut agent = start(options);
             agent.follow(cluster);
             test();
-            pins::remove(&sandbox.pin_path()).unwrap();
-        }
+        });
     });
+}
+
+/// The same in each domain, with its scene.
+fn with_scenes(cluster: &Cluster, test: impl Fn(Domain, Scene) + Sync) {
+    with_agents(cluster, || Domain::ALL.into_iter().for_each(|domain| test(domain, Scene::new(domain))));
 }
 
 fn connect_and_ask(socket: &Socket, to: SocketAddr, server: SocketAddr) {
@@ -91,96 +82,24 @@ fn ask_at(socket: &Socket, to: SocketAddr, server: SocketAddr) {
     assert_eq!((answer.server, answer.seen), (server, Some(to)));
 }
 
-#[test]
-fn a_connected_socket_sees_the_service() {
-    for protocol in [Tcp, Udp] {
-        with_scenes(protocol, |domain, scene| {
-            connect_and_ask(&Socket::new(domain, protocol), scene.service, scene.endpoint);
-        });
-    }
-}
-
-#[test]
-fn an_unconnected_socket_sees_the_service_that_it_asked() {
-    with_scenes(Udp, |domain, scene| {
-        let socket = Socket::new(domain, Udp);
-        for _ in 0..3 {
-            ask_at(&socket, scene.service, scene.endpoint);
-            ask_at(&socket, scene.other_service, scene.other_endpoint);
-            ask_at(&socket, scene.plain, scene.plain);
-        }
-        assert_eq!(socket.peer_name(), Err(Errno::ENOTCONN));
-    });
-}
-
 /// A resolver queries two name servers at once and accepts answers in any order.
 #[test]
 fn answers_of_two_services_are_told_apart() {
-    with_scenes(Udp, |domain, scene| {
+    with_scenes(&scenes(Udp), |domain, scene| {
         let socket = Socket::new(domain, Udp);
-        socket.send_to(b"?", scene.service).unwrap();
-        socket.send_to(b"?", scene.other_service).unwrap();
-        socket.send_to(b"?", scene.plain).unwrap();
-        let mut senders: Vec<_> = (0..3).map(|_| socket.receive().unwrap().1.unwrap()).collect();
+        let mut called = [scene.service, scene.other_service, scene.plain];
+        called.iter().for_each(|to| socket.send_to(b"?", *to).unwrap());
+        let mut senders = called.map(|_| socket.receive().unwrap().1.unwrap());
         senders.sort_unstable();
-        let mut called = vec![scene.service, scene.other_service, scene.plain];
         called.sort_unstable();
         assert_eq!(senders, called);
     });
 }
 
-/// Two service addresses with the same endpoint, called in sequence through one socket.
+/// [`orders_of_calls_show_whom_was_called`] has the same for UDP.
 #[test]
-fn an_answer_is_from_the_service_asked_last() {
-    let mut cluster = Cluster::new();
-    let scenes = [Domain::V4, Domain::V6].map(Scene::new);
-    for scene in &scenes {
-        cluster.serve(&format!("one-{}", scene.service.is_ipv6()), scene.service, Udp, &[scene.endpoint]);
-        cluster.serve(
-            &format!("two-{}", scene.service.is_ipv6()),
-            scene.other_service,
-            Udp,
-            &[scene.endpoint],
-        );
-    }
-    with_agents(&cluster, &scenes.map(|scene| (scene.endpoint, Udp)), || {
-        for domain in Domain::ALL {
-            let Scene { service, endpoint, other_service, .. } = Scene::new(domain);
-            let socket = Socket::new(domain, Udp);
-            for to in [service, other_service, service, endpoint, other_service] {
-                ask_at(&socket, to, endpoint);
-            }
-        }
-    });
-}
-
-#[test]
-fn a_reconnected_socket_sees_its_new_peer() {
-    with_scenes(Udp, |domain, scene| {
-        let socket = Socket::new(domain, Udp);
-        connect_and_ask(&socket, scene.service, scene.endpoint);
-        connect_and_ask(&socket, scene.other_service, scene.other_endpoint);
-        connect_and_ask(&socket, scene.plain, scene.plain);
-        connect_and_ask(&socket, scene.service, scene.endpoint);
-        // The endpoint, called by its own address, is not a service.
-        connect_and_ask(&socket, scene.endpoint, scene.endpoint);
-    });
-}
-
-#[test]
-fn a_disconnected_socket_has_no_peer_and_can_call_again() {
-    with_scenes(Udp, |domain, scene| {
-        let socket = Socket::new(domain, Udp);
-        connect_and_ask(&socket, scene.service, scene.endpoint);
-        socket.disconnect().unwrap();
-        assert_eq!(socket.peer_name(), Err(Errno::ENOTCONN));
-        ask_at(&socket, scene.endpoint, scene.endpoint);
-        ask_at(&socket, scene.service, scene.endpoint);
-        connect_and_ask(&socket, scene.other_service, scene.other_endpoint);
-        socket.disconnect().unwrap();
-        connect_and_ask(&socket, scene.plain, scene.plain);
-    });
-    with_scenes(Tcp, |domain, scene| {
+fn a_disconnected_tcp_socket_has_no_peer_and_can_call_again() {
+    with_scenes(&scenes(Tcp), |domain, scene| {
         let socket = Socket::new(domain, Tcp);
         connect_and_ask(&socket, scene.service, scene.endpoint);
         socket.disconnect().unwrap();
@@ -189,40 +108,19 @@ fn a_disconnected_socket_has_no_peer_and_can_call_again() {
     });
 }
 
-/// Calls that the kernel refuses change nothing.
-#[test]
-fn a_call_with_a_short_address_changes_nothing() {
-    with_scenes(Udp, |domain, scene| {
-        let socket = Socket::new(domain, Udp);
-        assert_eq!(socket.connect_short(scene.service), Err(Errno::EINVAL));
-        assert_eq!(socket.peer_name(), Err(Errno::ENOTCONN));
-        connect_and_ask(&socket, scene.service, scene.endpoint);
-        assert_eq!(socket.connect_short(scene.other_service), Err(Errno::EINVAL));
-        assert_eq!(socket.peer_name(), Ok(scene.service));
-        assert_eq!(socket.ask().unwrap().seen, Some(scene.service));
-    });
-}
-
 /// More services than a socket has records for: each answer still appears to come from the right service.
 #[test]
 fn a_socket_may_use_many_services() {
     let pairs = |domain| {
-        let endpoints: [SocketAddr; 20] = addresses(domain, 8001);
-        let ip = service_address(domain).ip();
-        endpoints.map(|endpoint| (SocketAddr::new(ip, endpoint.port() - 8000), endpoint))
+        addresses::<20>(domain, 8001).map(|endpoint| (service_port(domain, endpoint.port() - 8000), endpoint))
     };
-    let all = [pairs(Domain::V4), pairs(Domain::V6)].concat();
-    let mut cluster = Cluster::new();
-    for (service, endpoint) in &all {
-        cluster.serve(&format!("{}-{}", service.is_ipv6(), service.port()), *service, Udp, &[*endpoint]);
-    }
-    let servers: Vec<_> = all.iter().map(|(_, endpoint)| (*endpoint, Udp)).collect();
-    with_agents(&cluster, &servers, || {
-        for domain in Domain::ALL {
-            let socket = Socket::new(domain, Udp);
-            for (service, endpoint) in [pairs(domain), pairs(domain)].concat() {
-                ask_at(&socket, service, endpoint);
-            }
+    let cluster = services(&[Udp], |domain| {
+        pairs(domain).into_iter().map(|(service, endpoint)| (service, vec![endpoint])).collect()
+    });
+    with_scenes(&cluster, |domain, _| {
+        let socket = Socket::new(domain, Udp);
+        for (service, endpoint) in [pairs(domain), pairs(domain)].concat() {
+            ask_at(&socket, service, endpoint);
         }
     });
 }
@@ -230,7 +128,7 @@ fn a_socket_may_use_many_services() {
 /// A peer that sends to the socket first is seen by its own address, whatever the socket called before.
 #[test]
 fn a_stranger_is_seen_as_it_is() {
-    with_scenes(Udp, |domain, scene| {
+    with_scenes(&scenes(Udp), |domain, scene| {
         let socket = Socket::new(domain, Udp);
         ask_at(&socket, scene.service, scene.endpoint);
         let stranger = Socket::new(domain, Udp);
@@ -246,7 +144,7 @@ fn a_stranger_is_seen_as_it_is() {
 /// only.
 #[test]
 fn a_connected_socket_keeps_its_peer_when_it_sends_elsewhere() {
-    with_scenes(Udp, |domain, scene| {
+    with_scenes(&scenes(Udp), |domain, scene| {
         let socket = Socket::new(domain, Udp);
         socket.connect(scene.service).unwrap();
         for elsewhere in [scene.endpoint, scene.other_service, scene.plain, scene.service] {
@@ -257,8 +155,7 @@ fn a_connected_socket_keeps_its_peer_when_it_sends_elsewhere() {
         }
         // Ten answers are from the peer: those to the datagrams to either of its addresses.
         for _ in 0..10 {
-            let (_, sender) = socket.receive().unwrap();
-            assert_eq!(sender, Some(scene.service));
+            assert_eq!(socket.receive().unwrap().1, Some(scene.service));
         }
     });
 }
@@ -267,165 +164,114 @@ fn a_connected_socket_keeps_its_peer_when_it_sends_elsewhere() {
 /// does not change the endpoint that the socket uses for a service.
 #[test]
 fn a_socket_keeps_its_endpoint_whatever_else_it_asks() {
-    let mut cluster = Cluster::new();
-    let mut servers = Vec::new();
-    for domain in [Domain::V4, Domain::V6] {
-        let endpoints: [SocketAddr; 16] = addresses(domain, 8001);
-        let Scene { service, other_service, .. } = Scene::new(domain);
-        cluster.serve(&format!("one-{domain:?}"), service, Udp, &endpoints);
-        cluster.serve(&format!("two-{domain:?}"), other_service, Udp, &endpoints);
-        servers.extend(endpoints.map(|endpoint| (endpoint, Udp)));
-    }
-    with_agents(&cluster, &servers, || {
-        for domain in Domain::ALL {
-            let Scene { service, other_service, .. } = Scene::new(domain);
-            let socket = Socket::new(domain, Udp);
-            let first = socket.ask_at(service).unwrap();
-            assert_eq!(first.seen, Some(service));
-            let other = socket.ask_at(other_service).unwrap();
-            for _ in 0..20 {
-                // An answer from the endpoint is attributed to the address called last.
-                ask_at(&socket, first.server, first.server);
-                ask_at(&socket, service, first.server);
-                ask_at(&socket, other_service, other.server);
-                ask_at(&socket, other.server, other.server);
-                ask_at(&socket, service, first.server);
-            }
+    let cluster = services(&[Udp], |domain| {
+        let (scene, endpoints) = (Scene::new(domain), addresses::<16>(domain, 8001).to_vec());
+        vec![(scene.service, endpoints.clone()), (scene.other_service, endpoints)]
+    });
+    with_scenes(&cluster, |domain, Scene { service, other_service, .. }| {
+        let socket = Socket::new(domain, Udp);
+        let first = socket.ask_at(service).unwrap();
+        assert_eq!(first.seen, Some(service));
+        let other = socket.ask_at(other_service).unwrap();
+        for _ in 0..20 {
+            // An answer from the endpoint is attributed to the address called last.
+            ask_at(&socket, first.server, first.server);
+            ask_at(&socket, service, first.server);
+            ask_at(&socket, other_service, other.server);
+            ask_at(&socket, other.server, other.server);
+            ask_at(&socket, service, first.server);
         }
     });
 }
 
-fn unreachable(domain: Domain) -> SocketAddr {
-    let text = if domain == Domain::V6 { "[2001:db8::1]:9" } else { "192.0.2.1:9" };
-    text.parse().unwrap()
+fn unreachable(domain: Domain, n: u16) -> SocketAddr {
+    let ip = if domain == Domain::V6 { "2001:db8::1" } else { "192.0.2.1" };
+    SocketAddr::new(ip.parse().unwrap(), 1000 + n)
 }
 
-/// After a `connect()` that the kernel refuses once the programs have run, a datagram socket keeps its peer.
-#[test]
-fn a_failed_connect_leaves_the_peer_and_its_name() {
-    let mut cluster = Cluster::new();
-    let mut servers = Vec::new();
-    for domain in [Domain::V4, Domain::V6] {
-        let Scene { service, endpoint, other_service, .. } = Scene::new(domain);
-        cluster.serve(&format!("one-{domain:?}"), service, Udp, &[endpoint]);
-        cluster.serve(&format!("far-{domain:?}"), other_service, Udp, &[unreachable(domain)]);
-        servers.push((endpoint, Udp));
-    }
-    with_agents(&cluster, &servers, || {
-        for domain in Domain::ALL {
-            let Scene { service, endpoint, other_service, .. } = Scene::new(domain);
-            let socket = Socket::new(domain, Udp);
-            connect_and_ask(&socket, service, endpoint);
-            for failing in [other_service, unreachable(domain), other_service] {
-                assert_eq!(socket.connect(failing), Err(Errno::ENETUNREACH), "{domain:?}");
-                assert_eq!(socket.peer_name(), Ok(service), "{domain:?} after {failing}");
-                let answer = socket.ask().unwrap();
-                assert_eq!(
-                    (answer.server, answer.seen),
-                    (endpoint, Some(service)),
-                    "{domain:?} after {failing}"
-                );
-            }
-            // Without an earlier peer, there is none afterwards.
-            let socket = Socket::new(domain, Udp);
-            assert_eq!(socket.connect(other_service), Err(Errno::ENETUNREACH));
-            assert_eq!(socket.peer_name(), Err(Errno::ENOTCONN));
-            connect_and_ask(&socket, service, endpoint);
-        }
-    });
+/// The number of services whose only endpoint is unreachable: more than a socket has records.
+const N_FAR: u16 = 40;
+
+/// One of them.
+fn far(domain: Domain, n: u16) -> SocketAddr {
+    service_port(domain, 1000 + n)
+}
+
+fn all_far(domain: Domain) -> impl Iterator<Item = (SocketAddr, Vec<SocketAddr>)> {
+    (0..N_FAR).map(move |n| (far(domain, n), vec![unreachable(domain, n)]))
+}
+
+/// The service with one unreachable endpoint of two.
+fn half(domain: Domain) -> SocketAddr {
+    service_port(domain, 2)
+}
+
+/// In each family: a service with sixteen endpoints, another with one endpoint, those with an unreachable
+/// endpoint, and one with a reachable and an unreachable endpoint.
+fn many_and_far() -> Cluster {
+    services(&[Udp], |domain| {
+        let (scene, [lone]) = (Scene::new(domain), addresses(domain, 9001));
+        let reachable = [
+            (scene.service, addresses::<16>(domain, 8001).to_vec()),
+            (scene.other_service, vec![lone]),
+            (half(domain), vec![lone, unreachable(domain, 0)]),
+        ];
+        reachable.into_iter().chain(all_far(domain)).collect()
+    })
 }
 
 /// `send()` names no destination. If the kernel runs the hook with the peer's address, and that is also a
 /// service's, the flow of the `connect()` still applies.
 #[test]
 fn a_connected_socket_is_decided_once() {
-    let mut cluster = Cluster::new();
-    let mut servers = Vec::new();
-    for domain in [Domain::V4, Domain::V6] {
+    let cluster = services(&[Udp], |domain| {
         let Scene { service, endpoint, other_endpoint, plain, .. } = Scene::new(domain);
-        cluster.serve(&format!("one-{domain:?}"), service, Udp, &[endpoint]);
         // The endpoint's own address is also another service's external IP or node port.
-        cluster.serve(&format!("two-{domain:?}"), endpoint, Udp, &[other_endpoint, plain]);
-        servers.extend([endpoint, other_endpoint, plain].map(|server| (server, Udp)));
-    }
-    with_agents(&cluster, &servers, || {
-        for domain in Domain::ALL {
-            let Scene { service, endpoint, .. } = Scene::new(domain);
-            let socket = Socket::new(domain, Udp);
-            socket.connect(service).unwrap();
-            for _ in 0..40 {
-                let answer = socket.ask().unwrap();
-                assert_eq!((answer.server, answer.seen), (endpoint, Some(service)), "{domain:?}");
-            }
-            assert_eq!(socket.peer_name(), Ok(service));
-        }
+        vec![(service, vec![endpoint]), (endpoint, vec![other_endpoint, plain])]
     });
-}
-
-/// In each family: a service with sixteen endpoints, another with one endpoint, one with an unreachable
-/// endpoint, and one with a reachable and an unreachable endpoint.
-fn many_and_far() -> (Cluster, Vec<(SocketAddr, Protocol)>) {
-    let mut cluster = Cluster::new();
-    let mut servers = Vec::new();
-    for domain in [Domain::V4, Domain::V6] {
-        let endpoints: [SocketAddr; 16] = addresses(domain, 8001);
-        let [lone] = addresses(domain, 9001);
-        cluster.serve(&format!("many-{domain:?}"), Scene::new(domain).service, Udp, &endpoints);
-        cluster.serve(&format!("lone-{domain:?}"), Scene::new(domain).other_service, Udp, &[lone]);
-        cluster.serve(&format!("far-{domain:?}"), far(domain), Udp, &[unreachable(domain)]);
-        cluster.serve(&format!("half-{domain:?}"), half(domain), Udp, &[lone, unreachable(domain)]);
-        servers.extend(endpoints.map(|endpoint| (endpoint, Udp)));
-        servers.push((lone, Udp));
-    }
-    (cluster, servers)
-}
-
-/// The service with one unreachable endpoint of two.
-fn half(domain: Domain) -> SocketAddr {
-    SocketAddr::new(service_address(domain).ip(), 2)
-}
-
-/// The unreachable service.
-fn far(domain: Domain) -> SocketAddr {
-    SocketAddr::new(service_address(domain).ip(), 9)
+    with_scenes(&cluster, |domain, Scene { service, endpoint, .. }| {
+        let socket = Socket::new(domain, Udp);
+        socket.connect(service).unwrap();
+        for _ in 0..40 {
+            let answer = socket.ask().unwrap();
+            assert_eq!((answer.server, answer.seen), (endpoint, Some(service)), "{domain:?}");
+        }
+        assert_eq!(socket.peer_name(), Ok(service));
+    });
 }
 
 /// A socket that waits for answers keeps the records of its calls when a `connect()` fails meanwhile.
 #[test]
 fn a_failed_connect_loses_nothing_of_an_unconnected_socket() {
-    let (cluster, servers) = many_and_far();
-    with_agents(&cluster, &servers, || {
-        for domain in Domain::ALL {
-            let Scene { service, other_service, .. } = Scene::new(domain);
-            let socket = Socket::new(domain, Udp);
-            let first = socket.ask_at(service).unwrap().server;
-            for called in [service, other_service] {
-                for _ in 0..10 {
-                    socket.send_to(b"?", called).unwrap();
-                    // While IPv6 resolves the route, the socket receives only from the address of the pending
-                    // connect.
-                    socket.wait_until_readable();
-                    assert_eq!(socket.connect(far(domain)), Err(Errno::ENETUNREACH));
-                    assert_eq!(socket.receive().unwrap().1, Some(called), "{domain:?}");
-                    assert_eq!(socket.peer_name(), Err(Errno::ENOTCONN));
-                    ask_at(&socket, service, first);
-                }
-            }
-            // Also if it was to the same service, and to another of its endpoints.
-            let socket = loop {
-                let socket = Socket::new(domain, Udp);
-                if socket.send_to(b"?", half(domain)).is_ok() {
-                    break socket;
-                }
-            };
-            socket.wait_until_readable();
-            while socket.connect(half(domain)).is_ok() {
-                socket.disconnect().unwrap();
-            }
-            assert_eq!(socket.receive().unwrap().1, Some(half(domain)), "{domain:?}");
+    with_scenes(&many_and_far(), |domain, Scene { service, other_service, .. }| {
+        let socket = Socket::new(domain, Udp);
+        let first = socket.ask_at(service).unwrap().server;
+        for called in [service, other_service] {
             for _ in 0..10 {
-                assert_eq!(socket.ask_at(half(domain)).unwrap().seen, Some(half(domain)), "{domain:?}");
+                socket.send_to(b"?", called).unwrap();
+                // While IPv6 resolves the route, the socket receives only from the address of the pending
+                // connect.
+                socket.wait_until_readable();
+                assert_eq!(socket.connect(far(domain, 0)), Err(Errno::ENETUNREACH));
+                assert_eq!(socket.receive().unwrap().1, Some(called), "{domain:?}");
+                assert_eq!(socket.peer_name(), Err(Errno::ENOTCONN));
+                ask_at(&socket, service, first);
             }
+        }
+        // Also if it was to the same service, and to another of its endpoints.
+        let socket = loop {
+            let socket = Socket::new(domain, Udp);
+            if socket.send_to(b"?", half(domain)).is_ok() {
+                break socket;
+            }
+        };
+        socket.wait_until_readable();
+        while socket.connect(half(domain)).is_ok() {
+            socket.disconnect().unwrap();
+        }
+        assert_eq!(socket.receive().unwrap().1, Some(half(domain)), "{domain:?}");
+        for _ in 0..10 {
+            assert_eq!(socket.ask_at(half(domain)).unwrap().seen, Some(half(domain)), "{domain:?}");
         }
     });
 }
@@ -433,65 +279,28 @@ fn a_failed_connect_loses_nothing_of_an_unconnected_socket() {
 /// Answers that arrived before a `connect()` are read after it, and are from the services that were called.
 #[test]
 fn answers_before_a_connect_are_from_whom_was_asked() {
-    with_scenes(Udp, |domain, scene| {
+    with_scenes(&scenes(Udp), |domain, Scene { service, other_service, other_endpoint, .. }| {
         let socket = Socket::new(domain, Udp);
         socket.bind(SocketAddr::new(domain.loopback(), 0)).unwrap();
-        socket.send_to(b"?", scene.service).unwrap();
+        socket.send_to(b"?", service).unwrap();
         socket.wait_until_readable();
-        connect_and_ask_behind(&socket, scene.other_service, scene.other_endpoint, scene.service);
-    });
-}
-
-/// Connects, and reads an answer of a service that was called before, then one of the peer.
-fn connect_and_ask_behind(socket: &Socket, to: SocketAddr, server: SocketAddr, asked: SocketAddr) {
-    socket.connect(to).unwrap();
-    assert_eq!(socket.receive().unwrap().1, Some(asked));
-    assert_eq!(socket.peer_name(), Ok(to));
-    let answer = socket.ask().unwrap();
-    assert_eq!((answer.server, answer.seen), (server, Some(to)));
-}
-
-/// A socket whose `connect()` fails repeatedly keeps the record of its peer, even when all records are used.
-#[test]
-fn many_failed_connects_leave_the_peer_and_its_name() {
-    let far: Vec<_> = (0..40).collect();
-    let far_of = |domain, n: u16| SocketAddr::new(service_address(domain).ip(), 1000 + n);
-    let (mut cluster, servers) = many_and_far();
-    for domain in [Domain::V4, Domain::V6] {
-        for n in &far {
-            let endpoint = SocketAddr::new(unreachable(domain).ip(), 1000 + n);
-            cluster.serve(&format!("far-{domain:?}-{n}"), far_of(domain, *n), Udp, &[endpoint]);
-        }
-    }
-    with_agents(&cluster, &servers, || {
-        for domain in Domain::ALL {
-            let Scene { service, other_service, .. } = Scene::new(domain);
-            for asked_before in [false, true] {
-                let socket = Socket::new(domain, Udp);
-                if asked_before {
-                    let _answer = socket.ask_at(service).unwrap();
-                }
-                socket.connect(other_service).unwrap();
-                for n in &far {
-                    assert_eq!(socket.connect(far_of(domain, *n)), Err(Errno::ENETUNREACH));
-                    assert_eq!(socket.peer_name(), Ok(other_service), "{domain:?} after {n}");
-                }
-                assert_eq!(socket.ask().unwrap().seen, Some(other_service));
-            }
-        }
+        socket.connect(other_service).unwrap();
+        assert_eq!(socket.receive().unwrap().1, Some(service));
+        assert_eq!(socket.peer_name(), Ok(other_service));
+        let answer = socket.ask().unwrap();
+        assert_eq!((answer.server, answer.seen), (other_endpoint, Some(other_service)));
     });
 }
 
 /// An `AF_INET6` socket accepts `sockaddr_in` too: the other family's hooks see its peer as well.
 #[test]
 fn a_call_in_the_form_of_the_other_family_leaves_the_peer() {
-    let (cluster, servers) = many_and_far();
-    with_agents(&cluster, &servers, || {
+    with_agents(&many_and_far(), || {
         let service = Scene::new(Domain::V6).service;
         let other_service = Scene::new(Domain::V4).other_service;
         let socket = Socket::new(Domain::V6, Udp);
         socket.connect(service).unwrap();
-        assert_eq!(socket.connect_as(Domain::V4, far(Domain::V4)), Err(Errno::ENETUNREACH));
+        assert_eq!(socket.connect_as(Domain::V4, far(Domain::V4, 0)), Err(Errno::ENETUNREACH));
         assert_eq!(socket.peer_name(), Ok(service));
         assert_eq!(socket.ask().unwrap().seen, Some(service));
 
@@ -508,55 +317,18 @@ fn a_call_in_the_form_of_the_other_family_leaves_the_peer() {
     });
 }
 
-/// Of several services with the same endpoint, the socket's peer is the one connected to last, however many
-/// it called before.
-#[test]
-fn a_connected_socket_sees_the_last_of_services_with_one_endpoint() {
-    let called = |domain| (1..=6_u16).map(move |n| SocketAddr::new(service_address(domain).ip(), n));
-    let mut cluster = Cluster::new();
-    let mut servers = Vec::new();
-    for domain in [Domain::V4, Domain::V6] {
-        let endpoints: [SocketAddr; 3] = addresses(domain, 8001);
-        for (n, service) in called(domain).enumerate() {
-            cluster.serve(&format!("{domain:?}-{n}"), service, Udp, &[endpoints[n % 3]]);
-        }
-        servers.extend(endpoints.map(|endpoint| (endpoint, Udp)));
-    }
-    with_agents(&cluster, &servers, || {
-        for domain in Domain::ALL {
-            for last in called(domain) {
-                let socket = Socket::new(domain, Udp);
-                for service in called(domain) {
-                    assert_eq!(socket.ask_at(service).unwrap().seen, Some(service));
-                }
-                socket.connect(last).unwrap();
-                assert_eq!(socket.peer_name(), Ok(last), "{domain:?}");
-                assert_eq!(socket.ask().unwrap().seen, Some(last), "{domain:?}");
-                socket.disconnect().unwrap();
-                for service in called(domain) {
-                    assert_eq!(socket.ask_at(service).unwrap().seen, Some(service));
-                }
-            }
-        }
-    });
-}
-
 /// A connected socket that sends to its own service with `sendto()` reaches its peer.
 #[test]
 fn a_connected_socket_reaches_its_peer_by_the_service_too() {
-    let (cluster, servers) = many_and_far();
-    with_agents(&cluster, &servers, || {
-        for domain in Domain::ALL {
-            let Scene { service, other_service, .. } = Scene::new(domain);
-            let socket = Socket::new(domain, Udp);
-            socket.connect(other_service).unwrap();
-            for _ in 0..4 {
-                socket.connect(service).unwrap();
-                let peer = socket.ask().unwrap().server;
-                for _ in 0..10 {
-                    assert_eq!(socket.connect(far(domain)), Err(Errno::ENETUNREACH));
-                    ask_at(&socket, service, peer);
-                }
+    with_scenes(&many_and_far(), |domain, Scene { service, other_service, .. }| {
+        let socket = Socket::new(domain, Udp);
+        socket.connect(other_service).unwrap();
+        for _ in 0..4 {
+            socket.connect(service).unwrap();
+            let peer = socket.ask().unwrap().server;
+            for _ in 0..10 {
+                assert_eq!(socket.connect(far(domain, 0)), Err(Errno::ENETUNREACH));
+                ask_at(&socket, service, peer);
             }
         }
     });
@@ -567,31 +339,26 @@ fn a_connected_socket_reaches_its_peer_by_the_service_too() {
 fn datagrams_stay_together_also_at_an_endpoint_that_came_back() {
     Sandbox::test(|sandbox| {
         let service = service_address(Domain::V4);
-        let endpoints: [SocketAddr; 2] = addresses(Domain::V4, 8001);
-        let _servers = Servers::udp(endpoints);
-        let cluster = |endpoints: &[SocketAddr]| {
-            let mut cluster = Cluster::new();
-            cluster.serve("one", service, Udp, endpoints);
-            cluster
-        };
-        for options in agent::modes(sandbox) {
-            let mut agent = Agent::start_with(&options, agent::settings(), Vec::new()).unwrap();
-            agent.follow(&cluster(&endpoints));
+        let with = |endpoints: &[SocketAddr]| Cluster::new().serving("one", service, Udp, endpoints);
+        let cluster = with(&addresses::<2>(Domain::V4, 8001));
+        let _servers = servers_of(&cluster);
+        in_each_mode(sandbox, |options| {
+            let mut agent = start(options);
+            agent.follow(&cluster);
             // Half of them reach the endpoint that they had.
             let sockets: [Socket; 16] = std::array::from_fn(|_| Socket::new(Domain::V4, Udp));
             for socket in &sockets {
                 let _answer = socket.ask_at(service).unwrap();
             }
-            agent.follow(&cluster(&[]));
-            agent.follow(&cluster(&endpoints));
+            agent.follow(&with(&[]));
+            agent.follow(&cluster);
             for socket in &sockets {
                 let first = socket.ask_at(service).unwrap();
                 for _ in 0..10 {
                     assert_eq!(socket.ask_at(service).unwrap(), first);
                 }
             }
-            pins::remove(&sandbox.pin_path()).unwrap();
-        }
+        });
     });
 }
 
@@ -599,11 +366,9 @@ fn datagrams_stay_together_also_at_an_endpoint_that_came_back() {
 #[test]
 fn a_socket_that_changes_its_family_sees_the_service() {
     for protocol in [Tcp, Udp] {
-        with_scenes(protocol, |domain, scene| {
-            if domain != Domain::Mapped {
-                return;
-            }
-            let socket = Socket::new(domain, protocol);
+        with_agents(&scenes(protocol), || {
+            let scene = Scene::new(Domain::Mapped);
+            let socket = Socket::new(Domain::Mapped, protocol);
             connect_and_ask(&socket, scene.service, scene.endpoint);
             let socket = socket.into_v4().unwrap();
             assert_eq!(socket.peer_name(), Ok(scene.service));
@@ -620,9 +385,9 @@ fn a_socket_that_changes_its_family_sees_the_service() {
 #[test]
 fn older_sockets_see_the_service_too() {
     Sandbox::test(|sandbox| {
-        let (cluster, servers) = scenes(Udp);
-        let _servers = Servers::start(servers);
-        for options in agent::modes(sandbox) {
+        let cluster = scenes(Udp);
+        let _servers = servers_of(&cluster);
+        in_each_mode(sandbox, |options| {
             let sockets = Domain::ALL.map(|domain| {
                 let scene = Scene::new(domain);
                 let [fresh, asking, connected] = [(); 3].map(|()| Socket::new(domain, Udp));
@@ -631,7 +396,7 @@ fn older_sockets_see_the_service_too() {
                 connect_and_ask(&connected, scene.endpoint, scene.endpoint);
                 (domain, scene, [fresh, asking, connected])
             });
-            Agent::start_with(&options, agent::settings(), Vec::new()).unwrap().follow(&cluster);
+            start(options).follow(&cluster);
             for (domain, scene, [fresh, asking, connected]) in &sockets {
                 assert_eq!(connected.peer_name(), Ok(scene.endpoint), "{domain:?}");
                 assert_eq!(connected.ask().unwrap().seen, Some(scene.endpoint), "{domain:?}");
@@ -645,108 +410,157 @@ fn older_sockets_see_the_service_too() {
                     connect_and_ask(socket, scene.service, scene.endpoint);
                 }
             }
-            pins::remove(&sandbox.pin_path()).unwrap();
-        }
+        });
     });
 }
 
-/// An action of a program on its socket; numbers index [`targets`].
+/// An action of a program on its UDP socket; numbers index [`targets`].
 #[derive(Clone, Copy, Debug)]
 enum Step {
     Connect(usize),
     Disconnect,
-    /// A `connect()` to an unreachable address, which is a service's or not.
-    Fail(bool),
+    /// A `connect()` with an address that is too short, which the kernel refuses.
+    Short(usize),
+    /// A `connect()` to an unreachable address: of the service with this number, or without a service.
+    Fail(Option<u16>),
     /// A datagram, a failing `connect()`, and the answer; only while the socket has no peer.
     SendAndFail(usize),
     /// A datagram and its answer; to an address only while the socket has no peer.
     Ask(usize),
 }
 
-/// For a domain: six services, two for each of three endpoints, and these endpoints.
-fn targets(domain: Domain) -> [SocketAddr; 9] {
-    let ip = service_address(domain).ip();
-    let endpoints: [SocketAddr; 3] = addresses(domain, 8001);
-    std::array::from_fn(|n| {
-        if n < 6 { SocketAddr::new(ip, 101 + u16::try_from(n).unwrap()) } else { endpoints[n - 6] }
+use Step::{Ask, Connect, Disconnect, Fail, SendAndFail, Short};
+
+/// Numbers of the first endpoint, and of the server that is not a service, among [`targets`].
+const ENDPOINT: usize = 6;
+const PLAIN: usize = 9;
+
+/// For a domain: six services, two for each of three endpoints, these endpoints, and a plain server.
+fn targets(domain: Domain) -> [SocketAddr; PLAIN + 1] {
+    let servers: [SocketAddr; 4] = addresses(domain, 8001);
+    std::array::from_fn(|n| match n.checked_sub(ENDPOINT) {
+        Some(server) => servers[server],
+        None => service_port(domain, 101 + u16::try_from(n).unwrap()),
     })
+}
+
+/// The server that answers at a target.
+const fn server_of(target: usize) -> usize {
+    if target < ENDPOINT { ENDPOINT + target % 3 } else { target }
 }
 
 /// Runs steps. The peer is that of the last successful `connect()`; an answer is from the address that was
 /// called.
-fn walk(domain: Domain, steps: &[Step]) {
+fn walk(what: &str, domain: Domain, steps: &[Step]) {
     let targets = targets(domain);
     let socket = Socket::new(domain, Udp);
-    let mut peer = Err(Errno::ENOTCONN);
+    let mut peer = None;
     // After a failed `connect()` a connected IPv4 socket sends one more datagram to its peer, and later ones
     // to the address that failed: Linux takes it from the socket's cached flow (`udp_sendmsg`).
     let mut n_asks = usize::MAX;
-    let fail = |to| assert_eq!(socket.connect(to), Err(Errno::ENETUNREACH));
     for (n, step) in steps.iter().enumerate() {
-        match *step {
-            Step::Connect(to) => {
-                socket.connect(targets[to]).unwrap();
-                (peer, n_asks) = (Ok(targets[to]), usize::MAX);
+        let place = format!("{what}, {domain:?}, step {n}: {step:?}");
+        let fail = |to| assert_eq!(socket.connect(to), Err(Errno::ENETUNREACH), "{place}");
+        match (*step, peer) {
+            (Connect(to), _) => {
+                assert_eq!(socket.connect(targets[to]), Ok(()), "{place}");
+                (peer, n_asks) = (Some(to), usize::MAX);
             }
-            Step::Disconnect => {
-                socket.disconnect().unwrap();
-                peer = Err(Errno::ENOTCONN);
+            (Disconnect, _) => {
+                assert_eq!(socket.disconnect(), Ok(()), "{place}");
+                peer = None;
             }
-            Step::Fail(is_service) => {
-                fail(if is_service { far(domain) } else { unreachable(domain) });
+            (Short(to), _) => assert_eq!(socket.connect_short(targets[to]), Err(Errno::EINVAL), "{place}"),
+            (Fail(service), _) => {
+                fail(service.map_or_else(|| unreachable(domain, 0), |n| far(domain, n)));
                 n_asks = 1;
             }
-            Step::SendAndFail(to) if peer.is_err() => {
-                socket.send_to(b"?", targets[to]).unwrap();
+            (SendAndFail(to), None) => {
+                assert_eq!(socket.send_to(b"?", targets[to]), Ok(()), "{place}");
                 socket.wait_until_readable();
-                fail(far(domain));
-                assert_eq!(socket.receive().unwrap().1, Some(targets[to]), "{domain:?}, step {n}");
+                fail(far(domain, 0));
+                assert_eq!(socket.receive().map(|(_, seen)| seen), Ok(Some(targets[to])), "{place}");
             }
-            Step::Ask(to) if peer.is_err() => {
-                assert_eq!(
-                    socket.ask_at(targets[to]).unwrap().seen,
-                    Some(targets[to]),
-                    "{domain:?}, step {n}"
-                );
-            }
-            Step::SendAndFail(_) | Step::Ask(_) if n_asks == 0 => {}
-            Step::SendAndFail(_) | Step::Ask(_) => {
-                n_asks -= 1;
-                assert_eq!(socket.ask().unwrap().seen, peer.ok(), "{domain:?}, step {n}");
+            (SendAndFail(_) | Ask(_), Some(_)) if n_asks == 0 => {}
+            (Ask(to), None) | (SendAndFail(_) | Ask(_), Some(to)) => {
+                n_asks = n_asks.saturating_sub(peer.map_or(0, |_| 1));
+                let answer = if peer.is_some() { socket.ask() } else { socket.ask_at(targets[to]) };
+                let answer = answer.map(|answer| (answer.server, answer.seen));
+                assert_eq!(answer, Ok((targets[server_of(to)], Some(targets[to]))), "{place}");
             }
         }
-        assert_eq!(socket.peer_name(), peer, "{domain:?}, step {n}");
+        assert_eq!(socket.peer_name(), peer.map(|to| targets[to]).ok_or(Errno::ENOTCONN), "{place}");
     }
+}
+
+fn with_targets(test: impl Fn() + Sync) {
+    let mut cluster = services(&[Udp], |domain| {
+        let targets = targets(domain);
+        (0..ENDPOINT).map(|n| (targets[n], vec![targets[server_of(n)]])).chain(all_far(domain)).collect()
+    });
+    cluster.set_endpoints(&PortOf::udp("plain"), &FAMILIES.map(|domain| targets(domain)[PLAIN]));
+    with_agents(&cluster, test);
+}
+
+/// What programs do, and what has failed once.
+#[test]
+fn orders_of_calls_show_whom_was_called() {
+    let asks_all = || (0..ENDPOINT).map(Ask);
+    let fails_often = || (0..N_FAR).map(|n| Fail(Some(n)));
+    let mut orders = vec![
+        ("unconnected", [Ask(0), Ask(1), Ask(PLAIN)].repeat(3)),
+        ("services with one endpoint, and it", vec![Ask(0), Ask(3), Ask(0), Ask(ENDPOINT), Ask(3)]),
+        // The endpoint, called by its own address, is not a service.
+        (
+            "reconnected",
+            [0, 1, PLAIN, 0, ENDPOINT].into_iter().flat_map(|to| [Connect(to), Ask(to)]).collect(),
+        ),
+        ("disconnected", {
+            let again = [Disconnect, Connect(PLAIN), Ask(PLAIN)];
+            let first = [Connect(0), Ask(0), Disconnect, Ask(ENDPOINT), Ask(0), Connect(1), Ask(1)];
+            first.into_iter().chain(again).collect()
+        }),
+        ("refused for a short address", vec![Short(0), Connect(0), Ask(0), Short(1), Ask(0)]),
+        ("failed without a peer", vec![Fail(Some(0)), Connect(0), Ask(0)]),
+        ("failed", {
+            let fails = [Some(0), None, Some(0)].into_iter().flat_map(|service| [Fail(service), Ask(0)]);
+            [Connect(0), Ask(0)].into_iter().chain(fails).collect()
+        }),
+        // Even when all records are used.
+        ("failed often", [Connect(1)].into_iter().chain(fails_often()).chain([Ask(1)]).collect()),
+        ("failed often after a datagram", {
+            [Ask(0), Connect(1)].into_iter().chain(fails_often()).chain([Ask(1)]).collect()
+        }),
+    ];
+    orders.extend((0..ENDPOINT).map(|last| {
+        let connected = [Connect(last), Ask(last), Disconnect];
+        ("connected to the last of several", asks_all().chain(connected).chain(asks_all()).collect())
+    }));
+    with_targets(|| {
+        for (what, steps) in &orders {
+            Domain::ALL.into_iter().for_each(|domain| walk(what, domain, steps));
+        }
+    });
 }
 
 #[test]
 fn any_order_of_calls_shows_whom_was_called() {
-    let (mut cluster, mut servers) = (Cluster::new(), Vec::new());
-    for domain in [Domain::V4, Domain::V6] {
-        let targets = targets(domain);
-        for n in 0..6 {
-            cluster.serve(&format!("{domain:?}-{n}"), targets[n], Udp, &[targets[6 + n % 3]]);
-        }
-        cluster.serve(&format!("far-{domain:?}"), far(domain), Udp, &[unreachable(domain)]);
-        servers.extend(targets[6..].iter().map(|endpoint| (*endpoint, Udp)));
-    }
     let step = prop_oneof![
-        (0..9_usize).prop_map(Step::Connect),
-        Just(Step::Disconnect),
-        any::<bool>().prop_map(Step::Fail),
-        (0..9_usize).prop_map(Step::SendAndFail),
-        (0..9_usize).prop_map(Step::Ask),
+        (0..=PLAIN).prop_map(Connect),
+        Just(Disconnect),
+        (0..=PLAIN).prop_map(Short),
+        prop::option::of(0..N_FAR).prop_map(Fail),
+        (0..=PLAIN).prop_map(SendAndFail),
+        (0..=PLAIN).prop_map(Ask),
     ];
     let steps = (sample::select(&Domain::ALL[..]), vec(step, 1..60));
-    with_agents(&cluster, &servers, || {
+    with_targets(|| {
         let config = Config { cases: 200, failure_persistence: None, ..Config::default() };
-        let result = TestRunner::new_with_rng(config, TestRng::deterministic_rng(RngAlgorithm::ChaCha)).run(
-            &steps,
-            |(domain, steps)| {
-                walk(domain, &steps);
-                Ok(())
-            },
-        );
+        let mut runner = TestRunner::new_with_rng(config, TestRng::deterministic_rng(RngAlgorithm::ChaCha));
+        let result = runner.run(&steps, |(domain, steps)| {
+            walk("random", domain, &steps);
+            Ok(())
+        });
         result.unwrap_or_else(|error| panic!("{error}"));
     });
 }

@@ -1,4 +1,5 @@
-//! A service without endpoints fails at once, and the program gets the error.
+//! A service without endpoints fails at once, and the program gets the error: what [`crate::matrix`] and
+//! [`crate::kinds`] do not show.
 
 use std::net::SocketAddr;
 
@@ -10,65 +11,39 @@ use lb_tests::{
     client::{Domain, Socket},
     cluster::Cluster,
     require,
-    server::Servers,
 };
 use nix::errno::Errno;
 
-use crate::calls::{addresses, service_address};
+use crate::fixture::{FAMILIES, addresses, servers_of, service_address, services, start};
 
 const REFUSED: Result<(), Errno> = Err(Errno::ECONNREFUSED);
 
 /// A sandbox with an agent and a service for both protocols in each family, all with the same endpoints.
-fn with_services(
-    features: Features,
-    test: impl FnOnce(&dyn Fn(&mut Agent, &[SocketAddr]), &mut Agent) + Send,
-) {
+fn with_services(features: Features, test: impl FnOnce(&mut Agent) + Send) {
     Sandbox::test(|sandbox| {
-        let options = lb_kernel::Options { features, ..agent::options(sandbox) };
-        let mut agent = Agent::start_with(&options, agent::settings(), Vec::new()).unwrap();
-        let follow = |agent: &mut Agent, endpoints: &[SocketAddr]| {
-            let mut cluster = Cluster::new();
-            for domain in [Domain::V4, Domain::V6] {
-                for protocol in [Tcp, Udp] {
-                    let of_family: Vec<_> = endpoints
-                        .iter()
-                        .copied()
-                        .filter(|endpoint| endpoint.is_ipv6() == (domain == Domain::V6))
-                        .collect();
-                    cluster.serve(
-                        &format!("{domain:?}{protocol}"),
-                        service_address(domain),
-                        protocol,
-                        &of_family,
-                    );
-                }
-            }
-            agent.follow(&cluster);
-        };
-        follow(&mut agent, &[]);
-        test(&follow, &mut agent);
+        let mut agent = start(&lb_kernel::Options { features, ..agent::options(sandbox) });
+        agent.follow(&with_endpoints(&[]));
+        test(&mut agent);
     });
 }
 
-#[test]
-fn a_service_without_endpoints_refuses() {
-    let features = Features::probe();
-    with_services(features, |_follow, _agent| {
-        for domain in Domain::ALL {
-            let service = service_address(domain);
-            assert_eq!(Socket::new(domain, Tcp).connect(service), REFUSED, "{domain:?}");
-            if features.set_retval {
-                assert_eq!(Socket::new(domain, Udp).connect(service), REFUSED, "{domain:?}");
-                assert_eq!(Socket::new(domain, Udp).send_to(b"?", service), REFUSED, "{domain:?}");
-            }
-        }
-    });
+/// A service for both protocols in each family, with the endpoints of its family.
+fn with_endpoints(endpoints: &[SocketAddr]) -> Cluster {
+    services(&[Tcp, Udp], |domain| {
+        let is_of_family = |endpoint: &SocketAddr| endpoint.is_ipv6() == (domain == Domain::V6);
+        vec![(service_address(domain), endpoints.iter().copied().filter(is_of_family).collect())]
+    })
+}
+
+/// One server in each family.
+fn endpoints() -> [SocketAddr; 2] {
+    FAMILIES.map(|domain| addresses::<1>(domain, 8001)[0])
 }
 
 /// On kernels before 5.18 programs cannot choose the error, so the call goes to a port where nothing listens.
 #[test]
 fn without_set_retval_a_refusal_takes_another_way() {
-    with_services(Features { set_retval: false, ..Features::probe() }, |_follow, _agent| {
+    with_services(Features { set_retval: false, ..Features::probe() }, |_agent| {
         for domain in Domain::ALL {
             let service = service_address(domain);
             assert_eq!(Socket::new(domain, Tcp).connect(service), REFUSED, "{domain:?}");
@@ -83,11 +58,10 @@ fn without_set_retval_a_refusal_takes_another_way() {
 
 #[test]
 fn a_refusal_ends_with_the_first_endpoint_and_returns_with_the_last() {
-    with_services(Features::probe(), |follow, agent| {
-        let endpoints = [addresses::<1>(Domain::V4, 8001), addresses(Domain::V6, 8001)].concat();
-        let _servers =
-            Servers::start(endpoints.iter().flat_map(|endpoint| [(*endpoint, Tcp), (*endpoint, Udp)]));
-        follow(agent, &endpoints);
+    with_services(Features::probe(), |agent| {
+        let cluster = with_endpoints(&endpoints());
+        let _servers = servers_of(&cluster);
+        agent.follow(&cluster);
         let connected = Domain::ALL.map(|domain| {
             [Tcp, Udp].map(|protocol| {
                 let socket = Socket::new(domain, protocol);
@@ -96,7 +70,7 @@ fn a_refusal_ends_with_the_first_endpoint_and_returns_with_the_last() {
                 socket
             })
         });
-        follow(agent, &[]);
+        agent.follow(&with_endpoints(&[]));
         for domain in Domain::ALL {
             assert_eq!(Socket::new(domain, Tcp).connect(service_address(domain)), REFUSED, "{domain:?}");
         }
@@ -117,7 +91,7 @@ fn without_set_retval_a_refusal_leaves_the_kernels_clients_their_address() {
         return;
     }
     let features = Features { set_retval: false, ..Features::probe() };
-    with_services(features, |_follow, _agent| {
+    with_services(features, |_agent| {
         for domain in Domain::ALL {
             let socket = Socket::with_protocol_number(domain, Tcp, nix::libc::IPPROTO_MPTCP).unwrap();
             assert_eq!(socket.connect(service_address(domain)), Err(Errno::EPERM), "{domain:?}");
@@ -128,9 +102,8 @@ fn without_set_retval_a_refusal_leaves_the_kernels_clients_their_address() {
 /// A program may call another address with the refused socket.
 #[test]
 fn a_refused_socket_can_call_again() {
-    with_services(Features::probe(), |_follow, _agent| {
-        let servers = [addresses::<1>(Domain::V4, 8001), addresses(Domain::V6, 8001)].concat();
-        let _servers = Servers::start(servers.iter().flat_map(|server| [(*server, Tcp), (*server, Udp)]));
+    with_services(Features::probe(), |_agent| {
+        let _servers = servers_of(&with_endpoints(&endpoints()));
         for domain in Domain::ALL {
             let [server] = addresses(domain, 8001);
             for protocol in [Tcp, Udp] {

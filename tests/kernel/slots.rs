@@ -20,9 +20,9 @@ use lb_common::{
     layout::{SLOT_WAYS, SocketSlots},
     limits::SOCKET_SETS,
 };
-use lb_core::model::Protocol::{Tcp, Udp};
+use lb_core::model::Protocol::{self, Tcp, Udp};
 use lb_kernel::{
-    Features, Options, pins,
+    Features, Options,
     sockets::{self, SocketTable},
     syscall,
 };
@@ -30,7 +30,6 @@ use lb_tests::{
     Sandbox,
     agent::{self, Agent},
     client::{Domain, Socket},
-    cluster::Cluster,
     number,
     server::Servers,
 };
@@ -45,7 +44,10 @@ use nix::{
     unistd::{ForkResult, Pid, close, fork},
 };
 
-use crate::records::{Scene, scenes};
+use crate::{
+    fixture::{in_each_mode, servers_of, service_port, services, start},
+    records::{Scene, scenes},
+};
 
 /// A pinned array, with values as words.
 fn array<const WORDS: usize>(sandbox: &Sandbox, name: &str) -> Array<MapData, [u64; WORDS]> {
@@ -79,24 +81,23 @@ fn with_slots(test: impl FnOnce(&Sandbox) + Send) {
     });
 }
 
+/// A socket that is connected to the service of a scene.
+fn connected(domain: Domain, protocol: Protocol) -> Socket {
+    let socket = Socket::new(domain, protocol);
+    socket.connect(Scene::new(domain).service).unwrap();
+    socket
+}
+
 #[test]
 fn a_closed_socket_gives_its_slot_up() {
     with_slots(|sandbox| {
-        let servers = Domain::ALL.map(|domain| Scene::new(domain).endpoint);
-        let _servers =
-            Servers::start([servers[0], servers[1]].into_iter().flat_map(|s| [(s, Tcp), (s, Udp)]));
         let mut agent = Agent::start(sandbox);
         for protocol in [Tcp, Udp] {
-            agent.follow(&scenes(protocol).0);
-            let mut sockets = Vec::new();
-            for domain in Domain::ALL {
-                for _ in 0..20 {
-                    let socket = Socket::new(domain, protocol);
-                    socket.connect(Scene::new(domain).service).unwrap();
-                    sockets.push(socket);
-                }
-            }
-            assert_eq!(n_taken(sandbox), sockets.len());
+            let cluster = scenes(protocol);
+            let _servers = servers_of(&cluster);
+            agent.follow(&cluster);
+            let sockets = Domain::ALL.map(|domain| [(); 20].map(|()| connected(domain, protocol)));
+            assert_eq!(n_taken(sandbox), 60);
             drop(sockets);
             assert_eq!(n_taken(sandbox), 0);
         }
@@ -107,8 +108,8 @@ fn a_closed_socket_gives_its_slot_up() {
 #[test]
 fn a_socket_without_a_service_takes_no_slot() {
     with_slots(|sandbox| {
-        let (cluster, servers) = scenes(Udp);
-        let _servers = Servers::start(servers);
+        let cluster = scenes(Udp);
+        let _servers = servers_of(&cluster);
         Agent::start(sandbox).follow(&cluster);
         for domain in Domain::ALL {
             let Scene { service, plain, .. } = Scene::new(domain);
@@ -128,14 +129,14 @@ fn a_socket_without_a_service_takes_no_slot() {
 fn a_socket_has_one_slot() {
     with_slots(|sandbox| {
         let mut agent = Agent::start(sandbox);
-        agent.follow(&scenes(Udp).0);
+        agent.follow(&scenes(Udp));
         let socket = Socket::new(Domain::V4, Udp);
         for _ in 0..10 {
             socket.connect(Scene::new(Domain::V4).service).unwrap();
         }
         assert_eq!(n_taken(sandbox), 1);
 
-        agent.follow(&scenes(Tcp).0);
+        agent.follow(&scenes(Tcp));
         let nobody_listens = Socket::new(Domain::V4, Tcp);
         for _ in 0..10 {
             assert_eq!(nobody_listens.connect(Scene::new(Domain::V4).service), Err(Errno::ECONNREFUSED));
@@ -154,13 +155,8 @@ fn more_sockets_than_slots_keep_their_records() {
         let scene = Scene::new(Domain::V4);
         let _servers = Servers::udp([scene.endpoint]);
         let mut agent = Agent::start(sandbox);
-        agent.follow(&scenes(Udp).0);
-        let mut sockets = Vec::with_capacity(n_sockets);
-        for _ in 0..n_sockets {
-            let socket = Socket::new(Domain::V4, Udp);
-            socket.connect(scene.service).unwrap();
-            sockets.push(socket);
-        }
+        agent.follow(&scenes(Udp));
+        let sockets: Vec<Socket> = (0..n_sockets).map(|_| connected(Domain::V4, Udp)).collect();
         if Features::probe().has_slots() {
             assert!(n_taken(sandbox) <= SOCKET_SETS as usize * SLOT_WAYS);
         }
@@ -181,17 +177,16 @@ fn more_sockets_than_slots_keep_their_records() {
 #[test]
 fn slots_of_sockets_that_are_gone_are_taken_back() {
     with_slots(|sandbox| {
-        let (cluster, servers) = scenes(Udp);
-        let _servers = Servers::start(servers);
+        let cluster = scenes(Udp);
+        let _servers = servers_of(&cluster);
         let start = || {
             let mut agent = Agent::start(sandbox);
             agent.follow(&cluster);
             agent
         };
         let scene = Scene::new(Domain::V4);
-        let (agent, connected, unconnected) =
-            (start(), Socket::new(Domain::V4, Udp), Socket::new(Domain::V6, Udp));
-        connected.connect(scene.service).unwrap();
+        let (agent, unconnected) = (start(), Socket::new(Domain::V6, Udp));
+        let held = connected(Domain::V4, Udp);
         let _answer = unconnected.ask_at(Scene::new(Domain::V6).service).unwrap();
         let release = sandbox.pin_path().join("sock_release");
         syscall::detach(syscall::open_pin(&release).unwrap().as_fd()).unwrap();
@@ -200,12 +195,12 @@ fn slots_of_sockets_that_are_gone_are_taken_back() {
         let n_slots = SOCKET_SETS as usize * SLOT_WAYS;
         while n_taken(sandbox) <= n_slots / 2 {
             for _ in 0..1000 {
-                Socket::new(Domain::V4, Udp).connect(scene.service).unwrap();
+                drop(connected(Domain::V4, Udp));
             }
         }
         let _agent = start();
         let n_before = n_taken(sandbox);
-        Socket::new(Domain::V4, Udp).connect(scene.service).unwrap();
+        drop(connected(Domain::V4, Udp));
         assert_eq!(n_taken(sandbox), n_before, "slots are freed again");
 
         let mut table = SocketTable::open(&sandbox.pin_path()).unwrap();
@@ -222,11 +217,9 @@ fn slots_of_sockets_that_are_gone_are_taken_back() {
             assert_eq!(n_taken(sandbox), expected, "{second}");
         }
         assert!(!reclaim.wants_listing(table.n_owned(), start + Duration::from_secs(60)));
-        assert_eq!(connected.ask().unwrap().seen, Some(scene.service));
-        assert_eq!(
-            unconnected.ask_at(Scene::new(Domain::V6).service).unwrap().server,
-            Scene::new(Domain::V6).endpoint
-        );
+        assert_eq!(held.ask().unwrap().seen, Some(scene.service));
+        let scene = Scene::new(Domain::V6);
+        assert_eq!(unconnected.ask_at(scene.service).unwrap().server, scene.endpoint);
     });
 }
 
@@ -234,23 +227,19 @@ fn slots_of_sockets_that_are_gone_are_taken_back() {
 #[test]
 fn records_survive_restarts() {
     Sandbox::test(|sandbox| {
-        let (cluster, servers) = scenes(Udp);
-        let _servers = Servers::start(servers);
+        let cluster = scenes(Udp);
+        let _servers = servers_of(&cluster);
         let options = agent::options(sandbox);
-        let start = |options: &Options| {
-            Agent::start_with(options, agent::settings(), Vec::new()).unwrap().follow(&cluster);
-        };
-        start(&options);
+        start(&options).follow(&cluster);
         let sockets = Domain::ALL.map(|domain| {
-            let connected = Socket::new(domain, Udp);
-            connected.connect(Scene::new(domain).service).unwrap();
+            let connected = connected(domain, Udp);
             let unconnected = Socket::new(domain, Udp);
             unconnected.send_to(b"?", Scene::new(domain).service).unwrap();
             (domain, connected, unconnected)
         });
         // Diagnostics are a separate program.
         for log in [options.features.has_slots(), false] {
-            start(&Options { log, ..options.clone() });
+            start(&Options { log, ..options.clone() }).follow(&cluster);
             for (domain, connected, _) in &sockets {
                 assert_eq!(connected.peer_name(), Ok(Scene::new(*domain).service));
                 assert_eq!(connected.ask().unwrap().seen, Some(Scene::new(*domain).service));
@@ -466,22 +455,15 @@ fn a_million_sockets_leave_nothing_behind() {
         return;
     }
     Sandbox::test(|sandbox| {
-        let (mut cluster, mut servers) = (Cluster::new(), Vec::new());
-        for domain in [Domain::V4, Domain::V6] {
+        let cluster = services(&[Tcp, Udp], |domain| {
             let Scene { service, endpoint, .. } = Scene::new(domain);
-            for protocol in [Tcp, Udp] {
-                let name = format!("{protocol}-{domain:?}");
-                cluster.serve(&name, service, protocol, &[endpoint]);
-                servers.push((endpoint, protocol));
-            }
-            for port in [53, 54] {
-                let service = SocketAddr::new(service.ip(), port);
-                cluster.serve(&format!("{port}-{domain:?}"), service, Udp, &[endpoint]);
-            }
-        }
-        let _servers = Servers::start(servers);
-        for options in agent::modes(sandbox) {
-            let mut agent = Agent::start_with(&options, agent::settings(), Vec::new()).unwrap();
+            [service, service_port(domain, 53), service_port(domain, 54)]
+                .map(|to| (to, vec![endpoint]))
+                .into()
+        });
+        let _servers = servers_of(&cluster);
+        in_each_mode(sandbox, |options| {
+            let mut agent = start(options);
             agent.follow(&cluster);
             let has_slots = options.features.has_slots();
             let before = unreclaimable_kib();
@@ -504,7 +486,6 @@ fn a_million_sockets_leave_nothing_behind() {
                 let grown = unreclaimable_kib().saturating_sub(before);
                 assert!(grown < 64 * 1024, "{grown} KiB are still in use");
             }
-            pins::remove(&sandbox.pin_path()).unwrap();
-        }
+        });
     });
 }

@@ -26,8 +26,8 @@ use nix::{errno::Errno, libc};
 use tempfile::TempDir;
 
 use crate::{
-    calls::{addresses, service_address},
     exclusion::{in_child, place},
+    fixture::{addresses, service_address},
     slots,
 };
 

@@ -15,7 +15,7 @@ use lb_tests::{
     server::Servers,
 };
 
-use crate::calls::{addresses, service_address};
+use crate::fixture::{addresses, service_address, with_web};
 
 fn stats(agent: &Agent, service: SocketAddr, protocol: Protocol) -> ServiceStats {
     let image = agent.image();
@@ -31,12 +31,9 @@ fn calls_are_counted_by_service_and_endpoint() {
         let [server] = addresses(Domain::V4, 8001);
         let _servers = Servers::start([(server, Tcp), (server, Udp)]);
         let empty = SocketAddr::new(service.ip(), 81);
-        let mut cluster = Cluster::new();
-        cluster.serve("tcp", service, Tcp, &[server]);
-        cluster.serve("udp", service, Udp, &[server]);
-        cluster.serve("empty", empty, Tcp, &[]);
         let mut agent = Agent::start(sandbox);
-        agent.follow(&cluster);
+        let with_tcp = Cluster::new().serving("tcp", service, Tcp, &[server]);
+        agent.follow(&with_tcp.serving("udp", service, Udp, &[server]).serving("empty", empty, Tcp, &[]));
 
         let udp = Socket::new(Domain::V4, Udp);
         for _ in 0..7 {
@@ -73,29 +70,22 @@ fn calls_are_counted_by_service_and_endpoint() {
 /// A reused id starts from zero; counters survive everything else.
 #[test]
 fn counters_survive_restarts_and_belong_to_one_service() {
-    Sandbox::test(|sandbox| {
-        let service = service_address(Domain::V4);
-        let servers: [SocketAddr; 2] = addresses(Domain::V4, 8001);
-        let _servers = Servers::tcp(servers);
-        let mut cluster = Cluster::new();
-        cluster.serve("web", service, Tcp, &servers[..1]);
+    with_web(2, |sandbox, web| {
+        let with = |name, n| Cluster::new().serving(name, web.service, Tcp, &web.endpoints[..n]);
         let mut agent = Agent::start(sandbox);
-        agent.follow(&cluster);
-        Socket::new(Domain::V4, Tcp).connect(service).unwrap();
+        agent.follow(&with("web", 1));
+        assert!(web.answers());
         drop(agent);
 
         let mut agent = Agent::start(sandbox);
-        agent.follow(&cluster);
-        cluster.serve("web", service, Tcp, &servers);
-        agent.follow(&cluster);
-        Socket::new(Domain::V4, Tcp).connect(service).unwrap();
-        assert_eq!(stats(&agent, service, Tcp).connects, 2);
+        agent.follow(&with("web", 1));
+        agent.follow(&with("web", 2));
+        assert!(web.answers());
+        assert_eq!(stats(&agent, web.service, Tcp).connects, 2);
 
         agent.follow(&Cluster::new());
         agent.settle();
-        let mut other = Cluster::new();
-        other.serve("other", service, Tcp, &servers);
-        agent.follow(&other);
-        assert_eq!(stats(&agent, service, Tcp).connects, 0);
+        agent.follow(&with("other", 2));
+        assert_eq!(stats(&agent, web.service, Tcp).connects, 0);
     });
 }

@@ -134,6 +134,29 @@ impl Cluster {
         self.set_endpoints(&PortOf { service: &name, name: "", protocol }, endpoints);
     }
 
+    /// The cluster with such a service: see [`Self::serve`].
+    #[must_use]
+    pub fn serving(
+        mut self,
+        name: &str,
+        address: SocketAddr,
+        protocol: Protocol,
+        endpoints: &[SocketAddr],
+    ) -> Self {
+        self.serve(name, address, protocol, endpoints);
+        self
+    }
+
+    /// Sets an annotation of all Services.
+    #[must_use]
+    pub fn annotated(mut self, key: &str, value: &str) -> Self {
+        for service in self.services.values_mut() {
+            let annotations = service.metadata.annotations.get_or_insert_default();
+            annotations.insert(key.to_owned(), value.to_owned());
+        }
+        self
+    }
+
     /// Sets the endpoints of one port of a service.
     pub fn set_endpoints(&mut self, port: &PortOf<'_>, endpoints: &[SocketAddr]) {
         let prefix = port.slice_prefix();
