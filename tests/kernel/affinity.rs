@@ -25,24 +25,30 @@ fn endpoints() -> [IpAddr; 16] {
     std::array::from_fn(|n| IpAddr::from([10, 1, 0, u8::try_from(n + 1).unwrap()]))
 }
 
-fn with_affinity(seconds: i32) -> Cluster {
-    let service = service_address(Domain::V4);
-    let object = cluster::service("dns", &[service.ip()], &[cluster::port("", Udp, service.port())]);
-    let object = cluster::with_spec(object, |spec| {
+fn add_with_affinity(cluster: Cluster, name: &str, service: SocketAddr, seconds: i32) -> Cluster {
+    let object = cluster::service(name, &[service.ip()], &[cluster::port("", Udp, service.port())]);
+    let mut cluster = cluster.with([cluster::with_spec(object, |spec| {
         spec.session_affinity = Some("ClientIP".to_owned());
         let client_ip = Some(ClientIPConfig { timeout_seconds: Some(seconds) });
         spec.session_affinity_config = Some(SessionAffinityConfig { client_ip });
-    });
-    let mut cluster = Cluster::new().with([object]);
-    cluster.set_endpoints(&PortOf::udp("dns"), &endpoints().map(|ip| SocketAddr::new(ip, 53)));
+    })]);
+    cluster.set_endpoints(&PortOf::udp(name), &endpoints().map(|ip| SocketAddr::new(ip, 53)));
     cluster
 }
 
+fn with_affinity(seconds: i32) -> Cluster {
+    add_with_affinity(Cluster::new(), "dns", service_address(Domain::V4), seconds)
+}
+
 /// Connects a datagram socket and returns which of [`endpoints`] it got.
-fn chosen() -> IpAddr {
+fn chosen_at(service: SocketAddr) -> IpAddr {
     let socket = Socket::new(Domain::V4, Udp);
-    socket.connect(service_address(Domain::V4)).unwrap();
+    socket.connect(service).unwrap();
     socket.local_address().unwrap().ip()
+}
+
+fn chosen() -> IpAddr {
+    chosen_at(service_address(Domain::V4))
 }
 
 #[test]
@@ -76,41 +82,20 @@ fn first_calls_at_once_agree_from_the_next_call_on() {
     const N_THREADS: usize = 8;
     Sandbox::test(|sandbox| {
         sandbox.own(endpoints());
-        let mut cluster = Cluster::new();
-        for n in 0..N_SERVICES {
-            let mut service = with_affinity(86_400);
-            let (_, mut object) = service.services.pop_first().unwrap();
-            let name = format!("dns-{n}");
-            object.metadata.name = Some(name.clone());
-            let ip = address(n).ip().to_string();
-            cluster.set(cluster::with_spec(object, |spec| {
-                spec.cluster_ip = Some(ip.clone());
-                spec.cluster_ips = Some(vec![ip]);
-            }));
-            cluster.set_endpoints(&PortOf::udp(&name), &endpoints().map(|ip| SocketAddr::new(ip, 53)));
-        }
+        let cluster = (0..N_SERVICES).fold(Cluster::new(), |cluster, n| {
+            add_with_affinity(cluster, &format!("dns-{n}"), address(n), 86_400)
+        });
         let mut agent = Agent::start(sandbox);
         agent.follow(&cluster);
         let barrier = Barrier::new(N_THREADS);
-        let call = |to: SocketAddr| {
-            let socket = Socket::new(Domain::V4, Udp);
-            socket.connect(to).unwrap();
-            socket.local_address().unwrap().ip()
+        let one = |n| {
+            barrier.wait();
+            chosen_at(address(n));
+            barrier.wait();
+            chosen_at(address(n))
         };
         let choices: Vec<Vec<IpAddr>> = thread::scope(|scope| {
-            let threads: Vec<_> = (0..N_THREADS)
-                .map(|_| {
-                    scope.spawn(|| {
-                        let one = |n| {
-                            barrier.wait();
-                            call(address(n));
-                            barrier.wait();
-                            call(address(n))
-                        };
-                        (0..N_SERVICES).map(one).collect()
-                    })
-                })
-                .collect();
+            let threads = [(); N_THREADS].map(|()| scope.spawn(|| (0..N_SERVICES).map(one).collect()));
             threads.into_iter().map(|thread| thread.join().unwrap()).collect()
         });
         for other in &choices[1..] {

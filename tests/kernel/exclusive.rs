@@ -2,9 +2,8 @@
 
 use std::{
     fs,
-    net::SocketAddr,
     os::fd::{AsFd, AsRawFd},
-    path::{Path, PathBuf},
+    path::Path,
 };
 
 use aya::{
@@ -16,19 +15,12 @@ use lb_common::{
     hooks::{HOOKS, HookSpec},
     maps::LAYOUTS,
 };
-use lb_core::model::Protocol::Tcp;
 use lb_kernel::{Features, Kernel, KernelError, Options, host, pins, syscall};
-use lb_tests::{
-    Sandbox,
-    agent::{self, Agent},
-    client::{Domain, call},
-    cluster::Cluster,
-    server::Servers,
-};
+use lb_tests::{Sandbox, agent};
 use nix::{errno::Errno, libc};
 
 use crate::{
-    fixture::{addresses, service_address},
+    fixture::{Below, with_web},
     lifecycle::load_object,
 };
 
@@ -58,12 +50,8 @@ impl Stranger {
         }
         let id = program.info().unwrap().id();
         let cgroup = fs::File::open(cgroup).unwrap();
-        attach(
-            cgroup.as_fd().as_raw_fd(),
-            program.fd().unwrap().as_fd().as_raw_fd(),
-            hook.attach_type,
-            flags,
-        );
+        let program = program.fd().unwrap().as_fd().as_raw_fd();
+        attach(cgroup.as_raw_fd(), program, hook.attach_type, flags);
         id
     }
 }
@@ -87,23 +75,6 @@ fn attach(target_fd: i32, attach_bpf_fd: i32, attach_type: u32, attach_flags: u3
     Errno::result(result).unwrap();
 }
 
-/// A cgroup below the sandbox's, with its attached programs.
-struct Below(PathBuf);
-
-impl Below {
-    fn make(parent: &Path, name: &str) -> Self {
-        let path = parent.join(name);
-        fs::create_dir(&path).unwrap();
-        Self(path)
-    }
-}
-
-impl Drop for Below {
-    fn drop(&mut self) {
-        let _the_sandbox_tries_again = fs::remove_dir(&self.0);
-    }
-}
-
 fn open(options: &Options) -> Result<(), KernelError> {
     Kernel::open(options, || {}).map(drop)
 }
@@ -121,19 +92,16 @@ fn attached(cgroup: &Path) -> Vec<u32> {
 fn a_program_that_refuses_others_is_named_and_nothing_is_left() {
     Sandbox::test(|sandbox| {
         let mut stranger = Stranger(load_object());
-        for (n, (is_above, name, flags, says)) in [
+        for (is_above, name, flags, says) in [
             (false, "connect4", NONE, Some("none")),
             (false, "getpeername6", OVERRIDE, Some("override")),
             (false, "connect4", MULTI, None),
             (true, "getpeername6", NONE, Some("none")),
             (true, "connect4", OVERRIDE, None),
             (true, "connect4", MULTI, None),
-        ]
-        .into_iter()
-        .enumerate()
-        {
+        ] {
             let what = format!("{name} with {flags}, above: {is_above}");
-            let above = Below::make(sandbox.cgroup().path(), &format!("above-{n}"));
+            let above = Below::make(sandbox.cgroup().path(), &what);
             let below = Below::make(&above.0, "below");
             let options = Options { cgroup: below.0.clone(), ..agent::options(sandbox) };
             let holder = if is_above { &above.0 } else { &below.0 };
@@ -150,13 +118,8 @@ fn a_program_that_refuses_others_is_named_and_nothing_is_left() {
             let error = result.unwrap_err();
             assert!(matches!(error, KernelError::Exclusive { .. }), "{what}: {error:?}");
             let error = error.to_string();
-            for part in [
-                name,
-                &format!("id {id}"),
-                &format!("{says:?}"),
-                "BPF_F_ALLOW_MULTI",
-                &holder.to_string_lossy(),
-            ] {
+            let (id, says_so, place) = (format!("id {id}"), format!("{says:?}"), holder.to_string_lossy());
+            for part in [name, &id, &says_so, "BPF_F_ALLOW_MULTI", &place] {
                 assert!(error.contains(part), "{what}: no {part} in {error}");
             }
             assert_eq!(error.lines().count(), 1, "{error}");
@@ -171,13 +134,8 @@ fn a_program_that_refuses_others_is_named_and_nothing_is_left() {
 /// If a later start is refused a hook, the earlier maps, links and programs continue to serve.
 #[test]
 fn a_start_that_is_refused_a_hook_changes_nothing() {
-    Sandbox::test(|sandbox| {
-        let service = service_address(Domain::V4);
-        let endpoints = addresses::<2>(Domain::V4, 8001);
-        let _servers = Servers::tcp(endpoints);
-        let mut cluster = Cluster::new();
-        cluster.serve("web", service, Tcp, &endpoints as &[SocketAddr]);
-        Agent::start(sandbox).follow(&cluster);
+    with_web(2, |sandbox, web| {
+        drop(web.serve(sandbox));
         // A hook without its link, as one that a new version adds, and a map that has to be recreated.
         let lost = sandbox.pin_path().join("getpeername6");
         syscall::detach(syscall::open_pin(&lost).unwrap().as_fd()).unwrap();
@@ -199,6 +157,6 @@ fn a_start_that_is_refused_a_hook_changes_nothing() {
         assert!(matches!(error, KernelError::Exclusive { hook: "getpeername6", .. }), "{error}");
         assert_eq!((pinned(), attached(sandbox.cgroup().path())), before);
         assert!(sandbox.pin_path().join(LAYOUTS).exists());
-        assert!(call(service, Tcp).is_ok_and(|server| endpoints.contains(&server)));
+        assert!(web.answers());
     });
 }

@@ -1,6 +1,10 @@
 //! What most tests start with: addresses, services, servers and an agent.
 
-use std::net::SocketAddr;
+use std::{
+    fs,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+};
 
 use lb_core::model::Protocol::{self, Tcp};
 use lb_kernel::{Options, pins};
@@ -109,4 +113,21 @@ impl Web {
 /// Runs a test in a sandbox with [`Web`].
 pub(crate) fn with_web(n_endpoints: usize, test: impl FnOnce(&Sandbox, &Web) + Send) {
     Sandbox::test(|sandbox| test(sandbox, &Web::new(n_endpoints)));
+}
+
+/// A cgroup below the sandbox's, with its attached programs.
+pub(crate) struct Below(pub(crate) PathBuf);
+
+impl Below {
+    pub(crate) fn make(parent: &Path, name: &str) -> Self {
+        let path = parent.join(name);
+        fs::create_dir(&path).unwrap();
+        Self(path)
+    }
+}
+
+impl Drop for Below {
+    fn drop(&mut self) {
+        let _the_sandbox_tries_again = fs::remove_dir(&self.0);
+    }
 }

@@ -35,7 +35,7 @@ use nix::{
 };
 
 use crate::{
-    fixture::{FAMILIES, addresses, service_address, service_port, start, with_web},
+    fixture::{Below, FAMILIES, addresses, service_address, service_port, start, with_web},
     layouts::map_ids,
 };
 
@@ -391,30 +391,13 @@ fn links_of_no_use_are_made_anew_at_the_start() {
         drop(Agent::start(sandbox));
         assert!(web.answers());
         // Attach below this test's cgroup, and back.
-        let below = Below::make(sandbox);
+        let below = Below::make(sandbox.cgroup().path(), "below");
         drop(start(&Options { cgroup: below.0.clone(), ..agent::options(sandbox) }));
         assert_eq!(call(web.service, Tcp), Err(Errno::ENETUNREACH), "this process is no longer served");
         drop(Agent::start(sandbox));
         assert!(web.answers());
         assert_eq!(pinned(sandbox), wanted_pins(sandbox));
     });
-}
-
-/// A cgroup below the sandbox's, removed on drop.
-struct Below(PathBuf);
-
-impl Below {
-    fn make(sandbox: &Sandbox) -> Self {
-        let path = sandbox.cgroup().path().join("below");
-        fs::create_dir(&path).unwrap();
-        Self(path)
-    }
-}
-
-impl Drop for Below {
-    fn drop(&mut self) {
-        let _removed_with_the_sandbox = fs::remove_dir(&self.0);
-    }
 }
 
 fn open_error(options: &Options) -> KernelError {

@@ -13,7 +13,7 @@ use lb_core::{
     model::Protocol::{self, Tcp, Udp},
     stale::{Flow, Search},
 };
-use lb_kernel::{Options, exclusion::Exclusion, pins};
+use lb_kernel::{Options, exclusion::Exclusion};
 use lb_tests::{
     Feature, Sandbox,
     agent::{self, Agent},
@@ -27,7 +27,7 @@ use tempfile::TempDir;
 
 use crate::{
     exclusion::{in_child, place},
-    fixture::{addresses, service_address},
+    fixture::{FAMILIES, addresses, in_each_mode, service_address, service_port, services, start},
     slots,
 };
 
@@ -55,19 +55,17 @@ fn cluster(
     annotation: Option<&str>,
     endpoints: fn(&Scene) -> Vec<SocketAddr>,
 ) -> Cluster {
-    let mut cluster = Cluster::new();
-    for domain in [Domain::V4, Domain::V6] {
+    let cluster = services(&[protocol], |domain| {
         let scene = Scene::new(domain);
-        cluster.serve(&format!("{domain:?}"), scene.service, protocol, &endpoints(&scene));
+        vec![(scene.service, endpoints(&scene))]
+    });
+    match annotation {
+        Some(value) => cluster.annotated(ANNOTATION, value),
+        None => cluster,
     }
-    if let Some(value) = annotation {
-        for service in cluster.services.values_mut() {
-            let annotations = service.metadata.annotations.get_or_insert_default();
-            annotations.insert("socklb.io/stale-connections".to_owned(), value.to_owned());
-        }
-    }
-    cluster
 }
+
+const ANNOTATION: &str = "socklb.io/stale-connections";
 
 fn first_only(scene: &Scene) -> Vec<SocketAddr> {
     vec![scene.first]
@@ -92,7 +90,7 @@ impl Pod {
         let (netns, mounts) = (NetNs::new().unwrap(), tempfile::tempdir().unwrap());
         netns.mount_at(&mounts.path().join("pod")).unwrap();
         let servers = netns.run(|| {
-            let scenes = [Domain::V4, Domain::V6].map(Scene::new);
+            let scenes = FAMILIES.map(Scene::new);
             let addresses = scenes.iter().flat_map(|scene| [scene.first, scene.second]);
             Servers::start(addresses.flat_map(|address| [(address, Tcp), (address, Udp)]))
         });
@@ -150,15 +148,13 @@ fn assert_all_stay(sockets: &[(Scene, Socket)]) {
 }
 
 /// Runs a test with a pod and an agent that follows a cluster, once for each home of records.
-fn with_pods(start: &Cluster, test: impl Fn(&Pod, &mut Agent, &Options) + Sync) {
+fn with_pods(first: &Cluster, test: impl Fn(&Pod, &mut Agent, &Options) + Sync) {
     Sandbox::test_with(&[Feature::SocketDestroy], |sandbox| {
-        for options in agent::modes(sandbox) {
-            let pod = Pod::new();
-            let mut agent = Agent::start_with(&options, agent::settings(), Vec::new()).unwrap();
-            agent.follow(start);
-            test(&pod, &mut agent, &options);
-            pins::remove(&sandbox.pin_path()).unwrap();
-        }
+        in_each_mode(sandbox, |options| {
+            let (pod, mut agent) = (Pod::new(), start(options));
+            agent.follow(first);
+            test(&pod, &mut agent, options);
+        });
     });
 }
 
@@ -253,15 +249,11 @@ fn sockets_that_went_elsewhere_are_left_alone() {
 /// Of a hundred sockets, with records in both homes, exactly those of one service are destroyed.
 #[test]
 fn a_service_of_many_sockets_loses_its_endpoint_and_its_neighbour_does_not() {
+    let (scene, neighbour) = (Scene::new(Domain::V4), service_port(Domain::V4, 53));
     let with_neighbour = |endpoints: fn(&Scene) -> Vec<SocketAddr>| {
-        let mut cluster = cluster(Udp, None, endpoints);
-        let scene = Scene::new(Domain::V4);
-        cluster.serve("neighbour", SocketAddr::new(scene.service.ip(), 53), Udp, &[scene.first]);
-        cluster
+        cluster(Udp, None, endpoints).serving("neighbour", neighbour, Udp, &[scene.first])
     };
     with_pods(&with_neighbour(first_only), |pod, agent, options| {
-        let scene = Scene::new(Domain::V4);
-        let neighbour = SocketAddr::new(scene.service.ip(), 53);
         let through = |to: SocketAddr| -> Vec<Socket> {
             (0..50).map(|_| pod.connected(Domain::V4, Udp, to, scene.first)).collect()
         };
@@ -314,22 +306,12 @@ fn r10_a_socket_stays_while_its_endpoint_serves() {
 /// The endpoint is removed while no agent runs. The next agent knows the sockets only from the maps.
 #[test]
 fn sockets_that_are_older_than_the_agent_are_ended() {
-    Sandbox::test_with(&[Feature::SocketDestroy], |sandbox| {
-        for options in agent::modes(sandbox) {
-            let pod = Pod::new();
-            let start = || Agent::start_with(&options, agent::settings(), Vec::new()).unwrap();
-            let mut former = start();
-            former.follow(&cluster(Udp, None, first_only));
-            let sockets = pod.all_connected(Udp);
-            drop(former);
-            let mut agent = start();
-            agent.follow(&cluster(Udp, None, second_only));
-            let mut ended = agent.sweep(&options, Instant::now());
-            ended.sort();
-            assert_eq!(ended, all_ways(Udp));
-            assert_all_ended(&sockets);
-            pins::remove(&sandbox.pin_path()).unwrap();
-        }
+    with_pods(&cluster(Udp, None, first_only), |pod, former, options| {
+        let sockets = pod.all_connected(Udp);
+        *former = start(options);
+        former.follow(&cluster(Udp, None, second_only));
+        assert_eq!(sweep(former, options, Instant::now()), all_ways(Udp));
+        assert_all_ended(&sockets);
     });
 }
 
@@ -378,7 +360,7 @@ fn sockets_of_a_service_that_did_not_fit_are_left_alone() {
         let n_endpoints = u16::try_from(agent::SMALL.endpoints).unwrap();
         let endpoints: Vec<SocketAddr> =
             (0..n_endpoints).map(|n| SocketAddr::new(scene.second.ip(), 10_000 + n)).collect();
-        too_many.set_endpoints(&PortOf::udp("v4"), &endpoints);
+        too_many.set_endpoints(&PortOf::udp("v4-udp-0"), &endpoints);
         agent.follow(&too_many);
         assert_eq!(sweep(agent, options, Instant::now()), []);
         assert_stays(&socket, scene.first);
@@ -388,14 +370,11 @@ fn sockets_of_a_service_that_did_not_fit_are_left_alone() {
 /// A socket with more services than a slot holds has some in socket storage. Searches stay as narrow.
 #[test]
 fn an_overflow_makes_no_search_wider() {
-    let others = ["10.96.0.1:1001", "10.96.0.1:1002", "10.96.0.1:1003", "10.96.0.1:1004"];
-    let others = others.map(|address| address.parse::<SocketAddr>().unwrap());
+    let others = [1001, 1002, 1003, 1004].map(|port| service_port(Domain::V4, port));
     let with_others = |endpoints: fn(&Scene) -> Vec<SocketAddr>| {
-        let mut cluster = cluster(Udp, None, endpoints);
-        for (address, name) in others.iter().zip(["a", "b", "c", "d"]) {
-            cluster.serve(name, *address, Udp, &[Scene::new(Domain::V4).second]);
-        }
-        cluster
+        others.iter().fold(cluster(Udp, None, endpoints), |cluster, other| {
+            cluster.serving(&format!("other-{}", other.port()), *other, Udp, &[Scene::new(Domain::V4).second])
+        })
     };
     with_pods(&with_others(first_only), |pod, agent, options| {
         let now = Instant::now();
@@ -407,7 +386,7 @@ fn an_overflow_makes_no_search_wider() {
         let sockets = pod.all_connected(Udp);
         assert_eq!(agent.search(options, now), None, "nothing is stale");
         agent.follow(&with_others(second_only));
-        let endpoints = [Domain::V4, Domain::V6].map(|domain| Scene::new(domain).first);
+        let endpoints = FAMILIES.map(|domain| Scene::new(domain).first);
         let search =
             Search { protocols: [Udp].into(), endpoints: endpoints.into(), addresses: Some(BTreeSet::new()) };
         assert_eq!(agent.search(options, now), Some(search));
@@ -457,19 +436,13 @@ fn a_multipath_connection_is_ended_by_its_subflow() {
         // With a server that speaks multipath TCP too.
         let server = addresses::<1>(Domain::V4, 9001)[0];
         let _servers = pod.netns.run(|| Servers::multipath([server]));
-        let service = SocketAddr::new(service_address(Domain::V4).ip(), 81);
-        let mut with_server = cluster(Tcp, Some("reset"), second_only);
-        with_server.serve("other", service, Tcp, &[server]);
-        agent.follow(&with_server);
+        let service = service_port(Domain::V4, 81);
+        let with_other =
+            |endpoint| cluster(Tcp, None, second_only).serving("other", service, Tcp, &[endpoint]);
+        agent.follow(&with_other(server).annotated(ANNOTATION, "reset"));
         let socket = pod.netns.run(|| multipath(Domain::V4).unwrap());
         connect(&socket, service, server);
-        let mut without = cluster(Tcp, Some("reset"), second_only);
-        without.serve("other", service, Tcp, &[Scene::new(Domain::V4).second]);
-        for service in without.services.values_mut() {
-            let annotations = service.metadata.annotations.get_or_insert_default();
-            annotations.insert("socklb.io/stale-connections".to_owned(), "reset".to_owned());
-        }
-        agent.follow(&without);
+        agent.follow(&with_other(Scene::new(Domain::V4).second).annotated(ANNOTATION, "reset"));
         let way = Flow { protocol: Tcp, service: Some(service), endpoint: server };
         let is_short = pod.netns.run(|| fs::write("/proc/sys/net/mptcp/close_timeout", "1")).is_ok();
         assert_eq!(sweep(agent, options, now), [way]);
@@ -508,7 +481,7 @@ fn with_node_ports(annotation: Option<&str>) -> Cluster {
 /// A pod where the early addresses have silent servers.
 fn pod_with_mute_servers() -> (Pod, Vec<Socket>) {
     let pod = Pod::new();
-    let mute = [Domain::V4, Domain::V6].into_iter().flat_map(|domain| {
+    let mute = FAMILIES.into_iter().flat_map(|domain| {
         early_addresses(domain).map(|address| {
             pod.netns.add_address(address.ip()).unwrap();
             let socket = pod.socket(domain, Udp);
@@ -589,7 +562,7 @@ fn a_udp_socket_that_is_older_than_its_service_is_not_missed_by_a_restart() {
         let (now, sockets) = (Instant::now(), early_sockets(&pod));
         agent.follow(&with_node_ports(None));
         for ended in [early_ways(), Vec::new()] {
-            let mut next = Agent::start_with(options, agent::settings(), Vec::new()).unwrap();
+            let mut next = start(options);
             next.follow(&with_node_ports(None));
             assert_eq!(sweep(&mut next, options, now), []);
             assert_eq!(sweep(&mut next, options, now + SETTLED), ended);
