@@ -11,6 +11,7 @@ use lb_kernel::{
 };
 use lb_tests::{
     Sandbox,
+    cgroup::make_threaded,
     client::{Domain, Socket, call},
 };
 use nix::{
@@ -57,8 +58,7 @@ fn are_left_alone() -> bool {
 /// Runs a closure on a thread in a child cgroup.
 pub(crate) fn in_child<R: Send>(parent: &Path, body: impl FnOnce(&Path) -> R + Send) -> R {
     let child = parent.join("child");
-    fs::create_dir(&child).unwrap();
-    fs::write(child.join("cgroup.type"), "threaded").unwrap();
+    make_threaded(&child).unwrap();
     let result = thread::scope(|scope| {
         let thread = scope.spawn(|| {
             fs::write(child.join("cgroup.threads"), nix::unistd::gettid().to_string()).unwrap();

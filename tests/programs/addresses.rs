@@ -13,12 +13,13 @@ use lb_kernel::Features;
 use lb_tests::{
     client::{Domain, Socket},
     cluster::{Cluster, port, service, service_cidr, with_spec},
+    installed::{QUIET, eventually},
+    process::text,
 };
 use nix::{errno::Errno, sys::signal::Signal};
 
 use crate::{
-    process::text,
-    socklb::{eventually, is_up, with_town},
+    socklb::{is_up, serve, with_town},
     town::{self, Town},
 };
 
@@ -48,9 +49,7 @@ fn ip(arguments: &str) {
 #[test]
 fn node_ports_answer_on_a_new_address_at_once() {
     with_town(|place, town| {
-        place.write(&with_node_port(town));
-        let _agent = place.start();
-        eventually("the service answers", || is_up(town::web()[0]));
+        let _agent = serve(place, &with_node_port(town), &QUIET);
         let started = Instant::now();
         let mut longest = std::time::Duration::ZERO;
         for n in 1..=10 {
@@ -76,10 +75,10 @@ fn node_ports_answer_on_a_new_address_at_once() {
 fn a_service_address_on_an_interface_is_the_nodes_for_as_long_as_it_is_there() {
     with_town(|place, town| {
         place.write(&town.cluster(0..2));
-        let agent = place.start();
+        let agent = place.start(&QUIET);
         let [web, dns] = [town::web()[0], town::dns()[0]];
         eventually("the service answers", || is_up(web));
-        let explain = || text(&place.binary, &place.args(&["explain", &format!("{dns}/udp")]));
+        let explain = || place.text(&["explain", &format!("{dns}/udp")]);
         let ask = || {
             let socket = Socket::new(Domain::V4, Udp);
             socket.connect(dns).map(|()| socket)
@@ -99,7 +98,7 @@ fn a_service_address_on_an_interface_is_the_nodes_for_as_long_as_it_is_there() {
         listener.accept().unwrap();
         assert!(is_up(web), "others are served");
         let issue = "10.96.0.53 is an address of an interface of this node";
-        eventually("it is logged", || agent.log().iter().any(|line| line.contains(issue)));
+        eventually("it is logged", || agent.has_said(issue));
         eventually("explain reports it", || {
             let answer = explain();
             answer.contains("untouched") && answer.contains(issue)
@@ -125,10 +124,8 @@ fn what_another_proxy_serves_is_left_alone_and_explained() {
         service.metadata.labels = Some([(ingest::SERVICE_PROXY_NAME.to_owned(), "other".to_owned())].into());
         cluster.set(service);
         cluster.set(service_cidr("kubernetes", &["10.96.0.0/16"]));
-        place.write(&cluster);
-        let agent = place.start();
-        eventually("the service answers", || is_up(town::web()[0]));
-        let explain = |to: SocketAddr| text(&place.binary, &place.args(&["explain", &to.to_string()]));
+        let agent = serve(place, &cluster, &QUIET);
+        let explain = |to: SocketAddr| place.text(&["explain", &to.to_string()]);
         eventually("an address without a Service is unreachable", || {
             explain(none).contains("-> unreachable: no service has")
         });
@@ -157,7 +154,7 @@ fn what_kube_proxy_keeps_on_its_own_interface_is_served() {
         ip("link add kube-ipvs0 type veth peer name kube-ipvs1");
         ip(&format!("address add {}/32 dev kube-ipvs0", web.ip()));
         place.write(&with_node_port(town));
-        let _agent = place.start();
+        let _agent = place.start(&QUIET);
         eventually("the service answers", || is_up(web));
         let at_node_port = SocketAddr::new(web.ip(), NODE_PORT);
         assert!(!is_up(at_node_port), "it is not an address of the node");

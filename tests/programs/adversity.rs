@@ -1,20 +1,23 @@
 //! An agent whose environment fails: it reports that, is not ready if that matters, and keeps serving.
 
-use std::{fs, os::fd::AsFd as _, path::Path, process::Command};
+use std::{fs, os::fd::AsFd as _, path::Path};
 
 use lb_common::maps::MAPS;
 use lb_kernel::{
     Features, pins,
     syscall::{detach, open_pin},
 };
-use nix::mount::{MntFlags, umount2};
+use lb_tests::{installed::eventually, process::text};
+use nix::{
+    mount::{MntFlags, umount2},
+    sys::signal::Signal,
+};
 
 use crate::{
-    deployed::capabilities,
-    process::{run, text},
-    socklb::{eventually, is_up, with_town},
+    deployed::{capabilities, confined},
+    socklb::{is_up, serve, with_town},
     town,
-    turns::{PORTS, says, status_of},
+    turns::{PORTS, status_of},
 };
 
 /// Unmounting the BPF file system takes the pins from the next agent, not from calls: this agent keeps them
@@ -23,23 +26,22 @@ use crate::{
 fn without_its_pins_an_agent_is_not_ready_and_serves_on() {
     with_town(|place, town| {
         let service = town::web()[0];
-        place.write(&town.cluster(0..2));
-        let agent = place.start_with(&PORTS);
-        eventually("it is ready", || is_up(service) && status_of(10256, "healthz") == "200");
+        let agent = serve(place, &town.cluster(0..2), &PORTS);
+        eventually("it is ready", || status_of(10256, "healthz") == "200");
         let bpffs = Path::new(&place.pin_path).parent().unwrap();
         // The sandbox's mount namespace is the test's own.
         umount2(bpffs, MntFlags::MNT_DETACH).unwrap();
-        eventually("it is logged", || says(&agent, &["ERROR", "pins are gone", "restart"]));
+        eventually("it is logged", || agent.has_said_all(&["ERROR", "pins are gone", "restart"]));
         assert_eq!((status_of(10256, "healthz"), status_of(10256, "livez")), ("503".into(), "200".into()));
         assert!(is_up(service), "attached programs stay");
         place.write(&town.cluster(0..0));
         eventually("changes are followed", || !is_up(service));
-        let (code, log) = agent.end_with_log(nix::sys::signal::Signal::SIGTERM);
+        let (code, log) = agent.end_with_log(Signal::SIGTERM);
         assert_eq!(code, Some(0), "{log:#?}");
         assert!(!log.iter().any(|line| line.contains("panicked")), "{log:#?}");
 
         // The next one cannot start, and names the missing mount.
-        let (code, log) = place.start_with(&PORTS).wait();
+        let (code, log) = place.start(&PORTS).wait();
         assert_eq!(code, Some(1), "{log:#?}");
         assert!(log.iter().any(|line| line.contains("mount -t bpf")), "{log:#?}");
     });
@@ -50,10 +52,12 @@ fn without_its_pins_an_agent_is_not_ready_and_serves_on() {
 fn what_is_removed_comes_back_within_the_audits_interval() {
     with_town(|place, town| {
         let service = town::web()[0];
-        place.write(&town.cluster(0..2));
-        let agent =
-            place.start_with(&[&PORTS[..], &["--audit-interval=15s", "--self-test-interval=2s"]].concat());
-        eventually("it is ready", || is_up(service) && status_of(10256, "healthz") == "200");
+        let agent = serve(
+            place,
+            &town.cluster(0..2),
+            &[&PORTS[..], &["--audit-interval=15s", "--self-test-interval=2s"]].concat(),
+        );
+        eventually("it is ready", || status_of(10256, "healthz") == "200");
         let pin = |name: &str| Path::new(&place.pin_path).join(name);
         let page =
             |port: u16, page: &str| text("curl", &["--silent", &format!("http://127.0.0.1:{port}/{page}")]);
@@ -80,16 +84,16 @@ fn what_is_removed_comes_back_within_the_audits_interval() {
                 (status_of(10256, "healthz"), status_of(10256, "livez")),
                 ("503".into(), "200".into())
             );
-            assert!(says(&agent, &["WARN", "next audit restores them", names[0]]), "{what}");
+            assert!(agent.has_said_all(&["WARN", "next audit restores them", names[0]]), "{what}");
             eventually("everything is restored", || status_of(10256, "healthz") == "200");
             assert!(is_up(service), "{what}");
             let n_links = u32::try_from(round / 2 + 1).unwrap();
             assert!(names.iter().all(|name| pin(name).exists() && has_counted(name, n_links)), "{what}");
-            assert!(says(&agent, &["WARN", "an audit restored", names[0]]), "{what}");
+            assert!(agent.has_said_all(&["WARN", "an audit restored", names[0]]), "{what}");
         }
-        let n_lines = agent.log().iter().filter(|line| line.contains("an audit restored")).count();
+        let n_lines = agent.n_said("an audit restored");
         assert_eq!(n_lines, 3, "one for each: {:#?}", agent.log());
-        assert_eq!(agent.end(nix::sys::signal::Signal::SIGTERM), Some(0));
+        assert_eq!(agent.end(Signal::SIGTERM), Some(0));
         assert!(is_up(service), "what was restored is pinned");
     });
 }
@@ -107,10 +111,10 @@ fn a_state_directory_that_takes_nothing_is_named_once_and_harms_nothing() {
                 // Less than a page remains.
                 fs::write(place.state_dir().join("filler"), vec![0; 4096]).unwrap();
             }
-            let agent = place.start_with(&PORTS);
+            let agent = place.start(&PORTS);
             let cause = if options == "ro" { "Read-only file system" } else { "No space left on device" };
             eventually("it is logged", || {
-                says(&agent, &["WARN", "snapshot is not up to date", state_dir, cause])
+                agent.has_said_all(&["WARN", "snapshot is not up to date", state_dir, cause])
             });
             place.write(&town.cluster(0..0));
             eventually("changes are followed", || !is_up(service));
@@ -118,8 +122,7 @@ fn a_state_directory_that_takes_nothing_is_named_once_and_harms_nothing() {
             eventually("changes are followed", || is_up(service));
             // The first self-test may still be running.
             eventually("the node is ready", || status_of(10256, "healthz") == "200");
-            let n_lines =
-                agent.log().iter().filter(|line| line.contains("snapshot is not up to date")).count();
+            let n_lines = agent.n_said("snapshot is not up to date");
             assert_eq!(n_lines, 1, "{options}");
             // It is written when there is space again.
             if options == "ro" {
@@ -130,8 +133,10 @@ fn a_state_directory_that_takes_nothing_is_named_once_and_harms_nothing() {
             }
             place.write(&town.cluster(0..2));
             eventually("the snapshot is written", || place.state_dir().join("snapshot").exists());
-            eventually("it is logged", || says(&agent, &["INFO", "no longer", "snapshot is not up to date"]));
-            assert_eq!(agent.end(nix::sys::signal::Signal::SIGTERM), Some(0));
+            eventually("it is logged", || {
+                agent.has_said_all(&["INFO", "no longer", "snapshot is not up to date"])
+            });
+            assert_eq!(agent.end(Signal::SIGTERM), Some(0));
             text("umount", &[state_dir]);
         }
     });
@@ -143,16 +148,17 @@ fn a_state_directory_that_takes_nothing_is_named_once_and_harms_nothing() {
 fn a_size_that_is_too_small_is_named_and_harms_nothing() {
     with_town(|place, town| {
         let service = town::web()[0];
-        place.write(&town.cluster(0..2));
-        let agent = place.start_with(&PORTS);
-        eventually("it is ready", || is_up(service) && status_of(10256, "healthz") == "200");
-        assert_eq!(agent.end(nix::sys::signal::Signal::SIGTERM), Some(0));
-        let agent = place.start_with(&[&PORTS[..], &["--max-services=1"]].concat());
+        let agent = serve(place, &town.cluster(0..2), &PORTS);
+        eventually("it is ready", || status_of(10256, "healthz") == "200");
+        assert_eq!(agent.end(Signal::SIGTERM), Some(0));
+        let agent = place.start(&[&PORTS[..], &["--max-services=1"]].concat());
         eventually("it is logged", || {
-            says(
-                &agent,
-                &["WARN", "--max-services=1 is too small", "4096 is used as before", "restart the agent"],
-            )
+            agent.has_said_all(&[
+                "WARN",
+                "--max-services=1 is too small",
+                "4096 is used as before",
+                "restart the agent",
+            ])
         });
         eventually("it is ready", || status_of(10256, "healthz") == "200");
         let body = text("curl", &["--silent", "http://127.0.0.1:10256/healthz"]);
@@ -160,7 +166,7 @@ fn a_size_that_is_too_small_is_named_and_harms_nothing() {
         assert!(is_up(service));
         place.write(&town.cluster(0..0));
         eventually("changes are followed", || !is_up(service));
-        assert_eq!(agent.end(nix::sys::signal::Signal::SIGTERM), Some(0));
+        assert_eq!(agent.end(Signal::SIGTERM), Some(0));
     });
 }
 
@@ -177,18 +183,8 @@ fn an_agent_without_a_capability_names_what_it_may_not() {
                 all.iter().map(String::as_str).filter(|name| Some(*name) != missing).collect();
             assert_eq!(some.len() + usize::from(missing.is_some()), all.len(), "{all:?}");
             let some = some.join(",");
-            let mut command = Command::new("setpriv");
-            command
-                .args([
-                    "--bounding-set",
-                    &some,
-                    "--inh-caps",
-                    &some,
-                    "--no-new-privs",
-                    "--clear-groups",
-                    "--",
-                ])
-                .arg(&place.binary);
+            let mut command = confined(&some);
+            command.arg(&place.binary);
             let places = ["--node-name", "node", "--cgroup", &place.cgroup, "--pin-path", &place.pin_path];
             place.spawn(command, &[&places, &PORTS[..]].concat())
         };
@@ -202,7 +198,7 @@ fn an_agent_without_a_capability_names_what_it_may_not() {
             );
             // Remnants of the refused start do not break the next one, and serve no calls.
             assert!(!is_up(town::web()[0]));
-            let _removed_if_any = run(&place.binary, &place.args(&["cleanup"]));
+            let _removed_if_any = place.run(&["cleanup"]);
         }
         let _agent = start(None);
         eventually("the service answers without SYS_ADMIN", || is_up(town::web()[0]));

@@ -1,14 +1,11 @@
 //! Python's asyncio: non-blocking connects, connected and unconnected datagrams.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, net::IpAddr};
 
-use lb_tests::{Feature, Sandbox};
+use lb_tests::{Feature, Sandbox, process::text};
 use serde_json::Value;
 
-use crate::{
-    process::text,
-    town::{self, Town},
-};
+use crate::town::{self, Town};
 
 /// Makes twenty calls of each kind at once and prints the server, and the peer as the program sees it.
 const CLIENT: &str = r#"
@@ -61,24 +58,30 @@ async def main():
 asyncio.run(main())
 "#;
 
-#[test]
-fn sixty_calls_at_once() {
-    Sandbox::test_with(&[Feature::Command("python3")], |sandbox| {
+/// Runs a client, which makes sixty calls at once, with the services of each family. The servers are the pods,
+/// and the program sees the services.
+pub(crate) fn make_sixty_calls(program: &'static str, client: impl Fn([&str; 3]) -> String + Sync) {
+    Sandbox::test_with(&[Feature::Command(program)], |sandbox| {
         let town = Town::new(sandbox, 2);
         let _agent = town.serve(sandbox);
         for (family, (web, dns)) in town::web().into_iter().zip(town::dns()).enumerate() {
             let (web_ip, dns_ip) = (web.ip().to_string(), dns.ip().to_string());
-            let printed = text("python3", &["-c", CLIENT, &web_ip, &dns_ip, &dns.port().to_string()]);
+            let printed = client([&web_ip, &dns_ip, &dns.port().to_string()]);
             let calls: Vec<Value> = serde_json::from_str(&printed).unwrap();
-            let pods: BTreeSet<String> = town.pods.iter().map(|pod| pod.ips[family].to_string()).collect();
+            let pods: BTreeSet<IpAddr> = town.pods.iter().map(|pod| pod.ips[family]).collect();
             for kind in ["page", "connected", "unconnected"] {
                 let of_kind = || calls.iter().filter(|call| call["kind"] == kind);
                 assert_eq!(of_kind().count(), 20);
-                let servers = of_kind().map(|call| call["server"].as_str().unwrap().to_owned());
-                assert_eq!(servers.collect::<BTreeSet<_>>(), pods, "{kind}");
+                let servers = of_kind().map(|call| call["server"].as_str().unwrap().parse().unwrap());
+                assert_eq!(servers.collect::<BTreeSet<IpAddr>>(), pods, "{kind}");
                 let called = if kind == "page" { &web_ip } else { &dns_ip };
-                assert!(of_kind().all(|call| call["peer"] == **called), "{printed}");
+                assert!(of_kind().all(|call| call["peer"] == **called), "{kind}: {printed}");
             }
         }
     });
+}
+
+#[test]
+fn sixty_calls_at_once() {
+    make_sixty_calls("python3", |[web, dns, port]| text("python3", &["-c", CLIENT, web, dns, port]));
 }

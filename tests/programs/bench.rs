@@ -2,26 +2,31 @@
 
 use std::{collections::BTreeSet, env, fs, path::Path};
 
-use lb_tests::{Feature, require};
+use lb_tests::{
+    Feature,
+    process::{run, text},
+    require,
+};
 use serde_json::Value;
 
-use crate::process::{run, text};
-
 /// Runs a suite, small and short, and returns its result.
-fn smoke(suite: &str, arguments: &[&str]) -> Value {
+fn smoke(suite: &str, check: impl FnOnce(&Value)) {
+    let variables = ["SOCKLB_BENCH_OBJECT", "SOCKLB_BIN"];
+    if !require(Feature::Programs) || !variables.map(Feature::Variable).into_iter().all(require) {
+        return;
+    }
+    let [object, socklb] = variables.map(|name| env::var(name).unwrap());
+    let arguments: &[&str] = match suite {
+        "hooks" => &["--object", &object],
+        "sync" => &["--socklb", &socklb],
+        "scale" => &["--object", &object, "--socklb", &socklb],
+        _ => &[],
+    };
     let directory = tempfile::tempdir().unwrap();
     let file = |name: &str| directory.path().join(name).to_str().unwrap().to_owned();
     let (json, tables) = (file("result.json"), file("tables.md"));
-    let fixed = [
-        suite,
-        "--smoke",
-        "--json",
-        &json,
-        "--markdown",
-        &tables,
-        "--svg",
-        directory.path().to_str().unwrap(),
-    ];
+    let svg = directory.path().to_str().unwrap();
+    let fixed = [suite, "--smoke", "--json", &json, "--markdown", &tables, "--svg", svg];
     let _printed = text(bench(), &[&fixed[..], arguments].concat());
     let result: Value = serde_json::from_str(&fs::read_to_string(&json).unwrap()).unwrap();
     assert_eq!((&result["suite"], &result["is_smoke"]), (&suite.into(), &true.into()));
@@ -33,17 +38,11 @@ fn smoke(suite: &str, arguments: &[&str]) -> Value {
     // A result is the same as itself.
     let comparison = text(bench(), &["compare", &json, &json]);
     assert!(comparison.contains("0 regressions"), "{comparison}");
-    result
+    check(&result);
 }
 
 fn bench() -> &'static str {
     env!("CARGO_BIN_EXE_bench")
-}
-
-fn can_run() -> bool {
-    require(Feature::Programs)
-        && require(Feature::Variable("SOCKLB_BENCH_OBJECT"))
-        && require(Feature::Variable("SOCKLB_BIN"))
 }
 
 fn names<'a>(result: &'a Value, field: &str) -> BTreeSet<&'a str> {
@@ -52,65 +51,56 @@ fn names<'a>(result: &'a Value, field: &str) -> BTreeSet<&'a str> {
 
 #[test]
 fn hooks() {
-    if !can_run() {
-        return;
-    }
-    let result = smoke("hooks", &["--object", &env::var("SOCKLB_BENCH_OBJECT").unwrap()]);
-    let targets = names(&result, "target");
-    assert!(targets.contains("socklb") && targets.contains("empty"), "{targets:?}");
+    smoke("hooks", |result| {
+        let targets = names(result, "target");
+        assert!(targets.contains("socklb") && targets.contains("empty"), "{targets:?}");
+    });
 }
 
 #[test]
 fn sync() {
-    if !can_run() {
-        return;
-    }
-    let result = smoke("sync", &["--socklb", &env::var("SOCKLB_BIN").unwrap()]);
-    let measures = names(&result, "measure");
-    assert!(measures.contains("process start to maps that are right"), "{measures:?}");
+    smoke("sync", |result| {
+        let measures = names(result, "measure");
+        assert!(measures.contains("process start to maps that are right"), "{measures:?}");
+    });
 }
 
 #[test]
 fn scale() {
-    if !can_run() {
-        return;
-    }
-    let (object, socklb) = (env::var("SOCKLB_BENCH_OBJECT").unwrap(), env::var("SOCKLB_BIN").unwrap());
-    let result = smoke("scale", &["--object", &object, "--socklb", &socklb]);
-    let measures = names(&result, "measure");
-    for measure in ["maps", "re-connect, any service", "event to map, one change at a time"] {
-        assert!(measures.contains(measure), "{measures:?}");
-    }
+    smoke("scale", |result| {
+        let measures = names(result, "measure");
+        for measure in ["maps", "re-connect, any service", "event to map, one change at a time"] {
+            assert!(measures.contains(measure), "{measures:?}");
+        }
+    });
 }
 
 /// A competitor is measured, or the result has the reason why not.
 #[test]
 fn path() {
-    if !can_run() {
-        return;
-    }
-    let result = smoke("path", &[]);
-    let targets = names(&result, "target");
-    let missing: BTreeSet<&str> = result["unavailable"]
-        .as_array()
-        .unwrap()
-        .iter()
-        .filter_map(|entry| entry["target"].as_str())
-        .collect();
-    for target in ["direct", "socklb", "nftables", "iptables"] {
-        assert!(targets.contains(target) || missing.contains(target), "{targets:?} {missing:?}");
-    }
-    assert!(targets.contains("direct") && targets.contains("socklb"), "{missing:?}");
-    // The purpose of these counters: without NAT no connection is tracked.
-    let tracked = |target: &str| {
-        let mut series = result["series"].as_array().unwrap().iter();
-        let found = series.find(|series| {
-            series["measure"] == "keep-alive request: packets tracked" && series["target"] == target
-        });
-        found.map(|series| series["quantiles"]["p50"].as_f64().unwrap())
-    };
-    assert_eq!((tracked("direct"), tracked("socklb")), (Some(0.0), Some(0.0)));
-    assert!(tracked("nftables").is_none_or(|packets| packets > 0.5), "{:?}", tracked("nftables"));
+    smoke("path", |result| {
+        let targets = names(result, "target");
+        let missing: BTreeSet<&str> = result["unavailable"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .filter_map(|entry| entry["target"].as_str())
+            .collect();
+        for target in ["direct", "socklb", "nftables", "iptables"] {
+            assert!(targets.contains(target) || missing.contains(target), "{targets:?} {missing:?}");
+        }
+        assert!(targets.contains("direct") && targets.contains("socklb"), "{missing:?}");
+        // The purpose of these counters: without NAT no connection is tracked.
+        let tracked = |target: &str| {
+            let mut series = result["series"].as_array().unwrap().iter();
+            let found = series.find(|series| {
+                series["measure"] == "keep-alive request: packets tracked" && series["target"] == target
+            });
+            found.map(|series| series["quantiles"]["p50"].as_f64().unwrap())
+        };
+        assert_eq!((tracked("direct"), tracked("socklb")), (Some(0.0), Some(0.0)));
+        assert!(tracked("nftables").is_none_or(|packets| packets > 0.5), "{:?}", tracked("nftables"));
+    });
 }
 
 #[test]

@@ -2,12 +2,12 @@
 
 use std::collections::BTreeSet;
 
-use lb_tests::{Feature, Sandbox};
-
-use crate::{
+use lb_tests::{
+    Feature, Sandbox,
     process::{run, text},
-    town::{self, Town},
 };
+
+use crate::town::{self, Town};
 
 /// Fetches pages and returns the peer of the connection, as curl sees it.
 fn curl(urls: &[&str]) -> String {

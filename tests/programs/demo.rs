@@ -1,24 +1,19 @@
 //! `socklb-demo`, which checks every statement that it prints.
 
-use std::{env, fs, path::Path, process::Command};
+use std::{env, fs, path::Path};
 
-use lb_tests::{Feature, cgroup::ThreadCgroup, require};
+use lb_tests::{Feature, cgroup::ThreadCgroup, process::text, require};
 use serde_json::Value;
 
 fn demo(args: &[&str]) -> Option<String> {
-    if !require(Feature::Programs)
-        || !require(Feature::Variable("SOCKLB_BIN"))
-        || !require(Feature::Command("curl"))
-    {
+    let needs = [Feature::Programs, Feature::Variable("SOCKLB_BIN"), Feature::Command("curl")];
+    if !needs.into_iter().all(require) {
         return None;
     }
     // Namespaces, cgroup and pins are the demo's own. It starts in this test's cgroup, which is removed.
     let _cgroup = ThreadCgroup::enter().unwrap();
     let program = Path::new(&env::var("SOCKLB_BIN").unwrap()).with_file_name("socklb-demo");
-    let output = Command::new(program).arg("--exit").args(args).output().unwrap();
-    let (out, error) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-    assert!(output.status.success(), "{}\n{out}\n{error}", output.status);
-    Some(out.into_owned())
+    Some(text(program.to_str().unwrap(), &[&["--exit"], args].concat()))
 }
 
 #[test]

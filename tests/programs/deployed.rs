@@ -6,14 +6,15 @@ use lb_core::model::Protocol;
 use lb_tests::{
     Feature,
     client::{Domain, Socket},
+    installed::eventually,
+    process::text,
     require,
 };
 use nix::errno::Errno;
 use serde_json::Value;
 
 use crate::{
-    process::text,
-    socklb::{eventually, is_up, with_town},
+    socklb::{is_up, with_town},
     town,
 };
 
@@ -28,6 +29,14 @@ pub(crate) fn capabilities() -> String {
     let names = container["securityContext"]["capabilities"]["add"].as_array().unwrap();
     let names = names.iter().map(|name| format!("+{}", name.as_str().unwrap().to_lowercase()));
     std::iter::once("-all".to_owned()).chain(names).collect::<Vec<_>>().join(",")
+}
+
+/// Runs what follows with these capabilities, and none that can be gained.
+pub(crate) fn confined(capabilities: &str) -> Command {
+    let mut command = Command::new("setpriv");
+    command.args(["--bounding-set", capabilities, "--inh-caps", capabilities, "--no-new-privs"]);
+    command.args(["--clear-groups", "--"]);
+    command
 }
 
 /// Only the `DaemonSet`'s capabilities, none that can be gained, a read-only cgroup, and a BPF file system
@@ -53,10 +62,9 @@ fn the_capabilities_and_mounts_of_the_daemon_set_are_enough() {
         let (netns, in_pod) = (mounts.path().join("netns"), &town.pods[0].netns);
         in_pod.mount_at(&netns).unwrap();
         let contained = || {
-            let mut command = Command::new("setpriv");
+            let mut command = confined(&capabilities);
             command
-                .args(["--bounding-set", &capabilities, "--inh-caps", &capabilities, "--no-new-privs"])
-                .args(["--clear-groups", "--", &place.binary])
+                .arg(&place.binary)
                 .env("SOCKLB_CGROUP", &cgroup)
                 .env("SOCKLB_PIN_PATH", pins.join("socklb"))
                 .env("SOCKLB_STATE_DIR", place.state_dir())
@@ -81,7 +89,7 @@ fn the_capabilities_and_mounts_of_the_daemon_set_are_enough() {
         }
         assert!(output.status.success(), "{status}");
         // From the agent's own cgroup: the served one is read-only.
-        let log = |text: &str| agent.log().iter().any(|line| line.contains(text));
+        let log = |text: &str| agent.has_said(text);
         eventually("the self-test is passed", || log("self-test passed"));
         assert!(log("calls from the agent's own cgroup"), "{:#?}", agent.log());
         // Changes are applied, a pod's socket is destroyed, and no permission is missing.

@@ -3,13 +3,10 @@
 
 use std::{collections::BTreeSet, fs};
 
-use lb_tests::{Feature, Sandbox};
+use lb_tests::{Feature, Sandbox, process::text};
 use nix::mount::{MsFlags, mount};
 
-use crate::{
-    process::text,
-    town::{self, Town},
-};
+use crate::town::{self, Town};
 
 #[test]
 fn dig_gets_answers_over_udp_and_tcp() {
@@ -21,11 +18,8 @@ fn dig_gets_answers_over_udp_and_tcp() {
             for transport in ["+notcp", "+tcp"] {
                 let args = ["+short", "+time=10", "+tries=2", transport, &server, "example.test", kind];
                 let answers: BTreeSet<String> = (0..30).map(|_| text("dig", &args)).collect();
-                assert_eq!(
-                    answers,
-                    town.pods.iter().map(|pod| pod.ips[family].to_string()).collect(),
-                    "{args:?}"
-                );
+                let pods = town.pods.iter().map(|pod| pod.ips[family].to_string());
+                assert_eq!(answers, pods.collect(), "{args:?}");
             }
         }
     });

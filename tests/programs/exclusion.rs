@@ -2,13 +2,15 @@
 
 use std::{fs, path::Path, process::Command};
 
-use lb_tests::cgroup::remove_tree;
+use lb_tests::{
+    cgroup::{make_threaded, remove_tree},
+    installed::eventually,
+};
 use nix::sys::signal::Signal;
 
 use crate::{
     http::LISTEN,
-    process::text,
-    socklb::{eventually, is_up, with_town},
+    socklb::{is_up, serve, with_town},
     town,
 };
 
@@ -24,31 +26,26 @@ pub(crate) fn answers_from(cgroup: &str) -> bool {
 #[test]
 fn processes_are_excluded_by_their_cgroup() {
     with_town(|place, town| {
-        place.write(&town.cluster(0..2));
         let [early, late] = ["early", "late"].map(|name| format!("{}/{name}", place.cgroup));
-        let make = |path: &str| {
-            fs::create_dir(path).unwrap();
-            fs::write(format!("{path}/cgroup.type"), "threaded").unwrap();
-        };
+        let make = |path: &str| make_threaded(Path::new(path)).unwrap();
         make(&early);
         let flag = format!("--exclude-cgroup={early},{late}");
-        let agent = place.start_with(&[&LISTEN[..], &[&flag]].concat());
-        eventually("the service answers", || is_up(town::web()[0]));
+        let agent = serve(place, &town.cluster(0..2), &[&LISTEN[..], &[&flag]].concat());
         eventually("the first cgroup is excluded", || !answers_from(&early));
-        let said = |what: &str| agent.log().iter().any(|line| line.contains(what) && line.contains(&late));
+        let said = |what: &str| agent.has_said_all(&[what, &late]);
         eventually("the missing cgroup is reported", || said("not excluded until it exists"));
         make(&late);
         eventually("it is excluded once it exists", || !answers_from(&late));
         eventually("that is reported", || said("found and excluded"));
         assert!(agent.has_said("no call has shown that its calls bypass services"), "{:#?}", agent.log());
-        let status = || text(&place.binary, &place.args(&["status"]));
+        let status = || place.text(&["status"]);
         eventually("both are listed", || [&early, &late].iter().all(|path| status().contains(*path)));
         assert!(is_up(town::web()[0]), "the others are served");
 
         // The exclusion lasts while no agent runs, and ends with the next agent that does not exclude it.
         assert_eq!(agent.end(Signal::SIGTERM), Some(0));
         assert!(!answers_from(&early));
-        let agent = place.start_with(&LISTEN);
+        let agent = place.start(&LISTEN);
         eventually("it is served again", || answers_from(&early));
         drop(agent);
         for path in [early, late] {
@@ -64,12 +61,11 @@ fn an_exclusion_that_a_call_disproves_is_not_claimed() {
     with_town(|place, town| {
         place.write(&town.cluster(0..2));
         let often = "--self-test-interval=200ms";
-        let above = place.start_with(&[LISTEN[0], LISTEN[1], often]);
+        let above = place.start(&[LISTEN[0], LISTEN[1], often]);
         eventually("the agent above is ready", || above.has_said("self-test passed"));
         let (served, excluded) = (format!("{}/below", place.cgroup), format!("{}/below/batch", place.cgroup));
         for path in [&served, &excluded] {
-            fs::create_dir(path).unwrap();
-            fs::write(format!("{path}/cgroup.type"), "threaded").unwrap();
+            make_threaded(Path::new(path)).unwrap();
         }
         let flag = format!("--exclude-cgroup={excluded}");
         let mut command = Command::new(&place.binary);
@@ -77,17 +73,13 @@ fn an_exclusion_that_a_call_disproves_is_not_claimed() {
         let below = place.spawn(command, &[LISTEN[0], LISTEN[1], often, "--node-name=node", &flag]);
         eventually("the agent below is ready", || below.has_said("self-test passed"));
         eventually("it reports a doubt", || {
-            let log = below.log();
-            let doubt =
-                log.iter().find(|line| line.contains("no call has shown that its calls bypass services"));
-            doubt.is_some_and(|line| {
-                line.contains(&excluded) && line.contains("redirected despite the exclusion")
-            })
+            let doubt = "no call has shown that its calls bypass services";
+            below.has_said_all(&[doubt, &excluded, "redirected despite the exclusion"])
         });
         assert!(!below.has_said("calls from these cgroups are excluded"), "{:#?}", below.log());
 
         drop(above);
-        text(&place.binary, &place.args(&["cleanup"]));
+        place.text(&["cleanup"]);
         eventually("a call shows it once nothing above serves it", || {
             below.has_said("calls from these cgroups are excluded")
         });
@@ -105,9 +97,9 @@ fn an_excluded_service_is_explained() {
         let annotations = service.metadata.annotations.get_or_insert_default();
         annotations.insert("socklb.io/exclude".to_owned(), "true".to_owned());
         place.write(&cluster);
-        let _agent = place.start_with(&LISTEN);
+        let _agent = place.start(&LISTEN);
         let address = town::web()[0].to_string();
-        let explain = || text(&place.binary, &place.args(&["explain", &address]));
+        let explain = || place.text(&["explain", &address]);
         eventually("the snapshot is written", || place.state_dir().read_dir().unwrap().count() > 0);
         eventually("the reason is named", || {
             explain().contains("default/web-v4 is excluded by its annotation")

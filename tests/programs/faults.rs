@@ -24,18 +24,16 @@ use lb_tests::{
     Sandbox, agent,
     client::call,
     cluster::{self, Cluster, PortOf},
+    installed::{Place, QUIET, eventually},
     number,
+    process::SetOnDrop,
     server::Servers,
 };
 use nix::sys::signal::Signal;
 
-use crate::socklb::{Place, eventually, with_place};
-
 /// Sizes of the maps: of the first state and, if the maps change too, of the second.
 const SIZES: [[&str; 2]; 2] =
     [["--max-services=64", "--max-endpoints=256"], ["--max-services=32", "--max-endpoints=512"]];
-/// Without the self-test's service: the maps are compared.
-const QUIET: [&str; 3] = ["--metrics-bind-address=", "--healthz-bind-address=", "--self-test-interval=0"];
 
 /// An agent is killed before one in this number of changes; a prime, so that different kinds are hit.
 const STEP: usize = 11;
@@ -168,7 +166,7 @@ fn every_point(sandbox: &Sandbox, place: &Place, other: Other) -> usize {
             });
         }
         // Even after a panic, which waits for the callers.
-        let _stops = StopOnDrop(&stop);
+        let _stops = SetOnDrop(&stop);
         let mut second = false;
         for at in (1..).step_by(one_in) {
             let mut has_survived = true;
@@ -202,17 +200,9 @@ fn every_point(sandbox: &Sandbox, place: &Place, other: Other) -> usize {
     n_points
 }
 
-struct StopOnDrop<'a>(&'a AtomicBool);
-
-impl Drop for StopOnDrop<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
-}
-
 #[test]
 fn an_agent_killed_between_two_changes_is_made_up_for() {
-    with_place(|sandbox, place| {
+    Place::test(&[], |sandbox, place| {
         let n_points = every_point(sandbox, place, Other::Nothing);
         // The hooks' links, and a plan for all maps.
         assert!(n_points > 30, "{n_points}");
@@ -222,7 +212,7 @@ fn an_agent_killed_between_two_changes_is_made_up_for() {
 /// The same with new maps of other sizes, which are filled, switched to and moved.
 #[test]
 fn an_agent_killed_while_it_replaces_the_maps_is_made_up_for() {
-    with_place(|sandbox, place| {
+    Place::test(&[], |sandbox, place| {
         let n_points = every_point(sandbox, place, Other::Sizes);
         assert!(n_points > 50, "{n_points}");
     });
@@ -231,7 +221,7 @@ fn an_agent_killed_while_it_replaces_the_maps_is_made_up_for() {
 /// The same with some maps recreated while the others continue.
 #[test]
 fn an_agent_killed_while_it_makes_some_maps_anew_is_made_up_for() {
-    with_place(|sandbox, place| {
+    Place::test(&[], |sandbox, place| {
         let n_points = every_point(sandbox, place, Other::Layouts);
         assert!(n_points > 50, "{n_points}");
     });

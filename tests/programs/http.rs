@@ -13,13 +13,16 @@ use k8s_openapi::api::{
 };
 use lb_common::limits::MAX_NODE_ADDRS;
 use lb_core::model::Protocol::Tcp;
-use lb_tests::cluster::{self, Cluster, PortOf};
+use lb_tests::{
+    cluster::{self, Cluster, PortOf},
+    installed::{Place, Running, eventually},
+    process::text,
+};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
 use crate::{
-    process::text,
-    socklb::{Place, Running, eventually, is_up, servers, with_town},
+    socklb::{is_up, serve, servers, with_town},
     town::{self, Town},
     turns,
 };
@@ -42,17 +45,8 @@ pub(crate) fn address(agent: &Running, flag: &str) -> String {
 
 /// Fetches a page: its status and its body.
 pub(crate) fn fetch(method: &str, url: &str) -> (u16, String) {
-    let args = [
-        "--silent",
-        "--show-error",
-        "--max-time",
-        "30",
-        "--request",
-        method,
-        "--write-out",
-        "\n%{http_code}",
-    ];
-    let output = text("curl", &[&args[..], &[url]].concat());
+    let args = ["--silent", "--show-error", "--max-time", "30", "--write-out", "\n%{http_code}"];
+    let output = text("curl", &[&args[..], &["--request", method, url]].concat());
     let (body, status) = output.rsplit_once('\n').unwrap();
     (status.parse().unwrap(), body.to_owned())
 }
@@ -85,12 +79,16 @@ impl Scrape {
     }
 }
 
+/// The map of IPv4 frontends, which a test damages.
+fn services4(place: &Place) -> HashMap<MapData, [u8; 8], [u8; 4]> {
+    let data = MapData::from_pin(format!("{}/services4", place.pin_path)).unwrap();
+    Map::from_map_data(data).unwrap().try_into().unwrap()
+}
+
 /// Runs an agent with the services of a town.
 fn with_agent(flags: &[&str], test: impl FnOnce(&Place, &Town, &Running) + Send) {
     with_town(|place, town| {
-        place.write(&town.cluster(0..2));
-        let agent = place.start_with(&[&LISTEN[..], flags].concat());
-        eventually("the service answers", || is_up(town::web()[0]));
+        let agent = serve(place, &town.cluster(0..2), &[&LISTEN[..], flags].concat());
         test(place, town, &agent);
         assert_eq!(agent.end(Signal::SIGTERM), Some(0));
     });
@@ -130,9 +128,7 @@ fn a_scrape_tells_of_changes_calls_and_repairs() {
         assert!(last > 1e9, "{last} is not a current time");
 
         // Damage, and its repair.
-        let data = MapData::from_pin(format!("{}/services4", place.pin_path)).unwrap();
-        let mut services4: HashMap<_, [u8; 8], [u8; 4]> =
-            Map::from_map_data(data).unwrap().try_into().unwrap();
+        let mut services4 = services4(place);
         let keys: Vec<_> = services4.keys().map(Result::unwrap).collect();
         for key in &keys {
             // An audit may have repaired it already.
@@ -146,7 +142,7 @@ fn a_scrape_tells_of_changes_calls_and_repairs() {
         assert!(repaired.get(r#"socklb_audits_total{result="repaired"}"#) >= 1);
         assert_eq!(repaired.get(r#"socklb_audits_total{result="error"}"#), 0);
         assert_eq!(repaired.get(r#"socklb_audit_repairs_total{map="endpoints4"}"#), 0);
-        let lines = agent.log().iter().filter(|line| line.contains("an audit repaired")).count();
+        let lines = agent.n_said("an audit repaired");
         assert!((1..=4).contains(&lines), "one line for each audit that repaired: {lines}");
     });
 }
@@ -197,7 +193,7 @@ fn pages_are_those_of_kube_proxy() {
 fn probes_are_answered_while_the_programs_are_loaded() {
     with_town(|place, town| {
         place.write(&town.cluster(0..2));
-        let agent = place.start_with(&[&turns::PORTS[..], &["--self-test-interval=0"]].concat());
+        let agent = place.start(&[&turns::PORTS[..], &["--self-test-interval=0"]].concat());
         let health: SocketAddr = (Ipv4Addr::LOCALHOST, 10256).into();
         eventually("the agent listens", || is_up(health));
         let get = |page: &str| fetch("GET", &format!("http://{health}/{page}"));
@@ -235,7 +231,7 @@ fn a_full_table_is_no_readiness() {
         let mut one = town.cluster(0..2);
         one.services.retain(|(_, name), _| name == "web-v4");
         place.write(&one);
-        let agent = place.start_with(&[&LISTEN[..], &["--max-services=1"]].concat());
+        let agent = place.start(&[&LISTEN[..], &["--max-services=1"]].concat());
         let healthz = format!("http://{}/healthz", address(&agent, "--healthz-bind-address"));
         eventually("/healthz is 200", || fetch("GET", &healthz).0 == 200);
 
@@ -263,22 +259,19 @@ fn a_hostile_node_and_a_stranger_end_no_agent() {
         let metrics = address(agent, "--metrics-bind-address");
         let healthz = format!("http://{}/healthz", address(agent, "--healthz-bind-address"));
         let status = |page: &str| fetch("GET", &healthz.replace("healthz", page)).0;
-        let said = |what: &str| agent.log().iter().filter(|line| line.contains(what)).count();
 
         let first = u32::from(Ipv4Addr::new(10, 200, 0, 0));
         let addresses = (first..=first + MAX_NODE_ADDRS).map(|ip| Ipv4Addr::from(ip).into());
         let hostile = cluster::node("hostile", &addresses.collect::<Vec<IpAddr>>());
         place.write(&town.cluster(0..2).with([hostile]));
-        eventually("the Node is named", || said("Node hostile: status.addresses: more than 64") == 1);
+        eventually("the Node is named", || agent.n_said("Node hostile: status.addresses: more than 64") == 1);
         let nodes = || Scrape::of(&metrics).get(r#"socklb_map_entries{map="node_addrs"}"#);
         eventually("some of its addresses are taken", || nodes() >= 64);
         assert!(nodes() < 128, "{}", nodes());
         assert_eq!((status("livez"), status("healthz")), (200, 200));
 
         // The only audit within a minute is the one that a full map requests.
-        let data = MapData::from_pin(format!("{}/services4", place.pin_path)).unwrap();
-        let mut services4: HashMap<_, [u8; 8], [u8; 4]> =
-            Map::from_map_data(data).unwrap().try_into().unwrap();
+        let mut services4 = services4(place);
         let n_foreign = (0..65_535u16).find(|n| {
             let [low, high] = n.to_ne_bytes();
             services4.insert([10, 96, 200, 1, low, high, 6, 0], [0; 4], 0).is_err()
@@ -293,7 +286,7 @@ fn a_hostile_node_and_a_stranger_end_no_agent() {
         eventually("nothing is missing", || status("healthz") == 200);
         assert_eq!(status("livez"), 200);
         assert_eq!(
-            said("Service default/new: map services4 is full"),
+            agent.n_said("Service default/new: map services4 is full"),
             2,
             "once when it holds, once when it is over"
         );

@@ -16,7 +16,11 @@ use std::{
 
 use lb_core::{desired::FrontendAddress, model::Protocol};
 use lb_kernel::Maps;
-use lb_tests::cluster::{Cluster, PortOf, port, service};
+use lb_tests::{
+    cluster::{Cluster, PortOf, port, service},
+    installed::{Place, QUIET, eventually},
+    process::SetOnDrop,
+};
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
@@ -24,8 +28,7 @@ use nix::{
 use serde_json::Value;
 
 use crate::{
-    process::run,
-    socklb::{Place, eventually, is_up, with_town},
+    socklb::{is_up, with_town},
     town,
 };
 
@@ -62,7 +65,7 @@ fn held(place: &Place) -> Option<u8> {
 
 /// Runs a command whose only output is JSON.
 fn ask(place: &Place, command: &[&str]) -> Value {
-    let output = run(&place.binary, &place.args(command));
+    let output = place.run(command);
     let message = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success() && message.is_empty(), "{command:?}: {}: {message}", output.status);
     serde_json::from_slice(&output.stdout).unwrap()
@@ -74,22 +77,13 @@ fn number(text: &Value, before: &str) -> u8 {
     text.strip_prefix(before).unwrap_or_else(|| panic!("{text:?} instead of {before}N")).parse().unwrap()
 }
 
-/// Sets the flag on drop.
-struct Over<'a>(&'a AtomicBool);
-
-impl Drop for Over<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
-}
-
 /// The answer of a command is of the state in the maps at its start or of a later one: never of a service
 /// without object, nor of the previous port.
 #[test]
 fn answers_are_never_older_than_the_maps() {
     with_town(|place, _town| {
         place.write(&state(0));
-        let agent = place.start();
+        let agent = place.start(&QUIET);
         eventually("the first state is in the maps", || held(place) == Some(0));
         let is_over = AtomicBool::new(false);
         thread::scope(|scope| {
@@ -103,7 +97,7 @@ fn answers_are_never_older_than_the_maps() {
                     thread::sleep(Duration::from_millis(200));
                 }
             });
-            let over = Over(&is_over);
+            let over = SetOnDrop(&is_over);
             let is_older = |before: u8, n: u8| n.wrapping_sub(before) > 127;
             for _ in 0..20 {
                 let before = held(place).unwrap();
@@ -168,7 +162,7 @@ impl Drop for Lines {
 fn explain_goes_on_with_every_change() {
     with_town(|place, _town| {
         place.write(&state(0));
-        let agent = place.start();
+        let agent = place.start(&QUIET);
         eventually("the first state is in the maps", || held(place) == Some(0));
         let lines = Lines::start(place, &["explain", MOVING, "--watch"]);
         let json = Lines::start(place, &["explain", MOVING, "--watch", "-o", "json"]);
@@ -182,18 +176,12 @@ fn explain_goes_on_with_every_change() {
         assert!(first["time"].is_string() && first["verdict"] == "redirected", "{first}");
 
         // Changes of other services are not reported.
-        let mut others = state(1);
+        let (mut others, mut moving) = (state(1), state(0));
         others.services.retain(|(_, name), _| name.starts_with("other"));
         others.slices.retain(|(_, name), _| name.starts_with("other"));
-        let moving = state(0);
-        for (name, service) in moving.services.into_iter().filter(|((_, name), _)| name.starts_with("moving"))
-        {
-            others.services.insert(name, service);
-        }
-        for (name, slice) in moving.slices.into_iter().filter(|((_, name), _)| name.starts_with("moving")) {
-            others.slices.insert(name, slice);
-        }
-        place.write(&others);
+        moving.services.retain(|(_, name), _| name.starts_with("moving"));
+        moving.slices.retain(|(_, name), _| name.starts_with("moving"));
+        place.write(&others.with(moving.services.into_values()).with(moving.slices.into_values()));
         assert!(lines.is_silent());
 
         for n in [1, 2] {
@@ -208,13 +196,13 @@ fn explain_goes_on_with_every_change() {
         // Killed and restarted with another state: the missed change is reported.
         assert_eq!(agent.end(Signal::SIGKILL), None);
         place.write(&state(3));
-        let agent = place.start();
+        let agent = place.start(&QUIET);
         let line = lines.next();
         assert!(line.contains("of default/moving:p3"), "{line}");
         assert!(lines.is_silent());
         assert_eq!(agent.end(Signal::SIGTERM), Some(0));
 
-        let output = run(&place.binary, &place.args(&["explain", MOVING, "--watch"]));
+        let output = place.run(&["explain", MOVING, "--watch"]);
         let message = String::from_utf8_lossy(&output.stderr);
         assert_eq!(output.status.code(), Some(1), "{message}");
         assert!(message.contains("--watch needs a running agent: no agent answers at"), "{message}");
@@ -227,10 +215,10 @@ fn the_socket_is_roots_and_outlives_no_agent() {
         place.write(&town.cluster(0..2));
         let socket = place.state_dir().join("agent.sock");
         let start = || {
-            let agent = place.start();
+            let agent = place.start(&QUIET);
             eventually("the service answers", || is_up(town::web()[0]));
             eventually("commands are answered", || {
-                let output = run(&place.binary, &place.args(&["services"]));
+                let output = place.run(&["services"]);
                 output.status.success() && output.stderr.is_empty()
             });
             agent
@@ -245,7 +233,7 @@ fn the_socket_is_roots_and_outlives_no_agent() {
         assert!(!socket.exists());
 
         // Without an agent, names come from the snapshot, and the command reports that.
-        let output = run(&place.binary, &place.args(&["services", "-o", "json"]));
+        let output = place.run(&["services", "-o", "json"]);
         let message = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success(), "{message}");
         assert!(

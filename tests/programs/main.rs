@@ -19,7 +19,6 @@ mod knowledge;
 mod manifests;
 mod nested;
 mod node;
-mod process;
 mod self_test;
 mod socklb;
 mod stale;

@@ -17,13 +17,14 @@ use lb_core::model::Protocol::{Tcp, Udp};
 use lb_tests::{
     Feature,
     client::{Domain, Socket},
+    installed::{Place, QUIET, Running, eventually},
+    process::SetOnDrop,
     require,
 };
 use nix::{errno::Errno, sys::signal::Signal};
 
 use crate::{
-    process::{run, text},
-    socklb::{Place, Running, eventually, is_up, with_town},
+    socklb::{is_up, with_town},
     town::{self, Town},
 };
 
@@ -149,15 +150,6 @@ fn connect(to: SocketAddr) -> Result<(), Errno> {
     Socket::new(Domain::V4, Tcp).connect(to)
 }
 
-/// Stops the threads that wait for it, even when a test fails.
-struct Over<'a>(&'a AtomicBool);
-
-impl Drop for Over<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Relaxed);
-    }
-}
-
 /// Calls while the file changes from one version to the next. Returns the errors.
 fn change(file: &Path, town: &Town, version: usize, way: &str) -> Vec<String> {
     let folder = file.parent().unwrap();
@@ -189,7 +181,7 @@ fn change(file: &Path, town: &Town, version: usize, way: &str) -> Vec<String> {
                 thread::sleep(Duration::from_millis(5));
             }
         });
-        let _ends_the_calls = Over(&is_over);
+        let _ends_the_calls = SetOnDrop(&is_over);
         let status = Command::new("sh")
             .args(["-ec", way])
             .env("F", file)
@@ -216,12 +208,16 @@ fn change(file: &Path, town: &Town, version: usize, way: &str) -> Vec<String> {
     wrong.into_inner().unwrap()
 }
 
-/// An agent whose manifest is version 0.
-fn serve(place: &Place, town: &Town) -> Running {
-    fs::write(place.manifests().join("web.yaml"), manifest(town, 0)).unwrap();
-    let agent = place.start();
+/// An agent whose manifest is version 0, in this file.
+fn serve_file(place: &Place, town: &Town, file: &Path, flags: &[&str]) -> Running {
+    fs::write(file, manifest(town, 0)).unwrap();
+    let agent = place.start(&[&QUIET[..], flags].concat());
     eventually("the service answers", || is_up(town::web()[0]));
     agent
+}
+
+fn serve(place: &Place, town: &Town) -> Running {
+    serve_file(place, town, &place.manifests().join("web.yaml"), &[])
 }
 
 /// Changes the manifest of [`serve`] in each way; fails with the ways during which a call failed.
@@ -280,15 +276,7 @@ fn no_service_is_gone_while_the_folder_becomes_another() {
         let folder = place.manifests().join("folder");
         fs::create_dir(&folder).unwrap();
         let file = folder.join("web.yaml");
-        fs::write(&file, manifest(town, 0)).unwrap();
-        let source = format!("--source=file:{}", folder.display());
-        let _agent = place.start_with(&[
-            "--metrics-bind-address=",
-            "--healthz-bind-address=",
-            "--self-test-interval=0",
-            &source,
-        ]);
-        eventually("the service answers", || is_up(town::web()[0]));
+        let _agent = serve_file(place, town, &file, &[&format!("--source=file:{}", folder.display())]);
         for (version, (name, way)) in (1..).zip(WAYS_OF_FOLDERS) {
             assert_eq!(change(&file, town, version, way), Vec::<String>::new(), "{name}");
         }
@@ -330,15 +318,7 @@ fn no_service_is_gone_under_writers_without_rest() {
 fn no_service_is_gone_while_a_single_manifest_is_changed() {
     with_town(|place, town| {
         let file = place.manifests().join("web.yaml");
-        fs::write(&file, manifest(town, 0)).unwrap();
-        let source = format!("--source=file:{}", file.display());
-        let _agent = place.start_with(&[
-            "--metrics-bind-address=",
-            "--healthz-bind-address=",
-            "--self-test-interval=0",
-            &source,
-        ]);
-        eventually("the service answers", || is_up(town::web()[0]));
+        let _agent = serve_file(place, town, &file, &[&format!("--source=file:{}", file.display())]);
         let names =
             ["mv over", "emptied, and written later", "moved away and replaced", "removed and made anew"];
         let ways = WAYS.iter().filter(|(name, _)| names.contains(name));
@@ -377,14 +357,14 @@ fn a_manifest_that_is_broken_at_the_start_is_served_as_it_was() {
         let kept = place.state_dir().with_extension("kept");
         fs::rename(place.state_dir(), &kept).unwrap();
         // The maps are empty, as after a reboot.
-        text(&place.binary, &place.args(&["cleanup"]));
+        place.text(&["cleanup"]);
         fs::rename(&kept, place.state_dir()).unwrap();
         let file = place.manifests().join("web.yaml");
         fs::write(&file, format!("{}---\nkind: [", manifest(town, 1))).unwrap();
         fs::write(place.manifests().join("good.yaml"), manifest(town, 0).split("---\n").next().unwrap())
             .unwrap();
 
-        let agent = place.start();
+        let agent = place.start(&QUIET);
         eventually("the service answers", || is_up(town::web()[0]));
         // Longer than any waiting time of the agent.
         thread::sleep(Duration::from_secs(4));
@@ -393,9 +373,7 @@ fn a_manifest_that_is_broken_at_the_start_is_served_as_it_was() {
         let told =
             log.iter().filter(|line| line.contains("web.yaml") && line.contains("stay in force (since"));
         assert_eq!(told.count(), 1, "{log:#?}");
-        let places =
-            ["status", "--cgroup", &place.cgroup, "--metrics-bind-address=", "--healthz-bind-address="];
-        let status = run(&place.binary, &place.args(&places));
+        let status = place.run(&[&["status", "--cgroup", &place.cgroup], &QUIET[..2]].concat());
         let told = String::from_utf8_lossy(&status.stdout).into_owned();
         let outdated = told.lines().find(|line| line.starts_with("outdated")).unwrap_or_default();
         assert!(outdated.contains("web.yaml") && outdated.contains("(since "), "{told}");

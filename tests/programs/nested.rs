@@ -1,16 +1,20 @@
 //! A node that is itself a container: it sees only its part of the machine's cgroups, and its pods only
 //! theirs.
 
-use std::{fs, process::Command};
+use std::{fs, path::Path, process::Command};
 
+use lb_tests::{
+    cgroup::make_threaded,
+    installed::{Place, Running, eventually},
+    process::text,
+};
 use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::{
     exclusion::answers_from,
     http::LISTEN,
-    process::text,
-    socklb::{Place, Running, eventually, is_up, with_town},
+    socklb::{is_up, with_town},
     town,
 };
 
@@ -48,18 +52,14 @@ impl Nest {
             fs::create_dir(places.path().join(name)).unwrap();
         }
         fs::write(places.path().join("nest.sh"), NEST).unwrap();
-        let make = |path: String| {
-            fs::create_dir(&path).unwrap();
-            fs::write(format!("{path}/cgroup.type"), "threaded").unwrap();
-            path
-        };
         for name in ["machine", "middle", "node"] {
-            let path = make(format!("{}/{name}", cgroups.last().unwrap_or(&place.cgroup)));
+            let path = format!("{}/{name}", cgroups.last().unwrap_or(&place.cgroup));
+            make_threaded(Path::new(&path)).unwrap();
             cgroups.push(path);
         }
         let nest = Self { cgroups, places };
         for name in ["pod", "client", "excluded"] {
-            let _path = make(nest.below(name));
+            make_threaded(Path::new(&nest.below(name))).unwrap();
         }
         nest
     }

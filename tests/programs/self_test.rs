@@ -3,31 +3,22 @@
 use std::{fs, os::fd::AsFd as _, path::Path};
 
 use lb_kernel::{cgroup, syscall};
+use lb_tests::installed::eventually;
 use serde_json::Value;
 
 use crate::{
     http::{LISTEN, Scrape, address, fetch},
-    process::{run, text},
-    socklb::{Running, eventually, is_up, with_town},
+    socklb::{is_up, with_town},
     town,
 };
 
 const OFTEN: &str = "--self-test-interval=100ms";
 
-/// A program's output, whatever its exit status.
-fn text_of_any(program: &str, args: &[&str]) -> String {
-    String::from_utf8(run(program, args).stdout).unwrap()
-}
-
-fn has_said(agent: &Running, what: &str) -> bool {
-    agent.log().iter().any(|line| line.contains(what))
-}
-
 #[test]
 fn a_node_is_ready_once_calls_are_seen_to_work_and_for_as_long() {
     with_town(|place, town| {
         place.write(&town.cluster(0..2));
-        let agent = place.start_with(&[LISTEN[0], LISTEN[1], OFTEN]);
+        let agent = place.start(&[LISTEN[0], LISTEN[1], OFTEN]);
         let metrics = address(&agent, "--metrics-bind-address");
         let health = format!("http://{}", address(&agent, "--healthz-bind-address"));
         let healthz = || fetch("GET", &format!("{health}/healthz"));
@@ -36,23 +27,18 @@ fn a_node_is_ready_once_calls_are_seen_to_work_and_for_as_long() {
             Scrape::of(&metrics).get(r#"socklb_self_tests_total{result="passed"}"#) > 2
         });
         assert_eq!(Scrape::of(&metrics).get(r#"socklb_self_tests_total{result="failed"}"#), 0);
-        assert!(has_said(&agent, "self-test passed"));
-        assert!(!has_said(&agent, "own cgroup"), "{:#?}", agent.log());
+        assert!(agent.has_said("self-test passed"));
+        assert!(!agent.has_said("own cgroup"), "{:#?}", agent.log());
 
         // Its service is listed like any other.
-        let services: Value =
-            serde_json::from_str(&text(&place.binary, &place.args(&["services", "-o", "json"]))).unwrap();
+        let services = place.json(&["services", "-o", "json"]);
         assert!(services.to_string().contains("self-test"), "{services}");
 
         let status = || {
-            let asked = [
-                "status",
-                "--metrics-bind-address",
-                &metrics,
-                "--healthz-bind-address",
-                &health["http://".len()..],
-            ];
-            text_of_any(&place.binary, &place.args(&asked))
+            let healthz = &health["http://".len()..];
+            let asked = ["status", "--metrics-bind-address", &metrics, "--healthz-bind-address", healthz];
+            // Whatever the exit status.
+            String::from_utf8(place.run(&asked).stdout).unwrap()
         };
         assert!(status().contains("self-test passed"), "{}", status());
 
@@ -66,18 +52,15 @@ fn a_node_is_ready_once_calls_are_seen_to_work_and_for_as_long() {
             assert!(said.contains(part), "{body}");
         }
         assert!(!said.contains("IPv6") && !said.contains("unconnected"), "the others work: {body}");
-        assert_eq!(
-            fetch("GET", &format!("{health}/livez")).0,
-            200,
-            "a restart would do no harm, but would not help"
-        );
+        let livez = fetch("GET", &format!("{health}/livez")).0;
+        assert_eq!(livez, 200, "a restart would do no harm, but would not help");
         assert!(!is_up(town::web()[0]));
         assert!(status().contains("self-test failed: TCP over IPv4"), "{}", status());
-        eventually("the log names it", || has_said(&agent, "TCP over IPv4: connect"));
+        eventually("the log names it", || agent.has_said("TCP over IPv4: connect"));
 
         // A new agent attaches what is missing.
         drop(agent);
-        let agent = place.start_with(&[LISTEN[0], LISTEN[1], OFTEN]);
+        let agent = place.start(&[LISTEN[0], LISTEN[1], OFTEN]);
         let health = format!("http://{}/healthz", address(&agent, "--healthz-bind-address"));
         eventually("the node is ready again", || fetch("GET", &health).0 == 200);
         assert!(is_up(town::web()[0]));

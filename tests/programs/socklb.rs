@@ -2,205 +2,37 @@
 
 use std::{
     collections::BTreeSet,
-    env, fs,
-    io::{BufRead as _, BufReader},
+    fs,
     net::SocketAddr,
     path::Path,
-    process::{Child, Command, Stdio},
-    sync::{Arc, Mutex},
+    process::{Command, Stdio},
     thread,
     time::Duration,
 };
 
 use lb_core::model::Protocol;
 use lb_tests::{
-    Feature, Sandbox,
+    Feature,
     client::{Domain, Socket, call},
     cluster::{Cluster, key},
-};
-use nix::{
-    errno::Errno,
-    sys::signal::{Signal, kill},
-    unistd::Pid,
-};
-use serde_json::Value;
-use tempfile::TempDir;
-
-use crate::{
+    installed::{Place, QUIET, Running, eventually},
     process::{run, text},
-    town::{self, Town},
 };
+use nix::{errno::Errno, sys::signal::Signal};
+use serde_json::Value;
 
-/// The directories of an agent in a sandbox.
-pub(crate) struct Place {
-    pub(crate) binary: String,
-    manifests: TempDir,
-    state_dir: TempDir,
-    pub(crate) pin_path: String,
-    pub(crate) cgroup: String,
-}
-
-impl Place {
-    fn new(sandbox: &Sandbox) -> Self {
-        Self {
-            binary: env::var("SOCKLB_BIN").unwrap(),
-            manifests: tempfile::tempdir().unwrap(),
-            state_dir: tempfile::tempdir().unwrap(),
-            pin_path: sandbox.pin_path().to_str().unwrap().to_owned(),
-            cgroup: sandbox.cgroup().path().to_str().unwrap().to_owned(),
-        }
-    }
-
-    /// Replaces the manifests atomically, as editors do.
-    pub(crate) fn write(&self, cluster: &Cluster) {
-        let services = cluster.services.values().map(serde_json::to_string);
-        let slices = cluster.slices.values().map(serde_json::to_string);
-        let nodes = cluster.nodes.values().map(serde_json::to_string);
-        let cidrs = cluster.service_cidrs.values().map(serde_json::to_string);
-        let text: Vec<String> =
-            services.chain(slices).chain(nodes).chain(cidrs).map(Result::unwrap).collect();
-        let new = self.manifests.path().join(".new");
-        fs::write(&new, text.join("\n---\n")).unwrap();
-        fs::rename(new, self.manifests.path().join("cluster.yaml")).unwrap();
-    }
-
-    pub(crate) fn start(&self) -> Running {
-        self.start_with(&["--metrics-bind-address=", "--healthz-bind-address=", "--self-test-interval=0"])
-    }
-
-    /// Starts an agent with the test's flags, which must set where it listens: a test must not use the host's
-    /// ports.
-    pub(crate) fn start_with(&self, flags: &[&str]) -> Running {
-        let places = ["--node-name", "node", "--cgroup", &self.cgroup, "--pin-path", &self.pin_path];
-        self.spawn(Command::new(&self.binary), &[&places, flags].concat())
-    }
-
-    /// Starts an agent with a command that ends with the binary. The command or the flags set where it
-    /// attaches and pins.
-    pub(crate) fn spawn(&self, mut command: Command, flags: &[&str]) -> Running {
-        let mut child = command
-            .args(["run", "--state-dir"])
-            .arg(self.state_dir.path())
-            .args(flags)
-            .env("SOCKLB_SOURCE", format!("file:{}", self.manifests.path().display()))
-            // The kernel allocates per-CPU counters one by one: a fifth of this suite's time at the default
-            // sizes. Flags have precedence.
-            .env("SOCKLB_MAX_SERVICES", "4096")
-            .env("SOCKLB_MAX_ENDPOINTS", "16384")
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let log = Arc::new(Mutex::new(Vec::new()));
-        let (stderr, lines) = (child.stderr.take().unwrap(), Arc::clone(&log));
-        let reader = thread::spawn(move || {
-            for line in BufReader::new(stderr).lines().map_while(Result::ok) {
-                lines.lock().unwrap().push(line);
-            }
-        });
-        Running { child, log, reader: Some(reader) }
-    }
-
-    pub(crate) fn manifests(&self) -> &Path {
-        self.manifests.path()
-    }
-
-    pub(crate) fn state_dir(&self) -> &Path {
-        self.state_dir.path()
-    }
-
-    /// Arguments of a command that reads the pinned state.
-    pub(crate) fn args<'a>(&'a self, command: &[&'a str]) -> Vec<&'a str> {
-        let places = ["--pin-path", &self.pin_path, "--state-dir", self.state_dir.path().to_str().unwrap()];
-        [command, &places[..]].concat()
-    }
-
-    /// Runs a command that prints JSON.
-    fn json(&self, command: &[&str]) -> Value {
-        serde_json::from_str(&text(&self.binary, &self.args(command))).unwrap()
-    }
-}
-
-/// An agent that is killed on drop.
-pub(crate) struct Running {
-    child: Child,
-    log: Arc<Mutex<Vec<String>>>,
-    reader: Option<thread::JoinHandle<()>>,
-}
-
-impl Running {
-    /// Stops the agent with a signal and returns its exit status.
-    pub(crate) fn end(mut self, signal: Signal) -> Option<i32> {
-        kill(Pid::from_raw(self.child.id().cast_signed()), signal).unwrap();
-        self.child.wait().unwrap().code()
-    }
-
-    /// The same, with its log.
-    pub(crate) fn end_with_log(self, signal: Signal) -> (Option<i32>, Vec<String>) {
-        kill(Pid::from_raw(self.child.id().cast_signed()), signal).unwrap();
-        self.wait()
-    }
-
-    /// Waits until the agent exits by itself. Returns its exit status and log.
-    pub(crate) fn wait(mut self) -> (Option<i32>, Vec<String>) {
-        let code = self.child.wait().unwrap().code();
-        self.reader.take().unwrap().join().unwrap();
-        let log = std::mem::take(&mut *self.log.lock().unwrap());
-        (code, log)
-    }
-
-    pub(crate) fn id(&self) -> u32 {
-        self.child.id()
-    }
-
-    /// Whether it has exited, without waiting.
-    #[cfg(feature = "fault-points")]
-    pub(crate) fn has_ended(&self) -> bool {
-        use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
-        let id = Id::Pid(Pid::from_raw(self.child.id().cast_signed()));
-        // Keeps it waitable.
-        let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
-        !matches!(waitid(id, flags), Ok(WaitStatus::StillAlive))
-    }
-
-    /// Whether a line of its log contains this.
-    #[cfg(feature = "fault-points")]
-    pub(crate) fn has_said(&self, what: &str) -> bool {
-        self.log.lock().unwrap().iter().any(|line| line.contains(what))
-    }
-
-    /// Its log so far.
-    pub(crate) fn log(&self) -> Vec<String> {
-        self.log.lock().unwrap().clone()
-    }
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        let _ended_already = self.child.kill();
-        let _ended_already = self.child.wait();
-    }
-}
-
-/// Waits until the agent has caught up.
-pub(crate) fn eventually(what: &str, condition: impl Fn() -> bool) {
-    for _ in 0..3000 {
-        if condition() {
-            return;
-        }
-        thread::sleep(Duration::from_millis(10));
-    }
-    panic!("never happened: {what}");
-}
-
-/// An agent's directories in a sandbox without backends.
-#[cfg(feature = "fault-points")]
-pub(crate) fn with_place(test: impl FnOnce(&Sandbox, &Place) + Send) {
-    Sandbox::test_with(&[Feature::Variable("SOCKLB_BIN")], |sandbox| test(sandbox, &Place::new(sandbox)));
-}
+use crate::town::{self, Town};
 
 pub(crate) fn with_town(test: impl FnOnce(&Place, &Town) + Send) {
-    let needs = [Feature::Variable("SOCKLB_BIN"), Feature::Command("curl")];
-    Sandbox::test_with(&needs, |sandbox| test(&Place::new(sandbox), &Town::new(sandbox, 2)));
+    Place::test(&[Feature::Command("curl")], |sandbox, place| test(place, &Town::new(sandbox, 2)));
+}
+
+/// Starts an agent with these manifests, and waits until the town's web service answers.
+pub(crate) fn serve(place: &Place, cluster: &Cluster, flags: &[&str]) -> Running {
+    place.write(cluster);
+    let agent = place.start(flags);
+    eventually("the service answers", || is_up(town::web()[0]));
+    agent
 }
 
 /// The pods that answer calls of the web service.
@@ -220,11 +52,8 @@ pub(crate) fn is_up(service: SocketAddr) -> bool {
 #[test]
 fn the_agent_follows_manifests_and_survives_its_end() {
     with_town(|place, town| {
-        let service = town::web()[0];
         let ip = |pod: usize| town.pods[pod].ips[0].to_string();
-        place.write(&town.cluster(0..2));
-        let agent = place.start();
-        eventually("the service answers", || is_up(service));
+        let agent = serve(place, &town.cluster(0..2), &QUIET);
         assert_eq!(servers(40), BTreeSet::from([ip(0), ip(1)]));
 
         place.write(&town.cluster(1..2));
@@ -234,10 +63,10 @@ fn the_agent_follows_manifests_and_survives_its_end() {
         assert_eq!(servers(20), BTreeSet::from([ip(1)]), "it is served without an agent");
 
         // Killed and restarted with changed manifests: it applies what it missed.
-        let agent = place.start();
+        let agent = place.start(&QUIET);
         assert_eq!(agent.end(Signal::SIGKILL), None);
         place.write(&town.cluster(0..1));
-        let _agent = place.start();
+        let _agent = place.start(&QUIET);
         eventually("the other pod is back", || servers(20) == BTreeSet::from([ip(0)]));
     });
 }
@@ -245,9 +74,7 @@ fn the_agent_follows_manifests_and_survives_its_end() {
 #[test]
 fn commands_tell_what_the_kernel_holds() {
     with_town(|place, town| {
-        place.write(&town.cluster(0..2));
-        let agent = place.start();
-        eventually("the service answers", || is_up(town::web()[0]));
+        let agent = serve(place, &town.cluster(0..2), &QUIET);
         assert_eq!(agent.end(Signal::SIGINT), Some(0));
 
         let services = place.json(&["services", "-o", "json"]);
@@ -308,19 +135,19 @@ fn bad_manifests_are_named_and_the_rest_is_served() {
     with_town(|place, town| {
         place.write(&town.cluster(0..2));
         for (name, text) in BAD_MANIFESTS {
-            fs::write(place.manifests.path().join(name), text).unwrap();
+            fs::write(place.manifests().join(name), text).unwrap();
         }
-        let agent = place.start();
+        let agent = place.start(&QUIET);
         eventually("the service answers", || is_up(town::web()[0]));
         assert_eq!(servers(40).len(), 2);
         assert!(is_up(town::web()[1]));
-        let status = run(&place.binary, &place.args(&["status", "-o", "json", "--cgroup", &place.cgroup]));
+        let status = place.run(&["status", "-o", "json", "--cgroup", &place.cgroup]);
         let status: Value = serde_json::from_slice(&status.stdout).unwrap();
-        let explained = text(&place.binary, &place.args(&["explain", "10.96.0.80:80"]));
+        let explained = place.text(&["explain", "10.96.0.80:80"]);
         let taken =
             "  issue      Service default/zz-same: 10.96.0.80:80/tcp belongs to service default/web-v4";
         assert!(explained.contains(taken), "{explained}");
-        let explained = text(&place.binary, &place.args(&["explain", "10.96.1.3:80"]));
+        let explained = place.text(&["explain", "10.96.1.3:80"]);
         assert!(explained.contains("default/large: spec.ports[0].port: 65536 is not a port"), "{explained}");
         let (code, log) = agent.end_with_log(Signal::SIGTERM);
         assert_eq!(code, Some(0), "{log:#?}");
@@ -352,9 +179,7 @@ fn bad_manifests_are_named_and_the_rest_is_served() {
 fn cleanup_takes_everything_away() {
     with_town(|place, town| {
         let service = town::web()[0];
-        place.write(&town.cluster(0..2));
-        let agent = place.start();
-        eventually("the service answers", || is_up(service));
+        let agent = serve(place, &town.cluster(0..2), &QUIET);
         assert_eq!(agent.end(Signal::SIGTERM), Some(0));
 
         // A reader that stops early, as in `socklb services | head -1`, breaks nothing.
@@ -375,9 +200,9 @@ fn cleanup_takes_everything_away() {
         }
         assert_eq!(call(service, Protocol::Tcp), Err(Errno::ENETUNREACH));
         assert!(!Path::new(&place.pin_path).exists());
-        assert_eq!(fs::read_dir(place.state_dir.path()).into_iter().flatten().count(), 0);
+        assert_eq!(fs::read_dir(place.state_dir()).into_iter().flatten().count(), 0);
 
-        let nothing = run(&place.binary, &place.args(&["services"]));
+        let nothing = place.run(&["services"]);
         assert_eq!(nothing.status.code(), Some(1));
         let message = String::from_utf8_lossy(&nothing.stderr).into_owned();
         assert_eq!(message.lines().count(), 1, "{message}");
@@ -390,23 +215,17 @@ fn cleanup_takes_everything_away() {
 fn cleanup_beside_an_agent_that_runs_is_for_good() {
     with_town(|place, town| {
         let service = town::web()[0];
-        place.write(&town.cluster(0..2));
         // A foreign directory among the pins keeps the pin directory.
         for keeps_directory in [false, true] {
-            let agent = place.start_with(&[
-                "--metrics-bind-address=",
-                "--healthz-bind-address=",
-                "--self-test-interval=0",
-                "--audit-interval=200ms",
-            ]);
-            eventually("the service answers", || is_up(service));
+            let agent =
+                serve(place, &town.cluster(0..2), &[&QUIET[..], &["--audit-interval=200ms"]].concat());
             let theirs = Path::new(&place.pin_path).join("theirs");
             if keeps_directory {
                 fs::create_dir(&theirs).unwrap();
             }
-            text(&place.binary, &place.args(&["cleanup"]));
+            place.text(&["cleanup"]);
             assert_eq!(call(service, Protocol::Tcp), Err(Errno::ENETUNREACH));
-            let status = run(&place.binary, &place.args(&["status", "--cgroup", &place.cgroup]));
+            let status = place.run(&["status", "--cgroup", &place.cgroup]);
             let told = String::from_utf8_lossy(&status.stdout).into_owned();
             assert!(status.status.code() == Some(1) && told.contains("it serves no calls"), "{told}");
             assert!(told.starts_with("agent     detached: ") && !told.contains("passed"), "{told}");
@@ -421,7 +240,6 @@ fn cleanup_beside_an_agent_that_runs_is_for_good() {
                 assert_eq!(fs::read_dir(&place.pin_path).unwrap().count(), 1);
                 fs::remove_dir(&theirs).unwrap();
             }
-            place.write(&town.cluster(0..2));
         }
     });
 }
@@ -434,7 +252,7 @@ fn status_tells_of_an_agent_that_runs_and_of_one_that_does_not() {
         let command = |flags: &[&str]| -> (Option<i32>, Value) {
             let flags = if flags.is_empty() { &["--cgroup", &place.cgroup][..] } else { flags };
             let args = [&["status", "-o", "json"][..], &FLAGS, flags].concat();
-            let output = run(&place.binary, &place.args(&args));
+            let output = place.run(&args);
             let parsed = serde_json::from_slice(&output.stdout);
             (output.status.code(), parsed.unwrap_or_else(|error| panic!("{error}: {output:?}")))
         };
@@ -445,9 +263,7 @@ fn status_tells_of_an_agent_that_runs_and_of_one_that_does_not() {
         let mut cluster = town.cluster(0..2);
         // A second Service that claims an address is omitted and reported.
         cluster.serve("zz-same", town::web()[0], Protocol::Tcp, &[]);
-        place.write(&cluster);
-        let agent = place.start_with(&FLAGS);
-        eventually("the service answers", || is_up(town::web()[0]));
+        let agent = serve(place, &cluster, &FLAGS);
         eventually("the snapshot is written", || place.state_dir().join("snapshot").exists());
         eventually("the self-test is passed", || command(&[]).1["self_test"] == "passed");
         let (code, running) = command(&[]);
@@ -502,9 +318,7 @@ fn check_tells_what_the_host_offers() {
             let found = findings.iter().find(|finding| finding["what"] == what).unwrap();
             (found["status"].as_str().unwrap().to_owned(), found["found"].as_str().unwrap().to_owned())
         };
-        place.write(&town.cluster(0..1));
-        let agent = place.start();
-        eventually("the service answers", || is_up(town::web()[0]));
+        let agent = serve(place, &town.cluster(0..1), &QUIET);
 
         let own = check(&place.pin_path, 0);
         assert!(own.iter().all(|finding| finding["status"] != "missing"), "{own:?}");

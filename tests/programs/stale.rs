@@ -4,6 +4,7 @@ use lb_core::model::Protocol;
 use lb_tests::{
     Feature,
     client::{Domain, Socket},
+    installed::eventually,
     netns::Resident,
     require,
 };
@@ -11,7 +12,7 @@ use nix::errno::Errno;
 
 use crate::{
     http::{LISTEN, Scrape, address},
-    socklb::{eventually, is_up, with_town},
+    socklb::{serve, with_town},
     town,
 };
 
@@ -23,9 +24,7 @@ fn a_udp_socket_that_is_older_than_its_service_is_served() {
     with_town(|place, town| {
         let mut without = town.cluster(0..1);
         without.services.retain(|_, service| service.metadata.name.as_deref() != Some("dns-udp-v4"));
-        place.write(&without);
-        let agent = place.start_with(&LISTEN);
-        eventually("the service answers", || is_up(town::web()[0]));
+        let agent = serve(place, &without, &LISTEN);
         let (service, pod) = (town::dns()[0], &town.pods[0]);
         let _process = Resident::of(&pod.netns).unwrap();
         // Adds a route.
@@ -54,9 +53,7 @@ fn the_agent_ends_udp_sockets_whose_pod_is_gone() {
         return;
     }
     with_town(|place, town| {
-        place.write(&town.cluster(0..1));
-        let agent = place.start_with(&LISTEN);
-        eventually("the service answers", || is_up(town::web()[0]));
+        let agent = serve(place, &town.cluster(0..1), &LISTEN);
         let (service, pod) = (town::dns()[0], &town.pods[0]);
         let _process = Resident::of(&pod.netns).unwrap();
         let in_pod = pod.netns.run(|| Socket::new(Domain::V4, Protocol::Udp));
@@ -89,12 +86,7 @@ fn the_agent_ends_udp_sockets_whose_pod_is_gone() {
         assert!(!log.iter().any(|line| line.contains("stale sockets stay connected")), "{log:#?}");
 
         // A change that requests more.
-        let mut cluster = town.cluster(1..2);
-        let annotation = [("socklb.io/stale-connections".to_owned(), "reset".to_owned())];
-        for service in cluster.services.values_mut() {
-            service.metadata.annotations.get_or_insert_default().extend(annotation.clone());
-        }
-        place.write(&cluster);
+        place.write(&town.cluster(1..2).annotated("socklb.io/stale-connections", "reset"));
         assert_eq!(tcp.receive(), Err(Errno::ECONNABORTED));
         assert_eq!(on_node.peer_name(), Ok(service), "it has moved to a pod that serves: {:#?}", agent.log());
     });

@@ -5,7 +5,7 @@ use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use lb_core::model::Protocol;
 use lb_tests::{Sandbox, agent::Agent, cluster::Cluster, netns::NetNs};
 
-use crate::backend::{Dns, Http};
+use crate::backend::Backend;
 
 pub(crate) const HTTP: u16 = 8080;
 const DNS: u16 = 1053;
@@ -16,7 +16,7 @@ pub(crate) struct Pod {
     pub(crate) ips: [IpAddr; 2],
     /// The node's addresses on the link to it.
     pub(crate) gateways: [IpAddr; 2],
-    _servers: (Http, Dns),
+    _servers: Backend,
 }
 
 /// A sandbox's node with pods.
@@ -36,12 +36,7 @@ impl Town {
             let (gateways, ips) = (addresses(n, 1), addresses(n, 2));
             let netns = NetNs::new().unwrap();
             sandbox.netns().join(&format!("pod{n}"), &gateways, &netns, "eth0", &ips).unwrap();
-            let servers = netns.run(|| {
-                (
-                    Http::start(ips.map(|ip| SocketAddr::new(ip, HTTP))),
-                    Dns::start(ips.map(|ip| SocketAddr::new(ip, DNS))),
-                )
-            });
+            let servers = netns.run(|| Backend::start(ips, HTTP, DNS));
             Pod { netns, ips, gateways, _servers: servers }
         });
         Self { pods: pods.collect() }

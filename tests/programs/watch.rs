@@ -2,15 +2,19 @@
 
 use std::{
     fs::File,
-    io::{BufRead as _, BufReader, Read as _, Write as _},
-    process::{Child, Command, Stdio},
+    io::{BufRead as _, BufReader, Lines, Read as _, Write as _},
+    net::SocketAddr,
+    process::{Child, ChildStdout, Command, Stdio},
     sync::mpsc,
     thread,
     time::{Duration, Instant},
 };
 
-use lb_core::model::Protocol::{Tcp, Udp};
-use lb_tests::client::{Domain, Socket, call};
+use lb_core::model::Protocol::{self, Tcp, Udp};
+use lb_tests::{
+    client::{Domain, Socket, call},
+    installed::{Place, QUIET},
+};
 use nix::{
     errno::Errno,
     pty::{OpenptyResult, Winsize, openpty},
@@ -20,17 +24,36 @@ use nix::{
 use serde_json::Value;
 
 use crate::{
-    process::text,
-    socklb::{Place, eventually, is_up, with_town},
-    town::{self, Town},
+    socklb::{is_up, serve, with_town},
+    town::{self},
 };
 
-/// Serves the town and stops the agent: the commands read pinned maps.
-fn serve(place: &Place, town: &Town) {
-    place.write(&town.cluster(0..2));
-    let agent = place.start();
-    eventually("the service answers", || is_up(town::web()[0]));
-    assert_eq!(agent.end(Signal::SIGTERM), Some(0));
+/// Runs a test with the pinned maps of an agent that has exited: the commands read those.
+fn with_served_town(test: impl FnOnce(&Place) + Send) {
+    with_town(|place, town| {
+        let agent = serve(place, &town.cluster(0..2), &QUIET);
+        assert_eq!(agent.end(Signal::SIGTERM), Some(0));
+        test(place);
+    });
+}
+
+/// Starts a command whose output is read while it runs.
+fn spawn(place: &Place, command: &[&str]) -> (Child, Lines<BufReader<ChildStdout>>) {
+    let mut command_line = Command::new(&place.binary);
+    let mut child = command_line.args(place.args(command)).stdout(Stdio::piped()).spawn().unwrap();
+    let lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    (child, lines)
+}
+
+fn terminate(mut child: Child) {
+    kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGTERM).unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+}
+
+fn connected(protocol: Protocol, service: SocketAddr) -> Socket {
+    let socket = Socket::new(Domain::of(service.ip()), protocol);
+    socket.connect(service).unwrap();
+    socket
 }
 
 /// One port in an answer of `top`.
@@ -45,24 +68,14 @@ fn number(row: &Value, field: &str) -> u64 {
 
 #[test]
 fn top_counts_the_calls_and_sockets_of_programs() {
-    with_town(|place, town| {
-        serve(place, town);
-        let top = || -> Value {
-            let line = text(&place.binary, &place.args(&["top", "-n", "1", "-o", "json"]));
-            serde_json::from_str(&line).unwrap()
-        };
+    with_served_town(|place| {
+        let top = || place.json(&["top", "-n", "1", "-o", "json"]);
         let before = top();
-        let held: Vec<Socket> = (0..3)
-            .map(|_| {
-                let socket = Socket::new(Domain::V4, Tcp);
-                socket.connect(town::web()[0]).unwrap();
-                socket
-            })
-            .collect();
+        let held = [(); 3].map(|()| connected(Tcp, town::web()[0]));
         for _ in 0..2 {
             assert!(is_up(town::web()[0]));
             assert_eq!(call(town::empty(), Tcp), Err(Errno::ECONNREFUSED));
-            Socket::new(Domain::V4, Udp).connect(town::dns()[0]).unwrap();
+            drop(connected(Udp, town::dns()[0]));
         }
         let after = top();
         let growth = |name: &str, field: &str| {
@@ -85,7 +98,7 @@ fn top_counts_the_calls_and_sockets_of_programs() {
             assert_eq!(number(&port(&top(), "web-v4"), "sockets"), 0);
         }
 
-        let table = text(&place.binary, &place.args(&["top", "-n", "1", "--filter", "web-v4"]));
+        let table = place.text(&["top", "-n", "1", "--filter", "web-v4"]);
         let lines: Vec<&str> = table.lines().collect();
         assert!(lines[1].starts_with("SERVICE") && lines[2].starts_with("default/web-v4"), "{table}");
         assert_eq!(lines.len(), 5, "{table}");
@@ -95,11 +108,8 @@ fn top_counts_the_calls_and_sockets_of_programs() {
 
 #[test]
 fn top_tells_rates_from_one_look_to_the_next() {
-    with_town(|place, town| {
-        serve(place, town);
-        let args = place.args(&["top", "-n", "2", "--interval", "1s", "-o", "json"]);
-        let mut child = Command::new(&place.binary).args(args).stdout(Stdio::piped()).spawn().unwrap();
-        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    with_served_town(|place| {
+        let (mut child, mut lines) = spawn(place, &["top", "-n", "2", "--interval", "1s", "-o", "json"]);
         let mut next = || -> Value { serde_json::from_str(&lines.next().unwrap().unwrap()).unwrap() };
         let first = next();
         assert_eq!(
@@ -238,8 +248,7 @@ impl Drop for Terminal {
 
 #[test]
 fn top_on_a_terminal_obeys_keys_and_leaves_it_as_it_was() {
-    with_town(|place, town| {
-        serve(place, town);
+    with_served_town(|place| {
         let mut command = Command::new(&place.binary);
         let mut terminal = Terminal::run(command.args(place.args(&["top", "--interval", "100ms"])));
         // The alternate screen, and the table on it.
@@ -261,10 +270,9 @@ fn top_on_a_terminal_obeys_keys_and_leaves_it_as_it_was() {
 
 /// Reads a stream of JSON while calls are made.
 fn monitored(place: &Place, flags: &[&str], calls: impl FnOnce()) -> Vec<Value> {
-    let args = place.args(&[&["monitor", "-o", "json", "--interval", "10ms"], flags].concat());
-    let mut child = Command::new(&place.binary).args(args).stdout(Stdio::piped()).spawn().unwrap();
+    let command = [&["monitor", "-o", "json", "--interval", "10ms"], flags].concat();
+    let (child, lines) = spawn(place, &command);
     // What exists before the first poll is not new: allow time for one.
-    let lines = BufReader::new(child.stdout.take().unwrap()).lines();
     thread::scope(|scope| {
         let reader = scope.spawn(|| {
             lines.map(|line| serde_json::from_str(&line.unwrap()).unwrap()).collect::<Vec<Value>>()
@@ -272,8 +280,7 @@ fn monitored(place: &Place, flags: &[&str], calls: impl FnOnce()) -> Vec<Value> 
         thread::sleep(Duration::from_secs(2));
         calls();
         thread::sleep(Duration::from_millis(500));
-        kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGTERM).unwrap();
-        assert_eq!(child.wait().unwrap().code(), Some(0));
+        terminate(child);
         reader.join().unwrap()
     })
 }
@@ -281,40 +288,28 @@ fn monitored(place: &Place, flags: &[&str], calls: impl FnOnce()) -> Vec<Value> 
 /// Long before there is a connection or a summary.
 #[test]
 fn monitor_says_at_once_what_it_shows() {
-    with_town(|place, town| {
-        serve(place, town);
-        let mut child = Command::new(&place.binary)
-            .args(place.args(&["monitor"]))
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
+    with_served_town(|place| {
+        let (child, lines) = spawn(place, &["monitor"]);
         let started = Instant::now();
-        let lines = BufReader::new(child.stdout.take().unwrap()).lines().take(2);
-        let lines: Vec<String> = lines.map(Result::unwrap).collect();
+        let lines: Vec<String> = lines.take(2).map(Result::unwrap).collect();
         assert!(started.elapsed() < Duration::from_secs(8), "before the first summary");
         assert!(lines[0].starts_with("# time  service  address called -> endpoint"), "{lines:?}");
         assert!(
             lines[1].contains("every 100ms (--interval)") && lines[1].contains("socklb top"),
             "{lines:?}"
         );
-        kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGTERM).unwrap();
-        assert_eq!(child.wait().unwrap().code(), Some(0));
+        terminate(child);
     });
 }
 
 #[test]
 fn monitor_shows_new_connections_and_counts_the_others() {
-    with_town(|place, town| {
-        serve(place, town);
-        let before = Socket::new(Domain::V4, Tcp);
-        before.connect(town::web()[0]).unwrap();
+    with_served_town(|place| {
+        let _before = connected(Tcp, town::web()[0]);
         let mut held = Vec::new();
         let lines = monitored(place, &[], || {
-            for (protocol, service) in [(Tcp, town::web()[0]), (Tcp, town::web()[1]), (Udp, town::dns()[0])] {
-                let socket = Socket::new(Domain::of(service.ip()), protocol);
-                socket.connect(service).unwrap();
-                held.push(socket);
-            }
+            let [web, web6] = town::web();
+            held.extend([connected(Tcp, web), connected(Tcp, web6), connected(Udp, town::dns()[0])]);
             // Mostly closed before the next poll.
             for _ in 0..20 {
                 assert!(is_up(town::web()[0]));
@@ -341,11 +336,7 @@ fn monitor_shows_new_connections_and_counts_the_others() {
 
         // Only what was requested is shown and counted.
         let lines = monitored(place, &["--service", "default/web-v6", "--protocol", "tcp"], || {
-            for service in town::web() {
-                let socket = Socket::new(Domain::of(service.ip()), Tcp);
-                socket.connect(service).unwrap();
-                held.push(socket);
-            }
+            held.extend(town::web().map(|service| connected(Tcp, service)));
         });
         assert_eq!(lines.len(), 2, "{lines:#?}");
         assert_eq!((&lines[0]["name"], number(&lines[1], "connects")), (&"web-v6".into(), 1), "{lines:#?}");

@@ -40,8 +40,7 @@ impl ThreadCgroup {
         static N_MADE: AtomicU32 = AtomicU32::new(0);
         let parent = ProcessCgroup::join()?;
         let cgroup = Self { path: parent.join(format!("thread-{}", N_MADE.fetch_add(1, Ordering::Relaxed))) };
-        fs::create_dir(&cgroup.path)?;
-        fs::write(cgroup.path.join("cgroup.type"), "threaded")?;
+        make_threaded(&cgroup.path)?;
         cgroup.admit_this_thread()?;
         Ok(cgroup)
     }
@@ -125,6 +124,16 @@ impl ProcessCgroup {
             *process = None;
         }
     }
+}
+
+/// Creates a cgroup whose threads may be in other cgroups of its subtree.
+///
+/// # Errors
+///
+/// The error of the cgroup file system.
+pub fn make_threaded(path: &Path) -> io::Result<()> {
+    fs::create_dir(path)?;
+    fs::write(path.join("cgroup.type"), "threaded")
 }
 
 /// Removes a cgroup. The kernel still counts a thread for a moment after it exits.

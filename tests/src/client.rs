@@ -54,7 +54,8 @@ impl Domain {
     }
 
     /// The address in the form of this domain.
-    fn sockaddr(self, address: SocketAddr) -> SockaddrStorage {
+    #[must_use]
+    pub fn sockaddr(self, address: SocketAddr) -> SockaddrStorage {
         match (self, address.ip()) {
             (Self::Mapped, IpAddr::V4(ip)) => {
                 SocketAddr::new(ip.to_ipv6_mapped().into(), address.port()).into()

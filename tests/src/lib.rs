@@ -7,7 +7,7 @@
 //! - [`cluster`]: Kubernetes objects; [`agent`]: from objects to the kernel, in process.
 //! - [`apiserver`]: an API server for such objects, with faults.
 //! - [`controlplane`]: a real one, if the environment names it.
-//! - [`process`]: resource usage of a process.
+//! - [`installed`]: the program `socklb` as people run it; [`process`]: any program.
 //! - [`churn`]: long-running changes and faults, with concurrent calls.
 //! - [`scenario`]: objects and expected flows, run by the simulator and by the kernel.
 //! - [`feature`]: what happens on a machine that lacks something.
@@ -31,6 +31,7 @@ pub mod client;
 pub mod cluster;
 pub mod controlplane;
 pub mod feature;
+pub mod installed;
 pub mod netns;
 pub mod process;
 pub mod sandbox;
