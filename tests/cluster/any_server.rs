@@ -1,9 +1,8 @@
 //! What holds with every API server: the test server and, if `KUBEBUILDER_ASSETS` names one, a real one.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeSet,
     net::{IpAddr, Ipv4Addr, SocketAddr},
-    time::{Duration, Instant},
 };
 
 use k8s_openapi::{
@@ -14,9 +13,7 @@ use lb_agent::source::{Exclusions as _, Source as _};
 use lb_core::model::{Protocol::Tcp, ingest};
 use lb_tests::{
     Feature, Sandbox,
-    agent::Agent,
     apiserver::{ApiServer, Kind},
-    client::call,
     cluster::{Cluster, NAMESPACE, PortOf},
     controlplane::{Api, servers},
     require,
@@ -24,7 +21,7 @@ use lb_tests::{
 };
 use nix::errno::Errno;
 
-use crate::follower::{Follower, NODE, PATIENCE, cluster, endpoints, open, runtime, service_address};
+use crate::follower::{Follower, InKernel, NODE, cluster, endpoints, service_address};
 
 /// Creates or replaces all objects of a cluster.
 fn apply(server: &dyn Api, cluster: &Cluster) {
@@ -50,13 +47,8 @@ fn objects_are_listed_and_followed() {
         is_served(&follower, server);
         for n_endpoints in [1, 4, 2] {
             objects.set_endpoints(&PortOf::tcp("web-7"), &endpoints(7, n_endpoints));
-            for slice in objects
-                .slices
-                .values()
-                .filter(|slice| slice.metadata.name.as_deref().is_some_and(|name| name.starts_with("web-7")))
-            {
-                server.apply(slice.clone().into());
-            }
+            let of_web_7 = objects.slices.iter().filter(|((_, name), _)| name.starts_with("web-7"));
+            of_web_7.for_each(|(_, slice)| server.apply(slice.clone().into()));
             follower.until_like(server);
         }
         server.delete(Kind::Service, NAMESPACE, "web-7");
@@ -83,9 +75,8 @@ fn labels_of(server: &dyn Api) {
     let n_others = server.cluster().services.len() - 2;
     let service = |labels: &[(&str, &str)]| -> Service {
         let mut service = objects.services.values().next().unwrap().clone();
-        let labels: BTreeMap<_, _> =
-            labels.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
-        service.metadata.labels = Some(labels);
+        let labels = labels.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned()));
+        service.metadata.labels = Some(labels.collect());
         service
     };
     for (labels, n_frontends) in [
@@ -129,26 +120,8 @@ fn calls_follow(sandbox: &Sandbox, server: &dyn Api) {
     objects.set(slice(&pods[..1]));
     apply(server, &objects);
 
-    let runtime = runtime();
-    let mut source = open(&runtime, server);
-    let mut agent = Agent::start(sandbox);
-    let mut until = |wanted: Result<SocketAddr, Errno>| {
-        let started = Instant::now();
-        loop {
-            let moment = Duration::from_millis(5);
-            let changed = runtime.block_on(async { tokio::time::timeout(moment, source.changed()).await });
-            if changed.is_ok() {
-                agent.state.change(|store| source.apply(store));
-            }
-            if source.is_complete() && agent.state.needs_sync() {
-                agent.sync();
-            }
-            if call(service, Tcp) == wanted {
-                return started.elapsed();
-            }
-            assert!(started.elapsed() < PATIENCE, "{service} never gave {wanted:?}");
-        }
-    };
+    let mut agent = InKernel::start(sandbox, server);
+    let mut until = |wanted: Result<SocketAddr, Errno>| agent.until(&[(service, wanted)]);
     until(Ok(pods[0]));
     server.apply(slice(&pods[1..]).into());
     eprintln!("from the change to the first call that sees it: {:?}", until(Ok(pods[1])));

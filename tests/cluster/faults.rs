@@ -1,6 +1,7 @@
 //! Faults of an API server. At the end the state is as if there had been none.
 
 use std::{
+    collections::BTreeMap,
     fs,
     process::Command,
     sync::atomic::{AtomicBool, Ordering},
@@ -8,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use lb_agent::source::Source as _;
+use lb_agent::source::{Source as _, cluster::Timing};
 use lb_core::{
     desired::FrontendAddress,
     model::{Protocol::Tcp, ingest},
@@ -18,34 +19,22 @@ use lb_tests::{
     cluster::{self, NAMESPACE, PortOf},
 };
 
-use crate::follower::{Follower, N_KINDS, cluster, endpoints, service_address};
-
-fn with_services(n_services: usize) -> (ApiServer, Follower) {
-    let server = ApiServer::start();
-    server.set(&cluster(n_services));
-    let mut follower = Follower::start(&server);
-    follower.until_like(&server);
-    (server, follower)
-}
+use crate::follower::{ALL, Follower, N_KINDS, TIMING, cluster, endpoints, server_of, service_address};
 
 /// The name of a slice of a service.
 fn first_slice_of(objects: &cluster::Cluster, service: &str) -> String {
-    let is_of = |slice: &&k8s_openapi::api::discovery::v1::EndpointSlice| {
-        let labels = slice.metadata.labels.as_ref();
-        labels.is_some_and(|labels| labels.get(ingest::SERVICE_NAME).is_some_and(|name| name == service))
-    };
-    objects.slices.values().find(is_of).and_then(|slice| slice.metadata.name.clone()).unwrap()
+    let mut slices = objects.slices.values().map(|slice| &slice.metadata);
+    let label = |labels: &BTreeMap<String, String>| labels.get(ingest::SERVICE_NAME).cloned();
+    let slice = slices.find(|slice| slice.labels.as_ref().and_then(label).as_deref() == Some(service));
+    slice.and_then(|slice| slice.name.clone()).unwrap()
 }
 
 #[test]
 fn a_server_that_comes_later_is_waited_for() {
-    let mut server = ApiServer::start();
-    server.set(&cluster(3));
+    let mut server = server_of(&cluster(3));
     server.stop();
     let mut follower = Follower::start(&server);
-    for _ in 0..20 {
-        follower.step();
-    }
+    follower.steps(20);
     assert!(!follower.source.is_complete());
     server.resume().unwrap();
     follower.until_like(&server);
@@ -55,8 +44,7 @@ fn a_server_that_comes_later_is_waited_for() {
 /// restart.
 #[test]
 fn credentials_that_are_replaced_are_used() {
-    let server = ApiServer::start();
-    server.set(&cluster(3));
+    let server = server_of(&cluster(3));
     let directory = tempfile::tempdir().unwrap();
     let [token, kubeconfig] = ["token", "kubeconfig"].map(|name| directory.path().join(name));
     let accept = |token: &str| {
@@ -75,9 +63,7 @@ fn credentials_that_are_replaced_are_used() {
     // The server rejects the old token before the file has the next one.
     accept("second");
     server.delete(Kind::Service, NAMESPACE, "web-0");
-    for _ in 0..20 {
-        follower.step();
-    }
+    follower.steps(20);
     assert_eq!(follower.n_frontends(), 3, "what is served stays");
     fs::write(&token, "second").unwrap();
     follower.until_like(&server);
@@ -92,7 +78,7 @@ fn credentials_that_are_replaced_are_used() {
 
 #[test]
 fn a_cut_watch_is_resumed_without_a_list() {
-    let (server, mut follower) = with_services(5);
+    let (server, mut follower) = Follower::of_services(5);
     let lists = server.requests().lists;
     for number in 0..5 {
         server.cut_watches();
@@ -106,7 +92,7 @@ fn a_cut_watch_is_resumed_without_a_list() {
 
 #[test]
 fn removals_while_the_server_is_away_are_seen() {
-    let (mut server, mut follower) = with_services(5);
+    let (mut server, mut follower) = Follower::of_services(5);
     for forgets in [false, true] {
         server.stop();
         let name = if forgets { "web-1" } else { "web-0" };
@@ -114,9 +100,7 @@ fn removals_while_the_server_is_away_are_seen() {
         if forgets {
             server.compact();
         }
-        for _ in 0..20 {
-            follower.step();
-        }
+        follower.steps(20);
         assert!(follower.source.is_complete(), "what is known stays");
         server.resume().unwrap();
         follower.until_like(&server);
@@ -126,7 +110,7 @@ fn removals_while_the_server_is_away_are_seen() {
 
 #[test]
 fn an_expired_watch_leads_to_a_list_that_removes() {
-    let (server, mut follower) = with_services(5);
+    let (server, mut follower) = Follower::of_services(5);
     server.set_faults(|faults| faults.lost_events = 2);
     server.delete(Kind::Service, NAMESPACE, "web-0");
     server.delete(Kind::Service, NAMESPACE, "web-1");
@@ -142,9 +126,8 @@ fn an_expired_watch_leads_to_a_list_that_removes() {
 /// Changes while a server sends the objects of its cache come before the end of a streaming list.
 #[test]
 fn changes_before_the_end_of_a_list_count() {
-    let server = ApiServer::start();
     let mut objects = cluster(20);
-    server.set(&objects);
+    let server = server_of(&objects);
     let before = server.version();
     server.delete(Kind::Service, NAMESPACE, "web-3");
     server.delete(Kind::Service, NAMESPACE, "web-5");
@@ -174,9 +157,8 @@ fn changes_before_the_end_of_a_list_count() {
 /// A watch that the server closes regularly resumes at its version.
 #[test]
 fn a_watch_that_ends_in_time_costs_no_list() {
-    let server = ApiServer::start();
-    server.set(&cluster(3));
-    let mut follower = Follower::with_watches_of(&server, Duration::from_secs(1));
+    let server = server_of(&cluster(3));
+    let mut follower = Follower::start_with(&server, ALL, Timing { watch: Duration::from_secs(1), ..TIMING });
     follower.until("each watch was asked for several times", |_| server.requests().watches >= 3 * N_KINDS);
     follower.until_like(&server);
     let requests = server.requests();
@@ -186,7 +168,7 @@ fn a_watch_that_ends_in_time_costs_no_list() {
 /// Each outage is reported while it lasts, with server and cause, and ends when the server answers again.
 #[test]
 fn an_outage_is_known() {
-    let (mut server, mut follower) = with_services(3);
+    let (mut server, mut follower) = Follower::of_services(3);
     let contact = follower.source.contact().unwrap().clone();
     for _ in 0..2 {
         server.stop();
@@ -207,10 +189,8 @@ fn an_outage_is_known() {
     server.cut_watches();
     follower.until("it refuses", |_| contact.outage().is_some());
     let problem = contact.outage().unwrap().problem.to_string();
-    assert!(
-        problem.contains(&server.url()) && problem.contains("401") && problem.contains("token"),
-        "{problem}"
-    );
+    let names_all = [&server.url(), "401", "token"].into_iter().all(|part| problem.contains(part));
+    assert!(names_all, "{problem}");
     server.set_faults(|faults| faults.token = None);
     follower.until("all is well", |_| contact.outage().is_none());
     let failures = contact.failures();
@@ -221,9 +201,9 @@ fn an_outage_is_known() {
 /// A server that keeps forgetting its history is not asked for lists all the time.
 #[test]
 fn a_server_that_keeps_forgetting_is_given_pauses() {
-    let server = ApiServer::start();
-    server.set(&cluster(3));
-    let mut follower = Follower::with_first_pause(&server, Duration::from_millis(400));
+    let server = server_of(&cluster(3));
+    let mut follower =
+        Follower::start_with(&server, ALL, Timing { first_pause: Duration::from_millis(400), ..TIMING });
     follower.until_like(&server);
     let before = server.requests().lists;
     let end = Instant::now() + Duration::from_secs(2);
@@ -239,7 +219,7 @@ fn a_server_that_keeps_forgetting_is_given_pauses() {
 /// While a list is in progress, however long it takes, the maps never lack an entry.
 #[test]
 fn a_list_takes_nothing_away_that_is_there() {
-    let (server, mut follower) = with_services(20);
+    let (server, mut follower) = Follower::of_services(20);
     server.set_faults(|faults| faults.delay = Duration::from_millis(200));
     for _ in 0..3 {
         server.expire();
@@ -254,8 +234,7 @@ fn a_list_takes_nothing_away_that_is_there() {
 
 #[test]
 fn too_many_requests_are_asked_again_later() {
-    let server = ApiServer::start();
-    server.set(&cluster(3));
+    let server = server_of(&cluster(3));
     server.set_faults(|faults| faults.too_many_requests = (3, 1));
     let started = Instant::now();
     let mut follower = Follower::start(&server);
@@ -265,7 +244,7 @@ fn too_many_requests_are_asked_again_later() {
 
 #[test]
 fn internal_errors_are_asked_again() {
-    let (server, mut follower) = with_services(3);
+    let (server, mut follower) = Follower::of_services(3);
     server.set_faults(|faults| faults.internal_errors = 9);
     server.expire();
     server.delete(Kind::Service, NAMESPACE, "web-2");
@@ -333,7 +312,7 @@ fn a_server_with_other_versions_is_listed_anew() {
 
 #[test]
 fn a_half_open_connection_is_given_up() {
-    let (server, mut follower) = with_services(3);
+    let (server, mut follower) = Follower::of_services(3);
     server.freeze();
     server.delete(Kind::Service, NAMESPACE, "web-0");
     follower.until_like(&server);
@@ -346,11 +325,8 @@ fn a_half_open_connection_is_given_up() {
 /// served.
 #[test]
 fn churn_with_faults_ends_as_without() {
-    let mut server = ApiServer::start();
+    let (mut server, mut follower) = Follower::of_services(60);
     let mut objects = cluster(60);
-    server.set(&objects);
-    let mut follower = Follower::start(&server);
-    follower.until_like(&server);
     let kept = FrontendAddress { ip: service_address(0).ip(), port: 80, protocol: Tcp };
     let mut random = 1_u64;
     let mut next = |limit: u64| {

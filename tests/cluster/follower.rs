@@ -12,16 +12,20 @@ use lb_agent::source::{
     cluster::{Access, KubeSource, Selection, Timing},
 };
 use lb_core::{
-    model::{Protocol::Tcp, Store},
+    model::{Protocol::Tcp, Store, ingest},
     plan::Capacity,
     state::State,
     tables::Image,
 };
 use lb_tests::{
-    agent,
+    Sandbox,
+    agent::{self, Agent},
+    apiserver::ApiServer,
+    client::call,
     cluster::{self, Cluster},
     controlplane::Api,
 };
+use nix::errno::Errno;
 use tokio::runtime::Runtime;
 
 /// Timeout of a condition in a test.
@@ -42,7 +46,7 @@ pub(crate) const TIMING: Timing = Timing {
 };
 
 /// All kinds.
-const WANTED: Selection<'_> = Selection {
+pub(crate) const ALL: Selection<'_> = Selection {
     service_proxy_name: None,
     node_name: NODE,
     other_nodes: true,
@@ -52,7 +56,7 @@ const WANTED: Selection<'_> = Selection {
 
 /// Opens a source with a kubeconfig, as the agent does.
 pub(crate) fn open(runtime: &Runtime, server: &dyn Api) -> KubeSource {
-    open_with(runtime, server, WANTED, TIMING)
+    open_with(runtime, server, ALL, TIMING)
 }
 
 fn open_with(runtime: &Runtime, server: &dyn Api, wanted: Selection<'_>, timing: Timing) -> KubeSource {
@@ -61,6 +65,41 @@ fn open_with(runtime: &Runtime, server: &dyn Api, wanted: Selection<'_>, timing:
     fs::write(&path, server.kubeconfig()).unwrap();
     let access = Access { kubeconfig: Some(path), apiserver: None };
     runtime.block_on(KubeSource::open(&access, wanted, timing)).unwrap()
+}
+
+/// A source, and an agent on the kernel that follows it.
+pub(crate) struct InKernel {
+    runtime: Runtime,
+    source: KubeSource,
+    agent: Agent,
+}
+
+impl InKernel {
+    pub(crate) fn start(sandbox: &Sandbox, server: &dyn Api) -> Self {
+        let runtime = runtime();
+        let source = open(&runtime, server);
+        Self { runtime, source, agent: Agent::start(sandbox) }
+    }
+
+    /// Follows the server until TCP calls of services have these outcomes. Returns how long it took.
+    pub(crate) fn until(&mut self, wanted: &[(SocketAddr, Result<SocketAddr, Errno>)]) -> Duration {
+        let started = Instant::now();
+        while !wanted.iter().all(|(service, outcome)| call(*service, Tcp) == *outcome) {
+            assert!(started.elapsed() < PATIENCE, "never happened: {wanted:?}");
+            self.agent.settle();
+            let source = &mut self.source;
+            let moment = Duration::from_millis(5);
+            let changed =
+                self.runtime.block_on(async { tokio::time::timeout(moment, source.changed()).await });
+            if changed.is_ok() {
+                self.agent.state.change(|store| source.apply(store));
+            }
+            if self.source.is_complete() && self.agent.state.needs_sync() {
+                self.agent.sync();
+            }
+        }
+        started.elapsed()
+    }
 }
 
 /// Source, state and image.
@@ -73,37 +112,21 @@ pub(crate) struct Follower {
 
 impl Follower {
     pub(crate) fn start(server: &dyn Api) -> Self {
-        let runtime = runtime();
-        let source = open(&runtime, server);
-        Self::of(runtime, source)
+        Self::start_with(server, ALL, TIMING)
     }
 
-    /// With this first pause after a failure.
-    pub(crate) fn with_first_pause(server: &dyn Api, first_pause: Duration) -> Self {
-        let runtime = runtime();
-        let source = open_with(&runtime, server, WANTED, Timing { first_pause, ..TIMING });
-        Self::of(runtime, source)
+    /// A server with [`cluster`], and an agent that has followed it.
+    pub(crate) fn of_services(n_services: usize) -> (ApiServer, Self) {
+        let server = server_of(&cluster(n_services));
+        let mut follower = Self::start(&server);
+        follower.until_like(&server);
+        (server, follower)
     }
 
-    /// With the agent's defaults.
-    pub(crate) fn of_own_node(server: &dyn Api) -> Self {
+    /// With a selection and times that differ from [`ALL`] and [`TIMING`].
+    pub(crate) fn start_with(server: &dyn Api, wanted: Selection<'_>, timing: Timing) -> Self {
         let runtime = runtime();
-        let source =
-            open_with(&runtime, server, Selection { other_nodes: false, pods: false, ..WANTED }, TIMING);
-        Self::of(runtime, source)
-    }
-
-    /// As with `--service-cidr=none`.
-    pub(crate) fn without_service_cidrs(server: &dyn Api) -> Self {
-        let runtime = runtime();
-        let source = open_with(&runtime, server, Selection { service_cidrs: false, ..WANTED }, TIMING);
-        Self::of(runtime, source)
-    }
-
-    /// With watches of this duration, or up to twice as long.
-    pub(crate) fn with_watches_of(server: &dyn Api, watch: Duration) -> Self {
-        let runtime = runtime();
-        let source = open_with(&runtime, server, WANTED, Timing { watch, ..TIMING });
+        let source = open_with(&runtime, server, wanted, timing);
         Self::of(runtime, source)
     }
 
@@ -111,7 +134,7 @@ impl Follower {
     pub(crate) fn with_kubeconfig(path: &Path) -> Self {
         let runtime = runtime();
         let access = Access { kubeconfig: Some(path.to_owned()), apiserver: None };
-        let source = runtime.block_on(KubeSource::open(&access, WANTED, TIMING)).unwrap();
+        let source = runtime.block_on(KubeSource::open(&access, ALL, TIMING)).unwrap();
         Self::of(runtime, source)
     }
 
@@ -134,6 +157,10 @@ impl Follower {
             plan.apply(&mut self.image);
             self.state.settled(plan.number());
         }
+    }
+
+    pub(crate) fn steps(&mut self, n: usize) {
+        (0..n).for_each(|_| self.step());
     }
 
     pub(crate) fn until(&mut self, what: &str, condition: impl Fn(&Self) -> bool) {
@@ -170,6 +197,13 @@ pub(crate) fn runtime() -> Runtime {
     tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap()
 }
 
+/// A server with these objects.
+pub(crate) fn server_of(objects: &Cluster) -> ApiServer {
+    let server = ApiServer::start();
+    server.set(objects);
+    server
+}
+
 /// The address of the service with this number.
 pub(crate) fn service_address(number: usize) -> SocketAddr {
     format!("10.96.{}.{}:80", 1 + number / 250, 1 + number % 250).parse().unwrap()
@@ -192,4 +226,13 @@ pub(crate) fn endpoints(number: usize, n_endpoints: usize) -> Vec<SocketAddr> {
     let address =
         |endpoint| format!("10.{}.{}.{}:8080", 1 + endpoint, number / 250, 1 + number % 250).parse().unwrap();
     (0..n_endpoints).map(address).collect()
+}
+
+/// Annotates all slices as changed now.
+pub(crate) fn trigger_now(objects: &mut Cluster) {
+    for slice in objects.slices.values_mut() {
+        let annotations = slice.metadata.annotations.get_or_insert_default();
+        let now = k8s_openapi::jiff::Timestamp::now().to_string();
+        annotations.insert(ingest::TRIGGER_TIME.to_owned(), now);
+    }
 }

@@ -44,7 +44,8 @@ fn answer(of: impl Fn(&str) -> (&'static str, usize) + Send + Sync + 'static) ->
     url
 }
 
-fn follow(url: &str) -> (tempfile::TempDir, Follower) {
+/// Follows a server until the outage is reported with all of this.
+fn until_reported(url: &str, parts: &[&str]) -> (tempfile::TempDir, Follower) {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("kubeconfig");
     let text = format!(
@@ -52,7 +53,11 @@ fn follow(url: &str) -> (tempfile::TempDir, Follower) {
          users: [{{name: a, user: {{}}}}]\ncontexts: [{{name: a, context: {{cluster: a, user: a}}}}]\n"
     );
     fs::write(&path, text).unwrap();
-    let follower = Follower::with_kubeconfig(&path);
+    let mut follower = Follower::with_kubeconfig(&path);
+    let contact = follower.source.contact().unwrap().clone();
+    follower.until("it is reported", |_| {
+        contact.outage().is_some_and(|outage| parts.iter().all(|part| outage.problem.contains(part)))
+    });
     (directory, follower)
 }
 
@@ -71,13 +76,7 @@ fn a_list_without_end_is_not_read_to_its_end() {
         let _before = counted.fetch_add(1, Relaxed);
         ("200 OK", 300 << 20)
     });
-    let (_directory, mut follower) = follow(&url);
-    let contact = follower.source.contact().unwrap().clone();
-    follower.until("the bound is reported", |_| {
-        contact.outage().is_some_and(|outage| {
-            outage.problem.contains("the list is larger than 256 MiB") && outage.problem.contains(&url)
-        })
-    });
+    let (_directory, mut follower) = until_reported(&url, &["the list is larger than 256 MiB", &url]);
     follower.until("the agent retries", |_| n_lists.load(Relaxed) > 1);
     assert!(!follower.source.is_complete());
 }
@@ -85,21 +84,11 @@ fn a_list_without_end_is_not_read_to_its_end() {
 /// A line of a watch is one object.
 #[test]
 fn an_event_without_end_is_not_read_to_its_end() {
-    let url = answer(|_| ("200 OK", 40 << 20));
-    let (_directory, mut follower) = follow(&url);
-    let contact = follower.source.contact().unwrap().clone();
-    follower.until("the bound is reported", |_| {
-        contact.outage().is_some_and(|outage| outage.problem.contains("an event is larger than 32 MiB"))
-    });
+    until_reported(&answer(|_| ("200 OK", 40 << 20)), &["an event is larger than 32 MiB"]);
 }
 
 /// The status code of a refusal is reported, not its body.
 #[test]
 fn a_refusal_without_end_is_a_refusal() {
-    let url = answer(|_| ("403 Forbidden", 40 << 20));
-    let (_directory, mut follower) = follow(&url);
-    let contact = follower.source.contact().unwrap().clone();
-    follower.until("the refusal is reported", |_| {
-        contact.outage().is_some_and(|outage| outage.problem.contains(": 403 "))
-    });
+    until_reported(&answer(|_| ("403 Forbidden", 40 << 20)), &[": 403 "]);
 }

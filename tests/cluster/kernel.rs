@@ -1,60 +1,49 @@
 //! From the API server to the kernel.
 
 use std::{
-    io::{Read as _, Write as _},
-    net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream},
+    net::{SocketAddr, TcpListener},
     path::Path,
     thread,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use lb_agent::{
     controller::run::{Options, run},
     serve,
     snapshot::{Snapshot, Writer},
-    source::Source,
 };
-use lb_core::model::{Protocol::Tcp, Store, ingest};
+use lb_core::model::{Protocol::Tcp, Store};
 use lb_tests::{
     Sandbox,
-    agent::{self, Agent},
+    agent::{self},
     apiserver::{ApiServer, Kind},
     client::call,
     cluster::{Cluster, NAMESPACE, PortOf},
+    installed::eventually,
     server::Servers,
 };
 use nix::errno::Errno;
 use serde_json::Value;
-use tokio::{runtime::Runtime, sync::watch};
+use tokio::sync::watch;
 
-use crate::follower::{PATIENCE, open, runtime, service_address};
+use crate::{
+    follower::{InKernel, open, runtime, service_address, trigger_now},
+    outage::get,
+};
 
 /// Calls reach the endpoints of the server's objects soon after a change. An outage of the server changes
 /// nothing.
 #[test]
 fn calls_follow_the_api_server() {
     Sandbox::test(|sandbox| {
-        let endpoints = [8001, 8002].map(|port| SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), port));
-        let _servers = Servers::tcp(endpoints);
+        let (endpoints, _servers) = two_servers();
         let service = service_address(0);
         let mut server = ApiServer::start();
-        let mut objects = Cluster::new();
-        objects.serve("web", service, Tcp, &endpoints[..1]);
+        let mut objects = Cluster::new().serving("web", service, Tcp, &endpoints[..1]);
         server.set(&objects);
 
-        let runtime = runtime();
-        let mut source = open(&runtime, &server);
-        let mut agent = Agent::start(sandbox);
-        let mut until = |wanted: Result<SocketAddr, Errno>| {
-            let started = Instant::now();
-            loop {
-                let _has_synced = follow_for_a_moment(&runtime, &mut source, &mut agent);
-                if call(service, Tcp) == wanted {
-                    return started.elapsed();
-                }
-                assert!(started.elapsed() < PATIENCE, "{service} never gave {wanted:?}");
-            }
-        };
+        let mut agent = InKernel::start(sandbox, &server);
+        let mut until = |wanted: Result<SocketAddr, Errno>| agent.until(&[(service, wanted)]);
         until(Ok(endpoints[0]));
         objects.set_endpoints(&PortOf::tcp("web"), &endpoints[1..]);
         server.set(&objects);
@@ -70,26 +59,9 @@ fn calls_follow_the_api_server() {
     });
 }
 
-/// Applies changes that arrive within 5 ms, and syncs if there are any. Returns whether it synced.
-pub(crate) fn follow_for_a_moment(runtime: &Runtime, source: &mut dyn Source, agent: &mut Agent) -> bool {
-    let moment = Duration::from_millis(5);
-    let changed = runtime.block_on(async { tokio::time::timeout(moment, source.changed()).await });
-    if changed.is_ok() {
-        agent.state.change(|store| source.apply(store));
-    }
-    let may_sync = source.is_complete() && agent.state.needs_sync();
-    if may_sync {
-        agent.sync();
-    }
-    may_sync
-}
-
-fn until(what: &str, condition: impl Fn() -> bool) {
-    let end = Instant::now() + PATIENCE;
-    while !condition() {
-        assert!(Instant::now() < end, "never happened: {what}");
-        thread::sleep(Duration::from_millis(5));
-    }
+fn two_servers() -> ([SocketAddr; 2], Servers) {
+    let endpoints = [8001, 8002].map(|port| SocketAddr::from(([127, 0, 0, 1], port)));
+    (endpoints, Servers::tcp(endpoints))
 }
 
 fn options(sandbox: &Sandbox, state_dir: &Path, http: serve::Options) -> Options {
@@ -111,26 +83,14 @@ fn options(sandbox: &Sandbox, state_dir: &Path, http: serve::Options) -> Options
 fn loading_leaves_the_worker_thread_to_others() {
     Sandbox::test(|sandbox| {
         let (server, state_dir) = (ApiServer::start(), tempfile::tempdir().unwrap());
-        let healthz = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 10256);
+        let healthz = SocketAddr::from(([127, 0, 0, 1], 10256));
         let http = serve::Options { healthz: Some(healthz), ..serve::Options::default() };
-        let answer = || -> std::io::Result<String> {
-            let mut connection = TcpStream::connect(healthz)?;
-            connection.set_read_timeout(Some(PATIENCE))?;
-            connection.write_all(b"GET /healthz HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")?;
-            let mut answer = String::new();
-            connection.read_to_string(&mut answer)?;
-            Ok(answer)
-        };
         with_options(&server, options(sandbox, state_dir.path(), http), || {
-            // The first response once the agent listens.
-            let mut first = String::new();
-            let end = Instant::now() + PATIENCE;
-            while first.is_empty() {
-                assert!(Instant::now() < end, "no answer");
-                first = answer().unwrap_or_default();
-            }
-            assert!(first.contains("the programs are being loaded"), "{first}");
-            until("it is ready", || answer().is_ok_and(|answer| answer.starts_with("HTTP/1.1 200")));
+            let answers = || get(healthz, "/healthz");
+            eventually("it listens", || answers().is_some());
+            let (is_ready, body) = answers().unwrap();
+            assert!(!is_ready && body.contains("the programs are being loaded"), "{body}");
+            eventually("it is ready", || answers().is_some_and(|(is_ready, _)| is_ready));
         });
     });
 }
@@ -168,8 +128,7 @@ fn with_options(server: &ApiServer, options: Options, body: impl FnOnce()) {
 #[test]
 fn without_the_server_the_snapshot_is_served() {
     Sandbox::test(|sandbox| {
-        let endpoints = [8001, 8002].map(|port| SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), port));
-        let _servers = Servers::tcp(endpoints);
+        let (endpoints, _servers) = two_servers();
         let (service, state_dir) = (service_address(0), tempfile::tempdir().unwrap());
         let mut objects = Cluster::new();
         let mut writer = Writer::new(state_dir.path());
@@ -184,13 +143,13 @@ fn without_the_server_the_snapshot_is_served() {
         let mut server = ApiServer::start();
         server.stop();
         with_agent(sandbox, &server, state_dir.path(), None, || {
-            until("the snapshot is served", || call(service, Tcp) == Ok(endpoints[0]));
+            eventually("the snapshot is served", || call(service, Tcp) == Ok(endpoints[0]));
         });
         objects.set_endpoints(&PortOf::tcp("web"), &endpoints[1..]);
         server.set(&objects);
         server.resume().unwrap();
         with_agent(sandbox, &server, state_dir.path(), None, || {
-            until("the server's objects are served", || call(service, Tcp) == Ok(endpoints[1]));
+            eventually("the server's objects are served", || call(service, Tcp) == Ok(endpoints[1]));
         });
         let saved = Snapshot::read(state_dir.path()).unwrap();
         assert_eq!(saved.slices.iter().map(|slice| slice.ports[0].port).collect::<Vec<_>>(), [8002]);
@@ -198,46 +157,31 @@ fn without_the_server_the_snapshot_is_served() {
     });
 }
 
-/// The lines of `/metrics`.
-fn scrape(address: SocketAddr) -> Vec<String> {
-    let mut stream = TcpStream::connect(address).unwrap();
-    stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: test\r\n\r\n").unwrap();
-    let mut text = String::new();
-    stream.read_to_string(&mut text).unwrap();
-    text.lines().map(str::to_owned).collect()
-}
-
 /// A change is timed from its event and from its slice's annotation; an initial list is not.
 #[test]
 fn a_scrape_tells_of_changes_and_calls() {
     Sandbox::test(|sandbox| {
-        let endpoints = [8001, 8002].map(|port| SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), port));
-        let _servers = Servers::tcp(endpoints);
+        let (endpoints, _servers) = two_servers();
         let (service, state_dir) = (service_address(0), tempfile::tempdir().unwrap());
-        let mut objects = Cluster::new();
-        objects.serve("web", service, Tcp, &endpoints[..1]);
+        let mut objects = Cluster::new().serving("web", service, Tcp, &endpoints[..1]);
         let server = ApiServer::start();
         server.set(&objects);
         // A free port in the sandbox's network namespace, where nothing else listens.
         let metrics = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-        let has = |line: &str| scrape(metrics).iter().any(|found| found == line);
+        let has = |line: &str| get(metrics, "/metrics").unwrap().1.lines().any(|found| found == line);
         with_agent(sandbox, &server, state_dir.path(), Some(metrics), || {
-            until("the first list is served", || call(service, Tcp) == Ok(endpoints[0]));
+            eventually("the first list is served", || call(service, Tcp) == Ok(endpoints[0]));
             assert!(has("socklb_source_complete 1"));
             assert!(has("socklb_programming_duration_seconds_count 0"));
             objects.set_endpoints(&PortOf::tcp("web"), &endpoints[1..]);
-            for slice in objects.slices.values_mut() {
-                let annotations = slice.metadata.annotations.get_or_insert_default();
-                let now = k8s_openapi::jiff::Timestamp::now().to_string();
-                annotations.insert(ingest::TRIGGER_TIME.to_owned(), now);
-            }
+            trigger_now(&mut objects);
             server.set(&objects);
-            until("the change is served", || call(service, Tcp) == Ok(endpoints[1]));
-            until("and counted", || has("kubeproxy_network_programming_duration_seconds_count 1"));
+            eventually("the change is served", || call(service, Tcp) == Ok(endpoints[1]));
+            eventually("and counted", || has("kubeproxy_network_programming_duration_seconds_count 1"));
             let labels = r#"namespace="default",service="web",port="80",protocol="TCP""#;
             assert!(!has(&format!(r#"socklb_connections_total{{{labels},result="redirected"}} 0"#)));
             assert!(has(&format!(r#"socklb_connections_total{{{labels},result="refused"}} 0"#)));
-            until("an audit has found nothing", || {
+            eventually("an audit has found nothing", || {
                 !has(r#"socklb_audits_total{result="clean"} 0"#)
                     && has(r#"socklb_audits_total{result="repaired"} 0"#)
             });
@@ -251,17 +195,15 @@ fn a_scrape_tells_of_changes_and_calls() {
 fn events_tell_of_conflicts_and_of_the_agent() {
     Sandbox::test(|sandbox| {
         let (service, state_dir) = (service_address(0), tempfile::tempdir().unwrap());
-        let mut objects = Cluster::new();
-        objects.serve("a", service, Tcp, &[]);
-        objects.serve("b", service, Tcp, &[]);
+        let objects = Cluster::new().serving("a", service, Tcp, &[]).serving("b", service, Tcp, &[]);
         let server = ApiServer::start();
         server.set(&objects);
         let of = |reason: &str| -> Vec<Value> {
             server.events().into_iter().filter(|event| event["reason"] == reason).collect()
         };
         with_agent(sandbox, &server, state_dir.path(), None, || {
-            until("the conflict is reported", || of("AddressConflict").len() == 1);
-            until("the first sync is reported", || of("Synced").len() == 1);
+            eventually("the conflict is reported", || of("AddressConflict").len() == 1);
+            eventually("the first sync is reported", || of("Synced").len() == 1);
         });
         let conflict = of("AddressConflict").remove(0);
         assert_eq!((&conflict["type"], &conflict["series"]), (&"Warning".into(), &Value::Null), "{conflict}");
@@ -281,7 +223,7 @@ fn events_tell_of_conflicts_and_of_the_agent() {
         assert_eq!(starting["note"], "node node: socklb has attached its programs");
 
         with_agent(sandbox, &server, state_dir.path(), None, || {
-            until("it is reported again", || of("AddressConflict")[0]["series"]["count"] == 2);
+            eventually("it is reported again", || of("AddressConflict")[0]["series"]["count"] == 2);
         });
         assert_eq!((of("AddressConflict").len(), of("Starting").len()), (1, 1), "{:#?}", server.events());
     });

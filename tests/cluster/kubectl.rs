@@ -32,9 +32,8 @@ fn kubectl(config: &Path, arguments: &[&str]) -> Command {
 
 fn run(config: &Path, arguments: &[&str]) -> String {
     let output = kubectl(config, arguments).output().unwrap();
-    let (out, error) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-    assert!(output.status.success(), "kubectl {arguments:?}: {out}{error}");
-    out.into_owned()
+    assert!(output.status.success(), "kubectl {arguments:?}: {output:?}");
+    String::from_utf8(output.stdout).unwrap()
 }
 
 #[test]

@@ -3,31 +3,30 @@
 
 use std::{
     net::IpAddr,
-    thread,
     time::{Duration, Instant},
 };
 
 use k8s_openapi::api::core::v1::Service;
-use lb_agent::source::Source as _;
+use lb_agent::source::{Source as _, cluster::Selection};
 use lb_core::model::{Protocol::Tcp, ingest};
 use lb_kernel::Features;
 use lb_tests::{
     Sandbox,
-    agent::Agent,
     apiserver::{ApiServer, Kind},
-    client::call,
     cluster::{self, NAMESPACE, service_cidr},
     controlplane::servers,
 };
 use nix::errno::Errno;
 
-use crate::{
-    follower::{Follower, PATIENCE, cluster, open, runtime, service_address},
-    kernel::follow_for_a_moment,
-};
+use crate::follower::{ALL, Follower, InKernel, TIMING, cluster, server_of, service_address};
 
 fn networks(follower: &Follower) -> Vec<String> {
     follower.image.service_cidrs.iter().map(ToString::to_string).collect()
+}
+
+/// A server with services and a ServiceCIDR.
+fn with_network(n_services: usize) -> ApiServer {
+    server_of(&cluster(n_services).with([service_cidr("kubernetes", &["10.96.0.0/12"])]))
 }
 
 /// Steps until these networks are in force.
@@ -70,8 +69,7 @@ fn service_cidrs_are_in_force_while_they_are_there() {
 /// unreachable.
 #[test]
 fn no_network_is_in_force_before_all_services_are_known() {
-    let server = ApiServer::start();
-    server.set(&cluster(3).with([service_cidr("kubernetes", &["10.96.0.0/12"])]));
+    let server = with_network(3);
     server.set_faults(|faults| faults.delay = Duration::from_millis(300));
     let mut follower = Follower::start(&server);
     let mut n_looks = 0;
@@ -87,8 +85,7 @@ fn no_network_is_in_force_before_all_services_are_known() {
 /// Kubernetes before 1.33, and after an upgrade.
 #[test]
 fn a_server_without_service_cidrs_is_served_as_ever() {
-    let mut server = ApiServer::start();
-    server.set(&cluster(3).with([service_cidr("kubernetes", &["10.96.0.0/12"])]));
+    let mut server = with_network(3);
     let knows = |server: &ApiServer, knows: bool| {
         server.set_faults(|faults| faults.unknown = (!knows).then_some(Kind::ServiceCidr));
     };
@@ -121,8 +118,7 @@ fn a_server_without_service_cidrs_is_served_as_ever() {
 /// A server that lacks them is queried rarely.
 #[test]
 fn what_a_server_does_not_have_is_asked_for_rarely() {
-    let server = ApiServer::start();
-    server.set(&cluster(1));
+    let server = server_of(&cluster(1));
     server.set_faults(|faults| faults.unknown = Some(Kind::ServiceCidr));
     let mut follower = Follower::start(&server);
     follower.until("the service is served", |follower| follower.n_frontends() == 1);
@@ -139,8 +135,7 @@ fn what_a_server_does_not_have_is_asked_for_rarely() {
 /// As with the RBAC rules of an older version.
 #[test]
 fn a_missing_rule_is_an_issue_and_everything_is_served() {
-    let server = ApiServer::start();
-    server.set(&cluster(3).with([service_cidr("kubernetes", &["10.96.0.0/12"])]));
+    let server = with_network(3);
     let forbid = |kind: Option<Kind>| {
         server.set_faults(|faults| faults.forbidden = kind);
         server.cut_watches();
@@ -178,8 +173,7 @@ fn a_missing_rule_is_an_issue_and_everything_is_served() {
 /// Any other error of ServiceCIDRs alone does not stop services from being served.
 #[test]
 fn an_object_that_cannot_be_read_is_an_issue() {
-    let server = ApiServer::start();
-    server.set(&cluster(1).with([service_cidr("wrong", &["10.96.0.0/12", "0.0.0.0/0"])]));
+    let server = server_of(&cluster(1).with([service_cidr("wrong", &["10.96.0.0/12", "0.0.0.0/0"])]));
     let mut follower = Follower::start(&server);
     until_networks(&mut follower, &["10.96.0.0/12"]);
     let issue = follower.source.issues().remove(0).to_string();
@@ -197,7 +191,7 @@ fn without_networks_nothing_more_is_read() {
     server.set(&cluster(1).with([service_cidr("kubernetes", &["10.96.0.0/12"])]));
     server.apply(labelled("theirs", ip, Some("other")));
     server.set_faults(|faults| faults.forbidden = Some(Kind::ServiceCidr));
-    let mut follower = Follower::without_service_cidrs(&server);
+    let mut follower = Follower::start_with(&server, Selection { service_cidrs: false, ..ALL }, TIMING);
     follower.until("the service is served", |follower| follower.n_frontends() == 1);
     assert_eq!((follower.source.issues(), networks(&follower).len()), (vec![], 0));
     assert_eq!(follower.state.store().services().len(), 1, "those of other proxies are not requested");
@@ -242,21 +236,9 @@ fn calls_follow_service_cidrs() {
         let [ours, theirs, none] = [0, 1, 2].map(service_address);
         server.apply(labelled("ours", ours.ip(), None));
         server.apply(labelled("theirs", theirs.ip(), Some("other")));
-        let runtime = runtime();
-        let mut source = open(&runtime, &server);
-        let mut agent = Agent::start(sandbox);
-        let mut until = |wanted: [Errno; 3]| {
-            let started = Instant::now();
-            loop {
-                if follow_for_a_moment(&runtime, &mut source, &mut agent) {
-                    agent.settle();
-                }
-                if [ours, theirs, none].map(|to| call(to, Tcp)) == wanted.map(Err) {
-                    return;
-                }
-                assert!(started.elapsed() < PATIENCE, "never {wanted:?}");
-                thread::sleep(Duration::from_millis(5));
-            }
+        let mut agent = InKernel::start(sandbox, &server);
+        let mut until = |[of_ours, of_theirs, of_none]: [Errno; 3]| {
+            agent.until(&[(ours, Err(of_ours)), (theirs, Err(of_theirs)), (none, Err(of_none))])
         };
         // There is no route: a call that passes fails with another error.
         let (refused, untouched) = (Errno::ECONNREFUSED, Errno::ENETUNREACH);

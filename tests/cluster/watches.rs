@@ -2,35 +2,13 @@
 
 use std::time::Duration;
 
-use lb_agent::source::Source as _;
-use lb_core::model::ingest;
+use lb_agent::source::{Source as _, cluster::Selection};
 use lb_tests::{
     apiserver::{ApiServer, Kind},
     cluster::{self, PortOf},
 };
 
-use crate::follower::{Follower, N_KINDS, NODE, cluster, endpoints};
-
-#[test]
-fn everything_is_listed_and_followed() {
-    let server = ApiServer::start();
-    let mut objects = cluster(40);
-    server.set(&objects);
-    let mut follower = Follower::start(&server);
-    follower.until_like(&server);
-    assert_eq!(follower.n_frontends(), 40);
-    for n_endpoints in [1, 4, 0, 2] {
-        objects.set_endpoints(&PortOf::tcp("web-7"), &endpoints(7, n_endpoints));
-        server.set(&objects);
-        follower.until_like(&server);
-    }
-    server.delete(Kind::Service, cluster::NAMESPACE, "web-7");
-    follower.until_like(&server);
-    assert_eq!(follower.n_frontends(), 39);
-    server.delete(Kind::Node, "", "other");
-    follower.until_like(&server);
-    assert_eq!(server.requests().lists, N_KINDS, "one list of each kind");
-}
+use crate::follower::{ALL, Follower, NODE, TIMING, cluster, endpoints, server_of, trigger_now};
 
 /// Other Nodes are many, large, and change constantly.
 #[test]
@@ -41,7 +19,8 @@ fn only_the_own_node_is_read() {
     large.metadata.annotations = Some([("example.com/images".to_owned(), "x".repeat(20_000))].into());
     objects.set(large.clone());
     server.set(&objects);
-    let mut follower = Follower::of_own_node(&server);
+    let mut follower =
+        Follower::start_with(&server, Selection { other_nodes: false, pods: false, ..ALL }, TIMING);
     follower.until("everything is served", |follower| follower.n_frontends() == 3);
     let nodes = |follower: &Follower| -> Vec<String> {
         follower.state.store().nodes().map(|node| node.name.to_string()).collect()
@@ -77,8 +56,7 @@ fn a_server_without_streaming_lists_is_listed() {
 
 #[test]
 fn nothing_is_served_before_all_lists_are_complete() {
-    let server = ApiServer::start();
-    server.set(&cluster(3));
+    let server = server_of(&cluster(3));
     server.set_faults(|faults| faults.delay = Duration::from_millis(300));
     let mut follower = Follower::start(&server);
     for _ in 0..10 {
@@ -91,20 +69,11 @@ fn nothing_is_served_before_all_lists_are_complete() {
 /// A change from an event is timed; objects of a list are not.
 #[test]
 fn events_are_timed() {
-    let server = ApiServer::start();
+    let (server, mut follower) = Follower::of_services(2);
     let mut objects = cluster(2);
-    server.set(&objects);
-    let mut follower = Follower::start(&server);
-    follower.until_like(&server);
     assert_eq!(follower.source.take_arrivals(), []);
     objects.set_endpoints(&PortOf::tcp("web-1"), &endpoints(1, 2));
-    let mut slices = objects.slices.clone();
-    for slice in slices.values_mut() {
-        let annotations = slice.metadata.annotations.get_or_insert_default();
-        let now = k8s_openapi::jiff::Timestamp::now().to_string();
-        annotations.insert(ingest::TRIGGER_TIME.to_owned(), now);
-    }
-    objects.slices = slices;
+    trigger_now(&mut objects);
     server.set(&objects);
     follower.until_like(&server);
     let arrivals = follower.source.take_arrivals();
