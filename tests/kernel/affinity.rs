@@ -13,12 +13,12 @@ use lb_core::model::Protocol::Udp;
 use lb_tests::{
     Sandbox,
     agent::Agent,
-    client::{Domain, Socket},
+    client::Domain,
     cluster::{self, Cluster, PortOf},
     netns::NetNs,
 };
 
-use crate::fixture::service_address;
+use crate::fixture::{connected, service_address};
 
 /// Endpoints that are local addresses of every namespace of a test.
 fn endpoints() -> [IpAddr; 16] {
@@ -42,8 +42,7 @@ fn with_affinity(seconds: i32) -> Cluster {
 
 /// Connects a datagram socket and returns which of [`endpoints`] it got.
 fn chosen_at(service: SocketAddr) -> IpAddr {
-    let socket = Socket::new(Domain::V4, Udp);
-    socket.connect(service).unwrap();
+    let socket = connected(Domain::V4, Udp, service);
     socket.local_address().unwrap().ip()
 }
 

@@ -11,7 +11,7 @@ use lb_kernel::{Options, pins};
 use lb_tests::{
     Sandbox,
     agent::{self, Agent},
-    client::{Domain, call},
+    client::{Domain, Socket, call},
     cluster::Cluster,
     server::Servers,
 };
@@ -62,6 +62,13 @@ pub(crate) fn servers_of(cluster: &Cluster) -> Servers {
 /// An agent with the default settings.
 pub(crate) fn start(options: &Options) -> Agent {
     Agent::start_with(options, agent::settings(), Vec::new()).unwrap_or_else(|error| panic!("{error}"))
+}
+
+/// A socket that is connected.
+pub(crate) fn connected(domain: Domain, protocol: Protocol, to: SocketAddr) -> Socket {
+    let socket = Socket::new(domain, protocol);
+    socket.connect(to).unwrap();
+    socket
 }
 
 /// Once for each home of records ([`agent::modes`]); removes the pins after each.

@@ -2,7 +2,7 @@
 
 use std::{
     io::Write as _,
-    net::{IpAddr, SocketAddr},
+    net::SocketAddr,
     os::fd::{AsFd as _, AsRawFd as _, FromRawFd as _, OwnedFd},
     thread,
     time::{Duration, Instant},
@@ -95,30 +95,9 @@ const KINDS: &[Kind] = &[
     other("XDP", &[libc::AF_XDP], libc::SOCK_RAW, 0),
 ];
 
-/// The form of a service address in a call.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Form {
-    V4,
-    V6,
-    Mapped,
-}
-
-impl Form {
-    const ALL: [Self; 3] = [Self::V4, Self::V6, Self::Mapped];
-
-    /// The family of the addresses in it.
-    fn domain(self) -> Domain {
-        if self == Self::V6 { Domain::V6 } else { Domain::V4 }
-    }
-
-    fn sockaddr(self, address: SocketAddr) -> SockaddrStorage {
-        match address.ip() {
-            IpAddr::V4(ip) if self == Self::Mapped => {
-                SocketAddr::new(ip.to_ipv6_mapped().into(), address.port()).into()
-            }
-            _ => address.into(),
-        }
-    }
+/// The family of the addresses in a form.
+fn family_of(form: Domain) -> Domain {
+    Domain::of(form.loopback())
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -137,7 +116,8 @@ impl Call {
 struct Cell {
     kind: &'static Kind,
     family: i32,
-    form: Form,
+    /// The form of a service address in the call.
+    form: Domain,
     call: Call,
 }
 
@@ -147,7 +127,7 @@ impl Cell {
     fn all() -> impl Iterator<Item = Self> {
         KINDS.iter().flat_map(|kind| {
             kind.families.iter().flat_map(move |&family| {
-                Form::ALL.into_iter().flat_map(move |form| {
+                Domain::ALL.into_iter().flat_map(move |form| {
                     Call::ALL.into_iter().map(move |call| Self { kind, family, form, call })
                 })
             })
@@ -170,8 +150,8 @@ impl Cell {
     /// runs the hook.
     fn expected(&self) -> Expected {
         let is_address = match self.form {
-            Form::V4 => self.family == libc::AF_INET || !self.is_stream(),
-            Form::V6 | Form::Mapped => self.family == libc::AF_INET6,
+            Domain::V4 => self.family == libc::AF_INET || !self.is_stream(),
+            Domain::V6 | Domain::Mapped => self.family == libc::AF_INET6,
         };
         if is_address { self.kind.expected[self.call as usize] } else { LeftAlone }
     }
@@ -274,7 +254,7 @@ impl Cell {
 
     /// The address in the form in which the kernel returns it.
     fn name(&self, address: SocketAddr) -> SockaddrStorage {
-        let form = if self.family == libc::AF_INET6 { Form::Mapped } else { Form::V4 };
+        let form = if self.family == libc::AF_INET6 { Domain::Mapped } else { Domain::V4 };
         form.sockaddr(address)
     }
 
@@ -330,7 +310,7 @@ fn every_kind_of_socket_does_what_the_documents_say() {
             vec![with, (without_endpoints(domain), vec![])]
         });
         let targets = |cell: &Cell| {
-            let domain = cell.form.domain();
+            let domain = family_of(cell.form);
             [service_address(domain), without_endpoints(domain), Scene::new(domain).plain]
         };
         // A service address has no route without the agent: calls that pass fail.
@@ -347,7 +327,7 @@ fn every_kind_of_socket_does_what_the_documents_say() {
                 match cell.expected() {
                     Served if is_there => {
                         assert!(outcomes[0].0.is_err(), "{cell}, without an agent");
-                        cell.assert_served(service, Scene::new(cell.form.domain()).endpoint);
+                        cell.assert_served(service, Scene::new(family_of(cell.form)).endpoint);
                         cell.assert_refused(refused, options.features);
                         assert_eq!(cell.outcome(plain).unwrap(), outcomes[2], "{cell}, to a plain address");
                     }

@@ -9,12 +9,12 @@ use lb_kernel::{KernelError, Maps, Options, pins};
 use lb_tests::{
     Sandbox,
     agent::{self, Agent},
-    client::{Domain, Socket, call},
+    client::{Domain, call},
     cluster::{self, Cluster},
 };
 
 use crate::{
-    fixture::{addresses, servers_of, start, with_web},
+    fixture::{addresses, connected, servers_of, start, with_web},
     lifecycle::{pinned, program_ids, wanted_pins},
 };
 
@@ -30,8 +30,7 @@ fn endpoint_ids(image: &Image) -> BTreeMap<SocketAddr, u32> {
 fn other_sizes_fail_no_call_and_lose_nothing() {
     with_web(3, |sandbox, web| {
         let ids = endpoint_ids(&web.serve(sandbox).image());
-        let connected = Socket::new(Domain::V4, Tcp);
-        connected.connect(web.service).unwrap();
+        let connected = connected(Domain::V4, Tcp, web.service);
         let before = connects(&Agent::start(sandbox));
         assert!(before > 0);
         let sizes = [(512, 4096), (512, 2048), (4, 16), (256, 16), (1 << 14, 1 << 15), (256, 2048)]
@@ -232,8 +231,7 @@ fn a_map_beside_the_image_is_made_anew_alone() {
         let mut agent = Agent::start(sandbox);
         agent.follow(&cluster);
         let image = agent.image();
-        let connected = Socket::new(Domain::V4, Tcp);
-        connected.connect(service).unwrap();
+        let connected = connected(Domain::V4, Tcp, service);
         let mut chosen = call(service, Tcp).unwrap();
         let mut n_before = connects(&agent);
         assert!(n_before > 0);

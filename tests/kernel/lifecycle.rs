@@ -24,9 +24,10 @@ use lb_kernel::{Features, Kernel, KernelError, Maps, Options, Pins, lock::Lock, 
 use lb_tests::{
     Sandbox,
     agent::{self, Agent, content},
-    client::{Domain, Socket, call},
+    client::{Domain, call},
     cluster::{Cluster, node},
     number,
+    process::SetOnDrop,
     server::Servers,
 };
 use nix::{
@@ -35,7 +36,7 @@ use nix::{
 };
 
 use crate::{
-    fixture::{Below, FAMILIES, addresses, service_address, service_port, start, with_web},
+    fixture::{Below, FAMILIES, addresses, connected, service_address, service_port, start, with_web},
     layouts::map_ids,
 };
 
@@ -52,8 +53,7 @@ pub(crate) fn program_ids(sandbox: &Sandbox) -> Vec<u32> {
 fn removing_the_pins_ends_the_effect() {
     with_web(2, |sandbox, web| {
         let agent = web.serve(sandbox);
-        let connected = Socket::new(Domain::V4, Tcp);
-        connected.connect(web.service).unwrap();
+        let connected = connected(Domain::V4, Tcp, web.service);
         connected.ask().unwrap();
         drop(agent);
         assert!(web.answers(), "it is served without an agent");
@@ -184,7 +184,7 @@ fn an_end_after_any_operation_is_made_up_for() {
                     }
                 });
             }
-            let _stops = StopOnDrop(&stop);
+            let _stops = SetOnDrop(&stop);
             let mut agent = Agent::start(sandbox);
             for n in (0..).step_by(one_in) {
                 agent.follow(&states[0]);
@@ -215,14 +215,6 @@ fn scratch(cluster: &Cluster) -> Image {
     cluster.feed(&mut state);
     let _plan = state.sync();
     state.image().clone()
-}
-
-struct StopOnDrop<'a>(&'a AtomicBool);
-
-impl Drop for StopOnDrop<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
 }
 
 /// The content of the pin directory.

@@ -13,7 +13,7 @@ use std::{
 };
 
 use lb_core::{
-    model::Protocol::{Tcp, Udp},
+    model::Protocol::{self, Tcp, Udp},
     plan::Capacity,
 };
 use lb_kernel::Options;
@@ -124,56 +124,51 @@ fn own_addresses(sandbox: &Sandbox, network: u8, n: u8) -> Vec<SocketAddr> {
 }
 
 /// Connects a datagram socket and returns its endpoint, without an answer.
-fn target_of(service: SocketAddr) -> Result<IpAddr, Errno> {
+fn target_of(service: SocketAddr) -> Result<SocketAddr, Errno> {
     let socket = Socket::new(Domain::of(service.ip()), Udp);
     socket.connect(service)?;
-    Ok(socket.local_address()?.ip())
+    Ok(SocketAddr::new(socket.local_address()?.ip(), 53))
+}
+
+/// Calls a service whose endpoints change a thousand times. Each call reaches an endpoint of its time.
+fn follow_a_thousand_changes(
+    sandbox: &Sandbox,
+    protocol: Protocol,
+    servers: &[SocketAddr],
+    n_calls: usize,
+    call: impl Fn(SocketAddr) -> Result<SocketAddr, Errno> + Sync,
+) {
+    let service = service_address(Domain::V4);
+    let mut agent = start(sandbox);
+    let mut change = |generation| {
+        let endpoints = three_of(servers, generation);
+        agent.follow(&Cluster::new().serving("web", service, protocol, endpoints));
+    };
+    change(0);
+    Load { n_calls, n_changes: 1000 }.run(
+        change,
+        |_thread| call(service),
+        |mut window, answer| {
+            let is_of = |server| window.any(|generation| three_of(servers, generation).contains(&server));
+            answer.is_ok_and(is_of)
+        },
+    );
 }
 
 #[test]
 fn tcp_connects_follow_the_endpoints_through_a_thousand_changes() {
     Sandbox::test(|sandbox| {
-        let service = service_address(Domain::V4);
         let servers: [SocketAddr; 30] = addresses(Domain::V4, 8001);
         let _servers = Servers::tcp(servers);
-        let mut agent = start(sandbox);
-        let mut change = |generation| {
-            let endpoints = three_of(&servers, generation);
-            agent.follow(&Cluster::new().serving("web", service, Tcp, endpoints));
-        };
-        change(0);
-        Load { n_calls: 10_000, n_changes: 1000 }.run(
-            change,
-            |_thread| call(service, Tcp),
-            |mut window, answer| {
-                answer.is_ok_and(|server| {
-                    window.any(|generation| three_of(&servers, generation).contains(&server))
-                })
-            },
-        );
+        follow_a_thousand_changes(sandbox, Tcp, &servers, 10_000, |service| call(service, Tcp));
     });
 }
 
 #[test]
 fn udp_connects_follow_the_endpoints_through_a_thousand_changes() {
     Sandbox::test(|sandbox| {
-        let service = service_address(Domain::V4);
         let servers = own_addresses(sandbox, 0, 30);
-        let mut agent = start(sandbox);
-        let mut change = |generation| {
-            let endpoints = three_of(&servers, generation);
-            agent.follow(&Cluster::new().serving("dns", service, Udp, endpoints));
-        };
-        change(0);
-        Load { n_calls: 100_000, n_changes: 1000 }.run(
-            change,
-            |_thread| target_of(service),
-            |mut window, target| {
-                target.is_ok_and(|target| {
-                    window.any(|generation| three_of(&servers, generation).iter().any(|e| e.ip() == target))
-                })
-            },
-        );
+        follow_a_thousand_changes(sandbox, Udp, &servers, 100_000, target_of);
     });
 }
 
@@ -201,8 +196,7 @@ fn services_that_change_together_keep_apart() {
             |thread| (thread % 3, target_of(services[thread % 3])),
             |mut window, (n, target)| match target {
                 Ok(target) => window.any(|generation| {
-                    !comes_and_goes(n, generation)
-                        && three_of(&servers[n], generation).iter().any(|e| e.ip() == target)
+                    !comes_and_goes(n, generation) && three_of(&servers[n], generation).contains(&target)
                 }),
                 Err(Errno::ENETUNREACH) => window.any(|generation| comes_and_goes(n, generation)),
                 Err(_) => false,
@@ -219,7 +213,7 @@ fn calls_are_spread_evenly() {
         let mut agent = Agent::start(sandbox);
         agent.follow(&Cluster::new().serving("dns", service, Udp, &servers));
         let n_calls: u32 = 30_000;
-        let mut shares: BTreeMap<IpAddr, u32> = BTreeMap::new();
+        let mut shares: BTreeMap<SocketAddr, u32> = BTreeMap::new();
         for _ in 0..n_calls {
             *shares.entry(target_of(service).unwrap()).or_default() += 1;
         }

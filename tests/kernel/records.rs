@@ -17,7 +17,7 @@ use proptest::{
 };
 
 use crate::fixture::{
-    FAMILIES, addresses, in_each_mode, servers_of, service_address, service_port, services, start,
+    FAMILIES, addresses, connected, in_each_mode, servers_of, service_address, service_port, services, start,
 };
 
 /// In one family: two services with one endpoint each, and a server that is not a service.
@@ -88,7 +88,9 @@ fn answers_of_two_services_are_told_apart() {
     with_scenes(&scenes(Udp), |domain, scene| {
         let socket = Socket::new(domain, Udp);
         let mut called = [scene.service, scene.other_service, scene.plain];
-        called.iter().for_each(|to| socket.send_to(b"?", *to).unwrap());
+        for to in called {
+            socket.send_to(b"?", to).unwrap();
+        }
         let mut senders = called.map(|_| socket.receive().unwrap().1.unwrap());
         senders.sort_unstable();
         called.sort_unstable();
@@ -145,8 +147,7 @@ fn a_stranger_is_seen_as_it_is() {
 #[test]
 fn a_connected_socket_keeps_its_peer_when_it_sends_elsewhere() {
     with_scenes(&scenes(Udp), |domain, scene| {
-        let socket = Socket::new(domain, Udp);
-        socket.connect(scene.service).unwrap();
+        let socket = connected(domain, Udp, scene.service);
         for elsewhere in [scene.endpoint, scene.other_service, scene.plain, scene.service] {
             for _ in 0..5 {
                 socket.send_to(b"!", elsewhere).unwrap();
@@ -230,8 +231,7 @@ fn a_connected_socket_is_decided_once() {
         vec![(service, vec![endpoint]), (endpoint, vec![other_endpoint, plain])]
     });
     with_scenes(&cluster, |domain, Scene { service, endpoint, .. }| {
-        let socket = Socket::new(domain, Udp);
-        socket.connect(service).unwrap();
+        let socket = connected(domain, Udp, service);
         for _ in 0..40 {
             let answer = socket.ask().unwrap();
             assert_eq!((answer.server, answer.seen), (endpoint, Some(service)), "{domain:?}");
@@ -298,8 +298,7 @@ fn a_call_in_the_form_of_the_other_family_leaves_the_peer() {
     with_agents(&many_and_far(), || {
         let service = Scene::new(Domain::V6).service;
         let other_service = Scene::new(Domain::V4).other_service;
-        let socket = Socket::new(Domain::V6, Udp);
-        socket.connect(service).unwrap();
+        let socket = connected(Domain::V6, Udp, service);
         assert_eq!(socket.connect_as(Domain::V4, far(Domain::V4, 0)), Err(Errno::ENETUNREACH));
         assert_eq!(socket.peer_name(), Ok(service));
         assert_eq!(socket.ask().unwrap().seen, Some(service));
@@ -321,8 +320,7 @@ fn a_call_in_the_form_of_the_other_family_leaves_the_peer() {
 #[test]
 fn a_connected_socket_reaches_its_peer_by_the_service_too() {
     with_scenes(&many_and_far(), |domain, Scene { service, other_service, .. }| {
-        let socket = Socket::new(domain, Udp);
-        socket.connect(other_service).unwrap();
+        let socket = connected(domain, Udp, other_service);
         for _ in 0..4 {
             socket.connect(service).unwrap();
             let peer = socket.ask().unwrap().server;
@@ -538,7 +536,9 @@ fn orders_of_calls_show_whom_was_called() {
     }));
     with_targets(|| {
         for (what, steps) in &orders {
-            Domain::ALL.into_iter().for_each(|domain| walk(what, domain, steps));
+            for domain in Domain::ALL {
+                walk(what, domain, steps);
+            }
         }
     });
 }

@@ -14,7 +14,7 @@ use lb_tests::{
 };
 use nix::errno::Errno;
 
-use crate::fixture::{FAMILIES, addresses, servers_of, service_address, services, start};
+use crate::fixture::{FAMILIES, addresses, connected, servers_of, service_address, services, start};
 
 const REFUSED: Result<(), Errno> = Err(Errno::ECONNREFUSED);
 
@@ -64,8 +64,7 @@ fn a_refusal_ends_with_the_first_endpoint_and_returns_with_the_last() {
         agent.follow(&cluster);
         let connected = Domain::ALL.map(|domain| {
             [Tcp, Udp].map(|protocol| {
-                let socket = Socket::new(domain, protocol);
-                socket.connect(service_address(domain)).unwrap();
+                let socket = connected(domain, protocol, service_address(domain));
                 socket.ask().unwrap();
                 socket
             })

@@ -45,7 +45,7 @@ use nix::{
 };
 
 use crate::{
-    fixture::{in_each_mode, servers_of, service_port, services, start},
+    fixture::{connected, in_each_mode, servers_of, service_port, services, start},
     records::{Scene, scenes},
 };
 
@@ -82,10 +82,8 @@ fn with_slots(test: impl FnOnce(&Sandbox) + Send) {
 }
 
 /// A socket that is connected to the service of a scene.
-fn connected(domain: Domain, protocol: Protocol) -> Socket {
-    let socket = Socket::new(domain, protocol);
-    socket.connect(Scene::new(domain).service).unwrap();
-    socket
+fn caller(domain: Domain, protocol: Protocol) -> Socket {
+    connected(domain, protocol, Scene::new(domain).service)
 }
 
 #[test]
@@ -96,7 +94,7 @@ fn a_closed_socket_gives_its_slot_up() {
             let cluster = scenes(protocol);
             let _servers = servers_of(&cluster);
             agent.follow(&cluster);
-            let sockets = Domain::ALL.map(|domain| [(); 20].map(|()| connected(domain, protocol)));
+            let sockets = Domain::ALL.map(|domain| [(); 20].map(|()| caller(domain, protocol)));
             assert_eq!(n_taken(sandbox), 60);
             drop(sockets);
             assert_eq!(n_taken(sandbox), 0);
@@ -113,8 +111,7 @@ fn a_socket_without_a_service_takes_no_slot() {
         Agent::start(sandbox).follow(&cluster);
         for domain in Domain::ALL {
             let Scene { service, plain, .. } = Scene::new(domain);
-            let (connected, unconnected) = (Socket::new(domain, Udp), Socket::new(domain, Udp));
-            connected.connect(plain).unwrap();
+            let (connected, unconnected) = (connected(domain, Udp, plain), Socket::new(domain, Udp));
             assert_eq!(connected.peer_name(), Ok(plain));
             assert_eq!(unconnected.ask_at(plain).unwrap().seen, Some(plain));
             assert_eq!(n_taken(sandbox), 0, "{domain:?}");
@@ -156,7 +153,7 @@ fn more_sockets_than_slots_keep_their_records() {
         let _servers = Servers::udp([scene.endpoint]);
         let mut agent = Agent::start(sandbox);
         agent.follow(&scenes(Udp));
-        let sockets: Vec<Socket> = (0..n_sockets).map(|_| connected(Domain::V4, Udp)).collect();
+        let sockets: Vec<Socket> = (0..n_sockets).map(|_| caller(Domain::V4, Udp)).collect();
         if Features::probe().has_slots() {
             assert!(n_taken(sandbox) <= SOCKET_SETS as usize * SLOT_WAYS);
         }
@@ -186,7 +183,7 @@ fn slots_of_sockets_that_are_gone_are_taken_back() {
         };
         let scene = Scene::new(Domain::V4);
         let (agent, unconnected) = (start(), Socket::new(Domain::V6, Udp));
-        let held = connected(Domain::V4, Udp);
+        let held = caller(Domain::V4, Udp);
         let _answer = unconnected.ask_at(Scene::new(Domain::V6).service).unwrap();
         let release = sandbox.pin_path().join("sock_release");
         syscall::detach(syscall::open_pin(&release).unwrap().as_fd()).unwrap();
@@ -195,12 +192,12 @@ fn slots_of_sockets_that_are_gone_are_taken_back() {
         let n_slots = SOCKET_SETS as usize * SLOT_WAYS;
         while n_taken(sandbox) <= n_slots / 2 {
             for _ in 0..1000 {
-                drop(connected(Domain::V4, Udp));
+                drop(caller(Domain::V4, Udp));
             }
         }
         let _agent = start();
         let n_before = n_taken(sandbox);
-        drop(connected(Domain::V4, Udp));
+        drop(caller(Domain::V4, Udp));
         assert_eq!(n_taken(sandbox), n_before, "slots are freed again");
 
         let mut table = SocketTable::open(&sandbox.pin_path()).unwrap();
@@ -232,7 +229,7 @@ fn records_survive_restarts() {
         let options = agent::options(sandbox);
         start(&options).follow(&cluster);
         let sockets = Domain::ALL.map(|domain| {
-            let connected = connected(domain, Udp);
+            let connected = caller(domain, Udp);
             let unconnected = Socket::new(domain, Udp);
             unconnected.send_to(b"?", Scene::new(domain).service).unwrap();
             (domain, connected, unconnected)

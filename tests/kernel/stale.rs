@@ -50,11 +50,7 @@ impl Scene {
     }
 }
 
-fn cluster(
-    protocol: Protocol,
-    annotation: Option<&str>,
-    endpoints: fn(&Scene) -> Vec<SocketAddr>,
-) -> Cluster {
+fn cluster(protocol: Protocol, annotation: Option<&str>, endpoints: Endpoints) -> Cluster {
     let cluster = services(&[protocol], |domain| {
         let scene = Scene::new(domain);
         vec![(scene.service, endpoints(&scene))]
@@ -67,17 +63,12 @@ fn cluster(
 
 const ANNOTATION: &str = "socklb.io/stale-connections";
 
-fn first_only(scene: &Scene) -> Vec<SocketAddr> {
-    vec![scene.first]
-}
+/// The endpoints of a scene's service.
+type Endpoints = fn(&Scene) -> Vec<SocketAddr>;
 
-fn second_only(scene: &Scene) -> Vec<SocketAddr> {
-    vec![scene.second]
-}
-
-fn nobody(_scene: &Scene) -> Vec<SocketAddr> {
-    Vec::new()
-}
+const FIRST: Endpoints = |scene| vec![scene.first];
+const SECOND: Endpoints = |scene| vec![scene.second];
+const NONE: Endpoints = |_scene| Vec::new();
 
 struct Pod {
     netns: NetNs,
@@ -174,11 +165,11 @@ fn sweep(agent: &mut Agent, options: &Options, now: Instant) -> Vec<Flow> {
 /// A resolver keeps one connected socket. It gets an error, reconnects, and reaches a live endpoint.
 #[test]
 fn a_connected_udp_socket_moves_to_an_endpoint_that_lives() {
-    with_pods(&cluster(Udp, None, first_only), |pod, agent, options| {
+    with_pods(&cluster(Udp, None, FIRST), |pod, agent, options| {
         let now = Instant::now();
         let sockets = pod.all_connected(Udp);
         assert_eq!(sweep(agent, options, now), [], "nothing is stale");
-        agent.follow(&cluster(Udp, None, second_only));
+        agent.follow(&cluster(Udp, None, SECOND));
         assert_eq!(sweep(agent, options, now), all_ways(Udp));
         for (scene, socket) in &sockets {
             assert_ended(socket);
@@ -192,9 +183,9 @@ fn a_connected_udp_socket_moves_to_an_endpoint_that_lives() {
 
 #[test]
 fn a_socket_is_ended_when_the_last_endpoint_goes() {
-    with_pods(&cluster(Udp, None, first_only), |pod, agent, options| {
+    with_pods(&cluster(Udp, None, FIRST), |pod, agent, options| {
         let sockets = pod.all_connected(Udp);
-        agent.follow(&cluster(Udp, None, nobody));
+        agent.follow(&cluster(Udp, None, NONE));
         assert_eq!(sweep(agent, options, Instant::now()), all_ways(Udp));
         for (scene, socket) in &sockets {
             assert_ended(socket);
@@ -209,7 +200,7 @@ fn a_socket_is_ended_when_the_last_endpoint_goes() {
 
 #[test]
 fn a_socket_is_ended_when_its_service_is_deleted() {
-    with_pods(&cluster(Udp, None, first_only), |pod, agent, options| {
+    with_pods(&cluster(Udp, None, FIRST), |pod, agent, options| {
         let sockets = pod.all_connected(Udp);
         agent.follow(&Cluster::new());
         assert_eq!(sweep(agent, options, Instant::now()), all_ways(Udp));
@@ -221,10 +212,10 @@ fn a_socket_is_ended_when_its_service_is_deleted() {
 /// the service.
 #[test]
 fn sockets_that_went_elsewhere_are_left_alone() {
-    with_pods(&cluster(Udp, None, first_only), |pod, agent, options| {
+    with_pods(&cluster(Udp, None, FIRST), |pod, agent, options| {
         for domain in Domain::ALL {
             let scene = Scene::new(domain);
-            agent.follow(&cluster(Udp, None, first_only));
+            agent.follow(&cluster(Udp, None, FIRST));
             let through = || pod.connected(domain, Udp, scene.service, scene.first);
             let plain = pod.connected(domain, Udp, scene.first, scene.first);
             let went_to_another = through();
@@ -235,7 +226,7 @@ fn sockets_that_went_elsewhere_are_left_alone() {
             disconnected.disconnect().unwrap();
             let unconnected = pod.socket(domain, Udp);
             assert_eq!(unconnected.ask_at(scene.service).unwrap().server, scene.first);
-            agent.follow(&cluster(Udp, None, second_only));
+            agent.follow(&cluster(Udp, None, SECOND));
             assert_eq!(sweep(agent, options, Instant::now()), [], "{domain:?}");
             assert_stays(&plain, scene.first);
             assert_stays(&went_to_another, scene.second);
@@ -250,15 +241,15 @@ fn sockets_that_went_elsewhere_are_left_alone() {
 #[test]
 fn a_service_of_many_sockets_loses_its_endpoint_and_its_neighbour_does_not() {
     let (scene, neighbour) = (Scene::new(Domain::V4), service_port(Domain::V4, 53));
-    let with_neighbour = |endpoints: fn(&Scene) -> Vec<SocketAddr>| {
+    let with_neighbour = |endpoints: Endpoints| {
         cluster(Udp, None, endpoints).serving("neighbour", neighbour, Udp, &[scene.first])
     };
-    with_pods(&with_neighbour(first_only), |pod, agent, options| {
+    with_pods(&with_neighbour(FIRST), |pod, agent, options| {
         let through = |to: SocketAddr| -> Vec<Socket> {
             (0..50).map(|_| pod.connected(Domain::V4, Udp, to, scene.first)).collect()
         };
         let (ours, theirs) = (through(scene.service), through(neighbour));
-        agent.follow(&with_neighbour(second_only));
+        agent.follow(&with_neighbour(SECOND));
         assert_eq!(sweep(agent, options, Instant::now()), vec![scene.way(Udp); ours.len()]);
         ours.iter().for_each(assert_ended);
         for socket in &theirs {
@@ -286,7 +277,7 @@ fn r10_a_socket_stays_while_its_endpoint_serves() {
     };
     let (ready, unready) = ([true, true, false], [false, false, false]);
     let terminating = [false, true, true];
-    with_pods(&cluster(Udp, None, first_only), |pod, agent, options| {
+    with_pods(&cluster(Udp, None, FIRST), |pod, agent, options| {
         let now = Instant::now();
         let sockets = pod.all_connected(Udp);
         for (what, first, second) in [
@@ -306,10 +297,10 @@ fn r10_a_socket_stays_while_its_endpoint_serves() {
 /// The endpoint is removed while no agent runs. The next agent knows the sockets only from the maps.
 #[test]
 fn sockets_that_are_older_than_the_agent_are_ended() {
-    with_pods(&cluster(Udp, None, first_only), |pod, former, options| {
+    with_pods(&cluster(Udp, None, FIRST), |pod, former, options| {
         let sockets = pod.all_connected(Udp);
         *former = start(options);
-        former.follow(&cluster(Udp, None, second_only));
+        former.follow(&cluster(Udp, None, SECOND));
         assert_eq!(sweep(former, options, Instant::now()), all_ways(Udp));
         assert_all_ended(&sockets);
     });
@@ -317,15 +308,15 @@ fn sockets_that_are_older_than_the_agent_are_ended() {
 
 #[test]
 fn tcp_connections_stay_unless_their_service_says_otherwise() {
-    with_pods(&cluster(Tcp, None, first_only), |pod, agent, options| {
+    with_pods(&cluster(Tcp, None, FIRST), |pod, agent, options| {
         let now = Instant::now();
         let sockets = pod.all_connected(Tcp);
         for annotation in [None, Some("keep"), Some("something")] {
-            agent.follow(&cluster(Tcp, annotation, second_only));
+            agent.follow(&cluster(Tcp, annotation, SECOND));
             assert_eq!(sweep(agent, options, now), [], "{annotation:?}");
             assert_all_stay(&sockets);
         }
-        agent.follow(&cluster(Tcp, Some("reset"), second_only));
+        agent.follow(&cluster(Tcp, Some("reset"), SECOND));
         assert_eq!(sweep(agent, options, now), all_ways(Tcp));
         assert_all_ended(&sockets);
     });
@@ -335,11 +326,11 @@ fn tcp_connections_stay_unless_their_service_says_otherwise() {
 fn a_drain_ends_connections_when_its_time_is_over() {
     for protocol in [Tcp, Udp] {
         let drain = Some("drain=1h");
-        with_pods(&cluster(protocol, drain, first_only), |pod, agent, options| {
+        with_pods(&cluster(protocol, drain, FIRST), |pod, agent, options| {
             let now = Instant::now();
             let at = |minutes: u64| now + Duration::from_secs(60 * minutes);
             let sockets = pod.all_connected(protocol);
-            agent.follow(&cluster(protocol, drain, second_only));
+            agent.follow(&cluster(protocol, drain, SECOND));
             assert_eq!(sweep(agent, options, now), []);
             assert_eq!(agent.state.next_stale_due(now), Some(at(60)));
             assert_eq!(sweep(agent, options, at(59)), []);
@@ -353,10 +344,10 @@ fn a_drain_ends_connections_when_its_time_is_over() {
 /// If the new endpoints do not fit, the old ones stay in the maps: their removal would help no call.
 #[test]
 fn sockets_of_a_service_that_did_not_fit_are_left_alone() {
-    with_pods(&cluster(Udp, None, first_only), |pod, agent, options| {
+    with_pods(&cluster(Udp, None, FIRST), |pod, agent, options| {
         let scene = Scene::new(Domain::V4);
         let socket = pod.connected(Domain::V4, Udp, scene.service, scene.first);
-        let mut too_many = cluster(Udp, None, first_only);
+        let mut too_many = cluster(Udp, None, FIRST);
         let n_endpoints = u16::try_from(agent::SMALL.endpoints).unwrap();
         let endpoints: Vec<SocketAddr> =
             (0..n_endpoints).map(|n| SocketAddr::new(scene.second.ip(), 10_000 + n)).collect();
@@ -371,12 +362,12 @@ fn sockets_of_a_service_that_did_not_fit_are_left_alone() {
 #[test]
 fn an_overflow_makes_no_search_wider() {
     let others = [1001, 1002, 1003, 1004].map(|port| service_port(Domain::V4, port));
-    let with_others = |endpoints: fn(&Scene) -> Vec<SocketAddr>| {
+    let with_others = |endpoints: Endpoints| {
         others.iter().fold(cluster(Udp, None, endpoints), |cluster, other| {
             cluster.serving(&format!("other-{}", other.port()), *other, Udp, &[Scene::new(Domain::V4).second])
         })
     };
-    with_pods(&with_others(first_only), |pod, agent, options| {
+    with_pods(&with_others(FIRST), |pod, agent, options| {
         let now = Instant::now();
         let many = pod.socket(Domain::V4, Udp);
         for other in others {
@@ -385,7 +376,7 @@ fn an_overflow_makes_no_search_wider() {
         }
         let sockets = pod.all_connected(Udp);
         assert_eq!(agent.search(options, now), None, "nothing is stale");
-        agent.follow(&with_others(second_only));
+        agent.follow(&with_others(SECOND));
         let endpoints = FAMILIES.map(|domain| Scene::new(domain).first);
         let search =
             Search { protocols: [Udp].into(), endpoints: endpoints.into(), addresses: Some(BTreeSet::new()) };
@@ -402,10 +393,10 @@ fn an_overflow_makes_no_search_wider() {
 /// reading any process.
 #[test]
 fn sockets_that_found_no_slot_are_ended_like_others() {
-    with_pods(&cluster(Udp, None, first_only), |pod, agent, options| {
+    with_pods(&cluster(Udp, None, FIRST), |pod, agent, options| {
         slots::fill(options);
         let sockets = pod.all_connected(Udp);
-        agent.follow(&cluster(Udp, None, second_only));
+        agent.follow(&cluster(Udp, None, SECOND));
         assert_eq!(sweep(agent, options, Instant::now()), all_ways(Udp));
         assert_all_ended(&sockets);
     });
@@ -418,7 +409,7 @@ fn a_multipath_connection_is_ended_by_its_subflow() {
     if multipath(Domain::V4).is_err() {
         return;
     }
-    with_pods(&cluster(Tcp, Some("reset"), first_only), |pod, agent, options| {
+    with_pods(&cluster(Tcp, Some("reset"), FIRST), |pod, agent, options| {
         let sockets = Domain::ALL.map(|domain| {
             let (scene, socket) = (Scene::new(domain), pod.netns.run(|| multipath(domain).unwrap()));
             connect(&socket, scene.service, scene.first);
@@ -426,7 +417,7 @@ fn a_multipath_connection_is_ended_by_its_subflow() {
         });
         let now = Instant::now();
         assert_eq!(sweep(agent, options, now), []);
-        agent.follow(&cluster(Tcp, Some("reset"), second_only));
+        agent.follow(&cluster(Tcp, Some("reset"), SECOND));
         assert_eq!(sweep(agent, options, now), all_ways(Tcp));
         for (_, socket) in &sockets {
             assert_eq!(socket.receive(), Err(Errno::ECONNABORTED));
@@ -437,8 +428,7 @@ fn a_multipath_connection_is_ended_by_its_subflow() {
         let server = addresses::<1>(Domain::V4, 9001)[0];
         let _servers = pod.netns.run(|| Servers::multipath([server]));
         let service = service_port(Domain::V4, 81);
-        let with_other =
-            |endpoint| cluster(Tcp, None, second_only).serving("other", service, Tcp, &[endpoint]);
+        let with_other = |endpoint| cluster(Tcp, None, SECOND).serving("other", service, Tcp, &[endpoint]);
         agent.follow(&with_other(server).annotated(ANNOTATION, "reset"));
         let socket = pod.netns.run(|| multipath(Domain::V4).unwrap());
         connect(&socket, service, server);
@@ -465,7 +455,7 @@ fn node_addresses() -> [IpAddr; 2] {
 }
 
 fn with_node_ports(annotation: Option<&str>) -> Cluster {
-    let mut cluster = cluster(Udp, annotation, first_only);
+    let mut cluster = cluster(Udp, annotation, FIRST);
     cluster.set(cluster::node("node", &node_addresses()));
     for service in cluster.services.values_mut() {
         *service = cluster::with_spec(service.clone(), |spec| {
@@ -478,9 +468,16 @@ fn with_node_ports(annotation: Option<&str>) -> Cluster {
     cluster
 }
 
-/// A pod where the early addresses have silent servers.
-fn pod_with_mute_servers() -> (Pod, Vec<Socket>) {
-    let pod = Pod::new();
+/// Runs a test in each mode with early sockets, in a pod where the early addresses have silent servers, and an
+/// agent without services.
+fn with_early_sockets(test: impl Fn(&Pod, &[EarlySocket], &mut Agent, &Options, Instant) + Sync) {
+    with_pods(&Cluster::new(), |pod, agent, options| {
+        let _mute = mute_servers(pod);
+        test(pod, &early_sockets(pod), agent, options, Instant::now());
+    });
+}
+
+fn mute_servers(pod: &Pod) -> Vec<Socket> {
     let mute = FAMILIES.into_iter().flat_map(|domain| {
         early_addresses(domain).map(|address| {
             pod.netns.add_address(address.ip()).unwrap();
@@ -489,12 +486,14 @@ fn pod_with_mute_servers() -> (Pod, Vec<Socket>) {
             socket
         })
     });
-    let mute = mute.collect();
-    (pod, mute)
+    mute.collect()
 }
 
+/// A socket, its scene, and the address to which it connected before that was a service's.
+type EarlySocket = (Scene, SocketAddr, Socket);
+
 /// Connects to all early addresses, and sends requests without an answer.
-fn early_sockets(pod: &Pod) -> Vec<(Scene, SocketAddr, Socket)> {
+fn early_sockets(pod: &Pod) -> Vec<EarlySocket> {
     let sockets = Domain::ALL.into_iter().flat_map(|domain| {
         early_addresses(domain).map(|address| {
             let socket = pod.socket(domain, Udp);
@@ -519,7 +518,7 @@ fn early_ways() -> Vec<Flow> {
     ways
 }
 
-fn assert_moved(sockets: &[(Scene, SocketAddr, Socket)]) {
+fn assert_moved(sockets: &[EarlySocket]) {
     for (scene, address, socket) in sockets {
         assert_ended(socket);
         connect(socket, *address, scene.first);
@@ -532,9 +531,7 @@ const SETTLED: Duration = Duration::from_secs(6);
 #[test]
 fn a_udp_socket_that_is_older_than_its_service_is_served() {
     for annotation in [None, Some("keep")] {
-        with_pods(&Cluster::new(), |_pod, agent, options| {
-            let (pod, _mute) = pod_with_mute_servers();
-            let (now, sockets) = (Instant::now(), early_sockets(&pod));
+        with_early_sockets(|_pod, sockets, agent, options, now| {
             assert_eq!(sweep(agent, options, now), []);
             assert_eq!(sweep(agent, options, now + SETTLED), [], "there is no service");
             agent.follow(&with_node_ports(annotation));
@@ -545,7 +542,7 @@ fn a_udp_socket_that_is_older_than_its_service_is_served() {
                 return;
             }
             assert_eq!(ended, early_ways());
-            assert_moved(&sockets);
+            assert_moved(sockets);
             for _ in 0..3 {
                 assert_eq!(sweep(agent, options, now + 2 * SETTLED), [], "nothing is left");
             }
@@ -557,9 +554,7 @@ fn a_udp_socket_that_is_older_than_its_service_is_served() {
 /// The agent stops before it has destroyed them: the next one adopts the frontends.
 #[test]
 fn a_udp_socket_that_is_older_than_its_service_is_not_missed_by_a_restart() {
-    with_pods(&Cluster::new(), |_pod, agent, options| {
-        let (pod, _mute) = pod_with_mute_servers();
-        let (now, sockets) = (Instant::now(), early_sockets(&pod));
+    with_early_sockets(|_pod, sockets, agent, options, now| {
         agent.follow(&with_node_ports(None));
         for ended in [early_ways(), Vec::new()] {
             let mut next = start(options);
@@ -567,7 +562,7 @@ fn a_udp_socket_that_is_older_than_its_service_is_not_missed_by_a_restart() {
             assert_eq!(sweep(&mut next, options, now), []);
             assert_eq!(sweep(&mut next, options, now + SETTLED), ended);
             if !ended.is_empty() {
-                assert_moved(&sockets);
+                assert_moved(sockets);
             }
         }
     });
@@ -575,13 +570,11 @@ fn a_udp_socket_that_is_older_than_its_service_is_not_missed_by_a_restart() {
 
 #[test]
 fn udp_sockets_whose_calls_are_not_served_are_left_alone() {
-    with_pods(&Cluster::new(), |_pod, agent, options| {
-        let (pod, _mute) = pod_with_mute_servers();
-        let (now, served) = (Instant::now(), early_sockets(&pod));
+    with_early_sockets(|pod, served, agent, options, now| {
         assert_eq!(sweep(agent, options, now), []);
         assert_eq!(sweep(agent, options, now + SETTLED), []);
         in_child(&options.cgroup, |directory| {
-            let excluded = early_sockets(&pod);
+            let excluded = early_sockets(pod);
             let mut exclusion = Exclusion::open(&options.pin_path).unwrap();
             exclusion.set(&[place(directory)].into()).unwrap();
             agent.follow(&with_node_ports(None));
@@ -591,6 +584,6 @@ fn udp_sockets_whose_calls_are_not_served_are_left_alone() {
             assert_eq!(sweep(agent, options, now + SETTLED), early_ways());
             assert!(excluded.iter().all(|(_, address, socket)| socket.peer_name() == Ok(*address)));
         });
-        assert_moved(&served);
+        assert_moved(served);
     });
 }

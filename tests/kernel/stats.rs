@@ -15,7 +15,7 @@ use lb_tests::{
     server::Servers,
 };
 
-use crate::fixture::{addresses, service_address, with_web};
+use crate::fixture::{addresses, connected, service_address, with_web};
 
 fn stats(agent: &Agent, service: SocketAddr, protocol: Protocol) -> ServiceStats {
     let image = agent.image();
@@ -45,8 +45,7 @@ fn calls_are_counted_by_service_and_endpoint() {
             Socket::new(Domain::V4, Tcp).connect(server).unwrap();
         }
         for domain in [Domain::V4, Domain::Mapped] {
-            let connected = Socket::new(domain, Udp);
-            connected.connect(service).unwrap();
+            let connected = connected(domain, Udp, service);
             connected.ask().unwrap();
             connected.ask().unwrap();
         }
