@@ -58,41 +58,8 @@ struct Image {
     new_tag: String,
 }
 
-/// The generated name of a name in a kustomization.
-fn suffix(name: &str) -> String {
-    format!("{name}-0000000000")
-}
-
+/// Renders a folder. Generated names have no hash, and so their references.
 pub(crate) fn render(folder: &Path) -> Vec<Value> {
-    let mut objects = gather(folder);
-    let generated: Vec<String> = objects
-        .iter()
-        .filter(|object| object["kind"] == "ConfigMap" && object["metadata"]["annotations"]["hashed"] == true)
-        .map(|object| object["metadata"]["name"].as_str().unwrap().to_owned())
-        .collect();
-    for object in &mut objects {
-        if let Some(annotations) = object.pointer_mut("/metadata/annotations").and_then(Value::as_object_mut)
-            && annotations.remove("hashed").is_some_and(|hashed| hashed == true)
-        {
-            object["metadata"]["name"] = suffix(object["metadata"]["name"].as_str().unwrap()).into();
-        }
-        if object["metadata"]["annotations"] == json!({}) {
-            object["metadata"].as_object_mut().unwrap().remove("annotations");
-        }
-        if object["kind"] == "DaemonSet" {
-            for volume in object["spec"]["template"]["spec"]["volumes"].as_array_mut().unwrap() {
-                if let Some(name) = volume.pointer_mut("/configMap/name")
-                    && generated.iter().any(|generated| name == generated)
-                {
-                    *name = suffix(name.as_str().unwrap()).into();
-                }
-            }
-        }
-    }
-    objects
-}
-
-fn gather(folder: &Path) -> Vec<Value> {
     let read = |path: &Path| {
         fs::read_to_string(folder.join(path)).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
     };
@@ -103,7 +70,7 @@ fn gather(folder: &Path) -> Vec<Value> {
     let mut objects: Vec<Value> = Vec::new();
     for path in &this.resources {
         if folder.join(path).is_dir() {
-            objects.extend(gather(&folder.join(path)));
+            objects.extend(render(&folder.join(path)));
         } else {
             objects.extend(serde_saphyr::from_multiple::<Value>(&read(path)).unwrap());
         }
@@ -112,9 +79,7 @@ fn gather(folder: &Path) -> Vec<Value> {
         let name_of = |path: &Path| path.file_name().unwrap().to_str().unwrap().to_owned();
         let data: serde_json::Map<_, _> =
             generator.files.iter().map(|path| (name_of(path), read(path).into())).collect();
-        let is_hashed = !(generator.options["disableNameSuffixHash"] == true
-            || this.generator_options["disableNameSuffixHash"] == true);
-        let mut metadata = json!({ "name": generator.name, "annotations": { "hashed": is_hashed } });
+        let mut metadata = json!({ "name": generator.name });
         let of_options = [&generator.options, &this.generator_options].map(|options| options.get("labels"));
         if let Some(labels) = of_options.into_iter().flatten().next() {
             metadata["labels"] = labels.clone();

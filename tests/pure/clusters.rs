@@ -5,19 +5,6 @@ use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
 };
 
-use k8s_openapi::{
-    api::{
-        core::v1::{
-            LoadBalancerIngress, LoadBalancerStatus, Node, NodeAddress, NodeStatus, Service, ServicePort,
-            ServiceSpec, ServiceStatus,
-        },
-        discovery::v1::{
-            Endpoint, EndpointConditions, EndpointHints, EndpointPort, EndpointSlice, ForNode, ForZone,
-        },
-    },
-    apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time},
-    jiff::Timestamp,
-};
 use lb_core::{
     desired::{FrontendAddress, Settings},
     model::{Protocol, ingest},
@@ -26,8 +13,9 @@ use lb_core::{
     state::State,
     tables::Image,
 };
-use lb_tests::cluster::{Cluster, NAMESPACE, service_cidr};
+use lb_tests::cluster::{Cluster, NAMESPACE, Object, object, service_cidr};
 use proptest::{bool, collection::vec, option, prelude::*, sample::subsequence};
+use serde_json::{Value, json};
 
 /// Node ports of the random clusters: two in the range, one outside.
 const NODE_PORTS: [u16; 3] = [30_080, 30_081, 29_000];
@@ -46,7 +34,7 @@ pub(crate) struct RandomService {
     is_internal_local: bool,
     is_external_local: bool,
     affinity: Option<i32>,
-    created: i64,
+    created: u8,
     /// Whether another proxy serves it.
     is_of_others: bool,
     endpoints: Vec<RandomEndpoint>,
@@ -92,89 +80,81 @@ pub(crate) struct RandomCluster {
     has_networks: bool,
 }
 
-fn endpoint() -> BoxedStrategy<RandomEndpoint> {
-    let conditions = prop_oneof![
-        4 => Just((true, true, false)),
-        1 => Just((false, false, false)),
-        1 => Just((false, true, true)),
-        1 => Just((false, false, true)),
-    ];
-    let hints = || {
-        prop_oneof![
+prop_compose! {
+    fn endpoint()(
+        number in 0u8..6,
+        node in option::weighted(0.8, 0..NODES.len()),
+        conditions in prop_oneof![
+            4 => Just((true, true, false)),
+            1 => Just((false, false, false)),
+            1 => Just((false, true, true)),
+            1 => Just((false, false, true)),
+        ],
+        (hint_nodes, hint_zones) in prop_oneof![
             3 => Just((Vec::new(), Vec::new())),
             2 => (subsequence(&NODES[..], 0..=2), subsequence(&ZONES[..], 1..=2)),
-        ]
-    };
-    (0u8..6, option::weighted(0.8, 0..NODES.len()), conditions, hints())
-        .prop_map(|(number, node, conditions, (hint_nodes, hint_zones))| RandomEndpoint {
-            number,
-            node,
-            conditions,
-            hint_nodes,
-            hint_zones,
-        })
-        .boxed()
+        ],
+    ) -> RandomEndpoint {
+        RandomEndpoint { number, node, conditions, hint_nodes, hint_zones }
+    }
 }
 
-fn service() -> BoxedStrategy<RandomService> {
-    let port = |name, protocol, number| {
-        (Just(name), Just(protocol), Just(number), option::of(prop::sample::select(&NODE_PORTS[..])))
-            .prop_map(|(name, protocol, number, node_port)| RandomPort { name, protocol, number, node_port })
-    };
-    let ports = (
-        option::weighted(0.8, port("a", Protocol::Tcp, 80)),
-        option::of(port("b", Protocol::Udp, 80)),
-        option::weighted(0.3, port("c", Protocol::Tcp, 81)),
-    )
-        .prop_map(|(a, b, c)| [a, b, c].into_iter().flatten().collect());
-    let families = prop_oneof![3 => Just(Families::V4), 1 => Just(Families::V6), 2 => Just(Families::Both)];
-    let addresses = (families, 0u8..4, vec(0u8..2, 0..=2), option::weighted(0.3, 0u8..2));
-    let policies =
-        (any::<bool>(), any::<bool>(), option::weighted(0.3, 1i32..100), 0i64..3, bool::weighted(0.15));
-    let endpoints = prop_oneof![1 => Just(Vec::new()), 4 => vec(endpoint(), 1..=5)];
-    (addresses, ports, policies, endpoints)
-        .prop_map(
-            |(
-                (families, cluster_ip, external_ips, load_balancer_ip),
-                ports,
-                (is_internal_local, is_external_local, affinity, created, is_of_others),
-                endpoints,
-            )| RandomService {
-                families,
-                cluster_ip,
-                external_ips,
-                load_balancer_ip,
-                ports,
-                is_internal_local,
-                is_external_local,
-                affinity,
-                created,
-                is_of_others,
-                endpoints,
-            },
-        )
-        .boxed()
+prop_compose! {
+    fn port(name: &'static str, protocol: Protocol, number: u16)(
+        node_port in option::of(prop::sample::select(&NODE_PORTS[..])),
+    ) -> RandomPort {
+        RandomPort { name, protocol, number, node_port }
+    }
 }
 
-fn node() -> BoxedStrategy<RandomNode> {
-    (option::of(prop::sample::select(&ZONES[..])), vec(0u8..4, 0..=2))
-        .prop_map(|(zone, addresses)| RandomNode { zone, addresses })
-        .boxed()
+prop_compose! {
+    fn service()(
+        families in prop_oneof![3 => Just(Families::V4), 1 => Just(Families::V6), 2 => Just(Families::Both)],
+        cluster_ip in 0u8..4,
+        external_ips in vec(0u8..2, 0..=2),
+        load_balancer_ip in option::weighted(0.3, 0u8..2),
+        ports in (
+            option::weighted(0.8, port("a", Protocol::Tcp, 80)),
+            option::of(port("b", Protocol::Udp, 80)),
+            option::weighted(0.3, port("c", Protocol::Tcp, 81)),
+        ),
+        [is_internal_local, is_external_local] in any::<[bool; 2]>(),
+        affinity in option::weighted(0.3, 1i32..100),
+        created in 0u8..3,
+        is_of_others in bool::weighted(0.15),
+        endpoints in prop_oneof![1 => Just(Vec::new()), 4 => vec(endpoint(), 1..=5)],
+    ) -> RandomService {
+        let ports = [ports.0, ports.1, ports.2].into_iter().flatten().collect();
+        RandomService {
+            families, cluster_ip, external_ips, load_balancer_ip, ports, is_internal_local, is_external_local,
+            affinity, created, is_of_others, endpoints,
+        }
+    }
 }
 
-/// A random cluster. Boxed like its parts: by value they are too large for the stack of a test.
+prop_compose! {
+    fn node()(
+        zone in option::of(prop::sample::select(&ZONES[..])),
+        addresses in vec(0u8..4, 0..=2),
+    ) -> RandomNode {
+        RandomNode { zone, addresses }
+    }
+}
+
+prop_compose! {
+    fn unboxed_cluster()(
+        services in [(); 4].map(|()| option::weighted(0.8, service().boxed())),
+        nodes in [(); 3].map(|()| option::weighted(0.8, node())),
+        interfaces in vec(0u8..4, 0..=2),
+        has_networks in bool::weighted(0.8),
+    ) -> RandomCluster {
+        RandomCluster { services, nodes, interfaces, has_networks }
+    }
+}
+
+/// A random cluster. Boxed like its services: by value they are too large for the stack of a test.
 pub(crate) fn cluster() -> BoxedStrategy<RandomCluster> {
-    let service = || option::weighted(0.8, service());
-    let node = || option::weighted(0.8, node());
-    let services = [service(), service(), service(), service()];
-    (services, [node(), node(), node()], vec(0u8..4, 0..=2), bool::weighted(0.8))
-        .prop_map(|(services, nodes, interfaces, has_networks)| RandomCluster {
-            services,
-            nodes,
-            interfaces,
-            has_networks,
-        })
-        .boxed()
+    unboxed_cluster().boxed()
 }
 
 /// A cluster and its later states: each differs from the previous one in some objects only, or in one.
@@ -263,133 +243,112 @@ impl RandomCluster {
     }
 }
 
-fn named(namespace: &str, name: String) -> ObjectMeta {
-    let namespace = (!namespace.is_empty()).then(|| namespace.to_owned());
-    ObjectMeta { name: Some(name), namespace, ..ObjectMeta::default() }
+fn parsed(value: &Value) -> Object {
+    object(value).unwrap()
 }
 
-/// The labels of a Service of another proxy.
-fn others() -> BTreeMap<String, String> {
-    [(ingest::SERVICE_PROXY_NAME.to_owned(), "other".to_owned())].into()
+fn named(names: &[&str]) -> Vec<Value> {
+    names.iter().map(|name| json!({"name": name})).collect()
 }
 
 impl RandomService {
-    fn object(&self, n: usize) -> Service {
-        let cluster_ips = self.families.ips(SERVICE_NETWORK, self.cluster_ip);
-        let texts: Vec<_> = cluster_ips.iter().map(ToString::to_string).collect();
-        let families = cluster_ips.iter().map(|ip| if ip.is_ipv4() { "IPv4" } else { "IPv6" }.to_owned());
-        let policy = |is_local| Some(if is_local { "Local" } else { "Cluster" }.to_owned());
-        let external = |number: &u8| Families::Both.ips(EXTERNAL_NETWORK, *number);
-        let spec = ServiceSpec {
-            type_: Some("LoadBalancer".to_owned()),
-            cluster_ip: texts.first().cloned(),
-            cluster_ips: Some(texts),
-            ip_families: Some(families.collect()),
-            external_ips: Some(
-                self.external_ips.iter().flat_map(external).map(|ip| ip.to_string()).collect(),
-            ),
-            internal_traffic_policy: policy(self.is_internal_local),
-            external_traffic_policy: policy(self.is_external_local),
-            session_affinity: self.affinity.map(|_seconds| "ClientIP".to_owned()),
-            session_affinity_config: self.affinity.map(|seconds| {
-                serde_json::from_value(serde_json::json!({"clientIP": {"timeoutSeconds": seconds}})).unwrap()
-            }),
-            ports: Some(self.ports.iter().map(RandomPort::object).collect()),
-            ..ServiceSpec::default()
+    /// The label of a Service of another proxy.
+    fn proxy(&self) -> Option<&'static str> {
+        self.is_of_others.then_some("other")
+    }
+
+    fn object(&self, n: usize) -> Object {
+        let external = |numbers: &[u8]| -> Vec<IpAddr> {
+            numbers.iter().flat_map(|number| Families::Both.ips(EXTERNAL_NETWORK, *number)).collect()
         };
-        let ingress = self
-            .load_balancer_ip
-            .iter()
-            .flat_map(external)
-            .map(|ip| LoadBalancerIngress { ip: Some(ip.to_string()), ..LoadBalancerIngress::default() });
-        let created = Timestamp::from_second(1_700_000_000 + self.created).unwrap();
-        Service {
-            metadata: ObjectMeta {
-                creation_timestamp: Some(Time(created)),
-                labels: self.is_of_others.then(others),
-                ..named(NAMESPACE, format!("service-{n}"))
+        let cluster_ips = self.families.ips(SERVICE_NETWORK, self.cluster_ip);
+        let families = cluster_ips.iter().map(|ip| if ip.is_ipv4() { "IPv4" } else { "IPv6" });
+        let ingress = external(self.load_balancer_ip.as_slice()).into_iter().map(|ip| json!({"ip": ip}));
+        let policy = |is_local| if is_local { "Local" } else { "Cluster" };
+        let ports = self.ports.iter().map(|RandomPort { name, protocol, number, node_port }| {
+            json!({"name": name, "protocol": protocol.to_string(), "port": number, "nodePort": node_port})
+        });
+        parsed(&json!({
+            "apiVersion": "v1",
+            "kind": "Service",
+            "metadata": {
+                "namespace": NAMESPACE,
+                "name": format!("service-{n}"),
+                "creationTimestamp": format!("2023-11-14T22:13:2{}Z", self.created),
+                "labels": self.proxy().map(|proxy| json!({ingest::SERVICE_PROXY_NAME: proxy})),
             },
-            spec: Some(spec),
-            status: Some(ServiceStatus {
-                load_balancer: Some(LoadBalancerStatus { ingress: Some(ingress.collect()) }),
-                ..ServiceStatus::default()
-            }),
-        }
+            "spec": {
+                "type": "LoadBalancer",
+                "clusterIP": cluster_ips[0],
+                "clusterIPs": cluster_ips,
+                "ipFamilies": families.collect::<Vec<_>>(),
+                "externalIPs": external(&self.external_ips),
+                "internalTrafficPolicy": policy(self.is_internal_local),
+                "externalTrafficPolicy": policy(self.is_external_local),
+                "sessionAffinity": self.affinity.map(|_seconds| "ClientIP"),
+                "sessionAffinityConfig":
+                    self.affinity.map(|seconds| json!({"clientIP": {"timeoutSeconds": seconds}})),
+                "ports": ports.collect::<Vec<_>>(),
+            },
+            "status": {"loadBalancer": {"ingress": ingress.collect::<Vec<_>>()}},
+        }))
     }
 
     /// Endpoints with an even number are in one slice, the others in another.
-    fn slices(&self, n: usize) -> Vec<EndpointSlice> {
-        let mut slices = Vec::new();
-        for (family, ip) in [("IPv4", v4 as fn(u8, u8) -> IpAddr), ("IPv6", v6)] {
-            for half in 0..2 {
-                let endpoints = self.endpoints.iter().filter(|endpoint| endpoint.number % 2 == half);
-                let ports = self.ports.iter().map(|port| EndpointPort {
-                    name: Some(port.name.to_owned()),
-                    protocol: Some(port.protocol.to_string()),
-                    port: Some(i32::from(port.number) + 8000),
-                    ..EndpointPort::default()
-                });
-                let mut metadata = named(NAMESPACE, format!("service-{n}-{family}-{half}").to_lowercase());
-                let mut labels = if self.is_of_others { others() } else { BTreeMap::new() };
-                labels.insert(ingest::SERVICE_NAME.to_owned(), format!("service-{n}"));
-                metadata.labels = Some(labels);
-                slices.push(EndpointSlice {
-                    metadata,
-                    address_type: family.to_owned(),
-                    ports: Some(ports.collect()),
-                    endpoints: endpoints
-                        .map(|endpoint| endpoint.object(ip(endpoint_network(n), endpoint.number + 1)))
-                        .collect(),
-                });
-            }
+    fn slices(&self, n: usize) -> Vec<Object> {
+        let ports = self.ports.iter().map(|RandomPort { name, protocol, number, .. }| {
+            json!({"name": name, "protocol": protocol.to_string(), "port": number + 8000})
+        });
+        let ports: Vec<Value> = ports.collect();
+        let mut labels = json!({ingest::SERVICE_NAME: format!("service-{n}")});
+        if let Some(proxy) = self.proxy() {
+            labels[ingest::SERVICE_PROXY_NAME] = proxy.into();
         }
-        slices
-    }
-}
-
-impl RandomPort {
-    fn object(&self) -> ServicePort {
-        ServicePort {
-            name: Some(self.name.to_owned()),
-            protocol: Some(self.protocol.to_string()),
-            port: self.number.into(),
-            node_port: self.node_port.map(Into::into),
-            ..ServicePort::default()
-        }
+        let families = [("IPv4", v4 as fn(u8, u8) -> IpAddr), ("IPv6", v6)];
+        let slices = families.into_iter().flat_map(|family| [(family, 0), (family, 1)]);
+        let slices = slices.map(|((family, ip), half)| {
+            let endpoints = self.endpoints.iter().filter(|endpoint| endpoint.number % 2 == half);
+            let object =
+                |endpoint: &RandomEndpoint| endpoint.object(ip(endpoint_network(n), endpoint.number + 1));
+            parsed(&json!({
+                "apiVersion": "discovery.k8s.io/v1",
+                "kind": "EndpointSlice",
+                "metadata": {
+                    "namespace": NAMESPACE,
+                    "name": format!("service-{n}-{family}-{half}").to_lowercase(),
+                    "labels": labels,
+                },
+                "addressType": family,
+                "ports": ports,
+                "endpoints": endpoints.map(object).collect::<Vec<_>>(),
+            }))
+        });
+        slices.collect()
     }
 }
 
 impl RandomEndpoint {
-    fn object(&self, ip: IpAddr) -> Endpoint {
+    fn object(&self, ip: IpAddr) -> Value {
         let (ready, serving, terminating) = self.conditions;
-        let zones = self.hint_zones.iter().map(|name| ForZone { name: (*name).to_owned() });
-        let nodes = self.hint_nodes.iter().map(|name| ForNode { name: (*name).to_owned() });
-        Endpoint {
-            addresses: vec![ip.to_string()],
-            conditions: Some(EndpointConditions {
-                ready: Some(ready),
-                serving: Some(serving),
-                terminating: Some(terminating),
-            }),
-            hints: Some(EndpointHints { for_zones: Some(zones.collect()), for_nodes: Some(nodes.collect()) }),
-            node_name: self.node.map(|n| NODES[n].to_owned()),
-            ..Endpoint::default()
-        }
+        json!({
+            "addresses": [ip],
+            "conditions": {"ready": ready, "serving": serving, "terminating": terminating},
+            "hints": {"forZones": named(&self.hint_zones), "forNodes": named(&self.hint_nodes)},
+            "nodeName": self.node.map(|n| NODES[n]),
+        })
     }
 }
 
 impl RandomNode {
-    fn object(&self, name: &str) -> Node {
-        let mut metadata = named("", name.to_owned());
-        metadata.labels = self.zone.map(|zone| [(ingest::ZONE.to_owned(), zone.to_owned())].into());
+    fn object(&self, name: &str) -> Object {
         let addresses = self.addresses.iter().flat_map(|number| Families::Both.ips(NODE_NETWORK, *number));
-        let addresses =
-            addresses.map(|ip| NodeAddress { type_: "InternalIP".to_owned(), address: ip.to_string() });
-        Node {
-            metadata,
-            status: Some(NodeStatus { addresses: Some(addresses.collect()), ..NodeStatus::default() }),
-            ..Node::default()
-        }
+        let addresses = addresses.map(|ip| json!({"type": "InternalIP", "address": ip}));
+        parsed(&json!({
+            "apiVersion": "v1",
+            "kind": "Node",
+            "metadata": {"name": name, "labels": self.zone.map(|zone| json!({ingest::ZONE: zone}))},
+            "status": {"addresses": addresses.collect::<Vec<_>>()},
+        }))
     }
 }
 

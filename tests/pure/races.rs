@@ -101,34 +101,18 @@ impl<A> Spanning<'_, A> {
     }
 }
 
-/// Conversion between the bytes of a family and addresses.
-trait Octets: FamilyLayout {
-    fn ip(self) -> IpAddr;
-    fn of(ip: IpAddr) -> Self;
-}
+/// The bytes of a family's address.
+trait Octets: FamilyLayout + Into<IpAddr> + TryFrom<Vec<u8>> {}
 
-impl Octets for Octets4 {
-    fn ip(self) -> IpAddr {
-        Ipv4Addr::from(self).into()
-    }
-    fn of(ip: IpAddr) -> Self {
-        match ip {
-            IpAddr::V4(ip) => ip.octets(),
-            IpAddr::V6(ip) => panic!("{ip} among IPv4 endpoints"),
-        }
-    }
-}
+impl Octets for Octets4 {}
+impl Octets for Octets6 {}
 
-impl Octets for Octets6 {
-    fn ip(self) -> IpAddr {
-        Ipv6Addr::from(self).into()
-    }
-    fn of(ip: IpAddr) -> Self {
-        match ip {
-            IpAddr::V6(ip) => ip.octets(),
-            IpAddr::V4(ip) => panic!("{ip} among IPv6 endpoints"),
-        }
-    }
+fn octets<A: Octets>(ip: IpAddr) -> A {
+    let octets = match ip {
+        IpAddr::V4(ip) => ip.octets().to_vec(),
+        IpAddr::V6(ip) => ip.octets().to_vec(),
+    };
+    A::try_from(octets).unwrap_or_else(|_| panic!("{ip} is of the other family"))
 }
 
 impl<A: Octets> Tables for Spanning<'_, A> {
@@ -138,7 +122,7 @@ impl<A: Octets> Tables for Spanning<'_, A> {
         let (address, port, protocol) = A::key_parts(key);
         let protocol = if protocol == layout::Protocol::TCP { Protocol::Tcp } else { Protocol::Udp };
         self.read(|memory| {
-            memory.services.get(&FrontendAddress { ip: address.ip(), port, protocol }).copied()
+            memory.services.get(&FrontendAddress { ip: address.into(), port, protocol }).copied()
         })
     }
     fn frontend(&self, frontend_id: u32) -> Option<Frontend> {
@@ -150,7 +134,7 @@ impl<A: Octets> Tables for Spanning<'_, A> {
     fn endpoint(&self, index: u32) -> Option<A::Endpoint> {
         let entry =
             self.read(|memory| memory.entries.get(&(A::FAMILY == lb_common::Family::V6, index)).copied())?;
-        Some(A::entry(A::of(entry.address.ip()), entry.address.port(), entry.endpoint_id))
+        Some(A::entry(octets(entry.address.ip()), entry.address.port(), entry.endpoint_id))
     }
     fn node_ports(&self) -> (u16, u16) {
         lb_common::limits::NODE_PORTS
@@ -161,7 +145,7 @@ impl<A: Octets> Tables for Spanning<'_, A> {
         Some(if own { NodeAddress::Own } else { NodeAddress::Other })
     }
     fn is_in_service_network(&self, address: &A) -> bool {
-        self.read(|memory| memory.service_cidrs.iter().any(|network| network.contains(address.ip())))
+        self.read(|memory| memory.service_cidrs.iter().any(|network| network.contains((*address).into())))
     }
     fn cluster_ip(&self, mapped: &Octets6) -> Option<bool> {
         let ip = Ipv6Addr::from(*mapped).to_canonical();
@@ -250,7 +234,7 @@ fn run<A: Octets>(memory: &Memory, ops: &[Op], (to, on_node): Call, moment: &Mom
         family: std::marker::PhantomData,
     };
     let call = lb_common::resolve::Call {
-        address: A::of(to.ip),
+        address: octets(to.ip),
         port: to.port,
         protocol: wire_protocol(to.protocol).unwrap(),
     };
@@ -258,7 +242,7 @@ fn run<A: Octets>(memory: &Memory, ops: &[Op], (to, on_node): Call, moment: &Mom
         Verdict::Pass => Came::Untouched,
         Verdict::Refuse { .. } => Came::Refused,
         Verdict::Unreachable => Came::Unreachable,
-        Verdict::Redirect(target) => Came::To(SocketAddr::new(target.address.ip(), target.port)),
+        Verdict::Redirect(target) => Came::To(SocketAddr::new(target.address.into(), target.port)),
     }
 }
 
