@@ -8,7 +8,6 @@ use std::{
     time::Duration,
 };
 
-use k8s_openapi::api::core::v1::{ClientIPConfig, SessionAffinityConfig};
 use lb_core::model::Protocol::Udp;
 use lb_tests::{
     Sandbox,
@@ -27,11 +26,7 @@ fn endpoints() -> [IpAddr; 16] {
 
 fn add_with_affinity(cluster: Cluster, name: &str, service: SocketAddr, seconds: i32) -> Cluster {
     let object = cluster::service(name, &[service.ip()], &[cluster::port("", Udp, service.port())]);
-    let mut cluster = cluster.with([cluster::with_spec(object, |spec| {
-        spec.session_affinity = Some("ClientIP".to_owned());
-        let client_ip = Some(ClientIPConfig { timeout_seconds: Some(seconds) });
-        spec.session_affinity_config = Some(SessionAffinityConfig { client_ip });
-    })]);
+    let mut cluster = cluster.with([cluster::with_affinity(object, Some(seconds))]);
     cluster.set_endpoints(&PortOf::udp(name), &endpoints().map(|ip| SocketAddr::new(ip, 53)));
     cluster
 }

@@ -140,36 +140,34 @@ fn in_container<R>(body: impl FnOnce(&Path) -> R) -> R {
     result
 }
 
+/// Runs a closure as deep as this, each in a child cgroup of the one above.
+fn in_containers(parent: &Path, depth: usize, body: &(dyn Fn(&Path) + Sync)) {
+    in_child(parent, |_| {
+        in_container(|node| if depth == 1 { body(node) } else { in_containers(node, depth - 1, body) });
+    });
+}
+
 /// The node's view lacks the machine's root, from which programs count levels.
 #[test]
 fn exclusion_holds_three_cgroup_namespaces_deep() {
     with_agent(true, |sandbox, exclusion| {
         let levels = place(sandbox.cgroup().path()).levels;
-        in_child(sandbox.cgroup().path(), |_| {
-            in_container(|node| {
-                in_child(node, |_| {
-                    in_container(|node| {
-                        in_child(node, |_| {
-                            in_container(|node| {
-                                assert!(matches!(cgroup::find_root(), Err(KernelError::OwnCgroup { .. })));
-                                in_child(node, |pod| {
-                                    assert_eq!(cgroup::find_root().unwrap(), node);
-                                    assert_eq!(cgroup::extent(node), Extent::Node);
-                                    assert_eq!(cgroup::extent(pod), Extent::Cgroup);
-                                    assert!(are_served());
-                                    let place = place(pod);
-                                    assert_eq!(Hierarchy::find().unwrap().own_position().unwrap(), place);
-                                    assert!(exclusion.set(&[place].into()).unwrap());
-                                    assert!(are_left_alone());
-                                    assert_eq!(place.levels.count_ones(), 14, "from the second level");
-                                    assert_ne!(place.levels & (levels << 4), 0);
-                                });
-                                assert!(are_served(), "the cgroup above");
-                            });
-                        });
-                    });
-                });
+        in_containers(sandbox.cgroup().path(), 3, &|node| {
+            assert!(matches!(cgroup::find_root(), Err(KernelError::OwnCgroup { .. })));
+            in_child(node, |pod| {
+                assert_eq!(cgroup::find_root().unwrap(), node);
+                assert_eq!(cgroup::extent(node), Extent::Node);
+                assert_eq!(cgroup::extent(pod), Extent::Cgroup);
+                assert!(are_served());
+                let place = place(pod);
+                assert_eq!(Hierarchy::find().unwrap().own_position().unwrap(), place);
+                let mut exclusion = Exclusion::open(&sandbox.pin_path()).unwrap();
+                assert!(exclusion.set(&[place].into()).unwrap());
+                assert!(are_left_alone());
+                assert_eq!(place.levels.count_ones(), 14, "from the second level");
+                assert_ne!(place.levels & (levels << 4), 0);
             });
+            assert!(are_served(), "the cgroup above");
         });
         exclusion.set(&BTreeSet::new()).unwrap();
     });

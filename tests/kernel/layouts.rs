@@ -227,7 +227,7 @@ fn a_map_beside_the_image_is_made_anew_alone() {
     with_web(8, |sandbox, web| {
         let (service, mut cluster) = (web.service, web.cluster.clone());
         let object = cluster.services.values().next().unwrap().clone();
-        cluster.set(cluster::with_spec(object, |spec| spec.session_affinity = Some("ClientIP".to_owned())));
+        cluster.set(cluster::with_affinity(object, None));
         let mut agent = Agent::start(sandbox);
         agent.follow(&cluster);
         let image = agent.image();

@@ -5,7 +5,7 @@ use std::{
     net::{IpAddr, SocketAddr},
 };
 
-use k8s_openapi::api::core::v1::{ClientIPConfig, ServiceSpec, SessionAffinityConfig};
+use k8s_openapi::api::core::v1::Service;
 use lb_core::model::Protocol::{self, Tcp, Udp};
 use lb_kernel::Features;
 use lb_tests::{
@@ -161,23 +161,14 @@ fn objects() -> Cluster {
         let plain = PortOf { service: "plain", name: "", protocol };
         cluster.set_endpoints(&plain, &FAMILIES.map(|domain| Destination::Server.address(domain)));
         for domain in FAMILIES {
-            let mut special =
-                |what: &str, number, endpoints: &[SocketAddr], change: &dyn Fn(&mut ServiceSpec)| {
-                    let name = format!("{what}-{domain:?}-{protocol}").to_lowercase();
-                    let ip = Destination::Sticky.address(domain).ip();
-                    let object = cluster::service(&name, &[ip], &[cluster::port("", protocol, number)]);
-                    cluster.set(cluster::with_spec(object, change));
-                    cluster.set_endpoints(&PortOf { service: &name, name: "", protocol }, endpoints);
-                };
-            special("sticky", 80, &endpoints(domain), &|spec| {
-                spec.session_affinity = Some("ClientIP".to_owned());
-                let client_ip = Some(ClientIPConfig { timeout_seconds: Some(10_800) });
-                spec.session_affinity_config = Some(SessionAffinityConfig { client_ip });
-            });
-            special("node-port", 81, &endpoints(domain), &|spec| {
-                spec.type_ = Some("NodePort".to_owned());
-                spec.ports.iter_mut().flatten().for_each(|port| port.node_port = Some(NODE_PORT.into()));
-            });
+            let mut special = |what: &str, number, change: &dyn Fn(Service) -> Service| {
+                let name = format!("{what}-{domain:?}-{protocol}").to_lowercase();
+                let ip = Destination::Sticky.address(domain).ip();
+                cluster.set(change(cluster::service(&name, &[ip], &[cluster::port("", protocol, number)])));
+                cluster.set_endpoints(&PortOf { service: &name, name: "", protocol }, &endpoints(domain));
+            };
+            special("sticky", 80, &|service| cluster::with_affinity(service, Some(10_800)));
+            special("node-port", 81, &|service| cluster::with_node_port(service, NODE_PORT));
         }
     }
     cluster

@@ -458,12 +458,7 @@ fn with_node_ports(annotation: Option<&str>) -> Cluster {
     let mut cluster = cluster(Udp, annotation, FIRST);
     cluster.set(cluster::node("node", &node_addresses()));
     for service in cluster.services.values_mut() {
-        *service = cluster::with_spec(service.clone(), |spec| {
-            spec.type_ = Some("NodePort".to_owned());
-            for port in spec.ports.iter_mut().flatten() {
-                port.node_port = Some(30053);
-            }
-        });
+        *service = cluster::with_node_port(service.clone(), 30053);
     }
     cluster
 }

@@ -12,7 +12,7 @@ use lb_core::model::{
 use lb_kernel::Features;
 use lb_tests::{
     client::{Domain, Socket},
-    cluster::{Cluster, port, service, service_cidr, with_spec},
+    cluster::{Cluster, port, service, service_cidr, with_node_port},
     installed::{QUIET, eventually},
     process::text,
 };
@@ -26,14 +26,11 @@ use crate::{
 const NODE_PORT: u16 = 30_080;
 
 /// The town's services, with a node port for the web service.
-fn with_node_port(town: &Town) -> Cluster {
+fn web_on_a_node_port(town: &Town) -> Cluster {
     let mut cluster = town.cluster(0..2);
     let web =
         cluster.services.values().find(|web| web.metadata.name.as_deref() == Some("web-v4")).unwrap().clone();
-    cluster.set(with_spec(web, |spec| {
-        spec.type_ = Some("NodePort".to_owned());
-        spec.ports.iter_mut().flatten().for_each(|port| port.node_port = Some(NODE_PORT.into()));
-    }));
+    cluster.set(with_node_port(web, NODE_PORT));
     cluster
 }
 
@@ -49,7 +46,7 @@ fn ip(arguments: &str) {
 #[test]
 fn node_ports_answer_on_a_new_address_at_once() {
     with_town(|place, town| {
-        let _agent = serve(place, &with_node_port(town), &QUIET);
+        let _agent = serve(place, &web_on_a_node_port(town), &QUIET);
         let started = Instant::now();
         let mut longest = std::time::Duration::ZERO;
         for n in 1..=10 {
@@ -153,7 +150,7 @@ fn what_kube_proxy_keeps_on_its_own_interface_is_served() {
         let web = town::web()[0];
         ip("link add kube-ipvs0 type veth peer name kube-ipvs1");
         ip(&format!("address add {}/32 dev kube-ipvs0", web.ip()));
-        place.write(&with_node_port(town));
+        place.write(&web_on_a_node_port(town));
         let _agent = place.start(&QUIET);
         eventually("the service answers", || is_up(web));
         let at_node_port = SocketAddr::new(web.ip(), NODE_PORT);

@@ -20,6 +20,14 @@ use crate::{
     turns::{PORTS, status_of},
 };
 
+fn is_ready() -> bool {
+    status_of(10256, "healthz") == "200"
+}
+
+fn is_alive_and_not_ready() -> bool {
+    status_of(10256, "healthz") == "503" && status_of(10256, "livez") == "200"
+}
+
 /// Unmounting the BPF file system takes the pins from the next agent, not from calls: this agent keeps them
 /// alive.
 #[test]
@@ -27,12 +35,12 @@ fn without_its_pins_an_agent_is_not_ready_and_serves_on() {
     with_town(|place, town| {
         let service = town::web()[0];
         let agent = serve(place, &town.cluster(0..2), &PORTS);
-        eventually("it is ready", || status_of(10256, "healthz") == "200");
+        eventually("it is ready", is_ready);
         let bpffs = Path::new(&place.pin_path).parent().unwrap();
         // The sandbox's mount namespace is the test's own.
         umount2(bpffs, MntFlags::MNT_DETACH).unwrap();
         eventually("it is logged", || agent.has_said_all(&["ERROR", "pins are gone", "restart"]));
-        assert_eq!((status_of(10256, "healthz"), status_of(10256, "livez")), ("503".into(), "200".into()));
+        assert!(is_alive_and_not_ready());
         assert!(is_up(service), "attached programs stay");
         place.write(&town.cluster(0..0));
         eventually("changes are followed", || !is_up(service));
@@ -57,7 +65,7 @@ fn what_is_removed_comes_back_within_the_audits_interval() {
             &town.cluster(0..2),
             &[&PORTS[..], &["--audit-interval=15s", "--self-test-interval=2s"]].concat(),
         );
-        eventually("it is ready", || status_of(10256, "healthz") == "200");
+        eventually("it is ready", is_ready);
         let pin = |name: &str| Path::new(&place.pin_path).join(name);
         let page =
             |port: u16, page: &str| text("curl", &["--silent", &format!("http://127.0.0.1:{port}/{page}")]);
@@ -80,12 +88,9 @@ fn what_is_removed_comes_back_within_the_audits_interval() {
             }
             assert_eq!(is_up(service), !is_detached, "{what}: only pinned programs serve without an agent");
             eventually("it is not ready", || page(10256, "healthz").contains(r#""pinsLost":true"#));
-            assert_eq!(
-                (status_of(10256, "healthz"), status_of(10256, "livez")),
-                ("503".into(), "200".into())
-            );
+            assert!(is_alive_and_not_ready(), "{what}");
             assert!(agent.has_said_all(&["WARN", "next audit restores them", names[0]]), "{what}");
-            eventually("everything is restored", || status_of(10256, "healthz") == "200");
+            eventually("everything is restored", is_ready);
             assert!(is_up(service), "{what}");
             let n_links = u32::try_from(round / 2 + 1).unwrap();
             assert!(names.iter().all(|name| pin(name).exists() && has_counted(name, n_links)), "{what}");
@@ -121,7 +126,7 @@ fn a_state_directory_that_takes_nothing_is_named_once_and_harms_nothing() {
             place.write(&town.cluster(0..1));
             eventually("changes are followed", || is_up(service));
             // The first self-test may still be running.
-            eventually("the node is ready", || status_of(10256, "healthz") == "200");
+            eventually("the node is ready", is_ready);
             let n_lines = agent.n_said("snapshot is not up to date");
             assert_eq!(n_lines, 1, "{options}");
             // It is written when there is space again.
@@ -149,7 +154,7 @@ fn a_size_that_is_too_small_is_named_and_harms_nothing() {
     with_town(|place, town| {
         let service = town::web()[0];
         let agent = serve(place, &town.cluster(0..2), &PORTS);
-        eventually("it is ready", || status_of(10256, "healthz") == "200");
+        eventually("it is ready", is_ready);
         assert_eq!(agent.end(Signal::SIGTERM), Some(0));
         let agent = place.start(&[&PORTS[..], &["--max-services=1"]].concat());
         eventually("it is logged", || {
@@ -160,7 +165,7 @@ fn a_size_that_is_too_small_is_named_and_harms_nothing() {
                 "restart the agent",
             ])
         });
-        eventually("it is ready", || status_of(10256, "healthz") == "200");
+        eventually("it is ready", is_ready);
         let body = text("curl", &["--silent", "http://127.0.0.1:10256/healthz"]);
         assert!(body.contains(r#""sizesRefused":["max-services=1: "#), "{body}");
         assert!(is_up(service));

@@ -2,10 +2,10 @@
 
 use std::{collections::BTreeSet, net::IpAddr};
 
-use lb_tests::{Feature, Sandbox, process::text};
+use lb_tests::process::text;
 use serde_json::Value;
 
-use crate::town::{self, Town};
+use crate::town::{self, with_served_town};
 
 /// Makes twenty calls of each kind at once and prints the server, and the peer as the program sees it.
 const CLIENT: &str = r#"
@@ -61,9 +61,7 @@ asyncio.run(main())
 /// Runs a client, which makes sixty calls at once, with the services of each family. The servers are the pods,
 /// and the program sees the services.
 pub(crate) fn make_sixty_calls(program: &'static str, client: impl Fn([&str; 3]) -> String + Sync) {
-    Sandbox::test_with(&[Feature::Command(program)], |sandbox| {
-        let town = Town::new(sandbox, 2);
-        let _agent = town.serve(sandbox);
+    with_served_town(program, 2, |town, _agent| {
         for (family, (web, dns)) in town::web().into_iter().zip(town::dns()).enumerate() {
             let (web_ip, dns_ip) = (web.ip().to_string(), dns.ip().to_string());
             let printed = client([&web_ip, &dns_ip, &dns.port().to_string()]);

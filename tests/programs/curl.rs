@@ -2,12 +2,9 @@
 
 use std::collections::BTreeSet;
 
-use lb_tests::{
-    Feature, Sandbox,
-    process::{run, text},
-};
+use lb_tests::process::{run, text};
 
-use crate::town::{self, Town};
+use crate::town::{self, with_served_town};
 
 /// Fetches pages and returns the peer of the connection, as curl sees it.
 fn curl(urls: &[&str]) -> String {
@@ -17,14 +14,9 @@ fn curl(urls: &[&str]) -> String {
     text("curl", &args)
 }
 
-fn with_town(n_pods: u8, test: impl FnOnce(&Sandbox, &Town) + Send) {
-    Sandbox::test_with(&[Feature::Command("curl")], |sandbox| test(sandbox, &Town::new(sandbox, n_pods)));
-}
-
 #[test]
 fn pages_come_from_every_pod() {
-    with_town(2, |sandbox, town| {
-        let mut agent = town.serve(sandbox);
+    with_served_town("curl", 2, |town, agent| {
         for (family, service) in town::web().into_iter().enumerate() {
             let url = format!("http://{service}/");
             let fetched: BTreeSet<String> = (0..40).map(|_| curl(&[&url])).collect();
@@ -46,8 +38,7 @@ fn pages_come_from_every_pod() {
 /// Several requests over one connection reach one pod.
 #[test]
 fn a_connection_stays_with_its_pod() {
-    with_town(2, |sandbox, town| {
-        let _agent = town.serve(sandbox);
+    with_served_town("curl", 2, |_town, _agent| {
         let url = format!("http://{}/", town::web()[0]);
         let pages = curl(&[&*url; 10]);
         let servers: BTreeSet<&str> = pages.lines().filter(|line| line.contains(" for ")).collect();
@@ -58,8 +49,7 @@ fn a_connection_stays_with_its_pod() {
 /// A pod that calls its own service may reach itself.
 #[test]
 fn a_pod_reaches_itself_through_its_service() {
-    with_town(1, |sandbox, town| {
-        let _agent = town.serve(sandbox);
+    with_served_town("curl", 1, |town, _agent| {
         let pod = &town.pods[0];
         for (family, service) in town::web().into_iter().enumerate() {
             let page = pod.netns.run(|| curl(&[&format!("http://{service}/")]));
@@ -71,8 +61,7 @@ fn a_pod_reaches_itself_through_its_service() {
 
 #[test]
 fn a_service_without_pods_is_refused_at_once() {
-    with_town(0, |sandbox, town| {
-        let _agent = town.serve(sandbox);
+    with_served_town("curl", 0, |_town, _agent| {
         let output = run("curl", &["--silent", "--show-error", &format!("http://{}/", town::empty())]);
         // "Failed to connect", not "timeout".
         assert_eq!(output.status.code(), Some(7), "{output:?}");

@@ -3,16 +3,14 @@
 
 use std::{collections::BTreeSet, fs};
 
-use lb_tests::{Feature, Sandbox, process::text};
+use lb_tests::process::text;
 use nix::mount::{MsFlags, mount};
 
-use crate::town::{self, Town};
+use crate::town::{self, with_served_town};
 
 #[test]
 fn dig_gets_answers_over_udp_and_tcp() {
-    Sandbox::test_with(&[Feature::Command("dig")], |sandbox| {
-        let town = Town::new(sandbox, 2);
-        let _agent = town.serve(sandbox);
+    with_served_town("dig", 2, |town, _agent| {
         for (family, kind) in ["A", "AAAA"].into_iter().enumerate() {
             let server = format!("@{}", town::dns()[family].ip());
             for transport in ["+notcp", "+tcp"] {
@@ -28,9 +26,7 @@ fn dig_gets_answers_over_udp_and_tcp() {
 /// The C library's resolver queries both families at once through one connected socket.
 #[test]
 fn the_c_library_resolves_names() {
-    Sandbox::test_with(&[Feature::Command("getent")], |sandbox| {
-        let town = Town::new(sandbox, 1);
-        let _agent = town.serve(sandbox);
+    with_served_town("getent", 1, |town, _agent| {
         // Mounted in the sandbox's own mount namespace only.
         let conf = tempfile::NamedTempFile::new().unwrap();
         let target = fs::canonicalize("/etc/resolv.conf").unwrap();

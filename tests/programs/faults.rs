@@ -70,17 +70,11 @@ fn state(second: bool) -> Cluster {
             let endpoints: Vec<SocketAddr> = numbers.iter().map(|n| endpoint(service, *n, ipv6)).collect();
             let address = address(service, ipv6);
             let object = cluster::service(&name, &[address.ip()], &[cluster::port("", Tcp, address.port())]);
-            cluster.set(cluster::with_spec(object, |spec| {
-                if node_port {
-                    spec.type_ = Some("NodePort".to_owned());
-                    spec.ports
-                        .iter_mut()
-                        .flatten()
-                        .for_each(|port| port.node_port = Some(30_000 + i32::from(service)));
-                } else {
-                    spec.session_affinity = Some("ClientIP".to_owned());
-                }
-            }));
+            cluster.set(if node_port {
+                cluster::with_node_port(object, 30_000 + u16::from(service))
+            } else {
+                cluster::with_affinity(object, None)
+            });
             cluster.set_endpoints(&PortOf::tcp(&name), &endpoints);
         };
         serve(1, false);

@@ -51,6 +51,12 @@ pub(crate) fn fetch(method: &str, url: &str) -> (u16, String) {
     (status.parse().unwrap(), body.to_owned())
 }
 
+/// Fetches pages from where the agent answers health checks.
+pub(crate) fn health_pages(agent: &Running) -> impl Fn(&str) -> (u16, String) + use<> {
+    let address = address(agent, "--healthz-bind-address");
+    move |page| fetch("GET", &format!("http://{address}/{page}"))
+}
+
 /// One scrape: values as written, by name and labels.
 pub(crate) struct Scrape(BTreeMap<String, String>);
 
@@ -210,7 +216,7 @@ fn probes_are_answered_while_the_programs_are_loaded() {
 #[test]
 fn a_node_that_is_being_deleted_asks_for_no_traffic() {
     with_agent(&[], |place, town, agent| {
-        let healthz = format!("http://{}", address(agent, "--healthz-bind-address"));
+        let health = health_pages(agent);
         let mut node = cluster::node("node", &[]);
         node.spec.get_or_insert_default().taints = Some(vec![Taint {
             key: "ToBeDeletedByClusterAutoscaler".to_owned(),
@@ -218,10 +224,10 @@ fn a_node_that_is_being_deleted_asks_for_no_traffic() {
             ..Taint::default()
         }]);
         place.write(&town.cluster(0..2).with([node]));
-        eventually("/healthz is 503", || fetch("GET", &format!("{healthz}/healthz")).0 == 503);
-        assert_eq!(fetch("GET", &format!("{healthz}/livez")).0, 200, "the agent itself is healthy");
+        eventually("/healthz is 503", || health("healthz").0 == 503);
+        assert_eq!(health("livez").0, 200, "the agent itself is healthy");
         place.write(&town.cluster(0..2));
-        eventually("/healthz is 200", || fetch("GET", &format!("{healthz}/healthz")).0 == 200);
+        eventually("/healthz is 200", || health("healthz").0 == 200);
     });
 }
 
@@ -232,17 +238,17 @@ fn a_full_table_is_no_readiness() {
         one.services.retain(|(_, name), _| name == "web-v4");
         place.write(&one);
         let agent = place.start(&[&LISTEN[..], &["--max-services=1"]].concat());
-        let healthz = format!("http://{}/healthz", address(&agent, "--healthz-bind-address"));
-        eventually("/healthz is 200", || fetch("GET", &healthz).0 == 200);
+        let health = health_pages(&agent);
+        eventually("/healthz is 200", || health("healthz").0 == 200);
 
         place.write(&town.cluster(0..2));
-        eventually("/healthz is 503", || fetch("GET", &healthz).0 == 503);
-        assert!(fetch("GET", &healthz).1.contains(r#""frontendsWithoutRoom":"#));
+        eventually("/healthz is 503", || health("healthz").0 == 503);
+        assert!(health("healthz").1.contains(r#""frontendsWithoutRoom":"#));
         assert!(is_up(town::web()[0]), "services that fit are served");
-        assert_eq!(fetch("GET", &healthz.replace("healthz", "livez")).0, 200, "the agent itself is healthy");
+        assert_eq!(health("livez").0, 200, "the agent itself is healthy");
 
         place.write(&one);
-        eventually("/healthz is 200 again", || fetch("GET", &healthz).0 == 200);
+        eventually("/healthz is 200 again", || health("healthz").0 == 200);
         let (status, log) = agent.end_with_log(Signal::SIGTERM);
         assert_eq!(status, Some(0));
         // The refused service, the full map, and the remedy.
@@ -257,8 +263,8 @@ fn a_full_table_is_no_readiness() {
 fn a_hostile_node_and_a_stranger_end_no_agent() {
     with_agent(&[], |place, town, agent| {
         let metrics = address(agent, "--metrics-bind-address");
-        let healthz = format!("http://{}/healthz", address(agent, "--healthz-bind-address"));
-        let status = |page: &str| fetch("GET", &healthz.replace("healthz", page)).0;
+        let health = health_pages(agent);
+        let status = |page: &str| health(page).0;
 
         let first = u32::from(Ipv4Addr::new(10, 200, 0, 0));
         let addresses = (first..=first + MAX_NODE_ADDRS).map(|ip| Ipv4Addr::from(ip).into());

@@ -3,7 +3,7 @@
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 
 use lb_core::model::Protocol;
-use lb_tests::{Sandbox, agent::Agent, cluster::Cluster, netns::NetNs};
+use lb_tests::{Feature, Sandbox, agent::Agent, cluster::Cluster, netns::NetNs};
 
 use crate::backend::Backend;
 
@@ -29,6 +29,20 @@ fn addresses(pod: u8, host: u8) -> [IpAddr; 2] {
     [IpAddr::from([10, 244, pod, host]), v6.into()]
 }
 
+/// Runs a test with a program and a town, and an agent that serves it with all pods as endpoints.
+pub(crate) fn with_served_town(
+    program: &'static str,
+    n_pods: u8,
+    test: impl FnOnce(&Town, &mut Agent) + Send,
+) {
+    Sandbox::test_with(&[Feature::Command(program)], |sandbox| {
+        let town = Town::new(sandbox, n_pods);
+        let mut agent = Agent::start(sandbox);
+        agent.follow(&town.cluster(0..town.pods.len()));
+        test(&town, &mut agent);
+    });
+}
+
 impl Town {
     /// Creates pods of the sandbox's node.
     pub(crate) fn new(sandbox: &Sandbox, n_pods: u8) -> Self {
@@ -40,13 +54,6 @@ impl Town {
             Pod { netns, ips, gateways, _servers: servers }
         });
         Self { pods: pods.collect() }
-    }
-
-    /// Starts an agent in the sandbox and applies the services of this town, with all pods as endpoints.
-    pub(crate) fn serve(&self, sandbox: &Sandbox) -> Agent {
-        let mut agent = Agent::start(sandbox);
-        agent.follow(&self.cluster(0..self.pods.len()));
-        agent
     }
 
     /// The services of this town, with some of the pods as endpoints.

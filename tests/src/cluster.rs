@@ -8,7 +8,10 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 use k8s_openapi::{
     api::{
-        core::v1::{Node, NodeAddress, NodeStatus, Service, ServicePort, ServiceSpec},
+        core::v1::{
+            ClientIPConfig, Node, NodeAddress, NodeStatus, Service, ServicePort, ServiceSpec,
+            SessionAffinityConfig,
+        },
         discovery::v1::{Endpoint, EndpointPort, EndpointSlice},
         networking::v1::{ServiceCIDR, ServiceCIDRSpec},
     },
@@ -277,6 +280,26 @@ pub fn service(name: &str, cluster_ips: &[IpAddr], ports: &[ServicePort]) -> Ser
 pub fn with_spec(mut service: Service, change: impl FnOnce(&mut ServiceSpec)) -> Service {
     change(service.spec.get_or_insert_default());
     service
+}
+
+/// A Service of type `NodePort` with this node port for each port.
+#[must_use]
+pub fn with_node_port(service: Service, number: u16) -> Service {
+    with_spec(service, |spec| {
+        spec.type_ = Some("NodePort".to_owned());
+        spec.ports.iter_mut().flatten().for_each(|port| port.node_port = Some(number.into()));
+    })
+}
+
+/// A Service with session affinity for this time, or for the default one.
+#[must_use]
+pub fn with_affinity(service: Service, seconds: Option<i32>) -> Service {
+    with_spec(service, |spec| {
+        spec.session_affinity = Some("ClientIP".to_owned());
+        spec.session_affinity_config = seconds.map(|seconds| SessionAffinityConfig {
+            client_ip: Some(ClientIPConfig { timeout_seconds: Some(seconds) }),
+        });
+    })
 }
 
 /// A port of a Service; the name may be empty.
