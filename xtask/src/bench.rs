@@ -1,14 +1,15 @@
 //! `cargo xtask bench`: measures costs, side by side.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 use clap::{Args, Subcommand};
+use fs_err as fs;
 
 use crate::build;
 use crate::process::{self, find_program, step};
-use crate::setup::{self, Purpose};
+use crate::setup::Purpose;
 use crate::workspace::Workspace;
 
 /// The results that the documents show.
@@ -23,14 +24,8 @@ pub(crate) struct Options {
 
 #[derive(Debug, Subcommand)]
 enum What {
-    /// Cost of a call with each hook, against an empty program, a plain lookup and other ways to keep records
-    Hooks(Arguments),
-    /// From API server events to the kernel's maps, cold starts, memory and CPU of the agent
-    Sync(Arguments),
-    /// The same work sent directly to an endpoint, and through socklb, nftables and iptables
-    Path(Arguments),
-    /// Growth of costs with services and endpoints
-    Scale(Arguments),
+    #[command(flatten)]
+    Suite(Suite),
     /// All four suites: writes results to docs/benchmarks, and updates the documents
     All {
         /// A short run that checks the bench, with results in the target folder
@@ -47,10 +42,27 @@ enum What {
     /// Rewrites plots and tables of the documents from docs/benchmarks, without measuring
     Render,
     /// Long run: changes of everything, with API server faults and calls in progress
-    Churn(ChurnArguments),
+    Churn {
+        /// `--seed N`, `--seconds N`; for figures over time `--services N`, `--endpoints N`,
+        /// `--changes-per-second N` and `--kill-every SECONDS`: `-- --help` lists all
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGS")]
+        arguments: Vec<String>,
+    },
 }
 
-/// Arguments of one suite.
+/// A suite, with its arguments.
+#[derive(Debug, Subcommand)]
+enum Suite {
+    /// Cost of a call with each hook, against an empty program, a plain lookup and other ways to keep records
+    Hooks(Arguments),
+    /// From API server events to the kernel's maps, cold starts, memory and CPU of the agent
+    Sync(Arguments),
+    /// The same work sent directly to an endpoint, and through socklb, nftables and iptables
+    Path(Arguments),
+    /// Growth of costs with services and endpoints
+    Scale(Arguments),
+}
+
 #[derive(Debug, Args)]
 struct Arguments {
     /// `--smoke`, `--json FILE`, `--markdown FILE`, `--svg DIR`, and the suite's own: `-- --help` lists them
@@ -58,47 +70,35 @@ struct Arguments {
     arguments: Vec<String>,
 }
 
-/// Arguments of `churn`.
-#[derive(Debug, Args)]
-struct ChurnArguments {
-    /// `--seed N`, `--seconds N`; for figures over time `--services N`, `--endpoints N`,
-    /// `--changes-per-second N` and `--kill-every SECONDS`: `-- --help` lists all
-    #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGS")]
-    arguments: Vec<String>,
-}
-
-/// The suites in execution order. Only `path` needs extra tools.
-const SUITES: [(&str, &[Purpose]); 4] = [
-    ("hooks", &[Purpose::Build, Purpose::Run]),
-    ("sync", &[Purpose::Build, Purpose::Run]),
-    ("path", &[Purpose::Build, Purpose::Run, Purpose::BenchPath]),
-    ("scale", &[Purpose::Build, Purpose::Run]),
-];
-
 /// Runs `cargo xtask bench`. Suites need root: they attach programs, in their own namespaces and cgroups.
 ///
 /// # Errors
 /// If setup or building fails, the bench fails, or `compare` finds a regression.
 pub(crate) fn command(workspace: &Workspace, options: &Options) -> Result<()> {
     match &options.what {
-        What::Hooks(arguments) => suites(workspace, &["hooks"], &[&arguments.arguments]),
-        What::Sync(arguments) => suites(workspace, &["sync"], &[&arguments.arguments]),
-        What::Path(arguments) => suites(workspace, &["path"], &[&arguments.arguments]),
-        What::Scale(arguments) => suites(workspace, &["scale"], &[&arguments.arguments]),
+        What::Suite(suite) => {
+            let (name, Arguments { arguments }) = match suite {
+                Suite::Hooks(arguments) => ("hooks", arguments),
+                Suite::Sync(arguments) => ("sync", arguments),
+                Suite::Path(arguments) => ("path", arguments),
+                Suite::Scale(arguments) => ("scale", arguments),
+            };
+            // Only `path` measures other programs.
+            build(workspace, "bench", if name == "path" { PATH_PURPOSES } else { PURPOSES })?;
+            run_suite(workspace, name, arguments)
+        }
         What::All { smoke } => all(workspace, *smoke),
         What::Compare { old, new } => {
-            plain(workspace)?;
+            build(workspace, "bench", &[Purpose::Build])?;
             let mut bench = Command::new(workspace.target.join("release/bench"));
             process::run(bench.arg("compare").arg(old).arg(new), "see the lines above")
         }
         What::Render => {
-            plain(workspace)?;
+            build(workspace, "bench", &[Purpose::Build])?;
             render(workspace)
         }
-        What::Churn(ChurnArguments { arguments }) => {
-            let toolchain = setup::ensure(&[Purpose::Build, Purpose::Run])?;
-            let object = build::bpf_object(workspace, &toolchain)?;
-            build(workspace, &object, &["bench-churn", "socklb"])?;
+        What::Churn { arguments } => {
+            build(workspace, "bench-churn", PURPOSES)?;
             let mut bench = start(workspace, "bench-churn");
             bench.arg("--socklb").arg(workspace.socklb(true)).args(arguments);
             process::run(&mut bench, "see the message above")
@@ -106,52 +106,35 @@ pub(crate) fn command(workspace: &Workspace, options: &Options) -> Result<()> {
     }
 }
 
-/// Builds the part that needs neither root nor a kernel, which is the same program.
-fn plain(workspace: &Workspace) -> Result<()> {
-    let toolchain = setup::ensure(&[Purpose::Build])?;
-    let object = build::bpf_object(workspace, &toolchain)?;
-    build(workspace, &object, &["bench", "socklb"])
-}
+const PURPOSES: &[Purpose] = &[Purpose::Build, Purpose::Run];
+const PATH_PURPOSES: &[Purpose] = &[Purpose::Build, Purpose::Run, Purpose::BenchPath];
 
-/// Runs suites one after the other, each with its arguments.
-fn suites(workspace: &Workspace, names: &[&str], arguments: &[&[String]]) -> Result<()> {
-    let suites = || SUITES.iter().filter(|(name, _)| names.contains(name));
-    let purposes: Vec<Purpose> = suites().flat_map(|(_, purposes)| purposes.iter().copied()).collect();
-    let toolchain = setup::ensure(&purposes)?;
-    let object = build::bpf_object(workspace, &toolchain)?;
-    build(workspace, &object, &["bench", "socklb"])?;
-    let commit = commit(workspace);
+/// Measures one suite.
+fn run_suite(workspace: &Workspace, name: &str, arguments: &[String]) -> Result<()> {
+    step(&format!("measuring: {name}"));
     let rustc = process::capture(Command::new("rustc").arg("--version")).unwrap_or_default();
-    for ((name, _), arguments) in suites().zip(arguments) {
-        step(&format!("measuring: {name}"));
-        let mut bench = start(workspace, "bench");
-        bench.arg(name).arg(format!("--commit={commit}")).arg(format!("--rustc={}", rustc.trim()));
-        if matches!(*name, "hooks" | "scale") {
-            bench.arg("--object").arg(bench_object(workspace));
-        }
-        if matches!(*name, "sync" | "scale") {
-            bench.arg("--socklb").arg(workspace.socklb(true));
-        }
-        process::run(bench.args(*arguments), "see the message above")?;
+    let mut bench = start(workspace, "bench");
+    bench.arg(name).arg(format!("--commit={}", commit(workspace))).arg(format!("--rustc={}", rustc.trim()));
+    if matches!(name, "hooks" | "scale") {
+        bench.arg("--object").arg(bench_object(workspace));
     }
-    Ok(())
+    if matches!(name, "sync" | "scale") {
+        bench.arg("--socklb").arg(workspace.socklb(true));
+    }
+    process::run(bench.args(arguments), "see the message above")
 }
 
 /// Runs all suites and updates the documents.
 fn all(workspace: &Workspace, smoke: bool) -> Result<()> {
+    build(workspace, "bench", PATH_PURPOSES)?;
     let directory = if smoke { workspace.target.join("bench-smoke") } else { workspace.root.join(RESULTS) };
-    std::fs::create_dir_all(&directory)
-        .with_context(|| format!("cannot create {}: check its owner", directory.display()))?;
-    let names = SUITES.map(|(name, _)| name);
-    let arguments = names.map(|name| {
-        let mut arguments =
-            vec!["--json".to_owned(), directory.join(name).with_extension("json").display().to_string()];
-        if smoke {
-            arguments.push("--smoke".to_owned());
-        }
-        arguments
-    });
-    suites(workspace, &names, &arguments.each_ref().map(Vec::as_slice))?;
+    fs::create_dir_all(&directory)?;
+    for name in ["hooks", "sync", "path", "scale"] {
+        let json = directory.join(name).with_extension("json").display().to_string();
+        let mut arguments = vec!["--json".to_owned(), json];
+        arguments.extend(smoke.then(|| "--smoke".to_owned()));
+        run_suite(workspace, name, &arguments)?;
+    }
     if smoke { Ok(()) } else { render(workspace) }
 }
 
@@ -180,29 +163,20 @@ fn commit(workspace: &Workspace) -> String {
     format!("{}{suffix}", revision.trim())
 }
 
-/// Builds programs in release mode.
-fn build(workspace: &Workspace, object: &Path, programs: &[&str]) -> Result<()> {
+/// Builds a bench, and the `socklb` that it measures, in release mode.
+fn build(workspace: &Workspace, program: &str, purposes: &[Purpose]) -> Result<()> {
+    let object = build::object(workspace, purposes)?;
     step("building the bench");
-    let mut cargo = process::cargo();
-    cargo.current_dir(&workspace.root).args(["build", "--release"]).env(build::OBJECT_VARIABLE, object);
     // One command: with other packages selected, cargo enables other features and rebuilds many crates.
-    cargo.args(["--package", "lb-tests", "--package", "lb-userspace"]);
-    for program in programs {
-        cargo.args(["--bin", program]);
-    }
-    process::run(&mut cargo, "correct the errors above")
+    let args =
+        ["--release", "--package", "lb-tests", "--package", "lb-userspace", "--bin", "socklb", "--bin"];
+    build::programs(workspace, &object, &[&args[..], &[program]].concat())
 }
 
 /// A command that runs a bench as root.
 fn start(workspace: &Workspace, program: &str) -> Command {
     let binary = workspace.target.join("release").join(program);
-    if process::is_root() {
-        return Command::new(binary);
-    }
-    step("the bench needs root to attach BPF programs: starting it with sudo");
-    let mut sudo = Command::new("sudo");
-    sudo.arg("--").arg(binary);
-    sudo
+    process::as_root(binary, "the bench needs root to attach BPF programs")
 }
 
 #[cfg(test)]
@@ -223,7 +197,9 @@ mod tests {
             [&["--smoke"][..], &["--json", "new.json", "--services", "1,5"], &["--smoke", "--svg", "x"], &[]]
         {
             let cli = Cli::try_parse_from(["bench", "path"].iter().chain(given)).unwrap();
-            let What::Path(Arguments { arguments }) = cli.options.what else { panic!("another suite") };
+            let What::Suite(Suite::Path(Arguments { arguments })) = cli.options.what else {
+                panic!("another suite")
+            };
             assert_eq!(arguments, given);
         }
     }

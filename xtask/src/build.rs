@@ -1,15 +1,14 @@
 //! `cargo xtask build`: the BPF object, then the `socklb` binary that embeds it.
 
 use std::env::consts::ARCH;
-use std::ffi::OsStr;
-use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
+use fs_err as fs;
 
 use crate::process::{self, step};
 use crate::setup::{self, Purpose};
-use crate::toolchain::BpfToolchain;
 use crate::workspace::Workspace;
 
 /// The BPF target that matches the host's byte order.
@@ -23,8 +22,8 @@ pub(crate) const OBJECT_VARIABLE: &str = "SOCKLB_BPF_OBJECT";
 pub(crate) const DEMO: &str = "socklb-demo";
 
 /// Compiler flags of the BPF build, one per entry.
-pub(crate) fn bpf_rustflags() -> Vec<String> {
-    vec![
+fn bpf_rustflags() -> [String; 4] {
+    [
         // aya-ebpf selects the layout of pt_regs and other types by the kernel's architecture, which the BPF
         // target does not tell.
         format!("--cfg=bpf_target_arch=\"{ARCH}\""),
@@ -41,7 +40,7 @@ pub(crate) fn bpf_rustflags() -> Vec<String> {
 
 /// Adds the arguments for compiling `lb-ebpf` for the BPF target to a `cargo build` or `cargo clippy`
 /// command.
-pub(crate) fn add_bpf_arguments(command: &mut std::process::Command, workspace: &Workspace) {
+pub(crate) fn add_bpf_arguments(command: &mut Command, workspace: &Workspace) {
     command
         .current_dir(&workspace.root)
         .args(["--package", "lb-ebpf", "--target", BPF_TARGET, "-Zbuild-std=core"])
@@ -51,29 +50,39 @@ pub(crate) fn add_bpf_arguments(command: &mut std::process::Command, workspace: 
         .env("CARGO_ENCODED_RUSTFLAGS", bpf_rustflags().join("\u{1f}"));
 }
 
-/// Builds the BPF object and returns its path.
+/// Installs what is missing for some purposes, builds the BPF object and returns its path.
 ///
 /// # Errors
-/// If the compiler or bpf-linker fails, or the object cannot be copied.
-pub(crate) fn bpf_object(workspace: &Workspace, toolchain: &BpfToolchain) -> Result<PathBuf> {
+/// If something cannot be installed, the compiler or bpf-linker fails, or the object cannot be copied.
+pub(crate) fn object(workspace: &Workspace, purposes: &[Purpose]) -> Result<PathBuf> {
+    let toolchain = setup::ensure(purposes)?;
     step(&format!("building the BPF object with {toolchain}"));
     let mut cargo = toolchain.cargo("build");
     cargo.arg("--release");
     add_bpf_arguments(&mut cargo, workspace);
     process::run(&mut cargo, "correct lb-ebpf, or check the toolchain with `cargo xtask setup`")?;
     let built = workspace.target.join("bpf").join(BPF_TARGET).join("release/lb-ebpf");
-    let object = workspace.bpf_object();
+    let object = workspace.target.join("bpf/socklb.bpf.o");
     copy_if_changed(&built, &object)?;
     Ok(object)
 }
 
 /// Copies a file unless the destination has the same bytes, because cargo rebuilds on a new time stamp.
 fn copy_if_changed(from: &Path, to: &Path) -> Result<()> {
-    let new = fs::read(from).with_context(|| format!("no BPF object at {}: build again", from.display()))?;
+    let new = fs::read(from)?;
     if fs::read(to).is_ok_and(|old| old == new) {
         return Ok(());
     }
-    fs::write(to, new).with_context(|| format!("cannot write {}: check its owner and the disk", to.display()))
+    Ok(fs::write(to, new)?)
+}
+
+/// Runs `cargo build` with arguments, for programs that embed the BPF object.
+///
+/// # Errors
+/// If cargo fails.
+pub(crate) fn programs(workspace: &Workspace, object: &Path, args: &[&str]) -> Result<()> {
+    let mut cargo = workspace.cargo("build");
+    process::run(cargo.args(args).env(OBJECT_VARIABLE, object), "correct the errors above")
 }
 
 /// Builds the `socklb` binary with a BPF object, and `socklb-demo` if requested. Returns the path of
@@ -83,21 +92,19 @@ fn copy_if_changed(from: &Path, to: &Path) -> Result<()> {
 /// If cargo fails.
 pub(crate) fn socklb(
     workspace: &Workspace,
-    object: &OsStr,
+    object: &Path,
     release: bool,
     with_demo: bool,
 ) -> Result<PathBuf> {
     step(if release { "building socklb (release)" } else { "building socklb (debug)" });
-    let mut build = process::cargo();
-    build.current_dir(&workspace.root).args(["build", "--package", "lb-userspace", "--bin", "socklb"]);
+    let mut args = vec!["--package", "lb-userspace", "--bin", "socklb"];
     if with_demo {
-        build.args(["--package", "lb-demo", "--bin", DEMO]);
+        args.extend(["--package", "lb-demo", "--bin", DEMO]);
     }
     if release {
-        build.arg("--release");
+        args.push("--release");
     }
-    build.env(OBJECT_VARIABLE, object);
-    process::run(&mut build, "correct the error above")?;
+    programs(workspace, object, &args)?;
     Ok(workspace.socklb(release))
 }
 
@@ -106,9 +113,8 @@ pub(crate) fn socklb(
 /// # Errors
 /// If setting up or building fails.
 pub(crate) fn command(workspace: &Workspace, release: bool) -> Result<()> {
-    let toolchain = setup::ensure(&[Purpose::Build])?;
-    let object = bpf_object(workspace, &toolchain)?;
-    let binary = socklb(workspace, object.as_os_str(), release, true)?;
+    let object = object(workspace, &[Purpose::Build])?;
+    let binary = socklb(workspace, &object, release, true)?;
     println!("{}", binary.display());
     Ok(())
 }
@@ -119,9 +125,8 @@ mod tests {
 
     #[test]
     fn an_equal_file_keeps_its_time_stamp() {
-        let dir = std::env::temp_dir().join(format!("xtask-copy-{}", std::process::id()));
-        fs::create_dir_all(&dir).unwrap();
-        let (from, to) = (dir.join("from"), dir.join("to"));
+        let dir = tempfile::tempdir().unwrap();
+        let (from, to) = (dir.path().join("from"), dir.path().join("to"));
         fs::write(&from, b"one").unwrap();
         copy_if_changed(&from, &to).unwrap();
         let written = fs::metadata(&to).unwrap().modified().unwrap();
@@ -131,7 +136,6 @@ mod tests {
         fs::write(&from, b"two").unwrap();
         copy_if_changed(&from, &to).unwrap();
         assert_eq!(fs::read(&to).unwrap(), b"two");
-        fs::remove_dir_all(&dir).unwrap();
     }
 
     #[test]

@@ -1,15 +1,12 @@
 //! `cargo xtask chaos`: kills, stops and replaces agents under load.
 
-use std::fs;
-use std::path::{Path, PathBuf};
-use std::process::Command;
-
-use anyhow::{Context, Result};
+use anyhow::Result;
 use clap::Args;
+use fs_err as fs;
 
 use crate::build;
 use crate::process::{self, step};
-use crate::setup::{self, Purpose};
+use crate::setup::Purpose;
 use crate::test::FEATURES;
 use crate::workspace::Workspace;
 
@@ -32,49 +29,27 @@ pub(crate) struct Options {
 /// # Errors
 /// If setup or building fails, a call fails or reaches a wrong endpoint, or the maps are wrong at the end.
 pub(crate) fn command(workspace: &Workspace, options: &Options) -> Result<()> {
-    let toolchain = setup::ensure(&[Purpose::Build, Purpose::Run])?;
-    let object = build::bpf_object(workspace, &toolchain)?;
+    let object = build::object(workspace, &[Purpose::Build, Purpose::Run])?;
     step("building socklb twice: with and without the feature to kill itself");
     let directory = workspace.target.join("chaos");
-    fs::create_dir_all(&directory)
-        .with_context(|| format!("cannot make {}: check its owner and the disk", directory.display()))?;
-    let mut binaries = Vec::new();
-    for (name, features) in [("socklb-plain", None), ("socklb", Some(FEATURES))] {
-        let built = build(workspace, &object, features)?;
-        let kept = directory.join(name);
+    fs::create_dir_all(&directory)?;
+    let programs =
+        ["--package", "lb-tests", "--package", "lb-userspace", "--bin", "socklb", "--bin", "bench-churn"];
+    let keep = |name: &str, features: &[&str]| {
+        build::programs(workspace, &object, &[&programs, features].concat())?;
         // A running program cannot be overwritten: a new file replaces the old one.
-        let new = kept.with_extension("new");
-        fs::copy(&built, &new)
-            .and_then(|_bytes| fs::rename(&new, &kept))
-            .with_context(|| format!("cannot write {}: check its owner and the disk", kept.display()))?;
-        // The binary with the kill feature comes first.
-        binaries.insert(0, kept);
-    }
-    let program = workspace.target.join("debug/bench-churn");
-    let mut chaos = if process::is_root() {
-        Command::new(program)
-    } else {
-        step("agents need root to attach BPF programs: starting with sudo");
-        let mut sudo = Command::new("sudo");
-        sudo.arg("--").arg(program);
-        sudo
+        let (new, kept) = (directory.join("new"), directory.join(name));
+        fs::copy(workspace.socklb(false), &new)?;
+        fs::rename(new, &kept)?;
+        anyhow::Ok(kept)
     };
-    for binary in binaries {
-        chaos.arg("--socklb").arg(binary);
-    }
+    let plain = keep("socklb-plain", &[])?;
+    let fault_points = keep("socklb", &["--features", FEATURES])?;
+    let program = workspace.target.join("debug/bench-churn");
+    let mut chaos = process::as_root(program, "agents need root to attach BPF programs");
+    // The binary with the kill feature comes first.
+    chaos.arg("--socklb").arg(fault_points).arg("--socklb").arg(plain);
     chaos.arg(format!("--seed={}", options.seed)).arg(format!("--events={}", options.events));
     chaos.arg(format!("--seconds={}", options.seconds));
     process::run(&mut chaos, "see the message above")
-}
-
-/// Builds `socklb` with the tests' features, and the chaos program.
-fn build(workspace: &Workspace, object: &Path, features: Option<&str>) -> Result<PathBuf> {
-    let mut cargo = process::cargo();
-    cargo.current_dir(&workspace.root).args(["build", "--package", "lb-tests", "--package", "lb-userspace"]);
-    cargo.args(["--bin", "socklb", "--bin", "bench-churn"]).env(build::OBJECT_VARIABLE, object);
-    if let Some(features) = features {
-        cargo.args(["--features", features]);
-    }
-    process::run(&mut cargo, "correct the errors above")?;
-    Ok(workspace.socklb(false))
 }

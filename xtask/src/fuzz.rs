@@ -4,15 +4,15 @@
 //! nightly, without cargo-fuzz, and without `AddressSanitizer`, which finds little in safe code.
 
 use std::env::consts::ARCH;
-use std::fs;
 use std::process::Command;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use clap::Args;
+use fs_err as fs;
 
 use crate::build;
 use crate::process::{self, step};
-use crate::setup::{self, Purpose};
+use crate::setup::Purpose;
 use crate::workspace::Workspace;
 
 /// Arguments of `cargo xtask fuzz`.
@@ -42,31 +42,26 @@ const COVERAGE: [&str; 7] = [
 /// # Errors
 /// If building fails, or an input makes the target panic.
 pub(crate) fn command(workspace: &Workspace, options: &Options) -> Result<()> {
-    let toolchain = setup::ensure(&[Purpose::Build])?;
-    let object = build::bpf_object(workspace, &toolchain)?;
+    let object = build::object(workspace, &[Purpose::Build])?;
     let target = workspace.target.join("fuzz");
     let triple = format!("{ARCH}-unknown-linux-gnu");
     step("making the seed corpus from the scenarios");
-    let corpus = target.join("corpus/ingest");
-    let seeds = target.join("seeds/ingest");
-    let mut make_seeds = process::cargo();
-    make_seeds.current_dir(&workspace.root).args(["run", "--quiet", "--bin", "fuzz-seeds", "--"]);
+    let [corpus, seeds, artifacts] =
+        ["corpus", "seeds", "artifacts"].map(|name| target.join(name).join("ingest"));
+    let mut make_seeds = workspace.cargo("run");
+    make_seeds.args(["--quiet", "--bin", "fuzz-seeds", "--"]);
     make_seeds.arg(workspace.root.join("tests/scenarios")).arg(&seeds);
     process::run(&mut make_seeds, "correct the errors above")?;
     step("building the fuzz target");
-    let mut cargo = process::cargo();
-    cargo.current_dir(&workspace.root).args(["build", "--package", "lb-fuzz", "--profile", "fuzz"]);
-    cargo.arg("--target-dir").arg(&target);
+    let mut cargo = workspace.cargo("build");
+    cargo.args(["--package", "lb-fuzz", "--profile", "fuzz", "--target-dir"]).arg(&target);
     // With an explicit target the flags do not apply to build scripts and macros.
     cargo.args(["--target", &triple]).env("CARGO_ENCODED_RUSTFLAGS", COVERAGE.join("\u{1f}"));
     // The target calls no kernel, but a release build without the object fails.
     cargo.env(build::OBJECT_VARIABLE, &object);
     process::run(&mut cargo, "correct the errors above; a C++ compiler is needed for libFuzzer")?;
-    let artifacts = target.join("artifacts/ingest");
-    for directory in [&corpus, &artifacts] {
-        fs::create_dir_all(directory)
-            .with_context(|| format!("cannot make {}: check its owner and the disk", directory.display()))?;
-    }
+    fs::create_dir_all(&corpus)?;
+    fs::create_dir_all(&artifacts)?;
     step(&format!("fuzzing for {} s", options.seconds));
     let mut fuzz = Command::new(target.join(&triple).join("fuzz/ingest"));
     fuzz.arg(format!("-max_total_time={}", options.seconds))

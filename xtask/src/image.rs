@@ -5,7 +5,6 @@
 //! load`. It has one layer with the binary and its libraries, without a shell or a package manager. The same
 //! binary and libraries give the same bytes.
 
-use std::collections::BTreeMap;
 use std::env::consts::ARCH;
 use std::fmt::Write as _;
 use std::fs;
@@ -14,13 +13,15 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, bail};
-use flate2::{Compression, GzBuilder};
+use flate2::Compression;
+use flate2::write::GzEncoder;
 use serde_json::json;
 use sha2::{Digest, Sha256};
 
 use crate::build;
 use crate::process::{self, step};
-use crate::setup::{self, Purpose};
+use crate::setup::Purpose;
+use crate::tree::Tree;
 use crate::workspace::Workspace;
 
 #[derive(clap::Args)]
@@ -39,8 +40,14 @@ const NAME: &str = concat!("localhost/socklb:", env!("CARGO_PKG_VERSION"));
 /// Path of the binary in the image.
 const BINARY: &str = "usr/local/bin/socklb";
 
-/// Debian's certificate authorities, for API servers whose kubeconfig names none.
-const AUTHORITIES: &str = "etc/ssl/certs/ca-certificates.crt";
+/// Files of the build machine, as far as it has them: Debian's certificate authorities, for API servers whose
+/// kubeconfig names none, and the copyright files of what the image contains.
+const HOST_FILES: &[&str] = &[
+    "/etc/ssl/certs/ca-certificates.crt",
+    "/usr/share/doc/libc6/copyright",
+    "/usr/share/doc/libgcc-s1/copyright",
+    "/usr/share/doc/ca-certificates/copyright",
+];
 
 /// Mount points, since a read-only root cannot get new ones.
 const FOLDERS: &[(&str, u32)] = &[
@@ -63,16 +70,6 @@ const TEXTS: &[(&str, &str)] = &[
     ("etc/nsswitch.conf", "hosts: files dns\n"),
 ];
 
-/// A file or folder of the image.
-#[derive(Clone, PartialEq, Eq)]
-enum Entry {
-    File { contents: Vec<u8>, mode: u32 },
-    Folder { mode: u32 },
-}
-
-/// The image's contents, by path without a leading slash.
-type Tree = BTreeMap<String, Entry>;
-
 /// The libraries that the dynamic loader loads, from the output of `ldd`.
 fn libraries(ldd: &str) -> Result<Vec<PathBuf>> {
     let mut found = Vec::new();
@@ -94,89 +91,30 @@ fn libraries(ldd: &str) -> Result<Vec<PathBuf>> {
 /// # Errors
 /// If a file cannot be read or `ldd` fails.
 fn tree(root: &Path, binary: &Path) -> Result<Tree> {
-    let mut tree: Tree = TEXTS
-        .iter()
-        .map(|(path, text)| {
-            ((*path).to_owned(), Entry::File { contents: text.as_bytes().to_vec(), mode: 0o644 })
-        })
-        .collect();
-    let mut add = |to: &str, from: &Path, mode: u32| -> Result<()> {
-        let contents =
-            fs::read(from).with_context(|| format!("cannot read {}: build again", from.display()))?;
-        tree.insert(to.to_owned(), Entry::File { contents, mode });
-        Ok(())
-    };
-    add(BINARY, binary, 0o755)?;
+    let mut tree = Tree::default();
+    for (path, mode) in FOLDERS {
+        tree.add(path, *mode, None);
+    }
+    for (path, text) in TEXTS {
+        tree.add(path, 0o644, Some(text.as_bytes()));
+    }
+    tree.copy(binary, BINARY, 0o755)?;
     // The loader searches for these names, whatever the files are called.
     for library in libraries(&process::capture(Command::new("ldd").arg(binary))?)? {
-        let name = library.to_string_lossy().trim_start_matches('/').to_owned();
-        add(&name, &library, 0o755)?;
+        tree.copy(&library, &library, 0o755)?;
     }
     for licence in ["LICENSE-APACHE", "LICENSE-MIT"] {
-        add(&format!("usr/share/doc/socklb/{licence}"), &root.join(licence), 0o644)?;
+        tree.copy(&root.join(licence), format!("usr/share/doc/socklb/{licence}"), 0o644)?;
     }
-    // Debian's copyright files of the libraries and the authorities.
-    for package in ["libc6", "libgcc-s1", "ca-certificates"] {
-        let name = format!("usr/share/doc/{package}/copyright");
-        let path = Path::new("/").join(&name);
-        if path.is_file() {
-            add(&name, &path, 0o644)?;
-        }
+    for path in HOST_FILES.iter().map(Path::new).filter(|path| path.is_file()) {
+        tree.copy(path, path, 0o644)?;
     }
-    let authorities = Path::new("/").join(AUTHORITIES);
-    if authorities.is_file() {
-        add(AUTHORITIES, &authorities, 0o644)?;
-    }
-    let folders = FOLDERS.iter().map(|(path, mode)| ((*path).to_owned(), Entry::Folder { mode: *mode }));
-    tree.extend(folders);
-    with_parents(&mut tree);
     Ok(tree)
-}
-
-/// Adds the parent folders of all entries, so that their modes do not depend on the unpacker.
-fn with_parents(tree: &mut Tree) {
-    let above = |path: &str| -> Vec<String> {
-        path.match_indices('/').map(|(end, _)| path[..end].to_owned()).collect()
-    };
-    let parents: Vec<String> = tree.keys().flat_map(|path| above(path)).collect();
-    for parent in parents {
-        tree.entry(parent).or_insert(Entry::Folder { mode: 0o755 });
-    }
-}
-
-/// A tar header without fields that differ between runs.
-fn header(kind: tar::EntryType, size: u64, mode: u32) -> tar::Header {
-    let mut header = tar::Header::new_ustar();
-    header.set_entry_type(kind);
-    header.set_size(size);
-    header.set_mode(mode);
-    header.set_mtime(0);
-    header.set_uid(0);
-    header.set_gid(0);
-    header
-}
-
-/// The files as one uncompressed layer.
-fn layer(tree: &Tree) -> Result<Vec<u8>> {
-    let mut tar = tar::Builder::new(Vec::new());
-    for (path, entry) in tree {
-        match entry {
-            Entry::Folder { mode } => {
-                let mut header = header(tar::EntryType::Directory, 0, *mode);
-                tar.append_data(&mut header, format!("{path}/"), std::io::empty())?;
-            }
-            Entry::File { contents, mode } => {
-                let mut header = header(tar::EntryType::Regular, contents.len() as u64, *mode);
-                tar.append_data(&mut header, path, contents.as_slice())?;
-            }
-        }
-    }
-    Ok(tar.into_inner()?)
 }
 
 fn compress(data: &[u8]) -> Result<Vec<u8>> {
     // Without a time stamp. The best compression takes three times as long and saves less than 1 %.
-    let mut gz = GzBuilder::new().mtime(0).write(Vec::new(), Compression::default());
+    let mut gz = GzEncoder::new(Vec::new(), Compression::default());
     gz.write_all(data)?;
     Ok(gz.finish()?)
 }
@@ -199,60 +137,59 @@ fn architecture() -> &'static str {
 
 /// The archive with one layer.
 fn archive(tree: &Tree) -> Result<Vec<u8>> {
-    const LAYER: &str = "application/vnd.oci.image.layer.v1.tar+gzip";
-    const CONFIG: &str = "application/vnd.oci.image.config.v1+json";
-    const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
-    const INDEX: &str = "application/vnd.oci.image.index.v1+json";
-    let plain = layer(tree)?;
-    let mut blobs: BTreeMap<String, Vec<u8>> = BTreeMap::new();
-    let mut blob = |media_type: &str, data: Vec<u8>| {
-        let (digest, size) = (sha256(&data), data.len());
-        blobs.insert(digest.clone(), data);
-        json!({ "mediaType": media_type, "digest": format!("sha256:{digest}"), "size": size })
+    let mut files = Tree::default();
+    let mut add = |path: &str, data: &[u8]| files.add(path, 0o644, Some(data));
+    // Adds a blob and returns its descriptor.
+    let mut blob = |kind: &str, data: &[u8]| {
+        let digest = sha256(data);
+        add(&format!("blobs/sha256/{digest}"), data);
+        let media_type = format!("application/vnd.oci.image.{kind}");
+        json!({ "mediaType": media_type, "digest": format!("sha256:{digest}"), "size": data.len() })
     };
-    let layer = blob(LAYER, compress(&plain)?);
-    let config = blob(
-        CONFIG,
-        serde_json::to_vec(&json!({
-            "architecture": architecture(),
-            "os": "linux",
-            "config": {
-                "Entrypoint": [format!("/{BINARY}")],
-                "Cmd": ["run"],
-                "Env": ["PATH=/usr/local/bin"],
-                "Labels": {
-                    "org.opencontainers.image.title": "socklb",
-                    "org.opencontainers.image.version": env!("CARGO_PKG_VERSION"),
-                    "org.opencontainers.image.licenses": "Apache-2.0 OR MIT",
-                },
+    let plain = tree.tar()?;
+    let layer = blob("layer.v1.tar+gzip", &compress(&plain)?);
+    let config = json!({
+        "architecture": architecture(),
+        "os": "linux",
+        "config": {
+            "Entrypoint": [format!("/{BINARY}")],
+            "Cmd": ["run"],
+            "Env": ["PATH=/usr/local/bin"],
+            "Labels": {
+                "org.opencontainers.image.title": "socklb",
+                "org.opencontainers.image.version": env!("CARGO_PKG_VERSION"),
+                "org.opencontainers.image.licenses": "Apache-2.0 OR MIT",
             },
-            "rootfs": { "type": "layers", "diff_ids": [format!("sha256:{}", sha256(&plain))] },
-        }))?,
-    );
-    let manifest = json!({ "schemaVersion": 2, "mediaType": MANIFEST, "config": config, "layers": [layer] });
-    let mut manifest = blob(MANIFEST, serde_json::to_vec(&manifest)?);
+        },
+        "rootfs": { "type": "layers", "diff_ids": [format!("sha256:{}", sha256(&plain))] },
+    });
+    let config = blob("config.v1+json", config.to_string().as_bytes());
+    let kind = "manifest.v1+json";
+    let manifest = json!({
+        "schemaVersion": 2,
+        "mediaType": format!("application/vnd.oci.image.{kind}"),
+        "config": config,
+        "layers": [layer],
+    });
+    let mut manifest = blob(kind, manifest.to_string().as_bytes());
     manifest["annotations"] = json!({
         // For readers of the layout, and for containerd, which needs the full name.
         "org.opencontainers.image.ref.name": env!("CARGO_PKG_VERSION"),
         "io.containerd.image.name": NAME,
     });
-    let index = json!({ "schemaVersion": 2, "mediaType": INDEX, "manifests": [manifest] });
     let path_of = |descriptor: &serde_json::Value| {
         format!("blobs/{}", descriptor["digest"].as_str().unwrap_or_default().replace(':', "/"))
     };
     let for_docker = json!([{ "Config": path_of(&config), "RepoTags": [NAME], "Layers": [path_of(&layer)] }]);
-
-    let mut files: Tree = BTreeMap::new();
-    let file = |contents: Vec<u8>| Entry::File { contents, mode: 0o644 };
-    files.insert(
-        "oci-layout".to_owned(),
-        file(serde_json::to_vec(&json!({ "imageLayoutVersion": "1.0.0" }))?),
-    );
-    files.insert("index.json".to_owned(), file(serde_json::to_vec(&index)?));
-    files.insert("manifest.json".to_owned(), file(serde_json::to_vec(&for_docker)?));
-    files.extend(blobs.into_iter().map(|(digest, data)| (format!("blobs/sha256/{digest}"), file(data))));
-    with_parents(&mut files);
-    self::layer(&files)
+    let index = json!({
+        "schemaVersion": 2,
+        "mediaType": "application/vnd.oci.image.index.v1+json",
+        "manifests": [manifest],
+    });
+    add("oci-layout", br#"{"imageLayoutVersion":"1.0.0"}"#);
+    add("index.json", index.to_string().as_bytes());
+    add("manifest.json", for_docker.to_string().as_bytes());
+    files.tar()
 }
 
 /// Writes the contents to a new folder.
@@ -260,15 +197,12 @@ fn unpack(tree: &Tree, directory: &Path) -> Result<()> {
     if directory.exists() {
         bail!("--unpacked {}: exists: name a new folder", directory.display());
     }
-    fs::create_dir_all(directory).with_context(|| {
-        format!("--unpacked {}: cannot be created: name another folder", directory.display())
-    })?;
-    let tar = layer(tree)?;
+    let tar = tree.tar()?;
     let mut reader = tar::Archive::new(tar.as_slice());
     reader.set_preserve_permissions(true);
-    reader
-        .unpack(directory)
-        .with_context(|| format!("--unpacked {}: cannot be written: check the disk", directory.display()))
+    fs::create_dir_all(directory).and_then(|()| reader.unpack(directory)).with_context(|| {
+        format!("--unpacked {}: cannot be written: name another folder", directory.display())
+    })
 }
 
 /// A stripped copy of a binary.
@@ -283,9 +217,8 @@ fn stripped(binary: &Path, copy: &Path) -> Result<()> {
 /// # Errors
 /// If building fails or the archive cannot be written.
 pub(crate) fn command(workspace: &Workspace, options: &Options) -> Result<()> {
-    let toolchain = setup::ensure(&[Purpose::Build, Purpose::Image])?;
-    let object = build::bpf_object(workspace, &toolchain)?;
-    let binary = build::socklb(workspace, object.as_os_str(), true, false)?;
+    let object = build::object(workspace, &[Purpose::Build, Purpose::Image])?;
+    let binary = build::socklb(workspace, &object, true, false)?;
     let small = workspace.target.join("socklb.stripped");
     stripped(&binary, &small)?;
     let tree = tree(&workspace.root, &small)?;

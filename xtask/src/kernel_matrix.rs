@@ -4,8 +4,7 @@
 //! four modules. It has no disk and no network device. Kernels and QEMU are unpacked into the cache folder,
 //! not installed.
 
-use std::ffi::OsStr;
-use std::fs::{self, File};
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::sync::{Mutex, PoisonError};
@@ -14,20 +13,21 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 use clap::{Args, ValueEnum};
+use fs_err as fs;
 use serde_json::{Value, json};
+use walkdir::WalkDir;
 
 use crate::build::{self, OBJECT_VARIABLE};
 use crate::process::{self, step};
-use crate::setup::{self, Purpose};
+use crate::setup::Purpose;
+use crate::tree::Tree;
 use crate::workspace::{Workspace, cache_dir};
 
 mod archive;
 mod guest_kernel;
-mod initramfs;
 mod qemu;
 
 use guest_kernel::GuestKernel;
-use initramfs::Initramfs;
 use qemu::{Outcome, Qemu};
 
 /// Target of the kernel tests, and thus the required host.
@@ -145,49 +145,27 @@ fn choose(names: &[String]) -> Result<Vec<&'static Row>> {
     Ok(KERNELS.iter().filter(is_chosen).collect())
 }
 
-/// The static executables of the guest.
-struct GuestPrograms {
-    init: PathBuf,
-    test: PathBuf,
-    socklb: PathBuf,
-}
-
-/// Finds the executables in cargo's messages.
-fn guest_programs(messages: &str) -> Result<GuestPrograms> {
-    let artifacts: Vec<Value> = messages.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
-    let executable = |name: &str, is_test: bool| {
-        let artifact = artifacts.iter().find(|artifact| {
-            artifact["reason"] == "compiler-artifact"
-                && artifact["target"]["name"] == name
-                && artifact["profile"]["test"] == is_test
-                && artifact["executable"].is_string()
-        });
-        let path = artifact.and_then(|artifact| artifact["executable"].as_str()).map(PathBuf::from);
-        path.with_context(|| {
-            format!("cargo built no executable {name}: is it still a target of lb-tests or lb-userspace?")
-        })
-    };
-    Ok(GuestPrograms {
-        init: executable("vm-init", false)?,
-        test: executable("kernel", true)?,
-        socklb: executable("socklb", false)?,
+/// The path of an executable in cargo's messages.
+fn executable(messages: &str, name: &str, is_test: bool) -> Result<PathBuf> {
+    let artifacts = messages.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+    let mut named = artifacts
+        .filter(|artifact| artifact["target"]["name"] == name && artifact["profile"]["test"] == is_test);
+    let path = named.find_map(|artifact| artifact["executable"].as_str().map(PathBuf::from));
+    path.with_context(|| {
+        format!("cargo built no executable {name}: is it still a target of lb-tests or lb-userspace?")
     })
 }
 
-fn build_guest_programs(workspace: &Workspace, object: &OsStr) -> Result<GuestPrograms> {
+/// Builds the part of the initramfs that all kernels share.
+fn base_initramfs(workspace: &Workspace, object: &Path, args: &[String]) -> Result<Tree> {
     step("building the kernel tests, statically linked");
-    let mut cargo = process::cargo();
+    let mut cargo = workspace.cargo("build");
     cargo
-        .current_dir(&workspace.root)
-        .args(["build", "--package", "lb-tests", "--package", "lb-userspace"])
+        .args(["--package", "lb-tests", "--package", "lb-userspace"])
         .args(["--bin", "vm-init", "--bin", "socklb", "--test", "kernel"])
         .args(["--message-format", "json-render-diagnostics", "--target", TARGET, "--target-dir"])
         .arg(workspace.target.join("kernel-matrix"))
-        .args(
-            OPTIMIZED
-                .iter()
-                .flat_map(|name| ["--config".to_owned(), format!("profile.dev.package.{name}.opt-level=2")]),
-        )
+        .args(OPTIMIZED.iter().map(|name| format!("--config=profile.dev.package.{name}.opt-level=2")))
         .env("RUSTFLAGS", "-Ctarget-feature=+crt-static")
         .env(OBJECT_VARIABLE, object)
         // Small, since the guest unpacks every byte under emulation.
@@ -197,77 +175,49 @@ fn build_guest_programs(workspace: &Workspace, object: &OsStr) -> Result<GuestPr
         .stderr(Stdio::inherit());
     let messages = process::capture(&mut cargo)
         .context("the guest's programs were not built: correct the errors above")?;
-    guest_programs(&messages)
-}
 
-fn read(file: &Path) -> Result<Vec<u8>> {
-    fs::read(file).with_context(|| format!("cannot read {}: run the command again", file.display()))
-}
-
-/// Adds the files below a folder under the same path.
-fn add_folder(initramfs: &mut Initramfs, dir: &Path) -> Result<()> {
-    let entries =
-        fs::read_dir(dir).with_context(|| format!("cannot list {}: check its owner", dir.display()))?;
-    for entry in entries {
-        let path = entry.with_context(|| format!("cannot list {}: check the disk", dir.display()))?.path();
-        if path.is_dir() {
-            add_folder(initramfs, &path)?;
-        } else {
-            initramfs.file(&path, 0o644, &read(&path)?);
-        }
+    let mut tree = Tree::default();
+    for (program, is_test, path) in
+        [("vm-init", false, "/init"), ("kernel", true, "/test"), ("socklb", false, "/socklb")]
+    {
+        tree.copy(&executable(&messages, program, is_test)?, path, 0o755)?;
     }
-    Ok(())
-}
-
-/// The part of the initramfs that all kernels share.
-fn base_initramfs(workspace: &Workspace, programs: &GuestPrograms, args: &[String]) -> Result<Initramfs> {
-    let mut initramfs = Initramfs::default();
-    initramfs.console();
-    initramfs.file(Path::new("/init"), 0o755, &read(&programs.init)?);
-    initramfs.file(Path::new("/test"), 0o755, &read(&programs.test)?);
-    initramfs.file(Path::new("/socklb"), 0o755, &read(&programs.socklb)?);
-    let tests = workspace.root.join("tests");
     for folder in GUEST_FOLDERS {
-        let folder = workspace.root.join(folder);
-        if folder.is_dir() {
-            add_folder(&mut initramfs, &folder)?;
+        for entry in WalkDir::new(workspace.root.join(folder)) {
+            let entry = entry?;
+            if entry.file_type().is_file() {
+                tree.copy(entry.path(), entry.path(), 0o644)?;
+            }
         }
     }
-    initramfs.directory(&tests);
     // Files, since the kernel's command line has a length limit and no quoting. Emulation is slow, so tests
     // make fewer calls and agent starts here; `cargo xtask test` makes all of them.
     let environment = format!(
         "CARGO_MANIFEST_DIR={}\nSOCKLB_BIN=/socklb\nRUST_BACKTRACE=1\nLB_TEST_CYCLES=20000\nLB_FAULT_STEP=4\n",
-        tests.display()
+        workspace.root.join("tests").display()
     );
-    initramfs.file(Path::new("/vm.env"), 0o644, environment.as_bytes());
-    initramfs.file(Path::new("/vm.args"), 0o644, args.join("\n").as_bytes());
-    Ok(initramfs)
+    tree.add("/vm.env", 0o644, Some(environment.as_bytes()));
+    tree.add("/vm.args", 0o644, Some(args.join("\n").as_bytes()));
+    Ok(tree)
 }
 
 /// Waits until no other run of this command uses a folder. Dropping the value releases the lock.
 fn lock(dir: &Path, what: &str) -> Result<File> {
-    fs::create_dir_all(dir).with_context(|| format!("cannot create {}: check its owner", dir.display()))?;
-    let path = dir.join("lock");
-    let file =
-        File::create(&path).with_context(|| format!("cannot write {}: check its owner", path.display()))?;
+    fs::create_dir_all(dir)?;
+    let file = File::create(dir.join("lock"))?;
     if file.try_lock().is_err() {
         step(&format!("another `cargo xtask kernel-matrix` {what}: waiting for it"));
-        file.lock().with_context(|| format!("cannot lock {}: check its file system", path.display()))?;
+        file.lock()?;
     }
     Ok(file)
 }
 
 /// Boots one kernel and evaluates its output.
-fn boot(kernel: &GuestKernel, qemu: &Qemu, base: &Initramfs, row: &Row, work: &Path) -> Result<Outcome> {
+fn boot(kernel: &GuestKernel, qemu: &Qemu, base: &[u8], row: &Row, work: &Path) -> Result<Outcome> {
+    step(&format!("running the kernel tests on {}", kernel.release));
     let name = row.name;
-    let mut initramfs = base.clone();
-    for (file, module) in &kernel.modules {
-        initramfs.file(&Path::new("/modules").join(file), 0o644, module);
-    }
     let image = work.join(format!("initramfs-{name}.cpio"));
-    fs::write(&image, initramfs.finish())
-        .with_context(|| format!("cannot write {}: check its owner and the disk", image.display()))?;
+    fs::write(&image, [base, &kernel.modules.cpio()?].concat())?;
     let log = work.join(format!("{name}.log"));
     let outcome = qemu.boot(name, row.n_cpus, &kernel.vmlinuz, &image, &log, LIMIT)?;
     if !outcome.is_pass() {
@@ -282,25 +232,23 @@ fn boot(kernel: &GuestKernel, qemu: &Qemu, base: &Initramfs, row: &Row, work: &P
 
 /// Runs jobs on one thread per core: a guest with two processors keeps one busy most of the time. Results
 /// keep the order of the jobs.
-fn run_on_all_cores<J: Send, R: Send>(jobs: Vec<J>, run: impl Fn(J) -> Result<R> + Sync) -> Result<Vec<R>> {
-    let n_threads = thread::available_parallelism().map_or(1, usize::from).min(jobs.len());
-    let queue = Mutex::new(jobs.into_iter().enumerate());
-    let worker = || {
-        let mut results = Vec::new();
-        loop {
-            let job = queue.lock().unwrap_or_else(PoisonError::into_inner).next();
-            let Some((at, job)) = job else { return results };
-            results.push((at, run(job)));
+fn run_on_all_cores<J: Send, R: Send>(jobs: Vec<J>, run: impl Fn(J) -> R + Sync) -> Vec<R> {
+    let n_threads = thread::available_parallelism().map_or(1, usize::from);
+    let mut results: Vec<_> = jobs.iter().map(|_| None).collect();
+    let queue = Mutex::new(jobs.into_iter().zip(&mut results));
+    thread::scope(|scope| {
+        for _ in 0..n_threads {
+            scope.spawn(|| {
+                loop {
+                    let next = queue.lock().unwrap_or_else(PoisonError::into_inner).next();
+                    let Some((job, result)) = next else { return };
+                    *result = Some(run(job));
+                }
+            });
         }
-    };
-    let mut results = thread::scope(|scope| {
-        let threads: Vec<_> = (0..n_threads).map(|_| scope.spawn(worker)).collect();
-        let joined =
-            threads.into_iter().map(|thread| thread.join().map_err(|_| anyhow!("a guest's thread panicked")));
-        joined.collect::<Result<Vec<_>>>().map(|all| all.into_iter().flatten().collect::<Vec<_>>())
-    })?;
-    results.sort_by_key(|(at, _)| *at);
-    results.into_iter().map(|(_, result)| result).collect()
+    });
+    drop(queue);
+    results.into_iter().flatten().collect()
 }
 
 /// Prints the table and writes the report.
@@ -316,8 +264,7 @@ fn publish(reports: &[KernelResult], file: &Path) -> Result<()> {
         println!("{:<8} {release:<26} {result:<width$} {:>12} {seconds:>8.1}", row.name, tally.n_passed);
     }
     let json = Value::Array(reports.iter().map(KernelResult::json).collect());
-    fs::write(file, format!("{json:#}\n"))
-        .with_context(|| format!("cannot write {}: check its owner and the disk", file.display()))
+    Ok(fs::write(file, format!("{json:#}\n"))?)
 }
 
 /// Runs `cargo xtask kernel-matrix`.
@@ -331,7 +278,7 @@ pub(crate) fn command(workspace: &Workspace, options: &Options) -> Result<()> {
             "the kernel matrix needs an x86_64 host, because its kernels and tests are built for x86_64: run it on one"
         );
     }
-    let toolchain = setup::ensure(&[Purpose::Build, Purpose::KernelMatrix])?;
+    let object = build::object(workspace, &[Purpose::Build, Purpose::KernelMatrix])?;
     let cache = cache_dir()?.join("kernel-matrix");
     let work = workspace.target.join("kernel-matrix");
     let downloads = lock(&cache, "is downloading")?;
@@ -343,15 +290,12 @@ pub(crate) fn command(workspace: &Workspace, options: &Options) -> Result<()> {
         .collect();
     drop(downloads);
     let _only_one = lock(&work, "runs in this tree")?;
-    let object = build::bpf_object(workspace, &toolchain)?;
-    let programs = build_guest_programs(workspace, object.as_os_str())?;
-    let base = base_initramfs(workspace, &programs, &options.args)?;
+    let base = base_initramfs(workspace, &object, &options.args)?.cpio()?;
 
     let run = |(row, kernel): (&'static Row, Result<GuestKernel>)| {
         let start = Instant::now();
         let (release, outcome) = match kernel {
             Ok(kernel) => {
-                step(&format!("running the kernel tests on {}", kernel.release));
                 let outcome = boot(&kernel, &qemu, &base, row, &work)?;
                 (kernel.release, outcome)
             }
@@ -362,7 +306,7 @@ pub(crate) fn command(workspace: &Workspace, options: &Options) -> Result<()> {
         };
         Ok(KernelResult { row, release, outcome, seconds: start.elapsed().as_secs_f64() })
     };
-    let reports = run_on_all_cores(kernels, run)?;
+    let reports = run_on_all_cores(kernels, run).into_iter().collect::<Result<Vec<_>>>()?;
     publish(&reports, &workspace.target.join("kernel-matrix.json"))?;
     let failed: Vec<&str> =
         reports.iter().filter(|report| report.is_fatal()).map(|report| report.row.name).collect();
@@ -405,24 +349,18 @@ mod tests {
             "\n",
             r#"{"reason":"compiler-artifact","target":{"name":"vm-init"},"profile":{"test":false},"executable":"/t/vm-init"}"#,
             "\n",
-            r#"{"reason":"compiler-artifact","target":{"name":"socklb"},"profile":{"test":false},"executable":"/t/socklb"}"#,
-            "\n",
             r#"{"reason":"build-finished","success":true}"#,
         );
-        let programs = guest_programs(messages).unwrap();
-        assert_eq!(programs.test, Path::new("/t/kernel-1"));
-        assert_eq!(programs.init, Path::new("/t/vm-init"));
-        assert!(guest_programs("{}").is_err());
+        assert_eq!(executable(messages, "kernel", true).unwrap(), Path::new("/t/kernel-1"));
+        assert_eq!(executable(messages, "vm-init", false).unwrap(), Path::new("/t/vm-init"));
+        assert!(executable(messages, "kernel", false).is_err());
     }
 
     #[test]
     fn results_keep_the_order_of_the_jobs() {
-        assert_eq!(
-            run_on_all_cores((0..20).collect(), |n: u32| Ok(n * 2)).unwrap(),
-            (0..20).map(|n| n * 2).collect::<Vec<_>>()
-        );
-        assert!(run_on_all_cores(vec![1, 2], |n: u32| if n == 2 { bail!("two") } else { Ok(n) }).is_err());
-        assert!(run_on_all_cores(Vec::<u32>::new(), Ok).unwrap().is_empty());
+        let doubled = run_on_all_cores((0..20).collect(), |n: u32| n * 2);
+        assert_eq!(doubled, (0..20).map(|n| n * 2).collect::<Vec<_>>());
+        assert!(run_on_all_cores(Vec::<u32>::new(), |n| n).is_empty());
     }
 
     #[test]

@@ -3,7 +3,8 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
+use walkdir::{DirEntry, WalkDir};
 
 use crate::build;
 use crate::process::{self, step};
@@ -14,16 +15,7 @@ use crate::workspace::Workspace;
 
 mod text;
 
-/// A violation of a rule.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-struct Violation {
-    file: PathBuf,
-    line: usize,
-    rule: String,
-    reason: String,
-}
-
-/// A file of the tree, with its path from the root.
+/// A text file of the tree, with its path from the root.
 struct TreeFile {
     path: PathBuf,
     text: String,
@@ -34,42 +26,28 @@ struct TreeFile {
 /// Walks the folders instead of asking git, so that an unpacked archive is checked the same way.
 fn read_tree(root: &Path) -> Result<Vec<TreeFile>> {
     let mut files = Vec::new();
-    let mut dirs = vec![root.to_owned()];
-    while let Some(dir) = dirs.pop() {
-        let entries =
-            fs::read_dir(&dir).with_context(|| format!("cannot list {}: check its owner", dir.display()))?;
-        for entry in entries {
-            let entry = entry.with_context(|| format!("cannot list {}: check the disk", dir.display()))?;
-            let (path, kind) = (entry.path(), entry.file_type().context("cannot read a file's type")?);
-            if kind.is_dir() {
-                if !matches!(entry.file_name().to_str(), Some(".git" | "target")) {
-                    dirs.push(path);
-                }
-            // In a worktree `.git` is a file.
-            } else if kind.is_file()
-                && entry.file_name() != ".git"
-                && let Ok(text) = fs::read_to_string(&path)
-            {
-                let path = path.strip_prefix(root).unwrap_or(&path).to_owned();
-                files.push(TreeFile { path, text });
-            }
+    // In a worktree `.git` is a file.
+    let is_source = |entry: &DirEntry| !matches!(entry.file_name().to_str(), Some(".git" | "target"));
+    for entry in WalkDir::new(root).sort_by_file_name().into_iter().filter_entry(is_source) {
+        let entry = entry?;
+        if entry.file_type().is_file()
+            && let Ok(text) = fs::read_to_string(entry.path())
+        {
+            files.push(TreeFile { path: entry.path().strip_prefix(root)?.to_owned(), text });
         }
     }
-    files.sort_by(|a, b| a.path.cmp(&b.path));
     Ok(files)
 }
 
 fn check_tree(workspace: &Workspace) -> Result<()> {
     step("checking text rules");
-    let files = read_tree(&workspace.root)?;
-    let mut violations = text::check(&files);
-    violations.sort();
-    for Violation { file, line, rule, reason } in &violations {
-        println!("{}:{line}: {rule} ({reason})", file.display());
+    let violations = text::check(&read_tree(&workspace.root)?);
+    for violation in &violations {
+        println!("{violation}");
     }
     if !violations.is_empty() {
         bail!(
-            "{} places break the rules of the tree: correct each one, or the table in xtask/src/lint",
+            "{} places break the rules of the tree: correct each one, or the tables in xtask/src/lint",
             violations.len()
         );
     }
@@ -78,17 +56,14 @@ fn check_tree(workspace: &Workspace) -> Result<()> {
 
 fn check_format(workspace: &Workspace) -> Result<()> {
     step("rustfmt --check");
-    let mut fmt = process::cargo();
-    fmt.current_dir(&workspace.root).args(["fmt", "--all", "--check"]);
-    process::run(&mut fmt, "run `cargo fmt --all`")
+    process::run(workspace.cargo("fmt").args(["--all", "--check"]), "run `cargo fmt --all`")
 }
 
 fn clippy_host(workspace: &Workspace) -> Result<()> {
     step("clippy on the host crates");
-    let mut clippy = process::cargo();
+    let mut clippy = workspace.cargo("clippy");
     clippy
-        .current_dir(&workspace.root)
-        .args(["clippy", "--workspace", "--exclude", "lb-ebpf", "--all-targets", "--features", FEATURES])
+        .args(["--workspace", "--exclude", "lb-ebpf", "--all-targets", "--features", FEATURES])
         .args(["--", "--deny", "warnings"])
         // The fuzz target is checked and not linked: with the library named, its build script needs no C++
         // compiler.

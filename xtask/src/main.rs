@@ -4,6 +4,7 @@
 //! what is missing and why, and installs only that.
 #![expect(clippy::print_stdout, reason = "a command-line tool reports its results on standard output")]
 
+use std::io::{self, ErrorKind};
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
@@ -20,6 +21,7 @@ mod run;
 mod setup;
 mod test;
 mod toolchain;
+mod tree;
 mod workspace;
 
 use workspace::Workspace;
@@ -83,11 +85,20 @@ fn dispatch(command: Command) -> anyhow::Result<()> {
     }
 }
 
+/// What to do about an error of a file, whose message names the file.
+fn remedy(error: &anyhow::Error) -> &'static str {
+    match error.chain().find_map(|cause| Some(cause.downcast_ref::<io::Error>()?.kind())) {
+        Some(ErrorKind::PermissionDenied) => "; check its owner",
+        Some(ErrorKind::StorageFull) => "; free some space on its disk",
+        _ => "",
+    }
+}
+
 fn main() -> ExitCode {
     match dispatch(Cli::parse().command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error:#}");
+            eprintln!("error: {error:#}{}", remedy(&error));
             ExitCode::FAILURE
         }
     }

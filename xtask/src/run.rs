@@ -1,13 +1,12 @@
 //! `cargo xtask run`: builds and starts `socklb`.
 
 use std::os::unix::process::CommandExt;
-use std::process::Command;
 
 use anyhow::{Context, Result};
 
 use crate::build;
 use crate::process::{self, step};
-use crate::setup::{self, Purpose};
+use crate::setup::Purpose;
 use crate::workspace::Workspace;
 
 /// Runs `cargo xtask run`. Returns only on an error before `socklb` replaces this process.
@@ -15,21 +14,13 @@ use crate::workspace::Workspace;
 /// # Errors
 /// If setup or building fails, or `socklb` cannot be started.
 pub(crate) fn command(workspace: &Workspace, args: &[String]) -> Result<()> {
-    let toolchain = setup::ensure(&[Purpose::Build, Purpose::Run])?;
-    let object = build::bpf_object(workspace, &toolchain)?;
+    let object = build::object(workspace, &[Purpose::Build, Purpose::Run])?;
     // The demo uses a debug build: a release build takes three times as long and makes no call faster, since
     // the kernel does the work.
     let is_demo = args.is_empty();
-    let socklb = build::socklb(workspace, object.as_os_str(), !is_demo, is_demo)?;
+    let socklb = build::socklb(workspace, &object, !is_demo, is_demo)?;
     let binary = if is_demo { socklb.with_file_name(build::DEMO) } else { socklb };
-    let mut socklb = if process::is_root() {
-        Command::new(&binary)
-    } else {
-        step("socklb needs root to load BPF programs: starting it with sudo");
-        let mut sudo = Command::new("sudo");
-        sudo.arg("--").arg(&binary);
-        sudo
-    };
+    let mut socklb = process::as_root(&binary, "socklb needs root to load BPF programs");
     if !is_demo {
         socklb.arg("run").args(args);
     }

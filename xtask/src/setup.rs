@@ -3,20 +3,18 @@
 //! Every command calls [`ensure`] with its own purposes, so that a build does not require the tools of the
 //! tests.
 
-use std::env;
-use std::fs;
-use std::io;
-use std::os::unix;
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::path::Path;
+use std::process::{Command, Stdio};
 use std::thread;
 use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Result, bail};
+use fs_err as fs;
 
 use crate::process::{self, find_program, step};
-use crate::toolchain::{self, BpfToolchain, Gaps};
-use crate::workspace::cache_dir;
+use crate::toolchain::{self, BpfToolchain};
+
+use Purpose::{BenchPath, Build, DebianBuild, DebianLint, Image, KernelMatrix, Lint, Run, Test};
 
 /// The purpose of a command; it decides what is required.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -35,186 +33,121 @@ pub(crate) enum Purpose {
     Image,
     /// Measure against NAT rules.
     BenchPath,
+    /// Compile the BPF object with Debian's toolchain.
+    DebianBuild,
+    /// Lint `lb-ebpf` with Debian's toolchain.
+    DebianLint,
 }
 
-/// A program that is required on `PATH`.
+/// What must be installed.
 struct Tool {
-    program: &'static str,
-    /// Debian packages that contain it.
-    packages: &'static [&'static str],
+    /// A program on `PATH`, a file by absolute path, or [`toolchain::LLVM_LIBRARY`].
+    file: &'static str,
+    /// Debian packages that contain it, separated by spaces.
+    packages: &'static str,
     purposes: &'static [Purpose],
     reason: &'static str,
 }
 
-/// Programs other than the BPF toolchain. Add a row when a command, the demo or a test starts another
+const fn tool(
+    file: &'static str,
+    packages: &'static str,
+    purposes: &'static [Purpose],
+    reason: &'static str,
+) -> Tool {
+    Tool { file, packages, purposes, reason }
+}
+
+/// Everything that is installed from packages. Add a row when a command, the demo or a test starts another
 /// program.
 const TOOLS: &[Tool] = &[
-    Tool {
-        program: "cc",
-        packages: &["gcc", "libc6-dev"],
-        purposes: &[Purpose::Build, Purpose::Test, Purpose::Lint, Purpose::KernelMatrix],
-        reason: "rustc links with it",
-    },
-    Tool {
-        program: "ip",
-        packages: &["iproute2"],
-        purposes: &[Purpose::Run, Purpose::Test],
-        reason: "the demo and the tests make network namespaces with it",
-    },
-    Tool {
-        program: "nsenter",
-        packages: &["util-linux"],
-        purposes: &[Purpose::Run, Purpose::Test],
-        reason: "enters the demo's namespaces",
-    },
-    Tool {
-        program: "unshare",
-        packages: &["util-linux"],
-        purposes: &[Purpose::Run, Purpose::Test],
-        reason: "makes private namespaces",
-    },
-    Tool {
-        program: "curl",
-        packages: &["curl"],
-        purposes: &[Purpose::Run, Purpose::Test],
-        reason: "an ordinary client for the demo and the tests",
-    },
-    Tool {
-        program: "bpftool",
-        packages: &["bpftool"],
-        purposes: &[Purpose::Run, Purpose::Test],
-        reason: "shows the pinned maps; a test checks that it prints named fields",
-    },
-    Tool {
-        program: "dig",
-        packages: &["bind9-dnsutils"],
-        purposes: &[Purpose::Test],
-        reason: "an ordinary client of a UDP service",
-    },
-    Tool {
-        program: "python3",
-        packages: &["python3"],
-        purposes: &[Purpose::Test],
-        reason: "a client with another socket library than Rust's",
-    },
-    Tool {
-        program: "rsync",
-        packages: &["rsync"],
-        purposes: &[Purpose::Test],
-        reason: "edits manifests as people do",
-    },
-    Tool {
-        program: "git",
-        packages: &["git"],
-        purposes: &[Purpose::Test],
-        reason: "edits manifests as people do",
-    },
-    Tool {
-        program: "node",
-        packages: &["nodejs"],
-        purposes: &[Purpose::Test],
-        reason: "a client that uses IPv6 sockets for IPv4 addresses",
-    },
-    Tool {
-        program: "kubectl",
-        packages: &["kubernetes-client"],
-        purposes: &[Purpose::Test],
-        reason: "a real client of the tests' API server",
-    },
-    Tool {
-        program: "setpriv",
-        packages: &["util-linux"],
-        purposes: &[Purpose::Test],
-        reason: "runs an agent with the capabilities of the manifests",
-    },
-    Tool {
-        program: "mount",
-        packages: &["mount"],
-        purposes: &[Purpose::Test],
-        reason: "mounts the manifests' volumes in tests",
-    },
-    Tool {
-        program: "ldd",
-        packages: &["libc-bin"],
-        purposes: &[Purpose::Test, Purpose::Image],
-        reason: "lists the libraries of the container image",
-    },
-    Tool {
-        program: "strip",
-        packages: &["binutils"],
-        purposes: &[Purpose::Test, Purpose::Image],
-        reason: "strips the binaries of the container image",
-    },
-    Tool {
-        program: "ctr",
-        packages: &["containerd"],
-        purposes: &[Purpose::Test],
-        reason: "runs the container image as a node does",
-    },
-    Tool {
-        program: "runc",
-        packages: &["runc"],
-        purposes: &[Purpose::Test],
-        reason: "starts containers for containerd",
-    },
-    Tool {
-        program: "nft",
-        packages: &["nftables"],
-        purposes: &[Purpose::BenchPath],
-        reason: "loads the rules of kube-proxy's nftables mode, for measurements",
-    },
-    Tool {
-        program: "iptables-restore",
-        packages: &["iptables"],
-        purposes: &[Purpose::BenchPath],
-        reason: "loads the rules of kube-proxy's iptables mode, for measurements",
-    },
-    Tool {
-        program: "xz",
-        packages: &["xz-utils"],
-        purposes: &[Purpose::KernelMatrix],
-        reason: "unpacks modules of newer kernels",
-    },
-    Tool {
-        program: "apt-get",
-        packages: &["apt"],
-        purposes: &[Purpose::KernelMatrix],
-        reason: "downloads kernels and QEMU, which come from Debian only",
-    },
+    tool("cc", "gcc libc6-dev", &[Build, Test, Lint, KernelMatrix], "rustc links with it"),
+    tool("ip", "iproute2", &[Run, Test], "the demo and the tests make network namespaces with it"),
+    tool("nsenter", "util-linux", &[Run, Test], "enters the demo's namespaces"),
+    tool("unshare", "util-linux", &[Run, Test], "makes private namespaces"),
+    tool("curl", "curl", &[Run, Test], "an ordinary client for the demo and the tests"),
+    tool("bpftool", "bpftool", &[Run, Test], "shows the pinned maps; a test checks the fields' names"),
+    tool("dig", "bind9-dnsutils", &[Test], "an ordinary client of a UDP service"),
+    tool("python3", "python3", &[Test], "a client with another socket library than Rust's"),
+    tool("rsync", "rsync", &[Test], "edits manifests as people do"),
+    tool("git", "git", &[Test], "edits manifests as people do"),
+    tool("node", "nodejs", &[Test], "a client that uses IPv6 sockets for IPv4 addresses"),
+    tool("kubectl", "kubernetes-client", &[Test], "a real client of the tests' API server"),
+    tool("setpriv", "util-linux", &[Test], "runs an agent with the capabilities of the manifests"),
+    tool("mount", "mount", &[Test], "mounts the manifests' volumes in tests"),
+    tool("ldd", "libc-bin", &[Test, Image], "lists the libraries of the container image"),
+    tool("strip", "binutils", &[Test, Image], "strips the binaries of the container image"),
+    tool("ctr", "containerd", &[Test], "runs the container image as a node does"),
+    tool("runc", "runc", &[Test], "starts containers for containerd"),
+    tool("nft", "nftables", &[BenchPath], "loads the rules of kube-proxy's nftables mode"),
+    tool("iptables-restore", "iptables", &[BenchPath], "loads the rules of kube-proxy's iptables mode"),
+    tool("xz", "xz-utils", &[KernelMatrix], "unpacks modules of newer kernels"),
+    tool("apt-get", "apt", &[KernelMatrix], "downloads kernels and QEMU, which come from Debian only"),
+    tool(toolchain::DEBIAN_RUSTC, "rustc-web", &[DebianBuild], "compiles for the BPF target"),
+    tool(toolchain::DEBIAN_CARGO, "cargo-web", &[DebianBuild], "builds core; must match rustc-web"),
+    tool(toolchain::DEBIAN_CORE, "rust-web-src", &[DebianBuild], "the sources of core"),
+    // The 400 MiB of `llvm-22-dev` are not required, since bpf-linker's bindings have their own declarations.
+    // rustc-web depends on this package; it is named nevertheless, so that it is never the wrong version.
+    tool(toolchain::LLVM_LIBRARY, "libllvm22", &[DebianBuild], "bpf-linker is linked with it"),
+    tool(toolchain::DEBIAN_CLIPPY, "rust-web-clippy", &[DebianLint], "lints lb-ebpf; must match rustc-web"),
 ];
 
 /// A package to install.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Package {
-    name: String,
+    name: &'static str,
     reason: String,
 }
 
-/// Lists the packages of missing programs, without duplicates.
-fn missing_tools(purposes: &[Purpose], has_program: impl Fn(&str) -> bool) -> Vec<Package> {
+/// Lists the packages of what is missing, without duplicates.
+fn missing_packages(purposes: &[Purpose], is_installed: impl Fn(&str) -> bool) -> Vec<Package> {
     let mut packages: Vec<Package> = Vec::new();
-    for tool in TOOLS {
-        if !tool.purposes.iter().any(|purpose| purposes.contains(purpose)) || has_program(tool.program) {
-            continue;
-        }
-        for &name in tool.packages {
+    let is_required = |tool: &&Tool| tool.purposes.iter().any(|purpose| purposes.contains(purpose));
+    for Tool { file, packages: names, reason, .. } in TOOLS.iter().filter(is_required) {
+        for name in names.split(' ').filter(|_| !is_installed(file)) {
             if packages.iter().all(|package| package.name != name) {
-                packages.push(Package {
-                    name: name.to_owned(),
-                    reason: format!("{}: {}", tool.program, tool.reason),
-                });
+                packages.push(Package { name, reason: format!("{file}: {reason}") });
             }
         }
     }
     packages
 }
 
-/// How apt-get gets root's permissions.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Privilege {
-    Root,
-    Sudo,
-    None,
+/// Whether [`Tool::file`] is usable.
+fn is_installed(file: &str) -> bool {
+    match file {
+        toolchain::DEBIAN_RUSTC => toolchain::debian_rustc_is_usable(),
+        toolchain::LLVM_LIBRARY => toolchain::llvm_library().exists(),
+        file if file.starts_with('/') => Path::new(file).exists(),
+        program => find_program(program).is_some(),
+    }
+}
+
+/// The purposes of a command with those of its BPF toolchain.
+fn with_toolchain(purposes: &[Purpose], toolchain: &BpfToolchain) -> Vec<Purpose> {
+    let mut purposes = purposes.to_vec();
+    if toolchain.is_debian() {
+        purposes.push(DebianBuild);
+        if purposes.contains(&Lint) {
+            purposes.push(DebianLint);
+        }
+    }
+    purposes
+}
+
+/// Arguments of `rustup component add` for what linting lacks.
+fn missing_components(toolchain: &BpfToolchain) -> Vec<&'static [&'static str]> {
+    let host = |subcommand| {
+        let mut cargo = process::cargo();
+        cargo.arg(subcommand);
+        cargo
+    };
+    let mut needs: Vec<(Command, &[&str])> = vec![(host("fmt"), &["rustfmt"]), (host("clippy"), &["clippy"])];
+    if !toolchain.is_debian() {
+        needs.push((toolchain.cargo("clippy"), &["--toolchain", "nightly", "clippy"]));
+    }
+    needs.retain_mut(|(command, _)| process::capture(command.arg("--version")).is_err());
+    needs.into_iter().map(|(_, component)| component).collect()
 }
 
 /// Installs what is missing for the purposes, and returns the BPF toolchain.
@@ -222,94 +155,53 @@ enum Privilege {
 /// # Errors
 /// If something cannot be installed; the message names the command to run instead.
 pub(crate) fn ensure(purposes: &[Purpose]) -> Result<BpfToolchain> {
-    let with_clippy = purposes.contains(&Purpose::Lint);
-    let facts = toolchain::observe()?;
-    let (chosen, gaps) = toolchain::choose(&facts, with_clippy).map_err(|remedy| anyhow!(remedy))?;
-    let mut packages = missing_tools(purposes, |program| find_program(program).is_some());
-    packages.extend(
-        gaps.packages
-            .iter()
-            .map(|(name, reason)| Package { name: name.clone(), reason: (*reason).to_owned() }),
-    );
-    let components = if with_clippy { missing_components() } else { Vec::new() };
-    if packages.is_empty() && components.is_empty() && gaps == Gaps::default() {
-        step(&format!("setup: nothing is missing ({chosen})"));
-        return Ok(chosen);
+    let toolchain = toolchain::choose()?;
+    let required = with_toolchain(purposes, &toolchain);
+    let packages = missing_packages(&required, is_installed);
+    let components = if purposes.contains(&Lint) { missing_components(&toolchain) } else { Vec::new() };
+    let needs_linker = !toolchain::linker_works(&toolchain.linker);
+    if packages.is_empty() && components.is_empty() && !needs_linker {
+        step(&format!("setup: nothing is missing ({toolchain})"));
+        return Ok(toolchain);
     }
 
     step("setup: missing on this machine:");
     for Package { name, reason } in &packages {
         eprintln!("    package {name} ({reason})");
     }
-    if gaps.needs_linker {
-        let root = toolchain::linker_root()?;
-        let version = toolchain::LINKER_VERSION;
-        eprintln!("    bpf-linker {version}, into {} (links the BPF object)", root.display());
+    if needs_linker {
+        eprintln!("    {} (links the BPF object)", toolchain.linker.display());
     }
     for component in &components {
-        eprintln!("    rustup component {component} (cargo xtask lint)");
-    }
-    if gaps.needs_nightly_clippy {
-        eprintln!("    rustup component clippy of nightly (lints lb-ebpf on the BPF target)");
+        eprintln!("    rustup component {} (cargo xtask lint)", component.join(" "));
     }
 
     if !packages.is_empty() {
         install_packages(&packages)?;
     }
-    let facts = verify_packages(with_clippy)?;
-    if let (true, Some(library)) = (gaps.needs_linker, &facts.llvm_library) {
-        install_linker(library)?;
-    }
-    if !components.is_empty() {
-        let mut rustup = Command::new("rustup");
-        rustup.args(["component", "add"]).args(&components);
-        process::run(&mut rustup, "install rustfmt and clippy of the toolchain that runs cargo")?;
-    }
-    if gaps.needs_nightly_clippy {
-        let mut rustup = Command::new("rustup");
-        rustup.args(["component", "add", "--toolchain", "nightly", "clippy"]);
-        process::run(&mut rustup, "choose a nightly that has clippy")?;
-    }
-    step("setup: complete");
-    Ok(chosen)
-}
-
-/// Checks again after installing: an old package source may have delivered an old compiler.
-fn verify_packages(with_clippy: bool) -> Result<toolchain::Facts> {
-    let facts = toolchain::observe()?;
-    let (_, gaps) = toolchain::choose(&facts, with_clippy).map_err(|remedy| anyhow!(remedy))?;
-    if let Some((name, reason)) = gaps.packages.first() {
+    // An old package source may have delivered an old compiler.
+    if let Some(Package { name, reason }) = missing_packages(&required, is_installed).first() {
         bail!(
             "{name} was installed but is not usable ({reason}; LLVM {} is needed): enable the security archive of \
              this Debian release in apt's sources, or install rustup's nightly with rust-src and bpf-linker",
             toolchain::DEBIAN_LLVM
         );
     }
-    Ok(facts)
-}
-
-fn missing_components() -> Vec<&'static str> {
-    let runs = |subcommand| process::works(process::cargo().args([subcommand, "--version"]));
-    [("fmt", "rustfmt"), ("clippy", "clippy")]
-        .into_iter()
-        .filter(|(subcommand, _)| !runs(subcommand))
-        .map(|(_, component)| component)
-        .collect()
-}
-
-fn privilege() -> Privilege {
-    if process::is_root() {
-        Privilege::Root
-    } else if find_program("sudo").is_some() {
-        Privilege::Sudo
-    } else {
-        Privilege::None
+    if needs_linker {
+        install_linker(&toolchain.linker)?;
     }
+    for component in components {
+        let mut rustup = Command::new("rustup");
+        rustup.args(["component", "add"]).args(component);
+        process::run(&mut rustup, "install rustfmt and clippy of the toolchain that runs cargo")?;
+    }
+    step("setup: complete");
+    Ok(toolchain)
 }
 
 /// The command to run as root, for a user without root or sudo.
 fn apt_by_hand(packages: &[Package]) -> String {
-    let names: Vec<&str> = packages.iter().map(|package| package.name.as_str()).collect();
+    let names: Vec<&str> = packages.iter().map(|package| package.name).collect();
     format!("apt-get update && apt-get install --no-install-recommends {}", names.join(" "))
 }
 
@@ -321,121 +213,48 @@ fn install_packages(packages: &[Package]) -> Result<()> {
              the packages listed above by other means (Debian: {by_hand})"
         );
     }
-    let privilege = privilege();
-    match privilege {
-        Privilege::None => {
-            bail!("installing packages needs root, and sudo is missing: as root run `{by_hand}`")
-        }
-        Privilege::Sudo => step("installing these packages needs root: using sudo for apt-get alone"),
-        Privilege::Root => {}
-    }
-    let log = cache_dir()?.join("setup.log");
-    if without_candidate(packages).is_some() {
-        update_package_lists(privilege, &log, &by_hand)?;
-        if let Some(package) = without_candidate(packages) {
-            bail!(
-                "apt knows no package {}: enable main, updates and security of this Debian release in apt's sources, \
-                 or install what brings it by other means",
-                package.name
-            );
-        }
-    }
-    step(&format!("installing {} packages (log: {})", packages.len(), log.display()));
-    let install = || {
-        let mut apt = apt_get(privilege);
-        // --no-remove: nothing that is installed may be removed.
-        apt.args(["install", "--yes", "--no-install-recommends", "--no-remove"]);
-        apt.args(packages.iter().map(|package| &package.name));
-        process::run_logged(
-            &mut apt,
-            &log,
-            |line| line.starts_with("Setting up ") || line.starts_with("Need to get "),
-            &format!("find the cause in the log, then as root run `{by_hand}`"),
-        )
-    };
-    if let Err(error) = install() {
-        // Outdated lists name files that the archive no longer has.
-        step(&format!("{error:#}; trying again with fresh package lists"));
-        update_package_lists(privilege, &log, &by_hand)?;
-        install()?;
-    }
-    Ok(())
-}
-
-/// The common part of every apt-get command.
-fn apt_get(privilege: Privilege) -> Command {
-    let mut command = Command::new(if privilege == Privilege::Sudo { "sudo" } else { "env" });
-    if privilege == Privilege::Sudo {
+    let apt_get = |args: &[&str]| {
+        let mut apt = process::as_root("env", "installing these packages needs root");
         // sudo drops the environment, so `env` sets the variables behind it.
-        command.args(["--", "env"]);
-    }
-    command.args(["DEBIAN_FRONTEND=noninteractive", "LC_ALL=C", "apt-get", "--quiet"]);
-    // Another apt may be running, for example unattended upgrades after boot.
-    command.args(["-o", "DPkg::Lock::Timeout=600"]);
-    command
-}
-
-fn update_package_lists(privilege: Privilege, log: &Path, by_hand: &str) -> Result<()> {
-    step("updating apt's package lists");
-    let update = || {
-        let mut apt = apt_get(privilege);
-        apt.arg("update");
-        process::run_logged(
-            &mut apt,
-            log,
-            |_| false,
-            &format!("check the network, then as root run `{by_hand}`"),
-        )
+        apt.args(["DEBIAN_FRONTEND=noninteractive", "LC_ALL=C", "apt-get", "-q", "--yes"]);
+        // Another apt may be running, for example unattended upgrades after boot.
+        apt.args(["-o", "DPkg::Lock::Timeout=600"]).args(args).stdin(Stdio::null());
+        apt
     };
+    let remedy = format!(
+        "correct the error above, enable main, updates and security of this Debian release in apt's sources, or as \
+         root run `{by_hand}`"
+    );
+    step("updating apt's package lists");
     // apt's lock timeout does not cover the lock of the lists, so this loop waits for another apt.
-    for _ in 0..3 {
-        if update().is_ok() {
-            return Ok(());
+    let mut n_left = 3;
+    while let Err(error) = process::run(&mut apt_get(&["update"]), "check the network") {
+        n_left -= 1;
+        if n_left == 0 {
+            step(&format!("{error:#}; using the lists as they are"));
+            break;
         }
         thread::sleep(Duration::from_secs(20));
     }
-    update()
+    step(&format!("installing {} packages", packages.len()));
+    // --no-remove: nothing that is installed may be removed.
+    let mut install = apt_get(&["install", "--no-install-recommends", "--no-remove"]);
+    process::run(install.args(packages.iter().map(|package| package.name)), &remedy)
 }
 
-/// The first package without a candidate for installation.
-fn without_candidate(packages: &[Package]) -> Option<&Package> {
-    let mut policy = Command::new("apt-cache");
-    policy.env("LC_ALL", "C").arg("policy").args(packages.iter().map(|package| &package.name));
-    let text = process::capture(&mut policy).unwrap_or_default();
-    packages.iter().find(|package| !policy_has_candidate(&text, &package.name))
-}
-
-/// Parses `apt-cache policy`: a block per known package with the name, a colon, and indented lines.
-fn policy_has_candidate(text: &str, package: &str) -> bool {
-    text.lines()
-        .skip_while(|line| line.strip_suffix(':') != Some(package))
-        .skip(1)
-        .take_while(|line| line.starts_with(' '))
-        .find_map(|line| line.trim_start().strip_prefix("Candidate:"))
-        .is_some_and(|version| version.trim() != "(none)")
-}
-
-/// Makes the folder in which bpf-linker's build searches for LLVM. The linker needs the name `libLLVM.so`,
-/// which only the development packages have.
-fn llvm_prefix(root: &Path, library: &Path) -> Result<PathBuf> {
-    let prefix = root.join("llvm");
-    let (folder, link) = (prefix.join("lib"), prefix.join("lib/libLLVM.so"));
-    fs::create_dir_all(&folder)
-        .with_context(|| format!("cannot make {}: check its owner", folder.display()))?;
-    // The link of an earlier build may be dangling.
-    let made = match fs::remove_file(&link) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-        _ => unix::fs::symlink(library, &link),
-    };
-    made.with_context(|| format!("cannot make {}: check the folder's owner", link.display()))?;
-    Ok(prefix)
-}
-
-fn install_linker(library: &Path) -> Result<()> {
+/// Builds bpf-linker, with Debian's LLVM.
+fn install_linker(linker: &Path) -> Result<()> {
     let version = toolchain::LINKER_VERSION;
     let root = toolchain::linker_root()?;
-    let target = env::temp_dir().join(format!("bpf-linker-build-{}", std::process::id()));
-    let prefix = llvm_prefix(&root, library)?;
+    // The linker needs the name `libLLVM.so`, which only LLVM's development packages have. The link of an
+    // earlier build may be dangling.
+    let prefix = root.join("llvm");
+    let link = prefix.join("lib/libLLVM.so");
+    fs::create_dir_all(prefix.join("lib"))?;
+    if link.is_symlink() {
+        fs::remove_file(&link)?;
+    }
+    fs::os::unix::fs::symlink(toolchain::llvm_library(), &link)?;
     step(&format!("building bpf-linker {version} (about a minute)"));
     // bpf-linker's own release profile has link-time optimisation, whose build time never pays off: LLVM does
     // the work, and comes compiled.
@@ -443,23 +262,16 @@ fn install_linker(library: &Path) -> Result<()> {
     let mut install = process::cargo();
     install
         .args(["install", "bpf-linker", "--version", version, "--locked", "--force", "--no-default-features"])
-        .arg("--features")
-        .arg(format!("llvm-{}", toolchain::DEBIAN_LLVM))
+        .arg(format!("--features=llvm-{}", toolchain::DEBIAN_LLVM))
         .arg("--root")
         .arg(&root)
-        .env("CARGO_TARGET_DIR", &target)
+        // Without it cargo builds in a temporary folder.
+        .env_remove("CARGO_TARGET_DIR")
         .envs(quick.map(|(key, value)| (format!("CARGO_PROFILE_RELEASE_{key}"), value)))
         // Otherwise the build finds another LLVM or none.
         .env("LLVM_PREFIX", prefix);
-    let result =
-        process::run(&mut install, "check that crates.io answers, then run `cargo xtask setup` again");
-    if target.exists() {
-        fs::remove_dir_all(&target)
-            .with_context(|| format!("cannot delete {}: delete it", target.display()))?;
-    }
-    result?;
-    let linker = root.join("bin/bpf-linker");
-    if !toolchain::linker_works(&linker) {
+    process::run(&mut install, "check that crates.io answers, then run `cargo xtask setup` again")?;
+    if !toolchain::linker_works(linker) {
         bail!(
             "{} does not run after it was built: delete {} and run `cargo xtask setup` again",
             linker.display(),
@@ -474,62 +286,51 @@ fn install_linker(library: &Path) -> Result<()> {
 /// # Errors
 /// If something cannot be installed.
 pub(crate) fn command() -> Result<()> {
-    ensure(&[Purpose::Build, Purpose::Run, Purpose::Test, Purpose::Lint]).map(drop)
+    ensure(&[Build, Run, Test, Lint]).map(drop)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn names(purposes: &[Purpose], present: &[&str]) -> Vec<String> {
-        missing_tools(purposes, |program| present.contains(&program))
-            .into_iter()
-            .map(|package| package.name)
-            .collect()
+    fn names(purposes: &[Purpose], present: &[&str]) -> Vec<&'static str> {
+        let packages = missing_packages(purposes, |file| present.contains(&file));
+        packages.into_iter().map(|package| package.name).collect()
     }
 
     #[test]
     fn nothing_is_installed_for_programs_that_are_there() {
-        let all: Vec<&str> = TOOLS.iter().map(|tool| tool.program).collect();
-        let purposes = [
-            Purpose::Build,
-            Purpose::Run,
-            Purpose::Test,
-            Purpose::Lint,
-            Purpose::KernelMatrix,
-            Purpose::Image,
-            Purpose::BenchPath,
-        ];
+        let all: Vec<&str> = TOOLS.iter().map(|tool| tool.file).collect();
+        let purposes = [Build, Run, Test, Lint, KernelMatrix, Image, BenchPath, DebianBuild, DebianLint];
         assert_eq!(names(&purposes, &all), [""; 0]);
     }
 
     #[test]
     fn a_build_asks_for_no_test_tools() {
-        assert_eq!(names(&[Purpose::Build], &[]), ["gcc", "libc6-dev"]);
+        assert_eq!(names(&[Build], &[]), ["gcc", "libc6-dev"]);
     }
 
     #[test]
     fn a_package_of_two_missing_programs_is_named_once() {
-        let packages = names(&[Purpose::Run], &["ip", "curl", "bpftool"]);
-        assert_eq!(packages, ["util-linux"]);
+        assert_eq!(names(&[Run], &["ip", "curl", "bpftool"]), ["util-linux"]);
+    }
+
+    #[test]
+    fn a_bare_machine_needs_all_of_debians_toolchain() {
+        let debian = toolchain::choice(false, None, "/cache/bpf-linker".into());
+        let build = with_toolchain(&[Build], &debian);
+        assert_eq!(names(&build, &["cc"]), ["rustc-web", "cargo-web", "rust-web-src", "libllvm22"]);
+        assert!(names(&with_toolchain(&[Lint], &debian), &[]).contains(&"rust-web-clippy"));
+        let rustup = toolchain::choice(true, Some("/bin/bpf-linker".into()), "/cache/bpf-linker".into());
+        assert_eq!(names(&with_toolchain(&[Lint], &rustup), &["cc"]), [""; 0]);
     }
 
     #[test]
     fn the_command_for_another_root_names_every_package() {
-        let packages = missing_tools(&[Purpose::Test], |program| program != "dig" && program != "curl");
+        let packages = missing_packages(&[Test], |program| program != "dig" && program != "curl");
         assert_eq!(
             apt_by_hand(&packages),
             "apt-get update && apt-get install --no-install-recommends curl bind9-dnsutils"
         );
-    }
-
-    #[test]
-    fn reads_candidates() {
-        let text = "curl:\n  Installed: (none)\n  Candidate: 7.88.1\n  Version table:\n     7.88.1 500\n\
-                    dig:\n  Installed: (none)\n  Candidate: (none)\n";
-        assert!(policy_has_candidate(text, "curl"));
-        assert!(!policy_has_candidate(text, "dig"));
-        assert!(!policy_has_candidate(text, "ip"));
-        assert!(!policy_has_candidate("", "curl"));
     }
 }

@@ -1,6 +1,6 @@
 //! `cargo xtask test`: every test of the host crates, including the kernel tests.
 
-use std::env::{self, consts::ARCH};
+use std::env;
 use std::io::{BufRead, BufReader, Write};
 use std::num::NonZero;
 use std::process::Stdio;
@@ -12,7 +12,7 @@ use anyhow::{Context, Result, bail};
 use crate::bench;
 use crate::build;
 use crate::process::{self, step};
-use crate::setup::{self, Purpose};
+use crate::setup::Purpose;
 use crate::workspace::Workspace;
 
 /// Sums of libtest's result lines.
@@ -51,44 +51,21 @@ pub(crate) const FEATURES: &str = "lb-tests/fault-points";
 /// How many tests libtest runs in parallel.
 const THREADS_VARIABLE: &str = "RUST_TEST_THREADS";
 
-/// The variable that makes cargo start this host's test executables through another program.
-fn runner_variable() -> String {
-    // The pattern of glibc and musl hosts; xtask runs on Linux only.
-    let environment = if cfg!(target_env = "musl") { "MUSL" } else { "GNU" };
-    format!("CARGO_TARGET_{}_UNKNOWN_LINUX_{environment}_RUNNER", ARCH.to_uppercase())
-}
-
 /// Runs `cargo xtask test`.
 ///
 /// # Errors
 /// If setup or building fails, or a test fails.
 pub(crate) fn command(workspace: &Workspace, args: &[String]) -> Result<()> {
     let start = Instant::now();
-    let toolchain = setup::ensure(&[Purpose::Build, Purpose::Run, Purpose::Test])?;
-    let object = build::bpf_object(workspace, &toolchain)?;
+    let object = build::object(workspace, &[Purpose::Build, Purpose::Run, Purpose::Test])?;
     step("building socklb and the tests");
-    let mut build = process::cargo();
     // One command with all test targets, not `build::socklb` first: with other packages selected, cargo
     // enables other features and rebuilds many crates. It also builds the executables of lb-tests, which
     // tests start.
-    build
-        .current_dir(&workspace.root)
-        .args(["build", "--tests", "--bin", "socklb", "--bin", build::DEMO, "--features", FEATURES])
-        .env(build::OBJECT_VARIABLE, &object);
-    process::run(&mut build, "correct the errors above")?;
-    let binary = workspace.socklb(false);
-
+    let programs = ["--tests", "--bin", "socklb", "--bin", build::DEMO, "--features", FEATURES];
+    build::programs(workspace, &object, &programs)?;
     step("running the tests");
-    let mut test = process::cargo();
-    test.current_dir(&workspace.root)
-        .args(["test", "--no-fail-fast", "--features", FEATURES, "--"])
-        .args(args)
-        .env(build::OBJECT_VARIABLE, &object)
-        .env("SOCKLB_BIN", &binary)
-        .env("SOCKLB_BENCH_OBJECT", bench::bench_object(workspace))
-        // Otherwise a test that this kernel could run might be skipped.
-        .env("LB_TEST_STRICT", "1")
-        .stdout(Stdio::piped());
+    let mut test = workspace.cargo("test");
     if env::var_os(THREADS_VARIABLE).is_none() {
         // Most tests wait for timers and other processes: two per processor keep it busy.
         let n_processors = thread::available_parallelism().map_or(1, NonZero::get);
@@ -101,8 +78,16 @@ pub(crate) fn command(workspace: &Workspace, args: &[String]) -> Result<()> {
             );
         }
         step("kernel tests need root to load BPF programs: starting the test executables with sudo");
-        test.env(runner_variable(), "sudo -E");
+        test.args(["--config", "target.'cfg(unix)'.runner = 'sudo -E'"]);
     }
+    test.args(["--no-fail-fast", "--features", FEATURES, "--"])
+        .args(args)
+        .env(build::OBJECT_VARIABLE, &object)
+        .env("SOCKLB_BIN", workspace.socklb(false))
+        .env("SOCKLB_BENCH_OBJECT", bench::bench_object(workspace))
+        // Otherwise a test that this kernel could run might be skipped.
+        .env("LB_TEST_STRICT", "1")
+        .stdout(Stdio::piped());
     let mut child = test.spawn().context("cannot start `cargo test`: is cargo installed?")?;
     let mut tally = Tally::default();
     if let Some(stdout) = child.stdout.take() {

@@ -3,8 +3,11 @@
 use std::env;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use anyhow::{Context, Result};
+
+use crate::process;
 
 /// Folders that commands use.
 pub(crate) struct Workspace {
@@ -31,9 +34,11 @@ impl Workspace {
         Ok(Self { root: root.to_owned(), target })
     }
 
-    /// The BPF object that `socklb` embeds.
-    pub(crate) fn bpf_object(&self) -> PathBuf {
-        self.target.join("bpf/socklb.bpf.o")
+    /// A cargo command for the tree, of the cargo that started this program.
+    pub(crate) fn cargo(&self, subcommand: &str) -> Command {
+        let mut cargo = process::cargo();
+        cargo.current_dir(&self.root).arg(subcommand);
+        cargo
     }
 
     /// The `socklb` binary.

@@ -2,11 +2,12 @@
 //!
 //! Each release has its own package lists in the cache folder, invisible to the system's apt. Needs no root.
 
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, bail};
+use fs_err as fs;
+use walkdir::WalkDir;
 
 use crate::process;
 
@@ -27,8 +28,7 @@ impl Archive {
     /// # Errors
     /// If this system is not Debian or has no Debian archive configured.
     pub(super) fn locate(cache: &Path) -> Result<Self> {
-        let os = fs::read_to_string("/etc/os-release").context("no /etc/os-release: run this on Debian")?;
-        let Some(system) = debian_release(&os) else {
+        let Some(system) = debian_release(&fs::read_to_string("/etc/os-release")?) else {
             bail!(
                 "kernels and QEMU for the matrix come from the Debian archive: run this on Debian 12 or newer"
             );
@@ -50,29 +50,21 @@ impl Archive {
     /// If the lists cannot be fetched.
     pub(super) fn lists(&self, releases: &[&str], status: Option<&Path>) -> Result<Lists> {
         let dir = self.dir.join(releases.join("+"));
-        let create = |path: &Path| {
-            fs::create_dir_all(path)
-                .with_context(|| format!("cannot create {}: check its owner", path.display()))
-        };
-        create(&dir.join("lists/partial"))?;
-        create(&dir.join("cache/archives/partial"))?;
-        create(&dir.join("empty"))?;
-        let source = |release| format!("deb [signed-by={KEYRING}] {} {release} main", self.mirror);
-        let sources: Vec<String> = releases.iter().map(source).collect();
-        let write = |name: &str, text: &str| {
-            let path = dir.join(name);
-            fs::write(&path, text)
-                .with_context(|| format!("cannot write {}: check its owner", path.display()))
-        };
-        write("sources.list", &format!("{}\n", sources.join("\n")))?;
-        write("status", "")?;
+        if dir.exists() {
+            fs::remove_dir_all(&dir)?;
+        }
+        for folder in ["lists/partial", "cache/archives/partial", "debs", "empty"] {
+            fs::create_dir_all(dir.join(folder))?;
+        }
+        let source = |release| format!("deb [signed-by={KEYRING}] {} {release} main\n", self.mirror);
+        fs::write(dir.join("sources.list"), releases.iter().map(source).collect::<String>())?;
+        fs::write(dir.join("status"), "")?;
         let status = status.map_or_else(|| dir.join("status"), Path::to_owned);
-        write("apt.conf", &configuration(&dir, &status))?;
+        fs::write(dir.join("apt.conf"), configuration(&dir, &status))?;
         let lists = Lists { dir };
-        let mut update = lists.apt("apt-get");
-        update.arg("update");
-        let remedy = "check the network, and that the mirror in apt's sources has this release";
-        process::run_logged(&mut update, &lists.dir.join("apt.log"), |_| false, remedy)?;
+        lists
+            .apt("apt-get", &["update"])
+            .context("check the network, and that the mirror in apt's sources has this release")?;
         Ok(lists)
     }
 }
@@ -83,22 +75,23 @@ pub(super) struct Lists {
 }
 
 impl Lists {
-    /// An apt command that reads only these lists, with the system's settings for proxies and the like.
-    fn apt(&self, program: &str) -> Command {
+    /// Runs an apt command on these lists only, with the system's settings for proxies and the like, and
+    /// returns its output.
+    fn apt(&self, program: &str, args: &[&str]) -> Result<String> {
         let mut command = Command::new(program);
         // Not the variable APT_CONFIG: its file is read before the system's files, which then override it.
         command.arg("--config-file").arg(self.dir.join("apt.conf")).arg("--quiet").env("LC_ALL", "C");
-        command
+        // `download` writes to the current folder.
+        process::capture(command.args(args).current_dir(self.dir.join("debs")))
     }
 
-    /// The direct dependencies of a package.
+    /// A package and its dependencies, with theirs.
     ///
     /// # Errors
     /// If apt does not know the package.
     pub(super) fn depends(&self, package: &str) -> Result<Vec<String>> {
-        let mut command = self.apt("apt-cache");
-        command.args(["depends", package]);
-        Ok(parse_depends(&process::capture(&mut command)?))
+        let args = ["depends", "--recurse", "--important", package];
+        Ok(parse_depends(&self.apt("apt-cache", &args)?))
     }
 
     /// All packages that installing a package of a release would install.
@@ -106,38 +99,36 @@ impl Lists {
     /// # Errors
     /// If apt finds no solution.
     pub(super) fn would_install(&self, package: &str, release: &str) -> Result<Vec<String>> {
-        let mut command = self.apt("apt-get");
-        command.args([
-            "--simulate",
-            "--no-install-recommends",
-            "--target-release",
-            release,
-            "install",
-            package,
-        ]);
-        Ok(parse_simulation(&process::capture(&mut command)?))
+        let args = ["--simulate", "--no-install-recommends", "--target-release", release, "install", package];
+        Ok(parse_simulation(&self.apt("apt-get", &args)?))
     }
 
-    /// Downloads packages, unpacks them below `root`, and deletes the lists, the larger part of the cache.
+    /// Downloads packages, unpacks the files with needed names into the folder `root`, which it replaces, and
+    /// deletes the lists, the larger part of the cache.
     ///
     /// # Errors
     /// If a package cannot be fetched or unpacked.
-    pub(super) fn unpack(self, packages: &[String], root: &Path) -> Result<()> {
-        let debs = self.dir.join("debs");
-        recreate(&debs)?;
-        recreate(root)?;
-        let mut download = self.apt("apt-get");
-        download.current_dir(&debs).arg("download").args(packages);
-        let remedy = "check the network, then run the command again with --refresh";
-        process::run_logged(&mut download, &self.dir.join("apt.log"), |_| false, remedy)?;
-        for entry in
-            fs::read_dir(&debs).context("cannot list the downloaded packages: run the command again")?
-        {
-            let deb = entry.context("cannot list the downloaded packages: check the disk")?.path();
-            process::capture(Command::new("dpkg-deb").arg("--extract").arg(deb).arg(root))?;
+    pub(super) fn unpack(self, packages: &[String], root: &Path, is_needed: fn(&str) -> bool) -> Result<()> {
+        let packages = packages.iter().map(String::as_str);
+        self.apt("apt-get", &["download"].into_iter().chain(packages).collect::<Vec<_>>())
+            .context("check the network, then run the command again with --refresh")?;
+        let new = self.dir.join("root");
+        fs::create_dir(&new)?;
+        for deb in fs::read_dir(self.dir.join("debs"))? {
+            process::capture(Command::new("dpkg-deb").arg("--extract").arg(deb?.path()).arg(&new))?;
         }
-        fs::remove_dir_all(&self.dir)
-            .with_context(|| format!("cannot delete {}: delete it", self.dir.display()))
+        for entry in WalkDir::new(&new) {
+            let entry = entry?;
+            if !entry.file_type().is_dir() && !entry.file_name().to_str().is_some_and(is_needed) {
+                fs::remove_file(entry.path())?;
+            }
+        }
+        if root.exists() {
+            fs::remove_dir_all(root)?;
+        }
+        fs::create_dir_all(root.parent().unwrap_or(root))?;
+        fs::rename(new, root)?;
+        Ok(fs::remove_dir_all(self.dir)?)
     }
 }
 
@@ -161,17 +152,6 @@ fn configuration(dir: &Path, status: &Path) -> String {
     settings.iter().map(|(name, value)| [name, " \"", value, "\";\n"].concat()).collect()
 }
 
-/// Creates an empty folder.
-///
-/// # Errors
-/// If it cannot be emptied or created.
-pub(super) fn recreate(dir: &Path) -> Result<()> {
-    if dir.exists() {
-        fs::remove_dir_all(dir).with_context(|| format!("cannot delete {}: delete it", dir.display()))?;
-    }
-    fs::create_dir_all(dir).with_context(|| format!("cannot create {}: check its owner", dir.display()))
-}
-
 /// The code name in `/etc/os-release`, if the system is Debian.
 fn debian_release(os: &str) -> Option<String> {
     let field =
@@ -189,9 +169,10 @@ fn mirror(targets: &str, system: &str) -> Option<String> {
     by_origin.or_else(by_name).map(|fields| fields[2].to_owned())
 }
 
+/// The packages in the output of `apt-cache depends --recurse`: each is a line, its dependencies follow
+/// indented.
 fn parse_depends(text: &str) -> Vec<String> {
-    let packages = text.lines().filter_map(|line| line.trim_start().strip_prefix("Depends: "));
-    packages.map(|package| package.trim().to_owned()).collect()
+    text.lines().filter(|line| !line.starts_with([' ', '<'])).map(str::to_owned).collect()
 }
 
 fn parse_simulation(text: &str) -> Vec<String> {
@@ -230,8 +211,9 @@ mod tests {
 
     #[test]
     fn reads_what_apt_prints() {
-        let depends = "linux-image-cloud-amd64\n  Depends: linux-image-6.1.0-50-cloud-amd64\n  Suggests: x\n";
-        assert_eq!(parse_depends(depends), ["linux-image-6.1.0-50-cloud-amd64"]);
+        let depends = "linux-image-cloud-amd64\n  Depends: linux-image-6.1.0-50-cloud-amd64\n\
+                       linux-image-6.1.0-50-cloud-amd64\n |Depends: x\n  Depends: <y>\n<y>\n";
+        assert_eq!(parse_depends(depends), ["linux-image-cloud-amd64", "linux-image-6.1.0-50-cloud-amd64"]);
         let simulation = "Remv qemu-utils [1:7.2]\n\
                           Inst seabios (1.16.3-2~bpo12+1 Debian Backports:oldstable-backports [all])\n\
                           Inst libx [1.0] (1.1 Debian:12.15/oldstable [amd64])\n\

@@ -1,13 +1,15 @@
 //! Debian's cloud kernels, reduced to the guest's needs.
 
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, bail};
+use fs_err as fs;
+use walkdir::WalkDir;
 
-use super::archive::{self, Archive, Lists};
+use super::archive::Archive;
 use crate::process::{self, step};
+use crate::tree::Tree;
 
 /// The tests' modules in dependency order; the first three are for `SOCK_DESTROY`.
 const MODULES: &[&str] = &["inet_diag", "tcp_diag", "udp_diag", "veth"];
@@ -20,8 +22,8 @@ pub(super) struct GuestKernel {
     /// Its `uname -r`.
     pub(super) release: String,
     pub(super) vmlinuz: PathBuf,
-    /// File name and content, in load order.
-    pub(super) modules: Vec<(String, Vec<u8>)>,
+    /// The folder `/modules` of the guest, with names in load order.
+    pub(super) modules: Tree,
 }
 
 impl GuestKernel {
@@ -30,103 +32,71 @@ impl GuestKernel {
     /// # Errors
     /// If the archive lacks it, or its packaging is unknown.
     pub(super) fn fetch(archive: &Archive, cache: &Path, suite: &str, refresh: bool) -> Result<Self> {
-        let dir = cache.join("kernels").join(suite);
+        let dir = cache.join("cloud-kernels").join(suite);
         if !refresh && let Ok(kernel) = Self::load(&dir) {
             return Ok(kernel);
         }
         step(&format!("downloading the cloud kernel of Debian {suite}"));
-        let unpacked = cache.join("kernels").join(format!("{suite}.unpacked"));
         let lists = archive.lists(&[suite], None)?;
-        let packages = kernel_packages(&lists)?;
-        lists.unpack(&packages, &unpacked)?;
-        let reduced = cache.join("kernels").join(format!("{suite}.new"));
-        reduce(&unpacked, &reduced)?;
-        archive::recreate(&dir)?;
-        fs::rename(&reduced, &dir).with_context(|| format!("cannot replace {}: delete it", dir.display()))?;
-        fs::remove_dir_all(&unpacked)
-            .with_context(|| format!("cannot delete {}: delete it", unpacked.display()))?;
-        Self::load(&dir)
+        let mut packages = lists.depends(META_PACKAGE)?;
+        packages.retain(|package| is_kernel_part(package));
+        lists.unpack(&packages, &dir, is_needed)?;
+        Self::load(&dir).context("check how this Debian release packages its kernel")
     }
 
     fn load(dir: &Path) -> Result<Self> {
-        let context = || format!("no kernel in {}: run the command again with --refresh", dir.display());
-        let release = fs::read_to_string(dir.join("release")).with_context(context)?;
-        let vmlinuz = dir.join("vmlinuz");
-        if !vmlinuz.is_file() {
-            bail!(context());
+        let mut files = Vec::new();
+        for entry in WalkDir::new(dir) {
+            let entry = entry?;
+            if entry.file_type().is_file() {
+                files.push((entry.file_name().to_string_lossy().into_owned(), entry.into_path()));
+            }
         }
-        let mut modules = Vec::new();
-        for entry in fs::read_dir(dir.join("modules")).with_context(context)? {
-            let path = entry.with_context(context)?.path();
-            let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-            modules.push((name, fs::read(&path).with_context(context)?));
+        let find = |accept: &dyn Fn(&str) -> bool| {
+            files.iter().find(|(name, _)| accept(name)).map(|(_, path)| path.clone())
+        };
+        let vmlinuz = find(&|name| name.starts_with("vmlinuz"))
+            .with_context(|| format!("no vmlinuz in {}", dir.display()))?;
+        let release = files
+            .iter()
+            .find_map(|(_, path)| release_in_path(path))
+            .with_context(|| format!("no folder of modules in {}", dir.display()))?;
+        let built_in = match find(&|name| name == "modules.builtin") {
+            Some(list) => fs::read_to_string(list)?,
+            None => String::new(),
+        };
+        let mut modules = Tree::default();
+        for (at, module) in MODULES.iter().enumerate() {
+            let name = format!("{module}.ko");
+            let plain = if let Some(plain) = find(&|file| file == name) {
+                fs::read(plain)?
+            } else if let Some(packed) = find(&|file| file == format!("{name}.xz")) {
+                process::capture_bytes(Command::new("xz").args(["--decompress", "--stdout"]).arg(packed))?
+            } else if built_in.contains(&format!("/{name}")) {
+                continue;
+            } else {
+                bail!(
+                    "kernel {release} has no module {module}, which the tests need: find its new name or package"
+                );
+            };
+            modules.add(format!("/modules/{at}-{name}"), 0o644, Some(&plain));
         }
-        modules.sort();
         Ok(Self { release, vmlinuz, modules })
     }
 }
 
-/// Finds the packages with the image and the modules of the meta package.
+/// Whether a package has the kernel or its modules.
 ///
-/// Up to trixie that is one package, later two, so packages are recognised by name.
-fn kernel_packages(lists: &Lists) -> Result<Vec<String>> {
-    let mut packages = vec![META_PACKAGE.to_owned()];
-    let mut at = 0;
-    while at < packages.len() {
-        for package in lists.depends(&packages[at])? {
-            if is_kernel_part(&package) && !packages.contains(&package) {
-                packages.push(package);
-            }
-        }
-        at += 1;
-    }
-    if packages.len() == 1 {
-        bail!("{META_PACKAGE} names no kernel: check how this Debian release packages its kernel");
-    }
-    Ok(packages.split_off(1))
-}
-
+/// Up to trixie that is one package, later two, so packages are recognised by name. The meta package is one
+/// of them; it is almost empty.
 fn is_kernel_part(package: &str) -> bool {
     package.starts_with("linux-") && package.contains("-cloud-")
 }
 
-/// Copies the image and the modules from unpacked packages.
-fn reduce(unpacked: &Path, to: &Path) -> Result<()> {
-    archive::recreate(&to.join("modules"))?;
-    let mut files = Vec::new();
-    list_files(unpacked, &mut files)?;
-    let find = |accept: &dyn Fn(&str) -> bool| {
-        files.iter().find(|file| file.file_name().and_then(|name| name.to_str()).is_some_and(accept))
-    };
-    let Some(vmlinuz) = find(&|name| name == "vmlinuz" || name.starts_with("vmlinuz-")) else {
-        bail!("the kernel package holds no vmlinuz: check how this Debian release packages its kernel");
-    };
-    let Some(release) = files.iter().find_map(|file| release_in_path(file)) else {
-        bail!("the kernel package holds no module folder: check how this Debian release packages its kernel");
-    };
-    let copy = |from: &Path, to: &Path| {
-        fs::copy(from, to)
-            .with_context(|| format!("cannot write {}: check its owner and the disk", to.display()))
-    };
-    copy(vmlinuz, &to.join("vmlinuz"))?;
-    let built_in = find(&|name| name == "modules.builtin")
-        .and_then(|file| fs::read_to_string(file).ok())
-        .unwrap_or_default();
-    for (at, module) in MODULES.iter().enumerate() {
-        let target = to.join("modules").join(format!("{at}-{module}.ko"));
-        if let Some(plain) = find(&|name| name == format!("{module}.ko")) {
-            copy(plain, &target)?;
-        } else if let Some(packed) = find(&|name| name == format!("{module}.ko.xz")) {
-            let packed_copy = target.with_extension("ko.xz");
-            copy(packed, &packed_copy)?;
-            process::capture(Command::new("xz").arg("--decompress").arg(&packed_copy))?;
-        } else if !built_in.contains(&format!("/{module}.ko")) {
-            bail!(
-                "kernel {release} has no module {module}, which the tests need: find its new name or package"
-            );
-        }
-    }
-    fs::write(to.join("release"), release).context("cannot write the kernel's release: check the disk")
+/// Whether a file of those packages is kept in the cache.
+fn is_needed(name: &str) -> bool {
+    let is_module = |module| name.strip_prefix(module).is_some_and(|end| end == ".ko" || end == ".ko.xz");
+    name.starts_with("vmlinuz") || name == "modules.builtin" || MODULES.iter().any(is_module)
 }
 
 /// The release in a path such as `usr/lib/modules/6.1.0-50-cloud-amd64/kernel/net/veth.ko`.
@@ -135,21 +105,6 @@ fn release_in_path(file: &Path) -> Option<String> {
     let at = parts.windows(2).position(|pair| pair == ["lib", "modules"])?;
     // The component after the release is in it.
     (parts.len() > at + 3).then(|| parts[at + 2].to_owned())
-}
-
-fn list_files(dir: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
-    let entries =
-        fs::read_dir(dir).with_context(|| format!("cannot list {}: check its owner", dir.display()))?;
-    for entry in entries {
-        let entry = entry.with_context(|| format!("cannot list {}: check the disk", dir.display()))?;
-        let kind = entry.file_type().context("cannot read a file's type")?;
-        if kind.is_dir() {
-            list_files(&entry.path(), files)?;
-        } else if kind.is_file() {
-            files.push(entry.path());
-        }
-    }
-    Ok(())
 }
 
 #[cfg(test)]
@@ -171,5 +126,27 @@ mod tests {
         let path = Path::new("/c/usr/lib/modules/7.2.13+deb14-cloud-amd64/vmlinuz");
         assert_eq!(release_in_path(path).as_deref(), Some("7.2.13+deb14-cloud-amd64"));
         assert_eq!(release_in_path(Path::new("/c/boot/vmlinuz-6.1.0")), None);
+    }
+
+    #[test]
+    fn a_cached_kernel_has_its_modules_in_load_order() {
+        let dir = tempfile::tempdir().unwrap();
+        let release = dir.path().join("usr/lib/modules/6.1.0-cloud-amd64");
+        fs::create_dir_all(release.join("net")).unwrap();
+        fs::write(release.join("modules.builtin"), "kernel/net/inet_diag.ko\nkernel/net/tcp_diag.ko\n")
+            .unwrap();
+        fs::write(release.join("net/veth.ko"), "veth").unwrap();
+        fs::write(release.join("net/udp_diag.ko"), "udp").unwrap();
+        let error = |result: Result<GuestKernel>| result.err().unwrap().to_string();
+        assert!(error(GuestKernel::load(dir.path())).contains("no vmlinuz"));
+        fs::write(release.join("vmlinuz"), "").unwrap();
+        let kernel = GuestKernel::load(dir.path()).unwrap();
+        assert_eq!(kernel.release, "6.1.0-cloud-amd64");
+        let mut expected = Tree::default();
+        expected.add("modules/2-udp_diag.ko", 0o644, Some(b"udp"));
+        expected.add("modules/3-veth.ko", 0o644, Some(b"veth"));
+        assert_eq!(kernel.modules, expected);
+        fs::remove_file(release.join("net/veth.ko")).unwrap();
+        assert!(error(GuestKernel::load(dir.path())).contains("no module veth"));
     }
 }

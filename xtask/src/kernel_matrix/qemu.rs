@@ -1,25 +1,25 @@
 //! Finds QEMU, boots a guest and evaluates its output.
 
 use std::fmt;
-use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use fs_err::File;
 
 use super::Accelerator;
-use super::archive::{self, Archive};
+use super::archive::Archive;
 use crate::process::{self, find_program, step};
 use crate::test::Tally;
 
 const PROGRAM: &str = "qemu-system-x86_64";
 
 /// The oldest usable QEMU: 7.2 crashes one of four guests with kernel 6.12 during boot.
-const MIN_VERSION: (u32, u32, u32) = (10, 0, 2);
+const MIN_VERSION: &[u32] = &[10, 0, 2];
 
 /// Init's last line; see `vm-init` in lb-tests.
 const END_MARK: &str = "INIT DONE rc=";
@@ -95,7 +95,7 @@ impl fmt::Display for Outcome {
     }
 }
 
-/// A usable QEMU.
+/// A QEMU.
 pub(super) struct Qemu {
     program: PathBuf,
     /// The folder it is unpacked into; `None` for an installed one.
@@ -116,38 +116,26 @@ impl Qemu {
         accelerator: Accelerator,
         refresh: bool,
     ) -> Result<Self> {
-        if let Some(program) = find_program(PROGRAM) {
-            let installed = Self { program, root: None, accelerator };
-            if installed.version().is_some_and(|version| version >= MIN_VERSION) {
-                return Ok(installed);
-            }
+        let installed = find_program(PROGRAM).map(|program| Self { program, root: None, accelerator });
+        if let Some(installed) = installed.filter(Self::is_usable) {
+            return Ok(installed);
         }
         let root = cache.join("qemu");
         let qemu =
             Self { program: root.join("usr/bin").join(PROGRAM), root: Some(root.clone()), accelerator };
-        let is_usable = || qemu.version().is_some_and(|version| version >= MIN_VERSION);
-        if refresh || !is_usable() {
-            let (major, minor, patch) = MIN_VERSION;
-            step(&format!(
-                "unpacking QEMU into {} (none is installed that is {major}.{minor}.{patch} or newer)",
-                root.display()
-            ));
+        if refresh || !qemu.is_usable() {
+            step(&format!("unpacking QEMU into {} (none is installed that is new enough)", root.display()));
             let backports = format!("{}-backports", archive.system);
             let updates = format!("{}-updates", archive.system);
             // Against the system's status, so that installed packages are not unpacked again.
             let status = Path::new("/var/lib/dpkg/status");
             let lists = archive.lists(&[&archive.system, &updates, &backports], Some(status))?;
             let packages = lists.would_install("qemu-system-x86", &backports)?;
-            let unpacked = cache.join("qemu.new");
-            lists.unpack(&packages, &unpacked)?;
-            archive::recreate(&root)?;
-            fs::rename(&unpacked, &root)
-                .with_context(|| format!("cannot replace {}: delete it", root.display()))?;
+            lists.unpack(&packages, &root, |_| true)?;
         }
-        if !is_usable() {
-            let (major, minor, patch) = MIN_VERSION;
+        if !qemu.is_usable() {
             bail!(
-                "the QEMU in {} does not run or is older than {major}.{minor}.{patch}: install a newer qemu-system-x86",
+                "the QEMU in {} does not run or is older than {MIN_VERSION:?}: install a newer qemu-system-x86",
                 root.display()
             );
         }
@@ -169,8 +157,10 @@ impl Qemu {
         command
     }
 
-    fn version(&self) -> Option<(u32, u32, u32)> {
-        parse_version(&process::capture(self.command().arg("--version")).ok()?)
+    /// Whether it runs and is new enough.
+    fn is_usable(&self) -> bool {
+        let version = process::capture(self.command().arg("--version"));
+        version.is_ok_and(|text| parse_version(&text).as_slice() >= MIN_VERSION)
     }
 
     /// Boots a kernel, writes its output to `log`, and evaluates it. Progress is shown under `name`.
@@ -208,61 +198,36 @@ impl Qemu {
             .arg(initramfs)
             .stdin(Stdio::null())
             .stdout(Stdio::piped());
-        let mut file = File::create(log)
-            .with_context(|| format!("cannot write {}: check its owner and the disk", log.display()))?;
-        let mut guest =
-            Guest(command.spawn().context("cannot start qemu: run the command again with --refresh")?);
-        let stdout = guest.0.stdout.take().context("qemu has no standard output")?;
-        let (sender, lines) = mpsc::channel();
+        let mut file = File::create(log)?;
+        let mut guest = command.spawn().context("cannot start qemu: run the command again with --refresh")?;
+        let stdout = guest.stdout.take().context("qemu has no standard output")?;
         // Reading blocks, so another thread enforces the time limit.
-        let reader = thread::spawn(move || {
-            for line in BufReader::new(stdout).split(b'\n').map_while(Result::ok) {
-                if sender.send(String::from_utf8_lossy(&line).trim_end().to_owned()).is_err() {
-                    break;
-                }
-            }
+        let (done, end) = mpsc::channel::<()>();
+        let killer = thread::spawn(move || {
+            let is_late = end.recv_timeout(limit) == Err(RecvTimeoutError::Timeout);
+            // Both fail only if it has exited already.
+            guest.kill().ok();
+            guest.wait().ok();
+            is_late
         });
-        let deadline = Instant::now() + limit;
         let mut serial = String::new();
-        let mut is_late = false;
-        loop {
-            match lines.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
-                Ok(line) => {
-                    writeln!(file, "{line}").context("cannot write the guest's log: check the disk")?;
-                    if is_test_line(&line) {
-                        eprintln!("    [{name}] {line}");
-                    }
-                    serial.push_str(&line);
-                    serial.push('\n');
-                    if line.trim().starts_with(END_MARK) {
-                        break;
-                    }
-                }
-                Err(RecvTimeoutError::Disconnected) => break,
-                Err(RecvTimeoutError::Timeout) => {
-                    is_late = true;
-                    break;
-                }
+        for line in BufReader::new(stdout).split(b'\n').map_while(Result::ok) {
+            let line = String::from_utf8_lossy(&line);
+            let line = line.trim_end();
+            writeln!(file, "{line}")?;
+            if is_test_line(line) {
+                eprintln!("    [{name}] {line}");
+            }
+            serial.push_str(line);
+            serial.push('\n');
+            // The result is complete here, and a kernel may hang in power-off.
+            if line.trim().starts_with(END_MARK) {
+                break;
             }
         }
-        // The result is complete here, and a kernel may hang in power-off.
-        drop(guest);
-        drop(lines);
-        if reader.join().is_err() {
-            bail!("reading the guest's output failed: run the command again");
-        }
+        drop(done);
+        let Ok(is_late) = killer.join() else { bail!("cannot end qemu: run the command again") };
         Ok(if is_late { Outcome::TimedOut(count_tests(&serial)) } else { Outcome::judge(&serial) })
-    }
-}
-
-/// A running qemu. Dropping it kills and reaps the process.
-struct Guest(Child);
-
-impl Drop for Guest {
-    fn drop(&mut self) {
-        // Both fail only if it has exited already.
-        self.0.kill().ok();
-        self.0.wait().ok();
     }
 }
 
@@ -283,10 +248,9 @@ fn count_tests(serial: &str) -> Tally {
     }
 }
 
-fn parse_version(text: &str) -> Option<(u32, u32, u32)> {
-    let version = text.split_whitespace().skip_while(|word| *word != "version").nth(1)?;
-    let mut numbers = version.split(|c: char| !c.is_ascii_digit()).map(str::parse);
-    Some((numbers.next()?.ok()?, numbers.next()?.ok()?, numbers.next()?.ok()?))
+/// The three numbers of a version, or fewer if there are not as many.
+fn parse_version(text: &str) -> Vec<u32> {
+    text.split(|c: char| !c.is_ascii_digit()).filter_map(|number| number.parse().ok()).take(3).collect()
 }
 
 #[cfg(test)]
@@ -334,8 +298,8 @@ mod tests {
     #[test]
     fn versions_are_compared_as_numbers() {
         let debian = "QEMU emulator version 10.0.2 (Debian 1:10.0.2+ds-2+deb13u1~bpo12+1)\nCopyright";
-        assert_eq!(parse_version(debian), Some((10, 0, 2)));
-        assert!(parse_version("QEMU emulator version 7.2.22 (Debian)").unwrap() < MIN_VERSION);
-        assert_eq!(parse_version("no such program"), None);
+        assert_eq!(parse_version(debian), MIN_VERSION);
+        assert!(parse_version("QEMU emulator version 7.2.22 (Debian)").as_slice() < MIN_VERSION);
+        assert_eq!(parse_version("no such program"), [0; 0]);
     }
 }

@@ -2,88 +2,87 @@
 
 use std::path::Path;
 
-use super::{TreeFile, Violation};
+use super::TreeFile;
 
-/// The pattern of a rule.
-enum Find {
-    /// A word in any source but prose, outside tests.
-    Word(&'static str),
-    /// A word, alone or joined by `_`, in the name of a module's file or folder.
-    ModuleName(&'static str),
-}
-
-struct Rule {
-    find: Find,
-    reason: &'static str,
-}
-
-const MACHINE_PATH: &str = "the path exists on one machine only: take it from an argument or the environment";
-const HOST: &str =
-    "where packages and images come from is the machine's choice: read it from its configuration";
-const NO_TOPIC: &str = "the name does not say what is inside: name the topic";
-
-/// The rules. Words are split where this file would violate its own rule.
-const RULES: &[Rule] = &[
-    Rule { find: Find::Word(concat!("/tm", "p/")), reason: MACHINE_PATH },
-    Rule { find: Find::Word(concat!("/wor", "k/")), reason: MACHINE_PATH },
-    Rule { find: Find::Word(concat!("/roo", "t/")), reason: MACHINE_PATH },
-    Rule { find: Find::Word(concat!("/hom", "e/")), reason: MACHINE_PATH },
-    Rule { find: Find::Word(concat!("deb.deb", "ian.org")), reason: HOST },
-    Rule { find: Find::Word(concat!("security.deb", "ian.org")), reason: HOST },
-    Rule { find: Find::Word(concat!("index.cra", "tes.io")), reason: HOST },
-    Rule { find: Find::Word(concat!("static.cra", "tes.io")), reason: HOST },
-    Rule { find: Find::Word(concat!("static.rust", "-lang.org")), reason: HOST },
-    Rule { find: Find::Word(concat!("doc", "ker.io")), reason: HOST },
-    Rule { find: Find::Word(concat!("gh", "cr.io")), reason: HOST },
-    Rule { find: Find::Word(concat!("qu", "ay.io")), reason: HOST },
-    Rule { find: Find::Word(concat!("registry", ".k8s.io")), reason: HOST },
-    Rule { find: Find::ModuleName("util"), reason: NO_TOPIC },
-    Rule { find: Find::ModuleName("utils"), reason: NO_TOPIC },
-    Rule { find: Find::ModuleName("helper"), reason: NO_TOPIC },
-    Rule { find: Find::ModuleName("helpers"), reason: NO_TOPIC },
-    Rule { find: Find::ModuleName("common"), reason: NO_TOPIC },
-    Rule { find: Find::ModuleName("manager"), reason: NO_TOPIC },
+/// Words that no source holds outside tests and prose, and why. They are split where this file would violate
+/// its own rule.
+const WORDS: &[(&[&str], &str)] = &[
+    (
+        &[concat!("/tm", "p/"), concat!("/wor", "k/"), concat!("/roo", "t/"), concat!("/hom", "e/")],
+        "the path exists on one machine only: take it from an argument or the environment",
+    ),
+    (
+        &[
+            concat!("deb.deb", "ian.org"),
+            concat!("security.deb", "ian.org"),
+            concat!("index.cra", "tes.io"),
+            concat!("static.cra", "tes.io"),
+            concat!("static.rust", "-lang.org"),
+            concat!("doc", "ker.io"),
+            concat!("gh", "cr.io"),
+            concat!("qu", "ay.io"),
+            concat!("registry", ".k8s.io"),
+        ],
+        "where packages and images come from is the machine's choice: read it from its configuration",
+    ),
 ];
 
-/// Applies every rule to every file.
-pub(super) fn check(files: &[TreeFile]) -> Vec<Violation> {
+/// Words that are not in the name of a module's file or folder, alone or joined by `_`: such a name does not
+/// tell the topic.
+const MODULE_NAMES: &[&str] = &["util", "utils", "helper", "helpers", "common", "manager"];
+
+/// Applies every rule to every file. Returns violations as `file:line: rule (reason)`.
+pub(super) fn check(files: &[TreeFile]) -> Vec<String> {
     let mut violations = Vec::new();
-    for file in files {
-        let mut report = |line, rule: String, reason: &str| {
-            violations.push(Violation { file: file.path.clone(), line, rule, reason: reason.to_owned() });
+    for TreeFile { path, text } in files {
+        let mut report = |line: usize, rule: &str, reason: &str| {
+            violations.push(format!("{}:{line}: {rule} ({reason})", path.display()));
         };
-        for rule in RULES {
-            for (line, what) in matches(&rule.find, file) {
-                report(line, what, rule.reason);
+        if !is_prose(path) && !is_test(path) {
+            // Unit tests are at the end of a file.
+            for (text, line) in text.lines().take_while(|text| *text != "#[cfg(test)]").zip(1..) {
+                for (words, reason) in WORDS {
+                    for word in words.iter().filter(|word| text.contains(**word)) {
+                        report(line, &format!("`{word}`"), reason);
+                    }
+                }
             }
         }
-        if file.path.ends_with("Cargo.toml") && file.text.contains("[package]") && !inherits_lints(&file.text)
-        {
-            report(
-                1,
-                "no `[lints] workspace = true`".to_owned(),
-                "the workspace's lint table does nothing without it",
-            );
+        if let Some(word) = is_rust(path).then(|| unspecific_name(path)).flatten() {
+            report(1, &format!("a module called `{word}`"), "name the topic that is inside");
+        }
+        if path.ends_with("Cargo.toml") && text.contains("[package]") && !inherits_lints(text) {
+            report(1, "no `[lints] workspace = true`", "the workspace's lints do not apply without it");
+        }
+        if path == Path::new(RULES_PAGE) {
+            for (name, line) in missing_tests(text, files) {
+                report(line, &format!("no test `{name}`"), "each rule has a test: use its current name");
+            }
         }
     }
-    violations.extend(changelog(files));
-    violations.extend(unproved(files));
+    let is_changelog = |file: &&TreeFile| file.path == Path::new("CHANGELOG.md");
+    let mut changelog = files.iter().filter(is_changelog).flat_map(|file| file.text.lines());
+    if !changelog.any(|line| line == "## Unreleased") {
+        violations.push(
+            "CHANGELOG.md:1: no section `## Unreleased` (users read there what the next release changes)"
+                .to_owned(),
+        );
+    }
     violations
 }
 
 /// The page whose rows name their tests in the last column.
 const RULES_PAGE: &str = "docs/SEMANTICS.md";
 
-/// Rows of [`RULES_PAGE`] that name a missing test, for example after a rename.
-fn unproved(files: &[TreeFile]) -> Vec<Violation> {
+/// Tests that are not in the tree, for example after a rename, with the line of [`RULES_PAGE`] that names
+/// them.
+fn missing_tests<'a>(page: &'a str, files: &[TreeFile]) -> Vec<(&'a str, usize)> {
     let is_function = |name: &str| {
         let definition = format!("fn {name}(");
         files.iter().filter(|file| is_rust(&file.path)).any(|file| file.text.contains(&definition))
     };
-    let page = files.iter().filter(|file| file.path == Path::new(RULES_PAGE));
-    let rows = page.flat_map(|page| page.text.lines().zip(1..)).filter(|(row, _)| row.starts_with("| "));
-    let mut violations = Vec::new();
-    for (row, line) in rows {
+    let mut missing = Vec::new();
+    for (row, line) in page.lines().zip(1..).filter(|(row, _)| row.starts_with("| ")) {
         let last = row.trim_end_matches([' ', '|']).rsplit(" | ").next().unwrap_or_default();
         // Between backticks, after an optional path, or folder and colon.
         for quoted in last.split('`').skip(1).step_by(2) {
@@ -91,45 +90,18 @@ fn unproved(files: &[TreeFile]) -> Vec<Violation> {
             let is_crate_or_file =
                 !name.contains('_') || name.contains(['-', '/', '.']) || name.starts_with("lb_");
             if !is_crate_or_file && !is_function(name) {
-                violations.push(Violation {
-                    file: RULES_PAGE.into(),
-                    line,
-                    rule: format!("no test `{name}`"),
-                    reason: "each rule needs an existing test: use the test's current name".to_owned(),
-                });
+                missing.push((name, line));
             }
         }
     }
-    violations
+    missing
 }
 
-fn matches(find: &Find, file: &TreeFile) -> Vec<(usize, String)> {
-    match find {
-        Find::Word(word) => {
-            if is_prose(&file.path) || is_test(&file.path) {
-                return Vec::new();
-            }
-            // Unit tests are at the end of a file.
-            let lines = file.text.lines().take_while(|text| *text != "#[cfg(test)]").zip(1..);
-            lines
-                .filter(|(text, _)| text.contains(word))
-                .map(|(_, line)| (line, format!("`{word}`")))
-                .collect()
-        }
-        Find::ModuleName(word) => {
-            if !is_rust(&file.path) || !module_words(&file.path).any(|part| part == *word) {
-                return Vec::new();
-            }
-            vec![(1, format!("a module called `{word}`"))]
-        }
-    }
-}
-
-/// Words in the names of a file and its folders. A crate's own folder is not a module.
-fn module_words(path: &Path) -> impl Iterator<Item = String> {
-    let names: Vec<String> =
-        path.with_extension("").iter().skip(1).map(|name| name.to_string_lossy().into_owned()).collect();
-    names.into_iter().flat_map(|name| name.split('_').map(str::to_owned).collect::<Vec<_>>())
+/// The word of [`MODULE_NAMES`] in the names of a file and its folders. A crate's own folder is not a module.
+fn unspecific_name(path: &Path) -> Option<&'static str> {
+    let path = path.with_extension("");
+    let mut words = path.iter().skip(1).filter_map(|name| name.to_str()).flat_map(|name| name.split('_'));
+    words.find_map(|word| MODULE_NAMES.iter().find(|name| **name == word).copied())
 }
 
 fn is_rust(path: &Path) -> bool {
@@ -150,33 +122,19 @@ fn inherits_lints(manifest: &str) -> bool {
     lines.find(|line| !line.is_empty()).is_some_and(|line| line == "workspace = true")
 }
 
-fn changelog(files: &[TreeFile]) -> Option<Violation> {
-    let path = Path::new("CHANGELOG.md");
-    let text = files.iter().find(|file| file.path == path).map_or("", |file| file.text.as_str());
-    let is_heading = |line: &str| line.starts_with("## Unreleased") || line.starts_with("## [Unreleased]");
-    if text.lines().any(is_heading) {
-        return None;
-    }
-    Some(Violation {
-        file: path.to_owned(),
-        line: 1,
-        rule: "no section `## Unreleased`".to_owned(),
-        reason: "users read there what the next release changes".to_owned(),
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    const CHANGELOG: (&str, &str) = ("CHANGELOG.md", "# Changelog\n\n## [Unreleased]\n");
+    const CHANGELOG: (&str, &str) = ("CHANGELOG.md", "# Changelog\n\n## Unreleased\n");
 
     fn rules(files: &[(&str, &str)]) -> Vec<String> {
         let files: Vec<TreeFile> = files
             .iter()
             .map(|(path, text)| TreeFile { path: path.into(), text: (*text).to_owned() })
             .collect();
-        check(&files).into_iter().map(|v| format!("{}:{}: {}", v.file.display(), v.line, v.rule)).collect()
+        let rule = |violation: String| Some(violation.rsplit_once(" (")?.0.to_owned());
+        check(&files).into_iter().filter_map(rule).collect()
     }
 
     #[track_caller]
