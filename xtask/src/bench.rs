@@ -3,8 +3,8 @@
 use std::path::PathBuf;
 use std::process::Command;
 
-use anyhow::Result;
-use clap::{Args, Subcommand};
+use anyhow::{Result, bail};
+use clap::{Args, ValueEnum};
 use fs_err as fs;
 
 use crate::build;
@@ -18,56 +18,33 @@ const RESULTS: &str = "docs/benchmarks";
 /// Arguments of `cargo xtask bench`.
 #[derive(Debug, Args)]
 pub(crate) struct Options {
-    #[command(subcommand)]
     what: What,
+    /// Suites: `--smoke`, `--json FILE`, `--markdown FILE`, `--svg DIR`, and the suite's own: `-- --help` lists
+    /// them. `all`: `--smoke` for a short run that checks the bench, with results in the target folder.
+    /// `compare`: `OLD NEW`. `churn`: `--seed N`, `--seconds N`; for figures over time `--services N`,
+    /// `--endpoints N`, `--changes-per-second N` and `--kill-every SECONDS`: `-- --help` lists all
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGS")]
+    arguments: Vec<String>,
 }
 
-#[derive(Debug, Subcommand)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum What {
-    #[command(flatten)]
-    Suite(Suite),
+    /// Cost of a call with each hook, against an empty program, a plain lookup and other ways to keep records
+    Hooks,
+    /// From API server events to the kernel's maps, cold starts, memory and CPU of the agent
+    Sync,
+    /// The same work sent directly to an endpoint, and through socklb, nftables and iptables
+    Path,
+    /// Growth of costs with services and endpoints
+    Scale,
     /// All four suites: writes results to docs/benchmarks, and updates the documents
-    All {
-        /// A short run that checks the bench, with results in the target folder
-        #[arg(long)]
-        smoke: bool,
-    },
+    All,
     /// Compares two results of one suite; exits with 1 on a regression of more than 10 %
-    Compare {
-        #[arg(value_name = "OLD")]
-        old: PathBuf,
-        #[arg(value_name = "NEW")]
-        new: PathBuf,
-    },
+    Compare,
     /// Rewrites plots and tables of the documents from docs/benchmarks, without measuring
     Render,
     /// Long run: changes of everything, with API server faults and calls in progress
-    Churn {
-        /// `--seed N`, `--seconds N`; for figures over time `--services N`, `--endpoints N`,
-        /// `--changes-per-second N` and `--kill-every SECONDS`: `-- --help` lists all
-        #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGS")]
-        arguments: Vec<String>,
-    },
-}
-
-/// A suite, with its arguments.
-#[derive(Debug, Subcommand)]
-enum Suite {
-    /// Cost of a call with each hook, against an empty program, a plain lookup and other ways to keep records
-    Hooks(Arguments),
-    /// From API server events to the kernel's maps, cold starts, memory and CPU of the agent
-    Sync(Arguments),
-    /// The same work sent directly to an endpoint, and through socklb, nftables and iptables
-    Path(Arguments),
-    /// Growth of costs with services and endpoints
-    Scale(Arguments),
-}
-
-#[derive(Debug, Args)]
-struct Arguments {
-    /// `--smoke`, `--json FILE`, `--markdown FILE`, `--svg DIR`, and the suite's own: `-- --help` lists them
-    #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGS")]
-    arguments: Vec<String>,
+    Churn,
 }
 
 /// Runs `cargo xtask bench`. Suites need root: they attach programs, in their own namespaces and cgroups.
@@ -75,30 +52,26 @@ struct Arguments {
 /// # Errors
 /// If setup or building fails, the bench fails, or `compare` finds a regression.
 pub(crate) fn command(workspace: &Workspace, options: &Options) -> Result<()> {
-    match &options.what {
-        What::Suite(suite) => {
-            let (name, Arguments { arguments }) = match suite {
-                Suite::Hooks(arguments) => ("hooks", arguments),
-                Suite::Sync(arguments) => ("sync", arguments),
-                Suite::Path(arguments) => ("path", arguments),
-                Suite::Scale(arguments) => ("scale", arguments),
-            };
-            // Only `path` measures other programs.
-            build(workspace, "bench", if name == "path" { PATH_PURPOSES } else { PURPOSES })?;
-            run_suite(workspace, name, arguments)
-        }
-        What::All { smoke } => all(workspace, *smoke),
-        What::Compare { old, new } => {
-            build(workspace, "bench", &[Purpose::Build])?;
+    let Options { what, arguments } = options;
+    let purposes: &[Purpose] = match what {
+        What::Compare | What::Render => &[Purpose::Build],
+        // `path` measures other programs.
+        What::Path | What::All => &[Purpose::Build, Purpose::Run, Purpose::BenchPath],
+        What::Hooks | What::Sync | What::Scale | What::Churn => &[Purpose::Build, Purpose::Run],
+    };
+    build(workspace, if *what == What::Churn { "bench-churn" } else { "bench" }, purposes)?;
+    match what {
+        What::Hooks => suite(workspace, "hooks", arguments),
+        What::Sync => suite(workspace, "sync", arguments),
+        What::Path => suite(workspace, "path", arguments),
+        What::Scale => suite(workspace, "scale", arguments),
+        What::All => all(workspace, arguments),
+        What::Compare => {
             let mut bench = Command::new(workspace.target.join("release/bench"));
-            process::run(bench.arg("compare").arg(old).arg(new), "see the lines above")
+            process::run(bench.arg("compare").args(arguments), "see the lines above")
         }
-        What::Render => {
-            build(workspace, "bench", &[Purpose::Build])?;
-            render(workspace)
-        }
-        What::Churn { arguments } => {
-            build(workspace, "bench-churn", PURPOSES)?;
+        What::Render => render(workspace),
+        What::Churn => {
             let mut bench = start(workspace, "bench-churn");
             bench.arg("--socklb").arg(workspace.socklb(true)).args(arguments);
             process::run(&mut bench, "see the message above")
@@ -106,11 +79,8 @@ pub(crate) fn command(workspace: &Workspace, options: &Options) -> Result<()> {
     }
 }
 
-const PURPOSES: &[Purpose] = &[Purpose::Build, Purpose::Run];
-const PATH_PURPOSES: &[Purpose] = &[Purpose::Build, Purpose::Run, Purpose::BenchPath];
-
 /// Measures one suite.
-fn run_suite(workspace: &Workspace, name: &str, arguments: &[String]) -> Result<()> {
+fn suite(workspace: &Workspace, name: &str, arguments: &[String]) -> Result<()> {
     step(&format!("measuring: {name}"));
     let rustc = process::capture(Command::new("rustc").arg("--version")).unwrap_or_default();
     let mut bench = start(workspace, "bench");
@@ -125,17 +95,20 @@ fn run_suite(workspace: &Workspace, name: &str, arguments: &[String]) -> Result<
 }
 
 /// Runs all suites and updates the documents.
-fn all(workspace: &Workspace, smoke: bool) -> Result<()> {
-    build(workspace, "bench", PATH_PURPOSES)?;
-    let directory = if smoke { workspace.target.join("bench-smoke") } else { workspace.root.join(RESULTS) };
+fn all(workspace: &Workspace, arguments: &[String]) -> Result<()> {
+    let is_smoke = match arguments {
+        [] => false,
+        [smoke] if smoke == "--smoke" => true,
+        _ => bail!("bench all {}: takes nothing but --smoke", arguments.join(" ")),
+    };
+    let directory = workspace.root.join(RESULTS);
+    let directory = if is_smoke { workspace.target.join("bench-smoke") } else { directory };
     fs::create_dir_all(&directory)?;
     for name in ["hooks", "sync", "path", "scale"] {
-        let json = directory.join(name).with_extension("json").display().to_string();
-        let mut arguments = vec!["--json".to_owned(), json];
-        arguments.extend(smoke.then(|| "--smoke".to_owned()));
-        run_suite(workspace, name, &arguments)?;
+        let json = format!("--json={}", directory.join(name).with_extension("json").display());
+        suite(workspace, name, &[&[json], arguments].concat())?;
     }
-    if smoke { Ok(()) } else { render(workspace) }
+    if is_smoke { Ok(()) } else { render(workspace) }
 }
 
 fn render(workspace: &Workspace) -> Result<()> {
@@ -197,10 +170,11 @@ mod tests {
             [&["--smoke"][..], &["--json", "new.json", "--services", "1,5"], &["--smoke", "--svg", "x"], &[]]
         {
             let cli = Cli::try_parse_from(["bench", "path"].iter().chain(given)).unwrap();
-            let What::Suite(Suite::Path(Arguments { arguments })) = cli.options.what else {
-                panic!("another suite")
-            };
-            assert_eq!(arguments, given);
+            assert_eq!((cli.options.what, &*cli.options.arguments), (What::Path, &*strings(given)));
         }
+    }
+
+    fn strings(arguments: &[&str]) -> Vec<String> {
+        arguments.iter().map(|&argument| argument.to_owned()).collect()
     }
 }

@@ -11,10 +11,10 @@ use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 use fs_err as fs;
-use serde_json::{Value, json};
+use serde_json::Value;
 use walkdir::WalkDir;
 
 use crate::build::{self, OBJECT_VARIABLE};
@@ -62,7 +62,7 @@ struct Row {
 ///
 /// One guest has a single processor, for code that only runs there ([`qemu::Qemu::boot`] enables full
 /// preemption).
-const KERNELS: &[Row] = &[
+const KERNELS: [Row; 4] = [
     Row { name: "5.10", suite: "bullseye", n_cpus: 2, is_required: true },
     Row { name: "6.1", suite: "bookworm", n_cpus: 1, is_required: true },
     Row { name: "6.12", suite: "trixie", n_cpus: 2, is_required: true },
@@ -73,8 +73,8 @@ const KERNELS: &[Row] = &[
 /// Options of the command.
 #[derive(Args)]
 pub(crate) struct Options {
-    /// Kernels to test: 5.10, 6.1, 6.12, newest [default: all]
-    #[arg(long, value_delimiter = ',', value_name = "NAME")]
+    /// Kernels to test [default: all]
+    #[arg(long, value_delimiter = ',', value_name = "NAME", value_parser = KERNELS.map(|row| row.name))]
     kernel: Vec<String>,
     /// How to execute the guest
     #[arg(long, value_enum, default_value_t = Accelerator::Tcg)]
@@ -85,6 +85,15 @@ pub(crate) struct Options {
     /// Filters and options of the test executable
     #[arg(last = true, value_name = "ARGS")]
     args: Vec<String>,
+}
+
+impl Options {
+    /// The requested kernels, oldest first.
+    fn rows(&self) -> impl Iterator<Item = &'static Row> {
+        let is_chosen =
+            |row: &&Row| self.kernel.is_empty() || self.kernel.iter().any(|name| name == row.name);
+        KERNELS.iter().filter(is_chosen)
+    }
 }
 
 /// How the guest is executed. `/dev/kvm` is no proof: on nested hosts it may exist and fail later.
@@ -106,43 +115,13 @@ struct KernelResult {
 
 impl KernelResult {
     fn is_fatal(&self) -> bool {
-        self.row.is_required && !self.outcome.is_pass()
+        self.row.is_required && self.outcome.failure.is_some()
     }
 
     fn result(&self) -> String {
-        if self.outcome.is_pass() || self.row.is_required {
-            self.outcome.to_string()
-        } else {
-            format!("{} (allowed)", self.outcome)
-        }
+        let allowed = if self.outcome.failure.is_some() && !self.is_fatal() { " (allowed)" } else { "" };
+        format!("{}{allowed}", self.outcome)
     }
-
-    fn json(&self) -> Value {
-        let tally = self.outcome.tally();
-        json!({
-            "kernel": self.row.name,
-            "release": self.release,
-            "suite": self.row.suite,
-            "cpus": self.row.n_cpus,
-            "required": self.row.is_required,
-            "passed": self.outcome.is_pass(),
-            "result": self.outcome.to_string(),
-            "tests_passed": tally.n_passed,
-            "tests_failed": tally.n_failed,
-            "tests_ignored": tally.n_ignored,
-            "seconds": self.seconds,
-        })
-    }
-}
-
-/// Selects the requested rows.
-fn choose(names: &[String]) -> Result<Vec<&'static Row>> {
-    if let Some(unknown) = names.iter().find(|name| KERNELS.iter().all(|row| row.name != name.as_str())) {
-        let known: Vec<&str> = KERNELS.iter().map(|row| row.name).collect();
-        bail!("no kernel {unknown:?} in the matrix: choose from {}", known.join(", "));
-    }
-    let is_chosen = |row: &&Row| names.is_empty() || names.iter().any(|name| name == row.name);
-    Ok(KERNELS.iter().filter(is_chosen).collect())
 }
 
 /// The path of an executable in cargo's messages.
@@ -220,7 +199,7 @@ fn boot(kernel: &GuestKernel, qemu: &Qemu, base: &[u8], row: &Row, work: &Path) 
     fs::write(&image, [base, &kernel.modules.cpio()?].concat())?;
     let log = work.join(format!("{name}.log"));
     let outcome = qemu.boot(name, row.n_cpus, &kernel.vmlinuz, &image, &log, LIMIT)?;
-    if !outcome.is_pass() {
+    if outcome.failure.is_some() {
         let text = fs::read_to_string(&log).unwrap_or_default();
         let lines: Vec<&str> = text.lines().collect();
         let tail = lines[lines.len().saturating_sub(SERIAL_TAIL)..].join(&format!("\n    [{name}] | "));
@@ -251,20 +230,18 @@ fn run_on_all_cores<J: Send, R: Send>(jobs: Vec<J>, run: impl Fn(J) -> R + Sync)
     results.into_iter().flatten().collect()
 }
 
-/// Prints the table and writes the report.
-fn publish(reports: &[KernelResult], file: &Path) -> Result<()> {
-    let width = reports.iter().map(|report| report.result().len()).max().unwrap_or(0).max("result".len());
+/// Prints the table of results.
+fn publish(results: &[KernelResult]) {
+    let width = results.iter().map(|result| result.result().len()).max().unwrap_or(0).max("result".len());
     println!(
         "{:<8} {:<26} {:<width$} {:>12} {:>8}",
         "kernel", "release", "result", "tests passed", "seconds"
     );
-    for report in reports {
-        let (KernelResult { row, release, seconds, .. }, tally) = (report, report.outcome.tally());
-        let result = report.result();
-        println!("{:<8} {release:<26} {result:<width$} {:>12} {seconds:>8.1}", row.name, tally.n_passed);
+    for result in results {
+        let KernelResult { row, release, outcome, seconds } = result;
+        let (name, n_passed, result) = (row.name, outcome.tally.n_passed, result.result());
+        println!("{name:<8} {release:<26} {result:<width$} {n_passed:>12} {seconds:>8.1}");
     }
-    let json = Value::Array(reports.iter().map(KernelResult::json).collect());
-    Ok(fs::write(file, format!("{json:#}\n"))?)
 }
 
 /// Runs `cargo xtask kernel-matrix`.
@@ -272,7 +249,6 @@ fn publish(reports: &[KernelResult], file: &Path) -> Result<()> {
 /// # Errors
 /// If setup or building fails, or the tests fail on a required kernel.
 pub(crate) fn command(workspace: &Workspace, options: &Options) -> Result<()> {
-    let rows = choose(&options.kernel)?;
     if !cfg!(target_arch = "x86_64") {
         bail!(
             "the kernel matrix needs an x86_64 host, because its kernels and tests are built for x86_64: run it on one"
@@ -284,10 +260,11 @@ pub(crate) fn command(workspace: &Workspace, options: &Options) -> Result<()> {
     let downloads = lock(&cache, "is downloading")?;
     let archive = archive::Archive::locate(&cache)?;
     let qemu = Qemu::find(&archive, &cache, options.accel, options.refresh)?;
-    let kernels: Vec<_> = rows
-        .iter()
-        .map(|row| (*row, GuestKernel::fetch(&archive, &cache, row.suite, options.refresh)))
-        .collect();
+    let fetch = |row: &'static Row| {
+        let kernel = GuestKernel::fetch(&archive, &cache, row.suite, options.refresh);
+        (row, kernel)
+    };
+    let kernels: Vec<_> = options.rows().map(fetch).collect();
     drop(downloads);
     let _only_one = lock(&work, "runs in this tree")?;
     let base = base_initramfs(workspace, &object, &options.args)?.cpio()?;
@@ -301,36 +278,42 @@ pub(crate) fn command(workspace: &Workspace, options: &Options) -> Result<()> {
             }
             Err(error) => {
                 eprintln!("error: {error:#}");
-                ("-".to_owned(), Outcome::NotRun)
+                ("-".to_owned(), Outcome::failed("no kernel"))
             }
         };
         Ok(KernelResult { row, release, outcome, seconds: start.elapsed().as_secs_f64() })
     };
-    let reports = run_on_all_cores(kernels, run).into_iter().collect::<Result<Vec<_>>>()?;
-    publish(&reports, &workspace.target.join("kernel-matrix.json"))?;
+    let results = run_on_all_cores(kernels, run).into_iter().collect::<Result<Vec<_>>>()?;
+    publish(&results);
     let failed: Vec<&str> =
-        reports.iter().filter(|report| report.is_fatal()).map(|report| report.row.name).collect();
-    if failed.is_empty() {
-        Ok(())
-    } else {
-        Err(anyhow!("the kernel tests did not pass on {}: see the output above", failed.join(", ")))
+        results.iter().filter(|result| result.is_fatal()).map(|result| result.row.name).collect();
+    if !failed.is_empty() {
+        bail!("the kernel tests did not pass on {}: see the output above", failed.join(", "));
     }
+    Ok(())
 }
 
 #[cfg(test)]
 mod tests {
+    use clap::Parser;
+
     use super::*;
-    use crate::test::Tally;
+
+    #[derive(clap::Parser)]
+    struct Cli {
+        #[command(flatten)]
+        options: Options,
+    }
 
     #[test]
     fn kernels_are_chosen_by_name() {
-        let names = |names: &[&str]| {
-            let names: Vec<String> = names.iter().map(|&name| name.to_owned()).collect();
-            choose(&names).map(|rows| rows.iter().map(|row| row.name).collect::<Vec<_>>())
+        let names = |args: &[&str]| {
+            let cli = Cli::try_parse_from(["kernel-matrix"].iter().chain(args)).ok()?;
+            Some(cli.options.rows().map(|row| row.name).collect::<Vec<_>>())
         };
         assert_eq!(names(&[]).unwrap(), ["5.10", "6.1", "6.12", "newest"]);
-        assert_eq!(names(&["6.12", "5.10"]).unwrap(), ["5.10", "6.12"]);
-        assert!(names(&["4.19"]).is_err());
+        assert_eq!(names(&["--kernel", "6.12,5.10"]).unwrap(), ["5.10", "6.12"]);
+        assert!(names(&["--kernel", "4.19"]).is_none());
     }
 
     #[test]
@@ -365,10 +348,11 @@ mod tests {
 
     #[test]
     fn only_a_required_kernel_fails_the_command() {
-        let report = |row, outcome| KernelResult { row, release: String::new(), outcome, seconds: 0.0 };
-        assert!(report(&KERNELS[0], Outcome::TimedOut(Tally::default())).is_fatal());
-        assert!(!report(&KERNELS[0], Outcome::Passed(Tally::default())).is_fatal());
-        let newest = report(&KERNELS[3], Outcome::NotRun);
-        assert!(!newest.is_fatal() && newest.result().ends_with("(allowed)"));
+        let result = |row, outcome| KernelResult { row, release: String::new(), outcome, seconds: 0.0 };
+        assert!(result(&KERNELS[0], Outcome::failed("time limit")).is_fatal());
+        assert!(!result(&KERNELS[0], Outcome::default()).is_fatal());
+        let newest = result(&KERNELS[3], Outcome::failed("no kernel"));
+        assert!(!newest.is_fatal());
+        assert_eq!(newest.result(), "failed: no kernel (allowed)");
     }
 }

@@ -39,81 +39,64 @@ pub(crate) enum Purpose {
     DebianLint,
 }
 
-/// What must be installed.
-struct Tool {
-    /// A program on `PATH`, a file by absolute path, or [`toolchain::LLVM_LIBRARY`].
-    file: &'static str,
-    /// Debian packages that contain it, separated by spaces.
-    packages: &'static str,
-    purposes: &'static [Purpose],
-    reason: &'static str,
-}
-
-const fn tool(
-    file: &'static str,
-    packages: &'static str,
-    purposes: &'static [Purpose],
-    reason: &'static str,
-) -> Tool {
-    Tool { file, packages, purposes, reason }
-}
+/// What must be installed: a program on `PATH`, a file by absolute path, or [`toolchain::LLVM_LIBRARY`]; the
+/// Debian packages that contain it, separated by spaces; for which purposes; and why.
+type Tool = (&'static str, &'static str, &'static [Purpose], &'static str);
 
 /// Everything that is installed from packages. Add a row when a command, the demo or a test starts another
 /// program.
 const TOOLS: &[Tool] = &[
-    tool("cc", "gcc libc6-dev", &[Build, Test, Lint, KernelMatrix], "rustc links with it"),
-    tool("ip", "iproute2", &[Run, Test], "the demo and the tests make network namespaces with it"),
-    tool("nsenter", "util-linux", &[Run, Test], "enters the demo's namespaces"),
-    tool("unshare", "util-linux", &[Run, Test], "makes private namespaces"),
-    tool("curl", "curl", &[Run, Test], "an ordinary client for the demo and the tests"),
-    tool("bpftool", "bpftool", &[Run, Test], "shows the pinned maps; a test checks the fields' names"),
-    tool("dig", "bind9-dnsutils", &[Test], "an ordinary client of a UDP service"),
-    tool("python3", "python3", &[Test], "a client with another socket library than Rust's"),
-    tool("rsync", "rsync", &[Test], "edits manifests as people do"),
-    tool("git", "git", &[Test], "edits manifests as people do"),
-    tool("node", "nodejs", &[Test], "a client that uses IPv6 sockets for IPv4 addresses"),
-    tool("kubectl", "kubernetes-client", &[Test], "a real client of the tests' API server"),
-    tool("setpriv", "util-linux", &[Test], "runs an agent with the capabilities of the manifests"),
-    tool("mount", "mount", &[Test], "mounts the manifests' volumes in tests"),
-    tool("ldd", "libc-bin", &[Test, Image], "lists the libraries of the container image"),
-    tool("strip", "binutils", &[Test, Image], "strips the binaries of the container image"),
-    tool("ctr", "containerd", &[Test], "runs the container image as a node does"),
-    tool("runc", "runc", &[Test], "starts containers for containerd"),
-    tool("nft", "nftables", &[BenchPath], "loads the rules of kube-proxy's nftables mode"),
-    tool("iptables-restore", "iptables", &[BenchPath], "loads the rules of kube-proxy's iptables mode"),
-    tool("xz", "xz-utils", &[KernelMatrix], "unpacks modules of newer kernels"),
-    tool("apt-get", "apt", &[KernelMatrix], "downloads kernels and QEMU, which come from Debian only"),
-    tool(toolchain::DEBIAN_RUSTC, "rustc-web", &[DebianBuild], "compiles for the BPF target"),
-    tool(toolchain::DEBIAN_CARGO, "cargo-web", &[DebianBuild], "builds core; must match rustc-web"),
-    tool(toolchain::DEBIAN_CORE, "rust-web-src", &[DebianBuild], "the sources of core"),
+    ("cc", "gcc libc6-dev", &[Build, Test, Lint, KernelMatrix], "rustc links with it"),
+    ("ip", "iproute2", &[Run, Test], "the demo and the tests make network namespaces with it"),
+    ("nsenter", "util-linux", &[Run, Test], "enters the demo's namespaces"),
+    ("unshare", "util-linux", &[Run, Test], "makes private namespaces"),
+    ("curl", "curl", &[Run, Test], "an ordinary client for the demo and the tests"),
+    ("bpftool", "bpftool", &[Run, Test], "shows the pinned maps; a test checks the fields' names"),
+    ("dig", "bind9-dnsutils", &[Test], "an ordinary client of a UDP service"),
+    ("python3", "python3", &[Test], "a client with another socket library than Rust's"),
+    ("rsync", "rsync", &[Test], "edits manifests as people do"),
+    ("git", "git", &[Test], "edits manifests as people do"),
+    ("node", "nodejs", &[Test], "a client that uses IPv6 sockets for IPv4 addresses"),
+    ("kubectl", "kubernetes-client", &[Test], "a real client of the tests' API server"),
+    ("setpriv", "util-linux", &[Test], "runs an agent with the capabilities of the manifests"),
+    ("mount", "mount", &[Test], "mounts the manifests' volumes in tests"),
+    ("ldd", "libc-bin", &[Test, Image], "lists the libraries of the container image"),
+    ("strip", "binutils", &[Test, Image], "strips the binaries of the container image"),
+    ("ctr", "containerd", &[Test], "runs the container image as a node does"),
+    ("runc", "runc", &[Test], "starts containers for containerd"),
+    ("nft", "nftables", &[BenchPath], "loads the rules of kube-proxy's nftables mode"),
+    ("iptables-restore", "iptables", &[BenchPath], "loads the rules of kube-proxy's iptables mode"),
+    ("xz", "xz-utils", &[KernelMatrix], "unpacks modules of newer kernels"),
+    ("apt-get", "apt", &[KernelMatrix], "downloads kernels and QEMU, which come from Debian only"),
+    (toolchain::DEBIAN_RUSTC, "rustc-web", &[DebianBuild], "compiles for the BPF target"),
+    (toolchain::DEBIAN_CARGO, "cargo-web", &[DebianBuild], "builds core; must match rustc-web"),
+    (toolchain::DEBIAN_CORE, "rust-web-src", &[DebianBuild], "the sources of core"),
     // The 400 MiB of `llvm-22-dev` are not required, since bpf-linker's bindings have their own declarations.
     // rustc-web depends on this package; it is named nevertheless, so that it is never the wrong version.
-    tool(toolchain::LLVM_LIBRARY, "libllvm22", &[DebianBuild], "bpf-linker is linked with it"),
-    tool(toolchain::DEBIAN_CLIPPY, "rust-web-clippy", &[DebianLint], "lints lb-ebpf; must match rustc-web"),
+    (toolchain::LLVM_LIBRARY, "libllvm22", &[DebianBuild], "bpf-linker is linked with it"),
+    (toolchain::DEBIAN_CLIPPY, "rust-web-clippy", &[DebianLint], "lints lb-ebpf; must match rustc-web"),
 ];
 
-/// A package to install.
-#[derive(Debug, Clone, PartialEq, Eq)]
-struct Package {
-    name: &'static str,
-    reason: String,
-}
-
-/// Lists the packages of what is missing, without duplicates.
-fn missing_packages(purposes: &[Purpose], is_installed: impl Fn(&str) -> bool) -> Vec<Package> {
-    let mut packages: Vec<Package> = Vec::new();
-    let is_required = |tool: &&Tool| tool.purposes.iter().any(|purpose| purposes.contains(purpose));
-    for Tool { file, packages: names, reason, .. } in TOOLS.iter().filter(is_required) {
-        for name in names.split(' ').filter(|_| !is_installed(file)) {
-            if packages.iter().all(|package| package.name != name) {
-                packages.push(Package { name, reason: format!("{file}: {reason}") });
+/// Lists the packages of what is missing, each with the reason, without duplicates.
+fn missing_packages(
+    purposes: &[Purpose],
+    is_installed: impl Fn(&str) -> bool,
+) -> Vec<(&'static str, String)> {
+    let mut packages: Vec<(&str, String)> = Vec::new();
+    for (file, names, required, reason) in TOOLS {
+        if !required.iter().any(|purpose| purposes.contains(purpose)) || is_installed(file) {
+            continue;
+        }
+        for name in names.split(' ') {
+            if packages.iter().all(|(package, _)| *package != name) {
+                packages.push((name, format!("{file}: {reason}")));
             }
         }
     }
     packages
 }
 
-/// Whether [`Tool::file`] is usable.
+/// Whether the file of a [`Tool`] is usable.
 fn is_installed(file: &str) -> bool {
     match file {
         toolchain::DEBIAN_RUSTC => toolchain::debian_rustc_is_usable(),
@@ -166,7 +149,7 @@ pub(crate) fn ensure(purposes: &[Purpose]) -> Result<BpfToolchain> {
     }
 
     step("setup: missing on this machine:");
-    for Package { name, reason } in &packages {
+    for (name, reason) in &packages {
         eprintln!("    package {name} ({reason})");
     }
     if needs_linker {
@@ -177,10 +160,10 @@ pub(crate) fn ensure(purposes: &[Purpose]) -> Result<BpfToolchain> {
     }
 
     if !packages.is_empty() {
-        install_packages(&packages)?;
+        install_packages(&packages.iter().map(|(name, _)| *name).collect::<Vec<_>>())?;
     }
     // An old package source may have delivered an old compiler.
-    if let Some(Package { name, reason }) = missing_packages(&required, is_installed).first() {
+    if let Some((name, reason)) = missing_packages(&required, is_installed).first() {
         bail!(
             "{name} was installed but is not usable ({reason}; LLVM {} is needed): enable the security archive of \
              this Debian release in apt's sources, or install rustup's nightly with rust-src and bpf-linker",
@@ -200,13 +183,12 @@ pub(crate) fn ensure(purposes: &[Purpose]) -> Result<BpfToolchain> {
 }
 
 /// The command to run as root, for a user without root or sudo.
-fn apt_by_hand(packages: &[Package]) -> String {
-    let names: Vec<&str> = packages.iter().map(|package| package.name).collect();
+fn apt_by_hand(names: &[&str]) -> String {
     format!("apt-get update && apt-get install --no-install-recommends {}", names.join(" "))
 }
 
-fn install_packages(packages: &[Package]) -> Result<()> {
-    let by_hand = apt_by_hand(packages);
+fn install_packages(names: &[&str]) -> Result<()> {
+    let by_hand = apt_by_hand(names);
     if find_program("apt-get").is_none() {
         bail!(
             "missing programs and no apt-get to install them: install rustup's nightly with rust-src, bpf-linker and \
@@ -236,10 +218,10 @@ fn install_packages(packages: &[Package]) -> Result<()> {
         }
         thread::sleep(Duration::from_secs(20));
     }
-    step(&format!("installing {} packages", packages.len()));
+    step(&format!("installing {} packages", names.len()));
     // --no-remove: nothing that is installed may be removed.
     let mut install = apt_get(&["install", "--no-install-recommends", "--no-remove"]);
-    process::run(install.args(packages.iter().map(|package| package.name)), &remedy)
+    process::run(install.args(names), &remedy)
 }
 
 /// Builds bpf-linker, with Debian's LLVM.
@@ -295,12 +277,12 @@ mod tests {
 
     fn names(purposes: &[Purpose], present: &[&str]) -> Vec<&'static str> {
         let packages = missing_packages(purposes, |file| present.contains(&file));
-        packages.into_iter().map(|package| package.name).collect()
+        packages.into_iter().map(|(name, _)| name).collect()
     }
 
     #[test]
     fn nothing_is_installed_for_programs_that_are_there() {
-        let all: Vec<&str> = TOOLS.iter().map(|tool| tool.file).collect();
+        let all: Vec<&str> = TOOLS.iter().map(|(file, ..)| *file).collect();
         let purposes = [Build, Run, Test, Lint, KernelMatrix, Image, BenchPath, DebianBuild, DebianLint];
         assert_eq!(names(&purposes, &all), [""; 0]);
     }
@@ -328,8 +310,9 @@ mod tests {
     #[test]
     fn the_command_for_another_root_names_every_package() {
         let packages = missing_packages(&[Test], |program| program != "dig" && program != "curl");
+        let names: Vec<&str> = packages.into_iter().map(|(name, _)| name).collect();
         assert_eq!(
-            apt_by_hand(&packages),
+            apt_by_hand(&names),
             "apt-get update && apt-get install --no-install-recommends curl bind9-dnsutils"
         );
     }

@@ -25,34 +25,16 @@ const MIN_VERSION: &[u32] = &[10, 0, 2];
 const END_MARK: &str = "INIT DONE rc=";
 
 /// The result of a guest.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Outcome {
-    /// The tests exited with 0, and all result lines say ok.
-    Passed(Tally),
-    /// The tests exited with another status.
-    Failed(Tally),
-    /// Init could not prepare the guest.
-    NotPrepared(String),
-    /// The kernel panicked.
-    Panicked(String),
-    /// The guest exited without init's last line.
-    Silent,
-    /// The guest reached the time limit. Tests up to then are counted.
-    TimedOut(Tally),
-    /// No kernel was available.
-    NotRun,
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct Outcome {
+    pub(super) tally: Tally,
+    /// What failed; `None` if the tests exited with 0 and all result lines say ok.
+    pub(super) failure: Option<String>,
 }
 
 impl Outcome {
-    pub(super) fn is_pass(&self) -> bool {
-        matches!(self, Self::Passed(_))
-    }
-
-    pub(super) fn tally(&self) -> Tally {
-        match self {
-            Self::Passed(tally) | Self::Failed(tally) | Self::TimedOut(tally) => *tally,
-            _ => Tally::default(),
-        }
+    pub(super) fn failed(cause: impl Into<String>) -> Self {
+        Self { failure: Some(cause.into()), ..Self::default() }
     }
 
     /// Evaluates the serial output only, because qemu also exits with 0 when the guest panics.
@@ -62,35 +44,32 @@ impl Outcome {
         for line in serial.lines() {
             tally.add_line(line);
             if let Some(status) = line.trim().strip_prefix(END_MARK) {
-                return match status {
+                let failure = match (status, tally.n_failed) {
                     // A run without tests proves nothing.
-                    "0" if tally.n_failed == 0 && tally.n_passed > 0 => Self::Passed(tally),
-                    _ => Self::Failed(tally),
+                    (_, 0) if tally.n_passed == 0 => Some("no test completed".to_owned()),
+                    ("0", 0) => None,
+                    (_, n_failed) => Some(format!("{n_failed} tests")),
                 };
+                return Self { tally, failure };
             }
             if let Some((_, cause)) = line.split_once("INIT FAILED: ") {
-                return Self::NotPrepared(cause.trim().to_owned());
+                return Self::failed(cause.trim());
             }
             if panic.is_none()
                 && let Some(at) = line.find("Kernel panic - ")
             {
-                panic = Some(line[at..].trim().to_owned());
+                panic = Some(line[at..].trim());
             }
         }
-        panic.map_or(Self::Silent, Self::Panicked)
+        Self::failed(panic.unwrap_or("exited without a result"))
     }
 }
 
 impl fmt::Display for Outcome {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Passed(_) => f.write_str("passed"),
-            Self::Failed(Tally { n_failed: 0, n_passed: 0, .. }) => f.write_str("failed: no test completed"),
-            Self::Failed(tally) => write!(f, "failed: {} tests", tally.n_failed),
-            Self::NotPrepared(cause) | Self::Panicked(cause) => write!(f, "failed: {cause}"),
-            Self::Silent => f.write_str("failed: exited without a result"),
-            Self::TimedOut(_) => f.write_str("failed: time limit"),
-            Self::NotRun => f.write_str("failed: no kernel"),
+        match &self.failure {
+            None => f.write_str("passed"),
+            Some(cause) => write!(f, "failed: {cause}"),
         }
     }
 }
@@ -227,7 +206,10 @@ impl Qemu {
         }
         drop(done);
         let Ok(is_late) = killer.join() else { bail!("cannot end qemu: run the command again") };
-        Ok(if is_late { Outcome::TimedOut(count_tests(&serial)) } else { Outcome::judge(&serial) })
+        if is_late {
+            return Ok(Outcome { tally: count_tests(&serial), ..Outcome::failed("time limit") });
+        }
+        Ok(Outcome::judge(&serial))
     }
 }
 
@@ -264,18 +246,22 @@ mod tests {
     #[test]
     fn only_inits_last_line_is_a_pass() {
         let closing = "test result: ok. 5 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; finished in 8.00s\r\n";
-        assert_eq!(Outcome::judge(&format!("{closing}INIT DONE rc=0\r\n")), Outcome::Passed(tally(5, 0)));
-        assert_eq!(Outcome::judge(closing), Outcome::Silent);
-        assert_eq!(Outcome::judge(&format!("{closing}INIT DONE rc=101\r\n")), Outcome::Failed(tally(5, 0)));
-        assert_eq!(Outcome::judge(""), Outcome::Silent);
+        let outcome = Outcome::judge(&format!("{closing}INIT DONE rc=0\r\n"));
+        assert_eq!(outcome, Outcome { tally: tally(5, 0), failure: None });
+        assert_eq!(outcome.to_string(), "passed");
+        assert_eq!(Outcome::judge(closing).to_string(), "failed: exited without a result");
+        let failed = Outcome::judge(&format!("{closing}INIT DONE rc=101\r\n"));
+        assert_eq!(failed, Outcome { tally: tally(5, 0), failure: Some("0 tests".to_owned()) });
+        assert_eq!(Outcome::judge("").to_string(), "failed: exited without a result");
     }
 
     #[test]
     fn a_status_of_zero_without_tests_is_no_pass() {
-        assert!(!Outcome::judge("INIT DONE rc=0").is_pass());
+        assert_eq!(Outcome::judge("INIT DONE rc=0").to_string(), "failed: no test completed");
         let failed =
             "test result: FAILED. 4 passed; 1 failed; 0 ignored; 0 measured; 0 filtered out\nINIT DONE rc=0";
-        assert_eq!(Outcome::judge(failed), Outcome::Failed(tally(4, 1)));
+        let expected = Outcome { tally: tally(4, 1), failure: Some("1 tests".to_owned()) };
+        assert_eq!(Outcome::judge(failed), expected);
     }
 
     #[test]
