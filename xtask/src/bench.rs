@@ -8,7 +8,7 @@ use clap::{Args, ValueEnum};
 use fs_err as fs;
 
 use crate::build;
-use crate::process::{self, find_program, step};
+use crate::process::{self, step};
 use crate::setup::Purpose;
 use crate::workspace::Workspace;
 
@@ -125,10 +125,8 @@ pub(crate) fn bench_object(workspace: &Workspace) -> PathBuf {
 ///
 /// Results do not count as a difference: a run of all suites writes them one after the other.
 fn commit(workspace: &Workspace) -> String {
-    let git = |args: &[&str]| {
-        find_program("git")?;
-        process::capture(Command::new("git").current_dir(&workspace.root).args(args)).ok()
-    };
+    let git =
+        |args: &[&str]| process::capture(Command::new("git").current_dir(&workspace.root).args(args)).ok();
     let Some(revision) = git(&["rev-parse", "--short=12", "HEAD"]) else { return "unknown".to_owned() };
     let others = format!(":(exclude){RESULTS}");
     let changed = git(&["status", "--porcelain", "--", ".", &others]).unwrap_or_default();
@@ -170,11 +168,8 @@ mod tests {
             [&["--smoke"][..], &["--json", "new.json", "--services", "1,5"], &["--smoke", "--svg", "x"], &[]]
         {
             let cli = Cli::try_parse_from(["bench", "path"].iter().chain(given)).unwrap();
-            assert_eq!((cli.options.what, &*cli.options.arguments), (What::Path, &*strings(given)));
+            assert_eq!(cli.options.what, What::Path);
+            assert_eq!(cli.options.arguments, given);
         }
-    }
-
-    fn strings(arguments: &[&str]) -> Vec<String> {
-        arguments.iter().map(|&argument| argument.to_owned()).collect()
     }
 }
