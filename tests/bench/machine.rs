@@ -1,6 +1,6 @@
 //! The machine and tools of a measurement.
 
-use std::{collections::BTreeMap, fs, process::Command};
+use std::{collections::BTreeMap, fs, path::Path, process::Command, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
@@ -54,6 +54,13 @@ fn field<'a>(text: &'a str, key: &str) -> Option<&'a str> {
         let (name, value) = line.split_once(':')?;
         (name.trim() == key).then(|| value.trim())
     })
+}
+
+/// The run time of a thread so far, from its directory in proc(5); 0 if the kernel does not count it.
+pub(crate) fn thread_time(thread: &Path) -> Duration {
+    let text = fs::read_to_string(thread.join("schedstat")).unwrap_or_default();
+    let nanoseconds = text.split_whitespace().next().and_then(|number| number.parse().ok());
+    Duration::from_nanos(nanoseconds.unwrap_or_default())
 }
 
 /// The first line of a program's version output, if it can be started.

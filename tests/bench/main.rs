@@ -3,7 +3,8 @@
 //! # Purpose
 //!
 //! - [`hooks`], [`sync`], [`path`], [`scale`]: the suites. Each fills a [`result`].
-//! - [`quantile`], [`fit`], [`compare`], [`random`]: pure functions on numbers.
+//! - [`turns`], [`calls`], [`daemon`], [`objects`]: what several of them use.
+//! - [`quantile`], [`compare`]: pure functions on numbers.
 //! - [`markdown`], [`plot`], [`pages`]: tables, plots and the documents with them, all from result files.
 //!
 //! # Invariants
@@ -13,19 +14,21 @@
 //!   stops with the process.
 #![expect(clippy::print_stdout, reason = "the result goes to standard output")]
 
+mod calls;
 mod compare;
-mod fit;
+mod daemon;
 mod hooks;
 mod machine;
 mod markdown;
+mod objects;
 mod pages;
 mod path;
 mod plot;
 mod quantile;
-mod random;
 mod result;
 mod scale;
 mod sync;
+mod turns;
 
 use std::{
     fs,
@@ -49,33 +52,13 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     /// Cost of a call with each hook
-    Hooks {
-        #[command(flatten)]
-        options: hooks::Options,
-        #[command(flatten)]
-        common: Common,
-    },
+    Hooks(Measured<hooks::Options>),
     /// From the API server's events to the kernel's maps
-    Sync {
-        #[command(flatten)]
-        options: sync::Options,
-        #[command(flatten)]
-        common: Common,
-    },
+    Sync(Measured<sync::Options>),
     /// The same work to an endpoint itself and through socklb, nftables and iptables
-    Path {
-        #[command(flatten)]
-        options: path::Options,
-        #[command(flatten)]
-        common: Common,
-    },
+    Path(Measured<path::Options>),
     /// How costs grow with services and endpoints
-    Scale {
-        #[command(flatten)]
-        options: scale::Options,
-        #[command(flatten)]
-        common: Common,
-    },
+    Scale(Measured<scale::Options>),
     /// Compares two results; exits with 1 on a regression
     Compare {
         #[arg(value_name = "OLD")]
@@ -95,6 +78,15 @@ enum Command {
     /// The server process of `path`
     #[command(hide = true)]
     Server,
+}
+
+/// The options of a suite.
+#[derive(Args)]
+struct Measured<O: Args> {
+    #[command(flatten)]
+    options: O,
+    #[command(flatten)]
+    common: Common,
 }
 
 /// Options of every suite.
@@ -154,10 +146,10 @@ fn write_plots(directory: &Path, result: &ResultFile) -> anyhow::Result<()> {
 
 fn main() -> anyhow::Result<ExitCode> {
     match Cli::parse().command {
-        Command::Hooks { options, common } => common.finish(&hooks::run(&options, &common)?)?,
-        Command::Sync { options, common } => common.finish(&sync::run(&options, &common)?)?,
-        Command::Path { options, common } => common.finish(&path::run(&options, &common)?)?,
-        Command::Scale { options, common } => common.finish(&scale::run(&options, &common)?)?,
+        Command::Hooks(Measured { options, common }) => common.finish(&hooks::run(&options, &common)?)?,
+        Command::Sync(Measured { options, common }) => common.finish(&sync::run(&options, &common)?)?,
+        Command::Path(Measured { options, common }) => common.finish(&path::run(&options, &common)?)?,
+        Command::Scale(Measured { options, common }) => common.finish(&scale::run(&options, &common)?)?,
         Command::Client(args) => path::client(&args)?,
         Command::Server => path::server()?,
         Command::Render { root } => pages::render(&root)?,

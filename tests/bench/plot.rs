@@ -1,21 +1,17 @@
 //! Plots of result files, as SVG.
 
-use anyhow::anyhow;
 use plotters::{
-    coord::Shift,
     prelude::{
-        BLACK, ChartBuilder, Circle, DrawingArea, IntoDrawingArea as _, IntoLogRange as _, LineSeries,
-        PathElement, RGBColor, Rectangle, SVGBackend, SeriesLabelPosition, Text, WHITE,
+        BLACK, ChartBuilder, IntoDrawingArea as _, IntoLogRange as _, LineSeries, PathElement, RGBColor,
+        SVGBackend, SeriesLabelPosition, WHITE,
     },
-    style::{Color as _, IntoFont as _},
+    style::Color as _,
 };
 
 use crate::{
-    hooks::Work,
     markdown::amount,
-    result::{Key, ResultFile, Series, Suite, Unit},
-    scale::{self, calls, calls::Call},
-    sync,
+    result::{ResultFile, Suite, Unit},
+    scale, sync,
 };
 
 const SIZE: (u32, u32) = (760, 420);
@@ -30,17 +26,40 @@ const COLOURS: [RGBColor; 6] = [
     RGBColor(86, 180, 233),
 ];
 
+/// A plot over the number of services.
+struct Plot {
+    name: &'static str,
+    title: &'static str,
+    measures: &'static [&'static str],
+}
+
+/// The plots: of one measure a line for each target, of several a line for each.
+const fn plots(suite: Suite) -> &'static [Plot] {
+    match suite {
+        Suite::Hooks | Suite::Sync => &[],
+        Suite::Path => &[
+            Plot {
+                name: "connection",
+                title: "A new TCP connection with one request: median latency",
+                measures: &["new connection: latency"],
+            },
+            Plot {
+                name: "change",
+                title: "One endpoint is added: until a call reaches it",
+                measures: &["programming: one endpoint"],
+            },
+        ],
+        Suite::Scale => &[Plot {
+            name: "memory",
+            title: "Memory of maps made for that number, and of the agent",
+            measures: &[scale::MAPS, sync::MEMORY],
+        }],
+    }
+}
+
 struct Line {
     name: String,
     points: Vec<(f64, f64)>,
-}
-
-/// A plot of lines over the number of services.
-struct Lines {
-    title: &'static str,
-    y: &'static str,
-    unit: Unit,
-    of: Vec<Line>,
 }
 
 /// All plots of a result with data, by file name.
@@ -50,191 +69,65 @@ struct Lines {
 /// If a plot cannot be drawn, which is a fault of this program rather than of the result.
 pub(crate) fn suite(result: &ResultFile) -> anyhow::Result<Vec<(String, String)>> {
     let mut pictures = Vec::new();
-    for (name, lines) in lines_of(result) {
-        if lines.of.iter().any(|line| line.points.len() > 1) {
-            pictures.push((format!("{}-{name}.svg", result.suite.name()), draw_lines(&lines)?));
+    for Plot { name, title, measures } in plots(result.suite) {
+        let mut lines: Vec<Line> = Vec::new();
+        let mut unit = Unit::Nanoseconds;
+        for series in measures.iter().flat_map(|measure| result.of(measure)) {
+            let Some(n) = series.key.n_services else { continue };
+            unit = series.unit;
+            let name = if measures.len() > 1 { &series.key.measure } else { &series.key.target };
+            let point = (f64::from(n), series.median());
+            match lines.iter_mut().find(|line| line.name == *name) {
+                Some(line) => line.points.push(point),
+                None => lines.push(Line { name: name.clone(), points: vec![point] }),
+            }
         }
-    }
-    let (name, title, bars) = bars_of(result);
-    if !bars.is_empty() {
-        pictures.push((format!("{}-{name}.svg", result.suite.name()), draw_bars(title, &bars)?));
+        if lines.iter().any(|line| line.points.len() > 1) {
+            let path = format!("{}-{name}.svg", result.suite.name());
+            pictures.push((path, draw(title, unit, &lines)?));
+        }
     }
     Ok(pictures)
 }
 
-fn by_target(result: &ResultFile, measure: &str, quantile: &str) -> Vec<Line> {
-    let mut lines: Vec<Line> = Vec::new();
-    for series in result.of(measure) {
-        let Some(n) = series.key.n_services else { continue };
-        let point = (f64::from(n), series.at(quantile));
-        match lines.iter_mut().find(|line| line.name == series.key.target) {
-            Some(line) => line.points.push(point),
-            None => lines.push(Line { name: series.key.target.clone(), points: vec![point] }),
-        }
-    }
-    lines
+/// The smallest and the largest value.
+fn ends(values: impl Iterator<Item = f64>) -> (f64, f64) {
+    values.fold((f64::INFINITY, f64::MIN_POSITIVE), |(low, high), value| (low.min(value), high.max(value)))
 }
 
-/// One line of a measure with its own name.
-fn line(result: &ResultFile, measure: &str, quantile: &str, name: &str) -> Option<Line> {
-    let mut lines = by_target(result, measure, quantile);
-    let found = lines.pop()?;
-    lines.is_empty().then(|| Line { name: name.to_owned(), ..found })
-}
-
-fn lines_of(result: &ResultFile) -> Vec<(&'static str, Lines)> {
-    let ns = Unit::Nanoseconds;
-    match result.suite {
-        Suite::Hooks | Suite::Sync => Vec::new(),
-        Suite::Path => [
-            (
-                "connection",
-                "A new TCP connection with one request",
-                "median latency",
-                "new connection: latency",
-            ),
-            ("cpu", "CPU time of a new TCP connection, client and server", "CPU time", "new connection: CPU"),
-            (
-                "datagram",
-                "A UDP request from a fresh socket",
-                "median latency",
-                "UDP request, fresh socket: latency",
-            ),
-            (
-                "change",
-                "One endpoint changes: until it is in force",
-                "time of the tool",
-                "programming: one endpoint",
-            ),
-        ]
-        .into_iter()
-        .map(|(name, title, y, measure)| {
-            (name, Lines { title, y, unit: ns, of: by_target(result, measure, "p50") })
-        })
-        .collect(),
-        Suite::Scale => {
-            let calls = Call::ALL.iter().map(|call| {
-                let floor = result.find(&calls::key(call.name(), 0)).map_or(0.0, Series::median);
-                let of = by_target(result, call.name(), "p50").into_iter().next();
-                let points = of.map(|line| line.points).unwrap_or_default();
-                let points =
-                    points.into_iter().map(|(x, y)| (x, y - floor)).filter(|(_, y)| *y > 0.0).collect();
-                Line { name: call.name().to_owned(), points }
-            });
-            let agent = |measure, quantile, name| line(result, measure, quantile, name);
-            let memory = [
-                agent(scale::MAPS, "p50", "maps made for that number, 10 endpoints each"),
-                agent(sync::MEMORY, "p50", "agent without maps, 5 endpoints each"),
-            ];
-            let latency = [
-                agent(sync::ONE_BY_ONE, "p50", "event to map, p50"),
-                agent(sync::ONE_BY_ONE, "p99", "event to map, p99"),
-                agent(sync::COLD_START, "p50", "cold start"),
-            ];
-            vec![
-                (
-                    "calls",
-                    Lines {
-                        title: "What a call costs",
-                        y: "median over the empty program",
-                        unit: ns,
-                        of: calls.collect(),
-                    },
-                ),
-                (
-                    "memory",
-                    Lines {
-                        title: "Memory",
-                        y: "memory",
-                        unit: Unit::Mebibytes,
-                        of: memory.into_iter().flatten().collect(),
-                    },
-                ),
-                (
-                    "agent",
-                    Lines {
-                        title: "The agent",
-                        y: "time",
-                        unit: ns,
-                        of: latency.into_iter().flatten().collect(),
-                    },
-                ),
-            ]
-        }
-    }
-}
-
-/// Bars with labels: file name, title, names and values in ns.
-fn bars_of(result: &ResultFile) -> (&'static str, &'static str, Vec<(String, f64)>) {
-    match result.suite {
-        Suite::Hooks => {
-            let work = Work::FreshHit.title();
-            let floor = result.find(&Key::new(work, "empty")).map_or(0.0, Series::median);
-            let others =
-                result.of(work).filter(|series| !matches!(series.key.target.as_str(), "empty" | "none"));
-            let bars = others.map(|series| (series.key.target.clone(), (series.median() - floor).max(0.0)));
-            ("cost", "A fresh UDP socket to a service address: median over the empty program", bars.collect())
-        }
-        Suite::Sync => {
-            let mut bars = Vec::new();
-            for measure in [sync::UNDER_LOAD, sync::READY, sync::UNREADY] {
-                for series in result.of(measure) {
-                    for quantile in ["p50", "p99"] {
-                        bars.push((format!("{measure}, {quantile}"), series.at(quantile)));
-                    }
-                }
-            }
-            ("times", "From the API server's event", bars)
-        }
-        Suite::Path | Suite::Scale => ("", "", Vec::new()),
-    }
-}
-
-/// The ends of a logarithmic axis for some values, with space above for labels.
-fn ends(values: impl Iterator<Item = f64> + Clone, room: f64) -> (f64, f64) {
-    let low = values.clone().fold(f64::INFINITY, f64::min);
-    let high = values.fold(0.0, f64::max);
-    (low / 1.6, high * room)
-}
-
-fn draw_lines(picture: &Lines) -> anyhow::Result<String> {
+fn draw(title: &str, unit: Unit, lines: &[Line]) -> anyhow::Result<String> {
     let mut text = String::new();
     {
-        let area = canvas(&mut text, picture.title, SIZE.1)?;
-        let points = || picture.of.iter().flat_map(|line| line.points.iter().copied());
-        let (x0, x1) = ends(points().map(|point| point.0).collect::<Vec<_>>().into_iter(), 1.8);
-        let heights: Vec<f64> = points().map(|point| point.1).filter(|y| *y > 0.0).collect();
+        let area = SVGBackend::with_string(&mut text, SIZE).into_drawing_area();
+        area.fill(&WHITE)?;
+        let points = || lines.iter().flat_map(|line| line.points.iter().copied());
+        let (left, right) = ends(points().map(|point| point.0));
+        let (low, high) = ends(points().map(|point| point.1));
         // The names of the lines are above them, whatever their range.
-        let (low, high) = ends(heights.iter().copied(), 1.0);
-        let (y0, y1) = (low, high * (high / low).powf(0.35));
+        let (x, y) = (left / 1.6..right * 1.8, low / 1.6..high * (high / low * 1.6).powf(0.35));
         let mut chart = ChartBuilder::on(&area)
+            .caption(title, (FONT, 17))
             .margin(14)
             .x_label_area_size(44)
             .y_label_area_size(84)
-            .build_cartesian_2d((x0..x1).log_scale(), (y0..y1).log_scale())
-            .map_err(undrawn)?;
+            .build_cartesian_2d(x.log_scale(), y.log_scale())?;
         chart
             .configure_mesh()
             .x_desc("services")
-            .y_desc(picture.y)
             .x_label_formatter(&|x| amount(Unit::Count, *x))
-            .y_label_formatter(&|y| amount(picture.unit, *y))
+            .y_label_formatter(&|y| amount(unit, *y))
             .label_style((FONT, 13))
             .axis_desc_style((FONT, 14))
             .light_line_style(WHITE)
             .bold_line_style(BLACK.mix(0.12))
-            .draw()
-            .map_err(undrawn)?;
-        for (line, colour) in picture.of.iter().zip(COLOURS.iter().cycle()) {
-            let points: Vec<(f64, f64)> = line.points.iter().copied().filter(|(_, y)| *y > 0.0).collect();
+            .draw()?;
+        for (line, colour) in lines.iter().zip(COLOURS.iter().cycle()) {
             chart
-                .draw_series(LineSeries::new(points.iter().copied(), colour.stroke_width(2)))
-                .map_err(undrawn)?
+                .draw_series(
+                    LineSeries::new(line.points.iter().copied(), colour.stroke_width(2)).point_size(3),
+                )?
                 .label(line.name.as_str())
                 .legend(move |(x, y)| PathElement::new([(x, y), (x + 18, y)], colour.stroke_width(2)));
-            chart
-                .draw_series(points.iter().map(|point| Circle::new(*point, 3, colour.filled())))
-                .map_err(undrawn)?;
         }
         chart
             .configure_series_labels()
@@ -242,52 +135,10 @@ fn draw_lines(picture: &Lines) -> anyhow::Result<String> {
             .border_style(BLACK.mix(0.2))
             .background_style(WHITE.mix(0.85))
             .label_font((FONT, 13))
-            .draw()
-            .map_err(undrawn)?;
-        area.present().map_err(undrawn)?;
+            .draw()?;
+        area.present()?;
     }
     Ok(text)
-}
-
-fn draw_bars(title: &str, bars: &[(String, f64)]) -> anyhow::Result<String> {
-    const LEFT: i32 = 330;
-    const STEP: i32 = 32;
-    let mut text = String::new();
-    {
-        let n = u32::try_from(bars.len()).unwrap_or(u32::MAX);
-        let area = canvas(&mut text, title, n.saturating_mul(STEP.unsigned_abs()).saturating_add(60))?;
-        let (width, _height) = area.dim_in_pixel();
-        let largest = bars.iter().map(|bar| bar.1).fold(f64::MIN_POSITIVE, f64::max);
-        let room = f64::from(width) - f64::from(LEFT) - 90.0;
-        for ((name, value), index) in bars.iter().zip(0..) {
-            let (top, bottom) = (index * STEP + 10, (index + 1) * STEP + 2);
-            #[expect(clippy::cast_possible_truncation, reason = "a share of the picture's width")]
-            let right = LEFT + (value / largest * room) as i32;
-            area.draw(&Rectangle::new([(LEFT, top), (right, bottom)], COLOURS[0].filled()))
-                .map_err(undrawn)?;
-            let style = (FONT, 13).into_font();
-            let middle = i32::midpoint(top, bottom) - 6;
-            area.draw(&Text::new(name.clone(), (16, middle), style.clone())).map_err(undrawn)?;
-            let label = amount(Unit::Nanoseconds, *value);
-            area.draw(&Text::new(label, (right + 6, middle), style)).map_err(undrawn)?;
-        }
-        area.present().map_err(undrawn)?;
-    }
-    Ok(text)
-}
-
-fn canvas<'a>(
-    text: &'a mut String,
-    title: &str,
-    height: u32,
-) -> anyhow::Result<DrawingArea<SVGBackend<'a>, Shift>> {
-    let area = SVGBackend::with_string(text, (SIZE.0, height)).into_drawing_area();
-    area.fill(&WHITE).map_err(undrawn)?;
-    area.titled(title, (FONT, 17)).map_err(undrawn)
-}
-
-fn undrawn(error: impl std::fmt::Display) -> anyhow::Error {
-    anyhow!("cannot draw: {error}")
 }
 
 #[cfg(test)]
@@ -315,20 +166,21 @@ mod tests {
     }
 
     #[test]
+    fn a_plot_of_several_measures_names_them() {
+        let all =
+            [1, 1000].map(|n| [scale::MAPS, sync::MEMORY].map(|measure| series(measure, "x", n, &[5.0])));
+        let pictures = suite(&file(Suite::Scale, all.concat())).unwrap();
+        assert!(
+            pictures[0].1.contains(scale::MAPS) && pictures[0].1.contains(sync::MEMORY),
+            "{}",
+            pictures[0].1
+        );
+    }
+
+    #[test]
     fn nothing_is_no_picture() {
         for of in Suite::ALL {
             assert!(suite(&file(of, Vec::new())).unwrap().is_empty());
         }
-    }
-
-    #[test]
-    fn bars_of_the_hooks() {
-        let mut all = vec![series(Work::FreshHit.title(), "empty", 0, &[100.0])];
-        all.push(series(Work::FreshHit.title(), "socklb", 0, &[170.0]));
-        for series in &mut all {
-            series.key.n_services = None;
-        }
-        let pictures = suite(&file(Suite::Hooks, all)).unwrap();
-        assert!(pictures[0].1.contains("70 ns"), "{}", pictures[0].1);
     }
 }

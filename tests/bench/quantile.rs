@@ -142,12 +142,11 @@ mod tests {
 
     #[test]
     fn the_interval_holds_the_median_as_often_as_it_says() {
-        let mut state = 1;
+        let mut random = fastrand::Rng::with_seed(1);
         let mut n_held = 0;
         for _ in 0..1000 {
             // Uniform in 0..1, so the true median is 0.5.
-            let samples: Vec<f64> =
-                (0..51).map(|_| real(crate::random::next(&mut state) >> 11) / real(1 << 53)).collect();
+            let samples: Vec<f64> = (0..51).map(|_| random.f64()).collect();
             let [low, high] = median_interval(&samples).unwrap();
             n_held += u32::from(low <= 0.5 && 0.5 <= high);
         }

@@ -7,9 +7,10 @@
 //! - Measure, target and size identify a series. Names are stable: `bench compare` finds the series of other
 //!   runs by them.
 
-use std::{collections::BTreeMap, fmt, fs, path::Path};
+use std::{collections::BTreeMap, fmt, fs, path::Path, time::Duration};
 
 use anyhow::{Context as _, bail};
+use lb_tests::process::Memory;
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -80,16 +81,6 @@ pub(crate) struct Key {
     /// The number of services, if it varies.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) n_services: Option<u32>,
-}
-
-impl Key {
-    pub(crate) fn new(measure: &str, target: &str) -> Self {
-        Self { measure: measure.to_owned(), target: target.to_owned(), n_services: None }
-    }
-
-    pub(crate) fn at(self, n_services: u32) -> Self {
-        Self { n_services: Some(n_services), ..self }
-    }
 }
 
 impl fmt::Display for Key {
@@ -268,19 +259,57 @@ impl Run {
         self.file.unavailable.push(Unavailable { target: target.to_owned(), n_services, reason });
     }
 
-    /// Adds samples, if there are any.
-    pub(crate) fn series(&mut self, key: Key, unit: Unit, better: Better, blocks: &[Vec<f64>]) {
-        self.file.series.extend(Series::new(key, unit, better, blocks));
-    }
-
-    pub(crate) fn figure(&mut self, key: Key, unit: Unit, better: Better, value: f64) {
-        self.series(key, unit, better, &[vec![value]]);
+    /// Adds the series of a target, of a number of services if that varies.
+    pub(crate) fn of(&mut self, target: &str, n_services: Option<u32>) -> Report<'_> {
+        Report { run: self, target: target.to_owned(), n_services }
     }
 
     pub(crate) fn finish(mut self) -> ResultFile {
         self.file.seconds = rounded(self.started.elapsed().as_secs_f64());
         self.file.machine.load_after = crate::machine::load();
         self.file
+    }
+}
+
+/// Adds the series of one target to a run.
+pub(crate) struct Report<'a> {
+    run: &'a mut Run,
+    target: String,
+    n_services: Option<u32>,
+}
+
+impl Report<'_> {
+    /// Adds samples, if there are any.
+    pub(crate) fn series(&mut self, measure: &str, unit: Unit, better: Better, blocks: &[Vec<f64>]) {
+        let key =
+            Key { measure: measure.to_owned(), target: self.target.clone(), n_services: self.n_services };
+        self.run.file.series.extend(Series::new(key, unit, better, blocks));
+    }
+
+    /// Adds a single value, of which less is better.
+    pub(crate) fn figure(&mut self, measure: &str, unit: Unit, value: f64) {
+        self.series(measure, unit, Better::Lower, &[vec![value]]);
+    }
+
+    /// Adds durations. Consecutive ones form a block; if there are few, each is its own.
+    pub(crate) fn times(&mut self, measure: &str, times: &[Duration]) {
+        let times: Vec<f64> = times.iter().map(|time| time.as_secs_f64() * 1e9).collect();
+        let blocks: Vec<Vec<f64>> =
+            times.chunks((times.len() / MAX_BLOCKS).max(1)).map(<[f64]>::to_vec).collect();
+        self.series(measure, Unit::Nanoseconds, Better::Lower, &blocks);
+    }
+
+    /// Adds memory. Resident memory includes the mapped pages of BPF maps, which remain when the agent exits.
+    pub(crate) fn memory(&mut self, title: &str, memory: &Memory) {
+        let Memory { resident, anonymous, maps, peak } = *memory;
+        for (what, value) in [
+            ("resident", resident),
+            ("resident without BPF maps", resident - maps),
+            ("heap and stacks", anonymous),
+            ("peak", peak),
+        ] {
+            self.figure(&format!("{title}: {what}"), Unit::Mebibytes, value);
+        }
     }
 }
 
@@ -297,7 +326,8 @@ pub(crate) mod tests {
     }
 
     pub(crate) fn series(measure: &str, target: &str, n_services: u32, blocks: &[f64]) -> Series {
-        let key = Key::new(measure, target).at(n_services);
+        let key =
+            Key { measure: measure.to_owned(), target: target.to_owned(), n_services: Some(n_services) };
         let blocks: Vec<Vec<f64>> = blocks.iter().map(|value| vec![*value]).collect();
         Series::new(key, Unit::Nanoseconds, Better::Lower, &blocks).unwrap()
     }
@@ -331,7 +361,8 @@ pub(crate) mod tests {
     #[test]
     fn many_blocks_are_joined_with_their_neighbours() {
         let blocks: Vec<Vec<f64>> = (0..1000_u32).map(|block| vec![f64::from(block)]).collect();
-        let series = Series::new(Key::new("m", "t"), Unit::Count, Better::Neither, &blocks).unwrap();
+        let key = series("m", "t", 1, &[0.0]).key;
+        let series = Series::new(key, Unit::Count, Better::Neither, &blocks).unwrap();
         assert_eq!((series.n, series.blocks.len()), (1000, MAX_BLOCKS));
         assert!((series.blocks[0] - 9.5).abs() < 1e-9, "{}", series.blocks[0]);
         assert!(series.median_interval.is_some());
@@ -339,7 +370,9 @@ pub(crate) mod tests {
 
     #[test]
     fn nothing_is_no_series() {
-        assert_eq!(Series::new(Key::new("m", "t"), Unit::Count, Better::Neither, &[]), None);
-        assert_eq!(Series::new(Key::new("m", "t"), Unit::Count, Better::Neither, &[Vec::new()]), None);
+        let key = series("m", "t", 1, &[0.0]).key;
+        for blocks in [&[][..], &[Vec::new()]] {
+            assert_eq!(Series::new(key.clone(), Unit::Count, Better::Neither, blocks), None);
+        }
     }
 }

@@ -88,7 +88,7 @@ fn suite(workspace: &Workspace, name: &str, arguments: &[String]) -> Result<()> 
     if matches!(name, "hooks" | "scale") {
         bench.arg("--object").arg(bench_object(workspace));
     }
-    if matches!(name, "sync" | "scale") {
+    if matches!(name, "sync" | "path" | "scale") {
         bench.arg("--socklb").arg(workspace.socklb(true));
     }
     process::run(bench.args(arguments), "see the message above")

@@ -1,17 +1,20 @@
 //! The client process of `path`: does the ordered work and reports the time of each piece.
 
 use std::{
+    fs,
     io::{self, BufRead as _, Read as _, Write as _},
-    net::{Ipv4Addr, Shutdown, SocketAddr, TcpStream, UdpSocket},
+    net::{Ipv4Addr, Shutdown, SocketAddr, SocketAddrV4, TcpStream, UdpSocket},
+    path::PathBuf,
     time::{Duration, Instant},
 };
 
 use nix::{time::clock_getcpuclockid, unistd::Pid};
 use serde::{Deserialize, Serialize};
 
-use super::{
-    cpu,
-    town::{Protocol, Town},
+use crate::{
+    machine,
+    objects::{PORT, Size, TARGET_PORT, UDP_STRIDE, cluster_ip},
+    turns::stay_on,
 };
 
 /// Timeout of an answer: nothing here takes a tenth of it.
@@ -46,6 +49,10 @@ impl Work {
         Self::SentDatagram,
         Self::Stream,
     ];
+
+    const fn is_udp(self) -> bool {
+        matches!(self, Self::FreshDatagram | Self::ConnectedDatagram | Self::SentDatagram)
+    }
 
     pub(crate) const fn name(self) -> &'static str {
         match self {
@@ -84,15 +91,34 @@ pub(crate) struct Answer {
 /// The destination of a client's work.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Place {
-    pub(crate) town: Town,
+    pub(crate) size: Size,
     /// To endpoints directly, without a service.
     pub(crate) to_endpoint: bool,
     pub(crate) server: Pid,
 }
 
+impl Place {
+    /// A random service with a port of the protocol, or one of its endpoints.
+    fn pick(self, random: &mut fastrand::Rng, is_udp: bool) -> SocketAddrV4 {
+        let n_services = self.size.n_services;
+        let service = if is_udp {
+            random.u32(..n_services.div_ceil(UDP_STRIDE)) * UDP_STRIDE
+        } else {
+            random.u32(..n_services)
+        };
+        // Always drawn, so that all competitors use the same services.
+        let endpoint = random.u32(..self.size.n_endpoints);
+        if self.to_endpoint {
+            SocketAddrV4::new(self.size.pod(service, endpoint), TARGET_PORT)
+        } else {
+            SocketAddrV4::new(cluster_ip(service), PORT)
+        }
+    }
+}
+
 /// Executes the orders on standard input until it closes.
 pub(crate) fn run(place: Place) -> anyhow::Result<()> {
-    super::stay_on_one_cpu()?;
+    stay_on(super::CPU)?;
     let mut output = io::stdout().lock();
     for line in io::stdin().lock().lines() {
         let order: Order = serde_json::from_str(&line?)?;
@@ -109,83 +135,67 @@ fn nanoseconds(time: Duration) -> u64 {
 }
 
 fn carry_out(place: Place, order: &Order) -> anyhow::Result<Answer> {
-    let n = order.n as usize;
-    let mut answer =
-        Answer { whole: Vec::with_capacity(n), connect: Vec::with_capacity(n), ..Answer::default() };
-    let mut state = order.seed;
-    let mut pick = |protocol| SocketAddr::from(place.town.pick(&mut state, protocol, place.to_endpoint));
+    let Order { work, n, seed } = *order;
+    let mut answer = Answer::default();
+    let mut random = fastrand::Rng::with_seed(seed);
+    let mut pick = || SocketAddr::from(place.pick(&mut random, work.is_udp()));
     let clocks = [clock_getcpuclockid(Pid::this())?, clock_getcpuclockid(place.server)?];
-    let softirq = cpu::softirq_thread(super::CPU);
-    let used = || -> anyhow::Result<u64> {
-        let mut sum = softirq.as_deref().map_or(0, cpu::thread_time);
+    let softirq = softirq_thread(super::CPU);
+    let used = || -> anyhow::Result<Duration> {
+        let mut sum = softirq.as_deref().map_or(Duration::ZERO, machine::thread_time);
         for clock in clocks {
-            sum += nanoseconds(Duration::from(clock.now()?));
+            sum += Duration::from(clock.now()?);
         }
         Ok(sum)
     };
     // Set up in advance, so that no piece includes it.
-    let mut kept = None;
-    let mut socket = None;
-    match order.work {
-        Work::Connection | Work::FreshDatagram => {}
-        Work::KeepAlive | Work::Stream => kept = Some(open(pick(Protocol::Tcp))?),
-        Work::ConnectedDatagram | Work::SentDatagram => {
-            let to = pick(Protocol::Udp);
-            let opened = datagram_socket()?;
-            if order.work == Work::ConnectedDatagram {
-                opened.connect(to)?;
-            }
-            socket = Some((opened, to));
-        }
+    let first = pick();
+    let mut kept = if matches!(work, Work::KeepAlive | Work::Stream) { Some(open(first)?) } else { None };
+    let socket = datagram_socket()?;
+    if work == Work::ConnectedDatagram {
+        socket.connect(first)?;
     }
+    let n_pieces = if work == Work::Stream { 1 } else { n };
+    let targets: Vec<SocketAddr> = (0..n_pieces).map(|_| pick()).collect();
+    (answer.whole, answer.connect) = (Vec::with_capacity(targets.len()), Vec::with_capacity(targets.len()));
     let (cpu_before, began) = (used()?, Instant::now());
-    match (order.work, &mut kept, &socket) {
-        (Work::Stream, Some(stream), _) => {
-            upload(stream, order.n)?;
-            answer.whole.push(nanoseconds(began.elapsed()));
-        }
-        (Work::KeepAlive, Some(stream), _) => {
-            for _ in 0..order.n {
-                let piece = Instant::now();
-                ask(stream, REQUEST, false)?;
-                answer.whole.push(nanoseconds(piece.elapsed()));
-            }
-        }
-        (work, _, Some((socket, to))) => {
-            for _ in 0..order.n {
-                let piece = Instant::now();
-                exchange(socket, (work == Work::SentDatagram).then_some(*to))?;
-                answer.whole.push(nanoseconds(piece.elapsed()));
-            }
-        }
-        (Work::FreshDatagram, ..) => {
-            for _ in 0..order.n {
-                let to = pick(Protocol::Udp);
-                let piece = Instant::now();
+    for to in targets {
+        let piece = Instant::now();
+        match (work, &mut kept) {
+            (Work::Stream, Some(stream)) => upload(stream, n)?,
+            (Work::KeepAlive, Some(stream)) => ask(stream, REQUEST, false)?,
+            (Work::ConnectedDatagram, _) => exchange(&socket, None)?,
+            (Work::SentDatagram, _) => exchange(&socket, Some(first))?,
+            (Work::FreshDatagram, _) => {
                 let socket = datagram_socket()?;
                 let opened = Instant::now();
                 socket.connect(to)?;
                 answer.connect.push(nanoseconds(opened.elapsed()));
                 exchange(&socket, None)?;
-                drop(socket);
-                answer.whole.push(nanoseconds(piece.elapsed()));
             }
-        }
-        _ => {
-            for _ in 0..order.n {
-                let to = pick(Protocol::Tcp);
-                let piece = Instant::now();
+            _ => {
                 let mut stream = open(to)?;
                 answer.connect.push(nanoseconds(piece.elapsed()));
                 ask(&mut stream, LAST_REQUEST, true)?;
-                drop(stream);
-                answer.whole.push(nanoseconds(piece.elapsed()));
             }
         }
+        answer.whole.push(nanoseconds(piece.elapsed()));
     }
     answer.wall = nanoseconds(began.elapsed());
-    answer.cpu = used()?.saturating_sub(cpu_before);
+    answer.cpu = nanoseconds(used()?.saturating_sub(cpu_before));
     Ok(answer)
+}
+
+/// The CPU's softirq thread in proc(5); `None` if it is not found.
+///
+/// Without `CONFIG_IRQ_TIME_ACCOUNTING` the kernel charges the packet work of softirqs to the thread in whose
+/// system call it runs. The rest runs in this thread.
+fn softirq_thread(cpu: usize) -> Option<PathBuf> {
+    let wanted = format!("ksoftirqd/{cpu}\n");
+    // Kernel threads start first: it is one of the first few hundred process ids.
+    (2..500)
+        .map(|pid| PathBuf::from(format!("/proc/{pid}")))
+        .find(|path| fs::read_to_string(path.join("comm")).is_ok_and(|name| name == wanted))
 }
 
 /// Opens a connection. Without a timeout for `connect()`, which would need more system calls: the kernel
@@ -250,5 +260,33 @@ fn wait(socket: &UdpSocket) -> io::Result<()> {
     match nix::poll::poll(&mut one, time)? {
         0 => Err(io::ErrorKind::TimedOut.into()),
         _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn all_competitors_go_through_the_same_services() {
+        let size = Size { n_services: 33, n_endpoints: 3, n_nodes: 1 };
+        let through = Place { size, to_endpoint: false, server: Pid::this() };
+        let direct = Place { to_endpoint: true, ..through };
+        let objects = size.cluster_with_udp();
+        let udp = objects.services.values().filter(|service| {
+            let ports = service.spec.as_ref().and_then(|spec| spec.ports.as_deref()).unwrap_or_default();
+            ports.iter().any(|port| port.protocol.as_deref() == Some("UDP"))
+        });
+        assert_eq!(udp.count(), 3);
+        let mut random = [fastrand::Rng::with_seed(5), fastrand::Rng::with_seed(5)];
+        for is_udp in [false, true] {
+            for _ in 0..100 {
+                let service = through.pick(&mut random[0], is_udp);
+                let endpoint = direct.pick(&mut random[1], is_udp);
+                let number = u32::from(*service.ip()) - u32::from(cluster_ip(0));
+                assert!((0..3).any(|index| size.pod(number, index) == *endpoint.ip()));
+                assert!(!is_udp || number.is_multiple_of(UDP_STRIDE));
+            }
+        }
     }
 }

@@ -9,43 +9,40 @@
 
 mod client;
 mod competitor;
-mod cpu;
-mod iptables;
-mod nftables;
 mod server;
-mod town;
 
 use std::{
-    collections::BTreeMap,
+    net::Ipv4Addr,
+    path::PathBuf,
     process::{Child, Command, Stdio},
-    sync::mpsc,
     thread,
     time::Duration,
 };
 
 use anyhow::Context as _;
 use clap::Args;
-use lb_tests::{Sandbox, netns::NetNs};
-use nix::{
-    sched::{CpuSet, sched_setaffinity},
-    unistd::Pid,
-};
+use lb_tests::{netns::NetNs, server::Servers};
+use nix::unistd::Pid;
 
 use crate::{
-    Common,
+    Common, daemon,
     machine::versions,
+    objects::{MAX_ENDPOINTS, MAX_SERVICES, POD_NETWORK, SERVICE_NETWORK, Size},
     quantile::real,
-    result::{Better, Key, ResultFile, Run, Suite, Unit},
+    result::{Better, ResultFile, Run, Suite, Unit},
+    turns::{self, Caller},
 };
-use client::{Order, Place, Work};
-use competitor::{Competitor, Ready, Setup};
-use town::{MAX_ENDPOINTS, MAX_SERVICES, POD_NETWORK, Town};
+use client::{Answer, Order, Place, Work};
+use competitor::{CHANGING, Competitor, Programming, Ready, Setup};
 
 const CPU: usize = 0;
 
 /// Options of `path`.
 #[derive(Args, Clone)]
 pub(crate) struct Options {
+    /// The agent's binary
+    #[arg(long, value_name = "FILE")]
+    socklb: PathBuf,
     /// Numbers of services, one measurement for each
     #[arg(long, value_name = "N,N", value_delimiter = ',', default_values_t = [1, 1_000, 10_000, 30_000])]
     services: Vec<u32>,
@@ -58,7 +55,7 @@ pub(crate) struct Options {
     /// Number of changes of one endpoint, to measure their time
     #[arg(long, value_name = "N", default_value_t = 3)]
     changes: u32,
-    /// Seconds after which a tool that loads rules is killed
+    /// Seconds in which kube-proxy and the agent must write all rules, and each change
     #[arg(long, value_name = "N", default_value_t = 240)]
     patience: u64,
 }
@@ -77,19 +74,12 @@ pub(crate) struct ClientArgs {
 }
 
 pub(crate) fn client(args: &ClientArgs) -> anyhow::Result<()> {
-    let town = Town { n_services: args.services, n_endpoints: args.endpoints };
-    client::run(Place { town, to_endpoint: args.to_endpoint, server: Pid::from_raw(args.server) })
+    let size = Size { n_services: args.services, n_endpoints: args.endpoints, n_nodes: 1 };
+    client::run(Place { size, to_endpoint: args.to_endpoint, server: Pid::from_raw(args.server) })
 }
 
 pub(crate) fn server() -> anyhow::Result<()> {
     server::run()
-}
-
-/// Pins the calling thread, and those that it starts, to [`CPU`].
-fn stay_on_one_cpu() -> anyhow::Result<()> {
-    let mut cpus = CpuSet::new();
-    cpus.set(CPU)?;
-    sched_setaffinity(Pid::from_raw(0), &cpus).with_context(|| format!("cannot stay on CPU {CPU}"))
 }
 
 /// Pieces of work per block: a block takes some milliseconds.
@@ -127,15 +117,29 @@ pub(crate) fn run(options: &Options, common: &Common) -> anyhow::Result<ResultFi
         "CPU time is that of",
         "client process, server process and ksoftirqd of their CPU; both stay on one CPU, softirqs in their system calls included",
     );
-    run.versions(versions(&["nft", "ip"]));
-    if let Ok(tool) = competitor::iptables_tool() {
-        run.versions(
-            [("iptables-restore".to_owned(), crate::machine::version(tool).unwrap_or_default())].into(),
-        );
+    run.setting("programming", "from the start of the process, and from the event, until a call is answered");
+    run.versions(versions(&["nft", "ip", "iptables-legacy", "iptables"]));
+    let mut competitors = vec![Competitor::Direct, Competitor::Socklb(options.socklb.clone())];
+    match daemon::kube_proxy()? {
+        Some(program) => {
+            run.versions(
+                versions(&[&program.to_string_lossy()])
+                    .into_values()
+                    .map(|version| ("kube-proxy".to_owned(), version))
+                    .collect(),
+            );
+            competitors
+                .extend(["nftables", "iptables"].map(|mode| Competitor::KubeProxy(program.clone(), mode)));
+        }
+        None => run.unavailable(
+            "nftables, iptables",
+            None,
+            "no kube-proxy in PATH or KUBE_BIN; KUBE_PROXY may name it",
+        ),
     }
     for &n_services in &options.services {
-        let town = Town { n_services, n_endpoints: options.endpoints };
-        size(town, n_services == largest, &options, common.smoke, &mut run)?;
+        let size = Size { n_services, n_endpoints: options.endpoints, n_nodes: 1 };
+        measure(size, n_services == largest, &competitors, &options, common.smoke, &mut run)?;
     }
     Ok(run.finish())
 }
@@ -144,10 +148,13 @@ pub(crate) fn run(options: &Options, common: &Common) -> anyhow::Result<ResultFi
 struct Server(Child);
 
 impl Server {
-    /// Starts it in a namespace with all endpoint addresses.
+    /// Starts it in a namespace with all endpoint addresses. It has the services' addresses too, where nothing
+    /// listens: it refuses calls that no rule rewrites.
     fn start(netns: &NetNs) -> anyhow::Result<Self> {
         netns.run(|| {
-            competitor::ip(&["route", "add", "local", POD_NETWORK, "dev", "lo"])?;
+            for network in [POD_NETWORK, SERVICE_NETWORK] {
+                competitor::ip(&["route", "add", "local", network, "dev", "lo"])?;
+            }
             let child = Command::new("/proc/self/exe").arg("server").stdin(Stdio::piped()).spawn()?;
             Ok(Self(child))
         })
@@ -161,188 +168,119 @@ impl Drop for Server {
     }
 }
 
-fn size(
-    town: Town,
+/// The number of a size's services, for the report, and what its competitors are.
+type Targets = [((&'static str, Ready), Caller<Order, Answer>)];
+
+fn measure(
+    size: Size,
     is_largest: bool,
+    competitors: &[Competitor],
     options: &Options,
     is_smoke: bool,
     run: &mut Run,
 ) -> anyhow::Result<()> {
-    let n_services = town.n_services;
-    eprintln!("{n_services} services with {} endpoints each", town.n_endpoints);
+    let n_services = size.n_services;
+    eprintln!("{n_services} services with {} endpoints each", size.n_endpoints);
     let netns = NetNs::new()?;
     let server = Server::start(&netns)?;
-    let pid = server.0.id();
-    let setup = Setup { town, n_changes: options.changes, patience: Duration::from_secs(options.patience) };
+    let _servers = netns.run(|| Servers::tcp([(Ipv4Addr::UNSPECIFIED, CHANGING[0].port()).into()]));
+    let patience = Duration::from_secs(options.patience);
+    let setup = Setup { size, n_changes: options.changes, patience, server: server.0.id() };
     thread::scope(|scope| -> anyhow::Result<()> {
-        // A thread stays with each sandbox until its sender is dropped: after the clients, which are declared
-        // later, because only an empty cgroup can be removed.
-        let mut stop = Vec::new();
         let mut ready = Vec::new();
-        for (competitor, number) in Competitor::ALL.into_iter().zip(1..) {
-            let (sender, receiver) = mpsc::channel();
-            let (stopper, end) = mpsc::channel::<()>();
+        for (competitor, number) in competitors.iter().zip(1..) {
+            let name = competitor.name();
             let netns = &netns;
-            let _joined_by_scope = scope.spawn(move || {
-                Sandbox::run(move |sandbox| {
-                    let made = competitor::set_up(competitor, setup, sandbox, (netns, pid), number);
-                    let (ready, kept) = match made {
-                        Ok((ready, kernel)) => (Ok(ready), kernel),
-                        Err(error) => (Err(error), None),
-                    };
-                    if sender.send(ready).is_ok() {
-                        let _sender_is_gone = end.recv();
+            match Caller::start(scope, move |sandbox| {
+                competitor::set_up(competitor, setup, sandbox, netns, number)
+            }) {
+                Ok((caller, made)) => {
+                    if let Some(made) = &made.programming {
+                        eprintln!("  {name}: programmed in {:.2} s", made.everything.as_secs_f64());
+                        programming(made, name, n_services, run);
                     }
-                    drop(kept);
-                });
-            });
-            match receiver.recv().context("the competitor's thread has exited")? {
-                Ok(made) => {
-                    eprintln!(
-                        "  {}: programmed in {:.2} s",
-                        competitor.name(),
-                        made.programming.unwrap_or_default().as_secs_f64()
-                    );
-                    ready.push((competitor, made));
-                    stop.push(stopper);
+                    ready.push(((name, made), caller));
                 }
-                Err(error) => run.unavailable(competitor.name(), Some(n_services), format!("{error:#}")),
+                Err(error) => run.unavailable(name, Some(n_services), format!("{error:#}")),
             }
         }
         for work in Work::ALL {
-            turns(work, &mut ready, n_services, options.rounds, is_smoke, run)?;
-        }
-        for (competitor, made) in &ready {
-            programming(*competitor, made, n_services, run);
+            take_turns(work, &ready, n_services, options.rounds, is_smoke, run)?;
         }
         if is_largest {
-            packet_work(&mut ready, n_services, if is_smoke { 50 } else { 1000 }, run)?;
+            packet_work(&ready, n_services, if is_smoke { 50 } else { 1000 }, run)?;
         }
-        drop(ready);
-        drop(stop);
         Ok(())
     })
 }
 
-fn key(work: Work, what: &str, competitor: Competitor, n_services: u32) -> Key {
-    Key::new(&format!("{}: {what}", work.name()), competitor.name()).at(n_services)
+/// Records how long the rules took, and the memory of what wrote them.
+fn programming(made: &Programming, name: &str, n_services: u32, run: &mut Run) {
+    let mut report = run.of(name, Some(n_services));
+    report.times("programming: everything", &[made.everything]);
+    report.times("programming: one endpoint", &made.added);
+    report.times("programming: one endpoint removed", &made.removed);
+    report.memory("memory", &made.memory);
 }
 
-fn nanoseconds(time: Duration) -> f64 {
-    time.as_secs_f64() * 1e9
-}
-
-/// Records how long the rules took.
-fn programming(competitor: Competitor, made: &Ready, n_services: u32, run: &mut Run) {
-    let key = |measure| Key::new(measure, competitor.name()).at(n_services);
-    if let Some(time) = made.programming {
-        run.figure(key("programming: everything"), Unit::Nanoseconds, Better::Lower, nanoseconds(time));
-    }
-    if let Some(time) = made.loading {
-        run.figure(
-            key("programming: loading the programs"),
-            Unit::Nanoseconds,
-            Better::Lower,
-            nanoseconds(time),
-        );
-    }
-    let changes: Vec<Vec<f64>> = made.changes.iter().map(|time| vec![nanoseconds(*time)]).collect();
-    run.series(key("programming: one endpoint"), Unit::Nanoseconds, Better::Lower, &changes);
-}
-
-#[derive(Default)]
-struct Blocks {
-    whole: Vec<Vec<f64>>,
-    connect: Vec<Vec<f64>>,
-    rate: Vec<Vec<f64>>,
-    cpu: Vec<Vec<f64>>,
-}
-
-fn turns(
+fn take_turns(
     work: Work,
-    ready: &mut [(Competitor, Ready)],
+    ready: &Targets,
     n_services: u32,
     rounds: u32,
     is_smoke: bool,
     run: &mut Run,
 ) -> anyhow::Result<()> {
     let n = block(work, is_smoke);
-    let mut blocks: BTreeMap<Competitor, Blocks> = BTreeMap::new();
-    let entries_before: Vec<u64> = ready.iter().map(|(_, made)| made.counters().entries).collect();
-    let n_ready = ready.len().max(1);
-    for round in 0..=rounds {
-        for turn in 0..ready.len() {
-            // The order rotates, because the first finds the caches as the last left them.
-            let (competitor, made) = &mut ready[(turn + round as usize) % n_ready];
-            let answer = made
-                .client
-                .work(&Order { work, n, seed: u64::from(round) })
-                .with_context(|| format!("{}, {}, {n_services} services", competitor.name(), work.name()))?;
-            // The first round is a warm-up: addresses are resolved, memory is allocated.
-            if round == 0 {
-                continue;
-            }
-            let blocks = blocks.entry(*competitor).or_default();
-            let pieces = |times: &[u64]| times.iter().copied().map(real).collect::<Vec<f64>>();
-            blocks.whole.push(pieces(&answer.whole));
-            blocks.connect.push(pieces(&answer.connect));
-            blocks.rate.push(vec![f64::from(n) * 1e9 / real(answer.wall.max(1))]);
-            blocks.cpu.push(vec![real(answer.cpu) / f64::from(n)]);
-        }
-    }
-    for (competitor, blocks) in &blocks {
-        let key = |what| key(work, what, *competitor, n_services);
+    let entries_before: Vec<u64> = ready.iter().map(|((_, made), _)| made.counters().entries).collect();
+    let answers = turns::take(ready, rounds, |round| Order { work, n, seed: round.into() })
+        .with_context(|| format!("{}, {n_services} services", work.name()))?;
+    for ((((name, made), _), answers), before) in ready.iter().zip(answers).zip(entries_before) {
+        let mut report = run.of(name, Some(n_services));
+        let mut series = |what: &str, unit, better, of: &dyn Fn(&Answer) -> Vec<f64>| {
+            let blocks: Vec<Vec<f64>> = answers.iter().map(of).collect();
+            report.series(&format!("{}: {what}", work.name()), unit, better, &blocks);
+        };
+        let rate = |answer: &Answer| vec![f64::from(n) * 1e9 / real(answer.wall.max(1))];
+        let cpu = |answer: &Answer| vec![real(answer.cpu) / f64::from(n)];
+        let pieces = |times: &[u64]| times.iter().copied().map(real).collect();
         if work == Work::Stream {
-            run.series(key("throughput"), Unit::MebibytesPerSecond, Better::Higher, &blocks.rate);
-            run.series(key("CPU per MiB"), Unit::Nanoseconds, Better::Lower, &blocks.cpu);
+            series("throughput", Unit::MebibytesPerSecond, Better::Higher, &rate);
+            series("CPU per MiB", Unit::Nanoseconds, Better::Lower, &cpu);
         } else {
-            run.series(key("latency"), Unit::Nanoseconds, Better::Lower, &blocks.whole);
-            run.series(key("connect()"), Unit::Nanoseconds, Better::Lower, &blocks.connect);
-            run.series(key("rate"), Unit::PerSecond, Better::Higher, &blocks.rate);
-            run.series(key("CPU"), Unit::Nanoseconds, Better::Lower, &blocks.cpu);
+            series("latency", Unit::Nanoseconds, Better::Lower, &|answer| pieces(&answer.whole));
+            series("connect()", Unit::Nanoseconds, Better::Lower, &|answer| pieces(&answer.connect));
+            series("rate", Unit::PerSecond, Better::Higher, &rate);
+            series("CPU", Unit::Nanoseconds, Better::Lower, &cpu);
         }
-    }
-    if matches!(work, Work::Connection | Work::FreshDatagram) {
-        let n_done = f64::from((rounds + 1) * n);
-        for ((competitor, made), before) in ready.iter().zip(entries_before) {
-            let entries = real(made.counters().entries.saturating_sub(before)) / n_done;
-            run.figure(
-                key(work, "conntrack entries", *competitor, n_services),
-                Unit::Count,
-                Better::Lower,
-                entries,
-            );
+        if matches!(work, Work::Connection | Work::FreshDatagram) {
+            let entries = real(made.counters().entries.saturating_sub(before));
+            let entries = entries / f64::from((rounds + 1) * n);
+            report.figure(&format!("{}: conntrack entries", work.name()), Unit::Count, entries);
         }
     }
     Ok(())
 }
 
 /// Counts the work per packet of one open connection.
-fn packet_work(
-    ready: &mut [(Competitor, Ready)],
-    n_services: u32,
-    n: u32,
-    run: &mut Run,
-) -> anyhow::Result<()> {
+fn packet_work(ready: &Targets, n_services: u32, n: u32, run: &mut Run) -> anyhow::Result<()> {
     // Counting costs time, so it is enabled only here. conntrack does not start counting for existing
     // entries.
     let _counted_while_open = aya::sys::enable_stats(aya::sys::Stats::RunTime).ok();
-    for (competitor, made) in ready {
+    for ((name, made), caller) in ready {
         let _no_conntrack = made.count_packets();
         let before = made.counters();
-        let answer = made.client.work(&Order { work: Work::KeepAlive, n, seed: 1 });
-        let _time_is_not_asked = answer.with_context(|| competitor.name())?;
+        let _time_is_not_asked =
+            caller.carry_out(Order { work: Work::KeepAlive, n, seed: 1 }).context(*name)?;
         let after = made.counters();
-        let of = |read: fn(&competitor::Counters) -> u64| {
-            real(read(&after).saturating_sub(read(&before))) / f64::from(n)
-        };
-        for (what, value) in [
-            ("packets", of(|counters| counters.packets)),
-            ("packets tracked", of(|counters| counters.tracked)),
-            ("BPF program runs", of(|counters| counters.program_runs)),
+        let mut report = run.of(name, Some(n_services));
+        for (what, better, before, after) in [
+            ("packets", Better::Neither, before.packets, after.packets),
+            ("packets tracked", Better::Lower, before.tracked, after.tracked),
+            ("BPF program runs", Better::Lower, before.program_runs, after.program_runs),
         ] {
-            let better = if what == "packets" { Better::Neither } else { Better::Lower };
-            run.figure(key(Work::KeepAlive, what, *competitor, n_services), Unit::Count, better, value);
+            let each = real(after.saturating_sub(before)) / f64::from(n);
+            report.series(&format!("{}: {what}", Work::KeepAlive.name()), Unit::Count, better, &[vec![each]]);
         }
     }
     Ok(())

@@ -14,7 +14,7 @@ use nix::sys::socket::{
     recvmsg, sendmsg, setsockopt, socket, sockopt,
 };
 
-use super::town::TARGET_PORT;
+use crate::{objects::TARGET_PORT, turns::stay_on};
 
 /// The answer to every request: a small page.
 pub(super) const ANSWER: &[u8] = b"HTTP/1.1 200 OK\r\nContent-Length: 64\r\n\r\n\
@@ -23,7 +23,7 @@ const END: &[u8] = b"\r\n\r\n";
 
 /// Serves until standard input closes, as it does when the parent exits.
 pub(crate) fn run() -> anyhow::Result<()> {
-    super::stay_on_one_cpu()?;
+    stay_on(super::CPU)?;
     let listener = TcpListener::bind(("0.0.0.0", TARGET_PORT))?;
     let echo = socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
     setsockopt(&echo, sockopt::Ipv4PacketInfo, &true)?;

@@ -11,11 +11,10 @@ use std::{
 use anyhow::bail;
 use lb_tests::apiserver::{ApiServer, Kind};
 
-use super::{
-    agent::Agent,
+use super::tables::{LOOK, PATIENCE, Tables};
+use crate::{
+    daemon::Daemon,
     objects::{self, Pod, Size},
-    report,
-    tables::{LOOK, PATIENCE, Tables},
 };
 
 pub(crate) struct Rate {
@@ -30,16 +29,16 @@ pub(crate) struct Rate {
 /// A thread polls the maps and sleeps in between, so the times are up to 0.1 ms too long.
 pub(crate) fn churn(
     server: &ApiServer,
-    agent: &Agent,
+    agent: &Daemon,
     tables: &mut Tables,
     size: Size,
     rate: &Rate,
-) -> anyhow::Result<(report::Times, f64)> {
+) -> anyhow::Result<(Vec<Duration>, f64)> {
     // The default timer slack adds 50 microseconds to each sleep.
     nix::sys::prctl::set_timerslack(1)?;
     let written = server.written();
     let (announce, announced) = mpsc::channel::<(u32, Ipv4Addr)>();
-    let mut latencies = report::Times::new();
+    let mut latencies = Vec::new();
     let (cpu_before, since) = (agent.cpu_time()?, Instant::now());
     thread::scope(|scope| -> anyhow::Result<()> {
         let changing = scope.spawn(move || change(server, size, rate, &announce));
@@ -62,7 +61,7 @@ pub(crate) fn churn(
             pending.retain(|(service, ip, written)| {
                 let is_there = tables.has(*service, *ip);
                 if is_there {
-                    report::record(&mut latencies, written.elapsed());
+                    latencies.push(written.elapsed());
                 }
                 !is_there
             });

@@ -3,25 +3,32 @@
 //! The agent is the real one, `socklb run --source kube`, in its own sandbox. The API server is the test
 //! server, in this process. The pinned maps are read.
 
-mod agent;
 mod load;
-mod objects;
 pub(crate) mod octets;
-mod report;
 mod tables;
-mod traffic;
+pub(crate) mod traffic;
 
-use std::{path::PathBuf, thread, time::Duration};
+use std::{
+    net::{Ipv4Addr, SocketAddr},
+    path::{Path, PathBuf},
+    thread,
+    time::Duration,
+};
 
 use anyhow::Context as _;
 use clap::Args;
 use lb_kernel::sockets;
-use lb_tests::{Sandbox, apiserver::ApiServer};
+use lb_tests::{Sandbox, apiserver::ApiServer, cluster::Cluster, server::Servers};
 
-use self::{agent::Agent, objects::Size, report::Report, tables::Tables};
+use self::{
+    load::Rate,
+    tables::{PATIENCE, Tables},
+};
 use crate::{
     Common,
-    result::{ResultFile, Run, Suite},
+    daemon::Daemon,
+    objects::Size,
+    result::{Report, ResultFile, Run, Suite, Unit},
 };
 
 /// From the server's event until calls may reach the new endpoint, while many endpoints change.
@@ -121,142 +128,135 @@ pub(crate) fn run(options: &Options, common: &Common) -> anyhow::Result<ResultFi
     run.setting("seconds of changes", scale.churn.as_secs_f64());
     run.setting("cold starts", scale.n_starts);
     run.setting("parts", options.only.as_deref().unwrap_or("all"));
-    let mut report = Report::new(&mut run);
-    if wants("sync") || wants("traffic") {
-        usual(options, &scale, &mut report, wants("sync"), wants("traffic"))?;
-    }
-    if wants("services") {
-        large(options, &scale, scale.many_services, &mut report)?;
-    }
-    if wants("endpoints") {
-        large(options, &scale, scale.many_endpoints, &mut report)?;
-    }
+    let mut part = |name: &str, part: &Part| -> anyhow::Result<()> {
+        let mut report = run.of(&part.size.to_string(), None);
+        if wants(name) { part.measure(&options.socklb, &mut report) } else { Ok(()) }
+    };
+    let few_changes = |size: Size| Part {
+        n_starts: scale.n_starts,
+        changes: Some((
+            ONE_BY_ONE,
+            Rate {
+                n_changing: 100.min(size.n_services),
+                per_second: 20,
+                time: Duration::from_secs(1) * scale.n_single_changes / 20,
+            },
+        )),
+        ..Part::of(size)
+    };
+    let rate = Rate { n_changing: scale.n_changing, per_second: scale.changes_per_second, time: scale.churn };
+    let usual = Part {
+        n_starts: scale.n_starts,
+        idle: Some((scale.settle, scale.idle)),
+        changes: Some((UNDER_LOAD, rate)),
+        ..Part::of(scale.usual)
+    };
+    part("sync", &usual)?;
+    part("traffic", &Part { n_flips: scale.n_flips, ..Part::of(scale.usual) })?;
+    part("services", &few_changes(scale.many_services))?;
+    part("endpoints", &few_changes(scale.many_endpoints))?;
     if wants("octets") {
         for size in scale.nodes {
-            octets::run(options, size, &mut report)?;
+            octets::run(&options.socklb, size, &mut run)?;
         }
     }
     Ok(run.finish())
 }
 
 /// Measures a start, changes and memory for several numbers of services: the agent's part of `scale`.
-pub(crate) fn growth(
-    socklb: &std::path::Path,
-    sizes: &[u32],
-    time: Duration,
-    run: &mut Run,
-) -> anyhow::Result<()> {
-    let options = Options { socklb: socklb.to_owned(), only: None, starts: 1 };
-    let mut report = Report::new(run);
+pub(crate) fn growth(socklb: &Path, sizes: &[u32], time: Duration, run: &mut Run) -> anyhow::Result<()> {
     for &n_services in sizes {
         let size = Size { n_services, n_endpoints: 5, n_nodes: 1000 };
-        eprintln!("agent: {size}");
-        report.part("agent", Some(n_services));
-        Sandbox::run(|sandbox| {
-            let server = server(size);
-            let (agent, mut tables) = cold_starts(&options, sandbox, &server, size, 1, &mut report)?;
-            report.memory("memory after start", &agent.memory()?);
-            let rate = load::Rate { n_changing: 100.min(n_services), per_second: 50, time };
-            let (latencies, _share) = load::churn(&server, &agent, &mut tables, size, &rate)?;
-            report.times(ONE_BY_ONE, &latencies);
-            agent.end()
-        })?;
+        let rate = Rate { n_changing: 100.min(n_services), per_second: 50, time };
+        let part = Part { n_starts: 1, changes: Some((ONE_BY_ONE, rate)), ..Part::of(size) };
+        part.measure(socklb, &mut run.of("agent", Some(n_services)))?;
     }
     Ok(())
 }
 
-/// An API server with all objects of a size.
-fn server(size: Size) -> ApiServer {
+/// An API server with these objects.
+pub(crate) fn server(cluster: &Cluster) -> ApiServer {
     let server = ApiServer::start();
     // A real server sends a bookmark about once a minute; the tests' default would keep an idle agent busy.
     server.set_faults(|faults| faults.bookmark_interval = Duration::from_secs(60));
-    server.set(&size.cluster());
+    server.set(cluster);
     server
 }
 
-/// The size that most clusters stay below.
-fn usual(
-    options: &Options,
-    scale: &Scale,
-    report: &mut Report,
-    sync: bool,
-    traffic: bool,
-) -> anyhow::Result<()> {
-    let size = scale.usual;
-    report.part(&size.to_string(), None);
-    Sandbox::run(|sandbox| {
-        let server = server(size);
-        let n_starts = if sync { scale.n_starts } else { 1 };
-        let (agent, mut tables) = cold_starts(options, sandbox, &server, size, n_starts, report)?;
-        if sync {
-            thread::sleep(scale.settle);
-            report.share(IDLE, agent.cpu_share(scale.idle)?);
-            report.memory("memory after start", &agent.memory()?);
-            let rate = load::Rate {
-                n_changing: scale.n_changing,
-                per_second: scale.changes_per_second,
-                time: scale.churn,
-            };
-            let (latencies, share) = load::churn(&server, &agent, &mut tables, size, &rate)?;
-            report.times(UNDER_LOAD, &latencies);
-            report.share("CPU while many change", share);
-            report.memory("memory after changes", &agent.memory()?);
-        }
-        if traffic {
-            let (ready, unready) = traffic::flips(&server, scale.n_flips)?;
-            report.times(READY, &ready);
-            report.times(UNREADY, &unready);
-            if sockets::check().is_ok() {
-                report.times(MOVED, &traffic::moves(&server, scale.n_flips)?);
-            }
-        }
-        agent.end()
-    })
-}
-
-/// A size that few clusters reach.
-fn large(options: &Options, scale: &Scale, size: Size, report: &mut Report) -> anyhow::Result<()> {
-    report.part(&size.to_string(), None);
-    Sandbox::run(|sandbox| {
-        let server = server(size);
-        let (agent, mut tables) = cold_starts(options, sandbox, &server, size, scale.n_starts, report)?;
-        report.memory("memory after start", &agent.memory()?);
-        let rate = load::Rate {
-            n_changing: 100.min(size.n_services),
-            per_second: 20,
-            time: Duration::from_secs(1) * scale.n_single_changes / 20,
-        };
-        let (latencies, _share) = load::churn(&server, &agent, &mut tables, size, &rate)?;
-        report.times(ONE_BY_ONE, &latencies);
-        report.memory("memory after changes", &agent.memory()?);
-        agent.end()
-    })
-}
-
-/// Starts the agent with empty maps a few times and returns the last one.
-fn cold_starts(
-    options: &Options,
-    sandbox: &Sandbox,
-    server: &ApiServer,
+/// What is measured with one agent and its objects.
+struct Part {
     size: Size,
+    /// Cold starts that are recorded.
     n_starts: u32,
-    report: &mut Report,
-) -> anyhow::Result<(Agent, Tables)> {
-    let (mut times, mut attached) = (report::Times::new(), report::Times::new());
-    for left in (0..n_starts).rev() {
-        let agent = Agent::start(&options.socklb, sandbox, server)?;
-        let (mut tables, opened) = agent.tables()?;
-        tables.until_right(size).with_context(|| agent.last_words())?;
-        report::record(&mut times, agent.started.elapsed());
-        report::record(&mut attached, opened);
-        if left == 0 {
-            report.times("process start to maps that exist", &attached);
-            report.times(COLD_START, &times);
-            report.time("CPU time of a start", agent.cpu_time()?);
-            return Ok((agent, tables));
-        }
-        drop(tables);
-        agent.end_and_clean(&options.socklb)?;
+    /// The time before an agent counts as idle, and the time of that measurement.
+    idle: Option<(Duration, Duration)>,
+    /// The measure and the load.
+    changes: Option<(&'static str, Rate)>,
+    n_flips: u32,
+}
+
+impl Part {
+    const fn of(size: Size) -> Self {
+        Self { size, n_starts: 0, idle: None, changes: None, n_flips: 0 }
     }
-    anyhow::bail!("--starts 0: at least one start is needed")
+
+    fn measure(&self, socklb: &Path, report: &mut Report<'_>) -> anyhow::Result<()> {
+        eprintln!("{}", self.size);
+        Sandbox::run(|sandbox| {
+            let server = server(&self.size.cluster());
+            let (mut agent, mut tables) = self.cold_starts(socklb, sandbox, &server, report)?;
+            if let Some((settle, time)) = self.idle {
+                thread::sleep(settle);
+                report.figure(IDLE, Unit::Ratio, agent.cpu_share(time)?);
+            }
+            if let Some((measure, rate)) = &self.changes {
+                report.memory("memory after start", &agent.memory()?);
+                let (latencies, share) = load::churn(&server, &agent, &mut tables, self.size, rate)?;
+                report.times(measure, &latencies);
+                report.figure("CPU while many change", Unit::Ratio, share);
+                report.memory("memory after changes", &agent.memory()?);
+            }
+            if self.n_flips > 0 {
+                // Two pods of one slice have the same port number, so each has its own loopback address.
+                let pods = [Ipv4Addr::LOCALHOST, Ipv4Addr::new(127, 0, 0, 2)];
+                let pods = pods.map(|ip| SocketAddr::from((ip, 8001)));
+                let _servers = Servers::tcp(pods);
+                let (ready, unready) = traffic::flips(&server, pods, self.n_flips, PATIENCE)?;
+                report.times(READY, &ready);
+                report.times(UNREADY, &unready);
+                if sockets::check().is_ok() {
+                    report.times(MOVED, &traffic::moves(&server, pods, self.n_flips)?);
+                }
+            }
+            agent.end()
+        })
+    }
+
+    /// Starts the agent with empty maps a few times and returns the last one.
+    fn cold_starts(
+        &self,
+        socklb: &Path,
+        sandbox: &Sandbox,
+        server: &ApiServer,
+        report: &mut Report<'_>,
+    ) -> anyhow::Result<(Daemon, Tables)> {
+        let (mut times, mut attached) = (Vec::new(), Vec::new());
+        loop {
+            let agent = Daemon::socklb(socklb, sandbox, server, &[])?;
+            let tables = Tables::of(&agent, sandbox, self.size);
+            let (tables, opened) = tables.with_context(|| agent.last_words())?;
+            times.push(agent.started.elapsed());
+            attached.push(opened);
+            if times.len() >= self.n_starts as usize {
+                if self.n_starts > 0 {
+                    report.times("process start to maps that exist", &attached);
+                    report.times(COLD_START, &times);
+                    report.times("CPU time of a start", &[agent.cpu_time()?]);
+                }
+                return Ok((agent, tables));
+            }
+            drop(tables);
+            agent.end_and_clean(socklb, sandbox)?;
+        }
+    }
 }

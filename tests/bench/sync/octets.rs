@@ -2,9 +2,7 @@
 
 use std::{
     collections::BTreeMap,
-    io::{BufRead as _, BufReader, Write as _},
-    net::TcpStream,
-    sync::mpsc,
+    path::Path,
     thread,
     time::{Duration, Instant},
 };
@@ -13,7 +11,13 @@ use anyhow::{Context as _, bail};
 use k8s_openapi::{api::core::v1::Node, apimachinery::pkg::apis::meta::v1::ObjectMeta};
 use lb_tests::{Sandbox, apiserver::ApiServer, cluster::Object};
 
-use super::{Options, agent::Agent, objects::Size, report::Report};
+use super::tables::Tables;
+use crate::{
+    daemon::{self, Daemon},
+    objects::Size,
+    quantile::real,
+    result::{Report, Run, Unit},
+};
 
 /// Bytes of a Node: images, conditions, annotations and managed fields.
 const NODE: usize = 20_000;
@@ -32,28 +36,59 @@ const HOUR: Duration = Duration::from_secs(3600);
 const QUIET: Duration = Duration::from_secs(3);
 const PATIENCE: Duration = Duration::from_secs(180);
 
-/// Prefix of the measures, in MiB: the reader follows, and after a comma the event.
-pub(crate) const MEASURE: &str = "read from the API server by ";
+/// The names of the readers: the agent, the agent with a flag, and kube-proxy, to which the test server sends
+/// JSON.
+const READERS: [&str; 3] = ["socklb", "socklb --node-ports-of-other-nodes", "what kube-proxy asks for"];
 const START: &str = "start";
 const QUIET_HOUR: &str = "one hour of a quiet cluster";
 const BROKEN: &str = "each connection breaks once (rolling restart of API servers)";
 const ALL_STARTS: &str = "all nodes: rolling restart of the agents";
 
-/// A client of the API server.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Reader {
-    Default,
-    OtherNodes,
-    /// The requests of kube-proxy (`cmd/kube-proxy/app/server.go`), as JSON.
-    KubeProxy,
+/// The name of a measure, which is in MiB.
+fn name(reader: &str, event: &str) -> String {
+    format!("read from the API server by {reader}, {event}")
 }
 
-impl Reader {
+/// All measures.
+pub(crate) fn measures() -> impl Iterator<Item = String> {
+    READERS
+        .into_iter()
+        .flat_map(|reader| [START, ALL_STARTS, BROKEN, QUIET_HOUR].map(|event| name(reader, event)))
+}
+
+/// A client of the API server.
+#[derive(Clone, Copy, Debug)]
+enum Reader<'a> {
+    /// The agent, with flags.
+    Agent(&'a Path, &'static [&'static str]),
+    KubeProxy(&'a Path),
+}
+
+impl Reader<'_> {
     const fn name(self) -> &'static str {
         match self {
-            Self::Default => "socklb",
-            Self::OtherNodes => "socklb --node-ports-of-other-nodes",
-            Self::KubeProxy => "what kube-proxy asks for",
+            Self::Agent(_, []) => READERS[0],
+            Self::Agent(..) => READERS[1],
+            Self::KubeProxy(_) => READERS[2],
+        }
+    }
+
+    /// Starts it and waits until it has read everything.
+    fn start(self, sandbox: &Sandbox, size: Size, server: &ApiServer) -> anyhow::Result<Daemon> {
+        match self {
+            Self::Agent(socklb, flags) => {
+                let agent = Daemon::socklb(socklb, sandbox, server, flags)?;
+                let _tables = Tables::of(&agent, sandbox, size).with_context(|| agent.last_words())?;
+                Ok(agent)
+            }
+            Self::KubeProxy(program) => Daemon::kube_proxy(program, "nftables", server),
+        }
+    }
+
+    fn stop(self, sandbox: &Sandbox, daemon: Daemon) -> anyhow::Result<()> {
+        match self {
+            Self::Agent(socklb, _) => daemon.end_and_clean(socklb, sandbox),
+            Self::KubeProxy(_) => Ok(()),
         }
     }
 }
@@ -76,16 +111,15 @@ fn mebibytes(octets: f64) -> f64 {
     octets / f64::from(1 << 20)
 }
 
-#[expect(clippy::cast_precision_loss, reason = "a figure for people")]
-const fn real(n: u64) -> f64 {
-    n as f64
-}
-
 /// Measures each reader with its own server.
-pub(super) fn run(options: &Options, size: Size, report: &mut Report) -> anyhow::Result<()> {
-    report.part(&size.to_string(), None);
-    for reader in [Reader::Default, Reader::OtherNodes, Reader::KubeProxy] {
-        Sandbox::run(|sandbox| measure(options, sandbox, size, reader, report))?;
+pub(super) fn run(socklb: &Path, size: Size, run: &mut Run) -> anyhow::Result<()> {
+    let kube_proxy = daemon::kube_proxy()?;
+    let mut readers =
+        vec![Reader::Agent(socklb, &[]), Reader::Agent(socklb, &["--node-ports-of-other-nodes"])];
+    readers.extend(kube_proxy.as_deref().map(Reader::KubeProxy));
+    eprintln!("{size}");
+    for reader in readers {
+        Sandbox::run(|sandbox| measure(reader, sandbox, size, &mut run.of(&size.to_string(), None)))?;
     }
     Ok(())
 }
@@ -109,19 +143,13 @@ fn server(size: Size) -> (ApiServer, Vec<Node>) {
     (server, nodes)
 }
 
-fn measure(
-    options: &Options,
-    sandbox: &Sandbox,
-    size: Size,
-    reader: Reader,
-    report: &mut Report,
-) -> anyhow::Result<()> {
+fn measure(reader: Reader<'_>, sandbox: &Sandbox, size: Size, report: &mut Report<'_>) -> anyhow::Result<()> {
     let (server, nodes) = server(size);
-    server.set_faults(|faults| faults.bookmark_interval = Duration::from_secs(3600));
-    let (agent, _watches) = begin(options, sandbox, size, reader, &server)?;
-    let start = settled(&server, 0)?;
+    server.set_faults(|faults| faults.bookmark_interval = HOUR);
+    let daemon = reader.start(sandbox, size, &server)?;
+    let start = settled(&server, 0).with_context(|| daemon.last_words())?;
     let mut say = |what: &str, octets: f64| {
-        report.mebibytes(&format!("{MEASURE}{}, {what}", reader.name()), mebibytes(octets));
+        report.figure(&name(reader.name(), what), Unit::Mebibytes, mebibytes(octets));
     };
     say(START, real(start));
     say(ALL_STARTS, real(start) * f64::from(size.n_nodes));
@@ -134,51 +162,27 @@ fn measure(
     }
     let of_nodes = settled(&server, start)?;
     let hour = f64::from(u32::try_from(HOUR.as_secs() / STATUS.as_secs())?) * real(of_nodes - start);
-    if reader != Reader::KubeProxy {
-        server.cut_watches();
-        let broken = settled(&server, of_nodes)?;
-        say(BROKEN, real(broken - of_nodes));
-    }
-    if let Some(agent) = agent {
-        agent.end_and_clean(&options.socklb)?;
-    }
-    say(QUIET_HOUR, hour + bookmarks(size, options, sandbox, reader)?);
+    server.cut_watches();
+    let broken = settled(&server, of_nodes)?;
+    say(BROKEN, real(broken - of_nodes));
+    reader.stop(sandbox, daemon)?;
+    say(QUIET_HOUR, hour + bookmarks(size, sandbox, reader)?);
     Ok(())
 }
 
 /// Bytes of an hour's bookmarks, from a small server that sends them more often.
-fn bookmarks(size: Size, options: &Options, sandbox: &Sandbox, reader: Reader) -> anyhow::Result<f64> {
-    let (server, _nodes) = server(Size { n_services: 1, n_nodes: 1, ..size });
-    server.set_faults(|faults| faults.bookmark_interval = SHORT_BOOKMARK);
+fn bookmarks(size: Size, sandbox: &Sandbox, reader: Reader<'_>) -> anyhow::Result<f64> {
     let one = Size { n_services: 1, n_nodes: 1, ..size };
-    let (agent, _watches) = begin(options, sandbox, one, reader, &server)?;
+    let (server, _nodes) = server(one);
+    server.set_faults(|faults| faults.bookmark_interval = SHORT_BOOKMARK);
+    let daemon = reader.start(sandbox, one, &server)?;
     thread::sleep(QUIET);
     let (before, since) = (server.requests().octets, Instant::now());
     thread::sleep(SHORT_BOOKMARK * 40);
     let n_bookmarks = since.elapsed().as_secs_f64() / SHORT_BOOKMARK.as_secs_f64();
     let each = real(server.requests().octets - before) / n_bookmarks;
-    if let Some(agent) = agent {
-        agent.end_and_clean(&options.socklb)?;
-    }
+    reader.stop(sandbox, daemon)?;
     Ok(each * HOUR.as_secs_f64() / BOOKMARK.as_secs_f64())
-}
-
-/// Starts a reader and waits until it has read everything. The result continues to read until dropped.
-fn begin(
-    options: &Options,
-    sandbox: &Sandbox,
-    size: Size,
-    reader: Reader,
-    server: &ApiServer,
-) -> anyhow::Result<(Option<Agent>, Vec<TcpStream>)> {
-    if reader == Reader::KubeProxy {
-        return Ok((None, kube_proxy(server)?));
-    }
-    let flags: &[&str] = if reader == Reader::OtherNodes { &["--node-ports-of-other-nodes"] } else { &[] };
-    let agent = Agent::start_with(&options.socklb, sandbox, server, flags)?;
-    let (mut tables, _opened) = agent.tables()?;
-    tables.until_right(size).with_context(|| agent.last_words())?;
-    Ok((Some(agent), Vec::new()))
 }
 
 /// Waits until the server sends nothing more. Returns the bytes sent.
@@ -196,36 +200,4 @@ fn settled(server: &ApiServer, before: u64) -> anyhow::Result<u64> {
         }
     }
     Ok(octets)
-}
-
-/// Streaming lists of what kube-proxy watches, read by threads.
-fn kube_proxy(server: &ApiServer) -> anyhow::Result<Vec<TcpStream>> {
-    let labels =
-        "labelSelector=%21service.kubernetes.io%2Fheadless%2C%21service.kubernetes.io%2Fservice-proxy-name";
-    let initial = "watch=true&allowWatchBookmarks=true&sendInitialEvents=true&resourceVersionMatch=NotOlderThan&timeoutSeconds=3600";
-    let (mut streams, (sender, complete)) = (Vec::new(), mpsc::channel());
-    for path in [
-        format!("/api/v1/services?{labels}&{initial}"),
-        format!("/apis/discovery.k8s.io/v1/endpointslices?{labels}&{initial}"),
-        format!("/api/v1/nodes?fieldSelector=metadata.name%3Dnode-0000&{initial}"),
-    ] {
-        let mut stream = TcpStream::connect(server.address())?;
-        stream.write_all(
-            format!("GET {path} HTTP/1.1\r\nHost: bench\r\nAccept: application/json\r\n\r\n").as_bytes(),
-        )?;
-        streams.push(stream.try_clone()?);
-        let sender = sender.clone();
-        // Stops with the server, which is dropped after the measurement.
-        let _reading = thread::spawn(move || {
-            for line in BufReader::new(stream).lines().map_while(Result::ok) {
-                if line.contains("k8s.io/initial-events-end") {
-                    let _gave_up = sender.send(());
-                }
-            }
-        });
-    }
-    for _ in &streams {
-        complete.recv_timeout(PATIENCE).context("a list is never complete")?;
-    }
-    Ok(streams)
 }

@@ -15,8 +15,12 @@ use lb_common::{
     limits,
 };
 use lb_kernel::mapped::Mapped;
+use lb_tests::Sandbox;
 
-use super::objects::{PORT, Pod, Size, cluster_ip};
+use crate::{
+    daemon::Daemon,
+    objects::{PORT, Pod, Size, cluster_ip},
+};
 
 /// Interval of polls of the maps. A busy loop would take one of two cores from the agent.
 pub(crate) const LOOK: Duration = Duration::from_micros(50);
@@ -42,7 +46,7 @@ pub(crate) struct Tables {
 
 impl Tables {
     /// Opens maps of the default sizes. Fails until all of them are pinned.
-    pub(crate) fn open(pin_path: &Path) -> anyhow::Result<Self> {
+    fn open(pin_path: &Path) -> anyhow::Result<Self> {
         let data = |name: &str| MapData::from_pin(pin_path.join(name)).with_context(|| name.to_owned());
         Ok(Self {
             services: Map::from_map_data(data("services4")?)?.try_into()?,
@@ -50,6 +54,20 @@ impl Tables {
             endpoints: Mapped::new(data("endpoints4")?.fd().as_fd(), limits::MAX_ENDPOINTS)?,
             frontend_ids: Vec::new(),
         })
+    }
+
+    /// Waits until the maps of an agent exist and are right. Returns also the time from its start until they
+    /// existed.
+    pub(crate) fn of(agent: &Daemon, sandbox: &Sandbox, size: Size) -> anyhow::Result<(Self, Duration)> {
+        let (mut tables, opened) = loop {
+            match Self::open(&sandbox.pin_path()) {
+                Ok(tables) => break (tables, agent.started.elapsed()),
+                Err(error) if agent.started.elapsed() > PATIENCE => return Err(error),
+                Err(_not_yet) => thread::sleep(LOOK),
+            }
+        };
+        tables.until_right(size)?;
+        Ok((tables, opened))
     }
 
     /// Waits until every service of a size has all its pods. Polls one service after the other until it is

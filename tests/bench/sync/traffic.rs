@@ -18,11 +18,8 @@ use lb_tests::{
 };
 use nix::errno::Errno;
 
-use super::{
-    objects::{self, PORT, Pod},
-    report,
-    tables::PATIENCE,
-};
+use super::tables::PATIENCE;
+use crate::objects::{self, PORT, Pod};
 
 const NAME: &str = "probe";
 const SERVICE: Ipv4Addr = Ipv4Addr::new(10, 111, 0, 1);
@@ -32,15 +29,16 @@ const RESOLVER_SERVICE: Ipv4Addr = Ipv4Addr::new(10, 111, 0, 2);
 /// probability one half.
 const N_ALONE: u32 = 40;
 
-/// Makes a pod ready and unready a few times while calls are made.
+/// Makes the second of two pods ready and unready a few times while calls are made. The pods answer already.
 ///
 /// Returns two durations since the server wrote the event: until the end of the first call that reached the
 /// pod, and until the beginning of the last call that did.
-pub(crate) fn flips(server: &ApiServer, n_flips: u32) -> anyhow::Result<(report::Times, report::Times)> {
-    let pods = [8001, 8002].map(|port| SocketAddr::from((Ipv4Addr::LOCALHOST, port)));
-    // Two pods of one slice have the same port number, so each has its own loopback address.
-    let pods = [pods[0], SocketAddr::from((Ipv4Addr::new(127, 0, 0, 2), 8001))];
-    let _servers = Servers::tcp(pods);
+pub(crate) fn flips(
+    server: &ApiServer,
+    pods: [SocketAddr; 2],
+    n_flips: u32,
+    patience: Duration,
+) -> anyhow::Result<(Vec<Duration>, Vec<Duration>)> {
     let to = SocketAddr::from((SERVICE, PORT));
     let written = server.written();
     let set = |ready: [bool; 2]| -> anyhow::Result<Instant> {
@@ -54,15 +52,15 @@ pub(crate) fn flips(server: &ApiServer, n_flips: u32) -> anyhow::Result<(report:
     };
     server.apply(objects::service(NAME, SERVICE));
     let _first = set([true, false])?;
-    until(to, Tcp, pods[0])?;
-    let (mut taken, mut left) = (report::Times::new(), report::Times::new());
+    until(to, Tcp, pods[0], patience)?;
+    let (mut taken, mut left) = (Vec::new(), Vec::new());
     for _ in 0..n_flips {
         let at = set([true, true])?;
-        until(to, Tcp, pods[1])?;
-        report::record(&mut taken, at.elapsed());
+        until(to, Tcp, pods[1], patience)?;
+        taken.push(at.elapsed());
         thread::sleep(Duration::from_millis(5));
         let at = set([true, false])?;
-        report::record(&mut left, last_call(to, pods[1])?.saturating_duration_since(at));
+        left.push(last_call(to, pods[1], patience)?.saturating_duration_since(at));
         thread::sleep(Duration::from_millis(5));
     }
     server.delete(Kind::Slice, NAMESPACE, NAME);
@@ -75,8 +73,11 @@ pub(crate) fn flips(server: &ApiServer, n_flips: u32) -> anyhow::Result<(report:
 ///
 /// Returns the duration from the server's write of the event until the socket was destroyed, reconnected, and
 /// had an answer from the other pod.
-pub(crate) fn moves(server: &ApiServer, n_moves: u32) -> anyhow::Result<report::Times> {
-    let pods = [Ipv4Addr::LOCALHOST, Ipv4Addr::new(127, 0, 0, 2)].map(|ip| SocketAddr::from((ip, 8001)));
+pub(crate) fn moves(
+    server: &ApiServer,
+    pods: [SocketAddr; 2],
+    n_moves: u32,
+) -> anyhow::Result<Vec<Duration>> {
     let to = SocketAddr::from((RESOLVER_SERVICE, PORT));
     let netns = NetNs::new()?;
     let (_servers, _resident) = (netns.run(|| Servers::udp(pods)), Resident::of(&netns)?);
@@ -92,10 +93,10 @@ pub(crate) fn moves(server: &ApiServer, n_moves: u32) -> anyhow::Result<report::
     let ports = [cluster::port("", Udp, PORT)];
     server.apply(cluster::service(RESOLVER, &[RESOLVER_SERVICE.into()], &ports));
     let _first = set(pods[0])?;
-    netns.run(|| until(to, Udp, pods[0]))?;
+    netns.run(|| until(to, Udp, pods[0], PATIENCE))?;
     let socket = netns.run(|| Socket::new(Domain::V4, Udp));
     socket.connect(to)?;
-    let mut times = report::Times::new();
+    let mut times = Vec::new();
     for pod in pods.into_iter().rev().cycle().take(usize::try_from(n_moves)?) {
         let at = set(pod)?;
         match socket.receive() {
@@ -104,7 +105,7 @@ pub(crate) fn moves(server: &ApiServer, n_moves: u32) -> anyhow::Result<report::
         }
         socket.connect(to)?;
         let answer = socket.ask()?.server;
-        report::record(&mut times, at.elapsed());
+        times.push(at.elapsed());
         if answer != pod {
             bail!("{answer} answers and not {pod}");
         }
@@ -127,20 +128,24 @@ fn written_at(written: &Receiver<Written>, name: &str) -> anyhow::Result<Instant
 }
 
 /// Calls until a pod answers.
-fn until(to: SocketAddr, protocol: Protocol, pod: SocketAddr) -> anyhow::Result<()> {
-    let end = Instant::now() + PATIENCE;
+fn until(to: SocketAddr, protocol: Protocol, pod: SocketAddr, patience: Duration) -> anyhow::Result<()> {
+    let began = Instant::now();
     while call(to, protocol) != Ok(pod) {
-        if Instant::now() > end {
+        if began.elapsed() > patience {
             bail!("{to} never reaches {pod}");
+        }
+        // Leaves a CPU to what takes long. A hundredth is exact enough.
+        if began.elapsed() > Duration::from_millis(10) {
+            thread::sleep(began.elapsed() / 100);
         }
     }
     Ok(())
 }
 
 /// Calls until a pod is no longer reached, and returns when the last call to it began.
-fn last_call(to: SocketAddr, pod: SocketAddr) -> anyhow::Result<Instant> {
+fn last_call(to: SocketAddr, pod: SocketAddr, patience: Duration) -> anyhow::Result<Instant> {
     let (mut last, mut n_alone) = (Instant::now(), 0);
-    let end = last + PATIENCE;
+    let end = last + patience;
     // Without such a call, the moment before the first call, which is at most that much after the event.
     while n_alone < N_ALONE {
         let began = Instant::now();

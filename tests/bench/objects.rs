@@ -7,7 +7,7 @@ use std::{
 
 use k8s_openapi::{
     api::{
-        core::v1::{ObjectReference, Service},
+        core::v1::{ObjectReference, Service, ServiceSpec},
         discovery::v1::{Endpoint, EndpointConditions, EndpointPort, EndpointSlice},
     },
     apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference},
@@ -15,9 +15,17 @@ use k8s_openapi::{
 use lb_core::model::{Protocol, ingest};
 use lb_tests::cluster::{self, Cluster, NAMESPACE};
 
-/// The port of every service.
+/// The port of every service, TCP and UDP.
 pub(crate) const PORT: u16 = 80;
 pub(crate) const TARGET_PORT: u16 = 8080;
+/// The networks of service addresses and of endpoints.
+pub(crate) const SERVICE_NETWORK: &str = "10.96.0.0/12";
+pub(crate) const POD_NETWORK: &str = "10.128.0.0/9";
+/// The most services of [`SERVICE_NETWORK`], and endpoints of [`POD_NETWORK`].
+pub(crate) const MAX_SERVICES: u32 = 1 << 19;
+pub(crate) const MAX_ENDPOINTS: u32 = 1 << 22;
+/// With UDP, one service in this number has a UDP port beside its TCP port, as name servers have.
+pub(crate) const UDP_STRIDE: u32 = 16;
 
 /// The number of objects. Each service has one port and one slice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -144,10 +152,30 @@ pub(crate) fn slice(name: &str, pods: &[Pod]) -> EndpointSlice {
 }
 
 impl Size {
+    /// A pod of a service.
+    pub(crate) fn pod(self, service: u32, number: u32) -> Ipv4Addr {
+        address([10, 128, 0, 1], service * self.n_endpoints + number)
+    }
+
     /// The first pods of a service.
     pub(crate) fn pods(self, service: u32) -> Vec<Pod> {
-        let first = service * self.n_endpoints;
-        (first..first + self.n_endpoints).map(|number| Pod::ready(address([10, 128, 0, 1], number))).collect()
+        (0..self.n_endpoints).map(|number| Pod::ready(self.pod(service, number))).collect()
+    }
+
+    /// [`Self::cluster`] with the UDP ports.
+    pub(crate) fn cluster_with_udp(self) -> Cluster {
+        let mut cluster = self.cluster();
+        for name in (0..self.n_services).step_by(UDP_STRIDE as usize).map(name) {
+            let key = (NAMESPACE.to_owned(), name);
+            let service = cluster.services.get_mut(&key).and_then(|service| service.spec.as_mut());
+            let slice = cluster.slices.get_mut(&key).and_then(|slice| slice.ports.as_mut());
+            if let (Some(ServiceSpec { ports: Some(service), .. }), Some(slice)) = (service, slice) {
+                service.push(cluster::port("udp", Protocol::Udp, PORT));
+                let protocol = Some(Protocol::Udp.to_string());
+                slice.push(EndpointPort { name: Some("udp".to_owned()), protocol, ..slice[0].clone() });
+            }
+        }
+        cluster
     }
 
     pub(crate) fn cluster(self) -> Cluster {

@@ -4,30 +4,34 @@
 //! maps, network namespace and cgroup, and they alternate in small blocks on one CPU. Memory: maps created
 //! for exactly that number. The agent: the part of `sync` for one size, run for several.
 
-pub(crate) mod calls;
-
-use std::os::fd::AsFd as _;
-use std::{fs, net::IpAddr, os::fd::AsRawFd as _, path::PathBuf, time::Duration};
+use std::{
+    fs,
+    os::fd::{AsFd as _, AsRawFd as _},
+    path::PathBuf,
+    time::Duration,
+};
 
 use anyhow::Context as _;
 use aya::maps::MapData;
 use clap::Args;
-use lb_core::{
-    desired::FrontendAddress,
-    model::Protocol,
-    plan::{Capacity, diff},
-    tables::{Entry, Image},
-};
-use lb_kernel::{Kernel, Options as KernelOptions};
-use lb_tests::{Sandbox, agent};
+use lb_core::{model::Protocol::Udp, plan::Capacity};
+use lb_tests::Sandbox;
 
 use crate::{
     Common,
+    calls::{self, Call, EMPTY, Kind, Programs, SOCKLB, Services, Target, To},
     quantile::real,
-    result::{Better, Key, ResultFile, Run, Suite, Unit},
+    result::{ResultFile, Run, Suite, Unit},
     sync,
 };
 
+const BLOCK: usize = 200;
+pub(crate) const KINDS: [Call; 4] = [
+    ("re-connect, no service", Kind::Again, To::Endpoint),
+    ("re-connect, one service", Kind::Again, To::OneService),
+    ("re-connect, any service", Kind::Again, To::AnyService),
+    ("fresh socket, any service", Kind::Fresh, To::AnyService),
+];
 /// Memory of the maps, as the kernel accounts it.
 pub(crate) const MAPS: &str = "maps";
 
@@ -110,46 +114,27 @@ pub(crate) fn run(options: &Options, common: &Common) -> anyhow::Result<ResultFi
     );
     run.setting("blocks of 200 calls", options.blocks);
     run.setting("services of the agent, with 5 endpoints each", list(&options.agent));
-    calls::measure(&options, &mut run)?;
+    calls(&options, &mut run)?;
     memory(&options, &mut run)?;
-    let time = if common.smoke { Duration::from_millis(500) } else { Duration::from_secs(8) };
+    let time = Duration::from_millis(if common.smoke { 500 } else { 8000 });
     sync::growth(&options.socklb, &options.agent, time, &mut run)?;
     Ok(run.finish())
 }
 
-/// Programs and maps of a capacity in a sandbox.
-fn open(sandbox: &Sandbox, capacity: Capacity) -> anyhow::Result<Kernel> {
-    let options = KernelOptions { capacity, ..agent::options(sandbox) };
-    Ok(Kernel::open(&options, || {})?)
-}
-
-fn service(number: u32) -> IpAddr {
-    (u32::from_be_bytes([10, 96, 0, 1]) + number).to_be_bytes().into()
-}
-
-/// Services with loopback endpoints, which a datagram socket can connect to without a server.
-fn image(n_services: u32, n_endpoints: u32) -> Image {
-    let mut image = Image::default();
-    for id in 0..n_services {
-        let offset = id * n_endpoints;
-        let entries: Vec<Entry> = (offset..offset + n_endpoints)
-            .map(|endpoint_id| {
-                let ip: IpAddr = (u32::from_be_bytes([127, 0, 0, 1]) + endpoint_id).to_be_bytes().into();
-                Entry { endpoint_id, address: (ip, 8080).into() }
-            })
-            .collect();
-        image.runs4.insert(offset, entries.into());
-        let run = lb_common::layout::Run { offset, len: n_endpoints };
-        let frontend = lb_common::layout::Frontend { run, service_id: id, ..Default::default() };
-        image.frontends.insert(id, frontend);
-        image.services.insert(FrontendAddress { ip: service(id), port: 80, protocol: Protocol::Udp }, id);
-    }
-    image
-}
-
-fn fill(kernel: &mut Kernel, n_services: u32, n_endpoints: u32) -> anyhow::Result<()> {
-    let _done = kernel.apply(&diff(&Image::default(), &image(n_services, n_endpoints)))?;
-    Ok(())
+/// Calls by the number of services, in maps of one capacity.
+fn calls(options: &Options, run: &mut Run) -> anyhow::Result<()> {
+    let object = fs::read(&options.object).with_context(|| options.object.display().to_string())?;
+    let capacity = Capacity { services: options.max_services, endpoints: options.max_endpoints };
+    let services = |n| Services { n, n_endpoints: options.endpoints, protocols: &[Udp] };
+    let programs = Programs::Bench(&object, EMPTY.1);
+    let mut targets = vec![Target { name: EMPTY.0, n_services: None, services: services(0), programs }];
+    targets.extend(options.services.iter().map(|&n| Target {
+        name: SOCKLB,
+        n_services: Some(n),
+        services: services(n),
+        programs: Programs::Socklb(capacity),
+    }));
+    calls::measure(run, targets, &KINDS.map(|call| (call, options.blocks)), BLOCK)
 }
 
 /// The kernel's accounted memory of maps that fit exactly each number.
@@ -157,7 +142,7 @@ fn memory(options: &Options, run: &mut Run) -> anyhow::Result<()> {
     for &n_services in &options.services {
         let capacity = Capacity { services: n_services, endpoints: n_services * options.endpoints };
         let bytes = Sandbox::run(|sandbox| {
-            let _kernel = open(sandbox, capacity)?;
+            let _kernel = calls::open(sandbox, capacity)?;
             let mut sum = 0;
             for name in lb_common::maps::MAPS.iter().map(|map| map.name) {
                 let map =
@@ -166,8 +151,8 @@ fn memory(options: &Options, run: &mut Run) -> anyhow::Result<()> {
             }
             anyhow::Ok(sum)
         })?;
-        let key = Key::new(MAPS, "memory").at(n_services);
-        run.figure(key, Unit::Mebibytes, Better::Lower, real(bytes) / real(1 << 20));
+        let memory = real(bytes) / real(1 << 20);
+        run.of("memory", Some(n_services)).figure(MAPS, Unit::Mebibytes, memory);
     }
     Ok(())
 }
