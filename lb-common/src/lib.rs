@@ -35,4 +35,4 @@ pub mod maps;
 pub mod resolve;
 
 pub use address::{Address, Family};
-pub use resolve::{Tables, Verdict, resolve};
+pub use resolve::{Caller, Tables, Verdict, resolve};

@@ -3,7 +3,8 @@
 //! # Purpose
 //!
 //! [`resolve`] runs in the BPF programs on kernel maps, and in user space on an image (for the simulator and
-//! `socklb explain`). All inputs, including random numbers and time, come through [`Tables`].
+//! `socklb explain`). All inputs come through [`Tables`], what a node serves, and [`Caller`], who calls, with
+//! which random number, and when.
 //!
 //! # Invariants
 //!
@@ -15,7 +16,7 @@
 //! - Loops have constant bounds; no recursion, no panic: the kernel's verifier must accept the code.
 
 use crate::{
-    address::{Address, Octets6},
+    address::Octets6,
     layout::{Affinity, FamilyLayout, Frontend, Protocol, Run, frontend_flags},
 };
 
@@ -64,19 +65,17 @@ pub enum NodeAddress {
     Other,
 }
 
-/// The state that [`resolve`] reads and writes, backed by kernel maps or by an image.
-pub trait Tables {
-    /// The address family of these tables.
-    type Addr: FamilyLayout;
-
+/// What a node serves to addresses of one family, backed by kernel maps or by an image. Says nothing about
+/// the caller.
+pub trait Tables<A: FamilyLayout> {
     /// Looks a frontend up by its exact key.
-    fn frontend_id(&self, key: &<Self::Addr as FamilyLayout>::Key) -> Option<u32>;
+    fn frontend_id(&self, key: &A::Key) -> Option<u32>;
 
     /// Reads an entry of `frontends`. `run` must come from a single 64-bit read.
     fn frontend(&self, frontend_id: u32) -> Option<Frontend>;
 
     /// Reads an entry of the endpoint table.
-    fn endpoint(&self, index: u32) -> Option<<Self::Addr as FamilyLayout>::Endpoint>;
+    fn endpoint(&self, index: u32) -> Option<A::Endpoint>;
 
     /// First and last port of the node-port range, inclusive.
     fn node_ports(&self) -> (u16, u16);
@@ -86,35 +85,58 @@ pub trait Tables {
     fn node_address(&self, mapped: &Octets6) -> Option<NodeAddress>;
 
     /// Whether an address is in a service network. Called only for a destination without a frontend.
-    fn is_in_service_network(&self, address: &Self::Addr) -> bool;
+    fn is_in_service_network(&self, address: &A) -> bool;
 
     /// Whether a call to a port that the Service of this cluster IP lacks is refused; `None` if no Service
     /// has the address.
     fn cluster_ip(&self, mapped: &Octets6) -> Option<bool>;
+}
 
-    /// Whether node ports answer on loopback addresses for this caller: the setting is on, and the caller is
-    /// in the node's own network namespace. In a pod, loopback is the pod's own (semantics R2).
-    fn loopback_is_node(&self) -> bool;
-
-    /// The endpoint that this socket last used for this service address. Unconnected UDP sockets record it,
-    /// so that the datagrams of one flow stay together.
-    fn earlier_choice(&self) -> Option<Choice>;
-
+/// Who calls: a socket on this node, or any client, of which nothing is known.
+///
+/// The provided methods answer for any client. It has no network namespace on this node, no former call and
+/// no affinity, so a caller such as a name server implements [`Self::random`] alone.
+pub trait Caller {
     /// A uniformly distributed 32-bit number.
     fn random(&self) -> u32;
 
-    /// Seconds of a monotonic clock; the origin is arbitrary.
-    fn now(&self) -> u64;
+    /// Whether node ports answer on loopback addresses for this caller: the setting is on, and the caller is
+    /// in the node's own network namespace. In a pod, loopback is the pod's own (semantics R2).
+    #[inline(always)]
+    fn loopback_is_node(&self) -> bool {
+        false
+    }
 
-    /// The affinity of this caller (by network namespace, semantics R8) to an endpoint of a service port.
-    fn affinity(&self, service_id: u32) -> Option<Affinity>;
+    /// The endpoint that this caller last used for this service address. Unconnected UDP sockets record it,
+    /// so that the datagrams of one flow stay together.
+    #[inline(always)]
+    fn earlier_choice(&self) -> Option<Choice> {
+        None
+    }
+
+    /// Seconds of a monotonic clock; the origin is arbitrary. Read only for [`Self::affinity`].
+    #[inline(always)]
+    fn now(&self) -> u64 {
+        0
+    }
+
+    /// The affinity of this caller (a socket's is that of its network namespace, semantics R8) to an endpoint
+    /// of a service port.
+    #[inline(always)]
+    fn affinity(&self, _service_id: u32) -> Option<Affinity> {
+        None
+    }
 
     /// Renews the idle timer of an entry that [`Self::affinity`] returned.
-    fn renew_affinity(&self, service_id: u32, now: u64);
+    #[inline(always)]
+    fn renew_affinity(&self, _service_id: u32, _now: u64) {}
 
     /// Stores a choice and returns the endpoint that stands. If `replaces` is `None` and another CPU was
     /// faster, its choice stands, so that two concurrent first calls of one client agree.
-    fn remember_affinity(&self, service_id: u32, replaces: Option<Affinity>, new: Affinity) -> u32;
+    #[inline(always)]
+    fn remember_affinity(&self, _service_id: u32, _replaces: Option<Affinity>, new: Affinity) -> u32 {
+        new.endpoint_id
+    }
 }
 
 /// Stands for "no service port": ids are assigned from 0 and never reach it.
@@ -156,17 +178,17 @@ pub struct Target<A> {
 /// Does not promise that the endpoint is alive, only that the tables listed it. With an unchanged run and no
 /// affinity each endpoint has the same probability, up to a bias below `len / 2^32`.
 #[inline(always)]
-pub fn resolve<T: Tables>(tables: &T, call: &Call<T::Addr>) -> Verdict<T::Addr> {
-    let found = find_frontend(tables, call).or_else(|| find_unserved(tables, call));
+pub fn resolve<A: FamilyLayout>(tables: &impl Tables<A>, caller: &impl Caller, call: &Call<A>) -> Verdict<A> {
+    let found = find_frontend(tables, caller, call).or_else(|| find_unserved(tables, call));
     let Some((frontend_id, frontend)) = found else {
         return Verdict::Pass;
     };
     let service_id = frontend.service_id;
-    let Some((index, entry)) = choose(tables, &frontend) else {
+    let Some((index, entry)) = choose(tables, caller, &frontend) else {
         let is_unallocated = frontend.flags & frontend_flags::UNALLOCATED != 0;
         return if is_unallocated { Verdict::Unreachable } else { Verdict::Refuse { service_id } };
     };
-    let (address, port, endpoint_id) = T::Addr::entry_parts(&entry);
+    let (address, port, endpoint_id) = A::entry_parts(&entry);
     Verdict::Redirect(Target {
         address,
         port,
@@ -180,41 +202,49 @@ pub fn resolve<T: Tables>(tables: &T, call: &Call<T::Addr>) -> Verdict<T::Addr> 
 ///
 /// `None` if no service has this destination.
 #[inline(always)]
-pub fn find_frontend<T: Tables>(tables: &T, call: &Call<T::Addr>) -> Option<(u32, Frontend)> {
-    if let Some(id) = tables.frontend_id(&T::Addr::key(call.address, call.port, call.protocol)) {
+pub fn find_frontend<A: FamilyLayout>(
+    tables: &impl Tables<A>,
+    caller: &impl Caller,
+    call: &Call<A>,
+) -> Option<(u32, Frontend)> {
+    if let Some(id) = tables.frontend_id(&A::key(call.address, call.port, call.protocol)) {
         let frontend = tables.frontend(id)?;
         // A call to 0.0.0.0 or ::, which Linux treats as loopback, matches the wildcard entry of a node port
         // by key. Then the rule for loopback applies.
-        if call.address.is_unspecified() && !tables.loopback_is_node() {
+        if call.address.is_unspecified() && !caller.loopback_is_node() {
             return None;
         }
         return Some((id, frontend));
     }
-    find_node_port(tables, call)
+    find_node_port(tables, caller, call)
 }
 
 /// The node-port part of [`find_frontend`]: the port is in the range and the address is a node's.
 #[inline(always)]
-fn find_node_port<T: Tables>(tables: &T, call: &Call<T::Addr>) -> Option<(u32, Frontend)> {
+fn find_node_port<A: FamilyLayout>(
+    tables: &impl Tables<A>,
+    caller: &impl Caller,
+    call: &Call<A>,
+) -> Option<(u32, Frontend)> {
     let (first, last) = tables.node_ports();
     if call.port < first || call.port > last {
         return None;
     }
     let node = if call.address.is_loopback() {
-        if !tables.loopback_is_node() {
+        if !caller.loopback_is_node() {
             return None;
         }
         NodeAddress::Own
     } else {
         tables.node_address(&call.address.to_mapped())?
     };
-    let id = tables.frontend_id(&T::Addr::key(T::Addr::unspecified(), call.port, call.protocol))?;
+    let id = tables.frontend_id(&A::key(A::unspecified(), call.port, call.protocol))?;
     let mut frontend = tables.frontend(id)?;
     if node == NodeAddress::Other && frontend.flags & frontend_flags::EXTERNAL_LOCAL != 0 {
         // With the policy Local, a node answers only with its own endpoints. Nodes with endpoints are listed
         // by exact address; an unlisted node has none (semantics R6, last rule). The look-up is repeated:
         // since the first one the address may have been listed, and then the policy changed.
-        if let Some(id) = tables.frontend_id(&T::Addr::key(call.address, call.port, call.protocol)) {
+        if let Some(id) = tables.frontend_id(&A::key(call.address, call.port, call.protocol)) {
             return Some((id, tables.frontend(id)?));
         }
         frontend.run = Run::EMPTY;
@@ -228,14 +258,14 @@ fn find_node_port<T: Tables>(tables: &T, call: &Call<T::Addr>) -> Option<(u32, F
 /// `None` if the call passes. A call that spans the creation and deletion of a Service may be refused; one
 /// that spans the removal of its network may pass.
 #[inline(always)]
-fn find_unserved<T: Tables>(tables: &T, call: &Call<T::Addr>) -> Option<(u32, Frontend)> {
+fn find_unserved<A: FamilyLayout>(tables: &impl Tables<A>, call: &Call<A>) -> Option<(u32, Frontend)> {
     if !tables.is_in_service_network(&call.address) {
         return None;
     }
     let flags = match tables.cluster_ip(&call.address.to_mapped()) {
         Some(false) => return None,
         // Repeated: since the first look-up a Service may have been created, its frontends first.
-        Some(true) => match tables.frontend_id(&T::Addr::key(call.address, call.port, call.protocol)) {
+        Some(true) => match tables.frontend_id(&A::key(call.address, call.port, call.protocol)) {
             Some(id) => return Some((id, tables.frontend(id)?)),
             None => 0,
         },
@@ -247,47 +277,56 @@ fn find_unserved<T: Tables>(tables: &T, call: &Call<T::Addr>) -> Option<(u32, Fr
 
 /// Chooses an entry of the frontend's run: its position within the run and the entry itself.
 #[inline(always)]
-fn choose<T: Tables>(tables: &T, frontend: &Frontend) -> Option<(u32, <T::Addr as FamilyLayout>::Endpoint)> {
+fn choose<A: FamilyLayout>(
+    tables: &impl Tables<A>,
+    caller: &impl Caller,
+    frontend: &Frontend,
+) -> Option<(u32, A::Endpoint)> {
     let run = frontend.run;
     if run.len == 0 {
         return None;
     }
-    if let Some(choice) = tables.earlier_choice()
+    if let Some(choice) = caller.earlier_choice()
         && let Some(found) = find_choice(tables, run, choice)
     {
         return Some(found);
     }
     if frontend.affinity_seconds != 0 {
-        return choose_with_affinity(tables, frontend);
+        return choose_with_affinity(tables, caller, frontend);
     }
-    choose_at_random(tables, run)
+    choose_at_random(tables, caller, run)
 }
 
 #[inline(always)]
-fn choose_at_random<T: Tables>(tables: &T, run: Run) -> Option<(u32, <T::Addr as FamilyLayout>::Endpoint)> {
+fn choose_at_random<A: FamilyLayout>(
+    tables: &impl Tables<A>,
+    caller: &impl Caller,
+    run: Run,
+) -> Option<(u32, A::Endpoint)> {
     // Scaling by multiplication: a division costs more in BPF, and its bias falls on the first entries.
-    let index = ((u64::from(tables.random()) * u64::from(run.len)) >> 32) as u32;
+    let index = ((u64::from(caller.random()) * u64::from(run.len)) >> 32) as u32;
     Some((index, tables.endpoint(run.offset.wrapping_add(index))?))
 }
 
 #[inline(always)]
-fn choose_with_affinity<T: Tables>(
-    tables: &T,
+fn choose_with_affinity<A: FamilyLayout>(
+    tables: &impl Tables<A>,
+    caller: &impl Caller,
     frontend: &Frontend,
-) -> Option<(u32, <T::Addr as FamilyLayout>::Endpoint)> {
-    let (run, service_id, now) = (frontend.run, frontend.service_id, tables.now());
-    let remembered = tables.affinity(service_id);
+) -> Option<(u32, A::Endpoint)> {
+    let (run, service_id, now) = (frontend.run, frontend.service_id, caller.now());
+    let remembered = caller.affinity(service_id);
     if let Some(affinity) = remembered
         && now.wrapping_sub(affinity.last_used) < u64::from(frontend.affinity_seconds)
         && let Some(found) = find_endpoint(tables, run, affinity.endpoint_id)
     {
-        tables.renew_affinity(service_id, now);
+        caller.renew_affinity(service_id, now);
         return Some(found);
     }
-    let (index, entry) = choose_at_random(tables, run)?;
-    let (_, _, endpoint_id) = T::Addr::entry_parts(&entry);
+    let (index, entry) = choose_at_random(tables, caller, run)?;
+    let (_, _, endpoint_id) = A::entry_parts(&entry);
     let new = Affinity { last_used: now, endpoint_id, reserved: 0 };
-    let standing = tables.remember_affinity(service_id, remembered, new);
+    let standing = caller.remember_affinity(service_id, remembered, new);
     if standing != endpoint_id
         && let Some(found) = find_endpoint(tables, run, standing)
     {
@@ -298,14 +337,14 @@ fn choose_with_affinity<T: Tables>(
 
 /// Finds an earlier choice in a run: at its old position, else by search.
 #[inline(always)]
-fn find_choice<T: Tables>(
-    tables: &T,
+fn find_choice<A: FamilyLayout>(
+    tables: &impl Tables<A>,
     run: Run,
     choice: Choice,
-) -> Option<(u32, <T::Addr as FamilyLayout>::Endpoint)> {
+) -> Option<(u32, A::Endpoint)> {
     if choice.index < run.len
         && let Some(entry) = tables.endpoint(run.offset.wrapping_add(choice.index))
-        && T::Addr::entry_parts(&entry).2 == choice.endpoint_id
+        && A::entry_parts(&entry).2 == choice.endpoint_id
     {
         return Some((choice.index, entry));
     }
@@ -318,11 +357,11 @@ fn find_choice<T: Tables>(
 /// Rejected: a hash map (service, endpoint) -> position. It costs one hash look-up more than this search for
 /// a thousand endpoints, needs an update for each endpoint of a changed set, and can disagree with the run.
 #[inline(always)]
-pub fn find_endpoint<T: Tables>(
-    tables: &T,
+pub fn find_endpoint<A: FamilyLayout>(
+    tables: &impl Tables<A>,
     run: Run,
     endpoint_id: u32,
-) -> Option<(u32, <T::Addr as FamilyLayout>::Endpoint)> {
+) -> Option<(u32, A::Endpoint)> {
     let (mut low, mut high) = (0, run.len);
     // `limits::MAX_RUN` is 2^24: 24 halvings reach a single entry.
     for _ in 0..=crate::limits::MAX_RUN.trailing_zeros() {
@@ -331,7 +370,7 @@ pub fn find_endpoint<T: Tables>(
         }
         let middle = low + (high - low) / 2;
         let entry = tables.endpoint(run.offset.wrapping_add(middle))?;
-        let id = T::Addr::entry_parts(&entry).2;
+        let id = A::entry_parts(&entry).2;
         if id == endpoint_id {
             return Some((middle, entry));
         }

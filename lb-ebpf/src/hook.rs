@@ -1,21 +1,28 @@
 //! The hooks: read the call, resolve it, write the result back.
 
-use aya_ebpf::{Global, helpers::bpf_get_smp_processor_id};
+use aya_ebpf::{
+    Global,
+    bindings::{BPF_ANY, BPF_NOEXIST},
+    helpers::{bpf_get_prandom_u32, bpf_get_smp_processor_id, bpf_ktime_get_ns},
+};
 use aya_log_ebpf::debug;
 use lb_common::{
-    Verdict,
+    Caller, Verdict,
     address::{Address, Octets4, Octets6, mapped_ipv4},
-    layout::{EndpointStats, ServiceStats, SocketRecord, record_flags},
+    layout::{Affinity, AffinityKey, EndpointStats, ServiceStats, SocketRecord, record_flags},
     resolve::{Call, Choice, Target, resolve},
 };
 
 use crate::{
     config::{self, Mode, is_on},
-    ctx::{ECONNREFUSED, EHOSTUNREACH, Multipath, PROCEED, Peer, REJECT, SockAddr, fail_call},
+    ctx::{
+        ECONNREFUSED, EHOSTUNREACH, Multipath, PROCEED, Peer, REJECT, SockAddr, fail_call,
+        initial_netns_cookie,
+    },
     exclude::is_excluded,
     maps,
     record::Socket,
-    tables::{Kernel4, Kernel6, Memory},
+    tables::Kernel,
 };
 
 /// What kind of call a program handles.
@@ -141,14 +148,67 @@ struct Pending<'a, M> {
     socket: Socket<'a, M>,
 }
 
-impl<M: Mode> Memory for Pending<'_, M> {
+impl<M: Mode> Caller for Pending<'_, M> {
+    #[inline(always)]
+    fn random(&self) -> u32 {
+        // SAFETY: no preconditions.
+        unsafe { bpf_get_prandom_u32() }
+    }
+
+    #[inline(always)]
+    fn loopback_is_node(&self) -> bool {
+        if !is_on(&config::LOCALHOST_NODEPORTS) {
+            return false;
+        }
+        let node = match config::NODE_NETNS.load() {
+            0 => initial_netns_cookie(),
+            cookie => cookie,
+        };
+        self.ctx.netns_cookie() == node
+    }
+
     /// A `connect()` chooses anew; a datagram keeps the choice of the one before it.
     #[inline(always)]
-    fn earlier(&self) -> Choice {
-        match self.kind {
+    fn earlier_choice(&self) -> Option<Choice> {
+        let earlier = match self.kind {
             Kind::Connect => Choice::NONE,
             Kind::Send => self.socket.earlier(&self.called, &self.former),
+        };
+        earlier.some()
+    }
+
+    #[inline(always)]
+    fn now(&self) -> u64 {
+        const NANOSECONDS: u64 = 1_000_000_000;
+        // SAFETY: no preconditions.
+        unsafe { bpf_ktime_get_ns() / NANOSECONDS }
+    }
+
+    #[inline(always)]
+    fn affinity(&self, service_id: u32) -> Option<Affinity> {
+        // SAFETY: copied out at once. An LRU element may be recycled meanwhile. The endpoint read then counts
+        // only if it is in the frontend's run: at worst it is another endpoint of the same service.
+        unsafe { maps::AFFINITY.get(&self.affinity_key(service_id)).copied() }
+    }
+
+    #[inline(always)]
+    fn renew_affinity(&self, service_id: u32, now: u64) {
+        if let Some(entry) = maps::AFFINITY.get_ptr_mut(&self.affinity_key(service_id)) {
+            // SAFETY: one aligned word of a live element.
+            unsafe { (&raw mut (*entry).last_used).write_volatile(now) };
         }
+    }
+
+    #[inline(always)]
+    fn remember_affinity(&self, service_id: u32, replaces: Option<Affinity>, new: Affinity) -> u32 {
+        let flags = if replaces.is_none() { BPF_NOEXIST } else { BPF_ANY };
+        let key = self.affinity_key(service_id);
+        if maps::AFFINITY.insert(&key, new, flags.into()).is_ok() {
+            return new.endpoint_id;
+        }
+        // Another CPU was faster, or the kernel had no free element: then this choice stands.
+        // SAFETY: as in `Self::affinity`.
+        unsafe { maps::AFFINITY.get(&key) }.map_or(new.endpoint_id, |standing| standing.endpoint_id)
     }
 }
 
@@ -172,16 +232,19 @@ impl<'a, M: Mode> Pending<'a, M> {
     #[inline(always)]
     fn resolve4(&self, address: Octets4) -> FlatVerdict {
         let Some(protocol) = self.ctx.protocol() else { return FlatVerdict::of(Verdict::<Octets4>::Pass) };
-        let tables = Kernel4 { ctx: self.ctx, memory: self };
-        FlatVerdict::of(resolve(&tables, &Call { address, port: self.called.port, protocol }))
+        FlatVerdict::of(resolve(&Kernel, self, &Call { address, port: self.called.port, protocol }))
     }
 
     /// Resolves with the IPv6 tables.
     #[inline(always)]
     fn resolve6(&self, address: Octets6) -> FlatVerdict {
         let Some(protocol) = self.ctx.protocol() else { return FlatVerdict::of(Verdict::<Octets6>::Pass) };
-        let tables = Kernel6 { ctx: self.ctx, memory: self };
-        FlatVerdict::of(resolve(&tables, &Call { address, port: self.called.port, protocol }))
+        FlatVerdict::of(resolve(&Kernel, self, &Call { address, port: self.called.port, protocol }))
+    }
+
+    #[inline(always)]
+    fn affinity_key(&self, service_id: u32) -> AffinityKey {
+        AffinityKey { client: self.ctx.netns_cookie(), service_id, reserved: 0 }
     }
 
     /// Writes the verdict to the context, the socket's record and the counters.

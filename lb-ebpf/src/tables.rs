@@ -1,44 +1,17 @@
 //! The kernel's maps as [`lb_common::Tables`].
 
-use aya_ebpf::{
-    bindings::{BPF_ANY, BPF_NOEXIST},
-    helpers::{bpf_get_prandom_u32, bpf_ktime_get_ns},
-};
 use lb_common::{
     Tables,
     address::{Address, Octets4, Octets6},
-    layout::{
-        AddressKey, Affinity, AffinityKey, Endpoint4, Endpoint6, Frontend, FrontendKey4, FrontendKey6, Run,
-    },
+    layout::{AddressKey, Endpoint4, Endpoint6, Frontend, FrontendKey4, FrontendKey6, Run},
     limits::MAX_SERVICE_CIDRS,
-    resolve::{Choice, NodeAddress},
+    resolve::NodeAddress,
 };
 
-use crate::{
-    config::{self, is_on},
-    ctx::{SockAddr, initial_netns_cookie},
-    maps,
-};
+use crate::{config, maps};
 
-/// Provides a socket's record of the destination.
-pub(crate) trait Memory {
-    /// The endpoint that the socket uses for the destination, or [`Choice::NONE`].
-    fn earlier(&self) -> Choice;
-}
-
-/// The tables of IPv4, for one call of one socket.
-pub(crate) struct Kernel4<'a, E> {
-    pub(crate) ctx: &'a SockAddr<'a>,
-    /// Read only for a destination that is a frontend.
-    pub(crate) memory: &'a E,
-}
-
-/// The tables of IPv6, for one call of one socket.
-pub(crate) struct Kernel6<'a, E> {
-    pub(crate) ctx: &'a SockAddr<'a>,
-    /// Read only for a destination that is a frontend.
-    pub(crate) memory: &'a E,
-}
+/// The pinned maps, of both families.
+pub(crate) struct Kernel;
 
 #[inline(always)]
 fn frontend(frontend_id: u32) -> Option<Frontend> {
@@ -73,61 +46,9 @@ fn cluster_ip(mapped: &Octets6) -> Option<bool> {
     Some(found.served != 0)
 }
 
-#[inline(always)]
-fn loopback_is_node(ctx: &SockAddr<'_>) -> bool {
-    if !is_on(&config::LOCALHOST_NODEPORTS) {
-        return false;
-    }
-    let node = match config::NODE_NETNS.load() {
-        0 => initial_netns_cookie(),
-        cookie => cookie,
-    };
-    ctx.netns_cookie() == node
-}
-
-#[inline(always)]
-fn now() -> u64 {
-    const NANOSECONDS: u64 = 1_000_000_000;
-    // SAFETY: no preconditions.
-    unsafe { bpf_ktime_get_ns() / NANOSECONDS }
-}
-
-#[inline(always)]
-fn affinity_key(ctx: &SockAddr<'_>, service_id: u32) -> AffinityKey {
-    AffinityKey { client: ctx.netns_cookie(), service_id, reserved: 0 }
-}
-
-#[inline(always)]
-fn affinity(key: &AffinityKey) -> Option<Affinity> {
-    // SAFETY: copied out at once. An LRU element may be recycled meanwhile. The endpoint read then counts
-    // only if it is in the frontend's run: at worst it is another endpoint of the same service.
-    unsafe { maps::AFFINITY.get(key).copied() }
-}
-
-#[inline(always)]
-fn renew_affinity(key: &AffinityKey, now: u64) {
-    if let Some(entry) = maps::AFFINITY.get_ptr_mut(key) {
-        // SAFETY: one aligned word of a live element.
-        unsafe { (&raw mut (*entry).last_used).write_volatile(now) };
-    }
-}
-
-#[inline(always)]
-fn remember_affinity(key: &AffinityKey, replaces: Option<Affinity>, new: Affinity) -> u32 {
-    let flags = if replaces.is_none() { BPF_NOEXIST } else { BPF_ANY };
-    if maps::AFFINITY.insert(key, new, flags.into()).is_ok() {
-        return new.endpoint_id;
-    }
-    // Another CPU was faster, or the kernel had no free element: then this choice stands.
-    affinity(key).map_or(new.endpoint_id, |standing| standing.endpoint_id)
-}
-
 macro_rules! kernel_tables {
-    ($tables:ident, $octets:ty, $key:ty, $entry:ty, $services:ident, $endpoints:ident, $number:ident,
-        $networks:ident) => {
-        impl<E: Memory> Tables for $tables<'_, E> {
-            type Addr = $octets;
-
+    ($octets:ty, $key:ty, $entry:ty, $services:ident, $endpoints:ident, $number:ident, $networks:ident) => {
+        impl Tables<$octets> for Kernel {
             #[inline(always)]
             fn frontend_id(&self, key: &$key) -> Option<u32> {
                 // SAFETY: the value is immutable while its key exists, and the agent waits for a grace period
@@ -171,38 +92,9 @@ macro_rules! kernel_tables {
             fn cluster_ip(&self, mapped: &Octets6) -> Option<bool> {
                 cluster_ip(mapped)
             }
-            #[inline(always)]
-            fn loopback_is_node(&self) -> bool {
-                loopback_is_node(self.ctx)
-            }
-            #[inline(always)]
-            fn earlier_choice(&self) -> Option<Choice> {
-                self.memory.earlier().some()
-            }
-            #[inline(always)]
-            fn random(&self) -> u32 {
-                // SAFETY: no preconditions.
-                unsafe { bpf_get_prandom_u32() }
-            }
-            #[inline(always)]
-            fn now(&self) -> u64 {
-                now()
-            }
-            #[inline(always)]
-            fn affinity(&self, service_id: u32) -> Option<Affinity> {
-                affinity(&affinity_key(self.ctx, service_id))
-            }
-            #[inline(always)]
-            fn renew_affinity(&self, service_id: u32, now: u64) {
-                renew_affinity(&affinity_key(self.ctx, service_id), now);
-            }
-            #[inline(always)]
-            fn remember_affinity(&self, service_id: u32, replaces: Option<Affinity>, new: Affinity) -> u32 {
-                remember_affinity(&affinity_key(self.ctx, service_id), replaces, new)
-            }
         }
     };
 }
 
-kernel_tables!(Kernel4, Octets4, FrontendKey4, Endpoint4, SERVICES4, ENDPOINTS4, n_v4, v4);
-kernel_tables!(Kernel6, Octets6, FrontendKey6, Endpoint6, SERVICES6, ENDPOINTS6, n_v6, v6);
+kernel_tables!(Octets4, FrontendKey4, Endpoint4, SERVICES4, ENDPOINTS4, n_v4, v4);
+kernel_tables!(Octets6, FrontendKey6, Endpoint6, SERVICES6, ENDPOINTS6, n_v6, v6);

@@ -12,7 +12,7 @@ use std::{
 };
 
 use lb_common::{
-    Tables, Verdict,
+    Caller, Tables, Verdict,
     address::{Octets4, Octets6},
     layout::{self, Affinity, FamilyLayout, Frontend},
     resolve::{Choice, NodeAddress},
@@ -74,7 +74,7 @@ impl Memory {
 }
 
 /// One call's view: some operations run before each read.
-struct Spanning<'a, A> {
+struct Spanning<'a> {
     memory: RefCell<Memory>,
     ops: RefCell<&'a [Op]>,
     /// Number of operations before each read, repeated cyclically.
@@ -84,10 +84,9 @@ struct Spanning<'a, A> {
     random: u32,
     earlier: Option<Choice>,
     affinity: Cell<Option<Affinity>>,
-    family: std::marker::PhantomData<A>,
 }
 
-impl<A> Spanning<'_, A> {
+impl Spanning<'_> {
     fn read<T>(&self, read: impl FnOnce(&Memory) -> T) -> T {
         let n = self.pace[self.n_reads.get() % self.pace.len()];
         self.n_reads.set(self.n_reads.get() + 1);
@@ -115,9 +114,7 @@ fn octets<A: Octets>(ip: IpAddr) -> A {
     A::try_from(octets).unwrap_or_else(|_| panic!("{ip} is of the other family"))
 }
 
-impl<A: Octets> Tables for Spanning<'_, A> {
-    type Addr = A;
-
+impl<A: Octets> Tables<A> for Spanning<'_> {
     fn frontend_id(&self, key: &A::Key) -> Option<u32> {
         let (address, port, protocol) = A::key_parts(key);
         let protocol = if protocol == layout::Protocol::TCP { Protocol::Tcp } else { Protocol::Udp };
@@ -151,6 +148,9 @@ impl<A: Octets> Tables for Spanning<'_, A> {
         let ip = Ipv6Addr::from(*mapped).to_canonical();
         self.read(|memory| memory.cluster_ips.get(&ip).copied())
     }
+}
+
+impl Caller for Spanning<'_> {
     fn loopback_is_node(&self) -> bool {
         self.on_node
     }
@@ -218,7 +218,7 @@ fn run<A: Octets>(memory: &Memory, ops: &[Op], (to, on_node): Call, moment: &Mom
     let start = moment.start.index(ops.len() + 1);
     let mut memory = memory.clone();
     ops[..start].iter().for_each(|op| memory.apply(op));
-    let tables = Spanning::<A> {
+    let tables = Spanning {
         memory: RefCell::new(memory),
         ops: RefCell::new(&ops[start..]),
         pace: &moment.pace,
@@ -231,14 +231,13 @@ fn run<A: Octets>(memory: &Memory, ops: &[Op], (to, on_node): Call, moment: &Mom
             endpoint_id,
             reserved: 0,
         })),
-        family: std::marker::PhantomData,
     };
     let call = lb_common::resolve::Call {
         address: octets(to.ip),
         port: to.port,
         protocol: wire_protocol(to.protocol).unwrap(),
     };
-    match lb_common::resolve(&tables, &call) {
+    match lb_common::resolve(&tables, &tables, &call) {
         Verdict::Pass => Came::Untouched,
         Verdict::Refuse { .. } => Came::Refused,
         Verdict::Unreachable => Came::Unreachable,

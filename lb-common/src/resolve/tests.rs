@@ -56,7 +56,7 @@ impl Fake {
     }
 
     fn call(&self, address: Octets4, port: u16, protocol: Protocol) -> Verdict<Octets4> {
-        resolve(self, &Call { address, port, protocol })
+        resolve(self, self, &Call { address, port, protocol })
     }
 
     /// The endpoint id that a TCP call reaches, or `None` if it is passed or refused.
@@ -68,9 +68,7 @@ impl Fake {
     }
 }
 
-impl Tables for Fake {
-    type Addr = Octets4;
-
+impl Tables<Octets4> for Fake {
     fn frontend_id(&self, key: &FrontendKey4) -> Option<u32> {
         self.services.get(key).or(self.late.borrow().get(key)).copied()
     }
@@ -95,6 +93,9 @@ impl Tables for Fake {
         }
         self.cluster_ips.get(mapped).copied()
     }
+}
+
+impl Caller for Fake {
     fn loopback_is_node(&self) -> bool {
         self.loopback_is_node
     }
@@ -122,6 +123,49 @@ impl Tables for Fake {
         let _previous = self.affinity.borrow_mut().insert(service_id, new);
         new.endpoint_id
     }
+}
+
+/// A client without a socket: what a name server or a packet path knows.
+struct AnyClient(u32);
+
+impl Caller for AnyClient {
+    fn random(&self) -> u32 {
+        self.0
+    }
+}
+
+#[test]
+fn any_client_needs_a_random_number_alone() {
+    let mut tables = Fake { nodes: BTreeMap::from([(OWN.to_mapped(), NodeAddress::Own)]), ..Fake::default() };
+    let _ = tables.serve(VIP, 80, Protocol::TCP, &[1, 2]);
+    tables.serve(VIP, 81, Protocol::TCP, &[3, 4]).affinity_seconds = 60;
+    let _ = tables.serve(VIP, 82, Protocol::TCP, &[]);
+    let _ = tables.serve([0; 4], 30_000, Protocol::TCP, &[5]);
+    // The service with affinity remembers nothing: each call goes by its own random number.
+    for (address, port, random, expected) in [
+        (VIP, 80, 0, Some(1)),
+        (VIP, 80, u32::MAX, Some(2)),
+        (VIP, 81, u32::MAX, Some(4)),
+        (VIP, 81, 0, Some(3)),
+        (OWN, 30_000, 0, Some(5)),
+        // The client's loopback is its own, not this node's.
+        ([127, 0, 0, 1], 30_000, 0, None),
+        ([0; 4], 30_000, 0, None),
+        (OTHER, 80, 0, None),
+    ] {
+        let verdict = resolve(&tables, &AnyClient(random), &Call { address, port, protocol: Protocol::TCP });
+        let reached = match verdict {
+            Verdict::Redirect(target) => Some(target.choice.endpoint_id),
+            other => {
+                assert_eq!(other, Verdict::Pass, "{address:?}:{port}");
+                None
+            }
+        };
+        assert_eq!(reached, expected, "{address:?}:{port} {random}");
+    }
+    let refused = resolve(&tables, &AnyClient(0), &Call { address: VIP, port: 82, protocol: Protocol::TCP });
+    assert_eq!(refused, Verdict::Refuse { service_id: 102 });
+    assert!(tables.affinity.borrow().is_empty());
 }
 
 #[test]

@@ -6,7 +6,7 @@
 //! - Each address belongs to one node: to this node if it has it, else to the node whose name sorts first.
 //! - At most [`MAX_NODE_ADDRS`] addresses count: this node's first, then the first of each other node, the
 //!   second of each, and so on.
-//! - Loopback addresses are in neither set: [`lb_common::resolve::Tables::loopback_is_node`] decides about
+//! - Loopback addresses are in neither set: [`lb_common::resolve::Caller::loopback_is_node`] decides about
 //!   them.
 
 use std::{

@@ -15,9 +15,8 @@
 //! `tables`, `desired`, `model`.
 
 use std::{
-    cell::{Cell, RefCell},
+    cell::RefCell,
     collections::BTreeMap,
-    marker::PhantomData,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
 };
 
@@ -25,7 +24,7 @@ use lb_common::{
     Tables, Verdict,
     address::{Octets4, Octets6},
     layout::{self, Affinity, FamilyLayout, Frontend},
-    resolve::{Call, Choice, NodeAddress},
+    resolve::{Call, Choice, NodeAddress, find_frontend, resolve},
 };
 
 use crate::{
@@ -102,17 +101,10 @@ impl Simulator {
     /// is an IPv4 call, as in the hooks.
     pub fn call(&self, to: FrontendAddress, caller: Caller, random: u32, now: u64) -> Outcome {
         let Some(protocol) = wire_protocol(to.protocol) else { return Outcome::Untouched };
-        let random = Cell::new(random);
-        let port = to.port;
+        let (port, client) = (to.port, Client { simulator: self, caller, random, now });
         match to.ip.to_canonical() {
-            IpAddr::V4(ip) => {
-                let tables = View::<Octets4> { simulator: self, caller, random, now, family: PhantomData };
-                outcome(lb_common::resolve(&tables, &Call { address: ip.octets(), port, protocol }))
-            }
-            IpAddr::V6(ip) => {
-                let tables = View::<Octets6> { simulator: self, caller, random, now, family: PhantomData };
-                outcome(lb_common::resolve(&tables, &Call { address: ip.octets(), port, protocol }))
-            }
+            IpAddr::V4(ip) => outcome(resolve(self, &client, &Call { address: ip.octets(), port, protocol })),
+            IpAddr::V6(ip) => outcome(resolve(self, &client, &Call { address: ip.octets(), port, protocol })),
         }
     }
 
@@ -120,16 +112,10 @@ impl Simulator {
     #[must_use]
     pub fn find_frontend(&self, to: FrontendAddress, caller: Caller) -> Option<(u32, Frontend)> {
         let protocol = wire_protocol(to.protocol)?;
-        let (random, now, port) = (Cell::new(0), 0, to.port);
+        let (port, client) = (to.port, Client { simulator: self, caller, random: 0, now: 0 });
         match to.ip.to_canonical() {
-            IpAddr::V4(ip) => {
-                let tables = View::<Octets4> { simulator: self, caller, random, now, family: PhantomData };
-                lb_common::resolve::find_frontend(&tables, &Call { address: ip.octets(), port, protocol })
-            }
-            IpAddr::V6(ip) => {
-                let tables = View::<Octets6> { simulator: self, caller, random, now, family: PhantomData };
-                lb_common::resolve::find_frontend(&tables, &Call { address: ip.octets(), port, protocol })
-            }
+            IpAddr::V4(ip) => find_frontend(self, &client, &Call { address: ip.octets(), port, protocol }),
+            IpAddr::V6(ip) => find_frontend(self, &client, &Call { address: ip.octets(), port, protocol }),
         }
     }
 }
@@ -175,18 +161,7 @@ impl Octets for Octets6 {
     }
 }
 
-/// One call's view of the simulator.
-struct View<'a, A> {
-    simulator: &'a Simulator,
-    caller: Caller,
-    random: Cell<u32>,
-    now: u64,
-    family: PhantomData<A>,
-}
-
-impl<A: Octets> Tables for View<'_, A> {
-    type Addr = A;
-
+impl<A: Octets> Tables<A> for Simulator {
     fn frontend_id(&self, key: &A::Key) -> Option<u32> {
         let (address, port, protocol) = A::key_parts(key);
         let protocol = match protocol {
@@ -194,34 +169,40 @@ impl<A: Octets> Tables for View<'_, A> {
             layout::Protocol::UDP => Protocol::Udp,
             _ => return None,
         };
-        self.simulator.image.services.get(&FrontendAddress { ip: address.ip(), port, protocol }).copied()
+        self.image.services.get(&FrontendAddress { ip: address.ip(), port, protocol }).copied()
     }
     fn frontend(&self, frontend_id: u32) -> Option<Frontend> {
-        self.simulator.image.frontends.get(&frontend_id).copied()
+        self.image.frontends.get(&frontend_id).copied()
     }
     fn endpoint(&self, index: u32) -> Option<A::Endpoint> {
-        let Entry { endpoint_id, address } =
-            self.simulator.image.entry(A::FAMILY == lb_common::Family::V6, index)?;
+        let Entry { endpoint_id, address } = self.image.entry(A::FAMILY == lb_common::Family::V6, index)?;
         Some(A::entry(A::from_ip(address.ip())?, address.port(), endpoint_id))
     }
     fn node_ports(&self) -> (u16, u16) {
-        self.simulator.config.node_ports
+        self.config.node_ports
     }
     fn node_address(&self, mapped: &Octets6) -> Option<NodeAddress> {
         let ip = Ipv6Addr::from(*mapped).to_canonical();
-        self.simulator
-            .image
-            .node_addrs
-            .get(&ip)
-            .map(|&own| if own { NodeAddress::Own } else { NodeAddress::Other })
+        self.image.node_addrs.get(&ip).map(|&own| if own { NodeAddress::Own } else { NodeAddress::Other })
     }
     fn is_in_service_network(&self, address: &A) -> bool {
         let ip = address.ip();
-        self.simulator.image.service_cidrs.iter().any(|network| network.contains(ip))
+        self.image.service_cidrs.iter().any(|network| network.contains(ip))
     }
     fn cluster_ip(&self, mapped: &Octets6) -> Option<bool> {
-        self.simulator.image.cluster_ips.get(&Ipv6Addr::from(*mapped).to_canonical()).copied()
+        self.image.cluster_ips.get(&Ipv6Addr::from(*mapped).to_canonical()).copied()
     }
+}
+
+/// The caller of one call.
+struct Client<'a> {
+    simulator: &'a Simulator,
+    caller: Caller,
+    random: u32,
+    now: u64,
+}
+
+impl lb_common::Caller for Client<'_> {
     fn loopback_is_node(&self) -> bool {
         self.simulator.config.localhost_nodeports && self.caller.on_node
     }
@@ -229,7 +210,7 @@ impl<A: Octets> Tables for View<'_, A> {
         self.caller.earlier
     }
     fn random(&self) -> u32 {
-        self.random.get()
+        self.random
     }
     fn now(&self) -> u64 {
         self.now
