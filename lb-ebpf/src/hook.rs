@@ -186,14 +186,16 @@ impl<M: Mode> Caller for Pending<'_, M> {
 
     #[inline(always)]
     fn affinity(&self, service_id: u32) -> Option<Affinity> {
+        let key = &self.affinity_key(service_id);
         // SAFETY: copied out at once. An LRU element may be recycled meanwhile. The endpoint read then counts
         // only if it is in the frontend's run: at worst it is another endpoint of the same service.
-        unsafe { maps::AFFINITY.get(&self.affinity_key(service_id)).copied() }
+        unsafe { maps::AFFINITY.get(key).copied() }
     }
 
     #[inline(always)]
     fn renew_affinity(&self, service_id: u32, now: u64) {
-        if let Some(entry) = maps::AFFINITY.get_ptr_mut(&self.affinity_key(service_id)) {
+        let key = &self.affinity_key(service_id);
+        if let Some(entry) = maps::AFFINITY.get_ptr_mut(key) {
             // SAFETY: one aligned word of a live element.
             unsafe { (&raw mut (*entry).last_used).write_volatile(now) };
         }
@@ -202,13 +204,13 @@ impl<M: Mode> Caller for Pending<'_, M> {
     #[inline(always)]
     fn remember_affinity(&self, service_id: u32, replaces: Option<Affinity>, new: Affinity) -> u32 {
         let flags = if replaces.is_none() { BPF_NOEXIST } else { BPF_ANY };
-        let key = self.affinity_key(service_id);
-        if maps::AFFINITY.insert(&key, new, flags.into()).is_ok() {
+        let key = &self.affinity_key(service_id);
+        if maps::AFFINITY.insert(key, new, flags.into()).is_ok() {
             return new.endpoint_id;
         }
         // Another CPU was faster, or the kernel had no free element: then this choice stands.
         // SAFETY: as in `Self::affinity`.
-        unsafe { maps::AFFINITY.get(&key) }.map_or(new.endpoint_id, |standing| standing.endpoint_id)
+        unsafe { maps::AFFINITY.get(key) }.map_or(new.endpoint_id, |standing| standing.endpoint_id)
     }
 }
 

@@ -5,7 +5,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::{
-    address::Octets4,
+    address::{Address, Octets4},
     layout::{Endpoint4, FrontendKey4},
 };
 
