@@ -11,7 +11,7 @@ use lb_core::{
     plan::Capacity,
     sim::{Caller, Config, Outcome, Simulator},
     state::State,
-    tables::Image,
+    tables::{Addresses, Image},
 };
 use lb_tests::cluster::{Cluster, NAMESPACE, Object, object, service_cidr};
 use proptest::{bool, collection::vec, option, prelude::*, sample::subsequence};
@@ -442,8 +442,8 @@ impl Allowed {
 
     /// The same for several plans.
     pub(crate) fn among(images: &[Image], calls: &[Call]) -> Self {
-        let nodes: BTreeSet<&BTreeMap<IpAddr, bool>> = images.iter().map(|image| &image.node_addrs).collect();
-        let mixed = |frontends: &Image, nodes: &BTreeMap<IpAddr, bool>| {
+        let nodes: BTreeSet<&Addresses> = images.iter().map(|image| &image.node_addrs).collect();
+        let mixed = |frontends: &Image, nodes: &Addresses| {
             let simulator = simulator(Image { node_addrs: nodes.clone(), ..frontends.clone() });
             calls.iter().map(|call| outcomes(&simulator, *call)).collect()
         };

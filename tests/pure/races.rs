@@ -270,7 +270,7 @@ impl Window {
     }
 
     fn note(&mut self, state: &State) {
-        let ports = state.service_ids().map(|(port, id)| (id, Arc::clone(port)));
+        let ports = state.view().ports.into_iter().map(|(port, id)| (id, port));
         self.states.push((state.image().clone(), ports.collect()));
     }
 

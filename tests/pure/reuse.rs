@@ -45,7 +45,7 @@ type Meanings = BTreeSet<(&'static str, u32, String)>;
 
 fn meanings(encoder: &Encoder) -> Meanings {
     let image = encoder.image();
-    let services = encoder.service_ids().map(|(port, id)| ("service", id, format!("{port:?}")));
+    let services = encoder.service_ids().iter().map(|(port, id)| ("service", *id, format!("{port:?}")));
     let frontends = image.services.iter().map(|(address, id)| ("frontend", *id, address.to_string()));
     // An entry has its endpoint's id, which belongs to one service port; their addresses differ here.
     let entries = image.runs4.iter().flat_map(|(offset, entries)| {

@@ -80,8 +80,8 @@ impl Damage {
                 image.services.insert(stray, id);
             }
             _ => {
-                if let Some(run) = image.runs4.values_mut().next() {
-                    *run = run.iter().rev().copied().collect();
+                if let Some((offset, run)) = image.runs4.get_min().cloned() {
+                    image.runs4.insert(offset, run.iter().rev().copied().collect());
                 }
             }
         }
@@ -90,7 +90,9 @@ impl Damage {
 
 /// Removes from an image what cannot be read back from the kernel: what no call can find.
 fn read_back(image: &mut Image) {
-    image.frontends.retain(|id, _| image.services.values().any(|used| used == id));
+    let used: BTreeSet<u32> = image.services.values().copied().collect();
+    image.frontends =
+        std::mem::take(&mut image.frontends).into_iter().filter(|(id, _)| used.contains(id)).collect();
     let runs: BTreeSet<_> = image
         .services
         .iter()
@@ -99,7 +101,8 @@ fn read_back(image: &mut Image) {
         .map(|(ipv6, run)| (ipv6, run.offset))
         .collect();
     for ipv6 in [false, true] {
-        image.runs_mut(ipv6).retain(|offset, _| runs.contains(&(ipv6, *offset)));
+        let all = std::mem::take(image.runs_mut(ipv6)).into_iter();
+        image.runs_mut(ipv6).extend(all.filter(|(offset, _)| runs.contains(&(ipv6, *offset))));
     }
 }
 

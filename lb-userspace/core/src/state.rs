@@ -7,6 +7,7 @@ use std::{
     time::Instant,
 };
 
+use imbl::OrdMap;
 use lb_common::limits;
 
 use crate::{
@@ -19,6 +20,23 @@ use crate::{
     stale::{CurrentState, Fate, Flow, Flows, Search, StaleTracker},
     tables::{AddressTable, Image, MapUse},
 };
+
+/// The objects, and the maps that follow them, after one sync.
+///
+/// A clone costs a few references, whatever the number of objects: it shares what later syncs do not change.
+#[derive(Clone, Debug)]
+pub struct View {
+    /// The settings.
+    pub settings: Settings,
+    /// Addresses of this node's interfaces.
+    pub interfaces: Vec<IpAddr>,
+    /// The objects.
+    pub store: Store,
+    /// The content of the maps.
+    pub image: Image,
+    /// The service ports with frontends in the maps, each with the id of its counters.
+    pub ports: OrdMap<Arc<PortKey>, u32>,
+}
 
 /// The objects, the desired frontends, and the target image of the maps.
 #[derive(Debug)]
@@ -164,17 +182,6 @@ impl State {
             || self.are_cidrs_waiting;
         let is_dirty = !self.dirty.is_empty() || !self.touched_ips.is_empty();
         is_dirty || (is_waiting && self.has_new_room)
-    }
-
-    /// The services whose objects changed since the last sync.
-    pub fn changed_services(&self) -> impl Iterator<Item = &ServiceKey> {
-        self.dirty.services.iter()
-    }
-
-    /// Replaces the desired frontends of a service by those of the agent's last sync, since its objects may
-    /// have changed after it.
-    pub fn restore_frontends(&mut self, key: &ServiceKey, frontends: Vec<desired::Frontend>) {
-        let _touched = self.desired.set(key, frontends);
     }
 
     /// Computes the plan for the changes since the last sync, in time proportional to what they affect.
@@ -401,9 +408,17 @@ impl State {
         !self.is_first_sync
     }
 
-    /// The service ports with frontends in the maps, each with the id of its counters.
-    pub fn service_ids(&self) -> impl Iterator<Item = (&Arc<PortKey>, u32)> {
-        self.encoder.service_ids()
+    /// What a sync has put in force. Call it between the execution of a plan and the next change: then objects
+    /// and image belong together.
+    #[must_use]
+    pub fn view(&self) -> View {
+        View {
+            settings: self.settings.clone(),
+            interfaces: self.interfaces.clone(),
+            store: self.store.clone(),
+            image: self.image().clone(),
+            ports: self.encoder.service_ids().clone(),
+        }
     }
 
     /// How full the maps are.
@@ -574,6 +589,23 @@ mod tests {
     }
 
     #[test]
+    fn a_view_does_not_change_and_shares_what_later_syncs_leave() {
+        let mut state = state(16);
+        set(&mut state, "a", Some(1));
+        set(&mut state, "b", Some(2));
+        let _plan = state.sync();
+        let view = state.view();
+        set(&mut state, "b", None);
+        let _plan = state.sync();
+        let services = |store: &Store| store.services().map(|service| service.key.clone()).collect::<Vec<_>>();
+        assert_eq!((services(&view.store), services(state.store())), (vec![key("a"), key("b")], vec![key("a")]));
+        assert_eq!((view.image.services.len(), state.image().services.len()), (2, 1));
+        assert_eq!((view.ports.len(), state.view().ports.len()), (2, 1));
+        let shared = |store: &Store| Arc::as_ptr(store.shared_service(&key("a")).unwrap());
+        assert_eq!(shared(&view.store), shared(state.store()));
+    }
+
+    #[test]
     fn a_full_table_names_the_service_and_is_tried_again_when_there_is_room() {
         let mut state = state(1);
         set(&mut state, "a", Some(1));
@@ -606,30 +638,30 @@ mod tests {
         set(&mut state, "a", Some(1));
         set(&mut state, "b", Some(2));
         let plan = state.sync();
-        assert_eq!(state.image().cluster_ips, [(a, true), (b, false)].into());
+        assert_eq!(state.image().cluster_ips, [(a, true), (b, false)].into_iter().collect());
         state.settled(plan.number());
         set(&mut state, "a", None);
         let plan = state.sync();
         state.settled(plan.number());
         let _plan = state.sync();
-        assert_eq!(state.image().cluster_ips, [(b, true)].into());
+        assert_eq!(state.image().cluster_ips, [(b, true)].into_iter().collect());
 
         let mut keys = Suspects::default();
         keys.services.insert(FrontendAddress { ip: b, port: 80, protocol: Protocol::Tcp });
         state.miss(keys);
         assert!(state.needs_sync());
         let _plan = state.sync();
-        assert_eq!(state.image().cluster_ips, [(b, false)].into());
+        assert_eq!(state.image().cluster_ips, [(b, false)].into_iter().collect());
         state.found(Suspects::default());
         assert!(state.needs_sync());
         let _plan = state.sync();
-        assert_eq!(state.image().cluster_ips, [(b, true)].into());
+        assert_eq!(state.image().cluster_ips, [(b, true)].into_iter().collect());
     }
 
     /// A call may read the network before its removal, and the address afterwards.
     #[test]
     fn a_cluster_ip_stays_until_its_network_is_read_no_more() {
-        let ip = [10, 96, 0, 1].into();
+        let ip = IpAddr::from([10, 96, 0, 1]);
         let settings = Settings { service_cidrs: Some(Vec::new()), ..state(8).settings };
         let mut state = State::new(settings, Vec::new(), Capacity::default(), &Image::default());
         set(&mut state, "a", Some(1));
@@ -637,11 +669,11 @@ mod tests {
         state.change(|store| store.set_service_cidr("kubernetes", Some(cidr)));
         let plan = state.sync();
         state.settled(plan.number());
-        assert_eq!(state.image().cluster_ips, [(ip, true)].into());
+        assert_eq!(state.image().cluster_ips, [(ip, true)].into_iter().collect());
         state.change(|store| store.set_service_cidr("kubernetes", None));
         let plan = state.sync();
         assert!(state.image().service_cidrs.is_empty());
-        assert_eq!(state.image().cluster_ips, [(ip, true)].into());
+        assert_eq!(state.image().cluster_ips, [(ip, true)].into_iter().collect());
         assert!(!state.needs_sync(), "before a grace period has passed");
         state.settled(plan.number());
         assert!(state.needs_sync());
@@ -701,7 +733,7 @@ mod tests {
     /// Its address stays known when its label changes, but is not served.
     #[test]
     fn a_service_of_another_proxy_is_left_alone() {
-        let ip = [10, 96, 0, 1].into();
+        let ip = IpAddr::from([10, 96, 0, 1]);
         let mut state = state(8);
         for is_ours in [true, false, true] {
             set(&mut state, "a", Some(1));
@@ -715,7 +747,7 @@ mod tests {
                 });
             }
             let plan = state.sync();
-            assert_eq!(state.image().cluster_ips, [(ip, is_ours)].into());
+            assert_eq!(state.image().cluster_ips, [(ip, is_ours)].into_iter().collect());
             assert_eq!(state.image().services.len(), usize::from(is_ours));
             assert_eq!(state.image().service_cidrs, [network()]);
             state.settled(plan.number());
@@ -725,7 +757,7 @@ mod tests {
     /// Otherwise programs treat the address of a Service that does not fit as unallocated.
     #[test]
     fn no_network_is_in_force_while_a_cluster_ip_has_no_room() {
-        let former = (0..limits::MAX_CLUSTER_IPS).map(|n| (Ipv4Addr::from(n).into(), true)).collect();
+        let former = (0..limits::MAX_CLUSTER_IPS).map(|n| (IpAddr::from(Ipv4Addr::from(n)), true)).collect();
         let found = Image { cluster_ips: former, service_cidrs: vec![network()], ..Image::default() };
         let mut state = state_over(8, &found);
         set(&mut state, "a", Some(1));

@@ -1,6 +1,9 @@
 //! Audit and repair: compares the maps with the image and writes what differs.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::{
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    sync::Arc,
+};
 
 use lb_common::layout::{FrontendKey4, FrontendKey6};
 use lb_core::{
@@ -94,7 +97,7 @@ impl Maps {
             for (&offset, entries) in expected.runs(ipv6) {
                 let there: Option<Vec<Entry>> =
                     (offset..).take(entries.len()).map(|index| self.read_entry(ipv6, index)).collect();
-                found.runs_mut(ipv6).extend(there.map(|there| (offset, there.into())));
+                found.runs_mut(ipv6).extend(there.map(|there| (offset, Arc::<[Entry]>::from(there))));
             }
         }
         for &(table, address) in &suspects.addresses {

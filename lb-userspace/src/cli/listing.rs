@@ -90,19 +90,15 @@ pub fn state_of(snapshot: Snapshot) -> State {
     })
 }
 
-/// Builds the state of an agent's objects. The frontends are those of the kernel, the objects are the latest.
+/// Builds the state of an agent's objects.
 #[must_use]
 pub fn state_of_known(known: Known) -> State {
-    let mut state = state(known.settings, known.interfaces, |store| {
+    state(known.settings, known.interfaces, |store| {
         let mut changes = store.replace_nodes(known.nodes);
         changes.merge(store.replace_services(known.services));
         changes.merge(store.replace_slices(known.slices));
         changes
-    });
-    for (key, frontends) in known.former {
-        state.restore_frontends(&key, frontends);
-    }
-    state
+    })
 }
 
 fn state(settings: Settings, interfaces: Vec<IpAddr>, fill: impl FnOnce(&mut Store) -> Changes) -> State {

@@ -6,7 +6,6 @@ use std::{
 };
 
 use lb_agent::{
-    controller::known::known,
     serve::known::{Known, Which},
     snapshot::{self, Snapshot},
 };
@@ -120,7 +119,7 @@ impl At {
         match Snapshot::read(state_dir).map(state_of) {
             Ok(state) => {
                 let all = state.issues().collect();
-                let mut known = Known { issues: all, ..known(&state, Which::At(address)) };
+                let mut known = Known { issues: all, ..Known::of(&state.view(), Which::At(address)) };
                 known.keep_issues_at(address);
                 let notice = Some(from_snapshot(reason, snapshot::modified(state_dir)));
                 Self { state: Some(state), issues: known.issues, notice, tag: None }

@@ -16,7 +16,6 @@
 //! Everything.
 
 pub mod issues;
-pub mod known;
 pub mod latency;
 mod lock_wait;
 pub mod run;

@@ -27,7 +27,6 @@ use tracing::{debug, error, info, warn};
 use super::{
     Latency,
     issues::{IssueChanges, LoggedIssues},
-    known::known,
     lock_wait,
     save::SnapshotSchedule,
     start::{PATIENCE, Phase},
@@ -35,9 +34,8 @@ use super::{
 use crate::{
     self_test,
     serve::{
-        self, ListenError, Listeners, LoopHandle, LoopView, Question,
+        self, ListenError, Listeners, LoopView, Published,
         health_ports::{self, HealthChecks},
-        known::Known,
     },
     snapshot::{self, Found, Snapshot, SnapshotError, Writer, Written},
     source::{Contact, Exclusions, Source},
@@ -46,7 +44,6 @@ use crate::{
         away::{Away, Serves},
         health::{SelfTest, Vitals},
         metrics::AuditResult,
-        scrape::View,
     },
 };
 
@@ -64,9 +61,6 @@ const INTERFACES: Duration = Duration::from_secs(5);
 const PROGRAM_LOG: Duration = Duration::from_millis(100);
 /// How often the snapshot is written, if it is outdated.
 const SNAPSHOT: Duration = Duration::from_secs(2);
-
-/// Capacity of the queue of questions to the loop. Further scrapes wait.
-const QUESTIONS: usize = 4;
 
 /// Options of the loop.
 #[derive(Clone, Debug)]
@@ -131,8 +125,7 @@ pub async fn run(
     let (mut agent, beside) = Agent::attach(options, settings, &*source, listeners, proof.as_mut())?;
     // Whether the adopted tables already lead the self-test's calls to this agent, before any sync.
     let has_adopted_endpoints = proof.as_ref().is_some_and(SelfTests::is_found);
-    let Background { mut graces, mut questions, mut port_issues, health_ports, _serving, _excluding } =
-        beside;
+    let Background { mut graces, mut port_issues, health_ports, _serving, _excluding } = beside;
     let Timers { mut interfaces, mut snapshots, mut audits } = Timers::start(agent.options.audit_interval);
     // Maps that could not be read keep serving. They too are at least as new as the snapshot.
     let has_adopted = agent.kernel.is_staged() || !agent.state.image().services.is_empty();
@@ -162,8 +155,6 @@ pub async fn run(
                 let pause = if agent.sync(&*source) { agent.options.min_sync_interval } else { RETRY };
                 not_before = Instant::now() + pause;
             }
-            // After a sync and before more changes: so the objects match the tables.
-            Some(question) = questions.recv() => agent.answer(&*source, question),
             () = time::sleep_until(started + PATIENCE), if phase == Phase::Waiting => {
                 phase = agent.serve_without_source(&*source, has_adopted).await;
             }
@@ -183,7 +174,7 @@ pub async fn run(
                 phase = phase.answered();
                 agent.apply_source_changes(&mut *source);
             }
-            on_self_test = next_self_test(&mut proof), if agent.has_synced || has_adopted_endpoints => agent.on_self_test(on_self_test),
+            on_self_test = next_self_test(&mut proof), if agent.n_syncs > 0 || has_adopted_endpoints => agent.on_self_test(on_self_test),
             Some(()) = graces.recv() => agent.on_grace_period(),
             changed = port_issues.changed(), if has_ports => {
                 has_ports = changed.is_ok();
@@ -279,8 +270,8 @@ struct Agent {
     options: Options,
     metrics: Metrics,
     vitals: watch::Sender<Vitals>,
-    /// Number of syncs.
-    changes: watch::Sender<u64>,
+    /// What pages and commands read.
+    published: watch::Sender<Published>,
     health_checks: watch::Sender<HealthChecks>,
     excluding: watch::Sender<ExcludedPods>,
     port_issues: watch::Receiver<Vec<Issue>>,
@@ -294,7 +285,8 @@ struct Agent {
     writing: Option<Task<Written, SnapshotError>>,
     save_problem: Option<String>,
     auditing: Option<Task<Findings, KernelError>>,
-    has_synced: bool,
+    /// Number of successful syncs.
+    n_syncs: u64,
     latency: Latency,
     /// State of the pins at the last check.
     pins: Pins,
@@ -304,8 +296,6 @@ struct Agent {
 struct Background {
     /// One message per expired grace period.
     graces: mpsc::Receiver<()>,
-    /// Questions about the state.
-    questions: mpsc::Receiver<Question>,
     port_issues: watch::Receiver<Vec<Issue>>,
     health_ports: JoinHandle<()>,
     _serving: JoinSet<()>,
@@ -349,10 +339,12 @@ impl Agent {
         vitals.refused_sizes = kernel.too_small().iter().map(ToString::to_string).collect();
         let maps_path = kernel.maps_path();
         let (vitals, signs_of_life) = watch::channel(vitals);
-        let (asking, questions) = mpsc::channel::<Question>(QUESTIONS);
-        let (changes, following) = watch::channel(0);
-        let insight =
-            LoopView { vitals: signs_of_life.clone(), changes: following, asker: LoopHandle::new(asking) };
+        let (published, reading) = watch::channel(Published::new(&state));
+        let insight = LoopView {
+            vitals: signs_of_life.clone(),
+            published: reading,
+            contact: source.contact().cloned(),
+        };
         let serving = listeners.serve(&maps_path, &options.state_dir, &metrics, insight)?;
         let (health_checks, wanted) = watch::channel(HealthChecks::default());
         let (reporting, port_issues) = watch::channel(Vec::new());
@@ -360,7 +352,6 @@ impl Agent {
         let (excluding, excluded) = watch::channel(ExcludedPods::default());
         let beside = Background {
             graces,
-            questions,
             port_issues: port_issues.clone(),
             health_ports,
             _serving: serving,
@@ -376,7 +367,7 @@ impl Agent {
             options,
             metrics,
             vitals,
-            changes,
+            published,
             health_checks,
             excluding,
             port_issues,
@@ -386,7 +377,7 @@ impl Agent {
             writing: None,
             save_problem: None,
             auditing: None,
-            has_synced: false,
+            n_syncs: 0,
             latency: Latency::default(),
             pins: Pins::InPlace,
         };
@@ -542,6 +533,11 @@ impl Agent {
     /// Brings the maps to the desired state. `false` if that failed and is to be retried.
     fn sync(&mut self, source: &dyn Source) -> bool {
         let started = Instant::now();
+        // Silently: readers of the last view wait only if they ask now.
+        self.published.send_if_modified(|published| {
+            published.is_syncing = true;
+            false
+        });
         let plan = self.state.sync();
         // May wait for a grace period.
         let result = self.kernel.apply(&plan);
@@ -555,11 +551,13 @@ impl Agent {
                 error!(%error, "a sync failed: reading the kernel's maps and retrying");
                 self.metrics.sync_failed();
                 self.readopt();
+                self.publish(self.issues(source));
                 return false;
             }
         };
         let (n_frontends, took) = (self.state.image().services.len(), started.elapsed());
-        if std::mem::replace(&mut self.has_synced, true) {
+        self.n_syncs += 1;
+        if self.n_syncs > 1 {
             // Not at info: a large rollout changes endpoints hundreds of times a second.
             debug!(n_ops, n_frontends, ?took, "synced");
         } else {
@@ -568,7 +566,6 @@ impl Agent {
             lb_kernel::syscall::return_free_memory();
         }
         self.state.miss(no_room);
-        self.changes.send_modify(|n_syncs| *n_syncs = n_syncs.wrapping_add(1));
         self.metrics.synced(took, n_ops, SystemTime::now());
         self.note_latency();
         let n_refused = self.state.n_refused();
@@ -628,32 +625,21 @@ impl Agent {
         self.vitals.send_modify(|vitals| vitals.self_test = self_test);
     }
 
-    /// Answers a question. Costs a few references: the asker does the work.
-    fn answer(&self, source: &dyn Source, question: Question) {
-        // The asker may have timed out.
-        match question {
-            Question::View(answer) => drop(answer.send(self.view(source))),
-            Question::Known(which, answer) => {
-                let known = Known {
-                    has_synced: self.has_synced,
-                    issues: self.issues(source),
-                    save_problem: self.save_problem.clone(),
-                    ..known(&self.state, which)
-                };
-                drop(answer.send(known));
+    /// Publishes the issues, and after a sync what it put in force: changes since then are not in the maps.
+    fn publish(&self, issues: Vec<Issue>) {
+        self.published.send_if_modified(|published| {
+            let differs = published.is_syncing
+                || *published.issues != *issues
+                || published.save_problem != self.save_problem;
+            if published.is_syncing {
+                *published = Published { n_syncs: self.n_syncs, ..Published::new(&self.state) };
             }
-        }
-    }
-
-    fn view(&self, source: &dyn Source) -> View {
-        let contact = source.contact();
-        View {
-            answer_ages: contact.map(|contact| contact.ages(Instant::now().into_std())).unwrap_or_default(),
-            source_failures: contact.map(Contact::failures).unwrap_or_default(),
-            ports: self.state.service_ids().map(|(key, id)| (key.clone(), id)).collect(),
-            services: self.state.store().shared_services().cloned().collect(),
-            maps: self.state.map_use().into(),
-        }
+            if differs {
+                published.issues = issues.into();
+                published.save_problem.clone_from(&self.save_problem);
+            }
+            differs
+        });
     }
 
     fn readopt(&mut self) {
@@ -721,11 +707,16 @@ impl Agent {
     /// A grace period has expired, perhaps the last one requested.
     fn on_grace_period(&mut self) {
         self.state.settled(self.kernel.settled());
+        self.published.send_if_modified(|published| {
+            published.maps = self.state.map_use();
+            false
+        });
     }
 
     /// Logs new issues once each, and those that are gone. Notifies about new ones.
     fn report(&mut self, source: &dyn Source) {
         let issues = self.issues(source);
+        self.publish(issues.clone());
         let IssueChanges { new, gone, n_more } = self.reported.follow(issues);
         self.metrics.issues(self.reported.len());
         for issue in &new {

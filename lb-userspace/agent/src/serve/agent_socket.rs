@@ -44,7 +44,7 @@ use tokio::{
 use tracing::{debug, info, warn};
 
 use super::{
-    LoopHandle, PATIENCE, Question,
+    PATIENCE, Published, current,
     http::{self, Accept, Answer, Pages, answer, large_json, text},
     known::{Known, Which},
     pages::{HealthPages, MetricsPages},
@@ -64,7 +64,7 @@ const SETTLE: Duration = Duration::from_secs(5);
 const LOOK: Duration = Duration::from_secs(5);
 /// Maximum time that a request waits for a change.
 const WAIT: Duration = Duration::from_secs(20);
-/// Minimum time between two questions of such a request to the loop.
+/// Minimum time between two answers that such a request computes.
 const PAUSE: Duration = Duration::from_millis(20);
 /// Maximum number of large answers at a time. Each holds a thread and the objects of its time.
 const LARGE: usize = 4;
@@ -220,9 +220,7 @@ pub(super) async fn serve(state_dir: PathBuf, pages: Arc<AgentPages>) {
 pub(super) struct AgentPages {
     pub(super) metrics: Arc<MetricsPages>,
     pub(super) health: HealthPages,
-    pub(super) asker: LoopHandle,
-    /// Number of syncs.
-    pub(super) changes: watch::Receiver<u64>,
+    published: watch::Receiver<Published>,
     /// Distinguishes this agent from the next. A process id does not: in a container it is always 1.
     started: Duration,
     large: Arc<Semaphore>,
@@ -232,25 +230,11 @@ impl AgentPages {
     pub(super) fn new(
         metrics: Arc<MetricsPages>,
         health: HealthPages,
-        asker: LoopHandle,
-        changes: watch::Receiver<u64>,
+        published: watch::Receiver<Published>,
     ) -> Self {
         let started = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         let large = Arc::new(Semaphore::new(LARGE));
-        Self { metrics, health, asker, changes, started, large }
-    }
-
-    /// The requested state; `None` if the loop does not answer in time.
-    async fn ask(&self, which: Which) -> Option<Known> {
-        let known = self.asker.ask(|answer| Question::Known(which, answer)).await;
-        known.map(|mut known| {
-            if let Which::At(address) = which {
-                known.keep_issues_at(address);
-            }
-            known.issues.sort_unstable();
-            known.issues.dedup();
-            known
-        })
+        Self { metrics, health, published, started, large }
     }
 
     async fn objects(&self, query: &Query) -> Answer {
@@ -266,15 +250,17 @@ impl AgentPages {
 
     /// All objects, serialised while sending.
     async fn all(&self, after: Option<&str>) -> Answer {
-        let tag = format!("{}-{}", self.started.as_nanos(), *self.changes.borrow());
+        let Some(published) = current(&mut self.published.clone()).await else { return busy() };
+        let tag = format!("{}-{}", self.started.as_nanos(), published.n_syncs);
         if after == Some(&tag) {
             return text(StatusCode::NOT_MODIFIED, "");
         }
         let place = time::timeout(PATIENCE, Arc::clone(&self.large).acquire_owned()).await;
-        let (Ok(Ok(place)), Some(known)) = (place, self.ask(Which::All).await) else { return busy() };
+        let Ok(Ok(place)) = place else { return busy() };
         let (answer, mut writer) = large_json();
         let _writing = tokio::task::spawn_blocking(move || {
             use io::Write as _;
+            let known = known(&published, Which::All);
             let written = serde_json::to_writer(&mut writer, &known).map_err(io::Error::from);
             // The client may have disconnected.
             let _gone = written.and_then(|()| writer.flush());
@@ -285,14 +271,13 @@ impl AgentPages {
 
     /// A small answer: at once, or when its tag differs from `after`.
     async fn some(&self, which: Which, after: Option<&str>) -> Answer {
-        let mut changes = self.changes.clone();
+        let mut published = self.published.clone();
         let deadline = Instant::now() + WAIT;
         loop {
-            changes.mark_unchanged();
-            let Some(known) = self.ask(which).await else { return busy() };
+            let Some(now) = current(&mut published).await else { return busy() };
             // Strings, numbers and lists always serialise.
-            let body = serde_json::to_vec(&known).unwrap_or_default();
-            drop(known);
+            let body = serde_json::to_vec(&known(&now, which)).unwrap_or_default();
+            drop(now);
             let mut hasher = DefaultHasher::new();
             hasher.write(&body);
             let tag = format!("{:016x}", hasher.finish());
@@ -300,7 +285,7 @@ impl AgentPages {
                 return tagged(answer(StatusCode::OK, "application/json", body), &tag);
             }
             time::sleep(PAUSE).await;
-            if !matches!(time::timeout_at(deadline, changes.changed()).await, Ok(Ok(()))) {
+            if !matches!(time::timeout_at(deadline, published.changed()).await, Ok(Ok(()))) {
                 return text(StatusCode::NOT_MODIFIED, "");
             }
         }
@@ -317,8 +302,27 @@ impl Pages for AgentPages {
     }
 }
 
+/// The requested state.
+fn known(published: &Published, which: Which) -> Known {
+    let mut known = Known {
+        has_synced: published.n_syncs > 0,
+        issues: published.issues.to_vec(),
+        save_problem: published.save_problem.clone(),
+        ..Known::of(&published.view, which)
+    };
+    if let Which::At(address) = which {
+        known.keep_issues_at(address);
+    }
+    known.issues.sort_unstable();
+    known.issues.dedup();
+    known
+}
+
 fn busy() -> Answer {
-    text(StatusCode::SERVICE_UNAVAILABLE, "the agent's loop does not answer in time\n")
+    text(
+        StatusCode::SERVICE_UNAVAILABLE,
+        "the agent is busy: a sync takes long, or other commands read all objects\n",
+    )
 }
 
 fn tagged(mut answer: Answer, tag: &str) -> Answer {

@@ -8,8 +8,10 @@ use std::{
 };
 
 use lb_core::{
-    desired::{Frontend, FrontendAddress, Settings},
-    model::{Cidr, Issue, Node, ObjectKind, Service, ServiceKey, Slice},
+    desired::{FrontendAddress, Settings},
+    model::{Cidr, Family, Issue, Node, ObjectKind, Service, Slice, address},
+    state::View,
+    tables::Image,
 };
 use serde::{Deserialize, Serialize};
 
@@ -24,7 +26,7 @@ pub enum Which {
     At(FrontendAddress),
 }
 
-/// Objects and settings at one time between two syncs, shared with the agent's store.
+/// Objects and settings after a sync, shared with the agent's store: they match the maps.
 ///
 /// For the same build only: a command treats a body that it cannot read as no answer.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -41,8 +43,6 @@ pub struct Known {
     pub slices: Vec<Arc<Slice>>,
     /// All nodes; empty if only issues are requested.
     pub nodes: Vec<Arc<Node>>,
-    /// The services whose objects changed since the last sync, each with its frontends in the maps.
-    pub former: Vec<(ServiceKey, Vec<Frontend>)>,
     /// For one address: the frontends that calls may match, each with its endpoints in the maps.
     pub tables: Vec<(FrontendAddress, Vec<SocketAddr>)>,
     /// For one address: `None` if it is not a cluster IP in the tables, else whether undefined ports of it
@@ -57,6 +57,47 @@ pub struct Known {
 }
 
 impl Known {
+    /// The requested objects of a view. Fields that it cannot fill, such as the source's issues, are empty.
+    ///
+    /// Costs one reference per object for [`Which::All`], and reads each Service for [`Which::At`].
+    #[must_use]
+    pub fn of(view: &View, which: Which) -> Self {
+        let (store, image) = (&view.store, &view.image);
+        let mut known = Self {
+            has_synced: false,
+            settings: view.settings.clone(),
+            interfaces: view.interfaces.clone(),
+            services: Vec::new(),
+            slices: Vec::new(),
+            nodes: Vec::new(),
+            tables: Vec::new(),
+            cluster_ip: None,
+            networks: Vec::new(),
+            issues: Vec::new(),
+            save_problem: None,
+        };
+        match which {
+            Which::Issues => {}
+            Which::All => {
+                known.services = store.shared_services().cloned().collect();
+                known.slices = store.shared_slices().cloned().collect();
+                known.nodes = store.shared_nodes().cloned().collect();
+            }
+            Which::At(to) => {
+                let addresses = addresses(image, to);
+                for service in store.shared_services().filter(|service| is_named(service, &addresses)) {
+                    known.services.push(Arc::clone(service));
+                    known.slices.extend(store.shared_slices_of(&service.key).cloned());
+                }
+                known.nodes = store.shared_nodes().cloned().collect();
+                known.cluster_ip = image.cluster_ips.get(&to.ip.to_canonical()).copied();
+                known.networks.clone_from(&image.service_cidrs);
+                known.tables = addresses.into_iter().filter_map(|address| held(image, address)).collect();
+            }
+        }
+        known
+    }
+
     /// Removes issues that do not concern an address: those of other objects whose text does not name it.
     ///
     /// An unreadable slice names no service. It counts as one of the service whose name is its prefix, as in
@@ -87,6 +128,35 @@ impl Known {
                 || names(&issue.kind.to_string(), &ip)
         });
     }
+}
+
+/// The keys that a call may match: its own address, and the wildcard of node ports if the address is a
+/// node's.
+fn addresses(image: &Image, to: FrontendAddress) -> Vec<FrontendAddress> {
+    let to = FrontendAddress { ip: to.ip.to_canonical(), ..to };
+    let on_nodes = FrontendAddress { ip: address::unspecified(address::family(to.ip)), ..to };
+    let is_on_node = to.ip.is_loopback() || image.node_addrs.contains_key(&to.ip);
+    if is_on_node { vec![to, on_nodes] } else { vec![to] }
+}
+
+/// Whether a service's object names one of these addresses. Its ports do not matter: one may have been left
+/// out.
+fn is_named(service: &Service, addresses: &[FrontendAddress]) -> bool {
+    addresses.iter().any(|address| {
+        let ip = address.ip;
+        let cluster_ip = service.cluster_ip(if ip.is_ipv6() { Family::V6 } else { Family::V4 });
+        cluster_ip == Some(ip)
+            || service.external_ips.contains(&ip)
+            || service.load_balancer_ips.contains(&ip)
+            || (ip.is_unspecified() && service.ports.iter().any(|port| port.node_port == Some(address.port)))
+    })
+}
+
+/// The frontend in the tables at an address, and its endpoints there.
+fn held(image: &Image, address: FrontendAddress) -> Option<(FrontendAddress, Vec<SocketAddr>)> {
+    let frontend = image.frontends.get(image.services.get(&address)?)?;
+    let entries = image.entries(address.ip.is_ipv6(), frontend.run)?;
+    Some((address, entries.iter().map(|entry| entry.address).collect()))
 }
 
 /// Whether a text contains an address as a whole word: `10.0.0.1` is not in `10.0.0.12`.

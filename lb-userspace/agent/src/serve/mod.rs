@@ -9,7 +9,7 @@
 //!
 //! - No client can block the agent or exhaust its memory: connections, header sizes and times are bounded,
 //!   and request bodies are not read.
-//! - A question to the agent's loop is answered in bounded time, even if the loop is stuck.
+//! - No request waits for the agent's loop, except for the end of a sync in progress, in bounded time.
 //! - An empty address opens no listener.
 //!
 //! # Depends on
@@ -30,21 +30,23 @@ use std::{
     time::Duration,
 };
 
-use lb_kernel::{KernelError, Maps};
-use tokio::{
-    net::TcpListener,
-    sync::{Mutex, mpsc, oneshot, watch},
-    task::JoinSet,
-    time::{self, Instant},
+use lb_core::{
+    model::Issue,
+    state::{State, View},
+    tables::MapUse,
 };
+use lb_kernel::{KernelError, Maps};
+use tokio::{net::TcpListener, sync::watch, task::JoinSet, time};
 use tracing::info;
 
 use self::{
     agent_socket::AgentPages,
-    known::{Known, Which},
     pages::{HealthPages, MetricsPages},
 };
-use crate::telemetry::{Metrics, health::Vitals, scrape::View};
+use crate::{
+    source::Contact,
+    telemetry::{Metrics, health::Vitals},
+};
 
 /// Listen addresses, and the settings that `/configz` shows.
 #[derive(Clone, Debug, Default)]
@@ -71,54 +73,47 @@ pub struct ListenError {
     pub remedy: &'static str,
 }
 
-/// A question about the agent's state, with the channel for its answer.
-#[derive(Debug)]
-pub enum Question {
-    /// From a scrape.
-    View(oneshot::Sender<View>),
-    /// From a command.
-    Known(Which, oneshot::Sender<Known>),
-}
-
-/// Timeout of the loop's answer.
+/// How long a reader waits for a sync that is being applied.
 const PATIENCE: Duration = Duration::from_secs(2);
-/// Pause after an answer: as long as the answer took, within these bounds. The loop answers questions before
-/// it applies changes, and endless questions must not starve the changes.
-const PAUSE: [Duration; 2] = [Duration::from_millis(1), Duration::from_millis(10)];
 
-/// Asks the agent's loop, one question at a time.
+/// What the loop publishes after each sync, for pages and commands. A clone costs a few references.
 #[derive(Clone, Debug)]
-pub struct LoopHandle {
-    questions: mpsc::Sender<Question>,
-    turn: Arc<Mutex<()>>,
+pub struct Published {
+    /// The objects and the maps after the last sync.
+    pub view: Arc<View>,
+    /// Number of successful syncs. Before the first, the view has no objects, and the maps may have entries
+    /// of an earlier agent.
+    pub n_syncs: u64,
+    /// The issues.
+    pub issues: Arc<[Issue]>,
+    /// Why the last snapshot was not written.
+    pub save_problem: Option<String>,
+    /// How full the maps are, also after grace periods.
+    pub maps: [MapUse; 7],
+    /// Whether a sync is changing the maps, so that they may be newer than the view.
+    pub is_syncing: bool,
 }
 
-impl LoopHandle {
-    /// Sends questions to this channel.
+impl Published {
+    /// The state before the first sync.
     #[must_use]
-    pub fn new(questions: mpsc::Sender<Question>) -> Self {
-        Self { questions, turn: Arc::default() }
+    pub fn new(state: &State) -> Self {
+        Self {
+            view: Arc::new(state.view()),
+            n_syncs: 0,
+            issues: Arc::default(),
+            save_problem: None,
+            maps: state.map_use(),
+            is_syncing: false,
+        }
     }
+}
 
-    /// The loop's answer; `None` on a timeout.
-    async fn ask<T>(&self, question: impl FnOnce(oneshot::Sender<T>) -> Question) -> Option<T> {
-        let asked = async {
-            let turn = Arc::clone(&self.turn).lock_owned().await;
-            let (answer, answered) = oneshot::channel();
-            let asked = Instant::now();
-            self.questions.send(question(answer)).await.ok()?;
-            let answered = answered.await.ok();
-            let [least, most] = PAUSE;
-            let pause = asked.elapsed().clamp(least, most);
-            // The answer is returned without the pause.
-            let _pausing = tokio::spawn(async move {
-                time::sleep(pause).await;
-                drop(turn);
-            });
-            answered
-        };
-        time::timeout(PATIENCE, asked).await.ok().flatten()
-    }
+/// What is published now, or once the sync in progress is. So an answer is never older than maps that were
+/// read before it. `None` if the sync takes too long, or the agent exits during it.
+async fn current(published: &mut watch::Receiver<Published>) -> Option<Published> {
+    let current = time::timeout(PATIENCE, published.wait_for(|published| !published.is_syncing)).await;
+    current.ok()?.ok().map(|published| published.clone())
 }
 
 /// What servers read of the agent's loop.
@@ -126,10 +121,10 @@ impl LoopHandle {
 pub struct LoopView {
     /// The loop's heartbeat.
     pub vitals: watch::Receiver<Vitals>,
-    /// Number of syncs.
-    pub changes: watch::Receiver<u64>,
-    /// Sends questions to the loop.
-    pub asker: LoopHandle,
+    /// The state after the last sync.
+    pub published: watch::Receiver<Published>,
+    /// The source's last answers; `None` for a source without outages.
+    pub contact: Option<Contact>,
 }
 
 /// Open sockets. Until [`Self::serve`] they answer that the agent is starting: a client such as a kubelet's
@@ -172,7 +167,7 @@ impl Listeners {
     }
 
     /// Serves the pages of a started agent until the returned value is dropped, also at the socket in
-    /// `state_dir`. Questions go to the agent's loop.
+    /// `state_dir`.
     ///
     /// # Errors
     ///
@@ -184,14 +179,15 @@ impl Listeners {
         metrics: &Metrics,
         insight: LoopView,
     ) -> Result<JoinSet<()>, KernelError> {
-        let LoopView { vitals, changes, asker } = insight;
+        let LoopView { vitals, published, contact } = insight;
         let config = self.config.to_string();
-        let pages = MetricsPages::new(metrics.clone(), Maps::open(pin_path)?, asker.clone(), config);
+        let maps = Maps::open(pin_path)?;
+        let pages = MetricsPages::new(metrics.clone(), maps, published.clone(), contact, config);
         let pages = Arc::new(pages);
         let health = HealthPages { vitals, metrics: metrics.clone() };
         let _first = self.metrics.set(Arc::clone(&pages));
         let _first = self.healthz.set(Arc::new(health.clone()));
-        let pages = Arc::new(AgentPages::new(pages, health, asker, changes));
+        let pages = Arc::new(AgentPages::new(pages, health, published));
         self.serving.spawn(agent_socket::serve(state_dir.to_owned(), pages));
         Ok(self.serving)
     }
@@ -228,45 +224,42 @@ async fn listen(flag: &'static str, address: Option<SocketAddr>) -> Result<Optio
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
-    use tokio::time;
+    use lb_core::{desired::Settings, plan::Capacity, tables::Image};
 
     use super::*;
 
-    /// However many clients ask endlessly, the loop has time for changes between two answers.
+    fn published(state: &State) -> (watch::Sender<Published>, watch::Receiver<Published>) {
+        watch::channel(Published::new(state))
+    }
+
+    fn state() -> State {
+        State::new(Settings::of_node("node"), Vec::new(), Capacity::default(), &Image::default())
+    }
+
+    /// A command reads the maps and then asks: the answer has at least what the maps had.
     #[tokio::test]
-    async fn questions_leave_the_loop_time() {
-        let (questions, mut heard) = mpsc::channel(4);
-        let asker = LoopHandle::new(questions);
-        let mut asking = JoinSet::new();
-        for _ in 0..64 {
-            let asker = asker.clone();
-            asking.spawn(async move {
-                loop {
-                    let _answer = asker.ask(Question::View).await;
-                }
-            });
-        }
-        let (started, mut n_heard) = (Instant::now(), 0);
-        while started.elapsed() < Duration::from_millis(200) {
-            if let Some(Question::View(answer)) = heard.recv().await {
-                n_heard += 1;
-                let _gone = answer.send(View::default());
-            }
-        }
-        let most = started.elapsed().as_millis() / PAUSE[0].as_millis() + 1;
-        assert!(n_heard > 1 && n_heard <= most, "{n_heard} questions, {most} at most");
+    async fn a_sync_in_progress_is_waited_for() {
+        let (publishing, mut reading) = published(&state());
+        assert_eq!(current(&mut reading).await.unwrap().n_syncs, 0);
+        publishing.send_modify(|published| published.is_syncing = true);
+        let mut other = reading.clone();
+        let waiting = tokio::spawn(async move { current(&mut other).await });
+        let early = time::timeout(Duration::from_millis(50), current(&mut reading)).await;
+        assert!(early.is_err(), "an answer during a sync");
+        publishing.send_modify(|published| (published.is_syncing, published.n_syncs) = (false, 1));
+        assert_eq!(waiting.await.unwrap().unwrap().n_syncs, 1);
     }
 
     #[tokio::test]
-    async fn a_loop_that_is_gone_or_loses_a_question_is_not_waited_for() {
-        let (questions, mut heard) = mpsc::channel(4);
-        let asker = LoopHandle::new(questions);
-        let losing = tokio::spawn(async move { drop(heard.recv().await) });
-        assert_eq!(asker.ask(Question::View).await, None);
-        losing.await.unwrap();
-        assert_eq!(asker.ask(Question::View).await, None);
+    async fn a_loop_that_is_gone_or_does_not_end_its_sync_is_not_waited_for() {
+        let (publishing, mut reading) = published(&state());
+        publishing.send_modify(|published| published.is_syncing = true);
+        assert!(current(&mut reading).await.is_none(), "the sync does not end");
+        drop(publishing);
+        assert!(current(&mut reading).await.is_none(), "the sync never ends");
+        let (publishing, mut reading) = published(&state());
+        drop(publishing);
+        assert!(current(&mut reading).await.is_some(), "the maps stay as published");
     }
 
     #[tokio::test]

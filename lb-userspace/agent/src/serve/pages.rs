@@ -11,16 +11,18 @@ use hyper::{
 };
 use lb_kernel::Maps;
 use tokio::sync::watch;
-use tracing::debug;
 
 use super::{
-    LoopHandle, Question,
+    Published,
     http::{Answer, Pages, answer, text},
 };
-use crate::telemetry::{
-    Metrics,
-    health::{self, Vitals},
-    scrape::{Calls, render},
+use crate::{
+    source::Contact,
+    telemetry::{
+        Metrics,
+        health::{self, Vitals},
+        scrape::{Calls, render},
+    },
 };
 
 /// The media type that Prometheus prefers.
@@ -39,28 +41,31 @@ pub struct MetricsPages {
     metrics: Metrics,
     /// A separate handle: counters are read here, not by the agent's loop. One scrape at a time.
     maps: Arc<Mutex<Maps>>,
-    asker: LoopHandle,
+    published: watch::Receiver<Published>,
+    contact: Option<Contact>,
     config: String,
 }
 
 impl MetricsPages {
     /// `config` is the JSON text of `/configz`.
     #[must_use]
-    pub fn new(metrics: Metrics, maps: Maps, asker: LoopHandle, config: String) -> Self {
-        Self { metrics, maps: Arc::new(Mutex::new(maps)), asker, config }
+    pub fn new(
+        metrics: Metrics,
+        maps: Maps,
+        published: watch::Receiver<Published>,
+        contact: Option<Contact>,
+        config: String,
+    ) -> Self {
+        Self { metrics, maps: Arc::new(Mutex::new(maps)), published, contact, config }
     }
 
     async fn metrics(&self) -> Answer {
-        // Without an answer, a scrape omits what needs one.
-        let view = self.asker.ask(Question::View).await;
-        if view.is_none() {
-            debug!("the loop does not answer: this scrape lacks the counters of services");
-        }
         let (metrics, maps) = (self.metrics.clone(), Arc::clone(&self.maps));
+        let (published, contact) = (self.published.borrow().clone(), self.contact.clone());
         // Takes long for many service ports.
         let rendered = tokio::task::spawn_blocking(move || {
             let maps = maps.lock().unwrap_or_else(PoisonError::into_inner);
-            render(&metrics, view.as_ref(), |id| calls(&maps, id))
+            render(&metrics, &published, contact.as_ref(), Instant::now(), |id| calls(&maps, id))
         });
         match rendered.await {
             Ok(Ok(text)) => answer(StatusCode::OK, OPEN_METRICS, text),

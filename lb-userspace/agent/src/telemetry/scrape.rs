@@ -1,11 +1,10 @@
 //! One answer of `/metrics`: the values that the agent keeps, and those read per scrape.
 
-use std::{collections::BTreeMap, fmt, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, fmt, time::Instant};
 
 use lb_core::{
-    desired::PortKey,
-    model::{Protocol, Service, ServiceKey},
-    tables::MapUse,
+    model::{Protocol, ServiceKey},
+    state::View,
 };
 use prometheus_client::{
     encoding::text::{encode_eof, encode_registry},
@@ -17,21 +16,7 @@ use super::metrics::{
     CONNECTIONS, DATAGRAMS, MAP_CAPACITY, MAP_ENTRIES, Metrics, Real, SOURCE_ANSWER_AGE, SOURCE_FAILURES,
     register,
 };
-
-/// The agent's state for a scrape. Cheap for the loop: the server does the work.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct View {
-    /// The service ports with frontends, with the ids of their counters.
-    pub ports: Vec<(Arc<PortKey>, u32)>,
-    /// The services behind them.
-    pub services: Vec<Arc<Service>>,
-    /// The maps that can become full.
-    pub maps: Vec<MapUse>,
-    /// The time since the source last answered, by kind of objects. Empty for a source without outages.
-    pub answer_ages: Vec<(&'static str, Duration)>,
-    /// Failures of the source, by reason.
-    pub source_failures: Vec<(&'static str, u64)>,
-}
+use crate::{serve::Published, source::Contact};
 
 /// The calls of one service port, of both families.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -47,7 +32,7 @@ pub struct Calls {
 /// Values of the labels namespace, service, port and protocol.
 type PortLabels = [(&'static str, String); 4];
 
-/// Renders everything in the text format of Prometheus. Without a view, values that need one are omitted.
+/// Renders everything in the text format of Prometheus.
 ///
 /// `calls` returns the counters of an id. Ports that differ only in their family are summed up.
 ///
@@ -56,24 +41,29 @@ type PortLabels = [(&'static str, String); 4];
 /// None: a `String` accepts all writes.
 pub fn render(
     metrics: &Metrics,
-    view: Option<&View>,
+    published: &Published,
+    contact: Option<&Contact>,
+    now: Instant,
     calls: impl Fn(u32) -> Calls,
 ) -> Result<String, fmt::Error> {
     let mut text = String::new();
     encode_registry(&mut text, metrics.registry())?;
-    if let Some(view) = view {
-        encode_registry(&mut text, &of_the_moment(view, calls))?;
-    }
+    encode_registry(&mut text, &of_the_moment(published, contact, now, calls))?;
     encode_eof(&mut text)?;
     Ok(text)
 }
 
-fn of_the_moment(view: &View, calls: impl Fn(u32) -> Calls) -> Registry {
+fn of_the_moment(
+    published: &Published,
+    contact: Option<&Contact>,
+    now: Instant,
+    calls: impl Fn(u32) -> Calls,
+) -> Registry {
     let mut registry = Registry::default();
     let connections =
         register(&mut registry, &CONNECTIONS, Family::<[(&str, String); 5], Counter>::default());
     let datagrams = register(&mut registry, &DATAGRAMS, Family::<PortLabels, Counter>::default());
-    for (labels, calls) in sums(view, calls) {
+    for (labels, calls) in sums(&published.view, calls) {
         let [namespace, service, port, protocol] = labels.clone();
         for (result, n_calls) in [("redirected", calls.redirected), ("refused", calls.refused)] {
             let labels = [
@@ -88,16 +78,16 @@ fn of_the_moment(view: &View, calls: impl Fn(u32) -> Calls) -> Registry {
         datagrams.get_or_create(&labels).inc_by(calls.datagrams);
     }
     let ages = register(&mut registry, &SOURCE_ANSWER_AGE, Family::<[(&str, &str); 1], Real>::default());
-    for (kind, age) in &view.answer_ages {
-        ages.get_or_create(&[("kind", *kind)]).set(age.as_secs_f64());
+    for (kind, age) in contact.map(|contact| contact.ages(now)).unwrap_or_default() {
+        ages.get_or_create(&[("kind", kind)]).set(age.as_secs_f64());
     }
     let failures = register(&mut registry, &SOURCE_FAILURES, Family::<[(&str, &str); 1], Counter>::default());
-    for (reason, n_failures) in &view.source_failures {
-        failures.get_or_create(&[("reason", *reason)]).inc_by(*n_failures);
+    for (reason, n_failures) in contact.map(Contact::failures).unwrap_or_default() {
+        failures.get_or_create(&[("reason", reason)]).inc_by(n_failures);
     }
     let entries = register(&mut registry, &MAP_ENTRIES, Family::<[(&str, &str); 1], Gauge>::default());
     let capacity = register(&mut registry, &MAP_CAPACITY, Family::<[(&str, &str); 1], Gauge>::default());
-    for map in &view.maps {
+    for map in &published.maps {
         entries.get_or_create(&[("map", map.map)]).set(map.n_entries.into());
         capacity.get_or_create(&[("map", map.map)]).set(map.capacity.into());
     }
@@ -108,15 +98,15 @@ fn of_the_moment(view: &View, calls: impl Fn(u32) -> Calls) -> Registry {
 fn sums(view: &View, calls: impl Fn(u32) -> Calls) -> BTreeMap<PortLabels, Calls> {
     // A service may have tens of thousands of ports.
     let numbers: BTreeMap<(&ServiceKey, &str, Protocol), u16> = view
-        .services
-        .iter()
+        .store
+        .services()
         .flat_map(|service| {
             service.ports.iter().map(|port| ((&service.key, &*port.name, port.protocol), port.port))
         })
         .collect();
     let mut sums = BTreeMap::<PortLabels, Calls>::new();
     for (key, id) in &view.ports {
-        // A removed port keeps its frontends until the next sync.
+        // Before the first sync, and for lack of a grace period, a removed port may have frontends.
         let Some(number) = numbers.get(&(&key.service, &*key.port_name, key.protocol)) else { continue };
         let labels = [
             ("namespace", key.service.namespace.to_string()),
@@ -134,14 +124,20 @@ fn sums(view: &View, calls: impl Fn(u32) -> Calls) -> BTreeMap<PortLabels, Calls
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeSet;
+    use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
-    use lb_core::{model::ServicePort, plan::audit::Faults};
+    use lb_core::{
+        desired::{PortKey, Settings},
+        model::{Service, ServicePort},
+        plan::{Capacity, audit::Faults},
+        state::State,
+        tables::{Image, MapUse},
+    };
 
     use super::*;
     use crate::telemetry::metrics::{ALL, AuditResult, Kind};
 
-    fn view() -> View {
+    fn published() -> Published {
         let key = ServiceKey::new("default", "dns");
         let port =
             |name: &str, protocol, port| ServicePort { name: name.into(), protocol, port, node_port: None };
@@ -150,25 +146,31 @@ mod tests {
         let of = |port_name: &str, protocol, ipv6| {
             Arc::new(PortKey { service: key.clone(), port_name: port_name.into(), protocol, ipv6 })
         };
-        View {
-            ports: vec![
-                (of("", Protocol::Tcp, false), 0),
-                (of("", Protocol::Tcp, true), 1),
-                (of("udp", Protocol::Udp, false), 2),
-                (of("gone", Protocol::Udp, false), 3),
-            ],
-            services: vec![Arc::new(service)],
-            maps: vec![MapUse { map: "services4", n_entries: 3, capacity: 256 }],
-            answer_ages: vec![("nodes", Duration::from_millis(1500))],
-            source_failures: vec![("connection", 2)],
-        }
+        let mut state =
+            State::new(Settings::of_node("n"), Vec::new(), Capacity::default(), &Image::default());
+        state.change(|store| store.set_service(&key, Some(service)));
+        let ports = [
+            (of("", Protocol::Tcp, false), 0_u32),
+            (of("", Protocol::Tcp, true), 1),
+            (of("udp", Protocol::Udp, false), 2),
+            (of("gone", Protocol::Udp, false), 3),
+        ];
+        let view = View { ports: ports.into_iter().collect(), ..state.view() };
+        let maps = state.map_use().map(|map| MapUse { n_entries: 3, capacity: 256, ..map });
+        Published { view: Arc::new(view), maps, ..Published::new(&state) }
     }
 
     fn scrape() -> String {
         let metrics = Metrics::new();
         metrics.audited(AuditResult::Repaired, &Faults::from([("services4", 2)]));
+        let start = Instant::now();
+        let contact = Contact::new(["nodes"], ["connection"], start);
+        assert_eq!(contact.answered("nodes", start), None);
+        contact.broke("connection");
+        contact.broke("connection");
+        let now = start + Duration::from_millis(1500);
         let calls = |id: u32| Calls { redirected: 10 + u64::from(id), refused: 1, datagrams: u64::from(id) };
-        render(&metrics, Some(&view()), calls).unwrap()
+        render(&metrics, &published(), Some(&contact), now, calls).unwrap()
     }
 
     #[test]

@@ -16,12 +16,14 @@ use std::{
     sync::Arc,
 };
 
+use imbl::{OrdMap, OrdSet};
+
 use super::{Node, Service, ServiceCidr, ServiceKey, Slice, SliceKey, Unselected};
 
 /// Strings that many objects share: namespaces, nodes, zones, ports. Each is stored once.
 #[derive(Clone, Debug, Default)]
 struct StringPool {
-    known: BTreeSet<Arc<str>>,
+    known: OrdSet<Arc<str>>,
     /// How many remained after the last removal of unused ones.
     n_kept: usize,
 }
@@ -46,7 +48,7 @@ impl StringPool {
         }
         // Only when their number has doubled, so that the cost per new string is constant.
         if self.known.len() > Self::FEW.max(2 * self.n_kept) {
-            self.known.retain(|text| Arc::strong_count(text) > 1);
+            self.known = self.known.iter().filter(|text| Arc::strong_count(text) > 1).cloned().collect();
             self.n_kept = self.known.len();
         }
         self.known.insert(Arc::clone(text));
@@ -84,16 +86,18 @@ impl Changes {
 }
 
 /// Services, slices, nodes and ServiceCIDRs, each in its latest version.
+///
+/// A clone costs a few references and shares what neither side changes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Store {
-    services: BTreeMap<ServiceKey, Arc<Service>>,
+    services: OrdMap<ServiceKey, Arc<Service>>,
     /// The slices of each service in the order of their names. Nearly every service has one slice, for which
     /// a map would take 300 octets.
-    slices: BTreeMap<ServiceKey, Vec<Arc<Slice>>>,
+    slices: OrdMap<ServiceKey, Vec<Arc<Slice>>>,
     /// The service of each slice: a deletion names only the slice, and the label may change.
-    services_of_slices: BTreeMap<SliceKey, ServiceKey>,
-    nodes: BTreeMap<Arc<str>, Arc<Node>>,
-    service_cidrs: BTreeMap<Arc<str>, Arc<ServiceCidr>>,
+    services_of_slices: OrdMap<SliceKey, ServiceKey>,
+    nodes: OrdMap<Arc<str>, Arc<Node>>,
+    service_cidrs: OrdMap<Arc<str>, Arc<ServiceCidr>>,
     texts: StringPool,
 }
 
@@ -162,7 +166,7 @@ impl Store {
         &mut self,
         services: impl IntoIterator<Item = T>,
     ) -> Changes {
-        let services: BTreeMap<ServiceKey, Arc<Service>> = services
+        let services: OrdMap<ServiceKey, Arc<Service>> = services
             .into_iter()
             .map(|service| {
                 let mut service: Arc<Service> = service.into();
@@ -173,7 +177,7 @@ impl Store {
             })
             .collect();
         let removed = self.services.keys().filter(|key| !services.contains_key(*key));
-        let set = services.iter().filter(|(key, service)| self.services.get(key) != Some(service));
+        let set = services.iter().filter(|(key, service)| self.services.get(*key) != Some(*service));
         let changed = removed.chain(set.map(|(key, _)| key)).cloned().collect();
         self.services = services;
         Changes { services: changed, topology: false }
@@ -205,7 +209,7 @@ impl Store {
 
     /// Replaces all nodes.
     pub fn replace_nodes<T: Into<Arc<Node>>>(&mut self, nodes: impl IntoIterator<Item = T>) -> Changes {
-        let nodes: BTreeMap<Arc<str>, Arc<Node>> =
+        let nodes: OrdMap<Arc<str>, Arc<Node>> =
             nodes.into_iter().map(Into::into).map(|node| (node.name.clone(), node)).collect();
         let topology = nodes != self.nodes;
         self.nodes = nodes;
@@ -217,7 +221,7 @@ impl Store {
         &mut self,
         service_cidrs: impl IntoIterator<Item = T>,
     ) -> Changes {
-        let service_cidrs: BTreeMap<Arc<str>, Arc<ServiceCidr>> =
+        let service_cidrs: OrdMap<Arc<str>, Arc<ServiceCidr>> =
             service_cidrs.into_iter().map(Into::into).map(|cidr| (cidr.name.clone(), cidr)).collect();
         let topology = service_cidrs != self.service_cidrs;
         self.service_cidrs = service_cidrs;

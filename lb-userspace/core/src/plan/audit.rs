@@ -106,11 +106,11 @@ pub fn suspects(expected: &Image, found: &Image) -> Suspects {
             && content(expected, address, id) == content(found, address, id)
     };
     let differing = expected.services.iter().filter(|(address, id)| !is_same(address, id));
-    let foreign = found.services.keys().filter(|address| !expected.services.contains_key(address));
+    let foreign = found.services.keys().filter(|address| !expected.services.contains_key(*address));
     let addresses = AddressTable::ALL.into_iter().flat_map(|table| {
         let (there, wanted) = (found.addresses(table), expected.addresses(table));
-        let differing = wanted.iter().filter(|(address, flag)| there.get(address) != Some(flag));
-        let foreign = there.keys().filter(|address| !wanted.contains_key(address));
+        let differing = wanted.iter().filter(|(address, flag)| there.get(*address) != Some(*flag));
+        let foreign = there.keys().filter(|address| !wanted.contains_key(*address));
         differing.map(|(address, _)| address).chain(foreign).map(move |address| (table, *address))
     });
     Suspects {
@@ -240,7 +240,9 @@ mod tests {
             ),
             (
                 "an altered and a foreign cluster IP",
-                |image| image.cluster_ips = [(address(0).ip, false), (address(9).ip, true)].into(),
+                |image| {
+                    image.cluster_ips = [(address(0).ip, false), (address(9).ip, true)].into_iter().collect()
+                },
                 &[("cluster_ips", 2)],
             ),
             ("a cluster IP that is gone", |image| image.cluster_ips.clear(), &[("cluster_ips", 1)]),

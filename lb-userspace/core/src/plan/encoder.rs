@@ -8,6 +8,7 @@ use std::{
     sync::Arc,
 };
 
+use imbl::OrdMap;
 use lb_common::{
     layout::{Frontend, Run, frontend_flags},
     limits,
@@ -152,7 +153,7 @@ pub struct Encoder {
     image: Image,
     placed: BTreeMap<FrontendAddress, FrontendState>,
     ports: BTreeMap<u32, Port>,
-    service_ids_by_port: BTreeMap<Arc<PortKey>, u32>,
+    service_ids_by_port: OrdMap<Arc<PortKey>, u32>,
     /// Frontends of IPv4 and of IPv6.
     n_services: [u32; 2],
     /// Keys in the maps that belong to no frontend: of `leftovers`, `freed` and `held_back`.
@@ -188,7 +189,7 @@ impl Encoder {
             image: Image::default(),
             placed: BTreeMap::new(),
             ports: BTreeMap::new(),
-            service_ids_by_port: BTreeMap::new(),
+            service_ids_by_port: OrdMap::new(),
             n_services: [0; 2],
             n_leaving: [0; 2],
             n_addresses_leaving: [0; 2],
@@ -228,8 +229,9 @@ impl Encoder {
     }
 
     /// The service ports that have a frontend in the maps, each with its id.
-    pub fn service_ids(&self) -> impl Iterator<Item = (&Arc<PortKey>, u32)> {
-        self.service_ids_by_port.iter().map(|(key, id)| (key, *id))
+    #[must_use]
+    pub fn service_ids(&self) -> &OrdMap<Arc<PortKey>, u32> {
+        &self.service_ids_by_port
     }
 
     /// The sizes of the tables.

@@ -304,19 +304,19 @@ pub fn diff(from: &Image, to: &Image) -> Plan {
         }
     }
     ops.extend(
-        from.frontends.keys().filter(|id| !to.frontends.contains_key(id)).map(|&id| Op::DropFrontend(id)),
+        from.frontends.keys().filter(|id| !to.frontends.contains_key(*id)).map(|&id| Op::DropFrontend(id)),
     );
     for (&address, &frontend_id) in &to.services {
         if from.services.get(&address) != Some(&frontend_id) {
             ops.push(Op::InsertService { address, frontend_id });
         }
     }
-    ops.extend(from.services.keys().filter(|a| !to.services.contains_key(a)).map(|&a| Op::DeleteService(a)));
+    ops.extend(from.services.keys().filter(|a| !to.services.contains_key(*a)).map(|&a| Op::DeleteService(a)));
     for table in AddressTable::ALL {
         let (there, wanted) = (from.addresses(table), to.addresses(table));
-        let differing = wanted.iter().filter(|(address, flag)| there.get(address) != Some(flag));
+        let differing = wanted.iter().filter(|(address, flag)| there.get(*address) != Some(*flag));
         ops.extend(differing.map(|(&address, &flag)| Op::InsertAddress { table, address, flag }));
-        let foreign = there.keys().filter(|address| !wanted.contains_key(address));
+        let foreign = there.keys().filter(|address| !wanted.contains_key(*address));
         ops.extend(foreign.map(|&address| Op::DeleteAddress(table, address)));
     }
     if from.service_cidrs != to.service_cidrs {

@@ -1,11 +1,11 @@
 //! The content of the maps, as a value.
 
 use std::{
-    collections::BTreeMap,
     net::{IpAddr, SocketAddr},
     sync::Arc,
 };
 
+use imbl::OrdMap;
 use lb_common::{
     layout::{self, Frontend, Run},
     limits,
@@ -26,29 +26,34 @@ pub struct Entry {
 }
 
 /// The endpoint table of one family: runs by offset.
-pub type Runs = BTreeMap<u32, Arc<[Entry]>>;
+pub type Runs = OrdMap<u32, Arc<[Entry]>>;
+
+/// A table of addresses, each with a flag.
+pub type Addresses = OrdMap<IpAddr, bool>;
 
 /// What user space writes to the maps and calls depend on. Affinity, records and counters belong to the
 /// programs.
+///
+/// A clone costs a few references and shares what neither side changes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Image {
     /// `services4` and `services6`: frontend address → frontend id.
-    pub services: BTreeMap<FrontendAddress, u32>,
+    pub services: OrdMap<FrontendAddress, u32>,
     /// `frontends`, the entries in use.
-    pub frontends: BTreeMap<u32, Frontend>,
+    pub frontends: OrdMap<u32, Frontend>,
     /// `endpoints4`, the runs in use.
     pub runs4: Runs,
     /// `endpoints6`, the runs in use.
     pub runs6: Runs,
     /// `node_addrs`: address → whether it is this node's.
-    pub node_addrs: BTreeMap<IpAddr, bool>,
+    pub node_addrs: Addresses,
     /// `cluster_ips`: address → whether undefined ports are refused.
-    pub cluster_ips: BTreeMap<IpAddr, bool>,
+    pub cluster_ips: Addresses,
     /// `service_cidrs`: the service networks, at most [`limits::MAX_SERVICE_CIDRS`] of each family.
     pub service_cidrs: Vec<Cidr>,
 }
 
-/// A table of addresses, each with a flag.
+/// The name of a table of addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum AddressTable {
     /// `node_addrs`
@@ -83,7 +88,7 @@ impl AddressTable {
 impl Image {
     /// A table of addresses.
     #[must_use]
-    pub fn addresses(&self, table: AddressTable) -> &BTreeMap<IpAddr, bool> {
+    pub fn addresses(&self, table: AddressTable) -> &Addresses {
         match table {
             AddressTable::Nodes => &self.node_addrs,
             AddressTable::ClusterIps => &self.cluster_ips,
@@ -91,7 +96,7 @@ impl Image {
     }
 
     /// A table of addresses, for changes.
-    pub fn addresses_mut(&mut self, table: AddressTable) -> &mut BTreeMap<IpAddr, bool> {
+    pub fn addresses_mut(&mut self, table: AddressTable) -> &mut Addresses {
         match table {
             AddressTable::Nodes => &mut self.node_addrs,
             AddressTable::ClusterIps => &mut self.cluster_ips,

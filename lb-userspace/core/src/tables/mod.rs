@@ -18,7 +18,7 @@ pub mod image;
 pub mod pool;
 pub mod space;
 
-pub use self::image::{AddressTable, Entry, Image, wire_protocol};
+pub use self::image::{AddressTable, Addresses, Entry, Image, wire_protocol};
 pub use crate::model::Cidr;
 
 /// How full a map is.

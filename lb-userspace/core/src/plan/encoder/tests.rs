@@ -418,7 +418,7 @@ fn stray_keys_end_with_the_first_plan() {
     let web = frontend("web", "", good, &["10.1.0.1"]);
     set(&mut encoder, std::slice::from_ref(&web));
     let mut found = encoder.image().clone();
-    found.services.extend([(wanted, 7), (unwanted, 0)]);
+    found.services.extend([(wanted, 7u32), (unwanted, 0)]);
 
     let mut restarted = Encoder::adopt(ROOM, &found);
     let mut addresses: Vec<_> = restarted.addresses().copied().collect();
