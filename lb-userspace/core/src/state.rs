@@ -597,8 +597,12 @@ mod tests {
         let view = state.view();
         set(&mut state, "b", None);
         let _plan = state.sync();
-        let services = |store: &Store| store.services().map(|service| service.key.clone()).collect::<Vec<_>>();
-        assert_eq!((services(&view.store), services(state.store())), (vec![key("a"), key("b")], vec![key("a")]));
+        let services =
+            |store: &Store| store.services().map(|service| service.key.clone()).collect::<Vec<_>>();
+        assert_eq!(
+            (services(&view.store), services(state.store())),
+            (vec![key("a"), key("b")], vec![key("a")])
+        );
         assert_eq!((view.image.services.len(), state.image().services.len()), (2, 1));
         assert_eq!((view.ports.len(), state.view().ports.len()), (2, 1));
         let shared = |store: &Store| Arc::as_ptr(store.shared_service(&key("a")).unwrap());

@@ -241,7 +241,7 @@ mod tests {
             (
                 "an altered and a foreign cluster IP",
                 |image| {
-                    image.cluster_ips = [(address(0).ip, false), (address(9).ip, true)].into_iter().collect()
+                    image.cluster_ips = [(address(0).ip, false), (address(9).ip, true)].into_iter().collect();
                 },
                 &[("cluster_ips", 2)],
             ),
