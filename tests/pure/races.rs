@@ -232,7 +232,7 @@ fn run<A: Octets>(memory: &Memory, ops: &[Op], (to, on_node): Call, moment: &Mom
             reserved: 0,
         })),
     };
-    let call = lb_common::resolve::Call {
+    let call = lb_common::resolve::Call::<A> {
         address: octets(to.ip),
         port: to.port,
         protocol: wire_protocol(to.protocol).unwrap(),
