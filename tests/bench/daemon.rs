@@ -118,7 +118,7 @@ impl Daemon {
         })
     }
 
-    /// An error with the end of the process's output.
+    /// The end of the process's output, for an error.
     pub(crate) fn last_words(&self) -> String {
         let log = fs::read_to_string(self.directory.path().join("log")).unwrap_or_default();
         let lines: Vec<&str> = log.lines().collect();

@@ -168,7 +168,7 @@ impl Drop for Server {
     }
 }
 
-/// The number of a size's services, for the report, and what its competitors are.
+/// The competitors of one size, each with the thread that works for it.
 type Targets = [((&'static str, Ready), Caller<Order, Answer>)];
 
 fn measure(
