@@ -237,6 +237,9 @@ fn parse_version(text: &str) -> Vec<u32> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt;
+    use std::time::Instant;
+
     use super::*;
 
     fn tally(n_passed: u64, n_failed: u64) -> Tally {
@@ -279,6 +282,28 @@ mod tests {
     fn a_late_guest_keeps_what_it_did() {
         let serial = "running 3 tests\ntest a::b ... ok\ntest a::c ... FAILED\ntest a::d ... oktober\n";
         assert_eq!(count_tests(serial), Tally { n_passed: 1, n_failed: 1, n_ignored: 0, n_suites: 0 });
+    }
+
+    /// What a shell command in place of QEMU gives, with a limit in milliseconds.
+    fn boot(shell: &str, limit: u64) -> Outcome {
+        let dir = tempfile::tempdir().unwrap();
+        let program = dir.path().join("qemu");
+        fs_err::write(&program, format!("#!/bin/sh\n{shell}\n")).unwrap();
+        fs_err::set_permissions(&program, PermissionsExt::from_mode(0o755)).unwrap();
+        let qemu = Qemu { program, root: None, accelerator: Accelerator::Tcg };
+        let (none, log) = (Path::new("none"), dir.path().join("log"));
+        qemu.boot("test", 1, none, none, &log, Duration::from_millis(limit)).unwrap()
+    }
+
+    #[test]
+    fn a_guest_that_hangs_is_killed() {
+        let start = Instant::now();
+        let late = boot("echo 'test a::b ... ok'; exec sleep 300", 300);
+        let tally = Tally { n_passed: 1, ..Tally::default() };
+        assert_eq!(late, Outcome { tally, ..Outcome::failed("time limit") });
+        let in_power_off = boot("echo 'INIT DONE rc=0'; exec sleep 300", 200_000);
+        assert_eq!(in_power_off.to_string(), "failed: no test completed");
+        assert!(start.elapsed() < Duration::from_secs(100));
     }
 
     #[test]
