@@ -26,8 +26,8 @@ use lb_tests::{
     agent::{self, Agent, content},
     client::{Domain, call},
     cluster::{Cluster, node},
+    command::SetOnDrop,
     number,
-    process::SetOnDrop,
     server::Servers,
 };
 use nix::{

@@ -13,8 +13,8 @@ use lb_kernel::Features;
 use lb_tests::{
     client::{Domain, Socket},
     cluster::{Cluster, port, service, service_cidr, with_node_port},
+    command::text,
     installed::{QUIET, eventually},
-    process::text,
 };
 use nix::{errno::Errno, sys::signal::Signal};
 

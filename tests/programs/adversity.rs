@@ -7,7 +7,7 @@ use lb_kernel::{
     Features, pins,
     syscall::{detach, open_pin},
 };
-use lb_tests::{installed::eventually, process::text};
+use lb_tests::{command::text, installed::eventually};
 use nix::{
     mount::{MntFlags, umount2},
     sys::signal::Signal,

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeSet, net::IpAddr};
 
-use lb_tests::process::text;
+use lb_tests::command::text;
 use serde_json::Value;
 
 use crate::town::{self, with_served_town};

@@ -4,7 +4,7 @@ use std::{collections::BTreeSet, env, fs, path::Path};
 
 use lb_tests::{
     Feature,
-    process::{run, text},
+    command::{run, text},
     require,
 };
 use serde_json::Value;

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use lb_tests::process::{run, text};
+use lb_tests::command::{run, text};
 
 use crate::town::{self, with_served_town};
 

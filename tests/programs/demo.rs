@@ -2,7 +2,7 @@
 
 use std::{env, fs, path::Path};
 
-use lb_tests::{Feature, cgroup::ThreadCgroup, process::text, require};
+use lb_tests::{Feature, cgroup::ThreadCgroup, command::text, require};
 use serde_json::Value;
 
 fn demo(args: &[&str]) -> Option<String> {

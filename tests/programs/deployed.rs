@@ -6,8 +6,8 @@ use lb_core::model::Protocol;
 use lb_tests::{
     Feature,
     client::{Domain, Socket},
+    command::text,
     installed::eventually,
-    process::text,
     require,
 };
 use nix::errno::Errno;

@@ -3,7 +3,7 @@
 
 use std::{collections::BTreeSet, fs};
 
-use lb_tests::process::text;
+use lb_tests::command::text;
 use nix::mount::{MsFlags, mount};
 
 use crate::town::{self, with_served_town};

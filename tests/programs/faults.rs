@@ -24,9 +24,9 @@ use lb_tests::{
     Sandbox, agent,
     client::call,
     cluster::{self, Cluster, PortOf},
+    command::SetOnDrop,
     installed::{Place, QUIET, eventually},
     number,
-    process::SetOnDrop,
     server::Servers,
 };
 use nix::sys::signal::Signal;

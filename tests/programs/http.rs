@@ -15,8 +15,8 @@ use lb_common::limits::MAX_NODE_ADDRS;
 use lb_core::model::Protocol::Tcp;
 use lb_tests::{
     cluster::{self, Cluster, PortOf},
+    command::text,
     installed::{Place, Running, eventually},
-    process::text,
 };
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};

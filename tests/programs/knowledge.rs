@@ -18,8 +18,8 @@ use lb_core::{desired::FrontendAddress, model::Protocol};
 use lb_kernel::Maps;
 use lb_tests::{
     cluster::{Cluster, PortOf, port, service},
+    command::SetOnDrop,
     installed::{Place, QUIET, eventually},
-    process::SetOnDrop,
 };
 use nix::{
     sys::signal::{Signal, kill},

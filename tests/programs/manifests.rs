@@ -17,8 +17,8 @@ use lb_core::model::Protocol::{Tcp, Udp};
 use lb_tests::{
     Feature,
     client::{Domain, Socket},
+    command::SetOnDrop,
     installed::{Place, QUIET, Running, eventually},
-    process::SetOnDrop,
     require,
 };
 use nix::{errno::Errno, sys::signal::Signal};

@@ -5,8 +5,8 @@ use std::{fs, path::Path, process::Command};
 
 use lb_tests::{
     cgroup::make_threaded,
+    command::text,
     installed::{Place, Running, eventually},
-    process::text,
 };
 use serde_json::Value;
 use tempfile::TempDir;

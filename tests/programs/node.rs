@@ -1,6 +1,6 @@
 //! Node.js: libuv's sockets, which use dual-stack sockets on request.
 
-use lb_tests::process::text;
+use lb_tests::command::text;
 
 use crate::asyncio::make_sixty_calls;
 

@@ -15,8 +15,8 @@ use lb_tests::{
     Feature,
     client::{Domain, Socket, call},
     cluster::{Cluster, key},
+    command::{run, text},
     installed::{Place, QUIET, Running, eventually},
-    process::{run, text},
 };
 use nix::{errno::Errno, sys::signal::Signal};
 use serde_json::Value;

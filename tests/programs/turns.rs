@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use lb_core::model::Protocol;
-use lb_tests::{client::call, installed::eventually, process::run};
+use lb_tests::{client::call, command::run, installed::eventually};
 use nix::{errno::Errno, sys::signal::Signal};
 
 use crate::{

@@ -21,8 +21,8 @@ use tempfile::TempDir;
 
 use crate::{
     cluster::Cluster,
+    command::{run, text},
     feature::Feature,
-    process::{run, text},
     sandbox::Sandbox,
 };
 

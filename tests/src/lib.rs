@@ -7,7 +7,8 @@
 //! - [`cluster`]: Kubernetes objects; [`agent`]: from objects to the kernel, in process.
 //! - [`apiserver`]: an API server for such objects, with faults.
 //! - [`controlplane`]: a real one, if the environment names it.
-//! - [`installed`]: the program `socklb` as people run it; [`process`]: any program.
+//! - [`installed`]: the program `socklb` as people run it; [`command`]: other programs.
+//! - [`process`]: resource usage of a process.
 //! - [`churn`]: long-running changes and faults, with concurrent calls.
 //! - [`scenario`]: objects and expected flows, run by the simulator and by the kernel.
 //! - [`feature`]: what happens on a machine that lacks something.
@@ -29,6 +30,7 @@ pub mod cgroup;
 pub mod churn;
 pub mod client;
 pub mod cluster;
+pub mod command;
 pub mod controlplane;
 pub mod feature;
 pub mod installed;
