@@ -110,9 +110,12 @@ impl Published {
 }
 
 /// What is published now, or once the sync in progress is. So an answer is never older than maps that were
-/// read before it. `None` if the sync takes too long, or the agent exits during it.
+/// read before it, and a further sync does not delay it. `None` if the sync takes too long, or the agent exits
+/// during it.
 async fn current(published: &mut watch::Receiver<Published>) -> Option<Published> {
-    let current = time::timeout(PATIENCE, published.wait_for(|published| !published.is_syncing)).await;
+    let former = Arc::clone(&published.borrow().view);
+    let is_current = |now: &Published| !now.is_syncing || !Arc::ptr_eq(&now.view, &former);
+    let current = time::timeout(PATIENCE, published.wait_for(is_current)).await;
     current.ok()?.ok().map(|published| published.clone())
 }
 
@@ -246,7 +249,9 @@ mod tests {
         let waiting = tokio::spawn(async move { current(&mut other).await });
         let early = time::timeout(Duration::from_millis(50), current(&mut reading)).await;
         assert!(early.is_err(), "an answer during a sync");
-        publishing.send_modify(|published| (published.is_syncing, published.n_syncs) = (false, 1));
+        // The next sync has begun before the waiting reader runs.
+        let is_syncing = true;
+        publishing.send_modify(|now| *now = Published { n_syncs: 1, is_syncing, ..Published::new(&state()) });
         assert_eq!(waiting.await.unwrap().unwrap().n_syncs, 1);
     }
 
