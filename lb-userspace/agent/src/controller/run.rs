@@ -129,11 +129,12 @@ pub async fn run(
     let Timers { mut interfaces, mut snapshots, mut audits } = Timers::start(agent.options.audit_interval);
     // Maps that could not be read keep serving. They too are at least as new as the snapshot.
     let has_adopted = agent.kernel.is_staged() || !agent.state.image().services.is_empty();
+    let found = if has_adopted { Serves::Found } else { Serves::Nothing };
     let started = Instant::now();
     agent.forward_program_log();
     let mut not_before = started;
-    // Whether the source's stream has ended, and whether the task for health check ports still reports.
-    let (mut has_ended, mut has_ports) = (false, true);
+    // Not a phase: the maps still follow the last objects, for example when an interface's address changes.
+    let mut has_source_ended = false;
     let mut phase = Phase::Waiting;
     loop {
         phase = phase.listed(source.is_complete());
@@ -144,8 +145,7 @@ pub async fn run(
             &*source,
             match phase {
                 Phase::Snapshot => Serves::Snapshot,
-                _ if has_adopted => Serves::Found,
-                _ => Serves::Nothing,
+                _ => found,
             },
         );
         tokio::select! {
@@ -156,19 +156,19 @@ pub async fn run(
                 not_before = Instant::now() + pause;
             }
             () = time::sleep_until(started + PATIENCE), if phase == Phase::Waiting => {
-                phase = agent.serve_without_source(&*source, has_adopted).await;
+                phase = agent.serve_without_source(&*source, found).await;
             }
             // While maps are staged, the sockets' records are in maps that cannot be read, or in maps that
             // the switch keeps.
             swept = agent.sweep.step(), if !agent.kernel.is_staged() => agent.sweep.advance(swept, &mut agent.state, &agent.metrics),
-            more = source.changed(), if !has_ended => {
+            more = source.changed(), if !has_source_ended => {
                 if !more {
                     warn!(
                         source = source.describe(),
                         "the source has ended: entries in the kernel stay unchanged; restart the agent to \
                          follow changes"
                     );
-                    has_ended = true;
+                    has_source_ended = true;
                     continue;
                 }
                 phase = phase.answered();
@@ -176,10 +176,7 @@ pub async fn run(
             }
             on_self_test = next_self_test(&mut proof), if agent.n_syncs > 0 || has_adopted_endpoints => agent.on_self_test(on_self_test),
             Some(()) = graces.recv() => agent.on_grace_period(),
-            changed = port_issues.changed(), if has_ports => {
-                has_ports = changed.is_ok();
-                agent.report(&*source);
-            }
+            () = next_change(&mut port_issues) => agent.report(&*source),
             compared = ended(&mut agent.auditing), if agent.auditing.is_some() => agent.finish_audit(&*source, compared),
             written = ended(&mut agent.writing), if agent.writing.is_some() => agent.on_snapshot_written(&*source, written),
             () = agent.addresses.changed() => agent.read_addresses(),
@@ -237,6 +234,13 @@ async fn next_self_test(proof: &mut Option<SelfTests>) -> SelfTest {
     match proof {
         Some(proof) => proof.next().await,
         None => std::future::pending().await,
+    }
+}
+
+/// Waits for a change; never resolves once the sender is gone.
+async fn next_change<T>(receiver: &mut watch::Receiver<T>) {
+    if receiver.changed().await.is_err() {
+        std::future::pending::<()>().await;
     }
 }
 
@@ -386,8 +390,8 @@ impl Agent {
     }
 
     /// Decides what is served while the source does not answer, and logs it.
-    async fn serve_without_source(&mut self, source: &dyn Source, has_adopted: bool) -> Phase {
-        if has_adopted {
+    async fn serve_without_source(&mut self, source: &dyn Source, found: Serves) -> Phase {
+        if found == Serves::Found {
             warn!(
                 n_frontends = self.state.image().services.len(),
                 "no complete lists yet: {}; the entries found in the kernel stay unchanged",
