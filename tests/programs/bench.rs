@@ -18,9 +18,9 @@ fn smoke(suite: &str, check: impl FnOnce(&Value)) {
     let [object, socklb] = variables.map(|name| env::var(name).unwrap());
     let arguments: &[&str] = match suite {
         "hooks" => &["--object", &object],
-        "sync" => &["--socklb", &socklb],
+        "path" | "sync" => &["--socklb", &socklb],
         "scale" => &["--object", &object, "--socklb", &socklb],
-        _ => &[],
+        other => unreachable!("{other} is no suite"),
     };
     let directory = tempfile::tempdir().unwrap();
     let file = |name: &str| directory.path().join(name).to_str().unwrap().to_owned();
