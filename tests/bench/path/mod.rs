@@ -131,11 +131,11 @@ pub(crate) fn run(options: &Options, common: &Common) -> anyhow::Result<ResultFi
             competitors
                 .extend(["nftables", "iptables"].map(|mode| Competitor::KubeProxy(program.clone(), mode)));
         }
-        None => run.unavailable(
-            "nftables, iptables",
-            None,
-            "no kube-proxy in PATH or KUBE_BIN; KUBE_PROXY may name it",
-        ),
+        None => {
+            for mode in ["nftables", "iptables"] {
+                run.unavailable(mode, None, "no kube-proxy in PATH or KUBE_BIN; KUBE_PROXY may name it");
+            }
+        }
     }
     for &n_services in &options.services {
         let size = Size { n_services, n_endpoints: options.endpoints, n_nodes: 1 };
