@@ -7,6 +7,8 @@ pub enum Requirement {
     Nothing,
     /// Slots of sockets: without them, no slot is taken or freed.
     Slots,
+    /// Nothing of the kernel: it is attached with `--passive-health=on` only.
+    PassiveHealth,
 }
 
 /// The declaration of a hook.
@@ -40,6 +42,8 @@ pub const HOOKS: &[HookSpec] = &[
     hook("recvmsg6", 20),
     hook("getpeername4", 29),
     hook("getpeername6", 30),
+    // Last: it observes calls that the others redirected.
+    HookSpec { name: "sock_ops", attach_type: 3, needs: Requirement::PassiveHealth, has_modes: true },
 ];
 
 /// Names of links that only earlier versions pinned. A starting agent detaches and removes them.

@@ -163,8 +163,8 @@ map_type! {
         pub affinity_seconds: u32,
         /// Bits of [`frontend_flags`].
         pub flags: u32,
-        /// Zero.
-        pub reserved: u32,
+        /// When endpoints are ejected ([`crate::health::Policy::to_word`]); 0 = never.
+        pub health: u32,
     }
 }
 
@@ -299,14 +299,25 @@ map_type! {
         pub cookie: u64,
         /// Bits of [`entry_flags`].
         pub flags: u32,
-        /// Zero.
-        pub reserved: u32,
-        /// The first record.
+        /// Of a TCP socket, `health` of the frontend that it called: see [`Attempt`].
+        pub health: u32,
+        /// The first record. A TCP socket has no other.
         pub first: SocketRecord,
         /// The second record, if [`entry_flags::SECOND`] is set.
         pub second: SocketRecord,
-        /// Zero.
-        pub reserved_at_end: [u64; 2],
+        /// Of a TCP socket with a health policy, its `connect()`.
+        pub attempt: Attempt,
+    }
+}
+
+map_type! {
+    /// A `connect()` whose outcome counts for the endpoint's health. 16 octets.
+    pub struct Attempt {
+        /// When the SYN was first sent, in nanoseconds of `CLOCK_MONOTONIC`. Bit 0 is set if another program had
+        /// requested the callbacks of this socket, so that they must stay.
+        pub sent_at: u64,
+        /// Cookie of the caller's network namespace.
+        pub netns: u64,
     }
 }
 
@@ -319,7 +330,7 @@ pub mod entry_flags {
 }
 
 map_type! {
-    /// Value of `socket_storage`: records of a socket that have no slot or do not fit into it. 784 octets.
+    /// Value of `socket_storage`: records of a socket that have no slot or do not fit into it. 800 octets.
     pub struct SocketRecords {
         /// Cookie of the socket; 0 for a multipath TCP socket, whose subflows have their own storage.
         pub cookie: u64,
@@ -327,8 +338,10 @@ map_type! {
         pub records: [SocketRecord; SOCKET_RECORDS],
         /// Position of the next record when all are used; it replaces the oldest.
         pub next: u32,
-        /// Zero.
-        pub reserved: u32,
+        /// As in [`SocketEntry`].
+        pub health: u32,
+        /// As in [`SocketEntry`]; its record is the first.
+        pub attempt: Attempt,
     }
 }
 
@@ -416,6 +429,37 @@ map_type! {
 }
 
 map_type! {
+    /// Value of `endpoint_health`, index = endpoint id: what connections say about an endpoint. 64 octets: one
+    /// cache line.
+    ///
+    /// Written by the programs; the agent only resets it with the id. Programs on several CPUs may lose a
+    /// failure to each other. Times are nanoseconds of `CLOCK_MONOTONIC`; rules are in [`crate::health`].
+    pub struct EndpointHealth {
+        /// End of the ejection; 0 = not ejected. Until a connection is established, calls avoid the endpoint
+        /// even after this time, except for one on trial.
+        pub ejected_until: u64,
+        /// When the last call on trial was sent.
+        pub tried_at: u64,
+        /// When a connection was last established.
+        pub reached_at: u64,
+        /// The network namespace that established it.
+        pub reached_netns: u64,
+        /// When the first of the failures in a row was sent.
+        pub failing_since: u64,
+        /// The network namespace of the failures in a row; [`crate::health::SEVERAL`] if there are several.
+        pub failing_netns: u64,
+        /// Failures in a row.
+        pub failures: u32,
+        /// Ejections in a row: the next one takes one `base` longer.
+        pub ejections: u32,
+        /// The error of the last failure (`errno`); 0 for a retransmitted SYN.
+        pub errno: u32,
+        /// Time from SYN to established in microseconds, a moving average with weight 1/8; 0 = unknown.
+        pub latency: u32,
+    }
+}
+
+map_type! {
     /// Value of `meta`, index 0: sizes of the image, and the settings of the programs. 32 octets.
     ///
     /// `layout_version` stays the first field in all versions.
@@ -434,8 +478,8 @@ map_type! {
         pub node_port_first: u16,
         /// Last port of the node-port range.
         pub node_port_last: u16,
-        /// Zero.
-        pub reserved: u32,
+        /// 1 with passive health.
+        pub passive_health: u32,
     }
 }
 
@@ -530,7 +574,8 @@ mod tests {
         assert_eq!(size_of::<Meta>(), 32);
         assert_eq!(size_of::<SocketRecord>(), 48);
         assert_eq!(size_of::<SocketEntry>(), 128);
-        assert_eq!(size_of::<SocketRecords>(), 784);
+        assert_eq!(size_of::<SocketRecords>(), 800);
+        assert_eq!(size_of::<EndpointHealth>(), 64);
         assert_eq!(size_of::<MapIdentity>(), 16);
         assert_eq!(size_of::<ServiceCidrs>(), 328);
     }

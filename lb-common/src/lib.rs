@@ -7,6 +7,7 @@
 //! - [`layout`]: the exact bytes of every map key and value.
 //! - [`resolve`]: decides where a call goes, in the BPF programs on kernel maps and in user space on an
 //!   image.
+//! - [`health`]: which endpoints are ejected, and for how long.
 //! - [`limits`]: capacities that both sides agree on.
 //! - [`maps`], [`hooks`]: the tables of all maps and all hooks.
 //!
@@ -28,6 +29,7 @@
 extern crate std;
 
 pub mod address;
+pub mod health;
 pub mod hooks;
 pub mod layout;
 pub mod limits;

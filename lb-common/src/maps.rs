@@ -10,9 +10,9 @@
 
 use crate::{
     layout::{
-        AddressKey, Affinity, AffinityKey, ClusterIp, Endpoint4, Endpoint6, EndpointStats, Frontend,
-        FrontendKey4, FrontendKey6, FrontendRef, MapIdentity, Meta, NodeAddr, SLOT_WAYS, ServiceCidrs,
-        ServiceStats, SocketEntry, SocketRecords, SocketSlots,
+        AddressKey, Affinity, AffinityKey, ClusterIp, Endpoint4, Endpoint6, EndpointHealth, EndpointStats,
+        Frontend, FrontendKey4, FrontendKey6, FrontendRef, MapIdentity, Meta, NodeAddr, SLOT_WAYS,
+        ServiceCidrs, ServiceStats, SocketEntry, SocketRecords, SocketSlots,
     },
     limits,
 };
@@ -128,6 +128,7 @@ maps! {
     socket_slots: Array[u32 => SocketSlots], MMAPABLE, Size::Fixed(limits::SOCKET_SETS), Ids, layout 1;
     sockets: Array[u32 => SocketEntry], MMAPABLE, Size::Fixed(SLOTS), Ids, layout 1;
     socket_storage: SkStorage[i32 => SocketRecords], NO_PREALLOC, Size::Fixed(0), Ids, layout 1;
+    endpoint_health: Array[u32 => EndpointHealth], MMAPABLE, Size::Endpoints, Ids, layout 1;
     excluded: Hash[u64 => u32], 0, Size::Fixed(limits::MAX_EXCLUDED), Independent, layout 1;
     excluded_levels: Array[u32 => u32], 0, Size::Fixed(1), Independent, layout 1;
     service_stats: Array[u32 => ServiceStats], MMAPABLE, Size::ServiceCounters, Counters, layout 1;

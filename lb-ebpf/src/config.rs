@@ -31,6 +31,12 @@ globals! {
     static SOCK_KERNEL: u32 = 0;
     /// The bit of `sk_kern_sock` in it.
     static SOCK_KERNEL_MASK: u8 = 0;
+    /// Offset of the socket in `struct bpf_sock_ops_kern`, the kernel's context.
+    static SOCK_OPS_SOCK: u32 = 0;
+    /// Offset of `sk_err` in `struct sock`.
+    static SOCK_ERROR: u32 = 0;
+    /// 1 with `--passive-health=on`; otherwise the programs neither read nor write `endpoint_health`.
+    static PASSIVE_HEALTH: u8 = 0;
     /// First port of the node-port range.
     static NODE_PORT_FIRST: u16 = limits::NODE_PORTS.0;
     /// Last port of the node-port range.

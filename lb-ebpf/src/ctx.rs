@@ -8,12 +8,12 @@ use core::ptr::{NonNull, addr_of, addr_of_mut};
 
 use aya_ebpf::{
     EbpfContext,
-    bindings::{BPF_SK_STORAGE_GET_F_CREATE, bpf_sock, bpf_sock_addr, mptcp_sock},
+    bindings::{BPF_SK_STORAGE_GET_F_CREATE, bpf_sock, bpf_sock_addr, bpf_sock_ops, mptcp_sock},
     helpers::generated::{
         bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_probe_read_kernel, bpf_set_retval,
-        bpf_sk_storage_get, bpf_skc_to_mptcp_sock,
+        bpf_sk_storage_get, bpf_skc_to_mptcp_sock, bpf_sock_ops_cb_flags_set,
     },
-    programs::{SockAddrContext, SockContext},
+    programs::{SockAddrContext, SockContext, SockOpsContext},
 };
 use lb_common::{
     address::{Address, Octets4, Octets6},
@@ -271,6 +271,112 @@ impl<'a> SockAddr<'a> {
     pub(crate) fn netns_cookie(&self) -> u64 {
         // SAFETY: the helper takes the program's own context.
         unsafe { bpf_get_netns_cookie(self.ctx.as_ptr()) }
+    }
+}
+
+/// The context of a `BPF_PROG_TYPE_SOCK_OPS` program.
+pub(crate) struct SockOps {
+    raw: *mut bpf_sock_ops,
+}
+
+impl SockOps {
+    #[inline(always)]
+    pub(crate) fn new(ctx: &SockOpsContext) -> Self {
+        Self { raw: ctx.ops }
+    }
+
+    /// What happened: `BPF_SOCK_OPS_*`.
+    #[inline(always)]
+    pub(crate) fn op(&self) -> u32 {
+        // SAFETY: `raw` is the context of the running program; the field is readable for all operations.
+        unsafe { addr_of!((*self.raw).op).read_volatile() }
+    }
+
+    /// An argument of the operation.
+    #[inline(always)]
+    pub(crate) fn argument(&self, n: usize) -> u32 {
+        // SAFETY: as above; callers pass 0 or 1 of four.
+        unsafe { addr_of!((*self.raw).__bindgen_anon_1.args[n]).read_volatile() }
+    }
+
+    /// Callbacks of this socket that are requested: `BPF_SOCK_OPS_*_CB_FLAG`, also by other programs.
+    #[inline(always)]
+    pub(crate) fn callbacks(&self) -> u32 {
+        // SAFETY: as above.
+        unsafe { addr_of!((*self.raw).bpf_sock_ops_cb_flags).read_volatile() }
+    }
+
+    /// Sets the requested callbacks.
+    #[inline(always)]
+    pub(crate) fn set_callbacks(&self, flags: u32) {
+        // SAFETY: the helper takes the program's own context. It fails for flags that this kernel lacks.
+        let _all_exist_since_4_16 = unsafe { bpf_sock_ops_cb_flags_set(self.raw, flags.cast_signed()) };
+    }
+
+    /// The state of the connection (`TCP_*`).
+    #[inline(always)]
+    pub(crate) fn state(&self) -> u32 {
+        // SAFETY: as above.
+        unsafe { addr_of!((*self.raw).state).read_volatile() }
+    }
+
+    /// The peer of the connection.
+    #[inline(always)]
+    pub(crate) fn peer(&self) -> Peer {
+        // All are read, since LLVM would merge two reads of different fields into one of a selected address.
+        // SAFETY: as above; of another family, the kernel returns any word.
+        let (port, family, v4, v6) = unsafe {
+            (
+                addr_of!((*self.raw).remote_port).read_volatile(),
+                addr_of!((*self.raw).family).read_volatile(),
+                addr_of!((*self.raw).remote_ip4).read_volatile(),
+                [
+                    addr_of!((*self.raw).remote_ip6[0]).read_volatile(),
+                    addr_of!((*self.raw).remote_ip6[1]).read_volatile(),
+                    addr_of!((*self.raw).remote_ip6[2]).read_volatile(),
+                    addr_of!((*self.raw).remote_ip6[3]).read_volatile(),
+                ],
+            )
+        };
+        let is_v6 = family == AF_INET6;
+        let mapped = [0, 0, u32::from_ne_bytes([0, 0, 0xff, 0xff]), v4];
+        // SAFETY: both types are 16 plain octets.
+        let address = unsafe { core::mem::transmute::<[u32; 4], Octets6>(if is_v6 { v6 } else { mapped }) };
+        // The port is in network order, in the upper half of a big-endian word.
+        #[expect(clippy::cast_possible_truncation, reason = "the port")]
+        let port = u32::from_be(port) as u16;
+        Peer { address, port }
+    }
+
+    /// The socket's cookie, or 0 if none was assigned yet: see [`SockAddr::known_cookie`].
+    #[inline(always)]
+    pub(crate) fn known_cookie(&self) -> u64 {
+        read_kernel(self.kernel_sock().wrapping_add(config::SOCK_COOKIE.load().into()))
+    }
+
+    /// The socket's error (`errno`), or 0. The kernel sets it before it closes a connection that failed, and
+    /// has not set it when the program itself closes.
+    #[inline(always)]
+    pub(crate) fn error(&self) -> u32 {
+        read_kernel(self.kernel_sock().wrapping_add(config::SOCK_ERROR.load().into()))
+    }
+
+    #[inline(always)]
+    fn kernel_sock(&self) -> u64 {
+        read_kernel((self.raw as u64).wrapping_add(config::SOCK_OPS_SOCK.load().into()))
+    }
+
+    /// The socket's storage, or null.
+    #[inline(always)]
+    pub(crate) fn storage(&self) -> *mut SocketRecords {
+        // SAFETY: the verifier types this field as a pointer to a full socket, or null.
+        let sock = unsafe { addr_of!((*self.raw).__bindgen_anon_2.sk).read_volatile() };
+        if sock.is_null() {
+            return core::ptr::null_mut();
+        }
+        let map = (&raw const maps::SOCKET_STORAGE).cast_mut().cast();
+        // SAFETY: a map of this object and a live socket.
+        unsafe { bpf_sk_storage_get(map, sock.cast(), core::ptr::null_mut(), 0) }.cast()
     }
 }
 

@@ -99,6 +99,7 @@ struct FlatVerdict {
     port: u16,
     choice: Choice,
     service_id: u32,
+    health: u32,
 }
 
 impl FlatVerdict {
@@ -115,6 +116,7 @@ impl FlatVerdict {
             port: 0,
             choice: Choice::NONE,
             service_id: 0,
+            health: 0,
         };
         match verdict {
             Verdict::Pass => pass,
@@ -131,8 +133,8 @@ impl FlatVerdict {
                 }
                 Self { kind: Self::REFUSE, address, service_id, ..pass }
             }
-            Verdict::Redirect(Target { address, port, choice, service_id, .. }) => {
-                Self { kind: Self::REDIRECT, address: address.to_mapped(), port, choice, service_id }
+            Verdict::Redirect(Target { address, port, choice, service_id, health, .. }) => {
+                Self { kind: Self::REDIRECT, address: address.to_mapped(), port, choice, service_id, health }
             }
         }
     }
@@ -318,13 +320,13 @@ impl<'a, M: Mode> Pending<'a, M> {
         };
         match self.kind {
             Kind::Connect => {
-                self.socket.record_call(&record, Some(&self.former));
+                self.socket.record_call(&record, Some(&self.former), decision.health);
                 if let Some(socket) = multipath {
                     Socket::<M>::record_multipath(socket, &record);
                 }
             }
             Kind::Send if self.former.port != 0 => {}
-            Kind::Send => self.socket.record_call(&record, None),
+            Kind::Send => self.socket.record_call(&record, None, 0),
         }
     }
 }

@@ -27,12 +27,13 @@ mod ctx;
 mod exclude;
 mod hook;
 mod maps;
+mod outcome;
 mod record;
 mod tables;
 
 use aya_ebpf::{
-    macros::{cgroup_sock, cgroup_sock_addr},
-    programs::{SockAddrContext, SockContext},
+    macros::{cgroup_sock, cgroup_sock_addr, sock_ops},
+    programs::{SockAddrContext, SockContext, SockOpsContext},
 };
 
 use crate::ctx::SockAddr;
@@ -70,6 +71,24 @@ programs! {
     getpeername4, getpeername4, getpeername4_s, getpeername4_l => restore4;
     /// `getpeername()` on an `AF_INET6` socket.
     getpeername6, getpeername6, getpeername6_s, getpeername6_l => restore6;
+}
+
+/// Defines the programs of `sock_ops`, one for each [`config::Mode`].
+macro_rules! sock_ops_programs {
+    ($($name:ident, $mode:ident;)+) => {
+        $(/// Events of a TCP connection.
+        #[sock_ops]
+        #[expect(clippy::needless_pass_by_value, reason = "the macro passes the context by value")]
+        fn $name(ctx: SockOpsContext) -> u32 {
+            outcome::observe::<config::$mode>(&ctx::SockOps::new(&ctx))
+        })+
+    };
+}
+
+sock_ops_programs! {
+    sock_ops, Slots;
+    sock_ops_s, Storage;
+    sock_ops_l, Logged;
 }
 
 /// The last `close()` of a socket, of any protocol.

@@ -10,9 +10,9 @@ use aya_ebpf::{
 };
 use lb_common::{
     layout::{
-        AddressKey, Affinity, AffinityKey, ClusterIp, Endpoint4, Endpoint6, EndpointStats, Frontend,
-        FrontendKey4, FrontendKey6, FrontendRef, MapIdentity, Meta, NodeAddr, SLOT_WAYS, ServiceCidrs,
-        ServiceStats, SocketEntry, SocketRecords, SocketSlots,
+        AddressKey, Affinity, AffinityKey, ClusterIp, Endpoint4, Endpoint6, EndpointHealth, EndpointStats,
+        Frontend, FrontendKey4, FrontendKey6, FrontendRef, MapIdentity, Meta, NodeAddr, SLOT_WAYS,
+        ServiceCidrs, ServiceStats, SocketEntry, SocketRecords, SocketSlots,
     },
     limits,
 };
@@ -77,6 +77,10 @@ pub(crate) static SOCKETS: Array<SocketEntry, SLOTS, MMAPABLE> = Array::new();
 /// Records of sockets without a slot, and those that do not fit into one; freed with the socket.
 #[btf_map(name = "socket_storage")]
 pub(crate) static SOCKET_STORAGE: SkStorage<SocketRecords> = SkStorage::new();
+
+/// What connections say about the endpoints, by endpoint id.
+#[btf_map(name = "endpoint_health")]
+pub(crate) static ENDPOINT_HEALTH: Array<EndpointHealth, ENDPOINTS, MMAPABLE> = Array::new();
 
 /// Ids of excluded cgroups; cgroups below them are excluded, too.
 #[btf_map(name = "excluded")]

@@ -28,7 +28,7 @@ use aya_ebpf::programs::SockContext;
 use lb_common::{
     address::Octets6,
     layout::{
-        Protocol, SLOT_WAYS, SOCKET_RECORDS, SocketEntry, SocketRecord, SocketRecords, SocketSlots,
+        Attempt, Protocol, SLOT_WAYS, SOCKET_RECORDS, SocketEntry, SocketRecord, SocketRecords, SocketSlots,
         entry_flags, record_flags::ANSWERS,
     },
     limits::SOCKET_SETS,
@@ -36,8 +36,8 @@ use lb_common::{
 };
 
 use crate::{
-    config::Mode,
-    ctx::{Multipath, Peer, SockAddr, compare_and_swap, sock_cookie},
+    config::{self, Mode, is_on},
+    ctx::{Multipath, Peer, SockAddr, SockOps, compare_and_swap, sock_cookie},
     maps,
 };
 
@@ -403,9 +403,9 @@ impl<'a, M: Mode> Socket<'a, M> {
     }
 
     /// Records a call to an endpoint, and keeps the records of other services. A `connect()` also keeps the
-    /// record of the current peer, `former` or [`Peer::NONE`].
+    /// record of the current peer, `former` or [`Peer::NONE`]. `health` is the policy of the frontend.
     #[inline(always)]
-    pub(crate) fn record_call(&self, record: &SocketRecord, former: Option<&Peer>) {
+    pub(crate) fn record_call(&self, record: &SocketRecord, former: Option<&Peer>, health: u32) {
         let new = New { record, former };
         // A TCP socket receives only from its peer.
         let is_stream = record.protocol == Protocol::TCP.0;
@@ -416,6 +416,10 @@ impl<'a, M: Mode> Socket<'a, M> {
             // The common case: another datagram of the same flow. Its endpoint may have a new id by now.
             if new_owner != 0 || is_stream || (difference == 0 && first.flags & ANSWERS != 0) {
                 *first = *record;
+                if is_stream && is_on(&config::PASSIVE_HEALTH) {
+                    entry.health = health;
+                    entry.attempt = self.attempt(health);
+                }
                 if new_owner != 0 {
                     // Written last: the agent attributes the records to the cookie beside them.
                     compiler_fence(Ordering::Release);
@@ -431,9 +435,19 @@ impl<'a, M: Mode> Socket<'a, M> {
         let Some(storage) = self.storage_or_new() else { return };
         if is_stream {
             storage.records[0] = *record;
+            if is_on(&config::PASSIVE_HEALTH) {
+                storage.health = health;
+                storage.attempt = self.attempt(health);
+            }
         } else {
             new.write_to_storage(storage, is_elsewhere);
         }
+    }
+
+    /// A `connect()` whose SYN is not sent yet.
+    #[inline(always)]
+    fn attempt(&self, health: u32) -> Attempt {
+        Attempt { sent_at: 0, netns: if health == 0 { 0 } else { self.ctx.netns_cookie() } }
     }
 
     /// The records in the socket's slot, and its cookie if this call took the slot, else 0. A new owner
@@ -456,6 +470,7 @@ impl<'a, M: Mode> Socket<'a, M> {
         }
         let entry = slots.entry(slots.take(cookie)?)?;
         entry.flags = 0;
+        entry.health = 0;
         Some((entry, cookie))
     }
 
@@ -502,6 +517,41 @@ impl<'a, M: Mode> Socket<'a, M> {
             }
         }
     }
+}
+
+/// The `connect()` of a TCP socket to a service with a health policy, as the records keep it.
+pub(crate) struct Attempted<'a> {
+    pub(crate) record: &'a SocketRecord,
+    pub(crate) health: u32,
+    pub(crate) attempt: &'a mut Attempt,
+}
+
+impl Attempted<'_> {
+    /// Whether it went to this peer.
+    #[inline(always)]
+    pub(crate) fn is_to(&self, peer: &Peer) -> bool {
+        peer.difference_to_endpoint_of(self.record) == 0
+    }
+}
+
+/// The `connect()` that a callback of the socket is about. `None` if the socket did not call such a service,
+/// or was closed.
+#[inline(always)]
+pub(crate) fn attempted<'a, M: Mode>(ctx: &SockOps) -> Option<Attempted<'a>> {
+    if M::SLOTS {
+        let cookie = ctx.known_cookie();
+        if cookie == 0 {
+            return None;
+        }
+        let slots = Slots::of(cookie)?;
+        if let Some(way) = slots.slot_of(cookie) {
+            let SocketEntry { first, health, attempt, .. } = slots.entry(way)?;
+            return Some(Attempted { record: first, health: *health, attempt });
+        }
+    }
+    // SAFETY: the storage belongs to this socket, which is locked.
+    let SocketRecords { records, health, attempt, .. } = unsafe { ctx.storage().as_mut() }?;
+    Some(Attempted { record: &records[0], health: *health, attempt })
 }
 
 /// Frees the slot of a socket that is being closed.

@@ -1,14 +1,19 @@
 //! The kernel's maps as [`lb_common::Tables`].
 
+use aya_ebpf::helpers::bpf_ktime_get_ns;
 use lb_common::{
     Tables,
     address::{Address, Octets4, Octets6},
-    layout::{AddressKey, Endpoint4, Endpoint6, Frontend, FrontendKey4, FrontendKey6, Run},
+    health::Admission,
+    layout::{AddressKey, Endpoint4, Endpoint6, EndpointHealth, Frontend, FrontendKey4, FrontendKey6, Run},
     limits::MAX_SERVICE_CIDRS,
     resolve::NodeAddress,
 };
 
-use crate::{config, maps};
+use crate::{
+    config::{self, is_on},
+    maps,
+};
 
 /// The pinned maps, of both families.
 pub(crate) struct Kernel;
@@ -26,8 +31,36 @@ fn frontend(frontend_id: u32) -> Option<Frontend> {
             service_id: (&raw const (*entry).service_id).read_volatile(),
             affinity_seconds: (&raw const (*entry).affinity_seconds).read_volatile(),
             flags: (&raw const (*entry).flags).read_volatile(),
-            reserved: 0,
+            health: if is_on(&config::PASSIVE_HEALTH) {
+                (&raw const (*entry).health).read_volatile()
+            } else {
+                0
+            },
         })
+    }
+}
+
+#[inline(always)]
+fn admits(endpoint_id: u32) -> bool {
+    let Some(health) = maps::ENDPOINT_HEALTH.get_ptr_mut(endpoint_id) else { return true };
+    // SAFETY: aligned words of a live array element. Other programs change them at any time, hence volatile.
+    unsafe {
+        let ejected_until = (&raw const (*health).ejected_until).read_volatile();
+        // The usual case costs one word and no clock.
+        if ejected_until == 0 {
+            return true;
+        }
+        let tried_at = (&raw const (*health).tried_at).read_volatile();
+        let now = bpf_ktime_get_ns();
+        match (EndpointHealth { ejected_until, tried_at, ..EndpointHealth::default() }).admission(now) {
+            Admission::Open => true,
+            Admission::Ejected => false,
+            Admission::Trial => {
+                // Calls on two CPUs at once may both be on trial.
+                (&raw mut (*health).tried_at).write_volatile(now);
+                true
+            }
+        }
     }
 }
 
@@ -62,6 +95,10 @@ macro_rules! kernel_tables {
             #[inline(always)]
             fn endpoint(&self, index: u32) -> Option<$entry> {
                 maps::$endpoints.get(index).copied()
+            }
+            #[inline(always)]
+            fn admits(&self, endpoint_id: u32) -> bool {
+                admits(endpoint_id)
             }
             #[inline(always)]
             fn node_ports(&self) -> (u16, u16) {

@@ -285,7 +285,7 @@ impl Worker {
         programs: &Programs<'_>,
     ) -> anyhow::Result<Self> {
         let attached = attach(sandbox, programs, services)?;
-        let links = links::read_all(&sandbox.pin_path(), Some(sandbox.cgroup().path()));
+        let links = links::read_all(&sandbox.pin_path(), Some(sandbox.cgroup().path()), true);
         let link = links.into_iter().find(|(hook, _)| *hook == "connect4");
         let program = link.and_then(|(_, link)| Some(link.ok()?.program_id));
         let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, TARGET_PORT))?;

@@ -83,7 +83,7 @@ fn open(options: &Options) -> Result<(), KernelError> {
 fn attached(cgroup: &Path) -> Vec<u32> {
     let cgroup = fs::File::open(cgroup).unwrap();
     let of = |hook: &HookSpec| syscall::attached_to(cgroup.as_fd(), hook.attach_type).unwrap().programs;
-    pins::hooks(Features::probe()).flat_map(of).collect()
+    pins::hooks(Features::probe(), true).flat_map(of).collect()
 }
 
 /// At the cgroup itself and above it, at the first hook and at the last: the error names the program, its

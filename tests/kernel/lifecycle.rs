@@ -46,7 +46,7 @@ pub(crate) fn program_ids(sandbox: &Sandbox) -> Vec<u32> {
         let link = PinnedLink::from_pin(sandbox.pin_path().join(name)).unwrap();
         FdLink::from(link).info().unwrap().program_id()
     };
-    pins::hooks(Features::probe()).map(|hook| id(hook.name)).collect()
+    pins::hooks(Features::probe(), true).map(|hook| id(hook.name)).collect()
 }
 
 #[test]
@@ -291,7 +291,7 @@ fn maps_and_hooks_are_as_the_tables_say() {
             let wanted = (map.kind as u32, map.key_size, map.value_size, map.flags, map.max_entries(&sizing));
             assert_eq!(found, wanted, "{}", map.name);
         }
-        for hook in pins::hooks(Features::probe()) {
+        for hook in pins::hooks(Features::probe(), true) {
             let link = syscall::open_pin(&sandbox.pin_path().join(hook.name)).unwrap();
             let attach_type = syscall::cgroup_link(link.as_fd()).unwrap().attach_type;
             assert_eq!(attach_type, hook.attach_type, "{}", hook.name);
@@ -307,7 +307,7 @@ fn pins_that_are_removed_or_replaced_are_put_back() {
         let mut agent = web.serve(sandbox);
         let lock = Lock::try_take(&sandbox.pin_path()).unwrap().unwrap();
         let maps = map_ids(sandbox);
-        for name in pins::names(Features::probe()) {
+        for name in pins::names(Features::probe(), true) {
             let pin = sandbox.pin_path().join(name);
             let other = sandbox.pin_path().join(if name == "meta" { "affinity" } else { "meta" });
             // Removed, and replaced by another object.
@@ -338,7 +338,7 @@ fn programs_that_are_detached_or_replaced_are_put_back() {
         let lock = Lock::try_take(&sandbox.pin_path()).unwrap().unwrap();
         let programs = program_ids(sandbox);
         let link = |hook: &str| syscall::open_pin(&sandbox.pin_path().join(hook)).unwrap();
-        for hook in pins::hooks(Features::probe()) {
+        for hook in pins::hooks(Features::probe(), true) {
             syscall::detach(link(hook.name).as_fd()).unwrap();
             assert_eq!(agent.kernel.pins(&lock), Pins::Lost(vec![hook.name]));
             assert_eq!(web.answers(), hook.name != "connect4", "{}", hook.name);

@@ -18,6 +18,7 @@ mod exclusive;
 mod explain;
 mod fixture;
 mod grace;
+mod health;
 mod kinds;
 mod layouts;
 mod lifecycle;

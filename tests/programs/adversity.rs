@@ -72,7 +72,7 @@ fn what_is_removed_comes_back_within_the_audits_interval() {
         let has_counted = |name: &str, n: u32| {
             page(10249, "metrics").contains(&format!("socklb_pin_repairs_total{{pin=\"{name}\"}} {n}\n"))
         };
-        let hooks: Vec<&str> = pins::hooks(Features::probe()).map(|hook| hook.name).collect();
+        let hooks: Vec<&str> = pins::hooks(Features::probe(), true).map(|hook| hook.name).collect();
         let maps: Vec<&str> = MAPS.iter().map(|map| map.name).collect();
         for (round, (what, names, is_detached)) in
             [("links", &hooks, false), ("maps", &maps, false), ("programs", &hooks, true)]

@@ -28,6 +28,7 @@ fn frontend(address: FrontendAddress, service: u8, endpoints: &[u8]) -> Frontend
         kind: FrontendKind::ClusterIP,
         policy: TrafficPolicy::Cluster,
         flags: 0,
+        health: 0,
         affinity_seconds: 0,
         created: None,
         port: Arc::new(PortKey {

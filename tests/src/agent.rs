@@ -41,6 +41,7 @@ pub fn options(sandbox: &Sandbox) -> Options {
         node_netns: sandbox.netns().cookie(),
         features: Features::probe(),
         excludes: false,
+        passive_health: true,
         log: false,
     }
 }
@@ -159,7 +160,7 @@ impl Agent {
     /// The pins of an agent on this kernel, whether they exist or not.
     #[must_use]
     pub fn pins(sandbox: &Sandbox) -> Vec<PathBuf> {
-        pins::names(Features::probe()).map(|name| sandbox.pin_path().join(name)).collect()
+        pins::names(Features::probe(), true).map(|name| sandbox.pin_path().join(name)).collect()
     }
 }
 

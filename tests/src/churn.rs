@@ -433,7 +433,7 @@ fn nothing_is_left_over(sandbox: &Sandbox) -> anyhow::Result<()> {
     ensure!(found == wanted, "pinned are {found:?}");
     let features = Features::probe();
     let cgroup = fs::File::open(sandbox.cgroup().path())?;
-    for hook in pins::hooks(features) {
+    for hook in pins::hooks(features, true) {
         let link = syscall::cgroup_link(syscall::open_pin(&pin_path.join(hook.name))?.as_fd())?;
         let programs = syscall::programs_of(cgroup.as_fd(), link.attach_type)?;
         ensure!(programs == [link.program_id], "{} has the programs {programs:?}", hook.name);

@@ -28,8 +28,12 @@ struct Fake {
     loopback_is_node: bool,
     earlier: Option<Choice>,
     random: Cell<u32>,
+    /// What is added to it by each draw.
+    random_step: u32,
     now: Cell<u64>,
     affinity: RefCell<BTreeMap<u32, Affinity>>,
+    /// Endpoint ids that are ejected.
+    ejected: Vec<u32>,
     /// What another CPU remembers between our look-up and our insertion.
     faster_cpu: Option<u32>,
 }
@@ -78,6 +82,9 @@ impl Tables<Octets4> for Fake {
     fn endpoint(&self, index: u32) -> Option<Endpoint4> {
         self.endpoints.get(index as usize).copied()
     }
+    fn admits(&self, endpoint_id: u32) -> bool {
+        !self.ejected.contains(&endpoint_id)
+    }
     fn node_ports(&self) -> (u16, u16) {
         crate::limits::NODE_PORTS
     }
@@ -103,7 +110,7 @@ impl Caller for Fake {
         self.earlier
     }
     fn random(&self) -> u32 {
-        self.random.get()
+        self.random.replace(self.random.get().wrapping_add(self.random_step))
     }
     fn now(&self) -> u64 {
         self.now.get()
@@ -237,6 +244,7 @@ fn a_service_address_reaches_its_endpoint() {
             choice: Choice { endpoint_id: 7, index: 0 },
             frontend_id: 0,
             service_id: 100,
+            health: 0,
         })
     );
 }
@@ -466,4 +474,60 @@ proptest! {
         }
         prop_assert!(hits.iter().all(|&n| (63..=65).contains(&n)), "{:?}", hits);
     }
+}
+
+#[test]
+fn an_ejected_endpoint_is_chosen_only_by_the_last_draw() {
+    const EIGHTH: u32 = 1 << 29;
+    let reached = |ejected: &[u32], health: u32, first: u32, step: u32| {
+        let mut tables = Fake { ejected: ejected.to_vec(), random_step: step, ..Fake::default() };
+        tables.serve(VIP, 80, Protocol::TCP, &[0, 1, 2, 3, 4, 5, 6, 7]).health = health;
+        tables.random.set(first);
+        tables.reached(VIP, 80).unwrap()
+    };
+    // The first number is 0. The second one selects among the seven others.
+    for (ejected, step, expected) in [
+        (&[1, 2][..], 0, 0),
+        (&[0], 0, 1),
+        (&[0], 3 * EIGHTH, 3),
+        (&[0], u32::MAX, 7),
+        (&[0, 1, 2], 0, 3),
+        (&[0, 7], u32::MAX, 1),
+        (&[0, 1, 2, 3], 0, 3),
+        (&[0, 1, 2, 3, 4, 5, 6, 7], u32::MAX, 2),
+    ] {
+        assert_eq!(reached(ejected, 1, 0, step), expected, "{ejected:?}, {step}");
+    }
+    assert_eq!(reached(&[0], 0, 0, 0), 0, "a frontend without a policy");
+    assert_eq!(reached(&[6], 1, 6 * EIGHTH, 6 * EIGHTH), 2, "the others begin behind it");
+}
+
+#[test]
+fn runs_of_any_length_avoid_up_to_three_ejected_endpoints() {
+    for n in 1..6u32 {
+        for n_ejected in 0..=n {
+            for random in (0..64).map(|n| n << 26) {
+                let ids: Vec<u32> = (0..n).collect();
+                let ejected: Vec<u32> = (0..n_ejected).collect();
+                let mut tables = Fake { ejected, random_step: 0x9e37_79b9, ..Fake::default() };
+                tables.serve(VIP, 80, Protocol::TCP, &ids).health = 1;
+                tables.random.set(random);
+                let reached = tables.reached(VIP, 80).unwrap();
+                assert!(reached < n);
+                let is_ejected = reached < n_ejected;
+                assert!(!is_ejected || n_ejected == n || n_ejected > 3, "{n_ejected} of {n}: {reached}");
+            }
+        }
+    }
+}
+
+#[test]
+fn affinity_leaves_an_ejected_endpoint() {
+    let mut tables = Fake { ejected: vec![0], random_step: 1 << 31, ..Fake::default() };
+    let frontend = tables.serve(VIP, 80, Protocol::TCP, &[0, 1]);
+    (frontend.health, frontend.affinity_seconds) = (1, 60);
+    let earlier = Affinity { last_used: 0, endpoint_id: 0, reserved: 0 };
+    let _ = tables.affinity.borrow_mut().insert(100, earlier);
+    assert_eq!(tables.reached(VIP, 80), Some(1));
+    assert_eq!(tables.affinity.borrow()[&100].endpoint_id, 1);
 }

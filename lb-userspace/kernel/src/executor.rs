@@ -39,6 +39,9 @@ pub struct Options {
     pub features: Features,
     /// Whether cgroups may be excluded ([`super::exclusion`]). If not, the programs contain no code for it.
     pub excludes: bool,
+    /// Whether the programs observe connections and eject endpoints ([`lb_common::health`]). If not, the
+    /// programs contain no code for it, and `sock_ops` is not attached.
+    pub passive_health: bool,
     /// Whether the programs write diagnostic lines for [`Kernel::take_log`].
     pub log: bool,
 }
@@ -64,6 +67,7 @@ pub struct Kernel {
     applied: u64,
     settled: u64,
     features: Features,
+    passive_health: bool,
     log: bool,
     object: Ebpf,
     pin_path: PathBuf,
@@ -168,7 +172,7 @@ impl Kernel {
         let mut maps = Maps::take(&mut object, options)?;
         maps.fill_from(&former, &directory, &adoption)?;
         let mut programs = Vec::new();
-        for hook in pins::hooks(options.features) {
+        for hook in pins::hooks(options.features, options.passive_health) {
             // Loaded now even if attached later, so that a verifier error is reported at once.
             programs.push(load_program(&mut object, hook, &program_of(hook, options.features, options.log))?);
         }
@@ -186,6 +190,7 @@ impl Kernel {
             applied: 0,
             settled: 0,
             features: options.features,
+            passive_health: options.passive_health,
             log: options.log,
             object,
             pin_path: pin_path.clone(),
@@ -230,7 +235,11 @@ impl Kernel {
         pins::commit(&self.pin_path)?;
         self.hooks.install(made)?;
         pins::promote(&self.pin_path)?;
-        let _removed = pins::remove_former(&self.pin_path, maps::REMOVED, hooks::REMOVED)?;
+        let unused = hooks::HOOKS
+            .iter()
+            .filter(|hook| hook.needs == hooks::Requirement::PassiveHealth && !self.passive_health);
+        let links: Vec<&str> = hooks::REMOVED.iter().copied().chain(unused.map(|hook| hook.name)).collect();
+        let _removed = pins::remove_former(&self.pin_path, maps::REMOVED, &links)?;
         if std::mem::take(&mut self.is_staged) {
             info!("switched to the new maps");
         }
@@ -246,7 +255,7 @@ impl Kernel {
     #[must_use]
     pub fn pins(&self, lock: &Lock) -> Pins {
         let is_there = |name: &str| std::fs::symlink_metadata(self.pin_path.join(name)).is_ok();
-        if !lock.is_in_place() || !pins::names(self.features).any(is_there) {
+        if !lock.is_in_place() || !pins::names(self.features, self.passive_health).any(is_there) {
             return Pins::Gone;
         }
         if self.is_staged {
@@ -289,7 +298,7 @@ impl Kernel {
     /// [`KernelError::Program`] if the kernel does not report the number.
     pub fn verified_instructions(&self) -> Result<BTreeMap<&'static str, u32>, KernelError> {
         let mut counts = BTreeMap::new();
-        for hook in pins::hooks(self.features) {
+        for hook in pins::hooks(self.features, self.passive_health) {
             let name = hook.name;
             let missing = KernelError::Missing { kind: "program", name };
             let program = self.object.program(&program_of(hook, self.features, self.log)).ok_or(missing)?;

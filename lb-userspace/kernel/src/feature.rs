@@ -28,6 +28,10 @@ pub struct Features {
 pub struct SockFields {
     /// The socket in `struct bpf_sock_addr_kern`.
     pub context_sock: u32,
+    /// The socket in `struct bpf_sock_ops_kern`.
+    pub sock_ops_sock: u32,
+    /// `sk_err` in `struct sock`.
+    pub error: u32,
     /// `skc_cookie` in `struct sock`.
     pub cookie: u32,
     /// `skc_state` in `struct sock`.
@@ -49,6 +53,8 @@ impl SockFields {
         let kernel = btf.field("sock", "sk_kern_sock")?.bit;
         Some(Self {
             context_sock: octet("bpf_sock_addr_kern", "sk")?,
+            sock_ops_sock: octet("bpf_sock_ops_kern", "sk")?,
+            error: octet("sock", "sk_err")?,
             cookie: common + octet("sock_common", "skc_cookie")?,
             state: common + octet("sock_common", "skc_state")?,
             kernel: kernel / 8,
@@ -84,7 +90,8 @@ impl Features {
     fn ask() -> Self {
         let has = |program, helper| is_helper_supported(program, helper).unwrap_or(false);
         let can_read = has(ProgramType::CgroupSockAddr, BpfHelper::BPF_FUNC_probe_read_kernel)
-            && has(ProgramType::CgroupSock, BpfHelper::BPF_FUNC_probe_read_kernel);
+            && has(ProgramType::CgroupSock, BpfHelper::BPF_FUNC_probe_read_kernel)
+            && has(ProgramType::SockOps, BpfHelper::BPF_FUNC_probe_read_kernel);
         let sock_fields = Btf::of_kernel().ok().as_ref().and_then(SockFields::of);
         Self {
             set_retval: has(ProgramType::CgroupSockAddr, BpfHelper::BPF_FUNC_set_retval),

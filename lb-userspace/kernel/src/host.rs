@@ -98,7 +98,7 @@ fn exclusives(
 ) -> io::Result<Vec<(&'static str, Exclusive)>> {
     let id = fs::metadata(path)?.ino();
     let mut found = Vec::new();
-    for hook in pins::hooks(features) {
+    for hook in pins::hooks(features, true) {
         let link =
             syscall::open_pin(&pin_path.join(hook.name)).and_then(|link| syscall::cgroup_link(link.as_fd()));
         if link.is_ok_and(|link| link.cgroup_id == id) {

@@ -27,8 +27,8 @@ pub enum LinkProblem {
     /// There is no such pin.
     #[error("nothing is pinned under this name")]
     Missing,
-    /// There is no such pin, and this kernel needs none (docs/MAPS.md).
-    #[error("not used on this kernel")]
+    /// There is no such pin, and this kernel or these settings need none (docs/MAPS.md).
+    #[error("not used on this kernel or with these settings")]
     NotNeeded,
     /// It was detached, or its cgroup was removed. Such a link cannot be attached again.
     #[error(
@@ -40,10 +40,14 @@ pub enum LinkProblem {
     Io(#[from] io::Error),
 }
 
-/// Reads the link of each hook. Its cgroup is searched in `below`, or else in the whole hierarchy.
+/// Reads the link of each hook. `passive_health` is whether the agent attaches `sock_ops`. A link's cgroup is searched in `below`, or else in the whole hierarchy.
 #[must_use]
-pub fn read_all(pin_path: &Path, below: Option<&Path>) -> Vec<(&'static str, Result<Link, LinkProblem>)> {
-    let needed: Vec<&str> = pins::hooks(Features::probe()).map(|hook| hook.name).collect();
+pub fn read_all(
+    pin_path: &Path,
+    below: Option<&Path>,
+    passive_health: bool,
+) -> Vec<(&'static str, Result<Link, LinkProblem>)> {
+    let needed: Vec<&str> = pins::hooks(Features::probe(), passive_health).map(|hook| hook.name).collect();
     let root = below.map(Path::to_owned).or_else(|| cgroup::find_widest().ok());
     let mut known: Option<(u64, Option<PathBuf>)> = None;
     let mut place = |id: u64| {
@@ -98,7 +102,7 @@ mod tests {
     #[test]
     fn what_is_not_pinned_is_missing() {
         let nothing = tempfile::tempdir().unwrap();
-        let found = read_all(nothing.path(), None);
+        let found = read_all(nothing.path(), None, true);
         assert_eq!(found.len(), HOOKS.len());
         for (hook, link) in found {
             assert!(matches!(link, Err(LinkProblem::Missing | LinkProblem::NotNeeded)), "{hook}");

@@ -37,10 +37,11 @@ pub fn try_programs(features: Features) -> Result<(), KernelError> {
         features,
         // The larger programs.
         excludes: true,
+        passive_health: true,
         log: false,
     };
     let mut object = load(object::bytes()?, &options, None)?;
-    for hook in pins::hooks(features) {
+    for hook in pins::hooks(features, options.passive_health) {
         let _verified = load_program(&mut object, hook, &program_of(hook, features, false))?;
     }
     Ok(())
@@ -56,6 +57,7 @@ pub(crate) fn load_program(
     match program {
         Program::CgroupSockAddr(program) => program.load(),
         Program::CgroupSock(program) => program.load(),
+        Program::SockOps(program) => program.load(),
         _ => return Err(missing),
     }
     .map_err(|source| match source {
@@ -105,7 +107,7 @@ pub(crate) fn load(object: &[u8], options: &Options, pin_path: Option<&Path>) ->
     let node_netns = options.node_netns.unwrap_or_default();
     let (set_retval, localhost) =
         (u8::from(options.features.set_retval), u8::from(options.localhost_nodeports));
-    let excludes = u8::from(options.excludes);
+    let (excludes, passive_health) = (u8::from(options.excludes), u8::from(options.passive_health));
     let (has_fields, fields) =
         (options.features.sock_fields.is_some(), options.features.sock_fields.unwrap_or_default());
     let (has_fields, mptcp) = (u8::from(has_fields), u8::from(options.features.mptcp));
@@ -118,6 +120,9 @@ pub(crate) fn load(object: &[u8], options: &Options, pin_path: Option<&Path>) ->
         .override_global("HAS_SOCK_FIELDS", &has_fields, true)
         .override_global("HAS_MPTCP", &mptcp, true)
         .override_global("CONTEXT_SOCK", &fields.context_sock, true)
+        .override_global("SOCK_OPS_SOCK", &fields.sock_ops_sock, true)
+        .override_global("SOCK_ERROR", &fields.error, true)
+        .override_global("PASSIVE_HEALTH", &passive_health, true)
         .override_global("SOCK_COOKIE", &fields.cookie, true)
         .override_global("SOCK_STATE", &fields.state, true)
         .override_global("SOCK_KERNEL", &fields.kernel, true)

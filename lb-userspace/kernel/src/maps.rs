@@ -14,9 +14,9 @@ use aya::{
 use lb_common::{
     address::{Address, Octets6, mapped_ipv4},
     layout::{
-        self, AddressKey, ClusterIp, Endpoint4, Endpoint6, EndpointStats, Frontend, FrontendKey4,
-        FrontendKey6, FrontendRef, MapValue, Meta, Network4, Network6, NodeAddr, Run, ServiceCidrs,
-        ServiceStats,
+        self, AddressKey, ClusterIp, Endpoint4, Endpoint6, EndpointHealth, EndpointStats, Frontend,
+        FrontendKey4, FrontendKey6, FrontendRef, MapValue, Meta, Network4, Network6, NodeAddr, Run,
+        ServiceCidrs, ServiceStats,
     },
     maps::{self, MAPS},
 };
@@ -47,6 +47,7 @@ pub struct Maps {
     service_cidrs: Mapped<ServiceCidrs>,
     service_stats: Counters<ServiceStats>,
     endpoint_stats: Counters<EndpointStats>,
+    endpoint_health: Mapped<EndpointHealth>,
     pub(crate) frontends: Mapped<Frontend>,
     pub(crate) endpoints4: Mapped<Endpoint4>,
     pub(crate) endpoints6: Mapped<Endpoint6>,
@@ -99,6 +100,10 @@ impl Maps {
                 "endpoint_stats",
                 &place("endpoint_stats").map("endpoint_stats")?.0,
             )?,
+            endpoint_health: map_memory(
+                "endpoint_health",
+                &place("endpoint_health").map("endpoint_health")?.0,
+            )?,
             frontends: map_memory("frontends", &frontends)?,
             endpoints4: map_memory("endpoints4", &endpoints4)?,
             endpoints6: map_memory("endpoints6", &endpoints6)?,
@@ -119,7 +124,7 @@ impl Maps {
             node_netns: options.node_netns.unwrap_or_default(),
             node_port_first: options.node_ports.0,
             node_port_last: options.node_ports.1,
-            reserved: 0,
+            passive_health: options.passive_health.into(),
         };
         Ok(Self {
             services4: take_map(object, "services4")?,
@@ -129,6 +134,7 @@ impl Maps {
             service_cidrs: map_memory("service_cidrs", map_data(object, "service_cidrs")?)?,
             service_stats: map_counters("service_stats", map_data(object, "service_stats")?)?,
             endpoint_stats: map_counters("endpoint_stats", map_data(object, "endpoint_stats")?)?,
+            endpoint_health: map_memory("endpoint_health", map_data(object, "endpoint_health")?)?,
             frontends: map_memory("frontends", map_data(object, "frontends")?)?,
             endpoints4: map_memory("endpoints4", map_data(object, "endpoints4")?)?,
             endpoints6: map_memory("endpoints6", map_data(object, "endpoints6")?)?,
@@ -201,7 +207,7 @@ impl Maps {
                     (2, frontend.service_id),
                     (3, frontend.affinity_seconds),
                     (4, frontend.flags),
-                    (5, frontend.reserved),
+                    (5, frontend.health),
                 ];
                 let done = words.iter().all(|&(word, value)| self.frontends.store_u32(*id, word, value));
                 in_range("frontends", *id, done)
@@ -214,7 +220,11 @@ impl Maps {
                 Ok(())
             }
             Op::ResetEndpoints(ids) => {
-                ids.iter().for_each(|id| self.endpoint_stats.reset(*id));
+                for id in ids.iter() {
+                    self.endpoint_stats.reset(*id);
+                    // An id beyond the map has no health.
+                    let _beyond = self.endpoint_health.write(*id, EndpointHealth::default());
+                }
                 Ok(())
             }
             Op::InsertAddress { table, address, flag } => {
@@ -372,6 +382,15 @@ impl Maps {
             connects: sum.connects.wrapping_add(cpu.connects),
             datagrams: sum.datagrams.wrapping_add(cpu.datagrams),
         })
+    }
+
+    /// What connections say about an endpoint since it got its id. Of an endpoint that is never observed, or
+    /// of an id beyond the map, the default.
+    ///
+    /// Programs write it meanwhile: the fields may belong to two events.
+    #[must_use]
+    pub fn endpoint_health(&self, endpoint_id: u32) -> EndpointHealth {
+        self.endpoint_health.read(endpoint_id).unwrap_or_default()
     }
 }
 

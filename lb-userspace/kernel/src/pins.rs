@@ -15,16 +15,17 @@ use lb_common::{
 use super::{Features, KernelError, fault, lock, syscall};
 
 /// The hooks that are attached on a kernel, in order.
-pub fn hooks(features: Features) -> impl Iterator<Item = &'static HookSpec> {
+pub fn hooks(features: Features, passive_health: bool) -> impl Iterator<Item = &'static HookSpec> {
     HOOKS.iter().filter(move |hook| match hook.needs {
         Requirement::Nothing => true,
         Requirement::Slots => features.has_slots(),
+        Requirement::PassiveHealth => passive_health,
     })
 }
 
 /// The names that an agent pins on a kernel: maps, then links.
-pub fn names(features: Features) -> impl Iterator<Item = &'static str> {
-    MAPS.iter().map(|map| map.name).chain(hooks(features).map(|hook| hook.name))
+pub fn names(features: Features, passive_health: bool) -> impl Iterator<Item = &'static str> {
+    MAPS.iter().map(|map| map.name).chain(hooks(features, passive_health).map(|hook| hook.name))
 }
 
 /// Directory below the pin directory, for maps that are being filled and do not serve yet.

@@ -228,6 +228,7 @@ pub fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
             node_netns: syscall::netns_cookie(),
             features: Features::probe(),
             excludes: exclude_pods || !exclude_cgroups.is_empty(),
+            passive_health: true,
             log: args.verbose >= 2,
         },
         state_dir: args.state_dir.clone().or(file.state_dir).unwrap_or_else(|| config::STATE_DIR.into()),

@@ -158,7 +158,7 @@ fn maps(args: &StatusArgs) -> Result<Vec<MapRow>, KernelError> {
 }
 
 fn hooks(args: &StatusArgs) -> Vec<HookRow> {
-    links::read_all(&args.pins.pin_path, args.cgroup.as_deref())
+    links::read_all(&args.pins.pin_path, args.cgroup.as_deref(), true)
         .into_iter()
         .map(|(hook, link)| HookRow::new(hook, link))
         .collect()

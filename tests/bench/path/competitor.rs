@@ -169,7 +169,7 @@ pub(crate) fn set_up(
         ),
         None => None,
     };
-    let links = links::read_all(&sandbox.pin_path(), Some(sandbox.cgroup().path()));
+    let links = links::read_all(&sandbox.pin_path(), Some(sandbox.cgroup().path()), true);
     let programs = links.into_iter().filter_map(|(_, link)| Some(link.ok()?.program_id)).collect();
     let mut client = Client::start(setup.size, *competitor == Competitor::Direct, setup.server)?;
     let work: Work<Order, Answer> = Box::new(move |order| {

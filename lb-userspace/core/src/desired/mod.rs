@@ -110,6 +110,9 @@ pub struct Frontend {
     pub flags: u32,
     /// Idle time-out of the affinity in seconds; 0 = none.
     pub affinity_seconds: u32,
+    /// When endpoints are ejected because connections fail ([`lb_common::health::Policy::to_word`]); 0 = never,
+    /// as for every protocol but TCP.
+    pub health: u32,
     /// Creation time of the service, seconds since 1970: the older service wins an address that two claim.
     pub created: Option<i64>,
     /// The service port.

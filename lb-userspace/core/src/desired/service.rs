@@ -12,7 +12,10 @@
 
 use std::{collections::BTreeSet, net::IpAddr, net::SocketAddr, sync::Arc};
 
-use lb_common::layout::frontend_flags::{EXTERNAL_LOCAL, NO_LOCAL_ENDPOINT, NODE_PORT};
+use lb_common::{
+    health::Policy,
+    layout::frontend_flags::{EXTERNAL_LOCAL, NO_LOCAL_ENDPOINT, NODE_PORT},
+};
 
 use super::{
     ExternalIps, Frontend, FrontendAddress, FrontendKind, PortKey, Settings, Topology,
@@ -279,6 +282,10 @@ impl Builder<'_> {
             },
             flags,
             affinity_seconds: self.service.affinity_seconds.unwrap_or(0),
+            health: match port.key.protocol {
+                Protocol::Tcp => self.service.health().map_or(0, Policy::to_word),
+                _ => 0,
+            },
             created: self.service.created,
             port: port.key.clone(),
             endpoints,

@@ -2,12 +2,16 @@
 
 use std::time::Duration;
 
+use lb_common::health::Policy;
 use serde::{Deserialize, Serialize};
 
 use super::Service;
 
 /// What happens to connected sockets of a service whose endpoint no longer serves.
 pub const STALE_CONNECTIONS: &str = "socklb.io/stale-connections";
+
+/// When endpoints of a Service are ejected because connections fail.
+pub const HEALTH: &str = "socklb.io/health";
 
 /// Whether calls to a Service, or of a Pod, pass unchanged.
 pub const EXCLUDE: &str = "socklb.io/exclude";
@@ -46,6 +50,56 @@ impl StaleConnections {
     }
 }
 
+/// Parses the value of [`HEALTH`]: `off` (`Some(None)`), or one or more of `failures=N`, `base=DURATION` and
+/// `max=DURATION`, separated by commas; what is missing has the default ([`Policy::DEFAULT`]). `None` for
+/// anything else: failures outside 1 to 255, times that are no whole seconds from 1 s to 1 h, a `max` below
+/// the base, or a key that is given twice.
+///
+/// ```
+/// # use lb_common::health::Policy;
+/// # use lb_core::model::annotation::health;
+/// assert_eq!(health("off"), Some(None));
+/// assert_eq!(health("failures=5"), Some(Some(Policy { failures: 5, ..Policy::DEFAULT })));
+/// assert_eq!(health("failures=0"), None);
+/// ```
+#[must_use]
+pub fn health(text: &str) -> Option<Option<Policy>> {
+    if text.trim() == "off" {
+        return Some(None);
+    }
+    let (mut failures, mut base, mut max) = (None, None, None);
+    for part in text.split(',') {
+        let (key, value) = part.trim().split_once('=')?;
+        let (place, number) = match key {
+            "failures" => {
+                (&mut failures, value.parse().ok().filter(|n| (1..=Policy::MAX_FAILURES).contains(n))?)
+            }
+            "base" => (&mut base, seconds(value)?),
+            "max" => (&mut max, seconds(value)?),
+            _ => return None,
+        };
+        if place.replace(number).is_some() {
+            return None;
+        }
+    }
+    let Policy { failures: default_failures, base: default_base, max: default_max } = Policy::DEFAULT;
+    let base = base.unwrap_or(default_base);
+    let policy = Policy {
+        failures: failures.unwrap_or(default_failures),
+        base,
+        // A base above the default of the maximum raises it.
+        max: max.unwrap_or(default_max.max(base)),
+    };
+    (policy.base <= policy.max).then_some(Some(policy))
+}
+
+/// Whole seconds from 1 s to 1 h.
+fn seconds(text: &str) -> Option<u32> {
+    let duration = duration(text)?;
+    let seconds = u32::try_from(duration.as_secs()).ok().filter(|n| (1..=3600).contains(n))?;
+    (duration.subsec_nanos() == 0).then_some(seconds)
+}
+
 fn duration(text: &str) -> Option<Duration> {
     let (number, unit) = text.split_at(text.find(|c: char| !c.is_ascii_digit())?);
     let number: u64 = number.parse().ok()?;
@@ -70,6 +124,12 @@ impl Service {
     #[must_use]
     pub fn is_excluded(&self) -> bool {
         self.annotation(EXCLUDE).and_then(excludes).unwrap_or(false)
+    }
+
+    /// When its endpoints are ejected; `None` = never. An invalid annotation counts as absent.
+    #[must_use]
+    pub fn health(&self) -> Option<Policy> {
+        self.annotation(HEALTH).and_then(health).unwrap_or(Some(Policy::DEFAULT))
     }
 
     /// The value of an annotation whose key starts with `socklb.io/`.

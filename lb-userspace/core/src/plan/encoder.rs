@@ -290,7 +290,7 @@ impl Encoder {
             service_id,
             affinity_seconds: desired.affinity_seconds,
             flags: desired.flags,
-            reserved: 0,
+            health: desired.health,
         };
         if let Some((id, _)) = before {
             self.change_frontend(id, frontend);

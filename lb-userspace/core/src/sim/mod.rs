@@ -23,7 +23,8 @@ use std::{
 use lb_common::{
     Tables, Verdict,
     address::{Octets4, Octets6},
-    layout::{self, Affinity, FamilyLayout, Frontend},
+    health::Admission,
+    layout::{self, Affinity, EndpointHealth, FamilyLayout, Frontend},
     resolve::{Call, Choice, NodeAddress, find_frontend, resolve},
 };
 
@@ -72,6 +73,10 @@ pub struct Simulator {
     pub image: Image,
     /// The settings.
     pub config: Config,
+    /// The time, in nanoseconds of `CLOCK_MONOTONIC`, that ejections are compared with.
+    pub now: u64,
+    /// What connections say about endpoints, by endpoint id.
+    pub health: RefCell<BTreeMap<u32, EndpointHealth>>,
     affinity: RefCell<BTreeMap<(u64, u32), Affinity>>,
 }
 
@@ -97,11 +102,11 @@ impl Simulator {
 
     /// Computes the outcome of a call.
     ///
-    /// `random` is the program's random number, `now` its clock in seconds. A call to an IPv4-mapped address
-    /// is an IPv4 call, as in the hooks.
+    /// `random` is the first of the program's random numbers, from which the others follow; `now` is its clock
+    /// in seconds. A call to an IPv4-mapped address is an IPv4 call, as in the hooks.
     pub fn call(&self, to: FrontendAddress, caller: Caller, random: u32, now: u64) -> Outcome {
         let Some(protocol) = wire_protocol(to.protocol) else { return Outcome::Untouched };
-        let (port, client) = (to.port, Client { simulator: self, caller, random, now });
+        let (port, client) = (to.port, Client { simulator: self, caller, random: Cell::new(random), now });
         match to.ip.to_canonical() {
             IpAddr::V4(ip) => outcome(resolve(self, &client, &Call { address: ip.octets(), port, protocol })),
             IpAddr::V6(ip) => outcome(resolve(self, &client, &Call { address: ip.octets(), port, protocol })),
@@ -112,7 +117,7 @@ impl Simulator {
     #[must_use]
     pub fn find_frontend(&self, to: FrontendAddress, caller: Caller) -> Option<(u32, Frontend)> {
         let protocol = wire_protocol(to.protocol)?;
-        let (port, client) = (to.port, Client { simulator: self, caller, random: 0, now: 0 });
+        let (port, client) = (to.port, Client { simulator: self, caller, random: Cell::new(0), now: 0 });
         match to.ip.to_canonical() {
             IpAddr::V4(ip) => find_frontend(self, &client, &Call { address: ip.octets(), port, protocol }),
             IpAddr::V6(ip) => find_frontend(self, &client, &Call { address: ip.octets(), port, protocol }),
@@ -178,6 +183,15 @@ impl<A: Octets> Tables<A> for Simulator {
         let Entry { endpoint_id, address } = self.image.entry(A::FAMILY == lb_common::Family::V6, index)?;
         Some(A::entry(A::from_ip(address.ip())?, address.port(), endpoint_id))
     }
+    fn admits(&self, endpoint_id: u32) -> bool {
+        let mut endpoints = self.health.borrow_mut();
+        let Some(health) = endpoints.get_mut(&endpoint_id) else { return true };
+        let admission = health.admission(self.now);
+        if admission == Admission::Trial {
+            health.tried_at = self.now;
+        }
+        admission != Admission::Ejected
+    }
     fn node_ports(&self) -> (u16, u16) {
         self.config.node_ports
     }
@@ -198,7 +212,7 @@ impl<A: Octets> Tables<A> for Simulator {
 struct Client<'a> {
     simulator: &'a Simulator,
     caller: Caller,
-    random: u32,
+    random: Cell<u32>,
     now: u64,
 }
 
@@ -210,7 +224,8 @@ impl lb_common::Caller for Client<'_> {
         self.caller.earlier
     }
     fn random(&self) -> u32 {
-        self.random
+        // A linear congruential generator, whose high bits count.
+        self.random.replace(self.random.get().wrapping_mul(1_664_525).wrapping_add(1_013_904_223))
     }
     fn now(&self) -> u64 {
         self.now

@@ -9,7 +9,7 @@ use super::{ANNOTATION_PREFIX, IssueCollector, invalid_name, is_label, namespace
 use crate::model::{
     Cidr, Family, Issue, IssueKind, ObjectRef, Protocol, Service, ServiceKey, ServicePort, ServiceType,
     TrafficPolicy, address,
-    annotation::{self, EXCLUDE, STALE_CONNECTIONS, StaleConnections},
+    annotation::{self, EXCLUDE, HEALTH, STALE_CONNECTIONS, StaleConnections},
 };
 
 /// Default idle time-out of client affinity, seconds (`pkg/apis/core/v1/defaults.go`).
@@ -117,7 +117,9 @@ fn report_annotations(report: &mut IssueCollector, service: &Service) {
     let unread = |key, is_read: fn(&str) -> bool| service.annotation(key).filter(|value| !is_read(value));
     let stale = unread(STALE_CONNECTIONS, |value| StaleConnections::parse(value).is_some());
     let exclude = unread(EXCLUDE, |value| annotation::excludes(value).is_some());
+    let health = unread(HEALTH, |value| annotation::health(value).is_some());
     for (key, value, expected) in [
+        (HEALTH, health, "off, or failures=1-255,base=DURATION,max=DURATION with 1s to 1h"),
         (STALE_CONNECTIONS, stale, "keep, reset or drain=DURATION, such as drain=30s"),
         (EXCLUDE, exclude, "true or false"),
     ] {

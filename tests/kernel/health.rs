@@ -1,0 +1,192 @@
+//! Passive health: which outcomes of connections eject an endpoint.
+
+use std::{
+    net::SocketAddr,
+    thread,
+    time::{Duration, Instant},
+};
+
+use lb_common::layout::EndpointHealth;
+use lb_core::model::Protocol::Tcp;
+use lb_kernel::Options;
+use lb_tests::{
+    Feature, Sandbox,
+    agent::{self, Agent},
+    client::{Domain, Socket},
+    cluster::Cluster,
+    require,
+    server::Servers,
+};
+use nix::{
+    errno::Errno,
+    sys::socket::{Backlog, Shutdown, listen, shutdown},
+};
+
+use crate::calls::{addresses, service_address};
+
+/// Runs a test in each domain and each mode of the programs, with a service that has these endpoints.
+fn with_service(test: impl Fn(&Node) + Send + Sync) {
+    if !require(Feature::Programs) {
+        return;
+    }
+    for domain in Domain::ALL {
+        Sandbox::run(|sandbox| {
+            for options in agent::modes(sandbox) {
+                test(&Node::new(domain, &options));
+            }
+        });
+    }
+}
+
+struct Node {
+    agent: Agent,
+    domain: Domain,
+    service: SocketAddr,
+    endpoints: [SocketAddr; 2],
+}
+
+impl Node {
+    fn new(domain: Domain, options: &Options) -> Self {
+        let (service, endpoints) = (service_address(domain), addresses(domain, 8001));
+        let mut cluster = Cluster::new();
+        cluster.serve("web", service, Tcp, &endpoints);
+        let mut agent = Agent::start_with(options, agent::settings(), Vec::new()).unwrap();
+        agent.follow(&Cluster::new());
+        agent.settle();
+        agent.follow(&cluster);
+        Self { agent, domain, service, endpoints }
+    }
+
+    fn health(&self, endpoint: SocketAddr) -> EndpointHealth {
+        let image = self.agent.image();
+        let runs = if endpoint.is_ipv6() { image.runs6 } else { image.runs4 };
+        let mut entries = runs.values().flat_map(|run| run.iter());
+        let entry = entries.find(|entry| entry.address == endpoint).unwrap();
+        self.agent.kernel.maps().endpoint_health(entry.endpoint_id)
+    }
+
+    fn call(&self) -> Result<SocketAddr, Errno> {
+        let socket = Socket::new(self.domain, Tcp);
+        socket.connect(self.service)?;
+        socket.ask().map(|answer| answer.server)
+    }
+
+    /// Begins calls until one waits for an endpoint that does not answer.
+    fn begin(&self) -> Socket {
+        loop {
+            let socket = Socket::new(self.domain, Tcp);
+            socket.set_nonblocking(true);
+            assert_eq!(socket.connect(self.service), Err(Errno::EINPROGRESS));
+            thread::sleep(Duration::from_millis(5));
+            if socket.peer_name() == Err(Errno::ENOTCONN) {
+                return socket;
+            }
+        }
+    }
+}
+
+/// A listener whose accept queue is full: it drops every SYN, as if the node were gone.
+struct Silent {
+    listener: std::net::TcpListener,
+    _queued: Vec<Socket>,
+}
+
+impl Silent {
+    fn new(domain: Domain, address: SocketAddr) -> Self {
+        let listener = std::net::TcpListener::bind(address).unwrap();
+        listen(&listener, Backlog::new(0).unwrap()).unwrap();
+        let queued = (0..4).map(|_| {
+            let socket = Socket::new(domain, Tcp);
+            socket.set_nonblocking(true);
+            assert_eq!(socket.connect(address), Err(Errno::EINPROGRESS));
+            socket
+        });
+        Self { _queued: queued.collect(), listener }
+    }
+
+    /// Accepts everything from now on.
+    fn recover(&self) {
+        listen(&self.listener, Backlog::MAXCONN).unwrap();
+        self.listener.set_nonblocking(true).unwrap();
+        while self.listener.accept().is_ok() {}
+    }
+}
+
+fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !is_so() {
+        assert!(start.elapsed() < Duration::from_secs(15), "not within 15 s: {what}");
+        thread::sleep(Duration::from_millis(20));
+    }
+}
+
+#[test]
+fn a_refusing_endpoint_fails_three_calls() {
+    with_service(|node| {
+        let _servers = Servers::tcp([node.endpoints[0]]);
+        let outcomes: Vec<_> = (0..60).map(|_| node.call()).collect();
+        let refused = outcomes.iter().filter(|outcome| **outcome == Err(Errno::ECONNREFUSED)).count();
+        assert_eq!(refused, 3, "{:?} {outcomes:?}", node.domain);
+        let health = node.health(node.endpoints[1]);
+        assert_eq!((health.failures, health.ejections, health.errno), (3, 1, 111), "{:?}", node.domain);
+        let health = node.health(node.endpoints[0]);
+        assert_eq!((health.failures, health.ejected_until), (0, 0), "{:?}", node.domain);
+        assert!(health.latency > 0 && health.latency < 100_000, "{health:?}");
+    });
+}
+
+#[test]
+fn a_program_that_gives_up_ejects_nothing() {
+    with_service(|node| {
+        let _silent = node.endpoints.map(|endpoint| Silent::new(node.domain, endpoint));
+        let give_up: [(&str, fn(Socket)); 3] = [
+            ("close", drop),
+            ("shutdown", |socket| {
+                shutdown(std::os::fd::AsRawFd::as_raw_fd(&socket.into_fd()), Shutdown::Both).unwrap()
+            }),
+            ("connect(AF_UNSPEC)", |socket| socket.disconnect().unwrap()),
+        ];
+        for (way, give_up) in give_up {
+            for _ in 0..8 {
+                give_up(node.begin());
+            }
+            for endpoint in node.endpoints {
+                let health = node.health(endpoint);
+                assert_eq!(health.failures, 0, "{way}, {:?}: {health:?}", node.domain);
+            }
+        }
+    });
+}
+
+#[test]
+fn a_silent_endpoint_is_ejected_until_a_connection_gets_through() {
+    with_service(|node| {
+        let _servers = Servers::tcp([node.endpoints[0]]);
+        let silent = Silent::new(node.domain, node.endpoints[1]);
+        let waiting = [node.begin(), node.begin(), node.begin()];
+        wait_until("ejected", || node.health(node.endpoints[1]).ejected_until != 0);
+        for _ in 0..60 {
+            assert_eq!(node.call(), Ok(node.endpoints[0]), "{:?}", node.domain);
+        }
+        assert_eq!(node.health(node.endpoints[1]).errno, 0);
+        silent.recover();
+        // Their SYNs are sent again.
+        wait_until("back", || node.health(node.endpoints[1]).ejected_until == 0);
+        drop(waiting);
+    });
+}
+
+#[test]
+fn an_accept_queue_that_is_full_for_two_seconds_ejects_nothing() {
+    with_service(|node| {
+        let silent = node.endpoints.map(|endpoint| Silent::new(node.domain, endpoint));
+        let waiting: Vec<Socket> = (0..8).map(|_| node.begin()).collect();
+        thread::sleep(Duration::from_millis(1900));
+        silent.iter().for_each(Silent::recover);
+        waiting.iter().for_each(Socket::wait_until_writable);
+        for endpoint in node.endpoints {
+            let health = node.health(endpoint);
+            assert_eq!((health.failures, health.ejections), (0, 0), "{:?}: {health:?}", node.domain);
+        }
+    });
+}
