@@ -22,7 +22,7 @@ use nix::{
     sys::socket::{Backlog, Shutdown, listen, shutdown},
 };
 
-use crate::calls::{addresses, service_address};
+use crate::fixture::{addresses, service_address};
 
 /// Runs a test in each domain and each mode of the programs, with a service that has these endpoints.
 fn with_service(test: impl Fn(&Node) + Send + Sync) {
@@ -47,7 +47,7 @@ struct Node {
 
 impl Node {
     fn new(domain: Domain, options: &Options) -> Self {
-        let (service, endpoints) = (service_address(domain), addresses(domain, 8001));
+        let (service, endpoints) = (service_address(domain), addresses::<2>(domain, 8001));
         let mut cluster = Cluster::new();
         cluster.serve("web", service, Tcp, &endpoints);
         let mut agent = Agent::start_with(options, agent::settings(), Vec::new()).unwrap();

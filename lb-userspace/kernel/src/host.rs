@@ -83,6 +83,14 @@ pub(super) fn kernel() -> String {
     )
 }
 
+/// Nanoseconds of `CLOCK_MONOTONIC`, the clock of the programs.
+#[must_use]
+pub fn monotonic() -> u64 {
+    use nix::time::{ClockId, clock_gettime};
+    let now = clock_gettime(ClockId::CLOCK_MONOTONIC).map(std::time::Duration::from).unwrap_or_default();
+    u64::try_from(now.as_nanos()).unwrap_or(u64::MAX)
+}
+
 /// Effective capabilities of this process; none if they cannot be read, so that they are reported as missing.
 pub(super) fn capabilities() -> u64 {
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();

@@ -145,6 +145,15 @@ pub fn boolean(text: &str) -> Result<bool, String> {
     }
 }
 
+/// Parses `on` or `off`, or another of YAML 1.1's words for them.
+///
+/// # Errors
+///
+/// A sentence about what is expected.
+pub fn switch(text: &str) -> Result<bool, String> {
+    boolean(text).map_err(|_unknown| "expected on or off".to_owned())
+}
+
 /// Parses `FIRST-LAST`.
 ///
 /// # Errors

@@ -8,6 +8,7 @@ use std::{
     net::{IpAddr, SocketAddr},
 };
 
+use lb_common::{health::Admission, layout::Frontend};
 use lb_core::{
     desired::{
         self, FrontendAddress,
@@ -32,6 +33,8 @@ pub struct Explanation {
     pub frontend: Option<FrontendPart>,
     /// Every endpoint that a call may reach.
     pub candidates: Vec<SocketAddr>,
+    /// The candidates that calls avoid now, because connections to them failed.
+    pub ejected: Vec<LeftOutPart>,
     /// Every known endpoint that a call may not reach.
     pub left_out: Vec<LeftOutPart>,
     /// The rule that decides, in a sentence.
@@ -57,7 +60,7 @@ pub struct FrontendPart {
     pub affinity_seconds: u32,
 }
 
-/// An endpoint that a call may not reach.
+/// An endpoint that a call does not reach.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct LeftOutPart {
     /// Its address.
@@ -82,6 +85,7 @@ pub fn explain(
             verdict,
             frontend: None,
             candidates: Vec::new(),
+            ejected: Vec::new(),
             left_out: Vec::new(),
             reason,
             issues: Vec::new(),
@@ -101,12 +105,15 @@ pub fn explain(
         .map(|entry| entry.address)
         .collect();
     candidates.sort_unstable();
+    let ejected = ejected(simulator, ipv6, &frontend);
     let left_out = owner.map(|(state, owner)| left_out(state, owner, to, &candidates)).unwrap_or_default();
     let reason = match (candidates.len(), frontend.affinity_seconds) {
         (0, _) if left_out.is_empty() => "the service has no endpoints: ECONNREFUSED".to_owned(),
         (0, _) => "no endpoint of the service is usable: ECONNREFUSED".to_owned(),
         (1, _) => "the only usable endpoint".to_owned(),
-        (n, 0) => format!("one of {n}, each with the same probability"),
+        (n, 0) if ejected.is_empty() => format!("one of {n}, each with the same probability"),
+        (n, 0) if ejected.len() == n => format!("one of {n}: all are ejected, so none is avoided"),
+        (n, 0) => format!("one of {n}, of which {} ejected", number(ejected.len())),
         (n, seconds) => format!("one of {n}; a client keeps its endpoint until it is idle for {seconds} s"),
     };
     Explanation {
@@ -121,6 +128,7 @@ pub fn explain(
             affinity_seconds: frontend.affinity_seconds,
         }),
         candidates,
+        ejected,
         left_out,
         reason,
         issues: Vec::new(),
@@ -191,6 +199,34 @@ fn excluded(state: &State, to: FrontendAddress) -> Option<&ServiceKey> {
     state.store().services().filter(|service| service.is_excluded()).find(answers).map(|service| &service.key)
 }
 
+fn number(n: usize) -> String {
+    if n == 1 { "1 is".to_owned() } else { format!("{n} are") }
+}
+
+/// The endpoints of a frontend that are ejected at the simulator's time.
+fn ejected(simulator: &Simulator, ipv6: bool, frontend: &Frontend) -> Vec<LeftOutPart> {
+    let health = simulator.health.borrow();
+    let entries = simulator.image.entries(ipv6, frontend.run).unwrap_or_default();
+    let ejected = entries.iter().filter_map(|entry| {
+        let health = health.get(&entry.endpoint_id).filter(|_| frontend.health != 0)?;
+        if health.admission(simulator.now) == Admission::Open {
+            return None;
+        }
+        let seconds = health.ejected_until.saturating_sub(simulator.now).div_ceil(1_000_000_000);
+        let until = match seconds {
+            0 => "until a call on trial is established".to_owned(),
+            seconds => format!("for {seconds} s"),
+        };
+        let cause = match health.errno {
+            0 => "no answer".to_owned(),
+            errno => std::io::Error::from_raw_os_error(errno.cast_signed()).to_string(),
+        };
+        let reason = format!("ejected {until}: {} failures in a row, the last one: {cause}", health.failures);
+        Some(LeftOutPart { endpoint: entry.address, reason })
+    });
+    ejected.collect()
+}
+
 /// Every endpoint of the objects that the tables lack, with the rule that excludes it.
 fn left_out(
     state: &State,
@@ -247,7 +283,10 @@ impl Explanation {
             let (kind, service, policy) = (frontend.kind, frontend.service(), frontend.policy);
             ("frontend", format!("{kind} {service}, policy {policy:?}"), None)
         });
-        let candidates = self.candidates.iter().map(|endpoint| ("candidate", endpoint.to_string(), None));
+        let candidates = self.candidates.iter().map(|endpoint| {
+            let ejected = self.ejected.iter().find(|part| part.endpoint == *endpoint);
+            ("candidate", endpoint.to_string(), ejected.map(|part| part.reason.as_str()))
+        });
         let left_out = self.left_out.iter();
         let left_out =
             left_out.map(|part| ("left out", part.endpoint.to_string(), Some(part.reason.as_str())));

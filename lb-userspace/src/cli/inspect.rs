@@ -1,6 +1,7 @@
 //! Commands that read or remove pinned state. Only `explain --watch` needs a running agent.
 
 use std::{
+    cell::RefCell,
     collections::{BTreeMap, BTreeSet},
     os::fd::AsFd,
     path::PathBuf,
@@ -17,14 +18,13 @@ use lb_agent::{
     serve::{agent_socket, known::Which},
     snapshot,
 };
-use lb_common::layout::EndpointStats;
 use lb_core::{
     desired::FrontendAddress,
     sim::{Caller, Config, Simulator},
     tables::{Entry, Image},
 };
 use lb_kernel::{
-    Maps, cgroup,
+    Maps, cgroup, host,
     lock::{self, Lock},
     pins, syscall,
 };
@@ -37,7 +37,7 @@ use super::{
     agent::{Agent, AskError},
     config::UsageError,
     explain::{Explanation, explain as explain_call},
-    listing::{self, FrontendRow, list, table},
+    listing::{self, EndpointCounts, FrontendRow, list, table},
     objects::{At, Objects},
 };
 
@@ -121,7 +121,7 @@ pub fn services(args: &ServicesArgs) -> anyhow::Result<ExitCode> {
     // Read after the objects, so that the tables are never older than the answer.
     let image = maps.image()?;
     let entries = image.runs4.values().chain(image.runs6.values()).flat_map(|run| run.iter());
-    let mut rows = list(&image, objects.state(), &stats(&maps, entries));
+    let mut rows = list(&image, objects.state(), &counts(&maps, entries));
     if let Some(state) = objects.state().filter(|_| objects.notice().is_none()) {
         let changed = rows.iter().filter(|row| !listing::is_described(row, state));
         let changed = changed.map(FrontendRow::frontend).take(MAX_ROWS).collect();
@@ -137,9 +137,11 @@ pub fn services(args: &ServicesArgs) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Counters by endpoint.
-fn stats<'a>(maps: &Maps, entries: impl Iterator<Item = &'a Entry>) -> BTreeMap<u32, EndpointStats> {
-    entries.map(|entry| (entry.endpoint_id, maps.endpoint_stats(entry.endpoint_id))).collect()
+/// Counters and health by endpoint.
+fn counts<'a>(maps: &Maps, entries: impl Iterator<Item = &'a Entry>) -> BTreeMap<u32, EndpointCounts> {
+    let now = host::monotonic();
+    let of = |id| EndpointCounts { calls: maps.endpoint_stats(id), health: maps.endpoint_health(id), now };
+    entries.map(|entry| (entry.endpoint_id, of(entry.endpoint_id))).collect()
 }
 
 /// Reads these rows again with the objects of their services, which is a fast request. Removes rows whose
@@ -167,7 +169,7 @@ fn look_again(
         changed.clear();
         for (address, answer) in heard {
             let state = answer.map(|tagged| listing::state_of_known(tagged.known));
-            let counters = stats(maps, image.entries_at(address).iter());
+            let counters = counts(maps, image.entries_at(address).iter());
             let Some(row) = listing::find(&image, address, state.as_ref(), &counters) else { continue };
             if state.is_none_or(|state| !listing::is_described(&row, &state)) {
                 changed.insert(address);
@@ -227,6 +229,10 @@ impl Asked<'_> {
             node_ports: (meta.node_port_first, meta.node_port_last),
             localhost_nodeports: meta.localhost_nodeports != 0,
         };
+        simulator.now = host::monotonic();
+        let entries = simulator.image.entries_at(call);
+        let health = entries.iter().map(|entry| (entry.endpoint_id, maps.endpoint_health(entry.endpoint_id)));
+        simulator.health = RefCell::new(health.collect());
         let At { state, issues, notice, tag } = at;
         let explanation = Explanation { issues, ..explain_call(&simulator, state.as_ref(), call, caller) };
         Ok(Answered { explanation, notice, tag })

@@ -9,7 +9,7 @@ use std::{
 };
 
 use lb_agent::{serve::known::Known, snapshot::Snapshot};
-use lb_common::layout::EndpointStats;
+use lb_common::layout::{EndpointHealth, EndpointStats};
 use lb_core::{
     desired::{
         self, FrontendAddress, FrontendKind, Settings,
@@ -74,8 +74,35 @@ pub struct EndpointRow {
     pub terminating: bool,
     /// `connect()` calls and datagrams that this node redirected to it.
     pub connections: u64,
-    /// Failed ones. Always `null`: the hooks run before the kernel connects, so the result is unknown.
-    pub failures: Option<u64>,
+    /// Connections that failed in a row, up to now; `null` where connections are not observed (UDP, or the
+    /// annotation `socklb.io/health: off`).
+    pub failures: Option<u32>,
+    /// Seconds until the ejection ends; `null` if it is not ejected. 0 while a call is on trial.
+    pub ejected_seconds: Option<u64>,
+    /// Ejections in a row.
+    pub ejections: u32,
+    /// Time from SYN to established in microseconds, a moving average; `null` if unknown.
+    pub connect_microseconds: Option<u32>,
+}
+
+/// What the maps count for an endpoint.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct EndpointCounts {
+    /// Calls.
+    pub calls: EndpointStats,
+    /// What connections say.
+    pub health: EndpointHealth,
+    /// Nanoseconds of `CLOCK_MONOTONIC` when both were read.
+    pub now: u64,
+}
+
+impl EndpointCounts {
+    /// Seconds until the ejection ends, rounded up; `None` if it is not ejected.
+    #[must_use]
+    pub fn ejected_seconds(&self) -> Option<u64> {
+        let left = self.health.ejected_until.saturating_sub(self.now);
+        (self.health.ejected_until != 0).then_some(left.div_ceil(1_000_000_000))
+    }
 }
 
 /// Builds the state of a snapshot's objects, without a kernel.
@@ -126,10 +153,10 @@ pub fn find(
     image: &Image,
     address: FrontendAddress,
     objects: Option<&State>,
-    stats: &BTreeMap<u32, EndpointStats>,
+    counts: &BTreeMap<u32, EndpointCounts>,
 ) -> Option<FrontendRow> {
     let id = image.services.get(&address)?;
-    Some(row(image, address, *id, objects, stats))
+    Some(row(image, address, *id, objects, counts))
 }
 
 /// Lists every frontend of the tables, sorted by namespace, name, port, address.
@@ -139,10 +166,10 @@ pub fn find(
 pub fn list(
     image: &Image,
     objects: Option<&State>,
-    stats: &BTreeMap<u32, EndpointStats>,
+    counts: &BTreeMap<u32, EndpointCounts>,
 ) -> Vec<FrontendRow> {
     let mut rows: Vec<FrontendRow> =
-        image.services.iter().map(|(address, id)| row(image, *address, *id, objects, stats)).collect();
+        image.services.iter().map(|(address, id)| row(image, *address, *id, objects, counts)).collect();
     sort(&mut rows);
     rows
 }
@@ -162,7 +189,7 @@ fn row(
     address: FrontendAddress,
     id: u32,
     objects: Option<&State>,
-    stats: &BTreeMap<u32, EndpointStats>,
+    counts: &BTreeMap<u32, EndpointCounts>,
 ) -> FrontendRow {
     let frontend = image.frontends.get(&id).copied().unwrap_or_default();
     let owner = objects.and_then(|state| state.desired().owner(&address));
@@ -172,10 +199,15 @@ fn row(
     let mut endpoints: Vec<EndpointRow> = entries
         .iter()
         .map(|entry| {
-            let calls = stats.get(&entry.endpoint_id).copied().unwrap_or_default();
+            let counts = counts.get(&entry.endpoint_id).copied().unwrap_or_default();
+            let EndpointCounts { calls, health, .. } = counts;
             let known = described.get(&entry.address).cloned();
             EndpointRow {
                 connections: calls.connects + calls.datagrams,
+                failures: (frontend.health != 0).then_some(health.failures),
+                ejected_seconds: counts.ejected_seconds(),
+                ejections: health.ejections,
+                connect_microseconds: (health.latency != 0).then_some(health.latency),
                 ..known.unwrap_or_else(|| undescribed(entry.address))
             }
         })
@@ -219,6 +251,9 @@ fn undescribed(address: SocketAddr) -> EndpointRow {
         terminating: false,
         connections: 0,
         failures: None,
+        ejected_seconds: None,
+        ejections: 0,
+        connect_microseconds: None,
     }
 }
 
@@ -284,7 +319,10 @@ fn endpoints_cell(row: &FrontendRow, room: usize) -> String {
     let listed = |n_shown: usize| {
         let mut parts: Vec<String> = row.endpoints[..n_shown]
             .iter()
-            .map(|endpoint| SocketAddr::new(endpoint.address, endpoint.port).to_string())
+            .map(|endpoint| {
+                let is_ejected = if endpoint.ejected_seconds.is_some() { " (ejected)" } else { "" };
+                format!("{}{is_ejected}", SocketAddr::new(endpoint.address, endpoint.port))
+            })
             .collect();
         if n_all > n_shown {
             parts.push(format!("+{} more", n_all - n_shown));

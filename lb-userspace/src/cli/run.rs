@@ -119,6 +119,9 @@ pub struct RunArgs {
     /// the Pods of its node [default: false]
     #[arg(long, env = "SOCKLB_EXCLUDE_PODS", value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
     exclude_pods: Option<bool>,
+    /// Eject endpoints to which connections fail, for a while: on or off [default: on]
+    #[arg(long, env = "SOCKLB_PASSIVE_HEALTH", value_name = "SWITCH", value_parser = config::switch)]
+    passive_health: Option<bool>,
     /// Maximum number of frontends per address family [default: 65536]
     #[arg(long, env = "SOCKLB_MAX_SERVICES", value_name = "N", value_parser = config::entries)]
     max_services: Option<u32>,
@@ -158,6 +161,7 @@ struct FileConfig {
     healthz_bind_address: Option<String>,
     exclude_cgroup: Vec<PathBuf>,
     exclude_pods: Option<String>,
+    passive_health: Option<String>,
     max_services: Option<String>,
     max_endpoints: Option<String>,
     log_format: Option<String>,
@@ -228,7 +232,10 @@ pub fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
             node_netns: syscall::netns_cookie(),
             features: Features::probe(),
             excludes: exclude_pods || !exclude_cgroups.is_empty(),
-            passive_health: true,
+            passive_health: args
+                .passive_health
+                .or(settings_file.value("passive-health", file.passive_health, config::switch)?)
+                .unwrap_or(true),
             log: args.verbose >= 2,
         },
         state_dir: args.state_dir.clone().or(file.state_dir).unwrap_or_else(|| config::STATE_DIR.into()),
@@ -356,6 +363,7 @@ fn in_force(
         "healthz-bind-address": address(http.healthz),
         "exclude-cgroup": options.exclude_cgroups,
         "exclude-pods": options.exclude_pods,
+        "passive-health": if kernel.passive_health { "on" } else { "off" },
         "max-services": kernel.capacity.services,
         "max-endpoints": kernel.capacity.endpoints,
     } })

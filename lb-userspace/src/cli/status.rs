@@ -78,11 +78,11 @@ pub fn status(args: &StatusArgs) -> anyhow::Result<ExitCode> {
     let now = SystemTime::now();
     let asked = ask::ask(&args.pins.state_dir, metrics, healthz)?;
     let snapshot = Snapshot::read(&args.pins.state_dir);
-    let (maps, problem) = match maps(args) {
-        Ok(maps) => (maps, None),
-        Err(error) => (Vec::new(), Some(error.to_string())),
+    let (maps, passive_health, problem) = match maps(args) {
+        Ok((maps, passive_health)) => (maps, passive_health, None),
+        Err(error) => (Vec::new(), true, Some(error.to_string())),
     };
-    let hooks = hooks(args);
+    let hooks = hooks(args, passive_health);
     let (known, unknown) = match asked.known.clone() {
         Some(Ok(known)) => (Some(known), None),
         Some(Err(error)) => (None, Some(error)),
@@ -152,13 +152,14 @@ fn addresses(args: &StatusArgs) -> Result<(Option<SocketAddr>, Option<SocketAddr
     ))
 }
 
-fn maps(args: &StatusArgs) -> Result<Vec<MapRow>, KernelError> {
+/// The maps, and whether the programs were loaded with passive health.
+fn maps(args: &StatusArgs) -> Result<(Vec<MapRow>, bool), KernelError> {
     let maps = Maps::open(&args.pins.pin_path)?;
-    Ok(MapRow::all(&maps.image()?, maps.capacity()))
+    Ok((MapRow::all(&maps.image()?, maps.capacity()), maps.meta().passive_health != 0))
 }
 
-fn hooks(args: &StatusArgs) -> Vec<HookRow> {
-    links::read_all(&args.pins.pin_path, args.cgroup.as_deref(), true)
+fn hooks(args: &StatusArgs, passive_health: bool) -> Vec<HookRow> {
+    links::read_all(&args.pins.pin_path, args.cgroup.as_deref(), passive_health)
         .into_iter()
         .map(|(hook, link)| HookRow::new(hook, link))
         .collect()

@@ -25,6 +25,7 @@ fn frontend(service: &str, kind: FrontendKind, created: Option<i64>, text: &str)
         policy: TrafficPolicy::Cluster,
         flags: 0,
         affinity_seconds: 0,
+        health: 0,
         created,
         port: Arc::new(port),
         endpoints: Arc::from([]),

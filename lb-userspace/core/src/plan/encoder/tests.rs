@@ -25,6 +25,7 @@ fn frontend(service: &str, name: &str, address: FrontendAddress, endpoints: &[&s
         policy: TrafficPolicy::Cluster,
         flags: 0,
         affinity_seconds: 0,
+        health: 0,
         created: None,
         port: Arc::new(PortKey {
             service: ServiceKey::new("default", service),
