@@ -1,14 +1,19 @@
 //! Passive health: which outcomes of connections eject an endpoint.
 
 use std::{
+    cell::RefCell,
     net::SocketAddr,
     thread,
     time::{Duration, Instant},
 };
 
 use lb_common::layout::EndpointHealth;
-use lb_core::model::Protocol::Tcp;
-use lb_kernel::Options;
+use lb_core::{
+    desired::FrontendAddress,
+    model::Protocol::Tcp,
+    sim::{Caller, Simulator},
+};
+use lb_kernel::{Options, host};
 use lb_tests::{
     Feature, Sandbox,
     agent::{self, Agent},
@@ -17,6 +22,7 @@ use lb_tests::{
     require,
     server::Servers,
 };
+use lb_userspace::cli::explain::explain;
 use nix::{
     errno::Errno,
     sys::socket::{Backlog, Shutdown, listen, shutdown},
@@ -63,6 +69,21 @@ impl Node {
         let mut entries = runs.values().flat_map(|run| run.iter());
         let entry = entries.find(|entry| entry.address == endpoint).unwrap();
         self.agent.kernel.maps().endpoint_health(entry.endpoint_id)
+    }
+
+    fn explains_the_ejection_of(&self, endpoint: SocketAddr) {
+        let maps = self.agent.kernel.maps();
+        let mut simulator = Simulator::new(self.agent.image());
+        simulator.now = host::monotonic();
+        let to = FrontendAddress { ip: self.service.ip(), port: self.service.port(), protocol: Tcp };
+        let entries = simulator.image.entries_at(to);
+        let health = entries.iter().map(|entry| (entry.endpoint_id, maps.endpoint_health(entry.endpoint_id)));
+        simulator.health = RefCell::new(health.collect());
+        let explanation = explain(&simulator, Some(&self.agent.state), to, Caller::default());
+        let text = explanation.text();
+        assert_eq!(explanation.ejected.len(), 1, "{text}");
+        assert_eq!(explanation.ejected[0].endpoint, endpoint, "{text}");
+        assert!(text.contains("of which 1 is ejected") && text.contains("the last one: no answer"), "{text}");
     }
 
     fn call(&self) -> Result<SocketAddr, Errno> {
@@ -169,6 +190,7 @@ fn a_silent_endpoint_is_ejected_until_a_connection_gets_through() {
             assert_eq!(node.call(), Ok(node.endpoints[0]), "{:?}", node.domain);
         }
         assert_eq!(node.health(node.endpoints[1]).errno, 0);
+        node.explains_the_ejection_of(node.endpoints[1]);
         silent.recover();
         // Their SYNs are sent again.
         wait_until("back", || node.health(node.endpoints[1]).ejected_until == 0);

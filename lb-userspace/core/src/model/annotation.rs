@@ -154,6 +154,37 @@ mod tests {
     use super::*;
 
     #[test]
+    fn the_words_of_the_health_annotation() {
+        let policy = |failures, base, max| Some(Some(Policy { failures, base, max }));
+        for (text, expected) in [
+            ("off", Some(None)),
+            (" off ", Some(None)),
+            ("failures=5", policy(5, 10, 300)),
+            ("failures=255, base=1s ,max=1h", policy(255, 1, 3600)),
+            ("base=2m", policy(3, 120, 300)),
+            ("base=10m", policy(3, 600, 600)),
+            ("max=10s", policy(3, 10, 10)),
+            ("max=9s", None),
+            ("on", None),
+            ("", None),
+            ("failures=0", None),
+            ("failures=256", None),
+            ("failures=-1", None),
+            ("failures=1,failures=2", None),
+            ("base=0s", None),
+            ("base=500ms", None),
+            ("base=1500ms", None),
+            ("base=61m", None),
+            ("base=10", None),
+            ("failures", None),
+            ("speed=1", None),
+            ("failures=1,", None),
+        ] {
+            assert_eq!(health(text), expected, "{text:?}");
+        }
+    }
+
+    #[test]
     fn r10_the_words_of_the_annotation() {
         use StaleConnections::{Drain, Keep, Reset};
         for (text, expected) in [

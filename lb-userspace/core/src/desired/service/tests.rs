@@ -286,6 +286,21 @@ fn r8_affinity_is_the_same_on_all_frontends() {
     assert!(Arc::ptr_eq(&frontends[0].port, &frontends[1].port));
 }
 
+#[test]
+fn only_tcp_ports_have_a_health_policy() {
+    let words = |annotations: serde_json::Value| {
+        let ports = json!([{"name": "a", "port": 80}, {"name": "b", "port": 80, "protocol": "UDP"}]);
+        let service = service(&json!({"metadata": {"annotations": annotations}, "spec": {"ports": ports}}));
+        let (frontends, _) = frontends(&service, two_ready().iter(), &topology(), &settings());
+        frontends.iter().map(|frontend| (frontend.address.protocol, frontend.health)).collect::<Vec<_>>()
+    };
+    let default = Policy::DEFAULT.to_word();
+    assert_eq!(words(json!({})), [(Protocol::Tcp, default), (Protocol::Udp, 0)]);
+    assert_eq!(words(json!({"socklb.io/health": "off"})), [(Protocol::Tcp, 0), (Protocol::Udp, 0)]);
+    let policy = Policy { failures: 5, ..Policy::DEFAULT }.to_word();
+    assert_eq!(words(json!({"socklb.io/health": "failures=5"}))[0].1, policy);
+}
+
 /// R2: load-balancer addresses that admit only some callers are not served; other kinds and the other family
 /// are.
 #[test]

@@ -120,7 +120,7 @@ fn nothing_at_all() {
         ..well()
     };
     assert!(!status.is_attached());
-    expect![[r"
+    expect![[r#"
         agent     stopped: 127.0.0.1:10249: Connection refused (os error 111)
         source    not known: no agent answers
         snapshot  /var/lib/socklb/snapshot: no snapshot: has an agent run with this --state-dir?
@@ -129,13 +129,13 @@ fn nothing_at_all() {
         hooks     not known: sendmsg4; see HOOK
 
         HOOK          STATE       CGROUP
-        sock_release  not needed  not used on this kernel
+        sock_release  not needed  not used on this kernel or with these settings
         connect4      missing     nothing is pinned under this name
         connect6      detached    it was detached, or its cgroup was removed: an agent attaches a new link at its next audit or start
         sendmsg4      unknown     no
 
         issues are not known
-    "]]
+    "#]]
     .assert_eq(&status.text());
 }
 

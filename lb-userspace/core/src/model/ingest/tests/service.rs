@@ -437,6 +437,14 @@ fn r10_an_annotation_that_cannot_be_read_is_reported() {
         let is_named = |text: &String| text.contains("socklb.io/stale-connections") && text.contains(value);
         assert!(texts.iter().all(is_named), "{texts:?}");
     }
+    let annotations = json!({"socklb.io/health": "sometimes"});
+    let (service, issues) = ingest_service(&json!({"metadata": {"annotations": annotations}}));
+    assert_eq!(service.unwrap().health(), Some(lb_common::health::Policy::DEFAULT));
+    let texts = texts(&issues);
+    assert!(
+        matches!(&texts[..], [text] if text.contains("socklb.io/health") && text.contains("sometimes")),
+        "{texts:?}"
+    );
 }
 
 /// All 65,535 ports, each twice: no object stalls the agent.
