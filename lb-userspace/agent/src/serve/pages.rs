@@ -65,7 +65,8 @@ impl MetricsPages {
         // Takes long for many service ports.
         let rendered = tokio::task::spawn_blocking(move || {
             let maps = maps.lock().unwrap_or_else(PoisonError::into_inner);
-            render(&metrics, &published, contact.as_ref(), Instant::now(), |id| calls(&maps, id))
+            let is_ejected = |id| maps.endpoint_health(id).ejected_until != 0;
+            render(&metrics, &published, contact.as_ref(), Instant::now(), |id| calls(&maps, id), is_ejected)
         });
         match rendered.await {
             Ok(Ok(text)) => answer(StatusCode::OK, OPEN_METRICS, text),

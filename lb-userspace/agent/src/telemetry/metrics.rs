@@ -108,6 +108,9 @@ definitions! {
     DATAGRAMS: Counter "socklb_datagrams_total" ["namespace", "service", "port", "protocol"]
         "Datagrams of unconnected sockets that were redirected to an endpoint of a Service's port on this node, since the port \
          is served";
+    ENDPOINTS_EJECTED: Gauge "socklb_endpoints_ejected" []
+        "Endpoints of service ports that calls from this node avoid, because connections to them failed: socklb services names \
+         them";
     MAP_ENTRIES: Gauge "socklb_map_entries" ["map"]
         "Entries in use. Freed endpoints count until a grace period has expired";
     MAP_CAPACITY: Gauge "socklb_map_capacity" ["map"]

@@ -1,10 +1,15 @@
 //! One answer of `/metrics`: the values that the agent keeps, and those read per scrape.
 
-use std::{collections::BTreeMap, fmt, time::Instant};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+    time::Instant,
+};
 
 use lb_core::{
     model::{Protocol, ServiceKey},
     state::View,
+    tables::Image,
 };
 use prometheus_client::{
     encoding::text::{encode_eof, encode_registry},
@@ -13,8 +18,8 @@ use prometheus_client::{
 };
 
 use super::metrics::{
-    CONNECTIONS, DATAGRAMS, MAP_CAPACITY, MAP_ENTRIES, Metrics, Real, SOURCE_ANSWER_AGE, SOURCE_FAILURES,
-    register,
+    CONNECTIONS, DATAGRAMS, ENDPOINTS_EJECTED, MAP_CAPACITY, MAP_ENTRIES, Metrics, Real, SOURCE_ANSWER_AGE,
+    SOURCE_FAILURES, register,
 };
 use crate::{serve::Published, source::Contact};
 
@@ -34,7 +39,8 @@ type PortLabels = [(&'static str, String); 4];
 
 /// Renders everything in the text format of Prometheus.
 ///
-/// `calls` returns the counters of an id. Ports that differ only in their family are summed up.
+/// `calls` returns the counters of a service id, `is_ejected` the state of an endpoint id. Ports that differ only
+/// in their family are summed up.
 ///
 /// # Errors
 ///
@@ -45,10 +51,11 @@ pub fn render(
     contact: Option<&Contact>,
     now: Instant,
     calls: impl Fn(u32) -> Calls,
+    is_ejected: impl Fn(u32) -> bool,
 ) -> Result<String, fmt::Error> {
     let mut text = String::new();
     encode_registry(&mut text, metrics.registry())?;
-    encode_registry(&mut text, &of_the_moment(published, contact, now, calls))?;
+    encode_registry(&mut text, &of_the_moment(published, contact, now, calls, is_ejected))?;
     encode_eof(&mut text)?;
     Ok(text)
 }
@@ -58,6 +65,7 @@ fn of_the_moment(
     contact: Option<&Contact>,
     now: Instant,
     calls: impl Fn(u32) -> Calls,
+    is_ejected: impl Fn(u32) -> bool,
 ) -> Registry {
     let mut registry = Registry::default();
     let connections =
@@ -77,6 +85,8 @@ fn of_the_moment(
         }
         datagrams.get_or_create(&labels).inc_by(calls.datagrams);
     }
+    let n_ejected = n_ejected(&published.view.image, is_ejected);
+    let _former = register(&mut registry, &ENDPOINTS_EJECTED, <Gauge>::default()).set(n_ejected);
     let ages = register(&mut registry, &SOURCE_ANSWER_AGE, Family::<[(&str, &str); 1], Real>::default());
     for (kind, age) in contact.map(|contact| contact.ages(now)).unwrap_or_default() {
         ages.get_or_create(&[("kind", kind)]).set(age.as_secs_f64());
@@ -92,6 +102,15 @@ fn of_the_moment(
         capacity.get_or_create(&[("map", map.map)]).set(map.capacity.into());
     }
     registry
+}
+
+/// The number of endpoints that are ejected.
+fn n_ejected(image: &Image, is_ejected: impl Fn(u32) -> bool) -> i64 {
+    let runs = image.runs4.values().chain(image.runs6.values());
+    // An endpoint may be in several runs of its service port.
+    let ids = runs.flat_map(|run| run.iter()).map(|entry| entry.endpoint_id).filter(|id| is_ejected(*id));
+    let ejected: BTreeSet<u32> = ids.collect();
+    i64::try_from(ejected.len()).unwrap_or(i64::MAX)
 }
 
 /// The calls of each port, by its labels.
@@ -124,14 +143,14 @@ fn sums(view: &View, calls: impl Fn(u32) -> Calls) -> BTreeMap<PortLabels, Calls
 
 #[cfg(test)]
 mod tests {
-    use std::{collections::BTreeSet, sync::Arc, time::Duration};
+    use std::{sync::Arc, time::Duration};
 
     use lb_core::{
         desired::{PortKey, Settings},
         model::{Service, ServicePort},
         plan::{Capacity, audit::Faults},
         state::State,
-        tables::{Image, MapUse},
+        tables::{Entry, MapUse},
     };
 
     use super::*;
@@ -155,7 +174,10 @@ mod tests {
             (of("udp", Protocol::Udp, false), 2),
             (of("gone", Protocol::Udp, false), 3),
         ];
-        let view = View { ports: ports.into_iter().collect(), ..state.view() };
+        let mut view = View { ports: ports.into_iter().collect(), ..state.view() };
+        let entries = (0..5).map(|endpoint_id| Entry { endpoint_id, address: ([10, 0, 0, 1], 53).into() });
+        view.image.runs4.insert(0, entries.clone().collect());
+        view.image.runs4.insert(8, entries.take(2).collect());
         let maps = state.map_use().map(|map| MapUse { n_entries: 3, capacity: 256, ..map });
         Published { view: Arc::new(view), maps, ..Published::new(&state) }
     }
@@ -170,7 +192,7 @@ mod tests {
         contact.broke("connection");
         let now = start + Duration::from_millis(1500);
         let calls = |id: u32| Calls { redirected: 10 + u64::from(id), refused: 1, datagrams: u64::from(id) };
-        render(&metrics, &published(), Some(&contact), now, calls).unwrap()
+        render(&metrics, &published(), Some(&contact), now, calls, |id| id % 2 == 0).unwrap()
     }
 
     #[test]
@@ -184,6 +206,7 @@ mod tests {
             r#"socklb_map_entries{map="services4"} 3"#,
             r#"socklb_source_answer_age_seconds{kind="nodes"} 1.5"#,
             r#"socklb_source_failures_total{reason="connection"} 2"#,
+            "socklb_endpoints_ejected 3",
             r#"socklb_map_capacity{map="services4"} 256"#,
             r#"socklb_audit_repairs_total{map="services4"} 2"#,
             r#"socklb_audit_repairs_total{map="endpoints6"} 0"#,
