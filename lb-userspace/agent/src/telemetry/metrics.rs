@@ -403,7 +403,7 @@ const fn code(is_ok: bool) -> &'static str {
 #[must_use]
 pub fn document() -> String {
     let mut text = "# Metrics\n\n\
-        Generated from `lb-userspace/agent/src/telemetry/metrics.rs` by a test; `UPDATE_EXPECT=1 cargo test -p lb-agent metrics` \
+        Generated from `lb-userspace/agent/src/telemetry/metrics.rs` by a test; `UPDATE_EXPECT=1 cargo test -p lb-agent telemetry` \
         updates it.\n\n\
         `/metrics` of `--metrics-bind-address` (127.0.0.1:10249) returns them in the OpenMetrics text format of Prometheus. \
         Names that begin with\n`kubeproxy_` mean the same as in kube-proxy. Both address families count together, so there is \
