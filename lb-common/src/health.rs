@@ -70,10 +70,11 @@ impl Policy {
     #[inline(always)]
     #[must_use]
     pub const fn from_word(word: u32) -> Option<Self> {
-        if word & 0xff == 0 {
+        let failures = word & 0xff;
+        if failures == 0 {
             return None;
         }
-        Some(Self { failures: word & 0xff, base: word >> 8 & 0xfff, max: word >> 20 })
+        Some(Self { failures, base: word >> 8 & 0xfff, max: word >> 20 })
     }
 
     /// Length of the n-th ejection in a row, in nanoseconds.
@@ -149,7 +150,6 @@ impl EndpointHealth {
     #[must_use]
     pub fn with_latency(self, nanoseconds: u64) -> Self {
         const MICROSECOND: u64 = 1000;
-        #[expect(clippy::cast_possible_truncation, reason = "bounded")]
         let new = (nanoseconds / MICROSECOND).clamp(1, 0x0fff_ffff) as u32;
         let latency = if self.latency == 0 { new } else { ((self.latency & 0x0fff_ffff) * 7 + new) / 8 };
         Self { latency: latency.max(1), ..self }
@@ -170,7 +170,7 @@ impl EndpointHealth {
         let failing_netns = if is_first || self.failing_netns == netns { netns } else { SEVERAL };
         let failing_since = if is_first { sent_at } else { self.failing_since };
         let failures = self.failures.saturating_add(1);
-        let next = Self { failures, failing_netns, failing_since, errno, ..self };
+        let next = Self { failing_since, failing_netns, failures, errno, ..self };
         // The trial failed: it needs no further witness.
         let is_trial = self.ejected_until != 0;
         let is_silent = errno != 0 || now.wrapping_sub(failing_since) >= SILENCE;

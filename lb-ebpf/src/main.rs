@@ -78,7 +78,6 @@ macro_rules! sock_ops_programs {
     ($($name:ident, $mode:ident;)+) => {
         $(/// Events of a TCP connection.
         #[sock_ops]
-        #[expect(clippy::needless_pass_by_value, reason = "the macro passes the context by value")]
         fn $name(ctx: SockOpsContext) -> u32 {
             outcome::observe::<config::$mode>(&ctx::SockOps::new(&ctx))
         })+

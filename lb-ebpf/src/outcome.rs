@@ -51,12 +51,12 @@ pub(crate) fn observe<M: Mode>(ctx: &SockOps) -> u32 {
             established::<M>(ctx);
         }
         BPF_SOCK_OPS_RTO_CB if ctx.state() == SYN_SENT => failed::<M>(ctx, 0),
-        BPF_SOCK_OPS_STATE_CB if ctx.argument(0) == SYN_SENT && ctx.argument(1) == CLOSE => {
-            if is_on(&config::HAS_SOCK_FIELDS) {
-                let errno = ctx.error();
-                if errno != 0 && errno != ETIMEDOUT {
-                    failed::<M>(ctx, errno);
-                }
+        BPF_SOCK_OPS_STATE_CB
+            if is_on(&config::HAS_SOCK_FIELDS) && ctx.argument(0) == SYN_SENT && ctx.argument(1) == CLOSE =>
+        {
+            let errno = ctx.error();
+            if errno != 0 && errno != ETIMEDOUT {
+                failed::<M>(ctx, errno);
             }
         }
         _ => {}

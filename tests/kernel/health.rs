@@ -3,6 +3,7 @@
 use std::{
     cell::RefCell,
     net::SocketAddr,
+    os::fd::AsRawFd as _,
     thread,
     time::{Duration, Instant},
 };
@@ -157,18 +158,19 @@ fn a_refusing_endpoint_fails_three_calls() {
     });
 }
 
+/// What a program does with a socket that connects.
+type GiveUp = fn(Socket);
+
 #[test]
 fn a_program_that_gives_up_ejects_nothing() {
     with_service(|node| {
         let _silent = node.endpoints.map(|endpoint| Silent::new(node.domain, endpoint));
-        let give_up: [(&str, fn(Socket)); 3] = [
+        let ways: [(&str, GiveUp); 3] = [
             ("close", drop),
-            ("shutdown", |socket| {
-                shutdown(std::os::fd::AsRawFd::as_raw_fd(&socket.into_fd()), Shutdown::Both).unwrap()
-            }),
+            ("shutdown", |socket| shutdown(socket.into_fd().as_raw_fd(), Shutdown::Both).unwrap()),
             ("connect(AF_UNSPEC)", |socket| socket.disconnect().unwrap()),
         ];
-        for (way, give_up) in give_up {
+        for (way, give_up) in ways {
             for _ in 0..8 {
                 give_up(node.begin());
             }

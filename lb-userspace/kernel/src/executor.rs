@@ -22,6 +22,7 @@ use crate::{
 
 /// How to load and where to attach.
 #[derive(Clone, Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "independent settings")]
 pub struct Options {
     /// Directory on a BPF file system for maps and links.
     pub pin_path: PathBuf,
