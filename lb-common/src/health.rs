@@ -126,6 +126,17 @@ impl EndpointHealth {
         }
     }
 
+    /// 1 if calls avoid the endpoint at a time, else 0: [`Admission::Ejected`], without a branch. For times below
+    /// 2^63, as all are.
+    #[inline(always)]
+    #[must_use]
+    pub fn is_avoided(&self, now: u64) -> u64 {
+        let is_less = |a: u64, b: u64| core::hint::black_box(a.wrapping_sub(b)) >> 63;
+        let is_on_trial = (is_less(self.tried_at, self.ejected_until) ^ 1)
+            & is_less(now.wrapping_sub(self.tried_at), TRIAL);
+        is_less(0, self.ejected_until) & (is_less(now, self.ejected_until) | is_on_trial)
+    }
+
     /// The state after a connection was established.
     ///
     /// It ends an ejection: whatever failed before, the endpoint accepts connections.

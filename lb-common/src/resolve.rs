@@ -77,9 +77,18 @@ pub trait Tables<A: FamilyLayout> {
     /// Reads an entry of the endpoint table.
     fn endpoint(&self, index: u32) -> Option<A::Endpoint>;
 
-    /// Whether an endpoint may be chosen, or is ejected. Called only for a frontend with a health policy. If
-    /// the call is on trial, the tables keep that in mind ([`crate::health::Admission::Trial`]).
-    fn admits(&self, endpoint_id: u32) -> bool;
+    /// Whether an endpoint was ejected, and no connection was established since. Called only for a frontend with
+    /// a health policy.
+    fn is_suspect(&self, endpoint_id: u32) -> bool;
+
+    /// 1 if a call may choose an endpoint, 0 if it is ejected ([`EndpointHealth::is_avoided`]). A number, since
+    /// a draw without branches is cheap to verify.
+    ///
+    /// [`EndpointHealth::is_avoided`]: crate::layout::EndpointHealth::is_avoided
+    fn admits(&self, endpoint_id: u32) -> u32;
+
+    /// Notes that a call chose a suspect: others avoid it until the outcome is known.
+    fn begin_trial(&self, endpoint_id: u32);
 
     /// First and last port of the node-port range, inclusive.
     fn node_ports(&self) -> (u16, u16);
@@ -320,23 +329,59 @@ fn choose_at_random<A: FamilyLayout>(
     let run = frontend.run;
     let first = below(caller.random(), run.len);
     let entry = tables.endpoint(run.offset.wrapping_add(first))?;
-    if run.len == 1 || is_admitted(tables, frontend, &entry) {
+    if run.len == 1 || frontend.health == 0 || !tables.is_suspect(A::entry_parts(&entry).2) {
         return Some((first, entry));
     }
+    let index = draw_again(tables, caller, run, first)?;
+    let entry = tables.endpoint(run.offset.wrapping_add(index))?;
+    tables.begin_trial(A::entry_parts(&entry).2);
+    Some((index, entry))
+}
+
+/// The position of the first endpoint that is not ejected, of [`DRAWS`]; of the last one if all are.
+///
+/// Without a branch that depends on a draw: with one, kernels before 6.1 verify what follows once for each of
+/// its paths, which makes the start of an agent five times as long.
+#[inline(always)]
+fn draw_again<A: FamilyLayout>(
+    tables: &impl Tables<A>,
+    caller: &impl Caller,
+    run: Run,
+    first: u32,
+) -> Option<u32> {
+    let (mut index, mut is_found) = (first, tables.admits(endpoint_id_at(tables, run, first)?));
     // The second draw is any of the others, so that they share the calls of an ejected one equally.
     let n_others = run.len - 1;
     let mut distance = 1 + below(caller.random(), n_others);
-    let mut drawn = 2;
-    loop {
-        let index = first.wrapping_add(distance);
-        let index = if index >= run.len { index.wrapping_sub(run.len) } else { index };
-        let entry = tables.endpoint(run.offset.wrapping_add(index))?;
-        if drawn == DRAWS || is_admitted(tables, frontend, &entry) {
-            return Some((index, entry));
-        }
-        distance = if distance == n_others { 1 } else { distance + 1 };
-        drawn += 1;
+    for _ in 1..DRAWS {
+        let next = first.wrapping_add(distance);
+        let next = next.wrapping_sub(run.len & is_at_least(next, run.len));
+        let is_admitted = tables.admits(endpoint_id_at(tables, run, next)?);
+        // Stays at the first one that is found.
+        index = select(is_found, index, next);
+        is_found |= is_admitted;
+        distance = 1 + (distance & !is_at_least(distance, n_others));
     }
+    Some(index)
+}
+
+#[inline(always)]
+fn endpoint_id_at<A: FamilyLayout>(tables: &impl Tables<A>, run: Run, index: u32) -> Option<u32> {
+    Some(A::entry_parts(&tables.endpoint(run.offset.wrapping_add(index))?).2)
+}
+
+/// All ones if `a >= b`, else 0, without a branch.
+#[inline(always)]
+fn is_at_least(a: u32, b: u32) -> u32 {
+    // The upper half of the difference is 0 or all ones.
+    !(core::hint::black_box(u64::from(a).wrapping_sub(u64::from(b))) >> 32) as u32
+}
+
+/// `a` if `is_first` is 1, `b` if it is 0, without a branch.
+#[inline(always)]
+fn select(is_first: u32, a: u32, b: u32) -> u32 {
+    let mask = core::hint::black_box(is_first).wrapping_neg();
+    (a & mask) | (b & !mask)
 }
 
 /// A number below `len` from a random one.
@@ -344,11 +389,6 @@ fn choose_at_random<A: FamilyLayout>(
 fn below(random: u32, len: u32) -> u32 {
     // Scaling by multiplication: a division costs more in BPF, and its bias falls on the first entries.
     ((u64::from(random) * u64::from(len)) >> 32) as u32
-}
-
-#[inline(always)]
-fn is_admitted<A: FamilyLayout>(tables: &impl Tables<A>, frontend: &Frontend, entry: &A::Endpoint) -> bool {
-    frontend.health == 0 || tables.admits(A::entry_parts(entry).2)
 }
 
 #[inline(always)]
@@ -362,7 +402,7 @@ fn choose_with_affinity<A: FamilyLayout>(
     if let Some(affinity) = remembered
         && now.wrapping_sub(affinity.last_used) < u64::from(frontend.affinity_seconds)
         && let Some(found) = find_endpoint(tables, run, affinity.endpoint_id)
-        && is_admitted(tables, frontend, &found.1)
+        && (frontend.health == 0 || tables.admits(affinity.endpoint_id) != 0)
     {
         caller.renew_affinity(service_id, now);
         return Some(found);

@@ -40,27 +40,44 @@ fn frontend(frontend_id: u32) -> Option<Frontend> {
     }
 }
 
+/// The words of an endpoint's health that decide whether calls avoid it.
 #[inline(always)]
-fn admits(endpoint_id: u32) -> bool {
-    let Some(health) = maps::ENDPOINT_HEALTH.get_ptr_mut(endpoint_id) else { return true };
+fn ejection(health: *mut EndpointHealth) -> EndpointHealth {
     // SAFETY: aligned words of a live array element. Other programs change them at any time, hence volatile.
     unsafe {
-        let ejected_until = (&raw const (*health).ejected_until).read_volatile();
-        // The usual case costs one word and no clock.
-        if ejected_until == 0 {
-            return true;
+        EndpointHealth {
+            ejected_until: (&raw const (*health).ejected_until).read_volatile(),
+            tried_at: (&raw const (*health).tried_at).read_volatile(),
+            ..EndpointHealth::default()
         }
-        let tried_at = (&raw const (*health).tried_at).read_volatile();
-        let now = bpf_ktime_get_ns();
-        match (EndpointHealth { ejected_until, tried_at, ..EndpointHealth::default() }).admission(now) {
-            Admission::Open => true,
-            Admission::Ejected => false,
-            Admission::Trial => {
-                // Calls on two CPUs at once may both be on trial.
-                (&raw mut (*health).tried_at).write_volatile(now);
-                true
-            }
-        }
+    }
+}
+
+#[inline(always)]
+fn is_suspect(endpoint_id: u32) -> bool {
+    let Some(health) = maps::ENDPOINT_HEALTH.get_ptr_mut(endpoint_id) else { return false };
+    // SAFETY: as in `ejection`.
+    unsafe { (&raw const (*health).ejected_until).read_volatile() != 0 }
+}
+
+#[inline(always)]
+fn admits(endpoint_id: u32) -> u32 {
+    let Some(health) = maps::ENDPOINT_HEALTH.get_ptr_mut(endpoint_id) else { return 1 };
+    // SAFETY: no preconditions.
+    let now = unsafe { bpf_ktime_get_ns() };
+    #[expect(clippy::cast_possible_truncation, reason = "0 or 1")]
+    let is_avoided = ejection(health).is_avoided(now) as u32;
+    is_avoided ^ 1
+}
+
+#[inline(always)]
+fn begin_trial(endpoint_id: u32) {
+    let Some(health) = maps::ENDPOINT_HEALTH.get_ptr_mut(endpoint_id) else { return };
+    // SAFETY: no preconditions.
+    let now = unsafe { bpf_ktime_get_ns() };
+    if ejection(health).admission(now) == Admission::Trial {
+        // SAFETY: as in `ejection`. Calls on two CPUs at once may both be on trial.
+        unsafe { (&raw mut (*health).tried_at).write_volatile(now) };
     }
 }
 
@@ -97,8 +114,16 @@ macro_rules! kernel_tables {
                 maps::$endpoints.get(index).copied()
             }
             #[inline(always)]
-            fn admits(&self, endpoint_id: u32) -> bool {
+            fn is_suspect(&self, endpoint_id: u32) -> bool {
+                is_suspect(endpoint_id)
+            }
+            #[inline(always)]
+            fn admits(&self, endpoint_id: u32) -> u32 {
                 admits(endpoint_id)
+            }
+            #[inline(always)]
+            fn begin_trial(&self, endpoint_id: u32) {
+                begin_trial(endpoint_id);
             }
             #[inline(always)]
             fn node_ports(&self) -> (u16, u16) {

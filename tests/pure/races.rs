@@ -133,9 +133,13 @@ impl<A: Octets> Tables<A> for Spanning<'_> {
             self.read(|memory| memory.entries.get(&(A::FAMILY == lb_common::Family::V6, index)).copied())?;
         Some(A::entry(octets(entry.address.ip()), entry.address.port(), entry.endpoint_id))
     }
-    fn admits(&self, _endpoint_id: u32) -> bool {
-        true
+    fn is_suspect(&self, _endpoint_id: u32) -> bool {
+        false
     }
+    fn admits(&self, _endpoint_id: u32) -> u32 {
+        1
+    }
+    fn begin_trial(&self, _endpoint_id: u32) {}
     fn node_ports(&self) -> (u16, u16) {
         lb_common::limits::NODE_PORTS
     }

@@ -35,6 +35,7 @@ fn after(events: &[(u64, Event)]) -> EndpointHealth {
             Asks(expected) => {
                 let found = health.admission(now);
                 assert_eq!(found, expected, "at {at} ms of {events:?}: {health:?}");
+                assert_eq!(health.is_avoided(now), u64::from(found == Ejected), "at {at} ms of {events:?}");
                 if found == Trial {
                     health.tried_at = now;
                 }
@@ -163,6 +164,11 @@ fn any_state_is_harmless() {
                 ..EndpointHealth::default()
             };
             for now in extremes {
+                let is_real = now <= u64::MAX / 2 && since <= now && ejected_until <= u64::MAX / 2;
+                if is_real {
+                    let is_ejected = health.admission(now) == Ejected;
+                    assert_eq!(health.is_avoided(now), u64::from(is_ejected), "{health:?} at {now}");
+                }
                 for sent_at in extremes {
                     let _ = health.admission(now);
                     let _ = health.failed(POLICY, Failure { sent_at, netns: 1, errno: 0 }, now);

@@ -82,9 +82,13 @@ impl Tables<Octets4> for Fake {
     fn endpoint(&self, index: u32) -> Option<Endpoint4> {
         self.endpoints.get(index as usize).copied()
     }
-    fn admits(&self, endpoint_id: u32) -> bool {
-        !self.ejected.contains(&endpoint_id)
+    fn is_suspect(&self, endpoint_id: u32) -> bool {
+        self.ejected.contains(&endpoint_id)
     }
+    fn admits(&self, endpoint_id: u32) -> u32 {
+        u32::from(!self.ejected.contains(&endpoint_id))
+    }
+    fn begin_trial(&self, _endpoint_id: u32) {}
     fn node_ports(&self) -> (u16, u16) {
         crate::limits::NODE_PORTS
     }

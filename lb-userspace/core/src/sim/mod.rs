@@ -183,14 +183,19 @@ impl<A: Octets> Tables<A> for Simulator {
         let Entry { endpoint_id, address } = self.image.entry(A::FAMILY == lb_common::Family::V6, index)?;
         Some(A::entry(A::from_ip(address.ip())?, address.port(), endpoint_id))
     }
-    fn admits(&self, endpoint_id: u32) -> bool {
-        let mut endpoints = self.health.borrow_mut();
-        let Some(health) = endpoints.get_mut(&endpoint_id) else { return true };
-        let admission = health.admission(self.now);
-        if admission == Admission::Trial {
+    fn is_suspect(&self, endpoint_id: u32) -> bool {
+        self.health.borrow().get(&endpoint_id).is_some_and(|health| health.ejected_until != 0)
+    }
+    fn admits(&self, endpoint_id: u32) -> u32 {
+        let health = self.health.borrow().get(&endpoint_id).copied().unwrap_or_default();
+        u32::from(health.admission(self.now) != Admission::Ejected)
+    }
+    fn begin_trial(&self, endpoint_id: u32) {
+        if let Some(health) = self.health.borrow_mut().get_mut(&endpoint_id)
+            && health.admission(self.now) == Admission::Trial
+        {
             health.tried_at = self.now;
         }
-        admission != Admission::Ejected
     }
     fn node_ports(&self) -> (u16, u16) {
         self.config.node_ports
