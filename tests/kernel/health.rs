@@ -29,14 +29,14 @@ use nix::{
     sys::socket::{Backlog, Shutdown, listen, shutdown},
 };
 
-use crate::fixture::{addresses, service_address};
+use crate::fixture::{FAMILIES, addresses, service_address};
 
-/// Runs a test in each domain and each mode of the programs, with a service that has these endpoints.
-fn with_service(test: impl Fn(&Node) + Send + Sync) {
+/// Runs a test in these domains and each mode of the programs, with a service that has two endpoints.
+fn with_service(domains: &[Domain], test: impl Fn(&Node) + Send + Sync) {
     if !require(Feature::Programs) {
         return;
     }
-    for domain in Domain::ALL {
+    for &domain in domains {
         Sandbox::run(|sandbox| {
             for options in agent::modes(sandbox) {
                 test(&Node::new(domain, &options));
@@ -145,7 +145,7 @@ fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
 
 #[test]
 fn a_refusing_endpoint_fails_three_calls() {
-    with_service(|node| {
+    with_service(&Domain::ALL, |node| {
         let _servers = Servers::tcp([node.endpoints[0]]);
         let outcomes: Vec<_> = (0..60).map(|_| node.call()).collect();
         let refused = outcomes.iter().filter(|outcome| **outcome == Err(Errno::ECONNREFUSED)).count();
@@ -163,7 +163,7 @@ type GiveUp = fn(Socket);
 
 #[test]
 fn a_program_that_gives_up_ejects_nothing() {
-    with_service(|node| {
+    with_service(&Domain::ALL, |node| {
         let _silent = node.endpoints.map(|endpoint| Silent::new(node.domain, endpoint));
         let ways: [(&str, GiveUp); 3] = [
             ("close", drop),
@@ -184,7 +184,7 @@ fn a_program_that_gives_up_ejects_nothing() {
 
 #[test]
 fn a_silent_endpoint_is_ejected_until_a_connection_gets_through() {
-    with_service(|node| {
+    with_service(&FAMILIES, |node| {
         let _servers = Servers::tcp([node.endpoints[0]]);
         let silent = Silent::new(node.domain, node.endpoints[1]);
         let waiting = [node.begin(), node.begin(), node.begin()];
@@ -203,12 +203,16 @@ fn a_silent_endpoint_is_ejected_until_a_connection_gets_through() {
 
 #[test]
 fn an_accept_queue_that_is_full_for_two_seconds_ejects_nothing() {
-    with_service(|node| {
+    with_service(&FAMILIES, |node| {
         let silent = node.endpoints.map(|endpoint| Silent::new(node.domain, endpoint));
         let start = Instant::now();
         let waiting: Vec<Socket> = (0..8).map(|_| node.begin()).collect();
         thread::sleep(Duration::from_millis(1900).saturating_sub(start.elapsed()));
         silent.iter().for_each(Silent::recover);
+        // Before Linux 6.5 the next SYN of those that wait leaves after three seconds. Others call meanwhile.
+        for _ in 0..32 {
+            Socket::new(node.domain, Tcp).connect(node.service).unwrap();
+        }
         waiting.iter().for_each(Socket::wait_until_writable);
         for endpoint in node.endpoints {
             let health = node.health(endpoint);
