@@ -373,8 +373,9 @@ fn endpoint_id_at<A: FamilyLayout>(tables: &impl Tables<A>, run: Run, index: u32
 /// All ones if `a >= b`, else 0, without a branch.
 #[inline(always)]
 fn is_at_least(a: u32, b: u32) -> u32 {
-    // The upper half of the difference is 0 or all ones.
-    !(core::hint::black_box(u64::from(a).wrapping_sub(u64::from(b))) >> 32) as u32
+    let difference = core::hint::black_box(u64::from(a).wrapping_sub(u64::from(b)));
+    // Its upper half is 0 or all ones.
+    !((difference >> 32) as u32)
 }
 
 /// `a` if `is_first` is 1, `b` if it is 0, without a branch.

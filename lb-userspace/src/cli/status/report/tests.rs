@@ -120,7 +120,7 @@ fn nothing_at_all() {
         ..well()
     };
     assert!(!status.is_attached());
-    expect![[r#"
+    expect![[r"
         agent     stopped: 127.0.0.1:10249: Connection refused (os error 111)
         source    not known: no agent answers
         snapshot  /var/lib/socklb/snapshot: no snapshot: has an agent run with this --state-dir?
@@ -135,7 +135,7 @@ fn nothing_at_all() {
         sendmsg4      unknown     no
 
         issues are not known
-    "#]]
+    "]]
     .assert_eq(&status.text());
 }
 
