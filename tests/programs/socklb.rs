@@ -89,7 +89,11 @@ fn commands_tell_what_the_kernel_holds() {
         assert_eq!(endpoints, ["10.244.1.2", "10.244.2.2"]);
         let first = &web["endpoints"][0];
         assert!(first["connections"].is_u64(), "{first}");
-        assert_eq!(first.get("failures"), Some(&Value::Null), "no hook sees the result of a call");
+        let health = |row: &Value| (row["failures"].clone(), row["ejected_seconds"].clone());
+        assert_eq!(health(first), (0.into(), Value::Null), "{first}");
+        let udp = services.as_array().unwrap().iter().find(|row| row["protocol"] == "UDP").unwrap();
+        let first = &udp["endpoints"][0];
+        assert_eq!(health(first), (Value::Null, Value::Null), "UDP has no outcome: {first}");
 
         let explain = |to: &str| place.json(&["explain", to, "-o", "json"]);
         assert_eq!(explain("10.96.0.80:80/tcp")["verdict"], "redirected");
