@@ -329,7 +329,7 @@ fn choose_at_random<A: FamilyLayout>(
     let run = frontend.run;
     let first = below(caller.random(), run.len);
     let entry = tables.endpoint(run.offset.wrapping_add(first))?;
-    if run.len == 1 || frontend.health == 0 || !tables.is_suspect(A::entry_parts(&entry).2) {
+    if run.len == 1 || !is_suspect(tables, frontend, &entry) {
         return Some((first, entry));
     }
     let index = draw_again(tables, caller, run, first)?;
@@ -338,10 +338,15 @@ fn choose_at_random<A: FamilyLayout>(
     Some((index, entry))
 }
 
+#[inline(always)]
+fn is_suspect<A: FamilyLayout>(tables: &impl Tables<A>, frontend: &Frontend, entry: &A::Endpoint) -> bool {
+    frontend.health != 0 && tables.is_suspect(A::entry_parts(entry).2)
+}
+
 /// The position of the first endpoint that is not ejected, of [`DRAWS`]; of the last one if all are.
 ///
-/// Without a branch that depends on a draw: with one, kernels before 6.1 verify what follows once for each of
-/// its paths, which makes the start of an agent five times as long.
+/// Without a branch that depends on a draw: with one, kernel 5.10 verifies what follows once for each of its
+/// paths, which makes the start of an agent five times as long.
 #[inline(always)]
 fn draw_again<A: FamilyLayout>(
     tables: &impl Tables<A>,
@@ -403,7 +408,7 @@ fn choose_with_affinity<A: FamilyLayout>(
     if let Some(affinity) = remembered
         && now.wrapping_sub(affinity.last_used) < u64::from(frontend.affinity_seconds)
         && let Some(found) = find_endpoint(tables, run, affinity.endpoint_id)
-        && (frontend.health == 0 || tables.admits(affinity.endpoint_id) != 0)
+        && !is_suspect(tables, frontend, &found.1)
     {
         caller.renew_affinity(service_id, now);
         return Some(found);
