@@ -1,4 +1,4 @@
-//! Passive health: what the outcomes of `connect()` say about an endpoint.
+//! Passive health: the outcomes of `connect()` eject an endpoint that does not accept connections.
 //!
 //! # Purpose
 //!
@@ -126,8 +126,8 @@ impl EndpointHealth {
         }
     }
 
-    /// 1 if calls avoid the endpoint at a time, else 0: [`Admission::Ejected`], without a branch. For times below
-    /// 2^63, as all are.
+    /// 1 if calls avoid the endpoint at a time, else 0: [`Admission::Ejected`], without a branch. For times
+    /// below 2^63, as all are.
     #[inline(always)]
     #[must_use]
     pub fn is_avoided(&self, now: u64) -> u64 {
@@ -135,6 +135,16 @@ impl EndpointHealth {
         let is_on_trial = (is_less(self.tried_at, self.ejected_until) ^ 1)
             & is_less(now.wrapping_sub(self.tried_at), TRIAL);
         is_less(0, self.ejected_until) & (is_less(now, self.ejected_until) | is_on_trial)
+    }
+
+    /// Seconds until the ejection ends, rounded up: 0 from then until a connection is established. `None` if it
+    /// is not ejected.
+    #[must_use]
+    pub const fn ejected_seconds(&self, now: u64) -> Option<u64> {
+        if self.ejected_until == 0 {
+            return None;
+        }
+        Some(self.ejected_until.saturating_sub(now).div_ceil(SECOND))
     }
 
     /// The state after a connection was established.
@@ -172,7 +182,7 @@ impl EndpointHealth {
     #[must_use]
     pub fn failed(self, policy: Policy, failure: Failure, now: u64) -> Self {
         let Failure { sent_at, netns, errno } = failure;
-        // Also after the end of an ejection, failures of earlier calls are not news.
+        // A call from before the end of the ejection is part of its cause, whenever it fails.
         let is_known = sent_at < self.ejected_until || sent_at <= self.reached_at && errno == 0;
         if is_known {
             return self;

@@ -429,8 +429,8 @@ map_type! {
 }
 
 map_type! {
-    /// Value of `endpoint_health`, index = endpoint id: what connections say about an endpoint. 64 octets: one
-    /// cache line.
+    /// Value of `endpoint_health`, index = endpoint id: the outcomes of connections to it. 64 octets: one cache
+    /// line.
     ///
     /// Written by the programs; the agent only resets it with the id. Programs on several CPUs may lose a
     /// failure to each other. Times are nanoseconds of `CLOCK_MONOTONIC`; rules are in [`crate::health`].

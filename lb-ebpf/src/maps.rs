@@ -78,7 +78,7 @@ pub(crate) static SOCKETS: Array<SocketEntry, SLOTS, MMAPABLE> = Array::new();
 #[btf_map(name = "socket_storage")]
 pub(crate) static SOCKET_STORAGE: SkStorage<SocketRecords> = SkStorage::new();
 
-/// What connections say about the endpoints, by endpoint id.
+/// The outcomes of connections, by endpoint id.
 #[btf_map(name = "endpoint_health")]
 pub(crate) static ENDPOINT_HEALTH: Array<EndpointHealth, ENDPOINTS, MMAPABLE> = Array::new();
 

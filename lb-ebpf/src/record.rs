@@ -470,7 +470,6 @@ impl<'a, M: Mode> Socket<'a, M> {
         }
         let entry = slots.entry(slots.take(cookie)?)?;
         entry.flags = 0;
-        entry.health = 0;
         Some((entry, cookie))
     }
 

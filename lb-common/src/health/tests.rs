@@ -111,12 +111,12 @@ fn an_ejection_ends_by_the_clock_with_one_call_on_trial() {
     let again = [(10_004, Refused(2)), (30_003, Asks(Ejected)), (30_004, Asks(Trial)), (30_005, Refused(2))];
     let health = with_trial(&again);
     assert_eq!((health.ejections, health.ejected_until), (3, T0 + (30_005 + 25_000) * MS));
-    // A failure of a call from before is no news, whenever it comes.
+    // A call from before the end of the ejection does not count, whenever it fails.
     for at in [5000, 10_003] {
         let health = after(&[&ejected[..3], &[(at, Again(1, at + 1000))]].concat());
         assert_eq!((health.failures, health.ejections), (3, 1));
     }
-    // Whoever gets through ends it at once: a SYN that was sent again, or a call while all are ejected.
+    // An established connection ends it at once: of a retransmitted SYN, or of a call while all are ejected.
     let _ = at(&[(10_001, Up(1)), (10_001, Asks(Open))]);
 }
 
@@ -178,6 +178,15 @@ fn any_state_is_harmless() {
             }
         }
     }
+}
+
+#[test]
+fn the_rest_of_an_ejection_is_rounded_up() {
+    let ejected = EndpointHealth { ejected_until: T0, ..EndpointHealth::default() };
+    let left = |ms: u64| ejected.ejected_seconds(T0 - ms * MS);
+    assert_eq!([left(1001), left(1000), left(1), left(0)], [Some(2), Some(1), Some(1), Some(0)]);
+    assert_eq!(ejected.ejected_seconds(T0 + SECOND), Some(0), "until a connection is established");
+    assert_eq!(EndpointHealth::default().ejected_seconds(T0), None);
 }
 
 #[test]

@@ -40,7 +40,8 @@ pub enum LinkProblem {
     Io(#[from] io::Error),
 }
 
-/// Reads the link of each hook. `passive_health` is whether the agent attaches `sock_ops`. A link's cgroup is searched in `below`, or else in the whole hierarchy.
+/// Reads the link of each hook. Its cgroup is searched in `below`, or else in the whole hierarchy.
+/// `passive_health` is whether the agent attaches `sock_ops`.
 #[must_use]
 pub fn read_all(
     pin_path: &Path,

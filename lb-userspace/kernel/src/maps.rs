@@ -1,6 +1,7 @@
 //! The maps: opening, reading, and one write for each [`Op`].
 
 use std::{
+    collections::BTreeMap,
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     os::fd::AsFd as _,
@@ -384,13 +385,19 @@ impl Maps {
         })
     }
 
-    /// What connections say about an endpoint since it got its id. Of an endpoint that is never observed, or
-    /// of an id beyond the map, the default.
+    /// The outcomes of connections to an endpoint since it got its id. The default for an endpoint that is not
+    /// observed, and for an id beyond the map.
     ///
     /// Programs write it meanwhile: the fields may belong to two events.
     #[must_use]
     pub fn endpoint_health(&self, endpoint_id: u32) -> EndpointHealth {
         self.endpoint_health.read(endpoint_id).unwrap_or_default()
+    }
+
+    /// [`Self::endpoint_health`] of these endpoints, by id.
+    #[must_use]
+    pub fn health_of(&self, entries: &[Entry]) -> BTreeMap<u32, EndpointHealth> {
+        entries.iter().map(|entry| (entry.endpoint_id, self.endpoint_health(entry.endpoint_id))).collect()
     }
 }
 

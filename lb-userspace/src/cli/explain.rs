@@ -8,7 +8,7 @@ use std::{
     net::{IpAddr, SocketAddr},
 };
 
-use lb_common::{health::Admission, layout::Frontend};
+use lb_common::layout::Frontend;
 use lb_core::{
     desired::{
         self, FrontendAddress,
@@ -209,11 +209,7 @@ fn ejected(simulator: &Simulator, ipv6: bool, frontend: &Frontend) -> Vec<LeftOu
     let entries = simulator.image.entries(ipv6, frontend.run).unwrap_or_default();
     let ejected = entries.iter().filter_map(|entry| {
         let health = health.get(&entry.endpoint_id).filter(|_| frontend.health != 0)?;
-        if health.admission(simulator.now) == Admission::Open {
-            return None;
-        }
-        let seconds = health.ejected_until.saturating_sub(simulator.now).div_ceil(1_000_000_000);
-        let until = match seconds {
+        let until = match health.ejected_seconds(simulator.now)? {
             0 => "until a call on trial is established".to_owned(),
             seconds => format!("for {seconds} s"),
         };

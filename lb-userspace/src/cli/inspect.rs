@@ -230,9 +230,7 @@ impl Asked<'_> {
             localhost_nodeports: meta.localhost_nodeports != 0,
         };
         simulator.now = host::monotonic();
-        let entries = simulator.image.entries_at(call);
-        let health = entries.iter().map(|entry| (entry.endpoint_id, maps.endpoint_health(entry.endpoint_id)));
-        simulator.health = RefCell::new(health.collect());
+        simulator.health = RefCell::new(maps.health_of(simulator.image.entries_at(call)));
         let At { state, issues, notice, tag } = at;
         let explanation = Explanation { issues, ..explain_call(&simulator, state.as_ref(), call, caller) };
         Ok(Answered { explanation, notice, tag })

@@ -6,6 +6,7 @@ use std::{
     collections::BTreeMap,
     fmt::Write as _,
     net::{IpAddr, SocketAddr},
+    sync::Arc,
 };
 
 use lb_agent::{serve::known::Known, snapshot::Snapshot};
@@ -15,7 +16,7 @@ use lb_core::{
         self, FrontendAddress, FrontendKind, Settings,
         endpoints::{PortEndpoints, Scope},
     },
-    model::{Family, Protocol, Store, TrafficPolicy, store::Changes},
+    model::{Family, Node, Protocol, Service, Slice, TrafficPolicy},
     plan::Capacity,
     state::State,
     tables::Image,
@@ -90,47 +91,41 @@ pub struct EndpointRow {
 pub struct EndpointCounts {
     /// Calls.
     pub calls: EndpointStats,
-    /// What connections say.
+    /// The outcomes of connections.
     pub health: EndpointHealth,
     /// Nanoseconds of `CLOCK_MONOTONIC` when both were read.
     pub now: u64,
 }
 
-impl EndpointCounts {
-    /// Seconds until the ejection ends, rounded up; `None` if it is not ejected.
-    #[must_use]
-    pub fn ejected_seconds(&self) -> Option<u64> {
-        let left = self.health.ejected_until.saturating_sub(self.now);
-        (self.health.ejected_until != 0).then_some(left.div_ceil(1_000_000_000))
-    }
-}
-
 /// Builds the state of a snapshot's objects, without a kernel.
 #[must_use]
 pub fn state_of(snapshot: Snapshot) -> State {
-    let (settings, interfaces) = (snapshot.settings(), snapshot.interfaces.clone());
-    state(settings, interfaces, |store| {
-        let mut changes = store.replace_nodes(snapshot.nodes);
-        changes.merge(store.replace_services(snapshot.services));
-        changes.merge(store.replace_slices(snapshot.slices));
-        changes
-    })
+    let settings = snapshot.settings();
+    let Snapshot { interfaces, nodes, services, slices, .. } = snapshot;
+    state(settings, interfaces, nodes, services, slices)
 }
 
 /// Builds the state of an agent's objects.
 #[must_use]
 pub fn state_of_known(known: Known) -> State {
-    state(known.settings, known.interfaces, |store| {
-        let mut changes = store.replace_nodes(known.nodes);
-        changes.merge(store.replace_services(known.services));
-        changes.merge(store.replace_slices(known.slices));
-        changes
-    })
+    let Known { settings, interfaces, nodes, services, slices, .. } = known;
+    state(settings, interfaces, nodes, services, slices)
 }
 
-fn state(settings: Settings, interfaces: Vec<IpAddr>, fill: impl FnOnce(&mut Store) -> Changes) -> State {
+fn state(
+    settings: Settings,
+    interfaces: Vec<IpAddr>,
+    nodes: Vec<Arc<Node>>,
+    services: Vec<Arc<Service>>,
+    slices: Vec<Arc<Slice>>,
+) -> State {
     let mut state = State::new(settings, interfaces, Capacity::default(), &Image::default());
-    state.change(fill);
+    state.change(|store| {
+        let mut changes = store.replace_nodes(nodes);
+        changes.merge(store.replace_services(services));
+        changes.merge(store.replace_slices(slices));
+        changes
+    });
     let _what_empty_tables_would_need = state.sync();
     state
 }
@@ -199,13 +194,13 @@ fn row(
     let mut endpoints: Vec<EndpointRow> = entries
         .iter()
         .map(|entry| {
-            let counts = counts.get(&entry.endpoint_id).copied().unwrap_or_default();
-            let EndpointCounts { calls, health, .. } = counts;
+            let EndpointCounts { calls, health, now } =
+                counts.get(&entry.endpoint_id).copied().unwrap_or_default();
             let known = described.get(&entry.address).cloned();
             EndpointRow {
                 connections: calls.connects + calls.datagrams,
                 failures: (frontend.health != 0).then_some(health.failures),
-                ejected_seconds: counts.ejected_seconds(),
+                ejected_seconds: health.ejected_seconds(now),
                 ejections: health.ejections,
                 connect_microseconds: (health.latency != 0).then_some(health.latency),
                 ..known.unwrap_or_else(|| undescribed(entry.address))

@@ -40,7 +40,8 @@ pub trait Source: Send {
     /// Cancel safe: dropping the future loses no change.
     fn changed(&mut self) -> Changed<'_>;
 
-    /// Whether the first list of every kind is complete and applied. Before that nothing is written to the kernel.
+    /// Whether the first list of every kind is complete and applied. Before that nothing is written to the
+    /// kernel.
     /// A source that returns `true` too early removes what an earlier agent left.
     fn is_complete(&self) -> bool;
 

@@ -39,8 +39,8 @@ type PortLabels = [(&'static str, String); 4];
 
 /// Renders everything in the text format of Prometheus.
 ///
-/// `calls` returns the counters of a service id, `is_ejected` the state of an endpoint id. Ports that differ only
-/// in their family are summed up.
+/// `calls` returns the counters of a service id, `is_ejected` the state of an endpoint id. Ports that differ
+/// only in their family are summed up.
 ///
 /// # Errors
 ///

@@ -82,13 +82,12 @@ pub fn health(text: &str) -> Option<Option<Policy>> {
             return None;
         }
     }
-    let Policy { failures: default_failures, base: default_base, max: default_max } = Policy::DEFAULT;
-    let base = base.unwrap_or(default_base);
+    let base = base.unwrap_or(Policy::DEFAULT.base);
     let policy = Policy {
-        failures: failures.unwrap_or(default_failures),
+        failures: failures.unwrap_or(Policy::DEFAULT.failures),
         base,
         // A base above the default of the maximum raises it.
-        max: max.unwrap_or(default_max.max(base)),
+        max: max.unwrap_or(Policy::DEFAULT.max.max(base)),
     };
     (policy.base <= policy.max).then_some(Some(policy))
 }

@@ -75,7 +75,7 @@ pub struct Simulator {
     pub config: Config,
     /// The time, in nanoseconds of `CLOCK_MONOTONIC`, that ejections are compared with.
     pub now: u64,
-    /// What connections say about endpoints, by endpoint id.
+    /// The outcomes of connections, by endpoint id.
     pub health: RefCell<BTreeMap<u32, EndpointHealth>>,
     affinity: RefCell<BTreeMap<(u64, u32), Affinity>>,
 }
