@@ -16,11 +16,11 @@ use lb_core::{
 };
 use lb_kernel::{Options, host};
 use lb_tests::{
-    Feature, Sandbox,
-    agent::{self, Agent},
+    Sandbox,
+    agent::Agent,
     client::{Domain, Socket},
     cluster::Cluster,
-    require,
+    installed::eventually,
     server::Servers,
 };
 use lb_userspace::cli::explain::explain;
@@ -29,19 +29,12 @@ use nix::{
     sys::socket::{Backlog, Shutdown, listen, shutdown},
 };
 
-use crate::fixture::{FAMILIES, addresses, service_address};
+use crate::fixture::{FAMILIES, addresses, in_each_mode, service_address, start};
 
 /// Runs a test in these domains and each mode of the programs, with a service that has two endpoints.
 fn with_service(domains: &[Domain], test: impl Fn(&Node) + Send + Sync) {
-    if !require(Feature::Programs) {
-        return;
-    }
     for &domain in domains {
-        Sandbox::run(|sandbox| {
-            for options in agent::modes(sandbox) {
-                test(&Node::new(domain, &options));
-            }
-        });
+        Sandbox::test(|sandbox| in_each_mode(sandbox, |options| test(&Node::new(domain, options))));
     }
 }
 
@@ -58,9 +51,7 @@ impl Node {
         // No ejection ends by the clock during a test.
         let cluster = Cluster::new().serving("web", service, Tcp, &endpoints);
         let cluster = cluster.annotated("socklb.io/health", "base=1h");
-        let mut agent = Agent::start_with(options, agent::settings(), Vec::new()).unwrap();
-        agent.follow(&Cluster::new());
-        agent.settle();
+        let mut agent = start(options);
         agent.follow(&cluster);
         Self { agent, domain, service, endpoints }
     }
@@ -78,9 +69,7 @@ impl Node {
         let mut simulator = Simulator::new(self.agent.image());
         simulator.now = host::monotonic();
         let to = FrontendAddress { ip: self.service.ip(), port: self.service.port(), protocol: Tcp };
-        let entries = simulator.image.entries_at(to);
-        let health = entries.iter().map(|entry| (entry.endpoint_id, maps.endpoint_health(entry.endpoint_id)));
-        simulator.health = RefCell::new(health.collect());
+        simulator.health = RefCell::new(maps.health_of(simulator.image.entries_at(to)));
         let explanation = explain(&simulator, Some(&self.agent.state), to, Caller::default());
         let text = explanation.text();
         assert_eq!(explanation.ejected.len(), 1, "{text}");
@@ -135,14 +124,6 @@ impl Silent {
     }
 }
 
-fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
-    let start = Instant::now();
-    while !is_so() {
-        assert!(start.elapsed() < Duration::from_secs(15), "not within 15 s: {what}");
-        thread::sleep(Duration::from_millis(20));
-    }
-}
-
 #[test]
 fn a_refusing_endpoint_fails_three_calls() {
     with_service(&Domain::ALL, |node| {
@@ -188,7 +169,7 @@ fn a_silent_endpoint_is_ejected_until_a_connection_gets_through() {
         let _servers = Servers::tcp([node.endpoints[0]]);
         let silent = Silent::new(node.domain, node.endpoints[1]);
         let waiting = [node.begin(), node.begin(), node.begin()];
-        wait_until("ejected", || node.health(node.endpoints[1]).ejected_until != 0);
+        eventually("ejected", || node.health(node.endpoints[1]).ejected_until != 0);
         for _ in 0..60 {
             assert_eq!(node.call(), Ok(node.endpoints[0]), "{:?}", node.domain);
         }
@@ -196,7 +177,7 @@ fn a_silent_endpoint_is_ejected_until_a_connection_gets_through() {
         node.explains_the_ejection_of(node.endpoints[1]);
         silent.recover();
         // Their SYNs are sent again.
-        wait_until("back", || node.health(node.endpoints[1]).ejected_until == 0);
+        eventually("back", || node.health(node.endpoints[1]).ejected_until == 0);
         drop(waiting);
     });
 }
