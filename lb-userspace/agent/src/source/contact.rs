@@ -30,6 +30,7 @@ struct Known {
     outage: Option<Outage>,
     /// The reasons logged in this outage.
     told: BTreeSet<&'static str>,
+    n_absences: u64,
 }
 
 /// When a source last answered, by kind of objects, and why it does not. Clones share the state.
@@ -52,6 +53,7 @@ impl Contact {
             failures: reasons.into_iter().map(|reason| (reason, 0)).collect(),
             outage: None,
             told: BTreeSet::new(),
+            n_absences: 0,
         })))
     }
 
@@ -86,6 +88,17 @@ impl Contact {
         let since = known.outage.as_ref().map_or(since, |outage| outage.since.min(since));
         known.outage = Some(Outage { since, problem });
         known.told.insert(reason)
+    }
+
+    /// Records that the source was unreachable or silent.
+    pub fn absent(&self) {
+        self.lock().n_absences += 1;
+    }
+
+    /// How often it was, for any kind.
+    #[must_use]
+    pub fn n_absences(&self) -> u64 {
+        self.lock().n_absences
     }
 
     /// Stops tracking a kind that is no longer requested continuously, so that its age means nothing.

@@ -202,8 +202,9 @@ const fn remedy(code: u16) -> &'static str {
 /// The next request after a failure. `is_watching` if a watch had begun.
 ///
 /// An earlier version may be in the future of a server restored from a backup, and a watch from there brings
-/// nothing. So the version is reused only if the server answered all the time and confirms it. After an
-/// outage a confirmation proves nothing: the restored server may have made as many other changes meanwhile.
+/// nothing. So the version is reused only if the server answered all the time, also about other kinds, and
+/// confirms it. After an outage a confirmation proves nothing: the restored server may have made as many other
+/// changes meanwhile.
 fn after(failure: &Failure, position: &Position, is_watching: bool) -> Position {
     match position {
         Position::List { .. } if failure.is_about_version() => Position::ListLatest,
@@ -234,6 +235,8 @@ pub(super) async fn follow<K: Kind>(mut follower: Follower) {
     let mut has_streaming = true;
     let mut last_move = None::<Instant>;
     let mut is_lacking = false;
+    // When a watch last began or ended in time.
+    let mut n_absences = follower.contact.n_absences();
     loop {
         let mut progress = false;
         let result = match &position {
@@ -252,8 +255,15 @@ pub(super) async fn follow<K: Kind>(mut follower: Follower) {
                     info!("API server {} serves {} now", follower.server, K::PLURAL);
                 }
                 let is_asking = matches!(position, Position::Confirm { .. });
-                position = Position::Watch { version };
+                let n_now = follower.contact.n_absences();
+                position = if is_asking && n_now != n_absences {
+                    debug!(objects = K::PLURAL, "the server was away: its version proves nothing");
+                    Position::ListLatest
+                } else {
+                    Position::Watch { version }
+                };
                 let Some(failure) = failure else {
+                    n_absences = n_now;
                     // A confirmed version does not show that watches work.
                     if !is_asking {
                         backoff.reset();
@@ -467,6 +477,9 @@ impl Follower {
                 && !matches!(failure, Failure::Silence(_) | Failure::Form(_) | Failure::TooLarge { .. }));
         if is_usual {
             return self.contact.broke(failure.reason());
+        }
+        if failure.is_absence() {
+            self.contact.absent();
         }
         let now = Instant::now().into_std();
         let since = match failure {
