@@ -202,9 +202,8 @@ const fn remedy(code: u16) -> &'static str {
 /// The next request after a failure. `is_watching` if a watch had begun.
 ///
 /// An earlier version may be in the future of a server restored from a backup, and a watch from there brings
-/// nothing. So the version is reused only if the server answered all the time, also about other kinds, and
-/// confirms it. After an outage a confirmation proves nothing: the restored server may have made as many other
-/// changes meanwhile.
+/// nothing. So the version is reused only if the server answered all the time and confirms it. After an
+/// outage a confirmation proves nothing: the restored server may have made as many other changes meanwhile.
 fn after(failure: &Failure, position: &Position, is_watching: bool) -> Position {
     match position {
         Position::List { .. } if failure.is_about_version() => Position::ListLatest,
@@ -220,6 +219,15 @@ fn after(failure: &Failure, position: &Position, is_watching: bool) -> Position 
             }
             _ => Position::ListLatest,
         },
+    }
+}
+
+/// The next request after an answer. `was_away` if requests for any kind found the server unreachable or silent
+/// since the watch began: then a confirmed version proves nothing either.
+fn after_answer(position: &Position, version: String, was_away: bool) -> Position {
+    match position {
+        Position::Confirm { .. } if was_away => Position::ListLatest,
+        _ => Position::Watch { version },
     }
 }
 
@@ -256,12 +264,7 @@ pub(super) async fn follow<K: Kind>(mut follower: Follower) {
                 }
                 let is_asking = matches!(position, Position::Confirm { .. });
                 let n_now = follower.contact.n_absences();
-                position = if is_asking && n_now != n_absences {
-                    debug!(objects = K::PLURAL, "the server was away: its version proves nothing");
-                    Position::ListLatest
-                } else {
-                    Position::Watch { version }
-                };
+                position = after_answer(&position, version, n_now != n_absences);
                 let Some(failure) = failure else {
                     n_absences = n_now;
                     // A confirmed version does not show that watches work.
@@ -985,5 +988,21 @@ mod tests {
         let status = Status { code: 500, message: "x".repeat(MAX_STATUS), ..Status::default() };
         let failure = status.into_failure(Some(u64::MAX)).to_string();
         assert!(failure.len() < MAX_MESSAGE + 50, "{} octets", failure.len());
+    }
+
+    #[test]
+    fn a_version_is_confirmed_only_by_a_server_that_was_there_all_the_time() {
+        let confirm = Position::Confirm { version: "7".to_owned() };
+        for (position, was_away, next) in [
+            (&confirm, false, at("7")),
+            (&confirm, true, Position::ListLatest),
+            // A list, and a watch that ended in time, are of the server as it is now.
+            (&Position::ListLatest, true, at("7")),
+            (&not_older_than("5"), true, at("7")),
+            (&at("5"), true, at("7")),
+        ] {
+            let found = after_answer(position, "7".to_owned(), was_away);
+            assert_eq!(found, next, "{position:?}, away: {was_away}");
+        }
     }
 }
