@@ -48,6 +48,7 @@ macro_rules! programs {
     (@one $(#[$meta:meta])* $hook:ident, $name:ident, $mode:ident, $function:ident) => {
         $(#[$meta])*
         #[cgroup_sock_addr($hook)]
+        #[inline(always)]
         fn $name(ctx: SockAddrContext) -> i32 {
             hook::$function::<config::$mode>(&SockAddr::new(&ctx))
         }
@@ -78,6 +79,7 @@ macro_rules! sock_ops_programs {
     ($($name:ident, $mode:ident;)+) => {
         $(/// Events of a TCP connection.
         #[sock_ops]
+        #[inline(always)]
         fn $name(ctx: SockOpsContext) -> u32 {
             outcome::observe::<config::$mode>(&ctx::SockOps::new(&ctx))
         })+
