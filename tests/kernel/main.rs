@@ -4,9 +4,9 @@
 #![expect(clippy::unwrap_used, reason = "a test fails by a panic, and so do its helpers")]
 
 mod affinity;
+mod any_kernel;
 mod audit;
 mod calls;
-mod capacity;
 #[path = "../pure/clusters.rs"]
 #[expect(
     dead_code,
@@ -14,13 +14,10 @@ mod capacity;
 )]
 mod clusters;
 mod exclusion;
-mod exclusive;
-mod explain;
 mod fixture;
 mod grace;
 mod health;
 mod kinds;
-mod layouts;
 mod lifecycle;
 mod load;
 mod matrix;

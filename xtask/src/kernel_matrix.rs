@@ -41,6 +41,12 @@ const OPTIMIZED: &[&str] = &["aya", "aya-obj", "object"];
 /// the many loads. A hung guest does not exit by itself.
 const LIMIT: Duration = Duration::from_secs(27 * 60);
 
+/// Tests that run at once in a guest: they wait for time-outs, so more than its processors.
+const N_TEST_THREADS: u8 = 3;
+
+/// Module of the tests that do not depend on the kernel's version. They run on the oldest kernel alone.
+const ANY_KERNEL: &str = "any_kernel::";
+
 /// Output lines of a guest in an error.
 const SERIAL_TAIL: usize = 40;
 
@@ -136,7 +142,7 @@ fn executable(messages: &str, name: &str, is_test: bool) -> Result<PathBuf> {
 }
 
 /// Builds the part of the initramfs that all kernels share.
-fn base_initramfs(workspace: &Workspace, object: &Path, args: &[String]) -> Result<Tree> {
+fn base_initramfs(workspace: &Workspace, object: &Path) -> Result<Tree> {
     step("building the kernel tests, statically linked");
     let mut cargo = workspace.cargo("build");
     cargo
@@ -172,12 +178,18 @@ fn base_initramfs(workspace: &Workspace, object: &Path, args: &[String]) -> Resu
     // Files, since the kernel's command line has a length limit and no quoting. Emulation is slow, so tests
     // make fewer calls and agent starts here; `cargo xtask test` makes all of them.
     let environment = format!(
-        "CARGO_MANIFEST_DIR={}\nSOCKLB_BIN=/socklb\nRUST_BACKTRACE=1\nLB_TEST_CYCLES=20000\nLB_FAULT_STEP=4\n",
+        "CARGO_MANIFEST_DIR={}\nSOCKLB_BIN=/socklb\nRUST_BACKTRACE=1\nRUST_TEST_THREADS={N_TEST_THREADS}\nLB_TEST_CYCLES=20000\nLB_FAULT_STEP=4\n",
         workspace.root.join("tests").display()
     );
     tree.add("/vm.env", 0o644, Some(environment.as_bytes()));
-    tree.add("/vm.args", 0o644, Some(args.join("\n").as_bytes()));
     Ok(tree)
+}
+
+/// The arguments of the test executable on a kernel.
+fn test_args(row: &Row, args: &[String]) -> Vec<String> {
+    let is_oldest = row.name == KERNELS[0].name;
+    let skipped = ["--skip", ANY_KERNEL].into_iter().filter(|_| !is_oldest).map(str::to_owned);
+    args.iter().cloned().chain(skipped).collect()
 }
 
 /// Waits until no other run of this command uses a folder. Dropping the value releases the lock.
@@ -192,11 +204,20 @@ fn lock(dir: &Path, what: &str) -> Result<File> {
 }
 
 /// Boots one kernel and evaluates its output.
-fn boot(kernel: &GuestKernel, qemu: &Qemu, base: &[u8], row: &Row, work: &Path) -> Result<Outcome> {
+fn boot(
+    kernel: &GuestKernel,
+    qemu: &Qemu,
+    base: &[u8],
+    row: &Row,
+    args: &[String],
+    work: &Path,
+) -> Result<Outcome> {
     step(&format!("running the kernel tests on {}", kernel.release));
     let name = row.name;
     let image = work.join(format!("initramfs-{name}.cpio"));
-    fs::write(&image, [base, &kernel.modules.cpio()?].concat())?;
+    let mut own = Tree::default();
+    own.add("/vm.args", 0o644, Some(test_args(row, args).join("\n").as_bytes()));
+    fs::write(&image, [base, &kernel.modules.cpio()?, &own.cpio()?].concat())?;
     let log = work.join(format!("{name}.log"));
     let outcome = qemu.boot(name, row.n_cpus, &kernel.vmlinuz, &image, &log, LIMIT)?;
     if outcome.failure.is_some() {
@@ -267,13 +288,13 @@ pub(crate) fn command(workspace: &Workspace, options: &Options) -> Result<()> {
     let kernels: Vec<_> = options.rows().map(fetch).collect();
     drop(downloads);
     let _only_one = lock(&work, "runs in this tree")?;
-    let base = base_initramfs(workspace, &object, &options.args)?.cpio()?;
+    let base = base_initramfs(workspace, &object)?.cpio()?;
 
     let run = |(row, kernel): (&'static Row, Result<GuestKernel>)| {
         let start = Instant::now();
         let (release, outcome) = match kernel {
             Ok(kernel) => {
-                let outcome = boot(&kernel, &qemu, &base, row, &work)?;
+                let outcome = boot(&kernel, &qemu, &base, row, &options.args, &work)?;
                 (kernel.release, outcome)
             }
             Err(error) => {
@@ -314,6 +335,15 @@ mod tests {
         assert_eq!(names(&[]).unwrap(), ["5.10", "6.1", "6.12", "newest"]);
         assert_eq!(names(&["--kernel", "6.12,5.10"]).unwrap(), ["5.10", "6.12"]);
         assert!(names(&["--kernel", "4.19"]).is_none());
+    }
+
+    #[test]
+    fn what_no_kernel_decides_runs_on_the_oldest_alone() {
+        let on = |row: usize| test_args(&KERNELS[row], &["audit::".to_owned()]);
+        assert_eq!(on(0), ["audit::"]);
+        for row in 1..KERNELS.len() {
+            assert_eq!(on(row), ["audit::", "--skip", ANY_KERNEL]);
+        }
     }
 
     #[test]
