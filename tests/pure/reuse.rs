@@ -8,7 +8,7 @@ use std::{
 
 use lb_core::{
     desired::{Frontend, FrontendAddress, FrontendKind, PortKey},
-    model::{Protocol, ServiceKey, TrafficPolicy},
+    model::{Balance, Protocol, ServiceKey, TrafficPolicy},
     plan::{Capacity, Encoder, Plan, StillRead},
 };
 use proptest::{collection::vec, prelude::*, sample::subsequence};
@@ -38,6 +38,9 @@ fn frontend(address: FrontendAddress, service: u8, endpoints: &[u8]) -> Frontend
             ipv6: false,
         }),
         endpoints: endpoints.collect(),
+        balance: Balance::Random,
+        shares: None,
+        spill: Arc::default(),
     }
 }
 

@@ -29,7 +29,7 @@ use std::{fmt, net::IpAddr, net::SocketAddr, ops::RangeInclusive, str::FromStr, 
 use serde::{Deserialize, Serialize};
 
 pub use self::{claims::Desired, cluster_ips::ClusterIps, topology::Topology};
-use crate::model::{Cidr, Protocol, ServiceKey, TrafficPolicy};
+use crate::model::{Balance, Cidr, Protocol, ServiceKey, TrafficPolicy};
 
 /// The address that a program calls. A node port has the unspecified address of its family.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -120,6 +120,18 @@ pub struct Frontend {
     /// The endpoints that a call may reach: sorted, without duplicates, of the address's family. Frontends of
     /// one port with equal endpoints share the allocation.
     pub endpoints: Arc<[SocketAddr]>,
+    /// How a call chooses among them; [`Balance::Random`] for every protocol but TCP.
+    #[serde(default)]
+    pub balance: Balance,
+    /// How often chance draws each of `endpoints`, in the same order: 1 to 255, and the largest is 255. `None` if
+    /// all are equal.
+    #[serde(default)]
+    pub shares: Option<Arc<[u8]>>,
+    /// The endpoints that calls fall back to while all of `endpoints` are ejected: the cluster set without
+    /// topology hints, if hints have narrowed `endpoints`. Sorted, without duplicates, shared as `endpoints` are.
+    /// Empty if hints left none out, with the policy Local, and if `health` is 0.
+    #[serde(default)]
+    pub spill: Arc<[SocketAddr]>,
 }
 
 /// `--nodeport-addresses`

@@ -22,7 +22,8 @@ use super::{
     endpoints::{PortEndpoints, Scope, SlicePorts},
 };
 use crate::model::{
-    Family, Issue, IssueKind, ObjectRef, Protocol, Service, ServicePort, Slice, TrafficPolicy, address,
+    Balance, Family, Issue, IssueKind, ObjectRef, Protocol, Service, ServicePort, Slice, TrafficPolicy,
+    address,
 };
 
 /// Most slice entries of all ports of a service in one family: four times the default endpoint table. An
@@ -289,6 +290,9 @@ impl Builder<'_> {
             created: self.service.created,
             port: port.key.clone(),
             endpoints,
+            balance: Balance::Random,
+            shares: None,
+            spill: Arc::default(),
         });
     }
 

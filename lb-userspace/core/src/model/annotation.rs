@@ -13,6 +13,9 @@ pub const STALE_CONNECTIONS: &str = "socklb.io/stale-connections";
 /// When endpoints of a Service are ejected because connections fail.
 pub const HEALTH: &str = "socklb.io/health";
 
+/// How a call chooses among the endpoints of a Service.
+pub const BALANCE: &str = "socklb.io/balance";
+
 /// Whether calls to a Service, or of a Pod, pass unchanged.
 pub const EXCLUDE: &str = "socklb.io/exclude";
 
@@ -28,6 +31,17 @@ pub enum StaleConnections {
     Reset,
     /// `drain=30s`: they are destroyed this long after the endpoint stopped serving.
     Drain(Duration),
+}
+
+/// Value of [`BALANCE`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Balance {
+    /// `random`: by chance, each endpoint with its share.
+    #[default]
+    Random,
+    /// `least-connections`: of two endpoints that chance draws, the one with fewer open connections of this node.
+    LeastConnections,
 }
 
 impl StaleConnections {

@@ -37,7 +37,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 pub use self::{
-    annotation::StaleConnections,
+    annotation::{Balance, StaleConnections},
     issue::{Issue, IssueKind, ObjectKind, ObjectRef},
     store::{Changes, Store},
 };

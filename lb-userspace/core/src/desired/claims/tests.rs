@@ -5,7 +5,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::{
     desired::{FrontendKind, PortKey, fixture::ip},
-    model::{Protocol, TrafficPolicy},
+    model::{Balance, Protocol, TrafficPolicy},
 };
 
 fn key(name: &str) -> ServiceKey {
@@ -29,6 +29,9 @@ fn frontend(service: &str, kind: FrontendKind, created: Option<i64>, text: &str)
         created,
         port: Arc::new(port),
         endpoints: Arc::from([]),
+        balance: Balance::Random,
+        shares: None,
+        spill: Arc::default(),
     }
 }
 

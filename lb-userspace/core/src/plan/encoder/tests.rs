@@ -3,7 +3,7 @@ use lb_common::layout::frontend_flags::{EXTERNAL_LOCAL, NODE_PORT};
 use super::*;
 use crate::{
     desired::FrontendKind,
-    model::{Protocol, ServiceKey, TrafficPolicy},
+    model::{Balance, Protocol, ServiceKey, TrafficPolicy},
     plan::Phase,
     tables::AddressTable::{ClusterIps, Nodes},
 };
@@ -34,6 +34,9 @@ fn frontend(service: &str, name: &str, address: FrontendAddress, endpoints: &[&s
             ipv6: address.ip.is_ipv6(),
         }),
         endpoints: endpoints.into(),
+        balance: Balance::Random,
+        shares: None,
+        spill: Arc::default(),
     }
 }
 
