@@ -182,6 +182,18 @@ impl<'a> PortEndpoints<'a> {
             .collect()
     }
 
+    /// Where calls of the cluster set go while all of it is ejected: every ready endpoint, if topology hints leave
+    /// some of them out, else none.
+    #[must_use]
+    pub fn spill(&self, topology: &Topology) -> Arc<[SocketAddr]> {
+        let hints = self.hints(topology);
+        let ready = || self.known.iter().filter(|(_, endpoint)| endpoint.ready);
+        if ready().all(|(_, endpoint)| hints.admit(endpoint)) {
+            return Arc::default();
+        }
+        ready().map(|(address, _)| *address).collect()
+    }
+
     /// Whether a socket may stay connected to an endpoint (semantics R10): the endpoint serves, even if new
     /// calls do not reach it. While no endpoint of the port serves, all listed ones keep their sockets.
     #[must_use]

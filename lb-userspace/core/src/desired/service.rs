@@ -148,6 +148,8 @@ struct Port<'a> {
     family: Family,
     endpoints: &'a PortEndpoints<'a>,
     cluster: Arc<[SocketAddr]>,
+    /// Of a frontend with the policy Cluster: [`Frontend::spill`].
+    spill: Arc<[SocketAddr]>,
 }
 
 impl Builder<'_> {
@@ -163,6 +165,7 @@ impl Builder<'_> {
             family,
             endpoints,
             cluster: endpoints.set(Scope::Cluster, self.topology),
+            spill: endpoints.spill(self.topology),
         };
         if self.topology.is_on_interface(cluster_ip) {
             self.issues.insert(IssueKind::OnThisNode { address: cluster_ip.to_string() });
@@ -274,25 +277,28 @@ impl Builder<'_> {
         endpoints: Arc<[SocketAddr]>,
         flags: u32,
     ) {
+        let policy = match kind {
+            FrontendKind::ClusterIP => self.service.internal_policy,
+            _ => self.service.external_policy,
+        };
+        let health = match port.key.protocol {
+            Protocol::Tcp => self.service.health().map_or(0, Policy::to_word),
+            _ => 0,
+        };
+        let may_spill = policy == TrafficPolicy::Cluster && health != 0;
         self.frontends.push(Frontend {
             address: FrontendAddress { ip, port: number, protocol: port.key.protocol },
             kind,
-            policy: match kind {
-                FrontendKind::ClusterIP => self.service.internal_policy,
-                _ => self.service.external_policy,
-            },
+            policy,
             flags,
             affinity_seconds: self.service.affinity_seconds.unwrap_or(0),
-            health: match port.key.protocol {
-                Protocol::Tcp => self.service.health().map_or(0, Policy::to_word),
-                _ => 0,
-            },
+            health,
             created: self.service.created,
             port: port.key.clone(),
             endpoints,
             balance: Balance::Random,
             shares: None,
-            spill: Arc::default(),
+            spill: if may_spill { port.spill.clone() } else { Arc::default() },
         });
     }
 

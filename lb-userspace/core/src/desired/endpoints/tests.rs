@@ -146,6 +146,32 @@ fn r7_hints() {
     );
 }
 
+/// Passive health: calls spill to every ready endpoint, if hints leave some out.
+#[test]
+fn calls_spill_to_the_ready_endpoints_that_hints_leave_out() {
+    for (endpoints, expected) in [
+        (&["10.1.0.1 node-b rs", "10.1.0.2 node-b rs"][..], &[][..]),
+        (&["10.1.0.1 node-b rs zone=a", "10.1.0.2 node-b rs zone=b"], &["10.1.0.1:8080", "10.1.0.2:8080"]),
+        (
+            &["10.1.0.2 node-b rs node=node-b", "10.1.0.1 node-a rs node=node-a"],
+            &["10.1.0.1:8080", "10.1.0.2:8080"],
+        ),
+        // Hints that leave none out, and hints that do not apply.
+        (&["10.1.0.1 node-b rs zone=a", "10.1.0.2 node-b rs zone=a zone=b"], &[]),
+        (&["10.1.0.1 node-b rs zone=b", "10.1.0.2 node-b rs zone=c"], &[]),
+        (&["10.1.0.1 node-b rs zone=a", "10.1.0.2 node-b rs"], &[]),
+        // Only ready ones.
+        (&["10.1.0.1 node-b rs zone=a", "10.1.0.2 node-b st zone=b", "10.1.0.3 node-b s zone=b"], &[]),
+        (&["10.1.0.1 node-b st zone=a", "10.1.0.2 node-b st zone=b"], &[]),
+        (&[], &[]),
+    ] {
+        let slice = slice(endpoints);
+        let spill = unite([&slice]).spill(&topology());
+        assert_eq!(addresses(&spill), expected, "{endpoints:?}");
+        assert!(spill.is_sorted(), "{endpoints:?}");
+    }
+}
+
 /// R7: a node without the zone label has no zone mode; node mode needs no label.
 #[test]
 fn r7_a_node_without_a_zone() {

@@ -301,6 +301,35 @@ fn only_tcp_ports_have_a_health_policy() {
     assert_eq!(words(json!({"socklb.io/health": "failures=5"}))[0].1, policy);
 }
 
+/// Never against a policy Local, and only where endpoints are ejected.
+#[test]
+fn calls_spill_only_where_policy_and_health_let_them() {
+    let slices = [fixture::slice(&json!({
+        "ports": [{"name": "a", "port": 8080}, {"name": "b", "port": 8080, "protocol": "UDP"}],
+        "endpoints": [endpoint("10.1.0.1 node-a rs zone=a"), endpoint("10.1.0.2 node-b rs zone=b")],
+    }))];
+    let spills = |patch: &Value| -> Vec<String> {
+        let (frontends, _) = frontends(&service(patch), slices.iter(), &topology(), &settings());
+        let spills = frontends.iter().filter(|frontend| !frontend.spill.is_empty());
+        let spills: Vec<_> = spills.collect();
+        assert!(spills.iter().all(|frontend| Arc::ptr_eq(&frontend.spill, &spills[0].spill)));
+        spills.iter().map(|frontend| format!("{} {:?}", frontend.address, frontend.kind)).collect()
+    };
+    let (cluster_ip, node_port) = ("10.0.0.1:80/tcp ClusterIP", "0.0.0.0:30080/tcp NodePort");
+    let ports = json!([
+        {"name": "a", "port": 80, "nodePort": 30080}, {"name": "b", "port": 80, "nodePort": 30080, "protocol": "UDP"},
+    ]);
+    for (rule, patch, expected) in [
+        ("policy Cluster", json!({}), &[node_port, cluster_ip][..]),
+        ("internal policy Local", json!({"spec": {"internalTrafficPolicy": "Local"}}), &[node_port]),
+        ("external policy Local", json!({"spec": {"externalTrafficPolicy": "Local"}}), &[cluster_ip]),
+        ("health off", json!({"metadata": {"annotations": {"socklb.io/health": "off"}}}), &[]),
+    ] {
+        let base = json!({"spec": {"type": "NodePort", "ports": ports}});
+        assert_eq!(spills(&fixture::patched(base, &patch)), expected, "{rule}");
+    }
+}
+
 /// R2: load-balancer addresses that admit only some callers are not served; other kinds and the other family
 /// are.
 #[test]
