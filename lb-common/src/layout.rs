@@ -180,6 +180,26 @@ pub mod frontend_flags {
     pub const NO_LOCAL_ENDPOINT: u32 = 1 << 2;
     /// An address of a service network that no Service has. Not in any table: [`crate::resolve`] sets it.
     pub const UNALLOCATED: u32 = 1 << 3;
+    /// `socklb.io/balance: least-connections`: of two endpoints, the one with fewer open connections.
+    pub const LEAST_CONNECTIONS: u32 = 1 << 4;
+}
+
+/// Bits of [`Endpoint4::extra`] and [`Endpoint6::extra`].
+///
+/// A run of `n` endpoints with weights, or with a set to fall back to, is **extended**. Calls choose one of
+/// the first `n` entries; a frontend's run holds no more. What follows belongs to it:
+///
+/// | entries | hold |
+/// | --- | --- |
+/// | `0..n` | the endpoints, sorted by id, each with [`endpoint_extra::EXTENDED`] and its probability of its alias |
+/// | `n..2n` | their aliases (Walker's method), a copy of another endpoint; in `extra` the share of endpoint `i` |
+/// | `2n` | the number `m` of endpoints to fall back to, in place of the endpoint id |
+/// | `2n+1..2n+1+m` | these endpoints, sorted by id |
+pub mod endpoint_extra {
+    /// The run is extended. Set in all of its first `n` entries or in none.
+    pub const EXTENDED: u16 = 1 << 15;
+    /// How often a call that draws this entry goes to the entry `n` further, in 1/32768.
+    pub const ALIAS: u16 = EXTENDED - 1;
 }
 
 map_type! {
@@ -191,8 +211,8 @@ map_type! {
         pub address: Octets4,
         /// Endpoint port, host order.
         pub port: u16,
-        /// Zero.
-        pub reserved: u16,
+        /// Bits of [`endpoint_extra`]; 0 in a run of endpoints with equal shares.
+        pub extra: u16,
         /// Id of this address and port within its service port: index into `endpoint_stats`.
         pub endpoint_id: u32,
     }
@@ -207,8 +227,8 @@ map_type! {
         pub address: Octets6,
         /// Endpoint port, host order.
         pub port: u16,
-        /// Zero.
-        pub reserved: u16,
+        /// Bits of [`endpoint_extra`]; 0 in a run of endpoints with equal shares.
+        pub extra: u16,
         /// Id of this address and port within its service port: index into `endpoint_stats`.
         pub endpoint_id: u32,
     }
@@ -279,6 +299,10 @@ pub mod record_flags {
     /// The endpoint is shown to the program as the service. Of several records with one endpoint, only the
     /// last called one has the flag; none has it once the endpoint's own address was called.
     pub const ANSWERS: u8 = 1;
+    /// The endpoint counts this socket ([`EndpointLoad::active`]). Of a socket's first record only.
+    ///
+    /// [`EndpointLoad::active`]: super::EndpointLoad::active
+    pub const COUNTED: u8 = 1 << 1;
 }
 
 map_type! {
@@ -460,6 +484,17 @@ map_type! {
 }
 
 map_type! {
+    /// Value of `endpoint_load`, index = endpoint id: how busy it is. 4 octets.
+    ///
+    /// Programs count connections of Services with `least-connections`; the agent corrects what they miss, such
+    /// as sockets that were closed while no program was attached.
+    pub struct EndpointLoad {
+        /// Sockets of this node that called the endpoint and are open. May be below 0 for a moment.
+        pub active: i32,
+    }
+}
+
+map_type! {
     /// Value of `meta`, index 0: sizes of the image, and the settings of the programs. 32 octets.
     ///
     /// `layout_version` stays the first field in all versions.
@@ -510,10 +545,12 @@ pub trait FamilyLayout: Address {
     fn key(address: Self, port: u16, protocol: Protocol) -> Self::Key;
     /// Splits a key.
     fn key_parts(key: &Self::Key) -> (Self, u16, Protocol);
-    /// Builds an entry of the endpoint table.
-    fn entry(address: Self, port: u16, endpoint_id: u32) -> Self::Endpoint;
+    /// Builds an entry of the endpoint table. `extra`: see [`endpoint_extra`].
+    fn entry(address: Self, port: u16, endpoint_id: u32, extra: u16) -> Self::Endpoint;
     /// Splits an entry of the endpoint table: address, port, endpoint id.
     fn entry_parts(entry: &Self::Endpoint) -> (Self, u16, u32);
+    /// The bits of [`endpoint_extra`].
+    fn entry_extra(entry: &Self::Endpoint) -> u16;
 }
 
 macro_rules! family_layout {
@@ -533,13 +570,18 @@ macro_rules! family_layout {
             }
 
             #[inline(always)]
-            fn entry(address: Self, port: u16, endpoint_id: u32) -> $endpoint {
-                $endpoint { address, port, reserved: 0, endpoint_id }
+            fn entry(address: Self, port: u16, endpoint_id: u32, extra: u16) -> $endpoint {
+                $endpoint { address, port, extra, endpoint_id }
             }
 
             #[inline(always)]
             fn entry_parts(entry: &$endpoint) -> (Self, u16, u32) {
                 (entry.address, entry.port, entry.endpoint_id)
+            }
+
+            #[inline(always)]
+            fn entry_extra(entry: &$endpoint) -> u16 {
+                entry.extra
             }
         }
     };

@@ -10,7 +10,8 @@
 
 use crate::{
     layout::{
-        AddressKey, Affinity, AffinityKey, ClusterIp, Endpoint4, Endpoint6, EndpointHealth, EndpointStats,
+        AddressKey, Affinity, AffinityKey, ClusterIp, Endpoint4, Endpoint6, EndpointHealth, EndpointLoad,
+        EndpointStats,
         Frontend, FrontendKey4, FrontendKey6, FrontendRef, MapIdentity, Meta, NodeAddr, SLOT_WAYS,
         ServiceCidrs, ServiceStats, SocketEntry, SocketRecords, SocketSlots,
     },
@@ -118,8 +119,8 @@ maps! {
     services4: Hash[FrontendKey4 => FrontendRef], 0, Size::Services, Image, layout 1;
     services6: Hash[FrontendKey6 => FrontendRef], 0, Size::Services, Image, layout 1;
     frontends: Array[u32 => Frontend], MMAPABLE, Size::Frontends, Image, layout 1;
-    endpoints4: Array[u32 => Endpoint4], MMAPABLE, Size::Endpoints, Image, layout 1;
-    endpoints6: Array[u32 => Endpoint6], MMAPABLE, Size::Endpoints, Image, layout 1;
+    endpoints4: Array[u32 => Endpoint4], MMAPABLE, Size::Endpoints, Image, layout 2;
+    endpoints6: Array[u32 => Endpoint6], MMAPABLE, Size::Endpoints, Image, layout 2;
     node_addrs: Hash[AddressKey => NodeAddr], 0, Size::Fixed(limits::MAX_NODE_ADDRS), Image, layout 1;
     cluster_ips: Hash[AddressKey => ClusterIp], NO_PREALLOC, Size::Fixed(limits::MAX_CLUSTER_IPS), Image,
         layout 1;
@@ -129,6 +130,7 @@ maps! {
     sockets: Array[u32 => SocketEntry], MMAPABLE, Size::Fixed(SLOTS), Ids, layout 1;
     socket_storage: SkStorage[i32 => SocketRecords], NO_PREALLOC, Size::Fixed(0), Ids, layout 1;
     endpoint_health: Array[u32 => EndpointHealth], MMAPABLE, Size::Endpoints, Ids, layout 1;
+    endpoint_load: Array[u32 => EndpointLoad], MMAPABLE, Size::Endpoints, Ids, layout 1;
     excluded: Hash[u64 => u32], 0, Size::Fixed(limits::MAX_EXCLUDED), Independent, layout 1;
     excluded_levels: Array[u32 => u32], 0, Size::Fixed(1), Independent, layout 1;
     service_stats: Array[u32 => ServiceStats], MMAPABLE, Size::ServiceCounters, Counters, layout 1;

@@ -17,7 +17,7 @@
 
 use crate::{
     address::Octets6,
-    layout::{Affinity, FamilyLayout, Frontend, Protocol, Run, frontend_flags},
+    layout::{Affinity, FamilyLayout, Frontend, Protocol, Run, endpoint_extra, frontend_flags},
 };
 
 /// The destination of a `connect()` or `sendto()`.
@@ -86,6 +86,10 @@ pub trait Tables<A: FamilyLayout> {
     ///
     /// [`EndpointHealth::is_avoided`]: crate::layout::EndpointHealth::is_avoided
     fn admits(&self, endpoint_id: u32) -> u32;
+
+    /// Open connections of this node to an endpoint. Called only for a frontend with
+    /// [`frontend_flags::LEAST_CONNECTIONS`].
+    fn active(&self, endpoint_id: u32) -> i32;
 
     /// Notes that a call chose a suspect: others avoid it until the outcome is known.
     fn begin_trial(&self, endpoint_id: u32);
@@ -186,6 +190,8 @@ pub struct Target<A> {
     pub service_id: u32,
     /// The health policy of the frontend ([`Frontend::health`]).
     pub health: u32,
+    /// Its bits of [`frontend_flags`].
+    pub flags: u32,
 }
 
 /// Decides where a call goes.
@@ -211,6 +217,7 @@ pub fn resolve<A: FamilyLayout>(tables: &impl Tables<A>, caller: &impl Caller, c
         frontend_id,
         service_id,
         health: frontend.health,
+        flags: frontend.flags,
     })
 }
 
@@ -313,12 +320,21 @@ fn choose<A: FamilyLayout>(
     choose_at_random(tables, caller, frontend)
 }
 
-/// Draws of a choice: the last one counts, ejected or not.
+/// Draws of a choice from a set: the last one counts, ejected or not.
 ///
 /// They are different endpoints, so up to three ejected ones of a frontend are never chosen. With a share `f`
 /// of many endpoints ejected, about `f^4` of the calls still reach one of them: 1 in 10,000 at a tenth, 1 in
 /// 16 at a half, and all of them if all are ejected. So the number of ejections needs no bound.
 pub const DRAWS: u32 = 4;
+
+/// A draw: the position of an entry of an endpoint table, relative to the run.
+#[derive(Clone, Copy)]
+struct Drawn {
+    /// One of the first `len` entries.
+    base: u32,
+    /// The same, or that of its alias, `len` further.
+    position: u32,
+}
 
 #[inline(always)]
 fn choose_at_random<A: FamilyLayout>(
@@ -327,52 +343,91 @@ fn choose_at_random<A: FamilyLayout>(
     frontend: &Frontend,
 ) -> Option<(u32, A::Endpoint)> {
     let run = frontend.run;
-    let first = below(caller.random(), run.len);
-    let entry = tables.endpoint(run.offset.wrapping_add(first))?;
-    if run.len == 1 || !is_suspect(tables, frontend, &entry) {
-        return Some((first, entry));
+    let mut drawn = draw(tables, run, 0, scaled(caller.random(), run.len))?;
+    if frontend.flags & frontend_flags::LEAST_CONNECTIONS != 0 {
+        let other = draw(tables, run, drawn.base + 1, scaled(caller.random(), run.len - 1))?;
+        let active = |drawn: Drawn| Some(tables.active(entry_at(tables, run, drawn.position)?.2));
+        let is_less = is_below(active(other)?, active(drawn)?);
+        drawn.base = select(is_less, other.base, drawn.base);
+        drawn.position = select(is_less, other.position, drawn.position);
     }
-    let index = draw_again(tables, caller, run, first)?;
-    let entry = tables.endpoint(run.offset.wrapping_add(index))?;
+    let entry = tables.endpoint(run.offset.wrapping_add(drawn.position))?;
+    if frontend.health == 0 || !tables.is_suspect(A::entry_parts(&entry).2) {
+        return Some((drawn.position, entry));
+    }
+    let position = draw_again(tables, caller, run, drawn)?;
+    let entry = tables.endpoint(run.offset.wrapping_add(position))?;
     tables.begin_trial(A::entry_parts(&entry).2);
-    Some((index, entry))
+    Some((position, entry))
 }
 
+/// Draws the entry that follows `start` at a distance, or its alias: see [`endpoint_extra`]. `scaled` is the
+/// distance, and which part of it was drawn, in 1/2^32.
 #[inline(always)]
-fn is_suspect<A: FamilyLayout>(tables: &impl Tables<A>, frontend: &Frontend, entry: &A::Endpoint) -> bool {
-    frontend.health != 0 && tables.is_suspect(A::entry_parts(entry).2)
+#[expect(clippy::cast_possible_truncation, reason = "the two halves")]
+fn draw<A: FamilyLayout>(tables: &impl Tables<A>, run: Run, start: u32, scaled: u64) -> Option<Drawn> {
+    let base = start.wrapping_add((scaled >> 32) as u32);
+    let base = base.wrapping_sub(run.len & is_at_least(base, run.len));
+    let extra = A::entry_extra(&tables.endpoint(run.offset.wrapping_add(base))?);
+    let is_alias = !is_at_least((scaled as u32) >> 17, (extra & endpoint_extra::ALIAS).into());
+    Some(Drawn { base, position: base.wrapping_add(run.len & is_alias) })
 }
 
-/// The position of the first endpoint that is not ejected, of [`DRAWS`]; of the last one if all are.
+/// The position of the first endpoint that is not ejected: of [`DRAWS`] from the run, then of as many from the
+/// set that an extended run falls back to. If there is none, the last one drawn from the run.
 ///
-/// Without a branch that depends on a draw: with one, kernel 5.10 verifies what follows once for each of its
-/// paths, which makes the start of an agent five times as long.
+/// Redraws disregard shares: they are different endpoints, each with the same probability. Without a branch
+/// that depends on a draw: with one, kernel 5.10 verifies what follows once for each of its paths, which makes
+/// the start of an agent five times as long.
 #[inline(always)]
 fn draw_again<A: FamilyLayout>(
     tables: &impl Tables<A>,
     caller: &impl Caller,
     run: Run,
-    first: u32,
+    first: Drawn,
 ) -> Option<u32> {
-    let (mut index, mut is_found) = (first, tables.admits(endpoint_id_at(tables, run, first)?));
-    // The second draw is any of the others, so that they share the calls of an ejected one equally.
+    let (mut position, mut is_found) = (first.position, tables.admits(entry_at(tables, run, first.position)?.2));
+    // The second draw is any of the others, so that they share the calls of an ejected one equally. After an
+    // alias, it is the entry that the alias stood for.
     let n_others = run.len - 1;
-    let mut distance = 1 + below(caller.random(), n_others);
+    let is_base = is_at_least(first.base, first.position);
+    let mut distance = (1 + below(caller.random(), n_others)) & is_base;
     for _ in 1..DRAWS {
-        let next = first.wrapping_add(distance);
+        let next = first.base.wrapping_add(distance);
         let next = next.wrapping_sub(run.len & is_at_least(next, run.len));
-        let is_admitted = tables.admits(endpoint_id_at(tables, run, next)?);
+        let is_admitted = tables.admits(entry_at(tables, run, next)?.2);
         // Stays at the first one that is found.
-        index = select(is_found, index, next);
+        position = select(is_found, position, next);
         is_found |= is_admitted;
         distance = 1 + (distance & !is_at_least(distance, n_others));
     }
-    Some(index)
+    let is_extended = u32::from(entry_at(tables, run, first.base)?.3 / endpoint_extra::EXTENDED).wrapping_neg();
+    // An entry of the run stands for the missing count if it is not extended.
+    let count_at = run.len.wrapping_mul(2) & is_extended;
+    let len = entry_at(tables, run, count_at)?.2 & is_extended;
+    // Without such a set nothing changes any more.
+    is_found |= !is_at_least(len, 1) & 1;
+    let mut next = below(caller.random(), len);
+    for _ in 0..DRAWS {
+        let there = (count_at + 1 + next) & is_at_least(len, 1);
+        let is_admitted = tables.admits(entry_at(tables, run, there)?.2);
+        position = select(is_admitted & !is_found, there, position);
+        is_found |= is_admitted;
+        next = (next + 1) & !is_at_least(next + 1, len);
+    }
+    Some(position)
 }
 
+/// The parts of an entry: address, port, endpoint id and extra.
 #[inline(always)]
-fn endpoint_id_at<A: FamilyLayout>(tables: &impl Tables<A>, run: Run, index: u32) -> Option<u32> {
-    Some(A::entry_parts(&tables.endpoint(run.offset.wrapping_add(index))?).2)
+fn entry_at<A: FamilyLayout>(
+    tables: &impl Tables<A>,
+    run: Run,
+    position: u32,
+) -> Option<(A, u16, u32, u16)> {
+    let entry = tables.endpoint(run.offset.wrapping_add(position))?;
+    let (address, port, id) = A::entry_parts(&entry);
+    Some((address, port, id, A::entry_extra(&entry)))
 }
 
 /// All ones if `a >= b`, else 0, without a branch.
@@ -383,6 +438,13 @@ fn is_at_least(a: u32, b: u32) -> u32 {
     !((difference >> 32) as u32)
 }
 
+/// 1 if `a < b`, else 0, without a branch.
+#[inline(always)]
+fn is_below(a: i32, b: i32) -> u32 {
+    let difference = core::hint::black_box(i64::from(a).wrapping_sub(i64::from(b)));
+    (difference.cast_unsigned() >> 63) as u32
+}
+
 /// `a` if `is_first` is 1, `b` if it is 0, without a branch.
 #[inline(always)]
 fn select(is_first: u32, a: u32, b: u32) -> u32 {
@@ -390,11 +452,17 @@ fn select(is_first: u32, a: u32, b: u32) -> u32 {
     (a & mask) | (b & !mask)
 }
 
+/// A number below `len` from a random one, times 2^32. Its lower half is random, too.
+#[inline(always)]
+fn scaled(random: u32, len: u32) -> u64 {
+    // A multiplication: a division costs more in BPF, and its bias falls on the first entries.
+    u64::from(random) * u64::from(len)
+}
+
 /// A number below `len` from a random one.
 #[inline(always)]
 fn below(random: u32, len: u32) -> u32 {
-    // Scaling by multiplication: a division costs more in BPF, and its bias falls on the first entries.
-    ((u64::from(random) * u64::from(len)) >> 32) as u32
+    (scaled(random, len) >> 32) as u32
 }
 
 #[inline(always)]
@@ -408,7 +476,7 @@ fn choose_with_affinity<A: FamilyLayout>(
     if let Some(affinity) = remembered
         && now.wrapping_sub(affinity.last_used) < u64::from(frontend.affinity_seconds)
         && let Some(found) = find_endpoint(tables, run, affinity.endpoint_id)
-        && !is_suspect(tables, frontend, &found.1)
+        && (frontend.health == 0 || !tables.is_suspect(A::entry_parts(&found.1).2))
     {
         caller.renew_affinity(service_id, now);
         return Some(found);

@@ -454,6 +454,14 @@ pub(crate) fn sock_cookie(ctx: &SockContext) -> u64 {
     read_kernel((ctx.as_ptr() as u64).wrapping_add(config::SOCK_COOKIE.load().into()))
 }
 
+/// Storage of a socket that is being closed, or null. Kernel 5.9.
+#[inline(always)]
+pub(crate) fn sock_storage(ctx: &SockContext) -> *mut SocketRecords {
+    let map = (&raw const maps::SOCKET_STORAGE).cast_mut().cast();
+    // SAFETY: a map of this object; the context is the socket.
+    unsafe { bpf_sk_storage_get(map, ctx.as_ptr(), core::ptr::null_mut(), 0) }.cast()
+}
+
 /// Compare-and-swap of a word. Kernel 5.12.
 ///
 /// An intrinsic: `core::sync::atomic` has no compare-and-swap for the BPF target, whose specification
@@ -472,4 +480,28 @@ pub(crate) fn compare_and_swap(word: *mut u64, old: u64, new: u64) -> bool {
     use core::sync::atomic::{AtomicU64, Ordering::Relaxed};
     // SAFETY: callers pass an aligned word of a live map element.
     unsafe { AtomicU64::from_ptr(word) }.compare_exchange(old, new, Relaxed, Relaxed).is_ok()
+}
+
+/// Adds to a word, atomically.
+///
+/// An intrinsic, as above. Its result is unused, so that LLVM selects the instruction that kernels before 5.12
+/// have, too.
+///
+/// # Safety
+///
+/// An aligned word of a live map element.
+#[cfg(target_arch = "bpf")]
+#[inline(always)]
+pub(crate) unsafe fn atomic_add(word: *mut i32, number: i32) {
+    use core::intrinsics::{AtomicOrdering::Relaxed, atomic_xadd};
+    // SAFETY: promised by the caller.
+    let _unused = unsafe { atomic_xadd::<i32, i32, { Relaxed }>(word, number) };
+}
+
+/// The same, for lints on the host.
+#[cfg(not(target_arch = "bpf"))]
+pub(crate) unsafe fn atomic_add(word: *mut i32, number: i32) {
+    use core::sync::atomic::{AtomicI32, Ordering::Relaxed};
+    // SAFETY: promised by the caller.
+    let _unused = unsafe { AtomicI32::from_ptr(word) }.fetch_add(number, Relaxed);
 }

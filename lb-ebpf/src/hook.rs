@@ -9,7 +9,7 @@ use aya_log_ebpf::debug;
 use lb_common::{
     Caller, Verdict,
     address::{Address, Octets4, Octets6, mapped_ipv4},
-    layout::{Affinity, AffinityKey, EndpointStats, ServiceStats, SocketRecord, record_flags},
+    layout::{Affinity, AffinityKey, EndpointStats, ServiceStats, SocketRecord, frontend_flags::LEAST_CONNECTIONS, record_flags},
     resolve::{Call, Choice, Target, resolve},
 };
 
@@ -100,6 +100,8 @@ struct FlatVerdict {
     choice: Choice,
     service_id: u32,
     health: u32,
+    /// [`record_flags::COUNTED`] if the endpoint's connections are counted.
+    counted: u8,
 }
 
 impl FlatVerdict {
@@ -109,7 +111,7 @@ impl FlatVerdict {
     const UNREACHABLE: u32 = 3;
 
     #[inline(always)]
-    fn of<A: Address>(verdict: Verdict<A>) -> Self {
+    fn of<A: Address, M: Mode>(verdict: Verdict<A>) -> Self {
         let pass = Self {
             kind: Self::PASS,
             address: Peer::NONE.address,
@@ -117,6 +119,7 @@ impl FlatVerdict {
             choice: Choice::NONE,
             service_id: 0,
             health: 0,
+            counted: 0,
         };
         match verdict {
             Verdict::Pass => pass,
@@ -133,9 +136,15 @@ impl FlatVerdict {
                 }
                 Self { kind: Self::REFUSE, address, service_id, ..pass }
             }
-            Verdict::Redirect(Target { address, port, choice, service_id, health, .. }) => {
-                Self { kind: Self::REDIRECT, address: address.to_mapped(), port, choice, service_id, health }
-            }
+            Verdict::Redirect(Target { address, port, choice, service_id, health, flags, .. }) => Self {
+                kind: Self::REDIRECT,
+                address: address.to_mapped(),
+                port,
+                choice,
+                service_id,
+                health,
+                counted: if M::SLOTS && flags & LEAST_CONNECTIONS != 0 { record_flags::COUNTED } else { 0 },
+            },
         }
     }
 }
@@ -235,15 +244,15 @@ impl<'a, M: Mode> Pending<'a, M> {
     /// Resolves with the IPv4 tables.
     #[inline(always)]
     fn resolve4(&self, address: Octets4) -> FlatVerdict {
-        let Some(protocol) = self.ctx.protocol() else { return FlatVerdict::of(Verdict::<Octets4>::Pass) };
-        FlatVerdict::of(resolve(&Kernel, self, &Call { address, port: self.called.port, protocol }))
+        let Some(protocol) = self.ctx.protocol() else { return FlatVerdict::of::<Octets4, M>(Verdict::Pass) };
+        FlatVerdict::of::<_, M>(resolve(&Kernel, self, &Call { address, port: self.called.port, protocol }))
     }
 
     /// Resolves with the IPv6 tables.
     #[inline(always)]
     fn resolve6(&self, address: Octets6) -> FlatVerdict {
-        let Some(protocol) = self.ctx.protocol() else { return FlatVerdict::of(Verdict::<Octets6>::Pass) };
-        FlatVerdict::of(resolve(&Kernel, self, &Call { address, port: self.called.port, protocol }))
+        let Some(protocol) = self.ctx.protocol() else { return FlatVerdict::of::<Octets6, M>(Verdict::Pass) };
+        FlatVerdict::of::<_, M>(resolve(&Kernel, self, &Call { address, port: self.called.port, protocol }))
     }
 
     #[inline(always)]
@@ -316,7 +325,7 @@ impl<'a, M: Mode> Pending<'a, M> {
             service_id: decision.service_id,
             index,
             protocol: protocol.0,
-            flags: record_flags::ANSWERS,
+            flags: record_flags::ANSWERS | decision.counted,
         };
         match self.kind {
             Kind::Connect => {

@@ -96,7 +96,7 @@ sock_ops_programs! {
 #[cgroup_sock(sock_release)]
 #[expect(clippy::needless_pass_by_value, reason = "the macro passes the context by value")]
 fn sock_release(ctx: SockContext) -> i32 {
-    record::free_slot(&ctx);
+    record::release(&ctx);
     ctx::PROCEED
 }
 

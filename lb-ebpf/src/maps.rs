@@ -10,8 +10,8 @@ use aya_ebpf::{
 };
 use lb_common::{
     layout::{
-        AddressKey, Affinity, AffinityKey, ClusterIp, Endpoint4, Endpoint6, EndpointHealth, EndpointStats,
-        Frontend, FrontendKey4, FrontendKey6, FrontendRef, MapIdentity, Meta, NodeAddr, SLOT_WAYS,
+        AddressKey, Affinity, AffinityKey, ClusterIp, Endpoint4, Endpoint6, EndpointHealth, EndpointLoad,
+        EndpointStats, Frontend, FrontendKey4, FrontendKey6, FrontendRef, MapIdentity, Meta, NodeAddr, SLOT_WAYS,
         ServiceCidrs, ServiceStats, SocketEntry, SocketRecords, SocketSlots,
     },
     limits,
@@ -81,6 +81,10 @@ pub(crate) static SOCKET_STORAGE: SkStorage<SocketRecords> = SkStorage::new();
 /// The outcomes of connections, by endpoint id.
 #[btf_map(name = "endpoint_health")]
 pub(crate) static ENDPOINT_HEALTH: Array<EndpointHealth, ENDPOINTS, MMAPABLE> = Array::new();
+
+/// Open connections, by endpoint id.
+#[btf_map(name = "endpoint_load")]
+pub(crate) static ENDPOINT_LOAD: Array<EndpointLoad, ENDPOINTS, MMAPABLE> = Array::new();
 
 /// Ids of excluded cgroups; cgroups below them are excluded, too.
 #[btf_map(name = "excluded")]

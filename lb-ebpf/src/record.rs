@@ -29,7 +29,8 @@ use lb_common::{
     address::Octets6,
     layout::{
         Attempt, Protocol, SLOT_WAYS, SOCKET_RECORDS, SocketEntry, SocketRecord, SocketRecords, SocketSlots,
-        entry_flags, record_flags::ANSWERS,
+        entry_flags,
+        record_flags::{ANSWERS, COUNTED},
     },
     limits::SOCKET_SETS,
     resolve::Choice,
@@ -37,8 +38,9 @@ use lb_common::{
 
 use crate::{
     config::{self, Mode, is_on},
-    ctx::{Multipath, Peer, SockAddr, SockOps, compare_and_swap, sock_cookie},
+    ctx::{Multipath, Peer, SockAddr, SockOps, compare_and_swap, sock_cookie, sock_storage},
     maps,
+    tables::add_active,
 };
 
 /// Zero if two addresses and ports are equal. Addresses are 8-aligned and compared as two words: bytewise it
@@ -183,6 +185,14 @@ impl New<'_> {
             u64::from(next) | (is_of_connect * CONNECT_RECORDS as u64)
         };
         storage.records[index(place)] = *self.record;
+    }
+}
+
+/// Adds to the open connections of a record's endpoint, if they are counted.
+#[inline(always)]
+fn count(record: &SocketRecord, number: i32) {
+    if record.flags & COUNTED != 0 {
+        add_active(record.endpoint_id, number);
     }
 }
 
@@ -403,7 +413,7 @@ impl<'a, M: Mode> Socket<'a, M> {
     }
 
     /// Records a call to an endpoint, and keeps the records of other services. A `connect()` also keeps the
-    /// record of the current peer, `former` or [`Peer::NONE`]. `health` is the policy of the frontend.
+    /// record of the current peer, `former` or [`Peer::NONE`].
     #[inline(always)]
     pub(crate) fn record_call(&self, record: &SocketRecord, former: Option<&Peer>, health: u32) {
         let new = New { record, former };
@@ -415,7 +425,11 @@ impl<'a, M: Mode> Socket<'a, M> {
             let difference = service_difference(first, record) | endpoint_difference(first, record);
             // The common case: another datagram of the same flow. Its endpoint may have a new id by now.
             if new_owner != 0 || is_stream || (difference == 0 && first.flags & ANSWERS != 0) {
+                if new_owner == 0 {
+                    count(first, -1);
+                }
                 *first = *record;
+                count(record, 1);
                 if is_stream && is_on(&config::PASSIVE_HEALTH) {
                     entry.health = health;
                     entry.attempt = self.attempt(health);
@@ -434,7 +448,9 @@ impl<'a, M: Mode> Socket<'a, M> {
         }
         let Some(storage) = self.storage_or_new() else { return };
         if is_stream {
+            count(&storage.records[0], -1);
             storage.records[0] = *record;
+            count(record, 1);
             if is_on(&config::PASSIVE_HEALTH) {
                 storage.health = health;
                 storage.attempt = self.attempt(health);
@@ -553,14 +569,24 @@ pub(crate) fn attempted<'a, M: Mode>(ctx: &SockOps) -> Option<Attempted<'a>> {
     Some(Attempted { record: &records[0], health: *health, attempt })
 }
 
-/// Frees the slot of a socket that is being closed.
+/// Ends the records of a socket that is being closed: frees its slot, and counts it no longer.
 #[inline(always)]
-pub(crate) fn free_slot(ctx: &SockContext) {
+pub(crate) fn release(ctx: &SockContext) {
     let cookie = sock_cookie(ctx);
-    if cookie != 0
-        && let Some(slots) = Slots::of(cookie)
+    if cookie == 0 {
+        return;
+    }
+    if let Some(slots) = Slots::of(cookie)
         && let Some(way) = slots.slot_of(cookie)
     {
+        if let Some(entry) = slots.entry(way) {
+            count(&entry.first, -1);
+        }
         slots.free(way);
+        return;
+    }
+    // SAFETY: the storage belongs to this socket, which is locked.
+    if let Some(storage) = unsafe { sock_storage(ctx).as_ref() } {
+        count(&storage.records[0], -1);
     }
 }

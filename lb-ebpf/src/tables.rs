@@ -12,6 +12,7 @@ use lb_common::{
 
 use crate::{
     config::{self, is_on},
+    ctx::atomic_add,
     maps,
 };
 
@@ -71,6 +72,22 @@ fn admits(endpoint_id: u32) -> u32 {
 }
 
 #[inline(always)]
+fn active(endpoint_id: u32) -> i32 {
+    let Some(load) = maps::ENDPOINT_LOAD.get_ptr(endpoint_id) else { return 0 };
+    // SAFETY: as in `ejection`.
+    unsafe { (&raw const (*load).active).read_volatile() }
+}
+
+/// Adds to the open connections of an endpoint.
+#[inline(always)]
+pub(crate) fn add_active(endpoint_id: u32, number: i32) {
+    if let Some(load) = maps::ENDPOINT_LOAD.get_ptr_mut(endpoint_id) {
+        // SAFETY: an aligned word of a live array element.
+        unsafe { atomic_add(&raw mut (*load).active, number) };
+    }
+}
+
+#[inline(always)]
 fn begin_trial(endpoint_id: u32) {
     let Some(health) = maps::ENDPOINT_HEALTH.get_ptr_mut(endpoint_id) else { return };
     // SAFETY: no preconditions.
@@ -120,6 +137,10 @@ macro_rules! kernel_tables {
             #[inline(always)]
             fn admits(&self, endpoint_id: u32) -> u32 {
                 admits(endpoint_id)
+            }
+            #[inline(always)]
+            fn active(&self, endpoint_id: u32) -> i32 {
+                active(endpoint_id)
             }
             #[inline(always)]
             fn begin_trial(&self, endpoint_id: u32) {

@@ -172,13 +172,8 @@ impl Services {
         for service in 0..self.n {
             for &protocol in self.protocols {
                 let offset = id * self.n_endpoints;
-                let entries: Vec<Entry> = (offset..offset + self.n_endpoints)
-                    .map(|endpoint_id| {
-                        let address = (loopback(endpoint_id), TARGET_PORT).into();
-                        Entry { endpoint_id, address }
-                    })
-                    .collect();
-                image.runs4.insert(offset, entries.into());
+                let entry = |id| Entry::new(id, (loopback(id), TARGET_PORT).into());
+                image.runs4.insert(offset, (offset..offset + self.n_endpoints).map(entry).collect());
                 let run = Slots { offset, len: self.n_endpoints };
                 image.frontends.insert(id, Frontend { run, service_id: id, ..Frontend::default() });
                 let ip = IpAddr::V4(cluster_ip(service));
@@ -212,7 +207,7 @@ fn attach(sandbox: &Sandbox, programs: &Programs<'_>, services: Services) -> any
             let map = loaded.map_mut("bench_services").context("bench_services")?;
             let mut map: HashMap<_, Plain<FrontendKey4>, Plain<Endpoint4>> = HashMap::try_from(map)?;
             let address = Ipv4Addr::LOCALHOST.octets();
-            let value = Endpoint4 { address, port: TARGET_PORT, reserved: 0, endpoint_id: 0 };
+            let value = Endpoint4 { address, port: TARGET_PORT, extra: 0, endpoint_id: 0 };
             for key in services.image().services.keys() {
                 let (IpAddr::V4(ip), Some(protocol)) = (key.ip, wire_protocol(key.protocol)) else {
                     continue;

@@ -1,8 +1,12 @@
-//! Tests of what does not depend on the kernel's version: limits, layouts, answers, refused attachments.
+//! Tests of what does not depend on the kernel's version: the rules, limits, layouts, repairs, and answers.
 //!
 //! `cargo xtask test` runs them on the running kernel, the kernel matrix only on its oldest one.
 
+mod audit;
 mod capacity;
 mod exclusive;
 mod explain;
-mod layouts;
+pub(crate) mod layouts;
+pub(crate) mod load;
+mod scenarios;
+mod stats;

@@ -16,7 +16,7 @@ use lb_tests::{
     server::Servers,
 };
 
-use crate::load::{Load, Window};
+use crate::any_kernel::load::{Load, Window};
 
 /// The families of services. A socket of [`Domain::Mapped`] calls those of IPv4.
 pub(crate) const FAMILIES: [Domain; 2] = [Domain::V4, Domain::V6];

@@ -58,9 +58,7 @@ impl Node {
 
     fn health(&self, endpoint: SocketAddr) -> EndpointHealth {
         let image = self.agent.image();
-        let runs = if endpoint.is_ipv6() { image.runs6 } else { image.runs4 };
-        let mut entries = runs.values().flat_map(|run| run.iter());
-        let entry = entries.find(|entry| entry.address == endpoint).unwrap();
+        let entry = image.reachable().find(|entry| entry.address == endpoint).unwrap();
         self.agent.kernel.maps().endpoint_health(entry.endpoint_id)
     }
 

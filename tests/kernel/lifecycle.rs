@@ -36,8 +36,8 @@ use nix::{
 };
 
 use crate::{
+    any_kernel::layouts::map_ids,
     fixture::{Below, FAMILIES, addresses, connected, service_address, service_port, start, with_web},
-    layouts::map_ids,
 };
 
 /// The ids of the programs of the pinned links.

@@ -5,7 +5,6 @@
 
 mod affinity;
 mod any_kernel;
-mod audit;
 mod calls;
 #[path = "../pure/clusters.rs"]
 #[expect(
@@ -19,13 +18,10 @@ mod grace;
 mod health;
 mod kinds;
 mod lifecycle;
-mod load;
 mod matrix;
 mod multipath;
 mod records;
 mod refusals;
-mod scenarios;
 mod slots;
 mod stale;
-mod stats;
 mod verifier;

@@ -52,8 +52,8 @@ fn meanings(encoder: &Encoder) -> Meanings {
     let services = encoder.service_ids().iter().map(|(port, id)| ("service", *id, format!("{port:?}")));
     let frontends = image.services.iter().map(|(address, id)| ("frontend", *id, address.to_string()));
     // An entry has its endpoint's id, which belongs to one service port; their addresses differ here.
-    let entries = image.runs4.iter().flat_map(|(offset, entries)| {
-        (*offset..).zip(entries.iter()).flat_map(|(index, entry)| {
+    let entries = image.runs4.iter().flat_map(|(offset, run)| {
+        (*offset..).zip(run.entries()).flat_map(|(index, entry)| {
             [
                 ("entry", index, format!("{entry:?}")),
                 ("endpoint", entry.endpoint_id, entry.address.to_string()),

@@ -81,7 +81,7 @@ impl Damage {
             }
             _ => {
                 if let Some((offset, run)) = image.runs4.get_min().cloned() {
-                    image.runs4.insert(offset, run.iter().rev().copied().collect());
+                    image.runs4.insert(offset, run.endpoints().iter().rev().copied().collect());
                 }
             }
         }

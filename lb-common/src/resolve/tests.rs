@@ -34,6 +34,8 @@ struct Fake {
     affinity: RefCell<BTreeMap<u32, Affinity>>,
     /// Endpoint ids that are ejected.
     ejected: Vec<u32>,
+    /// Open connections by endpoint id.
+    active: BTreeMap<u32, i32>,
     /// What another CPU remembers between our look-up and our insertion.
     faster_cpu: Option<u32>,
 }
@@ -47,7 +49,7 @@ impl Fake {
             self.endpoints.push(Endpoint4 {
                 address: [10, 0, 0, last],
                 port: 8080,
-                reserved: 0,
+                extra: 0,
                 endpoint_id,
             });
         }
@@ -87,6 +89,9 @@ impl Tables<Octets4> for Fake {
     }
     fn admits(&self, endpoint_id: u32) -> u32 {
         u32::from(!self.ejected.contains(&endpoint_id))
+    }
+    fn active(&self, endpoint_id: u32) -> i32 {
+        self.active.get(&endpoint_id).copied().unwrap_or_default()
     }
     fn begin_trial(&self, _endpoint_id: u32) {}
     fn node_ports(&self) -> (u16, u16) {
@@ -249,6 +254,7 @@ fn a_service_address_reaches_its_endpoint() {
             frontend_id: 0,
             service_id: 100,
             health: 0,
+            flags: 0,
         })
     );
 }

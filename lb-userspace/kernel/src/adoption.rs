@@ -2,7 +2,10 @@
 
 use std::{collections::BTreeSet, fmt};
 
-use lb_common::maps::{MapSpec, Role};
+use lb_common::{
+    layout::Run,
+    maps::{MapSpec, Role},
+};
 use lb_core::{plan::Capacity, tables};
 
 /// The state of the pin of one map, for a starting agent.
@@ -124,7 +127,11 @@ pub(super) fn sizes(wanted: Capacity, found: Capacity, served: &tables::Image) -
         let frontends = served.services.iter().filter(|(address, _)| address.ip.is_ipv6() == ipv6);
         let runs = frontends.filter_map(|(_, id)| served.frontends.get(id)).map(|frontend| frontend.run);
         let runs: BTreeSet<(u32, u32)> = runs.map(|run| (run.offset, run.len)).collect();
-        runs.into_iter().map(|(_, len)| len as usize).sum::<usize>()
+        let n_entries = |(offset, len): (u32, u32)| {
+            let stored = served.stored(ipv6, Run { offset, len });
+            stored.map_or(len as usize, |run| run.entries().len())
+        };
+        runs.into_iter().map(n_entries).sum::<usize>()
     };
     let mut too_small = Vec::new();
     let mut choose = |setting, wanted, found, n_served: usize| {

@@ -1,11 +1,8 @@
 //! Audit and repair: compares the maps with the image and writes what differs.
 
-use std::{
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
-    sync::Arc,
-};
+use std::net::{Ipv4Addr, Ipv6Addr};
 
-use lb_common::layout::{FrontendKey4, FrontendKey6};
+use lb_common::layout::{Endpoint4, Endpoint6, FrontendKey4, FrontendKey6};
 use lb_core::{
     plan::{
         Phase,
@@ -94,10 +91,10 @@ impl Maps {
             found.frontends.extend(self.frontends.read(id).map(|frontend| (id, frontend)));
         }
         for ipv6 in [false, true] {
-            for (&offset, entries) in expected.runs(ipv6) {
+            for (&offset, run) in expected.runs(ipv6) {
                 let there: Option<Vec<Entry>> =
-                    (offset..).take(entries.len()).map(|index| self.read_entry(ipv6, index)).collect();
-                found.runs_mut(ipv6).extend(there.map(|there| (offset, Arc::<[Entry]>::from(there))));
+                    (offset..).take(run.entries().len()).map(|index| self.read_entry(ipv6, index)).collect();
+                found.runs_mut(ipv6).extend(there.map(|there| (offset, run.with_entries(there))));
             }
         }
         for &(table, address) in &suspects.addresses {
@@ -120,14 +117,14 @@ impl Maps {
 
     /// Reads an entry of an endpoint table; `None` if out of range.
     pub(super) fn read_entry(&self, ipv6: bool, index: u32) -> Option<Entry> {
-        let (ip, port, endpoint_id): (IpAddr, u16, u32) = if ipv6 {
-            let entry = self.endpoints6.read(index)?;
-            (Ipv6Addr::from(entry.address).into(), entry.port, entry.endpoint_id)
-        } else {
-            let entry = self.endpoints4.read(index)?;
-            (Ipv4Addr::from(entry.address).into(), entry.port, entry.endpoint_id)
-        };
-        Some(Entry { endpoint_id, address: SocketAddr::new(ip, port) })
+        if ipv6 {
+            let Endpoint6 { address, port, extra, endpoint_id } = self.endpoints6.read(index)?;
+            let address = (Ipv6Addr::from(address), port).into();
+            return Some(Entry { endpoint_id, address, extra });
+        }
+        let Endpoint4 { address, port, extra, endpoint_id } = self.endpoints4.read(index)?;
+        let address = (Ipv4Addr::from(address), port).into();
+        Some(Entry { endpoint_id, address, extra })
     }
 }
 

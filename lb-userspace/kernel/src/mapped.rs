@@ -115,6 +115,19 @@ impl<T: MapValue> Mapped<T> {
         })
     }
 
+    /// Adds to one 32-bit word of an entry in use, modulo 2^32; `false` if out of range.
+    ///
+    /// `word` is the index of the word within the entry.
+    #[must_use]
+    pub fn add_u32(&mut self, index: u32, word: usize, number: u32) -> bool {
+        self.word(index, word * 4, 4)
+            .map(|word| {
+                // SAFETY: inside the mapping and 4-aligned; the kernel's side adds to it as one word.
+                unsafe { AtomicU32::from_ptr(word.cast().as_ptr()) }.fetch_add(number, Ordering::Relaxed);
+            })
+            .is_some()
+    }
+
     fn word(&self, index: u32, offset: usize, len: usize) -> Option<NonNull<u8>> {
         let entry = self.at(index)?;
         // SAFETY: within the entry, hence inside the mapping.

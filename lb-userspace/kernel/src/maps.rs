@@ -15,8 +15,9 @@ use aya::{
 use lb_common::{
     address::{Address, Octets6, mapped_ipv4},
     layout::{
-        self, AddressKey, ClusterIp, Endpoint4, Endpoint6, EndpointHealth, EndpointStats, Frontend,
-        FrontendKey4, FrontendKey6, FrontendRef, MapValue, Meta, Network4, Network6, NodeAddr, Run,
+        self, AddressKey, ClusterIp, Endpoint4, Endpoint6, EndpointHealth, EndpointLoad,
+        EndpointStats, Frontend,
+        FrontendKey4, FrontendKey6, FrontendRef, MapValue, Meta, Network4, Network6, NodeAddr,
         ServiceCidrs, ServiceStats,
     },
     maps::{self, MAPS},
@@ -25,7 +26,7 @@ use lb_core::{
     desired::FrontendAddress,
     model::{Cidr, Protocol},
     plan::{self, Capacity, Op},
-    tables::{AddressTable, Entry, Image, wire_protocol},
+    tables::{AddressTable, Entry, Image, StoredRun, wire_protocol},
 };
 
 use crate::{
@@ -49,6 +50,7 @@ pub struct Maps {
     service_stats: Counters<ServiceStats>,
     endpoint_stats: Counters<EndpointStats>,
     endpoint_health: Mapped<EndpointHealth>,
+    endpoint_load: Mapped<EndpointLoad>,
     pub(crate) frontends: Mapped<Frontend>,
     pub(crate) endpoints4: Mapped<Endpoint4>,
     pub(crate) endpoints6: Mapped<Endpoint6>,
@@ -105,6 +107,7 @@ impl Maps {
                 "endpoint_health",
                 &place("endpoint_health").map("endpoint_health")?.0,
             )?,
+            endpoint_load: map_memory("endpoint_load", &place("endpoint_load").map("endpoint_load")?.0)?,
             frontends: map_memory("frontends", &frontends)?,
             endpoints4: map_memory("endpoints4", &endpoints4)?,
             endpoints6: map_memory("endpoints6", &endpoints6)?,
@@ -136,6 +139,7 @@ impl Maps {
             service_stats: map_counters("service_stats", map_data(object, "service_stats")?)?,
             endpoint_stats: map_counters("endpoint_stats", map_data(object, "endpoint_stats")?)?,
             endpoint_health: map_memory("endpoint_health", map_data(object, "endpoint_health")?)?,
+            endpoint_load: map_memory("endpoint_load", map_data(object, "endpoint_load")?)?,
             frontends: map_memory("frontends", map_data(object, "frontends")?)?,
             endpoints4: map_memory("endpoints4", map_data(object, "endpoints4")?)?,
             endpoints6: map_memory("endpoints6", map_data(object, "endpoints6")?)?,
@@ -176,8 +180,7 @@ impl Maps {
         if takeover.refills("endpoint_stats") {
             let former = map_counters("endpoint_stats", &former.map("endpoint_stats")?.0)?;
             let image = self.image()?;
-            let runs = [false, true].into_iter().flat_map(|ipv6| image.runs(ipv6).values());
-            for entry in runs.flat_map(|run| run.iter()) {
+            for entry in image.reachable() {
                 self.endpoint_stats.copy_from(&former, entry.endpoint_id);
             }
         }
@@ -198,7 +201,7 @@ impl Maps {
 
     pub(crate) fn apply(&mut self, op: &Op) -> Result<(), KernelError> {
         match op {
-            Op::WriteRun { ipv6, offset, entries } => self.write_run(*ipv6, *offset, entries),
+            Op::WriteRun { ipv6, offset, run } => self.write_run(*ipv6, *offset, run.entries()),
             Op::WriteFrontend { id, frontend } => {
                 in_range("frontends", *id, self.frontends.write(*id, *frontend))
             }
@@ -225,6 +228,7 @@ impl Maps {
                     self.endpoint_stats.reset(*id);
                     // An id beyond the map has no health.
                     let _beyond = self.endpoint_health.write(*id, EndpointHealth::default());
+                    let _beyond = self.endpoint_load.write(*id, EndpointLoad::default());
                 }
                 Ok(())
             }
@@ -283,14 +287,14 @@ impl Maps {
 
     fn write_run(&mut self, ipv6: bool, offset: u32, entries: &[Entry]) -> Result<(), KernelError> {
         for (index, entry) in (offset..).zip(entries) {
-            let (port, endpoint_id) = (entry.address.port(), entry.endpoint_id);
+            let (port, extra, endpoint_id) = (entry.address.port(), entry.extra, entry.endpoint_id);
             let done = match entry.address.ip() {
                 IpAddr::V4(ip) if !ipv6 => self
                     .endpoints4
-                    .write(index, Endpoint4 { address: ip.octets(), port, reserved: 0, endpoint_id }),
+                    .write(index, Endpoint4 { address: ip.octets(), port, extra, endpoint_id }),
                 IpAddr::V6(ip) if ipv6 => self
                     .endpoints6
-                    .write(index, Endpoint6 { address: ip.octets(), port, reserved: 0, endpoint_id }),
+                    .write(index, Endpoint6 { address: ip.octets(), port, extra, endpoint_id }),
                 _ => false,
             };
             in_range(if ipv6 { "endpoints6" } else { "endpoints4" }, index, done)?;
@@ -350,18 +354,10 @@ impl Maps {
         let ipv6 = address.ip.is_ipv6();
         if frontend.run.len > 0
             && !image.runs(ipv6).contains_key(&frontend.run.offset)
-            && let Some(entries) = self.read_run(ipv6, frontend.run)
+            && let Some(run) = StoredRun::read(frontend.run, |index| self.read_entry(ipv6, index))
         {
-            image.runs_mut(ipv6).insert(frontend.run.offset, entries.into());
+            image.runs_mut(ipv6).insert(frontend.run.offset, run);
         }
-    }
-
-    fn read_run(&self, ipv6: bool, run: Run) -> Option<Vec<Entry>> {
-        let end = run.offset.checked_add(run.len)?;
-        if end > self.capacity.endpoints {
-            return None;
-        }
-        (run.offset..end).map(|index| self.read_entry(ipv6, index)).collect()
     }
 
     /// Calls to a service port since it got its id, summed over all CPUs. Zero for an id beyond the map,
@@ -394,10 +390,16 @@ impl Maps {
         self.endpoint_health.read(endpoint_id).unwrap_or_default()
     }
 
+    /// Open connections to an endpoint, as programs and agent count them. 0 for an id beyond the map.
+    #[must_use]
+    pub fn active(&self, endpoint_id: u32) -> u32 {
+        self.endpoint_load.read(endpoint_id).unwrap_or_default().active.max(0).cast_unsigned()
+    }
+
     /// [`Self::endpoint_health`] of these endpoints, by id.
     #[must_use]
-    pub fn health_of(&self, entries: &[Entry]) -> BTreeMap<u32, EndpointHealth> {
-        entries.iter().map(|entry| (entry.endpoint_id, self.endpoint_health(entry.endpoint_id))).collect()
+    pub fn health_of<'a>(&self, entries: impl IntoIterator<Item = &'a Entry>) -> BTreeMap<u32, EndpointHealth> {
+        entries.into_iter().map(|entry| (entry.endpoint_id, self.endpoint_health(entry.endpoint_id))).collect()
     }
 }
 

@@ -120,7 +120,7 @@ pub fn services(args: &ServicesArgs) -> anyhow::Result<ExitCode> {
     let _known = objects.now();
     // Read after the objects, so that the tables are never older than the answer.
     let image = maps.image()?;
-    let entries = image.runs4.values().chain(image.runs6.values()).flat_map(|run| run.iter());
+    let entries = image.reachable();
     let mut rows = list(&image, objects.state(), &counts(&maps, entries));
     if let Some(state) = objects.state().filter(|_| objects.notice().is_none()) {
         let changed = rows.iter().filter(|row| !listing::is_described(row, state));

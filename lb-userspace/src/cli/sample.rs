@@ -34,7 +34,7 @@ pub(super) fn read(pin_path: &Path) -> Result<Reading, KernelError> {
     let maps = Maps::open(pin_path)?;
     let image = maps.image()?;
     let service_ids: BTreeSet<u32> = image.frontends.values().map(|frontend| frontend.service_id).collect();
-    let entries = || image.runs4.values().chain(image.runs6.values()).flat_map(|run| run.iter());
+    let entries = || image.reachable();
     let endpoint_ids: BTreeSet<u32> = entries().map(|entry| entry.endpoint_id).collect();
     Ok(Reading {
         services: service_ids.into_iter().map(|id| (id, maps.service_stats(id))).collect(),

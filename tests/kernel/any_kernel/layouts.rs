@@ -20,8 +20,7 @@ use crate::{
 
 /// The ids of the endpoints in an image.
 fn endpoint_ids(image: &Image) -> BTreeMap<SocketAddr, u32> {
-    let runs = [false, true].into_iter().flat_map(|ipv6| image.runs(ipv6).values());
-    runs.flat_map(|run| run.iter().map(|entry| (entry.address, entry.endpoint_id))).collect()
+    image.reachable().map(|entry| (entry.address, entry.endpoint_id)).collect()
 }
 
 /// Sizes change with a restart: larger, smaller, and back, while eight threads connect. Ids, records,

@@ -7,7 +7,10 @@ use std::{
 };
 
 use lb_common::{layout::SLOT_WAYS, limits::SOCKET_SETS};
-use lb_core::stale::{Fate, Flow, Flows};
+use lb_core::{
+    model::Protocol,
+    stale::{Fate, Flow, Flows},
+};
 use lb_kernel::sockets::{FoundSocket, Owners, Record};
 
 /// Minimum time between two sweeps, which batches changes. A program whose endpoint disappears while others
@@ -148,6 +151,57 @@ impl Reclaim {
     }
 }
 
+/// How far the counted connections of each endpoint are from those that the records show.
+///
+/// Programs miss sockets in socket storage, and those that were closed while no program was attached. Records
+/// and counts are not read at one time, so a difference counts only if two readings in a row show it.
+#[derive(Clone, Debug, Default)]
+pub struct Recount {
+    read: Option<(Instant, BTreeMap<u32, i32>)>,
+}
+
+impl Recount {
+    /// Whether to compare.
+    #[must_use]
+    pub fn is_due(&self, now: Instant) -> bool {
+        self.read.as_ref().is_none_or(|(at, _)| now.saturating_duration_since(*at) >= INTERVAL)
+    }
+
+    /// Takes the open connections of each endpoint and the counted ones. Returns what to add to the latter.
+    #[must_use]
+    pub fn compared(
+        &mut self,
+        open: &BTreeMap<u32, i32>,
+        counted: &BTreeMap<u32, i32>,
+        now: Instant,
+    ) -> BTreeMap<u32, i32> {
+        let number = |of: &BTreeMap<u32, i32>, id| of.get(&id).copied().unwrap_or_default();
+        let ids: BTreeSet<u32> = open.keys().chain(counted.keys()).copied().collect();
+        let difference = |id: u32| number(open, id).saturating_sub(number(counted, id));
+        let differences: BTreeMap<u32, i32> = ids.into_iter().map(|id| (id, difference(id))).collect();
+        let (_, former) = self.read.take().unwrap_or_else(|| (now, BTreeMap::new()));
+        let lasting = |(&id, &now): (&u32, &i32)| {
+            let then = number(&former, id);
+            let number = if then.signum() == now.signum() { now.signum() * then.abs().min(now.abs()) } else { 0 };
+            (number != 0).then_some((id, number))
+        };
+        let corrections: BTreeMap<u32, i32> = differences.iter().filter_map(lasting).collect();
+        let left = differences.into_iter().map(|(id, now)| (id, now - number(&corrections, id)));
+        self.read = Some((now, left.collect()));
+        corrections
+    }
+}
+
+/// The open connections of each endpoint that the records show.
+#[must_use]
+pub fn open_connections(records: &[Record]) -> BTreeMap<u32, i32> {
+    let mut open = BTreeMap::new();
+    for record in records.iter().filter(|record| record.protocol == Protocol::Tcp) {
+        *open.entry(record.endpoint_id).or_default() += 1;
+    }
+    open
+}
+
 /// The sockets to destroy now, at most `limit`, and whether there are more.
 ///
 /// `standings` has one for each flow of the sockets.
@@ -264,6 +318,32 @@ mod tests {
             assert_eq!(reclaim.looked(first, start), BTreeSet::new(), "{what}: the first listing");
             let expected: BTreeSet<u64> = expected.iter().copied().collect();
             assert_eq!(reclaim.looked(second, start + LOOK), expected, "{what}");
+        }
+    }
+
+    #[test]
+    fn a_difference_that_lasts_is_corrected() {
+        for (what, first, second, expected) in [
+            ("as counted", (5, 5), (6, 6), 0),
+            ("a call between the readings", (5, 4), (6, 6), 0),
+            ("one was closed unseen", (4, 5), (4, 5), -1),
+            ("three were closed unseen, two of them later", (4, 5), (2, 5), -1),
+            ("sockets in storage", (3, 0), (7, 0), 3),
+            ("from more to fewer", (5, 4), (4, 5), 0),
+            ("below zero", (0, -2), (0, -2), 2),
+        ] {
+            let (mut recount, start) = (Recount::default(), Instant::now());
+            let of = |number| BTreeMap::from([(7, number)]);
+            assert!(recount.is_due(start));
+            assert_eq!(recount.compared(&of(first.0), &of(first.1), start), BTreeMap::new(), "{what}");
+            assert!(!recount.is_due(start + INTERVAL / 2) && recount.is_due(start + INTERVAL));
+            let corrections = recount.compared(&of(second.0), &of(second.1), start + INTERVAL);
+            assert_eq!(corrections.get(&7).copied().unwrap_or_default(), expected, "{what}");
+            // What was corrected is no difference of the next reading.
+            let third = (second.0, second.1 + expected);
+            let more = recount.compared(&of(third.0), &of(third.1), start + 2 * INTERVAL);
+            let left = second.0 - second.1 - expected;
+            assert_eq!(more.get(&7).copied().unwrap_or_default(), left, "{what}: the rest");
         }
     }
 

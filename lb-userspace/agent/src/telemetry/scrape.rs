@@ -106,9 +106,8 @@ fn of_the_moment(
 
 /// The number of endpoints that are ejected.
 fn n_ejected(image: &Image, is_ejected: impl Fn(u32) -> bool) -> i64 {
-    let runs = image.runs4.values().chain(image.runs6.values());
     // An endpoint may be in several runs of its service port.
-    let ids = runs.flat_map(|run| run.iter()).map(|entry| entry.endpoint_id).filter(|id| is_ejected(*id));
+    let ids = image.reachable().map(|entry| entry.endpoint_id).filter(|id| is_ejected(*id));
     let ejected: BTreeSet<u32> = ids.collect();
     i64::try_from(ejected.len()).unwrap_or(i64::MAX)
 }
@@ -175,7 +174,7 @@ mod tests {
             (of("gone", Protocol::Udp, false), 3),
         ];
         let mut view = View { ports: ports.into_iter().collect(), ..state.view() };
-        let entries = (0..5).map(|endpoint_id| Entry { endpoint_id, address: ([10, 0, 0, 1], 53).into() });
+        let entries = (0..5).map(|endpoint_id| Entry::new(endpoint_id, ([10, 0, 0, 1], 53).into()));
         view.image.runs4.insert(0, entries.clone().collect());
         view.image.runs4.insert(8, entries.take(2).collect());
         let maps = state.map_use().map(|map| MapUse { n_entries: 3, capacity: 256, ..map });

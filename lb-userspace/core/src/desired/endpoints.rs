@@ -182,16 +182,15 @@ impl<'a> PortEndpoints<'a> {
             .collect()
     }
 
-    /// Where calls of the cluster set go while all of it is ejected: every ready endpoint, if topology hints leave
-    /// some of them out, else none.
+    /// Where calls of the cluster set go while all of it is ejected: the ready endpoints that topology hints leave
+    /// out.
     #[must_use]
     pub fn spill(&self, topology: &Topology) -> Arc<[SocketAddr]> {
         let hints = self.hints(topology);
-        let ready = || self.known.iter().filter(|(_, endpoint)| endpoint.ready);
-        if ready().all(|(_, endpoint)| hints.admit(endpoint)) {
-            return Arc::default();
-        }
-        ready().map(|(address, _)| *address).collect()
+        let left_out = self.known.iter().filter(|(_, endpoint)| endpoint.ready && !hints.admit(endpoint));
+        let mut addresses = left_out.map(|(address, _)| *address).peekable();
+        // The usual case shares one allocation.
+        if addresses.peek().is_none() { Arc::default() } else { addresses.collect() }
     }
 
     /// Whether a socket may stay connected to an endpoint (semantics R10): the endpoint serves, even if new

@@ -127,8 +127,8 @@ pub struct Frontend {
     /// all are equal.
     #[serde(default)]
     pub shares: Option<Arc<[u8]>>,
-    /// The endpoints that calls fall back to while all of `endpoints` are ejected: the cluster set without
-    /// topology hints, if hints have narrowed `endpoints`. Sorted, without duplicates, shared as `endpoints` are.
+    /// The endpoints that calls fall back to while all of `endpoints` are ejected: those that
+    /// topology hints leave out. Sorted, without duplicates, shared as `endpoints` are.
     /// Empty if hints left none out, with the policy Local, and if `health` is 0.
     #[serde(default)]
     pub spill: Arc<[SocketAddr]>,

@@ -14,7 +14,7 @@ use std::{
 use super::Op;
 use crate::{
     desired::FrontendAddress,
-    tables::{AddressTable, Image},
+    tables::{AddressTable, Image, StoredRun},
 };
 
 /// Entries to read again. They need not be wrong: a plan may have been executed meanwhile.
@@ -78,9 +78,8 @@ impl Suspects {
             let Some(&frontend) = image.frontends.get(&id) else { continue };
             part.frontends.insert(id, frontend);
             let ipv6 = address.ip.is_ipv6();
-            if let Some(entries) = image.runs(ipv6).get(&frontend.run.offset).filter(|_| frontend.run.len > 0)
-            {
-                part.runs_mut(ipv6).insert(frontend.run.offset, entries.clone());
+            if let Some(run) = image.runs(ipv6).get(&frontend.run.offset).filter(|_| frontend.run.len > 0) {
+                part.runs_mut(ipv6).insert(frontend.run.offset, run.clone());
             }
         }
         for (table, address) in &self.addresses {
@@ -99,7 +98,7 @@ impl Suspects {
 pub fn suspects(expected: &Image, found: &Image) -> Suspects {
     let content = |image: &Image, address: &FrontendAddress, id: &u32| {
         let frontend = *image.frontends.get(id)?;
-        Some((frontend, image.entries(address.ip.is_ipv6(), frontend.run).map(<[_]>::to_vec)))
+        Some((frontend, image.stored(address.ip.is_ipv6(), frontend.run).cloned()))
     };
     let is_same = |address: &FrontendAddress, id: &u32| {
         found.services.get(address) == Some(id)
@@ -138,12 +137,10 @@ pub fn faults(repair: &[Op], found: &Image) -> Faults {
             Op::WriteFrontend { id, .. } | Op::SetFrontend { id, .. } | Op::SwitchRun { id, .. } => {
                 ("frontends", u64::from(frontends.insert(*id)))
             }
-            Op::WriteRun { ipv6, offset, entries } => {
-                let there = found.runs(*ipv6).get(offset);
-                let n_same = there.map_or(0, |there| {
-                    there.iter().zip(entries.iter()).filter(|(there, entry)| there == entry).count()
-                });
-                (if *ipv6 { "endpoints6" } else { "endpoints4" }, (entries.len() - n_same) as u64)
+            Op::WriteRun { ipv6, offset, run } => {
+                let there = found.runs(*ipv6).get(offset).map(StoredRun::entries).unwrap_or_default();
+                let n_same = there.iter().zip(run.entries()).filter(|(there, entry)| there == entry).count();
+                (if *ipv6 { "endpoints6" } else { "endpoints4" }, (run.entries().len() - n_same) as u64)
             }
             Op::ResetService(_) | Op::ResetEndpoints(_) | Op::DropRun { .. } | Op::DropFrontend(_) => {
                 continue;
@@ -175,11 +172,9 @@ mod tests {
             image.services.insert(address(n), id);
             let run = Run { offset, len: 2 };
             image.frontends.insert(id, Frontend { run, service_id: id, ..Frontend::default() });
-            let entry = |last: u8| Entry {
-                endpoint_id: 2 * id + u32::from(last),
-                address: ([10, 244, n, last], 8080).into(),
-            };
-            image.runs4.insert(offset, [entry(0), entry(1)].into());
+            let entry =
+                |last: u8| Entry::new(2 * id + u32::from(last), ([10, 244, n, last], 8080).into());
+            image.runs4.insert(offset, [0, 1].map(entry).into_iter().collect());
         }
         image.node_addrs.insert(IpAddr::from([192, 0, 2, 1]), true);
         image.cluster_ips.insert(address(0).ip, true);
@@ -226,9 +221,9 @@ mod tests {
             (
                 "an altered endpoint",
                 |image| {
-                    let mut run = image.runs4[&10].to_vec();
-                    run[1].address.set_port(1);
-                    image.runs4.insert(10, run.into());
+                    let mut entries = image.runs4[&10].entries().to_vec();
+                    entries[1].address.set_port(1);
+                    image.runs4.insert(10, entries.into());
                 },
                 &[("endpoints4", 1)],
             ),

@@ -18,7 +18,8 @@ use self::adopt::Leftovers;
 use super::{Op, Plan};
 use crate::{
     desired::{self, FrontendAddress, PortKey},
-    tables::{AddressTable, Cidr, Entry, Image, pool::Pool, space::Space},
+    model::Balance,
+    tables::{AddressTable, Cidr, Entry, Image, StoredRun, pool::Pool, space::Space},
 };
 
 /// Sizes of the maps.
@@ -61,8 +62,70 @@ struct Port {
     n_frontends: u32,
     /// By endpoint: its id, and how many runs use it.
     ids: Table<EndpointAddress, (u32, u32)>,
-    /// By set of addresses: its run, and how many frontends use it.
-    runs: Table<Arc<[SocketAddr]>, (Run, u32)>,
+    /// By set of endpoints: its run, and how many frontends use it.
+    runs: Table<EndpointSet, (Run, u32)>,
+}
+
+/// The endpoints of a frontend, as [`desired::Frontend`] has them: the content of a run without ids.
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+struct EndpointSet {
+    endpoints: Arc<[SocketAddr]>,
+    /// `None` for most frontends.
+    extension: Option<Arc<Extension>>,
+}
+
+/// What an extended run has beside its endpoints.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Extension {
+    /// Parallel to the endpoints; `None` if all are equal.
+    shares: Option<Arc<[u8]>>,
+    spill: Arc<[SocketAddr]>,
+}
+
+impl EndpointSet {
+    fn of(desired: &desired::Frontend) -> Self {
+        Self::new(Arc::clone(&desired.endpoints), desired.shares.clone(), Arc::clone(&desired.spill))
+    }
+
+    fn new(endpoints: Arc<[SocketAddr]>, shares: Option<Arc<[u8]>>, spill: Arc<[SocketAddr]>) -> Self {
+        let is_extended = !endpoints.is_empty() && (shares.is_some() || !spill.is_empty());
+        Self { endpoints, extension: is_extended.then(|| Arc::new(Extension { shares, spill })) }
+    }
+
+    fn spill(&self) -> &[SocketAddr] {
+        self.extension.as_ref().map(|extension| &*extension.spill).unwrap_or_default()
+    }
+
+    /// Every endpoint once.
+    fn addresses(&self) -> impl Iterator<Item = &SocketAddr> {
+        let is_new = |address: &&SocketAddr| self.endpoints.binary_search(address).is_err();
+        self.endpoints.iter().chain(self.spill().iter().filter(is_new))
+    }
+
+    /// Entries of its run.
+    fn n_entries(&self) -> usize {
+        match &self.extension {
+            None => self.endpoints.len(),
+            Some(extension) => StoredRun::extended_len(self.endpoints.len(), extension.spill.len()),
+        }
+    }
+
+    /// Its run.
+    fn stored(&self, id: impl Fn(&SocketAddr) -> u32) -> StoredRun {
+        let entry = |address: &SocketAddr| Entry::new(id(address), *address);
+        let Some(Extension { shares, spill }) = self.extension.as_deref() else {
+            let mut entries: Vec<Entry> = self.endpoints.iter().map(entry).collect();
+            entries.sort_unstable();
+            return entries.into();
+        };
+        let share = |index: usize| shares.as_ref().and_then(|shares| shares.get(index)).copied();
+        let with_share = |(index, address)| (entry(address), share(index).unwrap_or(u8::MAX));
+        let mut endpoints: Vec<(Entry, u8)> = self.endpoints.iter().enumerate().map(with_share).collect();
+        let mut spill: Vec<Entry> = spill.iter().map(entry).collect();
+        endpoints.sort_unstable();
+        spill.sort_unstable();
+        StoredRun::extended(&endpoints, &spill)
+    }
 }
 
 /// A compact address and port: a `SocketAddr` also has a flow label and scope for IPv6.
@@ -121,7 +184,7 @@ struct FrontendState {
     service_id: Option<u32>,
     /// `None` for an adopted frontend whose run does not belong to its service port. It counts neither for
     /// the port nor for the run.
-    set: Option<Arc<[SocketAddr]>>,
+    set: Option<EndpointSet>,
 }
 
 /// What a plan frees. Programs that run during the plan may still read it.
@@ -130,8 +193,8 @@ struct Freed {
     frontend_ids: Vec<u32>,
     service_ids: Vec<u32>,
     endpoint_ids: Vec<u32>,
-    /// Parts of the endpoint table of each family.
-    runs: [Vec<Run>; 2],
+    /// Parts of the endpoint table of each family: offset and length.
+    runs: [Vec<(u32, u32)>; 2],
     /// Number of deleted frontend keys of each family. They occupy the map until the plan is executed, since
     /// it inserts first.
     n_keys: [u32; 2],
@@ -276,7 +339,8 @@ impl Encoder {
         }
         let (service_id, is_new) =
             self.claim_service(&desired.port, before.and_then(|(_, service_id)| service_id))?;
-        let run = match self.use_run(service_id, ipv6, &desired.endpoints) {
+        let set = EndpointSet::of(desired);
+        let run = match self.use_run(service_id, ipv6, &set) {
             Ok(run) => run,
             Err(full) => {
                 if is_new {
@@ -289,14 +353,14 @@ impl Encoder {
             run,
             service_id,
             affinity_seconds: desired.affinity_seconds,
-            flags: desired.flags,
+            flags: desired.flags | balance_flag(desired.balance),
             health: desired.health,
         };
         if let Some((id, _)) = before {
             self.change_frontend(id, frontend);
         } else {
             let Some(id) = self.frontend_ids.take() else {
-                self.release_run(service_id, ipv6, &desired.endpoints);
+                self.release_run(service_id, ipv6, &set);
                 self.release_unused_service(service_id);
                 return Err(Full::Services { capacity: self.capacity.services });
             };
@@ -310,10 +374,8 @@ impl Encoder {
         if let Some(port) = self.ports.get_mut(&service_id) {
             port.n_frontends += 1;
         }
-        let set = Some(Arc::clone(&desired.endpoints));
-        if let Some(old) =
-            self.placed.insert(address, FrontendState { frontend_id, service_id: Some(service_id), set })
-        {
+        let state = FrontendState { frontend_id, service_id: Some(service_id), set: Some(set) };
+        if let Some(old) = self.placed.insert(address, state) {
             self.release(&old, ipv6);
         }
         Ok(())
@@ -379,57 +441,51 @@ impl Encoder {
     }
 
     /// The port's run of a set of endpoints; a new one if it has none.
-    fn use_run(&mut self, service_id: u32, ipv6: bool, set: &Arc<[SocketAddr]>) -> Result<Run, Full> {
-        if set.is_empty() {
+    fn use_run(&mut self, service_id: u32, ipv6: bool, set: &EndpointSet) -> Result<Run, Full> {
+        if set.endpoints.is_empty() {
             return Ok(Run::EMPTY);
         }
         let capacity = self.capacity.endpoints;
-        let needed = u32::try_from(set.len()).unwrap_or(u32::MAX);
+        let needed = u32::try_from(set.n_entries()).unwrap_or(u32::MAX);
         let full = Full::Endpoints { capacity, needed };
         let Some(port) = self.ports.get_mut(&service_id) else { return Err(full) };
         if let Some((run, n_users)) = port.runs.get_mut(set) {
             *n_users += 1;
             return Ok(*run);
         }
-        if needed > limits::MAX_RUN {
+        if set.endpoints.len() > limits::MAX_RUN as usize || set.spill().len() > limits::MAX_RUN as usize {
             return Err(full);
         }
         let offset = self.space[usize::from(ipv6)].take(needed).ok_or(full)?;
         let mut fresh = Vec::new();
-        let mut entries = Vec::with_capacity(set.len());
-        for &address in set.iter() {
-            let known = port.ids.get(&place(&address)).map(|&(id, _)| id);
-            let Some(endpoint_id) = known.or_else(|| self.endpoint_ids.take()) else {
+        for address in set.addresses().filter(|address| port.ids.get(&place(address)).is_none()) {
+            let Some(id) = self.endpoint_ids.take() else {
                 self.space[usize::from(ipv6)].free(offset, needed);
-                for (id, _) in fresh {
+                for (_, (id, _)) in fresh {
                     self.endpoint_ids.put_back(id);
                 }
                 return Err(full);
             };
-            if known.is_none() {
-                fresh.push((endpoint_id, address));
-            }
-            entries.push(Entry { endpoint_id, address });
+            fresh.push((place(address), (id, 0)));
         }
-        port.ids.extend(fresh.iter().map(|(id, address)| (place(address), (*id, 0))));
-        for address in set.iter() {
+        if !fresh.is_empty() {
+            self.ops.push(Op::ResetEndpoints(fresh.iter().map(|(_, (id, _))| *id).collect()));
+        }
+        port.ids.extend(fresh.into_iter());
+        for address in set.addresses() {
             if let Some((_, n_runs)) = port.ids.get_mut(&place(address)) {
                 *n_runs += 1;
             }
         }
-        entries.sort_unstable();
-        let entries: Arc<[Entry]> = entries.into();
-        let run = Run { offset, len: needed };
-        port.runs.extend([(Arc::clone(set), (run, 1))].into_iter());
-        if !fresh.is_empty() {
-            self.ops.push(Op::ResetEndpoints(fresh.into_iter().map(|(id, _)| id).collect()));
-        }
-        self.image.runs_mut(ipv6).insert(offset, Arc::clone(&entries));
-        self.ops.push(Op::WriteRun { ipv6, offset, entries });
+        let stored = set.stored(|address| port.ids.get(&place(address)).map_or(u32::MAX, |(id, _)| *id));
+        let run = stored.at(offset);
+        port.runs.extend([(set.clone(), (run, 1))].into_iter());
+        self.image.runs_mut(ipv6).insert(offset, stored.clone());
+        self.ops.push(Op::WriteRun { ipv6, offset, run: stored });
         Ok(run)
     }
 
-    fn release_run(&mut self, service_id: u32, ipv6: bool, set: &Arc<[SocketAddr]>) {
+    fn release_run(&mut self, service_id: u32, ipv6: bool, set: &EndpointSet) {
         let Some(port) = self.ports.get_mut(&service_id) else { return };
         let Some((run, n_users)) = port.runs.get_mut(set) else { return };
         *n_users -= 1;
@@ -438,7 +494,7 @@ impl Encoder {
         }
         let run = *run;
         port.runs.retain(|(_, (_, n_users))| *n_users > 0);
-        for address in set.iter() {
+        for address in set.addresses() {
             if let Some((_, n_runs)) = port.ids.get_mut(&place(address)) {
                 *n_runs -= 1;
             }
@@ -450,9 +506,15 @@ impl Encoder {
             }
             *n_runs > 0
         });
-        self.freed.runs[usize::from(ipv6)].push(run);
-        self.image.runs_mut(ipv6).remove(&run.offset);
-        self.ops.push(Op::DropRun { ipv6, offset: run.offset });
+        self.drop_run(ipv6, run.offset);
+    }
+
+    fn drop_run(&mut self, ipv6: bool, offset: u32) {
+        if let Some(stored) = self.image.runs_mut(ipv6).remove(&offset) {
+            let len = u32::try_from(stored.entries().len()).unwrap_or(u32::MAX);
+            self.freed.runs[usize::from(ipv6)].push((offset, len));
+        }
+        self.ops.push(Op::DropRun { ipv6, offset });
     }
 
     fn release_frontend_of(&mut self, service_id: u32) {
@@ -569,8 +631,8 @@ impl Encoder {
             self.may_read_cidrs &= !freed.service_cidrs;
             for (family, runs) in freed.runs.into_iter().enumerate() {
                 self.n_leaving[family] -= freed.n_keys[family];
-                for run in runs {
-                    self.space[family].free(run.offset, run.len);
+                for (offset, len) in runs {
+                    self.space[family].free(offset, len);
                 }
             }
         }
@@ -580,6 +642,14 @@ impl Encoder {
     #[must_use]
     pub fn holds_back(&self) -> bool {
         !self.held_back.is_empty()
+    }
+}
+
+/// The bit of [`frontend_flags`] for a way to choose an endpoint.
+const fn balance_flag(balance: Balance) -> u32 {
+    match balance {
+        Balance::Random => 0,
+        Balance::LeastConnections => frontend_flags::LEAST_CONNECTIONS,
     }
 }
 

@@ -31,7 +31,7 @@ pub use self::{
 };
 use crate::{
     desired::FrontendAddress,
-    tables::{AddressTable, Cidr, Entry, Image},
+    tables::{AddressTable, Cidr, Image, StoredRun},
 };
 
 /// One operation.
@@ -43,8 +43,8 @@ pub enum Op {
         ipv6: bool,
         /// Index of the first entry.
         offset: u32,
-        /// The entries, sorted by endpoint id.
-        entries: Arc<[Entry]>,
+        /// The run.
+        run: StoredRun,
     },
     /// Writes an unused entry of `frontends`.
     WriteFrontend {
@@ -161,8 +161,8 @@ impl Op {
     /// Applies the op to an image.
     pub fn apply(&self, image: &mut Image) {
         match self {
-            Self::WriteRun { ipv6, offset, entries } => {
-                image.runs_mut(*ipv6).insert(*offset, Arc::clone(entries));
+            Self::WriteRun { ipv6, offset, run } => {
+                image.runs_mut(*ipv6).insert(*offset, run.clone());
             }
             Self::WriteFrontend { id, frontend } => {
                 image.frontends.insert(*id, *frontend);
@@ -286,9 +286,9 @@ impl StillRead {
 pub fn diff(from: &Image, to: &Image) -> Plan {
     let mut ops = Vec::new();
     for ipv6 in [false, true] {
-        for (&offset, entries) in to.runs(ipv6) {
-            if from.runs(ipv6).get(&offset) != Some(entries) {
-                ops.push(Op::WriteRun { ipv6, offset, entries: Arc::clone(entries) });
+        for (&offset, run) in to.runs(ipv6) {
+            if from.runs(ipv6).get(&offset) != Some(run) {
+                ops.push(Op::WriteRun { ipv6, offset, run: run.clone() });
             }
         }
         for &offset in from.runs(ipv6).keys() {

@@ -28,29 +28,30 @@ pub fn transfer(found: &Image, capacity: Capacity) -> Image {
         let ipv6 = address.ip.is_ipv6();
         let family = usize::from(ipv6);
         let Some(&frontend) = found.frontends.get(id) else { continue };
-        let Some(entries) = found.entries(ipv6, frontend.run) else { continue };
+        let stored = found.stored(ipv6, frontend.run);
+        if stored.is_none() && frontend.run.len > 0 {
+            continue;
+        }
         let fits = frontend.service_id < max_ids
-            && entries.iter().all(|entry| entry.endpoint_id < max_endpoint_ids)
+            && stored.iter().all(|run| run.reachable().all(|entry| entry.endpoint_id < max_endpoint_ids))
             && n_services[family] < capacity.services;
         // Two keys of one entry are damage, which the next plan repairs.
         if !fits || !indices.insert(*id) {
             continue;
         }
-        let len = frontend.run.len;
-        let at = (ipv6, frontend.run.offset, len);
-        let run = match placed.get(&at) {
-            Some(run) => *run,
-            None if len == 0 => Run { offset: 0, len },
-            None => {
-                let offset = ends[family];
+        let at = (ipv6, frontend.run.offset, frontend.run.len);
+        let run = match (placed.get(&at), stored) {
+            (Some(run), _) => *run,
+            (None, None) => Run::EMPTY,
+            (None, Some(stored)) => {
+                let (offset, len) = (ends[family], u32::try_from(stored.entries().len()).unwrap_or(u32::MAX));
                 let Some(end) = offset.checked_add(len).filter(|end| *end <= capacity.endpoints) else {
                     continue;
                 };
                 ends[family] = end;
-                let run = Run { offset, len };
-                placed.insert(at, run);
-                image.runs_mut(ipv6).insert(offset, entries.into());
-                run
+                placed.insert(at, stored.at(offset));
+                image.runs_mut(ipv6).insert(offset, stored.clone());
+                stored.at(offset)
             }
         };
         let new_id = n_services[0] + n_services[1];
@@ -79,15 +80,10 @@ mod tests {
             let id = u32::from(i);
             let ip = Ipv4Addr::new(10, 96, 0, i).into();
             let run = Run { offset: 20 * id + 7, len: 2 };
-            let entries: Vec<Entry> = (0..2)
-                .map(|k| Entry {
-                    endpoint_id: 2 * id + k,
-                    address: SocketAddr::from(([10, 244, i, u8::try_from(k).unwrap()], 8080)),
-                })
-                .collect();
+            let entry = |k: u8| Entry::new(2 * id + u32::from(k), SocketAddr::from(([10, 244, i, k], 8080)));
             image.services.insert(FrontendAddress { ip, port: 80, protocol: Protocol::Tcp }, 10 + id);
             image.frontends.insert(10 + id, Frontend { run, service_id: 5 + id, ..Frontend::default() });
-            image.runs_mut(false).insert(run.offset, entries.into());
+            image.runs_mut(false).insert(run.offset, (0..2).map(entry).collect());
         }
         image
     }

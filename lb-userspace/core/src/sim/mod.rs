@@ -77,6 +77,8 @@ pub struct Simulator {
     pub now: u64,
     /// The outcomes of connections, by endpoint id.
     pub health: RefCell<BTreeMap<u32, EndpointHealth>>,
+    /// Open connections, by endpoint id.
+    pub active: BTreeMap<u32, i32>,
     affinity: RefCell<BTreeMap<(u64, u32), Affinity>>,
 }
 
@@ -180,8 +182,8 @@ impl<A: Octets> Tables<A> for Simulator {
         self.image.frontends.get(&frontend_id).copied()
     }
     fn endpoint(&self, index: u32) -> Option<A::Endpoint> {
-        let Entry { endpoint_id, address } = self.image.entry(A::FAMILY == lb_common::Family::V6, index)?;
-        Some(A::entry(A::from_ip(address.ip())?, address.port(), endpoint_id))
+        let Entry { endpoint_id, address, extra } = self.image.entry(A::FAMILY == lb_common::Family::V6, index)?;
+        Some(A::entry(A::from_ip(address.ip())?, address.port(), endpoint_id, extra))
     }
     fn is_suspect(&self, endpoint_id: u32) -> bool {
         self.health.borrow().get(&endpoint_id).is_some_and(|health| health.ejected_until != 0)
@@ -189,6 +191,9 @@ impl<A: Octets> Tables<A> for Simulator {
     fn admits(&self, endpoint_id: u32) -> u32 {
         let health = self.health.borrow().get(&endpoint_id).copied().unwrap_or_default();
         u32::from(health.admission(self.now) != Admission::Ejected)
+    }
+    fn active(&self, endpoint_id: u32) -> i32 {
+        self.active.get(&endpoint_id).copied().unwrap_or_default()
     }
     fn begin_trial(&self, endpoint_id: u32) {
         if let Some(health) = self.health.borrow_mut().get_mut(&endpoint_id)

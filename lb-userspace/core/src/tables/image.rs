@@ -1,9 +1,6 @@
 //! The content of the maps, as a value.
 
-use std::{
-    net::{IpAddr, SocketAddr},
-    sync::Arc,
-};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use imbl::OrdMap;
 use lb_common::{
@@ -11,22 +8,14 @@ use lb_common::{
     limits,
 };
 
+use super::run::{Entry, StoredRun};
 use crate::{
     desired::FrontendAddress,
     model::{Cidr, Protocol},
 };
 
-/// One entry of an endpoint table.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Entry {
-    /// Id of this address and port within its service port; a run is sorted by it.
-    pub endpoint_id: u32,
-    /// Address and port of the endpoint.
-    pub address: SocketAddr,
-}
-
 /// The endpoint table of one family: runs by offset.
-pub type Runs = OrdMap<u32, Arc<[Entry]>>;
+pub type Runs = OrdMap<u32, StoredRun>;
 
 /// A table of addresses, each with a flag.
 pub type Addresses = OrdMap<IpAddr, bool>;
@@ -121,22 +110,37 @@ impl Image {
         frontend.and_then(|frontend| self.entries(address.ip.is_ipv6(), frontend.run)).unwrap_or_default()
     }
 
-    /// The entries of a run; `None` if the table holds no such run, an empty slice for an empty run.
+    /// The endpoints of a run; `None` if the table holds no such run, an empty slice for an empty run.
     #[must_use]
     pub fn entries(&self, ipv6: bool, run: Run) -> Option<&[Entry]> {
         if run.len == 0 {
             return Some(&[]);
         }
-        let entries = self.runs(ipv6).get(&run.offset)?;
-        (u32::try_from(entries.len()) == Ok(run.len)).then_some(entries)
+        self.stored(ipv6, run).map(StoredRun::endpoints)
+    }
+
+    /// A run that is not empty; `None` if the table holds no such run.
+    #[must_use]
+    pub fn stored(&self, ipv6: bool, run: Run) -> Option<&StoredRun> {
+        self.runs(ipv6).get(&run.offset).filter(|stored| stored.at(run.offset) == run)
     }
 
     /// The entry at an index of a family's endpoint table.
     #[must_use]
     pub fn entry(&self, ipv6: bool, index: u32) -> Option<Entry> {
-        let (offset, entries) = self.runs(ipv6).range(..=index).next_back()?;
-        entries.get(usize::try_from(index - offset).ok()?).copied()
+        let (offset, run) = self.runs(ipv6).range(..=index).next_back()?;
+        run.entries().get(usize::try_from(index - offset).ok()?).copied()
     }
+
+    /// Every endpoint of both families that a call may reach, with repetitions.
+    pub fn reachable(&self) -> impl Iterator<Item = &Entry> {
+        self.runs4.values().chain(self.runs6.values()).flat_map(StoredRun::reachable)
+    }
+}
+
+/// The unspecified address of a family.
+pub(super) const fn unspecified(ipv6: bool) -> IpAddr {
+    if ipv6 { IpAddr::V6(Ipv6Addr::UNSPECIFIED) } else { IpAddr::V4(Ipv4Addr::UNSPECIFIED) }
 }
 
 /// The protocol number in map keys; `None` for SCTP, which no hook serves.

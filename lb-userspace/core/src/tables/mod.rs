@@ -16,9 +16,13 @@
 
 pub mod image;
 pub mod pool;
+pub mod run;
 pub mod space;
 
-pub use self::image::{AddressTable, Addresses, Entry, Image, wire_protocol};
+pub use self::{
+    image::{AddressTable, Addresses, Image, wire_protocol},
+    run::{Entry, StoredRun},
+};
 pub use crate::model::Cidr;
 
 /// How full a map is.

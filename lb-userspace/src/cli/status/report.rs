@@ -219,7 +219,7 @@ impl MapRow {
     /// The maps that can be full.
     pub(super) fn all(image: &Image, capacity: Capacity) -> Vec<Self> {
         let services = |ipv6| image.services.keys().filter(|address| address.ip.is_ipv6() == ipv6).count();
-        let endpoints = |ipv6| image.runs(ipv6).values().map(|run| run.len()).sum();
+        let endpoints = |ipv6| image.runs(ipv6).values().map(|run| run.entries().len()).sum();
         [
             ("services4", services(false), capacity.services),
             ("services6", services(true), capacity.services),

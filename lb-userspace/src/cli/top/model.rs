@@ -237,7 +237,7 @@ impl Sample {
 /// Open sockets by service id and by endpoint id.
 fn sockets(reading: &Reading) -> (BTreeMap<u32, u64>, BTreeMap<u32, u64>) {
     let (mut of_ports, mut of_endpoints) = (BTreeMap::new(), BTreeMap::new());
-    let entries = reading.image.runs4.values().chain(reading.image.runs6.values()).flat_map(|run| run.iter());
+    let entries = reading.image.reachable();
     let addresses: BTreeMap<u32, SocketAddr> =
         entries.map(|entry| (entry.endpoint_id, entry.address)).collect();
     for record in reading.records.iter().flatten() {

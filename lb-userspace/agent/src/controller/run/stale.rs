@@ -11,7 +11,7 @@ use lb_core::{
 };
 use lb_kernel::{
     self,
-    sockets::{self, Destroyed, Found, SocketError, SocketFilter, SocketTable},
+    sockets::{self, Destroyed, Found, LoadTable, SocketError, SocketFilter, SocketTable},
 };
 use tokio::{
     task::{JoinHandle, spawn_blocking},
@@ -20,7 +20,7 @@ use tokio::{
 use tracing::{info, warn};
 
 use crate::{
-    controller::sweep::{self, End, Reclaim, Sweeps},
+    controller::sweep::{self, End, Reclaim, Recount, Sweeps},
     telemetry::Metrics,
 };
 
@@ -28,6 +28,7 @@ pub(super) struct Sweep {
     options: lb_kernel::Options,
     timing: Sweeps,
     reclaim: Reclaim,
+    recount: Recount,
     phase: Phase,
     /// The last problem logged.
     problem: Option<String>,
@@ -61,20 +62,31 @@ pub(super) enum Step {
 pub(super) struct Records {
     used: Flows,
     reclaim: Reclaim,
+    recount: Recount,
     n_reclaimed: usize,
 }
 
-/// Reads the records of all sockets, and reclaims lost slots.
-fn read_records(pin_path: &Path, mut reclaim: Reclaim) -> Result<Records, SocketError> {
+/// Reads the records of all sockets, corrects counts of connections, and reclaims lost slots.
+fn read_records(
+    pin_path: &Path,
+    mut reclaim: Reclaim,
+    mut recount: Recount,
+) -> Result<Records, SocketError> {
     let mut table = SocketTable::open(pin_path)?;
-    let (used, now) = (sweep::used(&table.answering()?), Instant::now().into_std());
+    let (records, now) = (table.answering()?, Instant::now().into_std());
+    let used = sweep::used(&records);
+    if recount.is_due(now) {
+        let mut loads = LoadTable::open(pin_path)?;
+        let counted = loads.counted().collect();
+        loads.correct(&recount.compared(&sweep::open_connections(&records), &counted, now));
+    }
     let mut n_reclaimed = 0;
     if reclaim.wants_listing(table.n_owned(), now)
         && let Some(owners) = sockets::owners(pin_path)?
     {
         n_reclaimed = table.free(&reclaim.looked(owners, now));
     }
-    Ok(Records { used, reclaim, n_reclaimed })
+    Ok(Records { used, reclaim, recount, n_reclaimed })
 }
 
 /// An error's text, and whether it will recur each time.
@@ -102,6 +114,7 @@ impl Sweep {
             options,
             timing: Sweeps::default(),
             reclaim: Reclaim::default(),
+            recount: Recount::default(),
             phase: Phase::Resting,
             problem: None,
             has_logged_refused: false,
@@ -156,16 +169,16 @@ impl Sweep {
     fn start(&mut self, state: &mut State) {
         self.timing.begin(Instant::now().into_std());
         state.begin_stale_search();
-        // If the task fails, `reclaim` starts from scratch.
-        let reclaim = std::mem::take(&mut self.reclaim);
+        // If the task fails, both start from scratch.
+        let (reclaim, recount) = (std::mem::take(&mut self.reclaim), std::mem::take(&mut self.recount));
         let pin_path = self.options.pin_path.clone();
-        self.phase = Phase::Reading { task: spawn_blocking(move || read_records(&pin_path, reclaim)) };
+        self.phase = Phase::Reading { task: spawn_blocking(move || read_records(&pin_path, reclaim, recount)) };
     }
 
     /// Starts to search for sockets. Returns how the sweep ends if there is nothing to search for.
     fn search(&mut self, looked: Records, state: &mut State) -> Option<End> {
-        let Records { used, reclaim, n_reclaimed } = looked;
-        self.reclaim = reclaim;
+        let Records { used, reclaim, recount, n_reclaimed } = looked;
+        (self.reclaim, self.recount) = (reclaim, recount);
         if n_reclaimed > 0 {
             info!(
                 n_slots = n_reclaimed,

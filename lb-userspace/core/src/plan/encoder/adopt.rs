@@ -14,10 +14,10 @@ use std::{
 
 use lb_common::layout::{Frontend, Run};
 
-use super::{Capacity, Encoder, FrontendState, Op, place};
+use super::{Capacity, Encoder, EndpointAddress, EndpointSet, FrontendState, Op, place};
 use crate::{
     desired::FrontendAddress,
-    tables::{Entry, Image, pool::Pool, space::Space},
+    tables::{Entry, Image, StoredRun, pool::Pool, space::Space},
 };
 
 /// A run and its table (`true` for IPv6).
@@ -64,7 +64,7 @@ impl Encoder {
         }
         encoder.leftovers.frontend_ids.retain(|id| !usable.contains_key(id));
 
-        let reserved = encoder.reserve_runs(usable.values());
+        let reserved = encoder.reserve_runs(found, usable.values());
         let families = families(usable.values());
         let belongs_to = |address: &FrontendAddress, service_id: u32| {
             service_id < max_ids && families.get(&service_id) == Some(&address.ip.is_ipv6())
@@ -75,16 +75,17 @@ impl Encoder {
             let service_id = Some(frontend.service_id).filter(|id| belongs_to(&address, *id));
             let owner = owners.get(&(ipv6, frontend.run.offset, frontend.run.len));
             let is_sound = service_id.is_some() && (frontend.run.len == 0 || owner == service_id.as_ref());
-            let entries = found.entries(ipv6, frontend.run).filter(|_| is_sound);
-            encoder.adopt_frontend(address, id, frontend, service_id, entries);
+            let stored = found.stored(ipv6, frontend.run).filter(|_| frontend.run.len > 0);
+            let set = is_sound.then(|| stored.map(EndpointSet::of_stored).unwrap_or_default());
+            encoder.adopt_frontend(address, id, frontend, service_id, set.zip(Some(stored)));
         }
 
         for run in reserved {
             // Not adopted: a second run with equal content, or one that another port refers to. The next plan
             // removes the last reference.
             if !encoder.image.runs(run.0).contains_key(&run.1.offset) {
-                if let Some(entries) = found.entries(run.0, run.1) {
-                    encoder.image.runs_mut(run.0).insert(run.1.offset, entries.into());
+                if let Some(stored) = found.stored(run.0, run.1) {
+                    encoder.image.runs_mut(run.0).insert(run.1.offset, stored.clone());
                 }
                 encoder.leftovers.runs.push(run);
             }
@@ -101,6 +102,7 @@ impl Encoder {
     /// writes.
     fn reserve_runs<'a>(
         &mut self,
+        found: &Image,
         frontends: impl Iterator<Item = &'a (FrontendAddress, Frontend)>,
     ) -> Vec<RunAt> {
         let referred: BTreeSet<(bool, u32, u32)> = frontends
@@ -111,12 +113,13 @@ impl Encoder {
         let mut ends = [0; 2];
         let mut reserved = Vec::new();
         for (ipv6, offset, len) in referred {
-            let family = usize::from(ipv6);
-            let end = offset.checked_add(len).filter(|end| *end <= self.capacity.endpoints);
+            let (family, run) = (usize::from(ipv6), Run { offset, len });
+            let n_entries = found.stored(ipv6, run).map_or(len, n_entries);
+            let end = offset.checked_add(n_entries).filter(|end| *end <= self.capacity.endpoints);
             if let Some(end) = end.filter(|_| offset >= ends[family]) {
                 ends[family] = end;
-                taken[family].insert(offset, len);
-                reserved.push((ipv6, Run { offset, len }));
+                taken[family].insert(offset, n_entries);
+                reserved.push((ipv6, run));
             }
         }
         // The ranges are checked above, so `Space::new` succeeds.
@@ -130,34 +133,31 @@ impl Encoder {
         id: u32,
         mut frontend: Frontend,
         service_id: Option<u32>,
-        entries: Option<&[Entry]>,
+        sound: Option<(EndpointSet, Option<&StoredRun>)>,
     ) {
         let ipv6 = address.ip.is_ipv6();
         let mut placed = FrontendState { frontend_id: id, service_id, set: None };
-        if let (Some(entries), Some(service_id)) = (entries, service_id) {
-            let mut set: Vec<SocketAddr> = entries.iter().map(|entry| entry.address).collect();
-            set.sort_unstable();
-            let set: Arc<[SocketAddr]> = set.into();
+        if let (Some((set, stored)), Some(service_id)) = (sound, service_id) {
             let port = self.ports.entry(service_id).or_default();
             port.n_frontends += 1;
-            if !set.is_empty() {
+            if let Some(stored) = stored {
                 let run = if let Some((run, n_users)) = port.runs.get_mut(&set) {
                     *n_users += 1;
                     *run
                 } else {
-                    let fresh: Vec<_> = entries
-                        .iter()
-                        .filter(|entry| port.ids.get(&place(&entry.address)).is_none())
-                        .map(|entry| (place(&entry.address), (entry.endpoint_id, 0)))
-                        .collect();
+                    let ids: BTreeMap<_, _> =
+                        stored.reachable().map(|entry| (place(&entry.address), entry.endpoint_id)).collect();
+                    let is_new = |place: &EndpointAddress| port.ids.get(place).is_none();
+                    let fresh: Vec<_> =
+                        ids.into_iter().filter(|(place, _)| is_new(place)).map(|(place, id)| (place, (id, 0))).collect();
                     port.ids.extend(fresh.into_iter());
-                    for entry in entries {
-                        if let Some((_, n_runs)) = port.ids.get_mut(&place(&entry.address)) {
+                    for address in set.addresses() {
+                        if let Some((_, n_runs)) = port.ids.get_mut(&place(address)) {
                             *n_runs += 1;
                         }
                     }
-                    self.image.runs_mut(ipv6).insert(frontend.run.offset, entries.into());
-                    port.runs.extend([(Arc::clone(&set), (frontend.run, 1))].into_iter());
+                    self.image.runs_mut(ipv6).insert(frontend.run.offset, stored.clone());
+                    port.runs.extend([(set.clone(), (frontend.run, 1))].into_iter());
                     frontend.run
                 };
                 // A crash between two ops can leave two equal runs. One is adopted.
@@ -195,11 +195,38 @@ impl Encoder {
                 self.leftovers.runs.push((ipv6, run));
                 continue;
             }
-            self.image.runs_mut(ipv6).remove(&run.offset);
-            self.freed.runs[usize::from(ipv6)].push(run);
-            self.ops.push(Op::DropRun { ipv6, offset: run.offset });
+            if !self.image.runs(ipv6).contains_key(&run.offset) {
+                // It could not be read; its length is all that is known.
+                self.freed.runs[usize::from(ipv6)].push((run.offset, run.len));
+            }
+            self.drop_run(ipv6, run.offset);
         }
     }
+}
+
+impl EndpointSet {
+    /// The set that a run was made of.
+    fn of_stored(stored: &StoredRun) -> Self {
+        let mut endpoints: Vec<(SocketAddr, Option<u8>)> = match stored.shares() {
+            None => stored.endpoints().iter().map(|entry| (entry.address, None)).collect(),
+            Some(shares) => {
+                stored.endpoints().iter().map(|entry| entry.address).zip(shares.map(Some)).collect()
+            }
+        };
+        endpoints.sort_unstable();
+        let shares: Option<Vec<u8>> = endpoints.iter().map(|(_, share)| *share).collect();
+        // An extended run for the sake of the endpoints to fall back to has equal shares.
+        let shares = shares.filter(|shares| shares.iter().any(|share| *share != u8::MAX));
+        let mut spill: Vec<SocketAddr> = stored.spill().iter().map(|entry| entry.address).collect();
+        spill.sort_unstable();
+        let endpoints = endpoints.into_iter().map(|(address, _)| address).collect();
+        Self::new(endpoints, shares.map(Arc::from), spill.into())
+    }
+}
+
+/// Entries of a run.
+fn n_entries(stored: &StoredRun) -> u32 {
+    u32::try_from(stored.entries().len()).unwrap_or(u32::MAX)
 }
 
 /// The family of each service id: that of most of its frontends. A service port has one family.
@@ -234,22 +261,22 @@ fn owners<'a>(
             let votes = votes.get(&(ipv6, run.offset, run.len))?;
             let (&service_id, &n_votes) =
                 votes.iter().max_by_key(|(id, n)| (**n, std::cmp::Reverse(**id)))?;
-            let entries = found.entries(ipv6, run).filter(|entries| is_sound(ipv6, entries))?;
-            Some((std::cmp::Reverse(n_votes), (ipv6, run.offset, run.len), service_id, entries))
+            let stored = found.stored(ipv6, run).filter(|stored| is_sound(ipv6, stored))?;
+            Some((std::cmp::Reverse(n_votes), (ipv6, run.offset, run.len), service_id, stored))
         })
         .collect();
     candidates.sort_unstable_by_key(|(n_votes, run, ..)| (*n_votes, *run));
     let mut owner_of_id = BTreeMap::new();
     let mut id_of_owner = BTreeMap::new();
     let mut owners = BTreeMap::new();
-    for (_, run, service_id, entries) in candidates {
-        let is_consistent = entries.iter().all(|entry| {
+    for (_, run, service_id, stored) in candidates {
+        let is_consistent = stored.reachable().all(|entry| {
             let owner = (service_id, entry.address);
             owner_of_id.get(&entry.endpoint_id).is_none_or(|other| *other == owner)
                 && id_of_owner.get(&owner).is_none_or(|other| *other == entry.endpoint_id)
         });
         if is_consistent {
-            for entry in entries {
+            for entry in stored.reachable() {
                 owner_of_id.insert(entry.endpoint_id, (service_id, entry.address));
                 id_of_owner.insert((service_id, entry.address), entry.endpoint_id);
             }
@@ -259,10 +286,21 @@ fn owners<'a>(
     owners
 }
 
-/// Whether an encoder could have written these entries.
-fn is_sound(ipv6: bool, entries: &[Entry]) -> bool {
-    let addresses: BTreeSet<SocketAddr> = entries.iter().map(|entry| entry.address).collect();
-    entries.is_sorted_by(|a, b| a.endpoint_id < b.endpoint_id)
-        && addresses.len() == entries.len()
-        && addresses.iter().all(|address| address.is_ipv6() == ipv6)
+/// Whether an encoder could have written a run.
+fn is_sound(ipv6: bool, stored: &StoredRun) -> bool {
+    let is_list = |entries: &[Entry]| {
+        let addresses: BTreeSet<SocketAddr> = entries.iter().map(|entry| entry.address).collect();
+        entries.is_sorted_by(|a, b| a.endpoint_id < b.endpoint_id)
+            && addresses.len() == entries.len()
+            && addresses.iter().all(|address| address.is_ipv6() == ipv6)
+    };
+    if !is_list(stored.endpoints()) || !is_list(stored.spill()) {
+        return false;
+    }
+    if !stored.is_extended() {
+        return stored.endpoints().iter().all(|entry| entry.extra == 0);
+    }
+    let ids: BTreeMap<_, _> = stored.reachable().map(|entry| (entry.address, entry.endpoint_id)).collect();
+    let id = |address: &SocketAddr| ids.get(address).copied().unwrap_or(u32::MAX);
+    EndpointSet::of_stored(stored).stored(id) == *stored
 }

@@ -82,9 +82,10 @@ fn a_new_service_is_written_before_it_is_inserted() {
             Op::WriteRun {
                 ipv6: false,
                 offset: 0,
-                entries: [(0, "10.1.0.1:8080"), (1, "10.1.0.2:8080")]
-                    .map(|(endpoint_id, address)| Entry { endpoint_id, address: address.parse().unwrap() })
-                    .into(),
+                run: [(0, "10.1.0.1:8080"), (1, "10.1.0.2:8080")]
+                    .into_iter()
+                    .map(|(id, address)| Entry::new(id, address.parse().unwrap()))
+                    .collect(),
             },
             Op::WriteFrontend {
                 id: 0,

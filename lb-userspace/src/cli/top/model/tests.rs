@@ -14,7 +14,7 @@ fn address(text: &str, protocol: Protocol) -> FrontendAddress {
 fn reading() -> Reading {
     let mut image = Image::default();
     let endpoints = ["10.244.1.10:8080", "10.244.2.10:8080"].map(|text| text.parse().unwrap());
-    let entries = (7..).zip(endpoints).map(|(endpoint_id, address)| Entry { endpoint_id, address });
+    let entries = (7..).zip(endpoints).map(|(endpoint_id, address)| Entry::new(endpoint_id, address));
     image.runs4.insert(0, entries.collect());
     let run = Run { offset: 0, len: 2 };
     for (id, text, frontend) in [

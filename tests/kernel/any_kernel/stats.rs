@@ -55,9 +55,7 @@ fn calls_are_counted_by_service_and_endpoint() {
 
         let image = agent.image();
         let of_endpoints: Vec<(u64, u64)> = image
-            .runs4
-            .values()
-            .flat_map(|run| run.iter())
+            .reachable()
             .map(|entry| agent.kernel.maps().endpoint_stats(entry.endpoint_id))
             .map(|stats| (stats.connects, stats.datagrams))
             .collect();
