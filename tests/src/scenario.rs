@@ -407,6 +407,7 @@ macro_rules! scenario_tests {
             topology_zones
             undefined_ports
             unready
+            weight_zero
         }
     };
     ($run:path: $($name:ident)+) => {

@@ -27,6 +27,7 @@ use std::{
 
 use lb_core::model::{
     Family, Protocol, Service, ServiceKey, ServicePort, Slice, SliceEndpoint, SlicePort, address,
+    annotation::DEFAULT_WEIGHT,
 };
 
 pub use self::{
@@ -88,6 +89,7 @@ pub fn objects(endpoints: &[SocketAddr]) -> (Service, Vec<Slice>) {
                 node: None,
                 zone: None,
                 hints: None,
+                weight: DEFAULT_WEIGHT,
             }],
             trigger_time: None,
         }

@@ -5,7 +5,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use lb_core::model::{Cidr, Protocol, ServiceKey, ServicePort, SliceEndpoint, SlicePort, Unselected};
+use lb_core::model::{
+    Cidr, Protocol, ServiceKey, ServicePort, SliceEndpoint, SlicePort, Unselected, annotation::DEFAULT_WEIGHT,
+};
 use proptest::{collection::vec, prelude::*};
 
 use super::*;
@@ -76,6 +78,7 @@ fn slice(service: u64, n_endpoints: u64, seed: u64, version: u64) -> Slice {
             node: Some(format!("worker-{node}").into()),
             zone: Some(format!("zone-{}", node % 3).into()),
             hints: None,
+            weight: DEFAULT_WEIGHT,
         }
     };
     let suffix = scatter(service) & 0xf_ffff;

@@ -15,7 +15,7 @@
 use std::{collections::BTreeMap, fmt, net::SocketAddr, sync::Arc};
 
 use super::Topology;
-use crate::model::{Family, Protocol, ServicePort, Slice, SliceEndpoint};
+use crate::model::{Family, Protocol, ServicePort, Slice, SliceEndpoint, annotation::DEFAULT_WEIGHT};
 
 /// The callers that a set of endpoints is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,6 +37,8 @@ pub struct PortEndpoints<'a> {
 pub enum LeftOut {
     /// It is neither ready nor terminating.
     NotReady,
+    /// Its weight is 0.
+    NoWeight,
     /// It serves while terminating, but others are ready.
     Terminating,
     /// It terminates and no longer serves.
@@ -53,6 +55,7 @@ impl fmt::Display for LeftOut {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::NotReady => "not ready",
+            Self::NoWeight => "weight 0",
             Self::Terminating => "terminating, and others are ready",
             Self::NotServing => "terminating and not serving",
             Self::OtherNode => "on another node, and the policy is Local",
@@ -150,12 +153,15 @@ impl<'a> PortEndpoints<'a> {
         topology: &Topology,
     ) -> impl Iterator<Item = (SocketAddr, &'a SliceEndpoint, Option<LeftOut>)> {
         let hints = if scope == Scope::Cluster { self.hints(topology) } else { Hints::Ignored };
-        let first_choice =
-            |endpoint: &SliceEndpoint| endpoint.ready && is_in(scope, endpoint) && hints.admit(endpoint);
+        let first_choice = |endpoint: &SliceEndpoint| {
+            endpoint.takes_calls() && is_in(scope, endpoint) && hints.admit(endpoint)
+        };
         let any_first_choice = self.known.values().any(|endpoint| first_choice(endpoint));
         self.known.iter().map(move |(address, endpoint)| {
             let reason = if !is_in(scope, endpoint) {
                 Some(LeftOut::OtherNode)
+            } else if endpoint.weight == 0 {
+                Some(LeftOut::NoWeight)
             } else if endpoint.ready {
                 // `hints` admit at least one ready endpoint, or they are ignored.
                 hints.refusal(endpoint)
@@ -187,10 +193,18 @@ impl<'a> PortEndpoints<'a> {
     #[must_use]
     pub fn spill(&self, topology: &Topology) -> Arc<[SocketAddr]> {
         let hints = self.hints(topology);
-        let left_out = self.known.iter().filter(|(_, endpoint)| endpoint.ready && !hints.admit(endpoint));
+        let left_out = self.known.iter().filter(|(_, endpoint)| endpoint.takes_calls() && !hints.admit(endpoint));
         let mut addresses = left_out.map(|(address, _)| *address).peekable();
         // The usual case shares one allocation.
         if addresses.peek().is_none() { Arc::default() } else { addresses.collect() }
+    }
+
+    /// [`Frontend::shares`](super::Frontend::shares) of a set of these endpoints.
+    #[must_use]
+    pub fn shares(&self, set: &[SocketAddr]) -> Option<Arc<[u8]>> {
+        let weight = |address| self.known.get(address).map_or(DEFAULT_WEIGHT, |endpoint| endpoint.weight);
+        let weights: Vec<u64> = set.iter().map(|address| weight(address).into()).collect();
+        shares(&weights)
     }
 
     /// Whether a socket may stay connected to an endpoint (semantics R10): the endpoint serves, even if new
@@ -219,7 +233,7 @@ impl<'a> PortEndpoints<'a> {
     /// `topologyModeFromHints` of `pkg/proxy/topology.go`: hints apply only if every ready endpoint has one
     /// and at least one names this node, or else this zone.
     fn hints<'t>(&self, topology: &'t Topology) -> Hints<'t> {
-        let ready = || self.known.values().filter(|endpoint| endpoint.ready);
+        let ready = || self.known.values().filter(|endpoint| endpoint.takes_calls());
         let limit = |hints: Hints<'t>, has_hint: fn(&SliceEndpoint) -> bool| {
             let counts =
                 ready().all(|endpoint| has_hint(endpoint)) && ready().any(|endpoint| hints.admit(endpoint));
@@ -256,6 +270,16 @@ fn is_in(scope: Scope<'_>, endpoint: &SliceEndpoint) -> bool {
     }
 }
 
+/// Weights scaled so that the largest is 255 and none is less than 1; `None` if all are equal.
+fn shares(weights: &[u64]) -> Option<Arc<[u8]>> {
+    let largest = *weights.iter().max()?;
+    let share = |weight: &u64| {
+        let scaled = (weight * u64::from(u8::MAX) + largest / 2).checked_div(largest);
+        scaled.and_then(|share| u8::try_from(share).ok()).unwrap_or(u8::MAX).max(1)
+    };
+    weights.iter().any(|weight| share(weight) < u8::MAX).then(|| weights.iter().map(share).collect())
+}
+
 /// A total order of the entries for one address; the greatest one is used.
 fn usability(endpoint: &SliceEndpoint) -> impl Ord {
     (
@@ -266,6 +290,7 @@ fn usability(endpoint: &SliceEndpoint) -> impl Ord {
         endpoint.zone.as_deref(),
         endpoint.hint_nodes(),
         endpoint.hint_zones(),
+        endpoint.weight,
     )
 }
 

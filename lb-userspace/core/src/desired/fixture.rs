@@ -58,6 +58,13 @@ pub(crate) fn slice(endpoints: &[&str]) -> Slice {
     fixture::slice(&json!({"endpoints": endpoints}))
 }
 
+/// As [`slice`], another slice with an annotation for its weight.
+pub(crate) fn weighted(weight: &str, endpoints: &[&str]) -> Slice {
+    let endpoints: Vec<_> = endpoints.iter().map(|line| endpoint(line)).collect();
+    let metadata = json!({"name": format!("web-{weight}"), "annotations": {"socklb.io/weight": weight}});
+    fixture::slice(&json!({"metadata": metadata, "endpoints": endpoints}))
+}
+
 /// One frontend as `address kind endpoints [flags]`; endpoints without the common start of their addresses.
 pub(crate) fn line(frontend: &Frontend) -> String {
     let endpoints: Vec<_> = frontend.endpoints.iter().map(ToString::to_string).collect();

@@ -142,12 +142,19 @@ struct Builder<'a> {
     issues: BTreeSet<IssueKind>,
 }
 
+/// [`Frontend::endpoints`] with their [`Frontend::shares`].
+#[derive(Clone, PartialEq, Eq)]
+struct EndpointSet {
+    endpoints: Arc<[SocketAddr]>,
+    shares: Option<Arc<[u8]>>,
+}
+
 /// What all frontends of one port share.
 struct Port<'a> {
     key: Arc<PortKey>,
     family: Family,
     endpoints: &'a PortEndpoints<'a>,
-    cluster: Arc<[SocketAddr]>,
+    cluster: EndpointSet,
     /// Of a frontend with the policy Cluster: [`Frontend::spill`].
     spill: Arc<[SocketAddr]>,
 }
@@ -164,7 +171,7 @@ impl Builder<'_> {
             }),
             family,
             endpoints,
-            cluster: endpoints.set(Scope::Cluster, self.topology),
+            cluster: self.set(endpoints, Scope::Cluster),
             spill: endpoints.spill(self.topology),
         };
         if self.topology.is_on_interface(cluster_ip) {
@@ -219,7 +226,7 @@ impl Builder<'_> {
             for (node, known) in port.endpoints.by_node() {
                 // A node without a usable endpoint needs no entry: the wildcard refuses for it.
                 let (endpoints, _) = self.endpoints_of(port, &known, node);
-                if !endpoints.is_empty() {
+                if !endpoints.endpoints.is_empty() {
                     self.add_on_node(port, node, number, &endpoints, NODE_PORT);
                 }
             }
@@ -249,22 +256,23 @@ impl Builder<'_> {
     }
 
     /// Adds exact frontends for a node port on another node's addresses.
-    fn add_on_node(&mut self, port: &Port<'_>, node: &str, number: u16, set: &Arc<[SocketAddr]>, flags: u32) {
+    fn add_on_node(&mut self, port: &Port<'_>, node: &str, number: u16, set: &EndpointSet, flags: u32) {
         for ip in self.topology.addresses_of(node).iter().filter(|ip| address::family(**ip) == port.family) {
             self.add(port, FrontendKind::NodePort, *ip, number, set.clone(), flags);
         }
     }
 
+    fn set(&self, known: &PortEndpoints<'_>, scope: Scope<'_>) -> EndpointSet {
+        let endpoints = known.set(scope, self.topology);
+        EndpointSet { shares: known.shares(&endpoints), endpoints }
+    }
+
     /// The endpoints of one node, sharing the cluster set's allocation if equal, and [`NO_LOCAL_ENDPOINT`] if
     /// only the policy excludes all endpoints.
-    fn endpoints_of(
-        &self,
-        port: &Port<'_>,
-        known: &PortEndpoints<'_>,
-        node: &str,
-    ) -> (Arc<[SocketAddr]>, u32) {
-        let set = known.set(Scope::Node(node), self.topology);
-        let flags = if set.is_empty() && !port.cluster.is_empty() { NO_LOCAL_ENDPOINT } else { 0 };
+    fn endpoints_of(&self, port: &Port<'_>, known: &PortEndpoints<'_>, node: &str) -> (EndpointSet, u32) {
+        let set = self.set(known, Scope::Node(node));
+        let has_no_local = set.endpoints.is_empty() && !port.cluster.endpoints.is_empty();
+        let flags = if has_no_local { NO_LOCAL_ENDPOINT } else { 0 };
         (if set == port.cluster { port.cluster.clone() } else { set }, flags)
     }
 
@@ -274,7 +282,7 @@ impl Builder<'_> {
         kind: FrontendKind,
         ip: IpAddr,
         number: u16,
-        endpoints: Arc<[SocketAddr]>,
+        EndpointSet { endpoints, shares }: EndpointSet,
         flags: u32,
     ) {
         let policy = match kind {
@@ -297,7 +305,7 @@ impl Builder<'_> {
             port: port.key.clone(),
             endpoints,
             balance: Balance::Random,
-            shares: None,
+            shares,
             spill: if may_spill { port.spill.clone() } else { Arc::default() },
         });
     }

@@ -16,6 +16,15 @@ pub const HEALTH: &str = "socklb.io/health";
 /// How a call chooses among the endpoints of a Service.
 pub const BALANCE: &str = "socklb.io/balance";
 
+/// The weight of the endpoints of an EndpointSlice.
+pub const WEIGHT: &str = "socklb.io/weight";
+
+/// As [`WEIGHT`], which wins, with the same values: the annotation that Cilium reads (cilium/cilium#46061).
+pub const CILIUM_WEIGHT: &str = "service.cilium.io/weight";
+
+/// The weight of endpoints whose slice has neither annotation, as in Cilium.
+pub const DEFAULT_WEIGHT: u16 = 100;
+
 /// Whether calls to a Service, or of a Pod, pass unchanged.
 pub const EXCLUDE: &str = "socklb.io/exclude";
 
@@ -124,6 +133,12 @@ fn duration(text: &str) -> Option<Duration> {
         _ => return None,
     };
     (duration <= MAX_DRAIN).then_some(duration)
+}
+
+/// Parses the value of [`WEIGHT`] and [`CILIUM_WEIGHT`]: 0 (no new calls) to 65535. `None` for anything else.
+#[must_use]
+pub fn weight(text: &str) -> Option<u16> {
+    text.trim().parse().ok()
 }
 
 /// Parses the value of [`EXCLUDE`]; `None` if it is neither `true` nor `false`.

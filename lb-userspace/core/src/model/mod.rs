@@ -254,6 +254,19 @@ pub struct SliceEndpoint {
     pub zone: Option<Arc<str>>,
     /// `hints`; `None` if there is none of either kind, as in most clusters.
     pub hints: Option<Box<EndpointHints>>,
+    /// How often chance draws it, compared with the others of a set; 0 = never. The API has weights of slices only.
+    /// Snapshots leave the default out.
+    #[serde(default = "default_weight", skip_serializing_if = "is_default_weight")]
+    pub weight: u16,
+}
+
+const fn default_weight() -> u16 {
+    annotation::DEFAULT_WEIGHT
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "the signature that serde calls")]
+const fn is_default_weight(weight: &u16) -> bool {
+    *weight == annotation::DEFAULT_WEIGHT
 }
 
 /// Zones and nodes that an endpoint is meant for.
@@ -266,6 +279,12 @@ pub struct EndpointHints {
 }
 
 impl SliceEndpoint {
+    /// Whether it takes new calls before any that terminates: it is ready, and its weight is not 0.
+    #[must_use]
+    pub const fn takes_calls(&self) -> bool {
+        self.ready && self.weight > 0
+    }
+
     /// The zones of the hints.
     #[must_use]
     pub fn hint_zones(&self) -> &[Arc<str>] {

@@ -3,7 +3,7 @@ use serde_json::json;
 
 use super::*;
 use crate::{
-    desired::fixture::{endpoint, slice, topology, topology_of},
+    desired::fixture::{endpoint, slice, topology, topology_of, weighted},
     model::{Protocol, fixture},
 };
 
@@ -254,6 +254,67 @@ fn r4_duplicates() {
     }
 }
 
+/// The shares of the cluster set, by the last octet.
+fn shares_of<'a>(slices: impl IntoIterator<Item = &'a Slice>) -> String {
+    let known = unite(slices);
+    let set = known.set(Scope::Cluster, &topology());
+    let shares = known.shares(&set).unwrap_or_else(|| vec![0; set.len()].into());
+    assert_eq!(shares.len(), set.len());
+    let shown = set.iter().zip(&*shares).map(|(address, share)| {
+        let ip = address.ip().to_string();
+        format!("{}={share}", ip.rsplit('.').next().unwrap())
+    });
+    shown.collect::<Vec<_>>().join(" ")
+}
+
+/// The largest share of a set is 255, the least 1. Here 0 stands for equal shares.
+#[test]
+fn shares_follow_the_weights_of_slices() {
+    let (one, two, three) = ("10.1.0.1 - rs", "10.1.0.2 - rs", "10.1.0.3 - rs");
+    for (slices, expected) in [
+        (vec![weighted("7", &[one, two])], "1=0 2=0"),
+        (vec![weighted("50", &[one]), weighted("100", &[two, three])], "1=128 2=255 3=255"),
+        // Without the annotation: 100.
+        (vec![slice(&[one]), weighted("100", &[two])], "1=0 2=0"),
+        (vec![slice(&[one]), weighted("200", &[two])], "1=128 2=255"),
+        (vec![weighted("1", &[one]), weighted("65535", &[two])], "1=1 2=255"),
+        (vec![weighted("65534", &[one]), weighted("65535", &[two])], "1=0 2=0"),
+        // The largest of the set counts, not that of an endpoint that is left out.
+        (vec![weighted("1", &[one]), weighted("2", &[two]), weighted("9", &["10.1.0.3 - s"])], "1=128 2=255"),
+        // 0: no new calls.
+        (vec![weighted("0", &[one]), weighted("1", &[two])], "2=0"),
+        (vec![weighted("0", &[one]), weighted("1", &["10.1.0.2 - st"])], "2=0"),
+        (vec![weighted("0", &[one, "10.1.0.2 - st"])], ""),
+        // The weight is that of the entry that counts.
+        (
+            vec![weighted("1", &[one]), weighted("3", &["10.1.0.1 - st"]), weighted("2", &[two])],
+            "1=128 2=255",
+        ),
+        (vec![weighted("0", &[one]), weighted("1", &[one]), weighted("2", &[two])], "1=128 2=255"),
+    ] {
+        assert_eq!(shares_of(&slices), expected, "{slices:#?}");
+        assert_eq!(shares_of(slices.iter().rev()), expected, "{slices:#?}");
+    }
+}
+
+/// R7: endpoints of weight 0 matter as little as those that are not ready.
+#[test]
+fn hints_of_endpoints_of_weight_0_do_not_count() {
+    for (zero, expected) in [("10.1.0.3 - rs", "1=0"), ("10.1.0.3 - rs zone=a", "1=0")] {
+        let hinted = slice(&["10.1.0.1 - rs zone=a", "10.1.0.2 - rs zone=b"]);
+        assert_eq!(shares_of(&[hinted, weighted("0", &[zero])]), expected, "{zero}");
+    }
+    let (other, here) = (slice(&["10.1.0.1 - rs zone=b", "10.1.0.2 - rs zone=b"]), "10.1.0.3 - rs zone=a");
+    assert_eq!(shares_of(&[other, weighted("0", &[here])]), "1=0 2=0");
+}
+
+/// R10: they serve.
+#[test]
+fn sockets_stay_with_endpoints_of_weight_0() {
+    let slices = [weighted("0", &["10.1.0.1 - rs"]), slice(&["10.1.0.2 - rs"])];
+    assert!(unite(&slices).keeps_sockets(&"10.1.0.1:8080".parse().unwrap()));
+}
+
 #[test]
 fn every_endpoint_that_is_left_out_has_a_reason() {
     let reasons = |scope, endpoints: &[&str]| -> Vec<String> {
@@ -274,6 +335,9 @@ fn every_endpoint_that_is_left_out_has_a_reason() {
         reasons(Scope::Cluster, &endpoints),
         ["in", "not ready", "terminating, and others are ready", "terminating and not serving", "in"]
     );
+    let drained = weighted("0", &["10.1.0.1 - rs"]);
+    let reason = unite([&drained]).classify(Scope::Cluster, &topology()).next().unwrap().2.unwrap();
+    assert_eq!(reason.to_string(), "weight 0");
     let other = "on another node, and the policy is Local";
     assert_eq!(reasons(Scope::Node("node-a"), &endpoints), ["in", other, other, other, other]);
     assert_eq!(

@@ -3,7 +3,7 @@ use serde_json::{Value, json};
 
 use super::*;
 use crate::{
-    desired::fixture::{endpoint, ip, line, lines, nodes, settings, slice, topology, topology_of},
+    desired::fixture::{endpoint, ip, line, lines, nodes, settings, slice, topology, topology_of, weighted},
     model::fixture::{self, service},
 };
 
@@ -299,6 +299,35 @@ fn only_tcp_ports_have_a_health_policy() {
     assert_eq!(words(json!({"socklb.io/health": "off"})), [(Protocol::Tcp, 0), (Protocol::Udp, 0)]);
     let policy = Policy { failures: 5, ..Policy::DEFAULT }.to_word();
     assert_eq!(words(json!({"socklb.io/health": "failures=5"}))[0].1, policy);
+}
+
+/// Each set has shares of its own.
+#[test]
+fn shares_are_those_of_the_frontends_own_endpoints() {
+    let patch = json!({"spec": {
+        "type": "NodePort", "internalTrafficPolicy": "Local", "externalTrafficPolicy": "Local",
+        "ports": [{"port": 80, "nodePort": 30080}],
+    }});
+    let slices = [
+        weighted("10", &["10.1.0.1 node-a rs", "10.1.0.2 node-b rs"]),
+        weighted("20", &["10.1.0.3 node-a rs"]),
+        weighted("40", &["10.1.0.4 node-c rs"]),
+    ];
+    let (frontends, _) = frontends(&service(&patch), slices.iter(), &topology(), &settings());
+    let shown: Vec<_> = frontends
+        .iter()
+        .map(|frontend| format!("{} {:?}", line(frontend), frontend.shares.as_deref().unwrap_or_default()))
+        .collect();
+    let cluster = "10.1.0.1:8080 10.1.0.2:8080 10.1.0.3:8080 10.1.0.4:8080";
+    assert_eq!(
+        shown,
+        [
+            &*format!("0.0.0.0:30080/tcp NodePort {cluster} (external-local) [64, 64, 128, 255]"),
+            "10.0.0.1:80/tcp ClusterIP 10.1.0.1:8080 10.1.0.3:8080 [128, 255]",
+            "192.168.0.2:30080/tcp NodePort 10.1.0.2:8080 []",
+            "192.168.0.3:30080/tcp NodePort 10.1.0.4:8080 []",
+        ]
+    );
 }
 
 /// Never against a policy Local, and only where endpoints are ejected.

@@ -3,6 +3,7 @@ use k8s_openapi::{api::discovery::v1 as api, jiff::Timestamp};
 use super::{IssueCollector, SERVICE_NAME, StringPool, TRIGGER_TIME, namespace};
 use crate::model::{
     EndpointHints, Family, Issue, IssueKind, ObjectRef, ServiceKey, Slice, SliceEndpoint, SlicePort, address,
+    annotation::{self, CILIUM_WEIGHT, DEFAULT_WEIGHT, WEIGHT},
 };
 
 /// Ingests an EndpointSlice (`pkg/proxy/endpointslicecache.go`).
@@ -36,18 +37,36 @@ pub fn slice(object: &api::EndpointSlice) -> (Option<Slice>, Vec<Issue>) {
         }
     };
     let mut texts = StringPool::default();
-    let trigger_time = metadata.annotations.as_ref().and_then(|annotations| annotations.get(TRIGGER_TIME));
+    let annotation = |key: &str| metadata.annotations.as_ref().and_then(|annotations| annotations.get(key));
+    let weight = weight(&mut report, annotation);
     let slice = Slice {
         name: name.into(),
         service: ServiceKey::new(namespace, service),
         ipv6: family == Family::V6,
         ports: ports(&mut report, &mut texts, object.ports.as_deref().unwrap_or_default()),
-        endpoints: endpoints(&mut report, &mut texts, family, &object.endpoints),
-        trigger_time: trigger_time
+        endpoints: endpoints(&mut report, &mut texts, family, weight, &object.endpoints),
+        trigger_time: annotation(TRIGGER_TIME)
             .and_then(|time| time.parse::<Timestamp>().ok())
             .map(Timestamp::as_nanosecond),
     };
     (Some(slice), report.issues)
+}
+
+/// The weight of all endpoints. An invalid annotation counts as absent.
+fn weight<'a>(report: &mut IssueCollector, annotation: impl Fn(&str) -> Option<&'a String>) -> u16 {
+    let mut read = |key: &str| {
+        let value = annotation(key)?;
+        let weight = annotation::weight(value);
+        if weight.is_none() {
+            report.add(IssueKind::UnknownValue {
+                field: format!("metadata.annotations[{key}]"),
+                value: value.clone(),
+                used: "absent (expected 0-65535)".to_owned(),
+            });
+        }
+        weight
+    };
+    read(WEIGHT).or_else(|| read(CILIUM_WEIGHT)).unwrap_or(DEFAULT_WEIGHT)
 }
 
 fn ports(report: &mut IssueCollector, texts: &mut StringPool, ports: &[api::EndpointPort]) -> Vec<SlicePort> {
@@ -76,6 +95,7 @@ fn endpoints(
     report: &mut IssueCollector,
     texts: &mut StringPool,
     family: Family,
+    weight: u16,
     endpoints: &[api::Endpoint],
 ) -> Vec<SliceEndpoint> {
     let mut good = Vec::with_capacity(endpoints.len());
@@ -119,6 +139,7 @@ fn endpoints(
                     nodes: nodes.iter().map(|node| texts.share(&node.name)).collect(),
                 })
             }),
+            weight,
         });
     }
     // Otherwise each slice keeps the spare capacity of the growing list.

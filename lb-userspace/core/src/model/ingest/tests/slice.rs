@@ -29,6 +29,34 @@ fn r4_slices_of_no_service_are_ignored() {
     assert_eq!(hand_made.service.to_string(), "ns/web");
 }
 
+/// Ours wins over Cilium's; an invalid one counts as absent.
+#[test]
+fn weights_are_annotations_of_slices() {
+    let issue = |key: &str, value: &str| {
+        format!(
+            "metadata.annotations[{key}]: {value:?} is not known; it is taken for absent (expected 0-65535)"
+        )
+    };
+    let (ours, ciliums) = ("socklb.io/weight", "service.cilium.io/weight");
+    for (annotations, weight, expected) in [
+        (json!({}), 100, vec![]),
+        (json!({ours: "1"}), 1, vec![]),
+        (json!({ours: " 255 "}), 255, vec![]),
+        (json!({ciliums: "0"}), 0, vec![]),
+        (json!({ciliums: "65535"}), 65535, vec![]),
+        (json!({ours: "3", ciliums: "4"}), 3, vec![]),
+        (json!({ours: "half", ciliums: "4"}), 4, vec![issue(ours, "half")]),
+        (json!({ours: "65536"}), 100, vec![issue(ours, "65536")]),
+        (json!({ours: "-1", ciliums: ""}), 100, vec![issue(ours, "-1"), issue(ciliums, "")]),
+    ] {
+        let (slice, issues) = ingest_slice(&json!({
+            "metadata": {"annotations": annotations}, "endpoints": [{"addresses": ["10.1.0.1"]}],
+        }));
+        assert_eq!(slice.unwrap().endpoints[0].weight, weight, "{annotations}");
+        assert_eq!(texts(&issues), expected, "{annotations}");
+    }
+}
+
 /// R4: a port without name or number is skipped; the protocol defaults to TCP.
 #[test]
 fn r4_slice_ports() {
