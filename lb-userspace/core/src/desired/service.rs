@@ -289,9 +289,9 @@ impl Builder<'_> {
             FrontendKind::ClusterIP => self.service.internal_policy,
             _ => self.service.external_policy,
         };
-        let health = match port.key.protocol {
-            Protocol::Tcp => self.service.health().map_or(0, Policy::to_word),
-            _ => 0,
+        let (health, balance) = match port.key.protocol {
+            Protocol::Tcp => (self.service.health().map_or(0, Policy::to_word), self.service.balance()),
+            _ => (0, Balance::Random),
         };
         let may_spill = policy == TrafficPolicy::Cluster && health != 0;
         self.frontends.push(Frontend {
@@ -304,7 +304,7 @@ impl Builder<'_> {
             created: self.service.created,
             port: port.key.clone(),
             endpoints,
-            balance: Balance::Random,
+            balance,
             shares,
             spill: if may_spill { port.spill.clone() } else { Arc::default() },
         });

@@ -16,6 +16,9 @@ pub const HEALTH: &str = "socklb.io/health";
 /// How a call chooses among the endpoints of a Service.
 pub const BALANCE: &str = "socklb.io/balance";
 
+/// How long the share of a new endpoint of a Service grows.
+pub const SLOW_START: &str = "socklb.io/slow-start";
+
 /// The weight of the endpoints of an EndpointSlice.
 pub const WEIGHT: &str = "socklb.io/weight";
 
@@ -51,6 +54,18 @@ pub enum Balance {
     Random,
     /// `least-connections`: of two endpoints that chance draws, the one with fewer open connections of this node.
     LeastConnections,
+}
+
+impl Balance {
+    /// Parses the annotation's value; `None` for anything else.
+    #[must_use]
+    pub fn parse(text: &str) -> Option<Self> {
+        match text.trim() {
+            "random" => Some(Self::Random),
+            "least-connections" => Some(Self::LeastConnections),
+            _ => None,
+        }
+    }
 }
 
 impl StaleConnections {
@@ -135,6 +150,13 @@ fn duration(text: &str) -> Option<Duration> {
     (duration <= MAX_DRAIN).then_some(duration)
 }
 
+/// Parses the value of [`SLOW_START`]: whole seconds from 1 s to 1 h, in the units of [`StaleConnections::parse`].
+/// `None` for anything else.
+#[must_use]
+pub fn slow_start(text: &str) -> Option<Duration> {
+    seconds(text.trim()).map(|seconds| Duration::from_secs(seconds.into()))
+}
+
 /// Parses the value of [`WEIGHT`] and [`CILIUM_WEIGHT`]: 0 (no new calls) to 65535. `None` for anything else.
 #[must_use]
 pub fn weight(text: &str) -> Option<u16> {
@@ -158,6 +180,19 @@ impl Service {
     #[must_use]
     pub fn health(&self) -> Option<Policy> {
         self.annotation(HEALTH).and_then(health).unwrap_or(Some(Policy::DEFAULT))
+    }
+
+    /// How its calls choose among its endpoints, for TCP. An invalid annotation counts as absent.
+    #[must_use]
+    pub fn balance(&self) -> Balance {
+        self.annotation(BALANCE).and_then(Balance::parse).unwrap_or_default()
+    }
+
+    /// How long the share of a new endpoint grows; `None` = it has its share at once. An invalid annotation counts
+    /// as absent.
+    #[must_use]
+    pub fn slow_start(&self) -> Option<Duration> {
+        self.annotation(SLOW_START).and_then(slow_start)
     }
 
     /// The value of an annotation whose key starts with `socklb.io/`.
@@ -209,6 +244,36 @@ mod tests {
             ("failures=1,", None),
         ] {
             assert_eq!(health(text), expected, "{text:?}");
+        }
+    }
+
+    #[test]
+    fn the_words_of_the_load_annotations() {
+        for (text, expected) in [
+            ("random", Some(Balance::Random)),
+            (" least-connections ", Some(Balance::LeastConnections)),
+            ("Random", None),
+            ("least_connections", None),
+            ("", None),
+        ] {
+            assert_eq!(Balance::parse(text), expected, "{text:?}");
+        }
+        for (text, expected) in [
+            ("1s", Some(1)),
+            (" 30s ", Some(30)),
+            ("2m", Some(120)),
+            ("1h", Some(3600)),
+            ("2000ms", Some(2)),
+            ("0s", None),
+            ("1500ms", None),
+            ("61m", None),
+            ("1m30s", None),
+            ("30", None),
+            ("-1s", None),
+            ("off", None),
+            ("", None),
+        ] {
+            assert_eq!(slow_start(text), expected.map(Duration::from_secs), "{text:?}");
         }
     }
 

@@ -310,6 +310,11 @@ pub enum IssueKind {
         /// The Service type.
         service_type: String,
     },
+    /// A field counts TCP connections, and no port of the Service is TCP. It is ignored.
+    NoTcpPort {
+        /// Path of the field.
+        field: String,
+    },
     /// The external policy is `Local`, but the Service has no health check port.
     NoHealthCheckPort,
     /// Cannot listen on the Service's health check port. The agent retries.
@@ -510,6 +515,7 @@ impl IssueKind {
             | Self::InvalidNetwork { field, .. }
             | Self::InvalidServiceCidr { field, .. }
             | Self::NoAddress { field }
+            | Self::NoTcpPort { field }
             | Self::UnknownValue { field, .. }
             | Self::OutOfRange { field, .. }
             | Self::NotApplicable { field, .. } => Some(field),
@@ -703,6 +709,9 @@ impl fmt::Display for IssueKind {
             }
             Self::NotApplicable { field, service_type } => {
                 write!(f, "{field}: has no meaning for type {service_type}; it is ignored")
+            }
+            Self::NoTcpPort { field } => {
+                write!(f, "{field}: counts TCP connections, and no port is TCP; it is ignored")
             }
             Self::NoHealthCheckPort => f.write_str(
                 "spec.healthCheckNodePort: is missing or 0 although externalTrafficPolicy is Local; health \

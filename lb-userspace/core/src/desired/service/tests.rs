@@ -301,6 +301,18 @@ fn only_tcp_ports_have_a_health_policy() {
     assert_eq!(words(json!({"socklb.io/health": "failures=5"}))[0].1, policy);
 }
 
+#[test]
+fn only_tcp_ports_count_connections() {
+    let ports = json!([{"name": "a", "port": 80}, {"name": "b", "port": 80, "protocol": "UDP"}]);
+    let patch = json!({
+        "metadata": {"annotations": {"socklb.io/balance": "least-connections"}}, "spec": {"ports": ports},
+    });
+    let (frontends, _) = frontends(&service(&patch), [].iter(), &topology(), &settings());
+    let balances: Vec<_> =
+        frontends.iter().map(|frontend| (frontend.port.protocol, frontend.balance)).collect();
+    assert_eq!(balances, [(Protocol::Tcp, Balance::LeastConnections), (Protocol::Udp, Balance::Random)]);
+}
+
 /// Each set has shares of its own.
 #[test]
 fn shares_are_those_of_the_frontends_own_endpoints() {

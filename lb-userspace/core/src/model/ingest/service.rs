@@ -9,7 +9,7 @@ use super::{ANNOTATION_PREFIX, IssueCollector, invalid_name, is_label, namespace
 use crate::model::{
     Cidr, Family, Issue, IssueKind, ObjectRef, Protocol, Service, ServiceKey, ServicePort, ServiceType,
     TrafficPolicy, address,
-    annotation::{self, EXCLUDE, HEALTH, STALE_CONNECTIONS, StaleConnections},
+    annotation::{self, BALANCE, Balance, EXCLUDE, HEALTH, SLOW_START, STALE_CONNECTIONS, StaleConnections},
 };
 
 /// Default idle time-out of client affinity, seconds (`pkg/apis/core/v1/defaults.go`).
@@ -118,8 +118,12 @@ fn report_annotations(report: &mut IssueCollector, service: &Service) {
     let stale = unread(STALE_CONNECTIONS, |value| StaleConnections::parse(value).is_some());
     let exclude = unread(EXCLUDE, |value| annotation::excludes(value).is_some());
     let health = unread(HEALTH, |value| annotation::health(value).is_some());
+    let balance = unread(BALANCE, |value| Balance::parse(value).is_some());
+    let slow_start = unread(SLOW_START, |value| annotation::slow_start(value).is_some());
     for (key, value, expected) in [
+        (BALANCE, balance, "random or least-connections"),
         (HEALTH, health, "off, or failures=1-255,base=DURATION,max=DURATION with 1s to 1h"),
+        (SLOW_START, slow_start, "1s to 1h"),
         (STALE_CONNECTIONS, stale, "keep, reset or drain=DURATION, such as drain=30s"),
         (EXCLUDE, exclude, "true or false"),
     ] {
@@ -130,6 +134,10 @@ fn report_annotations(report: &mut IssueCollector, service: &Service) {
                 used: format!("absent (expected {expected})"),
             });
         }
+    }
+    let has_tcp = service.ports.iter().any(|port| port.protocol == Protocol::Tcp);
+    if service.balance() == Balance::LeastConnections && !has_tcp {
+        report.add(IssueKind::NoTcpPort { field: format!("metadata.annotations[{BALANCE}]") });
     }
 }
 

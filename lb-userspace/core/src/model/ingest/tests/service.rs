@@ -447,6 +447,38 @@ fn r10_an_annotation_that_cannot_be_read_is_reported() {
     );
 }
 
+#[test]
+fn load_annotations_that_cannot_be_read_are_reported() {
+    let (balance, slow_start) =
+        ("metadata.annotations[socklb.io/balance]", "metadata.annotations[socklb.io/slow-start]");
+    for (annotations, protocol, expected) in [
+        (json!({"socklb.io/balance": "least-connections", "socklb.io/slow-start": "30s"}), "TCP", vec![]),
+        (json!({"socklb.io/balance": "random", "socklb.io/slow-start": "30s"}), "UDP", vec![]),
+        (
+            json!({"socklb.io/balance": "maglev"}),
+            "TCP",
+            vec![format!(
+                "{balance}: \"maglev\" is not known; it is taken for absent (expected random or least-connections)"
+            )],
+        ),
+        (
+            json!({"socklb.io/slow-start": "2h"}),
+            "TCP",
+            vec![format!("{slow_start}: \"2h\" is not known; it is taken for absent (expected 1s to 1h)")],
+        ),
+        (
+            json!({"socklb.io/balance": "least-connections"}),
+            "UDP",
+            vec![format!("{balance}: counts TCP connections, and no port is TCP; it is ignored")],
+        ),
+    ] {
+        let ports = json!([{"port": 80, "protocol": protocol}]);
+        let (_, issues) =
+            ingest_service(&json!({"metadata": {"annotations": annotations}, "spec": {"ports": ports}}));
+        assert_eq!(texts(&issues), expected, "{annotations}");
+    }
+}
+
 /// All 65,535 ports, each twice: no object stalls the agent.
 #[test]
 fn a_service_may_list_every_port() {
