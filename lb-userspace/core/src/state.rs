@@ -14,6 +14,7 @@ use crate::{
     desired::{
         self, ClusterIps, Desired, FrontendAddress, PortKey, Settings, Topology, cluster_ips,
         health::{self, HealthCheck},
+        slow_start::SlowStart,
     },
     model::{Cidr, Issue, IssueKind, ObjectRef, Protocol, Service, ServiceKey, Slice, Store, store::Changes},
     plan::{Capacity, Encoder, Full, Plan, audit::Suspects},
@@ -72,6 +73,7 @@ pub struct State {
     issues: BTreeMap<ServiceKey, Vec<Issue>>,
     health_checks: BTreeMap<ServiceKey, HealthCheck>,
     stale: StaleTracker,
+    slow_start: SlowStart,
     /// Until the first sync the maps may hold unused frontends of an earlier agent.
     is_first_sync: bool,
 }
@@ -105,6 +107,7 @@ impl State {
             issues: BTreeMap::new(),
             health_checks: BTreeMap::new(),
             stale: StaleTracker::default(),
+            slow_start: SlowStart::default(),
             is_first_sync: true,
         }
     }
@@ -170,6 +173,18 @@ impl State {
     fn touch(&mut self, keys: &Suspects) {
         let ips = keys.services.iter().map(|address| address.ip);
         self.touched_ips.extend(ips.chain(keys.addresses.iter().map(|(_, ip)| *ip)));
+    }
+
+    /// Sets the time. The next [`Self::sync`] applies the shares that a slow start has changed. Without a call of
+    /// this, no endpoint is new.
+    pub fn advance(&mut self, now: Instant) {
+        self.dirty.services.extend(self.slow_start.advance(now));
+    }
+
+    /// When [`Self::advance`] has to be called next.
+    #[must_use]
+    pub fn next_share_due(&self) -> Option<Instant> {
+        self.slow_start.next_due()
     }
 
     /// Whether a sync may have an effect.
@@ -305,10 +320,16 @@ impl State {
             Some(check) => drop(self.health_checks.insert(key.clone(), check)),
             None => drop(self.health_checks.remove(key)),
         }
-        let (frontends, issues) = self.store.service(key).map_or_else(Default::default, |service| {
-            let slices = self.store.slices_of(key);
-            desired::service::frontends(service, slices, &self.topology, &self.settings)
-        });
+        let (frontends, issues) = match self.store.service(key) {
+            Some(service) => self.slow_start.compute(service, |ramp| {
+                let slices = self.store.slices_of(key);
+                desired::service::frontends_at(service, slices, &self.topology, &self.settings, ramp)
+            }),
+            None => {
+                self.slow_start.forget(key);
+                Default::default()
+            }
+        };
         if issues.is_empty() {
             self.issues.remove(key);
         } else {
@@ -550,7 +571,7 @@ fn full_issue(address: &FrontendAddress, full: &Full) -> IssueKind {
 
 #[cfg(test)]
 mod tests {
-    use std::net::Ipv4Addr;
+    use std::{net::Ipv4Addr, time::Duration};
 
     use serde_json::{Value, json};
 
@@ -822,5 +843,67 @@ mod tests {
         let after = endpoints(&state);
         assert_eq!(before, after);
         !Arc::ptr_eq(&before, &after)
+    }
+
+    /// In 32 s a share grows from 10 % to 100 % of the weight.
+    #[test]
+    fn shares_of_new_endpoints_grow_with_the_time() {
+        let start = Instant::now();
+        let mut state = State::new(fixture::settings(), Vec::new(), Capacity::default(), &Image::default());
+        let annotations = json!({"socklb.io/slow-start": "32s"});
+        let service = model::fixture::service(&json!({"metadata": {"annotations": annotations}}));
+        let ip = service.cluster_ip(Family::V4).unwrap();
+        state.change(|store| {
+            let mut changes = store.replace_nodes(fixture::nodes());
+            changes.merge(store.replace_services([service]));
+            changes
+        });
+        let hinted = ["10.1.0.1 - rs zone=a", "10.1.0.2 - rs zone=b"];
+        for (now, what, slices, expected) in [
+            (0, "the first list", Some(vec![fixture::slice(&hinted)]), None),
+            (
+                100,
+                "an endpoint that hints have left out is not new",
+                Some(vec![fixture::slice(&["10.1.0.1 - rs", "10.1.0.2 - rs"])]),
+                None,
+            ),
+            (
+                100,
+                "a slice with half of the weight is new",
+                Some(vec![
+                    fixture::slice(&["10.1.0.1 - rs", "10.1.0.2 - rs"]),
+                    fixture::weighted("50", &["10.1.0.3 - rs"]),
+                ]),
+                Some(&[255, 255, 13][..]),
+            ),
+            (101, "nothing is due", None, Some(&[255, 255, 13])),
+            (102, "a step", None, Some(&[255, 255, 20])),
+            (131, "the last step but one", None, Some(&[255, 255, 120])),
+            (132, "all of its weight", None, Some(&[255, 255, 128])),
+            (
+                140,
+                "weight 0",
+                Some(vec![fixture::slice(&["10.1.0.1 - rs"]), fixture::weighted("0", &["10.1.0.2 - rs"])]),
+                None,
+            ),
+            (
+                150,
+                "it returns",
+                Some(vec![fixture::slice(&["10.1.0.1 - rs"]), fixture::weighted("100", &["10.1.0.2 - rs"])]),
+                Some(&[255, 26]),
+            ),
+        ] {
+            let due = state.next_share_due();
+            let is_due = due.is_some_and(|due| due <= start + Duration::from_secs(now));
+            state.advance(start + Duration::from_secs(now));
+            assert_eq!(state.needs_sync(), is_due || now == 0, "{what}");
+            if let Some(slices) = slices {
+                state.change(|store| store.replace_slices(slices));
+            }
+            let _plan = state.sync();
+            let address = FrontendAddress { ip, port: 80, protocol: Protocol::Tcp };
+            assert_eq!(state.desired().owner(&address).unwrap().shares.as_deref(), expected, "{what}");
+            assert!(!state.needs_sync(), "{what}");
+        }
     }
 }

@@ -176,6 +176,7 @@ pub async fn run(
             }
             on_self_test = next_self_test(&mut proof), if agent.n_syncs > 0 || has_adopted_endpoints => agent.on_self_test(on_self_test),
             Some(()) = graces.recv() => agent.on_grace_period(),
+            () = until(agent.state.next_share_due()), if phase.may_sync() => agent.state.advance(Instant::now().into_std()),
             () = next_change(&mut port_issues) => agent.report(&*source),
             compared = ended(&mut agent.auditing), if agent.auditing.is_some() => agent.finish_audit(&*source, compared),
             written = ended(&mut agent.writing), if agent.writing.is_some() => agent.on_snapshot_written(&*source, written),
@@ -241,6 +242,14 @@ async fn next_self_test(proof: &mut Option<SelfTests>) -> SelfTest {
 async fn next_change<T>(receiver: &mut watch::Receiver<T>) {
     if receiver.changed().await.is_err() {
         std::future::pending::<()>().await;
+    }
+}
+
+/// Waits until a time; never resolves without one.
+async fn until(due: Option<std::time::Instant>) {
+    match due {
+        Some(due) => time::sleep_until(due.into()).await,
+        None => std::future::pending().await,
     }
 }
 
@@ -542,6 +551,7 @@ impl Agent {
             published.is_syncing = true;
             false
         });
+        self.state.advance(started.into_std());
         let plan = self.state.sync();
         // May wait for a grace period.
         let result = self.kernel.apply(&plan);

@@ -14,7 +14,7 @@
 
 use std::{collections::BTreeMap, fmt, net::SocketAddr, sync::Arc};
 
-use super::Topology;
+use super::{Topology, slow_start::Ramp};
 use crate::model::{Family, Protocol, ServicePort, Slice, SliceEndpoint, annotation::DEFAULT_WEIGHT};
 
 /// The callers that a set of endpoints is for.
@@ -188,6 +188,11 @@ impl<'a> PortEndpoints<'a> {
             .collect()
     }
 
+    /// The endpoints that take calls.
+    pub fn taking_calls(&self) -> impl Iterator<Item = SocketAddr> {
+        self.known.iter().filter(|(_, endpoint)| endpoint.takes_calls()).map(|(address, _)| *address)
+    }
+
     /// Where calls of the cluster set go while all of it is ejected: the ready endpoints that topology hints leave
     /// out.
     #[must_use]
@@ -201,9 +206,9 @@ impl<'a> PortEndpoints<'a> {
 
     /// [`Frontend::shares`](super::Frontend::shares) of a set of these endpoints.
     #[must_use]
-    pub fn shares(&self, set: &[SocketAddr]) -> Option<Arc<[u8]>> {
+    pub fn shares(&self, set: &[SocketAddr], ramp: &Ramp) -> Option<Arc<[u8]>> {
         let weight = |address| self.known.get(address).map_or(DEFAULT_WEIGHT, |endpoint| endpoint.weight);
-        let weights: Vec<u64> = set.iter().map(|address| weight(address).into()).collect();
+        let weights: Vec<u64> = set.iter().map(|address| ramp.weigh(address, weight(address))).collect();
         shares(&weights)
     }
 

@@ -22,6 +22,7 @@ pub mod endpoints;
 pub(crate) mod fixture;
 pub mod health;
 pub mod service;
+pub mod slow_start;
 pub mod topology;
 
 use std::{fmt, net::IpAddr, net::SocketAddr, ops::RangeInclusive, str::FromStr, sync::Arc};

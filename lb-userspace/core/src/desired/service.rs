@@ -20,6 +20,7 @@ use lb_common::{
 use super::{
     ExternalIps, Frontend, FrontendAddress, FrontendKind, PortKey, Settings, Topology,
     endpoints::{PortEndpoints, Scope, SlicePorts},
+    slow_start::Ramp,
 };
 use crate::model::{
     Balance, Family, Issue, IssueKind, ObjectRef, Protocol, Service, ServicePort, Slice, TrafficPolicy,
@@ -71,7 +72,19 @@ pub fn frontends<'a>(
     topology: &Topology,
     settings: &Settings,
 ) -> (Vec<Frontend>, Vec<Issue>) {
-    frontends_within(MAX_ENTRIES, service, slices, topology, settings)
+    frontends_at(service, slices, topology, settings, &mut Ramp::default())
+}
+
+/// As [`frontends`], with shares by the slow start of the Service's endpoints.
+#[must_use]
+pub fn frontends_at<'a>(
+    service: &Service,
+    slices: impl Iterator<Item = &'a Slice>,
+    topology: &Topology,
+    settings: &Settings,
+    ramp: &mut Ramp,
+) -> (Vec<Frontend>, Vec<Issue>) {
+    frontends_within(MAX_ENTRIES, service, slices, topology, settings, ramp)
 }
 
 /// Whether a change of the topology may change [`frontends`] of a service.
@@ -93,11 +106,13 @@ fn frontends_within<'a>(
     slices: impl Iterator<Item = &'a Slice>,
     topology: &Topology,
     settings: &Settings,
+    ramp: &mut Ramp,
 ) -> (Vec<Frontend>, Vec<Issue>) {
     if !service.is_served() {
         return Default::default();
     }
-    let mut builder = Builder { service, topology, settings, frontends: Vec::new(), issues: BTreeSet::new() };
+    let mut builder =
+        Builder { service, topology, settings, ramp, frontends: Vec::new(), issues: BTreeSet::new() };
     let slices: Vec<_> = slices.collect();
     for family in [Family::V4, Family::V6] {
         let Some(cluster_ip) = service.cluster_ip(family) else {
@@ -138,6 +153,7 @@ struct Builder<'a> {
     service: &'a Service,
     topology: &'a Topology,
     settings: &'a Settings,
+    ramp: &'a mut Ramp,
     frontends: Vec<Frontend>,
     issues: BTreeSet<IssueKind>,
 }
@@ -162,6 +178,7 @@ struct Port<'a> {
 impl Builder<'_> {
     fn add_port(&mut self, port: &ServicePort, cluster_ip: IpAddr, endpoints: &PortEndpoints<'_>) {
         let family = address::family(cluster_ip);
+        self.ramp.note(endpoints.taking_calls());
         let common = Port {
             key: Arc::new(PortKey {
                 service: self.service.key.clone(),
@@ -264,7 +281,7 @@ impl Builder<'_> {
 
     fn set(&self, known: &PortEndpoints<'_>, scope: Scope<'_>) -> EndpointSet {
         let endpoints = known.set(scope, self.topology);
-        EndpointSet { shares: known.shares(&endpoints), endpoints }
+        EndpointSet { shares: known.shares(&endpoints, self.ramp), endpoints }
     }
 
     /// The endpoints of one node, sharing the cluster set's allocation if equal, and [`NO_LOCAL_ENDPOINT`] if

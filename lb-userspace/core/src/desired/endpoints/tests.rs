@@ -258,7 +258,7 @@ fn r4_duplicates() {
 fn shares_of<'a>(slices: impl IntoIterator<Item = &'a Slice>) -> String {
     let known = unite(slices);
     let set = known.set(Scope::Cluster, &topology());
-    let shares = known.shares(&set).unwrap_or_else(|| vec![0; set.len()].into());
+    let shares = known.shares(&set, &Ramp::default()).unwrap_or_else(|| vec![0; set.len()].into());
     assert_eq!(shares.len(), set.len());
     let shown = set.iter().zip(&*shares).map(|(address, share)| {
         let ip = address.ip().to_string();

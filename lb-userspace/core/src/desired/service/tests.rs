@@ -602,7 +602,8 @@ fn as_many_ports_as_an_object_holds() {
         assert_eq!(*frontend.endpoints, expected);
     }
 
-    let (frontends, issues) = frontends_within(5_000, &service, slices(), &topology(), &settings());
+    let (frontends, issues) =
+        frontends_within(5_000, &service, slices(), &topology(), &settings(), &mut Ramp::default());
     assert_eq!(frontends.len(), 2_500);
     let texts: Vec<_> = issues.iter().map(ToString::to_string).collect();
     let expected = "Service default/web: spec.ports: more than 5000 endpoints in all; 17500 ports are left out: split the service";
