@@ -27,7 +27,7 @@ const MAX_REQUEST: usize = 8192;
 pub(super) struct Backend {
     /// The pod.
     pub pod: Pod,
-    servers: Option<Servers>,
+    _servers: Servers,
 }
 
 impl Backend {
@@ -35,13 +35,7 @@ impl Backend {
     pub(super) fn start(pod: Pod, netns: &NetNs) -> Result<Self> {
         let servers = netns.run(|| serve(pod.name, pod.addresses(), HTTP_PORT, ECHO_PORT));
         let servers = servers.with_context(|| format!("cannot start the servers of {}", pod.name))?;
-        Ok(Self { pod, servers: Some(servers) })
-    }
-
-    /// Stops the servers as a crash does: the kernel then refuses calls to their ports. Returns when they
-    /// have stopped.
-    pub(super) fn kill(&mut self) {
-        drop(self.servers.take());
+        Ok(Self { pod, _servers: servers })
     }
 }
 

@@ -3,7 +3,7 @@
 //! # Purpose
 //!
 //! [`run`] sets up a node with three pods, starts the real agent on the objects of `manifests/demo`, and lets
-//! ordinary programs call the service addresses. It counts which pod answered, kills a pod, and checks each
+//! ordinary programs call the service addresses. It counts which pod answered, cuts a pod off, and checks each
 //! statement that it makes.
 //!
 //! # Invariants
@@ -52,7 +52,7 @@ use self::{
     agent::Agent,
     backend::Backend,
     client::{Call, Client, ClientArgs, Clients, How},
-    manifests::{ECHO, HTTP_PORT, IDLE, PODS, Target, WEB, WEB_NODE},
+    manifests::{ECHO, HTTP_PORT, IDLE, PODS, Target, WEB, WEB_BLIND, WEB_NODE},
     report::{ConnectTime, Failover, Moments, Refused, Report, Round, Setup, Tally, Unserved},
     scenery::Scenery,
 };
@@ -67,14 +67,17 @@ const N_TIMED: u32 = 200;
 const N_REFUSED: u32 = 5;
 /// Datagrams on one connected socket.
 const N_DATAGRAMS: u32 = 10;
-/// Pause between the calls during which a pod dies.
-const STEADY_PAUSE: Duration = Duration::from_millis(1);
-/// Maximum number of these calls: a minute's.
-const MAX_STEADY_CALLS: u32 = 60_000;
-/// Answered calls before the pod dies, and again after the tables have changed.
-const N_STEADY: usize = 100;
-/// Time from the pod's death until its endpoints say so. In a cluster the kubelet takes this time.
-const UNNOTICED: Duration = Duration::from_millis(100);
+/// Clients of each Service while a pod dies.
+const N_STEADY_CLIENTS: usize = 10;
+/// Pause between the calls of one of them.
+const STEADY_PAUSE: Duration = Duration::from_millis(10);
+/// Maximum number of its calls: a minute's.
+const MAX_STEADY_CALLS: u32 = 6_000;
+/// Calls of each before the pod dies, and again after the tables have changed.
+const N_STEADY: usize = 20;
+/// Time from the pod's death until its endpoints say so. In a cluster that takes up to 50 s: the node
+/// controller waits for a node that does not report.
+const UNNOTICED: Duration = Duration::from_secs(6);
 /// How long the veth pairs may take to come up.
 const WIRING: Duration = Duration::from_secs(5);
 /// How long a client with steady calls may stay silent.
@@ -192,7 +195,7 @@ async fn play(
 struct Stage<'a> {
     scenery: &'a Scenery,
     narrator: Narrator,
-    backends: Vec<Backend>,
+    _backends: Vec<Backend>,
     clients: Clients,
     agent: Agent,
     setup: Setup,
@@ -243,10 +246,19 @@ impl<'a> Stage<'a> {
             frontends: manifests::frontends().count(),
         };
         narrator.say(&setup.text())?;
-        Ok(Self { scenery, narrator, backends, clients, agent, setup, before, has_curl: has_curl() })
+        Ok(Self {
+            scenery,
+            narrator,
+            _backends: backends,
+            clients,
+            agent,
+            setup,
+            before,
+            has_curl: has_curl(),
+        })
     }
 
-    /// Makes the calls, kills a pod, makes more calls. Returns the checked report.
+    /// Makes the calls, cuts a pod off, makes more calls. Returns the checked report.
     async fn tell(&mut self) -> Result<Report> {
         let narrator = self.narrator;
         narrator.say("\nCALLS\n")?;
@@ -290,7 +302,7 @@ impl<'a> Stage<'a> {
             refused.push(seen);
         }
 
-        let failover = self.kill_a_pod().await?;
+        let [failover, failover_blind] = self.kill_a_pod().await?;
         narrator.say(&format!("\nAFTERWARDS\n{}", Tally::head()))?;
         let mut calls_after = Vec::new();
         for (target, how) in every_address() {
@@ -312,6 +324,7 @@ impl<'a> Stage<'a> {
             connect_times,
             refused,
             failover,
+            failover_blind,
             calls_after,
             connected_udp,
             checks: Vec::new(),
@@ -330,39 +343,51 @@ impl<'a> Stage<'a> {
         Ok(tally)
     }
 
-    /// Kills the servers of the last pod during steady calls, then updates its endpoints.
-    async fn kill_a_pod(&mut self) -> Result<Failover> {
-        let [target, _] = WEB;
-        let victim = self.backends.last_mut().context("no pod is left")?;
-        let pod = victim.pod;
-        self.narrator.say(&format!(
-            "\n{} DIES, while a client calls {} every millisecond\n",
-            pod.name.to_uppercase(),
-            target.address
-        ))?;
-        let mut client = self.clients.start(How::Tcp, &[target.address], MAX_STEADY_CALLS, STEADY_PAUSE)?;
-        let mut calls = Vec::new();
-        listen(&mut client, &mut calls, N_STEADY).await?;
+    /// Cuts the last pod off during steady calls, and updates its endpoints some seconds later. Returns the
+    /// results of [`WEB`] and of [`WEB_BLIND`].
+    async fn kill_a_pod(&mut self) -> Result<[Failover; 2]> {
+        let targets = [WEB[0], WEB_BLIND];
+        let (pod, netns) = self.scenery.pods.last().context("no pod is left")?;
+        self.narrator.say(&report::before_failover(*pod, N_STEADY_CLIENTS, STEADY_PAUSE))?;
+        let mut clients = Vec::new();
+        for target in targets {
+            let start = || self.clients.start(How::Tcp, &[target.address], MAX_STEADY_CALLS, STEADY_PAUSE);
+            clients.push((0..N_STEADY_CLIENTS).map(|_| start()).collect::<Result<Vec<_>>>()?);
+        }
+        let mut calls = [Vec::new(), Vec::new()];
+        for (clients, calls) in clients.iter_mut().zip(&mut calls) {
+            for client in clients {
+                listen(client, calls, N_STEADY).await?;
+            }
+        }
         let killed = client::now()?;
-        victim.kill();
+        netns.cut_off(&pod.gateways()).context("cannot cut a pod off")?;
         sleep(UNNOTICED).await;
         let rewritten = client::now()?;
-        manifests::take_out(&self.scenery.manifests, pod).context("cannot rewrite the manifest")?;
+        manifests::take_out(&self.scenery.manifests, *pod).context("cannot rewrite the manifest")?;
         self.agent
             .wait_until(&self.scenery.pins, &format!("the change that takes {} out", pod.name), |image| {
                 !image.reachable().any(|entry| pod.addresses().contains(&entry.address.ip()))
             })
             .await?;
         let switched = client::now()?;
-        // First the calls that the client made meanwhile.
-        while calls.last().is_none_or(|call: &Call| call.began < switched) {
-            listen(&mut client, &mut calls, 1).await?;
+        for (clients, calls) in clients.into_iter().zip(&mut calls) {
+            for mut client in clients {
+                // First the calls that the client made meanwhile.
+                let n_before = calls.len();
+                while calls[n_before..].last().is_none_or(|call: &Call| call.began < switched) {
+                    listen(&mut client, calls, 1).await?;
+                }
+                listen(&mut client, calls, N_STEADY).await?;
+                calls.extend(client.stop().await?);
+            }
         }
-        listen(&mut client, &mut calls, N_STEADY).await?;
-        calls.extend(client.stop().await?);
-        let failover = Failover::of(pod.name, target, Moments { killed, rewritten, switched }, &calls);
-        self.narrator.say(&failover.text())?;
-        Ok(failover)
+        let moments = Moments { killed, rewritten, switched };
+        let [web, blind] = &calls;
+        let failovers = [(targets[0], web), (targets[1], blind)]
+            .map(|(target, calls)| Failover::of(pod.name, target, moments, calls));
+        self.narrator.say(&report::failovers(failovers.each_ref()))?;
+        Ok(failovers)
     }
 
     /// Calls every address once a second, until the agent exits.

@@ -113,6 +113,12 @@ pub(super) const WEB: [Target; 2] = at_cluster_ips("web", Protocol::Tcp, (80, 0x
 /// UDP behind cluster IPs.
 pub(super) const ECHO: [Target; 2] = at_cluster_ips("echo", Protocol::Udp, (53, 0x53), 53);
 
+/// The same pods behind a Service with `socklb.io/health: "off"`.
+pub(super) const WEB_BLIND: Target = {
+    let [target, _] = at_cluster_ips("web-blind", Protocol::Tcp, (82, 0x82), 80);
+    target
+};
+
 /// A service without endpoints.
 pub(super) const IDLE: [Target; 2] = at_cluster_ips("idle", Protocol::Tcp, (90, 0x90), 80);
 
@@ -130,7 +136,7 @@ pub(super) fn frontends() -> impl Iterator<Item = (FrontendAddress, usize)> {
     let of =
         move |target: &Target, n| frontend(target.address.ip(), target.address.port(), target.protocol, n);
     let n_pods = PODS.len();
-    let with_endpoints = WEB.iter().chain(&ECHO).map(move |target| of(target, n_pods));
+    let with_endpoints = WEB.iter().chain(&ECHO).chain([&WEB_BLIND]).map(move |target| of(target, n_pods));
     let without = IDLE.iter().map(move |target| of(target, 0));
     let web_node = cluster_ips((81, 0x81)).map(|ip| frontend(ip, 80, Protocol::Tcp, n_pods));
     // A node port has one frontend per family, at the unspecified address.

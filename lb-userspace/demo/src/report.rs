@@ -10,6 +10,7 @@ use std::{
     fmt::{self, Write},
     net::{IpAddr, SocketAddr},
     path::PathBuf,
+    time::Duration,
 };
 
 use lb_core::model::Protocol;
@@ -24,6 +25,10 @@ use super::{
 /// A refused call counts as "at once" if it fails within this time.
 const AT_ONCE_MS: f64 = 500.0;
 
+/// Seconds after a pod's death from which on passive health prevents every failure. A call that waits fails
+/// after two seconds, so that the clients learn of it in 2 of the 2.2 s that eject, and again after 3 s.
+const SETTLED: usize = 4;
+
 /// All results.
 #[derive(Debug, Serialize)]
 pub(super) struct Report {
@@ -37,8 +42,10 @@ pub(super) struct Report {
     pub connect_times: Vec<ConnectTime>,
     /// Calls to a service without endpoints.
     pub refused: Vec<Refused>,
-    /// A pod's death.
+    /// A pod's death, with passive health.
     pub failover: Failover,
+    /// The same death, without.
+    pub failover_blind: Failover,
     /// Calls after it.
     pub calls_after: Vec<Tally>,
     /// Datagrams on connected sockets, after it.
@@ -72,6 +79,14 @@ impl Report {
         checks.extend(self.calls.iter().flat_map(|tally| tally.checks(&all)));
         checks.extend(self.refused.iter().map(Refused::check));
         checks.extend(self.failover.checks(&rest));
+        checks.extend(self.failover_blind.checks(&rest));
+        let [failed, failed_blind] = [&self.failover, &self.failover_blind].map(Failover::n_failed_late);
+        let late = |failover: &Failover| {
+            format!("{}: later than {SETTLED} s after {} died,", failover.address, failover.pod)
+        };
+        checks.push(check(failed == 0, format!("{} no call failed", late(&self.failover))));
+        let blind = format!("{} calls failed without passive health", late(&self.failover_blind));
+        checks.push(check(failed_blind > 0, blind));
         checks.extend(self.calls_after.iter().flat_map(|tally| tally.checks(&rest)));
         checks.extend(self.connected_udp.iter().flat_map(|tally| tally.connection_checks(&rest)));
         self.ok = checks.iter().all(|check| check.holds);
@@ -448,7 +463,7 @@ impl Refused {
 /// Times of events, in microseconds of `CLOCK_MONOTONIC`.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Moments {
-    /// Before the pod's servers stopped.
+    /// Before the pod was cut off.
     pub killed: u64,
     /// Before the manifest was written.
     pub rewritten: u64,
@@ -475,6 +490,17 @@ pub(super) struct Failover {
     pub between: Tally,
     /// Calls that began after the switch.
     pub after: Tally,
+    /// The calls in between, by the second after the death in which they began.
+    pub seconds: Vec<Second>,
+}
+
+/// Calls that began within one second.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub(super) struct Second {
+    /// Number of answered calls.
+    pub answered: usize,
+    /// Number of failed calls.
+    pub failed: usize,
 }
 
 impl Failover {
@@ -487,10 +513,21 @@ impl Failover {
         let tally = |which: &dyn Fn(&&Call) -> bool| Tally::of(target, How::Tcp, calls.iter().filter(which));
         let has_chosen_it = |call: &&Call| match &call.outcome {
             Outcome::Answered { by, .. } => by == pod,
-            // Only the dead pod refuses calls.
+            // Only calls to the dead pod fail.
             Outcome::Failed { .. } => true,
         };
         let last = calls.iter().filter(has_chosen_it).map(|call| call.began).max();
+        let is_between = |call: &&Call| !is_before(call) && !is_after(call);
+        let second =
+            |moment: u64| usize::try_from(moment.saturating_sub(killed) / 1_000_000).unwrap_or_default();
+        let mut seconds = vec![Second::default(); second(rewritten).max(1)];
+        for call in calls.iter().filter(is_between) {
+            let second = second(call.began).min(seconds.len() - 1);
+            match call.outcome {
+                Outcome::Answered { .. } => seconds[second].answered += 1,
+                Outcome::Failed { .. } => seconds[second].failed += 1,
+            }
+        }
         Self {
             pod,
             address: target.address,
@@ -498,9 +535,15 @@ impl Failover {
             last_call_ms: last.and_then(|last| last.checked_sub(rewritten)).map(thousandths),
             dead_ms: thousandths(rewritten.saturating_sub(killed)),
             before: tally(&is_before),
-            between: tally(&|call| !is_before(call) && !is_after(call)),
+            between: tally(&is_between),
             after: tally(&is_after),
+            seconds,
         }
+    }
+
+    /// Calls that failed although they began [`SETTLED`] seconds after the death or later.
+    fn n_failed_late(&self) -> usize {
+        self.seconds.iter().skip(SETTLED).map(|second| second.failed).sum()
     }
 
     fn checks(&self, rest: &[&str]) -> Vec<Check> {
@@ -521,32 +564,52 @@ impl Failover {
             ),
         ]
     }
+}
 
-    /// The report as text.
-    pub(super) fn text(&self) -> String {
-        let Self { pod, .. } = self;
-        let mut text = format!("  {:<43}{}\n", "", count_head());
-        for (when, tally) in [
-            ("before".to_owned(), &self.before),
-            (format!("{pod} is dead, but its endpoints say ready"), &self.between),
-            ("the kernel's maps have changed".to_owned(), &self.after),
-        ] {
-            let _infallible = write!(text, "  {when:<43}{}\n{}", tally.counts(), tally.failed());
-        }
-        let _infallible = writeln!(
-            text,
-            "  {:.0} ms after the death the manifest says ready: false (written beside it, then renamed).\n  \
-             {:.1} ms later the kernel's maps hold the change.",
-            self.dead_ms, self.switch_ms
-        );
-        let _infallible = match self.last_call_ms {
-            Some(ms) => {
-                writeln!(text, "  The last call that chose {pod} began {ms:.1} ms after the rewrite.")
-            }
-            None => writeln!(text, "  No call chose {pod} after the rewrite."),
-        };
-        text
+/// What the table of [`failovers`] is about.
+pub(super) fn before_failover(pod: Pod, n_clients: usize, pause: Duration) -> String {
+    format!(
+        "\n{} DIES WITHOUT A WORD: its packets vanish, and its endpoints say ready\n  \
+         {n_clients} clients call each of two Services with the same pods every {} ms. A call fails after 2 s.\n",
+        pod.name.to_uppercase(),
+        pause.as_millis()
+    )
+}
+
+/// A pod's death with passive health, and beside it without.
+pub(super) fn failovers(both: [&Failover; 2]) -> String {
+    let [Failover { pod, dead_ms, switch_ms, .. }, _] = both;
+    let mut text =
+        format!("  {:<22}{:<32}{}\n", "", "passive health (default)", "socklb.io/health: off, as kube-proxy");
+    let _infallible = writeln!(text, "  {:<22}{:<32}{}", "", "ANSWERED  FAILED", "ANSWERED  FAILED");
+    let mut row = |when: &str, counts: [Second; 2]| {
+        let [left, right] = counts.map(|Second { answered, failed }| format!("{answered:>8}  {failed:>6}"));
+        let _infallible = writeln!(text, "  {when:<22}{left:<32}{right}");
+    };
+    let of = |tally: &Tally| Second { answered: tally.calls - tally.n_failed(), failed: tally.n_failed() };
+    row("before", both.map(|failover| of(&failover.before)));
+    for n in 0..both[0].seconds.len() {
+        let counts = both.map(|failover| failover.seconds.get(n).copied().unwrap_or_default());
+        row(&format!("second {}", n + 1), counts);
     }
+    row("the maps have changed", both.map(|failover| of(&failover.after)));
+    let _infallible = writeln!(
+        text,
+        "  {:.1} s after the death the manifest says ready: false; in a cluster that takes up to 50 s.\n  \
+         {switch_ms:.1} ms later the kernel's maps hold the change.",
+        dead_ms / 1000.0,
+    );
+    for failover in both {
+        let _infallible = match failover.last_call_ms {
+            Some(ms) => writeln!(
+                text,
+                "  {}: the last call that chose {pod} began {ms:.1} ms after the rewrite.",
+                failover.before.service
+            ),
+            None => writeln!(text, "  {}: no call chose {pod} after the rewrite.", failover.before.service),
+        };
+    }
+    text
 }
 
 /// Who answered one call of each address, in one line.
@@ -606,7 +669,7 @@ mod tests {
     use expect_test::expect;
 
     use super::*;
-    use crate::manifests::{ECHO, IDLE, WEB, WEB_NODE};
+    use crate::manifests::{ECHO, IDLE, WEB, WEB_BLIND, WEB_NODE};
 
     fn answered(began: u64, by: &str, peer: Option<SocketAddr>) -> Call {
         let outcome = Outcome::Answered { by: by.to_owned(), peer };
@@ -630,18 +693,26 @@ mod tests {
                 .map(|n| answered(n.into(), PODS[usize::from(n) % 2].name, Some(target.address)))
                 .collect()
         };
-        let moments = Moments { killed: 1000, rewritten: 51_000, switched: 64_300 };
-        let steady = [
-            answered(10, "pod-3", Some(web.address)),
-            // In progress when the pod dies.
-            failed(990, Errno::ECONNRESET),
-            answered(20, "pod-1", Some(web.address)),
-            failed(1500, Errno::ECONNREFUSED),
-            answered(2000, "pod-2", Some(web.address)),
-            failed(63_100, Errno::ECONNREFUSED),
-            answered(64_400, "pod-2", Some(web.address)),
-            answered(64_500, "pod-1", Some(web.address)),
-        ];
+        const SECOND: u64 = 1_000_000;
+        let moments = Moments { killed: 1000, rewritten: 6 * SECOND + 1000, switched: 6 * SECOND + 14_300 };
+        let lost = |began| Call { took: 2 * SECOND, ..failed(began, Errno::ETIMEDOUT) };
+        let steady = |address, later: &[Call]| {
+            let first = [
+                answered(10, "pod-3", Some(address)),
+                answered(20, "pod-1", Some(address)),
+                // In progress when the pod dies.
+                lost(990),
+                answered(1500, "pod-2", Some(address)),
+                lost(2000),
+                lost(2 * SECOND + 1000),
+            ];
+            let last = ["pod-2", "pod-1"].map(|pod| answered(7 * SECOND, pod, Some(address)));
+            [&first[..], later, &last].concat()
+        };
+        let later = [5, 6].map(|n| answered(n * SECOND - 1000, "pod-1", Some(web.address)));
+        let failover = Failover::of("pod-3", web, moments, &steady(web.address, &later));
+        let calls = steady(WEB_BLIND.address, &[lost(4 * SECOND + 1000), lost(6 * SECOND + 13_100)]);
+        let failover_blind = Failover::of("pod-3", WEB_BLIND, moments, &calls);
         let mut report = Report {
             setup: Setup {
                 cgroup: "/sys/fs/cgroup/socklb-demo-1234".into(),
@@ -665,7 +736,8 @@ mod tests {
             ],
             connect_times: ConnectTime::of(web.address, &three(web)).into_iter().collect(),
             refused: vec![Refused::of(IDLE[1].address, &[failed(1, Errno::ECONNREFUSED)])],
-            failover: Failover::of("pod-3", web, moments, &steady),
+            failover,
+            failover_blind,
             calls_after: vec![Tally::of(web, How::Tcp, &two(web))],
             connected_udp: vec![Tally::of(
                 ECHO[0],
@@ -688,7 +760,8 @@ mod tests {
         report.calls.iter().for_each(|tally| text.push_str(&tally.row()));
         report.connect_times.iter().for_each(|time| text.push_str(&time.text()));
         report.refused.iter().for_each(|refused| text.push_str(&refused.text()));
-        text.push_str(&report.failover.text());
+        text.push_str(&before_failover(PODS[2], 10, Duration::from_millis(10)));
+        text.push_str(&failovers([&report.failover, &report.failover_blind]));
         report.calls_after.iter().for_each(|tally| text.push_str(&tally.row()));
         report.connected_udp.iter().for_each(|tally| text.push_str(&tally.row()));
         text.push_str(&report.verdict());
@@ -699,7 +772,7 @@ mod tests {
     fn a_good_run_reads_well() {
         let text = text(&report());
         assert!(text.lines().all(|line| line.chars().count() <= 100));
-        expect![[r"
+        expect![[r#"
             socklb-demo: a node, three pods and clients, in namespaces of their own on this machine, with no
             route to any other network.
 
@@ -719,19 +792,27 @@ mod tests {
               echo      UDP [fd00:10:96::53]:53     sendto()       6      2      2      2       0  service
               connect() took 40 us to 10.96.0.80:80, 40 us to a pod's own address (quickest of 3)
               idle has no endpoints: connect() to [fd00:10:96::90]:80 gives: Connection refused, after 0.03 ms
-                                                          CALLS  pod-1  pod-2  pod-3  FAILED
-              before                                          2      1      0      1       0
-              pod-3 is dead, but its endpoints say ready      4      0      1      0       3
-                                                                       2 failed: Connection refused
-                                                                       1 failed: Connection reset by peer
-              the kernel's maps have changed                  2      1      1      0       0
-              50 ms after the death the manifest says ready: false (written beside it, then renamed).
+
+            POD-3 DIES WITHOUT A WORD: its packets vanish, and its endpoints say ready
+              10 clients call each of two Services with the same pods every 10 ms. A call fails after 2 s.
+                                    passive health (default)        socklb.io/health: off, as kube-proxy
+                                    ANSWERED  FAILED                ANSWERED  FAILED
+              before                       2       0                       2       0
+              second 1                     1       2                       1       2
+              second 2                     0       0                       0       0
+              second 3                     0       1                       0       1
+              second 4                     0       0                       0       0
+              second 5                     1       0                       0       1
+              second 6                     1       0                       0       1
+              the maps have changed        2       0                       2       0
+              6.0 s after the death the manifest says ready: false; in a cluster that takes up to 50 s.
               13.3 ms later the kernel's maps hold the change.
-              The last call that chose pod-3 began 12.1 ms after the rewrite.
+              web: no call chose pod-3 after the rewrite.
+              web-blind: the last call that chose pod-3 began 12.1 ms after the rewrite.
               web       TCP 10.96.0.80:80           connect()      6      3      3      0       0  service
               echo      UDP 10.96.0.53:53           connect()      2      0      2      0       0  service
-            All 20 checks hold.
-        "]]
+            All 26 checks hold.
+        "#]]
         .assert_eq(&text);
     }
 
@@ -772,8 +853,8 @@ mod tests {
               "pod": "pod-3",
               "address": "10.96.0.80:80",
               "switch_ms": 13.3,
-              "last_call_ms": 12.1,
-              "dead_ms": 50.0,
+              "last_call_ms": null,
+              "dead_ms": 6000.0,
               "before": {
                 "service": "web",
                 "protocol": "TCP",
@@ -794,13 +875,13 @@ mod tests {
                 "protocol": "TCP",
                 "address": "10.96.0.80:80",
                 "client": "connect()",
-                "calls": 4,
+                "calls": 6,
                 "answers": {
+                  "pod-1": 2,
                   "pod-2": 1
                 },
                 "failures": {
-                  "Connection refused": 2,
-                  "Connection reset by peer": 1
+                  "Connection timed out": 3
                 },
                 "peers": [
                   "10.96.0.80:80"
@@ -820,7 +901,33 @@ mod tests {
                 "peers": [
                   "10.96.0.80:80"
                 ]
-              }
+              },
+              "seconds": [
+                {
+                  "answered": 1,
+                  "failed": 2
+                },
+                {
+                  "answered": 0,
+                  "failed": 0
+                },
+                {
+                  "answered": 0,
+                  "failed": 1
+                },
+                {
+                  "answered": 0,
+                  "failed": 0
+                },
+                {
+                  "answered": 1,
+                  "failed": 0
+                },
+                {
+                  "answered": 1,
+                  "failed": 0
+                }
+              ]
             }"#]]
         .assert_eq(&json);
     }
@@ -858,13 +965,14 @@ mod tests {
                 [failed(1, Errno::ECONNRESET), failed(40, Errno::ECONNREFUSED), answered(41, "pod-3", peer)];
             report.failover = Failover::of("pod-3", web, moments, &calls);
         }));
+        claims.extend(broken(|report| std::mem::swap(&mut report.failover, &mut report.failover_blind)));
         claims.extend(broken(|report| report.calls_after = vec![Tally::of(web, How::Curl, &three(web))]));
         claims.extend(broken(|report| {
             let calls =
                 [answered(1, "pod-1", None), answered(2, "pod-2", None), failed(3, Errno::ECONNREFUSED)];
             report.connected_udp = vec![Tally::of(ECHO[0], How::ConnectedUdp, &calls)];
         }));
-        expect![[r"
+        expect![[r#"
             before socklb, 10.96.0.80:80 is unreachable
             web TCP 10.96.0.80:80 by connect(): every call was answered
             web TCP 10.96.0.80:80 by connect(): only pod-1, pod-2 and pod-3 answered
@@ -874,10 +982,12 @@ mod tests {
             10.96.0.80:80: pod-3 answered before it died
             10.96.0.80:80: no call failed after the kernel's maps had changed
             10.96.0.80:80: after the kernel's maps had changed, only pod-1 and pod-2 answered
+            10.96.0.82:80: later than 4 s after pod-3 died, no call failed
+            10.96.0.80:80: later than 4 s after pod-3 died, calls failed without passive health
             web TCP 10.96.0.80:80 by curl: only pod-1 and pod-2 answered
             echo UDP 10.96.0.53:53 by connect(): every datagram was answered
             echo UDP 10.96.0.53:53 by connect(): one of pod-1 and pod-2 answered them all
-            echo UDP 10.96.0.53:53 by connect(): the peer is the service address"]]
+            echo UDP 10.96.0.53:53 by connect(): the peer is the service address"#]]
         .assert_eq(&claims.join("\n"));
     }
 

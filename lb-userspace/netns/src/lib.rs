@@ -25,10 +25,11 @@ use nix::{
     sched::{CloneFlags, setns, unshare},
 };
 use rtnetlink::{
-    Handle, LinkMessageBuilder, LinkUnspec,
+    Handle, LinkMessageBuilder, LinkUnspec, RouteMessageBuilder,
     packet_route::{
         address::{AddressAttribute, AddressHeaderFlags},
         link::{InfoData, InfoKind, InfoVeth, LinkMessage},
+        route::{RouteMessage, RouteType},
     },
 };
 use tokio::runtime;
@@ -146,6 +147,47 @@ impl NetNs {
         })?;
         other.run(|| give_addresses(other_name, there))
     }
+
+    /// Drops packets to and from these addresses without an answer, as if this host had lost power: no reset,
+    /// no ICMP error. Neighbours still resolve.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's error: `EEXIST` if they are dropped already.
+    pub fn cut_off(&self, peers: &[IpAddr]) -> io::Result<()> {
+        self.run(|| {
+            peers.iter().try_for_each(|&ip| {
+                let route = black_hole(ip)?;
+                netlink(
+                    async |handle| handle.route().add(route).execute().await,
+                    || format!("cannot drop packets to {ip}"),
+                )
+            })
+        })
+    }
+
+    /// The reverse of [`Self::cut_off`].
+    ///
+    /// # Errors
+    ///
+    /// The kernel's error: `ESRCH` if they are not dropped.
+    pub fn reconnect(&self, peers: &[IpAddr]) -> io::Result<()> {
+        self.run(|| {
+            peers.iter().try_for_each(|&ip| {
+                let route = black_hole(ip)?;
+                netlink(
+                    async |handle| handle.route().del(route).execute().await,
+                    || format!("cannot stop dropping packets to {ip}"),
+                )
+            })
+        })
+    }
+}
+
+/// A route on which packets vanish. A server behind it receives a SYN, and finds no way for its answer.
+fn black_hole(ip: IpAddr) -> io::Result<RouteMessage> {
+    let route = RouteMessageBuilder::<IpAddr>::new().destination_prefix(ip, host_prefix(ip));
+    Ok(route.map_err(io::Error::other)?.kind(RouteType::BlackHole).build())
 }
 
 /// Runs a closure on a new thread and waits for it: namespaces and cgroups are per thread.
