@@ -2,6 +2,7 @@
 
 use std::{
     cell::RefCell,
+    fs,
     net::SocketAddr,
     os::fd::AsRawFd as _,
     thread,
@@ -14,12 +15,12 @@ use lb_core::{
     model::Protocol::Tcp,
     sim::{Caller, Simulator},
 };
-use lb_kernel::{Options, host};
+use lb_kernel::{Options, host, pins};
 use lb_tests::{
     Sandbox,
-    agent::Agent,
+    agent::{self, Agent},
     client::{Domain, Socket},
-    cluster::Cluster,
+    cluster::{self, Cluster},
     installed::eventually,
     server::Servers,
 };
@@ -29,7 +30,10 @@ use nix::{
     sys::socket::{Backlog, Shutdown, listen, shutdown},
 };
 
-use crate::fixture::{FAMILIES, addresses, in_each_mode, service_address, start};
+use crate::{
+    fixture::{FAMILIES, addresses, in_each_mode, service_address, start},
+    layouts::change_layout,
+};
 
 /// Runs a test in these domains and each mode of the programs, with a service that has two endpoints.
 fn with_service(domains: &[Domain], test: impl Fn(&Node) + Send + Sync) {
@@ -46,11 +50,14 @@ struct Node {
 }
 
 impl Node {
+    fn cluster(service: SocketAddr, endpoints: &[SocketAddr]) -> Cluster {
+        // No ejection ends by the clock during a test.
+        Cluster::new().serving("web", service, Tcp, endpoints).annotated("socklb.io/health", "base=1h")
+    }
+
     fn new(domain: Domain, options: &Options) -> Self {
         let (service, endpoints) = (service_address(domain), addresses::<2>(domain, 8001));
-        // No ejection ends by the clock during a test.
-        let cluster = Cluster::new().serving("web", service, Tcp, &endpoints);
-        let cluster = cluster.annotated("socklb.io/health", "base=1h");
+        let cluster = Self::cluster(service, &endpoints);
         let mut agent = start(options);
         agent.follow(&cluster);
         Self { agent, domain, service, endpoints }
@@ -196,6 +203,82 @@ fn an_accept_queue_that_is_full_for_two_seconds_ejects_nothing() {
         for endpoint in node.endpoints {
             let health = node.health(endpoint);
             assert_eq!((health.failures, health.ejections), (0, 0), "{:?}: {health:?}", node.domain);
+        }
+    });
+}
+
+#[test]
+fn affinity_leaves_an_ejected_endpoint_of_the_kernel() {
+    Sandbox::test(|sandbox| {
+        in_each_mode(sandbox, |options| {
+            let mut node = Node::new(Domain::V4, options);
+            let mut cluster = Node::cluster(node.service, &node.endpoints);
+            let object = cluster.services.values().next().unwrap().clone();
+            cluster.set(cluster::with_affinity(object, None));
+            node.agent.follow(&cluster);
+            let servers = node.endpoints.map(|endpoint| Servers::tcp([endpoint]));
+            let first = node.call().unwrap();
+            let (mut kept, mut stopped) = (Vec::new(), Vec::new());
+            for (endpoint, servers) in node.endpoints.into_iter().zip(servers) {
+                if endpoint == first { stopped.push(servers) } else { kept.push(servers) }
+            }
+            assert!((0..10).all(|_| node.call() == Ok(first)));
+            drop(stopped);
+            let outcomes: Vec<_> = (0..10).map(|_| node.call()).collect();
+            assert!(outcomes[..3].iter().all(|outcome| *outcome == Err(Errno::ECONNREFUSED)), "{outcomes:?}");
+            assert!(
+                outcomes[3..].iter().all(|outcome| outcome.is_ok_and(|server| server != first)),
+                "{outcomes:?}"
+            );
+        });
+    });
+}
+
+/// What happens between two agents.
+type Meanwhile = fn(&Sandbox, &mut Options);
+
+/// An ejection outlives its agent, and is dropped with a map that is made anew: then three calls fail again.
+#[test]
+fn a_new_agent_finds_ejections_or_starts_without() {
+    let nothing: Meanwhile = |_, _| {};
+    let cases: [(&str, Meanwhile, bool); 5] = [
+        ("a restart", nothing, true),
+        ("another layout of health", |sandbox, _| change_layout(sandbox, "endpoint_health"), false),
+        (
+            "a deleted pin",
+            |sandbox, _| fs::remove_file(sandbox.pin_path().join("endpoint_health")).unwrap(),
+            false,
+        ),
+        ("another layout of the image", |sandbox, _| change_layout(sandbox, "frontends"), false),
+        ("another size", |_, options| options.capacity.endpoints *= 2, false),
+    ];
+    Sandbox::test(|sandbox| {
+        for (what, change, is_kept) in cases {
+            let mut options = agent::options(sandbox);
+            let mut node = Node::new(Domain::V4, &options);
+            let [alive, dead] = node.endpoints;
+            let _servers = Servers::tcp([alive]);
+            let n_refused = |node: &Node| {
+                let outcomes: Vec<_> = (0..60).map(|_| node.call()).collect();
+                outcomes.iter().filter(|outcome| **outcome == Err(Errno::ECONNREFUSED)).count()
+            };
+            assert_eq!(n_refused(&node), 3, "{what}");
+            let before = node.health(dead);
+            let cluster = Node::cluster(node.service, &node.endpoints);
+            let Node { agent, domain, service, endpoints } = node;
+            drop(agent);
+            change(sandbox, &mut options);
+            let mut agent = start(&options);
+            agent.follow(&cluster);
+            node = Node { agent, domain, service, endpoints };
+            assert_eq!(node.health(dead), if is_kept { before } else { EndpointHealth::default() }, "{what}");
+            assert_eq!(n_refused(&node), if is_kept { 0 } else { 3 }, "{what}");
+            // An endpoint that returns is a new one.
+            node.agent.follow(&Node::cluster(service, &[alive]));
+            node.agent.follow(&cluster);
+            assert_eq!(node.health(dead), EndpointHealth::default(), "{what}");
+            drop(node);
+            pins::remove(&sandbox.pin_path()).unwrap();
         }
     });
 }

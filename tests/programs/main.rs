@@ -14,6 +14,7 @@ mod deployed;
 mod dns;
 mod exclusion;
 mod faults;
+mod health;
 mod http;
 mod knowledge;
 mod manifests;

@@ -64,7 +64,12 @@ const TOOLS: &[Tool] = &[
     ("strip", "binutils", &[Test, Image], "strips the binaries of the container image"),
     ("ctr", "containerd", &[Test], "runs the container image as a node does"),
     ("runc", "runc", &[Test], "starts containers for containerd"),
-    ("nft", "nftables", &[BenchPath], "loads the rules of kube-proxy's nftables mode"),
+    (
+        "nft",
+        "nftables",
+        &[Test, BenchPath],
+        "drops packets in tests; loads the rules of kube-proxy's nftables mode",
+    ),
     ("iptables-restore", "iptables", &[BenchPath], "loads the rules of kube-proxy's iptables mode"),
     ("xz", "xz-utils", &[KernelMatrix], "unpacks modules of newer kernels"),
     ("apt-get", "apt", &[KernelMatrix], "downloads kernels and QEMU, which come from Debian only"),

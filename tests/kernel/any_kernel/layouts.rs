@@ -177,7 +177,7 @@ pub(crate) fn map_ids(sandbox: &Sandbox) -> BTreeMap<&'static str, u32> {
 }
 
 /// Changes a pinned map's layout, or restores it.
-fn change_layout(sandbox: &Sandbox, name: &str) {
+pub(crate) fn change_layout(sandbox: &Sandbox, name: &str) {
     let (mut layouts, id) = (layouts(sandbox), map_id(sandbox, name));
     let mut identity = layouts.get(&id, 0).unwrap();
     identity[0] ^= 0xff;
