@@ -178,7 +178,8 @@ fn base_initramfs(workspace: &Workspace, object: &Path) -> Result<Tree> {
     // Files, since the kernel's command line has a length limit and no quoting. Emulation is slow, so tests
     // make fewer calls and agent starts here; `cargo xtask test` makes all of them.
     let environment = format!(
-        "CARGO_MANIFEST_DIR={}\nSOCKLB_BIN=/socklb\nRUST_BACKTRACE=1\nRUST_TEST_THREADS={N_TEST_THREADS}\nLB_TEST_CYCLES=20000\nLB_FAULT_STEP=4\n",
+        "CARGO_MANIFEST_DIR={}\nSOCKLB_BIN=/socklb\nRUST_BACKTRACE=1\nRUST_TEST_THREADS={N_TEST_THREADS}\n\
+         LB_TEST_CYCLES=20000\nLB_TEST_STATES=2\nLB_FAULT_STEP=4\n",
         workspace.root.join("tests").display()
     );
     tree.add("/vm.env", 0o644, Some(environment.as_bytes()));

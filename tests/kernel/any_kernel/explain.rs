@@ -1,17 +1,27 @@
 //! `socklb explain` names exactly the endpoints that calls reach.
 
 use std::{
+    cell::RefCell,
     collections::{BTreeMap, BTreeSet},
     net::{IpAddr, Ipv4Addr, SocketAddr},
+    sync::Mutex,
 };
 
-use lb_core::{desired::FrontendAddress, model::Protocol, sim::Caller};
-use lb_kernel::Features;
+use aya::maps::{Array, Map, MapData};
+use lb_common::{health::Admission, layout::EndpointHealth, resolve::DRAWS};
+use lb_core::{
+    desired::FrontendAddress,
+    model::Protocol,
+    sim::{Caller, Simulator},
+    tables::{Entry, Image},
+};
+use lb_kernel::{Features, host};
 use lb_tests::{
     Feature, Sandbox,
     agent::{self, Agent},
     client::call,
     netns::NetNs,
+    number,
     server::Servers,
 };
 use lb_userspace::cli::explain::{Explanation, explain};
@@ -25,6 +35,8 @@ use crate::clusters::{self, RandomCluster, calls, cluster};
 
 /// The number of destinations that are explained and called.
 const N_DESTINATIONS: usize = 10_000;
+/// The number of random states of all endpoints in each cluster: together 10,000 destinations with ejections.
+const N_STATES: usize = 24;
 /// The most calls until every endpoint of a frontend is reached. One of five is missed once in 10^96 times.
 const MAX_CALLS: usize = 1000;
 
@@ -34,18 +46,101 @@ fn reached_untouched(to: FrontendAddress) -> Option<SocketAddr> {
     ip.is_loopback().then_some(SocketAddr::new(ip, to.port))
 }
 
+/// States of endpoints, by id.
+struct States {
+    kernel: Mutex<Array<MapData, [u64; 8]>>,
+    states: BTreeMap<u32, EndpointHealth>,
+}
+
+impl States {
+    /// A third each is not ejected, ejected during the whole test, and due for a trial.
+    fn random(sandbox: &Sandbox, image: &Image, seed: u64) -> Self {
+        let mut random = fastrand::Rng::with_seed(seed);
+        let mut state = || EndpointHealth {
+            ejected_until: [0, host::monotonic() + 3600 * 1_000_000_000, 1][random.usize(..3)],
+            ..EndpointHealth::default()
+        };
+        let ids =
+            [false, true].into_iter().flat_map(|ipv6| image.runs(ipv6).values()).flat_map(|run| run.iter());
+        let states = ids.map(|entry| (entry.endpoint_id, state())).collect();
+        let map = MapData::from_pin(sandbox.pin_path().join("endpoint_health")).unwrap();
+        Self { kernel: Mutex::new(Map::from_map_data(map).unwrap().try_into().unwrap()), states }
+    }
+
+    /// Sets the states of a frontend's endpoints: calls change them.
+    fn set(&self, entries: &[Entry]) {
+        let mut kernel = self.kernel.lock().unwrap();
+        for id in entries.iter().map(|entry| entry.endpoint_id) {
+            kernel.set(id, [self.states[&id].ejected_until, 0, 0, 0, 0, 0, 0, 0], 0).unwrap();
+        }
+    }
+
+    fn is_open(&self, entry: &Entry) -> bool {
+        self.states[&entry.endpoint_id].ejected_until == 0
+    }
+
+    /// The endpoints that calls may choose.
+    fn choices(&self, entries: &[Entry]) -> BTreeSet<SocketAddr> {
+        let now = host::monotonic();
+        let is_avoided =
+            |entry: &&Entry| self.states[&entry.endpoint_id].admission(now) == Admission::Ejected;
+        let n_avoided = entries.iter().filter(is_avoided).count();
+        let is_last_draw = n_avoided >= entries.len().min(DRAWS as usize);
+        let choices = entries.iter().filter(|entry| is_last_draw || !is_avoided(entry));
+        choices.map(|entry| entry.address).collect()
+    }
+}
+
+/// An explained call, and what its frontend holds.
+struct Explained {
+    to: FrontendAddress,
+    explanation: Explanation,
+    entries: Vec<Entry>,
+    has_health: bool,
+}
+
+impl Explained {
+    fn new(agent: &Agent, simulator: &Simulator, to: FrontendAddress, caller: Caller) -> Self {
+        let frontend = simulator.find_frontend(to, caller).map(|(_, frontend)| frontend).unwrap_or_default();
+        let entries = simulator.image.entries(to.ip.to_canonical().is_ipv6(), frontend.run);
+        Self {
+            to,
+            explanation: explain(simulator, Some(&agent.state), to, caller),
+            entries: entries.unwrap_or_default().to_vec(),
+            has_health: frontend.health != 0,
+        }
+    }
+
+    fn has_ejected(&self) -> bool {
+        !self.explanation.ejected.is_empty()
+    }
+}
+
 /// Calls until it is clear that the reached endpoints are the explained ones.
-fn check(to: FrontendAddress, explained: &Explanation) {
-    let call = || call(SocketAddr::new(to.ip, to.port), to.protocol);
-    let expected: BTreeSet<SocketAddr> = explained.candidates.iter().copied().collect();
+fn check(explained: &Explained, states: &States) {
+    let Explained { to, explanation: explained, entries, has_health } = explained;
+    let call = || {
+        states.set(entries);
+        call(SocketAddr::new(to.ip, to.port), to.protocol)
+    };
+    let named: BTreeSet<SocketAddr> = explained.candidates.iter().copied().collect();
+    assert_eq!(named, entries.iter().map(|entry| entry.address).collect(), "{explained:?}");
+    let is_ejected = |entry: &&Entry| *has_health && !states.is_open(entry);
+    let ejected: BTreeSet<SocketAddr> = explained.ejected.iter().map(|part| part.endpoint).collect();
+    assert_eq!(
+        ejected,
+        entries.iter().filter(is_ejected).map(|entry| entry.address).collect(),
+        "{explained:?}"
+    );
+    let expected = if *has_health { states.choices(entries) } else { named };
     match (explained.verdict, &explained.frontend) {
         ("untouched", None) => {
-            assert_eq!(call(), reached_untouched(to).ok_or(Errno::ENETUNREACH), "{explained:?}");
+            assert_eq!(call(), reached_untouched(*to).ok_or(Errno::ENETUNREACH), "{explained:?}");
         }
         ("unreachable", None) => {
             let is_old = !Features::probe().set_retval;
             let expected = if is_old {
-                reached_untouched(to).ok_or(Errno::ENETUNREACH)
+                reached_untouched(*to).ok_or(Errno::ENETUNREACH)
             } else {
                 Err(Errno::EHOSTUNREACH)
             };
@@ -64,7 +159,15 @@ fn check(to: FrontendAddress, explained: &Explanation) {
         ("redirected", Some(frontend)) if frontend.affinity_seconds > 0 => {
             let first = call().unwrap_or_else(|errno| panic!("{errno}: {explained:?}"));
             assert!(expected.contains(&first), "{first}: {explained:?}");
-            assert_eq!((call(), call()), (Ok(first), Ok(first)), "{explained:?}");
+            let next = [call(), call()];
+            if ejected.contains(&first) {
+                assert!(
+                    next.iter().all(|next| next.is_ok_and(|next| expected.contains(&next))),
+                    "{explained:?}"
+                );
+            } else {
+                assert_eq!(next, [Ok(first), Ok(first)], "{explained:?}");
+            }
         }
         ("redirected", Some(_)) => {
             let mut reached = BTreeSet::new();
@@ -120,24 +223,35 @@ fn what_is_explained_is_what_calls_reach() {
         let _servers = [populate(node, &places), populate(&pod, &places)];
         let options = agent::options(sandbox);
         let mut agent = Agent::start_with(&options, clusters::settings(), Vec::new()).unwrap();
-        let mut n_verdicts: BTreeMap<&str, usize> = BTreeMap::new();
-        for cluster in &clusters {
-            cluster.feed(&mut agent.state);
-            agent.settle();
-            agent.sync();
-            let simulator = clusters::simulator(agent.image());
+        let (mut n_verdicts, mut n_ejected) = (BTreeMap::<&str, usize>::new(), 0);
+        let n_states = number("LB_TEST_STATES", N_STATES);
+        for (cluster, seed) in
+            clusters.iter().flat_map(|cluster| (0..n_states).map(move |seed| (cluster, seed)))
+        {
+            if seed == 0 {
+                cluster.feed(&mut agent.state);
+                agent.settle();
+                agent.sync();
+            }
+            let mut simulator = clusters::simulator(agent.image());
+            let states = States::random(sandbox, &simulator.image, n_ejected as u64);
+            simulator.now = host::monotonic();
+            simulator.health = RefCell::new(states.states.clone());
             for (netns, is_node) in [(node, true), (&pod, false)] {
                 let netns_cookie = netns.cookie().unwrap();
                 let caller = Caller { netns: netns_cookie, on_node: is_node, earlier: None };
-                let explained: Vec<(FrontendAddress, Explanation)> = calls
-                    .iter()
-                    .filter(|(_, on_node)| *on_node == is_node)
-                    .map(|(to, _)| (*to, explain(&simulator, Some(&agent.state), *to, caller)))
-                    .collect();
-                for (_, explained) in &explained {
-                    *n_verdicts.entry(explained.verdict).or_default() += 1;
+                let to = calls.iter().filter(|(_, on_node)| *on_node == is_node);
+                let explained = to.map(|(to, _)| Explained::new(&agent, &simulator, *to, caller));
+                // Other states change nothing for calls to others.
+                let explained = explained.filter(|explained| seed == 0 || explained.has_ejected());
+                let explained: Vec<Explained> = explained.collect();
+                n_ejected += explained.iter().filter(|explained| explained.has_ejected()).count();
+                if seed == 0 {
+                    for Explained { explanation, .. } in &explained {
+                        *n_verdicts.entry(explanation.verdict).or_default() += 1;
+                    }
                 }
-                netns.run(|| explained.iter().for_each(|(to, explained)| check(*to, explained)));
+                netns.run(|| explained.iter().for_each(|explained| check(explained, &states)));
             }
         }
         assert!(n_verdicts.values().sum::<usize>() >= N_DESTINATIONS, "{n_verdicts:?}");
@@ -146,5 +260,6 @@ fn what_is_explained_is_what_calls_reach() {
             ["untouched", "refused", "unreachable", "redirected"].into_iter().all(is_often),
             "{n_verdicts:?}"
         );
+        assert!(n_ejected > n_states * N_DESTINATIONS / N_STATES, "{n_ejected}");
     });
 }
