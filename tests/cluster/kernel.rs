@@ -228,3 +228,39 @@ fn events_tell_of_conflicts_and_of_the_agent() {
         assert_eq!((of("AddressConflict").len(), of("Starting").len()), (1, 1), "{:#?}", server.events());
     });
 }
+
+/// The programs eject and restore an endpoint; the agent writes that as Events on its Service.
+#[test]
+fn events_tell_of_ejections() {
+    Sandbox::test(|sandbox| {
+        let (service, state_dir) = (service_address(0), tempfile::tempdir().unwrap());
+        // Nothing listens there yet.
+        let endpoint: SocketAddr = "127.0.0.3:8003".parse().unwrap();
+        let objects = Cluster::new().serving("web", service, Tcp, &[endpoint]);
+        let server = ApiServer::start();
+        server.set(&objects.annotated("socklb.io/health", "base=1h"));
+        let of = |reason: &str| -> Vec<Value> {
+            server.events().into_iter().filter(|event| event["reason"] == reason).collect()
+        };
+        with_agent(sandbox, &server, state_dir.path(), None, || {
+            eventually("the ejection is reported", || {
+                call(service, Tcp) == Err(Errno::ECONNREFUSED) && of("EndpointEjected").len() == 1
+            });
+            let _server = Servers::tcp([endpoint]);
+            assert_eq!(call(service, Tcp), Ok(endpoint));
+            eventually("the restoration is reported", || of("EndpointRestored").len() == 1);
+        });
+        let (ejected, restored) = (of("EndpointEjected").remove(0), of("EndpointRestored").remove(0));
+        let text = ejected["note"].as_str().unwrap();
+        assert!(text.starts_with(&format!("node node: endpoint {endpoint}")), "{text}");
+        assert!(text.contains(" is ejected for 3"), "{text}");
+        assert!(text.ends_with(": 3 failures in a row, the last one: connection refused"), "{text}");
+        let text = restored["note"].as_str().unwrap();
+        assert!(text.ends_with(" is restored: a connection was established"), "{text}");
+        for (event, kind) in [(ejected, "Warning"), (restored, "Normal")] {
+            let regarding = &event["regarding"];
+            let found = (&event["type"], &regarding["kind"], &regarding["name"]);
+            assert_eq!(found, (&kind.into(), &"Service".into(), &"web".into()), "{event}");
+        }
+    });
+}

@@ -342,3 +342,42 @@ fn monitor_shows_new_connections_and_counts_the_others() {
         assert_eq!((&lines[0]["name"], number(&lines[1], "connects")), (&"web-v6".into(), 1), "{lines:#?}");
     });
 }
+
+/// Without an agent: the programs eject, the commands read.
+#[test]
+fn commands_show_why_and_for_how_long_an_endpoint_is_ejected() {
+    with_town(|place, town| {
+        let mut cluster = town.cluster(0..2);
+        let (service, endpoint): (SocketAddr, _) = ("10.96.0.82:80".parse().unwrap(), "10.244.1.2:9");
+        cluster.serve("refusing", service, Tcp, &[endpoint.parse().unwrap()]);
+        let cluster = cluster.annotated("socklb.io/health", "base=1h");
+        assert_eq!(serve(place, &cluster, &QUIET).end(Signal::SIGTERM), Some(0));
+        let lines = monitored(place, &[], || {
+            for _ in 0..3 {
+                assert!(!is_up(service));
+            }
+            thread::sleep(Duration::from_secs(2));
+        });
+        let ejections: Vec<&Value> = lines.iter().filter(|line| line["event"] == "ejection").collect();
+        let [ejection] = &ejections[..] else { panic!("{lines:#?}") };
+        assert_eq!((&ejection["name"], &ejection["endpoint"]), (&"refusing".into(), &endpoint.into()));
+        assert_eq!(number(ejection, "failures"), 3, "{ejection}");
+        assert!((3590..=3600).contains(&number(ejection, "seconds")), "{ejection}");
+        let is_reason = |value: &Value| {
+            let text = value.as_str().unwrap_or_default();
+            let reason = "3 failures in a row, the last one: connection refused";
+            text.starts_with("ejected for 3") && text.contains(reason)
+        };
+        assert!(is_reason(&ejection["reason"]), "{ejection}");
+
+        let port = port(&place.json(&["top", "-n", "1", "-o", "json"]), "refusing");
+        assert_eq!(number(&port, "ejected"), 1, "{port}");
+        assert!(is_reason(&port["endpoints"][0]["ejected_reason"]), "{port}");
+        let explanation = place.json(&["explain", "10.96.0.82:80", "-o", "json"]);
+        assert!(is_reason(&explanation["ejected"][0]["reason"]), "{explanation}");
+        let again = monitored(place, &["--service", "default/refusing"], || {});
+        assert_eq!(again.iter().filter(|line| line["event"] == "ejection").count(), 1, "{again:#?}");
+        let other = monitored(place, &["--service", "default/web-v4"], || {});
+        assert_eq!(other.len(), 0, "{other:#?}");
+    });
+}

@@ -9,6 +9,7 @@
 #![cfg_attr(test, expect(clippy::disallowed_methods, reason = "a test needs an instant to count from"))]
 
 pub mod desired;
+pub mod ejection;
 pub mod model;
 pub mod plan;
 pub mod sim;

@@ -37,6 +37,8 @@ pub struct View {
     pub image: Image,
     /// The service ports with frontends in the maps, each with the id of its counters.
     pub ports: OrdMap<Arc<PortKey>, u32>,
+    /// The endpoint ids of the image are below this number.
+    pub n_endpoint_ids: u32,
 }
 
 /// The objects, the desired frontends, and the target image of the maps.
@@ -439,6 +441,7 @@ impl State {
             store: self.store.clone(),
             image: self.image().clone(),
             ports: self.encoder.service_ids().clone(),
+            n_endpoint_ids: self.encoder.n_endpoint_ids(),
         }
     }
 

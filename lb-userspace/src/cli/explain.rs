@@ -14,6 +14,7 @@ use lb_core::{
         self, FrontendAddress,
         endpoints::{PortEndpoints, Scope},
     },
+    ejection,
     model::{Family, Issue, Service, ServiceKey, TrafficPolicy, address},
     sim::{Caller, Outcome, Simulator},
     state::State,
@@ -209,15 +210,7 @@ fn ejected(simulator: &Simulator, ipv6: bool, frontend: &Frontend) -> Vec<LeftOu
     let entries = simulator.image.entries(ipv6, frontend.run).unwrap_or_default();
     let ejected = entries.iter().filter_map(|entry| {
         let health = health.get(&entry.endpoint_id).filter(|_| frontend.health != 0)?;
-        let until = match health.ejected_seconds(simulator.now)? {
-            0 => "until a call on trial is established".to_owned(),
-            seconds => format!("for {seconds} s"),
-        };
-        let cause = match health.errno {
-            0 => "no answer".to_owned(),
-            errno => std::io::Error::from_raw_os_error(errno.cast_signed()).to_string(),
-        };
-        let reason = format!("ejected {until}: {} failures in a row, the last one: {cause}", health.failures);
+        let reason = ejection::why_avoided(health, simulator.now)?;
         Some(LeftOutPart { endpoint: entry.address, reason })
     });
     ejected.collect()

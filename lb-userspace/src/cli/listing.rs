@@ -16,6 +16,7 @@ use lb_core::{
         self, FrontendAddress, FrontendKind, Settings,
         endpoints::{PortEndpoints, Scope},
     },
+    ejection,
     model::{Family, Node, Protocol, Service, Slice, TrafficPolicy},
     plan::Capacity,
     state::State,
@@ -75,15 +76,39 @@ pub struct EndpointRow {
     pub terminating: bool,
     /// `connect()` calls and datagrams that this node redirected to it.
     pub connections: u64,
+    /// What became of connections to it.
+    #[serde(flatten)]
+    pub health: HealthPart,
+}
+
+/// The outcomes of connections to an endpoint, as fields of its row. Field names are stable.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct HealthPart {
     /// Connections that failed in a row, up to now; `null` where connections are not observed (UDP, or the
     /// annotation `socklb.io/health: off`).
     pub failures: Option<u32>,
     /// Seconds until the ejection ends; `null` if it is not ejected. 0 while a call is on trial.
     pub ejected_seconds: Option<u64>,
+    /// Why it is ejected, and until when, for people; `null` if it is not ejected.
+    pub ejected_reason: Option<String>,
     /// Ejections in a row.
     pub ejections: u32,
     /// Time from SYN to established in microseconds, a moving average; `null` if unknown.
     pub connect_microseconds: Option<u32>,
+}
+
+impl HealthPart {
+    /// The health of an endpoint at a time, in nanoseconds of `CLOCK_MONOTONIC`.
+    #[must_use]
+    pub fn new(is_observed: bool, health: &EndpointHealth, now: u64) -> Self {
+        Self {
+            failures: is_observed.then_some(health.failures),
+            ejected_seconds: health.ejected_seconds(now),
+            ejected_reason: ejection::why_avoided(health, now),
+            ejections: health.ejections,
+            connect_microseconds: (health.latency != 0).then_some(health.latency),
+        }
+    }
 }
 
 /// What the maps count for an endpoint.
@@ -199,10 +224,7 @@ fn row(
             let known = described.get(&entry.address).cloned();
             EndpointRow {
                 connections: calls.connects + calls.datagrams,
-                failures: (frontend.health != 0).then_some(health.failures),
-                ejected_seconds: health.ejected_seconds(now),
-                ejections: health.ejections,
-                connect_microseconds: (health.latency != 0).then_some(health.latency),
+                health: HealthPart::new(frontend.health != 0, &health, now),
                 ..known.unwrap_or_else(|| undescribed(entry.address))
             }
         })
@@ -245,10 +267,7 @@ fn undescribed(address: SocketAddr) -> EndpointRow {
         serving: true,
         terminating: false,
         connections: 0,
-        failures: None,
-        ejected_seconds: None,
-        ejections: 0,
-        connect_microseconds: None,
+        health: HealthPart::default(),
     }
 }
 
@@ -315,7 +334,7 @@ fn endpoints_cell(row: &FrontendRow, room: usize) -> String {
         let mut parts: Vec<String> = row.endpoints[..n_shown]
             .iter()
             .map(|endpoint| {
-                let is_ejected = if endpoint.ejected_seconds.is_some() { " (ejected)" } else { "" };
+                let is_ejected = if endpoint.health.ejected_seconds.is_some() { " (ejected)" } else { "" };
                 format!("{}{is_ejected}", SocketAddr::new(endpoint.address, endpoint.port))
             })
             .collect();

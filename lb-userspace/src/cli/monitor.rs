@@ -1,4 +1,4 @@
-//! `socklb monitor`: a sample of new connections.
+//! `socklb monitor`: a sample of new connections, and the endpoints that are ejected and restored.
 //!
 //! The programs report no calls: they only write a record for the socket, so that monitoring adds no cost to
 //! a call. The monitor polls the records and shows new sockets. Sockets opened and closed between two polls
@@ -17,14 +17,19 @@ use std::{
 use clap::{Args, ValueEnum};
 use jiff::Timestamp;
 use lb_common::layout::ServiceStats;
-use lb_core::{model::Protocol, state::State, tables::Image};
+use lb_core::{
+    ejection::{self, Change, Ejection, EjectionTracker, Endpoint},
+    model::Protocol,
+    state::State,
+    tables::Image,
+};
 use lb_kernel::{
-    Maps,
+    Maps, host,
     sockets::{Record, SocketTable},
 };
 use tokio::{runtime, sync::watch, time};
 
-use self::stream::{Connection, Filter, Line, Named, Seen, Summary, header};
+use self::stream::{Connection, Ejected, Filter, Line, Named, OfEndpoint, Seen, Summary, header};
 use super::{
     PinArgs, listing, objects::Objects, run::stop_signals, sample::frontend_of, show_more, top::interval,
 };
@@ -86,6 +91,12 @@ fn service(text: &str) -> Result<(String, String), String> {
     }
 }
 
+/// The present time in RFC 3339.
+fn time_text() -> String {
+    let now = Timestamp::try_from(SystemTime::now()).unwrap_or_default();
+    now.strftime("%Y-%m-%dT%H:%M:%S.%3fZ").to_string()
+}
+
 /// The tables by ids and addresses.
 #[derive(Default)]
 struct Names {
@@ -117,11 +128,25 @@ impl Names {
         self.ports.get(&record.service_id)
     }
 
+    /// A change of an endpoint's health. `now` is in nanoseconds of `CLOCK_MONOTONIC`.
+    fn change(&self, endpoint: SocketAddr, port: &Named, change: Change, now: u64) -> Line {
+        let Named { namespace, name, port_name, protocol } = port.clone();
+        let node = self.nodes.get(&endpoint).cloned().unwrap_or_default();
+        let of = OfEndpoint { time: time_text(), namespace, name, port_name, protocol, endpoint, node };
+        match change {
+            Change::Restored => Line::Restoration(of),
+            Change::Ejected(Ejection { until, failures, errno }) => {
+                let seconds = until.saturating_sub(now).div_ceil(1_000_000_000);
+                let reason = ejection::text(seconds, failures, errno);
+                Line::Ejection(Ejected { of, failures, seconds, reason })
+            }
+        }
+    }
+
     fn connection(&self, record: &Record, port: &Named) -> Connection {
-        let now = Timestamp::try_from(SystemTime::now()).unwrap_or_default();
         let Named { namespace, name, port_name, protocol } = port.clone();
         Connection {
-            time: now.strftime("%Y-%m-%dT%H:%M:%S.%3fZ").to_string(),
+            time: time_text(),
             namespace,
             name,
             port_name,
@@ -142,6 +167,7 @@ struct Monitor<'a> {
     objects: Objects,
     names: Names,
     seen: Seen,
+    ejections: EjectionTracker,
     n_shown: u64,
     has_colour: bool,
 }
@@ -172,6 +198,7 @@ pub fn monitor(args: &MonitorArgs) -> anyhow::Result<ExitCode> {
         objects: Objects::new(&args.pins.state_dir),
         names: Names::default(),
         seen: Seen::default(),
+        ejections: EjectionTracker::default(),
         n_shown: 0,
         has_colour: args.output == Format::Text && std::io::stdout().is_terminal(),
     };
@@ -185,6 +212,9 @@ pub fn monitor(args: &MonitorArgs) -> anyhow::Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     let _begins_the_count = (monitor.seen.summary(monitor.counts()), monitor.print_new()?);
+    if !monitor.print_ejections()? {
+        return Ok(ExitCode::SUCCESS);
+    }
     runtime.block_on(monitor.run(stop))?;
     Ok(ExitCode::SUCCESS)
 }
@@ -202,6 +232,9 @@ impl Monitor<'_> {
             if Instant::now() >= tables_due {
                 self.read_tables()?;
                 tables_due = Instant::now() + TABLES;
+                if !self.print_ejections()? {
+                    return Ok(());
+                }
             }
             if !self.print_new()? || self.args.count.is_some_and(|count| self.n_shown >= count) {
                 break;
@@ -222,6 +255,33 @@ impl Monitor<'_> {
         Ok(())
     }
 
+    /// Shows what became of endpoints since the last time; at first, which ones are ejected. `false` once the reader
+    /// has closed standard output.
+    fn print_ejections(&mut self) -> anyhow::Result<bool> {
+        let image = &self.names.image;
+        let entries = image.runs4.values().chain(image.runs6.values()).flat_map(|run| run.iter());
+        let n_ids = entries.map(|entry| entry.endpoint_id.saturating_add(1)).max().unwrap_or_default();
+        let changes = self.ejections.scan(n_ids, |id| self.maps.endpoint_health(id), image, true);
+        let now = host::monotonic();
+        for (Endpoint { service_id, address }, change) in changes {
+            let port = self.names.ports.get(&service_id).filter(|port| self.filter.takes(port));
+            let Some(port) = port else { continue };
+            if !self.show(self.names.change(address, port, change, now))? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Shows a line. `false` once the reader has closed standard output.
+    fn show(&self, line: Line) -> anyhow::Result<bool> {
+        show_more(&match self.args.output {
+            Format::Text => line.text(self.has_colour) + "\n",
+            Format::Json => format!("{}\n", serde_json::to_string(&line)?),
+            Format::Yaml => format!("---\n{}", serde_saphyr::to_string(&line)?),
+        })
+    }
+
     /// Shows new sockets. `false` once the reader has closed standard output.
     fn print_new(&mut self) -> anyhow::Result<bool> {
         let new = self.seen.new_records(self.table.records()?);
@@ -240,11 +300,7 @@ impl Monitor<'_> {
             let connection = self.names.connection(&record, port);
             self.n_shown += 1;
             self.seen.shown(1);
-            let text = match self.args.output {
-                Format::Text => connection.text(self.has_colour) + "\n",
-                _ => self.encode(&Line::Connection(connection))?,
-            };
-            if !show_more(&text)? {
+            if !self.show(Line::Connection(connection))? {
                 return Ok(false);
             }
         }
@@ -258,18 +314,7 @@ impl Monitor<'_> {
         if summary.is_empty() {
             return Ok(true);
         }
-        let text = match self.args.output {
-            Format::Text => summary.text(self.has_colour) + "\n",
-            _ => self.encode(&Line::Summary(summary))?,
-        };
-        show_more(&text)
-    }
-
-    fn encode(&self, line: &Line) -> anyhow::Result<String> {
-        Ok(match self.args.output {
-            Format::Yaml => format!("---\n{}", serde_saphyr::to_string(line)?),
-            _ => format!("{}\n", serde_json::to_string(line)?),
-        })
+        self.show(Line::Summary(summary))
     }
 
     /// The counters of the selected ports.

@@ -6,10 +6,10 @@ use std::{
     path::Path,
 };
 
-use lb_common::layout::{EndpointStats, ServiceStats};
+use lb_common::layout::{EndpointHealth, EndpointStats, ServiceStats};
 use lb_core::{desired::FrontendAddress, tables::Image};
 use lb_kernel::{
-    KernelError, Maps,
+    KernelError, Maps, host,
     sockets::{Record, SocketTable},
 };
 
@@ -21,6 +21,10 @@ pub(super) struct Reading {
     pub(super) services: BTreeMap<u32, ServiceStats>,
     /// Counters by endpoint id.
     pub(super) endpoints: BTreeMap<u32, EndpointStats>,
+    /// The outcomes of connections by endpoint id.
+    pub(super) health: BTreeMap<u32, EndpointHealth>,
+    /// When they were read, in nanoseconds of `CLOCK_MONOTONIC`.
+    pub(super) now: u64,
     /// Socket records; `None` if they cannot be listed: without BTF, or without permission.
     pub(super) records: Option<Vec<Record>>,
 }
@@ -38,6 +42,8 @@ pub(super) fn read(pin_path: &Path) -> Result<Reading, KernelError> {
     let endpoint_ids: BTreeSet<u32> = entries().map(|entry| entry.endpoint_id).collect();
     Ok(Reading {
         services: service_ids.into_iter().map(|id| (id, maps.service_stats(id))).collect(),
+        health: endpoint_ids.iter().map(|id| (*id, maps.endpoint_health(*id))).collect(),
+        now: host::monotonic(),
         endpoints: endpoint_ids.into_iter().map(|id| (id, maps.endpoint_stats(id))).collect(),
         records: SocketTable::open(pin_path).and_then(|table| table.records()).ok(),
         image,

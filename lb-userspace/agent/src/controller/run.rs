@@ -12,7 +12,7 @@ use lb_core::{
     desired::{NodePortAddresses, Settings},
     model::{
         Issue, IssueKind, ObjectRef,
-        notification::{NodeEvent, NotificationLog},
+        notification::{EndpointState, HealthNews, NodeEvent, NotificationLog},
     },
     plan::audit::Faults,
 };
@@ -26,7 +26,7 @@ use tracing::{debug, error, info, warn};
 
 use super::{
     Latency,
-    issues::{IssueChanges, LoggedIssues},
+    issues::{IssueChanges, LoggedIssues, MAX_LINES},
     lock_wait,
     save::SnapshotSchedule,
     start::{PATIENCE, Phase},
@@ -48,6 +48,7 @@ use crate::{
 };
 
 mod addresses;
+mod ejections;
 mod exclude;
 mod self_tests;
 mod stale;
@@ -125,7 +126,7 @@ pub async fn run(
     let (mut agent, beside) = Agent::attach(options, settings, &*source, listeners, proof.as_mut())?;
     // Whether the adopted tables already lead the self-test's calls to this agent, before any sync.
     let has_adopted_endpoints = proof.as_ref().is_some_and(SelfTests::is_found);
-    let Background { mut graces, mut port_issues, health_ports, _serving, _excluding } = beside;
+    let Background { mut graces, mut port_issues, health_ports, mut ejections, _working } = beside;
     let Timers { mut interfaces, mut snapshots, mut audits } = Timers::start(agent.options.audit_interval);
     // Maps that could not be read keep serving. They too are at least as new as the snapshot.
     let has_adopted = agent.kernel.is_staged() || !agent.state.image().services.is_empty();
@@ -178,6 +179,7 @@ pub async fn run(
             Some(()) = graces.recv() => agent.on_grace_period(),
             () = until(agent.state.next_share_due()), if phase.may_sync() => agent.state.advance(Instant::now().into_std()),
             () = next_change(&mut port_issues) => agent.report(&*source),
+            Some(news) = ejections.recv() => agent.on_ejections(&*source, news),
             compared = ended(&mut agent.auditing), if agent.auditing.is_some() => agent.finish_audit(&*source, compared),
             written = ended(&mut agent.writing), if agent.writing.is_some() => agent.on_snapshot_written(&*source, written),
             () = agent.addresses.changed() => agent.read_addresses(),
@@ -311,8 +313,9 @@ struct Background {
     graces: mpsc::Receiver<()>,
     port_issues: watch::Receiver<Vec<Issue>>,
     health_ports: JoinHandle<()>,
-    _serving: JoinSet<()>,
-    _excluding: JoinSet<()>,
+    /// Endpoints that were ejected and restored. Closed without passive health.
+    ejections: mpsc::Receiver<Vec<HealthNews>>,
+    _working: [JoinSet<()>; 3],
 }
 
 impl Agent {
@@ -362,13 +365,18 @@ impl Agent {
         let (health_checks, wanted) = watch::channel(HealthChecks::default());
         let (reporting, port_issues) = watch::channel(Vec::new());
         let health_ports = tokio::spawn(health_ports::run(wanted, signs_of_life.clone(), reporting));
+        let (scanning, ejections) = if options.kernel.passive_health {
+            ejections::start(&maps_path, published.subscribe())?
+        } else {
+            (JoinSet::new(), mpsc::channel(1).1)
+        };
         let (excluding, excluded) = watch::channel(ExcludedPods::default());
         let beside = Background {
             graces,
             port_issues: port_issues.clone(),
             health_ports,
-            _serving: serving,
-            _excluding: exclude::start(&maps_path, &options, excluded, signs_of_life)?,
+            ejections,
+            _working: [serving, scanning, exclude::start(&maps_path, &options, excluded, signs_of_life)?],
         };
         let writer = Arc::new(Mutex::new(Writer::new(&options.state_dir)));
         let mut agent = Self {
@@ -628,6 +636,25 @@ impl Agent {
             }
             differs
         });
+    }
+
+    /// Logs ejections and restorations, and queues their notifications.
+    fn on_ejections(&mut self, source: &dyn Source, news: Vec<HealthNews>) {
+        let now = Instant::now().into_std();
+        for one in news.iter().take(MAX_LINES) {
+            match one.state {
+                EndpointState::Ejected { .. } => warn!("{}", one.line(now)),
+                EndpointState::Restored => info!("{}", one.line(now)),
+            }
+        }
+        if let Some(n_more @ 1..) = news.len().checked_sub(MAX_LINES) {
+            warn!(
+                n_more,
+                "more endpoints were ejected or restored than are logged at once: `socklb services` lists them"
+            );
+        }
+        self.ledger.health_changed(news, now);
+        self.send_notifications(source);
     }
 
     fn on_self_test(&mut self, self_test: SelfTest) {

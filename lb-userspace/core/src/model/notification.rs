@@ -6,14 +6,19 @@
 //!
 //! - A notification is sent once and, while it holds, again after each [`REPEAT`], with its count.
 //! - At most [`BURST`] are sent at once, then one per [`REFILL`]. The rest wait, as long as they hold.
+//! - Of the health of a Service's endpoints, at most one ejection and one restoration are sent per
+//!   [`HEALTH_PAUSE`], for all endpoints together, and after everything else: each node of a cluster sends them
+//!   about the same Service, and they must not delay an issue.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    net::SocketAddr,
     sync::Arc,
     time::{Duration, Instant},
 };
 
-use super::{Issue, IssueKind, ObjectKind, ObjectRef};
+use super::{Issue, IssueKind, ObjectKind, ObjectRef, ServiceKey};
+use crate::ejection;
 
 /// Time until a notification is repeated. API servers keep Events for an hour.
 pub const REPEAT: Duration = Duration::from_secs(30 * 60);
@@ -26,6 +31,10 @@ pub const BURST: u32 = 25;
 const MAX_PENDING: usize = 32;
 /// Time until one more may be sent.
 pub const REFILL: Duration = Duration::from_secs(10);
+/// Minimum time between two notifications of one kind about the health of a Service's endpoints.
+pub const HEALTH_PAUSE: Duration = Duration::from_secs(5 * 60);
+/// How long an endpoint's health waits to be sent. Then it is dropped.
+const HEALTH_MEMORY: Duration = Duration::from_secs(15 * 60);
 
 /// A notification about an object.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -59,6 +68,65 @@ impl DueNotification {
     #[must_use]
     pub fn text(&self) -> String {
         format!("node {}: {}", self.node, self.notification.note)
+    }
+}
+
+/// An endpoint that was ejected or restored.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HealthNews {
+    /// The Service.
+    pub service: ServiceKey,
+    /// The Service port's name.
+    pub port_name: Arc<str>,
+    /// The endpoint.
+    pub endpoint: SocketAddr,
+    /// What it is now.
+    pub state: EndpointState,
+}
+
+/// Whether calls avoid an endpoint.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum EndpointState {
+    /// They do.
+    Ejected {
+        /// When the ejection ends.
+        until: Instant,
+        /// Failures in a row; 0 if the ejection has ended.
+        failures: u32,
+        /// The error of the last one; 0 for a SYN without an answer.
+        errno: u32,
+    },
+    /// They did, until a connection was established.
+    Restored,
+}
+
+impl EndpointState {
+    const fn is_ejected(&self) -> bool {
+        matches!(self, Self::Ejected { .. })
+    }
+}
+
+impl HealthNews {
+    /// As a log line.
+    #[must_use]
+    pub fn line(&self, now: Instant) -> String {
+        let Self { service, port_name, endpoint, state } = self;
+        format!("{}: {}", ObjectRef::from(service), health_text(port_name, *endpoint, state, now))
+    }
+}
+
+fn health_text(port_name: &str, endpoint: SocketAddr, state: &EndpointState, now: Instant) -> String {
+    let port = if port_name.is_empty() { String::new() } else { format!(" of port {port_name}") };
+    match *state {
+        EndpointState::Ejected { until, failures, errno } => {
+            let seconds = until.saturating_duration_since(now).as_millis().div_ceil(1000);
+            let ejected = ejection::text(u64::try_from(seconds).unwrap_or(u64::MAX), failures, errno);
+            let verb = if failures == 0 { "was" } else { "is" };
+            format!("endpoint {endpoint}{port} {verb} {ejected}")
+        }
+        EndpointState::Restored => {
+            format!("endpoint {endpoint}{port} is restored: a connection was established")
+        }
     }
 }
 
@@ -137,6 +205,55 @@ impl Notification {
     }
 }
 
+/// What is to be sent about the health of a Service's endpoints.
+#[derive(Clone, Debug, Default)]
+struct ServiceHealth {
+    /// The last state of each endpoint and its time, until it is sent; by port and endpoint.
+    pending: BTreeMap<(Arc<str>, SocketAddr), (EndpointState, Instant)>,
+    /// When a restoration and when an ejection was last sent.
+    sent: [Option<Instant>; 2],
+}
+
+impl ServiceHealth {
+    fn may_send(&self, is_ejected: bool, now: Instant) -> bool {
+        let sent = self.sent[usize::from(is_ejected)];
+        sent.is_none_or(|sent| now.saturating_duration_since(sent) >= HEALTH_PAUSE)
+    }
+
+    /// Drops what is old. Returns whether anything is left to remember.
+    fn expire(&mut self, now: Instant) -> bool {
+        self.pending.retain(|_, (_, since)| now.saturating_duration_since(*since) < HEALTH_MEMORY);
+        !(self.pending.is_empty() && self.may_send(false, now) && self.may_send(true, now))
+    }
+
+    /// The time of the oldest state that may be sent.
+    fn due_since(&self, now: Instant) -> Option<Instant> {
+        let is_due = |(state, _): &&(EndpointState, Instant)| self.may_send(state.is_ejected(), now);
+        self.pending.values().filter(is_due).map(|(_, since)| *since).min()
+    }
+
+    /// The notification about the endpoints that are ejected or that are restored: about the first one, with
+    /// the number of others. Removes them.
+    fn take(&mut self, service: &ServiceKey, is_ejected: bool, now: Instant) -> Option<Notification> {
+        if !self.may_send(is_ejected, now) {
+            return None;
+        }
+        let mut endpoints = self.pending.iter().filter(|(_, (state, _))| state.is_ejected() == is_ejected);
+        let ((port_name, endpoint), (state, _)) = endpoints.next()?;
+        let text = health_text(port_name, *endpoint, state, now);
+        let note = match endpoints.count() {
+            0 => text,
+            1 => format!("{text}; so is 1 more endpoint"),
+            n_more => format!("{text}; so are {n_more} more endpoints"),
+        };
+        self.pending.retain(|_, (state, _)| state.is_ejected() != is_ejected);
+        self.sent[usize::from(is_ejected)] = Some(now);
+        let (reason, action) =
+            if is_ejected { ("EndpointEjected", "Eject") } else { ("EndpointRestored", "Restore") };
+        Some(Notification { object: ObjectRef::from(service), is_warning: is_ejected, reason, action, note })
+    }
+}
+
 #[derive(Clone, Copy, Debug)]
 struct Sent {
     n_times: u32,
@@ -152,6 +269,8 @@ pub struct NotificationLog {
     sent: BTreeMap<Notification, Sent>,
     /// Node events that wait to be sent, without duplicates.
     pending: Vec<Notification>,
+    /// The Services whose endpoints were ejected or restored, until that is sent and the pause is over.
+    health: BTreeMap<ServiceKey, ServiceHealth>,
     /// Notifications that may be sent at once, as of `counted`.
     n_free: u32,
     counted: Instant,
@@ -161,7 +280,8 @@ impl NotificationLog {
     /// A ledger without any notification sent. `node` is the name of the agent's Node.
     #[must_use]
     pub fn new(node: Arc<str>, now: Instant) -> Self {
-        Self { node, sent: BTreeMap::new(), pending: Vec::new(), n_free: BURST, counted: now }
+        let (sent, health) = (BTreeMap::new(), BTreeMap::new());
+        Self { node, sent, pending: Vec::new(), health, n_free: BURST, counted: now }
     }
 
     /// Queues a node event. A later [`Self::due`] returns it; more than 32 waiting ones are dropped, oldest
@@ -174,6 +294,16 @@ impl NotificationLog {
                 self.pending.remove(0);
             }
             self.pending.push(notification);
+        }
+    }
+
+    /// Queues ejections and restorations. A later [`Self::due`] returns what still holds then; what waits for
+    /// longer than 15 minutes is dropped.
+    pub fn health_changed(&mut self, news: impl IntoIterator<Item = HealthNews>, now: Instant) {
+        // Here, since a source that takes no notifications never asks for those that are due.
+        self.health.retain(|_, health| health.expire(now));
+        for HealthNews { service, port_name, endpoint, state } in news {
+            self.health.entry(service).or_default().pending.insert((port_name, endpoint), (state, now));
         }
     }
 
@@ -207,7 +337,7 @@ impl NotificationLog {
             .chain(holding.into_iter().map(|n| (n, false)))
         {
             let (notification, is_news) = notification;
-            let told = self.sent.get(&notification).copied();
+            let told = self.sent.get(&notification);
             let is_due =
                 is_news || told.is_none_or(|told| now.saturating_duration_since(told.last) >= REPEAT);
             if !is_due {
@@ -219,12 +349,36 @@ impl NotificationLog {
                 }
                 continue;
             }
-            self.n_free -= 1;
-            let n_times = told.map_or(1, |told| told.n_times.saturating_add(1));
-            self.sent.insert(notification.clone(), Sent { n_times, last: now, held: now });
-            due.push(DueNotification { notification, n_times, node: Arc::clone(&self.node) });
+            due.push(self.send(notification, now));
         }
+        self.health_due(&mut due, room, now);
         due
+    }
+
+    /// Adds what is due about the health of endpoints, the oldest first.
+    fn health_due(&mut self, due: &mut Vec<DueNotification>, room: usize, now: Instant) {
+        let waiting =
+            self.health.iter().filter_map(|(service, health)| Some((health.due_since(now)?, service)));
+        let waiting: BTreeSet<(Instant, ServiceKey)> =
+            waiting.map(|(since, service)| (since, service.clone())).collect();
+        for (_, service) in waiting {
+            for is_ejected in [true, false] {
+                if due.len() >= room || self.n_free == 0 {
+                    return;
+                }
+                let health = self.health.get_mut(&service);
+                let notification = health.and_then(|health| health.take(&service, is_ejected, now));
+                due.extend(notification.map(|notification| self.send(notification, now)));
+            }
+        }
+    }
+
+    /// Counts a notification as sent.
+    fn send(&mut self, notification: Notification, now: Instant) -> DueNotification {
+        self.n_free = self.n_free.saturating_sub(1);
+        let n_times = self.sent.get(&notification).map_or(1, |told| told.n_times.saturating_add(1));
+        self.sent.insert(notification.clone(), Sent { n_times, last: now, held: now });
+        DueNotification { notification, n_times, node: Arc::clone(&self.node) }
     }
 
     fn refill(&mut self, now: Instant) {
@@ -353,6 +507,95 @@ mod tests {
         );
     }
 
+    fn health(service: &str, last: u8, state: EndpointState) -> HealthNews {
+        let service = ServiceKey::new("shop", service);
+        HealthNews { service, port_name: "http".into(), endpoint: ([10, 0, 0, last], 80).into(), state }
+    }
+
+    fn ejected(until: Instant) -> EndpointState {
+        EndpointState::Ejected { until, failures: 3, errno: 111 }
+    }
+
+    #[test]
+    fn ejections_and_restorations_are_sent_for_all_endpoints_of_a_service_together() {
+        let start = Instant::now();
+        let at = |seconds| start + Duration::from_secs(seconds);
+        let mut ledger = ledger(start);
+        let is_ejected = "is ejected for 10 s: 3 failures in a row, the last one: connection refused";
+        let is_restored = "is restored: a connection was established";
+        // Seconds, the endpoints that are ejected and restored then, and the texts that are due.
+        for (seconds, ejections, restorations, expected) in [
+            (0, vec![1], vec![], vec![format!("endpoint 10.0.0.1:80 of port http {is_ejected}")]),
+            (1, vec![2, 3, 4], vec![], vec![]),
+            // One of them before its ejection was sent.
+            (
+                20,
+                vec![],
+                vec![1, 4],
+                vec![format!("endpoint 10.0.0.1:80 of port http {is_restored}; so is 1 more endpoint")],
+            ),
+            (21, vec![], vec![3], vec![]),
+            (299, vec![2], vec![], vec![]),
+            (300, vec![2], vec![], vec![format!("endpoint 10.0.0.2:80 of port http {is_ejected}")]),
+            (320, vec![], vec![], vec![format!("endpoint 10.0.0.3:80 of port http {is_restored}")]),
+            (900, vec![], vec![], vec![]),
+            (
+                1000,
+                (1..=200).collect(),
+                vec![],
+                vec![format!("endpoint 10.0.0.1:80 of port http {is_ejected}; so are 199 more endpoints")],
+            ),
+        ] {
+            let ejections = ejections.into_iter().map(|last| health("web", last, ejected(at(seconds + 10))));
+            let restorations =
+                restorations.into_iter().map(|last| health("web", last, EndpointState::Restored));
+            ledger.health_changed(ejections.chain(restorations), at(seconds));
+            let due = ledger.due([], 10, at(seconds));
+            let texts: Vec<_> = due.iter().map(|due| due.notification.note.clone()).collect();
+            assert_eq!(texts, expected, "at {seconds} s");
+        }
+    }
+
+    #[test]
+    fn ejections_of_many_services_are_sent_after_everything_else_and_as_they_are_then() {
+        let start = Instant::now();
+        let at = |seconds| start + Duration::from_secs(seconds);
+        let mut ledger = ledger(start);
+        let all = (0..10_000).map(|n| health(&format!("web-{n:04}"), 1, ejected(at(10))));
+        ledger.health_changed(all, start);
+        ledger.happened(&NodeEvent::Attached);
+        let due = ledger.due([taken("web")], 100, start);
+        let reasons: Vec<_> = due.iter().map(|due| due.notification.reason).collect();
+        let expected = [&["Starting", "AddressConflict"][..], &["EndpointEjected"; 23]].concat();
+        assert_eq!(reasons, expected);
+        let due = ledger.due([taken("web")], 100, at(20));
+        let texts: Vec<_> = due.iter().map(|due| due.notification.note.as_str()).collect();
+        let text = "endpoint 10.0.0.1:80 of port http is ejected until a call on trial is established: 3 failures in a row, the \
+                    last one: connection refused";
+        assert_eq!((texts, &*due[0].notification.object.name), (vec![text; 2], "web-0023"));
+        // What is too old takes no memory.
+        ledger.health_changed([], at(15 * 60));
+        assert_eq!((ledger.due([taken("web")], 100, at(15 * 60)), ledger.health.len()), (vec![], 0));
+    }
+
+    #[test]
+    fn ejections_that_find_no_room_wait() {
+        let start = Instant::now();
+        let mut ledger = ledger(start);
+        let two = [health("web", 1, ejected(start)), health("web", 2, EndpointState::Restored)];
+        ledger.health_changed(two, start);
+        for (room, expected) in [
+            (0, None),
+            (1, Some(("EndpointEjected", true))),
+            (1, Some(("EndpointRestored", false))),
+            (1, None),
+        ] {
+            let due = ledger.due([], room, start);
+            let found = due.first().map(|due| (due.notification.reason, due.notification.is_warning));
+            assert_eq!((due.len(), found), (usize::from(expected.is_some()), expected));
+        }
+    }
+
     #[test]
     fn the_text_of_each_event() {
         let of_service = [
@@ -387,6 +630,14 @@ mod tests {
             NodeEvent::SelfTestFailed { problem: "TCP over IPv4: connect: Connection refused".into() },
         ];
         let of_node = of_node.map(|news| Notification::of_node("node-a", &news));
+        let now = Instant::now();
+        let unnamed = |state| HealthNews { port_name: "".into(), ..health("web", 1, state) };
+        let mut of_endpoints = ledger(now);
+        let of_endpoints =
+            [unnamed(ejected(now)), unnamed(EndpointState::Restored)].into_iter().flat_map(|news| {
+                of_endpoints.health_changed([news], now);
+                of_endpoints.due([], 9, now).into_iter().map(|due| due.notification).collect::<Vec<_>>()
+            });
         let line = |notification: Notification| {
             let Notification { is_warning, reason, action, ref object, .. } = notification;
             let (kind, object) = (if is_warning { "Warning" } else { "Normal" }, object.to_string());
@@ -434,12 +685,16 @@ mod tests {
               node node-a: spec.healthCheckNodePort: is missing or 0 although externalTrafficPolicy is Local; health checks are not answered
             Service shop/web: Warning InvalidService (Read)
               node node-a: invalid type: string "x", expected i32; the object is left out
+            Service shop/web: Warning EndpointEjected (Eject)
+              node node-a: endpoint 10.0.0.1:80 is ejected until a call on trial is established: 3 failures in a row, the last one: connection refused
+            Service shop/web: Normal EndpointRestored (Restore)
+              node node-a: endpoint 10.0.0.1:80 is restored: a connection was established
             Node node-a: Normal Starting (StartSocklb)
               node node-a: socklb has attached its programs
             Node node-a: Normal Synced (StartSocklb)
               node node-a: socklb has synced: the maps hold 3 frontends
             Node node-a: Warning SelfTestFailed (SelfTest)
               node node-a: socklb's self-test failed: TCP over IPv4: connect: Connection refused
-        "#]].assert_eq(&of_service.chain(of_node).map(line).collect::<String>());
+        "#]].assert_eq(&of_service.chain(of_endpoints).chain(of_node).map(line).collect::<String>());
     }
 }

@@ -297,6 +297,12 @@ impl Encoder {
         &self.service_ids_by_port
     }
 
+    /// The endpoint ids in use are below this number.
+    #[must_use]
+    pub fn n_endpoint_ids(&self) -> u32 {
+        self.endpoint_ids.end()
+    }
+
     /// The sizes of the tables.
     #[must_use]
     pub fn capacity(&self) -> Capacity {

@@ -39,6 +39,12 @@ impl Pool {
         Some(self.fresh - 1)
     }
 
+    /// The taken numbers are below this one.
+    #[must_use]
+    pub fn end(&self) -> u32 {
+        self.fresh
+    }
+
     /// Frees numbers that no program reads.
     pub fn free(&mut self, ids: impl IntoIterator<Item = u32>) {
         self.free.extend(ids);
@@ -57,10 +63,12 @@ mod tests {
     #[test]
     fn a_freed_number_waits_for_those_before_it() {
         let mut pool = Pool::new(3, &BTreeSet::new());
+        assert_eq!(pool.end(), 0);
         assert_eq!([pool.take(), pool.take(), pool.take(), pool.take()], [Some(0), Some(1), Some(2), None]);
         pool.free([1, 0]);
         pool.put_back(2);
         assert_eq!([pool.take(), pool.take(), pool.take(), pool.take()], [Some(2), Some(1), Some(0), None]);
+        assert_eq!(pool.end(), 3);
     }
 
     #[test]

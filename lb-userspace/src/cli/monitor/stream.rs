@@ -21,6 +21,10 @@ use crate::cli::listing::service_text;
 pub(super) enum Line {
     /// A socket was redirected to an endpoint.
     Connection(Connection),
+    /// An endpoint was ejected.
+    Ejection(Ejected),
+    /// A connection to an ejected endpoint was established.
+    Restoration(OfEndpoint),
     /// The counters of an interval.
     Summary(Summary),
 }
@@ -43,6 +47,34 @@ pub(super) struct Connection {
     pub(super) node: String,
     /// The socket's cookie, which `ss -e` shows in hexadecimal after `sk:`.
     pub(super) cookie: u64,
+}
+
+/// An endpoint, when something happened to it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub(super) struct OfEndpoint {
+    /// Time of the poll in RFC 3339: up to a second after the event.
+    pub(super) time: String,
+    /// Empty if no object has the address.
+    pub(super) namespace: String,
+    pub(super) name: String,
+    pub(super) port_name: String,
+    pub(super) protocol: Protocol,
+    pub(super) endpoint: SocketAddr,
+    /// The endpoint's node, if known.
+    pub(super) node: String,
+}
+
+/// An ejection.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub(super) struct Ejected {
+    #[serde(flatten)]
+    pub(super) of: OfEndpoint,
+    /// Connections that failed in a row; 0 if the ejection has ended.
+    pub(super) failures: u32,
+    /// Seconds until the ejection ends.
+    pub(super) seconds: u64,
+    /// Why, and until when, for people.
+    pub(super) reason: String,
 }
 
 /// Number of calls, and how many of them were shown.
@@ -159,12 +191,35 @@ impl Connection {
     }
 }
 
+impl OfEndpoint {
+    /// As a line of text, with what happened; `has_colour` on a terminal.
+    fn text(&self, event: &str, has_colour: bool) -> String {
+        let (bold, plain) = if has_colour { ("\u{1b}[1m", "\u{1b}[0m") } else { ("", "") };
+        let node = if self.node.is_empty() { String::new() } else { format!(" on {}", self.node) };
+        let service = service_text(&self.namespace, &self.name, &self.port_name);
+        format!("{}  {bold}{service}{plain}  {}{node}  {bold}{event}{plain}", self.time, self.endpoint)
+    }
+}
+
+impl Line {
+    /// As a line of text; `has_colour` on a terminal.
+    pub(super) fn text(&self, has_colour: bool) -> String {
+        match self {
+            Self::Connection(connection) => connection.text(has_colour),
+            Self::Ejection(ejection) => ejection.of.text(&ejection.reason, has_colour),
+            Self::Restoration(of) => of.text("restored: a connection was established", has_colour),
+            Self::Summary(summary) => summary.text(has_colour),
+        }
+    }
+}
+
 /// The header that names the columns and the summaries; `has_colour` on a terminal.
 pub(super) fn header(interval: Duration, summary: Duration, has_colour: bool) -> String {
     let (dim, plain) = if has_colour { ("\u{1b}[2m", "\u{1b}[0m") } else { ("", "") };
     format!(
         "{dim}# time  service  address called -> endpoint on its node  sk: cookie of the socket{plain}\n\
-         {dim}# new sockets every {interval:?} (--interval), a summary every {summary:?}; `socklb top` shows all calls{plain}"
+         {dim}# new sockets every {interval:?} (--interval), a summary every {summary:?}; `socklb top` shows all calls{plain}\n\
+         {dim}# and, every second, endpoints that were ejected or restored{plain}"
     )
 }
 
@@ -276,15 +331,36 @@ mod tests {
             node: String::new(),
             ..connection.clone()
         };
-        let text = [connection.text(false), unknown.text(false), connection.text(true), summary.text(false)];
-        let json = [Line::Connection(connection), Line::Summary(summary)]
-            .map(|line| serde_json::to_string(&line).unwrap());
+        let of = OfEndpoint {
+            time: connection.time.clone(),
+            namespace: "default".into(),
+            name: "web".into(),
+            port_name: "http".into(),
+            protocol: Protocol::Tcp,
+            endpoint: connection.endpoint,
+            node: "node-1".into(),
+        };
+        let reason = "ejected for 10 s: 3 failures in a row, the last one: no answer".into();
+        let ejection = Ejected { of: of.clone(), failures: 3, seconds: 10, reason };
+        let text = [unknown.text(false), connection.text(true)];
+        let lines = [
+            Line::Connection(connection),
+            Line::Ejection(ejection),
+            Line::Restoration(of),
+            Line::Summary(summary),
+        ];
+        let text = [&text[..], &lines.each_ref().map(|line| line.text(false))].concat();
+        let json = lines.map(|line| serde_json::to_string(&line).unwrap());
         expect![[r#"
-            2026-01-02T03:04:05.678Z  default/web:http  10.96.0.80:80/tcp -> 10.244.1.10:8080 on node-1  sk:1a28d9
             2026-01-02T03:04:05.678Z  -  10.96.0.80:80/tcp -> 10.244.1.10:8080  sk:1a28d9
             2026-01-02T03:04:05.678Z  ESC[1mdefault/web:httpESC[0m  10.96.0.80:80/tcp -> 10.244.1.10:8080 on node-1  sk:1a28d9
+            2026-01-02T03:04:05.678Z  default/web:http  10.96.0.80:80/tcp -> 10.244.1.10:8080 on node-1  sk:1a28d9
+            2026-01-02T03:04:05.678Z  default/web:http  10.244.1.10:8080 on node-1  ejected for 10 s: 3 failures in a row, the last one: no answer
+            2026-01-02T03:04:05.678Z  default/web:http  10.244.1.10:8080 on node-1  restored: a connection was established
             # 5 connects, 3 datagrams, 1 refused; 2 shown, 6 unseen
             {"event":"connection","time":"2026-01-02T03:04:05.678Z","namespace":"default","name":"web","port_name":"http","protocol":"TCP","service":"10.96.0.80:80","endpoint":"10.244.1.10:8080","node":"node-1","cookie":1714393}
+            {"event":"ejection","time":"2026-01-02T03:04:05.678Z","namespace":"default","name":"web","port_name":"http","protocol":"TCP","endpoint":"10.244.1.10:8080","node":"node-1","failures":3,"seconds":10,"reason":"ejected for 10 s: 3 failures in a row, the last one: no answer"}
+            {"event":"restoration","time":"2026-01-02T03:04:05.678Z","namespace":"default","name":"web","port_name":"http","protocol":"TCP","endpoint":"10.244.1.10:8080","node":"node-1"}
             {"event":"summary","connects":5,"datagrams":3,"refused":1,"shown":2,"unseen":6}"#]]
         .assert_eq(&[&text[..], &json[..]].concat().join("\n").replace('\u{1b}', "ESC"));
     }

@@ -69,22 +69,25 @@ fn draw_table(frame: &mut Frame<'_>, area: Rect, report: &Report, view: &View) {
         Sort::Refused => 4,
         Sort::Sockets => 5,
     };
-    let header = HEADER.into_iter().enumerate().map(|(column, name)| {
+    let [columns @ .., _health] = HEADER;
+    let header = columns.into_iter().enumerate().map(|(column, name)| {
         let style = if column == sorted_by { Modifier::REVERSED } else { Modifier::BOLD };
         aligned(column, Span::styled(name, Style::new().add_modifier(style)))
     });
     let mut lines: Vec<Row<'_>> = Vec::new();
     for row in &report.services {
         let is_refusing = row.refused_per_second.is_some_and(|rate| rate > 0.0);
-        let cells = port_cells(row).into_iter().enumerate().map(|(column, text)| {
+        let cells = narrow(port_cells(row)).into_iter().enumerate().map(|(column, text)| {
             let text = Span::raw(text);
-            aligned(column, if is_refusing && column == 4 { text.red() } else { text })
+            let is_bad = (is_refusing && column == 4) || (row.ejected > 0 && column == 0);
+            aligned(column, if is_bad { text.red() } else { text })
         });
         lines.push(Row::new(cells));
         if view.has_endpoints {
             lines.extend(row.endpoints.iter().map(|endpoint| {
-                let cells = endpoint_cells(endpoint).into_iter().enumerate();
-                Row::new(cells.map(|(column, text)| aligned(column, Span::raw(text)))).dim()
+                let cells = narrow(endpoint_cells(endpoint)).into_iter().enumerate();
+                let row = Row::new(cells.map(|(column, text)| aligned(column, Span::raw(text))));
+                if endpoint.health.ejected_seconds.is_some() { row.red() } else { row.dim() }
             }));
         }
     }
@@ -97,9 +100,17 @@ fn draw_table(frame: &mut Frame<'_>, area: Rect, report: &Report, view: &View) {
         Constraint::Length(9),
         Constraint::Length(9),
         Constraint::Length(7),
+        Constraint::Length(7),
     ];
     let table = Table::new(lines.drain(first..), widths).column_spacing(1).header(Row::new(header));
     frame.render_widget(table, area);
+}
+
+/// A terminal has no room for a column that is mostly empty: the health follows the name.
+fn narrow([name, cells @ .., health]: [String; HEADER.len()]) -> [String; HEADER.len() - 1] {
+    let name = if health.is_empty() { name } else { format!("{name}, {health}") };
+    let mut cells = cells.into_iter();
+    std::array::from_fn(|column| if column == 0 { name.clone() } else { cells.next().unwrap_or_default() })
 }
 
 /// Names are aligned left, numbers right.
@@ -115,7 +126,10 @@ mod tests {
     use ratatui::{Terminal, backend::TestBackend};
 
     use super::*;
-    use crate::cli::top::model::{EndpointRow, PortRow};
+    use crate::cli::{
+        listing::HealthPart,
+        top::model::{EndpointRow, PortRow},
+    };
 
     fn report() -> Report {
         let row = |name: &str, last: u8, calls, rate, refused: f64| PortRow {
@@ -130,6 +144,7 @@ mod tests {
             refused: 40,
             refused_per_second: Some(refused),
             sockets: Some(u64::from(last)),
+            ejected: 1,
             endpoints: (0..2)
                 .map(|n| EndpointRow {
                     address: [10, 244, n, last].into(),
@@ -138,11 +153,19 @@ mod tests {
                     calls: calls / 2,
                     calls_per_second: Some(rate / 2.0),
                     sockets: None,
+                    health: HealthPart {
+                        failures: Some(3 * u32::from(n)),
+                        ejected_seconds: (n == 1).then_some(7),
+                        ejected_reason: (n == 1).then(|| "ejected for 7 s: 3 failures in a row".into()),
+                        ejections: n.into(),
+                        connect_microseconds: (n == 0).then_some(1250),
+                    },
                 })
                 .collect(),
         };
         let mut idle = row("idle", 90, 0, 0.0, 2.5);
         idle.endpoints.clear();
+        idle.ejected = 0;
         Report {
             time: "2026-01-02 03:04:05".into(),
             seconds: Some(1.0),
@@ -171,16 +194,16 @@ mod tests {
             &view(),
             None,
             &expect![[r"
-            2026-01-02 03:04:05  2 ports  321.0 calls/s  2.5 refused/s
+                2026-01-02 03:04:05  2 ports  321.0 calls/s  2.5 refused/s
 
-            SERVICE                              ADDRESS                       CALLS   CALLS/S   REFUSED SOCKETS
-            default/web:http                     10.96.0.80:80/tcp           1234567     321.0        40      80
-              node-0                             10.244.0.80:8080             617283     160.5                 -
-              node-1                             10.244.1.80:8080             617283     160.5                 -
-            default/idle:http                    10.96.0.90:80/tcp                 0       0.0        40      90
+                SERVICE                         ADDRESS                    CALLS   CALLS/S   REFUSED SOCKETS CONNECT
+                default/web:http, 1 ejected     10.96.0.80:80/tcp        1234567     321.0        40      80
+                  node-0                        10.244.0.80:8080          617283     160.5                 -   1.2ms
+                  node-1, ejected for 7 s: 3 fa 10.244.1.80:8080          617283     160.5                 -       -
+                default/idle:http               10.96.0.90:80/tcp              0       0.0        40      90
 
-            q quit  sort: n name c calls r rate x refused o sockets  / filter  e endpoints  space pause
-        "]],
+                q quit  sort: n name c calls r rate x refused o sockets  / filter  e endpoints  space pause
+            "]],
         );
     }
 
@@ -192,16 +215,16 @@ mod tests {
             &view,
             None,
             &expect![[r"
-            2026-01-02 03:04:05  2 ports  321.0 calls/s  2.5 refused/s  PAUSED
+                2026-01-02 03:04:05  2 ports  321.0 calls/s  2.5 refused/s  PAUSED
 
-            SERVICE                              ADDRESS                       CALLS   CALLS/S   REFUSED SOCKETS
-            default/web:http                     10.96.0.80:80/tcp           1234567     321.0        40      80
-            default/idle:http                    10.96.0.90:80/tcp                 0       0.0        40      90
+                SERVICE                         ADDRESS                    CALLS   CALLS/S   REFUSED SOCKETS CONNECT
+                default/web:http, 1 ejected     10.96.0.80:80/tcp        1234567     321.0        40      80
+                default/idle:http               10.96.0.90:80/tcp              0       0.0        40      90
 
 
 
-            q quit  sort: n name c calls r rate x refused o sockets  / filter  e endpoints  space pause
-        "]],
+                q quit  sort: n name c calls r rate x refused o sockets  / filter  e endpoints  space pause
+            "]],
         );
     }
 
@@ -214,16 +237,16 @@ mod tests {
             &view,
             None,
             &expect![[r"
-            2026-01-02 03:04:05  0 ports  - calls/s  - refused/s
-            filter: web_
-            SERVICE                              ADDRESS                       CALLS   CALLS/S   REFUSED SOCKETS
+                2026-01-02 03:04:05  0 ports  - calls/s  - refused/s
+                filter: web_
+                SERVICE                         ADDRESS                    CALLS   CALLS/S   REFUSED SOCKETS CONNECT
 
 
 
 
 
-            q quit  sort: n name c calls r rate x refused o sockets  / filter  e endpoints  space pause
-        "]],
+                q quit  sort: n name c calls r rate x refused o sockets  / filter  e endpoints  space pause
+            "]],
         );
         let view = View { is_typing: false, ..view };
         shows(
@@ -231,16 +254,16 @@ mod tests {
             &view,
             None,
             &expect![[r"
-            2026-01-02 03:04:05  0 ports  - calls/s  - refused/s
-            filter: web (Esc clears it); sockets cannot be listed: CAP_PERFMON or the kernel's BTF is missing
-            SERVICE                              ADDRESS                       CALLS   CALLS/S   REFUSED SOCKETS
+                2026-01-02 03:04:05  0 ports  - calls/s  - refused/s
+                filter: web (Esc clears it); sockets cannot be listed: CAP_PERFMON or the kernel's BTF is missing
+                SERVICE                         ADDRESS                    CALLS   CALLS/S   REFUSED SOCKETS CONNECT
 
 
 
 
 
-            q quit  sort: n name c calls r rate x refused o sockets  / filter  e endpoints  space pause
-        "]],
+                q quit  sort: n name c calls r rate x refused o sockets  / filter  e endpoints  space pause
+            "]],
         );
     }
 
@@ -252,16 +275,16 @@ mod tests {
             &view,
             Some("nothing is pinned"),
             &expect![[r"
-            2026-01-02 03:04:05  2 ports  321.0 calls/s  2.5 refused/s
-            nothing is pinned
-            SERVICE                              ADDRESS                       CALLS   CALLS/S   REFUSED SOCKETS
-            default/idle:http                    10.96.0.90:80/tcp                 0       0.0        40      90
+                2026-01-02 03:04:05  2 ports  321.0 calls/s  2.5 refused/s
+                nothing is pinned
+                SERVICE                         ADDRESS                    CALLS   CALLS/S   REFUSED SOCKETS CONNECT
+                default/idle:http               10.96.0.90:80/tcp              0       0.0        40      90
 
 
 
 
-            q quit  sort: n name c calls r rate x refused o sockets  / filter  e endpoints  space pause
-        "]],
+                q quit  sort: n name c calls r rate x refused o sockets  / filter  e endpoints  space pause
+            "]],
         );
     }
 

@@ -15,7 +15,7 @@ use lb_core::{desired::FrontendAddress, model::Protocol, state::State};
 use serde::Serialize;
 
 use crate::cli::{
-    listing::{self, service_text},
+    listing::{self, HealthPart, service_text},
     sample::{Reading, frontend_of},
 };
 
@@ -51,6 +51,8 @@ pub(super) struct PortRow {
     pub(super) refused_per_second: Option<f64>,
     /// Open sockets that last called this port; `null` if they cannot be listed.
     pub(super) sockets: Option<u64>,
+    /// Number of endpoints that are ejected.
+    pub(super) ejected: usize,
     pub(super) endpoints: Vec<EndpointRow>,
 }
 
@@ -64,6 +66,8 @@ pub(super) struct EndpointRow {
     pub(super) calls: u64,
     pub(super) calls_per_second: Option<f64>,
     pub(super) sockets: Option<u64>,
+    #[serde(flatten)]
+    pub(super) health: HealthPart,
 }
 
 /// Sort keys. Numbers sort from the largest, equal ones by name.
@@ -112,6 +116,7 @@ struct Endpoint {
     node: String,
     calls: u64,
     sockets: Option<u64>,
+    health: HealthPart,
 }
 
 impl Counted {
@@ -169,6 +174,7 @@ impl Sample {
             let entries = reading.image.entries(address.ip.is_ipv6(), frontend.run).unwrap_or_default();
             for entry in entries {
                 let stats = reading.endpoints.get(&entry.endpoint_id).copied().unwrap_or_default();
+                let health = reading.health.get(&entry.endpoint_id).copied().unwrap_or_default();
                 port.endpoints.insert(
                     entry.endpoint_id,
                     Endpoint {
@@ -176,6 +182,7 @@ impl Sample {
                         node: nodes.get(&entry.address).copied().unwrap_or_default().to_owned(),
                         calls: stats.connects.saturating_add(stats.datagrams),
                         sockets: count(&of_endpoints, entry.endpoint_id),
+                        health: HealthPart::new(frontend.health != 0, &health, reading.now),
                     },
                 );
             }
@@ -208,6 +215,7 @@ impl Sample {
                             calls: endpoint.calls,
                             calls_per_second: rate(earlier.map(|earlier| earlier.calls), endpoint.calls),
                             sockets: endpoint.sockets,
+                            health: endpoint.health.clone(),
                         }
                     })
                     .collect();
@@ -224,6 +232,7 @@ impl Sample {
                     refused: port.refused,
                     refused_per_second: rate(earlier.map(|earlier| earlier.refused), port.refused),
                     sockets: port.sockets,
+                    ejected: endpoints.iter().filter(|row| row.health.ejected_seconds.is_some()).count(),
                     endpoints,
                 }
             })
@@ -325,25 +334,26 @@ impl Report {
                 lines.extend(row.endpoints.iter().map(endpoint_cells));
             }
         }
-        let mut widths = [0; 6];
+        let mut widths = [0; HEADER.len()];
         for line in &lines {
             for (width, cell) in widths.iter_mut().zip(line) {
                 *width = cell.chars().count().max(*width);
             }
         }
-        let [service, address, calls, rate, refused, sockets] = widths;
-        lines.iter().fold(String::new(), |mut text, [a, b, c, d, e, f]| {
-            let _infallible = writeln!(
-                text,
-                "{a:service$}  {b:address$}  {c:>calls$}  {d:>rate$}  {e:>refused$}  {f:>sockets$}"
+        let [service, address, calls, rate, refused, sockets, connect, _] = widths;
+        lines.iter().fold(String::new(), |mut text, [a, b, c, d, e, f, g, h]| {
+            let line = format!(
+                "{a:service$}  {b:address$}  {c:>calls$}  {d:>rate$}  {e:>refused$}  {f:>sockets$}  {g:>connect$}  {h}"
             );
+            let _infallible = writeln!(text, "{}", line.trim_end());
             text
         })
     }
 }
 
 /// The columns.
-pub(super) const HEADER: [&str; 6] = ["SERVICE", "ADDRESS", "CALLS", "CALLS/S", "REFUSED", "SOCKETS"];
+pub(super) const HEADER: [&str; 8] =
+    ["SERVICE", "ADDRESS", "CALLS", "CALLS/S", "REFUSED", "SOCKETS", "CONNECT", "HEALTH"];
 
 /// A dash for an unknown value.
 fn known(value: Option<impl ToString>) -> String {
@@ -354,8 +364,17 @@ fn rate_text(rate: Option<f64>) -> String {
     known(rate.map(|rate| format!("{rate:.1}")))
 }
 
+/// Microseconds in few characters.
+fn time_text(microseconds: u32) -> String {
+    match microseconds {
+        0..1000 => format!("{microseconds}us"),
+        1000..1_000_000 => format!("{:.1}ms", f64::from(microseconds) / 1e3),
+        _ => format!("{:.1}s", f64::from(microseconds) / 1e6),
+    }
+}
+
 /// A port in the columns of [`HEADER`].
-pub(super) fn port_cells(row: &PortRow) -> [String; 6] {
+pub(super) fn port_cells(row: &PortRow) -> [String; HEADER.len()] {
     [
         row.service(),
         row.address(),
@@ -363,12 +382,19 @@ pub(super) fn port_cells(row: &PortRow) -> [String; 6] {
         rate_text(row.calls_per_second),
         row.refused.to_string(),
         known(row.sockets),
+        String::new(),
+        if row.ejected == 0 { String::new() } else { format!("{} ejected", row.ejected) },
     ]
 }
 
 /// An endpoint in the columns of [`HEADER`].
-pub(super) fn endpoint_cells(row: &EndpointRow) -> [String; 6] {
+pub(super) fn endpoint_cells(row: &EndpointRow) -> [String; HEADER.len()] {
     let node = if row.node.is_empty() { "-" } else { &row.node };
+    let health = match (&row.health.ejected_reason, row.health.failures) {
+        (Some(reason), _) => reason.clone(),
+        (None, Some(failures @ 1..)) => format!("{failures} failed in a row"),
+        (None, _) => String::new(),
+    };
     [
         format!("  {node}"),
         row.address(),
@@ -377,6 +403,8 @@ pub(super) fn endpoint_cells(row: &EndpointRow) -> [String; 6] {
         // A refused call has no endpoint.
         String::new(),
         known(row.sockets),
+        known(row.health.connect_microseconds.map(time_text)),
+        health,
     ]
 }
 

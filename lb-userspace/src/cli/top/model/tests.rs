@@ -1,5 +1,8 @@
 use expect_test::expect;
-use lb_common::layout::{EndpointStats, Frontend, Run, ServiceStats};
+use lb_common::{
+    health::Policy,
+    layout::{EndpointHealth, EndpointStats, Frontend, Run, ServiceStats},
+};
 use lb_core::tables::{Entry, Image};
 use lb_kernel::sockets::Record;
 
@@ -48,6 +51,8 @@ fn reading() -> Reading {
             (4, ServiceStats { connects: 0, refusals: 5, datagrams: 0 }),
         ]),
         endpoints: BTreeMap::from([(7, EndpointStats { connects: 60, datagrams: 20 })]),
+        health: BTreeMap::new(),
+        now: 0,
         records: Some(records),
     }
 }
@@ -85,10 +90,10 @@ fn rates_are_made_from_two_looks() {
 fn one_look_has_totals_and_no_rates() {
     let report = Sample::new(&reading(), None, Duration::ZERO).report(None, String::new());
     expect![[r"
-        SERVICE  ADDRESS            CALLS  CALLS/S  REFUSED  SOCKETS
+        SERVICE  ADDRESS            CALLS  CALLS/S  REFUSED  SOCKETS  CONNECT  HEALTH
         -        10.96.0.80:80/tcp    120        -        0        3
-          -      10.244.1.10:8080      80        -                 1
-          -      10.244.2.10:8080       0        -                 1
+          -      10.244.1.10:8080      80        -                 1        -
+          -      10.244.2.10:8080       0        -                 1        -
         -        10.96.0.90:80/tcp      0        -        5        0
     "]]
     .assert_eq(&report.text(true));
@@ -97,10 +102,10 @@ fn one_look_has_totals_and_no_rates() {
 #[test]
 fn two_looks_have_rates() {
     expect![[r"
-        SERVICE  ADDRESS            CALLS  CALLS/S  REFUSED  SOCKETS
+        SERVICE  ADDRESS            CALLS  CALLS/S  REFUSED  SOCKETS  CONNECT  HEALTH
         -        10.96.0.80:80/tcp    171     25.5        0        3
-          -      10.244.1.10:8080      80      0.0                 1
-          -      10.244.2.10:8080      51     25.5                 1
+          -      10.244.1.10:8080      80      0.0                 1        -
+          -      10.244.2.10:8080      51     25.5                 1        -
         -        10.96.0.90:80/tcp      0      0.0       15        0
     "]]
     .assert_eq(&two_looks().text(true));
@@ -139,6 +144,7 @@ fn port(name: &str, calls: u64, rate: Option<f64>, refused: u64, sockets: Option
         refused,
         refused_per_second: None,
         sockets,
+        ejected: 0,
         endpoints: vec![EndpointRow {
             address: IpAddr::from([10, 244, 0, u8::try_from(calls).unwrap()]),
             port: 1053,
@@ -146,6 +152,7 @@ fn port(name: &str, calls: u64, rate: Option<f64>, refused: u64, sockets: Option
             calls,
             calls_per_second: rate,
             sockets,
+            health: HealthPart::default(),
         }],
     }
 }
@@ -182,6 +189,54 @@ fn rows_are_sorted_and_filtered() {
     assert_eq!(arranged(Some("sho"), "", Sort::Name), "");
 }
 
+/// One endpoint is ejected, the other one has failures.
+#[test]
+fn ejected_endpoints_are_named_with_the_reason() {
+    let mut reading = reading();
+    for frontend in [0, 1] {
+        reading.image.frontends[&frontend].health = Policy::DEFAULT.to_word();
+    }
+    let now = 100_000_000_000;
+    let failing =
+        EndpointHealth { failures: 2, failing_since: now / 2, latency: 1250, ..EndpointHealth::default() };
+    let ejected = EndpointHealth {
+        failures: 3,
+        ejected_until: now + now / 20,
+        ejections: 1,
+        errno: 111,
+        latency: 0,
+        ..failing
+    };
+    reading.health = BTreeMap::from([(7, ejected), (8, failing)]);
+    reading.now = now;
+    let mut report = Sample::new(&reading, None, Duration::ZERO).report(None, String::new());
+    expect![[r"
+        SERVICE  ADDRESS            CALLS  CALLS/S  REFUSED  SOCKETS  CONNECT  HEALTH
+        -        10.96.0.80:80/tcp    120        -        0        3           1 ejected
+          -      10.244.1.10:8080      80        -                 1        -  ejected for 5 s: 3 failures in a row, the last one: connection refused; failing for 50 s
+          -      10.244.2.10:8080       0        -                 1    1.2ms  2 failed in a row
+        -        10.96.0.90:80/tcp      0        -        5        0
+    "]].assert_eq(&report.text(true));
+    assert_eq!((report.services[0].ejected, report.services[1].ejected), (1, 0));
+    report.services.truncate(1);
+    report.services[0].endpoints.truncate(1);
+    let json = serde_json::to_value(&report).unwrap();
+    let endpoint = &json["services"][0]["endpoints"][0];
+    assert_eq!(
+        (&endpoint["failures"], &endpoint["ejected_seconds"], &endpoint["ejections"]),
+        (&3.into(), &5.into(), &1.into())
+    );
+}
+
+#[test]
+fn times_are_short() {
+    for (microseconds, expected) in
+        [(1, "1us"), (999, "999us"), (1000, "1.0ms"), (999_949, "999.9ms"), (3_000_000, "3.0s")]
+    {
+        assert_eq!(time_text(microseconds), expected);
+    }
+}
+
 /// Field names are stable.
 #[test]
 fn the_json_has_stable_names() {
@@ -206,6 +261,7 @@ fn the_json_has_stable_names() {
               "refused": 0,
               "refused_per_second": 0.0,
               "sockets": 3,
+              "ejected": 0,
               "endpoints": [
                 {
                   "address": "10.244.1.10",
@@ -213,7 +269,12 @@ fn the_json_has_stable_names() {
                   "node": "",
                   "calls": 80,
                   "calls_per_second": 0.0,
-                  "sockets": 1
+                  "sockets": 1,
+                  "failures": null,
+                  "ejected_seconds": null,
+                  "ejected_reason": null,
+                  "ejections": 0,
+                  "connect_microseconds": null
                 }
               ]
             }
