@@ -100,6 +100,21 @@ fn with_agent(flags: &[&str], test: impl FnOnce(&Place, &Town, &Running) + Send)
     });
 }
 
+/// Two steps in two seconds, without another change.
+#[test]
+fn a_slow_start_is_synced_until_it_ends() {
+    with_town(|place, town| {
+        let cluster = |pods| town.cluster(pods).annotated("socklb.io/slow-start", "2s");
+        let agent = serve(place, &cluster(0..1), &LISTEN);
+        let metrics = address(&agent, "--metrics-bind-address");
+        let n_syncs = || Scrape::of(&metrics).get("kubeproxy_sync_proxy_rules_duration_seconds_count");
+        let before = n_syncs();
+        place.write(&cluster(0..2));
+        eventually("the change and both steps are synced", || n_syncs() >= before + 3);
+        assert_eq!(agent.end(Signal::SIGTERM), Some(0));
+    });
+}
+
 #[test]
 fn a_scrape_tells_of_changes_calls_and_repairs() {
     with_agent(&["--audit-interval=100ms"], |place, town, agent| {
