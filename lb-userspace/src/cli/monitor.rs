@@ -259,7 +259,7 @@ impl Monitor<'_> {
     /// has closed standard output.
     fn print_ejections(&mut self) -> anyhow::Result<bool> {
         let image = &self.names.image;
-        let entries = image.runs4.values().chain(image.runs6.values()).flat_map(|run| run.iter());
+        let entries = image.reachable();
         let n_ids = entries.map(|entry| entry.endpoint_id.saturating_add(1)).max().unwrap_or_default();
         let changes = self.ejections.scan(n_ids, |id| self.maps.endpoint_health(id), image, true);
         let now = host::monotonic();
