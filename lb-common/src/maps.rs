@@ -11,9 +11,8 @@
 use crate::{
     layout::{
         AddressKey, Affinity, AffinityKey, ClusterIp, Endpoint4, Endpoint6, EndpointHealth, EndpointLoad,
-        EndpointStats,
-        Frontend, FrontendKey4, FrontendKey6, FrontendRef, MapIdentity, Meta, NodeAddr, SLOT_WAYS,
-        ServiceCidrs, ServiceStats, SocketEntry, SocketRecords, SocketSlots,
+        EndpointStats, Frontend, FrontendKey4, FrontendKey6, FrontendRef, MapIdentity, Meta, NodeAddr,
+        SLOT_WAYS, ServiceCidrs, ServiceStats, SocketEntry, SocketRecords, SocketSlots,
     },
     limits,
 };

@@ -386,7 +386,8 @@ fn draw_again<A: FamilyLayout>(
     run: Run,
     first: Drawn,
 ) -> Option<u32> {
-    let (mut position, mut is_found) = (first.position, tables.admits(entry_at(tables, run, first.position)?.2));
+    let (mut position, mut is_found) =
+        (first.position, tables.admits(entry_at(tables, run, first.position)?.2));
     // The second draw is any of the others, so that they share the calls of an ejected one equally. After an
     // alias, it is the entry that the alias stood for.
     let n_others = run.len - 1;
@@ -401,7 +402,8 @@ fn draw_again<A: FamilyLayout>(
         is_found |= is_admitted;
         distance = 1 + (distance & !is_at_least(distance, n_others));
     }
-    let is_extended = u32::from(entry_at(tables, run, first.base)?.3 / endpoint_extra::EXTENDED).wrapping_neg();
+    let is_extended =
+        u32::from(entry_at(tables, run, first.base)?.3 / endpoint_extra::EXTENDED).wrapping_neg();
     // An entry of the run stands for the missing count if it is not extended.
     let count_at = run.len.wrapping_mul(2) & is_extended;
     let len = entry_at(tables, run, count_at)?.2 & is_extended;
@@ -420,11 +422,7 @@ fn draw_again<A: FamilyLayout>(
 
 /// The parts of an entry: address, port, endpoint id and extra.
 #[inline(always)]
-fn entry_at<A: FamilyLayout>(
-    tables: &impl Tables<A>,
-    run: Run,
-    position: u32,
-) -> Option<(A, u16, u32, u16)> {
+fn entry_at<A: FamilyLayout>(tables: &impl Tables<A>, run: Run, position: u32) -> Option<(A, u16, u32, u16)> {
     let entry = tables.endpoint(run.offset.wrapping_add(position))?;
     let (address, port, id) = A::entry_parts(&entry);
     Some((address, port, id, A::entry_extra(&entry)))

@@ -9,7 +9,10 @@ use aya_log_ebpf::debug;
 use lb_common::{
     Caller, Verdict,
     address::{Address, Octets4, Octets6, mapped_ipv4},
-    layout::{Affinity, AffinityKey, EndpointStats, ServiceStats, SocketRecord, frontend_flags::LEAST_CONNECTIONS, record_flags},
+    layout::{
+        Affinity, AffinityKey, EndpointStats, ServiceStats, SocketRecord, frontend_flags::LEAST_CONNECTIONS,
+        record_flags,
+    },
     resolve::{Call, Choice, Target, resolve},
 };
 

@@ -11,8 +11,8 @@ use aya_ebpf::{
 use lb_common::{
     layout::{
         AddressKey, Affinity, AffinityKey, ClusterIp, Endpoint4, Endpoint6, EndpointHealth, EndpointLoad,
-        EndpointStats, Frontend, FrontendKey4, FrontendKey6, FrontendRef, MapIdentity, Meta, NodeAddr, SLOT_WAYS,
-        ServiceCidrs, ServiceStats, SocketEntry, SocketRecords, SocketSlots,
+        EndpointStats, Frontend, FrontendKey4, FrontendKey6, FrontendRef, MapIdentity, Meta, NodeAddr,
+        SLOT_WAYS, ServiceCidrs, ServiceStats, SocketEntry, SocketRecords, SocketSlots,
     },
     limits,
 };

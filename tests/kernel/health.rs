@@ -31,8 +31,8 @@ use nix::{
 };
 
 use crate::{
+    any_kernel::layouts::change_layout,
     fixture::{FAMILIES, addresses, in_each_mode, service_address, start},
-    layouts::change_layout,
 };
 
 /// Runs a test in these domains and each mode of the programs, with a service that has two endpoints.

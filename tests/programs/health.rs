@@ -62,7 +62,7 @@ impl<'a> Place<'a> {
     /// The health of each endpoint, and how many calls were sent there.
     fn endpoints(&self) -> Vec<(EndpointHealth, u64)> {
         let (image, maps) = (self.agent.image(), self.agent.kernel.maps());
-        let ids = image.runs4.values().flat_map(|run| run.iter().map(|entry| entry.endpoint_id));
+        let ids = image.reachable().map(|entry| entry.endpoint_id);
         ids.map(|id| (maps.endpoint_health(id), maps.endpoint_stats(id).connects)).collect()
     }
 

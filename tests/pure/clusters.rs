@@ -11,7 +11,7 @@ use lb_core::{
     plan::Capacity,
     sim::{Caller, Config, Outcome, Simulator},
     state::State,
-    tables::{Addresses, Image},
+    tables::{Addresses, Image, StoredRun},
 };
 use lb_tests::cluster::{Cluster, NAMESPACE, Object, object, service_cidr};
 use proptest::{bool, collection::vec, option, prelude::*, sample::subsequence};
@@ -37,6 +37,9 @@ pub(crate) struct RandomService {
     created: u8,
     /// Whether another proxy serves it.
     is_of_others: bool,
+    is_balanced: bool,
+    /// Of the endpoints with even and with odd numbers.
+    weights: [Option<u8>; 2],
     endpoints: Vec<RandomEndpoint>,
 }
 
@@ -122,12 +125,14 @@ prop_compose! {
         affinity in option::weighted(0.3, 1i32..100),
         created in 0u8..3,
         is_of_others in bool::weighted(0.15),
+        is_balanced in bool::weighted(0.3),
+        weights in [option::weighted(0.2, 0u8..=3), option::weighted(0.2, 0u8..=3)],
         endpoints in prop_oneof![1 => Just(Vec::new()), 4 => vec(endpoint(), 1..=5)],
     ) -> RandomService {
         let ports = [ports.0, ports.1, ports.2].into_iter().flatten().collect();
         RandomService {
             families, cluster_ip, external_ips, load_balancer_ip, ports, is_internal_local, is_external_local,
-            affinity, created, is_of_others, endpoints,
+            affinity, created, is_of_others, is_balanced, weights, endpoints,
         }
     }
 }
@@ -276,6 +281,7 @@ impl RandomService {
                 "name": format!("service-{n}"),
                 "creationTimestamp": format!("2023-11-14T22:13:2{}Z", self.created),
                 "labels": self.proxy().map(|proxy| json!({ingest::SERVICE_PROXY_NAME: proxy})),
+                "annotations": self.is_balanced.then(|| json!({"socklb.io/balance": "least-connections"})),
             },
             "spec": {
                 "type": "LoadBalancer",
@@ -317,6 +323,8 @@ impl RandomService {
                     "namespace": NAMESPACE,
                     "name": format!("service-{n}-{family}-{half}").to_lowercase(),
                     "labels": labels,
+                    "annotations": self.weights[usize::from(half)]
+                        .map(|weight| json!({"socklb.io/weight": weight.to_string()})),
                 },
                 "addressType": family,
                 "ports": ports,
@@ -416,7 +424,10 @@ pub(crate) fn outcomes(simulator: &Simulator, (to, on_node): Call) -> Outcomes {
     if entries.is_empty() {
         return Outcomes::Refused;
     }
-    Outcomes::Endpoints(entries.iter().map(|entry| entry.address).collect())
+    // An endpoint to fall back to may be reached, too: every state of health is possible.
+    let spill = simulator.image.stored(to.ip.is_ipv6(), frontend.run).map(StoredRun::spill);
+    let entries = entries.iter().chain(spill.unwrap_or_default());
+    Outcomes::Endpoints(entries.map(|entry| entry.address).collect())
 }
 
 /// A simulator over an image, with node ports on loopback.

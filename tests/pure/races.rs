@@ -49,9 +49,9 @@ impl Memory {
 
     fn apply(&mut self, op: &Op) {
         match op {
-            Op::WriteRun { ipv6, offset, entries } => {
-                self.entries
-                    .extend((*offset..).zip(entries.iter()).map(|(index, entry)| ((*ipv6, index), *entry)));
+            Op::WriteRun { ipv6, offset, run } => {
+                let entries = (*offset..).zip(run.entries());
+                self.entries.extend(entries.map(|(index, entry)| ((*ipv6, index), *entry)));
             }
             Op::WriteFrontend { id, frontend } => drop(self.frontends.insert(*id, *frontend)),
             Op::SetFrontend { id, frontend } => {
@@ -82,6 +82,8 @@ struct Spanning<'a> {
     n_reads: Cell<usize>,
     on_node: bool,
     random: u32,
+    /// Bit `n` is set if the endpoints with the ids n, n + 32 and so on are ejected.
+    ejected: u32,
     earlier: Option<Choice>,
     affinity: Cell<Option<Affinity>>,
 }
@@ -131,13 +133,16 @@ impl<A: Octets> Tables<A> for Spanning<'_> {
     fn endpoint(&self, index: u32) -> Option<A::Endpoint> {
         let entry =
             self.read(|memory| memory.entries.get(&(A::FAMILY == lb_common::Family::V6, index)).copied())?;
-        Some(A::entry(octets(entry.address.ip()), entry.address.port(), entry.endpoint_id))
+        Some(A::entry(octets(entry.address.ip()), entry.address.port(), entry.endpoint_id, entry.extra))
     }
-    fn is_suspect(&self, _endpoint_id: u32) -> bool {
-        false
+    fn is_suspect(&self, endpoint_id: u32) -> bool {
+        <Self as Tables<A>>::admits(self, endpoint_id) == 0
     }
-    fn admits(&self, _endpoint_id: u32) -> u32 {
-        1
+    fn admits(&self, endpoint_id: u32) -> u32 {
+        !(self.ejected >> (endpoint_id % 32)) & 1
+    }
+    fn active(&self, endpoint_id: u32) -> i32 {
+        self.random.rotate_left(endpoint_id).cast_signed()
     }
     fn begin_trial(&self, _endpoint_id: u32) {}
     fn node_ports(&self) -> (u16, u16) {
@@ -196,6 +201,7 @@ struct Moment {
     start: Index,
     pace: Vec<usize>,
     random: u32,
+    ejected: u32,
     /// The endpoint of an earlier call through the same socket, or of the same client.
     earlier: Option<u32>,
     affinity: Option<u32>,
@@ -208,14 +214,16 @@ fn moment() -> impl Strategy<Value = Moment> {
         any::<Index>(),
         pace,
         any::<u32>(),
+        prop_oneof![Just(0), Just(u32::MAX), any::<u32>()],
         prop::option::of(0u32..12),
         prop::option::of(0u32..12),
     )
-        .prop_map(|(call, start, pace, random, earlier, affinity)| Moment {
+        .prop_map(|(call, start, pace, random, ejected, earlier, affinity)| Moment {
             call,
             start,
             pace,
             random,
+            ejected,
             earlier,
             affinity,
         })
@@ -232,6 +240,7 @@ fn run<A: Octets>(memory: &Memory, ops: &[Op], (to, on_node): Call, moment: &Mom
         n_reads: Cell::new(0),
         on_node,
         random: moment.random,
+        ejected: moment.ejected,
         earlier: moment.earlier.map(|endpoint_id| Choice { endpoint_id, index: endpoint_id % 3 }),
         affinity: Cell::new(moment.affinity.map(|endpoint_id| Affinity {
             last_used: 0,

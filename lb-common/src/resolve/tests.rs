@@ -46,12 +46,7 @@ impl Fake {
         let offset = u32::try_from(self.endpoints.len()).unwrap();
         for &endpoint_id in ids {
             let last = u8::try_from(endpoint_id).unwrap();
-            self.endpoints.push(Endpoint4 {
-                address: [10, 0, 0, last],
-                port: 8080,
-                extra: 0,
-                endpoint_id,
-            });
+            self.endpoints.push(Endpoint4 { address: [10, 0, 0, last], port: 8080, extra: 0, endpoint_id });
         }
         let frontend_id = u32::try_from(self.frontends.len()).unwrap();
         let previous = self.services.insert(Octets4::key(address, port, protocol), frontend_id);

@@ -15,9 +15,8 @@ use aya::{
 use lb_common::{
     address::{Address, Octets6, mapped_ipv4},
     layout::{
-        self, AddressKey, ClusterIp, Endpoint4, Endpoint6, EndpointHealth, EndpointLoad,
-        EndpointStats, Frontend,
-        FrontendKey4, FrontendKey6, FrontendRef, MapValue, Meta, Network4, Network6, NodeAddr,
+        self, AddressKey, ClusterIp, Endpoint4, Endpoint6, EndpointHealth, EndpointLoad, EndpointStats,
+        Frontend, FrontendKey4, FrontendKey6, FrontendRef, MapValue, Meta, Network4, Network6, NodeAddr,
         ServiceCidrs, ServiceStats,
     },
     maps::{self, MAPS},
@@ -289,12 +288,12 @@ impl Maps {
         for (index, entry) in (offset..).zip(entries) {
             let (port, extra, endpoint_id) = (entry.address.port(), entry.extra, entry.endpoint_id);
             let done = match entry.address.ip() {
-                IpAddr::V4(ip) if !ipv6 => self
-                    .endpoints4
-                    .write(index, Endpoint4 { address: ip.octets(), port, extra, endpoint_id }),
-                IpAddr::V6(ip) if ipv6 => self
-                    .endpoints6
-                    .write(index, Endpoint6 { address: ip.octets(), port, extra, endpoint_id }),
+                IpAddr::V4(ip) if !ipv6 => {
+                    self.endpoints4.write(index, Endpoint4 { address: ip.octets(), port, extra, endpoint_id })
+                }
+                IpAddr::V6(ip) if ipv6 => {
+                    self.endpoints6.write(index, Endpoint6 { address: ip.octets(), port, extra, endpoint_id })
+                }
                 _ => false,
             };
             in_range(if ipv6 { "endpoints6" } else { "endpoints4" }, index, done)?;
@@ -398,8 +397,14 @@ impl Maps {
 
     /// [`Self::endpoint_health`] of these endpoints, by id.
     #[must_use]
-    pub fn health_of<'a>(&self, entries: impl IntoIterator<Item = &'a Entry>) -> BTreeMap<u32, EndpointHealth> {
-        entries.into_iter().map(|entry| (entry.endpoint_id, self.endpoint_health(entry.endpoint_id))).collect()
+    pub fn health_of<'a>(
+        &self,
+        entries: impl IntoIterator<Item = &'a Entry>,
+    ) -> BTreeMap<u32, EndpointHealth> {
+        entries
+            .into_iter()
+            .map(|entry| (entry.endpoint_id, self.endpoint_health(entry.endpoint_id)))
+            .collect()
     }
 }
 

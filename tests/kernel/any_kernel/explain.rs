@@ -60,8 +60,7 @@ impl States {
             ejected_until: [0, host::monotonic() + 3600 * 1_000_000_000, 1][random.usize(..3)],
             ..EndpointHealth::default()
         };
-        let ids =
-            [false, true].into_iter().flat_map(|ipv6| image.runs(ipv6).values()).flat_map(|run| run.iter());
+        let ids = image.reachable();
         let states = ids.map(|entry| (entry.endpoint_id, state())).collect();
         let map = MapData::from_pin(sandbox.pin_path().join("endpoint_health")).unwrap();
         Self { kernel: Mutex::new(Map::from_map_data(map).unwrap().try_into().unwrap()), states }

@@ -182,7 +182,8 @@ impl Recount {
         let (_, former) = self.read.take().unwrap_or_else(|| (now, BTreeMap::new()));
         let lasting = |(&id, &now): (&u32, &i32)| {
             let then = number(&former, id);
-            let number = if then.signum() == now.signum() { now.signum() * then.abs().min(now.abs()) } else { 0 };
+            let number =
+                if then.signum() == now.signum() { now.signum() * then.abs().min(now.abs()) } else { 0 };
             (number != 0).then_some((id, number))
         };
         let corrections: BTreeMap<u32, i32> = differences.iter().filter_map(lasting).collect();

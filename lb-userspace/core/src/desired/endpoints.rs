@@ -198,7 +198,8 @@ impl<'a> PortEndpoints<'a> {
     #[must_use]
     pub fn spill(&self, topology: &Topology) -> Arc<[SocketAddr]> {
         let hints = self.hints(topology);
-        let left_out = self.known.iter().filter(|(_, endpoint)| endpoint.takes_calls() && !hints.admit(endpoint));
+        let left_out =
+            self.known.iter().filter(|(_, endpoint)| endpoint.takes_calls() && !hints.admit(endpoint));
         let mut addresses = left_out.map(|(address, _)| *address).peekable();
         // The usual case shares one allocation.
         if addresses.peek().is_none() { Arc::default() } else { addresses.collect() }

@@ -8,7 +8,7 @@ const SECOND: u64 = 1_000_000_000;
 /// A service port with the endpoints 10.0.0.1 to 10.0.0.N, whose ids begin at `first`.
 fn image(first: u32, n: u8, health: u32) -> Image {
     let entries = (first..).zip(1..=n);
-    let entry = |(endpoint_id, last)| Entry { endpoint_id, address: ([10, 0, 0, last], 80).into() };
+    let entry = |(endpoint_id, last)| Entry::new(endpoint_id, ([10, 0, 0, last], 80).into());
     let mut image = Image::default();
     image.runs4.insert(0, entries.map(entry).collect());
     let frontend =

@@ -172,8 +172,7 @@ mod tests {
             image.services.insert(address(n), id);
             let run = Run { offset, len: 2 };
             image.frontends.insert(id, Frontend { run, service_id: id, ..Frontend::default() });
-            let entry =
-                |last: u8| Entry::new(2 * id + u32::from(last), ([10, 244, n, last], 8080).into());
+            let entry = |last: u8| Entry::new(2 * id + u32::from(last), ([10, 244, n, last], 8080).into());
             image.runs4.insert(offset, [0, 1].map(entry).into_iter().collect());
         }
         image.node_addrs.insert(IpAddr::from([192, 0, 2, 1]), true);

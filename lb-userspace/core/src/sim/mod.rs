@@ -182,7 +182,8 @@ impl<A: Octets> Tables<A> for Simulator {
         self.image.frontends.get(&frontend_id).copied()
     }
     fn endpoint(&self, index: u32) -> Option<A::Endpoint> {
-        let Entry { endpoint_id, address, extra } = self.image.entry(A::FAMILY == lb_common::Family::V6, index)?;
+        let Entry { endpoint_id, address, extra } =
+            self.image.entry(A::FAMILY == lb_common::Family::V6, index)?;
         Some(A::entry(A::from_ip(address.ip())?, address.port(), endpoint_id, extra))
     }
     fn is_suspect(&self, endpoint_id: u32) -> bool {

@@ -135,9 +135,15 @@ impl Extended {
         let mut counts = BTreeMap::<u8, u32>::new();
         for n in 0..N {
             let random = n.wrapping_mul(2_654_435_761);
-            *counts.entry(host(self.simulator.call(to("10.96.0.1", 80), Caller::default(), random, 0))).or_default() += 1;
+            *counts
+                .entry(host(self.simulator.call(to("10.96.0.1", 80), Caller::default(), random, 0)))
+                .or_default() += 1;
         }
-        counts.into_iter().map(|(host, n)| (host, (100 * n + N / 2) / N)).filter(|(_, percent)| *percent > 0).collect()
+        counts
+            .into_iter()
+            .map(|(host, n)| (host, (100 * n + N / 2) / N))
+            .filter(|(_, percent)| *percent > 0)
+            .collect()
     }
 }
 
@@ -185,11 +191,16 @@ fn calls_spill_while_all_is_ejected_that_hints_chose() {
 #[test]
 fn of_two_draws_the_less_busy_one_is_chosen() {
     let of = |active: &[(u8, i32)]| {
-        Extended::new(&[(1, 255), (2, 255), (3, 255)], &[], frontend_flags::LEAST_CONNECTIONS).with_active(active)
+        Extended::new(&[(1, 255), (2, 255), (3, 255)], &[], frontend_flags::LEAST_CONNECTIONS)
+            .with_active(active)
     };
     assert_percent("equal", &of(&[]), &[(1, 33), (2, 33), (3, 33)]);
     assert_percent("one busy", &of(&[(1, 5), (2, 1), (3, 1)]), &[(2, 50), (3, 50)]);
     assert_percent("in steps", &of(&[(1, 5), (2, 1), (3, 0)]), &[(2, 33), (3, 67)]);
     assert_percent("below zero for a moment", &of(&[(1, 0), (2, -1), (3, 0)]), &[(1, 17), (2, 67), (3, 17)]);
-    assert_percent("the idle one is ejected", &of(&[(1, 5), (2, 5), (3, 0)]).ejected(&[3]), &[(1, 50), (2, 50)]);
+    assert_percent(
+        "the idle one is ejected",
+        &of(&[(1, 5), (2, 5), (3, 0)]).ejected(&[3]),
+        &[(1, 50), (2, 50)],
+    );
 }

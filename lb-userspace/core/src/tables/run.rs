@@ -61,12 +61,10 @@ impl StoredRun {
         let shares: Vec<u8> = endpoints.iter().map(|(_, share)| *share).collect();
         let aliases = aliases(&shares);
         let mut entries = Vec::with_capacity(Self::extended_len(endpoints.len(), spill.len()));
-        entries.extend(
-            endpoints
-                .iter()
-                .zip(&aliases)
-                .map(|((entry, _), alias)| Entry { extra: endpoint_extra::EXTENDED | alias.probability, ..*entry }),
-        );
+        entries.extend(endpoints.iter().zip(&aliases).map(|((entry, _), alias)| Entry {
+            extra: endpoint_extra::EXTENDED | alias.probability,
+            ..*entry
+        }));
         entries.extend(
             endpoints
                 .iter()
@@ -164,7 +162,8 @@ fn aliases(shares: &[u8]) -> Vec<Alias> {
     while let (Some(poor), Some(&rich)) = (small.pop(), large.last()) {
         let missing = total - left[poor];
         let probability = ((missing * ONE + total / 2) / total).min(ONE - 1);
-        aliases[poor] = Alias { probability: u16::try_from(probability).unwrap_or(endpoint_extra::ALIAS), index: rich };
+        aliases[poor] =
+            Alias { probability: u16::try_from(probability).unwrap_or(endpoint_extra::ALIAS), index: rich };
         left[rich] -= missing;
         if left[rich] < total {
             large.pop();
@@ -213,7 +212,10 @@ mod tests {
             let n = shares.len() as u64;
             for (found, share) in distribution(&run).into_iter().zip(shares) {
                 let expected = u64::from(*share) * 32768 * n / total;
-                assert!(found.abs_diff(expected) <= n, "{shares:?}: {found} for {share}, expected {expected}");
+                assert!(
+                    found.abs_diff(expected) <= n,
+                    "{shares:?}: {found} for {share}, expected {expected}"
+                );
             }
         }
     }
@@ -232,6 +234,10 @@ mod tests {
         assert!(plain.shares().is_none() && plain.spill().is_empty());
         assert_eq!(extended.shares().unwrap().collect::<Vec<_>>(), [85, 170, 255]);
         assert_eq!(extended.spill(), spill);
-        assert_eq!(StoredRun::read(extended.at(100), |index| (index < 107).then(|| extended.entries()[index as usize - 100])), None);
+        assert_eq!(
+            StoredRun::read(extended.at(100), |index| (index < 107)
+                .then(|| extended.entries()[index as usize - 100])),
+            None
+        );
     }
 }

@@ -67,11 +67,7 @@ pub(super) struct Records {
 }
 
 /// Reads the records of all sockets, corrects counts of connections, and reclaims lost slots.
-fn read_records(
-    pin_path: &Path,
-    mut reclaim: Reclaim,
-    mut recount: Recount,
-) -> Result<Records, SocketError> {
+fn read_records(pin_path: &Path, mut reclaim: Reclaim, mut recount: Recount) -> Result<Records, SocketError> {
     let mut table = SocketTable::open(pin_path)?;
     let (records, now) = (table.answering()?, Instant::now().into_std());
     let used = sweep::used(&records);
@@ -172,7 +168,8 @@ impl Sweep {
         // If the task fails, both start from scratch.
         let (reclaim, recount) = (std::mem::take(&mut self.reclaim), std::mem::take(&mut self.recount));
         let pin_path = self.options.pin_path.clone();
-        self.phase = Phase::Reading { task: spawn_blocking(move || read_records(&pin_path, reclaim, recount)) };
+        self.phase =
+            Phase::Reading { task: spawn_blocking(move || read_records(&pin_path, reclaim, recount)) };
     }
 
     /// Starts to search for sockets. Returns how the sweep ends if there is nothing to search for.

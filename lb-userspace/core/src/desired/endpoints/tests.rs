@@ -152,10 +152,7 @@ fn calls_spill_to_the_ready_endpoints_that_hints_leave_out() {
     for (endpoints, expected) in [
         (&["10.1.0.1 node-b rs", "10.1.0.2 node-b rs"][..], &[][..]),
         (&["10.1.0.1 node-b rs zone=a", "10.1.0.2 node-b rs zone=b"], &["10.1.0.2:8080"]),
-        (
-            &["10.1.0.2 node-b rs node=node-b", "10.1.0.1 node-a rs node=node-a"],
-            &["10.1.0.2:8080"],
-        ),
+        (&["10.1.0.2 node-b rs node=node-b", "10.1.0.1 node-a rs node=node-a"], &["10.1.0.2:8080"]),
         // Hints that leave none out, and hints that do not apply.
         (&["10.1.0.1 node-b rs zone=a", "10.1.0.2 node-b rs zone=a zone=b"], &[]),
         (&["10.1.0.1 node-b rs zone=b", "10.1.0.2 node-b rs zone=c"], &[]),

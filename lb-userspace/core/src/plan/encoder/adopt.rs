@@ -148,8 +148,11 @@ impl Encoder {
                     let ids: BTreeMap<_, _> =
                         stored.reachable().map(|entry| (place(&entry.address), entry.endpoint_id)).collect();
                     let is_new = |place: &EndpointAddress| port.ids.get(place).is_none();
-                    let fresh: Vec<_> =
-                        ids.into_iter().filter(|(place, _)| is_new(place)).map(|(place, id)| (place, (id, 0))).collect();
+                    let fresh: Vec<_> = ids
+                        .into_iter()
+                        .filter(|(place, _)| is_new(place))
+                        .map(|(place, id)| (place, (id, 0)))
+                        .collect();
                     port.ids.extend(fresh.into_iter());
                     for address in set.addresses() {
                         if let Some((_, n_runs)) = port.ids.get_mut(&place(address)) {
