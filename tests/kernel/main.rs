@@ -5,6 +5,7 @@
 
 mod affinity;
 mod any_kernel;
+mod balance;
 mod calls;
 #[path = "../pure/clusters.rs"]
 #[expect(
