@@ -23,7 +23,7 @@ use crate::model::{Service, ServiceKey};
 /// The least time between two computations of a Service's weights.
 const MIN_STEP: Duration = Duration::from_secs(1);
 
-/// A weight grows in this many steps, if that leaves them [`MIN_STEP`].
+/// A weight grows in at most so many steps.
 const STEPS: u64 = 16;
 
 /// The weight of a new endpoint begins at one part of so many.
@@ -138,7 +138,7 @@ impl Ramp {
 
 /// Time between two changes of a weight that grows for `window`, both in milliseconds.
 fn step(window: u64) -> u64 {
-    (window / STEPS).max(milliseconds(MIN_STEP))
+    window.div_ceil(STEPS).max(milliseconds(MIN_STEP))
 }
 
 fn milliseconds(time: Duration) -> u64 {
