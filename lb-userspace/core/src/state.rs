@@ -322,15 +322,14 @@ impl State {
             Some(check) => drop(self.health_checks.insert(key.clone(), check)),
             None => drop(self.health_checks.remove(key)),
         }
-        let (frontends, issues) = match self.store.service(key) {
-            Some(service) => self.slow_start.compute(service, |ramp| {
+        let (frontends, issues) = if let Some(service) = self.store.service(key) {
+            self.slow_start.compute(service, |ramp| {
                 let slices = self.store.slices_of(key);
                 desired::service::frontends_at(service, slices, &self.topology, &self.settings, ramp)
-            }),
-            None => {
-                self.slow_start.forget(key);
-                Default::default()
-            }
+            })
+        } else {
+            self.slow_start.forget(key);
+            Default::default()
         };
         if issues.is_empty() {
             self.issues.remove(key);

@@ -310,7 +310,7 @@ pub enum IssueKind {
         /// The Service type.
         service_type: String,
     },
-    /// A field counts TCP connections, and no port of the Service is TCP. It is ignored.
+    /// A field is about TCP connections, and no port of the Service is TCP. It is ignored.
     NoTcpPort {
         /// Path of the field.
         field: String,
@@ -710,9 +710,7 @@ impl fmt::Display for IssueKind {
             Self::NotApplicable { field, service_type } => {
                 write!(f, "{field}: has no meaning for type {service_type}; it is ignored")
             }
-            Self::NoTcpPort { field } => {
-                write!(f, "{field}: counts TCP connections, and no port is TCP; it is ignored")
-            }
+            Self::NoTcpPort { field } => write!(f, "{field}: needs a TCP port; it is ignored"),
             Self::NoHealthCheckPort => f.write_str(
                 "spec.healthCheckNodePort: is missing or 0 although externalTrafficPolicy is Local; health \
                  checks are not answered",

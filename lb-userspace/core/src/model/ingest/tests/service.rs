@@ -469,7 +469,7 @@ fn load_annotations_that_cannot_be_read_are_reported() {
         (
             json!({"socklb.io/balance": "least-connections"}),
             "UDP",
-            vec![format!("{balance}: counts TCP connections, and no port is TCP; it is ignored")],
+            vec![format!("{balance}: needs a TCP port; it is ignored")],
         ),
     ] {
         let ports = json!([{"port": 80, "protocol": protocol}]);
