@@ -208,6 +208,12 @@ impl<'a> PortEndpoints<'a> {
     /// [`Frontend::shares`](super::Frontend::shares) of a set of these endpoints.
     #[must_use]
     pub fn shares(&self, set: &[SocketAddr], ramp: &Ramp) -> Option<Arc<[u8]>> {
+        let mut all = self.known.values().map(|endpoint| endpoint.weight);
+        let first = all.next()?;
+        // Nearly every Service: no allocation.
+        if !ramp.is_growing() && all.all(|weight| weight == first) {
+            return None;
+        }
         let weight = |address| self.known.get(address).map_or(DEFAULT_WEIGHT, |endpoint| endpoint.weight);
         let weights: Vec<u64> = set.iter().map(|address| ramp.weigh(address, weight(address))).collect();
         shares(&weights)

@@ -106,6 +106,12 @@ impl Ramp {
         self.since.extend(noted);
     }
 
+    /// Whether an endpoint is new.
+    #[must_use]
+    pub fn is_growing(&self) -> bool {
+        self.since.values().any(Option::is_some)
+    }
+
     /// The present weight of an endpoint. Only the ratio between results of one ramp has a meaning.
     #[must_use]
     pub fn weigh(&self, endpoint: &SocketAddr, weight: u16) -> u64 {

@@ -57,6 +57,21 @@ fn weights_are_annotations_of_slices() {
     }
 }
 
+/// Snapshots of older agents lack it.
+#[test]
+fn a_stored_endpoint_keeps_its_weight() {
+    for (annotation, weight) in
+        [(None, None), (Some("100"), None), (Some("7"), Some(7)), (Some("0"), Some(0))]
+    {
+        let slice = slice(&json!({
+            "metadata": {"annotations": {"socklb.io/weight": annotation}}, "endpoints": [{"addresses": ["10.1.0.1"]}],
+        }));
+        let stored = serde_json::to_value(&slice).unwrap();
+        assert_eq!(stored["endpoints"][0].get("weight"), weight.map(serde_json::Value::from).as_ref());
+        assert_eq!(serde_json::from_value::<crate::model::Slice>(stored).unwrap(), slice);
+    }
+}
+
 /// R4: a port without name or number is skipped; the protocol defaults to TCP.
 #[test]
 fn r4_slice_ports() {
