@@ -131,6 +131,13 @@ pub trait Caller {
         None
     }
 
+    /// A number that is the same for all calls of a client (semantics R8), and distributed as
+    /// [`Self::random`] among clients.
+    #[inline(always)]
+    fn client(&self) -> u32 {
+        0
+    }
+
     /// Seconds of a monotonic clock; the origin is arbitrary. Read only for [`Self::affinity`].
     #[inline(always)]
     fn now(&self) -> u64 {
@@ -355,7 +362,7 @@ fn choose_at_random<A: FamilyLayout>(
     if frontend.health == 0 || !tables.is_suspect(A::entry_parts(&entry).2) {
         return Some((drawn.position, entry));
     }
-    let position = draw_again(tables, caller, run, drawn)?;
+    let position = draw_again(tables, caller, frontend, drawn)?;
     let entry = tables.endpoint(run.offset.wrapping_add(position))?;
     tables.begin_trial(A::entry_parts(&entry).2);
     Some((position, entry))
@@ -383,9 +390,10 @@ fn draw<A: FamilyLayout>(tables: &impl Tables<A>, run: Run, start: u32, scaled: 
 fn draw_again<A: FamilyLayout>(
     tables: &impl Tables<A>,
     caller: &impl Caller,
-    run: Run,
+    frontend: &Frontend,
     first: Drawn,
 ) -> Option<u32> {
+    let run = frontend.run;
     let (mut position, mut is_found) =
         (first.position, tables.admits(entry_at(tables, run, first.position)?.2));
     // The second draw is any of the others, so that they share the calls of an ejected one equally. After an
@@ -409,7 +417,9 @@ fn draw_again<A: FamilyLayout>(
     let len = entry_at(tables, run, count_at)?.2 & is_extended;
     // Without such a set nothing changes any more.
     is_found |= !is_at_least(len, 1) & 1;
-    let mut next = below(caller.random(), len);
+    // With affinity, the client decides: it keeps its endpoint without being found in the run.
+    let has_affinity = is_at_least(frontend.affinity_seconds, 1) & 1;
+    let mut next = below(select(has_affinity, caller.client(), caller.random()), len);
     for _ in 0..DRAWS {
         let there = (count_at + 1 + next) & is_at_least(len, 1);
         let is_admitted = tables.admits(entry_at(tables, run, there)?.2);

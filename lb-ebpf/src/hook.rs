@@ -192,6 +192,12 @@ impl<M: Mode> Caller for Pending<'_, M> {
     }
 
     #[inline(always)]
+    fn client(&self) -> u32 {
+        // Fibonacci hashing: cookies ascend.
+        (self.ctx.netns_cookie().wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32) as u32
+    }
+
+    #[inline(always)]
     fn now(&self) -> u64 {
         const NANOSECONDS: u64 = 1_000_000_000;
         // SAFETY: no preconditions.

@@ -238,6 +238,9 @@ impl lb_common::Caller for Client<'_> {
         // A linear congruential generator, whose high bits count.
         self.random.replace(self.random.get().wrapping_mul(1_664_525).wrapping_add(1_013_904_223))
     }
+    fn client(&self) -> u32 {
+        (self.caller.netns.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32) as u32
+    }
     fn now(&self) -> u64 {
         self.now
     }

@@ -189,6 +189,33 @@ fn calls_spill_while_all_is_ejected_that_hints_chose() {
 }
 
 #[test]
+fn a_client_keeps_its_endpoint_while_calls_spill() {
+    let mut extended = Extended::new(&[(1, 255)], &[2, 3, 4], 0).ejected(&[1]);
+    extended.simulator.image.frontends.get_mut(&0).unwrap().affinity_seconds = 10;
+    let call = |simulator: &Simulator, netns, random, now| {
+        host(simulator.call(to("10.96.0.1", 80), Caller { netns, ..Caller::default() }, random, now))
+    };
+    let randoms = (0..50u32).map(|n| n.wrapping_mul(2_654_435_761));
+    for netns in 0..20 {
+        let first = call(
+            &extended.simulator,
+            netns,
+            0x1234_5678_u32.wrapping_mul(u32::try_from(netns).unwrap()),
+            100,
+        );
+        assert!(
+            randoms.clone().all(|random| call(&extended.simulator, netns, random, 101) == first),
+            "{netns}"
+        );
+    }
+    let endpoints: BTreeSet<u8> = (0..20).map(|netns| call(&extended.simulator, netns, 7, 102)).collect();
+    assert_eq!(endpoints, BTreeSet::from([2, 3, 4]), "clients are spread");
+    extended.simulator.health.borrow_mut().clear();
+    let recovered = (0..20).map(|netns| call(&extended.simulator, netns, 7, 121));
+    assert!(recovered.eq([1; 20]), "it has recovered");
+}
+
+#[test]
 fn of_two_draws_the_less_busy_one_is_chosen() {
     let of = |active: &[(u8, i32)]| {
         Extended::new(&[(1, 255), (2, 255), (3, 255)], &[], frontend_flags::LEAST_CONNECTIONS)

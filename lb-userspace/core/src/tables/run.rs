@@ -124,6 +124,7 @@ impl StoredRun {
     }
 
     /// The share of each of [`Self::endpoints`], largest 255; `None` if it is not extended.
+    #[must_use]
     pub fn shares(&self) -> Option<impl Iterator<Item = u8>> {
         let aliases = self.entries.get(self.len as usize..2 * self.len as usize)?;
         self.is_extended().then(|| aliases.iter().map(|entry| u8::try_from(entry.extra).unwrap_or(u8::MAX)))
