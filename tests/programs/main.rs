@@ -17,6 +17,7 @@ mod faults;
 mod health;
 mod http;
 mod knowledge;
+mod load;
 mod manifests;
 mod nested;
 mod node;
