@@ -85,6 +85,13 @@ impl Policy {
     }
 }
 
+/// The time from a SYN to established in microseconds: 1 to 268 seconds.
+#[inline(always)]
+#[must_use]
+pub fn latency(nanoseconds: u64) -> u32 {
+    (nanoseconds / 1000).clamp(1, 0x0fff_ffff) as u32
+}
+
 /// Whether a call may choose an endpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
@@ -166,13 +173,15 @@ impl EndpointHealth {
         }
     }
 
-    /// The state after a connection took a time from its SYN to established, in nanoseconds.
+    /// The state after a connection took a time from its SYN to established, in microseconds.
     #[inline(always)]
     #[must_use]
-    pub fn with_latency(self, nanoseconds: u64) -> Self {
-        const MICROSECOND: u64 = 1000;
-        let new = (nanoseconds / MICROSECOND).clamp(1, 0x0fff_ffff) as u32;
-        let latency = if self.latency == 0 { new } else { ((self.latency & 0x0fff_ffff) * 7 + new) / 8 };
+    pub fn with_latency(self, microseconds: u32) -> Self {
+        let latency = if self.latency == 0 {
+            microseconds
+        } else {
+            ((self.latency & 0x0fff_ffff) * 7 + microseconds) / 8
+        };
         Self { latency: latency.max(1), ..self }
     }
 

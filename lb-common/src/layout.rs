@@ -483,6 +483,43 @@ map_type! {
     }
 }
 
+/// Buckets of [`ConnectLatency`].
+pub const LATENCY_BUCKETS: usize = 14;
+
+map_type! {
+    /// Value of `connect_latency`, index = service id: how long connections to a service port took from their
+    /// SYN to established. 64 octets: one cache line.
+    ///
+    /// Programs on all CPUs add to it.
+    pub struct ConnectLatency {
+        /// Sum of all times in microseconds.
+        pub sum: u64,
+        /// Connections by time. Bucket n counts those below [`ConnectLatency::bound`] and not below that of
+        /// bucket n - 1; the last one has no bound.
+        pub buckets: [u32; LATENCY_BUCKETS],
+    }
+}
+
+impl ConnectLatency {
+    /// The bound of the first bucket as a power of two: 128 microseconds.
+    const FIRST: u32 = 7;
+
+    /// The bucket of a time in microseconds.
+    #[inline(always)]
+    #[must_use]
+    pub const fn bucket(microseconds: u32) -> usize {
+        let n = (u32::BITS - (microseconds >> Self::FIRST).leading_zeros()) as usize;
+        if n < LATENCY_BUCKETS { n } else { LATENCY_BUCKETS - 1 }
+    }
+
+    /// The bound of a bucket in microseconds, from 128 to 524,288; `None` for the last one, which in an ordinary
+    /// network counts connections whose SYN was sent again.
+    #[must_use]
+    pub const fn bound(bucket: usize) -> Option<u32> {
+        if bucket + 1 < LATENCY_BUCKETS { Some(1 << (Self::FIRST as usize + bucket)) } else { None }
+    }
+}
+
 map_type! {
     /// Value of `endpoint_load`, index = endpoint id: how busy it is. 4 octets.
     ///
@@ -618,6 +655,7 @@ mod tests {
         assert_eq!(size_of::<SocketEntry>(), 128);
         assert_eq!(size_of::<SocketRecords>(), 800);
         assert_eq!(size_of::<EndpointHealth>(), 64);
+        assert_eq!(size_of::<ConnectLatency>(), 64);
         assert_eq!(size_of::<MapIdentity>(), 16);
         assert_eq!(size_of::<ServiceCidrs>(), 328);
     }
@@ -627,6 +665,26 @@ mod tests {
         for run in [Run::EMPTY, Run { offset: 1, len: 2 }, Run { offset: u32::MAX, len: u32::MAX - 1 }] {
             assert_eq!(Run::from_word(run.to_word()), run);
         }
+    }
+
+    #[test]
+    fn each_time_has_one_bucket() {
+        for (microseconds, expected) in [
+            (0, 0),
+            (127, 0),
+            (128, 1),
+            (255, 1),
+            (1 << 18, 12),
+            ((1 << 19) - 1, 12),
+            (1 << 19, 13),
+            (u32::MAX, 13),
+        ] {
+            let bucket = ConnectLatency::bucket(microseconds);
+            assert_eq!(bucket, expected, "{microseconds}");
+            assert!(ConnectLatency::bound(bucket).is_none_or(|bound| microseconds < bound), "{microseconds}");
+        }
+        assert_eq!((ConnectLatency::bound(0), ConnectLatency::bound(12)), (Some(128), Some(524_288)));
+        assert_eq!(ConnectLatency::bound(13), None);
     }
 
     #[test]

@@ -10,9 +10,9 @@
 
 use crate::{
     layout::{
-        AddressKey, Affinity, AffinityKey, ClusterIp, Endpoint4, Endpoint6, EndpointHealth, EndpointLoad,
-        EndpointStats, Frontend, FrontendKey4, FrontendKey6, FrontendRef, MapIdentity, Meta, NodeAddr,
-        SLOT_WAYS, ServiceCidrs, ServiceStats, SocketEntry, SocketRecords, SocketSlots,
+        AddressKey, Affinity, AffinityKey, ClusterIp, ConnectLatency, Endpoint4, Endpoint6, EndpointHealth,
+        EndpointLoad, EndpointStats, Frontend, FrontendKey4, FrontendKey6, FrontendRef, MapIdentity, Meta,
+        NodeAddr, SLOT_WAYS, ServiceCidrs, ServiceStats, SocketEntry, SocketRecords, SocketSlots,
     },
     limits,
 };
@@ -36,7 +36,7 @@ pub enum Kind {
 pub enum Size {
     /// The same for all settings.
     Fixed(u32),
-    /// `--max-services`, for each family.
+    /// `--max-services`, for each family; or service ids below that number.
     Services,
     /// One for each frontend of both families.
     Frontends,
@@ -134,6 +134,7 @@ maps! {
     excluded_levels: Array[u32 => u32], 0, Size::Fixed(1), Independent, layout 1;
     service_stats: Array[u32 => ServiceStats], MMAPABLE, Size::ServiceCounters, Counters, layout 1;
     endpoint_stats: Array[u32 => EndpointStats], MMAPABLE, Size::EndpointCounters, Counters, layout 1;
+    connect_latency: Array[u32 => ConnectLatency], MMAPABLE, Size::Services, Counters, layout 1;
     // Agents with one version for all maps read this map's layout as that version: 1 and 2 were theirs.
     meta: Array[u32 => Meta], 0, Size::Fixed(1), Meta, layout 3;
     layouts: Hash[u32 => MapIdentity], 0, Size::Fixed(limits::MAX_IDENTITIES), Independent, layout 1;

@@ -482,26 +482,26 @@ pub(crate) fn compare_and_swap(word: *mut u64, old: u64, new: u64) -> bool {
     unsafe { AtomicU64::from_ptr(word) }.compare_exchange(old, new, Relaxed, Relaxed).is_ok()
 }
 
-/// Adds to a word, atomically.
-///
-/// An intrinsic, as above. Its result is unused, so that LLVM selects the instruction that kernels before 5.12
-/// have, too.
+/// Adds to a word that other CPUs add to. The old value is not read: that would take Linux 5.12.
 ///
 /// # Safety
 ///
 /// An aligned word of a live map element.
 #[cfg(target_arch = "bpf")]
 #[inline(always)]
-pub(crate) unsafe fn atomic_add(word: *mut i32, number: i32) {
+pub(crate) unsafe fn add<T: Copy>(word: *mut T, number: T) {
     use core::intrinsics::{AtomicOrdering::Relaxed, atomic_xadd};
-    // SAFETY: promised by the caller.
-    let _unused = unsafe { atomic_xadd::<i32, i32, { Relaxed }>(word, number) };
+    // SAFETY: the caller's.
+    let _former = unsafe { atomic_xadd::<T, T, { Relaxed }>(word, number) };
 }
 
 /// The same, for lints on the host.
+///
+/// # Safety
+///
+/// As above.
 #[cfg(not(target_arch = "bpf"))]
-pub(crate) unsafe fn atomic_add(word: *mut i32, number: i32) {
-    use core::sync::atomic::{AtomicI32, Ordering::Relaxed};
-    // SAFETY: promised by the caller.
-    let _unused = unsafe { AtomicI32::from_ptr(word) }.fetch_add(number, Relaxed);
+pub(crate) unsafe fn add<T: Copy + core::ops::Add<Output = T>>(word: *mut T, number: T) {
+    // SAFETY: the caller's.
+    unsafe { word.write_volatile(word.read_volatile() + number) };
 }

@@ -10,9 +10,9 @@ use aya_ebpf::{
 };
 use lb_common::{
     layout::{
-        AddressKey, Affinity, AffinityKey, ClusterIp, Endpoint4, Endpoint6, EndpointHealth, EndpointLoad,
-        EndpointStats, Frontend, FrontendKey4, FrontendKey6, FrontendRef, MapIdentity, Meta, NodeAddr,
-        SLOT_WAYS, ServiceCidrs, ServiceStats, SocketEntry, SocketRecords, SocketSlots,
+        AddressKey, Affinity, AffinityKey, ClusterIp, ConnectLatency, Endpoint4, Endpoint6, EndpointHealth,
+        EndpointLoad, EndpointStats, Frontend, FrontendKey4, FrontendKey6, FrontendRef, MapIdentity, Meta,
+        NodeAddr, SLOT_WAYS, ServiceCidrs, ServiceStats, SocketEntry, SocketRecords, SocketSlots,
     },
     limits,
 };
@@ -101,6 +101,10 @@ pub(crate) static SERVICE_STATS: Array<ServiceStats, FRONTENDS, MMAPABLE> = Arra
 /// Calls by CPU and endpoint.
 #[btf_map(name = "endpoint_stats")]
 pub(crate) static ENDPOINT_STATS: Array<EndpointStats, ENDPOINTS, MMAPABLE> = Array::new();
+
+/// How long connections take, by service port.
+#[btf_map(name = "connect_latency")]
+pub(crate) static CONNECT_LATENCY: Array<ConnectLatency, SERVICES, MMAPABLE> = Array::new();
 
 /// Sizes of the image and settings of the programs. Only user space reads and writes it.
 #[btf_map(name = "meta")]

@@ -13,6 +13,8 @@
 //! | reset, ICMP error | `STATE` from `SYN_SENT` to `CLOSE` with an error | a failure |
 //! | `close()`, `shutdown()`, `connect(AF_UNSPEC)`, the process is killed | the same without an error | nothing |
 
+use core::hint::black_box;
+
 use aya_ebpf::{
     bindings::{
         BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, BPF_SOCK_OPS_RTO_CB, BPF_SOCK_OPS_RTO_CB_FLAG,
@@ -21,13 +23,13 @@ use aya_ebpf::{
     helpers::bpf_ktime_get_ns,
 };
 use lb_common::{
-    health::{Failure, Policy},
-    layout::EndpointHealth,
+    health::{self, Failure, Policy},
+    layout::{ConnectLatency, EndpointHealth, LATENCY_BUCKETS},
 };
 
 use crate::{
     config::{self, Mode, is_on},
-    ctx::SockOps,
+    ctx::{SockOps, add},
     maps,
     record::{Attempted, attempted},
 };
@@ -92,11 +94,29 @@ fn established<M: Mode>(ctx: &SockOps) {
     let Some(health) = maps::ENDPOINT_HEALTH.get_ptr_mut(attempted.record.endpoint_id) else { return };
     // SAFETY: no preconditions.
     let now = unsafe { bpf_ktime_get_ns() };
+    let latency = health::latency(now.wrapping_sub(attempted.attempt.sent_at));
     // SAFETY: a live array element; other programs may write at the same time, and the last one counts.
     unsafe {
         let before = health.read_volatile();
         let after = before.established(policy, attempted.attempt.netns, now);
-        health.write_volatile(after.with_latency(now.wrapping_sub(attempted.attempt.sent_at)));
+        health.write_volatile(after.with_latency(latency));
+    }
+    count(attempted.record.service_id, latency);
+}
+
+/// Adds a time in microseconds to those of a service port. Not by CPU, as calls are counted: that would take the
+/// memory of all other counters together, for one addition to each connection.
+#[inline(always)]
+fn count(service_id: u32, latency: u32) {
+    let Some(times) = maps::CONNECT_LATENCY.get_ptr_mut(service_id) else { return };
+    // `black_box` keeps the comparison, which the verifier needs and the compiler does not.
+    let bucket = black_box(ConnectLatency::bucket(latency));
+    if bucket < LATENCY_BUCKETS {
+        // SAFETY: aligned words of a live array element.
+        unsafe {
+            add(&raw mut (*times).sum, latency.into());
+            add((&raw mut (*times).buckets).cast::<u32>().add(bucket), 1);
+        }
     }
 }
 

@@ -12,7 +12,7 @@ use lb_common::{
 
 use crate::{
     config::{self, is_on},
-    ctx::atomic_add,
+    ctx::add,
     maps,
 };
 
@@ -83,7 +83,7 @@ fn active(endpoint_id: u32) -> i32 {
 pub(crate) fn add_active(endpoint_id: u32, number: i32) {
     if let Some(load) = maps::ENDPOINT_LOAD.get_ptr_mut(endpoint_id) {
         // SAFETY: an aligned word of a live array element.
-        unsafe { atomic_add(&raw mut (*load).active, number) };
+        unsafe { add(&raw mut (*load).active, number) };
     }
 }
 

@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use lb_common::layout::EndpointHealth;
+use lb_common::layout::{ConnectLatency, EndpointHealth};
 use lb_core::{
     desired::FrontendAddress,
     model::Protocol::Tcp,
@@ -67,6 +67,12 @@ impl Node {
         let image = self.agent.image();
         let entry = image.reachable().find(|entry| entry.address == endpoint).unwrap();
         self.agent.kernel.maps().endpoint_health(entry.endpoint_id)
+    }
+
+    fn times(&self) -> ConnectLatency {
+        let image = self.agent.image();
+        let frontend = image.frontends.values().find(|frontend| frontend.health != 0).unwrap();
+        self.agent.kernel.maps().connect_latency(frontend.service_id)
     }
 
     fn explains_the_ejection_of(&self, endpoint: SocketAddr) {
@@ -280,5 +286,27 @@ fn a_new_agent_finds_ejections_or_starts_without() {
             drop(node);
             pins::remove(&sandbox.pin_path()).unwrap();
         }
+/// Also the one that began with a SYN without an answer.
+#[test]
+fn the_time_of_each_connection_is_counted() {
+    with_service(&Domain::ALL, |node| {
+        let silent = node.endpoints.map(|endpoint| Silent::new(node.domain, endpoint));
+        let waiting = node.begin();
+        thread::sleep(Duration::from_millis(600));
+        silent.iter().for_each(Silent::recover);
+        waiting.wait_until_writable();
+        drop(silent);
+        let _servers = Servers::tcp(node.endpoints);
+        let start = Instant::now();
+        for _ in 0..20 {
+            assert!(node.call().is_ok(), "{:?}", node.domain);
+        }
+        let took = start.elapsed();
+        let times = node.times();
+        assert_eq!(times.buckets.iter().sum::<u32>(), 21, "{:?}: {times:?}", node.domain);
+        assert_eq!(times.buckets.last(), Some(&1), "{:?}: {times:?}", node.domain);
+        // The SYN was sent again after a second.
+        let sum = Duration::from_micros(times.sum);
+        assert!(sum > Duration::from_millis(900) && sum < Duration::from_secs(8) + took, "{times:?}");
     });
 }

@@ -172,7 +172,7 @@ fn any_state_is_harmless() {
                 for sent_at in extremes {
                     let _ = health.admission(now);
                     let _ = health.failed(POLICY, Failure { sent_at, netns: 1, errno: 0 }, now);
-                    let after = health.established(POLICY, 1, now).with_latency(sent_at);
+                    let after = health.established(POLICY, 1, now).with_latency(latency(sent_at));
                     assert_eq!(after.admission(now), Open);
                 }
             }
@@ -192,7 +192,10 @@ fn the_rest_of_an_ejection_is_rounded_up() {
 #[test]
 fn latency_is_a_moving_average() {
     let of = |samples: &[u64]| {
-        samples.iter().fold(EndpointHealth::default(), |health, us| health.with_latency(us * 1000)).latency
+        samples
+            .iter()
+            .fold(EndpointHealth::default(), |health, us| health.with_latency(latency(us * 1000)))
+            .latency
     };
     assert_eq!(of(&[]), 0);
     assert_eq!(of(&[0]), 1, "0 is unknown");

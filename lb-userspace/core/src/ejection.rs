@@ -74,19 +74,19 @@ impl EjectionTracker {
     ) -> Vec<(Endpoint, Change)> {
         let has_ejections = |health: &EndpointHealth| health.ejected_until != 0 || health.ejections != 0;
         let found = (0..n_ids).map(|id| (id, health(id))).filter(|(_, health)| has_ejections(health));
-        let mut changed: BTreeMap<u32, EndpointHealth> = found.collect();
+        let mut news: BTreeMap<u32, EndpointHealth> = found.collect();
         for id in self.known.keys() {
-            changed.entry(*id).or_insert_with(|| health(*id));
+            news.entry(*id).or_insert_with(|| health(*id));
         }
-        changed.retain(|id, health| {
+        news.retain(|id, health| {
             self.known.get(id).is_none_or(|known| {
                 (known.ejected_until, known.ejections) != (health.ejected_until, health.ejections)
                     || known.endpoint.is_none() && is_new_image
             })
         });
-        let endpoints = if changed.is_empty() { BTreeMap::new() } else { endpoints(image, &changed) };
+        let endpoints = if news.is_empty() { BTreeMap::new() } else { endpoints(image, &news) };
         let mut changes = Vec::new();
-        for (id, health) in changed {
+        for (id, health) in news {
             let endpoint = endpoints.get(&id).copied();
             let former = if has_ejections(&health) {
                 let EndpointHealth { ejected_until, ejections, .. } = health;
@@ -95,9 +95,8 @@ impl EjectionTracker {
                 self.known.remove(&id)
             };
             let Some(endpoint) = endpoint else { continue };
-            changes.extend(
-                self.of_endpoint(endpoint, &health, former).into_iter().map(|change| (endpoint, change)),
-            );
+            let of_endpoint = self.of_endpoint(endpoint, &health, former);
+            changes.extend(of_endpoint.into_iter().map(|change| (endpoint, change)));
         }
         self.has_scanned = true;
         changes

@@ -15,9 +15,9 @@ use aya::{
 use lb_common::{
     address::{Address, Octets6, mapped_ipv4},
     layout::{
-        self, AddressKey, ClusterIp, Endpoint4, Endpoint6, EndpointHealth, EndpointLoad, EndpointStats,
-        Frontend, FrontendKey4, FrontendKey6, FrontendRef, MapValue, Meta, Network4, Network6, NodeAddr,
-        ServiceCidrs, ServiceStats,
+        self, AddressKey, ClusterIp, ConnectLatency, Endpoint4, Endpoint6, EndpointHealth, EndpointLoad,
+        EndpointStats, Frontend, FrontendKey4, FrontendKey6, FrontendRef, MapValue, Meta, Network4, Network6,
+        NodeAddr, ServiceCidrs, ServiceStats,
     },
     maps::{self, MAPS},
 };
@@ -50,6 +50,7 @@ pub struct Maps {
     endpoint_stats: Counters<EndpointStats>,
     endpoint_health: Mapped<EndpointHealth>,
     endpoint_load: Mapped<EndpointLoad>,
+    connect_latency: Mapped<ConnectLatency>,
     pub(crate) frontends: Mapped<Frontend>,
     pub(crate) endpoints4: Mapped<Endpoint4>,
     pub(crate) endpoints6: Mapped<Endpoint6>,
@@ -107,6 +108,10 @@ impl Maps {
                 &place("endpoint_health").map("endpoint_health")?.0,
             )?,
             endpoint_load: map_memory("endpoint_load", &place("endpoint_load").map("endpoint_load")?.0)?,
+            connect_latency: map_memory(
+                "connect_latency",
+                &place("connect_latency").map("connect_latency")?.0,
+            )?,
             frontends: map_memory("frontends", &frontends)?,
             endpoints4: map_memory("endpoints4", &endpoints4)?,
             endpoints6: map_memory("endpoints6", &endpoints6)?,
@@ -139,6 +144,7 @@ impl Maps {
             endpoint_stats: map_counters("endpoint_stats", map_data(object, "endpoint_stats")?)?,
             endpoint_health: map_memory("endpoint_health", map_data(object, "endpoint_health")?)?,
             endpoint_load: map_memory("endpoint_load", map_data(object, "endpoint_load")?)?,
+            connect_latency: map_memory("connect_latency", map_data(object, "connect_latency")?)?,
             frontends: map_memory("frontends", map_data(object, "frontends")?)?,
             endpoints4: map_memory("endpoints4", map_data(object, "endpoints4")?)?,
             endpoints6: map_memory("endpoints6", map_data(object, "endpoints6")?)?,
@@ -174,6 +180,15 @@ impl Maps {
             let former = map_counters("service_stats", &former.map("service_stats")?.0)?;
             for frontend in self.image()?.frontends.values() {
                 self.service_stats.copy_from(&former, frontend.service_id);
+            }
+        }
+        if takeover.refills("connect_latency") {
+            let former: Mapped<ConnectLatency> =
+                map_memory("connect_latency", &former.map("connect_latency")?.0)?;
+            for frontend in self.image()?.frontends.values() {
+                if let Some(times) = former.read(frontend.service_id) {
+                    let _beyond = self.connect_latency.write(frontend.service_id, times);
+                }
             }
         }
         if takeover.refills("endpoint_stats") {
@@ -220,6 +235,8 @@ impl Maps {
             }
             Op::ResetService(id) => {
                 self.service_stats.reset(*id);
+                // An id beyond the map is not counted.
+                let _beyond = self.connect_latency.write(*id, ConnectLatency::default());
                 Ok(())
             }
             Op::ResetEndpoints(ids) => {
@@ -378,6 +395,13 @@ impl Maps {
             connects: sum.connects.wrapping_add(cpu.connects),
             datagrams: sum.datagrams.wrapping_add(cpu.datagrams),
         })
+    }
+
+    /// How long connections to a service port took since it got its id. Zero for a port whose connections are not
+    /// observed, and for an id beyond the map.
+    #[must_use]
+    pub fn connect_latency(&self, service_id: u32) -> ConnectLatency {
+        self.connect_latency.read(service_id).unwrap_or_default()
     }
 
     /// The outcomes of connections to an endpoint since it got its id. The default for an endpoint that is not

@@ -36,12 +36,15 @@ fn other_sizes_fail_no_call_and_lose_nothing() {
             .map(|(services, endpoints)| Capacity { services, endpoints });
         web.under_load(4000, 12, |generation| {
             let capacity = sizes[generation % sizes.len()];
+            let n_before = times(&Maps::open(&sandbox.pin_path()).unwrap());
             let mut agent = start_sized(sandbox, capacity);
             let plan = agent.follow(&web.cluster);
             assert!(plan.is_empty(), "everything was adopted: {plan:?}");
             assert!(!agent.kernel.is_staged());
             assert_eq!(endpoint_ids(&agent.image()), ids);
             assert_eq!(capacity_of(sandbox), capacity);
+            let n_times = times(agent.kernel.maps());
+            assert!(n_times >= n_before, "{n_before} times were counted, {n_times} are left");
         });
         assert_eq!(pinned(sandbox), wanted_pins(sandbox));
         assert_eq!(connected.peer_name(), Ok(web.service), "its record is in its place");
@@ -62,6 +65,12 @@ fn capacity_of(sandbox: &Sandbox) -> Capacity {
 fn connects(agent: &Agent) -> u64 {
     let service_id = agent.image().frontends.values().next().unwrap().service_id;
     agent.kernel.maps().service_stats(service_id).connects
+}
+
+/// The number of connections whose time was counted.
+fn times(maps: &Maps) -> u32 {
+    let service_id = maps.image().unwrap().frontends.values().next().unwrap().service_id;
+    maps.connect_latency(service_id).buckets.iter().sum()
 }
 
 /// The sizes that were rejected: setting, value, and what is served if it could be counted.

@@ -77,7 +77,12 @@ impl MetricsPages {
 
 fn calls(maps: &Maps, service_id: u32) -> Calls {
     let stats = maps.service_stats(service_id);
-    Calls { redirected: stats.connects, refused: stats.refusals, datagrams: stats.datagrams }
+    Calls {
+        redirected: stats.connects,
+        refused: stats.refusals,
+        datagrams: stats.datagrams,
+        times: maps.connect_latency(service_id).into(),
+    }
 }
 
 impl Pages for MetricsPages {

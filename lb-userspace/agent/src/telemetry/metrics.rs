@@ -108,6 +108,9 @@ definitions! {
     DATAGRAMS: Counter "socklb_datagrams_total" ["namespace", "service", "port", "protocol"]
         "Datagrams of unconnected sockets that were redirected to an endpoint of a Service's port on this node, since the port \
          is served";
+    CONNECT_DURATION: Histogram "socklb_connect_duration_seconds" ["namespace", "service", "port", "protocol"]
+        "Time from the first SYN of a connection to a Service's port until it is established, on this node, since the port is \
+         served. Only for ports with passive health, once a connection was established. Above half a second a SYN was lost";
     ENDPOINTS_EJECTED: Gauge "socklb_endpoints_ejected" []
         "Endpoints of service ports that calls from this node avoid, because connections to them failed: socklb services names \
          them";

@@ -6,20 +6,24 @@ use std::{
     time::Instant,
 };
 
+use lb_common::layout::{ConnectLatency, LATENCY_BUCKETS};
 use lb_core::{
     model::{Protocol, ServiceKey},
     state::View,
     tables::Image,
 };
 use prometheus_client::{
-    encoding::text::{encode_eof, encode_registry},
-    metrics::{counter::Counter, family::Family, gauge::Gauge},
+    encoding::{
+        EncodeMetric, MetricEncoder, NoLabelSet,
+        text::{encode_eof, encode_registry},
+    },
+    metrics::{MetricType, counter::Counter, family::Family, gauge::Gauge},
     registry::Registry,
 };
 
 use super::metrics::{
-    CONNECTIONS, DATAGRAMS, ENDPOINTS_EJECTED, MAP_CAPACITY, MAP_ENTRIES, Metrics, Real, SOURCE_ANSWER_AGE,
-    SOURCE_FAILURES, register,
+    CONNECT_DURATION, CONNECTIONS, DATAGRAMS, ENDPOINTS_EJECTED, MAP_CAPACITY, MAP_ENTRIES, Metrics, Real,
+    SOURCE_ANSWER_AGE, SOURCE_FAILURES, register,
 };
 use crate::{serve::Published, source::Contact};
 
@@ -32,6 +36,59 @@ pub struct Calls {
     pub refused: u64,
     /// Datagrams of unconnected sockets that were redirected to an endpoint.
     pub datagrams: u64,
+    /// How long connections took from their SYN to established.
+    pub times: Times,
+}
+
+/// A distribution of times.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Times {
+    /// Sum in microseconds.
+    sum: u64,
+    /// Number of times in each bucket of [`ConnectLatency`].
+    buckets: [u64; LATENCY_BUCKETS],
+}
+
+impl From<ConnectLatency> for Times {
+    fn from(ConnectLatency { sum, buckets }: ConnectLatency) -> Self {
+        Self { sum, buckets: buckets.map(u64::from) }
+    }
+}
+
+impl Times {
+    fn add(&mut self, more: &Self) {
+        self.sum = self.sum.saturating_add(more.sum);
+        for (sum, more) in self.buckets.iter_mut().zip(more.buckets) {
+            *sum += more;
+        }
+    }
+
+    fn n(&self) -> u64 {
+        self.buckets.iter().sum()
+    }
+}
+
+/// A histogram of each port. The library's own count one time after the other.
+#[derive(Clone, Debug)]
+struct Histograms(Vec<(PortLabels, Times)>);
+
+impl EncodeMetric for Histograms {
+    fn encode(&self, mut encoder: MetricEncoder<'_>) -> fmt::Result {
+        const SECOND: f64 = 1e6;
+        for (labels, times) in &self.0 {
+            let bound = |n| ConnectLatency::bound(n).map_or(f64::INFINITY, |bound| f64::from(bound) / SECOND);
+            let buckets: Vec<(f64, u64)> =
+                times.buckets.iter().enumerate().map(|(n, count)| (bound(n), *count)).collect();
+            #[expect(clippy::cast_precision_loss, reason = "285 years are 2^53 microseconds")]
+            let sum = times.sum as f64 / SECOND;
+            encoder.encode_family(labels)?.encode_histogram::<NoLabelSet>(sum, times.n(), &buckets, None)?;
+        }
+        Ok(())
+    }
+
+    fn metric_type(&self) -> MetricType {
+        MetricType::Histogram
+    }
 }
 
 /// Values of the labels namespace, service, port and protocol.
@@ -71,6 +128,7 @@ fn of_the_moment(
     let connections =
         register(&mut registry, &CONNECTIONS, Family::<[(&str, String); 5], Counter>::default());
     let datagrams = register(&mut registry, &DATAGRAMS, Family::<PortLabels, Counter>::default());
+    let mut histograms = Vec::new();
     for (labels, calls) in sums(&published.view, calls) {
         let [namespace, service, port, protocol] = labels.clone();
         for (result, n_calls) in [("redirected", calls.redirected), ("refused", calls.refused)] {
@@ -84,7 +142,12 @@ fn of_the_moment(
             connections.get_or_create(&labels).inc_by(n_calls);
         }
         datagrams.get_or_create(&labels).inc_by(calls.datagrams);
+        // A node calls few of a cluster's ports, and a histogram is sixteen lines.
+        if calls.times.n() > 0 {
+            histograms.push((labels, calls.times));
+        }
     }
+    let _registered = register(&mut registry, &CONNECT_DURATION, Histograms(histograms));
     let n_ejected = n_ejected(&published.view.image, is_ejected);
     let _former = register(&mut registry, &ENDPOINTS_EJECTED, <Gauge>::default()).set(n_ejected);
     let ages = register(&mut registry, &SOURCE_ANSWER_AGE, Family::<[(&str, &str); 1], Real>::default());
@@ -136,6 +199,7 @@ fn sums(view: &View, calls: impl Fn(u32) -> Calls) -> BTreeMap<PortLabels, Calls
         sum.redirected = sum.redirected.saturating_add(more.redirected);
         sum.refused = sum.refused.saturating_add(more.refused);
         sum.datagrams = sum.datagrams.saturating_add(more.datagrams);
+        sum.times.add(&more.times);
     }
     sums
 }
@@ -190,7 +254,16 @@ mod tests {
         contact.broke("connection");
         contact.broke("connection");
         let now = start + Duration::from_millis(1500);
-        let calls = |id: u32| Calls { redirected: 10 + u64::from(id), refused: 1, datagrams: u64::from(id) };
+        let mut buckets = [0; LATENCY_BUCKETS];
+        (buckets[0], buckets[12], buckets[13]) = (5, 2, 1);
+        let times =
+            |id| if id < 2 { ConnectLatency { sum: 2_500_000, buckets }.into() } else { Times::default() };
+        let calls = |id: u32| Calls {
+            redirected: 10 + u64::from(id),
+            refused: 1,
+            datagrams: u64::from(id),
+            times: times(id),
+        };
         render(&metrics, &published(), Some(&contact), now, calls, |id| id % 2 == 0).unwrap()
     }
 
@@ -202,6 +275,12 @@ mod tests {
             r#"socklb_connections_total{namespace="default",service="dns",port="53",protocol="TCP",result="refused"} 2"#,
             r#"socklb_connections_total{namespace="default",service="dns",port="53",protocol="UDP",result="redirected"} 12"#,
             r#"socklb_datagrams_total{namespace="default",service="dns",port="53",protocol="UDP"} 2"#,
+            r#"socklb_connect_duration_seconds_sum{namespace="default",service="dns",port="53",protocol="TCP"} 5.0"#,
+            r#"socklb_connect_duration_seconds_count{namespace="default",service="dns",port="53",protocol="TCP"} 16"#,
+            r#"socklb_connect_duration_seconds_bucket{le="0.000128",namespace="default",service="dns",port="53",protocol="TCP"} 10"#,
+            r#"socklb_connect_duration_seconds_bucket{le="0.262144",namespace="default",service="dns",port="53",protocol="TCP"} 10"#,
+            r#"socklb_connect_duration_seconds_bucket{le="0.524288",namespace="default",service="dns",port="53",protocol="TCP"} 14"#,
+            r#"socklb_connect_duration_seconds_bucket{le="+Inf",namespace="default",service="dns",port="53",protocol="TCP"} 16"#,
             r#"socklb_map_entries{map="services4"} 3"#,
             r#"socklb_source_answer_age_seconds{kind="nodes"} 1.5"#,
             r#"socklb_source_failures_total{reason="connection"} 2"#,
@@ -213,6 +292,7 @@ mod tests {
         ] {
             assert!(text.lines().any(|found| found == line), "{line}\nis not in\n{text}");
         }
+        assert!(!text.contains(r#"socklb_connect_duration_seconds_count{namespace="default",service="dns",port="53",protocol="UDP"}"#));
         assert!(text.ends_with("# EOF\n"));
     }
 

@@ -41,12 +41,14 @@ fn texts(changes: &[(Endpoint, Change)]) -> Vec<String> {
     changes.iter().map(text).collect()
 }
 
+/// What scans read of an endpoint, and what each returns.
+type Scans = Vec<(EndpointHealth, &'static [&'static str])>;
+
 #[test]
 fn scans_show_what_began_and_what_ended() {
     let restored = |ejections| EndpointHealth { ejections, ..healthy() };
     let reset = EndpointHealth::default;
-    // Each step: what the scan reads, and what it returns.
-    let cases: [(&str, Vec<(EndpointHealth, &[&str])>); 8] = [
+    let cases: [(&str, Scans); 8] = [
         ("nothing happens", vec![(reset(), &[]), (healthy(), &[])]),
         (
             "an ejection, its repetition, its end",
