@@ -266,7 +266,7 @@ impl Monitor<'_> {
         for (Endpoint { service_id, address }, change) in changes {
             let port = self.names.ports.get(&service_id).filter(|port| self.filter.takes(port));
             let Some(port) = port else { continue };
-            if !self.show(self.names.change(address, port, change, now))? {
+            if !self.show(&self.names.change(address, port, change, now))? {
                 return Ok(false);
             }
         }
@@ -274,11 +274,11 @@ impl Monitor<'_> {
     }
 
     /// Shows a line. `false` once the reader has closed standard output.
-    fn show(&self, line: Line) -> anyhow::Result<bool> {
+    fn show(&self, line: &Line) -> anyhow::Result<bool> {
         show_more(&match self.args.output {
             Format::Text => line.text(self.has_colour) + "\n",
-            Format::Json => format!("{}\n", serde_json::to_string(&line)?),
-            Format::Yaml => format!("---\n{}", serde_saphyr::to_string(&line)?),
+            Format::Json => format!("{}\n", serde_json::to_string(line)?),
+            Format::Yaml => format!("---\n{}", serde_saphyr::to_string(line)?),
         })
     }
 
@@ -300,7 +300,7 @@ impl Monitor<'_> {
             let connection = self.names.connection(&record, port);
             self.n_shown += 1;
             self.seen.shown(1);
-            if !self.show(Line::Connection(connection))? {
+            if !self.show(&Line::Connection(connection))? {
                 return Ok(false);
             }
         }
@@ -314,7 +314,7 @@ impl Monitor<'_> {
         if summary.is_empty() {
             return Ok(true);
         }
-        self.show(Line::Summary(summary))
+        self.show(&Line::Summary(summary))
     }
 
     /// The counters of the selected ports.

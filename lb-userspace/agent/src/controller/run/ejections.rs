@@ -53,11 +53,11 @@ async fn scan(
     loop {
         let _now = timer.tick().await;
         let view = Arc::clone(&published.borrow().view);
-        let scanned = spawn_blocking(move || {
+        let task = spawn_blocking(move || {
             let news = scanner.scan(view);
             (scanner, news)
         });
-        let news = match scanned.await {
+        let news = match task.await {
             Ok((same, news)) => {
                 scanner = same;
                 news
