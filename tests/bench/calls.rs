@@ -6,7 +6,6 @@
 use std::{
     any::Any,
     fs::File,
-    io::Read as _,
     net::{IpAddr, Ipv4Addr, SocketAddrV4, TcpListener, UdpSocket},
     os::fd::{AsRawFd as _, OwnedFd},
     path::{Path, PathBuf},
@@ -21,7 +20,10 @@ use aya::{
     programs::{CgroupAttachMode, CgroupSockAddr, Program, loaded_programs},
     sys::{Stats, enable_stats},
 };
-use lb_common::layout::{Endpoint4, Frontend, FrontendKey4, Run as Slots};
+use lb_common::{
+    health::Policy,
+    layout::{Endpoint4, Frontend, FrontendKey4, Run as Slots},
+};
 use lb_core::{
     desired::FrontendAddress,
     model::Protocol,
@@ -47,6 +49,10 @@ use crate::{
 /// The baseline of all targets.
 pub(crate) const EMPTY: (&str, &[&str]) = ("empty", &["empty_connect", "empty_sendmsg"]);
 pub(crate) const SOCKLB: &str = "socklb";
+/// The product with `--passive-health=off`.
+pub(crate) const HEALTH_OFF: &str = "passive health off";
+/// The same once more: its difference is what the method cannot resolve.
+pub(crate) const HEALTH_OFF_AGAIN: &str = "passive health off again";
 /// The run time of the program as the kernel measures it, including the timer.
 pub(crate) const PROGRAM_TIME: &str = "program time, any service";
 
@@ -58,8 +64,10 @@ pub(crate) enum Kind {
     Again,
     /// An unconnected UDP socket sends.
     Send,
-    /// A TCP connection.
+    /// A TCP connection, until it is established.
     Tcp,
+    /// A TCP connection, from the socket to its close.
+    TcpWhole,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -92,6 +100,8 @@ pub(crate) enum Programs<'a> {
     Peer(PathBuf),
     /// The product, with all features.
     Socklb(Capacity),
+    /// The same with `--passive-health=off`.
+    HealthOff(Capacity),
 }
 
 pub(crate) struct Target<'a> {
@@ -156,8 +166,8 @@ fn work(worker: Worker, block: usize) -> Work<Order, Vec<f64>> {
 }
 
 /// Programs and maps of a capacity in a sandbox.
-pub(crate) fn open(sandbox: &Sandbox, capacity: Capacity) -> anyhow::Result<Kernel> {
-    Ok(Kernel::open(&Options { capacity, ..agent::options(sandbox) }, || {})?)
+pub(crate) fn open(sandbox: &Sandbox, capacity: Capacity, passive_health: bool) -> anyhow::Result<Kernel> {
+    Ok(Kernel::open(&Options { capacity, passive_health, ..agent::options(sandbox) }, || {})?)
 }
 
 fn loopback(endpoint: u32) -> Ipv4Addr {
@@ -175,7 +185,8 @@ impl Services {
                 let entry = |id| Entry::new(id, (loopback(id), TARGET_PORT).into());
                 image.runs4.insert(offset, (offset..offset + self.n_endpoints).map(entry).collect());
                 let run = Slots { offset, len: self.n_endpoints };
-                image.frontends.insert(id, Frontend { run, service_id: id, ..Frontend::default() });
+                let health = if protocol == Protocol::Tcp { Policy::DEFAULT.to_word() } else { 0 };
+                image.frontends.insert(id, Frontend { run, service_id: id, health, ..Frontend::default() });
                 let ip = IpAddr::V4(cluster_ip(service));
                 image.services.insert(FrontendAddress { ip, port: PORT, protocol }, id);
                 id += 1;
@@ -197,8 +208,8 @@ unsafe impl aya::Pod for Plain<Endpoint4> {}
 fn attach(sandbox: &Sandbox, programs: &Programs<'_>, services: Services) -> anyhow::Result<Box<dyn Any>> {
     let cgroup = sandbox.cgroup().path();
     match programs {
-        Programs::Socklb(capacity) => {
-            let mut kernel = open(sandbox, *capacity)?;
+        Programs::Socklb(capacity) | Programs::HealthOff(capacity) => {
+            let mut kernel = open(sandbox, *capacity, matches!(programs, Programs::Socklb(_)))?;
             let _done = kernel.apply(&diff(&Image::default(), &services.image()))?;
             Ok(Box::new(kernel))
         }
@@ -264,6 +275,8 @@ struct Worker {
     unconnected: OwnedFd,
     /// The product's program for `connect()`.
     program: Option<u32>,
+    /// Accepts after each call: a thread of its own would fall behind, and SYNs to a full queue are lost.
+    listener: TcpListener,
     _sink: UdpSocket,
     _attached: Box<dyn Any>,
 }
@@ -283,12 +296,6 @@ impl Worker {
         let links = links::read_all(&sandbox.pin_path(), Some(sandbox.cgroup().path()), true);
         let link = links.into_iter().find(|(hook, _)| *hook == "connect4");
         let program = link.and_then(|(_, link)| Some(link.ok()?.program_id));
-        let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, TARGET_PORT))?;
-        let _ends_with_the_process = thread::spawn(move || {
-            for mut stream in listener.incoming().map_while(Result::ok) {
-                let _closed = stream.read(&mut [0; 1]);
-            }
-        });
         turns::stay_on(0)?;
         let mut worker = Self {
             services,
@@ -297,6 +304,7 @@ impl Worker {
             connected: udp()?,
             unconnected: udp()?,
             program,
+            listener: TcpListener::bind((Ipv4Addr::UNSPECIFIED, TARGET_PORT))?,
             _sink: UdpSocket::bind((Ipv4Addr::UNSPECIFIED, TARGET_PORT))?,
             _attached: attached,
         };
@@ -341,17 +349,23 @@ impl Worker {
                     let _sent = sendto(self.unconnected.as_raw_fd(), b"x", &to, MsgFlags::MSG_DONTWAIT);
                     None
                 }
-                Kind::Tcp => {
+                Kind::Tcp | Kind::TcpWhole => {
                     let stream = socket(AddressFamily::Inet, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
                     connect(stream.as_raw_fd(), &to)?;
                     Some(stream)
                 }
             };
-            times.push(began.elapsed().as_secs_f64() * 1e9);
+            let mut time = began.elapsed();
             if let Some(stream) = opened {
                 // A reset instead of TIME_WAIT, which would use up the ports.
                 setsockopt(&stream, sockopt::Linger, &linger { l_onoff: 1, l_linger: 0 })?;
+                drop(stream);
+                if kind == Kind::TcpWhole {
+                    time = began.elapsed();
+                }
+                drop(self.listener.accept()?);
             }
+            times.push(time.as_secs_f64() * 1e9);
         }
         Ok(times)
     }

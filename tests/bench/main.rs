@@ -2,7 +2,7 @@
 //!
 //! # Purpose
 //!
-//! - [`hooks`], [`sync`], [`path`], [`scale`]: the suites. Each fills a [`result`].
+//! - [`hooks`], [`sync`], [`path`], [`scale`], [`health`]: the suites. Each fills a [`result`].
 //! - [`turns`], [`calls`], [`daemon`], [`objects`]: what several of them use.
 //! - [`quantile`], [`compare`]: pure functions on numbers.
 //! - [`markdown`], [`plot`], [`pages`]: tables, plots and the documents with them, all from result files.
@@ -17,6 +17,7 @@
 mod calls;
 mod compare;
 mod daemon;
+mod health;
 mod hooks;
 mod machine;
 mod markdown;
@@ -59,6 +60,8 @@ enum Command {
     Path(Measured<path::Options>),
     /// How costs grow with services and endpoints
     Scale(Measured<scale::Options>),
+    /// What callers notice of an endpoint that dies, with passive health and without
+    Health(Measured<health::Options>),
     /// Compares two results; exits with 1 on a regression
     Compare {
         #[arg(value_name = "OLD")]
@@ -150,6 +153,7 @@ fn main() -> anyhow::Result<ExitCode> {
         Command::Sync(Measured { options, common }) => common.finish(&sync::run(&options, &common)?)?,
         Command::Path(Measured { options, common }) => common.finish(&path::run(&options, &common)?)?,
         Command::Scale(Measured { options, common }) => common.finish(&scale::run(&options, &common)?)?,
+        Command::Health(Measured { options, common }) => common.finish(&health::run(&options, &common)?)?,
         Command::Client(args) => path::client(&args)?,
         Command::Server => path::server()?,
         Command::Render { root } => pages::render(&root)?,

@@ -3,8 +3,8 @@
 use std::fmt::Write as _;
 
 use crate::{
-    calls, hooks,
-    quantile::{paired_ratio, real},
+    calls, health, hooks,
+    quantile::{paired_difference, paired_ratio, real},
     result::{ResultFile, Series, Suite, Unit},
     scale, sync,
 };
@@ -31,6 +31,8 @@ enum Cell {
     OverEmpty,
     /// socklb relative to the target, block by block: the median ratio and its 95 % interval.
     Ratio,
+    /// Over the product without passive health, block by block: the median difference and its 95 % interval.
+    OverOff,
 }
 
 /// What a table shows: these measures, with one dimension as columns and the others as rows.
@@ -56,7 +58,11 @@ fn tables(suite: Suite) -> Vec<Table> {
     match suite {
         Suite::Hooks => {
             let measures = hooks::KINDS.map(|(measure, ..)| measure);
-            vec![Table { cell: Cell::OverEmpty, ..table("cost", Measure, &measures) }]
+            let health: Vec<&str> = hooks::health_kinds().map(|(measure, ..)| measure).collect();
+            vec![
+                Table { cell: Cell::OverEmpty, ..table("cost", Measure, &measures) },
+                Table { cell: Cell::OverOff, ..table("health", Target, &health) },
+            ]
         }
         Suite::Sync => {
             let mut memory = vec![sync::IDLE, "CPU while many change"];
@@ -143,6 +149,11 @@ fn tables(suite: Suite) -> Vec<Table> {
                 table("agent", Measure, &[sync::ONE_BY_ONE, sync::COLD_START, sync::MEMORY]),
             ]
         }
+        Suite::Health => {
+            let rest = [health::LITTLE_AFTER, health::AFFECTED, health::RECOVERY, health::REFUSED];
+            let rest = rest.into_iter().chain([health::REFUSED_LATER]).map(str::to_owned);
+            vec![Table { measures: health::shares().chain(rest).collect(), ..table("times", Target, &[]) }]
+        }
     }
 }
 
@@ -180,6 +191,12 @@ impl Dimension {
 impl Table {
     fn text(&self, result: &ResultFile) -> String {
         let mut all: Vec<&Series> = self.measures.iter().flat_map(|measure| result.of(measure)).collect();
+        if self.cell == Cell::OverOff {
+            all.retain(|series| {
+                [calls::SOCKLB, calls::HEALTH_OFF, calls::HEALTH_OFF_AGAIN]
+                    .contains(&series.key.target.as_str())
+            });
+        }
         if self.is_largest {
             let largest = all.iter().map(|series| series.key.n_services).max().flatten();
             all.retain(|series| series.key.n_services == largest);
@@ -233,6 +250,14 @@ impl Cell {
                 let ours = other(calls::SOCKLB, series.key.n_services)?;
                 let (ratio, [low, high]) = paired_ratio(&ours.blocks, &series.blocks)?;
                 return Some(format!("{ratio:.3} ({low:.3} to {high:.3})"));
+            }
+            (Self::OverOff, _) => {
+                let off = other(calls::HEALTH_OFF, None)?;
+                if series.key.target == calls::HEALTH_OFF {
+                    return Some(amount(series.unit, series.median()));
+                }
+                let (difference, [low, high]) = paired_difference(&series.blocks, &off.blocks)?;
+                return Some(format!("{difference:+.0} ns ({low:+.0} to {high:+.0})"));
             }
             (Self::OverEmpty, Some(floor)) if ![empty, "none"].contains(&series.key.target.as_str()) => {
                 format!("{:+.0} ns", series.median() - floor.median())

@@ -77,6 +77,12 @@ pub(crate) fn paired_ratio(of: &[f64], to: &[f64]) -> Option<(f64, [f64; 2])> {
     Some((median(&ratios), median_interval(&ratios)?))
 }
 
+/// The difference of two such series, block by block, as [`paired_ratio`].
+pub(crate) fn paired_difference(of: &[f64], to: &[f64]) -> Option<(f64, [f64; 2])> {
+    let differences: Vec<f64> = of.iter().zip(to).map(|(of, to)| of - to).collect();
+    Some((median(&differences), median_interval(&differences)?))
+}
+
 /// Four significant digits: more is noise, and enlarges result files.
 pub(crate) fn rounded(value: f64) -> f64 {
     if value == 0.0 || !value.is_finite() {

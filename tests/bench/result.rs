@@ -32,11 +32,13 @@ pub(crate) enum Suite {
     /// The same work to an endpoint, through socklb, nftables and iptables.
     Path,
     Scale,
+    /// What callers notice of an endpoint that dies.
+    Health,
 }
 
 impl Suite {
     /// All suites, in the order in which they run.
-    pub(crate) const ALL: [Self; 4] = [Self::Hooks, Self::Sync, Self::Path, Self::Scale];
+    pub(crate) const ALL: [Self; 5] = [Self::Hooks, Self::Sync, Self::Path, Self::Scale, Self::Health];
 
     /// The name of the suite and of its files.
     pub(crate) const fn name(self) -> &'static str {
@@ -45,6 +47,7 @@ impl Suite {
             Self::Sync => "sync",
             Self::Path => "path",
             Self::Scale => "scale",
+            Self::Health => "health",
         }
     }
 }

@@ -142,7 +142,7 @@ fn memory(options: &Options, run: &mut Run) -> anyhow::Result<()> {
     for &n_services in &options.services {
         let capacity = Capacity { services: n_services, endpoints: n_services * options.endpoints };
         let bytes = Sandbox::run(|sandbox| {
-            let _kernel = calls::open(sandbox, capacity)?;
+            let _kernel = calls::open(sandbox, capacity, true)?;
             let mut sum = 0;
             for name in lb_common::maps::MAPS.iter().map(|map| map.name) {
                 let map =

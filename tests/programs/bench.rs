@@ -20,6 +20,7 @@ fn smoke(suite: &str, check: impl FnOnce(&Value)) {
         "hooks" => &["--object", &object],
         "path" | "sync" => &["--socklb", &socklb],
         "scale" => &["--object", &object, "--socklb", &socklb],
+        "health" => &[],
         other => unreachable!("{other} is no suite"),
     };
     let directory = tempfile::tempdir().unwrap();
@@ -54,6 +55,7 @@ fn hooks() {
     smoke("hooks", |result| {
         let targets = names(result, "target");
         assert!(targets.contains("socklb") && targets.contains("empty"), "{targets:?}");
+        assert!(targets.contains("passive health off") && targets.contains("passive health off again"));
     });
 }
 
@@ -71,6 +73,23 @@ fn scale() {
         let measures = names(result, "measure");
         for measure in ["maps", "re-connect, any service", "event to map, one change at a time"] {
             assert!(measures.contains(measure), "{measures:?}");
+        }
+    });
+}
+
+#[test]
+fn health() {
+    smoke("health", |result| {
+        for target in ["socklb", "passive health off"] {
+            let value = |measure: &str| {
+                let mut series = result["series"].as_array().unwrap().iter();
+                let found = series.find(|series| series["measure"] == measure && series["target"] == target);
+                found.map(|series| series["quantiles"]["p50"].as_f64().unwrap())
+            };
+            let share = value("black hole: share of calls to it, 0.0 to 1.0 s");
+            assert!(share.is_some_and(|share| share > 0.1), "{target}: {share:?}");
+            let refused = value("refusing endpoint: failed calls");
+            assert!(refused.is_some_and(|n| n >= 3.0), "{target}: {refused:?}");
         }
     });
 }
