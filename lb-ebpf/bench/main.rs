@@ -11,8 +11,8 @@ use core::ptr::addr_of;
 use aya_ebpf::{
     bindings::bpf_sock_addr,
     btf_maps::HashMap,
-    macros::{btf_map, cgroup_sock, cgroup_sock_addr},
-    programs::{SockAddrContext, SockContext},
+    macros::{btf_map, cgroup_sock, cgroup_sock_addr, sock_ops},
+    programs::{SockAddrContext, SockContext, SockOpsContext},
 };
 use lb_common::layout::{Endpoint4, FrontendKey4};
 
@@ -65,6 +65,12 @@ fn empty_sendmsg(_ctx: SockAddrContext) -> i32 {
 #[cgroup_sock(sock_release)]
 fn empty_release(_ctx: SockContext) -> i32 {
     PROCEED
+}
+
+/// Does nothing in the callbacks of a TCP connection.
+#[sock_ops]
+fn empty_sock_ops(_ctx: SockOpsContext) -> u32 {
+    1
 }
 
 /// One look-up and the rewrite; stores no record.

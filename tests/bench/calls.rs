@@ -9,7 +9,7 @@ use std::{
     net::{IpAddr, Ipv4Addr, SocketAddrV4, TcpListener, UdpSocket},
     os::fd::{AsRawFd as _, OwnedFd},
     path::{Path, PathBuf},
-    thread,
+    thread::{self, Scope},
     time::{Duration, Instant},
 };
 
@@ -49,6 +49,9 @@ use crate::{
 /// The baseline of all targets.
 pub(crate) const EMPTY: (&str, &[&str]) = ("empty", &["empty_connect", "empty_sendmsg"]);
 pub(crate) const SOCKLB: &str = "socklb";
+/// What the kernel takes for any program in the callbacks of a connection.
+pub(crate) const EMPTY_SOCK_OPS: (&str, &[&str]) =
+    ("empty+sock_ops", &["empty_connect", "empty_sendmsg", "empty_sock_ops"]);
 /// The product with `--passive-health=off`.
 pub(crate) const HEALTH_OFF: &str = "passive health off";
 /// The same once more: its difference is what the method cannot resolve.
@@ -104,6 +107,7 @@ pub(crate) enum Programs<'a> {
     HealthOff(Capacity),
 }
 
+#[derive(Clone)]
 pub(crate) struct Target<'a> {
     pub(crate) name: &'static str,
     /// The number of services, if that varies: then the run time of the program is measured too.
@@ -127,20 +131,8 @@ pub(crate) fn measure(
     calls: &[(Call, u32)],
     block: usize,
 ) -> anyhow::Result<()> {
-    let n_endpoints = targets.iter().map(|target| target.services.n * target.services.n_endpoints).max();
-    let n_endpoints = n_endpoints.unwrap_or_default();
     thread::scope(|scope| {
-        let mut callers = Vec::new();
-        for Target { name, n_services, services, programs } in targets {
-            let prepared = Caller::start(scope, move |sandbox| {
-                Ok(((), work(Worker::new(sandbox, services, n_endpoints, &programs)?, block)))
-            });
-            match prepared {
-                Ok((caller, ())) => callers.push(((name, n_services), caller)),
-                Err(error) if name == SOCKLB => return Err(error),
-                Err(error) => run.unavailable(name, n_services, format!("{error:#}")),
-            }
-        }
+        let callers = callers(scope, run, targets, block)?;
         for &((measure, kind, to), n_blocks) in calls {
             let blocks =
                 turns::take(&callers, n_blocks, |round| Order::Calls(kind, to, block, round.into()))?;
@@ -156,6 +148,66 @@ pub(crate) fn measure(
         }
         Ok(())
     })
+}
+
+/// Measures targets again and again in new sandboxes: where memory lies differs from one to the next, and
+/// alone makes a difference of some 50 ns. Each block of the result is of another sandbox.
+pub(crate) fn measure_anew(
+    run: &mut Run,
+    n_times: usize,
+    targets: &[Target<'_>],
+    calls: &[(Call, u32)],
+    block: usize,
+) -> anyhow::Result<()> {
+    let mut samples: Vec<Vec<Vec<f64>>> = vec![Vec::new(); targets.len() * calls.len()];
+    for n in 0..n_times {
+        let mut order: Vec<usize> = (0..targets.len()).collect();
+        order.rotate_left(n % targets.len());
+        thread::scope(|scope| {
+            let targets = order.iter().map(|index| targets[*index].clone()).collect();
+            let callers = callers(scope, run, targets, block)?;
+            anyhow::ensure!(callers.len() == order.len(), "a target is not available");
+            for (call, &((_, kind, to), n_blocks)) in calls.iter().enumerate() {
+                let blocks =
+                    turns::take(&callers, n_blocks, |round| Order::Calls(kind, to, block, round.into()))?;
+                for (index, blocks) in order.iter().zip(blocks) {
+                    samples[index * calls.len() + call].push(blocks.concat());
+                }
+            }
+            Ok(())
+        })?;
+    }
+    for (target, samples) in targets.iter().zip(samples.chunks(calls.len())) {
+        for (((measure, ..), _), blocks) in calls.iter().zip(samples) {
+            run.of(target.name, None).series(measure, Unit::Nanoseconds, Better::Lower, blocks);
+        }
+    }
+    Ok(())
+}
+
+/// A target's name and number of services, and its thread.
+type Callers = Vec<((&'static str, Option<u32>), Caller<Order, Vec<f64>>)>;
+
+fn callers<'scope>(
+    scope: &'scope Scope<'scope, '_>,
+    run: &mut Run,
+    targets: Vec<Target<'scope>>,
+    block: usize,
+) -> anyhow::Result<Callers> {
+    let n_endpoints = targets.iter().map(|target| target.services.n * target.services.n_endpoints).max();
+    let n_endpoints = n_endpoints.unwrap_or_default();
+    let mut callers = Vec::new();
+    for Target { name, n_services, services, programs } in targets {
+        let prepared = Caller::start(scope, move |sandbox| {
+            Ok(((), work(Worker::new(sandbox, services, n_endpoints, &programs)?, block)))
+        });
+        match prepared {
+            Ok((caller, ())) => callers.push(((name, n_services), caller)),
+            Err(error) if name == SOCKLB => return Err(error),
+            Err(error) => run.unavailable(name, n_services, format!("{error:#}")),
+        }
+    }
+    Ok(callers)
 }
 
 fn work(worker: Worker, block: usize) -> Work<Order, Vec<f64>> {
@@ -251,13 +303,21 @@ fn attach(sandbox: &Sandbox, programs: &Programs<'_>, services: Services) -> any
 
 fn attach_one(program: &mut Program, cgroup: &Path) -> anyhow::Result<()> {
     let cgroup = File::open(cgroup)?;
-    if let Program::CgroupSock(program) = program {
-        program.load()?;
-        let _link = program.attach(&cgroup, CgroupAttachMode::default())?;
-    } else {
-        let program: &mut CgroupSockAddr = program.try_into()?;
-        program.load()?;
-        let _link = program.attach(&cgroup, CgroupAttachMode::default())?;
+    let mode = CgroupAttachMode::default();
+    match program {
+        Program::CgroupSock(program) => {
+            program.load()?;
+            let _link = program.attach(&cgroup, mode)?;
+        }
+        Program::SockOps(program) => {
+            program.load()?;
+            let _link = program.attach(&cgroup, mode)?;
+        }
+        program => {
+            let program: &mut CgroupSockAddr = program.try_into()?;
+            program.load()?;
+            let _link = program.attach(&cgroup, mode)?;
+        }
     }
     Ok(())
 }

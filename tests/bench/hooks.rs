@@ -8,19 +8,24 @@ use lb_core::{
     model::Protocol::{Tcp, Udp},
     plan::Capacity,
 };
+use lb_tests::agent::SMALL;
 
 use crate::{
     Common,
-    calls::{self, Call, EMPTY, HEALTH_OFF, HEALTH_OFF_AGAIN, Kind, Programs, SOCKLB, Services, Target, To},
-    result::{ResultFile, Suite},
+    calls::{
+        self, Call, EMPTY, EMPTY_SOCK_OPS, HEALTH_OFF, HEALTH_OFF_AGAIN, Kind, Programs, SOCKLB, Services,
+        Target, To,
+    },
+    result::{ResultFile, Run, Suite},
 };
 
 const BLOCK: usize = 200;
 const CALLS: usize = 40_000;
 /// TCP connects, which are expensive.
 const TCP_CALLS: usize = 4_000;
-/// Whole TCP connections: enough for a difference of 50 ns to show, which is a thousandth.
-const WHOLE_CALLS: usize = 60_000;
+/// Calls of each kind in one sandbox, and number of sandboxes, to show what passive health costs.
+const HEALTH_CALLS: usize = 3_000;
+const HEALTH_SANDBOXES: usize = 20;
 const SERVICES: u32 = 10_000;
 
 /// Calls to the endpoint itself ("miss") and to a service ("hit").
@@ -35,14 +40,14 @@ pub(crate) const KINDS: [Call; 8] = [
     ("tcp hit", Kind::Tcp, To::OneService),
 ];
 
-/// Of a TCP connection from the socket to its close, with the callbacks of both sides.
-pub(crate) const WHOLE: [Call; 2] =
-    [("tcp whole miss", Kind::TcpWhole, To::Endpoint), ("tcp whole hit", Kind::TcpWhole, To::OneService)];
-/// The calls that show what passive health costs.
-pub(crate) fn health_kinds() -> impl Iterator<Item = Call> {
-    let udp = KINDS.into_iter().filter(|(_, kind, _)| *kind != Kind::Tcp);
-    WHOLE.into_iter().chain(udp)
-}
+/// Calls that show what passive health costs. A whole connection is that from the socket to its close, with the
+/// callbacks of both sides.
+pub(crate) const HEALTH_KINDS: [Call; 4] = [
+    ("whole TCP connection, no service", Kind::TcpWhole, To::Endpoint),
+    ("whole TCP connection, service", Kind::TcpWhole, To::OneService),
+    ("UDP connect() and close, service", Kind::Fresh, To::OneService),
+    ("UDP sendto(), service", Kind::Send, To::OneService),
+];
 
 /// Programs of the bench's object by target.
 const VARIANTS: [(&str, &[&str]); 4] = [
@@ -75,7 +80,7 @@ pub(crate) fn run(options: &Options, common: &Common) -> anyhow::Result<ResultFi
     let n_calls = |kind: Kind| match (common.smoke, kind) {
         (true, _) => 2 * block,
         (false, Kind::Tcp) => TCP_CALLS / options.scale as usize,
-        (false, Kind::TcpWhole) => WHOLE_CALLS / options.scale as usize,
+        (false, Kind::TcpWhole) => HEALTH_CALLS / options.scale as usize,
         (false, _) => CALLS / options.scale as usize,
     };
     let mut run = common.start(Suite::Hooks);
@@ -84,7 +89,6 @@ pub(crate) fn run(options: &Options, common: &Common) -> anyhow::Result<ResultFi
     run.setting("calls in a block", block);
     run.setting("calls", n_calls(Kind::Fresh));
     run.setting("TCP connections", n_calls(Kind::Tcp));
-    run.setting("whole TCP connections", n_calls(Kind::TcpWhole));
     let object = std::fs::read(&options.object).with_context(|| options.object.display().to_string())?;
     let mut programs: Vec<(&str, Programs<'_>)> =
         VARIANTS.map(|(name, attached)| (name, Programs::Bench(&object, attached))).into();
@@ -100,9 +104,27 @@ pub(crate) fn run(options: &Options, common: &Common) -> anyhow::Result<ResultFi
         programs.into_iter().map(|(name, programs)| Target { name, n_services: None, services, programs });
     let calls: Vec<(Call, u32)> = KINDS
         .into_iter()
-        .chain(WHOLE)
         .map(|call| Ok((call, u32::try_from(n_calls(call.1) / block)?)))
         .collect::<anyhow::Result<_>>()?;
     calls::measure(&mut run, targets.collect(), &calls, block)?;
+    health(&mut run, &object, n_calls(Kind::TcpWhole), block, common.smoke)?;
     Ok(run.finish())
+}
+
+/// What passive health costs, and what the kernel takes for any `sock_ops` program.
+fn health(run: &mut Run, object: &[u8], n_calls: usize, block: usize, is_smoke: bool) -> anyhow::Result<()> {
+    let n_sandboxes = if is_smoke { 2 } else { HEALTH_SANDBOXES };
+    run.setting("sandboxes for passive health", n_sandboxes);
+    run.setting("calls of each kind in one of them", n_calls);
+    let services = Services { n: 20, n_endpoints: 10, protocols: &[Tcp, Udp] };
+    let targets = [
+        (EMPTY.0, Programs::Bench(object, EMPTY.1)),
+        (EMPTY_SOCK_OPS.0, Programs::Bench(object, EMPTY_SOCK_OPS.1)),
+        (HEALTH_OFF, Programs::HealthOff(SMALL)),
+        (HEALTH_OFF_AGAIN, Programs::HealthOff(SMALL)),
+        (SOCKLB, Programs::Socklb(SMALL)),
+    ];
+    let targets = targets.map(|(name, programs)| Target { name, n_services: None, services, programs });
+    let n_blocks = u32::try_from(n_calls / block)?;
+    calls::measure_anew(run, n_sandboxes, &targets, &HEALTH_KINDS.map(|call| (call, n_blocks)), block)
 }

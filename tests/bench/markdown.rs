@@ -31,7 +31,8 @@ enum Cell {
     OverEmpty,
     /// socklb relative to the target, block by block: the median ratio and its 95 % interval.
     Ratio,
-    /// Over the product without passive health, block by block: the median difference and its 95 % interval.
+    /// What `sock_ops` costs: over the product without passive health, or the empty programs without
+    /// `sock_ops`, block by block: the median difference and its 95 % interval.
     OverOff,
 }
 
@@ -58,7 +59,7 @@ fn tables(suite: Suite) -> Vec<Table> {
     match suite {
         Suite::Hooks => {
             let measures = hooks::KINDS.map(|(measure, ..)| measure);
-            let health: Vec<&str> = hooks::health_kinds().map(|(measure, ..)| measure).collect();
+            let health = hooks::HEALTH_KINDS.map(|(measure, ..)| measure);
             vec![
                 Table { cell: Cell::OverEmpty, ..table("cost", Measure, &measures) },
                 Table { cell: Cell::OverOff, ..table("health", Target, &health) },
@@ -192,10 +193,7 @@ impl Table {
     fn text(&self, result: &ResultFile) -> String {
         let mut all: Vec<&Series> = self.measures.iter().flat_map(|measure| result.of(measure)).collect();
         if self.cell == Cell::OverOff {
-            all.retain(|series| {
-                [calls::SOCKLB, calls::HEALTH_OFF, calls::HEALTH_OFF_AGAIN]
-                    .contains(&series.key.target.as_str())
-            });
+            all.retain(|series| series.key.target != calls::EMPTY.0);
         }
         if self.is_largest {
             let largest = all.iter().map(|series| series.key.n_services).max().flatten();
@@ -252,7 +250,8 @@ impl Cell {
                 return Some(format!("{ratio:.3} ({low:.3} to {high:.3})"));
             }
             (Self::OverOff, _) => {
-                let off = other(calls::HEALTH_OFF, None)?;
+                let is_empty = series.key.target == calls::EMPTY_SOCK_OPS.0;
+                let off = other(if is_empty { empty } else { calls::HEALTH_OFF }, None)?;
                 if series.key.target == calls::HEALTH_OFF {
                     return Some(amount(series.unit, series.median()));
                 }
