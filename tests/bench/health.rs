@@ -55,15 +55,16 @@ const LITTLE: f64 = 0.01;
 /// Seconds after the first SYN without an answer.
 const WINDOWS: [Range<f64>; 7] = [0.0..1.0, 1.0..2.0, 2.0..3.0, 3.0..3.5, 3.5..4.0, 4.0..6.0, 6.0..8.0];
 
-pub(crate) const LITTLE_AFTER: &str = "black hole: last 0.1 s with 1 % of the calls or more ends after";
-pub(crate) const AFFECTED: &str = "black hole: calls without an answer";
-pub(crate) const RECOVERY: &str = "black hole: time from its end until it has 90 % of its share";
-pub(crate) const REFUSED: &str = "refusing endpoint: failed calls";
-pub(crate) const REFUSED_LATER: &str = "refusing endpoint: share of failed calls, after 0.5 s";
+const LITTLE_AFTER: &str = "black hole: last 0.1 s with 1 % of the calls or more ends after";
+const AFFECTED: &str = "black hole: calls without an answer";
+const RECOVERY: &str = "black hole: time from its end until it has 90 % of its share";
+const REFUSED: &str = "refusing endpoint: failed calls";
+const REFUSED_LATER: &str = "refusing endpoint: share of failed calls, after 0.5 s";
 
-/// The names of the shares by time.
-pub(crate) fn shares() -> impl Iterator<Item = String> {
-    WINDOWS.iter().map(share_name)
+/// All measures, in the order of the table.
+pub(crate) fn measures() -> impl Iterator<Item = String> {
+    let rest = [LITTLE_AFTER, AFFECTED, RECOVERY, REFUSED, REFUSED_LATER];
+    WINDOWS.iter().map(share_name).chain(rest.map(str::to_owned))
 }
 
 fn share_name(window: &Range<f64>) -> String {
@@ -105,7 +106,7 @@ pub(crate) fn run(options: &Options, common: &Common) -> anyhow::Result<ResultFi
     run.setting("calls of each client in a second", 10);
     run.setting("a client gives up after", format!("{} s", PATIENCE.as_secs()));
     run.setting("runs", n_runs);
-    let mut all: [Vec<(String, Unit, Vec<Vec<f64>>)>; 2] = [Vec::new(), Vec::new()];
+    let mut all = [Vec::new(), Vec::new()];
     for n in 1..=n_runs {
         eprintln!("run {n} of {n_runs}");
         let observed = thread::scope(|scope| {
@@ -117,17 +118,17 @@ pub(crate) fn run(options: &Options, common: &Common) -> anyhow::Result<ResultFi
             targets.map(|target| target.join().unwrap_or_else(|cause| std::panic::resume_unwind(cause)))
         });
         for (measures, observed) in all.iter_mut().zip(observed) {
-            for (measure, unit, value) in observed?.measures() {
-                match measures.iter_mut().find(|(known, ..)| *known == measure) {
-                    Some((_, _, values)) => values.push(vec![value]),
-                    None => measures.push((measure, unit, vec![vec![value]])),
-                }
-            }
+            measures.push(observed?.measures());
         }
     }
-    for (name, measures) in [SOCKLB, HEALTH_OFF].into_iter().zip(all) {
-        for (measure, unit, values) in measures {
-            run.of(name, None).series(&measure, unit, Better::Lower, &values);
+    for (name, observed) in [SOCKLB, HEALTH_OFF].into_iter().zip(&all) {
+        for measure in measures() {
+            let values = observed.iter().flatten().filter(|(name, ..)| *name == measure);
+            let (units, blocks): (Vec<Unit>, Vec<Vec<f64>>) =
+                values.map(|(_, unit, value)| (*unit, vec![*value])).unzip();
+            if let Some(unit) = units.first() {
+                run.of(name, None).series(&measure, *unit, Better::Lower, &blocks);
+            }
         }
     }
     Ok(run.finish())

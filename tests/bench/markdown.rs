@@ -49,13 +49,6 @@ struct Table {
 /// The tables of a suite.
 fn tables(suite: Suite) -> Vec<Table> {
     use Dimension::{Measure, Target};
-    let table = |name, columns, measures: &[&'static str]| Table {
-        name,
-        columns,
-        cell: Cell::Value,
-        is_largest: false,
-        measures: measures.iter().map(|&measure| measure.to_owned()).collect(),
-    };
     match suite {
         Suite::Hooks => {
             let measures = hooks::KINDS.map(|(measure, ..)| measure);
@@ -88,59 +81,7 @@ fn tables(suite: Suite) -> Vec<Table> {
                 Table { measures: sync::octets::measures().collect(), ..table("octets", Target, &[]) },
             ]
         }
-        Suite::Path => {
-            let costs = [
-                "new connection: latency",
-                "new connection: connect()",
-                "new connection: CPU",
-                "keep-alive request: latency",
-            ];
-            let summary = [
-                costs[0],
-                costs[2],
-                costs[3],
-                "programming: one endpoint",
-                "programming: everything",
-                "new connection: conntrack entries",
-            ];
-            vec![
-                Table { is_largest: true, ..table("summary", Target, &summary) },
-                Table { cell: Cell::Ratio, ..table("claims", Target, &costs) },
-                table(
-                    "latency",
-                    Target,
-                    &[
-                        costs[0],
-                        costs[1],
-                        costs[3],
-                        "UDP request, fresh socket: latency",
-                        "UDP request, one connected socket: latency",
-                        "UDP request, one unconnected socket: latency",
-                    ],
-                ),
-                table("cpu", Target, &[costs[2], "keep-alive request: CPU", "stream: CPU per MiB"]),
-                table(
-                    "programming",
-                    Target,
-                    &[
-                        "programming: everything",
-                        "programming: one endpoint",
-                        "programming: one endpoint removed",
-                        "memory: resident without BPF maps",
-                    ],
-                ),
-                table(
-                    "packets",
-                    Target,
-                    &[
-                        "new connection: conntrack entries",
-                        "keep-alive request: packets",
-                        "keep-alive request: packets tracked",
-                        "keep-alive request: BPF program runs",
-                    ],
-                ),
-            ]
-        }
+        Suite::Path => path(),
         Suite::Scale => {
             let mut measures = scale::KINDS.map(|(measure, ..)| measure).to_vec();
             measures.push(calls::PROGRAM_TIME);
@@ -151,11 +92,74 @@ fn tables(suite: Suite) -> Vec<Table> {
             ]
         }
         Suite::Health => {
-            let rest = [health::LITTLE_AFTER, health::AFFECTED, health::RECOVERY, health::REFUSED];
-            let rest = rest.into_iter().chain([health::REFUSED_LATER]).map(str::to_owned);
-            vec![Table { measures: health::shares().chain(rest).collect(), ..table("times", Target, &[]) }]
+            vec![Table { measures: health::measures().collect(), ..table("times", Target, &[]) }]
         }
     }
+}
+
+fn table(name: &'static str, columns: Dimension, measures: &[&str]) -> Table {
+    Table {
+        name,
+        columns,
+        cell: Cell::Value,
+        is_largest: false,
+        measures: measures.iter().map(|&measure| measure.to_owned()).collect(),
+    }
+}
+
+fn path() -> Vec<Table> {
+    use Dimension::Target;
+    let costs = [
+        "new connection: latency",
+        "new connection: connect()",
+        "new connection: CPU",
+        "keep-alive request: latency",
+    ];
+    let summary = [
+        costs[0],
+        costs[2],
+        costs[3],
+        "programming: one endpoint",
+        "programming: everything",
+        "new connection: conntrack entries",
+    ];
+    vec![
+        Table { is_largest: true, ..table("summary", Target, &summary) },
+        Table { cell: Cell::Ratio, ..table("claims", Target, &costs) },
+        table(
+            "latency",
+            Target,
+            &[
+                costs[0],
+                costs[1],
+                costs[3],
+                "UDP request, fresh socket: latency",
+                "UDP request, one connected socket: latency",
+                "UDP request, one unconnected socket: latency",
+            ],
+        ),
+        table("cpu", Target, &[costs[2], "keep-alive request: CPU", "stream: CPU per MiB"]),
+        table(
+            "programming",
+            Target,
+            &[
+                "programming: everything",
+                "programming: one endpoint",
+                "programming: one endpoint removed",
+                "memory: resident without BPF maps",
+            ],
+        ),
+        table(
+            "packets",
+            Target,
+            &[
+                "new connection: conntrack entries",
+                "keep-alive request: packets",
+                "keep-alive request: packets tracked",
+                "keep-alive request: BPF program runs",
+            ],
+        ),
+    ]
 }
 
 /// All tables of a result, as one text.

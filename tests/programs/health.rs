@@ -53,10 +53,10 @@ impl<'a> Place<'a> {
         let endpoints: Vec<_> = serving.iter().map(|pod| SocketAddr::new(pod.ips[0], PORT)).collect();
         let servers = serving.iter().zip(&endpoints);
         let servers = servers.map(|(pod, endpoint)| pod.netns.run(|| Servers::tcp([*endpoint])));
-        let _servers = servers.collect();
+        let servers = servers.collect();
         let mut agent = Agent::start(sandbox);
         agent.follow(&Cluster::new().serving("web", web()[0], Protocol::Tcp, &endpoints));
-        Self { node: sandbox.netns(), town, agent, _servers }
+        Self { node: sandbox.netns(), town, agent, _servers: servers }
     }
 
     /// The health of each endpoint, and how many calls were sent there.

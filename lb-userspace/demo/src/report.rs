@@ -581,7 +581,8 @@ pub(super) fn failovers(both: [&Failover; 2]) -> String {
     let [Failover { pod, dead_ms, switch_ms, .. }, _] = both;
     let mut text =
         format!("  {:<22}{:<32}{}\n", "", "passive health (default)", "socklb.io/health: off, as kube-proxy");
-    let _infallible = writeln!(text, "  {:<22}{:<32}{}", "", "ANSWERED  FAILED", "ANSWERED  FAILED");
+    let columns = "ANSWERED  FAILED";
+    let _infallible = writeln!(text, "  {:<22}{columns:<32}{columns}", "");
     let mut row = |when: &str, counts: [Second; 2]| {
         let [left, right] = counts.map(|Second { answered, failed }| format!("{answered:>8}  {failed:>6}"));
         let _infallible = writeln!(text, "  {when:<22}{left:<32}{right}");
@@ -685,6 +686,8 @@ mod tests {
         (0..6u8).map(|n| answered(n.into(), PODS[usize::from(n) % 3].name, Some(target.address))).collect()
     }
 
+    const SECOND: u64 = 1_000_000;
+
     /// A report as a good run gives it.
     fn report() -> Report {
         let [web, _] = WEB;
@@ -693,7 +696,6 @@ mod tests {
                 .map(|n| answered(n.into(), PODS[usize::from(n) % 2].name, Some(target.address)))
                 .collect()
         };
-        const SECOND: u64 = 1_000_000;
         let moments = Moments { killed: 1000, rewritten: 6 * SECOND + 1000, switched: 6 * SECOND + 14_300 };
         let lost = |began| Call { took: 2 * SECOND, ..failed(began, Errno::ETIMEDOUT) };
         let steady = |address, later: &[Call]| {
@@ -706,8 +708,8 @@ mod tests {
                 lost(2000),
                 lost(2 * SECOND + 1000),
             ];
-            let last = ["pod-2", "pod-1"].map(|pod| answered(7 * SECOND, pod, Some(address)));
-            [&first[..], later, &last].concat()
+            let after = ["pod-2", "pod-1"].map(|pod| answered(7 * SECOND, pod, Some(address)));
+            [&first[..], later, &after].concat()
         };
         let later = [5, 6].map(|n| answered(n * SECOND - 1000, "pod-1", Some(web.address)));
         let failover = Failover::of("pod-3", web, moments, &steady(web.address, &later));
@@ -772,7 +774,7 @@ mod tests {
     fn a_good_run_reads_well() {
         let text = text(&report());
         assert!(text.lines().all(|line| line.chars().count() <= 100));
-        expect![[r#"
+        expect![[r"
             socklb-demo: a node, three pods and clients, in namespaces of their own on this machine, with no
             route to any other network.
 
@@ -812,7 +814,7 @@ mod tests {
               web       TCP 10.96.0.80:80           connect()      6      3      3      0       0  service
               echo      UDP 10.96.0.53:53           connect()      2      0      2      0       0  service
             All 26 checks hold.
-        "#]]
+        "]]
         .assert_eq(&text);
     }
 
@@ -972,7 +974,7 @@ mod tests {
                 [answered(1, "pod-1", None), answered(2, "pod-2", None), failed(3, Errno::ECONNREFUSED)];
             report.connected_udp = vec![Tally::of(ECHO[0], How::ConnectedUdp, &calls)];
         }));
-        expect![[r#"
+        expect![[r"
             before socklb, 10.96.0.80:80 is unreachable
             web TCP 10.96.0.80:80 by connect(): every call was answered
             web TCP 10.96.0.80:80 by connect(): only pod-1, pod-2 and pod-3 answered
@@ -987,7 +989,7 @@ mod tests {
             web TCP 10.96.0.80:80 by curl: only pod-1 and pod-2 answered
             echo UDP 10.96.0.53:53 by connect(): every datagram was answered
             echo UDP 10.96.0.53:53 by connect(): one of pod-1 and pod-2 answered them all
-            echo UDP 10.96.0.53:53 by connect(): the peer is the service address"#]]
+            echo UDP 10.96.0.53:53 by connect(): the peer is the service address"]]
         .assert_eq(&claims.join("\n"));
     }
 
