@@ -286,6 +286,9 @@ fn a_new_agent_finds_ejections_or_starts_without() {
             drop(node);
             pins::remove(&sandbox.pin_path()).unwrap();
         }
+    });
+}
+
 /// Also the one that began with a SYN without an answer.
 #[test]
 fn the_time_of_each_connection_is_counted() {
