@@ -98,11 +98,15 @@ pub struct HealthPart {
 }
 
 impl HealthPart {
-    /// The health of an endpoint at a time, in nanoseconds of `CLOCK_MONOTONIC`.
+    /// The health of an endpoint at a time, in nanoseconds of `CLOCK_MONOTONIC`. `is_observed` is whether its
+    /// frontend has a policy: without one, calls do not avoid what was ejected before.
     #[must_use]
     pub fn new(is_observed: bool, health: &EndpointHealth, now: u64) -> Self {
+        if !is_observed {
+            return Self::default();
+        }
         Self {
-            failures: is_observed.then_some(health.failures),
+            failures: Some(health.failures),
             ejected_seconds: health.ejected_seconds(now),
             ejected_reason: ejection::why_avoided(health, now),
             ejections: health.ejections,
