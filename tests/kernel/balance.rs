@@ -55,16 +55,25 @@ impl Node {
             self.agent.kernel.maps().active(entry.endpoint_id)
         })
     }
+}
 
-    /// Corrects the counts as two sweeps do.
-    fn recount(&self, options: &Options) {
-        let (mut recount, mut loads) = (Recount::default(), LoadTable::open(&options.pin_path).unwrap());
-        for _ in 0..2 {
-            let records = SocketTable::open(&options.pin_path).unwrap().answering().unwrap();
-            let counted = loads.counted().collect();
-            loads.correct(&recount.compared(&open_connections(&records), &counted, Instant::now()));
-        }
+/// Corrects the counts as two sweeps do.
+fn recount(options: &Options) {
+    let (mut recount, mut loads) = (Recount::default(), LoadTable::open(&options.pin_path).unwrap());
+    for _ in 0..2 {
+        let records = SocketTable::open(&options.pin_path).unwrap().answering().unwrap();
+        let counted = loads.counted().collect();
+        loads.correct(&recount.compared(&open_connections(&records), &counted, Instant::now()));
     }
+}
+
+/// The number of connections to each endpoint.
+fn by_endpoint(connections: &[(Socket, usize)]) -> [u32; N_ENDPOINTS] {
+    let mut open = [0; N_ENDPOINTS];
+    for (_, place) in connections {
+        open[*place] += 1;
+    }
+    open
 }
 
 /// Runs a test with records in slots, if this kernel has them: the programs count these sockets.
@@ -119,9 +128,7 @@ fn connections_are_counted_until_they_are_closed() {
             assert_eq!(active.iter().sum::<u32>(), 30, "{domain:?}: {active:?}");
             assert!(active.iter().all(|active| active.abs_diff(10) <= 2), "{domain:?}: {active:?}");
             sockets.truncate(9);
-            let mut left = [0; N_ENDPOINTS];
-            sockets.iter().for_each(|(_, place)| left[*place] += 1);
-            assert_eq!(node.active(), left, "{domain:?}: closed");
+            assert_eq!(node.active(), by_endpoint(&sockets), "{domain:?}: closed");
             // A socket that connects again leaves its endpoint.
             let (socket, _) = &sockets[0];
             socket.disconnect().unwrap();
@@ -140,14 +147,13 @@ fn counts_follow_the_records_after_a_loss() {
             in_each_mode(sandbox, |options| {
                 let node = Node::new(domain, options, "least-connections");
                 let sockets: Vec<_> = (0..9).map(|_| node.connect()).collect();
-                let mut open = [0; N_ENDPOINTS];
-                sockets.iter().for_each(|(_, place)| open[*place] += 1);
+                let open = by_endpoint(&sockets);
                 let mut loads = LoadTable::open(&options.pin_path).unwrap();
                 for (id, damage) in (0..).zip([5, -7, 100]) {
                     loads.correct(&BTreeMap::from([(id, damage)]));
                 }
                 assert_ne!(node.active(), open);
-                node.recount(options);
+                recount(options);
                 assert_eq!(node.active(), open, "{domain:?}");
             });
         });

@@ -14,6 +14,7 @@ use lb_core::{
     desired::FrontendAddress,
     model::Protocol::Tcp,
     sim::{Caller, Simulator},
+    tables::StoredRun,
 };
 use lb_kernel::{Options, host, pins};
 use lb_tests::{
@@ -80,7 +81,9 @@ impl Node {
         let mut simulator = Simulator::new(self.agent.image());
         simulator.now = host::monotonic();
         let to = FrontendAddress { ip: self.service.ip(), port: self.service.port(), protocol: Tcp };
-        simulator.health = RefCell::new(maps.health_of(simulator.image.entries_at(to)));
+        simulator.health = RefCell::new(
+            maps.health_of(simulator.image.stored_at(to).into_iter().flat_map(StoredRun::reachable)),
+        );
         let explanation = explain(&simulator, Some(&self.agent.state), to, Caller::default());
         let text = explanation.text();
         assert_eq!(explanation.ejected.len(), 1, "{text}");

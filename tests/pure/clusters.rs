@@ -37,7 +37,8 @@ pub(crate) struct RandomService {
     created: u8,
     /// Whether another proxy serves it.
     is_of_others: bool,
-    is_balanced: bool,
+    /// The annotation `socklb.io/balance`.
+    balance: Option<&'static str>,
     /// Of the endpoints with even and with odd numbers.
     weights: [Option<u8>; 2],
     endpoints: Vec<RandomEndpoint>,
@@ -125,14 +126,14 @@ prop_compose! {
         affinity in option::weighted(0.3, 1i32..100),
         created in 0u8..3,
         is_of_others in bool::weighted(0.15),
-        is_balanced in bool::weighted(0.3),
-        weights in [option::weighted(0.2, 0u8..=3), option::weighted(0.2, 0u8..=3)],
+        balance in option::weighted(0.3, Just("least-connections")),
+        weights in [(); 2].map(|()| option::weighted(0.2, prop::sample::select(&WEIGHTS[..]))),
         endpoints in prop_oneof![1 => Just(Vec::new()), 4 => vec(endpoint(), 1..=5)],
     ) -> RandomService {
         let ports = [ports.0, ports.1, ports.2].into_iter().flatten().collect();
         RandomService {
             families, cluster_ip, external_ips, load_balancer_ip, ports, is_internal_local, is_external_local,
-            affinity, created, is_of_others, is_balanced, weights, endpoints,
+            affinity, created, is_of_others, balance, weights, endpoints,
         }
     }
 }
@@ -196,6 +197,9 @@ fn v4(network: u8, number: u8) -> IpAddr {
 fn v6(network: u8, number: u8) -> IpAddr {
     Ipv6Addr::new(0xfd00, network.into(), 0, 0, 0, 0, 0, number.into()).into()
 }
+
+/// Weights of slices; without one it is 100.
+const WEIGHTS: [u8; 3] = [0, 50, 200];
 
 const SERVICE_NETWORK: u8 = 96;
 const EXTERNAL_NETWORK: u8 = 97;
@@ -281,7 +285,7 @@ impl RandomService {
                 "name": format!("service-{n}"),
                 "creationTimestamp": format!("2023-11-14T22:13:2{}Z", self.created),
                 "labels": self.proxy().map(|proxy| json!({ingest::SERVICE_PROXY_NAME: proxy})),
-                "annotations": self.is_balanced.then(|| json!({"socklb.io/balance": "least-connections"})),
+                "annotations": self.balance.map(|balance| json!({"socklb.io/balance": balance})),
             },
             "spec": {
                 "type": "LoadBalancer",

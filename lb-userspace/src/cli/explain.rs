@@ -8,16 +8,17 @@ use std::{
     net::{IpAddr, SocketAddr},
 };
 
-use lb_common::layout::Frontend;
+use lb_common::layout::{Frontend, frontend_flags::LEAST_CONNECTIONS};
 use lb_core::{
     desired::{
         self, FrontendAddress,
         endpoints::{PortEndpoints, Scope},
     },
     ejection,
-    model::{Family, Issue, Service, ServiceKey, TrafficPolicy, address},
+    model::{Balance, Family, Issue, Service, ServiceKey, TrafficPolicy, address},
     sim::{Caller, Outcome, Simulator},
     state::State,
+    tables::{Entry, StoredRun},
 };
 use serde::Serialize;
 
@@ -34,6 +35,10 @@ pub struct Explanation {
     pub frontend: Option<FrontendPart>,
     /// Every endpoint that a call may reach.
     pub candidates: Vec<SocketAddr>,
+    /// The shares of calls that the candidates get, if they differ.
+    pub shares: Vec<SharePart>,
+    /// The endpoints that calls fall back to while all candidates are ejected.
+    pub spill: Vec<SocketAddr>,
     /// The candidates that calls avoid now, because connections to them failed.
     pub ejected: Vec<LeftOutPart>,
     /// Every known endpoint that a call may not reach.
@@ -59,6 +64,17 @@ pub struct FrontendPart {
     pub policy: TrafficPolicy,
     /// Idle timeout of the affinity in seconds; 0 without affinity.
     pub affinity_seconds: u32,
+    /// How a call chooses among the candidates: `random` or `least-connections`.
+    pub balance: Balance,
+}
+
+/// The share of an endpoint.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct SharePart {
+    /// Its address.
+    pub endpoint: SocketAddr,
+    /// From 1 to 255, the largest one of the frontend.
+    pub share: u8,
 }
 
 /// An endpoint that a call does not reach.
@@ -86,6 +102,8 @@ pub fn explain(
             verdict,
             frontend: None,
             candidates: Vec::new(),
+            shares: Vec::new(),
+            spill: Vec::new(),
             ejected: Vec::new(),
             left_out: Vec::new(),
             reason,
@@ -106,14 +124,26 @@ pub fn explain(
         .map(|entry| entry.address)
         .collect();
     candidates.sort_unstable();
-    let ejected = ejected(simulator, ipv6, &frontend);
+    let stored = simulator.image.stored(ipv6, frontend.run);
+    let ejected = stored.map(|run| ejected(simulator, &frontend, run.endpoints())).unwrap_or_default();
+    let shares = stored.map(shares).unwrap_or_default();
+    let mut spill: Vec<SocketAddr> =
+        stored.iter().flat_map(|run| run.spill()).map(|entry| entry.address).collect();
+    spill.sort_unstable();
+    let balance = balance(&frontend);
     let left_out = owner.map(|(state, owner)| left_out(state, owner, to, &candidates)).unwrap_or_default();
     let reason = match (candidates.len(), frontend.affinity_seconds) {
         (0, _) if left_out.is_empty() => "the service has no endpoints: ECONNREFUSED".to_owned(),
         (0, _) => "no endpoint of the service is usable: ECONNREFUSED".to_owned(),
         (1, _) => "the only usable endpoint".to_owned(),
-        (n, 0) if ejected.is_empty() => format!("one of {n}, each with the same probability"),
+        (n, _) if ejected.len() == n && !spill.is_empty() => {
+            format!(
+                "all {n} that topology hints leave in are ejected: one of the {} that they leave out",
+                spill.len()
+            )
+        }
         (n, 0) if ejected.len() == n => format!("one of {n}: all are ejected, so none is avoided"),
+        (n, 0) if ejected.is_empty() => format!("one of {n}, {}", choice(balance, &shares)),
         (n, 0) => format!("one of {n}, of which {} ejected", number(ejected.len())),
         (n, seconds) => format!("one of {n}; a client keeps its endpoint until it is idle for {seconds} s"),
     };
@@ -127,8 +157,11 @@ pub fn explain(
             kind: owner.map_or("", |(_, o)| kind_name(o.kind)),
             policy: owner.map_or(TrafficPolicy::Cluster, |(_, o)| o.policy),
             affinity_seconds: frontend.affinity_seconds,
+            balance,
         }),
         candidates,
+        shares,
+        spill,
         ejected,
         left_out,
         reason,
@@ -204,10 +237,41 @@ fn number(n: usize) -> String {
     if n == 1 { "1 is".to_owned() } else { format!("{n} are") }
 }
 
-/// The endpoints of a frontend that are ejected at the simulator's time.
-fn ejected(simulator: &Simulator, ipv6: bool, frontend: &Frontend) -> Vec<LeftOutPart> {
+const fn balance(frontend: &Frontend) -> Balance {
+    match frontend.flags & LEAST_CONNECTIONS {
+        0 => Balance::Random,
+        _ => Balance::LeastConnections,
+    }
+}
+
+/// How a call chooses among endpoints that are not ejected.
+fn choice(balance: Balance, shares: &[SharePart]) -> &'static str {
+    match (balance, shares) {
+        (Balance::Random, []) => "each with the same probability",
+        (Balance::Random, _) => "each with the probability of its share",
+        (Balance::LeastConnections, []) => "of two the one with fewer open connections",
+        (Balance::LeastConnections, _) => {
+            "of two, drawn by their shares, the one with fewer open connections"
+        }
+    }
+}
+
+/// The shares of a run's endpoints, by address; empty if they are equal.
+fn shares(run: &StoredRun) -> Vec<SharePart> {
+    let shares = run.shares().into_iter().flatten();
+    let parts =
+        run.endpoints().iter().zip(shares).map(|(entry, share)| SharePart { endpoint: entry.address, share });
+    let mut parts: Vec<SharePart> = parts.collect();
+    if parts.iter().all(|part| part.share == u8::MAX) {
+        return Vec::new();
+    }
+    parts.sort_unstable_by_key(|part| part.endpoint);
+    parts
+}
+
+/// Those of the endpoints that are ejected at the simulator's time.
+fn ejected(simulator: &Simulator, frontend: &Frontend, entries: &[Entry]) -> Vec<LeftOutPart> {
     let health = simulator.health.borrow();
-    let entries = simulator.image.entries(ipv6, frontend.run).unwrap_or_default();
     let ejected = entries.iter().filter_map(|entry| {
         let health = health.get(&entry.endpoint_id).filter(|_| frontend.health != 0)?;
         let reason = ejection::why_avoided(health, simulator.now)?;
@@ -274,13 +338,19 @@ impl Explanation {
         });
         let candidates = self.candidates.iter().map(|endpoint| {
             let ejected = self.ejected.iter().find(|part| part.endpoint == *endpoint);
-            ("candidate", endpoint.to_string(), ejected.map(|part| part.reason.as_str()))
+            let share = self.shares.iter().find(|part| part.endpoint == *endpoint);
+            let share = share.map(|part| format!("  share {}", part.share)).unwrap_or_default();
+            ("candidate", format!("{endpoint}{share}"), ejected.map(|part| part.reason.as_str()))
         });
-        let left_out = self.left_out.iter();
+        let spill = self.spill.iter().map(|endpoint| {
+            let left_out = self.left_out.iter().find(|part| part.endpoint == *endpoint);
+            ("fall back", endpoint.to_string(), left_out.map(|part| part.reason.as_str()))
+        });
+        let left_out = self.left_out.iter().filter(|part| !self.spill.contains(&part.endpoint));
         let left_out =
             left_out.map(|part| ("left out", part.endpoint.to_string(), Some(part.reason.as_str())));
         let issues = self.issues.iter().map(|issue| ("issue", issue.to_string(), None));
-        frontend.chain(candidates).chain(left_out).chain(issues)
+        frontend.chain(candidates).chain(spill).chain(left_out).chain(issues)
     }
 
     /// The explanation as text.

@@ -21,7 +21,7 @@ use lb_agent::{
 use lb_core::{
     desired::FrontendAddress,
     sim::{Caller, Config, Simulator},
-    tables::{Entry, Image},
+    tables::{Entry, Image, StoredRun},
 };
 use lb_kernel::{
     Maps, cgroup, host,
@@ -140,7 +140,12 @@ pub fn services(args: &ServicesArgs) -> anyhow::Result<ExitCode> {
 /// Counters and health by endpoint.
 fn counts<'a>(maps: &Maps, entries: impl Iterator<Item = &'a Entry>) -> BTreeMap<u32, EndpointCounts> {
     let now = host::monotonic();
-    let of = |id| EndpointCounts { calls: maps.endpoint_stats(id), health: maps.endpoint_health(id), now };
+    let of = |id| EndpointCounts {
+        calls: maps.endpoint_stats(id),
+        active: maps.active(id),
+        health: maps.endpoint_health(id),
+        now,
+    };
     entries.map(|entry| (entry.endpoint_id, of(entry.endpoint_id))).collect()
 }
 
@@ -230,7 +235,9 @@ impl Asked<'_> {
             localhost_nodeports: meta.localhost_nodeports != 0,
         };
         simulator.now = host::monotonic();
-        simulator.health = RefCell::new(maps.health_of(simulator.image.entries_at(call)));
+        simulator.health = RefCell::new(
+            maps.health_of(simulator.image.stored_at(call).into_iter().flat_map(StoredRun::reachable)),
+        );
         let At { state, issues, notice, tag } = at;
         let explanation = Explanation { issues, ..explain_call(&simulator, state.as_ref(), call, caller) };
         Ok(Answered { explanation, notice, tag })

@@ -5,12 +5,13 @@
 use std::{
     collections::BTreeMap,
     fmt::Write as _,
+    iter,
     net::{IpAddr, SocketAddr},
     sync::Arc,
 };
 
 use lb_agent::{serve::known::Known, snapshot::Snapshot};
-use lb_common::layout::{EndpointHealth, EndpointStats};
+use lb_common::layout::{EndpointHealth, EndpointStats, frontend_flags::LEAST_CONNECTIONS};
 use lb_core::{
     desired::{
         self, FrontendAddress, FrontendKind, Settings,
@@ -20,7 +21,7 @@ use lb_core::{
     model::{Family, Node, Protocol, Service, Slice, TrafficPolicy},
     plan::Capacity,
     state::State,
-    tables::Image,
+    tables::{Image, StoredRun},
 };
 use serde::Serialize;
 
@@ -76,6 +77,10 @@ pub struct EndpointRow {
     pub terminating: bool,
     /// `connect()` calls and datagrams that this node redirected to it.
     pub connections: u64,
+    /// Its share of the calls, from 1 to 255, the largest one of the frontend: equal shares are 255.
+    pub share: u8,
+    /// Open connections of this node; `null` unless the Service's balance is `least-connections`.
+    pub active: Option<u32>,
     /// What became of connections to it.
     #[serde(flatten)]
     pub health: HealthPart,
@@ -120,6 +125,8 @@ impl HealthPart {
 pub struct EndpointCounts {
     /// Calls.
     pub calls: EndpointStats,
+    /// Open connections.
+    pub active: u32,
     /// The outcomes of connections.
     pub health: EndpointHealth,
     /// Nanoseconds of `CLOCK_MONOTONIC` when both were read.
@@ -219,15 +226,22 @@ fn row(
     let owner = objects.and_then(|state| state.desired().owner(&address));
     let described =
         objects.zip(owner).map(|(state, owner)| describe_endpoints(state, owner)).unwrap_or_default();
-    let entries = image.entries(address.ip.is_ipv6(), frontend.run).unwrap_or_default();
-    let mut endpoints: Vec<EndpointRow> = entries
+    let run = image.stored(address.ip.is_ipv6(), frontend.run);
+    let shares = run.and_then(StoredRun::shares).into_iter().flatten().chain(iter::repeat(u8::MAX));
+    let is_counted = frontend.flags & LEAST_CONNECTIONS != 0;
+    let mut endpoints: Vec<EndpointRow> = run
+        .map(StoredRun::endpoints)
+        .unwrap_or_default()
         .iter()
-        .map(|entry| {
-            let EndpointCounts { calls, health, now } =
+        .zip(shares)
+        .map(|(entry, share)| {
+            let EndpointCounts { calls, active, health, now } =
                 counts.get(&entry.endpoint_id).copied().unwrap_or_default();
             let known = described.get(&entry.address).cloned();
             EndpointRow {
                 connections: calls.connects + calls.datagrams,
+                share,
+                active: is_counted.then_some(active),
                 health: HealthPart::new(frontend.health != 0, &health, now),
                 ..known.unwrap_or_else(|| undescribed(entry.address))
             }
@@ -271,6 +285,8 @@ fn undescribed(address: SocketAddr) -> EndpointRow {
         serving: true,
         terminating: false,
         connections: 0,
+        share: u8::MAX,
+        active: None,
         health: HealthPart::default(),
     }
 }

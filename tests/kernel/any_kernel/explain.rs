@@ -13,7 +13,7 @@ use lb_core::{
     desired::FrontendAddress,
     model::Protocol,
     sim::{Caller, Simulator},
-    tables::{Entry, Image},
+    tables::{Entry, Image, StoredRun},
 };
 use lb_kernel::{Features, host};
 use lb_tests::{
@@ -36,7 +36,7 @@ use crate::clusters::{self, RandomCluster, calls, cluster};
 /// The number of destinations that are explained and called.
 const N_DESTINATIONS: usize = 10_000;
 /// The number of random states of all endpoints in each cluster: together 10,000 destinations with ejections.
-const N_STATES: usize = 24;
+const N_STATES: usize = 33;
 /// The most calls until every endpoint of a frontend is reached. One of five is missed once in 10^96 times.
 const MAX_CALLS: usize = 1000;
 
@@ -78,15 +78,25 @@ impl States {
         self.states[&entry.endpoint_id].ejected_until == 0
     }
 
-    /// The endpoints that calls may choose.
-    fn choices(&self, entries: &[Entry]) -> BTreeSet<SocketAddr> {
+    /// The endpoints that calls may choose: of a set, and of those that they fall back to.
+    fn choices(&self, entries: &[Entry], spill: &[Entry]) -> BTreeSet<SocketAddr> {
         let now = host::monotonic();
         let is_avoided =
             |entry: &&Entry| self.states[&entry.endpoint_id].admission(now) == Admission::Ejected;
-        let n_avoided = entries.iter().filter(is_avoided).count();
-        let is_last_draw = n_avoided >= entries.len().min(DRAWS as usize);
-        let choices = entries.iter().filter(|entry| is_last_draw || !is_avoided(entry));
-        choices.map(|entry| entry.address).collect()
+        let may_miss = |entries: &[Entry]| {
+            entries.iter().filter(is_avoided).count() >= entries.len().min(DRAWS as usize)
+        };
+        let admitted = |entries: &[Entry]| -> Vec<SocketAddr> {
+            entries.iter().filter(|entry| !is_avoided(entry)).map(|entry| entry.address).collect()
+        };
+        let mut choices = admitted(entries);
+        if may_miss(entries) {
+            choices.extend(admitted(spill));
+            if may_miss(spill) {
+                choices.extend(entries.iter().map(|entry| entry.address));
+            }
+        }
+        choices.into_iter().collect()
     }
 }
 
@@ -95,17 +105,19 @@ struct Explained {
     to: FrontendAddress,
     explanation: Explanation,
     entries: Vec<Entry>,
+    spill: Vec<Entry>,
     has_health: bool,
 }
 
 impl Explained {
     fn new(agent: &Agent, simulator: &Simulator, to: FrontendAddress, caller: Caller) -> Self {
         let frontend = simulator.find_frontend(to, caller).map(|(_, frontend)| frontend).unwrap_or_default();
-        let entries = simulator.image.entries(to.ip.to_canonical().is_ipv6(), frontend.run);
+        let run = simulator.image.stored(to.ip.to_canonical().is_ipv6(), frontend.run);
         Self {
             to,
             explanation: explain(simulator, Some(&agent.state), to, caller),
-            entries: entries.unwrap_or_default().to_vec(),
+            entries: run.map(StoredRun::endpoints).unwrap_or_default().to_vec(),
+            spill: run.map(StoredRun::spill).unwrap_or_default().to_vec(),
             has_health: frontend.health != 0,
         }
     }
@@ -117,9 +129,10 @@ impl Explained {
 
 /// Calls until it is clear that the reached endpoints are the explained ones.
 fn check(explained: &Explained, states: &States) {
-    let Explained { to, explanation: explained, entries, has_health } = explained;
+    let Explained { to, explanation: explained, entries, spill, has_health } = explained;
     let call = || {
         states.set(entries);
+        states.set(spill);
         call(SocketAddr::new(to.ip, to.port), to.protocol)
     };
     let named: BTreeSet<SocketAddr> = explained.candidates.iter().copied().collect();
@@ -131,7 +144,9 @@ fn check(explained: &Explained, states: &States) {
         entries.iter().filter(is_ejected).map(|entry| entry.address).collect(),
         "{explained:?}"
     );
-    let expected = if *has_health { states.choices(entries) } else { named };
+    let fallback: BTreeSet<SocketAddr> = explained.spill.iter().copied().collect();
+    assert_eq!(fallback, spill.iter().map(|entry| entry.address).collect(), "{explained:?}");
+    let expected = if *has_health { states.choices(entries, spill) } else { named };
     match (explained.verdict, &explained.frontend) {
         ("untouched", None) => {
             assert_eq!(call(), reached_untouched(*to).ok_or(Errno::ENETUNREACH), "{explained:?}");

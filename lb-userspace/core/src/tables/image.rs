@@ -106,8 +106,14 @@ impl Image {
     /// The endpoints of the frontend at an address; empty without a frontend.
     #[must_use]
     pub fn entries_at(&self, address: FrontendAddress) -> &[Entry] {
-        let frontend = self.services.get(&address).and_then(|id| self.frontends.get(id));
-        frontend.and_then(|frontend| self.entries(address.ip.is_ipv6(), frontend.run)).unwrap_or_default()
+        self.stored_at(address).map(StoredRun::endpoints).unwrap_or_default()
+    }
+
+    /// The run of the frontend at an address; `None` without a frontend or endpoints.
+    #[must_use]
+    pub fn stored_at(&self, address: FrontendAddress) -> Option<&StoredRun> {
+        let frontend = self.services.get(&address).and_then(|id| self.frontends.get(id))?;
+        self.stored(address.ip.is_ipv6(), frontend.run)
     }
 
     /// The endpoints of a run; `None` if the table holds no such run, an empty slice for an empty run.
