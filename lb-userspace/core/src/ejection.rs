@@ -9,9 +9,12 @@ use std::{
     net::SocketAddr,
 };
 
-use lb_common::{health::Admission, layout::EndpointHealth};
+use lb_common::{
+    health::Admission,
+    layout::{EndpointHealth, Frontend},
+};
 
-use crate::tables::Image;
+use crate::tables::{Entry, Image};
 
 /// An endpoint of a service port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -84,7 +87,13 @@ impl EjectionTracker {
                     || known.endpoint.is_none() && is_new_image
             })
         });
-        let endpoints = if news.is_empty() { BTreeMap::new() } else { endpoints(image, &news) };
+        let mut endpoints = BTreeMap::new();
+        if !news.is_empty() {
+            let changed = observed(image).filter(|(_, entry)| news.contains_key(&entry.endpoint_id));
+            endpoints.extend(changed.map(|(Frontend { service_id, .. }, entry)| {
+                (entry.endpoint_id, Endpoint { service_id: *service_id, address: entry.address })
+            }));
+        }
         let mut changes = Vec::new();
         for (id, health) in news {
             let endpoint = endpoints.get(&id).copied();
@@ -127,26 +136,25 @@ impl EjectionTracker {
     }
 }
 
-/// The endpoints of these ids that connections may eject.
-fn endpoints(image: &Image, ids: &BTreeMap<u32, EndpointHealth>) -> BTreeMap<u32, Endpoint> {
+/// The endpoints that connections may eject, with repetitions.
+fn observed(image: &Image) -> impl Iterator<Item = (&Frontend, &Entry)> {
     let frontends =
         image.services.iter().filter_map(|(address, id)| Some((address, image.frontends.get(id)?)));
     let mut runs = BTreeSet::new();
-    let mut endpoints = BTreeMap::new();
-    for (address, frontend) in frontends.filter(|(_, frontend)| frontend.health != 0) {
-        let ipv6 = address.ip.is_ipv6();
-        // The addresses of a port share runs.
-        if !runs.insert((ipv6, frontend.run.offset)) {
-            continue;
-        }
-        for entry in image.entries(ipv6, frontend.run).unwrap_or_default() {
-            if ids.contains_key(&entry.endpoint_id) {
-                let endpoint = Endpoint { service_id: frontend.service_id, address: entry.address };
-                endpoints.insert(entry.endpoint_id, endpoint);
-            }
-        }
-    }
-    endpoints
+    let runs =
+        frontends.filter(|(_, frontend)| frontend.health != 0).filter_map(move |(address, frontend)| {
+            let ipv6 = address.ip.is_ipv6();
+            // The addresses of a port share runs.
+            let is_first = runs.insert((ipv6, frontend.run.offset));
+            is_first.then(|| image.stored(ipv6, frontend.run)).flatten().map(|run| (frontend, run))
+        });
+    runs.flat_map(|(frontend, run)| run.reachable().map(move |entry| (frontend, entry)))
+}
+
+/// The number of endpoints that calls avoid. `is_ejected` is about an id.
+pub fn n_ejected(image: &Image, is_ejected: impl Fn(u32) -> bool) -> usize {
+    let ids = observed(image).map(|(_, entry)| entry.endpoint_id);
+    ids.filter(|id| is_ejected(*id)).collect::<BTreeSet<u32>>().len()
 }
 
 /// An ejection in words: how long it lasts, as in [`EndpointHealth::ejected_seconds`], and the fields of

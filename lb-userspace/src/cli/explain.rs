@@ -8,7 +8,10 @@ use std::{
     net::{IpAddr, SocketAddr},
 };
 
-use lb_common::layout::{Frontend, frontend_flags::LEAST_CONNECTIONS};
+use lb_common::{
+    health::Admission,
+    layout::{Frontend, frontend_flags::LEAST_CONNECTIONS},
+};
 use lb_core::{
     desired::{
         self, FrontendAddress,
@@ -37,11 +40,12 @@ pub struct Explanation {
     pub candidates: Vec<SocketAddr>,
     /// The shares of calls that the candidates get, if they differ.
     pub shares: Vec<SharePart>,
-    /// The endpoints that calls fall back to while all candidates are ejected.
-    pub spill: Vec<SocketAddr>,
     /// The candidates that calls avoid now, because connections to them failed.
     pub ejected: Vec<LeftOutPart>,
-    /// Every known endpoint that a call may not reach.
+    /// The endpoints that calls reach instead while all candidates are ejected: ready ones that topology hints
+    /// leave out.
+    pub spill: Vec<SocketAddr>,
+    /// Every known endpoint that a call may not reach, or only as `spill`.
     pub left_out: Vec<LeftOutPart>,
     /// The rule that decides, in a sentence.
     pub reason: String,
@@ -103,8 +107,8 @@ pub fn explain(
             frontend: None,
             candidates: Vec::new(),
             shares: Vec::new(),
-            spill: Vec::new(),
             ejected: Vec::new(),
+            spill: Vec::new(),
             left_out: Vec::new(),
             reason,
             issues: Vec::new(),
@@ -116,34 +120,29 @@ pub fn explain(
     let owner =
         objects.zip(key).and_then(|(state, key)| state.desired().owner(&key).map(|owner| (state, owner)));
     let ipv6 = to.ip.to_canonical().is_ipv6();
-    let mut candidates: Vec<SocketAddr> = simulator
-        .image
-        .entries(ipv6, frontend.run)
-        .unwrap_or_default()
-        .iter()
-        .map(|entry| entry.address)
-        .collect();
-    candidates.sort_unstable();
-    let stored = simulator.image.stored(ipv6, frontend.run);
-    let ejected = stored.map(|run| ejected(simulator, &frontend, run.endpoints())).unwrap_or_default();
-    let shares = stored.map(shares).unwrap_or_default();
-    let mut spill: Vec<SocketAddr> =
-        stored.iter().flat_map(|run| run.spill()).map(|entry| entry.address).collect();
-    spill.sort_unstable();
-    let balance = balance(&frontend);
+    let run = simulator.image.stored(ipv6, frontend.run);
+    let addresses = |entries: &[Entry]| {
+        let mut addresses: Vec<SocketAddr> = entries.iter().map(|entry| entry.address).collect();
+        addresses.sort_unstable();
+        addresses
+    };
+    let candidates = run.map(|run| addresses(run.endpoints())).unwrap_or_default();
+    let spill = run.map(|run| addresses(run.spill())).unwrap_or_default();
+    let ejected = run.map(|run| ejected(simulator, &frontend, run.endpoints())).unwrap_or_default();
     let left_out = owner.map(|(state, owner)| left_out(state, owner, to, &candidates)).unwrap_or_default();
+    let (shares, balance) = (run.map(shares).unwrap_or_default(), balance(&frontend));
+    let is_avoided = |entry: &Entry| frontend.health != 0 && is_avoided(simulator, entry);
+    let are_avoided = run.is_some_and(|run| run.endpoints().iter().all(is_avoided));
+    let may_spill = run.is_some_and(|run| !run.spill().iter().all(is_avoided));
     let reason = match (candidates.len(), frontend.affinity_seconds) {
         (0, _) if left_out.is_empty() => "the service has no endpoints: ECONNREFUSED".to_owned(),
         (0, _) => "no endpoint of the service is usable: ECONNREFUSED".to_owned(),
-        (1, _) => "the only usable endpoint".to_owned(),
-        (n, _) if ejected.len() == n && !spill.is_empty() => {
-            format!(
-                "all {n} that topology hints leave in are ejected: one of the {} that they leave out",
-                spill.len()
-            )
+        (n, _) if are_avoided && may_spill => {
+            format!("one of {}, which topology hints leave out: all {n} candidates are ejected", spill.len())
         }
-        (n, 0) if ejected.len() == n => format!("one of {n}: all are ejected, so none is avoided"),
+        (1, _) => "the only usable endpoint".to_owned(),
         (n, 0) if ejected.is_empty() => format!("one of {n}, {}", choice(balance, &shares)),
+        (n, 0) if are_avoided => format!("one of {n}: all are ejected, so none is avoided"),
         (n, 0) => format!("one of {n}, of which {} ejected", number(ejected.len())),
         (n, seconds) => format!("one of {n}; a client keeps its endpoint until it is idle for {seconds} s"),
     };
@@ -161,8 +160,8 @@ pub fn explain(
         }),
         candidates,
         shares,
-        spill,
         ejected,
+        spill,
         left_out,
         reason,
         issues: Vec::new(),
@@ -237,6 +236,20 @@ fn number(n: usize) -> String {
     if n == 1 { "1 is".to_owned() } else { format!("{n} are") }
 }
 
+/// The endpoints that a call may reach, whichever are ejected.
+#[must_use]
+pub fn reachable(simulator: &Simulator, to: FrontendAddress, caller: Caller) -> Vec<&Entry> {
+    let frontend = simulator.find_frontend(to, caller);
+    let ipv6 = to.ip.to_canonical().is_ipv6();
+    let run = frontend.and_then(|(_, frontend)| simulator.image.stored(ipv6, frontend.run));
+    run.map(|run| run.reachable().collect()).unwrap_or_default()
+}
+
+fn is_avoided(simulator: &Simulator, entry: &Entry) -> bool {
+    let health = simulator.health.borrow().get(&entry.endpoint_id).copied().unwrap_or_default();
+    health.admission(simulator.now) == Admission::Ejected
+}
+
 const fn balance(frontend: &Frontend) -> Balance {
     match frontend.flags & LEAST_CONNECTIONS {
         0 => Balance::Random,
@@ -259,9 +272,9 @@ fn choice(balance: Balance, shares: &[SharePart]) -> &'static str {
 /// The shares of a run's endpoints, by address; empty if they are equal.
 fn shares(run: &StoredRun) -> Vec<SharePart> {
     let shares = run.shares().into_iter().flatten();
-    let parts =
-        run.endpoints().iter().zip(shares).map(|(entry, share)| SharePart { endpoint: entry.address, share });
-    let mut parts: Vec<SharePart> = parts.collect();
+    let parts = run.endpoints().iter().zip(shares);
+    let mut parts: Vec<SharePart> =
+        parts.map(|(entry, share)| SharePart { endpoint: entry.address, share }).collect();
     if parts.iter().all(|part| part.share == u8::MAX) {
         return Vec::new();
     }
@@ -269,7 +282,7 @@ fn shares(run: &StoredRun) -> Vec<SharePart> {
     parts
 }
 
-/// Those of the endpoints that are ejected at the simulator's time.
+/// The endpoints of a frontend that are ejected at the simulator's time.
 fn ejected(simulator: &Simulator, frontend: &Frontend, entries: &[Entry]) -> Vec<LeftOutPart> {
     let health = simulator.health.borrow();
     let ejected = entries.iter().filter_map(|entry| {
@@ -344,7 +357,7 @@ impl Explanation {
         });
         let spill = self.spill.iter().map(|endpoint| {
             let left_out = self.left_out.iter().find(|part| part.endpoint == *endpoint);
-            ("fall back", endpoint.to_string(), left_out.map(|part| part.reason.as_str()))
+            ("spill", endpoint.to_string(), left_out.map(|part| part.reason.as_str()))
         });
         let left_out = self.left_out.iter().filter(|part| !self.spill.contains(&part.endpoint));
         let left_out =
@@ -375,3 +388,6 @@ impl Explanation {
         line
     }
 }
+
+#[cfg(test)]
+mod tests;

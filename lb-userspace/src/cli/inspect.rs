@@ -21,7 +21,7 @@ use lb_agent::{
 use lb_core::{
     desired::FrontendAddress,
     sim::{Caller, Config, Simulator},
-    tables::{Entry, Image, StoredRun},
+    tables::{Entry, Image},
 };
 use lb_kernel::{
     Maps, cgroup, host,
@@ -36,7 +36,7 @@ use super::{
     PinArgs,
     agent::{Agent, AskError},
     config::UsageError,
-    explain::{Explanation, explain as explain_call},
+    explain::{Explanation, explain as explain_call, reachable},
     listing::{self, EndpointCounts, FrontendRow, list, table},
     objects::{At, Objects},
 };
@@ -235,9 +235,7 @@ impl Asked<'_> {
             localhost_nodeports: meta.localhost_nodeports != 0,
         };
         simulator.now = host::monotonic();
-        simulator.health = RefCell::new(
-            maps.health_of(simulator.image.stored_at(call).into_iter().flat_map(StoredRun::reachable)),
-        );
+        simulator.health = RefCell::new(maps.health_of(reachable(&simulator, call, caller)));
         let At { state, issues, notice, tag } = at;
         let explanation = Explanation { issues, ..explain_call(&simulator, state.as_ref(), call, caller) };
         Ok(Answered { explanation, notice, tag })

@@ -1,16 +1,12 @@
 //! One answer of `/metrics`: the values that the agent keeps, and those read per scrape.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    fmt,
-    time::Instant,
-};
+use std::{collections::BTreeMap, fmt, time::Instant};
 
 use lb_common::layout::{ConnectLatency, LATENCY_BUCKETS};
 use lb_core::{
+    ejection,
     model::{Protocol, ServiceKey},
     state::View,
-    tables::Image,
 };
 use prometheus_client::{
     encoding::{
@@ -148,7 +144,8 @@ fn of_the_moment(
         }
     }
     let _registered = register(&mut registry, &CONNECT_DURATION, Histograms(histograms));
-    let n_ejected = n_ejected(&published.view.image, is_ejected);
+    let n_ejected = ejection::n_ejected(&published.view.image, is_ejected);
+    let n_ejected = i64::try_from(n_ejected).unwrap_or(i64::MAX);
     let _former = register(&mut registry, &ENDPOINTS_EJECTED, <Gauge>::default()).set(n_ejected);
     let ages = register(&mut registry, &SOURCE_ANSWER_AGE, Family::<[(&str, &str); 1], Real>::default());
     for (kind, age) in contact.map(|contact| contact.ages(now)).unwrap_or_default() {
@@ -165,14 +162,6 @@ fn of_the_moment(
         capacity.get_or_create(&[("map", map.map)]).set(map.capacity.into());
     }
     registry
-}
-
-/// The number of endpoints that are ejected.
-fn n_ejected(image: &Image, is_ejected: impl Fn(u32) -> bool) -> i64 {
-    // An endpoint may be in several runs of its service port.
-    let ids = image.reachable().map(|entry| entry.endpoint_id).filter(|id| is_ejected(*id));
-    let ejected: BTreeSet<u32> = ids.collect();
-    i64::try_from(ejected.len()).unwrap_or(i64::MAX)
 }
 
 /// The calls of each port, by its labels.
@@ -206,14 +195,15 @@ fn sums(view: &View, calls: impl Fn(u32) -> Calls) -> BTreeMap<PortLabels, Calls
 
 #[cfg(test)]
 mod tests {
-    use std::{sync::Arc, time::Duration};
+    use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
+    use lb_common::layout::{Frontend, Run};
     use lb_core::{
-        desired::{PortKey, Settings},
+        desired::{FrontendAddress, PortKey, Settings},
         model::{Service, ServicePort},
         plan::{Capacity, audit::Faults},
         state::State,
-        tables::{Entry, MapUse},
+        tables::{Entry, Image, MapUse},
     };
 
     use super::*;
@@ -241,6 +231,12 @@ mod tests {
         let entries = (0..5).map(|endpoint_id| Entry::new(endpoint_id, ([10, 0, 0, 1], 53).into()));
         view.image.runs4.insert(0, entries.clone().collect());
         view.image.runs4.insert(8, entries.take(2).collect());
+        for (id, offset, len) in [(0, 0, 5), (1, 8, 2)] {
+            let ip = std::net::Ipv4Addr::from(id).into();
+            view.image.services.insert(FrontendAddress { ip, port: 53, protocol: Protocol::Tcp }, id);
+            let run = Run { offset, len };
+            view.image.frontends.insert(id, Frontend { run, health: 1, ..Frontend::default() });
+        }
         let maps = state.map_use().map(|map| MapUse { n_entries: 3, capacity: 256, ..map });
         Published { view: Arc::new(view), maps, ..Published::new(&state) }
     }

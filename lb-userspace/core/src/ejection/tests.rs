@@ -1,7 +1,11 @@
 use lb_common::layout::{Frontend, Run};
 
 use super::*;
-use crate::{desired::FrontendAddress, model::Protocol, tables::Entry};
+use crate::{
+    desired::FrontendAddress,
+    model::Protocol,
+    tables::{Entry, run::StoredRun},
+};
 
 const SECOND: u64 = 1_000_000_000;
 
@@ -113,6 +117,21 @@ fn only_endpoints_of_the_image_count() {
     // An id beyond those in use is read as long as it is known.
     let changes = tracker.scan(0, |_| healthy(), &held, false);
     assert_eq!(texts(&changes), ["restored"]);
+}
+
+#[test]
+fn endpoints_that_calls_spill_to_count() {
+    let mut image = image(5, 1, 1);
+    let entry = |id, last| Entry::new(id, ([10, 0, 0, last], 80).into());
+    image.runs4.insert(0, StoredRun::extended(&[(entry(4, 9), 255)], &[entry(5, 1)]));
+    let health = |id| if id == 5 { ejected(10, 1) } else { EndpointHealth::default() };
+    let changes = EjectionTracker::default().scan(6, health, &image, true);
+    assert_eq!(texts(&changes), ["ejected 10 3"]);
+    assert_eq!(n_ejected(&image, |id| id == 5), 1);
+    for frontend in [0, 1] {
+        image.frontends[&frontend].health = 0;
+    }
+    assert_eq!(n_ejected(&image, |id| id == 5), 0, "calls do not avoid it");
 }
 
 #[test]
