@@ -46,3 +46,25 @@ fn a_table_without_room_counts_endpoints() {
     let text = table(&rows);
     assert!(text.lines().last().unwrap().ends_with("Cluster  2 endpoints"), "{text}");
 }
+
+#[test]
+fn an_ejection_counts_only_where_connections_are_observed() {
+    let now = 100_000_000_000;
+    let health = EndpointHealth {
+        ejected_until: now + 1,
+        failing_since: now,
+        failures: 1,
+        ejections: 2,
+        latency: 7,
+        ..EndpointHealth::default()
+    };
+    assert_eq!(HealthPart::new(false, &health, now), HealthPart::default());
+    let expected = HealthPart {
+        failures: Some(1),
+        ejected_seconds: Some(1),
+        ejected_reason: Some("ejected for 1 s: 1 failure: no answer; failing for 0 s".to_owned()),
+        ejections: 2,
+        connect_microseconds: Some(7),
+    };
+    assert_eq!(HealthPart::new(true, &health, now), expected);
+}

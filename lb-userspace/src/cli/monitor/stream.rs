@@ -350,6 +350,8 @@ mod tests {
             Line::Summary(summary),
         ];
         let text = [&text[..], &lines.each_ref().map(|line| line.text(false))].concat();
+        let yaml = lines.each_ref().map(|line| serde_saphyr::to_string(line).unwrap());
+        assert!(yaml[1].contains("event: ejection") && yaml[1].contains("name: web"), "{}", yaml[1]);
         let json = lines.map(|line| serde_json::to_string(&line).unwrap());
         expect![[r#"
             2026-01-02T03:04:05.678Z  -  10.96.0.80:80/tcp -> 10.244.1.10:8080  sk:1a28d9
