@@ -597,6 +597,24 @@ mod tests {
     }
 
     #[test]
+    fn a_log_line_names_service_endpoint_and_reason() {
+        let now = Instant::now();
+        let ended = EndpointState::Ejected { until: now, failures: 0, errno: 113 };
+        for (state, expected) in [
+            // A part of a second counts as one.
+            (
+                ejected(now + Duration::from_millis(9100)),
+                "is ejected for 10 s: 3 failures in a row, the last one: connection refused",
+            ),
+            (ended, "was ejected for a moment: ICMP: host unreachable"),
+            (EndpointState::Restored, "is restored: a connection was established"),
+        ] {
+            let expected = format!("Service shop/web: endpoint 10.0.0.1:80 of port http {expected}");
+            assert_eq!(health("web", 1, state).line(now), expected);
+        }
+    }
+
+    #[test]
     fn the_text_of_each_event() {
         let of_service = [
             json!({"reason": "ServicesFull", "map": "services4", "capacity": 20, "needed": 123}),
