@@ -180,7 +180,7 @@ pub mod frontend_flags {
     pub const NO_LOCAL_ENDPOINT: u32 = 1 << 2;
     /// An address of a service network that no Service has. Not in any table: [`crate::resolve`] sets it.
     pub const UNALLOCATED: u32 = 1 << 3;
-    /// `socklb.io/balance: least-connections`: of two endpoints, the one with fewer open connections.
+    /// `socklb.io/balance: least-connections`: of four endpoints drawn, the one with the fewest open connections.
     pub const LEAST_CONNECTIONS: u32 = 1 << 4;
 }
 

@@ -327,7 +327,8 @@ fn choose<A: FamilyLayout>(
     choose_at_random(tables, caller, frontend)
 }
 
-/// Draws of a choice from a set: the last one counts, ejected or not.
+/// Draws of a choice from a set: the last one counts, ejected or not. With
+/// [`frontend_flags::LEAST_CONNECTIONS`], the one with the fewest open connections of as many.
 ///
 /// They are different endpoints, so up to three ejected ones of a frontend are never chosen. With a share `f`
 /// of many endpoints ejected, about `f^4` of the calls still reach one of them: 1 in 10,000 at a tenth, 1 in
@@ -352,11 +353,18 @@ fn choose_at_random<A: FamilyLayout>(
     let run = frontend.run;
     let mut drawn = draw(tables, run, 0, scaled(caller.random(), run.len))?;
     if frontend.flags & frontend_flags::LEAST_CONNECTIONS != 0 {
-        let other = draw(tables, run, drawn.base + 1, scaled(caller.random(), run.len - 1))?;
-        let active = |drawn: Drawn| Some(tables.active(entry_at(tables, run, drawn.position)?.2));
-        let is_less = is_below(active(other)?, active(drawn)?);
-        drawn.base = select(is_less, other.base, drawn.base);
-        drawn.position = select(is_less, other.position, drawn.position);
+        let (first, n_others) = (drawn.base, run.len - 1);
+        let mut active = tables.active(entry_at(tables, run, drawn.position)?.2);
+        let mut distance = 1 + below(caller.random(), n_others);
+        for _ in 1..DRAWS {
+            let other = draw(tables, run, first.wrapping_add(distance), caller.random().into())?;
+            let active_there = tables.active(entry_at(tables, run, other.position)?.2);
+            let is_less = is_below(active_there, active);
+            drawn.base = select(is_less, other.base, drawn.base);
+            drawn.position = select(is_less, other.position, drawn.position);
+            active = select(is_less, active_there.cast_unsigned(), active.cast_unsigned()).cast_signed();
+            distance = following(distance, n_others);
+        }
     }
     let entry = tables.endpoint(run.offset.wrapping_add(drawn.position))?;
     if frontend.health == 0 || !tables.is_suspect(A::entry_parts(&entry).2) {
@@ -408,7 +416,7 @@ fn draw_again<A: FamilyLayout>(
         // Stays at the first one that is found.
         position = select(is_found, position, next);
         is_found |= is_admitted;
-        distance = 1 + (distance & !is_at_least(distance, n_others));
+        distance = following(distance, n_others);
     }
     let is_extended =
         u32::from(entry_at(tables, run, first.base)?.3 / endpoint_extra::EXTENDED).wrapping_neg();
@@ -428,6 +436,12 @@ fn draw_again<A: FamilyLayout>(
         next = (next + 1) & !is_at_least(next + 1, len);
     }
     Some(position)
+}
+
+/// The distance after one of 0 to `n_others`, from 1 on.
+#[inline(always)]
+fn following(distance: u32, n_others: u32) -> u32 {
+    1 + (distance & !is_at_least(distance, n_others))
 }
 
 /// The parts of an entry: address, port, endpoint id and extra.

@@ -48,6 +48,7 @@ macro_rules! programs {
     (@one $(#[$meta:meta])* $hook:ident, $name:ident, $mode:ident, $function:ident) => {
         $(#[$meta])*
         #[cgroup_sock_addr($hook)]
+        // LLVM makes a BPF function of a large one: see `config::Mode::LOG`.
         #[inline(always)]
         fn $name(ctx: SockAddrContext) -> i32 {
             hook::$function::<config::$mode>(&SockAddr::new(&ctx))

@@ -262,9 +262,9 @@ fn choice(balance: Balance, shares: &[SharePart]) -> &'static str {
     match (balance, shares) {
         (Balance::Random, []) => "each with the same probability",
         (Balance::Random, _) => "each with the probability of its share",
-        (Balance::LeastConnections, []) => "of two the one with fewer open connections",
+        (Balance::LeastConnections, []) => "of four the one with the fewest open connections",
         (Balance::LeastConnections, _) => {
-            "of two, drawn by their shares, the one with fewer open connections"
+            "of four, drawn by their shares, the one with the fewest open connections"
         }
     }
 }

@@ -52,7 +52,8 @@ pub enum Balance {
     /// `random`: by chance, each endpoint with its share.
     #[default]
     Random,
-    /// `least-connections`: of two endpoints that chance draws, the one with fewer open connections of this node.
+    /// `least-connections`: of four endpoints that chance draws, the one with the fewest open connections of this
+    /// node.
     LeastConnections,
 }
 

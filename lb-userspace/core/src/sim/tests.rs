@@ -216,18 +216,22 @@ fn a_client_keeps_its_endpoint_while_calls_spill() {
 }
 
 #[test]
-fn of_two_draws_the_less_busy_one_is_chosen() {
+fn of_four_draws_the_least_busy_one_is_chosen() {
     let of = |active: &[(u8, i32)]| {
-        Extended::new(&[(1, 255), (2, 255), (3, 255)], &[], frontend_flags::LEAST_CONNECTIONS)
-            .with_active(active)
+        let endpoints: Vec<_> = active.iter().map(|(n, _)| (*n, 255)).collect();
+        Extended::new(&endpoints, &[], frontend_flags::LEAST_CONNECTIONS).with_active(active)
     };
-    assert_percent("equal", &of(&[]), &[(1, 33), (2, 33), (3, 33)]);
+    assert_percent("equal", &of(&[(1, 0), (2, 0), (3, 0)]), &[(1, 33), (2, 33), (3, 33)]);
     assert_percent("one busy", &of(&[(1, 5), (2, 1), (3, 1)]), &[(2, 50), (3, 50)]);
-    assert_percent("in steps", &of(&[(1, 5), (2, 1), (3, 0)]), &[(2, 33), (3, 67)]);
-    assert_percent("below zero for a moment", &of(&[(1, 0), (2, -1), (3, 0)]), &[(1, 17), (2, 67), (3, 17)]);
+    assert_percent("in steps", &of(&[(1, 5), (2, 1), (3, 0)]), &[(3, 100)]);
+    assert_percent("below zero for a moment", &of(&[(1, 0), (2, -1), (3, 0)]), &[(2, 100)]);
     assert_percent(
         "the idle one is ejected",
         &of(&[(1, 5), (2, 5), (3, 0)]).ejected(&[3]),
         &[(1, 50), (2, 50)],
     );
+    assert_percent("a single one", &of(&[(1, 5)]), &[(1, 100)]);
+    let eight: Vec<(u8, i32)> = (1..=8).map(|n| (n, if n == 1 { 0 } else { 9 })).collect();
+    let percent = of(&eight).percent();
+    assert_eq!(percent[0], (1, 50), "half of the draws meet the idle one: {percent:?}");
 }
