@@ -77,25 +77,25 @@ impl EjectionTracker {
     ) -> Vec<(Endpoint, Change)> {
         let has_ejections = |health: &EndpointHealth| health.ejected_until != 0 || health.ejections != 0;
         let found = (0..n_ids).map(|id| (id, health(id))).filter(|(_, health)| has_ejections(health));
-        let mut news: BTreeMap<u32, EndpointHealth> = found.collect();
+        let mut differing: BTreeMap<u32, EndpointHealth> = found.collect();
         for id in self.known.keys() {
-            news.entry(*id).or_insert_with(|| health(*id));
+            differing.entry(*id).or_insert_with(|| health(*id));
         }
-        news.retain(|id, health| {
+        differing.retain(|id, health| {
             self.known.get(id).is_none_or(|known| {
                 (known.ejected_until, known.ejections) != (health.ejected_until, health.ejections)
                     || known.endpoint.is_none() && is_new_image
             })
         });
         let mut endpoints = BTreeMap::new();
-        if !news.is_empty() {
-            let changed = observed(image).filter(|(_, entry)| news.contains_key(&entry.endpoint_id));
+        if !differing.is_empty() {
+            let changed = observed(image).filter(|(_, entry)| differing.contains_key(&entry.endpoint_id));
             endpoints.extend(changed.map(|(Frontend { service_id, .. }, entry)| {
                 (entry.endpoint_id, Endpoint { service_id: *service_id, address: entry.address })
             }));
         }
         let mut changes = Vec::new();
-        for (id, health) in news {
+        for (id, health) in differing {
             let endpoint = endpoints.get(&id).copied();
             let former = if has_ejections(&health) {
                 let EndpointHealth { ejected_until, ejections, .. } = health;

@@ -85,10 +85,10 @@ mod tests {
             (1..1000, 0..0, 0..0, 0),
             (0..0, 0..0, 1..101, 899),
         ] {
-            let news = reported.follow(issues(now.clone()));
+            let found = reported.follow(issues(now.clone()));
             assert_eq!(reported.len(), now.len());
-            assert_eq!(news, IssueChanges { new: issues(new), gone: issues(gone), n_more }, "{now:?}");
-            assert_eq!(news.is_empty(), news == IssueChanges::default());
+            assert_eq!(found, IssueChanges { new: issues(new), gone: issues(gone), n_more }, "{now:?}");
+            assert_eq!(found.is_empty(), found == IssueChanges::default());
         }
     }
 }

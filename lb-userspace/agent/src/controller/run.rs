@@ -12,7 +12,7 @@ use lb_core::{
     desired::{NodePortAddresses, Settings},
     model::{
         Issue, IssueKind, ObjectRef,
-        notification::{EndpointState, HealthNews, NodeEvent, NotificationLog},
+        notification::{EndpointState, HealthChange, NodeEvent, NotificationLog},
     },
     plan::audit::Faults,
 };
@@ -179,7 +179,7 @@ pub async fn run(
             Some(()) = graces.recv() => agent.on_grace_period(),
             () = until(agent.state.next_share_due()), if phase.may_sync() => agent.state.advance(Instant::now().into_std()),
             () = next_change(&mut port_issues) => agent.report(&*source),
-            Some(news) = ejections.recv() => agent.on_ejections(&*source, news),
+            Some(changes) = ejections.recv() => agent.on_ejections(&*source, changes),
             compared = ended(&mut agent.auditing), if agent.auditing.is_some() => agent.finish_audit(&*source, compared),
             written = ended(&mut agent.writing), if agent.writing.is_some() => agent.on_snapshot_written(&*source, written),
             () = agent.addresses.changed() => agent.read_addresses(),
@@ -314,7 +314,7 @@ struct Background {
     port_issues: watch::Receiver<Vec<Issue>>,
     health_ports: JoinHandle<()>,
     /// Endpoints that were ejected and restored. Closed without passive health.
-    ejections: mpsc::Receiver<Vec<HealthNews>>,
+    ejections: mpsc::Receiver<Vec<HealthChange>>,
     _working: [JoinSet<()>; 3],
 }
 
@@ -639,21 +639,21 @@ impl Agent {
     }
 
     /// Logs ejections and restorations, and queues their notifications.
-    fn on_ejections(&mut self, source: &dyn Source, news: Vec<HealthNews>) {
+    fn on_ejections(&mut self, source: &dyn Source, changes: Vec<HealthChange>) {
         let now = Instant::now().into_std();
-        for one in news.iter().take(MAX_LINES) {
+        for one in changes.iter().take(MAX_LINES) {
             match one.state {
                 EndpointState::Ejected { .. } => warn!("{}", one.line(now)),
                 EndpointState::Restored => info!("{}", one.line(now)),
             }
         }
-        if let Some(n_more @ 1..) = news.len().checked_sub(MAX_LINES) {
+        if let Some(n_more @ 1..) = changes.len().checked_sub(MAX_LINES) {
             warn!(
                 n_more,
                 "more endpoints were ejected or restored than are logged at once: `socklb services` lists them"
             );
         }
-        self.ledger.health_changed(news, now);
+        self.ledger.health_changed(changes, now);
         self.send_notifications(source);
     }
 

@@ -73,7 +73,7 @@ impl DueNotification {
 
 /// An endpoint that was ejected or restored.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct HealthNews {
+pub struct HealthChange {
     /// The Service.
     pub service: ServiceKey,
     /// The Service port's name.
@@ -106,7 +106,7 @@ impl EndpointState {
     }
 }
 
-impl HealthNews {
+impl HealthChange {
     /// As a log line.
     #[must_use]
     pub fn line(&self, now: Instant) -> String {
@@ -299,10 +299,10 @@ impl NotificationLog {
 
     /// Queues ejections and restorations. A later [`Self::due`] returns what still holds then; what waits for
     /// longer than 15 minutes is dropped.
-    pub fn health_changed(&mut self, news: impl IntoIterator<Item = HealthNews>, now: Instant) {
+    pub fn health_changed(&mut self, changes: impl IntoIterator<Item = HealthChange>, now: Instant) {
         // Here, since a source that takes no notifications never asks for those that are due.
         self.health.retain(|_, health| health.expire(now));
-        for HealthNews { service, port_name, endpoint, state } in news {
+        for HealthChange { service, port_name, endpoint, state } in changes {
             self.health.entry(service).or_default().pending.insert((port_name, endpoint), (state, now));
         }
     }
@@ -330,8 +330,8 @@ impl NotificationLog {
             now.saturating_duration_since(told.held) < MEMORY
         });
         let mut due = Vec::new();
-        let news = std::mem::take(&mut self.pending);
-        for notification in news
+        let pending = std::mem::take(&mut self.pending);
+        for notification in pending
             .into_iter()
             .map(|notification| (notification, true))
             .chain(holding.into_iter().map(|n| (n, false)))
@@ -507,9 +507,9 @@ mod tests {
         );
     }
 
-    fn health(service: &str, last: u8, state: EndpointState) -> HealthNews {
+    fn health(service: &str, last: u8, state: EndpointState) -> HealthChange {
         let service = ServiceKey::new("shop", service);
-        HealthNews { service, port_name: "http".into(), endpoint: ([10, 0, 0, last], 80).into(), state }
+        HealthChange { service, port_name: "http".into(), endpoint: ([10, 0, 0, last], 80).into(), state }
     }
 
     fn ejected(until: Instant) -> EndpointState {
@@ -647,13 +647,13 @@ mod tests {
             NodeEvent::Synced { n_frontends: 3 },
             NodeEvent::SelfTestFailed { problem: "TCP over IPv4: connect: Connection refused".into() },
         ];
-        let of_node = of_node.map(|news| Notification::of_node("node-a", &news));
+        let of_node = of_node.map(|change| Notification::of_node("node-a", &change));
         let now = Instant::now();
-        let unnamed = |state| HealthNews { port_name: "".into(), ..health("web", 1, state) };
+        let unnamed = |state| HealthChange { port_name: "".into(), ..health("web", 1, state) };
         let mut of_endpoints = ledger(now);
         let of_endpoints =
-            [unnamed(ejected(now)), unnamed(EndpointState::Restored)].into_iter().flat_map(|news| {
-                of_endpoints.health_changed([news], now);
+            [unnamed(ejected(now)), unnamed(EndpointState::Restored)].into_iter().flat_map(|change| {
+                of_endpoints.health_changed([change], now);
                 of_endpoints.due([], 9, now).into_iter().map(|due| due.notification).collect::<Vec<_>>()
             });
         let line = |notification: Notification| {

@@ -10,7 +10,7 @@ use std::{
 use lb_core::{
     desired::PortKey,
     ejection::{Change, Ejection, EjectionTracker, Endpoint},
-    model::notification::{EndpointState, HealthNews},
+    model::notification::{EndpointState, HealthChange},
     state::View,
 };
 use lb_kernel::{Maps, host};
@@ -35,7 +35,7 @@ const INTERVAL: Duration = Duration::from_secs(1);
 pub(super) fn start(
     maps_path: &Path,
     published: watch::Receiver<Published>,
-) -> Result<(JoinSet<()>, mpsc::Receiver<Vec<HealthNews>>), RunError> {
+) -> Result<(JoinSet<()>, mpsc::Receiver<Vec<HealthChange>>), RunError> {
     let (sender, receiver) = mpsc::channel(1);
     let scanner = Scanner { maps: Maps::open(maps_path)?, tracker: EjectionTracker::default(), view: None };
     let mut task = JoinSet::new();
@@ -46,7 +46,7 @@ pub(super) fn start(
 async fn scan(
     mut scanner: Scanner,
     published: watch::Receiver<Published>,
-    sender: mpsc::Sender<Vec<HealthNews>>,
+    sender: mpsc::Sender<Vec<HealthChange>>,
 ) {
     let mut timer = interval(INTERVAL);
     timer.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -54,17 +54,17 @@ async fn scan(
         let _now = timer.tick().await;
         let view = Arc::clone(&published.borrow().view);
         let task = spawn_blocking(move || {
-            let news = scanner.scan(view);
-            (scanner, news)
+            let changes = scanner.scan(view);
+            (scanner, changes)
         });
-        let news = match task.await {
-            Ok((same, news)) => {
+        let changes = match task.await {
+            Ok((same, changes)) => {
                 scanner = same;
-                news
+                changes
             }
             Err(error) => return warn!(%error, "ejections are no longer reported: restart the agent"),
         };
-        if !news.is_empty() && sender.send(news).await.is_err() {
+        if !changes.is_empty() && sender.send(changes).await.is_err() {
             return;
         }
     }
@@ -79,17 +79,17 @@ struct Scanner {
 
 impl Scanner {
     /// An id that `view` names keeps its endpoint for at least a grace period, which takes longer than this.
-    fn scan(&mut self, view: Arc<View>) -> Vec<HealthNews> {
+    fn scan(&mut self, view: Arc<View>) -> Vec<HealthChange> {
         let is_new_image = self.view.as_ref().is_none_or(|former| !Arc::ptr_eq(former, &view));
         let health = |id| self.maps.endpoint_health(id);
         let changes = self.tracker.scan(view.n_endpoint_ids, health, &view.image, is_new_image);
-        let news = if changes.is_empty() { Vec::new() } else { named(changes, &view) };
+        let with_names = if changes.is_empty() { Vec::new() } else { named(changes, &view) };
         self.view = Some(view);
-        news
+        with_names
     }
 }
 
-fn named(changes: Vec<(Endpoint, Change)>, view: &View) -> Vec<HealthNews> {
+fn named(changes: Vec<(Endpoint, Change)>, view: &View) -> Vec<HealthChange> {
     let (now, at) = (host::monotonic(), Instant::now());
     let ports: BTreeMap<u32, &PortKey> = view.ports.iter().map(|(port, id)| (*id, &**port)).collect();
     let name = |(Endpoint { service_id, address }, change)| {
@@ -101,7 +101,7 @@ fn named(changes: Vec<(Endpoint, Change)>, view: &View) -> Vec<HealthNews> {
                 EndpointState::Ejected { until, failures, errno }
             }
         };
-        Some(HealthNews {
+        Some(HealthChange {
             service: service.clone(),
             port_name: Arc::clone(port_name),
             endpoint: address,

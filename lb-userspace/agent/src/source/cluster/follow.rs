@@ -101,7 +101,7 @@ pub(super) struct Follower {
     pub(super) contact: Contact,
     /// Notified when the server answers again: tasks in a pause retry at once.
     pub(super) recovered: Arc<Notify>,
-    pub(super) news: mpsc::Sender<KindChange>,
+    pub(super) changes: mpsc::Sender<KindChange>,
 }
 
 /// The next request to the server.
@@ -292,9 +292,9 @@ pub(super) async fn follow<K: Kind>(mut follower: Follower) {
             continue;
         }
         if let Some(lack) = failure.lack()
-            && let Some(news) = K::lacking(lack.clone())
+            && let Some(change) = K::lacking(lack.clone())
         {
-            if follower.send(news).await.is_err() {
+            if follower.send(change).await.is_err() {
                 return;
             }
             if lack != Unavailable::Failing {
@@ -306,7 +306,7 @@ pub(super) async fn follow<K: Kind>(mut follower: Follower) {
                     () = sleep(rare + jitter) => {}
                     // The server may have been upgraded.
                     () = follower.recovered.notified() => {}
-                    () = follower.news.closed() => return,
+                    () = follower.changes.closed() => return,
                 }
                 continue;
             }
@@ -335,7 +335,7 @@ pub(super) async fn follow<K: Kind>(mut follower: Follower) {
         tokio::select! {
             () = sleep(backoff.pause(wanted, random())) => {}
             () = follower.recovered.notified(), if failure.is_absence() => {}
-            () = follower.news.closed() => return,
+            () = follower.changes.closed() => return,
         }
         if failure.is_about_access() {
             follower.renew().await;
@@ -535,8 +535,8 @@ impl Follower {
         Err(Status { code, ..status }.into_failure(seconds))
     }
 
-    async fn send(&self, news: KindChange) -> Result<(), Failure> {
-        self.news.send(news).await.map_err(|_closed| Failure::Stop)
+    async fn send(&self, change: KindChange) -> Result<(), Failure> {
+        self.changes.send(change).await.map_err(|_closed| Failure::Stop)
     }
 
     async fn list<K: Kind>(&self, version: &str) -> Result<String, Failure> {
@@ -573,7 +573,7 @@ impl Follower {
             if version.is_empty() {
                 return Err(Failure::Form("a list without a resource version".to_owned()));
             }
-            self.send(K::news(Change::All { models, issues })).await?;
+            self.send(K::change(Change::All { models, issues })).await?;
             self.answered::<K>();
             return Ok(version);
         }
@@ -628,7 +628,7 @@ impl Follower {
                     if header.has_annotation(INITIAL_EVENTS_END) {
                         let Some(version) = header.version() else { return Err(no_version()) };
                         let (models, issues) = fold.end();
-                        self.send(K::news(Change::All { models, issues })).await?;
+                        self.send(K::change(Change::All { models, issues })).await?;
                         *progress = true;
                         self.answered::<K>();
                         lines.bound = Bound::NONE;
@@ -689,13 +689,13 @@ impl Follower {
             }
             let Some(new) = header.version() else { break Some(no_version()) };
             self.answered::<K>();
-            let news = match &*event.kind {
+            let change = match &*event.kind {
                 "ADDED" | "MODIFIED" => Some(self.trim::<K>(&header, event.object)),
                 "DELETED" => Some(Trimmed { object: header.object::<K>(), model: None, issues: Vec::new() }),
                 _ => None,
             };
-            if let Some(trimmed) = news {
-                self.send(K::news(Change::One { trimmed, received })).await?;
+            if let Some(trimmed) = change {
+                self.send(K::change(Change::One { trimmed, received })).await?;
             }
             version = new;
             *progress = true;

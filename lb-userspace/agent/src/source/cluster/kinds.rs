@@ -72,7 +72,7 @@ pub(super) trait Kind: 'static {
     fn object(namespace: &str, name: &str) -> ObjectRef;
     /// `service_proxy_name` is `--service-proxy-name`.
     fn ingest(object: &Self::Object, service_proxy_name: Option<&str>) -> (Option<Self::Model>, Vec<Issue>);
-    fn news(change: Change<Self::Model>) -> KindChange;
+    fn change(change: Change<Self::Model>) -> KindChange;
 
     /// The message that the kind is unavailable; `None` for a kind that the agent requires.
     fn lacking(_lack: Unavailable) -> Option<KindChange> {
@@ -98,7 +98,7 @@ impl Kind for Services {
         ingest::any_service(object, service_proxy_name)
     }
 
-    fn news(change: Change<Service>) -> KindChange {
+    fn change(change: Change<Service>) -> KindChange {
         KindChange::Services(change)
     }
 }
@@ -121,7 +121,7 @@ impl Kind for Slices {
         ingest::slice(object)
     }
 
-    fn news(change: Change<Slice>) -> KindChange {
+    fn change(change: Change<Slice>) -> KindChange {
         KindChange::Slices(change)
     }
 }
@@ -144,7 +144,7 @@ impl Kind for Nodes {
         ingest::node(object)
     }
 
-    fn news(change: Change<Node>) -> KindChange {
+    fn change(change: Change<Node>) -> KindChange {
         KindChange::Nodes(change)
     }
 }
@@ -178,7 +178,7 @@ impl Kind for Pods {
         ingest::pod(&object.metadata)
     }
 
-    fn news(change: Change<Pod>) -> KindChange {
+    fn change(change: Change<Pod>) -> KindChange {
         KindChange::Pods(change)
     }
 }
@@ -201,7 +201,7 @@ impl Kind for ServiceCidrs {
         ingest::service_cidr(object)
     }
 
-    fn news(change: Change<ServiceCidr>) -> KindChange {
+    fn change(change: Change<ServiceCidr>) -> KindChange {
         KindChange::ServiceCidrs(change)
     }
 

@@ -73,7 +73,7 @@ pub const SCHEME: Scheme = Scheme {
 pub struct KubeSource {
     server: Arc<str>,
     contact: Contact,
-    news: mpsc::Receiver<KindChange>,
+    changes: mpsc::Receiver<KindChange>,
     /// Received, but not applied yet.
     pending: Vec<KindChange>,
     /// Kinds whose first list is pending and may still come.
@@ -108,7 +108,7 @@ impl KubeSource {
     pub async fn open(access: &Access, wanted: Selection<'_>, timing: Timing) -> Result<Self, Error> {
         let (client, server) = access.client().await?;
         let server = Arc::<str>::from(server);
-        let (sender, news) = mpsc::channel(QUEUE);
+        let (sender, changes) = mpsc::channel(QUEUE);
         let (notifications, untold) = mpsc::channel(events::QUEUE);
         let mut tasks = JoinSet::new();
         tasks.spawn(events::record(access.clone(), client.clone(), Arc::clone(&server), untold));
@@ -126,7 +126,7 @@ impl KubeSource {
             fields: String::new(),
             contact: contact.clone(),
             recovered: Arc::new(Notify::new()),
-            news: sender,
+            changes: sender,
         };
         // Other proxies' Services have cluster IPs too. One watch for all, so that a Service whose label
         // changes never disappears in between.
@@ -146,7 +146,7 @@ impl KubeSource {
         Ok(Self {
             server,
             contact,
-            news,
+            changes,
             pending: Vec::new(),
             awaited: needed.chain(of_networks).collect(),
             pods: BTreeMap::new(),
@@ -181,8 +181,8 @@ impl KubeSource {
         Timestamp::from_nanosecond(trigger_time?).ok().filter(|triggered| *triggered >= self.started)
     }
 
-    fn apply_one(&mut self, news: KindChange, store: &mut Store) -> Changes {
-        match news {
+    fn apply_one(&mut self, change: KindChange, store: &mut Store) -> Changes {
+        match change {
             KindChange::Services(Change::All { models, issues }) => {
                 self.awaited.remove(Services::PLURAL);
                 self.note_all(&ObjectKind::Service, issues);
@@ -298,13 +298,13 @@ impl KubeSource {
     /// Waits for events, and takes together what has arrived together.
     async fn received(&mut self) -> bool {
         if self.pending.is_empty() {
-            let Some(news) = self.news.recv().await else { return false };
-            self.pending.push(news);
+            let Some(change) = self.changes.recv().await else { return false };
+            self.pending.push(change);
         }
         // Applies together what has arrived together.
         while self.pending.len() < BATCH {
-            match self.news.try_recv() {
-                Ok(news) => self.pending.push(news),
+            match self.changes.try_recv() {
+                Ok(change) => self.pending.push(change),
                 Err(TryRecvError::Empty | TryRecvError::Disconnected) => break,
             }
         }
@@ -323,8 +323,8 @@ impl Source for KubeSource {
 
     fn apply(&mut self, store: &mut Store) -> Changes {
         let mut changes = Changes::default();
-        for news in std::mem::take(&mut self.pending) {
-            changes.merge(self.apply_one(news, store));
+        for change in std::mem::take(&mut self.pending) {
+            changes.merge(self.apply_one(change, store));
         }
         changes
     }
