@@ -31,8 +31,6 @@ globals! {
     static SOCK_KERNEL: u32 = 0;
     /// The bit of `sk_kern_sock` in it.
     static SOCK_KERNEL_MASK: u8 = 0;
-    /// Offset of the socket in `struct bpf_sock_ops_kern`, the kernel's context.
-    static SOCK_OPS_SOCK: u32 = 0;
     /// Offset of `sk_err` in `struct sock`.
     static SOCK_ERROR: u32 = 0;
     /// 1 with `--passive-health=on`; otherwise the programs neither read nor write `endpoint_health`.

@@ -11,7 +11,7 @@ use aya_ebpf::{
     bindings::{BPF_SK_STORAGE_GET_F_CREATE, bpf_sock, bpf_sock_addr, bpf_sock_ops, mptcp_sock},
     helpers::generated::{
         bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_probe_read_kernel, bpf_set_retval,
-        bpf_sk_storage_get, bpf_skc_to_mptcp_sock, bpf_sock_ops_cb_flags_set,
+        bpf_sk_storage_get, bpf_skc_to_mptcp_sock, bpf_skc_to_tcp_sock, bpf_sock_ops_cb_flags_set,
     },
     programs::{SockAddrContext, SockContext, SockOpsContext},
 };
@@ -351,26 +351,46 @@ impl SockOps {
     /// The socket's cookie, or 0 if none was assigned yet: see [`SockAddr::known_cookie`].
     #[inline(always)]
     pub(crate) fn known_cookie(&self) -> u64 {
-        read_kernel(self.kernel_sock().wrapping_add(config::SOCK_COOKIE.load().into()))
+        self.field(config::SOCK_COOKIE.load())
     }
 
     /// The socket's error (`errno`), or 0. The kernel sets it before it closes a connection that failed, and
     /// has not set it when the program itself closes.
     #[inline(always)]
     pub(crate) fn error(&self) -> u32 {
-        read_kernel(self.kernel_sock().wrapping_add(config::SOCK_ERROR.load().into()))
+        self.field(config::SOCK_ERROR.load())
     }
 
+    /// Reads a field at an offset in `struct sock`; zero without a socket. Kernel 5.9 (`bpf_skc_to_tcp_sock`).
+    ///
+    /// The kernel's own context is no typed pointer: it would take two calls of `bpf_probe_read_kernel`.
     #[inline(always)]
-    fn kernel_sock(&self) -> u64 {
-        read_kernel((self.raw as u64).wrapping_add(config::SOCK_OPS_SOCK.load().into()))
+    fn field<T: Default>(&self, offset: u32) -> T {
+        let sock = self.sock();
+        if sock.is_null() {
+            return T::default();
+        }
+        // SAFETY: the helper takes any socket and returns null for another kind.
+        let tcp = unsafe { bpf_skc_to_tcp_sock(sock.cast()) };
+        if tcp.is_null() {
+            return T::default();
+        }
+        // SAFETY: `struct tcp_sock` begins with its `struct sock`. User space reads the field's offset from the
+        // kernel's BTF, and the verifier checks the access against it.
+        unsafe { tcp.cast::<u8>().add(offset as usize).cast::<T>().read_volatile() }
+    }
+
+    /// The socket, or null.
+    #[inline(always)]
+    fn sock(&self) -> *mut bpf_sock {
+        // SAFETY: the verifier types this field as a pointer to a full socket, or null.
+        unsafe { addr_of!((*self.raw).__bindgen_anon_2.sk).read_volatile() }
     }
 
     /// The socket's storage, or null.
     #[inline(always)]
     pub(crate) fn storage(&self) -> *mut SocketRecords {
-        // SAFETY: the verifier types this field as a pointer to a full socket, or null.
-        let sock = unsafe { addr_of!((*self.raw).__bindgen_anon_2.sk).read_volatile() };
+        let sock = self.sock();
         if sock.is_null() {
             return core::ptr::null_mut();
         }

@@ -28,8 +28,6 @@ pub struct Features {
 pub struct SockFields {
     /// The socket in `struct bpf_sock_addr_kern`.
     pub context_sock: u32,
-    /// The socket in `struct bpf_sock_ops_kern`.
-    pub sock_ops_sock: u32,
     /// `sk_err` in `struct sock`.
     pub error: u32,
     /// `skc_cookie` in `struct sock`.
@@ -53,7 +51,6 @@ impl SockFields {
         let kernel = btf.field("sock", "sk_kern_sock")?.bit;
         Some(Self {
             context_sock: octet("bpf_sock_addr_kern", "sk")?,
-            sock_ops_sock: octet("bpf_sock_ops_kern", "sk")?,
             error: octet("sock", "sk_err")?,
             cookie: common + octet("sock_common", "skc_cookie")?,
             state: common + octet("sock_common", "skc_state")?,

@@ -120,7 +120,6 @@ pub(crate) fn load(object: &[u8], options: &Options, pin_path: Option<&Path>) ->
         .override_global("HAS_SOCK_FIELDS", &has_fields, true)
         .override_global("HAS_MPTCP", &mptcp, true)
         .override_global("CONTEXT_SOCK", &fields.context_sock, true)
-        .override_global("SOCK_OPS_SOCK", &fields.sock_ops_sock, true)
         .override_global("SOCK_ERROR", &fields.error, true)
         .override_global("PASSIVE_HEALTH", &passive_health, true)
         .override_global("SOCK_COOKIE", &fields.cookie, true)
