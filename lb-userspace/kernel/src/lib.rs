@@ -57,5 +57,5 @@ pub use self::{
     executor::{Done, Kernel, Options, Pins},
     feature::{Features, SockFields},
     loader::try_programs,
-    maps::Maps,
+    maps::{HealthTable, Maps},
 };

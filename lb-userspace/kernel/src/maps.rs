@@ -59,6 +59,27 @@ pub struct Maps {
     meta: Meta,
 }
 
+/// The outcomes of connections, by endpoint id.
+#[derive(Debug)]
+pub struct HealthTable(Mapped<EndpointHealth>);
+
+impl HealthTable {
+    /// Opens the pinned map.
+    ///
+    /// # Errors
+    ///
+    /// A failing system call.
+    pub fn open(pin_path: &Path) -> Result<Self, KernelError> {
+        map_memory("endpoint_health", &Directory::open(pin_path)?.map("endpoint_health")?.0).map(Self)
+    }
+
+    /// As [`Maps::endpoint_health`].
+    #[must_use]
+    pub fn read(&self, endpoint_id: u32) -> EndpointHealth {
+        self.0.read(endpoint_id).unwrap_or_default()
+    }
+}
+
 impl Maps {
     /// Opens the pinned maps without loading or changing anything.
     ///

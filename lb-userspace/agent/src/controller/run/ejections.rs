@@ -13,7 +13,7 @@ use lb_core::{
     model::notification::{EndpointState, HealthChange},
     state::View,
 };
-use lb_kernel::{Maps, host};
+use lb_kernel::{HealthTable, host};
 use tokio::{
     sync::{mpsc, watch},
     task::{JoinSet, spawn_blocking},
@@ -37,7 +37,8 @@ pub(super) fn start(
     published: watch::Receiver<Published>,
 ) -> Result<(JoinSet<()>, mpsc::Receiver<Vec<HealthChange>>), RunError> {
     let (sender, receiver) = mpsc::channel(1);
-    let scanner = Scanner { maps: Maps::open(maps_path)?, tracker: EjectionTracker::default(), view: None };
+    let scanner =
+        Scanner { health: HealthTable::open(maps_path)?, tracker: EjectionTracker::default(), view: None };
     let mut task = JoinSet::new();
     let _aborted_on_drop = task.spawn(scan(scanner, published, sender));
     Ok((task, receiver))
@@ -71,7 +72,8 @@ async fn scan(
 }
 
 struct Scanner {
-    maps: Maps,
+    /// This map alone: each mapped page counts for the agent's memory.
+    health: HealthTable,
     tracker: EjectionTracker,
     /// What the last scan compared with.
     view: Option<Arc<View>>,
@@ -81,7 +83,7 @@ impl Scanner {
     /// An id that `view` names keeps its endpoint for at least a grace period, which takes longer than this.
     fn scan(&mut self, view: Arc<View>) -> Vec<HealthChange> {
         let is_new_image = self.view.as_ref().is_none_or(|former| !Arc::ptr_eq(former, &view));
-        let health = |id| self.maps.endpoint_health(id);
+        let health = |id| self.health.read(id);
         let changes = self.tracker.scan(view.n_endpoint_ids, health, &view.image, is_new_image);
         let with_names = if changes.is_empty() { Vec::new() } else { named(changes, &view) };
         self.view = Some(view);
