@@ -367,13 +367,18 @@ fn choose_at_random<A: FamilyLayout>(
         }
     }
     let entry = tables.endpoint(run.offset.wrapping_add(drawn.position))?;
-    if frontend.health == 0 || !tables.is_suspect(A::entry_parts(&entry).2) {
+    if !is_suspect(tables, frontend, &entry) {
         return Some((drawn.position, entry));
     }
     let position = draw_again(tables, caller, frontend, drawn)?;
     let entry = tables.endpoint(run.offset.wrapping_add(position))?;
     tables.begin_trial(A::entry_parts(&entry).2);
     Some((position, entry))
+}
+
+#[inline(always)]
+fn is_suspect<A: FamilyLayout>(tables: &impl Tables<A>, frontend: &Frontend, entry: &A::Endpoint) -> bool {
+    frontend.health != 0 && tables.is_suspect(A::entry_parts(entry).2)
 }
 
 /// Draws the entry that follows `start` at a distance, or its alias: see [`endpoint_extra`]. `scaled` is the
@@ -498,7 +503,7 @@ fn choose_with_affinity<A: FamilyLayout>(
     if let Some(affinity) = remembered
         && now.wrapping_sub(affinity.last_used) < u64::from(frontend.affinity_seconds)
         && let Some(found) = find_endpoint(tables, run, affinity.endpoint_id)
-        && (frontend.health == 0 || !tables.is_suspect(A::entry_parts(&found.1).2))
+        && !is_suspect(tables, frontend, &found.1)
     {
         caller.renew_affinity(service_id, now);
         return Some(found);

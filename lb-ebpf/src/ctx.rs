@@ -394,9 +394,8 @@ impl SockOps {
         if sock.is_null() {
             return core::ptr::null_mut();
         }
-        let map = (&raw const maps::SOCKET_STORAGE).cast_mut().cast();
-        // SAFETY: a map of this object and a live socket.
-        unsafe { bpf_sk_storage_get(map, sock.cast(), core::ptr::null_mut(), 0) }.cast()
+        // SAFETY: a live socket.
+        unsafe { storage_of(sock.cast(), 0) }
     }
 }
 
@@ -422,20 +421,15 @@ impl Multipath {
     /// The socket's storage, or null.
     #[inline(always)]
     pub(crate) fn storage(self) -> *mut SocketRecords {
-        self.storage_get(0)
+        // SAFETY: a live socket.
+        unsafe { storage_of(self.socket.as_ptr().cast(), 0) }
     }
 
     /// The socket's storage, created if missing. Null only when the kernel is out of memory.
     #[inline(always)]
     pub(crate) fn storage_or_new(self) -> *mut SocketRecords {
-        self.storage_get(BPF_SK_STORAGE_GET_F_CREATE.into())
-    }
-
-    #[inline(always)]
-    fn storage_get(self, flags: u64) -> *mut SocketRecords {
-        let map = (&raw const maps::SOCKET_STORAGE).cast_mut().cast();
-        // SAFETY: a map of this object and a live socket.
-        unsafe { bpf_sk_storage_get(map, self.socket.as_ptr().cast(), core::ptr::null_mut(), flags) }.cast()
+        // SAFETY: as above.
+        unsafe { storage_of(self.socket.as_ptr().cast(), BPF_SK_STORAGE_GET_F_CREATE.into()) }
     }
 }
 
@@ -477,9 +471,20 @@ pub(crate) fn sock_cookie(ctx: &SockContext) -> u64 {
 /// Storage of a socket that is being closed, or null. Kernel 5.9.
 #[inline(always)]
 pub(crate) fn sock_storage(ctx: &SockContext) -> *mut SocketRecords {
+    // SAFETY: the context is the socket.
+    unsafe { storage_of(ctx.as_ptr(), 0) }
+}
+
+/// Storage of a socket, or null.
+///
+/// # Safety
+///
+/// A live socket.
+#[inline(always)]
+unsafe fn storage_of(sock: *mut core::ffi::c_void, flags: u64) -> *mut SocketRecords {
     let map = (&raw const maps::SOCKET_STORAGE).cast_mut().cast();
-    // SAFETY: a map of this object; the context is the socket.
-    unsafe { bpf_sk_storage_get(map, ctx.as_ptr(), core::ptr::null_mut(), 0) }.cast()
+    // SAFETY: a map of this object, and a socket as the caller promises.
+    unsafe { bpf_sk_storage_get(map, sock.cast(), core::ptr::null_mut(), flags) }.cast()
 }
 
 /// Compare-and-swap of a word. Kernel 5.12.

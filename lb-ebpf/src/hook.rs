@@ -114,7 +114,7 @@ impl FlatVerdict {
     const UNREACHABLE: u32 = 3;
 
     #[inline(always)]
-    fn of<A: Address, M: Mode>(verdict: Verdict<A>) -> Self {
+    fn of<A: Address>(verdict: Verdict<A>) -> Self {
         let pass = Self {
             kind: Self::PASS,
             address: Peer::NONE.address,
@@ -146,7 +146,7 @@ impl FlatVerdict {
                 choice,
                 service_id,
                 health,
-                counted: if M::SLOTS && flags & LEAST_CONNECTIONS != 0 { record_flags::COUNTED } else { 0 },
+                counted: if flags & LEAST_CONNECTIONS != 0 { record_flags::COUNTED } else { 0 },
             },
         }
     }
@@ -253,15 +253,15 @@ impl<'a, M: Mode> Pending<'a, M> {
     /// Resolves with the IPv4 tables.
     #[inline(always)]
     fn resolve4(&self, address: Octets4) -> FlatVerdict {
-        let Some(protocol) = self.ctx.protocol() else { return FlatVerdict::of::<Octets4, M>(Verdict::Pass) };
-        FlatVerdict::of::<_, M>(resolve(&Kernel, self, &Call { address, port: self.called.port, protocol }))
+        let Some(protocol) = self.ctx.protocol() else { return FlatVerdict::of(Verdict::<Octets4>::Pass) };
+        FlatVerdict::of(resolve(&Kernel, self, &Call { address, port: self.called.port, protocol }))
     }
 
     /// Resolves with the IPv6 tables.
     #[inline(always)]
     fn resolve6(&self, address: Octets6) -> FlatVerdict {
-        let Some(protocol) = self.ctx.protocol() else { return FlatVerdict::of::<Octets6, M>(Verdict::Pass) };
-        FlatVerdict::of::<_, M>(resolve(&Kernel, self, &Call { address, port: self.called.port, protocol }))
+        let Some(protocol) = self.ctx.protocol() else { return FlatVerdict::of(Verdict::<Octets6>::Pass) };
+        FlatVerdict::of(resolve(&Kernel, self, &Call { address, port: self.called.port, protocol }))
     }
 
     #[inline(always)]
@@ -334,7 +334,8 @@ impl<'a, M: Mode> Pending<'a, M> {
             service_id: decision.service_id,
             index,
             protocol: protocol.0,
-            flags: record_flags::ANSWERS | decision.counted,
+            // Without slots, no program sees the socket close.
+            flags: record_flags::ANSWERS | if M::SLOTS { decision.counted } else { 0 },
         };
         match self.kind {
             Kind::Connect => {

@@ -82,12 +82,7 @@ impl<T: MapValue> Mapped<T> {
     /// `word` is the index of the word within the entry.
     #[must_use]
     pub fn store_u64(&mut self, index: u32, word: usize, value: u64) -> bool {
-        self.word(index, word * 8, 8)
-            .map(|word| {
-                // SAFETY: inside the mapping and 8-aligned; the kernel's side reads it as one word.
-                unsafe { AtomicU64::from_ptr(word.cast().as_ptr()) }.store(value, Ordering::Release);
-            })
-            .is_some()
+        self.word_u64(index, word).map(|word| word.store(value, Ordering::Release)).is_some()
     }
 
     /// Stores one 32-bit word of an entry in use, after all earlier writes; `false` if out of range.
@@ -95,12 +90,7 @@ impl<T: MapValue> Mapped<T> {
     /// `word` is the index of the word within the entry.
     #[must_use]
     pub fn store_u32(&mut self, index: u32, word: usize, value: u32) -> bool {
-        self.word(index, word * 4, 4)
-            .map(|word| {
-                // SAFETY: inside the mapping and 4-aligned; the kernel's side reads it as one word.
-                unsafe { AtomicU32::from_ptr(word.cast().as_ptr()) }.store(value, Ordering::Release);
-            })
-            .is_some()
+        self.word_u32(index, word).map(|word| word.store(value, Ordering::Release)).is_some()
     }
 
     /// Replaces one 64-bit word of an entry in use if it has the expected value, and returns whether it had.
@@ -108,9 +98,7 @@ impl<T: MapValue> Mapped<T> {
     /// `word` is the index of the word within the entry.
     #[must_use]
     pub fn replace_u64(&mut self, index: u32, word: usize, expected: u64, value: u64) -> bool {
-        self.word(index, word * 8, 8).is_some_and(|word| {
-            // SAFETY: inside the mapping and 8-aligned; the kernel's side reads and swaps it as one word.
-            let word = unsafe { AtomicU64::from_ptr(word.cast().as_ptr()) };
+        self.word_u64(index, word).is_some_and(|word| {
             word.compare_exchange(expected, value, Ordering::AcqRel, Ordering::Relaxed).is_ok()
         })
     }
@@ -120,12 +108,20 @@ impl<T: MapValue> Mapped<T> {
     /// `word` is the index of the word within the entry.
     #[must_use]
     pub fn add_u32(&mut self, index: u32, word: usize, number: u32) -> bool {
-        self.word(index, word * 4, 4)
-            .map(|word| {
-                // SAFETY: inside the mapping and 4-aligned; the kernel's side adds to it as one word.
-                unsafe { AtomicU32::from_ptr(word.cast().as_ptr()) }.fetch_add(number, Ordering::Relaxed);
-            })
-            .is_some()
+        self.word_u32(index, word).map(|word| word.fetch_add(number, Ordering::Relaxed)).is_some()
+    }
+
+    fn word_u64(&self, index: u32, word: usize) -> Option<&AtomicU64> {
+        let word = self.word(index, word * 8, 8)?;
+        // SAFETY: inside the mapping, which outlives the reference, and 8-aligned; the kernel's side accesses it
+        // as one word.
+        Some(unsafe { AtomicU64::from_ptr(word.cast().as_ptr()) })
+    }
+
+    fn word_u32(&self, index: u32, word: usize) -> Option<&AtomicU32> {
+        let word = self.word(index, word * 4, 4)?;
+        // SAFETY: as above, and 4-aligned.
+        Some(unsafe { AtomicU32::from_ptr(word.cast().as_ptr()) })
     }
 
     fn word(&self, index: u32, offset: usize, len: usize) -> Option<NonNull<u8>> {

@@ -8,10 +8,7 @@ use std::{
     net::{IpAddr, SocketAddr},
 };
 
-use lb_common::{
-    health::Admission,
-    layout::{Frontend, frontend_flags::LEAST_CONNECTIONS},
-};
+use lb_common::{health::Admission, layout::Frontend};
 use lb_core::{
     desired::{
         self, FrontendAddress,
@@ -130,7 +127,7 @@ pub fn explain(
     let spill = run.map(|run| addresses(run.spill())).unwrap_or_default();
     let ejected = run.map(|run| ejected(simulator, &frontend, run.endpoints())).unwrap_or_default();
     let left_out = owner.map(|(state, owner)| left_out(state, owner, to, &candidates)).unwrap_or_default();
-    let (shares, balance) = (run.map(shares).unwrap_or_default(), balance(&frontend));
+    let (shares, balance) = (run.map(shares).unwrap_or_default(), Balance::of_flags(frontend.flags));
     let is_avoided = |entry: &Entry| frontend.health != 0 && is_avoided(simulator, entry);
     let are_avoided = run.is_some_and(|run| run.endpoints().iter().all(is_avoided));
     let may_spill = run.is_some_and(|run| !run.spill().iter().all(is_avoided));
@@ -248,13 +245,6 @@ pub fn reachable(simulator: &Simulator, to: FrontendAddress, caller: Caller) -> 
 fn is_avoided(simulator: &Simulator, entry: &Entry) -> bool {
     let health = simulator.health.borrow().get(&entry.endpoint_id).copied().unwrap_or_default();
     health.admission(simulator.now) == Admission::Ejected
-}
-
-const fn balance(frontend: &Frontend) -> Balance {
-    match frontend.flags & LEAST_CONNECTIONS {
-        0 => Balance::Random,
-        _ => Balance::LeastConnections,
-    }
 }
 
 /// How a call chooses among endpoints that are not ejected.

@@ -11,14 +11,14 @@ use std::{
 };
 
 use lb_agent::{serve::known::Known, snapshot::Snapshot};
-use lb_common::layout::{EndpointHealth, EndpointStats, frontend_flags::LEAST_CONNECTIONS};
+use lb_common::layout::{EndpointHealth, EndpointStats};
 use lb_core::{
     desired::{
         self, FrontendAddress, FrontendKind, Settings,
         endpoints::{PortEndpoints, Scope},
     },
     ejection,
-    model::{Family, Node, Protocol, Service, Slice, TrafficPolicy},
+    model::{Balance, Family, Node, Protocol, Service, Slice, TrafficPolicy},
     plan::Capacity,
     state::State,
     tables::{Image, StoredRun},
@@ -228,7 +228,7 @@ fn row(
         objects.zip(owner).map(|(state, owner)| describe_endpoints(state, owner)).unwrap_or_default();
     let run = image.stored(address.ip.is_ipv6(), frontend.run);
     let shares = run.and_then(StoredRun::shares).into_iter().flatten().chain(iter::repeat(u8::MAX));
-    let is_counted = frontend.flags & LEAST_CONNECTIONS != 0;
+    let is_counted = Balance::of_flags(frontend.flags) == Balance::LeastConnections;
     let mut endpoints: Vec<EndpointRow> = run
         .map(StoredRun::endpoints)
         .unwrap_or_default()

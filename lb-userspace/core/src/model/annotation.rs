@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use lb_common::health::Policy;
+use lb_common::{health::Policy, layout::frontend_flags};
 use serde::{Deserialize, Serialize};
 
 use super::Service;
@@ -66,6 +66,21 @@ impl Balance {
             "least-connections" => Some(Self::LeastConnections),
             _ => None,
         }
+    }
+
+    /// Its bit of [`frontend_flags`].
+    #[must_use]
+    pub const fn flag(self) -> u32 {
+        match self {
+            Self::Random => 0,
+            Self::LeastConnections => frontend_flags::LEAST_CONNECTIONS,
+        }
+    }
+
+    /// The inverse of [`Self::flag`], of all flags of a frontend.
+    #[must_use]
+    pub const fn of_flags(flags: u32) -> Self {
+        if flags & frontend_flags::LEAST_CONNECTIONS == 0 { Self::Random } else { Self::LeastConnections }
     }
 }
 

@@ -18,7 +18,6 @@ use self::adopt::Leftovers;
 use super::{Op, Plan};
 use crate::{
     desired::{self, FrontendAddress, PortKey},
-    model::Balance,
     tables::{AddressTable, Cidr, Entry, Image, StoredRun, pool::Pool, space::Space},
 };
 
@@ -63,12 +62,12 @@ struct Port {
     /// By endpoint: its id, and how many runs use it.
     ids: Table<EndpointAddress, (u32, u32)>,
     /// By set of endpoints: its run, and how many frontends use it.
-    runs: Table<EndpointSet, (Run, u32)>,
+    runs: Table<RunContent, (Run, u32)>,
 }
 
 /// The endpoints of a frontend, as [`desired::Frontend`] has them: the content of a run without ids.
 #[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
-struct EndpointSet {
+struct RunContent {
     endpoints: Arc<[SocketAddr]>,
     /// `None` for most frontends.
     extension: Option<Arc<Extension>>,
@@ -82,7 +81,7 @@ struct Extension {
     spill: Arc<[SocketAddr]>,
 }
 
-impl EndpointSet {
+impl RunContent {
     fn of(desired: &desired::Frontend) -> Self {
         Self::new(Arc::clone(&desired.endpoints), desired.shares.clone(), Arc::clone(&desired.spill))
     }
@@ -184,7 +183,7 @@ struct FrontendState {
     service_id: Option<u32>,
     /// `None` for an adopted frontend whose run does not belong to its service port. It counts neither for
     /// the port nor for the run.
-    set: Option<EndpointSet>,
+    set: Option<RunContent>,
 }
 
 /// What a plan frees. Programs that run during the plan may still read it.
@@ -345,7 +344,7 @@ impl Encoder {
         }
         let (service_id, is_new) =
             self.claim_service(&desired.port, before.and_then(|(_, service_id)| service_id))?;
-        let set = EndpointSet::of(desired);
+        let set = RunContent::of(desired);
         let run = match self.use_run(service_id, ipv6, &set) {
             Ok(run) => run,
             Err(full) => {
@@ -359,7 +358,7 @@ impl Encoder {
             run,
             service_id,
             affinity_seconds: desired.affinity_seconds,
-            flags: desired.flags | balance_flag(desired.balance),
+            flags: desired.flags | desired.balance.flag(),
             health: desired.health,
         };
         if let Some((id, _)) = before {
@@ -447,7 +446,7 @@ impl Encoder {
     }
 
     /// The port's run of a set of endpoints; a new one if it has none.
-    fn use_run(&mut self, service_id: u32, ipv6: bool, set: &EndpointSet) -> Result<Run, Full> {
+    fn use_run(&mut self, service_id: u32, ipv6: bool, set: &RunContent) -> Result<Run, Full> {
         if set.endpoints.is_empty() {
             return Ok(Run::EMPTY);
         }
@@ -491,7 +490,7 @@ impl Encoder {
         Ok(run)
     }
 
-    fn release_run(&mut self, service_id: u32, ipv6: bool, set: &EndpointSet) {
+    fn release_run(&mut self, service_id: u32, ipv6: bool, set: &RunContent) {
         let Some(port) = self.ports.get_mut(&service_id) else { return };
         let Some((run, n_users)) = port.runs.get_mut(set) else { return };
         *n_users -= 1;
@@ -517,8 +516,7 @@ impl Encoder {
 
     fn drop_run(&mut self, ipv6: bool, offset: u32) {
         if let Some(stored) = self.image.runs_mut(ipv6).remove(&offset) {
-            let len = u32::try_from(stored.entries().len()).unwrap_or(u32::MAX);
-            self.freed.runs[usize::from(ipv6)].push((offset, len));
+            self.freed.runs[usize::from(ipv6)].push((offset, stored.n_entries()));
         }
         self.ops.push(Op::DropRun { ipv6, offset });
     }
@@ -648,14 +646,6 @@ impl Encoder {
     #[must_use]
     pub fn holds_back(&self) -> bool {
         !self.held_back.is_empty()
-    }
-}
-
-/// The bit of [`frontend_flags`] for a way to choose an endpoint.
-const fn balance_flag(balance: Balance) -> u32 {
-    match balance {
-        Balance::Random => 0,
-        Balance::LeastConnections => frontend_flags::LEAST_CONNECTIONS,
     }
 }
 

@@ -44,8 +44,10 @@ pub fn transfer(found: &Image, capacity: Capacity) -> Image {
             (Some(run), _) => *run,
             (None, None) => Run::EMPTY,
             (None, Some(stored)) => {
-                let (offset, len) = (ends[family], u32::try_from(stored.entries().len()).unwrap_or(u32::MAX));
-                let Some(end) = offset.checked_add(len).filter(|end| *end <= capacity.endpoints) else {
+                let offset = ends[family];
+                let Some(end) =
+                    offset.checked_add(stored.n_entries()).filter(|end| *end <= capacity.endpoints)
+                else {
                     continue;
                 };
                 ends[family] = end;

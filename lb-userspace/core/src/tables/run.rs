@@ -105,6 +105,12 @@ impl StoredRun {
         &self.entries
     }
 
+    /// Number of [`Self::entries`], in the units of the tables.
+    #[must_use]
+    pub fn n_entries(&self) -> u32 {
+        u32::try_from(self.entries.len()).unwrap_or(u32::MAX)
+    }
+
     /// The run at an offset, as a frontend has it.
     #[must_use]
     pub const fn at(&self, offset: u32) -> Run {

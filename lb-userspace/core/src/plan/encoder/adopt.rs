@@ -14,7 +14,7 @@ use std::{
 
 use lb_common::layout::{Frontend, Run};
 
-use super::{Capacity, Encoder, EndpointAddress, EndpointSet, FrontendState, Op, place};
+use super::{Capacity, Encoder, EndpointAddress, FrontendState, Op, RunContent, place};
 use crate::{
     desired::FrontendAddress,
     tables::{Entry, Image, StoredRun, pool::Pool, space::Space},
@@ -76,7 +76,7 @@ impl Encoder {
             let owner = owners.get(&(ipv6, frontend.run.offset, frontend.run.len));
             let is_sound = service_id.is_some() && (frontend.run.len == 0 || owner == service_id.as_ref());
             let stored = found.stored(ipv6, frontend.run).filter(|_| frontend.run.len > 0);
-            let set = is_sound.then(|| stored.map(EndpointSet::of_stored).unwrap_or_default());
+            let set = is_sound.then(|| stored.map(RunContent::of_stored).unwrap_or_default());
             encoder.adopt_frontend(address, id, frontend, service_id, set.zip(Some(stored)));
         }
 
@@ -114,7 +114,7 @@ impl Encoder {
         let mut reserved = Vec::new();
         for (ipv6, offset, len) in referred {
             let (family, run) = (usize::from(ipv6), Run { offset, len });
-            let n_entries = found.stored(ipv6, run).map_or(len, n_entries);
+            let n_entries = found.stored(ipv6, run).map_or(len, StoredRun::n_entries);
             let end = offset.checked_add(n_entries).filter(|end| *end <= self.capacity.endpoints);
             if let Some(end) = end.filter(|_| offset >= ends[family]) {
                 ends[family] = end;
@@ -133,7 +133,7 @@ impl Encoder {
         id: u32,
         mut frontend: Frontend,
         service_id: Option<u32>,
-        sound: Option<(EndpointSet, Option<&StoredRun>)>,
+        sound: Option<(RunContent, Option<&StoredRun>)>,
     ) {
         let ipv6 = address.ip.is_ipv6();
         let mut placed = FrontendState { frontend_id: id, service_id, set: None };
@@ -207,7 +207,7 @@ impl Encoder {
     }
 }
 
-impl EndpointSet {
+impl RunContent {
     /// The set that a run was made of.
     fn of_stored(stored: &StoredRun) -> Self {
         let mut endpoints: Vec<(SocketAddr, Option<u8>)> = match stored.shares() {
@@ -225,11 +225,6 @@ impl EndpointSet {
         let endpoints = endpoints.into_iter().map(|(address, _)| address).collect();
         Self::new(endpoints, shares.map(Arc::from), spill.into())
     }
-}
-
-/// Entries of a run.
-fn n_entries(stored: &StoredRun) -> u32 {
-    u32::try_from(stored.entries().len()).unwrap_or(u32::MAX)
 }
 
 /// The family of each service id: that of most of its frontends. A service port has one family.
@@ -305,5 +300,5 @@ fn is_sound(ipv6: bool, stored: &StoredRun) -> bool {
     }
     let ids: BTreeMap<_, _> = stored.reachable().map(|entry| (entry.address, entry.endpoint_id)).collect();
     let id = |address: &SocketAddr| ids.get(address).copied().unwrap_or(u32::MAX);
-    EndpointSet::of_stored(stored).stored(id) == *stored
+    RunContent::of_stored(stored).stored(id) == *stored
 }
