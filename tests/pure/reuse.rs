@@ -40,6 +40,7 @@ fn frontend(address: FrontendAddress, service: u8, endpoints: &[u8]) -> Frontend
         endpoints: endpoints.collect(),
         balance: Balance::Random,
         shares: None,
+        packets: None,
         spill: Arc::default(),
     }
 }

@@ -22,7 +22,7 @@ use lb_core::{
     desired::{self, FrontendAddress},
     model::Protocol,
 };
-use lb_userspace::cli::config::{external_ips, node_port_addresses, node_port_range, service_cidrs};
+use lb_userspace::cli::config::{external_ips, node_port_addresses, node_port_range, packets, service_cidrs};
 use serde::Deserialize;
 
 use crate::cluster::{Cluster, object};
@@ -54,6 +54,8 @@ pub struct Settings {
     pub nodeport_addresses: String,
     /// `--external-ips`
     pub external_ips: String,
+    /// `--packets`
+    pub packets: String,
     /// `--service-cidr`
     pub service_cidr: String,
     /// `--localhost-nodeports`
@@ -71,6 +73,7 @@ impl Default for Settings {
             node_port_range: "30000-32767".to_owned(),
             nodeport_addresses: String::new(),
             external_ips: "any".to_owned(),
+            packets: "off".to_owned(),
             service_cidr: String::new(),
             localhost_nodeports: true,
             service_proxy_name: None,
@@ -93,6 +96,7 @@ impl Settings {
                 .map_err(anyhow::Error::msg)?
                 .addresses,
             external_ips: external_ips(&self.external_ips).map_err(anyhow::Error::msg)?,
+            packets: packets(&self.packets).map_err(anyhow::Error::msg)?,
             service_cidrs: service_cidrs(&self.service_cidr).map_err(anyhow::Error::msg)?.0,
         })
     }

@@ -35,7 +35,7 @@ use std::{
 };
 
 use lb_core::{
-    desired::{ExternalIps, NodePortAddresses, Settings},
+    desired::{ExternalIps, NodePortAddresses, PacketMode, Settings},
     model::{Node, Service, ServiceCidr, Slice, Store},
 };
 use serde::{Deserialize, Serialize};
@@ -104,6 +104,9 @@ pub struct Snapshot {
     /// `--external-ips`; older agents wrote none.
     #[serde(default)]
     pub external_ips: ExternalIps,
+    /// `--packets`; older agents wrote none.
+    #[serde(default)]
+    pub packets: PacketMode,
     /// Addresses of the node's interfaces.
     pub interfaces: Vec<IpAddr>,
     /// Services that have or may have frontends, and those of other proxies.
@@ -128,6 +131,7 @@ impl Snapshot {
             node_ports: (*settings.node_ports.start(), *settings.node_ports.end()),
             node_port_addresses: settings.node_port_addresses.clone(),
             external_ips: settings.external_ips,
+            packets: settings.packets,
             interfaces: interfaces.to_vec(),
             ..Self::default()
         }
@@ -152,6 +156,7 @@ impl Snapshot {
             node_ports: self.node_ports.0..=self.node_ports.1,
             node_port_addresses: self.node_port_addresses.clone(),
             external_ips: self.external_ips,
+            packets: self.packets,
             // The networks are in the tables.
             service_cidrs: Some(Vec::new()),
         }

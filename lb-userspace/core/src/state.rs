@@ -17,6 +17,7 @@ use crate::{
         slow_start::SlowStart,
     },
     model::{Cidr, Issue, IssueKind, ObjectRef, Protocol, Service, ServiceKey, Slice, Store, store::Changes},
+    packets::{Rules, Site, nft::Transaction},
     plan::{Capacity, Encoder, Full, Plan, audit::Suspects},
     stale::{CurrentState, Fate, Flow, Flows, Search, StaleTracker},
     tables::{AddressTable, Image, MapUse},
@@ -76,6 +77,7 @@ pub struct State {
     health_checks: BTreeMap<ServiceKey, HealthCheck>,
     stale: StaleTracker,
     slow_start: SlowStart,
+    packets: Rules,
     /// Until the first sync the maps may hold unused frontends of an earlier agent.
     is_first_sync: bool,
 }
@@ -88,6 +90,7 @@ impl State {
     pub fn new(settings: Settings, interfaces: Vec<IpAddr>, capacity: Capacity, found: &Image) -> Self {
         let store = Store::new();
         let topology = Topology::new(store.nodes(), &settings, &interfaces);
+        let packets = Rules::new(settings.packets);
         Self {
             settings,
             interfaces,
@@ -110,6 +113,7 @@ impl State {
             health_checks: BTreeMap::new(),
             stale: StaleTracker::default(),
             slow_start: SlowStart::default(),
+            packets,
             is_first_sync: true,
         }
     }
@@ -227,6 +231,11 @@ impl State {
                 services.extend(affected.map(|service| service.key.clone()));
             }
             self.touched_ips.extend(self.cluster_ips.set_local(&self.interfaces));
+            self.packets.set_site(&Site {
+                node_addresses: self.topology.own_addresses().clone(),
+                pods: self.topology.pods().clone(),
+                networks: self.cluster_ips.networks().iter().copied().collect(),
+            });
         }
         if self.n_nodes_waiting > 0 {
             self.n_nodes_waiting = self.encoder.set_node_addrs(&self.topology.node_addresses());
@@ -242,6 +251,7 @@ impl State {
         }
         self.touched_ips.extend(touched.iter().map(|address| address.ip));
         for address in touched {
+            self.packets.set(address, self.desired.packet_owner(&address));
             let (owner, was_there) =
                 (self.desired.owner(&address), self.encoder.image().services.contains_key(&address));
             match self.encoder.set(address, owner) {
@@ -274,6 +284,7 @@ impl State {
         ips.append(&mut self.ips_waiting);
         ips.append(&mut self.ips_leaving);
         for ip in ips {
+            self.packets.set_cluster_ip(ip, self.cluster_ips.flag(ip));
             let Some(is_served) = self.cluster_ips.flag(ip) else {
                 if self.image().cluster_ips.contains_key(&ip) {
                     self.ips_leaving.insert(ip);
@@ -415,6 +426,18 @@ impl State {
         self.missing = Suspects::default();
         self.is_first_sync = true;
         self.dirty.topology = true;
+    }
+
+    /// The changes of the packets' rules since the last call: see [`Rules::take_changes`].
+    #[must_use]
+    pub fn take_packet_changes(&mut self) -> Transaction {
+        self.packets.take_changes()
+    }
+
+    /// The rules for packets, as of the last sync.
+    #[must_use]
+    pub const fn packets(&self) -> &Rules {
+        &self.packets
     }
 
     /// The content of the maps after the last plan is executed.

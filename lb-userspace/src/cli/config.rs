@@ -4,7 +4,8 @@
 //! default.
 
 use std::{
-    fmt, fs,
+    fmt::{self, Display},
+    fs,
     io::{self, Read as _},
     net::{IpAddr, Ipv4Addr, SocketAddr},
     ops::RangeInclusive,
@@ -14,7 +15,7 @@ use std::{
 
 use lb_common::limits::MAX_SERVICE_CIDRS;
 use lb_core::{
-    desired::{ExternalIps, NodePortAddresses, cluster_ips::merged},
+    desired::{ExternalIps, NodePortAddresses, PacketMode, cluster_ips::merged},
     model::Cidr,
 };
 use serde::de::DeserializeOwned;
@@ -269,9 +270,22 @@ pub fn service_cidrs(text: &str) -> Result<ServiceCidrs, String> {
 ///
 /// A sentence about what is expected.
 pub fn external_ips(text: &str) -> Result<ExternalIps, String> {
-    let all = [ExternalIps::Any, ExternalIps::Nodes, ExternalIps::None];
+    one_of([ExternalIps::Any, ExternalIps::Nodes, ExternalIps::None], text)
+}
+
+/// Parses `off`, `external` or `all`.
+///
+/// # Errors
+///
+/// A sentence about what is expected.
+pub fn packets(text: &str) -> Result<PacketMode, String> {
+    one_of([PacketMode::Off, PacketMode::External, PacketMode::All], text)
+}
+
+fn one_of<T: Display>(all: [T; 3], text: &str) -> Result<T, String> {
+    let [a, b, c] = all.each_ref().map(T::to_string);
     let named = all.into_iter().find(|setting| setting.to_string() == text.trim());
-    named.ok_or_else(|| "expected any, nodes or none".to_owned())
+    named.ok_or_else(|| format!("expected {a}, {b} or {c}"))
 }
 
 /// Parses `ADDRESS:PORT`; an empty text means no listener.
@@ -402,11 +416,13 @@ mod tests {
     }
 
     #[test]
-    fn external_ips_are_one_of_three_words() {
+    fn settings_are_one_of_three_words() {
         assert_eq!(external_ips("any"), Ok(ExternalIps::Any));
         assert_eq!(external_ips("nodes "), Ok(ExternalIps::Nodes));
         assert_eq!(external_ips("none"), Ok(ExternalIps::None));
         assert!(external_ips("").is_err() && external_ips("all").is_err());
+        assert_eq!(packets("external"), Ok(PacketMode::External));
+        assert_eq!(packets("any"), Err("expected off, external or all".to_owned()));
     }
 
     #[test]

@@ -18,7 +18,7 @@ use lb_agent::{
     telemetry::{self, LogFormat},
 };
 use lb_core::{
-    desired::{ExternalIps, Settings},
+    desired::{ExternalIps, PacketMode, Settings},
     plan::Capacity,
 };
 use lb_kernel::{Features, cgroup, syscall};
@@ -74,6 +74,11 @@ pub struct RunArgs {
     /// of a Service can claim any address on this node [default: any]
     #[arg(long, env = "SOCKLB_EXTERNAL_IPS", value_name = "WHICH", value_parser = config::external_ips)]
     external_ips: Option<ExternalIps>,
+    /// Serve packets that reach no hook, with nftables: off, external (what enters the node for node ports,
+    /// external IPs and load-balancer addresses), or all (cluster IPs and what the node sends, too). No other
+    /// proxy may serve the same Services [default: off]
+    #[arg(long, env = "SOCKLB_PACKETS", value_name = "WHICH", value_parser = config::packets)]
+    packets: Option<PacketMode>,
     /// Networks of cluster IPs, separated by commas, in addition to those of ServiceCIDR objects. A call to
     /// an undefined port of a cluster IP is refused; a call to an address without a Service is unreachable.
     /// The word none: no networks, and ServiceCIDRs are not read [default: those of the objects]
@@ -149,6 +154,7 @@ struct FileConfig {
     state_dir: Option<PathBuf>,
     nodeport_addresses: Option<String>,
     external_ips: Option<String>,
+    packets: Option<String>,
     service_cidr: Option<String>,
     node_port_range: Option<String>,
     localhost_nodeports: Option<String>,
@@ -194,12 +200,14 @@ pub fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
     let (node_port_list, localhost_nodeports) =
         node_port_list(args, &settings_file, file.nodeport_addresses, file.localhost_nodeports)?;
     let external_ips = settings_file.value("external-ips", file.external_ips, config::external_ips)?;
+    let packets = settings_file.value("packets", file.packets, config::packets)?;
     let service_cidrs = settings_file.value("service-cidr", file.service_cidr, config::service_cidrs)?;
     let settings = Settings {
         node_name: node_name(args.node_name.clone().or(file.node_name))?,
         node_ports: node_ports.0..=node_ports.1,
         node_port_addresses: node_port_list.addresses.clone(),
         external_ips: args.external_ips.or(external_ips).unwrap_or_default(),
+        packets: args.packets.or(packets).unwrap_or_default(),
         service_cidrs: args.service_cidr.clone().or(service_cidrs).unwrap_or_default().0,
     };
     let listen = |flag: Option<Listen>, key: &str, text: Option<String>, default: SocketAddr| {
@@ -352,6 +360,7 @@ fn in_force(
         "state-dir": options.state_dir,
         "nodeport-addresses": node_port_list.to_string(),
         "external-ips": settings.external_ips,
+        "packets": settings.packets,
         "service-cidr": ServiceCidrs(settings.service_cidrs.clone()).to_string(),
         "node-port-range": format!("{}-{}", kernel.node_ports.0, kernel.node_ports.1),
         "localhost-nodeports": kernel.localhost_nodeports,

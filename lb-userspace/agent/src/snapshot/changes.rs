@@ -117,6 +117,7 @@ impl Snapshot {
             node_ports: self.node_ports,
             node_port_addresses: self.node_port_addresses.clone(),
             external_ips: self.external_ips,
+            packets: self.packets,
             interfaces: self.interfaces.clone(),
             // Not `..Self::default()`: a field that is forgotten here would be lost with the first record.
             services: Vec::new(),

@@ -37,6 +37,7 @@ fn settings() -> Settings {
         node_ports: 30000..=32767,
         node_port_addresses: NodePortAddresses::Primary,
         external_ips: ExternalIps::Nodes,
+        packets: PacketMode::External,
         service_cidrs: Some(Vec::new()),
     }
 }

@@ -16,7 +16,7 @@ use std::{
     mem,
 };
 
-use super::{Frontend, FrontendAddress};
+use super::{Frontend, FrontendAddress, PacketSide};
 use crate::model::{Issue, IssueKind, ObjectRef, ServiceKey};
 
 /// The frontends of all services, with one owner for each address.
@@ -74,19 +74,25 @@ impl Desired {
         changed
     }
 
-    /// The frontend that answers at an address.
+    /// The frontend that answers calls of sockets to an address.
     #[must_use]
     pub fn owner(&self, address: &FrontendAddress) -> Option<&Frontend> {
-        self.claims.get(address).map(|claims| &claims.owner)
+        self.claims.get(address).map(|claims| &claims.owner).filter(|owner| owner.is_for_sockets())
     }
 
-    /// The frontends that answer, in the order of their addresses.
+    /// The frontend that answers packets to an address, with what they get.
     #[must_use]
-    pub fn iter(&self) -> impl ExactSizeIterator<Item = &Frontend> {
-        self.claims.values().map(|claims| &claims.owner)
+    pub fn packet_owner(&self, address: &FrontendAddress) -> Option<(&Frontend, &PacketSide)> {
+        let owner = &self.claims.get(address)?.owner;
+        owner.packets.as_deref().map(|packets| (owner, packets))
     }
 
-    /// Number of frontends that answer.
+    /// The frontends that answer calls of sockets, in the order of their addresses.
+    pub fn iter(&self) -> impl Iterator<Item = &Frontend> {
+        self.claims.values().map(|claims| &claims.owner).filter(|owner| owner.is_for_sockets())
+    }
+
+    /// Number of frontends, those for packets alone included.
     #[must_use]
     pub fn len(&self) -> usize {
         self.claims.len()

@@ -133,6 +133,33 @@ pub struct Frontend {
     /// Empty if hints left none out, with the policy Local, and if `health` is 0.
     #[serde(default)]
     pub spill: Arc<[SocketAddr]>,
+    /// What packets get that reach no hook; `None` if they are not served.
+    #[serde(default)]
+    pub packets: Option<Arc<PacketSide>>,
+}
+
+impl Frontend {
+    /// Whether the hooks serve it: no SCTP, and no source ranges, which hooks cannot check.
+    #[must_use]
+    pub fn is_for_sockets(&self) -> bool {
+        self.packets.as_ref().is_none_or(|packets| packets.sources.is_none())
+            && self.address.protocol != Protocol::Sctp
+    }
+}
+
+/// What packets get at a frontend, where it differs from what sockets get.
+///
+/// A packet's sender may be outside of the cluster: the external policy Local limits it to this node's
+/// endpoints, and source ranges apply.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PacketSide {
+    /// The endpoints for senders outside, if they differ from [`Frontend::endpoints`], which those on this node
+    /// reach: this node's, with the external policy Local.
+    pub outside: Option<Arc<[SocketAddr]>>,
+    /// Those of the frontend's endpoints that are on this node, and so may call themselves.
+    pub local: Arc<[SocketAddr]>,
+    /// The networks whose addresses may call, if `loadBalancerSourceRanges` limit them. Sorted.
+    pub sources: Option<Arc<[Cidr]>>,
 }
 
 /// `--nodeport-addresses`
@@ -193,6 +220,8 @@ pub struct Settings {
     pub external_ips: ExternalIps,
     /// `--service-cidr`: service networks in addition to those of ServiceCIDRs; `None` to use neither.
     pub service_cidrs: Option<Vec<Cidr>>,
+    /// `--packets`
+    pub packets: PacketMode,
 }
 
 impl Settings {
@@ -206,6 +235,30 @@ impl Settings {
             node_port_addresses: NodePortAddresses::All,
             external_ips: ExternalIps::Any,
             service_cidrs: Some(Vec::new()),
+            packets: PacketMode::Off,
         }
+    }
+}
+
+/// `--packets`: which packets that reach no hook are served.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum PacketMode {
+    /// None: another proxy serves them.
+    #[default]
+    Off,
+    /// Those that enter the node for node ports, external IPs and load-balancer addresses.
+    External,
+    /// Those for cluster IPs too, and those that the node itself sends.
+    All,
+}
+
+impl fmt::Display for PacketMode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Off => "off",
+            Self::External => "external",
+            Self::All => "all",
+        })
     }
 }

@@ -3,7 +3,8 @@
 //! # Purpose
 //!
 //! [`frontends`] decides for each port and family which addresses answer, and with which endpoints
-//! (`pkg/proxy/serviceport.go`, `pkg/proxy/topology.go`). The caller is always on this node.
+//! (`pkg/proxy/serviceport.go`, `pkg/proxy/topology.go`). The caller of a socket is always on this node; what
+//! differs for packets is in [`PacketSide`].
 //!
 //! # Invariants
 //!
@@ -18,13 +19,13 @@ use lb_common::{
 };
 
 use super::{
-    ExternalIps, Frontend, FrontendAddress, FrontendKind, PortKey, Settings, Topology,
+    ExternalIps, Frontend, FrontendAddress, FrontendKind, PacketMode, PacketSide, PortKey, Settings, Topology,
     endpoints::{PortEndpoints, Scope, SlicePorts},
     slow_start::Ramp,
 };
 use crate::model::{
-    Balance, Family, Issue, IssueKind, ObjectRef, Protocol, Service, ServicePort, Slice, TrafficPolicy,
-    address,
+    Balance, Cidr, Family, Issue, IssueKind, ObjectRef, Protocol, Service, ServicePort, Slice,
+    TrafficPolicy, address,
 };
 
 /// Most slice entries of all ports of a service in one family: four times the default endpoint table. An
@@ -61,7 +62,8 @@ const MAX_ENTRIES: usize = 1 << 20;
 /// **`loadBalancerSourceRanges`** cannot be checked: the kernel chooses the caller's address only after the
 /// hook of `connect()`. A load-balancer address whose ranges do not admit all clients therefore gets no
 /// frontend, but an issue: the call goes to the network untranslated, where the ranges are enforced. The
-/// ranges do not affect other kinds of frontends.
+/// ranges do not affect other kinds of frontends. With [`PacketMode`] other than `Off` the address has a frontend
+/// for packets alone, which checks the ranges. So has every address of an SCTP port, which no hook serves.
 ///
 /// **A port with which the service would have more than 1,048,576 endpoints** in a family is left out, with
 /// an issue.
@@ -120,14 +122,17 @@ fn frontends_within<'a>(
         };
         let slices = SlicePorts::new(family, slices.iter().copied());
         let (mut n_entries, mut n_left_out) = (0, 0);
-        // Socket hooks cannot serve SCTP; ingest has reported the port.
-        for port in service.ports.iter().filter(|port| port.protocol != Protocol::Sctp) {
+        for port in &service.ports {
             let n_more = slices.n_entries(port);
             if n_entries + n_more > max_entries {
                 n_left_out += 1;
                 continue;
             }
             n_entries += n_more;
+            if port.protocol == Protocol::Sctp && settings.packets != PacketMode::All {
+                let field = format!("spec.ports, port {}", port.port);
+                builder.issues.insert(IssueKind::NotServed { field, protocol: port.protocol });
+            }
             builder.add_port(port, cluster_ip, &slices.endpoints_of(port));
         }
         if n_left_out > 0 {
@@ -147,6 +152,12 @@ fn has_limiting_ranges(service: &Service, ip: IpAddr) -> bool {
         return service.has_unreadable_source_range;
     }
     ranges.all(|range| range.prefix_len != 0)
+}
+
+/// The networks that lie in no other one, sorted.
+fn cidrs_without_overlap(networks: impl Iterator<Item = Cidr>) -> Arc<[Cidr]> {
+    let all: BTreeSet<Cidr> = networks.collect();
+    all.iter().filter(|inner| !all.iter().any(|outer| outer != *inner && outer.holds(inner))).copied().collect()
 }
 
 struct Builder<'a> {
@@ -173,6 +184,8 @@ struct Port<'a> {
     cluster: EndpointSet,
     /// Of a frontend with the policy Cluster: [`Frontend::spill`].
     spill: Arc<[SocketAddr]>,
+    /// For packets: those of this node. Empty if packets are not served.
+    local: EndpointSet,
 }
 
 impl Builder<'_> {
@@ -190,6 +203,10 @@ impl Builder<'_> {
             endpoints,
             cluster: self.set(endpoints, Scope::Cluster),
             spill: endpoints.spill(self.topology),
+            local: match self.settings.packets {
+                PacketMode::Off => EndpointSet { endpoints: Arc::default(), shares: None },
+                _ => self.set(endpoints, Scope::Node(self.topology.node_name())),
+            },
         };
         if self.topology.is_on_interface(cluster_ip) {
             self.issues.insert(IssueKind::OnThisNode { address: cluster_ip.to_string() });
@@ -201,7 +218,9 @@ impl Builder<'_> {
         let external_ips = self.service.external_ips.iter().map(|ip| (*ip, FrontendKind::ExternalIP));
         for (ip, kind) in load_balancer_ips.chain(external_ips) {
             let is_open = match kind {
-                FrontendKind::LoadBalancer => !has_limiting_ranges(self.service, ip),
+                FrontendKind::LoadBalancer => {
+                    self.settings.packets != PacketMode::Off || !has_limiting_ranges(self.service, ip)
+                }
                 _ => self.is_admitted(ip),
             };
             if address::family(ip) == family && is_open {
@@ -311,6 +330,10 @@ impl Builder<'_> {
             _ => (0, Balance::Random),
         };
         let may_spill = policy == TrafficPolicy::Cluster && health != 0;
+        let packets = self.packet_side(port, kind, ip);
+        if packets.is_none() && port.key.protocol == Protocol::Sctp {
+            return;
+        }
         self.frontends.push(Frontend {
             address: FrontendAddress { ip, port: number, protocol: port.key.protocol },
             kind,
@@ -324,10 +347,41 @@ impl Builder<'_> {
             balance,
             shares,
             spill: if may_spill { port.spill.clone() } else { Arc::default() },
+            packets: packets.map(Arc::new),
         });
     }
 
+    /// `None` if packets to the address are not served: by the setting, or because another node has it.
+    fn packet_side(&self, port: &Port<'_>, kind: FrontendKind, ip: IpAddr) -> Option<PacketSide> {
+        let is_served = match (self.settings.packets, kind) {
+            (PacketMode::Off, _) | (PacketMode::External, FrontendKind::ClusterIP) => false,
+            (_, FrontendKind::NodePort) => ip.is_unspecified() || self.topology.own_addresses().contains(&ip),
+            _ => true,
+        };
+        let is_local = kind != FrontendKind::ClusterIP && self.service.external_policy == TrafficPolicy::Local;
+        let is_limited = kind == FrontendKind::LoadBalancer && has_limiting_ranges(self.service, ip);
+        is_served.then(|| PacketSide {
+            outside: is_local.then(|| Arc::clone(&port.local.endpoints)),
+            local: Arc::clone(&port.local.endpoints),
+            sources: is_limited.then(|| self.sources(ip)),
+        })
+    }
+
+    /// The source ranges of the address's family. The address itself counts if they admit this node, because the
+    /// node's own packets to it may have it as their source (`pkg/proxy/nftables/proxier.go`).
+    fn sources(&self, ip: IpAddr) -> Arc<[Cidr]> {
+        let of_family = || self.service.source_ranges.iter().filter(|range| range.family() == address::family(ip));
+        let own = self.topology.own_addresses();
+        let admits_node = of_family().any(|range| own.iter().any(|own| range.contains(*own)));
+        let full_length = if ip.is_ipv4() { 32 } else { 128 };
+        let itself = Cidr::new(ip, full_length).filter(|_| admits_node);
+        cidrs_without_overlap(of_family().copied().chain(itself))
+    }
+
     fn report_source_ranges(&mut self) {
+        if self.settings.packets != PacketMode::Off {
+            return;
+        }
         let served = |ip: &IpAddr| self.service.cluster_ip(address::family(*ip)).is_some();
         let limited: Vec<_> = self
             .service

@@ -18,7 +18,7 @@ use std::{
 use lb_common::limits::MAX_NODE_ADDRS;
 
 use super::{NodePortAddresses, Settings};
-use crate::model::{Family, Node, address};
+use crate::model::{Cidr, Family, Node, address};
 
 /// The state outside of a service that its frontends depend on.
 ///
@@ -30,6 +30,7 @@ pub struct Topology {
     zone: Option<Arc<str>>,
     own: BTreeSet<IpAddr>,
     interfaces: BTreeSet<IpAddr>,
+    pods: BTreeSet<Cidr>,
     others: BTreeMap<IpAddr, Arc<str>>,
     addresses_of_others: BTreeMap<Arc<str>, Vec<IpAddr>>,
     /// Nodes with addresses beyond the limit, and how many.
@@ -92,6 +93,7 @@ impl Topology {
             zone: own_node.and_then(|node| node.zone.clone()),
             own,
             interfaces: interfaces.iter().copied().filter(|ip| is_node_address(*ip)).collect(),
+            pods: own_node.iter().flat_map(|node| &node.pod_cidrs).copied().collect(),
             others,
             addresses_of_others,
             left_out,
@@ -133,6 +135,12 @@ impl Topology {
     #[must_use]
     pub fn is_on_interface(&self, ip: IpAddr) -> bool {
         self.interfaces.contains(&ip)
+    }
+
+    /// The networks of this node's pods, by its Node object.
+    #[must_use]
+    pub const fn pods(&self) -> &BTreeSet<Cidr> {
+        &self.pods
     }
 
     /// The addresses of another node that accept node ports; empty for this node and for an unknown one.

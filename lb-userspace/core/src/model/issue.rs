@@ -239,9 +239,9 @@ pub enum IssueKind {
         /// What it holds.
         value: String,
     },
-    /// A port's protocol is valid, but no socket hook can serve it.
+    /// A port's protocol is valid, but no socket hook can serve it, and packets are not served either.
     NotServed {
-        /// Path of the port.
+        /// The port.
         field: String,
         /// Its protocol.
         protocol: Protocol,
@@ -682,7 +682,8 @@ impl fmt::Display for IssueKind {
             Self::NotServed { field, protocol } => {
                 write!(
                     f,
-                    "{field}: {protocol} cannot be served at a socket; calls go to the network untranslated"
+                    "{field}: {protocol} cannot be served at a socket, and is served as packets with --packets=all alone; \
+                     calls go to the network untranslated"
                 )
             }
             Self::InvalidAddress { field, value } => {

@@ -91,7 +91,7 @@ pub enum Protocol {
     Tcp,
     /// Served.
     Udp,
-    /// Valid, but reported and not served: socket hooks cannot (semantics R3).
+    /// Served as packets only: socket hooks cannot (semantics R3).
     Sctp,
 }
 
@@ -395,6 +395,9 @@ pub struct Node {
     pub zone: Option<Arc<str>>,
     /// `status.addresses` of type `InternalIP`, then those of type `ExternalIP`.
     pub addresses: Vec<IpAddr>,
+    /// `spec.podCIDRs`: networks of its pods' addresses; well-formed ones. Snapshots of older agents lack it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub pod_cidrs: Vec<Cidr>,
     /// It has a deletion timestamp or the taint `ToBeDeletedByClusterAutoscaler`: `/healthz` then fails, so
     /// that load balancers avoid the node (`pkg/proxy/healthcheck/proxier_health.go`).
     pub being_deleted: bool,

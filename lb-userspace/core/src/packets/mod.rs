@@ -1,5 +1,32 @@
-//! What reaches no hook is served as packets, by nftables.
+//! What reaches no hook is served as packets, by nftables: the rules as values, and the changes between them.
 //!
-//! [`nft`] has the objects of `nf_tables` as values.
+//! # Purpose
+//!
+//! Sockets outside of the cgroup, pods in virtual machines, other hosts and SCTP call service addresses that no
+//! hook sees. [`Rules`] computes the tables `ip socklb` and `ip6 socklb` from the same desired state
+//! that the BPF maps follow, and the transaction of each change. `lb_kernel::nftables` executes it.
+//!
+//! # Structure
+//!
+//! Services lie in maps of data, and verdicts in small maps that name few chains. A change of a service's
+//! endpoints adds and deletes elements of data maps only: the kernel then checks no chain, so that its cost does
+//! not grow with the number of services. See docs/PACKETS.md.
+//!
+//! # Invariants
+//!
+//! - The tables depend on the desired state alone, not on its history.
+//! - A transaction that [`diff`] computes turns the one table into the other, at once.
 
+pub mod diff;
 pub mod nft;
+mod rules;
+pub mod sim;
+mod skeleton;
+
+pub use self::{
+    diff::diff,
+    rules::{Rules, Site},
+};
+
+/// Name of the tables.
+pub const TABLE: &str = "socklb";

@@ -122,6 +122,8 @@ pub struct Register(u8);
 impl Register {
     /// How many there are.
     pub const COUNT: u8 = 16;
+    /// The last one.
+    pub const LAST: Self = Self(Self::COUNT - 1);
 
     /// Register `n`; `None` from 16 on.
     #[must_use]
@@ -510,8 +512,21 @@ impl SetSpec {
     /// Octets of a key: each field begins in a register of its own.
     #[must_use]
     pub fn key_len(&self) -> usize {
-        self.key.iter().map(|field| field.len().next_multiple_of(4)).sum()
+        padded_len(&self.key)
     }
+
+    /// Octets of a value; 0 if elements have none, or verdicts.
+    #[must_use]
+    pub fn value_len(&self) -> usize {
+        match &self.value {
+            ValueType::Data(fields) => padded_len(fields),
+            ValueType::None | ValueType::Verdict => 0,
+        }
+    }
+}
+
+fn padded_len(fields: &[DataType]) -> usize {
+    fields.iter().map(|field| field.len().next_multiple_of(4)).sum()
 }
 
 /// What the elements of a set have for values.

@@ -31,6 +31,7 @@ fn frontend(service: &str, kind: FrontendKind, created: Option<i64>, text: &str)
         endpoints: Arc::from([]),
         balance: Balance::Random,
         shares: None,
+        packets: None,
         spill: Arc::default(),
     }
 }

@@ -43,12 +43,25 @@ pub fn node(object: &api::Node) -> (Option<Node>, Vec<Issue>) {
         addresses.truncate(MAX_ADDRS_PER_NODE);
         report.add(IssueKind::TooManyAddresses { n_left_out, max: MAX_ADDRS_PER_NODE });
     }
+    let listed = object.spec.as_ref().map_or(&[][..], |spec| spec.pod_cidrs.as_deref().unwrap_or_default());
+    let mut pod_cidrs = Vec::new();
+    for (index, text) in listed.iter().enumerate() {
+        match address::parse_cidr(text) {
+            Some(cidr) if pod_cidrs.len() < MAX_ADDRS_PER_NODE => pod_cidrs.push(cidr),
+            Some(_) => {}
+            None => report.add(IssueKind::InvalidAddress {
+                field: format!("spec.podCIDRs[{index}]"),
+                value: text.clone(),
+            }),
+        }
+    }
     let zone = metadata.labels.as_ref().and_then(|labels| labels.get(ZONE)).filter(|zone| !zone.is_empty());
     let taints = object.spec.as_ref().and_then(|spec| spec.taints.as_deref()).unwrap_or_default();
     let node = Node {
         name: name.into(),
         zone: zone.map(|zone| zone.as_str().into()),
         addresses,
+        pod_cidrs,
         being_deleted: metadata.deletion_timestamp.is_some()
             || taints.iter().any(|taint| taint.key == TO_BE_DELETED),
     };

@@ -337,9 +337,6 @@ fn ports(
             continue;
         }
         names.insert((protocol, name));
-        if protocol == Protocol::Sctp {
-            report.add(IssueKind::NotServed { field: format!("spec.ports[{index}]"), protocol });
-        }
         let node_port = node_port(report, index, port.node_port, service_type, |number| {
             !node_ports.insert((protocol, number))
         });

@@ -36,6 +36,7 @@ fn frontend(service: &str, name: &str, address: FrontendAddress, endpoints: &[&s
         endpoints: endpoints.into(),
         balance: Balance::Random,
         shares: None,
+        packets: None,
         spill: Arc::default(),
     }
 }

@@ -1,0 +1,399 @@
+//! The tables of both families, kept with the desired state.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, btree_map::Entry},
+    mem,
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
+
+use super::{
+    TABLE, diff,
+    nft::{Change, Family, Key, Octets, Table, TableId, Transaction, Value},
+    skeleton::{self, Behavior, Ground, INSIDE, Sources, address},
+};
+use crate::{
+    desired::{Frontend, FrontendAddress, FrontendKind, PacketMode, PacketSide},
+    model::{Cidr, Protocol, TrafficPolicy, address as ip},
+};
+
+/// What the rules depend on beside the frontends.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Site {
+    /// The addresses of this node on which node ports answer.
+    pub node_addresses: BTreeSet<IpAddr>,
+    /// The networks of this node's pods.
+    pub pods: BTreeSet<Cidr>,
+    /// The networks of cluster IPs.
+    pub networks: BTreeSet<Cidr>,
+}
+
+/// The desired tables `ip socklb` and `ip6 socklb`, and what has changed since the last transaction.
+#[derive(Debug)]
+pub struct Rules {
+    mode: PacketMode,
+    v4: FamilyRules,
+    v6: FamilyRules,
+}
+
+impl Rules {
+    /// Tables without services. With [`PacketMode::Off`] there is no table.
+    #[must_use]
+    pub fn new(mode: PacketMode) -> Self {
+        Self { mode, v4: FamilyRules::new(mode, Family::V4), v6: FamilyRules::new(mode, Family::V6) }
+    }
+
+    /// Whether packets are served.
+    #[must_use]
+    pub fn is_on(&self) -> bool {
+        self.mode != PacketMode::Off
+    }
+
+    /// Sets what answers packets to an address; `None` removes it.
+    pub fn set(&mut self, at: FrontendAddress, frontend: Option<(&Frontend, &PacketSide)>) {
+        let served = frontend.map(|(frontend, packets)| Served::new(frontend, packets));
+        self.of_mut(ip::family(at.ip)).set(at, served);
+    }
+
+    /// Sets what the rules depend on beside the frontends.
+    pub fn set_site(&mut self, site: &Site) {
+        for family in [Family::V4, Family::V6] {
+            let is_of = |address: &IpAddr| ip::family(*address) == family;
+            let of_family = |networks: &BTreeSet<Cidr>| {
+                networks.iter().filter(|network| network.family() == family).copied().collect()
+            };
+            let rules = self.of_mut(family);
+            rules.now.pods = of_family(&site.pods);
+            rules.now.networks = of_family(&site.networks);
+            let addresses: BTreeSet<IpAddr> = site.node_addresses.iter().copied().filter(is_of).collect();
+            let former = mem::replace(&mut rules.node_addresses, addresses);
+            let changed: Vec<IpAddr> = former.symmetric_difference(&rules.node_addresses).copied().collect();
+            for address in changed {
+                rules.note("node-addresses", address, former.contains(&address));
+            }
+        }
+    }
+
+    /// Sets whether undefined ports of a cluster IP are refused; `None` removes it.
+    pub fn set_cluster_ip(&mut self, address: IpAddr, is_refused: Option<bool>) {
+        let rules = self.of_mut(ip::family(address));
+        let former = match is_refused {
+            Some(flag) => rules.cluster_ips.insert(address, flag),
+            None => rules.cluster_ips.remove(&address),
+        };
+        if former != is_refused {
+            rules.note("cluster-ips", address, former == Some(true));
+            rules.note("other-ips", address, former == Some(false));
+        }
+    }
+
+    /// The tables as they ought to be.
+    #[must_use]
+    pub fn tables(&self) -> BTreeMap<TableId, Table> {
+        let tables = [&self.v4, &self.v6].into_iter().filter(|_| self.is_on());
+        tables.map(|rules| (rules.id(), rules.table())).collect()
+    }
+
+    /// The changes since the last call, as one transaction. Empty if there is none.
+    ///
+    /// It fits a kernel that has made all earlier ones. Otherwise compare [`Self::tables`] with the kernel's.
+    #[must_use]
+    pub fn take_changes(&mut self) -> Transaction {
+        let mut changes = Vec::new();
+        for rules in [&mut self.v4, &mut self.v6].into_iter().filter(|_| self.mode != PacketMode::Off) {
+            let id = rules.id();
+            changes.extend(rules.take_changes().into_iter().map(|change| (id.clone(), change)));
+        }
+        Transaction { changes, generation: None }
+    }
+
+    /// Number of frontends that packets reach.
+    #[must_use]
+    pub fn n_frontends(&self) -> usize {
+        self.v4.frontends.len() + self.v6.frontends.len()
+    }
+
+    const fn of_mut(&mut self, family: Family) -> &mut FamilyRules {
+        match family {
+            Family::V4 => &mut self.v4,
+            Family::V6 => &mut self.v6,
+        }
+    }
+}
+
+/// What packets to a frontend get.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Served {
+    /// For senders outside, or for all.
+    endpoints: Arc<[SocketAddr]>,
+    /// For senders on this node, if they have others.
+    inside: Option<Arc<[SocketAddr]>>,
+    local: Arc<[SocketAddr]>,
+    allowed: Option<Arc<[Cidr]>>,
+    affinity_seconds: u32,
+    sources: Sources,
+}
+
+impl Served {
+    fn new(frontend: &Frontend, packets: &PacketSide) -> Self {
+        let all = &frontend.endpoints;
+        let outside = packets.outside.as_ref();
+        Self {
+            endpoints: Arc::clone(outside.unwrap_or(all)),
+            inside: outside.map(|_| Arc::clone(all)),
+            local: Arc::clone(&packets.local),
+            allowed: packets.sources.clone(),
+            affinity_seconds: frontend.affinity_seconds,
+            sources: match (frontend.kind, frontend.policy) {
+                (FrontendKind::ClusterIP, _) => Sources::ClusterIp,
+                (_, TrafficPolicy::Cluster) => Sources::External,
+                (_, TrafficPolicy::Local) => Sources::Local,
+            },
+        }
+    }
+
+    fn behavior(&self) -> Behavior {
+        let n = |endpoints: &[SocketAddr]| u32::try_from(endpoints.len()).unwrap_or(u32::MAX);
+        Behavior {
+            n_endpoints: n(&self.endpoints),
+            n_inside: self.inside.as_deref().map(n),
+            affinity_seconds: self.affinity_seconds,
+            sources: self.sources,
+            is_limited: self.allowed.is_some(),
+        }
+    }
+
+    /// Adds the elements of the frontend to a table.
+    fn add_to(&self, table: &mut Table, at: &FrontendAddress) {
+        let key = key(at);
+        add(table, "services", key.clone(), Value::Data(self.behavior().octets()));
+        let sets = [(0, Some(&self.endpoints)), (INSIDE, self.inside.as_ref())];
+        for (first, endpoints) in sets.into_iter().filter_map(|(first, set)| Some((first, set?))) {
+            for (index, endpoint) in (first..).zip(endpoints.iter()) {
+                let value = [address(endpoint.ip()), port(endpoint.port()).to_vec()].concat();
+                if self.affinity_seconds > 0 {
+                    add(table, "members", [&key[..], &value].concat(), Value::None);
+                }
+                let key = [&key[..], &index.to_ne_bytes()].concat();
+                add(table, "endpoints", key, Value::Data(value.into()));
+            }
+        }
+        for network in self.allowed.iter().flat_map(|allowed| allowed.iter()) {
+            let (start, end) = ends(network);
+            let range = Key {
+                start: [&key[..], &start].concat().into(),
+                end: Some([&key[..], &end].concat().into()),
+            };
+            insert(table, "allowed", range, Value::None);
+        }
+    }
+}
+
+#[derive(Debug)]
+struct FamilyRules {
+    /// What the kernel's table was made for, as of the last transaction; `None` before the first.
+    before: Option<Skeleton>,
+    now: Ground,
+    frontends: BTreeMap<FrontendAddress, Served>,
+    /// The frontends that have changed, as they were.
+    former: BTreeMap<FrontendAddress, Option<Served>>,
+    /// How many frontends have a behavior; node ports apart.
+    behaviors: [BTreeMap<Behavior, usize>; 2],
+    /// For each endpoint on this node, how many frontends have it.
+    local: BTreeMap<IpAddr, usize>,
+    node_addresses: BTreeSet<IpAddr>,
+    cluster_ips: BTreeMap<IpAddr, bool>,
+    /// The elements of sets of addresses that may have changed, and whether they were there.
+    touched: BTreeMap<(&'static str, IpAddr), bool>,
+}
+
+/// What [`skeleton::table`] makes a table of.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Skeleton {
+    ground: Ground,
+    behaviors: [BTreeSet<Behavior>; 2],
+}
+
+impl Skeleton {
+    fn table(&self) -> Table {
+        let [of_addresses, of_node_ports] = &self.behaviors;
+        skeleton::table(&self.ground, of_addresses, of_node_ports)
+    }
+}
+
+impl FamilyRules {
+    fn new(mode: PacketMode, family: Family) -> Self {
+        Self {
+            before: None,
+            now: Ground { family, mode, pods: BTreeSet::new(), networks: BTreeSet::new() },
+            frontends: BTreeMap::new(),
+            former: BTreeMap::new(),
+            behaviors: Default::default(),
+            local: BTreeMap::new(),
+            node_addresses: BTreeSet::new(),
+            cluster_ips: BTreeMap::new(),
+            touched: BTreeMap::new(),
+        }
+    }
+
+    fn id(&self) -> TableId {
+        TableId { family: self.now.family, name: TABLE.into() }
+    }
+
+    fn set(&mut self, at: FrontendAddress, served: Option<Served>) {
+        if self.frontends.get(&at) == served.as_ref() {
+            return;
+        }
+        if let Some(served) = &served {
+            self.count(&at, served, true);
+        }
+        let former = match served {
+            Some(served) => self.frontends.insert(at, served),
+            None => self.frontends.remove(&at),
+        };
+        if let Some(former) = &former {
+            self.count(&at, former, false);
+        }
+        // The oldest counts: it is what the kernel has.
+        self.former.entry(at).or_insert(former);
+    }
+
+    fn count(&mut self, at: &FrontendAddress, served: &Served, is_added: bool) {
+        let [of_addresses, of_node_ports] = &mut self.behaviors;
+        let behaviors = if at.ip.is_unspecified() { of_node_ports } else { of_addresses };
+        count(behaviors, served.behavior(), is_added);
+        for endpoint in served.local.iter() {
+            let was_there = self.local.contains_key(&endpoint.ip());
+            count(&mut self.local, endpoint.ip(), is_added);
+            if was_there != self.local.contains_key(&endpoint.ip()) {
+                self.note("hairpin", endpoint.ip(), was_there);
+            }
+        }
+    }
+
+    /// Notes that an element of a set of addresses may change, and whether it was there.
+    fn note(&mut self, set: &'static str, address: IpAddr, was_there: bool) {
+        self.touched.entry((set, address)).or_insert(was_there);
+    }
+
+    fn skeleton(&self) -> Skeleton {
+        let keys = |behaviors: &BTreeMap<Behavior, usize>| behaviors.keys().copied().collect();
+        let [of_addresses, of_node_ports] = &self.behaviors;
+        Skeleton { ground: self.now.clone(), behaviors: [keys(of_addresses), keys(of_node_ports)] }
+    }
+
+    fn table(&self) -> Table {
+        let mut table = self.skeleton().table();
+        for (at, served) in &self.frontends {
+            served.add_to(&mut table, at);
+        }
+        for ip in self.local.keys() {
+            add_address(&mut table, "hairpin", *ip);
+        }
+        for ip in &self.node_addresses {
+            add_address(&mut table, "node-addresses", *ip);
+        }
+        for (ip, is_refused) in &self.cluster_ips {
+            add_address(&mut table, if *is_refused { "cluster-ips" } else { "other-ips" }, *ip);
+        }
+        table
+    }
+
+    /// Compares the table that was with the one that is, without the elements that stay.
+    fn take_changes(&mut self) -> Vec<Change> {
+        let skeleton = self.skeleton();
+        let Some(before) = self.before.replace(skeleton.clone()) else {
+            (self.former, self.touched) = Default::default();
+            return diff(None, &self.table());
+        };
+        let (former, touched) = (mem::take(&mut self.former), mem::take(&mut self.touched));
+        if before == skeleton && former.is_empty() && touched.is_empty() {
+            return Vec::new();
+        }
+        // Equal chains and verdicts need no comparison.
+        let (mut old, mut new) = if before == skeleton {
+            (skeleton::sets(&before.ground), skeleton::sets(&skeleton.ground))
+        } else {
+            (before.table(), skeleton.table())
+        };
+        for (at, former) in &former {
+            if let Some(former) = former {
+                former.add_to(&mut old, at);
+            }
+            if let Some(served) = self.frontends.get(at) {
+                served.add_to(&mut new, at);
+            }
+        }
+        for ((set, ip), was_there) in touched {
+            if was_there {
+                add_address(&mut old, set, ip);
+            }
+            if self.has(set, ip) {
+                add_address(&mut new, set, ip);
+            }
+        }
+        diff(Some(&old), &new)
+    }
+
+    fn has(&self, set: &str, ip: IpAddr) -> bool {
+        match set {
+            "hairpin" => self.local.contains_key(&ip),
+            "node-addresses" => self.node_addresses.contains(&ip),
+            "cluster-ips" => self.cluster_ips.get(&ip) == Some(&true),
+            _ => self.cluster_ips.get(&ip) == Some(&false),
+        }
+    }
+}
+
+/// The key of a frontend, as registers hold it.
+fn key(at: &FrontendAddress) -> Vec<u8> {
+    let protocol = match at.protocol {
+        Protocol::Tcp => 6,
+        Protocol::Udp => 17,
+        Protocol::Sctp => 132,
+    };
+    [address(at.ip), vec![protocol, 0, 0, 0], port(at.port).to_vec()].concat()
+}
+
+/// A port as a register holds it.
+const fn port(number: u16) -> [u8; 4] {
+    let [high, low] = number.to_be_bytes();
+    [high, low, 0, 0]
+}
+
+/// The first and the last address of a network.
+fn ends(network: &Cidr) -> (Vec<u8>, Vec<u8>) {
+    let (start, mask) = (address(network.address), address(network.mask()));
+    let end = start.iter().zip(&mask).map(|(octet, mask)| octet | !mask).collect();
+    (start, end)
+}
+
+fn add(table: &mut Table, set: &str, key: impl Into<Octets>, value: Value) {
+    insert(table, set, Key::from(key), value);
+}
+
+fn add_address(table: &mut Table, set: &str, ip: IpAddr) {
+    let octets = address(ip);
+    let key = if set == "hairpin" { [&octets[..], &octets].concat() } else { octets };
+    add(table, set, key, Value::None);
+}
+
+/// Sets that the mode has no use for do not exist.
+fn insert(table: &mut Table, set: &str, key: Key, value: Value) {
+    if let Some(set) = table.sets.get_mut(set) {
+        set.elements.insert(key, value.into());
+    }
+}
+
+fn count<K: Ord>(counts: &mut BTreeMap<K, usize>, key: K, is_added: bool) {
+    let n = counts.entry(key);
+    match (n, is_added) {
+        (entry, true) => *entry.or_default() += 1,
+        (Entry::Occupied(mut entry), false) if *entry.get() > 1 => *entry.get_mut() -= 1,
+        (Entry::Occupied(entry), false) => drop(entry.remove()),
+        (Entry::Vacant(_), false) => {}
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,424 @@
+//! What the kernel does with these values: transactions applied to tables, and packets sent through them.
+//!
+//! For `explain`, and for tests without a kernel. A packet is the first of its connection. Expressions that
+//! socklb's rules do not have match nothing.
+
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, SocketAddr},
+};
+
+use super::nft::{
+    Chain, ChainType, Change, Comparison, CtKey, DynsetOp, Element, Expression, FIB_LOCAL, FibAddress,
+    Header, Hook, Key, LookupTo, MetaKey, Name, Numgen, Octets, Register, Reject, Rule, Set, SetFlags, Table,
+    TableId, Value, Verdict, ct_state, ct_status,
+};
+
+/// Applies changes as the kernel does: all, or none.
+///
+/// # Errors
+///
+/// The change that the kernel refuses, and why.
+pub fn apply(
+    tables: &mut BTreeMap<TableId, Table>,
+    changes: &[(TableId, Change)],
+) -> Result<(), (Change, &'static str)> {
+    let mut after = tables.clone();
+    for (id, change) in changes {
+        apply_one(&mut after, id, change).map_err(|problem| (change.clone(), problem))?;
+    }
+    for table in after.values() {
+        let chains = table.chains.iter().flat_map(|(_, chain)| &chain.rules).flat_map(|rule| &rule.expressions);
+        for expression in chains {
+            if let Expression::Lookup { set, .. } | Expression::Dynset { set, .. } = expression
+                && !table.sets.contains_key(set)
+            {
+                return Err((Change::DeleteSet(set.clone()), "a rule uses it"));
+            }
+        }
+        let of_rules = table.chains.values().flat_map(|chain| &chain.rules).flat_map(|rule| &rule.expressions);
+        let of_rules = of_rules.filter_map(|expression| match expression {
+            Expression::Verdict(verdict) => Some(verdict),
+            _ => None,
+        });
+        let of_sets = table.sets.values().flat_map(|set| set.elements.values());
+        let of_sets = of_sets.filter_map(|element| match &element.value {
+            Value::Verdict(verdict) => Some(verdict),
+            _ => None,
+        });
+        for verdict in of_rules.chain(of_sets) {
+            if let Verdict::Jump(chain) | Verdict::Goto(chain) = verdict
+                && !table.chains.contains_key(chain)
+            {
+                return Err((Change::DeleteChain(chain.clone()), "a verdict names it"));
+            }
+        }
+    }
+    *tables = after;
+    Ok(())
+}
+
+fn apply_one(
+    tables: &mut BTreeMap<TableId, Table>,
+    id: &TableId,
+    change: &Change,
+) -> Result<(), &'static str> {
+    if *change == Change::AddTable {
+        tables.entry(id.clone()).or_default().flags = 0;
+        return Ok(());
+    }
+    let table = tables.get_mut(id).ok_or("there is no such table")?;
+    match change {
+        Change::AddTable => {}
+        Change::DeleteTable => drop(tables.remove(id)),
+        Change::AddChain(name, base) => {
+            let chain = table
+                .chains
+                .entry(name.clone())
+                .or_insert_with(|| Chain { base: *base, rules: Vec::new() });
+            if chain.base != *base {
+                return Err("it has another base");
+            }
+        }
+        Change::DeleteChain(name) => {
+            let chain = table.chains.remove(name).ok_or("there is no such chain")?;
+            if !chain.rules.is_empty() {
+                return Err("it has rules");
+            }
+        }
+        Change::FlushChain(name) => {
+            table.chains.get_mut(name).ok_or("there is no such chain")?.rules.clear();
+        }
+        Change::AddRule(name, rule) => {
+            table.chains.get_mut(name).ok_or("there is no such chain")?.rules.push(rule.clone());
+        }
+        Change::AddSet(name, spec) => {
+            let new = || Set { spec: spec.clone(), elements: BTreeMap::new() };
+            if table.sets.entry(name.clone()).or_insert_with(new).spec != *spec {
+                return Err("it has another specification");
+            }
+        }
+        Change::DeleteSet(name) => drop(table.sets.remove(name).ok_or("there is no such set")?),
+        Change::FlushSet(name) => {
+            table.sets.get_mut(name).ok_or("there is no such set")?.elements.clear();
+        }
+        Change::AddElements(name, elements) => {
+            let set = table.sets.get_mut(name).ok_or("there is no such set")?;
+            for (key, element) in elements {
+                if key.start.as_slice().len() != set.spec.key_len() {
+                    return Err("a key has another length");
+                }
+                if set.elements.get(key).is_some_and(|standing| standing.value != element.value) {
+                    return Err("there is such an element with another value");
+                }
+                set.elements.insert(key.clone(), element.clone());
+            }
+        }
+        Change::DeleteElements(name, keys) => {
+            let set = table.sets.get_mut(name).ok_or("there is no such set")?;
+            for key in keys {
+                set.elements.remove(key).ok_or("there is no such element")?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The first packet of a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Packet {
+    /// Where it comes from.
+    pub source: IpAddr,
+    /// Where it goes.
+    pub destination: SocketAddr,
+    /// The number of its protocol.
+    pub protocol: u8,
+    /// Whether this node sends it; else it arrives.
+    pub is_own: bool,
+}
+
+/// What becomes of a packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Outcome {
+    /// No rule is about it.
+    Passes,
+    /// It goes to an endpoint.
+    Translated {
+        /// The endpoint.
+        endpoint: SocketAddr,
+        /// Whether the endpoint sees an address of this node as the sender.
+        is_masqueraded: bool,
+    },
+    /// It is answered with a TCP reset, or with "port unreachable".
+    Rejected,
+    /// It is gone.
+    Dropped,
+}
+
+/// Sends a packet through a table. `draw` returns a number below the one it gets.
+///
+/// Elements that rules add stay in the table. What is routed on and what is for this node is treated alike: the
+/// rules for both are the same.
+pub fn send(table: &mut Table, packet: Packet, draw: &mut dyn FnMut(u32) -> u32) -> Outcome {
+    let mut passage = Passage {
+        registers: [0; 4 * Register::COUNT as usize],
+        packet,
+        original: packet.destination,
+        is_translated: false,
+        draw,
+    };
+    let hooks: &[Hook] = if packet.is_own {
+        &[Hook::Output, Hook::Postrouting]
+    } else {
+        &[Hook::Prerouting, Hook::Forward, Hook::Postrouting]
+    };
+    let mut is_masqueraded = false;
+    for hook in hooks {
+        let at_hook = |(name, chain): (&Name, &Chain)| {
+            let base = chain.base.filter(|base| base.hook == *hook)?;
+            Some((base.priority, base.kind, name.clone()))
+        };
+        let mut chains: Vec<_> = table.chains.iter().filter_map(at_hook).collect();
+        chains.sort_by_key(|(priority, ..)| *priority);
+        let mut has_translation = false;
+        for (_, kind, name) in chains {
+            // The first chain of type nat that translates decides.
+            if kind == ChainType::Nat && has_translation {
+                continue;
+            }
+            match passage.chain(table, &name, 0) {
+                Step::Rejected => return Outcome::Rejected,
+                Step::Dropped => return Outcome::Dropped,
+                Step::Translated(to) => {
+                    has_translation = true;
+                    passage.packet.destination = to;
+                    passage.is_translated = true;
+                }
+                Step::Masqueraded => is_masqueraded = true,
+                Step::Next | Step::Return | Step::Accepted => {}
+            }
+        }
+    }
+    if passage.is_translated {
+        Outcome::Translated { endpoint: passage.packet.destination, is_masqueraded }
+    } else {
+        Outcome::Passes
+    }
+}
+
+enum Step {
+    /// To the next rule: this one does not match, or says so.
+    Next,
+    Return,
+    Accepted,
+    Dropped,
+    Rejected,
+    Translated(SocketAddr),
+    Masqueraded,
+}
+
+/// More jumps than the kernel allows (`NFT_JUMP_STACK_SIZE`).
+const MAX_DEPTH: usize = 16;
+
+struct Passage<'a> {
+    registers: [u8; 4 * Register::COUNT as usize],
+    packet: Packet,
+    original: SocketAddr,
+    is_translated: bool,
+    draw: &'a mut dyn FnMut(u32) -> u32,
+}
+
+impl Passage<'_> {
+    fn chain(&mut self, table: &mut Table, name: &Name, depth: usize) -> Step {
+        let Some(chain) = table.chains.get(name).filter(|_| depth < MAX_DEPTH) else { return Step::Dropped };
+        for rule in chain.rules.clone() {
+            match self.rule(table, &rule, depth) {
+                Step::Next => {}
+                Step::Return => return Step::Next,
+                decided => return decided,
+            }
+        }
+        Step::Next
+    }
+
+    fn rule(&mut self, table: &mut Table, rule: &Rule, depth: usize) -> Step {
+        for expression in &rule.expressions {
+            let verdict = match expression {
+                Expression::Verdict(verdict) => verdict.clone(),
+                Expression::Lookup { set, from, to: LookupTo::Verdict } => {
+                    match self.find(table, set, *from).map(|element| element.value) {
+                        Some(Value::Verdict(verdict)) => verdict,
+                        _ => return Step::Next,
+                    }
+                }
+                Expression::Dnat { address, port } => return self.dnat(*address, *port),
+                Expression::Masquerade { .. } => return Step::Masqueraded,
+                Expression::Reject(Reject::TcpReset | Reject::Unreachable(_)) => return Step::Rejected,
+                other if self.matches(table, other) => continue,
+                _ => return Step::Next,
+            };
+            return match verdict {
+                Verdict::Continue => continue,
+                Verdict::Accept => Step::Accepted,
+                Verdict::Drop => Step::Dropped,
+                Verdict::Return => Step::Return,
+                Verdict::Jump(chain) => self.chain(table, &chain, depth + 1),
+                Verdict::Goto(chain) => match self.chain(table, &chain, depth + 1) {
+                    Step::Next => Step::Return,
+                    decided => decided,
+                },
+            };
+        }
+        Step::Next
+    }
+
+    /// Runs an expression without a verdict; `false` ends the rule.
+    fn matches(&mut self, table: &mut Table, expression: &Expression) -> bool {
+        match expression {
+            Expression::Meta { key: MetaKey::L4Proto, to } => self.store(*to, &[self.packet.protocol]),
+            Expression::Payload { header, offset, len, to } => {
+                let is_v6 = self.packet.destination.is_ipv6();
+                let octets = match (header, offset, is_v6) {
+                    (Header::Transport, 2, _) => self.packet.destination.port().to_be_bytes().to_vec(),
+                    (Header::Network, 12, false) | (Header::Network, 8, true) => octets(self.packet.source),
+                    (Header::Network, 16, false) | (Header::Network, 24, true) => {
+                        octets(self.packet.destination.ip())
+                    }
+                    _ => return false,
+                };
+                octets.len() == usize::from(*len) && self.store(*to, &octets)
+            }
+            Expression::Ct { key, to } => match key {
+                CtKey::State => self.store(*to, &ct_state::NEW.to_ne_bytes()),
+                CtKey::Status => {
+                    let status = if self.is_translated { ct_status::DNAT } else { 0 };
+                    self.store(*to, &status.to_ne_bytes())
+                }
+                CtKey::Destination(_, super::nft::Direction::Original) => {
+                    self.store(*to, &octets(self.original.ip()))
+                }
+                CtKey::DestinationPort(super::nft::Direction::Original) => {
+                    self.store(*to, &self.original.port().to_be_bytes())
+                }
+                _ => false,
+            },
+            Expression::FibType { of: FibAddress::Source, to } => {
+                let kind = if self.packet.is_own { FIB_LOCAL } else { 1 };
+                self.store(*to, &kind.to_ne_bytes())
+            }
+            Expression::Immediate { value, to } => self.store(*to, value.as_slice()),
+            Expression::Bitwise { from, mask, xor, to } => {
+                let operand = self.load(*from, mask.as_slice().len());
+                let masked = operand.iter().zip(mask.as_slice()).zip(xor.as_slice());
+                let result: Vec<u8> = masked.map(|((octet, mask), xor)| (octet & mask) ^ xor).collect();
+                self.store(*to, &result)
+            }
+            Expression::Compare { from, op, value } => {
+                let order = self.load(*from, value.as_slice().len()).as_slice().cmp(value.as_slice());
+                match op {
+                    Comparison::Equal => order.is_eq(),
+                    Comparison::NotEqual => order.is_ne(),
+                    Comparison::Less => order.is_lt(),
+                    Comparison::LessOrEqual => order.is_le(),
+                    Comparison::Greater => order.is_gt(),
+                    Comparison::GreaterOrEqual => order.is_ge(),
+                }
+            }
+            Expression::Lookup { set, from, to } => match (self.find(table, set, *from), to) {
+                (Some(_), LookupTo::Matches) | (None, LookupTo::MatchesNot) => true,
+                (Some(Element { value: Value::Data(value), .. }), LookupTo::Register(to)) => {
+                    self.store(*to, value.as_slice())
+                }
+                _ => false,
+            },
+            Expression::Numgen { kind, modulus, offset, to } => {
+                let number = match kind {
+                    Numgen::Random => (self.draw)(*modulus),
+                    Numgen::Incremental => 0,
+                };
+                self.store(*to, &(number + offset).to_ne_bytes())
+            }
+            Expression::Dynset { set, op, key, value, .. } => self.update(table, set, *op, *key, *value),
+            Expression::Counter => true,
+            _ => false,
+        }
+    }
+
+    fn update(
+        &mut self,
+        table: &mut Table,
+        set: &Name,
+        op: DynsetOp,
+        key: Register,
+        value: Option<Register>,
+    ) -> bool {
+        let Some(set) = table.sets.get_mut(set) else { return false };
+        let key = Key::from(self.load(key, set.spec.key_len()));
+        match op {
+            DynsetOp::Delete => drop(set.elements.remove(&key)),
+            DynsetOp::Add | DynsetOp::Update => {
+                let value = value.map_or(Value::None, |value| {
+                    Value::Data(Octets::from(self.load(value, set.spec.value_len())))
+                });
+                set.elements.entry(key).or_insert_with(|| value.into());
+            }
+        }
+        true
+    }
+
+    fn find(&self, table: &Table, set: &Name, from: Register) -> Option<Element> {
+        let set = table.sets.get(set)?;
+        let key = self.load(from, set.spec.key_len());
+        if !set.spec.flags.contains(SetFlags::INTERVAL) {
+            return set.elements.get(&Key::from(key)).cloned();
+        }
+        let is_within = |range: &&Key| {
+            let fields = set.spec.key.iter().map(|field| field.len().next_multiple_of(4));
+            let mut at = 0;
+            let end = range.end.as_ref().unwrap_or(&range.start);
+            fields.into_iter().all(|len| {
+                let field = at..at + len;
+                at += len;
+                let of = |octets: &[u8]| octets.get(field.clone()).map(<[u8]>::to_vec);
+                let value = of(&key);
+                of(range.start.as_slice()) <= value && value <= of(end.as_slice())
+            })
+        };
+        set.elements.iter().find(|(range, _)| is_within(range)).map(|(_, element)| element.clone())
+    }
+
+    fn dnat(&self, address: Register, port: Option<Register>) -> Step {
+        let ip = if self.packet.destination.is_ipv6() {
+            self.load(address, 16).first_chunk().map(|octets: &[u8; 16]| IpAddr::from(*octets))
+        } else {
+            self.load(address, 4).first_chunk().map(|octets: &[u8; 4]| IpAddr::from(*octets))
+        };
+        let port = port.and_then(|port| self.load(port, 2).first_chunk().map(|octets| u16::from_be_bytes(*octets)));
+        match ip {
+            Some(ip) => {
+                Step::Translated(SocketAddr::new(ip, port.unwrap_or(self.packet.destination.port())))
+            }
+            None => Step::Next,
+        }
+    }
+
+    /// Up to the last register.
+    fn load(&self, from: Register, len: usize) -> Vec<u8> {
+        let start = usize::from(from.number()) * 4;
+        self.registers.iter().skip(start).take(len).copied().collect()
+    }
+
+    /// Pads with zeros to a whole register. `false` if it does not fit.
+    fn store(&mut self, to: Register, octets: &[u8]) -> bool {
+        let start = usize::from(to.number()) * 4;
+        let end = start + octets.len().next_multiple_of(4);
+        let Some(place) = self.registers.get_mut(start..end) else { return false };
+        place.fill(0);
+        place.iter_mut().zip(octets).for_each(|(place, octet)| *place = *octet);
+        true
+    }
+}
+
+fn octets(ip: IpAddr) -> Vec<u8> {
+    super::skeleton::address(ip)
+}
