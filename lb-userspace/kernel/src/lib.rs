@@ -41,6 +41,8 @@ pub mod mapped;
 mod maps;
 mod mountinfo;
 pub mod netns;
+mod nfnetlink;
+pub mod nftables;
 pub mod object;
 pub mod pins;
 mod pod;

@@ -6,9 +6,8 @@ use super::nft::{Chain, Change, Key, Name, Set, SetFlags, Table, Value};
 
 /// The changes that turn `found`, a table of the kernel, into `wanted`. Empty if they are equal.
 ///
-/// Elements that rules add (`dynamic`) stay as they are. A set with another specification, a base chain at
-/// another hook, or an object of a kind that no value expresses, makes the table be replaced as a whole; packets
-/// see the one or the other.
+/// Elements that rules add (`dynamic`) stay as they are. A set with another specification, or a base chain at
+/// another hook, makes the table be replaced as a whole; packets see the one or the other.
 ///
 /// In the order of the result, each change is possible: what a rule or verdict names exists before, and is deleted
 /// after it.
@@ -37,7 +36,6 @@ fn can_change(found: &Table, wanted: &Table) -> bool {
     let is_spec_equal =
         |(name, set): (&Name, &Set)| wanted.sets.get(name).is_none_or(|other| other.spec == set.spec);
     found.flags == wanted.flags
-        && found.unknown.is_empty()
         && found.chains.iter().all(is_base_equal)
         && found.sets.iter().all(is_spec_equal)
 }

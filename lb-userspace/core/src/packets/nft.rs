@@ -35,7 +35,17 @@ pub struct TableId {
     pub name: Name,
 }
 
-/// A table with all that it holds.
+impl fmt::Display for TableId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let family = match self.family {
+            Family::V4 => "ip",
+            Family::V6 => "ip6",
+        };
+        write!(f, "{family} {}", self.name)
+    }
+}
+
+/// A table with its chains and sets.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Table {
     /// `NFT_TABLE_F_*`: 0, except if someone made the table dormant.
@@ -44,8 +54,6 @@ pub struct Table {
     pub chains: BTreeMap<Name, Chain>,
     /// The sets and maps by name.
     pub sets: BTreeMap<Name, Set>,
-    /// Objects of other kinds, such as flow tables.
-    pub unknown: Vec<Unknown>,
 }
 
 /// A chain with its rules.
@@ -509,23 +517,25 @@ pub struct SetSpec {
 }
 
 impl SetSpec {
-    /// Octets of a key: each field begins in a register of its own.
+    /// Octets of a key.
     #[must_use]
     pub fn key_len(&self) -> usize {
-        padded_len(&self.key)
+        registers_len(&self.key)
     }
 
     /// Octets of a value; 0 if elements have none, or verdicts.
     #[must_use]
     pub fn value_len(&self) -> usize {
         match &self.value {
-            ValueType::Data(fields) => padded_len(fields),
+            ValueType::Data(fields) => registers_len(fields),
             ValueType::None | ValueType::Verdict => 0,
         }
     }
 }
 
-fn padded_len(fields: &[DataType]) -> usize {
+/// Octets of fields in registers: each begins in a register of its own.
+#[must_use]
+pub fn registers_len(fields: &[DataType]) -> usize {
     fields.iter().map(|field| field.len().next_multiple_of(4)).sum()
 }
 
