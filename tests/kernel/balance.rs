@@ -9,10 +9,7 @@ use std::{
 
 use lb_agent::controller::sweep::{Recount, open_connections};
 use lb_core::model::Protocol::Tcp;
-use lb_kernel::{
-    Options, pins,
-    sockets::{LoadTable, SocketTable},
-};
+use lb_kernel::{Observations, Options, pins, sockets::SocketTable};
 use lb_tests::{
     Sandbox,
     agent::{self, Agent},
@@ -57,18 +54,18 @@ impl Node {
         let image = self.agent.image();
         self.endpoints.map(|endpoint| {
             let entry = image.reachable().find(|entry| entry.address == endpoint).unwrap();
-            self.agent.kernel.maps().active(entry.endpoint_id)
+            self.agent.kernel.observations().active(entry.endpoint_id)
         })
     }
 }
 
 /// Corrects the counts as two sweeps do.
 fn recount(options: &Options) {
-    let (mut recount, mut loads) = (Recount::default(), LoadTable::open(&options.pin_path).unwrap());
+    let (mut recount, observations) = (Recount::default(), Observations::open(&options.pin_path).unwrap());
     for _ in 0..2 {
         let records = SocketTable::open(&options.pin_path).unwrap().answering().unwrap();
-        let counted = loads.counted().collect();
-        loads.correct(&recount.compared(&open_connections(&records), &counted, Instant::now()));
+        let counted = observations.loads().collect();
+        observations.correct_loads(&recount.compared(&open_connections(&records), &counted, Instant::now()));
     }
 }
 
@@ -201,9 +198,9 @@ fn counts_follow_the_records_after_a_loss() {
                 let node = Node::new(domain, options, "least-connections");
                 let sockets: Vec<_> = (0..9).map(|_| node.connect()).collect();
                 let open = by_endpoint(&sockets);
-                let mut loads = LoadTable::open(&options.pin_path).unwrap();
+                let observations = node.agent.kernel.observations();
                 for (id, damage) in (0..).zip([5, -7, 100]) {
-                    loads.correct(&BTreeMap::from([(id, damage)]));
+                    observations.correct_loads(&BTreeMap::from([(id, damage)]));
                 }
                 assert_ne!(node.active(), open);
                 recount(options);

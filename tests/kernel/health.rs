@@ -67,22 +67,22 @@ impl Node {
     fn health(&self, endpoint: SocketAddr) -> EndpointHealth {
         let image = self.agent.image();
         let entry = image.reachable().find(|entry| entry.address == endpoint).unwrap();
-        self.agent.kernel.maps().endpoint_health(entry.endpoint_id)
+        self.agent.kernel.observations().endpoint_health(entry.endpoint_id)
     }
 
     fn times(&self) -> ConnectLatency {
         let image = self.agent.image();
         let frontend = image.frontends.values().find(|frontend| frontend.health != 0).unwrap();
-        self.agent.kernel.maps().connect_latency(frontend.service_id)
+        self.agent.kernel.observations().connect_latency(frontend.service_id)
     }
 
     fn explains_the_ejection_of(&self, endpoint: SocketAddr) {
-        let maps = self.agent.kernel.maps();
+        let observations = self.agent.kernel.observations();
         let mut simulator = Simulator::new(self.agent.image());
         simulator.now = host::monotonic();
         let to = FrontendAddress { ip: self.service.ip(), port: self.service.port(), protocol: Tcp };
         simulator.health = RefCell::new(
-            maps.health_of(simulator.image.stored_at(to).into_iter().flat_map(StoredRun::reachable)),
+            observations.health_of(simulator.image.stored_at(to).into_iter().flat_map(StoredRun::reachable)),
         );
         let explanation = explain(&simulator, Some(&self.agent.state), to, Caller::default());
         let text = explanation.text();

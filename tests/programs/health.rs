@@ -61,9 +61,9 @@ impl<'a> Place<'a> {
 
     /// The health of each endpoint, and how many calls were sent there.
     fn endpoints(&self) -> Vec<(EndpointHealth, u64)> {
-        let (image, maps) = (self.agent.image(), self.agent.kernel.maps());
+        let (image, observations) = (self.agent.image(), self.agent.kernel.observations());
         let ids = image.reachable().map(|entry| entry.endpoint_id);
-        ids.map(|id| (maps.endpoint_health(id), maps.endpoint_stats(id).connects)).collect()
+        ids.map(|id| (observations.endpoint_health(id), observations.endpoint_stats(id).connects)).collect()
     }
 
     /// Checks that each endpoint gets at least 90 % of its share of the calls, and that none is ejected then.

@@ -2,6 +2,7 @@
 
 use std::{
     collections::BTreeMap,
+    fs,
     net::{IpAddr, Ipv4Addr, SocketAddr},
     process::Command,
 };
@@ -11,7 +12,7 @@ use k8s_openapi::api::{
     core::v1::Taint,
     discovery::v1::{EndpointConditions, EndpointSlice},
 };
-use lb_common::limits::MAX_NODE_ADDRS;
+use lb_common::{limits::MAX_NODE_ADDRS, maps::MAPS};
 use lb_core::model::Protocol::Tcp;
 use lb_tests::{
     cluster::{self, Cluster, PortOf},
@@ -165,6 +166,21 @@ fn a_scrape_tells_of_changes_calls_and_repairs() {
         assert_eq!(repaired.get(r#"socklb_audit_repairs_total{map="endpoints4"}"#), 0);
         let lines = agent.n_said("an audit repaired");
         assert!((1..=4).contains(&lines), "one line for each audit that repaired: {lines}");
+    });
+}
+
+/// The kernel counts all pages of a mapping as memory of the process, each time that it is mapped.
+#[test]
+fn no_map_is_mapped_twice() {
+    const MMAPABLE: u32 = 1 << 10;
+    with_agent(&[], |_place, _town, agent| {
+        let _read = Scrape::of(&address(agent, "--metrics-bind-address"));
+        let mmapable = MAPS.iter().filter(|map| map.flags & MMAPABLE != 0);
+        // A sweep maps the records of sockets while it reads them.
+        let n_maps = mmapable.filter(|map| !["socket_slots", "sockets"].contains(&map.name)).count();
+        let mappings = || fs::read_to_string(format!("/proc/{}/maps", agent.id())).unwrap();
+        let n_mapped = || mappings().lines().filter(|line| line.ends_with("bpf-map")).count();
+        eventually("each map is mapped once", || n_mapped() == n_maps);
     });
 }
 

@@ -3,27 +3,28 @@
 //! Each possible CPU has its own counters, after those of the CPU before. A per-CPU array would do, but the
 //! kernel allocates its values one by one: 330 ms of system time at the default sizes, against 2 ms.
 
-use std::{fs, io, os::fd::BorrowedFd};
+use std::{fs, io};
 
 use lb_common::layout::MapValue;
 
-use super::{KernelError, mapped::Mapped};
+use super::{KernelError, layouts::Directory, mapped::Mapped, maps::map_memory};
 
 /// An array of counters: `id` of CPU `n` is at `n * n_ids + id`.
+#[derive(Debug)]
 pub(super) struct Counters<T> {
     values: Mapped<T>,
     n_ids: u32,
 }
 
 impl<T: MapValue + Default> Counters<T> {
-    /// Maps an array with `n_entries` entries.
+    /// Maps a pinned array.
     ///
     /// # Errors
     ///
-    /// [`KernelError::Mmap`], or [`KernelError::Cpus`].
-    pub(super) fn new(name: &'static str, map: BorrowedFd<'_>, n_entries: u32) -> Result<Self, KernelError> {
-        let n_ids = n_entries / n_cpus()?;
-        let values = Mapped::new(map, n_entries).map_err(|source| KernelError::Mmap { name, source })?;
+    /// As [`Directory::map`]; [`KernelError::Mmap`], or [`KernelError::Cpus`].
+    pub(super) fn open(directory: &Directory, name: &'static str) -> Result<Self, KernelError> {
+        let values: Mapped<T> = map_memory(name, &directory.map(name)?.0)?;
+        let n_ids = values.n_entries() / n_cpus()?;
         Ok(Self { values, n_ids })
     }
 
@@ -39,14 +40,14 @@ impl<T: MapValue + Default> Counters<T> {
     }
 
     /// Sets the counters of an id to zero.
-    pub(super) fn reset(&mut self, id: u32) {
+    pub(super) fn reset(&self, id: u32) {
         for place in self.places(id) {
             let _inside = self.values.write(place, T::default());
         }
     }
 
     /// Copies the values of an id from another array, as far as both have it.
-    pub(super) fn copy_from(&mut self, other: &Self, id: u32) {
+    pub(super) fn copy_from(&self, other: &Self, id: u32) {
         for (place, value) in self.places(id).zip(other.read(id)) {
             let _inside = self.values.write(place, value);
         }

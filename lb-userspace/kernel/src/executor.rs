@@ -9,7 +9,7 @@ use lb_core::plan::{Capacity, Plan, StillRead, audit::Suspects};
 use tracing::{info, warn};
 
 use crate::{
-    Features, KernelError, Maps,
+    Features, KernelError, Maps, Observations,
     adoption::{self, Adoption, TooSmall},
     attach::Hooks,
     cgroup, fault,
@@ -60,6 +60,7 @@ pub struct Done {
 /// The maps and programs of this node.
 pub struct Kernel {
     pub(crate) maps: Maps,
+    observations: Observations,
     grace: Grace,
     unsettled: StillRead,
     /// Pending grace-period requests.
@@ -172,6 +173,8 @@ impl Kernel {
         let held = directory.record()?;
         let mut maps = Maps::take(&mut object, options)?;
         maps.fill_from(&former, &directory, &adoption)?;
+        let observations = Observations::of(&directory)?;
+        observations.fill_from(&former, &adoption, &maps)?;
         let mut programs = Vec::new();
         for hook in pins::hooks(options.features, options.passive_health) {
             // Loaded now even if attached later, so that a verifier error is reported at once.
@@ -185,6 +188,7 @@ impl Kernel {
         let grace = grace.map_err(KernelError::Thread)?;
         let mut kernel = Self {
             maps,
+            observations,
             grace,
             unsettled: StillRead::Anything,
             asked: Pending::default(),
@@ -327,6 +331,7 @@ impl Kernel {
         let (mut done, mut result) = (Done::default(), Ok(()));
         for op in plan.ops() {
             fault::point();
+            self.observations.apply(op);
             match self.maps.apply(op) {
                 Ok(()) => done.n_ops += 1,
                 Err(KernelError::MapFull { .. }) if done.no_room.insert_key_of(op) => {}
@@ -383,6 +388,12 @@ impl Kernel {
     #[must_use]
     pub fn maps(&self) -> &Maps {
         &self.maps
+    }
+
+    /// What the programs observe of the ids in these maps. Use a clone elsewhere, which costs no memory.
+    #[must_use]
+    pub fn observations(&self) -> &Observations {
+        &self.observations
     }
 
     /// Takes the object's ring buffer of diagnostic lines, once, if it was loaded with [`Options::log`].

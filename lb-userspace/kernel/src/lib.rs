@@ -3,7 +3,8 @@
 //! # Purpose
 //!
 //! [`Kernel::open`] loads the programs, adopts or creates the pinned maps, and attaches or replaces the
-//! programs. [`Kernel::apply`] applies a plan; [`Maps::image`] reads the tables back;
+//! programs. [`Kernel::apply`] applies a plan; [`Maps::image`] reads the tables back, and [`Observations`] what
+//! the programs count;
 //! [`Maps::compare`] and [`Kernel::repair`] are the audit. [`sockets`] finds and destroys sockets on
 //! the whole host.
 //!
@@ -44,6 +45,7 @@ pub mod netns;
 mod nfnetlink;
 pub mod nftables;
 pub mod object;
+mod observations;
 pub mod pins;
 mod pod;
 mod served;
@@ -59,5 +61,6 @@ pub use self::{
     executor::{Done, Kernel, Options, Pins},
     feature::{Features, SockFields},
     loader::try_programs,
-    maps::{HealthTable, Maps},
+    maps::Maps,
+    observations::Observations,
 };

@@ -3,9 +3,11 @@
 
 use std::{
     marker::PhantomData,
+    mem::MaybeUninit,
     num::NonZeroUsize,
     os::fd::BorrowedFd,
     ptr::NonNull,
+    slice,
     sync::atomic::{AtomicU32, AtomicU64, Ordering},
 };
 
@@ -17,8 +19,10 @@ use nix::{
 
 /// A BPF array of `T`, mapped into this process.
 ///
-/// Programs read it at any time. The bytes of a whole entry are written in no particular order: write only
-/// unreferenced entries, and single words (`store_u64`, `store_u32`) of entries in use.
+/// Programs and other threads read and write it at any time. An entry is read and written as 64-bit words, and a
+/// last one of 32 bits if its size is not a multiple of 8, in no particular order. No word is torn, but an entry
+/// may be: its words may belong to two writes. So write only unreferenced entries, and single words (`store_u64`,
+/// `store_u32`) of entries in use.
 #[derive(Debug)]
 pub struct Mapped<T> {
     base: NonNull<u8>,
@@ -29,6 +33,8 @@ pub struct Mapped<T> {
 
 // SAFETY: the mapping is shared memory without thread affinity; all access is through the methods below.
 unsafe impl<T: MapValue + Send> Send for Mapped<T> {}
+// SAFETY: methods that take `&self` access memory by atomic words alone, each word always in the same size.
+unsafe impl<T: MapValue + Send> Sync for Mapped<T> {}
 
 impl<T: MapValue> Mapped<T> {
     /// The kernel places array elements at multiples of eight octets.
@@ -66,15 +72,49 @@ impl<T: MapValue> Mapped<T> {
     /// Reads an entry; `None` if out of range. An entry that is being written may be torn.
     #[must_use]
     pub fn read(&self, index: u32) -> Option<T> {
-        // SAFETY: inside the mapping, aligned, and every bit pattern is a `T`.
-        self.at(index).map(|entry| unsafe { entry.as_ptr().read_volatile() })
+        let (words, tail) = self.words(index)?;
+        let mut value = MaybeUninit::<T>::uninit();
+        let to = value.as_mut_ptr().cast::<u8>();
+        for (n, word) in words.iter().enumerate() {
+            // SAFETY: within `value`.
+            unsafe { to.add(n * 8).cast::<u64>().write_unaligned(word.load(Ordering::Relaxed)) };
+        }
+        if let Some(word) = tail {
+            // SAFETY: as above.
+            unsafe { to.add(words.len() * 8).cast::<u32>().write_unaligned(word.load(Ordering::Relaxed)) };
+        }
+        // SAFETY: the words cover all octets, and every bit pattern is a `T`.
+        Some(unsafe { value.assume_init() })
     }
 
     /// Writes an unreferenced entry; `false` if out of range.
     #[must_use]
-    pub fn write(&mut self, index: u32, value: T) -> bool {
-        // SAFETY: inside the mapping and aligned.
-        self.at(index).map(|entry| unsafe { entry.as_ptr().write_volatile(value) }).is_some()
+    pub fn write(&self, index: u32, value: T) -> bool {
+        let Some((words, tail)) = self.words(index) else { return false };
+        let from = (&raw const value).cast::<u8>();
+        for (n, word) in words.iter().enumerate() {
+            // SAFETY: within `value`, which has no padding.
+            word.store(unsafe { from.add(n * 8).cast::<u64>().read_unaligned() }, Ordering::Relaxed);
+        }
+        if let Some(word) = tail {
+            // SAFETY: as above.
+            let value = unsafe { from.add(words.len() * 8).cast::<u32>().read_unaligned() };
+            word.store(value, Ordering::Relaxed);
+        }
+        true
+    }
+
+    /// The words of an entry.
+    fn words(&self, index: u32) -> Option<(&[AtomicU64], Option<&AtomicU32>)> {
+        const { assert!(size_of::<T>().is_multiple_of(4), "an entry is a sequence of words") };
+        let (entry, n_words) = (self.at(index)?, size_of::<T>() / 8);
+        // SAFETY: inside the mapping, which outlives the references, and 8-aligned. The kernel's side accesses it
+        // as words, too.
+        let words = unsafe { slice::from_raw_parts(entry.cast().as_ptr(), n_words) };
+        let has_tail = !size_of::<T>().is_multiple_of(8);
+        // SAFETY: as above, the last four octets of the entry.
+        let tail = has_tail.then(|| unsafe { entry.cast::<u8>().add(n_words * 8).cast().as_ref() });
+        Some((words, tail))
     }
 
     /// Stores one 64-bit word of an entry in use, after all earlier writes; `false` if out of range.
@@ -103,12 +143,12 @@ impl<T: MapValue> Mapped<T> {
         })
     }
 
-    /// Adds to one 32-bit word of an entry in use, modulo 2^32; `false` if out of range.
-    ///
-    /// `word` is the index of the word within the entry.
+    /// Adds to an entry of 32 bits, modulo 2^32; `false` if out of range.
     #[must_use]
-    pub fn add_u32(&mut self, index: u32, word: usize, number: u32) -> bool {
-        self.word_u32(index, word).map(|word| word.fetch_add(number, Ordering::Relaxed)).is_some()
+    pub fn add(&self, index: u32, number: u32) -> bool {
+        const { assert!(size_of::<T>() == 4, "a single word") };
+        let word = self.words(index).and_then(|(_none, word)| word);
+        word.map(|word| word.fetch_add(number, Ordering::Relaxed)).is_some()
     }
 
     fn word_u64(&self, index: u32, word: usize) -> Option<&AtomicU64> {

@@ -1,7 +1,6 @@
 //! The maps: opening, reading, and one write for each [`Op`].
 
 use std::{
-    collections::BTreeMap,
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     os::fd::AsFd as _,
@@ -15,9 +14,8 @@ use aya::{
 use lb_common::{
     address::{Address, Octets6, mapped_ipv4},
     layout::{
-        self, AddressKey, ClusterIp, ConnectLatency, Endpoint4, Endpoint6, EndpointHealth, EndpointLoad,
-        EndpointStats, Frontend, FrontendKey4, FrontendKey6, FrontendRef, MapValue, Meta, Network4, Network6,
-        NodeAddr, ServiceCidrs, ServiceStats,
+        self, AddressKey, ClusterIp, Endpoint4, Endpoint6, Frontend, FrontendKey4, FrontendKey6, FrontendRef,
+        MapValue, Meta, Network4, Network6, NodeAddr, ServiceCidrs,
     },
     maps::{self, MAPS},
 };
@@ -32,7 +30,6 @@ use crate::{
     KernelError, Options,
     adoption::{self, Adoption},
     audit::ForeignKey,
-    counters::Counters,
     fault,
     layouts::Directory,
     mapped::Mapped,
@@ -46,38 +43,12 @@ pub struct Maps {
     pub(crate) node_addrs: HashMap<MapData, Plain<AddressKey>, Plain<NodeAddr>>,
     pub(crate) cluster_ips: HashMap<MapData, Plain<AddressKey>, Plain<ClusterIp>>,
     service_cidrs: Mapped<ServiceCidrs>,
-    service_stats: Counters<ServiceStats>,
-    endpoint_stats: Counters<EndpointStats>,
-    endpoint_health: Mapped<EndpointHealth>,
-    endpoint_load: Mapped<EndpointLoad>,
-    connect_latency: Mapped<ConnectLatency>,
     pub(crate) frontends: Mapped<Frontend>,
     pub(crate) endpoints4: Mapped<Endpoint4>,
     pub(crate) endpoints6: Mapped<Endpoint6>,
     pub(crate) capacity: Capacity,
     pinned_meta: Array<MapData, Plain<Meta>>,
     meta: Meta,
-}
-
-/// The outcomes of connections, by endpoint id.
-#[derive(Debug)]
-pub struct HealthTable(Mapped<EndpointHealth>);
-
-impl HealthTable {
-    /// Opens the pinned map.
-    ///
-    /// # Errors
-    ///
-    /// A failing system call.
-    pub fn open(pin_path: &Path) -> Result<Self, KernelError> {
-        map_memory("endpoint_health", &Directory::open(pin_path)?.map("endpoint_health")?.0).map(Self)
-    }
-
-    /// As [`Maps::endpoint_health`].
-    #[must_use]
-    pub fn read(&self, endpoint_id: u32) -> EndpointHealth {
-        self.0.read(endpoint_id).unwrap_or_default()
-    }
 }
 
 impl Maps {
@@ -119,20 +90,6 @@ impl Maps {
             node_addrs: place("node_addrs").typed("node_addrs")?.0,
             cluster_ips: place("cluster_ips").typed("cluster_ips")?.0,
             service_cidrs: map_memory("service_cidrs", &place("service_cidrs").map("service_cidrs")?.0)?,
-            service_stats: map_counters("service_stats", &place("service_stats").map("service_stats")?.0)?,
-            endpoint_stats: map_counters(
-                "endpoint_stats",
-                &place("endpoint_stats").map("endpoint_stats")?.0,
-            )?,
-            endpoint_health: map_memory(
-                "endpoint_health",
-                &place("endpoint_health").map("endpoint_health")?.0,
-            )?,
-            endpoint_load: map_memory("endpoint_load", &place("endpoint_load").map("endpoint_load")?.0)?,
-            connect_latency: map_memory(
-                "connect_latency",
-                &place("connect_latency").map("connect_latency")?.0,
-            )?,
             frontends: map_memory("frontends", &frontends)?,
             endpoints4: map_memory("endpoints4", &endpoints4)?,
             endpoints6: map_memory("endpoints6", &endpoints6)?,
@@ -161,11 +118,6 @@ impl Maps {
             node_addrs: take_map(object, "node_addrs")?,
             cluster_ips: take_map(object, "cluster_ips")?,
             service_cidrs: map_memory("service_cidrs", map_data(object, "service_cidrs")?)?,
-            service_stats: map_counters("service_stats", map_data(object, "service_stats")?)?,
-            endpoint_stats: map_counters("endpoint_stats", map_data(object, "endpoint_stats")?)?,
-            endpoint_health: map_memory("endpoint_health", map_data(object, "endpoint_health")?)?,
-            endpoint_load: map_memory("endpoint_load", map_data(object, "endpoint_load")?)?,
-            connect_latency: map_memory("connect_latency", map_data(object, "connect_latency")?)?,
             frontends: map_memory("frontends", map_data(object, "frontends")?)?,
             endpoints4: map_memory("endpoints4", map_data(object, "endpoints4")?)?,
             endpoints6: map_memory("endpoints6", map_data(object, "endpoints6")?)?,
@@ -181,7 +133,7 @@ impl Maps {
     }
 
     /// Fills recreated maps from earlier ones of the same layout, as far as entries fit: frontends, endpoints
-    /// and nodes under their ids, and counters.
+    /// and nodes under their ids.
     pub(crate) fn fill_from(
         &mut self,
         former: &Directory,
@@ -195,28 +147,6 @@ impl Maps {
             for op in plan::diff(&Image::default(), &image).ops() {
                 fault::point();
                 self.apply(op)?;
-            }
-        }
-        if takeover.refills("service_stats") {
-            let former = map_counters("service_stats", &former.map("service_stats")?.0)?;
-            for frontend in self.image()?.frontends.values() {
-                self.service_stats.copy_from(&former, frontend.service_id);
-            }
-        }
-        if takeover.refills("connect_latency") {
-            let former: Mapped<ConnectLatency> =
-                map_memory("connect_latency", &former.map("connect_latency")?.0)?;
-            for frontend in self.image()?.frontends.values() {
-                if let Some(times) = former.read(frontend.service_id) {
-                    let _beyond = self.connect_latency.write(frontend.service_id, times);
-                }
-            }
-        }
-        if takeover.refills("endpoint_stats") {
-            let former = map_counters("endpoint_stats", &former.map("endpoint_stats")?.0)?;
-            let image = self.image()?;
-            for entry in image.reachable() {
-                self.endpoint_stats.copy_from(&former, entry.endpoint_id);
             }
         }
         Ok(())
@@ -253,21 +183,6 @@ impl Maps {
             }
             Op::SwitchRun { id, run } => {
                 in_range("frontends", *id, self.frontends.store_u64(*id, 0, run.to_word()))
-            }
-            Op::ResetService(id) => {
-                self.service_stats.reset(*id);
-                // An id beyond the map is not counted.
-                let _beyond = self.connect_latency.write(*id, ConnectLatency::default());
-                Ok(())
-            }
-            Op::ResetEndpoints(ids) => {
-                for id in ids.iter() {
-                    self.endpoint_stats.reset(*id);
-                    // An id beyond the map has no health.
-                    let _beyond = self.endpoint_health.write(*id, EndpointHealth::default());
-                    let _beyond = self.endpoint_load.write(*id, EndpointLoad::default());
-                }
-                Ok(())
             }
             Op::InsertAddress { table, address, flag } => {
                 let (key, flag) = (Plain(address_key(*address)), u32::from(*flag));
@@ -308,7 +223,11 @@ impl Maps {
                 None => Ok(()),
             },
             // Unreferenced entries stay until they are overwritten.
-            Op::DropRun { .. } | Op::DropFrontend(_) => Ok(()),
+            Op::DropRun { .. }
+            | Op::DropFrontend(_)
+            // Not of these maps: `Observations::apply`.
+            | Op::ResetService(_)
+            | Op::ResetEndpoints(_) => Ok(()),
         }
     }
 
@@ -396,61 +315,6 @@ impl Maps {
             image.runs_mut(ipv6).insert(frontend.run.offset, run);
         }
     }
-
-    /// Calls to a service port since it got its id, summed over all CPUs. Zero for an id beyond the map,
-    /// which is not counted.
-    #[must_use]
-    pub fn service_stats(&self, service_id: u32) -> ServiceStats {
-        self.service_stats.read(service_id).fold(ServiceStats::default(), |sum, cpu| ServiceStats {
-            connects: sum.connects.wrapping_add(cpu.connects),
-            refusals: sum.refusals.wrapping_add(cpu.refusals),
-            datagrams: sum.datagrams.wrapping_add(cpu.datagrams),
-        })
-    }
-
-    /// Calls to an endpoint since it got its id, summed over all CPUs. Zero for an id beyond the map, which
-    /// is not counted.
-    #[must_use]
-    pub fn endpoint_stats(&self, endpoint_id: u32) -> EndpointStats {
-        self.endpoint_stats.read(endpoint_id).fold(EndpointStats::default(), |sum, cpu| EndpointStats {
-            connects: sum.connects.wrapping_add(cpu.connects),
-            datagrams: sum.datagrams.wrapping_add(cpu.datagrams),
-        })
-    }
-
-    /// How long connections to a service port took since it got its id. Zero for a port whose connections are not
-    /// observed, and for an id beyond the map.
-    #[must_use]
-    pub fn connect_latency(&self, service_id: u32) -> ConnectLatency {
-        self.connect_latency.read(service_id).unwrap_or_default()
-    }
-
-    /// The outcomes of connections to an endpoint since it got its id. The default for an endpoint that is not
-    /// observed, and for an id beyond the map.
-    ///
-    /// Programs write it meanwhile: the fields may belong to two events.
-    #[must_use]
-    pub fn endpoint_health(&self, endpoint_id: u32) -> EndpointHealth {
-        self.endpoint_health.read(endpoint_id).unwrap_or_default()
-    }
-
-    /// Open connections to an endpoint, as programs and agent count them. 0 for an id beyond the map.
-    #[must_use]
-    pub fn active(&self, endpoint_id: u32) -> u32 {
-        self.endpoint_load.read(endpoint_id).unwrap_or_default().active.max(0).cast_unsigned()
-    }
-
-    /// [`Self::endpoint_health`] of these endpoints, by id.
-    #[must_use]
-    pub fn health_of<'a>(
-        &self,
-        entries: impl IntoIterator<Item = &'a Entry>,
-    ) -> BTreeMap<u32, EndpointHealth> {
-        entries
-            .into_iter()
-            .map(|entry| (entry.endpoint_id, self.endpoint_health(entry.endpoint_id)))
-            .collect()
-    }
 }
 
 fn take_map<T: TryFrom<Map, Error = MapError>>(
@@ -468,17 +332,9 @@ fn map_data<'a>(object: &'a Ebpf, name: &'static str) -> Result<&'a MapData, Ker
     }
 }
 
-fn map_memory<T: MapValue>(name: &'static str, map: &MapData) -> Result<Mapped<T>, KernelError> {
+pub(crate) fn map_memory<T: MapValue>(name: &'static str, map: &MapData) -> Result<Mapped<T>, KernelError> {
     let n = map.info().map_err(|source| KernelError::map(name, source))?.max_entries();
     Mapped::new(map.fd().as_fd(), n).map_err(|source| KernelError::Mmap { name, source })
-}
-
-fn map_counters<T: MapValue + Default>(
-    name: &'static str,
-    map: &MapData,
-) -> Result<Counters<T>, KernelError> {
-    let n = map.info().map_err(|source| KernelError::map(name, source))?.max_entries();
-    Counters::new(name, map.fd().as_fd(), n)
 }
 
 fn in_range(name: &'static str, index: u32, done: bool) -> Result<(), KernelError> {

@@ -24,9 +24,7 @@ use std::{
 
 use lb_common::{
     address::Octets6,
-    layout::{
-        self, EndpointLoad, SLOT_WAYS, SocketEntry, SocketRecord, SocketSlots, entry_flags, record_flags,
-    },
+    layout::{self, SLOT_WAYS, SocketEntry, SocketRecord, SocketSlots, entry_flags, record_flags},
     limits::SOCKET_SETS,
 };
 use lb_core::model::{Protocol, address};
@@ -253,36 +251,6 @@ impl SocketTable {
             .map(|record| flow(&record))
             .find(|(_, endpoint)| *endpoint == socket.peer())
             .map(|(service, _)| service)
-    }
-}
-
-/// The numbers of open connections, by endpoint id.
-#[derive(Debug)]
-pub struct LoadTable(Mapped<EndpointLoad>);
-
-impl LoadTable {
-    /// Opens the pinned map.
-    ///
-    /// # Errors
-    ///
-    /// A failing system call.
-    pub fn open(pin_path: &Path) -> Result<Self, KernelError> {
-        let (map, shape) = Directory::open(pin_path)?.map("endpoint_load")?;
-        let mapped = Mapped::new(map.fd().as_fd(), shape.max_entries);
-        Ok(Self(mapped.map_err(|source| KernelError::Mmap { name: "endpoint_load", source })?))
-    }
-
-    /// The numbers that are not 0.
-    pub fn counted(&self) -> impl Iterator<Item = (u32, i32)> {
-        let loads = (0..self.0.n_entries()).filter_map(|id| Some((id, self.0.read(id)?.active)));
-        loads.filter(|(_, active)| *active != 0)
-    }
-
-    /// Adds to numbers. Programs may add to them at the same time. Ids beyond the map are not counted.
-    pub fn correct(&mut self, corrections: &BTreeMap<u32, i32>) {
-        for (&id, &number) in corrections {
-            let _beyond = self.0.add_u32(id, 0, number.cast_unsigned());
-        }
     }
 }
 

@@ -24,7 +24,7 @@ use lb_core::{
     tables::{Entry, Image},
 };
 use lb_kernel::{
-    Maps, cgroup, host,
+    Maps, Observations, cgroup, host,
     lock::{self, Lock},
     pins, syscall,
 };
@@ -116,16 +116,17 @@ const MAX_ROWS: usize = 256;
 /// If nothing is pinned or it cannot be read.
 pub fn services(args: &ServicesArgs) -> anyhow::Result<ExitCode> {
     let maps = Maps::open(&args.pins.pin_path)?;
+    let observations = Observations::open(&args.pins.pin_path)?;
     let mut objects = Objects::new(&args.pins.state_dir);
     let _known = objects.now();
     // Read after the objects, so that the tables are never older than the answer.
     let image = maps.image()?;
     let entries = image.reachable();
-    let mut rows = list(&image, objects.state(), &counts(&maps, entries));
+    let mut rows = list(&image, objects.state(), &counts(&observations, entries));
     if let Some(state) = objects.state().filter(|_| objects.notice().is_none()) {
         let changed = rows.iter().filter(|row| !listing::is_described(row, state));
         let changed = changed.map(FrontendRow::frontend).take(MAX_ROWS).collect();
-        look_again(&mut rows, changed, &maps, &Agent::new(&args.pins.state_dir))?;
+        look_again(&mut rows, changed, (&maps, &observations), &Agent::new(&args.pins.state_dir))?;
     }
     if let Some(notice) = objects.notice() {
         eprintln!("socklb: {notice}");
@@ -138,12 +139,15 @@ pub fn services(args: &ServicesArgs) -> anyhow::Result<ExitCode> {
 }
 
 /// Counters and health by endpoint.
-fn counts<'a>(maps: &Maps, entries: impl Iterator<Item = &'a Entry>) -> BTreeMap<u32, EndpointCounts> {
+fn counts<'a>(
+    observations: &Observations,
+    entries: impl Iterator<Item = &'a Entry>,
+) -> BTreeMap<u32, EndpointCounts> {
     let now = host::monotonic();
     let of = |id| EndpointCounts {
-        calls: maps.endpoint_stats(id),
-        active: maps.active(id),
-        health: maps.endpoint_health(id),
+        calls: observations.endpoint_stats(id),
+        active: observations.active(id),
+        health: observations.endpoint_health(id),
         now,
     };
     entries.map(|entry| (entry.endpoint_id, of(entry.endpoint_id))).collect()
@@ -154,7 +158,7 @@ fn counts<'a>(maps: &Maps, entries: impl Iterator<Item = &'a Entry>) -> BTreeMap
 fn look_again(
     rows: &mut Vec<FrontendRow>,
     mut changed: BTreeSet<FrontendAddress>,
-    maps: &Maps,
+    (maps, observations): (&Maps, &Observations),
     agent: &Agent,
 ) -> anyhow::Result<()> {
     for _ in 0..ROUNDS {
@@ -174,7 +178,7 @@ fn look_again(
         changed.clear();
         for (address, answer) in heard {
             let state = answer.map(|tagged| listing::state_of_known(tagged.known));
-            let counters = counts(maps, image.entries_at(address).iter());
+            let counters = counts(observations, image.entries_at(address).iter());
             let Some(row) = listing::find(&image, address, state.as_ref(), &counters) else { continue };
             if state.is_none_or(|state| !listing::is_described(&row, &state)) {
                 changed.insert(address);
@@ -235,7 +239,8 @@ impl Asked<'_> {
             localhost_nodeports: meta.localhost_nodeports != 0,
         };
         simulator.now = host::monotonic();
-        simulator.health = RefCell::new(maps.health_of(reachable(&simulator, call, caller)));
+        let observations = Observations::open(&self.args.pins.pin_path)?;
+        simulator.health = RefCell::new(observations.health_of(reachable(&simulator, call, caller)));
         let At { state, issues, notice, tag } = at;
         let explanation = Explanation { issues, ..explain_call(&simulator, state.as_ref(), call, caller) };
         Ok(Answered { explanation, notice, tag })

@@ -24,7 +24,7 @@ use lb_core::{
     tables::Image,
 };
 use lb_kernel::{
-    Maps, host,
+    Maps, Observations, host,
     sockets::{Record, SocketTable},
 };
 use tokio::{runtime, sync::watch, time};
@@ -164,6 +164,7 @@ struct Monitor<'a> {
     filter: Filter,
     table: SocketTable,
     maps: Maps,
+    observations: Observations,
     objects: Objects,
     names: Names,
     seen: Seen,
@@ -185,6 +186,7 @@ pub fn monitor(args: &MonitorArgs) -> anyhow::Result<ExitCode> {
         stop_signals()?
     };
     let maps = Maps::open(&args.pins.pin_path)?;
+    let observations = Observations::open(&args.pins.pin_path)?;
     let table = SocketTable::open(&args.pins.pin_path)?;
     let protocol = args.protocol.map(|protocol| match protocol {
         Transport::Tcp => Protocol::Tcp,
@@ -195,6 +197,7 @@ pub fn monitor(args: &MonitorArgs) -> anyhow::Result<ExitCode> {
         filter: Filter { service: args.service.clone(), protocol },
         table,
         maps,
+        observations,
         objects: Objects::new(&args.pins.state_dir),
         names: Names::default(),
         seen: Seen::default(),
@@ -261,7 +264,7 @@ impl Monitor<'_> {
         let image = &self.names.image;
         let entries = image.reachable();
         let n_ids = entries.map(|entry| entry.endpoint_id.saturating_add(1)).max().unwrap_or_default();
-        let changes = self.ejections.scan(n_ids, |id| self.maps.endpoint_health(id), image, true);
+        let changes = self.ejections.scan(n_ids, |id| self.observations.endpoint_health(id), image, true);
         let now = host::monotonic();
         for (Endpoint { service_id, address }, change) in changes {
             let port = self.names.ports.get(&service_id).filter(|port| self.filter.takes(port));
@@ -320,7 +323,7 @@ impl Monitor<'_> {
     /// The counters of the selected ports.
     fn counts(&self) -> BTreeMap<u32, ServiceStats> {
         let wanted = self.names.ports.iter().filter(|(_, port)| self.filter.takes(port));
-        wanted.map(|(id, _)| (*id, self.maps.service_stats(*id))).collect()
+        wanted.map(|(id, _)| (*id, self.observations.service_stats(*id))).collect()
     }
 }
 

@@ -9,7 +9,7 @@ use std::{
 use lb_common::layout::{EndpointHealth, EndpointStats, ServiceStats};
 use lb_core::{desired::FrontendAddress, tables::Image};
 use lb_kernel::{
-    KernelError, Maps, host,
+    KernelError, Maps, Observations, host,
     sockets::{Record, SocketTable},
 };
 
@@ -35,16 +35,15 @@ pub(super) struct Reading {
 ///
 /// If nothing is pinned or it cannot be read.
 pub(super) fn read(pin_path: &Path) -> Result<Reading, KernelError> {
-    let maps = Maps::open(pin_path)?;
-    let image = maps.image()?;
+    let (image, observed) = (Maps::open(pin_path)?.image()?, Observations::open(pin_path)?);
     let service_ids: BTreeSet<u32> = image.frontends.values().map(|frontend| frontend.service_id).collect();
     let entries = || image.reachable();
     let endpoint_ids: BTreeSet<u32> = entries().map(|entry| entry.endpoint_id).collect();
     Ok(Reading {
-        services: service_ids.into_iter().map(|id| (id, maps.service_stats(id))).collect(),
-        health: endpoint_ids.iter().map(|id| (*id, maps.endpoint_health(*id))).collect(),
+        services: service_ids.into_iter().map(|id| (id, observed.service_stats(id))).collect(),
+        health: endpoint_ids.iter().map(|id| (*id, observed.endpoint_health(*id))).collect(),
         now: host::monotonic(),
-        endpoints: endpoint_ids.into_iter().map(|id| (id, maps.endpoint_stats(id))).collect(),
+        endpoints: endpoint_ids.into_iter().map(|id| (id, observed.endpoint_stats(id))).collect(),
         records: SocketTable::open(pin_path).and_then(|table| table.records()).ok(),
         image,
     })

@@ -1,11 +1,11 @@
 //! Maps of other sizes and layouts: what the next agent adopts, replaces and removes.
 
-use std::{collections::BTreeMap, fs, net::SocketAddr};
+use std::{collections::BTreeMap, fs, net::SocketAddr, path::Path};
 
 use aya::maps::{HashMap, Map, MapData, MapInfo};
 use lb_common::maps::{self, MAPS, Role};
 use lb_core::{model::Protocol::Tcp, plan::Capacity, tables::Image};
-use lb_kernel::{KernelError, Maps, Options, pins};
+use lb_kernel::{KernelError, Maps, Observations, Options, pins};
 use lb_tests::{
     Sandbox,
     agent::{self, Agent},
@@ -36,14 +36,14 @@ fn other_sizes_fail_no_call_and_lose_nothing() {
             .map(|(services, endpoints)| Capacity { services, endpoints });
         web.under_load(4000, 12, |generation| {
             let capacity = sizes[generation % sizes.len()];
-            let n_before = times(&Maps::open(&sandbox.pin_path()).unwrap());
+            let n_before = times(&sandbox.pin_path());
             let mut agent = start_sized(sandbox, capacity);
             let plan = agent.follow(&web.cluster);
             assert!(plan.is_empty(), "everything was adopted: {plan:?}");
             assert!(!agent.kernel.is_staged());
             assert_eq!(endpoint_ids(&agent.image()), ids);
             assert_eq!(capacity_of(sandbox), capacity);
-            let n_times = times(agent.kernel.maps());
+            let n_times = times(&sandbox.pin_path());
             assert!(n_times >= n_before, "{n_before} times were counted, {n_times} are left");
         });
         assert_eq!(pinned(sandbox), wanted_pins(sandbox));
@@ -64,13 +64,14 @@ fn capacity_of(sandbox: &Sandbox) -> Capacity {
 /// The counted connections of the only service.
 fn connects(agent: &Agent) -> u64 {
     let service_id = agent.image().frontends.values().next().unwrap().service_id;
-    agent.kernel.maps().service_stats(service_id).connects
+    agent.kernel.observations().service_stats(service_id).connects
 }
 
 /// The number of connections whose time was counted.
-fn times(maps: &Maps) -> u32 {
-    let service_id = maps.image().unwrap().frontends.values().next().unwrap().service_id;
-    maps.connect_latency(service_id).buckets.iter().sum()
+fn times(pin_path: &Path) -> u32 {
+    let image = Maps::open(pin_path).unwrap().image().unwrap();
+    let service_id = image.frontends.values().next().unwrap().service_id;
+    Observations::open(pin_path).unwrap().connect_latency(service_id).buckets.iter().sum()
 }
 
 /// The sizes that were rejected: setting, value, and what is served if it could be counted.

@@ -21,7 +21,7 @@ fn stats(agent: &Agent, service: SocketAddr, protocol: Protocol) -> ServiceStats
     let image = agent.image();
     let address = FrontendAddress { ip: service.ip(), port: service.port(), protocol };
     let id = image.frontends[&image.services[&address]].service_id;
-    agent.kernel.maps().service_stats(id)
+    agent.kernel.observations().service_stats(id)
 }
 
 #[test]
@@ -56,7 +56,7 @@ fn calls_are_counted_by_service_and_endpoint() {
         let image = agent.image();
         let of_endpoints: Vec<(u64, u64)> = image
             .reachable()
-            .map(|entry| agent.kernel.maps().endpoint_stats(entry.endpoint_id))
+            .map(|entry| agent.kernel.observations().endpoint_stats(entry.endpoint_id))
             .map(|stats| (stats.connects, stats.datagrams))
             .collect();
         assert_eq!(of_endpoints.len(), 2);

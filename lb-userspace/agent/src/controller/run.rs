@@ -353,7 +353,6 @@ impl Agent {
             vitals.self_test = SelfTest::Pending;
         }
         vitals.refused_sizes = kernel.too_small().iter().map(ToString::to_string).collect();
-        let maps_path = kernel.maps_path();
         let (vitals, signs_of_life) = watch::channel(vitals);
         let (published, reading) = watch::channel(Published::new(&state));
         let insight = LoopView {
@@ -361,12 +360,13 @@ impl Agent {
             published: reading,
             contact: source.contact().cloned(),
         };
-        let serving = listeners.serve(&maps_path, &options.state_dir, &metrics, insight)?;
+        let observations = kernel.observations();
+        let serving = listeners.serve(observations.clone(), &options.state_dir, &metrics, insight);
         let (health_checks, wanted) = watch::channel(HealthChecks::default());
         let (reporting, port_issues) = watch::channel(Vec::new());
         let health_ports = tokio::spawn(health_ports::run(wanted, signs_of_life.clone(), reporting));
         let (scanning, ejections) = if options.kernel.passive_health {
-            ejections::start(&maps_path, published.subscribe())?
+            ejections::start(observations.clone(), published.subscribe())
         } else {
             (JoinSet::new(), mpsc::channel(1).1)
         };
@@ -376,14 +376,18 @@ impl Agent {
             port_issues: port_issues.clone(),
             health_ports,
             ejections,
-            _working: [serving, scanning, exclude::start(&maps_path, &options, excluded, signs_of_life)?],
+            _working: [
+                serving,
+                scanning,
+                exclude::start(&kernel.maps_path(), &options, excluded, signs_of_life)?,
+            ],
         };
         let writer = Arc::new(Mutex::new(Writer::new(&options.state_dir)));
         let mut agent = Self {
             ledger: NotificationLog::new(state.settings().node_name.clone(), now),
             state,
             addresses,
-            sweep: Sweep::new(options.kernel.clone()),
+            sweep: Sweep::new(options.kernel.clone(), observations.clone()),
             kernel,
             options,
             metrics,

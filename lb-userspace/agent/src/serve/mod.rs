@@ -35,7 +35,7 @@ use lb_core::{
     state::{State, View},
     tables::MapUse,
 };
-use lb_kernel::{KernelError, Maps};
+use lb_kernel::Observations;
 use tokio::{net::TcpListener, sync::watch, task::JoinSet, time};
 use tracing::info;
 
@@ -171,28 +171,24 @@ impl Listeners {
 
     /// Serves the pages of a started agent until the returned value is dropped, also at the socket in
     /// `state_dir`.
-    ///
-    /// # Errors
-    ///
-    /// If the pinned maps, whose counters `/metrics` reads, cannot be opened.
+    #[must_use]
     pub fn serve(
         mut self,
-        pin_path: &Path,
+        observations: Observations,
         state_dir: &Path,
         metrics: &Metrics,
         insight: LoopView,
-    ) -> Result<JoinSet<()>, KernelError> {
+    ) -> JoinSet<()> {
         let LoopView { vitals, published, contact } = insight;
         let config = self.config.to_string();
-        let maps = Maps::open(pin_path)?;
-        let pages = MetricsPages::new(metrics.clone(), maps, published.clone(), contact, config);
+        let pages = MetricsPages::new(metrics.clone(), observations, published.clone(), contact, config);
         let pages = Arc::new(pages);
         let health = HealthPages { vitals, metrics: metrics.clone() };
         let _first = self.metrics.set(Arc::clone(&pages));
         let _first = self.healthz.set(Arc::new(health.clone()));
         let pages = Arc::new(AgentPages::new(pages, health, published));
         self.serving.spawn(agent_socket::serve(state_dir.to_owned(), pages));
-        Ok(self.serving)
+        self.serving
     }
 }
 

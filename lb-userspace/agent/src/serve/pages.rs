@@ -9,7 +9,7 @@ use hyper::{
     StatusCode, Uri,
     header::{HeaderValue, X_CONTENT_TYPE_OPTIONS},
 };
-use lb_kernel::Maps;
+use lb_kernel::Observations;
 use tokio::sync::watch;
 
 use super::{
@@ -39,8 +39,8 @@ pub(super) fn json(is_ok: bool, body: String) -> Answer {
 /// `/metrics`, `/proxyMode`, `/healthz`, `/configz`
 pub struct MetricsPages {
     metrics: Metrics,
-    /// A separate handle: counters are read here, not by the agent's loop. One scrape at a time.
-    maps: Arc<Mutex<Maps>>,
+    /// Locked while a scrape reads: one at a time.
+    observations: Arc<Mutex<Observations>>,
     published: watch::Receiver<Published>,
     contact: Option<Contact>,
     config: String,
@@ -51,22 +51,23 @@ impl MetricsPages {
     #[must_use]
     pub fn new(
         metrics: Metrics,
-        maps: Maps,
+        observations: Observations,
         published: watch::Receiver<Published>,
         contact: Option<Contact>,
         config: String,
     ) -> Self {
-        Self { metrics, maps: Arc::new(Mutex::new(maps)), published, contact, config }
+        Self { metrics, observations: Arc::new(Mutex::new(observations)), published, contact, config }
     }
 
     async fn metrics(&self) -> Answer {
-        let (metrics, maps) = (self.metrics.clone(), Arc::clone(&self.maps));
+        let (metrics, observations) = (self.metrics.clone(), Arc::clone(&self.observations));
         let (published, contact) = (self.published.borrow().clone(), self.contact.clone());
         // Takes long for many service ports.
         let rendered = tokio::task::spawn_blocking(move || {
-            let maps = maps.lock().unwrap_or_else(PoisonError::into_inner);
-            let is_ejected = |id| maps.endpoint_health(id).ejected_until != 0;
-            render(&metrics, &published, contact.as_ref(), Instant::now(), |id| calls(&maps, id), is_ejected)
+            let observations = observations.lock().unwrap_or_else(PoisonError::into_inner);
+            let calls = |id| calls(&observations, id);
+            let is_ejected = |id| observations.endpoint_health(id).ejected_until != 0;
+            render(&metrics, &published, contact.as_ref(), Instant::now(), calls, is_ejected)
         });
         match rendered.await {
             Ok(Ok(text)) => answer(StatusCode::OK, OPEN_METRICS, text),
@@ -75,13 +76,13 @@ impl MetricsPages {
     }
 }
 
-fn calls(maps: &Maps, service_id: u32) -> Calls {
-    let stats = maps.service_stats(service_id);
+fn calls(observations: &Observations, service_id: u32) -> Calls {
+    let stats = observations.service_stats(service_id);
     Calls {
         redirected: stats.connects,
         refused: stats.refusals,
         datagrams: stats.datagrams,
-        times: maps.connect_latency(service_id).into(),
+        times: observations.connect_latency(service_id).into(),
     }
 }
 

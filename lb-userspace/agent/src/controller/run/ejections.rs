@@ -2,7 +2,6 @@
 
 use std::{
     collections::BTreeMap,
-    path::Path,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -13,7 +12,7 @@ use lb_core::{
     model::notification::{EndpointState, HealthChange},
     state::View,
 };
-use lb_kernel::{HealthTable, host};
+use lb_kernel::{Observations, host};
 use tokio::{
     sync::{mpsc, watch},
     task::{JoinSet, spawn_blocking},
@@ -21,27 +20,21 @@ use tokio::{
 };
 use tracing::warn;
 
-use super::RunError;
 use crate::serve::Published;
 
 /// Time between two scans. A scan of the default 262,144 ids takes about a millisecond.
 const INTERVAL: Duration = Duration::from_secs(1);
 
 /// Starts the scans. Dropping the returned set stops them.
-///
-/// # Errors
-///
-/// If the maps cannot be opened.
 pub(super) fn start(
-    maps_path: &Path,
+    observations: Observations,
     published: watch::Receiver<Published>,
-) -> Result<(JoinSet<()>, mpsc::Receiver<Vec<HealthChange>>), RunError> {
+) -> (JoinSet<()>, mpsc::Receiver<Vec<HealthChange>>) {
     let (sender, receiver) = mpsc::channel(1);
-    let scanner =
-        Scanner { health: HealthTable::open(maps_path)?, tracker: EjectionTracker::default(), view: None };
+    let scanner = Scanner { observations, tracker: EjectionTracker::default(), view: None };
     let mut task = JoinSet::new();
     let _aborted_on_drop = task.spawn(scan(scanner, published, sender));
-    Ok((task, receiver))
+    (task, receiver)
 }
 
 async fn scan(
@@ -72,8 +65,7 @@ async fn scan(
 }
 
 struct Scanner {
-    /// This map alone: each mapped page counts for the agent's memory.
-    health: HealthTable,
+    observations: Observations,
     tracker: EjectionTracker,
     /// What the last scan compared with.
     view: Option<Arc<View>>,
@@ -83,7 +75,7 @@ impl Scanner {
     /// An id that `view` names keeps its endpoint for at least a grace period, which takes longer than this.
     fn scan(&mut self, view: Arc<View>) -> Vec<HealthChange> {
         let is_new_image = self.view.as_ref().is_none_or(|former| !Arc::ptr_eq(former, &view));
-        let health = |id| self.health.read(id);
+        let health = |id| self.observations.endpoint_health(id);
         let changes = self.tracker.scan(view.n_endpoint_ids, health, &view.image, is_new_image);
         let with_names = if changes.is_empty() { Vec::new() } else { named(changes, &view) };
         self.view = Some(view);

@@ -10,8 +10,8 @@ use lb_core::{
     state::State,
 };
 use lb_kernel::{
-    self,
-    sockets::{self, Destroyed, Found, LoadTable, SocketError, SocketFilter, SocketTable},
+    self, Observations,
+    sockets::{self, Destroyed, Found, SocketError, SocketFilter, SocketTable},
 };
 use tokio::{
     task::{JoinHandle, spawn_blocking},
@@ -26,6 +26,7 @@ use crate::{
 
 pub(super) struct Sweep {
     options: lb_kernel::Options,
+    observations: Observations,
     timing: Sweeps,
     reclaim: Reclaim,
     recount: Recount,
@@ -67,14 +68,18 @@ pub(super) struct Records {
 }
 
 /// Reads the records of all sockets, corrects counts of connections, and reclaims lost slots.
-fn read_records(pin_path: &Path, mut reclaim: Reclaim, mut recount: Recount) -> Result<Records, SocketError> {
+fn read_records(
+    pin_path: &Path,
+    observations: &Observations,
+    mut reclaim: Reclaim,
+    mut recount: Recount,
+) -> Result<Records, SocketError> {
     let mut table = SocketTable::open(pin_path)?;
     let (records, now) = (table.answering()?, Instant::now().into_std());
     let used = sweep::used(&records);
     if recount.is_due(now) {
-        let mut loads = LoadTable::open(pin_path)?;
-        let counted = loads.counted().collect();
-        loads.correct(&recount.compared(&sweep::open_connections(&records), &counted, now));
+        let (open, counted) = (sweep::open_connections(&records), observations.loads().collect());
+        observations.correct_loads(&recount.compared(&open, &counted, now));
     }
     let mut n_reclaimed = 0;
     if reclaim.wants_listing(table.n_owned(), now)
@@ -105,9 +110,10 @@ async fn joined<T>(task: &mut JoinHandle<Result<T, SocketError>>) -> Result<T, P
 }
 
 impl Sweep {
-    pub(super) fn new(options: lb_kernel::Options) -> Self {
+    pub(super) fn new(options: lb_kernel::Options, observations: Observations) -> Self {
         Self {
             options,
+            observations,
             timing: Sweeps::default(),
             reclaim: Reclaim::default(),
             recount: Recount::default(),
@@ -167,9 +173,9 @@ impl Sweep {
         state.begin_stale_search();
         // If the task fails, both start from scratch.
         let (reclaim, recount) = (std::mem::take(&mut self.reclaim), std::mem::take(&mut self.recount));
-        let pin_path = self.options.pin_path.clone();
-        self.phase =
-            Phase::Reading { task: spawn_blocking(move || read_records(&pin_path, reclaim, recount)) };
+        let (pin_path, observations) = (self.options.pin_path.clone(), self.observations.clone());
+        let read = move || read_records(&pin_path, &observations, reclaim, recount);
+        self.phase = Phase::Reading { task: spawn_blocking(read) };
     }
 
     /// Starts to search for sockets. Returns how the sweep ends if there is nothing to search for.
