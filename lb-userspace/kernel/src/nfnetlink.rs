@@ -7,7 +7,10 @@ use netlink_packet_core::{
     NLMSG_DONE, NLMSG_ERROR, NetlinkBuffer, NlasIterator,
 };
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_NETFILTER};
-use nix::{libc, sys::socket::{setsockopt, sockopt}};
+use nix::{
+    libc,
+    sys::socket::{setsockopt, sockopt},
+};
 
 /// Octets of `nlmsghdr`.
 const HEADER: usize = 16;

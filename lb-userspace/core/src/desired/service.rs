@@ -19,13 +19,14 @@ use lb_common::{
 };
 
 use super::{
-    ExternalIps, Frontend, FrontendAddress, FrontendKind, PacketMode, PacketSide, PortKey, Settings, Topology,
+    ExternalIps, Frontend, FrontendAddress, FrontendKind, PacketMode, PacketSide, PortKey, Settings,
+    Topology,
     endpoints::{PortEndpoints, Scope, SlicePorts},
     slow_start::Ramp,
 };
 use crate::model::{
-    Balance, Cidr, Family, Issue, IssueKind, ObjectRef, Protocol, Service, ServicePort, Slice,
-    TrafficPolicy, address,
+    Balance, Cidr, Family, Issue, IssueKind, ObjectRef, Protocol, Service, ServicePort, Slice, TrafficPolicy,
+    address,
 };
 
 /// Most slice entries of all ports of a service in one family: four times the default endpoint table. An
@@ -157,7 +158,10 @@ fn has_limiting_ranges(service: &Service, ip: IpAddr) -> bool {
 /// The networks that lie in no other one, sorted.
 fn cidrs_without_overlap(networks: impl Iterator<Item = Cidr>) -> Arc<[Cidr]> {
     let all: BTreeSet<Cidr> = networks.collect();
-    all.iter().filter(|inner| !all.iter().any(|outer| outer != *inner && outer.holds(inner))).copied().collect()
+    all.iter()
+        .filter(|inner| !all.iter().any(|outer| outer != *inner && outer.holds(inner)))
+        .copied()
+        .collect()
 }
 
 struct Builder<'a> {
@@ -358,7 +362,8 @@ impl Builder<'_> {
             (_, FrontendKind::NodePort) => ip.is_unspecified() || self.topology.own_addresses().contains(&ip),
             _ => true,
         };
-        let is_local = kind != FrontendKind::ClusterIP && self.service.external_policy == TrafficPolicy::Local;
+        let is_local =
+            kind != FrontendKind::ClusterIP && self.service.external_policy == TrafficPolicy::Local;
         let is_limited = kind == FrontendKind::LoadBalancer && has_limiting_ranges(self.service, ip);
         is_served.then(|| PacketSide {
             outside: is_local.then(|| Arc::clone(&port.local.endpoints)),
@@ -370,7 +375,8 @@ impl Builder<'_> {
     /// The source ranges of the address's family. The address itself counts if they admit this node, because the
     /// node's own packets to it may have it as their source (`pkg/proxy/nftables/proxier.go`).
     fn sources(&self, ip: IpAddr) -> Arc<[Cidr]> {
-        let of_family = || self.service.source_ranges.iter().filter(|range| range.family() == address::family(ip));
+        let of_family =
+            || self.service.source_ranges.iter().filter(|range| range.family() == address::family(ip));
         let own = self.topology.own_addresses();
         let admits_node = of_family().any(|range| own.iter().any(|own| range.contains(*own)));
         let full_length = if ip.is_ipv4() { 32 } else { 128 };

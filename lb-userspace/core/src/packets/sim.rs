@@ -28,7 +28,8 @@ pub fn apply(
         apply_one(&mut after, id, change).map_err(|problem| (change.clone(), problem))?;
     }
     for table in after.values() {
-        let chains = table.chains.iter().flat_map(|(_, chain)| &chain.rules).flat_map(|rule| &rule.expressions);
+        let chains =
+            table.chains.iter().flat_map(|(_, chain)| &chain.rules).flat_map(|rule| &rule.expressions);
         for expression in chains {
             if let Expression::Lookup { set, .. } | Expression::Dynset { set, .. } = expression
                 && !table.sets.contains_key(set)
@@ -36,7 +37,8 @@ pub fn apply(
                 return Err((Change::DeleteSet(set.clone()), "a rule uses it"));
             }
         }
-        let of_rules = table.chains.values().flat_map(|chain| &chain.rules).flat_map(|rule| &rule.expressions);
+        let of_rules =
+            table.chains.values().flat_map(|chain| &chain.rules).flat_map(|rule| &rule.expressions);
         let of_rules = of_rules.filter_map(|expression| match expression {
             Expression::Verdict(verdict) => Some(verdict),
             _ => None,
@@ -72,10 +74,8 @@ fn apply_one(
         Change::AddTable => {}
         Change::DeleteTable => drop(tables.remove(id)),
         Change::AddChain(name, base) => {
-            let chain = table
-                .chains
-                .entry(name.clone())
-                .or_insert_with(|| Chain { base: *base, rules: Vec::new() });
+            let chain =
+                table.chains.entry(name.clone()).or_insert_with(|| Chain { base: *base, rules: Vec::new() });
             if chain.base != *base {
                 return Err("it has another base");
             }
@@ -393,11 +393,10 @@ impl Passage<'_> {
         } else {
             self.load(address, 4).first_chunk().map(|octets: &[u8; 4]| IpAddr::from(*octets))
         };
-        let port = port.and_then(|port| self.load(port, 2).first_chunk().map(|octets| u16::from_be_bytes(*octets)));
+        let port =
+            port.and_then(|port| self.load(port, 2).first_chunk().map(|octets| u16::from_be_bytes(*octets)));
         match ip {
-            Some(ip) => {
-                Step::Translated(SocketAddr::new(ip, port.unwrap_or(self.packet.destination.port())))
-            }
+            Some(ip) => Step::Translated(SocketAddr::new(ip, port.unwrap_or(self.packet.destination.port()))),
             None => Step::Next,
         }
     }

@@ -358,17 +358,9 @@ impl Builder<'_> {
         self.add_chain("filter-forward".into(), filter(Hook::Forward, -10), vec![new("refusals")]);
         if is_all {
             self.add_chain("output".into(), nat(Hook::Output), services);
-            self.add_chain(
-                "filter-output".into(),
-                filter(Hook::Output, -110),
-                vec![new("check-firewall")],
-            );
+            self.add_chain("filter-output".into(), filter(Hook::Output, -110), vec![new("check-firewall")]);
             // Behind the translation: what is still for a service address was not translated.
-            self.add_chain(
-                "filter-output-late".into(),
-                filter(Hook::Output, -90),
-                vec![new("refusals")],
-            );
+            self.add_chain("filter-output-late".into(), filter(Hook::Output, -90), vec![new("refusals")]);
         }
         self.add_chain(
             "check-firewall".into(),
@@ -408,10 +400,7 @@ impl Builder<'_> {
         self.add_chain(
             "reject".into(),
             None,
-            vec![
-                rule(is_tcp.to_vec()),
-                rule(vec![Expression::Reject(Reject::port_unreachable(family))]),
-            ],
+            vec![rule(is_tcp.to_vec()), rule(vec![Expression::Reject(Reject::port_unreachable(family))])],
         );
 
         let status = ct_status::DNAT.to_ne_bytes();
@@ -423,11 +412,7 @@ impl Builder<'_> {
                 xor: [0; 4].into(),
                 to: register(0),
             },
-            Expression::Compare {
-                from: register(0),
-                op: Comparison::NotEqual,
-                value: [0; 4].into(),
-            },
+            Expression::Compare { from: register(0), op: Comparison::NotEqual, value: [0; 4].into() },
             jump("check-masquerade"),
         ];
         self.add_chain(
@@ -566,8 +551,7 @@ impl Layout {
                 (Expression::Ct { key, to: register(0) }, self.original_port().to_vec())
             }
         };
-        let mut all =
-            vec![address, lookup("node-addresses", 0, LookupTo::Matches), self.unspecified(0)];
+        let mut all = vec![address, lookup("node-addresses", 0, LookupTo::Matches), self.unspecified(0)];
         all.extend(port);
         all
     }
@@ -614,10 +598,7 @@ fn within(network: &Cidr, load: Expression) -> Vec<Expression> {
 
 /// Matches packets with one of the node's own addresses as their source.
 fn from_this_node() -> [Expression; 2] {
-    [
-        Expression::FibType { of: FibAddress::Source, to: register(0) },
-        equals(0, FIB_LOCAL.to_ne_bytes()),
-    ]
+    [Expression::FibType { of: FibAddress::Source, to: register(0) }, equals(0, FIB_LOCAL.to_ne_bytes())]
 }
 
 /// Matches the first packet of a connection.
@@ -625,12 +606,7 @@ fn is_new() -> [Expression; 3] {
     let new = ct_state::NEW.to_ne_bytes();
     [
         Expression::Ct { key: CtKey::State, to: register(0) },
-        Expression::Bitwise {
-            from: register(0),
-            mask: new.into(),
-            xor: [0; 4].into(),
-            to: register(0),
-        },
+        Expression::Bitwise { from: register(0), mask: new.into(), xor: [0; 4].into(), to: register(0) },
         Expression::Compare { from: register(0), op: Comparison::NotEqual, value: [0; 4].into() },
     ]
 }

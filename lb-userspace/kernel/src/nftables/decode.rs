@@ -4,8 +4,9 @@
 use std::{collections::BTreeMap, num::NonZeroU32};
 
 use lb_core::packets::nft::{
-    Base, Chain, CtKey, DataType, Direction, Element, Expression, Family, Key, LookupTo, MetaKey, Name, Octets,
-    Policy, Register, Reject, Rule, Set, SetFlags, SetSpec, Unknown, Value, ValueType, Verdict, registers_len,
+    Base, Chain, CtKey, DataType, Direction, Element, Expression, Family, Key, LookupTo, MetaKey, Name,
+    Octets, Policy, Register, Reject, Rule, Set, SetFlags, SetSpec, Unknown, Value, ValueType, Verdict,
+    registers_len,
 };
 
 use super::wire;
@@ -191,7 +192,8 @@ fn known(name: &str, data: Attributes<'_>, family: Family) -> Option<Expression>
         "nat" => {
             let family_is_ours = data.be32(nat::FAMILY)? == wire::family_number(family);
             let flags = data.be32(nat::FLAGS).unwrap_or_default() & !wire::NAT_DERIVED;
-            let (address, port) = (same(data, nat::REG_ADDR_MIN, nat::REG_ADDR_MAX)?, data.get(nat::REG_PROTO_MIN));
+            let (address, port) =
+                (same(data, nat::REG_ADDR_MIN, nat::REG_ADDR_MAX)?, data.get(nat::REG_PROTO_MIN));
             if data.be32(nat::TYPE)? != wire::DNAT || !family_is_ours || flags != 0 {
                 return None;
             }

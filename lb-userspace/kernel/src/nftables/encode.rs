@@ -3,8 +3,8 @@
 use std::io;
 
 use lb_core::packets::nft::{
-    Base, Change, CtKey, DataType, Direction, Element, Expression, Family, Key, LookupTo, MetaKey, Octets, Reject, Rule,
-    SetFlags, SetSpec, TableId, Transaction, Value, ValueType, Verdict, registers_len,
+    Base, Change, CtKey, DataType, Direction, Element, Expression, Family, Key, LookupTo, MetaKey, Octets,
+    Reject, Rule, SetFlags, SetSpec, TableId, Transaction, Value, ValueType, Verdict, registers_len,
 };
 use netlink_packet_core::{NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE, NLM_F_REQUEST};
 
@@ -72,13 +72,15 @@ impl Encoder {
             Change::DeleteTable => self.message(n, table, message::DELETE_TABLE, 0, |writer| {
                 writer.text(wire::table::NAME, &table.name);
             }),
-            Change::AddChain(name, base) => self.message(n, table, message::NEW_CHAIN, NLM_F_CREATE, |writer| {
-                writer.text(chain::TABLE, &table.name);
-                writer.text(chain::NAME, name);
-                if let Some(base) = base {
-                    write_base(writer, *base);
-                }
-            }),
+            Change::AddChain(name, base) => {
+                self.message(n, table, message::NEW_CHAIN, NLM_F_CREATE, |writer| {
+                    writer.text(chain::TABLE, &table.name);
+                    writer.text(chain::NAME, name);
+                    if let Some(base) = base {
+                        write_base(writer, *base);
+                    }
+                })
+            }
             Change::DeleteChain(name) => self.message(n, table, message::DELETE_CHAIN, 0, |writer| {
                 writer.text(chain::TABLE, &table.name);
                 writer.text(chain::NAME, name);
@@ -127,7 +129,8 @@ impl Encoder {
 
     fn message(&mut self, n: usize, table: &TableId, kind: u16, flags: u16, body: impl FnOnce(&mut Writer)) {
         self.messages.push((n, self.writer.len()));
-        let head = Head { kind, flags: NLM_F_REQUEST | flags, family: family_octet(table.family), resource: 0 };
+        let head =
+            Head { kind, flags: NLM_F_REQUEST | flags, family: family_octet(table.family), resource: 0 };
         self.writer.message(head, self.sequence, body);
         self.sequence = self.sequence.wrapping_add(1);
     }

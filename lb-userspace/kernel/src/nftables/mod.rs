@@ -1,15 +1,12 @@
 //! Changes and reads nftables' rules over netlink: the values of [`lb_core::packets::nft`] to and from the
 //! kernel.
 
-use std::{
-    collections::BTreeMap,
-    io,
-    num::NonZeroU32,
-};
+use std::{collections::BTreeMap, io, num::NonZeroU32};
 
 use lb_core::packets::nft::{
-    Base, Change, ChainType, DataType, DynsetOp, Expression, Family, FibAddress, Hook, LookupTo, MetaKey, Name,
-    Numgen, Octets, Policy, Register, Reject, Rule, SetFlags, SetSpec, Table, TableId, Transaction, ValueType,
+    Base, ChainType, Change, DataType, DynsetOp, Expression, Family, FibAddress, Hook, LookupTo, MetaKey,
+    Name, Numgen, Octets, Policy, Register, Reject, Rule, SetFlags, SetSpec, Table, TableId, Transaction,
+    ValueType,
 };
 use netlink_packet_core::NLM_F_DUMP;
 use nix::libc;
@@ -34,7 +31,9 @@ const MAX_READS: usize = 8;
 #[non_exhaustive]
 pub enum NftablesError {
     /// The kernel has no nftables.
-    #[error("nftables: this kernel lacks it: load the module nf_tables, or use a kernel with CONFIG_NF_TABLES")]
+    #[error(
+        "nftables: this kernel lacks it: load the module nf_tables, or use a kernel with CONFIG_NF_TABLES"
+    )]
     Missing,
     /// Not enough privilege.
     #[error("nftables: not permitted: run as root, or with CAP_NET_ADMIN")]
@@ -101,7 +100,8 @@ impl Nftables {
     ///
     /// [`NftablesError::Missing`] on a kernel without netfilter's netlink.
     pub fn open() -> Result<Self, NftablesError> {
-        let socket = NfSocket::open().map_err(|error| NftablesError::socket("cannot open a socket", error))?;
+        let socket =
+            NfSocket::open().map_err(|error| NftablesError::socket("cannot open a socket", error))?;
         Ok(Self { socket })
     }
 
@@ -113,11 +113,15 @@ impl Nftables {
     pub fn generation(&mut self) -> Result<u32, NftablesError> {
         let head = Head { kind: wire::message::GET_GENERATION, flags: 0, family: 0, resource: 0 };
         let mut generation = None;
-        let asked = self.socket.request(head, |_no_attributes| {}, |kind, attributes| {
-            if kind == wire::message::NEW_GENERATION {
-                generation = attributes.be32(wire::generation::ID);
-            }
-        });
+        let asked = self.socket.request(
+            head,
+            |_no_attributes| {},
+            |kind, attributes| {
+                if kind == wire::message::NEW_GENERATION {
+                    generation = attributes.be32(wire::generation::ID);
+                }
+            },
+        );
         let answered = asked.and_then(|_| generation.ok_or_else(|| io::ErrorKind::InvalidData.into()));
         answered.map_err(|error| NftablesError::socket("cannot read the generation", error))
     }
@@ -164,9 +168,7 @@ impl Nftables {
         match answers.refusals.first() {
             None if answers.n_acknowledged == 0 => Err(NftablesError::Lost),
             None => Ok(()),
-            Some(refusal) => {
-                Err(refused(transaction, &batch, first, refusal, answers.refusals.len() - 1))
-            }
+            Some(refusal) => Err(refused(transaction, &batch, first, refusal, answers.refusals.len() - 1)),
         }
     }
 
@@ -213,7 +215,8 @@ impl Nftables {
             table.chains.extend(decode::chain(attributes).filter(|_| is_ours(&attributes)));
         })?;
         is_interrupted |= self.get(id, message::GET_RULE, NLM_F_DUMP, named, |attributes| {
-            if let Some((chain, rule)) = decode::rule(attributes, id.family).filter(|_| is_ours(&attributes)) {
+            if let Some((chain, rule)) = decode::rule(attributes, id.family).filter(|_| is_ours(&attributes))
+            {
                 table.chains.entry(chain).or_default().rules.push(rule);
             }
         })?;

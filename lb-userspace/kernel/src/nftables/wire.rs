@@ -1,7 +1,8 @@
 //! The kernel's numbers: `linux/netfilter/nf_tables.h`, and the types of nft's `datatype.h`.
 
 use lb_core::packets::nft::{
-    ChainType, Comparison, DataType, DynsetOp, Family, FibAddress, Header, Hook, MetaKey, Numgen, Policy, Register,
+    ChainType, Comparison, DataType, DynsetOp, Family, FibAddress, Header, Hook, MetaKey, Numgen, Policy,
+    Register,
 };
 
 /// `NFT_MSG_*` with the subsystem, as messages have it.

@@ -1,0 +1,394 @@
+use std::collections::{BTreeMap, BTreeSet};
+
+use serde_json::{Value as Json, json};
+
+use super::*;
+use crate::{
+    desired::{Settings, fixture},
+    model::{self, Slice, fixture as objects},
+    packets::sim::{self, Outcome, Packet},
+    plan::Capacity,
+    state::State,
+    tables::Image,
+};
+
+/// An agent's state on `node-a`, and the kernel's tables.
+struct Node {
+    state: State,
+    kernel: BTreeMap<TableId, Table>,
+}
+
+impl Node {
+    fn new(mode: PacketMode) -> Self {
+        let settings = Settings {
+            packets: mode,
+            service_cidrs: Some(vec!["10.96.0.0/16".parse().unwrap()]),
+            ..fixture::settings()
+        };
+        let capacity = Capacity { services: 64, endpoints: 256 };
+        let mut node = Self {
+            state: State::new(settings, Vec::new(), capacity, &Image::default()),
+            kernel: BTreeMap::new(),
+        };
+        let mut nodes = fixture::nodes();
+        nodes[0].pod_cidrs = vec!["10.1.0.0/24".parse().unwrap(), "fd10::/64".parse().unwrap()];
+        for object in nodes {
+            node.state.change(|store| store.set_node(&object.name.clone(), Some(object)));
+        }
+        node
+    }
+
+    fn set(&mut self, patch: &Json, slices: &[Slice]) {
+        let (service, _issues) = objects::ingest_service(patch);
+        let service = service.unwrap();
+        self.state.change(|store| store.set_service(&service.key.clone(), Some(service)));
+        for slice in slices {
+            self.state.change(|store| store.set_slice(&slice.key(), Some(slice.clone())));
+        }
+        self.sync();
+    }
+
+    /// Applies the changes, and compares the result with tables made from scratch. Returns their number.
+    fn sync(&mut self) -> usize {
+        let _plan = self.state.sync();
+        let transaction = self.state.take_packet_changes();
+        let n_changes = transaction.changes.len();
+        sim::apply(&mut self.kernel, &transaction.changes).unwrap();
+        assert_eq!(self.kernel, self.state.packets().tables());
+        assert_eq!(self.state.take_packet_changes(), Transaction::default());
+        n_changes
+    }
+
+    /// Everything that can become of a packet.
+    fn outcomes(&self, packet: Packet) -> BTreeSet<Outcome> {
+        let table = self.kernel.iter().find(|(id, _)| id.family == ip::family(packet.source));
+        let Some((_, table)) = table else { return [Outcome::Passes].into() };
+        (0..16).map(|n| sim::send(&mut table.clone(), packet, &mut |below| n % below)).collect()
+    }
+}
+
+fn packet(text: &str) -> Packet {
+    let [source, destination, protocol] = text.split_whitespace().collect::<Vec<_>>()[..] else {
+        panic!("{text}")
+    };
+    let protocol = match protocol {
+        "tcp" => 6,
+        "udp" => 17,
+        _ => 132,
+    };
+    let source: IpAddr = source.parse().unwrap();
+    let is_own = ["192.168.0.1", "fd01::1"].map(|own| own.parse::<IpAddr>().unwrap()).contains(&source);
+    Packet { source, destination: destination.parse().unwrap(), protocol, is_own }
+}
+
+/// An outcome as text: `ADDRESS` or `ADDRESS masqueraded`, `rejected`, `dropped`, `passes`.
+fn text(outcome: &Outcome) -> String {
+    match outcome {
+        Outcome::Passes => "passes".to_owned(),
+        Outcome::Translated { endpoint, is_masqueraded: false } => endpoint.to_string(),
+        Outcome::Translated { endpoint, is_masqueraded: true } => format!("{endpoint} masqueraded"),
+        Outcome::Rejected => "rejected".to_owned(),
+        Outcome::Dropped => "dropped".to_owned(),
+    }
+}
+
+/// The endpoint `10.1.0.1` is on this node, `10.1.1.1` on another.
+fn slice() -> Slice {
+    fixture::slice(&["10.1.0.1 node-a rs", "10.1.1.1 node-b rs"])
+}
+
+fn load_balancer(spec: &Json) -> Json {
+    objects::patched(
+        json!({
+            "spec": {
+                "type": "LoadBalancer",
+                "clusterIP": "10.96.0.1", "clusterIPs": ["10.96.0.1"],
+                "ports": [{"port": 80, "nodePort": 30080}],
+                "externalIPs": ["203.0.113.5"],
+            },
+            "status": {"loadBalancer": {"ingress": [{"ip": "203.0.113.1"}]}},
+        }),
+        &json!({ "spec": spec }),
+    )
+}
+
+const CLUSTER_IP: &str = "10.96.0.1:80 tcp";
+const OUTSIDE: &str = "198.51.100.7";
+const POD: &str = "10.1.0.9";
+const ITSELF: &str = "10.1.0.1";
+const THIS_NODE: &str = "192.168.0.1";
+
+#[track_caller]
+fn check(node: &Node, expected: &[(&str, &str, &[&str])]) {
+    for (source, destination, outcomes) in expected {
+        let found = node.outcomes(packet(&format!("{source} {destination}")));
+        let found: Vec<String> = found.iter().map(text).collect();
+        assert_eq!(found, *outcomes, "{source} to {destination}");
+    }
+}
+
+#[test]
+fn policy_cluster() {
+    let mut node = Node::new(PacketMode::All);
+    node.set(&load_balancer(&json!({})), &[slice()]);
+    let both: &[&str] = &["10.1.0.1:8080", "10.1.1.1:8080"];
+    let masqueraded: &[&str] = &["10.1.0.1:8080 masqueraded", "10.1.1.1:8080 masqueraded"];
+    check(
+        &node,
+        &[
+            // A pod calls as itself, except that an endpoint which calls itself sees the node.
+            (POD, CLUSTER_IP, both),
+            (ITSELF, CLUSTER_IP, &["10.1.0.1:8080 masqueraded", "10.1.1.1:8080"]),
+            (OUTSIDE, CLUSTER_IP, masqueraded),
+            (THIS_NODE, CLUSTER_IP, masqueraded),
+            // The answer has to come back by this node.
+            (OUTSIDE, "203.0.113.1:80 tcp", masqueraded),
+            (OUTSIDE, "203.0.113.5:80 tcp", masqueraded),
+            (OUTSIDE, "192.168.0.1:30080 tcp", masqueraded),
+            (POD, "192.168.0.1:30080 tcp", masqueraded),
+            (THIS_NODE, "192.168.0.1:30080 tcp", masqueraded),
+            // What is no frontend.
+            (OUTSIDE, "192.168.0.2:30080 tcp", &["passes"]),
+            (OUTSIDE, "192.168.0.1:30081 tcp", &["passes"]),
+            (OUTSIDE, "203.0.113.1:80 udp", &["passes"]),
+            (POD, "10.96.0.1:81 tcp", &["rejected"]),
+            (POD, "10.96.0.2:80 tcp", &["dropped"]),
+            (POD, "10.97.0.2:80 tcp", &["passes"]),
+        ],
+    );
+}
+
+#[test]
+fn policy_local() {
+    let local = json!({"externalTrafficPolicy": "Local", "internalTrafficPolicy": "Local"});
+    let mut node = Node::new(PacketMode::All);
+    node.set(&load_balancer(&local), &[slice()]);
+    let both: &[&str] = &["10.1.0.1:8080", "10.1.1.1:8080"];
+    let masqueraded: &[&str] = &["10.1.0.1:8080 masqueraded", "10.1.1.1:8080 masqueraded"];
+    check(
+        &node,
+        &[
+            (POD, CLUSTER_IP, &["10.1.0.1:8080"]),
+            (OUTSIDE, "203.0.113.1:80 tcp", &["10.1.0.1:8080"]),
+            (OUTSIDE, "192.168.0.1:30080 tcp", &["10.1.0.1:8080"]),
+            (POD, "203.0.113.1:80 tcp", both),
+            (POD, "192.168.0.1:30080 tcp", both),
+            (THIS_NODE, "203.0.113.1:80 tcp", masqueraded),
+        ],
+    );
+    node.set(&load_balancer(&local), &[fixture::slice(&["10.1.1.1 node-b rs"])]);
+    check(
+        &node,
+        &[
+            (POD, CLUSTER_IP, &["rejected"]),
+            (OUTSIDE, "203.0.113.1:80 tcp", &["dropped"]),
+            (OUTSIDE, "192.168.0.1:30080 tcp", &["dropped"]),
+            (POD, "203.0.113.1:80 tcp", &["10.1.1.1:8080"]),
+        ],
+    );
+    node.set(&load_balancer(&local), &[fixture::slice(&[])]);
+    let nothing: &[(&str, &str, &[&str])] = &[
+        (POD, CLUSTER_IP, &["rejected"]),
+        (OUTSIDE, "203.0.113.1:80 tcp", &["rejected"]),
+        (OUTSIDE, "192.168.0.1:30080 tcp", &["rejected"]),
+        (POD, "203.0.113.1:80 tcp", &["rejected"]),
+    ];
+    check(&node, nothing);
+}
+
+#[test]
+fn packets_of_the_node_are_for_the_mode_all() {
+    for (mode, from_outside) in [
+        (PacketMode::Off, "passes"),
+        (PacketMode::External, "10.1.0.1:8080 masqueraded"),
+        (PacketMode::All, "10.1.0.1:8080 masqueraded"),
+    ] {
+        let mut node = Node::new(mode);
+        node.set(&load_balancer(&json!({})), &[fixture::slice(&["10.1.0.1 node-a rs"])]);
+        check(&node, &[(OUTSIDE, "203.0.113.1:80 tcp", &[from_outside])]);
+        let others = if mode == PacketMode::All { from_outside } else { "passes" };
+        check(&node, &[(THIS_NODE, "203.0.113.1:80 tcp", &[others]), (THIS_NODE, CLUSTER_IP, &[others])]);
+        let unallocated = if mode == PacketMode::All { "dropped" } else { "passes" };
+        check(&node, &[(POD, "10.96.0.2:80 tcp", &[unallocated])]);
+    }
+}
+
+#[test]
+fn source_ranges_hold_for_load_balancer_addresses() {
+    let mut node = Node::new(PacketMode::All);
+    let ranges = json!({"loadBalancerSourceRanges": ["198.51.100.0/25", "198.51.100.0/24", "192.0.2.7/32"]});
+    node.set(&load_balancer(&ranges), &[fixture::slice(&["10.1.1.1 node-b rs"])]);
+    let at = "203.0.113.1:80 tcp";
+    check(
+        &node,
+        &[
+            ("198.51.100.7", at, &["10.1.1.1:8080 masqueraded"]),
+            ("198.51.100.200", at, &["10.1.1.1:8080 masqueraded"]),
+            ("198.51.101.0", at, &["dropped"]),
+            (THIS_NODE, at, &["dropped"]),
+            // Other addresses are open.
+            ("198.51.101.0", "203.0.113.5:80 tcp", &["10.1.1.1:8080 masqueraded"]),
+            ("198.51.101.0", "192.168.0.1:30080 tcp", &["10.1.1.1:8080 masqueraded"]),
+        ],
+    );
+    // Hooks cannot check them: sockets' calls go the packets' way.
+    let limited = FrontendAddress { ip: [203, 0, 113, 1].into(), port: 80, protocol: Protocol::Tcp };
+    assert!(node.state.desired().owner(&limited).is_none());
+    assert!(!node.state.image().services.contains_key(&limited));
+    assert_eq!(node.state.issues().count(), 0);
+    // A range that admits the node admits the address itself, which may be the node's source.
+    let ranges = json!({"loadBalancerSourceRanges": ["192.168.0.0/16"]});
+    node.set(&load_balancer(&ranges), &[]);
+    check(&node, &[("203.0.113.1", at, &["10.1.1.1:8080 masqueraded"]), (OUTSIDE, at, &["dropped"])]);
+}
+
+#[test]
+fn sctp_is_served_as_packets() {
+    let ports = json!([{"port": 80, "nodePort": 30080, "protocol": "SCTP"}]);
+    let service = load_balancer(&json!({ "ports": ports }));
+    let slice = objects::slice(&json!({
+        "ports": [{"name": "", "port": 8080, "protocol": "SCTP"}],
+        "endpoints": [fixture::endpoint("10.1.1.1 node-b rs")],
+    }));
+    let mut node = Node::new(PacketMode::All);
+    node.set(&service, &[slice.clone()]);
+    check(
+        &node,
+        &[
+            (POD, "10.96.0.1:80 sctp", &["10.1.1.1:8080"]),
+            (OUTSIDE, "192.168.0.1:30080 sctp", &["10.1.1.1:8080 masqueraded"]),
+            (POD, "10.96.0.1:80 tcp", &["rejected"]),
+        ],
+    );
+    assert_eq!(node.state.issues().count(), 0);
+    assert!(node.state.image().services.is_empty(), "no hook serves it");
+    for (mode, n_issues) in [(PacketMode::External, 1), (PacketMode::Off, 1)] {
+        let mut node = Node::new(mode);
+        node.set(&service, &[slice.clone()]);
+        assert_eq!(node.state.issues().count(), n_issues, "{mode}");
+    }
+}
+
+#[test]
+fn a_client_stays_with_its_endpoint_for_as_long_as_the_service_has_it() {
+    for (address, protocol) in [("10.96.0.1:80", "tcp"), ("192.168.0.1:30080", "tcp")] {
+        let mut node = Node::new(PacketMode::All);
+        let affinity = json!({"sessionAffinity": "ClientIP"});
+        node.set(&load_balancer(&affinity), &[slice()]);
+        let send = |node: &mut Node, source: &str, n: u32| {
+            let packet = packet(&format!("{source} {address} {protocol}"));
+            let table = node.kernel.values_mut().next().unwrap();
+            match sim::send(table, packet, &mut |below| n % below) {
+                Outcome::Translated { endpoint, .. } => endpoint.ip().to_string(),
+                other => panic!("{other:?}"),
+            }
+        };
+        assert_eq!(send(&mut node, "10.1.0.20", 1), "10.1.1.1");
+        assert_eq!(send(&mut node, "10.1.0.20", 0), "10.1.1.1", "it stays");
+        assert_eq!(send(&mut node, "10.1.0.21", 0), "10.1.0.1", "another client");
+        let service = load_balancer(&affinity);
+        node.kernel.values_mut().for_each(forget_clients);
+        node.set(&service, &[fixture::slice(&["10.1.0.1 node-a rs", "10.1.0.3 node-a rs"])]);
+        assert_eq!(send(&mut node, "10.1.0.20", 1), "10.1.0.3", "{address}: its endpoint is gone");
+        assert_eq!(send(&mut node, "10.1.0.20", 0), "10.1.0.3", "and it stays with the new one");
+    }
+}
+
+/// What rules add is no part of the desired tables.
+fn forget_clients(table: &mut Table) {
+    let affinity = table.sets.get_mut("affinity").unwrap();
+    affinity.elements.clear();
+}
+
+#[test]
+fn a_change_of_endpoints_touches_elements_of_data_alone() {
+    let mut node = Node::new(PacketMode::All);
+    for last in 1..100 {
+        let ip = format!("10.96.1.{last}");
+        let name = format!("web-{last}");
+        node.set(
+            &json!({"metadata": {"name": name}, "spec": {"clusterIP": ip, "clusterIPs": [ip]}}),
+            &[fixture::slice(&[])],
+        );
+    }
+    node.set(&load_balancer(&json!({})), &[slice()]);
+    // Others have as many endpoints as before and after, so that the chains are there and stay.
+    for (name, last, n_endpoints) in [("two", 2, 2), ("three", 3, 3)] {
+        let lines = ["10.1.2.1 node-b rs", "10.1.2.2 node-b rs", "10.1.2.3 node-b rs"];
+        let mut slice = fixture::slice(&lines[..n_endpoints]);
+        (slice.service.name, slice.name) = (name.into(), name.into());
+        let ip = format!("10.96.0.{last}");
+        let patch = json!({
+            "metadata": {"name": name},
+            "spec": {
+                "clusterIP": ip, "clusterIPs": [ip], "externalIPs": [format!("203.0.113.1{last}")],
+                "ports": [{"port": 80, "nodePort": 30080 + last}],
+            },
+            "status": {"loadBalancer": {"ingress": [{"ip": format!("203.0.113.2{last}")}]}},
+        });
+        node.set(&objects::patched(load_balancer(&json!({})), &patch), &[slice]);
+    }
+    let three = fixture::slice(&["10.1.0.1 node-a rs", "10.1.1.1 node-b rs", "10.1.2.1 node-b rs"]);
+    node.state.change(|store| store.set_slice(&three.key(), Some(three)));
+    let _plan = node.state.sync();
+    let transaction = node.state.take_packet_changes();
+    let mut n_elements = 0;
+    for (_, change) in &transaction.changes {
+        match change {
+            Change::AddElements(set, elements) => {
+                assert!(["services", "endpoints"].contains(&&**set), "{set}");
+                n_elements += elements.len();
+            }
+            Change::DeleteElements(set, keys) => {
+                assert!(["services", "endpoints"].contains(&&**set), "{set}");
+                n_elements += keys.len();
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+    // Of four frontends: the number of endpoints is another, and one endpoint is new.
+    assert_eq!(n_elements, 4 * 3);
+    sim::apply(&mut node.kernel, &transaction.changes).unwrap();
+    assert_eq!(node.kernel, node.state.packets().tables());
+}
+
+#[test]
+fn nothing_of_a_service_is_left_behind() {
+    let mut node = Node::new(PacketMode::All);
+    node.sync();
+    let before = node.kernel.clone();
+    let affinity = json!({"sessionAffinity": "ClientIP", "externalTrafficPolicy": "Local"});
+    node.set(&load_balancer(&affinity), &[slice()]);
+    assert_ne!(node.kernel, before);
+    node.state.change(|store| store.set_service(&model::ServiceKey::new("default", "web"), None));
+    node.sync();
+    assert_eq!(node.kernel, before);
+}
+
+#[test]
+fn ipv6() {
+    let mut node = Node::new(PacketMode::All);
+    let service = json!({
+        "spec": {
+            "type": "NodePort", "clusterIP": "fd96::1", "clusterIPs": ["fd96::1"], "ipFamilies": ["IPv6"],
+            "ports": [{"port": 80, "nodePort": 30080}], "sessionAffinity": "ClientIP",
+        },
+    });
+    let slice = objects::slice(&json!({
+        "addressType": "IPv6",
+        "endpoints": [fixture::endpoint("fd10::1 node-a rs"), fixture::endpoint("fd11::1 node-b rs")],
+    }));
+    node.set(&service, &[slice]);
+    check(
+        &node,
+        &[
+            ("fd10::9", "[fd96::1]:80 tcp", &["[fd10::1]:8080", "[fd11::1]:8080"]),
+            ("fd10::1", "[fd96::1]:80 tcp", &["[fd10::1]:8080 masqueraded", "[fd11::1]:8080"]),
+            (
+                "2001:db8::1",
+                "[fd01::1]:30080 tcp",
+                &["[fd10::1]:8080 masqueraded", "[fd11::1]:8080 masqueraded"],
+            ),
+        ],
+    );
+}

@@ -260,10 +260,7 @@ fn r3_protocols() {
     );
     assert_eq!(
         texts(&issues),
-        [
-            "spec.ports[2]: SCTP cannot be served at a socket; calls go to the network untranslated",
-            "spec.ports[4].protocol: \"tcp\" is none of TCP, UDP and SCTP; this port is left out",
-        ]
+        ["spec.ports[4].protocol: \"tcp\" is none of TCP, UDP and SCTP; this port is left out"]
     );
 }
 
