@@ -17,7 +17,7 @@ use crate::{
         slow_start::SlowStart,
     },
     model::{Cidr, Issue, IssueKind, ObjectRef, Protocol, Service, ServiceKey, Slice, Store, store::Changes},
-    packets::{Rules, Site, nft::Transaction},
+    packets::{Rules, Site, nft::{Table, TableId, Transaction}},
     plan::{Capacity, Encoder, Full, Plan, audit::Suspects},
     stale::{CurrentState, Fate, Flow, Flows, Search, StaleTracker},
     tables::{AddressTable, Image, MapUse},
@@ -432,6 +432,13 @@ impl State {
     #[must_use]
     pub fn take_packet_changes(&mut self) -> Transaction {
         self.packets.take_changes()
+    }
+
+    /// The tables of the packets' rules as of the last sync, which the kernel's are made equal to: see
+    /// [`Rules::adopt`].
+    #[must_use]
+    pub fn adopt_packet_tables(&mut self) -> BTreeMap<TableId, Table> {
+        self.packets.adopt()
     }
 
     /// The rules for packets, as of the last sync.

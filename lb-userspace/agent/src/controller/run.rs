@@ -16,7 +16,7 @@ use lb_core::{
     },
     plan::audit::Faults,
 };
-use lb_kernel::{self, Findings, Kernel, KernelError, Maps, Pins, Repaired, lock::Lock};
+use lb_kernel::{self, Findings, nftables::NftablesError, Kernel, KernelError, Maps, Pins, Repaired, lock::Lock};
 use tokio::{
     sync::{mpsc, watch},
     task::{JoinHandle, JoinSet, spawn_blocking},
@@ -50,10 +50,11 @@ use crate::{
 mod addresses;
 mod ejections;
 mod exclude;
+mod packets;
 mod self_tests;
 mod stale;
 
-use self::{addresses::Addresses, exclude::ExcludedPods, self_tests::SelfTests, stale::Sweep};
+use self::{addresses::Addresses, exclude::ExcludedPods, packets::PacketRules, self_tests::SelfTests, stale::Sweep};
 
 const RETRY: Duration = Duration::from_secs(1);
 /// How often the pins are checked, and the node's own addresses read if netlink does not report changes.
@@ -94,6 +95,9 @@ pub enum RunError {
     /// Cannot listen on an address.
     #[error(transparent)]
     Listen(#[from] ListenError),
+    /// The kernel cannot have the rules of `--packets`.
+    #[error("--packets: {0}; --packets=off leaves packets to another proxy")]
+    Packets(#[from] NftablesError),
     /// The self-test's endpoints cannot listen.
     #[error("the self-test cannot listen on a loopback address: {0}; --self-test-interval=0 turns it off")]
     SelfTest(#[source] std::io::Error),
@@ -177,6 +181,7 @@ pub async fn run(
             }
             on_self_test = next_self_test(&mut proof), if agent.n_syncs > 0 || has_adopted_endpoints => agent.on_self_test(on_self_test),
             Some(()) = graces.recv() => agent.on_grace_period(),
+            event = agent.packets.next() => agent.on_packets(&*source, event),
             () = until(agent.state.next_share_due()), if phase.may_sync() => agent.state.advance(Instant::now().into_std()),
             () = next_change(&mut port_issues) => agent.report(&*source),
             Some(changes) = ejections.recv() => agent.on_ejections(&*source, changes),
@@ -192,6 +197,7 @@ pub async fn run(
             () = tick(&mut audits) => {
                 agent.restore_pins(&lock);
                 agent.compare();
+                agent.packets.audit(&mut agent.state);
             }
         }
     }
@@ -299,6 +305,7 @@ struct Agent {
     writer: Arc<Mutex<Writer>>,
     writing: Option<Task<Written, SnapshotError>>,
     save_problem: Option<String>,
+    packets: PacketRules,
     auditing: Option<Task<Findings, KernelError>>,
     /// Number of successful syncs.
     n_syncs: u64,
@@ -332,6 +339,7 @@ impl Agent {
             // A pending message has the same effect.
             let _full = on_grace_period.try_send(());
         })?;
+        let packets = PacketRules::start(settings.packets)?;
         let mut addresses = Addresses::start();
         let capacity = kernel.maps().capacity();
         let mut state = State::new(settings, addresses.read(), capacity, &kernel.maps().image()?);
@@ -401,6 +409,7 @@ impl Agent {
             writer,
             writing: None,
             save_problem: None,
+            packets,
             auditing: None,
             n_syncs: 0,
             latency: Latency::default(),
@@ -567,6 +576,8 @@ impl Agent {
         let plan = self.state.sync();
         // May wait for a grace period.
         let result = self.kernel.apply(&plan);
+        // Packets have their own tables, and may have room where sockets have none.
+        self.packets.changed(&mut self.state);
         // A snapshot that was only read need not be written.
         if source.is_complete() {
             self.saving.changed();
@@ -675,13 +686,15 @@ impl Agent {
         self.published.send_if_modified(|published| {
             let differs = published.is_syncing
                 || *published.issues != *issues
-                || published.save_problem != self.save_problem;
+                || published.save_problem != self.save_problem
+                || published.packets != self.packets.status();
             if published.is_syncing {
                 *published = Published { n_syncs: self.n_syncs, ..Published::new(&self.state) };
             }
             if differs {
                 published.issues = issues.into();
                 published.save_problem.clone_from(&self.save_problem);
+                published.packets = self.packets.status();
             }
             differs
         });
@@ -749,6 +762,12 @@ impl Agent {
         }
     }
 
+    fn on_packets(&mut self, source: &dyn Source, event: packets::Event) {
+        if self.packets.advance(event, &mut self.state, &self.metrics) {
+            self.report(source);
+        }
+    }
+
     /// A grace period has expired, perhaps the last one requested.
     fn on_grace_period(&mut self) {
         self.state.settled(self.kernel.settled());
@@ -796,7 +815,9 @@ impl Agent {
             used: size.used,
         });
         let node = ObjectRef::node(&self.state.settings().node_name);
-        refused.chain(not_saved).map(move |kind| Issue::new(node.clone(), kind))
+        let of_packets = self.packets.status().and_then(|status| status.problem);
+        let not_changed = of_packets.map(|cause| IssueKind::PacketRules { cause: cause.to_string() });
+        refused.chain(not_saved).chain(not_changed).map(move |kind| Issue::new(node.clone(), kind))
     }
 
     /// Sends the notifications that are due: for new issues and for long-standing ones. Does not block; the

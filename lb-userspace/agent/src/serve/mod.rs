@@ -88,10 +88,36 @@ pub struct Published {
     pub issues: Arc<[Issue]>,
     /// Why the last snapshot was not written.
     pub save_problem: Option<String>,
+    /// The rules for packets; `None` with `--packets=off`.
+    pub packets: Option<PacketStatus>,
     /// How full the maps are, also after grace periods.
     pub maps: [MapUse; 7],
     /// Whether a sync is changing the maps, so that they may be newer than the view.
     pub is_syncing: bool,
+}
+
+/// The state of the rules, for pages and commands.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PacketStatus {
+    /// Number of frontends in the tables.
+    pub n_frontends: usize,
+    /// Number of elements that these have in the tables' sets.
+    pub n_elements: usize,
+    /// The last transaction.
+    pub last: Option<LastTransaction>,
+    /// Why the rules are not up to date.
+    pub problem: Option<Arc<str>>,
+}
+
+/// A transaction that the kernel has made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LastTransaction {
+    /// Number of changes; many elements of one set are one change.
+    pub n_changes: usize,
+    /// How long it took, from its encoding to the kernel's answer.
+    pub took: Duration,
+    /// When it ended.
+    pub at: std::time::SystemTime,
 }
 
 impl Published {
@@ -103,6 +129,7 @@ impl Published {
             n_syncs: 0,
             issues: Arc::default(),
             save_problem: None,
+            packets: None,
             maps: state.map_use(),
             is_syncing: false,
         }

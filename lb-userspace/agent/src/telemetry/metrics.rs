@@ -125,6 +125,11 @@ definitions! {
     PIN_REPAIRS: Counter "socklb_pin_repairs_total" ["pin"]
         "Pins of maps and hooks that others removed or replaced, and hooks whose program was detached or replaced, that an \
          audit repaired";
+    PACKET_TRANSACTIONS: Counter "socklb_packet_transactions_total" ["result"]
+        "Transactions that changed the nftables rules of --packets: result done or error. After an error the tables are read and \
+         the change is retried";
+    PACKET_DURATION: Histogram "socklb_packet_transaction_duration_seconds" []
+        "Time of a transaction that changed the nftables rules, until the kernel's answer";
     SELF_TESTS: Counter "socklb_self_tests_total" ["result"]
         "Calls of the agent's own Service by a separate process, through the hooks and tables of all Services: result passed or \
          failed";
@@ -181,6 +186,8 @@ pub enum AuditResult {
 pub struct Metrics {
     registry: Arc<Registry>,
     sync_duration: Histogram,
+    packet_transactions: By,
+    packet_duration: Histogram,
     sync_last: Real,
     sync_last_queued: Real,
     network_programming: Histogram,
@@ -255,6 +262,8 @@ impl Metrics {
             audits: register(registry, &AUDITS, By::default()),
             audit_repairs: register(registry, &AUDIT_REPAIRS, By::default()),
             pin_repairs: register(registry, &PIN_REPAIRS, By::default()),
+            packet_transactions: register(registry, &PACKET_TRANSACTIONS, By::default()),
+            packet_duration: register(registry, &PACKET_DURATION, seconds_doubling(0.000_125, 20)),
             self_tests: register(registry, &SELF_TESTS, By::default()),
             sockets_destroyed: register(registry, &SOCKETS_DESTROYED, By::default()),
             issues: register(registry, &ISSUES, Gauge::default()),
@@ -335,6 +344,17 @@ impl Metrics {
         for (&map, &n_entries) in repaired {
             self.audit_repairs.get_or_create(&[("map", map)]).inc_by(n_entries);
         }
+    }
+
+    /// A transaction has changed the rules for packets.
+    pub fn packets_changed(&self, took: Duration) {
+        self.packet_transactions.get_or_create(&[("result", "done")]).inc();
+        self.packet_duration.observe(took.as_secs_f64());
+    }
+
+    /// A transaction of the rules for packets has failed.
+    pub fn packets_failed(&self) {
+        self.packet_transactions.get_or_create(&[("result", "error")]).inc();
     }
 
     /// A pin, or the program of a hook, was restored.

@@ -131,8 +131,8 @@ fn frontends_within<'a>(
             }
             n_entries += n_more;
             if port.protocol == Protocol::Sctp && settings.packets != PacketMode::All {
-                let field = format!("spec.ports, port {}", port.port);
-                builder.issues.insert(IssueKind::NotServed { field, protocol: port.protocol });
+                let ServicePort { port, protocol, .. } = *port;
+                builder.issues.insert(IssueKind::NotServed { port, protocol });
             }
             builder.add_port(port, cluster_ip, &slices.endpoints_of(port));
         }

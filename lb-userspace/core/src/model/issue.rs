@@ -242,7 +242,7 @@ pub enum IssueKind {
     /// A port's protocol is valid, but no socket hook can serve it, and packets are not served either.
     NotServed {
         /// The port.
-        field: String,
+        port: u16,
         /// Its protocol.
         protocol: Protocol,
     },
@@ -481,6 +481,11 @@ pub enum IssueKind {
         /// The cause, in one line; names the file.
         cause: String,
     },
+    /// This Node's agent cannot change the nftables rules. It retries.
+    PacketRules {
+        /// The cause, in one line.
+        cause: String,
+    },
     /// An object from the API server cannot be decoded. It is left out.
     Unreadable {
         /// The cause, in one line.
@@ -500,7 +505,7 @@ impl IssueKind {
     pub fn field(&self) -> Option<&str> {
         match self {
             Self::TooManyServiceCidrs { .. } => Some("spec.cidrs"),
-            Self::NoPorts | Self::TooManyEndpoints { .. } => Some("spec.ports"),
+            Self::NoPorts | Self::NotServed { .. } | Self::TooManyEndpoints { .. } => Some("spec.ports"),
             Self::TooManyAddresses { .. } | Self::NodesFull { .. } => Some("status.addresses"),
             Self::InvalidName { field, .. }
             | Self::InvalidPort { field, .. }
@@ -508,7 +513,6 @@ impl IssueKind {
             | Self::NoPortName { field }
             | Self::DuplicatePort { field, .. }
             | Self::UnknownProtocol { field, .. }
-            | Self::NotServed { field, .. }
             | Self::InvalidAddress { field, .. }
             | Self::WrongFamily { field, .. }
             | Self::SpecialAddress { field, .. }
@@ -646,6 +650,10 @@ impl IssueKind {
                  server serves older objects, or none: free space or let the agent write there; the agent \
                  retries"
             ),
+            Self::PacketRules { cause } => write!(
+                f,
+                "the rules for packets are not up to date: {cause}; packets are served as before; the agent retries"
+            ),
             _ => Ok(()),
         }
     }
@@ -679,10 +687,10 @@ impl fmt::Display for IssueKind {
             Self::UnknownProtocol { field, value } => {
                 write!(f, "{field}: {value:?} is none of TCP, UDP and SCTP; this port is left out")
             }
-            Self::NotServed { field, protocol } => {
+            Self::NotServed { port, protocol } => {
                 write!(
                     f,
-                    "{field}: {protocol} cannot be served at a socket, and is served as packets with --packets=all alone; \
+                    "spec.ports: {port}: {protocol} cannot be served at a socket, and is served as packets with --packets=all alone; \
                      calls go to the network untranslated"
                 )
             }
@@ -751,7 +759,9 @@ impl fmt::Display for IssueKind {
             | Self::DefinedTwice { .. }
             | Self::BrokenFile { .. }
             | Self::BeingWritten { .. } => self.fmt_file(&mut f),
-            Self::SizeRefused { .. } | Self::SnapshotNotWritten { .. } => self.fmt_of_agent(&mut f),
+            Self::SizeRefused { .. } | Self::SnapshotNotWritten { .. } | Self::PacketRules { .. } => {
+                self.fmt_of_agent(&mut f)
+            }
             Self::Unreadable { cause } => write!(f, "{cause}; the object is left out"),
         }
     }

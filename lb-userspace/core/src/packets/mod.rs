@@ -23,10 +23,18 @@ mod rules;
 pub mod sim;
 mod skeleton;
 
+use self::nft::{Family, TableId};
 pub use self::{
     diff::diff,
     rules::{Rules, Site},
 };
 
-/// Name of the tables.
-pub const TABLE: &str = "socklb";
+/// The tables: `ip socklb` and `ip6 socklb`.
+#[must_use]
+pub fn table_ids() -> [TableId; 2] {
+    [Family::V4, Family::V6].map(table_id)
+}
+
+fn table_id(family: Family) -> TableId {
+    TableId { family, name: "socklb".into() }
+}

@@ -8,7 +8,7 @@ use std::{
 };
 
 use super::{
-    TABLE, diff,
+    diff, table_id,
     nft::{Change, Family, Key, Octets, Table, TableId, Transaction, Value},
     skeleton::{self, Behavior, Ground, INSIDE, Sources, address},
 };
@@ -94,6 +94,16 @@ impl Rules {
         tables.map(|rules| (rules.id(), rules.table())).collect()
     }
 
+    /// As [`Self::tables`], for a kernel whose tables become equal to them: then [`Self::take_changes`] begins there.
+    #[must_use]
+    pub fn adopt(&mut self) -> BTreeMap<TableId, Table> {
+        for rules in [&mut self.v4, &mut self.v6] {
+            rules.before = Some(rules.skeleton());
+            (rules.former, rules.touched) = Default::default();
+        }
+        self.tables()
+    }
+
     /// The changes since the last call, as one transaction. Empty if there is none.
     ///
     /// It fits a kernel that has made all earlier ones. Otherwise compare [`Self::tables`] with the kernel's.
@@ -107,10 +117,11 @@ impl Rules {
         Transaction { changes, generation: None }
     }
 
-    /// Number of frontends that packets reach.
+    /// Number of frontends that packets reach, and of the elements that these have in sets.
     #[must_use]
-    pub fn n_frontends(&self) -> usize {
-        self.v4.frontends.len() + self.v6.frontends.len()
+    pub fn sizes(&self) -> (usize, usize) {
+        let n_frontends = self.v4.frontends.len() + self.v6.frontends.len();
+        (n_frontends, self.v4.n_elements + self.v6.n_elements)
     }
 
     const fn of_mut(&mut self, family: Family) -> &mut FamilyRules {
@@ -163,6 +174,13 @@ impl Served {
         }
     }
 
+    /// Number of elements of the frontend.
+    fn n_elements(&self) -> usize {
+        let n_endpoints = self.endpoints.len() + self.inside.as_ref().map_or(0, |inside| inside.len());
+        let n_members = if self.affinity_seconds > 0 { n_endpoints } else { 0 };
+        1 + n_endpoints + n_members + self.allowed.as_ref().map_or(0, |allowed| allowed.len())
+    }
+
     /// Adds the elements of the frontend to a table.
     fn add_to(&self, table: &mut Table, at: &FrontendAddress) {
         let key = key(at);
@@ -195,6 +213,8 @@ struct FamilyRules {
     before: Option<Skeleton>,
     now: Ground,
     frontends: BTreeMap<FrontendAddress, Served>,
+    /// Of `frontends` together: [`Served::n_elements`].
+    n_elements: usize,
     /// The frontends that have changed, as they were.
     former: BTreeMap<FrontendAddress, Option<Served>>,
     /// How many frontends have a behavior; node ports apart.
@@ -227,6 +247,7 @@ impl FamilyRules {
             before: None,
             now: Ground { family, mode, pods: BTreeSet::new(), networks: BTreeSet::new() },
             frontends: BTreeMap::new(),
+            n_elements: 0,
             former: BTreeMap::new(),
             behaviors: Default::default(),
             local: BTreeMap::new(),
@@ -237,7 +258,7 @@ impl FamilyRules {
     }
 
     fn id(&self) -> TableId {
-        TableId { family: self.now.family, name: TABLE.into() }
+        table_id(self.now.family)
     }
 
     fn set(&mut self, at: FrontendAddress, served: Option<Served>) {
@@ -260,6 +281,11 @@ impl FamilyRules {
 
     fn count(&mut self, at: &FrontendAddress, served: &Served, is_added: bool) {
         let [of_addresses, of_node_ports] = &mut self.behaviors;
+        if is_added {
+            self.n_elements += served.n_elements();
+        } else {
+            self.n_elements -= served.n_elements();
+        }
         let behaviors = if at.ip.is_unspecified() { of_node_ports } else { of_addresses };
         count(behaviors, served.behavior(), is_added);
         for endpoint in served.local.iter() {

@@ -172,6 +172,32 @@ impl Nftables {
         }
     }
 
+    /// Deletes tables, all in one transaction. Returns whether there was one.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::apply`].
+    pub fn remove(&mut self, tables: &[TableId]) -> Result<bool, NftablesError> {
+        let mut changes = Vec::new();
+        for id in tables {
+            if self.has(id)? {
+                // Refused without a table: another program may delete it meanwhile.
+                changes.extend([Change::AddTable, Change::DeleteTable].map(|change| (id.clone(), change)));
+            }
+        }
+        let has_any = !changes.is_empty();
+        self.apply(&Transaction { changes, generation: None })?;
+        Ok(has_any)
+    }
+
+    fn has(&mut self, id: &TableId) -> Result<bool, NftablesError> {
+        let named = |writer: &mut Writer| writer.text(wire::table::NAME, &id.name);
+        match self.get(id, wire::message::GET_TABLE, 0, named, |_attributes| {}) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            found => found.map(|_| true).map_err(|error| NftablesError::socket("cannot read a table", error)),
+        }
+    }
+
     /// Reads a table, and the generation in which it was so; `None` if there is no such table.
     ///
     /// Elements of dynamic sets are among what is read. Time-outs are as the kernel keeps them, in multiples

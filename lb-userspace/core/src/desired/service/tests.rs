@@ -126,7 +126,7 @@ fn r3_sctp_is_not_served() {
     assert_eq!(issues, []);
     let (frontends, issues) = frontends(&service.unwrap(), two_ready().iter(), &topology(), &settings());
     assert_eq!(lines(&frontends), ["10.0.0.1:80/tcp ClusterIP 10.1.0.1:8080 10.1.0.2:8080"]);
-    let text = "spec.ports, port 81: SCTP cannot be served at a socket, and is served as packets with --packets=all \
+    let text = "spec.ports: 81: SCTP cannot be served at a socket, and is served as packets with --packets=all \
                 alone; calls go to the network untranslated";
     assert_eq!(issues.iter().map(|issue| issue.kind.to_string()).collect::<Vec<_>>(), [text]);
 }

@@ -1,0 +1,286 @@
+//! Keeps the rules for packets in the kernel.
+//!
+//! Transactions run one after the other on a blocking thread, in the order of the syncs. After a failure, after the
+//! start, and when an audit finds that another program has committed changes, the whole tables are read and
+//! compared instead.
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    time::{Duration, Instant, SystemTime},
+};
+
+use lb_core::{
+    desired::PacketMode,
+    packets::{
+        self,
+        nft::{Table, TableId, Transaction},
+    },
+    state::State,
+};
+use lb_kernel::nftables::{Nftables, NftablesError};
+use tokio::{
+    task::{JoinHandle, spawn_blocking},
+    time,
+};
+use tracing::{debug, info, warn};
+
+use crate::{
+    serve::{LastTransaction, PacketStatus},
+    telemetry::Metrics,
+};
+
+/// Time before a failed change is retried.
+const RETRY: Duration = Duration::from_secs(1);
+
+/// How often tables are compared anew because another program commits changes meanwhile.
+const MAX_TRIES: usize = 8;
+
+/// What the blocking thread does.
+#[derive(Debug)]
+enum Work {
+    Apply(Transaction),
+    /// Makes the kernel's tables like these.
+    Adopt(BTreeMap<TableId, Table>),
+    /// Compares the generation alone: whether another program has committed changes.
+    Check,
+}
+
+/// How work has ended.
+#[derive(Debug)]
+enum Done {
+    /// The kernel has made these changes.
+    Applied {
+        n_changes: usize,
+        took: Duration,
+        /// `None` if another program has committed changes too.
+        generation: Option<u32>,
+    },
+    Checked { generation: u32 },
+}
+
+pub(super) struct PacketRules {
+    mode: PacketMode,
+    /// `None` while a task has it, and where the kernel has no nftables.
+    nftables: Option<Nftables>,
+    running: Option<JoinHandle<Worked>>,
+    queue: VecDeque<Work>,
+    /// The generation after the last change, if the tables are known to be as they ought to be.
+    generation: Option<u32>,
+    /// Whether the tables must be compared as a whole.
+    must_adopt: bool,
+    /// When that is tried again.
+    retry_at: Option<Instant>,
+    status: PacketStatus,
+}
+
+impl PacketRules {
+    /// Opens nftables in the network namespace of the calling thread. With [`PacketMode::Off`], removes tables that
+    /// an agent with another setting has left.
+    ///
+    /// # Errors
+    ///
+    /// Unless the mode is `Off`: if the kernel cannot have such rules.
+    pub(super) fn start(mode: PacketMode) -> Result<Self, NftablesError> {
+        let mut rules = Self {
+            mode,
+            nftables: None,
+            running: None,
+            queue: VecDeque::new(),
+            generation: None,
+            must_adopt: true,
+            retry_at: None,
+            status: PacketStatus::default(),
+        };
+        match (mode, Nftables::open()) {
+            (PacketMode::Off, Ok(mut nftables)) => match nftables.remove(&packets::table_ids()) {
+                Ok(true) => info!("removed the nftables rules of an agent with --packets"),
+                Ok(false) | Err(NftablesError::Missing) => {}
+                Err(error) => warn!(%error, "nftables rules of an earlier agent may be left"),
+            },
+            // Without nftables there are no rules to remove.
+            (PacketMode::Off, Err(_)) => {}
+            (_, nftables) => rules.nftables = Some(nftables?),
+        }
+        Ok(rules)
+    }
+
+    /// Puts the changes of a sync into the queue.
+    pub(super) fn changed(&mut self, state: &mut State) {
+        if self.mode == PacketMode::Off {
+            return;
+        }
+        (self.status.n_frontends, self.status.n_elements) = state.packets().sizes();
+        if self.must_adopt {
+            self.adopt(state);
+        } else {
+            let transaction = state.take_packet_changes();
+            if !transaction.changes.is_empty() {
+                self.queue.push_back(Work::Apply(transaction));
+            }
+        }
+        self.proceed();
+    }
+
+    /// Starts to look for changes of other programs.
+    pub(super) fn audit(&mut self, state: &mut State) {
+        if self.mode == PacketMode::Off || self.must_adopt || !self.queue.is_empty() || self.running.is_some() {
+            return;
+        }
+        match self.generation {
+            Some(_) => self.queue.push_back(Work::Check),
+            None => self.adopt(state),
+        }
+        self.proceed();
+    }
+
+    /// Waits for the end of the running work, or until a retry is due; never resolves without either.
+    pub(super) async fn next(&mut self) -> Event {
+        if let Some(running) = &mut self.running {
+            let result = running.await;
+            self.running = None;
+            return Event::Ended(result.map_err(|stopped| stopped.to_string()));
+        }
+        match self.retry_at {
+            Some(due) => time::sleep_until(due.into()).await,
+            None => std::future::pending().await,
+        }
+        Event::RetryDue
+    }
+
+    /// Carries on after an event. Returns whether the status has changed.
+    pub(super) fn advance(&mut self, event: Event, state: &mut State, metrics: &Metrics) -> bool {
+        let (work, result) = match event {
+            Event::RetryDue => {
+                self.retry_at = None;
+                self.adopt(state);
+                self.proceed();
+                return false;
+            }
+            Event::Ended(Ok((nftables, work, result))) => {
+                self.nftables = nftables;
+                (Some(work), result.map_err(|error| error.to_string()))
+            }
+            Event::Ended(Err(stopped)) => (None, Err(stopped)),
+        };
+        let before = self.status.clone();
+        match result {
+            Ok(Done::Applied { n_changes, took, generation }) => {
+                let is_whole = matches!(work, Some(Work::Adopt(_)));
+                if is_whole && self.status.last.is_some() && n_changes > 0 {
+                    warn!(n_changes, "an audit repaired nftables rules that another program had changed");
+                }
+                if n_changes > 0 {
+                    metrics.packets_changed(took);
+                }
+                debug!(n_changes, ?took, is_whole, "changed the nftables rules");
+                self.generation = generation;
+                self.status.problem = None;
+                if n_changes > 0 || self.status.last.is_none() {
+                    self.status.last = Some(LastTransaction { n_changes, took, at: SystemTime::now() });
+                }
+            }
+            Ok(Done::Checked { generation }) if Some(generation) == self.generation => {}
+            Ok(Done::Checked { .. }) => self.adopt(state),
+            Err(problem) => {
+                metrics.packets_failed();
+                warn!(problem, "the nftables rules could not be changed: reading them and retrying");
+                self.status.problem = Some(problem.into());
+                (self.must_adopt, self.generation) = (true, None);
+                self.retry_at = Some(Instant::now() + RETRY);
+            }
+        }
+        self.proceed();
+        self.status != before
+    }
+
+    pub(super) fn status(&self) -> Option<PacketStatus> {
+        (self.mode != PacketMode::Off).then(|| self.status.clone())
+    }
+
+    /// Compares the tables with what is desired now, of which all earlier changes are part.
+    fn adopt(&mut self, state: &mut State) {
+        self.must_adopt = false;
+        self.queue.clear();
+        self.queue.push_back(Work::Adopt(state.adopt_packet_tables()));
+    }
+
+    fn proceed(&mut self) {
+        if self.running.is_some() || self.retry_at.is_some() {
+            return;
+        }
+        let Some(work) = self.queue.pop_front() else { return };
+        let (nftables, generation) = (self.nftables.take(), self.generation);
+        self.running = Some(spawn_blocking(move || {
+            // A task that panicked has taken it along.
+            match nftables.map_or_else(Nftables::open, Ok) {
+                Ok(mut nftables) => {
+                    let result = run(&mut nftables, &work, generation);
+                    (Some(nftables), work, result)
+                }
+                Err(error) => (None, work, Err(error)),
+            }
+        }));
+    }
+}
+
+/// What [`PacketRules::advance`] reacts to.
+pub(super) enum Event {
+    /// Work has ended, with its result or why it has none.
+    Ended(Result<Worked, String>),
+    RetryDue,
+}
+
+type Worked = (Option<Nftables>, Work, Result<Done, NftablesError>);
+
+fn run(nftables: &mut Nftables, work: &Work, known: Option<u32>) -> Result<Done, NftablesError> {
+    let started = Instant::now();
+    match work {
+        Work::Check => Ok(Done::Checked { generation: nftables.generation()? }),
+        Work::Apply(transaction) => {
+            nftables.apply(transaction)?;
+            let (n_changes, took) = (transaction.changes.len(), started.elapsed());
+            // A transaction increases it by 1. If another program's came between, an audit compares the tables.
+            let generation = nftables.generation()?;
+            let is_alone = known.is_some_and(|known| known.wrapping_add(1) == generation);
+            Ok(Done::Applied { n_changes, took, generation: is_alone.then_some(generation) })
+        }
+        Work::Adopt(tables) => {
+            let mut n_tries = 0;
+            loop {
+                match adopt(nftables, tables) {
+                    Err(NftablesError::Changed) if n_tries < MAX_TRIES => n_tries += 1,
+                    Ok((n_changes, generation)) => {
+                        let took = started.elapsed();
+                        return Ok(Done::Applied { n_changes, took, generation: Some(generation) });
+                    }
+                    Err(error) => return Err(error),
+                }
+            }
+        }
+    }
+}
+
+/// Makes the kernel's tables like these, if no other program commits changes meanwhile. Returns the number of
+/// changes and the generation.
+fn adopt(
+    nftables: &mut Nftables,
+    tables: &BTreeMap<TableId, Table>,
+) -> Result<(usize, u32), NftablesError> {
+    let (mut changes, mut generations) = (Vec::new(), Vec::new());
+    for (id, wanted) in tables {
+        let (found, generation) = nftables.read(id)?;
+        generations.push(generation);
+        let missing = packets::diff(found.as_ref(), wanted);
+        changes.extend(missing.into_iter().map(|change| (id.clone(), change)));
+    }
+    let Some(&first) = generations.first() else { return Ok((0, nftables.generation()?)) };
+    if generations.iter().any(|generation| *generation != first) {
+        return Err(NftablesError::Changed);
+    }
+    let n_changes = changes.len();
+    if n_changes == 0 {
+        return Ok((0, first));
+    }
+    nftables.apply(&Transaction { changes, generation: Some(first) })?;
+    Ok((n_changes, first.wrapping_add(1)))
+}
