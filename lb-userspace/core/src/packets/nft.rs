@@ -7,6 +7,15 @@
 //!
 //! A map is a set whose elements have values. A rule is a program over sixteen registers of four octets; each
 //! rule must load what it uses, because no kernel promises what registers hold before.
+//!
+//! # What `nft` can list
+//!
+//! `nft list ruleset` decompiles every rule of the namespace, and an assertion ends it at a rule that it does
+//! not understand, also for the user of another table. nft 1.0.6 understands what a lookup found only as the
+//! operand of [`Expression::Dnat`] and [`Expression::SetMark`]: never as a key or a part of one (so no chain of
+//! two lookups, be the second a verdict map), and never as the value of [`Expression::Dynset`]. Each field of
+//! such a value must be loaded by an expression of its own, for example from [`CtKey`]. Constants as a part
+//! of a key are listed as numbers.
 
 use std::{collections::BTreeMap, fmt, num::NonZeroU32, ops::BitOr, sync::Arc};
 
@@ -230,7 +239,7 @@ pub enum Expression {
     },
     /// Loads a constant.
     Immediate {
-        /// The constant.
+        /// The constant, of at most 16 octets.
         value: Octets,
         /// Where it goes.
         to: Register,
@@ -241,7 +250,7 @@ pub enum Expression {
     Bitwise {
         /// The operand.
         from: Register,
-        /// As long as the operand.
+        /// As long as the operand, at most 16 octets.
         mask: Octets,
         /// As long as the operand.
         xor: Octets,
@@ -254,7 +263,7 @@ pub enum Expression {
         from: Register,
         /// How.
         op: Comparison,
-        /// The right side.
+        /// The right side, of at most 16 octets.
         value: Octets,
     },
     /// Searches a set of the same table. Does not match without an element; inverted: with one.
@@ -277,7 +286,7 @@ pub enum Expression {
         /// Four octets.
         to: Register,
     },
-    /// Adds an element to a dynamic set, or renews it. Does not match if the set is full.
+    /// Adds an element to a dynamic set, renews or deletes it. Does not match if the set is full.
     Dynset {
         /// Its name.
         set: Name,
@@ -285,7 +294,7 @@ pub enum Expression {
         op: DynsetOp,
         /// The key.
         key: Register,
-        /// For a map, the value.
+        /// For a map the value, also to delete an element.
         value: Option<Register>,
         /// Time-out in milliseconds, instead of the set's own.
         timeout: Option<NonZeroU32>,
