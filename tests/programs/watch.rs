@@ -31,8 +31,8 @@ use crate::{
 /// Runs a test with the pinned maps of an agent that has exited: the commands read those.
 fn with_served_town(test: impl FnOnce(&Place) + Send) {
     with_town(|place, town| {
-        let agent = serve(place, &town.cluster(0..2), &QUIET);
-        assert_eq!(agent.end(Signal::SIGTERM), Some(0));
+        let cluster = town.cluster(0..2).annotated("socklb.io/balance", "least-connections");
+        assert_eq!(serve(place, &cluster, &QUIET).end(Signal::SIGTERM), Some(0));
         test(place);
     });
 }
@@ -93,10 +93,13 @@ fn top_counts_the_calls_and_sockets_of_programs() {
         if after["sockets_complete"] == true {
             assert_eq!((growth("web-v4", "sockets"), of_endpoints("sockets")), (3, 3), "{web}");
         }
+        assert_eq!((growth("web-v4", "active"), of_endpoints("active")), (3, 3), "{web}");
+        assert_eq!(of_endpoints("share"), 2 * 255, "{web}");
         drop(held);
         if after["sockets_complete"] == true {
             assert_eq!(number(&port(&top(), "web-v4"), "sockets"), 0);
         }
+        assert_eq!(number(&port(&top(), "web-v4"), "active"), 0);
 
         let table = place.text(&["top", "-n", "1", "--filter", "web-v4"]);
         let lines: Vec<&str> = table.lines().collect();
@@ -351,6 +354,7 @@ fn commands_show_why_and_for_how_long_an_endpoint_is_ejected() {
         let (service, endpoint): (SocketAddr, _) = ("10.96.0.82:80".parse().unwrap(), "10.244.1.2:9");
         cluster.serve("refusing", service, Tcp, &[endpoint.parse().unwrap()]);
         let cluster = cluster.annotated("socklb.io/health", "base=1h");
+        let cluster = cluster.annotated("socklb.io/balance", "least-connections");
         assert_eq!(serve(place, &cluster, &QUIET).end(Signal::SIGTERM), Some(0));
         let lines = monitored(place, &[], || {
             for _ in 0..3 {
@@ -363,6 +367,7 @@ fn commands_show_why_and_for_how_long_an_endpoint_is_ejected() {
         assert_eq!((&ejection["name"], &ejection["endpoint"]), (&"refusing".into(), &endpoint.into()));
         assert_eq!(number(ejection, "failures"), 3, "{ejection}");
         assert!((3590..=3600).contains(&number(ejection, "seconds")), "{ejection}");
+        assert_eq!(number(ejection, "active"), 0, "{ejection}");
         let is_reason = |value: &Value| {
             let text = value.as_str().unwrap_or_default();
             let reason = "3 failures in a row, the last one: connection refused";

@@ -21,6 +21,8 @@ use crate::tables::{Entry, Image};
 pub struct Endpoint {
     /// Id of the service port.
     pub service_id: u32,
+    /// Id of the endpoint.
+    pub id: u32,
     /// Address and port of the endpoint.
     pub address: SocketAddr,
 }
@@ -91,7 +93,8 @@ impl EjectionTracker {
         if !differing.is_empty() {
             let changed = observed(image).filter(|(_, entry)| differing.contains_key(&entry.endpoint_id));
             endpoints.extend(changed.map(|(Frontend { service_id, .. }, entry)| {
-                (entry.endpoint_id, Endpoint { service_id: *service_id, address: entry.address })
+                let Entry { endpoint_id: id, address, .. } = *entry;
+                (id, Endpoint { service_id: *service_id, id, address })
             }));
         }
         let mut changes = Vec::new();

@@ -2,7 +2,7 @@
 
 use std::{
     cell::RefCell,
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeSet,
     os::fd::AsFd,
     path::PathBuf,
     process::ExitCode,
@@ -21,7 +21,7 @@ use lb_agent::{
 use lb_core::{
     desired::FrontendAddress,
     sim::{Caller, Config, Simulator},
-    tables::{Entry, Image},
+    tables::Image,
 };
 use lb_kernel::{
     Maps, Observations, cgroup, host,
@@ -37,8 +37,9 @@ use super::{
     agent::{Agent, AskError},
     config::UsageError,
     explain::{Explanation, explain as explain_call, reachable},
-    listing::{self, EndpointCounts, FrontendRow, list, table},
+    listing::{self, FrontendRow, list, table},
     objects::{At, Objects},
+    sample::counts,
 };
 
 /// Output formats.
@@ -136,21 +137,6 @@ pub fn services(args: &ServicesArgs) -> anyhow::Result<ExitCode> {
     }
     print(args.output, &rows, || table(&rows))?;
     Ok(ExitCode::SUCCESS)
-}
-
-/// Counters and health by endpoint.
-fn counts<'a>(
-    observations: &Observations,
-    entries: impl Iterator<Item = &'a Entry>,
-) -> BTreeMap<u32, EndpointCounts> {
-    let now = host::monotonic();
-    let of = |id| EndpointCounts {
-        calls: observations.endpoint_stats(id),
-        active: observations.active(id),
-        health: observations.endpoint_health(id),
-        now,
-    };
-    entries.map(|entry| (entry.endpoint_id, of(entry.endpoint_id))).collect()
 }
 
 /// Reads these rows again with the objects of their services, which is a fast request. Removes rows whose

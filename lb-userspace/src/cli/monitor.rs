@@ -7,7 +7,7 @@
 mod stream;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     io::IsTerminal as _,
     net::SocketAddr,
     process::ExitCode,
@@ -19,7 +19,7 @@ use jiff::Timestamp;
 use lb_common::layout::ServiceStats;
 use lb_core::{
     ejection::{self, Change, Ejection, EjectionTracker, Endpoint},
-    model::Protocol,
+    model::{Balance, Protocol},
     state::State,
     tables::Image,
 };
@@ -102,13 +102,15 @@ fn time_text() -> String {
 struct Names {
     image: Image,
     ports: BTreeMap<u32, Named>,
+    /// The ports whose open connections are counted.
+    counted: BTreeSet<u32>,
     /// The nodes of endpoints, if known.
     nodes: BTreeMap<SocketAddr, String>,
 }
 
 impl Names {
     fn new(image: Image, objects: Option<&State>) -> Self {
-        let (mut ports, mut nodes) = (BTreeMap::new(), BTreeMap::new());
+        let (mut ports, mut counted, mut nodes) = (BTreeMap::new(), BTreeSet::new(), BTreeMap::new());
         for row in listing::list(&image, objects, &BTreeMap::new()) {
             let frontend = image.services.get(&row.frontend()).and_then(|id| image.frontends.get(id));
             let Some(frontend) = frontend else { continue };
@@ -118,8 +120,11 @@ impl Names {
             let (namespace, name, port_name, protocol) =
                 (row.namespace, row.name, row.port_name, row.protocol);
             ports.insert(frontend.service_id, Named { namespace, name, port_name, protocol });
+            if Balance::of_flags(frontend.flags) == Balance::LeastConnections {
+                counted.insert(frontend.service_id);
+            }
         }
-        Self { image, ports, nodes }
+        Self { image, ports, counted, nodes }
     }
 
     /// The port of a record's frontend, if the tables still hold it.
@@ -128,8 +133,17 @@ impl Names {
         self.ports.get(&record.service_id)
     }
 
-    /// A change of an endpoint's health. `now` is in nanoseconds of `CLOCK_MONOTONIC`.
-    fn change(&self, endpoint: SocketAddr, port: &Named, change: Change, now: u64) -> Line {
+    /// A change of an endpoint's health. `now` is in nanoseconds of `CLOCK_MONOTONIC`, `active` returns open
+    /// connections by endpoint id.
+    fn change(
+        &self,
+        endpoint: Endpoint,
+        port: &Named,
+        change: Change,
+        now: u64,
+        active: impl Fn(u32) -> u32,
+    ) -> Line {
+        let Endpoint { service_id, id, address: endpoint } = endpoint;
         let Named { namespace, name, port_name, protocol } = port.clone();
         let node = self.nodes.get(&endpoint).cloned().unwrap_or_default();
         let of = OfEndpoint { time: time_text(), namespace, name, port_name, protocol, endpoint, node };
@@ -138,7 +152,8 @@ impl Names {
             Change::Ejected(Ejection { until, failures, errno }) => {
                 let seconds = until.saturating_sub(now).div_ceil(1_000_000_000);
                 let reason = ejection::text(seconds, failures, errno);
-                Line::Ejection(Ejected { of, failures, seconds, reason })
+                let active = self.counted.contains(&service_id).then(|| active(id));
+                Line::Ejection(Ejected { of, failures, seconds, active, reason })
             }
         }
     }
@@ -266,10 +281,11 @@ impl Monitor<'_> {
         let n_ids = entries.map(|entry| entry.endpoint_id.saturating_add(1)).max().unwrap_or_default();
         let changes = self.ejections.scan(n_ids, |id| self.observations.endpoint_health(id), image, true);
         let now = host::monotonic();
-        for (Endpoint { service_id, address }, change) in changes {
-            let port = self.names.ports.get(&service_id).filter(|port| self.filter.takes(port));
+        for (endpoint, change) in changes {
+            let port = self.names.ports.get(&endpoint.service_id).filter(|port| self.filter.takes(port));
             let Some(port) = port else { continue };
-            if !self.show(&self.names.change(address, port, change, now))? {
+            let active = |id| self.observations.active(id);
+            if !self.show(&self.names.change(endpoint, port, change, now, active))? {
                 return Ok(false);
             }
         }

@@ -6,12 +6,17 @@ use std::{
     path::Path,
 };
 
-use lb_common::layout::{EndpointHealth, EndpointStats, ServiceStats};
-use lb_core::{desired::FrontendAddress, tables::Image};
+use lb_common::layout::ServiceStats;
+use lb_core::{
+    desired::FrontendAddress,
+    tables::{Entry, Image},
+};
 use lb_kernel::{
     KernelError, Maps, Observations, host,
     sockets::{Record, SocketTable},
 };
+
+use super::listing::EndpointCounts;
 
 /// The contents of the maps, as consistent as they can be read while programs run.
 #[derive(Clone, Debug, Default)]
@@ -19,12 +24,8 @@ pub(super) struct Reading {
     pub(super) image: Image,
     /// Counters by service id.
     pub(super) services: BTreeMap<u32, ServiceStats>,
-    /// Counters by endpoint id.
-    pub(super) endpoints: BTreeMap<u32, EndpointStats>,
-    /// The outcomes of connections by endpoint id.
-    pub(super) health: BTreeMap<u32, EndpointHealth>,
-    /// When they were read, in nanoseconds of `CLOCK_MONOTONIC`.
-    pub(super) now: u64,
+    /// By endpoint id.
+    pub(super) endpoints: BTreeMap<u32, EndpointCounts>,
     /// Socket records; `None` if they cannot be listed: without BTF, or without permission.
     pub(super) records: Option<Vec<Record>>,
 }
@@ -35,18 +36,30 @@ pub(super) struct Reading {
 ///
 /// If nothing is pinned or it cannot be read.
 pub(super) fn read(pin_path: &Path) -> Result<Reading, KernelError> {
-    let (image, observed) = (Maps::open(pin_path)?.image()?, Observations::open(pin_path)?);
+    let (image, observations) = (Maps::open(pin_path)?.image()?, Observations::open(pin_path)?);
     let service_ids: BTreeSet<u32> = image.frontends.values().map(|frontend| frontend.service_id).collect();
-    let entries = || image.reachable();
-    let endpoint_ids: BTreeSet<u32> = entries().map(|entry| entry.endpoint_id).collect();
     Ok(Reading {
-        services: service_ids.into_iter().map(|id| (id, observed.service_stats(id))).collect(),
-        health: endpoint_ids.iter().map(|id| (*id, observed.endpoint_health(*id))).collect(),
-        now: host::monotonic(),
-        endpoints: endpoint_ids.into_iter().map(|id| (id, observed.endpoint_stats(id))).collect(),
+        services: service_ids.into_iter().map(|id| (id, observations.service_stats(id))).collect(),
+        endpoints: counts(&observations, image.reachable()),
         records: SocketTable::open(pin_path).and_then(|table| table.records()).ok(),
         image,
     })
+}
+
+/// What the maps count for these endpoints, by id.
+pub(super) fn counts<'a>(
+    observations: &Observations,
+    entries: impl Iterator<Item = &'a Entry>,
+) -> BTreeMap<u32, EndpointCounts> {
+    let ids: BTreeSet<u32> = entries.map(|entry| entry.endpoint_id).collect();
+    let now = host::monotonic();
+    let of = |id| EndpointCounts {
+        calls: observations.endpoint_stats(id),
+        active: observations.active(id),
+        health: observations.endpoint_health(id),
+        now,
+    };
+    ids.into_iter().map(|id| (id, of(id))).collect()
 }
 
 /// The frontend of a record; `None` if the tables no longer hold it. Its id alone does not identify it: the

@@ -36,7 +36,7 @@ fn ejected(until: u64, ejections: u32) -> EndpointHealth {
 /// As the changes of endpoint 10.0.0.1.
 fn texts(changes: &[(Endpoint, Change)]) -> Vec<String> {
     let text = |(endpoint, change): &(Endpoint, Change)| {
-        assert_eq!(*endpoint, Endpoint { service_id: 3, address: ([10, 0, 0, 1], 80).into() });
+        assert_eq!(*endpoint, Endpoint { service_id: 3, id: 5, address: ([10, 0, 0, 1], 80).into() });
         match change {
             Change::Restored => "restored".to_owned(),
             Change::Ejected(Ejection { until, failures, .. }) => format!("ejected {until} {failures}"),

@@ -73,6 +73,8 @@ pub(super) struct Ejected {
     pub(super) failures: u32,
     /// Seconds until the ejection ends.
     pub(super) seconds: u64,
+    /// Open connections to the endpoint, which stay; `null` unless the Service's balance is `least-connections`.
+    pub(super) active: Option<u32>,
     /// Why, and until when, for people.
     pub(super) reason: String,
 }
@@ -206,7 +208,10 @@ impl Line {
     pub(super) fn text(&self, has_colour: bool) -> String {
         match self {
             Self::Connection(connection) => connection.text(has_colour),
-            Self::Ejection(ejection) => ejection.of.text(&ejection.reason, has_colour),
+            Self::Ejection(Ejected { of, reason, active, .. }) => {
+                let active = active.map(|active| format!("; {active} open connections")).unwrap_or_default();
+                of.text(&format!("{reason}{active}"), has_colour)
+            }
             Self::Restoration(of) => of.text("restored: a connection was established", has_colour),
             Self::Summary(summary) => summary.text(has_colour),
         }
@@ -341,11 +346,13 @@ mod tests {
             node: "node-1".into(),
         };
         let reason = "ejected for 10 s: 3 failures in a row, the last one: no answer".into();
-        let ejection = Ejected { of: of.clone(), failures: 3, seconds: 10, reason };
+        let ejection = Ejected { of: of.clone(), failures: 3, seconds: 10, active: None, reason };
+        let counted = Ejected { active: Some(12), ..ejection.clone() };
         let text = [unknown.text(false), connection.text(true)];
         let lines = [
             Line::Connection(connection),
             Line::Ejection(ejection),
+            Line::Ejection(counted),
             Line::Restoration(of),
             Line::Summary(summary),
         ];
@@ -358,10 +365,12 @@ mod tests {
             2026-01-02T03:04:05.678Z  ESC[1mdefault/web:httpESC[0m  10.96.0.80:80/tcp -> 10.244.1.10:8080 on node-1  sk:1a28d9
             2026-01-02T03:04:05.678Z  default/web:http  10.96.0.80:80/tcp -> 10.244.1.10:8080 on node-1  sk:1a28d9
             2026-01-02T03:04:05.678Z  default/web:http  10.244.1.10:8080 on node-1  ejected for 10 s: 3 failures in a row, the last one: no answer
+            2026-01-02T03:04:05.678Z  default/web:http  10.244.1.10:8080 on node-1  ejected for 10 s: 3 failures in a row, the last one: no answer; 12 open connections
             2026-01-02T03:04:05.678Z  default/web:http  10.244.1.10:8080 on node-1  restored: a connection was established
             # 5 connects, 3 datagrams, 1 refused; 2 shown, 6 unseen
             {"event":"connection","time":"2026-01-02T03:04:05.678Z","namespace":"default","name":"web","port_name":"http","protocol":"TCP","service":"10.96.0.80:80","endpoint":"10.244.1.10:8080","node":"node-1","cookie":1714393}
-            {"event":"ejection","time":"2026-01-02T03:04:05.678Z","namespace":"default","name":"web","port_name":"http","protocol":"TCP","endpoint":"10.244.1.10:8080","node":"node-1","failures":3,"seconds":10,"reason":"ejected for 10 s: 3 failures in a row, the last one: no answer"}
+            {"event":"ejection","time":"2026-01-02T03:04:05.678Z","namespace":"default","name":"web","port_name":"http","protocol":"TCP","endpoint":"10.244.1.10:8080","node":"node-1","failures":3,"seconds":10,"active":null,"reason":"ejected for 10 s: 3 failures in a row, the last one: no answer"}
+            {"event":"ejection","time":"2026-01-02T03:04:05.678Z","namespace":"default","name":"web","port_name":"http","protocol":"TCP","endpoint":"10.244.1.10:8080","node":"node-1","failures":3,"seconds":10,"active":12,"reason":"ejected for 10 s: 3 failures in a row, the last one: no answer"}
             {"event":"restoration","time":"2026-01-02T03:04:05.678Z","namespace":"default","name":"web","port_name":"http","protocol":"TCP","endpoint":"10.244.1.10:8080","node":"node-1"}
             {"event":"summary","connects":5,"datagrams":3,"refused":1,"shown":2,"unseen":6}"#]]
         .assert_eq(&[&text[..], &json[..]].concat().join("\n").replace('\u{1b}', "ESC"));

@@ -69,15 +69,16 @@ fn draw_table(frame: &mut Frame<'_>, area: Rect, report: &Report, view: &View) {
         Sort::Refused => 4,
         Sort::Sockets => 5,
     };
+    let is_wide = area.width >= WIDE;
     let [columns @ .., _health] = HEADER;
-    let header = columns.into_iter().enumerate().map(|(column, name)| {
+    let header = on_screen(columns, is_wide).enumerate().map(|(column, name)| {
         let style = if column == sorted_by { Modifier::REVERSED } else { Modifier::BOLD };
         aligned(column, Span::styled(name, Style::new().add_modifier(style)))
     });
     let mut lines: Vec<Row<'_>> = Vec::new();
     for row in &report.services {
         let is_refusing = row.refused_per_second.is_some_and(|rate| rate > 0.0);
-        let cells = narrow(port_cells(row)).into_iter().enumerate().map(|(column, text)| {
+        let cells = on_screen(narrow(port_cells(row)), is_wide).enumerate().map(|(column, text)| {
             let text = Span::raw(text);
             let is_bad = (is_refusing && column == 4) || (row.ejected > 0 && column == 0);
             aligned(column, if is_bad { text.red() } else { text })
@@ -85,7 +86,7 @@ fn draw_table(frame: &mut Frame<'_>, area: Rect, report: &Report, view: &View) {
         lines.push(Row::new(cells));
         if view.has_endpoints {
             lines.extend(row.endpoints.iter().map(|endpoint| {
-                let cells = narrow(endpoint_cells(endpoint)).into_iter().enumerate();
+                let cells = on_screen(narrow(endpoint_cells(endpoint)), is_wide).enumerate();
                 let row = Row::new(cells.map(|(column, text)| aligned(column, Span::raw(text))));
                 if endpoint.health.ejected_seconds.is_some() { row.red() } else { row.dim() }
             }));
@@ -93,17 +94,32 @@ fn draw_table(frame: &mut Frame<'_>, area: Rect, report: &Report, view: &View) {
     }
     // The last line stays visible, however far the user scrolls.
     let first = view.scrolled.min(lines.len().saturating_sub(1));
-    let widths = [
-        Constraint::Fill(3),
-        Constraint::Fill(2),
-        Constraint::Length(10),
-        Constraint::Length(9),
-        Constraint::Length(9),
-        Constraint::Length(7),
-        Constraint::Length(7),
-    ];
-    let table = Table::new(lines.drain(first..), widths).column_spacing(1).header(Row::new(header));
+    let table = Table::new(lines.drain(first..), on_screen(WIDTHS, is_wide))
+        .column_spacing(1)
+        .header(Row::new(header));
     frame.render_widget(table, area);
+}
+
+/// The columns but HEALTH.
+const WIDTHS: [Constraint; HEADER.len() - 1] = [
+    Constraint::Fill(3),
+    Constraint::Fill(2),
+    Constraint::Length(10),
+    Constraint::Length(9),
+    Constraint::Length(9),
+    Constraint::Length(7),
+    Constraint::Length(6),
+    Constraint::Length(5),
+    Constraint::Length(7),
+];
+
+/// Columns of a terminal that has room for ACTIVE and SHARE.
+const WIDE: u16 = 120;
+
+/// The values of the columns that are shown.
+fn on_screen<T>(columns: [T; HEADER.len() - 1], is_wide: bool) -> impl Iterator<Item = T> {
+    let columns = columns.into_iter().zip(HEADER);
+    columns.filter(move |(_, name)| is_wide || !["ACTIVE", "SHARE"].contains(name)).map(|(value, _)| value)
 }
 
 /// A terminal has no room for a column that is mostly empty: the health follows the name.
@@ -144,6 +160,7 @@ mod tests {
             refused: 40,
             refused_per_second: Some(refused),
             sockets: Some(u64::from(last)),
+            active: (calls > 0).then_some(u64::from(last)),
             ejected: 1,
             endpoints: (0..2)
                 .map(|n| EndpointRow {
@@ -153,6 +170,8 @@ mod tests {
                     calls: calls / 2,
                     calls_per_second: Some(rate / 2.0),
                     sockets: None,
+                    active: Some(u32::from(last) / 2),
+                    share: 255 >> n,
                     health: HealthPart {
                         failures: Some(3 * u32::from(n)),
                         ejected_seconds: (n == 1).then_some(7),
@@ -176,7 +195,12 @@ mod tests {
 
     #[track_caller]
     fn shows(report: &Report, view: &View, problem: Option<&str>, expected: &Expect) {
-        let mut terminal = Terminal::new(TestBackend::new(100, 9)).unwrap();
+        shows_on(100, report, view, problem, expected);
+    }
+
+    #[track_caller]
+    fn shows_on(width: u16, report: &Report, view: &View, problem: Option<&str>, expected: &Expect) {
+        let mut terminal = Terminal::new(TestBackend::new(width, 9)).unwrap();
         terminal.draw(|frame| draw(frame, report, view, problem)).unwrap();
         let text = terminal.backend().to_string();
         let lines = text.lines().flat_map(|line| [line.trim_matches('"').trim_end(), "\n"]);
@@ -205,6 +229,21 @@ mod tests {
                 q quit  sort: n name c calls r rate x refused o sockets  / filter  e endpoints  space pause
             "]],
         );
+    }
+
+    #[test]
+    fn a_wide_terminal_has_room_for_load() {
+        shows_on(WIDE, &report(), &view(), None, &expect![[r"
+            2026-01-02 03:04:05  2 ports  321.0 calls/s  2.5 refused/s
+
+            SERVICE                             ADDRESS                       CALLS   CALLS/S   REFUSED SOCKETS ACTIVE SHARE CONNECT
+            default/web:http, 1 ejected         10.96.0.80:80/tcp           1234567     321.0        40      80     80
+              node-0                            10.244.0.80:8080             617283     160.5                 -     40   255   1.2ms
+              node-1, ejected for 7 s: 3 failur 10.244.1.80:8080             617283     160.5                 -     40   127       -
+            default/idle:http                   10.96.0.90:80/tcp                 0       0.0        40      90      -
+
+            q quit  sort: n name c calls r rate x refused o sockets  / filter  e endpoints  space pause
+        "]]);
     }
 
     #[test]

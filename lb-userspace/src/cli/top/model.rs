@@ -51,6 +51,9 @@ pub(super) struct PortRow {
     pub(super) refused_per_second: Option<f64>,
     /// Open sockets that last called this port; `null` if they cannot be listed.
     pub(super) sockets: Option<u64>,
+    /// Open connections to its endpoints, as the programs count them; `null` unless the Service's balance is
+    /// `least-connections`.
+    pub(super) active: Option<u64>,
     /// Number of endpoints that are ejected.
     pub(super) ejected: usize,
     pub(super) endpoints: Vec<EndpointRow>,
@@ -66,6 +69,11 @@ pub(super) struct EndpointRow {
     pub(super) calls: u64,
     pub(super) calls_per_second: Option<f64>,
     pub(super) sockets: Option<u64>,
+    /// Open connections, as for the port.
+    pub(super) active: Option<u32>,
+    /// Its share of the calls to the port's first address that has it, from 1 to 255, the largest one there: equal
+    /// shares are 255.
+    pub(super) share: u8,
     #[serde(flatten)]
     pub(super) health: HealthPart,
 }
@@ -116,6 +124,8 @@ struct Endpoint {
     node: String,
     calls: u64,
     sockets: Option<u64>,
+    active: Option<u32>,
+    share: u8,
     health: HealthPart,
 }
 
@@ -145,7 +155,7 @@ impl Sample {
         let count = |counts: &BTreeMap<u32, u64>, id: u32| {
             reading.records.is_some().then(|| counts.get(&id).copied().unwrap_or_default())
         };
-        let mut rows = listing::list(&reading.image, objects, &BTreeMap::new());
+        let mut rows = listing::list(&reading.image, objects, &reading.endpoints);
         rows.sort_by_key(|row| (rank(row.kind), row.address.is_unspecified()));
         let mut ports = BTreeMap::new();
         for row in rows {
@@ -164,27 +174,25 @@ impl Sample {
                 sockets: count(&of_ports, frontend.service_id),
                 endpoints: BTreeMap::new(),
             });
-            let nodes: BTreeMap<SocketAddr, &str> = row
+            let mut described: BTreeMap<SocketAddr, listing::EndpointRow> = row
                 .endpoints
-                .iter()
-                .map(|endpoint| (SocketAddr::new(endpoint.address, endpoint.port), &*endpoint.node))
+                .into_iter()
+                .map(|endpoint| (SocketAddr::new(endpoint.address, endpoint.port), endpoint))
                 .collect();
             // Addresses of one port may have different endpoints, because traffic policies depend on the kind
             // of address.
             let entries = reading.image.entries(address.ip.is_ipv6(), frontend.run).unwrap_or_default();
             for entry in entries {
-                let stats = reading.endpoints.get(&entry.endpoint_id).copied().unwrap_or_default();
-                let health = reading.health.get(&entry.endpoint_id).copied().unwrap_or_default();
-                port.endpoints.insert(
-                    entry.endpoint_id,
-                    Endpoint {
-                        address: entry.address,
-                        node: nodes.get(&entry.address).copied().unwrap_or_default().to_owned(),
-                        calls: stats.connects.saturating_add(stats.datagrams),
-                        sockets: count(&of_endpoints, entry.endpoint_id),
-                        health: HealthPart::new(frontend.health != 0, &health, reading.now),
-                    },
-                );
+                let Some(endpoint) = described.remove(&entry.address) else { continue };
+                port.endpoints.entry(entry.endpoint_id).or_insert_with(|| Endpoint {
+                    address: entry.address,
+                    node: endpoint.node,
+                    calls: endpoint.connections,
+                    sockets: count(&of_endpoints, entry.endpoint_id),
+                    active: endpoint.active,
+                    share: endpoint.share,
+                    health: endpoint.health,
+                });
             }
         }
         Self { at, is_complete: reading.records.is_some(), ports }
@@ -215,6 +223,8 @@ impl Sample {
                             calls: endpoint.calls,
                             calls_per_second: rate(earlier.map(|earlier| earlier.calls), endpoint.calls),
                             sockets: endpoint.sockets,
+                            active: endpoint.active,
+                            share: endpoint.share,
                             health: endpoint.health.clone(),
                         }
                     })
@@ -232,6 +242,7 @@ impl Sample {
                     refused: port.refused,
                     refused_per_second: rate(earlier.map(|earlier| earlier.refused), port.refused),
                     sockets: port.sockets,
+                    active: sum(endpoints.iter().filter_map(|row| row.active)),
                     ejected: endpoints.iter().filter(|row| row.health.ejected_seconds.is_some()).count(),
                     endpoints,
                 }
@@ -260,6 +271,11 @@ fn sockets(reading: &Reading) -> (BTreeMap<u32, u64>, BTreeMap<u32, u64>) {
         }
     }
     (of_ports, of_endpoints)
+}
+
+/// The sum; `None` without numbers.
+fn sum(numbers: impl Iterator<Item = u32>) -> Option<u64> {
+    numbers.map(u64::from).reduce(u64::saturating_add)
 }
 
 /// Growth of a counter per second, rounded to a tenth.
@@ -340,11 +356,15 @@ impl Report {
                 *width = cell.chars().count().max(*width);
             }
         }
-        let [service, address, calls, rate, refused, sockets, connect, _] = widths;
-        lines.iter().fold(String::new(), |mut text, [a, b, c, d, e, f, g, h]| {
-            let line = format!(
-                "{a:service$}  {b:address$}  {c:>calls$}  {d:>rate$}  {e:>refused$}  {f:>sockets$}  {g:>connect$}  {h}"
-            );
+        lines.iter().fold(String::new(), |mut text, cells| {
+            let mut line = String::new();
+            for (column, (cell, width)) in cells.iter().zip(widths).enumerate() {
+                let _infallible = match column {
+                    0 | 1 => write!(line, "{cell:width$}  "),
+                    HEALTH => write!(line, "{cell}"),
+                    _ => write!(line, "{cell:>width$}  "),
+                };
+            }
             let _infallible = writeln!(text, "{}", line.trim_end());
             text
         })
@@ -352,8 +372,11 @@ impl Report {
 }
 
 /// The columns.
-pub(super) const HEADER: [&str; 8] =
-    ["SERVICE", "ADDRESS", "CALLS", "CALLS/S", "REFUSED", "SOCKETS", "CONNECT", "HEALTH"];
+pub(super) const HEADER: [&str; 10] =
+    ["SERVICE", "ADDRESS", "CALLS", "CALLS/S", "REFUSED", "SOCKETS", "ACTIVE", "SHARE", "CONNECT", "HEALTH"];
+
+/// The last column.
+const HEALTH: usize = HEADER.len() - 1;
 
 /// A dash for an unknown value.
 fn known(value: Option<impl ToString>) -> String {
@@ -382,6 +405,8 @@ pub(super) fn port_cells(row: &PortRow) -> [String; HEADER.len()] {
         rate_text(row.calls_per_second),
         row.refused.to_string(),
         known(row.sockets),
+        known(row.active),
+        String::new(),
         String::new(),
         if row.ejected == 0 { String::new() } else { format!("{} ejected", row.ejected) },
     ]
@@ -403,6 +428,8 @@ pub(super) fn endpoint_cells(row: &EndpointRow) -> [String; HEADER.len()] {
         // A refused call has no endpoint.
         String::new(),
         known(row.sockets),
+        known(row.active),
+        row.share.to_string(),
         known(row.health.connect_microseconds.map(time_text)),
         health,
     ]

@@ -86,7 +86,7 @@ impl Scanner {
 fn named(changes: Vec<(Endpoint, Change)>, view: &View) -> Vec<HealthChange> {
     let (now, at) = (host::monotonic(), Instant::now());
     let ports: BTreeMap<u32, &PortKey> = view.ports.iter().map(|(port, id)| (*id, &**port)).collect();
-    let name = |(Endpoint { service_id, address }, change)| {
+    let name = |(Endpoint { service_id, address, .. }, change)| {
         let PortKey { service, port_name, .. } = ports.get(&service_id)?;
         let state = match change {
             Change::Restored => EndpointState::Restored,

@@ -1,12 +1,13 @@
 use expect_test::expect;
 use lb_common::{
     health::Policy,
-    layout::{EndpointHealth, EndpointStats, Frontend, Run, ServiceStats},
+    layout::{EndpointHealth, EndpointStats, Frontend, Run, ServiceStats, frontend_flags},
 };
-use lb_core::tables::{Entry, Image};
+use lb_core::tables::{Entry, Image, StoredRun};
 use lb_kernel::sockets::Record;
 
 use super::*;
+use crate::cli::listing::EndpointCounts;
 
 fn address(text: &str, protocol: Protocol) -> FrontendAddress {
     let address: SocketAddr = text.parse().unwrap();
@@ -50,18 +51,20 @@ fn reading() -> Reading {
             (3, ServiceStats { connects: 100, refusals: 0, datagrams: 20 }),
             (4, ServiceStats { connects: 0, refusals: 5, datagrams: 0 }),
         ]),
-        endpoints: BTreeMap::from([(7, EndpointStats { connects: 60, datagrams: 20 })]),
-        health: BTreeMap::new(),
-        now: 0,
+        endpoints: BTreeMap::from([(7, called(60, 20))]),
         records: Some(records),
     }
+}
+
+fn called(connects: u64, datagrams: u64) -> EndpointCounts {
+    EndpointCounts { calls: EndpointStats { connects, datagrams }, ..EndpointCounts::default() }
 }
 
 fn later(reading: &Reading) -> Reading {
     let mut later = reading.clone();
     later.services.insert(3, ServiceStats { connects: 150, refusals: 0, datagrams: 21 });
     later.services.insert(4, ServiceStats { connects: 0, refusals: 15, datagrams: 0 });
-    later.endpoints.insert(8, EndpointStats { connects: 51, datagrams: 0 });
+    later.endpoints.insert(8, called(51, 0));
     later
 }
 
@@ -90,11 +93,11 @@ fn rates_are_made_from_two_looks() {
 fn one_look_has_totals_and_no_rates() {
     let report = Sample::new(&reading(), None, Duration::ZERO).report(None, String::new());
     expect![[r"
-        SERVICE  ADDRESS            CALLS  CALLS/S  REFUSED  SOCKETS  CONNECT  HEALTH
-        -        10.96.0.80:80/tcp    120        -        0        3
-          -      10.244.1.10:8080      80        -                 1        -
-          -      10.244.2.10:8080       0        -                 1        -
-        -        10.96.0.90:80/tcp      0        -        5        0
+        SERVICE  ADDRESS            CALLS  CALLS/S  REFUSED  SOCKETS  ACTIVE  SHARE  CONNECT  HEALTH
+        -        10.96.0.80:80/tcp    120        -        0        3       -
+          -      10.244.1.10:8080      80        -                 1       -    255        -
+          -      10.244.2.10:8080       0        -                 1       -    255        -
+        -        10.96.0.90:80/tcp      0        -        5        0       -
     "]]
     .assert_eq(&report.text(true));
 }
@@ -102,11 +105,11 @@ fn one_look_has_totals_and_no_rates() {
 #[test]
 fn two_looks_have_rates() {
     expect![[r"
-        SERVICE  ADDRESS            CALLS  CALLS/S  REFUSED  SOCKETS  CONNECT  HEALTH
-        -        10.96.0.80:80/tcp    171     25.5        0        3
-          -      10.244.1.10:8080      80      0.0                 1        -
-          -      10.244.2.10:8080      51     25.5                 1        -
-        -        10.96.0.90:80/tcp      0      0.0       15        0
+        SERVICE  ADDRESS            CALLS  CALLS/S  REFUSED  SOCKETS  ACTIVE  SHARE  CONNECT  HEALTH
+        -        10.96.0.80:80/tcp    171     25.5        0        3       -
+          -      10.244.1.10:8080      80      0.0                 1       -    255        -
+          -      10.244.2.10:8080      51     25.5                 1       -    255        -
+        -        10.96.0.90:80/tcp      0      0.0       15        0       -
     "]]
     .assert_eq(&two_looks().text(true));
 }
@@ -144,6 +147,7 @@ fn port(name: &str, calls: u64, rate: Option<f64>, refused: u64, sockets: Option
         refused,
         refused_per_second: None,
         sockets,
+        active: None,
         ejected: 0,
         endpoints: vec![EndpointRow {
             address: IpAddr::from([10, 244, 0, u8::try_from(calls).unwrap()]),
@@ -152,6 +156,8 @@ fn port(name: &str, calls: u64, rate: Option<f64>, refused: u64, sockets: Option
             calls,
             calls_per_second: rate,
             sockets,
+            active: None,
+            share: u8::MAX,
             health: HealthPart::default(),
         }],
     }
@@ -207,15 +213,15 @@ fn ejected_endpoints_are_named_with_the_reason() {
         latency: 0,
         ..failing
     };
-    reading.health = BTreeMap::from([(7, ejected), (8, failing)]);
-    reading.now = now;
+    let of = |calls, health| EndpointCounts { health, now, ..calls };
+    reading.endpoints = BTreeMap::from([(7, of(called(60, 20), ejected)), (8, of(called(0, 0), failing))]);
     let mut report = Sample::new(&reading, None, Duration::ZERO).report(None, String::new());
     expect![[r"
-        SERVICE  ADDRESS            CALLS  CALLS/S  REFUSED  SOCKETS  CONNECT  HEALTH
-        -        10.96.0.80:80/tcp    120        -        0        3           1 ejected
-          -      10.244.1.10:8080      80        -                 1        -  ejected for 5 s: 3 failures in a row, the last one: connection refused; failing for 50 s
-          -      10.244.2.10:8080       0        -                 1    1.2ms  2 failed in a row
-        -        10.96.0.90:80/tcp      0        -        5        0
+        SERVICE  ADDRESS            CALLS  CALLS/S  REFUSED  SOCKETS  ACTIVE  SHARE  CONNECT  HEALTH
+        -        10.96.0.80:80/tcp    120        -        0        3       -                  1 ejected
+          -      10.244.1.10:8080      80        -                 1       -    255        -  ejected for 5 s: 3 failures in a row, the last one: connection refused; failing for 50 s
+          -      10.244.2.10:8080       0        -                 1       -    255    1.2ms  2 failed in a row
+        -        10.96.0.90:80/tcp      0        -        5        0       -
     "]].assert_eq(&report.text(true));
     assert_eq!((report.services[0].ejected, report.services[1].ejected), (1, 0));
     report.services.truncate(1);
@@ -226,6 +232,35 @@ fn ejected_endpoints_are_named_with_the_reason() {
         (&endpoint["failures"], &endpoint["ejected_seconds"], &endpoint["ejections"]),
         (&3.into(), &5.into(), &1.into())
     );
+}
+
+/// Calls choose by open connections, and one endpoint has half the share of the other.
+#[test]
+fn load_is_shown_for_endpoints_and_summed_up() {
+    let mut reading = reading();
+    let entries = reading.image.runs4[&0].endpoints().to_vec();
+    let run = StoredRun::extended(&[(entries[0], 255), (entries[1], 128)], &[]);
+    reading.image.runs4.insert(0, run);
+    for frontend in [0, 1] {
+        reading.image.frontends[&frontend].flags = frontend_flags::LEAST_CONNECTIONS;
+    }
+    reading.endpoints = BTreeMap::from([
+        (7, EndpointCounts { active: 40, ..called(60, 20) }),
+        (8, EndpointCounts { active: 2, ..called(30, 0) }),
+    ]);
+    let report = Sample::new(&reading, None, Duration::ZERO).report(None, String::new());
+    expect![[r"
+        SERVICE  ADDRESS            CALLS  CALLS/S  REFUSED  SOCKETS  ACTIVE  SHARE  CONNECT  HEALTH
+        -        10.96.0.80:80/tcp    120        -        0        3      42
+          -      10.244.1.10:8080      80        -                 1      40    255        -
+          -      10.244.2.10:8080      30        -                 1       2    128        -
+        -        10.96.0.90:80/tcp      0        -        5        0       -
+    "]].assert_eq(&report.text(true));
+    let json = serde_json::to_value(&report).unwrap();
+    let endpoints = &json["services"][0]["endpoints"];
+    let load = |row: &serde_json::Value| (row["active"].clone(), row["share"].clone());
+    assert_eq!(json["services"][0]["active"], 42);
+    assert_eq!([load(&endpoints[0]), load(&endpoints[1])], [(40.into(), 255.into()), (2.into(), 128.into())]);
 }
 
 #[test]
@@ -261,6 +296,7 @@ fn the_json_has_stable_names() {
               "refused": 0,
               "refused_per_second": 0.0,
               "sockets": 3,
+              "active": null,
               "ejected": 0,
               "endpoints": [
                 {
@@ -270,6 +306,8 @@ fn the_json_has_stable_names() {
                   "calls": 80,
                   "calls_per_second": 0.0,
                   "sockets": 1,
+                  "active": null,
+                  "share": 255,
                   "failures": null,
                   "ejected_seconds": null,
                   "ejected_reason": null,
