@@ -233,7 +233,12 @@ mod tests {
 
     #[test]
     fn a_wide_terminal_has_room_for_load() {
-        shows_on(WIDE, &report(), &view(), None, &expect![[r"
+        shows_on(
+            WIDE,
+            &report(),
+            &view(),
+            None,
+            &expect![[r"
             2026-01-02 03:04:05  2 ports  321.0 calls/s  2.5 refused/s
 
             SERVICE                             ADDRESS                       CALLS   CALLS/S   REFUSED SOCKETS ACTIVE SHARE CONNECT
@@ -243,7 +248,8 @@ mod tests {
             default/idle:http                   10.96.0.90:80/tcp                 0       0.0        40      90      -
 
             q quit  sort: n name c calls r rate x refused o sockets  / filter  e endpoints  space pause
-        "]]);
+        "]],
+        );
     }
 
     #[test]

@@ -255,7 +255,8 @@ fn load_is_shown_for_endpoints_and_summed_up() {
           -      10.244.1.10:8080      80        -                 1      40    255        -
           -      10.244.2.10:8080      30        -                 1       2    128        -
         -        10.96.0.90:80/tcp      0        -        5        0       -
-    "]].assert_eq(&report.text(true));
+    "]]
+    .assert_eq(&report.text(true));
     let json = serde_json::to_value(&report).unwrap();
     let endpoints = &json["services"][0]["endpoints"];
     let load = |row: &serde_json::Value| (row["active"].clone(), row["share"].clone());
