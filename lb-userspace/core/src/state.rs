@@ -17,7 +17,10 @@ use crate::{
         slow_start::SlowStart,
     },
     model::{Cidr, Issue, IssueKind, ObjectRef, Protocol, Service, ServiceKey, Slice, Store, store::Changes},
-    packets::{Rules, Site, nft::{Table, TableId, Transaction}},
+    packets::{
+        Rules, Site,
+        nft::{Table, TableId, Transaction},
+    },
     plan::{Capacity, Encoder, Full, Plan, audit::Suspects},
     stale::{CurrentState, Fate, Flow, Flows, Search, StaleTracker},
     tables::{AddressTable, Image, MapUse},
@@ -439,6 +442,11 @@ impl State {
     #[must_use]
     pub fn adopt_packet_tables(&mut self) -> BTreeMap<TableId, Table> {
         self.packets.adopt()
+    }
+
+    /// See [`Rules::take_has_stale_clients`].
+    pub fn take_has_stale_clients(&mut self) -> bool {
+        self.packets.take_has_stale_clients()
     }
 
     /// The rules for packets, as of the last sync.

@@ -16,7 +16,9 @@ use lb_core::{
     },
     plan::audit::Faults,
 };
-use lb_kernel::{self, Findings, nftables::NftablesError, Kernel, KernelError, Maps, Pins, Repaired, lock::Lock};
+use lb_kernel::{
+    self, Findings, Kernel, KernelError, Maps, Pins, Repaired, lock::Lock, nftables::NftablesError,
+};
 use tokio::{
     sync::{mpsc, watch},
     task::{JoinHandle, JoinSet, spawn_blocking},
@@ -54,7 +56,9 @@ mod packets;
 mod self_tests;
 mod stale;
 
-use self::{addresses::Addresses, exclude::ExcludedPods, packets::PacketRules, self_tests::SelfTests, stale::Sweep};
+use self::{
+    addresses::Addresses, exclude::ExcludedPods, packets::PacketRules, self_tests::SelfTests, stale::Sweep,
+};
 
 const RETRY: Duration = Duration::from_secs(1);
 /// How often the pins are checked, and the node's own addresses read if netlink does not report changes.

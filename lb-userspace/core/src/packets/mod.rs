@@ -8,9 +8,9 @@
 //!
 //! # Structure
 //!
-//! Services lie in maps of data, and verdicts in small maps that name few chains. A change of a service's
-//! endpoints adds and deletes elements of data maps only: the kernel then checks no chain, so that its cost does
-//! not grow with the number of services. See docs/PACKETS.md.
+//! Services lie in sets and maps of data, and chains depend on few of their properties. A change of a service's
+//! endpoints adds and deletes elements of data only: the kernel then checks no chain, as it does for verdicts, so
+//! that the cost does not grow with the number of services. `skeleton` has the layout.
 //!
 //! # Invariants
 //!

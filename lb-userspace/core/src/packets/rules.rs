@@ -4,13 +4,15 @@ use std::{
     collections::{BTreeMap, BTreeSet, btree_map::Entry},
     mem,
     net::{IpAddr, SocketAddr},
+    num::NonZeroU32,
     sync::Arc,
 };
 
 use super::{
-    diff, table_id,
-    nft::{Change, Family, Key, Octets, Table, TableId, Transaction, Value},
-    skeleton::{self, Behavior, Ground, INSIDE, Sources, address},
+    diff,
+    nft::{Change, Element, Family, Key, Name, Octets, Table, TableId, Transaction, Value},
+    skeleton::{self, Ground, INSIDE, Masquerade, Pick, Side, address, affinity_set},
+    table_id,
 };
 use crate::{
     desired::{Frontend, FrontendAddress, FrontendKind, PacketMode, PacketSide},
@@ -98,7 +100,7 @@ impl Rules {
     #[must_use]
     pub fn adopt(&mut self) -> BTreeMap<TableId, Table> {
         for rules in [&mut self.v4, &mut self.v6] {
-            rules.before = Some(rules.skeleton());
+            rules.before = Some(rules.ground());
             (rules.former, rules.touched) = Default::default();
         }
         self.tables()
@@ -115,6 +117,40 @@ impl Rules {
             changes.extend(rules.take_changes().into_iter().map(|change| (id.clone(), change)));
         }
         Transaction { changes, generation: None }
+    }
+
+    /// Whether, since the last call, frontends with affinity changed: then the kernel may have recorded clients of
+    /// their former endpoints.
+    pub fn take_has_stale_clients(&mut self) -> bool {
+        let take = |rules: &mut FamilyRules| mem::take(&mut rules.has_stale_clients);
+        take(&mut self.v4) | take(&mut self.v6)
+    }
+
+    /// The elements of a table's map `affinity` whose frontend does not have their endpoint.
+    #[must_use]
+    pub fn stale_clients(&self, family: Family, recorded: &BTreeMap<Key, Element>) -> Vec<Key> {
+        let rules = match family {
+            Family::V4 => &self.v4,
+            Family::V6 => &self.v6,
+        };
+        let with_affinity = rules.frontends.iter().filter(|(_, served)| served.affinity.is_some());
+        let endpoints: BTreeSet<Vec<u8>> = with_affinity
+            .flat_map(|(at, served)| {
+                let key = key(at);
+                served.indexed().map(move |(_, endpoint)| [&key[..], &octets(endpoint)].concat())
+            })
+            .collect();
+        let len = if family == Family::V4 { 4 } else { 16 };
+        let is_stale = |key: &Key, element: &Element| {
+            let (Some((_client, frontend)), Value::Data(endpoint)) =
+                (key.start.as_slice().split_at_checked(len), &element.value)
+            else {
+                return false;
+            };
+            !endpoints.contains(&[frontend, endpoint.as_slice()].concat())
+        };
+        let stale = recorded.iter().filter(|(key, element)| is_stale(key, element));
+        stale.map(|(key, _)| key.clone()).collect()
     }
 
     /// Number of frontends that packets reach, and of the elements that these have in sets.
@@ -141,8 +177,8 @@ struct Served {
     inside: Option<Arc<[SocketAddr]>>,
     local: Arc<[SocketAddr]>,
     allowed: Option<Arc<[Cidr]>>,
-    affinity_seconds: u32,
-    sources: Sources,
+    affinity: Option<NonZeroU32>,
+    masquerade: Masquerade,
 }
 
 impl Served {
@@ -154,47 +190,55 @@ impl Served {
             inside: outside.map(|_| Arc::clone(all)),
             local: Arc::clone(&packets.local),
             allowed: packets.sources.clone(),
-            affinity_seconds: frontend.affinity_seconds,
-            sources: match (frontend.kind, frontend.policy) {
-                (FrontendKind::ClusterIP, _) => Sources::ClusterIp,
-                (_, TrafficPolicy::Cluster) => Sources::External,
-                (_, TrafficPolicy::Local) => Sources::Local,
+            affinity: NonZeroU32::new(frontend.affinity_seconds),
+            masquerade: match (frontend.kind, frontend.policy) {
+                (FrontendKind::ClusterIP, _) => Masquerade::Strangers,
+                (_, TrafficPolicy::Cluster) => Masquerade::All,
+                (_, TrafficPolicy::Local) => Masquerade::Own,
             },
         }
     }
 
-    fn behavior(&self) -> Behavior {
-        let n = |endpoints: &[SocketAddr]| u32::try_from(endpoints.len()).unwrap_or(u32::MAX);
-        Behavior {
-            n_endpoints: n(&self.endpoints),
-            n_inside: self.inside.as_deref().map(n),
-            affinity_seconds: self.affinity_seconds,
-            sources: self.sources,
-            is_limited: self.allowed.is_some(),
-        }
+    /// The choices that senders have.
+    fn picks(&self) -> impl Iterator<Item = Pick> {
+        let inside = self.inside.as_ref().and_then(|inside| Pick::new(Side::Inside, inside.len()));
+        Pick::new(Side::Outside, self.endpoints.len()).into_iter().chain(inside)
+    }
+
+    /// The sets that the frontend itself is in.
+    fn sets(&self) -> impl Iterator<Item = Name> {
+        let has_inside = self.inside.as_ref().is_some_and(|inside| !inside.is_empty());
+        let without_endpoint = if has_inside { "dropped" } else { "refused" };
+        let fixed = [
+            Some(self.masquerade.name()),
+            self.endpoints.is_empty().then_some(without_endpoint),
+            self.allowed.as_ref().map(|_| "limited"),
+        ];
+        let affinity = self.affinity.map(affinity_set);
+        self.picks().map(Pick::set).chain(affinity).chain(fixed.into_iter().flatten().map(Name::from))
+    }
+
+    /// The endpoints with their index.
+    fn indexed(&self) -> impl Iterator<Item = (u32, &SocketAddr)> {
+        let inside = self.inside.iter().flat_map(|inside| (INSIDE..).zip(inside.iter()));
+        (0..).zip(self.endpoints.iter()).chain(inside)
     }
 
     /// Number of elements of the frontend.
     fn n_elements(&self) -> usize {
-        let n_endpoints = self.endpoints.len() + self.inside.as_ref().map_or(0, |inside| inside.len());
-        let n_members = if self.affinity_seconds > 0 { n_endpoints } else { 0 };
-        1 + n_endpoints + n_members + self.allowed.as_ref().map_or(0, |allowed| allowed.len())
+        let n_ranges = self.allowed.as_ref().map_or(0, |allowed| allowed.len());
+        self.sets().count() + self.indexed().count() + n_ranges
     }
 
     /// Adds the elements of the frontend to a table.
     fn add_to(&self, table: &mut Table, at: &FrontendAddress) {
         let key = key(at);
-        add(table, "services", key.clone(), Value::Data(self.behavior().octets()));
-        let sets = [(0, Some(&self.endpoints)), (INSIDE, self.inside.as_ref())];
-        for (first, endpoints) in sets.into_iter().filter_map(|(first, set)| Some((first, set?))) {
-            for (index, endpoint) in (first..).zip(endpoints.iter()) {
-                let value = [address(endpoint.ip()), port(endpoint.port()).to_vec()].concat();
-                if self.affinity_seconds > 0 {
-                    add(table, "members", [&key[..], &value].concat(), Value::None);
-                }
-                let key = [&key[..], &index.to_ne_bytes()].concat();
-                add(table, "endpoints", key, Value::Data(value.into()));
-            }
+        for set in self.sets() {
+            add(table, &set, key.clone(), Value::None);
+        }
+        for (index, endpoint) in self.indexed() {
+            let key = [&key[..], &index.to_ne_bytes()].concat();
+            add(table, "endpoints", key, Value::Data(octets(endpoint).into()));
         }
         for network in self.allowed.iter().flat_map(|allowed| allowed.iter()) {
             let (start, end) = ends(network);
@@ -210,15 +254,18 @@ impl Served {
 #[derive(Debug)]
 struct FamilyRules {
     /// What the kernel's table was made for, as of the last transaction; `None` before the first.
-    before: Option<Skeleton>,
+    before: Option<Ground>,
     now: Ground,
     frontends: BTreeMap<FrontendAddress, Served>,
     /// Of `frontends` together: [`Served::n_elements`].
     n_elements: usize,
     /// The frontends that have changed, as they were.
     former: BTreeMap<FrontendAddress, Option<Served>>,
-    /// How many frontends have a behavior; node ports apart.
-    behaviors: [BTreeMap<Behavior, usize>; 2],
+    /// How many frontends have a choice, and a time-out.
+    picks: BTreeMap<Pick, usize>,
+    affinities: BTreeMap<NonZeroU32, usize>,
+    /// Whether an endpoint of a frontend with affinity may have gone.
+    has_stale_clients: bool,
     /// For each endpoint on this node, how many frontends have it.
     local: BTreeMap<IpAddr, usize>,
     node_addresses: BTreeSet<IpAddr>,
@@ -227,29 +274,24 @@ struct FamilyRules {
     touched: BTreeMap<(&'static str, IpAddr), bool>,
 }
 
-/// What [`skeleton::table`] makes a table of.
-#[derive(Clone, Debug, PartialEq, Eq)]
-struct Skeleton {
-    ground: Ground,
-    behaviors: [BTreeSet<Behavior>; 2],
-}
-
-impl Skeleton {
-    fn table(&self) -> Table {
-        let [of_addresses, of_node_ports] = &self.behaviors;
-        skeleton::table(&self.ground, of_addresses, of_node_ports)
-    }
-}
-
 impl FamilyRules {
     fn new(mode: PacketMode, family: Family) -> Self {
         Self {
             before: None,
-            now: Ground { family, mode, pods: BTreeSet::new(), networks: BTreeSet::new() },
+            now: Ground {
+                family,
+                mode,
+                pods: BTreeSet::new(),
+                networks: BTreeSet::new(),
+                picks: BTreeSet::new(),
+                affinities: BTreeSet::new(),
+            },
             frontends: BTreeMap::new(),
             n_elements: 0,
             former: BTreeMap::new(),
-            behaviors: Default::default(),
+            picks: BTreeMap::new(),
+            affinities: BTreeMap::new(),
+            has_stale_clients: false,
             local: BTreeMap::new(),
             node_addresses: BTreeSet::new(),
             cluster_ips: BTreeMap::new(),
@@ -266,28 +308,32 @@ impl FamilyRules {
             return;
         }
         if let Some(served) = &served {
-            self.count(&at, served, true);
+            self.count(served, true);
         }
         let former = match served {
             Some(served) => self.frontends.insert(at, served),
             None => self.frontends.remove(&at),
         };
         if let Some(former) = &former {
-            self.count(&at, former, false);
+            self.count(former, false);
+            self.has_stale_clients |= former.affinity.is_some();
         }
         // The oldest counts: it is what the kernel has.
         self.former.entry(at).or_insert(former);
     }
 
-    fn count(&mut self, at: &FrontendAddress, served: &Served, is_added: bool) {
-        let [of_addresses, of_node_ports] = &mut self.behaviors;
+    fn count(&mut self, served: &Served, is_added: bool) {
         if is_added {
             self.n_elements += served.n_elements();
         } else {
             self.n_elements -= served.n_elements();
         }
-        let behaviors = if at.ip.is_unspecified() { of_node_ports } else { of_addresses };
-        count(behaviors, served.behavior(), is_added);
+        for pick in served.picks() {
+            count(&mut self.picks, pick, is_added);
+        }
+        if let Some(seconds) = served.affinity {
+            count(&mut self.affinities, seconds, is_added);
+        }
         for endpoint in served.local.iter() {
             let was_there = self.local.contains_key(&endpoint.ip());
             count(&mut self.local, endpoint.ip(), is_added);
@@ -302,14 +348,16 @@ impl FamilyRules {
         self.touched.entry((set, address)).or_insert(was_there);
     }
 
-    fn skeleton(&self) -> Skeleton {
-        let keys = |behaviors: &BTreeMap<Behavior, usize>| behaviors.keys().copied().collect();
-        let [of_addresses, of_node_ports] = &self.behaviors;
-        Skeleton { ground: self.now.clone(), behaviors: [keys(of_addresses), keys(of_node_ports)] }
+    fn ground(&self) -> Ground {
+        Ground {
+            picks: self.picks.keys().copied().collect(),
+            affinities: self.affinities.keys().copied().collect(),
+            ..self.now.clone()
+        }
     }
 
     fn table(&self) -> Table {
-        let mut table = self.skeleton().table();
+        let mut table = skeleton::table(&self.ground());
         for (at, served) in &self.frontends {
             served.add_to(&mut table, at);
         }
@@ -327,21 +375,18 @@ impl FamilyRules {
 
     /// Compares the table that was with the one that is, without the elements that stay.
     fn take_changes(&mut self) -> Vec<Change> {
-        let skeleton = self.skeleton();
-        let Some(before) = self.before.replace(skeleton.clone()) else {
+        let now = self.ground();
+        let Some(before) = self.before.replace(now.clone()) else {
             (self.former, self.touched) = Default::default();
             return diff(None, &self.table());
         };
         let (former, touched) = (mem::take(&mut self.former), mem::take(&mut self.touched));
-        if before == skeleton && former.is_empty() && touched.is_empty() {
+        if before == now && former.is_empty() && touched.is_empty() {
             return Vec::new();
         }
-        // Equal chains and verdicts need no comparison.
-        let (mut old, mut new) = if before == skeleton {
-            (skeleton::sets(&before.ground), skeleton::sets(&skeleton.ground))
-        } else {
-            (before.table(), skeleton.table())
-        };
+        // Equal chains need no comparison.
+        let make = if before == now { skeleton::sets } else { skeleton::table };
+        let (mut old, mut new) = (make(&before), make(&now));
         for (at, former) in &former {
             if let Some(former) = former {
                 former.add_to(&mut old, at);
@@ -379,6 +424,11 @@ fn key(at: &FrontendAddress) -> Vec<u8> {
         Protocol::Sctp => 132,
     };
     [address(at.ip), vec![protocol, 0, 0, 0], port(at.port).to_vec()].concat()
+}
+
+/// The address and port of an endpoint, as registers hold them.
+fn octets(endpoint: &SocketAddr) -> Vec<u8> {
+    [address(endpoint.ip()), port(endpoint.port()).to_vec()].concat()
 }
 
 /// A port as a register holds it.

@@ -9,9 +9,9 @@ use std::{
 };
 
 use super::nft::{
-    Chain, ChainType, Change, Comparison, CtKey, DynsetOp, Element, Expression, FIB_LOCAL, FibAddress,
-    Header, Hook, Key, LookupTo, MetaKey, Name, Numgen, Octets, Register, Reject, Rule, Set, SetFlags, Table,
-    TableId, Value, Verdict, ct_state, ct_status,
+    Chain, ChainType, Change, Comparison, CtKey, Direction, DynsetOp, Element, Expression, FIB_LOCAL,
+    FibAddress, Header, Hook, Key, LookupTo, MetaKey, Name, Numgen, Octets, Register, Reject, Rule, Set,
+    SetFlags, Table, TableId, Value, Verdict, ct_state, ct_status,
 };
 
 /// Applies changes as the kernel does: all, or none.
@@ -294,11 +294,14 @@ impl Passage<'_> {
                     let status = if self.is_translated { ct_status::DNAT } else { 0 };
                     self.store(*to, &status.to_ne_bytes())
                 }
-                CtKey::Destination(_, super::nft::Direction::Original) => {
-                    self.store(*to, &octets(self.original.ip()))
-                }
-                CtKey::DestinationPort(super::nft::Direction::Original) => {
+                CtKey::Source(_, Direction::Original) => self.store(*to, &octets(self.packet.source)),
+                CtKey::Destination(_, Direction::Original) => self.store(*to, &octets(self.original.ip())),
+                CtKey::DestinationPort(Direction::Original) => {
                     self.store(*to, &self.original.port().to_be_bytes())
+                }
+                CtKey::Source(_, Direction::Reply) => self.store(*to, &octets(self.packet.destination.ip())),
+                CtKey::SourcePort(Direction::Reply) => {
+                    self.store(*to, &self.packet.destination.port().to_be_bytes())
                 }
                 _ => false,
             },

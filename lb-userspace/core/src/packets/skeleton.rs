@@ -1,26 +1,39 @@
-//! The chains, sets and verdicts of a table: all but the services themselves.
+//! The chains and sets of a table, without the services.
 //!
 //! # Layout
 //!
-//! | map or set | key | value |
+//! "Frontend" is an address, a protocol and a port; a node port has the unspecified address.
+//!
+//! | set or map | key | value |
 //! | --- | --- | --- |
-//! | `services` | address, protocol, port | [`Behavior`], as three numbers |
-//! | `translate`, `translate-nodeports` | behavior | goto the chain that chooses an endpoint |
-//! | `masquerade` | behavior | goto the chain that decides about the source address |
-//! | `refuse` | behavior | goto `reject` or drop: no endpoint |
-//! | `firewall` | behavior | goto the check of source ranges |
-//! | `endpoints` | address, protocol, port, index | endpoint address and port |
-//! | `affinity` | client, address, protocol, port | endpoint address and port, for as long as it is used |
-//! | `members` | address, protocol, port, endpoint address and port | that the endpoint may keep its clients |
-//! | `allowed` | address, protocol, port, range of clients | that they may call |
-//! | `hairpin` | endpoint address, twice | that an endpoint on this node may call itself |
-//! | `node-addresses` | address | that node ports answer there |
-//! | `cluster-ips`, `other-ips` | address | that undefined ports are refused; that they are not |
+//! | `services-N` | frontend with more than N/2 and at most N endpoints | |
+//! | `inside-N` | the same, by the endpoints for senders on this node, where they have others | |
+//! | `endpoints` | frontend, index | endpoint address and port |
+//! | `affinity` | client, frontend | endpoint address and port, while the client uses it |
+//! | `affinity-SECONDS` | frontend with this time-out | |
+//! | `refused`, `dropped` | frontend without an endpoint; without one for senders outside | |
+//! | `limited` | frontend with source ranges | |
+//! | `allowed` | frontend, range of clients | |
+//! | `masquerade-all`, `-own`, `-strangers` | frontend, by whose address its endpoints must not see | |
+//! | `hairpin` | endpoint address, twice: of an endpoint on this node | |
+//! | `node-addresses` | address on which node ports answer | |
+//! | `cluster-ips`, `other-ips` | address whose undefined ports are refused; are not | |
 //!
-//! Node ports have the unspecified address in all keys.
+//! # Choosing an endpoint
 //!
-//! A packet may see the elements of two generations, since it reads each set anew. Where an endpoint's index is
-//! beyond the new number of endpoints, the rule behind takes the first one.
+//! A rule draws an index below N. If there is no such endpoint, the next rule draws again, at last below N/2, where
+//! there always is one. So all endpoints are equally likely to 3 %, and a new number of endpoints, as
+//! long as it belongs to the same N, changes elements of `endpoints` alone.
+//!
+//! A packet may see two generations of elements, since it reads each set anew: the last rule takes the first
+//! endpoint.
+//!
+//! # Affinity
+//!
+//! Behind the translation, a rule records the endpoint of the client. The next connection looks it up first.
+//! When endpoints go, the agent deletes what names them ([`super::Rules::stale_clients`]).
+//!
+//! Nothing that one look-up found is the key of another: nft 1.0.6 cannot list that ([`super::nft`]).
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -30,8 +43,8 @@ use std::{
 
 use super::nft::{
     Base, Chain, ChainType, Comparison, CtKey, DataType, Direction, DynsetOp, Expression, FIB_LOCAL, Family,
-    FibAddress, Header, Hook, Key, LookupTo, MetaKey, Name, Numgen, Octets, Policy, Register, Reject, Rule,
-    Set, SetFlags, SetSpec, Table, Value, ValueType, Verdict, ct_state, ct_status,
+    FibAddress, Header, Hook, LookupTo, MetaKey, Name, Numgen, Octets, Policy, Register, Reject, Rule, Set,
+    SetFlags, SetSpec, Table, ValueType, Verdict, ct_state, ct_status,
 };
 use crate::{desired::PacketMode, model::Cidr};
 
@@ -41,79 +54,75 @@ pub(super) const INSIDE: u32 = 1 << 24;
 /// Most entries of the affinity map of a family.
 const MAX_CLIENTS: NonZeroU32 = NonZeroU32::MIN.saturating_add((1 << 20) - 1);
 
+/// How often an index is drawn that may be beyond the endpoints. Each finds none with a chance below a half.
+const N_DRAWS: usize = 5;
+
 const TCP: u8 = 6;
 
-/// Which sources are masqueraded.
+const MILLISECONDS: NonZeroU32 = NonZeroU32::MIN.saturating_add(999);
+
+/// Whose addresses the endpoints of a frontend must not see.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum Sources {
-    /// A cluster IP: those that are neither pods of this node.
-    ClusterIp = 0,
-    /// External, policy Cluster: all, because the endpoint may be on another node.
-    External = 1,
+pub(super) enum Masquerade {
+    /// External, policy Cluster: all, because the endpoint may be on another node and answer past this one.
+    All,
     /// External, policy Local: this node's own.
-    Local = 2,
+    Own,
+    /// A cluster IP: those of others than this node's pods.
+    Strangers,
 }
 
-/// What happens to new connections to a frontend. Frontends with equal behavior share all rules.
+impl Masquerade {
+    pub(super) const ALL: [Self; 3] = [Self::All, Self::Own, Self::Strangers];
+
+    /// Name of the set of frontends, and of the chain.
+    pub(super) const fn name(self) -> &'static str {
+        match self {
+            Self::All => "masquerade-all",
+            Self::Own => "masquerade-own",
+            Self::Strangers => "masquerade-strangers",
+        }
+    }
+}
+
+/// The senders that a set of endpoints is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) struct Behavior {
-    /// Number of endpoints for senders outside, or for all.
-    pub(super) n_endpoints: u32,
-    /// Number of endpoints for senders on this node, where they have others.
-    pub(super) n_inside: Option<u32>,
-    /// Idle time-out of the affinity; 0 = none.
-    pub(super) affinity_seconds: u32,
-    pub(super) sources: Sources,
-    /// Whether source ranges are checked.
-    pub(super) is_limited: bool,
+pub(super) enum Side {
+    /// Those outside, or all.
+    Outside,
+    /// Those on this node, where they have other endpoints.
+    Inside,
 }
 
-impl Behavior {
-    /// The value in `services`, which the maps of verdicts have as their key.
-    pub(super) fn octets(self) -> Octets {
-        // A time-out is at most 86,400 seconds: 17 bits.
-        let flags = self.affinity_seconds
-            | u32::from(self.is_limited) << 24
-            | (self.sources as u32) << 25
-            | u32::from(self.n_inside.is_some()) << 27;
-        let words = [self.n_endpoints, self.n_inside.unwrap_or(0), flags];
-        words.map(u32::to_ne_bytes).concat().into()
-    }
-
-    /// Whether no sender reaches an endpoint.
-    fn refuses_all(self) -> bool {
-        self.n_endpoints == 0 && self.n_inside.unwrap_or(0) == 0
-    }
-
-    fn outside(self) -> Option<Pick> {
-        Pick::new(self.n_endpoints, 0, self.affinity_seconds)
-    }
-
-    fn inside(self) -> Option<Pick> {
-        Pick::new(self.n_inside?, INSIDE, self.affinity_seconds)
-    }
-}
-
-/// The choice of one of `n` endpoints.
+/// The choice of an endpoint: a number of indices, of which more than half have one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-struct Pick {
-    n: u32,
-    first: u32,
-    affinity_seconds: u32,
+pub(super) struct Pick {
+    pub(super) side: Side,
+    n_indices: u32,
 }
 
 impl Pick {
-    fn new(n: u32, first: u32, affinity_seconds: u32) -> Option<Self> {
-        (n > 0).then_some(Self { n, first, affinity_seconds })
+    /// `None` without an endpoint.
+    pub(super) fn new(side: Side, n_endpoints: usize) -> Option<Self> {
+        let n_endpoints = u32::try_from(n_endpoints).ok().filter(|n| (1..INSIDE).contains(n))?;
+        Some(Self { side, n_indices: n_endpoints.next_power_of_two() })
+    }
+
+    /// Name of the set of frontends.
+    pub(super) fn set(self) -> Name {
+        let side = match self.side {
+            Side::Outside => "services",
+            Side::Inside => "inside",
+        };
+        format!("{side}-{}", self.n_indices).into()
     }
 
     fn chain(self, form: Form) -> Name {
-        let inside = if self.first == 0 { "" } else { "-inside" };
-        let affinity = match self.affinity_seconds {
-            0 => String::new(),
-            seconds => format!("-affinity-{seconds}"),
-        };
-        format!("{}{}{inside}{affinity}", form.prefix("pick-"), self.n).into()
+        form.chain(&format!(
+            "pick-{}{}",
+            self.n_indices,
+            if self.side == Side::Inside { "-inside" } else { "" }
+        ))
     }
 }
 
@@ -127,15 +136,15 @@ enum Form {
 }
 
 impl Form {
-    fn prefix(self, name: &str) -> String {
+    fn chain(self, name: &str) -> Name {
         match self {
-            Self::Address => name.to_owned(),
-            Self::NodePort => format!("nodeport-{name}"),
+            Self::Address => name.into(),
+            Self::NodePort => format!("nodeport-{name}").into(),
         }
     }
 }
 
-/// What the rules of a family depend on beside the services.
+/// What the rules of a family depend on beside the elements of their sets.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Ground {
     pub(super) family: Family,
@@ -144,26 +153,61 @@ pub(super) struct Ground {
     pub(super) pods: BTreeSet<Cidr>,
     /// Networks of cluster IPs.
     pub(super) networks: BTreeSet<Cidr>,
+    /// The choices that frontends have.
+    pub(super) picks: BTreeSet<Pick>,
+    /// The time-outs of affinity that frontends have, seconds.
+    pub(super) affinities: BTreeSet<NonZeroU32>,
 }
 
-/// The table without elements of services.
-pub(super) fn table(
-    ground: &Ground,
-    behaviors: &BTreeSet<Behavior>,
-    of_node_ports: &BTreeSet<Behavior>,
-) -> Table {
+/// The table without elements.
+pub(super) fn table(ground: &Ground) -> Table {
     let mut builder = Builder { ground, table: sets(ground) };
-    builder.add_verdicts(Form::Address, behaviors);
-    builder.add_verdicts(Form::NodePort, of_node_ports);
-    builder.add_chains();
+    for form in [Form::Address, Form::NodePort] {
+        builder.add_services(form);
+    }
+    builder.add_base_chains();
+    builder.add_refusals();
+    builder.add_masquerade();
     builder.table
 }
 
 /// The sets of the table, without elements.
 pub(super) fn sets(ground: &Ground) -> Table {
-    let mut builder = Builder { ground, table: Table::default() };
-    builder.add_sets();
-    builder.table
+    let ip = match ground.family {
+        Family::V4 => DataType::Ipv4,
+        Family::V6 => DataType::Ipv6,
+    };
+    let frontend = [ip, DataType::Protocol, DataType::Port];
+    let endpoint = || ValueType::Data(vec![ip, DataType::Port]);
+    let none = SetFlags::default();
+    let mut table = Table::default();
+    let mut add = |name: Name, key: &[DataType], value: ValueType, flags: SetFlags| {
+        let size = flags.contains(SetFlags::DYNAMIC).then_some(MAX_CLIENTS);
+        let spec = SetSpec { key: key.to_vec(), value, flags, timeout: None, size };
+        table.sets.insert(name, Set { spec, elements: BTreeMap::new() });
+    };
+    let of_picks = ground.picks.iter().map(|pick| pick.set());
+    let of_affinity = ground.affinities.iter().map(|seconds| affinity_set(*seconds));
+    let fixed = Masquerade::ALL.map(Masquerade::name).into_iter().chain(["refused", "dropped", "limited"]);
+    for name in of_picks.chain(of_affinity).chain(fixed.map(Name::from)) {
+        add(name, &frontend, ValueType::None, none);
+    }
+    let with = |more: &[DataType]| [&frontend[..], more].concat();
+    add("endpoints".into(), &with(&[DataType::Mark]), endpoint(), none);
+    let dynamic = SetFlags::DYNAMIC | SetFlags::TIMEOUT;
+    add("affinity".into(), &[&[ip], &frontend[..]].concat(), endpoint(), dynamic);
+    add("allowed".into(), &with(&[ip]), ValueType::None, SetFlags::INTERVAL);
+    add("hairpin".into(), &[ip, ip], ValueType::None, none);
+    let of_cluster_ips = ["cluster-ips", "other-ips"].into_iter().filter(|_| ground.mode == PacketMode::All);
+    for name in of_cluster_ips.chain(["node-addresses"]) {
+        add(name.into(), &[ip], ValueType::None, none);
+    }
+    table
+}
+
+/// Name of the set of frontends with a time-out.
+pub(super) fn affinity_set(seconds: NonZeroU32) -> Name {
+    format!("affinity-{seconds}").into()
 }
 
 /// The address as registers hold it.
@@ -180,247 +224,119 @@ struct Builder<'a> {
 }
 
 impl Builder<'_> {
-    fn add_sets(&mut self) {
-        let ip = match self.ground.family {
-            Family::V4 => DataType::Ipv4,
-            Family::V6 => DataType::Ipv6,
-        };
-        let frontend = [ip, DataType::Protocol, DataType::Port];
-        let endpoint = vec![ip, DataType::Port];
-        let behavior = vec![DataType::Mark; 3];
-        let with = |more: &[DataType]| [&frontend[..], more].concat();
-        let none = SetFlags::default();
-        let mut add = |name: &str, key: Vec<DataType>, value: ValueType, flags: SetFlags| {
-            let size = flags.contains(SetFlags::DYNAMIC).then_some(MAX_CLIENTS);
-            let spec = SetSpec { key, value, flags, timeout: None, size };
-            self.table.sets.insert(name.into(), Set { spec, elements: BTreeMap::new() });
-        };
-        add("services", frontend.to_vec(), ValueType::Data(behavior.clone()), none);
-        add("endpoints", with(&[DataType::Mark]), ValueType::Data(endpoint.clone()), none);
-        add(
-            "affinity",
-            [&[ip][..], &frontend].concat(),
-            ValueType::Data(endpoint),
-            SetFlags::DYNAMIC | SetFlags::TIMEOUT,
-        );
-        add("members", with(&[ip, DataType::Port]), ValueType::None, none);
-        add("allowed", with(&[ip]), ValueType::None, SetFlags::INTERVAL);
-        add("hairpin", vec![ip, ip], ValueType::None, none);
-        add("node-addresses", vec![ip], ValueType::None, none);
-        if self.ground.mode == PacketMode::All {
-            add("cluster-ips", vec![ip], ValueType::None, none);
-            add("other-ips", vec![ip], ValueType::None, none);
-        }
-        for name in ["translate", "translate-nodeports", "masquerade", "refuse", "firewall"] {
-            add(name, behavior.clone(), ValueType::Verdict, none);
-        }
+    fn add_chain(&mut self, name: impl Into<Name>, base: Option<Base>, rules: Vec<Rule>) {
+        self.table.chains.insert(name.into(), Chain { base, rules });
     }
 
-    fn add_verdict(&mut self, map: &str, behavior: Behavior, verdict: Verdict) {
-        if let Some(set) = self.table.sets.get_mut(map) {
-            set.elements.insert(Key::from(behavior.octets()), Value::Verdict(verdict).into());
-        }
-    }
-
-    fn add_verdicts(&mut self, form: Form, behaviors: &BTreeSet<Behavior>) {
-        let map = match form {
-            Form::Address => "translate",
-            Form::NodePort => "translate-nodeports",
-        };
-        for &behavior in behaviors {
-            let (outside, inside) = (behavior.outside(), behavior.inside());
-            for pick in [outside, inside].into_iter().flatten() {
-                self.add_pick(form, pick);
-            }
-            let chain = match (outside, inside) {
-                (outside, Some(inside)) => Some(self.add_local(form, outside, inside)),
-                (Some(outside), None) => Some(outside.chain(form)),
-                (None, None) => None,
-            };
-            if let Some(chain) = chain {
-                self.add_verdict(map, behavior, Verdict::Goto(chain));
-            }
-            if behavior.refuses_all() {
-                self.add_verdict("refuse", behavior, Verdict::Goto("reject".into()));
-            } else if outside.is_none() {
-                self.add_verdict("refuse", behavior, Verdict::Drop);
-            }
-            if behavior.is_limited {
-                self.add_verdict("firewall", behavior, Verdict::Goto("check-source".into()));
-            }
-            let chain = match behavior.sources {
-                Sources::ClusterIp => "masquerade-strangers",
-                Sources::External => "masquerade-all",
-                Sources::Local => "masquerade-own",
-            };
-            self.add_verdict("masquerade", behavior, Verdict::Goto(chain.into()));
-        }
-    }
-
-    fn add_chain(&mut self, name: Name, base: Option<Base>, rules: Vec<Rule>) {
-        self.table.chains.insert(name, Chain { base, rules });
-    }
-
-    /// The chain that sends senders on this node to all endpoints, others to those of this node.
-    fn add_local(&mut self, form: Form, outside: Option<Pick>, inside: Pick) -> Name {
-        let n_outside = outside.map_or(0, |pick| pick.n);
-        let affinity = match inside.affinity_seconds {
-            0 => String::new(),
-            seconds => format!("-affinity-{seconds}"),
-        };
-        let name: Name = format!("{}{n_outside}-of-{}{affinity}", form.prefix("local-"), inside.n).into();
-        let goto_inside = Expression::Verdict(Verdict::Goto(inside.chain(form)));
-        let mut rules = self.of_pods(&[goto_inside.clone()]);
-        rules.push(rule([&from_this_node()[..], &[goto_inside]].concat()));
-        rules.extend(outside.map(|pick| rule(vec![Expression::Verdict(Verdict::Goto(pick.chain(form)))])));
-        self.add_chain(name.clone(), None, rules);
-        name
-    }
-
-    fn add_pick(&mut self, form: Form, pick: Pick) {
-        let name = pick.chain(form);
-        if self.table.chains.contains_key(&name) {
-            return;
-        }
+    /// The chains that translate: `services`, with node ports `nodeport-services`.
+    fn add_services(&mut self, form: Form) {
         let layout = self.layout();
-        let frontend = layout.frontend(form, 0);
-        let (n_key, n_client) = (layout.n_frontend(), layout.n_client());
-        let draw = |modulus: u32, kind: Numgen, to: u8| {
-            let mut all = frontend.clone();
-            all.push(Expression::Numgen { kind, modulus, offset: pick.first, to: register(n_key) });
-            all.push(lookup("endpoints", 0, LookupTo::Register(register(to))));
-            all
-        };
-        let dnat = |from: u8| Expression::Dnat {
-            address: register(from),
-            port: Some(register(from + layout.n_address)),
-        };
         let mut rules = Vec::new();
-        if let Some(milliseconds) = NonZeroU32::new(pick.affinity_seconds.saturating_mul(1000)) {
-            let client = layout.client(form, 0);
-            let keep = |op: DynsetOp, value: Option<u8>| Expression::Dynset {
-                set: "affinity".into(),
-                op,
-                key: register(0),
-                value: value.map(register),
-                timeout: value.map(|_| milliseconds),
-            };
-            // A client stays as long as its endpoint does.
-            let mut stay = frontend.clone();
-            stay.extend(layout.client(form, n_key));
-            stay.push(lookup("affinity", n_key, LookupTo::Register(register(n_key))));
-            stay.push(lookup("members", 0, LookupTo::Matches));
-            stay.extend(client.clone());
-            stay.push(lookup("affinity", 0, LookupTo::Register(register(n_client))));
-            stay.extend([keep(DynsetOp::Update, Some(n_client)), dnat(n_client)]);
-            rules.push(rule(stay));
-            let mut choose = draw(pick.n, Numgen::Random, n_client);
-            choose.extend(client);
-            choose.extend([
-                keep(DynsetOp::Delete, None),
-                keep(DynsetOp::Add, Some(n_client)),
-                dnat(n_client),
-            ]);
-            rules.push(rule(choose));
+        if !self.ground.affinities.is_empty() {
+            let mut same = layout.client(form, 0);
+            same.push(lookup("affinity", 0, LookupTo::Register(register(0))));
+            same.push(layout.dnat());
+            rules.push(rule(same));
         }
-        // Without affinity, and for a client that does not fit into the map.
-        let mut choose = draw(pick.n, Numgen::Random, 0);
-        choose.push(dnat(0));
-        rules.push(rule(choose));
-        if pick.n > 1 {
-            let mut first = draw(1, Numgen::Incremental, 0);
-            first.push(dnat(0));
-            rules.push(rule(first));
+        if self.ground.picks.iter().any(|pick| pick.side == Side::Inside) {
+            let inside = form.chain("inside");
+            rules.extend(self.of_pods(&[jump(&inside)]));
+            rules.push(rule([&from_this_node()[..], &[jump(&inside)]].concat()));
+            let to_picks = self.to_picks(form, Side::Inside);
+            self.add_chain(inside, None, to_picks);
         }
-        self.add_chain(name, None, rules);
+        rules.extend(self.to_picks(form, Side::Outside));
+        self.add_chain(form.chain("services"), None, rules);
+        for pick in &self.ground.picks {
+            self.add_chain(pick.chain(form), None, layout.picking(form, *pick));
+        }
     }
 
-    fn add_chains(&mut self) {
+    fn to_picks(&self, form: Form, side: Side) -> Vec<Rule> {
+        let of_side = self.ground.picks.iter().filter(|pick| pick.side == side);
+        of_side.map(|pick| self.layout().is_frontend(form, &pick.set(), goto(&pick.chain(form)))).collect()
+    }
+
+    fn add_base_chains(&mut self) {
         let layout = self.layout();
-        let (is_all, family) = (self.ground.mode == PacketMode::All, self.ground.family);
         let base = |kind, hook, priority| Some(Base { kind, hook, priority, policy: Policy::Accept });
-        let jump = |chain: &str| Expression::Verdict(Verdict::Jump(chain.into()));
-        let new = |chain: &str| rule([&is_new()[..], &[jump(chain)]].concat());
-
-        let services = vec![
-            rule(layout.behavior(layout.frontend(Form::Address, 0), "translate")),
-            rule(layout.behavior(layout.on_node(None), "translate-nodeports")),
-        ];
-        let nat = |hook| base(ChainType::Nat, hook, -100);
-        self.add_chain("prerouting".into(), nat(Hook::Prerouting), services.clone());
+        let nat = |hook, priority| base(ChainType::Nat, hook, priority);
         let filter = |hook, priority| base(ChainType::Filter, hook, priority);
-        self.add_chain(
-            "filter-prerouting".into(),
-            filter(Hook::Prerouting, -110),
-            vec![new("check-firewall")],
-        );
-        self.add_chain("filter-input".into(), filter(Hook::Input, -10), vec![new("refusals")]);
-        self.add_chain("filter-forward".into(), filter(Hook::Forward, -10), vec![new("refusals")]);
-        if is_all {
-            self.add_chain("output".into(), nat(Hook::Output), services);
-            self.add_chain("filter-output".into(), filter(Hook::Output, -110), vec![new("check-firewall")]);
-            // Behind the translation: what is still for a service address was not translated.
-            self.add_chain("filter-output-late".into(), filter(Hook::Output, -90), vec![new("refusals")]);
-        }
-        self.add_chain(
-            "check-firewall".into(),
-            None,
-            vec![rule(layout.behavior(layout.frontend(Form::Address, 0), "firewall"))],
-        );
-        let mut from_client = layout.frontend(Form::Address, 0);
-        from_client.push(layout.source(layout.n_frontend()));
-        from_client.push(lookup("allowed", 0, LookupTo::MatchesNot));
-        from_client.push(Expression::Verdict(Verdict::Drop));
-        self.add_chain("check-source".into(), None, vec![rule(from_client)]);
+        let new = |chain: &str| vec![rule([&is_new()[..], &[jump(chain)]].concat())];
 
-        let mut refusals = vec![
-            rule(layout.behavior(layout.frontend(Form::Address, 0), "refuse")),
-            rule(layout.behavior(layout.on_node(None), "refuse")),
-        ];
-        if is_all {
-            let is_in = |set: &str, verdict: Verdict| {
-                let lookup = lookup(set, 0, LookupTo::Matches);
-                rule(vec![layout.destination(0), lookup, Expression::Verdict(verdict)])
+        let mut on_node = layout.is_on_node(layout.destination(0));
+        on_node.push(jump(&Form::NodePort.chain("services")));
+        let services = vec![rule(vec![jump(&Form::Address.chain("services"))]), rule(on_node)];
+        self.add_chain("prerouting", nat(Hook::Prerouting, -100), services.clone());
+        self.add_chain("filter-prerouting", filter(Hook::Prerouting, -110), new("check-source"));
+        self.add_chain("filter-input", filter(Hook::Input, -10), new("refusals"));
+        self.add_chain("filter-forward", filter(Hook::Forward, -10), new("refusals"));
+        if self.ground.mode == PacketMode::All {
+            self.add_chain("output", nat(Hook::Output, -100), services);
+            self.add_chain("filter-output", filter(Hook::Output, -110), new("check-source"));
+            // Behind the translation: what is still for a service address was not translated.
+            self.add_chain("filter-output-late", filter(Hook::Output, -90), new("refusals"));
+        }
+        let translated = |chain: &str| vec![rule([&is_translated()[..], &[jump(chain)]].concat())];
+        let mut leaving = translated("record-client");
+        leaving.extend(translated("check-masquerade"));
+        // Before the rules of others, which would keep the address of an endpoint that calls itself.
+        self.add_chain("postrouting", nat(Hook::Postrouting, 90), leaving);
+        // What this node's own processes receive passes no postrouting.
+        self.add_chain("input", nat(Hook::Input, 90), translated("record-client"));
+        let mut record = Vec::new();
+        for seconds in &self.ground.affinities {
+            record.extend([Form::Address, Form::NodePort].map(|form| layout.record_client(form, *seconds)));
+        }
+        self.add_chain("record-client", None, record);
+    }
+
+    /// The chains that check source ranges, and that answer what has no endpoint.
+    fn add_refusals(&mut self) {
+        let layout = self.layout();
+        let mut excluded = layout.frontend(Form::Address, 0);
+        excluded.push(lookup("limited", 0, LookupTo::Matches));
+        excluded.push(layout.source(layout.n_frontend()));
+        excluded.push(lookup("allowed", 0, LookupTo::MatchesNot));
+        excluded.push(Expression::Verdict(Verdict::Drop));
+        self.add_chain("check-source", None, vec![rule(excluded)]);
+
+        let of_frontends = |form| {
+            let dropped = Expression::Verdict(Verdict::Drop);
+            [
+                layout.is_frontend(form, "refused", goto("reject")),
+                layout.is_frontend(form, "dropped", dropped),
+            ]
+        };
+        let mut refusals = of_frontends(Form::Address).to_vec();
+        let mut on_node = layout.is_on_node(layout.destination(0));
+        on_node.push(jump(&Form::NodePort.chain("refusals")));
+        refusals.push(rule(on_node));
+        self.add_chain(Form::NodePort.chain("refusals"), None, of_frontends(Form::NodePort).to_vec());
+        if self.ground.mode == PacketMode::All {
+            let is_in = |set: &str, then: Expression| {
+                rule(vec![layout.destination(0), lookup(set, 0, LookupTo::Matches), then])
             };
-            refusals.push(is_in("cluster-ips", Verdict::Goto("reject".into())));
-            if !self.ground.networks.is_empty() {
-                refusals.push(is_in("other-ips", Verdict::Return));
-            }
+            refusals.push(is_in("cluster-ips", goto("reject")));
+            refusals.push(is_in("other-ips", Expression::Verdict(Verdict::Return)));
             refusals.extend(self.ground.networks.iter().map(|network| {
                 let within = within(network, layout.destination(0));
                 rule([&within[..], &[Expression::Verdict(Verdict::Drop)]].concat())
             }));
         }
-        self.add_chain("refusals".into(), None, refusals);
+        self.add_chain("refusals", None, refusals);
         let is_tcp = [
             Expression::Meta { key: MetaKey::L4Proto, to: register(0) },
             equals(0, [TCP]),
             Expression::Reject(Reject::TcpReset),
         ];
-        self.add_chain(
-            "reject".into(),
-            None,
-            vec![rule(is_tcp.to_vec()), rule(vec![Expression::Reject(Reject::port_unreachable(family))])],
-        );
+        let unreachable = Expression::Reject(Reject::port_unreachable(self.ground.family));
+        self.add_chain("reject", None, vec![rule(is_tcp.to_vec()), rule(vec![unreachable])]);
+    }
 
-        let status = ct_status::DNAT.to_ne_bytes();
-        let is_translated = vec![
-            Expression::Ct { key: CtKey::Status, to: register(0) },
-            Expression::Bitwise {
-                from: register(0),
-                mask: status.into(),
-                xor: [0; 4].into(),
-                to: register(0),
-            },
-            Expression::Compare { from: register(0), op: Comparison::NotEqual, value: [0; 4].into() },
-            jump("check-masquerade"),
-        ];
-        self.add_chain(
-            "postrouting".into(),
-            // Before the rules of others, which would keep the address of a client that calls itself.
-            base(ChainType::Nat, Hook::Postrouting, 90),
-            vec![rule(is_translated)],
-        );
+    /// The chains that decide about the source address.
+    fn add_masquerade(&mut self) {
+        let layout = self.layout();
         let masquerade = Expression::Masquerade { is_fully_random: true };
         let calls_itself = vec![
             layout.source(0),
@@ -428,27 +344,24 @@ impl Builder<'_> {
             lookup("hairpin", 0, LookupTo::Matches),
             masquerade.clone(),
         ];
-        self.add_chain(
-            "check-masquerade".into(),
-            None,
-            vec![
-                rule(calls_itself),
-                rule(layout.behavior(layout.original(), "masquerade")),
-                rule(layout.behavior(layout.on_node(Some(Direction::Original)), "masquerade")),
-            ],
-        );
-        self.add_chain("masquerade-all".into(), None, vec![rule(vec![masquerade.clone()])]);
-        let own = rule([&from_this_node()[..], &[masquerade.clone()]].concat());
-        self.add_chain("masquerade-own".into(), None, vec![own.clone()]);
-        // Without knowledge of this node's pods, any other sender may be one.
-        let strangers = if self.of_pods(&[]).is_empty() {
-            vec![own]
-        } else {
-            let mut rules = self.of_pods(&[Expression::Verdict(Verdict::Return)]);
-            rules.push(rule(vec![masquerade]));
-            rules
-        };
-        self.add_chain("masquerade-strangers".into(), None, strangers);
+        let mut check = vec![rule(calls_itself)];
+        for form in [Form::Address, Form::NodePort] {
+            for class in Masquerade::ALL {
+                // A node port is no cluster IP.
+                if form == Form::Address || class != Masquerade::Strangers {
+                    check.push(rule(layout.was_frontend(form, class.name(), goto(class.name()))));
+                }
+            }
+        }
+        self.add_chain("check-masquerade", None, check);
+        let all = rule(vec![masquerade.clone()]);
+        let own = rule([&from_this_node()[..], &[masquerade]].concat());
+        // Without knowledge of this node's pods, every other sender may be one.
+        let mut strangers = self.of_pods(&[Expression::Verdict(Verdict::Return)]);
+        strangers.push(if strangers.is_empty() { own.clone() } else { all.clone() });
+        self.add_chain(Masquerade::All.name(), None, vec![all]);
+        self.add_chain(Masquerade::Own.name(), None, vec![own]);
+        self.add_chain(Masquerade::Strangers.name(), None, strangers);
     }
 
     /// One rule for each network of this node's pods, which matches packets from there.
@@ -524,44 +437,95 @@ impl Layout {
         all
     }
 
-    /// Loads the key of the frontend that a translated connection was for.
-    fn original(self) -> Vec<Expression> {
-        let direction = Direction::Original;
-        let address = CtKey::Destination(self.family, direction);
-        [&[Expression::Ct { key: address, to: register(0) }], &self.original_port()[..]].concat()
+    /// Matches packets to a frontend of a set.
+    fn is_frontend(self, form: Form, set: &str, then: Expression) -> Rule {
+        let mut all = self.frontend(form, 0);
+        all.extend([lookup(set, 0, LookupTo::Matches), then]);
+        rule(all)
     }
 
-    fn original_port(self) -> [Expression; 2] {
-        [
-            Expression::Meta { key: MetaKey::L4Proto, to: register(self.n_address) },
-            Expression::Ct {
-                key: CtKey::DestinationPort(Direction::Original),
-                to: register(self.n_address + 1),
-            },
-        ]
-    }
-
-    /// Matches what is for an address of the node, and loads the key of a node port: of the packet, or of the
-    /// connection as it was before its translation.
-    fn on_node(self, direction: Option<Direction>) -> Vec<Expression> {
-        let (address, port) = match direction {
-            None => (self.destination(0), self.frontend(Form::NodePort, 0)[1..].to_vec()),
-            Some(direction) => {
-                let key = CtKey::Destination(self.family, direction);
-                (Expression::Ct { key, to: register(0) }, self.original_port().to_vec())
-            }
-        };
-        let mut all = vec![address, lookup("node-addresses", 0, LookupTo::Matches), self.unspecified(0)];
-        all.extend(port);
+    /// Matches translated connections that were for a frontend of a set.
+    fn was_frontend(self, form: Form, set: &str, then: Expression) -> Vec<Expression> {
+        let mut all = self.original(form);
+        all.extend([lookup(set, 0, LookupTo::Matches), then]);
         all
     }
 
-    /// What a map of verdicts says about the behavior of the frontend that `key` loads.
-    fn behavior(self, mut key: Vec<Expression>, verdicts: &str) -> Vec<Expression> {
-        let value = self.n_frontend();
-        key.push(lookup("services", 0, LookupTo::Register(register(value))));
-        key.push(lookup(verdicts, value, LookupTo::Verdict));
-        key
+    /// Loads the key of the frontend that a translated connection was for. Matches node ports on addresses of this
+    /// node only.
+    fn original(self, form: Form) -> Vec<Expression> {
+        let address =
+            Expression::Ct { key: CtKey::Destination(self.family, Direction::Original), to: register(0) };
+        let mut all = match form {
+            Form::Address => vec![address],
+            Form::NodePort => {
+                let mut all = self.is_on_node(address);
+                all.push(self.unspecified(0));
+                all
+            }
+        };
+        all.extend(self.original_port(self.n_address));
+        all
+    }
+
+    fn original_port(self, to: u8) -> [Expression; 2] {
+        [
+            Expression::Meta { key: MetaKey::L4Proto, to: register(to) },
+            Expression::Ct { key: CtKey::DestinationPort(Direction::Original), to: register(to + 1) },
+        ]
+    }
+
+    /// Matches an address of this node on which node ports answer. `address` loads it.
+    fn is_on_node(self, address: Expression) -> Vec<Expression> {
+        vec![address, lookup("node-addresses", 0, LookupTo::Matches)]
+    }
+
+    /// The rules that choose an endpoint.
+    fn picking(self, form: Form, pick: Pick) -> Vec<Rule> {
+        let first = if pick.side == Side::Inside { INSIDE } else { 0 };
+        let draw = |kind: Numgen, modulus: u32| {
+            let mut all = self.frontend(form, 0);
+            all.push(Expression::Numgen { kind, modulus, offset: first, to: register(self.n_frontend()) });
+            all.push(lookup("endpoints", 0, LookupTo::Register(register(0))));
+            all.push(self.dnat());
+            rule(all)
+        };
+        let mut rules = Vec::new();
+        if pick.n_indices > 1 {
+            rules.extend((0..N_DRAWS).map(|_| draw(Numgen::Random, pick.n_indices)));
+            rules.push(draw(Numgen::Random, pick.n_indices / 2));
+        }
+        rules.push(draw(Numgen::Incremental, 1));
+        rules
+    }
+
+    /// Translates to the address and port in the first registers.
+    fn dnat(self) -> Expression {
+        Expression::Dnat { address: register(0), port: Some(register(self.n_address)) }
+    }
+
+    /// Records to which endpoint a client's connection was translated, for a frontend with this time-out.
+    fn record_client(self, form: Form, seconds: NonZeroU32) -> Rule {
+        let value = self.n_client();
+        let ct = |key: CtKey, to: u8| Expression::Ct { key, to: register(to) };
+        let mut all = self.original(form);
+        all.push(lookup(&affinity_set(seconds), 0, LookupTo::Matches));
+        all.push(ct(CtKey::Source(self.family, Direction::Original), 0));
+        all.push(match form {
+            Form::Address => ct(CtKey::Destination(self.family, Direction::Original), self.n_address),
+            Form::NodePort => self.unspecified(self.n_address),
+        });
+        all.extend(self.original_port(2 * self.n_address));
+        all.push(ct(CtKey::Source(self.family, Direction::Reply), value));
+        all.push(ct(CtKey::SourcePort(Direction::Reply), value + self.n_address));
+        all.push(Expression::Dynset {
+            set: "affinity".into(),
+            op: DynsetOp::Update,
+            key: register(0),
+            value: Some(register(value)),
+            timeout: Some(seconds.saturating_mul(MILLISECONDS)),
+        });
+        rule(all)
     }
 
     fn unspecified(self, to: u8) -> Expression {
@@ -603,10 +567,27 @@ fn from_this_node() -> [Expression; 2] {
 
 /// Matches the first packet of a connection.
 fn is_new() -> [Expression; 3] {
-    let new = ct_state::NEW.to_ne_bytes();
+    has_bit(CtKey::State, ct_state::NEW)
+}
+
+/// Matches connections with a translated destination.
+fn is_translated() -> [Expression; 3] {
+    has_bit(CtKey::Status, ct_status::DNAT)
+}
+
+fn has_bit(key: CtKey, bit: u32) -> [Expression; 3] {
+    let (mask, xor) = (bit.to_ne_bytes().into(), [0; 4].into());
     [
-        Expression::Ct { key: CtKey::State, to: register(0) },
-        Expression::Bitwise { from: register(0), mask: new.into(), xor: [0; 4].into(), to: register(0) },
+        Expression::Ct { key, to: register(0) },
+        Expression::Bitwise { from: register(0), mask, xor, to: register(0) },
         Expression::Compare { from: register(0), op: Comparison::NotEqual, value: [0; 4].into() },
     ]
+}
+
+fn jump(chain: &str) -> Expression {
+    Expression::Verdict(Verdict::Jump(chain.into()))
+}
+
+fn goto(chain: &str) -> Expression {
+    Expression::Verdict(Verdict::Goto(chain.into()))
 }

@@ -55,7 +55,9 @@ enum Done {
         /// `None` if another program has committed changes too.
         generation: Option<u32>,
     },
-    Checked { generation: u32 },
+    Checked {
+        generation: u32,
+    },
 }
 
 pub(super) struct PacketRules {
@@ -123,7 +125,8 @@ impl PacketRules {
 
     /// Starts to look for changes of other programs.
     pub(super) fn audit(&mut self, state: &mut State) {
-        if self.mode == PacketMode::Off || self.must_adopt || !self.queue.is_empty() || self.running.is_some() {
+        if self.mode == PacketMode::Off || self.must_adopt || !self.queue.is_empty() || self.running.is_some()
+        {
             return;
         }
         match self.generation {
@@ -262,10 +265,7 @@ fn run(nftables: &mut Nftables, work: &Work, known: Option<u32>) -> Result<Done,
 
 /// Makes the kernel's tables like these, if no other program commits changes meanwhile. Returns the number of
 /// changes and the generation.
-fn adopt(
-    nftables: &mut Nftables,
-    tables: &BTreeMap<TableId, Table>,
-) -> Result<(usize, u32), NftablesError> {
+fn adopt(nftables: &mut Nftables, tables: &BTreeMap<TableId, Table>) -> Result<(usize, u32), NftablesError> {
     let (mut changes, mut generations) = (Vec::new(), Vec::new());
     for (id, wanted) in tables {
         let (found, generation) = nftables.read(id)?;
