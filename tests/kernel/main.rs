@@ -21,6 +21,7 @@ mod kinds;
 mod lifecycle;
 mod matrix;
 mod multipath;
+mod nftables;
 mod records;
 mod refusals;
 mod slots;

@@ -2,7 +2,7 @@
 
 use std::{env, io::Write as _};
 
-use lb_core::model::Protocol;
+use lb_core::{model::Protocol, packets::nft::Family};
 
 use crate::client::{Domain, Socket};
 
@@ -21,6 +21,8 @@ pub enum Feature {
     Multipath,
     /// What BPF programs need to distinguish kernel sockets from user sockets.
     SockFields,
+    /// nftables, with all that the rules for packets need.
+    Nftables,
     /// A program on `PATH`.
     Command(&'static str),
     /// An environment variable that `cargo xtask test` sets.
@@ -50,6 +52,10 @@ impl Feature {
             Self::SockFields => lb_kernel::Features::probe().sock_fields.is_none().then(|| {
                 "programs that may read the kernel's sockets (BTF, bpf_probe_read_kernel)".to_owned()
             }),
+            Self::Nftables => {
+                let probes = [Family::V4, Family::V6].map(lb_kernel::nftables::probe);
+                probes.into_iter().find_map(Result::err).map(|error| error.to_string())
+            }
             Self::Command(name) => {
                 let path = env::var_os("PATH").unwrap_or_default();
                 let is_there = env::split_paths(&path).any(|directory| directory.join(name).is_file());
@@ -66,6 +72,7 @@ impl Feature {
         match self {
             Self::Programs | Self::Command(_) | Self::Variable(_) => true,
             Self::NetnsCookie => kernel_version() >= (5, 14),
+            Self::Nftables => kernel_version() >= (5, 13),
             // Depends on the kernel's configuration.
             Self::Multipath => false,
             Self::SockFields => kernel_version() >= (5, 12),

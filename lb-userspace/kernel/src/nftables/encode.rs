@@ -129,8 +129,12 @@ impl Encoder {
 
     fn message(&mut self, n: usize, table: &TableId, kind: u16, flags: u16, body: impl FnOnce(&mut Writer)) {
         self.messages.push((n, self.writer.len()));
-        let head =
-            Head { kind, flags: NLM_F_REQUEST | flags, family: family_octet(table.family), resource: 0 };
+        let head = Head {
+            kind,
+            flags: NLM_F_REQUEST | flags,
+            family: wire::family_number(table.family),
+            resource: 0,
+        };
         self.writer.message(head, self.sequence, body);
         self.sequence = self.sequence.wrapping_add(1);
     }
@@ -167,11 +171,6 @@ impl Encoder {
             elements = &elements[n_written..];
         }
     }
-}
-
-/// The family as messages have it.
-pub(super) fn family_octet(family: Family) -> u8 {
-    wire::family_number(family).to_le_bytes()[0]
 }
 
 fn write_base(writer: &mut Writer, base: Base) {
@@ -230,6 +229,19 @@ fn write_spec(writer: &mut Writer, spec: &SetSpec) {
     }
     if let Some(timeout) = spec.timeout {
         writer.be64(set::TIMEOUT, timeout.get().into());
+    }
+    // nft shows a lone field in network order unless it is told otherwise.
+    let is_mark = |fields: &[DataType]| fields == [DataType::Mark];
+    let key = is_mark(&spec.key).then_some(wire::KEY_ORDER);
+    let value =
+        matches!(&spec.value, ValueType::Data(fields) if is_mark(fields)).then_some(wire::VALUE_ORDER);
+    let orders: Vec<u8> = [key, value]
+        .into_iter()
+        .flatten()
+        .flat_map(|entry| [&[entry, 4][..], &wire::HOST_ORDER.to_ne_bytes()].concat())
+        .collect();
+    if !orders.is_empty() {
+        writer.octets(set::USERDATA, &orders);
     }
 }
 
@@ -386,7 +398,7 @@ fn write_expression(writer: &mut Writer, expression: &Expression, family: Family
         }),
         Expression::Dnat { address, port } => named(writer, "nat", |writer| {
             writer.be32(nat::TYPE, wire::DNAT);
-            writer.be32(nat::FAMILY, wire::family_number(family));
+            writer.be32(nat::FAMILY, wire::family_number(family).into());
             writer.be32(nat::REG_ADDR_MIN, number(*address));
             if let Some(port) = port {
                 writer.be32(nat::REG_PROTO_MIN, number(*port));

@@ -1,17 +1,13 @@
 //! Changes and reads nftables' rules over netlink: the values of [`lb_core::packets::nft`] to and from the
 //! kernel.
 
-use std::{collections::BTreeMap, io, num::NonZeroU32};
+use std::{collections::BTreeMap, io};
 
-use lb_core::packets::nft::{
-    Base, ChainType, Change, DataType, DynsetOp, Expression, Family, FibAddress, Hook, LookupTo, MetaKey,
-    Name, Numgen, Octets, Policy, Register, Reject, Rule, SetFlags, SetSpec, Table, TableId, Transaction,
-    ValueType,
-};
+use lb_core::packets::nft::{Change, Name, Table, TableId, Transaction};
 use netlink_packet_core::NLM_F_DUMP;
 use nix::libc;
 
-use self::{decode::element, encode::family_octet};
+use self::decode::element;
 use crate::{
     fault,
     nfnetlink::{Attributes, Head, NfSocket, Refusal, Writer},
@@ -19,9 +15,12 @@ use crate::{
 
 mod decode;
 mod encode;
+mod probe;
 #[cfg(test)]
 mod tests;
 mod wire;
+
+pub use self::probe::probe;
 
 /// How often a table is read that changes meanwhile.
 const MAX_READS: usize = 8;
@@ -35,6 +34,18 @@ pub enum NftablesError {
         "nftables: this kernel lacks it: load the module nf_tables, or use a kernel with CONFIG_NF_TABLES"
     )]
     Missing,
+    /// The kernel is older than the oldest one whose host programs understand the rules.
+    #[error(
+        "nftables: {release} is too old: packets need Linux 5.13 or later, since the nft of older hosts fails at \
+         such rules"
+    )]
+    TooOld {
+        /// Name and release of the kernel.
+        release: String,
+    },
+    /// The kernel lacks a part of nftables.
+    #[error("nftables: this kernel lacks {}: load these modules, or use a kernel that has them", .0.join(", "))]
+    Lacks(Vec<&'static str>),
     /// Not enough privilege.
     #[error("nftables: not permitted: run as root, or with CAP_NET_ADMIN")]
     NotPermitted,
@@ -274,7 +285,7 @@ impl Nftables {
         body: impl FnOnce(&mut Writer),
         mut each: impl FnMut(Attributes<'_>),
     ) -> io::Result<bool> {
-        let head = Head { kind, flags, family: family_octet(id.family), resource: 0 };
+        let head = Head { kind, flags, family: wire::family_number(id.family), resource: 0 };
         self.socket.request(head, body, |answer, attributes| {
             if answer == kind - 1 {
                 each(attributes);
@@ -318,7 +329,7 @@ fn refused(
 fn describe(change: &Change, at: Option<&[u8]>) -> String {
     let keyed = |name: &Name, what: &str| {
         let element = at.and_then(|octets| Attributes(octets).get(wire::list::ELEMENT));
-        let key = element.map(|octets| element_key(octets)).unwrap_or_default();
+        let key = element.map(element_key).unwrap_or_default();
         format!("{what} set {name}{key}")
     };
     match change {

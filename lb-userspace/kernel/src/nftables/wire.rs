@@ -25,10 +25,6 @@ pub(super) mod message {
     pub(in super::super) const DELETE_ELEMENT: u16 = SUBSYSTEM + 14;
     pub(in super::super) const NEW_GENERATION: u16 = SUBSYSTEM + 15;
     pub(in super::super) const GET_GENERATION: u16 = SUBSYSTEM + 16;
-    pub(in super::super) const NEW_OBJECT: u16 = SUBSYSTEM + 18;
-    pub(in super::super) const GET_OBJECT: u16 = SUBSYSTEM + 19;
-    pub(in super::super) const NEW_FLOWTABLE: u16 = SUBSYSTEM + 22;
-    pub(in super::super) const GET_FLOWTABLE: u16 = SUBSYSTEM + 23;
     /// `NFNL_MSG_BATCH_BEGIN`
     pub(in super::super) const BEGIN: u16 = 16;
     /// `NFNL_MSG_BATCH_END`
@@ -57,7 +53,7 @@ attributes! {
     /// `NFTA_TABLE_*`
     table { NAME = 1, FLAGS = 2 }
     /// `NFTA_CHAIN_*`
-    chain { TABLE = 1, NAME = 3, HOOK = 4, POLICY = 5, TYPE = 7, FLAGS = 10 }
+    chain { TABLE = 1, NAME = 3, HOOK = 4, POLICY = 5, TYPE = 7 }
     /// `NFTA_HOOK_*`
     hook { NUMBER = 1, PRIORITY = 2 }
     /// `NFTA_RULE_*`
@@ -67,7 +63,7 @@ attributes! {
     /// `NFTA_SET_*`
     set {
         TABLE = 1, NAME = 2, FLAGS = 3, KEY_TYPE = 4, KEY_LEN = 5, DATA_TYPE = 6, DATA_LEN = 7, DESC = 9, ID = 10,
-        TIMEOUT = 11, OBJECT_TYPE = 15, EXPRESSION = 17, EXPRESSIONS = 18,
+        TIMEOUT = 11, USERDATA = 13,
     }
     /// `NFTA_SET_DESC_*`
     desc { SIZE = 1, CONCAT = 2 }
@@ -77,7 +73,7 @@ attributes! {
     elements { TABLE = 1, SET = 2, ELEMENTS = 3 }
     /// `NFTA_SET_ELEM_*`
     element {
-        KEY = 1, DATA = 2, FLAGS = 3, TIMEOUT = 4, EXPIRATION = 5, PAD = 8, KEY_END = 10,
+        KEY = 1, DATA = 2, TIMEOUT = 4, EXPIRATION = 5, PAD = 8, KEY_END = 10,
     }
     /// `NFTA_DATA_*`
     data { VALUE = 1, VERDICT = 2 }
@@ -129,8 +125,6 @@ macro_rules! numbers {
 }
 
 numbers! {
-    /// `NFPROTO_*`
-    family_number, family: Family = { Family::V4 = 2, Family::V6 = 10 }
     /// `NF_INET_*`
     hook_number, hook_of: Hook = {
         Hook::Prerouting = 0, Hook::Input = 1, Hook::Forward = 2, Hook::Output = 3, Hook::Postrouting = 4,
@@ -169,6 +163,14 @@ pub(super) const fn chain_type_name(of: ChainType) -> &'static str {
 /// The way back.
 pub(super) fn chain_type(name: &str) -> Option<ChainType> {
     [ChainType::Filter, ChainType::Nat, ChainType::Route].into_iter().find(|of| chain_type_name(*of) == name)
+}
+
+/// `NFPROTO_*`
+pub(super) const fn family_number(family: Family) -> u8 {
+    match family {
+        Family::V4 => 2,
+        Family::V6 => 10,
+    }
 }
 
 /// `NFT_REG_VERDICT`
@@ -219,6 +221,11 @@ pub(super) const VERDICT_TYPE: u32 = 0xffff_ff00;
 pub(super) const TYPE_BITS: u32 = 6;
 /// `NFTNL_UDATA_RULE_COMMENT`, by which nft stores comments.
 pub(super) const COMMENT: u8 = 0;
+
+/// `NFTNL_UDATA_SET_KEYBYTEORDER`, `NFTNL_UDATA_SET_DATABYTEORDER` and `BYTEORDER_HOST_ENDIAN`.
+pub(super) const KEY_ORDER: u8 = 0;
+pub(super) const VALUE_ORDER: u8 = 1;
+pub(super) const HOST_ORDER: u32 = 1;
 
 /// nft's number of a type.
 pub(super) const fn type_number(of: DataType) -> u32 {

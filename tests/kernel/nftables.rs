@@ -1,0 +1,417 @@
+//! nftables over netlink: what is written is read back, `nft` shows it, and packets follow it.
+
+use std::num::NonZeroU32;
+
+use lb_core::packets::nft::{
+    Base, Chain, ChainType, Change, Comparison, CtKey, DataType, Direction, DynsetOp, Element, Expression,
+    FIB_LOCAL, Family, FibAddress, Header, Hook, Key, LookupTo, MetaKey, Name, Numgen, Octets, Policy,
+    Register, Reject, Rule, Set, SetFlags, SetSpec, Table, TableId, Transaction, Value, ValueType, Verdict,
+    ct_state, ct_status,
+};
+use lb_kernel::nftables::Nftables;
+use lb_tests::{Feature, Sandbox, command::text};
+
+const FAMILIES: [Family; 2] = [Family::V4, Family::V6];
+
+fn id(family: Family) -> TableId {
+    TableId { family, name: "socklb".into() }
+}
+
+fn r(n: u8) -> Register {
+    Register::new(n).unwrap()
+}
+
+/// Registers of an address.
+fn width(family: Family) -> u8 {
+    if family == Family::V4 { 1 } else { 4 }
+}
+
+fn address_type(family: Family) -> DataType {
+    if family == Family::V4 { DataType::Ipv4 } else { DataType::Ipv6 }
+}
+
+/// `ip saddr` or `ip daddr`
+fn address(family: Family, is_source: bool, to: u8) -> Expression {
+    let (offset, len) = match (family, is_source) {
+        (Family::V4, true) => (12, 4),
+        (Family::V4, false) => (16, 4),
+        (Family::V6, true) => (8, 16),
+        (Family::V6, false) => (24, 16),
+    };
+    Expression::Payload { header: Header::Network, offset, len, to: r(to) }
+}
+
+/// `meta l4proto . th dport`
+fn port(to: u8) -> [Expression; 2] {
+    [
+        Expression::Meta { key: MetaKey::L4Proto, to: r(to) },
+        Expression::Payload { header: Header::Transport, offset: 2, len: 2, to: r(to + 1) },
+    ]
+}
+
+/// `ip daddr . meta l4proto . th dport`, from a register on; and the register behind.
+fn frontend(family: Family, to: u8) -> (Vec<Expression>, u8) {
+    let behind = to + width(family);
+    let mut expressions = vec![address(family, false, to)];
+    expressions.extend(port(behind));
+    (expressions, behind + 2)
+}
+
+fn lookup(set: &str, from: u8, to: LookupTo) -> Expression {
+    Expression::Lookup { set: set.into(), from: r(from), to }
+}
+
+fn draw(kind: Numgen, modulus: u32, to: u8) -> Expression {
+    Expression::Numgen { kind, modulus, offset: 0, to: r(to) }
+}
+
+fn equals(from: u8, value: impl Into<Octets>) -> Expression {
+    Expression::Compare { from: r(from), op: Comparison::Equal, value: value.into() }
+}
+
+fn rule(parts: impl IntoIterator<Item = Expression>) -> Rule {
+    Rule { expressions: parts.into_iter().collect(), comment: None }
+}
+
+fn base(kind: ChainType, hook: Hook, priority: i32, rules: Vec<Rule>) -> Chain {
+    Chain { base: Some(Base { kind, hook, priority, policy: Policy::Accept }), rules }
+}
+
+fn set(key: Vec<DataType>, value: ValueType) -> Set {
+    let spec = SetSpec { key, value, flags: SetFlags::default(), timeout: None, size: None };
+    Set { spec, elements: [].into() }
+}
+
+/// A table that has every expression, in the form that services use.
+fn table(family: Family) -> Table {
+    use DataType::{Mark, Port, Protocol};
+    let (ip, w) = (address_type(family), width(family));
+    let original = Direction::Original;
+    let octets = |last: u8| -> Vec<u8> {
+        if family == Family::V4 {
+            vec![10, 96, 0, last]
+        } else {
+            [&[0xfd, 0][..], &[0; 13], &[last]].concat()
+        }
+    };
+    let service = |last: u8, port: u16| -> Vec<u8> {
+        [&octets(last)[..], &[6, 0, 0, 0], &port.to_be_bytes(), &[0, 0]].concat()
+    };
+    let endpoint =
+        |last: u8, port: u16| -> Vec<u8> { [&octets(last)[..], &port.to_be_bytes(), &[0, 0]].concat() };
+    let milliseconds = NonZeroU32::new(10_800_000);
+
+    let mut services = set(vec![ip, Protocol, Port], ValueType::Data(vec![Mark]));
+    let mut behaviours = set(vec![Mark], ValueType::Verdict);
+    let mut endpoints = set(vec![ip, Protocol, Port, Mark], ValueType::Data(vec![ip, Port]));
+    services.spec.size = NonZeroU32::new(65_536);
+    services.elements.insert(service(1, 80).into(), Value::Data(3u32.to_ne_bytes().into()).into());
+    services.elements.insert(service(2, 443).into(), Value::Data(4u32.to_ne_bytes().into()).into());
+    for (behaviour, chain) in [(3u32, "pick-3"), (4, "affinity-3")] {
+        let verdict = Value::Verdict(Verdict::Goto(chain.into()));
+        behaviours.elements.insert(behaviour.to_ne_bytes().into(), verdict.into());
+    }
+    for index in 0..3u8 {
+        let key = [service(1, 80), u32::from(index).to_ne_bytes().to_vec()].concat();
+        endpoints.elements.insert(key.into(), Value::Data(endpoint(10 + index, 8080).into()).into());
+    }
+    let to_pick = || Element::from(Value::Verdict(Verdict::Goto("pick-3".into())));
+    let mut exceptions = set(vec![ip, Protocol, Port], ValueType::Verdict);
+    exceptions.elements.insert(service(3, 53).into(), to_pick());
+    let mut nodeports = set(vec![Protocol, Port], ValueType::Verdict);
+    nodeports
+        .elements
+        .insert([&[6, 0, 0, 0][..], &30080u16.to_be_bytes(), &[0, 0]].concat().into(), to_pick());
+    let mut affinity = set(vec![ip, ip, Protocol, Port], ValueType::Data(vec![ip, Port]));
+    affinity.spec.flags = SetFlags::DYNAMIC | SetFlags::TIMEOUT;
+    affinity.spec.size = NonZeroU32::new(65_536);
+    affinity.spec.timeout = milliseconds;
+    let mut hairpin = set(vec![ip, ip], ValueType::None);
+    hairpin.elements.insert([octets(10), octets(10)].concat().into(), Value::None.into());
+    let mut allowed = set(vec![ip, Protocol, Port, ip], ValueType::None);
+    allowed.spec.flags = SetFlags::INTERVAL;
+    let range = |last| Octets::from([service(1, 80), octets(last)].concat());
+    allowed.elements.insert(Key { start: range(0), end: Some(range(255)) }, Value::None.into());
+    let mut seen = set(vec![ip], ValueType::None);
+    seen.spec.flags = SetFlags::DYNAMIC | SetFlags::TIMEOUT;
+    seen.spec.size = NonZeroU32::new(1024);
+    let mut kept = set(vec![ip], ValueType::None);
+    kept.spec.flags = SetFlags::TIMEOUT;
+    let element = Element { value: Value::None, timeout: milliseconds };
+    kept.elements.insert(octets(7).into(), element);
+
+    // How a service is found: by a verdict, by a set, and by a mark.
+    let (key, n) = frontend(family, 0);
+    let with = |expressions: &[Expression], more: Vec<Expression>| rule([expressions, &more].concat());
+    let to_service = vec![
+        with(&key, vec![lookup("exceptions", 0, LookupTo::Verdict)]),
+        with(
+            &key,
+            vec![
+                lookup("masquerade", 0, LookupTo::Matches),
+                Expression::Verdict(Verdict::Goto("pick-3".into())),
+            ],
+        ),
+        with(&key, vec![lookup("services", 0, LookupTo::Register(r(0))), Expression::SetMark { from: r(0) }]),
+        rule([Expression::Meta { key: MetaKey::Mark, to: r(0) }, lookup("behaviours", 0, LookupTo::Verdict)]),
+    ];
+    let mut to_nodeport = vec![
+        Expression::FibType { of: FibAddress::Destination, to: r(0) },
+        equals(0, FIB_LOCAL.to_ne_bytes()),
+    ];
+    to_nodeport.extend(port(0));
+    to_nodeport.push(lookup("nodeports", 0, LookupTo::Verdict));
+    let pick = |numbers: Expression| {
+        let translate = Expression::Dnat { address: r(0), port: Some(r(w)) };
+        let mut expressions = key.clone();
+        expressions.extend([numbers, lookup("endpoints", 0, LookupTo::Register(r(0))), translate]);
+        rule(expressions)
+    };
+    let mut sticky = vec![address(family, true, 0)];
+    sticky.extend(frontend(family, w).0);
+    sticky.extend([
+        lookup("affinity", 0, LookupTo::Register(r(0))),
+        Expression::Dnat { address: r(0), port: Some(r(w)) },
+    ]);
+    // The translation is what the connection's answers come from.
+    let remembered = [
+        Expression::Ct { key: CtKey::Source(family, original), to: r(0) },
+        Expression::Ct { key: CtKey::Destination(family, original), to: r(w) },
+        Expression::Meta { key: MetaKey::L4Proto, to: r(2 * w) },
+        Expression::Ct { key: CtKey::DestinationPort(original), to: r(2 * w + 1) },
+        Expression::Ct { key: CtKey::Source(family, Direction::Reply), to: r(2 * w + 2) },
+        Expression::Ct { key: CtKey::SourcePort(Direction::Reply), to: r(3 * w + 2) },
+        Expression::Dynset {
+            set: "affinity".into(),
+            op: DynsetOp::Update,
+            key: r(0),
+            value: Some(r(2 * w + 2)),
+            timeout: milliseconds,
+        },
+    ];
+    let hairpinned = [
+        Expression::Ct { key: CtKey::Status, to: r(0) },
+        Expression::Bitwise {
+            from: r(0),
+            mask: ct_status::DNAT.to_ne_bytes().into(),
+            xor: [0; 4].into(),
+            to: r(0),
+        },
+        Expression::Compare { from: r(0), op: Comparison::NotEqual, value: [0; 4].into() },
+        address(family, true, 0),
+        address(family, false, w),
+        lookup("hairpin", 0, LookupTo::Matches),
+        Expression::Masquerade { is_fully_random: false },
+    ];
+    let masqueraded = [
+        Expression::Ct { key: CtKey::Destination(family, original), to: r(0) },
+        Expression::Meta { key: MetaKey::L4Proto, to: r(w) },
+        Expression::Ct { key: CtKey::DestinationPort(original), to: r(w + 1) },
+        lookup("masquerade", 0, LookupTo::Matches),
+        Expression::Masquerade { is_fully_random: true },
+    ];
+    let mut masquerade = set(vec![ip, Protocol, Port], ValueType::None);
+    masquerade.elements.insert(service(1, 80).into(), Value::None.into());
+
+    let is_state = |state: u32| {
+        [
+            Expression::Ct { key: CtKey::State, to: r(0) },
+            Expression::Bitwise {
+                from: r(0),
+                mask: state.to_ne_bytes().into(),
+                xor: [0; 4].into(),
+                to: r(0),
+            },
+            Expression::Compare { from: r(0), op: Comparison::NotEqual, value: [0; 4].into() },
+        ]
+    };
+    let refused = |answer: Vec<Expression>| {
+        let mut expressions = is_state(ct_state::NEW).to_vec();
+        expressions.extend(key.clone());
+        expressions.push(lookup("masquerade", 0, LookupTo::Matches));
+        expressions.extend(answer);
+        rule(expressions)
+    };
+    let mut not_allowed = key.clone();
+    not_allowed.extend([
+        address(family, true, n),
+        lookup("allowed", 0, LookupTo::MatchesNot),
+        Expression::Counter,
+        Expression::Verdict(Verdict::Drop),
+    ]);
+    let filter = vec![
+        rule([&is_state(ct_state::INVALID)[..], &[Expression::Verdict(Verdict::Drop)]].concat()),
+        refused(vec![
+            Expression::Meta { key: MetaKey::L4Proto, to: r(0) },
+            equals(0, [6]),
+            Expression::Reject(Reject::TcpReset),
+        ]),
+        refused(vec![Expression::Reject(Reject::port_unreachable(family))]),
+        Rule {
+            expressions: vec![
+                address(family, false, 0),
+                equals(0, octets(9)),
+                Expression::Verdict(Verdict::Jump("marks".into())),
+            ],
+            comment: Some("undefined ports".into()),
+        },
+        rule(not_allowed),
+    ];
+    let marks = vec![
+        rule([
+            Expression::Immediate { value: 0x4000u32.to_ne_bytes().into(), to: r(0) },
+            Expression::SetMark { from: r(0) },
+        ]),
+        rule([
+            Expression::Meta { key: MetaKey::Mark, to: r(0) },
+            equals(0, 0x4000u32.to_ne_bytes()),
+            Expression::Meta { key: MetaKey::InputName, to: r(0) },
+            equals(0, *b"lo\0\0\0\0\0\0\0\0\0\0\0\0\0\0"),
+            Expression::Verdict(Verdict::Return),
+        ]),
+        rule([
+            Expression::Ct { key: CtKey::Direction, to: r(0) },
+            equals(0, [1]),
+            address(family, true, 0),
+            Expression::Dynset {
+                set: "seen".into(),
+                op: DynsetOp::Add,
+                key: r(0),
+                value: None,
+                timeout: milliseconds,
+            },
+            Expression::Verdict(Verdict::Accept),
+        ]),
+        rule([
+            Expression::Ct { key: CtKey::Source(family, Direction::Reply), to: r(0) },
+            lookup("kept", 0, LookupTo::Matches),
+            Expression::Ct { key: CtKey::SourcePort(original), to: r(0) },
+            Expression::Compare {
+                from: r(0),
+                op: Comparison::GreaterOrEqual,
+                value: 1024u16.to_be_bytes().into(),
+            },
+            Expression::Verdict(Verdict::Drop),
+        ]),
+    ];
+    let chains: [(&str, Chain); 9] = [
+        (
+            "prerouting",
+            base(
+                ChainType::Nat,
+                Hook::Prerouting,
+                -110,
+                [to_service.clone(), vec![rule(to_nodeport)]].concat(),
+            ),
+        ),
+        ("output", base(ChainType::Nat, Hook::Output, -110, to_service)),
+        (
+            "postrouting",
+            base(ChainType::Nat, Hook::Postrouting, 90, vec![rule(hairpinned), rule(masqueraded)]),
+        ),
+        ("remember", base(ChainType::Filter, Hook::Postrouting, 150, vec![rule(remembered)])),
+        ("filter-forward", base(ChainType::Filter, Hook::Forward, -110, filter)),
+        (
+            "untracked",
+            base(
+                ChainType::Filter,
+                Hook::Prerouting,
+                -300,
+                vec![rule([address(family, false, 0), equals(0, octets(8)), Expression::Notrack])],
+            ),
+        ),
+        (
+            "pick-3",
+            Chain {
+                base: None,
+                rules: vec![pick(draw(Numgen::Random, 3, n)), pick(draw(Numgen::Incremental, 1, n))],
+            },
+        ),
+        ("affinity-3", Chain { base: None, rules: vec![rule(sticky)] }),
+        ("marks", Chain { base: None, rules: marks }),
+    ];
+    let sets: [(&str, Set); 10] = [
+        ("services", services),
+        ("behaviours", behaviours),
+        ("endpoints", endpoints),
+        ("nodeports", nodeports),
+        ("affinity", affinity),
+        ("exceptions", exceptions),
+        ("hairpin", hairpin),
+        ("allowed", allowed),
+        ("seen", seen),
+        ("kept", kept),
+    ];
+    let mut table = Table {
+        flags: 0,
+        chains: chains.map(|(name, chain)| (Name::from(name), chain)).into(),
+        sets: sets.map(|(name, set)| (Name::from(name), set)).into(),
+    };
+    table.sets.insert("masquerade".into(), masquerade);
+    table
+}
+
+/// All that adds a table.
+fn load(id: &TableId, table: &Table) -> Transaction {
+    let mut changes = vec![Change::AddTable];
+    changes.extend(table.chains.iter().map(|(name, chain)| Change::AddChain(name.clone(), chain.base)));
+    changes.extend(table.sets.iter().map(|(name, set)| Change::AddSet(name.clone(), set.spec.clone())));
+    for (name, chain) in &table.chains {
+        changes.extend(chain.rules.iter().map(|rule| Change::AddRule(name.clone(), rule.clone())));
+    }
+    for (name, set) in &table.sets {
+        let elements = set.elements.iter().map(|(key, element)| (key.clone(), element.clone())).collect();
+        changes.push(Change::AddElements(name.clone(), elements));
+    }
+    Transaction {
+        changes: changes.into_iter().map(|change| (id.clone(), change)).collect(),
+        generation: None,
+    }
+}
+
+fn loaded(family: Family) -> (Nftables, TableId, Table) {
+    let (id, table) = (id(family), table(family));
+    let mut nftables = Nftables::open().unwrap();
+    nftables.apply(&load(&id, &table)).unwrap();
+    (nftables, id, table)
+}
+
+#[test]
+fn what_is_written_is_read_back() {
+    Sandbox::test_with(&[Feature::Nftables], |_sandbox| {
+        for family in FAMILIES {
+            let (mut nftables, id, table) = loaded(family);
+            let (read, generation) = nftables.read(&id).unwrap();
+            let read = read.unwrap();
+            for (name, chain) in &table.chains {
+                assert_eq!(read.chains.get(name), Some(chain), "{id} {name}");
+            }
+            for (name, set) in &table.sets {
+                assert_eq!(read.sets.get(name), Some(set), "{id} {name}");
+            }
+            assert_eq!(read, table);
+            assert_eq!(nftables.generation().unwrap(), generation);
+        }
+    });
+}
+
+#[test]
+fn nft_shows_what_is_written() {
+    Sandbox::test_with(&[Feature::Nftables, Feature::Command("nft")], |_sandbox| {
+        for (family, name, expected) in [
+            (Family::V4, "ip", expect_test::expect_file!["nftables/ip.nft"]),
+            (Family::V6, "ip6", expect_test::expect_file!["nftables/ip6.nft"]),
+        ] {
+            let (_nftables, _id, _table) = loaded(family);
+            let listed = text("nft", &["list", "table", name, "socklb"]);
+            // The time until an element expires is another each time.
+            let lines = listed.lines().map(|line| match line.split_once(" expires ") {
+                Some((before, _)) => format!("{before} }}\n"),
+                None => format!("{line}\n"),
+            });
+            expected.assert_eq(&lines.collect::<String>());
+            // Programs such as firewalld read this form.
+            let _json = text("nft", &["--json", "list", "ruleset"]);
+        }
+    });
+}
