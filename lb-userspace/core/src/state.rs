@@ -254,7 +254,11 @@ impl State {
         }
         self.touched_ips.extend(touched.iter().map(|address| address.ip));
         for address in touched {
-            self.packets.set(address, self.desired.packet_owner(&address));
+            // The agent's own Service has endpoints on loopback.
+            let is_kept =
+                |key: &ServiceKey| self.kept.as_ref().is_some_and(|(service, _)| service.key == *key);
+            let of_packets = self.desired.packet_owner(&address);
+            self.packets.set(address, of_packets.filter(|(owner, _)| !is_kept(&owner.port.service)));
             let (owner, was_there) =
                 (self.desired.owner(&address), self.encoder.image().services.contains_key(&address));
             match self.encoder.set(address, owner) {

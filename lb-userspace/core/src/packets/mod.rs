@@ -29,6 +29,9 @@ pub use self::{
     rules::{Rules, Site},
 };
 
+/// The maps in which rules record the endpoint of each client.
+pub const AFFINITY_MAPS: [&str; 2] = ["affinity", "nodeport-affinity"];
+
 /// The tables: `ip socklb` and `ip6 socklb`.
 #[must_use]
 pub fn table_ids() -> [TableId; 2] {

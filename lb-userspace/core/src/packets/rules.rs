@@ -11,7 +11,7 @@ use std::{
 use super::{
     diff,
     nft::{Change, Element, Family, Key, Name, Octets, Table, TableId, Transaction, Value},
-    skeleton::{self, Ground, INSIDE, Masquerade, Pick, Side, address, affinity_set},
+    skeleton::{self, Form, Ground, INSIDE, Masquerade, Pick, Side, address, affinity_set},
     table_id,
 };
 use crate::{
@@ -126,7 +126,7 @@ impl Rules {
         take(&mut self.v4) | take(&mut self.v6)
     }
 
-    /// The elements of a table's map `affinity` whose frontend does not have their endpoint.
+    /// The elements of one of [`AFFINITY_MAPS`] whose frontend does not have their endpoint.
     #[must_use]
     pub fn stale_clients(&self, family: Family, recorded: &BTreeMap<Key, Element>) -> Vec<Key> {
         let rules = match family {
@@ -171,6 +171,7 @@ impl Rules {
 /// What packets to a frontend get.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Served {
+    form: Form,
     /// For senders outside, or for all.
     endpoints: Arc<[SocketAddr]>,
     /// For senders on this node, if they have others.
@@ -186,6 +187,7 @@ impl Served {
         let all = &frontend.endpoints;
         let outside = packets.outside.as_ref();
         Self {
+            form: form(&frontend.address),
             endpoints: Arc::clone(outside.unwrap_or(all)),
             inside: outside.map(|_| Arc::clone(all)),
             local: Arc::clone(&packets.local),
@@ -201,8 +203,9 @@ impl Served {
 
     /// The choices that senders have.
     fn picks(&self) -> impl Iterator<Item = Pick> {
-        let inside = self.inside.as_ref().and_then(|inside| Pick::new(Side::Inside, inside.len()));
-        Pick::new(Side::Outside, self.endpoints.len()).into_iter().chain(inside)
+        let pick = |side, n_endpoints| Pick::new(self.form, side, n_endpoints);
+        let inside = self.inside.as_ref().and_then(|inside| pick(Side::Inside, inside.len()));
+        pick(Side::Outside, self.endpoints.len()).into_iter().chain(inside)
     }
 
     /// The sets that the frontend itself is in.
@@ -214,8 +217,9 @@ impl Served {
             self.endpoints.is_empty().then_some(without_endpoint),
             self.allowed.as_ref().map(|_| "limited"),
         ];
-        let affinity = self.affinity.map(affinity_set);
-        self.picks().map(Pick::set).chain(affinity).chain(fixed.into_iter().flatten().map(Name::from))
+        let affinity = self.affinity.map(|seconds| affinity_set(self.form, seconds));
+        let fixed = fixed.into_iter().flatten().map(|name| self.form.name(name));
+        self.picks().map(Pick::set).chain(affinity).chain(fixed)
     }
 
     /// The endpoints with their index.
@@ -238,7 +242,7 @@ impl Served {
         }
         for (index, endpoint) in self.indexed() {
             let key = [&key[..], &index.to_ne_bytes()].concat();
-            add(table, "endpoints", key, Value::Data(octets(endpoint).into()));
+            add(table, &self.form.name("endpoints"), key, Value::Data(octets(endpoint).into()));
         }
         for network in self.allowed.iter().flat_map(|allowed| allowed.iter()) {
             let (start, end) = ends(network);
@@ -263,7 +267,7 @@ struct FamilyRules {
     former: BTreeMap<FrontendAddress, Option<Served>>,
     /// How many frontends have a choice, and a time-out.
     picks: BTreeMap<Pick, usize>,
-    affinities: BTreeMap<NonZeroU32, usize>,
+    affinities: BTreeMap<(Form, NonZeroU32), usize>,
     /// Whether an endpoint of a frontend with affinity may have gone.
     has_stale_clients: bool,
     /// For each endpoint on this node, how many frontends have it.
@@ -332,7 +336,7 @@ impl FamilyRules {
             count(&mut self.picks, pick, is_added);
         }
         if let Some(seconds) = served.affinity {
-            count(&mut self.affinities, seconds, is_added);
+            count(&mut self.affinities, (served.form, seconds), is_added);
         }
         for endpoint in served.local.iter() {
             let was_there = self.local.contains_key(&endpoint.ip());
@@ -423,7 +427,13 @@ fn key(at: &FrontendAddress) -> Vec<u8> {
         Protocol::Udp => 17,
         Protocol::Sctp => 132,
     };
-    [address(at.ip), vec![protocol, 0, 0, 0], port(at.port).to_vec()].concat()
+    let address = if form(at) == Form::Address { address(at.ip) } else { Vec::new() };
+    [address, vec![protocol, 0, 0, 0], port(at.port).to_vec()].concat()
+}
+
+/// A node port has the unspecified address.
+const fn form(at: &FrontendAddress) -> Form {
+    if at.ip.is_unspecified() { Form::NodePort } else { Form::Address }
 }
 
 /// The address and port of an endpoint, as registers hold them.

@@ -2,19 +2,20 @@
 //!
 //! # Layout
 //!
-//! "Frontend" is an address, a protocol and a port; a node port has the unspecified address.
+//! "Frontend" is an address, a protocol and a port. Those marked *n* are there twice: node ports, which answer on
+//! whatever address of the node, have sets of their own, `nodeport-services-N` and so on, without the address.
 //!
 //! | set or map | key | value |
 //! | --- | --- | --- |
-//! | `services-N` | frontend with more than N/2 and at most N endpoints | |
-//! | `inside-N` | the same, by the endpoints for senders on this node, where they have others | |
-//! | `endpoints` | frontend, index | endpoint address and port |
-//! | `affinity` | client, frontend | endpoint address and port, while the client uses it |
-//! | `affinity-SECONDS` | frontend with this time-out | |
-//! | `refused`, `dropped` | frontend without an endpoint; without one for senders outside | |
+//! | `services-N` *n* | frontend with more than N/2 and at most N endpoints | |
+//! | `inside-N` *n* | the same, by the endpoints for senders on this node, where they have others | |
+//! | `endpoints` *n* | frontend, index | endpoint address and port |
+//! | `affinity` *n* | client, frontend | endpoint address and port, while the client uses it |
+//! | `affinity-SECONDS` *n* | frontend with this time-out | |
+//! | `refused`, `dropped` *n* | frontend without an endpoint; without one for senders outside | |
 //! | `limited` | frontend with source ranges | |
 //! | `allowed` | frontend, range of clients | |
-//! | `masquerade-all`, `-own`, `-strangers` | frontend, by whose address its endpoints must not see | |
+//! | `masquerade-all`, `-own`, `-strangers` *n* | frontend, by whose address its endpoints must not see | |
 //! | `hairpin` | endpoint address, twice: of an endpoint on this node | |
 //! | `node-addresses` | address on which node ports answer | |
 //! | `cluster-ips`, `other-ips` | address whose undefined ports are refused; are not | |
@@ -41,10 +42,13 @@ use std::{
     num::NonZeroU32,
 };
 
-use super::nft::{
-    Base, Chain, ChainType, Comparison, CtKey, DataType, Direction, DynsetOp, Expression, FIB_LOCAL, Family,
-    FibAddress, Header, Hook, LookupTo, MetaKey, Name, Numgen, Octets, Policy, Register, Reject, Rule, Set,
-    SetFlags, SetSpec, Table, ValueType, Verdict, ct_state, ct_status,
+use super::{
+    AFFINITY_MAPS,
+    nft::{
+        Base, Chain, ChainType, Comparison, CtKey, DataType, Direction, DynsetOp, Expression, FIB_LOCAL,
+        Family, FibAddress, Header, Hook, LookupTo, MetaKey, Name, Numgen, Octets, Policy, Register, Reject,
+        Rule, Set, SetFlags, SetSpec, Table, ValueType, Verdict, ct_state, ct_status,
+    },
 };
 use crate::{desired::PacketMode, model::Cidr};
 
@@ -58,6 +62,9 @@ const MAX_CLIENTS: NonZeroU32 = NonZeroU32::MIN.saturating_add((1 << 20) - 1);
 const N_DRAWS: usize = 5;
 
 const TCP: u8 = 6;
+
+/// The map that records the endpoints of clients.
+const AFFINITY: &str = AFFINITY_MAPS[0];
 
 const MILLISECONDS: NonZeroU32 = NonZeroU32::MIN.saturating_add(999);
 
@@ -73,9 +80,13 @@ pub(super) enum Masquerade {
 }
 
 impl Masquerade {
-    pub(super) const ALL: [Self; 3] = [Self::All, Self::Own, Self::Strangers];
+    /// Those that frontends may have: a node port is no cluster IP.
+    fn of(form: Form) -> impl Iterator<Item = Self> {
+        let strangers = (form == Form::Address).then_some(Self::Strangers);
+        [Self::All, Self::Own].into_iter().chain(strangers)
+    }
 
-    /// Name of the set of frontends, and of the chain.
+    /// Name of the chain, and of the set of frontends.
     pub(super) const fn name(self) -> &'static str {
         match self {
             Self::All => "masquerade-all",
@@ -97,15 +108,16 @@ pub(super) enum Side {
 /// The choice of an endpoint: a number of indices, of which more than half have one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Pick {
-    pub(super) side: Side,
+    form: Form,
+    side: Side,
     n_indices: u32,
 }
 
 impl Pick {
     /// `None` without an endpoint.
-    pub(super) fn new(side: Side, n_endpoints: usize) -> Option<Self> {
+    pub(super) fn new(form: Form, side: Side, n_endpoints: usize) -> Option<Self> {
         let n_endpoints = u32::try_from(n_endpoints).ok().filter(|n| (1..INSIDE).contains(n))?;
-        Some(Self { side, n_indices: n_endpoints.next_power_of_two() })
+        Some(Self { form, side, n_indices: n_endpoints.next_power_of_two() })
     }
 
     /// Name of the set of frontends.
@@ -114,11 +126,11 @@ impl Pick {
             Side::Outside => "services",
             Side::Inside => "inside",
         };
-        format!("{side}-{}", self.n_indices).into()
+        self.form.name(&format!("{side}-{}", self.n_indices))
     }
 
-    fn chain(self, form: Form) -> Name {
-        form.chain(&format!(
+    fn chain(self) -> Name {
+        self.form.name(&format!(
             "pick-{}{}",
             self.n_indices,
             if self.side == Side::Inside { "-inside" } else { "" }
@@ -126,17 +138,20 @@ impl Pick {
     }
 }
 
-/// Where the address of a frontend's key comes from.
+/// Whether a frontend has an address in its key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Form {
-    /// From the packet.
+pub(super) enum Form {
+    /// Yes.
     Address,
-    /// It is unspecified: a node port, on whatever address of the node.
+    /// No: a node port, on whatever address of the node.
     NodePort,
 }
 
 impl Form {
-    fn chain(self, name: &str) -> Name {
+    pub(super) const ALL: [Self; 2] = [Self::Address, Self::NodePort];
+
+    /// The name of a set or chain for frontends of this form.
+    pub(super) fn name(self, name: &str) -> Name {
         match self {
             Self::Address => name.into(),
             Self::NodePort => format!("nodeport-{name}").into(),
@@ -156,13 +171,13 @@ pub(super) struct Ground {
     /// The choices that frontends have.
     pub(super) picks: BTreeSet<Pick>,
     /// The time-outs of affinity that frontends have, seconds.
-    pub(super) affinities: BTreeSet<NonZeroU32>,
+    pub(super) affinities: BTreeSet<(Form, NonZeroU32)>,
 }
 
 /// The table without elements.
 pub(super) fn table(ground: &Ground) -> Table {
     let mut builder = Builder { ground, table: sets(ground) };
-    for form in [Form::Address, Form::NodePort] {
+    for form in Form::ALL {
         builder.add_services(form);
     }
     builder.add_base_chains();
@@ -177,37 +192,46 @@ pub(super) fn sets(ground: &Ground) -> Table {
         Family::V4 => DataType::Ipv4,
         Family::V6 => DataType::Ipv6,
     };
-    let frontend = [ip, DataType::Protocol, DataType::Port];
+    let frontend = |form: Form, more: &[DataType]| {
+        let address: &[DataType] = if form == Form::Address { &[ip] } else { &[] };
+        [address, &[DataType::Protocol, DataType::Port], more].concat()
+    };
     let endpoint = || ValueType::Data(vec![ip, DataType::Port]);
     let none = SetFlags::default();
     let mut table = Table::default();
-    let mut add = |name: Name, key: &[DataType], value: ValueType, flags: SetFlags| {
+    let mut add = |name: Name, key: Vec<DataType>, value: ValueType, flags: SetFlags| {
         let size = flags.contains(SetFlags::DYNAMIC).then_some(MAX_CLIENTS);
-        let spec = SetSpec { key: key.to_vec(), value, flags, timeout: None, size };
+        let spec = SetSpec { key, value, flags, timeout: None, size };
         table.sets.insert(name, Set { spec, elements: BTreeMap::new() });
     };
-    let of_picks = ground.picks.iter().map(|pick| pick.set());
-    let of_affinity = ground.affinities.iter().map(|seconds| affinity_set(*seconds));
-    let fixed = Masquerade::ALL.map(Masquerade::name).into_iter().chain(["refused", "dropped", "limited"]);
-    for name in of_picks.chain(of_affinity).chain(fixed.map(Name::from)) {
-        add(name, &frontend, ValueType::None, none);
+    for pick in &ground.picks {
+        add(pick.set(), frontend(pick.form, &[]), ValueType::None, none);
     }
-    let with = |more: &[DataType]| [&frontend[..], more].concat();
-    add("endpoints".into(), &with(&[DataType::Mark]), endpoint(), none);
-    let dynamic = SetFlags::DYNAMIC | SetFlags::TIMEOUT;
-    add("affinity".into(), &[&[ip], &frontend[..]].concat(), endpoint(), dynamic);
-    add("allowed".into(), &with(&[ip]), ValueType::None, SetFlags::INTERVAL);
-    add("hairpin".into(), &[ip, ip], ValueType::None, none);
+    for &(form, seconds) in &ground.affinities {
+        add(affinity_set(form, seconds), frontend(form, &[]), ValueType::None, none);
+    }
+    for form in Form::ALL {
+        for name in Masquerade::of(form).map(Masquerade::name).chain(["refused", "dropped"]) {
+            add(form.name(name), frontend(form, &[]), ValueType::None, none);
+        }
+        add(form.name("endpoints"), frontend(form, &[DataType::Mark]), endpoint(), none);
+        let client = [&[ip], &frontend(form, &[])[..]].concat();
+        add(form.name(AFFINITY), client, endpoint(), SetFlags::DYNAMIC | SetFlags::TIMEOUT);
+    }
+    // Ranges are for load-balancer addresses.
+    add("limited".into(), frontend(Form::Address, &[]), ValueType::None, none);
+    add("allowed".into(), frontend(Form::Address, &[ip]), ValueType::None, SetFlags::INTERVAL);
+    add("hairpin".into(), vec![ip, ip], ValueType::None, none);
     let of_cluster_ips = ["cluster-ips", "other-ips"].into_iter().filter(|_| ground.mode == PacketMode::All);
     for name in of_cluster_ips.chain(["node-addresses"]) {
-        add(name.into(), &[ip], ValueType::None, none);
+        add(name.into(), vec![ip], ValueType::None, none);
     }
     table
 }
 
 /// Name of the set of frontends with a time-out.
-pub(super) fn affinity_set(seconds: NonZeroU32) -> Name {
-    format!("affinity-{seconds}").into()
+pub(super) fn affinity_set(form: Form, seconds: NonZeroU32) -> Name {
+    form.name(&format!("affinity-{seconds}"))
 }
 
 /// The address as registers hold it.
@@ -228,33 +252,34 @@ impl Builder<'_> {
         self.table.chains.insert(name.into(), Chain { base, rules });
     }
 
-    /// The chains that translate: `services`, with node ports `nodeport-services`.
+    /// The chains that translate: `services`.
     fn add_services(&mut self, form: Form) {
         let layout = self.layout();
         let mut rules = Vec::new();
-        if !self.ground.affinities.is_empty() {
-            let mut same = layout.client(form, 0);
-            same.push(lookup("affinity", 0, LookupTo::Register(register(0))));
+        if self.ground.affinities.iter().any(|(of, _)| *of == form) {
+            let mut same = layout.client(form);
+            same.push(lookup(&form.name(AFFINITY), 0, LookupTo::Register(register(0))));
             same.push(layout.dnat());
             rules.push(rule(same));
         }
-        if self.ground.picks.iter().any(|pick| pick.side == Side::Inside) {
-            let inside = form.chain("inside");
-            rules.extend(self.of_pods(&[jump(&inside)]));
-            rules.push(rule([&from_this_node()[..], &[jump(&inside)]].concat()));
-            let to_picks = self.to_picks(form, Side::Inside);
-            self.add_chain(inside, None, to_picks);
+        let inside: Vec<Rule> = self.to_picks(form, Side::Inside).collect();
+        if !inside.is_empty() {
+            let name = form.name("inside");
+            rules.extend(self.of_pods(&[jump(&name)]));
+            rules.push(rule([&from_this_node()[..], &[jump(&name)]].concat()));
+            self.add_chain(name, None, inside);
         }
         rules.extend(self.to_picks(form, Side::Outside));
-        self.add_chain(form.chain("services"), None, rules);
-        for pick in &self.ground.picks {
-            self.add_chain(pick.chain(form), None, layout.picking(form, *pick));
+        self.add_chain(form.name("services"), None, rules);
+        for pick in self.ground.picks.iter().filter(|pick| pick.form == form) {
+            self.add_chain(pick.chain(), None, layout.picking(*pick));
         }
     }
 
-    fn to_picks(&self, form: Form, side: Side) -> Vec<Rule> {
-        let of_side = self.ground.picks.iter().filter(|pick| pick.side == side);
-        of_side.map(|pick| self.layout().is_frontend(form, &pick.set(), goto(&pick.chain(form)))).collect()
+    fn to_picks(&self, form: Form, side: Side) -> impl Iterator<Item = Rule> {
+        let layout = self.layout();
+        let of_both = self.ground.picks.iter().filter(move |pick| (pick.form, pick.side) == (form, side));
+        of_both.map(move |pick| layout.is_frontend(form, &pick.set(), goto(&pick.chain())))
     }
 
     fn add_base_chains(&mut self) {
@@ -265,8 +290,8 @@ impl Builder<'_> {
         let new = |chain: &str| vec![rule([&is_new()[..], &[jump(chain)]].concat())];
 
         let mut on_node = layout.is_on_node(layout.destination(0));
-        on_node.push(jump(&Form::NodePort.chain("services")));
-        let services = vec![rule(vec![jump(&Form::Address.chain("services"))]), rule(on_node)];
+        on_node.push(jump(&Form::NodePort.name("services")));
+        let services = vec![rule(vec![jump(&Form::Address.name("services"))]), rule(on_node)];
         self.add_chain("prerouting", nat(Hook::Prerouting, -100), services.clone());
         self.add_chain("filter-prerouting", filter(Hook::Prerouting, -110), new("check-source"));
         self.add_chain("filter-input", filter(Hook::Input, -10), new("refusals"));
@@ -284,11 +309,9 @@ impl Builder<'_> {
         self.add_chain("postrouting", nat(Hook::Postrouting, 90), leaving);
         // What this node's own processes receive passes no postrouting.
         self.add_chain("input", nat(Hook::Input, 90), translated("record-client"));
-        let mut record = Vec::new();
-        for seconds in &self.ground.affinities {
-            record.extend([Form::Address, Form::NodePort].map(|form| layout.record_client(form, *seconds)));
-        }
-        self.add_chain("record-client", None, record);
+        let record =
+            self.ground.affinities.iter().map(|(form, seconds)| layout.record_client(*form, *seconds));
+        self.add_chain("record-client", None, record.collect());
     }
 
     /// The chains that check source ranges, and that answer what has no endpoint.
@@ -296,7 +319,7 @@ impl Builder<'_> {
         let layout = self.layout();
         let mut excluded = layout.frontend(Form::Address, 0);
         excluded.push(lookup("limited", 0, LookupTo::Matches));
-        excluded.push(layout.source(layout.n_frontend()));
+        excluded.push(layout.source(layout.n_frontend(Form::Address)));
         excluded.push(lookup("allowed", 0, LookupTo::MatchesNot));
         excluded.push(Expression::Verdict(Verdict::Drop));
         self.add_chain("check-source", None, vec![rule(excluded)]);
@@ -304,15 +327,15 @@ impl Builder<'_> {
         let of_frontends = |form| {
             let dropped = Expression::Verdict(Verdict::Drop);
             [
-                layout.is_frontend(form, "refused", goto("reject")),
-                layout.is_frontend(form, "dropped", dropped),
+                layout.is_frontend(form, &form.name("refused"), goto("reject")),
+                layout.is_frontend(form, &form.name("dropped"), dropped),
             ]
         };
         let mut refusals = of_frontends(Form::Address).to_vec();
         let mut on_node = layout.is_on_node(layout.destination(0));
-        on_node.push(jump(&Form::NodePort.chain("refusals")));
+        on_node.push(jump(&Form::NodePort.name("refusals")));
         refusals.push(rule(on_node));
-        self.add_chain(Form::NodePort.chain("refusals"), None, of_frontends(Form::NodePort).to_vec());
+        self.add_chain(Form::NodePort.name("refusals"), None, of_frontends(Form::NodePort).to_vec());
         if self.ground.mode == PacketMode::All {
             let is_in = |set: &str, then: Expression| {
                 rule(vec![layout.destination(0), lookup(set, 0, LookupTo::Matches), then])
@@ -345,12 +368,12 @@ impl Builder<'_> {
             masquerade.clone(),
         ];
         let mut check = vec![rule(calls_itself)];
-        for form in [Form::Address, Form::NodePort] {
-            for class in Masquerade::ALL {
-                // A node port is no cluster IP.
-                if form == Form::Address || class != Masquerade::Strangers {
-                    check.push(rule(layout.was_frontend(form, class.name(), goto(class.name()))));
-                }
+        for form in Form::ALL {
+            for class in Masquerade::of(form) {
+                let mut was_one = layout.original(form);
+                let is_in = lookup(&form.name(class.name()), 0, LookupTo::Matches);
+                was_one.extend([is_in, goto(class.name())]);
+                check.push(rule(was_one));
             }
         }
         self.add_chain("check-masquerade", None, check);
@@ -394,13 +417,11 @@ struct Layout {
 
 impl Layout {
     /// Registers of the key of a frontend.
-    const fn n_frontend(self) -> u8 {
-        self.n_address + 2
-    }
-
-    /// Registers of the key of a client's affinity.
-    const fn n_client(self) -> u8 {
-        2 * self.n_address + 2
+    const fn n_frontend(self, form: Form) -> u8 {
+        match form {
+            Form::Address => self.n_address + 2,
+            Form::NodePort => 2,
+        }
     }
 
     fn source(self, to: u8) -> Expression {
@@ -412,28 +433,26 @@ impl Layout {
         Expression::Payload { header: Header::Network, offset, len: self.len, to: register(to) }
     }
 
-    /// Loads the key of a frontend of a packet.
+    /// Loads the key of the frontend that a packet is for.
     fn frontend(self, form: Form, to: u8) -> Vec<Expression> {
-        let address = match form {
-            Form::Address => self.destination(to),
-            Form::NodePort => self.unspecified(to),
-        };
-        vec![
-            address,
-            Expression::Meta { key: MetaKey::L4Proto, to: register(to + self.n_address) },
-            Expression::Payload {
-                header: Header::Transport,
-                offset: 2,
-                len: 2,
-                to: register(to + self.n_address + 1),
-            },
-        ]
+        let port =
+            |to| Expression::Payload { header: Header::Transport, offset: 2, len: 2, to: register(to) };
+        key(self, form, to, |to| self.destination(to), port)
+    }
+
+    /// Loads the key of the frontend that a translated connection was for.
+    fn original_frontend(self, form: Form, to: u8) -> Vec<Expression> {
+        let (address, port) = (
+            CtKey::Destination(self.family, Direction::Original),
+            CtKey::DestinationPort(Direction::Original),
+        );
+        key(self, form, to, |to| ct(address, to), |to| ct(port, to))
     }
 
     /// Loads the address of a client, and the key of the frontend.
-    fn client(self, form: Form, to: u8) -> Vec<Expression> {
-        let mut all = vec![self.source(to)];
-        all.extend(self.frontend(form, to + self.n_address));
+    fn client(self, form: Form) -> Vec<Expression> {
+        let mut all = vec![self.source(0)];
+        all.extend(self.frontend(form, self.n_address));
         all
     }
 
@@ -444,35 +463,14 @@ impl Layout {
         rule(all)
     }
 
-    /// Matches translated connections that were for a frontend of a set.
-    fn was_frontend(self, form: Form, set: &str, then: Expression) -> Vec<Expression> {
-        let mut all = self.original(form);
-        all.extend([lookup(set, 0, LookupTo::Matches), then]);
-        all
-    }
-
-    /// Loads the key of the frontend that a translated connection was for. Matches node ports on addresses of this
-    /// node only.
+    /// As [`Self::original_frontend`] from the first register on. Node ports match on addresses of this node only.
     fn original(self, form: Form) -> Vec<Expression> {
-        let address =
-            Expression::Ct { key: CtKey::Destination(self.family, Direction::Original), to: register(0) };
         let mut all = match form {
-            Form::Address => vec![address],
-            Form::NodePort => {
-                let mut all = self.is_on_node(address);
-                all.push(self.unspecified(0));
-                all
-            }
+            Form::Address => Vec::new(),
+            Form::NodePort => self.is_on_node(ct(CtKey::Destination(self.family, Direction::Original), 0)),
         };
-        all.extend(self.original_port(self.n_address));
+        all.extend(self.original_frontend(form, 0));
         all
-    }
-
-    fn original_port(self, to: u8) -> [Expression; 2] {
-        [
-            Expression::Meta { key: MetaKey::L4Proto, to: register(to) },
-            Expression::Ct { key: CtKey::DestinationPort(Direction::Original), to: register(to + 1) },
-        ]
     }
 
     /// Matches an address of this node on which node ports answer. `address` loads it.
@@ -481,19 +479,20 @@ impl Layout {
     }
 
     /// The rules that choose an endpoint.
-    fn picking(self, form: Form, pick: Pick) -> Vec<Rule> {
-        let first = if pick.side == Side::Inside { INSIDE } else { 0 };
+    fn picking(self, Pick { form, side, n_indices }: Pick) -> Vec<Rule> {
+        let first = if side == Side::Inside { INSIDE } else { 0 };
         let draw = |kind: Numgen, modulus: u32| {
             let mut all = self.frontend(form, 0);
-            all.push(Expression::Numgen { kind, modulus, offset: first, to: register(self.n_frontend()) });
-            all.push(lookup("endpoints", 0, LookupTo::Register(register(0))));
+            let to = register(self.n_frontend(form));
+            all.push(Expression::Numgen { kind, modulus, offset: first, to });
+            all.push(lookup(&form.name("endpoints"), 0, LookupTo::Register(register(0))));
             all.push(self.dnat());
             rule(all)
         };
         let mut rules = Vec::new();
-        if pick.n_indices > 1 {
-            rules.extend((0..N_DRAWS).map(|_| draw(Numgen::Random, pick.n_indices)));
-            rules.push(draw(Numgen::Random, pick.n_indices / 2));
+        if n_indices > 1 {
+            rules.extend((0..N_DRAWS).map(|_| draw(Numgen::Random, n_indices)));
+            rules.push(draw(Numgen::Random, n_indices / 2));
         }
         rules.push(draw(Numgen::Incremental, 1));
         rules
@@ -506,20 +505,15 @@ impl Layout {
 
     /// Records to which endpoint a client's connection was translated, for a frontend with this time-out.
     fn record_client(self, form: Form, seconds: NonZeroU32) -> Rule {
-        let value = self.n_client();
-        let ct = |key: CtKey, to: u8| Expression::Ct { key, to: register(to) };
+        let value = self.n_address + self.n_frontend(form);
         let mut all = self.original(form);
-        all.push(lookup(&affinity_set(seconds), 0, LookupTo::Matches));
+        all.push(lookup(&affinity_set(form, seconds), 0, LookupTo::Matches));
         all.push(ct(CtKey::Source(self.family, Direction::Original), 0));
-        all.push(match form {
-            Form::Address => ct(CtKey::Destination(self.family, Direction::Original), self.n_address),
-            Form::NodePort => self.unspecified(self.n_address),
-        });
-        all.extend(self.original_port(2 * self.n_address));
+        all.extend(self.original_frontend(form, self.n_address));
         all.push(ct(CtKey::Source(self.family, Direction::Reply), value));
         all.push(ct(CtKey::SourcePort(Direction::Reply), value + self.n_address));
         all.push(Expression::Dynset {
-            set: "affinity".into(),
+            set: form.name(AFFINITY),
             op: DynsetOp::Update,
             key: register(0),
             value: Some(register(value)),
@@ -527,10 +521,27 @@ impl Layout {
         });
         rule(all)
     }
+}
 
-    fn unspecified(self, to: u8) -> Expression {
-        Expression::Immediate { value: vec![0; self.len.into()].into(), to: register(to) }
+/// Loads the key of a frontend, with what loads its address and its port.
+fn key(
+    layout: Layout,
+    form: Form,
+    to: u8,
+    address: impl Fn(u8) -> Expression,
+    port: impl Fn(u8) -> Expression,
+) -> Vec<Expression> {
+    let mut all = Vec::new();
+    if form == Form::Address {
+        all.push(address(to));
     }
+    let last = to + layout.n_frontend(form) - 1;
+    all.extend([Expression::Meta { key: MetaKey::L4Proto, to: register(last - 1) }, port(last)]);
+    all
+}
+
+fn ct(key: CtKey, to: u8) -> Expression {
+    Expression::Ct { key, to: register(to) }
 }
 
 /// A register by number.

@@ -3,7 +3,7 @@
 
 use std::{collections::BTreeMap, io};
 
-use lb_core::packets::nft::{Change, Name, Table, TableId, Transaction};
+use lb_core::packets::nft::{Change, Element, Key, Name, Table, TableId, Transaction};
 use netlink_packet_core::NLM_F_DUMP;
 use nix::libc;
 
@@ -87,6 +87,12 @@ pub enum NftablesError {
 }
 
 impl NftablesError {
+    /// Whether a change was refused because the object that it names is missing.
+    #[must_use]
+    pub fn is_missing(&self) -> bool {
+        matches!(self, Self::Refused { source, .. } if source.kind() == io::ErrorKind::NotFound)
+    }
+
     fn socket(what: &'static str, source: io::Error) -> Self {
         match source.raw_os_error() {
             Some(libc::EPERM | libc::EACCES) => Self::NotPermitted,
@@ -261,19 +267,40 @@ impl Nftables {
             table.sets.extend(decode::set(attributes).filter(|_| is_ours(&attributes)));
         })?;
         for (name, set) in &mut table.sets {
-            let named = |writer: &mut Writer| {
-                writer.text(wire::elements::TABLE, &id.name);
-                writer.text(wire::elements::SET, name);
-            };
-            let mut elements = Vec::new();
-            is_interrupted |= self.get(id, message::GET_ELEMENT, NLM_F_DUMP, named, |attributes| {
-                let list = attributes.nested(wire::elements::ELEMENTS).unwrap_or(Attributes(&[]));
-                elements.extend(list.iter().map(|(_, octets)| element(Attributes(octets))));
-            })?;
-            // Sorted at once, which is faster than one by one.
-            set.elements = BTreeMap::from_iter(elements);
+            let (elements, is_changing) = self.elements_once(id, name)?;
+            set.elements = elements;
+            is_interrupted |= is_changing;
         }
         Ok((Some(table), is_interrupted))
+    }
+
+    /// Also returns whether rules changed meanwhile.
+    fn elements_once(&mut self, id: &TableId, set: &str) -> io::Result<(BTreeMap<Key, Element>, bool)> {
+        let named = |writer: &mut Writer| {
+            writer.text(wire::elements::TABLE, &id.name);
+            writer.text(wire::elements::SET, set);
+        };
+        let mut elements = Vec::new();
+        let is_interrupted = self.get(id, wire::message::GET_ELEMENT, NLM_F_DUMP, named, |attributes| {
+            let list = attributes.nested(wire::elements::ELEMENTS).unwrap_or(Attributes(&[]));
+            elements.extend(list.iter().map(|(_, octets)| element(Attributes(octets))));
+        })?;
+        // Sorted at once, which is faster than one by one.
+        Ok((BTreeMap::from_iter(elements), is_interrupted))
+    }
+
+    /// Reads the elements of a set; none if there is no such set. Rules may add some meanwhile.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::read`].
+    pub fn elements(&mut self, id: &TableId, set: &str) -> Result<BTreeMap<Key, Element>, NftablesError> {
+        match self.elements_once(id, set) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(BTreeMap::new()),
+            read => read
+                .map(|(elements, _)| elements)
+                .map_err(|error| NftablesError::socket("cannot read a set", error)),
+        }
     }
 
     /// Sends one request about a family. The answers to a `GET` have the number of the `NEW` before it.

@@ -13,11 +13,11 @@ use lb_core::{
     desired::PacketMode,
     packets::{
         self,
-        nft::{Table, TableId, Transaction},
+        nft::{Change, Element, Family, Key, Table, TableId, Transaction},
     },
     state::State,
 };
-use lb_kernel::nftables::{Nftables, NftablesError};
+use lb_kernel::nftables::{self, Nftables, NftablesError};
 use tokio::{
     task::{JoinHandle, spawn_blocking},
     time,
@@ -37,17 +37,24 @@ const MAX_TRIES: usize = 8;
 
 /// What the blocking thread does.
 #[derive(Debug)]
-enum Work {
+pub(super) enum Work {
     Apply(Transaction),
     /// Makes the kernel's tables like these.
     Adopt(BTreeMap<TableId, Table>),
     /// Compares the generation alone: whether another program has committed changes.
     Check,
+    /// Reads which endpoints clients stay with.
+    ReadClients,
+    /// Deletes these clients' elements, unless they are gone already.
+    Forget(Vec<Client>),
 }
+
+/// The table and map of an element that records a client, and its key.
+type Client = (TableId, &'static str, Key);
 
 /// How work has ended.
 #[derive(Debug)]
-enum Done {
+pub(super) enum Done {
     /// The kernel has made these changes.
     Applied {
         n_changes: usize,
@@ -58,10 +65,17 @@ enum Done {
     Checked {
         generation: u32,
     },
+    /// By table.
+    Clients(Vec<(TableId, &'static str, BTreeMap<Key, Element>)>),
+    Forgotten {
+        n_clients: usize,
+    },
 }
 
 pub(super) struct PacketRules {
     mode: PacketMode,
+    /// The families whose rules the kernel can have.
+    families: Vec<Family>,
     /// `None` while a task has it, and where the kernel has no nftables.
     nftables: Option<Nftables>,
     running: Option<JoinHandle<Worked>>,
@@ -85,6 +99,7 @@ impl PacketRules {
     pub(super) fn start(mode: PacketMode) -> Result<Self, NftablesError> {
         let mut rules = Self {
             mode,
+            families: vec![Family::V4],
             nftables: None,
             running: None,
             queue: VecDeque::new(),
@@ -101,7 +116,14 @@ impl PacketRules {
             },
             // Without nftables there are no rules to remove.
             (PacketMode::Off, Err(_)) => {}
-            (_, nftables) => rules.nftables = Some(nftables?),
+            (_, nftables) => {
+                rules.nftables = Some(nftables?);
+                nftables::probe(Family::V4)?;
+                match nftables::probe(Family::V6) {
+                    Ok(()) => rules.families.push(Family::V6),
+                    Err(error) => warn!(%error, "IPv6 packets are not served"),
+                }
+            }
         }
         Ok(rules)
     }
@@ -116,9 +138,17 @@ impl PacketRules {
             self.adopt(state);
         } else {
             let transaction = state.take_packet_changes();
-            if !transaction.changes.is_empty() {
-                self.queue.push_back(Work::Apply(transaction));
+            let changes: Vec<_> = transaction
+                .changes
+                .into_iter()
+                .filter(|(id, _)| self.families.contains(&id.family))
+                .collect();
+            if !changes.is_empty() {
+                self.queue.push_back(Work::Apply(Transaction { changes, generation: None }));
             }
+        }
+        if state.take_has_stale_clients() {
+            self.queue.push_back(Work::ReadClients);
         }
         self.proceed();
     }
@@ -184,6 +214,21 @@ impl PacketRules {
             }
             Ok(Done::Checked { generation }) if Some(generation) == self.generation => {}
             Ok(Done::Checked { .. }) => self.adopt(state),
+            Ok(Done::Clients(recorded)) => {
+                let stale = recorded.iter().flat_map(|(id, map, elements)| {
+                    let stale = state.packets().stale_clients(id.family, elements);
+                    stale.into_iter().map(|key| (id.clone(), *map, key))
+                });
+                let stale: Vec<_> = stale.collect();
+                if !stale.is_empty() {
+                    self.queue.push_front(Work::Forget(stale));
+                }
+            }
+            Ok(Done::Forgotten { n_clients }) => {
+                // The generation is unknown: an audit compares the tables.
+                self.generation = None;
+                debug!(n_clients, "clients with affinity choose another endpoint: theirs is gone");
+            }
             Err(problem) => {
                 metrics.packets_failed();
                 warn!(problem, "the nftables rules could not be changed: reading them and retrying");
@@ -204,7 +249,11 @@ impl PacketRules {
     fn adopt(&mut self, state: &mut State) {
         self.must_adopt = false;
         self.queue.clear();
-        self.queue.push_back(Work::Adopt(state.adopt_packet_tables()));
+        let mut tables = state.adopt_packet_tables();
+        tables.retain(|id, _| self.families.contains(&id.family));
+        self.queue.push_back(Work::Adopt(tables));
+        // An earlier agent's rules may have recorded clients.
+        self.queue.push_back(Work::ReadClients);
     }
 
     fn proceed(&mut self) {
@@ -239,6 +288,25 @@ fn run(nftables: &mut Nftables, work: &Work, known: Option<u32>) -> Result<Done,
     let started = Instant::now();
     match work {
         Work::Check => Ok(Done::Checked { generation: nftables.generation()? }),
+        Work::ReadClients => {
+            let maps = packets::table_ids()
+                .into_iter()
+                .flat_map(|id| packets::AFFINITY_MAPS.map(|map| (id.clone(), map)));
+            let read = maps.map(|(id, map)| nftables.elements(&id, map).map(|elements| (id, map, elements)));
+            read.collect::<Result<_, _>>().map(Done::Clients)
+        }
+        Work::Forget(clients) => {
+            let mut n_clients = 0;
+            for (id, map, key) in clients {
+                let change = Change::DeleteElements((*map).into(), vec![key.clone()]);
+                match nftables.apply(&Transaction { changes: vec![(id.clone(), change)], generation: None }) {
+                    Ok(()) => n_clients += 1,
+                    Err(error) if error.is_missing() => {}
+                    Err(error) => return Err(error),
+                }
+            }
+            Ok(Done::Forgotten { n_clients })
+        }
         Work::Apply(transaction) => {
             nftables.apply(transaction)?;
             let (n_changes, took) = (transaction.changes.len(), started.elapsed());

@@ -271,12 +271,12 @@ fn sctp_is_served_as_packets() {
 
 #[test]
 fn a_client_stays_with_its_endpoint_for_as_long_as_the_service_has_it() {
-    for (address, protocol) in [("10.96.0.1:80", "tcp"), ("192.168.0.1:30080", "tcp")] {
+    for (address, map) in [("10.96.0.1:80", "affinity"), ("192.168.0.1:30080", "nodeport-affinity")] {
         let mut node = Node::new(PacketMode::All);
         let affinity = json!({"sessionAffinity": "ClientIP"});
         node.set(&load_balancer(&affinity), &[slice()]);
         let send = |node: &mut Node, source: &str, n: u32| {
-            let packet = packet(&format!("{source} {address} {protocol}"));
+            let packet = packet(&format!("{source} {address} tcp"));
             let table = node.kernel.values_mut().next().unwrap();
             match sim::send(table, packet, &mut |below| n % below) {
                 Outcome::Translated { endpoint, .. } => endpoint.ip().to_string(),
@@ -292,7 +292,7 @@ fn a_client_stays_with_its_endpoint_for_as_long_as_the_service_has_it() {
         let _plan = node.state.sync();
         sim::apply(&mut node.kernel, &node.state.take_packet_changes().changes).unwrap();
         assert!(node.state.take_has_stale_clients());
-        let clients = node.kernel.values_mut().next().unwrap().sets.get_mut("affinity").unwrap();
+        let clients = node.kernel.values_mut().next().unwrap().sets.get_mut(map).unwrap();
         assert_eq!(clients.elements.len(), 2);
         let stale = node.state.packets().stale_clients(Family::V4, &clients.elements);
         assert_eq!(stale.len(), 1);
@@ -321,7 +321,7 @@ fn a_change_of_endpoints_touches_elements_of_data_alone() {
     let _plan = node.state.sync();
     let transaction = node.state.take_packet_changes();
     let added = |(_, change): &(TableId, Change)| match change {
-        Change::AddElements(set, elements) if &**set == "endpoints" => elements.len(),
+        Change::AddElements(set, elements) if set.ends_with("endpoints") => elements.len(),
         other => panic!("{other:?}"),
     };
     // Its four frontends have one more endpoint.
