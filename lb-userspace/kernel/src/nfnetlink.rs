@@ -201,16 +201,21 @@ impl From<Refusal> for io::Error {
 }
 
 /// A message that was received.
-struct Message<'a> {
-    kind: u16,
+pub(super) struct Message<'a> {
+    pub(super) kind: u16,
     flags: u16,
     sequence: u32,
     payload: &'a [u8],
 }
 
-impl Message<'_> {
+impl<'a> Message<'a> {
+    /// What follows `nfgenmsg`.
+    pub(super) fn attributes(&self) -> Attributes<'a> {
+        Attributes(self.payload.get(GENERIC..).unwrap_or_default())
+    }
+
     /// The refusal in an `NLMSG_ERROR` or `NLMSG_DONE`; `None` if it has none.
-    fn refusal(&self) -> Option<Refusal> {
+    pub(super) fn refusal(&self) -> Option<Refusal> {
         let (code, rest) = self.payload.split_first_chunk::<4>()?;
         let errno = i32::from_ne_bytes(*code).checked_neg().filter(|errno| *errno != 0)?;
         let mut refusal = Refusal { sequence: self.sequence, errno, text: None, offset: None };
@@ -230,7 +235,7 @@ impl Message<'_> {
 }
 
 /// The messages of a datagram.
-fn messages(mut octets: &[u8]) -> impl Iterator<Item = io::Result<Message<'_>>> {
+pub(super) fn messages(mut octets: &[u8]) -> impl Iterator<Item = io::Result<Message<'_>>> {
     std::iter::from_fn(move || {
         if octets.is_empty() {
             return None;
@@ -312,7 +317,7 @@ impl NfSocket {
                     NLMSG_ERROR | NLMSG_DONE => {
                         return message.refusal().map_or(Ok(is_interrupted), |refusal| Err(refusal.into()));
                     }
-                    kind => each(kind, Attributes(message.payload.get(GENERIC..).unwrap_or_default())),
+                    kind => each(kind, message.attributes()),
                 }
             }
         }
