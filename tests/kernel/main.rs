@@ -13,6 +13,7 @@ mod calls;
     reason = "the states of a cluster, and the allowed outcomes of calls meanwhile, are for the pure tests"
 )]
 mod clusters;
+mod conntrack;
 mod exclusion;
 mod fixture;
 mod grace;

@@ -1,15 +1,20 @@
 //! nftables over netlink: what is written is read back, `nft` shows it, and packets follow it.
 
-use std::num::NonZeroU32;
+use std::{
+    collections::BTreeSet,
+    net::{IpAddr, SocketAddr},
+    num::NonZeroU32,
+};
 
+use lb_core::model::Protocol::Tcp;
 use lb_core::packets::nft::{
     Base, Chain, ChainType, Change, Comparison, CtKey, DataType, Direction, DynsetOp, Element, Expression,
     FIB_LOCAL, Family, FibAddress, Header, Hook, Key, LookupTo, MetaKey, Name, Numgen, Octets, Policy,
     Register, Reject, Rule, Set, SetFlags, SetSpec, Table, TableId, Transaction, Value, ValueType, Verdict,
     ct_state, ct_status,
 };
-use lb_kernel::nftables::Nftables;
-use lb_tests::{Feature, Sandbox, command::text};
+use lb_kernel::nftables::{Nftables, NftablesError};
+use lb_tests::{Feature, Sandbox, client::call, command::text, server::Servers};
 
 const FAMILIES: [Family; 2] = [Family::V4, Family::V6];
 
@@ -352,7 +357,7 @@ fn table(family: Family) -> Table {
 }
 
 /// All that adds a table.
-fn load(id: &TableId, table: &Table) -> Transaction {
+pub(crate) fn load(id: &TableId, table: &Table) -> Transaction {
     let mut changes = vec![Change::AddTable];
     changes.extend(table.chains.iter().map(|(name, chain)| Change::AddChain(name.clone(), chain.base)));
     changes.extend(table.sets.iter().map(|(name, set)| Change::AddSet(name.clone(), set.spec.clone())));
@@ -413,5 +418,228 @@ fn nft_shows_what_is_written() {
             // Programs such as firewalld read this form.
             let _json = text("nft", &["--json", "list", "ruleset"]);
         }
+    });
+}
+
+fn transaction(id: &TableId, changes: impl IntoIterator<Item = Change>) -> Transaction {
+    Transaction {
+        changes: changes.into_iter().map(|change| (id.clone(), change)).collect(),
+        generation: None,
+    }
+}
+
+/// A table whose chain at the output hook translates connections to `10.96.0.1:80` or `[fd00::1]:80`, if they
+/// draw the index of one of these endpoints. It draws often enough for that.
+pub(crate) fn service(family: Family, protocol: u8, endpoints: &[SocketAddr]) -> (TableId, Table) {
+    let (ip, w) = (address_type(family), width(family));
+    let mut map = set(
+        vec![ip, DataType::Protocol, DataType::Port, DataType::Mark],
+        ValueType::Data(vec![ip, DataType::Port]),
+    );
+    map.elements =
+        (0..).zip(endpoints).map(|(n, endpoint)| endpoint_element(protocol, n, *endpoint)).collect();
+    let (key, n) = frontend(family, 0);
+    let pick = rule(key.into_iter().chain([
+        draw(Numgen::Random, 4, n),
+        lookup("endpoints", 0, LookupTo::Register(r(0))),
+        Expression::Dnat { address: r(0), port: Some(r(w)) },
+    ]));
+    let chain = base(ChainType::Nat, Hook::Output, -110, vec![pick; 32]);
+    let table = Table {
+        flags: 0,
+        chains: [("output".into(), chain)].into(),
+        sets: [("endpoints".into(), map)].into(),
+    };
+    (id(family), table)
+}
+
+/// The service's address.
+pub(crate) fn service_address(family: Family) -> SocketAddr {
+    if family == Family::V4 { "10.96.0.1:80" } else { "[fd00::1]:80" }.parse().unwrap()
+}
+
+/// An element of the service's map.
+pub(crate) fn endpoint_element(protocol: u8, index: u32, endpoint: SocketAddr) -> (Key, Element) {
+    let octets = |address: SocketAddr| match address.ip() {
+        IpAddr::V4(ip) => ip.octets().to_vec(),
+        IpAddr::V6(ip) => ip.octets().to_vec(),
+    };
+    let family = if endpoint.is_ipv4() { Family::V4 } else { Family::V6 };
+    let key =
+        [&octets(service_address(family))[..], &[protocol, 0, 0, 0], &[0, 80, 0, 0], &index.to_ne_bytes()];
+    let value = [&octets(endpoint)[..], &endpoint.port().to_be_bytes(), &[0, 0]].concat();
+    (key.concat().into(), Value::Data(value.into()).into())
+}
+
+/// Three endpoints of a family.
+pub(crate) fn endpoints(family: Family) -> [SocketAddr; 3] {
+    let address = |last| {
+        if family == Family::V4 { format!("10.244.0.{last}:8080") } else { format!("[fd01::{last}]:8080") }
+    };
+    [1, 2, 3].map(|last| address(last).parse().unwrap())
+}
+
+#[test]
+fn packets_follow_the_elements() {
+    Sandbox::test_with(&[Feature::Nftables], |sandbox| {
+        for family in FAMILIES {
+            let (address, endpoints) = (service_address(family), endpoints(family));
+            sandbox.own([address.ip()].into_iter().chain(endpoints.map(|endpoint| endpoint.ip())));
+            let _servers = Servers::tcp(endpoints);
+            let (id, table) = service(family, 6, &endpoints);
+            let mut nftables = Nftables::open().unwrap();
+            nftables.apply(&load(&id, &table)).unwrap();
+            let reached =
+                || -> BTreeSet<SocketAddr> { (0..60).map(|_| call(address, Tcp).unwrap()).collect() };
+            assert_eq!(reached(), endpoints.into());
+            // The first endpoint goes, and the last takes its index, in one transaction.
+            let [(first, _), (last, _)] = [0, 2].map(|n| endpoint_element(6, n, endpoints[0]));
+            let changes = [
+                Change::DeleteElements("endpoints".into(), vec![first, last]),
+                Change::AddElements("endpoints".into(), vec![endpoint_element(6, 0, endpoints[2])]),
+            ];
+            nftables.apply(&transaction(&id, changes)).unwrap();
+            assert_eq!(reached(), endpoints[1..].iter().copied().collect());
+        }
+    });
+}
+
+#[test]
+fn a_refused_transaction_changes_nothing_and_names_the_element() {
+    Sandbox::test_with(&[Feature::Nftables], |_sandbox| {
+        let (mut nftables, id, table) = loaded(Family::V4);
+        let generation = nftables.generation().unwrap();
+        // The last of many elements has another value than the kernel's.
+        let key = |n: u32| Key::from([&n.to_be_bytes()[..], &[6, 0, 0, 0, 0, 80, 0, 0]].concat());
+        let mut elements: Vec<_> =
+            (0..5000).map(|n| (key(n), Element::from(Value::Data(n.to_ne_bytes().into())))).collect();
+        elements.push((key(0x0a60_0001), Value::Data([9; 4].into()).into()));
+        let changes = [
+            Change::AddSet("new".into(), table.sets["hairpin"].spec.clone()),
+            Change::AddElements("services".into(), elements),
+            Change::DeleteChain("none".into()),
+        ];
+        let error = nftables.apply(&transaction(&id, changes)).unwrap_err().to_string();
+        assert!(
+            error.starts_with("nftables: table ip socklb: cannot add elements to set services"),
+            "{error}"
+        );
+        assert!(error.ends_with("; 1 more changes are refused"), "{error}");
+        // The kernel names the attribute since 6.0.
+        if lb_tests::feature::kernel_version() >= (6, 1) {
+            assert!(error.contains(", element 0a600001060000000050"), "{error}");
+        }
+        assert_eq!(nftables.read(&id).unwrap(), (Some(table), generation));
+    });
+}
+
+#[test]
+fn what_is_checked_is_not_done() {
+    Sandbox::test_with(&[Feature::Nftables], |_sandbox| {
+        let (id, table) = (id(Family::V6), table(Family::V6));
+        let mut nftables = Nftables::open().unwrap();
+        let generation = nftables.generation().unwrap();
+        nftables.check(&load(&id, &table)).unwrap();
+        assert_eq!(nftables.read(&id).unwrap(), (None, generation));
+        let missing = transaction(&id, [Change::DeleteTable]);
+        let error = nftables.check(&missing).unwrap_err();
+        assert!(matches!(error, NftablesError::Refused { .. }), "{error}");
+        assert!(error.to_string().starts_with("nftables: table ip6 socklb: cannot delete it"), "{error}");
+        // Nothing at all is no transaction.
+        nftables.apply(&Transaction::default()).unwrap();
+        assert_eq!(nftables.generation().unwrap(), generation);
+    });
+}
+
+#[test]
+fn a_transaction_for_another_generation_is_refused() {
+    Sandbox::test_with(&[Feature::Nftables], |_sandbox| {
+        let (mut nftables, id, table) = loaded(Family::V4);
+        let generation = nftables.generation().unwrap();
+        nftables.apply(&transaction(&id, [Change::FlushSet("hairpin".into())])).unwrap();
+        let late = Transaction { generation: Some(generation), ..transaction(&id, [Change::DeleteTable]) };
+        assert!(matches!(nftables.apply(&late), Err(NftablesError::Changed)));
+        let (read, now) = nftables.read(&id).unwrap();
+        assert_eq!(read.unwrap().chains, table.chains);
+        nftables.apply(&Transaction { generation: Some(now), ..late }).unwrap();
+        assert_eq!(nftables.read(&id).unwrap().0, None);
+    });
+}
+
+/// Every change of another program makes what is read differ from what was written, and one transaction
+/// replaces all of it.
+#[test]
+fn changes_of_others_are_seen_and_undone() {
+    Sandbox::test_with(&[Feature::Nftables, Feature::Command("nft")], |_sandbox| {
+        let (mut nftables, id, table) = loaded(Family::V4);
+        for change in [
+            "add rule ip socklb pick-3 limit rate 10/second accept",
+            "insert rule ip socklb output ip daddr 10.96.0.1 accept",
+            "add rule ip socklb pick-3 dnat to 10.244.0.1-10.244.0.9",
+            "add rule ip socklb marks ct mark set 7",
+            "add rule ip socklb marks meta l4proto { tcp, udp } drop",
+            "flush chain ip socklb output",
+            "add chain ip socklb other",
+            "add chain ip socklb output { policy drop ; }",
+            "add set ip socklb other { type ipv4_addr ; flags interval ; elements = { 10.0.0.0/8 } ; }",
+            "add map ip socklb other { type ipv4_addr : counter ; }",
+            "add element ip socklb hairpin { 10.0.0.1 . 10.0.0.2 comment \"mine\" }",
+            "delete element ip socklb hairpin { 10.96.0.10 . 10.96.0.10 }",
+            "add table ip socklb { flags dormant ; }",
+            "flush ruleset",
+        ] {
+            text("nft", &[change]);
+            let (read, _) = nftables.read(&id).unwrap();
+            assert_ne!(read.as_ref(), Some(&table), "{change}");
+            assert_eq!(read.is_none(), change == "flush ruleset");
+            let mut again = transaction(&id, [Change::AddTable, Change::DeleteTable]);
+            again.changes.extend(load(&id, &table).changes);
+            nftables.apply(&again).unwrap();
+            assert_eq!(nftables.read(&id).unwrap().0.as_ref(), Some(&table), "{change}");
+        }
+    });
+}
+
+#[test]
+fn a_part_of_a_table_is_replaced() {
+    Sandbox::test_with(&[Feature::Nftables], |_sandbox| {
+        let (mut nftables, id, mut table) = loaded(Family::V4);
+        let kept = table.sets["kept"].spec.clone();
+        let rules = &mut table.chains.get_mut("pick-3").unwrap().rules;
+        rules.reverse();
+        let services = &mut table.sets.get_mut("services").unwrap().elements;
+        let (key, element) = services.iter_mut().next().unwrap();
+        element.value = Value::Data(7u32.to_ne_bytes().into());
+        let mut changes = vec![
+            Change::FlushChain("pick-3".into()),
+            Change::DeleteElements("services".into(), vec![key.clone()]),
+            Change::AddElements("services".into(), vec![(key.clone(), element.clone())]),
+            Change::FlushSet("allowed".into()),
+            Change::DeleteChain("remember".into()),
+            Change::AddSet("more".into(), kept.clone()),
+            Change::AddChain("more".into(), None),
+        ];
+        changes.extend(rules.iter().map(|rule| Change::AddRule("pick-3".into(), rule.clone())));
+        table.sets.get_mut("allowed").unwrap().elements.clear();
+        table.chains.remove("remember");
+        table.chains.insert("more".into(), Chain::default());
+        table.sets.insert("more".into(), Set { spec: kept, elements: [].into() });
+        // A base chain must be flushed before it goes: its rules use sets.
+        changes.insert(0, Change::FlushChain("remember".into()));
+        nftables.apply(&transaction(&id, changes)).unwrap();
+        assert_eq!(nftables.read(&id).unwrap().0.unwrap(), table);
+    });
+}
+
+/// A probe leaves nothing behind.
+#[test]
+fn a_probe_changes_nothing() {
+    Sandbox::test_with(&[Feature::Nftables], |_sandbox| {
+        let mut nftables = Nftables::open().unwrap();
+        let before = nftables.generation().unwrap();
+        for family in FAMILIES {
+            lb_kernel::nftables::probe(family).unwrap();
+        }
+        assert_eq!(nftables.generation().unwrap(), before);
     });
 }

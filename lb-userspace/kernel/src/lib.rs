@@ -25,6 +25,7 @@ mod attach;
 mod audit;
 mod btf;
 pub mod cgroup;
+pub mod conntrack;
 mod counters;
 pub mod error;
 pub mod exclusion;

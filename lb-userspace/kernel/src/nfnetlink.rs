@@ -2,6 +2,7 @@
 
 use std::io;
 
+use lb_core::packets::nft::Family;
 use netlink_packet_core::{
     NLA_F_NESTED, NLM_F_ACK, NLM_F_ACK_TLVS, NLM_F_CAPPED, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST,
     NLMSG_DONE, NLMSG_ERROR, NetlinkBuffer, NlasIterator,
@@ -20,6 +21,14 @@ const GENERIC: usize = 4;
 const ATTRIBUTE: usize = 4;
 /// Octets of a buffer to receive: the kernel fills up to 32 KiB at once.
 const RECEIVED: usize = 64 << 10;
+
+/// The number of a family in messages: `NFPROTO_*`.
+pub(super) const fn family_number(family: Family) -> u8 {
+    match family {
+        Family::V4 => 2,
+        Family::V6 => 10,
+    }
+}
 
 /// The beginning of every message: what it is, and for which family (`NFPROTO_*`).
 #[derive(Clone, Copy, Debug)]

@@ -17,6 +17,7 @@
 //! - The tables depend on the desired state alone, not on its history.
 //! - A transaction that [`diff`] computes turns the one table into the other, at once.
 
+pub mod conntrack;
 pub mod diff;
 pub mod nft;
 mod rules;

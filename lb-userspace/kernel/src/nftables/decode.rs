@@ -10,7 +10,7 @@ use lb_core::packets::nft::{
 };
 
 use super::wire;
-use crate::nfnetlink::Attributes;
+use crate::nfnetlink::{Attributes, family_number};
 
 /// A chain without rules, and its name.
 pub(super) fn chain(attributes: Attributes<'_>) -> Option<(Name, Chain)> {
@@ -190,7 +190,7 @@ fn known(name: &str, data: Attributes<'_>, family: Family) -> Option<Expression>
             }
         }
         "nat" => {
-            let family_is_ours = data.be32(nat::FAMILY)? == u32::from(wire::family_number(family));
+            let family_is_ours = data.be32(nat::FAMILY)? == u32::from(family_number(family));
             let flags = data.be32(nat::FLAGS).unwrap_or_default() & !wire::NAT_DERIVED;
             let (address, port) =
                 (same(data, nat::REG_ADDR_MIN, nat::REG_ADDR_MAX)?, data.get(nat::REG_PROTO_MIN));

@@ -9,7 +9,7 @@ use lb_core::packets::nft::{
 use netlink_packet_core::{NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE, NLM_F_REQUEST};
 
 use super::wire;
-use crate::nfnetlink::{Head, Writer};
+use crate::nfnetlink::{Head, Writer, family_number};
 
 /// Most octets of the elements in one message: the length of an attribute has 16 bits, its header included.
 const MAX_LIST: usize = u16::MAX as usize;
@@ -129,12 +129,8 @@ impl Encoder {
 
     fn message(&mut self, n: usize, table: &TableId, kind: u16, flags: u16, body: impl FnOnce(&mut Writer)) {
         self.messages.push((n, self.writer.len()));
-        let head = Head {
-            kind,
-            flags: NLM_F_REQUEST | flags,
-            family: wire::family_number(table.family),
-            resource: 0,
-        };
+        let head =
+            Head { kind, flags: NLM_F_REQUEST | flags, family: family_number(table.family), resource: 0 };
         self.writer.message(head, self.sequence, body);
         self.sequence = self.sequence.wrapping_add(1);
     }
@@ -398,7 +394,7 @@ fn write_expression(writer: &mut Writer, expression: &Expression, family: Family
         }),
         Expression::Dnat { address, port } => named(writer, "nat", |writer| {
             writer.be32(nat::TYPE, wire::DNAT);
-            writer.be32(nat::FAMILY, wire::family_number(family).into());
+            writer.be32(nat::FAMILY, family_number(family).into());
             writer.be32(nat::REG_ADDR_MIN, number(*address));
             if let Some(port) = port {
                 writer.be32(nat::REG_PROTO_MIN, number(*port));

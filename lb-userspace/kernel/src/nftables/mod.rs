@@ -10,7 +10,7 @@ use nix::libc;
 use self::decode::element;
 use crate::{
     fault,
-    nfnetlink::{Attributes, Head, NfSocket, Refusal, Writer},
+    nfnetlink::{Attributes, Head, NfSocket, Refusal, Writer, family_number},
 };
 
 mod decode;
@@ -312,7 +312,7 @@ impl Nftables {
         body: impl FnOnce(&mut Writer),
         mut each: impl FnMut(Attributes<'_>),
     ) -> io::Result<bool> {
-        let head = Head { kind, flags, family: wire::family_number(id.family), resource: 0 };
+        let head = Head { kind, flags, family: family_number(id.family), resource: 0 };
         self.socket.request(head, body, |answer, attributes| {
             if answer == kind - 1 {
                 each(attributes);

@@ -1,8 +1,7 @@
 //! The kernel's numbers: `linux/netfilter/nf_tables.h`, and the types of nft's `datatype.h`.
 
 use lb_core::packets::nft::{
-    ChainType, Comparison, DataType, DynsetOp, Family, FibAddress, Header, Hook, MetaKey, Numgen, Policy,
-    Register,
+    ChainType, Comparison, DataType, DynsetOp, FibAddress, Header, Hook, MetaKey, Numgen, Policy, Register,
 };
 
 /// `NFT_MSG_*` with the subsystem, as messages have it.
@@ -163,14 +162,6 @@ pub(super) const fn chain_type_name(of: ChainType) -> &'static str {
 /// The way back.
 pub(super) fn chain_type(name: &str) -> Option<ChainType> {
     [ChainType::Filter, ChainType::Nat, ChainType::Route].into_iter().find(|of| chain_type_name(*of) == name)
-}
-
-/// `NFPROTO_*`
-pub(super) const fn family_number(family: Family) -> u8 {
-    match family {
-        Family::V4 => 2,
-        Family::V6 => 10,
-    }
 }
 
 /// `NFT_REG_VERDICT`
