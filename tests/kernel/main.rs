@@ -23,6 +23,7 @@ mod lifecycle;
 mod matrix;
 mod multipath;
 mod nftables;
+mod packets;
 mod records;
 mod refusals;
 mod slots;

@@ -4,6 +4,7 @@
 //!
 //! - [`sandbox`]: an isolated network, a BPF file system and a cgroup for each test.
 //! - [`server`], [`client`]: which server answered, and what the program sees.
+//! - [`bed`]: nodes, pods, a router and a client outside, for packets.
 //! - [`cluster`]: Kubernetes objects; [`agent`]: from objects to the kernel, in process.
 //! - [`apiserver`]: an API server for such objects, with faults.
 //! - [`controlplane`]: a real one, if the environment names it.
@@ -26,6 +27,7 @@
 
 pub mod agent;
 pub mod apiserver;
+pub mod bed;
 pub mod cgroup;
 pub mod churn;
 pub mod client;

@@ -42,7 +42,7 @@ impl Answers for OwnAddress {
         }
     }
 
-    fn answer(&self, own: SocketAddr, datagram: &[u8]) -> Vec<u8> {
+    fn answer(&self, own: SocketAddr, _client: SocketAddr, datagram: &[u8]) -> Vec<u8> {
         [own.to_string().as_bytes(), b"\n", datagram].concat()
     }
 }

@@ -65,7 +65,7 @@ impl Answers for Name {
     }
 
     /// The datagram, prefixed with the name.
-    fn answer(&self, _own: SocketAddr, datagram: &[u8]) -> Vec<u8> {
+    fn answer(&self, _own: SocketAddr, _client: SocketAddr, datagram: &[u8]) -> Vec<u8> {
         [self.0.as_bytes(), b" ", datagram].concat()
     }
 }

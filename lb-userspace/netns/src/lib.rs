@@ -148,6 +148,52 @@ impl NetNs {
         other.run(|| give_addresses(other_name, there))
     }
 
+    /// Adds a route to a network by a neighbour.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's error: `EEXIST` if there is one, `ENETUNREACH` if the neighbour is on no link.
+    pub fn add_route(&self, (network, prefix): (IpAddr, u8), gateway: IpAddr) -> io::Result<()> {
+        let route = RouteMessageBuilder::<IpAddr>::new()
+            .destination_prefix(network, prefix)
+            .and_then(|route| route.gateway(gateway))
+            .map_err(io::Error::other)?
+            .build();
+        self.run(|| {
+            netlink(
+                async |handle| handle.route().add(route).execute().await,
+                || format!("cannot add a route to {network}/{prefix} by {gateway}"),
+            )
+        })
+    }
+
+    /// Makes the namespace a router of both families.
+    ///
+    /// # Errors
+    ///
+    /// If `/proc/sys` cannot be written.
+    pub fn forward(&self) -> io::Result<()> {
+        self.run(|| {
+            let switches = ["ipv4/ip_forward", "ipv6/conf/all/forwarding"];
+            switches.iter().try_for_each(|switch| fs::write(format!("/proc/sys/net/{switch}"), "1"))
+        })
+    }
+
+    /// Sets the largest packet that a device sends, in octets.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's error: `EINVAL` beyond the device's bounds.
+    pub fn set_mtu(&self, device: &str, mtu: u32) -> io::Result<()> {
+        self.run(|| {
+            let link = link(device)?.mtu(mtu).build();
+            netlink(
+                async |handle| handle.link().set(link).execute().await,
+                || format!("cannot set the MTU of {device}"),
+            )
+        })
+    }
+
     /// Drops packets to and from these addresses without an answer, as if this host had lost power: no reset,
     /// no ICMP error. Neighbours still resolve.
     ///

@@ -18,8 +18,8 @@ pub trait Answers: Clone + Send + 'static {
     /// Serves a connection. The end of the future closes it, and errors are ignored.
     fn serve(self, stream: TcpStream) -> impl Future<Output = io::Result<()>> + Send;
 
-    /// The answer to a datagram at the server's own address.
-    fn answer(&self, own: SocketAddr, datagram: &[u8]) -> Vec<u8>;
+    /// The answer to a client's datagram at the server's own address.
+    fn answer(&self, own: SocketAddr, client: SocketAddr, datagram: &[u8]) -> Vec<u8>;
 }
 
 /// A bound socket.
@@ -109,7 +109,7 @@ async fn echo(socket: UdpSocket, own: SocketAddr, answers: impl Answers) {
     let mut datagram = vec![0; 4096];
     loop {
         let Ok((length, client)) = socket.recv_from(&mut datagram).await else { continue };
-        let answer = answers.answer(own, &datagram[..length]);
+        let answer = answers.answer(own, client, &datagram[..length]);
         // Send errors are ignored, as UDP servers do.
         let _lost = socket.send_to(&answer, client).await;
     }
