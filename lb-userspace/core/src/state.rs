@@ -18,7 +18,7 @@ use crate::{
     },
     model::{Cidr, Issue, IssueKind, ObjectRef, Protocol, Service, ServiceKey, Slice, Store, store::Changes},
     packets::{
-        Rules, Site,
+        Rules, Site, Stale,
         nft::{Table, TableId, Transaction},
     },
     plan::{Capacity, Encoder, Full, Plan, audit::Suspects},
@@ -448,9 +448,9 @@ impl State {
         self.packets.adopt()
     }
 
-    /// See [`Rules::take_has_stale_clients`].
-    pub fn take_has_stale_clients(&mut self) -> bool {
-        self.packets.take_has_stale_clients()
+    /// See [`Rules::take_stale`].
+    pub fn take_stale_packet_records(&mut self) -> Stale {
+        self.packets.take_stale()
     }
 
     /// The rules for packets, as of the last sync.

@@ -27,7 +27,7 @@ mod skeleton;
 use self::nft::{Family, TableId};
 pub use self::{
     diff::diff,
-    rules::{Rules, Site},
+    rules::{Rules, Site, Stale},
 };
 
 /// The maps in which rules record the endpoint of each client.

@@ -9,7 +9,7 @@ use std::{
 };
 
 use super::{
-    diff,
+    conntrack, diff,
     nft::{Change, Element, Family, Key, Name, Octets, Table, TableId, Transaction, Value},
     skeleton::{self, Form, Ground, INSIDE, Masquerade, Pick, Side, address, affinity_set},
     table_id,
@@ -28,6 +28,15 @@ pub struct Site {
     pub pods: BTreeSet<Cidr>,
     /// The networks of cluster IPs.
     pub networks: BTreeSet<Cidr>,
+}
+
+/// What the kernel may have recorded about endpoints that are no more.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Stale {
+    /// Elements of [`super::AFFINITY_MAPS`]: see [`Rules::stale_clients`].
+    pub clients: bool,
+    /// Flows of UDP and SCTP: see [`Rules::is_stale_flow`].
+    pub flows: bool,
 }
 
 /// The desired tables `ip socklb` and `ip6 socklb`, and what has changed since the last transaction.
@@ -119,20 +128,32 @@ impl Rules {
         Transaction { changes, generation: None }
     }
 
-    /// Whether, since the last call, frontends with affinity changed: then the kernel may have recorded clients of
-    /// their former endpoints.
-    pub fn take_has_stale_clients(&mut self) -> bool {
-        let take = |rules: &mut FamilyRules| mem::take(&mut rules.has_stale_clients);
-        take(&mut self.v4) | take(&mut self.v6)
+    /// What the kernel may have recorded about former endpoints, since the last call.
+    pub fn take_stale(&mut self) -> Stale {
+        let (v4, v6) = (mem::take(&mut self.v4.stale), mem::take(&mut self.v6.stale));
+        Stale { clients: v4.clients || v6.clients, flows: v4.flows || v6.flows }
+    }
+
+    /// Whether a tracked flow leads to what is no endpoint of the frontend that its client calls: see
+    /// [`conntrack::is_stale`].
+    #[must_use]
+    pub fn is_stale_flow(&self, entry: &conntrack::Entry) -> bool {
+        conntrack::is_stale(entry, |protocol, destination, endpoint| {
+            let rules = self.of(ip::family(destination.ip()));
+            let at = |ip| FrontendAddress { ip, port: destination.port(), protocol };
+            let on_node = || {
+                let is_on_node = rules.node_addresses.contains(&destination.ip());
+                rules.frontends.get(&at(ip::unspecified(rules.now.family))).filter(|_| is_on_node)
+            };
+            let served = rules.frontends.get(&at(destination.ip())).or_else(on_node)?;
+            Some(served.indexed().any(|(_, known)| *known == endpoint))
+        })
     }
 
     /// The elements of one of [`AFFINITY_MAPS`] whose frontend does not have their endpoint.
     #[must_use]
     pub fn stale_clients(&self, family: Family, recorded: &BTreeMap<Key, Element>) -> Vec<Key> {
-        let rules = match family {
-            Family::V4 => &self.v4,
-            Family::V6 => &self.v6,
-        };
+        let rules = self.of(family);
         let with_affinity = rules.frontends.iter().filter(|(_, served)| served.affinity.is_some());
         let endpoints: BTreeSet<Vec<u8>> = with_affinity
             .flat_map(|(at, served)| {
@@ -158,6 +179,13 @@ impl Rules {
     pub fn sizes(&self) -> (usize, usize) {
         let n_frontends = self.v4.frontends.len() + self.v6.frontends.len();
         (n_frontends, self.v4.n_elements + self.v6.n_elements)
+    }
+
+    const fn of(&self, family: Family) -> &FamilyRules {
+        match family {
+            Family::V4 => &self.v4,
+            Family::V6 => &self.v6,
+        }
     }
 
     const fn of_mut(&mut self, family: Family) -> &mut FamilyRules {
@@ -268,8 +296,7 @@ struct FamilyRules {
     /// How many frontends have a choice, and a time-out.
     picks: BTreeMap<Pick, usize>,
     affinities: BTreeMap<(Form, NonZeroU32), usize>,
-    /// Whether an endpoint of a frontend with affinity may have gone.
-    has_stale_clients: bool,
+    stale: Stale,
     /// For each endpoint on this node, how many frontends have it.
     local: BTreeMap<IpAddr, usize>,
     node_addresses: BTreeSet<IpAddr>,
@@ -295,7 +322,7 @@ impl FamilyRules {
             former: BTreeMap::new(),
             picks: BTreeMap::new(),
             affinities: BTreeMap::new(),
-            has_stale_clients: false,
+            stale: Stale::default(),
             local: BTreeMap::new(),
             node_addresses: BTreeSet::new(),
             cluster_ips: BTreeMap::new(),
@@ -320,8 +347,10 @@ impl FamilyRules {
         };
         if let Some(former) = &former {
             self.count(former, false);
-            self.has_stale_clients |= former.affinity.is_some();
+            self.stale.clients |= former.affinity.is_some();
         }
+        // Flows may have begun before there was a frontend.
+        self.stale.flows |= at.protocol != Protocol::Tcp;
         // The oldest counts: it is what the kernel has.
         self.former.entry(at).or_insert(former);
     }

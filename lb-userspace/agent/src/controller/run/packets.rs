@@ -6,18 +6,23 @@
 
 use std::{
     collections::{BTreeMap, VecDeque},
+    io,
     time::{Duration, Instant, SystemTime},
 };
 
 use lb_core::{
     desired::PacketMode,
+    model::Protocol,
     packets::{
-        self,
+        self, Stale, conntrack,
         nft::{Change, Element, Family, Key, Table, TableId, Transaction},
     },
     state::State,
 };
-use lb_kernel::nftables::{self, Nftables, NftablesError};
+use lb_kernel::{
+    conntrack::Conntrack,
+    nftables::{self, Nftables, NftablesError},
+};
 use tokio::{
     task::{JoinHandle, spawn_blocking},
     time,
@@ -43,10 +48,10 @@ pub(super) enum Work {
     Adopt(BTreeMap<TableId, Table>),
     /// Compares the generation alone: whether another program has committed changes.
     Check,
-    /// Reads which endpoints clients stay with.
-    ReadClients,
-    /// Deletes these clients' elements, unless they are gone already.
-    Forget(Vec<Client>),
+    /// Reads what the kernel has recorded about endpoints.
+    Read(Stale),
+    /// Deletes records, unless they are gone already.
+    Forget(Vec<Client>, Vec<conntrack::Entry>),
 }
 
 /// The table and map of an element that records a client, and its key.
@@ -65,10 +70,13 @@ pub(super) enum Done {
     Checked {
         generation: u32,
     },
-    /// By table.
-    Clients(Vec<(TableId, &'static str, BTreeMap<Key, Element>)>),
+    Read {
+        clients: Vec<(TableId, &'static str, BTreeMap<Key, Element>)>,
+        flows: Vec<conntrack::Entry>,
+    },
     Forgotten {
         n_clients: usize,
+        n_flows: usize,
     },
 }
 
@@ -147,8 +155,9 @@ impl PacketRules {
                 self.queue.push_back(Work::Apply(Transaction { changes, generation: None }));
             }
         }
-        if state.take_has_stale_clients() {
-            self.queue.push_back(Work::ReadClients);
+        let stale = state.take_stale_packet_records();
+        if stale != Stale::default() {
+            self.queue.push_back(Work::Read(stale));
         }
         self.proceed();
     }
@@ -214,20 +223,23 @@ impl PacketRules {
             }
             Ok(Done::Checked { generation }) if Some(generation) == self.generation => {}
             Ok(Done::Checked { .. }) => self.adopt(state),
-            Ok(Done::Clients(recorded)) => {
-                let stale = recorded.iter().flat_map(|(id, map, elements)| {
+            Ok(Done::Read { clients, mut flows }) => {
+                let stale = clients.iter().flat_map(|(id, map, elements)| {
                     let stale = state.packets().stale_clients(id.family, elements);
                     stale.into_iter().map(|key| (id.clone(), *map, key))
                 });
                 let stale: Vec<_> = stale.collect();
-                if !stale.is_empty() {
-                    self.queue.push_front(Work::Forget(stale));
+                flows.retain(|flow| state.packets().is_stale_flow(flow));
+                if !stale.is_empty() || !flows.is_empty() {
+                    self.queue.push_front(Work::Forget(stale, flows));
                 }
             }
-            Ok(Done::Forgotten { n_clients }) => {
-                // The generation is unknown: an audit compares the tables.
-                self.generation = None;
-                debug!(n_clients, "clients with affinity choose another endpoint: theirs is gone");
+            Ok(Done::Forgotten { n_clients, n_flows }) => {
+                if n_clients > 0 {
+                    // The generation is unknown: an audit compares the tables.
+                    self.generation = None;
+                }
+                debug!(n_clients, n_flows, "forgot clients and flows of endpoints that are gone");
             }
             Err(problem) => {
                 metrics.packets_failed();
@@ -252,8 +264,8 @@ impl PacketRules {
         let mut tables = state.adopt_packet_tables();
         tables.retain(|id, _| self.families.contains(&id.family));
         self.queue.push_back(Work::Adopt(tables));
-        // An earlier agent's rules may have recorded clients.
-        self.queue.push_back(Work::ReadClients);
+        // Changes before this may have left records.
+        self.queue.push_back(Work::Read(Stale { clients: true, flows: true }));
     }
 
     fn proceed(&mut self) {
@@ -288,25 +300,8 @@ fn run(nftables: &mut Nftables, work: &Work, known: Option<u32>) -> Result<Done,
     let started = Instant::now();
     match work {
         Work::Check => Ok(Done::Checked { generation: nftables.generation()? }),
-        Work::ReadClients => {
-            let maps = packets::table_ids()
-                .into_iter()
-                .flat_map(|id| packets::AFFINITY_MAPS.map(|map| (id.clone(), map)));
-            let read = maps.map(|(id, map)| nftables.elements(&id, map).map(|elements| (id, map, elements)));
-            read.collect::<Result<_, _>>().map(Done::Clients)
-        }
-        Work::Forget(clients) => {
-            let mut n_clients = 0;
-            for (id, map, key) in clients {
-                let change = Change::DeleteElements((*map).into(), vec![key.clone()]);
-                match nftables.apply(&Transaction { changes: vec![(id.clone(), change)], generation: None }) {
-                    Ok(()) => n_clients += 1,
-                    Err(error) if error.is_missing() => {}
-                    Err(error) => return Err(error),
-                }
-            }
-            Ok(Done::Forgotten { n_clients })
-        }
+        Work::Read(stale) => read(nftables, *stale),
+        Work::Forget(clients, flows) => forget(nftables, clients, flows),
         Work::Apply(transaction) => {
             nftables.apply(transaction)?;
             let (n_changes, took) = (transaction.changes.len(), started.elapsed());
@@ -329,6 +324,55 @@ fn run(nftables: &mut Nftables, work: &Work, known: Option<u32>) -> Result<Done,
             }
         }
     }
+}
+
+fn read(nftables: &mut Nftables, stale: Stale) -> Result<Done, NftablesError> {
+    let (mut clients, mut flows) = (Vec::new(), Vec::new());
+    for id in packets::table_ids().into_iter().filter(|_| stale.clients) {
+        for map in packets::AFFINITY_MAPS {
+            clients.push((id.clone(), map, nftables.elements(&id, map)?));
+        }
+    }
+    if stale.flows {
+        match flows_of_datagrams() {
+            Ok(found) => flows = found,
+            // Without it only these flows stay with their endpoint.
+            Err(error) => warn!(%error, "flows of UDP to former endpoints may stay"),
+        }
+    }
+    Ok(Done::Read { clients, flows })
+}
+
+fn flows_of_datagrams() -> io::Result<Vec<conntrack::Entry>> {
+    let mut conntrack = Conntrack::open()?;
+    let mut flows = Vec::new();
+    for family in [Family::V4, Family::V6] {
+        for protocol in [Protocol::Udp, Protocol::Sctp] {
+            flows.append(&mut conntrack.entries(family, protocol)?);
+        }
+    }
+    Ok(flows)
+}
+
+fn forget(
+    nftables: &mut Nftables,
+    clients: &[Client],
+    flows: &[conntrack::Entry],
+) -> Result<Done, NftablesError> {
+    let (mut n_clients, mut n_flows) = (0, 0);
+    for (id, map, key) in clients {
+        let change = Change::DeleteElements((*map).into(), vec![key.clone()]);
+        match nftables.apply(&Transaction { changes: vec![(id.clone(), change)], generation: None }) {
+            Ok(()) => n_clients += 1,
+            Err(error) if error.is_missing() => {}
+            Err(error) => return Err(error),
+        }
+    }
+    let mut conntrack = Conntrack::open().ok();
+    for flow in flows {
+        n_flows += usize::from(conntrack.as_mut().is_some_and(|open| open.delete(flow).unwrap_or(false)));
+    }
+    Ok(Done::Forgotten { n_clients, n_flows })
 }
 
 /// Makes the kernel's tables like these, if no other program commits changes meanwhile. Returns the number of

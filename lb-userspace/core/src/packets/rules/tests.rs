@@ -286,12 +286,12 @@ fn a_client_stays_with_its_endpoint_for_as_long_as_the_service_has_it() {
         assert_eq!(send(&mut node, "10.1.0.20", 1), "10.1.1.1");
         assert_eq!(send(&mut node, "10.1.0.20", 0), "10.1.1.1", "it stays");
         assert_eq!(send(&mut node, "10.1.0.21", 0), "10.1.0.1", "another client");
-        assert!(!node.state.take_has_stale_clients());
+        assert!(!node.state.take_stale_packet_records().clients);
         let changed = fixture::slice(&["10.1.0.1 node-a rs", "10.1.0.3 node-a rs"]);
         node.state.change(|store| store.set_slice(&changed.key(), Some(changed)));
         let _plan = node.state.sync();
         sim::apply(&mut node.kernel, &node.state.take_packet_changes().changes).unwrap();
-        assert!(node.state.take_has_stale_clients());
+        assert_eq!(node.state.take_stale_packet_records(), Stale { clients: true, flows: false });
         let clients = node.kernel.values_mut().next().unwrap().sets.get_mut(map).unwrap();
         assert_eq!(clients.elements.len(), 2);
         let stale = node.state.packets().stale_clients(Family::V4, &clients.elements);
