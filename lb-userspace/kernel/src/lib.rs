@@ -26,6 +26,7 @@ mod audit;
 mod btf;
 pub mod cgroup;
 pub mod conntrack;
+pub mod conntrack_settings;
 mod counters;
 pub mod error;
 pub mod exclusion;

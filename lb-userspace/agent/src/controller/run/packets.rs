@@ -21,6 +21,7 @@ use lb_core::{
 };
 use lb_kernel::{
     conntrack::Conntrack,
+    conntrack_settings,
     nftables::{self, Nftables, NftablesError},
 };
 use tokio::{
@@ -130,6 +131,20 @@ impl PacketRules {
                 match nftables::probe(Family::V6) {
                     Ok(()) => rules.families.push(Family::V6),
                     Err(error) => warn!(%error, "IPv6 packets are not served"),
+                }
+                for (setting, changed) in conntrack_settings::apply() {
+                    let name = format!("net.netfilter.nf_conntrack_{}", setting.name);
+                    match changed {
+                        Ok((before, now)) => {
+                            info!(name, before, now, "changed a setting, as kube-proxy does")
+                        }
+                        Err(error) => warn!(
+                            name,
+                            bound = ?setting.bound,
+                            %error,
+                            "a setting cannot be changed: set it on the host (sysctl)"
+                        ),
+                    }
                 }
             }
         }
