@@ -88,6 +88,7 @@ fn set(key: Vec<DataType>, value: ValueType) -> Set {
 }
 
 /// A table that has every expression, in the form that services use.
+#[expect(clippy::too_many_lines, reason = "it is data")]
 fn table(family: Family) -> Table {
     use DataType::{Mark, Port, Protocol};
     let (ip, w) = (address_type(family), width(family));
@@ -112,10 +113,8 @@ fn table(family: Family) -> Table {
     services.spec.size = NonZeroU32::new(65_536);
     services.elements.insert(service(1, 80).into(), Value::Data(3u32.to_ne_bytes().into()).into());
     services.elements.insert(service(2, 443).into(), Value::Data(4u32.to_ne_bytes().into()).into());
-    for (behaviour, chain) in [(3u32, "pick-3"), (4, "affinity-3")] {
-        let verdict = Value::Verdict(Verdict::Goto(chain.into()));
-        behaviours.elements.insert(behaviour.to_ne_bytes().into(), verdict.into());
-    }
+    let verdict = Value::Verdict(Verdict::Goto("affinity-3".into()));
+    behaviours.elements.insert(4u32.to_ne_bytes().into(), verdict.into());
     for index in 0..3u8 {
         let key = [service(1, 80), u32::from(index).to_ne_bytes().to_vec()].concat();
         endpoints.elements.insert(key.into(), Value::Data(endpoint(10 + index, 8080).into()).into());
@@ -290,7 +289,9 @@ fn table(family: Family) -> Table {
         rule([
             Expression::Ct { key: CtKey::Source(family, Direction::Reply), to: r(0) },
             lookup("kept", 0, LookupTo::Matches),
-            Expression::Ct { key: CtKey::SourcePort(original), to: r(0) },
+            Expression::Meta { key: MetaKey::L4Proto, to: r(0) },
+            equals(0, [17]),
+            Expression::Payload { header: Header::Transport, offset: 0, len: 2, to: r(0) },
             Expression::Compare {
                 from: r(0),
                 op: Comparison::GreaterOrEqual,
@@ -309,7 +310,7 @@ fn table(family: Family) -> Table {
                 [to_service.clone(), vec![rule(to_nodeport)]].concat(),
             ),
         ),
-        ("output", base(ChainType::Nat, Hook::Output, -110, to_service)),
+        ("output", base(ChainType::Nat, Hook::Output, -150, to_service)),
         (
             "postrouting",
             base(ChainType::Nat, Hook::Postrouting, 90, vec![rule(hairpinned), rule(masqueraded)]),

@@ -11,8 +11,39 @@ use super::archive::Archive;
 use crate::process::{self, step};
 use crate::tree::Tree;
 
-/// The tests' modules in dependency order; the first three are for `SOCK_DESTROY`.
-const MODULES: &[&str] = &["inet_diag", "tcp_diag", "udp_diag", "veth"];
+/// The tests' modules in dependency order: for `SOCK_DESTROY`, for namespaces, and for nftables.
+const MODULES: &[&str] = &[
+    "inet_diag",
+    "tcp_diag",
+    "udp_diag",
+    "veth",
+    "crc32c_generic",
+    "libcrc32c",
+    "nfnetlink",
+    "nf_defrag_ipv4",
+    "nf_defrag_ipv6",
+    "nf_conntrack",
+    "nf_conntrack_netlink",
+    "nf_nat",
+    "nf_tables",
+    "nft_chain_nat",
+    "nft_counter",
+    "nft_ct",
+    "nft_nat",
+    "nft_masq",
+    "nft_numgen",
+    "nft_fib",
+    "nft_fib_ipv4",
+    "nft_fib_ipv6",
+    "nf_reject_ipv4",
+    "nf_reject_ipv6",
+    "nft_reject",
+    "nft_reject_ipv4",
+    "nft_reject_ipv6",
+];
+
+/// Those that newer kernels have no more: a part of others, or not needed.
+const OLD_MODULES: &[&str] = &["crc32c_generic", "libcrc32c", "nft_counter"];
 
 /// The package that depends on a release's current cloud kernel.
 const META_PACKAGE: &str = "linux-image-cloud-amd64";
@@ -72,14 +103,14 @@ impl GuestKernel {
                 fs::read(plain)?
             } else if let Some(packed) = find(&|file| file == format!("{name}.xz")) {
                 process::capture_bytes(Command::new("xz").args(["--decompress", "--stdout"]).arg(packed))?
-            } else if built_in.contains(&format!("/{name}")) {
+            } else if built_in.contains(&format!("/{name}")) || OLD_MODULES.contains(module) {
                 continue;
             } else {
                 bail!(
                     "kernel {release} has no module {module}, which the tests need: find its new name or package"
                 );
             };
-            modules.add(format!("/modules/{at}-{name}"), 0o644, Some(&plain));
+            modules.add(format!("/modules/{at:02}-{name}"), 0o644, Some(&plain));
         }
         Ok(Self { release, vmlinuz, modules })
     }
@@ -133,8 +164,9 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let release = dir.path().join("usr/lib/modules/6.1.0-cloud-amd64");
         fs::create_dir_all(release.join("net")).unwrap();
-        fs::write(release.join("modules.builtin"), "kernel/net/inet_diag.ko\nkernel/net/tcp_diag.ko\n")
-            .unwrap();
+        let built_in = MODULES.iter().filter(|name| !["udp_diag", "veth"].contains(name));
+        let built_in = built_in.flat_map(|name| ["kernel/net/", name, ".ko\n"]).collect::<String>();
+        fs::write(release.join("modules.builtin"), built_in).unwrap();
         fs::write(release.join("net/veth.ko"), "veth").unwrap();
         fs::write(release.join("net/udp_diag.ko"), "udp").unwrap();
         let error = |result: Result<GuestKernel>| result.err().unwrap().to_string();
@@ -143,8 +175,8 @@ mod tests {
         let kernel = GuestKernel::load(dir.path()).unwrap();
         assert_eq!(kernel.release, "6.1.0-cloud-amd64");
         let mut expected = Tree::default();
-        expected.add("modules/2-udp_diag.ko", 0o644, Some(b"udp"));
-        expected.add("modules/3-veth.ko", 0o644, Some(b"veth"));
+        expected.add("modules/02-udp_diag.ko", 0o644, Some(b"udp"));
+        expected.add("modules/03-veth.ko", 0o644, Some(b"veth"));
         assert_eq!(kernel.modules, expected);
         fs::remove_file(release.join("net/veth.ko")).unwrap();
         assert!(error(GuestKernel::load(dir.path())).contains("no module veth"));

@@ -469,7 +469,7 @@ pub enum DynsetOp {
 pub enum Reject {
     /// A TCP reset. Only for TCP.
     TcpReset,
-    /// ICMP or ICMPv6 "destination unreachable", by the table's family, with this code.
+    /// ICMP or `ICMPv6` "destination unreachable", by the table's family, with this code.
     Unreachable(u8),
 }
 

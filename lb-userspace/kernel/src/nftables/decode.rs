@@ -67,6 +67,7 @@ pub(super) fn expression(attributes: Attributes<'_>, family: Family) -> Expressi
         .unwrap_or_else(|| Expression::Unknown(Unknown(format!("expression {name} {:02x?}", data.0))))
 }
 
+#[expect(clippy::too_many_lines, reason = "one arm for each expression")]
 fn known(name: &str, data: Attributes<'_>, family: Family) -> Option<Expression> {
     use wire::{
         bitwise, compare, ct, dynset, fib, immediate, lookup, masquerade, meta, nat, numgen, payload, reject,

@@ -79,7 +79,7 @@ impl Encoder {
                     if let Some(base) = base {
                         write_base(writer, *base);
                     }
-                })
+                });
             }
             Change::DeleteChain(name) => self.message(n, table, message::DELETE_CHAIN, 0, |writer| {
                 writer.text(chain::TABLE, &table.name);
