@@ -21,7 +21,7 @@ use lb_core::{
 };
 use lb_kernel::{Maps, addresses};
 use lb_tests::{
-    Sandbox, agent,
+    Feature, Sandbox, agent,
     client::call,
     cluster::{self, Cluster, PortOf},
     command::SetOnDrop,
@@ -30,6 +30,8 @@ use lb_tests::{
     server::Servers,
 };
 use nix::sys::signal::Signal;
+
+use crate::packets;
 
 /// Sizes of the maps: of the first state and, if the maps change too, of the second.
 const SIZES: [[&str; 2]; 2] =
@@ -85,7 +87,10 @@ fn state(second: bool) -> Cluster {
 }
 
 /// Whether the maps hold a state, and an agent that starts now would have nothing to do.
-fn is_right(pin_path: &Path, cluster: &Cluster, sizes: usize) -> bool {
+fn is_right(pin_path: &Path, cluster: &Cluster, sizes: usize, other: Other) -> bool {
+    if other == Other::Packets && !packets::are_right(cluster) {
+        return false;
+    }
     let capacity =
         [(64, 256), (32, 512)].map(|(services, endpoints)| Capacity { services, endpoints })[sizes];
     let Ok(found) = Maps::open(pin_path).and_then(|maps| maps.image()) else { return false };
@@ -110,6 +115,8 @@ enum Other {
     Sizes,
     /// Layouts of maps outside the image.
     Layouts,
+    /// The rules for packets.
+    Packets,
 }
 
 /// Kills agents on the way to the other state and back, before the first change to the kernel, before a later
@@ -135,11 +142,12 @@ fn every_point(sandbox: &Sandbox, place: &Place, other: Other) -> usize {
         }
         let sizes = &SIZES[usize::from(second && other == Other::Sizes)];
         let places = ["--node-name", "node", "--cgroup", &place.cgroup, "--pin-path", &place.pin_path];
-        place.spawn(command, &[&places, &sizes[..], &QUIET].concat())
+        let mode = if other == Other::Packets { "--packets=all" } else { "--packets=off" };
+        place.spawn(command, &[&places, &[mode][..], &sizes[..], &QUIET].concat())
     };
     place.write(&state(false));
     let first = flags(None, false);
-    eventually("the first state is complete", || is_right(pin_path, &state(false), 0));
+    eventually("the first state is complete", || is_right(pin_path, &state(false), 0, other));
     assert_eq!(first.end(Signal::SIGTERM), Some(0));
 
     let (stop, n_calls) = (AtomicBool::new(false), AtomicU64::new(0));
@@ -173,13 +181,14 @@ fn every_point(sandbox: &Sandbox, place: &Place, other: Other) -> usize {
                 let sizes = usize::from(second && other == Other::Sizes);
                 // It is killed before it is done, or is done.
                 eventually("the agent has died or is done", || {
-                    agent.has_ended() || (agent.has_said("synced") && is_right(pin_path, &wanted, sizes))
+                    agent.has_ended()
+                        || (agent.has_said("synced") && is_right(pin_path, &wanted, sizes, other))
                 });
                 has_survived &= !agent.has_ended();
                 drop(agent);
                 let repairing = flags(None, second);
                 eventually("the next one has repaired it", || {
-                    repairing.has_said("synced") && is_right(pin_path, &wanted, sizes)
+                    repairing.has_said("synced") && is_right(pin_path, &wanted, sizes, other)
                 });
                 assert_eq!(repairing.end(Signal::SIGTERM), Some(0));
             }
@@ -218,5 +227,14 @@ fn an_agent_killed_while_it_makes_some_maps_anew_is_made_up_for() {
     Place::test(&[], |sandbox, place| {
         let n_points = every_point(sandbox, place, Other::Layouts);
         assert!(n_points > 50, "{n_points}");
+    });
+}
+
+/// The same with the rules for packets, which a transaction changes.
+#[test]
+fn an_agent_killed_before_a_transaction_is_made_up_for() {
+    Place::test(&[Feature::Nftables], |sandbox, place| {
+        let n_points = every_point(sandbox, place, Other::Packets);
+        assert!(n_points > 30, "{n_points}");
     });
 }

@@ -21,6 +21,7 @@ mod load;
 mod manifests;
 mod nested;
 mod node;
+mod packets;
 mod self_test;
 mod socklb;
 mod stale;

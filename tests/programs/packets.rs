@@ -1,0 +1,145 @@
+//! An agent with `--packets`: its rules, and calls that only they serve.
+
+use std::{
+    io,
+    net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream},
+    time::Duration,
+};
+
+use lb_core::{
+    desired::{PacketMode, Settings},
+    model::Protocol::{Tcp, Udp},
+    packets::nft::{SetFlags, Table},
+    plan::Capacity,
+    state::State,
+    tables::Image,
+};
+use lb_kernel::{addresses, nftables::Nftables};
+use lb_tests::{
+    Feature, agent,
+    client::call,
+    cluster::{self, Cluster, PortOf},
+    command::text,
+    installed::{Place, QUIET, eventually},
+    server::Servers,
+};
+use nix::sys::signal::Signal;
+
+const NODE: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1));
+
+/// Whether the kernel has the rules of a cluster, in the caller's network namespace.
+pub(crate) fn are_right(cluster: &Cluster) -> bool {
+    let settings = Settings { packets: PacketMode::All, ..agent::settings() };
+    let mut state = State::new(settings, addresses::read(), Capacity::default(), &Image::default());
+    let _issues = cluster.feed(&mut state);
+    let _plan = state.sync();
+    let Ok(mut nftables) = Nftables::open() else { return false };
+    state.packets().tables().iter().all(|(id, wanted)| {
+        let found = nftables.read(id).ok().and_then(|(found, _)| found);
+        found.map(without_clients).as_ref() == Some(wanted)
+    })
+}
+
+/// A table without the elements that its rules have added.
+fn without_clients(mut table: Table) -> Table {
+    for set in table.sets.values_mut().filter(|set| set.spec.flags.contains(SetFlags::DYNAMIC)) {
+        set.elements.clear();
+    }
+    table
+}
+
+fn endpoint(last: u8) -> SocketAddr {
+    SocketAddr::from(([198, 51, 100, last], 8080))
+}
+
+/// A load balancer whose source ranges hooks cannot check: only packets serve its address.
+fn limited(ranges: &[&str], endpoints: &[SocketAddr]) -> Cluster {
+    let service = cluster::service(
+        "web",
+        &[IpAddr::from([10, 96, 0, 1])],
+        &[cluster::port("tcp", Tcp, 80), cluster::port("udp", Udp, 80)],
+    );
+    let mut service = cluster::with_spec(service, |spec| {
+        spec.type_ = Some("LoadBalancer".to_owned());
+        spec.load_balancer_source_ranges = Some(ranges.iter().map(ToString::to_string).collect());
+    });
+    let status = serde_json::json!({"loadBalancer": {"ingress": [{"ip": "203.0.113.1"}]}});
+    service.status = Some(serde_json::from_value(status).unwrap());
+    let mut cluster = Cluster::new();
+    cluster.set(cluster::node("node", &[NODE]));
+    cluster.set(service);
+    for (name, protocol) in [("tcp", Tcp), ("udp", Udp)] {
+        cluster.set_endpoints(&PortOf { service: "web", name, protocol }, endpoints);
+    }
+    cluster
+}
+
+const FLAGS: [&str; 2] = ["--packets=all", "--audit-interval=1s"];
+
+#[test]
+fn what_hooks_leave_alone_is_served_as_packets() {
+    Place::test(&[Feature::Nftables], |sandbox, place| {
+        sandbox.own([NODE, endpoint(1).ip(), endpoint(2).ip()]);
+        text("ip", &["route", "add", "203.0.113.0/24", "dev", "lo"]);
+        let _servers =
+            Servers::start([1, 2].into_iter().flat_map(|n| [(endpoint(n), Tcp), (endpoint(n), Udp)]));
+        let address = SocketAddr::from(([203, 0, 113, 1], 80));
+        let admitting = limited(&["192.0.2.0/24", "127.0.0.0/8", "198.51.100.0/24"], &[endpoint(1)]);
+        place.write(&admitting);
+        let agent = place.start(&[&FLAGS[..], &QUIET].concat());
+        eventually("the rules are there", || are_right(&admitting));
+        for protocol in [Tcp, Udp] {
+            assert_eq!(call(address, protocol).unwrap(), endpoint(1));
+        }
+        // A flow of UDP leaves the endpoint that is gone.
+        let moved = limited(&["192.0.2.0/24", "127.0.0.0/8", "198.51.100.0/24"], &[endpoint(2)]);
+        place.write(&moved);
+        eventually("the rules have changed", || are_right(&moved));
+        for protocol in [Tcp, Udp] {
+            eventually("calls go to the new endpoint", || call(address, protocol).unwrap() == endpoint(2));
+        }
+        let excluding = limited(&["192.0.2.128/25"], &[endpoint(2)]);
+        place.write(&excluding);
+        eventually("the rules have changed", || are_right(&excluding));
+        let refused = TcpStream::connect_timeout(&address, Duration::from_millis(300)).unwrap_err();
+        assert_eq!(refused.kind(), io::ErrorKind::TimedOut);
+        assert!(!agent.has_said("WARN"), "{:#?}", agent.log());
+    });
+}
+
+#[test]
+fn rules_that_others_change_are_repaired_and_outlive_the_agent() {
+    Place::test(&[Feature::Nftables, Feature::Command("nft")], |sandbox, place| {
+        sandbox.own([NODE]);
+        let cluster = limited(&["192.0.2.0/24"], &[endpoint(1)]);
+        place.write(&cluster);
+        let flags = [&FLAGS[..], &QUIET].concat();
+        let agent = place.start(&flags);
+        eventually("the rules are there", || are_right(&cluster));
+        for harm in [
+            "flush ruleset",
+            "delete table ip socklb",
+            "add rule ip socklb services drop",
+            "flush chain ip6 socklb refusals",
+            "delete element ip socklb endpoints { 10.96.0.1 . tcp . 80 . 0x00000000 }",
+            "add element ip socklb refused { 10.96.0.1 . tcp . 80 }",
+            "add set ip socklb other { type ipv4_addr; }",
+        ] {
+            text("nft", &[harm]);
+            assert!(!are_right(&cluster), "{harm}");
+            eventually(harm, || are_right(&cluster));
+        }
+        // Rules of others stay.
+        text("nft", &["add table ip theirs"]);
+        assert_eq!(agent.end(Signal::SIGKILL), None);
+        assert!(are_right(&cluster));
+        let next = place.start(&flags);
+        eventually("the next one has synced", || next.has_said("synced"));
+        assert!(are_right(&cluster));
+        assert_eq!(next.end(Signal::SIGTERM), Some(0));
+        assert!(are_right(&cluster));
+        let without = place.start(&QUIET);
+        eventually("they are removed", || without.has_said("removed the nftables rules"));
+        assert_eq!(text("nft", &["list", "tables"]).trim(), "table ip theirs");
+    });
+}
