@@ -534,6 +534,19 @@ fn a_refused_transaction_changes_nothing_and_names_the_element() {
     });
 }
 
+/// More refusals than the socket's buffer takes.
+#[test]
+fn of_very_many_refusals_the_first_is_named() {
+    Sandbox::test_with(&[Feature::Nftables], |_sandbox| {
+        let (mut nftables, id, _table) = loaded(Family::V4);
+        let changes = (0..20_000).map(|n| Change::DeleteChain(format!("none-{n}").into()));
+        let error = nftables.apply(&transaction(&id, changes)).unwrap_err().to_string();
+        assert!(error.starts_with("nftables: table ip socklb: cannot delete chain none-0: "), "{error}");
+        // The socket still works.
+        let _read = nftables.read(&id).unwrap();
+    });
+}
+
 #[test]
 fn what_is_checked_is_not_done() {
     Sandbox::test_with(&[Feature::Nftables], |_sandbox| {

@@ -139,6 +139,8 @@ pub struct Register(u8);
 impl Register {
     /// How many there are.
     pub const COUNT: u8 = 16;
+    /// The first one.
+    pub const FIRST: Self = Self(0);
     /// The last one.
     pub const LAST: Self = Self(Self::COUNT - 1);
 
@@ -663,7 +665,7 @@ pub enum Value {
     Data(Octets),
     /// A verdict.
     Verdict(Verdict),
-    /// The element has attributes that no value expresses.
+    /// The element has attributes that no value expresses. It cannot be written.
     Unknown(Unknown),
 }
 

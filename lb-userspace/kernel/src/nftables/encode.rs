@@ -260,7 +260,9 @@ fn write_element(writer: &mut Writer, key: &Key, element: Option<&Element>) {
     match &content.value {
         Value::Data(octets) => write_data(writer, element::DATA, octets),
         Value::Verdict(verdict) => write_verdict(writer, element::DATA, verdict),
-        Value::None | Value::Unknown(_) => {}
+        Value::None => {}
+        // The kernel refuses data without a value.
+        Value::Unknown(_) => writer.nested(element::DATA, |_none| {}),
     }
     if let Some(timeout) = content.timeout {
         writer.be64(element::TIMEOUT, timeout.get().into());

@@ -140,7 +140,11 @@ impl Nftables {
             },
         );
         let answered = asked.and_then(|_| generation.ok_or_else(|| io::ErrorKind::InvalidData.into()));
-        answered.map_err(|error| NftablesError::socket("cannot read the generation", error))
+        answered.map_err(|error| match error.raw_os_error() {
+            // What netfilter answers for a subsystem that it lacks.
+            Some(libc::EINVAL) => NftablesError::Missing,
+            _ => NftablesError::socket("cannot read the generation", error),
+        })
     }
 
     /// Makes all changes of a transaction, or none. Packets see the rules from before or from after it.

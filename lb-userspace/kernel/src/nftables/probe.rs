@@ -47,7 +47,7 @@ fn needs(family: Family) -> Vec<(&'static str, Vec<Change>)> {
         Family::V4 => ("nft_fib_ipv4", "nft_reject_ipv4"),
         Family::V6 => ("nft_fib_ipv6", "nft_reject_ipv6"),
     };
-    let Some(register) = Register::new(0) else { return Vec::new() };
+    let register = Register::FIRST;
     let filter = Some((ChainType::Filter, Hook::Prerouting));
     let nat = |hook| Some((ChainType::Nat, hook));
     let set = Name::from("set");

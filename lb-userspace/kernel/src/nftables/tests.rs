@@ -270,6 +270,9 @@ fn what_is_unknown_equals_nothing() {
     let sent = sent(Family::V4, vec![Change::AddRule("c".into(), rule)]);
     let (_, decoded) = decode::rule(Attributes(&sent[0].1), Family::V4).unwrap();
     assert!(matches!(decoded.expressions[..], [Expression::Unknown(_)]));
+    let unknown = Element::from(Value::Unknown(Unknown(String::new())));
+    let sent = self::sent(Family::V4, vec![Change::AddElements("s".into(), vec![([1; 4].into(), unknown)])]);
+    assert!(matches!(decoded_elements(&sent[0].1)[..], [(_, Element { value: Value::Unknown(_), .. })]));
 }
 
 /// An expression with attributes of four octets.
