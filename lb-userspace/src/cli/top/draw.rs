@@ -113,7 +113,7 @@ const WIDTHS: [Constraint; HEADER.len() - 1] = [
     Constraint::Length(7),
 ];
 
-/// Columns of a terminal that has room for ACTIVE and SHARE.
+/// Width of a terminal that has room for ACTIVE and SHARE.
 const WIDE: u16 = 120;
 
 /// The values of the columns that are shown.
