@@ -1,20 +1,33 @@
 //! What reaches no hook, as real packets: which endpoint answers, and which client it sees.
 
-use std::net::SocketAddr;
+use std::{
+    collections::BTreeMap,
+    fs,
+    io::{Read as _, Write as _},
+    net::{SocketAddr, TcpStream, UdpSocket},
+    thread,
+    time::Duration,
+};
 
-use lb_core::model::{
-    Family,
-    Protocol::{self, Tcp, Udp},
+use lb_core::{
+    model::{
+        Family,
+        Protocol::{self, Tcp, Udp},
+    },
+    packets::{
+        nft::{Change, Expression, Rule, Table, Transaction, Verdict},
+        table_ids,
+    },
 };
 use lb_tests::{
     Feature,
-    bed::{Bed, FAMILIES, Outcome, PATIENCE, PORT, Place, SILENCE, address},
+    bed::{self, Bed, FAMILIES, Outcome, PATIENCE, PORT, Place, SILENCE, address},
     cluster::{Cluster, Object, object},
     require,
 };
 use serde_json::{Value, json};
 
-use Place::{Far, Node, Outside, Pod, Second};
+use Place::{Far, Node, Other, Outside, Pod, Second};
 
 /// A destination, in both families.
 #[derive(Clone, Copy, Debug)]
@@ -25,6 +38,8 @@ enum To {
     /// An address of the service network without a Service.
     Unallocated,
     NodePort,
+    /// At the node's address towards the first pod.
+    NodePortAtGateway,
     ExternalIp,
     LoadBalancer,
 }
@@ -36,6 +51,7 @@ impl To {
             Self::UndefinedPort => ([10, 96, 0, 1], 81),
             Self::Unallocated => ([10, 96, 0, 99], 80),
             Self::NodePort => ([192, 168, 1, 2], 30080),
+            Self::NodePortAtGateway => ([10, 1, 1, 1], 30080),
             Self::ExternalIp => ([203, 0, 113, 5], 80),
             Self::LoadBalancer => ([203, 0, 113, 1], 80),
         };
@@ -200,6 +216,8 @@ fn policy_cluster() {
                 (Pod, To::NodePort, ALL_MASQUERADED),
                 (Node, To::NodePort, ALL_MASQUERADED),
                 (Outside, To::NodePort, ALL_MASQUERADED),
+                (Pod, To::NodePortAtGateway, ALL_MASQUERADED),
+                (Outside, To::NodePortAtGateway, ALL_MASQUERADED),
                 (Pod, To::ExternalIp, ALL_MASQUERADED),
                 (Node, To::ExternalIp, ALL_MASQUERADED),
                 (Outside, To::ExternalIp, ALL_MASQUERADED),
@@ -272,6 +290,326 @@ fn a_service_without_endpoints_refuses() {
                     check(bed, &[(from, to, Expected::Refused)]);
                 }
             }
+        }
+    });
+}
+
+/// Programs of nodes as endpoints.
+#[test]
+fn endpoints_on_nodes() {
+    on_a_bed(|bed| {
+        bed.follow(&cluster(&json!({}), &[Node, Other]));
+        // What the node itself receives is not masqueraded, since the answer passes here anyway.
+        let from_outside = Expected::Reach(&[(Node, Source::Kept), (Other, Source::Node)]);
+        check(
+            bed,
+            &[
+                (Pod, To::ClusterIp, Expected::Reach(&[(Node, Source::Kept), (Other, Source::Kept)])),
+                (Node, To::ClusterIp, Expected::Reach(&[(Node, Source::Node), (Other, Source::Node)])),
+                (Outside, To::ClusterIp, from_outside),
+                (Outside, To::NodePort, from_outside),
+                (Node, To::NodePort, Expected::Reach(&[(Node, Source::Node), (Other, Source::Node)])),
+                (Outside, To::LoadBalancer, from_outside),
+            ],
+        );
+    });
+}
+
+#[test]
+fn source_ranges() {
+    on_a_bed(|bed| {
+        let limited = |ranges: &[&str]| cluster(&json!({ "loadBalancerSourceRanges": ranges }), &[Pod, Far]);
+        let both = Expected::Reach(&[(Pod, Source::Node), (Far, Source::Node)]);
+        bed.follow(&limited(&["198.51.100.0/25", "fd00:198:51:100::/64"]));
+        check(
+            bed,
+            &[
+                (Outside, To::LoadBalancer, both),
+                (Pod, To::LoadBalancer, Expected::Dropped),
+                (Node, To::LoadBalancer, Expected::Dropped),
+                (Pod, To::ExternalIp, both),
+                (Pod, To::NodePort, both),
+            ],
+        );
+        bed.follow(&limited(&[
+            "192.168.0.0/16",
+            "198.51.100.8/32",
+            "fd00:192:168::/48",
+            "fd00:198:51:100::8/128",
+        ]));
+        check(
+            bed,
+            &[
+                (Outside, To::LoadBalancer, Expected::Dropped),
+                (Node, To::LoadBalancer, both),
+                (Outside, To::ExternalIp, both),
+            ],
+        );
+    });
+}
+
+/// The place that answers.
+fn server(outcome: Outcome, family: Family) -> Place {
+    let Outcome::Reached { server, .. } = outcome else { panic!("{outcome:?}") };
+    *[Pod, Second, Far].iter().find(|place| place.server(family) == server).unwrap()
+}
+
+#[test]
+fn affinity() {
+    const SECONDS: u64 = 1;
+    on_a_bed(|bed| {
+        let affinity = json!({
+            "sessionAffinity": "ClientIP",
+            "sessionAffinityConfig": {"clientIP": {"timeoutSeconds": SECONDS}},
+        });
+        for (from, to) in [(Pod, To::ClusterIp), (Outside, To::NodePort), (Node, To::LoadBalancer)] {
+            for (family, protocol) in FAMILIES.into_iter().flat_map(|family| [(family, Tcp), (family, Udp)]) {
+                let case = format!("{from:?} to {to:?}, {family:?}, {protocol}");
+                bed.follow(&cluster(&affinity, &[Pod, Second, Far]));
+                let call = |bed: &Bed| server(bed.call(from, to.address(family), protocol, PATIENCE), family);
+                let first = call(bed);
+                for _ in 0..16 {
+                    assert_eq!(call(bed), first, "{case}");
+                }
+                // Each call renews it.
+                for _ in 0..6 {
+                    thread::sleep(Duration::from_millis(SECONDS * 1000 / 3));
+                    assert_eq!(call(bed), first, "{case}: renewed");
+                }
+                // Once in 10^11 runs, the same one is chosen each time.
+                let is_forgotten = (0..24).any(|_| {
+                    thread::sleep(Duration::from_millis(SECONDS * 1100));
+                    call(bed) != first
+                });
+                assert!(is_forgotten, "{case}: {first:?} is kept beyond the time-out");
+                let last = call(bed);
+                let others: Vec<Place> =
+                    [Pod, Second, Far].into_iter().filter(|place| *place != last).collect();
+                bed.follow(&cluster(&affinity, &others));
+                let next = call(bed);
+                assert!(others.contains(&next), "{case}");
+                for _ in 0..16 {
+                    assert_eq!(call(bed), next, "{case}: kept after its endpoint went");
+                }
+            }
+        }
+    });
+}
+
+#[test]
+fn endpoints_have_equal_shares() {
+    const CALLS: usize = 6000;
+    on_a_bed(|bed| {
+        bed.follow(&cluster(&json!({}), &[Pod, Second, Far]));
+        for family in FAMILIES {
+            let to = To::ClusterIp.address(family);
+            let mut n = BTreeMap::<Place, usize>::new();
+            bed.at(Outside).run(|| {
+                for _ in 0..CALLS {
+                    *n.entry(server(bed::call(to, Udp, PATIENCE), family)).or_default() += 1;
+                }
+            });
+            // A tenth is more than five standard deviations.
+            assert!(n.values().all(|n| n.abs_diff(CALLS / 3) <= CALLS / 30), "{n:?}");
+        }
+    });
+}
+
+/// More than the links carry at once.
+#[test]
+fn datagrams_in_fragments() {
+    on_a_bed(|bed| {
+        bed.follow(&cluster(&json!({}), &[Pod, Second, Far]));
+        let octets: Vec<u8> = (0..4000_u32).map(|n| n.to_le_bytes()[0]).collect();
+        for (from, to) in [(Pod, To::ClusterIp), (Node, To::ClusterIp), (Outside, To::NodePort)] {
+            for family in FAMILIES {
+                for _ in 0..12 {
+                    let at = to.address(family);
+                    let (_, back) = bed.at(from).run(|| bed::datagram(at, &octets, PATIENCE)).unwrap();
+                    assert_eq!(back.len(), octets.len(), "{from:?} to {to:?}, {family:?}");
+                    assert!(back == octets);
+                }
+            }
+        }
+    });
+}
+
+/// A counter of ICMP in a namespace: "packet too big", and for IPv4 "fragmentation needed" with all else of its
+/// type.
+fn n_too_big(bed: &Bed, place: Place, family: Family) -> u64 {
+    let (file, name) = match family {
+        Family::V4 => ("snmp", "InType3"),
+        Family::V6 => ("snmp6", "Icmp6InPktTooBigs"),
+    };
+    let text = bed.at(place).run(|| fs::read_to_string(format!("/proc/thread-self/net/{file}"))).unwrap();
+    let mut lines = text.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
+    let number = match family {
+        Family::V6 => lines.find(|words| words[0] == name).map(|words| words[1].to_owned()),
+        Family::V4 => {
+            let all: Vec<_> = lines.filter(|words| words[0] == "IcmpMsg:").collect();
+            let at = all.first().and_then(|names| names.iter().position(|word| *word == name));
+            at.map(|at| all[1][at].to_owned())
+        }
+    };
+    number.map_or(0, |number| number.parse().unwrap())
+}
+
+/// Sends and receives at once, and compares.
+fn echo(stream: &mut TcpStream, octets: &[u8]) {
+    let mut writer = stream.try_clone().unwrap();
+    writer.set_write_timeout(Some(PATIENCE)).unwrap();
+    thread::scope(|scope| {
+        scope.spawn(|| writer.write_all(octets).unwrap());
+        let mut back = vec![0; octets.len()];
+        stream.read_exact(&mut back).unwrap();
+        assert!(back == octets, "other octets than were sent");
+    });
+}
+
+/// ICMP errors about translated packets reach the sender in its own terms: otherwise large packets vanish.
+#[test]
+fn path_mtu_discovery() {
+    let octets: Vec<u8> = (0..1_u32 << 20).map(|n| n.to_le_bytes()[1]).collect();
+    // The other end of the router's narrow link, who calls what, which endpoint answers, and who learns of it.
+    for (narrow, from, to, endpoint, learns) in [
+        (Place::Edge, Outside, To::NodePort, Pod, Pod),
+        (Place::Edge, Outside, To::LoadBalancer, Far, Far),
+        (Other, Outside, To::NodePort, Far, Outside),
+        (Other, Pod, To::ClusterIp, Far, Pod),
+    ] {
+        on_a_bed(|bed| {
+            let device = if narrow == Other { "other" } else { "edge" };
+            bed.at(Place::Router).set_mtu(device, 1300).unwrap();
+            bed.at(narrow).set_mtu("up", 1300).unwrap();
+            bed.follow(&cluster(&json!({}), &[endpoint]));
+            for family in FAMILIES {
+                let before = n_too_big(bed, learns, family);
+                bed.at(from).run(|| {
+                    let (mut stream, _) = bed::connect(to.address(family), PATIENCE).unwrap();
+                    echo(&mut stream, &octets);
+                });
+                let case = format!("{from:?} to {to:?}, {family:?}");
+                assert!(n_too_big(bed, learns, family) > before, "{case}: {learns:?} got no error");
+            }
+        });
+    }
+}
+
+/// Open connections of each kind.
+struct Open(Vec<(String, TcpStream, UdpSocket)>);
+
+impl Open {
+    fn new(bed: &Bed) -> Self {
+        let mut all = Vec::new();
+        for (from, to) in [
+            (Pod, To::ClusterIp),
+            (Node, To::ClusterIp),
+            (Outside, To::NodePort),
+            (Outside, To::LoadBalancer),
+            (Pod, To::LoadBalancer),
+        ] {
+            for family in FAMILIES {
+                let at = to.address(family);
+                let (stream, datagrams) = bed.at(from).run(|| {
+                    let (stream, _) = bed::connect(at, PATIENCE).unwrap();
+                    let socket = UdpSocket::bind(SocketAddr::new(bed::unspecified(at.ip()), 0)).unwrap();
+                    socket.connect(at).unwrap();
+                    (stream, socket)
+                });
+                all.push((format!("{from:?} to {to:?}, {family:?}"), stream, datagrams));
+            }
+        }
+        Self(all)
+    }
+
+    /// Fails if one of them does not answer.
+    fn check(&mut self, after: &str) {
+        for (_, stream, datagrams) in &mut self.0 {
+            echo(stream, after.as_bytes());
+            let (_, back) = bed::ask(datagrams, after.as_bytes(), PATIENCE).unwrap();
+            assert_eq!(back, after.as_bytes());
+        }
+    }
+}
+
+#[test]
+fn a_connection_stays_while_all_else_changes() {
+    on_a_bed(|bed| {
+        bed.follow(&cluster(&json!({}), &[Pod, Second, Far]));
+        let mut open = Open::new(bed);
+        open.check("at first");
+        let local = json!({"externalTrafficPolicy": "Local", "internalTrafficPolicy": "Local"});
+        for (after, spec, endpoints) in [
+            ("other policies", &local, &[Pod, Second, Far][..]),
+            ("affinity", &json!({"sessionAffinity": "ClientIP"}), &[Pod, Second]),
+            ("ranges that exclude it", &json!({"loadBalancerSourceRanges": ["192.0.2.0/24"]}), &[Far]),
+            ("no endpoints", &json!({}), &[]),
+        ] {
+            bed.follow(&cluster(spec, endpoints));
+            open.check(after);
+        }
+        bed.follow(&Cluster::new().with(Bed::nodes()));
+        open.check("no Service");
+        // Another agent starts from what the kernel has.
+        bed.state = bed::state(Bed::settings());
+        cluster(&local, &[Far]).feed(&mut bed.state);
+        let _plan = bed.state.sync();
+        assert!(bed.repair() > 0);
+        open.check("another agent");
+        bed.follow(&cluster(&json!({}), &[Second]));
+        open.check("its change");
+    });
+}
+
+type Foreign = fn(&Table) -> Vec<Change>;
+
+/// What others do to the table is found and repaired, and meanwhile no open connection ends.
+#[test]
+fn foreign_changes_are_repaired() {
+    let cases: [(&str, Foreign); 9] = [
+        ("the table is deleted", |_| vec![Change::DeleteTable]),
+        ("a rule is added", |_| {
+            let drop = Rule { expressions: vec![Expression::Verdict(Verdict::Drop)], comment: None };
+            vec![Change::AddRule("check-source".into(), drop)]
+        }),
+        ("rules are gone", |_| vec![Change::FlushChain("prerouting".into())]),
+        ("a chain is added", |_| vec![Change::AddChain("foreign".into(), None)]),
+        ("a base chain is added", |table| {
+            vec![Change::AddChain("foreign".into(), table.chains["prerouting"].base)]
+        }),
+        ("a set is added", |table| {
+            vec![Change::AddSet("foreign".into(), table.sets["hairpin"].spec.clone())]
+        }),
+        ("services are gone", |_| vec![Change::FlushSet("services-4".into())]),
+        ("an endpoint is gone", |table| {
+            let key = table.sets["endpoints"].elements.keys().next().unwrap();
+            vec![Change::DeleteElements("endpoints".into(), vec![key.clone()])]
+        }),
+        ("an element is another", |table| {
+            let mut elements = table.sets["endpoints"].elements.iter();
+            let ((key, _), (_, other)) = (elements.next().unwrap(), elements.next().unwrap());
+            vec![
+                Change::DeleteElements("endpoints".into(), vec![key.clone()]),
+                Change::AddElements("endpoints".into(), vec![(key.clone(), other.clone())]),
+            ]
+        }),
+    ];
+    on_a_bed(|bed| {
+        bed.follow(&cluster(&json!({}), &[Pod, Second, Far]));
+        let mut open = Open::new(bed);
+        open.check("at first");
+        for (what, changes) in cases {
+            for id in table_ids() {
+                let ours = bed.state.packets().tables().remove(&id).unwrap();
+                let changes = changes(&ours).into_iter().map(|change| (id.clone(), change)).collect();
+                bed.nftables
+                    .apply(&Transaction { changes, generation: None })
+                    .unwrap_or_else(|error| panic!("{what}: {error}"));
+            }
+            assert!(bed.repair() > 0, "{what}");
+            assert_eq!(bed.repair(), 0, "{what}: repaired");
+            open.check(what);
+            check(bed, &[(Pod, To::ClusterIp, ALL_FROM_POD), (Outside, To::NodePort, ALL_MASQUERADED)]);
         }
     });
 }

@@ -1,9 +1,9 @@
 //! Nodes, pods, a router and a client outside: namespaces through which real packets go.
 //!
 //! ```text
-//! Outside ── Router ──┬── Node ──┬── Pod
-//!                     │          └── Second
-//!                     └── Other ──── Far
+//! Outside ── Edge ── Router ──┬── Node ──┬── Pod
+//!                             │          └── Second
+//!                             └── Other ──── Far
 //! ```
 //!
 //! # Invariants
@@ -26,7 +26,8 @@ use lb_core::{
     model::{Family, Protocol},
     packets::{
         diff,
-        nft::{SetFlags, Table, TableId, Transaction},
+        nft::{Change, SetFlags, Table, TableId, Transaction},
+        table_ids,
     },
     plan::Capacity,
     state::State,
@@ -56,7 +57,9 @@ pub const SILENCE: Duration = Duration::from_millis(300);
 pub enum Place {
     /// A client that is no part of the cluster.
     Outside,
-    /// Between the client and the nodes.
+    /// The router of the client.
+    Edge,
+    /// The router of the nodes.
     Router,
     /// This node, which has the rules.
     Node,
@@ -72,8 +75,16 @@ pub enum Place {
 
 impl Place {
     /// All of them.
-    pub const ALL: [Self; 7] =
-        [Self::Outside, Self::Router, Self::Node, Self::Other, Self::Pod, Self::Second, Self::Far];
+    pub const ALL: [Self; 8] = [
+        Self::Outside,
+        Self::Edge,
+        Self::Router,
+        Self::Node,
+        Self::Other,
+        Self::Pod,
+        Self::Second,
+        Self::Far,
+    ];
 
     /// Those with servers.
     const SERVERS: [Self; 5] = [Self::Node, Self::Other, Self::Pod, Self::Second, Self::Far];
@@ -81,6 +92,7 @@ impl Place {
     const fn v4(self) -> [u8; 4] {
         match self {
             Self::Outside => [198, 51, 100, 7],
+            Self::Edge => [192, 168, 3, 2],
             Self::Router => [192, 168, 1, 1],
             Self::Node => [192, 168, 1, 2],
             Self::Other => [192, 168, 2, 2],
@@ -170,7 +182,8 @@ impl Bed {
                 .join(name, &of(here_v4), &places[&there], "up", &of(there.v4()))
                 .unwrap_or_else(|error| panic!("{here:?} to {there:?}: {error}"));
         };
-        link("outside", Place::Router, [198, 51, 100, 1], Place::Outside);
+        link("outside", Place::Edge, [198, 51, 100, 1], Place::Outside);
+        link("edge", Place::Router, [192, 168, 3, 1], Place::Edge);
         link("node", Place::Router, Place::Router.v4(), Place::Node);
         link("other", Place::Router, [192, 168, 2, 1], Place::Other);
         link("pod", Place::Node, [10, 1, 1, 1], Place::Pod);
@@ -181,6 +194,8 @@ impl Bed {
             &[([10, 0, 0, 0], 8), ([192, 168, 0, 0], 16), ([198, 51, 0, 0], 16), ([203, 0, 113, 0], 24)];
         let routes: &[(Place, &[([u8; 4], u8)], [u8; 4])] = &[
             (Place::Outside, to_all, [198, 51, 100, 1]),
+            (Place::Edge, to_all, [192, 168, 3, 1]),
+            (Place::Router, &[([198, 51, 0, 0], 16)], Place::Edge.v4()),
             (
                 Place::Router,
                 &[([10, 1, 0, 0], 16), ([10, 96, 0, 0], 16), ([203, 0, 113, 0], 24)],
@@ -202,7 +217,7 @@ impl Bed {
                     .unwrap_or_else(|error| panic!("{place:?}: {error}"));
             }
         }
-        for place in [Place::Router, Place::Node, Place::Other] {
+        for place in [Place::Edge, Place::Router, Place::Node, Place::Other] {
             places[&place].forward().expect("forwarding");
             places[&place].run(|| {
                 // Tests cause more errors in a second than a host answers, and redirects count among them.
@@ -282,8 +297,27 @@ impl Bed {
         }
         let transaction = self.state.take_packet_changes();
         self.nftables.apply(&transaction).unwrap_or_else(|error| panic!("{error}"));
+        if self.state.take_has_stale_clients() {
+            self.forget_clients();
+        }
         self.check();
         transaction
+    }
+
+    /// Deletes the clients of former endpoints, as the agent does.
+    fn forget_clients(&mut self) {
+        let mut changes = Vec::new();
+        for id in table_ids() {
+            let (found, _generation) = self.nftables.read(&id).unwrap_or_else(|error| panic!("{error}"));
+            let recorded =
+                found.and_then(|mut table| table.sets.remove("affinity")).expect("the map affinity");
+            let stale = self.state.packets().stale_clients(id.family, &recorded.elements);
+            if !stale.is_empty() {
+                changes.push((id, Change::DeleteElements("affinity".into(), stale)));
+            }
+        }
+        let transaction = Transaction { changes, generation: None };
+        self.nftables.apply(&transaction).unwrap_or_else(|error| panic!("{error}"));
     }
 
     /// Fails if the kernel has other rules than it ought to. Elements that rules add are left out.
@@ -325,7 +359,7 @@ impl Bed {
     /// If the kernel refuses the repair, or has other rules afterwards.
     pub fn repair(&mut self) -> usize {
         let mut changes = Vec::new();
-        for (id, wanted) in self.state.packets().tables() {
+        for (id, wanted) in self.state.adopt_packet_tables() {
             let found = self.read(&id);
             changes.extend(diff(found.as_ref(), &wanted).into_iter().map(|change| (id.clone(), change)));
         }
@@ -449,7 +483,9 @@ pub fn ask(socket: &UdpSocket, octets: &[u8], patience: Duration) -> io::Result<
     Ok((reached(&line), buffer[end + 1..n].to_vec()))
 }
 
-fn unspecified(ip: IpAddr) -> IpAddr {
+/// The unspecified address of the same family.
+#[must_use]
+pub fn unspecified(ip: IpAddr) -> IpAddr {
     if ip.is_ipv4() { IpAddr::from([0; 4]) } else { IpAddr::from([0; 16]) }
 }
 
