@@ -7,7 +7,7 @@ use std::{
 
 use lb_core::{
     desired::{FrontendAddress, Settings},
-    model::{Protocol, ingest},
+    model::{Cidr, Protocol, ingest},
     plan::Capacity,
     sim::{Caller, Config, Outcome, Simulator},
     state::State,
@@ -30,6 +30,7 @@ pub(crate) struct RandomService {
     cluster_ip: u8,
     external_ips: Vec<u8>,
     load_balancer_ip: Option<u8>,
+    source_ranges: Vec<&'static str>,
     ports: Vec<RandomPort>,
     is_internal_local: bool,
     is_external_local: bool,
@@ -73,6 +74,8 @@ struct RandomEndpoint {
 struct RandomNode {
     zone: Option<&'static str>,
     addresses: Vec<u8>,
+    /// Whether the Node names the networks of its pods.
+    has_pods: bool,
 }
 
 /// All objects that decide about frontends.
@@ -117,10 +120,12 @@ prop_compose! {
         cluster_ip in 0u8..4,
         external_ips in vec(0u8..2, 0..=2),
         load_balancer_ip in option::weighted(0.3, 0u8..2),
+        source_ranges in prop_oneof![2 => Just(Vec::new()), 1 => subsequence(&SOURCE_RANGES[..], 1..=3)],
         ports in (
             option::weighted(0.8, port("a", Protocol::Tcp, 80)),
             option::of(port("b", Protocol::Udp, 80)),
             option::weighted(0.3, port("c", Protocol::Tcp, 81)),
+            option::weighted(0.2, port("d", Protocol::Sctp, 80)),
         ),
         [is_internal_local, is_external_local] in any::<[bool; 2]>(),
         affinity in option::weighted(0.3, 1i32..100),
@@ -130,10 +135,10 @@ prop_compose! {
         weights in [(); 2].map(|()| option::weighted(0.2, prop::sample::select(&WEIGHTS[..]))),
         endpoints in prop_oneof![1 => Just(Vec::new()), 4 => vec(endpoint(), 1..=5)],
     ) -> RandomService {
-        let ports = [ports.0, ports.1, ports.2].into_iter().flatten().collect();
+        let ports = [ports.0, ports.1, ports.2, ports.3].into_iter().flatten().collect();
         RandomService {
-            families, cluster_ip, external_ips, load_balancer_ip, ports, is_internal_local, is_external_local,
-            affinity, created, is_of_others, balance, weights, endpoints,
+            families, cluster_ip, external_ips, load_balancer_ip, source_ranges, ports, is_internal_local,
+            is_external_local, affinity, created, is_of_others, balance, weights, endpoints,
         }
     }
 }
@@ -142,8 +147,9 @@ prop_compose! {
     fn node()(
         zone in option::of(prop::sample::select(&ZONES[..])),
         addresses in vec(0u8..4, 0..=2),
+        has_pods: bool,
     ) -> RandomNode {
-        RandomNode { zone, addresses }
+        RandomNode { zone, addresses, has_pods }
     }
 }
 
@@ -201,6 +207,11 @@ fn v6(network: u8, number: u8) -> IpAddr {
 /// Weights of slices; without one it is 100.
 const WEIGHTS: [u8; 3] = [0, 50, 200];
 
+const SOURCE_RANGES: [&str; 6] =
+    ["198.51.100.0/24", "198.51.100.7/32", "10.98.0.0/16", "::/0", "2001:db8::/32", "fd00:62::1/128"];
+/// The networks of the endpoints of the first two services, as those of pods of this node.
+pub(crate) const POD_NETWORKS: [&str; 2] = ["10.0.0.0/15", "fd00::/31"];
+
 const SERVICE_NETWORK: u8 = 96;
 const EXTERNAL_NETWORK: u8 = 97;
 const NODE_NETWORK: u8 = 98;
@@ -224,6 +235,20 @@ impl RandomCluster {
     /// The addresses of this node's interfaces.
     pub(crate) fn interfaces(&self) -> Vec<IpAddr> {
         self.interfaces.iter().flat_map(|number| Families::Both.ips(NODE_NETWORK, *number)).collect()
+    }
+
+    /// The addresses of this node: of its interfaces, and as its Node has them.
+    pub(crate) fn node_addresses(&self) -> BTreeSet<IpAddr> {
+        let listed = self.nodes[0].iter().flat_map(|node| &node.addresses);
+        let listed = listed.flat_map(|number| Families::Both.ips(NODE_NETWORK, *number));
+        self.interfaces().into_iter().chain(listed).collect()
+    }
+
+    /// The networks of this node's pods, if its Node names them.
+    pub(crate) fn pods(&self) -> Vec<Cidr> {
+        let is_known = self.nodes[0].as_ref().is_some_and(|node| node.has_pods);
+        let networks = POD_NETWORKS.iter().filter(|_| is_known);
+        networks.map(|network| network.parse().unwrap()).collect()
     }
 
     pub(crate) fn objects(&self) -> Cluster {
@@ -295,6 +320,7 @@ impl RandomService {
                 "externalIPs": external(&self.external_ips),
                 "internalTrafficPolicy": policy(self.is_internal_local),
                 "externalTrafficPolicy": policy(self.is_external_local),
+                "loadBalancerSourceRanges": self.source_ranges,
                 "sessionAffinity": self.affinity.map(|_seconds| "ClientIP"),
                 "sessionAffinityConfig":
                     self.affinity.map(|seconds| json!({"clientIP": {"timeoutSeconds": seconds}})),
@@ -359,6 +385,7 @@ impl RandomNode {
             "apiVersion": "v1",
             "kind": "Node",
             "metadata": {"name": name, "labels": self.zone.map(|zone| json!({ingest::ZONE: zone}))},
+            "spec": {"podCIDRs": self.has_pods.then_some(POD_NETWORKS)},
             "status": {"addresses": addresses.collect::<Vec<_>>()},
         }))
     }

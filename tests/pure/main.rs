@@ -2,6 +2,7 @@
 #![expect(clippy::unwrap_used, reason = "a test fails by a panic, and so do its helpers")]
 
 mod clusters;
+mod packets;
 mod prefixes;
 mod races;
 mod reuse;
