@@ -100,6 +100,8 @@ pub fn is_affected(service: &Service, former: &Topology, now: &Topology) -> bool
     (former.node_name(), former.zone()) != (now.node_name(), now.zone())
         || service.ports.iter().any(|port| port.node_port.is_some())
         || !service.external_ips.is_empty()
+        // Ranges that admit this node admit the load balancer's address.
+        || (!service.source_ranges.is_empty() && former.own_addresses() != now.own_addresses())
         || [Family::V4, Family::V6].into_iter().filter_map(|family| service.cluster_ip(family)).any(has_moved)
 }
 

@@ -242,6 +242,23 @@ fn source_ranges_hold_for_load_balancer_addresses() {
     check(&node, &[("203.0.113.1", at, &["10.1.1.1:8080 masqueraded"]), (OUTSIDE, at, &["dropped"])]);
 }
 
+/// Nothing but the ranges depends on the node's addresses: the Service has no node port.
+#[test]
+fn source_ranges_follow_the_addresses_of_the_node() {
+    let mut node = Node::new(PacketMode::All);
+    let spec = json!({
+        "loadBalancerSourceRanges": ["192.168.7.0/24"],
+        "ports": [{"port": 80}],
+        "externalIPs": [],
+    });
+    node.set(&load_balancer(&spec), &[fixture::slice(&["10.1.1.1 node-b rs"])]);
+    let from_itself = ("203.0.113.1", "203.0.113.1:80 tcp");
+    check(&node, &[(from_itself.0, from_itself.1, &["dropped"])]);
+    node.state.set_interfaces(vec![[192, 168, 7, 1].into()]);
+    node.sync();
+    check(&node, &[(from_itself.0, from_itself.1, &["10.1.1.1:8080 masqueraded"])]);
+}
+
 #[test]
 fn sctp_is_served_as_packets() {
     let ports = json!([{"port": 80, "nodePort": 30080, "protocol": "SCTP"}]);
