@@ -396,6 +396,20 @@ fn affinity() {
     });
 }
 
+/// A client keeps no endpoint that the new policy does not give it.
+#[test]
+fn affinity_follows_the_policy() {
+    on_a_bed(|bed| {
+        let affinity = |policy| json!({"sessionAffinity": "ClientIP", "externalTrafficPolicy": policy});
+        for to in [To::NodePort, To::LoadBalancer] {
+            bed.follow(&cluster(&affinity("Cluster"), &[Far]));
+            check(bed, &[(Outside, to, Expected::Reach(&[(Far, Source::Node)]))]);
+            bed.follow(&cluster(&affinity("Local"), &[Pod, Far]));
+            check(bed, &[(Outside, to, Expected::Reach(&[(Pod, Source::Kept)]))]);
+        }
+    });
+}
+
 #[test]
 fn endpoints_have_equal_shares() {
     const CALLS: usize = 6000;

@@ -25,7 +25,7 @@ use lb_core::{
     desired::{PacketMode, Settings},
     model::{Family, Protocol},
     packets::{
-        diff,
+        AFFINITY_MAPS, diff,
         nft::{Change, SetFlags, Table, TableId, Transaction},
         table_ids,
     },
@@ -297,7 +297,7 @@ impl Bed {
         }
         let transaction = self.state.take_packet_changes();
         self.nftables.apply(&transaction).unwrap_or_else(|error| panic!("{error}"));
-        if self.state.take_has_stale_clients() {
+        if self.state.take_stale_packet_records().clients {
             self.forget_clients();
         }
         self.check();
@@ -309,11 +309,12 @@ impl Bed {
         let mut changes = Vec::new();
         for id in table_ids() {
             let (found, _generation) = self.nftables.read(&id).unwrap_or_else(|error| panic!("{error}"));
-            let recorded =
-                found.and_then(|mut table| table.sets.remove("affinity")).expect("the map affinity");
-            let stale = self.state.packets().stale_clients(id.family, &recorded.elements);
-            if !stale.is_empty() {
-                changes.push((id, Change::DeleteElements("affinity".into(), stale)));
+            let table = found.expect("a table");
+            for map in AFFINITY_MAPS {
+                let stale = self.state.packets().stale_clients(id.family, &table.sets[map].elements);
+                if !stale.is_empty() {
+                    changes.push((id.clone(), Change::DeleteElements(map.into(), stale)));
+                }
             }
         }
         let transaction = Transaction { changes, generation: None };
