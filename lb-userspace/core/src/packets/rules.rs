@@ -150,24 +150,32 @@ impl Rules {
         })
     }
 
-    /// The elements of one of [`AFFINITY_MAPS`] whose frontend does not have their endpoint.
+    /// The elements of one of [`AFFINITY_MAPS`] whose frontend does not have their endpoint for their client.
     #[must_use]
     pub fn stale_clients(&self, family: Family, recorded: &BTreeMap<Key, Element>) -> Vec<Key> {
         let rules = self.of(family);
-        let with_affinity = rules.frontends.iter().filter(|(_, served)| served.affinity.is_some());
-        let endpoints: BTreeSet<Vec<u8>> = with_affinity
-            .flat_map(|(at, served)| {
+        let with_affinity = || rules.frontends.iter().filter(|(_, served)| served.affinity.is_some());
+        let endpoints = |side: fn(&Served) -> &Arc<[SocketAddr]>| -> BTreeSet<Vec<u8>> {
+            let all = with_affinity().flat_map(|(at, served)| {
                 let key = key(at);
-                served.indexed().map(move |(_, endpoint)| [&key[..], &octets(endpoint)].concat())
-            })
-            .collect();
+                side(served).iter().map(move |endpoint| [&key[..], &octets(endpoint)].concat())
+            });
+            all.collect()
+        };
+        let outside = endpoints(|served| &served.endpoints);
+        let inside = endpoints(|served| served.inside.as_ref().unwrap_or(&served.endpoints));
         let len = if family == Family::V4 { 4 } else { 16 };
         let is_stale = |key: &Key, element: &Element| {
-            let (Some((_client, frontend)), Value::Data(endpoint)) =
+            let (Some((client, frontend)), Value::Data(endpoint)) =
                 (key.start.as_slice().split_at_checked(len), &element.value)
             else {
                 return false;
             };
+            let is_inside = rules.now.pods.iter().any(|network| {
+                let (start, end) = ends(network);
+                (&start[..]..=&end[..]).contains(&client)
+            }) || rules.node_addresses.iter().any(|ip| address(*ip) == client);
+            let endpoints = if is_inside { &inside } else { &outside };
             !endpoints.contains(&[frontend, endpoint.as_slice()].concat())
         };
         let stale = recorded.iter().filter(|(key, element)| is_stale(key, element));
