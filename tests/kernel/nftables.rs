@@ -6,15 +6,28 @@ use std::{
     num::NonZeroU32,
 };
 
-use lb_core::model::Protocol::Tcp;
 use lb_core::packets::nft::{
     Base, Chain, ChainType, Change, Comparison, CtKey, DataType, Direction, DynsetOp, Element, Expression,
     FIB_LOCAL, Family, FibAddress, Header, Hook, Key, LookupTo, MetaKey, Name, Numgen, Octets, Policy,
     Register, Reject, Rule, Set, SetFlags, SetSpec, Table, TableId, Transaction, Value, ValueType, Verdict,
     ct_state, ct_status,
 };
+use lb_core::{
+    desired::{PacketMode, Settings},
+    model::Protocol::Tcp,
+    packets::{self},
+    plan::Capacity,
+    state::State,
+    tables::Image,
+};
 use lb_kernel::nftables::{Nftables, NftablesError};
-use lb_tests::{Feature, Sandbox, client::call, command::text, server::Servers};
+use lb_tests::{Feature, Sandbox, client::call, command::text, number, require, server::Servers};
+use proptest::{
+    strategy::{Strategy as _, ValueTree as _},
+    test_runner::TestRunner,
+};
+
+use crate::clusters;
 
 const FAMILIES: [Family; 2] = [Family::V4, Family::V6];
 
@@ -655,5 +668,49 @@ fn a_probe_changes_nothing() {
             lb_kernel::nftables::probe(family).unwrap();
         }
         assert_eq!(nftables.generation().unwrap(), before);
+    });
+}
+
+/// The changes of each sync lead to the tables that are made from scratch, whatever was before, and `nft` lists
+/// them.
+#[test]
+fn the_tables_of_random_clusters_follow_their_changes() {
+    Sandbox::test_with(&[Feature::Nftables], |_sandbox| {
+        let mut nftables = Nftables::open().unwrap();
+        let mut random = TestRunner::deterministic();
+        let has_nft = require(Feature::Command("nft"));
+        let mut used = BTreeSet::new();
+        for _ in 0..number("LB_TEST_STATES", 12) {
+            let settings = Settings { packets: PacketMode::All, ..clusters::settings() };
+            let capacity = Capacity { services: 256, endpoints: 4096 };
+            let mut state = State::new(settings, Vec::new(), capacity, &Image::default());
+            for cluster in clusters::history(8).new_tree(&mut random).unwrap().current() {
+                cluster.feed(&mut state);
+                let _plan = state.sync();
+                nftables.apply(&state.take_packet_changes()).unwrap();
+                for (id, table) in state.packets().tables() {
+                    let (read, generation) = nftables.read(&id).unwrap();
+                    let read = read.unwrap();
+                    assert_eq!(packets::diff(Some(&read), &table), [], "{id}");
+                    assert_eq!(read, table);
+                    let sets = table.sets.iter().filter(|(_, set)| !set.elements.is_empty());
+                    used.extend(sets.map(|(name, _)| name.to_string()));
+                    // From nothing, in the same kernel.
+                    let whole = packets::diff(None, &table);
+                    let changes = [Change::AddTable, Change::DeleteTable].into_iter().chain(whole);
+                    nftables.check(&transaction(&id, changes)).unwrap();
+                    assert_eq!(nftables.generation().unwrap(), generation);
+                }
+                if has_nft {
+                    text("nft", &["list", "ruleset"]);
+                }
+            }
+            nftables.remove(&packets::table_ids()).unwrap();
+        }
+        for name in
+            ["allowed", "dropped", "endpoints", "hairpin", "nodeport-endpoints", "refused", "other-ips"]
+        {
+            assert!(used.contains(name), "{name} has no elements in any of these clusters: {used:?}");
+        }
     });
 }
