@@ -540,7 +540,7 @@ fn a_refused_transaction_changes_nothing_and_names_the_element() {
         );
         assert!(error.ends_with("; 1 more changes are refused"), "{error}");
         // The kernel names the attribute since 6.0.
-        if lb_tests::feature::kernel_version() >= (6, 1) {
+        if kernel_version() >= (6, 1) {
             assert!(error.contains(", element 0a600001060000000050"), "{error}");
         }
         assert_eq!(nftables.read(&id).unwrap(), (Some(table), generation));
@@ -655,6 +655,16 @@ fn a_part_of_a_table_is_replaced() {
         changes.insert(0, Change::FlushChain("remember".into()));
         nftables.apply(&transaction(&id, changes)).unwrap();
         assert_eq!(nftables.read(&id).unwrap().0.unwrap(), table);
+    });
+}
+
+/// Their hosts have an nft that fails when it lists such rules.
+#[test]
+fn kernels_before_5_13_are_refused() {
+    Sandbox::test(|_sandbox| {
+        let probed = lb_kernel::nftables::probe(Family::V4);
+        let is_too_old = matches!(probed, Err(NftablesError::TooOld { .. }));
+        assert_eq!(is_too_old, kernel_version() < (5, 13), "{probed:?}");
     });
 }
 

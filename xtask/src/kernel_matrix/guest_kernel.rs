@@ -43,7 +43,7 @@ const MODULES: &[&str] = &[
 ];
 
 /// Those that newer kernels have no more: a part of others, or not needed.
-const OLD_MODULES: &[&str] = &["crc32c_generic", "libcrc32c", "nft_counter"];
+const OLD_MODULES: &[&str] = &["crc32c_generic", "libcrc32c", "nfnetlink", "nft_counter"];
 
 /// The package that depends on a release's current cloud kernel.
 const META_PACKAGE: &str = "linux-image-cloud-amd64";
