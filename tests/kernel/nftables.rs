@@ -15,13 +15,15 @@ use lb_core::packets::nft::{
 use lb_core::{
     desired::{PacketMode, Settings},
     model::Protocol::Tcp,
-    packets::{self},
+    packets,
     plan::Capacity,
     state::State,
     tables::Image,
 };
 use lb_kernel::nftables::{Nftables, NftablesError};
-use lb_tests::{Feature, Sandbox, client::call, command::text, number, require, server::Servers};
+use lb_tests::{
+    Feature, Sandbox, client::call, command::text, feature::kernel_version, number, require, server::Servers,
+};
 use proptest::{
     strategy::{Strategy as _, ValueTree as _},
     test_runner::TestRunner,

@@ -21,6 +21,7 @@ mod load;
 mod manifests;
 mod nested;
 mod node;
+mod packet_commands;
 mod packets;
 mod self_test;
 mod socklb;

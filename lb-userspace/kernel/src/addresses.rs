@@ -7,7 +7,7 @@ use nix::errno::Errno;
 
 /// The interface on which kube-proxy's IPVS mode puts, and leaves, every service address of the cluster. They
 /// are not addresses of the node.
-const IPVS: &str = "kube-ipvs0";
+pub(super) const IPVS: &str = "kube-ipvs0";
 
 /// `RTMGRP_IPV4_IFADDR | RTMGRP_IPV6_IFADDR` of `linux/rtnetlink.h`.
 const GROUPS: u32 = 0x10 | 0x100;

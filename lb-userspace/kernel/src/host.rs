@@ -8,12 +8,17 @@ use std::{
 };
 
 use aya::{maps::MapInfo, programs::loaded_programs};
-use lb_common::{hooks::HOOKS, maps::MAPS};
+use lb_common::{Family, hooks::HOOKS, maps::MAPS};
+use lb_core::packets::{
+    self,
+    nft::{Name, TableId},
+};
 
 use super::{
-    Features, KernelError,
+    Features, KernelError, addresses,
     cgroup::{self, Extent},
     exclusive::{self, Exclusive},
+    nftables::{self, Nftables, NftablesError},
     pins,
     sockets::{self, SocketError},
     syscall, try_programs,
@@ -42,7 +47,63 @@ pub struct Host {
     pub neighbours: io::Result<BTreeMap<String, Vec<&'static str>>>,
     /// Foreign programs that prevent attaching ours, each with its hook.
     pub exclusives: io::Result<Vec<(&'static str, Exclusive)>>,
+    /// What concerns packets.
+    pub packets: PacketHost,
 }
+
+/// What concerns packets that reach no hook, in the network namespace of the calling thread.
+#[derive(Debug)]
+pub struct PacketHost {
+    /// Why the kernel cannot have the rules of `--packets`, for IPv4 and IPv6.
+    pub unable: [Option<NftablesError>; 2],
+    /// Whether it has some.
+    pub has_tables: bool,
+    /// The settings (sysctl) by which packets are not forwarded.
+    pub not_forwarding: Vec<&'static str>,
+    /// What kube-proxy has left, or uses: tables, chains and interfaces.
+    pub kube_proxy: Vec<String>,
+    /// The tables of the older iptables, in which it may have chains too.
+    pub legacy_tables: Vec<String>,
+}
+
+impl PacketHost {
+    /// Looks at the rules. It may load modules of nftables, and changes nothing else.
+    fn probe() -> Self {
+        let (mut has_tables, mut kube_proxy) = (false, Vec::new());
+        // What prevents reading is in `unable`.
+        if let Ok(mut nftables) = Nftables::open() {
+            has_tables = packets::table_ids().iter().any(|id| nftables.has(id).unwrap_or(false));
+            for family in [Family::V4, Family::V6] {
+                let named = |name: &str| TableId { family, name: Name::from(name) };
+                let (own, nat) = (named("kube-proxy"), named("nat"));
+                if nftables.has(&own).unwrap_or(false) {
+                    kube_proxy.push(format!("nftables table {own}"));
+                }
+                if nftables.has_chain(&nat, "KUBE-SERVICES").unwrap_or(false) {
+                    kube_proxy.push(format!("iptables chain KUBE-SERVICES in table {nat}"));
+                }
+            }
+        }
+        if Path::new("/sys/class/net").join(addresses::IPVS).exists() {
+            kube_proxy.push(format!("interface {}", addresses::IPVS));
+        }
+        let is_off = |path: &&'static str| fs::read_to_string(path).is_ok_and(|text| text.trim() == "0");
+        let legacy = ["/proc/net/ip_tables_names", "/proc/net/ip6_tables_names"];
+        let legacy = legacy.iter().filter_map(|path| fs::read_to_string(path).ok());
+        let legacy: BTreeSet<String> =
+            legacy.flat_map(|text| text.lines().map(str::to_owned).collect::<Vec<_>>()).collect();
+        Self {
+            unable: [Family::V4, Family::V6].map(|family| nftables::probe(family).err()),
+            has_tables,
+            not_forwarding: FORWARDING.iter().copied().filter(is_off).collect(),
+            kube_proxy,
+            legacy_tables: legacy.into_iter().collect(),
+        }
+    }
+}
+
+/// The settings by which a host forwards packets.
+const FORWARDING: [&str; 2] = ["/proc/sys/net/ipv4/ip_forward", "/proc/sys/net/ipv6/conf/all/forwarding"];
 
 /// Probes the host. `cgroup` is the one to serve; the default is the root of the hierarchy.
 #[must_use]
@@ -72,6 +133,7 @@ pub fn probe(cgroup: Option<PathBuf>, pin_path: &Path) -> Host {
         sockets: sockets::check(),
         neighbours,
         exclusives,
+        packets: PacketHost::probe(),
     }
 }
 

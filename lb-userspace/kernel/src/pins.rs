@@ -28,6 +28,12 @@ pub fn names(features: Features, passive_health: bool) -> impl Iterator<Item = &
     MAPS.iter().map(|map| map.name).chain(hooks(features, passive_health).map(|hook| hook.name))
 }
 
+/// Whether no map is pinned: as after `socklb cleanup`.
+#[must_use]
+pub fn are_gone(pin_path: &Path) -> bool {
+    !MAPS.iter().any(|map| pin_path.join(map.name).exists())
+}
+
 /// Directory below the pin directory, for maps that are being filled and do not serve yet.
 pub const NEXT: &str = "next";
 /// The name of a complete [`NEXT`]. From then on its maps replace the others, even if the agent exits.

@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, fmt::Write as _, path::PathBuf, process::ExitCo
 use clap::Args;
 use lb_kernel::{
     Features, KernelError, cgroup, chain,
-    host::{self, Host},
+    host::{self, Host, PacketHost},
 };
 use serde::Serialize;
 
@@ -48,7 +48,7 @@ struct Finding {
     found: String,
 }
 
-/// `socklb check`. Changes nothing on the host.
+/// `socklb check`. Changes nothing on the host; the kernel may load modules of nftables.
 ///
 /// Exit status 1 if anything is missing that the agent needs to start.
 ///
@@ -134,6 +134,46 @@ fn findings(host: &Host, is_beside_v1: bool) -> Vec<Finding> {
         attaching(host),
         neighbours(host),
     ]
+    .into_iter()
+    .chain(packets(&host.packets))
+    .collect()
+}
+
+/// What concerns `--packets`.
+fn packets(host: &PacketHost) -> Vec<Finding> {
+    let finding = |what, notes: Vec<String>, otherwise: &str| match notes.is_empty() {
+        true => Finding { what, status: Status::Ok, found: otherwise.to_owned() },
+        false => Finding { what, status: Status::Note, found: notes.join("; ") },
+    };
+    let [v4, v6] = &host.unable;
+    let unable = match (v4, v6) {
+        (None, None) => Vec::new(),
+        (Some(error), _) => vec![format!("--packets is not possible: {error}")],
+        (None, Some(error)) => vec![format!("--packets serves no IPv6: {error}")],
+    };
+    let mut found = vec![finding("packets", unable, "nftables has what --packets needs")];
+    if host.has_tables && !host.not_forwarding.is_empty() {
+        let off = host.not_forwarding.iter().map(|path| {
+            format!("{path} is 0, so packets from outside do not reach pods: set it to 1, unless this node has no pods")
+        });
+        found.push(finding("forwarding", off.collect(), ""));
+    }
+    let mut traces = host.kube_proxy.clone();
+    if !traces.is_empty() {
+        traces = vec![format!(
+            "{}: unless kube-proxy is to run beside socklb, stop it and run `kube-proxy --cleanup` on this node",
+            traces.join(", ")
+        )];
+    }
+    if !host.legacy_tables.is_empty() {
+        traces.push(format!(
+            "iptables-legacy has tables ({}): `iptables-legacy-save | grep KUBE-SERVICES` shows whether kube-proxy's \
+             rules are among them",
+            host.legacy_tables.join(", ")
+        ));
+    }
+    found.push(finding("kube-proxy", traces, "no rules of kube-proxy"));
+    found
 }
 
 fn attaching(host: &Host) -> Finding {

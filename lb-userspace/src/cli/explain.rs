@@ -22,7 +22,10 @@ use lb_core::{
 };
 use serde::Serialize;
 
+pub use self::packet::{OUTSIDE, PacketEndpoint, PacketPart};
 use super::listing::{kind_name, service_text};
+
+mod packet;
 
 /// The answer. Field names are stable.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -46,6 +49,8 @@ pub struct Explanation {
     pub left_out: Vec<LeftOutPart>,
     /// The rule that decides, in a sentence.
     pub reason: String,
+    /// What a packet gets that reaches no hook; `None` if socklb serves no packets. The caller fills it in.
+    pub packet: Option<PacketPart>,
     /// Issues of this address's objects and of its Service. The caller fills them in.
     pub issues: Vec<Issue>,
 }
@@ -87,6 +92,9 @@ pub struct LeftOutPart {
     pub reason: String,
 }
 
+/// The line about packets without a table of socklb.
+const NO_PACKETS: &str = "packets -> not socklb's (--packets=off): the rules of other programs decide\n";
+
 /// Explains a call on the tables in `simulator`.
 #[must_use]
 pub fn explain(
@@ -108,6 +116,7 @@ pub fn explain(
             spill: Vec::new(),
             left_out: Vec::new(),
             reason,
+            packet: None,
             issues: Vec::new(),
         };
     };
@@ -161,6 +170,7 @@ pub fn explain(
         spill,
         left_out,
         reason,
+        packet: None,
         issues: Vec::new(),
     }
 }
@@ -364,7 +374,7 @@ impl Explanation {
             let reason = reason.map_or_else(String::new, |reason| format!("  {reason}"));
             let _infallible = writeln!(text, "  {label:<9}  {part}{reason}");
         }
-        text
+        text + &self.packet.as_ref().map_or_else(|| NO_PACKETS.to_owned(), PacketPart::text)
     }
 
     /// The explanation in one line, without a line break.
@@ -374,6 +384,12 @@ impl Explanation {
         for (label, part, reason) in self.parts() {
             let reason = reason.map_or_else(String::new, |reason| format!(" ({reason})"));
             let _infallible = write!(line, "; {label} {part}{reason}");
+        }
+        if let Some(packet) = &self.packet {
+            let _infallible = write!(line, "; {}", packet.summary());
+            for (endpoint, whose) in packet.parts() {
+                let _infallible = write!(line, "; endpoint {endpoint} ({whose})");
+            }
         }
         line
     }

@@ -3,6 +3,7 @@
 use std::{
     cell::RefCell,
     collections::BTreeSet,
+    net::{IpAddr, SocketAddr},
     os::fd::AsFd,
     path::PathBuf,
     process::ExitCode,
@@ -20,12 +21,15 @@ use lb_agent::{
 };
 use lb_core::{
     desired::FrontendAddress,
+    model::address,
+    packets::{self, nft::TableId, sim::Packet},
     sim::{Caller, Config, Simulator},
     tables::Image,
 };
 use lb_kernel::{
-    Maps, Observations, cgroup, host,
+    KernelError, Maps, Observations, addresses, cgroup, host,
     lock::{self, Lock},
+    nftables::{Nftables, NftablesError},
     pins, syscall,
 };
 use nix::sched::{CloneFlags, setns};
@@ -36,7 +40,7 @@ use super::{
     PinArgs,
     agent::{Agent, AskError},
     config::UsageError,
-    explain::{Explanation, explain as explain_call, reachable},
+    explain::{Explanation, OUTSIDE, PacketPart, explain as explain_call, reachable},
     listing::{self, FrontendRow, list, table},
     objects::{At, Objects},
     sample::counts,
@@ -70,8 +74,12 @@ pub struct ServicesArgs {
 /// Flags of `socklb explain`.
 #[derive(Debug, Args)]
 pub struct ExplainArgs {
-    /// ADDRESS:PORT, optionally with /tcp (the default) or /udp; IPv6 as [ADDRESS]:PORT.
+    /// ADDRESS:PORT, optionally with /tcp (the default), /udp or /sctp; IPv6 as [ADDRESS]:PORT.
     call: FrontendAddress,
+    /// The sender of the packet, if packets are served: a pod, an address of this node, or an address outside
+    /// [default: 192.0.2.1 or 2001:db8::1, which are outside]
+    #[arg(long, value_name = "ADDRESS")]
+    from: Option<IpAddr>,
     /// Explain a call from this network namespace, such as /run/netns/NAME [default: the current one]
     #[arg(long, value_name = "PATH", conflicts_with = "pid")]
     netns: Option<PathBuf>,
@@ -129,6 +137,8 @@ pub fn services(args: &ServicesArgs) -> anyhow::Result<ExitCode> {
         let changed = changed.map(FrontendRow::frontend).take(MAX_ROWS).collect();
         look_again(&mut rows, changed, (&maps, &observations), &Agent::new(&args.pins.state_dir))?;
     }
+    rows.extend(objects.state().map(listing::packets_alone).unwrap_or_default());
+    listing::sort(&mut rows);
     if let Some(notice) = objects.notice() {
         eprintln!("socklb: {notice}");
     }
@@ -180,6 +190,22 @@ fn look_again(
 struct Asked<'a> {
     args: &'a ExplainArgs,
     agent: Agent,
+    packet: Packet,
+    /// In the network namespace of this command, not of `--netns`.
+    nftables: RefCell<Result<Nftables, NftablesError>>,
+}
+
+/// The packet of `--from`, as seen from the current network namespace.
+fn packet(args: &ExplainArgs) -> Result<Packet, UsageError> {
+    let FrontendAddress { ip, port, protocol } = args.call;
+    let ip = ip.to_canonical();
+    let outside = if ip.is_ipv6() { OUTSIDE.1.into() } else { OUTSIDE.0.into() };
+    let source = args.from.map_or(outside, |from| from.to_canonical());
+    if source.is_ipv6() != ip.is_ipv6() {
+        return Err(UsageError(format!("--from {source}: name an address of the family of {ip}")));
+    }
+    let is_own = addresses::read().contains(&source);
+    Ok(Packet { source, destination: SocketAddr::new(ip, port), protocol: protocol.number(), is_own })
 }
 
 /// The output of `socklb explain`.
@@ -228,8 +254,25 @@ impl Asked<'_> {
         let observations = Observations::open(&self.args.pins.pin_path)?;
         simulator.health = RefCell::new(observations.health_of(reachable(&simulator, call, caller)));
         let At { state, issues, notice, tag } = at;
-        let explanation = Explanation { issues, ..explain_call(&simulator, state.as_ref(), call, caller) };
+        let packet = self.packet();
+        let explanation =
+            Explanation { packet, issues, ..explain_call(&simulator, state.as_ref(), call, caller) };
         Ok(Answered { explanation, notice, tag })
+    }
+
+    /// What the kernel's rules do to the packet; `None` if socklb has none.
+    fn packet(&self) -> Option<PacketPart> {
+        let family = address::family(self.packet.destination.ip());
+        let table = packets::table_ids().into_iter().find(|table| table.family == family)?;
+        match &mut *self.nftables.borrow_mut() {
+            Err(NftablesError::Missing) => None,
+            Err(error) => Some(PacketPart::unknown(self.packet, error.to_string())),
+            Ok(nftables) => match nftables.read(&table) {
+                Ok((found, _generation)) => found.map(|found| PacketPart::new(&found, self.packet)),
+                Err(NftablesError::Missing) => None,
+                Err(error) => Some(PacketPart::unknown(self.packet, error.to_string())),
+            },
+        }
     }
 
     /// Prints the answer, and again when it changes. The agent reports changes; the kernel is not polled.
@@ -308,6 +351,7 @@ fn read(pins: &PinArgs) -> anyhow::Result<(Maps, Image)> {
 /// If nothing is pinned or readable, or the network namespace does not exist; with `--watch` also without an
 /// agent.
 pub fn explain(args: &ExplainArgs) -> anyhow::Result<ExitCode> {
+    let (packet, nftables) = (packet(args)?, RefCell::new(Nftables::open()));
     let netns = args.netns.as_ref().map(|path| ("--netns".to_owned(), path.clone()));
     let of_pid = args.pid.map(|pid| (format!("--pid {pid}:"), format!("/proc/{pid}/ns/net").into()));
     if let Some((flag, path)) = netns.or(of_pid) {
@@ -315,7 +359,7 @@ pub fn explain(args: &ExplainArgs) -> anyhow::Result<ExitCode> {
         setns(file.as_fd(), CloneFlags::CLONE_NEWNET)
             .map_err(|errno| UsageError(format!("{}: {errno}: name a network namespace", path.display())))?;
     }
-    let asked = Asked { args, agent: Agent::new(&args.pins.state_dir) };
+    let asked = Asked { args, agent: Agent::new(&args.pins.state_dir), packet, nftables };
     if args.watch {
         asked.watch()?;
         return Ok(ExitCode::SUCCESS);
@@ -339,15 +383,23 @@ pub fn cleanup(args: &PinArgs) -> anyhow::Result<ExitCode> {
     // all is removed.
     let lock = if args.pin_path.is_dir() { Lock::try_take(&args.pin_path)? } else { None };
     let agent = (lock.is_none() && args.pin_path.is_dir()).then(|| lock::describe_holder(&args.pin_path));
-    let mut removed = pins::remove(&args.pin_path)?;
+    let removed = pins::remove(&args.pin_path);
+    // After the pins: an agent then does not restore them.
+    let tables = remove_tables();
     drop(lock);
+    let mut removed = match (removed, &tables) {
+        // Rules without pins: of an agent whose BPF file system was unmounted.
+        (Err(KernelError::NothingPinned { .. }), Ok(tables)) if !tables.is_empty() => Vec::new(),
+        (removed, _) => removed?,
+    };
     removed.extend(snapshot::remove(&args.state_dir)?);
     removed.extend(agent_socket::remove_leftover(&args.state_dir));
     // The agent's default cgroup is the root.
     removed.extend(cgroup::find_widest().ok().and_then(|root| self_test::remove_leftover(&root)));
     // Printed last: a closed standard output must not interrupt the work.
-    let lines = removed.iter().map(|path| format!("removed {}\n", path.display()));
-    super::show(&lines.collect::<String>())?;
+    let paths = removed.iter().map(|path| path.display().to_string());
+    let of_packets = tables.iter().flatten().map(|id| format!("nftables table {id}"));
+    super::show(&of_packets.chain(paths).map(|what| format!("removed {what}\n")).collect::<String>())?;
     if let Some(agent) = agent {
         let name = |variable: &str| std::env::var(variable).ok().filter(|name| !name.is_empty());
         eprintln!(
@@ -355,7 +407,16 @@ pub fn cleanup(args: &PinArgs) -> anyhow::Result<ExitCode> {
             still_runs(&agent, name("POD_NAME").as_deref(), name("NODE_NAME").as_deref())
         );
     }
+    let _removed = tables.context("the rules for packets may be left")?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// Removes the rules for packets from this network namespace. Returns the tables that there were.
+fn remove_tables() -> Result<Vec<TableId>, NftablesError> {
+    match Nftables::open().and_then(|mut nftables| nftables.remove(&packets::table_ids())) {
+        Err(NftablesError::Missing) => Ok(Vec::new()),
+        removed => removed,
+    }
 }
 
 /// The remedy for an agent that runs during `cleanup`. In a pod its process id is always 1: pod and node

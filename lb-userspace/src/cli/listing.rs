@@ -14,7 +14,7 @@ use lb_agent::{serve::known::Known, snapshot::Snapshot};
 use lb_common::layout::{EndpointHealth, EndpointStats};
 use lb_core::{
     desired::{
-        self, FrontendAddress, FrontendKind, Settings,
+        self, FrontendAddress, FrontendKind, PacketSide, Settings,
         endpoints::{PortEndpoints, Scope},
     },
     ejection,
@@ -46,8 +46,34 @@ pub struct FrontendRow {
     pub policy: TrafficPolicy,
     /// Idle timeout of the affinity in seconds; 0 without affinity.
     pub affinity_seconds: u32,
-    /// The endpoints that a call may reach.
+    /// The endpoints that a call may reach; with `packets.only`, a packet.
     pub endpoints: Vec<EndpointRow>,
+    /// What differs for packets that reach no hook; `null` if they are not served here.
+    pub packets: Option<PacketPart>,
+}
+
+/// What differs for packets. Field names are stable.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct PacketPart {
+    /// Whether sockets are not served: their calls go out as packets.
+    pub only: bool,
+    /// Number of endpoints that packets from outside the cluster may reach.
+    pub endpoints_from_outside: usize,
+    /// The networks whose packets are let through; `null` for all.
+    pub source_ranges: Option<Vec<String>>,
+}
+
+impl PacketPart {
+    fn new(owner: &desired::Frontend, side: &PacketSide) -> Self {
+        Self {
+            only: !owner.is_for_sockets(),
+            endpoints_from_outside: side.outside.as_ref().unwrap_or(&owner.endpoints).len(),
+            source_ranges: side
+                .sources
+                .as_ref()
+                .map(|ranges| ranges.iter().map(ToString::to_string).collect()),
+        }
+    }
 }
 
 impl FrontendRow {
@@ -205,6 +231,29 @@ pub fn list(
     rows
 }
 
+/// The rows of the frontends that only packets reach: the hooks' tables lack them.
+#[must_use]
+pub fn packets_alone(state: &State) -> Vec<FrontendRow> {
+    let row = |(owner, side): (&desired::Frontend, &PacketSide)| {
+        let described = describe_endpoints(state, owner);
+        let endpoint = |at: &SocketAddr| described.get(at).cloned().unwrap_or_else(|| undescribed(*at));
+        FrontendRow {
+            namespace: owner.port.service.namespace.to_string(),
+            name: owner.port.service.name.to_string(),
+            port_name: owner.port.port_name.to_string(),
+            protocol: owner.address.protocol,
+            kind: kind_name(owner.kind),
+            address: owner.address.ip,
+            port: owner.address.port,
+            policy: owner.policy,
+            affinity_seconds: owner.affinity_seconds,
+            endpoints: owner.endpoints.iter().map(endpoint).collect(),
+            packets: Some(PacketPart::new(owner, side)),
+        }
+    };
+    state.desired().packets_alone().map(row).collect()
+}
+
 /// Sorts rows in the order of [`list`].
 pub fn sort(rows: &mut [FrontendRow]) {
     rows.sort_by(|a, b| {
@@ -260,6 +309,9 @@ fn row(
         policy: owner.map_or(TrafficPolicy::Cluster, |owner| owner.policy),
         affinity_seconds: frontend.affinity_seconds,
         endpoints,
+        packets: objects
+            .and_then(|state| state.desired().packet_owner(&address))
+            .map(|(owner, side)| PacketPart::new(owner, side)),
     }
 }
 
@@ -347,8 +399,17 @@ const SHOWN_ENDPOINTS: usize = 2;
 /// As many endpoints of a frontend as fit; their number if none fits.
 fn endpoints_cell(row: &FrontendRow, room: usize) -> String {
     let n_all = row.endpoints.len();
+    let mut notes = Vec::new();
+    if let Some(packets) = &row.packets {
+        notes.extend(packets.only.then(|| "packets only".to_owned()));
+        let n_outside = packets.endpoints_from_outside;
+        notes.extend((n_outside != n_all).then(|| format!("from outside: {n_outside}")));
+        notes.extend(packets.source_ranges.as_ref().map(|_| "source ranges".to_owned()));
+    }
+    let note = if notes.is_empty() { String::new() } else { format!(" ({})", notes.join("; ")) };
+    let room = room.saturating_sub(note.len());
     if n_all == 0 {
-        return "none: refused".to_owned();
+        return format!("none: refused{note}");
     }
     let listed = |n_shown: usize| {
         let mut parts: Vec<String> = row.endpoints[..n_shown]
@@ -364,7 +425,7 @@ fn endpoints_cell(row: &FrontendRow, room: usize) -> String {
         parts.join(" ")
     };
     let fitting = (1..=SHOWN_ENDPOINTS.min(n_all)).rev().map(listed).find(|cell| cell.len() <= room);
-    fitting.unwrap_or_else(|| format!("{n_all} endpoints"))
+    fitting.unwrap_or_else(|| format!("{n_all} endpoints")) + &note
 }
 
 fn cells(row: &FrontendRow) -> [String; 4] {

@@ -63,7 +63,7 @@ enum Command {
     /// how many calls the counters saw and how many of them were not shown. The first such lines name the
     /// columns.
     Monitor(monitor::MonitorArgs),
-    /// Detach the programs and delete the agent's state: maps, snapshot, socket.
+    /// Detach the programs and delete the agent's state: maps, nftables rules, snapshot, socket.
     Cleanup(PinArgs),
     /// Print a completion script for a shell, to be sourced or installed.
     Completions(complete::CompletionsArgs),

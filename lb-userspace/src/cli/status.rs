@@ -16,14 +16,18 @@ use std::{
 
 use clap::Args;
 use lb_agent::snapshot::{self, Snapshot, SnapshotError};
+use lb_core::packets;
 use lb_kernel::{
     KernelError, Maps, cgroup,
     exclusion::{Exclusion, uid_of},
     host, links,
+    nftables::{Nftables, NftablesError},
 };
 use serde::Deserialize;
 
-use self::report::{AgentPart, ExcludedRow, HookRow, MapRow, SnapshotPart, Status, issues, outdated};
+use self::report::{
+    AgentPart, ExcludedRow, HookRow, MapRow, PacketsPart, SnapshotPart, Status, issues, outdated,
+};
 use super::{
     PinArgs,
     config::{self, Listen, SettingsFile, UsageError},
@@ -66,8 +70,8 @@ struct FileConfig {
 
 /// `socklb status`. Changes nothing.
 ///
-/// Exit status 1 if a hook lacks its program, since its calls then pass unchanged; 3 if all are attached and
-/// a running agent serves a state older than its source. A stopped agent is no failure: the pins keep
+/// Exit status 1 if a hook lacks its program, since its calls then pass unchanged, or if the kernel lacks a
+/// running agent's nftables table; 3 if all are there and a running agent serves a state older than its source. A stopped agent is no failure: the pins keep
 /// serving.
 ///
 /// # Errors
@@ -94,6 +98,7 @@ pub fn status(args: &StatusArgs) -> anyhow::Result<ExitCode> {
     let save_problem = known.as_ref().and_then(|known| known.save_problem.clone());
     let agent = AgentPart::new(&asked, &hooks);
     let status = Status {
+        packets: PacketsPart::new(tables(), known.as_ref(), now),
         self_test: asked.self_test().map(|told| match agent.state {
             // The last self-test ran before the programs were detached.
             "detached" => "out of date: the programs are no longer attached".to_owned(),
@@ -119,7 +124,8 @@ pub fn status(args: &StatusArgs) -> anyhow::Result<ExitCode> {
         },
     };
     print(args.output, &status, || status.text())?;
-    Ok(match (status.is_attached(), status.outdated.is_empty()) {
+    let is_whole = status.is_attached() && status.has_tables();
+    Ok(match (is_whole, status.outdated.is_empty()) {
         (false, _) => ExitCode::FAILURE,
         (true, false) => ExitCode::from(OUTDATED),
         (true, true) => ExitCode::SUCCESS,
@@ -156,6 +162,24 @@ fn addresses(args: &StatusArgs) -> Result<(Option<SocketAddr>, Option<SocketAddr
 fn maps(args: &StatusArgs) -> Result<(Vec<MapRow>, bool), KernelError> {
     let maps = Maps::open(&args.pins.pin_path)?;
     Ok((MapRow::all(&maps.image()?, maps.capacity()), maps.meta().passive_health != 0))
+}
+
+/// The tables for packets that the kernel has.
+fn tables() -> Result<Vec<String>, String> {
+    let find = || {
+        let mut nftables = Nftables::open()?;
+        let mut found = Vec::new();
+        for id in packets::table_ids() {
+            if nftables.has(&id)? {
+                found.push(id.to_string());
+            }
+        }
+        Ok(found)
+    };
+    match find() {
+        Err(NftablesError::Missing) => Ok(Vec::new()),
+        found => found.map_err(|error| error.to_string()),
+    }
 }
 
 fn hooks(args: &StatusArgs, passive_health: bool) -> Vec<HookRow> {

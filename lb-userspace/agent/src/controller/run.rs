@@ -343,7 +343,7 @@ impl Agent {
             // A pending message has the same effect.
             let _full = on_grace_period.try_send(());
         })?;
-        let packets = PacketRules::start(settings.packets)?;
+        let packets = PacketRules::start(settings.packets, &options.kernel.pin_path)?;
         let mut addresses = Addresses::start();
         let capacity = kernel.maps().capacity();
         let mut state = State::new(settings, addresses.read(), capacity, &kernel.maps().image()?);

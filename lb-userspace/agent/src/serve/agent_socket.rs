@@ -308,6 +308,7 @@ fn known(published: &Published, which: Which) -> Known {
         has_synced: published.n_syncs > 0,
         issues: published.issues.to_vec(),
         save_problem: published.save_problem.clone(),
+        packets: published.packets.clone(),
         ..Known::of(&published.view, which)
     };
     if let Which::At(address) = which {

@@ -15,6 +15,8 @@ use lb_core::{
 };
 use serde::{Deserialize, Serialize};
 
+use super::PacketStatus;
+
 /// Which objects to return.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Which {
@@ -54,6 +56,9 @@ pub struct Known {
     pub issues: Vec<Issue>,
     /// Why the last snapshot was not written.
     pub save_problem: Option<String>,
+    /// The rules for packets; `None` with `--packets=off`. They follow the maps: an answer that has changed in
+    /// nothing else says that the kernel has new ones.
+    pub packets: Option<PacketStatus>,
 }
 
 impl Known {
@@ -75,6 +80,7 @@ impl Known {
             networks: Vec::new(),
             issues: Vec::new(),
             save_problem: None,
+            packets: None,
         };
         match which {
             Which::Issues => {}

@@ -36,6 +36,7 @@ use lb_core::{
     tables::MapUse,
 };
 use lb_kernel::Observations;
+use serde::{Deserialize, Serialize};
 use tokio::{net::TcpListener, sync::watch, task::JoinSet, time};
 use tracing::info;
 
@@ -97,8 +98,10 @@ pub struct Published {
 }
 
 /// The state of the rules, for pages and commands.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PacketStatus {
+    /// The tables that the agent keeps in the kernel, such as `ip socklb`.
+    pub tables: Vec<String>,
     /// Number of frontends in the tables.
     pub n_frontends: usize,
     /// Number of elements that these have in the tables' sets.
@@ -110,7 +113,7 @@ pub struct PacketStatus {
 }
 
 /// A transaction that the kernel has made.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LastTransaction {
     /// Number of changes; many elements of one set are one change.
     pub n_changes: usize,

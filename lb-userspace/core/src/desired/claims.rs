@@ -92,6 +92,14 @@ impl Desired {
         self.claims.values().map(|claims| &claims.owner).filter(|owner| owner.is_for_sockets())
     }
 
+    /// The frontends that answer packets alone, in the order of their addresses.
+    pub fn packets_alone(&self) -> impl Iterator<Item = (&Frontend, &PacketSide)> {
+        let owners = self.claims.values().map(|claims| &claims.owner);
+        owners
+            .filter(|owner| !owner.is_for_sockets())
+            .filter_map(|owner| Some((owner, owner.packets.as_deref()?)))
+    }
+
     /// Number of frontends, those for packets alone included.
     #[must_use]
     pub fn len(&self) -> usize {

@@ -57,13 +57,14 @@ impl fmt::Display for FrontendAddress {
 impl FromStr for FrontendAddress {
     type Err = String;
 
-    /// Parses `ADDRESS:PORT`, optionally followed by `/tcp` (the default) or `/udp`.
+    /// Parses `ADDRESS:PORT`, optionally followed by `/tcp` (the default), `/udp` or `/sctp`.
     fn from_str(text: &str) -> Result<Self, String> {
         let (address, protocol) = match text.rsplit_once('/') {
             None => (text, Protocol::Tcp),
             Some((address, "tcp")) => (address, Protocol::Tcp),
             Some((address, "udp")) => (address, Protocol::Udp),
-            Some((_, other)) => return Err(format!("{other:?}: expected tcp or udp")),
+            Some((address, "sctp")) => (address, Protocol::Sctp),
+            Some((_, other)) => return Err(format!("{other:?}: expected tcp, udp or sctp")),
         };
         let address: SocketAddr = address
             .parse()

@@ -28,6 +28,7 @@ use self::nft::{Family, TableId};
 pub use self::{
     diff::diff,
     rules::{Rules, Site, Stale},
+    skeleton::Reason,
 };
 
 /// The maps in which rules record the endpoint of each client.

@@ -459,11 +459,7 @@ impl FamilyRules {
 
 /// The key of a frontend, as registers hold it.
 fn key(at: &FrontendAddress) -> Vec<u8> {
-    let protocol = match at.protocol {
-        Protocol::Tcp => 6,
-        Protocol::Udp => 17,
-        Protocol::Sctp => 132,
-    };
+    let protocol = at.protocol.number();
     let address = if form(at) == Form::Address { address(at.ip) } else { Vec::new() };
     [address, vec![protocol, 0, 0, 0], port(at.port).to_vec()].concat()
 }

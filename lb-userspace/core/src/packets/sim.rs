@@ -4,8 +4,9 @@
 //! socklb's rules do not have match nothing.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     net::{IpAddr, SocketAddr},
+    num::NonZeroU32,
 };
 
 use super::nft::{
@@ -160,50 +161,66 @@ pub enum Outcome {
 /// Elements that rules add stay in the table. What is routed on and what is for this node is treated alike: the
 /// rules for both are the same.
 pub fn send(table: &mut Table, packet: Packet, draw: &mut dyn FnMut(u32) -> u32) -> Outcome {
+    let (outcome, passage) = pass(table, packet, draw);
+    for Update { set, op, key, value, .. } in passage.updates {
+        let Some(set) = table.sets.get_mut(&set) else { continue };
+        match op {
+            DynsetOp::Delete => drop(set.elements.remove(&key)),
+            DynsetOp::Add | DynsetOp::Update => {
+                set.elements.entry(key).or_insert_with(|| value.into());
+            }
+        }
+    }
+    outcome
+}
+
+/// All that may become of a packet.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Outcomes {
+    /// One for each endpoint that may be drawn, else one.
+    pub all: BTreeSet<Outcome>,
+    /// The set or map with the element that decides; `None` if a rule alone does, or no rule is about the packet.
+    pub decided_by: Option<Name>,
+    /// How long a rule records the endpoint of the client, milliseconds.
+    pub recorded: Option<NonZeroU32>,
+}
+
+/// What may become of a packet, whichever numbers are drawn. The table stays as it is.
+///
+/// For tables of socklb: there each index that can be drawn first has an endpoint, or leads to one that can.
+#[must_use]
+pub fn outcomes(table: &Table, packet: Packet) -> Outcomes {
+    let mut found = Outcomes::default();
+    let (mut n, mut n_numbers) = (0, 1);
+    while n < n_numbers {
+        let mut draw = |below: u32| {
+            n_numbers = n_numbers.max(below);
+            n % below.max(1)
+        };
+        let (outcome, passage) = pass(table, packet, &mut draw);
+        let Passage { decided_by, updates, .. } = passage;
+        found.all.insert(outcome);
+        found.decided_by = decided_by;
+        found.recorded = found.recorded.or(updates.iter().find_map(|update| update.timeout));
+        n += 1;
+    }
+    found
+}
+
+fn pass<'a>(table: &'a Table, packet: Packet, draw: &'a mut dyn FnMut(u32) -> u32) -> (Outcome, Passage<'a>) {
     let mut passage = Passage {
+        table,
         registers: [0; 4 * Register::COUNT as usize],
         packet,
         original: packet.destination,
         is_translated: false,
+        found: None,
+        decided_by: None,
+        updates: Vec::new(),
         draw,
     };
-    let hooks: &[Hook] = if packet.is_own {
-        &[Hook::Output, Hook::Postrouting]
-    } else {
-        &[Hook::Prerouting, Hook::Forward, Hook::Postrouting]
-    };
-    let mut is_masqueraded = false;
-    for hook in hooks {
-        let at_hook = |(name, chain): (&Name, &Chain)| {
-            let base = chain.base.filter(|base| base.hook == *hook)?;
-            Some((base.priority, base.kind, name.clone()))
-        };
-        let mut chains: Vec<_> = table.chains.iter().filter_map(at_hook).collect();
-        chains.sort_by_key(|(priority, ..)| *priority);
-        let mut has_translation = false;
-        for (_, kind, name) in chains {
-            // The first chain of type nat that translates decides.
-            if kind == ChainType::Nat && has_translation {
-                continue;
-            }
-            match passage.chain(table, &name, 0) {
-                Step::Rejected => return Outcome::Rejected,
-                Step::Dropped => return Outcome::Dropped,
-                Step::Translated(to) => {
-                    has_translation = true;
-                    passage.packet.destination = to;
-                    passage.is_translated = true;
-                }
-                Step::Masqueraded => is_masqueraded = true,
-                Step::Next | Step::Return | Step::Accepted => {}
-            }
-        }
-    }
-    if passage.is_translated {
-        Outcome::Translated { endpoint: passage.packet.destination, is_masqueraded }
-    } else {
-        Outcome::Passes
-    }
+    let outcome = passage.hooks();
+    (outcome, passage)
 }
 
 enum Step {
@@ -221,18 +238,74 @@ enum Step {
 const MAX_DEPTH: usize = 16;
 
 struct Passage<'a> {
+    table: &'a Table,
     registers: [u8; 4 * Register::COUNT as usize],
     packet: Packet,
     original: SocketAddr,
     is_translated: bool,
+    /// The last set in which the rule has found something.
+    found: Option<&'a Name>,
+    decided_by: Option<Name>,
+    updates: Vec<Update>,
     draw: &'a mut dyn FnMut(u32) -> u32,
 }
 
-impl Passage<'_> {
-    fn chain(&mut self, table: &mut Table, name: &Name, depth: usize) -> Step {
-        let Some(chain) = table.chains.get(name).filter(|_| depth < MAX_DEPTH) else { return Step::Dropped };
-        for rule in chain.rules.clone() {
-            match self.rule(table, &rule, depth) {
+/// What a rule does to an element.
+struct Update {
+    set: Name,
+    op: DynsetOp,
+    key: Key,
+    value: Value,
+    timeout: Option<NonZeroU32>,
+}
+
+impl<'a> Passage<'a> {
+    fn hooks(&mut self) -> Outcome {
+        let hooks: &[Hook] = if self.packet.is_own {
+            &[Hook::Output, Hook::Postrouting]
+        } else {
+            &[Hook::Prerouting, Hook::Forward, Hook::Postrouting]
+        };
+        let mut is_masqueraded = false;
+        let mut translated_by = None;
+        for hook in hooks {
+            let at_hook = |chain: &'a Chain| {
+                let base = chain.base.filter(|base| base.hook == *hook)?;
+                Some((base.priority, base.kind, chain))
+            };
+            let mut chains: Vec<_> = self.table.chains.values().filter_map(at_hook).collect();
+            chains.sort_by_key(|(priority, ..)| *priority);
+            let mut has_translation = false;
+            for (_, kind, chain) in chains {
+                // The first chain of type nat that translates decides.
+                if kind == ChainType::Nat && has_translation {
+                    continue;
+                }
+                match self.chain(chain, 0) {
+                    Step::Rejected => return Outcome::Rejected,
+                    Step::Dropped => return Outcome::Dropped,
+                    Step::Translated(to) => {
+                        has_translation = true;
+                        translated_by = self.decided_by.take();
+                        self.packet.destination = to;
+                        self.is_translated = true;
+                    }
+                    Step::Masqueraded => is_masqueraded = true,
+                    Step::Next | Step::Return | Step::Accepted => {}
+                }
+            }
+        }
+        self.decided_by = translated_by;
+        if self.is_translated {
+            Outcome::Translated { endpoint: self.packet.destination, is_masqueraded }
+        } else {
+            Outcome::Passes
+        }
+    }
+
+    fn chain(&mut self, chain: &'a Chain, depth: usize) -> Step {
+        for rule in &chain.rules {
+            match self.rule(rule, depth) {
                 Step::Next => {}
                 Step::Return => return Step::Next,
                 decided => return decided,
@@ -241,29 +314,47 @@ impl Passage<'_> {
         Step::Next
     }
 
-    fn rule(&mut self, table: &mut Table, rule: &Rule, depth: usize) -> Step {
+    /// A missing chain, or too many jumps: no table of the kernel has them.
+    fn jump(&mut self, name: &Name, depth: usize) -> Step {
+        if self.found.is_some() {
+            self.decided_by = self.found.cloned();
+        }
+        match self.table.chains.get(name).filter(|_| depth < MAX_DEPTH) {
+            Some(chain) => self.chain(chain, depth),
+            None => Step::Dropped,
+        }
+    }
+
+    fn rule(&mut self, rule: &'a Rule, depth: usize) -> Step {
+        self.found = None;
         for expression in &rule.expressions {
             let verdict = match expression {
                 Expression::Verdict(verdict) => verdict.clone(),
                 Expression::Lookup { set, from, to: LookupTo::Verdict } => {
-                    match self.find(table, set, *from).map(|element| element.value) {
-                        Some(Value::Verdict(verdict)) => verdict,
+                    match self.find(set, *from).map(|element| &element.value) {
+                        Some(Value::Verdict(verdict)) => verdict.clone(),
                         _ => return Step::Next,
                     }
                 }
-                Expression::Dnat { address, port } => return self.dnat(*address, *port),
+                Expression::Dnat { address, port } => {
+                    self.decided_by = self.found.cloned();
+                    return self.dnat(*address, *port);
+                }
                 Expression::Masquerade { .. } => return Step::Masqueraded,
                 Expression::Reject(Reject::TcpReset | Reject::Unreachable(_)) => return Step::Rejected,
-                other if self.matches(table, other) => continue,
+                other if self.matches(other) => continue,
                 _ => return Step::Next,
             };
             return match verdict {
                 Verdict::Continue => continue,
                 Verdict::Accept => Step::Accepted,
-                Verdict::Drop => Step::Dropped,
+                Verdict::Drop => {
+                    self.decided_by = self.found.cloned();
+                    Step::Dropped
+                }
                 Verdict::Return => Step::Return,
-                Verdict::Jump(chain) => self.chain(table, &chain, depth + 1),
-                Verdict::Goto(chain) => match self.chain(table, &chain, depth + 1) {
+                Verdict::Jump(chain) => self.jump(&chain, depth + 1),
+                Verdict::Goto(chain) => match self.jump(&chain, depth + 1) {
                     Step::Next => Step::Return,
                     decided => decided,
                 },
@@ -273,7 +364,7 @@ impl Passage<'_> {
     }
 
     /// Runs an expression without a verdict; `false` ends the rule.
-    fn matches(&mut self, table: &mut Table, expression: &Expression) -> bool {
+    fn matches(&mut self, expression: &'a Expression) -> bool {
         match expression {
             Expression::Meta { key: MetaKey::L4Proto, to } => self.store(*to, &[self.packet.protocol]),
             Expression::Payload { header, offset, len, to } => {
@@ -327,13 +418,19 @@ impl Passage<'_> {
                     Comparison::GreaterOrEqual => order.is_ge(),
                 }
             }
-            Expression::Lookup { set, from, to } => match (self.find(table, set, *from), to) {
-                (Some(_), LookupTo::Matches) | (None, LookupTo::MatchesNot) => true,
-                (Some(Element { value: Value::Data(value), .. }), LookupTo::Register(to)) => {
-                    self.store(*to, value.as_slice())
+            Expression::Lookup { set, from, to } => {
+                let element = self.find(set, *from);
+                if element.is_some() {
+                    self.found = Some(set);
                 }
-                _ => false,
-            },
+                match (element, to) {
+                    (Some(_), LookupTo::Matches) | (None, LookupTo::MatchesNot) => true,
+                    (Some(Element { value: Value::Data(value), .. }), LookupTo::Register(to)) => {
+                        self.store(*to, value.as_slice())
+                    }
+                    _ => false,
+                }
+            }
             Expression::Numgen { kind, modulus, offset, to } => {
                 let number = match kind {
                     Numgen::Random => (self.draw)(*modulus),
@@ -341,39 +438,25 @@ impl Passage<'_> {
                 };
                 self.store(*to, &(number + offset).to_ne_bytes())
             }
-            Expression::Dynset { set, op, key, value, .. } => self.update(table, set, *op, *key, *value),
+            Expression::Dynset { set, op, key, value, timeout } => {
+                let Some(Set { spec, .. }) = self.table.sets.get(set) else { return false };
+                let value = value.map_or(Value::None, |value| {
+                    Value::Data(Octets::from(self.load(value, spec.value_len())))
+                });
+                let key = Key::from(self.load(*key, spec.key_len()));
+                self.updates.push(Update { set: set.clone(), op: *op, key, value, timeout: *timeout });
+                true
+            }
             Expression::Counter => true,
             _ => false,
         }
     }
 
-    fn update(
-        &mut self,
-        table: &mut Table,
-        set: &Name,
-        op: DynsetOp,
-        key: Register,
-        value: Option<Register>,
-    ) -> bool {
-        let Some(set) = table.sets.get_mut(set) else { return false };
-        let key = Key::from(self.load(key, set.spec.key_len()));
-        match op {
-            DynsetOp::Delete => drop(set.elements.remove(&key)),
-            DynsetOp::Add | DynsetOp::Update => {
-                let value = value.map_or(Value::None, |value| {
-                    Value::Data(Octets::from(self.load(value, set.spec.value_len())))
-                });
-                set.elements.entry(key).or_insert_with(|| value.into());
-            }
-        }
-        true
-    }
-
-    fn find(&self, table: &Table, set: &Name, from: Register) -> Option<Element> {
-        let set = table.sets.get(set)?;
+    fn find(&self, set: &Name, from: Register) -> Option<&'a Element> {
+        let set = self.table.sets.get(set)?;
         let key = self.load(from, set.spec.key_len());
         if !set.spec.flags.contains(SetFlags::INTERVAL) {
-            return set.elements.get(&Key::from(key)).cloned();
+            return set.elements.get(&Key::from(key));
         }
         let is_within = |range: &&Key| {
             let fields = set.spec.key.iter().map(|field| field.len().next_multiple_of(4));
@@ -387,7 +470,7 @@ impl Passage<'_> {
                 of(range.start.as_slice()) <= value && value <= of(end.as_slice())
             })
         };
-        set.elements.iter().find(|(range, _)| is_within(range)).map(|(_, element)| element.clone())
+        set.elements.iter().find(|(range, _)| is_within(range)).map(|(_, element)| element)
     }
 
     fn dnat(&self, address: Register, port: Option<Register>) -> Step {

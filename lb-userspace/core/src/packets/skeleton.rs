@@ -49,6 +49,7 @@ use super::{
         Family, FibAddress, Header, Hook, LookupTo, MetaKey, Name, Numgen, Octets, Policy, Register, Reject,
         Rule, Set, SetFlags, SetSpec, Table, ValueType, Verdict, ct_state, ct_status,
     },
+    sim::{Outcome, Outcomes},
 };
 use crate::{desired::PacketMode, model::Cidr};
 
@@ -65,6 +66,9 @@ const TCP: u8 = 6;
 
 /// The map that records the endpoints of clients.
 const AFFINITY: &str = AFFINITY_MAPS[0];
+
+/// Before the names of what is for node ports.
+const NODE_PORT: &str = "nodeport-";
 
 const MILLISECONDS: NonZeroU32 = NonZeroU32::MIN.saturating_add(999);
 
@@ -154,7 +158,7 @@ impl Form {
     pub(super) fn name(self, name: &str) -> Name {
         match self {
             Self::Address => name.into(),
-            Self::NodePort => format!("nodeport-{name}").into(),
+            Self::NodePort => format!("{NODE_PORT}{name}").into(),
         }
     }
 }
@@ -239,6 +243,45 @@ pub(super) fn address(ip: IpAddr) -> Vec<u8> {
     match ip {
         IpAddr::V4(ip) => ip.octets().to_vec(),
         IpAddr::V6(ip) => ip.octets().to_vec(),
+    }
+}
+
+/// Why a packet gets its outcomes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reason {
+    /// No rule is about it.
+    NoFrontend,
+    /// An endpoint is drawn.
+    Drawn,
+    /// The client keeps the endpoint of its last connection.
+    Kept,
+    /// The frontend has no endpoint.
+    NoEndpoint,
+    /// It has none on this node, as its policy Local demands for senders outside.
+    NoLocalEndpoint,
+    /// The source ranges do not have the client.
+    SourceRanges,
+    /// The Service of the cluster IP does not define the port.
+    UndefinedPort,
+    /// No Service has this address of the cluster IPs' networks.
+    NoService,
+}
+
+impl Reason {
+    /// The reason of [`outcomes`](super::sim::outcomes) in a table of socklb.
+    #[must_use]
+    pub fn of(outcomes: &Outcomes) -> Self {
+        let set = outcomes.decided_by.as_deref().unwrap_or_default();
+        match set.strip_prefix(NODE_PORT).unwrap_or(set) {
+            "endpoints" => Self::Drawn,
+            AFFINITY => Self::Kept,
+            "refused" => Self::NoEndpoint,
+            "dropped" => Self::NoLocalEndpoint,
+            "limited" => Self::SourceRanges,
+            "cluster-ips" => Self::UndefinedPort,
+            _ if outcomes.all.contains(&Outcome::Dropped) => Self::NoService,
+            _ => Self::NoFrontend,
+        }
     }
 }
 

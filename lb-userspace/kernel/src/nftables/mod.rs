@@ -193,30 +193,47 @@ impl Nftables {
         }
     }
 
-    /// Deletes tables, all in one transaction. Returns whether there was one.
+    /// Deletes tables, all in one transaction. Returns those that there were.
     ///
     /// # Errors
     ///
     /// As [`Self::apply`].
-    pub fn remove(&mut self, tables: &[TableId]) -> Result<bool, NftablesError> {
-        let mut changes = Vec::new();
+    pub fn remove(&mut self, tables: &[TableId]) -> Result<Vec<TableId>, NftablesError> {
+        let mut found = Vec::new();
         for id in tables {
             if self.has(id)? {
-                // Refused without a table: another program may delete it meanwhile.
-                changes.extend([Change::AddTable, Change::DeleteTable].map(|change| (id.clone(), change)));
+                found.push(id.clone());
             }
         }
-        let has_any = !changes.is_empty();
-        self.apply(&Transaction { changes, generation: None })?;
-        Ok(has_any)
+        // Deleting is refused without a table: another program may delete it meanwhile.
+        let both = |id: &TableId| [Change::AddTable, Change::DeleteTable].map(|change| (id.clone(), change));
+        self.apply(&Transaction { changes: found.iter().flat_map(both).collect(), generation: None })?;
+        Ok(found)
     }
 
-    fn has(&mut self, id: &TableId) -> Result<bool, NftablesError> {
+    /// Whether there is such a table.
+    ///
+    /// # Errors
+    ///
+    /// [`NftablesError::Missing`] on a kernel without nftables; [`NftablesError::NotPermitted`].
+    pub fn has(&mut self, id: &TableId) -> Result<bool, NftablesError> {
         let named = |writer: &mut Writer| writer.text(wire::table::NAME, &id.name);
-        match self.get(id, wire::message::GET_TABLE, 0, named, |_attributes| {}) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
-            found => found.map(|_| true).map_err(|error| NftablesError::socket("cannot read a table", error)),
-        }
+        let found = self.get(id, wire::message::GET_TABLE, 0, named, |_attributes| {});
+        is_found(found, "cannot read a table")
+    }
+
+    /// Whether a table has such a chain.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::has`].
+    pub fn has_chain(&mut self, id: &TableId, chain: &str) -> Result<bool, NftablesError> {
+        let named = |writer: &mut Writer| {
+            writer.text(wire::chain::TABLE, &id.name);
+            writer.text(wire::chain::NAME, chain);
+        };
+        let found = self.get(id, wire::message::GET_CHAIN, 0, named, |_attributes| {});
+        is_found(found, "cannot read a chain")
     }
 
     /// Reads a table, and the generation in which it was so; `None` if there is no such table.
@@ -322,6 +339,13 @@ impl Nftables {
                 each(attributes);
             }
         })
+    }
+}
+
+fn is_found(found: io::Result<bool>, what: &'static str) -> Result<bool, NftablesError> {
+    match found {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        found => found.map(|_| true).map_err(|error| NftablesError::socket(what, error)),
     }
 }
 

@@ -1,7 +1,9 @@
 use std::{collections::BTreeMap, io};
 
 use expect_test::expect;
-use lb_kernel::{Features, cgroup::Extent, exclusive::Exclusive, feature::SockFields};
+use lb_kernel::{
+    Features, cgroup::Extent, exclusive::Exclusive, feature::SockFields, nftables::NftablesError,
+};
 
 use super::*;
 
@@ -24,7 +26,18 @@ fn able() -> Host {
         sockets: Ok(()),
         neighbours: Ok(BTreeMap::new()),
         exclusives: Ok(Vec::new()),
+        packets: PacketHost {
+            unable: [None, None],
+            has_tables: false,
+            not_forwarding: vec!["/proc/sys/net/ipv4/ip_forward"],
+            kube_proxy: Vec::new(),
+            legacy_tables: Vec::new(),
+        },
     }
+}
+
+fn named<'a>(findings: &'a [Finding], what: &str) -> &'a Finding {
+    findings.iter().find(|finding| finding.what == what).unwrap()
 }
 
 #[test]
@@ -42,6 +55,8 @@ fn a_host_that_has_everything() {
         ok       stale sockets    stale sockets can be found and destroyed
         ok       attaching        no program excludes others from a hook
         ok       other balancers  no other program on the same hooks
+        ok       packets          nftables has what --packets needs
+        ok       kube-proxy       no rules of kube-proxy
     "]]
     .assert_eq(&table(&findings(&able(), false)));
 }
@@ -146,7 +161,7 @@ fn what_cannot_be_found_out_is_not_called_missing() {
         let found = findings.iter().find(|finding| finding.what == what).unwrap();
         assert_eq!((found.status, found.found.as_str()), (Status::Note, NOT_KNOWN), "{what}");
     }
-    let beside = findings.last().unwrap();
+    let beside = named(&findings, "other balancers");
     assert_eq!(beside.found, "cannot be listed: Operation not permitted (os error 1)");
 }
 
@@ -161,7 +176,7 @@ fn the_old_capability_counts_for_the_new_ones() {
 fn another_balancer_is_named_with_its_hooks() {
     let others = BTreeMap::from([("cil_sock4_conne".to_owned(), vec!["connect4", "sendmsg4"])]);
     let findings = findings(&Host { neighbours: Ok(others), ..able() }, false);
-    let last = findings.last().unwrap();
+    let last = named(&findings, "other balancers");
     assert_eq!(last.status, Status::Note);
     assert!(last.found.starts_with("cil_sock4_conne (connect4 sendmsg4): "), "{}", last.found);
 }
@@ -176,9 +191,32 @@ fn a_program_that_refuses_others_is_named_with_the_remedy() {
         ..able()
     };
     let findings = findings(&host, false);
-    let [.., attaching, beside] = &findings[..] else { panic!("{findings:?}") };
+    let [attaching, beside] = ["attaching", "other balancers"].map(|what| named(&findings, what));
     assert_eq!(attaching.status, Status::Missing);
     expect![[r#"the agent cannot attach connect4 connect6: program guard (id 7) is attached to /sys/fs/cgroup with the flags "none", which excludes other programs: attach it with "multi" (BPF_F_ALLOW_MULTI), detach it (`bpftool cgroup detach`), or serve another cgroup (--cgroup)"#]]
         .assert_eq(&attaching.found);
     assert!(beside.found.starts_with("guard (sendmsg4): "), "{}", beside.found);
+}
+
+#[test]
+fn what_packets_need_and_what_kube_proxy_has_left_are_notes() {
+    let tables = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>();
+    let lacks = || Some(NftablesError::Lacks(vec!["nft_fib_ipv6"]));
+    let host = PacketHost {
+        unable: [None, lacks()],
+        has_tables: true,
+        kube_proxy: tables(&["nftables table ip kube-proxy", "interface kube-ipvs0"]),
+        legacy_tables: tables(&["filter", "nat"]),
+        ..able().packets
+    };
+    expect![[r"
+        note     packets     --packets serves no IPv6: nftables: this kernel lacks nft_fib_ipv6: load these modules, or use a kernel that has them
+        note     forwarding  /proc/sys/net/ipv4/ip_forward is 0, so packets from outside do not reach pods: set it to 1, unless this node has no pods
+        note     kube-proxy  nftables table ip kube-proxy, interface kube-ipvs0: unless kube-proxy is to run beside socklb, stop it and run `kube-proxy --cleanup` on this node; iptables-legacy has tables (filter, nat): `iptables-legacy-save | grep KUBE-SERVICES` shows whether kube-proxy's rules are among them
+    "]].assert_eq(&table(&packets(&host)));
+    let host = PacketHost { unable: [Some(NftablesError::Missing), lacks()], ..able().packets };
+    expect![[r"
+        note     packets     --packets is not possible: nftables: this kernel lacks it: load the module nf_tables, or use a kernel with CONFIG_NF_TABLES
+        ok       kube-proxy  no rules of kube-proxy
+    "]].assert_eq(&table(&packets(&host)));
 }

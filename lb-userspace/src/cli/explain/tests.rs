@@ -6,6 +6,9 @@ use lb_common::{
     layout::{EndpointHealth, frontend_flags},
 };
 use lb_core::{
+    desired::{FrontendKind, PacketMode, PacketSide, PortKey},
+    model::{Cidr, Protocol},
+    packets::{Rules, Site, sim::Packet},
     sim::Config,
     tables::{Image, run::StoredRun},
 };
@@ -63,35 +66,156 @@ fn why_an_endpoint_is_not_chosen() {
           candidate  10.244.0.1:8080
           candidate  10.244.0.2:8080
           spill      10.244.0.3:8080
+        packets -> not socklb's (--packets=off): the rules of other programs decide
         10.96.0.80:80/tcp -> redirected: one of 2, of which 1 is ejected
           frontend    of an unknown service, policy Cluster
           candidate  10.244.0.1:8080  ejected for 4 s: 3 failures in a row, the last one: connection refused; failing for 10 s
           candidate  10.244.0.2:8080
           spill      10.244.0.3:8080
+        packets -> not socklb's (--packets=off): the rules of other programs decide
         10.96.0.80:80/tcp -> redirected: one of 2, of which 1 is ejected
           frontend    of an unknown service, policy Cluster
           candidate  10.244.0.1:8080
           candidate  10.244.0.2:8080  ejected while a call is on trial: 3 failures in a row, the last one: no answer; failing for 10 s
           spill      10.244.0.3:8080
+        packets -> not socklb's (--packets=off): the rules of other programs decide
         10.96.0.80:80/tcp -> redirected: one of 2, of which 2 are ejected
           frontend    of an unknown service, policy Cluster
           candidate  10.244.0.1:8080  ejected for 4 s: 3 failures in a row, the last one: connection refused; failing for 10 s
           candidate  10.244.0.2:8080  ejected until the next call, which is on trial: 3 failures in a row, the last one: no answer; failing for 10 s
           spill      10.244.0.3:8080
+        packets -> not socklb's (--packets=off): the rules of other programs decide
         10.96.0.80:80/tcp -> redirected: one of 1, which topology hints leave out: all 2 candidates are ejected
           frontend    of an unknown service, policy Cluster
           candidate  10.244.0.1:8080  ejected for 4 s: 3 failures in a row, the last one: connection refused; failing for 10 s
           candidate  10.244.0.2:8080  ejected while a call is on trial: 3 failures in a row, the last one: no answer; failing for 10 s
           spill      10.244.0.3:8080
+        packets -> not socklb's (--packets=off): the rules of other programs decide
         10.96.0.80:80/tcp -> redirected: one of 2: all are ejected, so none is avoided
           frontend    of an unknown service, policy Cluster
           candidate  10.244.0.1:8080  ejected for 4 s: 3 failures in a row, the last one: connection refused; failing for 10 s
           candidate  10.244.0.2:8080  ejected while a call is on trial: 3 failures in a row, the last one: no answer; failing for 10 s
           spill      10.244.0.3:8080
+        packets -> not socklb's (--packets=off): the rules of other programs decide
         192.0.2.1:30080/tcp -> redirected: one of 2, of which 1 is ejected
           frontend    of an unknown service, policy Cluster
           candidate  10.244.0.1:8080  ejected for 4 s: 3 failures in a row, the last one: connection refused; failing for 10 s
           candidate  10.244.0.2:8080
           spill      10.244.0.3:8080
+        packets -> not socklb's (--packets=off): the rules of other programs decide
     "]].assert_eq(&text);
+}
+
+/// A cluster IP with two endpoints and affinity, and a load-balancer address with source ranges whose endpoint is
+/// on another node.
+fn table() -> lb_core::packets::nft::Table {
+    let network = |text: &str| -> Cidr { text.parse().unwrap() };
+    let frontend = |at: &str, kind, policy, endpoints: &[[u8; 4]]| desired::Frontend {
+        address: at.parse().unwrap(),
+        kind,
+        policy,
+        flags: 0,
+        affinity_seconds: if kind == FrontendKind::ClusterIP { 10 } else { 0 },
+        health: 0,
+        created: None,
+        port: PortKey {
+            service: ServiceKey::new("default", "web"),
+            port_name: "".into(),
+            protocol: Protocol::Tcp,
+            ipv6: false,
+        }
+        .into(),
+        endpoints: endpoints.iter().map(|ip| SocketAddr::from((*ip, 8080))).collect(),
+        balance: Balance::Random,
+        shares: None,
+        spill: [].into(),
+        packets: None,
+    };
+    let both = [[10, 244, 0, 1], [10, 244, 1, 1]];
+    let inside = frontend("10.96.0.80:80", FrontendKind::ClusterIP, TrafficPolicy::Cluster, &both);
+    let local = frontend("203.0.113.1:80", FrontendKind::LoadBalancer, TrafficPolicy::Local, &both);
+    let any = frontend("203.0.113.2:80", FrontendKind::LoadBalancer, TrafficPolicy::Cluster, &both[..1]);
+    let idle = frontend("10.96.0.90:80", FrontendKind::ClusterIP, TrafficPolicy::Cluster, &[]);
+    let of_local = PacketSide {
+        outside: Some([].into()),
+        sources: Some([network("192.0.2.0/24")].into()),
+        ..PacketSide::default()
+    };
+    let mut rules = Rules::new(PacketMode::All);
+    rules.set_site(&Site {
+        pods: [network("10.244.0.0/24")].into(),
+        networks: [network("10.96.0.0/16")].into(),
+        ..Site::default()
+    });
+    for (frontend, side) in [
+        (&inside, &PacketSide::default()),
+        (&local, &of_local),
+        (&any, &PacketSide::default()),
+        (&idle, &PacketSide::default()),
+    ] {
+        rules.set(frontend.address, Some((frontend, side)));
+    }
+    rules.set_cluster_ip([10, 96, 0, 80].into(), Some(true));
+    rules.tables().into_values().next().unwrap()
+}
+
+#[test]
+fn what_a_packet_gets_and_why() {
+    let table = table();
+    let packet = |source: [u8; 4], to: &str, is_own| Packet {
+        source: source.into(),
+        destination: to.parse().unwrap(),
+        protocol: 6,
+        is_own,
+    };
+    let (outside, elsewhere, pod) = ([192, 0, 2, 1], [198, 51, 100, 1], [10, 244, 0, 9]);
+    let mut text = String::new();
+    for sent in [
+        packet(pod, "10.96.0.80:80", false),
+        packet(outside, "10.96.0.80:80", false),
+        packet([192, 168, 0, 1], "10.96.0.80:80", true),
+        packet(pod, "10.96.0.80:81", false),
+        packet(pod, "10.96.0.90:80", false),
+        packet(pod, "10.96.9.9:80", false),
+        packet(outside, "203.0.113.1:80", false),
+        packet(elsewhere, "203.0.113.1:80", false),
+        packet(outside, "203.0.113.2:80", false),
+        packet(outside, "203.0.113.3:80", false),
+    ] {
+        text += &format!("{}: {}", sent.destination, PacketPart::new(&table, sent).text());
+    }
+    expect![[r#"
+        10.96.0.80:80: packet from 10.244.0.9 -> translated: one of 2; a client keeps its endpoint until it is idle for 10 s
+          endpoint   10.244.0.1:8080  sees the client's address
+          endpoint   10.244.1.1:8080  sees the client's address
+        10.96.0.80:80: packet from 192.0.2.1 (outside) -> translated: one of 2; a client keeps its endpoint until it is idle for 10 s
+          endpoint   10.244.0.1:8080  sees the node's address
+          endpoint   10.244.1.1:8080  sees the node's address
+        10.96.0.80:80: packet from 192.168.0.1 (this node) -> translated: one of 2; a client keeps its endpoint until it is idle for 10 s
+          endpoint   10.244.0.1:8080  sees the node's address
+          endpoint   10.244.1.1:8080  sees the node's address
+        10.96.0.80:81: packet from 10.244.0.9 -> refused: 10.96.0.80 is the cluster IP of a service that does not define this port
+        10.96.0.90:80: packet from 10.244.0.9 -> refused: the service has no usable endpoint
+        10.96.9.9:80: packet from 10.244.0.9 -> dropped: no service has 10.96.9.9, an address of the networks of cluster IPs
+        203.0.113.1:80: packet from 192.0.2.1 (outside) -> dropped: no endpoint is on this node, and the policy Local lets packets from outside reach no other
+        203.0.113.1:80: packet from 198.51.100.1 -> dropped: loadBalancerSourceRanges do not have 198.51.100.1
+        203.0.113.2:80: packet from 192.0.2.1 (outside) -> translated: the only endpoint
+          endpoint   10.244.0.1:8080  sees the node's address
+        203.0.113.3:80: packet from 192.0.2.1 (outside) -> untouched: no rule of socklb is about it
+    "#]].assert_eq(&text);
+
+    let packet = Some(PacketPart::new(&table, packet(outside, "203.0.113.2:80", false)));
+    let to = "203.0.113.2:80".parse().unwrap();
+    let explanation = Explanation { packet, ..explain(&simulator(), None, to, Caller::default()) };
+    expect!["203.0.113.2:80/tcp -> untouched: no frontend has this address, port and protocol: the call passes unchanged; packet from 192.0.2.1 (outside) -> translated: the only endpoint; endpoint 10.244.0.1:8080 (sees the node's address)"].assert_eq(&explanation.line());
+    let json = serde_json::to_value(&explanation).unwrap();
+    let expected = serde_json::json!({
+        "from": "192.0.2.1",
+        "from_this_node": false,
+        "verdict": "translated",
+        "endpoints": [{"endpoint": "10.244.0.1:8080", "sees": "node"}],
+        "affinity_seconds": 0,
+        "reason": "the only endpoint",
+    });
+    assert_eq!((&json["verdict"], &json["packet"]), (&"untouched".into(), &expected));
 }

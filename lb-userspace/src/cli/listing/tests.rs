@@ -1,4 +1,6 @@
 use expect_test::expect;
+use lb_core::{desired::PacketMode, model::ingest};
+use serde_json::json;
 
 use super::*;
 
@@ -15,6 +17,7 @@ fn row(name: &str, address: &str, endpoints: &[&str]) -> FrontendRow {
         policy: TrafficPolicy::Cluster,
         affinity_seconds: 0,
         endpoints: endpoints.iter().map(|endpoint| undescribed(endpoint.parse().unwrap())).collect(),
+        packets: None,
     }
 }
 
@@ -67,4 +70,58 @@ fn an_ejection_counts_only_where_connections_are_observed() {
         connect_microseconds: Some(7),
     };
     assert_eq!(HealthPart::new(true, &health, now), expected);
+}
+
+/// A Service with the policy Local, one of whose two endpoints is on this node.
+fn state_with_packets(packets: PacketMode) -> State {
+    let service = json!({
+        "metadata": {"namespace": "default", "name": "web"},
+        "spec": {
+            "type": "LoadBalancer", "clusterIP": "10.96.0.80", "clusterIPs": ["10.96.0.80"],
+            "ipFamilies": ["IPv4"], "externalTrafficPolicy": "Local", "allocateLoadBalancerNodePorts": false,
+            "loadBalancerSourceRanges": ["198.51.100.0/24"],
+            "externalIPs": ["203.0.113.5"],
+            "ports": [{"name": "http", "port": 80}, {"name": "sip", "port": 5060, "protocol": "SCTP"}],
+        },
+        "status": {"loadBalancer": {"ingress": [{"ip": "203.0.113.1"}]}},
+    });
+    let endpoint = |ip, node| json!({"addresses": [ip], "nodeName": node});
+    let slice = json!({
+        "metadata": {
+            "namespace": "default", "name": "web-a", "labels": {"kubernetes.io/service-name": "web"},
+        },
+        "addressType": "IPv4",
+        "ports": [{"name": "http", "port": 8080}, {"name": "sip", "port": 5060, "protocol": "SCTP"}],
+        "endpoints": [endpoint("10.244.0.1", "node"), endpoint("10.244.1.1", "other")],
+    });
+    let settings = Settings { packets, ..Settings::of_node("node") };
+    let (service, _issues) = ingest::service(&serde_json::from_value(service).unwrap());
+    let (slice, _issues) = ingest::slice(&serde_json::from_value(slice).unwrap());
+    state(settings, Vec::new(), Vec::new(), vec![Arc::new(service.unwrap())], vec![Arc::new(slice.unwrap())])
+}
+
+#[test]
+fn what_only_packets_reach_is_listed_and_said() {
+    let rows = |state: &State| {
+        let mut rows = list(state.image(), Some(state), &BTreeMap::new());
+        rows.extend(packets_alone(state));
+        sort(&mut rows);
+        rows
+    };
+    let on = rows(&state_with_packets(PacketMode::All));
+    expect![[r"
+        SERVICE           KIND          ADDRESS                POLICY   ENDPOINTS
+        default/web:http  ClusterIP     10.96.0.80:80/tcp      Cluster  10.244.0.1:8080 10.244.1.1:8080
+        default/web:http  LoadBalancer  203.0.113.1:80/tcp     Local    2 endpoints (packets only; from outside: 1; source ranges)
+        default/web:http  ExternalIP    203.0.113.5:80/tcp     Local    2 endpoints (from outside: 1)
+        default/web:sip   ClusterIP     10.96.0.80:5060/sctp   Cluster  2 endpoints (packets only)
+        default/web:sip   LoadBalancer  203.0.113.1:5060/sctp  Local    2 endpoints (packets only; from outside: 1; source ranges)
+        default/web:sip   ExternalIP    203.0.113.5:5060/sctp  Local    2 endpoints (packets only; from outside: 1)
+    "]].assert_eq(&table(&on));
+    let limited = on.iter().find(|row| row.address == IpAddr::from([203, 0, 113, 1])).unwrap();
+    assert_eq!(
+        serde_json::to_value(&limited.packets).unwrap(),
+        json!({"only": true, "endpoints_from_outside": 1, "source_ranges": ["198.51.100.0/24"]})
+    );
+    assert!(rows(&state_with_packets(PacketMode::Off)).iter().all(|row| row.packets.is_none()));
 }

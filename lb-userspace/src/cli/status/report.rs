@@ -4,10 +4,13 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fmt::{self, Write as _},
     path::PathBuf,
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
-use lb_agent::snapshot::{Snapshot, SnapshotError};
+use lb_agent::{
+    serve::known::Known,
+    snapshot::{Snapshot, SnapshotError},
+};
 use lb_common::limits;
 use lb_core::{model::Issue, plan::Capacity, state::State, tables::Image};
 use lb_kernel::{
@@ -37,6 +40,8 @@ pub(super) struct Status {
     /// Which processes the hooks cover: `host`, `node` (which is itself a container) or `cgroup`; `null` if
     /// their cgroup is not found.
     pub(super) covers: Option<Extent>,
+    /// The nftables rules for packets; `null` with `--packets=off`.
+    pub(super) packets: Option<PacketsPart>,
     /// The excluded cgroups.
     pub(super) excluded_cgroups: Vec<ExcludedRow>,
     /// Foreign programs on the same hooks of the same cgroup, each with its hooks. They run too.
@@ -118,6 +123,31 @@ pub(super) struct SnapshotPart {
     pub(super) problem: Option<String>,
     /// Why a running agent's last write failed.
     pub(super) write_problem: Option<String>,
+}
+
+/// The nftables rules for packets.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub(super) struct PacketsPart {
+    /// The tables that the kernel has, such as `ip socklb`.
+    pub(super) tables: Vec<String>,
+    /// A running agent's tables that it lacks.
+    pub(super) missing_tables: Vec<String>,
+    /// What a running agent knows of them; `null` if no agent answers.
+    pub(super) frontends: Option<usize>,
+    pub(super) elements: Option<usize>,
+    /// `null` also before the first.
+    pub(super) last_transaction: Option<TransactionPart>,
+    /// Why the rules are not up to date.
+    pub(super) problem: Option<String>,
+}
+
+/// The last transaction that changed the rules.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub(super) struct TransactionPart {
+    /// Number of changes; many elements of one set are one change.
+    pub(super) changes: usize,
+    pub(super) duration_seconds: f64,
+    pub(super) age_seconds: Age,
 }
 
 /// How full a map is.
@@ -212,6 +242,75 @@ impl SnapshotPart {
         let problem = snapshot.err().map(ToString::to_string);
         let age = age.filter(|_| problem.is_none()).map(|age| Age(age.as_secs_f64()));
         Self { path, age_seconds: age, services, endpoint_slices, nodes, problem, write_problem }
+    }
+}
+
+impl PacketsPart {
+    /// Joins the kernel's tables with what a running agent says. `None` if both have none.
+    pub(super) fn new(
+        tables: Result<Vec<String>, String>,
+        known: Option<&Known>,
+        now: SystemTime,
+    ) -> Option<Self> {
+        let agent = known.and_then(|known| known.packets.as_ref());
+        let (tables, unread) = match tables {
+            Ok(tables) => (tables, None),
+            Err(problem) => (Vec::new(), Some(problem)),
+        };
+        if agent.is_none() && tables.is_empty() {
+            return None;
+        }
+        let last = agent.and_then(|agent| agent.last);
+        // Before the first transaction there is none to miss.
+        let kept = agent.filter(|_| last.is_some() && unread.is_none());
+        let kept = kept.map(|agent| &agent.tables[..]).unwrap_or_default();
+        let missing_tables = kept.iter().filter(|table| !tables.contains(table)).cloned().collect();
+        let stale = || {
+            known.filter(|_| agent.is_none()).map(|_| {
+                "the agent runs with --packets=off, and could not remove these rules: restart it, or run `socklb \
+                 cleanup`"
+                    .to_owned()
+            })
+        };
+        let of_agent = agent.and_then(|agent| agent.problem.as_ref()).map(ToString::to_string);
+        Some(Self {
+            tables,
+            missing_tables,
+            frontends: agent.map(|agent| agent.n_frontends),
+            elements: agent.map(|agent| agent.n_elements),
+            last_transaction: last.map(|last| TransactionPart {
+                changes: last.n_changes,
+                duration_seconds: last.took.as_secs_f64(),
+                age_seconds: Age(now.duration_since(last.at).unwrap_or_default().as_secs_f64()),
+            }),
+            problem: of_agent.or(unread).or_else(stale),
+        })
+    }
+
+    fn text(&self) -> String {
+        let mut parts = Vec::new();
+        if !self.tables.is_empty() {
+            let sizes = self.frontends.zip(self.elements);
+            let sizes = sizes.map(|(n, elements)| format!(": {n} frontends, {elements} elements"));
+            parts.push(format!("nftables tables {}{}", self.tables.join(", "), sizes.unwrap_or_default()));
+        }
+        if !self.missing_tables.is_empty() {
+            let missing = self.missing_tables.join(", ");
+            parts.push(format!(
+                "the kernel lacks {missing}: packets are not served; the next audit restores it (--audit-interval), unless \
+                 `socklb cleanup` removed it"
+            ));
+        }
+        if let Some(TransactionPart { changes, duration_seconds, age_seconds }) = self.last_transaction {
+            let milliseconds = duration_seconds * 1000.0;
+            parts.push(format!(
+                "last transaction {age_seconds} ago: {changes} changes in {milliseconds:.1} ms"
+            ));
+        } else if self.frontends.is_some() {
+            parts.push("no transaction yet".to_owned());
+        }
+        parts.extend(self.problem.clone());
+        format!("packets   {}\n", parts.join("\n          "))
     }
 }
 
@@ -319,6 +418,11 @@ impl Status {
         self.hooks.iter().all(HookRow::is_served)
     }
 
+    /// Whether the kernel has the tables of a running agent.
+    pub(super) fn has_tables(&self) -> bool {
+        self.packets.as_ref().is_none_or(|packets| packets.missing_tables.is_empty())
+    }
+
     /// The hooks whose calls pass unchanged because their program is missing, and the hooks of unknown state.
     fn hook_lines(&self) -> impl Iterator<Item = String> {
         let names = |is_unknown: bool| {
@@ -367,6 +471,7 @@ impl Status {
         if let Some(covers) = &self.covers {
             let _infallible = writeln!(text, "covers    {covers}");
         }
+        text.extend(self.packets.as_ref().map(PacketsPart::text));
         if let Some(self_test) = &self.self_test {
             let _infallible = writeln!(text, "self-test {self_test}");
         }

@@ -7,6 +7,7 @@
 use std::{
     collections::{BTreeMap, VecDeque},
     io,
+    path::{Path, PathBuf},
     time::{Duration, Instant, SystemTime},
 };
 
@@ -23,6 +24,7 @@ use lb_kernel::{
     conntrack::Conntrack,
     conntrack_settings,
     nftables::{self, Nftables, NftablesError},
+    pins,
 };
 use tokio::{
     task::{JoinHandle, spawn_blocking},
@@ -45,8 +47,9 @@ const MAX_TRIES: usize = 8;
 #[derive(Debug)]
 pub(super) enum Work {
     Apply(Transaction),
-    /// Makes the kernel's tables like these.
-    Adopt(BTreeMap<TableId, Table>),
+    /// Makes the kernel's tables like these. If they were there before, and pins here: not after both were
+    /// removed, by `socklb cleanup`.
+    Adopt(BTreeMap<TableId, Table>, Option<PathBuf>),
     /// Compares the generation alone: whether another program has committed changes.
     Check,
     /// Reads what the kernel has recorded about endpoints.
@@ -71,6 +74,8 @@ pub(super) enum Done {
     Checked {
         generation: u32,
     },
+    /// `socklb cleanup` has removed the tables.
+    CleanedUp,
     Read {
         clients: Vec<(TableId, &'static str, BTreeMap<Key, Element>)>,
         flows: Vec<conntrack::Entry>,
@@ -83,6 +88,7 @@ pub(super) enum Done {
 
 pub(super) struct PacketRules {
     mode: PacketMode,
+    pin_path: PathBuf,
     /// The families whose rules the kernel can have.
     families: Vec<Family>,
     /// `None` while a task has it, and where the kernel has no nftables.
@@ -105,9 +111,10 @@ impl PacketRules {
     /// # Errors
     ///
     /// Unless the mode is `Off`: if the kernel cannot have such rules.
-    pub(super) fn start(mode: PacketMode) -> Result<Self, NftablesError> {
+    pub(super) fn start(mode: PacketMode, pin_path: &Path) -> Result<Self, NftablesError> {
         let mut rules = Self {
             mode,
+            pin_path: pin_path.to_owned(),
             families: vec![Family::V4],
             nftables: None,
             running: None,
@@ -119,8 +126,10 @@ impl PacketRules {
         };
         match (mode, Nftables::open()) {
             (PacketMode::Off, Ok(mut nftables)) => match nftables.remove(&packets::table_ids()) {
-                Ok(true) => info!("removed the nftables rules of an agent with --packets"),
-                Ok(false) | Err(NftablesError::Missing) => {}
+                Ok(tables) if !tables.is_empty() => {
+                    info!("removed the nftables rules of an agent with --packets");
+                }
+                Ok(_) | Err(NftablesError::Missing) => {}
                 Err(error) => warn!(%error, "nftables rules of an earlier agent may be left"),
             },
             // Without nftables there are no rules to remove.
@@ -132,6 +141,8 @@ impl PacketRules {
                     Ok(()) => rules.families.push(Family::V6),
                     Err(error) => warn!(%error, "IPv6 packets are not served"),
                 }
+                let kept = packets::table_ids().into_iter().filter(|id| rules.families.contains(&id.family));
+                rules.status.tables = kept.map(|id| id.to_string()).collect();
                 for (setting, changed) in conntrack_settings::apply() {
                     let name = format!("net.netfilter.nf_conntrack_{}", setting.name);
                     match changed {
@@ -222,7 +233,7 @@ impl PacketRules {
         let before = self.status.clone();
         match result {
             Ok(Done::Applied { n_changes, took, generation }) => {
-                let is_whole = matches!(work, Some(Work::Adopt(_)));
+                let is_whole = matches!(work, Some(Work::Adopt(..)));
                 if is_whole && self.status.last.is_some() && n_changes > 0 {
                     warn!(n_changes, "an audit repaired nftables rules that another program had changed");
                 }
@@ -235,6 +246,10 @@ impl PacketRules {
                 if n_changes > 0 || self.status.last.is_none() {
                     self.status.last = Some(LastTransaction { n_changes, took, at: SystemTime::now() });
                 }
+            }
+            Ok(Done::CleanedUp) => {
+                (self.must_adopt, self.generation) = (true, None);
+                self.status.problem = None;
             }
             Ok(Done::Checked { generation }) if Some(generation) == self.generation => {}
             Ok(Done::Checked { .. }) => self.adopt(state),
@@ -278,7 +293,8 @@ impl PacketRules {
         self.queue.clear();
         let mut tables = state.adopt_packet_tables();
         tables.retain(|id, _| self.families.contains(&id.family));
-        self.queue.push_back(Work::Adopt(tables));
+        let pin_path = self.status.last.is_some().then(|| self.pin_path.clone());
+        self.queue.push_back(Work::Adopt(tables, pin_path));
         // Changes before this may have left records.
         self.queue.push_back(Work::Read(Stale { clients: true, flows: true }));
     }
@@ -325,9 +341,12 @@ fn run(nftables: &mut Nftables, work: &Work, known: Option<u32>) -> Result<Done,
             let is_alone = known.is_some_and(|known| known.wrapping_add(1) == generation);
             Ok(Done::Applied { n_changes, took, generation: is_alone.then_some(generation) })
         }
-        Work::Adopt(tables) => {
+        Work::Adopt(tables, pin_path) => {
             let mut n_tries = 0;
             loop {
+                if pin_path.as_ref().is_some_and(|path| pins::are_gone(path)) && !has_any(nftables, tables)? {
+                    return Ok(Done::CleanedUp);
+                }
                 match adopt(nftables, tables) {
                     Err(NftablesError::Changed) if n_tries < MAX_TRIES => n_tries += 1,
                     Ok((n_changes, generation)) => {
@@ -388,6 +407,15 @@ fn forget(
         n_flows += usize::from(conntrack.as_mut().is_some_and(|open| open.delete(flow).unwrap_or(false)));
     }
     Ok(Done::Forgotten { n_clients, n_flows })
+}
+
+fn has_any(nftables: &mut Nftables, tables: &BTreeMap<TableId, Table>) -> Result<bool, NftablesError> {
+    for id in tables.keys() {
+        if nftables.has(id)? {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 /// Makes the kernel's tables like these, if no other program commits changes meanwhile. Returns the number of

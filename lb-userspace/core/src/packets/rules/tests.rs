@@ -1,4 +1,4 @@
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use serde_json::{Value as Json, json};
 
@@ -6,7 +6,10 @@ use super::*;
 use crate::{
     desired::{Settings, fixture},
     model::{self, Slice, fixture as objects},
-    packets::sim::{self, Outcome, Packet},
+    packets::{
+        Reason,
+        sim::{self, Outcome, Outcomes, Packet},
+    },
     plan::Capacity,
     state::State,
     tables::Image,
@@ -60,10 +63,12 @@ impl Node {
     }
 
     /// Everything that can become of a packet.
-    fn outcomes(&self, packet: Packet) -> BTreeSet<Outcome> {
+    fn outcomes(&self, packet: Packet) -> Outcomes {
         let table = self.kernel.iter().find(|(id, _)| id.family == ip::family(packet.source));
-        let Some((_, table)) = table else { return [Outcome::Passes].into() };
-        (0..16).map(|n| sim::send(&mut table.clone(), packet, &mut |below| n % below)).collect()
+        table.map_or_else(
+            || sim::outcomes(&Table::default(), packet),
+            |(_, table)| sim::outcomes(table, packet),
+        )
     }
 }
 
@@ -122,7 +127,7 @@ const THIS_NODE: &str = "192.168.0.1";
 fn check(node: &Node, expected: &[(&str, &str, &[&str])]) {
     for (source, destination, outcomes) in expected {
         let found = node.outcomes(packet(&format!("{source} {destination}")));
-        let found: Vec<String> = found.iter().map(text).collect();
+        let found: Vec<String> = found.all.iter().map(text).collect();
         assert_eq!(found, *outcomes, "{source} to {destination}");
     }
 }
@@ -318,6 +323,42 @@ fn a_client_stays_with_its_endpoint_for_as_long_as_the_service_has_it() {
         assert_eq!(send(&mut node, "10.1.0.20", 1), "10.1.0.3", "{address}: its endpoint is gone");
         assert_eq!(send(&mut node, "10.1.0.20", 0), "10.1.0.3", "and it stays with the new one");
     }
+}
+
+#[test]
+fn a_packet_has_a_reason_and_leaves_the_tables_as_they_are() {
+    let mut node = Node::new(PacketMode::All);
+    let limits = json!({
+        "sessionAffinity": "ClientIP",
+        "externalTrafficPolicy": "Local",
+        "loadBalancerSourceRanges": ["198.51.100.0/25"],
+    });
+    node.set(&load_balancer(&limits), &[fixture::slice(&["10.1.1.1 node-b rs", "10.1.2.1 node-b rs"])]);
+    node.set(
+        &json!({"metadata": {"name": "idle"}, "spec": {"clusterIP": "10.96.0.7", "clusterIPs": ["10.96.0.7"]}}),
+        &[],
+    );
+    let send = packet("10.1.0.20 10.96.0.1:80 tcp");
+    let _recorded = sim::send(node.kernel.values_mut().next().unwrap(), send, &mut |_below| 0);
+    let before = node.kernel.clone();
+    for (sent, reason, seconds) in [
+        ("10.1.0.21 10.96.0.1:80 tcp", Reason::Drawn, Some(10_800)),
+        ("10.1.0.20 10.96.0.1:80 tcp", Reason::Kept, Some(10_800)),
+        ("10.1.0.21 192.168.0.1:30080 tcp", Reason::Drawn, Some(10_800)),
+        ("10.1.0.21 10.96.0.7:80 tcp", Reason::NoEndpoint, None),
+        ("10.1.0.21 10.96.0.1:81 tcp", Reason::UndefinedPort, None),
+        ("10.1.0.21 10.96.0.99:80 tcp", Reason::NoService, None),
+        ("10.1.0.21 10.97.0.99:80 tcp", Reason::NoFrontend, None),
+        ("198.51.100.7 192.168.0.1:30080 tcp", Reason::NoLocalEndpoint, None),
+        ("198.51.100.7 203.0.113.1:80 tcp", Reason::NoLocalEndpoint, None),
+        ("198.51.100.200 203.0.113.1:80 tcp", Reason::SourceRanges, None),
+    ] {
+        let outcomes = node.outcomes(packet(sent));
+        assert_eq!(Reason::of(&outcomes), reason, "{sent}: {outcomes:?}");
+        let recorded = outcomes.recorded.map(|time| time.get() / 1000);
+        assert_eq!(recorded, seconds, "{sent}");
+    }
+    assert_eq!(node.kernel, before);
 }
 
 #[test]

@@ -1,7 +1,11 @@
 use std::io;
 
 use expect_test::expect;
-use lb_core::model::{IssueKind, ObjectRef};
+use lb_agent::serve::{LastTransaction, PacketStatus, known::Which};
+use lb_core::{
+    desired::Settings,
+    model::{IssueKind, ObjectRef},
+};
 use serde_json::json;
 
 use super::*;
@@ -58,6 +62,7 @@ fn well() -> Status {
         ],
         hooks: vec![hook("connect4"), hook("getpeername6")],
         covers: Some(Extent::Host),
+        packets: None,
         excluded_cgroups: Vec::new(),
         other_programs: BTreeMap::new(),
         n_issues: Some(0),
@@ -433,8 +438,70 @@ fn the_json_has_these_names() {
         "issues_of_agent": 0,
         "issues": [],
         "outdated": [],
+        "packets": null,
         "refused_sizes": [],
         "issues_problem": null,
     });
     assert_eq!(status, expected);
+}
+
+#[test]
+fn tables_for_packets_are_named_with_what_is_wrong() {
+    let now = SystemTime::now();
+    let tables = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>();
+    let both = tables(&["ip socklb", "ip6 socklb"]);
+    let last =
+        LastTransaction { n_changes: 3, took: Duration::from_micros(2140), at: now - Duration::from_secs(5) };
+    let agent = |last, problem: Option<&str>| {
+        let (tables, problem) = (both.clone(), problem.map(Into::into));
+        Some(PacketStatus { tables, n_frontends: 12, n_elements: 140, last, problem })
+    };
+    let state = State::new(Settings::of_node("node"), Vec::new(), Capacity::default(), &Image::default());
+    let known = |packets| Known { packets, ..Known::of(&state.view(), Which::Issues) };
+    let mut text = String::new();
+    for (found, known, is_whole) in [
+        (Ok(both.clone()), Some(known(agent(Some(last), None))), true),
+        (Ok(both.clone()), Some(known(agent(Some(last), Some("nftables: no")))), true),
+        (Ok(tables(&["ip socklb"])), Some(known(agent(Some(last), None))), false),
+        (Ok(Vec::new()), Some(known(agent(None, None))), true),
+        (Err("not permitted".to_owned()), Some(known(agent(Some(last), None))), true),
+        (Ok(both.clone()), None, true),
+        (Ok(both.clone()), Some(known(None)), true),
+    ] {
+        let packets = PacketsPart::new(found, known.as_ref(), now);
+        text += &packets.as_ref().unwrap().text();
+        assert_eq!(Status { packets, ..well() }.has_tables(), is_whole);
+    }
+    expect![[r#"
+        packets   nftables tables ip socklb, ip6 socklb: 12 frontends, 140 elements
+                  last transaction 5 s ago: 3 changes in 2.1 ms
+        packets   nftables tables ip socklb, ip6 socklb: 12 frontends, 140 elements
+                  last transaction 5 s ago: 3 changes in 2.1 ms
+                  nftables: no
+        packets   nftables tables ip socklb: 12 frontends, 140 elements
+                  the kernel lacks ip6 socklb: packets are not served; the next audit restores it (--audit-interval), unless `socklb cleanup` removed it
+                  last transaction 5 s ago: 3 changes in 2.1 ms
+        packets   no transaction yet
+        packets   last transaction 5 s ago: 3 changes in 2.1 ms
+                  not permitted
+        packets   nftables tables ip socklb, ip6 socklb
+        packets   nftables tables ip socklb, ip6 socklb
+                  the agent runs with --packets=off, and could not remove these rules: restart it, or run `socklb cleanup`
+    "#]].assert_eq(&text);
+    assert_eq!(PacketsPart::new(Ok(Vec::new()), Some(&known(None)), now), None);
+    assert_eq!(PacketsPart::new(Err("not permitted".to_owned()), None, now), None);
+
+    let packets = PacketsPart::new(Ok(both.clone()), Some(&known(agent(Some(last), None))), now);
+    let json = serde_json::to_value(Status { packets, ..well() }).unwrap();
+    assert_eq!(
+        json["packets"],
+        json!({
+            "tables": ["ip socklb", "ip6 socklb"],
+            "missing_tables": [],
+            "frontends": 12,
+            "elements": 140,
+            "last_transaction": {"changes": 3, "duration_seconds": 0.00214, "age_seconds": 5.0},
+            "problem": null,
+        })
+    );
 }
