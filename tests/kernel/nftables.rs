@@ -574,7 +574,7 @@ fn what_is_checked_is_not_done() {
         let error = nftables.check(&missing).unwrap_err();
         assert!(matches!(error, NftablesError::Refused { .. }), "{error}");
         assert!(error.to_string().starts_with("nftables: table ip6 socklb: cannot delete it"), "{error}");
-        // Nothing at all is no transaction.
+        // An empty transaction is not sent.
         nftables.apply(&Transaction::default()).unwrap();
         assert_eq!(nftables.generation().unwrap(), generation);
     });

@@ -42,7 +42,7 @@ const MODULES: &[&str] = &[
     "nft_reject_ipv6",
 ];
 
-/// Those that newer kernels have no more: a part of others, or not needed.
+/// Those that newer kernels lack: built into other code, or not needed.
 const OLD_MODULES: &[&str] = &["crc32c_generic", "libcrc32c", "nfnetlink", "nft_counter"];
 
 /// The package that depends on a release's current cloud kernel.

@@ -1,4 +1,4 @@
-//! Which entries of connection tracking lead to endpoints that are no more.
+//! Which entries of connection tracking lead to former endpoints.
 //!
 //! The kernel translates all packets of a flow as it translated the first. TCP notices when its endpoint is
 //! gone; a client of UDP or SCTP may send to it for as long as it likes. kube-proxy deletes such entries too

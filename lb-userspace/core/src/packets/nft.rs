@@ -57,7 +57,7 @@ impl fmt::Display for TableId {
 /// A table with its chains and sets.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Table {
-    /// `NFT_TABLE_F_*`: 0, except if someone made the table dormant.
+    /// `NFT_TABLE_F_*`: 0, unless another program made the table dormant.
     pub flags: u32,
     /// The chains by name.
     pub chains: BTreeMap<Name, Chain>,

@@ -226,7 +226,7 @@ fn write_spec(writer: &mut Writer, spec: &SetSpec) {
     if let Some(timeout) = spec.timeout {
         writer.be64(set::TIMEOUT, timeout.get().into());
     }
-    // nft shows a lone field in network order unless it is told otherwise.
+    // Without this, nft shows a mark that is the whole key or value in network order.
     let is_mark = |fields: &[DataType]| fields == [DataType::Mark];
     let key = is_mark(&spec.key).then_some(wire::KEY_ORDER);
     let value =
