@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeMap,
     fs,
-    io::{Read as _, Write as _},
+    io::{ErrorKind, Read as _, Write as _},
     net::{SocketAddr, TcpStream, UdpSocket},
     thread,
     time::Duration,
@@ -28,6 +28,8 @@ use lb_tests::{
 use serde_json::{Value, json};
 
 use Place::{Far, Node, Other, Outside, Pod, Second};
+
+mod scenarios;
 
 /// A destination, in both families.
 #[derive(Clone, Copy, Debug)]
@@ -356,43 +358,49 @@ fn server(outcome: Outcome, family: Family) -> Place {
 
 #[test]
 fn affinity() {
-    const SECONDS: u64 = 1;
+    const SECONDS: u64 = 3;
     on_a_bed(|bed| {
         let affinity = json!({
             "sessionAffinity": "ClientIP",
             "sessionAffinityConfig": {"clientIP": {"timeoutSeconds": SECONDS}},
         });
-        for (from, to) in [(Pod, To::ClusterIp), (Outside, To::NodePort), (Node, To::LoadBalancer)] {
-            for (family, protocol) in FAMILIES.into_iter().flat_map(|family| [(family, Tcp), (family, Udp)]) {
-                let case = format!("{from:?} to {to:?}, {family:?}, {protocol}");
-                bed.follow(&cluster(&affinity, &[Pod, Second, Far]));
-                let call = |bed: &Bed| server(bed.call(from, to.address(family), protocol, PATIENCE), family);
-                let first = call(bed);
-                for _ in 0..16 {
-                    assert_eq!(call(bed), first, "{case}");
-                }
-                // Each call renews it.
-                for _ in 0..6 {
-                    thread::sleep(Duration::from_millis(SECONDS * 1000 / 3));
-                    assert_eq!(call(bed), first, "{case}: renewed");
-                }
-                // Once in 10^11 runs, the same one is chosen each time.
-                let is_forgotten = (0..24).any(|_| {
-                    thread::sleep(Duration::from_millis(SECONDS * 1100));
-                    call(bed) != first
-                });
-                assert!(is_forgotten, "{case}: {first:?} is kept beyond the time-out");
-                let last = call(bed);
-                let others: Vec<Place> =
-                    [Pod, Second, Far].into_iter().filter(|place| *place != last).collect();
-                bed.follow(&cluster(&affinity, &others));
-                let next = call(bed);
-                assert!(others.contains(&next), "{case}");
-                for _ in 0..16 {
-                    assert_eq!(call(bed), next, "{case}: kept after its endpoint went");
-                }
-            }
+        bed.follow(&cluster(&affinity, &[Pod, Second, Far]));
+        let ways = [(Pod, To::ClusterIp), (Outside, To::NodePort), (Node, To::LoadBalancer)];
+        let of_families = ways.iter().flat_map(|way| FAMILIES.map(|family| (*way, family)));
+        let cases: Vec<_> = of_families
+            .flat_map(|(way, family)| [Tcp, Udp].map(|protocol| (way, family, protocol)))
+            .collect();
+        let call_all = |bed: &Bed| -> Vec<Place> {
+            let call = |((from, to), family, protocol): &((Place, To), Family, Protocol)| {
+                server(bed.call(*from, to.address(*family), *protocol, PATIENCE), *family)
+            };
+            cases.iter().map(call).collect()
+        };
+        let first = call_all(bed);
+        for _ in 0..8 {
+            assert_eq!(call_all(bed), first, "{cases:?}");
         }
+        let mut is_forgotten = vec![false; cases.len()];
+        // Once in 10^10 runs, the same one is chosen each time.
+        for _ in 0..24 {
+            if is_forgotten.iter().all(|is| *is) {
+                break;
+            }
+            thread::sleep(Duration::from_millis(SECONDS * 1100));
+            let now = call_all(bed).into_iter().zip(&first);
+            is_forgotten.iter_mut().zip(now).for_each(|(is, (now, first))| *is |= now != *first);
+        }
+        assert!(is_forgotten.iter().all(|is| *is), "kept beyond the time-out: {cases:?}, {is_forgotten:?}");
+
+        let affinity = json!({"sessionAffinity": "ClientIP"});
+        bed.follow(&cluster(&affinity, &[Pod, Second, Far]));
+        let first = call_all(bed);
+        bed.follow(&cluster(&affinity, &[Pod, Far]));
+        let next = call_all(bed);
+        for ((first, next), case) in first.iter().zip(&next).zip(&cases) {
+            assert!(*next != Second && (*first == Second || next == first), "{case:?}: {first:?}, {next:?}");
+        }
+        assert_eq!(call_all(bed), next);
     });
 }
 
@@ -509,41 +517,69 @@ fn path_mtu_discovery() {
     }
 }
 
-/// Open connections of each kind.
-struct Open(Vec<(String, TcpStream, UdpSocket)>);
+/// Who calls what in tests of flows that stay open.
+const WAYS: [(Place, To); 5] = [
+    (Pod, To::ClusterIp),
+    (Node, To::ClusterIp),
+    (Outside, To::NodePort),
+    (Outside, To::LoadBalancer),
+    (Pod, To::LoadBalancer),
+];
+
+/// Open connections.
+struct Open(Vec<(String, TcpStream)>);
 
 impl Open {
     fn new(bed: &Bed) -> Self {
-        let mut all = Vec::new();
-        for (from, to) in [
-            (Pod, To::ClusterIp),
-            (Node, To::ClusterIp),
-            (Outside, To::NodePort),
-            (Outside, To::LoadBalancer),
-            (Pod, To::LoadBalancer),
-        ] {
-            for family in FAMILIES {
-                let at = to.address(family);
-                let (stream, datagrams) = bed.at(from).run(|| {
-                    let (stream, _) = bed::connect(at, PATIENCE).unwrap();
-                    let socket = UdpSocket::bind(SocketAddr::new(bed::unspecified(at.ip()), 0)).unwrap();
-                    socket.connect(at).unwrap();
-                    (stream, socket)
-                });
-                all.push((format!("{from:?} to {to:?}, {family:?}"), stream, datagrams));
-            }
-        }
-        Self(all)
+        let ways = WAYS.into_iter().flat_map(|way| FAMILIES.map(|family| (way, family)));
+        let all = ways.map(|((from, to), family)| {
+            let at = to.address(family);
+            let (stream, _) = bed.at(from).run(|| bed::connect(at, PATIENCE)).unwrap();
+            (format!("{from:?} to {to:?}, {family:?}"), stream)
+        });
+        Self(all.collect())
     }
 
     /// Fails if one of them does not answer.
     fn check(&mut self, after: &str) {
-        for (_, stream, datagrams) in &mut self.0 {
-            echo(stream, after.as_bytes());
-            let (_, back) = bed::ask(datagrams, after.as_bytes(), PATIENCE).unwrap();
-            assert_eq!(back, after.as_bytes());
+        for (which, stream) in &mut self.0 {
+            echo(stream, format!("{which} after {after}").as_bytes());
         }
     }
+}
+
+/// A socket that sends to one address is served by another endpoint when its own goes.
+#[test]
+fn datagrams_leave_an_endpoint_that_went() {
+    on_a_bed(|bed| {
+        bed.follow(&cluster(&json!({}), &[Second]));
+        let ways = WAYS.into_iter().flat_map(|way| FAMILIES.map(|family| (way, family)));
+        let sockets: Vec<_> = ways
+            .map(|((from, to), family)| {
+                let at = to.address(family);
+                let socket =
+                    bed.at(from).run(|| UdpSocket::bind(SocketAddr::new(bed::unspecified(at.ip()), 0)));
+                let socket = socket.unwrap();
+                socket.connect(at).unwrap();
+                (socket, family)
+            })
+            .collect();
+        let check = |endpoint: Place| {
+            for (socket, family) in &sockets {
+                let (outcome, _) = bed::ask(socket, b"?", PATIENCE).unwrap();
+                assert_eq!(server(outcome, *family), endpoint, "{socket:?}");
+            }
+        };
+        check(Second);
+        bed.follow(&cluster(&json!({}), &[Second, Pod, Far]));
+        check(Second);
+        bed.follow(&cluster(&json!({}), &[Far]));
+        check(Far);
+        bed.follow(&cluster(&json!({}), &[]));
+        for (socket, _) in &sockets {
+            assert_eq!(bed::ask(socket, b"?", PATIENCE).unwrap_err().kind(), ErrorKind::ConnectionRefused);
+        }
+    });
 }
 
 #[test]
@@ -565,10 +601,10 @@ fn a_connection_stays_while_all_else_changes() {
         bed.follow(&Cluster::new().with(Bed::nodes()));
         open.check("no Service");
         // Another agent starts from what the kernel has.
-        bed.state = bed::state(Bed::settings());
-        cluster(&local, &[Far]).feed(&mut bed.state);
-        let _plan = bed.state.sync();
-        assert!(bed.repair() > 0);
+        bed.node.state = bed::state(Bed::settings());
+        cluster(&local, &[Far]).feed(&mut bed.node.state);
+        let _plan = bed.node.state.sync();
+        assert!(bed.node.repair() > 0);
         open.check("another agent");
         bed.follow(&cluster(&json!({}), &[Second]));
         open.check("its change");
@@ -614,14 +650,15 @@ fn foreign_changes_are_repaired() {
         open.check("at first");
         for (what, changes) in cases {
             for id in table_ids() {
-                let ours = bed.state.packets().tables().remove(&id).unwrap();
+                let ours = bed.node.state.packets().tables().remove(&id).unwrap();
                 let changes = changes(&ours).into_iter().map(|change| (id.clone(), change)).collect();
-                bed.nftables
+                bed.node
+                    .nftables
                     .apply(&Transaction { changes, generation: None })
                     .unwrap_or_else(|error| panic!("{what}: {error}"));
             }
-            assert!(bed.repair() > 0, "{what}");
-            assert_eq!(bed.repair(), 0, "{what}: repaired");
+            assert!(bed.node.repair() > 0, "{what}");
+            assert_eq!(bed.node.repair(), 0, "{what}: repaired");
             open.check(what);
             check(bed, &[(Pod, To::ClusterIp, ALL_FROM_POD), (Outside, To::NodePort, ALL_MASQUERADED)]);
         }

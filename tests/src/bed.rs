@@ -33,7 +33,7 @@ use lb_core::{
     state::State,
     tables::Image,
 };
-use lb_kernel::nftables::Nftables;
+use lb_kernel::{conntrack::Conntrack, nftables::Nftables};
 use lb_netns::{Answers, NetNs, Servers, Socket};
 use serde_json::json;
 use tokio::{
@@ -150,10 +150,134 @@ fn network(family: Family, octets: [u8; 4], prefix: u8) -> (IpAddr, u8) {
 pub struct Bed {
     places: BTreeMap<Place, NetNs>,
     _servers: Vec<Servers>,
+    /// What keeps the rules in [`Place::Node`].
+    pub node: Node,
+}
+
+/// A state and the kernel's rules, as an agent has them.
+#[derive(Debug)]
+pub struct Node {
     /// Objects in, rules out.
     pub state: State,
-    /// The kernel's rules in [`Place::Node`].
+    /// The kernel's rules.
     pub nftables: Nftables,
+    conntrack: Conntrack,
+}
+
+impl Node {
+    /// Without rules yet, in the calling thread's namespace.
+    ///
+    /// # Panics
+    ///
+    /// If the kernel has no nftables.
+    #[must_use]
+    pub fn new(state: State) -> Self {
+        let nftables = Nftables::open().unwrap_or_else(|error| panic!("{error}"));
+        let conntrack = Conntrack::open().unwrap_or_else(|error| panic!("{error}"));
+        Self { state, nftables, conntrack }
+    }
+
+    /// Brings the rules to the state of a cluster, and compares the kernel's with them. Returns the transaction.
+    ///
+    /// # Panics
+    ///
+    /// If the kernel refuses it, or has other rules afterwards.
+    pub fn follow(&mut self, cluster: &Cluster) -> Transaction {
+        cluster.feed(&mut self.state);
+        while self.state.needs_sync() {
+            let plan = self.state.sync();
+            self.state.settled(plan.number());
+        }
+        let transaction = self.state.take_packet_changes();
+        self.nftables.apply(&transaction).unwrap_or_else(|error| panic!("{error}"));
+        let stale = self.state.take_stale_packet_records();
+        if stale.clients {
+            self.forget_clients();
+        }
+        if stale.flows {
+            self.forget_flows();
+        }
+        self.check();
+        transaction
+    }
+
+    /// Deletes the clients of former endpoints, as the agent does.
+    fn forget_clients(&mut self) {
+        let mut changes = Vec::new();
+        for id in table_ids() {
+            let (found, _generation) = self.nftables.read(&id).unwrap_or_else(|error| panic!("{error}"));
+            let table = found.expect("a table");
+            for map in AFFINITY_MAPS {
+                let stale = self.state.packets().stale_clients(id.family, &table.sets[map].elements);
+                if !stale.is_empty() {
+                    changes.push((id.clone(), Change::DeleteElements(map.into(), stale)));
+                }
+            }
+        }
+        let transaction = Transaction { changes, generation: None };
+        self.nftables.apply(&transaction).unwrap_or_else(|error| panic!("{error}"));
+    }
+
+    /// Deletes the tracked flows of datagrams to former endpoints, as the agent does.
+    fn forget_flows(&mut self) {
+        let conntrack = &mut self.conntrack;
+        for family in FAMILIES {
+            let flows = conntrack.entries(family, Protocol::Udp).unwrap_or_else(|error| panic!("{error}"));
+            for flow in flows.into_iter().filter(|flow| self.state.packets().is_stale_flow(flow)) {
+                let _was_there = conntrack.delete(&flow).unwrap_or_else(|error| panic!("{error}"));
+            }
+        }
+    }
+
+    /// Fails if the kernel has other rules than it ought to. Elements that rules add are left out.
+    ///
+    /// # Panics
+    ///
+    /// If it has.
+    pub fn check(&mut self) {
+        for (id, wanted) in self.state.packets().tables() {
+            let found = self.read(&id).unwrap_or_else(|| panic!("{id} is gone"));
+            for (name, chain) in &wanted.chains {
+                assert_eq!(found.chains.get(name), Some(chain), "{id}, chain {name}");
+            }
+            for (name, set) in &wanted.sets {
+                assert_eq!(found.sets.get(name), Some(set), "{id}, set {name}");
+            }
+            assert_eq!(found, wanted, "{id}");
+        }
+    }
+
+    /// The kernel's table without the elements that rules add.
+    ///
+    /// # Panics
+    ///
+    /// If it cannot be read.
+    pub fn read(&mut self, id: &TableId) -> Option<Table> {
+        let (mut found, _generation) = self.nftables.read(id).unwrap_or_else(|error| panic!("{error}"));
+        let sets = found.iter_mut().flat_map(|table| table.sets.values_mut());
+        for set in sets.filter(|set| set.spec.flags.contains(SetFlags::DYNAMIC)) {
+            set.elements.clear();
+        }
+        found
+    }
+
+    /// Compares the kernel's rules with what they ought to be, and repairs them. Returns the number of changes.
+    ///
+    /// # Panics
+    ///
+    /// If the kernel refuses the repair, or has other rules afterwards.
+    pub fn repair(&mut self) -> usize {
+        let mut changes = Vec::new();
+        for (id, wanted) in self.state.adopt_packet_tables() {
+            let found = self.read(&id);
+            changes.extend(diff(found.as_ref(), &wanted).into_iter().map(|change| (id.clone(), change)));
+        }
+        let n_changes = changes.len();
+        let transaction = Transaction { changes, generation: None };
+        self.nftables.apply(&transaction).unwrap_or_else(|error| panic!("{error}"));
+        self.check();
+        n_changes
+    }
 }
 
 impl Bed {
@@ -219,17 +343,15 @@ impl Bed {
         }
         for place in [Place::Edge, Place::Router, Place::Node, Place::Other] {
             places[&place].forward().expect("forwarding");
-            places[&place].run(|| {
-                // Tests cause more errors in a second than a host answers, and redirects count among them.
-                for limit in ["ipv4/icmp_ratelimit", "ipv6/icmp/ratelimit"] {
-                    fs::write(format!("/proc/sys/net/{limit}"), "0").expect("no limit of ICMP errors");
-                }
-            });
+            places[&place].run(answer_all_errors);
         }
-        let servers = Place::SERVERS.map(|place| places[&place].run(|| serve(place)));
-        let nftables = places[&Place::Node].run(Nftables::open).unwrap_or_else(|error| panic!("{error}"));
-        let state = state(settings);
-        Self { places, _servers: servers.into(), state, nftables }
+        let servers = Place::SERVERS.map(|place| {
+            let at = FAMILIES.map(|family| place.server(family));
+            let all = at.iter().flat_map(|at| [(*at, Protocol::Tcp), (*at, Protocol::Udp)]);
+            places[&place].run(|| serve(all))
+        });
+        let node = places[&Place::Node].run(|| Node::new(state(settings)));
+        Self { places, _servers: servers.into(), node }
     }
 
     /// The settings of the bed's node: everything is served as packets.
@@ -284,91 +406,13 @@ impl Bed {
         FAMILIES.iter().any(|family| own.iter().any(|v4| address(*family, *v4) == ip))
     }
 
-    /// Brings the rules to the state of a cluster, and compares the kernel's with them. Returns the transaction.
+    /// As [`Node::follow`].
     ///
     /// # Panics
     ///
-    /// If the kernel refuses it, or has other rules afterwards.
+    /// As [`Node::follow`].
     pub fn follow(&mut self, cluster: &Cluster) -> Transaction {
-        cluster.feed(&mut self.state);
-        while self.state.needs_sync() {
-            let plan = self.state.sync();
-            self.state.settled(plan.number());
-        }
-        let transaction = self.state.take_packet_changes();
-        self.nftables.apply(&transaction).unwrap_or_else(|error| panic!("{error}"));
-        if self.state.take_stale_packet_records().clients {
-            self.forget_clients();
-        }
-        self.check();
-        transaction
-    }
-
-    /// Deletes the clients of former endpoints, as the agent does.
-    fn forget_clients(&mut self) {
-        let mut changes = Vec::new();
-        for id in table_ids() {
-            let (found, _generation) = self.nftables.read(&id).unwrap_or_else(|error| panic!("{error}"));
-            let table = found.expect("a table");
-            for map in AFFINITY_MAPS {
-                let stale = self.state.packets().stale_clients(id.family, &table.sets[map].elements);
-                if !stale.is_empty() {
-                    changes.push((id.clone(), Change::DeleteElements(map.into(), stale)));
-                }
-            }
-        }
-        let transaction = Transaction { changes, generation: None };
-        self.nftables.apply(&transaction).unwrap_or_else(|error| panic!("{error}"));
-    }
-
-    /// Fails if the kernel has other rules than it ought to. Elements that rules add are left out.
-    ///
-    /// # Panics
-    ///
-    /// If it has.
-    pub fn check(&mut self) {
-        for (id, wanted) in self.state.packets().tables() {
-            let found = self.read(&id).unwrap_or_else(|| panic!("{id} is gone"));
-            for (name, chain) in &wanted.chains {
-                assert_eq!(found.chains.get(name), Some(chain), "{id}, chain {name}");
-            }
-            for (name, set) in &wanted.sets {
-                assert_eq!(found.sets.get(name), Some(set), "{id}, set {name}");
-            }
-            assert_eq!(found, wanted, "{id}");
-        }
-    }
-
-    /// The kernel's table without the elements that rules add.
-    ///
-    /// # Panics
-    ///
-    /// If it cannot be read.
-    pub fn read(&mut self, id: &TableId) -> Option<Table> {
-        let (mut found, _generation) = self.nftables.read(id).unwrap_or_else(|error| panic!("{error}"));
-        let sets = found.iter_mut().flat_map(|table| table.sets.values_mut());
-        for set in sets.filter(|set| set.spec.flags.contains(SetFlags::DYNAMIC)) {
-            set.elements.clear();
-        }
-        found
-    }
-
-    /// Compares the kernel's rules with what they ought to be, and repairs them. Returns the number of changes.
-    ///
-    /// # Panics
-    ///
-    /// If the kernel refuses the repair, or has other rules afterwards.
-    pub fn repair(&mut self) -> usize {
-        let mut changes = Vec::new();
-        for (id, wanted) in self.state.adopt_packet_tables() {
-            let found = self.read(&id);
-            changes.extend(diff(found.as_ref(), &wanted).into_iter().map(|change| (id.clone(), change)));
-        }
-        let n_changes = changes.len();
-        let transaction = Transaction { changes, generation: None };
-        self.nftables.apply(&transaction).unwrap_or_else(|error| panic!("{error}"));
-        self.check();
-        n_changes
+        self.node.follow(cluster)
     }
 
     /// Calls an address from a place.
@@ -484,6 +528,19 @@ pub fn ask(socket: &UdpSocket, octets: &[u8], patience: Duration) -> io::Result<
     Ok((reached(&line), buffer[end + 1..n].to_vec()))
 }
 
+/// Removes the limit of ICMP errors in the calling thread's namespace: tests cause more of them in a second than a
+/// host answers, and redirects count among them.
+///
+/// # Panics
+///
+/// If `/proc/sys` cannot be written.
+pub fn answer_all_errors() {
+    // The types that are limited: none but echo replies.
+    for limited in ["ipv4/icmp_ratemask", "ipv6/icmp/ratemask"] {
+        fs::write(format!("/proc/sys/net/{limited}"), "0").expect("no limit of ICMP errors");
+    }
+}
+
 /// The unspecified address of the same family.
 #[must_use]
 pub fn unspecified(ip: IpAddr) -> IpAddr {
@@ -497,18 +554,24 @@ fn reached(line: &str) -> Outcome {
     Outcome::Reached { server, client }
 }
 
-/// Starts the servers of a place, in the calling thread's namespace.
-fn serve(place: Place) -> Servers {
-    let sockets: [[Socket; 2]; 2] = FAMILIES.map(|family| {
-        let at = place.server(family);
-        let tcp = TcpListener::bind(at).unwrap_or_else(|error| panic!("{at}: {error}"));
-        let udp = UdpSocket::bind(at).unwrap_or_else(|error| panic!("{at}: {error}"));
-        [Socket::Stream(tcp), Socket::Datagrams(udp)]
+/// Starts TCP and UDP servers in the calling thread's namespace. Each says its own address and the client's, then
+/// echoes.
+///
+/// # Panics
+///
+/// If an address cannot be bound.
+#[must_use]
+pub fn serve(addresses: impl IntoIterator<Item = (SocketAddr, Protocol)>) -> Servers {
+    let sockets = addresses.into_iter().map(|(at, protocol)| {
+        let socket = match protocol {
+            Protocol::Tcp => TcpListener::bind(at).map(Socket::Stream),
+            _ => UdpSocket::bind(at).map(Socket::Datagrams),
+        };
+        socket.unwrap_or_else(|error| panic!("{at}: {error}"))
     });
-    Servers::start("bed", sockets.into_iter().flatten(), &Witness).expect("servers")
+    Servers::start("bed", sockets, &Witness).expect("servers")
 }
 
-/// Says its own address and the client's, then echoes.
 #[derive(Clone)]
 struct Witness;
 

@@ -2,10 +2,11 @@
 //!
 //! # Invariants
 //!
-//! - One runner, two executors: [`simulated`] on an image in memory, [`real`] on the kernel. If they differ,
-//!   one of them is wrong.
+//! - One runner, three executors: [`simulated`] on an image in memory, [`real`] on sockets, [`packets`] on packets
+//!   of callers without hooks. If they differ, one of them is wrong, or the scenario says so in `packets`.
 //! - The set of reached endpoints is compared as a whole: a missing one is as wrong as an extra one.
 
+pub mod packets;
 pub mod real;
 pub mod simulated;
 
@@ -113,9 +114,13 @@ struct Step {
     delete: Vec<String>,
     /// Seconds to wait before the calls.
     wait: u64,
-    /// Caller → destination → expected outcome.
-    calls: BTreeMap<String, BTreeMap<String, Expected>>,
+    calls: Calls,
+    /// The outcomes of the same calls as packets that reach no hook, where they differ.
+    packets: Calls,
 }
+
+/// Caller → destination → expected outcome.
+type Calls = BTreeMap<String, BTreeMap<String, Expected>>;
 
 /// The expected outcome of calls.
 #[derive(Clone, Debug, Deserialize, PartialEq, Eq)]
@@ -188,6 +193,11 @@ pub trait Executor {
 
     /// Whether a call to an unallocated address passes, because programs cannot choose its error.
     fn leaves_unreachable_calls_alone(&self) -> bool {
+        false
+    }
+
+    /// Whether the calls reach no hook and are served as packets.
+    fn has_packets(&self) -> bool {
         false
     }
 
@@ -271,8 +281,21 @@ impl Scenario {
             }
             executor.follow(&cluster).with_context(context)?;
             executor.wait(step.wait);
+            for (caller, calls) in &step.packets {
+                let is_call =
+                    |to: &String| step.calls.get(caller).is_some_and(|calls| calls.contains_key(to));
+                let other = calls.keys().find(|to| !is_call(to));
+                ensure!(
+                    other.is_none(),
+                    "{}: `packets` has {caller}, {other:?}, but `calls` has not",
+                    context()
+                );
+            }
             for (caller, calls) in &step.calls {
                 for (to, expected) in calls {
+                    let as_packet = || step.packets.get(caller).and_then(|calls| calls.get(to));
+                    let differs = executor.has_packets().then(as_packet).flatten();
+                    let expected = differs.unwrap_or(expected);
                     let is_left_alone = *expected == Expected::Word(Word::Unreachable)
                         && executor.leaves_unreachable_calls_alone();
                     let expected = if is_left_alone { &Expected::Word(Word::Untouched) } else { expected };
