@@ -124,13 +124,13 @@ fn answers_are_never_older_than_the_maps() {
 }
 
 /// The lines of a long-running command, as they arrive.
-struct Lines {
+pub(crate) struct Lines {
     child: Child,
     lines: mpsc::Receiver<String>,
 }
 
 impl Lines {
-    fn start(place: &Place, command: &[&str]) -> Self {
+    pub(crate) fn start(place: &Place, command: &[&str]) -> Self {
         let mut child =
             Command::new(&place.binary).args(place.args(command)).stdout(Stdio::piped()).spawn().unwrap();
         let (sender, lines) = mpsc::channel();
@@ -141,7 +141,7 @@ impl Lines {
         Self { child, lines }
     }
 
-    fn next(&self) -> String {
+    pub(crate) fn next(&self) -> String {
         self.lines.recv_timeout(Duration::from_secs(30)).unwrap()
     }
 

@@ -6,6 +6,7 @@ use clap::Args;
 use lb_kernel::{
     Features, KernelError, cgroup, chain,
     host::{self, Host, PacketHost},
+    nftables::NftablesError,
 };
 use serde::Serialize;
 
@@ -141,11 +142,18 @@ fn findings(host: &Host, is_beside_v1: bool) -> Vec<Finding> {
 
 /// What concerns `--packets`.
 fn packets(host: &PacketHost) -> Vec<Finding> {
-    let finding = |what, notes: Vec<String>, otherwise: &str| match notes.is_empty() {
-        true => Finding { what, status: Status::Ok, found: otherwise.to_owned() },
-        false => Finding { what, status: Status::Note, found: notes.join("; ") },
+    let finding = |what, notes: Vec<String>, otherwise: &str| {
+        let (status, found) = if notes.is_empty() {
+            (Status::Ok, otherwise.to_owned())
+        } else {
+            (Status::Note, notes.join("; "))
+        };
+        Finding { what, status, found }
     };
     let [v4, v6] = &host.unable;
+    if matches!(v4, Some(NftablesError::NotPermitted)) {
+        return ["packets", "kube-proxy"].map(|what| finding(what, vec![NOT_KNOWN.to_owned()], "")).into();
+    }
     let unable = match (v4, v6) {
         (None, None) => Vec::new(),
         (Some(error), _) => vec![format!("--packets is not possible: {error}")],

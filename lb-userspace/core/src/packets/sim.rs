@@ -191,10 +191,13 @@ pub struct Outcomes {
 #[must_use]
 pub fn outcomes(table: &Table, packet: Packet) -> Outcomes {
     let mut found = Outcomes::default();
+    // More than half of the indices have an element. Another program may have added a rule with more.
+    let n_elements = table.sets.values().map(|set| set.elements.len()).max().unwrap_or_default();
+    let most = u32::try_from(n_elements).unwrap_or(u32::MAX).saturating_mul(2);
     let (mut n, mut n_numbers) = (0, 1);
     while n < n_numbers {
         let mut draw = |below: u32| {
-            n_numbers = n_numbers.max(below);
+            n_numbers = n_numbers.max(below.min(most));
             n % below.max(1)
         };
         let (outcome, passage) = pass(table, packet, &mut draw);

@@ -1,9 +1,7 @@
 use std::{collections::BTreeMap, io};
 
 use expect_test::expect;
-use lb_kernel::{
-    Features, cgroup::Extent, exclusive::Exclusive, feature::SockFields, nftables::NftablesError,
-};
+use lb_kernel::{Features, cgroup::Extent, exclusive::Exclusive, feature::SockFields};
 
 use super::*;
 
@@ -214,6 +212,9 @@ fn what_packets_need_and_what_kube_proxy_has_left_are_notes() {
         note     forwarding  /proc/sys/net/ipv4/ip_forward is 0, so packets from outside do not reach pods: set it to 1, unless this node has no pods
         note     kube-proxy  nftables table ip kube-proxy, interface kube-ipvs0: unless kube-proxy is to run beside socklb, stop it and run `kube-proxy --cleanup` on this node; iptables-legacy has tables (filter, nat): `iptables-legacy-save | grep KUBE-SERVICES` shows whether kube-proxy's rules are among them
     "]].assert_eq(&table(&packets(&host)));
+    let not_permitted = || Some(NftablesError::NotPermitted);
+    let host = PacketHost { unable: [not_permitted(), not_permitted()], ..able().packets };
+    assert!(packets(&host).iter().all(|finding| finding.found == NOT_KNOWN));
     let host = PacketHost { unable: [Some(NftablesError::Missing), lacks()], ..able().packets };
     expect![[r"
         note     packets     --packets is not possible: nftables: this kernel lacks it: load the module nf_tables, or use a kernel with CONFIG_NF_TABLES

@@ -47,9 +47,8 @@ const MAX_TRIES: usize = 8;
 #[derive(Debug)]
 pub(super) enum Work {
     Apply(Transaction),
-    /// Makes the kernel's tables like these. If they were there before, and pins here: not after both were
-    /// removed, by `socklb cleanup`.
-    Adopt(BTreeMap<TableId, Table>, Option<PathBuf>),
+    /// Makes the kernel's tables like these, unless they and the pins here were removed: by `socklb cleanup`.
+    Adopt(BTreeMap<TableId, Table>, PathBuf),
     /// Compares the generation alone: whether another program has committed changes.
     Check,
     /// Reads what the kernel has recorded about endpoints.
@@ -293,8 +292,7 @@ impl PacketRules {
         self.queue.clear();
         let mut tables = state.adopt_packet_tables();
         tables.retain(|id, _| self.families.contains(&id.family));
-        let pin_path = self.status.last.is_some().then(|| self.pin_path.clone());
-        self.queue.push_back(Work::Adopt(tables, pin_path));
+        self.queue.push_back(Work::Adopt(tables, self.pin_path.clone()));
         // Changes before this may have left records.
         self.queue.push_back(Work::Read(Stale { clients: true, flows: true }));
     }
@@ -344,7 +342,7 @@ fn run(nftables: &mut Nftables, work: &Work, known: Option<u32>) -> Result<Done,
         Work::Adopt(tables, pin_path) => {
             let mut n_tries = 0;
             loop {
-                if pin_path.as_ref().is_some_and(|path| pins::are_gone(path)) && !has_any(nftables, tables)? {
+                if pins::are_gone(pin_path) && !has_any(nftables, tables)? {
                     return Ok(Done::CleanedUp);
                 }
                 match adopt(nftables, tables) {
