@@ -208,6 +208,7 @@ pub(crate) struct Counters {
     pub(crate) packets: u64,
     /// Packets that conntrack has counted in its entries, if it counts them.
     pub(crate) tracked: u64,
+    /// Entries of conntrack, without those of the service that changed before: these expire meanwhile.
     pub(crate) entries: u64,
     /// Runs of the competitor's BPF programs, if they are counted.
     pub(crate) program_runs: u64,
@@ -217,11 +218,11 @@ impl Ready {
     pub(crate) fn counters(&self) -> Counters {
         let mut counters = self.netns.run(|| {
             let read = |file: &str| fs::read_to_string(file).unwrap_or_default();
-            let entries = read("/proc/sys/net/netfilter/nf_conntrack_count");
+            let entries = read("/proc/thread-self/net/nf_conntrack");
             Counters {
                 packets: device_packets(&read("/proc/thread-self/net/dev"), "eth0"),
-                tracked: tracked_packets(&read("/proc/thread-self/net/nf_conntrack")),
-                entries: entries.trim().parse().unwrap_or_default(),
+                tracked: tracked_packets(&entries),
+                entries: n_entries(&entries, traffic::SERVICE),
                 program_runs: 0,
             }
         });
@@ -249,6 +250,11 @@ fn device_packets(text: &str, device: &str) -> u64 {
     [1, 9].iter().filter_map(|column| numbers.get(*column)).sum()
 }
 
+fn n_entries(text: &str, but_to: Ipv4Addr) -> u64 {
+    let destination = format!(" dst={but_to} ");
+    text.lines().map(|line| u64::from(!line.contains(&destination))).sum()
+}
+
 fn tracked_packets(text: &str) -> u64 {
     text.split_whitespace().filter_map(|word| word.strip_prefix("packets=")?.parse::<u64>().ok()).sum()
 }
@@ -265,5 +271,7 @@ mod tests {
         let entries = "ipv4 2 tcp 6 9 ESTABLISHED src=10.0.0.1 dst=10.96.0.1 packets=7 bytes=500 src=1 packets=5 bytes=4 [ASSURED]\n";
         assert_eq!(tracked_packets(entries), 12);
         assert_eq!(tracked_packets(""), 0);
+        assert_eq!(n_entries(entries, Ipv4Addr::new(10, 96, 0, 10)), 1);
+        assert_eq!(n_entries(entries, Ipv4Addr::new(10, 96, 0, 1)), 0);
     }
 }

@@ -22,7 +22,7 @@ use super::tables::PATIENCE;
 use crate::objects::{self, PORT, Pod};
 
 const NAME: &str = "probe";
-const SERVICE: Ipv4Addr = Ipv4Addr::new(10, 111, 0, 1);
+pub(crate) const SERVICE: Ipv4Addr = Ipv4Addr::new(10, 111, 0, 1);
 const RESOLVER: &str = "resolver";
 const RESOLVER_SERVICE: Ipv4Addr = Ipv4Addr::new(10, 111, 0, 2);
 /// Calls in a row that must reach another pod before a pod counts as removed. Each call would reach it with
