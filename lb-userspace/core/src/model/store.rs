@@ -333,16 +333,19 @@ impl Store {
 
     fn set_shared_slice(&mut self, key: &SliceKey, slice: Option<Arc<Slice>>) -> Changes {
         let mut changes = Changes::default();
-        if let Some(old_service) = self.services_of_slices.get(key)
-            && slice.as_ref().is_none_or(|slice| slice.service != *old_service)
-        {
-            let old_service = old_service.clone();
-            self.remove_slice(&old_service, key);
-            changes.services.insert(old_service);
+        let former = self.services_of_slices.get(key);
+        let is_listed = former.is_some() && former == slice.as_ref().map(|slice| &slice.service);
+        if let Some(former) = former.filter(|_| !is_listed).cloned() {
+            self.remove_slice(&former, key);
+            changes.services.insert(former);
         }
         let Some(slice) = slice else {
             return changes;
         };
+        // A write copies the part of a map that a view shares: not for an equal object, such as the agent's own.
+        if is_listed && self.shared_slices_of(&slice.service).any(|held| *held == slice) {
+            return changes;
+        }
         let service = slice.service.clone();
         let slices = self.slices.entry(service.clone()).or_default();
         let is_same = match slices.binary_search_by(|held| held.name.cmp(&key.name)) {
@@ -359,7 +362,9 @@ impl Store {
         if !is_same {
             changes.services.insert(service.clone());
         }
-        self.services_of_slices.insert(key.clone(), service);
+        if !is_listed {
+            self.services_of_slices.insert(key.clone(), service);
+        }
         changes
     }
 

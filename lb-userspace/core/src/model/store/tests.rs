@@ -115,6 +115,24 @@ fn a_new_trigger_time_is_kept_and_changes_nothing() {
     assert_eq!(store.slices_of(&key("web")).next(), Some(&slice));
 }
 
+/// A write to a map copies what a view shares, which takes longer than the rest of a change.
+#[test]
+fn views_share_what_a_slice_does_not_change() {
+    let (mut store, key) = (Store::new(), SliceKey::new("default", "web-1"));
+    let _added = store.set_slice(&key, Some(slice("web-1", "web", 1)));
+    for (what, slice, slices_are_shared, services_are_shared) in [
+        ("an equal object", slice("web-1", "web", 1), true, true),
+        ("other endpoints", slice("web-1", "web", 2), false, true),
+        ("another service", slice("web-1", "other", 2), false, false),
+    ] {
+        let view = store.clone();
+        let _changed = store.set_slice(&key, Some(slice));
+        let shared =
+            (view.slices.ptr_eq(&store.slices), view.services_of_slices.ptr_eq(&store.services_of_slices));
+        assert_eq!(shared, (slices_are_shared, services_are_shared), "{what}");
+    }
+}
+
 /// R15: a re-list removes what it does not name.
 #[test]
 fn r15_a_relist_deletes_what_it_does_not_name() {
