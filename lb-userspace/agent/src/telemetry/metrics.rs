@@ -291,6 +291,9 @@ impl Metrics {
         for end in [AuditResult::Clean, AuditResult::Repaired, AuditResult::Error] {
             let _zero = metrics.audits.get_or_create(&[("result", end.name())]);
         }
+        for result in ["done", "error"] {
+            let _zero = metrics.packet_transactions.get_or_create(&[("result", result)]);
+        }
         for family in [&metrics.healthz, &metrics.livez] {
             for code in ["200", "503"] {
                 let _zero = family.get_or_create(&[("code", code)]);
