@@ -683,6 +683,9 @@ fn a_probe_changes_nothing() {
     });
 }
 
+/// Random histories: all kinds of elements occur among them.
+const N_HISTORIES: usize = 12;
+
 /// The changes of each sync lead to the tables that are made from scratch, whatever was before, and `nft` lists
 /// them.
 #[test]
@@ -692,7 +695,8 @@ fn the_tables_of_random_clusters_follow_their_changes() {
         let mut random = TestRunner::deterministic();
         let has_nft = require(Feature::Command("nft"));
         let mut used = BTreeSet::new();
-        for _ in 0..number("LB_TEST_STATES", 12) {
+        let n_histories = number("LB_TEST_STATES", N_HISTORIES);
+        for _ in 0..n_histories {
             let settings = Settings { packets: PacketMode::All, ..clusters::settings() };
             let capacity = Capacity { services: 256, endpoints: 4096 };
             let mut state = State::new(settings, Vec::new(), capacity, &Image::default());
@@ -722,7 +726,10 @@ fn the_tables_of_random_clusters_follow_their_changes() {
         for name in
             ["allowed", "dropped", "endpoints", "hairpin", "nodeport-endpoints", "refused", "other-ips"]
         {
-            assert!(used.contains(name), "{name} has no elements in any of these clusters: {used:?}");
+            assert!(
+                used.contains(name) || !is_complete,
+                "{name} has no elements in any of these clusters: {used:?}"
+            );
         }
     });
 }
