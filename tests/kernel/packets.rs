@@ -30,6 +30,7 @@ use serde_json::{Value, json};
 use Place::{Far, Node, Other, Outside, Pod, Second};
 
 mod scenarios;
+mod sctp;
 
 /// A destination, in both families.
 #[derive(Clone, Copy, Debug)]
@@ -123,6 +124,7 @@ fn slices(endpoints: &[Place]) -> [Object; 2] {
             "ports": [
                 {"name": "tcp", "protocol": "TCP", "port": PORT},
                 {"name": "udp", "protocol": "UDP", "port": PORT},
+                {"name": "sctp", "protocol": "SCTP", "port": PORT},
             ],
             "endpoints": endpoints.collect::<Vec<_>>(),
         }))

@@ -221,8 +221,9 @@ impl Node {
     /// Deletes the tracked flows of datagrams to former endpoints, as the agent does.
     fn forget_flows(&mut self) {
         let conntrack = &mut self.conntrack;
-        for family in FAMILIES {
-            let flows = conntrack.entries(family, Protocol::Udp).unwrap_or_else(|error| panic!("{error}"));
+        let datagrams = [Protocol::Udp, Protocol::Sctp];
+        for (family, protocol) in FAMILIES.iter().flat_map(|family| datagrams.map(|it| (*family, it))) {
+            let flows = conntrack.entries(family, protocol).unwrap_or_else(|error| panic!("{error}"));
             for flow in flows.into_iter().filter(|flow| self.state.packets().is_stale_flow(flow)) {
                 let _was_there = conntrack.delete(&flow).unwrap_or_else(|error| panic!("{error}"));
             }
