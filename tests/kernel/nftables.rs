@@ -696,6 +696,7 @@ fn the_tables_of_random_clusters_follow_their_changes() {
         let has_nft = require(Feature::Command("nft"));
         let mut used = BTreeSet::new();
         let n_histories = number("LB_TEST_STATES", N_HISTORIES);
+        let is_complete = n_histories >= N_HISTORIES;
         for _ in 0..n_histories {
             let settings = Settings { packets: PacketMode::All, ..clusters::settings() };
             let capacity = Capacity { services: 256, endpoints: 4096 };
