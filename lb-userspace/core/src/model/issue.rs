@@ -559,6 +559,11 @@ impl IssueKind {
                  untranslated",
                 addresses.join(", ")
             ),
+            Self::NotServed { port, protocol } => write!(
+                f,
+                "spec.ports: {port}: {protocol} cannot be served at a socket, and is served as packets with \
+                 --packets=all alone; calls go to the network untranslated"
+            ),
             Self::ExternalIps { addresses, setting } => write!(
                 f,
                 "spec.externalIPs: not admitted by --external-ips={setting}; calls to {} go to the network \
@@ -687,13 +692,6 @@ impl fmt::Display for IssueKind {
             Self::UnknownProtocol { field, value } => {
                 write!(f, "{field}: {value:?} is none of TCP, UDP and SCTP; this port is left out")
             }
-            Self::NotServed { port, protocol } => {
-                write!(
-                    f,
-                    "spec.ports: {port}: {protocol} cannot be served at a socket, and is served as packets with --packets=all alone; \
-                     calls go to the network untranslated"
-                )
-            }
             Self::InvalidAddress { field, value } => {
                 write!(f, "{field}: {value:?} is not an IP address; it is left out")
             }
@@ -734,7 +732,8 @@ impl fmt::Display for IssueKind {
                 "node port {port} is outside --node-port-range {first}-{last}; it answers on the known node \
                  addresses, not on loopback"
             ),
-            Self::SourceRanges { .. }
+            Self::NotServed { .. }
+            | Self::SourceRanges { .. }
             | Self::ExternalIps { .. }
             | Self::OnThisNode { .. }
             | Self::InvalidServiceCidr { .. }

@@ -29,8 +29,7 @@ pub fn apply(
         apply_one(&mut after, id, change).map_err(|problem| (change.clone(), problem))?;
     }
     for table in after.values() {
-        let chains =
-            table.chains.iter().flat_map(|(_, chain)| &chain.rules).flat_map(|rule| &rule.expressions);
+        let chains = table.chains.values().flat_map(|chain| &chain.rules).flat_map(|rule| &rule.expressions);
         for expression in chains {
             if let Expression::Lookup { set, .. } | Expression::Dynset { set, .. } = expression
                 && !table.sets.contains_key(set)

@@ -332,7 +332,7 @@ impl Builder<'_> {
         let filter = |hook, priority| base(ChainType::Filter, hook, priority);
         let new = |chain: &str| vec![rule([&is_new()[..], &[jump(chain)]].concat())];
 
-        let mut on_node = layout.is_on_node(layout.destination(0));
+        let mut on_node = is_on_node(layout.destination(0));
         on_node.push(jump(&Form::NodePort.name("services")));
         let services = vec![rule(vec![jump(&Form::Address.name("services"))]), rule(on_node)];
         self.add_chain("prerouting", nat(Hook::Prerouting, -100), services.clone());
@@ -375,7 +375,7 @@ impl Builder<'_> {
             ]
         };
         let mut refusals = of_frontends(Form::Address).to_vec();
-        let mut on_node = layout.is_on_node(layout.destination(0));
+        let mut on_node = is_on_node(layout.destination(0));
         on_node.push(jump(&Form::NodePort.name("refusals")));
         refusals.push(rule(on_node));
         self.add_chain(Form::NodePort.name("refusals"), None, of_frontends(Form::NodePort).to_vec());
@@ -510,15 +510,10 @@ impl Layout {
     fn original(self, form: Form) -> Vec<Expression> {
         let mut all = match form {
             Form::Address => Vec::new(),
-            Form::NodePort => self.is_on_node(ct(CtKey::Destination(self.family, Direction::Original), 0)),
+            Form::NodePort => is_on_node(ct(CtKey::Destination(self.family, Direction::Original), 0)),
         };
         all.extend(self.original_frontend(form, 0));
         all
-    }
-
-    /// Matches an address of this node on which node ports answer. `address` loads it.
-    fn is_on_node(self, address: Expression) -> Vec<Expression> {
-        vec![address, lookup("node-addresses", 0, LookupTo::Matches)]
     }
 
     /// The rules that choose an endpoint.
@@ -603,6 +598,11 @@ fn lookup(set: &str, from: u8, to: LookupTo) -> Expression {
 
 fn equals(from: u8, value: impl Into<Octets>) -> Expression {
     Expression::Compare { from: register(from), op: Comparison::Equal, value: value.into() }
+}
+
+/// Matches an address of this node on which node ports answer. `address` loads it.
+fn is_on_node(address: Expression) -> Vec<Expression> {
+    vec![address, lookup("node-addresses", 0, LookupTo::Matches)]
 }
 
 /// Matches addresses within a network.

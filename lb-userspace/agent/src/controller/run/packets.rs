@@ -146,7 +146,7 @@ impl PacketRules {
                     let name = format!("net.netfilter.nf_conntrack_{}", setting.name);
                     match changed {
                         Ok((before, now)) => {
-                            info!(name, before, now, "changed a setting, as kube-proxy does")
+                            info!(name, before, now, "changed a setting, as kube-proxy does");
                         }
                         Err(error) => warn!(
                             name,
@@ -180,9 +180,9 @@ impl PacketRules {
                 self.queue.push_back(Work::Apply(Transaction { changes, generation: None }));
             }
         }
-        let stale = state.take_stale_packet_records();
-        if stale != Stale::default() {
-            self.queue.push_back(Work::Read(stale));
+        let records = state.take_stale_packet_records();
+        if records != Stale::default() {
+            self.queue.push_back(Work::Read(records));
         }
         self.proceed();
     }
@@ -253,14 +253,14 @@ impl PacketRules {
             Ok(Done::Checked { generation }) if Some(generation) == self.generation => {}
             Ok(Done::Checked { .. }) => self.adopt(state),
             Ok(Done::Read { clients, mut flows }) => {
-                let stale = clients.iter().flat_map(|(id, map, elements)| {
-                    let stale = state.packets().stale_clients(id.family, elements);
-                    stale.into_iter().map(|key| (id.clone(), *map, key))
+                let former = clients.iter().flat_map(|(id, map, elements)| {
+                    let keys = state.packets().stale_clients(id.family, elements);
+                    keys.into_iter().map(|key| (id.clone(), *map, key))
                 });
-                let stale: Vec<_> = stale.collect();
+                let former: Vec<_> = former.collect();
                 flows.retain(|flow| state.packets().is_stale_flow(flow));
-                if !stale.is_empty() || !flows.is_empty() {
-                    self.queue.push_front(Work::Forget(stale, flows));
+                if !former.is_empty() || !flows.is_empty() {
+                    self.queue.push_front(Work::Forget(former, flows));
                 }
             }
             Ok(Done::Forgotten { n_clients, n_flows }) => {

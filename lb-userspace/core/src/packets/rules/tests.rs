@@ -1,4 +1,4 @@
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, slice};
 
 use serde_json::{Value as Json, json};
 
@@ -268,12 +268,12 @@ fn source_ranges_follow_the_addresses_of_the_node() {
 fn sctp_is_served_as_packets() {
     let ports = json!([{"port": 80, "nodePort": 30080, "protocol": "SCTP"}]);
     let service = load_balancer(&json!({ "ports": ports }));
-    let slice = objects::slice(&json!({
+    let endpoints = objects::slice(&json!({
         "ports": [{"name": "", "port": 8080, "protocol": "SCTP"}],
         "endpoints": [fixture::endpoint("10.1.1.1 node-b rs")],
     }));
     let mut node = Node::new(PacketMode::All);
-    node.set(&service, &[slice.clone()]);
+    node.set(&service, slice::from_ref(&endpoints));
     check(
         &node,
         &[
@@ -286,7 +286,7 @@ fn sctp_is_served_as_packets() {
     assert!(node.state.image().services.is_empty(), "no hook serves it");
     for (mode, n_issues) in [(PacketMode::External, 1), (PacketMode::Off, 1)] {
         let mut node = Node::new(mode);
-        node.set(&service, &[slice.clone()]);
+        node.set(&service, slice::from_ref(&endpoints));
         assert_eq!(node.state.issues().count(), n_issues, "{mode}");
     }
 }
