@@ -399,7 +399,8 @@ pub fn cleanup(args: &PinArgs) -> anyhow::Result<ExitCode> {
     // Printed last: a closed standard output must not interrupt the work.
     let paths = removed.iter().map(|path| path.display().to_string());
     let of_packets = tables.iter().flatten().map(|id| format!("nftables table {id}"));
-    super::show(&of_packets.chain(paths).map(|what| format!("removed {what}\n")).collect::<String>())?;
+    let lines = of_packets.chain(paths).map(|what| format!("removed {what}\n"));
+    super::show(&lines.collect::<String>())?;
     if let Some(agent) = agent {
         let name = |variable: &str| std::env::var(variable).ok().filter(|name| !name.is_empty());
         eprintln!(

@@ -230,10 +230,7 @@ pub fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
     let mut options = agent::Options {
         kernel: lb_kernel::Options {
             pin_path: args.pin_path.clone().or(file.pin_path).unwrap_or_else(|| config::PIN_PATH.into()),
-            cgroup: match args.cgroup.clone().or(file.cgroup) {
-                Some(cgroup) => cgroup,
-                None => cgroup::find_root()?,
-            },
+            cgroup: args.cgroup.clone().or(file.cgroup).map_or_else(cgroup::find_root, Ok)?,
             capacity: capacity(args, &settings_file, file.max_services, file.max_endpoints)?,
             node_ports,
             localhost_nodeports: localhost_nodeports.unwrap_or(true),

@@ -182,9 +182,9 @@ fn what_a_packet_gets_and_why() {
         packet(outside, "203.0.113.2:80", false),
         packet(outside, "203.0.113.3:80", false),
     ] {
-        text += &format!("{}: {}", sent.destination, PacketPart::new(&table, sent).text());
+        let _infallible = write!(text, "{}: {}", sent.destination, PacketPart::new(&table, sent).text());
     }
-    expect![[r#"
+    expect![[r"
         10.96.0.80:80: packet from 10.244.0.9 -> translated: one of 2; a client keeps its endpoint until it is idle for 10 s
           endpoint   10.244.0.1:8080  sees the client's address
           endpoint   10.244.1.1:8080  sees the client's address
@@ -202,7 +202,7 @@ fn what_a_packet_gets_and_why() {
         203.0.113.2:80: packet from 192.0.2.1 (outside) -> translated: the only endpoint
           endpoint   10.244.0.1:8080  sees the node's address
         203.0.113.3:80: packet from 192.0.2.1 (outside) -> untouched: no rule of socklb is about it
-    "#]].assert_eq(&text);
+    "]].assert_eq(&text);
 
     let packet = Some(PacketPart::new(&table, packet(outside, "203.0.113.2:80", false)));
     let to = "203.0.113.2:80".parse().unwrap();

@@ -472,7 +472,7 @@ fn tables_for_packets_are_named_with_what_is_wrong() {
         text += &packets.as_ref().unwrap().text();
         assert_eq!(Status { packets, ..well() }.has_tables(), is_whole);
     }
-    expect![[r#"
+    expect![[r"
         packets   nftables tables ip socklb, ip6 socklb: 12 frontends, 140 elements
                   last transaction 5 s ago: 3 changes in 2.1 ms
         packets   nftables tables ip socklb, ip6 socklb: 12 frontends, 140 elements
@@ -487,7 +487,7 @@ fn tables_for_packets_are_named_with_what_is_wrong() {
         packets   nftables tables ip socklb, ip6 socklb
         packets   nftables tables ip socklb, ip6 socklb
                   the agent runs with --packets=off, and could not remove these rules: restart it, or run `socklb cleanup`
-    "#]].assert_eq(&text);
+    "]].assert_eq(&text);
     assert_eq!(PacketsPart::new(Ok(Vec::new()), Some(&known(None)), now), None);
     assert_eq!(PacketsPart::new(Err("not permitted".to_owned()), None, now), None);
 
