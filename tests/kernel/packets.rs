@@ -199,8 +199,6 @@ fn fault(
 }
 
 const LOCAL_KEPT: Expected = Expected::Reach(&[(Pod, Source::Kept), (Second, Source::Kept)]);
-const ALL_KEPT: Expected =
-    Expected::Reach(&[(Pod, Source::Kept), (Second, Source::Kept), (Far, Source::Kept)]);
 const ALL_MASQUERADED: Expected =
     Expected::Reach(&[(Pod, Source::Node), (Second, Source::Node), (Far, Source::Node)]);
 /// From a pod that is an endpoint.

@@ -98,9 +98,8 @@ fn expected(mode: PacketMode, state: &State, cluster: &RandomCluster, packet: Pa
         return only(match image.cluster_ips.get(&ip) {
             _ if mode == PacketMode::External => Outcome::Passes,
             Some(true) => Outcome::Rejected,
-            Some(false) => Outcome::Passes,
             None if image.service_cidrs.iter().any(|network| network.contains(ip)) => Outcome::Dropped,
-            None => Outcome::Passes,
+            Some(false) | None => Outcome::Passes,
         });
     };
     let pods = cluster.pods();
@@ -173,12 +172,12 @@ proptest! {
         for (cluster, takes) in history.iter().zip(syncs) {
             follow(&mut state, cluster);
             if takes {
-                apply(&mut kernel, state.take_packet_changes().changes)?;
+                apply(&mut kernel, &state.take_packet_changes().changes)?;
                 prop_assert_eq!(&kernel, &state.packets().tables());
             }
         }
         let last = &history[history.len() - 1];
-        apply(&mut kernel, state.take_packet_changes().changes)?;
+        apply(&mut kernel, &state.take_packet_changes().changes)?;
         prop_assert_eq!(&kernel, &state.packets().tables());
         prop_assert!(state.take_packet_changes().changes.is_empty());
         let fresh = fresh(mode, last);
@@ -195,7 +194,7 @@ proptest! {
         for (id, table) in &wanted {
             changes.extend(diff(kernel.get(id), table).into_iter().map(|change| (id.clone(), change)));
         }
-        apply(&mut kernel, changes)?;
+        apply(&mut kernel, &changes)?;
         prop_assert_eq!(kernel, wanted);
     }
 
@@ -222,8 +221,8 @@ proptest! {
 
 fn apply(
     kernel: &mut BTreeMap<TableId, Table>,
-    changes: Vec<(TableId, Change)>,
+    changes: &[(TableId, Change)],
 ) -> Result<(), TestCaseError> {
-    sim::apply(kernel, &changes)
+    sim::apply(kernel, changes)
         .map_err(|(change, problem)| TestCaseError::fail(format!("{change:?}: {problem}")))
 }

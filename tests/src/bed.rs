@@ -11,7 +11,7 @@
 //! - The rules are in the namespace of [`Place::Node`]; no other one has any, and there are no hooks.
 //! - No namespace has a default route. Answers from the other node go to the client outside without passing
 //!   this node, so they fit no connection of the client unless the rules masqueraded it.
-//! - Each address exists in both families: 10.1.0.2 and fd00:10:1:0::2.
+//! - Each address exists in both families: `10.1.0.2` and `fd00:10:1:0::2`.
 
 use std::{
     collections::BTreeMap,
@@ -144,6 +144,9 @@ fn network(family: Family, octets: [u8; 4], prefix: u8) -> (IpAddr, u8) {
     };
     (address(family, octets), prefix)
 }
+
+/// Networks, by address and length of the prefix.
+type Networks = &'static [([u8; 4], u8)];
 
 /// Namespaces, their links and servers, and what keeps the rules.
 #[derive(Debug)]
@@ -315,9 +318,9 @@ impl Bed {
         link("second", Place::Node, [10, 1, 2, 1], Place::Second);
         link("far", Place::Other, [10, 2, 1, 1], Place::Far);
         // Wider than the links.
-        let to_all: &[([u8; 4], u8)] =
+        let to_all: Networks =
             &[([10, 0, 0, 0], 8), ([192, 168, 0, 0], 16), ([198, 51, 0, 0], 16), ([203, 0, 113, 0], 24)];
-        let routes: &[(Place, &[([u8; 4], u8)], [u8; 4])] = &[
+        let routes: &[(Place, Networks, [u8; 4])] = &[
             (Place::Outside, to_all, [198, 51, 100, 1]),
             (Place::Edge, to_all, [192, 168, 3, 1]),
             (Place::Router, &[([198, 51, 0, 0], 16)], Place::Edge.v4()),

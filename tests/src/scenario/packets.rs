@@ -33,7 +33,7 @@ use crate::{
     netns::NetNs,
 };
 
-/// The networks of the links: 172.31.0.0/16 and fd00:172:31::/48. The third number is the caller's.
+/// The networks of the links: `172.31.0.0/16` and `fd00:172:31::/48`. The third number is the caller's.
 const LINKS: [u8; 2] = [172, 31];
 
 /// The number of the world's link.
