@@ -219,10 +219,7 @@ proptest! {
     }
 }
 
-fn apply(
-    kernel: &mut BTreeMap<TableId, Table>,
-    changes: &[(TableId, Change)],
-) -> Result<(), TestCaseError> {
+fn apply(kernel: &mut BTreeMap<TableId, Table>, changes: &[(TableId, Change)]) -> Result<(), TestCaseError> {
     sim::apply(kernel, changes)
         .map_err(|(change, problem)| TestCaseError::fail(format!("{change:?}: {problem}")))
 }
