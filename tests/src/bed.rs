@@ -18,6 +18,7 @@ use std::{
     fs,
     io::{self, BufRead as _, BufReader},
     net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    sync::atomic::{AtomicU16, Ordering},
     time::Duration,
 };
 
@@ -497,13 +498,18 @@ pub fn connect(to: SocketAddr, patience: Duration) -> io::Result<(TcpStream, Out
     Ok((stream, reached(&line)))
 }
 
+/// Ports of clients, above the node ports.
+static NEXT_PORT: AtomicU16 = AtomicU16::new(0);
+
 /// Sends a datagram from a connected socket. Returns also what the server sends back of it.
 ///
 /// # Errors
 ///
 /// Of the system calls; `WouldBlock` without an answer.
 pub fn datagram(to: SocketAddr, octets: &[u8], patience: Duration) -> io::Result<(Outcome, Vec<u8>)> {
-    let socket = UdpSocket::bind(SocketAddr::new(unspecified(to.ip()), 0))?;
+    // A port that comes again would continue a tracked flow to a Service that has been deleted.
+    let port = 33_000 + NEXT_PORT.fetch_add(1, Ordering::Relaxed) % 28_000;
+    let socket = UdpSocket::bind(SocketAddr::new(unspecified(to.ip()), port))?;
     socket.connect(to)?;
     ask(&socket, octets, patience)
 }
