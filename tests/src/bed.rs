@@ -207,19 +207,22 @@ impl Node {
 
     /// Deletes the clients of former endpoints, as the agent does.
     fn forget_clients(&mut self) {
-        let mut changes = Vec::new();
         for id in table_ids() {
             let (found, _generation) = self.nftables.read(&id).unwrap_or_else(|error| panic!("{error}"));
             let table = found.expect("a table");
             for map in AFFINITY_MAPS {
-                let stale = self.state.packets().stale_clients(id.family, &table.sets[map].elements);
-                if !stale.is_empty() {
-                    changes.push((id.clone(), Change::DeleteElements(map.into(), stale)));
+                for key in self.state.packets().stale_clients(id.family, &table.sets[map].elements) {
+                    let change = Change::DeleteElements(map.into(), vec![key]);
+                    let transaction = Transaction { changes: vec![(id.clone(), change)], generation: None };
+                    match self.nftables.apply(&transaction) {
+                        Ok(()) => {}
+                        // It has expired meanwhile.
+                        Err(error) if error.is_missing() => {}
+                        Err(error) => panic!("{error}"),
+                    }
                 }
             }
         }
-        let transaction = Transaction { changes, generation: None };
-        self.nftables.apply(&transaction).unwrap_or_else(|error| panic!("{error}"));
     }
 
     /// Deletes the tracked flows of datagrams to former endpoints, as the agent does.
