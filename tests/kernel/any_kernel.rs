@@ -8,5 +8,6 @@ mod exclusive;
 mod explain;
 pub(crate) mod layouts;
 pub(crate) mod load;
+mod packet_scenarios;
 mod scenarios;
 mod stats;

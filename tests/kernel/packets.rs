@@ -29,7 +29,6 @@ use serde_json::{Value, json};
 
 use Place::{Far, Node, Other, Outside, Pod, Second};
 
-mod scenarios;
 mod sctp;
 
 /// A destination, in both families.
