@@ -78,12 +78,12 @@ fn packets(cluster: &RandomCluster) -> Vec<Packet> {
         .collect()
 }
 
-/// What must become of a packet: each possible outcome.
-fn expected(mode: PacketMode, state: &State, cluster: &RandomCluster, packet: Packet) -> BTreeSet<Outcome> {
-    let only = |outcome| BTreeSet::from([outcome]);
-    if packet.is_own && mode == PacketMode::External {
-        return only(Outcome::Passes);
-    }
+/// The frontend that a packet is for.
+fn frontend<'a>(
+    state: &'a State,
+    cluster: &RandomCluster,
+    packet: Packet,
+) -> Option<(&'a Frontend, &'a PacketSide)> {
     let protocol = match packet.protocol {
         6 => Protocol::Tcp,
         17 => Protocol::Udp,
@@ -93,7 +93,17 @@ fn expected(mode: PacketMode, state: &State, cluster: &RandomCluster, packet: Pa
     let any: IpAddr = if ip.is_ipv4() { [0; 4].into() } else { [0; 16].into() };
     let at = |ip| state.desired().packet_owner(&FrontendAddress { ip, port, protocol });
     let on_node = || cluster.node_addresses().contains(&ip).then(|| at(any)).flatten();
-    let Some((frontend, side)) = at(ip).or_else(on_node) else {
+    at(ip).or_else(on_node)
+}
+
+/// What must become of a packet: each possible outcome.
+fn expected(mode: PacketMode, state: &State, cluster: &RandomCluster, packet: Packet) -> BTreeSet<Outcome> {
+    let only = |outcome| BTreeSet::from([outcome]);
+    if packet.is_own && mode == PacketMode::External {
+        return only(Outcome::Passes);
+    }
+    let ip = packet.destination.ip();
+    let Some((frontend, side)) = frontend(state, cluster, packet) else {
         let image = state.image();
         return only(match image.cluster_ips.get(&ip) {
             _ if mode == PacketMode::External => Outcome::Passes,
@@ -180,6 +190,10 @@ proptest! {
         apply(&mut kernel, &state.take_packet_changes().changes)?;
         prop_assert_eq!(&kernel, &state.packets().tables());
         prop_assert!(state.take_packet_changes().changes.is_empty());
+        while state.packets().has_leaving() {
+            state.settle_packets();
+            apply(&mut kernel, &state.take_packet_changes().changes)?;
+        }
         let fresh = fresh(mode, last);
         prop_assert_eq!(&kernel, &fresh.packets().tables());
         prop_assert_eq!(state.packets().sizes(), fresh.packets().sizes());
@@ -215,6 +229,46 @@ proptest! {
             let (_, table) = tables.iter_mut().find(of_family).unwrap();
             let expected = expected(mode, &state, last, packet);
             prop_assert_eq!(outcomes(table, packet), expected, "{:?}", packet);
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
+
+    /// While the endpoints of a frontend change, a packet in the middle of the transaction reaches one of those before or
+    /// after it.
+    #[test]
+    fn a_packet_in_the_middle_of_a_transaction_is_served(history in history(1), mode in mode()) {
+        let (first, last) = (&history[0], &history[history.len() - 1]);
+        let mut state = fresh(mode, first);
+        let (former, before) = (fresh(mode, first), state.packets().tables());
+        follow(&mut state, last);
+        let after = state.packets().tables();
+        let endpoints = |outcomes: &BTreeSet<Outcome>| -> Option<BTreeSet<SocketAddr>> {
+            let endpoint = |outcome: &Outcome| match outcome {
+                Outcome::Translated { endpoint, .. } => Some(*endpoint),
+                _ => None,
+            };
+            outcomes.iter().map(endpoint).collect()
+        };
+        let is_same_place = first.node_addresses() == last.node_addresses() && first.pods() == last.pods();
+        for packet in packets(last).into_iter().filter(|_| is_same_place) {
+            // What else changes of a frontend may make one packet wait for its repetition.
+            let what = |(frontend, side): (&Frontend, &PacketSide)| {
+                (frontend.address, frontend.kind, frontend.policy, side.outside.is_some(), side.sources.clone())
+            };
+            let [was, is] = [frontend(&former, first, packet), frontend(&state, last, packet)];
+            if was.map(what) != is.map(what) {
+                continue;
+            }
+            let Some((id, old)) = before.iter().find(|(id, _)| id.family == family(packet.source)) else { continue };
+            let new = &after[id];
+            let [earlier, later] = [old, new].map(|table| endpoints(&sim::outcomes(table, packet).all));
+            let (Some(earlier), Some(later)) = (earlier, later) else { continue };
+            let meanwhile = endpoints(&sim::outcomes_meanwhile(old, new, packet));
+            let allowed: BTreeSet<_> = earlier.union(&later).copied().collect();
+            prop_assert!(meanwhile.is_some_and(|reached| reached.is_subset(&allowed)), "{:?}", packet);
         }
     }
 }

@@ -194,6 +194,11 @@ impl Node {
         }
         let transaction = self.state.take_packet_changes();
         self.nftables.apply(&transaction).unwrap_or_else(|error| panic!("{error}"));
+        while self.state.packets().has_leaving() {
+            self.state.settle_packets();
+            let transaction = self.state.take_packet_changes();
+            self.nftables.apply(&transaction).unwrap_or_else(|error| panic!("{error}"));
+        }
         let stale = self.state.take_stale_packet_records();
         if stale.clients {
             self.forget_clients();

@@ -448,6 +448,11 @@ impl State {
         self.packets.adopt()
     }
 
+    /// See [`Rules::settle`].
+    pub fn settle_packets(&mut self) {
+        self.packets.settle();
+    }
+
     /// See [`Rules::take_stale`].
     pub fn take_stale_packet_records(&mut self) -> Stale {
         self.packets.take_stale()

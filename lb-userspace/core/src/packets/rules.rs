@@ -128,6 +128,22 @@ impl Rules {
         Transaction { changes, generation: None }
     }
 
+    /// Whether frontends are still in sets that they have left: see [`Self::settle`].
+    #[must_use]
+    pub fn has_leaving(&self) -> bool {
+        !self.v4.leaving.is_empty() || !self.v6.leaving.is_empty()
+    }
+
+    /// Says that packets which were on their way at the last call are through. The next changes delete frontends from
+    /// sets that they left before that call.
+    ///
+    /// A packet asks one set after the other, and a transaction may come between. So a frontend is added to
+    /// its new set at once, and stays in the former one: the packet finds it in one of them.
+    pub fn settle(&mut self) {
+        self.v4.settle();
+        self.v6.settle();
+    }
+
     /// What the kernel may have recorded about former endpoints, since the last call.
     pub fn take_stale(&mut self) -> Stale {
         let (v4, v6) = (mem::take(&mut self.v4.stale), mem::take(&mut self.v6.stale));
@@ -204,6 +220,14 @@ impl Rules {
     }
 }
 
+/// A set by which a packet finds what it gets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Membership {
+    Pick(Pick),
+    Refused,
+    Dropped,
+}
+
 /// What packets to a frontend get.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Served {
@@ -216,6 +240,8 @@ struct Served {
     allowed: Option<Arc<[Cidr]>>,
     affinity: Option<NonZeroU32>,
     masquerade: Masquerade,
+    /// The sets that it has left and is still in, each until the number of calls of [`Rules::settle`].
+    leaving: BTreeMap<Membership, u64>,
 }
 
 impl Served {
@@ -228,6 +254,7 @@ impl Served {
             inside: outside.map(|_| Arc::clone(all)),
             local: Arc::clone(&packets.local),
             allowed: packets.sources.clone(),
+            leaving: BTreeMap::new(),
             affinity: NonZeroU32::new(frontend.affinity_seconds),
             masquerade: match (frontend.kind, frontend.policy) {
                 (FrontendKind::ClusterIP, _) => Masquerade::Strangers,
@@ -237,25 +264,47 @@ impl Served {
         }
     }
 
+    /// The sets by which a packet finds what it gets.
+    fn memberships(&self) -> impl Iterator<Item = Membership> {
+        let pick = |side, n_endpoints| Pick::new(self.form, side, n_endpoints).map(Membership::Pick);
+        let inside = self.inside.as_ref().and_then(|inside| pick(Side::Inside, inside.len()));
+        let has_inside = inside.is_some();
+        let without_endpoint = if has_inside { Membership::Dropped } else { Membership::Refused };
+        let none = self.endpoints.is_empty().then_some(without_endpoint);
+        pick(Side::Outside, self.endpoints.len()).into_iter().chain(inside).chain(none)
+    }
+
+    /// Those, and the ones that the frontend has left.
+    fn all_memberships(&self) -> impl Iterator<Item = Membership> {
+        self.memberships().chain(self.leaving.keys().copied())
+    }
+
     /// The choices that senders have.
     fn picks(&self) -> impl Iterator<Item = Pick> {
-        let pick = |side, n_endpoints| Pick::new(self.form, side, n_endpoints);
-        let inside = self.inside.as_ref().and_then(|inside| pick(Side::Inside, inside.len()));
-        pick(Side::Outside, self.endpoints.len()).into_iter().chain(inside)
+        self.all_memberships().filter_map(|membership| match membership {
+            Membership::Pick(pick) => Some(pick),
+            Membership::Refused | Membership::Dropped => None,
+        })
+    }
+
+    /// Stays for a while in the sets of its former state.
+    fn keep_sets_of(&mut self, former: &Self, until: u64) {
+        let own: BTreeSet<Membership> = self.memberships().collect();
+        let left = former.memberships().map(|membership| (membership, until));
+        self.leaving = former.leaving.clone().into_iter().chain(left).collect();
+        self.leaving.retain(|membership, _| !own.contains(membership));
     }
 
     /// The sets that the frontend itself is in.
     fn sets(&self) -> impl Iterator<Item = Name> {
-        let has_inside = self.inside.as_ref().is_some_and(|inside| !inside.is_empty());
-        let without_endpoint = if has_inside { "dropped" } else { "refused" };
-        let fixed = [
-            Some(self.masquerade.name()),
-            self.endpoints.is_empty().then_some(without_endpoint),
-            self.allowed.as_ref().map(|_| "limited"),
-        ];
+        let of_memberships = self.all_memberships().map(|membership| match membership {
+            Membership::Pick(pick) => pick.set(),
+            Membership::Refused => self.form.name("refused"),
+            Membership::Dropped => self.form.name("dropped"),
+        });
         let affinity = self.affinity.map(|seconds| affinity_set(self.form, seconds));
-        let fixed = fixed.into_iter().flatten().map(|name| self.form.name(name));
-        self.picks().map(Pick::set).chain(affinity).chain(fixed)
+        let limited = self.allowed.as_ref().map(|_| "limited".into());
+        of_memberships.chain(affinity).chain([self.form.name(self.masquerade.name())]).chain(limited)
     }
 
     /// The endpoints with their index.
@@ -297,6 +346,9 @@ struct FamilyRules {
     before: Option<Ground>,
     now: Ground,
     frontends: BTreeMap<FrontendAddress, Served>,
+    /// Those that are still in sets which they have left.
+    leaving: BTreeSet<FrontendAddress>,
+    n_settled: u64,
     /// Of `frontends` together: [`Served::n_elements`].
     n_elements: usize,
     /// The frontends that have changed, as they were.
@@ -326,6 +378,8 @@ impl FamilyRules {
                 affinities: BTreeSet::new(),
             },
             frontends: BTreeMap::new(),
+            leaving: BTreeSet::new(),
+            n_settled: 0,
             n_elements: 0,
             former: BTreeMap::new(),
             picks: BTreeMap::new(),
@@ -342,9 +396,36 @@ impl FamilyRules {
         table_id(self.now.family)
     }
 
-    fn set(&mut self, at: FrontendAddress, served: Option<Served>) {
-        if self.frontends.get(&at) == served.as_ref() {
+    fn set(&mut self, at: FrontendAddress, mut served: Option<Served>) {
+        let former = self.frontends.get(&at);
+        if let (Some(served), Some(former)) = (&mut served, former) {
+            // It is two calls of `settle` until those that are on their way now are through for certain.
+            served.keep_sets_of(former, self.n_settled + 2);
+        }
+        if former == served.as_ref() {
             return;
+        }
+        self.stale.clients |= former.is_some_and(|former| former.affinity.is_some());
+        // Flows may have begun before there was a frontend.
+        self.stale.flows |= at.protocol != Protocol::Tcp;
+        self.replace(at, served);
+    }
+
+    fn settle(&mut self) {
+        self.n_settled += 1;
+        for at in self.leaving.clone() {
+            if let Some(mut served) = self.frontends.get(&at).cloned() {
+                served.leaving.retain(|_, until| *until > self.n_settled);
+                self.replace(at, Some(served));
+            }
+        }
+    }
+
+    fn replace(&mut self, at: FrontendAddress, served: Option<Served>) {
+        if served.as_ref().is_some_and(|served| !served.leaving.is_empty()) {
+            self.leaving.insert(at);
+        } else {
+            self.leaving.remove(&at);
         }
         if let Some(served) = &served {
             self.count(served, true);
@@ -355,10 +436,7 @@ impl FamilyRules {
         };
         if let Some(former) = &former {
             self.count(former, false);
-            self.stale.clients |= former.affinity.is_some();
         }
-        // Flows may have begun before there was a frontend.
-        self.stale.flows |= at.protocol != Protocol::Tcp;
         // The oldest counts: it is what the kernel has.
         self.former.entry(at).or_insert(former);
     }

@@ -209,18 +209,34 @@ pub fn outcomes(table: &Table, packet: Packet) -> Outcomes {
     found
 }
 
+/// What may become of a packet while a transaction makes `after` of `before`. Its first look-ups see the elements of
+/// `before`, the others those of `after`; a hook that it enters meanwhile has the rules of its own beginning.
+#[must_use]
+pub fn outcomes_meanwhile(before: &Table, after: &Table, packet: Packet) -> BTreeSet<Outcome> {
+    let mut found = BTreeSet::new();
+    let mut n_before = 0;
+    loop {
+        let (mut n, mut n_numbers, mut is_over) = (0, 1, true);
+        while n < n_numbers {
+            let mut draw = |below: u32| {
+                n_numbers = n_numbers.max(below);
+                n % below.max(1)
+            };
+            let mut passage = Passage::new(before, packet, &mut draw);
+            passage.later = Some((n_before, after));
+            found.insert(passage.hooks());
+            is_over &= passage.later.is_some();
+            n += 1;
+        }
+        if is_over {
+            return found;
+        }
+        n_before += 1;
+    }
+}
+
 fn pass<'a>(table: &'a Table, packet: Packet, draw: &'a mut dyn FnMut(u32) -> u32) -> (Outcome, Passage<'a>) {
-    let mut passage = Passage {
-        table,
-        registers: [0; 4 * Register::COUNT as usize],
-        packet,
-        original: packet.destination,
-        is_translated: false,
-        found: None,
-        decided_by: None,
-        updates: Vec::new(),
-        draw,
-    };
+    let mut passage = Passage::new(table, packet, draw);
     let outcome = passage.hooks();
     (outcome, passage)
 }
@@ -240,7 +256,12 @@ enum Step {
 const MAX_DEPTH: usize = 16;
 
 struct Passage<'a> {
+    /// The rules of this hook.
     table: &'a Table,
+    /// The elements.
+    sets: &'a Table,
+    /// After how many look-ups the elements are others.
+    later: Option<(usize, &'a Table)>,
     registers: [u8; 4 * Register::COUNT as usize],
     packet: Packet,
     original: SocketAddr,
@@ -262,6 +283,22 @@ struct Update {
 }
 
 impl<'a> Passage<'a> {
+    fn new(table: &'a Table, packet: Packet, draw: &'a mut dyn FnMut(u32) -> u32) -> Self {
+        Self {
+            table,
+            sets: table,
+            later: None,
+            registers: [0; 4 * Register::COUNT as usize],
+            packet,
+            original: packet.destination,
+            is_translated: false,
+            found: None,
+            decided_by: None,
+            updates: Vec::new(),
+            draw,
+        }
+    }
+
     fn hooks(&mut self) -> Outcome {
         let hooks: &[Hook] = if self.packet.is_own {
             &[Hook::Output, Hook::Postrouting]
@@ -271,6 +308,7 @@ impl<'a> Passage<'a> {
         let mut is_masqueraded = false;
         let mut translated_by = None;
         for hook in hooks {
+            self.table = self.sets;
             let at_hook = |chain: &'a Chain| {
                 let base = chain.base.filter(|base| base.hook == *hook)?;
                 Some((base.priority, base.kind, chain))
@@ -454,8 +492,13 @@ impl<'a> Passage<'a> {
         }
     }
 
-    fn find(&self, set: &Name, from: Register) -> Option<&'a Element> {
-        let set = self.table.sets.get(set)?;
+    fn find(&mut self, set: &Name, from: Register) -> Option<&'a Element> {
+        match self.later {
+            Some((0, after)) => (self.sets, self.later) = (after, None),
+            Some((n, after)) => self.later = Some((n - 1, after)),
+            None => {}
+        }
+        let set = self.sets.sets.get(set)?;
         let key = self.load(from, set.spec.key_len());
         if !set.spec.flags.contains(SetFlags::INTERVAL) {
             return set.elements.get(&Key::from(key));

@@ -40,6 +40,9 @@ use crate::{
 /// Time before a failed change is retried.
 const RETRY: Duration = Duration::from_secs(1);
 
+/// Time between two calls of `State::settle_packets`: more than any packet is on its way through the rules.
+const SETTLE: Duration = Duration::from_millis(100);
+
 /// How often tables are compared anew because another program commits changes meanwhile.
 const MAX_TRIES: usize = 8;
 
@@ -100,6 +103,8 @@ pub(super) struct PacketRules {
     must_adopt: bool,
     /// When that is tried again.
     retry_at: Option<Instant>,
+    /// When frontends are deleted from sets that they have left.
+    settle_at: Option<Instant>,
     status: PacketStatus,
 }
 
@@ -121,6 +126,7 @@ impl PacketRules {
             generation: None,
             must_adopt: true,
             retry_at: None,
+            settle_at: None,
             status: PacketStatus::default(),
         };
         match (mode, Nftables::open()) {
@@ -180,6 +186,9 @@ impl PacketRules {
                 self.queue.push_back(Work::Apply(Transaction { changes, generation: None }));
             }
         }
+        if state.packets().has_leaving() && self.settle_at.is_none() {
+            self.settle_at = Some(Instant::now() + SETTLE);
+        }
         let records = state.take_stale_packet_records();
         if records != Stale::default() {
             self.queue.push_back(Work::Read(records));
@@ -207,11 +216,13 @@ impl PacketRules {
             self.running = None;
             return Event::Ended(result.map_err(|stopped| stopped.to_string()));
         }
-        match self.retry_at {
-            Some(due) => time::sleep_until(due.into()).await,
-            None => std::future::pending().await,
-        }
-        Event::RetryDue
+        let (due, event) = match (self.retry_at, self.settle_at) {
+            (Some(due), _) => (due, Event::RetryDue),
+            (None, Some(due)) => (due, Event::SettleDue),
+            (None, None) => std::future::pending().await,
+        };
+        time::sleep_until(due.into()).await;
+        event
     }
 
     /// Carries on after an event. Returns whether the status has changed.
@@ -221,6 +232,12 @@ impl PacketRules {
                 self.retry_at = None;
                 self.adopt(state);
                 self.proceed();
+                return false;
+            }
+            Event::SettleDue => {
+                self.settle_at = None;
+                state.settle_packets();
+                self.changed(state);
                 return false;
             }
             Event::Ended(Ok((nftables, work, result))) => {
@@ -321,6 +338,7 @@ pub(super) enum Event {
     /// Work has ended, with its result or why it has none.
     Ended(Result<Worked, String>),
     RetryDue,
+    SettleDue,
 }
 
 type Worked = (Option<Nftables>, Work, Result<Done, NftablesError>);

@@ -59,6 +59,11 @@ impl Node {
         sim::apply(&mut self.kernel, &transaction.changes).unwrap();
         assert_eq!(self.kernel, self.state.packets().tables());
         assert_eq!(self.state.take_packet_changes(), Transaction::default());
+        while self.state.packets().has_leaving() {
+            self.state.settle_packets();
+            sim::apply(&mut self.kernel, &self.state.take_packet_changes().changes).unwrap();
+            assert_eq!(self.kernel, self.state.packets().tables());
+        }
         n_changes
     }
 
