@@ -8,6 +8,7 @@ mod exclusive;
 mod explain;
 pub(crate) mod layouts;
 pub(crate) mod load;
+mod packet_rules;
 mod packet_scenarios;
 mod scenarios;
 mod stats;

@@ -1,23 +1,16 @@
 //! What reaches no hook, as real packets: which endpoint answers, and which client it sees.
 
 use std::{
-    collections::BTreeMap,
     fs,
-    io::{ErrorKind, Read as _, Write as _},
-    net::{SocketAddr, TcpStream, UdpSocket},
+    io::{Read as _, Write as _},
+    net::{SocketAddr, TcpStream},
     thread,
     time::Duration,
 };
 
-use lb_core::{
-    model::{
-        Family,
-        Protocol::{self, Tcp, Udp},
-    },
-    packets::{
-        nft::{Change, Expression, Rule, Table, Transaction, Verdict},
-        table_ids,
-    },
+use lb_core::model::{
+    Family,
+    Protocol::{self, Tcp, Udp},
 };
 use lb_tests::{
     Feature,
@@ -33,7 +26,7 @@ mod sctp;
 
 /// A destination, in both families.
 #[derive(Clone, Copy, Debug)]
-enum To {
+pub(crate) enum To {
     ClusterIp,
     /// Another port of it.
     UndefinedPort,
@@ -47,7 +40,7 @@ enum To {
 }
 
 impl To {
-    fn address(self, family: Family) -> SocketAddr {
+    pub(crate) fn address(self, family: Family) -> SocketAddr {
         let (v4, port) = match self {
             Self::ClusterIp => ([10, 96, 0, 1], 80),
             Self::UndefinedPort => ([10, 96, 0, 1], 81),
@@ -63,7 +56,7 @@ impl To {
 
 /// The client's address at the server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Source {
+pub(crate) enum Source {
     Kept,
     /// One of the node's.
     Node,
@@ -71,7 +64,7 @@ enum Source {
 
 /// What becomes of calls.
 #[derive(Clone, Copy, Debug)]
-enum Expected {
+pub(crate) enum Expected {
     /// Exactly these endpoints answer.
     Reach(&'static [(Place, Source)]),
     Refused,
@@ -79,7 +72,7 @@ enum Expected {
 }
 
 /// The Service `web` at all the addresses of [`To`].
-fn service(spec: &Value) -> Object {
+pub(crate) fn service(spec: &Value) -> Object {
     let ips = |v4| FAMILIES.map(|family| address(family, v4));
     let cluster_ips = ips([10, 96, 0, 1]);
     let mut service = json!({
@@ -105,7 +98,7 @@ fn service(spec: &Value) -> Object {
 }
 
 /// Its endpoints, in both families.
-fn slices(endpoints: &[Place]) -> [Object; 2] {
+pub(crate) fn slices(endpoints: &[Place]) -> [Object; 2] {
     FAMILIES.map(|family| {
         let name = if family == Family::V4 { "IPv4" } else { "IPv6" };
         let endpoints = endpoints
@@ -131,19 +124,19 @@ fn slices(endpoints: &[Place]) -> [Object; 2] {
     })
 }
 
-fn cluster(spec: &Value, endpoints: &[Place]) -> Cluster {
+pub(crate) fn cluster(spec: &Value, endpoints: &[Place]) -> Cluster {
     Cluster::new().with(Bed::nodes()).with([service(spec)]).with(slices(endpoints))
 }
 
 /// Runs a test on a bed, if the kernel has what it needs.
-fn on_a_bed(test: impl FnOnce(&mut Bed)) {
+pub(crate) fn on_a_bed(test: impl FnOnce(&mut Bed)) {
     if require(Feature::Nftables) {
         test(&mut Bed::new());
     }
 }
 
 /// Calls in both families and protocols.
-fn check(bed: &Bed, rows: &[(Place, To, Expected)]) {
+pub(crate) fn check(bed: &Bed, rows: &[(Place, To, Expected)]) {
     let faults: Vec<String> = rows
         .iter()
         .flat_map(|row| {
@@ -158,7 +151,7 @@ fn check(bed: &Bed, rows: &[(Place, To, Expected)]) {
 }
 
 /// How the calls to an address differ from what is expected.
-fn fault(
+pub(crate) fn fault(
     bed: &Bed,
     from: Place,
     to: SocketAddr,
@@ -197,11 +190,11 @@ fn fault(
     (!missing.is_empty()).then(|| format!("{missing:?} never answer"))
 }
 
-const LOCAL_KEPT: Expected = Expected::Reach(&[(Pod, Source::Kept), (Second, Source::Kept)]);
-const ALL_MASQUERADED: Expected =
+pub(crate) const LOCAL_KEPT: Expected = Expected::Reach(&[(Pod, Source::Kept), (Second, Source::Kept)]);
+pub(crate) const ALL_MASQUERADED: Expected =
     Expected::Reach(&[(Pod, Source::Node), (Second, Source::Node), (Far, Source::Node)]);
 /// From a pod that is an endpoint.
-const ALL_FROM_POD: Expected =
+pub(crate) const ALL_FROM_POD: Expected =
     Expected::Reach(&[(Pod, Source::Node), (Second, Source::Kept), (Far, Source::Kept)]);
 
 #[test]
@@ -259,98 +252,8 @@ fn policy_local() {
     });
 }
 
-#[test]
-fn internal_policy_local() {
-    on_a_bed(|bed| {
-        let local = json!({"internalTrafficPolicy": "Local"});
-        bed.follow(&cluster(&local, &[Second, Far]));
-        check(
-            bed,
-            &[
-                (Pod, To::ClusterIp, Expected::Reach(&[(Second, Source::Kept)])),
-                (Second, To::ClusterIp, Expected::Reach(&[(Second, Source::Node)])),
-                (Node, To::ClusterIp, Expected::Reach(&[(Second, Source::Node)])),
-                (Outside, To::ClusterIp, Expected::Reach(&[(Second, Source::Node)])),
-                (Outside, To::NodePort, Expected::Reach(&[(Second, Source::Node), (Far, Source::Node)])),
-            ],
-        );
-        bed.follow(&cluster(&local, &[Far]));
-        for from in [Pod, Node, Outside] {
-            check(bed, &[(from, To::ClusterIp, Expected::Refused)]);
-        }
-    });
-}
-
-#[test]
-fn a_service_without_endpoints_refuses() {
-    on_a_bed(|bed| {
-        for policy in ["Cluster", "Local"] {
-            bed.follow(&cluster(&json!({"externalTrafficPolicy": policy}), &[]));
-            for from in [Pod, Node, Outside] {
-                for to in [To::ClusterIp, To::NodePort, To::ExternalIp, To::LoadBalancer] {
-                    check(bed, &[(from, to, Expected::Refused)]);
-                }
-            }
-        }
-    });
-}
-
-/// Programs of nodes as endpoints.
-#[test]
-fn endpoints_on_nodes() {
-    on_a_bed(|bed| {
-        bed.follow(&cluster(&json!({}), &[Node, Other]));
-        // What the node itself receives is not masqueraded, since the answer passes here anyway.
-        let from_outside = Expected::Reach(&[(Node, Source::Kept), (Other, Source::Node)]);
-        check(
-            bed,
-            &[
-                (Pod, To::ClusterIp, Expected::Reach(&[(Node, Source::Kept), (Other, Source::Kept)])),
-                (Node, To::ClusterIp, Expected::Reach(&[(Node, Source::Node), (Other, Source::Node)])),
-                (Outside, To::ClusterIp, from_outside),
-                (Outside, To::NodePort, from_outside),
-                (Node, To::NodePort, Expected::Reach(&[(Node, Source::Node), (Other, Source::Node)])),
-                (Outside, To::LoadBalancer, from_outside),
-            ],
-        );
-    });
-}
-
-#[test]
-fn source_ranges() {
-    on_a_bed(|bed| {
-        let limited = |ranges: &[&str]| cluster(&json!({ "loadBalancerSourceRanges": ranges }), &[Pod, Far]);
-        let both = Expected::Reach(&[(Pod, Source::Node), (Far, Source::Node)]);
-        bed.follow(&limited(&["198.51.100.0/25", "fd00:198:51:100::/64"]));
-        check(
-            bed,
-            &[
-                (Outside, To::LoadBalancer, both),
-                (Pod, To::LoadBalancer, Expected::Dropped),
-                (Node, To::LoadBalancer, Expected::Dropped),
-                (Pod, To::ExternalIp, both),
-                (Pod, To::NodePort, both),
-            ],
-        );
-        bed.follow(&limited(&[
-            "192.168.0.0/16",
-            "198.51.100.8/32",
-            "fd00:192:168::/48",
-            "fd00:198:51:100::8/128",
-        ]));
-        check(
-            bed,
-            &[
-                (Outside, To::LoadBalancer, Expected::Dropped),
-                (Node, To::LoadBalancer, both),
-                (Outside, To::ExternalIp, both),
-            ],
-        );
-    });
-}
-
 /// The place that answers.
-fn server(outcome: Outcome, family: Family) -> Place {
+pub(crate) fn server(outcome: Outcome, family: Family) -> Place {
     let Outcome::Reached { server, .. } = outcome else { panic!("{outcome:?}") };
     *[Pod, Second, Far].iter().find(|place| place.server(family) == server).unwrap()
 }
@@ -400,39 +303,6 @@ fn affinity() {
             assert!(*next != Second && (*first == Second || next == first), "{case:?}: {first:?}, {next:?}");
         }
         assert_eq!(call_all(bed), next);
-    });
-}
-
-/// A client keeps no endpoint that the new policy does not give it.
-#[test]
-fn affinity_follows_the_policy() {
-    on_a_bed(|bed| {
-        let affinity = |policy| json!({"sessionAffinity": "ClientIP", "externalTrafficPolicy": policy});
-        for to in [To::NodePort, To::LoadBalancer] {
-            bed.follow(&cluster(&affinity("Cluster"), &[Far]));
-            check(bed, &[(Outside, to, Expected::Reach(&[(Far, Source::Node)]))]);
-            bed.follow(&cluster(&affinity("Local"), &[Pod, Far]));
-            check(bed, &[(Outside, to, Expected::Reach(&[(Pod, Source::Kept)]))]);
-        }
-    });
-}
-
-#[test]
-fn endpoints_have_equal_shares() {
-    const CALLS: usize = 6000;
-    on_a_bed(|bed| {
-        bed.follow(&cluster(&json!({}), &[Pod, Second, Far]));
-        for family in FAMILIES {
-            let to = To::ClusterIp.address(family);
-            let mut n = BTreeMap::<Place, usize>::new();
-            bed.at(Outside).run(|| {
-                for _ in 0..CALLS {
-                    *n.entry(server(bed::call(to, Udp, PATIENCE), family)).or_default() += 1;
-                }
-            });
-            // A tenth is more than five standard deviations.
-            assert!(n.values().all(|n| n.abs_diff(CALLS / 3) <= CALLS / 30), "{n:?}");
-        }
     });
 }
 
@@ -517,7 +387,7 @@ fn path_mtu_discovery() {
 }
 
 /// Who calls what in tests of flows that stay open.
-const WAYS: [(Place, To); 5] = [
+pub(crate) const WAYS: [(Place, To); 5] = [
     (Pod, To::ClusterIp),
     (Node, To::ClusterIp),
     (Outside, To::NodePort),
@@ -526,10 +396,10 @@ const WAYS: [(Place, To); 5] = [
 ];
 
 /// Open connections.
-struct Open(Vec<(String, TcpStream)>);
+pub(crate) struct Open(Vec<(String, TcpStream)>);
 
 impl Open {
-    fn new(bed: &Bed) -> Self {
+    pub(crate) fn new(bed: &Bed) -> Self {
         let ways = WAYS.into_iter().flat_map(|way| FAMILIES.map(|family| (way, family)));
         let all = ways.map(|((from, to), family)| {
             let at = to.address(family);
@@ -540,45 +410,11 @@ impl Open {
     }
 
     /// Fails if one of them does not answer.
-    fn check(&mut self, after: &str) {
+    pub(crate) fn check(&mut self, after: &str) {
         for (which, stream) in &mut self.0 {
             echo(stream, format!("{which} after {after}").as_bytes());
         }
     }
-}
-
-/// A socket that sends to one address is served by another endpoint when its own goes.
-#[test]
-fn datagrams_leave_an_endpoint_that_went() {
-    on_a_bed(|bed| {
-        bed.follow(&cluster(&json!({}), &[Second]));
-        let ways = WAYS.into_iter().flat_map(|way| FAMILIES.map(|family| (way, family)));
-        let sockets: Vec<_> = ways
-            .map(|((from, to), family)| {
-                let at = to.address(family);
-                let socket =
-                    bed.at(from).run(|| UdpSocket::bind(SocketAddr::new(bed::unspecified(at.ip()), 0)));
-                let socket = socket.unwrap();
-                socket.connect(at).unwrap();
-                (socket, family)
-            })
-            .collect();
-        let check = |endpoint: Place| {
-            for (socket, family) in &sockets {
-                let (outcome, _) = bed::ask(socket, b"?", PATIENCE).unwrap();
-                assert_eq!(server(outcome, *family), endpoint, "{socket:?}");
-            }
-        };
-        check(Second);
-        bed.follow(&cluster(&json!({}), &[Second, Pod, Far]));
-        check(Second);
-        bed.follow(&cluster(&json!({}), &[Far]));
-        check(Far);
-        bed.follow(&cluster(&json!({}), &[]));
-        for (socket, _) in &sockets {
-            assert_eq!(bed::ask(socket, b"?", PATIENCE).unwrap_err().kind(), ErrorKind::ConnectionRefused);
-        }
-    });
 }
 
 #[test]
@@ -607,59 +443,5 @@ fn a_connection_stays_while_all_else_changes() {
         open.check("another agent");
         bed.follow(&cluster(&json!({}), &[Second]));
         open.check("its change");
-    });
-}
-
-type Foreign = fn(&Table) -> Vec<Change>;
-
-/// What others do to the table is found and repaired, and meanwhile no open connection ends.
-#[test]
-fn foreign_changes_are_repaired() {
-    let cases: [(&str, Foreign); 9] = [
-        ("the table is deleted", |_| vec![Change::DeleteTable]),
-        ("a rule is added", |_| {
-            let drop = Rule { expressions: vec![Expression::Verdict(Verdict::Drop)], comment: None };
-            vec![Change::AddRule("check-source".into(), drop)]
-        }),
-        ("rules are gone", |_| vec![Change::FlushChain("prerouting".into())]),
-        ("a chain is added", |_| vec![Change::AddChain("foreign".into(), None)]),
-        ("a base chain is added", |table| {
-            vec![Change::AddChain("foreign".into(), table.chains["prerouting"].base)]
-        }),
-        ("a set is added", |table| {
-            vec![Change::AddSet("foreign".into(), table.sets["hairpin"].spec.clone())]
-        }),
-        ("services are gone", |_| vec![Change::FlushSet("services-4".into())]),
-        ("an endpoint is gone", |table| {
-            let key = table.sets["endpoints"].elements.keys().next().unwrap();
-            vec![Change::DeleteElements("endpoints".into(), vec![key.clone()])]
-        }),
-        ("an element is another", |table| {
-            let mut elements = table.sets["endpoints"].elements.iter();
-            let ((key, _), (_, other)) = (elements.next().unwrap(), elements.next().unwrap());
-            vec![
-                Change::DeleteElements("endpoints".into(), vec![key.clone()]),
-                Change::AddElements("endpoints".into(), vec![(key.clone(), other.clone())]),
-            ]
-        }),
-    ];
-    on_a_bed(|bed| {
-        bed.follow(&cluster(&json!({}), &[Pod, Second, Far]));
-        let mut open = Open::new(bed);
-        open.check("at first");
-        for (what, changes) in cases {
-            for id in table_ids() {
-                let ours = bed.node.state.packets().tables().remove(&id).unwrap();
-                let changes = changes(&ours).into_iter().map(|change| (id.clone(), change)).collect();
-                bed.node
-                    .nftables
-                    .apply(&Transaction { changes, generation: None })
-                    .unwrap_or_else(|error| panic!("{what}: {error}"));
-            }
-            assert!(bed.node.repair() > 0, "{what}");
-            assert_eq!(bed.node.repair(), 0, "{what}: repaired");
-            open.check(what);
-            check(bed, &[(Pod, To::ClusterIp, ALL_FROM_POD), (Outside, To::NodePort, ALL_MASQUERADED)]);
-        }
     });
 }

@@ -39,7 +39,7 @@ pub const fn settings(n_cpus: u64) -> [Setting; 3] {
     let max = if per_cpu > 131_072 { per_cpu } else { 131_072 };
     [
         Setting { name: "max", bound: Bound::AtLeast(max) },
-        // Flows of programs that went without a word, five days by default.
+        // Five days by default, also for connections whose ends are gone.
         Setting { name: "tcp_timeout_established", bound: Bound::AtMost(86_400) },
         // A half-closed connection may still be used for long.
         Setting { name: "tcp_timeout_close_wait", bound: Bound::AtLeast(3_600) },

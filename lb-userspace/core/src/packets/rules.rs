@@ -39,6 +39,17 @@ pub struct Stale {
     pub flows: bool,
 }
 
+impl Stale {
+    /// Both.
+    pub const ALL: Self = Self { clients: true, flows: true };
+
+    /// Adds what another has.
+    pub const fn merge(&mut self, other: Self) {
+        self.clients |= other.clients;
+        self.flows |= other.flows;
+    }
+}
+
 /// The desired tables `ip socklb` and `ip6 socklb`, and what has changed since the last transaction.
 #[derive(Debug)]
 pub struct Rules {
@@ -146,8 +157,9 @@ impl Rules {
 
     /// What the kernel may have recorded about former endpoints, since the last call.
     pub fn take_stale(&mut self) -> Stale {
-        let (v4, v6) = (mem::take(&mut self.v4.stale), mem::take(&mut self.v6.stale));
-        Stale { clients: v4.clients || v6.clients, flows: v4.flows || v6.flows }
+        let mut stale = mem::take(&mut self.v4.stale);
+        stale.merge(mem::take(&mut self.v6.stale));
+        stale
     }
 
     /// Whether a tracked flow leads to what is no endpoint of the frontend that its client calls: see

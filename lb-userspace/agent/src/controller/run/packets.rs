@@ -6,7 +6,7 @@
 
 use std::{
     collections::{BTreeMap, VecDeque},
-    io,
+    io, mem,
     path::{Path, PathBuf},
     time::{Duration, Instant, SystemTime},
 };
@@ -97,6 +97,8 @@ pub(super) struct PacketRules {
     nftables: Option<Nftables>,
     running: Option<JoinHandle<Worked>>,
     queue: VecDeque<Work>,
+    /// What is read once the queue is empty: reading takes longer than changes may follow each other.
+    stale: Stale,
     /// The generation after the last change, if the tables are known to be as they ought to be.
     generation: Option<u32>,
     /// Whether the tables must be compared as a whole.
@@ -123,6 +125,7 @@ impl PacketRules {
             nftables: None,
             running: None,
             queue: VecDeque::new(),
+            stale: Stale::default(),
             generation: None,
             must_adopt: true,
             retry_at: None,
@@ -189,10 +192,7 @@ impl PacketRules {
         if state.packets().has_leaving() && self.settle_at.is_none() {
             self.settle_at = Some(Instant::now() + SETTLE);
         }
-        let records = state.take_stale_packet_records();
-        if records != Stale::default() {
-            self.queue.push_back(Work::Read(records));
-        }
+        self.stale.merge(state.take_stale_packet_records());
         self.proceed();
     }
 
@@ -311,14 +311,15 @@ impl PacketRules {
         tables.retain(|id, _| self.families.contains(&id.family));
         self.queue.push_back(Work::Adopt(tables, self.pin_path.clone()));
         // Changes before this may have left records.
-        self.queue.push_back(Work::Read(Stale { clients: true, flows: true }));
+        self.stale = Stale::ALL;
     }
 
     fn proceed(&mut self) {
         if self.running.is_some() || self.retry_at.is_some() {
             return;
         }
-        let Some(work) = self.queue.pop_front() else { return };
+        let read = || (self.stale != Stale::default()).then(|| Work::Read(mem::take(&mut self.stale)));
+        let Some(work) = self.queue.pop_front().or_else(read) else { return };
         let (nftables, generation) = (self.nftables.take(), self.generation);
         self.running = Some(spawn_blocking(move || {
             // A task that panicked has taken it along.
