@@ -39,7 +39,7 @@ const OPTIMIZED: &[&str] = &["aya", "aya-obj", "object"];
 
 /// Time limit of one kernel. Booting takes 4 s, but under emulation the verifier needs seconds for each of
 /// the many loads. A hung guest does not exit by itself.
-const LIMIT: Duration = Duration::from_secs(32 * 60);
+const LIMIT: Duration = Duration::from_secs(40 * 60);
 
 /// Tests that run at once in a guest: they wait for time-outs, so more than its processors.
 const N_TEST_THREADS: u8 = 3;
