@@ -9,14 +9,13 @@ use std::{
 use lb_core::{
     desired::{PacketMode, Settings},
     model::Protocol::{Tcp, Udp},
-    packets::nft::{SetFlags, Table},
     plan::Capacity,
     state::State,
     tables::Image,
 };
 use lb_kernel::{addresses, nftables::Nftables};
 use lb_tests::{
-    Feature, agent,
+    Feature, agent, bed,
     client::call,
     cluster::{self, Cluster, PortOf},
     command::text,
@@ -36,16 +35,8 @@ pub(crate) fn are_right(cluster: &Cluster) -> bool {
     let Ok(mut nftables) = Nftables::open() else { return false };
     state.packets().tables().iter().all(|(id, wanted)| {
         let found = nftables.read(id).ok().and_then(|(found, _)| found);
-        found.map(without_clients).as_ref() == Some(wanted)
+        found.map(bed::without_clients).as_ref() == Some(wanted)
     })
-}
-
-/// A table without the elements that its rules have added.
-fn without_clients(mut table: Table) -> Table {
-    for set in table.sets.values_mut().filter(|set| set.spec.flags.contains(SetFlags::DYNAMIC)) {
-        set.elements.clear();
-    }
-    table
 }
 
 fn endpoint(last: u8) -> SocketAddr {

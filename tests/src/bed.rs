@@ -266,12 +266,8 @@ impl Node {
     ///
     /// If it cannot be read.
     pub fn read(&mut self, id: &TableId) -> Option<Table> {
-        let (mut found, _generation) = self.nftables.read(id).unwrap_or_else(|error| panic!("{error}"));
-        let sets = found.iter_mut().flat_map(|table| table.sets.values_mut());
-        for set in sets.filter(|set| set.spec.flags.contains(SetFlags::DYNAMIC)) {
-            set.elements.clear();
-        }
-        found
+        let (found, _generation) = self.nftables.read(id).unwrap_or_else(|error| panic!("{error}"));
+        found.map(without_clients)
     }
 
     /// Compares the kernel's rules with what they ought to be, and repairs them. Returns the number of changes.
@@ -443,6 +439,15 @@ impl Default for Bed {
     fn default() -> Self {
         Self::new()
     }
+}
+
+/// A table without the elements that its rules have added.
+#[must_use]
+pub fn without_clients(mut table: Table) -> Table {
+    for set in table.sets.values_mut().filter(|set| set.spec.flags.contains(SetFlags::DYNAMIC)) {
+        set.elements.clear();
+    }
+    table
 }
 
 /// A state for the bed's node.

@@ -16,7 +16,10 @@ use crate::{
         health::{self, HealthCheck},
         slow_start::SlowStart,
     },
-    model::{Cidr, Issue, IssueKind, ObjectRef, Protocol, Service, ServiceKey, Slice, Store, store::Changes},
+    model::{
+        Cidr, Family, Issue, IssueKind, ObjectRef, Protocol, Service, ServiceKey, Slice, Store,
+        store::Changes,
+    },
     packets::{
         Rules, Site, Stale,
         nft::{Table, TableId, Transaction},
@@ -254,11 +257,10 @@ impl State {
         }
         self.touched_ips.extend(touched.iter().map(|address| address.ip));
         for address in touched {
-            // The agent's own Service has endpoints on loopback.
-            let is_kept =
-                |key: &ServiceKey| self.kept.as_ref().is_some_and(|(service, _)| service.key == *key);
             let of_packets = self.desired.packet_owner(&address);
-            self.packets.set(address, of_packets.filter(|(owner, _)| !is_kept(&owner.port.service)));
+            // The agent's own Service has endpoints on loopback.
+            let kept = self.kept.as_ref().map(|(service, _)| &service.key);
+            self.packets.set(address, of_packets.filter(|(owner, _)| Some(&owner.port.service) != kept));
             let (owner, was_there) =
                 (self.desired.owner(&address), self.encoder.image().services.contains_key(&address));
             match self.encoder.set(address, owner) {
@@ -291,8 +293,9 @@ impl State {
         ips.append(&mut self.ips_waiting);
         ips.append(&mut self.ips_leaving);
         for ip in ips {
-            self.packets.set_cluster_ip(ip, self.cluster_ips.flag(ip));
-            let Some(is_served) = self.cluster_ips.flag(ip) else {
+            let flag = self.cluster_ips.flag(ip);
+            self.packets.set_cluster_ip(ip, flag);
+            let Some(is_served) = flag else {
                 if self.image().cluster_ips.contains_key(&ip) {
                     self.ips_leaving.insert(ip);
                 }
@@ -446,6 +449,11 @@ impl State {
     #[must_use]
     pub fn adopt_packet_tables(&mut self) -> BTreeMap<TableId, Table> {
         self.packets.adopt()
+    }
+
+    /// See [`Rules::leave_out`].
+    pub fn leave_out_packets(&mut self, family: Family) {
+        self.packets.leave_out(family);
     }
 
     /// See [`Rules::settle`].

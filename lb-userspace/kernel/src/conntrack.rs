@@ -173,11 +173,7 @@ fn address(tuple: Attributes<'_>, n: u16) -> Option<SocketAddr> {
 }
 
 fn number(protocol: Protocol) -> io::Result<u8> {
-    match protocol {
-        Protocol::Tcp => Err(io::ErrorKind::Unsupported.into()),
-        Protocol::Udp => Ok(17),
-        Protocol::Sctp => Ok(132),
-    }
+    if protocol == Protocol::Tcp { Err(io::ErrorKind::Unsupported.into()) } else { Ok(protocol.number()) }
 }
 
 #[cfg(test)]

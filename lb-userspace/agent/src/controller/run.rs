@@ -343,10 +343,10 @@ impl Agent {
             // A pending message has the same effect.
             let _full = on_grace_period.try_send(());
         })?;
-        let packets = PacketRules::start(settings.packets, &options.kernel.pin_path)?;
         let mut addresses = Addresses::start();
         let capacity = kernel.maps().capacity();
         let mut state = State::new(settings, addresses.read(), capacity, &kernel.maps().image()?);
+        let packets = PacketRules::start(&mut state, &options.kernel.pin_path)?;
         info!(
             cgroup = %options.kernel.cgroup.display(),
             covers = %lb_kernel::cgroup::extent(&options.kernel.cgroup),
@@ -691,14 +691,14 @@ impl Agent {
             let differs = published.is_syncing
                 || *published.issues != *issues
                 || published.save_problem != self.save_problem
-                || published.packets != self.packets.status();
+                || published.packets.as_ref() != self.packets.status();
             if published.is_syncing {
                 *published = Published { n_syncs: self.n_syncs, ..Published::new(&self.state) };
             }
             if differs {
                 published.issues = issues.into();
                 published.save_problem.clone_from(&self.save_problem);
-                published.packets = self.packets.status();
+                published.packets = self.packets.status().cloned();
             }
             differs
         });
@@ -819,7 +819,7 @@ impl Agent {
             used: size.used,
         });
         let node = ObjectRef::node(&self.state.settings().node_name);
-        let of_packets = self.packets.status().and_then(|status| status.problem);
+        let of_packets = self.packets.status().and_then(|status| status.problem.as_ref());
         let not_changed = of_packets.map(|cause| IssueKind::PacketRules { cause: cause.to_string() });
         refused.chain(not_saved).chain(not_changed).map(move |kind| Issue::new(node.clone(), kind))
     }

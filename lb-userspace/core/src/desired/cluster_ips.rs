@@ -19,7 +19,7 @@ use std::{
 
 use lb_common::limits::MAX_SERVICE_CIDRS;
 
-use crate::model::{Cidr, Family, Service, ServiceKey};
+use crate::model::{Cidr, Family, Service, ServiceKey, address::outermost};
 
 /// The cluster IPs of all Services.
 #[derive(Debug, Default)]
@@ -127,9 +127,8 @@ impl Claims {
 /// and how many exceed that limit.
 #[must_use]
 pub fn merged(networks: impl IntoIterator<Item = Cidr>) -> (Vec<Cidr>, usize) {
-    let all: BTreeSet<Cidr> = networks.into_iter().collect();
-    let outermost = all.iter().filter(|inner| !all.iter().any(|outer| outer != *inner && outer.holds(inner)));
-    let (v4, v6): (Vec<Cidr>, Vec<Cidr>) = outermost.partition(|network| network.family() == Family::V4);
+    let (v4, v6): (Vec<Cidr>, Vec<Cidr>) =
+        outermost(networks).into_iter().partition(|network| network.family() == Family::V4);
     let n_left_out = [&v4, &v6].map(|family| family.len().saturating_sub(MAX_SERVICE_CIDRS)).iter().sum();
     let first = |family: Vec<Cidr>| family.into_iter().take(MAX_SERVICE_CIDRS);
     (first(v4).chain(first(v6)).collect(), n_left_out)

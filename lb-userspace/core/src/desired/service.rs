@@ -157,15 +157,6 @@ fn has_limiting_ranges(service: &Service, ip: IpAddr) -> bool {
     ranges.all(|range| range.prefix_len != 0)
 }
 
-/// The networks that lie in no other one, sorted.
-fn cidrs_without_overlap(networks: impl Iterator<Item = Cidr>) -> Arc<[Cidr]> {
-    let all: BTreeSet<Cidr> = networks.collect();
-    all.iter()
-        .filter(|inner| !all.iter().any(|outer| outer != *inner && outer.holds(inner)))
-        .copied()
-        .collect()
-}
-
 struct Builder<'a> {
     service: &'a Service,
     topology: &'a Topology,
@@ -383,7 +374,7 @@ impl Builder<'_> {
         let admits_node = of_family().any(|range| own.iter().any(|own| range.contains(*own)));
         let full_length = if ip.is_ipv4() { 32 } else { 128 };
         let itself = Cidr::new(ip, full_length).filter(|_| admits_node);
-        cidrs_without_overlap(of_family().copied().chain(itself))
+        address::outermost(of_family().copied().chain(itself)).into()
     }
 
     fn report_source_ranges(&mut self) {

@@ -12,6 +12,7 @@
 //!   Two spellings of one address compare equal.
 
 use std::{
+    collections::BTreeSet,
     fmt,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     str::FromStr,
@@ -171,6 +172,14 @@ impl Cidr {
     pub fn holds(&self, other: &Self) -> bool {
         other.prefix_len >= self.prefix_len && self.contains(other.address)
     }
+}
+
+/// The networks that lie in no other one, sorted.
+#[must_use]
+pub fn outermost(networks: impl IntoIterator<Item = Cidr>) -> Vec<Cidr> {
+    let all: BTreeSet<Cidr> = networks.into_iter().collect();
+    let is_outermost = |inner: &&Cidr| !all.iter().any(|outer| outer != *inner && outer.holds(inner));
+    all.iter().filter(is_outermost).copied().collect()
 }
 
 impl fmt::Display for Cidr {

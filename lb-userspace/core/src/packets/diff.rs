@@ -13,20 +13,13 @@ use super::nft::{Chain, Change, Key, Name, Set, SetFlags, Table, Value};
 /// after it.
 #[must_use]
 pub fn diff(found: Option<&Table>, wanted: &Table) -> Vec<Change> {
-    match found {
-        Some(found) if can_change(found, wanted) => changes(found, wanted),
-        Some(_) => {
-            // Deleting a table that has gone meanwhile would fail.
-            let mut all = vec![Change::AddTable, Change::DeleteTable, Change::AddTable];
-            all.extend(changes(&Table::default(), wanted));
-            all
-        }
-        None => {
-            let mut all = vec![Change::AddTable];
-            all.extend(changes(&Table::default(), wanted));
-            all
-        }
-    }
+    let anew: &[Change] = match found {
+        Some(found) if can_change(found, wanted) => return changes(found, wanted),
+        // Deleting a table that has gone meanwhile would fail.
+        Some(_) => &[Change::AddTable, Change::DeleteTable, Change::AddTable],
+        None => &[Change::AddTable],
+    };
+    anew.iter().cloned().chain(changes(&Table::default(), wanted)).collect()
 }
 
 /// Whether every object that is in both tables can become the wanted one.

@@ -53,38 +53,43 @@ impl Stale {
 /// The desired tables `ip socklb` and `ip6 socklb`, and what has changed since the last transaction.
 #[derive(Debug)]
 pub struct Rules {
-    mode: PacketMode,
-    v4: FamilyRules,
-    v6: FamilyRules,
+    /// Those that are served: none with [`PacketMode::Off`].
+    families: Vec<FamilyRules>,
 }
 
 impl Rules {
     /// Tables without services. With [`PacketMode::Off`] there is no table.
     #[must_use]
     pub fn new(mode: PacketMode) -> Self {
-        Self { mode, v4: FamilyRules::new(mode, Family::V4), v6: FamilyRules::new(mode, Family::V6) }
+        let families: &[Family] = if mode == PacketMode::Off { &[] } else { &[Family::V4, Family::V6] };
+        Self { families: families.iter().map(|family| FamilyRules::new(mode, *family)).collect() }
     }
 
-    /// Whether packets are served.
-    #[must_use]
-    pub fn is_on(&self) -> bool {
-        self.mode != PacketMode::Off
+    /// The tables.
+    pub fn ids(&self) -> impl Iterator<Item = TableId> {
+        self.families.iter().map(FamilyRules::id)
+    }
+
+    /// Leaves out a family, for which the kernel cannot have rules.
+    pub fn leave_out(&mut self, family: Family) {
+        self.families.retain(|rules| rules.now.family != family);
     }
 
     /// Sets what answers packets to an address; `None` removes it.
     pub fn set(&mut self, at: FrontendAddress, frontend: Option<(&Frontend, &PacketSide)>) {
-        let served = frontend.map(|(frontend, packets)| Served::new(frontend, packets));
-        self.of_mut(ip::family(at.ip)).set(at, served);
+        if let Some(rules) = self.of_mut(ip::family(at.ip)) {
+            rules.set(at, frontend.map(|(frontend, packets)| Served::new(frontend, packets)));
+        }
     }
 
     /// Sets what the rules depend on beside the frontends.
     pub fn set_site(&mut self, site: &Site) {
-        for family in [Family::V4, Family::V6] {
+        for rules in &mut self.families {
+            let family = rules.now.family;
             let is_of = |address: &IpAddr| ip::family(*address) == family;
             let of_family = |networks: &BTreeSet<Cidr>| {
                 networks.iter().filter(|network| network.family() == family).copied().collect()
             };
-            let rules = self.of_mut(family);
             rules.now.pods = of_family(&site.pods);
             rules.now.networks = of_family(&site.networks);
             let addresses: BTreeSet<IpAddr> = site.node_addresses.iter().copied().filter(is_of).collect();
@@ -98,7 +103,8 @@ impl Rules {
 
     /// Sets whether undefined ports of a cluster IP are refused; `None` removes it.
     pub fn set_cluster_ip(&mut self, address: IpAddr, is_refused: Option<bool>) {
-        let rules = self.of_mut(ip::family(address));
+        let rules = self.of_mut(ip::family(address)).filter(|rules| rules.now.mode == PacketMode::All);
+        let Some(rules) = rules else { return };
         let former = match is_refused {
             Some(flag) => rules.cluster_ips.insert(address, flag),
             None => rules.cluster_ips.remove(&address),
@@ -112,14 +118,13 @@ impl Rules {
     /// The tables as they ought to be.
     #[must_use]
     pub fn tables(&self) -> BTreeMap<TableId, Table> {
-        let tables = [&self.v4, &self.v6].into_iter().filter(|_| self.is_on());
-        tables.map(|rules| (rules.id(), rules.table())).collect()
+        self.families.iter().map(|rules| (rules.id(), rules.table())).collect()
     }
 
     /// As [`Self::tables`], for a kernel whose tables become equal to them: then [`Self::take_changes`] begins there.
     #[must_use]
     pub fn adopt(&mut self) -> BTreeMap<TableId, Table> {
-        for rules in [&mut self.v4, &mut self.v6] {
+        for rules in &mut self.families {
             rules.before = Some(rules.ground());
             (rules.former, rules.touched) = Default::default();
         }
@@ -132,7 +137,7 @@ impl Rules {
     #[must_use]
     pub fn take_changes(&mut self) -> Transaction {
         let mut changes = Vec::new();
-        for rules in [&mut self.v4, &mut self.v6].into_iter().filter(|_| self.mode != PacketMode::Off) {
+        for rules in &mut self.families {
             let id = rules.id();
             changes.extend(rules.take_changes().into_iter().map(|change| (id.clone(), change)));
         }
@@ -142,7 +147,7 @@ impl Rules {
     /// Whether frontends are still in sets that they have left: see [`Self::settle`].
     #[must_use]
     pub fn has_leaving(&self) -> bool {
-        !self.v4.leaving.is_empty() || !self.v6.leaving.is_empty()
+        self.families.iter().any(|rules| !rules.leaving.is_empty())
     }
 
     /// Says that packets which were on their way at the last call are through. The next changes delete frontends from
@@ -151,14 +156,15 @@ impl Rules {
     /// A packet asks one set after the other, and a transaction may come between. So a frontend is added to
     /// its new set at once, and stays in the former one: the packet finds it in one of them.
     pub fn settle(&mut self) {
-        self.v4.settle();
-        self.v6.settle();
+        self.families.iter_mut().for_each(FamilyRules::settle);
     }
 
     /// What the kernel may have recorded about former endpoints, since the last call.
     pub fn take_stale(&mut self) -> Stale {
-        let mut stale = mem::take(&mut self.v4.stale);
-        stale.merge(mem::take(&mut self.v6.stale));
+        let mut stale = Stale::default();
+        for rules in &mut self.families {
+            stale.merge(mem::take(&mut rules.stale));
+        }
         stale
     }
 
@@ -167,7 +173,7 @@ impl Rules {
     #[must_use]
     pub fn is_stale_flow(&self, entry: &conntrack::Entry) -> bool {
         conntrack::is_stale(entry, |protocol, destination, endpoint| {
-            let rules = self.of(ip::family(destination.ip()));
+            let rules = self.of(ip::family(destination.ip()))?;
             let at = |ip| FrontendAddress { ip, port: destination.port(), protocol };
             let on_node = || {
                 let is_on_node = rules.node_addresses.contains(&destination.ip());
@@ -181,7 +187,7 @@ impl Rules {
     /// The elements of one of [`AFFINITY_MAPS`] whose frontend does not have their endpoint for their client.
     #[must_use]
     pub fn stale_clients(&self, family: Family, recorded: &BTreeMap<Key, Element>) -> Vec<Key> {
-        let rules = self.of(family);
+        let Some(rules) = self.of(family) else { return Vec::new() };
         let with_affinity = || rules.frontends.iter().filter(|(_, served)| served.affinity.is_some());
         let endpoints = |side: fn(&Served) -> &Arc<[SocketAddr]>| -> BTreeSet<Vec<u8>> {
             let all = with_affinity().flat_map(|(at, served)| {
@@ -213,22 +219,16 @@ impl Rules {
     /// Number of frontends that packets reach, and of the elements that these have in sets.
     #[must_use]
     pub fn sizes(&self) -> (usize, usize) {
-        let n_frontends = self.v4.frontends.len() + self.v6.frontends.len();
-        (n_frontends, self.v4.n_elements + self.v6.n_elements)
+        let n_frontends = self.families.iter().map(|rules| rules.frontends.len()).sum();
+        (n_frontends, self.families.iter().map(|rules| rules.n_elements).sum())
     }
 
-    const fn of(&self, family: Family) -> &FamilyRules {
-        match family {
-            Family::V4 => &self.v4,
-            Family::V6 => &self.v6,
-        }
+    fn of(&self, family: Family) -> Option<&FamilyRules> {
+        self.families.iter().find(|rules| rules.now.family == family)
     }
 
-    const fn of_mut(&mut self, family: Family) -> &mut FamilyRules {
-        match family {
-            Family::V4 => &mut self.v4,
-            Family::V6 => &mut self.v6,
-        }
+    fn of_mut(&mut self, family: Family) -> Option<&mut FamilyRules> {
+        self.families.iter_mut().find(|rules| rules.now.family == family)
     }
 }
 
@@ -426,8 +426,11 @@ impl FamilyRules {
     fn settle(&mut self) {
         self.n_settled += 1;
         for at in self.leaving.clone() {
-            if let Some(mut served) = self.frontends.get(&at).cloned() {
-                served.leaving.retain(|_, until| *until > self.n_settled);
+            let Some(served) = self.frontends.get(&at) else { continue };
+            let mut leaving = served.leaving.clone();
+            leaving.retain(|_, until| *until > self.n_settled);
+            if leaving.len() < served.leaving.len() {
+                let served = Served { leaving, ..served.clone() };
                 self.replace(at, Some(served));
             }
         }

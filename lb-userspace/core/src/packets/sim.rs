@@ -9,10 +9,13 @@ use std::{
     num::NonZeroU32,
 };
 
-use super::nft::{
-    Chain, ChainType, Change, Comparison, CtKey, Direction, DynsetOp, Element, Expression, FIB_LOCAL,
-    FibAddress, Header, Hook, Key, LookupTo, MetaKey, Name, Numgen, Octets, Register, Reject, Rule, Set,
-    SetFlags, Table, TableId, Value, Verdict, ct_state, ct_status,
+use super::{
+    nft::{
+        Chain, ChainType, Change, Comparison, CtKey, Direction, DynsetOp, Element, Expression, FIB_LOCAL,
+        FibAddress, Header, Hook, Key, LookupTo, MetaKey, Name, Numgen, Octets, Register, Reject, Rule, Set,
+        SetFlags, Table, TableId, Value, Verdict, ct_state, ct_status,
+    },
+    skeleton::address as octets,
 };
 
 /// Applies changes as the kernel does: all, or none.
@@ -29,17 +32,16 @@ pub fn apply(
         apply_one(&mut after, id, change).map_err(|problem| (change.clone(), problem))?;
     }
     for table in after.values() {
-        let chains = table.chains.values().flat_map(|chain| &chain.rules).flat_map(|rule| &rule.expressions);
-        for expression in chains {
+        let rules = || table.chains.values().flat_map(|chain| &chain.rules);
+        let expressions = || rules().flat_map(|rule| &rule.expressions);
+        for expression in expressions() {
             if let Expression::Lookup { set, .. } | Expression::Dynset { set, .. } = expression
                 && !table.sets.contains_key(set)
             {
                 return Err((Change::DeleteSet(set.clone()), "a rule uses it"));
             }
         }
-        let of_rules =
-            table.chains.values().flat_map(|chain| &chain.rules).flat_map(|rule| &rule.expressions);
-        let of_rules = of_rules.filter_map(|expression| match expression {
+        let of_rules = expressions().filter_map(|expression| match expression {
             Expression::Verdict(verdict) => Some(verdict),
             _ => None,
         });
@@ -193,19 +195,12 @@ pub fn outcomes(table: &Table, packet: Packet) -> Outcomes {
     // More than half of the indices have an element. Another program may have added a rule with more.
     let n_elements = table.sets.values().map(|set| set.elements.len()).max().unwrap_or_default();
     let most = u32::try_from(n_elements).unwrap_or(u32::MAX).saturating_mul(2);
-    let (mut n, mut n_numbers) = (0, 1);
-    while n < n_numbers {
-        let mut draw = |below: u32| {
-            n_numbers = n_numbers.max(below.min(most));
-            n % below.max(1)
-        };
-        let (outcome, passage) = pass(table, packet, &mut draw);
-        let Passage { decided_by, updates, .. } = passage;
+    each_draw(most, |draw| {
+        let (outcome, Passage { decided_by, updates, .. }) = pass(table, packet, draw);
         found.all.insert(outcome);
         found.decided_by = decided_by;
         found.recorded = found.recorded.or(updates.iter().find_map(|update| update.timeout));
-        n += 1;
-    }
+    });
     found
 }
 
@@ -214,24 +209,29 @@ pub fn outcomes(table: &Table, packet: Packet) -> Outcomes {
 #[must_use]
 pub fn outcomes_meanwhile(before: &Table, after: &Table, packet: Packet) -> BTreeSet<Outcome> {
     let mut found = BTreeSet::new();
-    let mut n_before = 0;
-    loop {
-        let (mut n, mut n_numbers, mut is_over) = (0, 1, true);
-        while n < n_numbers {
-            let mut draw = |below: u32| {
-                n_numbers = n_numbers.max(below);
-                n % below.max(1)
-            };
-            let mut passage = Passage::new(before, packet, &mut draw);
+    let (mut n_before, mut is_over) = (0, false);
+    while !is_over {
+        is_over = true;
+        each_draw(u32::MAX, |draw| {
+            let mut passage = Passage::new(before, packet, draw);
             passage.later = Some((n_before, after));
             found.insert(passage.hooks());
             is_over &= passage.later.is_some();
-            n += 1;
-        }
-        if is_over {
-            return found;
-        }
+        });
         n_before += 1;
+    }
+    found
+}
+
+/// Repeats a passage with each number that may be drawn below the largest bound that it asks for, at most `most`.
+fn each_draw(most: u32, mut pass: impl FnMut(&mut dyn FnMut(u32) -> u32)) {
+    let (mut n, mut n_numbers) = (0, 1);
+    while n < n_numbers {
+        pass(&mut |below| {
+            n_numbers = n_numbers.max(below.min(most));
+            n % below.max(1)
+        });
+        n += 1;
     }
 }
 
@@ -252,7 +252,7 @@ enum Step {
     Masqueraded,
 }
 
-/// More jumps than the kernel allows (`NFT_JUMP_STACK_SIZE`).
+/// The kernel allows as many jumps (`NFT_JUMP_STACK_SIZE`).
 const MAX_DEPTH: usize = 16;
 
 struct Passage<'a> {
@@ -547,8 +547,4 @@ impl<'a> Passage<'a> {
         place.iter_mut().zip(octets).for_each(|(place, octet)| *place = *octet);
         true
     }
-}
-
-fn octets(ip: IpAddr) -> Vec<u8> {
-    super::skeleton::address(ip)
 }

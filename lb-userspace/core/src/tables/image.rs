@@ -152,9 +152,5 @@ pub(super) const fn unspecified(ipv6: bool) -> IpAddr {
 /// The protocol number in map keys; `None` for SCTP, which no hook serves.
 #[must_use]
 pub fn wire_protocol(protocol: Protocol) -> Option<layout::Protocol> {
-    match protocol {
-        Protocol::Tcp => Some(layout::Protocol::TCP),
-        Protocol::Udp => Some(layout::Protocol::UDP),
-        Protocol::Sctp => None,
-    }
+    (protocol != Protocol::Sctp).then(|| layout::Protocol(protocol.number()))
 }

@@ -218,8 +218,8 @@ impl Nftables {
     /// [`NftablesError::Missing`] on a kernel without nftables; [`NftablesError::NotPermitted`].
     pub fn has(&mut self, id: &TableId) -> Result<bool, NftablesError> {
         let named = |writer: &mut Writer| writer.text(wire::table::NAME, &id.name);
-        let found = self.get(id, wire::message::GET_TABLE, 0, named, |_attributes| {});
-        is_found(found, "cannot read a table")
+        let read = self.get(id, wire::message::GET_TABLE, 0, named, |_attributes| {});
+        Ok(found(read, "cannot read a table")?.is_some())
     }
 
     /// Whether a table has such a chain.
@@ -232,8 +232,8 @@ impl Nftables {
             writer.text(wire::chain::TABLE, &id.name);
             writer.text(wire::chain::NAME, chain);
         };
-        let found = self.get(id, wire::message::GET_CHAIN, 0, named, |_attributes| {});
-        is_found(found, "cannot read a chain")
+        let read = self.get(id, wire::message::GET_CHAIN, 0, named, |_attributes| {});
+        Ok(found(read, "cannot read a chain")?.is_some())
     }
 
     /// Reads a table, and the generation in which it was so; `None` if there is no such table.
@@ -316,12 +316,8 @@ impl Nftables {
     ///
     /// As [`Self::read`].
     pub fn elements(&mut self, id: &TableId, set: &str) -> Result<BTreeMap<Key, Element>, NftablesError> {
-        match self.elements_once(id, set) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(BTreeMap::new()),
-            read => read
-                .map(|(elements, _)| elements)
-                .map_err(|error| NftablesError::socket("cannot read a set", error)),
-        }
+        let read = found(self.elements_once(id, set), "cannot read a set")?;
+        Ok(read.map(|(elements, _may_lack_new_ones)| elements).unwrap_or_default())
     }
 
     /// Sends one request about a family. The answers to a `GET` have the number of the `NEW` before it.
@@ -342,10 +338,11 @@ impl Nftables {
     }
 }
 
-fn is_found(found: io::Result<bool>, what: &'static str) -> Result<bool, NftablesError> {
-    match found {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
-        found => found.map(|_| true).map_err(|error| NftablesError::socket(what, error)),
+/// What was read; `None` if there is no such object.
+fn found<T>(read: io::Result<T>, what: &'static str) -> Result<Option<T>, NftablesError> {
+    match read {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        read => read.map(Some).map_err(|error| NftablesError::socket(what, error)),
     }
 }
 

@@ -91,8 +91,6 @@ pub(super) enum Done {
 pub(super) struct PacketRules {
     mode: PacketMode,
     pin_path: PathBuf,
-    /// The families whose rules the kernel can have.
-    families: Vec<Family>,
     /// `None` while a task has it, and where the kernel has no nftables.
     nftables: Option<Nftables>,
     running: Option<JoinHandle<Worked>>,
@@ -111,17 +109,18 @@ pub(super) struct PacketRules {
 }
 
 impl PacketRules {
-    /// Opens nftables in the network namespace of the calling thread. With [`PacketMode::Off`], removes tables that
-    /// an agent with another setting has left.
+    /// Opens nftables in the network namespace of the calling thread, and leaves out of `state` the family for which
+    /// the kernel cannot have rules. With [`PacketMode::Off`], removes tables that an agent with another setting has
+    /// left.
     ///
     /// # Errors
     ///
     /// Unless the mode is `Off`: if the kernel cannot have such rules.
-    pub(super) fn start(mode: PacketMode, pin_path: &Path) -> Result<Self, NftablesError> {
+    pub(super) fn start(state: &mut State, pin_path: &Path) -> Result<Self, NftablesError> {
+        let mode = state.settings().packets;
         let mut rules = Self {
             mode,
             pin_path: pin_path.to_owned(),
-            families: vec![Family::V4],
             nftables: None,
             running: None,
             queue: VecDeque::new(),
@@ -145,12 +144,11 @@ impl PacketRules {
             (_, nftables) => {
                 rules.nftables = Some(nftables?);
                 nftables::probe(Family::V4)?;
-                match nftables::probe(Family::V6) {
-                    Ok(()) => rules.families.push(Family::V6),
-                    Err(error) => warn!(%error, "IPv6 packets are not served"),
+                if let Err(error) = nftables::probe(Family::V6) {
+                    warn!(%error, "IPv6 packets are not served");
+                    state.leave_out_packets(Family::V6);
                 }
-                let kept = packets::table_ids().into_iter().filter(|id| rules.families.contains(&id.family));
-                rules.status.tables = kept.map(|id| id.to_string()).collect();
+                rules.status.tables = state.packets().ids().map(|id| id.to_string()).collect();
                 for (setting, changed) in conntrack_settings::apply() {
                     let name = format!("net.netfilter.nf_conntrack_{}", setting.name);
                     match changed {
@@ -180,13 +178,8 @@ impl PacketRules {
             self.adopt(state);
         } else {
             let transaction = state.take_packet_changes();
-            let changes: Vec<_> = transaction
-                .changes
-                .into_iter()
-                .filter(|(id, _)| self.families.contains(&id.family))
-                .collect();
-            if !changes.is_empty() {
-                self.queue.push_back(Work::Apply(Transaction { changes, generation: None }));
+            if !transaction.changes.is_empty() {
+                self.queue.push_back(Work::Apply(transaction));
             }
         }
         if state.packets().has_leaving() && self.settle_at.is_none() {
@@ -299,17 +292,15 @@ impl PacketRules {
         self.status != before
     }
 
-    pub(super) fn status(&self) -> Option<PacketStatus> {
-        (self.mode != PacketMode::Off).then(|| self.status.clone())
+    pub(super) fn status(&self) -> Option<&PacketStatus> {
+        (self.mode != PacketMode::Off).then_some(&self.status)
     }
 
     /// Compares the tables with what is desired now, of which all earlier changes are part.
     fn adopt(&mut self, state: &mut State) {
         self.must_adopt = false;
         self.queue.clear();
-        let mut tables = state.adopt_packet_tables();
-        tables.retain(|id, _| self.families.contains(&id.family));
-        self.queue.push_back(Work::Adopt(tables, self.pin_path.clone()));
+        self.queue.push_back(Work::Adopt(state.adopt_packet_tables(), self.pin_path.clone()));
         // Changes before this may have left records.
         self.stale = Stale::ALL;
     }

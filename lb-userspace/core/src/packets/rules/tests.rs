@@ -433,3 +433,21 @@ fn ipv6() {
         ],
     );
 }
+
+#[test]
+fn a_family_that_the_kernel_cannot_have_is_left_out() {
+    let mut node = Node::new(PacketMode::All);
+    node.state.leave_out_packets(Family::V6);
+    node.set(&load_balancer(&json!({})), &[slice()]);
+    assert_eq!(node.kernel.keys().map(|id| id.family).collect::<Vec<_>>(), [Family::V4]);
+    check(&node, &[(POD, CLUSTER_IP, &["10.1.0.1:8080", "10.1.1.1:8080"])]);
+    check(&node, &[("fd10::9", "[fd96::1]:80 tcp", &["passes"])]);
+}
+
+/// What would be kept without being served grows with every Service that comes and goes.
+#[test]
+fn without_packets_nothing_is_kept() {
+    let mut node = Node::new(PacketMode::Off);
+    node.set(&load_balancer(&json!({})), &[slice()]);
+    assert!(node.state.packets().families.is_empty());
+}
