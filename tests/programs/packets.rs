@@ -1,7 +1,7 @@
 //! An agent with `--packets`: its rules, and calls that only they serve.
 
 use std::{
-    io,
+    fs, io,
     net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream},
     time::Duration,
 };
@@ -23,6 +23,8 @@ use lb_tests::{
     server::Servers,
 };
 use nix::sys::signal::Signal;
+
+use crate::deployed::confined;
 
 const NODE: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1));
 
@@ -132,5 +134,27 @@ fn rules_that_others_change_are_repaired_and_outlive_the_agent() {
         let without = place.start(&QUIET);
         eventually("they are removed", || without.has_said("removed the nftables rules"));
         assert_eq!(text("nft", &["list", "tables"]).trim(), "table ip theirs");
+    });
+}
+
+/// As on a kernel without nftables: the probe fails before anything is pinned.
+#[test]
+fn an_agent_that_cannot_have_the_rules_attaches_nothing() {
+    Place::test(&[Feature::Nftables, Feature::Command("setpriv")], |_sandbox, place| {
+        let start = |more: &[&str]| {
+            let mut command = confined("-net_admin");
+            command.arg(&place.binary);
+            let places = ["--node-name", "node", "--cgroup", &place.cgroup, "--pin-path", &place.pin_path];
+            place.spawn(command, &[&places, &QUIET[..], more].concat())
+        };
+        let n_pinned = || fs::read_dir(&place.pin_path).map_or(0, Iterator::count);
+        let (code, log) = start(&["--packets=all"]).wait();
+        let refusal = "--packets: nftables: not permitted: run as root, or with CAP_NET_ADMIN; --packets=off";
+        assert!(log.iter().any(|line| line.contains(refusal)), "{log:#?}");
+        assert_eq!((code, n_pinned()), (Some(1), 0), "{log:#?}");
+        // What it has is enough without packets.
+        let agent = start(&[]);
+        eventually("it attaches", || agent.has_said("attached"));
+        assert!(n_pinned() > 0);
     });
 }

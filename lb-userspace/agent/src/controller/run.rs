@@ -57,7 +57,11 @@ mod self_tests;
 mod stale;
 
 use self::{
-    addresses::Addresses, exclude::ExcludedPods, packets::PacketRules, self_tests::SelfTests, stale::Sweep,
+    addresses::Addresses,
+    exclude::ExcludedPods,
+    packets::{PacketRules, Probed},
+    self_tests::SelfTests,
+    stale::Sweep,
 };
 
 const RETRY: Duration = Duration::from_secs(1);
@@ -131,7 +135,9 @@ pub async fn run(
     let mut proof = SelfTests::start(options.self_test_interval, options.kernel.cgroup.clone())
         .await
         .map_err(RunError::SelfTest)?;
-    let (mut agent, beside) = Agent::attach(options, settings, &*source, listeners, proof.as_mut())?;
+    // A refusal leaves nothing attached.
+    let probed = Probed::new(settings.packets)?;
+    let (mut agent, beside) = Agent::attach(options, settings, probed, &*source, listeners, proof.as_mut())?;
     // Whether the adopted tables already lead the self-test's calls to this agent, before any sync.
     let has_adopted_endpoints = proof.as_ref().is_some_and(SelfTests::is_found);
     let Background { mut graces, mut port_issues, health_ports, mut ejections, _working } = beside;
@@ -334,6 +340,7 @@ impl Agent {
     fn attach(
         options: Options,
         settings: Settings,
+        probed: Option<Probed>,
         source: &dyn Source,
         listeners: Listeners,
         proof: Option<&mut SelfTests>,
@@ -346,7 +353,7 @@ impl Agent {
         let mut addresses = Addresses::start();
         let capacity = kernel.maps().capacity();
         let mut state = State::new(settings, addresses.read(), capacity, &kernel.maps().image()?);
-        let packets = PacketRules::start(&mut state, &options.kernel.pin_path)?;
+        let packets = PacketRules::start(&mut state, probed, &options.kernel.pin_path);
         info!(
             cgroup = %options.kernel.cgroup.display(),
             covers = %lb_kernel::cgroup::extent(&options.kernel.cgroup),

@@ -108,18 +108,35 @@ pub(super) struct PacketRules {
     status: PacketStatus,
 }
 
-impl PacketRules {
-    /// Opens nftables in the network namespace of the calling thread, and leaves out of `state` the family for which
-    /// the kernel cannot have rules. With [`PacketMode::Off`], removes tables that an agent with another setting has
-    /// left.
+/// What a kernel that can have the rules offers. Made before anything is attached.
+pub(super) struct Probed {
+    nftables: Nftables,
+    /// Why the kernel cannot have rules for IPv6.
+    lacks_ipv6: Option<NftablesError>,
+}
+
+impl Probed {
+    /// Opens nftables in the network namespace of the calling thread. `None` with [`PacketMode::Off`]. Changes nothing.
     ///
     /// # Errors
     ///
-    /// Unless the mode is `Off`: if the kernel cannot have such rules.
-    pub(super) fn start(state: &mut State, pin_path: &Path) -> Result<Self, NftablesError> {
-        let mode = state.settings().packets;
+    /// If the kernel cannot have rules for IPv4.
+    pub(super) fn new(mode: PacketMode) -> Result<Option<Self>, NftablesError> {
+        if mode == PacketMode::Off {
+            return Ok(None);
+        }
+        let nftables = Nftables::open()?;
+        nftables::probe(Family::V4)?;
+        Ok(Some(Self { nftables, lacks_ipv6: nftables::probe(Family::V6).err() }))
+    }
+}
+
+impl PacketRules {
+    /// Leaves out of `state` the family for which the kernel cannot have rules. Without `probed`, removes tables that
+    /// an agent with another setting has left.
+    pub(super) fn start(state: &mut State, probed: Option<Probed>, pin_path: &Path) -> Self {
         let mut rules = Self {
-            mode,
+            mode: state.settings().packets,
             pin_path: pin_path.to_owned(),
             nftables: None,
             running: None,
@@ -131,41 +148,29 @@ impl PacketRules {
             settle_at: None,
             status: PacketStatus::default(),
         };
-        match (mode, Nftables::open()) {
-            (PacketMode::Off, Ok(mut nftables)) => match nftables.remove(&packets::table_ids()) {
-                Ok(tables) if !tables.is_empty() => {
-                    info!("removed the nftables rules of an agent with --packets");
-                }
-                Ok(_) | Err(NftablesError::Missing) => {}
-                Err(error) => warn!(%error, "nftables rules of an earlier agent may be left"),
-            },
-            // Without nftables there are no rules to remove.
-            (PacketMode::Off, Err(_)) => {}
-            (_, nftables) => {
-                rules.nftables = Some(nftables?);
-                nftables::probe(Family::V4)?;
-                if let Err(error) = nftables::probe(Family::V6) {
-                    warn!(%error, "IPv6 packets are not served");
-                    state.leave_out_packets(Family::V6);
-                }
-                rules.status.tables = state.packets().ids().map(|id| id.to_string()).collect();
-                for (setting, changed) in conntrack_settings::apply() {
-                    let name = format!("net.netfilter.nf_conntrack_{}", setting.name);
-                    match changed {
-                        Ok((before, now)) => {
-                            info!(name, before, now, "changed a setting, as kube-proxy does");
-                        }
-                        Err(error) => warn!(
-                            name,
-                            bound = ?setting.bound,
-                            %error,
-                            "a setting cannot be changed: set it on the host (sysctl)"
-                        ),
-                    }
-                }
+        let Some(Probed { nftables, lacks_ipv6 }) = probed else {
+            remove_former_tables();
+            return rules;
+        };
+        rules.nftables = Some(nftables);
+        if let Some(error) = lacks_ipv6 {
+            warn!(%error, "IPv6 packets are not served");
+            state.leave_out_packets(Family::V6);
+        }
+        rules.status.tables = state.packets().ids().map(|id| id.to_string()).collect();
+        for (setting, changed) in conntrack_settings::apply() {
+            let name = format!("net.netfilter.nf_conntrack_{}", setting.name);
+            match changed {
+                Ok((before, now)) => info!(name, before, now, "changed a setting, as kube-proxy does"),
+                Err(error) => warn!(
+                    name,
+                    bound = ?setting.bound,
+                    %error,
+                    "a setting cannot be changed: set it on the host (sysctl)"
+                ),
             }
         }
-        Ok(rules)
+        rules
     }
 
     /// Puts the changes of a sync into the queue.
@@ -365,6 +370,16 @@ fn run(nftables: &mut Nftables, work: &Work, known: Option<u32>) -> Result<Done,
                 }
             }
         }
+    }
+}
+
+fn remove_former_tables() {
+    // Without nftables there are no rules to remove.
+    let Ok(mut nftables) = Nftables::open() else { return };
+    match nftables.remove(&packets::table_ids()) {
+        Ok(tables) if !tables.is_empty() => info!("removed the nftables rules of an agent with --packets"),
+        Ok(_) | Err(NftablesError::Missing) => {}
+        Err(error) => warn!(%error, "nftables rules of an earlier agent may be left"),
     }
 }
 
