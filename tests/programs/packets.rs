@@ -8,15 +8,18 @@ use std::{
 
 use lb_core::{
     desired::{PacketMode, Settings},
-    model::Protocol::{Tcp, Udp},
+    model::{
+        Family,
+        Protocol::{Tcp, Udp},
+    },
     plan::Capacity,
     state::State,
     tables::Image,
 };
-use lb_kernel::{addresses, nftables::Nftables};
+use lb_kernel::{addresses, conntrack::Conntrack, nftables::Nftables};
 use lb_tests::{
     Feature, agent, bed,
-    client::call,
+    client::{Domain, Socket, call},
     cluster::{self, Cluster, PortOf},
     command::text,
     installed::{Place, QUIET, eventually},
@@ -91,6 +94,23 @@ fn what_hooks_leave_alone_is_served_as_packets() {
         for protocol in [Tcp, Udp] {
             eventually("calls go to the new endpoint", || call(address, protocol).unwrap() == endpoint(2));
         }
+        // A Service that is deleted while no agent runs leaves no flow either.
+        let flow = Socket::new(Domain::V4, Udp);
+        flow.connect(address).unwrap();
+        assert_eq!(flow.ask().unwrap().server, endpoint(2));
+        let (code, log) = agent.end_with_log(Signal::SIGKILL);
+        assert!(code.is_none() && !log.iter().any(|line| line.contains("WARN")), "{log:#?}");
+        let none = Cluster::new().with([cluster::node("node", &[NODE])]);
+        place.write(&none);
+        let agent = place.start(&[&FLAGS[..], &QUIET].concat());
+        let n_flows = || {
+            let flows = Conntrack::open().unwrap().entries(Family::V4, Udp).unwrap();
+            flows.iter().filter(|flow| flow.destination == address).count()
+        };
+        eventually("the flow is deleted", || n_flows() == 0);
+        assert!(are_right(&none));
+        place.write(&moved);
+        eventually("the rules are back", || are_right(&moved));
         let excluding = limited(&["192.0.2.128/25"], &[endpoint(2)]);
         place.write(&excluding);
         eventually("the rules have changed", || are_right(&excluding));

@@ -14,7 +14,7 @@
 //! - Each address exists in both families: `10.1.0.2` and `fd00:10:1:0::2`.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs,
     io::{self, BufRead as _, BufReader},
     net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
@@ -23,7 +23,7 @@ use std::{
 };
 
 use lb_core::{
-    desired::{PacketMode, Settings},
+    desired::{FrontendAddress, PacketMode, Settings},
     model::{Family, Protocol},
     packets::{
         AFFINITY_MAPS, diff,
@@ -204,7 +204,7 @@ impl Node {
             self.forget_clients();
         }
         if stale.flows {
-            self.forget_flows();
+            self.forget_flows(&stale.removed);
         }
         self.check();
         transaction
@@ -231,12 +231,12 @@ impl Node {
     }
 
     /// Deletes the tracked flows of datagrams to former endpoints, as the agent does.
-    fn forget_flows(&mut self) {
+    fn forget_flows(&mut self, removed: &BTreeSet<FrontendAddress>) {
         let conntrack = &mut self.conntrack;
         let datagrams = [Protocol::Udp, Protocol::Sctp];
         for (family, protocol) in FAMILIES.iter().flat_map(|family| datagrams.map(|it| (*family, it))) {
             let flows = conntrack.entries(family, protocol).unwrap_or_else(|error| panic!("{error}"));
-            for flow in flows.into_iter().filter(|flow| self.state.packets().is_stale_flow(flow)) {
+            for flow in flows.into_iter().filter(|flow| self.state.is_stale_flow(flow, removed)) {
                 let _was_there = conntrack.delete(&flow).unwrap_or_else(|error| panic!("{error}"));
             }
         }

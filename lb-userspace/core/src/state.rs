@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::IpAddr,
+    net::{IpAddr, SocketAddr},
     sync::Arc,
     time::Instant,
 };
@@ -13,15 +13,17 @@ use lb_common::limits;
 use crate::{
     desired::{
         self, ClusterIps, Desired, FrontendAddress, PortKey, Settings, Topology, cluster_ips,
+        endpoints::PortEndpoints,
         health::{self, HealthCheck},
         slow_start::SlowStart,
     },
     model::{
-        Cidr, Family, Issue, IssueKind, ObjectRef, Protocol, Service, ServiceKey, Slice, Store,
+        Cidr, Family, Issue, IssueKind, ObjectRef, Protocol, Service, ServiceKey, Slice, Store, address,
         store::Changes,
     },
     packets::{
         Rules, Site, Stale,
+        conntrack::{self, Entry},
         nft::{Table, TableId, Transaction},
     },
     plan::{Capacity, Encoder, Full, Plan, audit::Suspects},
@@ -249,6 +251,11 @@ impl State {
         let mut touched: BTreeSet<FrontendAddress> = self.refused.keys().copied().collect();
         for key in services {
             touched.extend(self.compute(&key));
+            let has_datagrams =
+                |service: &Service| service.ports.iter().any(|port| port.protocol != Protocol::Tcp);
+            if self.store.service(&key).is_some_and(has_datagrams) {
+                self.packets.datagrams_changed();
+            }
         }
         if std::mem::take(&mut self.is_first_sync) {
             touched.extend(self.encoder.addresses().copied());
@@ -464,6 +471,36 @@ impl State {
     /// See [`Rules::take_stale`].
     pub fn take_stale_packet_records(&mut self) -> Stale {
         self.packets.take_stale()
+    }
+
+    /// Whether a tracked flow leads to what is no endpoint of the Service that its client calls. An endpoint keeps its
+    /// flows as it keeps its sockets (semantics R10). `removed`: [`Stale::removed`].
+    #[must_use]
+    pub fn is_stale_flow(&self, flow: &Entry, removed: &BTreeSet<FrontendAddress>) -> bool {
+        conntrack::is_stale(flow, |protocol, called, answers| {
+            let candidates = || self.packets.candidates(protocol, called);
+            let known = candidates().find_map(|at| Some((at, self.packets.has_endpoint(&at, &answers)?)));
+            let Some((at, may_have)) = known else {
+                // What was not translated is another's.
+                return candidates().any(|at| removed.contains(&at)).then_some(called == answers);
+            };
+            Some(
+                may_have
+                    || self.desired.packet_owner(&at).is_none_or(|(owner, _)| self.keeps(owner, &answers)),
+            )
+        })
+    }
+
+    /// Whether an endpoint that new calls may not reach keeps what it has. It does while its Service waits for a sync.
+    fn keeps(&self, frontend: &desired::Frontend, endpoint: &SocketAddr) -> bool {
+        let key = &*frontend.port;
+        let service = self.store.service(&key.service);
+        let port = service.and_then(|service| service.port(&key.port_name, key.protocol));
+        let family = address::family(frontend.address.ip);
+        self.dirty.services.contains(&key.service)
+            || port.is_some_and(|port| {
+                PortEndpoints::new(port, family, self.store.slices_of(&key.service)).keeps_sockets(endpoint)
+            })
     }
 
     /// The rules for packets, as of the last sync.

@@ -13,9 +13,13 @@ use lb_core::{
         table_ids,
     },
 };
-use lb_tests::bed::{
-    self, FAMILIES, PATIENCE,
-    Place::{self, Far, Node, Other, Outside, Pod, Second},
+use lb_tests::{
+    bed::{
+        self, Bed, FAMILIES, PATIENCE,
+        Place::{self, Far, Node, Other, Outside, Pod, Second},
+        SILENCE,
+    },
+    cluster::Cluster,
 };
 use serde_json::json;
 
@@ -177,6 +181,12 @@ fn datagrams_leave_an_endpoint_that_went() {
         bed.follow(&cluster(&json!({}), &[]));
         for (socket, _) in &sockets {
             assert_eq!(bed::ask(socket, b"?", PATIENCE).unwrap_err().kind(), ErrorKind::ConnectionRefused);
+        }
+        bed.follow(&cluster(&json!({}), &[Pod]));
+        check(Pod);
+        bed.follow(&Cluster::new().with(Bed::nodes()));
+        for (socket, _) in &sockets {
+            assert!(bed::ask(socket, b"?", SILENCE).is_err(), "{socket:?} still has an endpoint");
         }
     });
 }

@@ -2,7 +2,8 @@
 //!
 //! The kernel translates all packets of a flow as it translated the first. TCP notices when its endpoint is
 //! gone; a client of UDP or SCTP may send to it for as long as it likes. kube-proxy deletes such entries too
-//! (`pkg/proxy/conntrack`).
+//! (`pkg/proxy/conntrack/cleanup.go`), but those of UDP alone, and none of a Service without serving endpoints or of one
+//! that was deleted.
 
 use std::net::SocketAddr;
 
@@ -25,14 +26,17 @@ pub struct Entry {
     pub zone: u16,
 }
 
-/// Whether the next packet of a flow should be translated anew: it calls a service, and what answers is no
-/// endpoint of it.
+/// Whether the next packet of a flow should be translated anew: it calls a service, and what answers may not keep its
+/// flows.
 ///
-/// `has` says of what the client calls whether the other address is one of its endpoints; `None` if it is no
-/// service. A service without endpoints has none, so its entries are stale.
-pub fn is_stale(entry: &Entry, has: impl FnOnce(Protocol, SocketAddr, SocketAddr) -> Option<bool>) -> bool {
+/// `may_keep` says of what the client calls whether the other address may keep its flows; `None` if it is no
+/// service.
+pub fn is_stale(
+    entry: &Entry,
+    may_keep: impl FnOnce(Protocol, SocketAddr, SocketAddr) -> Option<bool>,
+) -> bool {
     entry.protocol != Protocol::Tcp
-        && has(entry.protocol, entry.destination, entry.reply_source) == Some(false)
+        && may_keep(entry.protocol, entry.destination, entry.reply_source) == Some(false)
 }
 
 #[cfg(test)]

@@ -27,7 +27,7 @@ mod skeleton;
 use self::nft::{Family, TableId};
 pub use self::{
     diff::diff,
-    rules::{Rules, Site, Stale},
+    rules::{Rules, Site, Stale, frontends_of},
     skeleton::Reason,
 };
 

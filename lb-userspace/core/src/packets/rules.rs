@@ -9,7 +9,7 @@ use std::{
 };
 
 use super::{
-    conntrack, diff,
+    diff,
     nft::{Change, Element, Family, Key, Name, Octets, Table, TableId, Transaction, Value},
     skeleton::{self, Form, Ground, INSIDE, Masquerade, Pick, Side, address, affinity_set},
     table_id,
@@ -31,22 +31,28 @@ pub struct Site {
 }
 
 /// What the kernel may have recorded about endpoints that are no more.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Stale {
     /// Elements of [`super::AFFINITY_MAPS`]: see [`Rules::stale_clients`].
     pub clients: bool,
-    /// Flows of UDP and SCTP: see [`Rules::is_stale_flow`].
+    /// Flows of UDP and SCTP.
     pub flows: bool,
+    /// Frontends of UDP and SCTP that were removed. What they translated is stale.
+    pub removed: BTreeSet<FrontendAddress>,
 }
 
 impl Stale {
-    /// Both.
-    pub const ALL: Self = Self { clients: true, flows: true };
+    /// Everything that lists show.
+    #[must_use]
+    pub const fn all() -> Self {
+        Self { clients: true, flows: true, removed: BTreeSet::new() }
+    }
 
     /// Adds what another has.
-    pub const fn merge(&mut self, other: Self) {
+    pub fn merge(&mut self, other: Self) {
         self.clients |= other.clients;
         self.flows |= other.flows;
+        self.removed.extend(other.removed);
     }
 }
 
@@ -159,6 +165,12 @@ impl Rules {
         self.families.iter_mut().for_each(FamilyRules::settle);
     }
 
+    /// Says that endpoints of UDP or SCTP may have gone, also those that new connections did not get: flows to them are
+    /// stale.
+    pub fn datagrams_changed(&mut self) {
+        self.families.iter_mut().for_each(|rules| rules.stale.flows = true);
+    }
+
     /// What the kernel may have recorded about former endpoints, since the last call.
     pub fn take_stale(&mut self) -> Stale {
         let mut stale = Stale::default();
@@ -168,20 +180,20 @@ impl Rules {
         stale
     }
 
-    /// Whether a tracked flow leads to what is no endpoint of the frontend that its client calls: see
-    /// [`conntrack::is_stale`].
+    /// The addresses of frontends that packets to an address may be for: its own, and that of a node port.
+    pub fn candidates(&self, protocol: Protocol, to: SocketAddr) -> impl Iterator<Item = FrontendAddress> {
+        let family = ip::family(to.ip());
+        let is_on_node = self.of(family).is_some_and(|rules| rules.node_addresses.contains(&to.ip()));
+        let of_node = is_on_node.then(|| ip::unspecified(family));
+        let ips = [Some(to.ip()), of_node].into_iter().flatten();
+        ips.map(move |ip| FrontendAddress { ip, port: to.port(), protocol })
+    }
+
+    /// Whether new connections to a frontend may get this endpoint; `None` if there is no such frontend.
     #[must_use]
-    pub fn is_stale_flow(&self, entry: &conntrack::Entry) -> bool {
-        conntrack::is_stale(entry, |protocol, destination, endpoint| {
-            let rules = self.of(ip::family(destination.ip()))?;
-            let at = |ip| FrontendAddress { ip, port: destination.port(), protocol };
-            let on_node = || {
-                let is_on_node = rules.node_addresses.contains(&destination.ip());
-                rules.frontends.get(&at(ip::unspecified(rules.now.family))).filter(|_| is_on_node)
-            };
-            let served = rules.frontends.get(&at(destination.ip())).or_else(on_node)?;
-            Some(served.indexed().any(|(_, known)| *known == endpoint))
-        })
+    pub fn has_endpoint(&self, at: &FrontendAddress, endpoint: &SocketAddr) -> Option<bool> {
+        let served = self.of(ip::family(at.ip))?.frontends.get(at)?;
+        Some(served.indexed().any(|(_, known)| known == endpoint))
     }
 
     /// The elements of one of [`AFFINITY_MAPS`] whose frontend does not have their endpoint for their client.
@@ -418,8 +430,13 @@ impl FamilyRules {
             return;
         }
         self.stale.clients |= former.is_some_and(|former| former.affinity.is_some());
-        // Flows may have begun before there was a frontend.
-        self.stale.flows |= at.protocol != Protocol::Tcp;
+        if at.protocol != Protocol::Tcp {
+            // Flows may have begun before there was a frontend.
+            self.stale.flows = true;
+            if served.is_none() {
+                self.stale.removed.insert(at);
+            }
+        }
         self.replace(at, served);
     }
 
@@ -548,6 +565,34 @@ impl FamilyRules {
             _ => self.cluster_ips.get(&ip) == Some(&false),
         }
     }
+}
+
+/// The frontends with endpoints in a table of the kernel.
+pub fn frontends_of(family: Family, table: &Table) -> BTreeSet<FrontendAddress> {
+    let of_form = |form: Form| {
+        let set = table.sets.get(&form.name("endpoints"));
+        set.into_iter()
+            .flat_map(|set| set.elements.keys())
+            .filter_map(move |key| frontend_of(family, form, key.start.as_slice()))
+    };
+    Form::ALL.into_iter().flat_map(of_form).collect()
+}
+
+/// The frontend whose [`key`] is the first part of these octets.
+fn frontend_of(family: Family, form: Form, octets: &[u8]) -> Option<FrontendAddress> {
+    let (ip, rest) = match (form, family) {
+        (Form::NodePort, _) => (ip::unspecified(family), octets),
+        (Form::Address, Family::V4) => {
+            octets.split_first_chunk::<4>().map(|(ip, rest)| (IpAddr::from(*ip), rest))?
+        }
+        (Form::Address, Family::V6) => {
+            octets.split_first_chunk::<16>().map(|(ip, rest)| (IpAddr::from(*ip), rest))?
+        }
+    };
+    let [number, _, _, _, high, low, ..] = *rest else { return None };
+    let all = [Protocol::Tcp, Protocol::Udp, Protocol::Sctp];
+    let protocol = all.into_iter().find(|protocol| protocol.number() == number)?;
+    Some(FrontendAddress { ip, port: u16::from_be_bytes([high, low]), protocol })
 }
 
 /// The key of a frontend, as registers hold it.

@@ -5,14 +5,14 @@
 //! compared instead.
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     io, mem,
     path::{Path, PathBuf},
     time::{Duration, Instant, SystemTime},
 };
 
 use lb_core::{
-    desired::PacketMode,
+    desired::{FrontendAddress, PacketMode},
     model::Protocol,
     packets::{
         self, Stale, conntrack,
@@ -72,6 +72,8 @@ pub(super) enum Done {
         took: Duration,
         /// `None` if another program has committed changes too.
         generation: Option<u32>,
+        /// Frontends of UDP and SCTP that the tables had when they were compared, and have no more.
+        removed: BTreeSet<FrontendAddress>,
     },
     Checked {
         generation: u32,
@@ -246,7 +248,8 @@ impl PacketRules {
         };
         let before = self.status.clone();
         match result {
-            Ok(Done::Applied { n_changes, took, generation }) => {
+            Ok(Done::Applied { n_changes, took, generation, removed }) => {
+                self.stale.removed.extend(removed);
                 let is_whole = matches!(work, Some(Work::Adopt(..)));
                 if is_whole && self.status.last.is_some() && n_changes > 0 {
                     warn!(n_changes, "an audit repaired nftables rules that another program had changed");
@@ -273,7 +276,11 @@ impl PacketRules {
                     keys.into_iter().map(|key| (id.clone(), *map, key))
                 });
                 let former: Vec<_> = former.collect();
-                flows.retain(|flow| state.packets().is_stale_flow(flow));
+                let removed = match work {
+                    Some(Work::Read(Stale { removed, .. })) => removed,
+                    _ => BTreeSet::new(),
+                };
+                flows.retain(|flow| state.is_stale_flow(flow, &removed));
                 if !former.is_empty() || !flows.is_empty() {
                     self.queue.push_front(Work::Forget(former, flows));
                 }
@@ -286,6 +293,9 @@ impl PacketRules {
                 debug!(n_clients, n_flows, "forgot clients and flows of endpoints that are gone");
             }
             Err(problem) => {
+                if let Some(Work::Read(stale)) = work {
+                    self.stale.merge(stale);
+                }
                 metrics.packets_failed();
                 warn!(problem, "the nftables rules could not be changed: reading them and retrying");
                 self.status.problem = Some(problem.into());
@@ -307,7 +317,7 @@ impl PacketRules {
         self.queue.clear();
         self.queue.push_back(Work::Adopt(state.adopt_packet_tables(), self.pin_path.clone()));
         // Changes before this may have left records.
-        self.stale = Stale::ALL;
+        self.stale.merge(Stale::all());
     }
 
     fn proceed(&mut self) {
@@ -344,7 +354,7 @@ fn run(nftables: &mut Nftables, work: &Work, known: Option<u32>) -> Result<Done,
     let started = Instant::now();
     match work {
         Work::Check => Ok(Done::Checked { generation: nftables.generation()? }),
-        Work::Read(stale) => read(nftables, *stale),
+        Work::Read(stale) => read(nftables, stale),
         Work::Forget(clients, flows) => forget(nftables, clients, flows),
         Work::Apply(transaction) => {
             nftables.apply(transaction)?;
@@ -352,7 +362,8 @@ fn run(nftables: &mut Nftables, work: &Work, known: Option<u32>) -> Result<Done,
             // A transaction increases it by 1. If another program's came between, an audit compares the tables.
             let generation = nftables.generation()?;
             let is_alone = known.is_some_and(|known| known.wrapping_add(1) == generation);
-            Ok(Done::Applied { n_changes, took, generation: is_alone.then_some(generation) })
+            let generation = is_alone.then_some(generation);
+            Ok(Done::Applied { n_changes, took, generation, removed: BTreeSet::new() })
         }
         Work::Adopt(tables, pin_path) => {
             let mut n_tries = 0;
@@ -362,9 +373,9 @@ fn run(nftables: &mut Nftables, work: &Work, known: Option<u32>) -> Result<Done,
                 }
                 match adopt(nftables, tables) {
                     Err(NftablesError::Changed) if n_tries < MAX_TRIES => n_tries += 1,
-                    Ok((n_changes, generation)) => {
-                        let took = started.elapsed();
-                        return Ok(Done::Applied { n_changes, took, generation: Some(generation) });
+                    Ok(Adopted { n_changes, generation, removed }) => {
+                        let (took, generation) = (started.elapsed(), Some(generation));
+                        return Ok(Done::Applied { n_changes, took, generation, removed });
                     }
                     Err(error) => return Err(error),
                 }
@@ -383,7 +394,7 @@ fn remove_former_tables() {
     }
 }
 
-fn read(nftables: &mut Nftables, stale: Stale) -> Result<Done, NftablesError> {
+fn read(nftables: &mut Nftables, stale: &Stale) -> Result<Done, NftablesError> {
     let (mut clients, mut flows) = (Vec::new(), Vec::new());
     for id in packets::table_ids().into_iter().filter(|_| stale.clients) {
         for map in packets::AFFINITY_MAPS {
@@ -441,24 +452,38 @@ fn has_any(nftables: &mut Nftables, tables: &BTreeMap<TableId, Table>) -> Result
     Ok(false)
 }
 
-/// Makes the kernel's tables like these, if no other program commits changes meanwhile. Returns the number of
-/// changes and the generation.
-fn adopt(nftables: &mut Nftables, tables: &BTreeMap<TableId, Table>) -> Result<(usize, u32), NftablesError> {
-    let (mut changes, mut generations) = (Vec::new(), Vec::new());
+/// How tables were made like those that are desired.
+struct Adopted {
+    n_changes: usize,
+    generation: u32,
+    removed: BTreeSet<FrontendAddress>,
+}
+
+/// Makes the kernel's tables like these, if no other program commits changes meanwhile.
+fn adopt(nftables: &mut Nftables, tables: &BTreeMap<TableId, Table>) -> Result<Adopted, NftablesError> {
+    let (mut changes, mut generations, mut removed) = (Vec::new(), Vec::new(), BTreeSet::new());
     for (id, wanted) in tables {
         let (found, generation) = nftables.read(id)?;
         generations.push(generation);
         let missing = packets::diff(found.as_ref(), wanted);
+        if let Some(found) = found.filter(|_| !missing.is_empty()) {
+            let mut former = packets::frontends_of(id.family, &found);
+            let present = packets::frontends_of(id.family, wanted);
+            former.retain(|at| at.protocol != Protocol::Tcp && !present.contains(at));
+            removed.append(&mut former);
+        }
         changes.extend(missing.into_iter().map(|change| (id.clone(), change)));
     }
-    let Some(&first) = generations.first() else { return Ok((0, nftables.generation()?)) };
+    let Some(&first) = generations.first() else {
+        return Ok(Adopted { n_changes: 0, generation: nftables.generation()?, removed });
+    };
     if generations.iter().any(|generation| *generation != first) {
         return Err(NftablesError::Changed);
     }
     let n_changes = changes.len();
     if n_changes == 0 {
-        return Ok((0, first));
+        return Ok(Adopted { n_changes, generation: first, removed });
     }
     nftables.apply(&Transaction { changes, generation: Some(first) })?;
-    Ok((n_changes, first.wrapping_add(1)))
+    Ok(Adopted { n_changes, generation: first.wrapping_add(1), removed })
 }

@@ -7,7 +7,7 @@ use crate::{
     desired::{Settings, fixture},
     model::{self, Slice, fixture as objects},
     packets::{
-        Reason,
+        Reason, conntrack,
         sim::{self, Outcome, Outcomes, Packet},
     },
     plan::Capacity,
@@ -318,7 +318,7 @@ fn a_client_stays_with_its_endpoint_for_as_long_as_the_service_has_it() {
         node.state.change(|store| store.set_slice(&changed.key(), Some(changed)));
         let _plan = node.state.sync();
         sim::apply(&mut node.kernel, &node.state.take_packet_changes().changes).unwrap();
-        assert_eq!(node.state.take_stale_packet_records(), Stale { clients: true, flows: false });
+        assert_eq!(node.state.take_stale_packet_records(), Stale { clients: true, ..Stale::default() });
         let clients = node.kernel.values_mut().next().unwrap().sets.get_mut(map).unwrap();
         assert_eq!(clients.elements.len(), 2);
         let stale = node.state.packets().stale_clients(Family::V4, &clients.elements);
@@ -404,6 +404,81 @@ fn nothing_of_a_service_is_left_behind() {
     node.state.change(|store| store.set_service(&model::ServiceKey::new("default", "web"), None));
     node.sync();
     assert_eq!(node.kernel, before);
+}
+
+/// The Service of [`load_balancer`] with UDP in place of TCP.
+fn datagrams(spec: &Json) -> Json {
+    let mut service = load_balancer(spec);
+    service["spec"]["ports"][0]["protocol"] = "UDP".into();
+    service
+}
+
+#[test]
+fn flows_are_stale_when_their_endpoint_serves_no_more_or_their_frontend_is_gone() {
+    let mut node = Node::new(PacketMode::All);
+    let udp_slice = |states: &[&str]| {
+        let endpoints: Vec<Json> = states.iter().map(|state| fixture::endpoint(state)).collect();
+        objects::slice(&json!({
+            "endpoints": endpoints, "ports": [{"name": "", "protocol": "UDP", "port": 8080}],
+        }))
+    };
+    let flow = |called: &str, answers: &str| conntrack::Entry {
+        protocol: Protocol::Udp,
+        source: "192.0.2.9:40000".parse().unwrap(),
+        destination: called.parse().unwrap(),
+        reply_source: answers.parse().unwrap(),
+        id: 1,
+        zone: 0,
+    };
+    let called = ["10.96.0.1:80", "203.0.113.1:80", "192.168.0.1:30080"];
+    let check = |node: &mut Node, of_endpoint: &[(&str, bool)]| {
+        let stale = node.state.take_stale_packet_records();
+        assert!(stale.flows);
+        for (called, (answers, expected)) in
+            called.iter().flat_map(|called| of_endpoint.iter().map(move |endpoint| (called, endpoint)))
+        {
+            let found = node.state.is_stale_flow(&flow(called, answers), &stale.removed);
+            assert_eq!(found, *expected, "{called} by {answers}");
+        }
+        for called in called {
+            // It was not translated: stale only while there is a service.
+            let is_served = node.state.packets().sizes().0 > 0;
+            assert_eq!(
+                node.state.is_stale_flow(&flow(called, called), &stale.removed),
+                is_served,
+                "{called}"
+            );
+        }
+    };
+    let local = json!({"externalTrafficPolicy": "Local"});
+    node.set(&datagrams(&json!({})), &[udp_slice(&["10.1.0.1 node-a rs", "10.1.1.1 node-b rs"])]);
+    check(&mut node, &[("10.1.0.1:8080", false), ("10.1.1.1:8080", false), ("10.1.1.1:8081", true)]);
+    node.set(&datagrams(&local), &[udp_slice(&["10.1.0.1 node-a rs", "10.1.1.1 node-b st"])]);
+    check(&mut node, &[("10.1.0.1:8080", false), ("10.1.1.1:8080", false), ("10.1.2.1:8080", true)]);
+    // New connections already did not get it.
+    node.set(&datagrams(&local), &[udp_slice(&["10.1.0.1 node-a rs", "10.1.1.1 node-b t"])]);
+    check(&mut node, &[("10.1.0.1:8080", false), ("10.1.1.1:8080", true)]);
+    node.set(&datagrams(&local), &[udp_slice(&["10.1.1.1 node-b t"])]);
+    check(&mut node, &[("10.1.0.1:8080", true), ("10.1.1.1:8080", false)]);
+    node.set(&datagrams(&local), &[udp_slice(&[])]);
+    check(&mut node, &[("10.1.0.1:8080", true), ("10.1.1.1:8080", true)]);
+    let before = frontends_of(Family::V4, &node.state.packets().tables()[&super::table_id(Family::V4)]);
+    assert_eq!(before, BTreeSet::new());
+    node.set(&datagrams(&local), &[udp_slice(&["10.1.0.1 node-a rs"])]);
+    let stale = node.state.take_stale_packet_records();
+    assert!(stale.removed.is_empty());
+    let table = &node.state.packets().tables()[&super::table_id(Family::V4)];
+    let of_table = frontends_of(Family::V4, table);
+    node.state.change(|store| store.set_service(&model::ServiceKey::new("default", "web"), None));
+    node.sync();
+    let stale = node.state.take_stale_packet_records();
+    // As another agent finds them.
+    assert_eq!(stale.removed, of_table);
+    for called in called {
+        assert!(node.state.is_stale_flow(&flow(called, "10.1.0.1:8080"), &stale.removed));
+        assert!(!node.state.is_stale_flow(&flow(called, called), &stale.removed), "{called} is another's");
+        assert!(!node.state.is_stale_flow(&flow(called, "10.1.0.1:8080"), &BTreeSet::new()));
+    }
 }
 
 #[test]
