@@ -5,12 +5,15 @@ use std::{
     io::{Read as _, Write as _},
     net::{SocketAddr, TcpStream},
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
-use lb_core::model::{
-    Family,
-    Protocol::{self, Tcp, Udp},
+use lb_core::{
+    model::{
+        Family,
+        Protocol::{self, Tcp, Udp},
+    },
+    packets::{AFFINITY_MAPS, nft::TableId, table_ids},
 };
 use lb_tests::{
     Feature,
@@ -171,23 +174,30 @@ pub(crate) fn fault(
         }
     };
     let mut missing = endpoints.to_vec();
-    // With three endpoints, one is missed once in 10^8 runs.
-    for _ in 0..16 * endpoints.len() {
-        let outcome = bed.call(from, to, protocol, PATIENCE);
-        let Outcome::Reached { server, client } = outcome else { return Some(format!("{outcome:?}")) };
-        let Some((place, source)) = endpoints.iter().find(|(place, _)| place.server(family) == server) else {
-            return Some(format!("{server} answers"));
-        };
-        let is_seen = match source {
-            Source::Kept => client.ip() == from.address(family),
-            Source::Node => Bed::is_of_node(client.ip()),
-        };
-        if !is_seen {
-            return Some(format!("{place:?} sees {client}"));
+    let n = endpoints.len();
+    bed.at(from).run(|| {
+        // With three endpoints, one is missed once in 10^8 runs, and an unexpected one that is as likely in one of 30.
+        for n_calls in 0..16 * n {
+            if missing.is_empty() && n_calls >= 4 * n {
+                break;
+            }
+            let outcome = bed::call(to, protocol, PATIENCE);
+            let Outcome::Reached { server, client } = outcome else { return Some(format!("{outcome:?}")) };
+            let Some((place, source)) = endpoints.iter().find(|(place, _)| place.server(family) == server)
+            else {
+                return Some(format!("{server} answers"));
+            };
+            let is_seen = match source {
+                Source::Kept => client.ip() == from.address(family),
+                Source::Node => Bed::is_of_node(client.ip()),
+            };
+            if !is_seen {
+                return Some(format!("{place:?} sees {client}"));
+            }
+            missing.retain(|(missing, _)| missing != place);
         }
-        missing.retain(|(missing, _)| missing != place);
-    }
-    (!missing.is_empty()).then(|| format!("{missing:?} never answer"))
+        (!missing.is_empty()).then(|| format!("{missing:?} never answer"))
+    })
 }
 
 pub(crate) const LOCAL_KEPT: Expected = Expected::Reach(&[(Pod, Source::Kept), (Second, Source::Kept)]);
@@ -282,17 +292,17 @@ fn affinity() {
         for _ in 0..8 {
             assert_eq!(call_all(bed), first, "{cases:?}");
         }
-        let mut is_forgotten = vec![false; cases.len()];
-        // Once in 10^10 runs, the same one is chosen each time.
-        for _ in 0..24 {
-            if is_forgotten.iter().all(|is| *is) {
-                break;
-            }
-            thread::sleep(Duration::from_millis(SECONDS * 1100));
-            let now = call_all(bed).into_iter().zip(&first);
-            is_forgotten.iter_mut().zip(now).for_each(|(is, (now, first))| *is |= now != *first);
+        let n_recorded = |bed: &mut Bed| -> usize {
+            let of = |(id, map): (TableId, &str)| bed.node.nftables.elements(&id, map).unwrap().len();
+            table_ids().into_iter().flat_map(|id| AFFINITY_MAPS.map(|map| (id.clone(), map))).map(of).sum()
+        };
+        // TCP and UDP.
+        assert_eq!(n_recorded(bed), 2 * FAMILIES.len() * ways.len());
+        let forgotten = Instant::now() + PATIENCE;
+        while n_recorded(bed) > 0 {
+            assert!(Instant::now() < forgotten, "kept beyond the time-out");
+            thread::sleep(Duration::from_millis(50));
         }
-        assert!(is_forgotten.iter().all(|is| *is), "kept beyond the time-out: {cases:?}, {is_forgotten:?}");
 
         let affinity = json!({"sessionAffinity": "ClientIP"});
         bed.follow(&cluster(&affinity, &[Pod, Second, Far]));
@@ -360,27 +370,27 @@ fn echo(stream: &mut TcpStream, octets: &[u8]) {
 /// ICMP errors about translated packets reach the sender in its own terms: otherwise large packets vanish.
 #[test]
 fn path_mtu_discovery() {
-    let octets: Vec<u8> = (0..1_u32 << 20).map(|n| n.to_le_bytes()[1]).collect();
-    // The other end of the router's narrow link, who calls what, which endpoint answers, and who learns of it.
-    for (narrow, from, to, endpoint, learns) in [
-        (Place::Edge, Outside, To::NodePort, Pod, Pod),
-        (Place::Edge, Outside, To::LoadBalancer, Far, Far),
-        (Other, Outside, To::NodePort, Far, Outside),
-        (Other, Pod, To::ClusterIp, Far, Pod),
+    let octets: Vec<u8> = (0..1_u32 << 18).map(|n| n.to_le_bytes()[1]).collect();
+    // The router's narrow link and its other end, who calls what, which endpoint answers, and who learns of it. What
+    // ends have learned stays: so no two ways of a bed have the same addresses at an endpoint.
+    for (device, narrow, ways) in [
+        ("edge", Place::Edge, [(Outside, To::NodePort, Pod, Pod), (Outside, To::LoadBalancer, Far, Far)]),
+        ("other", Other, [(Outside, To::NodePort, Far, Outside), (Pod, To::ClusterIp, Far, Pod)]),
     ] {
         on_a_bed(|bed| {
-            let device = if narrow == Other { "other" } else { "edge" };
             bed.at(Place::Router).set_mtu(device, 1300).unwrap();
             bed.at(narrow).set_mtu("up", 1300).unwrap();
-            bed.follow(&cluster(&json!({}), &[endpoint]));
-            for family in FAMILIES {
-                let before = n_too_big(bed, learns, family);
-                bed.at(from).run(|| {
-                    let (mut stream, _) = bed::connect(to.address(family), PATIENCE).unwrap();
-                    echo(&mut stream, &octets);
-                });
-                let case = format!("{from:?} to {to:?}, {family:?}");
-                assert!(n_too_big(bed, learns, family) > before, "{case}: {learns:?} got no error");
+            for (from, to, endpoint, learns) in ways {
+                bed.follow(&cluster(&json!({}), &[endpoint]));
+                for family in FAMILIES {
+                    let before = n_too_big(bed, learns, family);
+                    bed.at(from).run(|| {
+                        let (mut stream, _) = bed::connect(to.address(family), PATIENCE).unwrap();
+                        echo(&mut stream, &octets);
+                    });
+                    let case = format!("{from:?} to {to:?}, {family:?}");
+                    assert!(n_too_big(bed, learns, family) > before, "{case}: {learns:?} got no error");
+                }
             }
         });
     }
