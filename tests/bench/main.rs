@@ -3,6 +3,7 @@
 //! # Purpose
 //!
 //! - [`hooks`], [`sync`], [`path`], [`scale`], [`health`]: the suites. Each fills a [`result`].
+//! - [`outside`]: no suite, since a failed connection is a fault and not a figure.
 //! - [`turns`], [`calls`], [`daemon`], [`objects`]: what several of them use.
 //! - [`quantile`], [`compare`]: pure functions on numbers.
 //! - [`markdown`], [`plot`], [`pages`]: tables, plots and the documents with them, all from result files.
@@ -22,6 +23,7 @@ mod hooks;
 mod machine;
 mod markdown;
 mod objects;
+mod outside;
 mod pages;
 mod path;
 mod plot;
@@ -62,6 +64,8 @@ enum Command {
     Scale(Measured<scale::Options>),
     /// What callers notice of an endpoint that dies, with passive health and without
     Health(Measured<health::Options>),
+    /// Connections from outside while endpoints, Services and agents change; exits with 1 if one fails
+    Outside(outside::Options),
     /// Compares two results; exits with 1 on a regression
     Compare {
         #[arg(value_name = "OLD")]
@@ -154,6 +158,13 @@ fn main() -> anyhow::Result<ExitCode> {
         Command::Path(Measured { options, common }) => common.finish(&path::run(&options, &common)?)?,
         Command::Scale(Measured { options, common }) => common.finish(&scale::run(&options, &common)?)?,
         Command::Health(Measured { options, common }) => common.finish(&health::run(&options, &common)?)?,
+        Command::Outside(options) => {
+            let outcome = outside::run(&options);
+            println!("{outcome}");
+            if !outcome.failures.is_empty() {
+                return Ok(ExitCode::FAILURE);
+            }
+        }
         Command::Client(args) => path::client(&args)?,
         Command::Server => path::server()?,
         Command::Render { root } => pages::render(&root)?,

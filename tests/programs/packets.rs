@@ -1,8 +1,9 @@
 //! An agent with `--packets`: its rules, and calls that only they serve.
 
 use std::{
-    fs, io,
+    env, fs, io,
     net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream},
+    path::PathBuf,
     time::Duration,
 };
 
@@ -23,6 +24,7 @@ use lb_tests::{
     cluster::{self, Cluster, PortOf},
     command::text,
     installed::{Place, QUIET, eventually},
+    outside, require,
     server::Servers,
 };
 use nix::sys::signal::Signal;
@@ -177,4 +179,18 @@ fn an_agent_that_cannot_have_the_rules_attaches_nothing() {
         eventually("it attaches", || agent.has_said("attached"));
         assert!(n_pinned() > 0);
     });
+}
+
+/// Seconds of what `cargo xtask bench outside` does for a minute.
+#[test]
+fn no_connection_from_outside_fails_while_endpoints_and_agents_change() {
+    let needs = [Feature::Programs, Feature::Nftables, Feature::Variable("SOCKLB_BIN")];
+    if !needs.into_iter().all(require) {
+        return;
+    }
+    let binary = env::var_os("SOCKLB_BIN").map(PathBuf::from).unwrap();
+    let outcome = outside::run(&binary, &outside::Options::short(1));
+    assert_eq!(outcome.failures, [""; 0], "{outcome}");
+    assert!(outcome.n_calls > 0 && outcome.n_replaced > 0 && outcome.n_exchanges > 0, "{outcome}");
+    assert!(outcome.n_agents.iter().all(|n| *n > 0), "{outcome}");
 }

@@ -47,16 +47,21 @@ impl Place {
     pub fn test(needs: &[Feature], test: impl FnOnce(&Sandbox, &Self) + Send) {
         let needs = [&[Feature::Variable("SOCKLB_BIN")], needs].concat();
         Sandbox::test_with(&needs, |sandbox| {
-            let path = |path: &Path| path.to_str().expect("a path in UTF-8").to_owned();
-            let place = Self {
-                binary: env::var("SOCKLB_BIN").expect("required above"),
-                manifests: tempfile::tempdir().expect("a directory"),
-                state_dir: tempfile::tempdir().expect("a directory"),
-                pin_path: path(&sandbox.pin_path()),
-                cgroup: path(sandbox.cgroup().path()),
-            };
-            test(sandbox, &place);
+            test(sandbox, &Self::new(sandbox, env::var("SOCKLB_BIN").expect("required above")));
         });
+    }
+
+    /// Directories for a program in a sandbox.
+    #[must_use]
+    pub fn new(sandbox: &Sandbox, binary: String) -> Self {
+        let path = |path: &Path| path.to_str().expect("a path in UTF-8").to_owned();
+        Self {
+            binary,
+            manifests: tempfile::tempdir().expect("a directory"),
+            state_dir: tempfile::tempdir().expect("a directory"),
+            pin_path: path(&sandbox.pin_path()),
+            cgroup: path(sandbox.cgroup().path()),
+        }
     }
 
     /// Replaces the manifests atomically, as editors do.

@@ -11,6 +11,7 @@
 //! - [`installed`]: the program `socklb` as people run it; [`command`]: other programs.
 //! - [`process`]: resource usage of a process.
 //! - [`churn`]: long-running changes and faults, with concurrent calls.
+//! - [`outside`]: connections from outside while endpoints and agents change.
 //! - [`scenario`]: objects and expected flows, run by the simulator and by the kernel.
 //! - [`feature`]: what happens on a machine that lacks something.
 //!
@@ -37,6 +38,7 @@ pub mod controlplane;
 pub mod feature;
 pub mod installed;
 pub mod netns;
+pub mod outside;
 pub mod process;
 pub mod sandbox;
 pub mod scenario;

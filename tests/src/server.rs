@@ -109,7 +109,8 @@ fn listening(listener: TcpListener) -> io::Result<Bound> {
     Ok(Bound::Stream(listener))
 }
 
-fn bind(address: SocketAddr, protocol: Protocol) -> io::Result<Bound> {
+/// A socket at an address, with the longest backlog.
+pub(crate) fn bind(address: SocketAddr, protocol: Protocol) -> io::Result<Bound> {
     match protocol {
         Protocol::Tcp => listening(TcpListener::bind(address)?),
         Protocol::Udp => Ok(Bound::Datagrams(UdpSocket::bind(address)?)),

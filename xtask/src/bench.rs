@@ -22,7 +22,8 @@ pub(crate) struct Options {
     /// Suites: `--smoke`, `--json FILE`, `--markdown FILE`, `--svg DIR`, and the suite's own: `-- --help` lists
     /// them. `all`: `--smoke` for a short run that checks the bench, with results in the target folder.
     /// `compare`: `OLD NEW`. `churn`: `--seed N`, `--seconds N`; for figures over time `--services N`,
-    /// `--endpoints N`, `--changes-per-second N` and `--kill-every SECONDS`: `-- --help` lists all
+    /// `--endpoints N`, `--changes-per-second N` and `--kill-every SECONDS`: `-- --help` lists all. `outside`: `--rate N`,
+    /// `--seconds N`
     #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGS")]
     arguments: Vec<String>,
 }
@@ -45,6 +46,9 @@ enum What {
     Compare,
     /// Rewrites plots and tables of the documents from docs/benchmarks, without measuring
     Render,
+    /// Connections from outside, served as packets, while endpoints, services and agents change; exits with 1 if one
+    /// fails
+    Outside,
     /// Long run: changes of everything, with API server faults and calls in progress
     Churn,
 }
@@ -59,7 +63,7 @@ pub(crate) fn command(workspace: &Workspace, options: &Options) -> Result<()> {
         What::Compare | What::Render => &[Purpose::Build],
         // `path` measures other programs.
         What::Path | What::All => &[Purpose::Build, Purpose::Run, Purpose::BenchPath],
-        What::Hooks | What::Sync | What::Scale | What::Health | What::Churn => {
+        What::Hooks | What::Sync | What::Scale | What::Health | What::Outside | What::Churn => {
             &[Purpose::Build, Purpose::Run]
         }
     };
@@ -74,6 +78,11 @@ pub(crate) fn command(workspace: &Workspace, options: &Options) -> Result<()> {
         What::Compare => {
             let mut bench = Command::new(workspace.target.join("release/bench"));
             process::run(bench.arg("compare").args(arguments), "see the lines above")
+        }
+        What::Outside => {
+            let mut bench = start(workspace, "bench");
+            bench.arg("outside").arg("--socklb").arg(workspace.socklb(true)).args(arguments);
+            process::run(&mut bench, "see the lines above")
         }
         What::Render => render(workspace),
         What::Churn => {
