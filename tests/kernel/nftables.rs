@@ -13,9 +13,12 @@ use lb_core::packets::nft::{
     ct_state, ct_status,
 };
 use lb_core::{
-    desired::{PacketMode, Settings},
+    desired::{FrontendAddress, PacketMode, Settings},
     model::Protocol::Tcp,
-    packets,
+    packets::{
+        self,
+        sim::{self, Packet},
+    },
     plan::Capacity,
     state::State,
     tables::Image,
@@ -686,6 +689,26 @@ fn a_probe_changes_nothing() {
 /// Random histories: all kinds of elements occur among them.
 const N_HISTORIES: usize = 12;
 
+/// A packet from outside to each of a few frontends.
+fn packets_to(state: &State, family: Family) -> Vec<Packet> {
+    let source = match family {
+        Family::V4 => "198.51.100.7",
+        Family::V6 => "2001:db8::7",
+    };
+    let source: IpAddr = source.parse().unwrap();
+    let desired = state.desired();
+    let all =
+        desired.services().flat_map(|key| desired.frontends_of(key)).map(|(frontend, _)| frontend.address);
+    let of_family = all.filter(|at| at.ip.is_ipv4() == source.is_ipv4() && !at.ip.is_unspecified());
+    let packet = |at: FrontendAddress| Packet {
+        source,
+        destination: SocketAddr::new(at.ip, at.port),
+        protocol: at.protocol.number(),
+        is_own: false,
+    };
+    of_family.take(4).map(packet).collect()
+}
+
 /// The changes of each sync lead to the tables that are made from scratch, whatever was before, and `nft` lists
 /// them.
 #[test]
@@ -710,6 +733,11 @@ fn the_tables_of_random_clusters_follow_their_changes() {
                     let read = read.unwrap();
                     assert_eq!(packets::diff(Some(&read), &table), [], "{id}");
                     assert_eq!(read, table);
+                    for packet in packets_to(&state, id.family) {
+                        let (part, _) = nftables.read_wanted(&id, |part| sim::lookups(part, packet)).unwrap();
+                        let [part, whole] = [&part.unwrap(), &read].map(|table| sim::outcomes(table, packet));
+                        assert_eq!(part, whole, "{packet:?}");
+                    }
                     let sets = table.sets.iter().filter(|(_, set)| !set.elements.is_empty());
                     used.extend(sets.map(|(name, _)| name.to_string()));
                     // From nothing, in the same kernel.

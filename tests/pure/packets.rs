@@ -214,6 +214,36 @@ proptest! {
 }
 
 proptest! {
+    #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
+
+    /// A table with no elements but those that a packet's rules look for does to it what the whole table does.
+    #[test]
+    fn what_a_packet_looks_for_decides(history in history(1), mode in mode(), first in 0..32_usize) {
+        let last = &history[history.len() - 1];
+        let tables = fresh(mode, last).packets().tables();
+        for packet in packets(last).into_iter().skip(first).step_by(32) {
+            let (_, table) = tables.iter().find(|(id, _)| id.family == family(packet.source)).unwrap();
+            let mut part = table.clone();
+            part.sets.values_mut().for_each(|set| set.elements.clear());
+            let mut asked = BTreeSet::new();
+            loop {
+                let new: Vec<_> = sim::lookups(&part, packet).difference(&asked).cloned().collect();
+                if new.is_empty() {
+                    break;
+                }
+                for (set, key) in &new {
+                    let element = table.sets[set].element(key.as_slice());
+                    let found = element.map(|(key, element)| (key.clone(), element.clone()));
+                    part.sets.get_mut(set).unwrap().elements.extend(found);
+                }
+                asked.extend(new);
+            }
+            prop_assert_eq!(sim::outcomes(&part, packet), sim::outcomes(table, packet), "{:?}", packet);
+        }
+    }
+}
+
+proptest! {
     #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
 
     /// While the endpoints of a frontend change, a packet in the middle of the transaction reaches one of those before or

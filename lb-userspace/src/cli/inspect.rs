@@ -22,7 +22,11 @@ use lb_agent::{
 use lb_core::{
     desired::FrontendAddress,
     model::address,
-    packets::{self, nft::TableId, sim::Packet},
+    packets::{
+        self,
+        nft::TableId,
+        sim::{self, Packet},
+    },
     sim::{Caller, Config, Simulator},
     tables::Image,
 };
@@ -267,7 +271,8 @@ impl Asked<'_> {
         match &mut *self.nftables.borrow_mut() {
             Err(NftablesError::Missing) => None,
             Err(error) => Some(PacketPart::unknown(self.packet, error.to_string())),
-            Ok(nftables) => match nftables.read(&table) {
+            // A whole table of a large cluster takes a second to read, and `--watch` reads it with each change.
+            Ok(nftables) => match nftables.read_wanted(&table, |table| sim::lookups(table, self.packet)) {
                 Ok((found, _generation)) => found.map(|found| PacketPart::new(&found, self.packet)),
                 Err(NftablesError::Missing) => None,
                 Err(error) => Some(PacketPart::unknown(self.packet, error.to_string())),

@@ -512,6 +512,29 @@ pub struct Set {
     pub elements: BTreeMap<Key, Element>,
 }
 
+impl Set {
+    /// The element with a key; of ranges, the one that has it in each field.
+    #[must_use]
+    pub fn element(&self, key: &[u8]) -> Option<(&Key, &Element)> {
+        if !self.spec.flags.contains(SetFlags::INTERVAL) {
+            return self.elements.get_key_value(&Key::from(key));
+        }
+        let is_within = |range: &&Key| {
+            let fields = self.spec.key.iter().map(|field| field.len().next_multiple_of(4));
+            let mut at = 0;
+            let end = range.end.as_ref().unwrap_or(&range.start);
+            fields.into_iter().all(|len| {
+                let field = at..at + len;
+                at += len;
+                let of = |octets: &[u8]| octets.get(field.clone()).map(<[u8]>::to_vec);
+                let value = of(key);
+                of(range.start.as_slice()) <= value && value <= of(end.as_slice())
+            })
+        };
+        self.elements.iter().find(|(range, _)| is_within(range))
+    }
+}
+
 /// What a set or map holds. It cannot be changed: only deleted and added.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SetSpec {

@@ -13,7 +13,7 @@ use super::{
     nft::{
         Chain, ChainType, Change, Comparison, CtKey, Direction, DynsetOp, Element, Expression, FIB_LOCAL,
         FibAddress, Header, Hook, Key, LookupTo, MetaKey, Name, Numgen, Octets, Register, Reject, Rule, Set,
-        SetFlags, Table, TableId, Value, Verdict, ct_state, ct_status,
+        Table, TableId, Value, Verdict, ct_state, ct_status,
     },
     skeleton::address as octets,
 };
@@ -192,15 +192,24 @@ pub struct Outcomes {
 #[must_use]
 pub fn outcomes(table: &Table, packet: Packet) -> Outcomes {
     let mut found = Outcomes::default();
-    // More than half of the indices have an element. Another program may have added a rule with more.
-    let n_elements = table.sets.values().map(|set| set.elements.len()).max().unwrap_or_default();
-    let most = u32::try_from(n_elements).unwrap_or(u32::MAX).saturating_mul(2);
-    each_draw(most, |draw| {
+    each_draw(most_draws(table), |draw| {
         let (outcome, Passage { decided_by, updates, .. }) = pass(table, packet, draw);
         found.all.insert(outcome);
         found.decided_by = decided_by;
         found.recorded = found.recorded.or(updates.iter().find_map(|update| update.timeout));
     });
+    found
+}
+
+/// The elements that a packet's rules look for, whichever numbers are drawn and whether they are there or not. Each
+/// look-up is a set and a key.
+///
+/// In a table without some elements it does not get further than those lead: add what the kernel has of them, and
+/// ask again, until nothing new is looked for. Then [`outcomes`] are those of the whole table.
+#[must_use]
+pub fn lookups(table: &Table, packet: Packet) -> BTreeSet<(Name, Octets)> {
+    let mut found = BTreeSet::new();
+    each_draw(most_draws(table), |draw| found.extend(pass(table, packet, draw).1.lookups));
     found
 }
 
@@ -221,6 +230,13 @@ pub fn outcomes_meanwhile(before: &Table, after: &Table, packet: Packet) -> BTre
         n_before += 1;
     }
     found
+}
+
+/// How many numbers may be drawn in a table of socklb: more than half of the indices have an element. Another program
+/// may have added a rule with more.
+fn most_draws(table: &Table) -> u32 {
+    let n_elements = table.sets.values().map(|set| set.elements.len()).max().unwrap_or_default();
+    u32::try_from(n_elements).unwrap_or(u32::MAX).saturating_mul(2)
 }
 
 /// Repeats a passage with each number that may be drawn below the largest bound that it asks for, at most `most`.
@@ -270,6 +286,7 @@ struct Passage<'a> {
     found: Option<&'a Name>,
     decided_by: Option<Name>,
     updates: Vec<Update>,
+    lookups: Vec<(Name, Octets)>,
     draw: &'a mut dyn FnMut(u32) -> u32,
 }
 
@@ -295,6 +312,7 @@ impl<'a> Passage<'a> {
             found: None,
             decided_by: None,
             updates: Vec::new(),
+            lookups: Vec::new(),
             draw,
         }
     }
@@ -492,30 +510,16 @@ impl<'a> Passage<'a> {
         }
     }
 
-    fn find(&mut self, set: &Name, from: Register) -> Option<&'a Element> {
+    fn find(&mut self, name: &Name, from: Register) -> Option<&'a Element> {
         match self.later {
             Some((0, after)) => (self.sets, self.later) = (after, None),
             Some((n, after)) => self.later = Some((n - 1, after)),
             None => {}
         }
-        let set = self.sets.sets.get(set)?;
+        let set = self.sets.sets.get(name)?;
         let key = self.load(from, set.spec.key_len());
-        if !set.spec.flags.contains(SetFlags::INTERVAL) {
-            return set.elements.get(&Key::from(key));
-        }
-        let is_within = |range: &&Key| {
-            let fields = set.spec.key.iter().map(|field| field.len().next_multiple_of(4));
-            let mut at = 0;
-            let end = range.end.as_ref().unwrap_or(&range.start);
-            fields.into_iter().all(|len| {
-                let field = at..at + len;
-                at += len;
-                let of = |octets: &[u8]| octets.get(field.clone()).map(<[u8]>::to_vec);
-                let value = of(&key);
-                of(range.start.as_slice()) <= value && value <= of(end.as_slice())
-            })
-        };
-        set.elements.iter().find(|(range, _)| is_within(range)).map(|(_, element)| element)
+        self.lookups.push((name.clone(), key.clone().into()));
+        set.element(&key).map(|(_, element)| element)
     }
 
     fn dnat(&self, address: Register, port: Option<Register>) -> Step {

@@ -269,6 +269,13 @@ fn write_element(writer: &mut Writer, key: &Key, element: Option<&Element>) {
     }
 }
 
+/// Writes a list of one element, which has only a key.
+pub(super) fn key(writer: &mut Writer, key: &Octets) {
+    writer.nested(wire::elements::ELEMENTS, |writer| {
+        writer.nested(wire::list::ELEMENT, |writer| write_data(writer, wire::element::KEY, key));
+    });
+}
+
 fn write_data(writer: &mut Writer, kind: u16, octets: &Octets) {
     writer.nested(kind, |writer| writer.octets(wire::data::VALUE, octets.as_slice()));
 }

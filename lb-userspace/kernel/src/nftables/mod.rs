@@ -1,9 +1,12 @@
 //! Changes and reads nftables' rules over netlink: the values of [`lb_core::packets::nft`] to and from the
 //! kernel.
 
-use std::{collections::BTreeMap, io};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io,
+};
 
-use lb_core::packets::nft::{Change, Element, Key, Name, Table, TableId, Transaction};
+use lb_core::packets::nft::{Change, Element, Key, Name, Octets, Table, TableId, Transaction};
 use netlink_packet_core::NLM_F_DUMP;
 use nix::libc;
 
@@ -245,9 +248,54 @@ impl Nftables {
     ///
     /// [`NftablesError::Busy`] if programs change rules all the time, of this table or another.
     pub fn read(&mut self, table: &TableId) -> Result<(Option<Table>, u32), NftablesError> {
+        self.read_with(table, |nftables, table, id| {
+            let mut is_interrupted = false;
+            for (name, set) in &mut table.sets {
+                let (elements, is_changing) = nftables.elements_once(id, name)?;
+                set.elements = elements;
+                is_interrupted |= is_changing;
+            }
+            Ok(is_interrupted)
+        })
+    }
+
+    /// As [`Self::read`], with only those elements that `wanted` names, sets and keys, until it names none beyond them.
+    /// It is called with what has been read so far. A key of a set of ranges stands for the range that has it.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::read`].
+    pub fn read_wanted(
+        &mut self,
+        table: &TableId,
+        wanted: impl Fn(&Table) -> BTreeSet<(Name, Octets)>,
+    ) -> Result<(Option<Table>, u32), NftablesError> {
+        self.read_with(table, |nftables, table, id| {
+            let mut asked = BTreeSet::new();
+            loop {
+                let new: Vec<_> = wanted(table).into_iter().filter(|one| asked.insert(one.clone())).collect();
+                if new.is_empty() {
+                    return Ok(false);
+                }
+                for (name, key) in new {
+                    let element = nftables.element_once(id, &name, &key)?;
+                    if let (Some(set), Some((key, element))) = (table.sets.get_mut(&name), element) {
+                        set.elements.insert(key, element);
+                    }
+                }
+            }
+        })
+    }
+
+    /// Reads a table whose elements `fill` reads. That returns whether the table changed meanwhile.
+    fn read_with(
+        &mut self,
+        table: &TableId,
+        mut fill: impl FnMut(&mut Self, &mut Table, &TableId) -> io::Result<bool>,
+    ) -> Result<(Option<Table>, u32), NftablesError> {
         for _ in 0..MAX_READS {
             let before = self.generation()?;
-            let read = self.read_once(table);
+            let read = self.read_once(table, &mut fill);
             if self.generation()? != before {
                 continue;
             }
@@ -261,7 +309,11 @@ impl Nftables {
     }
 
     /// Also returns whether the table changed meanwhile.
-    fn read_once(&mut self, id: &TableId) -> io::Result<(Option<Table>, bool)> {
+    fn read_once(
+        &mut self,
+        id: &TableId,
+        fill: &mut impl FnMut(&mut Self, &mut Table, &TableId) -> io::Result<bool>,
+    ) -> io::Result<(Option<Table>, bool)> {
         use wire::message;
         let mut table = Table::default();
         let named = |writer: &mut Writer| writer.text(wire::table::NAME, &id.name);
@@ -287,12 +339,26 @@ impl Nftables {
         is_interrupted |= self.get(id, message::GET_SET, NLM_F_DUMP, named, |attributes| {
             table.sets.extend(decode::set(attributes).filter(|_| is_ours(&attributes)));
         })?;
-        for (name, set) in &mut table.sets {
-            let (elements, is_changing) = self.elements_once(id, name)?;
-            set.elements = elements;
-            is_interrupted |= is_changing;
-        }
+        is_interrupted |= fill(self, &mut table, id)?;
         Ok((Some(table), is_interrupted))
+    }
+
+    /// Reads the element of a set that has a key; `None` if there is none.
+    fn element_once(&mut self, id: &TableId, set: &str, key: &Octets) -> io::Result<Option<(Key, Element)>> {
+        let named = |writer: &mut Writer| {
+            writer.text(wire::elements::TABLE, &id.name);
+            writer.text(wire::elements::SET, set);
+            encode::key(writer, key);
+        };
+        let mut found = None;
+        let read = self.get(id, wire::message::GET_ELEMENT, 0, named, |attributes| {
+            let list = attributes.nested(wire::elements::ELEMENTS).unwrap_or(Attributes(&[]));
+            found = list.iter().map(|(_, octets)| element(Attributes(octets))).next();
+        });
+        match read {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            read => read.map(|_| found),
+        }
     }
 
     /// Also returns whether rules changed meanwhile.
