@@ -19,10 +19,8 @@ use nix::{
 use serde_json::json;
 use tempfile::TempDir;
 
-use crate::objects::POD_NETWORK;
+use crate::objects::{NODE, POD_NETWORK};
 
-/// The node of both processes.
-const NODE: &str = "node-0000";
 /// Names the program kube-proxy.
 const KUBE_PROXY: &str = "KUBE_PROXY";
 /// Names a directory with Kubernetes programs.

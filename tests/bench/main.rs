@@ -2,7 +2,7 @@
 //!
 //! # Purpose
 //!
-//! - [`hooks`], [`sync`], [`path`], [`scale`], [`health`]: the suites. Each fills a [`result`].
+//! - [`hooks`], [`sync`], [`path`], [`scale`], [`packets`], [`health`]: the suites. Each fills a [`result`].
 //! - [`outside`]: no suite, since a failed connection is a fault and not a figure.
 //! - [`turns`], [`calls`], [`daemon`], [`objects`]: what several of them use.
 //! - [`quantile`], [`compare`]: pure functions on numbers.
@@ -24,6 +24,7 @@ mod machine;
 mod markdown;
 mod objects;
 mod outside;
+mod packets;
 mod pages;
 mod path;
 mod plot;
@@ -62,6 +63,8 @@ enum Command {
     Path(Measured<path::Options>),
     /// How costs grow with services and endpoints
     Scale(Measured<scale::Options>),
+    /// What rules for packets cost the agent and the kernel
+    Packets(Measured<packets::Options>),
     /// What callers notice of an endpoint that dies, with passive health and without
     Health(Measured<health::Options>),
     /// Connections from outside while endpoints, Services and agents change; exits with 1 if one fails
@@ -157,6 +160,7 @@ fn main() -> anyhow::Result<ExitCode> {
         Command::Sync(Measured { options, common }) => common.finish(&sync::run(&options, &common)?)?,
         Command::Path(Measured { options, common }) => common.finish(&path::run(&options, &common)?)?,
         Command::Scale(Measured { options, common }) => common.finish(&scale::run(&options, &common)?)?,
+        Command::Packets(Measured { options, common }) => common.finish(&packets::run(&options, &common)?)?,
         Command::Health(Measured { options, common }) => common.finish(&health::run(&options, &common)?)?,
         Command::Outside(options) => {
             let outcome = outside::run(&options);

@@ -3,7 +3,11 @@
 use std::fmt::Write as _;
 
 use crate::{
-    calls, health, hooks,
+    calls, health, hooks, packets,
+    path::{
+        behind,
+        client::{By, Work},
+    },
     quantile::{paired_difference, paired_ratio, real},
     result::{ResultFile, Series, Suite, Unit},
     scale, sync,
@@ -34,6 +38,8 @@ enum Cell {
     /// What `sock_ops` costs: over the product without passive health, or the empty programs without
     /// `sock_ops`, block by block: the median difference and its 95 % interval.
     OverOff,
+    /// Over another target, block by block: the median difference and its 95 % interval.
+    Over(&'static str),
 }
 
 /// What a table shows: these measures, with one dimension as columns and the others as rows.
@@ -48,7 +54,7 @@ struct Table {
 
 /// The tables of a suite.
 fn tables(suite: Suite) -> Vec<Table> {
-    use Dimension::{Measure, Target};
+    use Dimension::{Measure, Services, Target};
     match suite {
         Suite::Hooks => {
             let measures = hooks::KINDS.map(|(measure, ..)| measure);
@@ -91,6 +97,7 @@ fn tables(suite: Suite) -> Vec<Table> {
                 table("agent", Measure, &[sync::ONE_BY_ONE, sync::COLD_START, sync::MEMORY]),
             ]
         }
+        Suite::Packets => vec![table("costs", Services, &packets::MEASURES)],
         Suite::Health => {
             vec![Table { measures: health::measures().collect(), ..table("times", Target, &[]) }]
         }
@@ -123,9 +130,30 @@ fn path() -> Vec<Table> {
         "programming: everything",
         "new connection: conntrack entries",
     ];
+    let behind = |name, kinds: &[String], whats: &[&str], cell| {
+        let of = |kind: &String| whats.iter().map(|what| format!("{kind}: {what}")).collect::<Vec<_>>();
+        let measures = kinds.iter().flat_map(of).collect();
+        Table { cell, measures, ..table(name, Target, &[]) }
+    };
+    let titles = |kinds: Vec<(Work, By, String)>, work| -> Vec<String> {
+        kinds.into_iter().filter(|(of, ..)| *of == work).map(|(.., title)| title).collect()
+    };
+    let outside = |work| titles(behind::outside().collect(), work);
+    let pod: Vec<String> = behind::pod().map(|(.., title)| title).collect();
     vec![
         Table { is_largest: true, ..table("summary", Target, &summary) },
         Table { cell: Cell::Ratio, ..table("claims", Target, &costs) },
+        behind("outside-claims", &outside(Work::Connection), &["connect()", "rate"], Cell::Ratio),
+        behind(
+            "outside-connections",
+            &outside(Work::Connection),
+            &["connect()", "latency", "rate"],
+            Cell::Value,
+        ),
+        behind("outside-requests", &outside(Work::KeepAlive), &["latency"], Cell::Value),
+        table("outside-programming", Target, &[behind::PROGRAMMING]),
+        behind("pod", &pod, &["latency", "connect()", "conntrack entries"], Cell::Value),
+        behind("pod-claims", &pod, &["latency", "CPU"], Cell::Over(behind::PACKETS_OFF)),
         table(
             "latency",
             Target,
@@ -252,6 +280,18 @@ impl Cell {
                 let ours = other(calls::SOCKLB, series.key.n_services)?;
                 let (ratio, [low, high]) = paired_ratio(&ours.blocks, &series.blocks)?;
                 return Some(format!("{ratio:.3} ({low:.3} to {high:.3})"));
+            }
+            (Self::Over(target), _) => {
+                let base = other(target, series.key.n_services)?;
+                if series.key.target == target {
+                    return Some(amount(series.unit, series.median()));
+                }
+                let (difference, interval) = paired_difference(&series.blocks, &base.blocks)?;
+                let [difference, low, high] = [difference, interval[0], interval[1]].map(|value| {
+                    let sign = if value < 0.0 { "-" } else { "+" };
+                    format!("{sign}{}", amount(series.unit, value.abs()))
+                });
+                return Some(format!("{difference} ({low} to {high})"));
             }
             (Self::OverOff, _) => {
                 let is_empty = series.key.target == calls::EMPTY_SOCK_OPS.0;

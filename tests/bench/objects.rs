@@ -7,13 +7,16 @@ use std::{
 
 use k8s_openapi::{
     api::{
-        core::v1::{ObjectReference, Service, ServiceSpec},
+        core::v1::{
+            LoadBalancerIngress, LoadBalancerStatus, ObjectReference, Service, ServiceSpec, ServiceStatus,
+        },
         discovery::v1::{Endpoint, EndpointConditions, EndpointPort, EndpointSlice},
     },
     apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference},
 };
 use lb_core::model::{Protocol, ingest};
 use lb_tests::cluster::{self, Cluster, NAMESPACE};
+use serde::{Deserialize, Serialize};
 
 /// The port of every service, TCP and UDP.
 pub(crate) const PORT: u16 = 80;
@@ -24,6 +27,14 @@ pub(crate) const POD_NETWORK: &str = "10.128.0.0/9";
 /// The most services of [`SERVICE_NETWORK`], and endpoints of [`POD_NETWORK`].
 pub(crate) const MAX_SERVICES: u32 = 1 << 19;
 pub(crate) const MAX_ENDPOINTS: u32 = 1 << 22;
+/// The network of load-balancer addresses, which is meant for benches (RFC 2544).
+pub(crate) const LOAD_BALANCER_NETWORK: &str = "198.18.0.0/15";
+/// The first services have a node port.
+pub(crate) const N_NODE_PORTS: u32 = 2_700;
+/// The node of endpoints that a policy Local wants.
+pub(crate) const NODE: &str = "node-0000";
+/// The most services of [`LOAD_BALANCER_NETWORK`].
+pub(crate) const MAX_LOAD_BALANCERS: u32 = 1 << 16;
 /// With UDP, one service in this number has a UDP port beside its TCP port, as name servers have.
 pub(crate) const UDP_STRIDE: u32 = 16;
 
@@ -64,6 +75,54 @@ fn address(network: [u8; 4], number: u32) -> Ipv4Addr {
 /// The cluster IP of a service.
 pub(crate) fn cluster_ip(service: u32) -> Ipv4Addr {
     address([10, 96, 0, 1], service)
+}
+
+/// The load-balancer address of a service.
+pub(crate) fn load_balancer_ip(service: u32) -> Ipv4Addr {
+    address([198, 18, 0, 1], service)
+}
+
+/// The node port of a service, if it has one.
+pub(crate) fn node_port(service: u32) -> Option<u16> {
+    u16::try_from(service).ok().filter(|_| service < N_NODE_PORTS).map(|n| 30_000 + n)
+}
+
+/// An external traffic policy. Services have them in turn.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Policy {
+    Cluster,
+    Local,
+}
+
+impl Policy {
+    pub(crate) const ALL: [Self; 2] = [Self::Cluster, Self::Local];
+
+    pub(crate) const fn name(self) -> &'static str {
+        match self {
+            Self::Cluster => "Cluster",
+            Self::Local => "Local",
+        }
+    }
+
+    const fn of(service: u32) -> Self {
+        if service.is_multiple_of(2) { Self::Cluster } else { Self::Local }
+    }
+
+    /// The n-th service with this policy.
+    pub(crate) const fn nth(self, n: u32) -> u32 {
+        match self {
+            Self::Cluster => 2 * n,
+            Self::Local => 2 * n + 1,
+        }
+    }
+
+    /// How many of the first services have it.
+    pub(crate) const fn n_of(self, n_services: u32) -> u32 {
+        match self {
+            Self::Cluster => n_services.div_ceil(2),
+            Self::Local => n_services / 2,
+        }
+    }
 }
 
 /// The address of a pod that replaces another.
@@ -176,6 +235,32 @@ impl Size {
             }
         }
         cluster
+    }
+
+    /// [`Self::cluster`] with services of type `LoadBalancer` and endpoints on [`NODE`], which has this address.
+    pub(crate) fn cluster_with_load_balancers(self, node: IpAddr) -> Cluster {
+        let mut cluster = Cluster::new();
+        for number in 0..self.n_services {
+            let name = name(number);
+            let mut service = cluster::with_spec(service(&name, cluster_ip(number)), |spec| {
+                spec.type_ = Some("LoadBalancer".to_owned());
+                spec.external_traffic_policy = Some(Policy::of(number).name().to_owned());
+                spec.allocate_load_balancer_node_ports = Some(false);
+            });
+            let ingress = LoadBalancerIngress {
+                ip: Some(load_balancer_ip(number).to_string()),
+                ..LoadBalancerIngress::default()
+            };
+            let load_balancer = Some(LoadBalancerStatus { ingress: Some(vec![ingress]) });
+            service.status = Some(ServiceStatus { load_balancer, ..ServiceStatus::default() });
+            let ports = service.spec.iter_mut().flat_map(|spec| spec.ports.iter_mut().flatten());
+            ports.for_each(|port| port.node_port = node_port(number).map(i32::from));
+            cluster.set(service);
+            let mut slice = slice(&name, &self.pods(number));
+            slice.endpoints.iter_mut().for_each(|endpoint| endpoint.node_name = Some(NODE.to_owned()));
+            cluster.set(slice);
+        }
+        cluster.with([cluster::node(NODE, &[node])])
     }
 
     pub(crate) fn cluster(self) -> Cluster {

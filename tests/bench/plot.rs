@@ -36,7 +36,7 @@ struct Plot {
 /// The plots: of one measure a line for each target, of several a line for each.
 const fn plots(suite: Suite) -> &'static [Plot] {
     match suite {
-        Suite::Hooks | Suite::Sync | Suite::Health => &[],
+        Suite::Hooks | Suite::Sync | Suite::Packets | Suite::Health => &[],
         Suite::Path => &[
             Plot {
                 name: "connection",

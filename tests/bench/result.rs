@@ -32,13 +32,16 @@ pub(crate) enum Suite {
     /// The same work to an endpoint, through socklb, nftables and iptables.
     Path,
     Scale,
+    /// What rules for packets cost the agent and the kernel.
+    Packets,
     /// What callers notice of an endpoint that dies.
     Health,
 }
 
 impl Suite {
     /// All suites, in the order in which they run.
-    pub(crate) const ALL: [Self; 5] = [Self::Hooks, Self::Sync, Self::Path, Self::Scale, Self::Health];
+    pub(crate) const ALL: [Self; 6] =
+        [Self::Hooks, Self::Sync, Self::Path, Self::Scale, Self::Packets, Self::Health];
 
     /// The name of the suite and of its files.
     pub(crate) const fn name(self) -> &'static str {
@@ -47,6 +50,7 @@ impl Suite {
             Self::Sync => "sync",
             Self::Path => "path",
             Self::Scale => "scale",
+            Self::Packets => "packets",
             Self::Health => "health",
         }
     }

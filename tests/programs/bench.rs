@@ -20,7 +20,7 @@ fn smoke(suite: &str, check: impl FnOnce(&Value)) {
         "hooks" => &["--object", &object],
         "path" | "sync" => &["--socklb", &socklb],
         "scale" => &["--object", &object, "--socklb", &socklb],
-        "health" => &[],
+        "health" | "packets" => &[],
         other => unreachable!("{other} is no suite"),
     };
     let directory = tempfile::tempdir().unwrap();
@@ -78,6 +78,20 @@ fn scale() {
 }
 
 #[test]
+fn packets() {
+    if require(Feature::Nftables) {
+        smoke("packets", |result| {
+            let measures = names(result, "measure");
+            for measure in
+                ["all: together", "one change: the kernel gets and carries it out", "reading a table"]
+            {
+                assert!(measures.contains(measure), "{measures:?}");
+            }
+        });
+    }
+}
+
+#[test]
 fn health() {
     smoke("health", |result| {
         for target in ["socklb", "passive health off"] {
@@ -109,16 +123,32 @@ fn path() {
             assert!(targets.contains(target) || missing.contains(target), "{targets:?} {missing:?}");
         }
         assert!(targets.contains("direct") && targets.contains("socklb"), "{missing:?}");
-        // The purpose of these counters: without NAT no connection is tracked.
-        let tracked = |target: &str| {
+        let value = |measure: &str, target: &str| {
             let mut series = result["series"].as_array().unwrap().iter();
-            let found = series.find(|series| {
-                series["measure"] == "keep-alive request: packets tracked" && series["target"] == target
-            });
+            let found = series.find(|series| series["measure"] == measure && series["target"] == target);
             found.map(|series| series["quantiles"]["p50"].as_f64().unwrap())
         };
+        // The purpose of these counters: without NAT no connection is tracked.
+        let tracked = |target: &str| value("keep-alive request: packets tracked", target);
         assert_eq!((tracked("direct"), tracked("socklb")), (Some(0.0), Some(0.0)));
         assert!(tracked("nftables").is_none_or(|packets| packets > 0.5), "{:?}", tracked("nftables"));
+        // Clients behind the node need nftables.
+        let entries = |target: &str| value("pod: new connection: conntrack entries", target);
+        if missing.contains("packets: all") {
+            return;
+        }
+        for target in ["packets: off", "all, pods untracked"] {
+            assert_eq!(entries(target), Some(0.0), "{target}");
+        }
+        for target in ["packets: all", "off, another program tracks"] {
+            assert!(entries(target) > Some(0.5), "{target}: {:?}", entries(target));
+        }
+        for way in ["node port", "load balancer"] {
+            for policy in ["Cluster", "Local"] {
+                let measure = format!("{way}, policy {policy}: new connection: rate");
+                assert!(value(&measure, "socklb") > Some(0.0), "{measure}");
+            }
+        }
     });
 }
 

@@ -38,9 +38,11 @@ enum What {
     Path,
     /// Growth of costs with services and endpoints
     Scale,
+    /// What rules for packets cost the agent and the kernel: all at once, one change, reading them
+    Packets,
     /// What callers notice of an endpoint that dies, with passive health and without
     Health,
-    /// All five suites: writes results to docs/benchmarks, and updates the documents
+    /// All six suites: writes results to docs/benchmarks, and updates the documents
     All,
     /// Compares two results of one suite; exits with 1 on a regression of more than 10 %
     Compare,
@@ -63,9 +65,13 @@ pub(crate) fn command(workspace: &Workspace, options: &Options) -> Result<()> {
         What::Compare | What::Render => &[Purpose::Build],
         // `path` measures other programs.
         What::Path | What::All => &[Purpose::Build, Purpose::Run, Purpose::BenchPath],
-        What::Hooks | What::Sync | What::Scale | What::Health | What::Outside | What::Churn => {
-            &[Purpose::Build, Purpose::Run]
-        }
+        What::Hooks
+        | What::Sync
+        | What::Scale
+        | What::Packets
+        | What::Health
+        | What::Outside
+        | What::Churn => &[Purpose::Build, Purpose::Run],
     };
     build(workspace, if *what == What::Churn { "bench-churn" } else { "bench" }, purposes)?;
     match what {
@@ -73,6 +79,7 @@ pub(crate) fn command(workspace: &Workspace, options: &Options) -> Result<()> {
         What::Sync => suite(workspace, "sync", arguments),
         What::Path => suite(workspace, "path", arguments),
         What::Scale => suite(workspace, "scale", arguments),
+        What::Packets => suite(workspace, "packets", arguments),
         What::Health => suite(workspace, "health", arguments),
         What::All => all(workspace, arguments),
         What::Compare => {
@@ -118,7 +125,7 @@ fn all(workspace: &Workspace, arguments: &[String]) -> Result<()> {
     let directory = workspace.root.join(RESULTS);
     let directory = if is_smoke { workspace.target.join("bench-smoke") } else { directory };
     fs::create_dir_all(&directory)?;
-    for name in ["hooks", "sync", "path", "scale", "health"] {
+    for name in ["hooks", "sync", "path", "scale", "packets", "health"] {
         let json = format!("--json={}", directory.join(name).with_extension("json").display());
         suite(workspace, name, &[&[json], arguments].concat())?;
     }

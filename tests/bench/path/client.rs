@@ -13,7 +13,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     machine,
-    objects::{PORT, Size, TARGET_PORT, UDP_STRIDE, cluster_ip},
+    objects::{
+        N_NODE_PORTS, PORT, Policy, Size, TARGET_PORT, UDP_STRIDE, cluster_ip, load_balancer_ip, node_port,
+    },
     turns::stay_on,
 };
 
@@ -66,9 +68,19 @@ impl Work {
     }
 }
 
+/// By which address of a service a client calls it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum By {
+    ClusterIp,
+    /// The port of the node, of a service with this policy.
+    NodePort(Policy),
+    LoadBalancer(Policy),
+}
+
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Order {
     pub(crate) work: Work,
+    pub(crate) by: By,
     /// The number of pieces; MiB of a stream.
     pub(crate) n: u32,
     pub(crate) seed: u64,
@@ -95,23 +107,48 @@ pub(crate) struct Place {
     /// To endpoints directly, without a service.
     pub(crate) to_endpoint: bool,
     pub(crate) server: Pid,
+    /// The address on which node ports answer.
+    pub(crate) node: Ipv4Addr,
 }
 
 impl Place {
     /// A random service with a port of the protocol, or one of its endpoints.
-    fn pick(self, random: &mut fastrand::Rng, is_udp: bool) -> SocketAddrV4 {
+    fn pick(self, random: &mut fastrand::Rng, by: By, is_udp: bool) -> SocketAddrV4 {
         let n_services = self.size.n_services;
-        let service = if is_udp {
-            random.u32(..n_services.div_ceil(UDP_STRIDE)) * UDP_STRIDE
-        } else {
-            random.u32(..n_services)
+        let service = match by {
+            By::ClusterIp if is_udp => random.u32(..n_services.div_ceil(UDP_STRIDE)) * UDP_STRIDE,
+            By::ClusterIp => random.u32(..n_services),
+            By::NodePort(policy) => policy.nth(random.u32(..policy.n_of(n_services.min(N_NODE_PORTS)))),
+            By::LoadBalancer(policy) => policy.nth(random.u32(..policy.n_of(n_services))),
         };
         // Always drawn, so that all competitors use the same services.
         let endpoint = random.u32(..self.size.n_endpoints);
         if self.to_endpoint {
             SocketAddrV4::new(self.size.pod(service, endpoint), TARGET_PORT)
         } else {
-            SocketAddrV4::new(cluster_ip(service), PORT)
+            self.address(service, by)
+        }
+    }
+
+    /// The address of the last service that has such a one.
+    pub(crate) fn last(self, by: By) -> SocketAddrV4 {
+        let n_services = self.size.n_services;
+        let last = |policy: Policy, n_services| policy.nth(policy.n_of(n_services).saturating_sub(1));
+        let service = match by {
+            By::ClusterIp => n_services - 1,
+            By::NodePort(policy) => last(policy, n_services.min(N_NODE_PORTS)),
+            By::LoadBalancer(policy) => last(policy, n_services),
+        };
+        self.address(service, by)
+    }
+
+    /// An address of a service.
+    fn address(self, service: u32, by: By) -> SocketAddrV4 {
+        match by {
+            By::ClusterIp => SocketAddrV4::new(cluster_ip(service), PORT),
+            // Only the first ones have a node port.
+            By::NodePort(_) => SocketAddrV4::new(self.node, node_port(service).unwrap_or_default()),
+            By::LoadBalancer(_) => SocketAddrV4::new(load_balancer_ip(service), PORT),
         }
     }
 }
@@ -135,10 +172,10 @@ fn nanoseconds(time: Duration) -> u64 {
 }
 
 fn carry_out(place: Place, order: &Order) -> anyhow::Result<Answer> {
-    let Order { work, n, seed } = *order;
+    let Order { work, by, n, seed } = *order;
     let mut answer = Answer::default();
     let mut random = fastrand::Rng::with_seed(seed);
-    let mut pick = || SocketAddr::from(place.pick(&mut random, work.is_udp()));
+    let mut pick = || SocketAddr::from(place.pick(&mut random, by, work.is_udp()));
     let clocks = [clock_getcpuclockid(Pid::this())?, clock_getcpuclockid(place.server)?];
     let softirq = softirq_thread(super::CPU);
     let used = || -> anyhow::Result<Duration> {
@@ -270,7 +307,8 @@ mod tests {
     #[test]
     fn all_competitors_go_through_the_same_services() {
         let size = Size { n_services: 33, n_endpoints: 3, n_nodes: 1 };
-        let through = Place { size, to_endpoint: false, server: Pid::this() };
+        let through =
+            Place { size, to_endpoint: false, server: Pid::this(), node: Ipv4Addr::new(10, 0, 1, 1) };
         let direct = Place { to_endpoint: true, ..through };
         let objects = size.cluster_with_udp();
         let udp = objects.services.values().filter(|service| {
@@ -281,8 +319,8 @@ mod tests {
         let mut random = [fastrand::Rng::with_seed(5), fastrand::Rng::with_seed(5)];
         for is_udp in [false, true] {
             for _ in 0..100 {
-                let service = through.pick(&mut random[0], is_udp);
-                let endpoint = direct.pick(&mut random[1], is_udp);
+                let service = through.pick(&mut random[0], By::ClusterIp, is_udp);
+                let endpoint = direct.pick(&mut random[1], By::ClusterIp, is_udp);
                 let number = u32::from(*service.ip()) - u32::from(cluster_ip(0));
                 assert!((0..3).any(|index| size.pod(number, index) == *endpoint.ip()));
                 assert!(!is_udp || number.is_multiple_of(UDP_STRIDE));

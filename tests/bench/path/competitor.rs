@@ -15,9 +15,12 @@ use std::{
 use anyhow::{Context as _, anyhow, bail, ensure};
 use lb_kernel::links;
 use lb_tests::{Sandbox, apiserver::ApiServer, netns::NetNs, process::Memory};
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::{
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    unistd::Pid,
+};
 
-use super::client::{Answer, Order};
+use super::client::{Answer, Order, Place};
 use crate::{
     daemon::Daemon,
     objects::{POD_NETWORK, PORT, SERVICE_NETWORK, Size, cluster_ip},
@@ -59,8 +62,7 @@ pub(crate) struct Setup {
     /// Number of changes of one endpoint, to measure their time.
     pub(crate) n_changes: u32,
     pub(crate) patience: Duration,
-    /// The server's process.
-    pub(crate) server: u32,
+    pub(crate) server: Pid,
 }
 
 pub(crate) struct Ready {
@@ -90,13 +92,15 @@ pub(crate) struct Client {
 
 impl Client {
     /// Starts a client in the namespaces and cgroup of the calling thread.
-    fn start(size: Size, to_endpoint: bool, server: u32) -> anyhow::Result<Self> {
+    pub(crate) fn start(place: Place) -> anyhow::Result<Self> {
+        let Place { size, to_endpoint, server, node } = place;
         // Not by its path, which may differ in the thread's mount namespace.
         let mut child = Command::new("/proc/self/exe")
             .arg("client")
             .arg(format!("--services={}", size.n_services))
             .arg(format!("--endpoints={}", size.n_endpoints))
             .arg(format!("--server={server}"))
+            .arg(format!("--node={node}"))
             .args(to_endpoint.then_some("--to-endpoint"))
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -144,8 +148,9 @@ pub(crate) fn set_up(
     server_netns: &NetNs,
     number: u8,
 ) -> anyhow::Result<(Ready, Work<Order, Answer>)> {
-    let [here, there] = [1, 2].map(|end| IpAddr::from([10, 0, number, end]));
-    sandbox.netns().join("eth0", &[here], server_netns, &format!("client-{number}"), &[there])?;
+    let [here, there] = [1, 2].map(|end| Ipv4Addr::from([10, 0, number, end]));
+    let [ends, peers] = [[here.into()], [there.into()]];
+    sandbox.netns().join("eth0", &ends, server_netns, &format!("client-{number}"), &peers)?;
     // Service addresses need a route too, because NAT is done after routing. The server's namespace refuses
     // calls to them.
     for network in [POD_NETWORK, SERVICE_NETWORK] {
@@ -171,7 +176,9 @@ pub(crate) fn set_up(
     };
     let links = links::read_all(&sandbox.pin_path(), Some(sandbox.cgroup().path()), true);
     let programs = links.into_iter().filter_map(|(_, link)| Some(link.ok()?.program_id)).collect();
-    let mut client = Client::start(setup.size, *competitor == Competitor::Direct, setup.server)?;
+    let to_endpoint = *competitor == Competitor::Direct;
+    let mut client =
+        Client::start(Place { size: setup.size, to_endpoint, server: setup.server, node: here })?;
     let work: Work<Order, Answer> = Box::new(move |order| {
         let _runs_as_long = &running;
         client.work(&order)

@@ -7,7 +7,8 @@
 //! of the machine affects all alike. Client and server share one CPU: they never work at the same time, and
 //! so all of its CPU time, including softirqs, is theirs.
 
-mod client;
+pub(crate) mod behind;
+pub(crate) mod client;
 mod competitor;
 mod server;
 
@@ -27,12 +28,12 @@ use nix::unistd::Pid;
 use crate::{
     Common, daemon,
     machine::versions,
-    objects::{MAX_ENDPOINTS, MAX_SERVICES, POD_NETWORK, SERVICE_NETWORK, Size},
+    objects::{MAX_ENDPOINTS, MAX_LOAD_BALANCERS, MAX_SERVICES, POD_NETWORK, SERVICE_NETWORK, Size},
     quantile::real,
     result::{Better, ResultFile, Run, Suite, Unit},
     turns::{self, Caller},
 };
-use client::{Answer, Order, Place, Work};
+use client::{Answer, By, Order, Place, Work};
 use competitor::{CHANGING, Competitor, Programming, Ready, Setup};
 
 const CPU: usize = 0;
@@ -46,6 +47,9 @@ pub(crate) struct Options {
     /// Numbers of services, one measurement for each
     #[arg(long, value_name = "N,N", value_delimiter = ',', default_values_t = [1, 1_000, 10_000])]
     services: Vec<u32>,
+    /// Numbers of services for clients behind the node
+    #[arg(long, value_name = "N,N", value_delimiter = ',', default_values_t = [1, 10_000])]
+    behind: Vec<u32>,
     /// Endpoints of each service
     #[arg(long, value_name = "N", default_value_t = 3)]
     endpoints: u32,
@@ -71,15 +75,26 @@ pub(crate) struct ClientArgs {
     server: i32,
     #[arg(long)]
     to_endpoint: bool,
+    #[arg(long)]
+    node: Ipv4Addr,
 }
 
 pub(crate) fn client(args: &ClientArgs) -> anyhow::Result<()> {
     let size = Size { n_services: args.services, n_endpoints: args.endpoints, n_nodes: 1 };
-    client::run(Place { size, to_endpoint: args.to_endpoint, server: Pid::from_raw(args.server) })
+    let ClientArgs { to_endpoint, node, .. } = *args;
+    client::run(Place { size, to_endpoint, server: Pid::from_raw(args.server), node })
 }
 
 pub(crate) fn server() -> anyhow::Result<()> {
     server::run()
+}
+
+/// A kind of work, and how its measures begin.
+#[derive(Clone, Debug)]
+struct Kind {
+    work: Work,
+    by: By,
+    title: String,
 }
 
 /// Pieces of work per block: a block takes some milliseconds.
@@ -97,16 +112,22 @@ pub(crate) fn run(options: &Options, common: &Common) -> anyhow::Result<ResultFi
     let mut options = options.clone();
     if common.smoke {
         (options.services, options.rounds, options.changes) = (vec![1, 40], 2, 1);
+        options.behind = vec![1, 40];
     }
     let largest = options.services.iter().copied().max().unwrap_or_default();
+    let largest_behind = options.behind.iter().copied().max().unwrap_or_default();
     anyhow::ensure!(
-        options.services.iter().all(|n| (1..=MAX_SERVICES).contains(n))
+        options.services.iter().chain(&options.behind).all(|n| (1..=MAX_SERVICES).contains(n))
+            && largest_behind <= MAX_LOAD_BALANCERS
             && options.endpoints > 0
-            && u64::from(largest) * u64::from(options.endpoints) <= u64::from(MAX_ENDPOINTS),
-        "--services and --endpoints: 1 to {MAX_SERVICES} services, {MAX_ENDPOINTS} endpoints together"
+            && u64::from(largest.max(largest_behind)) * u64::from(options.endpoints)
+                <= u64::from(MAX_ENDPOINTS),
+        "--services, --behind and --endpoints: 1 to {MAX_SERVICES} services, behind the node {MAX_LOAD_BALANCERS}, \
+         {MAX_ENDPOINTS} endpoints together"
     );
     let mut run = common.start(Suite::Path);
-    run.setting("services", options.services.iter().map(u32::to_string).collect::<Vec<_>>().join(", "));
+    let list = |numbers: &[u32]| numbers.iter().map(u32::to_string).collect::<Vec<_>>().join(", ");
+    run.setting("services", list(&options.services));
     run.setting("endpoints of each service", options.endpoints);
     run.setting("rounds", options.rounds);
     for work in Work::ALL {
@@ -119,8 +140,13 @@ pub(crate) fn run(options: &Options, common: &Common) -> anyhow::Result<ResultFi
     );
     run.setting("programming", "from the start of the process, and from the event, until a call is answered");
     run.versions(versions(&["nft", "ip", "iptables-legacy", "iptables"]));
+    run.setting(
+        "services for clients behind the node",
+        format!("{}, half of each external policy (at 1, one of each)", list(&options.behind)),
+    );
+    let kube_proxy = daemon::kube_proxy()?;
     let mut competitors = vec![Competitor::Direct, Competitor::Socklb(options.socklb.clone())];
-    match daemon::kube_proxy()? {
+    match &kube_proxy {
         Some(program) => {
             run.versions(
                 versions(&[&program.to_string_lossy()])
@@ -141,6 +167,9 @@ pub(crate) fn run(options: &Options, common: &Common) -> anyhow::Result<ResultFi
         let size = Size { n_services, n_endpoints: options.endpoints, n_nodes: 1 };
         measure(size, n_services == largest, &competitors, &options, common.smoke, &mut run)?;
     }
+    for &n_services in &options.behind {
+        behind::measure(n_services, &options, kube_proxy.as_deref(), common.smoke, &mut run)?;
+    }
     Ok(run.finish())
 }
 
@@ -158,6 +187,10 @@ impl Server {
             let child = Command::new("/proc/self/exe").arg("server").stdin(Stdio::piped()).spawn()?;
             Ok(Self(child))
         })
+    }
+
+    fn pid(&self) -> Pid {
+        Pid::from_raw(self.0.id().cast_signed())
     }
 }
 
@@ -185,7 +218,7 @@ fn measure(
     let server = Server::start(&netns)?;
     let _servers = netns.run(|| Servers::tcp([(Ipv4Addr::UNSPECIFIED, CHANGING[0].port()).into()]));
     let patience = Duration::from_secs(options.patience);
-    let setup = Setup { size, n_changes: options.changes, patience, server: server.0.id() };
+    let setup = Setup { size, n_changes: options.changes, patience, server: server.pid() };
     thread::scope(|scope| -> anyhow::Result<()> {
         let mut ready = Vec::new();
         for (competitor, number) in competitors.iter().zip(1..) {
@@ -205,7 +238,8 @@ fn measure(
             }
         }
         for work in Work::ALL {
-            take_turns(work, &ready, n_services, options.rounds, is_smoke, run)?;
+            let kind = Kind { work, by: By::ClusterIp, title: work.name().to_owned() };
+            take_turns(&kind, &ready, n_services, options.rounds, is_smoke, run)?;
         }
         if is_largest {
             packet_work(&ready, n_services, if is_smoke { 50 } else { 1000 }, run)?;
@@ -224,22 +258,22 @@ fn programming(made: &Programming, name: &str, n_services: u32, run: &mut Run) {
 }
 
 fn take_turns(
-    work: Work,
+    Kind { work, by, title }: &Kind,
     ready: &Targets,
     n_services: u32,
     rounds: u32,
     is_smoke: bool,
     run: &mut Run,
 ) -> anyhow::Result<()> {
-    let n = block(work, is_smoke);
+    let (work, by, n) = (*work, *by, block(*work, is_smoke));
     let entries_before: Vec<u64> = ready.iter().map(|((_, made), _)| made.counters().entries).collect();
-    let answers = turns::take(ready, rounds, |round| Order { work, n, seed: round.into() })
-        .with_context(|| format!("{}, {n_services} services", work.name()))?;
+    let answers = turns::take(ready, rounds, |round| Order { work, by, n, seed: round.into() })
+        .with_context(|| format!("{title}, {n_services} services"))?;
     for ((((name, made), _), answers), before) in ready.iter().zip(answers).zip(entries_before) {
         let mut report = run.of(name, Some(n_services));
         let mut series = |what: &str, unit, better, of: &dyn Fn(&Answer) -> Vec<f64>| {
             let blocks: Vec<Vec<f64>> = answers.iter().map(of).collect();
-            report.series(&format!("{}: {what}", work.name()), unit, better, &blocks);
+            report.series(&format!("{title}: {what}"), unit, better, &blocks);
         };
         let rate = |answer: &Answer| vec![f64::from(n) * 1e9 / real(answer.wall.max(1))];
         let cpu = |answer: &Answer| vec![real(answer.cpu) / f64::from(n)];
@@ -256,7 +290,7 @@ fn take_turns(
         if matches!(work, Work::Connection | Work::FreshDatagram) {
             let entries = real(made.counters().entries.saturating_sub(before));
             let entries = entries / f64::from((rounds + 1) * n);
-            report.figure(&format!("{}: conntrack entries", work.name()), Unit::Count, entries);
+            report.figure(&format!("{title}: conntrack entries"), Unit::Count, entries);
         }
     }
     Ok(())
@@ -270,8 +304,9 @@ fn packet_work(ready: &Targets, n_services: u32, n: u32, run: &mut Run) -> anyho
     for ((name, made), caller) in ready {
         let _no_conntrack = made.count_packets();
         let before = made.counters();
-        let _time_is_not_asked =
-            caller.carry_out(Order { work: Work::KeepAlive, n, seed: 1 }).context(*name)?;
+        let _time_is_not_asked = caller
+            .carry_out(Order { work: Work::KeepAlive, by: By::ClusterIp, n, seed: 1 })
+            .context(*name)?;
         let after = made.counters();
         let mut report = run.of(name, Some(n_services));
         for (what, better, before, after) in [
