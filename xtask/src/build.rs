@@ -4,8 +4,9 @@ use std::env::consts::ARCH;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use fs_err as fs;
+use object::{build::elf, elf::SHT_STRTAB};
 
 use crate::process::{self, step};
 use crate::setup::{self, Purpose};
@@ -63,17 +64,38 @@ pub(crate) fn object(workspace: &Workspace, purposes: &[Purpose]) -> Result<Path
     process::run(&mut cargo, "correct lb-ebpf, or check the toolchain with `cargo xtask setup`")?;
     let built = workspace.target.join("bpf").join(BPF_TARGET).join("release/lb-ebpf");
     let object = workspace.target.join("bpf/socklb.bpf.o");
-    copy_if_changed(&built, &object)?;
+    let built = without_debug_sections(&fs::read(&built)?)
+        .with_context(|| format!("cannot remove debug sections from {}", built.display()))?;
+    write_if_changed(&object, &built)?;
     Ok(object)
 }
 
-/// Copies a file unless the destination has the same bytes, because cargo rebuilds on a new time stamp.
-fn copy_if_changed(from: &Path, to: &Path) -> Result<()> {
-    let new = fs::read(from)?;
-    if fs::read(to).is_ok_and(|old| old == new) {
+/// The object without DWARF, which BTF was made from, and without the relocations of BTF, which loaders ignore.
+/// Otherwise the agent would keep them in memory: they are six sevenths of the object.
+fn without_debug_sections(object: &[u8]) -> Result<Vec<u8>> {
+    const UNUSED: [&[u8]; 3] = [b".debug_", b".rel.debug_", b".rel.BTF"];
+    let mut builder = elf::Builder::read(object)?;
+    for section in &mut builder.sections {
+        section.delete = UNUSED.iter().any(|prefix| section.name.as_slice().starts_with(prefix));
+    }
+    // LLVM keeps the names of sections and of symbols in one section, which the builder does not.
+    let names = builder.sections.add();
+    names.name = b".shstrtab".as_slice().into();
+    names.sh_type = SHT_STRTAB;
+    names.sh_addralign = 1;
+    names.data = elf::SectionData::SectionString;
+    builder.delete_orphans();
+    let mut stripped = Vec::new();
+    builder.write(&mut stripped)?;
+    Ok(stripped)
+}
+
+/// Writes a file unless it has the same bytes, because cargo rebuilds on a new time stamp.
+fn write_if_changed(path: &Path, new: &[u8]) -> Result<()> {
+    if fs::read(path).is_ok_and(|old| old == new) {
         return Ok(());
     }
-    Ok(fs::write(to, new)?)
+    Ok(fs::write(path, new)?)
 }
 
 /// Runs `cargo build` with arguments, for programs that embed the BPF object.
