@@ -53,7 +53,7 @@ impl Node {
     fn active(&self) -> [u32; N_ENDPOINTS] {
         let image = self.agent.image();
         self.endpoints.map(|endpoint| {
-            let entry = image.reachable().find(|entry| entry.address == endpoint).unwrap();
+            let entry = image.reachable().find(|entry| entry.address() == endpoint).unwrap();
             self.agent.kernel.observations().active(entry.endpoint_id)
         })
     }

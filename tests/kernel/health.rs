@@ -66,7 +66,7 @@ impl Node {
 
     fn health(&self, endpoint: SocketAddr) -> EndpointHealth {
         let image = self.agent.image();
-        let entry = image.reachable().find(|entry| entry.address == endpoint).unwrap();
+        let entry = image.reachable().find(|entry| entry.address() == endpoint).unwrap();
         self.agent.kernel.observations().endpoint_health(entry.endpoint_id)
     }
 

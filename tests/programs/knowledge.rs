@@ -57,7 +57,7 @@ fn state(n: u8) -> Cluster {
 fn held(place: &Place) -> Option<u8> {
     let image = Maps::open(Path::new(&place.pin_path)).ok()?.image().ok()?;
     let moving: FrontendAddress = MOVING.parse().unwrap();
-    match image.entries_at(moving).first()?.address.ip() {
+    match image.entries_at(moving).first()?.address().ip() {
         IpAddr::V4(ip) => Some(ip.octets()[3]),
         IpAddr::V6(_) => None,
     }

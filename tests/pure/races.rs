@@ -133,7 +133,7 @@ impl<A: Octets> Tables<A> for Spanning<'_> {
     fn endpoint(&self, index: u32) -> Option<A::Endpoint> {
         let entry =
             self.read(|memory| memory.entries.get(&(A::FAMILY == lb_common::Family::V6, index)).copied())?;
-        Some(A::entry(octets(entry.address.ip()), entry.address.port(), entry.endpoint_id, entry.extra))
+        Some(A::entry(octets(entry.address().ip()), entry.address().port(), entry.endpoint_id, entry.extra))
     }
     fn is_suspect(&self, endpoint_id: u32) -> bool {
         <Self as Tables<A>>::admits(self, endpoint_id) == 0

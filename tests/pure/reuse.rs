@@ -57,7 +57,7 @@ fn meanings(encoder: &Encoder) -> Meanings {
         (*offset..).zip(run.entries()).flat_map(|(index, entry)| {
             [
                 ("entry", index, format!("{entry:?}")),
-                ("endpoint", entry.endpoint_id, entry.address.to_string()),
+                ("endpoint", entry.endpoint_id, entry.address().to_string()),
             ]
         })
     });

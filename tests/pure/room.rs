@@ -11,7 +11,7 @@ fn sets(image: &Image) -> BTreeMap<FrontendAddress, Vec<std::net::SocketAddr>> {
     let set = |address: &FrontendAddress, id: &u32| {
         let run = image.frontends[id].run;
         let mut set: Vec<_> =
-            image.entries(address.ip.is_ipv6(), run).unwrap().iter().map(|entry| entry.address).collect();
+            image.entries(address.ip.is_ipv6(), run).unwrap().iter().map(|entry| entry.address()).collect();
         set.sort_unstable();
         set
     };

@@ -148,16 +148,13 @@ mod tests {
     #[test]
     fn an_equal_file_keeps_its_time_stamp() {
         let dir = tempfile::tempdir().unwrap();
-        let (from, to) = (dir.path().join("from"), dir.path().join("to"));
-        fs::write(&from, b"one").unwrap();
-        copy_if_changed(&from, &to).unwrap();
-        let written = fs::metadata(&to).unwrap().modified().unwrap();
-        fs::write(&from, b"one").unwrap();
-        copy_if_changed(&from, &to).unwrap();
-        assert_eq!(fs::metadata(&to).unwrap().modified().unwrap(), written);
-        fs::write(&from, b"two").unwrap();
-        copy_if_changed(&from, &to).unwrap();
-        assert_eq!(fs::read(&to).unwrap(), b"two");
+        let path = dir.path().join("object");
+        write_if_changed(&path, b"one").unwrap();
+        let written = fs::metadata(&path).unwrap().modified().unwrap();
+        write_if_changed(&path, b"one").unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().modified().unwrap(), written);
+        write_if_changed(&path, b"two").unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"two");
     }
 
     #[test]

@@ -93,7 +93,7 @@ impl EjectionTracker {
         if !differing.is_empty() {
             let changed = observed(image).filter(|(_, entry)| differing.contains_key(&entry.endpoint_id));
             endpoints.extend(changed.map(|(Frontend { service_id, .. }, entry)| {
-                let Entry { endpoint_id: id, address, .. } = *entry;
+                let (id, address) = (entry.endpoint_id, entry.address());
                 (id, Endpoint { service_id: *service_id, id, address })
             }));
         }

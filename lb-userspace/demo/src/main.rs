@@ -367,7 +367,7 @@ impl<'a> Stage<'a> {
         manifests::take_out(&self.scenery.manifests, *pod).context("cannot rewrite the manifest")?;
         self.agent
             .wait_until(&self.scenery.pins, &format!("the change that takes {} out", pod.name), |image| {
-                !image.reachable().any(|entry| pod.addresses().contains(&entry.address.ip()))
+                !image.reachable().any(|entry| pod.addresses().contains(&entry.address().ip()))
             })
             .await?;
         let switched = client::now()?;

@@ -120,11 +120,11 @@ impl Maps {
         if ipv6 {
             let Endpoint6 { address, port, extra, endpoint_id } = self.endpoints6.read(index)?;
             let address = (Ipv6Addr::from(address), port).into();
-            return Some(Entry { endpoint_id, address, extra });
+            return Some(Entry::new(endpoint_id, address).with_extra(extra));
         }
         let Endpoint4 { address, port, extra, endpoint_id } = self.endpoints4.read(index)?;
         let address = (Ipv4Addr::from(address), port).into();
-        Some(Entry { endpoint_id, address, extra })
+        Some(Entry::new(endpoint_id, address).with_extra(extra))
     }
 }
 

@@ -243,8 +243,8 @@ impl Maps {
 
     fn write_run(&mut self, ipv6: bool, offset: u32, entries: &[Entry]) -> Result<(), KernelError> {
         for (index, entry) in (offset..).zip(entries) {
-            let (port, extra, endpoint_id) = (entry.address.port(), entry.extra, entry.endpoint_id);
-            let done = match entry.address.ip() {
+            let (port, extra, endpoint_id) = (entry.address().port(), entry.extra, entry.endpoint_id);
+            let done = match entry.address().ip() {
                 IpAddr::V4(ip) if !ipv6 => {
                     self.endpoints4.write(index, Endpoint4 { address: ip.octets(), port, extra, endpoint_id })
                 }

@@ -128,7 +128,7 @@ pub fn explain(
     let ipv6 = to.ip.to_canonical().is_ipv6();
     let run = simulator.image.stored(ipv6, frontend.run);
     let addresses = |entries: &[Entry]| {
-        let mut addresses: Vec<SocketAddr> = entries.iter().map(|entry| entry.address).collect();
+        let mut addresses: Vec<SocketAddr> = entries.iter().map(|entry| entry.address()).collect();
         addresses.sort_unstable();
         addresses
     };
@@ -274,7 +274,7 @@ fn shares(run: &StoredRun) -> Vec<SharePart> {
     let shares = run.shares().into_iter().flatten();
     let parts = run.endpoints().iter().zip(shares);
     let mut parts: Vec<SharePart> =
-        parts.map(|(entry, share)| SharePart { endpoint: entry.address, share }).collect();
+        parts.map(|(entry, share)| SharePart { endpoint: entry.address(), share }).collect();
     if parts.iter().all(|part| part.share == u8::MAX) {
         return Vec::new();
     }
@@ -288,7 +288,7 @@ fn ejected(simulator: &Simulator, frontend: &Frontend, entries: &[Entry]) -> Vec
     let ejected = entries.iter().filter_map(|entry| {
         let health = health.get(&entry.endpoint_id).filter(|_| frontend.health != 0)?;
         let reason = ejection::why_avoided(health, simulator.now)?;
-        Some(LeftOutPart { endpoint: entry.address, reason })
+        Some(LeftOutPart { endpoint: entry.address(), reason })
     });
     ejected.collect()
 }

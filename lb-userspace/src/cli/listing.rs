@@ -286,13 +286,13 @@ fn row(
         .map(|(entry, share)| {
             let EndpointCounts { calls, active, health, now } =
                 counts.get(&entry.endpoint_id).copied().unwrap_or_default();
-            let known = described.get(&entry.address).cloned();
+            let known = described.get(&entry.address()).cloned();
             EndpointRow {
                 connections: calls.connects + calls.datagrams,
                 share,
                 active: is_counted.then_some(active),
                 health: HealthPart::new(frontend.health != 0, &health, now),
-                ..known.unwrap_or_else(|| undescribed(entry.address))
+                ..known.unwrap_or_else(|| undescribed(entry.address()))
             }
         })
         .collect();
@@ -352,10 +352,10 @@ fn describe_endpoints(state: &State, owner: &desired::Frontend) -> BTreeMap<Sock
     PortEndpoints::new(port, family, state.store().slices_of(&service.key))
         .classify(Scope::Cluster, state.topology())
         .map(|(address, endpoint, _left_out)| {
-            let text = |name: &Option<std::sync::Arc<str>>| name.as_deref().unwrap_or_default().to_owned();
+            let text = |name: Option<&str>| name.unwrap_or_default().to_owned();
             let row = EndpointRow {
-                node: text(&endpoint.node),
-                zone: text(&endpoint.zone),
+                node: text(endpoint.node()),
+                zone: text(endpoint.zone()),
                 ready: endpoint.ready,
                 serving: endpoint.serving,
                 terminating: endpoint.terminating,

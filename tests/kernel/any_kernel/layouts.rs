@@ -20,7 +20,7 @@ use crate::{
 
 /// The ids of the endpoints in an image.
 fn endpoint_ids(image: &Image) -> BTreeMap<SocketAddr, u32> {
-    image.reachable().map(|entry| (entry.address, entry.endpoint_id)).collect()
+    image.reachable().map(|entry| (entry.address(), entry.endpoint_id)).collect()
 }
 
 /// Sizes change with a restart: larger, smaller, and back, while eight threads connect. Ids, records,

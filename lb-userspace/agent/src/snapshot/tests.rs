@@ -6,7 +6,8 @@ use std::{
 };
 
 use lb_core::model::{
-    Cidr, Protocol, ServiceKey, ServicePort, SliceEndpoint, SlicePort, Unselected, annotation::DEFAULT_WEIGHT,
+    Cidr, Placement, Protocol, ServiceKey, ServicePort, SliceEndpoint, SlicePort, Unselected,
+    annotation::DEFAULT_WEIGHT,
 };
 use proptest::{collection::vec, prelude::*};
 
@@ -76,8 +77,10 @@ fn slice(service: u64, n_endpoints: u64, seed: u64, version: u64) -> Slice {
             ready: true,
             serving: true,
             terminating: false,
-            node: Some(format!("worker-{node}").into()),
-            zone: Some(format!("zone-{}", node % 3).into()),
+            placement: Arc::new(Placement {
+                node: Some(format!("worker-{node}").into()),
+                zone: Some(format!("zone-{}", node % 3).into()),
+            }),
             hints: None,
             weight: DEFAULT_WEIGHT,
         }
@@ -89,7 +92,7 @@ fn slice(service: u64, n_endpoints: u64, seed: u64, version: u64) -> Slice {
         ipv6: false,
         ports: vec![SlicePort { name: "http".into(), protocol: Protocol::Tcp, port: 8080 }],
         endpoints: (0..n_endpoints).map(endpoint).collect(),
-        trigger_time: Some(1_700_000_000_000_000_000 + i128::from(scatter(version) % 3_600_000_000_000)),
+        trigger_time: Some(1_700_000_000_000_000_000 + (scatter(version) % 3_600_000_000_000).cast_signed()),
     }
 }
 

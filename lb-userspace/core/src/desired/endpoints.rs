@@ -235,7 +235,7 @@ impl<'a> PortEndpoints<'a> {
     pub fn by_node(&self) -> BTreeMap<&'a str, Self> {
         let mut nodes = BTreeMap::<_, Self>::new();
         for (address, endpoint) in &self.known {
-            if let Some(node) = endpoint.node.as_deref() {
+            if let Some(node) = endpoint.node() {
                 nodes.entry(node).or_default().known.insert(*address, endpoint);
             }
         }
@@ -278,7 +278,7 @@ impl Hints<'_> {
 fn is_in(scope: Scope<'_>, endpoint: &SliceEndpoint) -> bool {
     match scope {
         Scope::Cluster => true,
-        Scope::Node(name) => endpoint.node.as_deref() == Some(name),
+        Scope::Node(name) => endpoint.node() == Some(name),
     }
 }
 
@@ -298,8 +298,8 @@ fn usability(endpoint: &SliceEndpoint) -> impl Ord {
         !endpoint.terminating,
         endpoint.ready,
         endpoint.serving,
-        endpoint.node.as_deref(),
-        endpoint.zone.as_deref(),
+        endpoint.node(),
+        endpoint.zone(),
         endpoint.hint_nodes(),
         endpoint.hint_zones(),
         endpoint.weight,

@@ -44,9 +44,7 @@ pub fn ready_local_endpoints<'a>(
         }
         let ready = slice.endpoints.iter().filter(|endpoint| endpoint.ready);
         addresses.extend(
-            ready
-                .filter(|endpoint| endpoint.node.as_deref() == Some(node_name))
-                .map(|endpoint| endpoint.address),
+            ready.filter(|endpoint| endpoint.node() == Some(node_name)).map(|endpoint| endpoint.address),
         );
     }
     addresses.len()

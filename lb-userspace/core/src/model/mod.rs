@@ -260,10 +260,9 @@ pub struct SliceEndpoint {
     pub serving: bool,
     /// `conditions.terminating`; absent = false.
     pub terminating: bool,
-    /// `nodeName`
-    pub node: Option<Arc<str>>,
-    /// `zone`
-    pub zone: Option<Arc<str>>,
+    /// `nodeName` and `zone`; endpoints of one node share it.
+    #[serde(flatten)]
+    pub placement: Arc<Placement>,
     /// `hints`; `None` if there is none of either kind, as in most clusters.
     pub hints: Option<Box<EndpointHints>>,
     /// How often chance draws it, compared with the others of a set; 0 = never. The API has weights of slices only.
@@ -281,6 +280,15 @@ const fn is_default_weight(weight: &u16) -> bool {
     *weight == annotation::DEFAULT_WEIGHT
 }
 
+/// Where an endpoint runs.
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Placement {
+    /// `nodeName`
+    pub node: Option<Arc<str>>,
+    /// `zone`
+    pub zone: Option<Arc<str>>,
+}
+
 /// Zones and nodes that an endpoint is meant for.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct EndpointHints {
@@ -295,6 +303,18 @@ impl SliceEndpoint {
     #[must_use]
     pub const fn takes_calls(&self) -> bool {
         self.ready && self.weight > 0
+    }
+
+    /// `nodeName`
+    #[must_use]
+    pub fn node(&self) -> Option<&str> {
+        self.placement.node.as_deref()
+    }
+
+    /// `zone`
+    #[must_use]
+    pub fn zone(&self) -> Option<&str> {
+        self.placement.zone.as_deref()
     }
 
     /// The zones of the hints.
@@ -324,7 +344,7 @@ pub struct Slice {
     /// Well-formed endpoints in the order of the object.
     pub endpoints: Vec<SliceEndpoint>,
     /// Annotation `endpoints.kubernetes.io/last-change-trigger-time`, nanoseconds since 1970.
-    pub trigger_time: Option<i128>,
+    pub trigger_time: Option<i64>,
 }
 
 impl Slice {

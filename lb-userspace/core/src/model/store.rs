@@ -18,40 +18,52 @@ use std::{
 
 use imbl::{OrdMap, OrdSet};
 
-use super::{Node, Service, ServiceCidr, ServiceKey, Slice, SliceKey, Unselected};
+use super::{Node, Placement, Service, ServiceCidr, ServiceKey, Slice, SliceKey, Unselected};
 
-/// Strings that many objects share: namespaces, nodes, zones, ports. Each is stored once.
-#[derive(Clone, Debug, Default)]
-struct StringPool {
-    known: OrdSet<Arc<str>>,
+/// Values that many objects share: names of namespaces and ports, placements of endpoints. Each is stored once.
+#[derive(Debug)]
+struct Pool<T: ?Sized + Ord> {
+    known: OrdSet<Arc<T>>,
     /// How many remained after the last removal of unused ones.
     n_kept: usize,
 }
 
+impl<T: ?Sized + Ord> Default for Pool<T> {
+    fn default() -> Self {
+        Self { known: OrdSet::new(), n_kept: 0 }
+    }
+}
+
+impl<T: ?Sized + Ord> Clone for Pool<T> {
+    fn clone(&self) -> Self {
+        Self { known: self.known.clone(), n_kept: self.n_kept }
+    }
+}
+
 /// Sharing does not count when stores are compared.
-impl PartialEq for StringPool {
+impl<T: ?Sized + Ord> PartialEq for Pool<T> {
     fn eq(&self, _other: &Self) -> bool {
         true
     }
 }
 
-impl Eq for StringPool {}
+impl<T: ?Sized + Ord> Eq for Pool<T> {}
 
-impl StringPool {
+impl<T: ?Sized + Ord> Pool<T> {
     /// Below this number, unused ones are not removed.
     const FEW: usize = 4096;
 
-    fn share(&mut self, text: &mut Arc<str>) {
-        if let Some(known) = self.known.get(text) {
-            *text = Arc::clone(known);
+    fn share(&mut self, value: &mut Arc<T>) {
+        if let Some(known) = self.known.get(value) {
+            *value = Arc::clone(known);
             return;
         }
-        // Only when their number has doubled, so that the cost per new string is constant.
+        // Only when their number has doubled, so that the cost per new value is constant.
         if self.known.len() > Self::FEW.max(2 * self.n_kept) {
-            self.known = self.known.iter().filter(|text| Arc::strong_count(text) > 1).cloned().collect();
+            self.known = self.known.iter().filter(|value| Arc::strong_count(value) > 1).cloned().collect();
             self.n_kept = self.known.len();
         }
-        self.known.insert(Arc::clone(text));
+        self.known.insert(Arc::clone(value));
     }
 }
 
@@ -98,7 +110,8 @@ pub struct Store {
     services_of_slices: OrdMap<SliceKey, ServiceKey>,
     nodes: OrdMap<Arc<str>, Arc<Node>>,
     service_cidrs: OrdMap<Arc<str>, Arc<ServiceCidr>>,
-    texts: StringPool,
+    texts: Pool<str>,
+    placements: Pool<Placement>,
 }
 
 impl Store {
@@ -322,10 +335,10 @@ impl Store {
             self.texts.share(&mut port.name);
         }
         for endpoint in &mut slice.endpoints {
-            let names = [&mut endpoint.node, &mut endpoint.zone].into_iter().flatten();
+            self.placements.share(&mut endpoint.placement);
             let hints =
                 endpoint.hints.iter_mut().flat_map(|hints| hints.zones.iter_mut().chain(&mut hints.nodes));
-            for text in names.chain(hints) {
+            for text in hints {
                 self.texts.share(text);
             }
         }

@@ -221,7 +221,7 @@ mod tests {
                 "an altered endpoint",
                 |image| {
                     let mut entries = image.runs4[&10].entries().to_vec();
-                    entries[1].address.set_port(1);
+                    entries[1].endpoint_id += 1;
                     image.runs4.insert(10, entries.into());
                 },
                 &[("endpoints4", 1)],

@@ -31,7 +31,7 @@ use lb_common::{
 use crate::{
     desired::FrontendAddress,
     model::Protocol,
-    tables::{Entry, Image, wire_protocol},
+    tables::{Image, wire_protocol},
 };
 
 /// The caller of a simulated call.
@@ -182,9 +182,9 @@ impl<A: Octets> Tables<A> for Simulator {
         self.image.frontends.get(&frontend_id).copied()
     }
     fn endpoint(&self, index: u32) -> Option<A::Endpoint> {
-        let Entry { endpoint_id, address, extra } =
-            self.image.entry(A::FAMILY == lb_common::Family::V6, index)?;
-        Some(A::entry(A::from_ip(address.ip())?, address.port(), endpoint_id, extra))
+        let entry = self.image.entry(A::FAMILY == lb_common::Family::V6, index)?;
+        let address = entry.address();
+        Some(A::entry(A::from_ip(address.ip())?, address.port(), entry.endpoint_id, entry.extra))
     }
     fn is_suspect(&self, endpoint_id: u32) -> bool {
         self.health.borrow().get(&endpoint_id).is_some_and(|health| health.ejected_until != 0)

@@ -3,7 +3,7 @@ use std::collections::BTreeSet;
 use lb_common::layout::{Run, frontend_flags};
 
 use super::*;
-use crate::tables::StoredRun;
+use crate::tables::{Entry, StoredRun};
 
 fn to(ip: &str, port: u16) -> FrontendAddress {
     FrontendAddress { ip: ip.parse().unwrap(), port, protocol: Protocol::Tcp }

@@ -3,7 +3,11 @@
 //! A run of endpoints with equal shares is a list of entries. One with weights, or with endpoints to fall back
 //! to, is extended: [`endpoint_extra`] has its layout.
 
-use std::{net::SocketAddr, ops::Range, sync::Arc};
+use std::{
+    net::{IpAddr, SocketAddr},
+    ops::Range,
+    sync::Arc,
+};
 
 use lb_common::layout::{Run, endpoint_extra};
 
@@ -12,8 +16,9 @@ use lb_common::layout::{Run, endpoint_extra};
 pub struct Entry {
     /// Id of this address and port within its service port; a run is sorted by it.
     pub endpoint_id: u32,
-    /// Address and port of the endpoint.
-    pub address: SocketAddr,
+    // A `SocketAddr` has a flow label and scope too: 12 octets for each endpoint of the cluster.
+    ip: IpAddr,
+    port: u16,
     /// Bits of [`endpoint_extra`].
     pub extra: u16,
 }
@@ -22,7 +27,19 @@ impl Entry {
     /// An entry of a run that is not extended.
     #[must_use]
     pub const fn new(endpoint_id: u32, address: SocketAddr) -> Self {
-        Self { endpoint_id, address, extra: 0 }
+        Self { endpoint_id, ip: address.ip(), port: address.port(), extra: 0 }
+    }
+
+    /// The same endpoint with other bits of [`endpoint_extra`].
+    #[must_use]
+    pub const fn with_extra(self, extra: u16) -> Self {
+        Self { extra, ..self }
+    }
+
+    /// Address and port of the endpoint.
+    #[must_use]
+    pub const fn address(&self) -> SocketAddr {
+        SocketAddr::new(self.ip, self.port)
     }
 }
 
@@ -61,19 +78,19 @@ impl StoredRun {
         let shares: Vec<u8> = endpoints.iter().map(|(_, share)| *share).collect();
         let aliases = aliases(&shares);
         let mut entries = Vec::with_capacity(Self::extended_len(endpoints.len(), spill.len()));
-        entries.extend(endpoints.iter().zip(&aliases).map(|((entry, _), alias)| Entry {
-            extra: endpoint_extra::EXTENDED | alias.probability,
-            ..*entry
-        }));
+        let with_alias = |((entry, _), alias): (&(Entry, u8), &Alias)| {
+            entry.with_extra(endpoint_extra::EXTENDED | alias.probability)
+        };
+        entries.extend(endpoints.iter().zip(&aliases).map(with_alias));
         entries.extend(
             endpoints
                 .iter()
                 .zip(&aliases)
-                .map(|((_, share), alias)| Entry { extra: (*share).into(), ..endpoints[alias.index].0 }),
+                .map(|((_, share), alias)| endpoints[alias.index].0.with_extra((*share).into())),
         );
-        let nowhere = SocketAddr::new(super::image::unspecified(first.address.is_ipv6()), 0);
+        let nowhere = SocketAddr::new(super::image::unspecified(first.ip.is_ipv6()), 0);
         entries.push(Entry::new(u32::try_from(spill.len()).unwrap_or(u32::MAX), nowhere));
-        entries.extend(spill.iter().map(|entry| Entry { extra: 0, ..*entry }));
+        entries.extend(spill.iter().map(|entry| entry.with_extra(0)));
         Self { len: u32::try_from(endpoints.len()).unwrap_or(u32::MAX), entries: entries.into() }
     }
 

@@ -183,9 +183,9 @@ impl Sample {
             // of address.
             let entries = reading.image.entries(address.ip.is_ipv6(), frontend.run).unwrap_or_default();
             for entry in entries {
-                let Some(endpoint) = described.remove(&entry.address) else { continue };
+                let Some(endpoint) = described.remove(&entry.address()) else { continue };
                 port.endpoints.entry(entry.endpoint_id).or_insert_with(|| Endpoint {
-                    address: entry.address,
+                    address: entry.address(),
                     node: endpoint.node,
                     calls: endpoint.connections,
                     sockets: count(&of_endpoints, entry.endpoint_id),
@@ -259,7 +259,7 @@ fn sockets(reading: &Reading) -> (BTreeMap<u32, u64>, BTreeMap<u32, u64>) {
     let (mut of_ports, mut of_endpoints) = (BTreeMap::new(), BTreeMap::new());
     let entries = reading.image.reachable();
     let addresses: BTreeMap<u32, SocketAddr> =
-        entries.map(|entry| (entry.endpoint_id, entry.address)).collect();
+        entries.map(|entry| (entry.endpoint_id, entry.address())).collect();
     for record in reading.records.iter().flatten() {
         // Sockets of services and endpoints that are gone are not counted.
         if frontend_of(&reading.image, record).is_none() {

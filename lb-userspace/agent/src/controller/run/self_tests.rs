@@ -28,7 +28,7 @@ fn endpoint(found: &Image, family: Family) -> Option<SocketAddr> {
         let key = FrontendAddress { ip: service.ip(), port: service.port(), protocol };
         let frontend = found.frontends.get(found.services.get(&key)?)?;
         match found.entries(service.is_ipv6(), frontend.run)? {
-            [only] => Some(only.address),
+            [only] => Some(only.address()),
             _ => None,
         }
     };

@@ -177,8 +177,8 @@ impl KubeSource {
     }
 
     /// The time of the change behind a slice, if this agent was running then.
-    fn triggered(&self, trigger_time: Option<i128>) -> Option<Timestamp> {
-        Timestamp::from_nanosecond(trigger_time?).ok().filter(|triggered| *triggered >= self.started)
+    fn triggered(&self, trigger_time: Option<i64>) -> Option<Timestamp> {
+        Timestamp::from_nanosecond(trigger_time?.into()).ok().filter(|triggered| *triggered >= self.started)
     }
 
     fn apply_one(&mut self, change: KindChange, store: &mut Store) -> Changes {

@@ -1,8 +1,11 @@
+use std::sync::Arc;
+
 use k8s_openapi::{api::discovery::v1 as api, jiff::Timestamp};
 
 use super::{IssueCollector, SERVICE_NAME, StringPool, TRIGGER_TIME, namespace};
 use crate::model::{
-    EndpointHints, Family, Issue, IssueKind, ObjectRef, ServiceKey, Slice, SliceEndpoint, SlicePort, address,
+    EndpointHints, Family, Issue, IssueKind, ObjectRef, Placement, ServiceKey, Slice, SliceEndpoint,
+    SlicePort, address,
     annotation::{self, CILIUM_WEIGHT, DEFAULT_WEIGHT, WEIGHT},
 };
 
@@ -47,7 +50,7 @@ pub fn slice(object: &api::EndpointSlice) -> (Option<Slice>, Vec<Issue>) {
         endpoints: endpoints(&mut report, &mut texts, family, weight, &object.endpoints),
         trigger_time: annotation(TRIGGER_TIME)
             .and_then(|time| time.parse::<Timestamp>().ok())
-            .map(Timestamp::as_nanosecond),
+            .and_then(|time| i64::try_from(time.as_nanosecond()).ok()),
     };
     (Some(slice), report.issues)
 }
@@ -131,8 +134,10 @@ fn endpoints(
             ready: conditions.and_then(|conditions| conditions.ready).unwrap_or(true),
             serving: conditions.and_then(|conditions| conditions.serving).unwrap_or(true),
             terminating: conditions.and_then(|conditions| conditions.terminating).unwrap_or(false),
-            node: texts.share_set(endpoint.node_name.as_deref()),
-            zone: texts.share_set(endpoint.zone.as_deref()),
+            placement: Arc::new(Placement {
+                node: texts.share_set(endpoint.node_name.as_deref()),
+                zone: texts.share_set(endpoint.zone.as_deref()),
+            }),
             hints: (!zones.is_empty() || !nodes.is_empty()).then(|| {
                 Box::new(EndpointHints {
                     zones: zones.iter().map(|zone| texts.share(&zone.name)).collect(),

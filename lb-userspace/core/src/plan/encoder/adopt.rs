@@ -145,8 +145,10 @@ impl Encoder {
                     *n_users += 1;
                     *run
                 } else {
-                    let ids: BTreeMap<_, _> =
-                        stored.reachable().map(|entry| (place(&entry.address), entry.endpoint_id)).collect();
+                    let ids: BTreeMap<_, _> = stored
+                        .reachable()
+                        .map(|entry| (place(&entry.address()), entry.endpoint_id))
+                        .collect();
                     let is_new = |place: &EndpointAddress| port.ids.get(place).is_none();
                     let fresh: Vec<_> = ids
                         .into_iter()
@@ -211,16 +213,16 @@ impl RunContent {
     /// The set that a run was made of.
     fn of_stored(stored: &StoredRun) -> Self {
         let mut endpoints: Vec<(SocketAddr, Option<u8>)> = match stored.shares() {
-            None => stored.endpoints().iter().map(|entry| (entry.address, None)).collect(),
+            None => stored.endpoints().iter().map(|entry| (entry.address(), None)).collect(),
             Some(shares) => {
-                stored.endpoints().iter().map(|entry| entry.address).zip(shares.map(Some)).collect()
+                stored.endpoints().iter().map(|entry| entry.address()).zip(shares.map(Some)).collect()
             }
         };
         endpoints.sort_unstable();
         let shares: Option<Vec<u8>> = endpoints.iter().map(|(_, share)| *share).collect();
         // An extended run for the sake of the endpoints to fall back to has equal shares.
         let shares = shares.filter(|shares| shares.iter().any(|share| *share != u8::MAX));
-        let mut spill: Vec<SocketAddr> = stored.spill().iter().map(|entry| entry.address).collect();
+        let mut spill: Vec<SocketAddr> = stored.spill().iter().map(|entry| entry.address()).collect();
         spill.sort_unstable();
         let endpoints = endpoints.into_iter().map(|(address, _)| address).collect();
         Self::new(endpoints, shares.map(Arc::from), spill.into())
@@ -269,14 +271,14 @@ fn owners<'a>(
     let mut owners = BTreeMap::new();
     for (_, run, service_id, stored) in candidates {
         let is_consistent = stored.reachable().all(|entry| {
-            let owner = (service_id, entry.address);
+            let owner = (service_id, entry.address());
             owner_of_id.get(&entry.endpoint_id).is_none_or(|other| *other == owner)
                 && id_of_owner.get(&owner).is_none_or(|other| *other == entry.endpoint_id)
         });
         if is_consistent {
             for entry in stored.reachable() {
-                owner_of_id.insert(entry.endpoint_id, (service_id, entry.address));
-                id_of_owner.insert((service_id, entry.address), entry.endpoint_id);
+                owner_of_id.insert(entry.endpoint_id, (service_id, entry.address()));
+                id_of_owner.insert((service_id, entry.address()), entry.endpoint_id);
             }
             owners.insert(run, service_id);
         }
@@ -287,7 +289,7 @@ fn owners<'a>(
 /// Whether an encoder could have written a run.
 fn is_sound(ipv6: bool, stored: &StoredRun) -> bool {
     let is_list = |entries: &[Entry]| {
-        let addresses: BTreeSet<SocketAddr> = entries.iter().map(|entry| entry.address).collect();
+        let addresses: BTreeSet<SocketAddr> = entries.iter().map(|entry| entry.address()).collect();
         entries.is_sorted_by(|a, b| a.endpoint_id < b.endpoint_id)
             && addresses.len() == entries.len()
             && addresses.iter().all(|address| address.is_ipv6() == ipv6)
@@ -298,7 +300,7 @@ fn is_sound(ipv6: bool, stored: &StoredRun) -> bool {
     if !stored.is_extended() {
         return stored.endpoints().iter().all(|entry| entry.extra == 0);
     }
-    let ids: BTreeMap<_, _> = stored.reachable().map(|entry| (entry.address, entry.endpoint_id)).collect();
+    let ids: BTreeMap<_, _> = stored.reachable().map(|entry| (entry.address(), entry.endpoint_id)).collect();
     let id = |address: &SocketAddr| ids.get(address).copied().unwrap_or(u32::MAX);
     RunContent::of_stored(stored).stored(id) == *stored
 }

@@ -63,7 +63,7 @@ fn entries(encoder: &Encoder, address: FrontendAddress) -> Vec<(u32, String)> {
     let image = encoder.image();
     let run = image.frontends[&image.services[&address]].run;
     let entries = image.entries(address.ip.is_ipv6(), run).unwrap();
-    entries.iter().map(|entry| (entry.endpoint_id, entry.address.ip().to_string())).collect()
+    entries.iter().map(|entry| (entry.endpoint_id, entry.address().ip().to_string())).collect()
 }
 
 fn phases(plan: &Plan) -> Vec<Phase> {

@@ -171,13 +171,13 @@ fn r7_topology_of_endpoints() {
         {"addresses": ["10.1.0.3"], "nodeName": ""},
     ]}));
     let [first, second, third] = &slice.endpoints[..] else { panic!("{slice:?}") };
-    assert_eq!(first.node.as_deref(), Some("node-a"));
-    assert_eq!(first.zone.as_deref(), Some("a"));
+    assert_eq!(first.node(), Some("node-a"));
+    assert_eq!(first.zone(), Some("a"));
     assert_eq!(*first.hint_zones(), ["a".into(), "b".into()]);
     assert_eq!(*first.hint_nodes(), ["node-a".into()]);
-    assert_eq!((&second.zone, &third.node), (&None, &None));
+    assert_eq!((second.zone(), third.node()), (None, None));
     // Equal strings of a slice share one allocation.
-    assert!(Arc::ptr_eq(first.node.as_ref().unwrap(), second.node.as_ref().unwrap()));
+    assert!(Arc::ptr_eq(first.placement.node.as_ref().unwrap(), second.placement.node.as_ref().unwrap()));
 }
 
 #[test]
