@@ -309,6 +309,13 @@ impl Bed {
     pub fn with_settings(settings: Settings) -> Self {
         let places: BTreeMap<Place, NetNs> =
             Place::ALL.into_iter().map(|place| (place, NetNs::new().expect("a namespace"))).collect();
+        for place in places.values() {
+            place.run(|| {
+                // Until a link's own address is known to be unique, a second or two, routers find no neighbours.
+                fs::write("/proc/sys/net/ipv6/conf/default/accept_dad", "0")
+                    .expect("no detection of duplicates");
+            });
+        }
         let link = |name: &str, here: Place, here_v4: [u8; 4], there: Place| {
             let of = |v4| FAMILIES.map(|family| address(family, v4));
             places[&here]
