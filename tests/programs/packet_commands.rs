@@ -10,9 +10,13 @@ use lb_kernel::nftables::Nftables;
 use lb_tests::{
     Feature,
     cluster::{Cluster, Object, object},
+    command::text,
     installed::{Place, QUIET, eventually},
 };
-use nix::sys::signal::Signal;
+use nix::{
+    mount::{MntFlags, MsFlags, mount, umount2},
+    sys::signal::Signal,
+};
 use serde_json::{Value, json};
 
 use crate::{knowledge::Lines, town::Town};
@@ -224,16 +228,57 @@ fn cleanup_removes_the_rules_for_good() {
     });
 }
 
+/// The status of a finding of `check`, and its text.
+fn finding(place: &Place, what: &str) -> Option<(String, String)> {
+    let output = place.run(&["check", "--cgroup", &place.cgroup, "-o", "json"]);
+    let findings: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let text = |value: &Value| value.as_str().unwrap().to_owned();
+    let found = findings.as_array().unwrap().iter().find(|finding| finding["what"] == what)?;
+    Some((text(&found["status"]), text(&found["found"])))
+}
+
+/// Firewalls that drop, and bridges whose packets no rules see.
+#[test]
+fn check_names_what_prevents_others_packets() {
+    const NONE: Option<&str> = None;
+    with_node(|place| {
+        let [own, _] = packets::table_ids();
+        let theirs = TableId { family: Family::V6, name: "filter".into() };
+        let forward = |policy| Base { kind: ChainType::Filter, hook: Hook::Forward, priority: 0, policy };
+        let changes = vec![
+            (own, Change::AddTable),
+            (theirs.clone(), Change::AddTable),
+            (theirs.clone(), Change::AddChain("FORWARD".into(), Some(forward(Policy::Drop)))),
+            (theirs, Change::AddChain("OTHER".into(), Some(forward(Policy::Accept)))),
+        ];
+        let mut nftables = Nftables::open().unwrap();
+        assert_eq!(finding(place, "FORWARD drops"), None);
+        nftables.apply(&Transaction { changes, generation: None }).unwrap();
+        let (status, found) = finding(place, "FORWARD drops").unwrap();
+        assert!(status == "note" && found.starts_with("ip6 filter FORWARD: "), "{found}");
+
+        // The host's sysfs shows the host's interfaces.
+        mount(Some("sysfs"), "/sys", Some("sysfs"), MsFlags::empty(), NONE).unwrap();
+        let without = finding(place, "bridges");
+        for bridge in ["cni0", "unused"] {
+            text("ip", &["link", "add", bridge, "type", "bridge"]);
+        }
+        text("ip", &["link", "set", "pod1", "master", "cni0"]);
+        // Off by default without the module.
+        let _off = fs::write("/proc/sys/net/bridge/bridge-nf-call-ip6tables", "0");
+        let with = finding(place, "bridges");
+        // The sandbox's cgroup is below it.
+        umount2("/sys", MntFlags::MNT_DETACH).unwrap();
+        assert_eq!(without, None);
+        let (status, found) = with.unwrap();
+        assert!(status == "note" && found.starts_with("cni0: "), "{found}");
+    });
+}
+
 #[test]
 fn check_finds_what_kube_proxy_has_left() {
     with_node(|place| {
-        let find = |what: &str| -> Option<(String, String)> {
-            let output = place.run(&["check", "--cgroup", &place.cgroup, "-o", "json"]);
-            let findings: Value = serde_json::from_slice(&output.stdout).unwrap();
-            let text = |value: &Value| value.as_str().unwrap().to_owned();
-            let found = findings.as_array().unwrap().iter().find(|finding| finding["what"] == what)?;
-            Some((text(&found["status"]), text(&found["found"])))
-        };
+        let find = |what: &str| finding(place, what);
         let (status, found) = find("kube-proxy").unwrap();
         assert!(status == "ok" || found.starts_with("iptables-legacy"), "{found}");
         assert_eq!(find("packets").unwrap().0, "ok");

@@ -60,6 +60,10 @@ pub struct PacketHost {
     pub has_tables: bool,
     /// The settings (sysctl) by which packets are not forwarded.
     pub not_forwarding: Vec<&'static str>,
+    /// The base chains of other programs that drop forwarded packets unless a rule of theirs accepts them.
+    pub forward_drops: Vec<String>,
+    /// Bridges whose bridged packets no rules see.
+    pub unfiltered_bridges: Vec<String>,
     /// What kube-proxy has left, or uses: tables, chains and interfaces.
     pub kube_proxy: Vec<String>,
     /// The tables of the older iptables, in which it may have chains too.
@@ -69,10 +73,11 @@ pub struct PacketHost {
 impl PacketHost {
     /// Looks at the rules. It may load modules of nftables, and changes nothing else.
     fn probe() -> Self {
-        let (mut has_tables, mut kube_proxy) = (false, Vec::new());
+        let (mut has_tables, mut forward_drops, mut kube_proxy) = (false, Vec::new(), Vec::new());
         // What prevents reading is in `unable`.
         if let Ok(mut nftables) = Nftables::open() {
             has_tables = packets::table_ids().iter().any(|id| nftables.has(id).unwrap_or(false));
+            forward_drops = nftables.chains_that_drop_forwarded().unwrap_or_default();
             for family in [Family::V4, Family::V6] {
                 let named = |name: &str| TableId { family, name: Name::from(name) };
                 let (own, nat) = (named("kube-proxy"), named("nat"));
@@ -96,6 +101,8 @@ impl PacketHost {
             unable: [Family::V4, Family::V6].map(|family| nftables::probe(family).err()),
             has_tables,
             not_forwarding: FORWARDING.iter().copied().filter(is_off).collect(),
+            forward_drops,
+            unfiltered_bridges: unfiltered_bridges(),
             kube_proxy,
             legacy_tables: legacy.into_iter().collect(),
         }
@@ -104,6 +111,28 @@ impl PacketHost {
 
 /// The settings by which a host forwards packets.
 const FORWARDING: [&str; 2] = ["/proc/sys/net/ipv4/ip_forward", "/proc/sys/net/ipv6/conf/all/forwarding"];
+
+/// The settings by which rules see the packets that bridges forward. The module `br_netfilter` has them.
+const BRIDGED: [&str; 2] =
+    ["/proc/sys/net/bridge/bridge-nf-call-iptables", "/proc/sys/net/bridge/bridge-nf-call-ip6tables"];
+
+/// The bridges with ports, if rules do not see their packets in both families.
+fn unfiltered_bridges() -> Vec<String> {
+    let is_on = |path: &Path| fs::read_to_string(path).is_ok_and(|text| text.trim() == "1");
+    if BRIDGED.iter().all(|path| is_on(Path::new(path))) {
+        return Vec::new();
+    }
+    let entries = |path: &Path| fs::read_dir(path).into_iter().flatten().flatten();
+    let bridges = entries(Path::new("/sys/class/net")).filter(|interface| {
+        // A bridge may have the settings of its own.
+        let own = ["bridge/nf_call_iptables", "bridge/nf_call_ip6tables"];
+        let has_ports = entries(&interface.path().join("brif")).next().is_some();
+        has_ports && !own.iter().all(|setting| is_on(&interface.path().join(setting)))
+    });
+    let mut names: Vec<_> = bridges.map(|bridge| bridge.file_name().to_string_lossy().into_owned()).collect();
+    names.sort_unstable();
+    names
+}
 
 /// Probes the host. `cgroup` is the one to serve; the default is the root of the hierarchy.
 #[must_use]

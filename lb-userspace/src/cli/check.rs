@@ -166,6 +166,23 @@ fn packets(host: &PacketHost) -> Vec<Finding> {
         });
         found.push(finding("forwarding", off.collect(), ""));
     }
+    if host.has_tables && !host.forward_drops.is_empty() {
+        let note = format!(
+            "{}: what is for Services passes only if a rule of theirs accepts it: `ct status dnat accept`, or \
+             iptables -I FORWARD -m conntrack --ctstate DNAT -j ACCEPT",
+            host.forward_drops.join(", ")
+        );
+        found.push(finding("FORWARD drops", vec![note], ""));
+    }
+    if host.has_tables && !host.unfiltered_bridges.is_empty() {
+        let note = format!(
+            "{}: rules do not see what is bridged, so a pod without hooks gets no answer from a Service's endpoint \
+             behind the same bridge: load br_netfilter and set net.bridge.bridge-nf-call-iptables=1 and \
+             bridge-nf-call-ip6tables=1",
+            host.unfiltered_bridges.join(", ")
+        );
+        found.push(finding("bridges", vec![note], ""));
+    }
     let mut traces = host.kube_proxy.clone();
     if !traces.is_empty() {
         traces = vec![format!(
@@ -175,8 +192,8 @@ fn packets(host: &PacketHost) -> Vec<Finding> {
     }
     if !host.legacy_tables.is_empty() {
         traces.push(format!(
-            "iptables-legacy has tables ({}): `iptables-legacy-save | grep KUBE-SERVICES` shows whether kube-proxy's \
-             rules are among them",
+            "iptables-legacy has tables ({}): `iptables-legacy-save` shows whether kube-proxy's rules \
+             (KUBE-SERVICES) are among them, and whether FORWARD drops",
             host.legacy_tables.join(", ")
         ));
     }

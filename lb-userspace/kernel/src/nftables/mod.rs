@@ -6,7 +6,9 @@ use std::{
     io,
 };
 
-use lb_core::packets::nft::{Change, Element, Key, Name, Octets, Table, TableId, Transaction};
+use lb_core::packets::nft::{
+    Change, Element, Hook, Key, Name, Octets, Policy, Table, TableId, Transaction,
+};
 use netlink_packet_core::NLM_F_DUMP;
 use nix::libc;
 
@@ -220,9 +222,21 @@ impl Nftables {
     ///
     /// [`NftablesError::Missing`] on a kernel without nftables; [`NftablesError::NotPermitted`].
     pub fn has(&mut self, id: &TableId) -> Result<bool, NftablesError> {
+        Ok(self.handle(id)?.is_some())
+    }
+
+    /// The number of a table, which no other table of the namespace has had; `None` if there is no such table.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::has`].
+    pub fn handle(&mut self, id: &TableId) -> Result<Option<u64>, NftablesError> {
         let named = |writer: &mut Writer| writer.text(wire::table::NAME, &id.name);
-        let read = self.get(id, wire::message::GET_TABLE, 0, named, |_attributes| {});
-        Ok(found(read, "cannot read a table")?.is_some())
+        let mut handle = 0;
+        let read = self.get(id, wire::message::GET_TABLE, 0, named, |attributes| {
+            handle = attributes.be64(wire::table::HANDLE).unwrap_or_default();
+        });
+        Ok(found(read, "cannot read a table")?.map(|_is_whole| handle))
     }
 
     /// Whether a table has such a chain.
@@ -237,6 +251,34 @@ impl Nftables {
         };
         let read = self.get(id, wire::message::GET_CHAIN, 0, named, |_attributes| {});
         Ok(found(read, "cannot read a chain")?.is_some())
+    }
+
+    /// The base chains of all tables that drop forwarded packets unless a rule accepts them, each with its table.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::has`].
+    pub fn chains_that_drop_forwarded(&mut self) -> Result<Vec<String>, NftablesError> {
+        let mut chains = Vec::new();
+        for (family, number) in [("ip", 2), ("inet", 1), ("ip6", 10)] {
+            let head =
+                Head { kind: wire::message::GET_CHAIN, flags: NLM_F_DUMP, family: number, resource: 0 };
+            let read = self.socket.request(
+                head,
+                |_all| {},
+                |_kind, attributes| {
+                    let is_dropping = decode::chain(attributes).and_then(|(name, chain)| {
+                        let base = chain.base?;
+                        (base.hook == Hook::Forward && base.policy == Policy::Drop).then_some(name)
+                    });
+                    if let (Some(chain), Some(table)) = (is_dropping, attributes.text(wire::chain::TABLE)) {
+                        chains.push(format!("{family} {table} {chain}"));
+                    }
+                },
+            );
+            let _is_whole = found(read, "cannot read chains")?;
+        }
+        Ok(chains)
     }
 
     /// Reads a table, and the generation in which it was so; `None` if there is no such table.

@@ -50,7 +50,7 @@ attributes! {
     /// `NFTA_GEN_*`
     generation { ID = 1 }
     /// `NFTA_TABLE_*`
-    table { NAME = 1, FLAGS = 2 }
+    table { NAME = 1, FLAGS = 2, HANDLE = 4 }
     /// `NFTA_CHAIN_*`
     chain { TABLE = 1, NAME = 3, HOOK = 4, POLICY = 5, TYPE = 7 }
     /// `NFTA_HOOK_*`

@@ -28,6 +28,8 @@ fn able() -> Host {
             unable: [None, None],
             has_tables: false,
             not_forwarding: vec!["/proc/sys/net/ipv4/ip_forward"],
+            forward_drops: Vec::new(),
+            unfiltered_bridges: Vec::new(),
             kube_proxy: Vec::new(),
             legacy_tables: Vec::new(),
         },
@@ -203,14 +205,18 @@ fn what_packets_need_and_what_kube_proxy_has_left_are_notes() {
     let host = PacketHost {
         unable: [None, lacks()],
         has_tables: true,
+        forward_drops: tables(&["ip filter FORWARD", "inet mine forward"]),
+        unfiltered_bridges: tables(&["cni0"]),
         kube_proxy: tables(&["nftables table ip kube-proxy", "interface kube-ipvs0"]),
         legacy_tables: tables(&["filter", "nat"]),
         ..able().packets
     };
     expect![[r"
-        note     packets     --packets serves no IPv6: nftables: this kernel lacks nft_fib_ipv6: load these modules, or use a kernel that has them
-        note     forwarding  /proc/sys/net/ipv4/ip_forward is 0, so packets from outside do not reach pods: set it to 1, unless this node has no pods
-        note     kube-proxy  nftables table ip kube-proxy, interface kube-ipvs0: unless kube-proxy is to run beside socklb, stop it and run `kube-proxy --cleanup` on this node; iptables-legacy has tables (filter, nat): `iptables-legacy-save | grep KUBE-SERVICES` shows whether kube-proxy's rules are among them
+        note     packets        --packets serves no IPv6: nftables: this kernel lacks nft_fib_ipv6: load these modules, or use a kernel that has them
+        note     forwarding     /proc/sys/net/ipv4/ip_forward is 0, so packets from outside do not reach pods: set it to 1, unless this node has no pods
+        note     FORWARD drops  ip filter FORWARD, inet mine forward: what is for Services passes only if a rule of theirs accepts it: `ct status dnat accept`, or iptables -I FORWARD -m conntrack --ctstate DNAT -j ACCEPT
+        note     bridges        cni0: rules do not see what is bridged, so a pod without hooks gets no answer from a Service's endpoint behind the same bridge: load br_netfilter and set net.bridge.bridge-nf-call-iptables=1 and bridge-nf-call-ip6tables=1
+        note     kube-proxy     nftables table ip kube-proxy, interface kube-ipvs0: unless kube-proxy is to run beside socklb, stop it and run `kube-proxy --cleanup` on this node; iptables-legacy has tables (filter, nat): `iptables-legacy-save` shows whether kube-proxy's rules (KUBE-SERVICES) are among them, and whether FORWARD drops
     "]].assert_eq(&table(&packets(&host)));
     let not_permitted = || Some(NftablesError::NotPermitted);
     let host = PacketHost { unable: [not_permitted(), not_permitted()], ..able().packets };
