@@ -8,6 +8,8 @@ mod exclusive;
 mod explain;
 pub(crate) mod layouts;
 pub(crate) mod load;
+mod packet_bridges;
+mod packet_neighbours;
 mod packet_rules;
 mod packet_scenarios;
 mod scenarios;

@@ -1,6 +1,6 @@
 //! What tests need of the machine, and what happens if it is missing.
 
-use std::{env, io::Write as _};
+use std::{env, io::Write as _, path::Path};
 
 use lb_core::{model::Protocol, packets::nft::Family};
 
@@ -23,6 +23,8 @@ pub enum Feature {
     SockFields,
     /// nftables, with all that the rules for packets need.
     Nftables,
+    /// Rules for packets that a bridge forwards: `CONFIG_BRIDGE_NETFILTER`.
+    BridgeFilter,
     /// A program on `PATH`.
     Command(&'static str),
     /// An environment variable that `cargo xtask test` sets.
@@ -56,6 +58,8 @@ impl Feature {
                 let probes = [Family::V4, Family::V6].map(lb_kernel::nftables::probe);
                 probes.into_iter().find_map(Result::err).map(|error| error.to_string())
             }
+            Self::BridgeFilter => (!Path::new("/proc/sys/net/bridge/bridge-nf-call-iptables").exists())
+                .then(|| "br_netfilter, a module whose default is for all namespaces of the host".to_owned()),
             Self::Command(name) => {
                 let path = env::var_os("PATH").unwrap_or_default();
                 let is_there = env::split_paths(&path).any(|directory| directory.join(name).is_file());
@@ -74,7 +78,7 @@ impl Feature {
             Self::NetnsCookie => kernel_version() >= (5, 14),
             Self::Nftables => kernel_version() >= (5, 13),
             // Depends on the kernel's configuration.
-            Self::Multipath => false,
+            Self::Multipath | Self::BridgeFilter => false,
             Self::SockFields => kernel_version() >= (5, 12),
             Self::SocketDestroy => lb_kernel::sockets::check().err().is_none_or(|error| !error.is_final()),
         }

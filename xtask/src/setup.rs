@@ -70,7 +70,12 @@ const TOOLS: &[Tool] = &[
         &[Test, BenchPath],
         "drops packets in tests; loads the rules of kube-proxy's nftables mode",
     ),
-    ("iptables-restore", "iptables", &[BenchPath], "loads the rules of kube-proxy's iptables mode"),
+    (
+        "iptables-restore",
+        "iptables",
+        &[Test, BenchPath],
+        "loads the rules of Docker and of CNIs in tests, and those of kube-proxy's iptables mode",
+    ),
     ("xz", "xz-utils", &[KernelMatrix], "unpacks modules of newer kernels"),
     ("apt-get", "apt", &[KernelMatrix], "downloads kernels and QEMU, which come from Debian only"),
     (toolchain::DEBIAN_RUSTC, "rustc-web", &[DebianBuild], "compiles for the BPF target"),
