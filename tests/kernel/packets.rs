@@ -25,6 +25,7 @@ use serde_json::{Value, json};
 
 use Place::{Far, Node, Other, Outside, Pod, Second};
 
+mod errors;
 mod sctp;
 
 /// A destination, in both families.
