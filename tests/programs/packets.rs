@@ -1,9 +1,11 @@
 //! An agent with `--packets`: its rules, and calls that only they serve.
 
 use std::{
-    env, fs, io,
+    env, fs,
+    io::{self, Read as _, Write as _},
     net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream},
     path::PathBuf,
+    thread,
     time::Duration,
 };
 
@@ -19,7 +21,8 @@ use lb_core::{
 };
 use lb_kernel::{addresses, conntrack::Conntrack, nftables::Nftables};
 use lb_tests::{
-    Feature, agent, bed,
+    Feature, agent,
+    bed::{self, Outcome},
     client::{Domain, Socket, call},
     cluster::{self, Cluster, PortOf},
     command::text,
@@ -146,10 +149,13 @@ fn rules_that_others_change_are_repaired_and_outlive_the_agent() {
         }
         // Rules of others stay.
         text("nft", &["add table ip theirs"]);
-        assert_eq!(agent.end(Signal::SIGKILL), None);
-        assert!(are_right(&cluster));
         let next = place.start(&flags);
-        eventually("the next one has synced", || next.has_said("synced"));
+        eventually("the next one waits", || next.has_said("waiting"));
+        assert_eq!(agent.end(Signal::SIGKILL), None);
+        eventually("the next one has synced", || {
+            assert!(are_right(&cluster));
+            next.has_said("synced")
+        });
         assert!(are_right(&cluster));
         assert_eq!(next.end(Signal::SIGTERM), Some(0));
         assert!(are_right(&cluster));
@@ -193,4 +199,46 @@ fn no_connection_from_outside_fails_while_endpoints_and_agents_change() {
     assert_eq!(outcome.failures, [""; 0], "{outcome}");
     assert!(outcome.n_calls > 0 && outcome.n_replaced > 0 && outcome.n_exchanges > 0, "{outcome}");
     assert!(outcome.n_agents.iter().all(|n| *n > 0), "{outcome}");
+}
+
+/// Before any audit, and an open connection continues.
+#[test]
+fn tables_that_others_delete_come_back_at_once() {
+    Place::test(&[Feature::Nftables, Feature::Command("nft")], |sandbox, place| {
+        sandbox.own([NODE, endpoint(1).ip()]);
+        text("ip", &["route", "add", "203.0.113.0/24", "dev", "lo"]);
+        let _servers = bed::serve([(endpoint(1), Tcp)]);
+        let address = SocketAddr::from(([203, 0, 113, 1], 80));
+        let cluster = limited(&["192.0.2.0/24", "127.0.0.0/8", "198.51.100.0/24"], &[endpoint(1)]);
+        place.write(&cluster);
+        let agent = place.start(&[&["--packets=all", "--audit-interval=60m"][..], &QUIET].concat());
+        eventually("the rules are there", || are_right(&cluster));
+        // As a service does that loads saved rules: another table is in the place of the first.
+        let saved = "flush ruleset\ntable ip theirs { }\ntable ip socklb { }\ntable ip6 socklb { }\n";
+        let file = tempfile::NamedTempFile::new().unwrap();
+        fs::write(&file, saved).unwrap();
+        let (mut open, _) = bed::connect(address, bed::PATIENCE).unwrap();
+        let harms: [&[&str]; 4] = [
+            &["flush", "ruleset"],
+            &["delete", "table", "ip", "socklb"],
+            &["delete", "table", "ip6", "socklb"],
+            &["-f", file.path().to_str().unwrap()],
+        ];
+        for harm in harms {
+            text("nft", harm);
+            eventually("the tables are back", || are_right(&cluster));
+            let is_reached = matches!(bed::call(address, Tcp, bed::PATIENCE), Outcome::Reached { server, .. } if server == endpoint(1));
+            assert!(is_reached, "{harm:?}");
+            open.write_all(b"?").unwrap();
+            open.read_exact(&mut [0]).unwrap();
+        }
+        assert!(text("nft", &["list", "tables"]).contains("table ip theirs"));
+        assert_eq!(agent.n_said("repaired nftables rules that another program had changed"), 4);
+        // Changes of others elsewhere cause none here.
+        for n in 0..20 {
+            text("nft", &["add", "table", "ip", &format!("other{n}")]);
+            thread::sleep(Duration::from_millis(20));
+        }
+        assert_eq!(agent.n_said("repaired nftables rules that another program had changed"), 4);
+    });
 }

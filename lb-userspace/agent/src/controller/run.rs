@@ -353,7 +353,10 @@ impl Agent {
         let mut addresses = Addresses::start();
         let capacity = kernel.maps().capacity();
         let mut state = State::new(settings, addresses.read(), capacity, &kernel.maps().image()?);
-        let packets = PacketRules::start(&mut state, probed, &options.kernel.pin_path);
+        let mut packets = PacketRules::start(&mut state, probed, &options.kernel.pin_path);
+        if !options.audit_interval.is_zero() {
+            packets.watch();
+        }
         info!(
             cgroup = %options.kernel.cgroup.display(),
             covers = %lb_kernel::cgroup::extent(&options.kernel.cgroup),

@@ -6,9 +6,7 @@ use std::{
     io,
 };
 
-use lb_core::packets::nft::{
-    Change, Element, Hook, Key, Name, Octets, Policy, Table, TableId, Transaction,
-};
+use lb_core::packets::nft::{Change, Element, Hook, Key, Name, Octets, Policy, Table, TableId, Transaction};
 use netlink_packet_core::NLM_F_DUMP;
 use nix::libc;
 

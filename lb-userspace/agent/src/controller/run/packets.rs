@@ -43,6 +43,10 @@ const RETRY: Duration = Duration::from_secs(1);
 /// Time between two calls of `State::settle_packets`: more than any packet is on its way through the rules.
 const SETTLE: Duration = Duration::from_millis(100);
 
+/// Time between two looks for tables that another program has deleted. The kernel answers within microseconds.
+/// Its notifications would come sooner, but would make transactions of all programs slower (decision 0017).
+const LOOK: Duration = Duration::from_millis(100);
+
 /// How often tables are compared anew because another program commits changes meanwhile.
 const MAX_TRIES: usize = 8;
 
@@ -63,6 +67,9 @@ pub(super) enum Work {
 /// The table and map of an element that records a client, and its key.
 type Client = (TableId, &'static str, Key);
 
+/// The numbers of the tables in the kernel: a table that is deleted and added has another one.
+type Handles = Vec<Option<u64>>;
+
 /// How work has ended.
 #[derive(Debug)]
 pub(super) enum Done {
@@ -74,6 +81,8 @@ pub(super) enum Done {
         generation: Option<u32>,
         /// Frontends of UDP and SCTP that the tables had when they were compared, and have no more.
         removed: BTreeSet<FrontendAddress>,
+        /// Of the tables, if they were compared as a whole.
+        handles: Option<Handles>,
     },
     Checked {
         generation: u32,
@@ -101,6 +110,8 @@ pub(super) struct PacketRules {
     stale: Stale,
     /// The generation after the last change, if the tables are known to be as they ought to be.
     generation: Option<u32>,
+    /// Looks for changes of other programs; `None` if no audit does.
+    watch: Option<Watch>,
     /// Whether the tables must be compared as a whole.
     must_adopt: bool,
     /// When that is tried again.
@@ -145,6 +156,7 @@ impl PacketRules {
             queue: VecDeque::new(),
             stale: Stale::default(),
             generation: None,
+            watch: None,
             must_adopt: true,
             retry_at: None,
             settle_at: None,
@@ -173,6 +185,18 @@ impl PacketRules {
             }
         }
         rules
+    }
+
+    /// Looks from now on whether other programs delete tables, so that an audit need not find it. Changes inside the
+    /// tables are left to audits.
+    pub(super) fn watch(&mut self) {
+        if self.mode == PacketMode::Off {
+            return;
+        }
+        match Nftables::open() {
+            Ok(nftables) => self.watch = Some(Watch::new(nftables)),
+            Err(error) => warn!(%error, "tables that other programs delete are found by audits alone"),
+        }
     }
 
     /// Puts the changes of a sync into the queue.
@@ -209,17 +233,22 @@ impl PacketRules {
         self.proceed();
     }
 
-    /// Waits for the end of the running work, or until a retry is due; never resolves without either.
+    /// Waits for the end of the running work, or until something is due; never resolves without either.
     pub(super) async fn next(&mut self) -> Event {
         if let Some(running) = &mut self.running {
             let result = running.await;
             self.running = None;
             return Event::Ended(result.map_err(|stopped| stopped.to_string()));
         }
-        let (due, event) = match (self.retry_at, self.settle_at) {
-            (Some(due), _) => (due, Event::RetryDue),
-            (None, Some(due)) => (due, Event::SettleDue),
-            (None, None) => std::future::pending().await,
+        let settle_at = self.settle_at.filter(|_| self.retry_at.is_none());
+        let look_at = self.watch.as_ref().map(|watch| watch.due).filter(|_| !self.must_adopt);
+        let due = [
+            self.retry_at.map(|due| (due, Event::RetryDue)),
+            settle_at.map(|due| (due, Event::SettleDue)),
+            look_at.map(|due| (due, Event::LookDue)),
+        ];
+        let Some((due, event)) = due.into_iter().flatten().min_by_key(|(due, _)| *due) else {
+            return std::future::pending().await;
         };
         time::sleep_until(due.into()).await;
         event
@@ -240,6 +269,10 @@ impl PacketRules {
                 self.changed(state);
                 return false;
             }
+            Event::LookDue => {
+                self.look(state);
+                return false;
+            }
             Event::Ended(Ok((nftables, work, result))) => {
                 self.nftables = nftables;
                 (Some(work), result.map_err(|error| error.to_string()))
@@ -248,17 +281,20 @@ impl PacketRules {
         };
         let before = self.status.clone();
         match result {
-            Ok(Done::Applied { n_changes, took, generation, removed }) => {
+            Ok(Done::Applied { n_changes, took, generation, removed, handles }) => {
                 self.stale.removed.extend(removed);
                 let is_whole = matches!(work, Some(Work::Adopt(..)));
                 if is_whole && self.status.last.is_some() && n_changes > 0 {
-                    warn!(n_changes, "an audit repaired nftables rules that another program had changed");
+                    warn!(n_changes, "repaired nftables rules that another program had changed");
                 }
                 if n_changes > 0 {
                     metrics.packets_changed(took);
                 }
                 debug!(n_changes, ?took, is_whole, "changed the nftables rules");
                 self.generation = generation;
+                if let (Some(watch), Some(handles)) = (&mut self.watch, handles) {
+                    watch.handles = handles;
+                }
                 self.status.problem = None;
                 if n_changes > 0 || self.status.last.is_none() {
                     self.status.last = Some(LastTransaction { n_changes, took, at: SystemTime::now() });
@@ -320,6 +356,22 @@ impl PacketRules {
         self.stale.merge(Stale::all());
     }
 
+    /// Compares the tables at once if another program has deleted one, or put another in its place.
+    fn look(&mut self, state: &mut State) {
+        let Some(watch) = &mut self.watch else { return };
+        match watch.has_lost_tables(self.generation) {
+            Ok(false) => {}
+            Ok(true) => {
+                self.adopt(state);
+                self.proceed();
+            }
+            Err(error) => {
+                warn!(%error, "tables that other programs delete are found by audits alone");
+                self.watch = None;
+            }
+        }
+    }
+
     fn proceed(&mut self) {
         if self.running.is_some() || self.retry_at.is_some() {
             return;
@@ -346,6 +398,42 @@ pub(super) enum Event {
     Ended(Result<Worked, String>),
     RetryDue,
     SettleDue,
+    LookDue,
+}
+
+/// Finds out whether another program has deleted tables.
+struct Watch {
+    nftables: Nftables,
+    handles: Handles,
+    /// The generation at the last look that found nothing.
+    seen: Option<u32>,
+    due: Instant,
+}
+
+impl Watch {
+    fn new(nftables: Nftables) -> Self {
+        Self { nftables, handles: Handles::new(), seen: None, due: Instant::now() }
+    }
+
+    /// Whether tables are not those that were compared last. `known` is the generation in which they were.
+    fn has_lost_tables(&mut self, known: Option<u32>) -> Result<bool, NftablesError> {
+        self.due = Instant::now() + LOOK;
+        let generation = Some(self.nftables.generation()?);
+        if generation == known || generation == self.seen {
+            return Ok(false);
+        }
+        if handles(&mut self.nftables)? == self.handles {
+            self.seen = generation;
+            return Ok(false);
+        }
+        // Two programs that delete each other's tables do so once a second.
+        self.due = Instant::now() + RETRY;
+        Ok(true)
+    }
+}
+
+fn handles(nftables: &mut Nftables) -> Result<Handles, NftablesError> {
+    packets::table_ids().iter().map(|id| nftables.handle(id)).collect()
 }
 
 type Worked = (Option<Nftables>, Work, Result<Done, NftablesError>);
@@ -363,7 +451,7 @@ fn run(nftables: &mut Nftables, work: &Work, known: Option<u32>) -> Result<Done,
             let generation = nftables.generation()?;
             let is_alone = known.is_some_and(|known| known.wrapping_add(1) == generation);
             let generation = is_alone.then_some(generation);
-            Ok(Done::Applied { n_changes, took, generation, removed: BTreeSet::new() })
+            Ok(Done::Applied { n_changes, took, generation, removed: BTreeSet::new(), handles: None })
         }
         Work::Adopt(tables, pin_path) => {
             let mut n_tries = 0;
@@ -375,7 +463,8 @@ fn run(nftables: &mut Nftables, work: &Work, known: Option<u32>) -> Result<Done,
                     Err(NftablesError::Changed) if n_tries < MAX_TRIES => n_tries += 1,
                     Ok(Adopted { n_changes, generation, removed }) => {
                         let (took, generation) = (started.elapsed(), Some(generation));
-                        return Ok(Done::Applied { n_changes, took, generation, removed });
+                        let handles = Some(handles(nftables)?);
+                        return Ok(Done::Applied { n_changes, took, generation, removed, handles });
                     }
                     Err(error) => return Err(error),
                 }
