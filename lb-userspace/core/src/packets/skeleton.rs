@@ -64,6 +64,10 @@ const N_DRAWS: usize = 5;
 
 const TCP: u8 = 6;
 
+/// The priority of the translation: before kube-proxy's and Docker's at -100. Among equal ones the last that was added
+/// decides, so that it would change with each restart of theirs.
+const DNAT: i32 = -101;
+
 /// The map that records the endpoints of clients.
 const AFFINITY: &str = AFFINITY_MAPS[0];
 
@@ -335,12 +339,12 @@ impl Builder<'_> {
         let mut on_node = is_on_node(layout.destination(0));
         on_node.push(jump(&Form::NodePort.name("services")));
         let services = vec![rule(vec![jump(&Form::Address.name("services"))]), rule(on_node)];
-        self.add_chain("prerouting", nat(Hook::Prerouting, -100), services.clone());
+        self.add_chain("prerouting", nat(Hook::Prerouting, DNAT), services.clone());
         self.add_chain("filter-prerouting", filter(Hook::Prerouting, -110), new("check-source"));
         self.add_chain("filter-input", filter(Hook::Input, -10), new("refusals"));
         self.add_chain("filter-forward", filter(Hook::Forward, -10), new("refusals"));
         if self.ground.mode == PacketMode::All {
-            self.add_chain("output", nat(Hook::Output, -100), services);
+            self.add_chain("output", nat(Hook::Output, DNAT), services);
             self.add_chain("filter-output", filter(Hook::Output, -110), new("check-source"));
             // Behind the translation: what is still for a service address was not translated.
             self.add_chain("filter-output-late", filter(Hook::Output, -90), new("refusals"));
