@@ -4,27 +4,23 @@ use std::{
     env,
     fs::{self, File},
     os::unix::fs::symlink,
-    path::{Path, PathBuf},
+    path::Path,
     process::{Child, Command, Stdio},
     thread,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, ensure};
-use lb_tests::{Sandbox, apiserver::ApiServer, process::Memory};
+pub(crate) use lb_tests::kube_proxy::find as kube_proxy;
+use lb_tests::{Sandbox, apiserver::ApiServer, kube_proxy::Setup, process::Memory};
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
-use serde_json::json;
 use tempfile::TempDir;
 
 use crate::objects::{NODE, POD_NETWORK};
 
-/// Names the program kube-proxy.
-const KUBE_PROXY: &str = "KUBE_PROXY";
-/// Names a directory with Kubernetes programs.
-const KUBE_BIN: &str = "KUBE_BIN";
 /// The legacy version of iptables as one program, which obeys the name that it is called by.
 const LEGACY_IPTABLES: &str = "/usr/sbin/xtables-legacy-multi";
 
@@ -70,31 +66,12 @@ impl Daemon {
         })
     }
 
-    /// Starts kube-proxy in the network namespace of the calling thread. It sets no sysctl, writes changes at
-    /// once, and repeats nothing while calls are measured.
+    /// Starts kube-proxy in the network namespace of the calling thread ([`Setup::command`]).
     ///
     /// In mode `iptables` it calls the legacy version if the kernel has its tables: the other one takes many
     /// times as long.
     pub(crate) fn kube_proxy(program: &Path, mode: &str, server: &ApiServer) -> anyhow::Result<Self> {
         Self::start(server, |directory| {
-            let periods = json!({"minSyncPeriod": "1ms", "syncPeriod": "1h", "localhostNodePorts": false});
-            let mut nftables = periods.clone();
-            nftables.as_object_mut().context("an object")?.remove("localhostNodePorts");
-            let config = json!({
-                "apiVersion": "kubeproxy.config.k8s.io/v1alpha1",
-                "kind": "KubeProxyConfiguration",
-                "mode": mode,
-                "clientConnection": {"kubeconfig": directory.join("kubeconfig")},
-                "clusterCIDR": POD_NETWORK,
-                "detectLocalMode": "ClusterCIDR",
-                "conntrack": {
-                    "maxPerCore": 0, "min": 0, "tcpEstablishedTimeout": "0s", "tcpCloseWaitTimeout": "0s",
-                },
-                "iptables": periods,
-                "nftables": nftables,
-                "oomScoreAdj": 0,
-            });
-            fs::write(directory.join("config"), config.to_string())?;
             if Command::new(LEGACY_IPTABLES)
                 .args(["iptables", "-t", "nat", "-S"])
                 .output()
@@ -108,10 +85,9 @@ impl Daemon {
             }
             let path = env::var_os("PATH").unwrap_or_default();
             let paths = std::iter::once(directory.to_owned()).chain(env::split_paths(&path));
-            let mut command = Command::new(program);
+            let setup = Setup { mode, node: NODE, pod_networks: POD_NETWORK };
+            let mut command = setup.command(program, server, directory)?;
             command.env("PATH", env::join_paths(paths)?);
-            command.arg("--config").arg(directory.join("config")).arg(format!("--hostname-override={NODE}"));
-            command.arg(format!("--master={}", server.url()));
             Ok(command)
         })
     }
@@ -167,23 +143,4 @@ impl Drop for Daemon {
         let _ended_already = self.child.kill();
         let _ended_already = self.child.wait();
     }
-}
-
-/// The program kube-proxy that the environment names: `KUBE_PROXY`, or in the directories `KUBE_BIN` and
-/// `PATH`. `None` if there is none.
-///
-/// # Errors
-///
-/// If `KUBE_PROXY` names no file.
-pub(crate) fn kube_proxy() -> anyhow::Result<Option<PathBuf>> {
-    if let Some(program) = env::var_os(KUBE_PROXY) {
-        let program = PathBuf::from(program);
-        ensure!(program.is_file(), "{KUBE_PROXY}: {} is no file", program.display());
-        return Ok(Some(program));
-    }
-    let directories = [KUBE_BIN, "PATH"].into_iter().filter_map(env::var_os);
-    let mut programs = directories
-        .flat_map(|list| env::split_paths(&list).collect::<Vec<_>>())
-        .map(|directory| directory.join("kube-proxy"));
-    Ok(programs.find(|program| program.is_file()))
 }

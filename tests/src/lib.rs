@@ -8,6 +8,7 @@
 //! - [`cluster`]: Kubernetes objects; [`agent`]: from objects to the kernel, in process.
 //! - [`apiserver`]: an API server for such objects, with faults.
 //! - [`controlplane`]: a real one, if the environment names it.
+//! - [`kube_proxy`]: the peer, if the environment names it.
 //! - [`installed`]: the program `socklb` as people run it; [`command`]: other programs.
 //! - [`process`]: resource usage of a process.
 //! - [`churn`]: long-running changes and faults, with concurrent calls.
@@ -37,6 +38,7 @@ pub mod command;
 pub mod controlplane;
 pub mod feature;
 pub mod installed;
+pub mod kube_proxy;
 pub mod netns;
 pub mod outside;
 pub mod process;
