@@ -14,6 +14,7 @@ mod deployed;
 mod dns;
 mod exclusion;
 mod faults;
+mod handover;
 mod health;
 mod http;
 mod knowledge;
