@@ -227,8 +227,10 @@ fn tables_that_others_delete_come_back_at_once() {
         for harm in harms {
             text("nft", harm);
             eventually("the tables are back", || are_right(&cluster));
-            let is_reached = matches!(bed::call(address, Tcp, bed::PATIENCE), Outcome::Reached { server, .. } if server == endpoint(1));
-            assert!(is_reached, "{harm:?}");
+            let Outcome::Reached { server, .. } = bed::call(address, Tcp, bed::PATIENCE) else {
+                panic!("{harm:?}: not reached")
+            };
+            assert_eq!(server, endpoint(1), "{harm:?}");
             open.write_all(b"?").unwrap();
             open.read_exact(&mut [0]).unwrap();
         }

@@ -27,8 +27,9 @@ use lb_kernel::{
     pins,
 };
 use tokio::{
+    sync::watch,
     task::{JoinHandle, spawn_blocking},
-    time,
+    time::{self, MissedTickBehavior},
 };
 use tracing::{debug, info, warn};
 
@@ -43,8 +44,8 @@ const RETRY: Duration = Duration::from_secs(1);
 /// Time between two calls of `State::settle_packets`: more than any packet is on its way through the rules.
 const SETTLE: Duration = Duration::from_millis(100);
 
-/// Time between two looks for tables that another program has deleted. The kernel answers within microseconds.
-/// Its notifications would come sooner, but would make transactions of all programs slower (decision 0017).
+/// Time between two questions for the generation of nftables, which the kernel answers within microseconds. Its
+/// notifications would come sooner, but would make transactions of all programs slower (decision 0017).
 const LOOK: Duration = Duration::from_millis(100);
 
 /// How often tables are compared anew because another program commits changes meanwhile.
@@ -193,8 +194,8 @@ impl PacketRules {
         if self.mode == PacketMode::Off {
             return;
         }
-        match Nftables::open() {
-            Ok(nftables) => self.watch = Some(Watch::new(nftables)),
+        match Watch::start() {
+            Ok(watch) => self.watch = Some(watch),
             Err(error) => warn!(%error, "tables that other programs delete are found by audits alone"),
         }
     }
@@ -240,18 +241,20 @@ impl PacketRules {
             self.running = None;
             return Event::Ended(result.map_err(|stopped| stopped.to_string()));
         }
-        let settle_at = self.settle_at.filter(|_| self.retry_at.is_none());
-        let look_at = self.watch.as_ref().map(|watch| watch.due).filter(|_| !self.must_adopt);
-        let due = [
-            self.retry_at.map(|due| (due, Event::RetryDue)),
-            settle_at.map(|due| (due, Event::SettleDue)),
-            look_at.map(|due| (due, Event::LookDue)),
-        ];
-        let Some((due, event)) = due.into_iter().flatten().min_by_key(|(due, _)| *due) else {
-            return std::future::pending().await;
+        let (retry_at, settle_at) = (self.retry_at, self.settle_at);
+        let timer = async {
+            let (due, event) = match (retry_at, settle_at) {
+                (Some(due), _) => (due, Event::RetryDue),
+                (None, Some(due)) => (due, Event::SettleDue),
+                (None, None) => std::future::pending().await,
+            };
+            time::sleep_until(due.into()).await;
+            event
         };
-        time::sleep_until(due.into()).await;
-        event
+        tokio::select! {
+            event = timer => event,
+            () = Watch::changed(&mut self.watch), if !self.must_adopt => Event::GenerationChanged,
+        }
     }
 
     /// Carries on after an event. Returns whether the status has changed.
@@ -269,7 +272,7 @@ impl PacketRules {
                 self.changed(state);
                 return false;
             }
-            Event::LookDue => {
+            Event::GenerationChanged => {
                 self.look(state);
                 return false;
             }
@@ -358,18 +361,15 @@ impl PacketRules {
 
     /// Compares the tables at once if another program has deleted one, or put another in its place.
     fn look(&mut self, state: &mut State) {
-        let Some(watch) = &mut self.watch else { return };
-        match watch.has_lost_tables(self.generation) {
-            Ok(false) => {}
-            Ok(true) => {
-                self.adopt(state);
-                self.proceed();
-            }
-            Err(error) => {
-                warn!(%error, "tables that other programs delete are found by audits alone");
-                self.watch = None;
-            }
+        let (Some(watch), Some(nftables)) = (&mut self.watch, &mut self.nftables) else { return };
+        if self.generation == Some(*watch.generation.borrow())
+            || handles(nftables).is_ok_and(|found| found == watch.handles)
+        {
+            return;
         }
+        watch.paused_until = Some(Instant::now() + RETRY);
+        self.adopt(state);
+        self.proceed();
     }
 
     fn proceed(&mut self) {
@@ -398,37 +398,54 @@ pub(super) enum Event {
     Ended(Result<Worked, String>),
     RetryDue,
     SettleDue,
-    LookDue,
+    GenerationChanged,
 }
 
-/// Finds out whether another program has deleted tables.
+/// The generation of nftables while it changes.
 struct Watch {
-    nftables: Nftables,
+    generation: watch::Receiver<u32>,
+    /// Of the tables when they were compared last.
     handles: Handles,
-    /// The generation at the last look that found nothing.
-    seen: Option<u32>,
-    due: Instant,
+    /// Two programs that delete each other's tables do so once a second.
+    paused_until: Option<Instant>,
 }
 
 impl Watch {
-    fn new(nftables: Nftables) -> Self {
-        Self { nftables, handles: Handles::new(), seen: None, due: Instant::now() }
+    /// Starts a task that asks for the generation, in the network namespace of the calling thread.
+    fn start() -> Result<Self, NftablesError> {
+        let mut nftables = Nftables::open()?;
+        let (sender, generation) = watch::channel(nftables.generation()?);
+        let _ends_with_the_receiver = tokio::spawn(async move {
+            let mut looks = time::interval(LOOK);
+            looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+            while !sender.is_closed() {
+                looks.tick().await;
+                match nftables.generation() {
+                    Ok(now) => {
+                        let _is_new = sender.send_if_modified(|before| mem::replace(before, now) != now);
+                    }
+                    Err(error) => {
+                        warn!(%error, "tables that other programs delete are found by audits alone");
+                        return;
+                    }
+                }
+            }
+        });
+        Ok(Self { generation, handles: Handles::new(), paused_until: None })
     }
 
-    /// Whether tables are not those that were compared last. `known` is the generation in which they were.
-    fn has_lost_tables(&mut self, known: Option<u32>) -> Result<bool, NftablesError> {
-        self.due = Instant::now() + LOOK;
-        let generation = Some(self.nftables.generation()?);
-        if generation == known || generation == self.seen {
-            return Ok(false);
+    /// Waits for a change; forever without a watch. Cancel safe.
+    async fn changed(watch: &mut Option<Self>) {
+        if let Some(Self { generation, paused_until, .. }) = watch {
+            if let Some(until) = *paused_until {
+                time::sleep_until(until.into()).await;
+            }
+            if generation.changed().await.is_ok() {
+                return;
+            }
         }
-        if handles(&mut self.nftables)? == self.handles {
-            self.seen = generation;
-            return Ok(false);
-        }
-        // Two programs that delete each other's tables do so once a second.
-        self.due = Instant::now() + RETRY;
-        Ok(true)
+        *watch = None;
+        std::future::pending().await
     }
 }
 
