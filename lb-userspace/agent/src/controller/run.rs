@@ -128,15 +128,15 @@ pub async fn run(
     settings: Settings,
     mut stop: watch::Receiver<bool>,
 ) -> Result<(), RunError> {
-    // Before attaching: an agent that fails for lack of a port has changed nothing.
+    // Before attaching: an agent that fails for lack of nftables or of a port has changed nothing. The first of them
+    // need not wait for another agent's exit.
+    let probed = Probed::new(settings.packets)?;
     let turn = lock_wait::wait_for_lock(&options.kernel.pin_path, &options.http, &mut stop).await?;
     // Dropped last: the ports are free and no work is left when the lock is released.
     let Some((lock, listeners)) = turn else { return Ok(()) };
     let mut proof = SelfTests::start(options.self_test_interval, options.kernel.cgroup.clone())
         .await
         .map_err(RunError::SelfTest)?;
-    // A refusal leaves nothing attached.
-    let probed = Probed::new(settings.packets)?;
     let (mut agent, beside) = Agent::attach(options, settings, probed, &*source, listeners, proof.as_mut())?;
     // Whether the adopted tables already lead the self-test's calls to this agent, before any sync.
     let has_adopted_endpoints = proof.as_ref().is_some_and(SelfTests::is_found);
