@@ -10,8 +10,9 @@
 //! # Invariants
 //!
 //! - Each called Service always has a ready endpoint, also on this node.
-//! - As in Kubernetes, an endpoint terminates before it leaves. It serves until the rules do not name it and the
-//!   connections that began before that have ended.
+//! - As in Kubernetes, an endpoint terminates before it leaves, and not before the rules name it: an agent that lags
+//!   would name it afterwards. It serves until the rules do not name it and the connections that began before that have
+//!   ended.
 //! - A new endpoint has another address.
 //! - Measured times fail nothing.
 
@@ -61,8 +62,8 @@ const MAX_OPEN: usize = 1000;
 const N_GENERATIONS: u8 = 4;
 /// The port of the servers.
 const TARGET_PORT: u16 = 9090;
-/// A retransmission of a SYN takes a second.
-const SLOW: Duration = Duration::from_millis(900);
+/// A SYN is sent again after a second.
+const SLOW: Duration = Duration::from_secs(1);
 /// The most failures that are described.
 const MAX_DESCRIBED: usize = 20;
 /// One Service in addition to those that are called has this many connections that stay open, in each family.
@@ -173,6 +174,9 @@ const PLACES: [(Place, [u8; 3]); 3] =
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stage {
+    /// In the slices, and not yet in the rules.
+    New,
+    /// In both.
     Ready,
     /// Serving and terminating.
     Terminating,
@@ -216,7 +220,7 @@ impl Replica {
             let sockets = bound().map(|socket| socket.expect("an address of the place"));
             Servers::start("outside", sockets, &Echo).expect("servers")
         });
-        (self.servers, self.stage) = (Some(servers), Stage::Ready);
+        (self.servers, self.stage) = (Some(servers), Stage::New);
     }
 }
 
@@ -453,7 +457,7 @@ impl<'a> World<'a> {
         let endpoints: Vec<_> = self
             .replicas
             .iter()
-            .filter(|replica| matches!(replica.stage, Stage::Ready | Stage::Terminating))
+            .filter(|replica| matches!(replica.stage, Stage::New | Stage::Ready | Stage::Terminating))
             .map(|replica| (replica.own(), replica.place, replica.stage == Stage::Terminating))
             .collect();
         let mut cluster = Cluster::new().with(Bed::nodes());
@@ -491,14 +495,20 @@ impl<'a> World<'a> {
         !self.replicas[number].is_local() || n_ready(true) > 1
     }
 
-    /// Ends the servers of endpoints that neither a rule nor a connection needs.
-    fn end_unused(&mut self, nftables: &mut Nftables, oldest: Instant) {
-        if self.replicas.iter().any(|replica| replica.stage == Stage::Removed)
+    /// Follows the rules, and ends the servers of endpoints that neither a rule nor a connection needs.
+    fn follow_rules(&mut self, nftables: &mut Nftables, oldest: Instant) {
+        let is_awaited = |replica: &Replica| matches!(replica.stage, Stage::New | Stage::Removed);
+        if self.replicas.iter().any(is_awaited)
             && let Some(named) = endpoints_of_rules(nftables)
         {
             for replica in &mut self.replicas {
-                if replica.stage == Stage::Removed && !replica.own().iter().any(|ip| named.contains(ip)) {
-                    replica.stage = Stage::Unused(Instant::now());
+                let own = replica.own();
+                match replica.stage {
+                    Stage::New if own.iter().all(|ip| named.contains(ip)) => replica.stage = Stage::Ready,
+                    Stage::Removed if !own.iter().any(|ip| named.contains(ip)) => {
+                        replica.stage = Stage::Unused(Instant::now());
+                    }
+                    _ => {}
                 }
             }
         }
@@ -532,7 +542,7 @@ impl<'a> World<'a> {
                     Stage::Ready if self.may_go(number) => self.replicas[number].stage = Stage::Terminating,
                     Stage::Terminating => self.replicas[number].stage = Stage::Removed,
                     Stage::Ended => self.replicas[number].serve(self.bed),
-                    Stage::Ready | Stage::Removed | Stage::Unused(_) => return,
+                    Stage::New | Stage::Ready | Stage::Removed | Stage::Unused(_) => return,
                 }
             }
         }
@@ -652,7 +662,7 @@ fn run_on(bed: &Bed, place: &installed::Place, options: &Options) -> Outcome {
             }
             thread::sleep(options.change);
             let oldest = started + Duration::from_micros(shared.oldest.load(Ordering::Relaxed));
-            world.end_unused(&mut nftables, oldest);
+            world.follow_rules(&mut nftables, oldest);
             world.change();
             if exchanged.elapsed() > Duration::from_millis(500) {
                 exchanged = Instant::now();
