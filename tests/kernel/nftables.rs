@@ -223,14 +223,14 @@ fn table(family: Family) -> Table {
         address(family, true, 0),
         address(family, false, w),
         lookup("hairpin", 0, LookupTo::Matches),
-        Expression::Masquerade { is_fully_random: false },
+        Expression::Masquerade { ports: None, is_fully_random: false },
     ];
     let masqueraded = [
         Expression::Ct { key: CtKey::Destination(family, original), to: r(0) },
         Expression::Meta { key: MetaKey::L4Proto, to: r(w) },
         Expression::Ct { key: CtKey::DestinationPort(original), to: r(w + 1) },
         lookup("masquerade", 0, LookupTo::Matches),
-        Expression::Masquerade { is_fully_random: true },
+        Expression::Masquerade { ports: None, is_fully_random: true },
     ];
     let mut masquerade = set(vec![ip, Protocol, Port], ValueType::None);
     masquerade.elements.insert(service(1, 80).into(), Value::None.into());

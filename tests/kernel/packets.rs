@@ -26,6 +26,7 @@ use serde_json::{Value, json};
 use Place::{Far, Node, Other, Outside, Pod, Second};
 
 mod errors;
+mod ports;
 mod sctp;
 
 /// A destination, in both families.

@@ -98,7 +98,7 @@ impl State {
     pub fn new(settings: Settings, interfaces: Vec<IpAddr>, capacity: Capacity, found: &Image) -> Self {
         let store = Store::new();
         let topology = Topology::new(store.nodes(), &settings, &interfaces);
-        let packets = Rules::new(settings.packets);
+        let packets = Rules::new(settings.packets, &settings.node_ports);
         Self {
             settings,
             interfaces,

@@ -311,6 +311,8 @@ pub enum Expression {
     /// Translates the source to an address of the interface by which the packet leaves. A verdict: accepts.
     /// Only in chains of type `nat` at [`Hook::Postrouting`].
     Masquerade {
+        /// The first and the last source port, in network order; `None` for all that are like the packet's own.
+        ports: Option<(Register, Register)>,
         /// Source ports are random (`NF_NAT_RANGE_PROTO_RANDOM_FULLY`).
         is_fully_random: bool,
     },

@@ -5,6 +5,7 @@ use std::{
     mem,
     net::{IpAddr, SocketAddr},
     num::NonZeroU32,
+    ops::RangeInclusive,
     sync::Arc,
 };
 
@@ -66,9 +67,9 @@ pub struct Rules {
 impl Rules {
     /// Tables without services. With [`PacketMode::Off`] there is no table.
     #[must_use]
-    pub fn new(mode: PacketMode) -> Self {
+    pub fn new(mode: PacketMode, node_ports: &RangeInclusive<u16>) -> Self {
         let families: &[Family] = if mode == PacketMode::Off { &[] } else { &[Family::V4, Family::V6] };
-        Self { families: families.iter().map(|family| FamilyRules::new(mode, *family)).collect() }
+        Self { families: families.iter().map(|family| FamilyRules::new(mode, *family, node_ports)).collect() }
     }
 
     /// The tables.
@@ -390,12 +391,13 @@ struct FamilyRules {
 }
 
 impl FamilyRules {
-    fn new(mode: PacketMode, family: Family) -> Self {
+    fn new(mode: PacketMode, family: Family, node_ports: &RangeInclusive<u16>) -> Self {
         Self {
             before: None,
             now: Ground {
                 family,
                 mode,
+                datagram_ports: skeleton::ports_without(node_ports),
                 pods: BTreeSet::new(),
                 networks: BTreeSet::new(),
                 picks: BTreeSet::new(),

@@ -40,6 +40,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     net::IpAddr,
     num::NonZeroU32,
+    ops::RangeInclusive,
 };
 
 use super::{
@@ -63,6 +64,10 @@ const MAX_CLIENTS: NonZeroU32 = NonZeroU32::MIN.saturating_add((1 << 20) - 1);
 const N_DRAWS: usize = 5;
 
 const TCP: u8 = 6;
+const UDP: u8 = 17;
+
+/// The first port that the kernel masquerades other ports than the privileged ones to.
+const FIRST_PORT: u16 = 1024;
 
 /// The priority of the translation: before kube-proxy's and Docker's at -100. Among equal ones the last that was added
 /// decides, so that it would change with each restart of theirs.
@@ -172,6 +177,8 @@ impl Form {
 pub(super) struct Ground {
     pub(super) family: Family,
     pub(super) mode: PacketMode,
+    /// Source ports of masqueraded datagrams: see [`ports_without`].
+    pub(super) datagram_ports: Option<RangeInclusive<u16>>,
     /// Networks of this node's pods.
     pub(super) pods: BTreeSet<Cidr>,
     /// Networks of cluster IPs.
@@ -192,6 +199,16 @@ pub(super) fn table(ground: &Ground) -> Table {
     builder.add_refusals();
     builder.add_masquerade();
     builder.table
+}
+
+/// The ports from 1024 on that are no node ports, below or above them, whichever are more; `None` if there are none.
+///
+/// A server answers a masqueraded client with `sendto()` on a node's address and the source port. If that were a node
+/// port, the hooks would take the answer for a call of the Service.
+pub(super) fn ports_without(node_ports: &RangeInclusive<u16>) -> Option<RangeInclusive<u16>> {
+    let below = node_ports.start().checked_sub(1).map(|last| FIRST_PORT..=last);
+    let above = node_ports.end().checked_add(1).map(|first| first.max(FIRST_PORT)..=u16::MAX);
+    [below, above].into_iter().flatten().filter(|ports| !ports.is_empty()).max_by_key(|ports| ports.len())
 }
 
 /// The sets of the table, without elements.
@@ -407,7 +424,21 @@ impl Builder<'_> {
     /// The chains that decide about the source address.
     fn add_masquerade(&mut self) {
         let layout = self.layout();
-        let masquerade = Expression::Masquerade { is_fully_random: true };
+        let masquerade = goto("masquerade-now");
+        let mut by_protocol = Vec::new();
+        if let Some(ports) = &self.ground.datagram_ports {
+            let load =
+                |port: &u16, to| Expression::Immediate { value: port.to_be_bytes().into(), to: register(to) };
+            by_protocol.push(rule(vec![
+                Expression::Meta { key: MetaKey::L4Proto, to: register(0) },
+                equals(0, [UDP]),
+                load(ports.start(), 0),
+                load(ports.end(), 1),
+                Expression::Masquerade { ports: Some((register(0), register(1))), is_fully_random: true },
+            ]));
+        }
+        by_protocol.push(rule(vec![Expression::Masquerade { ports: None, is_fully_random: true }]));
+        self.add_chain("masquerade-now", None, by_protocol);
         let calls_itself = vec![
             layout.source(0),
             layout.destination(layout.n_address),

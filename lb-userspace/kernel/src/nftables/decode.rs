@@ -206,12 +206,20 @@ fn known(name: &str, data: Attributes<'_>, family: Family) -> Option<Expression>
             Expression::Dnat { address, port }
         }
         "masq" => {
-            has_only(&[masquerade::FLAGS])?;
+            has_only(&[masquerade::FLAGS, masquerade::REG_PROTO_MIN, masquerade::REG_PROTO_MAX])?;
             let flags = data.get(masquerade::FLAGS).map_or(Some(0), |_| data.be32(masquerade::FLAGS))?;
-            if flags & !wire::FULLY_RANDOM != 0 {
+            let ports = match data.get(masquerade::REG_PROTO_MIN) {
+                Some(_) => {
+                    let port = |attribute| wire::register(data.be32(attribute)?);
+                    Some((port(masquerade::REG_PROTO_MIN)?, port(masquerade::REG_PROTO_MAX)?))
+                }
+                None => None,
+            };
+            let of_ports = if ports.is_some() { wire::PORTS_SPECIFIED } else { 0 };
+            if flags & !wire::FULLY_RANDOM != of_ports {
                 return None;
             }
-            Expression::Masquerade { is_fully_random: flags != 0 }
+            Expression::Masquerade { ports, is_fully_random: flags & wire::FULLY_RANDOM != 0 }
         }
         "reject" => {
             has_only(&[reject::TYPE, reject::CODE])?;

@@ -409,9 +409,15 @@ fn write_expression(writer: &mut Writer, expression: &Expression, family: Family
                 writer.be32(nat::REG_PROTO_MIN, number(*port));
             }
         }),
-        Expression::Masquerade { is_fully_random } => named(writer, "masq", |writer| {
-            if *is_fully_random {
-                writer.be32(masquerade::FLAGS, wire::FULLY_RANDOM);
+        Expression::Masquerade { ports, is_fully_random } => named(writer, "masq", |writer| {
+            let of_ports = if ports.is_some() { wire::PORTS_SPECIFIED } else { 0 };
+            let flags = of_ports | if *is_fully_random { wire::FULLY_RANDOM } else { 0 };
+            if flags != 0 {
+                writer.be32(masquerade::FLAGS, flags);
+            }
+            if let Some((first, last)) = ports {
+                writer.be32(masquerade::REG_PROTO_MIN, number(*first));
+                writer.be32(masquerade::REG_PROTO_MAX, number(*last));
             }
         }),
         Expression::Reject(answer) => named(writer, "reject", |writer| match answer {

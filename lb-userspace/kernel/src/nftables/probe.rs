@@ -77,7 +77,11 @@ fn needs(family: Family) -> Vec<(&'static str, Vec<Change>)> {
         ("nft_nat", with_rule(vec![], nat(Hook::Prerouting), vec![address, dnat])),
         (
             "nft_masq",
-            with_rule(vec![], nat(Hook::Postrouting), vec![Expression::Masquerade { is_fully_random: true }]),
+            with_rule(
+                vec![],
+                nat(Hook::Postrouting),
+                vec![Expression::Masquerade { ports: None, is_fully_random: true }],
+            ),
         ),
     ]
 }

@@ -109,7 +109,8 @@ fn expression() -> impl Strategy<Value = Expression> {
         (name(), register(), to).prop_map(|(set, from, to)| Expression::Lookup { set, from, to }),
         dynset.prop_map(|(set, op, key, value, timeout)| Expression::Dynset { set, op, key, value, timeout }),
         (register(), option::of(register())).prop_map(|(address, port)| Expression::Dnat { address, port }),
-        any::<bool>().prop_map(|is_fully_random| Expression::Masquerade { is_fully_random }),
+        (option::of((register(), register())), any::<bool>())
+            .prop_map(|(ports, is_fully_random)| Expression::Masquerade { ports, is_fully_random }),
         reject.prop_map(Expression::Reject),
         Just(Expression::Counter),
         Just(Expression::Notrack),
@@ -304,6 +305,8 @@ fn what_says_more_than_a_value_is_unknown() {
         ("nat", &[(nat::TYPE, wire::DNAT), (nat::FAMILY, 10), (nat::REG_ADDR_MIN, 8)]),
         ("nat", &[(nat::TYPE, wire::DNAT), (nat::FAMILY, 2), (nat::REG_ADDR_MIN, 8), (nat::FLAGS, 8)]),
         ("masq", &[(masquerade::FLAGS, 4)]),
+        ("masq", &[(masquerade::FLAGS, wire::PORTS_SPECIFIED)]),
+        ("masq", &[(masquerade::REG_PROTO_MIN, 8), (masquerade::REG_PROTO_MAX, 8)]),
     ] {
         assert!(matches!(decoded(name, numbers), Expression::Unknown(_)), "{name} {numbers:?}");
     }

@@ -103,7 +103,7 @@ attributes! {
         TYPE = 1, FAMILY = 2, REG_ADDR_MIN = 3, REG_ADDR_MAX = 4, REG_PROTO_MIN = 5, REG_PROTO_MAX = 6, FLAGS = 7,
     }
     /// `NFTA_MASQ_*`
-    masquerade { FLAGS = 1 }
+    masquerade { FLAGS = 1, REG_PROTO_MIN = 2, REG_PROTO_MAX = 3 }
     /// `NFTA_REJECT_*`
     reject { TYPE = 1, CODE = 2 }
 }
@@ -196,6 +196,8 @@ pub(super) const LOOKUP_INVERTED: u32 = 1;
 pub(super) const DNAT: u32 = 1;
 /// `NF_NAT_RANGE_MAP_IPS` and `NF_NAT_RANGE_PROTO_SPECIFIED`, which the kernel derives.
 pub(super) const NAT_DERIVED: u32 = 3;
+/// `NF_NAT_RANGE_PROTO_SPECIFIED`, which the kernel does not derive for masquerade.
+pub(super) const PORTS_SPECIFIED: u32 = 2;
 /// `NF_NAT_RANGE_PROTO_RANDOM_FULLY`
 pub(super) const FULLY_RANDOM: u32 = 16;
 /// `NFT_REJECT_ICMP_UNREACH` and `NFT_REJECT_TCP_RST`

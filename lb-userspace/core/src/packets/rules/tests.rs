@@ -526,3 +526,16 @@ fn without_packets_nothing_is_kept() {
     node.set(&load_balancer(&json!({})), &[slice()]);
     assert!(node.state.packets().families.is_empty());
 }
+
+#[test]
+fn masqueraded_datagrams_have_no_node_port() {
+    for (node_ports, expected) in [
+        (30000..=32767, Some(32768..=65535)),
+        (50000..=60000, Some(1024..=49999)),
+        (1..=65000, Some(65001..=65535)),
+        (1024..=65535, None),
+        (1..=1, Some(1024..=65535)),
+    ] {
+        assert_eq!(skeleton::ports_without(&node_ports), expected, "{node_ports:?}");
+    }
+}
