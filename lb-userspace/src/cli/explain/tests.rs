@@ -141,7 +141,7 @@ fn table() -> lb_core::packets::nft::Table {
         sources: Some([network("192.0.2.0/24")].into()),
         ..PacketSide::default()
     };
-    let mut rules = Rules::new(PacketMode::All);
+    let mut rules = Rules::new(PacketMode::All, &(30000..=32767));
     rules.set_site(&Site {
         pods: [network("10.244.0.0/24")].into(),
         networks: [network("10.96.0.0/16")].into(),
