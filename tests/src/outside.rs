@@ -64,6 +64,8 @@ const N_GENERATIONS: u8 = 4;
 const TARGET_PORT: u16 = 9090;
 /// A SYN is sent again after a second.
 const SLOW: Duration = Duration::from_secs(1);
+/// What an agent says after its first sync.
+const SYNCED: &str = "synced for the first time";
 /// The most failures that are described.
 const MAX_DESCRIBED: usize = 20;
 /// One Service in addition to those that are called has this many connections that stay open, in each family.
@@ -80,7 +82,7 @@ pub struct Options {
     pub seed: u64,
     /// Interval of changes.
     pub change: Duration,
-    /// How long an agent lives until it is killed or stopped.
+    /// How long an agent follows the changes until it is killed or stopped.
     pub agent: Duration,
 }
 
@@ -646,17 +648,17 @@ fn run_on(bed: &Bed, place: &installed::Place, options: &Options) -> Outcome {
         }
         thread::sleep(Duration::from_millis(10));
     }
-    eventually("the agent has synced", || agent.has_said("synced for the first time"));
+    eventually("the agent has synced", || agent.has_said(SYNCED));
     let mut staying = Staying::open(bed);
     let shared = Arc::new(Shared::default());
     let mut outcome = Outcome { offered: options.rate, ..Outcome::default() };
     let started = Instant::now();
     thread::scope(|scope| {
         let calling = scope.spawn(|| bed.at(Place::Outside).run(|| call_all(options, started, &shared)));
-        let (mut agent_since, mut exchanged) = (Instant::now(), Instant::now());
+        let (mut synced, mut exchanged) = (None::<Instant>, Instant::now());
         let (mut logs, mut problems) = (Vec::new(), Vec::new());
         while !calling.is_finished() {
-            let is_late = world.n_replaced == 0 && started.elapsed() < PATIENCE;
+            let is_late = world.n_replaced == 0 && started.elapsed() < 3 * PATIENCE;
             if started.elapsed() >= options.time && !is_late {
                 break;
             }
@@ -672,12 +674,15 @@ fn run_on(bed: &Bed, place: &installed::Place, options: &Options) -> Outcome {
                 }
                 outcome.n_exchanges += staying.0.len();
             }
-            if agent_since.elapsed() > options.agent {
+            if synced.is_none() && agent.has_said(SYNCED) {
+                synced = Some(Instant::now());
+            }
+            if synced.is_some_and(|since| since.elapsed() > options.agent) {
                 let number = (outcome.n_agents[0] + outcome.n_agents[1]) % 2;
                 let signal = [Signal::SIGKILL, Signal::SIGTERM][number];
                 outcome.n_agents[number] += 1;
                 logs.extend(agent.end_with_log(signal).1);
-                (agent, agent_since) = (start(), Instant::now());
+                (agent, synced) = (start(), None);
             }
         }
         shared.stop.store(true, Ordering::Relaxed);
