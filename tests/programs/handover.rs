@@ -1,7 +1,8 @@
 //! From kube-proxy to an agent with `--packets=all`, and back, under load.
 //!
-//! kube-proxy is its rules, as one has written them for [`cluster`] (`handover/*.rules`). If the environment names the
-//! program (`KUBE_PROXY`, or a directory in `KUBE_BIN`), it runs too, and `UPDATE_EXPECT=1` records its rules anew.
+//! kube-proxy is its rules, as one has written them for [`cluster`] (`handover/*.rules`). If the environment names
+//! the program (`KUBE_PROXY`, or a directory in `KUBE_BIN`), it runs too, and `UPDATE_EXPECT=1` records its rules
+//! anew.
 
 use std::{
     env, fs,
@@ -194,8 +195,8 @@ fn server(outcome: Outcome) -> io::Result<SocketAddr> {
     }
 }
 
-/// A call of its own connection or socket. The connection ends with a reset: thousands that are remembered for
-/// minutes would use up the ports.
+/// A call of its own connection or socket. The connection ends with a reset: thousands that are remembered
+/// for minutes would use up the ports.
 fn call_once(to: SocketAddr, protocol: Protocol) -> io::Result<SocketAddr> {
     let (open, server) = Kept::open(to, protocol)?;
     if let Kept::Stream(stream) = open {
@@ -308,7 +309,7 @@ impl Mode {
             }
             Self::Iptables => ["iptables-save", "ip6tables-save"].map(|program| {
                 let lines = on_node(bed, program, &[]);
-                // Comments have the time, and the counter of a rule is an object of its own, which no file restores.
+                // Comments have the time. The counter of a rule is an object of its own, which no file restores.
                 let lines = lines.lines().filter(|line| !line.starts_with('#'));
                 let counter = " -m nfacct --nfacct-name  ct_state_invalid_dropped_pkts";
                 lines.map(|line| line.replace(counter, "")).collect::<Vec<_>>().join("\n")

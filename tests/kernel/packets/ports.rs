@@ -13,7 +13,8 @@ use serde_json::json;
 
 use super::{Place, To, cluster};
 
-/// The hooks would take an answer to a node port for a call of its Service. All ports but one are node ports here.
+/// The hooks would take an answer to a node port for a call of its Service. All ports but one are node ports
+/// here.
 #[test]
 fn answers_to_masqueraded_datagrams_go_to_no_node_port() {
     if !require(Feature::Nftables) {

@@ -69,8 +69,8 @@ const UDP: u8 = 17;
 /// The first port that the kernel masquerades other ports than the privileged ones to.
 const FIRST_PORT: u16 = 1024;
 
-/// The priority of the translation: before kube-proxy's and Docker's at -100. Among equal ones the last that was added
-/// decides, so that it would change with each restart of theirs.
+/// The priority of the translation: before kube-proxy's and Docker's at -100. Among equal ones the last that was
+/// added decides, so that it would change with each restart of theirs.
 const DNAT: i32 = -101;
 
 /// The map that records the endpoints of clients.
@@ -201,10 +201,11 @@ pub(super) fn table(ground: &Ground) -> Table {
     builder.table
 }
 
-/// The ports from 1024 on that are no node ports, below or above them, whichever are more; `None` if there are none.
+/// The ports from 1024 on that are no node ports, below or above them, whichever are more; `None` if there are
+/// none.
 ///
-/// A server answers a masqueraded client with `sendto()` on a node's address and the source port. If that were a node
-/// port, the hooks would take the answer for a call of the Service.
+/// A server answers a masqueraded client with `sendto()` on a node's address and the source port. If that were a
+/// node port, the hooks would take the answer for a call of the Service.
 pub(super) fn ports_without(node_ports: &RangeInclusive<u16>) -> Option<RangeInclusive<u16>> {
     let below = node_ports.start().checked_sub(1).map(|last| FIRST_PORT..=last);
     let above = node_ports.end().checked_add(1).map(|first| first.max(FIRST_PORT)..=u16::MAX);
