@@ -1,8 +1,8 @@
 //! From kube-proxy to an agent with `--packets=all`, and back, under load.
 //!
-//! kube-proxy is its rules, as one has written them for [`cluster`] (`handover/*.rules`). If the environment names
-//! the program (`KUBE_PROXY`, or a directory in `KUBE_BIN`), it runs too, and `UPDATE_EXPECT=1` records its rules
-//! anew.
+//! kube-proxy is its rules, as one has written them for [`cluster`] (`handover/*.rules`). If the environment
+//! names the program (`KUBE_PROXY`, or a directory in `KUBE_BIN`), it runs too, and `UPDATE_EXPECT=1` records its
+//! rules anew.
 
 use std::{
     env, fs,
@@ -54,7 +54,8 @@ fn service(n: u8) -> Object {
     let cluster_ips = ips([10, 96, 0, n]);
     let port = |name: &str| {
         json!({
-            "name": name, "protocol": name.to_uppercase(), "port": 80, "targetPort": PORT, "nodePort": node_port(n),
+            "name": name, "protocol": name.to_uppercase(), "port": 80, "targetPort": PORT,
+            "nodePort": node_port(n),
         })
     };
     let service = json!({
@@ -309,7 +310,7 @@ impl Mode {
             }
             Self::Iptables => ["iptables-save", "ip6tables-save"].map(|program| {
                 let lines = on_node(bed, program, &[]);
-                // Comments have the time. The counter of a rule is an object of its own, which no file restores.
+                // Comments have the time. The counter of a rule is an object of its own, which is not saved.
                 let lines = lines.lines().filter(|line| !line.starts_with('#'));
                 let counter = " -m nfacct --nfacct-name  ct_state_invalid_dropped_pkts";
                 lines.map(|line| line.replace(counter, "")).collect::<Vec<_>>().join("\n")

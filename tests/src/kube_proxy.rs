@@ -47,8 +47,8 @@ pub struct Setup<'a> {
 }
 
 impl Setup<'_> {
-    /// The command that starts it, with its files in a directory of its own. It sets no sysctl, writes changes
-    /// at once, and repeats nothing while calls are measured.
+    /// The command that starts it, with its files in a directory of its own. It sets no sysctl, writes
+    /// changes at once, and repeats nothing while calls are measured.
     ///
     /// # Errors
     ///
