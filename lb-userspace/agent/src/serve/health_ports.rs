@@ -15,10 +15,16 @@ use std::{
 use hyper::{Uri, header::HeaderValue};
 use lb_core::{
     desired::health::HealthCheck,
-    model::{Issue, IssueKind, ObjectRef, ServiceKey},
+    model::{Family, Issue, IssueKind, ObjectRef, ServiceKey, address::family},
 };
 use serde::Serialize;
-use tokio::{net::TcpListener, sync::watch, task::JoinHandle, time};
+use socket2::SockRef;
+use tokio::{
+    net::{TcpListener, TcpSocket},
+    sync::watch,
+    task::JoinHandle,
+    time,
+};
 use tracing::info;
 
 use super::{
@@ -44,13 +50,14 @@ type PortSocket = (ServiceKey, SocketAddr);
 impl HealthChecks {
     /// The sockets to open, each with its number of ready local endpoints.
     fn places(&self) -> BTreeMap<PortSocket, usize> {
-        let everywhere = [IpAddr::V6(Ipv6Addr::UNSPECIFIED)];
+        let everywhere = [Ipv4Addr::UNSPECIFIED.into(), Ipv6Addr::UNSPECIFIED.into()];
         let addresses = self.addresses.as_deref().unwrap_or(&everywhere);
         let of = |(key, check): (&ServiceKey, &HealthCheck)| {
-            let (key, check) = (key.clone(), *check);
-            addresses
-                .iter()
-                .map(move |ip| ((key.clone(), SocketAddr::new(*ip, check.port)), check.n_ready_local))
+            let of_family = |ip: &IpAddr| {
+                let n_ready_local = *check.n_ready_local.get(&family(*ip))?;
+                Some(((key.clone(), SocketAddr::new(*ip, check.port)), n_ready_local))
+            };
+            addresses.iter().filter_map(of_family).collect::<Vec<_>>()
         };
         self.checks.iter().flat_map(of).collect()
     }
@@ -124,7 +131,7 @@ async fn follow(
             continue;
         }
         let (key, address) = place;
-        match bind(*address).await {
+        match bind(*address) {
             Ok(listener) => {
                 let n_ready_local = Arc::new(AtomicUsize::new(n_ready_local));
                 let pages = ServicePages {
@@ -138,24 +145,31 @@ async fn follow(
             }
             Err(error) => {
                 let kind = IssueKind::HealthCheckPortTaken { port: address.port(), cause: error.to_string() };
-                issues.push(Issue::new(ObjectRef::from(key), kind));
+                let issue = Issue::new(ObjectRef::from(key), kind);
+                // Not once more for the other family.
+                if !issues.contains(&issue) {
+                    issues.push(issue);
+                }
             }
         }
     }
     issues
 }
 
-/// Listens. On a host without IPv6, `::` becomes `0.0.0.0`.
-async fn bind(address: SocketAddr) -> io::Result<TcpListener> {
-    match TcpListener::bind(address).await {
-        Err(error)
-            if address.ip() == IpAddr::V6(Ipv6Addr::UNSPECIFIED)
-                && error.kind() != io::ErrorKind::AddrInUse =>
-        {
-            TcpListener::bind((Ipv4Addr::UNSPECIFIED, address.port())).await
+/// Listens for one family.
+fn bind(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = match family(address.ip()) {
+        Family::V4 => TcpSocket::new_v4()?,
+        Family::V6 => {
+            let socket = TcpSocket::new_v6()?;
+            SockRef::from(&socket).set_only_v6(true)?;
+            socket
         }
-        result => result,
-    }
+    };
+    // As `TcpListener::bind`.
+    socket.set_reuseaddr(true)?;
+    socket.bind(address)?;
+    socket.listen(1024)
 }
 
 /// The page of a service, the same at every path.
@@ -206,15 +220,19 @@ mod tests {
     #[test]
     fn a_service_has_a_socket_on_every_address_that_is_wanted() {
         let key = ServiceKey::new("default", "web");
-        let checks = BTreeMap::from([(key.clone(), HealthCheck { port: 31000, n_ready_local: 2 })]);
-        for (addresses, expected) in [
-            (None, vec!["[::]:31000"]),
-            (Some(vec![]), vec![]),
-            (Some(vec!["192.0.2.1".parse().unwrap()]), vec!["192.0.2.1:31000"]),
+        let both = BTreeMap::from([(Family::V4, 2), (Family::V6, 1)]);
+        let one = BTreeMap::from([(Family::V4, 2)]);
+        let ip: IpAddr = "192.0.2.1".parse().unwrap();
+        for (n_ready_local, addresses, expected) in [
+            (&both, None, vec!["0.0.0.0:31000 2", "[::]:31000 1"]),
+            (&one, None, vec!["0.0.0.0:31000 2"]),
+            (&both, Some(vec![]), vec![]),
+            (&both, Some(vec![ip]), vec!["192.0.2.1:31000 2"]),
         ] {
-            let wanted = HealthChecks { checks: checks.clone(), addresses };
+            let check = HealthCheck { port: 31000, n_ready_local: n_ready_local.clone() };
+            let wanted = HealthChecks { checks: BTreeMap::from([(key.clone(), check)]), addresses };
             let places: Vec<String> =
-                wanted.places().into_keys().map(|(_, address)| address.to_string()).collect();
+                wanted.places().into_iter().map(|((_, address), n)| format!("{address} {n}")).collect();
             assert_eq!(places, expected);
         }
     }

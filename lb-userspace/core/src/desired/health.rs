@@ -1,30 +1,34 @@
 //! The answer of a service's health-check node port (KEP-1669, `pkg/proxy/healthcheck/service_health.go`).
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
-use crate::model::{Service, Slice};
+use crate::model::{Family, Service, Slice};
 
 /// The answer of a health-check node port.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HealthCheck {
     /// The port.
     pub port: u16,
-    /// See [`ready_local_endpoints`].
-    pub n_ready_local: usize,
+    /// For each family of the service, see [`ready_local_endpoints`].
+    pub n_ready_local: BTreeMap<Family, usize>,
 }
 
 /// The health check of a service; `None` without a health-check node port.
 #[must_use]
 pub fn check<'a>(
     service: &Service,
-    slices: impl IntoIterator<Item = &'a Slice>,
+    slices: impl IntoIterator<Item = &'a Slice> + Clone,
     node_name: &str,
 ) -> Option<HealthCheck> {
     let port = service.health_check_node_port?;
-    Some(HealthCheck { port, n_ready_local: ready_local_endpoints(service, slices, node_name) })
+    let families =
+        [Family::V4, Family::V6].into_iter().filter(|family| service.cluster_ip(*family).is_some());
+    let count = |family| (family, ready_local_endpoints(service, slices.clone(), node_name, family));
+    Some(HealthCheck { port, n_ready_local: families.map(count).collect() })
 }
 
-/// The number that load balancers read: distinct addresses of ready endpoints on this node, over all ports.
+/// The number that load balancers read at an address of a family: distinct addresses of ready endpoints of
+/// that family on this node, over all ports.
 ///
 /// An endpoint that serves while terminating does not count, although calls may reach it: load balancers must
 /// stop before it is gone.
@@ -33,13 +37,14 @@ pub fn ready_local_endpoints<'a>(
     service: &Service,
     slices: impl IntoIterator<Item = &'a Slice>,
     node_name: &str,
+    family: Family,
 ) -> usize {
     // A set, because an object may list tens of thousands of ports.
     let ports: BTreeSet<_> = service.ports.iter().map(|port| (&*port.name, port.protocol)).collect();
     let mut addresses = BTreeSet::new();
     for slice in slices {
         let has_port = slice.ports.iter().any(|port| ports.contains(&(&*port.name, port.protocol)));
-        if !has_port || service.cluster_ip(slice.family()).is_none() {
+        if !has_port || slice.family() != family {
             continue;
         }
         let ready = slice.endpoints.iter().filter(|endpoint| endpoint.ready);

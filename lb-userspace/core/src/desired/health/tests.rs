@@ -26,7 +26,11 @@ fn r12_ready_local_endpoints() {
         (&["10.1.0.1 node-a s", "10.1.0.2 node-a r"], &[], 1),
     ] {
         let slices = [slice(one), metrics(two)];
-        assert_eq!(ready_local_endpoints(&service, &slices, "node-a"), expected, "{one:?} {two:?}");
+        assert_eq!(
+            ready_local_endpoints(&service, &slices, "node-a", Family::V4),
+            expected,
+            "{one:?} {two:?}"
+        );
     }
 }
 
@@ -38,5 +42,13 @@ fn r12_slices_of_other_ports_and_families_do_not_count() {
     }));
     let other_family =
         fixture::slice(&json!({"addressType": "IPv6", "endpoints": [endpoint("fd00::1 node-a rs")]}));
-    assert_eq!(ready_local_endpoints(&service, [&other_port, &other_family], "node-a"), 0);
+    let check = |service: &Service| {
+        let service = Service { health_check_node_port: Some(31000), ..service.clone() };
+        check(&service, [&other_port, &other_family], "node-a").unwrap().n_ready_local
+    };
+    assert_eq!(check(&service), BTreeMap::from([(Family::V4, 0)]));
+    let both = fixture::service(
+        &json!({"spec": {"clusterIPs": ["10.96.0.1", "fd00:96::1"], "ipFamilies": ["IPv4", "IPv6"]}}),
+    );
+    assert_eq!(check(&both), BTreeMap::from([(Family::V4, 0), (Family::V6, 1)]));
 }
