@@ -229,7 +229,7 @@ impl Load {
 
     /// Waits until everything has been called again, all of it during this phase.
     fn phase(&self, name: &str) {
-        *self.phase.lock().unwrap_or_else(PoisonError::into_inner) = name.to_owned();
+        name.clone_into(&mut self.phase.lock().unwrap_or_else(PoisonError::into_inner));
         let before: Vec<u64> = self.rounds.iter().map(|round| round.load(Relaxed)).collect();
         eventually(name, || {
             // The first of these rounds began before.
@@ -390,7 +390,7 @@ impl Peer {
     /// Stops it; its rules stay.
     fn stop(&mut self) {
         if let Self::Program { running, .. } = self {
-            let mut process = running.take().expect("it runs");
+            let mut process = running.take().unwrap();
             kill(Pid::from_raw(process.child.id().cast_signed()), Signal::SIGTERM).unwrap();
             process.child.wait().unwrap();
         }

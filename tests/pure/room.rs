@@ -10,8 +10,12 @@ use crate::clusters::{Allowed, calls, history, outcomes, simulator, state};
 fn sets(image: &Image) -> BTreeMap<FrontendAddress, Vec<std::net::SocketAddr>> {
     let set = |address: &FrontendAddress, id: &u32| {
         let run = image.frontends[id].run;
-        let mut set: Vec<_> =
-            image.entries(address.ip.is_ipv6(), run).unwrap().iter().map(|entry| entry.address()).collect();
+        let mut set: Vec<_> = image
+            .entries(address.ip.is_ipv6(), run)
+            .unwrap()
+            .iter()
+            .map(lb_core::tables::Entry::address)
+            .collect();
         set.sort_unstable();
         set
     };

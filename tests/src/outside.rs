@@ -465,7 +465,9 @@ impl<'a> World<'a> {
         let mut cluster = Cluster::new().with(Bed::nodes());
         let mut add = |name: &str, policy: &str, last, node_port| {
             cluster.set(service(name, policy, last, node_port));
-            slices(name, TARGET_PORT, &endpoints).into_iter().for_each(|slice| cluster.set(slice));
+            for slice in slices(name, TARGET_PORT, &endpoints) {
+                cluster.set(slice);
+            }
         };
         for (policy, last, node_port) in SERVICES {
             add(&policy.to_lowercase(), policy, last, node_port);
@@ -479,7 +481,9 @@ impl<'a> World<'a> {
             .map(|place| (FAMILIES.map(|family| place.address(family)), *place, false))
             .collect();
         cluster.set(service("stay", policy, STAY[3], 30_082));
-        slices("stay", PORT, &of_stay).into_iter().for_each(|slice| cluster.set(slice));
+        for slice in slices("stay", PORT, &of_stay) {
+            cluster.set(slice);
+        }
         cluster
     }
 
@@ -606,7 +610,9 @@ fn add_addresses(bed: &Bed) {
         for number in 0..2 {
             for generation in 0..N_GENERATIONS {
                 let own = Replica::addresses(network, number, generation);
-                own.into_iter().for_each(|ip| add(place, ip));
+                for ip in own {
+                    add(place, ip);
+                }
             }
         }
         route(if place == Place::Far { Place::Other } else { Place::Node }, network, place);

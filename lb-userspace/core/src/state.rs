@@ -342,10 +342,9 @@ impl State {
 
     /// Computes the frontends of one service. Returns the affected addresses.
     fn compute(&mut self, key: &ServiceKey) -> BTreeSet<FrontendAddress> {
-        let check = self
-            .store
-            .service(key)
-            .and_then(|service| health::check(service, self.store.slices_of(key), self.topology.node_name()));
+        let check = self.store.service(key).and_then(|service| {
+            health::check(service, &self.store.slices_of(key), self.topology.node_name())
+        });
         match check {
             Some(check) => drop(self.health_checks.insert(key.clone(), check)),
             None => drop(self.health_checks.remove(key)),

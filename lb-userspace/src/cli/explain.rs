@@ -128,7 +128,7 @@ pub fn explain(
     let ipv6 = to.ip.to_canonical().is_ipv6();
     let run = simulator.image.stored(ipv6, frontend.run);
     let addresses = |entries: &[Entry]| {
-        let mut addresses: Vec<SocketAddr> = entries.iter().map(|entry| entry.address()).collect();
+        let mut addresses: Vec<SocketAddr> = entries.iter().map(lb_core::tables::Entry::address).collect();
         addresses.sort_unstable();
         addresses
     };

@@ -76,7 +76,7 @@ enum Role {
 
 /// What is on the node.
 #[derive(Clone, Debug)]
-enum Proxy {
+enum ServedBy {
     /// Nothing: the client knows the endpoints.
     None,
     /// The agent's binary, and its flag for packets.
@@ -88,14 +88,14 @@ enum Proxy {
 #[derive(Clone, Debug)]
 struct Target {
     name: &'static str,
-    proxy: Proxy,
+    served_by: ServedBy,
     /// Rules of another program.
     others: Option<fn(&TableId) -> Vec<Change>>,
 }
 
 impl Target {
-    const fn new(name: &'static str, proxy: Proxy) -> Self {
-        Self { name, proxy, others: None }
+    const fn new(name: &'static str, served_by: ServedBy) -> Self {
+        Self { name, served_by, others: None }
     }
 }
 
@@ -107,13 +107,14 @@ pub(super) fn measure(
     is_smoke: bool,
     run: &mut Run,
 ) -> anyhow::Result<()> {
-    let socklb = |packets| Proxy::Socklb(options.socklb.clone(), packets);
+    let socklb = |packets| ServedBy::Socklb(options.socklb.clone(), packets);
     let (all, off) = ("--packets=all", "--packets=off");
-    let kube_proxy = kube_proxy.map(|program| Target::new("nftables", Proxy::KubeProxy(program.to_owned())));
-    let mut outside_targets = vec![Target::new("direct", Proxy::None), Target::new(SOCKLB, socklb(all))];
+    let kube_proxy =
+        kube_proxy.map(|program| Target::new("nftables", ServedBy::KubeProxy(program.to_owned())));
+    let mut outside_targets = vec![Target::new("direct", ServedBy::None), Target::new(SOCKLB, socklb(all))];
     outside_targets.extend(kube_proxy.clone());
     let mut pod_targets = vec![
-        Target::new("direct", Proxy::None),
+        Target::new("direct", ServedBy::None),
         Target::new(PACKETS_OFF, socklb(off)),
         Target { others: Some(tracking), ..Target::new(TRACKED, socklb(off)) },
         Target::new(PACKETS_ALL, socklb(all)),
@@ -133,8 +134,12 @@ pub(super) fn measure(
             let mut ready = Vec::new();
             for (target, number) in targets.iter().zip(1..) {
                 let node = Ipv4Addr::new(10, 0, number, 1);
-                let place =
-                    Place { size, to_endpoint: matches!(target.proxy, Proxy::None), server: pid, node };
+                let place = Place {
+                    size,
+                    to_endpoint: matches!(target.served_by, ServedBy::None),
+                    server: pid,
+                    node,
+                };
                 match Caller::start(scope, move |sandbox| {
                     set_up(target, role, place, (sandbox, netns, number), patience)
                 }) {
@@ -185,18 +190,18 @@ fn set_up(
         networks.try_for_each(|network| ip(&["route", "add", network, "via", &gateway.to_string()]))
     })?;
     let server = || sync::server(&place.size.cluster_with_load_balancers(place.node.into()));
-    let running: Option<(Daemon, ApiServer)> = match &target.proxy {
-        Proxy::None => None,
-        Proxy::Socklb(program, packets) => {
+    let running: Option<(Daemon, ApiServer)> = match &target.served_by {
+        ServedBy::None => None,
+        ServedBy::Socklb(program, packets) => {
             let server = server();
             Some((Daemon::socklb(program, sandbox, &server, &[packets])?, server))
         }
-        Proxy::KubeProxy(program) => {
+        ServedBy::KubeProxy(program) => {
             let server = server();
             Some((Daemon::kube_proxy(program, "nftables", &server)?, server))
         }
     };
-    let serves_packets = !matches!(target.proxy, Proxy::Socklb(_, "--packets=off"));
+    let serves_packets = !matches!(target.served_by, ServedBy::Socklb(_, "--packets=off"));
     let mut took = None;
     if let Some((daemon, _)) = &running {
         let waited = client.run(|| {

@@ -11,7 +11,7 @@ use lb_core::{
     desired::{FrontendAddress, Settings},
     model::{Cidr, Family, Issue, Node, ObjectKind, Service, Slice, address},
     state::View,
-    tables::Image,
+    tables::{Entry, Image},
 };
 use serde::{Deserialize, Serialize};
 
@@ -162,7 +162,7 @@ fn is_named(service: &Service, addresses: &[FrontendAddress]) -> bool {
 fn held(image: &Image, address: FrontendAddress) -> Option<(FrontendAddress, Vec<SocketAddr>)> {
     let frontend = image.frontends.get(image.services.get(&address)?)?;
     let entries = image.entries(address.ip.is_ipv6(), frontend.run)?;
-    Some((address, entries.iter().map(|entry| entry.address()).collect()))
+    Some((address, entries.iter().map(Entry::address).collect()))
 }
 
 /// Whether a text contains an address as a whole word: `10.0.0.1` is not in `10.0.0.12`.

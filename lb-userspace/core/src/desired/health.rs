@@ -17,7 +17,7 @@ pub struct HealthCheck {
 #[must_use]
 pub fn check<'a>(
     service: &Service,
-    slices: impl IntoIterator<Item = &'a Slice> + Clone,
+    slices: &(impl IntoIterator<Item = &'a Slice> + Clone),
     node_name: &str,
 ) -> Option<HealthCheck> {
     let port = service.health_check_node_port?;

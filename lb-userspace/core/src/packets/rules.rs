@@ -570,6 +570,7 @@ impl FamilyRules {
 }
 
 /// The frontends with endpoints in a table of the kernel.
+#[must_use]
 pub fn frontends_of(family: Family, table: &Table) -> BTreeSet<FrontendAddress> {
     let of_form = |form: Form| {
         let set = table.sets.get(&form.name("endpoints"));

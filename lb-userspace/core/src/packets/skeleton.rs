@@ -209,7 +209,11 @@ pub(super) fn table(ground: &Ground) -> Table {
 pub(super) fn ports_without(node_ports: &RangeInclusive<u16>) -> Option<RangeInclusive<u16>> {
     let below = node_ports.start().checked_sub(1).map(|last| FIRST_PORT..=last);
     let above = node_ports.end().checked_add(1).map(|first| first.max(FIRST_PORT)..=u16::MAX);
-    [below, above].into_iter().flatten().filter(|ports| !ports.is_empty()).max_by_key(|ports| ports.len())
+    [below, above]
+        .into_iter()
+        .flatten()
+        .filter(|ports| !ports.is_empty())
+        .max_by_key(std::iter::ExactSizeIterator::len)
 }
 
 /// The sets of the table, without elements.
@@ -392,7 +396,7 @@ impl Builder<'_> {
         let of_frontends = |form| {
             let dropped = Expression::Verdict(Verdict::Drop);
             [
-                layout.is_frontend(form, &form.name("refused"), goto("reject")),
+                layout.is_frontend(form, &form.name("refused"), goto("refuse")),
                 layout.is_frontend(form, &form.name("dropped"), dropped),
             ]
         };
@@ -405,7 +409,7 @@ impl Builder<'_> {
             let is_in = |set: &str, then: Expression| {
                 rule(vec![layout.destination(0), lookup(set, 0, LookupTo::Matches), then])
             };
-            refusals.push(is_in("cluster-ips", goto("reject")));
+            refusals.push(is_in("cluster-ips", goto("refuse")));
             refusals.push(is_in("other-ips", Expression::Verdict(Verdict::Return)));
             refusals.extend(self.ground.networks.iter().map(|network| {
                 let within = within(network, layout.destination(0));
@@ -419,7 +423,7 @@ impl Builder<'_> {
             Expression::Reject(Reject::TcpReset),
         ];
         let unreachable = Expression::Reject(Reject::port_unreachable(self.ground.family));
-        self.add_chain("reject", None, vec![rule(is_tcp.to_vec()), rule(vec![unreachable])]);
+        self.add_chain("refuse", None, vec![rule(is_tcp.to_vec()), rule(vec![unreachable])]);
     }
 
     /// The chains that decide about the source address.

@@ -445,7 +445,7 @@ impl Watch {
             }
         }
         *watch = None;
-        std::future::pending().await
+        std::future::pending::<()>().await;
     }
 }
 

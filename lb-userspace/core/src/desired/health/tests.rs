@@ -44,7 +44,7 @@ fn r12_slices_of_other_ports_and_families_do_not_count() {
         fixture::slice(&json!({"addressType": "IPv6", "endpoints": [endpoint("fd00::1 node-a rs")]}));
     let check = |service: &Service| {
         let service = Service { health_check_node_port: Some(31000), ..service.clone() };
-        check(&service, [&other_port, &other_family], "node-a").unwrap().n_ready_local
+        check(&service, &[&other_port, &other_family], "node-a").unwrap().n_ready_local
     };
     assert_eq!(check(&service), BTreeMap::from([(Family::V4, 0)]));
     let both = fixture::service(
