@@ -48,7 +48,7 @@ pub(crate) struct Options {
     #[arg(long, value_name = "N,N", value_delimiter = ',', default_values_t = [1, 1_000, 10_000])]
     services: Vec<u32>,
     /// Numbers of services for clients behind the node
-    #[arg(long, value_name = "N,N", value_delimiter = ',', default_values_t = [1, 10_000])]
+    #[arg(long, value_name = "N,N", value_delimiter = ',', default_values_t = [1, 1_000])]
     behind: Vec<u32>,
     /// Endpoints of each service
     #[arg(long, value_name = "N", default_value_t = 3)]
