@@ -44,8 +44,8 @@ pub const SEVERAL: u64 = u64::MAX;
 pub struct Policy {
     /// Failures in a row that eject, 1 to [`Self::MAX_FAILURES`].
     pub failures: u32,
-    /// Length of the first ejection in seconds, 1 to [`Self::MAX_SECONDS`]. The n-th in a row takes n times as
-    /// long.
+    /// Length of the first ejection in seconds, 1 to [`Self::MAX_SECONDS`]. The n-th in a row takes n times
+    /// as long.
     pub base: u32,
     /// Longest ejection in seconds, 1 to [`Self::MAX_SECONDS`].
     pub max: u32,
@@ -144,8 +144,8 @@ impl EndpointHealth {
         is_less(0, self.ejected_until) & (is_less(now, self.ejected_until) | is_on_trial)
     }
 
-    /// Seconds until the ejection ends, rounded up: 0 from then until a connection is established. `None` if it
-    /// is not ejected.
+    /// Seconds until the ejection ends, rounded up: 0 from then until a connection is established. `None` if
+    /// it is not ejected.
     #[must_use]
     pub const fn ejected_seconds(&self, now: u64) -> Option<u64> {
         if self.ejected_until == 0 {
@@ -160,7 +160,8 @@ impl EndpointHealth {
     #[inline(always)]
     #[must_use]
     pub fn established(self, policy: Policy, netns: u64, now: u64) -> Self {
-        // The next ejection is the first one of a row if the last trial is as long ago as the longest ejection.
+        // The next ejection is the first one of a row if the last trial is as long ago as the longest
+        // ejection.
         let is_settled = now.wrapping_sub(self.tried_at) >= policy.length(u32::MAX);
         Self {
             ejected_until: 0,

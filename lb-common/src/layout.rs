@@ -180,7 +180,8 @@ pub mod frontend_flags {
     pub const NO_LOCAL_ENDPOINT: u32 = 1 << 2;
     /// An address of a service network that no Service has. Not in any table: [`crate::resolve`] sets it.
     pub const UNALLOCATED: u32 = 1 << 3;
-    /// `socklb.io/balance: least-connections`: of four endpoints drawn, the one with the fewest open connections.
+    /// `socklb.io/balance: least-connections`: of four endpoints drawn, the one with the fewest open
+    /// connections.
     pub const LEAST_CONNECTIONS: u32 = 1 << 4;
 }
 
@@ -337,8 +338,8 @@ map_type! {
 map_type! {
     /// A `connect()` whose outcome counts for the endpoint's health. 16 octets.
     pub struct Attempt {
-        /// When the SYN was first sent, in nanoseconds of `CLOCK_MONOTONIC`. Bit 0 is set if another program had
-        /// requested the callbacks of this socket, so that they must stay.
+        /// When the SYN was first sent, in nanoseconds of `CLOCK_MONOTONIC`. Bit 0 is set if another program
+        /// had requested the callbacks of this socket, so that they must stay.
         pub sent_at: u64,
         /// Cookie of the caller's network namespace.
         pub netns: u64,
@@ -453,8 +454,8 @@ map_type! {
 }
 
 map_type! {
-    /// Value of `endpoint_health`, index = endpoint id: the outcomes of connections to it. 64 octets: one cache
-    /// line.
+    /// Value of `endpoint_health`, index = endpoint id: the outcomes of connections to it. 64 octets: one
+    /// cache line.
     ///
     /// Written by the programs; the agent only resets it with the id. Programs on several CPUs may lose a
     /// failure to each other. Times are nanoseconds of `CLOCK_MONOTONIC`; rules are in [`crate::health`].
@@ -512,8 +513,8 @@ impl ConnectLatency {
         if n < LATENCY_BUCKETS { n } else { LATENCY_BUCKETS - 1 }
     }
 
-    /// The bound of a bucket in microseconds, from 128 to 524,288; `None` for the last one, which in an ordinary
-    /// network counts connections whose SYN was sent again.
+    /// The bound of a bucket in microseconds, from 128 to 524,288; `None` for the last one, which in an
+    /// ordinary network counts connections whose SYN was sent again.
     #[must_use]
     pub const fn bound(bucket: usize) -> Option<u32> {
         if bucket + 1 < LATENCY_BUCKETS { Some(1 << (Self::FIRST as usize + bucket)) } else { None }
@@ -523,8 +524,8 @@ impl ConnectLatency {
 map_type! {
     /// Value of `endpoint_load`, index = endpoint id: how busy it is. 4 octets.
     ///
-    /// Programs count connections of Services with `least-connections`; the agent corrects what they miss, such
-    /// as sockets that were closed while no program was attached.
+    /// Programs count connections of Services with `least-connections`; the agent corrects what they miss,
+    /// such as sockets that were closed while no program was attached.
     pub struct EndpointLoad {
         /// Sockets of this node that called the endpoint and are open. May be below 0 for a moment.
         pub active: i32,

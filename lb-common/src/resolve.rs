@@ -77,12 +77,12 @@ pub trait Tables<A: FamilyLayout> {
     /// Reads an entry of the endpoint table.
     fn endpoint(&self, index: u32) -> Option<A::Endpoint>;
 
-    /// Whether an endpoint was ejected, and no connection was established since. Called only for a frontend with
-    /// a health policy.
+    /// Whether an endpoint was ejected, and no connection was established since. Called only for a frontend
+    /// with a health policy.
     fn is_suspect(&self, endpoint_id: u32) -> bool;
 
-    /// 1 if a call may choose an endpoint, 0 if it is ejected ([`EndpointHealth::is_avoided`]). A number, since
-    /// a draw without branches is cheap to verify.
+    /// 1 if a call may choose an endpoint, 0 if it is ejected ([`EndpointHealth::is_avoided`]). A number,
+    /// since a draw without branches is cheap to verify.
     ///
     /// [`EndpointHealth::is_avoided`]: crate::layout::EndpointHealth::is_avoided
     fn admits(&self, endpoint_id: u32) -> u32;
@@ -393,12 +393,12 @@ fn draw<A: FamilyLayout>(tables: &impl Tables<A>, run: Run, start: u32, scaled: 
     Some(Drawn { base, position: base.wrapping_add(run.len & is_alias) })
 }
 
-/// The position of the first endpoint that is not ejected: of [`DRAWS`] from the run, then of as many from the
-/// set that an extended run falls back to. If there is none, the last one drawn from the run.
+/// The position of the first endpoint that is not ejected: of [`DRAWS`] from the run, then of as many from
+/// the set that an extended run falls back to. If there is none, the last one drawn from the run.
 ///
 /// Redraws disregard shares: they are different endpoints, each with the same probability. Without a branch
-/// that depends on a draw: with one, kernel 5.10 verifies what follows once for each of its paths, which makes
-/// the start of an agent five times as long.
+/// that depends on a draw: with one, kernel 5.10 verifies what follows once for each of its paths, which
+/// makes the start of an agent five times as long.
 #[inline(always)]
 fn draw_again<A: FamilyLayout>(
     tables: &impl Tables<A>,

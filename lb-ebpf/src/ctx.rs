@@ -361,7 +361,8 @@ impl SockOps {
         self.field(config::SOCK_ERROR.load())
     }
 
-    /// Reads a field at an offset in `struct sock`; zero without a socket. Kernel 5.9 (`bpf_skc_to_tcp_sock`).
+    /// Reads a field at an offset in `struct sock`; zero without a socket. Kernel 5.9
+    /// (`bpf_skc_to_tcp_sock`).
     ///
     /// The kernel's own context is no typed pointer: it would take two calls of `bpf_probe_read_kernel`.
     #[inline(always)]
@@ -375,8 +376,8 @@ impl SockOps {
         if tcp.is_null() {
             return T::default();
         }
-        // SAFETY: `struct tcp_sock` begins with its `struct sock`. User space reads the field's offset from the
-        // kernel's BTF, and the verifier checks the access against it.
+        // SAFETY: `struct tcp_sock` begins with its `struct sock`. User space reads the field's offset from
+        // the kernel's BTF, and the verifier checks the access against it.
         unsafe { tcp.cast::<u8>().add(offset as usize).cast::<T>().read_volatile() }
     }
 

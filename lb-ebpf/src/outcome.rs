@@ -104,8 +104,8 @@ fn established<M: Mode>(ctx: &SockOps) {
     count(attempted.record.service_id, latency);
 }
 
-/// Adds a time in microseconds to those of a service port. Not by CPU, as calls are counted: that would take the
-/// memory of all other counters together, for one addition to each connection.
+/// Adds a time in microseconds to those of a service port. Not by CPU, as calls are counted: that would take
+/// the memory of all other counters together, for one addition to each connection.
 #[inline(always)]
 fn count(service_id: u32, latency: u32) {
     let Some(times) = maps::CONNECT_LATENCY.get_ptr_mut(service_id) else { return };

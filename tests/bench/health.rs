@@ -1,4 +1,5 @@
-//! `cargo xtask bench health`: one of three endpoints dies, with passive health and, at the same time, without.
+//! `cargo xtask bench health`: one of three endpoints dies, with passive health and, at the same time,
+//! without.
 //!
 //! Each target has a node with three pods of its own. Its clients begin calls at a fixed rate, whether or not
 //! former ones were answered, so that the share of calls to an endpoint is that of its choices.

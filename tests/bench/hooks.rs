@@ -40,8 +40,8 @@ pub(crate) const KINDS: [Call; 8] = [
     ("tcp hit", Kind::Tcp, To::OneService),
 ];
 
-/// Calls that show what passive health costs. A whole connection is that from the socket to its close, with the
-/// callbacks of both sides.
+/// Calls that show what passive health costs. A whole connection is that from the socket to its close, with
+/// the callbacks of both sides.
 pub(crate) const HEALTH_KINDS: [Call; 4] = [
     ("whole TCP connection, no service", Kind::TcpWhole, To::Endpoint),
     ("whole TCP connection, service", Kind::TcpWhole, To::OneService),

@@ -237,7 +237,8 @@ impl Size {
         cluster
     }
 
-    /// [`Self::cluster`] with services of type `LoadBalancer` and endpoints on [`NODE`], which has this address.
+    /// [`Self::cluster`] with services of type `LoadBalancer` and endpoints on [`NODE`], which has this
+    /// address.
     pub(crate) fn cluster_with_load_balancers(self, node: IpAddr) -> Cluster {
         let mut cluster = Cluster::new();
         for number in 0..self.n_services {

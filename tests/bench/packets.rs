@@ -1,5 +1,5 @@
-//! `cargo xtask bench packets`: what the rules for packets cost the agent and the kernel: all of them at once,
-//! one change of endpoints, and reading them.
+//! `cargo xtask bench packets`: what the rules for packets cost the agent and the kernel: all of them at
+//! once, one change of endpoints, and reading them.
 //!
 //! State and kernel are those of the agent, in this process and in a network namespace of their own.
 

@@ -88,8 +88,8 @@ fn with_slots(test: impl Fn(&Options) + Send + Sync) {
     });
 }
 
-/// A connection each tick, which ends after [`TICKS`] or, at the first endpoint, ten times as many. Returns the
-/// open connections of each endpoint once they have settled.
+/// A connection each tick, which ends after [`TICKS`] or, at the first endpoint, ten times as many. Returns
+/// the open connections of each endpoint once they have settled.
 fn settled(node: &Node) -> [usize; N_ENDPOINTS] {
     let (mut ends, mut open) = (BTreeMap::<usize, Vec<Socket>>::new(), [0; N_ENDPOINTS]);
     let mut places = BTreeMap::<usize, Vec<usize>>::new();
@@ -120,8 +120,8 @@ fn least_connections_evens_out_open_connections_and_random_does_not() {
     });
 }
 
-/// Replaces all endpoints one after the other, while every client holds a connection and connects again when its
-/// endpoint leaves. Returns the connections of the new endpoints.
+/// Replaces all endpoints one after the other, while every client holds a connection and connects again when
+/// its endpoint leaves. Returns the connections of the new endpoints.
 fn open_after_rollout(options: &Options, balance: &str) -> [u32; N_ENDPOINTS] {
     let service = service_address(Domain::V4);
     let endpoints = addresses::<{ 2 * N_ENDPOINTS }>(Domain::V4, 8001);

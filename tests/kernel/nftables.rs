@@ -709,8 +709,8 @@ fn packets_to(state: &State, family: Family) -> Vec<Packet> {
     of_family.take(4).map(packet).collect()
 }
 
-/// The changes of each sync lead to the tables that are made from scratch, whatever was before, and `nft` lists
-/// them.
+/// The changes of each sync lead to the tables that are made from scratch, whatever was before, and `nft`
+/// lists them.
 #[test]
 fn the_tables_of_random_clusters_follow_their_changes() {
     Sandbox::test_with(&[Feature::Nftables], |_sandbox| {

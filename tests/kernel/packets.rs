@@ -178,7 +178,8 @@ pub(crate) fn fault(
     let mut missing = endpoints.to_vec();
     let n = endpoints.len();
     bed.at(from).run(|| {
-        // With three endpoints, one is missed once in 10^8 runs, and an unexpected one that is as likely in one of 30.
+        // With three endpoints, one is missed once in 10^8 runs, and an unexpected one that is as likely in
+        // one of 30.
         for n_calls in 0..16 * n {
             if missing.is_empty() && n_calls >= 4 * n {
                 break;
@@ -338,8 +339,8 @@ fn datagrams_in_fragments() {
     });
 }
 
-/// A counter of ICMP in a namespace: "packet too big", and for IPv4 "fragmentation needed" with all else of its
-/// type.
+/// A counter of ICMP in a namespace: "packet too big", and for IPv4 "fragmentation needed" with all else of
+/// its type.
 fn n_too_big(bed: &Bed, place: Place, family: Family) -> u64 {
     let (file, name) = match family {
         Family::V4 => ("snmp", "InType3"),
@@ -374,8 +375,8 @@ fn echo(stream: &mut TcpStream, octets: &[u8]) {
 #[test]
 fn path_mtu_discovery() {
     let octets: Vec<u8> = (0..1_u32 << 18).map(|n| n.to_le_bytes()[1]).collect();
-    // The router's narrow link and its other end, who calls what, which endpoint answers, and who learns of it. What
-    // ends have learned stays: so no two ways of a bed have the same addresses at an endpoint.
+    // The router's narrow link and its other end, who calls what, which endpoint answers, and who learns of
+    // it. What ends have learned stays: so no two ways of a bed have the same addresses at an endpoint.
     for (device, narrow, ways) in [
         ("edge", Place::Edge, [(Outside, To::NodePort, Pod, Pod), (Outside, To::LoadBalancer, Far, Far)]),
         ("other", Other, [(Outside, To::NodePort, Far, Outside), (Pod, To::ClusterIp, Far, Pod)]),

@@ -463,8 +463,8 @@ fn with_node_ports(annotation: Option<&str>) -> Cluster {
     cluster
 }
 
-/// Runs a test in each mode with early sockets, in a pod where the early addresses have silent servers, and an
-/// agent without services.
+/// Runs a test in each mode with early sockets, in a pod where the early addresses have silent servers, and
+/// an agent without services.
 fn with_early_sockets(test: impl Fn(&Pod, &[EarlySocket], &mut Agent, &Options, Instant) + Sync) {
     with_pods(&Cluster::new(), |pod, agent, options| {
         let _mute = mute_servers(pod);

@@ -58,8 +58,8 @@ async def main():
 asyncio.run(main())
 "#;
 
-/// Runs a client, which makes sixty calls at once, with the services of each family. The servers are the pods,
-/// and the program sees the services.
+/// Runs a client, which makes sixty calls at once, with the services of each family. The servers are the
+/// pods, and the program sees the services.
 pub(crate) fn make_sixty_calls(program: &'static str, client: impl Fn([&str; 3]) -> String + Sync) {
     with_served_town(program, 2, |town, _agent| {
         for (family, (web, dns)) in town::web().into_iter().zip(town::dns()).enumerate() {

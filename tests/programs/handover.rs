@@ -1,8 +1,8 @@
 //! From kube-proxy to an agent with `--packets=all`, and back, under load.
 //!
 //! kube-proxy is its rules, as one has written them for [`cluster`] (`handover/*.rules`). If the environment
-//! names the program (`KUBE_PROXY`, or a directory in `KUBE_BIN`), it runs too, and `UPDATE_EXPECT=1` records its
-//! rules anew.
+//! names the program (`KUBE_PROXY`, or a directory in `KUBE_BIN`), it runs too, and `UPDATE_EXPECT=1` records
+//! its rules anew.
 
 use std::{
     env, fs,

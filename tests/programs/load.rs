@@ -84,7 +84,8 @@ fn a_new_endpoint_begins_with_a_tenth_unless_the_agent_is_new_too() {
     });
 }
 
-/// The hints leave an endpoint in that refuses, and one out that answers. The ejection lasts longer than the test.
+/// The hints leave an endpoint in that refuses, and one out that answers. The ejection lasts longer than the
+/// test.
 #[test]
 fn calls_spill_over_hints_and_not_over_the_policy_local() {
     const CLOSED: u16 = 9;

@@ -29,7 +29,8 @@ fn with_node(test: impl FnOnce(&Place) + Send) {
     });
 }
 
-/// A Service with the policy Local, source ranges and SCTP, and its endpoints, the first of them on this node.
+/// A Service with the policy Local, source ranges and SCTP, and its endpoints, the first of them on this
+/// node.
 fn cluster(n_endpoints: u8) -> Cluster {
     let service = json!({
         "apiVersion": "v1",

@@ -45,7 +45,8 @@ fn fresh(mode: PacketMode, cluster: &RandomCluster) -> State {
     state
 }
 
-/// A packet as the first of its connection. The last address is an endpoint's, and a pod's if the Node says so.
+/// A packet as the first of its connection. The last address is an endpoint's, and a pod's if the Node says
+/// so.
 fn packets(cluster: &RandomCluster) -> Vec<Packet> {
     let own = cluster.node_addresses();
     let others = ["198.51.100.7", "198.51.101.8", "10.1.77.1", "10.0.0.1", "10.2.0.1", "10.3.0.1"]
@@ -155,7 +156,8 @@ fn is_local(state: &State, ip: IpAddr) -> bool {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
 
-    /// Each transaction leads to the tables, and these are those of an agent that starts with the same objects.
+    /// Each transaction leads to the tables, and these are those of an agent that starts with the same
+    /// objects.
     #[test]
     fn only_the_last_cluster_counts(history in history(4), mode in mode(), syncs: [bool; 5]) {
         let mut state = state(mode);
@@ -216,7 +218,8 @@ proptest! {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
 
-    /// A table with no elements but those that a packet's rules look for does to it what the whole table does.
+    /// A table with no elements but those that a packet's rules look for does to it what the whole table
+    /// does.
     #[test]
     fn what_a_packet_looks_for_decides(history in history(1), mode in mode(), first in 0..32_usize) {
         let last = &history[history.len() - 1];
@@ -246,8 +249,8 @@ proptest! {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
 
-    /// While the endpoints of a frontend change, a packet in the middle of the transaction reaches one of those before or
-    /// after it.
+    /// While the endpoints of a frontend change, a packet in the middle of the transaction reaches one of
+    /// those before or after it.
     #[test]
     fn a_packet_in_the_middle_of_a_transaction_is_served(history in history(1), mode in mode()) {
         let (first, last) = (&history[0], &history[history.len() - 1]);

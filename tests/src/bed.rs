@@ -181,7 +181,8 @@ impl Node {
         Self { state, nftables, conntrack }
     }
 
-    /// Brings the rules to the state of a cluster, and compares the kernel's with them. Returns the transaction.
+    /// Brings the rules to the state of a cluster, and compares the kernel's with them. Returns the
+    /// transaction.
     ///
     /// # Panics
     ///
@@ -270,7 +271,8 @@ impl Node {
         found.map(without_clients)
     }
 
-    /// Compares the kernel's rules with what they ought to be, and repairs them. Returns the number of changes.
+    /// Compares the kernel's rules with what they ought to be, and repairs them. Returns the number of
+    /// changes.
     ///
     /// # Panics
     ///
@@ -311,7 +313,8 @@ impl Bed {
             Place::ALL.into_iter().map(|place| (place, NetNs::new().expect("a namespace"))).collect();
         for place in places.values() {
             place.run(|| {
-                // Until a link's own address is known to be unique, a second or two, routers find no neighbours.
+                // Until a link's own address is known to be unique, a second or two, routers find no
+                // neighbours.
                 fs::write("/proc/sys/net/ipv6/conf/default/accept_dad", "0")
                     .expect("no detection of duplicates");
             });
@@ -558,8 +561,8 @@ pub fn ask(socket: &UdpSocket, octets: &[u8], patience: Duration) -> io::Result<
     Ok((reached(&line), buffer[end + 1..n].to_vec()))
 }
 
-/// Removes the limit of ICMP errors in the calling thread's namespace: tests cause more of them in a second than a
-/// host answers, and redirects count among them.
+/// Removes the limit of ICMP errors in the calling thread's namespace: tests cause more of them in a second
+/// than a host answers, and redirects count among them.
 ///
 /// # Panics
 ///
@@ -584,8 +587,8 @@ fn reached(line: &str) -> Outcome {
     Outcome::Reached { server, client }
 }
 
-/// Starts TCP and UDP servers in the calling thread's namespace. Each says its own address and the client's, then
-/// echoes.
+/// Starts TCP and UDP servers in the calling thread's namespace. Each says its own address and the client's,
+/// then echoes.
 ///
 /// # Panics
 ///

@@ -2,17 +2,17 @@
 //!
 //! # Purpose
 //!
-//! [`run`] starts the real agent with `--packets=all` on the node of a [`Bed`]. A client outside opens connections at a
-//! rate: through node ports and load-balancer addresses, in both families, with both external policies. Each asks and
-//! is answered. Meanwhile endpoints are replaced as in a rolling update, other Services come and go, and agents are
-//! killed and restarted.
+//! [`run`] starts the real agent with `--packets=all` on the node of a [`Bed`]. A client outside opens
+//! connections at a rate: through node ports and load-balancer addresses, in both families, with both
+//! external policies. Each asks and is answered. Meanwhile endpoints are replaced as in a rolling update,
+//! other Services come and go, and agents are killed and restarted.
 //!
 //! # Invariants
 //!
 //! - Each called Service always has a ready endpoint, also on this node.
-//! - As in Kubernetes, an endpoint terminates before it leaves, and not before the rules name it: an agent that lags
-//!   would name it afterwards. It serves until the rules do not name it and the connections that began before that have
-//!   ended.
+//! - As in Kubernetes, an endpoint terminates before it leaves, and not before the rules name it: an agent
+//!   that lags would name it afterwards. It serves until the rules do not name it and the connections that
+//!   began before that have ended.
 //! - A new endpoint has another address.
 //! - Measured times fail nothing.
 
@@ -345,12 +345,14 @@ async fn call(target: Target, from: IpAddr, token: u64) -> Result<Duration, Stri
     check(target, own, token, &answer).map(|()| connected).ok_or(answer)
 }
 
-/// `None` if the answer is not the one to this question, or the server sees another client than the policy says.
+/// `None` if the answer is not the one to this question, or the server sees another client than the policy
+/// says.
 fn check(target: Target, own: SocketAddr, token: u64, answer: &str) -> Option<()> {
     let mut words = answer.split(' ');
     let server: SocketAddr = words.next()?.parse().ok()?;
     let client: SocketAddr = words.next()?.parse().ok()?;
-    // The kernel chooses another port if a connection that it still tracks has the client's to the same endpoint.
+    // The kernel chooses another port if a connection that it still tracks has the client's to the same
+    // endpoint.
     let is_seen = if target.is_local { client.ip() == own.ip() } else { Bed::is_of_node(client.ip()) };
     let is_right = server.port() == TARGET_PORT && words.next()? == token.to_string();
     (is_seen && is_right).then_some(())

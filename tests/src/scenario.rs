@@ -2,8 +2,9 @@
 //!
 //! # Invariants
 //!
-//! - One runner, three executors: [`simulated`] on an image in memory, [`real`] on sockets, [`packets`] on packets
-//!   of callers without hooks. If they differ, one of them is wrong, or the scenario says so in `packets`.
+//! - One runner, three executors: [`simulated`] on an image in memory, [`real`] on sockets, [`packets`] on
+//!   packets of callers without hooks. If they differ, one of them is wrong, or the scenario says so in
+//!   `packets`.
 //! - The set of reached endpoints is compared as a whole: a missing one is as wrong as an extra one.
 
 pub mod packets;

@@ -19,11 +19,11 @@ const RESULTS: &str = "docs/benchmarks";
 #[derive(Debug, Args)]
 pub(crate) struct Options {
     what: What,
-    /// Suites: `--smoke`, `--json FILE`, `--markdown FILE`, `--svg DIR`, and the suite's own: `-- --help` lists
-    /// them. `all`: `--smoke` for a short run that checks the bench, with results in the target folder.
+    /// Suites: `--smoke`, `--json FILE`, `--markdown FILE`, `--svg DIR`, and the suite's own: `-- --help`
+    /// lists them. `all`: `--smoke` for a short run that checks the bench, with results in the target folder.
     /// `compare`: `OLD NEW`. `churn`: `--seed N`, `--seconds N`; for figures over time `--services N`,
-    /// `--endpoints N`, `--changes-per-second N` and `--kill-every SECONDS`: `-- --help` lists all. `outside`: `--rate N`,
-    /// `--seconds N`
+    /// `--endpoints N`, `--changes-per-second N` and `--kill-every SECONDS`: `-- --help` lists all.
+    /// `outside`: `--rate N`, `--seconds N`
     #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGS")]
     arguments: Vec<String>,
 }
@@ -48,8 +48,8 @@ enum What {
     Compare,
     /// Rewrites plots and tables of the documents from docs/benchmarks, without measuring
     Render,
-    /// Connections from outside, served as packets, while endpoints, services and agents change; exits with 1 if one
-    /// fails
+    /// Connections from outside, served as packets, while endpoints, services and agents change; exits with 1
+    /// if one fails
     Outside,
     /// Long run: changes of everything, with API server faults and calls in progress
     Churn,

@@ -70,8 +70,8 @@ pub(crate) fn object(workspace: &Workspace, purposes: &[Purpose]) -> Result<Path
     Ok(object)
 }
 
-/// The object without DWARF, which BTF was made from, and without the relocations of BTF, which loaders ignore.
-/// Otherwise the agent would keep them in memory: they are six sevenths of the object.
+/// The object without DWARF, which BTF was made from, and without the relocations of BTF, which loaders
+/// ignore. Otherwise the agent would keep them in memory: they are six sevenths of the object.
 fn without_debug_sections(object: &[u8]) -> Result<Vec<u8>> {
     const UNUSED: [&[u8]; 3] = [b".debug_", b".rel.debug_", b".rel.BTF"];
     let mut builder = elf::Builder::read(object)?;

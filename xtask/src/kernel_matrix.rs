@@ -1,7 +1,7 @@
 //! `cargo xtask kernel-matrix`: the kernel tests on Debian's kernels, in QEMU.
 //!
-//! The guest is a Debian cloud kernel and an initramfs with a static init, the static test executable and a few
-//! modules. It has no disk and no network device. Kernels and QEMU are unpacked into the cache folder,
+//! The guest is a Debian cloud kernel and an initramfs with a static init, the static test executable and a
+//! few modules. It has no disk and no network device. Kernels and QEMU are unpacked into the cache folder,
 //! not installed.
 
 use std::fs::File;

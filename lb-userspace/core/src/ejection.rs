@@ -65,8 +65,8 @@ pub struct EjectionTracker {
 }
 
 impl EjectionTracker {
-    /// Scans the ids below `n_ids`, and returns what happened since the last scan. The first scan returns what is
-    /// ejected.
+    /// Scans the ids below `n_ids`, and returns what happened since the last scan. The first scan returns
+    /// what is ejected.
     ///
     /// `image` is what the maps held when the scan began, and `is_new_image` whether it differs from the last
     /// scan's. An endpoint that is ejected and leaves the image causes no change.
@@ -180,8 +180,8 @@ fn reason(failures: u32, errno: u32) -> String {
     }
 }
 
-/// The error of a connection that failed. 0 is a SYN without an answer. Errors of Linux' `icmp_err_convert` and
-/// `icmpv6_err_convert`.
+/// The error of a connection that failed. 0 is a SYN without an answer. Errors of Linux' `icmp_err_convert`
+/// and `icmpv6_err_convert`.
 #[must_use]
 pub fn cause(errno: u32) -> Cow<'static, str> {
     let known = match errno {

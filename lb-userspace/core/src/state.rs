@@ -189,8 +189,8 @@ impl State {
         self.touched_ips.extend(ips.chain(keys.addresses.iter().map(|(_, ip)| *ip)));
     }
 
-    /// Sets the time. The next [`Self::sync`] applies the shares that a slow start has changed. Without a call of
-    /// this, no endpoint is new.
+    /// Sets the time. The next [`Self::sync`] applies the shares that a slow start has changed. Without a
+    /// call of this, no endpoint is new.
     pub fn advance(&mut self, now: Instant) {
         self.dirty.services.extend(self.slow_start.advance(now));
     }
@@ -472,8 +472,8 @@ impl State {
         self.packets.take_stale()
     }
 
-    /// Whether a tracked flow leads to what is no endpoint of the Service that its client calls. An endpoint keeps its
-    /// flows as it keeps its sockets (semantics R10). `removed`: [`Stale::removed`].
+    /// Whether a tracked flow leads to what is no endpoint of the Service that its client calls. An endpoint
+    /// keeps its flows as it keeps its sockets (semantics R10). `removed`: [`Stale::removed`].
     #[must_use]
     pub fn is_stale_flow(&self, flow: &Entry, removed: &BTreeSet<FrontendAddress>) -> bool {
         conntrack::is_stale(flow, |protocol, called, answers| {
@@ -490,7 +490,8 @@ impl State {
         })
     }
 
-    /// Whether an endpoint that new calls may not reach keeps what it has. It does while its Service waits for a sync.
+    /// Whether an endpoint that new calls may not reach keeps what it has. It does while its Service waits
+    /// for a sync.
     fn keeps(&self, frontend: &desired::Frontend, endpoint: &SocketAddr) -> bool {
         let key = &*frontend.port;
         let service = self.store.service(&key.service);
@@ -521,8 +522,8 @@ impl State {
         !self.is_first_sync
     }
 
-    /// What a sync has put in force. Call it between the execution of a plan and the next change: then objects
-    /// and image belong together.
+    /// What a sync has put in force. Call it between the execution of a plan and the next change: then
+    /// objects and image belong together.
     #[must_use]
     pub fn view(&self) -> View {
         View {

@@ -3,8 +3,8 @@
 //! # Purpose
 //!
 //! [`run`] sets up a node with three pods, starts the real agent on the objects of `manifests/demo`, and lets
-//! ordinary programs call the service addresses. It counts which pod answered, cuts a pod off, and checks each
-//! statement that it makes.
+//! ordinary programs call the service addresses. It counts which pod answered, cuts a pod off, and checks
+//! each statement that it makes.
 //!
 //! # Invariants
 //!

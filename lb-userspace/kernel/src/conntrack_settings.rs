@@ -46,8 +46,8 @@ pub const fn settings(n_cpus: u64) -> [Setting; 3] {
     ]
 }
 
-/// Makes the settings in the caller's network namespace. Returns what was changed, with the value before and the one
-/// now, or why it could not be.
+/// Makes the settings in the caller's network namespace. Returns what was changed, with the value before and
+/// the one now, or why it could not be.
 pub fn apply() -> Vec<(Setting, io::Result<(u64, u64)>)> {
     let n_cpus = thread::available_parallelism().map_or(1, NonZeroUsize::get);
     let changed = settings(u64::try_from(n_cpus).unwrap_or(1)).into_iter().filter_map(|setting| {

@@ -3,10 +3,9 @@
 //! # Purpose
 //!
 //! [`Kernel::open`] loads the programs, adopts or creates the pinned maps, and attaches or replaces the
-//! programs. [`Kernel::apply`] applies a plan; [`Maps::image`] reads the tables back, and [`Observations`] what
-//! the programs count;
-//! [`Maps::compare`] and [`Kernel::repair`] are the audit. [`sockets`] finds and destroys sockets on
-//! the whole host.
+//! programs. [`Kernel::apply`] applies a plan; [`Maps::image`] reads the tables back, and [`Observations`]
+//! what the programs count; [`Maps::compare`] and [`Kernel::repair`] are the audit. [`sockets`] finds and
+//! destroys sockets on the whole host.
 //!
 //! # Invariants
 //!

@@ -19,10 +19,10 @@ use nix::{
 
 /// A BPF array of `T`, mapped into this process.
 ///
-/// Programs and other threads read and write it at any time. An entry is read and written as 64-bit words, and a
-/// last one of 32 bits if its size is not a multiple of 8, in no particular order. No word is torn, but an entry
-/// may be: its words may belong to two writes. So write only unreferenced entries, and single words (`store_u64`,
-/// `store_u32`) of entries in use.
+/// Programs and other threads read and write it at any time. An entry is read and written as 64-bit words,
+/// and a last one of 32 bits if its size is not a multiple of 8, in no particular order. No word is torn, but
+/// an entry may be: its words may belong to two writes. So write only unreferenced entries, and single words
+/// (`store_u64`, `store_u32`) of entries in use.
 #[derive(Debug)]
 pub struct Mapped<T> {
     base: NonNull<u8>,
@@ -108,8 +108,8 @@ impl<T: MapValue> Mapped<T> {
     fn words(&self, index: u32) -> Option<(&[AtomicU64], Option<&AtomicU32>)> {
         const { assert!(size_of::<T>().is_multiple_of(4), "an entry is a sequence of words") };
         let (entry, n_words) = (self.at(index)?, size_of::<T>() / 8);
-        // SAFETY: inside the mapping, which outlives the references, and 8-aligned. The kernel's side accesses it
-        // as words, too.
+        // SAFETY: inside the mapping, which outlives the references, and 8-aligned. The kernel's side
+        // accesses it as words, too.
         let words = unsafe { slice::from_raw_parts(entry.cast().as_ptr(), n_words) };
         let has_tail = !size_of::<T>().is_multiple_of(8);
         // SAFETY: as above, the last four octets of the entry.
@@ -153,8 +153,8 @@ impl<T: MapValue> Mapped<T> {
 
     fn word_u64(&self, index: u32, word: usize) -> Option<&AtomicU64> {
         let word = self.word(index, word * 8, 8)?;
-        // SAFETY: inside the mapping, which outlives the reference, and 8-aligned; the kernel's side accesses it
-        // as one word.
+        // SAFETY: inside the mapping, which outlives the reference, and 8-aligned; the kernel's side accesses
+        // it as one word.
         Some(unsafe { AtomicU64::from_ptr(word.cast().as_ptr()) })
     }
 

@@ -342,7 +342,8 @@ impl NfSocket {
     /// The system call's; `EPERM` without `CAP_NET_ADMIN`.
     pub(super) fn batch(&mut self, octets: &[u8], first: u32, n_messages: u32) -> io::Result<Answers> {
         let n_octets = octets.len();
-        // The kernel refuses what is longer than the buffer, and accounts for some more. It doubles the value.
+        // The kernel refuses what is longer than the buffer, and accounts for some more. It doubles the
+        // value.
         if setsockopt(&self.socket, sockopt::SndBufForce, &n_octets.max(64 << 10)).is_err() {
             setsockopt(&self.socket, sockopt::SndBuf, &n_octets.max(64 << 10))?;
         }

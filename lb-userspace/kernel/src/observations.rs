@@ -77,7 +77,8 @@ impl Observations {
         Ok(())
     }
 
-    /// Resets what an operation gives to another service port or endpoint. An id beyond a map has nothing there.
+    /// Resets what an operation gives to another service port or endpoint. An id beyond a map has nothing
+    /// there.
     pub(crate) fn apply(&self, op: &Op) {
         match op {
             Op::ResetService(id) => {
@@ -116,15 +117,15 @@ impl Observations {
         })
     }
 
-    /// How long connections to a service port took since it got its id. Zero for a port whose connections are not
-    /// observed, and for an id beyond the map.
+    /// How long connections to a service port took since it got its id. Zero for a port whose connections are
+    /// not observed, and for an id beyond the map.
     #[must_use]
     pub fn connect_latency(&self, service_id: u32) -> ConnectLatency {
         self.0.connect_latency.read(service_id).unwrap_or_default()
     }
 
-    /// The outcomes of connections to an endpoint since it got its id. The default for an endpoint that is not
-    /// observed, and for an id beyond the map.
+    /// The outcomes of connections to an endpoint since it got its id. The default for an endpoint that is
+    /// not observed, and for an id beyond the map.
     ///
     /// Programs write it meanwhile: the fields may belong to two events.
     #[must_use]
@@ -157,8 +158,8 @@ impl Observations {
         loads.filter(|(_, active)| *active != 0)
     }
 
-    /// Adds to counts of open connections. Programs may add to them at the same time. An id beyond the map has no
-    /// count.
+    /// Adds to counts of open connections. Programs may add to them at the same time. An id beyond the map
+    /// has no count.
     pub fn correct_loads(&self, corrections: &BTreeMap<u32, i32>) {
         for (&id, &number) in corrections {
             let _beyond = self.0.endpoint_load.add(id, number.cast_unsigned());

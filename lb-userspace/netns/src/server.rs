@@ -31,8 +31,8 @@ pub enum Socket {
     Datagrams(net::UdpSocket),
 }
 
-/// Any number of servers on one thread, in the namespaces and cgroup of the thread that started them. They stop
-/// on drop.
+/// Any number of servers on one thread, in the namespaces and cgroup of the thread that started them. They
+/// stop on drop.
 #[derive(Debug)]
 pub struct Servers {
     /// Dropping it stops the thread.

@@ -42,8 +42,8 @@ pub struct Explanation {
     pub shares: Vec<SharePart>,
     /// The candidates that calls avoid now, because connections to them failed.
     pub ejected: Vec<LeftOutPart>,
-    /// The endpoints that calls reach instead while all candidates are ejected: ready ones that topology hints
-    /// leave out.
+    /// The endpoints that calls reach instead while all candidates are ejected: ready ones that topology
+    /// hints leave out.
     pub spill: Vec<SocketAddr>,
     /// Every known endpoint that a call may not reach, or only as `spill`.
     pub left_out: Vec<LeftOutPart>,

@@ -271,7 +271,8 @@ impl Asked<'_> {
         match &mut *self.nftables.borrow_mut() {
             Err(NftablesError::Missing) => None,
             Err(error) => Some(PacketPart::unknown(self.packet, error.to_string())),
-            // A whole table of a large cluster takes a second to read, and `--watch` reads it with each change.
+            // A whole table of a large cluster takes a second to read, and `--watch` reads it with each
+            // change.
             Ok(nftables) => match nftables.read_wanted(&table, |table| sim::lookups(table, self.packet)) {
                 Ok((found, _generation)) => found.map(|found| PacketPart::new(&found, self.packet)),
                 Err(NftablesError::Missing) => None,

@@ -273,8 +273,8 @@ impl Monitor<'_> {
         Ok(())
     }
 
-    /// Shows what became of endpoints since the last time; at first, which ones are ejected. `false` once the reader
-    /// has closed standard output.
+    /// Shows what became of endpoints since the last time; at first, which ones are ejected. `false` once the
+    /// reader has closed standard output.
     fn print_ejections(&mut self) -> anyhow::Result<bool> {
         let image = &self.names.image;
         let entries = image.reachable();

@@ -71,8 +71,8 @@ struct FileConfig {
 /// `socklb status`. Changes nothing.
 ///
 /// Exit status 1 if a hook lacks its program, since its calls then pass unchanged, or if the kernel lacks a
-/// running agent's nftables table; 3 if all are there and a running agent serves a state older than its source. A stopped agent is no failure: the pins keep
-/// serving.
+/// running agent's nftables table; 3 if all are there and a running agent serves a state older than its
+/// source. A stopped agent is no failure: the pins keep serving.
 ///
 /// # Errors
 ///

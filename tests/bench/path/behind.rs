@@ -1,5 +1,5 @@
-//! Clients behind the node, whose packets it routes: one outside of the cluster, and a pod whose sockets hooks
-//! decide for.
+//! Clients behind the node, whose packets it routes: one outside of the cluster, and a pod whose sockets
+//! hooks decide for.
 //!
 //! ```text
 //! client ── node with the rules ── server

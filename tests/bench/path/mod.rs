@@ -177,8 +177,8 @@ pub(crate) fn run(options: &Options, common: &Common) -> anyhow::Result<ResultFi
 struct Server(Child);
 
 impl Server {
-    /// Starts it in a namespace with all endpoint addresses. It has the services' addresses too, where nothing
-    /// listens: it refuses calls that no rule rewrites.
+    /// Starts it in a namespace with all endpoint addresses. It has the services' addresses too, where
+    /// nothing listens: it refuses calls that no rule rewrites.
     fn start(netns: &NetNs) -> anyhow::Result<Self> {
         netns.run(|| {
             for network in [POD_NETWORK, SERVICE_NETWORK] {

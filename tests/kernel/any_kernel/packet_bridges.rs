@@ -1,5 +1,5 @@
-//! Pods behind a bridge, as CNI's plugin `bridge` makes it: in one network, so that their packets to each other are
-//! bridged and not routed.
+//! Pods behind a bridge, as CNI's plugin `bridge` makes it: in one network, so that their packets to each
+//! other are bridged and not routed.
 
 use std::fs;
 
@@ -84,8 +84,8 @@ fn pods_behind_a_bridge_that_rules_see() {
     });
 }
 
-/// As with kube-proxy: an endpoint behind the same bridge answers the pod itself, whose connection is with another
-/// address. `socklb check` reports such bridges.
+/// As with kube-proxy: an endpoint behind the same bridge answers the pod itself, whose connection is with
+/// another address. `socklb check` reports such bridges.
 #[test]
 fn pods_behind_a_bridge_that_rules_do_not_see() {
     const SAME_BRIDGE: &[Place] = &[Second];

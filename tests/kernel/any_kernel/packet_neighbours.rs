@@ -1,6 +1,7 @@
 //! Rules of other programs beside socklb's: the same endpoints answer, and see the same addresses.
 //!
-//! The files in `packet_neighbours` are what Docker 20.10 (with a container that publishes port 8088), firewalld
+//! The files in `packet_neighbours` are what Docker 20.10 (with a container that publishes port 8088),
+//! firewalld
 //! 1.3 and the plugins of CNI 1.1 (`bridge` with `ipMasq`, `portmap`, `firewall`) wrote in a namespace, and what the
 //! sources of flannel and Calico write. Addresses and devices are the bed's. Calico's sets of addresses are
 //! networks here.

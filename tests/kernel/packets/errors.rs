@@ -26,8 +26,8 @@ fn closed_ports_of_endpoints() {
     });
 }
 
-/// More than the links carry at once, and a link on the way that carries less than the first: the sender of IPv6 must
-/// learn of it, and routers cut datagrams of IPv4.
+/// More than the links carry at once, and a link on the way that carries less than the first: the sender of
+/// IPv6 must learn of it, and routers cut datagrams of IPv4.
 #[test]
 fn datagrams_where_the_path_narrows() {
     let octets: Vec<u8> = (0..4000_u32).map(|n| n.to_le_bytes()[0]).collect();

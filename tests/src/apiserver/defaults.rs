@@ -10,8 +10,8 @@ use crate::cluster;
 
 const NODE_PORTS: std::ops::RangeInclusive<u64> = 30000..=32767;
 
-/// Validates an object and sets the defaults. `others` are all of its kind, including the object with the same
-/// name, if there is one. Returns namespace and name; the namespace of a Node is empty.
+/// Validates an object and sets the defaults. `others` are all of its kind, including the object with the
+/// same name, if there is one. Returns namespace and name; the namespace of a Node is empty.
 pub(super) fn complete(kind: Kind, object: &mut Value, others: &Objects) -> Result<Name, Refusal> {
     let Some(fields) = object.as_object_mut() else {
         return Err(Refusal::new(400, "BadRequest", "the body is not an object"));

@@ -5,9 +5,9 @@
 //! caller ──┴── node ── world
 //! ```
 //!
-//! Every endpoint and every destination is an address of the world, with a server, unless the node's interfaces
-//! have it. A call that no rule is about so reaches a server at its original address. The callers are pods of the
-//! node. What is dropped counts as unreachable.
+//! Every endpoint and every destination is an address of the world, with a server, unless the node's
+//! interfaces have it. A call that no rule is about so reaches a server at its original address. The callers
+//! are pods of the node. What is dropped counts as unreachable.
 
 use std::{
     collections::{BTreeMap, BTreeSet},

@@ -128,8 +128,8 @@ pub async fn run(
     settings: Settings,
     mut stop: watch::Receiver<bool>,
 ) -> Result<(), RunError> {
-    // Before attaching: an agent that fails for lack of nftables or of a port has changed nothing. The first of them
-    // need not wait for another agent's exit.
+    // Before attaching: an agent that fails for lack of nftables or of a port has changed nothing. The first
+    // of them need not wait for another agent's exit.
     let probed = Probed::new(settings.packets)?;
     let turn = lock_wait::wait_for_lock(&options.kernel.pin_path, &options.http, &mut stop).await?;
     // Dropped last: the ports are free and no work is left when the lock is released.

@@ -153,8 +153,9 @@ impl Reclaim {
 
 /// How far the counted connections of each endpoint are from those that the records show.
 ///
-/// Programs miss all sockets on kernels without slots, and elsewhere those that were closed while no program was
-/// attached. Records and counts are not read at one time, so a difference counts only if two readings in a row show it.
+/// Programs miss all sockets on kernels without slots, and elsewhere those that were closed while no program
+/// was attached. Records and counts are not read at one time, so a difference counts only if two readings in
+/// a row show it.
 #[derive(Clone, Debug, Default)]
 pub struct Recount {
     read: Option<(Instant, BTreeMap<u32, i32>)>,

@@ -56,8 +56,8 @@ pub struct Known {
     pub issues: Vec<Issue>,
     /// Why the last snapshot was not written.
     pub save_problem: Option<String>,
-    /// The rules for packets; `None` with `--packets=off`. They follow the maps: an answer that has changed in
-    /// nothing else says that the kernel has new ones.
+    /// The rules for packets; `None` with `--packets=off`. They follow the maps: an answer that has changed
+    /// in nothing else says that the kernel has new ones.
     pub packets: Option<PacketStatus>,
 }
 

@@ -140,8 +140,8 @@ impl Published {
 }
 
 /// What is published now, or once the sync in progress is. So an answer is never older than maps that were
-/// read before it, and a further sync does not delay it. `None` if the sync takes too long, or the agent exits
-/// during it.
+/// read before it, and a further sync does not delay it. `None` if the sync takes too long, or the agent
+/// exits during it.
 async fn current(published: &mut watch::Receiver<Published>) -> Option<Published> {
     let former = Arc::clone(&published.borrow().view);
     let is_current = |now: &Published| !now.is_syncing || !Arc::ptr_eq(&now.view, &former);

@@ -193,8 +193,8 @@ impl<'a> PortEndpoints<'a> {
         self.known.iter().filter(|(_, endpoint)| endpoint.takes_calls()).map(|(address, _)| *address)
     }
 
-    /// Where calls of the cluster set go while all of it is ejected: the ready endpoints that topology hints leave
-    /// out.
+    /// Where calls of the cluster set go while all of it is ejected: the ready endpoints that topology hints
+    /// leave out.
     #[must_use]
     pub fn spill(&self, topology: &Topology) -> Arc<[SocketAddr]> {
         let hints = self.hints(topology);

@@ -112,8 +112,8 @@ pub struct Frontend {
     pub flags: u32,
     /// Idle time-out of the affinity in seconds; 0 = none.
     pub affinity_seconds: u32,
-    /// When endpoints are ejected because connections fail ([`lb_common::health::Policy::to_word`]); 0 = never,
-    /// as for every protocol but TCP.
+    /// When endpoints are ejected because connections fail ([`lb_common::health::Policy::to_word`]); 0 =
+    /// never, as for every protocol but TCP.
     pub health: u32,
     /// Creation time of the service, seconds since 1970: the older service wins an address that two claim.
     pub created: Option<i64>,
@@ -125,8 +125,8 @@ pub struct Frontend {
     /// How a call chooses among them; [`Balance::Random`] for every protocol but TCP.
     #[serde(default)]
     pub balance: Balance,
-    /// How often chance draws each of `endpoints`, in the same order: 1 to 255, and the largest is 255. `None` if
-    /// all are equal.
+    /// How often chance draws each of `endpoints`, in the same order: 1 to 255, and the largest is 255.
+    /// `None` if all are equal.
     #[serde(default)]
     pub shares: Option<Arc<[u8]>>,
     /// The endpoints that calls fall back to while all of `endpoints` are ejected: those that
@@ -154,8 +154,8 @@ impl Frontend {
 /// endpoints, and source ranges apply.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PacketSide {
-    /// The endpoints for senders outside, if they differ from [`Frontend::endpoints`], which those on this node
-    /// reach: this node's, with the external policy Local.
+    /// The endpoints for senders outside, if they differ from [`Frontend::endpoints`], which those on this
+    /// node reach: this node's, with the external policy Local.
     pub outside: Option<Arc<[SocketAddr]>>,
     /// Those of the frontend's endpoints that are on this node, and so may call themselves.
     pub local: Arc<[SocketAddr]>,

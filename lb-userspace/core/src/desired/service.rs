@@ -63,8 +63,9 @@ const MAX_ENTRIES: usize = 1 << 20;
 /// **`loadBalancerSourceRanges`** cannot be checked: the kernel chooses the caller's address only after the
 /// hook of `connect()`. A load-balancer address whose ranges do not admit all clients therefore gets no
 /// frontend, but an issue: the call goes to the network untranslated, where the ranges are enforced. The
-/// ranges do not affect other kinds of frontends. With [`PacketMode`] other than `Off` the address has a frontend
-/// for packets alone, which checks the ranges. So has every address of an SCTP port, which no hook serves.
+/// ranges do not affect other kinds of frontends. With [`PacketMode`] other than `Off` the address has a
+/// frontend for packets alone, which checks the ranges. So has every address of an SCTP port, which no hook
+/// serves.
 ///
 /// **A port with which the service would have more than 1,048,576 endpoints** in a family is left out, with
 /// an issue.
@@ -365,8 +366,8 @@ impl Builder<'_> {
         })
     }
 
-    /// The source ranges of the address's family. The address itself counts if they admit this node, because the
-    /// node's own packets to it may have it as their source (`pkg/proxy/nftables/proxier.go`).
+    /// The source ranges of the address's family. The address itself counts if they admit this node, because
+    /// the node's own packets to it may have it as their source (`pkg/proxy/nftables/proxier.go`).
     fn sources(&self, ip: IpAddr) -> Arc<[Cidr]> {
         let of_family =
             || self.service.source_ranges.iter().filter(|range| range.family() == address::family(ip));

@@ -52,8 +52,8 @@ pub enum Balance {
     /// `random`: by chance, each endpoint with its share.
     #[default]
     Random,
-    /// `least-connections`: of four endpoints that chance draws, the one with the fewest open connections of this
-    /// node.
+    /// `least-connections`: of four endpoints that chance draws, the one with the fewest open connections of
+    /// this node.
     LeastConnections,
 }
 
@@ -166,8 +166,8 @@ fn duration(text: &str) -> Option<Duration> {
     (duration <= MAX_DRAIN).then_some(duration)
 }
 
-/// Parses the value of [`SLOW_START`]: whole seconds from 1 s to 1 h, in the units of [`StaleConnections::parse`].
-/// `None` for anything else.
+/// Parses the value of [`SLOW_START`]: whole seconds from 1 s to 1 h, in the units of
+/// [`StaleConnections::parse`]. `None` for anything else.
 #[must_use]
 pub fn slow_start(text: &str) -> Option<Duration> {
     seconds(text.trim()).map(|seconds| Duration::from_secs(seconds.into()))
@@ -204,8 +204,8 @@ impl Service {
         self.annotation(BALANCE).and_then(Balance::parse).unwrap_or_default()
     }
 
-    /// How long the share of a new endpoint grows; `None` = it has its share at once. An invalid annotation counts
-    /// as absent.
+    /// How long the share of a new endpoint grows; `None` = it has its share at once. An invalid annotation
+    /// counts as absent.
     #[must_use]
     pub fn slow_start(&self) -> Option<Duration> {
         self.annotation(SLOW_START).and_then(slow_start)

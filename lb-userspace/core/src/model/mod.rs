@@ -265,8 +265,8 @@ pub struct SliceEndpoint {
     pub placement: Arc<Placement>,
     /// `hints`; `None` if there is none of either kind, as in most clusters.
     pub hints: Option<Box<EndpointHints>>,
-    /// How often chance draws it, compared with the others of a set; 0 = never. The API has weights of slices only.
-    /// Snapshots leave the default out.
+    /// How often chance draws it, compared with the others of a set; 0 = never. The API has weights of slices
+    /// only. Snapshots leave the default out.
     #[serde(default = "default_weight", skip_serializing_if = "is_default_weight")]
     pub weight: u16,
 }

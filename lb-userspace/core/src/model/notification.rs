@@ -7,8 +7,8 @@
 //! - A notification is sent once and, while it holds, again after each [`REPEAT`], with its count.
 //! - At most [`BURST`] are sent at once, then one per [`REFILL`]. The rest wait, as long as they hold.
 //! - Of the health of a Service's endpoints, at most one ejection and one restoration are sent per
-//!   [`HEALTH_PAUSE`], for all endpoints together, and after everything else: each node of a cluster sends them
-//!   about the same Service, and they must not delay an issue.
+//!   [`HEALTH_PAUSE`], for all endpoints together, and after everything else: each node of a cluster sends
+//!   them about the same Service, and they must not delay an issue.
 
 use std::{
     collections::{BTreeMap, BTreeSet},

@@ -20,7 +20,8 @@ use imbl::{OrdMap, OrdSet};
 
 use super::{Node, Placement, Service, ServiceCidr, ServiceKey, Slice, SliceKey, Unselected};
 
-/// Values that many objects share: names of namespaces and ports, placements of endpoints. Each is stored once.
+/// Values that many objects share: names of namespaces and ports, placements of endpoints. Each is stored
+/// once.
 #[derive(Debug)]
 struct Pool<T: ?Sized + Ord> {
     known: OrdSet<Arc<T>>,
@@ -355,7 +356,8 @@ impl Store {
         let Some(slice) = slice else {
             return changes;
         };
-        // A write copies the part of a map that a view shares: not for an equal object, such as the agent's own.
+        // A write copies the part of a map that a view shares: not for an equal object, such as the agent's
+        // own.
         if is_listed && self.shared_slices_of(&slice.service).any(|held| *held == slice) {
             return changes;
         }

@@ -2,8 +2,8 @@
 //!
 //! The kernel translates all packets of a flow as it translated the first. TCP notices when its endpoint is
 //! gone; a client of UDP or SCTP may send to it for as long as it likes. kube-proxy deletes such entries too
-//! (`pkg/proxy/conntrack/cleanup.go`), but those of UDP alone, and none of a Service without serving endpoints or of one
-//! that was deleted.
+//! (`pkg/proxy/conntrack/cleanup.go`), but those of UDP alone, and none of a Service without serving
+//! endpoints or of one that was deleted.
 
 use std::net::SocketAddr;
 
@@ -26,8 +26,8 @@ pub struct Entry {
     pub zone: u16,
 }
 
-/// Whether the next packet of a flow should be translated anew: it calls a service, and what answers may not keep its
-/// flows.
+/// Whether the next packet of a flow should be translated anew: it calls a service, and what answers may not
+/// keep its flows.
 ///
 /// `may_keep` says of what the client calls whether the other address may keep its flows; `None` if it is no
 /// service.

@@ -9,8 +9,8 @@ use super::nft::{Chain, Change, Key, Name, Set, SetFlags, Table, Value};
 /// Elements that rules add (`dynamic`) stay as they are. A set with another specification, or a base chain at
 /// another hook, makes the table be replaced as a whole; packets see the one or the other.
 ///
-/// In the order of the result, each change is possible: what a rule or verdict names exists before, and is deleted
-/// after it.
+/// In the order of the result, each change is possible: what a rule or verdict names exists before, and is
+/// deleted after it.
 #[must_use]
 pub fn diff(found: Option<&Table>, wanted: &Table) -> Vec<Change> {
     let anew: &[Change] = match found {

@@ -2,15 +2,15 @@
 //!
 //! # Purpose
 //!
-//! Sockets outside of the cgroup, pods in virtual machines, other hosts and SCTP call service addresses that no
-//! hook sees. [`Rules`] computes the tables `ip socklb` and `ip6 socklb` from the same desired state
-//! that the BPF maps follow, and the transaction of each change. `lb_kernel::nftables` executes it.
+//! Sockets outside of the cgroup, pods in virtual machines, other hosts and SCTP call service addresses that
+//! no hook sees. [`Rules`] computes the tables `ip socklb` and `ip6 socklb` from the same desired state that
+//! the BPF maps follow, and the transaction of each change. `lb_kernel::nftables` executes it.
 //!
 //! # Structure
 //!
-//! Services lie in sets and maps of data, and chains depend on few of their properties. A change of a service's
-//! endpoints adds and deletes elements of data only: the kernel then checks no chain, as it does for verdicts, so
-//! that the cost does not grow with the number of services. `skeleton` has the layout.
+//! Services lie in sets and maps of data, and chains depend on few of their properties. A change of a
+//! service's endpoints adds and deletes elements of data only: the kernel then checks no chain, as it does
+//! for verdicts, so that the cost does not grow with the number of services. `skeleton` has the layout.
 //!
 //! # Invariants
 //!

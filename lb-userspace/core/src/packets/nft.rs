@@ -1,9 +1,10 @@
 //! Objects of the kernel's `nf_tables` as values: tables, chains, rules, sets and their elements, and
 //! transactions that change them.
 //!
-//! The values correspond one to one to what the kernel's netlink messages say (`linux/netfilter/nf_tables.h`),
-//! so that what was written can be compared with what is read. `lb_kernel::nftables` encodes and decodes them.
-//! What it reads and cannot express becomes [`Unknown`], which equals nothing.
+//! The values correspond one to one to what the kernel's netlink messages say
+//! (`linux/netfilter/nf_tables.h`), so that what was written can be compared with what is read.
+//! `lb_kernel::nftables` encodes and decodes them. What it reads and cannot express becomes [`Unknown`],
+//! which equals nothing.
 //!
 //! A map is a set whose elements have values. A rule is a program over sixteen registers of four octets; each
 //! rule must load what it uses, because no kernel promises what registers hold before.
@@ -12,10 +13,10 @@
 //!
 //! `nft list ruleset` decompiles every rule of the namespace, and an assertion ends it at a rule that it does
 //! not understand, also for the user of another table. nft 1.0.6 understands what a lookup found only as the
-//! operand of [`Expression::Dnat`] and [`Expression::SetMark`]: never as a key or a part of one (so no chain of
-//! two lookups, be the second a verdict map), and never as the value of [`Expression::Dynset`]. Each field of
-//! such a value must be loaded by an expression of its own, for example from [`CtKey`]. Constants as a part
-//! of a key are listed as numbers.
+//! operand of [`Expression::Dnat`] and [`Expression::SetMark`]: never as a key or a part of one (so no chain
+//! of two lookups, be the second a verdict map), and never as the value of [`Expression::Dynset`]. Each field
+//! of such a value must be loaded by an expression of its own, for example from [`CtKey`]. Constants as a
+//! part of a key are listed as numbers.
 
 use std::{collections::BTreeMap, fmt, num::NonZeroU32, ops::BitOr, sync::Arc};
 
@@ -311,12 +312,14 @@ pub enum Expression {
     /// Translates the source to an address of the interface by which the packet leaves. A verdict: accepts.
     /// Only in chains of type `nat` at [`Hook::Postrouting`].
     Masquerade {
-        /// The first and the last source port, in network order; `None` for all that are like the packet's own.
+        /// The first and the last source port, in network order; `None` for all that are like the packet's
+        /// own.
         ports: Option<(Register, Register)>,
         /// Source ports are random (`NF_NAT_RANGE_PROTO_RANDOM_FULLY`).
         is_fully_random: bool,
     },
-    /// Answers with an error and drops. Not at [`Hook::Postrouting`]; at [`Hook::Prerouting`] since kernel 5.9.
+    /// Answers with an error and drops. Not at [`Hook::Postrouting`]; at [`Hook::Prerouting`] since kernel
+    /// 5.9.
     Reject(Reject),
     /// Counts packets and octets. What it counted is no part of the value.
     Counter,
@@ -628,7 +631,8 @@ pub struct SetFlags(pub u32);
 impl SetFlags {
     /// Elements never change while a rule uses it.
     pub const CONSTANT: Self = Self(2);
-    /// Keys are ranges. The set needs at least two fields: with one, elements have another form in the kernel.
+    /// Keys are ranges. The set needs at least two fields: with one, elements have another form in the
+    /// kernel.
     pub const INTERVAL: Self = Self(4);
     /// Elements may expire.
     pub const TIMEOUT: Self = Self(0x10);
@@ -697,8 +701,8 @@ pub enum Value {
 /// Changes that the kernel makes all at once, or none of them.
 ///
 /// A later change sees the earlier ones: a table that was added, a name that was deleted and is free again.
-/// Packets see all or nothing, except that a rule may run on the old chain while its lookups find new elements:
-/// elements become visible with the generation, which a packet reads anew for each set.
+/// Packets see all or nothing, except that a rule may run on the old chain while its lookups find new
+/// elements: elements become visible with the generation, which a packet reads anew for each set.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Transaction {
     /// In order.

@@ -128,7 +128,8 @@ impl Rules {
         self.families.iter().map(|rules| (rules.id(), rules.table())).collect()
     }
 
-    /// As [`Self::tables`], for a kernel whose tables become equal to them: then [`Self::take_changes`] begins there.
+    /// As [`Self::tables`], for a kernel whose tables become equal to them: then [`Self::take_changes`]
+    /// begins there.
     #[must_use]
     pub fn adopt(&mut self) -> BTreeMap<TableId, Table> {
         for rules in &mut self.families {
@@ -157,8 +158,8 @@ impl Rules {
         self.families.iter().any(|rules| !rules.leaving.is_empty())
     }
 
-    /// Says that packets which were on their way at the last call are through. The next changes delete frontends from
-    /// sets that they left before that call.
+    /// Says that packets which were on their way at the last call are through. The next changes delete
+    /// frontends from sets that they left before that call.
     ///
     /// A packet asks one set after the other, and a transaction may come between. So a frontend is added to
     /// its new set at once, and stays in the former one: the packet finds it in one of them.
@@ -166,8 +167,8 @@ impl Rules {
         self.families.iter_mut().for_each(FamilyRules::settle);
     }
 
-    /// Says that endpoints of UDP or SCTP may have gone, also those that new connections did not get: flows to them are
-    /// stale.
+    /// Says that endpoints of UDP or SCTP may have gone, also those that new connections did not get: flows
+    /// to them are stale.
     pub fn datagrams_changed(&mut self) {
         self.families.iter_mut().for_each(|rules| rules.stale.flows = true);
     }

@@ -159,8 +159,8 @@ pub enum Outcome {
 
 /// Sends a packet through a table. `draw` returns a number below the one it gets.
 ///
-/// Elements that rules add stay in the table. What is routed on and what is for this node is treated alike: the
-/// rules for both are the same.
+/// Elements that rules add stay in the table. What is routed on and what is for this node is treated alike:
+/// the rules for both are the same.
 pub fn send(table: &mut Table, packet: Packet, draw: &mut dyn FnMut(u32) -> u32) -> Outcome {
     let (outcome, passage) = pass(table, packet, draw);
     for Update { set, op, key, value, .. } in passage.updates {
@@ -180,7 +180,8 @@ pub fn send(table: &mut Table, packet: Packet, draw: &mut dyn FnMut(u32) -> u32)
 pub struct Outcomes {
     /// One for each endpoint that may be drawn, else one.
     pub all: BTreeSet<Outcome>,
-    /// The set or map with the element that decides; `None` if a rule alone does, or no rule is about the packet.
+    /// The set or map with the element that decides; `None` if a rule alone does, or no rule is about the
+    /// packet.
     pub decided_by: Option<Name>,
     /// How long a rule records the endpoint of the client, milliseconds.
     pub recorded: Option<NonZeroU32>,
@@ -201,11 +202,11 @@ pub fn outcomes(table: &Table, packet: Packet) -> Outcomes {
     found
 }
 
-/// The elements that a packet's rules look for, whichever numbers are drawn and whether they are there or not. Each
-/// look-up is a set and a key.
+/// The elements that a packet's rules look for, whichever numbers are drawn and whether they are there or
+/// not. Each look-up is a set and a key.
 ///
-/// In a table without some elements it does not get further than those lead: add what the kernel has of them, and
-/// ask again, until nothing new is looked for. Then [`outcomes`] are those of the whole table.
+/// In a table without some elements it does not get further than those lead: add what the kernel has of them,
+/// and ask again, until nothing new is looked for. Then [`outcomes`] are those of the whole table.
 #[must_use]
 pub fn lookups(table: &Table, packet: Packet) -> BTreeSet<(Name, Octets)> {
     let mut found = BTreeSet::new();
@@ -213,8 +214,9 @@ pub fn lookups(table: &Table, packet: Packet) -> BTreeSet<(Name, Octets)> {
     found
 }
 
-/// What may become of a packet while a transaction makes `after` of `before`. Its first look-ups see the elements of
-/// `before`, the others those of `after`; a hook that it enters meanwhile has the rules of its own beginning.
+/// What may become of a packet while a transaction makes `after` of `before`. Its first look-ups see the
+/// elements of `before`, the others those of `after`; a hook that it enters meanwhile has the rules of its
+/// own beginning.
 #[must_use]
 pub fn outcomes_meanwhile(before: &Table, after: &Table, packet: Packet) -> BTreeSet<Outcome> {
     let mut found = BTreeSet::new();
@@ -232,14 +234,15 @@ pub fn outcomes_meanwhile(before: &Table, after: &Table, packet: Packet) -> BTre
     found
 }
 
-/// How many numbers may be drawn in a table of socklb: more than half of the indices have an element. Another program
-/// may have added a rule with more.
+/// How many numbers may be drawn in a table of socklb: more than half of the indices have an element. Another
+/// program may have added a rule with more.
 fn most_draws(table: &Table) -> u32 {
     let n_elements = table.sets.values().map(|set| set.elements.len()).max().unwrap_or_default();
     u32::try_from(n_elements).unwrap_or(u32::MAX).saturating_mul(2)
 }
 
-/// Repeats a passage with each number that may be drawn below the largest bound that it asks for, at most `most`.
+/// Repeats a passage with each number that may be drawn below the largest bound that it asks for, at most
+/// `most`.
 fn each_draw(most: u32, mut pass: impl FnMut(&mut dyn FnMut(u32) -> u32)) {
     let (mut n, mut n_numbers) = (0, 1);
     while n < n_numbers {

@@ -2,8 +2,9 @@
 //!
 //! # Layout
 //!
-//! "Frontend" is an address, a protocol and a port. Those marked *n* are there twice: node ports, which answer on
-//! whatever address of the node, have sets of their own, `nodeport-services-N` and so on, without the address.
+//! "Frontend" is an address, a protocol and a port. Those marked *n* are there twice: node ports, which
+//! answer on whatever address of the node, have sets of their own, `nodeport-services-N` and so on, without
+//! the address.
 //!
 //! | set or map | key | value |
 //! | --- | --- | --- |
@@ -22,8 +23,8 @@
 //!
 //! # Choosing an endpoint
 //!
-//! A rule draws an index below N. If there is no such endpoint, the next rule draws again, at last below N/2, where
-//! there always is one. So all endpoints are equally likely to 3 %, and a new number of endpoints, as
+//! A rule draws an index below N. If there is no such endpoint, the next rule draws again, at last below N/2,
+//! where there always is one. So all endpoints are equally likely to 3 %, and a new number of endpoints, as
 //! long as it belongs to the same N, changes elements of `endpoints` alone.
 //!
 //! A packet may see two generations of elements, since it reads each set anew: the last rule takes the first
@@ -54,7 +55,8 @@ use super::{
 };
 use crate::{desired::PacketMode, model::Cidr};
 
-/// The index in `endpoints` of the first endpoint for senders on this node, where senders outside have others.
+/// The index in `endpoints` of the first endpoint for senders on this node, where senders outside have
+/// others.
 pub(super) const INSIDE: u32 = 1 << 24;
 
 /// Most entries of the affinity map of a family.
@@ -69,8 +71,8 @@ const UDP: u8 = 17;
 /// The first port that the kernel masquerades other ports than the privileged ones to.
 const FIRST_PORT: u16 = 1024;
 
-/// The priority of the translation: before kube-proxy's and Docker's at -100. Among equal ones the last that was
-/// added decides, so that it would change with each restart of theirs.
+/// The priority of the translation: before kube-proxy's and Docker's at -100. Among equal ones the last that
+/// was added decides, so that it would change with each restart of theirs.
 const DNAT: i32 = -101;
 
 /// The map that records the endpoints of clients.
@@ -201,11 +203,11 @@ pub(super) fn table(ground: &Ground) -> Table {
     builder.table
 }
 
-/// The ports from 1024 on that are no node ports, below or above them, whichever are more; `None` if there are
-/// none.
+/// The ports from 1024 on that are no node ports, below or above them, whichever are more; `None` if there
+/// are none.
 ///
-/// A server answers a masqueraded client with `sendto()` on a node's address and the source port. If that were a
-/// node port, the hooks would take the answer for a call of the Service.
+/// A server answers a masqueraded client with `sendto()` on a node's address and the source port. If that
+/// were a node port, the hooks would take the answer for a call of the Service.
 pub(super) fn ports_without(node_ports: &RangeInclusive<u16>) -> Option<RangeInclusive<u16>> {
     let below = node_ports.start().checked_sub(1).map(|last| FIRST_PORT..=last);
     let above = node_ports.end().checked_add(1).map(|first| first.max(FIRST_PORT)..=u16::MAX);
@@ -546,7 +548,8 @@ impl Layout {
         rule(all)
     }
 
-    /// As [`Self::original_frontend`] from the first register on. Node ports match on addresses of this node only.
+    /// As [`Self::original_frontend`] from the first register on. Node ports match on addresses of this node
+    /// only.
     fn original(self, form: Form) -> Vec<Expression> {
         let mut all = match form {
             Form::Address => Vec::new(),

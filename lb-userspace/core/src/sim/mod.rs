@@ -104,8 +104,8 @@ impl Simulator {
 
     /// Computes the outcome of a call.
     ///
-    /// `random` is the first of the program's random numbers, from which the others follow; `now` is its clock
-    /// in seconds. A call to an IPv4-mapped address is an IPv4 call, as in the hooks.
+    /// `random` is the first of the program's random numbers, from which the others follow; `now` is its
+    /// clock in seconds. A call to an IPv4-mapped address is an IPv4 call, as in the hooks.
     pub fn call(&self, to: FrontendAddress, caller: Caller, random: u32, now: u64) -> Outcome {
         let Some(protocol) = wire_protocol(to.protocol) else { return Outcome::Untouched };
         let (port, client) = (to.port, Client { simulator: self, caller, random: Cell::new(random), now });

@@ -1,7 +1,7 @@
 //! A run as the endpoint tables hold it.
 //!
-//! A run of endpoints with equal shares is a list of entries. One with weights, or with endpoints to fall back
-//! to, is extended: [`endpoint_extra`] has its layout.
+//! A run of endpoints with equal shares is a list of entries. One with weights, or with endpoints to fall
+//! back to, is extended: [`endpoint_extra`] has its layout.
 
 use std::{
     net::{IpAddr, SocketAddr},

@@ -223,7 +223,8 @@ impl Nftables {
         Ok(self.handle(id)?.is_some())
     }
 
-    /// The number of a table, which no other table of the namespace has had; `None` if there is no such table.
+    /// The number of a table, which no other table of the namespace has had; `None` if there is no such
+    /// table.
     ///
     /// # Errors
     ///
@@ -251,7 +252,8 @@ impl Nftables {
         Ok(found(read, "cannot read a chain")?.is_some())
     }
 
-    /// The base chains of all tables that drop forwarded packets unless a rule accepts them, each with its table.
+    /// The base chains of all tables that drop forwarded packets unless a rule accepts them, each with its
+    /// table.
     ///
     /// # Errors
     ///
@@ -299,8 +301,9 @@ impl Nftables {
         })
     }
 
-    /// As [`Self::read`], with only those elements that `wanted` names, sets and keys, until it names none beyond them.
-    /// It is called with what has been read so far. A key of a set of ranges stands for the range that has it.
+    /// As [`Self::read`], with only those elements that `wanted` names, sets and keys, until it names none
+    /// beyond them. It is called with what has been read so far. A key of a set of ranges stands for the
+    /// range that has it.
     ///
     /// # Errors
     ///

@@ -106,8 +106,8 @@ fn why_an_endpoint_is_not_chosen() {
     "]].assert_eq(&text);
 }
 
-/// A cluster IP with two endpoints and affinity, and a load-balancer address with source ranges whose endpoint is
-/// on another node.
+/// A cluster IP with two endpoints and affinity, and a load-balancer address with source ranges whose
+/// endpoint is on another node.
 fn table() -> lb_core::packets::nft::Table {
     let network = |text: &str| -> Cidr { text.parse().unwrap() };
     let frontend = |at: &str, kind, policy, endpoints: &[[u8; 4]]| desired::Frontend {

@@ -73,7 +73,8 @@ pub(super) struct Ejected {
     pub(super) failures: u32,
     /// Seconds until the ejection ends.
     pub(super) seconds: u64,
-    /// Open connections to the endpoint, which stay; `null` unless the Service's balance is `least-connections`.
+    /// Open connections to the endpoint, which stay; `null` unless the Service's balance is
+    /// `least-connections`.
     pub(super) active: Option<u32>,
     /// Why, and until when, for people.
     pub(super) reason: String,

@@ -71,8 +71,8 @@ pub(super) struct EndpointRow {
     pub(super) sockets: Option<u64>,
     /// Open connections, as for the port.
     pub(super) active: Option<u32>,
-    /// Its share of the calls to the port's first address that has it, from 1 to 255, the largest one there: equal
-    /// shares are 255.
+    /// Its share of the calls to the port's first address that has it, from 1 to 255, the largest one there:
+    /// equal shares are 255.
     pub(super) share: u8,
     #[serde(flatten)]
     pub(super) health: HealthPart,

@@ -1,8 +1,8 @@
 //! Keeps the rules for packets in the kernel.
 //!
-//! Transactions run one after the other on a blocking thread, in the order of the syncs. After a failure, after the
-//! start, and when an audit finds that another program has committed changes, the whole tables are read and
-//! compared instead.
+//! Transactions run one after the other on a blocking thread, in the order of the syncs. After a failure,
+//! after the start, and when an audit finds that another program has committed changes, the whole tables are
+//! read and compared instead.
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
@@ -44,8 +44,8 @@ const RETRY: Duration = Duration::from_secs(1);
 /// Time between two calls of `State::settle_packets`: more than any packet is on its way through the rules.
 const SETTLE: Duration = Duration::from_millis(100);
 
-/// Time between two questions for the generation of nftables, which the kernel answers within microseconds. Its
-/// notifications would come sooner, but would make transactions of all programs slower (decision 0017).
+/// Time between two questions for the generation of nftables, which the kernel answers within microseconds.
+/// Its notifications would come sooner, but would make transactions of all programs slower (decision 0017).
 const LOOK: Duration = Duration::from_millis(100);
 
 /// How often tables are compared anew because another program commits changes meanwhile.
@@ -130,7 +130,8 @@ pub(super) struct Probed {
 }
 
 impl Probed {
-    /// Opens nftables in the network namespace of the calling thread. `None` with [`PacketMode::Off`]. Changes nothing.
+    /// Opens nftables in the network namespace of the calling thread. `None` with [`PacketMode::Off`].
+    /// Changes nothing.
     ///
     /// # Errors
     ///
@@ -146,8 +147,8 @@ impl Probed {
 }
 
 impl PacketRules {
-    /// Leaves out of `state` the family for which the kernel cannot have rules. Without `probed`, removes tables that
-    /// an agent with another setting has left.
+    /// Leaves out of `state` the family for which the kernel cannot have rules. Without `probed`, removes
+    /// tables that an agent with another setting has left.
     pub(super) fn start(state: &mut State, probed: Option<Probed>, pin_path: &Path) -> Self {
         let mut rules = Self {
             mode: state.settings().packets,
@@ -188,8 +189,8 @@ impl PacketRules {
         rules
     }
 
-    /// Looks from now on whether other programs delete tables, so that an audit need not find it. Changes inside the
-    /// tables are left to audits.
+    /// Looks from now on whether other programs delete tables, so that an audit need not find it. Changes
+    /// inside the tables are left to audits.
     pub(super) fn watch(&mut self) {
         if self.mode == PacketMode::Off {
             return;
@@ -464,7 +465,8 @@ fn run(nftables: &mut Nftables, work: &Work, known: Option<u32>) -> Result<Done,
         Work::Apply(transaction) => {
             nftables.apply(transaction)?;
             let (n_changes, took) = (transaction.changes.len(), started.elapsed());
-            // A transaction increases it by 1. If another program's came between, an audit compares the tables.
+            // A transaction increases it by 1. If another program's came between, an audit compares the
+            // tables.
             let generation = nftables.generation()?;
             let is_alone = known.is_some_and(|known| known.wrapping_add(1) == generation);
             let generation = is_alone.then_some(generation);

@@ -222,8 +222,8 @@ fn after(failure: &Failure, position: &Position, is_watching: bool) -> Position 
     }
 }
 
-/// The next request after an answer. `was_away` if requests for any kind found the server unreachable or silent
-/// since the watch began: then a confirmed version proves nothing either.
+/// The next request after an answer. `was_away` if requests for any kind found the server unreachable or
+/// silent since the watch began: then a confirmed version proves nothing either.
 fn after_answer(position: &Position, version: String, was_away: bool) -> Position {
     match position {
         Position::Confirm { .. } if was_away => Position::ListLatest,
