@@ -11,7 +11,7 @@ use lb_core::{
     plan::Capacity,
     sim::{Caller, Config, Outcome, Simulator},
     state::State,
-    tables::{Addresses, Image, StoredRun},
+    tables::{Addresses, Entry, Image, StoredRun},
 };
 use lb_tests::cluster::{Cluster, NAMESPACE, Object, object, service_cidr};
 use proptest::{bool, collection::vec, option, prelude::*, sample::subsequence};
@@ -458,7 +458,7 @@ pub(crate) fn outcomes(simulator: &Simulator, (to, on_node): Call) -> Outcomes {
     // An endpoint to fall back to may be reached, too: every state of health is possible.
     let spill = simulator.image.stored(to.ip.is_ipv6(), frontend.run).map(StoredRun::spill);
     let entries = entries.iter().chain(spill.unwrap_or_default());
-    Outcomes::Endpoints(entries.map(lb_core::tables::Entry::address).collect())
+    Outcomes::Endpoints(entries.map(Entry::address).collect())
 }
 
 /// A simulator over an image, with node ports on loopback.

@@ -2,7 +2,12 @@
 
 use std::collections::BTreeMap;
 
-use lb_core::{desired::FrontendAddress, model::IssueKind, plan::Capacity, tables::Image};
+use lb_core::{
+    desired::FrontendAddress,
+    model::IssueKind,
+    plan::Capacity,
+    tables::{Entry, Image},
+};
 use proptest::prelude::*;
 
 use crate::clusters::{Allowed, calls, history, outcomes, simulator, state};
@@ -10,12 +15,8 @@ use crate::clusters::{Allowed, calls, history, outcomes, simulator, state};
 fn sets(image: &Image) -> BTreeMap<FrontendAddress, Vec<std::net::SocketAddr>> {
     let set = |address: &FrontendAddress, id: &u32| {
         let run = image.frontends[id].run;
-        let mut set: Vec<_> = image
-            .entries(address.ip.is_ipv6(), run)
-            .unwrap()
-            .iter()
-            .map(lb_core::tables::Entry::address)
-            .collect();
+        let mut set: Vec<_> =
+            image.entries(address.ip.is_ipv6(), run).unwrap().iter().map(Entry::address).collect();
         set.sort_unstable();
         set
     };

@@ -14,7 +14,7 @@ use lb_core::{
     plan::{Capacity, Plan},
     stale::{Flow, Search},
     state::State,
-    tables::Image,
+    tables::{Entry, Image},
 };
 use lb_kernel::{Features, Kernel, KernelError, Options, pins, sockets};
 
@@ -192,7 +192,7 @@ pub fn content(image: &Image) -> anyhow::Result<Content> {
         let frontend = image.frontends.get(id).with_context(|| format!("{address}: no entry {id}"))?;
         let entries = image.entries(address.ip.is_ipv6(), frontend.run);
         let entries = entries.with_context(|| format!("{address}: no run {:?}", frontend.run))?;
-        let mut endpoints: Vec<SocketAddr> = entries.iter().map(lb_core::tables::Entry::address).collect();
+        let mut endpoints: Vec<SocketAddr> = entries.iter().map(Entry::address).collect();
         endpoints.sort_unstable();
         let first = *first_of_port.entry(frontend.service_id).or_insert(*address);
         content.insert(*address, (endpoints, frontend.flags, frontend.affinity_seconds, first));

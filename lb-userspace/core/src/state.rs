@@ -18,7 +18,7 @@ use crate::{
         slow_start::SlowStart,
     },
     model::{
-        Cidr, Family, Issue, IssueKind, ObjectRef, Protocol, Service, ServiceKey, Slice, Store, address,
+        Cidr, Family, Issue, IssueKind, ObjectRef, Protocol, Service, ServiceKey, Slice, Store,
         store::Changes,
     },
     packets::{
@@ -493,14 +493,8 @@ impl State {
     /// Whether an endpoint that new calls may not reach keeps what it has. It does while its Service waits
     /// for a sync.
     fn keeps(&self, frontend: &desired::Frontend, endpoint: &SocketAddr) -> bool {
-        let key = &*frontend.port;
-        let service = self.store.service(&key.service);
-        let port = service.and_then(|service| service.port(&key.port_name, key.protocol));
-        let family = address::family(frontend.address.ip);
-        self.dirty.services.contains(&key.service)
-            || port.is_some_and(|port| {
-                PortEndpoints::new(port, family, self.store.slices_of(&key.service)).keeps_sockets(endpoint)
-            })
+        self.dirty.services.contains(&frontend.port.service)
+            || PortEndpoints::of_port(&self.store, &frontend.port).keeps_sockets(endpoint)
     }
 
     /// The rules for packets, as of the last sync.

@@ -15,7 +15,7 @@ use lb_core::{
         endpoints::{PortEndpoints, Scope},
     },
     ejection,
-    model::{Balance, Family, Issue, Service, ServiceKey, TrafficPolicy, address},
+    model::{Balance, Issue, Service, ServiceKey, TrafficPolicy, address},
     sim::{Caller, Outcome, Simulator},
     state::State,
     tables::{Entry, StoredRun},
@@ -128,7 +128,7 @@ pub fn explain(
     let ipv6 = to.ip.to_canonical().is_ipv6();
     let run = simulator.image.stored(ipv6, frontend.run);
     let addresses = |entries: &[Entry]| {
-        let mut addresses: Vec<SocketAddr> = entries.iter().map(lb_core::tables::Entry::address).collect();
+        let mut addresses: Vec<SocketAddr> = entries.iter().map(Entry::address).collect();
         addresses.sort_unstable();
         addresses
     };
@@ -300,13 +300,8 @@ fn left_out(
     to: FrontendAddress,
     candidates: &[SocketAddr],
 ) -> Vec<LeftOutPart> {
-    let Some(service) = state.store().service(&owner.port.service) else { return Vec::new() };
-    let Some(port) = service.port(&owner.port.port_name, owner.port.protocol) else {
-        return Vec::new();
-    };
-    let family = if owner.port.ipv6 { Family::V6 } else { Family::V4 };
     let scope = scope(state, owner, to);
-    PortEndpoints::new(port, family, state.store().slices_of(&service.key))
+    PortEndpoints::of_port(state.store(), &owner.port)
         .classify(scope, state.topology())
         .filter(|(endpoint, ..)| !candidates.contains(endpoint))
         .map(|(endpoint, _, reason)| LeftOutPart {

@@ -18,7 +18,7 @@ use lb_core::{
         endpoints::{PortEndpoints, Scope},
     },
     ejection,
-    model::{Balance, Family, Node, Protocol, Service, Slice, TrafficPolicy},
+    model::{Balance, Node, Protocol, Service, Slice, TrafficPolicy},
     plan::Capacity,
     state::State,
     tables::{Image, StoredRun},
@@ -344,12 +344,7 @@ fn undescribed(address: SocketAddr) -> EndpointRow {
 }
 
 fn describe_endpoints(state: &State, owner: &desired::Frontend) -> BTreeMap<SocketAddr, EndpointRow> {
-    let Some(service) = state.store().service(&owner.port.service) else { return BTreeMap::new() };
-    let Some(port) = service.port(&owner.port.port_name, owner.port.protocol) else {
-        return BTreeMap::new();
-    };
-    let family = if owner.port.ipv6 { Family::V6 } else { Family::V4 };
-    PortEndpoints::new(port, family, state.store().slices_of(&service.key))
+    PortEndpoints::of_port(state.store(), &owner.port)
         .classify(Scope::Cluster, state.topology())
         .map(|(address, endpoint, _left_out)| {
             let text = |name: Option<&str>| name.unwrap_or_default().to_owned();

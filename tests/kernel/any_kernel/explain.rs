@@ -87,13 +87,13 @@ impl States {
             entries.iter().filter(is_avoided).count() >= entries.len().min(DRAWS as usize)
         };
         let admitted = |entries: &[Entry]| -> Vec<SocketAddr> {
-            entries.iter().filter(|entry| !is_avoided(entry)).map(lb_core::tables::Entry::address).collect()
+            entries.iter().filter(|entry| !is_avoided(entry)).map(Entry::address).collect()
         };
         let mut choices = admitted(entries);
         if may_miss(entries) {
             choices.extend(admitted(spill));
             if may_miss(spill) {
-                choices.extend(entries.iter().map(lb_core::tables::Entry::address));
+                choices.extend(entries.iter().map(Entry::address));
             }
         }
         choices.into_iter().collect()
@@ -136,16 +136,12 @@ fn check(explained: &Explained, states: &States) {
         call(SocketAddr::new(to.ip, to.port), to.protocol)
     };
     let named: BTreeSet<SocketAddr> = explained.candidates.iter().copied().collect();
-    assert_eq!(named, entries.iter().map(lb_core::tables::Entry::address).collect(), "{explained:?}");
+    assert_eq!(named, entries.iter().map(Entry::address).collect(), "{explained:?}");
     let is_ejected = |entry: &&Entry| *has_health && !states.is_open(entry);
     let ejected: BTreeSet<SocketAddr> = explained.ejected.iter().map(|part| part.endpoint).collect();
-    assert_eq!(
-        ejected,
-        entries.iter().filter(is_ejected).map(lb_core::tables::Entry::address).collect(),
-        "{explained:?}"
-    );
+    assert_eq!(ejected, entries.iter().filter(is_ejected).map(Entry::address).collect(), "{explained:?}");
     let fallback: BTreeSet<SocketAddr> = explained.spill.iter().copied().collect();
-    assert_eq!(fallback, spill.iter().map(lb_core::tables::Entry::address).collect(), "{explained:?}");
+    assert_eq!(fallback, spill.iter().map(Entry::address).collect(), "{explained:?}");
     let expected = if *has_health { states.choices(entries, spill) } else { named };
     match (explained.verdict, &explained.frontend) {
         ("untouched", None) => {

@@ -10,7 +10,8 @@ use super::{
     To, check, cluster, n_too_big, on_a_bed,
 };
 
-/// An endpoint without a server: its host's error names the endpoint, and the client is told of the service.
+/// An endpoint without a server: the ICMP error of its host has the endpoint's address, and the client receives it
+/// with the service address.
 #[test]
 fn closed_ports_of_endpoints() {
     on_a_bed(|bed| {

@@ -14,8 +14,8 @@
 
 use std::{collections::BTreeMap, fmt, net::SocketAddr, sync::Arc};
 
-use super::{Topology, slow_start::Ramp};
-use crate::model::{Family, Protocol, ServicePort, Slice, SliceEndpoint, annotation::DEFAULT_WEIGHT};
+use super::{PortKey, Topology, slow_start::Ramp};
+use crate::model::{Family, Protocol, ServicePort, Slice, SliceEndpoint, Store, annotation::DEFAULT_WEIGHT};
 
 /// The callers that a set of endpoints is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -126,6 +126,15 @@ impl<'a> PortEndpoints<'a> {
                 .filter(|candidate| candidate.name == port.name && candidate.protocol == port.protocol);
             matching.map(|candidate| (candidate.port, &*slice.endpoints))
         }))
+    }
+
+    /// [`Self::new`] by the objects of a store; without endpoints if there is no such port.
+    #[must_use]
+    pub fn of_port(store: &'a Store, key: &PortKey) -> Self {
+        let service = store.service(&key.service);
+        let port = service.and_then(|service| service.port(&key.port_name, key.protocol));
+        let family = if key.ipv6 { Family::V6 } else { Family::V4 };
+        port.map(|port| Self::new(port, family, store.slices_of(&key.service))).unwrap_or_default()
     }
 
     fn unite(ports: impl Iterator<Item = PortOfSlice<'a>>) -> Self {

@@ -211,11 +211,7 @@ pub(super) fn table(ground: &Ground) -> Table {
 pub(super) fn ports_without(node_ports: &RangeInclusive<u16>) -> Option<RangeInclusive<u16>> {
     let below = node_ports.start().checked_sub(1).map(|last| FIRST_PORT..=last);
     let above = node_ports.end().checked_add(1).map(|first| first.max(FIRST_PORT)..=u16::MAX);
-    [below, above]
-        .into_iter()
-        .flatten()
-        .filter(|ports| !ports.is_empty())
-        .max_by_key(std::iter::ExactSizeIterator::len)
+    [below, above].into_iter().flatten().filter(|ports| !ports.is_empty()).max_by_key(ExactSizeIterator::len)
 }
 
 /// The sets of the table, without elements.

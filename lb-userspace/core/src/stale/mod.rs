@@ -351,13 +351,7 @@ impl<'a> Decider<'a> {
 
     fn serves(&mut self, frontend: &'a Frontend, endpoint: &SocketAddr) -> bool {
         let (store, key) = (self.in_force.store, &*frontend.port);
-        let endpoints = self.ports.entry(key).or_insert_with(|| {
-            let port =
-                store.service(&key.service).and_then(|service| service.port(&key.port_name, key.protocol));
-            port.map_or_else(PortEndpoints::default, |port| {
-                PortEndpoints::new(port, address::family(frontend.address.ip), store.slices_of(&key.service))
-            })
-        });
+        let endpoints = self.ports.entry(key).or_insert_with(|| PortEndpoints::of_port(store, key));
         endpoints.keeps_sockets(endpoint)
     }
 }

@@ -214,19 +214,13 @@ impl RunContent {
     fn of_stored(stored: &StoredRun) -> Self {
         let mut endpoints: Vec<(SocketAddr, Option<u8>)> = match stored.shares() {
             None => stored.endpoints().iter().map(|entry| (entry.address(), None)).collect(),
-            Some(shares) => stored
-                .endpoints()
-                .iter()
-                .map(crate::tables::run::Entry::address)
-                .zip(shares.map(Some))
-                .collect(),
+            Some(shares) => stored.endpoints().iter().map(Entry::address).zip(shares.map(Some)).collect(),
         };
         endpoints.sort_unstable();
         let shares: Option<Vec<u8>> = endpoints.iter().map(|(_, share)| *share).collect();
         // An extended run for the sake of the endpoints to fall back to has equal shares.
         let shares = shares.filter(|shares| shares.iter().any(|share| *share != u8::MAX));
-        let mut spill: Vec<SocketAddr> =
-            stored.spill().iter().map(crate::tables::run::Entry::address).collect();
+        let mut spill: Vec<SocketAddr> = stored.spill().iter().map(Entry::address).collect();
         spill.sort_unstable();
         let endpoints = endpoints.into_iter().map(|(address, _)| address).collect();
         Self::new(endpoints, shares.map(Arc::from), spill.into())
@@ -293,8 +287,7 @@ fn owners<'a>(
 /// Whether an encoder could have written a run.
 fn is_sound(ipv6: bool, stored: &StoredRun) -> bool {
     let is_list = |entries: &[Entry]| {
-        let addresses: BTreeSet<SocketAddr> =
-            entries.iter().map(crate::tables::run::Entry::address).collect();
+        let addresses: BTreeSet<SocketAddr> = entries.iter().map(Entry::address).collect();
         entries.is_sorted_by(|a, b| a.endpoint_id < b.endpoint_id)
             && addresses.len() == entries.len()
             && addresses.iter().all(|address| address.is_ipv6() == ipv6)
