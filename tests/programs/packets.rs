@@ -113,7 +113,7 @@ fn what_hooks_leave_alone_is_served_as_packets() {
             flows.iter().filter(|flow| flow.destination == address).count()
         };
         eventually("the flow is deleted", || n_flows() == 0);
-        assert!(are_right(&none));
+        eventually("the rules are gone", || are_right(&none));
         place.write(&moved);
         eventually("the rules are back", || are_right(&moved));
         let excluding = limited(&["192.0.2.128/25"], &[endpoint(2)]);
