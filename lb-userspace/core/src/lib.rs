@@ -11,6 +11,7 @@
 pub mod desired;
 pub mod ejection;
 pub mod model;
+pub mod names;
 pub mod packets;
 pub mod plan;
 pub mod sim;
