@@ -5,6 +5,7 @@
 #![deny(unsafe_code)]
 
 pub mod controller;
+pub mod names;
 pub mod self_test;
 pub mod serve;
 pub mod snapshot;

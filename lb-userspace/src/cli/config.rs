@@ -10,13 +10,14 @@ use std::{
     net::{IpAddr, Ipv4Addr, SocketAddr},
     ops::RangeInclusive,
     path::{Path, PathBuf},
+    sync::Arc,
     time::Duration,
 };
 
 use lb_common::limits::MAX_SERVICE_CIDRS;
 use lb_core::{
     desired::{ExternalIps, NodePortAddresses, PacketMode, cluster_ips::merged},
-    model::Cidr,
+    model::{Cidr, ServiceKey},
 };
 use serde::de::DeserializeOwned;
 
@@ -307,6 +308,113 @@ pub fn bind_address(text: &str) -> Result<Listen, String> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Listen(pub Option<SocketAddr>);
 
+/// Parses a port.
+///
+/// # Errors
+///
+/// A sentence about what is expected.
+pub fn port(text: &str) -> Result<u16, String> {
+    let port = text.trim().parse().ok().filter(|port| *port > 0);
+    port.ok_or_else(|| "expected a port from 1 to 65535".to_owned())
+}
+
+/// The value of `--names-bind-address`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct BindAddresses(pub Vec<SocketAddr>);
+
+/// Parses a comma-separated list of addresses with ports; empty for none.
+///
+/// # Errors
+///
+/// A sentence about what is expected.
+pub fn bind_addresses(text: &str) -> Result<BindAddresses, String> {
+    let addresses =
+        list(text).map(|part| part.parse().ok().filter(|address: &SocketAddr| address.port() > 0));
+    addresses.collect::<Option<_>>().map(BindAddresses).ok_or_else(|| {
+        "expected addresses with ports, separated by commas, such as 127.0.0.153:53, or nothing for none"
+            .to_owned()
+    })
+}
+
+/// The value of `--names-upstream`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct DnsServers(pub Vec<SocketAddr>);
+
+/// Parses a comma-separated list of `ADDRESS` and `ADDRESS:PORT`; the default port is 53.
+///
+/// # Errors
+///
+/// A sentence about what is expected.
+pub fn dns_servers(text: &str) -> Result<DnsServers, String> {
+    let server = |part: &str| {
+        let alone = part.parse::<IpAddr>().map(|ip| SocketAddr::new(ip, 53));
+        alone.or_else(|_has_port| part.parse()).ok().filter(|server| server.port() > 0)
+    };
+    list(text).map(server).collect::<Option<_>>().map(DnsServers).ok_or_else(|| {
+        "expected addresses, separated by commas, such as 192.0.2.53 or [2001:db8::53]:5353".to_owned()
+    })
+}
+
+/// A domain in lower case, without a final dot.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Domain(pub Arc<str>);
+
+/// Parses a domain of the labels that DNS names of Kubernetes have.
+///
+/// # Errors
+///
+/// A sentence about what is expected.
+pub fn domain(text: &str) -> Result<Domain, String> {
+    let name = text.trim().trim_end_matches('.').to_ascii_lowercase();
+    if name.len() <= 253 && name.split('.').all(is_label) {
+        Ok(Domain(name.into()))
+    } else {
+        Err("expected a domain, such as cluster.local".to_owned())
+    }
+}
+
+/// The value of `--names-forward`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Domains(pub Vec<Arc<str>>);
+
+/// Parses a comma-separated list of domains; empty for none.
+///
+/// # Errors
+///
+/// A sentence about what is expected.
+pub fn domains(text: &str) -> Result<Domains, String> {
+    let domains = list(text).map(|part| domain(part).map(|Domain(name)| name));
+    domains
+        .collect::<Result<_, _>>()
+        .map(Domains)
+        .map_err(|_one| "expected domains, separated by commas, such as legacy.svc.cluster.local".to_owned())
+}
+
+/// Parses `NAMESPACE/NAME`.
+///
+/// # Errors
+///
+/// A sentence about what is expected.
+pub fn service_key(text: &str) -> Result<ServiceKey, String> {
+    let key = text.trim().split_once('/').filter(|(namespace, name)| is_label(namespace) && is_label(name));
+    key.map(|(namespace, name)| ServiceKey::new(namespace, name))
+        .ok_or_else(|| "expected NAMESPACE/NAME of a Service, such as kube-system/kube-dns".to_owned())
+}
+
+/// The parts of a comma-separated list, without those that are empty.
+fn list(text: &str) -> impl Iterator<Item = &str> {
+    text.split(',').map(str::trim).filter(|part| !part.is_empty())
+}
+
+/// Whether a text is a label of RFC 1123.
+fn is_label(text: &str) -> bool {
+    let is_inner = |octet: u8| octet.is_ascii_lowercase() || octet.is_ascii_digit() || octet == b'-';
+    (1..=63).contains(&text.len())
+        && text.bytes().all(is_inner)
+        && !text.starts_with('-')
+        && !text.ends_with('-')
+}
+
 /// Parses a duration such as `500ms`, `2s` or `1m`.
 ///
 /// # Errors
@@ -445,6 +553,29 @@ mod tests {
         assert_eq!(bind_address("[::]:10256"), Ok(Listen(Some(([0u16; 8], 10256).into()))));
         for wrong in ["10256", ":10256", "localhost:10256", "127.0.0.1", "127.0.0.1:65536"] {
             assert!(bind_address(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn settings_of_names() {
+        let servers = dns_servers("192.0.2.53, [2001:db8::53]:5353,192.0.2.54:54").unwrap().0;
+        let shown: Vec<String> = servers.iter().map(ToString::to_string).collect();
+        assert_eq!(shown, ["192.0.2.53:53", "[2001:db8::53]:5353", "192.0.2.54:54"]);
+        assert_eq!(dns_servers(""), Ok(DnsServers::default()));
+        assert_eq!(bind_addresses("127.0.0.153:53").unwrap().0, [([127, 0, 0, 153], 53).into()]);
+        assert_eq!(&*domain("Cluster.Local.").unwrap().0, "cluster.local");
+        assert_eq!(domains("a.b, c").unwrap().0.len(), 2);
+        assert_eq!(service_key("kube-system/kube-dns"), Ok(ServiceKey::new("kube-system", "kube-dns")));
+        for wrong in ["localhost", "192.0.2.53:0", "192.0.2.53:", "[::1]"] {
+            assert!(dns_servers(wrong).is_err() && bind_addresses(wrong).is_err(), "{wrong}");
+        }
+        for wrong in ["", ".", "a..b", "-a", "a-", "a_b", &"a".repeat(64), &["a"; 128].join(".")] {
+            assert!(domain(wrong).is_err(), "{wrong}");
+        }
+        assert_eq!(port("8053"), Ok(8053));
+        assert!(port("0").is_err() && port("65536").is_err());
+        for wrong in ["kube-dns", "/kube-dns", "kube-system/", "a/b/c", "A/b"] {
+            assert!(service_key(wrong).is_err(), "{wrong}");
         }
     }
 

@@ -10,7 +10,7 @@ use std::{net::SocketAddr, path::PathBuf, process::ExitCode, sync::Arc, time::Du
 use clap::{Args, ValueEnum as _};
 use lb_agent::{
     controller::run as agent,
-    serve,
+    names, serve,
     source::{
         Location, Setup,
         cluster::{self, Access},
@@ -19,6 +19,7 @@ use lb_agent::{
 };
 use lb_core::{
     desired::{ExternalIps, PacketMode, Settings},
+    model::ServiceKey,
     plan::Capacity,
 };
 use lb_kernel::{Features, cgroup, syscall};
@@ -30,7 +31,10 @@ use tokio::{
 };
 use tracing::info;
 
-use super::config::{self, Listen, NodePortList, ServiceCidrs, SettingsFile, UsageError};
+use super::config::{
+    self, BindAddresses, DnsServers, Domain, Domains, Listen, NodePortList, ServiceCidrs, SettingsFile,
+    UsageError,
+};
 
 /// How long the agent's exit waits for threads that are blocked.
 const LEAVE: Duration = Duration::from_secs(5);
@@ -124,6 +128,31 @@ pub struct RunArgs {
     /// the Pods of its node [default: false]
     #[arg(long, env = "SOCKLB_EXCLUDE_PODS", value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
     exclude_pods: Option<bool>,
+    /// Answer names of the cluster domain on this node, and forward others: on or off [default: off]
+    #[arg(long, env = "SOCKLB_NAMES", value_name = "SWITCH", value_parser = config::switch)]
+    names: Option<bool>,
+    /// The cluster's domain [default: cluster.local]
+    #[arg(long, env = "SOCKLB_CLUSTER_DOMAIN", value_name = "DOMAIN", value_parser = config::domain)]
+    cluster_domain: Option<Domain>,
+    /// Service of the cluster's DNS, as NAMESPACE/NAME. Names that the node does not answer go to its
+    /// endpoints [default: kube-system/kube-dns]
+    #[arg(long, env = "SOCKLB_NAMES_SERVICE", value_name = "SERVICE", value_parser = config::service_key)]
+    names_service: Option<ServiceKey>,
+    /// Servers for names that the node does not answer, separated by commas, as ADDRESS or ADDRESS:PORT
+    /// [default: the endpoints of --names-service]
+    #[arg(long, env = "SOCKLB_NAMES_UPSTREAM", value_name = "LIST", value_parser = config::dns_servers)]
+    names_upstream: Option<DnsServers>,
+    /// Domains below the cluster domain whose names are forwarded, separated by commas: where the cluster's
+    /// DNS has rules of its own [default: none]
+    #[arg(long, env = "SOCKLB_NAMES_FORWARD", value_name = "LIST", value_parser = config::domains)]
+    names_forward: Option<Domains>,
+    /// Port of the name server on this node's addresses, which pods are led to [default: 8053]
+    #[arg(long, env = "SOCKLB_NAMES_PORT", value_name = "PORT", value_parser = config::port)]
+    names_port: Option<u16>,
+    /// Further addresses of this host where names are answered, separated by commas, as ADDRESS:PORT, such as
+    /// 127.0.0.153:53 [default: none]
+    #[arg(long, env = "SOCKLB_NAMES_BIND_ADDRESS", value_name = "LIST", value_parser = config::bind_addresses)]
+    names_bind_address: Option<BindAddresses>,
     /// Eject endpoints to which connections fail, for a while: on or off [default: on]
     #[arg(long, env = "SOCKLB_PASSIVE_HEALTH", value_name = "SWITCH", value_parser = config::switch)]
     passive_health: Option<bool>,
@@ -167,6 +196,13 @@ struct FileConfig {
     healthz_bind_address: Option<String>,
     exclude_cgroup: Vec<PathBuf>,
     exclude_pods: Option<String>,
+    names: Option<String>,
+    cluster_domain: Option<String>,
+    names_service: Option<String>,
+    names_upstream: Option<String>,
+    names_forward: Option<String>,
+    names_port: Option<String>,
+    names_bind_address: Option<String>,
     passive_health: Option<String>,
     max_services: Option<String>,
     max_endpoints: Option<String>,
@@ -181,6 +217,7 @@ struct FileConfig {
 pub fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
     let (settings_file, file): (SettingsFile, FileConfig) =
         args.config.as_deref().map(SettingsFile::read).transpose()?.unwrap_or_default();
+    let names = names_options(args, &settings_file, &file)?;
     let log_format = settings_file.value("log-format", file.log_format, |text| {
         LogFormat::from_str(text, true).map_err(|_unknown| "expected text or json".to_owned())
     })?;
@@ -258,6 +295,7 @@ pub fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
             .unwrap_or(config::SELF_TEST_INTERVAL),
         exclude_cgroups,
         exclude_pods,
+        names,
         http: serve::Options { metrics, healthz, config: serde_json::Value::Null },
     };
     let service_proxy_name = args.service_proxy_name.clone().or(file.service_proxy_name);
@@ -279,6 +317,34 @@ pub fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
     };
     block_on(follow(location, setup, options, settings))?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// The settings of the name server; `None` if it is off.
+fn names_options(
+    args: &RunArgs,
+    settings_file: &SettingsFile,
+    file: &FileConfig,
+) -> Result<Option<names::Options>, UsageError> {
+    let is_on = settings_file.value("names", file.names.clone(), config::switch)?;
+    let domain = settings_file.value("cluster-domain", file.cluster_domain.clone(), config::domain)?;
+    let service = settings_file.value("names-service", file.names_service.clone(), config::service_key)?;
+    let upstream = settings_file.value("names-upstream", file.names_upstream.clone(), config::dns_servers)?;
+    let forward = settings_file.value("names-forward", file.names_forward.clone(), config::domains)?;
+    let port = settings_file.value("names-port", file.names_port.clone(), config::port)?;
+    let bind =
+        settings_file.value("names-bind-address", file.names_bind_address.clone(), config::bind_addresses)?;
+    if !args.names.or(is_on).unwrap_or(false) {
+        return Ok(None);
+    }
+    let defaults = names::Options::default();
+    Ok(Some(names::Options {
+        domain: args.cluster_domain.clone().or(domain).map_or(defaults.domain, |Domain(name)| name),
+        service: args.names_service.clone().or(service).unwrap_or(defaults.service),
+        upstreams: args.names_upstream.clone().or(upstream).unwrap_or_default().0,
+        forward: args.names_forward.clone().or(forward).unwrap_or_default().0,
+        port: args.names_port.or(port).unwrap_or(defaults.port),
+        bind: args.names_bind_address.clone().or(bind).unwrap_or_default().0,
+    }))
 }
 
 /// The sizes of the maps.
@@ -347,6 +413,7 @@ fn in_force(
     service_proxy_name: Option<&str>,
 ) -> serde_json::Value {
     let agent::Options { kernel, http, .. } = options;
+    let names = options.names.clone().unwrap_or_default();
     let address =
         |address: Option<SocketAddr>| address.map(|address| address.to_string()).unwrap_or_default();
     serde_json::json!({ "socklb": {
@@ -369,6 +436,13 @@ fn in_force(
         "healthz-bind-address": address(http.healthz),
         "exclude-cgroup": options.exclude_cgroups,
         "exclude-pods": options.exclude_pods,
+        "names": if options.names.is_some() { "on" } else { "off" },
+        "cluster-domain": *names.domain,
+        "names-service": names.service.to_string(),
+        "names-upstream": names.upstreams,
+        "names-forward": names.forward,
+        "names-port": names.port,
+        "names-bind-address": names.bind,
         "passive-health": if kernel.passive_health { "on" } else { "off" },
         "max-services": kernel.capacity.services,
         "max-endpoints": kernel.capacity.endpoints,

@@ -34,7 +34,7 @@ use super::{
     start::{PATIENCE, Phase},
 };
 use crate::{
-    self_test,
+    names, self_test,
     serve::{
         self, ListenError, Listeners, LoopView, Published,
         health_ports::{self, HealthChecks},
@@ -89,6 +89,8 @@ pub struct Options {
     pub exclude_cgroups: Vec<PathBuf>,
     /// Whether the source names pods to exclude.
     pub exclude_pods: bool,
+    /// The node's name server; `None` without one.
+    pub names: Option<names::Options>,
     /// Listen addresses of the HTTP servers.
     pub http: serve::Options,
 }

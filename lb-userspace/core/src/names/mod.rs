@@ -12,6 +12,9 @@
 //! - An answer depends on the objects and the settings alone.
 //! - No question costs more than a few look-ups and the records of its answer.
 
+pub mod reach;
+pub mod upstream;
+
 use std::{
     net::{Ipv4Addr, Ipv6Addr},
     sync::Arc,
