@@ -49,7 +49,7 @@ fn systemd_reads_the_unit() {
     assert!(wrong.iter().any(|line| line.contains("NoNewPrivilege")), "{wrong:?}");
 }
 
-/// And the host's processes, which a pod of the `DaemonSet` does not see.
+/// And the host's processes, which a pod of the `DaemonSet` does not see, and port 53 for names.
 #[test]
 fn the_unit_grants_what_the_daemon_set_grants() {
     let text = fs::read_to_string(folder().join("base/daemonset.yaml")).unwrap();
@@ -58,7 +58,7 @@ fn the_unit_grants_what_the_daemon_set_grants() {
     let names = container["securityContext"]["capabilities"]["add"].as_array().unwrap();
     let mut names: BTreeSet<String> =
         names.iter().map(|name| format!("CAP_{}", name.as_str().unwrap())).collect();
-    names.insert("CAP_SYS_PTRACE".to_owned());
+    names.extend(["CAP_SYS_PTRACE", "CAP_NET_BIND_SERVICE"].map(str::to_owned));
     let unit = unit();
     let granted: BTreeSet<String> =
         value(&unit, "CapabilityBoundingSet").split(' ').map(str::to_owned).collect();

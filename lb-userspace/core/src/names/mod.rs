@@ -12,6 +12,7 @@
 //! - An answer depends on the objects and the settings alone.
 //! - No question costs more than a few look-ups and the records of its answer.
 
+mod presentation;
 pub mod reach;
 pub mod upstream;
 
