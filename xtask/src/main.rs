@@ -61,7 +61,7 @@ enum Command {
     Bench(bench::Options),
     /// Kills, stops and replaces agents at random under load; checks every call and the final maps
     Chaos(chaos::Options),
-    /// Searches for objects that make ingest, the tables or a plan fail
+    /// Searches for objects and DNS messages that make ingest, the tables, a plan or the name server fail
     Fuzz(fuzz::Options),
     /// Writes a container image of `socklb` as an archive, without a container engine
     Image(image::Options),

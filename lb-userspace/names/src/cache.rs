@@ -14,10 +14,10 @@ use lru::LruCache;
 use crate::message::Body;
 
 /// A negative answer is kept no longer (RFC 2308, 5).
-const MAX_NEGATIVE: Duration = Duration::from_hours(1);
-const MAX_TTL: Duration = Duration::from_hours(24);
+const MAX_NEGATIVE: Duration = Duration::from_secs(3_600);
+const MAX_TTL: Duration = Duration::from_secs(86_400);
 /// How long after its end an answer may still be given (RFC 8767, 4).
-const MAX_STALE: Duration = Duration::from_hours(24);
+const MAX_STALE: Duration = Duration::from_secs(86_400);
 /// The TTL of a stale answer, seconds (RFC 8767, 4).
 const STALE_TTL: u32 = 30;
 /// How long upstream servers are left alone after they failed (RFC 8767, 5), if a stale answer is there.
@@ -38,7 +38,7 @@ pub(crate) struct Key {
 impl Key {
     pub(crate) fn new(query: &Query, is_dnssec_ok: bool, is_checking_disabled: bool) -> Self {
         let mut name = Vec::with_capacity(query.name.len());
-        for label in query.name.iter() {
+        for label in &query.name {
             name.push(u8::try_from(label.len()).unwrap_or(u8::MAX));
             name.extend(label.iter().map(u8::to_ascii_lowercase));
         }
@@ -220,6 +220,139 @@ impl Cache {
     fn remove(&mut self, key: &Key) {
         if let Some(slot) = self.slots.pop(key) {
             self.n_octets -= slot.n_octets;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use hickory_proto::{
+        op::OpCode,
+        rr::{
+            Name,
+            rdata::{A, SOA},
+        },
+    };
+
+    use super::*;
+
+    fn query(name: &str) -> Query {
+        Query::query(Name::from_ascii(name).unwrap(), RecordType::A)
+    }
+
+    fn key(name: &str) -> Key {
+        Key::new(&query(name), false, false)
+    }
+
+    /// An address with this TTL.
+    fn positive(name: &str, ttl: u32, now: Instant) -> Arc<Entry> {
+        let mut message = Message::response(0, OpCode::Query);
+        let data = RData::A(A([192, 0, 2, 1].into()));
+        message.answers.push(Record::from_rdata(query(name).name, ttl, data));
+        Arc::new(Entry::new(message, 50, now))
+    }
+
+    /// An absence; the record's TTL and the minimum in it.
+    fn negative(soa: Option<(u32, u32)>, code: ResponseCode, now: Instant) -> Arc<Entry> {
+        let mut message = Message::response(0, OpCode::Query);
+        message.metadata.response_code = code;
+        if let Some((ttl, minimum)) = soa {
+            let root = Name::root();
+            let data = RData::SOA(SOA::new(root.clone(), root.clone(), 1, 1, 1, 1, minimum));
+            message.authorities.push(Record::from_rdata(root, ttl, data));
+        }
+        Arc::new(Entry::new(message, 50, now))
+    }
+
+    fn seen(cache: &mut Cache, now: Instant) -> String {
+        match cache.find(&key("www.test."), now) {
+            Found::Fresh { entry, is_due } => {
+                let ttl = entry.body(&query("www.test."), now).answers.first().map(|record| record.ttl);
+                format!("fresh {ttl:?} {is_due}")
+            }
+            Found::Stale { entry, has_failed } => {
+                let ttl = entry.body(&query("www.test."), now).answers.first().map(|record| record.ttl);
+                format!("stale {ttl:?} {has_failed}")
+            }
+            Found::Nothing => "nothing".into(),
+        }
+    }
+
+    #[test]
+    fn an_entry_grows_old() {
+        let start = Instant::now();
+        let at = |seconds| start + Duration::from_secs(seconds);
+        let mut cache = Cache::new(10, 10_000);
+        cache.insert(key("WWW.test."), positive("www.test.", 60, start));
+        for (seconds, expected) in [
+            (0, "fresh Some(60) false"),
+            (10, "fresh Some(50) false"),
+            (53, "fresh Some(7) false"),
+            // Asked for before, and in its last tenth.
+            (54, "fresh Some(6) true"),
+            (59, "fresh Some(1) true"),
+            (60, "stale Some(30) false"),
+            (3600, "stale Some(30) false"),
+        ] {
+            assert_eq!(seen(&mut cache, at(seconds)), expected, "{seconds}");
+        }
+        cache.failed(&key("www.test."), at(3600));
+        assert_eq!(seen(&mut cache, at(3629)), "stale Some(30) true");
+        assert_eq!(seen(&mut cache, at(3630)), "stale Some(30) false");
+        assert_eq!(seen(&mut cache, at(24 * 3600 + 60)), "nothing");
+        assert_eq!((cache.len(), cache.n_octets), (0, 0));
+    }
+
+    #[test]
+    fn how_long_answers_are_kept() {
+        let now = Instant::now();
+        let (absent, empty) = (ResponseCode::NXDomain, ResponseCode::NoError);
+        let cases = [
+            (positive("www.test.", 0, now), 0),
+            (positive("www.test.", 60, now), 60),
+            (positive("www.test.", 1 << 30, now), 24 * 3600),
+            (positive("www.test.", 1 << 31, now), 0),
+            (negative(None, absent, now), 0),
+            (negative(Some((60, 30)), absent, now), 30),
+            (negative(Some((20, 30)), empty, now), 20),
+            (negative(Some((1 << 20, 1 << 20)), empty, now), 3600),
+            (negative(Some((60, 60)), ResponseCode::ServFail, now), 0),
+        ];
+        for (entry, seconds) in cases {
+            assert_eq!(entry.ttl, Duration::from_secs(seconds), "{entry:?}");
+        }
+    }
+
+    #[test]
+    fn entries_and_octets_are_bounded_and_the_least_used_go() {
+        let now = Instant::now();
+        for (max_entries, max_octets) in [(3, 1 << 20), (100, 3 * (OVERHEAD + 60))] {
+            let mut cache = Cache::new(max_entries, max_octets);
+            for name in ["a.test.", "b.test.", "c.test."] {
+                cache.insert(key(name), positive(name, 60, now));
+            }
+            assert!(matches!(cache.find(&key("a.test."), now), Found::Fresh { .. }));
+            cache.insert(key("d.test."), positive("d.test.", 60, now));
+            assert!(matches!(cache.find(&key("a.test."), now), Found::Fresh { .. }));
+            assert!(matches!(cache.find(&key("b.test."), now), Found::Nothing));
+            assert_eq!(cache.len(), 3);
+        }
+    }
+
+    #[test]
+    fn answers_for_other_flags_and_types_are_others() {
+        let www = query("www.test.");
+        let mut other = www.clone();
+        other.query_type = RecordType::AAAA;
+        let keys = [
+            Key::new(&www, false, false),
+            Key::new(&www, true, false),
+            Key::new(&www, false, true),
+            Key::new(&other, false, false),
+            key("w.ww.test."),
+        ];
+        for (index, key) in keys.iter().enumerate() {
+            assert_eq!(keys.iter().position(|other| other == key), Some(index));
         }
     }
 }

@@ -36,9 +36,11 @@ const N_ROUNDS: usize = 2;
 const MAX_ATTEMPTS: usize = 6;
 /// UDP has so long before TCP is tried.
 const UDP_SILENCE: Duration = Duration::from_millis(1200);
+/// The same for TCP.
+const TCP_SILENCE: Duration = Duration::from_secs(2);
 /// A question is given up after so long. Resolvers of the C library wait 5 s.
 const GIVE_UP: Duration = Duration::from_millis(4500);
-/// A server that failed is asked after the others for so long.
+/// A server that failed or was slower than the next one is asked after the others for so long.
 const AVOID: Duration = Duration::from_secs(10);
 /// Servers of which a failure is remembered.
 const MAX_AVOIDED: usize = 256;
@@ -66,7 +68,7 @@ fn next(n_servers: usize, n_asked: usize, n_open: usize, since: Duration) -> Nex
         (true, _) => Next::Wait(GIVE_UP),
         (false, 0) => Next::Ask(n_asked % n_servers),
         (false, _) if since >= delay => Next::Ask(n_asked % n_servers),
-        (false, _) => Next::Wait(delay - since),
+        (false, _) => Next::Wait(delay.saturating_sub(since)),
     }
 }
 
@@ -128,12 +130,12 @@ impl Forwarder {
         match found {
             Found::Fresh { entry, is_due } => {
                 self.counters.hits.fetch_add(1, Relaxed);
-                let body = joined(body.clone(), &entry.body(query, now));
+                let body = joined(body.clone(), entry.body(query, now));
                 if is_due { Cached::Due(body, From::Cache) } else { Cached::Answer(body, From::Cache) }
             }
             Found::Stale { entry, has_failed: true } => {
                 self.counters.stale.fetch_add(1, Relaxed);
-                Cached::Answer(joined(body.clone(), &entry.body(query, now)), From::Stale)
+                Cached::Answer(joined(body.clone(), entry.body(query, now)), From::Stale)
             }
             Found::Stale { .. } | Found::Nothing => Cached::Miss,
         }
@@ -182,7 +184,7 @@ impl Forwarder {
                 return (body, From::Upstream);
             }
         };
-        (joined(body, &entry.body(&query, Instant::now())), from)
+        (joined(body, entry.body(&query, Instant::now())), from)
     }
 
     /// Asks upstream servers anew; the answer goes to the cache.
@@ -224,13 +226,15 @@ impl Forwarder {
     async fn exchange(&self, key: &Key, query: &Query) -> Outcome {
         let servers = order(&self.upstreams.borrow().clone(), &lock(&self.failures), Instant::now());
         let mut open = FuturesUnordered::new();
+        let mut silent = Vec::new();
         let (mut n_asked, mut asked_at, mut reported) = (0, Instant::now(), None);
         loop {
             let wait = match next(servers.len(), n_asked, open.len(), asked_at.elapsed()) {
                 Next::GiveUp => return reported.ok_or(()),
                 Next::Ask(index) => {
-                    if let Some(server) = servers.get(index) {
-                        open.push(self.attempt(*server, key, query));
+                    if let Some(&server) = servers.get(index) {
+                        open.push(async move { (server, attempt(server, key, query).await) });
+                        silent.push(server);
                     }
                     n_asked += 1;
                     asked_at = Instant::now();
@@ -238,43 +242,53 @@ impl Forwarder {
                 }
                 Next::Wait(wait) => wait,
             };
-            tokio::select! {
-                Some(outcome) = open.next() => match outcome {
-                    Ok(entry) if entry.has_failed() => reported = Some(entry),
-                    Ok(entry) => return Ok(entry),
-                    Err(()) => {}
-                },
-                () = sleep(wait) => {}
+            let (server, outcome) = tokio::select! {
+                Some(outcome) = open.next() => outcome,
+                () = sleep(wait) => continue,
+            };
+            if let Some(at) = silent.iter().position(|asked| *asked == server) {
+                silent.swap_remove(at);
+            }
+            match outcome {
+                Ok((message, n_octets)) => {
+                    self.counters.upstream(server, Some(message.metadata.response_code));
+                    lock(&self.failures).remove(&server);
+                    let entry = Arc::new(Entry::new(message, n_octets, Instant::now()));
+                    if entry.has_failed() {
+                        reported = Some(entry);
+                        continue;
+                    }
+                    for slower in silent.into_iter().filter(|slower| *slower != server) {
+                        self.has_failed(slower);
+                    }
+                    return Ok(entry);
+                }
+                Err(error) => {
+                    tracing::debug!(%server, %error, "upstream server failed");
+                    self.has_failed(server);
+                }
             }
         }
     }
 
-    async fn attempt(&self, server: SocketAddr, key: &Key, query: &Query) -> Outcome {
-        // A future that is dropped since another server was faster reports nothing.
-        let outcome = match timeout(UDP_SILENCE, udp(server, key, query)).await {
-            Ok(Ok((message, _))) if message.metadata.truncation => tcp(server, key, query).await,
-            Ok(Ok(answer)) => Ok(answer),
-            Ok(Err(error)) => Err(error),
-            Err(_silent) => tcp(server, key, query).await,
-        };
-        let code = outcome.as_ref().ok().map(|(message, _)| message.metadata.response_code);
-        self.counters.upstream(server, code);
+    fn has_failed(&self, server: SocketAddr) {
+        self.counters.upstream(server, None);
         let mut failures = lock(&self.failures);
-        match outcome {
-            Ok((message, n_octets)) => {
-                failures.remove(&server);
-                Ok(Arc::new(Entry::new(message, n_octets, Instant::now())))
-            }
-            Err(error) => {
-                tracing::debug!(%server, %error, "upstream server failed");
-                if failures.len() >= MAX_AVOIDED {
-                    failures.clear();
-                }
-                failures.insert(server, Instant::now());
-                Err(())
-            }
+        if failures.len() >= MAX_AVOIDED {
+            failures.clear();
         }
+        failures.insert(server, Instant::now());
     }
+}
+
+/// One request, over TCP if UDP is silent or not enough.
+async fn attempt(server: SocketAddr, key: &Key, query: &Query) -> io::Result<(Message, usize)> {
+    match timeout(UDP_SILENCE, udp(server, key, query)).await {
+        Ok(Ok((message, _))) if message.metadata.truncation => {}
+        Ok(outcome) => return outcome,
+        Err(_silent) => {}
+    }
+    timeout(TCP_SILENCE, tcp(server, key, query)).await?
 }
 
 async fn landed(mut flight: watch::Receiver<Option<Outcome>>) -> Outcome {
@@ -285,12 +299,14 @@ async fn landed(mut flight: watch::Receiver<Option<Outcome>>) -> Outcome {
 }
 
 /// The zone's records before those from upstream.
-fn joined(mut zone: Body, upstream: &Body) -> Body {
+fn joined(mut zone: Body, upstream: Body) -> Body {
+    if zone.answers.is_empty() {
+        return upstream;
+    }
     zone.code = upstream.code;
-    zone.is_authentic = zone.answers.is_empty() && upstream.is_authentic;
-    zone.answers.extend_from_slice(&upstream.answers);
-    zone.authorities.extend_from_slice(&upstream.authorities);
-    zone.additionals.extend_from_slice(&upstream.additionals);
+    zone.answers.extend(upstream.answers);
+    zone.authorities.extend(upstream.authorities);
+    zone.additionals.extend(upstream.additionals);
     zone
 }
 
@@ -355,4 +371,41 @@ async fn tcp(server: SocketAddr, key: &Key, query: &Query) -> io::Result<(Messag
         return Err(io::Error::other("the response is for another question"));
     }
     Ok((response, buffer.len()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn servers_are_asked_in_turn() {
+        let ms = Duration::from_millis;
+        let cases = [
+            // servers, asked, open, since the last
+            (0, 0, 0, ms(0), Next::GiveUp),
+            (2, 0, 0, ms(0), Next::Ask(0)),
+            (2, 1, 1, ms(50), Next::Wait(ms(150))),
+            (2, 1, 1, ms(200), Next::Ask(1)),
+            // A failure leads to the next at once.
+            (2, 1, 0, ms(1), Next::Ask(1)),
+            (2, 2, 2, ms(200), Next::Wait(ms(800))),
+            (2, 2, 1, ms(1000), Next::Ask(0)),
+            (2, 4, 1, ms(9000), Next::Wait(GIVE_UP)),
+            (2, 4, 0, ms(0), Next::GiveUp),
+            (1, 1, 1, ms(300), Next::Wait(ms(700))),
+            (100, MAX_ATTEMPTS, 0, ms(0), Next::GiveUp),
+        ];
+        for (n_servers, n_asked, n_open, since, expected) in cases {
+            assert_eq!(next(n_servers, n_asked, n_open, since), expected, "{n_servers} {n_asked} {n_open}");
+        }
+    }
+
+    #[test]
+    fn servers_that_failed_of_late_are_last() {
+        let [a, b, c] = [1, 2, 3].map(|last| SocketAddr::from(([192, 0, 2, last], 53)));
+        let start = Instant::now();
+        let failures = HashMap::from([(a, start)]);
+        assert_eq!(order(&[a, b, c], &failures, start), [b, c, a]);
+        assert_eq!(order(&[a, b, c], &failures, start + AVOID), [a, b, c]);
+    }
 }

@@ -21,6 +21,7 @@ mod tests;
 mod udp;
 
 use std::{
+    collections::{HashMap, hash_map::Entry},
     io,
     net::{IpAddr, SocketAddr, UdpSocket},
     sync::{
@@ -35,8 +36,10 @@ use std::{
 };
 
 use forward::Forwarder;
+use hickory_proto::op::ResponseCode;
 use lb_core::names::{Answer, Question};
 pub use message::reply;
+use message::{Body, Local};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use socket2::{Domain, Protocol as SocketProtocol, Socket, Type};
 use statistics::Counters;
@@ -277,32 +280,60 @@ impl Drop for Server {
 async fn forward(mut due: mpsc::Receiver<udp::Job>, shared: Arc<Shared>, max_in_flight: usize) {
     // Identical questions share a request upstream, so more clients than questions can wait.
     let max_waiting = max_in_flight.saturating_mul(4);
+    // One client leaves requests to the others.
+    let max_per_client = (max_in_flight / 4).max(1);
+    let mut n_waiting = HashMap::<IpAddr, usize>::new();
     let mut waiting = JoinSet::new();
     let mut alive = interval(BEAT);
     loop {
         tokio::select! {
             _ = alive.tick() => shared.beats.beat(0),
-            Some(_) = waiting.join_next(), if !waiting.is_empty() => {}
+            Some(ended) = waiting.join_next(), if !waiting.is_empty() => {
+                let Ok(client) = ended else { continue };
+                if let Entry::Occupied(mut n_waiting) = n_waiting.entry(client) {
+                    *n_waiting.get_mut() -= 1;
+                    if *n_waiting.get() == 0 {
+                        n_waiting.remove();
+                    }
+                }
+            }
             job = due.recv(), if waiting.len() < max_waiting => {
                 let Some(job) = job else { return };
-                let shared = shared.clone();
-                waiting.spawn(async move {
-                    let authority = shared.authority.borrow().clone();
-                    let (body, from) = if job.is_refresh {
-                        if let message::Local::Upstream(_, query) = message::ask(&*authority, &job.request.query) {
-                            shared.forwarder.refresh(&job.request, &query);
-                        }
-                        return;
-                    } else {
-                        shared.forwarder.answer(&job.request, &*authority).await
-                    };
-                    let code = body.code;
-                    let reply = message::write(&job.request, body);
-                    // A full buffer loses it, as the way there can.
-                    let _lost = job.socket.send_to(&reply, job.client);
-                    shared.counters().answered(job.client, &job.request.query, code, from, job.since);
-                });
+                let client = job.client.ip();
+                let n_waiting = n_waiting.entry(client).or_default();
+                if *n_waiting < max_per_client {
+                    *n_waiting += 1;
+                    let shared = shared.clone();
+                    waiting.spawn(async move {
+                        resolve(&job, &shared).await;
+                        client
+                    });
+                } else if !job.is_refresh {
+                    shared.counters().overload.fetch_add(1, Relaxed);
+                    let body = Body { code: ResponseCode::ServFail, ..Body::default() };
+                    respond(&job, body, From::Upstream, &shared);
+                }
             }
         }
     }
+}
+
+async fn resolve(job: &udp::Job, shared: &Shared) {
+    let authority = shared.authority.borrow().clone();
+    if job.is_refresh {
+        if let Local::Upstream(_, query) = message::ask(&*authority, &job.request.query) {
+            shared.forwarder.refresh(&job.request, &query);
+        }
+        return;
+    }
+    let (body, from) = shared.forwarder.answer(&job.request, &*authority).await;
+    respond(job, body, from, shared);
+}
+
+fn respond(job: &udp::Job, body: Body, from: From, shared: &Shared) {
+    let code = body.code;
+    let reply = message::write(&job.request, body);
+    // A full buffer loses it, as the way there can.
+    let _lost = job.socket.send_to(&reply, job.client);
+    shared.counters().answered(job.client, &job.request.query, code, from, job.since);
 }

@@ -23,6 +23,7 @@ const HEADER: usize = 12;
 
 /// A query that deserves an answer from the zone or from upstream.
 #[derive(Clone, Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "flags of the message, independent of each other")]
 pub(crate) struct Request {
     pub(crate) id: u16,
     pub(crate) query: Query,
@@ -61,7 +62,7 @@ pub(crate) enum Local {
     Upstream(Body, Query),
 }
 
-/// Whether the octets after the fixed header can be those of a query's only question.
+/// Reads octets that arrived. `is_stream`: over TCP, so that the response may have 64 KiB.
 pub(crate) fn read(octets: &[u8], is_stream: bool) -> Input {
     let Some((header, _)) = octets.split_at_checked(HEADER) else { return Input::Drop };
     let id = u16::from_be_bytes([header[0], header[1]]);

@@ -1,8 +1,9 @@
 //! Connections.
 
 use std::{
+    collections::HashMap,
     io,
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     sync::{Arc, atomic::Ordering::Relaxed},
     time::{Duration, Instant},
 };
@@ -26,6 +27,9 @@ const IDLE: Duration = Duration::from_secs(10);
 /// Queries of one connection that wait for their answers.
 const MAX_PIPELINED: usize = 32;
 
+/// Connections of one address: the others get some too.
+const MAX_PER_CLIENT: usize = 32;
+
 /// `beat`: index of this task's sign of life.
 pub(crate) async fn accept(
     listener: TcpListener,
@@ -34,11 +38,17 @@ pub(crate) async fn accept(
     beat: usize,
 ) {
     let mut open = JoinSet::new();
+    let mut n_open = HashMap::<IpAddr, usize>::new();
     let mut alive = interval(crate::BEAT);
     loop {
         tokio::select! {
             _ = alive.tick() => shared.beats.beat(beat),
-            Some(_) = open.join_next(), if !open.is_empty() => {}
+            Some(ended) = open.join_next(), if !open.is_empty() => {
+                if let Some(n_open) = ended.ok().and_then(|client| n_open.get_mut(&client)) {
+                    *n_open -= 1;
+                }
+                n_open.retain(|_, n_open| *n_open > 0);
+            }
             accepted = listener.accept() => match accepted {
                 Ok((stream, client)) => {
                     // The interface of a connection is not known.
@@ -46,16 +56,20 @@ pub(crate) async fn accept(
                         shared.counters().foreign.fetch_add(1, Relaxed);
                         continue;
                     }
-                    let Ok(permit) = connections.clone().try_acquire_owned() else {
+                    let has_room = n_open.get(&client.ip()).is_none_or(|n_open| *n_open < MAX_PER_CLIENT);
+                    let permit = connections.clone().try_acquire_owned().ok();
+                    let Some(permit) = permit.filter(|_| has_room) else {
                         shared.counters().overload.fetch_add(1, Relaxed);
                         continue;
                     };
+                    *n_open.entry(client.ip()).or_default() += 1;
                     let shared = shared.clone();
                     open.spawn(async move {
                         let _permit = permit;
                         if let Err(error) = serve(stream, client, &shared).await {
                             tracing::debug!(%client, %error, "a connection to the name server ended");
                         }
+                        client.ip()
                     });
                 }
                 Err(error) => {
@@ -122,7 +136,7 @@ async fn serve(stream: TcpStream, client: SocketAddr, shared: &Arc<Shared>) -> i
         });
         while tasks.try_join_next().is_some() {}
     };
-    // Whoever shut down its side still gets what it asked for.
+    // A client that shut down its side still gets what it asked for.
     drop(replies);
     while tasks.join_next().await.is_some() {}
     outcome
