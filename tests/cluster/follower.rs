@@ -52,6 +52,7 @@ pub(crate) const ALL: Selection<'_> = Selection {
     other_nodes: true,
     pods: true,
     service_cidrs: true,
+    names: false,
 };
 
 /// Opens a source with a kubeconfig, as the agent does.

@@ -73,6 +73,7 @@ fn options(sandbox: &Sandbox, state_dir: &Path, http: serve::Options) -> Options
         self_test_interval: Duration::ZERO,
         exclude_cgroups: Vec::new(),
         exclude_pods: false,
+        names: None,
         http,
     }
 }

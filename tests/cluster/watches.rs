@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use lb_agent::source::{Source as _, cluster::Selection};
+use lb_core::model::ingest;
 use lb_tests::{
     apiserver::{ApiServer, Kind},
     cluster::{self, PortOf},
@@ -79,4 +80,34 @@ fn events_are_timed() {
     let arrivals = follower.source.take_arrivals();
     assert_eq!(arrivals.len(), 1, "the other slice has the same endpoints as before");
     assert!(arrivals[0].triggered.is_some());
+}
+
+/// Their endpoints have names and no frontends: without `--names` they are not requested.
+#[test]
+fn headless_slices_are_read_for_names_alone() {
+    let server = ApiServer::start();
+    let mut objects = cluster(1);
+    let mut slices = cluster::slices(&PortOf::tcp("pets"), &endpoints(9, 1));
+    for slice in &mut slices {
+        slice.metadata.labels.get_or_insert_default().insert(ingest::HEADLESS.to_owned(), String::new());
+        objects.set(slice.clone());
+    }
+    objects.set(cluster::with_spec(cluster::service("pets", &[], &[]), |spec| {
+        spec.cluster_ip = Some("None".to_owned());
+        spec.cluster_ips = Some(vec!["None".to_owned()]);
+    }));
+    server.set(&objects);
+    for names in [false, true] {
+        let mut follower = Follower::start_with(&server, Selection { names, ..ALL }, TIMING);
+        follower.until("the other service is served", |follower| follower.n_frontends() == 1);
+        let n_found = |follower: &Follower| follower.state.store().slices_of(&cluster::key("pets")).count();
+        assert_eq!(n_found(&follower), usize::from(names), "names: {names}");
+        if names {
+            for slice in &slices {
+                server.delete(Kind::Slice, cluster::NAMESPACE, slice.metadata.name.as_deref().unwrap());
+            }
+            follower.until("it is gone", |follower| n_found(follower) == 0);
+        }
+        assert_eq!((follower.n_frontends(), follower.source.issues()), (1, vec![]), "names: {names}");
+    }
 }

@@ -88,6 +88,7 @@ pub fn objects(endpoints: &[SocketAddr]) -> (Service, Vec<Slice>) {
                 terminating: false,
                 placement: Arc::default(),
                 hints: None,
+                hostname: None,
                 weight: DEFAULT_WEIGHT,
             }],
             trigger_time: None,

@@ -82,6 +82,7 @@ fn slice(service: u64, n_endpoints: u64, seed: u64, version: u64) -> Slice {
                 zone: Some(format!("zone-{}", node % 3).into()),
             }),
             hints: None,
+            hostname: None,
             weight: DEFAULT_WEIGHT,
         }
     };

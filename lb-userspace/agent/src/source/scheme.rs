@@ -26,6 +26,7 @@ pub struct Scheme {
 }
 
 /// Settings that a source may need besides its address.
+#[expect(clippy::struct_excessive_bools, reason = "independent settings")]
 #[derive(Clone, Debug)]
 pub struct Setup {
     /// `--service-proxy-name`
@@ -38,6 +39,8 @@ pub struct Setup {
     pub pods: bool,
     /// Whether service networks are read: not with `--service-cidr=none`.
     pub service_cidrs: bool,
+    /// `--names`
+    pub names: bool,
     /// How to reach the API server.
     pub access: Access,
     /// `--state-dir`: the snapshot of the last objects.

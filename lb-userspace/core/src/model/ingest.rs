@@ -81,12 +81,21 @@ pub fn unselected(labels: Option<&Labels>, service_proxy_name: Option<&str>) -> 
     }
 }
 
-/// The label selector that selects as [`is_selected`] does.
+/// Whether a slice with these labels has endpoints for frontends or for names: as [`is_selected`], or
+/// headless.
 #[must_use]
-pub fn label_selector(service_proxy_name: Option<&str>) -> String {
+pub fn is_selected_for_names(labels: Option<&Labels>, service_proxy_name: Option<&str>) -> bool {
+    labels.is_some_and(|labels| labels.contains_key(HEADLESS)) || is_selected(labels, service_proxy_name)
+}
+
+/// The label selector that selects as [`is_selected`] does, or with `names` also what is headless and has the
+/// other label.
+#[must_use]
+pub fn label_selector(service_proxy_name: Option<&str>, names: bool) -> String {
+    let headless = if names { String::new() } else { format!(",!{HEADLESS}") };
     match service_proxy_name {
-        None => format!("!{SERVICE_PROXY_NAME},!{HEADLESS}"),
-        Some(name) => format!("{SERVICE_PROXY_NAME}={name},!{HEADLESS}"),
+        None => format!("!{SERVICE_PROXY_NAME}{headless}"),
+        Some(name) => format!("{SERVICE_PROXY_NAME}={name}{headless}"),
     }
 }
 

@@ -117,7 +117,7 @@ impl fmt::Display for Protocol {
     }
 }
 
-/// `spec.type` of a Service that has addresses; `ExternalName` is not ingested.
+/// `spec.type` of a Service that has addresses; for `ExternalName` see [`NamesOnly`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum ServiceType {
     /// The default.
@@ -209,6 +209,22 @@ pub struct Service {
     /// calls to them pass unchanged. Snapshots of older agents lack this field.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub unselected: Option<Unselected>,
+    /// Set for a Service without cluster IPs, of which only this, the key and `ports` are known. It has names
+    /// and no frontends. Snapshots of older agents lack this field.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub names_only: Option<NamesOnly>,
+}
+
+/// What a Service without cluster IPs is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum NamesOnly {
+    /// `clusterIP: None`: its name has the addresses of its endpoints.
+    Headless {
+        /// `publishNotReadyAddresses`: of all endpoints, not of the ready ones alone.
+        publishes_not_ready: bool,
+    },
+    /// Type `ExternalName`: its name is an alias of this one, in lower case, without the final dot.
+    External(Arc<str>),
 }
 
 /// What keeps a Service from being served by this agent (semantics R1).
@@ -265,6 +281,9 @@ pub struct SliceEndpoint {
     pub placement: Arc<Placement>,
     /// `hints`; `None` if there is none of either kind, as in most clusters.
     pub hints: Option<Box<EndpointHints>>,
+    /// `hostname`, the label of its own name below that of a Service. Snapshots of older agents lack it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hostname: Option<Arc<str>>,
     /// How often chance draws it, compared with the others of a set; 0 = never. The API has weights of slices
     /// only. Snapshots leave the default out.
     #[serde(default = "default_weight", skip_serializing_if = "is_default_weight")]
@@ -382,13 +401,15 @@ impl Service {
             ports,
             annotations: Vec::new(),
             unselected: None,
+            names_only: None,
         }
     }
 
-    /// Whether this agent serves it: neither a label nor its annotation excludes it.
+    /// Whether this agent serves its addresses: it may have some, and neither a label nor its annotation
+    /// excludes it.
     #[must_use]
     pub fn is_served(&self) -> bool {
-        self.unselected.is_none() && !self.is_excluded()
+        self.unselected.is_none() && self.names_only.is_none() && !self.is_excluded()
     }
 
     /// The cluster IP of a family.

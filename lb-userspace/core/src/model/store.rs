@@ -248,6 +248,13 @@ impl Store {
         self.services.get(key).map(Arc::as_ref)
     }
 
+    /// Whether a service of this namespace exists.
+    #[must_use]
+    pub fn has_namespace(&self, namespace: &str) -> bool {
+        let first = ServiceKey::new(namespace, "");
+        self.services.range(first..).next().is_some_and(|(key, _)| &*key.namespace == namespace)
+    }
+
     /// As [`Self::service`], as a shared pointer.
     #[must_use]
     pub fn shared_service(&self, key: &ServiceKey) -> Option<&Arc<Service>> {

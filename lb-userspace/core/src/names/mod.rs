@@ -15,6 +15,7 @@
 mod presentation;
 pub mod reach;
 pub mod upstream;
+pub mod zone;
 
 use std::{
     net::{Ipv4Addr, Ipv6Addr},

@@ -1,6 +1,6 @@
 //! Records as master files have them (RFC 1035, 5.1).
 
-use std::fmt;
+use std::{fmt, str::FromStr};
 
 use super::{Record, RecordData, RecordType, Soa};
 
@@ -18,6 +18,27 @@ impl fmt::Display for RecordType {
             Self::Any => "ANY",
             Self::Other => "other",
         })
+    }
+}
+
+impl FromStr for RecordType {
+    type Err = String;
+
+    /// Parses the types of which a zone has records, in any case.
+    fn from_str(text: &str) -> Result<Self, String> {
+        const TYPES: [RecordType; 9] = [
+            RecordType::A,
+            RecordType::Aaaa,
+            RecordType::Cname,
+            RecordType::Ns,
+            RecordType::Ptr,
+            RecordType::Soa,
+            RecordType::Srv,
+            RecordType::Txt,
+            RecordType::Any,
+        ];
+        let found = TYPES.into_iter().find(|kind| kind.to_string().eq_ignore_ascii_case(text));
+        found.ok_or_else(|| "expected a, aaaa, cname, ns, ptr, soa, srv, txt or any".to_owned())
     }
 }
 
@@ -79,6 +100,8 @@ mod tests {
         ] {
             assert_eq!(Record { owner: None, ttl: 5, data }.line("a.b"), expected);
         }
+        assert_eq!("aaaa".parse(), Ok(RecordType::Aaaa));
+        assert!("mx".parse::<RecordType>().is_err());
         let of_another = Record { owner: Some("c".into()), ttl: 5, data: RecordData::Ns("d".into()) };
         assert_eq!(of_another.line("a.b"), "c. 5 IN NS d.");
     }

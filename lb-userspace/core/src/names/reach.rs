@@ -1,23 +1,8 @@
-//! On which addresses pods reach the node's server, and whom it answers.
+//! Whom the node's name server answers.
 
 use std::{collections::BTreeSet, net::IpAddr};
 
-use crate::model::{Cidr, Family, Node, address};
-
-/// The address of each family on which the server listens: the first of the Node object that an interface of
-/// this host has, else the first global one of the interfaces.
-///
-/// Without a Node object, as on a bare host, `interfaces` decide. Loopback addresses are none: in a pod they
-/// are the pod's.
-#[must_use]
-pub fn node_addresses(node: Option<&Node>, interfaces: &[IpAddr]) -> Vec<IpAddr> {
-    let listed = node.map(|node| node.addresses.as_slice()).unwrap_or_default();
-    let of = |family| {
-        let mut own = listed.iter().filter(|ip| interfaces.contains(ip)).chain(interfaces);
-        own.find(|ip| address::family(**ip) == family && address::special_range(**ip).is_none()).copied()
-    };
-    [Family::V4, Family::V6].into_iter().filter_map(of).collect()
-}
+use crate::model::Cidr;
 
 /// Whom the server answers: this host and its pods. For others it would amplify what they send under a false
 /// address.
@@ -53,28 +38,6 @@ mod tests {
 
     fn ips(texts: &[&str]) -> Vec<IpAddr> {
         texts.iter().map(|text| text.parse().unwrap()).collect()
-    }
-
-    #[test]
-    fn the_nodes_first_address_of_each_family_that_is_here() {
-        for (listed, interfaces, expected) in [
-            (
-                &["192.0.2.9", "192.0.2.2"][..],
-                &["127.0.0.1", "10.0.0.1", "192.0.2.2"][..],
-                &["192.0.2.2"][..],
-            ),
-            (&[], &["127.0.0.1", "::1", "10.0.0.1", "fd00::1"], &["10.0.0.1", "fd00::1"]),
-            (&["fd00::2"], &["10.0.0.1", "fd00::1", "fd00::2"], &["10.0.0.1", "fd00::2"]),
-            (&["192.0.2.9"], &["127.0.0.1", "fe80::1"], &[]),
-        ] {
-            let node = Node { addresses: ips(listed), ..Node::default() };
-            assert_eq!(
-                node_addresses(Some(&node), &ips(interfaces)),
-                ips(expected),
-                "{listed:?} {interfaces:?}"
-            );
-        }
-        assert_eq!(node_addresses(None, &ips(&["10.0.0.1"])), ips(&["10.0.0.1"]));
     }
 
     #[test]

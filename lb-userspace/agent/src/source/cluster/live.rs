@@ -34,6 +34,7 @@ const QUEUE: usize = 1024;
 const BATCH: usize = 16_384;
 
 /// Which objects to watch.
+#[expect(clippy::struct_excessive_bools, reason = "independent settings")]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Selection<'a> {
     /// `--service-proxy-name`
@@ -47,6 +48,8 @@ pub struct Selection<'a> {
     /// Whether to watch ServiceCIDRs, and the cluster IPs of other proxies' Services: not with
     /// `--service-cidr=none`.
     pub service_cidrs: bool,
+    /// Whether headless objects are watched too, which have names alone.
+    pub names: bool,
 }
 
 /// `--source kube`
@@ -61,6 +64,7 @@ pub const SCHEME: Scheme = Scheme {
                 other_nodes: setup.other_nodes,
                 pods: setup.pods,
                 service_cidrs: setup.service_cidrs,
+                names: setup.names,
             };
             let source = KubeSource::open(&setup.access, selection, Timing::default()).await?;
             Ok(Box::new(source) as Box<dyn Source>)
@@ -121,7 +125,7 @@ impl KubeSource {
             client,
             server: Arc::clone(&server),
             timing,
-            selector: ingest::label_selector(wanted.service_proxy_name),
+            selector: ingest::label_selector(wanted.service_proxy_name, wanted.names),
             service_proxy_name: wanted.service_proxy_name.map(Arc::from),
             fields: String::new(),
             contact: contact.clone(),

@@ -9,7 +9,7 @@ use k8s_openapi::api::{
 };
 use lb_core::model::{
     Issue, IssueKind, Node, ObjectKind, ObjectRef, Service, ServiceCidr, Slice,
-    ingest::{self, is_selected},
+    ingest::{self, is_selected_for_names},
 };
 use serde::de::DeserializeOwned;
 use serde_saphyr::{Options, UserMessageFormatter};
@@ -177,7 +177,7 @@ impl Parser<'_> {
             ObjectKind::EndpointSlice => {
                 let mut slice: ApiSlice = decode(tree, &object)?;
                 defaults::fill_slice(&mut slice);
-                if is_selected(slice.metadata.labels.as_ref(), self.service_proxy_name) {
+                if is_selected_for_names(slice.metadata.labels.as_ref(), self.service_proxy_name) {
                     let (slice, issues) = ingest::slice(&slice);
                     (slice.map(|slice| Body::Slice(slice.into())), issues)
                 } else {

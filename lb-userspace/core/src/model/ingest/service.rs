@@ -5,10 +5,10 @@ use std::{
 
 use k8s_openapi::api::core::v1 as api;
 
-use super::{ANNOTATION_PREFIX, IssueCollector, invalid_name, is_label, namespace};
+use super::{ANNOTATION_PREFIX, IssueCollector, invalid_name, is_label, is_subdomain, namespace};
 use crate::model::{
-    Cidr, Family, Issue, IssueKind, ObjectRef, Protocol, Service, ServiceKey, ServicePort, ServiceType,
-    TrafficPolicy, address,
+    Cidr, Family, Issue, IssueKind, NamesOnly, ObjectRef, Protocol, Service, ServiceKey, ServicePort,
+    ServiceType, TrafficPolicy, address,
     annotation::{self, BALANCE, Balance, EXCLUDE, HEALTH, SLOW_START, STALE_CONNECTIONS, StaleConnections},
 };
 
@@ -85,6 +85,7 @@ pub fn service(object: &api::Service) -> (Option<Service>, Vec<Issue>) {
             .map(|(key, value)| (key.clone(), value.clone()))
             .collect(),
         unselected: None,
+        names_only: None,
         key,
     };
     if service.ports.is_empty() {
@@ -95,10 +96,17 @@ pub fn service(object: &api::Service) -> (Option<Service>, Vec<Issue>) {
 }
 
 /// As [`service`], if the labels select the Service. Otherwise it holds only what [`Service::unselected`]
-/// promises, and has no issues.
+/// promises, and has no issues. A Service without cluster IPs holds what [`Service::names_only`] promises,
+/// whatever its labels.
 #[must_use]
 pub fn any_service(object: &api::Service, service_proxy_name: Option<&str>) -> (Option<Service>, Vec<Issue>) {
     let unselected = super::unselected(object.metadata.labels.as_ref(), service_proxy_name);
+    let spec = object.spec.as_ref();
+    let is_external = spec.and_then(|spec| spec.type_.as_deref()) == Some("ExternalName");
+    if is_external || spec.and_then(|spec| spec.cluster_ip.as_deref()) == Some("None") {
+        let (service, issues) = names_only(object, is_external);
+        return (service, if unselected.is_none() { issues } else { Vec::new() });
+    }
     if unselected.is_none() {
         return service(object);
     }
@@ -110,6 +118,37 @@ pub fn any_service(object: &api::Service, service_proxy_name: Option<&str>) -> (
         ..Service::with_ports(key, Vec::new())
     });
     (service, Vec::new())
+}
+
+/// Ingests a Service without cluster IPs.
+fn names_only(object: &api::Service, is_external: bool) -> (Option<Service>, Vec<Issue>) {
+    let metadata = &object.metadata;
+    let key = ServiceKey::new(
+        namespace(metadata.namespace.as_deref()),
+        metadata.name.as_deref().unwrap_or_default(),
+    );
+    let mut report = IssueCollector::new(ObjectRef::from(&key));
+    if !report.is_named() {
+        return (None, report.issues);
+    }
+    let empty = api::ServiceSpec::default();
+    let spec = object.spec.as_ref().unwrap_or(&empty);
+    let kind = if is_external {
+        let text = spec.external_name.as_deref().unwrap_or_default();
+        let name = text.trim_end_matches('.').to_ascii_lowercase();
+        // Labels of names in DNS may have underscores, which those of objects may not (RFC 2181, 11).
+        if name.is_empty() || !is_subdomain(&name.replace('_', "x")) || name.split('.').any(|l| l.len() > 63)
+        {
+            report.add(invalid_name("spec.externalName", text, "its name"));
+            return (None, report.issues);
+        }
+        NamesOnly::External(name.into())
+    } else {
+        NamesOnly::Headless { publishes_not_ready: spec.publish_not_ready_addresses.unwrap_or(false) }
+    };
+    let service_ports = ports(&mut report, spec.ports.as_deref().unwrap_or_default(), ServiceType::ClusterIP);
+    let service = Service { names_only: Some(kind), ..Service::with_ports(key, service_ports) };
+    (Some(service), report.issues)
 }
 
 /// Reports invalid annotations; they are ignored.

@@ -2,7 +2,7 @@ use std::sync::Arc;
 
 use k8s_openapi::{api::discovery::v1 as api, jiff::Timestamp};
 
-use super::{IssueCollector, SERVICE_NAME, StringPool, TRIGGER_TIME, namespace};
+use super::{IssueCollector, SERVICE_NAME, StringPool, TRIGGER_TIME, is_label, namespace};
 use crate::model::{
     EndpointHints, Family, Issue, IssueKind, ObjectRef, Placement, ServiceKey, Slice, SliceEndpoint,
     SlicePort, address,
@@ -144,6 +144,7 @@ fn endpoints(
                     nodes: nodes.iter().map(|node| texts.share(&node.name)).collect(),
                 })
             }),
+            hostname: endpoint.hostname.as_deref().filter(|name| is_label(name)).map(Into::into),
             weight,
         });
     }

@@ -7,7 +7,10 @@ mod slice;
 use serde_json::{Value, json};
 
 use super::*;
-use crate::model::fixture::{ingest_node, ingest_service, ingest_slice, node, patched, texts};
+use crate::model::{
+    NamesOnly,
+    fixture::{ingest_node, ingest_service, ingest_slice, node, patched, texts},
+};
 
 fn labels(json: &Value) -> BTreeMap<String, String> {
     serde_json::from_value(json.clone()).unwrap()
@@ -41,17 +44,17 @@ fn r1_labels_select_services_and_slices() {
 #[test]
 fn r1_the_selector_for_the_api_server_says_the_same() {
     assert_eq!(
-        label_selector(None),
+        label_selector(None, false),
         "!service.kubernetes.io/service-proxy-name,!service.kubernetes.io/headless"
     );
     assert_eq!(
-        label_selector(Some("ours")),
+        label_selector(Some("ours"), false),
         "service.kubernetes.io/service-proxy-name=ours,!service.kubernetes.io/headless"
     );
 }
 
 /// R1: calls to the cluster IPs of an unselected Service pass unchanged. Only these are kept, and no issue is
-/// reported.
+/// reported. One without cluster IPs keeps its names.
 #[test]
 fn r1_of_services_of_other_proxies_the_cluster_ips_are_kept() {
     let label = "service.kubernetes.io/service-proxy-name";
@@ -79,11 +82,45 @@ fn r1_of_services_of_other_proxies_the_cluster_ips_are_kept() {
         assert!(service.cluster_ipv4.is_some() && service.cluster_ipv6.is_some());
         assert_eq!((issues, service.annotations), (vec![], vec![]));
         let headless = json!({"spec": {"clusterIP": "None", "clusterIPs": ["None"]}});
-        assert_eq!(ingest(&labels, &headless, name), (None, vec![]));
+        let (service, issues) = ingest(&labels, &headless, name);
+        let service = service.unwrap();
+        assert!(service.names_only.is_some() && !service.is_served(), "{service:?}");
+        assert_eq!((issues, service.ports.len()), (vec![], 1));
     }
     let (service, issues) = ingest(&json!({label: "ours"}), &json!({}), Some("ours"));
     assert!(service.unwrap().is_served());
     assert_eq!(issues.len(), 2);
+}
+
+/// Services without cluster IPs have names alone; an alias needs a name that DNS can have.
+#[test]
+fn services_without_cluster_ips_have_names_alone() {
+    let ingest = |spec: Value| {
+        let object = json!({"metadata": {"name": "web"}, "spec": spec});
+        any_service(&serde_json::from_value(object).unwrap(), None)
+    };
+    let ports = json!([{"name": "sql", "port": 5432}]);
+    for (publishes, expected) in [(json!(null), false), (json!(true), true)] {
+        let spec = json!({"clusterIP": "None", "ports": ports, "publishNotReadyAddresses": publishes});
+        let (service, issues) = ingest(spec);
+        let service = service.unwrap();
+        assert_eq!(service.names_only, Some(NamesOnly::Headless { publishes_not_ready: expected }));
+        assert_eq!((service.ports.len(), issues), (1, vec![]));
+    }
+    for (name, expected) in [
+        ("Db.Example.com.", Some("db.example.com")),
+        ("_sip.example.com", Some("_sip.example.com")),
+        ("", None),
+        (".", None),
+        ("a b", None),
+        ("a..b", None),
+        (&"a".repeat(64), None),
+    ] {
+        let (service, issues) = ingest(json!({"type": "ExternalName", "externalName": name}));
+        let target = service.and_then(|service| service.names_only);
+        assert_eq!(target, expected.map(|name| NamesOnly::External(name.into())), "{name:?}");
+        assert_eq!(issues.len(), usize::from(expected.is_none()), "{name:?}: {issues:?}");
+    }
 }
 
 /// R2: a network counts as long as its object exists, as with kube-proxy.
