@@ -20,6 +20,7 @@ mod http;
 mod knowledge;
 mod load;
 mod manifests;
+mod names;
 mod nested;
 mod node;
 mod packet_commands;

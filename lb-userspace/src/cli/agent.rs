@@ -17,11 +17,15 @@ use hyper::{
     header::{ETAG, HOST},
 };
 use hyper_util::rt::TokioIo;
-use lb_agent::serve::{
-    agent_socket::{FILE_NAME, OBJECTS},
-    known::{Known, Which},
+use lb_agent::{
+    names::Resolution,
+    serve::{
+        agent_socket::{FILE_NAME, OBJECTS, RESOLUTION},
+        known::{Known, Which},
+    },
 };
-use lb_core::desired::FrontendAddress;
+use lb_core::{desired::FrontendAddress, names::RecordType};
+use serde::de::DeserializeOwned;
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::{TcpStream, UnixStream},
@@ -91,8 +95,8 @@ pub(super) enum AskError {
     #[error("{place}: {source}")]
     Body { place: AgentAddress, source: Box<dyn std::error::Error + Send + Sync> },
     /// The agent does not have the page.
-    #[error("the agent at {place} has another version than this command: it has no page {OBJECTS}")]
-    OtherVersion { place: AgentAddress },
+    #[error("the agent at {place} has another version than this command: it has no page {page}")]
+    OtherVersion { place: AgentAddress, page: &'static str },
     /// The agent's page has another format.
     #[error("the agent at {place} has another version than this command: {source}")]
     OtherFormat { place: AgentAddress, source: serde_json::Error },
@@ -202,18 +206,44 @@ impl Agent {
         self.request(&page(Which::At(address), after), WAIT)
     }
 
+    /// How the agent's name server answers a question.
+    ///
+    /// # Errors
+    ///
+    /// See [`AskError`].
+    pub(super) fn resolve(&self, name: &str, record_type: RecordType) -> Result<Resolution, AskError> {
+        let mut query = form_urlencoded::Serializer::new(String::new());
+        query.append_pair("name", name).append_pair("type", &record_type.to_string());
+        let page = format!("{RESOLUTION}?{}", query.finish());
+        let found = self.body(&page, PATIENCE)?.map(|(resolution, _tag)| resolution);
+        let no_body = || AskError::OtherVersion { place: self.place.clone(), page: RESOLUTION };
+        found.ok_or_else(no_body)
+    }
+
     fn request(&self, page: &str, wait: Duration) -> Result<Option<Tagged>, AskError> {
+        Ok(self.body(page, wait)?.map(|(known, tag)| Tagged { known, tag }))
+    }
+
+    /// The value of a page, and its tag; `None` if the page has not changed.
+    fn body<T: DeserializeOwned>(
+        &self,
+        page: &str,
+        wait: Duration,
+    ) -> Result<Option<(T, Option<String>)>, AskError> {
         let place = || self.place.clone();
         let response = blocking(&self.place, page, wait)?;
         let reason = || String::from_utf8_lossy(&response.body).trim_end().to_owned();
         match StatusCode::from_u16(response.status) {
             Ok(StatusCode::OK) => {
-                let known = serde_json::from_slice(&response.body)
+                let value = serde_json::from_slice(&response.body)
                     .map_err(|source| AskError::OtherFormat { place: place(), source })?;
-                Ok(Some(Tagged { known, tag: response.tag }))
+                Ok(Some((value, response.tag)))
             }
             Ok(StatusCode::NOT_MODIFIED) => Ok(None),
-            Ok(StatusCode::NOT_FOUND) => Err(AskError::OtherVersion { place: place() }),
+            Ok(StatusCode::NOT_FOUND) => {
+                let page = if page.starts_with(RESOLUTION) { RESOLUTION } else { OBJECTS };
+                Err(AskError::OtherVersion { place: place(), page })
+            }
             _ => Err(AskError::Refused { place: place(), status: response.status, reason: reason() }),
         }
     }

@@ -308,16 +308,6 @@ pub fn bind_address(text: &str) -> Result<Listen, String> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Listen(pub Option<SocketAddr>);
 
-/// Parses a port.
-///
-/// # Errors
-///
-/// A sentence about what is expected.
-pub fn port(text: &str) -> Result<u16, String> {
-    let port = text.trim().parse().ok().filter(|port| *port > 0);
-    port.ok_or_else(|| "expected a port from 1 to 65535".to_owned())
-}
-
 /// The value of `--names-bind-address`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct BindAddresses(pub Vec<SocketAddr>);
@@ -572,8 +562,6 @@ mod tests {
         for wrong in ["", ".", "a..b", "-a", "a-", "a_b", &"a".repeat(64), &["a"; 128].join(".")] {
             assert!(domain(wrong).is_err(), "{wrong}");
         }
-        assert_eq!(port("8053"), Ok(8053));
-        assert!(port("0").is_err() && port("65536").is_err());
         for wrong in ["kube-dns", "/kube-dns", "kube-system/", "a/b/c", "A/b"] {
             assert!(service_key(wrong).is_err(), "{wrong}");
         }

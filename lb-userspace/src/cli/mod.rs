@@ -10,6 +10,7 @@ pub mod inspect;
 pub mod listing;
 pub mod monitor;
 mod objects;
+pub mod resolve;
 pub mod run;
 mod sample;
 pub mod self_test;
@@ -41,6 +42,8 @@ enum Command {
     Services(inspect::ServicesArgs),
     /// Say where a call would go now, and why.
     Explain(inspect::ExplainArgs),
+    /// Say how this node answers the question for a name.
+    Resolve(resolve::ResolveArgs),
     /// Say whether this host is able to run the agent, and what its kernel offers.
     Check(check::CheckArgs),
     /// Say whether the agent runs and serves: source, maps, hooks, issues.
@@ -95,6 +98,7 @@ pub fn main() -> ExitCode {
         Command::Run(args) => run::run(&args),
         Command::Services(args) => inspect::services(&args),
         Command::Explain(args) => inspect::explain(&args),
+        Command::Resolve(args) => resolve::resolve(&args),
         Command::Check(args) => check::check(&args),
         Command::Status(args) => status::status(&args),
         Command::Top(args) => top::top(&args),

@@ -146,10 +146,7 @@ pub struct RunArgs {
     /// DNS has rules of its own [default: none]
     #[arg(long, env = "SOCKLB_NAMES_FORWARD", value_name = "LIST", value_parser = config::domains)]
     names_forward: Option<Domains>,
-    /// Port of the name server on this node's addresses, which pods are led to [default: 8053]
-    #[arg(long, env = "SOCKLB_NAMES_PORT", value_name = "PORT", value_parser = config::port)]
-    names_port: Option<u16>,
-    /// Further addresses of this host where names are answered, separated by commas, as ADDRESS:PORT, such as
+    /// Addresses of this host where names are answered, separated by commas, as ADDRESS:PORT, such as
     /// 127.0.0.153:53 [default: none]
     #[arg(long, env = "SOCKLB_NAMES_BIND_ADDRESS", value_name = "LIST", value_parser = config::bind_addresses)]
     names_bind_address: Option<BindAddresses>,
@@ -201,7 +198,6 @@ struct FileConfig {
     names_service: Option<String>,
     names_upstream: Option<String>,
     names_forward: Option<String>,
-    names_port: Option<String>,
     names_bind_address: Option<String>,
     passive_health: Option<String>,
     max_services: Option<String>,
@@ -248,15 +244,13 @@ pub fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
         service_cidrs: args.service_cidr.clone().or(service_cidrs).unwrap_or_default().0,
     };
     let listen = |flag: Option<Listen>, key: &str, text: Option<String>, default: SocketAddr| {
-        let Listen(address) = match flag {
-            Some(listen) => listen,
-            None => settings_file.value(key, text, config::bind_address)?.unwrap_or(Listen(Some(default))),
-        };
-        Ok::<_, UsageError>(address)
+        let of_file = settings_file.value(key, text, config::bind_address)?;
+        Ok::<_, UsageError>(flag.or(of_file).unwrap_or(Listen(Some(default))).0)
     };
     let (metrics, healthz) = (file.metrics_bind_address, file.healthz_bind_address);
     let metrics = listen(args.metrics_bind_address, "metrics-bind-address", metrics, config::METRICS)?;
     let healthz = listen(args.healthz_bind_address, "healthz-bind-address", healthz, config::HEALTHZ)?;
+    let passive_health = settings_file.value("passive-health", file.passive_health, config::switch)?;
     let boolean = |flag: Option<bool>, key: &str, text: Option<String>| {
         let set = settings_file.value(key, text, config::boolean)?;
         Ok::<_, UsageError>(flag.or(set))
@@ -274,10 +268,7 @@ pub fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
             node_netns: syscall::netns_cookie(),
             features: Features::probe(),
             excludes: exclude_pods || !exclude_cgroups.is_empty(),
-            passive_health: args
-                .passive_health
-                .or(settings_file.value("passive-health", file.passive_health, config::switch)?)
-                .unwrap_or(true),
+            passive_health: args.passive_health.or(passive_health).unwrap_or(true),
             log: args.verbose >= 2,
         },
         state_dir: args.state_dir.clone().or(file.state_dir).unwrap_or_else(|| config::STATE_DIR.into()),
@@ -312,6 +303,7 @@ pub fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
         other_nodes,
         pods: exclude_pods,
         service_cidrs: settings.service_cidrs.is_some(),
+        names: options.names.is_some(),
         access,
         state_dir: options.state_dir.clone(),
     };
@@ -330,11 +322,16 @@ fn names_options(
     let service = settings_file.value("names-service", file.names_service.clone(), config::service_key)?;
     let upstream = settings_file.value("names-upstream", file.names_upstream.clone(), config::dns_servers)?;
     let forward = settings_file.value("names-forward", file.names_forward.clone(), config::domains)?;
-    let port = settings_file.value("names-port", file.names_port.clone(), config::port)?;
     let bind =
         settings_file.value("names-bind-address", file.names_bind_address.clone(), config::bind_addresses)?;
     if !args.names.or(is_on).unwrap_or(false) {
         return Ok(None);
+    }
+    let bind = args.names_bind_address.clone().or(bind).unwrap_or_default().0;
+    if bind.is_empty() {
+        let problem = "--names=on: --names-bind-address is missing: name an address of this host, such as \
+                       127.0.0.153:53";
+        return Err(UsageError(problem.to_owned()));
     }
     let defaults = names::Options::default();
     Ok(Some(names::Options {
@@ -342,8 +339,7 @@ fn names_options(
         service: args.names_service.clone().or(service).unwrap_or(defaults.service),
         upstreams: args.names_upstream.clone().or(upstream).unwrap_or_default().0,
         forward: args.names_forward.clone().or(forward).unwrap_or_default().0,
-        port: args.names_port.or(port).unwrap_or(defaults.port),
-        bind: args.names_bind_address.clone().or(bind).unwrap_or_default().0,
+        bind,
     }))
 }
 
@@ -441,7 +437,6 @@ fn in_force(
         "names-service": names.service.to_string(),
         "names-upstream": names.upstreams,
         "names-forward": names.forward,
-        "names-port": names.port,
         "names-bind-address": names.bind,
         "passive-health": if kernel.passive_health { "on" } else { "off" },
         "max-services": kernel.capacity.services,

@@ -334,7 +334,7 @@ struct Background {
     health_ports: JoinHandle<()>,
     /// Endpoints that were ejected and restored. Closed without passive health.
     ejections: mpsc::Receiver<Vec<HealthChange>>,
-    _working: [JoinSet<()>; 3],
+    _working: [JoinSet<()>; 4],
 }
 
 impl Agent {
@@ -383,6 +383,7 @@ impl Agent {
             vitals: signs_of_life.clone(),
             published: reading,
             contact: source.contact().cloned(),
+            names: options.names.clone(),
         };
         let observations = kernel.observations();
         let serving = listeners.serve(observations.clone(), &options.state_dir, &metrics, insight);
@@ -404,6 +405,10 @@ impl Agent {
                 serving,
                 scanning,
                 exclude::start(&kernel.maps_path(), &options, excluded, signs_of_life)?,
+                options
+                    .names
+                    .clone()
+                    .map_or_else(JoinSet::new, |names| names::start(names, published.subscribe())),
             ],
         };
         let writer = Arc::new(Mutex::new(Writer::new(&options.state_dir)));

@@ -28,7 +28,7 @@ use hyper::{
     StatusCode, Uri,
     header::{ETAG, HeaderValue},
 };
-use lb_core::desired::FrontendAddress;
+use lb_core::{desired::FrontendAddress, names::RecordType};
 use nix::{
     errno::Errno,
     fcntl::{Flock, FlockArg},
@@ -49,12 +49,16 @@ use super::{
     known::{Known, Which},
     pages::{HealthPages, MetricsPages},
 };
+use crate::names;
 
 /// Name of the socket within `--state-dir`.
 pub const FILE_NAME: &str = "agent.sock";
 /// Path of the page with objects and issues. Raise the version with any change that an older command would
 /// misread.
 pub const OBJECTS: &str = "/v1/objects";
+
+/// Path of the page that says how a name is answered.
+pub const RESOLUTION: &str = "/v1/resolution";
 
 /// Time between two tries to listen.
 const RETRY: Duration = Duration::from_millis(500);
@@ -221,6 +225,7 @@ pub(super) struct AgentPages {
     pub(super) metrics: Arc<MetricsPages>,
     pub(super) health: HealthPages,
     published: watch::Receiver<Published>,
+    names: Option<names::Options>,
     /// Distinguishes this agent from the next. A process id does not: in a container it is always 1.
     started: Duration,
     large: Arc<Semaphore>,
@@ -231,10 +236,11 @@ impl AgentPages {
         metrics: Arc<MetricsPages>,
         health: HealthPages,
         published: watch::Receiver<Published>,
+        names: Option<names::Options>,
     ) -> Self {
         let started = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         let large = Arc::new(Semaphore::new(LARGE));
-        Self { metrics, health, published, started, large }
+        Self { metrics, health, published, names, started, large }
     }
 
     async fn objects(&self, query: &Query) -> Answer {
@@ -246,6 +252,31 @@ impl AgentPages {
             Which::All => self.all(query.after.as_deref()).await,
             Which::Issues | Which::At(_) => self.some(which, query.after.as_deref()).await,
         }
+    }
+
+    /// How the name server answers a question: `name=NAME&type=TYPE`.
+    async fn resolution(&self, query: &str) -> Answer {
+        let Some(options) = &self.names else {
+            return text(StatusCode::CONFLICT, "this agent answers no names: --names is off\n");
+        };
+        let (mut name, mut record_type) = (None, Ok(RecordType::A));
+        for (key, value) in form_urlencoded::parse(query.as_bytes()) {
+            match &*key {
+                "name" => name = Some(value.into_owned()),
+                "type" => record_type = value.parse(),
+                _ => {}
+            }
+        }
+        let (Some(name), Ok(record_type)) = (name, record_type) else {
+            return text(StatusCode::BAD_REQUEST, "expected name=NAME and type=TYPE\n");
+        };
+        let Some(published) = current(&mut self.published.clone()).await else { return busy() };
+        if published.n_syncs == 0 {
+            return text(StatusCode::SERVICE_UNAVAILABLE, "the lists of objects are not complete yet\n");
+        }
+        let resolution = names::resolve(options, &published.view, &name, record_type);
+        // Strings and lists always serialise.
+        answer(StatusCode::OK, "application/json", serde_json::to_vec(&resolution).unwrap_or_default())
     }
 
     /// All objects, serialised while sending.
@@ -296,6 +327,7 @@ impl Pages for AgentPages {
     async fn get(&self, uri: &Uri) -> Option<Answer> {
         match uri.path() {
             OBJECTS => Some(self.objects(&Query::parse(uri.query().unwrap_or_default())).await),
+            RESOLUTION => Some(self.resolution(uri.query().unwrap_or_default()).await),
             "/healthz" | "/livez" => self.health.get(uri).await,
             _ => self.metrics.get(uri).await,
         }

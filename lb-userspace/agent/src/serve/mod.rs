@@ -45,6 +45,7 @@ use self::{
     pages::{HealthPages, MetricsPages},
 };
 use crate::{
+    names,
     source::Contact,
     telemetry::{Metrics, health::Vitals},
 };
@@ -158,6 +159,8 @@ pub struct LoopView {
     pub published: watch::Receiver<Published>,
     /// The source's last answers; `None` for a source without outages.
     pub contact: Option<Contact>,
+    /// The settings of the name server; `None` without one.
+    pub names: Option<names::Options>,
 }
 
 /// Open sockets. Until [`Self::serve`] they answer that the agent is starting: a client such as a kubelet's
@@ -209,14 +212,14 @@ impl Listeners {
         metrics: &Metrics,
         insight: LoopView,
     ) -> JoinSet<()> {
-        let LoopView { vitals, published, contact } = insight;
+        let LoopView { vitals, published, contact, names } = insight;
         let config = self.config.to_string();
         let pages = MetricsPages::new(metrics.clone(), observations, published.clone(), contact, config);
         let pages = Arc::new(pages);
         let health = HealthPages { vitals, metrics: metrics.clone() };
         let _first = self.metrics.set(Arc::clone(&pages));
         let _first = self.healthz.set(Arc::new(health.clone()));
-        let pages = Arc::new(AgentPages::new(pages, health, published));
+        let pages = Arc::new(AgentPages::new(pages, health, published, names));
         self.serving.spawn(agent_socket::serve(state_dir.to_owned(), pages));
         self.serving
     }
