@@ -101,7 +101,8 @@ impl Bed {
     ) -> Self {
         let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
         let guard = runtime.enter();
-        let listeners = ["127.0.0.1:0", "[::1]:0"].map(|at| Listener::bind(at.parse().unwrap()).unwrap());
+        let listeners =
+            ["127.0.0.1:0", "[::1]:0"].map(|at| on_a_free_port(|| Listener::bind(at.parse().unwrap())));
         let [address, address6] = [0, 1].map(|index: usize| listeners[index].address().unwrap());
         let (authority, zone) = watch::channel(Arc::new(Zone) as Arc<dyn Authority>);
         let (sender, upstreams) = watch::channel(upstreams);
@@ -213,16 +214,24 @@ fn answer(query: &Message, last: u8) -> Message {
     message
 }
 
+/// The kernel gives a port that is free for UDP; a connection of another test may have it for TCP.
+fn on_a_free_port<T>(mut bind: impl FnMut() -> std::io::Result<T>) -> T {
+    (0..100).find_map(|_| bind().ok()).expect("a port that is free for both")
+}
+
 impl Upstream {
     /// Its threads end with the test's process: they are bound to sockets that only it knows.
     fn new(way: Way) -> Self {
-        let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+        let (socket, listener) = on_a_free_port(|| {
+            let socket = UdpSocket::bind("127.0.0.1:0")?;
+            let listener = std::net::TcpListener::bind(socket.local_addr()?)?;
+            Ok((socket, listener))
+        });
         let address = socket.local_addr().unwrap();
         let asked = Arc::new(Mutex::new(Vec::new()));
         let way = Arc::new(Mutex::new(way));
         let upstream = Self { address, asked: asked.clone(), way: way.clone() };
         if matches!(*way.lock().unwrap(), Way::Truncating) {
-            let listener = std::net::TcpListener::bind(address).unwrap();
             std::thread::spawn(move || {
                 for stream in listener.incoming() {
                     let mut stream = stream.unwrap();
