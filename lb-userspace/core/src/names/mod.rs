@@ -10,7 +10,8 @@
 //! # Invariants
 //!
 //! - An answer depends on the objects and the settings alone.
-//! - No question costs more than a few look-ups and the records of its answer.
+//! - A question costs a few look-ups and the records of its answer. The first one for the name of an address
+//!   after a change costs a pass over all objects besides.
 
 mod presentation;
 pub mod reach;
