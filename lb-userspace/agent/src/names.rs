@@ -130,18 +130,25 @@ pub(crate) fn start(options: Options, published: watch::Receiver<Published>) -> 
 }
 
 async fn follow(options: Options, mut published: watch::Receiver<Published>) {
-    let mut names = Names::new();
+    let mut names: Option<Names> = None;
     let mut timer = time::interval(INTERVAL);
     timer.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    published.mark_changed();
     loop {
-        let now = published.borrow_and_update().clone();
-        // Before the lists are complete, a name that is missing may exist.
-        if now.n_syncs > 0 {
-            names.publish(&options, &now.view);
-        }
         tokio::select! {
-            changed = published.changed() => if changed.is_err() { return },
-            _ = timer.tick() => names.refresh(&options),
+            changed = published.changed() => {
+                if changed.is_err() {
+                    return;
+                }
+                let Published { view, n_syncs, .. } = published.borrow_and_update().clone();
+                match &mut names {
+                    Some(names) => names.publish(view),
+                    // Before the lists are complete, a name that is missing may exist.
+                    None if n_syncs == 0 => {}
+                    None => names.insert(Names::new(options.clone(), view)).refresh(),
+                }
+            }
+            _ = timer.tick() => if let Some(names) = &mut names { names.refresh() },
         }
     }
 }
@@ -153,14 +160,6 @@ struct CurrentClients(RwLock<Clients>);
 impl lb_names::Clients for CurrentClients {
     fn admits(&self, source: IpAddr, interface_index: u32) -> bool {
         self.0.read().unwrap_or_else(PoisonError::into_inner).admits(source, interface_index)
-    }
-}
-
-struct CurrentZone(Zone);
-
-impl Authority for CurrentZone {
-    fn answer(&self, question: &Question<'_>) -> Answer {
-        self.0.answer(question)
     }
 }
 
@@ -178,58 +177,50 @@ fn zone(options: &Options, view: &View) -> Zone {
 }
 
 struct Names {
+    options: Options,
+    /// The objects that the zone follows.
+    view: Arc<View>,
     zone: watch::Sender<Arc<dyn Authority>>,
     upstreams: watch::Sender<Vec<SocketAddr>>,
     clients: Arc<CurrentClients>,
-    /// `None` before the first zone, and while an address cannot be bound.
+    /// `None` while an address cannot be bound.
     server: Option<Server>,
-    has_zone: bool,
     /// Why there is no server, as the log has it.
     problem: Option<String>,
 }
 
-/// Before the first zone no server runs.
-struct Nothing;
-
-impl Authority for Nothing {
-    fn answer(&self, _question: &Question<'_>) -> Answer {
-        Answer::Forward
-    }
-}
-
 impl Names {
-    fn new() -> Self {
-        Self {
-            zone: watch::channel(Arc::new(Nothing) as Arc<dyn Authority>).0,
-            upstreams: watch::channel(Vec::new()).0,
-            clients: Arc::default(),
-            server: None,
-            has_zone: false,
-            problem: None,
-        }
+    fn new(options: Options, view: Arc<View>) -> Self {
+        let first: Arc<dyn Authority> = Arc::new(zone(&options, &view));
+        let upstreams = watch::channel(upstreams(&options, &view)).0;
+        let zone = watch::channel(first).0;
+        let clients = Arc::default();
+        Self { options, view, zone, upstreams, clients, server: None, problem: None }
     }
 
     /// Answers by these objects from now on.
-    fn publish(&mut self, options: &Options, view: &View) {
-        self.zone.send_replace(Arc::new(CurrentZone(zone(options, view))));
-        self.upstreams.send_replace(upstreams(options, view));
-        if !std::mem::replace(&mut self.has_zone, true) {
-            self.refresh(options);
+    fn publish(&mut self, view: Arc<View>) {
+        // Issues are published too.
+        if Arc::ptr_eq(&view, &self.view) {
+            return;
         }
+        self.zone.send_replace(Arc::new(zone(&self.options, &view)));
+        self.upstreams.send_replace(upstreams(&self.options, &view));
+        self.view = view;
     }
 
     /// Looks at the interfaces, and opens the sockets if they are not open.
-    fn refresh(&mut self, options: &Options) {
+    fn refresh(&mut self) {
         let own = addresses::read();
         let clients =
             Clients { uplinks: addresses::uplinks(&[]), own: own.into_iter().collect(), foreign: Vec::new() };
         *self.clients.0.write().unwrap_or_else(PoisonError::into_inner) = clients;
-        if self.server.is_some() || !self.has_zone || options.bind.is_empty() {
+        if self.server.is_some() {
             return;
         }
-        match self.open(options) {
+        match self.open() {
             Ok(server) => {
-                info!(addresses = ?options.bind, domain = &*options.domain, "answering names");
+                info!(addresses = ?self.options.bind, domain = &*self.options.domain, "answering names");
                 (self.server, self.problem) = (Some(server), None);
             }
             Err(problem) => {
@@ -241,13 +232,13 @@ impl Names {
         }
     }
 
-    fn open(&self, options: &Options) -> Result<Server, String> {
+    fn open(&self) -> Result<Server, String> {
         let bind = |address: &SocketAddr| {
             let remedy = "stop what listens there, or use another address";
             Listener::bind(*address)
                 .map_err(|error| format!("--names-bind-address {address}: {error}: {remedy}"))
         };
-        let listeners = options.bind.iter().map(bind).collect::<Result<_, _>>()?;
+        let listeners = self.options.bind.iter().map(bind).collect::<Result<_, _>>()?;
         let clients: Arc<dyn lb_names::Clients> = Arc::clone(&self.clients) as _;
         let (zone, upstreams) = (self.zone.subscribe(), self.upstreams.subscribe());
         Server::start(listeners, zone, clients, upstreams, lb_names::Options::default(), Box::new(|| {}))

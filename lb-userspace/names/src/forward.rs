@@ -11,7 +11,7 @@ use std::{
 use futures::{StreamExt, stream::FuturesUnordered};
 use hickory_proto::op::{Edns, Message, MessageType, OpCode, Query, ResponseCode};
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
+    io::AsyncWriteExt,
     net::{TcpStream, UdpSocket},
     sync::{Semaphore, watch},
     time::{sleep, timeout},
@@ -20,8 +20,9 @@ use tokio::{
 use crate::{
     Authority,
     cache::{Cache, Entry, Found, Key},
-    message::{Body, Local, Request, UDP_PAYLOAD, ask},
+    message::{Body, Local, Request, UDP_PAYLOAD, ask, framed},
     statistics::{Counters, From},
+    tcp,
 };
 
 /// After so long, a client gets a stale answer if there is one (RFC 8767, 5).
@@ -100,7 +101,8 @@ pub(crate) enum Cached {
     Answer(Body, From),
     /// Besides the answer, the question is to be asked anew.
     Due(Body, From),
-    Miss,
+    /// No answer for now, but perhaps a stale one for when upstream servers fail or are slow.
+    Miss(Option<Arc<Entry>>),
 }
 
 impl Forwarder {
@@ -137,7 +139,8 @@ impl Forwarder {
                 self.counters.stale.fetch_add(1, Relaxed);
                 Cached::Answer(joined(body.clone(), entry.body(query, now)), From::Stale)
             }
-            Found::Stale { .. } | Found::Nothing => Cached::Miss,
+            Found::Stale { entry, .. } => Cached::Miss(Some(entry)),
+            Found::Nothing => Cached::Miss(None),
         }
     }
 
@@ -151,20 +154,16 @@ impl Forwarder {
             Local::Done(body) => return (body, From::Zone),
             Local::Upstream(body, query) => (body, query),
         };
-        match self.cached(request, &body, &query, Instant::now()) {
+        let stale = match self.cached(request, &body, &query, Instant::now()) {
             Cached::Answer(body, from) => return (body, from),
             Cached::Due(body, from) => {
                 self.refresh(request, &query);
                 return (body, from);
             }
-            Cached::Miss => {}
-        }
+            Cached::Miss(stale) => stale,
+        };
         self.counters.misses.fetch_add(1, Relaxed);
         let key = Key::new(&query, request.is_dnssec_ok, request.is_checking_disabled);
-        let stale = match lock(&self.cache).find(&key, Instant::now()) {
-            Found::Stale { entry, .. } => Some(entry),
-            Found::Fresh { .. } | Found::Nothing => None,
-        };
         let flight = self.fly(&key, &query);
         let outcome = match (&stale, flight) {
             (_, None) => Err(()),
@@ -283,12 +282,12 @@ impl Forwarder {
 
 /// One request, over TCP if UDP is silent or not enough.
 async fn attempt(server: SocketAddr, key: &Key, query: &Query) -> io::Result<(Message, usize)> {
-    match timeout(UDP_SILENCE, udp(server, key, query)).await {
+    match timeout(UDP_SILENCE, over_udp(server, key, query)).await {
         Ok(Ok((message, _))) if message.metadata.truncation => {}
         Ok(outcome) => return outcome,
         Err(_silent) => {}
     }
-    timeout(TCP_SILENCE, tcp(server, key, query)).await?
+    timeout(TCP_SILENCE, over_tcp(server, key, query)).await?
 }
 
 async fn landed(mut flight: watch::Receiver<Option<Outcome>>) -> Outcome {
@@ -337,7 +336,7 @@ fn answers(request: &Message, response: &Message, in_case: bool) -> bool {
 }
 
 /// Waits until a valid response arrives: what a forger sends changes nothing.
-async fn udp(server: SocketAddr, key: &Key, query: &Query) -> io::Result<(Message, usize)> {
+async fn over_udp(server: SocketAddr, key: &Key, query: &Query) -> io::Result<(Message, usize)> {
     let any: IpAddr =
         if server.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
     // The kernel draws the port; a connected socket takes only the server's datagrams.
@@ -355,16 +354,13 @@ async fn udp(server: SocketAddr, key: &Key, query: &Query) -> io::Result<(Messag
     }
 }
 
-async fn tcp(server: SocketAddr, key: &Key, query: &Query) -> io::Result<(Message, usize)> {
+async fn over_tcp(server: SocketAddr, key: &Key, query: &Query) -> io::Result<(Message, usize)> {
     let mut stream = TcpStream::connect(server).await?;
     stream.set_nodelay(true)?;
     let (message, octets) = request(key, query)?;
-    let length = u16::try_from(octets.len()).map_err(io::Error::other)?;
-    let mut framed = length.to_be_bytes().to_vec();
-    framed.extend_from_slice(&octets);
+    let framed = framed(&octets).ok_or(io::ErrorKind::InvalidData)?;
     stream.write_all(&framed).await?;
-    let mut buffer = vec![0; usize::from(stream.read_u16().await?)];
-    stream.read_exact(&mut buffer).await?;
+    let buffer = tcp::message(&mut stream).await?;
     let response = Message::from_vec(&buffer).map_err(io::Error::other)?;
     // Not in case: a forger cannot write into the stream, and some servers do not keep it.
     if !answers(&message, &response, false) {

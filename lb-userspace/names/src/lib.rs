@@ -37,7 +37,7 @@ use std::{
 
 use forward::Forwarder;
 use hickory_proto::op::ResponseCode;
-use lb_core::names::{Answer, Question};
+use lb_core::names::{Answer, Question, zone::Zone};
 pub use message::reply;
 use message::{Body, Local};
 use nix::sys::eventfd::{EfdFlags, EventFd};
@@ -63,6 +63,12 @@ const UDP_BUFFER: usize = 1 << 20;
 pub trait Authority: Send + Sync {
     /// What the zone says. Called on the server's thread: it must not wait.
     fn answer(&self, question: &Question<'_>) -> Answer;
+}
+
+impl Authority for Zone {
+    fn answer(&self, question: &Question<'_>) -> Answer {
+        self.answer(question)
+    }
 }
 
 /// Who may ask.
@@ -92,6 +98,35 @@ impl Default for Options {
             max_cache_octets: 16 << 20,
             max_in_flight: 1_000,
             max_connections: 256,
+        }
+    }
+}
+
+/// How much of something each client has: one leaves some to the others.
+struct PerClient {
+    n: HashMap<IpAddr, usize>,
+    max: usize,
+}
+
+impl PerClient {
+    fn new(max: usize) -> Self {
+        Self { n: HashMap::new(), max }
+    }
+
+    /// Adds one; `false` if the client has as many as it may.
+    fn add(&mut self, client: IpAddr) -> bool {
+        let n = self.n.entry(client).or_default();
+        let has_room = *n < self.max;
+        *n += usize::from(has_room);
+        has_room
+    }
+
+    fn remove(&mut self, client: IpAddr) {
+        if let Entry::Occupied(mut n) = self.n.entry(client) {
+            *n.get_mut() -= 1;
+            if *n.get() == 0 {
+                n.remove();
+            }
         }
     }
 }
@@ -280,29 +315,21 @@ impl Drop for Server {
 async fn forward(mut due: mpsc::Receiver<udp::Job>, shared: Arc<Shared>, max_in_flight: usize) {
     // Identical questions share a request upstream, so more clients than questions can wait.
     let max_waiting = max_in_flight.saturating_mul(4);
-    // One client leaves requests to the others.
-    let max_per_client = (max_in_flight / 4).max(1);
-    let mut n_waiting = HashMap::<IpAddr, usize>::new();
+    let mut clients = PerClient::new((max_in_flight / 4).max(1));
     let mut waiting = JoinSet::new();
     let mut alive = interval(BEAT);
     loop {
         tokio::select! {
             _ = alive.tick() => shared.beats.beat(0),
             Some(ended) = waiting.join_next(), if !waiting.is_empty() => {
-                let Ok(client) = ended else { continue };
-                if let Entry::Occupied(mut n_waiting) = n_waiting.entry(client) {
-                    *n_waiting.get_mut() -= 1;
-                    if *n_waiting.get() == 0 {
-                        n_waiting.remove();
-                    }
+                if let Ok(client) = ended {
+                    clients.remove(client);
                 }
             }
             job = due.recv(), if waiting.len() < max_waiting => {
                 let Some(job) = job else { return };
                 let client = job.client.ip();
-                let n_waiting = n_waiting.entry(client).or_default();
-                if *n_waiting < max_per_client {
-                    *n_waiting += 1;
+                if clients.add(client) {
                     let shared = shared.clone();
                     waiting.spawn(async move {
                         resolve(&job, &shared).await;

@@ -200,6 +200,13 @@ pub fn reply(octets: &[u8], is_stream: bool, authority: &dyn Authority) -> Optio
     Some(reply).filter(|octets| !octets.is_empty())
 }
 
+/// A message as a stream carries it, its length before it (RFC 1035, 4.2.2); `None` if it is too long.
+pub(crate) fn framed(octets: &[u8]) -> Option<Vec<u8>> {
+    let mut framed = u16::try_from(octets.len()).ok()?.to_be_bytes().to_vec();
+    framed.extend_from_slice(octets);
+    Some(framed)
+}
+
 fn record_type(of: RecordType) -> names::RecordType {
     match of {
         RecordType::A => names::RecordType::A,

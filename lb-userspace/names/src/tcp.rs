@@ -1,9 +1,8 @@
 //! Connections.
 
 use std::{
-    collections::HashMap,
     io,
-    net::{IpAddr, SocketAddr},
+    net::SocketAddr,
     sync::{Arc, atomic::Ordering::Relaxed},
     time::{Duration, Instant},
 };
@@ -17,8 +16,8 @@ use tokio::{
 };
 
 use crate::{
-    Shared,
-    message::{Input, read, write},
+    PerClient, Shared,
+    message::{Input, framed, read, write},
     statistics::Protocol,
 };
 
@@ -30,7 +29,7 @@ const MAX_PIPELINED: usize = 32;
 /// Connections of one address: the others get some too.
 const MAX_PER_CLIENT: usize = 32;
 
-/// `beat`: index of this task's sign of life.
+/// `beat`: index of this task's heartbeat.
 pub(crate) async fn accept(
     listener: TcpListener,
     shared: Arc<Shared>,
@@ -38,16 +37,15 @@ pub(crate) async fn accept(
     beat: usize,
 ) {
     let mut open = JoinSet::new();
-    let mut n_open = HashMap::<IpAddr, usize>::new();
+    let mut clients = PerClient::new(MAX_PER_CLIENT);
     let mut alive = interval(crate::BEAT);
     loop {
         tokio::select! {
             _ = alive.tick() => shared.beats.beat(beat),
             Some(ended) = open.join_next(), if !open.is_empty() => {
-                if let Some(n_open) = ended.ok().and_then(|client| n_open.get_mut(&client)) {
-                    *n_open -= 1;
+                if let Ok(client) = ended {
+                    clients.remove(client);
                 }
-                n_open.retain(|_, n_open| *n_open > 0);
             }
             accepted = listener.accept() => match accepted {
                 Ok((stream, client)) => {
@@ -56,13 +54,11 @@ pub(crate) async fn accept(
                         shared.counters().foreign.fetch_add(1, Relaxed);
                         continue;
                     }
-                    let has_room = n_open.get(&client.ip()).is_none_or(|n_open| *n_open < MAX_PER_CLIENT);
                     let permit = connections.clone().try_acquire_owned().ok();
-                    let Some(permit) = permit.filter(|_| has_room) else {
+                    let Some(permit) = permit.filter(|_| clients.add(client.ip())) else {
                         shared.counters().overload.fetch_add(1, Relaxed);
                         continue;
                     };
-                    *n_open.entry(client.ip()).or_default() += 1;
                     let shared = shared.clone();
                     open.spawn(async move {
                         let _permit = permit;
@@ -90,10 +86,7 @@ async fn serve(stream: TcpStream, client: SocketAddr, shared: &Arc<Shared>) -> i
     // Answers go out in the order in which they are known (RFC 7766, 6.2.1.1).
     tasks.spawn(async move {
         while let Some(reply) = written.recv().await {
-            let Ok(length) = u16::try_from(reply.len()) else { continue };
-            let mut framed = Vec::with_capacity(reply.len() + 2);
-            framed.extend_from_slice(&length.to_be_bytes());
-            framed.extend_from_slice(&reply);
+            let Some(framed) = framed(&reply) else { continue };
             timeout(IDLE, writer.write_all(&framed)).await??;
         }
         io::Result::Ok(())
@@ -142,7 +135,8 @@ async fn serve(stream: TcpStream, client: SocketAddr, shared: &Arc<Shared>) -> i
     outcome
 }
 
-async fn message(reader: &mut (impl AsyncReadExt + Unpin)) -> io::Result<Vec<u8>> {
+/// The next message of a stream.
+pub(crate) async fn message(reader: &mut (impl AsyncReadExt + Unpin)) -> io::Result<Vec<u8>> {
     let length = reader.read_u16().await?;
     // Grows with what arrives: a length alone takes no memory.
     let mut octets = Vec::new();

@@ -39,7 +39,7 @@ use hickory_proto::op::ResponseCode;
 const BATCH: usize = 32;
 /// Longer queries are cut off, and malformed then.
 const MAX_QUERY: usize = 4096;
-/// Milliseconds without a datagram until the next sign of life.
+/// Milliseconds without a datagram until the next heartbeat.
 const IDLE: u8 = 200;
 
 /// A question for the tasks, with the way back.
@@ -145,8 +145,8 @@ fn batch(
                         let _full = jobs.try_send(job(true));
                         (body, from)
                     }
-                    Cached::Miss if jobs.try_send(job(false)).is_ok() => continue,
-                    Cached::Miss => {
+                    Cached::Miss(_) if jobs.try_send(job(false)).is_ok() => continue,
+                    Cached::Miss(_) => {
                         shared.counters().overload.fetch_add(1, Relaxed);
                         (Body { code: ResponseCode::ServFail, ..Body::default() }, From::Upstream)
                     }

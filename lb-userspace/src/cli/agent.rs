@@ -96,7 +96,7 @@ pub(super) enum AskError {
     Body { place: AgentAddress, source: Box<dyn std::error::Error + Send + Sync> },
     /// The agent does not have the page.
     #[error("the agent at {place} has another version than this command: it has no page {page}")]
-    OtherVersion { place: AgentAddress, page: &'static str },
+    OtherVersion { place: AgentAddress, page: String },
     /// The agent's page has another format.
     #[error("the agent at {place} has another version than this command: {source}")]
     OtherFormat { place: AgentAddress, source: serde_json::Error },
@@ -216,7 +216,7 @@ impl Agent {
         query.append_pair("name", name).append_pair("type", &record_type.to_string());
         let page = format!("{RESOLUTION}?{}", query.finish());
         let found = self.body(&page, PATIENCE)?.map(|(resolution, _tag)| resolution);
-        let no_body = || AskError::OtherVersion { place: self.place.clone(), page: RESOLUTION };
+        let no_body = || AskError::OtherVersion { place: self.place.clone(), page: RESOLUTION.to_owned() };
         found.ok_or_else(no_body)
     }
 
@@ -241,7 +241,7 @@ impl Agent {
             }
             Ok(StatusCode::NOT_MODIFIED) => Ok(None),
             Ok(StatusCode::NOT_FOUND) => {
-                let page = if page.starts_with(RESOLUTION) { RESOLUTION } else { OBJECTS };
+                let page = page.split('?').next().unwrap_or_default().to_owned();
                 Err(AskError::OtherVersion { place: place(), page })
             }
             _ => Err(AskError::Refused { place: place(), status: response.status, reason: reason() }),

@@ -17,7 +17,10 @@ use std::{
 use lb_common::limits::MAX_SERVICE_CIDRS;
 use lb_core::{
     desired::{ExternalIps, NodePortAddresses, PacketMode, cluster_ips::merged},
-    model::{Cidr, ServiceKey},
+    model::{
+        Cidr, ServiceKey,
+        ingest::{is_domain, is_label},
+    },
 };
 use serde::de::DeserializeOwned;
 
@@ -356,7 +359,7 @@ pub struct Domain(pub Arc<str>);
 /// A sentence about what is expected.
 pub fn domain(text: &str) -> Result<Domain, String> {
     let name = text.trim().trim_end_matches('.').to_ascii_lowercase();
-    if name.len() <= 253 && name.split('.').all(is_label) {
+    if is_domain(&name) {
         Ok(Domain(name.into()))
     } else {
         Err("expected a domain, such as cluster.local".to_owned())
@@ -394,15 +397,6 @@ pub fn service_key(text: &str) -> Result<ServiceKey, String> {
 /// The parts of a comma-separated list, without those that are empty.
 fn list(text: &str) -> impl Iterator<Item = &str> {
     text.split(',').map(str::trim).filter(|part| !part.is_empty())
-}
-
-/// Whether a text is a label of RFC 1123.
-fn is_label(text: &str) -> bool {
-    let is_inner = |octet: u8| octet.is_ascii_lowercase() || octet.is_ascii_digit() || octet == b'-';
-    (1..=63).contains(&text.len())
-        && text.bytes().all(is_inner)
-        && !text.starts_with('-')
-        && !text.ends_with('-')
 }
 
 /// Parses a duration such as `500ms`, `2s` or `1m`.

@@ -173,8 +173,15 @@ fn invalid_name(field: &str, value: &str, left_out: &str) -> IssueKind {
 
 /// Whether a text is a label of RFC 1123: the names of namespaces and ports
 /// (`staging/src/k8s.io/apimachinery/pkg/util/validation/validation.go`).
-fn is_label(text: &str) -> bool {
+#[must_use]
+pub fn is_label(text: &str) -> bool {
     text.len() <= 63 && is_part_of_a_subdomain(text)
+}
+
+/// Whether a text is a domain of such labels, without a final dot: names in DNS.
+#[must_use]
+pub fn is_domain(text: &str) -> bool {
+    text.len() <= 253 && text.split('.').all(is_label)
 }
 
 /// Whether a text is a subdomain of RFC 1123, with parts of any length: the names of objects. For names of

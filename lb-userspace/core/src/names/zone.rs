@@ -69,17 +69,9 @@ impl Zone {
     /// Answers a question.
     #[must_use]
     pub fn answer(&self, question: &Question<'_>) -> Answer {
-        // Names of Kubernetes are ASCII, so an octet outside of it matches none of them.
-        let lower: Option<Vec<String>> = question
-            .labels
-            .iter()
-            .map(|label| Some(std::str::from_utf8(label).ok()?.to_ascii_lowercase()))
-            .collect();
-        let lossy = || -> Vec<String> {
-            let text = |label: &&[u8]| String::from_utf8_lossy(label).to_ascii_lowercase();
-            question.labels.iter().map(text).collect()
-        };
-        let labels = lower.unwrap_or_else(lossy);
+        // Names of Kubernetes are ASCII, so what stands for octets that are no text matches none of them.
+        let lower = |label: &&[u8]| String::from_utf8_lossy(label).to_ascii_lowercase();
+        let labels: Vec<String> = question.labels.iter().map(lower).collect();
         // A label with a dot inside is no label of ours, and must not be taken for two.
         let labels: Vec<&str> =
             labels.iter().map(|label| if label.contains('.') { "" } else { label.as_str() }).collect();
@@ -107,7 +99,7 @@ impl Zone {
             // They exist, if only because of names below them.
             Place::Version | Place::NameServers | Place::Kind | Place::PodNamespace => self.no_data(),
             Place::Namespace(namespace) => {
-                if self.has_namespace(namespace) {
+                if self.store.has_namespace(namespace) {
                     self.no_data()
                 } else {
                     self.nothing()
@@ -248,10 +240,6 @@ impl Zone {
             || self.store.service(key).is_some_and(|service| {
                 service.names_only == Some(NamesOnly::Headless { publishes_not_ready: true })
             })
-    }
-
-    fn has_namespace(&self, namespace: &str) -> bool {
-        self.store.has_namespace(namespace)
     }
 
     /// The name of a Service.

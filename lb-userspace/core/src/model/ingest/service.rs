@@ -3,9 +3,9 @@ use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
 };
 
-use k8s_openapi::api::core::v1 as api;
+use k8s_openapi::{api::core::v1 as api, apimachinery::pkg::apis::meta::v1::ObjectMeta};
 
-use super::{ANNOTATION_PREFIX, IssueCollector, invalid_name, is_label, is_subdomain, namespace};
+use super::{ANNOTATION_PREFIX, IssueCollector, invalid_name, is_domain, is_label, namespace};
 use crate::model::{
     Cidr, Family, Issue, IssueKind, NamesOnly, ObjectRef, Protocol, Service, ServiceKey, ServicePort,
     ServiceType, TrafficPolicy, address,
@@ -24,19 +24,12 @@ const MAX_AFFINITY_SECONDS: u32 = 86_400;
 #[must_use]
 pub fn service(object: &api::Service) -> (Option<Service>, Vec<Issue>) {
     let metadata = &object.metadata;
-    let key = ServiceKey::new(
-        namespace(metadata.namespace.as_deref()),
-        metadata.name.as_deref().unwrap_or_default(),
-    );
-    let mut report = IssueCollector::new(ObjectRef::from(&key));
-    if !report.is_named() {
+    let (key, mut report) = key_and_report(metadata);
+    if !report.is_named() || is_names_only(object) {
         return (None, report.issues);
     }
     let empty = api::ServiceSpec::default();
     let spec = object.spec.as_ref().unwrap_or(&empty);
-    if spec.type_.as_deref() == Some("ExternalName") || spec.cluster_ip.as_deref() == Some("None") {
-        return (None, report.issues);
-    }
     if spec.cluster_ip.as_deref().unwrap_or_default().is_empty() {
         report.add(IssueKind::NoClusterIp);
         return (None, report.issues);
@@ -101,10 +94,8 @@ pub fn service(object: &api::Service) -> (Option<Service>, Vec<Issue>) {
 #[must_use]
 pub fn any_service(object: &api::Service, service_proxy_name: Option<&str>) -> (Option<Service>, Vec<Issue>) {
     let unselected = super::unselected(object.metadata.labels.as_ref(), service_proxy_name);
-    let spec = object.spec.as_ref();
-    let is_external = spec.and_then(|spec| spec.type_.as_deref()) == Some("ExternalName");
-    if is_external || spec.and_then(|spec| spec.cluster_ip.as_deref()) == Some("None") {
-        let (service, issues) = names_only(object, is_external);
+    if is_names_only(object) {
+        let (service, issues) = names_only(object);
         return (service, if unselected.is_none() { issues } else { Vec::new() });
     }
     if unselected.is_none() {
@@ -120,25 +111,36 @@ pub fn any_service(object: &api::Service, service_proxy_name: Option<&str>) -> (
     (service, Vec::new())
 }
 
+fn key_and_report(metadata: &ObjectMeta) -> (ServiceKey, IssueCollector) {
+    let name = metadata.name.as_deref().unwrap_or_default();
+    let key = ServiceKey::new(namespace(metadata.namespace.as_deref()), name);
+    let report = IssueCollector::new(ObjectRef::from(&key));
+    (key, report)
+}
+
+fn is_external(spec: &api::ServiceSpec) -> bool {
+    spec.type_.as_deref() == Some("ExternalName")
+}
+
+/// Whether a Service is headless or of type `ExternalName`.
+fn is_names_only(object: &api::Service) -> bool {
+    let spec = object.spec.as_ref();
+    spec.is_some_and(|spec| is_external(spec) || spec.cluster_ip.as_deref() == Some("None"))
+}
+
 /// Ingests a Service without cluster IPs.
-fn names_only(object: &api::Service, is_external: bool) -> (Option<Service>, Vec<Issue>) {
-    let metadata = &object.metadata;
-    let key = ServiceKey::new(
-        namespace(metadata.namespace.as_deref()),
-        metadata.name.as_deref().unwrap_or_default(),
-    );
-    let mut report = IssueCollector::new(ObjectRef::from(&key));
+fn names_only(object: &api::Service) -> (Option<Service>, Vec<Issue>) {
+    let (key, mut report) = key_and_report(&object.metadata);
     if !report.is_named() {
         return (None, report.issues);
     }
     let empty = api::ServiceSpec::default();
     let spec = object.spec.as_ref().unwrap_or(&empty);
-    let kind = if is_external {
+    let kind = if is_external(spec) {
         let text = spec.external_name.as_deref().unwrap_or_default();
         let name = text.trim_end_matches('.').to_ascii_lowercase();
         // Labels of names in DNS may have underscores, which those of objects may not (RFC 2181, 11).
-        if name.is_empty() || !is_subdomain(&name.replace('_', "x")) || name.split('.').any(|l| l.len() > 63)
-        {
+        if !is_domain(&name.replace('_', "x")) {
             report.add(invalid_name("spec.externalName", text, "its name"));
             return (None, report.issues);
         }
